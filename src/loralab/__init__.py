@@ -1,0 +1,41 @@
+"""The laboratory for low-rank adaptation: adapt, train, prove, compare and serve.
+
+The public names, resolved on first use, so that `import loralab` loads no torch.
+"""
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "LoRA": "adapters.methods",
+    "METHODS": "adapters.methods",
+    "LinearWithLoRA": "adapters.linear",
+    "Adapter": "adapters.attach",
+    "attach": "adapters.attach",
+    "load": "adapters.attach",
+    "fingerprint": "adapters.fingerprint",
+    "Training": "training.settings",
+    "Evaluation": "training.settings",
+    "train": "training.run",
+    "evaluate": "training.evaluation",
+    "plan": "training.plan",
+    "merge": "artefacts.merge",
+    "export": "artefacts.export",
+    "certify": "artefacts.certificate",
+    "verify": "artefacts.certificate",
+    "LoralabError": "errors",
+}
+
+__all__ = ["__version__", *sorted(_WHERE)]  # noqa: PLE0604  (all names are strings)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'loralab' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"loralab.{_WHERE[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,91 @@
+"""Everything loralab raises on purpose.
+
+LoralabError
+├── InputError            what was given is wrong: exit code 2, nothing written
+│   ├── ConfigError       an option, a field or a value                    (ValueError)
+│   ├── TargetError       target_modules or another pattern names nothing   (ValueError)
+│   ├── ModelError        a base model that does not exist or cannot be read (ValueError)
+│   ├── DataError         rows, columns, labels or a data file               (ValueError)
+│   ├── AdapterFileError  an adapter folder that is damaged, foreign or unsafe (ValueError)
+│   └── OutputError       the place to write to cannot be used               (OSError)
+└── RunError              the check or the run failed: exit code 1
+    ├── AdapterStateError an operation that the adapter's present state forbids (RuntimeError)
+    ├── LearningError     the run cannot learn, or its numbers are no longer finite (RuntimeError)
+    └── CertificateError  an artefact does not do what the live model does    (RuntimeError)
+
+A message has three parts: the culprit as the user wrote it, what was expected, and the
+nearest valid choice or the remedy.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class LoralabError(Exception):
+    """Base of every error raised on purpose."""
+
+
+class InputError(LoralabError):
+    """What was given is wrong; nothing has been written."""
+
+
+class ConfigError(InputError, ValueError):
+    """An option, a field or a value is wrong."""
+
+
+class TargetError(InputError, ValueError):
+    """A target or a pattern names no module of the model."""
+
+
+class ModelError(InputError, ValueError):
+    """A base model does not exist or cannot be read."""
+
+
+class DataError(InputError, ValueError):
+    """A data file, its columns, its rows or its labels are wrong."""
+
+
+class AdapterFileError(InputError, ValueError):
+    """An adapter folder is damaged, belongs elsewhere, or cannot be read safely."""
+
+
+class OutputError(InputError, OSError):
+    """The place to write to is taken, full or not writable."""
+
+
+class RunError(LoralabError):
+    """The input was right, and the run or the check failed."""
+
+
+class AdapterStateError(RunError, RuntimeError):
+    """The operation does not fit the adapter's present state."""
+
+
+class LearningError(RunError, RuntimeError):
+    """The run cannot learn, or its numbers are no longer finite."""
+
+
+class CertificateError(RunError, RuntimeError):
+    """An artefact does not do what the live model does."""
+
+
+class BaseMismatchWarning(UserWarning):
+    """An adapter is put on another base model than the one it was trained on."""
+
+
+def nearest(name: str, choices: Iterable[str], count: int = 3) -> str:
+    """The closest valid names as a phrase for the end of a message; "" if none is close.
+
+    >>> nearest("q_porj", ["q_proj", "k_proj", "down_proj"])
+    '; did you mean q_proj, k_proj?'
+    """
+    unique = list(dict.fromkeys(choices))
+    close = difflib.get_close_matches(name, unique, n=count, cutoff=0.6)
+    return f"; did you mean {', '.join(close)}?" if close else ""
+
+
+def some(names: Iterable[str], count: int = 8) -> str:
+    """The first names of a long list, and how many there are beyond them."""
+    listed = list(names)
+    rest = f" and {len(listed) - count} more" if len(listed) > count else ""
+    return ", ".join(listed[:count]) + rest

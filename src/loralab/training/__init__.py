@@ -1,0 +1,1 @@
+"""Adapter + task -> trained adapter."""

@@ -1,0 +1,107 @@
+"""How to train and how to evaluate: frozen configurations.
+
+Standard library only: the command line builds its flags and its help from these classes.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Annotated
+
+from loralab.errors import ConfigError, nearest
+
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+SCHEDULES = ("linear", "cosine", "constant")
+LOSS_ON = ("answer", "all")
+CHECKPOINTING = ("off", "on", "reentrant")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How an adapter is trained; one optimiser step sees batch_size * accumulation_steps rows."""
+
+    learning_rate: Annotated[float, "peak learning rate of AdamW"] = 5e-4
+    epochs: Annotated[int, "passes over the training rows, unless max_steps is given"] = 1
+    max_steps: Annotated[int | None, "optimiser steps; overrides epochs"] = None
+    batch_size: Annotated[int, "rows in one forward pass"] = 8
+    accumulation_steps: Annotated[int, "forward passes in one optimiser step"] = 1
+    max_length: Annotated[int, "longest row in tokens, prompt and answer together"] = 512
+    precision: Annotated[
+        str, "dtype of the base: fp32, bf16, fp16; auto is bf16 where the machine computes in it"
+    ] = "auto"
+    gradient_checkpointing: Annotated[
+        str, "recompute activations to save memory: off, on, or reentrant"
+    ] = "off"
+    schedule: Annotated[str, "learning rate after warm-up: linear, cosine or constant"] = "linear"
+    warmup: Annotated[float, "share of the steps over which the learning rate rises"] = 0.06
+    weight_decay: Annotated[float, "AdamW's decoupled weight decay"] = 0.0
+    max_grad_norm: Annotated[float, "gradients are clipped to this norm; 0 is no clipping"] = 1.0
+    loss_on: Annotated[str, "tokens that are learnt: the answer, or all"] = "answer"
+    by_length: Annotated[bool, "batches of rows of similar length: less padding"] = True
+    evaluate_every: Annotated[
+        int | None, "steps between evaluations on the validation rows; none is at the end only"
+    ] = None
+    evaluation_rows: Annotated[int, "validation rows used at each evaluation"] = 200
+    patience: Annotated[
+        int | None, "stop after so many evaluations without a better score; none is never"
+    ] = None
+    save_every: Annotated[
+        int | None, "steps between checkpoints; none is one a twentieth of the run"
+    ] = None
+    seed: Annotated[int, "of the adapter's start, the order of the rows, dropout and splits"] = 0
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        for name in ("epochs", "batch_size", "accumulation_steps", "evaluation_rows"):
+            _at_least(name, getattr(self, name), 1)
+        for name in ("max_steps", "evaluate_every", "patience", "save_every"):
+            if getattr(self, name) is not None:
+                _at_least(name, getattr(self, name), 1)
+        _at_least("max_length", self.max_length, 2)
+        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
+            raise ConfigError(f"learning_rate must be above 0, got {self.learning_rate}")
+        if not 0 <= self.warmup < 1:
+            raise ConfigError(f"warmup must be at least 0 and below 1, got {self.warmup}")
+        for name in ("weight_decay", "max_grad_norm"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ConfigError(f"{name} must be 0 or more, got {value}")
+        check_choice("precision", self.precision, PRECISIONS)
+        check_choice("schedule", self.schedule, SCHEDULES)
+        check_choice("loss_on", self.loss_on, LOSS_ON)
+        check_choice("gradient_checkpointing", self.gradient_checkpointing, CHECKPOINTING)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """How a model is scored."""
+
+    split: Annotated[str, "train, validation or test"] = "test"
+    limit: Annotated[int | None, "score only the first so many rows"] = None
+    batch_size: Annotated[int, "rows in one forward pass"] = 16
+    precision: Annotated[str, "dtype of the base: auto, fp32, bf16 or fp16"] = "auto"
+    generate: Annotated[
+        bool, "also let the model write its answers: exact match, BLEU, ROUGE-L"
+    ] = False
+    max_new_tokens: Annotated[int, "longest answer that is generated, in tokens"] = 128
+    seed: Annotated[int, "of the splits of a data set that has none"] = 0
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        for name in ("batch_size", "max_new_tokens"):
+            _at_least(name, getattr(self, name), 1)
+        if self.limit is not None:
+            _at_least("limit", self.limit, 1)
+        check_choice("split", self.split, ("train", "validation", "test"))
+        check_choice("precision", self.precision, PRECISIONS)
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Refuse a value that is not one of the choices."""
+    if value not in choices:
+        hint = nearest(str(value), choices)
+        raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {value!r}{hint}")
+
+
+def _at_least(name: str, value: object, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ConfigError(f"{name} must be a whole number of at least {least}, got {value!r}")
