@@ -1,0 +1,142 @@
+"""What a run must remember to end in the same bytes as if it had never been interrupted.
+
+    checkpoints/step-000040/state.safetensors   adapter, optimiser and random-number state
+    checkpoints/step-000040/progress.json       steps done, best score so far, loss scaler
+
+A checkpoint appears whole or not at all. The order of the rows is a pure function of the step
+(see tasks/batches.py), and so is the learning rate: the step is all that they need.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from loralab import atomic
+from loralab.adapters.attach import Adapter
+from loralab.errors import AdapterFileError
+
+FOLDER = "checkpoints"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """Where a run stands. `best_metrics` are those of `best_step`, on the validation rows."""
+
+    step: int = 0
+    tokens: int = 0
+    best_step: int | None = None
+    best_metrics: dict[str, float] = field(default_factory=dict)
+    worse_in_a_row: int = 0
+    stopped_early: bool = False
+    scaler: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """The live objects that a checkpoint keeps and fills."""
+
+    adapter: Adapter
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+
+
+def save(run: Path, trained: Trained, progress: Progress) -> Path:
+    """Write a checkpoint, then remove those that are neither the last nor the best."""
+    progress = replace(progress, scaler=trained.scaler.state_dict())
+    path = run / FOLDER / f"step-{progress.step:06d}"
+    if not path.exists():
+        with atomic.new_folder(path) as folder:
+            tensors = {name: t.cpu().contiguous() for name, t in _state(trained).items()}
+            safetensors.torch.save_file(tensors, folder / "state.safetensors")
+            text = json.dumps(asdict(progress), indent=2)
+            (folder / "progress.json").write_text(text + "\n", encoding="utf-8")
+    _remove_others(run, keep={progress.step, progress.best_step})
+    return path
+
+
+def latest(run: Path) -> Path | None:
+    """The checkpoint with the most steps; None if there is none."""
+    return max((run / FOLDER).glob("step-*[0-9]"), default=None)
+
+
+def at_step(run: Path, step: int) -> Path:
+    """The place of the checkpoint of one step."""
+    return run / FOLDER / f"step-{step:06d}"
+
+
+def restore(path: Path, trained: Trained) -> Progress:
+    """Fill the live objects and torch's random-number state; return where the run stood.
+
+    Raises:
+        AdapterFileError: the checkpoint is damaged.
+    """
+    progress = read_progress(path)
+    tensors = _read(path)
+    trained.adapter.load_state(_part(tensors, "adapter."))
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in _part(tensors, "optimizer.").items():
+        index, key = name.split(".", 1)
+        state.setdefault(int(index), {})[key] = tensor
+    groups = trained.optimizer.state_dict()["param_groups"]
+    trained.optimizer.load_state_dict({"state": state, "param_groups": groups})
+    if progress.scaler:
+        trained.scaler.load_state_dict(progress.scaler)
+    torch.set_rng_state(tensors["random.cpu"])
+    for index, random in _part(tensors, "random.cuda.").items():
+        torch.cuda.set_rng_state(random, int(index))
+    return progress
+
+
+def restore_weights(path: Path, adapter: Adapter) -> None:
+    """Fill the adapter alone."""
+    adapter.load_state(_part(_read(path), "adapter."))
+
+
+def read_progress(path: Path) -> Progress:
+    """Where the run stood at a checkpoint."""
+    try:
+        fields = json.loads((path / "progress.json").read_text(encoding="utf-8"))
+        return Progress(**fields)
+    except (OSError, ValueError, TypeError) as error:
+        raise AdapterFileError(
+            f"{path} is damaged ({error}); delete it to go on before it"
+        ) from None
+
+
+def _state(trained: Trained) -> dict[str, Tensor]:
+    tensors = {f"adapter.{name}": t for name, t in trained.adapter.state().items()}
+    for index, values in trained.optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{key}": value for key, value in values.items()}
+    tensors["random.cpu"] = torch.get_rng_state()
+    if torch.cuda.is_initialized():
+        for index, random in enumerate(torch.cuda.get_rng_state_all()):
+            tensors[f"random.cuda.{index}"] = random
+    return tensors
+
+
+def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name[len(prefix) :]: t for name, t in tensors.items() if name.startswith(prefix)}
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load_file(path / "state.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise AdapterFileError(
+            f"{path} is damaged ({error}); delete it to go on before it"
+        ) from None
+
+
+def _remove_others(run: Path, keep: set[int | None]) -> None:
+    for path in (run / FOLDER).glob("step-*"):
+        number = path.name.removeprefix("step-").removesuffix(atomic.PARTIAL)
+        if path.name.endswith(atomic.PARTIAL) or int(number) not in keep:
+            shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,127 @@
+"""evaluate() and answers(): a base model, with or without adapters, on data or on prompts."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loralab.adapters import attach, folder
+from loralab.adapters.folder import AdapterFolder
+from loralab.errors import AdapterFileError, ConfigError
+from loralab.models import load as models
+from loralab.models.load import Base
+from loralab.tasks import catalog, score
+from loralab.tasks.encode import chat_ids
+from loralab.tasks.score import Scores
+from loralab.training import memory
+from loralab.training.preflight import load_base
+from loralab.training.settings import Evaluation
+
+
+def evaluate(
+    *,
+    data: str,
+    model: str | None = None,
+    adapter: str | Path | None = None,
+    evaluation: Evaluation | None = None,
+    mapping: Mapping[str, str] | None = None,
+) -> Scores:
+    """Score a model, with or without an adapter, on one split of some data.
+
+    Args:
+        model: may be left out if the adapter's folder names its base.
+
+    Raises:
+        InputError: the model, the data or the adapter is wrong.
+    """
+    evaluation = evaluation or Evaluation()
+    stored = folder.read(adapter) if adapter is not None else None
+    name = model or base_name(stored)
+    task = catalog.find(data, mapping=mapping, seed=evaluation.seed)
+    base = load_base(name, task, evaluation.precision, evaluation.seed)
+    if adapter is not None:
+        attach.load(base.model, adapter)
+    return score.evaluate(
+        base.model, base.tokenizer, task, evaluation.split, kind=base.kind,
+        batch_size=evaluation.batch_size, limit=evaluation.limit, generate=evaluation.generate,
+        max_new_tokens=evaluation.max_new_tokens,
+    )  # fmt: skip
+
+
+def answers(
+    *,
+    prompts: Sequence[str],
+    model: str | None = None,
+    adapters: Sequence[str | Path] = (),
+    with_base: bool = True,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    seed: int = 0,
+    precision: str = "auto",
+    system: str | None = None,
+) -> list[dict[str, Any]]:
+    """What the base and each adapter answer: one {"prompt", "answers": {name: text}} a prompt.
+
+    Raises:
+        InputError: a model or an adapter is wrong, or there is nothing to answer.
+    """
+    if not prompts:
+        raise ConfigError("there is no prompt; give one, or pipe some in, one a line")
+    if not adapters and not with_base:
+        raise ConfigError("without the base and without adapters there is nothing to answer")
+    stored = [folder.read(path) for path in adapters]
+    base = _generator(model or base_name(*stored), precision)
+    ids = [chat_ids(base.tokenizer, prompt, system=system) for prompt in prompts]
+    found: list[dict[str, Any]] = [{"prompt": prompt, "answers": {}} for prompt in prompts]
+    for path in ([None] if with_base else []) + list(adapters):
+        with _adapted(base, path):
+            texts = score.generate(
+                base.model, base.tokenizer, ids, max_new_tokens=max_new_tokens,
+                temperature=temperature, seed=seed,
+            )  # fmt: skip
+        for entry, text in zip(found, texts, strict=True):
+            entry["answers"]["base" if path is None else str(path)] = text
+    return found
+
+
+def base_name(*stored: AdapterFolder | None) -> str:
+    """The base model that the adapters say they were trained on.
+
+    Raises:
+        ConfigError: none is named, or several different ones.
+    """
+    names = {entry.record.get("base", {}).get("name") for entry in stored if entry} - {None}
+    if len(names) != 1:
+        raise ConfigError(
+            "give --model: the adapters name different base models: " + ", ".join(sorted(names))
+            if names
+            else "give --model: no adapter names its base model"
+        )
+    return str(names.pop())
+
+
+def _generator(name: str, precision: str) -> Base:
+    if models.natural_kind(name) != "causal-lm":
+        raise ConfigError(f"{name} is no language model; it can be evaluated, not asked")
+    dtype: torch.dtype = memory.DTYPES[memory.resolve_precision(precision)]
+    base = models.load(name, kind="causal-lm", dtype=dtype)
+    base.model.to(memory.device_here())
+    return base
+
+
+@contextmanager
+def _adapted(base: Base, path: str | Path | None) -> Iterator[None]:
+    """With one adapter in the model, for a while."""
+    if path is None:
+        yield
+        return
+    try:
+        adapter = attach.load(base.model, path)
+    except AdapterFileError as error:
+        raise AdapterFileError(f"{error} (base model: {base.name})") from None
+    try:
+        yield
+    finally:
+        adapter.detach()

@@ -1,0 +1,253 @@
+"""The one place that calls backward(): accumulate by token, clip, step, evaluate, stop.
+
+One optimiser step minimises the mean cross-entropy over all labelled tokens of its rows,
+however they are cut into micro-batches: every micro-batch's *sum* is divided by the tokens of
+the whole step. So eight rows at once and eight times one row are the same step.
+"""
+
+import contextlib
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from loralab.adapters.attach import Adapter
+from loralab.errors import LearningError, some
+from loralab.tasks.batches import Batches, collate
+from loralab.tasks.encode import Example
+from loralab.tasks.score import Scores, answer_loss
+from loralab.training import checkpoint
+from loralab.training.checkpoint import Progress, Trained
+from loralab.training.optim import learning_rate, set_learning_rate
+from loralab.training.record import Record
+from loralab.training.settings import Training
+
+FIRST_LOOK, SECOND_LOOK = 1, 3  # steps after which gradients, and then weights, are checked
+SMALLEST_SCALE = 2.0**-10  # below this loss scale, fp16 gradients overflow for another reason
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """Everything that the loop needs and does not change."""
+
+    adapter: Adapter
+    kind: str
+    examples: Sequence[Example]
+    batches: Batches
+    pad_id: int
+    steps: int
+    training: Training
+    folder: Path
+    evaluate: Callable[[], Scores]
+
+
+def run_steps(job: Job, trained: Trained, progress: Progress, record: Record) -> Progress:
+    """Train from `progress` to the last step, or until it no longer gets better.
+
+    Raises:
+        LearningError: a loss, gradient or weight is not finite, or an adapter tensor is left out.
+        KeyboardInterrupt: the user stopped the run; a checkpoint has been written.
+    """
+    accelerator = Accelerator(mixed_precision="no")
+    started = {name: p.detach().clone() for name, p in job.adapter.named_parameters().items()}
+    if progress.step:
+        started = {}
+    clock = _Clock(job.steps, progress)
+    job.adapter.model.train()
+    with _interruptible() as interrupted:
+        while progress.step < job.steps and not progress.stopped_early:
+            loss, norm, tokens = _step(job, trained, progress.step, accelerator)
+            progress = replace(progress, step=progress.step + 1, tokens=progress.tokens + tokens)
+            if progress.step == SECOND_LOOK and started:
+                _require_moved(job.adapter, started)
+            rate = learning_rate(job.training, progress.step - 1, job.steps)
+            record(clock.event(progress, loss=loss, grad_norm=norm, learning_rate=rate))
+            progress = _after_step(job, trained, progress, record)
+            if interrupted.is_set():
+                checkpoint.save(job.folder, trained, progress)
+                raise KeyboardInterrupt
+    return progress
+
+
+def _step(
+    job: Job, trained: Trained, number: int, accelerator: Accelerator
+) -> tuple[float, float, int]:
+    """One optimiser step: (mean loss per labelled token, gradient norm, tokens seen)."""
+    rate = learning_rate(job.training, number, job.steps)
+    set_learning_rate(trained.optimizer, rate)
+    micro_batches = [[job.examples[i] for i in rows] for rows in job.batches.step(number)]
+    labelled = sum(labelled_tokens(e, job.kind) for rows in micro_batches for e in rows)
+    total, tokens = torch.zeros((), dtype=torch.float64), 0
+    for rows in micro_batches:
+        batch = on_device(collate(rows, pad_id=job.pad_id, kind=job.kind), job.adapter.model)
+        loss, _ = answer_loss(job.adapter.model, batch, job.kind)
+        accelerator.backward(trained.scaler.scale(loss / max(labelled, 1)))
+        total += loss.detach().cpu()
+        tokens += sum(len(example.input_ids) for example in rows)
+        if not math.isfinite(total):
+            raise LearningError(_blame_forward(job, batch, number))
+    norm = _update(job, trained, number)
+    return float(total) / max(labelled, 1), norm, tokens
+
+
+def _update(job: Job, trained: Trained, number: int) -> float:
+    """Check, clip and apply the gradients; returns their norm before clipping."""
+    parameters = job.adapter.named_parameters()
+    trained.scaler.unscale_(trained.optimizer)
+    if number < FIRST_LOOK and (without := [n for n, p in parameters.items() if p.grad is None]):
+        raise LearningError(f"no gradient reaches {some(without)}; nothing would be learnt there")
+    limit = job.training.max_grad_norm or math.inf
+    norm = float(nn.utils.clip_grad_norm_(parameters.values(), limit))
+    if not math.isfinite(norm) and trained.scaler.get_scale() <= _least_scale(trained):
+        bad = [n for n, p in parameters.items() if p.grad is not None and not _finite(p.grad)]
+        raise LearningError(
+            f"step {number + 1}: the gradient is not finite in {some(bad)}; "
+            "lower the learning rate or use --precision fp32"
+        )
+    trained.scaler.step(trained.optimizer)
+    trained.scaler.update()
+    trained.optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+def _after_step(job: Job, trained: Trained, progress: Progress, record: Record) -> Progress:
+    """Evaluate and write a checkpoint where it is time to."""
+    every = job.training.evaluate_every
+    last = progress.step == job.steps
+    better = False
+    if last or (every and progress.step % every == 0):
+        progress, better = _evaluate(job, progress, record)
+    save_every = job.training.save_every or max(1, job.steps // 20)
+    if last or better or progress.stopped_early or progress.step % save_every == 0:
+        path = checkpoint.save(job.folder, trained, progress)
+        record({"kind": "checkpoint", "step": progress.step, "text": str(path)})
+    return progress
+
+
+def _evaluate(job: Job, progress: Progress, record: Record) -> tuple[Progress, bool]:
+    scores = job.evaluate()
+    record({
+        "kind": "evaluation", "step": progress.step, "split": "validation",
+        "metrics": scores.metrics, "rows": scores.rows,
+    })  # fmt: skip
+    best = progress.best_metrics
+    if not best or is_better(scores.main, scores.metrics, best):
+        found = replace(
+            progress, best_step=progress.step, best_metrics=scores.metrics, worse_in_a_row=0
+        )
+        return found, True
+    worse = progress.worse_in_a_row + 1
+    patience = job.training.patience
+    stop = patience is not None and worse >= patience and progress.step < job.steps
+    return replace(progress, worse_in_a_row=worse, stopped_early=stop), False
+
+
+def is_better(main: str, new: Mapping[str, float], old: Mapping[str, float]) -> bool:
+    """Whether new scores beat old ones: by the main metric, and by the loss where that ties."""
+    if main != "loss" and new[main] != old[main]:
+        return new[main] > old[main]
+    return new["loss"] < old["loss"]
+
+
+def labelled_tokens(example: Example, kind: str) -> int:
+    """How many labels of a row carry loss; the first token of a text is never predicted."""
+    labels = example.labels[1:] if kind == "causal-lm" else example.labels
+    return sum(label != -100 for label in labels)
+
+
+def on_device(batch: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """The batch where the model is."""
+    device = next(model.parameters()).device
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def _require_moved(adapter: Adapter, started: Mapping[str, Tensor]) -> None:
+    """After some steps every B, and every module trained in full, must differ from its start."""
+    still = [
+        name
+        for name, parameter in adapter.named_parameters().items()
+        if not name.endswith(".lora_A") and torch.equal(parameter, started[name])
+    ]
+    if still:
+        raise LearningError(f"after {SECOND_LOOK} steps these have not moved: {some(still)}")
+
+
+def _least_scale(trained: Trained) -> float:
+    """The loss scale at which a gradient that is not finite can no longer be scaling's fault."""
+    return SMALLEST_SCALE if trained.scaler.is_enabled() else math.inf
+
+
+def _finite(tensor: Tensor) -> bool:
+    return bool(tensor.isfinite().all())
+
+
+def _blame_forward(job: Job, batch: Mapping[str, Tensor], number: int) -> str:
+    """Where the numbers first went wrong: the forward pass once more, watched."""
+    model, found = job.adapter.model, []
+    bad = [n for n, p in job.adapter.named_parameters().items() if not _finite(p)]
+
+    def watch(name: str) -> Callable[[nn.Module, object, object], None]:
+        def note(module: nn.Module, inputs: object, output: object) -> None:
+            if isinstance(output, Tensor) and not found and not _finite(output):
+                found.append(name)
+
+        return note
+
+    hooks = [m.register_forward_hook(watch(n)) for n, m in model.named_modules() if n]
+    with torch.no_grad():
+        answer_loss(model, batch, job.kind)
+    for hook in hooks:
+        hook.remove()
+    where = found[0] if found else "the loss"
+    weights = f" (weights not finite: {some(bad)})" if bad else ""
+    return (
+        f"step {number + 1}: the loss is not finite; the first output that is not: {where}{weights}"
+        "; lower the learning rate or use --precision fp32; the last good checkpoint is kept"
+    )
+
+
+class _Clock:
+    """Speed and time left, over the steps of this process."""
+
+    def __init__(self, steps: int, progress: Progress) -> None:
+        self._steps = steps
+        self._first = progress
+        self._started = time.perf_counter()
+
+    def event(self, progress: Progress, **fields: float) -> dict[str, object]:
+        seconds = time.perf_counter() - self._started
+        done = progress.step - self._first.step
+        tokens = progress.tokens - self._first.tokens
+        return {
+            "kind": "step", "step": progress.step, "steps": self._steps, **fields,
+            "tokens": progress.tokens, "tokens_per_second": tokens / seconds,
+            "seconds": seconds, "seconds_left": seconds / done * (self._steps - progress.step),
+        }  # fmt: skip
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[threading.Event]:
+    """Let the first Ctrl-C wait for the end of the step; a second one stops at once."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def ask(number: int, frame: object) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+
+    signal.signal(signal.SIGINT, ask)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)

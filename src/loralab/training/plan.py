@@ -1,0 +1,167 @@
+"""plan(): everything train() would do, without doing it."""
+
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from loralab.adapters.methods import LoRA, Method
+from loralab.tasks.batches import collate
+from loralab.tasks.encode import Example
+from loralab.tasks.score import answer_loss
+from loralab.training import memory, preflight
+from loralab.training.loop import on_device
+from loralab.training.preflight import Prepared, Request
+from loralab.training.settings import Training
+
+PROBES = (32, 128)  # tokens of the two forward passes that predict memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedModule:
+    """One module that would be trained."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    rank: int | None
+    parameters: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a run would train, and what it would cost; seconds are of optimiser steps alone."""
+
+    model: str
+    data: str
+    kind: str
+    precision: str
+    modules: tuple[PlannedModule, ...]
+    trainable: int
+    total: int
+    rows: int
+    dropped: int
+    shortened: int
+    steps: int
+    tokens_per_step: int
+    longest_row: int
+    peak_bytes: int
+    available_bytes: int
+    seconds: float
+
+    @property
+    def share(self) -> float:
+        """Trained numbers per number in the model."""
+        return self.trainable / self.total
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields, for machines."""
+        return {**asdict(self), "share": self.share}
+
+
+def plan(
+    *,
+    model: str,
+    data: str,
+    method: Method | None = None,
+    training: Training | None = None,
+    mapping: Mapping[str, str] | None = None,
+) -> Plan:
+    """What `train` would do with the same arguments: loads and probes, trains and writes nothing.
+
+    Raises:
+        InputError: something given is wrong.
+    """
+    training = training or Training()
+    training = replace(training, precision=memory.resolve_precision(training.precision))
+    request = Request(
+        model=model, data=data, method=method or LoRA(), training=training, mapping=mapping or {}
+    )
+    prepared = preflight.prepare(request)
+    prepared.base.model.train()
+    encoded, adapter = prepared.encoded, prepared.adapter
+    lengths = [len(example.input_ids) for example in encoded.examples]
+    seconds = _seconds_per_batch(prepared, training)
+    return Plan(
+        model=model, data=data, kind=prepared.base.kind, precision=training.precision,
+        modules=_modules(prepared), trainable=adapter.num_parameters,
+        total=sum(p.numel() for p in prepared.base.model.parameters()),
+        rows=len(encoded.examples), dropped=len(encoded.dropped),
+        shortened=len(encoded.shortened), steps=prepared.steps,
+        tokens_per_step=_tokens_per_step(prepared), longest_row=max(lengths),
+        peak_bytes=predicted_peak(prepared, training),
+        available_bytes=memory.available_bytes(memory.device_here()),
+        seconds=seconds * training.accumulation_steps * prepared.steps,
+    )  # fmt: skip
+
+
+def predicted_peak(prepared: Prepared, training: Training) -> int:
+    """The peak of the largest micro-batch: the longest rows side by side."""
+    longest = sorted(prepared.encoded.examples, key=lambda example: -len(example.input_ids))
+    rows = longest[: training.batch_size]
+    short, long = (_cut(rows[0], tokens) for tokens in PROBES)
+    batches = [_batch(prepared, [example] * 2) for example in (short, long)]
+    tokens = len(rows) * len(rows[0].input_ids)
+    return memory.predicted_peak(prepared.adapter, *batches, tokens, prepared.base.kind)
+
+
+def _modules(prepared: Prepared) -> tuple[PlannedModule, ...]:
+    adapter = prepared.adapter
+    adapted = [
+        PlannedModule(
+            name=name, kind=type(m.base).__name__, shape=(m.out_features, m.in_features),
+            rank=m.rank, parameters=m.lora_A.numel() + m.lora_B.numel(),
+        )
+        for name, m in adapter.modules.items()
+    ]  # fmt: skip
+    saved = [
+        PlannedModule(
+            name=name, kind=type(m.base).__name__, shape=tuple(m.weight.shape), rank=None,
+            parameters=sum(p.numel() for p in m.trained.parameters()),
+        )
+        for name, m in adapter.saved.items()
+    ]  # fmt: skip
+    return (*adapted, *saved)
+
+
+def _tokens_per_step(prepared: Prepared) -> int:
+    lengths = prepared.batches.lengths
+    return round(sum(lengths) / prepared.batches.steps_per_epoch)
+
+
+def _seconds_per_batch(prepared: Prepared, training: Training) -> float:
+    """Forward and backward of a batch of typical rows, the faster of two after one to warm up."""
+    examples = prepared.encoded.examples
+    typical = statistics.median_low(len(example.input_ids) for example in examples)
+    rows = sorted(examples, key=lambda e: abs(len(e.input_ids) - typical))[: training.batch_size]
+    batch = _batch(prepared, rows)
+    return min([_time_once(prepared, batch) for _ in range(3)][1:])
+
+
+def _time_once(prepared: Prepared, batch: Mapping[str, torch.Tensor]) -> float:
+    started = time.perf_counter()
+    loss, _ = answer_loss(prepared.base.model, batch, prepared.base.kind)
+    loss.backward()  # type: ignore[no-untyped-call]
+    for parameter in prepared.adapter.parameters():
+        parameter.grad = None
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def _batch(prepared: Prepared, rows: list[Example]) -> dict[str, torch.Tensor]:
+    pad = prepared.base.tokenizer.pad_token_id or 0
+    batch = collate(rows, pad_id=pad, kind=prepared.base.kind)
+    return on_device(batch, prepared.base.model)
+
+
+def _cut(example: Example, tokens: int) -> Example:
+    """A row repeated and cut to a number of tokens, with labels at its end."""
+    ids = (example.input_ids * (tokens // len(example.input_ids) + 1))[-tokens:]
+    if len(example.labels) != len(example.input_ids):
+        return replace(example, input_ids=ids)
+    labels = (-100,) * (tokens - min(tokens, len(example.labels))) + example.labels[-tokens:]
+    return replace(example, input_ids=ids, labels=labels)

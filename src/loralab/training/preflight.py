@@ -1,0 +1,150 @@
+"""What is checked before the first step, in seconds: the run fits its place and can learn."""
+
+import importlib.metadata
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+import torch
+
+from loralab import atomic
+from loralab.adapters.attach import Adapter, attach
+from loralab.adapters.methods import METHODS, Method
+from loralab.adapters.targets import HEADS
+from loralab.errors import ConfigError, OutputError, some
+from loralab.models import load as models
+from loralab.models.load import Base
+from loralab.tasks import catalog, encode
+from loralab.tasks.batches import Batches
+from loralab.tasks.catalog import Task
+from loralab.tasks.encode import Encoded
+from loralab.training import memory
+from loralab.training.settings import Training
+
+CONFIG = "config.toml"
+SAMPLE_PROMPTS, SAMPLE_TOKENS = 8, 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What the user asked for, precision resolved."""
+
+    model: str
+    data: str
+    method: Method
+    training: Training
+    mapping: Mapping[str, str]
+
+    def fields(self) -> dict[str, Any]:
+        """Flat, as config.toml holds it; what is unset is left out."""
+        name = next(name for name, kind in METHODS.items() if type(self.method) is kind)
+        own = {"model": self.model, "data": self.data, "method": name, "map": dict(self.mapping)}
+        flat = {**own, **asdict(self.method), **asdict(self.training)}
+        return {key: value for key, value in flat.items() if value not in (None, (), {})}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A run that is ready to begin."""
+
+    base: Base
+    task: Task
+    adapter: Adapter
+    encoded: Encoded
+    batches: Batches
+    steps: int
+    sample: tuple[tuple[int, ...], ...]
+
+
+def prepare(request: Request) -> Prepared:
+    """Load, attach and encode; raises whatever is wrong with the input, and writes nothing."""
+    training = request.training
+    task = catalog.find(request.data, mapping=request.mapping, seed=training.seed)
+    base = load_base(request.model, task, training.precision, training.seed)
+    generator = torch.Generator().manual_seed(training.seed)
+    adapter = attach(base.model, with_head(request.method, base), generator=generator)
+    if base.kind == "causal-lm":
+        encode.round_trip(task, base.tokenizer)
+    encoded = encode.encode(
+        task, "train", base.tokenizer, kind=base.kind, max_length=training.max_length,
+        loss_on=training.loss_on,
+    )  # fmt: skip
+    memory.checkpoint_gradients(base.model, training.gradient_checkpointing)
+    batches = Batches(
+        lengths=tuple(len(example.input_ids) for example in encoded.examples),
+        batch_size=training.batch_size, accumulation_steps=training.accumulation_steps,
+        seed=training.seed, by_length=training.by_length,
+    )  # fmt: skip
+    steps = training.max_steps or training.epochs * batches.steps_per_epoch
+    return Prepared(
+        base=base, task=task, adapter=adapter, encoded=encoded, batches=batches, steps=steps,
+        sample=sample_prompts(task, base),
+    )  # fmt: skip
+
+
+def load_base(name: str, task: Task, precision: str, seed: int) -> Base:
+    """The model for a task: a classifier if it is an encoder, on the device, frozen cache off."""
+    kind = models.natural_kind(name)
+    dtype = memory.DTYPES[memory.resolve_precision(precision)]
+    base = models.load(name, kind=kind, dtype=dtype, labels=task.labels, seed=seed)
+    base.model.to(memory.device_here())
+    return base
+
+
+def with_head(method: Method, base: Base) -> Method:
+    """A new classification head must be trained and saved, or it would stay random."""
+    if base.kind != "sequence-classification":
+        return method
+    heads = [name for name, _ in base.model.named_children() if name in HEADS]
+    if any(head in method.modules_to_save for head in heads):
+        return method
+    return replace(method, modules_to_save=(*method.modules_to_save, *heads))
+
+
+def sample_prompts(task: Task, base: Base) -> tuple[tuple[int, ...], ...]:
+    """A few of the task's own inputs, to compare artefacts of this run by."""
+    if base.kind == "causal-lm":
+        prompts: Sequence[Sequence[int]] = encode.prompts(task, "validation", base.tokenizer)
+    else:
+        rows = encode.encode(
+            task, "validation", base.tokenizer, kind=base.kind, max_length=SAMPLE_TOKENS
+        )
+        prompts = [example.input_ids for example in rows.examples]
+    return tuple(tuple(prompt)[-SAMPLE_TOKENS:] for prompt in prompts[:SAMPLE_PROMPTS])
+
+
+def require_place(folder: Path, request: Request, *, resume: bool) -> None:
+    """The output folder must be free, or hold this very run and be asked to go on.
+
+    Raises:
+        OutputError: something else is there, or a run that was not asked to go on.
+        ConfigError: the run there has other settings.
+    """
+    config = folder / CONFIG
+    if not config.is_file():
+        atomic.require_free(folder)
+        return
+    if not resume:
+        raise OutputError(
+            f"{folder} holds another run; continue it with --resume, or choose another name"
+        )
+    stored = tomllib.loads(config.read_text(encoding="utf-8"))
+    asked = tomllib.loads(tomli_w.dumps(request.fields()))
+    different = sorted(k for k in stored.keys() | asked.keys() if stored.get(k) != asked.get(k))
+    if different:
+        changes = [f"{k} was {stored.get(k)!r}, now {asked.get(k)!r}" for k in different]
+        raise ConfigError(f"{folder} holds a run with other settings: {some(changes)}")
+
+
+def write_config(folder: Path, request: Request) -> None:
+    """config.toml: `loralab train --config` with it repeats the run."""
+    atomic.write_file(folder / CONFIG, tomli_w.dumps(request.fields()))
+
+
+def versions() -> dict[str, str]:
+    """The libraries whose version can change a result."""
+    names = ("loralab", "torch", "transformers", "tokenizers", "safetensors", "accelerate")
+    return {name: importlib.metadata.version(name) for name in names}

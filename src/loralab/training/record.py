@@ -1,0 +1,111 @@
+"""What a run says while it runs: events, metrics.jsonl, train.log, TensorBoard.
+
+The loop emits events and knows nothing of who listens.
+"""
+
+import contextlib
+import importlib.util
+import json
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from loralab import atomic
+
+Event = dict[str, Any]  # always "kind": plan, note, step, evaluation, checkpoint or end
+Listener = Callable[[Event], None]
+
+METRICS = "metrics.jsonl"
+LOG = "train.log"
+_KEPT = ("step", "evaluation")
+
+
+class Record:
+    """Writes a run's events into its folder, and passes them on.
+
+    Args:
+        folder: the run folder.
+        step: the steps that are done; later lines of an interrupted run are dropped.
+        listener: called with every event.
+    """
+
+    def __init__(self, folder: Path, step: int, listener: Listener | None) -> None:
+        self.folder = folder
+        self._listener = listener
+        _drop_after(folder / METRICS, step)
+        self._board = _tensorboard(folder / "tensorboard", step)
+
+    def __call__(self, event: Event) -> None:
+        """Write one event and pass it on."""
+        if event["kind"] in _KEPT:
+            _append(self.folder / METRICS, json.dumps(event))
+            self._draw(event)
+        _append(self.folder / LOG, describe(event))
+        if self._listener is not None:
+            self._listener(event)
+
+    def close(self) -> None:
+        """Finish the TensorBoard file."""
+        if self._board is not None:
+            self._board.close()
+
+    def _draw(self, event: Event) -> None:
+        if self._board is None:
+            return
+        numbers = {**event, **event.get("metrics", {})}
+        for name, value in numbers.items():
+            if isinstance(value, int | float) and name != "step":
+                self._board.add_scalar(f"{event['kind']}/{name}", value, event["step"])
+
+
+def describe(event: Event) -> str:
+    """An event as one line of text."""
+    if event["kind"] == "step":
+        return (
+            f"step {event['step']}/{event['steps']}  loss {event['loss']:.4f}  "
+            f"rate {event['learning_rate']:.2e}  norm {event['grad_norm']:.3f}  "
+            f"{event['tokens_per_second']:.0f} tokens/s"
+        )
+    if event["kind"] == "evaluation":
+        numbers = "  ".join(f"{name} {value:.4f}" for name, value in event["metrics"].items())
+        return f"step {event['step']}: {event['split']} {numbers}"
+    return f"{event['kind']}: {event.get('text', '')}"
+
+
+def read_metrics(folder: str | Path) -> list[Event]:
+    """The events of a run folder's metrics.jsonl, but for a line that a crash cut off."""
+    file = Path(folder) / METRICS
+    if not file.is_file():
+        return []
+    events = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(ValueError):
+            events.append(json.loads(line))
+    return events
+
+
+def _drop_after(file: Path, step: int) -> None:
+    if file.exists():
+        kept = [event for event in read_metrics(file.parent) if event["step"] <= step]
+        atomic.write_file(file, _lines(kept))
+
+
+def _lines(events: Iterable[Event]) -> str:
+    return "".join(json.dumps(event) + "\n" for event in events)
+
+
+def _append(file: Path, line: str) -> None:
+    with file.open("a", encoding="utf-8") as handle:
+        handle.write(line + "\n")
+
+
+def _tensorboard(folder: Path, step: int) -> Any:
+    """A TensorBoard writer where the package is installed (extra `track`), else None."""
+    if importlib.util.find_spec("tensorboard") is None:
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # its dependencies deprecate each other
+        from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(folder, purge_step=step + 1)

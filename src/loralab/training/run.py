@@ -1,0 +1,199 @@
+"""train(): prepares, calls the loop, writes the run folder."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loralab.adapters.attach import Adapter
+from loralab.adapters.methods import LoRA, Method
+from loralab.models.load import Base
+from loralab.tasks import encode
+from loralab.tasks.catalog import Task
+from loralab.tasks.score import Scores, evaluate
+from loralab.training import checkpoint, memory, preflight
+from loralab.training.checkpoint import Progress, Trained
+from loralab.training.loop import Job, run_steps
+from loralab.training.optim import optimizer_for
+from loralab.training.preflight import Prepared, Request
+from loralab.training.record import Listener, Record
+from loralab.training.settings import Training
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A finished run: the live model with its adapter, and what was measured.
+
+    `scores` are of the saved weights, on the validation rows. `seconds` and `tokens_per_second`
+    cover this process only; `tokens` the whole run.
+    """
+
+    output_dir: Path
+    base: Base
+    adapter: Adapter
+    task: Task
+    sample: tuple[tuple[int, ...], ...]
+    scores: Mapping[str, Scores]
+    steps: int
+    best_step: int
+    stopped: str
+    tokens: int
+    seconds: float
+    tokens_per_second: float
+    peak_bytes: int
+
+
+def train(
+    *,
+    model: str,
+    data: str,
+    output_dir: str | Path,
+    method: Method | None = None,
+    training: Training | None = None,
+    resume: bool = False,
+    mapping: Mapping[str, str] | None = None,
+    listener: Listener | None = None,
+) -> Run:
+    """Train an adapter and write its run folder, which is an adapter folder too.
+
+    Args:
+        model: short name, folder, GGUF file or hub id.
+        data: task name, file, folder or hub id.
+        output_dir: a new folder, or with `resume` the folder of the same run.
+        resume: go on from the last checkpoint; on a CPU it ends in the same bytes as a run that
+            was never interrupted.
+        mapping: canonical column -> the file's own, such as {"text": "review"}.
+        listener: called with every event of the run.
+
+    Raises:
+        InputError: something given is wrong; nothing has been written.
+        LearningError: the run cannot learn, or its numbers are no longer finite.
+    """
+    folder = Path(output_dir)
+    training = training or Training()
+    training = replace(training, precision=memory.resolve_precision(training.precision))
+    request = Request(
+        model=model, data=data, method=method or LoRA(), training=training, mapping=mapping or {}
+    )
+    preflight.require_place(folder, request, resume=resume)
+    prepared = preflight.prepare(request)
+    preflight.write_config(folder, request)
+    with torch.random.fork_rng():
+        torch.manual_seed(training.seed)
+        return _run(request, prepared, folder, listener)
+
+
+def _run(request: Request, prepared: Prepared, folder: Path, listener: Listener | None) -> Run:
+    base, adapter, training = prepared.base, prepared.adapter, request.training
+    trained = Trained(
+        adapter=adapter,
+        optimizer=optimizer_for(adapter.named_parameters(), training),
+        scaler=torch.amp.GradScaler(
+            memory.device_here().type, enabled=training.precision == "fp16"
+        ),
+    )
+    last = checkpoint.latest(folder)
+    progress = checkpoint.restore(last, trained) if last else Progress()
+    record = Record(folder, progress.step, listener)
+    _announce(prepared, training, progress, record)
+    started, tokens = time.perf_counter(), progress.tokens
+    seen: list[Scores] = []
+    score = _scorer(prepared, training, seen)
+    progress = run_steps(_job(request, prepared, folder, score), trained, progress, record)
+    seconds = time.perf_counter() - started
+    best = progress.best_step or progress.step
+    if best != progress.step:
+        checkpoint.restore_weights(checkpoint.at_step(folder, best), adapter)
+    base.model.eval()
+    # the loop's last evaluation was of these very weights, unless it happened in another process
+    scores = seen[-1] if seen and best == progress.step else score()
+    adapter.save(folder, record_of(request, prepared, progress, scores), overwrite=True)
+    record({"kind": "end", "step": progress.step, "text": f"saved in {folder}"})
+    record.close()
+    return Run(
+        output_dir=folder, base=base, adapter=adapter, task=prepared.task,
+        sample=prepared.sample, scores={"validation": scores}, steps=progress.step,
+        best_step=best, stopped="early stop" if progress.stopped_early else "finished",
+        tokens=progress.tokens, seconds=seconds,
+        tokens_per_second=(progress.tokens - tokens) / seconds,
+        peak_bytes=memory.peak_bytes(memory.device_here()),
+    )  # fmt: skip
+
+
+def _job(request: Request, prepared: Prepared, folder: Path, score: Callable[[], Scores]) -> Job:
+    return Job(
+        adapter=prepared.adapter, kind=prepared.base.kind, examples=prepared.encoded.examples,
+        batches=prepared.batches, pad_id=prepared.base.tokenizer.pad_token_id or 0,
+        steps=prepared.steps, training=request.training, folder=folder, evaluate=score,
+    )  # fmt: skip
+
+
+def _scorer(prepared: Prepared, training: Training, seen: list[Scores]) -> Callable[[], Scores]:
+    """Scores the model as it is now on the first validation rows, and notes it in `seen`."""
+    base = prepared.base
+
+    def score() -> Scores:
+        scores = evaluate(
+            base.model, base.tokenizer, prepared.task, "validation", kind=base.kind,
+            batch_size=max(16, training.batch_size), limit=training.evaluation_rows,
+        )  # fmt: skip
+        seen.append(scores)
+        return scores
+
+    return score
+
+
+def _announce(prepared: Prepared, training: Training, progress: Progress, record: Record) -> None:
+    adapter, encoded = prepared.adapter, prepared.encoded
+    total = sum(p.numel() for p in prepared.base.model.parameters())
+    record({
+        "kind": "plan", "step": progress.step, "steps": prepared.steps,
+        "trainable": adapter.num_parameters, "total": total, "rows": len(encoded.examples),
+        "text": f"{adapter.num_parameters:,} of {total:,} parameters in {len(adapter.modules)} "
+        f"modules, {len(encoded.examples):,} rows, {prepared.steps} steps, {training.precision}",
+    })  # fmt: skip
+    notes = []
+    if encoded.dropped:
+        notes.append(_rows("left out, their answer does not fit", encoded.dropped, training))
+    if encoded.shortened:
+        notes.append(_rows("cut at the end", encoded.shortened, training))
+    if progress.step:
+        notes.append(f"going on from step {progress.step}")
+    for note in notes:
+        record({"kind": "note", "step": progress.step, "text": note})
+
+
+def _rows(what: str, rows: tuple[int, ...], training: Training) -> str:
+    first = ", ".join(str(row + 1) for row in rows[:5])
+    return f"{len(rows)} rows {what} in --max-length {training.max_length} (first: {first})"
+
+
+def record_of(
+    request: Request, prepared: Prepared, progress: Progress, scores: Scores
+) -> dict[str, Any]:
+    """What loralab.json says of a run; no times, so that the same run gives the same bytes."""
+    base, task = prepared.base, prepared.task
+    fields = request.fields()
+    return {
+        "base": {"name": base.name, "kind": base.kind, "precision": request.training.precision},
+        "task": {
+            "name": task.name, "format": task.format, "labels": list(task.labels),
+            "instruction": task.instruction, "digest": task.digest,
+            "rows": {split: len(rows) for split, rows in task.splits.items()},
+        },
+        "tokenizer": {
+            "chat_template": base.tokenizer.chat_template,
+            "eos_token": base.tokenizer.eos_token,
+            "stop_ids": list(encode.stop_ids(base.tokenizer)) if base.kind == "causal-lm" else [],
+        },
+        "method": {"name": fields["method"], **asdict(request.method)},
+        "training": asdict(request.training),
+        "steps": progress.step,
+        "best_step": progress.best_step,
+        "metrics": {"validation": dict(scores.metrics)},
+        "versions": preflight.versions(),
+        "sample": [list(prompt) for prompt in prepared.sample],
+    }  # fmt: skip

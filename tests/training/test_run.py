@@ -1,0 +1,183 @@
+"""train(): what it writes, what it refuses, and that the same run gives the same bytes."""
+
+import json
+import tomllib
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from loralab.adapters import attach
+from loralab.adapters.folder import RECORD, TENSORS
+from loralab.adapters.methods import LoRA
+from loralab.errors import ConfigError, DataError, InputError, OutputError, TargetError
+from loralab.models import load as models
+from loralab.training import run as run_module
+from loralab.training.record import Event, read_metrics
+from loralab.training.run import Run
+
+Train = Callable[..., Run]
+
+
+def files_of(run: Run) -> dict[str, bytes]:
+    return {name: (run.output_dir / name).read_bytes() for name in (TENSORS, RECORD)}
+
+
+def test_the_loss_falls_and_the_folder_holds_the_run(tiny_train: Train) -> None:
+    # the head is trained too: a random model's frozen one can say next to nothing
+    method = LoRA(rank=2, modules_to_save=["lm_head"])
+    run = tiny_train(max_steps=30, learning_rate=0.02, method=method)
+    losses = [event["loss"] for event in read_metrics(run.output_dir) if event["kind"] == "step"]
+    assert len(losses) == 30
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    names = {path.name for path in run.output_dir.iterdir()}
+    assert names >= {"adapter_config.json", TENSORS, RECORD, "config.toml", "metrics.jsonl",
+                     "train.log", "checkpoints", "tensorboard"}  # fmt: skip
+
+
+def test_the_saved_adapter_is_the_live_one(tiny_train: Train, tiny_llama_folder: Path) -> None:
+    run = tiny_train()
+    ids = torch.tensor([run.sample[0]])
+    with torch.no_grad():
+        live = run.base.model(ids).logits
+        fresh = models.load(str(tiny_llama_folder), kind="causal-lm").model
+        attach.load(fresh, run.output_dir)
+        assert torch.equal(fresh(ids).logits, live)
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_does_not(tiny_train: Train) -> None:
+    method = LoRA(rank=2, dropout=0.3)
+    first, again = tiny_train("one", method=method), tiny_train("two", method=method)
+    other = tiny_train("three", method=method, seed=1)
+    assert files_of(first) == files_of(again)
+    assert files_of(first)[TENSORS] != files_of(other)[TENSORS]
+
+
+class Killed(BaseException):
+    """Stands for a process that ends between two events."""
+
+
+@pytest.mark.parametrize("stop_at", [1, 2, 3, 5])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_killed_run_resumes_in_the_same_bytes(
+    tiny_train: Train, stop_at: int, precision: str
+) -> None:
+    method = LoRA(rank=2, dropout=0.3)
+    wanted = {"method": method, "save_every": 2, "evaluate_every": 3, "precision": precision}
+    whole = tiny_train("whole", **wanted)
+
+    def kill(event: Event) -> None:
+        if event["kind"] == "step" and event["step"] == stop_at:
+            raise Killed
+
+    with pytest.raises(Killed):
+        tiny_train("cut", listener=kill, **wanted)
+    resumed = tiny_train("cut", resume=True, **wanted)
+    assert files_of(resumed) == files_of(whole)
+    last = "checkpoints/step-000006/state.safetensors"
+    assert (resumed.output_dir / last).read_bytes() == (whole.output_dir / last).read_bytes()
+    steps = [e["step"] for e in read_metrics(resumed.output_dir) if e["kind"] == "step"]
+    assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_resuming_a_finished_run_changes_nothing(tiny_train: Train) -> None:
+    run = tiny_train()
+    before = files_of(run)
+    assert files_of(tiny_train(resume=True)) == before
+
+
+def test_another_run_in_the_folder_is_not_overwritten(tiny_train: Train) -> None:
+    run = tiny_train()
+    before = files_of(run)
+    with pytest.raises(OutputError, match="--resume"):
+        tiny_train()
+    with pytest.raises(ConfigError, match="learning_rate was"):
+        tiny_train(resume=True, learning_rate=1e-5)
+    assert files_of(run) == before
+
+
+def test_a_folder_with_other_things_is_refused(tiny_train: Train, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("mine")
+    with pytest.raises(OutputError, match="not empty"):
+        tiny_train()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ({"model": "no-such-model"}, InputError),
+        ({"data": "no-such-data.jsonl"}, DataError),
+        ({"method": LoRA(target_modules=["q_porj"])}, TargetError),
+        ({"max_length": 2}, DataError),
+    ],
+)
+def test_bad_input_writes_nothing(
+    tiny_train: Train, tmp_path: Path, arguments: dict[str, object], error: type[Exception]
+) -> None:
+    with pytest.raises(error):
+        tiny_train(**arguments)
+    assert not (tmp_path / "run").exists()
+
+
+def test_config_toml_says_what_was_asked(tiny_train: Train) -> None:
+    run = tiny_train(method=LoRA(rank=3, rank_pattern={"q_proj": 2}), learning_rate=0.002)
+    config = tomllib.loads((run.output_dir / "config.toml").read_text())
+    assert (config["rank"], config["learning_rate"], config["method"]) == (3, 0.002, "lora")
+    assert config["rank_pattern"] == {"q_proj": 2}
+
+
+def test_the_best_weights_are_saved_not_the_last(tiny_train: Train) -> None:
+    method = LoRA(rank=2, modules_to_save=["lm_head"])
+    run = tiny_train(
+        max_steps=20, learning_rate=20.0, evaluate_every=1, schedule="constant", method=method
+    )
+    evaluations = [e for e in read_metrics(run.output_dir) if e["kind"] == "evaluation"]
+    best = min(evaluations, key=lambda event: event["metrics"]["loss"])
+    assert run.best_step == best["step"] < 20
+    assert run.scores["validation"].metrics["loss"] == pytest.approx(best["metrics"]["loss"])
+
+
+def test_patience_stops_a_run_that_no_longer_gets_better(tiny_train: Train) -> None:
+    run = tiny_train(
+        max_steps=40, learning_rate=1.0, evaluate_every=1, patience=2, schedule="constant",
+        method=LoRA(rank=2, modules_to_save=["lm_head"]),
+    )  # fmt: skip
+    assert run.stopped == "early stop"
+    assert run.steps < 40
+
+
+def test_an_encoder_is_trained_with_its_head(
+    tiny_train: Train, tiny_bert_folder: Path, labelled: Path
+) -> None:
+    run = tiny_train(model=str(tiny_bert_folder), data=str(labelled))
+    assert run.base.kind == "sequence-classification"
+    assert list(run.adapter.saved) == ["classifier"]
+    assert "accuracy" in run.scores["validation"].metrics
+
+
+def test_the_record_names_base_task_and_versions(tiny_train: Train) -> None:
+    record = json.loads((tiny_train().output_dir / RECORD).read_text())
+    assert record["base"]["kind"] == "causal-lm"
+    assert len(record["base"]["fingerprint"]) == 16
+    assert record["task"]["digest"]
+    assert record["tokenizer"]["stop_ids"]
+    assert record["versions"]["torch"].startswith(torch.__version__.split("+")[0])
+
+
+def test_training_leaves_the_users_random_numbers_alone(tiny_train: Train) -> None:
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    tiny_train()
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_run_needs_no_defaults_spelled_out(tiny_train: Train) -> None:
+    """The defaults of the function are the dataclasses' own."""
+    run = tiny_train()
+    assert replace(run.adapter.config) == LoRA(rank=2)
+    assert run_module.Training().precision == "auto"
