@@ -46,9 +46,7 @@ def main() -> int:
     )  # fmt: skip
 
     console.print("[bold]3[/] scoring the adapted model on the same reviews ...")
-    adapted = loralab.evaluate(
-        adapter=options.output / "adapter", data=DATA, evaluation=evaluation
-    )
+    adapted = loralab.evaluate(adapter=options.output / "adapter", data=DATA, evaluation=evaluation)
 
     console.print("[bold]4[/] merging, and comparing in a fresh process ...")
     certificate = loralab.merge(options.output / "adapter", options.output / "merged")

@@ -19,7 +19,10 @@ def sums(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Prompt-completion rows of unequal length, most of them in the training part."""
     file = tmp_path_factory.mktemp("data") / "sums.jsonl"
     rows = [
-        {"prompt": " ".join(WORDS[(i + j) % 6] for j in range(1 + i % 5)), "completion": WORDS[i % 6]}
+        {
+            "prompt": " ".join(WORDS[(i + j) % 6] for j in range(1 + i % 5)),
+            "completion": WORDS[i % 6],
+        }
         for i in range(60)
     ]
     rows = [{**row, "prompt": f"{n} {row['prompt']}"} for n, row in enumerate(rows)]

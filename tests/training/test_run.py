@@ -133,7 +133,7 @@ def test_config_toml_says_what_was_asked(tiny_train: Train) -> None:
 def test_the_best_weights_are_saved_not_the_last(tiny_train: Train) -> None:
     method = LoRA(rank=2, modules_to_save=["lm_head"])
     run = tiny_train(
-        max_steps=20, learning_rate=20.0, evaluate_every=1, schedule="constant", method=method
+        max_steps=20, learning_rate=3.0, evaluate_every=1, schedule="constant", method=method
     )
     evaluations = [e for e in read_metrics(run.output_dir) if e["kind"] == "evaluation"]
     best = min(evaluations, key=lambda event: event["metrics"]["loss"])

@@ -190,7 +190,8 @@ def _finite(tensor: Tensor) -> bool:
 
 def _blame_forward(job: Job, batch: Mapping[str, Tensor], number: int) -> str:
     """Where the numbers first went wrong: the forward pass once more, watched."""
-    model, found = job.adapter.model, []
+    model = job.adapter.model
+    found: list[str] = []
     bad = [n for n, p in job.adapter.named_parameters().items() if not _finite(p)]
 
     def watch(name: str) -> Callable[[nn.Module, object, object], None]:

@@ -102,10 +102,9 @@ def predicted_peak(prepared: Prepared, training: Training) -> int:
     """The peak of the largest micro-batch: the longest rows side by side."""
     longest = sorted(prepared.encoded.examples, key=lambda example: -len(example.input_ids))
     rows = longest[: training.batch_size]
-    short, long = (_cut(rows[0], tokens) for tokens in PROBES)
-    batches = [_batch(prepared, [example] * 2) for example in (short, long)]
+    short, long = (_batch(prepared, [_cut(rows[0], tokens)] * 2) for tokens in PROBES)
     tokens = len(rows) * len(rows[0].input_ids)
-    return memory.predicted_peak(prepared.adapter, *batches, tokens, prepared.base.kind)
+    return memory.predicted_peak(prepared.adapter, short, long, tokens, prepared.base.kind)
 
 
 def _modules(prepared: Prepared) -> tuple[PlannedModule, ...]:
@@ -144,7 +143,7 @@ def _seconds_per_batch(prepared: Prepared, training: Training) -> float:
 def _time_once(prepared: Prepared, batch: Mapping[str, torch.Tensor]) -> float:
     started = time.perf_counter()
     loss, _ = answer_loss(prepared.base.model, batch, prepared.base.kind)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     for parameter in prepared.adapter.parameters():
         parameter.grad = None
     if torch.cuda.is_available():

@@ -1,0 +1,230 @@
+"""Name -> Base: short name, folder, GGUF file or hub id.
+
+Weights are read from safetensors or GGUF only, never from a pickle, and no code that comes with
+a model is run. A GGUF file is converted once, to a folder in the cache.
+"""
+
+import contextlib
+import hashlib
+import importlib.util
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging
+
+from loralab import atomic
+from loralab.errors import ModelError, OutputError, nearest
+from loralab.models.catalog import MODELS, how_to_get, locate
+
+CAUSAL, CLASSIFIER = "causal-lm", "sequence-classification"
+_LOADERS = {CAUSAL: AutoModelForCausalLM, CLASSIFIER: AutoModelForSequenceClassification}
+# encoders that transformers can also run as a decoder: their weights were not trained for it
+_ENCODERS = ("bert", "roberta", "electra", "camembert", "xlm-roberta", "data2vec-text", "ernie",
+             "megatron-bert", "rembert", "roformer", "xmod", "mega", "nezha")  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Base:
+    """A base model, in evaluation mode, with its tokenizer (padded on the right).
+
+    `name` is what the user wrote, a folder made absolute; `source` where it was read from.
+    """
+
+    name: str
+    model: Any
+    tokenizer: Any
+    kind: str
+    source: str
+
+
+def load(
+    name: str,
+    *,
+    kind: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    labels: Sequence[str] = (),
+    seed: int = 0,
+) -> Base:
+    """Load a base model and its tokenizer.
+
+    Args:
+        kind: "causal-lm" or "sequence-classification"; None is the model's own.
+        labels: class names of a new classification head; a model that has one keeps it.
+        seed: of that new head.
+
+    Raises:
+        ModelError: it does not exist, cannot be read, or is of another kind.
+    """
+    source = resolve(name)
+    kind = kind or natural_kind(name)
+    options: dict[str, Any] = {}
+    if kind == CLASSIFIER and labels:
+        names = dict(enumerate(labels))
+        options = {"num_labels": len(names), "id2label": names,
+                   "label2id": {label: index for index, label in names.items()}}  # fmt: skip
+    with _quiet(), _explained(name), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model, report = _LOADERS[kind].from_pretrained(
+            source, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+        )
+    _require_complete(name, model, kind, report["missing_keys"])
+    _prepare(model, tokenizer)
+    shown = str(Path(name).resolve()) if Path(name).exists() else name
+    return Base(name=shown, model=model.eval(), tokenizer=tokenizer, kind=kind, source=source)
+
+
+def natural_kind(name: str) -> str:
+    """What a model is, from its configuration alone: a classifier if it is an encoder.
+
+    Raises:
+        ModelError: it does not exist, or has no readable configuration.
+    """
+    with _quiet(), _explained(name):
+        config = AutoConfig.from_pretrained(resolve(name))
+    architectures = config.architectures or [""]
+    if any(found.endswith("ForCausalLM") or "LMHead" in found for found in architectures):
+        return CAUSAL
+    if any(found.endswith("ForSequenceClassification") for found in architectures):
+        return CLASSIFIER
+    decoder = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return CAUSAL if decoder and config.model_type not in _ENCODERS else CLASSIFIER
+
+
+def resolve(name: str) -> str:
+    """The folder or hub id that transformers reads; a GGUF file is converted on the way.
+
+    Raises:
+        ModelError: there is no such model, or its package is not installed.
+    """
+    if name in MODELS:
+        found = locate(MODELS[name])
+        if found is None:
+            raise ModelError(f"{name} is not installed; get it with: {how_to_get(MODELS[name])}")
+        return str(_converted(found, name) if found.suffix == ".gguf" else found)
+    path = Path(name).expanduser()
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ModelError(f"{name} is a file, but not .gguf; a model is a folder or a GGUF file")
+        return str(_converted(path, path.stem))
+    if path.is_dir():
+        _require_model_folder(path)
+        return str(path)
+    if re.fullmatch(r"[\w\-.]+/[\w\-.]+", name) and not path.parent.is_dir():
+        return name
+    beside = path.parent.iterdir() if path.parent.is_dir() else ()
+    hint = nearest(name, [*MODELS, *(str(p) for p in beside if p.is_dir())])
+    raise ModelError(f"there is no model {name!r}{hint}; short names: {', '.join(MODELS)}")
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: $LORALAB_CACHE, or loralab in the user's cache."""
+    if own := os.environ.get("LORALAB_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loralab"
+
+
+def _converted(file: Path, name: str) -> Path:
+    """The folder that holds a GGUF file's model in fp32, written the first time."""
+    with file.open("rb") as handle:
+        digest = hashlib.file_digest(handle, "sha256").hexdigest()
+    folder = cache_folder() / "models" / f"{file.stem}-{digest[:16]}"
+    if (folder / "config.json").is_file():
+        return folder
+    if importlib.util.find_spec("gguf") is None:
+        raise ModelError(f"{file.name} needs the package gguf: pip install 'loralab[gguf]'")
+    with _quiet(), _explained(str(file)):
+        options = {"gguf_file": file.name}
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, **options)
+        model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **options)
+        _forget_quantization(model)
+        model.config._name_or_path = name
+        # two processes may convert at once: each writes its own, the first to finish is kept
+        own = folder.with_name(f"{folder.name}.{os.getpid()}")
+        with atomic.new_folder(own) as place:
+            model.save_pretrained(place)
+            tokenizer.save_pretrained(place)
+    with contextlib.suppress(OSError):
+        own.rename(folder)
+    return folder if folder.is_dir() else own
+
+
+def _forget_quantization(model: Any) -> None:
+    """The weights are dequantised now, and may be saved."""
+    model.config.__dict__.pop("quantization_config", None)
+    model.is_quantized = False
+    for name in ("hf_quantizer", "quantization_method"):
+        if hasattr(model, name):
+            setattr(model, name, None)
+
+
+def _require_model_folder(path: Path) -> None:
+    if not (path / "config.json").is_file():
+        raise ModelError(f"{path} is no model folder: it has no config.json")
+    if any(path.glob("*.safetensors")):
+        return
+    if any(path.glob("*.bin")) or any(path.glob("*.pt")):
+        raise ModelError(
+            f"{path} holds its weights as a pickle, which can run code; convert them to safetensors"
+        )
+    raise ModelError(f"{path} holds no weights (*.safetensors)")
+
+
+def _require_complete(name: str, model: nn.Module, kind: str, missing: Sequence[str]) -> None:
+    """Only a new classification head may be absent from the file."""
+    heads = ("classifier.", "score.", "pre_classifier.", "bert.pooler.", "pooler.")
+    lost = [key for key in missing if kind != CLASSIFIER or not key.startswith(heads)]
+    if lost:
+        raise ModelError(
+            f"{name} is incomplete for {type(model).__name__}: {len(lost)} weights are missing, "
+            f"the first is {sorted(lost)[0]}"
+        )
+
+
+def _prepare(model: Any, tokenizer: Any) -> None:
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    if model.config.get_text_config().pad_token_id is None:
+        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' progress bars and load reports; what is wrong becomes our error."""
+    verbosity = logging.get_verbosity()
+    bars = logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """One line of ours for whatever transformers raises on a model that it cannot read."""
+    try:
+        yield
+    except (ModelError, OutputError):
+        raise
+    except Exception as error:  # its readers raise some ten unrelated kinds
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = lines[0] if lines else type(error).__name__
+        raise ModelError(f"{name} cannot be read: {reason}") from error

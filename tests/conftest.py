@@ -1,0 +1,91 @@
+"""Tiny models with tokenizers, saved as folders: real formats, random weights, milliseconds."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    BertConfig,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+torch.set_num_threads(1)
+
+CHAT = (
+    "{% for m in messages %}<s>{{ m['role'] }} {{ m['content'] }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant {% endif %}"
+)
+WORDS = (  # noqa: SIM905  (a list of 30 short strings is not easier to read)
+    "system user assistant good bad fine poor great awful film a b yes no is this the of what say "
+    "positive negative review Classify text Answer with one . : , ?"
+).split()
+
+
+def tiny_tokenizer(*, chat: bool) -> PreTrainedTokenizerFast:
+    """Whole words and two-digit numbers; </s> ends a text and pads, as SmolLM2's end token does."""
+    names = ["<unk>", "<s>", "</s>", *WORDS, *map(str, range(60))]
+    model = models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>")
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>",
+        unk_token="<unk>",
+    )  # fmt: skip
+    fast.chat_template = CHAT if chat else None
+    return fast
+
+
+VOCABULARY = 3 + len(WORDS) + 60
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+         "num_attention_heads": 4, "vocab_size": VOCABULARY}  # fmt: skip
+Saver = Callable[[str, Any, bool], Path]
+
+
+@pytest.fixture(scope="session")
+def save_tiny(tmp_path_factory: pytest.TempPathFactory) -> Saver:
+    """Write a model and the tiny tokenizer to a folder."""
+
+    def save(name: str, model: Any, chat: bool) -> Path:
+        folder = tmp_path_factory.mktemp(name)
+        model.save_pretrained(folder)
+        tiny_tokenizer(chat=chat).save_pretrained(folder)
+        return folder
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def tiny_llama_folder(save_tiny: Saver) -> Path:
+    """Llama with grouped queries and a tied head, chat template, end token = padding."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        **SIZES, num_key_value_heads=2, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2,
+        pad_token_id=2, max_position_embeddings=512,
+    )  # fmt: skip
+    return save_tiny("llama", LlamaForCausalLM(config), True)
+
+
+@pytest.fixture(scope="session")
+def tiny_gpt2_folder(save_tiny: Saver) -> Path:
+    """GPT-2 with its Conv1D layers, no chat template."""
+    torch.manual_seed(0)
+    config = GPT2Config(
+        n_embd=32, n_layer=2, n_head=4, vocab_size=VOCABULARY, n_positions=256, bos_token_id=1,
+        eos_token_id=2,
+    )  # fmt: skip
+    return save_tiny("gpt2", GPT2LMHeadModel(config), False)
+
+
+@pytest.fixture(scope="session")
+def tiny_bert_folder(save_tiny: Saver) -> Path:
+    """A BERT encoder without a head."""
+    torch.manual_seed(0)
+    return save_tiny("bert", BertModel(BertConfig(**SIZES, max_position_embeddings=128)), False)
