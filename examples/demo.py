@@ -112,7 +112,7 @@ def _next(console: Console, folder: Path) -> None:
         " Answer with one word. A quiet triumph.'",
         f"loralab inspect {folder}/adapter",
         f"loralab verify {folder}/merged",
-        f"loralab train --data movie-reviews --output-dir {folder.parent}/r4 --rank 4 --max-steps 60",
+        f"loralab train --data movie-reviews --output-dir {folder.parent}/r4 --rank 4",
     ):
         console.print(f"  .venv/bin/{command}", highlight=False, soft_wrap=True)
 

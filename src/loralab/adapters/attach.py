@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from loralab.adapters.fingerprint import fingerprint
+from loralab.adapters.fingerprint import dtype_name, fingerprint
 from loralab.adapters.folder import PREFIX, AdapterFolder, config_to_peft, read, write
 from loralab.adapters.linear import LinearWithLoRA
 from loralab.adapters.methods import LoRA
@@ -303,7 +303,9 @@ def _fill(adapter: Adapter, stored: AdapterFolder) -> None:
 def _compare_base(adapter: Adapter, stored: AdapterFolder) -> None:
     base = stored.record.get("base", {})
     trained_on = base.get("fingerprint")
-    here = fingerprint(adapter.model, frozenset(adapter.saved)) if trained_on else None
+    if trained_on is None or "float16" in (base.get("dtype"), dtype_name(adapter.model)):
+        return  # fp16 rounds its own way: fingerprints across dtypes would differ for nothing
+    here = fingerprint(adapter.model, frozenset(adapter.saved))
     if trained_on != here:
         warnings.warn(
             f"{stored.path} was trained on {base.get('name') or 'a base model'} with fingerprint "
@@ -315,7 +317,7 @@ def _compare_base(adapter: Adapter, stored: AdapterFolder) -> None:
 
 def _described(model: nn.Module) -> dict[str, Any]:
     name = getattr(getattr(model, "config", None), "_name_or_path", "") or None
-    return {"name": name, "architecture": type(model).__name__}
+    return {"name": name, "architecture": type(model).__name__, "dtype": dtype_name(model)}
 
 
 def _replace(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:

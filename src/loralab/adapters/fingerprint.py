@@ -47,6 +47,12 @@ def base_tensors(model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
+def dtype_name(model: nn.Module) -> str:
+    """The dtype of the base's weights, such as "bfloat16"; of the first, where they differ."""
+    first = next(iter(base_tensors(model).values()))
+    return str(first.dtype).removeprefix("torch.")
+
+
 def _sample(tensor: Tensor) -> bytes:
     if tensor.is_meta:
         return b""

@@ -73,8 +73,8 @@ def write(
     kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     digest = content_digest(config, kept)
     atomic.write_file(path / TENSORS, safetensors.torch.save(kept, {"format": "pt"}))
-    atomic.write_file(path / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
-    _write_record(path, {"format": FORMAT, "digest": digest, **record})
+    write_json(path / CONFIG, dict(sorted(config.items())))
+    write_json(path / RECORD, {"format": FORMAT, "digest": digest, **record})
     if read(path).digest != digest:
         raise OutputError(f"{path} does not read back as it was written; is the disk sound?")
     return path
@@ -113,7 +113,7 @@ def read(path: str | Path) -> AdapterFolder:
 def update_record(path: str | Path, **fields: Any) -> None:
     """Set fields of a folder's loralab.json; the tensors and their digest stay as they are."""
     record = read_json(Path(path) / RECORD)
-    _write_record(Path(path), {**record, **fields})
+    write_json(Path(path) / RECORD, {**record, **fields})
 
 
 def content_digest(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
@@ -259,9 +259,9 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         raise AdapterFileError(f"{file} is damaged or truncated: {error}") from None
 
 
-def _write_record(path: Path, record: Mapping[str, Any]) -> None:
-    text = json.dumps(record, indent=2, ensure_ascii=False)
-    atomic.write_file(path / RECORD, text + "\n")
+def write_json(file: Path, content: Mapping[str, Any]) -> None:
+    """A JSON object to a file, whole or not at all."""
+    atomic.write_file(file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def _peft_targets(names: list[str], paths: list[str]) -> tuple[list[str] | str, list[int] | None]:

@@ -7,6 +7,7 @@ a model is run. A GGUF file is converted once, to a folder in the cache.
 import contextlib
 import hashlib
 import importlib.util
+import io
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -26,10 +27,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging
 
 from loralab import atomic
-from loralab.errors import ModelError, OutputError, nearest
+from loralab.errors import ConfigError, ModelError, OutputError, nearest
 from loralab.models.catalog import MODELS, how_to_get, locate
 
 CAUSAL, CLASSIFIER = "causal-lm", "sequence-classification"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _LOADERS = {CAUSAL: AutoModelForCausalLM, CLASSIFIER: AutoModelForSequenceClassification}
 # encoders that transformers can also run as a decoder: their weights were not trained for it
 _ENCODERS = ("bert", "roberta", "electra", "camembert", "xlm-roberta", "data2vec-text", "ernie",
@@ -75,7 +77,7 @@ def load(
         names = dict(enumerate(labels))
         options = {"num_labels": len(names), "id2label": names,
                    "label2id": {label: index for index, label in names.items()}}  # fmt: skip
-    with _quiet(), _explained(name), torch.random.fork_rng():
+    with quiet(), _explained(name), torch.random.fork_rng():
         torch.manual_seed(seed)
         tokenizer = AutoTokenizer.from_pretrained(source)
         model, report = _LOADERS[kind].from_pretrained(
@@ -93,7 +95,7 @@ def natural_kind(name: str) -> str:
     Raises:
         ModelError: it does not exist, or has no readable configuration.
     """
-    with _quiet(), _explained(name):
+    with quiet(), _explained(name):
         config = AutoConfig.from_pretrained(resolve(name))
     architectures = config.architectures or [""]
     if any(found.endswith("ForCausalLM") or "LMHead" in found for found in architectures):
@@ -130,6 +132,18 @@ def resolve(name: str) -> str:
     raise ModelError(f"there is no model {name!r}{hint}; short names: {', '.join(MODELS)}")
 
 
+def parse_dtype(precision: str) -> torch.dtype:
+    """The dtype behind fp32, bf16 or fp16.
+
+    Raises:
+        ConfigError: another word.
+    """
+    if precision not in DTYPES:
+        hint = nearest(precision, DTYPES)
+        raise ConfigError(f"precision must be one of {', '.join(DTYPES)}, got {precision!r}{hint}")
+    return DTYPES[precision]
+
+
 def cache_folder() -> Path:
     """Where converted models are kept: $LORALAB_CACHE, or loralab in the user's cache."""
     if own := os.environ.get("LORALAB_CACHE"):
@@ -146,7 +160,8 @@ def _converted(file: Path, name: str) -> Path:
         return folder
     if importlib.util.find_spec("gguf") is None:
         raise ModelError(f"{file.name} needs the package gguf: pip install 'loralab[gguf]'")
-    with _quiet(), _explained(str(file)):
+    silence = contextlib.redirect_stderr(io.StringIO())  # a progress bar that has no switch
+    with quiet(), silence, _explained(str(file)):
         options = {"gguf_file": file.name}
         tokenizer = AutoTokenizer.from_pretrained(file.parent, **options)
         model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **options)
@@ -203,8 +218,8 @@ def _prepare(model: Any, tokenizer: Any) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' progress bars and load reports; what is wrong becomes our error."""
+def quiet() -> Iterator[None]:
+    """Without transformers' progress bars and load reports, where our own errors say it better."""
     verbosity = logging.get_verbosity()
     bars = logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

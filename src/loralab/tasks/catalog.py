@@ -1,13 +1,15 @@
 """Named tasks, and any data as a task: splits, labels, instruction.
 
-Splits depend on the content alone: a row's part is decided by a hash of its *input* and the
-seed, so equal inputs never stand on two sides and the order of the file does not matter.
+Splits depend on the content alone: a row's part and place are decided by a hash of its *input*
+and the seed, so equal inputs never stand on two sides, the order of the file does not matter, and
+the first rows of a split are a fair sample of it, also where the file is sorted by label.
 """
 
 import hashlib
 import io
 import json
 import os
+import shlex
 import sys
 import tarfile
 import zipfile
@@ -75,7 +77,7 @@ TASKS: dict[str, NamedTask] = {
     "movie-reviews": NamedTask(
         description="film review snippets, positive or negative (VADER's ground truth)",
         licence="MIT; texts from Rotten Tomatoes",
-        rows=10043,
+        rows=10041,
         archive="vaderSentiment-0.5.zip",
         sha256="5d97c37f3ef6e24eef331122e055dbedafeb6a56abfce0608b326701116ea49a",
         get="pip download --no-deps --no-binary vaderSentiment vaderSentiment==0.5 --dest",
@@ -105,8 +107,8 @@ def find(data: str, *, mapping: Mapping[str, str] | None = None, seed: int = 0) 
     try:
         table = read(data, mapping)
     except DataError as error:
-        hint = nearest(data, TASKS)
-        raise DataError(f"{error}{hint if hint not in str(error) else ''}") from None
+        absent = "there is no data" in str(error)  # a file with a bad row is no misspelt task
+        raise DataError(f"{error}{nearest(data, TASKS) if absent else ''}") from None
     return _task(table, seed, "")
 
 
@@ -115,7 +117,7 @@ def listing() -> list[dict[str, Any]]:
     return [
         {
             "name": name, "description": task.description, "rows": task.rows,
-            "present": _locate(task) is not None, "get": f"{task.get} {folders()[-2]}",
+            "present": _locate(task) is not None, "get": _command(task),
             "licence": task.licence,
         }
         for name, task in TASKS.items()
@@ -142,9 +144,9 @@ def _task(table: Table, seed: int, instruction: str) -> Task:
     labels: tuple[str, ...] = ()
     if table.format in LABELLED:
         labels = _labels(table.source, splits)
-        instruction = instruction or (
-            f"Classify the text. Answer with one of: {', '.join(labels)}."
-        )
+        what = "text" if table.format == "text-label" else "pair of texts"
+        default = f"Classify the {what}. Answer with one of: {', '.join(labels)}."
+        instruction = instruction or default
     inputs = {input_text(row) for row in splits["train"]}
     content = json.dumps([splits, labels, instruction], ensure_ascii=False, sort_keys=True)
     return Task(
@@ -155,35 +157,40 @@ def _task(table: Table, seed: int, instruction: str) -> Task:
 
 
 def _split(table: Table, seed: int) -> dict[str, list[Row]]:
-    """The given splits; what is missing is taken from train by the hash of each input."""
-    given = dict(table.splits)
+    """The given splits; what is missing is taken from train, by the hash of each input."""
+    given = table.splits
     missing = [name for name in ("validation", "test") if name not in given]
-    if not missing:
-        return {name: given[name] for name in ("train", "validation", "test")}
-    parts: dict[str, list[Row]] = {name: [] for name in ("train", *missing)}
-    rows = sorted(given["train"], key=lambda row: _place(row, seed))
-    groups = list(dict.fromkeys(_place(row, seed) for row in rows))
-    if len(groups) < len(missing) + 1:
+    parts = dict(given)
+    if missing:
+        groups: dict[str, list[Row]] = {}  # place -> rows of one input
+        for row in given["train"]:
+            groups.setdefault(_place(row, seed), []).append(row)
+        owner = _owners(table.source, groups, missing)
+        for name in ("train", *missing):
+            chosen = [groups[place] for place in sorted(groups) if owner[place] == name]
+            parts[name] = [row for group in chosen for row in sorted(group, key=_content)]
+    return {name: parts[name] for name in ("train", "validation", "test")}
+
+
+def _owners(source: str, groups: Mapping[str, list[Row]], missing: list[str]) -> dict[str, str]:
+    """Which split each group of equal inputs goes to; train keeps one group of every label."""
+    places = sorted(groups)
+    holder = {row.get("label"): place for place in places for row in groups[place]}
+    free = [place for place in places if place not in set(holder.values())]
+    count = min(max(1, round(SHARE * len(places))), len(free) // len(missing))
+    if not count:
         raise DataError(
-            f"{table.source} has {len(groups)} different rows; "
-            f"at least {len(missing) + 1} are needed for train and {' and '.join(missing)}"
+            f"{source} has {len(places)} different inputs, too few to take {' and '.join(missing)} "
+            f"rows from; at least {len(missing)} more are needed than there are labels"
         )
-    count = max(1, round(SHARE * len(groups)))
-    owner = dict.fromkeys(groups, "train")
+    owner = dict.fromkeys(places, "train")
     for index, name in enumerate(missing):
-        owner |= dict.fromkeys(groups[index * count : (index + 1) * count], name)
-    for row in given["train"]:
-        parts[owner[_place(row, seed)]].append(row)
-    _keep_rare_labels(parts)
-    return {name: parts.get(name) or given[name] for name in ("train", "validation", "test")}
+        owner |= dict.fromkeys(free[index * count : (index + 1) * count], name)
+    return owner
 
 
-def _keep_rare_labels(parts: dict[str, list[Row]]) -> None:
-    """A label that our own split would leave to the test alone is learnt instead."""
-    known = {row.get("label") for row in parts["train"]}
-    for name in parts.keys() - {"train"}:
-        parts["train"] += [row for row in parts[name] if row.get("label") not in known]
-        parts[name] = [row for row in parts[name] if row.get("label") in known]
+def _content(row: Row) -> str:
+    return json.dumps(row, ensure_ascii=False, sort_keys=True)
 
 
 def _place(row: Row, seed: int) -> str:
@@ -210,15 +217,23 @@ def _locate(task: NamedTask) -> Path | None:
     return next((f / task.archive for f in folders() if (f / task.archive).is_file()), None)
 
 
+def _command(task: NamedTask) -> str:
+    beside = folders()[-2]
+    return f"{task.get} {shlex.quote(str(beside))}"
+
+
 def _archive(name: str, task: NamedTask) -> bytes:
+    """The archive's bytes, read only after its digest is known to be right."""
     path = _locate(task)
     if path is None:
-        raise DataError(
-            f"the data of {name!r} is not here; get it with: {task.get} {folders()[-2]}"
-        )
-    data = path.read_bytes()
-    if hashlib.sha256(data).hexdigest() != task.sha256:
-        raise DataError(
-            f"{path} is not the file that {name!r} is made of; remove it, then: {task.get}"
-        )
-    return data
+        raise DataError(f"the data of {name!r} is not here; get it with: {_command(task)}")
+    try:
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() == task.sha256:
+                file.seek(0)
+                return file.read()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
+    raise DataError(
+        f"{path} is not the file that {name!r} is made of; remove it, then: {_command(task)}"
+    )

@@ -4,7 +4,8 @@
     text_a, text_b, label | text | image, label (recognised, not trained yet)
 
 A .txt file is one text a line, or one text a paragraph if it has blank lines. Labels that are
-whole numbers or truth values become their text. Every row must have the same fields, filled.
+whole numbers or truth values become their text, and those that a hub data set names, their name.
+Every row must have the same fields, filled; columns that no format knows are left aside.
 """
 
 import csv
@@ -34,6 +35,8 @@ SPLITS = {
     "val": "validation", "dev": "validation", "test": "test",
 }  # fmt: skip
 ROLES = ("system", "user", "assistant")
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
+FIELD_LIMIT = 1 << 30  # characters in a field of .csv; the csv module's own stops at 131,072
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,21 +58,30 @@ def read(source: str, mapping: Mapping[str, str] | None = None) -> Table:
         DataError: it does not exist, cannot be read, or its columns fit no format.
     """
     mapping = mapping or {}
-    path = Path(source).expanduser()
-    if path.is_dir():
-        files = split_files(path)
-    elif path.is_file():
-        files = {"train": path}
-    elif _is_hub_id(source):
+    try:
+        files = _files(source)
+    except (OSError, RuntimeError) as error:  # a name that is too long, ~ of nobody, no access
+        raise DataError(f"{source[:200]!r} cannot be looked up: {error.args[-1]}") from None
+    if not files:
         return _from_hub(source, mapping)
-    else:
-        raise DataError(f"there is no data file, folder or task {source!r}{_nearby(path)}")
     splits, formats = {}, {}
     for split, file in files.items():
         formats[split], splits[split] = _canonical(file, read_file(file), mapping)
     if len(set(formats.values())) > 1:
         raise DataError(f"{source}: the splits have different columns: {formats}")
     return Table(source=source, format=next(iter(formats.values())), splits=splits)
+
+
+def _files(source: str) -> dict[str, Path]:
+    """The file of each split; none if the source is a hub id."""
+    path = Path(source).expanduser()
+    if source.strip() and path.is_dir():
+        return split_files(path)
+    if path.is_file():
+        return {"train": path}
+    if _is_hub_id(source):
+        return {}
+    raise DataError(f"there is no data file, folder or task {source!r}{_nearby(path)}")
 
 
 def split_files(folder: Path) -> dict[str, Path]:
@@ -81,6 +93,8 @@ def split_files(folder: Path) -> dict[str, Path]:
             if split in found:
                 raise DataError(f"{folder} has two {split} files: {found[split].name}, {file.name}")
             found[split] = file
+    if "train" not in found and any(f.suffix.lower() in PICTURES for f in folder.glob("**/*")):
+        raise DataError(f"{folder} holds pictures; images cannot be trained on yet")
     if "train" not in found:
         names = some(sorted(file.name for file in folder.iterdir())) or "nothing"
         raise DataError(f"{folder} holds no train file ({', '.join(READERS)}); found: {names}")
@@ -116,7 +130,8 @@ def _text(file: Path) -> str:
 
 def _json_lines(file: Path) -> Numbered:
     rows: Numbered = []
-    for number, line in enumerate(_text(file).splitlines(), start=1):
+    # not splitlines(): JSON strings may hold U+2028 and other characters that it cuts at
+    for number, line in enumerate(_text(file).split("\n"), start=1):
         if line.strip():
             rows.append((number, _object(file, number, line)))
     return rows
@@ -140,8 +155,8 @@ def _json(file: Path) -> Numbered:
         content = json.loads(text)
     except json.JSONDecodeError as error:
         raise DataError(f"{file}, line {error.lineno}: not JSON ({error.msg})") from None
-    except RecursionError:
-        raise DataError(f"{file}: nested too deeply") from None
+    except (ValueError, RecursionError) as error:  # numbers or nesting beyond Python's limits
+        raise DataError(f"{file}: not readable as JSON ({error})") from None
     if isinstance(content, dict) and isinstance(content.get("data"), list):
         content = content["data"]
     if not isinstance(content, list):
@@ -157,24 +172,34 @@ def _separated(delimiter: str) -> Callable[[Path], Numbered]:
     def reader(file: Path) -> Numbered:
         source = io.StringIO(_text(file), newline="")
         lines = csv.reader(source, delimiter=delimiter, strict=True)
-        rows: Numbered = []
+        previous = csv.field_size_limit(FIELD_LIMIT)
         try:
-            header = next(lines, None)
-            for values in lines:
-                if not values:
-                    continue
-                assert header is not None  # there is a line after it
-                if len(values) != len(header):
-                    raise DataError(
-                        f"{file}, line {lines.line_num}: {len(values)} fields, "
-                        f"the header has {len(header)}"
-                    )
-                rows.append((lines.line_num, dict(zip(header, values, strict=True))))
+            return _table(file, lines)
         except csv.Error as error:
             raise DataError(f"{file}, line {lines.line_num}: {error}") from None
-        return rows
+        finally:
+            csv.field_size_limit(previous)
 
     return reader
+
+
+def _table(file: Path, lines: Any) -> Numbered:
+    """The rows under a header; `lines` is a csv reader, whose type has no public name."""
+    header = next(lines, [])
+    twice = sorted({name for name in header if header.count(name) > 1})
+    if twice:
+        raise DataError(f"{file}, line 1: the header names {some(twice)} twice")
+    rows: Numbered = []
+    start = lines.line_num + 1
+    for values in lines:
+        if values and len(values) != len(header):
+            raise DataError(
+                f"{file}, line {start}: {len(values)} fields, the header has {len(header)}"
+            )
+        if values:
+            rows.append((start, dict(zip(header, values, strict=True))))
+        start = lines.line_num + 1
+    return rows
 
 
 def _parquet(file: Path) -> Numbered:
@@ -188,7 +213,8 @@ def _parquet(file: Path) -> Numbered:
 
 
 def _plain(file: Path) -> Numbered:
-    lines = _text(file).splitlines()
+    lines = _text(file).removesuffix("\n").split("\n")
+    lines = [line.removesuffix("\r") for line in lines]
     if all(line.strip() for line in lines):
         return [(number, {"text": line}) for number, line in enumerate(lines, start=1)]
     rows: Numbered = []
@@ -210,6 +236,7 @@ READERS: dict[str, Callable[[Path], Numbered]] = {
     ".parquet": _parquet,
     ".txt": _plain,
 }
+LINED = (".jsonl", ".csv", ".tsv", ".txt")  # errors count lines there, and rows elsewhere
 
 
 def _canonical(
@@ -218,17 +245,23 @@ def _canonical(
     """Rename, recognise, and keep the columns of the format."""
     columns = list(dict.fromkeys(key for _, row in rows for key in row))
     _check_mapping(file, columns, mapping)
+    unit = "line" if Path(file).suffix.lower() in LINED else "row"
     back = {own: canonical for canonical, own in mapping.items()}
     renamed = [back.get(column, column) for column in columns if column not in mapping]
     name = _recognise(file, renamed, columns)
     required, optional = FORMATS[name]
     own = {c: mapping.get(c, c) for c in (*required, *optional)}
+    if unused := sorted(mapping.keys() - own.keys()):
+        raise DataError(
+            f"{file} holds {name} rows ({', '.join(own)}); --map {unused[0]}={mapping[unused[0]]} "
+            "would have no effect"
+        )
     picked = [
         (number, {c: row.get(own[c]) for c in own if c in required or row.get(own[c])})
         for number, row in rows
     ]
-    _check_filled(file, picked, required)
-    return name, [_checked(file, number, row, name) for number, row in picked]
+    _check_filled(file, unit, picked, required)
+    return name, [_checked(f"{file}, {unit} {number}", row, name) for number, row in picked]
 
 
 def _check_mapping(file: Path | str, columns: list[str], mapping: Mapping[str, str]) -> None:
@@ -240,60 +273,77 @@ def _check_mapping(file: Path | str, columns: list[str], mapping: Mapping[str, s
                 f"({', '.join(known)}){nearest(canonical, known)}"
             )
         if own not in columns:
-            raise DataError(f"{file} has no column {own!r} to map{nearest(own, columns)}")
+            raise DataError(
+                f"{file} has no column {own!r} to map (it has {some(columns)}){nearest(own, columns)}"
+            )
+    if len(set(mapping.values())) < len(mapping):
+        raise DataError(f"--map takes one column twice: {dict(mapping)}")
 
 
 def _recognise(file: Path | str, columns: list[str], found: list[str]) -> str:
-    for name, (required, _) in FORMATS.items():
-        if set(required) <= set(columns):
-            return name
-    known = " | ".join(", ".join(required) for required, _ in FORMATS.values())
+    name = next((n for n, (needed, _) in FORMATS.items() if set(needed) <= set(columns)), None)
+    if name == "text" and (alike := _nearly_label(columns)):
+        raise DataError(
+            f"{file}: is {alike!r} the label of each text? then say --map label={alike}"
+        )
+    if name:
+        return name
+    known = " | ".join(", ".join(needed) for needed, _ in FORMATS.values())
     raise DataError(
         f"{file}: the columns {some(found)} fit no format ({known}); "
         "rename some, such as --map text=review,label=stars"
     )
 
 
-def _check_filled(file: Path | str, rows: Numbered, required: tuple[str, ...]) -> None:
+def _nearly_label(columns: list[str]) -> str | None:
+    """A column that only its spelling keeps from being the label, such as "Labels"."""
+    return next((c for c in columns if nearest(c.lower(), ["label"])), None)
+
+
+def _check_filled(file: Path | str, unit: str, rows: Numbered, required: tuple[str, ...]) -> None:
     for column in required:
-        empty = [n for n, row in rows if row[column] is None or row[column] in ("", [])]
+        empty = [number for number, row in rows if _is_empty(row[column])]
         if empty:
-            lines = some(map(str, empty), 5)
-            raise DataError(f"{file}: {len(empty)} rows have no {column!r} (lines {lines})")
+            places = f"{unit}s {some(map(str, empty), 5)}"
+            raise DataError(f"{file}: {column!r} is missing or empty in {places}")
 
 
-def _checked(file: Path | str, number: int, row: Row, name: str) -> Row:
+def _is_empty(value: Any) -> bool:
+    return value is None or value == [] or (isinstance(value, str) and not value.strip())
+
+
+def _checked(place: str, row: Row, name: str) -> Row:
+    """The row with text in every field; `place` is where it stands, for errors."""
     if name == "image-label":
-        raise DataError(f"{file}: images with labels cannot be trained on yet")
+        raise DataError(f"{place}: images with labels cannot be trained on yet")
     if name == "messages":
-        return {"messages": _messages(file, number, row["messages"])}
+        return {"messages": _messages(place, row["messages"])}
     return {
-        column: _label(file, number, value)
-        if column == "label"
-        else _string(file, number, column, value)
+        column: _label(place, value) if column == "label" else _string(place, repr(column), value)
         for column, value in row.items()
     }
 
 
-def _string(file: Path | str, number: int, column: str, value: Any) -> str:
+def _string(place: str, what: str, value: Any) -> str:
     if not isinstance(value, str):
-        kind = type(value).__name__
-        raise DataError(f"{file}, line {number}: {column!r} must be text, found {kind}")
+        raise DataError(f"{place}: {what} must be text, found {type(value).__name__}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # JSON can spell half of a character: "\\ud83d"
+        half = value[error.start]
+        raise DataError(f"{place}: {what} holds half a character ({half!a})") from None
     return value
 
 
-def _label(file: Path | str, number: int, value: Any) -> str:
+def _label(place: str, value: Any) -> str:
     if isinstance(value, bool | int) or (isinstance(value, float) and value.is_integer()):
         return str(value if isinstance(value, bool) else int(value))
-    if isinstance(value, str) and value.strip():
-        return value.strip()
-    raise DataError(
-        f"{file}, line {number}: a label must be text or a whole number, found {value!r}"
-    )
+    if isinstance(value, str):
+        return _string(place, "'label'", value).strip()
+    raise DataError(f"{place}: a label must be text or a whole number, found {value!r}")
 
 
-def _messages(file: Path | str, number: int, value: Any) -> list[dict[str, str]]:
-    place = f"{file}, line {number}"
+def _messages(place: str, value: Any) -> list[dict[str, str]]:
     if not isinstance(value, list):
         raise DataError(f"{place}: 'messages' must be a list, found {type(value).__name__}")
     messages = []
@@ -303,11 +353,16 @@ def _messages(file: Path | str, number: int, value: Any) -> list[dict[str, str]]
             if isinstance(message, dict)
             else (None, None)
         )
-        if role not in ROLES or not isinstance(content, str):
+        if role not in ROLES or not isinstance(content, str) or not content.strip():
             raise DataError(
-                f"{place}: a message needs a role of {', '.join(ROLES)} and a text as content"
+                f"{place}: a message needs a role of {', '.join(ROLES)} and a text as content, "
+                f"found {str(message)[:80]}"
             )
-        messages.append({"role": role, "content": content})
+        messages.append({"role": role, "content": _string(place, "a message", content)})
+    if len(messages) < 2:
+        raise DataError(
+            f"{place}: a conversation needs a question and an answer, found one message"
+        )
     if messages[-1]["role"] != "assistant":
         raise DataError(f"{place}: the last message must be the assistant's, or nothing is learnt")
     return messages
@@ -330,10 +385,20 @@ def _from_hub(source: str, mapping: Mapping[str, str]) -> Table:
     splits, name = {}, ""
     for own, rows in loaded.items():
         if split := SPLITS.get(str(own)):
-            name, splits[split] = _canonical(source, list(enumerate(rows, start=1)), mapping)
+            named = [_with_label_names(row, rows.features) for row in rows]
+            name, splits[split] = _canonical(source, list(enumerate(named, start=1)), mapping)
     if "train" not in splits:
         raise DataError(f"the hub's data set {source!r} has no train split: {list(loaded)}")
     return Table(source=source, format=name, splits=splits)
+
+
+def _with_label_names(row: Row, features: Mapping[str, Any]) -> Row:
+    """Class numbers as the names that the data set gives them; -1 marks a row without a label."""
+    names = {column: getattr(feature, "names", None) for column, feature in features.items()}
+    return {
+        column: names[column][value] if names.get(column) and value not in (None, -1) else value
+        for column, value in row.items()
+    }
 
 
 def _nearby(path: Path) -> str:

@@ -105,7 +105,7 @@ def base_name(*stored: AdapterFolder | None) -> str:
 def _generator(name: str, precision: str) -> Base:
     if models.natural_kind(name) != "causal-lm":
         raise ConfigError(f"{name} is no language model; it can be evaluated, not asked")
-    dtype: torch.dtype = memory.DTYPES[memory.resolve_precision(precision)]
+    dtype: torch.dtype = models.parse_dtype(memory.resolve_precision(precision))
     base = models.load(name, kind="causal-lm", dtype=dtype)
     base.model.to(memory.device_here())
     return base

@@ -108,7 +108,7 @@ def _update(job: Job, trained: Trained, number: int) -> float:
     if not math.isfinite(norm) and trained.scaler.get_scale() <= _least_scale(trained):
         bad = [n for n, p in parameters.items() if p.grad is not None and not _finite(p.grad)]
         raise LearningError(
-            f"step {number + 1}: the gradient is not finite in {some(bad)}; "
+            f"step {number + 1}: the gradient is not finite in {some(bad) or 'its norm'}; "
             "lower the learning rate or use --precision fp32"
         )
     trained.scaler.step(trained.optimizer)

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from loralab.adapters.attach import Adapter
 from loralab.tasks.score import answer_loss
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ADAM_BYTES = 16  # a trained number in fp32: itself, its gradient and two moments
 
 

@@ -88,7 +88,7 @@ def prepare(request: Request) -> Prepared:
 def load_base(name: str, task: Task, precision: str, seed: int) -> Base:
     """The model for a task: a classifier if it is an encoder, on the device, frozen cache off."""
     kind = models.natural_kind(name)
-    dtype = memory.DTYPES[memory.resolve_precision(precision)]
+    dtype = models.parse_dtype(memory.resolve_precision(precision))
     base = models.load(name, kind=kind, dtype=dtype, labels=task.labels, seed=seed)
     base.model.to(memory.device_here())
     return base

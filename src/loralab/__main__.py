@@ -1,0 +1,5 @@
+"""python -m loralab."""
+
+from loralab.cli import main
+
+main()

@@ -1,0 +1,144 @@
+"""Singular values, effective rank, subspace overlap and its chance level.
+
+Source: Hu et al. 2021, arXiv:2106.09685, section 7.2 and appendix G (phi); Roy and Vetterli 2007
+(effective rank). Axes: I in_features, O out_features, R rank. The update B A is never formed:
+its singular values are those of an R x R matrix.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loralab.adapters.folder import PREFIX, AdapterFolder, read
+from loralab.errors import AdapterFileError
+
+
+def singular_values(A: Tensor, B: Tensor, factor: float) -> Tensor:
+    """The min(R, I, O) singular values of factor * B A, largest first; A (R, I), B (O, R)."""
+    return torch.linalg.svdvals(_core(A, B, factor)[1])
+
+
+def right_directions(A: Tensor, B: Tensor) -> Tensor:
+    """The right singular vectors of B A as columns (I, K), K = min(R, I, O): where it listens."""
+    basis, core = _core(A, B, 1.0)
+    _, _, right = torch.linalg.svd(core, full_matrices=False)
+    return basis @ right.T
+
+
+def effective_rank(values: Tensor) -> float:
+    """exp of the entropy of values / sum: 1 if one direction carries all, R if all are equal."""
+    if not values.sum() > 0:
+        return 0.0
+    share = values.double() / values.double().sum()
+    share = share[share > 0]
+    return float((-(share * share.log()).sum()).exp())
+
+
+def stable_rank(values: Tensor) -> float:
+    """Squared Frobenius norm over squared largest singular value."""
+    top = float(values.max()) if len(values) else 0.0
+    return float(values.double().square().sum()) / top**2 if top else 0.0
+
+
+def energy_rank(values: Tensor, share: float = 0.9) -> int:
+    """How many directions hold this share of the squared norm."""
+    energy = values.double().square().cumsum(0)
+    if not len(energy) or not energy[-1] > 0:
+        return 0
+    return int((energy < share * energy[-1]).sum()) + 1
+
+
+def overlap(first: Tensor, second: Tensor) -> float:
+    """phi of two sets of orthonormal columns (I, i) and (I, j), 0 to 1 (equation 4)."""
+    least = min(first.shape[1], second.shape[1])
+    return float((first.T @ second).square().sum()) / least
+
+
+def chance_overlap(i: int, j: int, width: int) -> float:
+    """phi of two random subspaces of dimensions i and j in `width` dimensions, on average."""
+    return max(i, j) / width
+
+
+def describe(path: str | Path) -> dict[str, Any]:
+    """An adapter folder in numbers, without its base model.
+
+    Raises:
+        AdapterFileError: the folder cannot be read.
+    """
+    stored = read(path)
+    base = stored.record.get("base", {})
+    pairs = factors(stored)
+    return {
+        "path": str(path), "digest": stored.digest,
+        "base": base.get("name") or "not named", "fingerprint": base.get("fingerprint"),
+        "parameters": sum(tensor.numel() for tensor in stored.tensors.values()),
+        "ranks": sorted({len(A) for A, _, _ in pairs.values()}),
+        "saved": sorted({_owner(key) for key in stored.tensors if ".lora_" not in key}),
+        "modules": [_described(name, *pair) for name, pair in pairs.items()],
+        "metrics": stored.record.get("metrics", {}),
+    }  # fmt: skip
+
+
+def compare(one: str | Path, other: str | Path) -> list[dict[str, Any]]:
+    """phi of the input directions of every module that two adapters share, beside chance.
+
+    Raises:
+        AdapterFileError: a folder cannot be read, or no module stands in both.
+    """
+    first, second = factors(read(one)), factors(read(other))
+    shared = [
+        name
+        for name in first
+        if name in second and first[name][0].shape[1] == second[name][0].shape[1]
+    ]
+    if not shared:
+        raise AdapterFileError(f"{one} and {other} adapt no module of the same name and width")
+    rows = []
+    for name in shared:
+        (A1, B1, _), (A2, B2, _) = first[name], second[name]
+        left, right = right_directions(A1, B1), right_directions(A2, B2)
+        rows.append({
+            "name": name, "ranks": [len(A1), len(A2)], "overlap": overlap(left, right),
+            "chance": chance_overlap(left.shape[1], right.shape[1], A1.shape[1]),
+        })  # fmt: skip
+    return rows
+
+
+def factors(stored: AdapterFolder) -> dict[str, tuple[Tensor, Tensor, float]]:
+    """A, B and the scaling of every adapted module, by its path."""
+    found = {}
+    for key, A in sorted(stored.tensors.items()):
+        if not key.endswith(".lora_A.weight"):
+            continue
+        name = _owner(key)
+        B = stored.tensors.get(f"{PREFIX}{name}.lora_B.weight")
+        if B is None:
+            raise AdapterFileError(f"{stored.path} has lora_A but no lora_B for {name}")
+        found[name] = (A.float(), B.float(), stored.config.for_module(name).factor)
+    return found
+
+
+def _described(name: str, A: Tensor, B: Tensor, factor: float) -> dict[str, Any]:
+    values = singular_values(A, B, factor)
+    return {
+        "name": name, "rank": len(A), "norm": float(values.square().sum().sqrt()),
+        "singular_values": [float(value) for value in values],
+        "effective_rank": effective_rank(values), "stable_rank": stable_rank(values),
+        "rank_at_90": energy_rank(values),
+    }  # fmt: skip
+
+
+def _core(A: Tensor, B: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+    """Q (I, K) and C with factor * B A = Qb C Q': thin QR of both factors."""
+    q_a, r_a = torch.linalg.qr(A.float().T)
+    _, r_b = torch.linalg.qr(B.float())
+    return q_a, factor * r_b @ r_a.T
+
+
+def _owner(key: str) -> str:
+    name = key.removeprefix(PREFIX)
+    for ending in (".lora_A.weight", ".lora_B.weight"):
+        name = name.removesuffix(ending)
+    return name if ".lora_" in key else name.rpartition(".")[0]

@@ -1,0 +1,291 @@
+"""Reload an artefact in a fresh process, compare its logits, verdict; verify() repeats it.
+
+An artefact is an adapter folder, or a model folder that `merge` wrote. Its certificate stands in
+`loralab.json`; `certificate.safetensors` keeps what was compared, so that it can be compared
+again later without the live model: the prompts, and for the last positions of each the largest
+logits with the log-sum-exp over all.
+"""
+
+import hashlib
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from loralab import atomic
+from loralab.adapters import folder
+from loralab.adapters.folder import RECORD, read_json
+from loralab.artefacts.live import bring_to_life
+from loralab.errors import AdapterFileError, CertificateError, LoralabError, some
+from loralab.models import load as models
+from loralab.models.load import Base
+
+REFERENCE = "certificate.safetensors"
+POSITIONS, KEPT = 16, 64
+TOLERANCES: dict[str, dict[str, float]] = {
+    # Reloading is the same computation. Merging rounds every weight once: measured on
+    # SmolLM2-135M after 60 steps, see docs/findings.md; each bound is about ten times that.
+    "fp32": {"relative_difference": 3e-5, "mean_kl": 1e-6, "top1_agreement": 0.99},
+    "bf16": {"relative_difference": 0.15, "mean_kl": 0.02, "top1_agreement": 0.9},
+    "fp16": {"relative_difference": 0.02, "mean_kl": 1e-3, "top1_agreement": 0.97},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Certificate:
+    """How far an artefact's logits are from the live model's.
+
+    `relative_difference` is max |d logit| over the largest |logit|; `mean_kl` in nats, from live
+    to reloaded; both over the last positions of the task's own prompts.
+    """
+
+    max_logit_difference: float
+    relative_difference: float
+    mean_kl: float
+    top1_agreement: float
+    precision: str
+    prompts: int
+    positions: int
+    tolerance: dict[str, float]
+    passed: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields, for loralab.json."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """Logits to compare with: values (P, K) at indices (P, K), log-sum-exp over all (P,)."""
+
+    prompts: list[list[int]]
+    values: Tensor
+    indices: Tensor
+    total: Tensor
+
+    def smaller(self, kept: int) -> "Reference":
+        """With the largest logits alone."""
+        values, places = self.values.topk(min(kept, self.values.shape[1]), dim=1)
+        indices = self.indices.gather(1, places)
+        return replace(self, values=values.contiguous(), indices=indices.contiguous())
+
+    def save(self, file: Path) -> None:
+        """Write it, without its JSON-sized parts lost: token ids are tensors too."""
+        tensors = {f"prompt.{i}": torch.tensor(ids) for i, ids in enumerate(self.prompts)}
+        tensors |= {"values": self.values, "indices": self.indices.int(), "total": self.total}
+        atomic.write_file(file, safetensors.torch.save(tensors))
+
+    @staticmethod
+    def read(file: Path) -> "Reference":
+        """Read it back."""
+        try:
+            tensors = safetensors.torch.load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise AdapterFileError(f"{file} cannot be read: {error}") from None
+        count = sum(name.startswith("prompt.") for name in tensors)
+        return Reference(
+            prompts=[tensors[f"prompt.{i}"].tolist() for i in range(count)],
+            values=tensors["values"], indices=tensors["indices"].long(), total=tensors["total"],
+        )  # fmt: skip
+
+
+@torch.no_grad()
+def logits_of(model: nn.Module, prompts: Sequence[Sequence[int]], kind: str) -> Tensor:
+    """(P, V) in fp32: the last positions of each prompt, or one row a prompt for a classifier."""
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    rows = []
+    for ids in prompts:
+        batch = torch.tensor([list(ids)], device=device)
+        logits = model(input_ids=batch, attention_mask=torch.ones_like(batch)).logits
+        rows.append(logits[0, -POSITIONS:] if kind == models.CAUSAL else logits)
+    model.train(was_training)
+    return torch.cat(rows).float().cpu()
+
+
+def reference_of(model: nn.Module, prompts: Sequence[Sequence[int]], kind: str) -> Reference:
+    """All logits of a live model on some prompts."""
+    logits = logits_of(model, prompts, kind)
+    indices = torch.arange(logits.shape[1]).expand(logits.shape).contiguous()
+    total = logits.double().logsumexp(dim=1).float()
+    kept = [list(ids) for ids in prompts]
+    return Reference(prompts=kept, values=logits, indices=indices, total=total)
+
+
+def compare(reference: Reference, logits: Tensor, precision: str) -> Certificate:
+    """The verdict on logits (P, V) that should be those of the reference."""
+    values = reference.values.double()
+    found = logits.double().gather(1, reference.indices)
+    difference = float((found - values).abs().max())
+    p_log = values - reference.total.double()[:, None]
+    q_log = found - logits.double().logsumexp(dim=1, keepdim=True)
+    kl = _kl(p_log, q_log)
+    best = reference.indices.gather(1, values.argmax(dim=1, keepdim=True))[:, 0]
+    agreement = float((logits.argmax(dim=1) == best).double().mean())
+    relative = difference / max(float(values.abs().max()), 1e-12)
+    tolerance = TOLERANCES[precision]
+    finite = bool(logits.isfinite().all())
+    passed = (
+        finite
+        and relative <= tolerance["relative_difference"]
+        and kl <= tolerance["mean_kl"]
+        and agreement >= tolerance["top1_agreement"]
+    )
+    return Certificate(
+        max_logit_difference=difference, relative_difference=relative, mean_kl=kl,
+        top1_agreement=agreement, precision=precision, prompts=len(reference.prompts),
+        positions=len(values), tolerance=dict(tolerance), passed=passed,
+    )  # fmt: skip
+
+
+def certify(
+    artefact: str | Path, model: nn.Module, prompts: Sequence[Sequence[int]], *, kind: str
+) -> Certificate:
+    """Reload an artefact in a fresh process and compare it with the live model.
+
+    The certificate is written into the artefact, passed or not.
+
+    Raises:
+        CertificateError: the artefact does not do what the live model does.
+    """
+    path = Path(artefact)
+    certificate = compare_afresh(path, reference_of(model, prompts, kind))
+    if not certificate.passed:
+        raise CertificateError(_verdict(path, certificate))
+    return certificate
+
+
+def compare_afresh(path: Path, reference: Reference) -> Certificate:
+    """Compare in a fresh process, and leave certificate and reference in the artefact."""
+    certificate = _in_fresh_process(path, reference)
+    reference.smaller(KEPT).save(path / REFERENCE)
+    digest = _sha256(path / REFERENCE)
+    folder.update_record(path, certificate={**certificate.to_json(), "reference": digest})
+    return certificate
+
+
+def verify(artefact: str | Path) -> Certificate:
+    """Check every file's digest, reload in a fresh process, compare with the stored reference.
+
+    Raises:
+        AdapterFileError: there is no artefact with a certificate at this place.
+        CertificateError: it is not, or does not do, what was certified.
+    """
+    path = Path(artefact)
+    if not (path / RECORD).is_file():
+        raise AdapterFileError(f"{path} has no {RECORD}; only what loralab wrote can be verified")
+    record = read_json(path / RECORD)
+    stored = record.get("certificate")
+    if not isinstance(stored, Mapping):
+        raise AdapterFileError(f"{path} has no certificate; it was never compared with a model")
+    with _as_difference(path):
+        changed = _changed_files(path, record)
+        if changed:
+            raise CertificateError(f"{path}: changed since it was certified: {some(changed)}")
+        certificate = _in_fresh_process(path, Reference.read(path / REFERENCE))
+    if not certificate.passed:
+        raise CertificateError(_verdict(path, certificate))
+    return certificate
+
+
+def file_digests(path: Path) -> dict[str, str]:
+    """sha256 of every file of a model folder but the record and the reference."""
+    names = sorted(file.name for file in path.iterdir() if file.is_file())
+    return {name: _sha256(path / name) for name in names if name not in (RECORD, REFERENCE)}
+
+
+def _changed_files(path: Path, record: Mapping[str, Any]) -> list[str]:
+    changed = []
+    if record["certificate"].get("reference") != _sha256(path / REFERENCE):
+        changed.append(REFERENCE)
+    if "files" in record:
+        now = file_digests(path)
+        files: Mapping[str, str] = record["files"]
+        changed += [n for n in sorted({*now, *files}) if now.get(n) != files.get(n)]
+    else:
+        folder.read(path)  # compares the content digest
+    return changed
+
+
+@contextmanager
+def _as_difference(path: Path) -> Iterator[None]:
+    """What can no longer be read is no longer what was certified."""
+    try:
+        yield
+    except CertificateError:
+        raise
+    except (LoralabError, OSError) as error:
+        raise CertificateError(f"{path} is no longer what was certified: {error}") from None
+
+
+def _in_fresh_process(path: Path, reference: Reference) -> Certificate:
+    with tempfile.TemporaryDirectory() as place:
+        request, answer = Path(place) / "reference.safetensors", Path(place) / "answer.json"
+        reference.save(request)
+        command = [sys.executable, "-m", __name__, str(path), str(request), str(answer)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if not answer.is_file():
+            lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+            raise CertificateError(f"{path} cannot be loaded in a fresh process: {lines[-1]}")
+        return Certificate(**json.loads(answer.read_text(encoding="utf-8")))
+
+
+def _reload(path: Path) -> tuple[Base, str]:
+    """An artefact as a model, and its precision."""
+    if (path / folder.CONFIG).is_file():
+        live = bring_to_life(path)
+        return live.base, live.precision
+    record = read_json(path / RECORD)
+    precision = record["precision"]
+    kind = record["base"]["kind"]
+    return models.load(str(path), kind=kind, dtype=models.parse_dtype(precision)), precision
+
+
+def _kl(p_log: Tensor, q_log: Tensor) -> float:
+    """Mean KL(p || q) in nats; what is not listed counts as one more outcome."""
+    listed = (p_log.exp() * (p_log - q_log)).sum(dim=1)
+    p_rest = (1 - p_log.exp().sum(dim=1)).clamp_min(0)
+    q_rest = (1 - q_log.exp().sum(dim=1)).clamp_min(0)
+    both = (p_rest > 1e-12) & (q_rest > 1e-12)
+    rest = torch.where(both, p_rest * (p_rest.clamp_min(1e-12) / q_rest.clamp_min(1e-12)).log(), 0)
+    return float((listed + rest).mean().clamp_min(0))
+
+
+def _verdict(path: Path, found: Certificate) -> str:
+    return (
+        f"{path} does not do what was certified: relative logit difference "
+        f"{found.relative_difference:.2e}, mean KL {found.mean_kl:.2e}, top-1 agreement "
+        f"{found.top1_agreement:.3f}; allowed for {found.precision}: {found.tolerance}"
+    )
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _main(path: str, request: str, answer: str) -> None:
+    """The fresh process: reload, compute, compare, write the verdict."""
+    reference = Reference.read(Path(request))
+    base, precision = _reload(Path(path))
+    logits = logits_of(base.model, reference.prompts, base.kind)
+    certificate = compare(reference, logits, precision)
+    Path(answer).write_text(json.dumps(certificate.to_json()), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    try:
+        _main(*sys.argv[1:])
+    except LoralabError as failure:
+        sys.exit(str(failure))

@@ -1,0 +1,69 @@
+"""What an adapter can be turned into, each with its certificate."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from loralab import atomic
+from loralab.adapters import folder
+from loralab.adapters.folder import CONFIG, read_json
+from loralab.artefacts.certificate import Certificate, compare_afresh, reference_of
+from loralab.artefacts.live import bring_to_life, sample_of
+from loralab.artefacts.merge import REJECTED, merge, publish
+from loralab.errors import CertificateError, ConfigError, nearest
+
+
+def export(
+    adapter: str | Path,
+    output: str | Path,
+    *,
+    to: str,
+    model: str | None = None,
+    precision: str | None = None,
+) -> Certificate:
+    """Write an adapter in another form to a new folder, and prove it in a fresh process.
+
+    Args:
+        to: "peft" (the adapter folder that peft and vLLM load) or "merged" (a full model).
+
+    Raises:
+        InputError: something given is wrong; nothing has been written.
+        CertificateError: what was written does not do what the live model does.
+    """
+    if to not in TARGETS:
+        raise ConfigError(
+            f"there is no export target {to!r}, only {', '.join(TARGETS)}{nearest(to, TARGETS)}"
+        )
+    return TARGETS[to](Path(adapter), Path(output), model, precision)
+
+
+def _to_peft(adapter: Path, output: Path, model: str | None, precision: str | None) -> Certificate:
+    """peft's own files. All that LoRA can be here, peft can express."""
+    atomic.require_free(output)
+    live = bring_to_life(adapter, model=model, precision=precision)
+    prompts = sample_of(live.stored.record, live.base)
+    reference = reference_of(live.base.model, prompts, live.base.kind)
+    record = {**live.stored.record, "base": {**live.stored.record.get("base", {})}}
+    record["base"] |= {"name": live.base.name, "kind": live.base.kind, "precision": live.precision}
+    record.pop("certificate", None)
+    rejected = output.with_name(output.name + REJECTED)
+    shutil.rmtree(rejected, ignore_errors=True)
+    kept = {key: value for key, value in record.items() if key not in ("format", "digest")}
+    folder.write(rejected, read_json(adapter / CONFIG), live.stored.tensors, kept)
+    certificate = compare_afresh(rejected, reference)
+    if not certificate.passed:
+        raise CertificateError(f"the exported adapter differs; it is left in {rejected}")
+    publish(rejected, output)
+    return certificate
+
+
+def _to_merged(
+    adapter: Path, output: Path, model: str | None, precision: str | None
+) -> Certificate:
+    return merge(adapter, output, model=model, precision=precision)
+
+
+TARGETS: dict[str, Callable[[Path, Path, str | None, str | None], Certificate]] = {
+    "peft": _to_peft,
+    "merged": _to_merged,
+}

@@ -1,0 +1,83 @@
+"""An adapter folder brought to life: the base that it names, and the adapter in it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loralab.adapters import attach, folder
+from loralab.adapters.attach import Adapter
+from loralab.adapters.folder import AdapterFolder, read_json
+from loralab.errors import AdapterFileError
+from loralab.models import load as models
+from loralab.models.load import Base
+
+Ids = Sequence[int]
+_SENTENCES = (
+    "The meeting was moved to Thursday because the trains were late.",
+    "Write one sentence about the sea.",
+    "What is the capital of France?",
+    "今天的天氣很好,我們去公園走走。",
+    "def area(width, height): return width * height",
+    "Is this review positive or negative? A slow start, then a wonderful second half.",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Live:
+    """A base model with an adapter in it."""
+
+    base: Base
+    adapter: Adapter
+    stored: AdapterFolder
+    precision: str
+
+
+def bring_to_life(
+    path: str | Path, *, model: str | None = None, precision: str | None = None
+) -> Live:
+    """Load an adapter folder onto its base.
+
+    Args:
+        model: the base; None is the one that the folder names.
+        precision: fp32, bf16 or fp16; None is that of the training, or fp32.
+
+    Raises:
+        AdapterFileError: the folder is damaged, or names no base.
+    """
+    stored = folder.read(path)
+    record = stored.record.get("base", {})
+    name = (
+        model
+        or record.get("name")
+        or read_json(Path(path) / folder.CONFIG).get("base_model_name_or_path")
+    )
+    if not name:
+        raise AdapterFileError(f"{path} does not name its base model; give it with --model")
+    kind = record.get("kind") or models.natural_kind(name)
+    precision = precision or record.get("precision") or "fp32"
+    base = models.load(
+        name, kind=kind, dtype=models.parse_dtype(precision), labels=label_names(stored)
+    )
+    return Live(
+        base=base, adapter=attach.load(base.model, path), stored=stored, precision=precision
+    )
+
+
+def label_names(stored: AdapterFolder) -> list[str]:
+    """The classes of a trained head: as recorded, or numbered where another tool wrote it."""
+    if labels := stored.record.get("task", {}).get("labels"):
+        return [str(label) for label in labels]
+    heads = [
+        tensor
+        for key, tensor in stored.tensors.items()
+        if ".lora_" not in key and any(f".{head}." in key for head in ("classifier", "score"))
+    ]
+    return [f"LABEL_{index}" for index in range(min((len(head) for head in heads), default=0))]
+
+
+def sample_of(record: Mapping[str, Any], base: Base) -> list[list[int]]:
+    """The task's own inputs that a run recorded, or some sentences."""
+    if sample := record.get("sample"):
+        return [list(ids) for ids in sample]
+    return [base.tokenizer(text)["input_ids"] for text in _SENTENCES]

@@ -1,0 +1,98 @@
+"""Base + adapter -> a full model folder, published only with its proof.
+
+The merged weights are W0 + delta, summed in fp32 and rounded once, module by module, so that at
+most one weight is held twice. The whole model is in memory; it is saved in shards.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from loralab import atomic
+from loralab.adapters.folder import FORMAT, RECORD, write_json
+from loralab.artefacts.certificate import Certificate, compare_afresh, file_digests, reference_of
+from loralab.artefacts.live import Live, bring_to_life, sample_of
+from loralab.errors import CertificateError
+from loralab.models.load import quiet
+
+REJECTED = ".rejected"
+
+
+def merge(
+    adapter: str | Path,
+    output: str | Path,
+    *,
+    model: str | None = None,
+    precision: str | None = None,
+) -> Certificate:
+    """Write the base model with the adapter in its weights to a new folder.
+
+    The folder holds weights, configuration, tokenizer with chat template, and generation settings
+    that stop where the adapter's answers end. It is reloaded in a fresh process and compared with
+    the unmerged model; if it differs too much it stays as `<output>.rejected`.
+
+    Args:
+        model: the base; None is the one that the adapter names.
+        precision: of the written weights: fp32, bf16, fp16; None is that of the training.
+
+    Raises:
+        InputError: adapter, base or output cannot be used; nothing has been written.
+        CertificateError: the merged model does not do what the unmerged one does.
+    """
+    output = Path(output)
+    atomic.require_free(output)
+    live = bring_to_life(adapter, model=model, precision=precision)
+    prompts = sample_of(live.stored.record, live.base)
+    reference = reference_of(live.base.model, prompts, live.base.kind)
+    rejected = output.with_name(output.name + REJECTED)
+    shutil.rmtree(rejected, ignore_errors=True)
+    with atomic.new_folder(rejected) as place:
+        _write_model(live, place)
+    certificate = compare_afresh(rejected, reference)
+    if not certificate.passed:
+        raise CertificateError(
+            f"the merged model differs from the unmerged one (relative logit difference "
+            f"{certificate.relative_difference:.2e}, mean KL {certificate.mean_kl:.2e}, top-1 "
+            f"agreement {certificate.top1_agreement:.3f}); it is left in {rejected}"
+        )
+    publish(rejected, output)
+    return certificate
+
+
+def publish(rejected: Path, output: Path) -> None:
+    """Give a folder that passed its final name."""
+    if output.is_dir():
+        output.rmdir()
+    rejected.rename(output)
+
+
+def _write_model(live: Live, place: Path) -> None:
+    plain: Any = live.adapter.merge_and_detach()
+    _untie(plain)
+    record = live.stored.record
+    stops = record.get("tokenizer", {}).get("stop_ids")
+    if stops and getattr(plain, "generation_config", None) is not None:
+        plain.generation_config.eos_token_id = list(stops)
+    with quiet():
+        plain.save_pretrained(place)
+        live.base.tokenizer.save_pretrained(place)
+    kept = {key: record[key] for key in ("task", "tokenizer", "sample") if key in record}
+    base: dict[str, Any] = {
+        **record.get("base", {}),
+        "name": live.base.name,
+        "kind": live.base.kind,
+    }
+    content: dict[str, Any] = {
+        "format": FORMAT, "kind": "model", "precision": live.precision, "base": base,
+        "adapter": live.stored.digest, **kept, "files": file_digests(place),
+    }  # fmt: skip
+    write_json(place / RECORD, content)
+
+
+def _untie(model: Any) -> None:
+    """A head that was adapted no longer shares its weight with the embedding: say so."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is not None and head.weight is not embedding.weight:
+        for config in (model.config, model.config.get_text_config()):
+            if getattr(config, "tie_word_embeddings", False):
+                config.tie_word_embeddings = False

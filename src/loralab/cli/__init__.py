@@ -1,0 +1,96 @@
+"""Arguments in, exit code out; no logic. Commands import what they need when they run."""
+
+import os
+import sys
+import warnings
+from typing import Annotated, Any
+
+import typer
+from typer.exceptions import Abort, Exit, TyperException
+
+from loralab import __version__
+from loralab.errors import InputError, LoralabError
+
+app = typer.Typer(
+    name="loralab",
+    help="The laboratory for low-rank adaptation: adapt, train, prove.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"loralab {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="the version")
+    ] = False,
+    debug: Annotated[bool, typer.Option(help="show the traceback of an error")] = False,
+) -> None:
+    if debug:
+        os.environ["LORALAB_DEBUG"] = "1"
+
+
+def main() -> None:
+    """The console script: 0 done, 1 the check or run failed, 2 the input was wrong."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.showwarning = _show_warning
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run a command line and return its exit code; errors go to standard error, one line each."""
+    from loralab.cli import artefacts, train  # noqa: F401  (they add their commands to the app)
+
+    try:
+        result: Any = typer.main.get_command(app).main(
+            arguments, prog_name="loralab", standalone_mode=False
+        )
+    except (Exception, KeyboardInterrupt) as error:
+        return _ended(error)
+    return result if isinstance(result, int) else 0
+
+
+def _ended(error: BaseException) -> int:
+    """What an error says to the user, and its exit code."""
+    if isinstance(error, BrokenPipeError):
+        sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115  (nobody reads on)
+        return 0
+    if isinstance(error, Exit):
+        return int(error.exit_code)
+    if isinstance(error, KeyboardInterrupt | Abort):
+        return _say("interrupted; to go on, give the same command with --resume", 130)
+    if isinstance(error, TyperException):
+        return _say(f"error: {' '.join(error.format_message().split())}", 2)
+    if isinstance(error, LoralabError):
+        return _fail(error, 2 if isinstance(error, InputError) else 1)
+    return _fail(error, 1, f"internal error: {type(error).__name__}: ")
+
+
+def _fail(error: BaseException, code: int, prefix: str = "error: ") -> int:
+    if os.environ.get("LORALAB_DEBUG"):
+        import traceback
+
+        traceback.print_exception(error)
+    hint = "" if prefix == "error: " else "  (LORALAB_DEBUG=1 shows where)"
+    return _say(prefix + " ".join(str(error).split()) + hint, code)
+
+
+def _say(text: str, code: int) -> int:
+    print(text, file=sys.stderr)
+    return code
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+    """Our own warnings as one line; those of libraries are for their developers."""
+    if category.__module__.startswith("loralab"):
+        print(f"warning: {message}", file=sys.stderr)

@@ -1,0 +1,133 @@
+"""merge, export, verify, inspect."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from loralab.cli import app
+from loralab.cli.train import Json, Model, _print_json, _print_table
+
+if TYPE_CHECKING:
+    from loralab.artefacts.certificate import Certificate
+
+AdapterPath = Annotated[Path, typer.Argument(help="an adapter folder")]
+OutputPath = Annotated[Path, typer.Argument(help="a new folder")]
+Precision = Annotated[
+    str | None, typer.Option(help="fp32, bf16 or fp16; that of the training if left out")
+]
+
+
+@app.command()
+def merge(
+    adapter: AdapterPath,
+    output: OutputPath,
+    model: Model = None,
+    precision: Precision = None,
+    json_: Json = False,
+) -> None:
+    """Put an adapter into the base's weights: a full model folder, with its certificate."""
+    from loralab.artefacts.merge import merge as run_merge
+
+    certificate = run_merge(adapter, output, model=model, precision=precision)
+    _show_certificate(output, certificate, json_)
+
+
+@app.command()
+def export(
+    adapter: AdapterPath,
+    output: OutputPath,
+    to: Annotated[str, typer.Option(help="peft (vLLM reads it too) or merged")],
+    model: Model = None,
+    precision: Precision = None,
+    json_: Json = False,
+) -> None:
+    """Write an adapter in another form, with its certificate."""
+    from loralab.artefacts.export import export as run_export
+
+    certificate = run_export(adapter, output, to=to, model=model, precision=precision)
+    _show_certificate(output, certificate, json_)
+
+
+@app.command()
+def verify(
+    artefact: Annotated[Path, typer.Argument(help="an adapter folder or a merged model")],
+    json_: Json = False,
+) -> None:
+    """Reload an artefact in a fresh process and compare it with its certificate."""
+    from loralab.artefacts.certificate import verify as run_verify
+
+    _show_certificate(artefact, run_verify(artefact), json_)
+
+
+@app.command()
+def inspect(
+    adapter: AdapterPath,
+    other: Annotated[Path | None, typer.Argument(help="a second one, to compare with")] = None,
+    json_: Json = False,
+) -> None:
+    """Look into an adapter: size, norms, spectrum; with a second one, subspace overlap."""
+    from loralab.adapters.spectrum import compare, describe
+
+    if other is None:
+        summary = describe(adapter)
+        _print_json(summary) if json_ else _show_summary(summary)
+    else:
+        rows = compare(adapter, other)
+        _print_json(rows) if json_ else _show_overlap(rows)
+
+
+def _show_certificate(path: Path, certificate: "Certificate", as_json: bool) -> None:
+    if as_json:
+        _print_json({"path": str(path), **certificate.to_json()})
+        return
+    allowed = certificate.tolerance
+    _print_table(
+        f"{path}: {'passed' if certificate.passed else 'FAILED'} in {certificate.precision}",
+        [
+            ("compared", f"{certificate.prompts} prompts, {certificate.positions} positions"),
+            ("max |d logit|", f"{certificate.max_logit_difference:.2e}"),
+            ("relative", f"{certificate.relative_difference:.2e}  "
+             f"(at most {allowed['relative_difference']:.0e})"),
+            ("mean KL", f"{certificate.mean_kl:.2e} nats  (at most {allowed['mean_kl']:.0e})"),
+            ("same top answer", f"{certificate.top1_agreement:.1%}  "
+             f"(at least {allowed['top1_agreement']:.0%})"),
+        ],
+    )  # fmt: skip
+
+
+def _show_summary(summary: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    _print_table(
+        summary["path"],
+        [
+            ("base", f"{summary['base']}  fingerprint {summary['fingerprint']}"),
+            ("digest", summary["digest"]),
+            ("parameters", f"{summary['parameters']:,} in {len(summary['modules'])} modules"),
+            ("ranks", ", ".join(map(str, summary["ranks"]))),
+            ("trained in full", ", ".join(summary["saved"]) or "nothing"),
+        ],
+    )
+    table = Table("module", "rank", "norm", "top singular values", "effective rank", "90 % at")
+    for row in summary["modules"]:
+        values = " ".join(f"{value:.3f}" for value in row["singular_values"][:4])
+        table.add_row(
+            row["name"], str(row["rank"]), f"{row['norm']:.4f}", values,
+            f"{row['effective_rank']:.2f}", str(row["rank_at_90"]),
+        )  # fmt: skip
+    Console().print(table)
+
+
+def _show_overlap(rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("module", "ranks", "overlap of inputs", "chance", title="subspace overlap (phi)")
+    for row in rows:
+        table.add_row(
+            row["name"], f"{row['ranks'][0]}, {row['ranks'][1]}",
+            f"{row['overlap']:.3f}", f"{row['chance']:.3f}",
+        )  # fmt: skip
+    Console().print(table)

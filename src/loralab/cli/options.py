@@ -1,0 +1,150 @@
+"""Configuration class -> flags, TOML and help, and back: a field is written once.
+
+A command takes the fields of some dataclasses as options. Every option defaults to "not given",
+so that what stands in a --config file is overridden only by what was typed.
+"""
+
+import inspect
+import re
+import tomllib
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, Field, fields
+from pathlib import Path
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+
+import typer
+
+from loralab.errors import ConfigError, nearest
+
+Config = type[Any]
+
+
+def with_options(*configs: Config) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command one option for each field of some dataclasses.
+
+    The command receives what was typed as its last argument: a dict {field: value}.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = list(inspect.signature(command, eval_str=True).parameters.values())[:-1]
+        taken = {parameter.name for parameter in own}
+        added = [_parameter(f, config) for config in configs for f in fields(config)]
+        added = [parameter for parameter in added if parameter.name not in taken]
+
+        def run(**given: Any) -> None:
+            mine = {name: value for name, value in given.items() if name in taken}
+            typed = {n: v for n, v in given.items() if n not in taken and v is not None}
+            command(**mine, typed={name: _parsed(name, v, configs) for name, v in typed.items()})
+
+        run.__name__, run.__doc__ = command.__name__, command.__doc__
+        run.__signature__ = inspect.Signature([*own, *added])  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in (*own, *added)}
+        return run
+
+    return decorate
+
+
+def build(config: Config, values: Mapping[str, Any]) -> Any:
+    """A configuration from the values that are its fields."""
+    names = {f.name for f in fields(config)}
+    return config(**{name: value for name, value in values.items() if name in names})
+
+
+def from_toml(file: Path, known: set[str]) -> dict[str, Any]:
+    """The flat table of a configuration file.
+
+    Raises:
+        ConfigError: it cannot be read, or has a key that is not known.
+    """
+    try:
+        content = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {file} cannot be read: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"--config {file} is no TOML: {error}") from None
+    for key in content:
+        if key not in known:
+            raise ConfigError(f"{file}: unknown key {key!r}{nearest(key, known)}")
+    return content
+
+
+def pairs(text: str, name: str, kind: Callable[[str], Any] = str) -> dict[str, Any]:
+    """`a=1,b=2` as a dict.
+
+    Raises:
+        ConfigError: a part is not of this form.
+    """
+    found = {}
+    for part in text.split(","):
+        key, equals, value = part.rpartition("=")
+        try:
+            if not (key and equals):
+                raise ValueError
+            found[key.strip()] = kind(value.strip())
+        except ValueError:
+            raise ConfigError(f"{_flag(name)} expects name=value pairs, got {part!r}") from None
+    return found
+
+
+def _parameter(field: Field[Any], config: Config) -> inspect.Parameter:
+    hint = get_type_hints(config, include_extras=True)[field.name]
+    plain, *notes = get_args(hint) if get_origin(hint) is Annotated else (hint, "")
+    shown = _default_text(field)
+    text = f"{notes[0]}  [dim]{shown}[/]" if shown else str(notes[0])
+    flag = _flag(field.name)
+    flags = (f"{flag}/--no-{flag[2:]}",) if plain is bool else (flag,)
+    option = typer.Option(*flags, help=text, show_default=False, rich_help_panel=config.__name__)
+    kind = Annotated[_accepted(plain) | None, option]  # type: ignore[valid-type]
+    return inspect.Parameter(
+        field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind
+    )
+
+
+def _accepted(kind: Any) -> type:
+    """What the command line parses itself; everything else arrives as text."""
+    if get_origin(kind) in (Union, types.UnionType):
+        kind = next(option for option in get_args(kind) if option is not type(None))
+    return kind if kind in (int, float, bool, Path) else str
+
+
+def _parsed(name: str, value: Any, configs: tuple[Config, ...]) -> Any:
+    """Text to what the field holds: lists by commas, mappings by name=value, names as they are."""
+    if not isinstance(value, str):
+        return value
+    hint = next(get_type_hints(config)[name] for config in configs if _has(config, name))
+    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    for option in options:
+        origin, inner = get_origin(option), get_args(option)
+        if origin is not None and issubclass(origin, Mapping):
+            return pairs(value, name, inner[1])
+    if value.lower() == "none" and type(None) in options:
+        return None
+    if any(get_origin(option) is tuple for option in options):
+        return _listed(name, value, options)
+    return value
+
+
+def _listed(name: str, value: str, options: tuple[Any, ...]) -> Any:
+    """Comma-separated names or numbers; a regular expression stays one text."""
+    inner = next(get_args(option)[0] for option in options if get_origin(option) is tuple)
+    if str in options and not re.fullmatch(r"[\w.\-]+(,[\w.\-]+)+", value.replace(" ", "")):
+        return value
+    try:
+        return tuple(inner(part.strip()) for part in value.split(","))
+    except ValueError:
+        raise ConfigError(f"{_flag(name)} expects {inner.__name__}s, got {value!r}") from None
+
+
+def _has(config: Config, name: str) -> bool:
+    return any(field.name == name for field in fields(config))
+
+
+def _default_text(field: Field[Any]) -> str:
+    if field.default is MISSING or field.default in (None, (), ""):
+        return ""
+    return f"default {field.default}"
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

@@ -1,0 +1,57 @@
+"""A run's events as a progress bar on a terminal, and as some twenty plain lines elsewhere."""
+
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+LINES = 20
+
+
+class Bar:
+    """Listens to a run; a context manager, so that the terminal is left clean."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self._console = Console(stderr=True, quiet=quiet, highlight=False)
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> "Bar":
+        if sys.stderr.isatty() and not self._console.quiet:
+            self._bar = Progress(
+                BarColumn(30), TextColumn("{task.description}"), console=self._console
+            )
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        """Show one event."""
+        if event["kind"] == "step":
+            self._step(event)
+        elif event["kind"] != "checkpoint":
+            from loralab.training.record import describe
+
+            self._console.print(describe(event))
+
+    def _step(self, event: dict[str, Any]) -> None:
+        step, steps = event["step"], event["steps"]
+        text = (
+            f"step {step}/{steps}  loss {event['loss']:.4f}  "
+            f"{event['tokens_per_second']:.0f} tokens/s  {_time(event['seconds_left'])} left"
+        )
+        if self._bar is not None:
+            if self._task is None:
+                self._task = self._bar.add_task("", total=steps)
+            self._bar.update(self._task, completed=step, description=text)
+        elif step % max(1, steps // LINES) == 0 or step == steps:
+            self._console.print(text)
+
+
+def _time(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02d}"

@@ -1,0 +1,310 @@
+"""train, plan, evaluate, generate, models, tasks."""
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from loralab.adapters.methods import METHODS, LoRA
+from loralab.cli import app
+from loralab.cli.options import build, from_toml, pairs, with_options
+from loralab.errors import ConfigError, nearest
+from loralab.training.settings import Evaluation, Training
+
+if TYPE_CHECKING:
+    from loralab.artefacts.certificate import Certificate
+    from loralab.training.plan import Plan
+    from loralab.training.run import Run
+
+DEFAULT_MODEL = "smollm2-135m"
+Model = Annotated[
+    str | None, typer.Option(help="short name, folder, GGUF file or hub id", show_default=False)
+]
+Data = Annotated[
+    str | None, typer.Option(help="task name, file, folder or hub id", show_default=False)
+]
+Map = Annotated[
+    str | None,
+    typer.Option("--map", help="rename columns, such as text=review,label=stars"),
+]
+Json = Annotated[bool, typer.Option("--json", help="one JSON document on standard output")]
+ConfigFile = Annotated[Path | None, typer.Option(help="TOML file; what is typed here overrides it")]
+MethodName = Annotated[
+    str | None, typer.Option(help=f"one of: {', '.join(METHODS)}", show_default=False)
+]
+
+
+@app.command()
+@with_options(LoRA, Training)
+def train(
+    model: Model = None,
+    data: Data = None,
+    output_dir: Annotated[Path | None, typer.Option(help="a new folder for the run")] = None,
+    method: MethodName = None,
+    map_: Map = None,
+    config: ConfigFile = None,
+    resume: Annotated[bool, typer.Option(help="go on from the last checkpoint")] = False,
+    quiet: Annotated[bool, typer.Option(help="no progress")] = False,
+    json_: Json = False,
+    typed: dict[str, Any] | None = None,
+) -> None:
+    """Train an adapter on data, and prove what was saved."""
+    given = _given(config, typed, model=model, data=data, method=method, map=map_)
+    output = output_dir or given.get("output_dir")
+    if output is None:
+        raise ConfigError("give --output-dir, a new folder for the run")
+    request = _request(given)
+    from loralab.artefacts.certificate import certify
+    from loralab.cli.progress import Bar
+    from loralab.training.run import train as run_training
+
+    with Bar(quiet=quiet or json_) as bar:
+        run = run_training(**request, output_dir=output, resume=resume, listener=bar)
+    certificate = certify(run.output_dir, run.base.model, run.sample, kind=run.base.kind)
+    result = _run_json(run, certificate)
+    if json_:
+        _print_json(result)
+    else:
+        _show_run(result)
+
+
+@app.command()
+@with_options(LoRA, Training)
+def plan(
+    model: Model = None,
+    data: Data = None,
+    method: MethodName = None,
+    map_: Map = None,
+    config: ConfigFile = None,
+    json_: Json = False,
+    typed: dict[str, Any] | None = None,
+) -> None:
+    """Show what train would do and cost; trains nothing."""
+    request = _request(_given(config, typed, model=model, data=data, method=method, map=map_))
+    from loralab.training.plan import plan as make_plan
+
+    result = make_plan(**request)
+    if json_:
+        _print_json(result.to_json())
+    else:
+        _show_plan(result)
+
+
+@app.command()
+@with_options(Evaluation)
+def evaluate(
+    model: Model = None,
+    data: Data = None,
+    adapter: Annotated[Path | None, typer.Option(help="an adapter folder")] = None,
+    map_: Map = None,
+    predictions: Annotated[Path | None, typer.Option(help="write each answer here, JSONL")] = None,
+    json_: Json = False,
+    typed: dict[str, Any] | None = None,
+) -> None:
+    """Score a model, with or without an adapter, on data."""
+    if data is None:
+        raise ConfigError("give --data: a task name, a file, a folder or a hub id")
+    if model is None and adapter is None:
+        model = DEFAULT_MODEL
+    evaluation = build(Evaluation, typed or {})
+    from loralab import atomic
+    from loralab.training.evaluation import evaluate as score
+
+    scores = score(
+        data=data, model=model, adapter=adapter, evaluation=evaluation, mapping=_mapping(map_)
+    )
+    if predictions is not None:
+        lines = (json.dumps(vars(p), ensure_ascii=False) for p in scores.predictions)
+        atomic.write_file(predictions, "".join(line + "\n" for line in lines))
+    if json_:
+        _print_json({"metrics": scores.metrics, "rows": scores.rows, "split": evaluation.split})
+        return
+    title = f"{data}, {scores.rows} {evaluation.split} rows"
+    _print_table(title, [(name, f"{value:.4f}") for name, value in scores.metrics.items()])
+
+
+@app.command()
+def generate(
+    prompt: Annotated[
+        list[str] | None, typer.Argument(help="or one a line on standard input")
+    ] = None,
+    model: Model = None,
+    adapter: Annotated[list[Path] | None, typer.Option(help="may be repeated")] = None,
+    base: Annotated[bool, typer.Option(help="also ask the base model")] = True,
+    system: Annotated[str | None, typer.Option(help="a system message")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="longest answer in tokens", min=1)] = 128,
+    temperature: Annotated[float, typer.Option(help="0 is greedy", min=0)] = 0.0,
+    seed: Annotated[int, typer.Option(help="of sampling")] = 0,
+    precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16")] = "auto",
+    json_: Json = False,
+) -> None:
+    """Answer prompts: the base and each adapter side by side."""
+    prompts = list(prompt or [])
+    if not prompts and not sys.stdin.isatty():
+        prompts = [line.strip() for line in sys.stdin if line.strip()]
+    adapters = list(adapter or [])
+    if model is None and not adapters:
+        model = DEFAULT_MODEL
+    from loralab.training.evaluation import answers
+
+    found = answers(
+        prompts=prompts, model=model, adapters=adapters, with_base=base, system=system,
+        max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, precision=precision,
+    )  # fmt: skip
+    if json_:
+        _print_json(found)
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    for entry in found:
+        table = Table(title=Text(entry["prompt"]), show_lines=True)
+        for name in entry["answers"]:
+            table.add_column(Text(name), overflow="fold")
+        table.add_row(*(Text(answer) for answer in entry["answers"].values()))
+        Console().print(table)
+
+
+@app.command()
+def models(json_: Json = False) -> None:
+    """List the models that can be named after --model, and whether they are here."""
+    from loralab.models.catalog import listing
+
+    _show_listing("models; folders, GGUF files and hub ids work too", listing(), json_)
+
+
+@app.command()
+def tasks(json_: Json = False) -> None:
+    """List the tasks that can be named after --data, and whether their data is here."""
+    from loralab.tasks.catalog import listing
+
+    _show_listing("tasks; files, folders and hub ids work too", listing(), json_)
+
+
+def _given(
+    config: Path | None, typed: Mapping[str, Any] | None, **own: str | None
+) -> dict[str, Any]:
+    """The configuration file, overridden by what was typed."""
+    fields = {*own, "output_dir", *_field_names()}
+    stored = from_toml(config, fields) if config is not None else {}
+    return {**stored, **(typed or {}), **{k: v for k, v in own.items() if v is not None}}
+
+
+def _request(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What train() and plan() take."""
+    if "data" not in given:
+        raise ConfigError("give --data: a task name, a file, a folder or a hub id")
+    name = given.get("method", "lora")
+    if name not in METHODS:
+        hint = nearest(str(name), METHODS)
+        raise ConfigError(f"--method must be one of {', '.join(METHODS)}, got {name!r}{hint}")
+    columns = given.get("map", {})
+    return {
+        "model": given.get("model", DEFAULT_MODEL),
+        "data": given["data"],
+        "method": build(METHODS[name], given),
+        "training": build(Training, given),
+        "mapping": _mapping(columns) if isinstance(columns, str) else columns,
+    }
+
+
+def _field_names() -> set[str]:
+    from dataclasses import fields
+
+    return {field.name for config in (*METHODS.values(), Training) for field in fields(config)}
+
+
+def _mapping(text: str | None) -> dict[str, str]:
+    return pairs(text, "map") if text else {}
+
+
+def _run_json(run: "Run", certificate: "Certificate") -> dict[str, Any]:
+    total = sum(p.numel() for p in run.base.model.parameters())
+    size = sum(f.stat().st_size for f in run.output_dir.glob("adapter_model.safetensors"))
+    return {
+        "output_dir": str(run.output_dir), "stopped": run.stopped, "steps": run.steps,
+        "best_step": run.best_step, "validation": dict(run.scores["validation"].metrics),
+        "validation_rows": run.scores["validation"].rows,
+        "trainable": run.adapter.num_parameters, "total": total, "adapter_bytes": size,
+        "seconds": run.seconds, "tokens": run.tokens, "tokens_per_second": run.tokens_per_second,
+        "peak_bytes": run.peak_bytes, "certificate": certificate.to_json(),
+    }  # fmt: skip
+
+
+def _show_run(result: Mapping[str, Any]) -> None:
+    proof = result["certificate"]
+    metrics = "  ".join(f"{name} {value:.4f}" for name, value in result["validation"].items())
+    folder = result["output_dir"]
+    _print_table(
+        f"{folder}: {result['stopped']} after {result['steps']} steps",
+        [
+            ("validation", f"{metrics}  ({result['validation_rows']} rows)"),
+            ("saved weights", f"of step {result['best_step']}"),
+            ("trained", f"{result['trainable']:,} of {result['total']:,} parameters"),
+            ("adapter on disk", f"{result['adapter_bytes'] / 1e6:.1f} MB"),
+            ("time", f"{result['seconds']:.0f} s, {result['tokens_per_second']:.0f} tokens/s"),
+            ("peak memory", f"{result['peak_bytes'] / 1e9:.2f} GB"),
+            ("reloaded", f"passed; max |d logit| {proof['max_logit_difference']:.1e}, "
+             f"mean KL {proof['mean_kl']:.1e}"),
+        ],
+    )  # fmt: skip
+    print("next:")
+    for command in (
+        f"loralab evaluate --adapter {folder} --data ...",
+        f"loralab generate --adapter {folder} 'a prompt'",
+        f"loralab merge {folder} {folder}-merged",
+    ):
+        print(f"  {command}")
+
+
+def _show_plan(plan: "Plan") -> None:
+    groups = Counter(
+        (m.name.rpartition(".")[2], m.kind, m.shape, m.rank, m.parameters) for m in plan.modules
+    )
+    rows = [
+        (f"{count} x {name}", f"{kind} {' x '.join(map(str, shape))}, "
+         + (f"rank {rank}, " if rank else "in full, ") + f"{parameters:,} each")
+        for (name, kind, shape, rank, parameters), count in groups.items()
+    ]  # fmt: skip
+    rows += [
+        ("trained", f"{plan.trainable:,} of {plan.total:,} parameters ({plan.share:.2%})"),
+        ("rows", f"{plan.rows:,}, longest {plan.longest_row} tokens"
+         + (f"; {plan.dropped} left out, {plan.shortened} cut" if plan.dropped or plan.shortened
+            else "")),
+        ("steps", f"{plan.steps:,} of about {plan.tokens_per_step:,} tokens, {plan.precision}"),
+        ("memory, predicted", f"{plan.peak_bytes / 1e9:.1f} GB"),
+        ("time, predicted", f"{plan.seconds / 60:.1f} min"),
+    ]  # fmt: skip
+    _print_table(f"{plan.model} ({plan.kind}) on {plan.data}", rows)
+
+
+def _show_listing(title: str, entries: list[dict[str, Any]], as_json: bool) -> None:
+    if as_json:
+        _print_json(entries)
+        return
+    rows = [
+        (entry["name"], f"{entry['description']}; {entry['licence']}\n"
+         + ("present" if entry["present"] else f"not here; get it with: {entry['get']}"))
+        for entry in entries
+    ]  # fmt: skip
+    _print_table(title, rows)
+
+
+def _print_table(title: str, rows: Iterable[tuple[str, str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(title), show_header=False, title_justify="left")
+    for name, value in rows:
+        table.add_row(Text(name), Text(value))
+    Console().print(table)
+
+
+def _print_json(content: Any) -> None:
+    print(json.dumps(content, indent=2, ensure_ascii=False, default=str))
