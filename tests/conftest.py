@@ -1,5 +1,6 @@
 """Tiny models with tokenizers, saved as folders: real formats, random weights, milliseconds."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -89,3 +90,16 @@ def tiny_bert_folder(save_tiny: Saver) -> Path:
     """A BERT encoder without a head."""
     torch.manual_seed(0)
     return save_tiny("bert", BertModel(BertConfig(**SIZES, max_position_embeddings=128)), False)
+
+
+@pytest.fixture(scope="session")
+def sums_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prompt-completion rows of unequal length, most of them in the training part."""
+    words = ["good", "bad", "fine", "poor", "great", "awful"]
+    file = tmp_path_factory.mktemp("data") / "sums.jsonl"
+    rows = []
+    for n in range(60):
+        prompt = " ".join([str(n), *(words[(n + j) % 6] for j in range(1 + n % 5))])
+        rows.append({"prompt": prompt, "completion": words[n % 6]})
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return file

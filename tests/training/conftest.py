@@ -1,6 +1,5 @@
 """A small task on disk, and a function that trains a tiny model on it."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,19 +14,9 @@ WORDS = ["good", "bad", "fine", "poor", "great", "awful"]
 
 
 @pytest.fixture(scope="session")
-def sums(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Prompt-completion rows of unequal length, most of them in the training part."""
-    file = tmp_path_factory.mktemp("data") / "sums.jsonl"
-    rows = [
-        {
-            "prompt": " ".join(WORDS[(i + j) % 6] for j in range(1 + i % 5)),
-            "completion": WORDS[i % 6],
-        }
-        for i in range(60)
-    ]
-    rows = [{**row, "prompt": f"{n} {row['prompt']}"} for n, row in enumerate(rows)]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return file
+def sums(sums_file: Path) -> Path:
+    """Prompt-completion rows of unequal length."""
+    return sums_file
 
 
 @pytest.fixture(scope="session")

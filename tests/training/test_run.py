@@ -14,6 +14,7 @@ from loralab.adapters.folder import RECORD, TENSORS
 from loralab.adapters.methods import LoRA
 from loralab.errors import ConfigError, DataError, InputError, OutputError, TargetError
 from loralab.models import load as models
+from loralab.tasks.score import Scores
 from loralab.training import run as run_module
 from loralab.training.record import Event, read_metrics
 from loralab.training.run import Run
@@ -130,24 +131,33 @@ def test_config_toml_says_what_was_asked(tiny_train: Train) -> None:
     assert config["rank_pattern"] == {"q_proj": 2}
 
 
-def test_the_best_weights_are_saved_not_the_last(tiny_train: Train) -> None:
-    method = LoRA(rank=2, modules_to_save=["lm_head"])
-    run = tiny_train(
-        max_steps=40, learning_rate=1.0, evaluate_every=1, schedule="constant", method=method
-    )
-    evaluations = [e for e in read_metrics(run.output_dir) if e["kind"] == "evaluation"]
-    best = min(evaluations, key=lambda event: event["metrics"]["loss"])
-    assert run.best_step == best["step"] < 40
-    assert run.scores["validation"].metrics["loss"] == pytest.approx(best["metrics"]["loss"])
+def scores_in_turn(monkeypatch: pytest.MonkeyPatch, losses: list[float]) -> None:
+    """Let evaluations find these losses, and the last of them ever after."""
+
+    def found(*args: object, **options: object) -> Scores:
+        loss = losses.pop(0) if len(losses) > 1 else losses[0]
+        return Scores(metrics={"loss": loss}, rows=1, predictions=(), main="loss")
+
+    monkeypatch.setattr(run_module, "evaluate", found)
 
 
-def test_patience_stops_a_run_that_no_longer_gets_better(tiny_train: Train) -> None:
-    run = tiny_train(
-        max_steps=40, learning_rate=1.0, evaluate_every=1, patience=2, schedule="constant",
-        method=LoRA(rank=2, modules_to_save=["lm_head"]),
-    )  # fmt: skip
-    assert run.stopped == "early stop"
-    assert run.steps < 40
+def test_the_best_weights_are_saved_not_the_last(
+    tiny_train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores_in_turn(monkeypatch, [3.0, 1.0, 2.0, 9.0])
+    run = tiny_train(evaluate_every=2)
+    assert (run.best_step, run.steps) == (4, 6)
+    shorter = tiny_train("shorter", max_steps=6, evaluate_every=4)  # its first look is step 4
+    assert shorter.best_step == 4
+    assert files_of(run)[TENSORS] == files_of(shorter)[TENSORS]
+
+
+def test_patience_stops_a_run_that_no_longer_gets_better(
+    tiny_train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores_in_turn(monkeypatch, [3.0, 1.0, 2.0, 2.0, 9.0])
+    run = tiny_train(max_steps=40, evaluate_every=1, patience=2)
+    assert (run.stopped, run.steps, run.best_step) == ("early stop", 4, 2)
 
 
 def test_an_encoder_is_trained_with_its_head(

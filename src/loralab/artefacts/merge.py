@@ -76,7 +76,9 @@ def _write_model(live: Live, place: Path) -> None:
     with quiet():
         plain.save_pretrained(place)
         live.base.tokenizer.save_pretrained(place)
-    kept = {key: record[key] for key in ("task", "tokenizer", "sample") if key in record}
+    kept: dict[str, Any] = {
+        key: record[key] for key in ("task", "tokenizer", "sample") if key in record
+    }
     base: dict[str, Any] = {
         **record.get("base", {}),
         "name": live.base.name,
