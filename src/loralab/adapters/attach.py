@@ -1,5 +1,6 @@
 """attach, load, detach, Adapter: the only file that replaces modules of a model."""
 
+import re
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -13,9 +14,15 @@ from torch.utils.hooks import RemovableHandle
 from loralab.adapters.fingerprint import dtype_name, fingerprint
 from loralab.adapters.folder import PREFIX, AdapterFolder, config_to_peft, read, write
 from loralab.adapters.linear import LinearWithLoRA
-from loralab.adapters.methods import LoRA
+from loralab.adapters.methods import LoRA, Names
 from loralab.adapters.subset import TrainedInFull
-from loralab.adapters.targets import ends_with, matches_pattern, saved_names, target_names
+from loralab.adapters.targets import (
+    HEADS,
+    ends_with,
+    matches_pattern,
+    saved_names,
+    target_names,
+)
 from loralab.errors import AdapterFileError, AdapterStateError, BaseMismatchWarning, some
 
 TASK_TYPES = {"causal-lm": "CAUSAL_LM", "sequence-classification": "SEQ_CLS"}  # kind -> peft's name
@@ -166,7 +173,7 @@ class Adapter:
             self._base_paths(),
             transposed=all(module.transposed for module in self.modules.values()),
             base=record["base"].get("name"),
-            task_type=TASK_TYPES.get(record["base"].get("kind", "")),
+            task_type=self._task_type(record["base"].get("kind")),
         )
         return write(folder, config, self.tensors(), record, overwrite=overwrite)
 
@@ -179,6 +186,12 @@ class Adapter:
         for name, saved in self.saved.items():
             tensors |= {f"{PREFIX}{name}.{k}": v for k, v in saved.trained.state_dict().items()}
         return {name: tensor.detach() for name, tensor in tensors.items()}
+
+    def _task_type(self, kind: str | None) -> str | None:
+        """peft's name; without a trained head none, or peft would look for its weights in vain."""
+        if kind == "sequence-classification" and not any(name in HEADS for name in self.saved):
+            return None
+        return TASK_TYPES.get(kind or "")
 
     def _base_paths(self) -> list[str]:
         """Paths of all modules that the base model has, but for those trained in full."""
@@ -193,7 +206,8 @@ class Adapter:
     def _replace(self, new: Mapping[nn.Module, nn.Module]) -> None:
         self._require_attached()
         _replace(self.model, new)
-        self._hook.remove()
+        if self._hook is not None:
+            self._hook.remove()
         self._attached = False
 
     def _require_attached(self) -> None:
@@ -262,15 +276,26 @@ def _present(model: nn.Module, config: LoRA, path: Path) -> LoRA:
             f"{path} does not fit {type(model).__name__}, which has none of its target modules "
             f"{some(config.target_modules or ())}"
         )
-    config = replace(config, target_modules=targets, modules_to_save=found(config.modules_to_save))
-    excluded = config.exclude_modules
-    if isinstance(excluded, tuple):
-        config = replace(config, exclude_modules=found(excluded) or None)
-    return replace(
+    config = replace(
         config,
+        target_modules=targets,
+        modules_to_save=found(config.modules_to_save),
         rank_pattern={p: r for p, r in config.rank_pattern.items() if _any_match(names, p)},
         alpha_pattern={p: a for p, a in config.alpha_pattern.items() if _any_match(names, p)},
     )
+    return replace(config, exclude_modules=_excluded(model, config))
+
+
+def _excluded(model: nn.Module, config: LoRA) -> Names:
+    """What of exclude_modules takes a target away."""
+    excluded = config.exclude_modules
+    if excluded is None:
+        return None
+    plain = replace(config, exclude_modules=None, layers=None, layers_pattern=())
+    targets = target_names(model, replace(plain, rank_pattern={}, alpha_pattern={}))
+    if isinstance(excluded, str):
+        return excluded if any(re.fullmatch(excluded, name) for name in targets) else None
+    return tuple(w for w in excluded if any(ends_with(name, w) for name in targets)) or None
 
 
 def _any_match(names: Iterable[str], pattern: str) -> bool:
@@ -328,7 +353,7 @@ def _replace(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
                 setattr(parent, name, new[child])
 
 
-def _keep_gradients_in_checkpoints(model: nn.Module) -> RemovableHandle:
+def _keep_gradients_in_checkpoints(model: nn.Module) -> RemovableHandle | None:
     """Let gradients reach adapters through reentrant checkpoints although the embedding is frozen.
 
     A reentrant checkpoint drops all gradients if no *input* of its block needs one. The hook
@@ -348,5 +373,5 @@ def _keep_gradients_in_checkpoints(model: nn.Module) -> RemovableHandle:
         except NotImplementedError:  # models without one, such as plain classifiers
             embedding = None
     if not isinstance(embedding, nn.Module):
-        return RemovableHandle({})
+        return None
     return embedding.register_forward_hook(mark)

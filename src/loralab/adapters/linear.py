@@ -57,13 +57,14 @@ class LinearWithLoRA(nn.Module):
         if self._fuses(x):
             mask = self._dropout_mask(x)
             return linear_with_update(self.base, self.transposed, x, *self.factors(), mask)
-        return self.base(x) + self.update(x)
+        y = self.base(x)
+        return y + self.update(x).to(y.dtype)
 
     def update(self, x: Tensor) -> Tensor:
         """(alpha / r) B A x: (..., I) -> (..., O), computed in the adapter's dtype."""
         A, B, scaling = self.factors()
         low = F.linear(self.dropout(x).to(A.dtype), A)  # (..., R)
-        return (scaling * F.linear(low, B)).to(x.dtype)
+        return scaling * F.linear(low, B)
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
         """A (R, I), B (O, R) and the factor of the update; PiSSA subtracts its start: rank 2 R."""

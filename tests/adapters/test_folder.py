@@ -1,0 +1,321 @@
+"""The adapter folder: peft reads ours, we read peft's, and nothing damaged or foreign is loaded."""
+
+import json
+import os
+import pickle
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, PeftModel, get_peft_model
+from tiny import IDS, MODELS, bert, fill, gpt2, llama, logits
+from torch import Tensor, nn
+
+from loralab.adapters import folder
+from loralab.adapters.attach import attach, load
+from loralab.adapters.methods import LoRA
+from loralab.errors import AdapterFileError, BaseMismatchWarning, OutputError
+
+CONFIGS: dict[str, list[dict[str, Any]]] = {
+    "llama": [
+        {}, {"scaling": "alpha/sqrt(r)"}, {"scaling": "none", "rank_pattern": {"q_proj": 3}},
+        {"init": "pissa"}, {"init": "pissa", "scaling": "alpha/sqrt(r)"},
+        {"init": "pissa", "scaling": "none", "alpha": 3}, {"target_modules": "attention"},
+        {"target_modules": "mlp", "layers": [0, 2]}, {"layers": [1]},
+        {"target_modules": r".*\.1\..*(q|v)_proj"}, {"exclude_modules": ["k_proj"]},
+        {"rank_pattern": {"q_proj": 2, r"layers\.1\.mlp\.up_proj": 5}, "alpha": 3},
+        {"alpha_pattern": {"down_proj": 1, "0.self_attn.q_proj": 40}, "rank": 5},
+        {"modules_to_save": ["lm_head"]}, {"target_modules": ["lm_head", "q_proj"]},
+    ],
+    "gpt2": [
+        {}, {"target_modules": ["c_attn"]}, {"target_modules": "attention"},
+        {"target_modules": ["c_attn", "mlp.c_proj"], "scaling": "alpha/sqrt(r)"},
+        {"rank_pattern": {"c_fc": 3}, "alpha_pattern": {"c_attn": 2}, "layers": [0, 1]},
+        {"init": "pissa"}, {"modules_to_save": ["lm_head"]},
+    ],
+    "bert": [
+        {}, {"modules_to_save": ["classifier"]}, {"target_modules": ["query", "value"]},
+        {"modules_to_save": ["classifier"], "scaling": "alpha/sqrt(r)", "target_modules": "mlp"},
+    ],
+}  # fmt: skip
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+@pytest.mark.parametrize(("name", "options"), [(n, o) for n, all_ in CONFIGS.items() for o in all_])
+def test_peft_and_we_load_what_we_saved(name: str, options: dict[str, Any], tmp_path: Path) -> None:
+    model = MODELS[name]()
+    adapter = fill(attach(model, LoRA(**{"rank": 4, **options})))
+    expected = logits(model)
+    kind = "sequence-classification" if name == "bert" else "causal-lm"
+    adapter.save(tmp_path / "a", {"base": {"kind": kind}})
+    load(MODELS[name](), tmp_path / "a")
+    ours = adapter.detach()
+    load(ours, tmp_path / "a")
+    assert relative(logits(ours), expected) <= 1e-6
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = PeftModel.from_pretrained(MODELS[name](), tmp_path / "a").eval()
+    with torch.no_grad():
+        assert relative(theirs(IDS).logits, expected) <= 1e-6
+
+
+PEFT_CONFIGS: dict[str, list[dict[str, Any]]] = {
+    "llama": [
+        {"target_modules": "all-linear"}, {"target_modules": ["q_proj", "v_proj"]},
+        {"target_modules": ["q_proj"], "use_rslora": True, "layers_to_transform": [0, 2]},
+        {"target_modules": ["q_proj", "up_proj"], "rank_pattern": {"up_proj": 2},
+         "alpha_pattern": {"layers.1.*": 3}},
+        {"target_modules": r".*\.(q|o)_proj", "exclude_modules": ["k_proj"]},
+        {"target_modules": "all-linear", "exclude_modules": ["down_proj"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+        {"target_modules": ["q_proj", "nothing_here"], "layers_to_transform": 1,
+         "layers_pattern": "layers"},
+    ],
+    "gpt2": [
+        {"target_modules": ["c_attn", "c_proj", "c_fc"]}, {"target_modules": "all-linear"},
+        {"target_modules": ["c_attn"], "layers_to_transform": [1], "use_rslora": True,
+         "rank_pattern": {"h.1.attn.c_attn": 3}},
+    ],
+    "bert": [
+        {"target_modules": ["query", "value"], "task_type": "SEQ_CLS"},
+        {"target_modules": "all-linear", "task_type": "SEQ_CLS", "use_rslora": True},
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # peft's own
+@pytest.mark.parametrize(
+    ("name", "options"), [(n, o) for n, all_ in PEFT_CONFIGS.items() for o in all_]
+)
+def test_we_load_what_peft_saved(name: str, options: dict[str, Any], tmp_path: Path) -> None:
+    theirs = get_peft_model(MODELS[name](), LoraConfig(r=4, init_lora_weights=False, **options))
+    with torch.no_grad():
+        expected = theirs.eval()(IDS).logits
+    theirs.save_pretrained(tmp_path)
+    model = MODELS[name]()
+    load(model, tmp_path)
+    assert relative(logits(model), expected) <= 1e-6
+
+
+def test_saving_loading_and_saving_again_gives_the_same_bytes(tmp_path: Path) -> None:
+    model = gpt2()
+    fill(attach(model, LoRA(rank_pattern={"c_fc": 2}))).save(tmp_path / "a")
+    again = load(gpt2(), tmp_path / "a")
+    again.save(tmp_path / "b")
+    for file in (folder.TENSORS, folder.CONFIG):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+    assert folder.read(tmp_path / "a").digest == folder.read(tmp_path / "b").digest
+
+
+NAMES = st.sampled_from([
+    "weight", "bias", "lora_", "lora_A", "lora_B", "default", "base_layer", "base", "model", "a",
+    "ab", "abc", "0", "10", "modules_to_save", "trained", "layers", "base_model", "q_proj",
+])  # fmt: skip
+
+
+class Nested(nn.Module):
+    """Linear layers at the given paths."""
+
+    def __init__(self, paths: list[tuple[str, ...]]) -> None:
+        super().__init__()
+        for path in paths:
+            place: nn.Module = self
+            for part in path[:-1]:
+                if not hasattr(place, part):
+                    place.add_module(part, Nested([]))
+                place = getattr(place, part)
+            place.add_module(path[-1], nn.Linear(3, 3))
+
+
+def nests(paths: list[tuple[str, ...]]) -> bool:
+    """No path runs through a layer that another one ends in."""
+    return not any(a != b and b[: len(a)] == a for a in paths for b in paths)
+
+
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    paths=st.lists(
+        st.lists(NAMES, min_size=1, max_size=3).map(tuple), min_size=1, max_size=5, unique=True
+    ).filter(nests),
+    data=st.data(),
+)
+def test_hostile_module_names_come_back(
+    paths: list[tuple[str, ...]], data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    place = tmp_path_factory.mktemp("hostile")
+    model = Nested(paths)
+    chosen = data.draw(st.lists(st.sampled_from(paths), min_size=1, unique=True))
+    targets = [".".join(path) for path in chosen]
+    adapter = fill(attach(model, LoRA(rank=2, target_modules=targets)))
+    expected = {name: tensor.clone() for name, tensor in adapter.tensors().items()}
+    adapter.save(place / "a")
+    adapter.detach()
+    loaded = load(model, place / "a").tensors()
+    assert loaded.keys() == expected.keys()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """A folder of an adapter on the tiny Llama."""
+    return fill(attach(llama(), LoRA(rank=2, target_modules=["q_proj"]))).save(tmp_path / "a")
+
+
+def rewrite(saved: Path, **changes: Tensor | None) -> None:
+    """Change tensors as another tool might, without the digest noticing."""
+    tensors = safetensors.torch.load_file(saved / folder.TENSORS)
+    for name, tensor in changes.items():
+        tensors.pop(name, None)
+        if tensor is not None:
+            tensors[name] = tensor
+    safetensors.torch.save_file(tensors, saved / folder.TENSORS)
+    (saved / folder.RECORD).unlink(missing_ok=True)
+
+
+KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({KEY: None}, f"missing: {KEY}"),
+        ({"base_model.model.extra.lora_A.weight": torch.ones(2, 2)}, "not in this model: .*extra"),
+        ({KEY: None, KEY.replace("q_proj", "q_prj"): torch.ones(2, 32)}, "missing.*not in this"),
+        ({KEY: torch.ones(3, 32)}, r"misshapen: .*\(3, 32\), expected \(2, 32\)"),
+    ],
+)
+def test_a_key_that_does_not_fit_is_listed(
+    saved: Path, changes: dict[str, Any], message: str
+) -> None:
+    rewrite(saved, **changes)
+    model = llama()
+    before = logits(model)
+    with pytest.raises(AdapterFileError, match=message):
+        load(model, saved)
+    assert torch.equal(logits(model), before)  # and the model is as it was
+
+
+def damage(saved: Path, how: str) -> None:
+    tensors, config = saved / folder.TENSORS, saved / folder.CONFIG
+    content = tensors.read_bytes()
+    if how == "truncated":
+        tensors.write_bytes(content[: len(content) // 2])
+    elif how == "empty":
+        tensors.write_bytes(b"")
+    elif how == "one bit":
+        tensors.write_bytes(content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
+    elif how == "huge header":
+        tensors.write_bytes((2**40).to_bytes(8, "little") + content[8:])
+    elif how == "scaling":
+        config.write_text(config.read_text().replace('"lora_alpha": 16', '"lora_alpha": 32'))
+    elif how == "no json":
+        config.write_text("{")
+    elif how == "a list":
+        config.write_text("[]")
+    elif how == "no tensors":
+        tensors.unlink()
+    elif how == "format":
+        record = json.loads((saved / folder.RECORD).read_text())
+        (saved / folder.RECORD).write_text(json.dumps({**record, "format": 99}))
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("truncated", "damaged or truncated"), ("empty", "damaged"), ("one bit", "has digest"),
+        ("huge header", "damaged"), ("scaling", "was changed or damaged"), ("no json", "be read"),
+        ("a list", "must hold a JSON object"), ("no tensors", "has no adapter_model"),
+        ("format", "format 99; this version reads 1"),
+    ],
+)  # fmt: skip
+def test_a_damaged_folder_is_refused(saved: Path, how: str, message: str) -> None:
+    damage(saved, how)
+    with pytest.raises(AdapterFileError, match=message):
+        load(llama(), saved)
+
+
+def test_a_pickle_is_refused_unread(saved: Path, tmp_path: Path) -> None:
+    class Bomb:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.mkdir, (str(tmp_path / "exploded"),)
+
+    (saved / folder.TENSORS).unlink()
+    (saved / "adapter_model.bin").write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(AdapterFileError, match="is a pickle, which can run code"):
+        load(llama(), saved)
+    assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("use_dora", True, "use_dora"), ("bias", "all", "bias 'all'"),
+        ("init_lora_weights", "pissa", "changes the base weights"),
+        ("target_parameters", ["x"], "target_parameters"), ("peft_type", "IA3", "'IA3'"),
+        ("trainable_token_indices", [1], "trainable_token_indices"), ("r", 0, "rank"),
+        ("layer_replication", [[0, 2]], "layer_replication"), ("lora_bias", True, "lora_bias"),
+        ("something_new", {"a": 1}, "something_new"), ("r", "8", "rank"),
+    ],
+)  # fmt: skip
+def test_what_plain_lora_cannot_express_is_refused_by_name(
+    saved: Path, field: str, value: Any, message: str
+) -> None:
+    (saved / folder.RECORD).unlink()
+    config = json.loads((saved / folder.CONFIG).read_text())
+    (saved / folder.CONFIG).write_text(json.dumps({**config, field: value}))
+    with pytest.raises(AdapterFileError, match=message):
+        load(llama(), saved)
+
+
+def test_no_adapter_there_proposes_one_beside(saved: Path) -> None:
+    with pytest.raises(AdapterFileError, match="did you mean a"):
+        load(llama(), saved.with_name("aa"))
+
+
+def test_an_adapter_is_not_overwritten_unasked(saved: Path) -> None:
+    before = (saved / folder.TENSORS).read_bytes()
+    adapter = fill(attach(llama(), LoRA(rank=2, target_modules=["q_proj"])), seed=9)
+    with pytest.raises(OutputError, match="holds an adapter already"):
+        adapter.save(saved)
+    assert (saved / folder.TENSORS).read_bytes() == before
+    adapter.save(saved, overwrite=True)
+    assert (saved / folder.TENSORS).read_bytes() != before
+
+
+def test_a_full_disk_is_no_saved_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    adapter = attach(llama(), LoRA())
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OutputError, match="No space left"):
+        adapter.save(tmp_path / "a")
+    assert not any((tmp_path / "a").iterdir())
+
+
+def test_another_base_model_warns_with_both_fingerprints(saved: Path) -> None:
+    other = llama()
+    nn.init.normal_(other.model.layers[0].mlp.up_proj.weight)
+    with pytest.warns(BaseMismatchWarning, match=r"fingerprint [0-9a-f]{16}; this model has"):
+        load(other, saved)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_same_base_in_another_dtype_is_the_same_base(saved: Path, dtype: torch.dtype) -> None:
+    load(llama().to(dtype), saved)
+
+
+def test_a_model_of_other_shapes_is_refused(saved: Path) -> None:
+    with pytest.raises(AdapterFileError, match="none of its target modules q_proj"):
+        load(bert(), saved)

@@ -1,0 +1,149 @@
+"""LinearWithLoRA: the equation, its start, and merging that never loses the base."""
+
+from typing import Any
+
+import pytest
+import torch
+from tiny import fill, llama, logits
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from loralab.adapters.attach import attach, load
+from loralab.adapters.linear import LinearWithLoRA
+from loralab.adapters.methods import INITS, LoRA
+from loralab.errors import AdapterStateError, ConfigError
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def layer(kind: str, inputs: int = 12, outputs: int = 8) -> Any:
+    torch.manual_seed(0)
+    return Conv1D(outputs, inputs) if kind == "conv1d" else nn.Linear(inputs, outputs)
+
+
+def wrapped(kind: str = "linear", inputs: int = 12, **options: Any) -> LinearWithLoRA:
+    module = LinearWithLoRA(layer(kind, inputs), LoRA(**{"rank": 4, **options}))
+    nn.init.normal_(module.lora_B)
+    return module
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+@pytest.mark.parametrize("init", [name for name in INITS if name not in ("b_kaiming", "pissa")])
+def test_step_0_is_the_base_bit_for_bit(kind: str, init: str) -> None:
+    base = layer(kind)
+    x = torch.randn(5, 3, 12)
+    expected = base(x)
+    assert torch.equal(LinearWithLoRA(base, LoRA(rank=4, init=init))(x), expected)
+
+
+def test_pissa_starts_at_the_base_and_b_kaiming_does_not() -> None:
+    base, x = layer("linear"), torch.randn(5, 12)
+    expected = base(x)
+    torch.testing.assert_close(LinearWithLoRA(base, LoRA(rank=4, init="pissa"))(x), expected)
+    assert not torch.allclose(LinearWithLoRA(base, LoRA(rank=4, init="b_kaiming"))(x), expected)
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+def test_the_output_is_equation_3_in_float64(kind: str) -> None:
+    module = wrapped(kind, alpha=6)
+    x = torch.randn(7, 12)
+    W = module.base.weight.T if kind == "conv1d" else module.base.weight
+    A, B = module.lora_A.double(), module.lora_B.double()
+    expected = x.double() @ (W.double() + 6 / 4 * B @ A).T + module.base.bias.double()
+    torch.testing.assert_close(module(x).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_only_a_and_b_get_gradients() -> None:
+    module = wrapped()
+    module(torch.randn(3, 12)).sum().backward()
+    assert [n for n, p in module.named_parameters() if p.grad is not None] == ["lora_A", "lora_B"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("kind", "inputs"), [("linear", 12), ("conv1d", 12), ("conv1d", 8)])
+def test_merge_then_unmerge_restores_every_bit(kind: str, inputs: int, dtype: torch.dtype) -> None:
+    module = wrapped(kind, inputs)
+    module.base.to(dtype)
+    before, x = module.base.weight, torch.randn(5, inputs, dtype=dtype)
+    bits, unmerged = before.clone(), module(x)
+    for _ in range(3):
+        module.merge_weights()
+        assert not torch.equal(module.base.weight, bits)
+        tolerance = 1e-5 if dtype == torch.float32 else 0.1
+        torch.testing.assert_close(module(x), unmerged, rtol=tolerance, atol=tolerance)
+        module.unmerge_weights()
+    assert module.base.weight is before
+    assert torch.equal(before, bits)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_hundred_merges_of_three_alternating_adapters_leave_the_base_alone(
+    dtype: torch.dtype, tmp_path: Any
+) -> None:
+    model = llama().to(dtype)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for seed in range(3):
+        adapter = fill(attach(model, LoRA(rank=2 + seed)), seed)
+        adapter.save(tmp_path / str(seed))
+        adapter.detach()
+    for round_ in range(100):
+        adapter = load(model, tmp_path / str(round_ % 3))
+        adapter.merge()
+        if round_ % 2:
+            adapter.unmerge()
+        adapter.detach()
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_merging_twice_and_unmerging_nothing_are_refused() -> None:
+    module = wrapped()
+    with pytest.raises(AdapterStateError, match="not merged"):
+        module.unmerge_weights()
+    module.merge_weights()
+    with pytest.raises(AdapterStateError, match="already merged"):
+        module.merge_weights()
+
+
+def test_a_merge_that_overflows_is_refused() -> None:
+    module = wrapped()
+    module.base.half()
+    nn.init.constant_(module.lora_B, 1e6)
+    with pytest.raises(AdapterStateError, match=r"not finite in torch\.float16"):
+        module.merge_weights()
+    assert not module.merged
+
+
+def test_a_tensor_that_shares_the_weight_keeps_its_values() -> None:
+    module = wrapped()
+    shared: Tensor = module.base.weight
+    bits = shared.clone()
+    module.merge_weights()
+    assert torch.equal(shared, bits)
+
+
+def test_what_is_no_linear_layer_is_refused() -> None:
+    with pytest.raises(ConfigError, match="LayerNorm is not a linear layer"):
+        LinearWithLoRA(nn.LayerNorm(3), LoRA())
+
+
+def test_pissa_of_too_high_a_rank_is_refused() -> None:
+    with pytest.raises(ConfigError, match="at most 8"):
+        LinearWithLoRA(layer("linear"), LoRA(rank=9, init="pissa"))
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own
+def test_the_model_can_be_compiled() -> None:
+    module = wrapped()
+    x = torch.randn(3, 12)
+    compiled = torch.compile(module, backend="eager")
+    torch.testing.assert_close(compiled(x), module(x))
+
+
+def test_merged_logits_of_a_whole_model(tmp_path: Any) -> None:
+    model = llama()
+    adapter = fill(attach(model, LoRA(rank=4)))
+    unmerged = logits(model)
+    adapter.merge()
+    torch.testing.assert_close(logits(model), unmerged, rtol=1e-4, atol=1e-5)

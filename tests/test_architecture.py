@@ -1,0 +1,83 @@
+"""Imports run one way. This table is the architecture; docs/architecture.md shows the same."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1] / "src" / "loralab"
+BASE = {"errors", "atomic"}
+MAY_IMPORT: dict[str, set[str]] = {
+    "errors": set(),
+    "atomic": {"errors"},
+    "adapters": BASE,
+    "models": BASE,
+    "tasks": BASE,
+    "training": BASE | {"adapters", "models", "tasks"},
+    "artefacts": BASE | {"adapters", "models", "tasks"},
+}
+MAY_INSTALL = {"adapters": {"torch", "safetensors"}}  # third-party names, where restricted
+TORCH_FREE = ["adapters/methods.py", "training/settings.py", "errors.py", "atomic.py"]
+
+
+def imported(file: Path) -> Iterator[str]:
+    """Dotted names that a file imports, inside functions too (relative ones: ruff TID252)."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("part", MAY_IMPORT)
+def test_imports_run_one_way(part: str) -> None:
+    files = list((ROOT / part).rglob("*.py")) or [ROOT / f"{part}.py"]
+    assert files[0].exists(), f"no file for {part}"
+    names = {name for file in files for name in imported(file)}
+    names = {name.replace("loralab.atomic", "loralab.atomic.") for name in names}
+    ours = {name.split(".")[1] for name in names if name.startswith("loralab.")}
+    assert ours - MAY_IMPORT[part] - {part} == set()
+
+
+@pytest.mark.parametrize("part", MAY_INSTALL)
+def test_heavy_dependencies_stay_out(part: str) -> None:
+    names = {name.split(".")[0] for file in (ROOT / part).rglob("*.py") for name in imported(file)}
+    assert names - MAY_INSTALL[part] - set(sys.stdlib_module_names) - {"loralab"} == set()
+
+
+@pytest.mark.parametrize("file", TORCH_FREE)
+def test_configurations_need_the_standard_library_only(file: str) -> None:
+    names = {name.split(".")[0] for name in imported(ROOT / file)}
+    assert names - set(sys.stdlib_module_names) - {"loralab"} == set()
+
+
+def test_a_package_holds_a_docstring_and_nothing_else() -> None:
+    for part in ("adapters", "models", "tasks", "training", "artefacts"):
+        tree = ast.parse((ROOT / part / "__init__.py").read_text(encoding="utf-8"))
+        assert len(tree.body) == 1
+
+
+def test_files_and_functions_stay_short() -> None:
+    for file in ROOT.rglob("*.py"):
+        text = file.read_text(encoding="utf-8")
+        assert len(text.splitlines()) <= 450, file.name
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                assert (node.end_lineno or 0) - node.lineno < 60, f"{file.name}:{node.name}"
+
+
+def test_the_command_line_loads_no_torch() -> None:
+    code = "import sys, loralab, loralab.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_help_loads_no_torch() -> None:
+    code = (
+        "import sys\nfrom loralab.cli import run\n"
+        "code = run(['train', '--help'])\nsys.exit(code or 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=False, stdout=subprocess.DEVNULL)
+    assert done.returncode == 0

@@ -1,0 +1,85 @@
+"""The documentation runs, and names what exists."""
+
+import dataclasses
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+import typer.main
+
+import loralab
+from loralab import errors
+from loralab.adapters.methods import INITS, METHODS, SCALINGS
+from loralab.cli import app, artefacts, train
+
+ROOT = Path(__file__).parents[1]
+READMES = ("README.md", "README.zh-TW.md")
+
+
+def commands() -> list[str]:
+    assert artefacts
+    assert train
+    return list(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_the_python_of_the_readme_runs(
+    readme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / readme).read_text(encoding="utf-8"), re.S)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, readme, "exec"), {})
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_every_command_is_in_the_readme(readme: str) -> None:
+    text = (ROOT / readme).read_text(encoding="utf-8")
+    assert [name for name in commands() if f"loralab {name}" not in text] == []
+    assert "make demo" in text
+    assert "make test" in text
+
+
+def test_every_field_of_a_method_is_in_the_readme() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for method in METHODS.values():
+        assert [f.name for f in dataclasses.fields(method) if f.name not in text] == []
+
+
+def test_the_readmes_have_no_blanks() -> None:
+    for readme in READMES:
+        text = (ROOT / readme).read_text(encoding="utf-8")
+        assert not re.search(r"^[A-Z_]{6,}$", text, re.M), readme
+
+
+def test_the_changelog_names_starts_and_scalings() -> None:
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert [name for name in INITS if name not in text] == []
+    assert len(SCALINGS) == 3
+
+
+def test_the_version_is_one() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert project["project"]["version"] == loralab.__version__
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    versions = re.findall(r"^## (\d+\.\d+\.\d+)", changes, re.M)
+    assert versions[0] == loralab.__version__
+
+
+def test_links_between_documents_lead_somewhere() -> None:
+    for document in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
+        for link in re.findall(r"\]\(([^)#:]+)\)", document.read_text(encoding="utf-8")):
+            assert (document.parent / link).exists(), f"{document.name}: {link}"
+
+
+def test_every_public_name_can_be_imported() -> None:
+    for name in loralab.__all__:
+        assert getattr(loralab, name) is not None
+
+
+def test_the_error_tree_is_drawn_whole() -> None:
+    drawn = errors.__doc__ or ""
+    kinds = [n for n, v in vars(errors).items() if isinstance(v, type) and n.endswith("Error")]
+    assert [name for name in kinds if name not in drawn] == []

@@ -1,0 +1,27 @@
+"""Messages name the nearest valid choice; classes fit what a caller expects."""
+
+import pytest
+
+from loralab import errors
+from loralab.errors import InputError, RunError, nearest, some
+
+
+def test_the_nearest_names_are_proposed() -> None:
+    assert nearest("q_porj", ["q_proj", "k_proj", "xyz"]) == "; did you mean q_proj, k_proj?"
+    assert nearest("zzz", ["q_proj"]) == ""
+
+
+def test_a_long_list_is_cut_and_counted() -> None:
+    assert some("abcd", 2) == "a, b and 2 more"
+    assert some("ab", 2) == "a, b"
+
+
+@pytest.mark.parametrize(
+    ("name", "builtin"),
+    [("ConfigError", ValueError), ("TargetError", ValueError), ("OutputError", OSError),
+     ("AdapterStateError", RuntimeError), ("CertificateError", RuntimeError)],
+)  # fmt: skip
+def test_an_error_is_also_what_a_caller_would_catch(name: str, builtin: type) -> None:
+    kind = getattr(errors, name)
+    assert issubclass(kind, builtin)
+    assert issubclass(kind, InputError | RunError)
