@@ -63,6 +63,11 @@ def test_what_a_killed_writer_left_is_cleared(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["whole"]
 
 
+def test_a_folder_with_half_a_file_of_a_killed_writer_is_free(tmp_path: Path) -> None:
+    (tmp_path / f"config.toml{atomic.PARTIAL}").write_text("x")
+    atomic.require_free(tmp_path)
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_no_permission_is_one_error(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)

@@ -58,7 +58,7 @@ def new_folder(path: str | Path) -> Iterator[Path]:
             for file in partial.rglob("*"):
                 _sync(file)
             if path.is_dir():
-                path.rmdir()
+                shutil.rmtree(path)  # empty but for what a killed writer left: see require_free
             partial.rename(path)
             _sync_folder(path.parent)
     except BaseException as error:
@@ -69,13 +69,13 @@ def new_folder(path: str | Path) -> Iterator[Path]:
 
 
 def require_free(path: str | Path) -> None:
-    """Refuse a place that already holds something.
+    """Refuse a place that already holds something; what a killed writer left does not count.
 
     Raises:
         OutputError: `path` is a file or a folder that is not empty.
     """
     path = Path(path)
-    if path.is_dir() and not any(path.iterdir()):
+    if path.is_dir() and all(entry.name.endswith(PARTIAL) for entry in path.iterdir()):
         return
     if path.exists() or path.is_symlink():
         raise OutputError(f"{path} already exists and is not empty; choose another name")

@@ -32,6 +32,13 @@ class Batches:
     seed: int = 0
     by_length: bool = True
 
+    def __post_init__(self) -> None:
+        if not self.lengths or self.batch_size < 1 or self.accumulation_steps < 1:
+            raise ConfigError(
+                f"batches need rows and sizes of at least 1, got {len(self.lengths)} rows, "
+                f"batch_size {self.batch_size}, accumulation_steps {self.accumulation_steps}"
+            )
+
     @property
     def effective(self) -> int:
         """Rows in one optimiser step."""
@@ -63,9 +70,12 @@ def _order(
         pools = [rows[start : start + pool] for start in range(0, len(rows), pool)]
         rows = [row for part in pools for row in sorted(part, key=lambda r: lengths[r])]
     batches = [tuple(rows[start : start + effective]) for start in range(0, len(rows), effective)]
-    if by_length:
-        draw.shuffle(batches)
-    return tuple(batches)
+    if not by_length:
+        return tuple(batches)
+    # a smaller last batch stays last, so that an epoch ends on it with or without by_length
+    full = batches[: len(rows) // effective]
+    draw.shuffle(full)
+    return (*full, *batches[len(full) :])
 
 
 def collate(examples: Sequence[Example], *, pad_id: int, kind: str) -> dict[str, Tensor]:

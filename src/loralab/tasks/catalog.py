@@ -176,12 +176,13 @@ def _owners(source: str, groups: Mapping[str, list[Row]], missing: list[str]) ->
     """Which split each group of equal inputs goes to; train keeps one group of every label."""
     places = sorted(groups)
     holder = {row.get("label"): place for place in places for row in groups[place]}
-    free = [place for place in places if place not in set(holder.values())]
+    kept = set(holder.values())
+    free = [place for place in places if place not in kept]
     count = min(max(1, round(SHARE * len(places))), len(free) // len(missing))
     if not count:
         raise DataError(
-            f"{source} has {len(places)} different inputs, too few to take {' and '.join(missing)} "
-            f"rows from; at least {len(missing)} more are needed than there are labels"
+            f"{source} has {len(places)} different inputs; at least {len(kept) + len(missing)} are "
+            f"needed to keep {len(kept)} for train and take {' and '.join(missing)} rows from them"
         )
     owner = dict.fromkeys(places, "train")
     for index, name in enumerate(missing):

@@ -65,6 +65,10 @@ def encode(
     Raises:
         DataError: the format does not suit the model, or no row is left.
     """
+    if max_length < 2 or loss_on not in ("answer", "all"):
+        raise ConfigError(
+            f"max_length must be at least 2, loss_on answer or all; got {max_length}, {loss_on!r}"
+        )
     chosen = task.splits[split] if rows is None else rows
     if kind == "sequence-classification":
         return _classified(task, chosen, tokenizer, max_length)
@@ -104,13 +108,13 @@ def prompt_ids(task: Task, row: Row, tokenizer: Any) -> Ids:
     """What the model sees of one row before it answers: all of it, for a plain text."""
     if task.format == "text":
         return _ids(tokenizer, row["text"], special=True)
-    return _prompt(tokenizer, messages(task, row)[:-1])
+    return sum((segment.ids for segment in _segments(task, row, tokenizer)[:-1]), ())
 
 
 def chat_ids(tokenizer: Any, prompt: str, *, system: str | None = None) -> Ids:
     """A question that is no row, as `generate` asks it."""
     first = [{"role": "system", "content": system}] if system else []
-    return _prompt(tokenizer, [*first, {"role": "user", "content": prompt}])
+    return _opening(tokenizer, [*first, {"role": "user", "content": prompt}])
 
 
 def answer(row: Row) -> str:
@@ -142,25 +146,21 @@ def stop_ids(tokenizer: Any) -> Ids:
 
 
 def round_trip(task: Task, tokenizer: Any) -> None:
-    """Check on the first train row that training and generation see the same prompt, and an end.
+    """Check on the first train row that an answer is written as it is, and ended, after its prompt.
 
     Raises:
-        DataError: the template changes the prompt once there is an answer, or nothing ends it.
+        DataError: there is no end of text, or the template leaves the answer out or changes it.
     """
     _require_eos(tokenizer)
     if task.format == "text" or not task.splits["train"]:
         return
     row = task.splits["train"][0]
-    prompt = prompt_ids(task, row, tokenizer)
-    learnt = _segments(task, row, tokenizer)
-    whole = sum((segment.ids for segment in learnt), ())
-    if whole[: len(prompt)] != prompt and task.format != "messages":
+    chat = messages(task, row)
+    if answer(row).strip() not in _remainder(tokenizer, chat):
         raise DataError(
-            "the chat template writes another prompt in training than in generation; "
-            "the adapter would be asked something it has never seen"
+            f"the chat template does not write the answer {answer(row)[:40]!r} as it is after its "
+            "prompt; it cannot be learnt with this tokenizer"
         )
-    if learnt[-1].ids[-1] not in stop_ids(tokenizer):
-        raise DataError(f"the answers end in token {learnt[-1].ids[-1]}, which stops no generation")
 
 
 def messages(task: Task, row: Row) -> list[dict[str, str]]:
@@ -185,69 +185,74 @@ def _question(task: Task, row: Row) -> str:
 def _segments(task: Task, row: Row, tokenizer: Any) -> list[Segment]:
     """A conversation cut where loss begins and ends: after every prompt of the assistant."""
     chat = messages(task, row)
-    turns = [i for i, message in enumerate(chat) if message["role"] == "assistant"]
-    if len(turns) > 1 and not _stable(tokenizer, chat, turns):
-        turns = turns[-1:]  # the template rewrites earlier turns: only the last is as asked
+    last = Segment(_last_turn(tokenizer, chat), True)
+    asked = _opening(tokenizer, chat[:-1])
+    if sum(message["role"] == "assistant" for message in chat) == 1:
+        return [Segment(asked, False), last]
+    earlier = _earlier(tokenizer, chat)
+    if tokenizer.chat_template and sum((s.ids for s in earlier), ()) != asked:
+        # the template rewrites earlier turns: only the last one stands as generation will see it
+        return [Segment(asked, False), last]
+    return [*earlier, last]
+
+
+def _opening(tokenizer: Any, chat: list[dict[str, str]]) -> Ids:
+    """A conversation and the opening of its next answer, as one text."""
+    return _ids(tokenizer, _template(tokenizer, chat, prompt=True), special=True)
+
+
+def _earlier(tokenizer: Any, chat: list[dict[str, str]]) -> list[Segment]:
+    """All before the last answer, piece by piece: prompt, answer, prompt, answer, prompt."""
     segments, written = [], ""
-    for turn in turns[:-1]:
+    for turn in (i for i, message in enumerate(chat) if message["role"] == "assistant"):
         prompt = _template(tokenizer, chat[:turn], prompt=True)
-        upto = _template(tokenizer, chat[: turn + 1])
-        segments.append(Segment(_new_ids(tokenizer, prompt, written), False))
-        segments.append(Segment(_answer_part(tokenizer, upto[len(prompt) :]), True))
-        written = prompt + upto[len(prompt) :]
-    last = _prompt(tokenizer, chat[:-1], written)
-    return [*segments, Segment(last, False), Segment(_last_turn(tokenizer, chat), True)]
-
-
-def _stable(tokenizer: Any, chat: list[dict[str, str]], turns: list[int]) -> bool:
-    """Whether every prefix of the conversation is written the same with and without its rest."""
-    if not tokenizer.chat_template:
-        return True
-    whole = _template(tokenizer, chat)
-    return all(
-        whole.startswith(_template(tokenizer, chat[:turn], prompt=True))
-        and whole.startswith(_template(tokenizer, chat[: turn + 1]).rstrip())
-        for turn in turns
-    )
-
-
-def _prompt(tokenizer: Any, chat: list[dict[str, str]], written: str = "") -> Ids:
-    """The conversation so far and the opening of the answer, less what is already written."""
-    return _new_ids(tokenizer, _template(tokenizer, chat, prompt=True), written)
-
-
-def _new_ids(tokenizer: Any, text: str, written: str) -> Ids:
-    special = not tokenizer.chat_template and not written
-    return _ids(tokenizer, text[len(written) :], special=special)
+        new = _ids(tokenizer, prompt[len(written) :], special=not written)
+        segments.append(Segment(new, False))
+        if turn == len(chat) - 1:
+            break
+        text = _remainder(tokenizer, chat[: turn + 1])
+        segments.append(Segment(_ended(tokenizer, text), True))
+        written = prompt + (text.rstrip() if tokenizer.chat_template else text)
+    return segments
 
 
 def _last_turn(tokenizer: Any, chat: list[dict[str, str]]) -> Ids:
     """The last answer and its end."""
+    return _ended(tokenizer, _remainder(tokenizer, chat))
+
+
+def _remainder(tokenizer: Any, chat: list[dict[str, str]]) -> str:
+    """What the template writes after the prompt of the last answer; else the answer alone."""
     if not tokenizer.chat_template:
-        return _answer_part(tokenizer, chat[-1]["content"])
+        return chat[-1]["content"]
     prompt = _template(tokenizer, chat[:-1], prompt=True)
     whole = _template(tokenizer, chat)
-    text = whole[len(prompt) :] if whole.startswith(prompt) else chat[-1]["content"]
-    return _answer_part(tokenizer, text)
+    return whole[len(prompt) :] if whole.startswith(prompt) else chat[-1]["content"]
 
 
-def _answer_part(tokenizer: Any, text: str) -> Ids:
+def _ended(tokenizer: Any, text: str) -> Ids:
     """The tokens of an answer up to its end of turn; the end of text if the template has none."""
-    ids = _ids(tokenizer, text.rstrip("\n") if tokenizer.chat_template else text)
-    special = set(tokenizer.all_special_ids) - {getattr(tokenizer, "unk_token_id", None)}
-    if ids and ids[-1] in special:
-        return ids
-    return (*ids, tokenizer.eos_token_id)
+    ends = {tokenizer.eos_token_id}
+    if tokenizer.chat_template:
+        named = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+        added = tokenizer.added_tokens_decoder.items()
+        ends |= named | {number for number, token in added if token.special}
+        ids = _ids(tokenizer, text.rstrip())  # a line end after the end of turn is not learnt
+        if ids and ids[-1] in ends:
+            return ids
+    ids = _ids(tokenizer, text)
+    return ids if ids and ids[-1] in ends else (*ids, tokenizer.eos_token_id)
 
 
 def _template(tokenizer: Any, chat: list[dict[str, str]], *, prompt: bool = False) -> str:
+    """A conversation as text; `prompt` opens the next answer."""
     if not tokenizer.chat_template:
-        text = "".join(_open(message["content"]) for message in chat)
-        return text if prompt else text.removesuffix("\n")
+        return "".join(_open(message["content"]) for message in chat)
     try:
         written = tokenizer.apply_chat_template(chat, add_generation_prompt=prompt, tokenize=False)
     except Exception as error:  # jinja's own errors, and whatever a template raises
-        raise DataError(f"the chat template refuses a row: {error}") from None
+        start = chat[0]["content"][:40] if chat else ""
+        raise DataError(f"the chat template refuses the row {start!r}: {error}") from None
     return str(written)
 
 
@@ -257,8 +262,10 @@ def _open(text: str) -> str:
 
 
 def _ids(tokenizer: Any, text: str, *, special: bool = False) -> Ids:
+    """Tokens of a piece; `special` adds the tokenizer's own start, unless a template wrote it."""
     if not text:
         return ()
+    special = special and not tokenizer.chat_template
     ids = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
     if special and ids and ids[-1] == tokenizer.eos_token_id:
         ids = ids[:-1]  # some tokenizers end every text; the answer follows here
@@ -271,15 +278,15 @@ def _require_eos(tokenizer: Any) -> None:
 
 
 def _texts(rows: Sequence[Row], tokenizer: Any, max_length: int) -> Encoded:
+    """Pieces that share one token, so that each token but the first is predicted exactly once."""
     examples = []
     for index, row in enumerate(rows):
         ids = (*_ids(tokenizer, row["text"], special=True), tokenizer.eos_token_id)
-        for start in range(0, len(ids), max_length):
+        for start in range(0, len(ids) - 1, max_length - 1):
             piece = ids[start : start + max_length]
-            if len(piece) > 1:
-                examples.append(Example(index, piece, piece))
+            examples.append(Example(index, piece, piece))
     if not examples:
-        raise DataError("every text is a single token; there is nothing to predict")
+        raise DataError("every text is empty once it is tokenised; there is nothing to predict")
     return Encoded(examples=examples)
 
 

@@ -132,18 +132,19 @@ def _json_lines(file: Path) -> Numbered:
     rows: Numbered = []
     # not splitlines(): JSON strings may hold U+2028 and other characters that it cuts at
     for number, line in enumerate(_text(file).split("\n"), start=1):
-        if line.strip():
-            rows.append((number, _object(file, number, line)))
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{file}, line {number}: not JSON ({error})") from None
+        rows.append((number, _object(f"{file}, line {number}", row)))
     return rows
 
 
-def _object(file: Path, number: int, line: str) -> Row:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{file}, line {number}: not JSON ({error})") from None
+def _object(place: str, row: Any) -> Row:
     if not isinstance(row, dict):
-        raise DataError(f"{file}, line {number}: expected an object, found {type(row).__name__}")
+        raise DataError(f"{place}: expected an object, found {type(row).__name__}")
     return row
 
 
@@ -161,11 +162,7 @@ def _json(file: Path) -> Numbered:
         content = content["data"]
     if not isinstance(content, list):
         raise DataError(f"{file}: expected a list of objects, found {type(content).__name__}")
-    for number, row in enumerate(content, start=1):
-        if not isinstance(row, dict):
-            kind = type(row).__name__
-            raise DataError(f"{file}, row {number}: expected an object, found {kind}")
-    return list(enumerate(content, start=1))
+    return [(n, _object(f"{file}, row {n}", row)) for n, row in enumerate(content, start=1)]
 
 
 def _separated(delimiter: str) -> Callable[[Path], Numbered]:
@@ -185,7 +182,7 @@ def _separated(delimiter: str) -> Callable[[Path], Numbered]:
 
 def _table(file: Path, lines: Any) -> Numbered:
     """The rows under a header; `lines` is a csv reader, whose type has no public name."""
-    header = next(lines, [])
+    header: list[str] = next(lines, [])
     twice = sorted({name for name in header if header.count(name) > 1})
     if twice:
         raise DataError(f"{file}, line 1: the header names {some(twice)} twice")
@@ -273,19 +270,17 @@ def _check_mapping(file: Path | str, columns: list[str], mapping: Mapping[str, s
                 f"({', '.join(known)}){nearest(canonical, known)}"
             )
         if own not in columns:
-            raise DataError(
-                f"{file} has no column {own!r} to map (it has {some(columns)}){nearest(own, columns)}"
-            )
+            near = nearest(own, columns)
+            raise DataError(f"{file} has no column {own!r} to map ({some(columns)}){near}")
     if len(set(mapping.values())) < len(mapping):
         raise DataError(f"--map takes one column twice: {dict(mapping)}")
 
 
 def _recognise(file: Path | str, columns: list[str], found: list[str]) -> str:
     name = next((n for n, (needed, _) in FORMATS.items() if set(needed) <= set(columns)), None)
-    if name == "text" and (alike := _nearly_label(columns)):
-        raise DataError(
-            f"{file}: is {alike!r} the label of each text? then say --map label={alike}"
-        )
+    alike = next((c for c in columns if nearest(c.lower(), ["label"])), None)
+    if name == "text" and alike:  # one letter away from another meaning of the file
+        raise DataError(f"{file}: is {alike!r} a label? say --map label={alike}, or remove it")
     if name:
         return name
     known = " | ".join(", ".join(needed) for needed, _ in FORMATS.values())
@@ -295,16 +290,11 @@ def _recognise(file: Path | str, columns: list[str], found: list[str]) -> str:
     )
 
 
-def _nearly_label(columns: list[str]) -> str | None:
-    """A column that only its spelling keeps from being the label, such as "Labels"."""
-    return next((c for c in columns if nearest(c.lower(), ["label"])), None)
-
-
 def _check_filled(file: Path | str, unit: str, rows: Numbered, required: tuple[str, ...]) -> None:
     for column in required:
         empty = [number for number, row in rows if _is_empty(row[column])]
         if empty:
-            places = f"{unit}s {some(map(str, empty), 5)}"
+            places = f"{unit} {some(map(str, empty), 5)}"
             raise DataError(f"{file}: {column!r} is missing or empty in {places}")
 
 
@@ -329,7 +319,7 @@ def _string(place: str, what: str, value: Any) -> str:
         raise DataError(f"{place}: {what} must be text, found {type(value).__name__}")
     try:
         value.encode()
-    except UnicodeEncodeError as error:  # JSON can spell half of a character: "\\ud83d"
+    except UnicodeEncodeError as error:  # JSON can spell half of a character: "\ud83d"
         half = value[error.start]
         raise DataError(f"{place}: {what} holds half a character ({half!a})") from None
     return value
@@ -394,9 +384,9 @@ def _from_hub(source: str, mapping: Mapping[str, str]) -> Table:
 
 def _with_label_names(row: Row, features: Mapping[str, Any]) -> Row:
     """Class numbers as the names that the data set gives them; -1 marks a row without a label."""
-    names = {column: getattr(feature, "names", None) for column, feature in features.items()}
+    known = {c: f.names for c, f in features.items() if hasattr(f, "names")}
     return {
-        column: names[column][value] if names.get(column) and value not in (None, -1) else value
+        column: known[column][value] if column in known and value not in (None, -1) else value
         for column, value in row.items()
     }
 

@@ -1,8 +1,7 @@
-"""Losses, metrics, generation; evaluate(model, task) -> Scores."""
+"""Losses and generation; evaluate(model, task) -> Scores. The metrics: metrics.py."""
 
 import inspect
 import math
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,22 +11,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from loralab.errors import DataError, some
+from loralab.errors import ConfigError, DataError, some
 from loralab.tasks.batches import collate
 from loralab.tasks.catalog import Task
 from loralab.tasks.encode import (
     IGNORED,
     Encoded,
     Example,
-    Ids,
     answer,
     answer_ids,
     encode,
     prompt_ids,
     stop_ids,
 )
+from loralab.tasks.metrics import label_metrics, text_metrics
 
-_CJK = (("\u3040", "\u30ff"), ("\u3400", "\u9fff"), ("\uac00", "\ud7af"))  # kana, han, hangul
+# said in full, or the model's own generation_config would add its penalty or cut what is drawn
+GREEDY = {"do_sample": False, "repetition_penalty": 1.0, "num_beams": 1, "use_cache": True}
+SAMPLED = GREEDY | {"do_sample": True, "top_k": 0, "top_p": 1.0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,26 +76,36 @@ def evaluate(
 ) -> Scores:
     """Score a model on the first `limit` rows of a split; its training mode is kept.
 
-    With labels, a language model's answer is the label that it finds most likely: the summed
-    log-probability of the label's tokens and the end of the answer (the end is left out where
-    every label is a single token, which decides all but ties).
+    With labels, a language model's answer is the label that it finds most likely: the highest
+    summed log-probability of the label's tokens and the end of the answer, without which "not"
+    would always beat "not good". Where every label is a single token the end is left out.
 
     Args:
         max_length: None is the model's own context.
+        generate: write answers too, which needs a task that has some and no labels.
 
     Raises:
         DataError: a row is longer than the context, or the split is empty.
+        ConfigError: the task is not one to generate for, or `limit` leaves nothing.
     """
     rows = task.splits[split][:limit]
+    if limit is not None and limit < 1:
+        raise ConfigError(f"limit must be at least 1, got {limit}")
     if not rows:
         raise DataError(f"{task.name} has no rows in its {split} split")
+    if generate and (task.labels or task.format == "text"):
+        what = "labels, which are ranked" if task.labels else "plain texts"
+        raise ConfigError(f"{task.name} has {what}; there is no answer to generate")
     room = max_length or context_length(model)
+    if kind == "sequence-classification":  # some encoders keep two of their positions to themselves
+        room = min(room, tokenizer.model_max_length)
     encoded = encode(task, split, tokenizer, kind=kind, max_length=room, rows=rows)
     _require_whole(task, split, encoded, room, kind)
     with _evaluating(model):
-        loss, tokens, chosen = _losses(model, tokenizer, encoded.examples, kind, batch_size)
         if task.labels and kind == "causal-lm":
-            chosen = _most_likely(model, tokenizer, task, rows, batch_size)
+            loss, tokens, chosen = _ranked(model, tokenizer, task, encoded, rows, batch_size, room)
+        else:
+            loss, tokens, chosen = _losses(model, tokenizer, encoded, kind, batch_size)
         metrics = {"loss": loss / max(tokens, 1)}
         if kind == "causal-lm":
             metrics["perplexity"] = math.exp(min(metrics["loss"], 700))
@@ -102,12 +113,12 @@ def evaluate(
         written = [task.labels[index] for index in chosen] if task.labels else [""] * len(rows)
         if task.labels:
             metrics |= label_metrics(expected, written)
-        elif generate and task.format != "text":
+        elif generate:
             asked = [prompt_ids(task, row, tokenizer) for row in rows]
             written = _generate(model, tokenizer, asked, max_new_tokens, batch_size)
             metrics |= text_metrics(expected, written)
     predictions = tuple(
-        Prediction(row=i, prompt=_shown(tokenizer, task, row), expected=e, answer=a)
+        Prediction(row=i, prompt=_shown(row), expected=e, answer=a)
         for i, (row, e, a) in enumerate(zip(rows, expected, written, strict=True))
     )
     return Scores(
@@ -139,53 +150,16 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
 ) -> list[str]:
-    """The answers to some prompts (token ids): greedy at temperature 0, else sampled."""
+    """The answers to some prompts (token ids): greedy at temperature 0, else sampled.
+
+    Raises:
+        DataError: a prompt is empty, or leaves less than `max_new_tokens` of the model's context.
+    """
     with _evaluating(model), torch.random.fork_rng():
         torch.manual_seed(seed)
         return _generate(
             model, tokenizer, prompts, max_new_tokens, batch_size, temperature=temperature
         )
-
-
-def label_metrics(expected: Sequence[str], answered: Sequence[str]) -> dict[str, float]:
-    """accuracy, macro_f1 over all labels that occur, and Matthews' correlation coefficient.
-
-    Matthews for several classes: Gorodkin 2004, doi:10.1016/j.compbiolchem.2004.09.006.
-    """
-    pairs = Counter(zip(expected, answered, strict=True))
-    true, said = Counter(expected), Counter(answered)
-    labels = sorted(true | said)
-    right = sum(pairs[label, label] for label in labels)
-    total = len(expected)
-    f1 = [2 * pairs[label, label] / (true[label] + said[label]) for label in labels]
-    crossed = right * total - sum(true[label] * said[label] for label in labels)
-    spread = [total**2 - sum(count**2 for count in counts.values()) for counts in (true, said)]
-    return {
-        "accuracy": right / total,
-        "macro_f1": sum(f1) / len(f1),
-        "matthews": crossed / math.sqrt(spread[0] * spread[1]) if all(spread) else 0.0,
-    }
-
-
-def text_metrics(expected: Sequence[str], answered: Sequence[str]) -> dict[str, float]:
-    """exact_match (white space at the ends ignored), BLEU and ROUGE-L F1, each 0 to 1.
-
-    Chinese, Japanese and Korean texts are compared by characters: the libraries' default
-    tokenizers would see one word or none.
-    """
-    import sacrebleu
-    from rouge_score import rouge_scorer
-
-    pairs = [(e.strip(), a.strip()) for e, a in zip(expected, answered, strict=True)]
-    style = "zh" if any(_is_cjk(char) for e, _ in pairs for char in e) else "13a"
-    bleu = sacrebleu.corpus_bleu([a for _, a in pairs], [[e for e, _ in pairs]], tokenize=style)
-    scorer = rouge_scorer.RougeScorer(["rougeL"], tokenizer=_Words())
-    rouge = [scorer.score(e, a)["rougeL"].fmeasure for e, a in pairs]
-    return {
-        "exact_match": sum(e == a for e, a in pairs) / len(pairs),
-        "bleu": bleu.score / 100,
-        "rouge_l": sum(rouge) / len(rouge),
-    }
 
 
 def context_length(model: nn.Module) -> int:
@@ -194,23 +168,9 @@ def context_length(model: nn.Module) -> int:
     return int(getattr(config, "max_position_embeddings", 0) or 2048)
 
 
-class _Words:
-    """Words in lower case, and single CJK characters."""
-
-    def tokenize(self, text: str) -> list[str]:
-        spaced = "".join(f" {c} " if _is_cjk(c) else c if c.isalnum() else " " for c in text)
-        return spaced.lower().split()
-
-
-def _is_cjk(char: str) -> bool:
-    return (
-        "\u3040" <= char <= "\u30ff" or "\u3400" <= char <= "\u9fff" or "\uac00" <= char <= "\ud7af"
-    )
-
-
 def _labelled(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Logits (M, V) in fp32, labels (M,) and rows (M,) of all tokens that carry loss."""
-    targets = batch["labels"][:, 1:]
+    targets = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)  # nothing follows the last
     columns = (targets != IGNORED).any(dim=0).nonzero()[:, 0]  # positions before some label
     if not len(columns):
         columns = torch.zeros(1, dtype=torch.long, device=targets.device)
@@ -238,73 +198,75 @@ def _accepted(model: nn.Module) -> frozenset[str]:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    was_training = model.training
+    """Without dropout and gradients, for a while; each module gets its own mode back."""
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        model.train(was_training)
+        for module, training in modes:
+            module.training = training
 
 
 def _losses(
-    model: nn.Module, tokenizer: Any, examples: list[Example], kind: str, batch_size: int
-) -> tuple[float, int, list[int]]:
-    """Summed loss, number of labels and, for a classifier, the class of each row."""
+    model: nn.Module, tokenizer: Any, encoded: Encoded, kind: str, batch_size: int,
+    choices: Sequence[int] = (),
+) -> tuple[float, int, list[int]]:  # fmt: skip
+    """Summed loss, number of labels and, for each example, the class or the choice preferred.
+
+    `choices` are tokens that may begin the answer of a language model.
+    """
+    examples = encoded.examples
     total, count, chosen = 0.0, 0, [0] * len(examples)
     for indices, batch in _by_length(model, tokenizer, examples, kind, batch_size):
         if kind == "causal-lm":
-            loss, labels = answer_loss(model, batch, kind)
+            logits, labels, rows = _labelled(model, batch)
+            # rows rise, so the first entry of each one is where its answer begins
+            first = torch.searchsorted(rows, torch.arange(len(indices), device=rows.device))
+            options = logits[first][:, list(choices)] if choices else logits[:0]
         else:
-            logits = _call(model, batch).float()
-            loss = F.cross_entropy(logits, batch["labels"], reduction="sum")
-            labels = len(indices)
-            for index, best in zip(indices, logits.argmax(dim=-1).tolist(), strict=True):
-                chosen[index] = best
-        total += float(loss)
-        count += labels
+            options = logits = _call(model, batch).float()
+            labels = batch["labels"]
+        total += float(F.cross_entropy(logits, labels, reduction="sum"))
+        count += len(labels)
+        for index, best in zip(indices, options.argmax(dim=-1).tolist(), strict=bool(choices)):
+            chosen[index] = best
     return total, count, chosen
 
 
-def _most_likely(
-    model: nn.Module, tokenizer: Any, task: Task, rows: Sequence[Any], batch_size: int
-) -> list[int]:
-    """The index of the likeliest label of each row."""
+def _ranked(
+    model: nn.Module, tokenizer: Any, task: Task, encoded: Encoded, rows: Sequence[Any],
+    batch_size: int, room: int,
+) -> tuple[float, int, list[int]]:  # fmt: skip
+    """Summed loss, number of tokens, and the index of the likeliest label of each row."""
     candidates = [
         [answer_ids(task, row, tokenizer, label) for label in task.labels] for row in rows
     ]
+    if len(set(candidates[0])) < len(task.labels):
+        raise DataError(
+            f"{task.name}: the tokenizer writes some of the labels {some(task.labels)} with the "
+            "same tokens; rename them"
+        )
+    if all(own == candidates[0] and {len(ids) for ids in own} == {2} for own in candidates):
+        firsts = [ids[0] for ids in candidates[0]]  # one token and the end
+        return _losses(model, tokenizer, encoded, "causal-lm", batch_size, firsts)
     asked = [prompt_ids(task, row, tokenizer) for row in rows]
-    if all(len(ids) == 2 for ids in candidates[0]):  # one token and the end
-        firsts = [ids[0] for ids in candidates[0]]
-        return _next_token(model, tokenizer, asked, firsts, batch_size)
     examples = [
         Example(index, (*prompt, *ids), (IGNORED,) * len(prompt) + ids)
         for index, (prompt, own) in enumerate(zip(asked, candidates, strict=True))
         for ids in own
     ]
-    scores = [0.0] * len(examples)
+    _require_room(task.name, max(len(example.input_ids) for example in examples), room)
+    found = [0.0] * len(examples)
     for indices, batch in _by_length(model, tokenizer, examples, "causal-lm", batch_size):
         for index, value in zip(indices, _log_likelihood(model, batch).tolist(), strict=True):
-            scores[index] = value
-    table = torch.tensor(scores).view(len(rows), len(task.labels))
-    return table.argmax(dim=1).tolist()
-
-
-def _next_token(
-    model: nn.Module, tokenizer: Any, prompts: list[Ids], choices: list[int], batch_size: int
-) -> list[int]:
-    """Which of some tokens is likeliest after each prompt."""
-    # the last label only marks the place whose logits are wanted
-    examples = [
-        Example(i, (*p, choices[0]), (IGNORED,) * len(p) + (choices[0],))
-        for i, p in enumerate(prompts)
-    ]
-    best = [0] * len(prompts)
-    for indices, batch in _by_length(model, tokenizer, examples, "causal-lm", batch_size):
-        logits, _, rows = _labelled(model, batch)
-        for row, value in zip(rows.tolist(), logits[:, choices].argmax(-1).tolist(), strict=True):
-            best[indices[row]] = value
-    return best
+            found[index] = value
+    table = torch.tensor(found).view(len(rows), len(task.labels))
+    true = [task.labels.index(row["label"]) for row in rows]
+    tokens = sum(len(own[index]) for own, index in zip(candidates, true, strict=True))
+    loss = -math.fsum(table[row, index].item() for row, index in enumerate(true))
+    return loss, tokens, table.argmax(dim=1).tolist()
 
 
 def _log_likelihood(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
@@ -335,14 +297,18 @@ def _generate(
     stops, texts = list(stop_ids(tokenizer)), [""] * len(prompts)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0]
     device = next(model.parameters()).device
-    sampling = {"do_sample": True, "temperature": temperature} if temperature else {}
+    options = SAMPLED | {"temperature": temperature} if temperature else GREEDY
+    if not all(prompts):
+        raise DataError(f"prompt {list(map(bool, prompts)).index(False) + 1} is empty")
+    longest = max(map(len, prompts), default=0)
+    _require_room("the longest prompt", longest + max_new_tokens, context_length(model))
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for start in range(0, len(order), batch_size):
         indices = order[start : start + batch_size]
         ids, mask = _left_padded([prompts[i] for i in indices], pad)
         written = model.generate(
             input_ids=ids.to(device), attention_mask=mask.to(device), eos_token_id=stops,
-            pad_token_id=pad, max_new_tokens=max_new_tokens, **({"do_sample": False} | sampling),
+            pad_token_id=pad, max_new_tokens=max_new_tokens, **options,
         )[:, ids.shape[1] :].tolist()  # fmt: skip
         for index, tokens in zip(indices, written, strict=True):
             end = next((i for i, token in enumerate(tokens) if token in stops), len(tokens))
@@ -360,6 +326,14 @@ def _left_padded(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Te
     return ids, mask
 
 
+def _require_room(what: str, needed: int, room: int) -> None:
+    if needed > room:
+        raise DataError(
+            f"{what} needs {needed} tokens with its answer, and the model can take {room}; "
+            "shorten it, or ask for fewer new tokens"
+        )
+
+
 def _require_whole(task: Task, split: str, encoded: Encoded, room: int, kind: str) -> None:
     """Nothing is silently left out of a score; a classifier reads what fits, as in training."""
     lost = sorted({*encoded.dropped, *encoded.shortened})
@@ -371,7 +345,8 @@ def _require_whole(task: Task, split: str, encoded: Encoded, room: int, kind: st
         )
 
 
-def _shown(tokenizer: Any, task: Task, row: Mapping[str, Any]) -> str:
+def _shown(row: Mapping[str, Any]) -> str:
+    """What a reader of the predictions is shown of a row."""
     for column in ("text", "prompt", "instruction", "text_a"):
         if column in row:
             return str(row[column])

@@ -30,6 +30,9 @@ def evaluate(
 ) -> Scores:
     """Score a model, with or without an adapter, on one split of some data.
 
+    With an adapter, precision and the seed of the splits are those of its training unless said
+    otherwise: with another seed, rows that it was trained on would stand in the test.
+
     Args:
         model: may be left out if the adapter's folder names its base.
 
@@ -39,8 +42,12 @@ def evaluate(
     evaluation = evaluation or Evaluation()
     stored = folder.read(adapter) if adapter is not None else None
     name = model or base_name(stored)
-    task = catalog.find(data, mapping=mapping, seed=evaluation.seed)
-    base = load_base(name, task, evaluation.precision, evaluation.seed)
+    record = stored.record if stored is not None else {}
+    seed = evaluation.seed
+    if seed is None:
+        seed = int(record.get("training", {}).get("seed", 0))
+    task = catalog.find(data, mapping=mapping, seed=seed)
+    base = load_base(name, task, _precision(evaluation.precision, stored), seed)
     if adapter is not None:
         attach.load(base.model, adapter)
     return score.evaluate(
@@ -72,7 +79,7 @@ def answers(
     if not adapters and not with_base:
         raise ConfigError("without the base and without adapters there is nothing to answer")
     stored = [folder.read(path) for path in adapters]
-    base = _generator(model or base_name(*stored), precision)
+    base = _generator(model or base_name(*stored), _precision(precision, *stored))
     ids = [chat_ids(base.tokenizer, prompt, system=system) for prompt in prompts]
     found: list[dict[str, Any]] = [{"prompt": prompt, "answers": {}} for prompt in prompts]
     for path in ([None] if with_base else []) + list(adapters):
@@ -100,6 +107,12 @@ def base_name(*stored: AdapterFolder | None) -> str:
             else "give --model: no adapter names its base model"
         )
     return str(names.pop())
+
+
+def _precision(asked: str, *stored: AdapterFolder | None) -> str:
+    """What was asked for; with auto that of the adapters' training, where they agree."""
+    own = {entry.record.get("base", {}).get("precision") for entry in stored if entry} - {None}
+    return str(own.pop()) if asked == "auto" and len(own) == 1 else asked
 
 
 def _generator(name: str, precision: str) -> Base:

@@ -1,5 +1,6 @@
 """train(): prepares, calls the loop, writes the run folder."""
 
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -10,6 +11,7 @@ import torch
 
 from loralab.adapters.attach import Adapter
 from loralab.adapters.methods import LoRA, Method
+from loralab.errors import ConfigError
 from loralab.models.load import Base
 from loralab.tasks import encode
 from loralab.tasks.catalog import Task
@@ -72,6 +74,8 @@ def train(
         InputError: something given is wrong; nothing has been written.
         LearningError: the run cannot learn, or its numbers are no longer finite.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("training in several processes is not supported yet; start a single one")
     folder = Path(output_dir)
     training = training or Training()
     training = replace(training, precision=memory.resolve_precision(training.precision))

@@ -78,12 +78,16 @@ class Evaluation:
     split: Annotated[str, "train, validation or test"] = "test"
     limit: Annotated[int | None, "score only the first so many rows"] = None
     batch_size: Annotated[int, "rows in one forward pass"] = 16
-    precision: Annotated[str, "dtype of the base: auto, fp32, bf16 or fp16"] = "auto"
+    precision: Annotated[
+        str, "dtype of the base: fp32, bf16, fp16; auto is that of the adapter's training"
+    ] = "auto"
     generate: Annotated[
         bool, "also let the model write its answers: exact match, BLEU, ROUGE-L"
     ] = False
     max_new_tokens: Annotated[int, "longest answer that is generated, in tokens"] = 128
-    seed: Annotated[int, "of the splits of a data set that has none"] = 0
+    seed: Annotated[
+        int | None, "of the splits of data that brings none; none is the adapter's own, or 0"
+    ] = None
 
     def __post_init__(self) -> None:
         """Check every value."""

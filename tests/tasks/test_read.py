@@ -1,0 +1,238 @@
+"""Every kind of file gives the same rows, and every wrong one says where it is wrong."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pyarrow import parquet
+
+from loralab.errors import DataError
+from loralab.tasks.read import READERS, read
+
+ROWS = [{"text": 'a, "quoted"\nfilm', "label": "good"}, {"text": "影評\u2028", "label": "bad"}]
+Write = Callable[[str, str | bytes], str]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    def save(name: str, content: str | bytes) -> str:
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        return str(path)
+
+    return save
+
+
+def refused(source: str, **options: Any) -> str:
+    with pytest.raises(DataError) as caught:
+        read(source, **options)
+    return str(caught.value)
+
+
+def as_bytes(suffix: str, rows: list[dict[str, str]], folder: Path) -> bytes:
+    if suffix == ".jsonl":
+        return "\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode()
+    if suffix == ".json":
+        return json.dumps({"data": rows}).encode()
+    if suffix == ".parquet":
+        parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "rows")
+        return (folder / "rows").read_bytes()
+    between = "," if suffix == ".csv" else "\t"
+    lines = [["text", "label"]] + [[row["text"], row["label"]] for row in rows]
+    quoted = [['"' + field.replace('"', '""') + '"' for field in line] for line in lines]
+    return "\r\n".join(between.join(line) for line in quoted).encode()
+
+
+@pytest.mark.parametrize("suffix", [suffix for suffix in READERS if suffix != ".txt"])
+def test_every_kind_of_file_gives_the_same_rows(suffix: str, write: Write, tmp_path: Path) -> None:
+    table = read(write("rows" + suffix.upper(), as_bytes(suffix, ROWS, tmp_path)))
+    assert (table.format, table.splits) == ("text-label", {"train": ROWS})
+
+
+texts = st.text(min_size=1).filter(lambda text: text.strip())
+
+
+rows_of_text = st.lists(
+    st.fixed_dictionaries({"text": texts, "label": st.sampled_from("ab")}), min_size=1, max_size=5
+)
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(rows=rows_of_text, suffix=st.sampled_from([".jsonl", ".csv", ".tsv"]))
+def test_any_text_survives_a_file(
+    rows: list[dict[str, str]], suffix: str, write: Write, tmp_path: Path
+) -> None:
+    source = write("rows" + suffix, as_bytes(suffix, rows, tmp_path))
+    assert read(source).splits["train"] == rows
+
+
+@pytest.mark.parametrize(
+    ("row", "form"),
+    [
+        ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+         "messages"),
+        ({"prompt": "a", "completion": "b"}, "prompt-completion"),
+        ({"instruction": "a", "input": "b", "output": "c"}, "instruction"),
+        ({"instruction": "a", "output": "c"}, "instruction"),
+        ({"text_a": "a", "text_b": "b", "label": "c"}, "pair-label"),
+        ({"text": "a", "label": "c"}, "text-label"),
+        ({"text": "a"}, "text"),
+    ],
+)  # fmt: skip
+def test_columns_are_recognised_and_others_left_aside(
+    row: dict[str, Any], form: str, write: Write
+) -> None:
+    table = read(write("a.jsonl", json.dumps(row | {"url": "x"})))
+    assert (table.format, table.splits["train"]) == (form, [row])
+
+
+def test_an_empty_input_of_an_instruction_is_left_out(write: Write) -> None:
+    rows = [{"instruction": "a", "input": value, "output": "c"} for value in ("", None, "b")]
+    found = read(write("a.json", json.dumps(rows))).splits["train"]
+    assert [row.get("input") for row in found] == [None, None, "b"]
+
+
+@pytest.mark.parametrize(("value", "label"), [(1, "1"), (2.0, "2"), (True, "True"), (" a ", "a")])
+def test_labels_become_text(value: object, label: str, write: Write) -> None:
+    table = read(write("a.jsonl", json.dumps({"text": "a", "label": value})))
+    assert table.splits["train"][0]["label"] == label
+
+
+def test_plain_text_is_a_text_a_line_or_a_paragraph(write: Write) -> None:
+    lines = read(write("a.txt", "one\r\ntwo\u2028still two\n"))
+    assert [row["text"] for row in lines.splits["train"]] == ["one", "two\u2028still two"]
+    blocks = read(write("b.txt", "\none\ntwo\n\n \nthree\n\n"))
+    assert [row["text"] for row in blocks.splits["train"]] == ["one\ntwo", "three"]
+
+
+def test_a_byte_order_mark_is_accepted(write: Write) -> None:
+    assert read(write("a.csv", b"\xef\xbb\xbftext\nhello\n")).splits["train"] == [{"text": "hello"}]
+
+
+def test_a_long_field_is_no_error(write: Write) -> None:
+    assert len(read(write("a.csv", "text\n" + "a" * 200_000)).splits["train"][0]["text"]) == 200_000
+
+
+def test_a_mapping_renames_and_wins_over_a_column_of_that_name(write: Write) -> None:
+    source = write("a.csv", "text,review,stars\nid7,fine film,5\n")
+    table = read(source, {"text": "review", "label": "stars"})
+    assert table.splits["train"] == [{"text": "fine film", "label": "5"}]
+
+
+def test_a_folder_brings_its_splits(write: Write, tmp_path: Path) -> None:
+    for name in ("train.csv", "dev.jsonl", "test.tsv", "README.md"):
+        write(name, json.dumps({"text": name}) if name == "dev.jsonl" else f"text\n{name}\n")
+    splits = read(str(tmp_path)).splits
+    assert {split: rows[0]["text"] for split, rows in splits.items()} == {
+        "train": "train.csv", "validation": "dev.jsonl", "test": "test.tsv",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.jsonl", '{"text": "a"}\n{"text": \n', "a.jsonl, line 2: not JSON"),
+        ("a.jsonl", '{"text": "a"}\n[1]\n', "a.jsonl, line 2: expected an object, found list"),
+        ("a.jsonl", "", "a.jsonl is empty: line 1"),
+        ("a.csv", "text,label\n", "a.csv is empty: line 1"),
+        ("a.json", " ", "a.json is empty"),
+        ("a.json", '[\n{"text": "a"},\n{]', "a.json, line 3: not JSON"),
+        ("a.json", '[{"text": "a"}, 3]', "a.json, row 2: expected an object, found int"),
+        ("a.json", '{"text": "a"}', "expected a list of objects, found dict"),
+        ("a.json", '[{"text": ' + "1" * 5000 + "}]", "not readable as JSON"),
+        ("a.json", "[" * 100_000, "not readable as JSON"),
+        ("a.jsonl", "[" * 100_000, "line 1: not JSON"),
+        ("a.csv", 'text\nfine\n"open\n', "a.csv, line 3"),
+        ("a.csv", 'text,label\n"two\nlines",a\nb\n', "line 4: 1 fields, the header has 2"),
+        ("a.csv", "text,text,label\na,b,c\n", "line 1: the header names text twice"),
+        ("a.csv", b"text\nok\n\xff\n", "a.csv, line 3: not UTF-8 (byte 0xff)"),
+        ("a.csv", "text,label\na,x\n  ,x\nb,\n", "'text' is missing or empty in line 3"),
+        ("a.json", '[{"text": "a"}, {"text": null}]', "'text' is missing or empty in row 2"),
+        ("a.jsonl", '{"prompt": "a", "completion": 7}', "line 1: 'completion' must be text"),
+        ("a.jsonl", '{"text": "a", "label": 0.5}', "a label must be text or a whole number"),
+        ("a.jsonl", '{"text": "\\ud83d"}', "line 1: 'text' holds half a character"),
+        ("a.parquet", b"PAR1", "no readable Parquet file"),
+        ("a.csv", "review,stars\na,1\n", "review, stars fit no format"),
+        ("a.csv", "text,Labels\na,1\n", "is 'Labels' a label? say --map label=Labels"),
+        ("a.xlsx", "", "unknown kind of file '.xlsx'; use .jsonl, .json, .csv"),
+        ("a.csv", "image,label\na.png,1\n", "images with labels cannot be trained on yet"),
+    ],
+)  # fmt: skip
+def test_a_wrong_file_says_where(name: str, content: str | bytes, said: str, write: Write) -> None:
+    assert said in refused(write(name, content))
+
+
+@pytest.mark.parametrize(
+    ("messages", "said"),
+    [
+        ("hello", "must be a list, found str"),
+        ([{"role": "bot", "content": "a"}], "a role of system, user, assistant"),
+        ([{"role": "user", "content": ""}], "a text as content"),
+        (["a"], "a role of system, user, assistant"),
+        ([{"role": "assistant", "content": "a"}], "found one message"),
+        ([{"role": "user", "content": "a"}] * 2, "the last message must be the assistant's"),
+    ],
+)
+def test_a_wrong_conversation_says_why(messages: object, said: str, write: Write) -> None:
+    assert said in refused(write("a.jsonl", json.dumps({"messages": messages})))
+
+
+@pytest.mark.parametrize(
+    ("mapping", "said"),
+    [
+        ({"text": "reviw"}, "no column 'reviw' to map (review, stars); did you mean review?"),
+        ({"txt": "review"}, "'txt' is no known column"),
+        ({"text": "review", "prompt": "stars"}, "--map prompt=stars would have no effect"),
+        ({"text": "review", "label": "review"}, "takes one column twice"),
+    ],
+)
+def test_a_wrong_mapping_proposes(mapping: dict[str, str], said: str, write: Write) -> None:
+    assert said in refused(write("a.csv", "review,stars\ngood,1\n"), mapping=mapping)
+
+
+def test_a_missing_file_proposes_its_neighbours(write: Write, tmp_path: Path) -> None:
+    write("reviews.csv", "text\na\n")
+    assert "did you mean reviews.csv?" in refused(str(tmp_path / "review.csv"))
+
+
+@pytest.mark.parametrize("source", ["", "  ", "nothing.csv", "a" * 5000, "~nobody-here/x.csv"])
+def test_what_does_not_exist_is_one_line(source: str) -> None:
+    assert "\n" not in refused(source)
+
+
+def test_a_folder_without_train_says_what_it_holds(write: Write, tmp_path: Path) -> None:
+    write("test.csv", "text\na\n")
+    assert "holds no train file" in refused(str(tmp_path))
+    write("train.csv", "text\na\n")
+    write("train.jsonl", "{}")
+    assert "two train files: train.csv, train.jsonl" in refused(str(tmp_path))
+
+
+def test_splits_with_different_columns_are_refused(write: Write, tmp_path: Path) -> None:
+    write("train.csv", "text\na\n")
+    write("test.csv", "text,label\na,b\n")
+    assert "the splits have different columns" in refused(str(tmp_path))
+
+
+def test_a_folder_of_pictures_is_recognised_and_refused(write: Write, tmp_path: Path) -> None:
+    write("cats/1.png", b"")
+    assert "images cannot be trained on yet" in refused(str(tmp_path))
+
+
+def test_a_hub_data_set_brings_splits_and_label_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = datasets.ClassLabel(names=["neg", "pos"])
+    features = datasets.Features({"text": datasets.Value("string"), "label": names})
+    rows = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [1, 0]}, features=features)
+    stored = datasets.DatasetDict({"train": rows, "test": rows, "unsupervised": rows})
+    monkeypatch.setattr(datasets, "load_dataset", {"some/reviews": stored}.__getitem__)
+    table = read("some/reviews")
+    expected = [{"text": "a", "label": "pos"}, {"text": "b", "label": "neg"}]
+    assert table.splits == {"train": expected, "test": expected}
+    assert "'no/such' cannot be loaded" in refused("no/such")
