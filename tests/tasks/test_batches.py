@@ -73,6 +73,13 @@ def test_rows_of_similar_length_stand_together() -> None:
     assert padding(True) * 10 < padding(False)
 
 
+def test_short_and_long_steps_alternate_by_chance() -> None:
+    lengths = tuple(range(1, 161))
+    batches = Batches(lengths=lengths, batch_size=8)
+    longest = [max(lengths[i] for i in flat(batches.step(number))) for number in range(20)]
+    assert longest != sorted(longest)
+
+
 @pytest.mark.parametrize("wrong", [{"lengths": ()}, {"batch_size": 0}, {"accumulation_steps": 0}])
 def test_nothing_to_batch_is_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match="at least 1"):

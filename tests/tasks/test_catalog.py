@@ -138,13 +138,15 @@ def test_the_answer_is_no_part_of_the_input(one: Row, other: Row) -> None:
 # named tasks
 
 
-def test_a_misspelt_task_is_proposed_and_a_bad_file_is_not_taken_for_one(tmp_path: Path) -> None:
+def test_a_misspelt_task_is_proposed_and_a_bad_file_is_not_taken_for_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(DataError, match="did you mean movie-reviews"):
         find("movie-review")
-    file = tmp_path / "movie-reviews.csv"
-    file.write_text("text,label\na,\n", encoding="utf-8")
+    (tmp_path / "movie-reviews.csv").write_text("text,label\na,\n", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError) as caught:
-        find(str(file))
+        find("movie-reviews.csv")
     assert "did you mean" not in str(caught.value)
 
 

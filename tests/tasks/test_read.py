@@ -151,6 +151,7 @@ def test_a_folder_brings_its_splits(write: Write, tmp_path: Path) -> None:
         ("a.jsonl", "[" * 100_000, "line 1: not JSON"),
         ("a.csv", 'text\nfine\n"open\n', "a.csv, line 3"),
         ("a.csv", 'text,label\n"two\nlines",a\nb\n', "line 4: 1 fields, the header has 2"),
+        ("a.csv", '"te\nxt",label\nfine\n', "line 3: 1 fields, the header has 2"),
         ("a.csv", "text,text,label\na,b,c\n", "line 1: the header names text twice"),
         ("a.csv", b"text\nok\n\xff\n", "a.csv, line 3: not UTF-8 (byte 0xff)"),
         ("a.csv", "text,label\na,x\n  ,x\nb,\n", "'text' is missing or empty in line 3"),

@@ -284,9 +284,10 @@ def test_a_longer_wrong_label_may_not_leave_the_context(
         ("label", {"generate": True}, "labels, which are ranked; there is no answer to generate"),
         ("text", {"generate": True}, "plain texts; there is no answer"),
         ("label", {"limit": 0}, "limit must be at least 1"),
+        ("label", {"split": "tets"}, "there are train, validation, test; did you mean test"),
     ],
 )
-def test_an_option_without_effect_is_refused(
+def test_an_option_that_can_have_no_effect_is_refused(
     form: str, options: dict[str, Any], said: str, llama: Any, chat_tokenizer: Any, task_of: TaskOf
 ) -> None:
     task = labelled(task_of, "a", "b") if form == "label" else task_of("text", [{"text": "good"}])

@@ -66,7 +66,10 @@ class Certificate:
 
 @dataclass(frozen=True, kw_only=True)
 class Reference:
-    """Logits to compare with: values (P, K) at indices (P, K), log-sum-exp over all (P,)."""
+    """Logits to compare with: values (P, K) at indices (P, K), log-sum-exp over all (P,).
+
+    The sum is kept in fp64: half a unit of fp32 at 20 nats is 1e-6, as much as fp32 is allowed.
+    """
 
     prompts: list[list[int]]
     values: Tensor
@@ -80,7 +83,7 @@ class Reference:
         return replace(self, values=values.contiguous(), indices=indices.contiguous())
 
     def save(self, file: Path) -> None:
-        """Write it, without its JSON-sized parts lost: token ids are tensors too."""
+        """Write it as safetensors, the prompts as tensors of ids."""
         tensors = {f"prompt.{i}": torch.tensor(ids) for i, ids in enumerate(self.prompts)}
         tensors |= {"values": self.values, "indices": self.indices.int(), "total": self.total}
         atomic.write_file(file, safetensors.torch.save(tensors))
@@ -118,7 +121,7 @@ def reference_of(model: nn.Module, prompts: Sequence[Sequence[int]], kind: str) 
     """All logits of a live model on some prompts."""
     logits = logits_of(model, prompts, kind)
     indices = torch.arange(logits.shape[1]).expand(logits.shape).contiguous()
-    total = logits.double().logsumexp(dim=1).float()
+    total = logits.double().logsumexp(dim=1)
     kept = [list(ids) for ids in prompts]
     return Reference(prompts=kept, values=logits, indices=indices, total=total)
 

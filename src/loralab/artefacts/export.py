@@ -43,13 +43,16 @@ def _to_peft(adapter: Path, output: Path, model: str | None, precision: str | No
     live = bring_to_life(adapter, model=model, precision=precision)
     prompts = sample_of(live.stored.record, live.base)
     reference = reference_of(live.base.model, prompts, live.base.kind)
-    record = {**live.stored.record, "base": {**live.stored.record.get("base", {})}}
-    record["base"] |= {"name": live.base.name, "kind": live.base.kind, "precision": live.precision}
-    record.pop("certificate", None)
+    stored = live.stored.record
+    record = {k: v for k, v in stored.items() if k not in ("format", "digest", "certificate")}
+    record["base"] = {
+        **stored.get("base", {}), "name": live.base.name, "kind": live.base.kind,
+        "precision": live.precision,
+    }  # fmt: skip
     rejected = output.with_name(output.name + REJECTED)
     shutil.rmtree(rejected, ignore_errors=True)
-    kept = {key: value for key, value in record.items() if key not in ("format", "digest")}
-    folder.write(rejected, read_json(adapter / CONFIG), live.stored.tensors, kept)
+    config = {**read_json(adapter / CONFIG), "base_model_name_or_path": live.base.name}
+    folder.write(rejected, config, live.stored.tensors, record)
     certificate = compare_afresh(rejected, reference)
     if not certificate.passed:
         raise CertificateError(f"the exported adapter differs; it is left in {rejected}")

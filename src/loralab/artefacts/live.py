@@ -56,12 +56,13 @@ def bring_to_life(
         raise AdapterFileError(f"{path} does not name its base model; give it with --model")
     kind = record.get("kind") or models.natural_kind(name)
     precision = precision or record.get("precision") or "fp32"
+    # whatever is new in the base and not in the folder, such as a pooler, starts as in training
+    seed = stored.record.get("training", {}).get("seed", 0)
     base = models.load(
-        name, kind=kind, dtype=models.parse_dtype(precision), labels=label_names(stored)
+        name, kind=kind, dtype=models.parse_dtype(precision), labels=label_names(stored), seed=seed
     )
-    return Live(
-        base=base, adapter=attach.load(base.model, path), stored=stored, precision=precision
-    )
+    adapter = attach.load(base.model, path)
+    return Live(base=base, adapter=adapter, stored=stored, precision=precision)
 
 
 def label_names(stored: AdapterFolder) -> list[str]:

@@ -10,12 +10,16 @@ import importlib.util
 import io
 import os
 import re
-from collections.abc import Iterator, Sequence
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import torch
+from huggingface_hub.errors import RepositoryNotFoundError
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -27,9 +31,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging
 
 from loralab import atomic
-from loralab.errors import ConfigError, ModelError, OutputError, nearest
+from loralab.errors import ConfigError, ModelError, OutputError, nearest, some
 from loralab.models.catalog import MODELS, how_to_get, locate
 
+Options = dict[str, Any]  # of transformers' from_pretrained
 CAUSAL, CLASSIFIER = "causal-lm", "sequence-classification"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _LOADERS = {CAUSAL: AutoModelForCausalLM, CLASSIFIER: AutoModelForSequenceClassification}
@@ -64,28 +69,28 @@ def load(
 
     Args:
         kind: "causal-lm" or "sequence-classification"; None is the model's own.
-        labels: class names of a new classification head; a model that has one keeps it.
+        labels: class names of a new classification head; a model that has a head keeps it, and
+            must know the same classes in the same order.
         seed: of that new head.
 
     Raises:
-        ModelError: it does not exist, cannot be read, or is of another kind.
+        ModelError: it does not exist, cannot be read, is of another kind, or knows other classes.
     """
     source = resolve(name)
-    kind = kind or natural_kind(name)
-    options: dict[str, Any] = {}
-    if kind == CLASSIFIER and labels:
-        names = dict(enumerate(labels))
-        options = {"num_labels": len(names), "id2label": names,
-                   "label2id": {label: index for index, label in names.items()}}  # fmt: skip
-    with quiet(), _explained(name), torch.random.fork_rng():
+    config = _config(name, source)
+    kind = kind or _kind_of(config)
+    options = _head_options(name, config, labels) if kind == CLASSIFIER else {}
+    with _explained(name, source), torch.random.fork_rng():
         torch.manual_seed(seed)
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         model, report = _LOADERS[kind].from_pretrained(
-            source, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
-        )
-    _require_complete(name, model, kind, report["missing_keys"])
+            source, dtype=dtype, use_safetensors=True, output_loading_info=True,
+            trust_remote_code=False, ignore_mismatched_sizes=True, **options,
+        )  # fmt: skip
+    new_head = kind == CLASSIFIER and not _has_head(config)
+    _require_complete(name, model, report, new_head=new_head)
     _prepare(model, tokenizer)
-    shown = str(Path(name).resolve()) if Path(name).exists() else name
+    shown = str(Path(name).resolve()) if name not in MODELS and Path(name).exists() else name
     return Base(name=shown, model=model.eval(), tokenizer=tokenizer, kind=kind, source=source)
 
 
@@ -95,15 +100,7 @@ def natural_kind(name: str) -> str:
     Raises:
         ModelError: it does not exist, or has no readable configuration.
     """
-    with quiet(), _explained(name):
-        config = AutoConfig.from_pretrained(resolve(name))
-    architectures = config.architectures or [""]
-    if any(found.endswith("ForCausalLM") or "LMHead" in found for found in architectures):
-        return CAUSAL
-    if any(found.endswith("ForSequenceClassification") for found in architectures):
-        return CLASSIFIER
-    decoder = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    return CAUSAL if decoder and config.model_type not in _ENCODERS else CLASSIFIER
+    return _kind_of(_config(name, resolve(name)))
 
 
 def resolve(name: str) -> str:
@@ -118,14 +115,17 @@ def resolve(name: str) -> str:
             raise ModelError(f"{name} is not installed; get it with: {how_to_get(MODELS[name])}")
         return str(_converted(found, name) if found.suffix == ".gguf" else found)
     path = Path(name).expanduser()
+    if not name:
+        raise ModelError(f"the name of the model is empty; short names: {', '.join(MODELS)}")
     if path.is_file():
         if path.suffix != ".gguf":
             raise ModelError(f"{name} is a file, but not .gguf; a model is a folder or a GGUF file")
         return str(_converted(path, path.stem))
     if path.is_dir():
-        _require_model_folder(path)
+        _require_model_folder(name, path)
         return str(path)
     if re.fullmatch(r"[\w\-.]+/[\w\-.]+", name) and not path.parent.is_dir():
+        _require_on_hub(name)
         return name
     beside = path.parent.iterdir() if path.parent.is_dir() else ()
     hint = nearest(name, [*MODELS, *(str(p) for p in beside if p.is_dir())])
@@ -161,8 +161,8 @@ def _converted(file: Path, name: str) -> Path:
     if importlib.util.find_spec("gguf") is None:
         raise ModelError(f"{file.name} needs the package gguf: pip install 'loralab[gguf]'")
     silence = contextlib.redirect_stderr(io.StringIO())  # a progress bar that has no switch
-    with quiet(), silence, _explained(str(file)):
-        options = {"gguf_file": file.name}
+    with silence, _explained(str(file), str(file)):
+        options: Options = {"gguf_file": file.name, "trust_remote_code": False}
         tokenizer = AutoTokenizer.from_pretrained(file.parent, **options)
         model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **options)
         _forget_quantization(model)
@@ -172,9 +172,18 @@ def _converted(file: Path, name: str) -> Path:
         with atomic.new_folder(own) as place:
             model.save_pretrained(place)
             tokenizer.save_pretrained(place)
-    with contextlib.suppress(OSError):
-        own.rename(folder)
-    return folder if folder.is_dir() else own
+    return _first(own, folder)
+
+
+def _first(own: Path, folder: Path) -> Path:
+    """Give `own` its final name, or drop it where another process was faster."""
+    try:
+        return own.rename(folder)
+    except OSError:
+        if not folder.is_dir():
+            raise
+        shutil.rmtree(own, ignore_errors=True)
+        return folder
 
 
 def _forget_quantization(model: Any) -> None:
@@ -186,27 +195,92 @@ def _forget_quantization(model: Any) -> None:
             setattr(model, name, None)
 
 
-def _require_model_folder(path: Path) -> None:
+def _require_model_folder(name: str, path: Path) -> None:
     if not (path / "config.json").is_file():
-        raise ModelError(f"{path} is no model folder: it has no config.json")
-    if any(path.glob("*.safetensors")):
+        raise ModelError(f"{name} is no model folder: it has no config.json")
+    if not any(path.glob("*.safetensors")):
+        if any(path.glob("*.bin")) or any(path.glob("*.pt")):
+            raise ModelError(
+                f"{name} holds its weights as a pickle, which can run code; "
+                "convert them to safetensors"
+            )
+        raise ModelError(f"{name} holds no weights (*.safetensors)")
+    if not any(any(path.glob(kind)) for kind in ("tokenizer*", "vocab*", "*.model")):
+        raise ModelError(f"{name} holds no tokenizer (tokenizer.json)")
+
+
+def _require_on_hub(name: str) -> None:
+    """Ask once and briefly: transformers retries for half a minute, in a dozen lines."""
+    if isinstance(huggingface_hub.try_to_load_from_cache(name, "config.json"), str):
         return
-    if any(path.glob("*.bin")) or any(path.glob("*.pt")):
+    try:
+        huggingface_hub.model_info(name, timeout=10)
+    except RepositoryNotFoundError:
+        raise ModelError(f"there is neither a folder nor a model {name!r} on the hub") from None
+    except Exception as error:  # the client's own, the HTTP library's, the system's
         raise ModelError(
-            f"{path} holds its weights as a pickle, which can run code; convert them to safetensors"
-        )
-    raise ModelError(f"{path} holds no weights (*.safetensors)")
+            f"there is no folder {name!r}, and the model hub cannot be asked for it "
+            f"({type(error).__name__}); short names: {', '.join(MODELS)}"
+        ) from error
 
 
-def _require_complete(name: str, model: nn.Module, kind: str, missing: Sequence[str]) -> None:
-    """Only a new classification head may be absent from the file."""
+def _config(name: str, source: str) -> Any:
+    with _explained(name, source):
+        return AutoConfig.from_pretrained(source, trust_remote_code=False)
+
+
+def _kind_of(config: Any) -> str:
+    architectures = config.architectures or [""]
+    if any(found.endswith("ForCausalLM") or "LMHead" in found for found in architectures):
+        return CAUSAL
+    decoder = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    encoder = _has_head(config) or config.model_type in _ENCODERS
+    return CAUSAL if decoder and not encoder else CLASSIFIER
+
+
+def _has_head(config: Any) -> bool:
+    return any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
+
+
+def _head_options(name: str, config: Any, labels: Sequence[str]) -> Options:
+    """The classes of the head; those of a head that is there already are not renamed."""
+    names = dict(enumerate(labels))
+    options = {"num_labels": len(names), "id2label": names,
+               "label2id": {label: index for index, label in names.items()}}  # fmt: skip
+    if not names or not _has_head(config):
+        return options if names else {}
+    own = dict(config.id2label)
+    if names == own or (_unnamed(names) and len(names) == len(own)):
+        return {}
+    if _unnamed(own) and len(names) == len(own):
+        return options
+    raise ModelError(
+        f"{name} has a classification head for {some(own.values())}; the labels here are "
+        f"{some(labels)}, and must be the same in the same order"
+    )
+
+
+def _unnamed(names: Mapping[int, str]) -> bool:
+    return all(label == f"LABEL_{index}" for index, label in names.items())
+
+
+def _require_complete(
+    name: str, model: nn.Module, report: Mapping[str, Any], *, new_head: bool
+) -> None:
+    """Only what a new classification head consists of may be absent from the file."""
     heads = ("classifier.", "score.", "pre_classifier.", "bert.pooler.", "pooler.")
-    lost = [key for key in missing if kind != CLASSIFIER or not key.startswith(heads)]
+    missing: Iterable[str] = report["missing_keys"]
+    lost = sorted(key for key in missing if not (new_head and key.startswith(heads)))
     if lost:
         raise ModelError(
-            f"{name} is incomplete for {type(model).__name__}: {len(lost)} weights are missing, "
-            f"the first is {sorted(lost)[0]}"
+            f"{name} is incomplete for {type(model).__name__}: it lacks {some(lost, 3)}"
         )
+    misshapen = [
+        f"{key} is {tuple(found)}, expected {tuple(expected)}"
+        for key, found, expected in sorted(report["mismatched_keys"])
+    ]
+    if misshapen:
+        raise ModelError(f"{name} does not fit its config.json: {some(misshapen, 3)}")
 
 
 def _prepare(model: Any, tokenizer: Any) -> None:
@@ -233,13 +307,17 @@ def quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _explained(name: str) -> Iterator[None]:
+def _explained(name: str, source: str) -> Iterator[None]:
     """One line of ours for whatever transformers raises on a model that it cannot read."""
     try:
-        yield
+        with quiet():
+            yield
     except (ModelError, OutputError):
         raise
+    except SafetensorError as error:
+        raise ModelError(f"{name}: the weights are damaged or truncated ({error})") from error
     except Exception as error:  # its readers raise some ten unrelated kinds
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = lines[0] if lines else type(error).__name__
-        raise ModelError(f"{name} cannot be read: {reason}") from error
+        place = "" if source in (name, str(Path(name).expanduser())) else f" from {source}"
+        raise ModelError(f"{name} cannot be read{place}: {reason}") from error

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from loralab.errors import ConfigError, DataError, some
+from loralab.errors import ConfigError, DataError, nearest, some
 from loralab.tasks.batches import collate
 from loralab.tasks.catalog import Task
 from loralab.tasks.encode import (
@@ -25,6 +25,7 @@ from loralab.tasks.encode import (
     stop_ids,
 )
 from loralab.tasks.metrics import label_metrics, text_metrics
+from loralab.tasks.read import Row
 
 # said in full, or the model's own generation_config would add its penalty or cut what is drawn
 GREEDY = {"do_sample": False, "repetition_penalty": 1.0, "num_beams": 1, "use_cache": True}
@@ -88,11 +89,7 @@ def evaluate(
         DataError: a row is longer than the context, or the split is empty.
         ConfigError: the task is not one to generate for, or `limit` leaves nothing.
     """
-    rows = task.splits[split][:limit]
-    if limit is not None and limit < 1:
-        raise ConfigError(f"limit must be at least 1, got {limit}")
-    if not rows:
-        raise DataError(f"{task.name} has no rows in its {split} split")
+    rows = _chosen(task, split, limit)
     if generate and (task.labels or task.format == "text"):
         what = "labels, which are ranked" if task.labels else "plain texts"
         raise ConfigError(f"{task.name} has {what}; there is no answer to generate")
@@ -168,6 +165,18 @@ def context_length(model: nn.Module) -> int:
     return int(getattr(config, "max_position_embeddings", 0) or 2048)
 
 
+def _chosen(task: Task, split: str, limit: int | None) -> list[Row]:
+    """The first `limit` rows of a split."""
+    if split not in task.splits:
+        near = nearest(split, task.splits)
+        raise ConfigError(f"no split {split!r}; there are {some(task.splits)}{near}")
+    if limit is not None and limit < 1:
+        raise ConfigError(f"limit must be at least 1, got {limit}")
+    if not task.splits[split]:
+        raise DataError(f"{task.name} has no rows in its {split} split")
+    return task.splits[split][:limit]
+
+
 def _labelled(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Logits (M, V) in fp32, labels (M,) and rows (M,) of all tokens that carry loss."""
     targets = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)  # nothing follows the last
@@ -236,7 +245,7 @@ def _losses(
 
 
 def _ranked(
-    model: nn.Module, tokenizer: Any, task: Task, encoded: Encoded, rows: Sequence[Any],
+    model: nn.Module, tokenizer: Any, task: Task, encoded: Encoded, rows: Sequence[Row],
     batch_size: int, room: int,
 ) -> tuple[float, int, list[int]]:  # fmt: skip
     """Summed loss, number of tokens, and the index of the likeliest label of each row."""

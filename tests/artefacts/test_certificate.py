@@ -1,0 +1,275 @@
+"""certify() and verify(): what is equal passes, and every kind of damage fails."""
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loralab.adapters.folder import CONFIG, RECORD, TENSORS, content_digest, read_json, write_json
+from loralab.artefacts.certificate import (
+    KEPT,
+    POSITIONS,
+    REFERENCE,
+    TOLERANCES,
+    Reference,
+    certify,
+    compare,
+    file_digests,
+    logits_of,
+    reference_of,
+    verify,
+)
+from loralab.artefacts.live import bring_to_life
+from loralab.artefacts.merge import merge
+from loralab.errors import AdapterFileError, CertificateError
+from loralab.models.load import CAUSAL, CLASSIFIER, load
+
+MakeAdapter = Callable[..., Path]
+PROMPTS = [[5, 6, 7], [8, 9, 10, 11]]
+
+
+def reference_for(logits: torch.Tensor) -> Reference:
+    indices = torch.arange(logits.shape[1]).expand(logits.shape).contiguous()
+    total = logits.double().logsumexp(dim=1)
+    return Reference(prompts=PROMPTS, values=logits, indices=indices, total=total)
+
+
+def random_logits(seed: int, rows: int = 7, scale: float = 5.0) -> torch.Tensor:
+    draw = torch.Generator().manual_seed(seed)
+    return scale * torch.randn(rows, 200, generator=draw)
+
+
+def certified(make_adapter: MakeAdapter, base: Path) -> Path:
+    path = make_adapter(base)
+    live = bring_to_life(path)
+    certify(path, live.base.model, live.stored.record["sample"], kind=CAUSAL)
+    return path
+
+
+def reseal(path: Path) -> None:
+    """Make the digests fit what the files hold now, as a careful forger would."""
+    record = read_json(path / RECORD)
+    if (path / CONFIG).exists():
+        tensors = safetensors.torch.load_file(path / TENSORS)
+        record["digest"] = content_digest(read_json(path / CONFIG), tensors)
+    else:
+        record["files"] = file_digests(path)
+    write_json(path / RECORD, record)
+
+
+def perturb(file: Path, part: str) -> None:
+    """Change one tensor of a safetensors file by a few percent of its size."""
+    tensors = safetensors.torch.load_file(file)
+    name = next(name for name in sorted(tensors) if part in name)
+    tensors[name] = tensors[name] * 1.05
+    safetensors.torch.save_file(tensors, file, {"format": "pt"})
+
+
+@given(st.integers(0, 1000), st.sampled_from(list(TOLERANCES)), st.booleans())
+def test_equal_logits_pass_in_full_and_from_the_short_form(
+    seed: int, precision: str, short: bool
+) -> None:
+    logits = random_logits(seed, scale=20.0)
+    reference = reference_for(logits)
+    found = compare(reference.smaller(KEPT) if short else reference, logits, precision)
+    assert found.passed
+    assert found.max_logit_difference == 0
+    assert found.mean_kl < 1e-9
+    assert found.top1_agreement == 1
+
+
+@given(st.integers(0, 1000))
+def test_the_divergence_is_the_textbook_one_and_the_short_form_a_lower_bound(seed: int) -> None:
+    p, q = random_logits(seed), random_logits(seed) + 0.3 * random_logits(seed + 1)
+    p_log, q_log = p.double().log_softmax(dim=1), q.double().log_softmax(dim=1)
+    expected = float((p_log.exp() * (p_log - q_log)).sum(dim=1).mean())
+    full, short = (compare(r, q, "fp32") for r in (reference_for(p), reference_for(p).smaller(9)))
+    assert full.mean_kl == pytest.approx(expected, rel=1e-4)
+    assert 0 < short.mean_kl <= expected * (1 + 1e-6)
+    assert not full.passed
+    assert not short.passed
+
+
+def test_numbers_that_are_not_finite_never_pass() -> None:
+    logits = random_logits(0)
+    for value in (math.nan, math.inf):
+        broken = logits.clone()
+        broken[3, 100] = value
+        assert not compare(reference_for(logits), broken, "bf16").passed
+
+
+def test_a_constant_added_to_all_logits_is_a_difference() -> None:
+    logits = random_logits(0)
+    assert not compare(reference_for(logits), logits + 1, "fp32").passed
+
+
+def test_a_reference_reads_back_as_it_was_written(tmp_path: Path) -> None:
+    reference = reference_for(random_logits(0)).smaller(KEPT)
+    reference.save(tmp_path / REFERENCE)
+    again = Reference.read(tmp_path / REFERENCE)
+    assert again.prompts == reference.prompts
+    for name in ("values", "indices", "total"):
+        assert torch.equal(getattr(again, name), getattr(reference, name))
+
+
+def test_the_last_positions_count_and_a_classifier_has_one_row(
+    tiny_llama_folder: Path, tiny_bert_folder: Path
+) -> None:
+    prompts = [[5] * 3, [6] * 40]
+    causal = load(str(tiny_llama_folder)).model
+    rows = logits_of(causal.train(), prompts, CAUSAL)
+    assert rows.shape == (3 + POSITIONS, causal.config.vocab_size)
+    assert causal.training
+    classifier = load(str(tiny_bert_folder), labels=["a", "b", "c"]).model
+    assert logits_of(classifier, prompts, CLASSIFIER).shape == (2, 3)
+
+
+def test_a_fresh_process_finds_the_adapter_as_it_was(
+    make_adapter: MakeAdapter, tiny_llama_folder: Path
+) -> None:
+    path = make_adapter(tiny_llama_folder)
+    live = bring_to_life(path)
+    prompts = live.stored.record["sample"]
+    found = certify(path, live.base.model, prompts, kind=CAUSAL)
+    assert found.max_logit_difference == 0
+    assert found.prompts == len(prompts)
+    assert found.positions == sum(min(len(ids), POSITIONS) for ids in prompts)
+    assert verify(path) == found
+    stored = read_json(path / RECORD)["certificate"]
+    assert {key: stored[key] for key in found.to_json()} == found.to_json()
+    assert (path / REFERENCE).stat().st_size < 100_000
+    bring_to_life(path)  # the certificate does not change what the folder is
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_another_model_than_the_live_one_is_refused(
+    make_adapter: MakeAdapter, tiny_llama_folder: Path
+) -> None:
+    path = make_adapter(tiny_llama_folder)
+    without = load(str(tiny_llama_folder)).model
+    with pytest.raises(CertificateError, match="top-1 agreement"):
+        certify(path, without, PROMPTS, kind=CAUSAL)
+    assert read_json(path / RECORD)["certificate"]["passed"] is False
+    with pytest.raises(CertificateError):
+        verify(path)
+
+
+@pytest.mark.parametrize("file", [CONFIG, TENSORS, REFERENCE])
+@pytest.mark.usefixtures("in_this_process")
+def test_one_byte_flipped_anywhere_fails(
+    make_adapter: MakeAdapter, tiny_llama_folder: Path, tmp_path: Path, file: str
+) -> None:
+    path = certified(make_adapter, tiny_llama_folder)
+    content = (path / file).read_bytes()
+    for place in torch.linspace(0, len(content) - 1, 12).long().tolist():
+        shutil.copytree(path, tmp_path / "copy", dirs_exist_ok=True)
+        flipped = bytearray(content)
+        flipped[place] ^= 1
+        (tmp_path / "copy" / file).write_bytes(flipped)
+        if file == CONFIG and _means_the_same(content, bytes(flipped)):
+            continue
+        with pytest.raises(CertificateError):
+            verify(tmp_path / "copy")
+
+
+def _means_the_same(one: bytes, other: bytes) -> bool:
+    try:
+        return bool(json.loads(one) == json.loads(other))
+    except ValueError:
+        return False
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_a_forged_adapter_fails_by_what_it_does(
+    make_adapter: MakeAdapter, tiny_llama_folder: Path, tmp_path: Path
+) -> None:
+    path = certified(make_adapter, tiny_llama_folder)
+    forged = shutil.copytree(path, tmp_path / "tensor")
+    perturb(forged / TENSORS, "layers.1.mlp.up_proj.lora_B")
+    reseal(forged)
+    with pytest.raises(CertificateError, match="does not do what was certified"):
+        verify(forged)
+    forged = shutil.copytree(path, tmp_path / "scaling")
+    config = read_json(forged / CONFIG)
+    write_json(forged / CONFIG, {**config, "lora_alpha": config["lora_alpha"] * 1.05})
+    reseal(forged)
+    with pytest.raises(CertificateError, match="does not do what was certified"):
+        verify(forged)
+    reseal(path)
+    verify(path)
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_a_forged_model_fails_by_what_it_does(
+    make_adapter: MakeAdapter, tiny_llama_folder: Path, tmp_path: Path
+) -> None:
+    merge(make_adapter(tiny_llama_folder), tmp_path / "merged")
+    perturb(tmp_path / "merged" / "model.safetensors", "layers.1.mlp.up_proj")
+    with pytest.raises(CertificateError, match=r"changed .*: model\.safetensors"):
+        verify(tmp_path / "merged")
+    reseal(tmp_path / "merged")
+    with pytest.raises(CertificateError, match="does not do what was certified"):
+        verify(tmp_path / "merged")
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_a_file_that_came_or_went_is_noticed(
+    make_adapter: MakeAdapter, tiny_llama_folder: Path, tmp_path: Path
+) -> None:
+    merge(make_adapter(tiny_llama_folder), tmp_path / "merged")
+    (tmp_path / "merged" / "pytorch_model.bin").touch()
+    with pytest.raises(CertificateError, match=r"changed .*pytorch_model\.bin"):
+        verify(tmp_path / "merged")
+    (tmp_path / "merged" / "pytorch_model.bin").unlink()
+    (tmp_path / "merged" / REFERENCE).unlink()
+    with pytest.raises(CertificateError, match=REFERENCE):
+        verify(tmp_path / "merged")
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_a_base_that_changed_under_the_adapter_fails(
+    make_adapter: MakeAdapter, tiny_llama_folder: Path, tmp_path: Path
+) -> None:
+    base = shutil.copytree(tiny_llama_folder, tmp_path / "base")
+    path = certified(make_adapter, base)
+    perturb(base / "model.safetensors", "layers.0.self_attn.v_proj")
+    with pytest.warns(UserWarning, match="fingerprint"), pytest.raises(CertificateError):
+        verify(path)
+
+
+def test_what_was_never_certified_is_not_verified(
+    make_adapter: MakeAdapter, tiny_llama_folder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(AdapterFileError, match="has no certificate"):
+        verify(make_adapter(tiny_llama_folder))
+    with pytest.raises(AdapterFileError, match=f"has no {RECORD}"):
+        verify(tiny_llama_folder)
+    with pytest.raises(AdapterFileError, match="nowhere"):
+        verify(tmp_path / "nowhere")
+
+
+def test_a_process_that_fails_says_why_in_one_line(
+    make_adapter: MakeAdapter, tiny_llama_folder: Path, tmp_path: Path
+) -> None:
+    base = shutil.copytree(tiny_llama_folder, tmp_path / "base")
+    path = make_adapter(base)
+    live: Any = bring_to_life(path).base.model
+    shutil.rmtree(base)
+    with pytest.raises(CertificateError, match=f"there is no model '{base}'") as found:
+        certify(path, live, PROMPTS, kind=CAUSAL)
+    assert "\n" not in str(found.value)
+
+
+def test_the_reference_of_a_live_model_is_all_its_logits(tiny_llama_folder: Path) -> None:
+    model = load(str(tiny_llama_folder)).model
+    reference = reference_of(model, PROMPTS, CAUSAL)
+    assert torch.equal(reference.values, logits_of(model, PROMPTS, CAUSAL))
+    torch.testing.assert_close(reference.values.double().logsumexp(dim=1), reference.total)

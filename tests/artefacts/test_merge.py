@@ -1,0 +1,191 @@
+"""merge(): a complete model folder that does what the unmerged model does, or none."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from loralab.adapters import folder
+from loralab.adapters.attach import Adapter
+from loralab.adapters.folder import RECORD, read_json
+from loralab.adapters.methods import LoRA
+from loralab.artefacts.certificate import logits_of, verify
+from loralab.artefacts.live import bring_to_life
+from loralab.artefacts.merge import merge
+from loralab.errors import AdapterFileError, CertificateError, OutputError
+from loralab.models.load import CAUSAL, CLASSIFIER, load
+
+MakeAdapter = Callable[..., Path]
+
+
+def unmerged_logits(adapter: Path) -> torch.Tensor:
+    live = bring_to_life(adapter)
+    return logits_of(live.base.model, live.stored.record["sample"], live.base.kind)
+
+
+def merged_logits(path: Path, adapter: Path, kind: str = CAUSAL) -> torch.Tensor:
+    sample = folder.read(adapter).record["sample"]
+    return logits_of(load(str(path), kind=kind).model, sample, kind)
+
+
+def test_a_merged_model_is_complete_and_proven_by_a_fresh_process(
+    make_adapter: MakeAdapter, tiny_llama_folder: Path, tmp_path: Path
+) -> None:
+    adapter = make_adapter(tiny_llama_folder)
+    found = merge(adapter, tmp_path / "out")
+    assert found.passed
+    torch.testing.assert_close(merged_logits(tmp_path / "out", adapter), unmerged_logits(adapter))
+    base = load(str(tiny_llama_folder))
+    sample = folder.read(adapter).record["sample"]
+    assert not torch.allclose(logits_of(base.model, sample, CAUSAL), unmerged_logits(adapter))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.chat_template == base.tokenizer.chat_template
+    settings = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert settings["eos_token_id"] == [2, 5]
+    record = read_json(tmp_path / "out" / RECORD)
+    assert record["kind"] == "model"
+    assert record["adapter"] == folder.read(adapter).digest
+    assert record["base"]["name"] == str(tiny_llama_folder)
+    assert not list(tmp_path.glob("out.*"))
+    again = verify(tmp_path / "out")
+    assert again.passed
+    assert again.max_logit_difference <= found.max_logit_difference
+
+
+@pytest.mark.usefixtures("in_this_process")
+@pytest.mark.parametrize(
+    ("config", "stays_tied"),
+    [
+        (LoRA(rank=2), True),
+        (LoRA(rank=2, target_modules=["q_proj", "lm_head"]), False),
+        (LoRA(rank=2, modules_to_save=["lm_head"]), False),
+        (LoRA(rank=2, modules_to_save=["embed_tokens"]), False),
+        (LoRA(rank=2, modules_to_save=["lm_head", "embed_tokens"]), False),
+    ],
+    ids=["neither", "head", "trained-head", "trained-embedding", "both-trained"],
+)
+def test_tied_embeddings_stay_tied_unless_one_was_adapted(
+    make_adapter: MakeAdapter, tiny_llama_folder: Path, tmp_path: Path,
+    config: LoRA, stays_tied: bool,
+) -> None:  # fmt: skip
+    adapter = make_adapter(tiny_llama_folder, config)
+    merge(adapter, tmp_path / "out")
+    torch.testing.assert_close(merged_logits(tmp_path / "out", adapter), unmerged_logits(adapter))
+    merged: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert (merged.lm_head.weight is merged.model.embed_tokens.weight) == stays_tied
+    original: Any = AutoModelForCausalLM.from_pretrained(tiny_llama_folder)
+    touched = "embed_tokens" in config.modules_to_save
+    embedding, base = merged.model.embed_tokens.weight, original.model.embed_tokens.weight
+    assert torch.equal(embedding, base) != touched
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_gpt2_with_its_transposed_layers_and_no_template(
+    make_adapter: MakeAdapter, tiny_gpt2_folder: Path, tmp_path: Path
+) -> None:
+    adapter = make_adapter(tiny_gpt2_folder, LoRA(rank=2, target_modules=["c_attn", "lm_head"]))
+    merge(adapter, tmp_path / "out")
+    torch.testing.assert_close(merged_logits(tmp_path / "out", adapter), unmerged_logits(adapter))
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template is None
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_a_classifier_keeps_its_trained_head_and_label_names(
+    make_adapter: MakeAdapter, tiny_bert_folder: Path, tmp_path: Path
+) -> None:
+    adapter = make_adapter(
+        tiny_bert_folder, LoRA(rank=2, modules_to_save=["classifier"]),
+        kind=CLASSIFIER, labels=["no", "maybe", "yes"],
+    )  # fmt: skip
+    merge(adapter, tmp_path / "out")
+    merged: Any = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert merged.config.id2label == {0: "no", 1: "maybe", 2: "yes"}
+    trained = bring_to_life(adapter).base.model.classifier.trained.weight
+    assert torch.equal(merged.classifier.weight, trained)
+    torch.testing.assert_close(
+        merged_logits(tmp_path / "out", adapter, CLASSIFIER), unmerged_logits(adapter)
+    )
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_a_new_head_that_was_not_trained_comes_back_from_its_seed(
+    make_adapter: MakeAdapter, tiny_bert_folder: Path, tmp_path: Path
+) -> None:
+    adapter = make_adapter(
+        tiny_bert_folder, LoRA(rank=2, target_modules=["query"]),
+        kind=CLASSIFIER, labels=["a", "b"], seed=3,
+    )  # fmt: skip
+    assert merge(adapter, tmp_path / "out").passed
+    trained_on = load(str(tiny_bert_folder), kind=CLASSIFIER, labels=["a", "b"], seed=3).model
+    merged: Any = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert torch.equal(merged.classifier.weight, trained_on.classifier.weight)
+
+
+@pytest.mark.usefixtures("in_this_process")
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_the_weights_have_the_precision_asked_for(
+    make_adapter: MakeAdapter, tiny_llama_folder: Path, tmp_path: Path, precision: str
+) -> None:
+    adapter = make_adapter(tiny_llama_folder)
+    found = merge(adapter, tmp_path / "out", precision=precision)
+    assert found.precision == precision
+    assert found.max_logit_difference > 0
+    merged: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert str(merged.dtype) == {"bf16": "torch.bfloat16", "fp16": "torch.float16"}[precision]
+    assert verify(tmp_path / "out").passed
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_the_precision_of_the_training_is_the_default(
+    make_adapter: MakeAdapter, tiny_llama_folder: Path, tmp_path: Path
+) -> None:
+    adapter = make_adapter(tiny_llama_folder, precision="bf16")
+    assert merge(adapter, tmp_path / "out").precision == "bf16"
+
+
+@pytest.mark.usefixtures("in_this_process")
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_merge_that_lost_the_adapter_is_not_published(
+    make_adapter: MakeAdapter, tiny_llama_folder: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, precision: str,
+) -> None:  # fmt: skip
+    def as_if_nothing_was_trained(adapter: Adapter) -> nn.Module:
+        return adapter.detach()
+
+    monkeypatch.setattr(Adapter, "merge_and_detach", as_if_nothing_was_trained)
+    adapter = make_adapter(tiny_llama_folder)
+    with pytest.raises(CertificateError, match=r"left in .*out\.rejected"):
+        merge(adapter, tmp_path / "out", precision=precision)
+    assert not (tmp_path / "out").exists()
+    assert (tmp_path / "out.rejected" / "config.json").is_file()
+    assert read_json(tmp_path / "out.rejected" / RECORD)["certificate"]["passed"] is False
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_another_copy_of_the_base_can_be_named(
+    make_adapter: MakeAdapter, tiny_llama_folder: Path, tmp_path: Path
+) -> None:
+    moved = tmp_path / "moved"
+    adapter = make_adapter(tiny_llama_folder)
+    load(str(tiny_llama_folder)).model.save_pretrained(moved)
+    load(str(tiny_llama_folder)).tokenizer.save_pretrained(moved)
+    merge(adapter, tmp_path / "out", model=str(moved))
+    assert read_json(tmp_path / "out" / RECORD)["base"]["name"] == str(moved)
+
+
+def test_a_place_that_is_taken_and_an_adapter_that_is_none_are_refused(
+    make_adapter: MakeAdapter, tiny_llama_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").touch()
+    adapter = make_adapter(tiny_llama_folder)
+    with pytest.raises(OutputError, match="already exists"):
+        merge(adapter, tmp_path / "taken")
+    with pytest.raises(AdapterFileError, match="no adapter folder.*did you mean adapter"):
+        merge(tmp_path / "adaptre", tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
