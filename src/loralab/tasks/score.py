@@ -103,25 +103,32 @@ def evaluate(
             loss, tokens, chosen = _ranked(model, tokenizer, task, encoded, rows, batch_size, room)
         else:
             loss, tokens, chosen = _losses(model, tokenizer, encoded, kind, batch_size)
-        metrics = {"loss": loss / max(tokens, 1)}
-        if kind == "causal-lm":
-            metrics["perplexity"] = math.exp(min(metrics["loss"], 700))
-        expected = [answer(row) for row in rows]
         written = [task.labels[index] for index in chosen] if task.labels else [""] * len(rows)
-        if task.labels:
-            metrics |= label_metrics(expected, written)
-        elif generate:
+        if generate:
             asked = [prompt_ids(task, row, tokenizer) for row in rows]
             written = _generate(model, tokenizer, asked, max_new_tokens, batch_size)
-            metrics |= text_metrics(expected, written)
+    metrics = _metrics(task, kind, rows, written, loss / max(tokens, 1), generated=generate)
     predictions = tuple(
-        Prediction(row=i, prompt=_shown(row), expected=e, answer=a)
-        for i, (row, e, a) in enumerate(zip(rows, expected, written, strict=True))
+        Prediction(row=i, prompt=_shown(row), expected=answer(row), answer=a)
+        for i, (row, a) in enumerate(zip(rows, written, strict=True))
     )
-    return Scores(
-        metrics=metrics, rows=len(rows), predictions=predictions,
-        main="accuracy" if task.labels else "loss",
-    )  # fmt: skip
+    main = "accuracy" if task.labels else "loss"
+    return Scores(metrics=metrics, rows=len(rows), predictions=predictions, main=main)
+
+
+def _metrics(
+    task: Task, kind: str, rows: Sequence[Row], written: Sequence[str], loss: float, *,
+    generated: bool,
+) -> dict[str, float]:  # fmt: skip
+    metrics = {"loss": loss}
+    if kind == "causal-lm":
+        metrics["perplexity"] = math.exp(min(loss, 700))
+    expected = [answer(row) for row in rows]
+    if task.labels:
+        metrics |= label_metrics(expected, written)
+    elif generated:
+        metrics |= text_metrics(expected, written)
+    return metrics
 
 
 def answer_loss(model: nn.Module, batch: Mapping[str, Tensor], kind: str) -> tuple[Tensor, int]:
