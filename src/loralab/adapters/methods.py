@@ -70,8 +70,8 @@ class LoRA:
             _check_expression(pattern)
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout must be at least 0 and below 1, got {self.dropout}")
-        _check_choice("init", self.init, INITS)
-        _check_choice("scaling", self.scaling, SCALINGS)
+        check_choice("init", self.init, INITS)
+        check_choice("scaling", self.scaling, SCALINGS)
 
     @property
     def factor(self) -> float:
@@ -142,7 +142,8 @@ def _check_alpha(name: str, alpha: object) -> None:
         raise ConfigError(f"{name} must be a positive number, got {alpha!r}")
 
 
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Refuse a value that is not one of the choices, and propose the nearest."""
     if value not in choices:
         hint = nearest(str(value), choices)
         raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {value!r}{hint}")

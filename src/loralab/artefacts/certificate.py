@@ -8,6 +8,7 @@ logits with the log-sum-exp over all.
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -237,7 +238,9 @@ def _in_fresh_process(path: Path, reference: Reference) -> Certificate:
         request, answer = Path(place) / "reference.safetensors", Path(place) / "answer.json"
         reference.save(request)
         command = [sys.executable, "-m", __name__, str(path), str(request), str(answer)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        # as many threads as here: sums in another order would differ in the last bit
+        threads = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=threads)
         if not answer.is_file():
             lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
             raise CertificateError(f"{path} cannot be loaded in a fresh process: {lines[-1]}")

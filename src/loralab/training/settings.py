@@ -7,7 +7,8 @@ import math
 from dataclasses import dataclass
 from typing import Annotated
 
-from loralab.errors import ConfigError, nearest
+from loralab.adapters.methods import check_choice
+from loralab.errors import ConfigError
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 SCHEDULES = ("linear", "cosine", "constant")
@@ -97,13 +98,6 @@ class Evaluation:
             _at_least("limit", self.limit, 1)
         check_choice("split", self.split, ("train", "validation", "test"))
         check_choice("precision", self.precision, PRECISIONS)
-
-
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Refuse a value that is not one of the choices."""
-    if value not in choices:
-        hint = nearest(str(value), choices)
-        raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {value!r}{hint}")
 
 
 def _at_least(name: str, value: object, least: int) -> None:
