@@ -58,6 +58,7 @@ def test_a_merged_model_is_complete_and_proven_by_a_fresh_process(
     assert record["adapter"] == folder.read(adapter).digest
     assert record["base"]["name"] == str(tiny_llama_folder)
     assert not list(tmp_path.glob("out.*"))
+    assert len({file.stat().st_mode for file in (tmp_path / "out").iterdir()}) == 1
     again = verify(tmp_path / "out")
     assert again.passed
     assert again.max_logit_difference <= found.max_logit_difference

@@ -34,9 +34,10 @@ from loralab.models.load import Base
 REFERENCE = "certificate.safetensors"
 POSITIONS, KEPT = 16, 64
 TOLERANCES: dict[str, dict[str, float]] = {
-    # Reloading is the same computation. Merging rounds every weight once: measured on
-    # SmolLM2-135M after 60 steps, see docs/findings.md; each bound is about ten times that.
-    "fp32": {"relative_difference": 3e-5, "mean_kl": 1e-6, "top1_agreement": 0.99},
+    # Reloading is the same computation. Merging rounds every weight once, and moved SmolLM2-135M
+    # by a relative 3e-6, 4e-3 and 4e-2, with a mean KL of 1e-11, 4e-5 and 2e-3 (docs/findings.md).
+    # KL grows with the square of the difference: fp32 has room for ten times, bf16 for three.
+    "fp32": {"relative_difference": 3e-5, "mean_kl": 1e-9, "top1_agreement": 0.99},
     "bf16": {"relative_difference": 0.15, "mean_kl": 0.02, "top1_agreement": 0.9},
     "fp16": {"relative_difference": 0.02, "mean_kl": 1e-3, "top1_agreement": 0.97},
 }

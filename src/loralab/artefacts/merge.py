@@ -76,6 +76,8 @@ def _write_model(live: Live, place: Path) -> None:
     with quiet():
         plain.save_pretrained(place)
         live.base.tokenizer.save_pretrained(place)
+    for file in place.iterdir():  # safetensors lets only its writer read: a server may be another
+        file.chmod((place / "config.json").stat().st_mode)
     kept: dict[str, Any] = {
         key: record[key] for key in ("task", "tokenizer", "sample") if key in record
     }

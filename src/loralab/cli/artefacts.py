@@ -88,8 +88,8 @@ def _show_certificate(path: Path, certificate: "Certificate", as_json: bool) -> 
             ("compared", f"{certificate.prompts} prompts, {certificate.positions} positions"),
             ("max |d logit|", f"{certificate.max_logit_difference:.2e}"),
             ("relative", f"{certificate.relative_difference:.2e}  "
-             f"(at most {allowed['relative_difference']:.0e})"),
-            ("mean KL", f"{certificate.mean_kl:.2e} nats  (at most {allowed['mean_kl']:.0e})"),
+             f"(at most {allowed['relative_difference']:.1e})"),
+            ("mean KL", f"{certificate.mean_kl:.2e} nats  (at most {allowed['mean_kl']:.1e})"),
             ("same top answer", f"{certificate.top1_agreement:.1%}  "
              f"(at least {allowed['top1_agreement']:.0%})"),
         ],
