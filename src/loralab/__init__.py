@@ -14,7 +14,7 @@ _WHERE = {
     "LinearWithLoRA": "adapters.linear",
     "Adapter": "adapters.attach",
     "attach": "adapters.attach",
-    "load": "adapters.attach",
+    "load": "adapters.load",
     "fingerprint": "adapters.fingerprint",
     "Training": "training.settings",
     "Evaluation": "training.settings",

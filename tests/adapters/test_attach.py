@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import Trainer, TrainingArguments
 
-from loralab.adapters.attach import attach, load
+from loralab.adapters.attach import attach
 from loralab.adapters.linear import LinearWithLoRA
+from loralab.adapters.load import load
 from loralab.adapters.methods import LoRA
 from loralab.errors import AdapterStateError
 

@@ -17,7 +17,8 @@ from tiny import IDS, MODELS, bert, fill, gpt2, llama, logits
 from torch import Tensor, nn
 
 from loralab.adapters import folder
-from loralab.adapters.attach import attach, load
+from loralab.adapters.attach import attach
+from loralab.adapters.load import load
 from loralab.adapters.methods import LoRA
 from loralab.errors import AdapterFileError, BaseMismatchWarning, OutputError
 
@@ -260,15 +261,15 @@ def test_a_pickle_is_refused_unread(saved: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("use_dora", True, "use_dora"), ("bias", "all", "bias 'all'"),
+        ("use_dora", True, "lora_magnitude_vector"), ("bias", "all", "bias 'all'"),
         ("init_lora_weights", "pissa", "changes the base weights"),
-        ("target_parameters", ["x"], "target_parameters"), ("peft_type", "IA3", "'IA3'"),
-        ("trainable_token_indices", [1], "trainable_token_indices"), ("r", 0, "rank"),
+        ("target_parameters", ["x"], "target_parameters"), ("peft_type", "VERA", "'VERA'"),
+        ("trainable_token_indices", [1], "trainable_tokens_delta"), ("r", 0, "rank"),
         ("layer_replication", [[0, 2]], "layer_replication"), ("lora_bias", True, "lora_bias"),
         ("something_new", {"a": 1}, "something_new"), ("r", "8", "rank"),
     ],
 )  # fmt: skip
-def test_what_plain_lora_cannot_express_is_refused_by_name(
+def test_what_is_not_understood_or_not_there_is_refused_by_name(
     saved: Path, field: str, value: Any, message: str
 ) -> None:
     (saved / folder.RECORD).unlink()

@@ -8,8 +8,9 @@ from tiny import fill, llama, logits
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from loralab.adapters.attach import attach, load
+from loralab.adapters.attach import attach
 from loralab.adapters.linear import LinearWithLoRA
+from loralab.adapters.load import load
 from loralab.adapters.methods import INITS, LoRA
 from loralab.errors import AdapterStateError, ConfigError
 

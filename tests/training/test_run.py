@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from loralab.adapters import attach
 from loralab.adapters.folder import RECORD, TENSORS
+from loralab.adapters.load import load
 from loralab.adapters.methods import LoRA
 from loralab.errors import ConfigError, DataError, InputError, OutputError, TargetError
 from loralab.models import load as models
@@ -44,7 +44,7 @@ def test_the_saved_adapter_is_the_live_one(tiny_train: Train, tiny_llama_folder:
     with torch.no_grad():
         live = run.base.model(ids).logits
         fresh = models.load(str(tiny_llama_folder), kind="causal-lm").model
-        attach.load(fresh, run.output_dir)
+        load(fresh, run.output_dir)
         assert torch.equal(fresh(ids).logits, live)
 
 

@@ -1,8 +1,6 @@
 """attach, load, detach, Adapter: the only file that replaces modules of a model."""
 
-import re
-import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,23 +9,37 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from loralab.adapters.budget import RankBudget
 from loralab.adapters.fingerprint import dtype_name, fingerprint
-from loralab.adapters.folder import PREFIX, AdapterFolder, config_to_peft, read, write
-from loralab.adapters.linear import LinearWithLoRA
-from loralab.adapters.methods import LoRA, Names
+from loralab.adapters.folder import write
+from loralab.adapters.methods import AdaLoRA, LinearProbe, Method
+from loralab.adapters.recipes import RECIPES
 from loralab.adapters.subset import TrainedInFull
 from loralab.adapters.targets import (
     HEADS,
-    ends_with,
-    matches_pattern,
+    head_names,
+    inside,
     saved_names,
-    target_names,
 )
-from loralab.errors import AdapterFileError, AdapterStateError, BaseMismatchWarning, some
+from loralab.adapters.wrapper import Wrapper
+from loralab.errors import (
+    AdapterStateError,
+    TargetError,
+    some,
+)
 
-TASK_TYPES = {"causal-lm": "CAUSAL_LM", "sequence-classification": "SEQ_CLS"}  # kind -> peft's name
-
-Wrapper = LinearWithLoRA | TrainedInFull
+TASK_TYPES = {  # kind -> peft's name
+    "causal-lm": "CAUSAL_LM",
+    "sequence-classification": "SEQ_CLS",
+    "token-classification": "TOKEN_CLS",
+    "sentence-encoder": "FEATURE_EXTRACTION",
+}
+CLASSES = {  # what the name of a model's class says of it
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+}
 
 
 class Adapter:
@@ -40,24 +52,33 @@ class Adapter:
     def __init__(
         self,
         model: nn.Module,
-        config: LoRA,
-        modules: Mapping[str, LinearWithLoRA],
+        config: Any,
+        modules: Mapping[str, Any],
         saved: Mapping[str, TrainedInFull],
         trainable_before: frozenset[nn.Parameter],
     ) -> None:
         self.model = model
         self.config = config
-        self.modules = dict(modules)
+        self.modules: dict[str, Any] = dict(modules)
         self.saved = dict(saved)
         self._trainable_before = trainable_before
-        self._hook = _keep_gradients_in_checkpoints(model)
+        self._recipe = RECIPES[type(config)]
+        self._hooks = [_keep_gradients_in_checkpoints(model), *self._recipe.watch(model, modules)]
         self._attached = True
+        self.budget = RankBudget(modules, config) if isinstance(config, AdaLoRA) else None
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
-        """Everything that is trained, by path: `<module>.lora_A`, or the saved module's own."""
+        """Everything that is trained, by path: `<module>.lora_A`, or the saved module's own.
+
+        A parameter that several modules share stands under the first of them.
+        """
         found: dict[str, nn.Parameter] = {}
+        seen: set[int] = set()
         for name, module in self.modules.items():
-            found |= {f"{name}.lora_A": module.lora_A, f"{name}.lora_B": module.lora_B}
+            for key, parameter in module.trained().items():
+                if id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    found[f"{name}.{key}"] = parameter
         for name, saved in self.saved.items():
             found |= {f"{name}.{key}": value for key, value in saved.trained.named_parameters()}
         return found
@@ -76,13 +97,32 @@ class Adapter:
         """Whether the base weights hold the update at present."""
         return any(module.merged for module in self.modules.values())
 
+    @property
+    def can_merge(self) -> bool:
+        """Whether the base weights can hold what was learnt."""
+        return not self._reason_not_to_merge()
+
+    def step(self) -> None:
+        """Call once after every optimiser step, before the gradients are dropped.
+
+        AdaLoRA moves its ranks here; other methods need nothing, and the call does no harm.
+
+        Raises:
+            AdapterStateError: there are no gradients.
+            ConfigError: AdaLoRA does not know the total number of steps.
+        """
+        if self.budget is not None:
+            self.budget.step()
+
     def state(self) -> dict[str, Tensor]:
         """All that must be kept to go on training: trained tensors and the modules' buffers."""
         state: dict[str, Tensor] = dict(self.named_parameters())
         for name, module in self.modules.items():
-            state |= {f"{name}.{key}": value for key, value in module.named_buffers(recurse=False)}
+            state |= {f"{name}.{key}": value for key, value in module.own_buffers().items()}
         for name, saved in self.saved.items():
             state |= {f"{name}.{key}": value for key, value in saved.trained.named_buffers()}
+        if self.budget is not None:
+            state |= self.budget.state()
         return {name: tensor.detach() for name, tensor in state.items()}
 
     @torch.no_grad()
@@ -99,17 +139,22 @@ class Adapter:
             raise AdapterStateError(f"the state is of another adapter: {some(sorted(wrong))}")
         for name, tensor in own.items():
             tensor.copy_(state[name])
+        for module in self.modules.values():
+            module.refreshed()
 
     def merge(self) -> None:
         """Put the update into the base weights; `unmerge` restores them bit for bit.
 
         Raises:
-            AdapterStateError: already merged, or a merged weight would not be finite.
+            AdapterStateError: already merged, the method cannot be merged, or a merged weight
+                would not be finite.
         """
         self._require_attached()
+        if reason := self._reason_not_to_merge():
+            raise AdapterStateError(reason)
         if self.merged:
             raise AdapterStateError("already merged; call unmerge() first")
-        done: list[LinearWithLoRA] = []
+        done: list[Wrapper] = []
         try:
             for name, module in self.modules.items():
                 try:
@@ -138,12 +183,14 @@ class Adapter:
         return self.model
 
     def merge_and_detach(self) -> nn.Module:
-        """Return the plain model with the update in its weights; the base weights are given up."""
+        """Return the plain model with the update in its weights; the base weights are given up.
+
+        Raises:
+            AdapterStateError: the method cannot be merged.
+        """
         if not self.merged:
             self.merge()
-        finished: dict[nn.Module, nn.Module] = {m: m.base for m in self.modules.values()}
-        finished |= {wrapper: wrapper.finished() for wrapper in self.saved.values()}
-        self._replace(finished)
+        self._replace({wrapper: wrapper.finished() for wrapper in self._wrappers()})
         return self.model
 
     def save(
@@ -153,7 +200,7 @@ class Adapter:
         *,
         overwrite: bool = False,
     ) -> Path:
-        """Write the adapter folder that peft, vLLM and `load` read, and read it back.
+        """Write the adapter folder that `load` reads, and peft where it has the method.
 
         Args:
             record: what else loralab.json shall say, such as {"base": {"name": ...}}.
@@ -164,34 +211,36 @@ class Adapter:
         """
         self._require_attached()
         record = dict(record or {})
-        saved = frozenset(self.saved)
         record["base"] = {**_described(self.model), **record.get("base", {})}
-        record["base"]["fingerprint"] = fingerprint(self.model, saved)
-        config = config_to_peft(
-            self.config,
-            self.modules,
-            self._base_paths(),
-            transposed=all(module.transposed for module in self.modules.values()),
-            base=record["base"].get("name"),
-            task_type=self._task_type(record["base"].get("kind")),
-        )
-        return write(folder, config, self.tensors(), record, overwrite=overwrite)
+        record["base"]["fingerprint"] = fingerprint(self.model, frozenset(self.saved))
+        fields: dict[str, Any] = {
+            "task_type": self._task_type(record["base"].get("kind")),
+            "base_model_name_or_path": record["base"].get("name"),
+            "revision": None, "inference_mode": True,
+            **self._recipe.fields(self.config, self.modules, self._base_paths()),
+        }  # fmt: skip
+        return write(folder, fields, self.tensors(), record, overwrite=overwrite)
 
     def tensors(self) -> dict[str, Tensor]:
         """What is saved, under peft's keys; PiSSA with its start taken out, as plain LoRA."""
-        tensors: dict[str, Tensor] = {}
-        for name, module in self.modules.items():
-            A, B, _ = module.factors()
-            tensors |= {f"{PREFIX}{name}.lora_A.weight": A, f"{PREFIX}{name}.lora_B.weight": B}
+        tensors = self._recipe.pack(self.modules)
         for name, saved in self.saved.items():
-            tensors |= {f"{PREFIX}{name}.{k}": v for k, v in saved.trained.state_dict().items()}
+            key = f"{self._recipe.prefix}{name}"
+            tensors |= {f"{key}.{k}": v for k, v in saved.trained.state_dict().items()}
         return {name: tensor.detach() for name, tensor in tensors.items()}
+
+    def _reason_not_to_merge(self) -> str:
+        reasons = (module.cannot_merge for module in self.modules.values())
+        return next((reason for reason in reasons if reason), "")
 
     def _task_type(self, kind: str | None) -> str | None:
         """peft's name; without a trained head none, or peft would look for its weights in vain."""
-        if kind == "sequence-classification" and not any(name in HEADS for name in self.saved):
-            return None
-        return TASK_TYPES.get(kind or "")
+        name = type(self.model).__name__
+        found = TASK_TYPES.get(kind or "") or next(
+            (task for end, task in CLASSES.items() if end in name), None
+        )
+        headed = found in ("SEQ_CLS", "TOKEN_CLS")
+        return None if headed and not any(name in HEADS for name in self.saved) else found
 
     def _base_paths(self) -> list[str]:
         """Paths of all modules that the base model has, but for those trained in full."""
@@ -200,14 +249,15 @@ class Adapter:
         paths = [name for name, _ in self.model.named_modules() if name]
         return [p for p in paths if not any(p == h or p.startswith(f"{h}.") for h in hidden)]
 
-    def _wrappers(self) -> list[Wrapper]:
+    def _wrappers(self) -> list[Any]:
         return [*self.modules.values(), *self.saved.values()]
 
     def _replace(self, new: Mapping[nn.Module, nn.Module]) -> None:
         self._require_attached()
         _replace(self.model, new)
-        if self._hook is not None:
-            self._hook.remove()
+        for hook in self._hooks:
+            if hook is not None:
+                hook.remove()
         self._attached = False
 
     def _require_attached(self) -> None:
@@ -215,7 +265,9 @@ class Adapter:
             raise AdapterStateError("this adapter is no longer attached to a model")
 
 
-def attach(model: nn.Module, config: LoRA, *, generator: torch.Generator | None = None) -> Adapter:
+def attach(
+    model: nn.Module, config: Method, *, generator: torch.Generator | None = None
+) -> Adapter:
     """Put an adapter into the model, in place: the base is frozen, only the adapter trains.
 
     Args:
@@ -225,119 +277,37 @@ def attach(model: nn.Module, config: LoRA, *, generator: torch.Generator | None 
         TargetError: a name in the configuration selects nothing.
         AdapterStateError: the model carries an adapter already.
     """
-    if any(isinstance(module, LinearWithLoRA | TrainedInFull) for module in model.modules()):
+    if any(isinstance(module, Wrapper | TrainedInFull) for module in model.modules()):
         raise AdapterStateError("the model carries an adapter already; detach() it first")
     # 1. decide everything, so that an error leaves the model as it was
+    own = _with_head(model, config) if isinstance(config, LinearProbe) else config
     originals = dict(model.named_modules(remove_duplicate=False))
-    names, full = target_names(model, config), saved_names(model, config)
+    full = saved_names(model, own)
     trainable = frozenset(p for p in model.parameters() if p.requires_grad)
-    modules = {n: LinearWithLoRA(originals[n], config.for_module(n), generator) for n in names}
+    modules = RECIPES[type(own)].build(model, own, generator)
+    modules = {name: m for name, m in modules.items() if not inside(name, full)}
     saved = {name: TrainedInFull(originals[name]) for name in full}
     # 2. change the model
     model.requires_grad_(False)
-    wrappers: Iterable[Wrapper] = (*modules.values(), *saved.values())
+    wrappers: Sequence[Any] = (*modules.values(), *saved.values())
     for wrapper in wrappers:
         wrapper.train(wrapper.base.training)
     _replace(model, {wrapper.base: wrapper for wrapper in wrappers})
-    return Adapter(model, config, modules, saved, trainable)
-
-
-def load(model: nn.Module, path: str | Path) -> Adapter:
-    """Attach the adapter that a folder holds: written by `Adapter.save`, or by peft.
-
-    Strict both ways: the folder's tensors and those of the adapter must be the same set, in the
-    same shapes. Another base model than the adapter was trained on is a warning, if it fits.
-
-    Raises:
-        AdapterFileError: the folder is damaged, a pickle, or does not fit the model.
-        AdapterStateError: the model carries an adapter already.
-    """
-    stored = read(path)
-    adapter = attach(model, _present(model, stored.config, stored.path))
-    try:
-        _fill(adapter, stored)
-        _compare_base(adapter, stored)
-    except BaseException:
-        adapter.detach()
-        raise
+    adapter = Adapter(model, own, modules, saved, trainable)
+    for parameter in adapter.parameters():
+        parameter.requires_grad_(True)
     return adapter
 
 
-def _present(model: nn.Module, config: LoRA, path: Path) -> LoRA:
-    """Without the names that select nothing: peft writes such; the tensors decide what is there."""
-    names = [name for name, _ in model.named_modules() if name]
-
-    def found(wanted: Iterable[str]) -> tuple[str, ...]:
-        return tuple(w for w in wanted if any(ends_with(name, w) for name in names))
-
-    targets = config.target_modules
-    if isinstance(targets, tuple) and not (targets := found(targets)):
-        raise AdapterFileError(
-            f"{path} does not fit {type(model).__name__}, which has none of its target modules "
-            f"{some(config.target_modules or ())}"
+def _with_head(model: nn.Module, config: LinearProbe) -> LinearProbe:
+    """The head by its usual names, where none is given."""
+    names = config.modules_to_save or tuple(head_names(model))
+    if not names:
+        raise TargetError(
+            f"{type(model).__name__} has no head by a usual name ({', '.join(HEADS)}); "
+            "name it with modules_to_save"
         )
-    config = replace(
-        config,
-        target_modules=targets,
-        modules_to_save=found(config.modules_to_save),
-        rank_pattern={p: r for p, r in config.rank_pattern.items() if _any_match(names, p)},
-        alpha_pattern={p: a for p, a in config.alpha_pattern.items() if _any_match(names, p)},
-    )
-    return replace(config, exclude_modules=_excluded(model, config))
-
-
-def _excluded(model: nn.Module, config: LoRA) -> Names:
-    """What of exclude_modules takes a target away."""
-    excluded = config.exclude_modules
-    if excluded is None:
-        return None
-    plain = replace(config, exclude_modules=None, layers=None, layers_pattern=())
-    targets = target_names(model, replace(plain, rank_pattern={}, alpha_pattern={}))
-    if isinstance(excluded, str):
-        return excluded if any(re.fullmatch(excluded, name) for name in targets) else None
-    return tuple(w for w in excluded if any(ends_with(name, w) for name in targets)) or None
-
-
-def _any_match(names: Iterable[str], pattern: str) -> bool:
-    return any(matches_pattern(name, pattern) for name in names)
-
-
-@torch.no_grad()
-def _fill(adapter: Adapter, stored: AdapterFolder) -> None:
-    own = adapter.tensors()
-    missing, extra = (
-        sorted(own.keys() - stored.tensors.keys()),
-        sorted(stored.tensors.keys() - own.keys()),
-    )
-    misshapen = [
-        f"{key} is {tuple(stored.tensors[key].shape)}, expected {tuple(own[key].shape)}"
-        for key in sorted(own.keys() & stored.tensors.keys())
-        if own[key].shape != stored.tensors[key].shape
-    ]
-    problems = [f"missing: {some(missing)}"] if missing else []
-    problems += [f"not in this model: {some(extra)}"] if extra else []
-    problems += [f"misshapen: {some(misshapen)}"] if misshapen else []
-    if problems:
-        raise AdapterFileError(
-            f"{stored.path} does not fit {type(adapter.model).__name__}; " + "; ".join(problems)
-        )
-    for key, tensor in own.items():
-        tensor.copy_(stored.tensors[key])
-
-
-def _compare_base(adapter: Adapter, stored: AdapterFolder) -> None:
-    base = stored.record.get("base", {})
-    trained_on = base.get("fingerprint")
-    if trained_on is None or "float16" in (base.get("dtype"), dtype_name(adapter.model)):
-        return  # fp16 rounds its own way: fingerprints across dtypes would differ for nothing
-    here = fingerprint(adapter.model, frozenset(adapter.saved))
-    if trained_on != here:
-        warnings.warn(
-            f"{stored.path} was trained on {base.get('name') or 'a base model'} with fingerprint "
-            f"{trained_on}; this model has {here}, so its answers will differ",
-            BaseMismatchWarning,
-            stacklevel=3,
-        )
+    return replace(config, modules_to_save=names)
 
 
 def _described(model: nn.Module) -> dict[str, Any]:
@@ -349,7 +319,7 @@ def _replace(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
     """Put the new modules wherever the old ones stand; a layer can stand in several places."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
-            if child is not None and child in new:
+            if child is not None and child in new and new[child] is not parent:
                 setattr(parent, name, new[child])
 
 

@@ -1,12 +1,13 @@
 """What tells one base model from another: a short digest over its weights."""
 
 import hashlib
+from collections.abc import Container
 
 import torch
 from torch import Tensor, nn
 
-from loralab.adapters.linear import LinearWithLoRA
 from loralab.adapters.subset import TrainedInFull
+from loralab.adapters.wrapper import Wrapper
 
 SAMPLES = 1024
 
@@ -33,23 +34,35 @@ def fingerprint(model: nn.Module, without: frozenset[str] = frozenset()) -> str:
 
 def base_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The base model's parameters under the names they have without an adapter."""
-    wrapped = {n: m for n, m in model.named_modules() if isinstance(m, LinearWithLoRA)}
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in model.named_parameters():
-        owner = next((path for path in wrapped if name.startswith(f"{path}.")), None)
-        if owner is None:
-            tensors[name] = tensor
-        elif name.startswith(f"{owner}.base."):
-            tensors[owner + name[len(owner) + len(".base") :]] = tensor
-    for name, module in wrapped.items():
-        if module.merged:
-            tensors[f"{name}.weight"] = module.unmerged_weight
+    wrappers = {name: m for name, m in model.named_modules() if isinstance(m, Wrapper)}
+    own = {id(p) for wrapper in wrappers.values() for p in wrapper.trained().values()}
+    tensors: dict[str, Tensor] = {
+        plain_name(name, wrappers): tensor
+        for name, tensor in model.named_parameters()
+        if id(tensor) not in own
+    }
+    for name, wrapper in wrappers.items():
+        if wrapper.merged:
+            path = plain_name(name, wrappers)
+            tensors |= {f"{path}.{key}": p for key, p in wrapper.original_parameters().items()}
     return tensors
+
+
+def plain_name(name: str, wrappers: Container[str]) -> str:
+    """A path in a model with an adapter -> the path without: wrappers hide behind ".base"."""
+    walked: list[str] = []
+    kept: list[str] = []
+    for part in name.split("."):
+        if not (part == "base" and ".".join(walked) in wrappers):
+            kept.append(part)
+        walked.append(part)
+    return ".".join(kept)
 
 
 def dtype_name(model: nn.Module) -> str:
     """The dtype of the base's weights, such as "bfloat16"; of the first, where they differ."""
-    first = next(iter(base_tensors(model).values()))
+    tensors = base_tensors(model).values()
+    first = next((t for t in tensors if t.is_floating_point()), torch.zeros(0))
     return str(first.dtype).removeprefix("torch.")
 
 

@@ -1,45 +1,58 @@
 """Low-rank update of a linear layer.
 
-Source: Hu et al. 2021, arXiv:2106.09685, equation 3.
-Axes: I in_features, O out_features, R rank; `...` any leading axes.
+Sources: Hu et al. 2021, arXiv:2106.09685, equation 3; DoRA: Liu et al. 2024, arXiv:2402.09353,
+equations 5 and 11. Axes: I in_features, O out_features, R rank; `...` any leading axes.
 """
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from loralab.adapters.bases import dense_weight, is_conv1d, is_linear, linear_shape
 from loralab.adapters.fused import linear_with_update
 from loralab.adapters.methods import LoRA
 from loralab.adapters.start import STARTS
-from loralab.errors import AdapterStateError, ConfigError
+from loralab.adapters.wrapper import Wrapper
+from loralab.errors import ConfigError
+
+Rows = tuple[int, int]  # first and one past the last
 
 
-class LinearWithLoRA(nn.Module):
+class LinearWithLoRA(Wrapper):
     """A frozen linear layer plus a trainable low-rank update: W0 x + (alpha / r) B A x.
 
+    With DoRA the rows of W0 + (alpha / r) B A are rescaled to trained lengths.
+
     Args:
-        base: nn.Linear, weight (O, I), or transformers' Conv1D, weight (I, O). Kept and frozen.
+        base: nn.Linear, weight (O, I), transformers' Conv1D, weight (I, O), or a quantised
+            layer that computes a linear map. Kept and frozen.
         config: rank, alpha, scaling, dropout and start of the update.
         generator: where the random start comes from; None is torch's global generator.
+        parts: rows of the weight that get an update of their own each, such as those of q and v
+            in a fused projection; none is one update for all rows.
 
     Raises:
         ConfigError: the rank exceeds min(I, O) for PiSSA, or the base is no linear layer.
     """
 
     def __init__(
-        self, base: nn.Module, config: LoRA, generator: torch.Generator | None = None
+        self,
+        base: nn.Module,
+        config: LoRA,
+        generator: torch.Generator | None = None,
+        parts: Sequence[Rows] = (),
     ) -> None:
-        super().__init__()
+        super().__init__(base)
         if not is_linear(base):
             raise ConfigError(f"{type(base).__name__} is not a linear layer")
-        self.base: Any = base.requires_grad_(False)
         self.transposed = is_conv1d(base)
+        self.out_features, self.in_features = linear_shape(base)
+        self.parts = tuple(parts) or ((0, self.out_features),)
         self.rank = config.rank
         self.scaling = config.factor
         self.dropout = nn.Dropout(config.dropout)
-        self._unmerged: nn.Parameter | None = None
         A, B = self._start(config, generator)
         self.lora_A = nn.Parameter(A)
         self.lora_B = nn.Parameter(B)
@@ -49,11 +62,17 @@ class LinearWithLoRA(nn.Module):
         self.start_B: Tensor | None
         self.register_buffer("start_A", A.clone() if principal else None)
         self.register_buffer("start_B", B.clone() if principal else None)
+        self.magnitude: nn.Parameter | None = None
+        if config.dora:
+            self.register_buffer("squared_norm", self._squared_norm(), persistent=False)
+            self.magnitude = nn.Parameter(self.row_norm())
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., I) -> (..., O)."""
         if self.merged:
             return self.base(x)
+        if self.magnitude is not None:
+            return self._rescaled(x, self.magnitude / self.row_norm())
         if self._fuses(x):
             mask = self._dropout_mask(x)
             return linear_with_update(self.base, self.transposed, x, *self.factors(), mask)
@@ -66,98 +85,99 @@ class LinearWithLoRA(nn.Module):
         low = F.linear(self.dropout(x).to(A.dtype), A)  # (..., R)
         return scaling * F.linear(low, B)
 
+    def _rescaled(self, x: Tensor, ratio: Tensor) -> Tensor:
+        """DoRA: ratio * (W0 x + update) + bias, where ratio (O,) is m over the rows' lengths."""
+        y = self.base(x)
+        bias = 0 if self.base.bias is None else self.base.bias
+        dropped = self.dropout(x)
+        plain = (y if dropped is x else self.base(dropped)) - bias
+        change = (ratio - 1) * plain.to(ratio.dtype) + ratio * self._update_of(dropped)
+        return y + change.to(y.dtype)
+
+    def _update_of(self, dropped: Tensor) -> Tensor:
+        A, B, scaling = self.factors()
+        return scaling * F.linear(F.linear(dropped.to(A.dtype), A), B)
+
     def factors(self) -> tuple[Tensor, Tensor, float]:
-        """A (R, I), B (O, R) and the factor of the update; PiSSA subtracts its start: rank 2 R."""
-        if self.start_A is None or self.start_B is None:
-            return self.lora_A, self.lora_B, self.scaling
-        both_A = torch.cat([self.lora_A, self.start_A])
-        return both_A, torch.cat([self.lora_B, -self.start_B], dim=1), self.scaling
+        """A (R, I), B (O, R) and the factor of the update.
+
+        PiSSA subtracts its start: rank 2 R. k parts stand below each other in A and in their
+        own rows of B: rank k R.
+        """
+        A: Tensor = self.lora_A
+        B = self._spread(self.lora_B)
+        if self.start_A is not None and self.start_B is not None:
+            A = torch.cat([A, self.start_A])
+            B = torch.cat([B, -self._spread(self.start_B)], dim=1)
+        return A, B, self.scaling
 
     @torch.no_grad()
     def delta(self) -> Tensor:
         """The update of the weight, (O, I), in the adapter's dtype."""
         A, B, scaling = self.factors()
-        return scaling * (B @ A)
-
-    @property
-    def merged(self) -> bool:
-        """Whether the base weight holds the update at present."""
-        return self._unmerged is not None
+        total = scaling * (B @ A)
+        if self.magnitude is None:
+            return total
+        weight = dense_weight(self.base).to(total.dtype)
+        return (self.magnitude / self.row_norm())[:, None] * (weight + total) - weight
 
     @torch.no_grad()
-    def merge_weights(self) -> None:
-        """Put W0 + delta in the place of W0, and keep W0 aside: it costs one weight of memory.
+    def row_norm(self) -> Tensor:
+        """Length of each row of W0 + (alpha / r) B A, (O,).
 
-        The sum is rounded once, to the base's dtype. W0 is replaced, never written to, so a
-        tensor that shares it (a tied embedding) keeps its values.
-
-        Raises:
-            AdapterStateError: the layer is already merged, or the sum overflows the dtype.
+        DoRA holds it constant in the gradient (section 4.3). It is worked out from |W0|^2, W0 A'
+        and A A', so that no second matrix of the size of W0 is ever made.
         """
-        if self.merged:
-            raise AdapterStateError("already merged; call unmerge_weights() first")
-        weight: nn.Parameter = self.base.weight
-        delta = self.delta().T if self.transposed else self.delta()
-        total = (weight.to(delta.dtype) + delta).to(weight.dtype)
-        if not total.isfinite().all():
-            raise AdapterStateError(f"the merged weight is not finite in {weight.dtype}")
-        self.base.weight = nn.Parameter(total.contiguous(), requires_grad=False)
-        self._unmerged = weight
+        A, B, scaling = self.factors()
+        weight = dense_weight(self.base).to(A.dtype)
+        cross = (F.linear(weight, A) * B).sum(dim=1)
+        own = ((B @ (A @ A.T)) * B).sum(dim=1)
+        squared: Tensor = self.squared_norm + 2 * scaling * cross + scaling**2 * own
+        return squared.clamp_min(0).sqrt()
 
-    def unmerge_weights(self) -> None:
-        """Put W0 back, the same tensor as before: subtracting the update would drift in bf16.
+    def tensors(self) -> dict[str, Tensor]:
+        """A, B, and DoRA's lengths, under peft's names."""
+        A, B, _ = self.factors()
+        found = {"lora_A.weight": A, "lora_B.weight": B}
+        if self.magnitude is not None:
+            found["lora_magnitude_vector"] = self.magnitude
+        return found
 
-        Raises:
-            AdapterStateError: the layer is not merged.
-        """
-        if self._unmerged is None:
-            raise AdapterStateError("not merged")
-        self.base.weight = self._unmerged
-        self._unmerged = None
-
-    @property
-    def unmerged_weight(self) -> nn.Parameter:
-        """W0 in the base's own layout, merged or not."""
-        return self.base.weight if self._unmerged is None else self._unmerged
-
-    # Some models read these of their layers.
-    @property
-    def weight(self) -> Tensor:
-        """The base weight, in the base's own layout."""
-        return self.base.weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The base bias."""
-        return self.base.bias
-
-    @property
-    def in_features(self) -> int:
-        """I."""
-        return self.lora_A.shape[1]
-
-    @property
-    def out_features(self) -> int:
-        """O."""
-        return self.lora_B.shape[0]
+    def merged_tensors(self) -> dict[str, Tensor]:
+        """The weight with the update in it, in the base's own layout."""
+        total = dense_weight(self.base).float() + self.delta()
+        return {"weight": total.T if self.transposed else total}
 
     def extra_repr(self) -> str:
         """Rank and scaling, for print(model)."""
         return f"rank={self.rank}, scaling={self.scaling:g}"
 
+    def _spread(self, B: Tensor) -> Tensor:
+        return spread(B, self.parts, self.out_features, self.rank)
+
     def _start(self, config: LoRA, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        matrix = self.base.weight.T if self.transposed else self.base.weight
-        out_features, in_features = matrix.shape
-        if config.init == "pissa" and config.rank > min(matrix.shape):
+        least = min(self.in_features, *(stop - start for start, stop in self.parts))
+        if config.init == "pissa" and config.rank > least:
             raise ConfigError(
-                f"init 'pissa' needs a rank of at most {min(matrix.shape)} for a layer of "
-                f"{in_features} x {out_features}, got {config.rank}"
+                f"init 'pissa' needs a rank of at most {least} for a layer of "
+                f"{self.in_features} x {self.out_features}, got {config.rank}"
             )
-        if matrix.is_meta:
-            shapes = (config.rank, in_features), (out_features, config.rank)
+        device = self.base.weight.device
+        rows = sum(stop - start for start, stop in self.parts)
+        if device.type == "meta":
+            shapes = (len(self.parts) * config.rank, self.in_features), (rows, config.rank)
             return torch.empty(shapes[0], device="meta"), torch.empty(shapes[1], device="meta")
-        A, B = STARTS[config.init](matrix, config.rank, config.factor, generator)
-        return A.contiguous().to(matrix.device), B.contiguous().to(matrix.device)
+        if config.init == "pissa":
+            matrix = dense_weight(self.base)
+        else:  # the other starts read nothing but the shape
+            matrix = torch.empty(self.out_features, self.in_features, device="meta")
+        start = STARTS[config.init]
+        pairs = [start(matrix[a:b], config.rank, config.factor, generator) for a, b in self.parts]
+        A, B = torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs])
+        return A.contiguous().to(device), B.contiguous().to(device)
+
+    def _squared_norm(self) -> Tensor:
+        return dense_weight(self.base).float().square().sum(dim=1)
 
     def _fuses(self, x: Tensor) -> bool:
         """Whether the fused function may stand for base(x) + update(x).
@@ -180,18 +200,12 @@ class LinearWithLoRA(nn.Module):
         return F.dropout(torch.ones_like(x), self.dropout.p)
 
 
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether this is transformers' Conv1D: a linear layer that stores its weight as (I, O)."""
-    kind = type(module)
-    return kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether LinearWithLoRA can wrap this module.
-
-    nn.MultiheadAttention reads its out_proj's weight without calling the layer, so an update
-    there would never act: that layer does not count.
-    """
-    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        return False
-    return isinstance(module, nn.Linear) or is_conv1d(module)
+def spread(B: Tensor, parts: Sequence[Rows], rows: int, rank: int) -> Tensor:
+    """B of some parts, one below the other, in their rows of the whole: (rows, parts * R)."""
+    if tuple(parts) == ((0, rows),):
+        return B
+    whole = B.new_zeros(rows, len(parts) * rank)
+    blocks = B.split([stop - start for start, stop in parts])
+    for number, ((start, stop), block) in enumerate(zip(parts, blocks, strict=True)):
+        whole[start:stop, number * rank : (number + 1) * rank] = block
+    return whole

@@ -7,71 +7,102 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from loralab.errors import ConfigError, nearest
 
 INITS = ("kaiming", "gaussian", "orthogonal", "b_kaiming", "pissa")
 SCALINGS = ("alpha/r", "alpha/sqrt(r)", "none")
 PRESETS = ("all-linear", "attention", "mlp")
+IMPORTANCES = ("smoothed", "sensitivity", "magnitude")
+PLACEMENTS = ("houlsby", "pfeiffer", "parallel")
+ACTIVATIONS = ("relu", "gelu", "silu", "tanh")
 
 T = TypeVar("T")
 Names = str | tuple[str, ...] | None
+Saved = Annotated[
+    tuple[str, ...], "modules trained in full and saved, such as a classification head"
+]
+Layers = Annotated[tuple[int, ...] | None, "only these layers, counted from 0"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoRA:
-    """Adapt linear layers by h = W0 x + (alpha / r) B A x, with W0 frozen (arXiv:2106.09685).
+class Targeted:
+    """Which modules a method adapts.
 
     `target_modules` is a preset ("all-linear", "attention", "mlp"), a list of names (each must
     end a module's path), a regular expression for whole paths, or None, which is "all-linear":
     every linear layer but the output head.
     """
 
-    rank: Annotated[int, "width r of the update"] = 8
-    alpha: Annotated[float, "numerator of the scaling alpha / r"] = 16.0
-    dropout: Annotated[float, "share of the update's inputs set to zero, in training"] = 0.0
     target_modules: Annotated[
         Names, "all-linear, attention, mlp, comma-separated names, or a regular expression"
     ] = "all-linear"
     exclude_modules: Annotated[Names, "names or a regular expression to leave out"] = None
-    layers: Annotated[tuple[int, ...] | None, "only these layers, counted from 0"] = None
+    layers: Layers = None
     layers_pattern: Annotated[
         tuple[str, ...], "name of the list that `layers` counts, where a model has several"
     ] = ()
+    modules_to_save: Saved = ()
+
+    def __post_init__(self) -> None:
+        """Check every value, and turn lists into tuples so that configurations stay frozen."""
+        for name in ("target_modules", "exclude_modules"):
+            object.__setattr__(self, name, _names(name, getattr(self, name)))
+        object.__setattr__(self, "layers_pattern", _tuple("layers_pattern", self.layers_pattern))
+        object.__setattr__(self, "modules_to_save", _tuple("modules_to_save", self.modules_to_save))
+        object.__setattr__(self, "layers", _checked_layers(self.layers))
+        if self.layers is None and self.layers_pattern:
+            raise ConfigError("layers_pattern has no effect without layers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRA(Targeted):
+    """Adapt layers by h = W0 x + (alpha / r) B A x, with W0 frozen (arXiv:2106.09685).
+
+    On linear layers and, where they are named, on embeddings, convolutions and the projections
+    of nn.MultiheadAttention. A fused projection is addressed by parts: "c_attn.q", "c_attn.v".
+    """
+
+    rank: Annotated[int, "width r of the update"] = 8
+    alpha: Annotated[float, "numerator of the scaling alpha / r"] = 16.0
+    dropout: Annotated[float, "share of the update's inputs set to zero, in training"] = 0.0
     init: Annotated[str, f"A and B at step 0: {', '.join(INITS)}"] = "kaiming"
     scaling: Annotated[str, f"factor of the update: {', '.join(SCALINGS)}"] = "alpha/r"
+    dora: Annotated[bool, "train the length of each row of the weight apart (DoRA)"] = False
+    lora_plus: Annotated[float, "learning rate of B, as a multiple of that of A (LoRA+)"] = 1.0
     rank_pattern: Annotated[Mapping[str, int], "module name or pattern -> its own rank"] = field(
         default_factory=dict
     )
     alpha_pattern: Annotated[Mapping[str, float], "module name or pattern -> its own alpha"] = (
         field(default_factory=dict)
     )
-    modules_to_save: Annotated[
-        tuple[str, ...], "modules trained in full and saved, such as a classification head"
+    token_rows: Annotated[
+        tuple[int, ...], "token ids whose embedding rows are trained and saved, such as new tokens"
     ] = ()
 
     def __post_init__(self) -> None:
-        """Check every value, and turn lists into tuples so that configurations stay frozen."""
-        for name in ("target_modules", "exclude_modules"):
-            object.__setattr__(self, name, _names(name, getattr(self, name)))
-        for name in ("layers_pattern", "modules_to_save"):
-            object.__setattr__(self, name, _names(name, getattr(self, name)) or ())
-        if self.layers is not None:
-            object.__setattr__(self, "layers", tuple(self.layers))
-        _check_layers(self.layers, self.layers_pattern)
-        _check_rank("rank", self.rank)
-        _check_alpha("alpha", self.alpha)
+        """Check every value."""
+        super().__post_init__()
+        _check_count("rank", self.rank)
+        _check_positive("alpha", self.alpha)
+        _check_positive("lora_plus", self.lora_plus)
+        _check_share("dropout", self.dropout)
         for pattern, rank in self.rank_pattern.items():
-            _check_rank(f"rank_pattern[{pattern!r}]", rank)
+            _check_count(f"rank_pattern[{pattern!r}]", rank)
         for pattern, alpha in self.alpha_pattern.items():
-            _check_alpha(f"alpha_pattern[{pattern!r}]", alpha)
+            _check_positive(f"alpha_pattern[{pattern!r}]", alpha)
         for pattern in (*self.rank_pattern, *self.alpha_pattern):
             _check_expression(pattern)
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"dropout must be at least 0 and below 1, got {self.dropout}")
+        object.__setattr__(self, "token_rows", tuple(self.token_rows))
+        if len(set(self.token_rows)) < len(self.token_rows):
+            raise ConfigError(f"token_rows names a row twice: {list(self.token_rows)}")
+        for row in self.token_rows:
+            _check_count("token_rows", row, least=0)
         check_choice("init", self.init, INITS)
         check_choice("scaling", self.scaling, SCALINGS)
+        if self.dora and self.init == "pissa":
+            raise ConfigError("dora starts from W0 itself and pissa from a part of it; choose one")
 
     @property
     def factor(self) -> float:
@@ -91,8 +122,192 @@ class LoRA:
         )
 
 
-Method = LoRA
-METHODS: dict[str, type[Method]] = {"lora": LoRA}
+@dataclass(frozen=True, kw_only=True)
+class AdaLoRA(Targeted):
+    """LoRA whose ranks move to where they matter: P diag(lambda) Q, pruned (arXiv:2303.10512).
+
+    Training starts with `rank` everywhere and ends with target_rank * modules in total.
+    """
+
+    rank: Annotated[int, "rank of every module at the start"] = 12
+    target_rank: Annotated[int, "mean rank of the modules at the end"] = 8
+    alpha: Annotated[float, "numerator of the scaling alpha / rank"] = 24.0
+    dropout: Annotated[float, "share of the update's inputs set to zero, in training"] = 0.0
+    total_steps: Annotated[int | None, "optimiser steps of the whole run; train() knows them"] = (
+        None
+    )
+    initial_steps: Annotated[int | None, "steps before pruning; none is a tenth of all"] = None
+    final_steps: Annotated[int | None, "steps after pruning; none is three tenths of all"] = None
+    interval: Annotated[int, "steps between two prunings"] = 1
+    beta1: Annotated[float, "smoothing of the sensitivity"] = 0.85
+    beta2: Annotated[float, "smoothing of the uncertainty"] = 0.85
+    orthogonality: Annotated[float, "weight of the regulariser |P'P - I| + |QQ' - I|"] = 0.1
+    importance: Annotated[str, f"what decides: {', '.join(IMPORTANCES)}"] = "smoothed"
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        super().__post_init__()
+        for name in ("rank", "target_rank", "interval"):
+            _check_count(name, getattr(self, name))
+        for name in ("total_steps", "initial_steps", "final_steps"):
+            if getattr(self, name) is not None:
+                _check_count(name, getattr(self, name), least=0)
+        _check_positive("alpha", self.alpha)
+        for name in ("dropout", "beta1", "beta2"):
+            _check_share(name, getattr(self, name))
+        if not (math.isfinite(self.orthogonality) and self.orthogonality >= 0):
+            raise ConfigError(f"orthogonality must be 0 or more, got {self.orthogonality}")
+        if self.target_rank > self.rank:
+            raise ConfigError(
+                f"target_rank ({self.target_rank}) must be at most the rank that training starts "
+                f"with ({self.rank})"
+            )
+        check_choice("importance", self.importance, IMPORTANCES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bottleneck:
+    """Small networks in every block: x + up(act(down(x))) (arXiv:1902.00751, 2005.00247).
+
+    "houlsby" puts one after attention and one after the feed-forward network, "pfeiffer" one
+    after the block, "parallel" one beside the feed-forward network (arXiv:2110.04366).
+    """
+
+    width: Annotated[int, "width of the bottleneck"] = 32
+    placement: Annotated[str, f"where: {', '.join(PLACEMENTS)}"] = "houlsby"
+    activation: Annotated[str, f"between down and up: {', '.join(ACTIVATIONS)}"] = "relu"
+    factor: Annotated[float, "what up's output is multiplied by"] = 1.0
+    layer_norm: Annotated[bool, "normalise the input of down"] = False
+    init_std: Annotated[float, "deviation of up at the start; 0 starts at the base model"] = 0.0
+    dropout: Annotated[float, "share of up's outputs set to zero, in training"] = 0.0
+    layers: Layers = None
+    modules_to_save: Saved = ()
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        _check_count("width", self.width)
+        _check_positive("factor", self.factor)
+        _check_share("dropout", self.dropout)
+        check_choice("placement", self.placement, PLACEMENTS)
+        check_choice("activation", self.activation, ACTIVATIONS)
+        if not (math.isfinite(self.init_std) and self.init_std >= 0):
+            raise ConfigError(f"init_std must be 0 or more, got {self.init_std}")
+        object.__setattr__(self, "layers", _checked_layers(self.layers))
+        object.__setattr__(self, "modules_to_save", _tuple("modules_to_save", self.modules_to_save))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prefix:
+    """Trained keys and values in front of every layer's own (arXiv:2101.00190)."""
+
+    tokens: Annotated[int, "length of the prefix"] = 16
+    mlp: Annotated[bool, "train the prefix through a small network, dropped at the end"] = False
+    mlp_width: Annotated[int, "hidden width of that network"] = 512
+    init_std: Annotated[float, "deviation of the prefix at the start"] = 0.02
+    modules_to_save: Saved = ()
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        _check_count("tokens", self.tokens)
+        _check_count("mlp_width", self.mlp_width)
+        _check_positive("init_std", self.init_std)
+        object.__setattr__(self, "modules_to_save", _tuple("modules_to_save", self.modules_to_save))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """Trained embeddings in front of the input (prompt tuning, arXiv:2104.08691)."""
+
+    tokens: Annotated[int, "length of the prompt"] = 16
+    modules_to_save: Saved = ()
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        _check_count("tokens", self.tokens)
+        object.__setattr__(self, "modules_to_save", _tuple("modules_to_save", self.modules_to_save))
+
+
+@dataclass(frozen=True, kw_only=True)
+class IA3(Targeted):
+    """Rescale keys, values and the feed-forward network's inner activations (arXiv:2205.05638).
+
+    `target_modules` left at None means keys, values and the layer that leads out of the
+    feed-forward network; `feedforward_modules` are those of them whose *input* is rescaled.
+    """
+
+    target_modules: Annotated[Names, "names or a regular expression; none: keys, values, FFN"] = (
+        None
+    )
+    feedforward_modules: Annotated[Names, "targets whose input is rescaled; none: the FFN's"] = None
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        super().__post_init__()
+        names = _names("feedforward_modules", self.feedforward_modules)
+        object.__setattr__(self, "feedforward_modules", names)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BitFit:
+    """Train the biases that a model has, and nothing else (arXiv:2106.10199)."""
+
+    layers: Layers = None
+    modules_to_save: Saved = ()
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        object.__setattr__(self, "layers", _checked_layers(self.layers))
+        object.__setattr__(self, "modules_to_save", _tuple("modules_to_save", self.modules_to_save))
+
+
+@dataclass(frozen=True, kw_only=True)
+class FullFineTune:
+    """Train every weight, or those of some layers; fp32 copies, whatever the base's dtype."""
+
+    layers: Layers = None
+    modules_to_save: Saved = ()
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        object.__setattr__(self, "layers", _checked_layers(self.layers))
+        object.__setattr__(self, "modules_to_save", _tuple("modules_to_save", self.modules_to_save))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearProbe:
+    """Train the head alone, on frozen features."""
+
+    modules_to_save: Annotated[tuple[str, ...], "the head; none: found by its usual names"] = ()
+
+    def __post_init__(self) -> None:
+        """Turn a list into a tuple."""
+        object.__setattr__(self, "modules_to_save", _tuple("modules_to_save", self.modules_to_save))
+
+
+Method = LoRA | AdaLoRA | Bottleneck | Prefix | Prompt | IA3 | BitFit | FullFineTune | LinearProbe
+METHODS: dict[str, type[Any]] = {
+    "lora": LoRA,
+    "adalora": AdaLoRA,
+    "bottleneck": Bottleneck,
+    "prefix": Prefix,
+    "prompt": Prompt,
+    "ia3": IA3,
+    "bitfit": BitFit,
+    "full": FullFineTune,
+    "linear-probe": LinearProbe,
+}
+# names from the papers -> a method and the options that make it so
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "dora": ("lora", {"dora": True}),
+    "rslora": ("lora", {"scaling": "alpha/sqrt(r)"}),
+    "lora+": ("lora", {"lora_plus": 16.0}),
+    "pissa": ("lora", {"init": "pissa"}),
+    "qlora": ("lora", {"quantize": "nf4"}),
+    "houlsby": ("bottleneck", {"placement": "houlsby"}),
+    "pfeiffer": ("bottleneck", {"placement": "pfeiffer"}),
+    "parallel": ("bottleneck", {"placement": "parallel", "factor": 4.0}),
+    "prefix-mlp": ("prefix", {"mlp": True}),
+}
 
 
 def first_match(name: str, patterns: Mapping[str, T], default: T) -> T:
@@ -101,6 +316,13 @@ def first_match(name: str, patterns: Mapping[str, T], default: T) -> T:
         if re.match(rf"(.*\.)?({pattern})$", name):
             return value
     return default
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Refuse a value that is not one of the choices, and propose the nearest."""
+    if value not in choices:
+        hint = nearest(str(value), choices)
+        raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {value!r}{hint}")
 
 
 def _names(field_name: str, value: object) -> Names:
@@ -125,6 +347,10 @@ def _names(field_name: str, value: object) -> Names:
     return names
 
 
+def _tuple(field_name: str, value: object) -> Names:
+    return _names(field_name, value) or ()
+
+
 def _check_expression(pattern: str) -> None:
     try:
         re.compile(pattern)
@@ -132,27 +358,25 @@ def _check_expression(pattern: str) -> None:
         raise ConfigError(f"{pattern!r} is not a regular expression: {error}") from None
 
 
-def _check_rank(name: str, rank: object) -> None:
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise ConfigError(f"{name} must be a whole number of at least 1, got {rank!r}")
+def _check_count(name: str, value: object, least: int = 1) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ConfigError(f"{name} must be a whole number of at least {least}, got {value!r}")
 
 
-def _check_alpha(name: str, alpha: object) -> None:
-    if not isinstance(alpha, int | float) or not math.isfinite(alpha) or alpha <= 0:
-        raise ConfigError(f"{name} must be a positive number, got {alpha!r}")
+def _check_positive(name: str, value: object) -> None:
+    if not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+        raise ConfigError(f"{name} must be a positive number, got {value!r}")
 
 
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Refuse a value that is not one of the choices, and propose the nearest."""
-    if value not in choices:
-        hint = nearest(str(value), choices)
-        raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {value!r}{hint}")
+def _check_share(name: str, value: float) -> None:
+    if not 0 <= value < 1:
+        raise ConfigError(f"{name} must be at least 0 and below 1, got {value}")
 
 
-def _check_layers(layers: tuple[int, ...] | None, pattern: tuple[str, ...]) -> None:
+def _checked_layers(layers: Any) -> tuple[int, ...] | None:
     if layers is None:
-        if pattern:
-            raise ConfigError("layers_pattern has no effect without layers")
-        return
-    if not layers or any(not isinstance(n, int) or isinstance(n, bool) or n < 0 for n in layers):
-        raise ConfigError(f"layers must be numbers counted from 0, got {list(layers)}")
+        return None
+    found = tuple(layers)
+    if not found or any(not isinstance(n, int) or isinstance(n, bool) or n < 0 for n in found):
+        raise ConfigError(f"layers must be numbers counted from 0, got {list(found)}")
+    return found

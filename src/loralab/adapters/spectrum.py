@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loralab.adapters.folder import PREFIX, AdapterFolder, read
+from loralab.adapters.folder import AdapterFolder, read
+from loralab.adapters.methods import LoRA
+from loralab.adapters.peft_fields import PREFIX
 from loralab.errors import AdapterFileError
 
 
@@ -71,7 +73,7 @@ def describe(path: str | Path) -> dict[str, Any]:
     base = stored.record.get("base", {})
     pairs = factors(stored)
     return {
-        "path": str(path), "digest": stored.digest,
+        "path": str(path), "method": type(stored.config).__name__, "digest": stored.digest,
         "base": base.get("name") or "not named", "fingerprint": base.get("fingerprint"),
         "parameters": sum(tensor.numel() for tensor in stored.tensors.values()),
         "ranks": sorted({len(A) for A, _, _ in pairs.values()}),
@@ -107,8 +109,10 @@ def compare(one: str | Path, other: str | Path) -> list[dict[str, Any]]:
 
 
 def factors(stored: AdapterFolder) -> dict[str, tuple[Tensor, Tensor, float]]:
-    """A, B and the scaling of every adapted module, by its path."""
-    found = {}
+    """A, B and the scaling of every module with a low-rank update, by its path."""
+    found: dict[str, tuple[Tensor, Tensor, float]] = {}
+    if not isinstance(stored.config, LoRA):
+        return found
     for key, A in sorted(stored.tensors.items()):
         if not key.endswith(".lora_A.weight"):
             continue
@@ -116,7 +120,11 @@ def factors(stored: AdapterFolder) -> dict[str, tuple[Tensor, Tensor, float]]:
         B = stored.tensors.get(f"{PREFIX}{name}.lora_B.weight")
         if B is None:
             raise AdapterFileError(f"{stored.path} has lora_A but no lora_B for {name}")
-        found[name] = (A.float(), B.float(), stored.config.for_module(name).factor)
+        found[name] = (
+            A.float().flatten(1),
+            B.float().flatten(1),
+            stored.config.for_module(name).factor,
+        )
     return found
 
 

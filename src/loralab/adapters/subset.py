@@ -1,10 +1,25 @@
-"""Modules trained in full: no new weights, a choice among those that exist."""
+"""Weights that exist already, trained as they are: whole modules, biases, everything.
+
+BitFit: Ben Zaken et al. 2021, arXiv:2106.10199. The trained copies are fp32 whatever the base's
+dtype, since a bf16 weight is too coarse for small steps. The originals stay beside them.
+"""
 
 import copy
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
+
+from loralab.adapters.methods import BitFit, FullFineTune, LinearProbe
+from loralab.adapters.peft_fields import own_config
+from loralab.adapters.targets import layer_number, require_layers
+from loralab.adapters.wrapper import Wrapper
+from loralab.errors import TargetError
+
+TYPES: dict[type[Any], str] = {BitFit: "BITFIT", FullFineTune: "FULL", LinearProbe: "LINEAR_PROBE"}
 
 
 class TrainedInFull(nn.Module):
@@ -39,6 +54,109 @@ class TrainedInFull(nn.Module):
     def weight(self) -> Tensor:
         """The trained weight, which some models read of their head or embedding."""
         return self.trained.weight  # type: ignore[return-value]
+
+
+class TrainedParameters(Wrapper):
+    """A module whose own parameters, or some of them, are replaced by trained fp32 copies.
+
+    Computes in the base's dtype: step 0 is the base model.
+
+    Args:
+        names: of the base's own parameters (not those of its children).
+        shared: copies made so far, by the identity of the original: tied weights stay tied.
+    """
+
+    def __init__(self, base: nn.Module, names: list[str], shared: dict[int, nn.Parameter]) -> None:
+        super().__init__(base)
+        self.copies = nn.ParameterDict()
+        for name in names:
+            original: Tensor = self.base._parameters[name]
+            fresh = nn.Parameter(original.detach().float().clone())
+            self.copies[name] = shared.setdefault(id(original), fresh)
+
+    def __getattr__(self, name: str) -> Any:
+        copies = self.__dict__.get("_modules", {}).get("copies")
+        if copies is not None and name in copies and not self.merged:
+            return self._value(name)  # some models read a weight without calling its module
+        return super().__getattr__(name)
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        """What the base gives with the trained copies."""
+        if self.merged:
+            return self.base(*inputs, **named)
+        values = {name: self._value(name) for name in self.copies}
+        return functional_call(self.base, values, inputs, named)
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The copies, under the names of the originals."""
+        return dict(self.copies.items())
+
+    def merged_tensors(self) -> dict[str, Tensor]:
+        """The copies: they are whole values, not updates."""
+        return dict(self.copies.items())
+
+    def _value(self, name: str) -> Tensor:
+        return self.copies[name].to(self.base._parameters[name].dtype)
+
+
+def biases(
+    model: nn.Module, config: BitFit, generator: torch.Generator | None
+) -> dict[str, Wrapper]:
+    """BitFit: every bias, those of norms included."""
+    found = _chosen(model, config.layers, lambda name: name == "bias")
+    if not found:
+        raise TargetError(
+            f"{type(model).__name__} has no biases, so there is nothing for bitfit to train; "
+            "ia3 is as small and works without them"
+        )
+    return found
+
+
+def everything(
+    model: nn.Module, config: FullFineTune, generator: torch.Generator | None
+) -> dict[str, Wrapper]:
+    """Full fine-tuning: every parameter."""
+    return _chosen(model, config.layers, lambda name: True)
+
+
+def probe(
+    model: nn.Module, config: LinearProbe, generator: torch.Generator | None
+) -> dict[str, Wrapper]:
+    """Nothing but the head, which modules_to_save names."""
+    return {}
+
+
+def fields(config: Any, modules: Mapping[str, Any], paths: list[str]) -> dict[str, Any]:
+    """adapter_config.json: our own, since peft has no such methods."""
+    return {"peft_type": TYPES[type(config)], **asdict(config)}
+
+
+def parse(
+    fields: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> tuple[Any, Mapping[str, Tensor]]:
+    """The configuration that our own fields describe."""
+    kind = next(kind for kind, name in TYPES.items() if name == fields["peft_type"])
+    return own_config(kind, fields), tensors
+
+
+def _chosen(
+    model: nn.Module, layers: tuple[int, ...] | None, wanted: Callable[[str], bool]
+) -> dict[str, Wrapper]:
+    require_layers([name for name, _ in model.named_modules()], layers)
+    shared: dict[int, nn.Parameter] = {}
+    found: dict[str, Wrapper] = {}
+    for path, module in model.named_modules():
+        names = [n for n, p in module._parameters.items() if p is not None and wanted(n)]
+        if layers is not None and layer_number(path + ".") not in layers:
+            continue
+        if names and not path:
+            raise TargetError(
+                f"{type(model).__name__} keeps {names[0]!r} in no module of its own; it cannot "
+                "be trained here"
+            )
+        if names:
+            found[path] = TrainedParameters(module, names, shared)
+    return found
 
 
 def _in_fp32(x: Any) -> Any:

@@ -6,37 +6,65 @@ match the whole path. Unlike there, every name has to select something.
 
 import re
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
-from loralab.adapters.linear import is_linear
-from loralab.adapters.methods import PRESETS, LoRA, Names
+from loralab.adapters.bases import is_linear, linear_shape
+from loralab.adapters.methods import PRESETS, Names, Targeted
 from loralab.errors import TargetError, nearest, some
 
 HEADS = ("lm_head", "classifier", "score", "qa_outputs")
 
 
-def target_names(model: nn.Module, config: LoRA) -> list[str]:
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """One numbered block: where attention and feed-forward network end, and where that begins."""
+
+    path: str
+    number: int
+    attention_out: str
+    ffn_in: str
+    ffn_out: str
+    width: int
+
+
+def target_names(
+    model: nn.Module,
+    config: Targeted,
+    others: Sequence[str] = (),
+    implied: Sequence[str] = (),
+) -> list[str]:
     """Paths of the modules that `config` adapts, in the model's order.
+
+    Args:
+        others: paths of further modules that can be adapted where they are named, and parts of
+            modules, such as "h.0.attn.c_attn.q".
+        implied: those of them that the presets mean too.
 
     Raises:
         TargetError: a name, expression, layer or pattern selects nothing, or no linear layer.
     """
-    candidates = [n for n in linear_names(model) if not _inside(n, saved_names(model, config))]
-    if not candidates:
+    full = saved_names(model, config)
+    candidates = [name for name in linear_names(model) if not inside(name, full)]
+    if not candidates and not others:
         raise TargetError(f"{type(model).__name__} has no linear layer that can be adapted")
-    chosen = _select(model, config, candidates)
+    more = [name for name in others if not inside(name, full)]
+    if isinstance(config.target_modules, str | None) and config.target_modules in (None, *PRESETS):
+        candidates += [name for name in implied if not inside(name, full)]
+    chosen = _select(model, config, candidates, more)
     chosen = _without_excluded(chosen, config.exclude_modules)
     chosen = _in_layers(chosen, config)
     for field_name in ("rank_pattern", "alpha_pattern"):
-        for pattern in getattr(config, field_name):
+        for pattern in getattr(config, field_name, ()):
             if not any(matches_pattern(name, pattern) for name in chosen):
                 hint = nearest(pattern, _endings(chosen))
                 raise TargetError(f"{field_name} {pattern!r} matches no adapted module{hint}")
     return chosen
 
 
-def saved_names(model: nn.Module, config: LoRA) -> list[str]:
+def saved_names(model: nn.Module, config: Any) -> list[str]:
     """Paths of the modules that `config` trains in full.
 
     Raises:
@@ -49,7 +77,7 @@ def saved_names(model: nn.Module, config: LoRA) -> list[str]:
         if not matched:
             hint = nearest(wanted, _endings(names))
             raise TargetError(f"modules_to_save {wanted!r} matches no module{hint}")
-        found += [name for name in matched if not _inside(name, found)]
+        found += [name for name in matched if not inside(name, found)]
     return list(dict.fromkeys(found))
 
 
@@ -67,6 +95,50 @@ def head_names(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if name and id(module) in heads]
 
 
+def blocks(model: nn.Module) -> list[Block]:
+    """The numbered blocks of a transformer, told by their linear layers.
+
+    Within a block, the last linear layer under an attention module leads out of attention, the
+    first and the last of the others lead into and out of the feed-forward network.
+
+    Raises:
+        TargetError: there are none, or a block holds several experts.
+    """
+    layers: dict[str, list[str]] = {}
+    for name in linear_names(model):
+        if found := re.match(r"(.*?\.)?\d+(?=\.)", name):
+            layers.setdefault(found[0], []).append(name)
+    found_blocks = []
+    for path, names in layers.items():
+        attention = [name for name in names if in_attention(name[len(path) :])]
+        rest = [name for name in names if name not in attention]
+        if any(re.search(r"\.\d+\.", name[len(path) :]) for name in rest):
+            raise TargetError(f"{path} holds several experts; this method does not suit them")
+        if attention and rest:
+            width, _ = linear_shape(model.get_submodule(rest[-1]))
+            found_blocks.append(Block(
+                path=path, number=int(path.rpartition(".")[2]), attention_out=attention[-1],
+                ffn_in=rest[0], ffn_out=rest[-1], width=width,
+            ))  # fmt: skip
+    if not found_blocks:
+        raise TargetError(
+            f"{type(model).__name__} has no numbered blocks of attention and feed-forward layers"
+        )
+    return found_blocks
+
+
+def require_layers(names: Iterable[str], layers: Sequence[int] | None) -> None:
+    """Every layer that is asked for must be among the paths."""
+    if layers is None:
+        return
+    numbers = {layer_number(name + ".") for name in names} - {None}
+    present = sorted(number for number in numbers if number is not None)
+    for layer in layers:
+        if layer not in present:
+            have = f"{present[0]} to {present[-1]}" if present else "none"
+            raise TargetError(f"layers: there is no layer {layer} (here: {have})")
+
+
 def in_attention(name: str) -> bool:
     """Whether a path leads through an attention block."""
     return "attn" in name.lower() or "attention" in name.lower()
@@ -82,40 +154,45 @@ def matches_pattern(name: str, pattern: str) -> bool:
     return re.match(rf"(.*\.)?({pattern})$", name) is not None
 
 
-def _select(model: nn.Module, config: LoRA, candidates: list[str]) -> list[str]:
+def _select(
+    model: nn.Module, config: Targeted, candidates: list[str], more: list[str]
+) -> list[str]:
     target = "all-linear" if config.target_modules is None else config.target_modules
     if isinstance(target, tuple):
-        return _by_names(model, target, candidates)
+        return _by_names(model, target, candidates, more)
     if target in PRESETS:
         heads = head_names(model)
-        return _preset(target, [name for name in candidates if not _inside(name, heads)], model)
-    chosen = [name for name in candidates if re.fullmatch(target, name)]
+        return _preset(target, [name for name in candidates if not inside(name, heads)], model)
+    chosen = [name for name in (*candidates, *more) if re.fullmatch(target, name)]
     if not chosen:
         raise TargetError(
             f"target_modules {target!r} matches no linear layer; "
-            f"an expression must match the whole path, such as {candidates[0]!r}"
+            f"an expression must match the whole path, such as {(*candidates, *more)[0]!r}"
         )
     return chosen
 
 
-def _by_names(model: nn.Module, wanted: Iterable[str], candidates: list[str]) -> list[str]:
+def _by_names(
+    model: nn.Module, wanted: Iterable[str], candidates: list[str], more: list[str]
+) -> list[str]:
     """Every name must select something that can be adapted."""
-    others = [name for name, _ in model.named_modules() if name and name not in candidates]
+    able = [*candidates, *more]
+    others = [name for name, _ in model.named_modules() if name and name not in able]
     for name in wanted:
-        if any(ends_with(candidate, name) for candidate in candidates):
+        if any(ends_with(candidate, name) for candidate in able):
             continue
         if any(ends_with(other, name) for other in others):
             kinds = {type(model.get_submodule(o)).__name__ for o in others if ends_with(o, name)}
             raise TargetError(
-                f"target_modules {name!r} is no linear layer that can be adapted "
+                f"target_modules {name!r} is no layer that can be adapted "
                 f"({some(sorted(kinds))}){nearest(name, _endings(candidates))}"
             )
-        hint = nearest(name, [*_endings(candidates), *PRESETS])
+        hint = nearest(name, [*_endings(able), *PRESETS])
         raise TargetError(
             f"target_modules {name!r} matches no module{hint}; "
             f"linear layers here: {some(_endings(candidates))}"
         )
-    return [name for name in candidates if any(ends_with(name, w) for w in wanted)]
+    return [name for name in able if any(ends_with(name, w) for w in wanted)]
 
 
 def _preset(preset: str, candidates: list[str], model: nn.Module) -> list[str]:
@@ -154,7 +231,7 @@ def _without_excluded(names: list[str], excluded: Names) -> list[str]:
     return kept
 
 
-def _in_layers(names: list[str], config: LoRA) -> list[str]:
+def _in_layers(names: list[str], config: Targeted) -> list[str]:
     if config.layers is None:
         return names
     numbered = {name: layer_number(name, config.layers_pattern) for name in names}
@@ -174,7 +251,8 @@ def layer_number(name: str, patterns: Sequence[str] = ()) -> int | None:
     return None
 
 
-def _inside(name: str, parents: Iterable[str]) -> bool:
+def inside(name: str, parents: Iterable[str]) -> bool:
+    """Whether a path is one of some paths, or leads through one."""
     return any(name == parent or name.startswith(parent + ".") for parent in parents)
 
 

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loralab.adapters import attach, folder
+from loralab.adapters import folder
 from loralab.adapters.attach import Adapter
 from loralab.adapters.folder import AdapterFolder, read_json
+from loralab.adapters.load import load as load_adapter
 from loralab.errors import AdapterFileError
 from loralab.models import load as models
 from loralab.models.load import Base
@@ -61,7 +62,7 @@ def bring_to_life(
     base = models.load(
         name, kind=kind, dtype=models.parse_dtype(precision), labels=label_names(stored), seed=seed
     )
-    adapter = attach.load(base.model, path)
+    adapter = load_adapter(base.model, path)
     return Live(base=base, adapter=adapter, stored=stored, precision=precision)
 
 

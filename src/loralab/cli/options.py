@@ -8,20 +8,20 @@ import inspect
 import re
 import tomllib
 import types
-from collections.abc import Callable, Mapping
-from dataclasses import MISSING, Field, fields
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 import typer
 
-from loralab.errors import ConfigError, nearest
+from loralab.errors import ConfigError, nearest, some
 
 Config = type[Any]
 
 
 def with_options(*configs: Config) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command one option for each field of some dataclasses.
+    """Give a command one option for each field of some dataclasses; fields of one name share it.
 
     The command receives what was typed as its last argument: a dict {field: value}.
     """
@@ -29,8 +29,8 @@ def with_options(*configs: Config) -> Callable[[Callable[..., None]], Callable[.
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         own = list(inspect.signature(command, eval_str=True).parameters.values())[:-1]
         taken = {parameter.name for parameter in own}
-        added = [_parameter(f, config) for config in configs for f in fields(config)]
-        added = [parameter for parameter in added if parameter.name not in taken]
+        names = dict.fromkeys(f.name for config in configs for f in fields(config))
+        added = [_parameter(name, configs) for name in names if name not in taken]
 
         def run(**given: Any) -> None:
             mine = {name: value for name, value in given.items() if name in taken}
@@ -49,6 +49,20 @@ def build(config: Config, values: Mapping[str, Any]) -> Any:
     """A configuration from the values that are its fields."""
     names = {f.name for f in fields(config)}
     return config(**{name: value for name, value in values.items() if name in names})
+
+
+def require_known(values: Iterable[str], configs: tuple[Config, ...], others: Any, of: str) -> None:
+    """Every value must be a field of the configurations in use; `others` are not in use.
+
+    Raises:
+        ConfigError: one is a field of others alone, and would have no effect.
+    """
+    names = {f.name for config in configs for f in fields(config)}
+    foreign = {f.name for config in others for f in fields(config)} - names
+    for name in values:
+        if name in foreign:
+            own = some(map(_flag, sorted(f.name for f in fields(configs[0]))), 20)
+            raise ConfigError(f"{_flag(name)} is no option of {of}, which has {own}")
 
 
 def from_toml(file: Path, known: set[str]) -> dict[str, Any]:
@@ -87,18 +101,19 @@ def pairs(text: str, name: str, kind: Callable[[str], Any] = str) -> dict[str, A
     return found
 
 
-def _parameter(field: Field[Any], config: Config) -> inspect.Parameter:
-    hint = get_type_hints(config, include_extras=True)[field.name]
+def _parameter(name: str, configs: tuple[Config, ...]) -> inspect.Parameter:
+    """One option for the field of this name, explained as by the first class that has it."""
+    owners = [config for config in configs if _has(config, name)]
+    hint = get_type_hints(owners[0], include_extras=True)[name]
     plain, *notes = get_args(hint) if get_origin(hint) is Annotated else (hint, "")
-    shown = _default_text(field)
+    shown = _defaults_text(name, owners)
     text = f"{notes[0]}  [dim]{shown}[/]" if shown else str(notes[0])
-    flag = _flag(field.name)
+    flag = _flag(name)
     flags = (f"{flag}/--no-{flag[2:]}",) if plain is bool else (flag,)
-    option = typer.Option(*flags, help=text, show_default=False, rich_help_panel=config.__name__)
+    panel = " | ".join(config.__name__ for config in owners) if len(owners) < 4 else "Methods"
+    option = typer.Option(*flags, help=text, show_default=False, rich_help_panel=panel)
     kind = Annotated[_accepted(plain) | None, option]  # type: ignore[valid-type]
-    return inspect.Parameter(
-        field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind
-    )
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
 
 
 def _accepted(kind: Any) -> type:
@@ -140,10 +155,18 @@ def _has(config: Config, name: str) -> bool:
     return any(field.name == name for field in fields(config))
 
 
-def _default_text(field: Field[Any]) -> str:
-    if field.default is MISSING or field.default in (None, (), ""):
+def _defaults_text(name: str, owners: list[Config]) -> str:
+    """The default, or the defaults of each method where they differ."""
+    found = {}
+    for config in owners:
+        field = next(f for f in fields(config) if f.name == name)
+        if field.default is not MISSING and field.default not in (None, (), ""):
+            found[config.__name__] = field.default
+    if not found:
         return ""
-    return f"default {field.default}"
+    if len(set(found.values())) == 1:
+        return f"default {next(iter(found.values()))}"
+    return "default " + ", ".join(f"{value} ({kind})" for kind, value in found.items())
 
 
 def _flag(name: str) -> str:

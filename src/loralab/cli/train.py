@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from loralab.adapters.methods import METHODS, LoRA
+from loralab.adapters.methods import METHODS, VARIANTS
 from loralab.cli import app
-from loralab.cli.options import build, from_toml, pairs, with_options
+from loralab.cli.options import build, from_toml, pairs, require_known, with_options
 from loralab.errors import ConfigError, nearest
 from loralab.training.settings import Evaluation, Training
 
@@ -34,12 +34,12 @@ Map = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="one JSON document on standard output")]
 ConfigFile = Annotated[Path | None, typer.Option(help="TOML file; what is typed here overrides it")]
 MethodName = Annotated[
-    str | None, typer.Option(help=f"one of: {', '.join(METHODS)}", show_default=False)
+    str | None, typer.Option(help=f"one of: {', '.join([*METHODS, *VARIANTS])}", show_default=False)
 ]
 
 
 @app.command()
-@with_options(LoRA, Training)
+@with_options(*METHODS.values(), Training)
 def train(
     model: Model = None,
     data: Data = None,
@@ -73,7 +73,7 @@ def train(
 
 
 @app.command()
-@with_options(LoRA, Training)
+@with_options(*METHODS.values(), Training)
 def plan(
     model: Model = None,
     data: Data = None,
@@ -199,10 +199,9 @@ def _request(given: Mapping[str, Any]) -> dict[str, Any]:
     """What train() and plan() take."""
     if "data" not in given:
         raise ConfigError("give --data: a task name, a file, a folder or a hub id")
-    name = given.get("method", "lora")
-    if name not in METHODS:
-        hint = nearest(str(name), METHODS)
-        raise ConfigError(f"--method must be one of {', '.join(METHODS)}, got {name!r}{hint}")
+    name, given = _method_of(given)
+    others = [kind for kind in METHODS.values() if kind is not METHODS[name]]
+    require_known(given, (METHODS[name], Training), others, name)
     columns = given.get("map", {})
     return {
         "model": given.get("model", DEFAULT_MODEL),
@@ -211,6 +210,19 @@ def _request(given: Mapping[str, Any]) -> dict[str, Any]:
         "training": build(Training, given),
         "mapping": _mapping(columns) if isinstance(columns, str) else columns,
     }
+
+
+def _method_of(given: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The method, and all that was given with what a variant such as "dora" stands for."""
+    name = str(given.get("method", "lora")).lower()
+    if name in VARIANTS:
+        name, implied = VARIANTS[name]
+        return name, {**implied, **given}
+    if name not in METHODS:
+        choices = [*METHODS, *VARIANTS]
+        hint = nearest(name, choices)
+        raise ConfigError(f"--method must be one of {', '.join(choices)}, got {name!r}{hint}")
+    return name, dict(given)
 
 
 def _field_names() -> set[str]:

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from loralab.adapters import attach, folder
+from loralab.adapters import folder
 from loralab.adapters.folder import AdapterFolder
+from loralab.adapters.load import load as load_adapter
 from loralab.errors import AdapterFileError, ConfigError
 from loralab.models import load as models
 from loralab.models.load import Base
@@ -49,7 +50,7 @@ def evaluate(
     task = catalog.find(data, mapping=mapping, seed=seed)
     base = load_base(name, task, _precision(evaluation.precision, stored), seed)
     if adapter is not None:
-        attach.load(base.model, adapter)
+        load_adapter(base.model, adapter)
     return score.evaluate(
         base.model, base.tokenizer, task, evaluation.split, kind=base.kind,
         batch_size=evaluation.batch_size, limit=evaluation.limit, generate=evaluation.generate,
@@ -131,7 +132,7 @@ def _adapted(base: Base, path: str | Path | None) -> Iterator[None]:
         yield
         return
     try:
-        adapter = attach.load(base.model, path)
+        adapter = load_adapter(base.model, path)
     except AdapterFileError as error:
         raise AdapterFileError(f"{error} (base model: {base.name})") from None
     try:

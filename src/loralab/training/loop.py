@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from loralab.adapters.attach import Adapter
+from loralab.adapters.methods import BitFit, FullFineTune
 from loralab.errors import LearningError, some
 from loralab.tasks.batches import Batches, collate
 from loralab.tasks.encode import Example
@@ -30,6 +31,8 @@ from loralab.training.record import Record
 from loralab.training.settings import Training
 
 FIRST_LOOK, SECOND_LOOK = 1, 3  # steps after which gradients, and then weights, are checked
+# a random A has no gradient before B has moved; lambda can be pruned; a token's row waits for it
+MAY_REST = (".lora_A", ".out_A", ".lora_E", ".trainable_tokens_delta")
 SMALLEST_SCALE = 2.0**-10  # below this loss scale, fp16 gradients overflow for another reason
 
 
@@ -66,7 +69,7 @@ def run_steps(job: Job, trained: Trained, progress: Progress, record: Record) ->
             loss, norm, tokens = _step(job, trained, progress.step, accelerator)
             progress = replace(progress, step=progress.step + 1, tokens=progress.tokens + tokens)
             if progress.step == SECOND_LOOK and started:
-                _require_moved(job.adapter, started)
+                _require_moved(job, started)
             rate = learning_rate(job.training, progress.step - 1, job.steps)
             record(clock.event(progress, loss=loss, grad_norm=norm, learning_rate=rate))
             progress = _after_step(job, trained, progress, record)
@@ -101,7 +104,8 @@ def _update(job: Job, trained: Trained, number: int) -> float:
     """Check, clip and apply the gradients; returns their norm before clipping."""
     parameters = job.adapter.named_parameters()
     trained.scaler.unscale_(trained.optimizer)
-    if number < FIRST_LOOK and (without := [n for n, p in parameters.items() if p.grad is None]):
+    without = [name for name, p in parameters.items() if p.grad is None]
+    if number < FIRST_LOOK and without and not _may_miss(job, without):
         raise LearningError(f"no gradient reaches {some(without)}; nothing would be learnt there")
     limit = job.training.max_grad_norm or math.inf
     norm = float(nn.utils.clip_grad_norm_(parameters.values(), limit))
@@ -113,6 +117,7 @@ def _update(job: Job, trained: Trained, number: int) -> float:
         )
     trained.scaler.step(trained.optimizer)
     trained.scaler.update()
+    job.adapter.step()
     trained.optimizer.zero_grad(set_to_none=True)
     return norm
 
@@ -168,15 +173,22 @@ def on_device(batch: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-def _require_moved(adapter: Adapter, started: Mapping[str, Tensor]) -> None:
+def _require_moved(job: Job, started: Mapping[str, Tensor]) -> None:
     """After some steps every B, and every module trained in full, must differ from its start."""
+    adapter = job.adapter
     still = [
         name
         for name, parameter in adapter.named_parameters().items()
-        if not name.endswith(".lora_A") and torch.equal(parameter, started[name])
+        if not name.endswith(MAY_REST) and torch.equal(parameter, started[name])
     ]
-    if still:
+    if still and not _may_miss(job, still):
         raise LearningError(f"after {SECOND_LOOK} steps these have not moved: {some(still)}")
+
+
+def _may_miss(job: Job, names: Sequence[str]) -> bool:
+    """Weights that exist already may be idle in this use of the model; not all of them may."""
+    existing = isinstance(job.adapter.config, BitFit | FullFineTune)
+    return existing and len(names) < len(job.adapter.parameters())
 
 
 def _least_scale(trained: Trained) -> float:

@@ -2,27 +2,63 @@
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
+from loralab.adapters.methods import (
+    IA3,
+    AdaLoRA,
+    BitFit,
+    Bottleneck,
+    FullFineTune,
+    LinearProbe,
+    LoRA,
+    Method,
+    Prefix,
+    Prompt,
+)
 from loralab.training.settings import Training
 
+# peak rates that hold up in short runs (docs/methods.md); the fewer the numbers, the higher
+USUAL_RATES: dict[type[Any], float] = {
+    LoRA: 5e-4, AdaLoRA: 2e-3, Bottleneck: 1e-3, Prefix: 1e-2, Prompt: 3e-2, IA3: 1e-2,
+    BitFit: 3e-3, FullFineTune: 5e-5, LinearProbe: 3e-3,
+}  # fmt: skip
 
-def optimizer_for(parameters: Mapping[str, nn.Parameter], training: Training) -> torch.optim.AdamW:
-    """AdamW over the adapter; matrices decay, vectors (biases, norms, heads' biases) do not."""
-    matrices = [p for p in parameters.values() if p.ndim > 1]
-    vectors = [p for p in parameters.values() if p.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": training.weight_decay}]
-    if vectors:
-        groups.append({"params": vectors, "weight_decay": 0.0})
-    return torch.optim.AdamW(groups, lr=training.learning_rate, fused=True)
+
+def usual_rate(method: Method) -> float:
+    """The learning rate of a method where none is given."""
+    return USUAL_RATES[type(method)]
+
+
+def optimizer_for(
+    parameters: Mapping[str, nn.Parameter], training: Training, method: Method
+) -> torch.optim.AdamW:
+    """AdamW over the adapter; matrices decay, vectors (biases, norms, heads' biases) do not.
+
+    LoRA+ (arXiv:2402.12354): every B learns `lora_plus` times as fast as the rest.
+    """
+    ratio = method.lora_plus if isinstance(method, LoRA) else 1.0
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        fast = ratio != 1 and name.endswith(("lora_B", "out_B", "lora_embedding_B"))
+        groups.setdefault((parameter.ndim > 1, fast), []).append(parameter)
+    return torch.optim.AdamW(
+        [
+            {"params": members, "weight_decay": training.weight_decay if decays else 0.0,
+             "ratio": ratio if fast else 1.0}
+            for (decays, fast), members in sorted(groups.items(), reverse=True)
+        ],
+        lr=training.learning_rate or usual_rate(method), fused=True,
+    )  # fmt: skip
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Give every group the rate of this step."""
+    """Give every group the rate of this step, times its own ratio."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["ratio"]
 
 
 def learning_rate(training: Training, step: int, steps: int) -> float:
@@ -30,6 +66,7 @@ def learning_rate(training: Training, step: int, steps: int) -> float:
 
     The first step of a warm-up is above zero, and the last step of a schedule too.
     """
+    assert training.learning_rate is not None  # resolved before the run
     warmup = math.ceil(training.warmup * steps)
     if step < warmup:
         return training.learning_rate * (step + 1) / (warmup + 1)

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from loralab.adapters.methods import LoRA, Method
+from loralab.adapters.bases import is_linear, linear_shape
+from loralab.adapters.methods import Method
 from loralab.tasks.batches import collate
 from loralab.tasks.encode import Example
 from loralab.tasks.score import answer_loss
@@ -75,11 +76,8 @@ def plan(
     Raises:
         InputError: something given is wrong.
     """
-    training = training or Training()
-    training = replace(training, precision=memory.resolve_precision(training.precision))
-    request = Request(
-        model=model, data=data, method=method or LoRA(), training=training, mapping=mapping or {}
-    )
+    request = Request.of(model, data, method, training, mapping)
+    training = request.training
     prepared = preflight.prepare(request)
     prepared.base.model.train()
     encoded, adapter = prepared.encoded, prepared.adapter
@@ -109,13 +107,14 @@ def predicted_peak(prepared: Prepared, training: Training) -> int:
 
 def _modules(prepared: Prepared) -> tuple[PlannedModule, ...]:
     adapter = prepared.adapter
-    adapted = [
-        PlannedModule(
-            name=name, kind=type(m.base).__name__, shape=(m.out_features, m.in_features),
-            rank=m.rank, parameters=m.lora_A.numel() + m.lora_B.numel(),
-        )
-        for name, m in adapter.modules.items()
-    ]  # fmt: skip
+    adapted, seen = [], set[int]()
+    for name, m in adapter.modules.items():
+        own = {id(p): p.numel() for p in m.trained().values() if id(p) not in seen}
+        seen |= own.keys()
+        adapted.append(PlannedModule(
+            name=name, kind=type(m.base).__name__, shape=_shape(m.base),
+            rank=getattr(m, "rank", None), parameters=sum(own.values()),
+        ))  # fmt: skip
     saved = [
         PlannedModule(
             name=name, kind=type(m.base).__name__, shape=tuple(m.weight.shape), rank=None,
@@ -124,6 +123,14 @@ def _modules(prepared: Prepared) -> tuple[PlannedModule, ...]:
         for name, m in adapter.saved.items()
     ]  # fmt: skip
     return (*adapted, *saved)
+
+
+def _shape(base: Any) -> tuple[int, ...]:
+    """Of its weight, (O, I) for a linear layer; empty where a module has no weight of its own."""
+    if is_linear(base):
+        return linear_shape(base)
+    weight = base._parameters.get("weight")
+    return () if weight is None else tuple(weight.shape)
 
 
 def _tokens_per_step(prepared: Prepared) -> int:

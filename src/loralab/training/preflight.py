@@ -12,7 +12,14 @@ import torch
 
 from loralab import atomic
 from loralab.adapters.attach import Adapter, attach
-from loralab.adapters.methods import METHODS, Method
+from loralab.adapters.methods import (
+    METHODS,
+    AdaLoRA,
+    BitFit,
+    FullFineTune,
+    LoRA,
+    Method,
+)
 from loralab.adapters.targets import HEADS
 from loralab.errors import ConfigError, OutputError, some
 from loralab.models import load as models
@@ -22,6 +29,7 @@ from loralab.tasks.batches import Batches
 from loralab.tasks.catalog import Task
 from loralab.tasks.encode import Encoded
 from loralab.training import memory
+from loralab.training.optim import usual_rate
 from loralab.training.settings import Training
 
 CONFIG = "config.toml"
@@ -37,6 +45,35 @@ class Request:
     method: Method
     training: Training
     mapping: Mapping[str, str]
+
+    @staticmethod
+    def of(
+        model: str,
+        data: str,
+        method: Method | None,
+        training: Training | None,
+        mapping: Mapping[str, str] | None,
+    ) -> "Request":
+        """With whatever was left to us filled in: precision and learning rate.
+
+        Raises:
+            ConfigError: options that exclude each other.
+        """
+        method, training = method or LoRA(), training or Training()
+        training = replace(
+            training,
+            precision=memory.resolve_precision(training.precision),
+            learning_rate=training.learning_rate or usual_rate(method),
+        )
+        if isinstance(method, AdaLoRA) and training.precision == "fp16":
+            raise ConfigError(
+                "adalora needs gradients that are not scaled, as fp16 does; use bf16 or fp32"
+            )
+        if isinstance(method, FullFineTune | BitFit) and training.quantize != "none":
+            raise ConfigError("weights in few bits cannot be trained; leave --quantize out")
+        return Request(
+            model=model, data=data, method=method, training=training, mapping=mapping or {}
+        )
 
     def fields(self) -> dict[str, Any]:
         """Flat, as config.toml holds it; what is unset is left out."""
@@ -79,6 +116,9 @@ def prepare(request: Request) -> Prepared:
         seed=training.seed, by_length=training.by_length,
     )  # fmt: skip
     steps = training.max_steps or training.epochs * batches.steps_per_epoch
+    if adapter.budget is not None:
+        adapter.budget.plan(steps)
+    _require_rows_to_occur(request.method, encoded)
     return Prepared(
         base=base, task=task, adapter=adapter, encoded=encoded, batches=batches, steps=steps,
         sample=sample_prompts(task, base),
@@ -102,6 +142,14 @@ def with_head(method: Method, base: Base) -> Method:
     if any(head in method.modules_to_save for head in heads):
         return method
     return replace(method, modules_to_save=(*method.modules_to_save, *heads))
+
+
+def _require_rows_to_occur(method: Method, encoded: Encoded) -> None:
+    """A token that never occurs would keep its start."""
+    rows = set(method.token_rows) if isinstance(method, LoRA) else set()
+    seen = rows & {number for example in encoded.examples for number in example.input_ids}
+    if missing := sorted(rows - seen):
+        raise ConfigError(f"token_rows {some(map(str, missing))}: no training row has these tokens")
 
 
 def sample_prompts(task: Task, base: Base) -> tuple[tuple[int, ...], ...]:

@@ -3,14 +3,14 @@
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from loralab.adapters.attach import Adapter
-from loralab.adapters.methods import LoRA, Method
+from loralab.adapters.methods import Method
 from loralab.errors import ConfigError
 from loralab.models.load import Base
 from loralab.tasks import encode
@@ -77,11 +77,8 @@ def train(
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("training in several processes is not supported yet; start a single one")
     folder = Path(output_dir)
-    training = training or Training()
-    training = replace(training, precision=memory.resolve_precision(training.precision))
-    request = Request(
-        model=model, data=data, method=method or LoRA(), training=training, mapping=mapping or {}
-    )
+    request = Request.of(model, data, method, training, mapping)
+    training = request.training
     preflight.require_place(folder, request, resume=resume)
     prepared = preflight.prepare(request)
     preflight.write_config(folder, request)
@@ -94,7 +91,7 @@ def _run(request: Request, prepared: Prepared, folder: Path, listener: Listener 
     base, adapter, training = prepared.base, prepared.adapter, request.training
     trained = Trained(
         adapter=adapter,
-        optimizer=optimizer_for(adapter.named_parameters(), training),
+        optimizer=optimizer_for(adapter.named_parameters(), training, request.method),
         scaler=torch.amp.GradScaler(
             memory.device_here().type, enabled=training.precision == "fp16"
         ),
@@ -182,7 +179,10 @@ def record_of(
     base, task = prepared.base, prepared.task
     fields = request.fields()
     return {
-        "base": {"name": base.name, "kind": base.kind, "precision": request.training.precision},
+        "base": {
+            "name": base.name, "kind": base.kind, "precision": request.training.precision,
+            "quantize": request.training.quantize,
+        },
         "task": {
             "name": task.name, "format": task.format, "labels": list(task.labels),
             "instruction": task.instruction, "digest": task.digest,

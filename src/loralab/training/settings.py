@@ -11,6 +11,7 @@ from loralab.adapters.methods import check_choice
 from loralab.errors import ConfigError
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+QUANTIZERS = ("none", "nf4", "gguf")
 SCHEDULES = ("linear", "cosine", "constant")
 LOSS_ON = ("answer", "all")
 CHECKPOINTING = ("off", "on", "reentrant")
@@ -20,7 +21,9 @@ CHECKPOINTING = ("off", "on", "reentrant")
 class Training:
     """How an adapter is trained; one optimiser step sees batch_size * accumulation_steps rows."""
 
-    learning_rate: Annotated[float, "peak learning rate of AdamW"] = 5e-4
+    learning_rate: Annotated[
+        float | None, "peak learning rate of AdamW; none is the method's usual one"
+    ] = None
     epochs: Annotated[int, "passes over the training rows, unless max_steps is given"] = 1
     max_steps: Annotated[int | None, "optimiser steps; overrides epochs"] = None
     batch_size: Annotated[int, "rows in one forward pass"] = 8
@@ -29,6 +32,9 @@ class Training:
     precision: Annotated[
         str, "dtype of the base: fp32, bf16, fp16; auto is bf16 where the machine computes in it"
     ] = "auto"
+    quantize: Annotated[
+        str, "keep the base's linear layers in few bits: none, nf4, or gguf (as the file has them)"
+    ] = "none"
     gradient_checkpointing: Annotated[
         str, "recompute activations to save memory: off, on, or reentrant"
     ] = "off"
@@ -58,8 +64,9 @@ class Training:
             if getattr(self, name) is not None:
                 _at_least(name, getattr(self, name), 1)
         _at_least("max_length", self.max_length, 2)
-        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
-            raise ConfigError(f"learning_rate must be above 0, got {self.learning_rate}")
+        rate = self.learning_rate
+        if rate is not None and not (math.isfinite(rate) and rate > 0):
+            raise ConfigError(f"learning_rate must be above 0, got {rate}")
         if not 0 <= self.warmup < 1:
             raise ConfigError(f"warmup must be at least 0 and below 1, got {self.warmup}")
         for name in ("weight_decay", "max_grad_norm"):
@@ -67,6 +74,7 @@ class Training:
             if not (math.isfinite(value) and value >= 0):
                 raise ConfigError(f"{name} must be 0 or more, got {value}")
         check_choice("precision", self.precision, PRECISIONS)
+        check_choice("quantize", self.quantize, QUANTIZERS)
         check_choice("schedule", self.schedule, SCHEDULES)
         check_choice("loss_on", self.loss_on, LOSS_ON)
         check_choice("gradient_checkpointing", self.gradient_checkpointing, CHECKPOINTING)

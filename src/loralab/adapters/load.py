@@ -1,0 +1,144 @@
+"""load(): the adapter that a folder holds, attached to a model."""
+
+import re
+import warnings
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from loralab.adapters.attach import Adapter, attach
+from loralab.adapters.fingerprint import dtype_name, fingerprint
+from loralab.adapters.folder import AdapterFolder, read
+from loralab.adapters.methods import LoRA, Names, Targeted
+from loralab.adapters.peft_fields import PREFIX
+from loralab.adapters.targets import ends_with, matches_pattern, target_names
+from loralab.errors import AdapterFileError, BaseMismatchWarning, some
+
+
+def load(model: nn.Module, path: str | Path) -> Adapter:
+    """Attach the adapter that a folder holds: written by `Adapter.save`, or by peft.
+
+    Strict both ways: the folder's tensors and those of the adapter must be the same set, in the
+    same shapes. Another base model than the adapter was trained on is a warning, if it fits.
+
+    Raises:
+        AdapterFileError: the folder is damaged, a pickle, or does not fit the model.
+        AdapterStateError: the model carries an adapter already.
+    """
+    stored = read(path)
+    _make_room(model, stored)
+    adapter = attach(model, _present(model, stored.config, stored.path))
+    try:
+        _fill(adapter, stored)
+        _compare_base(adapter, stored)
+    except BaseException:
+        adapter.detach()
+        raise
+    return adapter
+
+
+def _make_room(model: Any, stored: AdapterFolder) -> None:
+    """Grow the embedding for trained rows of tokens that the base does not have."""
+    rows = getattr(stored.config, "token_rows", ())
+    if rows and max(rows) >= len(model.get_input_embeddings().weight):
+        model.resize_token_embeddings(max(rows) + 1, mean_resizing=False)
+
+
+def _present(model: nn.Module, config: Any, path: Path) -> Any:
+    """Without the names that select nothing: peft writes such; the tensors decide what is there."""
+    names = [name for name, _ in model.named_modules() if name]
+
+    def found(wanted: Iterable[str]) -> tuple[str, ...]:
+        return tuple(w for w in wanted if any(ends_with(name, w) for name in names))
+
+    config = replace(config, modules_to_save=found(config.modules_to_save))
+    if not isinstance(config, Targeted):
+        return config
+    targets = config.target_modules
+    if isinstance(targets, tuple) and not (targets := found(targets)):
+        raise AdapterFileError(
+            f"{path} does not fit {type(model).__name__}, which has none of its target modules "
+            f"{some(config.target_modules or ())}"
+        )
+    config = replace(config, target_modules=targets)
+    if isinstance(config, LoRA):
+        config = replace(
+            config,
+            rank_pattern={p: r for p, r in config.rank_pattern.items() if _any_match(names, p)},
+            alpha_pattern={p: a for p, a in config.alpha_pattern.items() if _any_match(names, p)},
+        )
+    return replace(config, exclude_modules=_excluded(model, config))
+
+
+def _excluded(model: nn.Module, config: Targeted) -> Names:
+    """What of exclude_modules takes a target away."""
+    excluded = config.exclude_modules
+    if excluded is None:
+        return None
+    plain: Any = replace(config, exclude_modules=None, layers=None, layers_pattern=())
+    if isinstance(plain, LoRA):
+        plain = replace(plain, rank_pattern={}, alpha_pattern={})
+    targets = target_names(model, plain)
+    if isinstance(excluded, str):
+        return excluded if any(re.fullmatch(excluded, name) for name in targets) else None
+    return tuple(w for w in excluded if any(ends_with(name, w) for name in targets)) or None
+
+
+def _any_match(names: Iterable[str], pattern: str) -> bool:
+    return any(matches_pattern(name, pattern) for name in names)
+
+
+@torch.no_grad()
+def _fill(adapter: Adapter, stored: AdapterFolder) -> None:
+    own = adapter.tensors()
+    _drop_base_embeddings(adapter, stored)
+    missing, extra = (
+        sorted(own.keys() - stored.tensors.keys()),
+        sorted(stored.tensors.keys() - own.keys()),
+    )
+    misshapen = [
+        f"{key} is {tuple(stored.tensors[key].shape)}, expected {tuple(own[key].shape)}"
+        for key in sorted(own.keys() & stored.tensors.keys())
+        if own[key].shape != stored.tensors[key].shape
+    ]
+    problems = [f"missing: {some(missing)}"] if missing else []
+    problems += [f"not in this model: {some(extra)}"] if extra else []
+    problems += [f"misshapen: {some(misshapen)}"] if misshapen else []
+    if problems:
+        raise AdapterFileError(
+            f"{stored.path} does not fit {type(adapter.model).__name__}; " + "; ".join(problems)
+        )
+    for key, tensor in own.items():
+        tensor.copy_(stored.tensors[key])
+
+
+def _drop_base_embeddings(adapter: Adapter, stored: AdapterFolder) -> None:
+    """peft also writes the frozen embedding where that is adapted: not needed, if it is ours."""
+    end = ".base_layer.weight"
+    for key in [k for k in stored.tensors if k.endswith(end)]:
+        module = adapter.modules.get(key.removeprefix(PREFIX).removesuffix(end))
+        weight = None if module is None else module.base.weight
+        saved = stored.tensors[key]
+        if weight is None or weight.shape != saved.shape:
+            continue
+        if torch.allclose(weight.float(), saved.float(), atol=1e-2):
+            del stored.tensors[key]
+
+
+def _compare_base(adapter: Adapter, stored: AdapterFolder) -> None:
+    base = stored.record.get("base", {})
+    trained_on = base.get("fingerprint")
+    if trained_on is None or "float16" in (base.get("dtype"), dtype_name(adapter.model)):
+        return  # fp16 rounds its own way: fingerprints across dtypes would differ for nothing
+    here = fingerprint(adapter.model, frozenset(adapter.saved))
+    if trained_on != here:
+        warnings.warn(
+            f"{stored.path} was trained on {base.get('name') or 'a base model'} with fingerprint "
+            f"{trained_on}; this model has {here}, so its answers will differ",
+            BaseMismatchWarning,
+            stacklevel=3,
+        )

@@ -1,0 +1,256 @@
+"""Trained keys and values in front of every layer's own.
+
+Source: Li & Liang 2021, arXiv:2101.00190, section 4; the network that writes them is section 4.3.
+The prefix stands at positions 0 to P - 1, so everything else moves P positions on, as where
+the prefix is put into a cache (the paper's code, peft). Step 0 is not the base model: attention
+goes to the prefix too. No weight of the base can hold it: it cannot be merged.
+Axes: P tokens of the prefix, L layers, H key-value heads, D width of a head, B rows, Q queries.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from loralab.adapters.methods import Prefix
+from loralab.adapters.peft_fields import refuse_unknown
+from loralab.adapters.wrapper import Wrapper
+from loralab.errors import ConfigError, TargetError
+
+CANNOT_MERGE = (
+    "a prefix cannot be merged: it is keys and values of its own, which no weight of the base "
+    "can hold"
+)
+CACHE, MASK = "past_key_values", "attention_mask"
+PEFT_FIELDS = {
+    "num_virtual_tokens", "num_layers", "num_attention_heads", "token_dim",
+    "num_transformer_submodules", "prefix_projection", "encoder_hidden_size", "init_weights",
+    "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path",
+    "tokenizer_kwargs", "prompt_tuning_init_state_dict_path",
+}  # fmt: skip
+
+
+class Table(nn.Module):
+    """The keys and values of all layers: one tensor (P, L * 2 * H * D), or a network's output."""
+
+    def __init__(
+        self, config: Prefix, shape: tuple[int, int, int], generator: torch.Generator | None
+    ) -> None:
+        super().__init__()
+        self.tokens, self.shape = config.tokens, shape
+        layers, heads, width = shape
+        numbers = layers * 2 * heads * width
+        drawn = torch.randn(config.tokens, heads * width if config.mlp else numbers,
+                            generator=generator)  # fmt: skip
+        self.weight = nn.Parameter(config.init_std * drawn)
+        self.down = nn.Linear(heads * width, config.mlp_width) if config.mlp else None
+        self.up = nn.Linear(config.mlp_width, numbers) if config.mlp else None
+        for layer in (self.down, self.up):
+            if layer is not None:
+                nn.init.normal_(layer.weight, std=config.init_std, generator=generator)
+                nn.init.zeros_(layer.bias)
+
+    def flat(self) -> Tensor:
+        """All of it, (P, L * 2 * H * D), as peft stores it."""
+        if self.down is None or self.up is None:
+            return self.weight
+        out: Tensor = self.up(torch.tanh(self.down(self.weight)))
+        return out
+
+    def front(self, layer: int, cache: Any) -> "Front":
+        """The prefix of one layer before a cache."""
+        return Front(cache, self.of(layer))
+
+    def of(self, layer: int) -> Tensor:
+        """Keys and values of one layer, (2, H, P, D)."""
+        _, heads, width = self.shape
+        size = 2 * heads * width
+        if self.down is None or self.up is None:
+            own = self.weight[:, layer * size : (layer + 1) * size]
+        else:
+            rows = slice(layer * size, (layer + 1) * size)
+            hidden = torch.tanh(self.down(self.weight))
+            own = F.linear(hidden, self.up.weight[rows], self.up.bias[rows])
+        return own.view(self.tokens, 2, heads, width).permute(1, 2, 0, 3)
+
+
+class AttentionWithPrefix(Wrapper):
+    """An attention module whose queries also see P trained keys and values.
+
+    They are put in where the module asks its cache for the earlier ones, so generation with a
+    cache, grouped queries, padding and gradient checkpointing need nothing else.
+    """
+
+    cannot_merge = CANNOT_MERGE
+
+    def __init__(self, base: nn.Module, table: Any, layer: int) -> None:
+        super().__init__(base)
+        self.table, self.layer = table, layer
+        self._signature = inspect.signature(base.forward)
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        """What the attention returns."""
+        bound = self._signature.bind(*inputs, **named)
+        given = bound.arguments
+        given[CACHE] = self.table.front(self.layer, given.get(CACHE))
+        if isinstance(given[CACHE], Front):
+            x = next(value for value in given.values() if isinstance(value, Tensor))
+            given[MASK] = self._mask(given.get(MASK), x, given[CACHE])
+        return self.base(**by_name(bound))
+
+    def _mask(self, mask: Tensor | None, x: Tensor, front: "Front") -> Tensor | None:
+        """The mask with the prefix visible to all; None stays none where nothing is hidden."""
+        queries, past = x.shape[1], front.past(self.layer)
+        if mask is None:
+            causal = getattr(self.base, "is_causal", True)
+            if not causal or queries == 1:
+                return None
+            keys = past + queries
+            lower = torch.ones(queries, keys, dtype=torch.bool, device=x.device).tril(past)
+            mask = lower[None, None]
+        visible = True if mask.dtype == torch.bool else 0.0
+        return F.pad(mask, (front.tokens, 0), value=visible)
+
+
+class Front:
+    """What an attention module takes for its cache: the real one, if any, with a prefix.
+
+    `own` are keys and values (2, H, P, D).
+    """
+
+    def __init__(self, cache: Any, own: Tensor) -> None:
+        self._cache = cache
+        self._own = own
+        self.tokens = own.shape[2]
+
+    def past(self, layer: int) -> int:
+        """Tokens that the real cache holds."""
+        return 0 if self._cache is None else int(self._cache.get_seq_length(layer))
+
+    def update(self, keys: Tensor, values: Tensor, *rest: Any, **named: Any) -> tuple[Any, Any]:
+        """Keys and values (B, H, K, D) of this call -> those that are attended to."""
+        if self._cache is not None:
+            keys, values = self._cache.update(keys, values, *rest, **named)
+        own = self._own[:, None].expand(2, len(keys), *self._own.shape[1:]).to(keys.dtype)
+        return torch.cat([own[0], keys], dim=2), torch.cat([own[1], values], dim=2)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cache, name)
+
+
+def build(
+    model: nn.Module, config: Prefix, generator: torch.Generator | None
+) -> dict[str, Wrapper]:
+    """The wrappers by path, one table among them."""
+    names = attention_names(model)
+    table = Table(config, key_value_shape(model, len(names)), generator)
+    table.to(next(model.parameters()).device)
+    return {
+        name: AttentionWithPrefix(model.get_submodule(name), table, layer)
+        for layer, name in enumerate(names)
+    }
+
+
+def watch(model: nn.Module, modules: Mapping[str, Any]) -> list[Any]:
+    """Move the positions of the input behind the prefix."""
+    tokens = next(iter(modules.values())).table.tokens
+    return [behind(model, tokens)]
+
+
+def pack(modules: Mapping[str, Any]) -> dict[str, Tensor]:
+    """peft's one tensor."""
+    return {"prompt_embeddings": next(iter(modules.values())).table.flat()}
+
+
+def fields(config: Prefix, modules: Mapping[str, Any], paths: list[str]) -> dict[str, Any]:
+    """adapter_config.json: peft's PREFIX_TUNING, without the network."""
+    layers, heads, width = next(iter(modules.values())).table.shape
+    return {
+        "peft_type": "PREFIX_TUNING", "num_virtual_tokens": config.tokens,
+        "num_layers": layers, "num_attention_heads": heads, "token_dim": heads * width,
+        "num_transformer_submodules": 1, "prefix_projection": False,
+        "encoder_hidden_size": heads * width,
+        "modules_to_save": list(config.modules_to_save) or None,
+    }  # fmt: skip
+
+
+def attention_names(model: nn.Module) -> list[str]:
+    """Paths of the innermost modules that attend through a cache, layer after layer.
+
+    Raises:
+        TargetError: there are none.
+        ConfigError: the attention runs in a kernel that takes no mask of ours.
+    """
+    kernel = getattr(getattr(model, "config", None), "_attn_implementation", "sdpa")
+    if kernel not in ("sdpa", "eager", None):
+        raise ConfigError(
+            f"a prefix needs the attention implementation sdpa or eager, the model has {kernel!r}"
+        )
+    able = [
+        name
+        for name, module in model.named_modules()
+        if hasattr(module, "layer_idx")
+        and CACHE in inspect.signature(module.forward).parameters
+        and MASK in inspect.signature(module.forward).parameters
+    ]
+    inner = [n for n in able if not any(other.startswith(f"{n}.") for other in able)]
+    if not inner:
+        raise TargetError(
+            f"{type(model).__name__} has no attention with a cache of keys and values, which a "
+            "prefix needs"
+        )
+    return inner
+
+
+def key_value_shape(model: Any, layers: int) -> tuple[int, int, int]:
+    """(L, H, D) of the model's keys and values."""
+    config = model.config.get_text_config()
+    queries = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // queries
+    return layers, getattr(config, "num_key_value_heads", None) or queries, width
+
+
+def by_name(bound: inspect.BoundArguments) -> dict[str, Any]:
+    """All arguments by name: decorators of transformers take no positional ones beside theirs."""
+    named = dict(bound.arguments)
+    for parameter in bound.signature.parameters.values():
+        if parameter.kind == parameter.VAR_KEYWORD:
+            named |= named.pop(parameter.name, {})
+    return named
+
+
+def behind(model: Any, tokens: int, unless: Callable[[], bool] = lambda: False) -> Any:
+    """A hook that moves all positions `tokens` on, unless told not to for the moment."""
+    inner = getattr(model, "base_model", model)
+    parameters = inspect.signature(inner.forward).parameters
+    if "position_ids" not in parameters:
+        raise TargetError(f"{type(inner).__name__} takes no position_ids, which a prefix moves")
+
+    def move(module: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        if unless():
+            return None
+        bound = inspect.signature(module.forward).bind(*inputs, **named)
+        given = bound.arguments
+        positions = given.get("position_ids")
+        if positions is None:
+            x = given.get("input_ids")
+            x = given["inputs_embeds"] if x is None else x
+            cache = given.get(CACHE)
+            past = 0 if cache is None else cache.get_seq_length()
+            positions = torch.arange(past, past + x.shape[1], device=x.device)[None]
+        given["position_ids"] = positions + tokens
+        return (), by_name(bound)
+
+    return inner.register_forward_pre_hook(move, with_kwargs=True)
+
+
+def parse(
+    fields: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> tuple[Prefix, Mapping[str, Tensor]]:
+    """The configuration that peft's fields describe."""
+    refuse_unknown(fields, PEFT_FIELDS)
+    saved = tuple(fields.get("modules_to_save") or ())
+    return Prefix(tokens=fields["num_virtual_tokens"], modules_to_save=saved), tensors

@@ -1,0 +1,148 @@
+"""Prompt tuning: trained embeddings in front of the input.
+
+Source: Lester et al. 2021, arXiv:2104.08691, section 2. In a causal model the prompt's states do
+not depend on what follows: one pass over the prompt alone gives its keys and values in every
+layer, and they are a prefix (prefix.py). So the input keeps its length, for users and for
+generation. Step 0 is not the base model. Axes: P tokens, E width of the embedding.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loralab.adapters.methods import Prompt
+from loralab.adapters.peft_fields import refuse_unknown
+from loralab.adapters.prefix import PEFT_FIELDS, AttentionWithPrefix, Front, attention_names, behind
+from loralab.adapters.wrapper import Wrapper
+from loralab.errors import AdapterStateError, TargetError
+
+
+class Embeddings(nn.Module):
+    """The prompt (P, E), and what it amounts to in each layer of the present forward pass."""
+
+    def __init__(self, start: Tensor, layers: int) -> None:
+        super().__init__()
+        self.tokens = len(start)
+        self.weight = nn.Parameter(start)
+        self.layers = layers
+        self.states: list[Tensor] = []  # keys and values (2, H, P, D) of each layer
+        self.recording = False
+        self._made_of: int | None = None  # the version of the weight that the states belong to
+
+    def front(self, layer: int, cache: Any) -> Any:
+        """The prompt's keys and values before a cache; while they are recorded, a recorder."""
+        return self if self.recording else Front(cache, self.states[layer])
+
+    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Record one layer's keys and values (1, H, P, D)."""
+        self.states.append(torch.stack([keys[0], values[0]]))
+        return keys, values
+
+    def is_current(self) -> bool:
+        """Whether the states may be used again: nothing has changed and nobody needs gradients."""
+        return bool(self.states) and self._made_of == self.weight._version
+
+    def record(self, inner: nn.Module) -> None:
+        """One pass of the prompt through the model without its head."""
+        self.states, self.recording = [], True
+        embedding: Any = inner.get_input_embeddings()  # type: ignore[operator]
+        prompt = self.weight.to(embedding.weight.dtype)[None]
+        try:
+            with _without_checkpoints(inner):
+                inner(inputs_embeds=prompt, use_cache=False)
+        finally:
+            self.recording = False
+        keeps = torch.is_grad_enabled() or inner.training
+        self._made_of = None if keeps else self.weight._version
+
+
+def build(model: Any, config: Prompt, generator: torch.Generator | None) -> dict[str, Wrapper]:
+    """The wrappers by path, one table of embeddings among them.
+
+    The prompt starts as the embeddings of tokens drawn from the vocabulary, as in section 3.2.
+    """
+    names = attention_names(model)
+    if not all(getattr(model.get_submodule(name), "is_causal", True) for name in names):
+        raise TargetError(
+            f"prompt tuning needs a causal model; {type(model).__name__} reads in both "
+            "directions: use prefix"
+        )
+    vocabulary: Tensor = model.get_input_embeddings().weight
+    rows = torch.randint(len(vocabulary), (config.tokens,), generator=generator)
+    start = vocabulary.detach()[rows.to(vocabulary.device)].float().clone()
+    table = Embeddings(start, len(names))
+    return {
+        name: AttentionWithPrefix(model.get_submodule(name), table, layer)
+        for layer, name in enumerate(names)
+    }
+
+
+def watch(model: Any, modules: Mapping[str, Any]) -> list[Any]:
+    """Work out the prompt's keys and values before each forward pass, and move the positions."""
+    table: Embeddings = next(iter(modules.values())).table
+    inner = getattr(model, "base_model", model)
+    shift = behind(model, table.tokens, unless=lambda: table.recording)
+
+    def prepare(module: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        if table.recording:
+            return
+        if _reentrant(module):
+            raise AdapterStateError(
+                "prompt tuning does not work with reentrant gradient checkpointing; use "
+                "use_reentrant=False"
+            )
+        if not (table.is_current() and not torch.is_grad_enabled()):
+            table.record(module)
+
+    return [shift, inner.register_forward_pre_hook(prepare, with_kwargs=True)]
+
+
+def pack(modules: Mapping[str, Any]) -> dict[str, Tensor]:
+    """peft's one tensor."""
+    return {"prompt_embeddings": next(iter(modules.values())).table.weight}
+
+
+def fields(config: Prompt, modules: Mapping[str, Any], paths: list[str]) -> dict[str, Any]:
+    """adapter_config.json: peft's PROMPT_TUNING."""
+    table: Embeddings = next(iter(modules.values())).table
+    return {
+        "peft_type": "PROMPT_TUNING", "num_virtual_tokens": config.tokens,
+        "token_dim": table.weight.shape[1], "num_layers": table.layers,
+        "num_attention_heads": None, "num_transformer_submodules": 1,
+        "prompt_tuning_init": "RANDOM",
+        "modules_to_save": list(config.modules_to_save) or None,
+    }  # fmt: skip
+
+
+def parse(
+    fields: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> tuple[Prompt, Mapping[str, Tensor]]:
+    """The configuration that peft's fields describe."""
+    refuse_unknown(fields, PEFT_FIELDS)
+    saved = tuple(fields.get("modules_to_save") or ())
+    return Prompt(tokens=fields["num_virtual_tokens"], modules_to_save=saved), tensors
+
+
+def _reentrant(model: nn.Module) -> bool:
+    """Whether some block recomputes in the way that needs all tensors as inputs."""
+    for module in model.modules():
+        call = getattr(module, "_gradient_checkpointing_func", None)
+        if call is not None and getattr(module, "gradient_checkpointing", False):
+            return bool(getattr(call, "keywords", {}).get("use_reentrant", True))
+    return False
+
+
+@contextmanager
+def _without_checkpoints(model: nn.Module) -> Iterator[None]:
+    """The prompt's keys and values are used outside of the blocks that make them."""
+    on = [m for m in model.modules() if m.__dict__.get("gradient_checkpointing")]
+    for module in on:
+        module.gradient_checkpointing = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for module in on:
+            module.gradient_checkpointing = True  # type: ignore[assignment]

@@ -1,0 +1,121 @@
+"""What every method puts into a model: a module that stands in the place of another.
+
+A wrapper keeps the original as `base`, frozen and untouched, and trains something beside it.
+What it trains, saves and merges is asked for here, so that attaching, saving, loading, merging
+and detaching are written once, in attach.py.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loralab.adapters.bases import as_linear, compute_dtype, is_quantized
+from loralab.errors import AdapterStateError
+
+
+class Wrapper(nn.Module):
+    """A module in the place of `base`; attributes that it lacks are those of the base."""
+
+    cannot_merge = ""  # why no weight of the base can hold what was learnt; empty if one can
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base: Any = base.requires_grad_(False)
+        self._unmerged: dict[str, nn.Parameter | None] = {}
+        self._packed: tuple[nn.Module, ...] = ()  # a quantised base, while a dense one replaces it
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base":  # not set yet: asking the base would never end
+                raise
+            return getattr(super().__getattr__("base"), name)
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """What is trained, by its name in this module."""
+        named = self.named_parameters()
+        return {name: p for name, p in named if not name.startswith("base.")}
+
+    def own_buffers(self) -> dict[str, Tensor]:
+        """What must be kept beside it to go on training."""
+        return {name: b for name, b in self.named_buffers() if not name.startswith("base.")}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is saved, by the last part of its key in the file."""
+        return dict(self.trained())
+
+    def refreshed(self) -> None:
+        """Called when what is trained was filled in from outside."""
+
+    @property
+    def merged(self) -> bool:
+        """Whether the base holds what was learnt at present."""
+        return bool(self._unmerged) or bool(self._packed)
+
+    def merged_tensors(self) -> dict[str, Tensor]:
+        """The base's parameters with what was learnt in them, before rounding."""
+        raise AdapterStateError(self.cannot_merge)
+
+    @torch.no_grad()
+    def merge_weights(self) -> None:
+        """Put W0 + delta in the place of W0, and keep W0 aside: it costs one weight of memory.
+
+        The sum is rounded once, to the base's dtype. W0 is replaced, never written to, so a
+        tensor that shares it (a tied embedding) keeps its values. A quantised layer is replaced
+        by a dense one: quantising the sum again would round most of the update away.
+
+        Raises:
+            AdapterStateError: already merged, cannot be merged, or the sum overflows the dtype.
+        """
+        if self.merged:
+            raise AdapterStateError("already merged; call unmerge_weights() first")
+        new = self._rounded(self.merged_tensors())
+        if is_quantized(self.base):
+            self._packed = (self.base,)
+            self.base = as_linear(new["weight"], new.get("bias", self.base.bias))
+            return
+        for name, total in new.items():
+            self._unmerged[name] = self.base._parameters[name]
+            self.base.register_parameter(name, nn.Parameter(total, requires_grad=False))
+
+    def unmerge_weights(self) -> None:
+        """Put W0 back, the same tensor as before: subtracting the update would drift in bf16.
+
+        Raises:
+            AdapterStateError: not merged.
+        """
+        if not self.merged:
+            raise AdapterStateError("not merged")
+        if self._packed:
+            self.base = self._packed[0]
+        for name, original in self._unmerged.items():
+            self.base.register_parameter(name, original)
+        self._unmerged, self._packed = {}, ()
+
+    @property
+    def original(self) -> nn.Module:
+        """The base as it was given."""
+        return self._packed[0] if self._packed else self.base
+
+    def original_parameters(self) -> dict[str, nn.Parameter]:
+        """The base's parameters as they were given, merged or not."""
+        named = dict(self.original.named_parameters())
+        return {**named, **{n: p for n, p in self._unmerged.items() if p is not None}}
+
+    def finished(self) -> nn.Module:
+        """What stands in the model for good once the adapter is given up, merged."""
+        return self.base
+
+    def _rounded(self, totals: dict[str, Tensor]) -> dict[str, Tensor]:
+        dtype = compute_dtype(self.base)
+        rounded = {}
+        for name, total in totals.items():
+            old = self.base._parameters[name]
+            plain = old is not None and old.is_floating_point()
+            value = total.to(old.dtype if plain else dtype)
+            if not value.isfinite().all():
+                raise AdapterStateError(f"the merged {name} is not finite in {value.dtype}")
+            rounded[name] = value.contiguous()
+        return rounded
