@@ -1,0 +1,144 @@
+"""Prefix and prompt tuning: cached generation, padding, grouped queries, and what they refuse."""
+
+from typing import Any
+
+import pytest
+import torch
+from tiny import bert, fill, gpt2, llama, logits
+from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageClassification
+
+from loralab.adapters.attach import attach
+from loralab.adapters.methods import Prefix, Prompt
+from loralab.errors import ConfigError, TargetError
+
+METHODS = {"prefix": Prefix(tokens=5), "mlp": Prefix(tokens=5, mlp=True, mlp_width=8),
+           "prompt": Prompt(tokens=5)}  # fmt: skip
+every_method = pytest.mark.parametrize("method", METHODS)
+decoders = pytest.mark.parametrize("make", [llama, gpt2])
+PROMPTS = [[5, 9, 3], [7, 2, 8, 11, 30, 4], [40]]
+
+
+def filled(make: Any, method: str) -> Any:
+    model = make()
+    adapter = attach(model, METHODS[method], generator=torch.Generator().manual_seed(0))
+    draw = torch.Generator().manual_seed(1)
+    for parameter in adapter.parameters():
+        torch.nn.init.normal_(parameter, std=0.7, generator=draw)
+    return model
+
+
+def slowly(model: Any, prompt: list[int], steps: int) -> list[int]:
+    """Greedy generation without a cache."""
+    ids = list(prompt)
+    for _ in range(steps):
+        with torch.no_grad():
+            ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+@decoders
+@every_method
+def test_generation_with_a_cache_is_generation_without(make: Any, method: str) -> None:
+    model = filled(make, method)
+    for prompt in PROMPTS:
+        found = model.generate(
+            torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            max_new_tokens=7, min_new_tokens=7, do_sample=False, pad_token_id=0,
+        )  # fmt: skip
+        assert found[0, len(prompt) :].tolist() == slowly(model, prompt, 7)
+
+
+@decoders
+@every_method
+def test_a_batch_of_unequal_lengths_is_its_rows_alone(make: Any, method: str) -> None:
+    model = filled(make, method)
+    longest = max(map(len, PROMPTS))
+    ids, mask = torch.zeros(3, longest, dtype=torch.long), torch.zeros(3, longest, dtype=torch.long)
+    for row, prompt in enumerate(PROMPTS):
+        ids[row, : len(prompt)], mask[row, : len(prompt)] = torch.tensor(prompt), 1
+    with torch.no_grad():
+        together = model(ids, attention_mask=mask).logits
+        for row, prompt in enumerate(PROMPTS):
+            alone = model(torch.tensor([prompt])).logits[0]
+            torch.testing.assert_close(together[row, : len(prompt)], alone, rtol=1e-4, atol=1e-5)
+
+
+@decoders
+@every_method
+def test_padding_on_the_left_changes_no_answer(make: Any, method: str) -> None:
+    model = filled(make, method)
+    longest = max(map(len, PROMPTS))
+    ids, mask = torch.zeros(3, longest, dtype=torch.long), torch.zeros(3, longest, dtype=torch.long)
+    for row, prompt in enumerate(PROMPTS):
+        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+        mask[row, longest - len(prompt) :] = 1
+    found = model.generate(
+        ids, attention_mask=mask, max_new_tokens=5, min_new_tokens=5, do_sample=False,
+        pad_token_id=0,
+    )  # fmt: skip
+    for row, prompt in enumerate(PROMPTS):
+        assert found[row, longest:].tolist() == slowly(model, prompt, 5)
+
+
+@every_method
+def test_eager_attention_gives_the_same(method: str) -> None:
+    fast, slow = llama(), llama()
+    slow.set_attn_implementation("eager")
+    for model in (fast, slow):
+        fill(attach(model, METHODS[method]))
+    torch.testing.assert_close(logits(fast), logits(slow), rtol=1e-4, atol=1e-5)
+
+
+def test_a_prompt_is_the_same_as_its_tokens_in_front() -> None:
+    """If the prompt is made of the embeddings of real tokens, the answer is that to those."""
+    model = llama()
+    tokens, rest = [4, 17, 31, 8, 22], [5, 9, 3]
+    with torch.no_grad():
+        want = model(torch.tensor([tokens + rest])).logits[0, 5:]
+        adapter = attach(model, Prompt(tokens=5))
+        adapter.parameters()[0].copy_(model.get_input_embeddings().weight[tokens])
+        torch.testing.assert_close(model(torch.tensor([rest])).logits[0], want)
+
+
+def test_prompt_states_are_made_once_and_again_after_a_change() -> None:
+    model = filled(llama, "prompt")
+    table = next(iter(model.model.layers)).self_attn.table
+    first = logits(model)
+    states = table.states
+    logits(model)
+    assert table.states is states
+    with torch.no_grad():
+        table.weight.mul_(2)
+    assert not torch.equal(logits(model), first)
+    assert table.states is not states
+
+
+def test_grouped_queries_have_a_narrower_prefix() -> None:
+    adapter = attach(llama(), Prefix(tokens=5))
+    assert adapter.num_parameters == 5 * 3 * 2 * 2 * 8  # tokens, layers, k and v, heads, width
+
+
+@pytest.mark.parametrize(("layers", "width", "tokens", "expected"), [
+    (24, 1024, 5, 245_760), (24, 1024, 10, 491_520),
+])  # fmt: skip
+def test_parameters_of_the_paper(layers: int, width: int, tokens: int, expected: int) -> None:
+    config = LlamaConfig(
+        hidden_size=width, num_hidden_layers=layers, num_attention_heads=16, vocab_size=8,
+        intermediate_size=8,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    assert attach(model, Prefix(tokens=tokens)).num_parameters == expected
+
+
+def test_models_that_cannot_are_refused() -> None:
+    with torch.device("meta"):
+        picture = ViTForImageClassification(ViTConfig(num_hidden_layers=1))
+    with pytest.raises(TargetError, match="no attention with a cache"):
+        attach(picture, Prefix())
+    with pytest.raises(TargetError, match="both directions"):
+        attach(bert(), Prompt())
+    model = llama()
+    model.config._attn_implementation = "flex_attention"
+    with pytest.raises(ConfigError, match="'flex_attention'"):
+        attach(model, Prefix())
