@@ -100,7 +100,7 @@ class Adapter:
     @property
     def can_merge(self) -> bool:
         """Whether the base weights can hold what was learnt."""
-        return not self._reason_not_to_merge()
+        return not self.reason_not_to_merge()
 
     def step(self) -> None:
         """Call once after every optimiser step, before the gradients are dropped.
@@ -150,7 +150,7 @@ class Adapter:
                 would not be finite.
         """
         self._require_attached()
-        if reason := self._reason_not_to_merge():
+        if reason := self.reason_not_to_merge():
             raise AdapterStateError(reason)
         if self.merged:
             raise AdapterStateError("already merged; call unmerge() first")
@@ -229,7 +229,8 @@ class Adapter:
             tensors |= {f"{key}.{k}": v for k, v in saved.trained.state_dict().items()}
         return {name: tensor.detach() for name, tensor in tensors.items()}
 
-    def _reason_not_to_merge(self) -> str:
+    def reason_not_to_merge(self) -> str:
+        """Why the base weights cannot hold what was learnt; empty if they can."""
         reasons = (module.cannot_merge for module in self.modules.values())
         return next((reason for reason in reasons if reason), "")
 

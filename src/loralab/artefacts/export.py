@@ -5,12 +5,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 from loralab import atomic
-from loralab.adapters import folder
+from loralab.adapters.attach import Adapter
+from loralab.adapters.conv import ConvWithLoRA
 from loralab.adapters.folder import CONFIG, read_json
+from loralab.adapters.multihead import MultiheadAttentionWithLoRA
+from loralab.adapters.recipes import OUR_OWN
 from loralab.artefacts.certificate import Certificate, compare_afresh, reference_of
 from loralab.artefacts.live import bring_to_life, sample_of
 from loralab.artefacts.merge import REJECTED, merge, publish
-from loralab.errors import CertificateError, ConfigError, nearest
+from loralab.errors import CertificateError, ConfigError, nearest, some
+
+OUT_B = "base_layer.out_proj.lora_B.weight"
 
 
 def export(
@@ -38,9 +43,14 @@ def export(
 
 
 def _to_peft(adapter: Path, output: Path, model: str | None, precision: str | None) -> Certificate:
-    """peft's own files. All that LoRA can be here, peft can express."""
+    """peft's own files, of the methods that peft has."""
     atomic.require_free(output)
+    kind = read_json(adapter / CONFIG).get("peft_type") if (adapter / CONFIG).is_file() else None
+    if kind in OUR_OWN:
+        raise ConfigError(f"peft has no method {kind}, so {adapter} cannot be written for it")
     live = bring_to_life(adapter, model=model, precision=precision)
+    if reasons := _not_for_peft(live.adapter):
+        raise ConfigError(f"peft cannot express {adapter}: {some(reasons)}")
     prompts = sample_of(live.stored.record, live.base)
     reference = reference_of(live.base.model, prompts, live.base.kind)
     stored = live.stored.record
@@ -51,13 +61,25 @@ def _to_peft(adapter: Path, output: Path, model: str | None, precision: str | No
     }  # fmt: skip
     rejected = output.with_name(output.name + REJECTED)
     shutil.rmtree(rejected, ignore_errors=True)
-    config = {**read_json(adapter / CONFIG), "base_model_name_or_path": live.base.name}
-    folder.write(rejected, config, live.stored.tensors, record)
+    live.adapter.save(rejected, record)
     certificate = compare_afresh(rejected, reference)
     if not certificate.passed:
         raise CertificateError(f"the exported adapter differs; it is left in {rejected}")
     publish(rejected, output)
     return certificate
+
+
+def _not_for_peft(adapter: Adapter) -> list[str]:
+    """What peft would compute in another way than here."""
+    reasons = []
+    for name, module in adapter.modules.items():
+        if isinstance(module, ConvWithLoRA) and module.base.groups > 1:
+            reasons.append(f"{name} is a convolution in groups, whose A peft does not group")
+        if isinstance(module, ConvWithLoRA) and set(module.base.dilation) != {1}:
+            reasons.append(f"{name} is a dilated convolution, whose dilation peft forgets")
+        if isinstance(module, MultiheadAttentionWithLoRA) and bool(module.tensors()[OUT_B].any()):
+            reasons.append(f"{name} updates out_proj, which peft would add twice")
+    return reasons
 
 
 def _to_merged(

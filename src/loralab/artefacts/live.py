@@ -12,6 +12,7 @@ from loralab.adapters.load import load as load_adapter
 from loralab.errors import AdapterFileError
 from loralab.models import load as models
 from loralab.models.load import Base
+from loralab.models.quantize import quantize as pack
 
 Ids = Sequence[int]
 _SENTENCES = (
@@ -62,6 +63,8 @@ def bring_to_life(
     base = models.load(
         name, kind=kind, dtype=models.parse_dtype(precision), labels=label_names(stored), seed=seed
     )
+    if (how := record.get("quantize", "none")) != "none":
+        pack(base.model, how, name)
     adapter = load_adapter(base.model, path)
     return Live(base=base, adapter=adapter, stored=stored, precision=precision)
 

@@ -12,8 +12,9 @@ from loralab import atomic
 from loralab.adapters.folder import FORMAT, RECORD, write_json
 from loralab.artefacts.certificate import Certificate, compare_afresh, file_digests, reference_of
 from loralab.artefacts.live import Live, bring_to_life, sample_of
-from loralab.errors import CertificateError
+from loralab.errors import CertificateError, ConfigError
 from loralab.models.load import quiet
+from loralab.models.quantize import dequantize
 
 REJECTED = ".rejected"
 
@@ -42,6 +43,8 @@ def merge(
     output = Path(output)
     atomic.require_free(output)
     live = bring_to_life(adapter, model=model, precision=precision)
+    if reason := live.adapter.reason_not_to_merge():
+        raise ConfigError(f"{adapter}: {reason}")
     prompts = sample_of(live.stored.record, live.base)
     reference = reference_of(live.base.model, prompts, live.base.kind)
     rejected = output.with_name(output.name + REJECTED)
@@ -68,6 +71,7 @@ def publish(rejected: Path, output: Path) -> None:
 
 def _write_model(live: Live, place: Path) -> None:
     plain: Any = live.adapter.merge_and_detach()
+    dequantize(plain)
     _untie(plain)
     record = live.stored.record
     stops = record.get("tokenizer", {}).get("stop_ids")

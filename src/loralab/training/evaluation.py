@@ -13,6 +13,7 @@ from loralab.adapters.load import load as load_adapter
 from loralab.errors import AdapterFileError, ConfigError
 from loralab.models import load as models
 from loralab.models.load import Base
+from loralab.models.quantize import quantize as pack
 from loralab.tasks import catalog, score
 from loralab.tasks.encode import chat_ids
 from loralab.tasks.score import Scores
@@ -48,7 +49,8 @@ def evaluate(
     if seed is None:
         seed = int(record.get("training", {}).get("seed", 0))
     task = catalog.find(data, mapping=mapping, seed=seed)
-    base = load_base(name, task, _precision(evaluation.precision, stored), seed)
+    how = quantization(evaluation.quantize, stored)
+    base = load_base(name, task, _precision(evaluation.precision, stored), seed, quantize=how)
     if adapter is not None:
         load_adapter(base.model, adapter)
     return score.evaluate(
@@ -81,6 +83,8 @@ def answers(
         raise ConfigError("without the base and without adapters there is nothing to answer")
     stored = [folder.read(path) for path in adapters]
     base = _generator(model or base_name(*stored), _precision(precision, *stored))
+    if (how := quantization("auto", *stored)) != "none":
+        pack(base.model, how, model or base_name(*stored))
     ids = [chat_ids(base.tokenizer, prompt, system=system) for prompt in prompts]
     found: list[dict[str, Any]] = [{"prompt": prompt, "answers": {}} for prompt in prompts]
     for path in ([None] if with_base else []) + list(adapters):
@@ -114,6 +118,20 @@ def _precision(asked: str, *stored: AdapterFolder | None) -> str:
     """What was asked for; with auto that of the adapters' training, where they agree."""
     own = {entry.record.get("base", {}).get("precision") for entry in stored if entry} - {None}
     return str(own.pop()) if asked == "auto" and len(own) == 1 else asked
+
+
+def quantization(asked: str, *stored: AdapterFolder | None) -> str:
+    """How the base is packed: as asked, or with auto as in the adapters' training.
+
+    Raises:
+        ConfigError: the adapters were trained on bases that are packed in different ways.
+    """
+    own = {entry.record.get("base", {}).get("quantize", "none") for entry in stored if entry}
+    if asked != "auto":
+        return asked
+    if len(own) > 1:
+        raise ConfigError(f"the adapters were trained on different bases: {', '.join(sorted(own))}")
+    return str(own.pop()) if own else "none"
 
 
 def _generator(name: str, precision: str) -> Base:

@@ -24,6 +24,7 @@ from loralab.adapters.targets import HEADS
 from loralab.errors import ConfigError, OutputError, some
 from loralab.models import load as models
 from loralab.models.load import Base
+from loralab.models.quantize import quantize as pack
 from loralab.tasks import catalog, encode
 from loralab.tasks.batches import Batches
 from loralab.tasks.catalog import Task
@@ -100,7 +101,9 @@ def prepare(request: Request) -> Prepared:
     """Load, attach and encode; raises whatever is wrong with the input, and writes nothing."""
     training = request.training
     task = catalog.find(request.data, mapping=request.mapping, seed=training.seed)
-    base = load_base(request.model, task, training.precision, training.seed)
+    base = load_base(
+        request.model, task, training.precision, training.seed, quantize=training.quantize
+    )
     generator = torch.Generator().manual_seed(training.seed)
     adapter = attach(base.model, with_head(request.method, base), generator=generator)
     if base.kind == "causal-lm":
@@ -125,12 +128,14 @@ def prepare(request: Request) -> Prepared:
     )  # fmt: skip
 
 
-def load_base(name: str, task: Task, precision: str, seed: int) -> Base:
-    """The model for a task: a classifier if it is an encoder, on the device, frozen cache off."""
+def load_base(name: str, task: Task, precision: str, seed: int, *, quantize: str = "none") -> Base:
+    """The model for a task: a classifier if it is an encoder, on the device, packed if asked to."""
     kind = models.natural_kind(name)
     dtype = models.parse_dtype(memory.resolve_precision(precision))
     base = models.load(name, kind=kind, dtype=dtype, labels=task.labels, seed=seed)
     base.model.to(memory.device_here())
+    if quantize != "none":
+        pack(base.model, quantize, name)
     return base
 
 

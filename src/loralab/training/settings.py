@@ -90,6 +90,9 @@ class Evaluation:
     precision: Annotated[
         str, "dtype of the base: fp32, bf16, fp16; auto is that of the adapter's training"
     ] = "auto"
+    quantize: Annotated[
+        str, "keep the base in few bits: none, nf4, gguf; auto is as in the adapter's training"
+    ] = "auto"
     generate: Annotated[
         bool, "also let the model write its answers: exact match, BLEU, ROUGE-L"
     ] = False
@@ -104,6 +107,7 @@ class Evaluation:
             _at_least(name, getattr(self, name), 1)
         if self.limit is not None:
             _at_least("limit", self.limit, 1)
+        check_choice("quantize", self.quantize, ("auto", *QUANTIZERS))
         check_choice("split", self.split, ("train", "validation", "test"))
         check_choice("precision", self.precision, PRECISIONS)
 

@@ -1,0 +1,210 @@
+"""4-bit weights: linear layers that keep them packed and unpack them in every product.
+
+NF4 with double quantisation (QLoRA, arXiv:2305.14314, section 3) through bitsandbytes, or the
+blocks of a GGUF file as they stand there. Embedding, head and norms stay as they are.
+Axes: I in_features, O out_features; `...` any leading axes.
+"""
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from loralab.errors import ModelError
+from loralab.models.catalog import MODELS, locate
+from loralab.models.gguf_blocks import Blocks, linear_tensors
+
+BLOCK = 64  # weights that share a scale in NF4
+HEADS = ("lm_head", "classifier", "score", "head", "qa_outputs")
+
+
+class Packed(Protocol):
+    """A weight in few bits."""
+
+    data: Tensor
+
+    def dequantize(self) -> Tensor:
+        """The weight, (O, I)."""
+
+    def nbytes(self) -> int:
+        """What it takes to keep it, scales included."""
+
+    def to(self, device: torch.device) -> "Packed":
+        """On another device."""
+
+
+class QuantizedLinear(nn.Linear):
+    """A frozen linear layer whose weight is kept packed.
+
+    Nothing of the unpacked weight outlives a product: the backward pass unpacks it again.
+    """
+
+    def __init__(
+        self, packed: Packed, bias: Tensor | None, shape: tuple[int, int], dtype: torch.dtype
+    ) -> None:
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = shape
+        self.compute_dtype = dtype
+        self.packed = packed
+        self.weight = nn.Parameter(packed.data, requires_grad=False)
+        own = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.register_parameter("bias", own)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., I) -> (..., O)."""
+        out: Tensor = _Product.apply(x, self)
+        return out if self.bias is None else out + self.bias.to(out.dtype)
+
+    def dequantize(self) -> Tensor:
+        """The weight, (O, I), in fp32."""
+        return self.packed.dequantize().float()
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits that are kept for each weight, scales included."""
+        return 8 * self.packed.nbytes() / (self.in_features * self.out_features)
+
+    def extra_repr(self) -> str:
+        """Sizes, for print(model)."""
+        return f"{self.in_features}, {self.out_features}, {self.bits_per_weight:.3f} bits"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        """Move, but never cast: the bytes are no numbers."""
+        device = fn(torch.empty(0, dtype=torch.uint8, device=self.weight.device)).device
+        self.packed = self.packed.to(device)
+        self.weight = nn.Parameter(self.packed.data, requires_grad=False)
+        if self.bias is not None:
+            self.bias = nn.Parameter(fn(self.bias.data), requires_grad=False)
+        return self
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: QuantizedLinear) -> Tensor:
+        ctx.layer = layer
+        return F.linear(x, layer.packed.dequantize().to(x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        return dy @ ctx.layer.packed.dequantize().to(dy.dtype), None
+
+
+class NF4:
+    """A weight in 4-bit NormalFloat, blocks of 64, scales in 8 bits (double quantisation)."""
+
+    def __init__(self, weight: Tensor, *, double: bool = True) -> None:
+        import bitsandbytes.functional as bnb
+
+        self._dequantize = bnb.dequantize_4bit
+        self.data, self.state = bnb.quantize_4bit(
+            weight.detach().contiguous(), blocksize=BLOCK, compress_statistics=double,
+            quant_type="nf4",
+        )  # fmt: skip
+
+    def dequantize(self) -> Tensor:
+        """The weight, (O, I), in the dtype that it had."""
+        out: Tensor = self._dequantize(self.data, self.state)
+        return out
+
+    def nbytes(self) -> int:
+        """Packed weights and scales; the two tables of levels are shared by all layers."""
+        parts = [self.data, self.state.absmax]
+        if self.state.nested:
+            parts += [self.state.state2.absmax, self.state.offset]
+        return sum(part.numel() * part.element_size() for part in parts)
+
+    def to(self, device: torch.device) -> "NF4":
+        """On another device."""
+        self.data = self.data.to(device)
+        self.state.to(device)
+        return self
+
+
+def quantize(model: Any, how: str, name: str) -> None:
+    """Replace the linear layers of a model, but for its head, in place.
+
+    Args:
+        how: "nf4", or "gguf" for the blocks of the file that the model came from.
+        name: what the model was loaded by.
+
+    Raises:
+        ModelError: the extra is not installed, or the model came from no GGUF file.
+    """
+    if how == "gguf":
+        _from_file(model, name)
+        return
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ModelError("4-bit weights need bitsandbytes: pip install 'loralab[quant]'")
+    for path, layer in linear_layers(model):
+        shape = (layer.out_features, layer.in_features)
+        new = QuantizedLinear(NF4(layer.weight), layer.bias, shape, layer.weight.dtype)
+        _put(model, path, new)
+
+
+def dequantize(model: nn.Module) -> int:
+    """Replace packed layers by plain ones in their compute dtype; returns how many there were."""
+    packed = [(n, m) for n, m in model.named_modules() if isinstance(m, QuantizedLinear)]
+    for path, layer in packed:
+        plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+        weight = layer.dequantize().to(layer.compute_dtype)
+        plain.weight = nn.Parameter(weight, requires_grad=False)
+        plain.bias = layer.bias
+        _put(model, path, plain)
+    return len(packed)
+
+
+def retained(before: Tensor, after: Tensor, *, double: bool = True) -> float:
+    """The part of an update that survives quantisation: <Q(W + D) - Q(W), D> / |D|^2.
+
+    Args:
+        before: W, (O, I), as the quantised base has it.
+        after: W + D.
+    """
+    update = (after - before).double()
+    norm = float(update.square().sum())
+    if not norm:
+        return 1.0
+    kept = NF4(after, double=double).dequantize() - NF4(before, double=double).dequantize()
+    return float((kept.double() * update).sum()) / norm
+
+
+def linear_layers(model: Any) -> Iterator[tuple[str, nn.Linear]]:
+    """The layers that are packed: all linear ones, but for the head."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    for path, layer in list(model.named_modules()):
+        if type(layer) is nn.Linear and layer is not head and path.split(".")[0] not in HEADS:
+            yield path, layer
+
+
+def gguf_file(name: str) -> Path | None:
+    """The GGUF file behind a short name or a path."""
+    path = locate(MODELS[name]) if name in MODELS else Path(name).expanduser()
+    return path if path is not None and path.suffix == ".gguf" and path.is_file() else None
+
+
+def _from_file(model: Any, name: str) -> None:
+    file = gguf_file(name)
+    if file is None:
+        raise ModelError(f"--quantize gguf needs a model that is a GGUF file, which {name} is not")
+    layers = dict(linear_layers(model))
+    found = linear_tensors(file, model.config)
+    for path in layers.keys() - found.keys():
+        raise ModelError(f"{file.name} holds no quantised weight for {path}")
+    for path, layer in layers.items():
+        blocks: Blocks = found[path].to(layer.weight.device)
+        shape = (layer.out_features, layer.in_features)
+        want = layer.weight.detach().float()
+        if not torch.allclose(blocks.dequantize().view(shape), want, rtol=2**-7, atol=1e-6):
+            raise ModelError(f"{file.name}: the blocks of {path} do not give the model's weight")
+        _put(model, path, QuantizedLinear(blocks, layer.bias, shape, layer.weight.dtype))
+
+
+def _put(model: nn.Module, path: str, layer: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, layer)
