@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassification
 
 from loralab.errors import ConfigError, ModelError
+from loralab.models import convert
 from loralab.models import load as models
 from loralab.models.catalog import MODELS
 from loralab.models.load import CAUSAL, CLASSIFIER, load, natural_kind, parse_dtype, resolve
@@ -279,7 +280,7 @@ def test_the_first_of_two_conversions_is_kept(tmp_path: Path) -> None:
     for own in ("model.1", "model.2"):
         (tmp_path / own).mkdir()
         (tmp_path / own / "config.json").write_text(own, encoding="utf-8")
-        assert models._first(tmp_path / own, folder) == folder
+        assert convert._first(tmp_path / own, folder) == folder
     assert (folder / "config.json").read_text() == "model.1"
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
@@ -299,7 +300,7 @@ def test_the_cache_is_where_the_user_wants_it(
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert models.cache_folder() == Path(expected)
+    assert convert.cache_folder() == Path(expected)
 
 
 @pytest.mark.slow

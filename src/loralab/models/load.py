@@ -1,16 +1,13 @@
 """Name -> Base: short name, folder, GGUF file or hub id.
 
-Weights are read from safetensors or GGUF only, never from a pickle, and no code that comes with
-a model is run. A GGUF file is converted once, to a folder in the cache.
+Weights are read from safetensors, GGUF or ONNX only, never from a pickle, and no code that comes
+with a model is run. A GGUF or ONNX file is converted once, to a folder in the cache.
 """
 
 import contextlib
-import hashlib
-import importlib.util
-import io
-import os
+import inspect
+import json
 import re
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,21 +20,38 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+)
 from transformers.utils import logging
 
-from loralab import atomic
-from loralab.errors import ConfigError, ModelError, OutputError, nearest, some
+from loralab.errors import ConfigError, LoralabError, ModelError, nearest, some
+from loralab.models import pictures
 from loralab.models.catalog import MODELS, how_to_get, locate
+from loralab.models.convert import NEEDS, Options, converted
 
-Options = dict[str, Any]  # of transformers' from_pretrained
 CAUSAL, CLASSIFIER = "causal-lm", "sequence-classification"
+TAGGER, VISION, SENTENCES = "token-classification", "image-classification", "sentence-encoder"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_LOADERS = {CAUSAL: AutoModelForCausalLM, CLASSIFIER: AutoModelForSequenceClassification}
+_LOADERS = {
+    CAUSAL: AutoModelForCausalLM, CLASSIFIER: AutoModelForSequenceClassification,
+    TAGGER: AutoModelForTokenClassification, VISION: AutoModelForImageClassification,
+    SENTENCES: AutoModel,
+}  # fmt: skip
+KINDS = tuple(_LOADERS)
+# kinds that end in classes, and how transformers calls a model that has such a head
+_HEADS = {CLASSIFIER: "ForSequenceClassification", TAGGER: "ForTokenClassification",
+          VISION: "ForImageClassification"}  # fmt: skip
+_FREE_SIZES = ("dinov2", "dinov2_with_registers", "swin", "swinv2")  # fit their places themselves
 # encoders that transformers can also run as a decoder: their weights were not trained for it
 _ENCODERS = ("bert", "roberta", "electra", "camembert", "xlm-roberta", "data2vec-text", "ernie",
              "megatron-bert", "rembert", "roformer", "xmod", "mega", "nezha")  # fmt: skip
@@ -47,6 +61,7 @@ _ENCODERS = ("bert", "roberta", "electra", "camembert", "xlm-roberta", "data2vec
 class Base:
     """A base model, in evaluation mode, with its tokenizer (padded on the right).
 
+    A vision model has Pictures (models/pictures.py) in the place of a tokenizer.
     `name` is what the user wrote, a folder made absolute; `source` where it was read from.
     """
 
@@ -64,32 +79,41 @@ def load(
     dtype: torch.dtype = torch.float32,
     labels: Sequence[str] = (),
     seed: int = 0,
+    image_size: int | None = None,
 ) -> Base:
     """Load a base model and its tokenizer.
 
     Args:
-        kind: "causal-lm" or "sequence-classification"; None is the model's own.
+        kind: one of KINDS; None is the model's own.
         labels: class names of a new classification head; a model that has a head keeps it, and
             must know the same classes in the same order.
         seed: of that new head.
+        image_size: pixels of a side, for a vision model; None is the model's own.
 
     Raises:
         ModelError: it does not exist, cannot be read, is of another kind, or knows other classes.
+        ConfigError: the kind is unknown, or the model cannot take pictures of that size.
     """
+    if kind is not None and kind not in KINDS:
+        raise ConfigError(f"unknown kind of model {kind!r} ({some(KINDS)}){nearest(kind, KINDS)}")
     source = resolve(name)
     config = _config(name, source)
     kind = kind or _kind_of(config)
-    options = _head_options(name, config, labels) if kind == CLASSIFIER else {}
+    _require_sense(name, config, kind, image_size)
+    options = _options(name, config, kind, labels)
     with _explained(name, source), torch.random.fork_rng():
         torch.manual_seed(seed)
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        tokenizer = _reader(name, source, config, kind, image_size)
         model, report = _LOADERS[kind].from_pretrained(
             source, dtype=dtype, use_safetensors=True, output_loading_info=True,
             trust_remote_code=False, ignore_mismatched_sizes=True, **options,
         )  # fmt: skip
-    new_head = kind == CLASSIFIER and not _has_head(config)
+    new_head = kind in _HEADS and not _has_head(config, kind)
     _require_complete(name, model, report, new_head=new_head)
-    _prepare(model, tokenizer)
+    if kind == VISION:
+        _require_size(name, model, tokenizer.size)
+    else:
+        _prepare(model, tokenizer)
     shown = str(Path(name).resolve()) if name not in MODELS and Path(name).exists() else name
     return Base(name=shown, model=model.eval(), tokenizer=tokenizer, kind=kind, source=source)
 
@@ -103,6 +127,33 @@ def natural_kind(name: str) -> str:
     return _kind_of(_config(name, resolve(name)))
 
 
+def kind_for(name: str, data_format: str) -> str:
+    """What a model becomes for data of a format (tasks/formats.py names them).
+
+    Raises:
+        ModelError: it does not exist, or cannot learn from such data.
+    """
+    config = _config(name, resolve(name))
+    natural = _kind_of(config)
+    if (natural == VISION) != (data_format == "image-label"):
+        wanted = "text: take a language model or an encoder"
+        if data_format == "image-label":
+            wanted = "pictures: take a vision model, such as dinov2-s"
+        raise ModelError(f"{name} is {_said(natural)}, and the data is {wanted}")
+    if data_format == "tokens-tags":
+        if config.model_type not in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES:
+            raise ModelError(f"{name} ({config.model_type}) cannot tag words; take minilm-l6")
+        return TAGGER
+    if data_format == "pair":
+        if natural == CAUSAL:
+            raise ModelError(
+                f"{name} is {_said(natural)}; text_a, text_b without a label trains an encoder of "
+                "sentences: take minilm-l6, or say --map prompt=text_a completion=text_b"
+            )
+        return SENTENCES
+    return CLASSIFIER if natural == TAGGER else natural  # its body reads any text
+
+
 def resolve(name: str) -> str:
     """The folder or hub id that transformers reads; a GGUF file is converted on the way.
 
@@ -113,14 +164,16 @@ def resolve(name: str) -> str:
         found = locate(MODELS[name])
         if found is None:
             raise ModelError(f"{name} is not installed; get it with: {how_to_get(MODELS[name])}")
-        return str(_converted(found, name) if found.suffix == ".gguf" else found)
+        with _explained(name, str(found)):
+            return str(converted(found, name) if found.suffix in NEEDS else found)
     path = Path(name).expanduser()
     if not name:
         raise ModelError(f"the name of the model is empty; short names: {', '.join(MODELS)}")
     if path.is_file():
         if path.suffix != ".gguf":
             raise ModelError(f"{name} is a file, but not .gguf; a model is a folder or a GGUF file")
-        return str(_converted(path, path.stem))
+        with _explained(str(path), str(path)):
+            return str(converted(path, path.stem))
     if path.is_dir():
         _require_model_folder(name, path)
         return str(path)
@@ -144,57 +197,6 @@ def parse_dtype(precision: str) -> torch.dtype:
     return DTYPES[precision]
 
 
-def cache_folder() -> Path:
-    """Where converted models are kept: $LORALAB_CACHE, or loralab in the user's cache."""
-    if own := os.environ.get("LORALAB_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loralab"
-
-
-def _converted(file: Path, name: str) -> Path:
-    """The folder that holds a GGUF file's model in fp32, written the first time."""
-    with file.open("rb") as handle:
-        digest = hashlib.file_digest(handle, "sha256").hexdigest()
-    folder = cache_folder() / "models" / f"{file.stem}-{digest[:16]}"
-    if (folder / "config.json").is_file():
-        return folder
-    if importlib.util.find_spec("gguf") is None:
-        raise ModelError(f"{file.name} needs the package gguf: pip install 'loralab[gguf]'")
-    silence = contextlib.redirect_stderr(io.StringIO())  # a progress bar that has no switch
-    with silence, _explained(str(file), str(file)):
-        options: Options = {"gguf_file": file.name, "trust_remote_code": False}
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, **options)
-        model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **options)
-        _forget_quantization(model)
-        model.config._name_or_path = name
-        # two processes may convert at once: each writes its own, the first to finish is kept
-        own = folder.with_name(f"{folder.name}.{os.getpid()}")
-        with atomic.new_folder(own) as place:
-            model.save_pretrained(place)
-            tokenizer.save_pretrained(place)
-    return _first(own, folder)
-
-
-def _first(own: Path, folder: Path) -> Path:
-    """Give `own` its final name, or drop it where another process was faster."""
-    try:
-        return own.rename(folder)
-    except OSError:
-        if not folder.is_dir():
-            raise
-        shutil.rmtree(own, ignore_errors=True)
-        return folder
-
-
-def _forget_quantization(model: Any) -> None:
-    """The weights are dequantised now, and may be saved."""
-    model.config.__dict__.pop("quantization_config", None)
-    model.is_quantized = False
-    for name in ("hf_quantizer", "quantization_method"):
-        if hasattr(model, name):
-            setattr(model, name, None)
-
-
 def _require_model_folder(name: str, path: Path) -> None:
     if not (path / "config.json").is_file():
         raise ModelError(f"{name} is no model folder: it has no config.json")
@@ -205,8 +207,21 @@ def _require_model_folder(name: str, path: Path) -> None:
                 "convert them to safetensors"
             )
         raise ModelError(f"{name} holds no weights (*.safetensors)")
-    if not any(any(path.glob(kind)) for kind in ("tokenizer*", "vocab*", "*.model")):
+    tokenizer = any(any(path.glob(kind)) for kind in ("tokenizer*", "vocab*", "*.model"))
+    if not tokenizer and not _sees(path / "config.json"):
         raise ModelError(f"{name} holds no tokenizer (tokenizer.json)")
+
+
+def _sees(config: Path) -> bool:
+    """Whether a configuration is a vision model's; one that cannot be read is complained of later.
+
+    Only its type is looked at: transformers reads the rest.
+    """
+    try:
+        own = json.loads(config.read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError, AttributeError):
+        return False
+    return own in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
 
 def _require_on_hub(name: str) -> None:
@@ -233,21 +248,59 @@ def _kind_of(config: Any) -> str:
     architectures = config.architectures or [""]
     if any(found.endswith("ForCausalLM") or "LMHead" in found for found in architectures):
         return CAUSAL
+    if config.model_type in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES:
+        return VISION
+    if _has_head(config, TAGGER):
+        return TAGGER
     decoder = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    encoder = _has_head(config) or config.model_type in _ENCODERS
+    encoder = _has_head(config, CLASSIFIER) or config.model_type in _ENCODERS
     return CAUSAL if decoder and not encoder else CLASSIFIER
 
 
-def _has_head(config: Any) -> bool:
-    return any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
+def _said(kind: str) -> str:
+    names = {CAUSAL: "a language model", VISION: "a vision model"}
+    return names.get(kind, "an encoder of text")
 
 
-def _head_options(name: str, config: Any, labels: Sequence[str]) -> Options:
+def _has_head(config: Any, kind: str) -> bool:
+    return any(name.endswith(_HEADS[kind]) for name in config.architectures or [])
+
+
+def _require_sense(name: str, config: Any, kind: str, image_size: int | None) -> None:
+    """Pictures for vision models, text for all others."""
+    own = _kind_of(config)
+    if (kind == VISION) != (own == VISION):
+        raise ModelError(f"{name} is {_said(own)} ({config.model_type}), it cannot do {kind}")
+    if image_size is not None and kind != VISION:
+        raise ConfigError(f"image_size has no effect: {name} is {_said(own)}")
+
+
+def _reader(name: str, source: str, config: Any, kind: str, image_size: int | None) -> Any:
+    """The tokenizer, or what stands in its place for pictures."""
+    if kind == VISION:
+        return pictures.read(name, source, config, image_size)
+    # byte-level tokenizers take words one by one only if each may begin with a space
+    options: Options = {"add_prefix_space": True} if kind == TAGGER else {}
+    return AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
+
+
+def _options(name: str, config: Any, kind: str, labels: Sequence[str]) -> Options:
+    """What from_pretrained must know beyond the source."""
+    if kind in _HEADS:
+        return _head_options(name, config, kind, labels)
+    if kind == SENTENCES:  # sentences are the mean of their tokens: a pooler would stay unused
+        built = AutoModel._model_mapping[type(config)]
+        if "add_pooling_layer" in inspect.signature(built.__init__).parameters:
+            return {"add_pooling_layer": False}
+    return {}
+
+
+def _head_options(name: str, config: Any, kind: str, labels: Sequence[str]) -> Options:
     """The classes of the head; those of a head that is there already are not renamed."""
     names = dict(enumerate(labels))
     options = {"num_labels": len(names), "id2label": names,
                "label2id": {label: index for index, label in names.items()}}  # fmt: skip
-    if not names or not _has_head(config):
+    if not names or not _has_head(config, kind):
         return options if names else {}
     own = dict(config.id2label)
     if names == own or (_unnamed(names) and len(names) == len(own)):
@@ -268,7 +321,7 @@ def _require_complete(
     name: str, model: nn.Module, report: Mapping[str, Any], *, new_head: bool
 ) -> None:
     """Only what a new classification head consists of may be absent from the file."""
-    heads = ("classifier.", "score.", "pre_classifier.", "bert.pooler.", "pooler.")
+    heads = ("classifier.", "score.", "head.", "pre_classifier.", "bert.pooler.", "pooler.")
     missing: Iterable[str] = report["missing_keys"]
     lost = sorted(key for key in missing if not (new_head and key.startswith(heads)))
     if lost:
@@ -281,6 +334,15 @@ def _require_complete(
     ]
     if misshapen:
         raise ModelError(f"{name} does not fit its config.json: {some(misshapen, 3)}")
+
+
+def _require_size(name: str, model: Any, size: int) -> None:
+    """A model whose places are fixed takes its own size alone."""
+    own = pictures.side(getattr(model.config, "image_size", None))
+    fits = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
+    if own in (None, size) or fits or model.config.model_type in _FREE_SIZES:
+        return
+    raise ConfigError(f"{name} takes pictures of {own} pixels alone, got image_size {size}")
 
 
 def _prepare(model: Any, tokenizer: Any) -> None:
@@ -312,7 +374,7 @@ def _explained(name: str, source: str) -> Iterator[None]:
     try:
         with quiet():
             yield
-    except (ModelError, OutputError):
+    except LoralabError:
         raise
     except SafetensorError as error:
         raise ModelError(f"{name}: the weights are damaged or truncated ({error})") from error

@@ -8,12 +8,13 @@ import functools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from loralab.errors import ConfigError
-from loralab.tasks.encode import IGNORED, Example
+from loralab.errors import ConfigError, some
+from loralab.tasks.encode import IGNORED, SUITED, Example, Ids
 
 POOL = 50  # effective batches that are sorted by length together
 
@@ -78,24 +79,55 @@ def _order(
     return (*full, *batches[len(full) :])
 
 
-def collate(examples: Sequence[Example], *, pad_id: int, kind: str) -> dict[str, Tensor]:
-    """input_ids and attention_mask (B, L), padded on the right; labels (B, L), or (B,) of classes.
+def collate(
+    examples: Sequence[Example], *, pad_id: int, kind: str, pictures: Any = None
+) -> dict[str, Tensor]:
+    """What a model of this kind is called with, and the labels.
+
+    input_ids and attention_mask (B, L), padded on the right, with token_type_ids (B, L) where the
+    examples have them; second_input_ids and second_attention_mask (B, L') of pairs; pixel_values
+    (B, C, S, S) of pictures. Labels are (B, L) where each token has one, else (B,).
+
+    Args:
+        pictures: what turns a picture into a tensor (C, S, S), with a method `pixels`: only for
+            image classification.
 
     Raises:
         ConfigError: the kind of model is unknown.
+        DataError: a picture cannot be read any more.
     """
-    if kind not in ("causal-lm", "sequence-classification"):
-        raise ConfigError(f"unknown kind of model {kind!r}")
-    longest = max(len(example.input_ids) for example in examples)
-    ids = torch.full((len(examples), longest), pad_id)
-    mask = torch.zeros((len(examples), longest), dtype=torch.long)
-    labels = torch.full((len(examples), longest), IGNORED)
-    for row, example in enumerate(examples):
-        length = len(example.input_ids)
-        ids[row, :length] = torch.tensor(example.input_ids)
-        mask[row, :length] = 1
-        if kind == "causal-lm":
-            labels[row, :length] = torch.tensor(example.labels)
-    if kind != "causal-lm":
-        labels = torch.tensor([example.labels[0] for example in examples])
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    if kind not in SUITED:
+        raise ConfigError(f"unknown kind of model {kind!r} ({some(SUITED)})")
+    if kind == "image-classification":
+        pixels = [pictures.pixels(example.image.open()) for example in examples]
+        return {"pixel_values": torch.stack(pixels), "labels": _classes(examples)}
+    ids, mask = padded([example.input_ids for example in examples], pad_id)
+    batch = {"input_ids": ids, "attention_mask": mask}
+    if any(example.token_types for example in examples):
+        batch["token_type_ids"], _ = padded([_types(example) for example in examples], 0)
+    if kind == "sentence-encoder":
+        second, second_mask = padded([example.second for example in examples], pad_id)
+        batch |= {"second_input_ids": second, "second_attention_mask": second_mask}
+        return batch | {"labels": torch.arange(len(examples))}
+    if kind == "sequence-classification":
+        return batch | {"labels": _classes(examples)}
+    return batch | {"labels": padded([example.labels for example in examples], IGNORED)[0]}
+
+
+def padded(rows: Sequence[Ids], value: int) -> tuple[Tensor, Tensor]:
+    """Rows of unequal length as (B, L), padded on the right, and a mask that is 1 on their own."""
+    longest = max(len(row) for row in rows)
+    filled = torch.full((len(rows), longest), value)
+    mask = torch.zeros((len(rows), longest), dtype=torch.long)
+    for number, row in enumerate(rows):
+        filled[number, : len(row)] = torch.tensor(row, dtype=torch.long)
+        mask[number, : len(row)] = 1
+    return filled, mask
+
+
+def _classes(examples: Sequence[Example]) -> Tensor:
+    return torch.tensor([example.labels[0] for example in examples])
+
+
+def _types(example: Example) -> Ids:
+    return example.token_types or (0,) * len(example.input_ids)

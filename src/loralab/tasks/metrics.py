@@ -27,6 +27,37 @@ def label_metrics(expected: Sequence[str], answered: Sequence[str]) -> dict[str,
     }
 
 
+def looks_like_entities(tags: Sequence[str]) -> bool:
+    """Whether tags say where entities begin and go on: B-..., I-..., O."""
+    named = [tag for tag in tags if tag != "O"]
+    marked = all(tag[:2] in ("B-", "I-") and len(tag) > 2 for tag in named)
+    return marked and any(tag.startswith("B-") for tag in named)
+
+
+def entities(tags: Sequence[str]) -> set[tuple[str, int, int]]:
+    """(type, first word, word after the last) of each entity.
+
+    As conlleval and seqeval read them: an I- that continues nothing begins an entity.
+    """
+    found, kind, start = set(), "", 0
+    for place, tag in enumerate([*tags, "O"]):
+        marker, own = (tag[0], tag[2:]) if tag != "O" else ("O", "")
+        if marker == "I" and own == kind:
+            continue
+        if kind:
+            found.add((kind, start, place))
+        kind, start = own, place
+    return found
+
+
+def entity_f1(expected: Sequence[Sequence[str]], told: Sequence[Sequence[str]]) -> float:
+    """F1 over entities of all rows, right if type, start and end are; 0 where there are none."""
+    pairs = [(entities(e), entities(t)) for e, t in zip(expected, told, strict=True)]
+    right = sum(len(true & said) for true, said in pairs)
+    total = sum(len(true) + len(said) for true, said in pairs)
+    return 2 * right / total if total else 0.0
+
+
 def text_metrics(expected: Sequence[str], answered: Sequence[str]) -> dict[str, float]:
     """exact_match (white space at the ends ignored), BLEU and ROUGE-L F1, each 0 to 1.
 

@@ -1,11 +1,7 @@
-"""File, folder or hub id -> rows under canonical column names, or an error with the line.
+"""File, folder or hub id -> rows as formats.py knows them, or an error with the line.
 
-    messages | prompt, completion | instruction, input, output | text, label
-    text_a, text_b, label | text | image, label (recognised, not trained yet)
-
-A .txt file is one text a line, or one text a paragraph if it has blank lines. Labels that are
-whole numbers or truth values become their text, and those that a hub data set names, their name.
-Every row must have the same fields, filled; columns that no format knows are left aside.
+A .txt file is one text a line, or one text a paragraph if it has blank lines. A folder holds a
+file for each split, or pictures in folders that are named after their classes.
 """
 
 import csv
@@ -17,25 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from loralab.errors import DataError, nearest, some
+from loralab.tasks.formats import Numbered, Row, canonical
+from loralab.tasks.pictures import PICTURES, folder_of_pictures
 
-Row = dict[str, Any]
-Numbered = list[tuple[int, Row]]  # line number (or row number) in the file, fields
-
-FORMATS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # name -> required, optional
-    "messages": (("messages",), ()),
-    "prompt-completion": (("prompt", "completion"), ()),
-    "instruction": (("instruction", "output"), ("input",)),
-    "pair-label": (("text_a", "text_b", "label"), ()),
-    "text-label": (("text", "label"), ()),
-    "image-label": (("image", "label"), ()),
-    "text": (("text",), ()),
-}
 SPLITS = {
     "train": "train", "training": "train", "validation": "validation", "valid": "validation",
     "val": "validation", "dev": "validation", "test": "test",
 }  # fmt: skip
-ROLES = ("system", "user", "assistant")
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 FIELD_LIMIT = 1 << 30  # characters in a field of .csv; the csv module's own stops at 131,072
 
 
@@ -59,6 +43,10 @@ def read(source: str, mapping: Mapping[str, str] | None = None) -> Table:
     """
     mapping = mapping or {}
     try:
+        if pictures := _pictures(source):
+            if mapping:
+                raise DataError(f"--map has no effect on {source}, a folder of pictures")
+            return Table(source=source, format="image-label", splits=pictures)
         files = _files(source)
     except (OSError, RuntimeError) as error:  # a name that is too long, ~ of nobody, no access
         raise DataError(f"{source[:200]!r} cannot be looked up: {error.args[-1]}") from None
@@ -66,10 +54,21 @@ def read(source: str, mapping: Mapping[str, str] | None = None) -> Table:
         return _from_hub(source, mapping)
     splits, formats = {}, {}
     for split, file in files.items():
-        formats[split], splits[split] = _canonical(file, read_file(file), mapping)
+        formats[split], splits[split] = canonical(file, read_file(file), mapping)
     if len(set(formats.values())) > 1:
         raise DataError(f"{source}: the splits have different columns: {formats}")
     return Table(source=source, format=next(iter(formats.values())), splits=splits)
+
+
+def _pictures(source: str) -> dict[str, list[Row]]:
+    """The rows of each split if the source is a folder of pictures and not of split files."""
+    folder = Path(source).expanduser()
+    if not source.strip() or not folder.is_dir():
+        return {}
+    named = [file for file in folder.iterdir() if SPLITS.get(file.stem.lower()) == "train"]
+    if any(file.suffix.lower() in READERS for file in named):
+        return {}  # a file of rows beside the pictures that it names
+    return folder_of_pictures(folder, SPLITS)
 
 
 def _files(source: str) -> dict[str, Path]:
@@ -93,8 +92,11 @@ def split_files(folder: Path) -> dict[str, Path]:
             if split in found:
                 raise DataError(f"{folder} has two {split} files: {found[split].name}, {file.name}")
             found[split] = file
-    if "train" not in found and any(f.suffix.lower() in PICTURES for f in folder.glob("**/*")):
-        raise DataError(f"{folder} holds pictures; images cannot be trained on yet")
+    if "train" not in found and any(f.suffix.lower() in PICTURES for f in folder.iterdir()):
+        raise DataError(
+            f"{folder} holds pictures outside of any class; put them into folders that are named "
+            "after their classes"
+        )
     if "train" not in found:
         names = some(sorted(file.name for file in folder.iterdir())) or "nothing"
         raise DataError(f"{folder} holds no train file ({', '.join(READERS)}); found: {names}")
@@ -233,129 +235,6 @@ READERS: dict[str, Callable[[Path], Numbered]] = {
     ".parquet": _parquet,
     ".txt": _plain,
 }
-LINED = (".jsonl", ".csv", ".tsv", ".txt")  # errors count lines there, and rows elsewhere
-
-
-def _canonical(
-    file: Path | str, rows: Numbered, mapping: Mapping[str, str]
-) -> tuple[str, list[Row]]:
-    """Rename, recognise, and keep the columns of the format."""
-    columns = list(dict.fromkeys(key for _, row in rows for key in row))
-    _check_mapping(file, columns, mapping)
-    unit = "line" if Path(file).suffix.lower() in LINED else "row"
-    back = {own: canonical for canonical, own in mapping.items()}
-    renamed = [back.get(column, column) for column in columns if column not in mapping]
-    name = _recognise(file, renamed, columns)
-    required, optional = FORMATS[name]
-    own = {c: mapping.get(c, c) for c in (*required, *optional)}
-    if unused := sorted(mapping.keys() - own.keys()):
-        raise DataError(
-            f"{file} holds {name} rows ({', '.join(own)}); --map {unused[0]}={mapping[unused[0]]} "
-            "would have no effect"
-        )
-    picked = [
-        (number, {c: row.get(own[c]) for c in own if c in required or row.get(own[c])})
-        for number, row in rows
-    ]
-    _check_filled(file, unit, picked, required)
-    return name, [_checked(f"{file}, {unit} {number}", row, name) for number, row in picked]
-
-
-def _check_mapping(file: Path | str, columns: list[str], mapping: Mapping[str, str]) -> None:
-    known = sorted({c for required, optional in FORMATS.values() for c in (*required, *optional)})
-    for canonical, own in mapping.items():
-        if canonical not in known:
-            raise DataError(
-                f"--map {canonical}={own}: {canonical!r} is no known column "
-                f"({', '.join(known)}){nearest(canonical, known)}"
-            )
-        if own not in columns:
-            near = nearest(own, columns)
-            raise DataError(f"{file} has no column {own!r} to map ({some(columns)}){near}")
-    if len(set(mapping.values())) < len(mapping):
-        raise DataError(f"--map takes one column twice: {dict(mapping)}")
-
-
-def _recognise(file: Path | str, columns: list[str], found: list[str]) -> str:
-    name = next((n for n, (needed, _) in FORMATS.items() if set(needed) <= set(columns)), None)
-    alike = next((c for c in columns if nearest(c.lower(), ["label"])), None)
-    if name == "text" and alike:  # one letter away from another meaning of the file
-        raise DataError(f"{file}: is {alike!r} a label? say --map label={alike}, or remove it")
-    if name:
-        return name
-    known = " | ".join(", ".join(needed) for needed, _ in FORMATS.values())
-    raise DataError(
-        f"{file}: the columns {some(found)} fit no format ({known}); "
-        "rename some, such as --map text=review,label=stars"
-    )
-
-
-def _check_filled(file: Path | str, unit: str, rows: Numbered, required: tuple[str, ...]) -> None:
-    for column in required:
-        empty = [number for number, row in rows if _is_empty(row[column])]
-        if empty:
-            places = f"{unit} {some(map(str, empty), 5)}"
-            raise DataError(f"{file}: {column!r} is missing or empty in {places}")
-
-
-def _is_empty(value: Any) -> bool:
-    return value is None or value == [] or (isinstance(value, str) and not value.strip())
-
-
-def _checked(place: str, row: Row, name: str) -> Row:
-    """The row with text in every field; `place` is where it stands, for errors."""
-    if name == "image-label":
-        raise DataError(f"{place}: images with labels cannot be trained on yet")
-    if name == "messages":
-        return {"messages": _messages(place, row["messages"])}
-    return {
-        column: _label(place, value) if column == "label" else _string(place, repr(column), value)
-        for column, value in row.items()
-    }
-
-
-def _string(place: str, what: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise DataError(f"{place}: {what} must be text, found {type(value).__name__}")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:  # JSON can spell half of a character: "\ud83d"
-        half = value[error.start]
-        raise DataError(f"{place}: {what} holds half a character ({half!a})") from None
-    return value
-
-
-def _label(place: str, value: Any) -> str:
-    if isinstance(value, bool | int) or (isinstance(value, float) and value.is_integer()):
-        return str(value if isinstance(value, bool) else int(value))
-    if isinstance(value, str):
-        return _string(place, "'label'", value).strip()
-    raise DataError(f"{place}: a label must be text or a whole number, found {value!r}")
-
-
-def _messages(place: str, value: Any) -> list[dict[str, str]]:
-    if not isinstance(value, list):
-        raise DataError(f"{place}: 'messages' must be a list, found {type(value).__name__}")
-    messages = []
-    for message in value:
-        role, content = (
-            (message.get("role"), message.get("content"))
-            if isinstance(message, dict)
-            else (None, None)
-        )
-        if role not in ROLES or not isinstance(content, str) or not content.strip():
-            raise DataError(
-                f"{place}: a message needs a role of {', '.join(ROLES)} and a text as content, "
-                f"found {str(message)[:80]}"
-            )
-        messages.append({"role": role, "content": _string(place, "a message", content)})
-    if len(messages) < 2:
-        raise DataError(
-            f"{place}: a conversation needs a question and an answer, found one message"
-        )
-    if messages[-1]["role"] != "assistant":
-        raise DataError(f"{place}: the last message must be the assistant's, or nothing is learnt")
-    return messages
 
 
 def _is_hub_id(source: str) -> bool:
@@ -375,19 +254,38 @@ def _from_hub(source: str, mapping: Mapping[str, str]) -> Table:
     splits, name = {}, ""
     for own, rows in loaded.items():
         if split := SPLITS.get(str(own)):
-            named = [_with_label_names(row, rows.features) for row in rows]
-            name, splits[split] = _canonical(source, list(enumerate(named, start=1)), mapping)
+            named = [_with_label_names(row, rows.features) for row in _undecoded(rows)]
+            name, splits[split] = canonical(source, list(enumerate(named, start=1)), mapping)
     if "train" not in splits:
         raise DataError(f"the hub's data set {source!r} has no train split: {list(loaded)}")
     return Table(source=source, format=name, splits=splits)
 
 
+def _undecoded(rows: Any) -> Any:
+    """Pictures as the bytes that they were stored in: they are decoded batch by batch."""
+    from datasets import Image
+
+    for column, feature in rows.features.items():
+        if isinstance(feature, Image):
+            rows = rows.cast_column(column, Image(decode=False))
+    return rows
+
+
 def _with_label_names(row: Row, features: Mapping[str, Any]) -> Row:
-    """Class numbers as the names that the data set gives them; -1 marks a row without a label."""
-    known = {c: f.names for c, f in features.items() if hasattr(f, "names")}
+    """Class numbers, also in lists, as the names that the data set gives them.
+
+    -1 marks a row without a label.
+    """
+    inner = {column: getattr(feature, "feature", feature) for column, feature in features.items()}
+    known = {column: f.names for column, f in inner.items() if hasattr(f, "names")}
+
+    def named(column: str, value: Any) -> Any:
+        if isinstance(value, list):
+            return [named(column, one) for one in value]
+        return known[column][value] if value not in (None, -1) else value
+
     return {
-        column: known[column][value] if column in known and value not in (None, -1) else value
-        for column, value in row.items()
+        column: named(column, value) if column in known else value for column, value in row.items()
     }
 
 

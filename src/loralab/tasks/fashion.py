@@ -1,0 +1,80 @@
+"""Fashion-MNIST: 70,000 pictures of clothes, 28 x 28 grey levels, in four gzipped idx files.
+
+Xiao, Rasul and Vollgraf 2017, arXiv:1708.07747. The files are checked by the digest of their
+content: gzip may be written in several ways.
+"""
+
+import gzip
+import hashlib
+import math
+import zlib
+from pathlib import Path
+
+from loralab.errors import DataError
+from loralab.tasks.formats import Row
+from loralab.tasks.pictures import from_levels
+
+CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker",
+           "Bag", "Ankle boot")  # fmt: skip
+INSTALLED = Path("/usr/share/datasets/fashion-mnist")  # by Debian's package
+PLACES = ("fashion-mnist", "usr/share/datasets/fashion-mnist")  # in a folder of assets
+PARTS = {"train": "train", "test": "t10k"}
+DIGESTS = {
+    "t10k-images-idx3-ubyte.gz":
+        "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+    "t10k-labels-idx1-ubyte.gz":
+        "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+    "train-images-idx3-ubyte.gz":
+        "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+    "train-labels-idx1-ubyte.gz":
+        "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+}  # fmt: skip
+UNSIGNED_BYTE = 8  # how an idx file names its type
+
+
+def locate(folders: list[Path]) -> Path | None:
+    """The folder of the four files: in one of some folders, or where Debian puts it."""
+    places = [*(folder / place for folder in folders for place in PLACES), INSTALLED]
+    return next((p for p in places if all((p / name).is_file() for name in DIGESTS)), None)
+
+
+def read(folder: Path) -> dict[str, list[Row]]:
+    """The rows of train and test.
+
+    Raises:
+        DataError: a file is damaged, or another one.
+    """
+    return {split: _rows(folder, part) for split, part in PARTS.items()}
+
+
+def _rows(folder: Path, part: str) -> list[Row]:
+    import numpy
+
+    images, labels = f"{part}-images-idx3-ubyte.gz", f"{part}-labels-idx1-ubyte.gz"
+    shape, levels = read_idx(folder / images)
+    _, numbers = read_idx(folder / labels)
+    pictures = numpy.frombuffer(levels, dtype=numpy.uint8).reshape(shape)
+    return [
+        {"image": from_levels(picture, f"{images}, picture {n}"), "label": CLASSES[number]}
+        for n, (picture, number) in enumerate(zip(pictures, numbers, strict=True), start=1)
+    ]
+
+
+def read_idx(file: Path) -> tuple[tuple[int, ...], bytes]:
+    """Shape and content of a gzipped idx file of bytes.
+
+    Raises:
+        DataError: it cannot be read, or is not the file that its name says.
+    """
+    try:
+        data = gzip.decompress(file.read_bytes())
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{file} cannot be read: {error}") from None
+    if hashlib.sha256(data).hexdigest() != DIGESTS[file.name]:
+        raise DataError(f"{file} is not the file that Fashion-MNIST is made of; install it anew")
+    dimensions = data[3]
+    start = 4 + 4 * dimensions
+    shape = tuple(int.from_bytes(data[at : at + 4], "big") for at in range(4, start, 4))
+    if data[2] != UNSIGNED_BYTE or len(data) != start + math.prod(shape):
+        raise DataError(f"{file} is no idx file of bytes")
+    return shape, data[start:]

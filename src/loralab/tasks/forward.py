@@ -1,0 +1,105 @@
+"""What each kind of model is called with, and the loss of its answers."""
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from loralab.tasks.batches import collate
+from loralab.tasks.encode import IGNORED, Example
+
+INPUTS = ("input_ids", "attention_mask", "token_type_ids", "pixel_values")
+SHARPNESS = 20.0  # of cosines as logits: that of sentence-transformers' ranking loss
+
+
+def answer_loss(model: nn.Module, batch: Mapping[str, Tensor], kind: str) -> tuple[Tensor, int]:
+    """The summed cross-entropy in fp32 and how many labels it sums over; differentiable.
+
+    Logits of a causal model are computed only where some row has a label, if the model can. An
+    encoder of sentences must find the partner of each first text among all second texts of the
+    batch (Henderson et al. 2017, arXiv:1705.00652): a single pair has loss 0 and teaches nothing.
+    """
+    labels = batch["labels"]
+    if kind == "causal-lm":
+        logits, labels, _ = labelled(model, batch)
+    elif kind == "token-classification":
+        here = labels != IGNORED
+        logits, labels = call(model, batch)[here].float(), labels[here]
+    elif kind == "sentence-encoder":
+        logits = SHARPNESS * embed(model, batch) @ embed(model, second_of(batch)).T
+    else:
+        logits = call(model, batch).float()
+    return F.cross_entropy(logits, labels, reduction="sum"), len(labels)
+
+
+def call(model: nn.Module, batch: Mapping[str, Tensor], **options: Any) -> Tensor:
+    """The logits of a batch."""
+    return run(model, batch, **options).logits
+
+
+def run(model: nn.Module, batch: Mapping[str, Tensor], **options: Any) -> Any:
+    """All that a model puts out for a batch."""
+    known = accepted(model)
+    if "use_cache" in known:
+        options["use_cache"] = False  # no keys and values are kept that nobody reads
+    if "interpolate_pos_encoding" in known:
+        options["interpolate_pos_encoding"] = True  # has no effect at the model's own size
+    inputs = {name: batch[name] for name in INPUTS if name in batch}
+    if "token_type_ids" not in known:
+        inputs.pop("token_type_ids", None)
+    if "pixel_values" in inputs:
+        inputs["pixel_values"] = inputs["pixel_values"].to(_dtype(model))
+    return model(**inputs, **options)
+
+
+def embed(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """The mean of each text's last hidden states, in fp32 and of length 1: (B, H)."""
+    states = run(model, batch).last_hidden_state.float()
+    mask = batch["attention_mask"][..., None].float()
+    mean = (states * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+    return F.normalize(mean, dim=1)
+
+
+def second_of(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The second texts of a batch of pairs as a batch of their own."""
+    return {name: batch[f"second_{name}"] for name in ("input_ids", "attention_mask")}
+
+
+def labelled(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits (M, V) in fp32, labels (M,) and rows (M,) of all tokens that carry loss."""
+    targets = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)  # nothing follows the last
+    columns = (targets != IGNORED).any(dim=0).nonzero()[:, 0]  # positions before some label
+    if not len(columns):
+        columns = torch.zeros(1, dtype=torch.long, device=targets.device)
+    if "logits_to_keep" in accepted(model):
+        logits = call(model, batch, logits_to_keep=columns)
+    else:
+        logits = call(model, batch)[:, columns]
+    targets = targets[:, columns]
+    rows, places = (targets != IGNORED).nonzero(as_tuple=True)
+    return logits[rows, places].float(), targets[rows, places], rows
+
+
+def accepted(model: nn.Module) -> frozenset[str]:
+    """The names that a model can be called with."""
+    return frozenset(inspect.signature(getattr(model, "module", model).forward).parameters)
+
+
+def by_length(
+    model: nn.Module, tokenizer: Any, examples: Sequence[Example], kind: str, batch_size: int
+) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+    """Batches of similar length where the model is, with the indices of their examples."""
+    device = next(model.parameters()).device
+    order = sorted(range(len(examples)), key=lambda i: examples[i].length)
+    for start in range(0, len(order), batch_size):
+        indices = order[start : start + batch_size]
+        chosen = [examples[i] for i in indices]
+        batch = collate(chosen, pad_id=tokenizer.pad_token_id or 0, kind=kind, pictures=tokenizer)
+        yield indices, {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    return next(p.dtype for p in model.parameters() if p.is_floating_point())

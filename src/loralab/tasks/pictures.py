@@ -1,0 +1,154 @@
+"""Pictures as rows hold them: known by their content's digest, decoded when a batch is made."""
+
+import hashlib
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from loralab.errors import DataError
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
+CHECKED_SIZE = (32, 32)  # pixels; the smallest scale that JPEG offers is enough to read it whole
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A picture that is not decoded yet. Two are equal if their content is.
+
+    `source` is a file, an encoded picture, or (height, width) uint8 of grey levels; `origin` says
+    where it came from, for readers.
+    """
+
+    digest: str
+    source: Any = field(compare=False, repr=False)
+    origin: str = field(compare=False)
+
+    def __str__(self) -> str:
+        return f"picture {self.digest}"
+
+    def open(self) -> Any:
+        """The decoded Pillow image, upright, in RGB or grey levels.
+
+        Raises:
+            DataError: it cannot be read.
+        """
+        return _decoded(self.source, self.origin)
+
+
+def from_file(file: Path, place: str = "") -> Picture:
+    """A picture in a file, read once to see that it is whole.
+
+    Raises:
+        DataError: it is not there, or not a whole picture; `place` is where it is named.
+    """
+    origin = f"{place}: {file}" if place else str(file)
+    try:
+        data = file.read_bytes()
+    except (OSError, ValueError) as error:  # a name with a zero byte is a ValueError
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{origin} cannot be read: {reason}") from None
+    _require_whole(data, origin)
+    return Picture(hashlib.sha256(data).hexdigest(), file, str(file))
+
+
+def from_bytes(data: bytes, origin: str) -> Picture:
+    """A picture that is stored in a row.
+
+    Raises:
+        DataError: it is not a whole picture.
+    """
+    _require_whole(data, origin)
+    return Picture(hashlib.sha256(data).hexdigest(), data, origin)
+
+
+def from_levels(levels: Any, origin: str) -> Picture:
+    """A picture of (height, width) uint8 grey levels."""
+    size = "x".join(map(str, levels.shape))
+    digest = hashlib.sha256(size.encode() + levels.tobytes()).hexdigest()
+    return Picture(digest, levels, origin)
+
+
+def folder_of_pictures(folder: Path, splits: Mapping[str, str]) -> dict[str, list[dict[str, Any]]]:
+    """The rows of each split of a folder; none if no folder in it holds pictures.
+
+    A sub-folder is a class. Where all sub-folders are named as `splits` are and hold folders
+    themselves, each is a split, and the folders in it are the classes.
+
+    Raises:
+        DataError: a picture cannot be read, or belongs to no class.
+    """
+    inside = _sub_folders(folder)
+    if not any(_pictures_in(place) for place in inside):
+        return {}
+    if not all(place.name.lower() in splits and _sub_folders(place) for place in inside):
+        return {"train": _classes(folder)}
+    found: dict[str, list[dict[str, Any]]] = {}
+    for place in inside:
+        split = splits[place.name.lower()]
+        if split in found:
+            raise DataError(f"{folder} has two {split} folders; one of them is {place.name}")
+        found[split] = _classes(place)
+    if "train" not in found:
+        raise DataError(f"{folder} holds no train folder, only {', '.join(found)}")
+    return found
+
+
+def _classes(folder: Path) -> list[dict[str, Any]]:
+    loose = sorted(file.name for file in folder.iterdir() if _is_picture(file))
+    if loose:
+        raise DataError(f"{folder / loose[0]} is in no folder of a class, and has no label")
+    return [
+        {"image": from_file(file), "label": place.name}
+        for place in _sub_folders(folder)
+        for file in _pictures_in(place)
+    ]
+
+
+def _sub_folders(folder: Path) -> list[Path]:
+    places = (place for place in folder.iterdir() if place.is_dir())
+    return sorted(place for place in places if not place.name.startswith("."))
+
+
+def _pictures_in(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.rglob("*") if _is_picture(file))
+
+
+def _is_picture(file: Path) -> bool:
+    named = file.suffix.lower() in PICTURES and not file.name.startswith(".")
+    return named and file.is_file()
+
+
+def _require_whole(data: bytes, origin: str) -> None:
+    """Decode it once, JPEG at an eighth of its size: a check of its header sees no lost end."""
+    _decoded(data, origin, draft=True)
+
+
+def _decoded(source: Any, origin: str, *, draft: bool = False) -> Any:
+    try:
+        from PIL import Image, ImageOps
+    except ImportError:
+        raise DataError("pictures need the package pillow: pip install 'loralab[vision]'") from None
+    if hasattr(source, "shape"):
+        return Image.fromarray(source)
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            if draft:
+                image.draft("RGB", CHECKED_SIZE)
+                image.load()
+                return None
+            return _plain(ImageOps.exif_transpose(image))
+    except Exception as error:  # its readers raise some ten unrelated kinds on damaged files
+        raise DataError(f"{origin} is no whole picture: {error}") from None
+
+
+def _plain(image: Any) -> Any:
+    """In RGB, or in grey levels where it has no colours; transparency is dropped."""
+    if image.mode.startswith("I"):  # 16 bits a level: the upper eight
+        return image.convert("I").point(lambda level: level / 256).convert("L")
+    if image.mode in ("1", "L", "LA"):
+        return image.convert("L")
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("RGB")
