@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from loralab.adapters.folder import CONFIG, RECORD, TENSORS, content_digest, read_json, write_json
 from loralab.artefacts.certificate import (
     KEPT,
-    POSITIONS,
     REFERENCE,
     TOLERANCES,
     Reference,
@@ -31,6 +30,7 @@ from loralab.artefacts.live import bring_to_life
 from loralab.artefacts.merge import merge
 from loralab.errors import AdapterFileError, CertificateError
 from loralab.models.load import CAUSAL, CLASSIFIER, load
+from loralab.tasks.samples import POSITIONS
 
 MakeAdapter = Callable[..., Path]
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11]]

@@ -30,9 +30,10 @@ from loralab.artefacts.live import bring_to_life
 from loralab.errors import AdapterFileError, CertificateError, LoralabError, some
 from loralab.models import load as models
 from loralab.models.load import Base
+from loralab.tasks.samples import outputs
 
 REFERENCE = "certificate.safetensors"
-POSITIONS, KEPT = 16, 64
+KEPT = 64
 TOLERANCES: dict[str, dict[str, float]] = {
     # Reloading is the same computation. Merging rounds every weight once, and moved SmolLM2-135M
     # by a relative 3e-6, 4e-3 and 4e-2, with a mean KL of 1e-11, 4e-5 and 2e-3 (docs/findings.md).
@@ -105,23 +106,27 @@ class Reference:
 
 
 @torch.no_grad()
-def logits_of(model: nn.Module, prompts: Sequence[Sequence[int]], kind: str) -> Tensor:
-    """(P, V) in fp32: the last positions of each prompt, or one row a prompt for a classifier."""
-    device = next(model.parameters()).device
+def logits_of(
+    model: nn.Module, prompts: Sequence[Sequence[int]], kind: str, tokenizer: Any = None
+) -> Tensor:
+    """(P, V) in fp32: the last positions of each prompt, or one row a prompt for a classifier.
+
+    Args:
+        prompts: token ids, or samples of another kind (tasks/samples.py).
+        tokenizer: what turns a sample into pixels; for pictures only.
+    """
     was_training = model.training
     model.eval()
-    rows = []
-    for ids in prompts:
-        batch = torch.tensor([list(ids)], device=device)
-        logits = model(input_ids=batch, attention_mask=torch.ones_like(batch)).logits
-        rows.append(logits[0, -POSITIONS:] if kind == models.CAUSAL else logits)
+    rows = [outputs(model, prompt, kind=kind, tokenizer=tokenizer) for prompt in prompts]
     model.train(was_training)
-    return torch.cat(rows).float().cpu()
+    return torch.cat(rows)
 
 
-def reference_of(model: nn.Module, prompts: Sequence[Sequence[int]], kind: str) -> Reference:
+def reference_of(
+    model: nn.Module, prompts: Sequence[Sequence[int]], kind: str, tokenizer: Any = None
+) -> Reference:
     """All logits of a live model on some prompts."""
-    logits = logits_of(model, prompts, kind)
+    logits = logits_of(model, prompts, kind, tokenizer)
     indices = torch.arange(logits.shape[1]).expand(logits.shape).contiguous()
     total = logits.double().logsumexp(dim=1)
     kept = [list(ids) for ids in prompts]
@@ -155,17 +160,22 @@ def compare(reference: Reference, logits: Tensor, precision: str) -> Certificate
 
 
 def certify(
-    artefact: str | Path, model: nn.Module, prompts: Sequence[Sequence[int]], *, kind: str
-) -> Certificate:
+    artefact: str | Path, model: nn.Module, prompts: Sequence[Sequence[int]], *, kind: str,
+    tokenizer: Any = None,
+) -> Certificate:  # fmt: skip
     """Reload an artefact in a fresh process and compare it with the live model.
 
     The certificate is written into the artefact, passed or not.
+
+    Args:
+        prompts: token ids, or samples of another kind (tasks/samples.py).
+        tokenizer: what turns a sample into pixels; for pictures only.
 
     Raises:
         CertificateError: the artefact does not do what the live model does.
     """
     path = Path(artefact)
-    certificate = compare_afresh(path, reference_of(model, prompts, kind))
+    certificate = compare_afresh(path, reference_of(model, prompts, kind, tokenizer))
     if not certificate.passed:
         raise CertificateError(_verdict(path, certificate))
     return certificate
@@ -286,7 +296,7 @@ def _main(path: str, request: str, answer: str) -> None:
     """The fresh process: reload, compute, compare, write the verdict."""
     reference = Reference.read(Path(request))
     base, precision = _reload(Path(path))
-    logits = logits_of(base.model, reference.prompts, base.kind)
+    logits = logits_of(base.model, reference.prompts, base.kind, base.tokenizer)
     certificate = compare(reference, logits, precision)
     Path(answer).write_text(json.dumps(certificate.to_json()), encoding="utf-8")
 

@@ -51,8 +51,9 @@ def _to_peft(adapter: Path, output: Path, model: str | None, precision: str | No
     live = bring_to_life(adapter, model=model, precision=precision)
     if reasons := _not_for_peft(live.adapter):
         raise ConfigError(f"peft cannot express {adapter}: {some(reasons)}")
-    prompts = sample_of(live.stored.record, live.base)
-    reference = reference_of(live.base.model, prompts, live.base.kind)
+    base = live.base
+    prompts = sample_of(live.stored.record, base)
+    reference = reference_of(base.model, prompts, base.kind, base.tokenizer)
     stored = live.stored.record
     record = {k: v for k, v in stored.items() if k not in ("format", "digest", "certificate")}
     record["base"] = {

@@ -13,6 +13,7 @@ from loralab.errors import AdapterFileError
 from loralab.models import load as models
 from loralab.models.load import Base
 from loralab.models.quantize import quantize as pack
+from loralab.tasks.samples import VISION, patterns
 
 Ids = Sequence[int]
 _SENTENCES = (
@@ -61,8 +62,9 @@ def bring_to_life(
     # whatever is new in the base and not in the folder, such as a pooler, starts as in training
     seed = stored.record.get("training", {}).get("seed", 0)
     base = models.load(
-        name, kind=kind, dtype=models.parse_dtype(precision), labels=label_names(stored), seed=seed
-    )
+        name, kind=kind, dtype=models.parse_dtype(precision), labels=label_names(stored),
+        seed=seed, image_size=record.get("image_size"),
+    )  # fmt: skip
     if (how := record.get("quantize", "none")) != "none":
         pack(base.model, how, name)
     adapter = load_adapter(base.model, path)
@@ -85,4 +87,6 @@ def sample_of(record: Mapping[str, Any], base: Base) -> list[list[int]]:
     """The task's own inputs that a run recorded, or some sentences."""
     if sample := record.get("sample"):
         return [list(ids) for ids in sample]
+    if base.kind == VISION:
+        return [list(values) for values in patterns()]
     return [base.tokenizer(text)["input_ids"] for text in _SENTENCES]

@@ -45,8 +45,9 @@ def merge(
     live = bring_to_life(adapter, model=model, precision=precision)
     if reason := live.adapter.reason_not_to_merge():
         raise ConfigError(f"{adapter}: {reason}")
-    prompts = sample_of(live.stored.record, live.base)
-    reference = reference_of(live.base.model, prompts, live.base.kind)
+    base = live.base
+    prompts = sample_of(live.stored.record, base)
+    reference = reference_of(base.model, prompts, base.kind, base.tokenizer)
     rejected = output.with_name(output.name + REJECTED)
     shutil.rmtree(rejected, ignore_errors=True)
     with atomic.new_folder(rejected) as place:

@@ -64,7 +64,10 @@ def train(
 
     with Bar(quiet=quiet or json_) as bar:
         run = run_training(**request, output_dir=output, resume=resume, listener=bar)
-    certificate = certify(run.output_dir, run.base.model, run.sample, kind=run.base.kind)
+    base = run.base
+    certificate = certify(
+        run.output_dir, base.model, run.sample, kind=base.kind, tokenizer=base.tokenizer
+    )
     result = _run_json(run, certificate)
     if json_:
         _print_json(result)

@@ -50,7 +50,10 @@ def evaluate(
         seed = int(record.get("training", {}).get("seed", 0))
     task = catalog.find(data, mapping=mapping, seed=seed)
     how = quantization(evaluation.quantize, stored)
-    base = load_base(name, task, _precision(evaluation.precision, stored), seed, quantize=how)
+    base = load_base(
+        name, task, _precision(evaluation.precision, stored), seed, quantize=how,
+        image_size=record.get("base", {}).get("image_size"),
+    )  # fmt: skip
     if adapter is not None:
         load_adapter(base.model, adapter)
     return score.evaluate(

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -22,8 +23,9 @@ from loralab.adapters.attach import Adapter
 from loralab.adapters.methods import BitFit, FullFineTune
 from loralab.errors import LearningError, some
 from loralab.tasks.batches import Batches, collate
-from loralab.tasks.encode import Example
-from loralab.tasks.score import Scores, answer_loss
+from loralab.tasks.encode import IGNORED, Example
+from loralab.tasks.forward import answer_loss
+from loralab.tasks.score import Scores
 from loralab.training import checkpoint
 from loralab.training.checkpoint import Progress, Trained
 from loralab.training.optim import learning_rate, set_learning_rate
@@ -44,6 +46,7 @@ class Job:
     kind: str
     examples: Sequence[Example]
     batches: Batches
+    tokenizer: Any
     pad_id: int
     steps: int
     training: Training
@@ -89,11 +92,12 @@ def _step(
     labelled = sum(labelled_tokens(e, job.kind) for rows in micro_batches for e in rows)
     total, tokens = torch.zeros((), dtype=torch.float64), 0
     for rows in micro_batches:
-        batch = on_device(collate(rows, pad_id=job.pad_id, kind=job.kind), job.adapter.model)
+        batch = collate(rows, pad_id=job.pad_id, kind=job.kind, pictures=job.tokenizer)
+        batch = on_device(batch, job.adapter.model)
         loss, _ = answer_loss(job.adapter.model, batch, job.kind)
         accelerator.backward(trained.scaler.scale(loss / max(labelled, 1)))
         total += loss.detach().cpu()
-        tokens += sum(len(example.input_ids) for example in rows)
+        tokens += sum(example.length for example in rows)
         if not math.isfinite(total):
             raise LearningError(_blame_forward(job, batch, number))
     norm = _update(job, trained, number)
@@ -163,8 +167,10 @@ def is_better(main: str, new: Mapping[str, float], old: Mapping[str, float]) -> 
 
 def labelled_tokens(example: Example, kind: str) -> int:
     """How many labels of a row carry loss; the first token of a text is never predicted."""
+    if kind == "sentence-encoder":
+        return 1  # which of the other texts is its partner
     labels = example.labels[1:] if kind == "causal-lm" else example.labels
-    return sum(label != -100 for label in labels)
+    return sum(label != IGNORED for label in labels)
 
 
 def on_device(batch: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

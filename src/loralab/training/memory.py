@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from loralab.adapters.attach import Adapter
-from loralab.tasks.score import answer_loss
+from loralab.tasks.forward import answer_loss
 
 ADAM_BYTES = 16  # a trained number in fp32: itself, its gradient and two moments
 
@@ -60,15 +60,18 @@ def predicted_peak(
     adapter: Adapter,
     short: Mapping[str, Tensor],
     long: Mapping[str, Tensor],
+    sizes: tuple[int, int],
     tokens: int,
     kind: str,
 ) -> int:
-    """The peak of a training step on `tokens` tokens, padding included.
+    """The peak of a training step on `tokens` tokens, padding included, or so many pictures.
 
     What is held now, the optimiser's state, and the activations that two probes of different
     size (forward only) keep for the backward pass, extended on the straight line through them.
+
+    Args:
+        sizes: of the two probes, in the unit of `tokens`.
     """
-    sizes = [batch["input_ids"].numel() for batch in (short, long)]
     kept = [saved_bytes(adapter.model, batch, kind) for batch in (short, long)]
     slope = (kept[1] - kept[0]) / max(1, sizes[1] - sizes[0])
     activations = max(kept[0] + slope * (tokens - sizes[0]), 0)

@@ -12,7 +12,7 @@ from loralab.adapters.bases import is_linear, linear_shape
 from loralab.adapters.methods import Method
 from loralab.tasks.batches import collate
 from loralab.tasks.encode import Example
-from loralab.tasks.score import answer_loss
+from loralab.tasks.forward import answer_loss
 from loralab.training import memory, preflight
 from loralab.training.loop import on_device
 from loralab.training.preflight import Prepared, Request
@@ -81,7 +81,7 @@ def plan(
     prepared = preflight.prepare(request)
     prepared.base.model.train()
     encoded, adapter = prepared.encoded, prepared.adapter
-    lengths = [len(example.input_ids) for example in encoded.examples]
+    lengths = [example.length for example in encoded.examples]
     seconds = _seconds_per_batch(prepared, training)
     return Plan(
         model=model, data=data, kind=prepared.base.kind, precision=training.precision,
@@ -98,11 +98,16 @@ def plan(
 
 def predicted_peak(prepared: Prepared, training: Training) -> int:
     """The peak of the largest micro-batch: the longest rows side by side."""
-    longest = sorted(prepared.encoded.examples, key=lambda example: -len(example.input_ids))
+    longest = sorted(prepared.encoded.examples, key=lambda example: -example.length)
     rows = longest[: training.batch_size]
-    short, long = (_batch(prepared, [_cut(rows[0], tokens)] * 2) for tokens in PROBES)
-    tokens = len(rows) * len(rows[0].input_ids)
-    return memory.predicted_peak(prepared.adapter, short, long, tokens, prepared.base.kind)
+    if rows[0].image is not None:
+        probes, size = [rows[:1] * 2, rows[:1] * 4], len(rows)
+        sizes = (2, 4)
+    else:
+        probes, size = [[_cut(rows[0], n)] * 2 for n in PROBES], len(rows) * rows[0].length
+        sizes = (2 * PROBES[0], 2 * PROBES[1])
+    short, long = (_batch(prepared, probe) for probe in probes)
+    return memory.predicted_peak(prepared.adapter, short, long, sizes, size, prepared.base.kind)
 
 
 def _modules(prepared: Prepared) -> tuple[PlannedModule, ...]:
@@ -141,8 +146,8 @@ def _tokens_per_step(prepared: Prepared) -> int:
 def _seconds_per_batch(prepared: Prepared, training: Training) -> float:
     """Forward and backward of a batch of typical rows, the faster of two after one to warm up."""
     examples = prepared.encoded.examples
-    typical = statistics.median_low(len(example.input_ids) for example in examples)
-    rows = sorted(examples, key=lambda e: abs(len(e.input_ids) - typical))[: training.batch_size]
+    typical = statistics.median_low(example.length for example in examples)
+    rows = sorted(examples, key=lambda e: abs(e.length - typical))[: training.batch_size]
     batch = _batch(prepared, rows)
     return min([_time_once(prepared, batch) for _ in range(3)][1:])
 
@@ -160,13 +165,18 @@ def _time_once(prepared: Prepared, batch: Mapping[str, torch.Tensor]) -> float:
 
 def _batch(prepared: Prepared, rows: list[Example]) -> dict[str, torch.Tensor]:
     pad = prepared.base.tokenizer.pad_token_id or 0
-    batch = collate(rows, pad_id=pad, kind=prepared.base.kind)
+    tokenizer = prepared.base.tokenizer
+    batch = collate(rows, pad_id=pad, kind=prepared.base.kind, pictures=tokenizer)
     return on_device(batch, prepared.base.model)
 
 
 def _cut(example: Example, tokens: int) -> Example:
     """A row repeated and cut to a number of tokens, with labels at its end."""
+    if example.second:
+        tokens = tokens // 2
     ids = (example.input_ids * (tokens // len(example.input_ids) + 1))[-tokens:]
+    if example.second:
+        return replace(example, input_ids=ids, second=ids)
     if len(example.labels) != len(example.input_ids):
         return replace(example, input_ids=ids)
     labels = (-100,) * (tokens - min(tokens, len(example.labels))) + example.labels[-tokens:]

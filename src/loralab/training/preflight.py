@@ -2,7 +2,7 @@
 
 import importlib.metadata
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,12 +29,13 @@ from loralab.tasks import catalog, encode
 from loralab.tasks.batches import Batches
 from loralab.tasks.catalog import Task
 from loralab.tasks.encode import Encoded
+from loralab.tasks.samples import sample_inputs
 from loralab.training import memory
 from loralab.training.optim import usual_rate
 from loralab.training.settings import Training
 
 CONFIG = "config.toml"
-SAMPLE_PROMPTS, SAMPLE_TOKENS = 8, 64
+HEADED = ("sequence-classification", "token-classification", "image-classification")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,8 +103,9 @@ def prepare(request: Request) -> Prepared:
     training = request.training
     task = catalog.find(request.data, mapping=request.mapping, seed=training.seed)
     base = load_base(
-        request.model, task, training.precision, training.seed, quantize=training.quantize
-    )
+        request.model, task, training.precision, training.seed, quantize=training.quantize,
+        image_size=training.image_size,
+    )  # fmt: skip
     generator = torch.Generator().manual_seed(training.seed)
     adapter = attach(base.model, with_head(request.method, base), generator=generator)
     if base.kind == "causal-lm":
@@ -114,7 +116,7 @@ def prepare(request: Request) -> Prepared:
     )  # fmt: skip
     memory.checkpoint_gradients(base.model, training.gradient_checkpointing)
     batches = Batches(
-        lengths=tuple(len(example.input_ids) for example in encoded.examples),
+        lengths=tuple(example.length for example in encoded.examples),
         batch_size=training.batch_size, accumulation_steps=training.accumulation_steps,
         seed=training.seed, by_length=training.by_length,
     )  # fmt: skip
@@ -124,15 +126,24 @@ def prepare(request: Request) -> Prepared:
     _require_rows_to_occur(request.method, encoded)
     return Prepared(
         base=base, task=task, adapter=adapter, encoded=encoded, batches=batches, steps=steps,
-        sample=sample_prompts(task, base),
+        sample=tuple(sample_inputs(task, base.tokenizer, kind=base.kind)),
     )  # fmt: skip
 
 
-def load_base(name: str, task: Task, precision: str, seed: int, *, quantize: str = "none") -> Base:
-    """The model for a task: a classifier if it is an encoder, on the device, packed if asked to."""
-    kind = models.natural_kind(name)
+def load_base(
+    name: str, task: Task, precision: str, seed: int, *, quantize: str = "none",
+    image_size: int | None = None,
+) -> Base:  # fmt: skip
+    """The model for a task, of the kind that its rows ask for, on the device, packed if asked to.
+
+    Raises:
+        ModelError: there is no such model, or it cannot learn from such rows.
+    """
+    kind = models.kind_for(name, task.format)
     dtype = models.parse_dtype(memory.resolve_precision(precision))
-    base = models.load(name, kind=kind, dtype=dtype, labels=task.labels, seed=seed)
+    base = models.load(
+        name, kind=kind, dtype=dtype, labels=task.labels, seed=seed, image_size=image_size
+    )
     base.model.to(memory.device_here())
     if quantize != "none":
         pack(base.model, quantize, name)
@@ -141,7 +152,7 @@ def load_base(name: str, task: Task, precision: str, seed: int, *, quantize: str
 
 def with_head(method: Method, base: Base) -> Method:
     """A new classification head must be trained and saved, or it would stay random."""
-    if base.kind != "sequence-classification":
+    if base.kind not in HEADED:
         return method
     heads = [name for name, _ in base.model.named_children() if name in HEADS]
     if any(head in method.modules_to_save for head in heads):
@@ -155,18 +166,6 @@ def _require_rows_to_occur(method: Method, encoded: Encoded) -> None:
     seen = rows & {number for example in encoded.examples for number in example.input_ids}
     if missing := sorted(rows - seen):
         raise ConfigError(f"token_rows {some(map(str, missing))}: no training row has these tokens")
-
-
-def sample_prompts(task: Task, base: Base) -> tuple[tuple[int, ...], ...]:
-    """A few of the task's own inputs, to compare artefacts of this run by."""
-    if base.kind == "causal-lm":
-        prompts: Sequence[Sequence[int]] = encode.prompts(task, "validation", base.tokenizer)
-    else:
-        rows = encode.encode(
-            task, "validation", base.tokenizer, kind=base.kind, max_length=SAMPLE_TOKENS
-        )
-        prompts = [example.input_ids for example in rows.examples]
-    return tuple(tuple(prompt)[-SAMPLE_TOKENS:] for prompt in prompts[:SAMPLE_PROMPTS])
 
 
 def require_place(folder: Path, request: Request, *, resume: bool) -> None:

@@ -127,7 +127,8 @@ def _run(request: Request, prepared: Prepared, folder: Path, listener: Listener 
 def _job(request: Request, prepared: Prepared, folder: Path, score: Callable[[], Scores]) -> Job:
     return Job(
         adapter=prepared.adapter, kind=prepared.base.kind, examples=prepared.encoded.examples,
-        batches=prepared.batches, pad_id=prepared.base.tokenizer.pad_token_id or 0,
+        batches=prepared.batches, tokenizer=prepared.base.tokenizer,
+        pad_id=prepared.base.tokenizer.pad_token_id or 0,
         steps=prepared.steps, training=request.training, folder=folder, evaluate=score,
     )  # fmt: skip
 
@@ -182,6 +183,7 @@ def record_of(
         "base": {
             "name": base.name, "kind": base.kind, "precision": request.training.precision,
             "quantize": request.training.quantize,
+            "image_size": getattr(base.tokenizer, "size", None),
         },
         "task": {
             "name": task.name, "format": task.format, "labels": list(task.labels),

@@ -35,6 +35,9 @@ class Training:
     quantize: Annotated[
         str, "keep the base's linear layers in few bits: none, nf4, or gguf (as the file has them)"
     ] = "none"
+    image_size: Annotated[
+        int | None, "pixels of a side, for pictures; none is the model's own size"
+    ] = None
     gradient_checkpointing: Annotated[
         str, "recompute activations to save memory: off, on, or reentrant"
     ] = "off"
@@ -60,7 +63,7 @@ class Training:
         """Check every value."""
         for name in ("epochs", "batch_size", "accumulation_steps", "evaluation_rows"):
             _at_least(name, getattr(self, name), 1)
-        for name in ("max_steps", "evaluate_every", "patience", "save_every"):
+        for name in ("max_steps", "evaluate_every", "patience", "save_every", "image_size"):
             if getattr(self, name) is not None:
                 _at_least(name, getattr(self, name), 1)
         _at_least("max_length", self.max_length, 2)
