@@ -8,13 +8,20 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from loralab.adapters import folder
-from loralab.adapters.attach import Adapter
+from loralab.adapters.attach import Adapter, attach
 from loralab.adapters.folder import RECORD, read_json
-from loralab.adapters.methods import LoRA
+from loralab.adapters.methods import Bottleneck, LoRA, Prefix
 from loralab.artefacts.certificate import logits_of, verify
+from loralab.artefacts.export import export
 from loralab.artefacts.live import bring_to_life
 from loralab.artefacts.merge import merge
 from loralab.errors import (
@@ -25,6 +32,8 @@ from loralab.errors import (
     OutputError,
 )
 from loralab.models.load import CAUSAL, CLASSIFIER, load
+from loralab.models.quantize import QuantizedLinear
+from loralab.models.quantize import quantize as pack
 
 MakeAdapter = Callable[..., Path]
 
@@ -217,3 +226,75 @@ def test_a_merge_that_overflows_writes_nothing(
     with pytest.raises(AdapterStateError, match="not finite"):
         merge(adapter, tmp_path / "out", precision="fp16")
     assert not list(tmp_path.glob("out*"))
+
+
+def wide_adapter(place: Path, save: Any, size: float, precision: str = "bf16") -> Path:
+    """A QLoRA adapter, of an update of some relative size, on a Llama of whole 4-bit blocks."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=100, tie_word_embeddings=True, eos_token_id=2,
+    )  # fmt: skip
+    folder = save("wide", LlamaForCausalLM(config), True)
+    base = load(str(folder), dtype=torch.bfloat16)
+    pack(base.model, "nf4", "")
+    adapter = attach(base.model, LoRA(rank=8))
+    for module in adapter.modules.values():
+        torch.nn.init.normal_(module.lora_B)
+        length = size * module.base.dequantize().norm() / module.delta().norm()
+        module.lora_B.data.mul_(length)
+    record = {"base": {"name": str(folder), "kind": CAUSAL, "precision": precision,
+                       "quantize": "nf4"}, "sample": [[5, 6, 7, 8], [9, 10, 11]]}  # fmt: skip
+    return adapter.save(place, record)
+
+
+def test_an_adapter_on_4_bits_merges_into_16(tmp_path: Path, save_tiny: Any) -> None:
+    adapter = wide_adapter(tmp_path / "a", save_tiny, 0.05)
+    certificate = merge(adapter, tmp_path / "out")
+    assert certificate.passed
+    assert certificate.relative_difference < 0.05
+    merged = load(str(tmp_path / "out"), dtype=torch.bfloat16)
+    assert not any(isinstance(m, QuantizedLinear) for m in merged.model.modules())
+
+
+def test_4_bits_again_are_refused_where_they_lose_the_update(
+    tmp_path: Path, save_tiny: Any
+) -> None:
+    adapter = wide_adapter(tmp_path / "a", save_tiny, 0.02)
+    with pytest.raises(CertificateError, match=r"would keep -?\d+% of the update in model\.layers"):
+        merge(adapter, tmp_path / "out", quantize="nf4")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ConfigError, match="quantize must be one of"):
+        merge(adapter, tmp_path / "out", quantize="int3")
+    certificate = merge(adapter, tmp_path / "out", quantize="nf4", force=True)
+    assert certificate.passed
+    record = read_json(tmp_path / "out" / RECORD)
+    assert len(record["retained"]) == 14
+    assert max(record["retained"].values()) < 0.9
+    size = sum(f.stat().st_size for f in (tmp_path / "out").glob("*.safetensors"))
+    assert size < 0.6 * sum(p.numel() * 2 for p in LlamaForCausalLM(
+        LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+                    num_attention_heads=4, num_key_value_heads=2, vocab_size=100,
+                    tie_word_embeddings=True)
+    ).parameters())  # fmt: skip
+
+
+def test_what_cannot_be_merged_says_so_before_it_works(tmp_path: Path, save_tiny: Any) -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=100, eos_token_id=2,
+    )  # fmt: skip
+    folder = save_tiny("wide", LlamaForCausalLM(config), True)
+    base = load(str(folder))
+    for method in (Prefix(), Bottleneck()):
+        adapter = attach(base.model, method)
+        path = adapter.save(
+            tmp_path / type(method).__name__, {"base": {"name": str(folder), "kind": CAUSAL}}
+        )
+        adapter.detach()
+        with pytest.raises(ConfigError, match="cannot be merged"):
+            merge(path, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+    with pytest.raises(ConfigError, match="peft has no method BOTTLENECK"):
+        export(tmp_path / "Bottleneck", tmp_path / "out", to="peft")

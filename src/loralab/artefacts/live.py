@@ -13,6 +13,7 @@ from loralab.errors import AdapterFileError
 from loralab.models import load as models
 from loralab.models.load import Base
 from loralab.models.quantize import quantize as pack
+from loralab.models.tokens import add_tokens
 from loralab.tasks.samples import VISION, patterns
 
 Ids = Sequence[int]
@@ -67,6 +68,7 @@ def bring_to_life(
     )  # fmt: skip
     if (how := record.get("quantize", "none")) != "none":
         pack(base.model, how, name)
+    add_tokens(base, stored.record.get("tokenizer", {}).get("new_tokens", ()))
     adapter = load_adapter(base.model, path)
     return Live(base=base, adapter=adapter, stored=stored, precision=precision)
 

@@ -5,11 +5,14 @@ most one weight is held twice. The whole model is in memory; it is saved in shar
 """
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from loralab import atomic
 from loralab.adapters.folder import FORMAT, RECORD, write_json
+from loralab.adapters.methods import check_choice
+from loralab.artefacts import requantize
 from loralab.artefacts.certificate import Certificate, compare_afresh, file_digests, reference_of
 from loralab.artefacts.live import Live, bring_to_life, sample_of
 from loralab.errors import CertificateError, ConfigError
@@ -25,6 +28,8 @@ def merge(
     *,
     model: str | None = None,
     precision: str | None = None,
+    quantize: str = "none",
+    force: bool = False,
 ) -> Certificate:
     """Write the base model with the adapter in its weights to a new folder.
 
@@ -35,6 +40,8 @@ def merge(
     Args:
         model: the base; None is the one that the adapter names.
         precision: of the written weights: fp32, bf16, fp16; None is that of the training.
+        quantize: "nf4" packs the merged weights again; a 4-bit base is otherwise left unpacked.
+        force: also where 4 bits would round most of the update away.
 
     Raises:
         InputError: adapter, base or output cannot be used; nothing has been written.
@@ -42,16 +49,27 @@ def merge(
     """
     output = Path(output)
     atomic.require_free(output)
+    check_choice("quantize", quantize, ("none", "nf4"))
+    packs = quantize == "nf4"
     live = bring_to_life(adapter, model=model, precision=precision)
     if reason := live.adapter.reason_not_to_merge():
         raise ConfigError(f"{adapter}: {reason}")
     base = live.base
     prompts = sample_of(live.stored.record, base)
     reference = reference_of(base.model, prompts, base.kind, base.tokenizer)
+    kept = requantize.retention(live.adapter) if packs else {}
+    if not force:
+        requantize.require_retention(kept)
+    plain: Any = live.adapter.merge_and_detach()
+    dequantize(plain)
+    if packs:
+        # what is written is compared with what was packed: that differs from the unpacked model
+        requantize.pack(plain)
+        reference = reference_of(plain, prompts, base.kind, base.tokenizer)
     rejected = output.with_name(output.name + REJECTED)
     shutil.rmtree(rejected, ignore_errors=True)
     with atomic.new_folder(rejected) as place:
-        _write_model(live, place)
+        _write_model(live, plain, place, kept)
     certificate = compare_afresh(rejected, reference)
     if not certificate.passed:
         raise CertificateError(
@@ -70,37 +88,38 @@ def publish(rejected: Path, output: Path) -> None:
     rejected.rename(output)
 
 
-def _write_model(live: Live, place: Path) -> None:
-    plain: Any = live.adapter.merge_and_detach()
-    dequantize(plain)
+def _write_model(live: Live, plain: Any, place: Path, kept: Mapping[str, float]) -> None:
     _untie(plain)
     record = live.stored.record
     stops = record.get("tokenizer", {}).get("stop_ids")
     if stops and getattr(plain, "generation_config", None) is not None:
         plain.generation_config.eos_token_id = list(stops)
     with quiet():
-        plain.save_pretrained(place)
+        requantize.save(plain, place) if kept else plain.save_pretrained(place)
         live.base.tokenizer.save_pretrained(place)
     for file in place.iterdir():  # safetensors lets only its writer read: a server may be another
         file.chmod((place / "config.json").stat().st_mode)
-    kept: dict[str, Any] = {
+    told: dict[str, Any] = {
         key: record[key] for key in ("task", "tokenizer", "sample") if key in record
     }
+    if kept:
+        told["retained"] = {name: round(share, 4) for name, share in kept.items()}
     base: dict[str, Any] = {
-        **record.get("base", {}),
+        **{k: v for k, v in record.get("base", {}).items() if k != "quantize"},
         "name": live.base.name,
         "kind": live.base.kind,
     }
     content: dict[str, Any] = {
         "format": FORMAT, "kind": "model", "precision": live.precision, "base": base,
-        "adapter": live.stored.digest, **kept, "files": file_digests(place),
+        "adapter": live.stored.digest, **told, "files": file_digests(place),
     }  # fmt: skip
     write_json(place / RECORD, content)
 
 
 def _untie(model: Any) -> None:
     """A head that was adapted no longer shares its weight with the embedding: say so."""
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    get_head = getattr(model, "get_output_embeddings", lambda: None)
+    head, embedding = get_head(), model.get_input_embeddings()
     if head is not None and head.weight is not embedding.weight:
         for config in (model.config, model.config.get_text_config()):
             if getattr(config, "tie_word_embeddings", False):

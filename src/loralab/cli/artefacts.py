@@ -24,12 +24,16 @@ def merge(
     output: OutputPath,
     model: Model = None,
     precision: Precision = None,
+    quantize: Annotated[str, typer.Option(help="none, or nf4: pack the merged weights")] = "none",
+    force: Annotated[bool, typer.Option(help="even if 4 bits round the update away")] = False,
     json_: Json = False,
 ) -> None:
     """Put an adapter into the base's weights: a full model folder, with its certificate."""
     from loralab.artefacts.merge import merge as run_merge
 
-    certificate = run_merge(adapter, output, model=model, precision=precision)
+    certificate = run_merge(
+        adapter, output, model=model, precision=precision, quantize=quantize, force=force
+    )
     _show_certificate(output, certificate, json_)
 
 

@@ -14,6 +14,7 @@ from loralab.errors import AdapterFileError, ConfigError
 from loralab.models import load as models
 from loralab.models.load import Base
 from loralab.models.quantize import quantize as pack
+from loralab.models.tokens import add_tokens
 from loralab.tasks import catalog, score
 from loralab.tasks.encode import chat_ids
 from loralab.tasks.score import Scores
@@ -54,6 +55,7 @@ def evaluate(
         name, task, _precision(evaluation.precision, stored), seed, quantize=how,
         image_size=record.get("base", {}).get("image_size"),
     )  # fmt: skip
+    add_tokens(base, new_tokens(stored))
     if adapter is not None:
         load_adapter(base.model, adapter)
     return score.evaluate(
@@ -88,6 +90,7 @@ def answers(
     base = _generator(model or base_name(*stored), _precision(precision, *stored))
     if (how := quantization("auto", *stored)) != "none":
         pack(base.model, how, model or base_name(*stored))
+    add_tokens(base, new_tokens(*stored))
     ids = [chat_ids(base.tokenizer, prompt, system=system) for prompt in prompts]
     found: list[dict[str, Any]] = [{"prompt": prompt, "answers": {}} for prompt in prompts]
     for path in ([None] if with_base else []) + list(adapters):
@@ -135,6 +138,18 @@ def quantization(asked: str, *stored: AdapterFolder | None) -> str:
     if len(own) > 1:
         raise ConfigError(f"the adapters were trained on different bases: {', '.join(sorted(own))}")
     return str(own.pop()) if own else "none"
+
+
+def new_tokens(*stored: AdapterFolder | None) -> tuple[str, ...]:
+    """The tokens that the adapters brought along.
+
+    Raises:
+        ConfigError: they brought different ones, which would share their numbers.
+    """
+    found = {tuple(e.record.get("tokenizer", {}).get("new_tokens", ())) for e in stored if e}
+    if len(found - {()}) > 1:
+        raise ConfigError("the adapters have different new tokens; ask them one at a time")
+    return max(found, default=())
 
 
 def _generator(name: str, precision: str) -> Base:

@@ -25,6 +25,7 @@ from loralab.errors import ConfigError, OutputError, some
 from loralab.models import load as models
 from loralab.models.load import Base
 from loralab.models.quantize import quantize as pack
+from loralab.models.tokens import add_tokens
 from loralab.tasks import catalog, encode
 from loralab.tasks.batches import Batches
 from loralab.tasks.catalog import Task
@@ -73,6 +74,8 @@ class Request:
             )
         if isinstance(method, FullFineTune | BitFit) and training.quantize != "none":
             raise ConfigError("weights in few bits cannot be trained; leave --quantize out")
+        if training.new_tokens and not isinstance(method, LoRA):
+            raise ConfigError("new_tokens are trained by LoRA only")
         return Request(
             model=model, data=data, method=method, training=training, mapping=mapping or {}
         )
@@ -107,7 +110,11 @@ def prepare(request: Request) -> Prepared:
         image_size=training.image_size,
     )  # fmt: skip
     generator = torch.Generator().manual_seed(training.seed)
-    adapter = attach(base.model, with_head(request.method, base), generator=generator)
+    method = with_head(request.method, base)
+    if isinstance(method, LoRA) and training.new_tokens:
+        rows = (*method.token_rows, *add_tokens(base, training.new_tokens))
+        method = replace(method, token_rows=rows)
+    adapter = attach(base.model, method, generator=generator)
     if base.kind == "causal-lm":
         encode.round_trip(task, base.tokenizer)
     encoded = encode.encode(
@@ -123,7 +130,7 @@ def prepare(request: Request) -> Prepared:
     steps = training.max_steps or training.epochs * batches.steps_per_epoch
     if adapter.budget is not None:
         adapter.budget.plan(steps)
-    _require_rows_to_occur(request.method, encoded)
+    _require_rows_to_occur(method, encoded)
     return Prepared(
         base=base, task=task, adapter=adapter, encoded=encoded, batches=batches, steps=steps,
         sample=tuple(sample_inputs(task, base.tokenizer, kind=base.kind)),

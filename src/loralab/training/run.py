@@ -193,6 +193,7 @@ def record_of(
         "tokenizer": {
             "chat_template": base.tokenizer.chat_template,
             "eos_token": base.tokenizer.eos_token,
+            "new_tokens": list(request.training.new_tokens),
             "stop_ids": list(encode.stop_ids(base.tokenizer)) if base.kind == "causal-lm" else [],
         },
         "method": {"name": fields["method"], **asdict(request.method)},

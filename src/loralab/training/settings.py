@@ -57,6 +57,9 @@ class Training:
     save_every: Annotated[
         int | None, "steps between checkpoints; none is one a twentieth of the run"
     ] = None
+    new_tokens: Annotated[
+        tuple[str, ...], "texts that become tokens of their own; their rows are trained (LoRA)"
+    ] = ()
     seed: Annotated[int, "of the adapter's start, the order of the rows, dropout and splits"] = 0
 
     def __post_init__(self) -> None:
@@ -67,6 +70,7 @@ class Training:
             if getattr(self, name) is not None:
                 _at_least(name, getattr(self, name), 1)
         _at_least("max_length", self.max_length, 2)
+        object.__setattr__(self, "new_tokens", tuple(self.new_tokens))
         rate = self.learning_rate
         if rate is not None and not (math.isfinite(rate) and rate > 0):
             raise ConfigError(f"learning_rate must be above 0, got {rate}")

@@ -1,0 +1,82 @@
+"""A merged model in 4 bits again, if the update survives it.
+
+A step of the 4-bit grid is far larger than most updates: rounding W + D to it can give back W.
+So the retained part of every layer's update is measured first (models/quantize.py).
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from loralab.adapters.attach import Adapter
+from loralab.adapters.bases import dense_weight, is_linear
+from loralab.errors import CertificateError
+from loralab.models.quantize import HEADS, QuantizedLinear, quantize, retained
+
+LEAST = 0.9  # of an update that must survive
+NF4_CONFIG = {
+    "quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4",
+    "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": "bfloat16",
+    "bnb_4bit_quant_storage": "uint8", "llm_int8_skip_modules": list(HEADS),
+}  # fmt: skip
+
+
+def retention(adapter: Adapter) -> dict[str, float]:
+    """The part of each linear layer's update that NF4 keeps: 1 is all of it, 0 nothing."""
+    kept = {}
+    for name, module in adapter.modules.items():
+        if is_linear(module.original):
+            before = dense_weight(module.original).float()
+            total: Tensor = module.merged_tensors()["weight"]
+            after = total.T if getattr(module, "transposed", False) else total
+            kept[name] = retained(before, after.detach().float())
+    return kept
+
+
+def require_retention(kept: Mapping[str, float]) -> None:
+    """Refuse where too little of some layer's update would be left.
+
+    Raises:
+        CertificateError: the least is below LEAST.
+    """
+    if not kept:
+        return
+    name = min(kept, key=lambda key: kept[key])
+    if kept[name] < LEAST:
+        values = sorted(kept.values())
+        raise CertificateError(
+            f"4 bits would keep {kept[name]:.0%} of the update in {name} (median over "
+            f"{len(values)} layers: {values[len(values) // 2]:.0%}; at least {LEAST:.0%} is asked "
+            "for); leave --quantize out for a 16-bit model, or --force it"
+        )
+
+
+def pack(model: Any) -> None:
+    """Quantise a merged model in place, and say so in its configuration."""
+    quantize(model, "nf4", "")
+    model.config.quantization_config = dict(NF4_CONFIG)
+
+
+def save(model: Any, place: Path) -> None:
+    """Write a packed model as transformers and bitsandbytes read it."""
+    tensors: dict[str, Tensor] = dict(model.state_dict())
+    for path, layer in model.named_modules():
+        if isinstance(layer, QuantizedLinear):
+            state: Any = layer.packed
+            tensors[f"{path}.weight"] = state.data
+            packed = state.state.as_dict(packed=True)
+            tensors |= {f"{path}.weight.{key}": value for key, value in packed.items()}
+    model.save_pretrained(place, state_dict=_without_ties(tensors))
+
+
+def _without_ties(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Each storage once: a tied head is made again from the embedding."""
+    seen: set[int] = set()
+    kept = {}
+    for name, tensor in tensors.items():
+        if tensor.data_ptr() not in seen or not tensor.numel():
+            seen.add(tensor.data_ptr())
+            kept[name] = tensor
+    return kept
