@@ -10,6 +10,14 @@ __version__ = "0.1.0"
 
 _WHERE = {
     "LoRA": "adapters.methods",
+    "AdaLoRA": "adapters.methods",
+    "Bottleneck": "adapters.methods",
+    "Prefix": "adapters.methods",
+    "Prompt": "adapters.methods",
+    "IA3": "adapters.methods",
+    "BitFit": "adapters.methods",
+    "FullFineTune": "adapters.methods",
+    "LinearProbe": "adapters.methods",
     "METHODS": "adapters.methods",
     "LinearWithLoRA": "adapters.linear",
     "Adapter": "adapters.attach",
