@@ -1,15 +1,26 @@
 """Prefix and prompt tuning: cached generation, padding, grouped queries, and what they refuse."""
 
+import copy
+from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from tiny import bert, fill, gpt2, llama, logits
-from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageClassification
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from loralab.adapters.attach import attach
+from loralab.adapters.load import load
 from loralab.adapters.methods import Prefix, Prompt
-from loralab.errors import ConfigError, TargetError
+from loralab.errors import AdapterStateError, ConfigError, TargetError
 
 METHODS = {"prefix": Prefix(tokens=5), "mlp": Prefix(tokens=5, mlp=True, mlp_width=8),
            "prompt": Prompt(tokens=5)}  # fmt: skip
@@ -142,3 +153,46 @@ def test_models_that_cannot_are_refused() -> None:
     model.config._attn_implementation = "flex_attention"
     with pytest.raises(ConfigError, match="'flex_attention'"):
         attach(model, Prefix())
+
+
+@every_method
+def test_a_copy_of_the_model_has_a_prefix_of_its_own(method: str) -> None:
+    model = filled(llama, method)
+    twin = copy.deepcopy(model)
+    before = logits(model)
+    assert torch.equal(logits(twin), before)
+    with torch.no_grad():
+        next(p for n, p in model.named_parameters() if "table" in n).mul_(2)
+    assert torch.equal(logits(twin), before)
+    assert not torch.equal(logits(model), before)
+
+
+def test_positions_that_were_never_learnt_are_refused() -> None:
+    model = gpt2()  # 32 positions
+    attach(model, Prefix(tokens=16))
+    model(torch.ones(1, 16, dtype=torch.long))
+    with pytest.raises(AdapterStateError, match=r"room for 16 tokens"):
+        model(torch.ones(1, 17, dtype=torch.long))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_positions_that_count_from_the_padding(tmp_path: Path) -> None:
+    """RoBERTa's first position is 2; peft gets there through the cache."""
+    config = RobertaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=50, num_labels=3, max_position_embeddings=40,
+    )  # fmt: skip
+
+    def roberta() -> Any:
+        torch.manual_seed(0)
+        return RobertaForSequenceClassification(config).eval()
+
+    settings = peft.PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=5)
+    theirs = peft.get_peft_model(roberta(), settings).eval()
+    torch.nn.init.normal_(theirs.prompt_encoder["default"].embedding.weight)
+    theirs.save_pretrained(tmp_path)
+    ours, ids = roberta(), torch.arange(3, 21).view(2, 9)
+    load(ours, tmp_path)
+    with torch.no_grad():
+        want = theirs(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        torch.testing.assert_close(ours(ids).logits, want, rtol=1e-5, atol=1e-6)

@@ -324,18 +324,24 @@ def _replace(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
                 setattr(parent, name, new[child])
 
 
-def _keep_gradients_in_checkpoints(model: nn.Module) -> RemovableHandle | None:
+class _KeepGradients:
     """Let gradients reach adapters through reentrant checkpoints although the embedding is frozen.
 
-    A reentrant checkpoint drops all gradients if no *input* of its block needs one. The hook
+    A reentrant checkpoint drops all gradients if no *input* of its block needs one. This hook
     asks at each call, so it does not matter whether checkpointing is enabled before or after.
     """
 
-    def mark(module: nn.Module, inputs: Any, output: Any) -> None:
-        checkpoints = any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        modules = self.model.modules()
+        checkpoints = any(getattr(m, "gradient_checkpointing", False) for m in modules)
         if checkpoints and torch.is_grad_enabled() and isinstance(output, Tensor):
             output.requires_grad_(True)
 
+
+def _keep_gradients_in_checkpoints(model: nn.Module) -> RemovableHandle | None:
     get_input = getattr(model, "get_input_embeddings", None)
     embedding = None
     if callable(get_input):
@@ -345,4 +351,4 @@ def _keep_gradients_in_checkpoints(model: nn.Module) -> RemovableHandle | None:
             embedding = None
     if not isinstance(embedding, nn.Module):
         return None
-    return embedding.register_forward_hook(mark)
+    return embedding.register_forward_hook(_KeepGradients(model))

@@ -8,7 +8,7 @@ Axes: P tokens of the prefix, L layers, H key-value heads, D width of a head, B 
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from loralab.adapters.methods import Prefix
 from loralab.adapters.peft_fields import refuse_unknown
+from loralab.adapters.positions import CACHE, behind, by_name
 from loralab.adapters.wrapper import Wrapper
 from loralab.errors import ConfigError, TargetError
 
@@ -24,7 +25,7 @@ CANNOT_MERGE = (
     "a prefix cannot be merged: it is keys and values of its own, which no weight of the base "
     "can hold"
 )
-CACHE, MASK = "past_key_values", "attention_mask"
+MASK = "attention_mask"
 PEFT_FIELDS = {
     "num_virtual_tokens", "num_layers", "num_attention_heads", "token_dim",
     "num_transformer_submodules", "prefix_projection", "encoder_hidden_size", "init_weights",
@@ -156,8 +157,7 @@ def build(
 
 def watch(model: nn.Module, modules: Mapping[str, Any]) -> list[Any]:
     """Move the positions of the input behind the prefix."""
-    tokens = next(iter(modules.values())).table.tokens
-    return [behind(model, tokens)]
+    return [behind(model, next(iter(modules.values())).table)]
 
 
 def pack(modules: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -211,40 +211,6 @@ def key_value_shape(model: Any, layers: int) -> tuple[int, int, int]:
     queries = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // queries
     return layers, getattr(config, "num_key_value_heads", None) or queries, width
-
-
-def by_name(bound: inspect.BoundArguments) -> dict[str, Any]:
-    """All arguments by name: decorators of transformers take no positional ones beside theirs."""
-    named = dict(bound.arguments)
-    for parameter in bound.signature.parameters.values():
-        if parameter.kind == parameter.VAR_KEYWORD:
-            named |= named.pop(parameter.name, {})
-    return named
-
-
-def behind(model: Any, tokens: int, unless: Callable[[], bool] = lambda: False) -> Any:
-    """A hook that moves all positions `tokens` on, unless told not to for the moment."""
-    inner = getattr(model, "base_model", model)
-    parameters = inspect.signature(inner.forward).parameters
-    if "position_ids" not in parameters:
-        raise TargetError(f"{type(inner).__name__} takes no position_ids, which a prefix moves")
-
-    def move(module: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        if unless():
-            return None
-        bound = inspect.signature(module.forward).bind(*inputs, **named)
-        given = bound.arguments
-        positions = given.get("position_ids")
-        if positions is None:
-            x = given.get("input_ids")
-            x = given["inputs_embeds"] if x is None else x
-            cache = given.get(CACHE)
-            past = 0 if cache is None else cache.get_seq_length()
-            positions = torch.arange(past, past + x.shape[1], device=x.device)[None]
-        given["position_ids"] = positions + tokens
-        return (), by_name(bound)
-
-    return inner.register_forward_pre_hook(move, with_kwargs=True)
 
 
 def parse(

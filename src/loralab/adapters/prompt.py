@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from loralab.adapters.methods import Prompt
 from loralab.adapters.peft_fields import refuse_unknown
-from loralab.adapters.prefix import PEFT_FIELDS, AttentionWithPrefix, Front, attention_names, behind
+from loralab.adapters.positions import behind
+from loralab.adapters.prefix import PEFT_FIELDS, AttentionWithPrefix, Front, attention_names
 from loralab.adapters.wrapper import Wrapper
 from loralab.errors import AdapterStateError, TargetError
 
@@ -84,20 +85,29 @@ def watch(model: Any, modules: Mapping[str, Any]) -> list[Any]:
     """Work out the prompt's keys and values before each forward pass, and move the positions."""
     table: Embeddings = next(iter(modules.values())).table
     inner = getattr(model, "base_model", model)
-    shift = behind(model, table.tokens, unless=lambda: table.recording)
+    return [
+        behind(model, table),
+        inner.register_forward_pre_hook(Prepare(table), with_kwargs=True),
+    ]
 
-    def prepare(module: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-        if table.recording:
+
+class Prepare:
+    """A hook before a model without its head: works out what the prompt amounts to."""
+
+    def __init__(self, table: Embeddings) -> None:
+        self.table = table
+
+    def __call__(self, module: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        """Record the prompt's keys and values, unless those at hand still hold."""
+        if self.table.recording:
             return
         if _reentrant(module):
             raise AdapterStateError(
                 "prompt tuning does not work with reentrant gradient checkpointing; use "
                 "use_reentrant=False"
             )
-        if not (table.is_current() and not torch.is_grad_enabled()):
-            table.record(module)
-
-    return [shift, inner.register_forward_pre_hook(prepare, with_kwargs=True)]
+        if torch.is_grad_enabled() or not self.table.is_current():
+            self.table.record(module)
 
 
 def pack(modules: Mapping[str, Any]) -> dict[str, Tensor]:
