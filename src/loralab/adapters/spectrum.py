@@ -77,8 +77,9 @@ def describe(path: str | Path) -> dict[str, Any]:
         "base": base.get("name") or "not named", "fingerprint": base.get("fingerprint"),
         "parameters": sum(tensor.numel() for tensor in stored.tensors.values()),
         "ranks": sorted({len(A) for A, _, _ in pairs.values()}),
-        "saved": sorted({_owner(key) for key in stored.tensors if ".lora_" not in key}),
+        "saved": list(stored.config.modules_to_save),
         "modules": [_described(name, *pair) for name, pair in pairs.items()],
+        "tensors": _tensors(stored),
         "metrics": stored.record.get("metrics", {}),
     }  # fmt: skip
 
@@ -126,6 +127,17 @@ def factors(stored: AdapterFolder) -> dict[str, tuple[Tensor, Tensor, float]]:
             stored.config.for_module(name).factor,
         )
     return found
+
+
+def _tensors(stored: AdapterFolder) -> list[dict[str, Any]]:
+    """Shape and norm of everything that is no low-rank update."""
+    low_rank = (".lora_A.weight", ".lora_B.weight")
+    return [
+        {"name": key.removeprefix(PREFIX), "shape": list(tensor.shape),
+         "norm": float(tensor.double().norm())}
+        for key, tensor in sorted(stored.tensors.items())
+        if not (key.endswith(low_rank) and isinstance(stored.config, LoRA))
+    ]  # fmt: skip
 
 
 def _described(name: str, A: Tensor, B: Tensor, factor: float) -> dict[str, Any]:

@@ -104,18 +104,33 @@ def _show_summary(summary: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    _print_table(
-        summary["path"],
-        [
-            ("base", f"{summary['base']}  fingerprint {summary['fingerprint']}"),
-            ("digest", summary["digest"]),
-            ("parameters", f"{summary['parameters']:,} in {len(summary['modules'])} modules"),
-            ("ranks", ", ".join(map(str, summary["ranks"]))),
-            ("trained in full", ", ".join(summary["saved"]) or "nothing"),
-        ],
-    )
+    rows = [
+        ("method", summary["method"]),
+        ("base", f"{summary['base']}  fingerprint {summary['fingerprint']}"),
+        ("digest", summary["digest"]),
+        ("parameters", f"{summary['parameters']:,}"),
+        ("trained in full", ", ".join(summary["saved"]) or "nothing"),
+    ]
+    if summary["modules"]:
+        ranks = ", ".join(map(str, summary["ranks"]))
+        rows.insert(4, ("low-rank updates", f"{len(summary['modules'])}, ranks {ranks}"))
+    _print_table(summary["path"], rows)
+    if summary["modules"]:
+        _show_updates(summary["modules"])
+    if summary["tensors"]:
+        table = Table("tensor", "shape", "norm")
+        for row in summary["tensors"]:
+            shape = " x ".join(map(str, row["shape"]))
+            table.add_row(row["name"], shape, f"{row['norm']:.4f}")
+        Console().print(table)
+
+
+def _show_updates(modules: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
     table = Table("module", "rank", "norm", "top singular values", "effective rank", "90 % at")
-    for row in summary["modules"]:
+    for row in modules:
         values = " ".join(f"{value:.3f}" for value in row["singular_values"][:4])
         table.add_row(
             row["name"], str(row["rank"]), f"{row['norm']:.4f}", values,
