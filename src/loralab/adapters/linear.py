@@ -73,11 +73,7 @@ class LinearWithLoRA(Wrapper):
             return self.base(x)
         if self.magnitude is not None:
             return self._rescaled(x, self.magnitude / self.row_norm())
-        if self._fuses(x):
-            mask = self._dropout_mask(x)
-            return linear_with_update(self.base, self.transposed, x, *self.factors(), mask)
-        y = self.base(x)
-        return y + self.update(x).to(y.dtype)
+        return self._updated(x)
 
     def update(self, x: Tensor) -> Tensor:
         """(alpha / r) B A x: (..., I) -> (..., O), computed in the adapter's dtype."""
@@ -85,18 +81,32 @@ class LinearWithLoRA(Wrapper):
         low = F.linear(self.dropout(x).to(A.dtype), A)  # (..., R)
         return scaling * F.linear(low, B)
 
-    def _rescaled(self, x: Tensor, ratio: Tensor) -> Tensor:
-        """DoRA: ratio * (W0 x + update) + bias, where ratio (O,) is m over the rows' lengths."""
+    def _updated(self, x: Tensor) -> Tensor:
+        """The base's output plus the update."""
+        if self._fuses(x):
+            mask = self._dropout_mask(x)
+            return linear_with_update(self.base, self.transposed, x, *self.factors(), mask)
         y = self.base(x)
-        bias = 0 if self.base.bias is None else self.base.bias
-        dropped = self.dropout(x)
-        plain = (y if dropped is x else self.base(dropped)) - bias
-        change = (ratio - 1) * plain.to(ratio.dtype) + ratio * self._update_of(dropped)
-        return y + change.to(y.dtype)
+        return y + self.update(x).to(y.dtype)
 
-    def _update_of(self, dropped: Tensor) -> Tensor:
+    def _rescaled(self, x: Tensor, ratio: Tensor) -> Tensor:
+        """DoRA: ratio * (W0 x + update) + bias, where ratio (O,) is m over the rows' lengths.
+
+        With dropout it is W0 x + b + (ratio - 1) W0 D(x) + ratio * update(D(x)), as in the
+        authors' code.
+        """
+        bias = 0 if self.base.bias is None else self.base.bias
+        if not (self.training and self.dropout.p):
+            y = self._updated(x)
+            if self.base.bias is None:
+                return (ratio * y).to(y.dtype)
+            return y + ((ratio - 1) * (y - bias)).to(y.dtype)
+        y, dropped = self.base(x), self.dropout(x)
         A, B, scaling = self.factors()
-        return scaling * F.linear(F.linear(dropped.to(A.dtype), A), B)
+        low = F.linear(dropped.to(A.dtype), A)
+        plain = (self.base(dropped) - bias).to(ratio.dtype)
+        change = (ratio - 1) * plain + ratio * (scaling * F.linear(low, B))
+        return y + change.to(y.dtype)
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
         """A (R, I), B (O, R) and the factor of the update.
