@@ -33,7 +33,7 @@ def configs(name: str) -> dict[str, Any]:
     linear, task = LINEAR[name], TYPES[name]
     lora: dict[str, Any] = {"task_type": task, "r": 4, "lora_alpha": 12}
     conv1d = {"fan_in_fan_out": name == "gpt2"}
-    found = {
+    found: dict[str, Any] = {
         "lora": peft.LoraConfig(**lora, target_modules=linear, **conv1d),
         "rslora": peft.LoraConfig(**lora, target_modules=linear, use_rslora=True, **conv1d),
         "dora": peft.LoraConfig(**lora, target_modules=linear, use_dora=True, **conv1d),
@@ -56,8 +56,7 @@ def configs(name: str) -> dict[str, Any]:
             task_type=task, num_virtual_tokens=5, prefix_projection=True, encoder_hidden_size=12
         ),
     }  # fmt: skip
-    if name != "bert":
-        found["prompt"] = peft.PromptTuningConfig(task_type=task, num_virtual_tokens=5)
+    found["prompt"] = peft.PromptTuningConfig(task_type=task, num_virtual_tokens=5)
     return found
 
 
@@ -129,8 +128,6 @@ OWN: dict[str, Any] = {
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("kind", OWN)
 def test_what_was_trained_here_works_there(name: str, kind: str, tmp_path: Path) -> None:
-    if (name, kind) == ("bert", "prompt"):
-        pytest.skip("not for encoders")
     ours = MODELS[name]()
     heads = ("classifier",) if name == "bert" else ()
     adapter = attach(ours, replace(OWN[kind], modules_to_save=heads))

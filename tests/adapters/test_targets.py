@@ -7,6 +7,10 @@ import torch
 from tiny import bert, gpt2, llama
 from torch import nn
 from transformers import (
+    DebertaV2Config,
+    DebertaV2Model,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     RobertaConfig,
@@ -16,7 +20,7 @@ from transformers import (
 )
 
 from loralab.adapters.attach import attach
-from loralab.adapters.methods import LoRA
+from loralab.adapters.methods import IA3, BitFit, LoRA
 from loralab.adapters.targets import layer_number, target_names
 from loralab.errors import TargetError
 
@@ -188,3 +192,45 @@ def test_parameters_on_vit_with_a_head_for_101_classes() -> None:
     targets = ["query", "value"] if "query" in names else ["q_proj", "v_proj"]
     found = count(model, rank=16, target_modules=targets, modules_to_save=["classifier"])
     assert found == 667_493
+
+
+@pytest.mark.parametrize(
+    ("layers", "width", "heads", "expected"), [(24, 1024, 16, 393_216), (36, 1280, 20, 737_280)]
+)
+def test_parameters_on_gpt2_whose_q_and_v_are_parts(
+    layers: int, width: int, heads: int, expected: int
+) -> None:
+    with torch.device("meta"):
+        model = GPT2LMHeadModel(GPT2Config(n_layer=layers, n_embd=width, n_head=heads))
+    assert count(model, rank=4, target_modules=["c_attn.q", "c_attn.v"]) == expected
+
+
+def test_parameters_on_a_small_vit_with_a_head_for_100_classes() -> None:
+    config = ViTConfig(
+        hidden_size=384, num_attention_heads=6, intermediate_size=1536, num_labels=100
+    )
+    with torch.device("meta"):
+        model = ViTForImageClassification(config)
+    names = {name.split(".")[-1] for name, _ in model.named_modules()}
+    targets = ["query", "key", "value"] if "query" in names else ["q_proj", "k_proj", "v_proj"]
+    found = count(model, rank=8, target_modules=targets, modules_to_save=["classifier"])
+    assert found == 259_684
+
+
+@pytest.mark.parametrize(("rank", "expected"), [(8, 1_327_104), (2, 331_776)])
+def test_parameters_on_deberta_base(rank: int, expected: int) -> None:
+    config = DebertaV2Config(hidden_size=768, num_hidden_layers=12, num_attention_heads=12,
+                             intermediate_size=3072, vocab_size=8)  # fmt: skip
+    with torch.device("meta"):
+        model = DebertaV2Model(config)
+    assert count(model, rank=rank, target_modules="all-linear") == expected
+
+
+def test_the_few_numbers_of_bitfit_and_ia3() -> None:
+    width, layers = 768, 12
+    config = GPT2Config(n_layer=layers, n_embd=width, n_head=12)
+    with torch.device("meta"):
+        biases = attach(GPT2LMHeadModel(config), BitFit()).num_parameters
+        scales = attach(GPT2LMHeadModel(config), IA3()).num_parameters
+    assert biases == layers * (3 + 1 + 4 + 1 + 2) * width + width  # the last norm's too
+    assert scales == layers * (3 + 4) * width  # the fused projection as a whole, as peft has it

@@ -28,7 +28,7 @@ VARIANTS: dict[str, Any] = {
     "parallel": Bottleneck(placement="parallel", factor=4.0, activation="gelu"),
     "prefix-mlp": Prefix(tokens=5, mlp=True, mlp_width=16),
 }
-REFUSED = {("bitfit", "llama"): "no biases", ("prompt", "bert"): "both directions"}
+REFUSED = {("bitfit", "llama"): "no biases"}
 MOVES_AT_ONCE = {"prefix", "prompt", "prefix-mlp"}  # step 0 is not the base model
 CANNOT_MERGE = {"bottleneck", "pfeiffer", "parallel", "prefix", "prompt", "prefix-mlp"}
 PAIRS = [
@@ -217,7 +217,7 @@ def test_gradient_checkpointing_changes_no_gradient(
         fill(adapter)
         adapter.model.train()
     saving.model.gradient_checkpointing_enable({"use_reentrant": reentrant})  # type: ignore[operator]
-    if variant == "prompt" and reentrant:
+    if variant == "prompt" and reentrant and name != "bert":
         with pytest.raises(AdapterStateError, match="reentrant"):
             loss_of(saving.model)
         return

@@ -26,7 +26,7 @@ KINDS: dict[str, Any] = {
     "prefix-mlp": Prefix(tokens=4, mlp=True, mlp_width=8),
 }  # fmt: skip
 ON_LLAMA = [name for name in KINDS if name not in ("bitfit",)]
-ON_BERT = [name for name in KINDS if name != "prompt"]
+ON_BERT = list(KINDS)
 SETTINGS: dict[str, Any] = {
     "precision": "fp32", "batch_size": 4, "max_length": 64, "max_steps": 10, "save_every": 2,
     "evaluation_rows": 4,

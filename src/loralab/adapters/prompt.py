@@ -3,20 +3,29 @@
 Source: Lester et al. 2021, arXiv:2104.08691, section 2. In a causal model the prompt's states do
 not depend on what follows: one pass over the prompt alone gives its keys and values in every
 layer, and they are a prefix (prefix.py). So the input keeps its length, for users and for
-generation. Step 0 is not the base model. Axes: P tokens, E width of the embedding.
+generation. A model that reads in both directions really gets a longer input (`InFront`).
+Step 0 is not the base model. Axes: P tokens, E width of the embedding.
 """
 
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from loralab.adapters.methods import Prompt
 from loralab.adapters.peft_fields import refuse_unknown
-from loralab.adapters.positions import behind
-from loralab.adapters.prefix import PEFT_FIELDS, AttentionWithPrefix, Front, attention_names
+from loralab.adapters.positions import behind, by_name
+from loralab.adapters.prefix import (
+    CANNOT_MERGE,
+    PEFT_FIELDS,
+    AttentionWithPrefix,
+    Front,
+    attention_names,
+)
 from loralab.adapters.wrapper import Wrapper
 from loralab.errors import AdapterStateError, TargetError
 
@@ -65,16 +74,17 @@ def build(model: Any, config: Prompt, generator: torch.Generator | None) -> dict
 
     The prompt starts as the embeddings of tokens drawn from the vocabulary, as in section 3.2.
     """
-    names = attention_names(model)
-    if not all(getattr(model.get_submodule(name), "is_causal", True) for name in names):
-        raise TargetError(
-            f"prompt tuning needs a causal model; {type(model).__name__} reads in both "
-            "directions: use prefix"
-        )
-    vocabulary: Tensor = model.get_input_embeddings().weight
+    embedding = model.get_input_embeddings()
+    if not isinstance(embedding, nn.Embedding):
+        raise TargetError(f"{type(model).__name__} has no words that a prompt could stand before")
+    vocabulary: Tensor = embedding.weight
     rows = torch.randint(len(vocabulary), (config.tokens,), generator=generator)
     start = vocabulary.detach()[rows.to(vocabulary.device)].float().clone()
+    names = attention_names(model)
     table = Embeddings(start, len(names))
+    if not all(getattr(model.get_submodule(name), "is_causal", True) for name in names):
+        path = next(name for name, module in model.named_modules() if module is embedding)
+        return {path: Keeper(embedding, table)}
     return {
         name: AttentionWithPrefix(model.get_submodule(name), table, layer)
         for layer, name in enumerate(names)
@@ -83,8 +93,15 @@ def build(model: Any, config: Prompt, generator: torch.Generator | None) -> dict
 
 def watch(model: Any, modules: Mapping[str, Any]) -> list[Any]:
     """Work out the prompt's keys and values before each forward pass, and move the positions."""
-    table: Embeddings = next(iter(modules.values())).table
+    first = next(iter(modules.values()))
+    table: Embeddings = first.table
     inner = getattr(model, "base_model", model)
+    if isinstance(first, Keeper):
+        hook = InFront(table, keeps="ForSequenceClassification" in type(model).__name__)
+        return [
+            inner.register_forward_pre_hook(hook, with_kwargs=True),
+            inner.register_forward_hook(hook.after),
+        ]
     return [
         behind(model, table),
         inner.register_forward_pre_hook(Prepare(table), with_kwargs=True),
@@ -108,6 +125,53 @@ class Prepare:
             )
         if torch.is_grad_enabled() or not self.table.is_current():
             self.table.record(module)
+
+
+class Keeper(Wrapper):
+    """The embedding of a model that reads in both directions: keeps the prompt for the hook."""
+
+    cannot_merge = CANNOT_MERGE
+
+    def __init__(self, base: nn.Module, table: Embeddings) -> None:
+        super().__init__(base)
+        self.table = table
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """The words' own rows."""
+        out: Tensor = self.base(ids)
+        return out
+
+
+class InFront:
+    """Hooks around a model without its head: the prompt goes in before the words.
+
+    Args:
+        keeps: leave the prompt's states in the output, as peft does before a classifier, which
+            reads the first of them; else they are cut off again.
+    """
+
+    def __init__(self, table: Embeddings, *, keeps: bool) -> None:
+        self.table, self.keeps = table, keeps
+
+    def __call__(self, module: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        """The longer input."""
+        bound = inspect.signature(module.forward).bind(*inputs, **named)
+        given = bound.arguments
+        words = given.get("inputs_embeds")
+        if words is None:
+            words = module.get_input_embeddings()(given.pop("input_ids"))
+        prompt = self.table.weight.to(words.dtype).expand(len(words), -1, -1)
+        given["inputs_embeds"] = torch.cat([prompt, words], dim=1)
+        for name, value in (("attention_mask", 1), ("token_type_ids", 0)):
+            if given.get(name) is not None:
+                given[name] = F.pad(given[name], (self.table.tokens, 0), value=value)
+        return (), by_name(bound)
+
+    def after(self, module: Any, inputs: Any, output: Any) -> Any:
+        """The output without the prompt's part."""
+        if not self.keeps:
+            output.last_hidden_state = output.last_hidden_state[:, self.table.tokens :]
+        return output
 
 
 def pack(modules: Mapping[str, Any]) -> dict[str, Tensor]:
