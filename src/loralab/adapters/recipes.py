@@ -49,8 +49,8 @@ class Recipe:
 
     `build` makes the wrappers by path, without changing the model; `watch` adds what a method
     needs at the model's entrance, and returns the hooks. `fields` and `pack` are what is written,
-    under peft's names where peft has the method; `parse` reads it, as the method that the tensors
-    amount to. `prefix` begins the keys of modules trained in full.
+    under peft's names where peft has the method (PARSERS reads it again). `prefix` begins the
+    keys of modules trained in full.
     """
 
     build: Callable[[nn.Module, Any, torch.Generator | None], dict[str, Wrapper]]
