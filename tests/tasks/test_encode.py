@@ -286,7 +286,7 @@ def test_a_classifier_reads_text_and_class_and_reports_what_is_cut(
 
 
 def test_generation_data_is_refused_by_a_classifier(chat_tokenizer: Any, task_of: TaskOf) -> None:
-    with pytest.raises(DataError, match="prompt-completion rows; a classifier needs text, label"):
+    with pytest.raises(DataError, match="needs text, label or text_a, text_b, label"):
         only(task_of("prompt-completion", [PAIR]), chat_tokenizer, kind="sequence-classification")
 
 

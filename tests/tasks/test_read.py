@@ -10,6 +10,7 @@ import pyarrow
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from pyarrow import parquet
 
 from loralab.errors import DataError
@@ -163,7 +164,13 @@ def test_a_folder_brings_its_splits(write: Write, tmp_path: Path) -> None:
         ("a.csv", "review,stars\na,1\n", "review, stars fit no format"),
         ("a.csv", "text,Labels\na,1\n", "is 'Labels' a label? say --map label=Labels"),
         ("a.xlsx", "", "unknown kind of file '.xlsx'; use .jsonl, .json, .csv"),
-        ("a.csv", "image,label\na.png,1\n", "images with labels cannot be trained on yet"),
+        ("a.csv", "image,label\na.png,1\n", "a.csv, line 2: "),
+        ("a.csv", "tokens,tags\na b,O O\n", "'tokens' must be a list, found str; .jsonl, .json"),
+        ("a.jsonl", '{"tokens": ["a", "b"], "tags": ["O"]}', "line 1: 2 tokens and 1 tags"),
+        ("a.jsonl", '{"tokens": ["a", " "], "tags": ["O", "O"]}', "token 2 is empty"),
+        ("a.jsonl", '{"tokens": ["a"], "tags": [0.5]}', "must be text or a whole number"),
+        ("a.jsonl", '{"tokens": "a", "tags": ["O"]}', "'tokens' must be a list, found str"),
+        ("a.csv", "text_a,text_b,labels\na,b,c\n", "is 'labels' a label?"),
     ],
 )  # fmt: skip
 def test_a_wrong_file_says_where(name: str, content: str | bytes, said: str, write: Write) -> None:
@@ -222,9 +229,20 @@ def test_splits_with_different_columns_are_refused(write: Write, tmp_path: Path)
     assert "the splits have different columns" in refused(str(tmp_path))
 
 
-def test_a_folder_of_pictures_is_recognised_and_refused(write: Write, tmp_path: Path) -> None:
-    write("cats/1.png", b"")
-    assert "images cannot be trained on yet" in refused(str(tmp_path))
+def test_words_and_tags_are_two_lists(write: Write) -> None:
+    rows = [{"words": ["a", "b"], "ner_tags": [3, 0]}, {"words": ["c"], "ner_tags": [0]}]
+    mapping = {"tokens": "words", "tags": "ner_tags"}
+    expected = [{"tokens": ["a", "b"], "tags": ["3", "0"]}, {"tokens": ["c"], "tags": ["0"]}]
+    lines = write("a.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    parquet.write_table(pyarrow.Table.from_pylist(rows), file := lines.replace("jsonl", "parquet"))
+    for source in (lines, file, write("a.json", json.dumps(rows))):
+        table = read(source, mapping)
+        assert (table.format, table.splits["train"]) == ("tokens-tags", expected)
+
+
+def test_two_texts_without_a_label_are_a_pair(write: Write) -> None:
+    table = read(write("a.csv", "text_a,text_b,score\na,b,5\n"))
+    assert (table.format, table.splits["train"]) == ("pair", [{"text_a": "a", "text_b": "b"}])
 
 
 def test_a_hub_data_set_brings_splits_and_label_names(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,3 +255,25 @@ def test_a_hub_data_set_brings_splits_and_label_names(monkeypatch: pytest.Monkey
     expected = [{"text": "a", "label": "pos"}, {"text": "b", "label": "neg"}]
     assert table.splits == {"train": expected, "test": expected}
     assert "'no/such' cannot be loaded" in refused("no/such")
+
+
+def test_a_hub_data_set_names_tags_and_keeps_pictures_encoded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    names = datasets.ClassLabel(names=["O", "B-A"])
+    tagged = datasets.Dataset.from_dict(
+        {"tokens": [["a", "b"]], "tags": [[0, 1]]},
+        features=datasets.Features({
+            "tokens": datasets.List(datasets.Value("string")), "tags": datasets.List(names),
+        }),
+    )  # fmt: skip
+    Image.new("RGB", (8, 8), "red").save(file := tmp_path / "red.png")
+    pictured = datasets.Dataset.from_dict(
+        {"image": [{"bytes": file.read_bytes(), "path": None}], "label": ["x"]},
+        features=datasets.Features({"image": datasets.Image(), "label": datasets.Value("string")}),
+    )
+    stored = {"some/tags": {"train": tagged}, "some/pictures": {"train": pictured}}
+    monkeypatch.setattr(datasets, "load_dataset", stored.__getitem__)
+    assert read("some/tags").splits["train"] == [{"tokens": ["a", "b"], "tags": ["O", "B-A"]}]
+    (row,) = read("some/pictures").splits["train"]
+    assert row["image"].source == file.read_bytes() and row["label"] == "x"

@@ -127,7 +127,7 @@ def _require_whole(data: bytes, origin: str) -> None:
 
 def _decoded(source: Any, origin: str, *, draft: bool = False) -> Any:
     try:
-        from PIL import Image, ImageOps
+        from PIL import Image, ImageOps, UnidentifiedImageError
     except ImportError:
         raise DataError("pictures need the package pillow: pip install 'loralab[vision]'") from None
     if hasattr(source, "shape"):
@@ -139,6 +139,10 @@ def _decoded(source: Any, origin: str, *, draft: bool = False) -> Any:
                 image.load()
                 return None
             return _plain(ImageOps.exif_transpose(image))
+    except UnidentifiedImageError:  # whose own text is an address in memory
+        raise DataError(
+            f"{origin} is no picture that can be read ({', '.join(PICTURES)})"
+        ) from None
     except Exception as error:  # its readers raise some ten unrelated kinds on damaged files
         raise DataError(f"{origin} is no whole picture: {error}") from None
 

@@ -13,6 +13,7 @@ from loralab.adapters.methods import Method
 from loralab.tasks.batches import collate
 from loralab.tasks.encode import Example
 from loralab.tasks.forward import answer_loss
+from loralab.tasks.score import context_length
 from loralab.training import memory, preflight
 from loralab.training.loop import on_device
 from loralab.training.preflight import Prepared, Request
@@ -104,8 +105,10 @@ def predicted_peak(prepared: Prepared, training: Training) -> int:
         probes, size = [rows[:1] * 2, rows[:1] * 4], len(rows)
         sizes = (2, 4)
     else:
-        probes, size = [[_cut(rows[0], n)] * 2 for n in PROBES], len(rows) * rows[0].length
-        sizes = (2 * PROBES[0], 2 * PROBES[1])
+        room = min(PROBES[1], context_length(prepared.base.model))
+        lengths = (min(PROBES[0], room // 2), room)
+        probes, size = [[_cut(rows[0], n)] * 2 for n in lengths], len(rows) * rows[0].length
+        sizes = (2 * lengths[0], 2 * lengths[1])
     short, long = (_batch(prepared, probe) for probe in probes)
     return memory.predicted_peak(prepared.adapter, short, long, sizes, size, prepared.base.kind)
 

@@ -1,0 +1,126 @@
+"""The loss of every kind of model, against a computation by hand; what each batch holds."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertModel,
+    Dinov2Config,
+    Dinov2ForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from loralab.errors import ConfigError
+from loralab.models.pictures import Pictures
+from loralab.tasks.batches import collate
+from loralab.tasks.encode import IGNORED, Example
+from loralab.tasks.forward import SHARPNESS, answer_loss, embed
+from loralab.tasks.metrics import entities, entity_f1
+from loralab.tasks.pictures import from_levels
+
+BERT: dict[str, Any] = {
+    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "vocab_size": 40, "num_labels": 3,
+}  # fmt: skip
+VISION: dict[str, Any] = {
+    "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28,
+    "patch_size": 14, "num_labels": 3,
+}  # fmt: skip
+PICTURES = Pictures(size=28)
+
+
+def seeded(kind: Any, config: Any) -> Any:
+    torch.manual_seed(0)
+    return kind(config).double().eval()
+
+
+def test_tags_are_learnt_on_the_first_piece_of_each_word() -> None:
+    model = seeded(BertForTokenClassification, BertConfig(**BERT))
+    rows = [Example(0, (1, 5, 6, 7), (IGNORED, 2, IGNORED, 0)), Example(1, (1, 9), (IGNORED, 1))]
+    batch = collate(rows, pad_id=0, kind="token-classification")
+    loss, count = answer_loss(model, batch, "token-classification")
+    assert count == 3
+    want = torch.zeros((), dtype=torch.float64)
+    for row in rows:
+        logits = model(torch.tensor([row.input_ids])).logits[0]
+        labels = torch.tensor(row.labels)
+        want = want + F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+    torch.testing.assert_close(loss.double(), want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("kind", "config"), [
+    (Dinov2ForImageClassification, Dinov2Config(mlp_ratio=2, **VISION)),
+    (ViTForImageClassification, ViTConfig(intermediate_size=24, **VISION)),
+])  # fmt: skip
+def test_pictures_have_one_label_each(kind: Any, config: Any) -> None:
+    import numpy
+
+    model = seeded(kind, config)
+    levels = [numpy.full((20, 30), 40 * n, dtype=numpy.uint8) for n in range(3)]
+    rows = [
+        Example(n, (), (n,), image=from_levels(array, str(n))) for n, array in enumerate(levels)
+    ]
+    batch = collate(rows, pad_id=0, kind="image-classification", pictures=PICTURES)
+    assert batch["pixel_values"].shape == (3, 3, 28, 28)
+    loss, count = answer_loss(model, batch, "image-classification")
+    want = F.cross_entropy(
+        model(batch["pixel_values"].double()).logits, torch.arange(3), reduction="sum"
+    )
+    assert count == 3
+    torch.testing.assert_close(loss.double(), want, rtol=1e-5, atol=1e-6)
+
+
+def test_pairs_are_told_apart_within_the_batch() -> None:
+    model = seeded(BertModel, BertConfig(**BERT))
+    rows = [
+        Example(0, (1, 5, 6), (0,), second=(1, 7)),
+        Example(1, (1, 9), (1,), second=(1, 8, 3, 4)),
+    ]
+    batch = collate(rows, pad_id=0, kind="sentence-encoder")
+    loss, count = answer_loss(model, batch, "sentence-encoder")
+
+    def vector(ids: tuple[int, ...]) -> torch.Tensor:
+        states = model(torch.tensor([ids])).last_hidden_state[0].mean(dim=0)
+        return states / states.norm()
+
+    first = torch.stack([vector(row.input_ids) for row in rows])
+    second = torch.stack([vector(row.second) for row in rows])
+    want = F.cross_entropy(SHARPNESS * first @ second.T, torch.arange(2), reduction="sum")
+    assert count == 2
+    torch.testing.assert_close(loss.double(), want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(embed(model, batch).double(), first, rtol=1e-4, atol=1e-6)
+
+
+def test_the_two_texts_of_a_classified_pair_are_told_apart() -> None:
+    model = seeded(BertForSequenceClassification, BertConfig(**BERT))
+    plain = Example(0, (1, 5, 2, 6, 2), (1,))
+    typed = Example(0, (1, 5, 2, 6, 2), (1,), token_types=(0, 0, 0, 1, 1))
+    losses = [
+        answer_loss(model, collate([row], pad_id=0, kind="sequence-classification"),
+                    "sequence-classification")[0] for row in (plain, typed)
+    ]  # fmt: skip
+    logits = model(torch.tensor([typed.input_ids]),
+                   token_type_ids=torch.tensor([typed.token_types])).logits  # fmt: skip
+    want = F.cross_entropy(logits, torch.tensor([1]))
+    torch.testing.assert_close(losses[1].double(), want, rtol=1e-5, atol=1e-6)
+    assert losses[0] != losses[1]
+
+
+def test_an_unknown_kind_is_refused() -> None:
+    with pytest.raises(ConfigError, match="unknown kind"):
+        collate([Example(0, (1,), (1,))], pad_id=0, kind="image-segmentation")
+
+
+def test_entities_by_hand() -> None:
+    tags = ["B-PER", "I-PER", "O", "I-LOC", "B-LOC", "I-PER"]
+    assert entities(tags) == {("PER", 0, 2), ("LOC", 3, 4), ("LOC", 4, 5), ("PER", 5, 6)}
+    right, cut, other = [["B-A", "I-A", "O"]], [["B-A", "O", "O"]], [["B-B", "I-B", "O"]]
+    assert entity_f1(right, right) == 1.0
+    assert entity_f1(right, cut) == entity_f1(right, other) == 0.0
+    assert entity_f1([["B-A", "O", "B-B"]], [["B-A", "O", "O"]]) == pytest.approx(2 / 3)

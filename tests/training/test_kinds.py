@@ -1,0 +1,168 @@
+"""Words, pictures and pairs through train(): it learns, reloads the same, and evaluates."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from PIL import Image
+from transformers import BertConfig, BertModel, Dinov2Config, Dinov2Model
+
+from loralab.adapters.methods import BitFit, Bottleneck, FullFineTune, LinearProbe, LoRA
+from loralab.artefacts.certificate import certify, logits_of
+from loralab.artefacts.live import bring_to_life
+from loralab.artefacts.merge import merge
+from loralab.errors import InputError, ModelError
+from loralab.models.load import load
+from loralab.training.evaluation import evaluate
+from loralab.training.plan import plan
+from loralab.training.run import Run, train
+from loralab.training.settings import Evaluation, Training
+
+WORDS = ["good", "bad", "fine", "poor", "great", "awful"]
+SETTINGS: dict[str, Any] = {
+    "precision": "fp32", "batch_size": 8, "max_length": 32, "max_steps": 60,
+    "learning_rate": 5e-3, "evaluation_rows": 50,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def encoder(save_tiny: Any) -> Path:
+    torch.manual_seed(0)
+    config = BertConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=101, max_position_embeddings=64,
+    )  # fmt: skip
+    found: Path = save_tiny("bert-kinds", BertModel(config), False)
+    return found
+
+
+@pytest.fixture(scope="module")
+def vision(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    config = Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, mlp_ratio=2,
+                          image_size=28, patch_size=14)  # fmt: skip
+    folder = tmp_path_factory.mktemp("vision")
+    Dinov2Model(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Dark and light pictures in folders of that name."""
+    folder = tmp_path_factory.mktemp("pictures")
+    draw = numpy.random.default_rng(0)
+    for name, low in (("dark", 0), ("light", 150)):
+        (folder / name).mkdir()
+        for number in range(30):
+            noise = draw.integers(low, low + 100, (20, 24), numpy.uint8)
+            Image.fromarray(noise).save(folder / name / f"{number}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tagged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Numbers are names, words are nothing."""
+    file = tmp_path_factory.mktemp("tags") / "tags.jsonl"
+    rows = []
+    for n in range(60):
+        words = [str(n % 60), WORDS[n % 6], str((7 * n) % 60), WORDS[(n + 2) % 6]]
+        tags = ["B-N", "O", "B-N", "O"]
+        rows.append({"tokens": words, "tags": tags})
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+@pytest.fixture(scope="module")
+def paired(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    rows = [{"text_a": f"{n} good film", "text_b": f"a {n}"} for n in range(60)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def started(model: Path, data: Path, place: Path, method: Any = None, **more: Any) -> Run:
+    return train(
+        model=str(model), data=str(data), method=method or LoRA(rank=4), output_dir=place,
+        training=Training(**{**SETTINGS, **more}),
+    )  # fmt: skip
+
+
+def reloaded_equal(run: Run) -> None:
+    base, live = run.base, bring_to_life(run.output_dir)
+    want = logits_of(base.model, run.sample, base.kind, base.tokenizer)
+    found = logits_of(live.base.model, run.sample, base.kind, live.base.tokenizer)
+    assert torch.equal(found, want)
+
+
+def test_words_are_tagged(encoder: Path, tagged: Path, tmp_path: Path) -> None:
+    run = started(encoder, tagged, tmp_path / "run")
+    assert run.base.kind == "token-classification"
+    assert run.scores["validation"].metrics["entity_f1"] > 0.95
+    reloaded_equal(run)
+    scores = evaluate(data=str(tagged), adapter=run.output_dir, evaluation=Evaluation(limit=3))
+    assert scores.predictions[0].answer.split() == ["B-N", "O", "B-N", "O"]
+    certificate = merge(run.output_dir, tmp_path / "merged")
+    assert certificate.passed
+
+
+METHODS = [LoRA(rank=4), LinearProbe(), FullFineTune(), BitFit(), Bottleneck(width=4)]
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).__name__)
+def test_pictures_are_classified(method: Any, vision: Path, pictures: Path, tmp_path: Path) -> None:
+    run = started(vision, pictures, tmp_path / "run", method)
+    assert run.base.kind == "image-classification"
+    assert run.scores["validation"].metrics["accuracy"] > 0.9
+    reloaded_equal(run)
+    if isinstance(method, LoRA):
+        certificate = certify(run.output_dir, run.base.model, run.sample, kind=run.base.kind,
+                              tokenizer=run.base.tokenizer)  # fmt: skip
+        assert certificate.max_logit_difference == 0
+        assert merge(run.output_dir, tmp_path / "merged").passed
+
+
+def test_the_size_of_pictures_is_kept(vision: Path, pictures: Path, tmp_path: Path) -> None:
+    run = started(vision, pictures, tmp_path / "run", max_steps=3, image_size=42)
+    live = bring_to_life(run.output_dir)
+    assert live.base.tokenizer.size == 42
+    with pytest.raises(InputError, match="multiple of 14"):
+        started(vision, pictures, tmp_path / "other", image_size=30)
+
+
+def test_partners_are_found(encoder: Path, paired: Path, tmp_path: Path) -> None:
+    run = started(encoder, paired, tmp_path / "run", max_steps=80)
+    assert run.base.kind == "sentence-encoder"
+    fresh = load(str(encoder), kind="sentence-encoder")
+    from loralab.tasks.catalog import find
+    from loralab.tasks.score import evaluate as score
+
+    before = score(fresh.model, fresh.tokenizer, find(str(paired)), "validation",
+                   kind="sentence-encoder")  # fmt: skip
+    assert run.scores["validation"].metrics["loss"] < before.metrics["loss"]
+    reloaded_equal(run)
+
+
+@pytest.mark.parametrize("data", ["tagged", "pictures", "paired"])
+def test_a_plan_for_every_kind(
+    data: str, encoder: Path, vision: Path, request: pytest.FixtureRequest
+) -> None:
+    model = vision if data == "pictures" else encoder
+    made = plan(model=str(model), data=str(request.getfixturevalue(data)), method=LoRA(rank=2),
+                training=Training(**SETTINGS))  # fmt: skip
+    assert made.peak_bytes > 0
+    assert made.seconds > 0
+    assert made.tokens_per_step >= SETTINGS["batch_size"] * 0.9
+
+
+def test_what_a_model_cannot_learn_from_is_refused(
+    tiny_llama_folder: Path, encoder: Path, vision: Path, pictures: Path, paired: Path,
+    sums: Path, tmp_path: Path,
+) -> None:  # fmt: skip
+    for model, data in ((tiny_llama_folder, pictures), (encoder, pictures), (vision, sums),
+                        (tiny_llama_folder, paired)):  # fmt: skip
+        with pytest.raises(ModelError):
+            started(model, data, tmp_path / "run")
+        assert not (tmp_path / "run").exists()
