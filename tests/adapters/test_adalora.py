@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft.tuners.adalora.layer import RankAllocator
 from tiny import IDS, llama, logits
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from loralab.adapters.adalora import LinearWithAdaLoRA
 from loralab.adapters.attach import Adapter, attach
@@ -224,3 +225,30 @@ def test_the_file_is_smaller_and_a_plain_lora_with_equal_logits(tmp_path: Path) 
     assert ranks == {name: rank for name, rank in adapter.budget.ranks.items() if rank}
     again.merge()
     torch.testing.assert_close(logits(fresh), logits(adapter.model), rtol=1e-4, atol=1e-5)
+
+
+class Allocating(TrainerCallback):
+    """What a user of transformers' Trainer adds."""
+
+    def __init__(self, adapter: Adapter) -> None:
+        self.adapter = adapter
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **named: Any) -> None:
+        self.adapter.step()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_in_the_trainer_of_transformers_one_callback_is_enough(tmp_path: Path) -> None:
+    rows = [{"input_ids": row, "labels": row} for row in IDS.repeat(20, 1)]
+    settings = TrainingArguments(
+        str(tmp_path), max_steps=STEPS, per_device_train_batch_size=2, report_to=[],
+        gradient_accumulation_steps=2, save_strategy="no", use_cpu=True, disable_tqdm=True,
+    )  # fmt: skip
+    adapter = attached()
+    trainer = Trainer(adapter.model, settings, train_dataset=rows, callbacks=[Allocating(adapter)])
+    trainer.train()
+    assert adapter.budget is not None
+    assert sum(adapter.budget.ranks.values()) == 2 * len(adapter.modules)
+    plain = attached()
+    with pytest.raises(AdapterStateError, match="was not called"):
+        Trainer(plain.model, settings, train_dataset=rows).train()

@@ -56,7 +56,7 @@ class LinearWithAdaLoRA(Wrapper):
             zeros = torch.zeros_like(getattr(self, name))
             self.register_buffer(f"sensitivity_{name}", zeros)
             self.register_buffer(f"uncertainty_{name}", zeros.clone())
-        self._stepped_at: int | None = None  # of lambda, when it was last known to be in step
+        self._in_step: Tensor | None = None  # lambda, when it was last known to be in step
         self._hooks: dict[str, RemovableHandle] = {}
 
     def forward(self, x: Tensor) -> Tensor:
@@ -124,7 +124,7 @@ class LinearWithAdaLoRA(Wrapper):
         else:
             self.kept.copy_(kept)
             self.lora_E[~self.kept] = 0.0
-        self._stepped_at = self.lora_E._version
+        self._in_step = self.lora_E.detach().clone()
 
     def regularise(self, weight: float) -> None:
         """Add the gradient of weight * |Q Q' - I| and |P' P - I| (4) at the next backward pass."""
@@ -143,7 +143,7 @@ class LinearWithAdaLoRA(Wrapper):
 
     def refreshed(self) -> None:
         """The weights were set from outside."""
-        self._stepped_at = None
+        self._in_step = None
 
     def extra_repr(self) -> str:
         """Ranks and scaling, for print(model)."""
@@ -163,13 +163,15 @@ class LinearWithAdaLoRA(Wrapper):
         return smooth * getattr(self, f"uncertainty_{name}")  # (13)
 
     def _require_stepped(self) -> None:
-        version = self.lora_E._version
-        if self._stepped_at is not None and version != self._stepped_at:
+        # by value: fused optimisers do not count up the tensor's version
+        now = self.lora_E.detach()
+        if self._in_step is None:
+            self._in_step = now.clone()
+        elif not torch.equal(now, self._in_step.to(now.device)):
             raise AdapterStateError(
                 "the optimiser has stepped and adapter.step() was not called: no rank would ever "
                 "be taken away; call it once after every optimizer.step()"
             )
-        self._stepped_at = version
 
 
 def build(
