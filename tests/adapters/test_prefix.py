@@ -11,6 +11,8 @@ from tiny import fill, gpt2, llama, logits
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     RobertaConfig,
     RobertaForSequenceClassification,
     ViTConfig,
@@ -196,3 +198,22 @@ def test_positions_that_count_from_the_padding(tmp_path: Path) -> None:
     with torch.no_grad():
         want = theirs(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
         torch.testing.assert_close(ours(ids).logits, want, rtol=1e-5, atol=1e-6)
+
+
+@every_method
+def test_a_window_hides_the_prefix_from_those_far_away(method: str) -> None:
+    def windowed() -> Any:
+        config = MistralConfig(
+            hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, vocab_size=50, sliding_window=6,
+        )  # fmt: skip
+        torch.manual_seed(0)
+        return MistralForCausalLM(config).eval()
+
+    model = filled(windowed, method)
+    for prompt in PROMPTS:
+        found = model.generate(
+            torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            max_new_tokens=9, min_new_tokens=9, do_sample=False, pad_token_id=0,
+        )  # fmt: skip
+        assert found[0, len(prompt) :].tolist() == slowly(model, prompt, 9)

@@ -22,6 +22,7 @@ class EmbeddingWithLoRA(Wrapper):
         super().__init__(base)
         if config.dora or config.init == "pissa":
             raise ConfigError("an embedding takes plain LoRA: no dora, no pissa")
+        self.output_scale = output_scale(base)
         self.rank, self.scaling = config.rank, config.factor
         rows, width = base.weight.shape
         draw = torch.randn(width, config.rank, generator=generator)
@@ -36,7 +37,8 @@ class EmbeddingWithLoRA(Wrapper):
         if self.merged:
             return y
         low = F.embedding(ids, self.lora_embedding_A.T, self.base.padding_idx)  # (..., R)
-        return y + (self.scaling * F.linear(low, self.lora_embedding_B)).to(y.dtype)
+        scaling = self.scaling * self.output_scale
+        return y + (scaling * F.linear(low, self.lora_embedding_B)).to(y.dtype)
 
     def merged_tensors(self) -> dict[str, Tensor]:
         """The table with the update in it."""
@@ -68,6 +70,7 @@ class TrainedRows(Wrapper):
         if shared is not None:
             self.trainable_tokens_delta = shared.trainable_tokens_delta
         self.is_shared = shared is not None
+        self.output_scale = output_scale(base) if isinstance(base, nn.Embedding) else 1.0
 
     def forward(self, x: Tensor) -> Tensor:
         """Ids (...) -> (..., D) of an embedding, or states (..., D) -> (..., V) of a head."""
@@ -79,7 +82,7 @@ class TrainedRows(Wrapper):
             return y.index_copy(-1, self.rows, scores.to(y.dtype))
         places = self._places(x)[..., None]  # (..., 1)
         own = F.embedding(places[..., 0].clamp_min(0), self.trainable_tokens_delta)
-        return torch.where(places < 0, y, own.to(y.dtype))
+        return torch.where(places < 0, y, (self.output_scale * own).to(y.dtype))
 
     def own_buffers(self) -> dict[str, Tensor]:
         """Nothing beside the rows themselves."""
@@ -101,3 +104,16 @@ class TrainedRows(Wrapper):
         place = torch.full((len(self.base.weight),), -1, device=ids.device)
         place[self.rows] = torch.arange(len(self.rows), device=ids.device)
         return place[ids]
+
+
+def output_scale(base: nn.Embedding) -> float | Tensor:
+    """What an embedding multiplies the rows by that it looks up (Gemma: the root of its width).
+
+    Raises:
+        ConfigError: it does something else with them.
+    """
+    scale = getattr(base, "embed_scale", None)
+    if scale is None and type(base).forward is not nn.Embedding.forward:
+        raise ConfigError(f"{type(base).__name__} is more than a table of rows; it is not adapted")
+    found: float | Tensor = 1.0 if scale is None else scale
+    return found

@@ -2,20 +2,20 @@
 
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from loralab.adapters.attach import Adapter, attach
 from loralab.adapters.fingerprint import dtype_name, fingerprint
 from loralab.adapters.folder import AdapterFolder, read
 from loralab.adapters.methods import LoRA, Names, Targeted
 from loralab.adapters.peft_fields import PREFIX
-from loralab.adapters.targets import ends_with, matches_pattern, target_names
+from loralab.adapters.targets import ends_with, inside, matches_pattern, target_names
 from loralab.errors import AdapterFileError, BaseMismatchWarning, some
 
 
@@ -31,7 +31,7 @@ def load(model: nn.Module, path: str | Path) -> Adapter:
     """
     stored = read(path)
     _make_room(model, stored)
-    adapter = attach(model, _present(model, stored.config, stored.path))
+    adapter = attach(model, _present(model, stored))
     try:
         _fill(adapter, stored)
         _compare_base(adapter, stored)
@@ -48,14 +48,33 @@ def _make_room(model: Any, stored: AdapterFolder) -> None:
         model.resize_token_embeddings(max(rows) + 1, mean_resizing=False)
 
 
-def _present(model: nn.Module, config: Any, path: Path) -> Any:
+def _saved_by_ending(
+    names: Iterable[str], config: Any, tensors: Mapping[str, Tensor]
+) -> tuple[str, ...]:
+    """Modules that peft saved because their *letters* end as asked: "pre_classifier" too."""
+    keys = {key.rpartition(".")[0] for key in tensors}
+    return tuple(
+        name
+        for name in names
+        for end in config.modules_to_save
+        if name.endswith(end)
+        and not ends_with(name, end)
+        and any(f"{start}{name}" in keys for start in (PREFIX, "base_model."))
+    )
+
+
+def _present(model: nn.Module, stored: AdapterFolder) -> Any:
     """Without the names that select nothing: peft writes such; the tensors decide what is there."""
+    config, path, tensors = stored.config, stored.path, stored.tensors
     names = [name for name, _ in model.named_modules() if name]
 
     def found(wanted: Iterable[str]) -> tuple[str, ...]:
         return tuple(w for w in wanted if any(ends_with(name, w) for name in names))
 
-    config = replace(config, modules_to_save=found(config.modules_to_save))
+    saved = (*found(config.modules_to_save), *_saved_by_ending(names, config, tensors))
+    config = replace(config, modules_to_save=saved)
+    whole = [name for name in names if any(ends_with(name, s) for s in saved)]
+    names = [name for name in names if not inside(name, whole)]
     if not isinstance(config, Targeted):
         return config
     targets = config.target_modules

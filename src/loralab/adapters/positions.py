@@ -5,6 +5,7 @@ positions are given to it. Objects, not closures: a copy of the model gets a cop
 """
 
 import inspect
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 
 from loralab.errors import AdapterStateError, TargetError
 
-CACHE = "past_key_values"
+CACHES = ("past_key_values", "layer_past", "past_key_value")  # what models call their cache
 
 
 class Behind:
@@ -37,7 +38,7 @@ class Behind:
         if positions is None:
             x = given.get("input_ids")
             x = given["inputs_embeds"] if x is None else x
-            cache = given.get(CACHE)
+            cache = given.get(cache_name(bound.signature) or "")
             past = self.start + (0 if cache is None else cache.get_seq_length())
             positions = torch.arange(past, past + x.shape[1], device=x.device)[None]
         given["position_ids"] = positions + self.table.tokens
@@ -50,17 +51,30 @@ class Behind:
         return (), by_name(bound)
 
 
-def behind(model: Any, table: Any) -> Any:
-    """Register the hook; returns its handle.
-
-    Raises:
-        TargetError: the model takes no positions.
-    """
-    inner = getattr(model, "base_model", model)
-    if "position_ids" not in inspect.signature(inner.forward).parameters:
-        raise TargetError(f"{type(inner).__name__} takes no position_ids, which a prefix moves")
+def behind(inner: nn.Module, table: Any) -> Any:
+    """Register the hook at a model's entrance; returns its handle."""
     start, limit = learnt_positions(inner)
     return inner.register_forward_pre_hook(Behind(table, start, limit), with_kwargs=True)
+
+
+def entrance(model: nn.Module, paths: Iterable[str]) -> nn.Module:
+    """The innermost module that turns ids and positions into what some modules see.
+
+    A head may call it without the models around it (OPT), so these are no place for a hook.
+
+    Raises:
+        TargetError: none takes positions.
+    """
+    inside = list(paths)
+    found = None
+    for name, module in model.named_modules():
+        around = all(not name or path.startswith(f"{name}.") for path in inside)
+        taken = inspect.signature(module.forward).parameters
+        if around and {"input_ids", "position_ids"} <= taken.keys():
+            found = module
+    if found is None:
+        raise TargetError(f"{type(model).__name__} takes no position_ids, which a prefix moves")
+    return found
 
 
 def learnt_positions(inner: nn.Module) -> tuple[int, int | None]:
@@ -71,6 +85,11 @@ def learnt_positions(inner: nn.Module) -> tuple[int, int | None]:
             padding = module.padding_idx  # RoBERTa counts from behind it
             return (0 if padding is None else padding + 1), module.num_embeddings
     return 0, None
+
+
+def cache_name(signature: inspect.Signature) -> str | None:
+    """What a forward function calls its cache of keys and values."""
+    return next((name for name in CACHES if name in signature.parameters), None)
 
 
 def by_name(bound: inspect.BoundArguments) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from loralab.adapters.methods import Prefix
 from loralab.adapters.peft_fields import refuse_unknown
-from loralab.adapters.positions import CACHE, behind, by_name
+from loralab.adapters.positions import CACHES, behind, by_name, cache_name, entrance
 from loralab.adapters.wrapper import Wrapper
 from loralab.errors import ConfigError, TargetError
 
@@ -91,20 +91,28 @@ class AttentionWithPrefix(Wrapper):
         super().__init__(base)
         self.table, self.layer = table, layer
         self._signature = inspect.signature(base.forward)
+        self._cache = cache_name(self._signature) or CACHES[0]
+        self._window = window_of(base)
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
         """What the attention returns."""
         bound = self._signature.bind(*inputs, **named)
         given = bound.arguments
-        given[CACHE] = self.table.front(self.layer, given.get(CACHE))
-        if isinstance(given[CACHE], Front):
+        front = self.table.front(self.layer, given.get(self._cache))
+        given[self._cache] = front
+        if isinstance(front, Front):
             x = next(value for value in given.values() if isinstance(value, Tensor))
-            given[MASK] = self._mask(given.get(MASK), x, given[CACHE])
+            given[MASK] = self._mask(given.get(MASK), x, front)
         return self.base(**by_name(bound))
 
     def _mask(self, mask: Tensor | None, x: Tensor, front: "Front") -> Tensor | None:
-        """The mask with the prefix visible to all; None stays none where nothing is hidden."""
+        """The mask with the prefix in it; None stays none where nothing is hidden.
+
+        The prefix is visible to all queries, but for those that have it out of their window.
+        """
         queries, past = x.shape[1], front.past(self.layer)
+        if queries == 1 and mask is None:
+            front.drop(self._beyond(front.tokens + past))
         if mask is None:
             causal = getattr(self.base, "is_causal", True)
             if not causal or queries == 1:
@@ -113,7 +121,18 @@ class AttentionWithPrefix(Wrapper):
             lower = torch.ones(queries, keys, dtype=torch.bool, device=x.device).tril(past)
             mask = lower[None, None]
         visible = True if mask.dtype == torch.bool else 0.0
-        return F.pad(mask, (front.tokens, 0), value=visible)
+        whole = F.pad(mask, (front.tokens, 0), value=visible)
+        if self._window is not None and self._beyond(front.tokens + past + queries - 1):
+            hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+            own = torch.arange(front.tokens, device=x.device)
+            place = torch.arange(queries, device=x.device)[:, None] + front.tokens + past
+            out = place - own >= self._window  # (Q, P)
+            whole[..., : front.tokens].masked_fill_(out, hidden)
+        return whole
+
+    def _beyond(self, place: int) -> int:
+        """How many of the first tokens a query at some place has out of its window."""
+        return 0 if self._window is None else max(0, place - self._window + 1)
 
 
 class Front:
@@ -126,6 +145,10 @@ class Front:
         self._cache = cache
         self._own = own
         self.tokens = own.shape[2]
+
+    def drop(self, count: int) -> None:
+        """Leave the first so many tokens out."""
+        self._own = self._own[:, :, count:]
 
     def past(self, layer: int) -> int:
         """Tokens that the real cache holds."""
@@ -157,7 +180,7 @@ def build(
 
 def watch(model: nn.Module, modules: Mapping[str, Any]) -> list[Any]:
     """Move the positions of the input behind the prefix."""
-    return [behind(model, next(iter(modules.values())).table)]
+    return [behind(entrance(model, modules), next(iter(modules.values())).table)]
 
 
 def pack(modules: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -177,6 +200,18 @@ def fields(config: Prefix, modules: Mapping[str, Any], paths: list[str]) -> dict
     }  # fmt: skip
 
 
+def window_of(attention: Any) -> int | None:
+    """How many tokens back an attention module sees; None is all."""
+    if hasattr(attention, "sliding_window"):
+        found: int | None = attention.sliding_window
+        return found
+    config = getattr(attention, "config", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None and "sliding" not in kinds[attention.layer_idx]:
+        return None
+    return getattr(config, "sliding_window", None)
+
+
 def attention_names(model: nn.Module) -> list[str]:
     """Paths of the innermost modules that attend through a cache, layer after layer.
 
@@ -193,7 +228,7 @@ def attention_names(model: nn.Module) -> list[str]:
         name
         for name, module in model.named_modules()
         if hasattr(module, "layer_idx")
-        and CACHE in inspect.signature(module.forward).parameters
+        and cache_name(inspect.signature(module.forward)) is not None
         and MASK in inspect.signature(module.forward).parameters
     ]
     inner = [n for n in able if not any(other.startswith(f"{n}.") for other in able)]

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from loralab.adapters.methods import Prompt
 from loralab.adapters.peft_fields import refuse_unknown
-from loralab.adapters.positions import behind, by_name
+from loralab.adapters.positions import behind, by_name, entrance
 from loralab.adapters.prefix import (
     CANNOT_MERGE,
     PEFT_FIELDS,
@@ -80,9 +80,9 @@ def build(model: Any, config: Prompt, generator: torch.Generator | None) -> dict
     vocabulary: Tensor = embedding.weight
     rows = torch.randint(len(vocabulary), (config.tokens,), generator=generator)
     start = vocabulary.detach()[rows.to(vocabulary.device)].float().clone()
-    names = attention_names(model)
-    table = Embeddings(start, len(names))
-    if not all(getattr(model.get_submodule(name), "is_causal", True) for name in names):
+    names = _causal_attention(model)
+    table = Embeddings(start, len(names) or model.config.num_hidden_layers)
+    if not names:
         path = next(name for name, module in model.named_modules() if module is embedding)
         return {path: Keeper(embedding, table)}
     return {
@@ -95,15 +95,16 @@ def watch(model: Any, modules: Mapping[str, Any]) -> list[Any]:
     """Work out the prompt's keys and values before each forward pass, and move the positions."""
     first = next(iter(modules.values()))
     table: Embeddings = first.table
-    inner = getattr(model, "base_model", model)
     if isinstance(first, Keeper):
+        inner = getattr(model, "base_model", model)
         hook = InFront(table, keeps="ForSequenceClassification" in type(model).__name__)
         return [
             inner.register_forward_pre_hook(hook, with_kwargs=True),
             inner.register_forward_hook(hook.after),
         ]
+    inner = entrance(model, modules)
     return [
-        behind(model, table),
+        behind(inner, table),
         inner.register_forward_pre_hook(Prepare(table), with_kwargs=True),
     ]
 
@@ -198,6 +199,18 @@ def parse(
     refuse_unknown(fields, PEFT_FIELDS)
     saved = tuple(fields.get("modules_to_save") or ())
     return Prompt(tokens=fields["num_virtual_tokens"], modules_to_save=saved), tensors
+
+
+def _causal_attention(model: nn.Module) -> list[str]:
+    """Paths of the attention of a causal model; none for one that reads in both directions."""
+    try:
+        names = attention_names(model)
+    except TargetError:
+        if any(end in type(model).__name__ for end in ("ForCausalLM", "LMHead")):
+            raise
+        return []
+    causal = all(getattr(model.get_submodule(name), "is_causal", True) for name in names)
+    return names if causal else []
 
 
 def _reentrant(model: nn.Module) -> bool:
