@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from loralab.adapters.bases import dense_weight, is_conv1d, is_linear, linear_shape
-from loralab.adapters.fused import linear_with_update
+from loralab.adapters.fused import can_fuse, linear_with_update
 from loralab.adapters.lora import lora_fields
 from loralab.adapters.methods import AdaLoRA, LoRA
 from loralab.adapters.peft_fields import PREFIX
@@ -68,7 +68,7 @@ class LinearWithAdaLoRA(Wrapper):
         A, B, factor = self._all() if self.training else self.factors()
         if not len(A):
             return self.base(x)
-        if type(self.base) is nn.Linear and x.dtype == self.base.weight.dtype and not self._drops:
+        if can_fuse(self.base, x) and not self._drops:
             return linear_with_update(self.base, self.transposed, x, A, B, factor)
         y: Tensor = self.base(x)
         return y + (self.dropout(x).to(A.dtype) @ A.T @ B.T).to(y.dtype)

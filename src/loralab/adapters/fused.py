@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from loralab.adapters.bases import is_conv1d
+
 
 def linear_with_update(
     base: nn.Module,
@@ -41,6 +43,21 @@ def linear_with_update(
         base(x) + scaling * F.linear(F.linear(x * mask, A), B)
     """
     return _LinearWithUpdate.apply(x, base.weight, base.bias, A, B, scaling, mask, transposed)
+
+
+def can_fuse(base: Any, x: Tensor) -> bool:
+    """Whether the fused function may stand for base(x) + update(x).
+
+    Only for an untouched layer: somebody's hook or replaced forward must still be called.
+    """
+    return (
+        (type(base) is nn.Linear or is_conv1d(base))
+        and "forward" not in base.__dict__
+        and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks)
+        and not any(p.requires_grad for p in base.parameters())
+        and x.dtype == base.weight.dtype
+        and not torch.is_autocast_enabled(x.device.type)
+    )
 
 
 class _LinearWithUpdate(torch.autograd.Function):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from loralab.adapters.bases import dense_weight, is_conv1d, is_linear, linear_shape
-from loralab.adapters.fused import linear_with_update
+from loralab.adapters.fused import can_fuse, linear_with_update
 from loralab.adapters.methods import LoRA
 from loralab.adapters.start import STARTS
 from loralab.adapters.wrapper import Wrapper
@@ -83,7 +83,7 @@ class LinearWithLoRA(Wrapper):
 
     def _updated(self, x: Tensor) -> Tensor:
         """The base's output plus the update."""
-        if self._fuses(x):
+        if can_fuse(self.base, x):
             mask = self._dropout_mask(x)
             return linear_with_update(self.base, self.transposed, x, *self.factors(), mask)
         y = self.base(x)
@@ -188,21 +188,6 @@ class LinearWithLoRA(Wrapper):
 
     def _squared_norm(self) -> Tensor:
         return dense_weight(self.base).float().square().sum(dim=1)
-
-    def _fuses(self, x: Tensor) -> bool:
-        """Whether the fused function may stand for base(x) + update(x).
-
-        Only for an untouched layer: somebody's hook or replaced forward must still be called.
-        """
-        base = self.base
-        return (
-            (type(base) is nn.Linear or self.transposed)
-            and "forward" not in base.__dict__
-            and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks)
-            and not any(p.requires_grad for p in base.parameters())
-            and x.dtype == base.weight.dtype
-            and not torch.is_autocast_enabled(x.device.type)
-        )
 
     def _dropout_mask(self, x: Tensor) -> Tensor | None:
         if not (self.training and self.dropout.p):
