@@ -6,6 +6,7 @@ Axes: I in_features, O out_features; `...` any leading axes.
 """
 
 import importlib.util
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -99,8 +100,7 @@ class NF4:
     """A weight in 4-bit NormalFloat, blocks of 64, scales in 8 bits (double quantisation)."""
 
     def __init__(self, weight: Tensor, *, double: bool = True) -> None:
-        import bitsandbytes.functional as bnb
-
+        bnb = _bitsandbytes()
         self._dequantize = bnb.dequantize_4bit
         self.data, self.state = bnb.quantize_4bit(
             weight.detach().contiguous(), blocksize=BLOCK, compress_statistics=double,
@@ -186,6 +186,14 @@ def gguf_file(name: str) -> Path | None:
     """The GGUF file behind a short name or a path."""
     path = locate(MODELS[name]) if name in MODELS else Path(name).expanduser()
     return path if path is not None and path.suffix == ".gguf" and path.is_file() else None
+
+
+def _bitsandbytes() -> Any:
+    """bitsandbytes' functions; it warns of a faster kernel from a hub, which is not asked for."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    import bitsandbytes.functional
+
+    return bitsandbytes.functional
 
 
 def _from_file(model: Any, name: str) -> None:
