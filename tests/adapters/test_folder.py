@@ -320,3 +320,29 @@ def test_the_same_base_in_another_dtype_is_the_same_base(saved: Path, dtype: tor
 def test_a_model_of_other_shapes_is_refused(saved: Path) -> None:
     with pytest.raises(AdapterFileError, match="none of its target modules q_proj"):
         load(bert(), saved)
+
+
+@pytest.mark.parametrize(("field", "value"), [
+    ("r", 10**30), ("r", 100_000), ("rank_pattern", {"q_proj": 10**9}), ("rank_pattern", [1]),
+    ("trainable_token_indices", {}), ("trainable_token_indices", [[1]]),
+    ("target_modules", {"a": 1}), ("alpha_pattern", {"q_proj": "x"}), ("modules_to_save", 5),
+])  # fmt: skip
+def test_numbers_in_a_text_file_allocate_nothing(saved: Path, field: str, value: Any) -> None:
+    (saved / folder.RECORD).unlink()
+    config = json.loads((saved / folder.CONFIG).read_text())
+    (saved / folder.CONFIG).write_text(json.dumps({**config, field: value}))
+    if not value:
+        load(llama(), saved)
+        return
+    with pytest.raises(AdapterFileError):
+        load(llama(), saved)
+
+
+def test_numbers_that_are_not_finite_are_refused(saved: Path) -> None:
+    (saved / folder.RECORD).unlink()
+    tensors = safetensors.torch.load_file(saved / folder.TENSORS)
+    key = sorted(tensors)[0]
+    tensors[key][0, 0] = float("nan")
+    safetensors.torch.save_file(tensors, saved / folder.TENSORS)
+    with pytest.raises(AdapterFileError, match="not finite"):
+        load(llama(), saved)

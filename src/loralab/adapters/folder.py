@@ -22,7 +22,7 @@ from torch import Tensor
 
 from loralab import atomic
 from loralab.adapters.recipes import parse
-from loralab.errors import AdapterFileError, OutputError, nearest
+from loralab.errors import AdapterFileError, OutputError, nearest, some
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
@@ -106,8 +106,12 @@ def read(path: str | Path) -> AdapterFolder:
         config, own = parse(fields, tensors)
     except KeyError as error:
         raise AdapterFileError(f"{path} lacks {error}, which its method needs") from None
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise AdapterFileError(f"{path / CONFIG}: {error}") from None
+    _require_plausible(path, config, own)
+    broken = sorted(key for key, tensor in own.items() if not tensor.isfinite().all())
+    if broken:
+        raise AdapterFileError(f"{path} holds numbers that are not finite: {some(broken)}")
     return AdapterFolder(
         path=path, config=config, fields=fields, tensors=dict(own), record=record, digest=digest
     )
@@ -162,6 +166,18 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
     """A JSON object to a file, whole or not at all."""
     atomic.write_file(file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def _require_plausible(path: Path, config: Any, tensors: Mapping[str, Tensor]) -> None:
+    """No size may exceed all of the tensors': nothing is allocated for a number in a text file."""
+    most = max((size for tensor in tensors.values() for size in tensor.shape), default=0)
+    sizes = {name: getattr(config, name, 0) for name in ("rank", "width", "tokens")}
+    sizes |= {f"rank of {name}": r for name, r in getattr(config, "rank_pattern", {}).items()}
+    for name, size in sizes.items():
+        if size > most:
+            raise AdapterFileError(
+                f"{path}: {name} is {size}, but no tensor is that large ({most})"
+            )
 
 
 def _near(path: Path) -> str:

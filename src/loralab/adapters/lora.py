@@ -235,7 +235,7 @@ def _indices(given: Any) -> tuple[int, ...]:
             raise AdapterFileError(
                 f"trainable_token_indices of several embeddings is not supported: {list(given)}"
             )
-        given = next(iter(given.values()))
+        given = next(iter(given.values()), ())
     return tuple(given or ())
 
 
