@@ -11,6 +11,7 @@ out below. Axes: N tokens, I in_features, O out_features, R rank.
 with ' for the transpose, s the scaling and D the dropout mask.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from loralab.adapters.bases import is_conv1d
+from loralab.adapters.bases import compute_dtype, is_conv1d, is_quantized
 
 
 def linear_with_update(
@@ -42,7 +43,10 @@ def linear_with_update(
     Semantics:
         base(x) + scaling * F.linear(F.linear(x * mask, A), B)
     """
-    return _LinearWithUpdate.apply(x, base.weight, base.bias, A, B, scaling, mask, transposed)
+    unpack = base.dequantize if is_quantized(base) else None
+    return _LinearWithUpdate.apply(
+        x, base.weight, base.bias, A, B, scaling, mask, transposed, unpack
+    )
 
 
 def can_fuse(base: Any, x: Tensor) -> bool:
@@ -51,11 +55,11 @@ def can_fuse(base: Any, x: Tensor) -> bool:
     Only for an untouched layer: somebody's hook or replaced forward must still be called.
     """
     return (
-        (type(base) is nn.Linear or is_conv1d(base))
+        (type(base) is nn.Linear or is_conv1d(base) or hasattr(base, "dequantize"))
         and "forward" not in base.__dict__
         and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks)
         and not any(p.requires_grad for p in base.parameters())
-        and x.dtype == base.weight.dtype
+        and x.dtype == compute_dtype(base)
         and not torch.is_autocast_enabled(x.device.type)
     )
 
@@ -72,12 +76,14 @@ class _LinearWithUpdate(torch.autograd.Function):
         scaling: float,
         mask: Tensor | None,
         transposed: bool,
+        unpack: Callable[[], Tensor] | None,
     ) -> Tensor:
         A_x, B_x = A.to(x.dtype), B.to(x.dtype)
-        y = _base(x, weight, bias, transposed)
+        y = _base(x, weight, bias, transposed) if unpack is None else _unpacked(x, unpack, bias)
         low = F.linear(x if mask is None else x * mask, A_x)  # (..., R)
         _flat(y).addmm_(_flat(low), B_x.T, alpha=scaling)
         ctx.save_for_backward(x, weight, A_x, B_x, low, mask)
+        ctx.unpack = unpack  # 4-bit weights are unpacked again: nothing of them is kept
         ctx.scaling, ctx.transposed, ctx.dtypes = scaling, transposed, (A.dtype, B.dtype)
         return y
 
@@ -95,12 +101,14 @@ class _LinearWithUpdate(torch.autograd.Function):
             dropped = x if mask is None else x * mask
             dA = (G.T @ _flat(dropped)).to(ctx.dtypes[0])
         if need_x:
+            if ctx.unpack is not None:
+                weight = ctx.unpack().to(dy.dtype)
             dx = dy @ (weight.T if ctx.transposed else weight)
             if mask is None:
                 _flat(dx).addmm_(G, A)
             else:
                 _flat(dx).addcmul_(G @ A, _flat(mask))
-        return dx, None, None, dA, dB, None, None, None
+        return dx, None, None, dA, dB, None, None, None, None
 
 
 def _base(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
@@ -109,6 +117,12 @@ def _base(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> T
         return F.linear(x, weight, bias)
     assert bias is not None  # Conv1D always has one
     return torch.addmm(bias, _flat(x), weight).view(*x.shape[:-1], weight.shape[1])
+
+
+def _unpacked(x: Tensor, unpack: Callable[[], Tensor], bias: Tensor | None) -> Tensor:
+    """A packed layer's own operation."""
+    out = F.linear(x, unpack().to(x.dtype))
+    return out if bias is None else out + bias.to(out.dtype)
 
 
 def _flat(tensor: Tensor) -> Tensor:
