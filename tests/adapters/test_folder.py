@@ -325,6 +325,7 @@ def test_a_model_of_other_shapes_is_refused(saved: Path) -> None:
 @pytest.mark.parametrize(("field", "value"), [
     ("r", 10**30), ("r", 100_000), ("rank_pattern", {"q_proj": 10**9}), ("rank_pattern", [1]),
     ("trainable_token_indices", {}), ("trainable_token_indices", [[1]]),
+    ("trainable_token_indices", [10**9]),
     ("target_modules", {"a": 1}), ("alpha_pattern", {"q_proj": "x"}), ("modules_to_save", 5),
 ])  # fmt: skip
 def test_numbers_in_a_text_file_allocate_nothing(saved: Path, field: str, value: Any) -> None:

@@ -22,7 +22,7 @@ class EmbeddingWithLoRA(Wrapper):
         super().__init__(base)
         if config.dora or config.init == "pissa":
             raise ConfigError("an embedding takes plain LoRA: no dora, no pissa")
-        self.output_scale = output_scale(base)
+        output_scale(base)  # raises where the base is more than a table
         self.rank, self.scaling = config.rank, config.factor
         rows, width = base.weight.shape
         draw = torch.randn(width, config.rank, generator=generator)
@@ -37,7 +37,7 @@ class EmbeddingWithLoRA(Wrapper):
         if self.merged:
             return y
         low = F.embedding(ids, self.lora_embedding_A.T, self.base.padding_idx)  # (..., R)
-        scaling = self.scaling * self.output_scale
+        scaling = self.scaling * output_scale(self.base)
         return y + (scaling * F.linear(low, self.lora_embedding_B)).to(y.dtype)
 
     def merged_tensors(self) -> dict[str, Tensor]:
@@ -70,7 +70,8 @@ class TrainedRows(Wrapper):
         if shared is not None:
             self.trainable_tokens_delta = shared.trainable_tokens_delta
         self.is_shared = shared is not None
-        self.output_scale = output_scale(base) if isinstance(base, nn.Embedding) else 1.0
+        if isinstance(base, nn.Embedding):
+            output_scale(base)  # raises where the base is more than a table
 
     def forward(self, x: Tensor) -> Tensor:
         """Ids (...) -> (..., D) of an embedding, or states (..., D) -> (..., V) of a head."""
@@ -82,7 +83,7 @@ class TrainedRows(Wrapper):
             return y.index_copy(-1, self.rows, scores.to(y.dtype))
         places = self._places(x)[..., None]  # (..., 1)
         own = F.embedding(places[..., 0].clamp_min(0), self.trainable_tokens_delta)
-        return torch.where(places < 0, y, (self.output_scale * own).to(y.dtype))
+        return torch.where(places < 0, y, (output_scale(self.base) * own).to(y.dtype))
 
     def own_buffers(self) -> dict[str, Tensor]:
         """Nothing beside the rows themselves."""

@@ -44,7 +44,13 @@ def load(model: nn.Module, path: str | Path) -> Adapter:
 def _make_room(model: Any, stored: AdapterFolder) -> None:
     """Grow the embedding for trained rows of tokens that the base does not have."""
     rows = getattr(stored.config, "token_rows", ())
-    if rows and max(rows) >= len(model.get_input_embeddings().weight):
+    known = len(model.get_input_embeddings().weight) if rows else 0
+    if rows and max(rows) >= known + len(rows):
+        raise AdapterFileError(
+            f"{stored.path} trains the row of token {max(rows)}, but the model has {known} tokens "
+            f"and {len(rows)} new ones would not reach it"
+        )
+    if rows and max(rows) >= known:
         model.resize_token_embeddings(max(rows) + 1, mean_resizing=False)
 
 
