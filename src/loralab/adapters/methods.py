@@ -166,7 +166,20 @@ class AdaLoRA(Targeted):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bottleneck:
+class InBlocks:
+    """A method that takes every block of a model, or some."""
+
+    layers: Layers = None
+    modules_to_save: Saved = ()
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        object.__setattr__(self, "layers", _checked_layers(self.layers))
+        object.__setattr__(self, "modules_to_save", _tuple("modules_to_save", self.modules_to_save))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bottleneck(InBlocks):
     """Small networks in every block: x + up(act(down(x))) (arXiv:1902.00751, 2005.00247).
 
     "houlsby" puts one after attention and one after the feed-forward network, "pfeiffer" one
@@ -180,11 +193,10 @@ class Bottleneck:
     layer_norm: Annotated[bool, "normalise the input of down"] = False
     init_std: Annotated[float, "deviation of up at the start; 0 starts at the base model"] = 0.0
     dropout: Annotated[float, "share of up's outputs set to zero, in training"] = 0.0
-    layers: Layers = None
-    modules_to_save: Saved = ()
 
     def __post_init__(self) -> None:
         """Check every value."""
+        super().__post_init__()
         _check_count("width", self.width)
         _check_positive("factor", self.factor)
         _check_share("dropout", self.dropout)
@@ -192,8 +204,6 @@ class Bottleneck:
         check_choice("activation", self.activation, ACTIVATIONS)
         if not (math.isfinite(self.init_std) and self.init_std >= 0):
             raise ConfigError(f"init_std must be 0 or more, got {self.init_std}")
-        object.__setattr__(self, "layers", _checked_layers(self.layers))
-        object.__setattr__(self, "modules_to_save", _tuple("modules_to_save", self.modules_to_save))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,29 +258,13 @@ class IA3(Targeted):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BitFit:
+class BitFit(InBlocks):
     """Train the biases that a model has, and nothing else (arXiv:2106.10199)."""
-
-    layers: Layers = None
-    modules_to_save: Saved = ()
-
-    def __post_init__(self) -> None:
-        """Check every value."""
-        object.__setattr__(self, "layers", _checked_layers(self.layers))
-        object.__setattr__(self, "modules_to_save", _tuple("modules_to_save", self.modules_to_save))
 
 
 @dataclass(frozen=True, kw_only=True)
-class FullFineTune:
+class FullFineTune(InBlocks):
     """Train every weight, or those of some layers; fp32 copies, whatever the base's dtype."""
-
-    layers: Layers = None
-    modules_to_save: Saved = ()
-
-    def __post_init__(self) -> None:
-        """Check every value."""
-        object.__setattr__(self, "layers", _checked_layers(self.layers))
-        object.__setattr__(self, "modules_to_save", _tuple("modules_to_save", self.modules_to_save))
 
 
 @dataclass(frozen=True, kw_only=True)
