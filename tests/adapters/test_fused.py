@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from loralab.adapters.fused import linear_with_update
+from loralab.adapters.fused import Updated, linears_with_updates
 from loralab.adapters.linear import LinearWithLoRA
 from loralab.adapters.methods import LoRA
 
@@ -29,17 +29,18 @@ def plain(base: Any, x: Tensor, A: Tensor, B: Tensor, scaling: float, mask: Any)
     return base(x) + scaling * (low @ B.to(x.dtype).T)
 
 
+def fused(
+    base: Any, x: Tensor, A: Tensor, B: Tensor, scaling: float, mask: Tensor | None = None
+) -> Tensor:
+    return linears_with_updates(x, [Updated(base, A, B, scaling)], mask)[0]
+
+
 def both(base: Any, x: Tensor, A: Tensor, B: Tensor, mask: Any = None) -> tuple[list[Tensor], ...]:
     """Output and gradients of the plain equation, and of the fused function."""
     results = []
     for function in ("plain", "fused"):
         own = [t.detach().clone().requires_grad_() for t in (x, A, B)]
-        transposed = isinstance(base, Conv1D)
-        y = (
-            plain(base, *own, 1.7, mask)
-            if function == "plain"
-            else linear_with_update(base, transposed, *own, 1.7, mask)
-        )
+        y = (plain if function == "plain" else fused)(base, *own, 1.7, mask)
         weight = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)
         results.append([y, *torch.autograd.grad((y * weight).sum(), own)])
     return tuple(results)
@@ -52,9 +53,7 @@ def test_gradients_are_those_of_finite_differences(kind: str, masked: bool) -> N
     x, A, B = (torch.randn(s, dtype=torch.double) for s in ((3, 5), (2, 5), (4, 2)))
     mask = (torch.rand(3, 5) > 0.4).double() / 0.6 if masked else None
     inputs = [t.requires_grad_() for t in (x, A, B)]
-    assert torch.autograd.gradcheck(
-        lambda *t: linear_with_update(base, kind == "conv1d", *t, 1.7, mask), inputs
-    )
+    assert torch.autograd.gradcheck(lambda *t: fused(base, *t, 1.7, mask), inputs)
 
 
 @settings(max_examples=40, deadline=None)
@@ -91,7 +90,7 @@ def test_fused_equals_plain_in_half_precision(dtype: torch.dtype) -> None:
 def test_an_input_without_gradient_gets_none() -> None:
     base = layer("linear").requires_grad_(False)
     A, B = torch.randn(2, 5, requires_grad=True), torch.randn(4, 2, requires_grad=True)
-    linear_with_update(base, False, torch.randn(3, 5), A, B, 1.0).sum().backward()
+    fused(base, torch.randn(3, 5), A, B, 1.0).sum().backward()
     assert A.grad is not None
     assert B.grad is not None
 
@@ -100,7 +99,7 @@ def test_a_gradient_that_is_not_contiguous_is_understood() -> None:
     base = layer("linear").requires_grad_(False)
     x = torch.randn(3, 5, requires_grad=True)
     A, B = torch.randn(2, 5), torch.randn(4, 2)
-    y = linear_with_update(base, False, x, A, B, 1.0)
+    y = fused(base, x, A, B, 1.0)
     (found,) = torch.autograd.grad(y.T.sum(), x)
     (expected,) = torch.autograd.grad(plain(base, x, A, B, 1.0, None).T.sum(), x)
     torch.testing.assert_close(found, expected)
@@ -117,7 +116,7 @@ def test_only_input_and_low_image_are_kept_for_backward() -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
-        linear_with_update(base, False, x, A, B, 1.0)
+        fused(base, x, A, B, 1.0)
     tensors = (x, base.weight, A, B)
     assert sum(kept.values()) == sum(t.numel() * 4 for t in tensors) + 100 * 4 * 4
 

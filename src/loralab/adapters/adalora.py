@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from loralab.adapters.bases import dense_weight, is_conv1d, is_linear, linear_shape
-from loralab.adapters.fused import can_fuse, linear_with_update
+from loralab.adapters.fused import Updated, can_fuse, linears_with_updates
 from loralab.adapters.lora import lora_fields
 from loralab.adapters.methods import AdaLoRA, LoRA
 from loralab.adapters.peft_fields import PREFIX
@@ -69,7 +69,7 @@ class LinearWithAdaLoRA(Wrapper):
         if not len(A):
             return self.base(x)
         if can_fuse(self.base, x) and not self._drops:
-            return linear_with_update(self.base, self.transposed, x, A, B, factor)
+            return linears_with_updates(x, [Updated(self.base, A, B, factor)])[0]
         y: Tensor = self.base(x)
         return y + (self.dropout(x).to(A.dtype) @ A.T @ B.T).to(y.dtype)
 

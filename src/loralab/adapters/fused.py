@@ -1,18 +1,20 @@
-"""Base layer and update in one autograd function: the fast training path.
+"""Base layers and their updates in one autograd function: the fast training path.
 
 It computes `linear.py`'s equation with the products ordered through the rank, keeps only the
-layer's input and its rank-R image for the backward pass, and adds the update in place.
-Source of the order: Hu et al. 2021, arXiv:2106.09685, section 4.1; the gradients are worked
-out below. Axes: N tokens, I in_features, O out_features, R rank.
+layers' input and its rank-R image for the backward pass, and adds the updates in place. Layers
+that read the same input (q, k and v; gate and up) share the product with A and the input's
+gradient. Source of the order: Hu et al. 2021, arXiv:2106.09685, section 4.1; the gradients are
+worked out below. Axes: N tokens, I in_features, O out_features, R rank.
 
     forward    L = D(x) A'            y = x W' + b + s L B'
     backward   G = s dy B             dA = G' D(x)      dB = s dy' L      dx = dy W + D(G A)
 
-with ' for the transpose, s the scaling and D the dropout mask.
+with ' for the transpose, s the scaling and D the dropout mask. For several layers A stands for
+all of theirs, one below the other, and dx is the sum over them.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,31 +24,43 @@ from torch.nn import functional as F
 from loralab.adapters.bases import compute_dtype, is_conv1d, is_quantized
 
 
-def linear_with_update(
-    base: nn.Module,
-    transposed: bool,
-    x: Tensor,
-    A: Tensor,
-    B: Tensor,
-    scaling: float,
-    mask: Tensor | None = None,
-) -> Tensor:
-    """x (..., I) -> (..., O) through a frozen base layer and its update.
+class Updated(NamedTuple):
+    """A frozen base layer and its update, A (R, I) and B (O, R)."""
 
-    A (R, I) and B (O, R) are rounded to the dtype of x for the products; their gradients come
-    back in their own dtype.
+    base: Any  # nn.Linear, transformers' Conv1D or a layer in few bits
+    A: Tensor
+    B: Tensor
+    scaling: float
+
+
+class _Layout(NamedTuple):
+    """What the function must know of a layer besides its tensors."""
+
+    scaling: float
+    transposed: bool  # the base stores its weight as (I, O)
+    unpack: Callable[[], Tensor] | None  # of 4-bit weights; nothing unpacked is kept
+
+
+def linears_with_updates(
+    x: Tensor, layers: Sequence[Updated], mask: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """x (..., I) -> (..., O) through each of some frozen base layers and its update.
+
+    A and B are rounded to the dtype of x for the products; their gradients come back in their
+    own dtype.
 
     Args:
-        transposed: the base stores its weight as (I, O).
-        mask: what the input of the update is multiplied by, (..., I); None without dropout.
+        mask: what the input of the updates is multiplied by, (..., I); None without dropout.
 
     Semantics:
-        base(x) + scaling * F.linear(F.linear(x * mask, A), B)
+        tuple(base(x) + scaling * F.linear(F.linear(x * mask, A), B) for each layer)
     """
-    unpack = base.dequantize if is_quantized(base) else None
-    return _LinearWithUpdate.apply(
-        x, base.weight, base.bias, A, B, scaling, mask, transposed, unpack
+    layouts = tuple(
+        _Layout(scaling, is_conv1d(base), base.dequantize if is_quantized(base) else None)
+        for base, _, _, scaling in layers
     )
+    tensors = [t for base, A, B, _ in layers for t in (base.weight, base.bias, A, B)]
+    return _LinearsWithUpdates.apply(x, mask, layouts, *tensors)
 
 
 def can_fuse(base: Any, x: Tensor) -> bool:
@@ -64,65 +78,78 @@ def can_fuse(base: Any, x: Tensor) -> bool:
     )
 
 
-class _LinearWithUpdate(torch.autograd.Function):
+class _LinearsWithUpdates(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        A: Tensor,
-        B: Tensor,
-        scaling: float,
-        mask: Tensor | None,
-        transposed: bool,
-        unpack: Callable[[], Tensor] | None,
-    ) -> Tensor:
-        A_x, B_x = A.to(x.dtype), B.to(x.dtype)
-        y = _base(x, weight, bias, transposed) if unpack is None else _unpacked(x, unpack, bias)
-        low = F.linear(x if mask is None else x * mask, A_x)  # (..., R)
-        _flat(y).addmm_(_flat(low), B_x.T, alpha=scaling)
-        ctx.save_for_backward(x, weight, A_x, B_x, low, mask)
-        ctx.unpack = unpack  # 4-bit weights are unpacked again: nothing of them is kept
-        ctx.scaling, ctx.transposed, ctx.dtypes = scaling, transposed, (A.dtype, B.dtype)
-        return y
+        ctx: Any, x: Tensor, mask: Tensor | None, layouts: tuple[_Layout, ...], *tensors: Any
+    ) -> tuple[Tensor, ...]:
+        weights, biases, As, Bs = (tensors[i::4] for i in range(4))
+        ctx.dtypes = [(A.dtype, B.dtype) for A, B in zip(As, Bs, strict=True)]
+        A = _joined([A.to(x.dtype) for A in As])
+        Bs = tuple(B.to(x.dtype) for B in Bs)
+        low = F.linear(x if mask is None else x * mask, A)  # (..., R of all)
+        lows = _flat(low).split([B.shape[1] for B in Bs], dim=1)
+        outputs = []
+        for layout, weight, bias, B, part in zip(layouts, weights, biases, Bs, lows, strict=True):
+            y = _base(x, weight, bias, layout)
+            _flat(y).addmm_(part, B.T, alpha=layout.scaling)
+            outputs.append(y)
+        ctx.save_for_backward(x, mask, A, low, *weights, *Bs)
+        ctx.layouts = layouts
+        return tuple(outputs)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, A, B, low, mask = ctx.saved_tensors
-        need_x, _, _, need_A, need_B, *_ = ctx.needs_input_grad
-        dy = dy.contiguous()
-        dA = dB = dx = None
-        if need_B:
-            dB = (_flat(dy).T @ _flat(low)).mul_(ctx.scaling).to(ctx.dtypes[1])
-        G = (_flat(dy) @ B).mul_(ctx.scaling)  # (N, R)
-        if need_A:
+    def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
+        x, mask, A, low, *rest = ctx.saved_tensors
+        layouts, needed = ctx.layouts, ctx.needs_input_grad
+        weights, Bs = rest[: len(layouts)], rest[len(layouts) :]
+        ranks = [B.shape[1] for B in Bs]
+        flat = [_flat(dy).contiguous() for dy in dys]
+        G = _joined(
+            [(dy @ B).mul_(s.scaling) for dy, B, s in zip(flat, Bs, layouts, strict=True)], 1
+        )
+        dAs: Sequence[Tensor | None] = [None] * len(layouts)
+        if any(needed[5::4]):
             dropped = x if mask is None else x * mask
-            dA = (G.T @ _flat(dropped)).to(ctx.dtypes[0])
-        if need_x:
-            if ctx.unpack is not None:
-                weight = ctx.unpack().to(dy.dtype)
-            dx = dy @ (weight.T if ctx.transposed else weight)
-            if mask is None:
-                _flat(dx).addmm_(G, A)
-            else:
-                _flat(dx).addcmul_(G @ A, _flat(mask))
-        return dx, None, None, dA, dB, None, None, None, None
+            dAs = (G.T @ _flat(dropped)).split(ranks)
+        lows = _flat(low).split(ranks, dim=1)
+        gradients: list[Tensor | None] = []
+        for i, (dA, dy) in enumerate(zip(dAs, flat, strict=True)):
+            to_A, to_B = ctx.dtypes[i]
+            dB = (dy.T @ lows[i]).mul_(layouts[i].scaling).to(to_B) if needed[6 + 4 * i] else None
+            gradients += [None, None, None if dA is None else dA.to(to_A), dB]
+        dx = _input_gradient(flat, weights, layouts, G, A, mask) if needed[0] else None
+        return (None if dx is None else dx.view(x.shape), None, None, *gradients)
 
 
-def _base(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
+def _input_gradient(
+    dys: Sequence[Tensor], weights: Sequence[Tensor], layouts: Sequence[_Layout],
+    G: Tensor, A: Tensor, mask: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """dx (N, I): the sum over all layers of dy W, plus what came through the updates."""
+    dx: Tensor | None = None
+    for dy, weight, layout in zip(dys, weights, layouts, strict=True):
+        W = weight if layout.unpack is None else layout.unpack().to(dy.dtype)
+        W = W.T if layout.transposed else W
+        dx = dy @ W if dx is None else dx.addmm_(dy, W)
+    assert dx is not None
+    return dx.addmm_(G, A) if mask is None else dx.addcmul_(G @ A, _flat(mask))
+
+
+def _base(x: Tensor, weight: Tensor, bias: Tensor | None, layout: _Layout) -> Tensor:
     """The base layer's own operation, so that a zero update leaves its output bit-equal."""
-    if not transposed:
+    if layout.unpack is not None:
+        out = F.linear(x, layout.unpack().to(x.dtype))
+        return out if bias is None else out + bias.to(out.dtype)
+    if not layout.transposed:
         return F.linear(x, weight, bias)
     assert bias is not None  # Conv1D always has one
     return torch.addmm(bias, _flat(x), weight).view(*x.shape[:-1], weight.shape[1])
 
 
-def _unpacked(x: Tensor, unpack: Callable[[], Tensor], bias: Tensor | None) -> Tensor:
-    """A packed layer's own operation."""
-    out = F.linear(x, unpack().to(x.dtype))
-    return out if bias is None else out + bias.to(out.dtype)
+def _joined(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim)
 
 
 def _flat(tensor: Tensor) -> Tensor:

@@ -5,13 +5,14 @@ equations 5 and 11. Axes: I in_features, O out_features, R rank; `...` any leadi
 """
 
 from collections.abc import Sequence
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from loralab.adapters.bases import dense_weight, is_conv1d, is_linear, linear_shape
-from loralab.adapters.fused import can_fuse, linear_with_update
+from loralab.adapters.fused import Updated, can_fuse, linears_with_updates
 from loralab.adapters.methods import LoRA
 from loralab.adapters.start import STARTS
 from loralab.adapters.wrapper import Wrapper
@@ -85,7 +86,7 @@ class LinearWithLoRA(Wrapper):
         """The base's output plus the update."""
         if can_fuse(self.base, x):
             mask = self._dropout_mask(x)
-            return linear_with_update(self.base, self.transposed, x, *self.factors(), mask)
+            return linears_with_updates(x, [Updated(self.base, *self.factors())], mask)[0]
         y = self.base(x)
         return y + self.update(x).to(y.dtype)
 
@@ -193,6 +194,31 @@ class LinearWithLoRA(Wrapper):
         if not (self.training and self.dropout.p):
             return None
         return F.dropout(torch.ones_like(x), self.dropout.p)
+
+
+def together(x: Tensor, layers: Sequence[nn.Module]) -> list[Tensor]:
+    """The outputs of layers that read the same input, (..., I) -> (..., O) each.
+
+    Those that have a plain low-rank update share its first product.
+
+    Semantics:
+        [layer(x) for layer in layers]
+    """
+    plain = [layer for layer in layers if _is_plain(layer, x)]
+    updated = [Updated(layer.base, *layer.factors()) for layer in plain]
+    found = iter(linears_with_updates(x, updated) if updated else ())
+    return [next(found) if layer in plain else layer(x) for layer in layers]
+
+
+def _is_plain(layer: nn.Module, x: Tensor) -> TypeGuard[LinearWithLoRA]:
+    """Whether W0 x + (alpha / r) B A x is all that the layer does, to one input for all."""
+    return (
+        type(layer) is LinearWithLoRA
+        and not (layer.merged or (layer.training and layer.dropout.p))
+        and layer.magnitude is None
+        and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks)
+        and can_fuse(layer.base, x)
+    )
 
 
 def spread(B: Tensor, parts: Sequence[Rows], rows: int, rank: int) -> Tensor:

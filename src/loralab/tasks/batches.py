@@ -114,6 +114,42 @@ def collate(
     return batch | {"labels": padded([example.labels for example in examples], IGNORED)[0]}
 
 
+def pack(examples: Sequence[Example]) -> dict[str, Tensor]:
+    """Rows of a causal model one after the other in a single one, without padding.
+
+    input_ids and position_ids (1, N), positions counted from each row's own start; targets (N,),
+    the label of the next token of the same row.
+    """
+    ids = [token for example in examples for token in example.input_ids]
+    places = [place for example in examples for place in range(len(example.input_ids))]
+    targets = [label for example in examples for label in (*example.labels[1:], IGNORED)]
+    return {
+        "input_ids": torch.tensor([ids]), "position_ids": torch.tensor([places]),
+        "targets": torch.tensor(targets),
+    }  # fmt: skip
+
+
+def parts(examples: Sequence[Example], room: int, *, pads: bool) -> list[list[Example]]:
+    """Groups of about `room` tokens each, of similar size; a longer row has a group of its own.
+
+    Args:
+        pads: the rows of a group will be as long as its longest, so similar rows go together.
+    """
+    rows = sorted(examples, key=lambda example: -example.length)
+    if not pads:
+        groups: list[list[Example]] = [[] for _ in range(-(-sum(e.length for e in rows) // room))]
+        for row in rows:
+            min(groups, key=lambda group: sum(e.length for e in group)).append(row)
+        return [group for group in groups if group]
+    groups = []
+    for row in rows:  # the first of a group is its longest
+        if groups and groups[-1][0].length * (len(groups[-1]) + 1) <= room:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return groups
+
+
 def padded(rows: Sequence[Ids], value: int) -> tuple[Tensor, Tensor]:
     """Rows of unequal length as (B, L), padded on the right, and a mask that is 1 on their own."""
     longest = max(len(row) for row in rows)

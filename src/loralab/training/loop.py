@@ -12,8 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from pathlib import Path as Folder
 
 import torch
 from accelerate import Accelerator
@@ -22,12 +21,13 @@ from torch import Tensor, nn
 from loralab.adapters.attach import Adapter
 from loralab.adapters.methods import BitFit, FullFineTune
 from loralab.errors import LearningError, some
-from loralab.tasks.batches import Batches, collate
+from loralab.tasks.batches import Batches
 from loralab.tasks.encode import IGNORED, Example
 from loralab.tasks.forward import answer_loss
 from loralab.tasks.score import Scores
 from loralab.training import checkpoint
 from loralab.training.checkpoint import Progress, Trained
+from loralab.training.fast.path import Path
 from loralab.training.optim import learning_rate, set_learning_rate
 from loralab.training.record import Record
 from loralab.training.settings import Training
@@ -43,14 +43,12 @@ class Job:
     """Everything that the loop needs and does not change."""
 
     adapter: Adapter
-    kind: str
+    path: Path
     examples: Sequence[Example]
     batches: Batches
-    tokenizer: Any
-    pad_id: int
     steps: int
     training: Training
-    folder: Path
+    folder: Folder
     evaluate: Callable[[], Scores]
 
 
@@ -88,18 +86,20 @@ def _step(
     """One optimiser step: (mean loss per labelled token, gradient norm, tokens seen)."""
     rate = learning_rate(job.training, number, job.steps)
     set_learning_rate(trained.optimizer, rate)
-    micro_batches = [[job.examples[i] for i in rows] for rows in job.batches.step(number)]
-    labelled = sum(labelled_tokens(e, job.kind) for rows in micro_batches for e in rows)
+    passes = [[job.examples[i] for i in rows] for rows in job.batches.step(number)]
+    micro_batches = [part for rows in passes for part in job.path.parts(rows)]
+    labelled = sum(labelled_tokens(e, job.path.kind) for rows in micro_batches for e in rows)
     total, tokens = torch.zeros((), dtype=torch.float64), 0
-    for rows in micro_batches:
-        batch = collate(rows, pad_id=job.pad_id, kind=job.kind, pictures=job.tokenizer)
-        batch = on_device(batch, job.adapter.model)
-        loss, _ = answer_loss(job.adapter.model, batch, job.kind)
-        accelerator.backward(trained.scaler.scale(loss / max(labelled, 1)))
-        total += loss.detach().cpu()
-        tokens += sum(example.length for example in rows)
-        if not math.isfinite(total):
-            raise LearningError(_blame_forward(job, batch, number))
+    with job.path.taken():
+        for rows in micro_batches:
+            loss = job.path.loss(rows)
+            accelerator.backward(trained.scaler.scale(loss / max(labelled, 1)))
+            total += loss.detach().cpu()
+            tokens += sum(example.length for example in rows)
+            if not math.isfinite(total):
+                break
+    if not math.isfinite(total):
+        raise LearningError(_blame_forward(job, rows, number))
     norm = _update(job, trained, number)
     return float(total) / max(labelled, 1), norm, tokens
 
@@ -173,12 +173,6 @@ def labelled_tokens(example: Example, kind: str) -> int:
     return sum(label != IGNORED for label in labels)
 
 
-def on_device(batch: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """The batch where the model is."""
-    device = next(model.parameters()).device
-    return {name: tensor.to(device) for name, tensor in batch.items()}
-
-
 def _require_moved(job: Job, started: Mapping[str, Tensor]) -> None:
     """After some steps every B, and every module trained in full, must differ from its start."""
     adapter = job.adapter
@@ -206,8 +200,8 @@ def _finite(tensor: Tensor) -> bool:
     return bool(tensor.isfinite().all())
 
 
-def _blame_forward(job: Job, batch: Mapping[str, Tensor], number: int) -> str:
-    """Where the numbers first went wrong: the forward pass once more, watched."""
+def _blame_forward(job: Job, rows: Sequence[Example], number: int) -> str:
+    """Where the numbers first went wrong: the plain forward pass once more, watched."""
     model = job.adapter.model
     found: list[str] = []
     bad = [n for n, p in job.adapter.named_parameters().items() if not _finite(p)]
@@ -221,7 +215,7 @@ def _blame_forward(job: Job, batch: Mapping[str, Tensor], number: int) -> str:
 
     hooks = [m.register_forward_hook(watch(n)) for n, m in model.named_modules() if n]
     with torch.no_grad():
-        answer_loss(model, batch, job.kind)
+        answer_loss(model, job.path.batch(rows), job.path.kind)
     for hook in hooks:
         hook.remove()
     where = found[0] if found else "the loss"

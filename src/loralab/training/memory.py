@@ -2,14 +2,15 @@
 
 import resource
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 
 import psutil
 import torch
 from torch import Tensor, nn
 
 from loralab.adapters.attach import Adapter
-from loralab.tasks.forward import answer_loss
+from loralab.tasks.encode import Example
+from loralab.training.fast.path import Path
 
 ADAM_BYTES = 16  # a trained number in fp32: itself, its gradient and two moments
 
@@ -57,31 +58,24 @@ def available_bytes(device: torch.device) -> int:
 
 
 def predicted_peak(
-    adapter: Adapter,
-    short: Mapping[str, Tensor],
-    long: Mapping[str, Tensor],
-    sizes: tuple[int, int],
-    tokens: int,
-    kind: str,
+    adapter: Adapter, path: Path, short: Sequence[Example], long: Sequence[Example], size: int
 ) -> int:
-    """The peak of a training step on `tokens` tokens, padding included, or so many pictures.
+    """The peak of a training step on a part of so many tokens, padding included, or pictures.
 
     What is held now, the optimiser's state, and the activations that two probes of different
     size (forward only) keep for the backward pass, extended on the straight line through them.
-
-    Args:
-        sizes: of the two probes, in the unit of `tokens`.
     """
-    kept = [saved_bytes(adapter.model, batch, kind) for batch in (short, long)]
+    sizes = path.size(short), path.size(long)
+    kept = [saved_bytes(path, examples) for examples in (short, long)]
     slope = (kept[1] - kept[0]) / max(1, sizes[1] - sizes[0])
-    activations = max(kept[0] + slope * (tokens - sizes[0]), 0)
+    activations = max(kept[0] + slope * (size - sizes[0]), 0)
     device = next(adapter.model.parameters()).device
     return int(_held(device) + ADAM_BYTES * adapter.num_parameters + activations)
 
 
-def saved_bytes(model: nn.Module, batch: Mapping[str, Tensor], kind: str) -> int:
+def saved_bytes(path: Path, examples: Sequence[Example]) -> int:
     """Bytes that a forward pass keeps for the backward pass, each storage counted once."""
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    own = {p.untyped_storage().data_ptr() for p in path.model.parameters()}
     kept: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
@@ -90,8 +84,8 @@ def saved_bytes(model: nn.Module, batch: Mapping[str, Tensor], kind: str) -> int
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        loss, _ = answer_loss(model, batch, kind)
+    with path.taken(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        loss = path.loss(examples)
     del loss
     return sum(kept.values())
 

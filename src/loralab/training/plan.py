@@ -10,12 +10,9 @@ import torch
 
 from loralab.adapters.bases import is_linear, linear_shape
 from loralab.adapters.methods import Method
-from loralab.tasks.batches import collate
 from loralab.tasks.encode import Example
-from loralab.tasks.forward import answer_loss
 from loralab.tasks.score import context_length
 from loralab.training import memory, preflight
-from loralab.training.loop import on_device
 from loralab.training.preflight import Prepared, Request
 from loralab.training.settings import Training
 
@@ -99,18 +96,16 @@ def plan(
 
 def predicted_peak(prepared: Prepared, training: Training) -> int:
     """The peak of the largest micro-batch: the longest rows side by side."""
+    path = prepared.path
     longest = sorted(prepared.encoded.examples, key=lambda example: -example.length)
-    rows = longest[: training.batch_size]
+    rows = max(path.parts(longest[: training.batch_size]), key=path.size)
     if rows[0].image is not None:
-        probes, size = [rows[:1] * 2, rows[:1] * 4], len(rows)
-        sizes = (2, 4)
+        probes = [rows[:1] * 2, rows[:1] * 4]
     else:
         room = min(PROBES[1], context_length(prepared.base.model))
         lengths = (min(PROBES[0], room // 2), room)
-        probes, size = [[_cut(rows[0], n)] * 2 for n in lengths], len(rows) * rows[0].length
-        sizes = (2 * lengths[0], 2 * lengths[1])
-    short, long = (_batch(prepared, probe) for probe in probes)
-    return memory.predicted_peak(prepared.adapter, short, long, sizes, size, prepared.base.kind)
+        probes = [[_cut(rows[0], n)] * 2 for n in lengths]
+    return memory.predicted_peak(prepared.adapter, path, probes[0], probes[1], path.size(rows))
 
 
 def _modules(prepared: Prepared) -> tuple[PlannedModule, ...]:
@@ -151,26 +146,19 @@ def _seconds_per_batch(prepared: Prepared, training: Training) -> float:
     examples = prepared.encoded.examples
     typical = statistics.median_low(example.length for example in examples)
     rows = sorted(examples, key=lambda e: abs(e.length - typical))[: training.batch_size]
-    batch = _batch(prepared, rows)
-    return min([_time_once(prepared, batch) for _ in range(3)][1:])
+    return min([_time_once(prepared, rows) for _ in range(3)][1:])
 
 
-def _time_once(prepared: Prepared, batch: Mapping[str, torch.Tensor]) -> float:
+def _time_once(prepared: Prepared, rows: list[Example]) -> float:
     started = time.perf_counter()
-    loss, _ = answer_loss(prepared.base.model, batch, prepared.base.kind)
-    loss.backward()
+    with prepared.path.taken():
+        for part in prepared.path.parts(rows):
+            prepared.path.loss(part).backward()
     for parameter in prepared.adapter.parameters():
         parameter.grad = None
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter() - started
-
-
-def _batch(prepared: Prepared, rows: list[Example]) -> dict[str, torch.Tensor]:
-    pad = prepared.base.tokenizer.pad_token_id or 0
-    tokenizer = prepared.base.tokenizer
-    batch = collate(rows, pad_id=pad, kind=prepared.base.kind, pictures=tokenizer)
-    return on_device(batch, prepared.base.model)
 
 
 def _cut(example: Example, tokens: int) -> Example:

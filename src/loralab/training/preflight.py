@@ -32,6 +32,8 @@ from loralab.tasks.catalog import Task
 from loralab.tasks.encode import Encoded
 from loralab.tasks.samples import sample_inputs
 from loralab.training import memory
+from loralab.training.fast.path import Path as Quickest
+from loralab.training.fast.path import quickest
 from loralab.training.optim import usual_rate
 from loralab.training.settings import Training
 
@@ -97,6 +99,7 @@ class Prepared:
     adapter: Adapter
     encoded: Encoded
     batches: Batches
+    path: Quickest
     steps: int
     sample: tuple[tuple[int, ...], ...]
 
@@ -131,8 +134,12 @@ def prepare(request: Request) -> Prepared:
     if adapter.budget is not None:
         adapter.budget.plan(steps)
     _require_rows_to_occur(method, encoded)
+    path = quickest(
+        adapter, base.kind, pad_id=base.tokenizer.pad_token_id or 0, pictures=base.tokenizer
+    )
     return Prepared(
-        base=base, task=task, adapter=adapter, encoded=encoded, batches=batches, steps=steps,
+        base=base, task=task, adapter=adapter, encoded=encoded, batches=batches, path=path,
+        steps=steps,
         sample=tuple(sample_inputs(task, base.tokenizer, kind=base.kind)),
     )  # fmt: skip
 

@@ -126,10 +126,9 @@ def _run(request: Request, prepared: Prepared, folder: Path, listener: Listener 
 
 def _job(request: Request, prepared: Prepared, folder: Path, score: Callable[[], Scores]) -> Job:
     return Job(
-        adapter=prepared.adapter, kind=prepared.base.kind, examples=prepared.encoded.examples,
-        batches=prepared.batches, tokenizer=prepared.base.tokenizer,
-        pad_id=prepared.base.tokenizer.pad_token_id or 0,
-        steps=prepared.steps, training=request.training, folder=folder, evaluate=score,
+        adapter=prepared.adapter, path=prepared.path, examples=prepared.encoded.examples,
+        batches=prepared.batches, steps=prepared.steps, training=request.training, folder=folder,
+        evaluate=score,
     )  # fmt: skip
 
 

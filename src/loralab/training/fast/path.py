@@ -1,0 +1,172 @@
+"""How the loss of a step is computed: the quickest way that gives what the plain way gives.
+
+Before a run each way is tried on a few rows of noise, and its loss and gradients are compared
+with those of the untouched model. The first that agrees is taken; a model that none suits is
+trained as it is.
+"""
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loralab.adapters.attach import Adapter
+from loralab.tasks.batches import collate, pack, parts
+from loralab.tasks.encode import IGNORED, Example
+from loralab.tasks.forward import answer_loss
+from loralab.training.fast.attention import Packing
+from loralab.training.fast.patches import Forward, known, patched
+from loralab.training.loss import summed_loss
+
+WAYS = ("packed", "patched", "plain")
+ROOM = {"cpu": 1024, "cuda": 16384}  # tokens in one pass, where that makes no difference
+PROBE = (7, 1, 5, 12)  # tokens of the rows that are compared
+LOSS_AGREES = {torch.float32: 1e-4, torch.bfloat16: 0.03, torch.float16: 0.01}
+GRADIENT_AGREES = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.1}
+CUT = ("causal-lm", "sequence-classification", "token-classification")  # rows do not meet
+
+
+@dataclass
+class Path:
+    """A model with an adapter, and how the loss of some examples comes out of it.
+
+    Attributes:
+        way: "packed": rows without padding, quick modules, no logits kept; "patched": padded rows
+            and quick modules; "plain": the model as it is.
+        room: tokens that go through the model at once; more rows are cut into parts.
+        refused: ways that were tried first, and why they were not taken.
+        quicker: modules and the forwards that stand in for theirs.
+    """
+
+    model: nn.Module
+    kind: str
+    pad_id: int
+    pictures: Any = None
+    way: str = "plain"
+    room: int = ROOM["cpu"]
+    refused: dict[str, str] = field(default_factory=dict)
+    quicker: Sequence[tuple[nn.Module, Forward]] = ()
+
+    def parts(self, examples: Sequence[Example]) -> list[list[Example]]:
+        """The examples of one pass, cut where that changes nothing but memory."""
+        if self.kind not in CUT or self.way == "plain":
+            return [list(examples)]
+        return parts(examples, self.room, pads=self.way != "packed")
+
+    def loss(self, examples: Sequence[Example]) -> Tensor:
+        """The summed cross-entropy of some examples, () in fp32."""
+        if self.way == "packed":
+            return _packed_loss(self.model, _on_device(pack(examples), self.model), examples)
+        return answer_loss(self.model, self.batch(examples), self.kind)[0]
+
+    def size(self, examples: Sequence[Example]) -> int:
+        """Tokens that the model meets, padding included; of pictures, their number."""
+        lengths = [example.length for example in examples]
+        return sum(lengths) if self.way == "packed" else len(lengths) * max(lengths)
+
+    def batch(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        """Padded tensors, where the model is."""
+        batch = collate(examples, pad_id=self.pad_id, kind=self.kind, pictures=self.pictures)
+        return _on_device(batch, self.model)
+
+    @contextlib.contextmanager
+    def taken(self) -> Iterator[None]:
+        """The model as this way needs it."""
+        plain = self.way == "plain"
+        with contextlib.nullcontext() if plain else patched(self.model, self.quicker):
+            yield
+
+
+def quickest(adapter: Adapter, kind: str, *, pad_id: int, pictures: Any = None) -> Path:
+    """The quickest way for this model and adapter that agrees with the plain one."""
+    model = adapter.model
+    device = next(model.parameters()).device.type
+    path = Path(model, kind, pad_id, pictures, room=ROOM.get(device, ROOM["cuda"]))
+    if kind == "image-classification":
+        return path
+    path.quicker = known(model)
+    examples, training = _noise(model, kind), model.training
+    with torch.random.fork_rng(), contextlib.ExitStack() as stack:
+        stack.callback(model.train, training)
+        expected = _result(path, adapter, examples)
+        for way in WAYS[:-1]:
+            path.way = way
+            if way == "packed" and (kind != "causal-lm" or device != "cpu"):
+                continue  # a GPU has padded kernels that are quicker than tiles
+            try:
+                found = _result(path, adapter, examples)
+            except Exception as error:  # a structure that the quick forwards do not know
+                path.refused[way] = f"{type(error).__name__}: {error}"
+                continue
+            difference = _difference(model, expected, found)
+            if not difference:
+                return path
+            path.refused[way] = difference
+    path.way = "plain"
+    return path
+
+
+def _packed_loss(model: Any, batch: Mapping[str, Tensor], examples: Sequence[Example]) -> Tensor:
+    packing = Packing(tuple(len(example.input_ids) for example in examples), causal=True)
+    # a mask of four axes is passed on as it is: none is made that nobody reads
+    states = model.base_model(
+        input_ids=batch["input_ids"], position_ids=batch["position_ids"],
+        attention_mask=batch["input_ids"].new_zeros(1, 1, 1, 1), use_cache=False, packing=packing,
+    ).last_hidden_state[0]  # fmt: skip
+    here = (batch["targets"] != IGNORED).nonzero()[:, 0]
+    return summed_loss(model.get_output_embeddings(), states[here], batch["targets"][here])
+
+
+def _result(path: Path, adapter: Adapter, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
+    """Loss and gradients on some examples, without dropout; what training mode refuses raises."""
+    with path.taken():
+        path.model.train()
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # reentrant checkpointing without gradients
+            path.loss(examples)
+        path.model.eval()
+        loss = path.loss(examples)
+        found = torch.autograd.grad(loss, adapter.parameters(), allow_unused=True)
+    pairs = zip(found, adapter.parameters(), strict=True)
+    flat = [(torch.zeros_like(p) if g is None else g).flatten().float() for g, p in pairs]
+    return loss.detach(), torch.cat(flat)
+
+
+def _difference(
+    model: nn.Module, expected: tuple[Tensor, Tensor], found: tuple[Tensor, Tensor]
+) -> str:
+    """In what a loss and its gradients differ by more than rounding; empty if they do not."""
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    loss = float((expected[0] - found[0]).abs() / expected[0].abs())
+    if not loss <= LOSS_AGREES[dtype]:
+        return f"its loss differs by {loss:.2g} of the loss"
+    gradient = float((expected[1] - found[1]).norm() / expected[1].norm())
+    if not gradient <= GRADIENT_AGREES[dtype]:
+        return f"its gradient differs by {gradient:.2g} of its length"
+    return ""
+
+
+def _noise(model: Any, kind: str) -> list[Example]:
+    """Rows of unequal length of common ids, with loss on some of their tokens."""
+    draw = torch.Generator().manual_seed(0)
+    words = min(model.config.vocab_size, 1000)
+    rows = []
+    for number, length in enumerate(PROBE):
+        ids = tuple(torch.randint(words, (length,), generator=draw).tolist())
+        labels = tuple(IGNORED if i < length // 2 else token for i, token in enumerate(ids))
+        if kind == "sequence-classification":
+            labels = (0,)
+        if kind == "token-classification":
+            labels = tuple(IGNORED if i % 2 else 0 for i in range(length))
+        second = ids[::-1] if kind == "sentence-encoder" else ()
+        rows.append(Example(number, ids, labels, second=second))
+    return rows
+
+
+def _on_device(batch: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    device = next(model.parameters()).device
+    return {name: tensor.to(device) for name, tensor in batch.items()}
