@@ -6,11 +6,12 @@ that read the same input (q, k and v; gate and up) share the product with A and 
 gradient. Source of the order: Hu et al. 2021, arXiv:2106.09685, section 4.1; the gradients are
 worked out below. Axes: N tokens, I in_features, O out_features, R rank.
 
-    forward    L = D(x) A'            y = x W' + b + s L B'
-    backward   G = s dy B             dA = G' D(x)      dB = s dy' L      dx = dy W + D(G A)
+    forward    L = D(x) (s A)'        y = x W' + b + L B'
+    backward   G = dy B               dA = s G' D(x)    dB = dy' L        dx = dy W + D(G s A)
 
 with ' for the transpose, s the scaling and D the dropout mask. For several layers A stands for
-all of theirs, one below the other, and dx is the sum over them.
+all of theirs, one below the other, and dx is the sum over them. Scaling A, the smallest of all
+matrices here, is the cheapest place to scale.
 """
 
 from collections.abc import Callable, Sequence
@@ -85,14 +86,14 @@ class _LinearsWithUpdates(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         weights, biases, As, Bs = (tensors[i::4] for i in range(4))
         ctx.dtypes = [(A.dtype, B.dtype) for A, B in zip(As, Bs, strict=True)]
-        A = _joined([A.to(x.dtype) for A in As])
+        A = _joined([A * s.scaling for A, s in zip(As, layouts, strict=True)]).to(x.dtype)
         Bs = tuple(B.to(x.dtype) for B in Bs)
         low = F.linear(x if mask is None else x * mask, A)  # (..., R of all)
         lows = _flat(low).split([B.shape[1] for B in Bs], dim=1)
         outputs = []
         for layout, weight, bias, B, part in zip(layouts, weights, biases, Bs, lows, strict=True):
             y = _base(x, weight, bias, layout)
-            _flat(y).addmm_(part, B.T, alpha=layout.scaling)
+            _flat(y).addmm_(part, B.T)
             outputs.append(y)
         ctx.save_for_backward(x, mask, A, low, *weights, *Bs)
         ctx.layouts = layouts
@@ -106,9 +107,7 @@ class _LinearsWithUpdates(torch.autograd.Function):
         weights, Bs = rest[: len(layouts)], rest[len(layouts) :]
         ranks = [B.shape[1] for B in Bs]
         flat = [_flat(dy).contiguous() for dy in dys]
-        G = _joined(
-            [(dy @ B).mul_(s.scaling) for dy, B, s in zip(flat, Bs, layouts, strict=True)], 1
-        )
+        G = _joined([dy @ B for dy, B in zip(flat, Bs, strict=True)], 1)
         dAs: Sequence[Tensor | None] = [None] * len(layouts)
         if any(needed[5::4]):
             dropped = x if mask is None else x * mask
@@ -117,8 +116,9 @@ class _LinearsWithUpdates(torch.autograd.Function):
         gradients: list[Tensor | None] = []
         for i, (dA, dy) in enumerate(zip(dAs, flat, strict=True)):
             to_A, to_B = ctx.dtypes[i]
-            dB = (dy.T @ lows[i]).mul_(layouts[i].scaling).to(to_B) if needed[6 + 4 * i] else None
-            gradients += [None, None, None if dA is None else dA.to(to_A), dB]
+            dB = (dy.T @ lows[i]).to(to_B) if needed[6 + 4 * i] else None
+            dA = None if dA is None else dA.to(to_A) * layouts[i].scaling
+            gradients += [None, None, dA, dB]
         dx = _input_gradient(flat, weights, layouts, G, A, mask) if needed[0] else None
         return (None if dx is None else dx.view(x.shape), None, None, *gradients)
 
