@@ -5,29 +5,19 @@ the word of the error that says so.
 """
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from contract_variants import VARIANTS
 from tiny import IDS, MODELS, fill, logits
 from torch import nn
 
 from loralab.adapters.attach import Adapter, attach
 from loralab.adapters.folder import CONFIG, TENSORS, read
 from loralab.adapters.load import load
-from loralab.adapters.methods import METHODS, AdaLoRA, Bottleneck, LoRA, Prefix
+from loralab.adapters.methods import METHODS
 from loralab.errors import AdapterStateError, TargetError
 
-VARIANTS: dict[str, Any] = {
-    **{name: method() for name, method in METHODS.items() if name != "adalora"},
-    "adalora": AdaLoRA(rank=4, target_rank=2, total_steps=15, initial_steps=2, final_steps=4),
-    "dora": LoRA(dora=True),
-    "rslora": LoRA(scaling="alpha/sqrt(r)"),
-    "pissa": LoRA(init="pissa"),
-    "pfeiffer": Bottleneck(placement="pfeiffer", layer_norm=True),
-    "parallel": Bottleneck(placement="parallel", factor=4.0, activation="gelu"),
-    "prefix-mlp": Prefix(tokens=5, mlp=True, mlp_width=16),
-}
 REFUSED = {("bitfit", "llama"): "no biases"}
 MOVES_AT_ONCE = {"prefix", "prompt", "prefix-mlp"}  # step 0 is not the base model
 CANNOT_MERGE = {"bottleneck", "pfeiffer", "parallel", "prefix", "prompt", "prefix-mlp"}

@@ -117,8 +117,8 @@ class _LinearsWithUpdates(torch.autograd.Function):
         for i, (dA, dy) in enumerate(zip(dAs, flat, strict=True)):
             to_A, to_B = ctx.dtypes[i]
             dB = (dy.T @ lows[i]).to(to_B) if needed[6 + 4 * i] else None
-            dA = None if dA is None else dA.to(to_A) * layouts[i].scaling
-            gradients += [None, None, dA, dB]
+            scaled = None if dA is None else dA.to(to_A) * layouts[i].scaling
+            gradients += [None, None, scaled, dB]
         dx = _input_gradient(flat, weights, layouts, G, A, mask) if needed[0] else None
         return (None if dx is None else dx.view(x.shape), None, None, *gradients)
 

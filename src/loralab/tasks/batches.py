@@ -114,19 +114,24 @@ def collate(
     return batch | {"labels": padded([example.labels for example in examples], IGNORED)[0]}
 
 
-def pack(examples: Sequence[Example]) -> dict[str, Tensor]:
-    """Rows of a causal model one after the other in a single one, without padding.
+def pack(examples: Sequence[Example], *, size: int = 0, pad_id: int = 0) -> dict[str, Tensor]:
+    """Rows of a causal model one after the other in a single one.
 
     input_ids and position_ids (1, N), positions counted from each row's own start; targets (N,),
     the label of the next token of the same row.
+
+    Args:
+        size: the row is filled up to so many tokens, with one more row of padding.
     """
     ids = [token for example in examples for token in example.input_ids]
     places = [place for example in examples for place in range(len(example.input_ids))]
     targets = [label for example in examples for label in (*example.labels[1:], IGNORED)]
+    filling = max(0, size - len(ids))
     return {
-        "input_ids": torch.tensor([ids]), "position_ids": torch.tensor([places]),
-        "targets": torch.tensor(targets),
-    }  # fmt: skip
+        "input_ids": torch.tensor([ids + [pad_id] * filling]),
+        "position_ids": torch.tensor([places + [0] * filling]),
+        "targets": torch.tensor(targets + [IGNORED] * filling),
+    }
 
 
 def parts(examples: Sequence[Example], room: int, *, pads: bool) -> list[list[Example]]:

@@ -17,7 +17,7 @@ def summed_loss(head: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
     trained, in few bits) are worked out again, chunk by chunk, in the backward pass.
 
     Semantics:
-        F.cross_entropy(head(hidden).float(), labels, reduction="sum")
+        F.cross_entropy(head(hidden).float(), labels, reduction="sum", ignore_index=-100)
     """
     if _is_plain(head):
         linear: Any = head

@@ -1,5 +1,6 @@
 """Precision, gradient checkpointing, predicted and measured peak."""
 
+import ctypes
 import resource
 import sys
 from collections.abc import Iterable, Sequence
@@ -70,7 +71,8 @@ def predicted_peak(
     slope = (kept[1] - kept[0]) / max(1, sizes[1] - sizes[0])
     activations = max(kept[0] + slope * (size - sizes[0]), 0)
     device = next(adapter.model.parameters()).device
-    return int(_held(device) + ADAM_BYTES * adapter.num_parameters + activations)
+    needed = held_bytes(device) + ADAM_BYTES * adapter.num_parameters + activations
+    return max(int(needed), peak_bytes(device))  # loading the model may have been the peak
 
 
 def saved_bytes(path: Path, examples: Sequence[Example]) -> int:
@@ -90,9 +92,13 @@ def saved_bytes(path: Path, examples: Sequence[Example]) -> int:
     return sum(kept.values())
 
 
-def _held(device: torch.device) -> int:
+def held_bytes(device: torch.device) -> int:
+    """What is in use now; on the processor, after what was freed has been handed back."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # the GNU C library's
+    if trim is not None:
+        trim(0)
     return int(psutil.Process().memory_info().rss)
 
 

@@ -80,6 +80,7 @@ def plan(
     prepared.base.model.train()
     encoded, adapter = prepared.encoded, prepared.adapter
     lengths = [example.length for example in encoded.examples]
+    peak = predicted_peak(prepared, training)  # first: timing leaves freed memory behind
     seconds = _seconds_per_batch(prepared, training)
     return Plan(
         model=model, data=data, kind=prepared.base.kind, precision=training.precision,
@@ -88,7 +89,7 @@ def plan(
         rows=len(encoded.examples), dropped=len(encoded.dropped),
         shortened=len(encoded.shortened), steps=prepared.steps,
         tokens_per_step=_tokens_per_step(prepared), longest_row=max(lengths),
-        peak_bytes=predicted_peak(prepared, training),
+        peak_bytes=peak,
         available_bytes=memory.available_bytes(memory.device_here()),
         seconds=seconds * training.accumulation_steps * prepared.steps,
     )  # fmt: skip

@@ -2,8 +2,11 @@
 
 Flash kernels for the processor spend most of a training step on short rows; here a tile of
 queries meets all its keys in one batched product, and the heads that share a key and value
-(grouped-query attention) are rows of the same product. Causal tiles never touch later keys.
-Axes: N tokens, H heads, K key heads, G = H / K, D numbers a head, T queries of a tile, C its keys.
+(grouped-query attention) are rows of the same product. Causal tiles never touch later keys. The
+sizes of tiles are rounded up, because a matrix library builds a kernel for each new shape, which
+takes longer than the product itself; tokens that only fill a tile up see nothing.
+Axes: N tokens, H heads, K key heads, G = H / K, D numbers a head, M = N plus what tiles reach
+beyond, T queries of a tile, C its keys.
 """
 
 import functools
@@ -18,7 +21,9 @@ from torch.autograd.function import once_differentiable
 from loralab.training.fast.native import kernels_for
 
 TILE = 128  # queries
-KEPT = 2**10  # keys: attention over more of them is worked out again for the backward pass
+QUERY_STEP, KEY_STEP = 32, 64  # what the sizes of a tile are multiples of
+KEPT = 2048  # keys: attention over more of them is worked out again for the backward pass
+Angles = tuple[Tensor, Tensor]  # cosine and sine, (N, D) each
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,9 +35,14 @@ class Tile:
     first: Tensor
     last: Tensor
 
+    @property
+    def width(self) -> int:
+        """C."""
+        return self.keys.stop - self.keys.start
+
     def hidden(self) -> Tensor:
         """True where a token may not look, (T, 1, C)."""
-        key = torch.arange(self.keys.stop - self.keys.start, device=self.first.device)
+        key = torch.arange(self.width, device=self.first.device)
         seen = (self.first[:, None] <= key) & (key < self.last[:, None])
         return ~seen[:, None, :]
 
@@ -49,9 +59,15 @@ class Packing:
     lengths: tuple[int, ...]
     causal: bool
 
+    @property
+    def reach(self) -> int:
+        """M: where the last key of any tile ends."""
+        return sum(self.lengths) + max(TILE, KEY_STEP)
+
     @functools.cached_property
     def tiles(self) -> list[Tile]:
-        """Short rows share a tile, long ones are cut."""
+        """Short rows share a tile, long ones are cut. In order: a later tile overwrites what an
+        earlier one left in the tokens that only filled it up."""
         found: list[Tile] = []
         group: list[tuple[int, int]] = []
         start = 0
@@ -70,11 +86,6 @@ class Packing:
             found.append(self._tile(group, group[0][0], group[-1][1]))
         return found
 
-    @functools.cached_property
-    def cut(self) -> bool:
-        """Whether the gradient of some key comes from several tiles."""
-        return any(length > TILE for length in self.lengths)
-
     def _tile(self, rows: Sequence[tuple[int, int]], start: int, stop: int) -> Tile:
         """Tokens start to stop of these rows."""
         begin, end = rows[0][0], stop if self.causal else rows[-1][1]
@@ -83,24 +94,25 @@ class Packing:
             own = range(max(a, start), min(b, stop))
             first += [a - begin] * len(own)
             last += [(token + 1 if self.causal else b) - begin for token in own]
-        bounds = torch.tensor([first, last], dtype=torch.int32)
-        return Tile(slice(start, stop), slice(begin, end), bounds[0], bounds[1])
+        unseeing = [0] * (_rounded(stop - start, QUERY_STEP) - (stop - start))
+        bounds = torch.tensor([first + unseeing, last + unseeing], dtype=torch.int32)
+        width = _rounded(end - begin, KEY_STEP)
+        rows_ = slice(start, start + len(bounds[0]))
+        return Tile(rows_, slice(begin, begin + width), bounds[0], bounds[1])
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, packing: Packing, scale: float,
-    angles: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:  # fmt: skip
+    q: Tensor, k: Tensor, v: Tensor, packing: Packing, scale: float, angles: Angles | None = None
+) -> Tensor:
     """softmax(scale q k') v within each row: q (N, H, D), k and v (N, K, D) -> (N, H, D).
 
     Args:
-        angles: cosine and sine (N, D) by which q and k are rotated first.
+        angles: by which q and k are rotated first.
 
     Source: Vaswani et al. 2017, arXiv:1706.03762, equation 1; rotation: Su et al. 2021,
     arXiv:2104.09864, equation 34.
     """
-    cos, sin = angles or (None, None)
-    return _Attend.apply(q, k, v, cos, sin, packing, scale)
+    return _Attend.apply(q, k, v, *(angles or (None, None)), packing, scale)
 
 
 class _Attend(torch.autograd.Function):
@@ -109,70 +121,73 @@ class _Attend(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None,
         packing: Packing, scale: float,
     ) -> Tensor:  # fmt: skip
-        heads = k.shape[1]
-        q = _rotated(q, heads, cos, sin, scale)  # (K, N G, D)
-        k = _rotated(k, heads, cos, sin, 1.0)
-        v = _rotated(v, heads, None, None, 1.0)
+        angles = None if cos is None or sin is None else (cos, sin)
+        (N, heads), reach = k.shape[:2], packing.reach
+        q = _by_head(q, heads, reach, angles, scale)  # (K, M G, D)
+        k = _by_head(k, heads, reach, angles)
+        v = _by_head(v, heads, reach)
         out, kept = torch.empty_like(q), []
-        G = q.shape[1] // k.shape[1]
         for tile in packing.tiles:
             weights = _weights(q, k, tile)
-            out[:, _queries(tile, G)] = torch.bmm(weights, v[:, tile.keys])
-            if tile.keys.stop - tile.keys.start <= KEPT:
+            out[:, _queries(q, k, tile)] = torch.bmm(weights, v[:, tile.keys])
+            if tile.width <= KEPT:
                 kept.append(weights)
         ctx.save_for_backward(q, k, v, cos, sin, *kept)
-        ctx.packing, ctx.scale = packing, scale
-        return _back(out, k.shape[1], None, None, 1.0)
+        ctx.packing, ctx.scale, ctx.tokens = packing, scale, N
+        return _by_token(out, N, reach)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, cos, sin, *kept = ctx.saved_tensors
-        heads, tokens = k.shape[:2]
-        d_out = _rotated(d_out, heads, None, None, 1.0)
-        # a key's gradient is summed over tiles in float32, as one kernel would
-        wide = torch.float32 if ctx.packing.cut else k.dtype
-        dq, dk, dv = (
-            torch.empty_like(q),
-            k.new_zeros(k.shape, dtype=wide),
-            k.new_zeros(k.shape, dtype=wide),
-        )
+        angles, packing, N = None if cos is None else (cos, sin), ctx.packing, ctx.tokens
+        d_out = _by_head(d_out, len(k), packing.reach)
+        dq = torch.empty_like(q)
+        # several tiles add to a key's gradient: summed in float32, as one kernel would
+        dk, dv = torch.zeros_like(k, dtype=torch.float32), torch.zeros_like(v, dtype=torch.float32)
         waiting = iter(kept)
-        for tile in ctx.packing.tiles:
-            rows, keys = _queries(tile, q.shape[1] // tokens), tile.keys
-            again = keys.stop - keys.start > KEPT
-            weights = _weights(q, k, tile) if again else next(waiting)
+        for tile in packing.tiles:
+            rows, keys = _queries(q, k, tile), tile.keys
+            weights = next(waiting) if tile.width <= KEPT else _weights(q, k, tile)
             dv[:, keys] += torch.bmm(weights.transpose(1, 2), d_out[:, rows])
             d_weights = torch.bmm(d_out[:, rows], v[:, keys].transpose(1, 2))
             d_scores = _softmax_backward(weights, d_weights)
             dq[:, rows] = torch.bmm(d_scores, k[:, keys])
             dk[:, keys] += torch.bmm(d_scores.transpose(1, 2), q[:, rows])
+        reach = packing.reach
         return (
-            _back(dq, tokens, cos, sin, ctx.scale), _back(dk.to(k.dtype), tokens, cos, sin, 1.0),
-            _back(dv.to(v.dtype), tokens, None, None, 1.0), None, None, None, None,
+            _by_token(dq, N, reach, angles, ctx.scale),
+            _by_token(dk.to(k.dtype), N, reach, angles),
+            _by_token(dv.to(v.dtype), N, reach), None, None, None, None,
         )  # fmt: skip
 
 
-def _queries(tile: Tile, group: int) -> slice:
-    """The rows of (K, N G, D) that belong to a tile's tokens."""
+def _rounded(size: int, step: int) -> int:
+    return -(-size // step) * step
+
+
+def _queries(q: Tensor, k: Tensor, tile: Tile) -> slice:
+    """The rows of q (K, M G, D) that belong to a tile's tokens."""
+    group = q.shape[1] // k.shape[1]
     return slice(tile.rows.start * group, tile.rows.stop * group)
 
 
 def _weights(q: Tensor, k: Tensor, tile: Tile) -> Tensor:
-    """Attention weights of a tile, (K, T G, C)."""
-    group = q.shape[1] // k.shape[1]
-    scores = torch.bmm(q[:, _queries(tile, group)], k[:, tile.keys].transpose(1, 2))
-    heads, _, keys = scores.shape
+    """Attention weights of a tile, (K, T G, C); all zero for a token that sees nothing."""
+    scores = torch.bmm(q[:, _queries(q, k, tile)], k[:, tile.keys].transpose(1, 2))
+    heads, rows, keys = scores.shape
     tokens = len(tile.first)
     native = kernels_for(scores)
     if native is not None:
-        native("softmax", scores, tile.first, tile.last, heads, tokens, group, keys)
+        native("softmax", scores, tile.first, tile.last, heads, tokens, rows // tokens, keys)
         return scores
-    table = scores.view(heads, tokens, group, keys).masked_fill_(tile.hidden(), -torch.inf)
-    return table.softmax(dim=-1).view(scores.shape)
+    hidden = tile.hidden().to(scores.device)
+    table = scores.view(heads, tokens, rows // tokens, keys).masked_fill_(hidden, -torch.inf)
+    return table.softmax(dim=-1).masked_fill_(hidden, 0.0).view(scores.shape)
 
 
 def _softmax_backward(weights: Tensor, d_weights: Tensor) -> Tensor:
+    """The gradient of the scores from that of the weights, which is overwritten."""
     native = kernels_for(weights)
     if native is not None:
         heads, rows, keys = weights.shape
@@ -181,39 +196,43 @@ def _softmax_backward(weights: Tensor, d_weights: Tensor) -> Tensor:
     return torch._softmax_backward_data(d_weights, weights, -1, weights.dtype)
 
 
-def _rotated(x: Tensor, heads: int, cos: Tensor | None, sin: Tensor | None, scale: float) -> Tensor:
-    """Scaled, turned by the angles, and sorted by key head: (N, K G, D) -> (K, N G, D)."""
+def _by_head(
+    x: Tensor, heads: int, reach: int, angles: Angles | None = None, scale: float = 1.0
+) -> Tensor:
+    """Scaled, turned by the angles and sorted by key head: (N, K G, D) -> (K, M G, D)."""
     N, H, D = x.shape
     group, native = H // heads, kernels_for(x)
-    if native is not None:
-        x, out = x.contiguous(), x.new_empty(heads, N * group, D)
-        if cos is None and scale == 1:
-            native("heads_first", x, out, N, heads, group * D)
-            return out
-        if cos is not None and sin is not None and cos.dtype == x.dtype:
-            native("rotate_in", x, cos, sin, out, N, heads, group, D, scale)
-            return out
-    if cos is not None and sin is not None:
+    out = x.new_empty(heads, reach * group, D)
+    out[:, N * group :] = 0  # met with a weight of 0, so it must be finite
+    if native is not None and angles is None and scale == 1:
+        native("heads_first", x.contiguous(), out, N, reach, heads, group * D)
+        return out
+    if native is not None and angles is not None and angles[0].dtype == x.dtype:
+        native("rotate_in", x.contiguous(), *angles, out, N, reach, heads, group, D, scale)
+        return out
+    if angles is not None:
+        cos, sin = angles
         x = x * cos[:, None] + _half_turned(x) * sin[:, None]
-    x = x if scale == 1 else x * scale
-    return x.reshape(N, heads, group, D).transpose(0, 1).reshape(heads, N * group, D)
+    out.view(heads, reach, group, D)[:, :N] = x.reshape(N, heads, group, D).transpose(0, 1) * scale
+    return out
 
 
-def _back(x: Tensor, tokens: int, cos: Tensor | None, sin: Tensor | None, scale: float) -> Tensor:
-    """The gradient of _rotated: (K, N G, D) -> (N, K G, D)."""
+def _by_token(
+    x: Tensor, N: int, reach: int, angles: Angles | None = None, scale: float = 1.0
+) -> Tensor:
+    """The transpose of _by_head: (K, M G, D) -> (N, K G, D)."""
     heads, rows, D = x.shape
-    group, native = rows // tokens, kernels_for(x)
-    if native is not None:
-        out = x.new_empty(tokens, heads * group, D)
-        if cos is None and scale == 1:
-            native("heads_last", x, out, tokens, heads, group * D)
-            return out
-        if cos is not None and sin is not None and cos.dtype == x.dtype:
-            native("rotate_out", x, cos, sin, out, tokens, heads, group, D, scale)
-            return out
-    x = x.view(heads, tokens, group, D).transpose(0, 1).reshape(tokens, heads * group, D)
-    x = x if scale == 1 else x * scale
-    if cos is not None and sin is not None:
+    group, native = rows // reach, kernels_for(x)
+    out = x.new_empty(N, heads * group, D)
+    if native is not None and angles is None and scale == 1:
+        native("heads_last", x, out, N, reach, heads, group * D)
+        return out
+    if native is not None and angles is not None and angles[0].dtype == x.dtype:
+        native("rotate_out", x, *angles, out, N, reach, heads, group, D, scale)
+        return out
+    x = x.view(heads, reach, group, D)[:, :N].transpose(0, 1).reshape(N, heads * group, D) * scale
+    if angles is not None:
+        cos, sin = angles
         x = x * cos[:, None] - _half_turned(x * sin[:, None])
     return x
 

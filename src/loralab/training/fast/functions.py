@@ -33,6 +33,8 @@ def swiglu(gate: Tensor, upper: Tensor) -> Tensor:
 def head_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
     """Summed cross-entropy of a frozen linear head, () in fp32; hidden (N, H), labels (N,).
 
+    A negative label is a row without loss.
+
     The gradient is worked out along with the loss, a chunk of tokens at a time, so that logits
     (N, V) never exist.
     """
@@ -122,9 +124,9 @@ def _loss_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         losses = torch.empty(len(logits))
         native("cross_entropy", logits, labels, losses, *logits.shape)
         return losses, logits
-    wide, own = logits.float(), labels[:, None]
+    wide, own, counts = logits.float(), labels[:, None].clamp(min=0), labels >= 0
     log_sum = wide.logsumexp(dim=1, keepdim=True)
-    losses = (log_sum - wide.gather(1, own))[:, 0]
+    losses = (log_sum - wide.gather(1, own))[:, 0].where(counts, 0.0)
     gradient = (wide - log_sum).exp()
     gradient.scatter_add_(1, own, gradient.new_full(own.shape, -1))
-    return losses, gradient.to(logits.dtype)
+    return losses, gradient.where(counts[:, None], 0.0).to(logits.dtype)

@@ -101,16 +101,17 @@ void swiglu_backward(const bf16 *dy, const bf16 *gate, const bf16 *upper, bf16 *
 }
 
 /* Turn pairs (j, j + d/2) of each head by the angles of its token, times scale, and put the heads
- * that share a key and value together: (n, kv, g, d) -> (kv, n, g, d). */
-void rotate_in(const bf16 *x, const bf16 *c, const bf16 *s, bf16 *out, long n, long kv, long g,
-               long d, float scale, int threads) {
+ * that share a key and value together: (n, kv, g, d) -> (kv, room, g, d), of which the first n
+ * tokens are written. */
+void rotate_in(const bf16 *x, const bf16 *c, const bf16 *s, bf16 *out, long n, long room, long kv,
+               long g, long d, float scale, int threads) {
     long half = d / 2;
 #pragma omp parallel for num_threads(threads)
     for (long i = 0; i < n; i++)
         for (long k = 0; k < kv; k++)
             for (long m = 0; m < g; m++) {
                 const bf16 *a = x + ((i * kv + k) * g + m) * d, *ci = c + i * d, *si = s + i * d;
-                bf16 *o = out + ((k * n + i) * g + m) * d;
+                bf16 *o = out + ((k * room + i) * g + m) * d;
 #pragma omp simd
                 for (long j = 0; j < half; j++) {
                     float p = up(a[j]), q = up(a[j + half]);
@@ -120,15 +121,16 @@ void rotate_in(const bf16 *x, const bf16 *c, const bf16 *s, bf16 *out, long n, l
             }
 }
 
-/* The gradient of rotate_in: (kv, n, g, d) -> (n, kv, g, d). */
-void rotate_out(const bf16 *dy, const bf16 *c, const bf16 *s, bf16 *out, long n, long kv, long g,
-                long d, float scale, int threads) {
+/* The gradient of rotate_in: (kv, room, g, d) -> (n, kv, g, d). */
+void rotate_out(const bf16 *dy, const bf16 *c, const bf16 *s, bf16 *out, long n, long room, long kv,
+                long g, long d, float scale, int threads) {
     long half = d / 2;
 #pragma omp parallel for num_threads(threads)
     for (long i = 0; i < n; i++)
         for (long k = 0; k < kv; k++)
             for (long m = 0; m < g; m++) {
-                const bf16 *a = dy + ((k * n + i) * g + m) * d, *ci = c + i * d, *si = s + i * d;
+                const bf16 *a = dy + ((k * room + i) * g + m) * d;
+                const bf16 *ci = c + i * d, *si = s + i * d;
                 bf16 *o = out + ((i * kv + k) * g + m) * d;
 #pragma omp simd
                 for (long j = 0; j < half; j++) {
@@ -139,39 +141,45 @@ void rotate_out(const bf16 *dy, const bf16 *c, const bf16 *s, bf16 *out, long n,
             }
 }
 
-/* (n, kv, g, d) -> (kv, n, g, d), or back. */
-void heads_first(const bf16 *x, bf16 *out, long n, long kv, long width, int threads) {
+/* (n, kv, width) -> (kv, room, width), the first n tokens of it, and back. */
+void heads_first(const bf16 *x, bf16 *out, long n, long room, long kv, long width, int threads) {
 #pragma omp parallel for num_threads(threads)
     for (long i = 0; i < n; i++)
         for (long k = 0; k < kv; k++)
-            memcpy(out + (k * n + i) * width, x + (i * kv + k) * width, width * sizeof(bf16));
+            memcpy(out + (k * room + i) * width, x + (i * kv + k) * width, width * sizeof(bf16));
 }
 
-void heads_last(const bf16 *x, bf16 *out, long n, long kv, long width, int threads) {
+void heads_last(const bf16 *x, bf16 *out, long n, long room, long kv, long width, int threads) {
 #pragma omp parallel for num_threads(threads)
     for (long i = 0; i < n; i++)
         for (long k = 0; k < kv; k++)
-            memcpy(out + (i * kv + k) * width, x + (k * n + i) * width, width * sizeof(bf16));
+            memcpy(out + (i * kv + k) * width, x + (k * room + i) * width, width * sizeof(bf16));
 }
 
-/* Softmax in place over the keys first[i] <= j < last[i] of token i, zero elsewhere.
+/* Softmax in place over the keys first[i] <= j < last[i] of token i, zero elsewhere; a token that
+ * sees none has only zeros.
  * s (kv, t, g, keys): the rows of one token are its g heads. */
 void softmax(bf16 *s, const int32_t *first, const int32_t *last, long kv, long t, long g, long keys,
              int threads) {
 #pragma omp parallel for num_threads(threads)
     for (long row = 0; row < kv * t * g; row++) {
-        long i = row / g % t, a = first[i], b = last[i];
+        int i = row / g % t, a = first[i], b = last[i];
         bf16 *p = s + row * keys;
         float most = -INFINITY, sum = 0, e[keys];
+        /* over the whole row, hidden keys too: whole vectors beat ragged ends */
 #pragma omp simd reduction(max : most)
-        for (long j = a; j < b; j++) most = up(p[j]) > most ? up(p[j]) : most;
+        for (int j = 0; j < keys; j++) {
+            e[j] = j >= a && j < b ? up(p[j]) : -INFINITY;
+            most = e[j] > most ? e[j] : most;
+        }
 #pragma omp simd reduction(+ : sum)
-        for (long j = a; j < b; j++) sum += e[j] = exponential(up(p[j]) - most);
-        float scale = 1.0f / sum;
-        memset(p, 0, a * sizeof(bf16));
-        memset(p + b, 0, (keys - b) * sizeof(bf16));
+        for (int j = 0; j < keys; j++) {
+            e[j] = j >= a && j < b ? exponential(e[j] - most) : 0.0f;
+            sum += e[j];
+        }
+        float scale = sum == 0 ? 0.0f : 1.0f / sum;
 #pragma omp simd
-        for (long j = a; j < b; j++) p[j] = down(e[j] * scale);
+        for (int j = 0; j < keys; j++) p[j] = down(e[j] * scale);
     }
 }
 
@@ -189,11 +197,17 @@ void softmax_backward(const bf16 *p, bf16 *dp, long rows, long keys, int threads
     }
 }
 
-/* The loss of each row of logits z (n, v), which becomes its gradient: softmax(z) - onehot. */
+/* The loss of each row of logits z (n, v), which becomes its gradient: softmax(z) - onehot. A row
+ * whose label is negative has neither. */
 void cross_entropy(bf16 *z, const int64_t *label, float *loss, long n, long v, int threads) {
 #pragma omp parallel for num_threads(threads)
     for (long i = 0; i < n; i++) {
         bf16 *row = z + i * v;
+        if (label[i] < 0) {
+            memset(row, 0, v * sizeof(bf16));
+            loss[i] = 0;
+            continue;
+        }
         float most = -INFINITY, sum = 0, own = up(row[label[i]]);
 #pragma omp simd reduction(max : most)
         for (long j = 0; j < v; j++) most = up(row[j]) > most ? up(row[j]) : most;

@@ -21,21 +21,13 @@ from torch import Tensor
 from loralab.models.convert import cache_folder
 
 SOURCE = Path(__file__).with_name("native.c")
-FLAGS = (
-    "-O3",
-    "-march=native",
-    "-mprefer-vector-width=512",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-fopenmp",
-    "-fPIC",
-)
+FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC")
 PATIENCE = 60  # seconds a compiler may take
 # pointer, long, float; every function ends with the number of threads, an int
 SIGNATURES = {
     "rms_norm": "ppppllf", "rms_norm_backward": "pppppll", "swiglu": "pppl",
-    "swiglu_backward": "pppppl", "rotate_in": "ppppllllf", "rotate_out": "ppppllllf",
-    "heads_first": "pplll", "heads_last": "pplll", "softmax": "pppllll",
+    "swiglu_backward": "pppppl", "rotate_in": "pppplllllf", "rotate_out": "pppplllllf",
+    "heads_first": "ppllll", "heads_last": "ppllll", "softmax": "pppllll",
     "softmax_backward": "ppll", "cross_entropy": "pppll",
 }  # fmt: skip
 C_TYPES = {"p": ctypes.c_void_p, "l": ctypes.c_long, "f": ctypes.c_float}

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from loralab.adapters.attach import Adapter
 from loralab.tasks.batches import collate, pack, parts
@@ -60,7 +61,7 @@ class Path:
     def loss(self, examples: Sequence[Example]) -> Tensor:
         """The summed cross-entropy of some examples, () in fp32."""
         if self.way == "packed":
-            return _packed_loss(self.model, _on_device(pack(examples), self.model), examples)
+            return self._packed_loss([len(example.input_ids) for example in examples], examples)
         return answer_loss(self.model, self.batch(examples), self.kind)[0]
 
     def size(self, examples: Sequence[Example]) -> int:
@@ -73,12 +74,38 @@ class Path:
         batch = collate(examples, pad_id=self.pad_id, kind=self.kind, pictures=self.pictures)
         return _on_device(batch, self.model)
 
+    def _packed_loss(self, lengths: list[int], examples: Sequence[Example]) -> Tensor:
+        size = rounded_up(sum(lengths))
+        batch = _on_device(pack(examples, size=size, pad_id=self.pad_id), self.model)
+        packing = Packing((*lengths, *[1] * (size - sum(lengths))), causal=True)
+        model: Any = self.model
+        # a mask of four axes is passed on as it is: none is made that nobody reads
+        states = model.base_model(
+            input_ids=batch["input_ids"], position_ids=batch["position_ids"], packing=packing,
+            attention_mask=batch["input_ids"].new_zeros(1, 1, 1, 1), use_cache=False,
+        ).last_hidden_state[0]  # fmt: skip
+        here = (batch["targets"] != IGNORED).nonzero()[:, 0]
+        here = F.pad(
+            here, (0, rounded_up(len(here)) - len(here)), value=size - 1
+        )  # no target there
+        return summed_loss(model.get_output_embeddings(), states[here], batch["targets"][here])
+
     @contextlib.contextmanager
     def taken(self) -> Iterator[None]:
         """The model as this way needs it."""
         plain = self.way == "plain"
         with contextlib.nullcontext() if plain else patched(self.model, self.quicker):
             yield
+
+
+def rounded_up(size: int) -> int:
+    """The next of sixteen sizes between powers of two, at least 16.
+
+    A matrix library builds a kernel for each new shape, and keeps them: few shapes save more time
+    and memory than the padding costs.
+    """
+    step = 2 ** max(4, size.bit_length() - 5)
+    return -(-size // step) * step
 
 
 def quickest(adapter: Adapter, kind: str, *, pad_id: int, pictures: Any = None) -> Path:
@@ -108,17 +135,6 @@ def quickest(adapter: Adapter, kind: str, *, pad_id: int, pictures: Any = None) 
             path.refused[way] = difference
     path.way = "plain"
     return path
-
-
-def _packed_loss(model: Any, batch: Mapping[str, Tensor], examples: Sequence[Example]) -> Tensor:
-    packing = Packing(tuple(len(example.input_ids) for example in examples), causal=True)
-    # a mask of four axes is passed on as it is: none is made that nobody reads
-    states = model.base_model(
-        input_ids=batch["input_ids"], position_ids=batch["position_ids"],
-        attention_mask=batch["input_ids"].new_zeros(1, 1, 1, 1), use_cache=False, packing=packing,
-    ).last_hidden_state[0]  # fmt: skip
-    here = (batch["targets"] != IGNORED).nonzero()[:, 0]
-    return summed_loss(model.get_output_embeddings(), states[here], batch["targets"][here])
 
 
 def _result(path: Path, adapter: Adapter, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:

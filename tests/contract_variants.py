@@ -1,0 +1,16 @@
+"""One configuration of every method and of every variant that has code of its own."""
+
+from typing import Any
+
+from loralab.adapters.methods import METHODS, AdaLoRA, Bottleneck, LoRA, Prefix
+
+VARIANTS: dict[str, Any] = {
+    **{name: method() for name, method in METHODS.items() if name != "adalora"},
+    "adalora": AdaLoRA(rank=4, target_rank=2, total_steps=15, initial_steps=2, final_steps=4),
+    "dora": LoRA(dora=True),
+    "rslora": LoRA(scaling="alpha/sqrt(r)"),
+    "pissa": LoRA(init="pissa"),
+    "pfeiffer": Bottleneck(placement="pfeiffer", layer_norm=True),
+    "parallel": Bottleneck(placement="parallel", factor=4.0, activation="gelu"),
+    "prefix-mlp": Prefix(tokens=5, mlp=True, mlp_width=16),
+}

@@ -1,0 +1,283 @@
+"""The quick path is the plain one: loss and all gradients, or it is not taken."""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from contract_variants import VARIANTS
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import bert, fill, gpt2, llama
+from torch import Tensor, nn
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    MistralConfig,
+    MistralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from loralab.adapters.attach import Adapter, attach
+from loralab.adapters.methods import LoRA
+from loralab.tasks.encode import IGNORED, Example
+from loralab.training.fast.path import Path, quickest
+from loralab.training.memory import checkpoint_gradients
+
+SIZES = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 50, "pad_token_id": 0,
+}  # fmt: skip
+
+
+def made(kind: Any, config: Any) -> Callable[[], Any]:
+    def make() -> Any:
+        torch.manual_seed(0)
+        return kind(config).eval()
+
+    return make
+
+
+MODELS: dict[str, Callable[[], Any]] = {
+    "llama": llama,
+    "untied": made(llama().__class__, llama().config.__class__(**SIZES, tie_word_embeddings=False)),
+    "mistral": made(MistralForCausalLM, MistralConfig(**SIZES, sliding_window=None)),
+    "qwen2": made(Qwen2ForCausalLM, Qwen2Config(**SIZES)),
+    "qwen3": made(Qwen3ForCausalLM, Qwen3Config(**SIZES, head_dim=8)),
+    "phi3": made(Phi3ForCausalLM, Phi3Config(**SIZES)),
+    "opt": made(OPTForCausalLM, OPTConfig(
+        hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=50,
+        word_embed_proj_dim=32, dropout=0.0,
+    )),
+}  # fmt: skip
+NOT_PACKED: dict[str, Callable[[], Any]] = {
+    "windowed mistral": made(MistralForCausalLM, MistralConfig(**SIZES, sliding_window=4)),
+    "gpt2": gpt2,  # drops attention weights out while it trains
+    "gemma2": made(Gemma2ForCausalLM, Gemma2Config(**SIZES, head_dim=8)),
+    "gemma3": made(Gemma3ForCausalLM, Gemma3TextConfig(**SIZES, head_dim=8)),
+}
+
+
+def rows(lengths: list[int], answers: list[int]) -> list[Example]:
+    draw = torch.Generator().manual_seed(sum(lengths))
+    found = []
+    for number, (length, answer) in enumerate(zip(lengths, answers, strict=True)):
+        ids = tuple(torch.randint(3, 50, (length,), generator=draw).tolist())
+        start = length - min(answer, length)
+        found.append(Example(number, ids, (IGNORED,) * start + ids[start:]))
+    return found
+
+
+RAGGED = rows([31, 20, 9, 4, 1], [3, 20, 4, 0, 1])
+
+
+def adapted(model: Any, method: Any = None) -> Adapter:
+    draw = torch.Generator().manual_seed(0)
+    return fill(attach(model, method or LoRA(rank=2), generator=draw))
+
+
+def result(path: Path, adapter: Adapter, examples: list[Example], seed: int = 0) -> list[Tensor]:
+    """Loss and gradients, as the loop would get them."""
+    torch.manual_seed(seed)
+    total = torch.zeros(())
+    for parameter in adapter.parameters():
+        parameter.grad = None
+    with path.taken():
+        for part in path.parts(examples):
+            loss = path.loss(part)
+            total += loss.detach()
+            if loss.requires_grad:
+                loss.backward()
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in adapter.parameters()]
+    return [total, *gradients]
+
+
+def plain(adapter: Adapter, kind: str = "causal-lm") -> Path:
+    return Path(adapter.model, kind, pad_id=0)
+
+
+def assert_same(found: list[Tensor], expected: list[Tensor]) -> None:
+    largest = max(float(t.abs().max()) for t in expected[1:])
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * max(1.0, largest))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_packed_rows_give_loss_and_gradients_of_padded_ones(name: str) -> None:
+    adapter = adapted(MODELS[name]())
+    path = quickest(adapter, "causal-lm", pad_id=0)
+    assert path.way == "packed", path.refused
+    adapter.model.train()
+    assert_same(result(path, adapter, RAGGED), result(plain(adapter), adapter, RAGGED))
+
+
+@pytest.mark.parametrize("name", NOT_PACKED)
+def test_a_model_that_cannot_be_packed_is_found_out(name: str) -> None:
+    adapter = adapted(NOT_PACKED[name]())
+    path = quickest(adapter, "causal-lm", pad_id=0)
+    assert path.way == "patched"
+    assert path.refused["packed"]
+    adapter.model.eval()
+    assert_same(result(path, adapter, RAGGED), result(plain(adapter), adapter, RAGGED))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_method(variant: str) -> None:
+    if variant == "bitfit":
+        pytest.skip("a Llama has no biases")
+    adapter = adapted(llama(), VARIANTS[variant])
+    if adapter.budget is not None:  # its regulariser would be in the first gradient only
+        for module in adapter.modules.values():
+            module.regularise(0.0)
+    path = quickest(adapter, "causal-lm", pad_id=0)
+    expected = "patched" if variant.startswith(("prefix", "prompt")) else "packed"
+    assert path.way == expected, path.refused
+    adapter.model.eval()
+    assert_same(result(path, adapter, RAGGED), result(plain(adapter), adapter, RAGGED))
+
+
+@pytest.mark.parametrize("options", [
+    {"target_modules": ["q_proj", "lm_head"]}, {"target_modules": ["v_proj"]},
+    {"modules_to_save": ["lm_head"]}, {"target_modules": ["embed_tokens", "k_proj", "up_proj"]},
+    {"token_rows": [3, 7]}, {"rank_pattern": {"q_proj": 5}, "alpha_pattern": {"k_proj": 1.0}},
+])  # fmt: skip
+@pytest.mark.parametrize("model", ["llama", "untied"])
+def test_heads_and_embeddings_that_are_adapted(model: str, options: dict[str, Any]) -> None:
+    adapter = adapted(MODELS[model](), LoRA(rank=2, **options))
+    path = quickest(adapter, "causal-lm", pad_id=0)
+    assert path.way == "packed", path.refused
+    assert_same(result(path, adapter, RAGGED), result(plain(adapter), adapter, RAGGED))
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 60), min_size=1, max_size=7), room=st.integers(16, 200),
+    data=st.data(),
+)  # fmt: skip
+def test_any_rows_in_any_room(lengths: list[int], room: int, data: st.DataObject) -> None:
+    answers = data.draw(st.lists(st.integers(0, 60), min_size=len(lengths), max_size=len(lengths)))
+    adapter, examples = adapted(llama()), rows(lengths, answers)
+    path = quickest(adapter, "causal-lm", pad_id=0)
+    path.room = room
+    assert sorted(e.row for part in path.parts(examples) for e in part) == list(range(len(lengths)))
+    assert_same(result(path, adapter, examples), result(plain(adapter), adapter, examples))
+
+
+def test_rows_without_any_label_have_no_loss_and_no_gradient() -> None:
+    adapter = adapted(llama())
+    path = quickest(adapter, "causal-lm", pad_id=0)
+    for tensor in result(path, adapter, rows([5, 1, 9], [0, 0, 0])):
+        assert tensor.count_nonzero() == 0
+
+
+def test_dropout_draws_the_same_masks_where_rows_stay_padded() -> None:
+    adapter = adapted(llama(), LoRA(rank=2, dropout=0.4))
+    path = quickest(adapter, "causal-lm", pad_id=0)
+    assert path.way == "packed", path.refused
+    path.way = "patched"
+    adapter.model.train()
+    one, other = (result(p, adapter, RAGGED, seed=5) for p in (path, plain(adapter)))
+    assert_same(one, other)
+    assert not torch.equal(one[0], result(path, adapter, RAGGED, seed=6)[0])
+
+
+def test_dropout_of_packed_rows_is_right_on_average() -> None:
+    adapter = adapted(llama(), LoRA(rank=2, dropout=0.3))
+    path = quickest(adapter, "causal-lm", pad_id=0)
+    adapter.model.train()
+    means = [
+        torch.stack([result(p, adapter, RAGGED, seed)[0] for seed in range(30)]).mean()
+        for p in (path, plain(adapter))
+    ]
+    torch.testing.assert_close(means[0], means[1], rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_recomputed_activations_are_packed_too(reentrant: bool) -> None:
+    adapter = adapted(llama())
+    model: Any = adapter.model
+    expected = result(plain(adapter), adapter, RAGGED)
+    checkpoint_gradients(model, "reentrant" if reentrant else "on")
+    path = quickest(adapter, "causal-lm", pad_id=0)
+    assert path.way == "packed", path.refused
+    model.train()
+    assert_same(result(path, adapter, RAGGED), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_agrees_too(dtype: torch.dtype) -> None:
+    adapter = adapted(llama().to(dtype))
+    path = quickest(adapter, "causal-lm", pad_id=0)
+    assert path.way == "packed", path.refused
+
+
+@pytest.mark.parametrize(("kind", "labels"), [("sequence-classification", 1)])
+def test_a_classifier_keeps_padded_rows(kind: str, labels: int) -> None:
+    adapter = adapted(bert(), LoRA(rank=2, modules_to_save=["classifier"]))
+    path = quickest(adapter, kind, pad_id=0)
+    assert path.way == "patched", path.refused
+    path.room = 24
+    examples = [Example(e.row, e.input_ids, (e.row % 3,)) for e in RAGGED]
+    adapter.model.eval()
+    assert_same(result(path, adapter, examples), result(plain(adapter, kind), adapter, examples))
+
+
+def test_afterwards_the_model_is_as_it_was() -> None:
+    adapter = adapted(llama())
+    model: Any = adapter.model.train()
+    path = quickest(adapter, "causal-lm", pad_id=0)
+    with contextlib.suppress(RuntimeError), path.taken():
+        assert any("forward" in m.__dict__ for m in model.modules())
+        raise RuntimeError
+    assert not any("forward" in m.__dict__ for m in model.modules())
+    assert model.config._attn_implementation == "sdpa"
+    assert model.training
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_norm_of_another_kind_keeps_its_own_forward() -> None:
+    class WrongRMSNorm(type(llama().model.norm)):  # type: ignore[misc]
+        def forward(self, hidden_states: Tensor) -> Tensor:
+            return super().forward(hidden_states) + 1
+
+    model = llama()
+    model.model.norm.__class__ = WrongRMSNorm
+    path = quickest(adapted(model), "causal-lm", pad_id=0)
+    assert path.way == "packed", path.refused
+    assert model.model.norm not in [module for module, _ in path.quicker]
+
+
+def test_an_attention_that_is_not_what_its_name_says_is_refused() -> None:
+    class LlamaAttention(type(llama().model.layers[0].self_attn)):  # type: ignore[misc]
+        def forward(self, *inputs: Any, **named: Any) -> Any:
+            out, weights = super().forward(*inputs, **named)
+            return out * 2, weights
+
+    model = llama()
+    model.model.layers[0].self_attn.__class__ = LlamaAttention
+    path = quickest(adapted(model), "causal-lm", pad_id=0)
+    assert path.way != "packed"
+    assert "differs" in path.refused["packed"]
+
+
+def test_a_forward_that_somebody_replaced_is_left_alone() -> None:
+    model, calls = llama(), []
+    mlp: nn.Module = model.model.layers[0].mlp
+    own = mlp.forward
+    mlp.forward = lambda x: (calls.append(1), own(x))[1]  # type: ignore[assignment,method-assign]
+    adapter = adapted(model)
+    path = quickest(adapter, "causal-lm", pad_id=0)
+    assert mlp not in [module for module, _ in path.quicker]
+    calls.clear()
+    result(path, adapter, RAGGED)
+    assert calls
