@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from loralab.adapters.fused import Updated, linears_with_updates
-from loralab.adapters.linear import LinearWithLoRA
+from loralab.adapters.linear import LinearWithLoRA, together
 from loralab.adapters.methods import LoRA
 
 
@@ -151,3 +151,87 @@ def test_dropout_draws_the_same_mask_as_the_plain_equation() -> None:
     torch.manual_seed(3)
     expected = module.base(x) + module.update(x)
     torch.testing.assert_close(fused, expected)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    kinds=st.lists(st.sampled_from(["linear", "no bias", "conv1d"]), min_size=1, max_size=3),
+    ranks=st.lists(st.integers(1, 6), min_size=3, max_size=3), masked=st.booleans(),
+)  # fmt: skip
+def test_several_layers_at_once_equal_each_alone(
+    kinds: list[str], ranks: list[int], masked: bool
+) -> None:
+    bases = [layer(kind, 5, 3 + n).requires_grad_(False) for n, kind in enumerate(kinds)]
+    x = torch.randn(2, 7, 5)
+    mask = (torch.rand(x.shape) > 0.5).float() * 2 if masked else None
+    pairs = [(torch.randn(r, 5), torch.randn(3 + n, r)) for n, r in enumerate(ranks)]
+    found = []
+    for at_once in (True, False):
+        own = x.clone().requires_grad_()
+        leaves = [(A.clone().requires_grad_(), B.clone().requires_grad_()) for A, B in pairs]
+        layers = [
+            Updated(base, A, B, 0.5 + n)
+            for n, (base, (A, B)) in enumerate(zip(bases, leaves, strict=False))
+        ]
+        if at_once:
+            ys = linears_with_updates(own, layers, mask)
+        else:
+            ys = tuple(linears_with_updates(own, [one], mask)[0] for one in layers)
+        total = torch.stack([(y * torch.linspace(-1, 1, y.shape[-1])).sum() for y in ys]).sum()
+        inputs = [own, *(t for one in layers for t in (one.A, one.B))]
+        found.append([*ys, *torch.autograd.grad(total, inputs)])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_several_layers_of_which_one_is_not_used() -> None:
+    bases = [layer("linear").requires_grad_(False) for _ in range(2)]
+    x = torch.randn(3, 5, requires_grad=True)
+    pairs = [(torch.randn(2, 5, requires_grad=True), torch.randn(4, 2)) for _ in range(2)]
+    ys = linears_with_updates(x, [Updated(b, *p, 1.0) for b, p in zip(bases, pairs, strict=True)])
+    dx, first, second = torch.autograd.grad(ys[0].sum(), [x, pairs[0][0], pairs[1][0]])
+    alone = linears_with_updates(x, [Updated(bases[0], *pairs[0], 1.0)])[0].sum()
+    for one, other in zip((dx, first), torch.autograd.grad(alone, [x, pairs[0][0]]), strict=True):
+        torch.testing.assert_close(one, other)
+    assert not second.any()
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "rank 1": {"rank": 1}, "pissa": {"rank": 2, "init": "pissa"}, "dora": {"dora": True},
+    "dropout": {"dropout": 0.5}, "unscaled": {"scaling": "none"},
+}  # fmt: skip
+
+
+@settings(max_examples=30, deadline=None)
+@given(chosen=st.lists(st.sampled_from([*OPTIONS, "plain", "merged"]), min_size=1, max_size=4))
+def test_together_is_each_layer_called_alone(chosen: list[str]) -> None:
+    layers: list[nn.Module] = []
+    for name in chosen:
+        base = layer("linear", 6, 4).requires_grad_(False)
+        if name == "plain":
+            layers.append(base)
+            continue
+        layers.append(LinearWithLoRA(base, LoRA(**({"rank": 3} | OPTIONS.get(name, {})))))
+        nn.init.normal_(layers[-1].lora_B)  # type: ignore[arg-type]
+        if name == "merged":
+            layers[-1].merge_weights()  # type: ignore[operator]
+    x = torch.randn(2, 3, 6, requires_grad=True)
+    torch.manual_seed(0)
+    found = together(x, layers)
+    torch.manual_seed(0)
+    expected = [one(x) for one in layers]
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+    gradients = [
+        torch.autograd.grad(torch.stack([y.square().sum() for y in ys]).sum(), x)[0]
+        for ys in (found, expected)
+    ]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+
+
+def test_together_a_hook_on_any_layer_is_still_called() -> None:
+    layers = [LinearWithLoRA(layer("linear").requires_grad_(False), LoRA(rank=2)) for _ in "ab"]
+    seen: list[nn.Module] = []
+    layers[1].register_forward_hook(lambda module, args, output: seen.append(module))
+    together(torch.randn(3, 5), layers)
+    assert seen == [layers[1]]

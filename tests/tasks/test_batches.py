@@ -3,11 +3,11 @@
 from itertools import chain
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loralab.errors import ConfigError
-from loralab.tasks.batches import POOL, Batches, collate
+from loralab.tasks.batches import POOL, Batches, collate, pack, padded, parts
 from loralab.tasks.encode import IGNORED, Example
 
 lengths = st.lists(st.integers(1, 99), min_size=1, max_size=80).map(tuple)
@@ -99,3 +99,40 @@ def test_collate_gives_a_classifier_one_class_a_row() -> None:
     assert collate(examples, pad_id=0, kind="sequence-classification")["labels"].tolist() == [1, 0]
     with pytest.raises(ConfigError, match="'vision'"):
         collate(examples, pad_id=0, kind="vision")
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 60), min_size=1, max_size=30), room=st.integers(1, 80),
+    pads=st.booleans(),
+)  # fmt: skip
+def test_parts_hold_every_row_once_within_the_room(
+    lengths: list[int], room: int, pads: bool
+) -> None:
+    rows = [Example(n, (1,) * length, (1,) * length) for n, length in enumerate(lengths)]
+    found = parts(rows, room, pads=pads)
+    assert sorted(row.row for part in found for row in part) == list(range(len(rows)))
+    for part in found:
+        longest, total = max(row.length for row in part), sum(row.length for row in part)
+        if pads:
+            assert len(part) == 1 or longest * len(part) <= room
+        else:  # as even as rows allow: no part is fuller than the room by more than its last row
+            assert total - min(row.length for row in part) <= room
+
+
+def test_packed_rows_stand_one_after_the_other_and_count_from_their_own_start() -> None:
+    rows = [Example(0, (5, 6, 2), (IGNORED, 6, 2)), Example(1, (7, 2), (7, 2))]
+    batch = pack(rows, size=8, pad_id=9)
+    assert batch["input_ids"].tolist() == [[5, 6, 2, 7, 2, 9, 9, 9]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0, 0, 0]]
+    # what each token should say next: never the first token of the next row
+    assert batch["targets"].tolist() == [6, 2, IGNORED, 2, *[IGNORED] * 4]
+
+
+@pytest.mark.parametrize(("longest", "length"), [(0, 5), (5, 5), (6, 6), (8, 8), (100, 8)])
+def test_rows_are_padded_to_few_lengths_but_not_beyond_the_longest(
+    longest: int, length: int
+) -> None:
+    ids, mask = padded([(1, 2, 3, 4, 5), (1,)], 0, longest)
+    assert ids.shape == mask.shape == (2, length)
+    assert mask.sum(dim=1).tolist() == [5, 1]

@@ -14,6 +14,8 @@ from loralab.training.settings import Evaluation, Training
         ("precision", "fp8"), ("schedule", "linaer"), ("warmup", 1.0), ("weight_decay", -1.0),
         ("max_grad_norm", float("inf")), ("loss_on", "answers"), ("patience", 0),
         ("gradient_checkpointing", "yes"), ("save_every", 0), ("evaluate_every", 0),
+        ("pass_tokens", 0), ("checkpoint_blocks", 0), ("checkpoint_blocks", 2),
+        ("optimizer_bits", 16), ("memory_budget", "4"),
     ],
 )  # fmt: skip
 def test_a_wrong_value_is_named(name: str, value: object) -> None:

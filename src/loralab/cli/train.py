@@ -295,6 +295,9 @@ def _show_plan(plan: "Plan") -> None:
         ("memory, predicted", f"{plan.peak_bytes / 1e9:.1f} GB"),
         ("time, predicted", f"{plan.seconds / 60:.1f} min"),
     ]  # fmt: skip
+    if plan.smaller:
+        option, peak = next(iter(plan.smaller.items()))
+        rows.append(("would lower it most", f"{option}: to {peak / 1e9:.1f} GB"))
     _print_table(f"{plan.model} ({plan.kind}) on {plan.data}", rows)
 
 

@@ -80,7 +80,7 @@ def _order(
 
 
 def collate(
-    examples: Sequence[Example], *, pad_id: int, kind: str, pictures: Any = None
+    examples: Sequence[Example], *, pad_id: int, kind: str, pictures: Any = None, longest: int = 0
 ) -> dict[str, Tensor]:
     """What a model of this kind is called with, and the labels.
 
@@ -91,6 +91,7 @@ def collate(
     Args:
         pictures: what turns a picture into a tensor (C, S, S), with a method `pixels`: only for
             image classification.
+        longest: texts are padded to a multiple of 8 tokens, but to no more than so many.
 
     Raises:
         ConfigError: the kind of model is unknown.
@@ -101,17 +102,18 @@ def collate(
     if kind == "image-classification":
         pixels = [pictures.pixels(example.image.open()) for example in examples]
         return {"pixel_values": torch.stack(pixels), "labels": _classes(examples)}
-    ids, mask = padded([example.input_ids for example in examples], pad_id)
+    ids, mask = padded([example.input_ids for example in examples], pad_id, longest)
     batch = {"input_ids": ids, "attention_mask": mask}
     if any(example.token_types for example in examples):
-        batch["token_type_ids"], _ = padded([_types(example) for example in examples], 0)
+        batch["token_type_ids"], _ = padded([_types(example) for example in examples], 0, longest)
     if kind == "sentence-encoder":
-        second, second_mask = padded([example.second for example in examples], pad_id)
+        second, second_mask = padded([example.second for example in examples], pad_id, longest)
         batch |= {"second_input_ids": second, "second_attention_mask": second_mask}
         return batch | {"labels": torch.arange(len(examples))}
     if kind == "sequence-classification":
         return batch | {"labels": _classes(examples)}
-    return batch | {"labels": padded([example.labels for example in examples], IGNORED)[0]}
+    labels, _ = padded([example.labels for example in examples], IGNORED, longest)
+    return batch | {"labels": labels}
 
 
 def pack(examples: Sequence[Example], *, size: int = 0, pad_id: int = 0) -> dict[str, Tensor]:
@@ -155,11 +157,15 @@ def parts(examples: Sequence[Example], room: int, *, pads: bool) -> list[list[Ex
     return groups
 
 
-def padded(rows: Sequence[Ids], value: int) -> tuple[Tensor, Tensor]:
-    """Rows of unequal length as (B, L), padded on the right, and a mask that is 1 on their own."""
-    longest = max(len(row) for row in rows)
-    filled = torch.full((len(rows), longest), value)
-    mask = torch.zeros((len(rows), longest), dtype=torch.long)
+def padded(rows: Sequence[Ids], value: int, longest: int = 0) -> tuple[Tensor, Tensor]:
+    """Rows of unequal length as (B, L), padded on the right, and a mask that is 1 on their own.
+
+    L is that of the longest row, or the next multiple of 8 if that is not above `longest`.
+    """
+    length = max(len(row) for row in rows)
+    length = max(length, min(-(-length // 8) * 8, longest))
+    filled = torch.full((len(rows), length), value)
+    mask = torch.zeros((len(rows), length), dtype=torch.long)
     for number, row in enumerate(rows):
         filled[number, : len(row)] = torch.tensor(row, dtype=torch.long)
         mask[number, : len(row)] = 1

@@ -54,7 +54,8 @@ def save(run: Path, trained: Trained, progress: Progress) -> Path:
     path = run / FOLDER / f"step-{progress.step:06d}"
     if not path.exists():
         with atomic.new_folder(path) as folder:
-            tensors = {name: t.cpu().contiguous() for name, t in _state(trained).items()}
+            # 8-bit optimisers share a table between parameters, which the format refuses
+            tensors = {name: t.cpu().contiguous().clone() for name, t in _state(trained).items()}
             safetensors.torch.save_file(tensors, folder / "state.safetensors")
             text = json.dumps(asdict(progress), indent=2)
             (folder / "progress.json").write_text(text + "\n", encoding="utf-8")
@@ -81,10 +82,13 @@ def restore(path: Path, trained: Trained) -> Progress:
     progress = read_progress(path)
     tensors = _read(path)
     trained.adapter.load_state(_part(tensors, "adapter."))
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in _part(tensors, "optimizer.").items():
+    state: dict[int, dict[str, Any]] = {}
+    numbers = {name: tensor.item() for name, tensor in _part(tensors, "number.").items()}
+    for name, value in {**_part(tensors, "optimizer."), **numbers}.items():
         index, key = name.split(".", 1)
-        state.setdefault(int(index), {})[key] = tensor
+        outer, _, inner = key.partition("/")
+        own = state.setdefault(int(index), {})
+        (own.setdefault(outer, {}) if inner else own)[inner or key] = value
     groups = trained.optimizer.state_dict()["param_groups"]
     trained.optimizer.load_state_dict({"state": state, "param_groups": groups})
     if progress.scaler:
@@ -114,12 +118,27 @@ def read_progress(path: Path) -> Progress:
 def _state(trained: Trained) -> dict[str, Tensor]:
     tensors = {f"adapter.{name}": t for name, t in trained.adapter.state().items()}
     for index, values in trained.optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{key}": value for key, value in values.items()}
+        for key, value in _flat(values).items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer.{index}.{key}"] = value
+            else:  # 8-bit optimisers count their steps so
+                tensors[f"number.{index}.{key}"] = torch.tensor(value)
     tensors["random.cpu"] = torch.get_rng_state()
     if torch.cuda.is_initialized():
         for index, random in enumerate(torch.cuda.get_rng_state_all()):
             tensors[f"random.cuda.{index}"] = random
     return tensors
+
+
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a/b": 1}: 8-bit optimisers keep a table in the table."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            found |= {f"{key}/{inner}": deeper for inner, deeper in value.items()}
+        else:
+            found[key] = value
+    return found
 
 
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

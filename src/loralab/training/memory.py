@@ -1,19 +1,28 @@
 """Precision, gradient checkpointing, predicted and measured peak."""
 
+import contextlib
 import ctypes
 import resource
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
 
 import psutil
 import torch
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from loralab.adapters.attach import Adapter
+from loralab.errors import ConfigError
 from loralab.tasks.encode import Example
 from loralab.training.fast.path import Path
 
-ADAM_BYTES = 16  # a trained number in fp32: itself, its gradient and two moments
+GRADIENT_BYTES = 8  # of a trained number: its gradient, and its start to compare with
+ALLOCATED = 1.25  # bytes of memory for a byte of activations: found, not derived
+WORKSPACE = 120 * 10**6  # kernels that the matrix library builds and keeps, chunks of logits
+MEASURED = 2048  # tokens up to which a forward pass is tried out
+MEASURED_PICTURES = 8
 
 
 def device_here() -> torch.device:
@@ -31,8 +40,15 @@ def resolve_precision(precision: str) -> str:
     return "bf16" if abilities.get("avx512_bf16") or abilities.get("amx_bf16") else "fp32"
 
 
-def checkpoint_gradients(model: nn.Module, mode: str) -> None:
-    """Switch recomputation of activations on for a transformers model, or leave it off."""
+def checkpoint_gradients(model: nn.Module, mode: str, blocks: int | None = None) -> None:
+    """Switch recomputation of activations on for a transformers model, or leave it off.
+
+    Args:
+        blocks: only for the first so many blocks; None is all of them.
+
+    Raises:
+        ConfigError: the model has fewer blocks.
+    """
     if mode == "off":
         return
     options = {"use_reentrant": mode == "reentrant"}
@@ -41,6 +57,35 @@ def checkpoint_gradients(model: nn.Module, mode: str) -> None:
         newer(activation_checkpointing_kwargs=options)
     else:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)  # type: ignore[operator]
+    found = checkpointed_blocks(model)
+    if blocks is not None and blocks > len(found):
+        raise ConfigError(f"checkpoint_blocks {blocks}: the model has {len(found)} blocks")
+    checkpoint_first(model, len(found) if blocks is None else blocks)
+
+
+def checkpoint_first(model: nn.Module, blocks: int) -> None:
+    """Recompute the first so many blocks only, once recomputation has been switched on."""
+    for number, block in enumerate(checkpointed_blocks(model)):
+        block.gradient_checkpointing = number < blocks
+
+
+@contextlib.contextmanager
+def trying(model: nn.Module) -> Iterator[None]:
+    """In training mode; afterwards as many blocks are recomputed as before."""
+    blocks, training = checkpointed_blocks(model), model.training
+    before = [block.gradient_checkpointing for block in blocks]
+    model.train()
+    try:
+        yield
+    finally:
+        model.train(training)
+        for block, value in zip(blocks, before, strict=True):
+            block.gradient_checkpointing = value
+
+
+def checkpointed_blocks(model: nn.Module) -> list[Any]:
+    """The blocks whose activations can be recomputed."""
+    return [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
 
 
 def peak_bytes(device: torch.device) -> int:
@@ -58,21 +103,48 @@ def available_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def predicted_peak(
-    adapter: Adapter, path: Path, short: Sequence[Example], long: Sequence[Example], size: int
-) -> int:
-    """The peak of a training step on a part of so many tokens, padding included, or pictures.
+def predicted_peak(adapter: Adapter, path: Path, rows: Sequence[Example], bits: int = 32) -> int:
+    """The peak of training steps whose largest part these rows are.
 
-    What is held now, the optimiser's state, and the activations that two probes of different
-    size (forward only) keep for the backward pass, extended on the straight line through them.
+    What is held now, gradients and the optimiser's state, and what the rows keep for the backward
+    pass, with what allocators and the matrix library's own kernels add to it.
+
+    Args:
+        bits: of each of the optimiser's moments.
     """
-    sizes = path.size(short), path.size(long)
-    kept = [saved_bytes(path, examples) for examples in (short, long)]
-    slope = (kept[1] - kept[0]) / max(1, sizes[1] - sizes[0])
-    activations = max(kept[0] + slope * (size - sizes[0]), 0)
     device = next(adapter.model.parameters()).device
-    needed = held_bytes(device) + ADAM_BYTES * adapter.num_parameters + activations
+    state = sum(p.numel() for p in adapter.parameters()) * (GRADIENT_BYTES + 2 * bits // 8)
+    activations = ALLOCATED * kept_bytes(path, rows)
+    workspace = WORKSPACE if path.kind == "causal-lm" else 0
+    needed = held_bytes(device) + state + activations + workspace
     return max(int(needed), peak_bytes(device))  # loading the model may have been the peak
+
+
+def kept_bytes(path: Path, rows: Sequence[Example]) -> float:
+    """Bytes that a forward pass on these rows keeps; of many tokens it is extended from fewer."""
+    size = path.size(rows)
+    if rows[0].image is not None:
+        fewer, half = rows[:MEASURED_PICTURES], rows[: MEASURED_PICTURES // 2]
+    else:
+        fewer, half = _cut(rows, MEASURED / size), _cut(rows, MEASURED / size / 2)
+    if len(fewer) == len(rows) and size <= MEASURED:
+        return saved_bytes(path, rows)
+    kept, sizes = [saved_bytes(path, r) for r in (half, fewer)], (path.size(half), path.size(fewer))
+    slope = (kept[1] - kept[0]) / max(1, sizes[1] - sizes[0])
+    return kept[1] + slope * (size - sizes[1])
+
+
+def _cut(rows: Sequence[Example], share: float) -> list[Example]:
+    """The rows, each shortened to a share of its tokens from its end."""
+    short = []
+    for row in rows:
+        n, m = (max(2, round(len(ids) * share)) for ids in (row.input_ids, row.second))
+        labels = row.labels[-n:] if len(row.labels) == len(row.input_ids) else row.labels
+        short.append(replace(
+            row, input_ids=row.input_ids[-n:], labels=labels, second=row.second[-m:],
+            token_types=row.token_types[-n:],
+        ))  # fmt: skip
+    return short
 
 
 def saved_bytes(path: Path, examples: Sequence[Example]) -> int:

@@ -19,6 +19,7 @@ from loralab.adapters.methods import (
     Prefix,
     Prompt,
 )
+from loralab.errors import ConfigError
 from loralab.training.settings import Training
 
 # peak rates that hold up in short runs (docs/methods.md); the fewer the numbers, the higher
@@ -35,7 +36,7 @@ def usual_rate(method: Method) -> float:
 
 def optimizer_for(
     parameters: Mapping[str, nn.Parameter], training: Training, method: Method
-) -> torch.optim.AdamW:
+) -> torch.optim.Optimizer:
     """AdamW over the adapter; matrices decay, vectors (biases, norms, heads' biases) do not.
 
     LoRA+ (arXiv:2402.12354): every B learns `lora_plus` times as fast as the rest.
@@ -45,14 +46,31 @@ def optimizer_for(
     for name, parameter in parameters.items():
         fast = ratio != 1 and name.endswith(("lora_B", "out_B", "lora_embedding_B"))
         groups.setdefault((parameter.ndim > 1, fast), []).append(parameter)
-    return torch.optim.AdamW(
-        [
-            {"params": members, "weight_decay": training.weight_decay if decays else 0.0,
-             "ratio": ratio if fast else 1.0}
-            for (decays, fast), members in sorted(groups.items(), reverse=True)
-        ],
-        lr=training.learning_rate or usual_rate(method), fused=True,
-    )  # fmt: skip
+    options = [
+        {"params": members, "weight_decay": training.weight_decay if decays else 0.0,
+         "ratio": ratio if fast else 1.0}
+        for (decays, fast), members in sorted(groups.items(), reverse=True)
+    ]  # fmt: skip
+    rate = training.learning_rate or usual_rate(method)
+    if training.optimizer_bits == 8:
+        return _in_8_bits(options, rate)
+    return torch.optim.AdamW(options, lr=rate, fused=True)
+
+
+def _in_8_bits(options: list[dict[str, Any]], rate: float) -> torch.optim.Optimizer:
+    """AdamW whose moments are kept in 8 bits, in blocks (Dettmers et al. 2021, arXiv:2110.02861).
+
+    Raises:
+        ConfigError: bitsandbytes is not installed.
+    """
+    try:
+        from bitsandbytes.optim.adamw import AdamW8bit
+    except ImportError:
+        raise ConfigError(
+            "optimizer_bits 8 needs bitsandbytes: pip install 'loralab[quant]'"
+        ) from None
+    optimizer: torch.optim.Optimizer = AdamW8bit(options, lr=rate)
+    return optimizer
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -1,22 +1,21 @@
 """plan(): everything train() would do, without doing it."""
 
-import statistics
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from loralab.adapters.bases import is_linear, linear_shape
-from loralab.adapters.methods import Method
-from loralab.tasks.encode import Example
-from loralab.tasks.score import context_length
-from loralab.training import memory, preflight
+from loralab.adapters.methods import BitFit, FullFineTune, Method
+from loralab.training import fit, memory, preflight
 from loralab.training.preflight import Prepared, Request
 from loralab.training.settings import Training
 
-PROBES = (32, 128)  # tokens of the two forward passes that predict memory
+FEW_TOKENS = 256  # at once: what is proposed where memory is short
+NF4_BYTES = 4.127 / 8  # of a weight, with its scales
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +31,10 @@ class PlannedModule:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a run would train, and what it would cost; seconds are of optimiser steps alone."""
+    """What a run would train, and what it would cost; seconds are of optimiser steps alone.
+
+    `smaller` holds the options that would lower the peak, and the peak with each, the best first.
+    """
 
     model: str
     data: str
@@ -49,6 +51,7 @@ class Plan:
     longest_row: int
     peak_bytes: int
     available_bytes: int
+    smaller: Mapping[str, int]
     seconds: float
 
     @property
@@ -80,8 +83,9 @@ def plan(
     prepared.base.model.train()
     encoded, adapter = prepared.encoded, prepared.adapter
     lengths = [example.length for example in encoded.examples]
-    peak = predicted_peak(prepared, training)  # first: timing leaves freed memory behind
-    seconds = _seconds_per_batch(prepared, training)
+    rows = fit.largest_part(prepared.path, encoded.examples, training)
+    peak = memory.predicted_peak(adapter, prepared.path, rows, training.optimizer_bits)
+    options = smaller(prepared, training, peak)  # before timing, which leaves freed memory behind
     return Plan(
         model=model, data=data, kind=prepared.base.kind, precision=training.precision,
         modules=_modules(prepared), trainable=adapter.num_parameters,
@@ -89,24 +93,43 @@ def plan(
         rows=len(encoded.examples), dropped=len(encoded.dropped),
         shortened=len(encoded.shortened), steps=prepared.steps,
         tokens_per_step=_tokens_per_step(prepared), longest_row=max(lengths),
-        peak_bytes=peak,
+        peak_bytes=peak, smaller=options,
         available_bytes=memory.available_bytes(memory.device_here()),
-        seconds=seconds * training.accumulation_steps * prepared.steps,
+        seconds=_seconds(prepared),
     )  # fmt: skip
 
 
-def predicted_peak(prepared: Prepared, training: Training) -> int:
-    """The peak of the largest micro-batch: the longest rows side by side."""
-    path = prepared.path
-    longest = sorted(prepared.encoded.examples, key=lambda example: -example.length)
-    rows = max(path.parts(longest[: training.batch_size]), key=path.size)
-    if rows[0].image is not None:
-        probes = [rows[:1] * 2, rows[:1] * 4]
-    else:
-        room = min(PROBES[1], context_length(prepared.base.model))
-        lengths = (min(PROBES[0], room // 2), room)
-        probes = [[_cut(rows[0], n)] * 2 for n in lengths]
-    return memory.predicted_peak(prepared.adapter, path, probes[0], probes[1], path.size(rows))
+def smaller(prepared: Prepared, training: Training, peak: int) -> dict[str, int]:
+    """Options that would lower the peak by more than noise, and what it would be; best first."""
+    path, adapter, examples = prepared.path, prepared.adapter, prepared.encoded.examples
+    found = {}
+    blocks = len(memory.checkpointed_blocks(path.model))
+    with memory.trying(path.model):
+        if path.room > FEW_TOKENS:
+            before, path.room = path.room, FEW_TOKENS
+            rows = fit.largest_part(path, examples, training)
+            found[f"--pass-tokens {FEW_TOKENS}"] = memory.predicted_peak(
+                adapter, path, rows, training.optimizer_bits
+            )
+            path.room = before
+        if training.gradient_checkpointing == "off" and blocks:
+            rows = fit.largest_part(path, examples, training)
+            recomputed = fit.predicted(adapter, path, rows, training, blocks)
+            found["--gradient-checkpointing on"] = recomputed
+    if training.optimizer_bits == 32:
+        found["--optimizer-bits 8"] = peak - 6 * adapter.num_parameters
+    if training.quantize == "none" and not isinstance(adapter.config, FullFineTune | BitFit):
+        found["--quantize nf4"] = peak - _saved_by_packing(path.model)
+    better = {name: value for name, value in found.items() if value < 0.97 * peak}
+    return dict(sorted(better.items(), key=lambda item: item[1]))
+
+
+def _saved_by_packing(model: nn.Module) -> int:
+    """Bytes by which four bits and their scales are fewer than the linear layers' own weights."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    layers = [m for m in model.modules() if type(m) is nn.Linear and m is not head]
+    weights = [layer.weight for layer in layers if not layer.weight.requires_grad]
+    return round(sum(w.numel() * (w.element_size() - NF4_BYTES) for w in weights))
 
 
 def _modules(prepared: Prepared) -> tuple[PlannedModule, ...]:
@@ -142,34 +165,40 @@ def _tokens_per_step(prepared: Prepared) -> int:
     return round(sum(lengths) / prepared.batches.steps_per_epoch)
 
 
-def _seconds_per_batch(prepared: Prepared, training: Training) -> float:
-    """Forward and backward of a batch of typical rows, the faster of two after one to warm up."""
-    examples = prepared.encoded.examples
-    typical = statistics.median_low(example.length for example in examples)
-    rows = sorted(examples, key=lambda e: abs(e.length - typical))[: training.batch_size]
-    return min([_time_once(prepared, rows) for _ in range(3)][1:])
+def _seconds(prepared: Prepared) -> float:
+    """All steps, on the straight line through a small one and a large one, the quicker of two."""
+    batches, path = prepared.batches, prepared.path
+    steps = range(min(prepared.steps, batches.steps_per_epoch))
+    sizes = {step: _size(prepared, step) for step in steps}
+    ordered = sorted(steps, key=lambda step: sizes[step])
+    ends = ordered[len(ordered) // 4], ordered[len(ordered) * 9 // 10]
+    timed = {}
+    for step in ends:
+        rows = [[prepared.encoded.examples[i] for i in part] for part in batches.step(step)]
+        runs = [sum(fit.step_seconds(prepared.adapter, path, r) for r in rows) for _ in range(3)]
+        timed[step] = min(runs[1:])
+    (a, b), (small, large) = ends, (timed[ends[0]], timed[ends[1]])
+    slope = max(0.0, (large - small) / max(1, sizes[b] - sizes[a]))
+    mean = sum(small + slope * (size - sizes[a]) for size in sizes.values()) / len(sizes)
+    return (max(mean, 0.0) + _update_seconds(prepared)) * prepared.steps
 
 
-def _time_once(prepared: Prepared, rows: list[Example]) -> float:
-    started = time.perf_counter()
-    with prepared.path.taken():
-        for part in prepared.path.parts(rows):
-            prepared.path.loss(part).backward()
-    for parameter in prepared.adapter.parameters():
-        parameter.grad = None
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
+def _update_seconds(prepared: Prepared) -> float:
+    """Clipping and one step of the optimiser, on copies."""
+    copies = [nn.Parameter(torch.zeros_like(p)) for p in prepared.adapter.parameters()]
+    optimizer = torch.optim.AdamW(copies, fused=True)
+    seconds = []
+    for _ in range(2):
+        for copy in copies:
+            copy.grad = torch.zeros_like(copy)
+        started = time.perf_counter()
+        nn.utils.clip_grad_norm_(copies, 1.0)
+        optimizer.step()
+        seconds.append(time.perf_counter() - started)
+    return seconds[-1]
 
 
-def _cut(example: Example, tokens: int) -> Example:
-    """A row repeated and cut to a number of tokens, with labels at its end."""
-    if example.second:
-        tokens = tokens // 2
-    ids = (example.input_ids * (tokens // len(example.input_ids) + 1))[-tokens:]
-    if example.second:
-        return replace(example, input_ids=ids, second=ids)
-    if len(example.labels) != len(example.input_ids):
-        return replace(example, input_ids=ids)
-    labels = (-100,) * (tokens - min(tokens, len(example.labels))) + example.labels[-tokens:]
-    return replace(example, input_ids=ids, labels=labels)
+def _size(prepared: Prepared, step: int) -> int:
+    """Tokens that the model meets in a step."""
+    rows = [[prepared.encoded.examples[i] for i in part] for part in prepared.batches.step(step)]
+    return sum(prepared.path.size(part) for r in rows for part in prepared.path.parts(r))

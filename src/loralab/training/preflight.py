@@ -34,22 +34,28 @@ from loralab.tasks.samples import sample_inputs
 from loralab.training import memory
 from loralab.training.fast.path import Path as Quickest
 from loralab.training.fast.path import quickest
+from loralab.training.fit import fitted
 from loralab.training.optim import usual_rate
 from loralab.training.settings import Training
 
 CONFIG = "config.toml"
+CHOSEN = ("pass_tokens", "gradient_checkpointing", "checkpoint_blocks")  # by a memory budget
 HEADED = ("sequence-classification", "token-classification", "image-classification")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What the user asked for, precision resolved."""
+    """What the user asked for, precision resolved.
+
+    `settled` is whether a memory budget has made its choice: in the run that this one goes on with.
+    """
 
     model: str
     data: str
     method: Method
     training: Training
     mapping: Mapping[str, str]
+    settled: bool = False
 
     @staticmethod
     def of(
@@ -92,7 +98,7 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """A run that is ready to begin."""
+    """A run that is ready to begin; `training` is as asked, with what a memory budget chose."""
 
     base: Base
     task: Task
@@ -101,6 +107,7 @@ class Prepared:
     batches: Batches
     path: Quickest
     steps: int
+    training: Training
     sample: tuple[tuple[int, ...], ...]
 
 
@@ -124,7 +131,9 @@ def prepare(request: Request) -> Prepared:
         task, "train", base.tokenizer, kind=base.kind, max_length=training.max_length,
         loss_on=training.loss_on,
     )  # fmt: skip
-    memory.checkpoint_gradients(base.model, training.gradient_checkpointing)
+    memory.checkpoint_gradients(
+        base.model, training.gradient_checkpointing, training.checkpoint_blocks
+    )
     batches = Batches(
         lengths=tuple(example.length for example in encoded.examples),
         batch_size=training.batch_size, accumulation_steps=training.accumulation_steps,
@@ -137,9 +146,17 @@ def prepare(request: Request) -> Prepared:
     path = quickest(
         adapter, base.kind, pad_id=base.tokenizer.pad_token_id or 0, pictures=base.tokenizer
     )
+    path.room = training.pass_tokens or path.room
+    path.longest = max(len(text) for e in encoded.examples for text in (e.input_ids, e.second))
+    chosen = training
+    if not request.settled:
+        chosen = fitted(adapter, path, encoded.examples, training)
+    if chosen != training:
+        mode, blocks = chosen.gradient_checkpointing, chosen.checkpoint_blocks
+        memory.checkpoint_gradients(base.model, mode, blocks)
     return Prepared(
         base=base, task=task, adapter=adapter, encoded=encoded, batches=batches, path=path,
-        steps=steps,
+        steps=steps, training=chosen,
         sample=tuple(sample_inputs(task, base.tokenizer, kind=base.kind)),
     )  # fmt: skip
 
@@ -182,8 +199,12 @@ def _require_rows_to_occur(method: Method, encoded: Encoded) -> None:
         raise ConfigError(f"token_rows {some(map(str, missing))}: no training row has these tokens")
 
 
-def require_place(folder: Path, request: Request, *, resume: bool) -> None:
+def require_place(folder: Path, request: Request, *, resume: bool) -> Request:
     """The output folder must be free, or hold this very run and be asked to go on.
+
+    Returns:
+        The request; of a run that goes on, with what its memory budget chose at the start, so that
+        it ends in the same bytes.
 
     Raises:
         OutputError: something else is there, or a run that was not asked to go on.
@@ -192,17 +213,21 @@ def require_place(folder: Path, request: Request, *, resume: bool) -> None:
     config = folder / CONFIG
     if not config.is_file():
         atomic.require_free(folder)
-        return
+        return request
     if not resume:
         raise OutputError(
             f"{folder} holds another run; continue it with --resume, or choose another name"
         )
     stored = tomllib.loads(config.read_text(encoding="utf-8"))
+    if request.training.memory_budget is not None:
+        chosen = {name: stored[name] for name in CHOSEN if name in stored}
+        request = replace(request, training=replace(request.training, **chosen), settled=True)
     asked = tomllib.loads(tomli_w.dumps(request.fields()))
     different = sorted(k for k in stored.keys() | asked.keys() if stored.get(k) != asked.get(k))
     if different:
         changes = [f"{k} was {stored.get(k)!r}, now {asked.get(k)!r}" for k in different]
         raise ConfigError(f"{folder} holds a run with other settings: {some(changes)}")
+    return request
 
 
 def write_config(folder: Path, request: Request) -> None:

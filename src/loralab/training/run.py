@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,9 +78,10 @@ def train(
         raise ConfigError("training in several processes is not supported yet; start a single one")
     folder = Path(output_dir)
     request = Request.of(model, data, method, training, mapping)
-    training = request.training
-    preflight.require_place(folder, request, resume=resume)
+    request = preflight.require_place(folder, request, resume=resume)
     prepared = preflight.prepare(request)
+    training = prepared.training
+    request = replace(request, training=training)
     preflight.write_config(folder, request)
     with torch.random.fork_rng():
         torch.manual_seed(training.seed)
@@ -161,6 +162,14 @@ def _announce(prepared: Prepared, training: Training, progress: Progress, record
         notes.append(_rows("left out, their answer does not fit", encoded.dropped, training))
     if encoded.shortened:
         notes.append(_rows("cut at the end", encoded.shortened, training))
+    if prepared.path.way != "packed" and prepared.base.kind == "causal-lm":
+        notes.append(f"rows are padded: {prepared.path.refused.get('packed', 'on this device')}")
+    if training.memory_budget is not None:
+        blocks = training.checkpoint_blocks or 0
+        notes.append(
+            f"within {training.memory_budget}: passes of {training.pass_tokens} tokens, "
+            f"{blocks} blocks recomputed"
+        )
     if progress.step:
         notes.append(f"going on from step {progress.step}")
     for note in notes:

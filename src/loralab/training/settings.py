@@ -15,6 +15,8 @@ QUANTIZERS = ("none", "nf4", "gguf")
 SCHEDULES = ("linear", "cosine", "constant")
 LOSS_ON = ("answer", "all")
 CHECKPOINTING = ("off", "on", "reentrant")
+OPTIMIZER_BITS = (32, 8)
+UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +43,18 @@ class Training:
     gradient_checkpointing: Annotated[
         str, "recompute activations to save memory: off, on, or reentrant"
     ] = "off"
+    checkpoint_blocks: Annotated[
+        int | None, "how many blocks gradient_checkpointing recomputes; none is all of them"
+    ] = None
+    pass_tokens: Annotated[
+        int | None, "tokens that go through the model at once, as rows allow; none is what is quick"
+    ] = None
+    memory_budget: Annotated[
+        str | None, "choose the quickest pass_tokens and checkpoint_blocks within it, as in 4GB"
+    ] = None
+    optimizer_bits: Annotated[
+        int, "of AdamW's two moments: 32, or 8 in blocks (for many trained numbers; bitsandbytes)"
+    ] = 32
     schedule: Annotated[str, "learning rate after warm-up: linear, cosine or constant"] = "linear"
     warmup: Annotated[float, "share of the steps over which the learning rate rises"] = 0.06
     weight_decay: Annotated[float, "AdamW's decoupled weight decay"] = 0.0
@@ -66,7 +80,10 @@ class Training:
         """Check every value."""
         for name in ("epochs", "batch_size", "accumulation_steps", "evaluation_rows"):
             _at_least(name, getattr(self, name), 1)
-        for name in ("max_steps", "evaluate_every", "patience", "save_every", "image_size"):
+        for name in (
+            "max_steps", "evaluate_every", "patience", "save_every", "image_size",
+            "checkpoint_blocks", "pass_tokens",
+        ):  # fmt: skip
             if getattr(self, name) is not None:
                 _at_least(name, getattr(self, name), 1)
         _at_least("max_length", self.max_length, 2)
@@ -85,6 +102,31 @@ class Training:
         check_choice("schedule", self.schedule, SCHEDULES)
         check_choice("loss_on", self.loss_on, LOSS_ON)
         check_choice("gradient_checkpointing", self.gradient_checkpointing, CHECKPOINTING)
+        self._check_memory()
+
+    def _check_memory(self) -> None:
+        if self.optimizer_bits not in OPTIMIZER_BITS:
+            raise ConfigError(f"optimizer_bits must be 32 or 8, got {self.optimizer_bits!r}")
+        if self.memory_budget is not None:
+            parse_bytes(self.memory_budget)
+        if self.checkpoint_blocks is not None and self.gradient_checkpointing == "off":
+            raise ConfigError("checkpoint_blocks needs gradient_checkpointing to be on")
+
+
+def parse_bytes(text: str) -> int:
+    """ "4GB" -> 4,000,000,000.
+
+    Raises:
+        ConfigError: no number with one of the units.
+    """
+    number, unit = text.strip()[:-2], text.strip()[-2:].upper()
+    try:
+        amount = float(number)
+    except ValueError:
+        amount = math.nan
+    if unit not in UNITS or not (math.isfinite(amount) and amount > 0):
+        raise ConfigError(f"memory_budget must be like 4GB or 800MB, got {text!r}")
+    return int(amount * UNITS[unit])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,6 +39,8 @@ class Path:
         way: "packed": rows without padding, quick modules, no logits kept; "patched": padded rows
             and quick modules; "plain": the model as it is.
         room: tokens that go through the model at once; more rows are cut into parts.
+        longest: tokens of the longest text that the model will meet; shorter ones may be padded
+            to one of few lengths.
         refused: ways that were tried first, and why they were not taken.
         quicker: modules and the forwards that stand in for theirs.
     """
@@ -49,6 +51,7 @@ class Path:
     pictures: Any = None
     way: str = "plain"
     room: int = ROOM["cpu"]
+    longest: int = 0
     refused: dict[str, str] = field(default_factory=dict)
     quicker: Sequence[tuple[nn.Module, Forward]] = ()
 
@@ -71,7 +74,10 @@ class Path:
 
     def batch(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         """Padded tensors, where the model is."""
-        batch = collate(examples, pad_id=self.pad_id, kind=self.kind, pictures=self.pictures)
+        batch = collate(
+            examples, pad_id=self.pad_id, kind=self.kind, pictures=self.pictures,
+            longest=0 if self.way == "plain" else self.longest,
+        )  # fmt: skip
         return _on_device(batch, self.model)
 
     def _packed_loss(self, lengths: list[int], examples: Sequence[Example]) -> Tensor:

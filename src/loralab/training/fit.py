@@ -1,0 +1,140 @@
+"""The quickest setting whose predicted peak fits a memory budget.
+
+Two things are free to choose, because they change a step by rounding alone: how many tokens go
+through the model at once, and how many blocks recompute their activations.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from loralab.adapters.attach import Adapter
+from loralab.errors import ConfigError
+from loralab.tasks.encode import Example
+from loralab.training import memory
+from loralab.training.fast.path import Path
+from loralab.training.settings import Training, parse_bytes
+
+ROOMS = (1024, 512, 256, 128)  # tokens at once
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """One way to run a step; seconds are for each token."""
+
+    room: int
+    blocks: int
+    peak_bytes: int
+    seconds: float
+
+
+def fitted(
+    adapter: Adapter, path: Path, examples: Sequence[Example], training: Training
+) -> Training:
+    """The training with the quickest pass_tokens and checkpoint_blocks that fit its budget.
+
+    Raises:
+        ConfigError: nothing fits; it says what the least is.
+    """
+    if training.memory_budget is None:
+        return training
+    budget = parse_bytes(training.memory_budget)
+    found = settings(adapter, path, examples, training)
+    fit = [setting for setting in found if setting.peak_bytes <= budget]
+    if not fit:
+        least = min(found, key=lambda setting: setting.peak_bytes)
+        raise ConfigError(
+            f"memory_budget {training.memory_budget}: the least that this run needs is about "
+            f"{least.peak_bytes / 1e9:.2f} GB; a shorter --max-length or --quantize nf4 needs less"
+        )
+    best = min(fit, key=lambda setting: setting.seconds)
+    path.room = best.room
+    mode = training.gradient_checkpointing
+    if best.blocks and mode == "off":
+        mode = "on"
+    return replace(
+        training, pass_tokens=best.room, gradient_checkpointing=mode if best.blocks else "off",
+        checkpoint_blocks=best.blocks or None,
+    )  # fmt: skip
+
+
+def settings(
+    adapter: Adapter, path: Path, examples: Sequence[Example], training: Training
+) -> list[Setting]:
+    """All that can be chosen from, with what each is predicted to need."""
+    found, room = [], path.room
+    blocks = len(memory.checkpointed_blocks(path.model))
+    with memory.trying(path.model):
+        for tokens in _rooms(path, examples, training):
+            path.room = tokens
+            rows = largest_part(path, examples, training)
+            peaks = _peaks(adapter, path, rows, training, blocks)
+            none, every = (_seconds(adapter, path, rows, n) for n in (0, blocks))
+            for number, peak in peaks:
+                seconds = none + (every - none) * number / max(1, blocks)
+                found.append(Setting(
+                    room=tokens, blocks=number, peak_bytes=peak, seconds=seconds / path.size(rows)
+                ))  # fmt: skip
+    path.room = room
+    return found
+
+
+def largest_part(path: Path, examples: Sequence[Example], training: Training) -> list[Example]:
+    """The rows of the most tokens that can go through the model together."""
+    longest = sorted(examples, key=lambda example: -example.length)[: training.batch_size]
+    return max(path.parts(longest), key=path.size)
+
+
+def _rooms(path: Path, examples: Sequence[Example], training: Training) -> list[int]:
+    if training.pass_tokens is not None:
+        return [training.pass_tokens]
+    most = sum(sorted((e.length for e in examples), reverse=True)[: training.batch_size])
+    rooms = [room for room in ROOMS if room < most * 2]
+    return rooms or [ROOMS[-1]]
+
+
+def _peaks(
+    adapter: Adapter, path: Path, rows: Sequence[Example], training: Training, blocks: int
+) -> list[tuple[int, int]]:
+    """(blocks that recompute, predicted peak), from none to all in eight steps."""
+    none = predicted(adapter, path, rows, training, 0)
+    if not blocks:
+        return [(0, none)]
+    every = predicted(adapter, path, rows, training, blocks)
+    share = (none - every) / blocks
+    counts = sorted({round(blocks * i / 8) for i in range(9)})
+    # while one block is recomputed, its own activations are there again
+    return [(n, none if not n else round(none - n * share + share)) for n in counts]
+
+
+def predicted(
+    adapter: Adapter, path: Path, rows: Sequence[Example], training: Training, blocks: int
+) -> int:
+    """The peak with so many blocks recomputed; it leaves the model so."""
+    if blocks and not any(b.gradient_checkpointing for b in memory.checkpointed_blocks(path.model)):
+        memory.checkpoint_gradients(path.model, "on")
+    memory.checkpoint_first(path.model, blocks)
+    return memory.predicted_peak(adapter, path, rows, training.optimizer_bits)
+
+
+def _seconds(adapter: Adapter, path: Path, rows: Sequence[Example], blocks: int) -> float:
+    """Forward and backward with so many blocks recomputed, the quicker of two after a warm-up."""
+    memory.checkpoint_first(path.model, blocks)
+    return min([step_seconds(adapter, path, rows) for _ in range(3)][1:])
+
+
+def step_seconds(adapter: Adapter, path: Path, rows: Sequence[Example]) -> float:
+    """Forward and backward of some rows, in the parts that they are cut into."""
+    started = time.perf_counter()
+    with path.taken():
+        for part in path.parts(rows):
+            loss = path.loss(part)
+            if loss.requires_grad:
+                loss.backward()
+    for parameter in adapter.parameters():
+        parameter.grad = None
+    if loss.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started

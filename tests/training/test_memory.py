@@ -1,0 +1,195 @@
+"""What saves memory changes nothing else; a budget is kept, or refused with what is needed."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from loralab.adapters.attach import Adapter, attach
+from loralab.adapters.folder import TENSORS
+from loralab.adapters.methods import LoRA
+from loralab.errors import ConfigError
+from loralab.models import load as models
+from loralab.tasks.encode import Example
+from loralab.training import fit, memory
+from loralab.training.fast.path import Path as Quickest
+from loralab.training.fast.path import quickest
+from loralab.training.record import read_metrics
+from loralab.training.run import Run
+from loralab.training.settings import Training, parse_bytes
+
+Train = Callable[..., Run]
+LONG = [Example(n, tuple(range(3, 60)), tuple(range(3, 60))) for n in range(40)]
+
+
+@pytest.fixture(autouse=True)
+def this_process_is_new(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The peak of the tests before this one is not this run's."""
+    monkeypatch.setattr(memory, "peak_bytes", lambda device: 0)
+
+
+@pytest.fixture
+def prepared(tiny_llama_folder: Path) -> tuple[Adapter, Quickest]:
+    """An adapted tiny Llama and its packed path."""
+    model = models.load(str(tiny_llama_folder), kind="causal-lm").model
+    adapter = attach(model, LoRA(rank=2))
+    path = quickest(adapter, "causal-lm", pad_id=2)
+    assert path.way == "packed"
+    return adapter, path
+
+
+def curve(run: Run) -> list[float]:
+    """The losses of all steps."""
+    return [event["loss"] for event in read_metrics(run.output_dir) if event["kind"] == "step"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"pass_tokens": 8}, {"pass_tokens": 8, "gradient_checkpointing": "on"},
+        {"gradient_checkpointing": "on", "checkpoint_blocks": 1},
+        {"gradient_checkpointing": "reentrant", "checkpoint_blocks": 1},
+        {"memory_budget": "50GB"}, {"batch_size": 2, "accumulation_steps": 2, "pass_tokens": 16},
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_what_saves_memory_changes_a_run_by_rounding_alone(
+    tiny_train: Train, options: dict[str, Any], precision: str
+) -> None:
+    usual = tiny_train("usual", precision=precision, learning_rate=0.01)
+    saving = tiny_train("saving", precision=precision, learning_rate=0.01, **options)
+    within = 1e-5 if precision == "fp32" else 0.03
+    assert curve(saving) == pytest.approx(curve(usual), rel=within)
+    if precision == "fp32":
+        expected = load_file(usual.output_dir / TENSORS)
+        for name, tensor in load_file(saving.output_dir / TENSORS).items():
+            torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-5)
+
+
+def test_only_the_first_blocks_are_recomputed(tiny_llama_folder: Path) -> None:
+    model = models.load(str(tiny_llama_folder), kind="causal-lm").model
+    memory.checkpoint_gradients(model, "on", 1)
+    blocks = memory.checkpointed_blocks(model)
+    assert [block.gradient_checkpointing for block in blocks] == [True, False]
+    with memory.trying(model):
+        memory.checkpoint_first(model, 2)
+    assert [block.gradient_checkpointing for block in blocks] == [True, False]
+
+
+def test_more_blocks_than_there_are_is_refused(tiny_train: Train, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"checkpoint_blocks 3: the model has 2 blocks"):
+        tiny_train(gradient_checkpointing="on", checkpoint_blocks=3)
+    assert not (tmp_path / "run").exists()
+
+
+def test_fewer_tokens_at_once_and_recomputed_blocks_keep_less(
+    prepared: tuple[Adapter, Quickest],
+) -> None:
+    adapter, path = prepared
+    training = Training(batch_size=40)
+    adapter.model.train()
+    kept = {}
+    for room in (1024, 256):
+        path.room = room
+        kept[room] = memory.saved_bytes(path, fit.largest_part(path, LONG, training))
+    assert kept[256] < kept[1024] / 2.5
+    memory.checkpoint_gradients(adapter.model, "on")
+    assert memory.saved_bytes(path, fit.largest_part(path, LONG, training)) < kept[256] / 3
+
+
+def test_what_many_rows_keep_is_extended_from_fewer(prepared: tuple[Adapter, Quickest]) -> None:
+    adapter, path = prepared
+    adapter.model.train()
+    many = LONG * 3  # 6,840 tokens
+    assert memory.kept_bytes(path, many) == pytest.approx(memory.saved_bytes(path, many), rel=0.05)
+
+
+def needs(found: list[fit.Setting]) -> list[int]:
+    return sorted(setting.peak_bytes for setting in found)
+
+
+def test_a_budget_takes_the_quickest_that_fits(
+    prepared: tuple[Adapter, Quickest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter, path = prepared
+    monkeypatch.setattr(memory, "held_bytes", lambda device: 10**8)
+    training = Training(batch_size=40)
+    found = fit.settings(adapter, path, LONG, training)
+    assert {setting.blocks for setting in found} == {0, 1, 2}
+    assert {setting.room for setting in found} == set(fit.ROOMS)
+    monkeypatch.setattr(fit, "settings", lambda *arguments: found)
+    budget = (needs(found)[0] + needs(found)[-1]) // 2
+    chosen = fit.fitted(
+        adapter, path, LONG, Training(batch_size=40, memory_budget=f"{budget / 1e6}MB")
+    )
+    fits = [setting for setting in found if setting.peak_bytes <= budget]
+    best = min(fits, key=lambda setting: setting.seconds)
+    assert (chosen.pass_tokens, chosen.checkpoint_blocks or 0) == (best.room, best.blocks)
+    assert path.room == best.room
+    assert len(fits) < len(found)
+
+
+def test_a_budget_that_nothing_fits_says_what_the_least_is(
+    tiny_train: Train, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=r"memory_budget 1MB: the least .* \d\.\d\d GB"):
+        tiny_train(memory_budget="1MB")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_with_a_budget_goes_on_as_it_began(
+    tiny_train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = tiny_train("whole", memory_budget="50GB", save_every=2)
+    settings = (whole.output_dir / "config.toml").read_text()
+    assert 'memory_budget = "50GB"' in settings
+    assert "pass_tokens" in settings
+
+    def other(*arguments: object) -> Training:
+        raise AssertionError("chosen again")
+
+    monkeypatch.setattr(fit, "settings", other)  # a slower machine might choose otherwise
+    tiny_train("whole", memory_budget="50GB", save_every=2, resume=True)
+    assert (whole.output_dir / "config.toml").read_text() == settings
+
+
+def test_8_bit_moments_learn_the_same_and_resume_in_the_same_bytes(
+    tiny_train: Train, tmp_path: Path
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    options: dict[str, Any] = {
+        "learning_rate": 0.01, "method": LoRA(rank=128, target_modules=["down_proj"]),
+        "save_every": 3,
+    }  # fmt: skip
+    usual = tiny_train("usual", **options)
+    few = tiny_train("few", optimizer_bits=8, **options)
+    assert curve(few) == pytest.approx(curve(usual), rel=0.02)
+
+    class Killed(BaseException):
+        """The process ends here."""
+
+    def kill(event: dict[str, Any]) -> None:
+        if event["kind"] == "step" and event["step"] == 5:
+            raise Killed
+
+    with pytest.raises(Killed):
+        tiny_train("killed", optimizer_bits=8, listener=kill, **options)
+    tiny_train("killed", optimizer_bits=8, resume=True, **options)
+    assert (tmp_path / "killed" / TENSORS).read_bytes() == (few.output_dir / TENSORS).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("4GB", 4 * 10**9), (" 1.5 gb", 15 * 10**8), ("800MB", 8 * 10**8)],
+)
+def test_sizes_are_read(text: str, size: int) -> None:
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["4", "GB", "-1GB", "4 parsecs", "nanGB", "infGB", "4GiB", ""])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="memory_budget must be like 4GB"):
+        Training(memory_budget=text)
