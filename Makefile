@@ -31,7 +31,7 @@ test-slow: setup
 	$(BIN)/python -m pytest -q -m slow
 
 bench: setup
-	$(BIN)/python benchmarks/train_step.py
+	cd benchmarks && for one in loss_curve train_step train_run memory scaling; do ../$(BIN)/python $$one.py --json results/$$one.json || exit 1; done
 
 clean:
 	rm -rf .venv build runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

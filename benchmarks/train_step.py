@@ -1,46 +1,44 @@
-"""Seconds and peak memory of a training step: loralab against peft + transformers' Trainer.
+"""Speed and peak memory of training steps: loralab against peft with Trainer, and against trl.
 
-Both sides train LoRA r=8 on all linear layers of the same model, on the same token ids and labels
-(lengths log-normal with median 90, at most 512; loss on the last 40 % of each row), batch 8, with
-their own loop, data loader and defaults as documented: ours as `loralab.train` does it, theirs as
-`Trainer` with bf16=True. Each runs in a process of its own; the parent lets them step in turn, so
-both meet the same machine. The first steps warm up and are not counted.
+All train LoRA r=8 on every linear layer of SmolLM2-135M, on the same token ids and labels, batch
+8, with their own loop, data loader and defaults as documented: ours as `loralab.train` does it;
+Trainer with bf16=True, rows at random or grouped by length; trl's SFTTrainer with packing, two rows
+of 512 tokens a step (only where trl is installed). Texts: "mixed" are log-normal with median 90, at
+most 512 tokens, loss on the last 40 % of each; "short" are of about 40 tokens. Throughput counts
+real tokens, never padding. The first steps warm up and are not counted.
 
-    python benchmarks/train_step.py [--pairs 8] [--grouped] [--json FILE]
+    python benchmarks/train_step.py [--peer trainer grouped packed] [--texts mixed short]
+        [--pairs 6] [--preload libtcmalloc_minimal.so.4] [--json FILE]
 """
 
-import argparse
-import json
-import os
-import platform
-import random
-import statistics
-import subprocess
-import sys
+import importlib.util
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from sides import (
+    TEXTS,
+    Figures,
+    Turn,
+    Worker,
+    answering,
+    finish,
+    in_turn,
+    parser,
+    ratios,
+    shown,
+    spread,
+    table,
+    write_rows,
+)
 
-ROWS, BATCH, LONGEST, MEDIAN, LABELLED = 400, 8, 512, 90, 0.4
-WARM_UP = 2
-Turn = Callable[[dict[str, float]], None]
-
-
-def write_rows(file: Path) -> None:
-    """Rows of random common words; a word is about one token."""
-    words = ["the", "a", "film", "time", "people", "way", "day", "man", "woman", "life", "world"]
-    draw = random.Random(0)
-    with file.open("w", encoding="utf-8") as out:
-        for _ in range(ROWS):
-            length = min(LONGEST - 60, max(8, round(draw.lognormvariate(0, 0.8) * MEDIAN) - 30))
-            text = draw.choices(words, k=length)
-            cut = round(length * (1 - LABELLED))
-            row = {"prompt": " ".join(text[:cut]), "completion": " ".join(text[cut:])}
-            out.write(json.dumps(row) + "\n")
+ROWS, BATCH, LONGEST, WARM_UP = 400, 8, 512, 3
+PEERS = {
+    "trainer": "peft + Trainer", "grouped": "peft + Trainer, grouped by length",
+    "packed": "peft + trl, packed 2 x 512",
+}  # fmt: skip
 
 
 def ours(data: Path, steps: int, turn: Turn) -> None:
@@ -49,168 +47,154 @@ def ours(data: Path, steps: int, turn: Turn) -> None:
 
     def listen(event: dict[str, Any]) -> None:
         if event["kind"] == "step":
-            turn({"tokens": event["tokens"], "loss": event["loss"]})
+            turn({"tokens": event["tokens"]})
 
     loralab.train(
         model="smollm2-135m", data=str(data), output_dir=data.parent / "ours", listener=listen,
         training=loralab.Training(
-            max_steps=steps, batch_size=BATCH, max_length=LONGEST, save_every=10_000, patience=None,
+            max_steps=steps, batch_size=BATCH, max_length=LONGEST, save_every=10_000,
             evaluation_rows=1,
         ),
     )  # fmt: skip
 
 
-def peer(data: Path, steps: int, turn: Turn, *, grouped: bool) -> None:
-    """peft and transformers' Trainer, on the rows that loralab encoded."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
-
+def encoded(data: Path) -> tuple[Any, list[dict[str, list[int]]]]:
+    """The model in fp32, and the rows as loralab encodes them."""
     from loralab.models.load import load
     from loralab.tasks import catalog, encode
 
     base = load("smollm2-135m", kind="causal-lm")
     task = catalog.find(str(data))
-    encoded = encode.encode(task, "train", base.tokenizer, kind=base.kind, max_length=LONGEST)
-    rows = [{"input_ids": list(e.input_ids), "labels": list(e.labels)} for e in encoded.examples]
+    found = encode.encode(task, "train", base.tokenizer, kind=base.kind, max_length=LONGEST)
+    return base, [
+        {"input_ids": list(e.input_ids), "labels": list(e.labels)} for e in found.examples
+    ]
+
+
+def peer(name: str, data: Path, steps: int, turn: Turn) -> None:
+    """peft with Trainer or trl's SFTTrainer."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
+
+    base, rows = encoded(data)
     seen = {"tokens": 0}
+
+    class Step(TrainerCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            turn({"tokens": seen["tokens"]})
 
     class Collate(DataCollatorForSeq2Seq):
         def __call__(self, features: list[dict[str, Any]], return_tensors: Any = None) -> Any:
             seen["tokens"] += sum(len(feature["input_ids"]) for feature in features)
             return super().__call__(features, return_tensors)
 
-    class Step(TrainerCallback):
-        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            turn({"tokens": seen["tokens"]})
-
-    config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
-    arguments = TrainingArguments(
-        output_dir=str(data.parent / "peer"), max_steps=steps, per_device_train_batch_size=BATCH,
-        learning_rate=5e-4, bf16=True, use_cpu=not torch.cuda.is_available(), report_to=[],
-        save_strategy="no", disable_tqdm=True, logging_strategy="no",
-        **({"train_sampling_strategy": "group_by_length"} if grouped else {}),
-    )  # fmt: skip
-    collator = Collate(base.tokenizer, padding=True, label_pad_token_id=-100)
+    lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    common: dict[str, Any] = {
+        "output_dir": str(data.parent / "peer"), "max_steps": steps, "learning_rate": 5e-4,
+        "bf16": True, "use_cpu": not torch.cuda.is_available(), "report_to": [],
+        "save_strategy": "no", "disable_tqdm": True, "logging_strategy": "no",
+    }  # fmt: skip
+    if name == "packed":
+        _packed(base, rows, lora, common, seen, Step)
+        return
+    if name == "grouped":
+        common["train_sampling_strategy"] = "group_by_length"
     Trainer(
-        model=get_peft_model(base.model, config), args=arguments, train_dataset=rows,
-        data_collator=collator, callbacks=[Step()],
+        model=get_peft_model(base.model, lora), train_dataset=rows, callbacks=[Step()],
+        args=TrainingArguments(per_device_train_batch_size=BATCH, **common),
+        data_collator=Collate(base.tokenizer, padding=True, label_pad_token_id=-100),
     ).train()  # fmt: skip
 
 
-def work(side: str, data: Path, steps: int, grouped: bool) -> None:
-    """A worker: steps when told to on standard input, and answers with a line of JSON."""
-    from loralab.training.memory import device_here, peak_bytes
+def _packed(
+    base: Any, rows: Sequence[Any], lora: Any, common: dict[str, Any], seen: Figures, step: Any
+) -> None:
+    """Best-fit packing into rows of LONGEST tokens, two a step: as many tokens as eight rows."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
 
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print must not mix with the answers
-    state = {"since": 0.0, "tokens": 0.0}
+    arguments = SFTConfig(
+        packing=True, max_length=LONGEST, per_device_train_batch_size=2,
+        gradient_checkpointing=False, num_train_epochs=100, **common,
+    )  # fmt: skip
+    trainer = SFTTrainer(
+        model=base.model, args=arguments, train_dataset=Dataset.from_list(list(rows)),
+        peft_config=lora, processing_class=base.tokenizer, callbacks=[step()],
+    )  # fmt: skip
+    inner = trainer.data_collator
 
-    def turn(fields: dict[str, float]) -> None:
-        now = time.perf_counter()
-        tokens = fields["tokens"] - state["tokens"]
-        line = {"seconds": now - state["since"], "tokens": tokens,
-                "peak": peak_bytes(device_here())}  # fmt: skip
-        print(json.dumps(line), file=answers, flush=True)
-        sys.stdin.readline()
-        state.update(since=time.perf_counter(), tokens=fields["tokens"])
+    def collate(features: list[dict[str, Any]]) -> Any:
+        seen["tokens"] += sum(len(feature["input_ids"]) for feature in features)
+        return inner(features)
 
-    if side == "ours":
-        ours(data, steps, turn)
-    else:
-        peer(data, steps, turn, grouped=grouped)
-
-
-def step(worker: "subprocess.Popen[str]") -> dict[str, float]:
-    """Let a worker do one step."""
-    assert worker.stdin is not None
-    assert worker.stdout is not None
-    worker.stdin.write("\n")
-    worker.stdin.flush()
-    return read(worker)
+    trainer.data_collator = collate
+    trainer.train()
 
 
-def read(worker: "subprocess.Popen[str]") -> dict[str, float]:
-    assert worker.stdout is not None
-    line = worker.stdout.readline()
-    if not line:
-        raise SystemExit(f"a worker ended early, with exit code {worker.wait()}")
-    found: dict[str, float] = json.loads(line)
-    return found
-
-
-def measure(pairs: int, grouped: bool) -> dict[str, list[dict[str, float]]]:
-    """The counted steps of both sides, taken in turn."""
+def measure(name: str, texts: str, pairs: int, preload: str) -> dict[str, Any]:
+    """Ours and one peer, step by step in turn."""
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "rows.jsonl"
-        write_rows(data)
+        write_rows(data, texts, ROWS)
         steps = pairs + WARM_UP + 1
-        workers = {}
-        for side in ("ours", "peer"):
-            command = [sys.executable, __file__, "--worker", side, str(data), str(steps)]
-            workers[side] = subprocess.Popen(
-                command + (["--grouped"] if grouped else []),
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            )  # fmt: skip
-            read(workers[side])  # its first step, before the other one is started
-        counted: dict[str, list[dict[str, float]]] = {"ours": [], "peer": []}
-        for number in range(WARM_UP - 1 + pairs):
-            for side, worker in workers.items():
-                result = step(worker)
-                if number >= WARM_UP - 1:
-                    counted[side].append(result)
-                    print(f"  {side}: {result['seconds']:.2f} s", file=sys.stderr)
-        for worker in workers.values():
-            worker.kill()
-            worker.wait()
-    return counted
 
+        def worker(side: str, library: str = "") -> Worker:
+            return Worker(__file__, ["--worker", side, str(data), str(steps)], library)
 
-def summary(counted: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
-    """Medians, ranges and pairwise ratios."""
+        sides = {"loralab": lambda: worker("loralab"), name: lambda: worker(name, preload)}
+        counted = in_turn(sides, pairs, WARM_UP)
     speed = {side: [r["tokens"] / r["seconds"] for r in rows] for side, rows in counted.items()}
-    ratios = [a / b for a, b in zip(speed["ours"], speed["peer"], strict=True)]
     peak = {side: max(r["peak"] for r in rows) for side, rows in counted.items()}
-    seconds = {side: [r["seconds"] for r in rows] for side, rows in counted.items()}
     return {
-        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
-        f"torch {torch.__version__}",
-        "seconds": {side: spread(values) for side, values in seconds.items()},
+        "peer": name, "texts": texts, "preload": preload, "pairs": pairs,
         "tokens_per_second": {side: spread(values) for side, values in speed.items()},
-        "speed_ratio": spread(ratios),
-        "peak_bytes": peak,
-        "memory_ratio": peak["ours"] / peak["peer"],
-    }
+        "speed_ratio": ratios(speed["loralab"], speed[name]),
+        # all counted tokens over all counted seconds: steps of one side are not the other's
+        "total_ratio": _overall(counted["loralab"]) / _overall(counted[name]),
+        "peak_bytes": peak, "memory_ratio": peak["loralab"] / peak[name],
+    }  # fmt: skip
 
 
-def spread(values: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "least": min(values), "most": max(values)}
+def _overall(rows: Sequence[Figures]) -> float:
+    return sum(r["tokens"] for r in rows) / sum(r["seconds"] for r in rows)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pairs", type=int, default=8, help="counted steps of each side")
-    parser.add_argument("--grouped", action="store_true", help="Trainer groups rows by length")
-    parser.add_argument("--json", type=Path, help="write the figures here too")
-    parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.worker:
-        side, data, steps = options.worker
-        work(side, Path(data), int(steps), options.grouped)
+    options = parser(__doc__)
+    installed = [p for p in PEERS if p != "packed" or importlib.util.find_spec("trl")]
+    options.add_argument("--peer", nargs="+", choices=[*PEERS], default=installed)
+    options.add_argument("--texts", nargs="+", choices=[*TEXTS], default=[*TEXTS])
+    options.add_argument("--pairs", type=int, default=6, help="counted steps of each side")
+    options.add_argument("--preload", default="", help="allocator library for the peer")
+    options.add_argument("--worker", nargs=3, help="(internal)")
+    chosen = options.parse_args()
+    if chosen.worker:
+        side, data, steps = chosen.worker
+        if side == "loralab":
+            ours(Path(data), int(steps), answering())
+        else:
+            peer(side, Path(data), int(steps), answering())
         return
-    result = summary(measure(options.pairs, options.grouped))
-    other = "peft + Trainer" + (", grouped by length" if options.grouped else "")
-    print(f"one training step, SmolLM2-135M, batch {BATCH}; {result['machine']}")
-    for key, unit in (("seconds", "s"), ("tokens_per_second", "tokens/s")):
-        for side, name in (("ours", "loralab"), ("peer", other)):
-            v = result[key][side]
-            print(f"  {name:34} {v['median']:8.2f} {unit}  ({v['least']:.2f} - {v['most']:.2f})")
-    for side, name in (("ours", "loralab"), ("peer", other)):
-        print(f"  {name:34} {result['peak_bytes'][side] / 1e9:8.2f} GB peak")
-    r = result["speed_ratio"]
-    print(f"  speed ratio {r['median']:.2f} ({r['least']:.2f} - {r['most']:.2f}), "
-          f"memory ratio {result['memory_ratio']:.2f}")  # fmt: skip
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    found = [
+        measure(name, texts, chosen.pairs, chosen.preload)
+        for texts in chosen.texts
+        for name in chosen.peer
+    ]
+    rows = [
+        [
+            r["texts"], PEERS[r["peer"]] + (" + allocator" if r["preload"] else ""),
+            shown(r["tokens_per_second"]["loralab"], 0),
+            shown(r["tokens_per_second"][r["peer"]], 0), shown(r["speed_ratio"]),
+            f"{r['total_ratio']:.2f}",
+            f"{r['peak_bytes']['loralab'] / 1e9:.2f} : {r['peak_bytes'][r['peer']] / 1e9:.2f}",
+            f"{r['memory_ratio']:.2f}",
+        ]
+        for r in found
+    ]  # fmt: skip
+    head = ("texts", "peer", "loralab, tokens/s", "peer, tokens/s", "ratio of pairs",
+            "ratio of totals", "peak GB", "ratio")  # fmt: skip
+    title = f"Training steps, SmolLM2-135M, LoRA r=8, batch {BATCH}, {chosen.pairs} pairs"
+    finish(table(title, head, rows), {"results": found}, chosen.json)
 
 
 if __name__ == "__main__":
