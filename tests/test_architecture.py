@@ -10,16 +10,19 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "src" / "loralab"
 BASE = {"errors", "atomic"}
+LEAVES = BASE | {"native"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "atomic": {"errors"},
-    "adapters": BASE,
+    "native": BASE,
+    "adapters": LEAVES,
     "models": BASE,
     "tasks": BASE,
-    "training": BASE | {"adapters", "models", "tasks"},
+    "training": LEAVES | {"adapters", "models", "tasks"},
     "artefacts": BASE | {"adapters", "models", "tasks"},
 }
-MAY_INSTALL = {"adapters": {"torch", "safetensors"}}  # third-party names, where restricted
+# third-party names, where restricted
+MAY_INSTALL = {"native": {"torch"}, "adapters": {"torch", "safetensors"}}
 TORCH_FREE = ["adapters/methods.py", "training/settings.py", "errors.py", "atomic.py"]
 
 
@@ -55,7 +58,7 @@ def test_configurations_need_the_standard_library_only(file: str) -> None:
 
 
 def test_a_package_holds_a_docstring_and_nothing_else() -> None:
-    for part in ("adapters", "models", "tasks", "training", "artefacts"):
+    for part in ("native", "adapters", "models", "tasks", "training", "artefacts"):
         tree = ast.parse((ROOT / part / "__init__.py").read_text(encoding="utf-8"))
         assert len(tree.body) == 1
 

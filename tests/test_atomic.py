@@ -73,3 +73,21 @@ def test_no_permission_is_one_error(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     with pytest.raises(OutputError, match="cannot write"):
         atomic.write_file(tmp_path / "file", "x")
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"LORALAB_CACHE": "/a"}, "/a"),
+        ({"XDG_CACHE_HOME": "/b"}, "/b/loralab"),
+        ({"HOME": "/c"}, "/c/.cache/loralab"),
+    ],
+)
+def test_the_cache_is_where_the_user_wants_it(
+    variables: dict[str, str], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("LORALAB_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert atomic.cache_folder() == Path(expected)

@@ -15,6 +15,13 @@ from loralab.errors import OutputError
 PARTIAL = ".partial"
 
 
+def cache_folder() -> Path:
+    """Where what can be made again is kept: $LORALAB_CACHE, or loralab in the user's cache."""
+    if own := os.environ.get("LORALAB_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loralab"
+
+
 def write_file(path: str | Path, content: str | bytes) -> Path:
     """Write `content` to `path`, replacing what stood there in one step.
 

@@ -285,24 +285,6 @@ def test_the_first_of_two_conversions_is_kept(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-@pytest.mark.parametrize(
-    ("variables", "expected"),
-    [
-        ({"LORALAB_CACHE": "/a"}, "/a"),
-        ({"XDG_CACHE_HOME": "/b"}, "/b/loralab"),
-        ({"HOME": "/c"}, "/c/.cache/loralab"),
-    ],
-)
-def test_the_cache_is_where_the_user_wants_it(
-    variables: dict[str, str], expected: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("LORALAB_CACHE", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    assert convert.cache_folder() == Path(expected)
-
-
 @pytest.mark.slow
 def test_smollm2_is_converted_once_and_answers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -6,12 +6,12 @@ that read the same input (q, k and v; gate and up) share the product with A and 
 gradient. Source of the order: Hu et al. 2021, arXiv:2106.09685, section 4.1; the gradients are
 worked out below. Axes: N tokens, I in_features, O out_features, R rank.
 
-    forward    L = D(x) (s A)'        y = x W' + b + L B'
-    backward   G = dy B               dA = s G' D(x)    dB = dy' L        dx = dy W + D(G s A)
+    forward    L = s D(x) A'        y = x W' + b + L B'
+    backward   G = s dy B           dA = G' D(x)    dB = dy' L        dx = dy W + D(G A)
 
 with ' for the transpose, s the scaling and D the dropout mask. For several layers A stands for
-all of theirs, one below the other, and dx is the sum over them. Scaling A, the smallest of all
-matrices here, is the cheapest place to scale.
+all of theirs, one below the other, and dx is the sum over them; where their scalings differ, A
+is scaled instead of L and G.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from loralab.adapters.bases import compute_dtype, is_conv1d, is_quantized
+from loralab.adapters.thin import down, outer, up
 
 
 class Updated(NamedTuple):
@@ -47,8 +48,8 @@ def linears_with_updates(
 ) -> tuple[Tensor, ...]:
     """x (..., I) -> (..., O) through each of some frozen base layers and its update.
 
-    A and B are rounded to the dtype of x for the products; their gradients come back in their
-    own dtype.
+    A and B are rounded to the dtype of x for the products (thin.py); their gradients come back
+    in their own dtype.
 
     Args:
         mask: what the input of the updates is multiplied by, (..., I); None without dropout.
@@ -85,18 +86,19 @@ class _LinearsWithUpdates(torch.autograd.Function):
         ctx: Any, x: Tensor, mask: Tensor | None, layouts: tuple[_Layout, ...], *tensors: Any
     ) -> tuple[Tensor, ...]:
         weights, biases, As, Bs = (tensors[i::4] for i in range(4))
-        ctx.dtypes = [(A.dtype, B.dtype) for A, B in zip(As, Bs, strict=True)]
-        A = _joined([A * s.scaling for A, s in zip(As, layouts, strict=True)]).to(x.dtype)
-        Bs = tuple(B.to(x.dtype) for B in Bs)
-        low = F.linear(x if mask is None else x * mask, A)  # (..., R of all)
-        lows = _flat(low).split([B.shape[1] for B in Bs], dim=1)
-        outputs = []
-        for layout, weight, bias, B, part in zip(layouts, weights, biases, Bs, lows, strict=True):
+        scale = layouts[0].scaling
+        ctx.even = even = all(layout.scaling == scale for layout in layouts)
+        ctx.scale = scale = scale if even else 1.0
+        A = _joined([A if even else A * s.scaling for A, s in zip(As, layouts, strict=True)])
+        low = down([_flat(x if mask is None else x * mask)], [A], scale)  # (N, R of all)
+        outputs, start = [], 0
+        for layout, weight, bias, B in zip(layouts, weights, biases, Bs, strict=True):
             y = _base(x, weight, bias, layout)
-            _flat(y).addmm_(part, B.T)
+            up(_flat(y), low, B.T, start)
+            start += B.shape[1]
             outputs.append(y)
         ctx.save_for_backward(x, mask, A, low, *weights, *Bs)
-        ctx.layouts = layouts
+        ctx.layouts, ctx.dtypes = layouts, [A.dtype for A in As]
         return tuple(outputs)
 
     @staticmethod
@@ -105,20 +107,21 @@ class _LinearsWithUpdates(torch.autograd.Function):
         x, mask, A, low, *rest = ctx.saved_tensors
         layouts, needed = ctx.layouts, ctx.needs_input_grad
         weights, Bs = rest[: len(layouts)], rest[len(layouts) :]
-        ranks = [B.shape[1] for B in Bs]
         flat = [_flat(dy).contiguous() for dy in dys]
-        G = _joined([dy @ B for dy, B in zip(flat, Bs, strict=True)], 1)
-        dAs: Sequence[Tensor | None] = [None] * len(layouts)
-        if any(needed[5::4]):
-            dropped = x if mask is None else x * mask
-            dAs = (G.T @ _flat(dropped)).split(ranks)
-        lows = _flat(low).split(ranks, dim=1)
+        G = down(flat, [B.T for B in Bs], ctx.scale)
+        dropped = _flat(x if mask is None else x * mask) if any(needed[5::4]) else None
         gradients: list[Tensor | None] = []
-        for i, (dA, dy) in enumerate(zip(dAs, flat, strict=True)):
-            to_A, to_B = ctx.dtypes[i]
-            dB = (dy.T @ lows[i]).to(to_B) if needed[6 + 4 * i] else None
-            scaled = None if dA is None else dA.to(to_A) * layouts[i].scaling
-            gradients += [None, None, scaled, dB]
+        start = 0
+        for i, (dy, B) in enumerate(zip(flat, Bs, strict=True)):
+            rank = B.shape[1]
+            dA = dB = None
+            if dropped is not None:
+                dA = outer(dropped, G, start, rank).to(ctx.dtypes[i])
+                dA = dA if ctx.even else dA * layouts[i].scaling
+            if needed[6 + 4 * i]:
+                dB = outer(dy, low, start, rank, turned=True).to(B.dtype)
+            gradients += [None, None, dA, dB]
+            start += rank
         dx = _input_gradient(flat, weights, layouts, G, A, mask) if needed[0] else None
         return (None if dx is None else dx.view(x.shape), None, None, *gradients)
 
@@ -134,7 +137,10 @@ def _input_gradient(
         W = W.T if layout.transposed else W
         dx = dy @ W if dx is None else dx.addmm_(dy, W)
     assert dx is not None
-    return dx.addmm_(G, A) if mask is None else dx.addcmul_(G @ A, _flat(mask))
+    if mask is not None:
+        return dx.addcmul_(G @ A.to(G.dtype), _flat(mask))
+    up(dx, G, A)
+    return dx
 
 
 def _base(x: Tensor, weight: Tensor, bias: Tensor | None, layout: _Layout) -> Tensor:
@@ -148,8 +154,8 @@ def _base(x: Tensor, weight: Tensor, bias: Tensor | None, layout: _Layout) -> Te
     return torch.addmm(bias, _flat(x), weight).view(*x.shape[:-1], weight.shape[1])
 
 
-def _joined(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim)
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
 
 
 def _flat(tensor: Tensor) -> Tensor:

@@ -16,18 +16,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loralab import atomic
+from loralab.atomic import cache_folder
 from loralab.errors import ModelError
 from loralab.models import onnx_dinov2
 
 Options = dict[str, Any]  # of transformers' from_pretrained
 NEEDS = {".gguf": ("gguf", "gguf"), ".onnx": ("onnx", "vision")}  # package, our extra with it
-
-
-def cache_folder() -> Path:
-    """Where converted models are kept: $LORALAB_CACHE, or loralab in the user's cache."""
-    if own := os.environ.get("LORALAB_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loralab"
 
 
 def converted(file: Path, name: str) -> Path:

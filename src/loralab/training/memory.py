@@ -23,6 +23,8 @@ ALLOCATED = 1.25  # bytes of memory for a byte of activations: found, not derive
 WORKSPACE = 120 * 10**6  # kernels that the matrix library builds and keeps, chunks of logits
 MEASURED = 2048  # tokens up to which a forward pass is tried out
 MEASURED_PICTURES = 8
+KEEP_ABOVE, MAP_ABOVE = -1, -3  # mallopt's M_TRIM_THRESHOLD and M_MMAP_THRESHOLD
+EVERYTHING, MAP_LIMIT, USUAL = 2**31 - 1, 2**25, 2**17  # bytes; older versions have a limit
 
 
 def device_here() -> torch.device:
@@ -172,6 +174,27 @@ def held_bytes(device: torch.device) -> int:
     if trim is not None:
         trim(0)
     return int(psutil.Process().memory_info().rss)
+
+
+@contextlib.contextmanager
+def kept_pages() -> Iterator[None]:
+    """Let the GNU C library keep what is freed, instead of fetching fresh pages for each tensor.
+
+    On leaving, it works as it does by default and has handed back what is free.
+    """
+    library = ctypes.CDLL(None)
+    if not hasattr(library, "mallopt") or not hasattr(library, "malloc_trim"):
+        yield
+        return
+    library.mallopt(KEEP_ABOVE, EVERYTHING)
+    if not library.mallopt(MAP_ABOVE, EVERYTHING):
+        library.mallopt(MAP_ABOVE, MAP_LIMIT)
+    try:
+        yield
+    finally:
+        library.mallopt(KEEP_ABOVE, USUAL)
+        library.mallopt(MAP_ABOVE, USUAL)
+        library.malloc_trim(0)
 
 
 def parameter_bytes(parameters: Iterable[nn.Parameter]) -> int:

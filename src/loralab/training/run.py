@@ -104,7 +104,8 @@ def _run(request: Request, prepared: Prepared, folder: Path, listener: Listener 
     started, tokens = time.perf_counter(), progress.tokens
     seen: list[Scores] = []
     score = _scorer(prepared, training, seen)
-    progress = run_steps(_job(request, prepared, folder, score), trained, progress, record)
+    with memory.kept_pages():
+        progress = run_steps(_job(request, prepared, folder, score), trained, progress, record)
     seconds = time.perf_counter() - started
     best = progress.best_step or progress.step
     if best != progress.step:

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from loralab.training.fast import attention, native
+from loralab.native import library as native
+from loralab.training.fast import attention
 from loralab.training.fast.attention import Packing, attend
 
 lengths = st.lists(st.integers(1, 90), min_size=1, max_size=6)
@@ -103,6 +104,42 @@ def test_half_precision(
             float((a.detach().double() - b.detach()).norm())
             <= 0.02 * float(b.detach().norm()) + 1e-6
         )
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=lengths, heads=st.integers(1, 2), groups=st.integers(1, 3), causal=st.booleans(),
+    size=st.sampled_from([16, 32, 48, 80]), rotated=st.booleans(),
+)  # fmt: skip
+def test_one_pass_over_rows_of_any_length(
+    rows: list[int], heads: int, groups: int, causal: bool, size: int, rotated: bool
+) -> None:
+    tokens, scale = sum(rows), size**-0.5
+    inputs = states(tokens, heads, groups, size, torch.bfloat16)
+    angles = None
+    if rotated:
+        turn = torch.rand(tokens, size, generator=torch.Generator().manual_seed(2)) * 6
+        angles = turn.cos().bfloat16(), turn.sin().bfloat16()
+    y = attend(*inputs, Packing(tuple(rows), causal), scale, angles)
+    weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+    found = [y, *torch.autograd.grad((y * weight.bfloat16()).sum(), inputs)]
+    exact_inputs = [t.detach().double().requires_grad_() for t in inputs]
+    exact_angles = None if angles is None else tuple(a.double() for a in angles)
+    z = one_by_one(*exact_inputs, rows, scale, causal, exact_angles)
+    exact = [z, *torch.autograd.grad((z * weight.bfloat16().double()).sum(), exact_inputs)]
+    largest = max(float(b.detach().norm()) for b in exact[1:])  # a lone token has no slope in q, k
+    for a, b in zip(found, exact, strict=True):
+        apart = float((a.detach().double() - b.detach()).norm())
+        assert apart <= 0.02 * float(b.detach().norm()) + 0.01 * largest
+
+
+def test_a_score_that_is_not_finite_stays_visible() -> None:
+    for bad in (torch.nan, torch.inf):
+        q, k, v = (t.detach() for t in states(40, 1, 1, 16, torch.bfloat16))
+        k[3] = bad
+        y = attend(q, k, v, Packing((20, 20), True), 1.0)
+        assert not y[3].isfinite().any()
+        assert y[20:].isfinite().all()
 
 
 def test_shapes_are_few() -> None:

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from loralab.training.fast import functions, native
+from loralab.native import library as native
+from loralab.training.fast import functions
 from loralab.training.fast.functions import head_loss, rms_norm, swiglu
 from loralab.training.loss import summed_loss
 

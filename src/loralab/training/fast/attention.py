@@ -10,6 +10,7 @@ beyond, T queries of a tile, C its keys.
 """
 
 import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from loralab.training.fast.native import kernels_for
+from loralab.native.library import Kernels, kernels_for
 
 TILE = 128  # queries
 QUERY_STEP, KEY_STEP = 32, 64  # what the sizes of a tile are multiples of
@@ -58,6 +59,11 @@ class Packing:
 
     lengths: tuple[int, ...]
     causal: bool
+
+    @functools.cached_property
+    def starts(self) -> Tensor:
+        """The first token of each row, and one past the last of all."""
+        return torch.tensor([0, *itertools.accumulate(self.lengths)])
 
     @property
     def reach(self) -> int:
@@ -112,7 +118,52 @@ def attend(
     Source: Vaswani et al. 2017, arXiv:1706.03762, equation 1; rotation: Su et al. 2021,
     arXiv:2104.09864, equation 34.
     """
-    return _Attend.apply(q, k, v, *(angles or (None, None)), packing, scale)
+    compiled = _in_one_pass(q, k, angles)
+    way = _AttendInOnePass if compiled else _Attend
+    return way.apply(q, k, v, *(angles or (None, None)), packing, scale)
+
+
+def _in_one_pass(q: Tensor, k: Tensor, angles: Angles | None) -> bool:
+    """Whether native/attention.c can do it."""
+    native = kernels_for(q)
+    same = angles is None or angles[0].dtype == q.dtype
+    return native is not None and native.dots and same and q.shape[2] % 16 == 0
+
+
+class _AttendInOnePass(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None,
+        packing: Packing, scale: float,
+    ) -> Tensor:  # fmt: skip
+        q, k, v = (t.contiguous() for t in (q, k, v))
+        out, logs = torch.empty_like(q), q.new_empty(q.shape[1::-1], dtype=torch.float32)
+        ctx.sizes = (
+            len(packing.lengths), q.shape[1], q.shape[1] // k.shape[1], q.shape[2],
+            int(packing.causal), scale,
+        )  # fmt: skip
+        _compiled(q)("attention", q, k, v, cos, sin, packing.starts, out, logs, *ctx.sizes)
+        ctx.save_for_backward(q, k, v, cos, sin, out, logs)
+        ctx.packing = packing
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, cos, sin, out, logs = ctx.saved_tensors
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        each = torch.empty_like(q), torch.empty_like(q)  # of keys and values, by query head
+        _compiled(q)(
+            "attention_backward", q, k, v, cos, sin, ctx.packing.starts, out, logs,
+            d_out.contiguous(), dq, dk, dv, *each, *ctx.sizes,
+        )  # fmt: skip
+        return dq, dk, dv, None, None, None, None
+
+
+def _compiled(x: Tensor) -> Kernels:
+    found = kernels_for(x)
+    assert found is not None
+    return found
 
 
 class _Attend(torch.autograd.Function):

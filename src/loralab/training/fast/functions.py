@@ -1,6 +1,6 @@
 """Norm, gate, rotation and loss with hand-written gradients: fewer passes, less kept.
 
-Each computes in float32 and rounds where the model's own code does. native.c has the same
+Each computes in float32 and rounds where the model's own code does. native/block.c has the same
 mathematics in one pass each, for bfloat16 on the processor. Axes: N tokens, H hidden, V
 vocabulary.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from loralab.training.fast.native import kernels_for
+from loralab.native.library import kernels_for
 
 CHUNK = 256  # tokens whose logits exist at the same time
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from loralab.training.fast import native
+from loralab.native import library as native
 
 
 @pytest.fixture(autouse=True)

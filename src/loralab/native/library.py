@@ -1,4 +1,4 @@
-"""native.c, compiled once for this very machine and called through ctypes.
+"""The C files beside this one, compiled once for this very machine and called through ctypes.
 
 Where there is no C compiler, or LORALAB_NATIVE=off, `kernels()` is None and torch does the same
 work in more passes over memory. Nothing but the standard C library is needed to compile.
@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from loralab.models.convert import cache_folder
+from loralab.atomic import cache_folder
 
-SOURCE = Path(__file__).with_name("native.c")
+SOURCES = tuple(sorted(Path(__file__).parent.glob("*.[ch]")))
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC")
 PATIENCE = 60  # seconds a compiler may take
 # pointer, long, float; every function ends with the number of threads, an int
@@ -30,25 +30,42 @@ SIGNATURES = {
     "heads_first": "ppllll", "heads_last": "ppllll", "softmax": "pppllll",
     "softmax_backward": "ppll", "cross_entropy": "pppll",
 }  # fmt: skip
+DOTS = {  # of the files that need the processor's own dot products
+    "attention": "pppppppplllllf", "attention_backward": "pppppppppppppplllllf",
+    "low_down": "ppplllllllf", "low_up": "ppplllllllf", "low_outer": "ppplllllllf",
+}  # fmt: skip
 C_TYPES = {"p": ctypes.c_void_p, "l": ctypes.c_long, "f": ctypes.c_float}
 
 
 class Kernels:
-    """The compiled functions; tensors are passed as their addresses, so they must be dense."""
+    """The compiled functions; tensors are passed as their addresses, so they must be dense.
+
+    `dots` is whether those of attention.c and lowrank.c are among them, which need AVX-512 with
+    bfloat16.
+    """
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._functions: dict[str, Callable[..., None]] = {}
-        for name, letters in SIGNATURES.items():
+        self.dots = bool(library.has_dots())
+        for name, letters in (SIGNATURES | (DOTS if self.dots else {})).items():
             function = getattr(library, name)
             function.argtypes = [*(C_TYPES[letter] for letter in letters), ctypes.c_int]
             function.restype = None
             self._functions[name] = function
 
-    def __call__(self, name: str, *arguments: Tensor | float) -> None:
-        """Run one of native.c's functions on dense tensors and numbers."""
+    def __call__(self, name: str, *arguments: Tensor | float | None) -> None:
+        """Run one of the functions on dense tensors and numbers."""
         assert all(not isinstance(a, Tensor) or a.is_contiguous() for a in arguments)
         plain = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
         self._functions[name](*plain, torch.get_num_threads())
+
+    def thin(self, name: str, x: Tensor, M: Tensor, low: Tensor, start: int, scale: float) -> None:
+        """Run one of lowrank.c's: x (N, W) dense, M (R, W) of any strides, low (N, R or more)."""
+        n, width = x.shape
+        self._functions[name](
+            x.data_ptr(), M.data_ptr(), low.data_ptr(), n, width, M.shape[0], *M.stride(),
+            low.shape[1], start, scale, torch.get_num_threads(),
+        )  # fmt: skip
 
 
 def kernels_for(x: Tensor) -> Kernels | None:
@@ -77,10 +94,13 @@ def _built(compiler: str) -> Path:
         return library
     library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-        steps = Path(folder) / "native.o", Path(folder) / "native.so"
-        _run(compiler, *FLAGS, "-c", str(SOURCE), "-o", str(steps[0]))
-        _run(compiler, "-shared", str(steps[0]), "-o", str(steps[1]))  # -fopenmp would link it
-        steps[1].replace(library)
+        parts = {file: Path(folder) / f"{file.stem}.o" for file in SOURCES if file.suffix == ".c"}
+        for file, part in parts.items():
+            _run(compiler, *FLAGS, "-c", str(file), "-o", str(part))
+        made = Path(folder) / "native.so"
+        # without -fopenmp, which would link another OpenMP library than torch's
+        _run(compiler, "-shared", *map(str, parts.values()), "-o", str(made))
+        made.replace(library)
     return library
 
 
@@ -97,6 +117,6 @@ def _digest(compiler: str) -> str:
     lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
     processor = next((line for line in lines if line.startswith("flags")), platform.processor())
     model = next((line for line in lines if line.startswith("model name")), "")
-    parts = (SOURCE.read_bytes(), " ".join(FLAGS).encode(), version, processor.encode(),
-             model.encode())  # fmt: skip
+    sources = [file.read_bytes() for file in SOURCES]
+    parts = (*sources, " ".join(FLAGS).encode(), version, processor.encode(), model.encode())
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:32]

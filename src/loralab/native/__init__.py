@@ -1,0 +1,1 @@
+"""What is compiled for the machine at hand, and optional everywhere."""
