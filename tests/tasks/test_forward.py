@@ -4,6 +4,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.nn import functional as F
 from transformers import (
     BertConfig,
@@ -18,6 +20,7 @@ from transformers import (
 
 from loralab.errors import ConfigError
 from loralab.models.pictures import Pictures
+from loralab.tasks import forward
 from loralab.tasks.batches import collate
 from loralab.tasks.encode import IGNORED, Example
 from loralab.tasks.forward import SHARPNESS, answer_loss, embed
@@ -124,3 +127,23 @@ def test_entities_by_hand() -> None:
     assert entity_f1(right, right) == 1.0
     assert entity_f1(right, cut) == entity_f1(right, other) == 0.0
     assert entity_f1([["B-A", "O", "B-B"]], [["B-A", "O", "O"]]) == pytest.approx(2 / 3)
+
+
+@given(lengths=st.lists(st.integers(1, 60), min_size=1, max_size=40), most=st.integers(1, 8))
+def test_groups_to_be_scored_hold_everything_once_and_few_tokens(
+    lengths: list[int], most: int
+) -> None:
+    groups = forward._groups(lengths, most, 100)
+    assert sorted(index for group in groups for index in group) == list(range(len(lengths)))
+    for group in groups:
+        assert len(group) <= most
+        assert len(group) * max(lengths[i] for i in group) <= 100 or len(group) == 1
+        assert [lengths[i] for i in group] == sorted(lengths[i] for i in group)
+
+
+def test_losses_of_tokens_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forward, "CHUNK", 3)
+    logits, labels = torch.randn(7, 5).bfloat16(), torch.arange(7) % 5
+    expected = F.cross_entropy(logits.float(), labels, reduction="none")
+    assert torch.equal(forward.token_losses(logits, labels), expected)
+    assert forward.token_losses(logits[:0], labels[:0]).shape == (0,)

@@ -107,10 +107,6 @@ def test_what_many_rows_keep_is_extended_from_fewer(prepared: tuple[Adapter, Qui
     assert memory.kept_bytes(path, many) == pytest.approx(memory.saved_bytes(path, many), rel=0.05)
 
 
-def needs(found: list[fit.Setting]) -> list[int]:
-    return sorted(setting.peak_bytes for setting in found)
-
-
 def test_a_budget_takes_the_quickest_that_fits(
     prepared: tuple[Adapter, Quickest], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -120,16 +116,25 @@ def test_a_budget_takes_the_quickest_that_fits(
     found = fit.settings(adapter, path, LONG, training)
     assert {setting.blocks for setting in found} == {0, 1, 2}
     assert {setting.room for setting in found} == set(fit.ROOMS)
-    monkeypatch.setattr(fit, "settings", lambda *arguments: found)
-    budget = (needs(found)[0] + needs(found)[-1]) // 2
+    needs = sorted(setting.peak_bytes for setting in found)
+    budget = (needs[0] + needs[-1]) / 2 / fit.SURE
+    tried: list[tuple[int, int]] = []
+
+    def seconds(adapter: Adapter, path: Quickest, rows: list[Example], blocks: int) -> float:
+        tried.append((path.room, blocks))
+        return abs(path.room - 256) / 1000 + 1  # the quickest has 256 tokens
+
+    monkeypatch.setattr(fit, "_seconds", seconds)
+    monkeypatch.setattr(Quickest, "size", lambda self, rows: 1)
     chosen = fit.fitted(
         adapter, path, LONG, Training(batch_size=40, memory_budget=f"{budget / 1e6}MB")
     )
-    fits = [setting for setting in found if setting.peak_bytes <= budget]
-    best = min(fits, key=lambda setting: setting.seconds)
-    assert (chosen.pass_tokens, chosen.checkpoint_blocks or 0) == (best.room, best.blocks)
-    assert path.room == best.room
-    assert len(fits) < len(found)
+    fits = [setting for setting in found if setting.peak_bytes <= budget * fit.SURE]
+    assert 0 < len(fits) < len(found)
+    fewest = {room: min(s.blocks for s in fits if s.room == room) for room, _ in tried}
+    assert dict(tried) == fewest  # nothing that does not fit is run, and nothing recomputed in vain
+    assert (chosen.pass_tokens, chosen.checkpoint_blocks or 0) == (256, fewest[256])
+    assert path.room == 256
 
 
 def test_a_budget_that_nothing_fits_says_what_the_least_is(

@@ -12,6 +12,9 @@ from loralab.tasks.batches import collate
 from loralab.tasks.encode import IGNORED, Example
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids", "pixel_values")
+AT_ONCE = {"cpu": 512}  # tokens scored together, padding included; more of them is no quicker
+OTHERWISE = 16384  # on a GPU
+CHUNK = 256  # logits that are widened together
 SHARPNESS = 20.0  # of cosines as logits: that of sentence-transformers' ranking loss
 
 
@@ -25,6 +28,7 @@ def answer_loss(model: nn.Module, batch: Mapping[str, Tensor], kind: str) -> tup
     labels = batch["labels"]
     if kind == "causal-lm":
         logits, labels, _ = labelled(model, batch)
+        logits = logits.float()
     elif kind == "token-classification":
         here = labels != IGNORED
         logits, labels = call(model, batch)[here].float(), labels[here]
@@ -69,7 +73,7 @@ def second_of(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def labelled(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits (M, V) in fp32, labels (M,) and rows (M,) of all tokens that carry loss."""
+    """Logits (M, V) as the model gives them, labels (M,) and rows (M,) of all that carries loss."""
     targets = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)  # nothing follows the last
     columns = (targets != IGNORED).any(dim=0).nonzero()[:, 0]  # positions before some label
     if not len(columns):
@@ -80,7 +84,13 @@ def labelled(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Ten
         logits = call(model, batch)[:, columns]
     targets = targets[:, columns]
     rows, places = (targets != IGNORED).nonzero(as_tuple=True)
-    return logits[rows, places].float(), targets[rows, places], rows
+    return logits[rows, places], targets[rows, places], rows
+
+
+def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """The cross-entropy of each row of logits (M, V), (M,) in fp32; not all are widened at once."""
+    parts = zip(logits.split(CHUNK), labels.split(CHUNK), strict=True)
+    return torch.cat([F.cross_entropy(z.float(), own, reduction="none") for z, own in parts])
 
 
 def accepted(model: nn.Module) -> frozenset[str]:
@@ -91,14 +101,29 @@ def accepted(model: nn.Module) -> frozenset[str]:
 def by_length(
     model: nn.Module, tokenizer: Any, examples: Sequence[Example], kind: str, batch_size: int
 ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
-    """Batches of similar length where the model is, with the indices of their examples."""
+    """Batches of similar length where the model is, with the indices of their examples.
+
+    Of long texts fewer than `batch_size` go together, so that scoring needs no more memory than
+    training did.
+    """
     device = next(model.parameters()).device
-    order = sorted(range(len(examples)), key=lambda i: examples[i].length)
-    for start in range(0, len(order), batch_size):
-        indices = order[start : start + batch_size]
+    room = AT_ONCE.get(device.type, OTHERWISE)
+    for indices in _groups([example.length for example in examples], batch_size, room):
         chosen = [examples[i] for i in indices]
         batch = collate(chosen, pad_id=tokenizer.pad_token_id or 0, kind=kind, pictures=tokenizer)
         yield indices, {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def _groups(lengths: Sequence[int], most: int, room: int) -> list[list[int]]:
+    """The indices of all lengths, sorted, in groups that hold few of them and few tokens."""
+    groups: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        size = len(groups[-1]) if groups else most  # the one that is added is the longest
+        if size < most and lengths[index] * (size + 1) <= room:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return groups
 
 
 def _dtype(model: nn.Module) -> torch.dtype:

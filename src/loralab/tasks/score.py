@@ -23,7 +23,7 @@ from loralab.tasks.encode import (
     stop_ids,
 )
 from loralab.tasks.formats import Row
-from loralab.tasks.forward import answer_loss, by_length, call, labelled
+from loralab.tasks.forward import answer_loss, by_length, call, labelled, token_losses
 from loralab.tasks.metrics import label_metrics, text_metrics
 from loralab.tasks.retrieval import score_pairs
 from loralab.tasks.tagging import score_tags
@@ -233,10 +233,11 @@ def _losses(
             # rows rise, so the first entry of each one is where its answer begins
             first = torch.searchsorted(rows, torch.arange(len(indices), device=rows.device))
             options = logits[first][:, list(choices)] if choices else logits[:0]
+            total += float(token_losses(logits, labels).sum())
         else:
             options = logits = call(model, batch).float()
             labels = batch["labels"]
-        total += float(F.cross_entropy(logits, labels, reduction="sum"))
+            total += float(F.cross_entropy(logits, labels, reduction="sum"))
         count += len(labels)
         for index, best in zip(indices, options.argmax(dim=-1).tolist(), strict=bool(choices)):
             chosen[index] = best
@@ -280,7 +281,7 @@ def _ranked(
 def _log_likelihood(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """Summed log-probability of the labelled tokens of each row, (B,)."""
     logits, labels, rows = labelled(model, batch)
-    found = -F.cross_entropy(logits, labels, reduction="none")
+    found = -token_losses(logits, labels)
     return torch.zeros(len(batch["labels"]), device=found.device).index_add_(0, rows, found)
 
 

@@ -18,16 +18,17 @@ from loralab.training.fast.path import Path
 from loralab.training.settings import Training, parse_bytes
 
 ROOMS = (1024, 512, 256, 128)  # tokens at once
+PROBED = 512  # tokens of a trial forward pass, which must not need the budget itself
+SURE = 0.95  # of the budget: predictions are off by a few per cent
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """One way to run a step; seconds are for each token."""
+    """One way to run a step, and what it is predicted to need."""
 
     room: int
     blocks: int
     peak_bytes: int
-    seconds: float
 
 
 def fitted(
@@ -42,14 +43,15 @@ def fitted(
         return training
     budget = parse_bytes(training.memory_budget)
     found = settings(adapter, path, examples, training)
-    fit = [setting for setting in found if setting.peak_bytes <= budget]
+    fit = [setting for setting in found if setting.peak_bytes <= SURE * budget]
     if not fit:
         least = min(found, key=lambda setting: setting.peak_bytes)
         raise ConfigError(
             f"memory_budget {training.memory_budget}: the least that this run needs is about "
-            f"{least.peak_bytes / 1e9:.2f} GB; a shorter --max-length or --quantize nf4 needs less"
+            f"{least.peak_bytes / SURE / 1e9:.2f} GB; a shorter --max-length or --quantize nf4 "
+            "needs less"
         )
-    best = min(fit, key=lambda setting: setting.seconds)
+    best = _quickest(adapter, path, examples, training, fit)
     path.room = best.room
     mode = training.gradient_checkpointing
     if best.blocks and mode == "off":
@@ -63,7 +65,7 @@ def fitted(
 def settings(
     adapter: Adapter, path: Path, examples: Sequence[Example], training: Training
 ) -> list[Setting]:
-    """All that can be chosen from, with what each is predicted to need."""
+    """All that can be chosen from."""
     found, room = [], path.room
     blocks = len(memory.checkpointed_blocks(path.model))
     with memory.trying(path.model):
@@ -71,14 +73,24 @@ def settings(
             path.room = tokens
             rows = largest_part(path, examples, training)
             peaks = _peaks(adapter, path, rows, training, blocks)
-            none, every = (_seconds(adapter, path, rows, n) for n in (0, blocks))
-            for number, peak in peaks:
-                seconds = none + (every - none) * number / max(1, blocks)
-                found.append(Setting(
-                    room=tokens, blocks=number, peak_bytes=peak, seconds=seconds / path.size(rows)
-                ))  # fmt: skip
+            found += [Setting(room=tokens, blocks=n, peak_bytes=peak) for n, peak in peaks]
     path.room = room
     return found
+
+
+def _quickest(
+    adapter: Adapter, path: Path, examples: Sequence[Example], training: Training,
+    fit: Sequence[Setting],
+) -> Setting:  # fmt: skip
+    """The one of least time for a token; at each room the fewest recomputed blocks are tried."""
+    seconds = {}
+    with memory.trying(path.model):
+        for room in sorted({setting.room for setting in fit}):
+            own = min((s for s in fit if s.room == room), key=lambda setting: setting.blocks)
+            path.room = room
+            rows = largest_part(path, examples, training)
+            seconds[own] = _seconds(adapter, path, rows, own.blocks) / path.size(rows)
+    return min(seconds, key=lambda setting: seconds[setting])
 
 
 def largest_part(path: Path, examples: Sequence[Example], training: Training) -> list[Example]:
@@ -116,7 +128,7 @@ def predicted(
     if blocks and not any(b.gradient_checkpointing for b in memory.checkpointed_blocks(path.model)):
         memory.checkpoint_gradients(path.model, "on")
     memory.checkpoint_first(path.model, blocks)
-    return memory.predicted_peak(adapter, path, rows, training.optimizer_bits)
+    return memory.predicted_peak(adapter, path, rows, training.optimizer_bits, PROBED)
 
 
 def _seconds(adapter: Adapter, path: Path, rows: Sequence[Example], blocks: int) -> float:

@@ -105,7 +105,9 @@ def available_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def predicted_peak(adapter: Adapter, path: Path, rows: Sequence[Example], bits: int = 32) -> int:
+def predicted_peak(
+    adapter: Adapter, path: Path, rows: Sequence[Example], bits: int = 32, most: int = MEASURED
+) -> int:
     """The peak of training steps whose largest part these rows are.
 
     What is held now, gradients and the optimiser's state, and what the rows keep for the backward
@@ -113,23 +115,24 @@ def predicted_peak(adapter: Adapter, path: Path, rows: Sequence[Example], bits: 
 
     Args:
         bits: of each of the optimiser's moments.
+        most: tokens up to which a forward pass is tried out.
     """
     device = next(adapter.model.parameters()).device
     state = sum(p.numel() for p in adapter.parameters()) * (GRADIENT_BYTES + 2 * bits // 8)
-    activations = ALLOCATED * kept_bytes(path, rows)
+    activations = ALLOCATED * kept_bytes(path, rows, most)
     workspace = WORKSPACE if path.kind == "causal-lm" else 0
     needed = held_bytes(device) + state + activations + workspace
     return max(int(needed), peak_bytes(device))  # loading the model may have been the peak
 
 
-def kept_bytes(path: Path, rows: Sequence[Example]) -> float:
+def kept_bytes(path: Path, rows: Sequence[Example], most: int = MEASURED) -> float:
     """Bytes that a forward pass on these rows keeps; of many tokens it is extended from fewer."""
     size = path.size(rows)
     if rows[0].image is not None:
         fewer, half = rows[:MEASURED_PICTURES], rows[: MEASURED_PICTURES // 2]
     else:
-        fewer, half = _cut(rows, MEASURED / size), _cut(rows, MEASURED / size / 2)
-    if len(fewer) == len(rows) and size <= MEASURED:
+        fewer, half = _cut(rows, most / size), _cut(rows, most / size / 2)
+    if len(fewer) == len(rows) and size <= most:
         return saved_bytes(path, rows)
     kept, sizes = [saved_bytes(path, r) for r in (half, fewer)], (path.size(half), path.size(fewer))
     slope = (kept[1] - kept[0]) / max(1, sizes[1] - sizes[0])
@@ -158,7 +161,7 @@ def saved_bytes(path: Path, examples: Sequence[Example]) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # an output kept by its own function would keep itself alive
 
     with path.taken(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         loss = path.loss(examples)

@@ -221,6 +221,23 @@ def test_half_precision_agrees_too(dtype: torch.dtype) -> None:
     assert path.way == "packed", path.refused
 
 
+def test_in_bfloat16_it_is_no_further_from_the_truth_than_the_plain_way() -> None:
+    sizes = SIZES | {"hidden_size": 64, "intermediate_size": 96}  # of which the compiled code is
+    make = made(llama().__class__, llama().config.__class__(**sizes, tie_word_embeddings=True))
+    exact = adapted(make().double())
+    truth = result(plain(exact), exact, RAGGED)
+    adapter = adapted(make().bfloat16())
+    path = quickest(adapter, "causal-lm", pad_id=0)
+    assert path.way == "packed", path.refused
+
+    def apart(found: list[Tensor]) -> float:
+        flat = [torch.cat([t.double().flatten() for t in g[1:]]) for g in (found, truth)]
+        return float((flat[0] - flat[1]).norm() / flat[1].norm())
+
+    quick, slow = (apart(result(way, adapter, RAGGED)) for way in (path, plain(adapter)))
+    assert quick <= 1.2 * slow + 0.01
+
+
 @pytest.mark.parametrize(("kind", "labels"), [("sequence-classification", 1)])
 def test_a_classifier_keeps_padded_rows(kind: str, labels: int) -> None:
     adapter = adapted(bert(), LoRA(rank=2, modules_to_save=["classifier"]))
