@@ -14,6 +14,12 @@ from transformers import (
     BertModel,
     Dinov2Config,
     Dinov2ForImageClassification,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
     ViTConfig,
     ViTForImageClassification,
 )
@@ -141,9 +147,45 @@ def test_groups_to_be_scored_hold_everything_once_and_few_tokens(
         assert [lengths[i] for i in group] == sorted(lengths[i] for i in group)
 
 
-def test_losses_of_tokens_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+LLAMA: dict[str, Any] = {
+    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "vocab_size": 40, "head_dim": 8, "pad_token_id": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "alone"),
+    [
+        (LlamaForCausalLM, LlamaConfig(**LLAMA), True),
+        (Gemma2ForCausalLM, Gemma2Config(**LLAMA, final_logit_softcapping=3.0), False),
+        (GraniteForCausalLM, GraniteConfig(**LLAMA, logits_scaling=2.0), False),
+    ],
+)
+def test_logits_in_chunks_are_the_logits(
+    kind: Any, config: Any, alone: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(forward, "CHUNK", 3)
-    logits, labels = torch.randn(7, 5).bfloat16(), torch.arange(7) % 5
-    expected = F.cross_entropy(logits.float(), labels, reduction="none")
-    assert torch.equal(forward.token_losses(logits, labels), expected)
-    assert forward.token_losses(logits[:0], labels[:0]).shape == (0,)
+    model = seeded(kind, config)
+    rows = [(5, 6, 7, 8, 9, 3), (4, 3, 2), (9, 9)]
+    labels = [(IGNORED, 6, 7, 8, 9, 3), (IGNORED, IGNORED, 2), (IGNORED, IGNORED)]
+    batch = collate([Example(0, *pair) for pair in zip(rows, labels, strict=True)], pad_id=0,
+                    kind="causal-lm")  # fmt: skip
+    head = forward.lone_head(model, batch)
+    assert (head is not None) == alone
+    with torch.no_grad():
+        expected, targets, places = forward.labelled(model, batch)
+        losses, found, logits = forward.answers(model, batch, head)
+    assert found.tolist() == places.tolist() == [0, 0, 0, 0, 0, 1]
+    exact = F.cross_entropy(expected.float(), targets, reduction="none")
+    torch.testing.assert_close(losses, exact)
+    some = torch.tensor([0, 5])
+    torch.testing.assert_close(logits(some), expected[some])
+
+
+def test_rows_without_a_label_have_no_loss() -> None:
+    model = seeded(LlamaForCausalLM, LlamaConfig(**LLAMA))
+    rows = [Example(0, (5, 6), (IGNORED, IGNORED))]
+    batch = collate(rows, pad_id=0, kind="causal-lm")
+    for head in (None, forward.lone_head(model, batch)):
+        losses, found, _ = forward.answers(model, batch, head)
+        assert losses.shape == found.shape == (0,)

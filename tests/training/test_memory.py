@@ -74,9 +74,31 @@ def test_only_the_first_blocks_are_recomputed(tiny_llama_folder: Path) -> None:
     memory.checkpoint_gradients(model, "on", 1)
     blocks = memory.checkpointed_blocks(model)
     assert [block.gradient_checkpointing for block in blocks] == [True, False]
-    with memory.trying(model):
+    path = Quickest(model, "causal-lm", pad_id=0, room=7)
+    drawn = torch.random.get_rng_state()
+    with memory.trying(path):
         memory.checkpoint_first(model, 2)
+        path.room = 9
+        torch.rand(1)
     assert [block.gradient_checkpointing for block in blocks] == [True, False]
+    assert path.room == 7
+    assert torch.equal(torch.random.get_rng_state(), drawn)
+    memory.checkpoint_gradients(model, "off")
+    assert [block.gradient_checkpointing for block in blocks] == [False, False]
+
+
+def test_what_bends_upwards_is_carried_on_as_a_parabola() -> None:
+    assert memory._extended((1, 2), (3, 10), 4) == 36
+    assert memory._extended((10, 20), (105, 205), 100) == 1005
+
+
+def test_the_largest_part_is_not_that_of_the_longest_rows(
+    prepared: tuple[Adapter, Quickest],
+) -> None:
+    _, path = prepared
+    rows = [Example(0, (3,) * n, (3,) * n) for n in (700, 700, 700, 500, 500, 500)]
+    part = fit.largest_part(path, rows, Training(batch_size=3))
+    assert [row.length for row in part] == [500, 500]
 
 
 def test_more_blocks_than_there_are_is_refused(tiny_train: Train, tmp_path: Path) -> None:

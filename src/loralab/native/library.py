@@ -21,7 +21,10 @@ from torch import Tensor
 from loralab.atomic import cache_folder
 
 SOURCES = tuple(sorted(Path(__file__).parent.glob("*.[ch]")))
-FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC")
+FLAGS = (
+    "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fno-strict-aliasing",
+    "-fopenmp", "-fPIC",
+)  # fmt: skip
 PATIENCE = 60  # seconds a compiler may take
 # pointer, long, float; every function ends with the number of threads, an int
 SIGNATURES = {

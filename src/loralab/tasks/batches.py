@@ -137,24 +137,35 @@ def pack(examples: Sequence[Example], *, size: int = 0, pad_id: int = 0) -> dict
 
 
 def parts(examples: Sequence[Example], room: int, *, pads: bool) -> list[list[Example]]:
-    """Groups of about `room` tokens each, of similar size; a longer row has a group of its own.
+    """Groups of at most `room` tokens, of similar size; a longer row has a group of its own.
 
     Args:
         pads: the rows of a group will be as long as its longest, so similar rows go together.
     """
     rows = sorted(examples, key=lambda example: -example.length)
     if not pads:
-        groups: list[list[Example]] = [[] for _ in range(-(-sum(e.length for e in rows) // room))]
-        for row in rows:
-            min(groups, key=lambda group: sum(e.length for e in group)).append(row)
-        return [group for group in groups if group]
-    groups = []
+        least = min(-(-_tokens(rows) // room), len(rows))
+        tries = (_shared_out(rows, number) for number in range(least, len(rows) + 1))
+        return next(t for t in tries if all(len(g) == 1 or _tokens(g) <= room for g in t))
+    groups: list[list[Example]] = []
     for row in rows:  # the first of a group is its longest
         if groups and groups[-1][0].length * (len(groups[-1]) + 1) <= room:
             groups[-1].append(row)
         else:
             groups.append([row])
     return groups
+
+
+def _shared_out(rows: Sequence[Example], number: int) -> list[list[Example]]:
+    """Rows, the longest first, in so many groups: each goes where the fewest tokens are."""
+    groups: list[list[Example]] = [[] for _ in range(number)]
+    for row in rows:
+        min(groups, key=_tokens).append(row)
+    return groups
+
+
+def _tokens(examples: Sequence[Example]) -> int:
+    return sum(example.length for example in examples)
 
 
 def padded(rows: Sequence[Ids], value: int, longest: int = 0) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """What each kind of model is called with, and the loss of its answers."""
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from loralab.tasks.encode import IGNORED, Example
 INPUTS = ("input_ids", "attention_mask", "token_type_ids", "pixel_values")
 AT_ONCE = {"cpu": 512}  # tokens scored together, padding included; more of them is no quicker
 OTHERWISE = 16384  # on a GPU
+TRIED = 8  # positions at which a head is tried
 CHUNK = 256  # logits that are widened together
 SHARPNESS = 20.0  # of cosines as logits: that of sentence-transformers' ranking loss
 
@@ -74,22 +75,65 @@ def second_of(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def labelled(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Logits (M, V) as the model gives them, labels (M,) and rows (M,) of all that carries loss."""
-    targets = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)  # nothing follows the last
-    columns = (targets != IGNORED).any(dim=0).nonzero()[:, 0]  # positions before some label
-    if not len(columns):
-        columns = torch.zeros(1, dtype=torch.long, device=targets.device)
-    if "logits_to_keep" in accepted(model):
-        logits = call(model, batch, logits_to_keep=columns)
-    else:
-        logits = call(model, batch)[:, columns]
-    targets = targets[:, columns]
+    targets = _targets(batch)
+    columns = _columns(targets)
+    logits, targets = _logits(model, batch, columns), targets[:, columns]
     rows, places = (targets != IGNORED).nonzero(as_tuple=True)
     return logits[rows, places], targets[rows, places], rows
 
 
-def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """The cross-entropy of each row of logits (M, V), (M,) in fp32; not all are widened at once."""
-    parts = zip(logits.split(CHUNK), labels.split(CHUNK), strict=True)
+def lone_head(model: Any, batch: Mapping[str, Tensor]) -> nn.Module | None:
+    """The output head, if a causal model's logits are what it makes of the last hidden states.
+
+    Tried on a batch, and bit for bit: some models scale or cap their logits afterwards.
+    """
+    base = getattr(model, "base_model", model)
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if head is None or base is model or "logits_to_keep" not in accepted(model):
+        return None
+    columns = _columns(_targets(batch))[:TRIED]
+    states = run(base, batch).last_hidden_state[:, columns]
+    return head if torch.equal(head(states), _logits(model, batch, columns)) else None
+
+
+def answers(
+    model: Any, batch: Mapping[str, Tensor], head: nn.Module | None
+) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
+    """Losses (M,) in fp32 and rows (M,) of all that carries loss; and what gives its logits.
+
+    Args:
+        head: what `lone_head` found: logits are made in chunks, and never exist together.
+    """
+    if head is None:
+        logits, labels, rows = labelled(model, batch)
+        return token_losses(logits.split(CHUNK), labels), rows, lambda which: logits[which]
+    targets = _targets(batch)
+    rows, places = (targets != IGNORED).nonzero(as_tuple=True)
+    states = run(model.base_model, batch).last_hidden_state[rows, places]
+    chunks = (head(part) for part in states.split(CHUNK))
+    return token_losses(chunks, targets[rows, places]), rows, lambda which: head(states[which])
+
+
+def _targets(batch: Mapping[str, Tensor]) -> Tensor:
+    """The label that each position predicts, (B, L); nothing follows the last."""
+    return F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
+
+
+def _columns(targets: Tensor) -> Tensor:
+    """The positions that predict a label in some row; at least one."""
+    columns = (targets != IGNORED).any(dim=0).nonzero()[:, 0]
+    return columns if len(columns) else columns.new_zeros(1)
+
+
+def _logits(model: nn.Module, batch: Mapping[str, Tensor], columns: Tensor) -> Tensor:
+    if "logits_to_keep" in accepted(model):
+        return call(model, batch, logits_to_keep=columns)
+    return call(model, batch)[:, columns]
+
+
+def token_losses(chunks: Iterable[Tensor], labels: Tensor) -> Tensor:
+    """The cross-entropy of logits that come in chunks of (CHUNK, V), (M,) in fp32."""
+    parts = zip(chunks, labels.split(CHUNK), strict=True)
     return torch.cat([F.cross_entropy(z.float(), own, reduction="none") for z, own in parts])
 
 

@@ -23,7 +23,7 @@ from loralab.tasks.encode import (
     stop_ids,
 )
 from loralab.tasks.formats import Row
-from loralab.tasks.forward import answer_loss, by_length, call, labelled, token_losses
+from loralab.tasks.forward import answer_loss, answers, by_length, call, lone_head
 from loralab.tasks.metrics import label_metrics, text_metrics
 from loralab.tasks.retrieval import score_pairs
 from loralab.tasks.tagging import score_tags
@@ -227,18 +227,21 @@ def _losses(
     """
     examples = encoded.examples
     total, count, chosen = 0.0, 0, [0] * len(examples)
-    for indices, batch in by_length(model, tokenizer, examples, kind, batch_size):
+    head = None
+    for number, (indices, batch) in enumerate(
+        by_length(model, tokenizer, examples, kind, batch_size)
+    ):
         if kind == "causal-lm":
-            logits, labels, rows = labelled(model, batch)
+            head = head if number else lone_head(model, batch)  # the first batch is the smallest
+            losses, rows, logits = answers(model, batch, head)
             # rows rise, so the first entry of each one is where its answer begins
             first = torch.searchsorted(rows, torch.arange(len(indices), device=rows.device))
-            options = logits[first][:, list(choices)] if choices else logits[:0]
-            total += float(token_losses(logits, labels).sum())
+            options = logits(first)[:, list(choices)] if choices else losses.new_zeros(0, 1)
         else:
-            options = logits = call(model, batch).float()
-            labels = batch["labels"]
-            total += float(F.cross_entropy(logits, labels, reduction="sum"))
-        count += len(labels)
+            options = call(model, batch).float()
+            losses = F.cross_entropy(options, batch["labels"], reduction="none")
+        total += float(losses.sum())
+        count += len(losses)
         for index, best in zip(indices, options.argmax(dim=-1).tolist(), strict=bool(choices)):
             chosen[index] = best
     return total, count, chosen
@@ -280,8 +283,8 @@ def _ranked(
 
 def _log_likelihood(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """Summed log-probability of the labelled tokens of each row, (B,)."""
-    logits, labels, rows = labelled(model, batch)
-    found = -token_losses(logits, labels)
+    losses, rows, _ = answers(model, batch, None)
+    found = -losses
     return torch.zeros(len(batch["labels"]), device=found.device).index_add_(0, rows, found)
 
 

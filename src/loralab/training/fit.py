@@ -18,7 +18,8 @@ from loralab.training.fast.path import Path
 from loralab.training.settings import Training, parse_bytes
 
 ROOMS = (1024, 512, 256, 128)  # tokens at once
-PROBED = 512  # tokens of a trial forward pass, which must not need the budget itself
+LOOKS = 200  # batches in which the largest part is looked for
+PROBED = 256  # tokens of a trial forward pass, which must not need the budget itself
 SURE = 0.95  # of the budget: predictions are off by a few per cent
 
 
@@ -66,15 +67,16 @@ def settings(
     adapter: Adapter, path: Path, examples: Sequence[Example], training: Training
 ) -> list[Setting]:
     """All that can be chosen from."""
-    found, room = [], path.room
+    found = []
     blocks = len(memory.checkpointed_blocks(path.model))
-    with memory.trying(path.model):
-        for tokens in _rooms(path, examples, training):
+    before = memory.peak_bytes(memory.device_here())  # what is tried here must not count
+    with memory.trying(path):
+        for tokens in sorted(_rooms(path, examples, training)):
             path.room = tokens
             rows = largest_part(path, examples, training)
-            peaks = _peaks(adapter, path, rows, training, blocks)
-            found += [Setting(room=tokens, blocks=n, peak_bytes=peak) for n, peak in peaks]
-    path.room = room
+            for number, needed in _needs(adapter, path, rows, training, blocks):
+                peak = max(needed, before)
+                found.append(Setting(room=tokens, blocks=number, peak_bytes=peak))
     return found
 
 
@@ -84,7 +86,7 @@ def _quickest(
 ) -> Setting:  # fmt: skip
     """The one of least time for a token; at each room the fewest recomputed blocks are tried."""
     seconds = {}
-    with memory.trying(path.model):
+    with memory.trying(path):
         for room in sorted({setting.room for setting in fit}):
             own = min((s for s in fit if s.room == room), key=lambda setting: setting.blocks)
             path.room = room
@@ -94,9 +96,15 @@ def _quickest(
 
 
 def largest_part(path: Path, examples: Sequence[Example], training: Training) -> list[Example]:
-    """The rows of the most tokens that can go through the model together."""
-    longest = sorted(examples, key=lambda example: -example.length)[: training.batch_size]
-    return max(path.parts(longest), key=path.size)
+    """The rows of the most tokens that go through the model together.
+
+    The batch of the longest rows need not hold them: three of 700 are three parts, and three of 500
+    are two. So batches of all lengths are looked at.
+    """
+    ordered, size = sorted(examples, key=lambda example: -example.length), training.batch_size
+    starts = range(0, len(ordered), size)
+    batches = [ordered[start : start + size] for start in starts[:: max(1, len(starts) // LOOKS)]]
+    return max((part for batch in batches for part in path.parts(batch)), key=path.size)
 
 
 def _rooms(path: Path, examples: Sequence[Example], training: Training) -> list[int]:
@@ -107,28 +115,28 @@ def _rooms(path: Path, examples: Sequence[Example], training: Training) -> list[
     return rooms or [ROOMS[-1]]
 
 
-def _peaks(
+def _needs(
     adapter: Adapter, path: Path, rows: Sequence[Example], training: Training, blocks: int
 ) -> list[tuple[int, int]]:
-    """(blocks that recompute, predicted peak), from none to all in eight steps."""
-    none = predicted(adapter, path, rows, training, 0)
+    """(blocks that recompute, bytes that are needed), from none to all in eight steps."""
+    every = needed(adapter, path, rows, training, blocks)
     if not blocks:
-        return [(0, none)]
-    every = predicted(adapter, path, rows, training, blocks)
+        return [(0, every)]
+    none = needed(adapter, path, rows, training, 0)
     share = (none - every) / blocks
     counts = sorted({round(blocks * i / 8) for i in range(9)})
     # while one block is recomputed, its own activations are there again
     return [(n, none if not n else round(none - n * share + share)) for n in counts]
 
 
-def predicted(
+def needed(
     adapter: Adapter, path: Path, rows: Sequence[Example], training: Training, blocks: int
 ) -> int:
-    """The peak with so many blocks recomputed; it leaves the model so."""
+    """Bytes that a step needs with so many blocks recomputed; it leaves the model so."""
     if blocks and not any(b.gradient_checkpointing for b in memory.checkpointed_blocks(path.model)):
         memory.checkpoint_gradients(path.model, "on")
     memory.checkpoint_first(path.model, blocks)
-    return memory.predicted_peak(adapter, path, rows, training.optimizer_bits, PROBED)
+    return memory.needed_bytes(adapter, path, rows, training.optimizer_bits, PROBED)
 
 
 def _seconds(adapter: Adapter, path: Path, rows: Sequence[Example], blocks: int) -> float:

@@ -24,7 +24,7 @@ WORKSPACE = 120 * 10**6  # kernels that the matrix library builds and keeps, chu
 MEASURED = 2048  # tokens up to which a forward pass is tried out
 MEASURED_PICTURES = 8
 KEEP_ABOVE, MAP_ABOVE = -1, -3  # mallopt's M_TRIM_THRESHOLD and M_MMAP_THRESHOLD
-EVERYTHING, MAP_LIMIT, USUAL = 2**31 - 1, 2**25, 2**17  # bytes; older versions have a limit
+EVERYTHING, MAP_LIMIT = 2**31 - 1, 2**25  # bytes; the latter is where it ends by itself
 
 
 def device_here() -> torch.device:
@@ -52,6 +52,7 @@ def checkpoint_gradients(model: nn.Module, mode: str, blocks: int | None = None)
         ConfigError: the model has fewer blocks.
     """
     if mode == "off":
+        checkpoint_first(model, 0)
         return
     options = {"use_reentrant": mode == "reentrant"}
     newer = getattr(model, "activation_checkpointing_enable", None)  # transformers 5.20 renamed it
@@ -72,14 +73,17 @@ def checkpoint_first(model: nn.Module, blocks: int) -> None:
 
 
 @contextlib.contextmanager
-def trying(model: nn.Module) -> Iterator[None]:
-    """In training mode; afterwards as many blocks are recomputed as before."""
+def trying(path: Path) -> Iterator[None]:
+    """In training mode; afterwards room, random numbers and recomputed blocks are as before."""
+    model, room = path.model, path.room
     blocks, training = checkpointed_blocks(model), model.training
     before = [block.gradient_checkpointing for block in blocks]
     model.train()
     try:
-        yield
+        with torch.random.fork_rng():
+            yield
     finally:
+        path.room = room
         model.train(training)
         for block, value in zip(blocks, before, strict=True):
             block.gradient_checkpointing = value
@@ -105,10 +109,17 @@ def available_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def predicted_peak(
+def predicted_peak(adapter: Adapter, path: Path, rows: Sequence[Example], bits: int = 32) -> int:
+    """The peak of training steps whose largest part these rows are."""
+    device = next(adapter.model.parameters()).device
+    # loading the model may have been the peak
+    return max(needed_bytes(adapter, path, rows, bits), peak_bytes(device))
+
+
+def needed_bytes(
     adapter: Adapter, path: Path, rows: Sequence[Example], bits: int = 32, most: int = MEASURED
 ) -> int:
-    """The peak of training steps whose largest part these rows are.
+    """What is held while training steps run whose largest part these rows are.
 
     What is held now, gradients and the optimiser's state, and what the rows keep for the backward
     pass, with what allocators and the matrix library's own kernels add to it.
@@ -121,8 +132,7 @@ def predicted_peak(
     state = sum(p.numel() for p in adapter.parameters()) * (GRADIENT_BYTES + 2 * bits // 8)
     activations = ALLOCATED * kept_bytes(path, rows, most)
     workspace = WORKSPACE if path.kind == "causal-lm" else 0
-    needed = held_bytes(device) + state + activations + workspace
-    return max(int(needed), peak_bytes(device))  # loading the model may have been the peak
+    return int(held_bytes(device) + state + activations + workspace)
 
 
 def kept_bytes(path: Path, rows: Sequence[Example], most: int = MEASURED) -> float:
@@ -135,8 +145,19 @@ def kept_bytes(path: Path, rows: Sequence[Example], most: int = MEASURED) -> flo
     if len(fewer) == len(rows) and size <= most:
         return saved_bytes(path, rows)
     kept, sizes = [saved_bytes(path, r) for r in (half, fewer)], (path.size(half), path.size(fewer))
-    slope = (kept[1] - kept[0]) / max(1, sizes[1] - sizes[0])
-    return kept[1] + slope * (size - sizes[1])
+    return _extended(sizes, kept, size)
+
+
+def _extended(sizes: Sequence[int], kept: Sequence[int], size: int) -> float:
+    """Two measurements carried on to a larger size, on a parabola if they bend upwards.
+
+    Where attention weights are kept, a row of n tokens keeps about n^2 of them.
+    """
+    (a, b), (low, high) = sizes, kept
+    bend = (high / b - low / a) / max(1, b - a)
+    if bend > 0:
+        return size * (high / b + bend * (size - b))
+    return high + (high - low) / max(1, b - a) * (size - b)
 
 
 def _cut(rows: Sequence[Example], share: float) -> list[Example]:
@@ -183,7 +204,7 @@ def held_bytes(device: torch.device) -> int:
 def kept_pages() -> Iterator[None]:
     """Let the GNU C library keep what is freed, instead of fetching fresh pages for each tensor.
 
-    On leaving, it works as it does by default and has handed back what is free.
+    On leaving, it works as it does after a while by itself, and has handed back what is free.
     """
     library = ctypes.CDLL(None)
     if not hasattr(library, "mallopt") or not hasattr(library, "malloc_trim"):
@@ -195,8 +216,8 @@ def kept_pages() -> Iterator[None]:
     try:
         yield
     finally:
-        library.mallopt(KEEP_ABOVE, USUAL)
-        library.mallopt(MAP_ABOVE, USUAL)
+        library.mallopt(KEEP_ABOVE, 2 * MAP_LIMIT)
+        library.mallopt(MAP_ABOVE, MAP_LIMIT)
         library.malloc_trim(0)
 
 

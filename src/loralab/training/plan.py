@@ -104,7 +104,7 @@ def smaller(prepared: Prepared, training: Training, peak: int) -> dict[str, int]
     path, adapter, examples = prepared.path, prepared.adapter, prepared.encoded.examples
     found = {}
     blocks = len(memory.checkpointed_blocks(path.model))
-    with memory.trying(path.model):
+    with memory.trying(path):
         if path.room > FEW_TOKENS:
             before, path.room = path.room, FEW_TOKENS
             rows = fit.largest_part(path, examples, training)
@@ -114,8 +114,9 @@ def smaller(prepared: Prepared, training: Training, peak: int) -> dict[str, int]
             path.room = before
         if training.gradient_checkpointing == "off" and blocks:
             rows = fit.largest_part(path, examples, training)
-            recomputed = fit.predicted(adapter, path, rows, training, blocks)
-            found["--gradient-checkpointing on"] = recomputed
+            needed = fit.needed(adapter, path, rows, training, blocks)
+            floor = memory.peak_bytes(memory.device_here())
+            found["--gradient-checkpointing on"] = max(needed, floor)
     if training.optimizer_bits == 32:
         found["--optimizer-bits 8"] = peak - 6 * adapter.num_parameters
     if training.quantize == "none" and not isinstance(adapter.config, FullFineTune | BitFit):

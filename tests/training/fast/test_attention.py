@@ -133,6 +133,13 @@ def test_one_pass_over_rows_of_any_length(
         assert apart <= 0.02 * float(b.detach().norm()) + 0.01 * largest
 
 
+def test_values_narrower_than_keys_are_refused() -> None:
+    q, k, _ = states(20, 2, 1, 32, torch.bfloat16)
+    _, _, v = states(20, 2, 1, 16, torch.bfloat16)
+    with pytest.raises(RuntimeError):
+        attend(q, k, v, Packing((20,), True), 1.0)
+
+
 def test_a_score_that_is_not_finite_stays_visible() -> None:
     for bad in (torch.nan, torch.inf):
         q, k, v = (t.detach() for t in states(40, 1, 1, 16, torch.bfloat16))

@@ -118,16 +118,19 @@ def attend(
     Source: Vaswani et al. 2017, arXiv:1706.03762, equation 1; rotation: Su et al. 2021,
     arXiv:2104.09864, equation 34.
     """
-    compiled = _in_one_pass(q, k, angles)
+    compiled = _in_one_pass(q, k, v, angles)
     way = _AttendInOnePass if compiled else _Attend
     return way.apply(q, k, v, *(angles or (None, None)), packing, scale)
 
 
-def _in_one_pass(q: Tensor, k: Tensor, angles: Angles | None) -> bool:
-    """Whether native/attention.c can do it."""
+def _in_one_pass(q: Tensor, k: Tensor, v: Tensor, angles: Angles | None) -> bool:
+    """Whether native/attention.c can do it; values may be narrower than keys in some models."""
     native = kernels_for(q)
-    same = angles is None or angles[0].dtype == q.dtype
-    return native is not None and native.dots and same and q.shape[2] % 16 == 0
+    if native is None or not native.dots:
+        return False
+    alike = all(t.dtype == q.dtype for t in (k, v, *(angles or ())))
+    shapes = k.shape == v.shape and k.shape[::2] == q.shape[::2]
+    return alike and shapes and q.shape[2] % 16 == 0 and q.shape[1] % k.shape[1] == 0
 
 
 class _AttendInOnePass(torch.autograd.Function):
