@@ -146,7 +146,7 @@ def measure(name: str, texts: str, pairs: int, preload: str) -> dict[str, Any]:
     speed = {side: [r["tokens"] / r["seconds"] for r in rows] for side, rows in counted.items()}
     peak = {side: max(r["peak"] for r in rows) for side, rows in counted.items()}
     return {
-        "peer": name, "texts": texts, "preload": preload, "pairs": pairs,
+        "peer": name, "texts": texts, "preload": Path(preload).name, "pairs": pairs,
         "tokens_per_second": {side: spread(values) for side, values in speed.items()},
         "speed_ratio": ratios(speed["loralab"], speed[name]),
         # all counted tokens over all counted seconds: steps of one side are not the other's
