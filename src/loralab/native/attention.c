@@ -10,7 +10,7 @@
 
 #ifdef __AVX512BF16__
 
-#define ROWS 32  /* queries at a time */
+#define ROWS 32 /* queries at a time */
 #define KEYS 64 /* keys at a time, on the way back */
 #define LOG2E 1.44269504088896341f
 
@@ -34,21 +34,13 @@ static inline __mmask16 first_lanes(long n) {
 /* One head of one row, (n, d) from every stride-th number, turned by its angles, times scale. */
 static void gather(const bf16 *x, long stride, const bf16 *c, const bf16 *s, long n, long d,
                    float scale, bf16 *out) {
-    long half = d / 2;
     for (long i = 0; i < n; i++) {
         const bf16 *a = x + i * stride;
         bf16 *o = out + i * d;
-        if (!c) {
+        if (c)
+            turn(a, c + i * d, s + i * d, d, scale, o);
+        else
             for (long j = 0; j < d; j++) o[j] = scale == 1 ? a[j] : down(scale * up(a[j]));
-            continue;
-        }
-        const bf16 *ci = c + i * d, *si = s + i * d;
-#pragma omp simd
-        for (long j = 0; j < half; j++) {
-            float p = up(a[j]), q = up(a[j + half]);
-            o[j] = down(scale * (p * up(ci[j]) - q * up(si[j])));
-            o[j + half] = down(scale * (q * up(ci[j + half]) + p * up(si[j + half])));
-        }
     }
     memset(out + n * d, 0, (full(n, 16) - n) * d * sizeof(bf16));
 }
@@ -56,21 +48,13 @@ static void gather(const bf16 *x, long stride, const bf16 *c, const bf16 *s, lon
 /* The transpose of gather, from float. */
 static void scatter(const float *x, long stride, const bf16 *c, const bf16 *s, long n, long d,
                     float scale, bf16 *out) {
-    long half = d / 2;
     for (long i = 0; i < n; i++) {
         const float *a = x + i * d;
         bf16 *o = out + i * stride;
-        if (!c) {
+        if (c)
+            turn_back(a, c + i * d, s + i * d, d, scale, o);
+        else
             for (long j = 0; j < d; j++) o[j] = down(scale * a[j]);
-            continue;
-        }
-        const bf16 *ci = c + i * d, *si = s + i * d;
-#pragma omp simd
-        for (long j = 0; j < half; j++) {
-            float p = a[j], q = a[j + half];
-            o[j] = down(scale * (p * up(ci[j]) + q * up(si[j + half])));
-            o[j + half] = down(scale * (q * up(ci[j + half]) - p * up(si[j])));
-        }
     }
 }
 
@@ -108,8 +92,8 @@ static void *take(char **from, long bytes) {
     return at;
 }
 
-/* Scores of one query become 2^(score - most), zero from `seen` on, to be divided by their sum,
- * which is returned; `most` is in `log` on return, with the sum's logarithm added. */
+/* Scores of one query become e^(score - the largest), zero from `seen` on, to be divided by their
+ * sum, which is returned; `log` gets the logarithm, to base 2, of what e^score sums to. */
 static float soften(const float *scores, bf16 *weights, long seen, long keys, float *log) {
     __m512 most = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps();
     for (long j = 0; j < seen; j += 16)

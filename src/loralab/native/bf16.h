@@ -1,4 +1,4 @@
-/* bfloat16 as the upper half of a float, and an exponential that compilers vectorise. */
+/* bfloat16 as the upper half of a float; an exponential that compilers vectorise; rotation. */
 #ifndef LORALAB_BF16_H
 #define LORALAB_BF16_H
 #include <math.h>
@@ -41,6 +41,30 @@ static inline float exponential(float x) {
     float scale;
     memcpy(&scale, &bits, 4);
     return p * scale;
+}
+
+/* One head (d): pairs (j, j + d/2) turned by the angles of their token, times scale. */
+static inline void turn(const bf16 *x, const bf16 *c, const bf16 *s, long d, float scale,
+                        bf16 *out) {
+    long half = d / 2;
+#pragma omp simd
+    for (long j = 0; j < half; j++) {
+        float p = up(x[j]), q = up(x[j + half]);
+        out[j] = down(scale * (p * up(c[j]) - q * up(s[j])));
+        out[j + half] = down(scale * (q * up(c[j + half]) + p * up(s[j + half])));
+    }
+}
+
+/* The transpose of turn, from float. */
+static inline void turn_back(const float *x, const bf16 *c, const bf16 *s, long d, float scale,
+                             bf16 *out) {
+    long half = d / 2;
+#pragma omp simd
+    for (long j = 0; j < half; j++) {
+        float p = x[j], q = x[j + half];
+        out[j] = down(scale * (p * up(c[j]) + q * up(s[j + half])));
+        out[j + half] = down(scale * (q * up(c[j + half]) - p * up(s[j])));
+    }
 }
 
 #endif

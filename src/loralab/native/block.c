@@ -60,45 +60,32 @@ void swiglu_backward(const bf16 *dy, const bf16 *gate, const bf16 *upper, bf16 *
     }
 }
 
-/* Turn pairs (j, j + d/2) of each head by the angles of its token, times scale, and put the heads
- * that share a key and value together: (n, kv, g, d) -> (kv, room, g, d), of which the first n
- * tokens are written. */
+/* Each head turned by the angles of its token, times scale, and the heads that share a key and
+ * value put together: (n, kv, g, d) -> (kv, room, g, d), of which the first n tokens are written. */
 void rotate_in(const bf16 *x, const bf16 *c, const bf16 *s, bf16 *out, long n, long room, long kv,
                long g, long d, float scale, int threads) {
-    long half = d / 2;
 #pragma omp parallel for num_threads(threads)
     for (long i = 0; i < n; i++)
         for (long k = 0; k < kv; k++)
-            for (long m = 0; m < g; m++) {
-                const bf16 *a = x + ((i * kv + k) * g + m) * d, *ci = c + i * d, *si = s + i * d;
-                bf16 *o = out + ((k * room + i) * g + m) * d;
-#pragma omp simd
-                for (long j = 0; j < half; j++) {
-                    float p = up(a[j]), q = up(a[j + half]);
-                    o[j] = down(scale * (p * up(ci[j]) - q * up(si[j])));
-                    o[j + half] = down(scale * (q * up(ci[j + half]) + p * up(si[j + half])));
-                }
-            }
+            for (long m = 0; m < g; m++)
+                turn(x + ((i * kv + k) * g + m) * d, c + i * d, s + i * d, d, scale,
+                     out + ((k * room + i) * g + m) * d);
 }
 
 /* The gradient of rotate_in: (kv, room, g, d) -> (n, kv, g, d). */
 void rotate_out(const bf16 *dy, const bf16 *c, const bf16 *s, bf16 *out, long n, long room, long kv,
                 long g, long d, float scale, int threads) {
-    long half = d / 2;
 #pragma omp parallel for num_threads(threads)
-    for (long i = 0; i < n; i++)
+    for (long i = 0; i < n; i++) {
+        float head[d];
         for (long k = 0; k < kv; k++)
             for (long m = 0; m < g; m++) {
                 const bf16 *a = dy + ((k * room + i) * g + m) * d;
-                const bf16 *ci = c + i * d, *si = s + i * d;
-                bf16 *o = out + ((i * kv + k) * g + m) * d;
-#pragma omp simd
-                for (long j = 0; j < half; j++) {
-                    float p = up(a[j]), q = up(a[j + half]);
-                    o[j] = down(scale * (p * up(ci[j]) + q * up(si[j + half])));
-                    o[j + half] = down(scale * (q * up(ci[j + half]) - p * up(si[j])));
-                }
+                for (long j = 0; j < d; j++) head[j] = up(a[j]);
+                turn_back(head, c + i * d, s + i * d, d, scale,
+                          out + ((i * kv + k) * g + m) * d);
             }
+    }
 }
 
 /* (n, kv, width) -> (kv, room, width), the first n tokens of it, and back. */

@@ -36,15 +36,10 @@ static inline __m512i pairs_of(__m512 first, __m512 second) {
 /* In a register from here on: compilers would rather load it again for each row. */
 #define held(x) __asm__("" : "+v"(x))
 
-/* c[i][j] (+)= sum over pairs p of a[i][p] . b[p][j], for mr rows and nb vectors of 16 columns. */
-static inline __attribute__((always_inline)) void block(
+/* sum[i][j] += sum over pairs p of a[i][p] . b[p][j], for mr rows and nb vectors of 16 columns. */
+static inline __attribute__((always_inline)) void accumulate(
     int mr, int nb, long pairs, const uint32_t *a, long a_row, long a_pair, const uint32_t *b,
-    long b_pair, long b_vector, float *c, long c_row, int add) {
-    __m512 sum[16];
-    for (int i = 0; i < mr; i++)
-        for (int j = 0; j < nb; j++)
-            sum[i * nb + j] =
-                add ? _mm512_loadu_ps(c + i * c_row + 16 * j) : _mm512_setzero_ps();
+    long b_pair, long b_vector, __m512 *sum) {
     for (long p = 0; p < pairs; p++) {
         __m512i column[4];
         for (int j = 0; j < nb; j++) {
@@ -57,6 +52,18 @@ static inline __attribute__((always_inline)) void block(
                 sum[i * nb + j] = _mm512_dpbf16_ps(sum[i * nb + j], pair, (__m512bh)column[j]);
         }
     }
+}
+
+/* c (+)= a . b of the same size. */
+static inline __attribute__((always_inline)) void block(
+    int mr, int nb, long pairs, const uint32_t *a, long a_row, long a_pair, const uint32_t *b,
+    long b_pair, long b_vector, float *c, long c_row, int add) {
+    __m512 sum[16];
+    for (int i = 0; i < mr; i++)
+        for (int j = 0; j < nb; j++)
+            sum[i * nb + j] =
+                add ? _mm512_loadu_ps(c + i * c_row + 16 * j) : _mm512_setzero_ps();
+    accumulate(mr, nb, pairs, a, a_row, a_pair, b, b_pair, b_vector, sum);
     for (int i = 0; i < mr; i++)
         for (int j = 0; j < nb; j++) _mm512_storeu_ps(c + i * c_row + 16 * j, sum[i * nb + j]);
 }

@@ -35,7 +35,7 @@ SIGNATURES = {
 }  # fmt: skip
 DOTS = {  # of the files that need the processor's own dot products
     "attention": "pppppppplllllf", "attention_backward": "pppppppppppppplllllf",
-    "low_down": "ppplllllllf", "low_up": "ppplllllllf", "low_outer": "ppplllllllf",
+    "low_down": "ppplllllllf", "low_up": "ppplllllll", "low_outer": "ppplllllll",
 }  # fmt: skip
 C_TYPES = {"p": ctypes.c_void_p, "l": ctypes.c_long, "f": ctypes.c_float}
 
@@ -62,12 +62,12 @@ class Kernels:
         plain = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
         self._functions[name](*plain, torch.get_num_threads())
 
-    def thin(self, name: str, x: Tensor, M: Tensor, low: Tensor, start: int, scale: float) -> None:
+    def thin(self, name: str, x: Tensor, M: Tensor, low: Tensor, start: int, *scale: float) -> None:
         """Run one of lowrank.c's: x (N, W) dense, M (R, W) of any strides, low (N, R or more)."""
         n, width = x.shape
         self._functions[name](
             x.data_ptr(), M.data_ptr(), low.data_ptr(), n, width, M.shape[0], *M.stride(),
-            low.shape[1], start, scale, torch.get_num_threads(),
+            low.shape[1], start, *scale, torch.get_num_threads(),
         )  # fmt: skip
 
 

@@ -57,25 +57,14 @@ static inline __attribute__((always_inline)) void lift(
     __m512 sum[16];
     for (int i = 0; i < mr; i++)
         for (int j = 0; j < nb; j++) sum[i * nb + j] = wide(y + i * width + 16 * j);
-    for (long p = 0; p < pairs; p++) {
-        __m512i column[4];
-        for (int j = 0; j < nb; j++) {
-            column[j] = _mm512_loadu_si512(m + p * width + 16 * j);
-            held(column[j]);
-        }
-        for (int i = 0; i < mr; i++) {
-            __m512bh pair = (__m512bh)_mm512_set1_epi32((int)low[i * pairs + p]);
-            for (int j = 0; j < nb; j++)
-                sum[i * nb + j] = _mm512_dpbf16_ps(sum[i * nb + j], pair, (__m512bh)column[j]);
-        }
-    }
+    accumulate(mr, nb, pairs, low, pairs, 1, m, width, 16, sum);
     for (int i = 0; i < mr; i++)
         for (int j = 0; j < nb; j++) narrow(y + i * width + 16 * j, sum[i * nb + j]);
 }
 
-/* y += scale low M, y (n, width). */
+/* y += low M, y (n, width). */
 void low_up(bf16 *y, const float *M, const bf16 *low, long n, long width, long r, long sr, long sw,
-            long stride, long offset, float scale, int threads) {
+            long stride, long offset, int threads) {
     long pairs = (r + 1) / 2;
     uint32_t *m = aligned_alloc(64, pairs * width * 4); /* (pairs, width) */
 #pragma omp parallel num_threads(threads)
@@ -84,8 +73,8 @@ void low_up(bf16 *y, const float *M, const bf16 *low, long n, long width, long r
         for (long c = 0; c < width; c++)
             for (long p = 0; p < pairs; p++)
                 m[p * width + c] =
-                    paired(scale * M[2 * p * sr + c * sw],
-                           2 * p + 1 < r ? scale * M[(2 * p + 1) * sr + c * sw] : 0);
+                    paired(M[2 * p * sr + c * sw],
+                           2 * p + 1 < r ? M[(2 * p + 1) * sr + c * sw] : 0);
         uint32_t own[4 * pairs];
 #pragma omp for
         for (long i = 0; i < n; i += 4) {
@@ -102,9 +91,9 @@ void low_up(bf16 *y, const float *M, const bf16 *low, long n, long width, long r
     free(m);
 }
 
-/* M = scale low' x in float, x (n, width). */
+/* M = low' x in float, x (n, width). */
 void low_outer(const bf16 *x, float *M, const bf16 *low, long n, long width, long r, long sr,
-               long sw, long stride, long offset, float scale, int threads) {
+               long sw, long stride, long offset, int threads) {
     long pairs = (n + 1) / 2, lanes = full(r, 8);
     uint32_t *l = aligned_alloc(64, full(pairs * lanes * 4, 64)); /* (lanes / 8, pairs, 8) */
 #pragma omp parallel num_threads(threads)
@@ -138,7 +127,7 @@ void low_outer(const bf16 *x, float *M, const bf16 *low, long n, long width, lon
                 for (long k = 0; k < 8 && j + k < r; k++)
                     for (int t = 0; t < 32; t++) /* unpacking takes four of each eight columns */
                         M[(j + k) * sr + (c + t) * sw] =
-                            scale * ((float *)(sum + 2 * k + t / 4 % 2))[t / 8 * 4 + t % 4];
+                            ((float *)(sum + 2 * k + t / 4 % 2))[t / 8 * 4 + t % 4];
             }
     }
     free(l);

@@ -134,7 +134,8 @@ def needed(
 ) -> int:
     """Bytes that a step needs with so many blocks recomputed; it leaves the model so."""
     if blocks and not any(b.gradient_checkpointing for b in memory.checkpointed_blocks(path.model)):
-        memory.checkpoint_gradients(path.model, "on")
+        mode = training.gradient_checkpointing
+        memory.checkpoint_gradients(path.model, "on" if mode == "off" else mode)
     memory.checkpoint_first(path.model, blocks)
     return memory.needed_bytes(adapter, path, rows, training.optimizer_bits, PROBED)
 

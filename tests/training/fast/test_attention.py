@@ -78,16 +78,19 @@ def test_no_gradient_crosses_rows(causal: bool) -> None:
         assert gradient[41:].count_nonzero() == 0
 
 
-@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("way", ["one pass", "compiled tiles", "tiles"])
 @pytest.mark.parametrize("rows", [(1,), (35, 40, 2, 60), (300, 7), (128, 128)])
 @pytest.mark.parametrize("rotated", [True, False])
 def test_half_precision(
-    rows: tuple[int, ...], rotated: bool, compiled: bool, monkeypatch: pytest.MonkeyPatch
+    rows: tuple[int, ...], rotated: bool, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if not compiled:
+    kernels = native.kernels()
+    if way == "tiles":
         monkeypatch.setattr(attention, "kernels_for", lambda x: None)
-    elif native.kernels() is None:
-        pytest.skip("no C compiler here")
+    elif kernels is None or (way == "one pass" and not kernels.dots):
+        pytest.skip("no C compiler here, or no dot products of bfloat16")
+    elif way == "compiled tiles":
+        monkeypatch.setattr(attention, "_in_one_pass", lambda *given: False)
     inputs = states(sum(rows), 3, 3, 16, torch.bfloat16)
     angles = None
     if rotated:
