@@ -135,7 +135,7 @@ def test_a_budget_takes_the_quickest_that_fits(
     adapter, path = prepared
     monkeypatch.setattr(memory, "held_bytes", lambda device: 10**8)
     training = Training(batch_size=40)
-    found = fit.settings(adapter, path, LONG, training)
+    found = fit.settings(adapter, path, LONG, training, 0)
     assert {setting.blocks for setting in found} == {0, 1, 2}
     assert {setting.room for setting in found} == set(fit.ROOMS)
     needs = sorted(setting.peak_bytes for setting in found)
@@ -165,6 +165,14 @@ def test_a_budget_that_nothing_fits_says_what_the_least_is(
     with pytest.raises(ConfigError, match=r"memory_budget 1MB: the least .* \d\.\d\d GB"):
         tiny_train(memory_budget="1MB")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_budget_below_what_loading_took_says_so(
+    tiny_train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "peak_bytes", lambda device: 10**15)
+    with pytest.raises(ConfigError, match="loading the model takes it already"):
+        tiny_train(memory_budget="1MB")
 
 
 def test_a_run_with_a_budget_goes_on_as_it_began(

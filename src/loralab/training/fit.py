@@ -43,14 +43,17 @@ def fitted(
     if training.memory_budget is None:
         return training
     budget = parse_bytes(training.memory_budget)
-    found = settings(adapter, path, examples, training)
+    loading = memory.peak_bytes(memory.device_here())
+    found = settings(adapter, path, examples, training, loading)
     fit = [setting for setting in found if setting.peak_bytes <= SURE * budget]
     if not fit:
         least = min(found, key=lambda setting: setting.peak_bytes)
+        hint = "a shorter --max-length or --quantize nf4 needs less"
+        if least.peak_bytes == loading:
+            hint = "loading the model takes it already"
         raise ConfigError(
             f"memory_budget {training.memory_budget}: the least that this run needs is about "
-            f"{least.peak_bytes / SURE / 1e9:.2f} GB; a shorter --max-length or --quantize nf4 "
-            "needs less"
+            f"{least.peak_bytes / SURE / 1e9:.2f} GB; {hint}"
         )
     best = _quickest(adapter, path, examples, training, fit)
     path.room = best.room
@@ -64,18 +67,17 @@ def fitted(
 
 
 def settings(
-    adapter: Adapter, path: Path, examples: Sequence[Example], training: Training
+    adapter: Adapter, path: Path, examples: Sequence[Example], training: Training, loading: int
 ) -> list[Setting]:
-    """All that can be chosen from."""
+    """All that can be chosen from; none peaks below what loading took."""
     found = []
     blocks = len(memory.checkpointed_blocks(path.model))
-    before = memory.peak_bytes(memory.device_here())  # what is tried here must not count
     with memory.trying(path):
         for tokens in sorted(_rooms(path, examples, training)):
             path.room = tokens
             rows = largest_part(path, examples, training)
             for number, needed in _needs(adapter, path, rows, training, blocks):
-                peak = max(needed, before)
+                peak = max(needed, loading)
                 found.append(Setting(room=tokens, blocks=number, peak_bytes=peak))
     return found
 

@@ -20,7 +20,8 @@ from loralab.training.fast.path import Path
 
 GRADIENT_BYTES = 8  # of a trained number: its gradient, and its start to compare with
 ALLOCATED = 1.25  # bytes of memory for a byte of activations: found, not derived
-WORKSPACE = 120 * 10**6  # kernels that the matrix library builds and keeps, chunks of logits
+# kernels that the matrix library builds and keeps, chunks of logits; padded rows have more shapes
+WORKSPACE, OF_PADDED_ROWS = 120 * 10**6, 300 * 10**6
 MEASURED = 2048  # tokens up to which a forward pass is tried out
 MEASURED_PICTURES = 8
 KEEP_ABOVE, MAP_ABOVE = -1, -3  # mallopt's M_TRIM_THRESHOLD and M_MMAP_THRESHOLD
@@ -131,8 +132,13 @@ def needed_bytes(
     device = next(adapter.model.parameters()).device
     state = sum(p.numel() for p in adapter.parameters()) * (GRADIENT_BYTES + 2 * bits // 8)
     activations = ALLOCATED * kept_bytes(path, rows, most)
-    workspace = WORKSPACE if path.kind == "causal-lm" else 0
-    return int(held_bytes(device) + state + activations + workspace)
+    return int(held_bytes(device) + state + activations + _workspace(path, device))
+
+
+def _workspace(path: Path, device: torch.device) -> int:
+    if path.kind == "image-classification":
+        return 0  # one shape
+    return WORKSPACE if path.way == "packed" or device.type != "cpu" else OF_PADDED_ROWS
 
 
 def kept_bytes(path: Path, rows: Sequence[Example], most: int = MEASURED) -> float:
@@ -204,12 +210,14 @@ def held_bytes(device: torch.device) -> int:
 def kept_pages() -> Iterator[None]:
     """Let the GNU C library keep what is freed, instead of fetching fresh pages for each tensor.
 
-    On leaving, it works as it does after a while by itself, and has handed back what is free.
+    What loading has freed is handed back first. On leaving, it works as it does after a while by
+    itself, and has handed back what is free.
     """
     library = ctypes.CDLL(None)
     if not hasattr(library, "mallopt") or not hasattr(library, "malloc_trim"):
         yield
         return
+    library.malloc_trim(0)
     library.mallopt(KEEP_ABOVE, EVERYTHING)
     if not library.mallopt(MAP_ABOVE, EVERYTHING):
         library.mallopt(MAP_ABOVE, MAP_LIMIT)

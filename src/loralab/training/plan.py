@@ -15,6 +15,7 @@ from loralab.training.preflight import Prepared, Request
 from loralab.training.settings import Training
 
 FEW_TOKENS = 256  # at once: what is proposed where memory is short
+CERTAIN = 0.2
 NF4_BYTES = 4.127 / 8  # of a weight, with its scales
 
 
@@ -114,13 +115,15 @@ def smaller(prepared: Prepared, training: Training, peak: int) -> dict[str, int]
             path.room = before
         if training.gradient_checkpointing == "off" and blocks:
             rows = fit.largest_part(path, examples, training)
-            needed = fit.needed(adapter, path, rows, training, blocks)
-            floor = memory.peak_bytes(memory.device_here())
-            found["--gradient-checkpointing on"] = max(needed, floor)
+            found["--gradient-checkpointing on"] = fit.needed(adapter, path, rows, training, blocks)
     if training.optimizer_bits == 32:
         found["--optimizer-bits 8"] = peak - 6 * adapter.num_parameters
     if training.quantize == "none" and not isinstance(adapter.config, FullFineTune | BitFit):
-        found["--quantize nf4"] = peak - _saved_by_packing(path.model)
+        saved = _saved_by_packing(path.model)
+        if saved > CERTAIN * peak:  # less than that is lost again to unpacking
+            found["--quantize nf4"] = peak - saved
+    floor = memory.peak_bytes(memory.device_here())  # loading needs it with any of them
+    found = {name: max(value, floor) for name, value in found.items()}
     better = {name: value for name, value in found.items() if value < 0.97 * peak}
     return dict(sorted(better.items(), key=lambda item: item[1]))
 
