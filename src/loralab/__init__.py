@@ -33,6 +33,9 @@ _WHERE = {
     "export": "artefacts.export",
     "certify": "artefacts.certificate",
     "verify": "artefacts.certificate",
+    "Asked": "studies.study",
+    "study": "studies.conduct",
+    "report": "studies.conduct",
     "LoralabError": "errors",
 }
 

@@ -304,6 +304,22 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+def method_named(name: str) -> tuple[str, dict[str, Any]]:
+    """The method of METHODS behind a name, and the options that a variant stands for.
+
+    Raises:
+        ConfigError: there is no such method.
+    """
+    wanted = name.lower()
+    if wanted in VARIANTS:
+        return VARIANTS[wanted]
+    if wanted not in METHODS:
+        choices = [*METHODS, *VARIANTS]
+        hint = nearest(wanted, choices)
+        raise ConfigError(f"--method must be one of {', '.join(choices)}, got {name!r}{hint}")
+    return wanted, {}
+
+
 def first_match(name: str, patterns: Mapping[str, T], default: T) -> T:
     """The value of the first pattern that ends the module path `name`, as peft decides it."""
     for pattern, value in patterns.items():

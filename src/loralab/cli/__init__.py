@@ -13,7 +13,7 @@ from loralab.errors import InputError, LoralabError
 
 app = typer.Typer(
     name="loralab",
-    help="The laboratory for low-rank adaptation: adapt, train, prove.",
+    help="The laboratory for low-rank adaptation: adapt, train, prove, compare.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
@@ -49,7 +49,7 @@ def main() -> None:
 
 def run(arguments: list[str]) -> int:
     """Run a command line and return its exit code; errors go to standard error, one line each."""
-    from loralab.cli import artefacts, train  # noqa: F401  (they add their commands to the app)
+    from loralab.cli import artefacts, study, train  # noqa: F401  (they add their commands to the app)
 
     try:
         result: Any = typer.main.get_command(app).main(

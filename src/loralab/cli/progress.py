@@ -5,6 +5,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.status import Status
 
 LINES = 20
 
@@ -55,3 +56,39 @@ class Bar:
 def _time(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes}:{rest:02d}"
+
+
+class StudyLines:
+    """Listens to a study: which arm and seed runs, its step on a terminal, and the time left."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self._console = Console(stderr=True, quiet=quiet, highlight=False)
+        self._status: Status | None = None
+        self._now = ""
+
+    def __enter__(self) -> "StudyLines":
+        if sys.stderr.isatty() and not self._console.quiet:
+            self._status = self._console.status("")
+            self._status.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._status is not None:
+            self._status.stop()
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        """Show one event."""
+        if event["kind"] == "cell":
+            self._cell(event)
+        elif event["kind"] == "step" and self._status is not None:
+            self._status.update(f"{self._now}  step {event['step']}/{event['steps']}")
+
+    def _cell(self, event: dict[str, Any]) -> None:
+        left = "" if event["seconds_left"] is None else f"  {_time(event['seconds_left'])} left"
+        rate = "" if event["rate"] is None else f"  rate {event['rate']:.1e}"
+        what = "search" if event["search"] else f"seed {event['seed']}"
+        self._now = f"{event['study']}  {event['arm']}  {what}{rate}{left}"
+        if self._status is not None:
+            self._status.update(self._now)
+        if event["what"] != "begins" or self._status is None:
+            self._console.print(f"{event['what']:8} {self._now}")

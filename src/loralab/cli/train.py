@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from loralab.adapters.methods import METHODS, VARIANTS
+from loralab.adapters.methods import METHODS, VARIANTS, method_named
 from loralab.cli import app
 from loralab.cli.options import build, from_toml, pairs, require_known, with_options
-from loralab.errors import ConfigError, nearest
+from loralab.errors import ConfigError
 from loralab.training.settings import Evaluation, Training
 
 if TYPE_CHECKING:
@@ -202,7 +202,8 @@ def _request(given: Mapping[str, Any]) -> dict[str, Any]:
     """What train() and plan() take."""
     if "data" not in given:
         raise ConfigError("give --data: a task name, a file, a folder or a hub id")
-    name, given = _method_of(given)
+    name, implied = method_named(str(given.get("method", "lora")))
+    given = {**implied, **given}
     others = [kind for kind in METHODS.values() if kind is not METHODS[name]]
     require_known(given, (METHODS[name], Training), others, name)
     columns = given.get("map", {})
@@ -213,19 +214,6 @@ def _request(given: Mapping[str, Any]) -> dict[str, Any]:
         "training": build(Training, given),
         "mapping": _mapping(columns) if isinstance(columns, str) else columns,
     }
-
-
-def _method_of(given: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The method, and all that was given with what a variant such as "dora" stands for."""
-    name = str(given.get("method", "lora")).lower()
-    if name in VARIANTS:
-        name, implied = VARIANTS[name]
-        return name, {**implied, **given}
-    if name not in METHODS:
-        choices = [*METHODS, *VARIANTS]
-        hint = nearest(name, choices)
-        raise ConfigError(f"--method must be one of {', '.join(choices)}, got {name!r}{hint}")
-    return name, dict(given)
 
 
 def _field_names() -> set[str]:

@@ -54,13 +54,15 @@ class Scores:
     accuracy, macro_f1 and matthews where there are labels (over words, without matthews, for
     tags; entity_f1 where they mark entities); accuracy and mrr of finding a text's partner;
     exact_match, bleu and rouge_l (each 0 to 1) where answers were generated. `main` names the
-    metric that decides.
+    metric that decides. `row_losses` is each row's mean loss, of language models and classifiers
+    whose losses were taken row by row; empty otherwise.
     """
 
     metrics: dict[str, float]
     rows: int
     predictions: tuple[Prediction, ...]
     main: str
+    row_losses: tuple[float, ...] = ()
 
     def better(self, other: "Scores") -> bool:
         """Whether these scores beat others by the main metric."""
@@ -105,13 +107,16 @@ def evaluate(
         room = min(room, tokenizer.model_max_length)
     encoded = encode(task, split, tokenizer, kind=kind, max_length=room, rows=rows)
     _require_whole(task, split, encoded, room, kind)
+    row_losses: Sequence[float] = ()
     with _evaluating(model):
         if kind == "token-classification":
             metrics, written = score_tags(model, tokenizer, encoded, rows, task.labels, batch_size)
         elif kind == "sentence-encoder":
             metrics, written = score_pairs(model, tokenizer, encoded, rows, batch_size)
         else:
-            loss, written = _answered(model, tokenizer, task, encoded, rows, kind, batch_size, room)
+            loss, written, row_losses = _answered(
+                model, tokenizer, task, encoded, rows, kind, batch_size, room
+            )
             if generate:
                 asked = [prompt_ids(task, row, tokenizer) for row in rows]
                 written = _generate(model, tokenizer, asked, max_new_tokens, batch_size)
@@ -121,7 +126,10 @@ def evaluate(
         for i, (row, a) in enumerate(zip(rows, written, strict=True))
     )
     main = next(name for name in ("entity_f1", "accuracy", "loss") if name in metrics)
-    return Scores(metrics=metrics, rows=len(rows), predictions=predictions, main=main)
+    return Scores(
+        metrics=metrics, rows=len(rows), predictions=predictions, main=main,
+        row_losses=tuple(row_losses),
+    )  # fmt: skip
 
 
 def _require_answers(task: Task, kind: str, generate: bool) -> None:
@@ -138,14 +146,15 @@ def _require_answers(task: Task, kind: str, generate: bool) -> None:
 def _answered(
     model: nn.Module, tokenizer: Any, task: Task, encoded: Encoded, rows: Sequence[Row], kind: str,
     batch_size: int, room: int,
-) -> tuple[float, list[str]]:  # fmt: skip
-    """Mean loss, and the label of each row where there are labels."""
+) -> tuple[float, list[str], list[float]]:  # fmt: skip
+    """Mean loss, the label of each row where there are labels, and the mean loss of each row."""
     if task.labels and kind == "causal-lm":
-        loss, count, chosen = _ranked(model, tokenizer, task, encoded, rows, batch_size, room)
+        sums, counts, chosen = _ranked(model, tokenizer, task, encoded, rows, batch_size, room)
     else:
-        loss, count, chosen = _losses(model, tokenizer, encoded, kind, batch_size)
+        sums, counts, chosen = _losses(model, tokenizer, encoded, kind, batch_size)
     written = [task.labels[index] for index in chosen] if task.labels else [""] * len(rows)
-    return loss / max(count, 1), written
+    own = [total / max(count, 1) for total, count in zip(sums, counts, strict=True)]
+    return math.fsum(sums) / max(sum(counts), 1), written, own
 
 
 def _metrics(
@@ -220,13 +229,13 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 def _losses(
     model: nn.Module, tokenizer: Any, encoded: Encoded, kind: str, batch_size: int,
     choices: Sequence[int] = (),
-) -> tuple[float, int, list[int]]:  # fmt: skip
-    """Summed loss, number of labels and, for each example, the class or the choice preferred.
+) -> tuple[list[float], list[int], list[int]]:  # fmt: skip
+    """Each example's summed loss, number of labels, and the class or the choice preferred.
 
     `choices` are tokens that may begin the answer of a language model.
     """
     examples = encoded.examples
-    total, count, chosen = 0.0, 0, [0] * len(examples)
+    sums, counts, chosen = [0.0] * len(examples), [0] * len(examples), [0] * len(examples)
     head = None
     for number, (indices, batch) in enumerate(
         by_length(model, tokenizer, examples, kind, batch_size)
@@ -240,18 +249,22 @@ def _losses(
         else:
             options = call(model, batch).float()
             losses = F.cross_entropy(options, batch["labels"], reduction="none")
-        total += float(losses.sum())
-        count += len(losses)
+            rows = torch.arange(len(indices), device=losses.device)
+        totals = losses.new_zeros(len(indices)).index_add_(0, rows, losses)
+        for index, total, count in zip(
+            indices, totals.tolist(), rows.bincount(minlength=len(indices)).tolist(), strict=True
+        ):
+            sums[index], counts[index] = total, count
         for index, best in zip(indices, options.argmax(dim=-1).tolist(), strict=bool(choices)):
             chosen[index] = best
-    return total, count, chosen
+    return sums, counts, chosen
 
 
 def _ranked(
     model: nn.Module, tokenizer: Any, task: Task, encoded: Encoded, rows: Sequence[Row],
     batch_size: int, room: int,
-) -> tuple[float, int, list[int]]:  # fmt: skip
-    """Summed loss, number of tokens, and the index of the likeliest label of each row."""
+) -> tuple[list[float], list[int], list[int]]:  # fmt: skip
+    """Each row's summed loss, number of tokens, and the index of its likeliest label."""
     candidates = [
         [answer_ids(task, row, tokenizer, label) for label in task.labels] for row in rows
     ]
@@ -276,9 +289,9 @@ def _ranked(
             found[index] = value
     table = torch.tensor(found).view(len(rows), len(task.labels))
     true = [task.labels.index(row["label"]) for row in rows]
-    tokens = sum(len(own[index]) for own, index in zip(candidates, true, strict=True))
-    loss = -math.fsum(table[row, index].item() for row, index in enumerate(true))
-    return loss, tokens, table.argmax(dim=1).tolist()
+    tokens = [len(own[index]) for own, index in zip(candidates, true, strict=True)]
+    losses = [-table[row, index].item() for row, index in enumerate(true)]
+    return losses, tokens, table.argmax(dim=1).tolist()
 
 
 def _log_likelihood(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:

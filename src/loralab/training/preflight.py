@@ -48,6 +48,7 @@ class Request:
     """What the user asked for, precision resolved.
 
     `settled` is whether a memory budget has made its choice: in the run that this one goes on with.
+    `task` are the rows, where they are not simply those behind `data`.
     """
 
     model: str
@@ -56,6 +57,7 @@ class Request:
     training: Training
     mapping: Mapping[str, str]
     settled: bool = False
+    task: Task | None = None
 
     @staticmethod
     def of(
@@ -114,7 +116,7 @@ class Prepared:
 def prepare(request: Request) -> Prepared:
     """Load, attach and encode; raises whatever is wrong with the input, and writes nothing."""
     training = request.training
-    task = catalog.find(request.data, mapping=request.mapping, seed=training.seed)
+    task = request.task or catalog.find(request.data, mapping=request.mapping, seed=training.seed)
     base = load_base(
         request.model, task, training.precision, training.seed, quantize=training.quantize,
         image_size=training.image_size,

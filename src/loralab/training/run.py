@@ -58,6 +58,7 @@ def train(
     resume: bool = False,
     mapping: Mapping[str, str] | None = None,
     listener: Listener | None = None,
+    task: Task | None = None,
 ) -> Run:
     """Train an adapter and write its run folder, which is an adapter folder too.
 
@@ -69,6 +70,7 @@ def train(
             was never interrupted.
         mapping: canonical column -> the file's own, such as {"text": "review"}.
         listener: called with every event of the run.
+        task: rows to take instead of those behind `data`, such as a part of them.
 
     Raises:
         InputError: something given is wrong; nothing has been written.
@@ -77,7 +79,7 @@ def train(
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("training in several processes is not supported yet; start a single one")
     folder = Path(output_dir)
-    request = Request.of(model, data, method, training, mapping)
+    request = replace(Request.of(model, data, method, training, mapping), task=task)
     request = preflight.require_place(folder, request, resume=resume)
     prepared = preflight.prepare(request)
     training = prepared.training

@@ -1,0 +1,85 @@
+"""study, report."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from loralab.cli import app
+from loralab.cli.options import build, with_options
+from loralab.cli.train import Data, Json, Map, Model, _mapping, _print_json
+from loralab.errors import ConfigError
+from loralab.studies.catalog import STUDIES
+from loralab.studies.study import LANGUAGES, Asked
+
+if TYPE_CHECKING:
+    from loralab.studies.conduct import Outcome
+
+Language = Annotated[str, typer.Option("--lang", help=f"of the page: {' or '.join(LANGUAGES)}")]
+
+
+@app.command()
+@with_options(Asked)
+def study(
+    name: Annotated[str, typer.Argument(help=f"{', '.join(STUDIES)}, all, or a .toml file")],
+    model: Model = None,
+    data: Data = None,
+    map_: Map = None,
+    output_dir: Annotated[
+        Path | None, typer.Option(help="a new folder; none is studies/<name>", show_default=False)
+    ] = None,
+    budget: Annotated[str | None, typer.Option(help="time to spend, as in 20m")] = None,
+    resume: Annotated[bool, typer.Option(help="go on with what the folder holds")] = False,
+    skip_invalid: Annotated[
+        bool, typer.Option(help="leave out arms that cannot run on this model")
+    ] = False,
+    lang: Language = "en",
+    quiet: Annotated[bool, typer.Option(help="no progress")] = False,
+    json_: Json = False,
+    typed: dict[str, Any] | None = None,
+) -> None:
+    """Answer a question by fair measurement on a model and data, as a report."""
+    _require_language(lang)
+    given = {**(typed or {}), **{k: v for k, v in (("model", model), ("data", data)) if v}}
+    asked = build(Asked, given)
+    from loralab.cli.progress import StudyLines
+    from loralab.studies.conduct import study as conduct
+
+    with StudyLines(quiet=quiet or json_) as lines:
+        outcome = conduct(
+            name, output_dir=output_dir, asked=asked, mapping=_mapping(map_), budget=budget,
+            resume=resume, skip_invalid=skip_invalid, language=lang, listener=lines,
+        )  # fmt: skip
+    _show(outcome, lang, json_)
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="a study folder")],
+    lang: Language = "en",
+    json_: Json = False,
+) -> None:
+    """Write the page of a study folder again; trains nothing."""
+    _require_language(lang)
+    from loralab.studies.conduct import report as render
+
+    _show(render(folder, language=lang), lang, json_)
+
+
+def _show(outcome: "Outcome", language: str, as_json: bool) -> None:
+    answers = {name: a.sentence.said(language) for name, a in outcome.answers.items()}
+    if as_json:
+        _print_json({
+            "folder": str(outcome.folder), "answers": answers, "skipped": dict(outcome.skipped),
+            "advice": {name: dict(a.advice) for name, a in outcome.answers.items()},
+        })  # fmt: skip
+        return
+    for name, sentence in answers.items():
+        number = STUDIES[name].number + " " if name in STUDIES else ""
+        print(f"{number}{name}: {sentence}")
+    print(f"report: {outcome.folder / 'report.html'}")
+
+
+def _require_language(language: str) -> None:
+    if language not in LANGUAGES:
+        raise ConfigError(f"--lang must be {' or '.join(LANGUAGES)}, got {language!r}")

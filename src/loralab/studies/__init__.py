@@ -1,0 +1,1 @@
+"""A question -> runs -> numbers -> a sentence."""

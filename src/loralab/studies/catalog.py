@@ -1,0 +1,146 @@
+"""The studies that can be named: question, and the ground they stand on unless told otherwise.
+
+Standard library only.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from loralab.errors import ConfigError, nearest
+from loralab.studies.study import Asked, Ground, Text
+
+ENCODER, WRITER, VISION = "minilm-l6", "smollm2-135m", "dinov2-s"
+# times the method's usual rate: short runs want higher ones
+QUICK_RATES = (2.0, 6.0)
+RATES = (10**-0.5, 1.0, 10**0.5, 10.0)
+REVIEWS, CLOTHES = "movie-reviews", "fashion-mnist"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """A study by its question; `title` is the source's own heading.
+
+    `steps`, `batch_size` and `rows` of test are (thorough, quick). `fields` are those of Training
+    that all arms share.
+    """
+
+    number: str
+    title: Text
+    model: str = ENCODER
+    data: str = REVIEWS
+    steps: tuple[int, int] = (150, 64)
+    batch_size: int = 16
+    rows: tuple[int, int] = (500, 300)
+    seeds: int = 3
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+
+STUDIES: dict[str, Question] = {
+    "lowrank": Question(
+        number="Q1",
+        title=Text(
+            "Why is the update of pretrained weights low-rank?", "為什麼預訓練權重更新是低秩的？"
+        ),
+    ),
+    "rank": Question(
+        number="Q2",
+        title=Text("How should LoRA's rank be chosen?", "LoRA 的 rank 應該如何選擇？"),
+    ),
+    "init": Question(
+        number="Q3",
+        title=Text("Why does lora_B start at zero?", "為什麼 lora_B 初始化為零？"),
+    ),
+    "targets": Question(
+        number="Q4",
+        title=Text("Which layers can LoRA be applied to?", "LoRA 可以應用到哪些層？"),
+    ),
+    "scaling": Question(
+        number="Q5",
+        title=Text("Is scaling by alpha really needed?", "Alpha 的縮放真的必要嗎？"),
+    ),
+    "merge": Question(
+        number="Q6",
+        title=Text(
+            "Does performance change once weights are merged?", "合併權重後性能有差異嗎？"
+        ),
+        model=WRITER, steps=(40, 15), batch_size=8, rows=(100, 40), seeds=1,
+    ),
+    "memory": Question(
+        number="Q7",
+        title=Text("How can memory use be reduced?", "如何減少記憶體使用？"),
+        model=WRITER, steps=(12, 5), batch_size=8, rows=(40, 20), seeds=3,
+    ),
+    "inference": Question(
+        number="Q8",
+        title=Text("Can LoRA speed inference up?", "LoRA 能用於推論加速嗎？"),
+        model=WRITER, steps=(40, 15), batch_size=8, rows=(100, 40), seeds=1,
+    ),
+    "multitask": Question(
+        number="Q9",
+        title=Text(
+            "How should a multi-task LoRA system be designed?", "如何設計多任務 LoRA 系統？"
+        ),
+        steps=(80, 30), rows=(200, 100), seeds=1,
+    ),
+    "methods": Question(
+        number="Q10",
+        title=Text(
+            "How does LoRA compare with Adapter and Prefix-tuning?",
+            "LoRA 與 Adapter、Prefix-tuning 的對比？",
+        ),
+    ),
+    "adaptive": Question(
+        number="Q11",
+        title=Text("Can the rank be dynamic (AdaLoRA)?", "能否實作動態 rank（AdaLoRA）？"),
+    ),
+    "vision": Question(
+        number="Q12",
+        title=Text(
+            "Can LoRA be used for a Vision Transformer?", "LoRA 能用於 Vision Transformer 嗎？"
+        ),
+        model=VISION, data=CLOTHES, steps=(60, 16), batch_size=16, rows=(400, 150),
+        fields={"image_size": 98},
+    ),
+}  # fmt: skip
+
+
+def question(name: str) -> Question:
+    """The question behind a study's name.
+
+    Raises:
+        ConfigError: there is no such study.
+    """
+    if name not in STUDIES:
+        raise ConfigError(
+            f"there is no study {name!r}{nearest(name, [*STUDIES, 'all'])} Studies: "
+            f"{', '.join(STUDIES)}, all; or a .toml file of your own"
+        )
+    return STUDIES[name]
+
+
+def ground(name: str, asked: Asked, mapping: Mapping[str, str] | None = None) -> Ground:
+    """What all arms of a study share, with whatever was left open filled in.
+
+    Raises:
+        ConfigError: there is no such study.
+    """
+    own = question(name)
+    at = 1 if asked.quick else 0
+    steps, rows = asked.steps or own.steps[at], asked.test_rows or own.rows[at]
+    batch = asked.batch_size or own.batch_size
+    fields = {
+        "max_steps": steps, "batch_size": batch, "precision": asked.precision, **own.fields,
+    }  # fmt: skip
+    if asked.max_length is not None:
+        fields["max_length"] = asked.max_length
+    if asked.learning_rate is not None:
+        fields["learning_rate"] = asked.learning_rate
+    return Ground(
+        study=name, model=asked.model or own.model, data=asked.data or own.data,
+        mapping=dict(mapping or {}), fields=fields,
+        rows={"train": steps * batch, "validation": rows, "test": rows},
+        seeds=1 if asked.quick else asked.seeds or own.seeds,
+        quick=asked.quick, fixed_lr=asked.fixed_lr, values=asked.values,
+        rates=QUICK_RATES if asked.quick else RATES,
+    )  # fmt: skip

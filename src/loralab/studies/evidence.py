@@ -1,0 +1,237 @@
+"""Records -> arms side by side, differences with their intervals, and the sentences they support."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from loralab.studies.statistics import (
+    CONFIDENCE,
+    MANY,
+    Difference,
+    Interval,
+    bootstrap_variance,
+    difference,
+    mean_interval,
+)
+from loralab.studies.study import DONE, Finding, Ground, Record, Table, Text
+
+SEED = 0  # of every bootstrap: rendering again gives the same page
+Z = 1.96
+METRICS = {
+    "accuracy": Text("accuracy", "準確率"),
+    "loss": Text("loss", "損失"),
+    "entity_f1": Text("entity F1", "實體 F1"),
+}
+QUICK = Text("Indication only (one seed):", "僅供參考（只有一個隨機種子）：")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """How a score is said: accuracies in points of a hundred, losses as they are."""
+
+    name: str
+
+    @property
+    def text(self) -> Text:
+        """Its name."""
+        return METRICS.get(self.name, Text(self.name, self.name))
+
+    @property
+    def rises(self) -> bool:
+        """Whether larger is better."""
+        return self.name != "loss"
+
+    def value(self, score: float) -> str:
+        """One score."""
+        return f"{100 * score:.1f} %" if self.rises else f"{score:.3f}"
+
+    def change(self, effect: float) -> Text:
+        """A difference, without its sign."""
+        size = abs(effect)
+        if self.rises:
+            return Text(f"{100 * size:.1f} points of {self.text.en}", f"{100 * size:.1f} 個百分點")
+        return Text(f"{size:.3f} of loss", f"損失 {size:.3f}")
+
+    def span(self, low: float, high: float) -> str:
+        """An interval of differences."""
+        factor, digits = (100, 1) if self.rises else (1, 3)
+        return f"{factor * low:+.{digits}f} … {factor * high:+.{digits}f}"
+
+
+def by_arm(records: Iterable[Record]) -> dict[str, list[Record]]:
+    """The records that have a score, by arm, in the arms' order."""
+    found: dict[str, list[Record]] = {}
+    for record in records:
+        if record.items.get("score"):
+            found.setdefault(record.arm.name, []).append(record)
+    return found
+
+
+def metric_of(records: Iterable[Record]) -> Metric:
+    """The metric that decides; accuracy where nothing says."""
+    return Metric(
+        name=next((r.texts["metric"] for r in records if "metric" in r.texts), "accuracy")
+    )
+
+
+def paired(
+    ours: Sequence[Record], theirs: Sequence[Record], comparisons: int = 1
+) -> Difference | None:
+    """Ours less theirs over the seeds that both have; None if they have none in common.
+
+    An arm of a single cell, such as the base model, stands against every seed of the other.
+    """
+    left, right = ({r.seed: r.items["score"] for r in own} for own in (ours, theirs))
+    if len(right) == 1 and len(left) > 1:
+        right = dict.fromkeys(left, next(iter(right.values())))
+    if len(left) == 1 and len(right) > 1:
+        left = dict.fromkeys(right, next(iter(left.values())))
+    seeds = sorted(left.keys() & right.keys())
+    if not seeds:
+        return None
+    return difference(
+        [left[s] for s in seeds], [right[s] for s in seeds], comparisons=comparisons,
+        generator=np.random.default_rng(SEED),
+    )  # fmt: skip
+
+
+def against(arms: Mapping[str, Sequence[Record]], reference: str) -> dict[str, Difference]:
+    """Every other arm less the reference, as one family of comparisons."""
+    others = [name for name in arms if name != reference]
+    found = {n: paired(arms[n], arms[reference], max(1, len(others))) for n in others}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def claim(ours: str, theirs: str, found: Difference, metric: Metric, ground: Ground) -> Finding:
+    """A difference in words: a claim where its interval excludes zero, else that there is none."""
+    span = metric.span(found.low, found.high)
+    percent = round(100 * CONFIDENCE)
+    size = metric.change(found.effect)
+    if found.holds:
+        word = ("better", "較好") if found.effect > 0 else ("worse", "較差")
+        sentence = Text(
+            f"{ours} is {word[0]} than {theirs} by {size.en} ({percent} % interval {span}).",
+            f"{ours} 比 {theirs} {word[1]}，差 {size.zh}（{percent}% 信賴區間 {span}）。",
+        )
+    else:
+        needed = _needed(found)
+        sentence = Text(
+            f"Between {ours} and {theirs} there is no difference beyond noise "
+            f"({span}; {needed.en}).",
+            f"{ours} 與 {theirs} 之間沒有超出雜訊的差異（{span}；{needed.zh}）。",
+        )
+    if ground.quick:
+        sentence = QUICK + sentence
+    return Finding(
+        sentence=sentence, holds=found.holds, effect=found.effect, low=found.low, high=found.high
+    )
+
+
+def _needed(found: Difference) -> Text:
+    """What would show a difference of this size."""
+    if found.seeds_needed is not None and found.seeds_needed <= MANY:
+        n = found.seeds_needed
+        return Text(f"would need about {n} seeds", f"約需 {n} 個隨機種子才看得出")
+    if found.rows_needed is not None and found.rows_needed < 1e6:
+        n = int(float(f"{found.rows_needed:.2g}"))
+        return Text(f"would need about {n:,} test rows", f"約需 {n:,} 筆測試資料才看得出")
+    return Text("too small to be seen here", "差異太小，在此看不出來")
+
+
+def own_interval(records: Sequence[Record]) -> Interval:
+    """An arm's mean score and its own interval, over seeds and test rows, in the metric's sense."""
+    scores = [r.numbers["score"] for r in records]
+    plain = mean_interval(scores)
+    items = np.asarray([r.items["score"] for r in records], dtype=float).mean(axis=0)
+    of_items = bootstrap_variance(items, np.random.default_rng(SEED)) if len(items) > 1 else 0.0
+    of_seeds = plain.spread**2 / plain.count
+    half = Z * math.sqrt(of_items + of_seeds)
+    return Interval(
+        mean=plain.mean, low=plain.mean - half, high=plain.mean + half, spread=plain.spread,
+        count=plain.count,
+    )  # fmt: skip
+
+
+def mean_of(records: Sequence[Record], name: str) -> float:
+    """The mean of a number over seeds; not a number where no record has it."""
+    found = [r.numbers[name] for r in records if name in r.numbers]
+    return math.fsum(found) / len(found) if found else math.nan
+
+
+def best_arm(arms: Mapping[str, Sequence[Record]], metric: Metric) -> str:
+    """The arm of the best mean score."""
+    sign = 1 if metric.rises else -1
+    return max(arms, key=lambda name: sign * mean_of(arms[name], "score"))
+
+
+def scores_table(arms: Mapping[str, Sequence[Record]], metric: Metric) -> Table:
+    """Every arm: size, score with its interval, losses, cost."""
+    columns = (
+        Text("arm", "組別"), Text("trained parameters", "訓練參數量"),
+        Text(f"test {metric.text.en} (95 % interval)", f"測試{metric.text.zh}（95% 信賴區間）"),
+        Text("training loss", "訓練損失"), Text("validation loss", "驗證損失"),
+        Text("gap: test less training loss", "差距：測試減訓練損失"),
+        Text("learning rate", "學習率"), Text("step", "每步時間"),
+        Text("peak memory", "記憶體峰值"), Text("file", "檔案大小"),
+    )  # fmt: skip
+    rows = [
+        [name, count(mean_of(own, "parameters")), scored(own, metric),
+         plain(mean_of(own, "train_loss")), plain(mean_of(own, "validation_loss")),
+         plain(mean_of(own, "gap")), rate(own), seconds(mean_of(own, "step_seconds")),
+         size(mean_of(own, "peak_bytes")), size(mean_of(own, "file_bytes"))]
+        for name, own in arms.items()
+    ]  # fmt: skip
+    return Table(title=Text("All arms", "所有組別"), columns=columns, rows=rows)
+
+
+def scored(records: Sequence[Record], metric: Metric) -> str:
+    """A score with its interval."""
+    found = own_interval(records)
+    assert found.low is not None
+    assert found.high is not None
+    return f"{metric.value(found.mean)} ({metric.value(found.low)} – {metric.value(found.high)})"
+
+
+def rate(records: Sequence[Record]) -> str:
+    """The learning rate that an arm ran with."""
+    return f"{records[0].rate:.1e}" if records[0].rate else "–"
+
+
+def count(value: float) -> str:
+    """A whole number."""
+    return "–" if math.isnan(value) else f"{value:,.0f}"
+
+
+def plain(value: float, digits: int = 3) -> str:
+    """A number."""
+    return "–" if math.isnan(value) else f"{value:.{digits}f}"
+
+
+def size(value: float) -> str:
+    """Bytes."""
+    if math.isnan(value):
+        return "–"
+    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if value >= unit:
+            return f"{value / unit:.2f} {name}" if unit == 1e9 else f"{value / unit:.1f} {name}"
+    return f"{value:.0f} B"
+
+
+def seconds(value: float) -> str:
+    """A duration."""
+    if math.isnan(value):
+        return "–"
+    if value < 1e-3:
+        return f"{1e6 * value:.0f} µs"
+    return f"{1e3 * value:.0f} ms" if value < 1 else f"{value:.1f} s"
+
+
+def unfinished(records: Iterable[Record]) -> list[tuple[str, str]]:
+    """Arms without a result, and why: they are shown, not dropped."""
+    found: dict[str, str] = {}
+    for record in records:
+        if record.status != DONE:
+            found.setdefault(record.arm.name, f"{record.status}: {record.reason or 'not run yet'}")
+    return list(found.items())

@@ -1,0 +1,51 @@
+"""Flat fields, as config.toml has them -> a method and a training. Standard library only."""
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from loralab.adapters.methods import METHODS, Method, method_named
+from loralab.errors import ConfigError, nearest
+from loralab.training.settings import Training
+
+OTHERS = ("method",)
+
+
+def configured(flat: Mapping[str, Any]) -> tuple[Method, Training]:
+    """The method and the training that flat fields describe.
+
+    Raises:
+        ConfigError: a field is unknown, is none of this method's, or has a wrong value.
+    """
+    name, implied = method_named(str(flat.get("method", "lora")))
+    kind, values = METHODS[name], {**implied, **flat}
+    require_known(values)
+    own = {field.name for field in fields(kind)}
+    general = {field.name for field in fields(Training)}
+    for key in values.keys() - own - general - set(OTHERS):
+        raise ConfigError(f"{key} is no field of {name}, which has {', '.join(sorted(own))}")
+    method: Method = kind(**{k: _value(v) for k, v in values.items() if k in own})
+    training = Training(**{k: _value(v) for k, v in values.items() if k in general})
+    return method, training
+
+
+def known() -> set[str]:
+    """Every field that an arm can have."""
+    kinds = (*METHODS.values(), Training)
+    return {field.name for kind in kinds for field in fields(kind)} | set(OTHERS)
+
+
+def require_known(names: Mapping[str, Any]) -> None:
+    """Refuse a field that nothing has, proposing the nearest.
+
+    Raises:
+        ConfigError: there is no such field.
+    """
+    for name in names:
+        if name not in known():
+            raise ConfigError(f"there is no field {name!r}{nearest(name, known())}")
+
+
+def _value(value: Any) -> Any:
+    """Lists as the tuples that configurations hold."""
+    return tuple(value) if isinstance(value, list) else value

@@ -1,0 +1,64 @@
+"""Before a study runs: its arms, solved for this model, and which of them cannot run on it."""
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import asdict
+from types import ModuleType
+from typing import Any
+
+from loralab.adapters.attach import attach
+from loralab.errors import ConfigError, InputError
+from loralab.models.load import Base
+from loralab.studies.fields import configured
+from loralab.studies.study import Arm, Ground
+from loralab.studies.trained import rows_of
+from loralab.tasks.encode import encode
+from loralab.training.preflight import load_base, with_head
+
+
+def question_module(study: str) -> ModuleType:
+    """The file of a question; a study of the user's own is a grid."""
+    from loralab.studies.catalog import STUDIES
+
+    own = study if study in STUDIES else "grid"
+    return importlib.import_module(f"loralab.studies.questions.{own}")
+
+
+def prepare(
+    ground: Ground, given: Sequence[Arm] | None
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """The arms of a study (those given, or the question's own), and why some cannot run.
+
+    Raises:
+        InputError: the model or the data is wrong, whatever the arm.
+    """
+    base = base_of(ground)
+    arms = list(given) if given is not None else question_module(ground.study).arms(ground, base)
+    names = [arm.name for arm in arms]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ConfigError(f"two arms have the same name: {', '.join(sorted(twice))}")
+    if len(arms) < 1:
+        raise ConfigError(f"the study {ground.study!r} has no arms")
+    invalid = {arm.name: reason for arm in arms if (reason := _invalid(ground, arm, base))}
+    return [asdict(arm) for arm in arms], invalid
+
+
+def base_of(ground: Ground) -> Base:
+    """The model of a study, as its task needs it, once its rows are known to be readable."""
+    task = rows_of(ground)
+    base = load_base(ground.model, task, "fp32", 0, image_size=ground.fields.get("image_size"))
+    longest = int(ground.fields.get("max_length", 512))
+    encode(task, "test", base.tokenizer, kind=base.kind, max_length=longest)
+    return base
+
+
+def _invalid(ground: Ground, arm: Arm, base: Base) -> str:
+    """Why an arm cannot run on this model; empty if it can."""
+    if not arm.fields:
+        return ""
+    try:
+        method, _ = configured({**ground.fields, **arm.fields})
+        attach(base.model, with_head(method, base)).detach()
+    except InputError as error:
+        return str(error)
+    return ""

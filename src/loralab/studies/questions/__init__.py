@@ -1,0 +1,1 @@
+"""One file per question, each: arms(ground), measure(cell, folder), conclude(records, ground)."""

@@ -1,0 +1,108 @@
+"""A trained adapter cut to smaller ranks by SVD, and scored again without training."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from loralab.adapters.attach import Adapter
+from loralab.adapters.linear import LinearWithLoRA
+from loralab.errors import LearningError
+from loralab.studies import figures
+from loralab.studies.evidence import SEED, Metric
+from loralab.studies.statistics import difference
+from loralab.studies.study import Cell, Figure, Record, Text
+from loralab.studies.trained import Tell, diverged, items_of, score_on, scored, trained
+
+MEASURE_CUTS = "loralab.studies.questions.cuts:measure"
+CUTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48)
+CUT = "cut "  # of the names under which a record holds the items of each cut
+
+
+def measure(cell: Cell, folder: Path, tell: Tell) -> Record:
+    """Train and score; then score every cut."""
+    try:
+        run = trained(cell, folder, tell)
+    except LearningError as error:
+        return diverged(cell, folder, str(error))
+    found = {}
+    whole = factors(run.adapter)
+    for rank in (r for r in CUTS if r < cell.arm.fields["rank"]):
+        put(run.adapter, {name: truncated(A, B, rank) for name, (A, B) in whole.items()})
+        found[f"{CUT}{rank}"] = items_of(score_on(run, "test"))
+    put(run.adapter, whole)
+    record = scored(cell, run, folder)
+    return Record(**{**vars(record), "items": {**record.items, **found}})
+
+
+def factors(adapter: Adapter) -> dict[str, tuple[Tensor, Tensor]]:
+    """A and B of every low-rank update."""
+    return {
+        name: (module.lora_A.detach().clone(), module.lora_B.detach().clone())
+        for name, module in adapter.modules.items()
+        if isinstance(module, LinearWithLoRA)
+    }
+
+
+def truncated(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The nearest update of a smaller rank, in factors of the old shapes filled up with zeros."""
+    q_b, r_b = torch.linalg.qr(B)
+    q_a, r_a = torch.linalg.qr(A.T)
+    left, values, right = torch.linalg.svd(r_b @ r_a.T)
+    values[rank:] = 0
+    new_a, new_b = torch.zeros_like(A), torch.zeros_like(B)
+    count = len(values)
+    new_b[:, :count] = q_b @ left * values
+    new_a[:count] = right @ q_a.T
+    return new_a, new_b
+
+
+@torch.no_grad()
+def put(adapter: Adapter, new: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    """Fill the adapter with other factors."""
+    for name, (A, B) in new.items():
+        module = adapter.modules[name]
+        module.lora_A.copy_(A)
+        module.lora_B.copy_(B)
+
+
+def kept_at(records: Sequence[Record]) -> int | None:
+    """The smallest cut that is not worse than the whole, beyond noise; None if none was measured."""
+    cuts = _cuts(records)
+    for rank in cuts:
+        found = difference(
+            [r.items[f"{CUT}{rank}"] for r in records], [r.items["score"] for r in records],
+            generator=np.random.default_rng(SEED), comparisons=len(cuts),
+        )  # fmt: skip
+        if not (found.holds and found.effect < 0):
+            return rank
+    return None
+
+
+def cut_figure(records: Sequence[Record], metric: Metric) -> list[Figure]:
+    """The score of every cut against its rank."""
+    cuts = _cuts(records)
+    if not cuts:
+        return []
+    sign = 1 if metric.rises else -1
+    whole = sign * float(np.mean([np.mean(r.items["score"]) for r in records]))
+    rows = []
+    for rank in cuts:
+        items = np.asarray([r.items[f"{CUT}{rank}"] for r in records], dtype=float).mean(axis=0)
+        mean, half = sign * float(items.mean()), 1.96 * float(items.std(ddof=1)) / len(items) ** 0.5
+        rows.append({"arm": f"r={rank}", "x": rank, "value": mean, "low": mean - half,
+                     "high": mean + half})  # fmt: skip
+    return [figures.intervals(
+        "rank-cut", Text("The largest rank, cut to r by SVD; dashed: uncut",
+                         "最大的 rank 以 SVD 截到 r；虛線：未截斷"),
+        rows, x=Text("rank kept", "保留的 rank"),
+        y=Text(f"test {metric.text.en}", f"測試{metric.text.zh}"), log=True, chance=whole,
+        percent=metric.rises,
+    )]  # fmt: skip
+
+
+def _cuts(records: Sequence[Record]) -> list[int]:
+    shared = set.intersection(*({k for k in r.items if k.startswith(CUT)} for r in records))
+    return sorted(int(name.removeprefix(CUT)) for name in shared)

@@ -1,0 +1,315 @@
+"""A study folder -> one self-contained HTML page and Markdown, in English and Traditional Chinese.
+
+Reads the folder and knows nothing of training: rendering again never trains again.
+"""
+
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import vl_convert
+from markupsafe import Markup
+
+from loralab import __version__, atomic
+from loralab.studies import store
+from loralab.studies.catalog import STUDIES
+from loralab.studies.evidence import mean_of, metric_of, scored, seconds, size, unfinished
+from loralab.studies.prepare import question_module
+from loralab.studies.runner import records
+from loralab.studies.study import LANGUAGES, Answer, Figure, Ground, Record, Table, Text
+
+FIGURES = "figures"
+PAGE, MARKDOWN = "report.html", {"en": "report.md", "zh-TW": "report.zh-TW.md"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """One study on the page."""
+
+    name: str
+    number: str
+    title: Text
+    ground: Ground
+    answer: Answer
+    records: Sequence[Record]
+    left: Sequence[tuple[str, str]]
+    measured: Text
+    repeat: str
+    apply: str
+
+
+def render(folder: Path, language: str) -> dict[str, Answer]:
+    """Write every form of the report; the answers by study.
+
+    Raises:
+        OutputError: the folder holds no study, or cannot be written.
+    """
+    found = records(folder)
+    sections = [section(name, ground, own) for name, (ground, own) in in_order(found).items()]
+    store.write_results(folder, {s.name: s.records for s in sections})
+    for each in sections:
+        for figure in each.answer.figures:
+            _write_figure(folder / FIGURES, figure)
+    advice = [advised(group) for group in grouped(sections)]
+    closing = closing_answers(sections)
+    for code in LANGUAGES:
+        text = _environment().get_template("report.md.j2").render(
+            sections=sections, advice=advice, closing=closing, say=lambda t, c=code: said(t, c),
+            language=code, table=markdown_table, figures=FIGURES, today=date.today(),
+            version=__version__,
+        )  # fmt: skip
+        atomic.write_file(folder / MARKDOWN[code], text)
+    atomic.write_file(folder / PAGE, page(sections, advice, closing, language))
+    return {s.name: s.answer for s in sections}
+
+
+def in_order(found: Mapping[str, Any]) -> dict[str, Any]:
+    """The questions in the source's order, then the user's own studies."""
+    names = [*STUDIES, *(name for name in found if name not in STUDIES)]
+    return {name: found[name] for name in names if name in found}
+
+
+def section(name: str, ground: Ground, own: Sequence[Record]) -> Section:
+    """A study with its answer."""
+    question = STUDIES.get(name)
+    title = question.title if question else Text(name, name)
+    answer = question_module(name).conclude(own, ground)
+    return Section(
+        name=name, number=question.number if question else "", title=title, ground=ground,
+        answer=answer, records=own, left=unfinished(own), measured=measured(ground, own),
+        repeat=repeat_command(ground), apply=apply_command(ground, answer.advice, own),
+    )  # fmt: skip
+
+
+def measured(ground: Ground, own: Sequence[Record]) -> Text:
+    """How the runs of a study were made equal, and what they cost."""
+    fields, rows = ground.fields, ground.rows
+    cost, looked = sum(r.seconds for r in own), sum(r.searched for r in own)
+    tuned = any(r.searched for r in own)
+    rates_en = (
+        f"The learning rate of every arm was tuned by successive halving over "
+        f"{len(ground.rates)} rates around the method's usual one ({seconds(looked)})."
+        if tuned else "The learning rate was not tuned for each arm; another could favour another arm."
+    )  # fmt: skip
+    rates_zh = (
+        f"每個組別的學習率都以連續減半法在慣用值附近的 {len(ground.rates)} 個值中搜尋"
+        f"（{seconds(looked)}）。" if tuned else "學習率沒有逐組調整；換一個學習率可能有利於另一組。"
+    )  # fmt: skip
+    steps, batch = fields.get("max_steps"), fields.get("batch_size")
+    return Text(
+        f"{ground.model} on {ground.data}: {steps} steps of {batch} rows, the same rows in the same "
+        f"order for every arm; scored on {rows.get('test')} test rows; "
+        f"{ground.seeds} seed{'s' if ground.seeds > 1 else ''}. {rates_en} Runs took "
+        f"{seconds(cost)}.",
+        f"{ground.model} 於 {ground.data}：每組 {steps} 步、每步 {batch} 筆，資料與順序完全相同；"
+        f"以 {rows.get('test')} 筆測試資料評分；{ground.seeds} 個隨機種子。{rates_zh}"
+        f"訓練與評分共 {seconds(cost)}。",
+    )
+
+
+def repeat_command(ground: Ground) -> str:
+    """What runs the study again."""
+    parts = ["loralab", "study", ground.study, "--model", ground.model, "--data", ground.data]
+    parts += ["--quick"] if ground.quick else ["--seeds", str(ground.seeds)]
+    parts += ["--steps", str(ground.fields["max_steps"])]
+    parts += ["--values", ",".join(ground.values)] if ground.values else []
+    parts += ["--fixed-lr"] if ground.fixed_lr else []
+    return shlex.join(parts)
+
+
+def apply_command(ground: Ground, advice: Mapping[str, Any], own: Sequence[Record]) -> str:
+    """What trains as the answer says; empty where it gives no advice."""
+    if not advice:
+        return ""
+    parts = ["loralab", "train", "--model", ground.model, "--data", ground.data]
+    if ground.mapping:
+        parts += ["--map", ",".join(f"{k}={v}" for k, v in ground.mapping.items())]
+    fields = dict(advice)
+    if "learning_rate" not in fields and (rate := rate_for(advice, own)):
+        fields["learning_rate"] = rate
+    for name, value in fields.items():
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            parts.append(flag if value else f"--no-{flag[2:]}")
+        else:
+            shown = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+            parts += [flag, shown]
+    return shlex.join([*parts, "--output-dir", "runs/chosen"])
+
+
+def rate_for(advice: Mapping[str, Any], own: Sequence[Record]) -> float | None:
+    """The learning rate that was found for the arm that has the advised fields."""
+    for record in own:
+        if record.rate and all(record.arm.fields.get(k) == v for k, v in advice.items()):
+            return record.rate
+    return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Advice:
+    """The configuration that the studies of one model and data add up to."""
+
+    model: str
+    data: str
+    fields: Mapping[str, Any]
+    reasons: Sequence[tuple[str, str, Text]]
+    cost: Text
+    command: str
+    quick: bool
+
+
+def grouped(sections: Sequence[Section]) -> list[list[Section]]:
+    """Sections that stand on the same model and data, if any of them gives advice."""
+    groups: dict[tuple[str, str], list[Section]] = {}
+    for each in sections:
+        groups.setdefault((each.ground.model, each.ground.data), []).append(each)
+    return [group for group in groups.values() if any(s.answer.advice for s in group)]
+
+
+def advised(group: Sequence[Section]) -> Advice:
+    """All that the studies advise together, with what each contributes and what it costs."""
+    fields: dict[str, Any] = {}
+    reasons = []
+    records_: list[Record] = []
+    for each in group:
+        new = {k: v for k, v in each.answer.advice.items() if k not in fields}
+        fields |= new
+        records_ += each.records
+        if new:
+            shown = ", ".join(f"{k} = {_flat(v)}" for k, v in new.items())
+            reasons.append((each.number or each.name, shown, each.answer.sentence))
+    ground = group[0].ground
+    return Advice(
+        model=ground.model, data=ground.data, fields=fields, reasons=reasons,
+        cost=_cost(fields, records_), command=apply_command(ground, fields, records_),
+        quick=ground.quick,
+    )  # fmt: skip
+
+
+def _cost(fields: Mapping[str, Any], own: Sequence[Record]) -> Text:
+    """What a run of the nearest measured arm took."""
+    timed = [r for r in own if r.numbers.get("step_seconds")]
+    if not timed:
+        return Text("", "")
+    near = max(timed, key=lambda r: sum(r.arm.fields.get(k) == v for k, v in fields.items()))
+    step, peak = seconds(mean_of([near], "step_seconds")), size(mean_of([near], "peak_bytes"))
+    disk = size(mean_of([near], "file_bytes"))
+    metric = metric_of([near])
+    score_ = scored([near], metric) if near.items.get("score") else "–"
+    return Text(
+        f"The nearest arm that was measured ({near.arm.name}): {step} a step, {peak} of memory, "
+        f"{disk} on disk, test {metric.text.en} {score_}.",
+        f"最接近的實測組別（{near.arm.name}）：每步 {step}，記憶體 {peak}，檔案 {disk}，"
+        f"測試{metric.text.zh} {score_}。",
+    )
+
+
+def closing_answers(sections: Sequence[Section]) -> list[tuple[Text, list[Text]]]:
+    """The source's three closing questions, answered from the numbers."""
+    claims = [(s, f) for s in sections for f in s.answer.findings]
+    held = [(s, f) for s, f in claims if f.holds]
+    held.sort(key=lambda pair: -_strength(pair[1]))
+    first: dict[str, Text] = {}
+    for each, finding in held:
+        first.setdefault(each.name, _numbered(each, finding.sentence))
+    open_ = [_numbered(s, f.sentence) for s, f in claims if not f.holds]
+    following = [_numbered(s, s.answer.next) for s in sections if s.answer.next.en]
+    nothing = [Text("Nothing exceeded noise.", "沒有任何差異超出雜訊。")]
+    none_open = [Text("Nothing: every comparison was decided.", "沒有：每個比較都有了結論。")]
+    return [
+        (Text("What is the biggest finding?", "完成這個 Task 後，你最大的收穫是什麼？"),
+         list(first.values())[:6] or nothing),
+        (Text("What is still unclear?", "還有哪些不理解的地方？"), open_ or none_open),
+        (Text("What would you explore next?", "下一步你想探索什麼？"), following),
+    ]  # fmt: skip
+
+
+def _strength(finding: Any) -> float:
+    """How far an interval stays away from zero, in its own widths."""
+    if None in (finding.low, finding.high) or finding.high == finding.low:
+        return 0.0
+    return float(abs(finding.effect) / (finding.high - finding.low))
+
+
+def _numbered(each: Section, text: Text) -> Text:
+    label = each.number or each.name
+    return Text(f"{label}: {text.en}", f"{label}：{text.zh}")
+
+
+def page(sections: Sequence[Section], advice: Sequence[Advice], closing: Any, language: str) -> str:
+    """The HTML page; it needs nothing from anywhere."""
+    charts = {
+        f"{s.name}-{f.name}-{code}": f.specs[code]
+        for s in sections for f in s.answer.figures for code in LANGUAGES
+    }  # fmt: skip
+    script = vl_convert.javascript_bundle()
+    return _environment().get_template("report.html.j2").render(
+        sections=sections, advice=advice, closing=closing, language=language, both=both,
+        cell=cell_html, today=date.today(), version=__version__,
+        charts=Markup(_inline(charts)), bundle=Markup(script.replace("</script", "<\\/script")),
+    )  # fmt: skip
+
+
+def both(text: Any) -> Markup:
+    """A text in both languages; the page shows one of them."""
+    if not isinstance(text, Text):
+        return Markup.escape(str(text))
+    if text.en == text.zh:
+        return Markup.escape(text.en)
+    return Markup(
+        '<span class="en" lang="en">{}</span><span class="zh" lang="zh-Hant">{}</span>'
+    ).format(text.en, text.zh)
+
+
+def cell_html(value: Any) -> Markup:
+    """One cell of a table."""
+    return both(value)
+
+
+def said(text: Any, language: str) -> str:
+    """A text in one language."""
+    return text.said(language) if isinstance(text, Text) else str(text)
+
+
+def markdown_table(table: Table, language: str) -> str:
+    """A table as Markdown."""
+    head = [said(c, language) for c in table.columns]
+    lines = [_line(head), _line(["---"] * len(head))]
+    lines += [_line([said(value, language) for value in row]) for row in table.rows]
+    return "\n".join(lines)
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(c.replace("|", "\\|").replace("\n", " ") for c in cells) + " |"
+
+
+def _inline(content: Any) -> str:
+    """JSON that can stand inside a script element."""
+    return json.dumps(content, ensure_ascii=False).replace("</", "<\\/")
+
+
+def _flat(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _write_figure(folder: Path, figure: Figure) -> None:
+    """A chart as files: SVG in both languages, PNG in English (it needs no fonts of the reader)."""
+    for code in LANGUAGES:
+        name = figure.name if code == "en" else f"{figure.name}.{code}"
+        svg = vl_convert.vegalite_to_svg(dict(figure.specs[code]))
+        atomic.write_file(folder / f"{name}.svg", svg)
+    png = vl_convert.vegalite_to_png(dict(figure.specs["en"]), scale=2)
+    atomic.write_file(folder / f"{figure.name}.png", png)
+
+
+def _environment() -> jinja2.Environment:
+    return jinja2.Environment(
+        loader=jinja2.PackageLoader("loralab.studies", "."), trim_blocks=True, lstrip_blocks=True,
+        autoescape=lambda name: bool(name and name.endswith(".html.j2")),
+        undefined=jinja2.StrictUndefined,
+    )  # fmt: skip

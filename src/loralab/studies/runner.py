@@ -1,0 +1,259 @@
+"""Runs what is missing (arm x seed), in folders named by their digests; resumes.
+
+The same walk over a study's cells reads a folder (`records`) and fills it (`Session`): which cells
+there are follows from study.toml and from what the cells before them gave.
+"""
+
+import contextlib
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from loralab.errors import ConfigError, RunError, some
+from loralab.studies import search, store
+from loralab.studies.prepare import question_module
+from loralab.studies.study import FAILED, MISSING, Arm, Cell, Ground, Record
+
+LOG = "worker.log"
+Listener = Callable[[dict[str, Any]], None]
+Obtain = Callable[[Cell], Record]
+BUDGET = "left out: it would not have fitted into the budget"
+
+
+def walk(ground: Ground, arms: Sequence[Arm], obtain: Obtain) -> list[Record]:
+    """All records of a study, seed by seed: after the first seed every arm has been seen once."""
+    module = question_module(ground.study)
+    ready = [_tuned(ground, arm, obtain) for arm in arms]
+    found = []
+    for seed in range(ground.seeds):
+        for arm, own, search_seconds in ready:
+            if seed and arm.plain:
+                continue
+            measure = str(arm.options.get("measure") or module.MEASURE)
+            record = obtain(Cell(measure=measure, ground=ground, arm=own, seed=seed))
+            rate = own.fields.get("learning_rate")
+            cost = search_seconds if seed == 0 else 0.0
+            found.append(replace(record, arm=own, rate=rate, searched=cost))
+    return found
+
+
+def records(folder: Path) -> dict[str, tuple[Ground, list[Record]]]:
+    """What a folder holds of each of its studies; cells that never ran are there as missing.
+
+    Raises:
+        OutputError: no study has begun there.
+    """
+    found = {}
+    for name, (ground, arms, invalid) in store.plans(folder).items():
+        able = [arm for arm in arms if arm.name not in invalid]
+        own = walk(ground, able, lambda cell: store.read(folder, cell) or missing(cell, ""))
+        own += [failed(arm, invalid[arm.name]) for arm in arms if arm.name in invalid]
+        found[name] = (ground, own)
+    return found
+
+
+def missing(cell: Cell, reason: str) -> Record:
+    """A cell that did not run."""
+    return Record(arm=cell.arm, seed=cell.seed, status=MISSING, reason=reason)
+
+
+def failed(arm: Arm, reason: str) -> Record:
+    """An arm that cannot run."""
+    return Record(arm=arm, seed=0, status=FAILED, reason=reason)
+
+
+class Session:
+    """One stay in a study folder: runs cells in a worker, within a budget, and tells how it goes.
+
+    Args:
+        folder: of the study; locked while the session lasts.
+        deadline: of time.monotonic(), or infinity.
+        listener: called with events: "cell" when one begins and ends, and those of its run.
+    """
+
+    def __init__(self, folder: Path, deadline: float, listener: Listener | None = None) -> None:
+        self.folder, self.deadline = folder, deadline
+        self._listener = listener or (lambda event: None)
+        self._worker: subprocess.Popen[str] | None = None
+        self._times: dict[str, list[float]] = {}
+        self._units_left = 0.0
+        self._tried: set[str] = set()
+        self._log: Any = None
+
+    def prepare(
+        self, ground: Ground, arms: Sequence[Arm] | None = None, *, skip_invalid: bool = False
+    ) -> list[Arm]:
+        """Write the plan of a study; the arms that can run.
+
+        Raises:
+            ConfigError: an arm cannot run on this model, and none shall be skipped.
+            InputError: the model or the data is wrong.
+        """
+        store.require_same(self.folder, ground)
+        job = {"do": "prepare", "ground": ground.to_json()}
+        if arms is not None:
+            job["arms"] = [asdict(arm) for arm in arms]
+        told = [e for e in self._do(job) if e["kind"] in ("arms", "error")]
+        if told[-1]["kind"] == "error":
+            raise (ConfigError if told[-1]["known"] else RunError)(told[-1]["text"])
+        found = [Arm(**arm) for arm in told[-1]["arms"]]
+        invalid: dict[str, str] = told[-1]["invalid"]
+        if invalid and (not skip_invalid or len(invalid) == len(found)):
+            lines = [f"{name}: {reason}" for name, reason in invalid.items()]
+            hint = "; --skip-invalid runs the rest" if len(invalid) < len(found) else ""
+            raise ConfigError(f"these arms cannot run here: {some(lines, 4)}{hint}")
+        store.add_plan(self.folder, (ground, found, invalid))
+        return [arm for arm in found if arm.name not in invalid]
+
+    def run(self, ground: Ground, arms: Sequence[Arm]) -> list[Record]:
+        """All cells of a study; those that are finished are read."""
+        self._units_left = sum(self.units(ground, arms))
+        return walk(ground, arms, self.obtain)
+
+    def units(self, ground: Ground, arms: Sequence[Arm]) -> Iterator[float]:
+        """How many full runs each arm costs, about, its search included."""
+        for arm in arms:
+            yield (1 if arm.plain else ground.seeds) + (
+                search.cells(ground) if needs_search(ground, arm) else 0
+            )
+
+    def obtain(self, cell: Cell) -> Record:
+        """Read a cell, or run it, or leave it out where the budget ends."""
+        stored = store.read(self.folder, cell)
+        if stored is not None and (stored.status != FAILED or cell.digest in self._tried):
+            self._done(cell)
+            return stored
+        self._tried.add(cell.digest)
+        if time.monotonic() + self.expected(cell) > self.deadline:
+            self._done(cell)
+            return missing(cell, BUDGET)
+        self._tell(cell, "begins")
+        started = time.monotonic()
+        record = self._measured(cell)
+        self._times.setdefault(_kind(cell), []).append((time.monotonic() - started) / _size(cell))
+        self._done(cell)
+        self._tell(cell, record.status)
+        return record
+
+    def expected(self, cell: Cell) -> float:
+        """Seconds that a cell will take, after those of its kind; 0 where none has run yet."""
+        own = self._times.get(_kind(cell), [])
+        return _size(cell) * math.fsum(own) / len(own) if own else 0.0
+
+    def _measured(self, cell: Cell) -> Record:
+        place = store.place_of(self.folder, cell)
+        job = {"do": "measure", "cell": cell.to_json(), "folder": str(place)}
+        events = list(self._do(job))
+        stored = store.read(self.folder, cell)
+        if stored is not None and events[-1]["code"] == 0:
+            return stored
+        said = next((e["text"] for e in events if e["kind"] == "error"), "")
+        reason = said or _ended(events[-1]["code"])
+        record = Record(arm=cell.arm, seed=cell.seed, status=FAILED, reason=reason)
+        store.write(place, cell, record, 0.0)
+        return record
+
+    def _do(self, job: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        """The events of one job; the last one says how it ended."""
+        worker = self._started()
+        assert worker.stdin is not None
+        assert worker.stdout is not None
+        worker.stdin.write(json.dumps(job, default=list) + "\n")
+        worker.stdin.flush()
+        for line in worker.stdout:
+            event = json.loads(line)
+            self._listener(event)
+            yield event
+            if event["kind"] == "exit":
+                if event["code"] == 128 + signal.SIGINT:
+                    raise KeyboardInterrupt
+                return
+        raise RunError(f"the worker of the study has ended; see {self.folder / LOG}")
+
+    def _started(self) -> subprocess.Popen[str]:
+        if self._worker is None:
+            self._log = (self.folder / LOG).open("a", encoding="utf-8")
+            self._worker = subprocess.Popen(
+                [sys.executable, "-m", "loralab.studies.worker"], stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE, stderr=self._log, text=True,
+            )  # fmt: skip
+        return self._worker
+
+    def close(self) -> None:
+        """End the worker; one that writes a checkpoint gets the time to."""
+        if self._worker is not None:
+            assert self._worker.stdin is not None
+            with contextlib.suppress(OSError):
+                self._worker.stdin.close()
+            try:
+                self._worker.wait(timeout=20)
+            except subprocess.TimeoutExpired:
+                self._worker.kill()
+            self._log.close()
+
+    def _done(self, cell: Cell) -> None:
+        self._units_left = max(0.0, self._units_left - _size(cell))
+
+    def _tell(self, cell: Cell, what: str) -> None:
+        own = self._times.get(_kind(cell)) or [t for v in self._times.values() for t in v]
+        left = self._units_left * math.fsum(own) / len(own) if own else None
+        self._listener({
+            "kind": "cell", "study": cell.ground.study, "arm": cell.arm.name, "seed": cell.seed,
+            "what": what, "search": cell.measure == search.SEARCH, "seconds_left": left,
+            "rate": cell.arm.fields.get("learning_rate"),
+        })  # fmt: skip
+
+
+@contextlib.contextmanager
+def session(
+    folder: Path, budget: float | None = None, listener: Listener | None = None
+) -> Iterator[Session]:
+    """A session in a locked folder.
+
+    Raises:
+        OutputError: another study works there, or it cannot be written.
+    """
+    with store.locked(folder):
+        deadline = time.monotonic() + budget if budget is not None else math.inf
+        own = Session(folder, deadline, listener)
+        try:
+            yield own
+        finally:
+            own.close()
+
+
+def needs_search(ground: Ground, arm: Arm) -> bool:
+    """Whether the learning rate of an arm is searched for."""
+    return arm.tuned and not ground.fixed_lr and "learning_rate" not in arm.fields
+
+
+def _tuned(ground: Ground, arm: Arm, obtain: Obtain) -> tuple[Arm, Arm, float]:
+    """The arm, the arm at its learning rate, and the seconds that finding it took."""
+    if not needs_search(ground, arm):
+        return arm, arm, 0.0
+    found = search.tune(ground, arm, obtain)
+    return arm, search.with_rate(arm, found.rate), found.seconds
+
+
+def _size(cell: Cell) -> float:
+    """How much of a full run a cell is."""
+    if cell.measure != search.SEARCH:
+        return 1.0
+    return int(cell.arm.fields["max_steps"]) / int(cell.ground.fields["max_steps"])
+
+
+def _kind(cell: Cell) -> str:
+    return f"{cell.ground.study} {cell.measure}"
+
+
+def _ended(code: int) -> str:
+    if code == -signal.SIGKILL:
+        return "killed by the system, most likely because memory ran out"
+    return f"the run ended with code {code}; see {LOG}"

@@ -1,0 +1,179 @@
+"""A study folder: study.toml, one runs/<digest>/ for each cell, results.parquet.
+
+What is finished is read, never run again; a cell's folder is named by what decides its result.
+"""
+
+import contextlib
+import fcntl
+import json
+import math
+import os
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from loralab import atomic
+from loralab.errors import ConfigError, OutputError, some
+from loralab.studies.study import FORMAT, Arm, Cell, Ground, Record
+
+STUDY, RUNS, RECORD, RESULTS, LOCK = "study.toml", "runs", "record.json", "results.parquet", ".lock"
+Plan = tuple[Ground, list[Arm], dict[str, str]]  # ground, arms, arm -> why it cannot run
+
+
+def place_of(folder: Path, cell: Cell) -> Path:
+    """Where a cell keeps its record, and its run."""
+    return folder / RUNS / cell.digest
+
+
+def write(place: Path, cell: Cell, record: Record, seconds: float) -> None:
+    """Write the record of a cell, whole or not at all."""
+    content = {
+        "format": FORMAT, "cell": cell.to_json(),
+        "record": {**asdict(replace(record, seconds=seconds)), "arm": None},
+    }  # fmt: skip
+    atomic.write_file(place / RECORD, json.dumps(_plain(content), indent=1, default=str) + "\n")
+
+
+def read(folder: Path, cell: Cell) -> Record | None:
+    """The record of a cell; None if it has none that can be read."""
+    file = place_of(folder, cell) / RECORD
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if content["format"] == FORMAT:
+            return Record(**{**content["record"], "arm": cell.arm})
+    return None
+
+
+def plans(folder: Path) -> dict[str, Plan]:
+    """The studies that a folder holds.
+
+    Raises:
+        OutputError: it holds none, or its study.toml is damaged.
+    """
+    file = folder / STUDY
+    if not file.is_file():
+        what = "there is no folder" if not folder.is_dir() else "no study has begun in"
+        raise OutputError(f"{what} {folder}; start one: loralab study rank --output-dir {folder}")
+    try:
+        stored = tomllib.loads(file.read_text(encoding="utf-8"))["studies"]
+        return {
+            name: (
+                Ground.of(entry["ground"]),
+                [Arm(**arm) for arm in entry["arms"]],
+                dict(entry.get("invalid", {})),
+            )
+            for name, entry in stored.items()
+        }
+    except (tomllib.TOMLDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise OutputError(f"{file} is damaged ({error}); its runs/ can be used again") from None
+
+
+def add_plan(folder: Path, plan: Plan) -> None:
+    """Write a study into study.toml, beside those that are there."""
+    held = plans(folder) if (folder / STUDY).is_file() else {}
+    ground = plan[0]
+    held[ground.study] = plan
+    stored = {
+        name: {
+            "ground": _without_none(own.to_json()),
+            "arms": [_without_none(asdict(arm)) for arm in arms],
+            "invalid": invalid,
+        }
+        for name, (own, arms, invalid) in held.items()
+    }
+    content = {"format": FORMAT, "studies": stored}
+    atomic.write_file(folder / STUDY, tomli_w.dumps(content))
+
+
+def require_same(folder: Path, ground: Ground) -> None:
+    """A study that goes on must be the one that stands there.
+
+    Raises:
+        ConfigError: it was begun with other settings.
+    """
+    held = plans(folder).get(ground.study) if (folder / STUDY).is_file() else None
+    if held is None:
+        return
+    was, now = held[0].to_json(), ground.to_json()
+    if changed := [f"{k} was {was[k]!r}, now {now[k]!r}" for k in was if was[k] != now[k]]:
+        raise ConfigError(
+            f"{folder} holds the study {ground.study!r} with other settings: {some(changed)}"
+        )
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """The folder for one process alone.
+
+    Raises:
+        OutputError: another process works in it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT)
+    except OSError as error:
+        raise OutputError(f"cannot write {folder}: {error.strerror or error}") from None
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            owner = os.read(handle, 20).decode(errors="replace").strip() or "unknown"
+            raise OutputError(
+                f"another study works in {folder} (process {owner}); wait for it, or choose "
+                "another --output-dir"
+            ) from None
+        os.ftruncate(handle, 0)
+        os.write(handle, str(os.getpid()).encode())
+        yield
+    finally:
+        os.close(handle)
+
+
+def write_results(folder: Path, records: Mapping[str, Sequence[Record]]) -> Path:
+    """results.parquet: one row for each run of every study, its numbers as columns."""
+    import pyarrow
+    from pyarrow import parquet
+
+    rows = [
+        {
+            "study": study, "arm": record.arm.name, "seed": record.seed, "status": record.status,
+            "reason": record.reason, "learning_rate": record.rate, "seconds": record.seconds,
+            "search_seconds": record.searched, **{k: float(v) for k, v in record.numbers.items()},
+        }
+        for study, own in records.items()
+        for record in own
+    ]  # fmt: skip
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    table = pyarrow.table({key: [row.get(key) for row in rows] for key in columns})
+    partial = folder / (RESULTS + atomic.PARTIAL)
+    parquet.write_table(table, partial)
+    partial.replace(folder / RESULTS)
+    return folder / RESULTS
+
+
+def _without_none(content: Any) -> Any:
+    """TOML has no null."""
+    if isinstance(content, Mapping):
+        return {k: _without_none(v) for k, v in content.items() if v is not None}
+    if isinstance(content, list | tuple):
+        return [_without_none(value) for value in content]
+    return content
+
+
+def _plain(content: Any) -> Any:
+    """JSON has no number that is not finite: it becomes null in a series, and is left out else."""
+    if isinstance(content, Mapping):
+        return {
+            k: _plain(v)
+            for k, v in content.items()
+            if not (isinstance(v, float) and not math.isfinite(v))
+        }
+    if isinstance(content, list | tuple):
+        return [_plain(v) for v in content]
+    if isinstance(content, float) and not math.isfinite(content):
+        return None
+    return content

@@ -1,0 +1,248 @@
+"""The vocabulary of studies: what is compared, on which ground, what came out, what it means.
+
+Standard library only. A study is data: a question names its arms, one cell is an arm with a seed,
+its measure makes a record of it, and the records of all cells become an answer.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Any
+
+from loralab.errors import ConfigError
+
+FORMAT = 1  # of records; a change makes old ones unreadable, and their cells run again
+LANGUAGES = ("en", "zh-TW")
+DONE, DIVERGED, FAILED, MISSING = "done", "diverged", "failed", "missing"
+
+
+@dataclass(frozen=True)
+class Text:
+    """The same words in English and in Traditional Chinese."""
+
+    en: str
+    zh: str
+
+    def __add__(self, other: "Text") -> "Text":
+        """One after the other; English gets a space between, Chinese none after its full stop."""
+        return Text(f"{self.en} {other.en}", self.zh + other.zh)
+
+    def said(self, language: str) -> str:
+        """The words in one of LANGUAGES."""
+        return self.en if language == "en" else self.zh
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One of the things compared.
+
+    `fields` are those of `train`, flat, as its config.toml has them ("method", "rank", ...);
+    `options` are for the question's own measure. `tuned` is whether the learning rate shall be
+    searched for; an arm that names one keeps it. `plain` arms need no seeds: one cell says all.
+    """
+
+    name: str
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    tuned: bool = True
+    plain: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ground:
+    """What is equal for all arms of a study, so that nothing but the arms can make a difference.
+
+    `fields` are those of Training; `rows` how many rows of train, validation and test are used.
+    `rates` are the learning rates that are searched for each arm, as multiples of the method's
+    usual one. `quick` is one seed and fewer steps: an indication, not a result.
+    """
+
+    study: str
+    model: str
+    data: str
+    mapping: Mapping[str, str] = field(default_factory=dict)
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    rows: Mapping[str, int] = field(default_factory=dict)
+    seeds: int = 3
+    quick: bool = False
+    fixed_lr: bool = False
+    rates: tuple[float, ...] = ()
+    values: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields, as study.toml holds them."""
+        return {**asdict(self), "values": list(self.values), "rates": list(self.rates)}
+
+    @staticmethod
+    def of(stored: Mapping[str, Any]) -> "Ground":
+        """What `to_json` made."""
+        lists = {name: tuple(stored.get(name, ())) for name in ("values", "rates")}
+        return Ground(**{**stored, **lists})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One arm with one seed, to be measured by `measure`: "module:function"."""
+
+    measure: str
+    ground: Ground
+    arm: Arm
+    seed: int
+
+    @property
+    def digest(self) -> str:
+        """What decides the result, and nothing else: cells of two studies can be the same."""
+        ground = self.ground
+        deciding = [
+            FORMAT, self.measure, ground.model, ground.data, dict(ground.mapping),
+            dict(ground.fields), dict(ground.rows), ground.quick,
+            dict(self.arm.fields), dict(self.arm.options), self.seed,
+        ]  # fmt: skip
+        text = json.dumps(deciding, sort_keys=True, default=list)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields."""
+        return {
+            "measure": self.measure, "ground": self.ground.to_json(), "arm": asdict(self.arm),
+            "seed": self.seed,
+        }  # fmt: skip
+
+    @staticmethod
+    def of(stored: Mapping[str, Any]) -> "Cell":
+        """What `to_json` made."""
+        return Cell(
+            measure=stored["measure"], ground=Ground.of(stored["ground"]),
+            arm=Arm(**stored["arm"]), seed=stored["seed"],
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """What came out of one cell.
+
+    `numbers` are scalars, `series` curves, `items` one value per test row (larger is better),
+    `tables` rows of anything, `texts` words such as the name of the metric. `seconds` is what the
+    cell cost; `rate` the learning rate it ran with, `searched` what the search for it cost.
+    """
+
+    arm: Arm
+    seed: int
+    status: str = DONE
+    reason: str = ""
+    numbers: Mapping[str, float] = field(default_factory=dict)
+    series: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    items: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    tables: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+    texts: Mapping[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+    rate: float | None = None
+    searched: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """A claim, or that there is none: `holds` is whether its interval excludes zero."""
+
+    sentence: Text
+    holds: bool
+    effect: float | None = None
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """Rows of cells under their headings; a cell is a Text, a string or a number."""
+
+    title: Text
+    columns: Sequence[Text]
+    rows: Sequence[Sequence[Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """A Vega-Lite chart in both languages, named for its file."""
+
+    name: str
+    title: Text
+    specs: Mapping[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What a question's records amount to.
+
+    Attributes:
+        sentence: the answer in one sentence.
+        findings: every claim with its interval, those that do not hold included.
+        blanks: the source's own blanks, by their label, filled in.
+        method: how it was measured, beyond what holds for every study.
+        caution: what would change the answer.
+        advice: fields of `train` that follow from it.
+        next: the experiment that it suggests.
+    """
+
+    sentence: Text
+    findings: Sequence[Finding] = ()
+    blanks: Sequence[tuple[Text, Text]] = ()
+    tables: Sequence[Table] = ()
+    figures: Sequence[Figure] = ()
+    method: Text = Text("", "")
+    caution: Text = Text("", "")
+    advice: Mapping[str, Any] = field(default_factory=dict)
+    next: Text = Text("", "")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """How a study shall be made; what is left at none is the question's own."""
+
+    model: Annotated[str | None, "short name, folder, GGUF file or hub id; none: by question"] = (
+        None
+    )
+    data: Annotated[str | None, "task name, file, folder or hub id; none: by question"] = None
+    seeds: Annotated[int | None, "runs of every arm that differ in nothing else; none is 3"] = None
+    quick: Annotated[bool, "one seed, fewer steps: an indication only"] = False
+    fixed_lr: Annotated[bool, "one learning rate for all arms, instead of tuning each"] = False
+    values: Annotated[
+        tuple[str, ...], "arms to compare, such as ranks 2,4,8; none: by question"
+    ] = ()
+    steps: Annotated[int | None, "optimiser steps of every run; none: by question"] = None
+    batch_size: Annotated[int | None, "rows in one step; none: by question"] = None
+    learning_rate: Annotated[float | None, "of all arms, with fixed_lr"] = None
+    max_length: Annotated[int | None, "longest row in tokens; none: by question"] = None
+    precision: Annotated[str, "dtype of the base: auto, fp32, bf16, fp16"] = "auto"
+    test_rows: Annotated[int | None, "test rows that every arm is scored on; none: by question"] = (
+        None
+    )
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        for name in ("seeds", "steps", "batch_size", "test_rows", "max_length"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}")
+        object.__setattr__(self, "values", tuple(map(str, self.values)))
+        if self.quick and (self.seeds or 1) > 1:
+            raise ConfigError("quick is one seed; leave out --quick, or --seeds")
+        if self.learning_rate is not None and not self.fixed_lr:
+            raise ConfigError("learning_rate has an effect only with --fixed-lr; arms are tuned")
+
+
+def parse_seconds(text: str) -> float:
+    """ "20m" -> 1200.0; units s, m and h.
+
+    Raises:
+        ConfigError: no number with one of the units.
+    """
+    units = {"s": 1.0, "m": 60.0, "h": 3600.0}
+    number, unit = text.strip()[:-1], text.strip()[-1:].lower()
+    try:
+        value = float(number) * units[unit]
+    except (ValueError, KeyError):
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise ConfigError(f"budget must be like 20m, 90s or 1.5h, got {text!r}")
+    return value

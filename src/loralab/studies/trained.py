@@ -1,0 +1,158 @@
+"""An arm trained and scored: the measure that most questions share.
+
+Every arm meets the same rows in the same order (both follow from the seed) and is scored on the
+same test rows, which do not depend on the seed.
+"""
+
+import itertools
+import math
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from loralab.errors import LearningError
+from loralab.studies.fields import configured
+from loralab.studies.statistics import smoothed
+from loralab.studies.study import DIVERGED, DONE, Cell, Ground, Record
+from loralab.tasks import catalog
+from loralab.tasks.catalog import Task
+from loralab.tasks.score import Scores, evaluate
+from loralab.training.preflight import CONFIG
+from loralab.training.record import read_metrics
+from loralab.training.run import Run, train
+
+MEASURE = "loralab.studies.trained:measure"
+SEARCH = "loralab.studies.trained:searched"
+Tell = Callable[[dict[str, Any]], None]
+WARM = 3  # steps before times are taken
+KEPT_BYTES = 50_000_000  # larger adapters are scored, not kept
+
+
+def measure(cell: Cell, folder: Path, tell: Tell) -> Record:
+    """Train, score on the test rows and on as many training rows, and note the costs."""
+    try:
+        run = trained(cell, folder, tell)
+    except LearningError as error:
+        return diverged(cell, folder, str(error))
+    return scored(cell, run, folder)
+
+
+def searched(cell: Cell, folder: Path, tell: Tell) -> Record:
+    """A short run of the search for a learning rate: its validation loss is all that counts."""
+    try:
+        run = trained(cell, folder, tell)
+    except LearningError as error:
+        return diverged(cell, folder, str(error))
+    shutil.rmtree(folder / "run", ignore_errors=True)
+    loss = run.scores["validation"].metrics["loss"]
+    return Record(arm=cell.arm, seed=cell.seed, numbers={"validation_loss": loss})
+
+
+def trained(cell: Cell, folder: Path, tell: Tell) -> Run:
+    """The finished run of a cell in `folder`/run; one that was interrupted goes on."""
+    ground, place = cell.ground, folder / "run"
+    method, training = configured({**ground.fields, **cell.arm.fields, "seed": cell.seed})
+    task = rows_of(ground)
+    training = replace(training, evaluation_rows=max(1, len(task.splits["validation"])))
+    return train(
+        model=ground.model, data=ground.data, output_dir=place, method=method, training=training,
+        resume=(place / CONFIG).is_file(), mapping=ground.mapping, listener=tell, task=task,
+    )  # fmt: skip
+
+
+def rows_of(ground: Ground) -> Task:
+    """The rows that all cells of a study use: the first of each split, which are a fair sample."""
+    task = catalog.find(ground.data, mapping=ground.mapping, seed=0)
+    splits = {name: rows[: ground.rows.get(name)] for name, rows in task.splits.items()}
+    return replace(task, splits=splits)
+
+
+def scored(cell: Cell, run: Run, folder: Path) -> Record:
+    """What a finished run is worth, and what it cost."""
+    test = score_on(run, "test")
+    train_scores = score_on(run, "train", limit=test.rows)
+    events = [e for e in read_metrics(folder / "run") if e["kind"] == "step"]
+    losses = [float(e["loss"]) for e in events]
+    size = sum(f.stat().st_size for f in (folder / "run").glob("adapter_model.safetensors"))
+    validation = run.scores["validation"].metrics
+    numbers = {
+        "parameters": run.adapter.num_parameters, "file_bytes": size,
+        "head_parameters": sum(p.numel() for s in run.adapter.saved.values()
+                               for p in s.trained.parameters()),
+        "step_seconds": step_seconds(events), "tokens": run.tokens,
+        "peak_bytes": run.peak_bytes, "train_loss": smoothed(losses, 10)[-1],
+        "validation_loss": validation["loss"], "test_loss": test.metrics["loss"],
+        "fit_loss": train_scores.metrics["loss"],
+        "gap": test.metrics["loss"] - train_scores.metrics["loss"],
+        "score": test.metrics[test.main], "fit_score": train_scores.metrics[test.main],
+        **{f"test_{name}": value for name, value in test.metrics.items()},
+    }  # fmt: skip
+    lost = not math.isfinite(losses[-1]) or smoothed(losses)[-1] > 1.05 * np.mean(losses[:3])
+    forget(folder, size)
+    return Record(
+        arm=cell.arm, seed=cell.seed, status=DIVERGED if lost else DONE,
+        reason="the training loss ended above its start" if lost else "",
+        numbers=numbers, items={"score": items_of(test)}, texts={"metric": test.main},
+        series={"loss": losses, "grad_norm": [float(e["grad_norm"]) for e in events]},
+    )  # fmt: skip
+
+
+def score_on(run: Run, split: str, limit: int | None = None) -> Scores:
+    """Scores of a run's model on one split."""
+    base = run.base
+    return evaluate(
+        base.model, base.tokenizer, run.task, split, kind=base.kind, batch_size=32, limit=limit
+    )
+
+
+def items_of(scores: Scores) -> list[float]:
+    """One value per row, larger is better: right or wrong where there are labels, else -loss."""
+    if scores.main == "accuracy":
+        return [float(p.expected == p.answer) for p in scores.predictions]
+    if scores.row_losses:
+        return [-loss for loss in scores.row_losses]
+    return [scores.metrics[scores.main] * (-1 if scores.main == "loss" else 1)]
+
+
+def step_seconds(events: Sequence[Mapping[str, Any]]) -> float:
+    """The median time of a step, without the first ones."""
+    times = [float(e["seconds"]) for e in events]
+    gaps = [b - a for a, b in itertools.pairwise(times) if b > a]
+    return float(np.median(gaps[WARM:] or gaps or [0.0]))
+
+
+def diverged(cell: Cell, folder: Path, reason: str) -> Record:
+    """A run whose numbers ended; its losses up to there are kept."""
+    events = [e for e in read_metrics(folder / "run") if e["kind"] == "step"]
+    shutil.rmtree(folder / "run", ignore_errors=True)
+    return Record(
+        arm=cell.arm, seed=cell.seed, status=DIVERGED, reason=reason,
+        series={"loss": [float(e["loss"]) for e in events]},
+    )  # fmt: skip
+
+
+def forget(folder: Path, size: int) -> None:
+    """Remove what nobody will read again: checkpoints, boards, and adapters of many bytes."""
+    for name in ("checkpoints", "tensorboard"):
+        shutil.rmtree(folder / "run" / name, ignore_errors=True)
+    if size > KEPT_BYTES:
+        shutil.rmtree(folder / "run", ignore_errors=True)
+
+
+def untrained(cell: Cell, folder: Path, tell: Tell) -> Record:
+    """The base model as it is, on the same test rows."""
+    from loralab.training.preflight import load_base
+
+    ground, task = cell.ground, rows_of(cell.ground)
+    precision = str(ground.fields.get("precision", "auto"))
+    base = load_base(ground.model, task, precision, 0, image_size=ground.fields.get("image_size"))
+    scores = evaluate(base.model, base.tokenizer, task, "test", kind=base.kind, batch_size=32)
+    numbers = {"score": scores.metrics[scores.main], "test_loss": scores.metrics["loss"]}
+    return Record(
+        arm=cell.arm, seed=cell.seed, numbers=numbers, items={"score": items_of(scores)},
+        texts={"metric": scores.main},
+    )  # fmt: skip

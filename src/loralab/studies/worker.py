@@ -1,0 +1,127 @@
+"""Measures cells, each in a fresh process that starts with everything imported.
+
+    python -m loralab.studies.worker
+
+A process that has imported torch, and computed nothing with it, is forked for each job: peak
+memory and time are those of one cell alone, a cell that is killed takes nothing with it, and no
+cell waits seconds for its imports. Jobs come in as JSON lines; events go out as JSON lines, and
+after each job how it ended. When the parent is gone, so is everything here.
+"""
+
+import importlib
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from loralab.errors import LoralabError
+from loralab.studies.study import FAILED, Arm, Cell, Ground, Record
+
+POLL_SECONDS = 0.05
+WATCH_SECONDS = 0.5
+INTERRUPTED = 130
+
+
+def main() -> None:
+    """Serve jobs until standard input ends."""
+    out = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what libraries print goes to the log, not between the events
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = os.getppid()
+    for name in ("loralab.studies.trained", "loralab.studies.prepare"):
+        importlib.import_module(name)
+    for line in sys.stdin:
+        job = json.loads(line)
+        child = os.fork()
+        if child == 0:
+            os._exit(_child(job, out))
+        print(json.dumps({"kind": "exit", "code": _wait(child, parent)}), file=out)
+
+
+def _wait(child: int, parent: int) -> int:
+    """The child's exit code, negative for a signal; it is killed when our own parent is gone."""
+    while True:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        if os.getppid() != parent:
+            os.kill(child, signal.SIGKILL)
+            os._exit(1)
+        time.sleep(POLL_SECONDS)
+
+
+def _child(job: dict[str, Any], out: Any) -> int:
+    """Do one job; the exit code."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+
+    def tell(event: dict[str, Any]) -> None:
+        print(json.dumps(event, default=str), file=out)
+
+    try:
+        return JOBS[job["do"]](job, tell)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BaseException as error:
+        traceback.print_exc()
+        known = isinstance(error, LoralabError)
+        text = str(error) if known else f"internal error: {type(error).__name__}: {error}"
+        tell({"kind": "error", "text": text, "known": known})
+        return 1
+    finally:
+        sys.stderr.flush()
+
+
+def _measure(job: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> int:
+    """Measure a cell and write its record; an arm that cannot be measured gets one that says so."""
+    from loralab.studies.store import write
+
+    cell, folder = Cell.of(job["cell"]), Path(job["folder"])
+    started = time.perf_counter()
+    try:
+        record = resolve(cell.measure)(cell, folder, tell)
+    except LoralabError as error:
+        record = Record(arm=cell.arm, seed=cell.seed, status=FAILED, reason=str(error))
+    write(folder, cell, record, time.perf_counter() - started)
+    return 0
+
+
+def _prepare(job: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> int:
+    """The arms of a study, and which of them cannot run on this model."""
+    from loralab.studies.prepare import prepare
+
+    given = job.get("arms")
+    arms, invalid = prepare(
+        Ground.of(job["ground"]), None if given is None else [Arm(**arm) for arm in given]
+    )
+    tell({"kind": "arms", "arms": arms, "invalid": invalid})
+    return 0
+
+
+def resolve(name: str) -> Callable[[Cell, Path, Any], Record]:
+    """The function behind "module:function"."""
+    module, function = name.split(":")
+    found: Callable[[Cell, Path, Any], Record] = getattr(importlib.import_module(module), function)
+    return found
+
+
+def _end_with(parent: int) -> None:
+    """End this process when its parent has ended."""
+    while os.getppid() == parent:
+        time.sleep(WATCH_SECONDS)
+    os._exit(1)
+
+
+JOBS: dict[str, Callable[[dict[str, Any], Callable[[dict[str, Any]], None]], int]] = {
+    "measure": _measure,
+    "prepare": _prepare,
+}
+
+if __name__ == "__main__":
+    main()
