@@ -36,6 +36,7 @@ _WHERE = {
     "Asked": "studies.study",
     "study": "studies.conduct",
     "report": "studies.conduct",
+    "recommend": "studies.conduct",
     "LoralabError": "errors",
 }
 

@@ -11,6 +11,7 @@ from typer.exceptions import Abort, Exit, TyperException
 from loralab import __version__
 from loralab.errors import InputError, LoralabError
 
+INTERRUPTED = 130
 app = typer.Typer(
     name="loralab",
     help="The laboratory for low-rank adaptation: adapt, train, prove, compare.",
@@ -57,6 +58,8 @@ def run(arguments: list[str]) -> int:
         )
     except (Exception, KeyboardInterrupt) as error:
         return _ended(error)
+    if result == INTERRUPTED:  # what typer makes of Ctrl-C
+        return _interrupted()
     return result if isinstance(result, int) else 0
 
 
@@ -68,12 +71,16 @@ def _ended(error: BaseException) -> int:
     if isinstance(error, Exit):
         return int(error.exit_code)
     if isinstance(error, KeyboardInterrupt | Abort):
-        return _say("interrupted; to go on, give the same command with --resume", 130)
+        return _interrupted()
     if isinstance(error, TyperException):
         return _say(f"error: {' '.join(error.format_message().split())}", 2)
     if isinstance(error, LoralabError):
         return _fail(error, 2 if isinstance(error, InputError) else 1)
     return _fail(error, 1, f"internal error: {type(error).__name__}: ")
+
+
+def _interrupted() -> int:
+    return _say("interrupted; to go on, give the same command with --resume", INTERRUPTED)
 
 
 def _fail(error: BaseException, code: int, prefix: str = "error: ") -> int:

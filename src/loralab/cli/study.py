@@ -7,7 +7,7 @@ import typer
 
 from loralab.cli import app
 from loralab.cli.options import build, with_options
-from loralab.cli.train import Data, Json, Map, Model, _mapping, _print_json
+from loralab.cli.train import DEFAULT_MODEL, Data, Json, Map, Model, _mapping, _print_json
 from loralab.errors import ConfigError
 from loralab.studies.catalog import STUDIES
 from loralab.studies.study import LANGUAGES, Asked
@@ -51,6 +51,40 @@ def study(
             resume=resume, skip_invalid=skip_invalid, language=lang, listener=lines,
         )  # fmt: skip
     _show(outcome, lang, json_)
+
+
+@app.command()
+@with_options(Asked)
+def recommend(
+    model: Model = None,
+    data: Data = None,
+    map_: Map = None,
+    output_dir: Annotated[
+        Path | None, typer.Option(help="a new folder; none is studies/recommend")
+    ] = None,
+    budget: Annotated[str, typer.Option(help="time to spend, as in 20m")] = "20m",
+    resume: Annotated[bool, typer.Option(help="go on with what the folder holds")] = False,
+    lang: Language = "en",
+    quiet: Annotated[bool, typer.Option(help="no progress")] = False,
+    json_: Json = False,
+    typed: dict[str, Any] | None = None,
+) -> None:
+    """Find a good configuration for a model and data within a time."""
+    _require_language(lang)
+    if data is None:
+        raise ConfigError("give --data: a task name, a file, a folder or a hub id")
+    from loralab.cli.progress import StudyLines
+    from loralab.studies.conduct import recommend as search
+
+    with StudyLines(quiet=quiet or json_) as lines:
+        outcome = search(
+            model=model or DEFAULT_MODEL, data=data, output_dir=output_dir, budget=budget,
+            asked=build(Asked, typed or {}), mapping=_mapping(map_), resume=resume, language=lang,
+            listener=lines,
+        )  # fmt: skip
+    _show(outcome, lang, json_)
+    if not json_:
+        print(f"train it: loralab train --config {outcome.folder / 'config.toml'} --output-dir ...")
 
 
 @app.command()

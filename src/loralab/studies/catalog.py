@@ -4,12 +4,13 @@ Standard library only.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from loralab.errors import ConfigError, nearest
 from loralab.studies.study import Asked, Ground, Text
 
+RECOMMEND = "recommend"  # a search, not one of the questions
 ENCODER, WRITER, VISION = "minilm-l6", "smollm2-135m", "dinov2-s"
 # times the method's usual rate: short runs want higher ones
 QUICK_RATES = (2.0, 6.0)
@@ -117,6 +118,12 @@ def question(name: str) -> Question:
             f"{', '.join(STUDIES)}, all; or a .toml file of your own"
         )
     return STUDIES[name]
+
+
+def search_ground(asked: Asked, mapping: Mapping[str, str] | None = None) -> Ground:
+    """What all configurations share of which one shall be recommended; one seed unless asked."""
+    found = ground("rank", asked, mapping)
+    return replace(found, study=RECOMMEND, seeds=asked.seeds or 1, rates=(), values=())
 
 
 def ground(name: str, asked: Asked, mapping: Mapping[str, str] | None = None) -> Ground:

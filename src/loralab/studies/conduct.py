@@ -1,6 +1,7 @@
 """study() and report(): a question, all of them or one's own grid -> a folder with its answers."""
 
 import itertools
+import time
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -8,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from loralab import atomic
-from loralab.errors import ConfigError, InputError, OutputError, nearest
+from loralab.errors import ConfigError, InputError, OutputError, RunError, nearest
 from loralab.studies import catalog, store
-from loralab.studies.fields import known
+from loralab.studies.fields import configured, known
 from loralab.studies.runner import Listener, Session, session
-from loralab.studies.study import Answer, Arm, Asked, Ground, parse_seconds
+from loralab.studies.study import FAILED, Answer, Arm, Asked, Cell, Ground, parse_seconds
+from loralab.studies.trained import MEASURE
+from loralab.training.preflight import Request, write_config
 
 ALL = "all"
 Work = tuple[Ground, list[Arm] | None]  # None: the question's own arms
@@ -78,6 +81,82 @@ def report(folder: str | Path, *, language: str = "en") -> Outcome:
     from loralab.studies.report import render
 
     return Outcome(folder=Path(folder), answers=render(Path(folder), language), skipped={})
+
+
+def recommend(
+    *,
+    model: str,
+    data: str,
+    output_dir: str | Path | None = None,
+    budget: str = "20m",
+    asked: Asked | None = None,
+    mapping: Mapping[str, str] | None = None,
+    resume: bool = False,
+    language: str = "en",
+    listener: Listener | None = None,
+) -> Outcome:
+    """From data to a good configuration within a time: config.toml, and the evidence for it.
+
+    Args:
+        model, data: as train() takes them.
+        output_dir: a new study folder; none is studies/recommend. With `resume` one that exists.
+        budget: time to spend, such as "20m": decides how many configurations are tried, and for
+            how many steps.
+        asked: steps, batch_size, seeds, precision and the like, where they shall be others.
+
+    Raises:
+        InputError: the model, the data or a setting is wrong.
+        RunError: nothing could be trained within the budget.
+    """
+    folder = Path(output_dir) if output_dir is not None else Path("studies") / catalog.RECOMMEND
+    seconds = parse_seconds(budget)
+    asked = replace(asked or Asked(), model=model, data=data)
+    if asked.values or asked.fixed_lr:
+        raise ConfigError("--values and --fixed-lr have no effect on recommend, which chooses both")
+    _require_place(folder, resume=resume)
+    started = time.monotonic()
+    with session(folder, seconds, listener) as own:
+        ground = _sized(own, catalog.search_ground(asked, mapping), seconds, started)
+        own.run(ground, own.prepare(ground, skip_invalid=True))
+    outcome = report(folder, language=language)
+    advice = outcome.answers[catalog.RECOMMEND].advice
+    if not advice:
+        raise RunError(f"within {budget} nothing could be trained to its end; give a larger budget")
+    _write_config(folder, ground, advice)
+    return outcome
+
+
+def _sized(own: Session, ground: Ground, budget: float, started: float) -> Ground:
+    """The ground with as many candidates and steps as the budget has room for.
+
+    A run that goes on keeps what was decided when it began.
+    """
+    from loralab.studies.questions.recommend import ETA, ROUNDS, plan_for
+
+    held = store.plans(own.folder) if (own.folder / store.STUDY).is_file() else {}
+    if catalog.RECOMMEND in held:
+        return held[catalog.RECOMMEND][0]
+    steps = int(ground.fields["max_steps"])
+    few = max(4, steps // ETA ** (ROUNDS - 1))
+    probe = Arm(name="probe", fields={"method": "lora", "rank": 8, "max_steps": few})
+    begun = time.monotonic()
+    record = own.obtain(Cell(measure=MEASURE, ground=ground, arm=probe, seed=0))
+    if record.status == FAILED:
+        raise ConfigError(record.reason)
+    whole = time.monotonic() - begun
+    a_step = record.numbers.get("step_seconds", whole / few)
+    left = 0.9 * (budget - (time.monotonic() - started))
+    number, steps = plan_for(a_step, max(1.0, whole - few * a_step), left, steps, ground.seeds)
+    rows = {**ground.rows, "train": steps * int(ground.fields["batch_size"])}
+    fields = {**ground.fields, "max_steps": steps}
+    return replace(ground, fields=fields, rows=rows, values=(str(number),))
+
+
+def _write_config(folder: Path, ground: Ground, advice: Mapping[str, Any]) -> None:
+    """config.toml: `loralab train --config` with it trains what was found, on all rows."""
+    method, training = configured({**ground.fields, **advice})
+    request = Request.of(ground.model, ground.data, method, training, ground.mapping)
+    write_config(folder, request)
 
 
 def _one(

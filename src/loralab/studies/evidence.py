@@ -24,7 +24,6 @@ METRICS = {
     "loss": Text("loss", "損失"),
     "entity_f1": Text("entity F1", "實體 F1"),
 }
-QUICK = Text("Indication only (one seed):", "僅供參考（只有一個隨機種子）：")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +108,12 @@ def claim(ours: str, theirs: str, found: Difference, metric: Metric, ground: Gro
     span = metric.span(found.low, found.high)
     percent = round(100 * CONFIDENCE)
     size = metric.change(found.effect)
-    if found.holds:
+    if found.low == found.high == 0:
+        sentence = Text(
+            f"{ours} and {theirs} score alike on every test row.",
+            f"{ours} 與 {theirs} 在每一筆測試資料上的分數都相同。",
+        )
+    elif found.holds:
         word = ("better", "較好") if found.effect > 0 else ("worse", "較差")
         sentence = Text(
             f"{ours} is {word[0]} than {theirs} by {size.en} ({percent} % interval {span}).",
@@ -122,8 +126,6 @@ def claim(ours: str, theirs: str, found: Difference, metric: Metric, ground: Gro
             f"({span}; {needed.en}).",
             f"{ours} 與 {theirs} 之間沒有超出雜訊的差異（{span}；{needed.zh}）。",
         )
-    if ground.quick:
-        sentence = QUICK + sentence
     return Finding(
         sentence=sentence, holds=found.holds, effect=found.effect, low=found.low, high=found.high
     )

@@ -28,7 +28,7 @@ def intervals(
     """
     numeric = all("x" in row for row in rows)
 
-    def build(language: str) -> alt.LayerChart:
+    def build(language: str) -> Any:
         base = alt.Chart(_data(rows))
         axis = _y(y, language, percent)
         if numeric:
@@ -64,7 +64,7 @@ def lines(
 ) -> Figure:  # fmt: skip
     """Curves: {"arm", "x", "y"}, one line for each arm; with `band` also "low" and "high"."""
 
-    def build(language: str) -> alt.LayerChart:
+    def build(language: str) -> Any:
         chosen = alt.selection_point(fields=["arm"], bind="legend")
         scale = alt.Scale(type="log") if log_x else alt.Scale(zero=False, nice=False)
         place = alt.X("x:Q", title=x.said(language), scale=scale)
@@ -118,7 +118,7 @@ def heat(
 ) -> Figure:  # fmt: skip
     """A heat map: {"x", "y", "value"}; rows and columns in the order given."""
 
-    def build(language: str) -> alt.LayerChart:
+    def build(language: str) -> Any:
         columns = list(dict.fromkeys(row["x"] for row in rows))
         lines_ = list(dict.fromkeys(row["y"] for row in rows))
         base = alt.Chart(_data(rows)).encode(
@@ -146,7 +146,7 @@ def scatter(
 ) -> Figure:  # fmt: skip
     """Named points, such as cost against score: {"arm", "x", "y"}."""
 
-    def build(language: str) -> alt.LayerChart:
+    def build(language: str) -> Any:
         scale = alt.Scale(type="log") if log_x else alt.Scale(zero=False, padding=30)
         base = alt.Chart(_data(rows)).encode(
             x=alt.X("x:Q", title=x.said(language), scale=scale),

@@ -9,6 +9,7 @@ from typing import Any
 from loralab.adapters.attach import attach
 from loralab.errors import ConfigError, InputError
 from loralab.models.load import Base
+from loralab.studies.catalog import RECOMMEND, STUDIES
 from loralab.studies.fields import configured
 from loralab.studies.study import Arm, Ground
 from loralab.studies.trained import rows_of
@@ -18,9 +19,7 @@ from loralab.training.preflight import load_base, with_head
 
 def question_module(study: str) -> ModuleType:
     """The file of a question; a study of the user's own is a grid."""
-    from loralab.studies.catalog import STUDIES
-
-    own = study if study in STUDIES else "grid"
+    own = study if study in (*STUDIES, RECOMMEND) else "grid"
     return importlib.import_module(f"loralab.studies.questions.{own}")
 
 

@@ -24,6 +24,7 @@ from loralab.studies.runner import records
 from loralab.studies.study import LANGUAGES, Answer, Figure, Ground, Record, Table, Text
 
 FIGURES = "figures"
+SNIPPET = "window.vegaEmbed = vegaEmbed;"  # what the page needs of the bundle
 PAGE, MARKDOWN = "report.html", {"en": "report.md", "zh-TW": "report.zh-TW.md"}
 
 
@@ -157,7 +158,7 @@ class Advice:
     model: str
     data: str
     fields: Mapping[str, Any]
-    reasons: Sequence[tuple[str, str, Text]]
+    reasons: Sequence[tuple[str, str, str, Text]]
     cost: Text
     command: str
     quick: bool
@@ -182,7 +183,7 @@ def advised(group: Sequence[Section]) -> Advice:
         records_ += each.records
         if new:
             shown = ", ".join(f"{k} = {_flat(v)}" for k, v in new.items())
-            reasons.append((each.number or each.name, shown, each.answer.sentence))
+            reasons.append((each.name, each.number or each.name, shown, each.answer.sentence))
     ground = group[0].ground
     return Advice(
         model=ground.model, data=ground.data, fields=fields, reasons=reasons,
@@ -247,7 +248,7 @@ def page(sections: Sequence[Section], advice: Sequence[Advice], closing: Any, la
         f"{s.name}-{f.name}-{code}": f.specs[code]
         for s in sections for f in s.answer.figures for code in LANGUAGES
     }  # fmt: skip
-    script = vl_convert.javascript_bundle()
+    script = vl_convert.javascript_bundle(SNIPPET)
     return _environment().get_template("report.html.j2").render(
         sections=sections, advice=advice, closing=closing, language=language, both=both,
         cell=cell_html, today=date.today(), version=__version__,

@@ -6,7 +6,7 @@ losses come in negated.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,6 +52,11 @@ class Difference:
     def holds(self) -> bool:
         """Whether the interval excludes zero; with no interval nothing is claimed."""
         return math.isfinite(self.low) and (self.low > 0 or self.high < 0)
+
+    @property
+    def turned(self) -> "Difference":
+        """By how much the other arm is better."""
+        return replace(self, effect=-self.effect, low=-self.high, high=-self.low)
 
 
 def mean_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:

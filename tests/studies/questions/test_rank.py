@@ -1,0 +1,79 @@
+"""The rank study finds what was put there, and nothing where nothing is."""
+
+from pathlib import Path
+
+import torch
+from studies.conftest import Here, ground_of, planted
+from torch import nn
+
+from loralab.adapters.linear import LinearWithLoRA
+from loralab.adapters.methods import LoRA
+from loralab.studies.questions import rank
+from loralab.studies.questions.cuts import truncated
+from loralab.studies.study import Arm, Ground, Record
+
+GROUND = Ground(study="rank", model="m", data="d")
+TRUE_RANK, WIDTH, TEST_ROWS = 4, 16, 120
+
+
+def fitted(width: int, seed: int) -> Record:
+    """A layer whose true update has rank 4 and equal singular values, learnt at another rank."""
+    draw = torch.Generator().manual_seed(seed)
+    base = nn.Linear(WIDTH, WIDTH, bias=False)
+    left, _, right = torch.linalg.svd(torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(9)))
+    update = left[:, :TRUE_RANK] @ right[:TRUE_RANK]
+    layer = LinearWithLoRA(base, LoRA(rank=width, alpha=width), draw)
+    optimizer = torch.optim.Adam([layer.lora_A, layer.lora_B], lr=0.02)
+    for _ in range(400):
+        x = torch.randn(64, WIDTH, generator=draw)
+        loss = (layer(x) - base(x) - x @ update.T).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    x = torch.randn(TEST_ROWS, WIDTH, generator=torch.Generator().manual_seed(10))
+    with torch.no_grad():
+        items = -(layer(x) - base(x) - x @ update.T).square().mean(dim=1)
+    return Record(
+        arm=Arm(name=f"r={width}", fields={"rank": width}), seed=seed,
+        numbers={"score": -float(items.mean())}, items={"score": items.tolist()},
+        texts={"metric": "loss"},
+    )  # fmt: skip
+
+
+def test_the_knee_is_at_the_true_rank_of_the_update() -> None:
+    records = [fitted(width, seed) for width in (1, 2, 3, 4, 8, 16) for seed in range(3)]
+    answer = rank.conclude(records, GROUND)
+    assert answer.advice == {"rank": 4}
+    assert "knee is at r=4" in answer.sentence.en
+
+
+def test_on_noise_no_rank_is_better(
+    here: Here, tiny_bert_folder: Path, noise_file: Path, tmp_path: Path
+) -> None:
+    ground = ground_of("rank", tiny_bert_folder, noise_file, values=("1", "2", "8"))
+    records = here(ground, tmp_path)
+    assert len(records) == 1 + 3 * 2
+    answer = rank.conclude(records, ground)
+    assert not any(finding.holds for finding in answer.findings)
+    assert answer.advice == {"rank": 1}
+    assert [label.en for label, _ in answer.blanks] == ["rank=1", "rank=2", "rank=8"]
+    assert answer.figures
+
+
+def test_nothing_measured_is_said() -> None:
+    assert "No rank" in rank.conclude([], GROUND).sentence.en
+
+
+def test_one_arm_alone_is_no_comparison() -> None:
+    answer = rank.conclude(planted("r=8", [1, 0, 1, 1]), GROUND)
+    assert answer.findings == []
+    assert answer.advice == {"rank": 8}
+
+
+def test_a_cut_is_the_nearest_matrix_of_its_rank() -> None:
+    A, B = torch.randn(6, 10), torch.randn(8, 6)
+    new_a, new_b = truncated(A, B, 2)
+    left, values, right = torch.linalg.svd(B @ A)
+    expected = left[:, :2] * values[:2] @ right[:2]
+    torch.testing.assert_close(new_b @ new_a, expected, atol=1e-4, rtol=1e-4)
+    assert (new_a.shape, new_b.shape) == (A.shape, B.shape)

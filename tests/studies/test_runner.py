@@ -1,0 +1,248 @@
+"""A study goes on where it was, in one process at a time, and every cell stands alone."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from studies.conftest import ground_of
+
+from loralab.errors import ConfigError, OutputError
+from loralab.studies import store
+from loralab.studies.runner import BUDGET, records, session
+from loralab.studies.study import DONE, FAILED, MISSING, Arm, Cell, Record
+
+TOML = """
+model = "{model}"
+data = "{data}"
+steps = 6
+batch_size = 8
+precision = "fp32"
+fixed_lr = true
+test_rows = 20
+seeds = 2
+method = "lora"
+rank = [2, 4]
+"""
+
+
+@pytest.fixture
+def own_study(tmp_path: Path, tiny_bert_folder: Path, noise_file: Path) -> Path:
+    file = tmp_path / "mine.toml"
+    file.write_text(TOML.format(model=tiny_bert_folder, data=noise_file), encoding="utf-8")
+    return file
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "loralab", *map(str, arguments)]
+
+
+def start(*arguments: object) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command(*arguments), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def results(folder: Path) -> dict[str, dict[str, object]]:
+    """What does not depend on time, by arm and seed."""
+    found = {}
+    for _, own in records(folder).values():
+        for record in own:
+            numbers = {k: v for k, v in record.numbers.items() if "seconds" not in k}
+            numbers.pop("peak_bytes", None)
+            found[f"{record.arm.name} {record.seed}"] = {
+                "status": record.status, "numbers": numbers, "items": record.items,
+            }  # fmt: skip
+    return found
+
+
+def killed_at_random(own_study: Path, folder: Path, times: int, wait: float) -> None:
+    for number in range(times):
+        extra = ["--resume"] if (folder / store.STUDY).is_file() else []
+        running = start("study", own_study, "--output-dir", folder, *extra)
+        time.sleep(wait + 0.7 * number)
+        running.kill()
+        running.communicate()
+
+
+def test_a_killed_study_goes_on_and_ends_with_the_same_numbers(
+    own_study: Path, tmp_path: Path
+) -> None:
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    killed_at_random(own_study, killed, 2, 6.0)
+    time.sleep(1.5)  # what the killed ones started ends by itself
+    extra = ["--resume"] if (killed / store.STUDY).is_file() else []
+    subprocess.run(
+        command("study", own_study, "--output-dir", killed, *extra), check=True,
+        capture_output=True,
+    )  # fmt: skip
+    subprocess.run(
+        command("study", own_study, "--output-dir", whole), check=True, capture_output=True
+    )
+    assert results(killed) == results(whole)
+    assert len(results(whole)) == 4
+    for file in ("report.html", "report.md", "report.zh-TW.md", "results.parquet"):
+        assert (whole / file).stat().st_size > 500
+
+
+@pytest.mark.slow
+def test_a_study_killed_ten_times(own_study: Path, tmp_path: Path) -> None:
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    killed_at_random(own_study, killed, 10, 4.0)
+    time.sleep(1.5)
+    extra = ["--resume"] if (killed / store.STUDY).is_file() else []
+    for folder, more in ((killed, extra), (whole, [])):
+        subprocess.run(
+            command("study", own_study, "--output-dir", folder, *more), check=True,
+            capture_output=True,
+        )  # fmt: skip
+    assert results(killed) == results(whole)
+
+
+def test_two_studies_in_one_folder_are_refused(tmp_path: Path) -> None:
+    with store.locked(tmp_path), pytest.raises(OutputError, match=f"process {os.getpid()}"):  # noqa: SIM117
+        with store.locked(tmp_path):
+            pass
+    with store.locked(tmp_path):
+        pass  # free again
+
+
+def test_a_finished_cell_is_never_run_again(
+    tmp_path: Path, tiny_bert_folder: Path, noise_file: Path
+) -> None:
+    ground = ground_of("grid", tiny_bert_folder, noise_file, seeds=1)
+    arm = Arm(name="r=2", fields={"rank": 2}, tuned=False)
+    cell = Cell(measure="none:none", ground=ground, arm=arm, seed=0)
+    store.write(store.place_of(tmp_path, cell), cell, Record(arm=arm, seed=0), 1.0)
+    with session(tmp_path) as own:
+        assert own.obtain(cell).status == DONE  # a measure that does not exist was not asked
+        assert own._worker is None
+
+
+def test_what_does_not_fit_the_budget_is_left_out_and_said(
+    tmp_path: Path, tiny_bert_folder: Path, noise_file: Path
+) -> None:
+    ground = ground_of("grid", tiny_bert_folder, noise_file, seeds=1)
+    cell = Cell(measure="none:none", ground=ground, arm=Arm(name="r=2"), seed=0)
+    with session(tmp_path, budget=1e-6) as own:
+        time.sleep(0.01)
+        found = own.obtain(cell)
+    assert (found.status, found.reason) == (MISSING, BUDGET)
+
+
+def test_a_cell_that_dies_is_a_record_and_the_next_one_runs(
+    tmp_path: Path, tiny_bert_folder: Path, noise_file: Path
+) -> None:
+    ground = ground_of("grid", tiny_bert_folder, noise_file, seeds=1)
+    module = tmp_path / "dying.py"
+    module.write_text(
+        "import os, signal\nfrom loralab.studies.study import Record\n"
+        "def killed(cell, folder, tell): os.kill(os.getpid(), signal.SIGKILL)\n"
+        "def broken(cell, folder, tell): raise ZeroDivisionError('an error of ours')\n"
+        "def well(cell, folder, tell): return Record(arm=cell.arm, seed=cell.seed, numbers={'x': 1})\n",
+        encoding="utf-8",
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(tmp_path))
+        with session(tmp_path / "study") as own:
+            found = [
+                own.obtain(Cell(measure=f"dying:{name}", ground=ground, arm=Arm(name=name), seed=0))
+                for name in ("killed", "broken", "well")
+            ]
+    assert [record.status for record in found] == [FAILED, FAILED, DONE]
+    assert "memory" in found[0].reason
+    assert "ZeroDivisionError" in found[1].reason
+    assert "an error of ours" in (tmp_path / "study" / "worker.log").read_text(encoding="utf-8")
+
+
+def test_the_worker_ends_with_its_parent(tmp_path: Path, own_study: Path) -> None:
+    running = start("study", own_study, "--output-dir", tmp_path / "study")
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not list((tmp_path / "study").glob("runs/*")):
+        time.sleep(0.1)
+    children = subprocess.run(
+        ["pgrep", "-P", str(running.pid)], capture_output=True, text=True, check=False
+    ).stdout.split()
+    running.kill()
+    running.communicate()
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline and any(alive(int(pid)) for pid in children):
+        time.sleep(0.1)
+    assert children
+    assert not any(alive(int(pid)) for pid in children)
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    state = Path(f"/proc/{pid}/stat")
+    return not state.exists() or state.read_text().split()[2] != "Z"
+
+
+def test_other_settings_in_the_same_folder_are_refused(
+    tmp_path: Path, tiny_bert_folder: Path, noise_file: Path
+) -> None:
+    ground = ground_of("rank", tiny_bert_folder, noise_file)
+    store.add_plan(tmp_path, (ground, [Arm(name="r=2")], {}))
+    other = ground_of("rank", tiny_bert_folder, noise_file, seeds=3)
+    with pytest.raises(ConfigError, match="seeds was 2, now 3"):
+        store.require_same(tmp_path, other)
+    store.require_same(tmp_path, ground)
+
+
+def test_the_plan_of_a_study_survives_its_file(
+    tmp_path: Path, tiny_bert_folder: Path, noise_file: Path
+) -> None:
+    ground = ground_of("rank", tiny_bert_folder, noise_file, values=("2", "4"))
+    arms = [Arm(name="a", fields={"method": "lora", "target_modules": ["q", "v"]}), Arm(name="b")]
+    store.add_plan(tmp_path, (ground, arms, {"b": "why"}))
+    found, read_arms, invalid = store.plans(tmp_path)["rank"]
+    assert found == ground
+    assert read_arms == arms
+    assert invalid == {"b": "why"}
+    cells = [
+        Cell(measure="m:f", ground=g, arm=a, seed=0).digest
+        for g, a in ((ground, arms[0]), (found, read_arms[0]))
+    ]
+    assert cells[0] == cells[1]
+
+
+def test_numbers_that_are_not_finite_survive_as_absent(tmp_path: Path) -> None:
+    arm = Arm(name="x")
+    cell = Cell(
+        measure="m:f", ground=ground_of("rank", tmp_path, tmp_path), arm=arm, seed=0
+    )
+    record = Record(arm=arm, seed=0, numbers={"a": float("nan"), "b": 1.0}, series={"l": [1.0, float("inf")]})
+    store.write(store.place_of(tmp_path, cell), cell, record, 2.0)
+    file = store.place_of(tmp_path, cell) / store.RECORD
+    json.loads(file.read_text(encoding="utf-8"), parse_constant=lambda name: pytest.fail(name))
+    found = store.read(tmp_path, cell)
+    assert found is not None
+    assert found.numbers == {"b": 1.0}
+    assert found.series == {"l": [1.0, None]}
+    assert found.seconds == 2.0
+
+
+def test_ctrl_c_leaves_a_study_that_goes_on(tmp_path: Path, own_study: Path) -> None:
+    folder = tmp_path / "study"
+    running = start("study", own_study, "--output-dir", folder)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not list(folder.glob("runs/*")):
+        time.sleep(0.1)
+    running.send_signal(signal.SIGINT)
+    _, said = running.communicate(timeout=60)
+    if running.returncode != 0:  # it may have been done already
+        assert running.returncode == 130
+        assert "--resume" in said
+    done = subprocess.run(
+        command("study", own_study, "--output-dir", folder, "--resume"), check=False,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert {entry["status"] for entry in results(folder).values()} == {DONE}
