@@ -172,6 +172,25 @@ def test_the_answer_is_the_likeliest_label_and_the_loss_the_true_ones(
     assert (scores.metrics["accuracy"], scores.main, scores.rows) == (right, "accuracy", len(TEXTS))
 
 
+def test_row_losses_stand_in_the_rows_own_order_and_sum_to_the_loss(
+    llama: Any, chat_tokenizer: Any, plain_tokenizer: Any, task_of: TaskOf
+) -> None:
+    task = sums(task_of)
+    scores = evaluate(llama, plain_tokenizer, task, kind="causal-lm", batch_size=4)
+    for row, loss in zip(task.splits["test"], scores.row_losses, strict=True):
+        own = answer_ids(task, row, plain_tokenizer, row["completion"])
+        expected = -log_probability(llama, prompt_ids(task, row, plain_tokenizer), own) / len(own)
+        assert loss == pytest.approx(expected, rel=1e-4)
+    for labels in (("good", "bad"), ("good", "bad film", "fine")):
+        task = labelled(task_of, *labels)
+        scores = evaluate(llama, chat_tokenizer, task, kind="causal-lm", batch_size=4)
+        weights = [
+            len(answer_ids(task, row, chat_tokenizer, row["label"])) for row in task.splits["test"]
+        ]
+        whole = sum(w * own for w, own in zip(weights, scores.row_losses, strict=True))
+        assert scores.metrics["loss"] == pytest.approx(whole / sum(weights), rel=1e-5)
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_scores_do_not_depend_on_the_batch_size(
     name: str, task_of: TaskOf, plain_tokenizer: Any, request: Any

@@ -291,7 +291,7 @@ def _line(cells: Sequence[str]) -> str:
 
 def _inline(content: Any) -> str:
     """JSON that can stand inside a script element."""
-    return json.dumps(content, ensure_ascii=False).replace("</", "<\\/")
+    return json.dumps(content, ensure_ascii=False).replace("<", "\\u003c")
 
 
 def _flat(value: Any) -> str:

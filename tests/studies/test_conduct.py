@@ -1,0 +1,151 @@
+"""Bad input is one clear error before anything runs; a grid of one's own is a study."""
+
+from pathlib import Path
+
+import pytest
+
+from loralab.errors import ConfigError, InputError, OutputError
+from loralab.studies import catalog
+from loralab.studies.conduct import _own, recommend, study
+from loralab.studies.fields import configured
+from loralab.studies.prepare import question_module
+from loralab.studies.questions.recommend import plan_for
+from loralab.studies.study import Asked, parse_seconds
+
+
+def grid(tmp_path: Path, text: str) -> Path:
+    file = tmp_path / "mine.toml"
+    file.write_text(text, encoding="utf-8")
+    return file
+
+
+def test_an_unknown_study_names_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="did you mean rank"):
+        study("ranks", output_dir="never")
+    assert not Path("never").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("model = 'm'\nrnak = [2, 4]", "did you mean rank"),
+        ("model = 'm'\nrank = 8", "compares nothing"),
+        ("rank = [2, 4]", "names no model"),
+        ("rank = [", "no TOML"),
+        ("model = 'm'\nrank = [2]\nseeds = 0", "seeds must be"),
+    ],
+)
+def test_a_bad_grid_is_refused(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        study(str(grid(tmp_path, text)), output_dir=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_grid_is_every_combination_and_a_list_in_a_list_is_one_value(tmp_path: Path) -> None:
+    file = grid(
+        tmp_path,
+        "model = 'm'\nrank = [2, 4]\ntarget_modules = ['attention', ['q', 'v']]\nalpha = 8\n"
+        "learning_rate = [1e-3]\nsteps = 7\n",
+    )
+    ground, arms = _own(file, Asked(), None)
+    assert arms is not None
+    assert [arm.name for arm in arms][:2] == [
+        "rank=2, target_modules=attention, learning_rate=0.001",
+        "rank=2, target_modules=q+v, learning_rate=0.001",
+    ]
+    assert len(arms) == 4
+    assert arms[1].fields["target_modules"] == ["q", "v"]
+    assert all(arm.fields["alpha"] == 8 for arm in arms)
+    assert ground.fields["max_steps"] == 7
+    method, _ = configured(arms[1].fields)
+    assert method.target_modules == ("q", "v")  # type: ignore[union-attr]
+
+
+def test_what_cannot_run_is_named_and_the_rest_runs_if_asked(
+    tmp_path: Path, tiny_bert_folder: Path, noise_file: Path
+) -> None:
+    text = (
+        f"model = '{tiny_bert_folder}'\ndata = '{noise_file}'\nsteps = 3\nbatch_size = 4\n"
+        "test_rows = 8\nseeds = 1\nfixed_lr = true\nprecision = 'fp32'\n"
+        "target_modules = ['query', 'q_proj']\n"
+    )
+    file = grid(tmp_path, text)
+    with pytest.raises(ConfigError, match=r"target_modules=q_proj: .*--skip-invalid"):
+        study(str(file), output_dir=tmp_path / "out")
+    done = study(str(file), output_dir=tmp_path / "again", skip_invalid=True)
+    html = (done.folder / "report.html").read_text(encoding="utf-8")
+    assert "failed: target_modules" in html
+
+
+def test_a_model_or_data_that_is_not_there_is_refused_before_a_run(tmp_path: Path) -> None:
+    for asked in (Asked(model="minilm-l7"), Asked(data="movie-review", model="minilm-l6")):
+        with pytest.raises(InputError, match="did you mean"):
+            study("rank", asked=asked, output_dir=tmp_path / "out")
+
+
+def test_a_folder_with_something_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "letters.txt").write_text("dear", encoding="utf-8")
+    with pytest.raises(OutputError, match="not empty"):
+        study("rank", output_dir=tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["letters.txt"]
+
+
+@pytest.mark.parametrize("budget", ["20", "m", "-3m", "0s", "nan h", "3w"])
+def test_a_bad_budget_is_refused(budget: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="budget must be like"):
+        study("rank", budget=budget, output_dir=tmp_path / "x")
+
+
+def test_budgets_are_read() -> None:
+    assert [parse_seconds(t) for t in ("90s", "20m", "1.5h")] == [90, 1200, 5400]
+
+
+def test_settings_that_exclude_each_other_are_refused() -> None:
+    with pytest.raises(ConfigError, match="quick is one seed"):
+        Asked(quick=True, seeds=3)
+    with pytest.raises(ConfigError, match="fixed-lr"):
+        Asked(learning_rate=1e-3)
+    with pytest.raises(ConfigError, match="no effect on recommend"):
+        recommend(model="m", data="d", asked=Asked(fixed_lr=True))
+
+
+def test_an_unknown_field_of_an_arm_names_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="did you mean target_modules"):
+        configured({"target_module": "q"})
+    with pytest.raises(ConfigError, match="width is no field of lora"):
+        configured({"width": 3})
+
+
+@pytest.mark.parametrize("name", catalog.STUDIES)
+def test_every_question_has_a_file_that_answers_even_nothing(name: str) -> None:
+    module = question_module(name)
+    ground = catalog.ground(name, Asked(quick=True))
+    answer = module.conclude([], ground)
+    assert answer.sentence.en
+    assert answer.sentence.zh
+    assert not any(finding.holds for finding in answer.findings)
+    assert isinstance(module.MEASURE, str)
+
+
+def test_more_time_means_more_candidates_and_never_less_than_one_group() -> None:
+    sizes = [plan_for(0.1, 2.0, budget, 60, 1)[0] for budget in (10, 120, 600, 6000)]
+    assert sizes == sorted(sizes)
+    assert sizes[0] == 9
+    assert plan_for(0.1, 2.0, 10, 60, 1)[1] < 60
+
+
+def test_recommend_ends_in_a_configuration_that_trains(
+    tmp_path: Path, tiny_bert_folder: Path, noise_file: Path
+) -> None:
+    import tomllib
+
+    asked = Asked(steps=9, batch_size=4, test_rows=16, precision="fp32")
+    found = recommend(
+        model=str(tiny_bert_folder), data=str(noise_file), output_dir=tmp_path / "r",
+        budget="25s", asked=asked,
+    )  # fmt: skip
+    config = tomllib.loads((tmp_path / "r" / "config.toml").read_text(encoding="utf-8"))
+    assert config["model"] == str(tiny_bert_folder)
+    assert found.answers["recommend"].advice["method"] in ("lora", "rslora", "dora", "pfeiffer")
+    fields = {k: v for k, v in config.items() if k not in ("model", "data", "map")}
+    configured(fields)

@@ -1,0 +1,143 @@
+"""The page needs nothing from anywhere, says both languages, and claims what its numbers support."""
+
+import re
+from pathlib import Path
+
+import pyarrow.parquet
+import pytest
+from studies.conftest import Here, ground_of, planted
+
+from loralab.errors import OutputError
+from loralab.studies import figures, store
+from loralab.studies.conduct import report
+from loralab.studies.questions import grid
+from loralab.studies.report import apply_command, both, markdown_table, page, section
+from loralab.studies.study import Cell, Ground, Table, Text
+
+
+@pytest.fixture
+def study_folder(
+    here: Here, tiny_bert_folder: Path, noise_file: Path, tmp_path: Path
+) -> Path:
+    ground = ground_of("rank", tiny_bert_folder, noise_file, values=("1", "2"), seeds=1, quick=True)
+    here(ground, tmp_path)
+    return tmp_path
+
+
+def test_the_page_is_whole_and_needs_no_network(study_folder: Path) -> None:
+    outcome = report(study_folder)
+    html = (study_folder / "report.html").read_text(encoding="utf-8")
+    body = html.split("<script>")[0]
+    assert not re.findall(r'(?:src|href)="(?:https?:)?//', html)
+    assert "<link" not in html
+    assert "LoRA 的 rank 應該如何選擇？" in body
+    assert "How should LoRA&#39;s rank be chosen?" in body
+    assert outcome.answers["rank"].sentence.en.replace("'", "&#39;")[:40] in body
+    assert 'data-chart="rank-rank"' in body
+    assert '"rank-rank-zh-TW"' in html
+    assert "Quick mode" in body
+
+
+def test_rendering_again_gives_the_same_page(study_folder: Path) -> None:
+    report(study_folder)
+    first = (study_folder / "report.html").read_bytes()
+    report(study_folder)
+    assert (study_folder / "report.html").read_bytes() == first
+
+
+def test_markdown_fills_the_sources_blanks(study_folder: Path) -> None:
+    report(study_folder)
+    for name in ("report.md", "report.zh-TW.md"):
+        text = (study_folder / name).read_text(encoding="utf-8")
+        assert re.search(r"^- rank=1: \S", text, re.M)
+        assert "____" not in text
+        for link in re.findall(r"\]\((figures/[^)]+)\)", text):
+            assert (study_folder / link).stat().st_size > 1000
+    assert "你的發現" in text
+    assert (study_folder / "figures" / "rank.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_results_hold_a_row_for_every_run(study_folder: Path) -> None:
+    report(study_folder)
+    table = pyarrow.parquet.read_table(study_folder / store.RESULTS).to_pylist()
+    assert [row["arm"] for row in table] == ["base", "r=1", "r=2"]
+    assert all(row["status"] == "done" for row in table)
+    assert table[1]["score"] is not None
+
+
+def test_an_arm_that_never_ran_is_shown_as_such(
+    study_folder: Path, tiny_bert_folder: Path, noise_file: Path
+) -> None:
+    ground, arms, _ = store.plans(study_folder)["rank"]
+    gone = next(arm for arm in arms if arm.name == "r=2")
+    from dataclasses import replace
+
+    from loralab.studies.runner import records
+
+    record = next(r for r in records(study_folder)["rank"][1] if r.arm.name == "r=2")
+    measure = str(gone.options.get("measure"))
+    cell = Cell(measure=measure, ground=ground, arm=record.arm, seed=0)
+    (store.place_of(study_folder, cell) / store.RECORD).unlink()
+    answer = report(study_folder).answers["rank"]
+    html = (study_folder / "report.html").read_text(encoding="utf-8")
+    assert "missing: not run yet" in html
+    assert "r=2" not in [label.en for label, _ in answer.blanks]
+    assert replace(gone) == gone
+
+
+@pytest.mark.parametrize("what", ["nothing", "empty", "damaged"])
+def test_a_folder_without_results_is_refused(what: str, tmp_path: Path) -> None:
+    folder = tmp_path / "study"
+    if what != "nothing":
+        folder.mkdir()
+    if what == "damaged":
+        (folder / store.STUDY).write_text("[studies", encoding="utf-8")
+    with pytest.raises(OutputError, match="study"):
+        report(folder)
+
+
+def test_hostile_names_stay_text() -> None:
+    evil = "</script><img src=x onerror=alert(1)>"
+    records = [*planted(evil, [1, 0, 1, 0]), *planted("b", [1, 1, 1, 0])]
+    ground = Ground(study=evil, model=evil, data="d", fields={"max_steps": 2, "batch_size": 1})
+    shown = section("mine", ground, records)
+    html = page([shown], [], [], "en")
+    assert "<img src=x" not in html
+    assert str(both(Text(evil, evil))).startswith("&lt;")
+    command = apply_command(ground, {"rank": 4}, records)
+    assert f"'{evil}'" in command
+
+
+def test_a_table_in_markdown_keeps_its_columns() -> None:
+    table = Table(title=Text("t", "t"), columns=(Text("a", "甲"), Text("b", "乙")), rows=[["x|y", 1]])
+    lines = markdown_table(table, "zh-TW").splitlines()
+    assert lines[0] == "| 甲 | 乙 |"
+    assert lines[2] == "| x\\|y | 1 |"
+
+
+def test_a_grid_advises_only_what_beats_all_others() -> None:
+    ground = Ground(study="mine", model="m", data="d")
+    clear = [*planted("a", [1.0] * 40, rank=4), *planted("b", [0.0] * 40, rank=8)]
+    assert grid.conclude(clear, ground).advice == {"method": "lora", "rank": 4}
+    alike = [*planted("a", [0.5] * 40), *planted("b", [0.5] * 40)]
+    assert grid.conclude(alike, ground).advice == {}
+
+
+def test_every_kind_of_chart_is_drawn_in_both_languages() -> None:
+    import vl_convert
+
+    text = Text("name", "名稱")
+    rows = [{"arm": a, "x": i, "y": i + 1, "value": i, "low": i - 1, "high": i + 1, "group": a}
+            for a in ("p", "q") for i in (1, 2, 4)]  # fmt: skip
+    charts = [
+        figures.intervals("i", text, rows, x=text, y=text, log=True, chance=1.5),
+        figures.intervals("n", text, [{k: v for k, v in r.items() if k != "x"} for r in rows],
+                          x=text, y=text, percent=True),
+        figures.lines("l", text, rows, x=text, y=text, arm=text, log_x=True, band=True),
+        figures.bars("b", text, rows, x=text, y=text, group=text),
+        figures.heat("h", text, rows, x=text, y=text, value=text),
+        figures.scatter("s", text, rows, x=text, y=text),
+    ]  # fmt: skip
+    for chart in charts:
+        assert "名稱" in vl_convert.vegalite_to_svg(dict(chart.specs["zh-TW"]))
+        assert "name" in vl_convert.vegalite_to_svg(dict(chart.specs["en"]))
