@@ -3,6 +3,7 @@
 Reads the folder and knows nothing of training: rendering again never trains again.
 """
 
+import importlib.metadata
 import json
 import shlex
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ import jinja2
 import vl_convert
 from markupsafe import Markup
 
-from loralab import __version__, atomic
+from loralab import atomic
 from loralab.studies import store
 from loralab.studies.catalog import STUDIES
 from loralab.studies.evidence import mean_of, metric_of, scored, seconds, size, unfinished
@@ -24,6 +25,7 @@ from loralab.studies.runner import records
 from loralab.studies.study import LANGUAGES, Answer, Figure, Ground, Record, Table, Text
 
 FIGURES = "figures"
+VERSION = importlib.metadata.version("loralab")
 SNIPPET = "window.vegaEmbed = vegaEmbed;"  # what the page needs of the bundle
 PAGE, MARKDOWN = "report.html", {"en": "report.md", "zh-TW": "report.zh-TW.md"}
 
@@ -62,7 +64,7 @@ def render(folder: Path, language: str) -> dict[str, Answer]:
         text = _environment().get_template("report.md.j2").render(
             sections=sections, advice=advice, closing=closing, say=lambda t, c=code: said(t, c),
             language=code, table=markdown_table, figures=FIGURES, today=date.today(),
-            version=__version__,
+            version=VERSION,
         )  # fmt: skip
         atomic.write_file(folder / MARKDOWN[code], text)
     atomic.write_file(folder / PAGE, page(sections, advice, closing, language))
@@ -251,7 +253,7 @@ def page(sections: Sequence[Section], advice: Sequence[Advice], closing: Any, la
     script = vl_convert.javascript_bundle(SNIPPET)
     return _environment().get_template("report.html.j2").render(
         sections=sections, advice=advice, closing=closing, language=language, both=both,
-        cell=cell_html, today=date.today(), version=__version__,
+        cell=cell_html, today=date.today(), version=VERSION,
         charts=Markup(_inline(charts)), bundle=Markup(script.replace("</script", "<\\/script")),
     )  # fmt: skip
 
