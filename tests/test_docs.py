@@ -11,7 +11,8 @@ import typer.main
 import loralab
 from loralab import errors
 from loralab.adapters.methods import INITS, METHODS, SCALINGS
-from loralab.cli import app, artefacts, train
+from loralab.cli import app, artefacts, study, train
+from loralab.studies.catalog import STUDIES
 
 ROOT = Path(__file__).parents[1]
 READMES = ("README.md", "README.zh-TW.md")
@@ -19,6 +20,7 @@ READMES = ("README.md", "README.zh-TW.md")
 
 def commands() -> list[str]:
     assert artefacts
+    assert study
     assert train
     return list(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
 
@@ -46,6 +48,12 @@ def test_every_field_of_a_method_is_in_the_readme() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     for method in METHODS.values():
         assert [f.name for f in dataclasses.fields(method) if f.name not in text] == []
+
+
+def test_every_study_is_in_the_documents() -> None:
+    for document in (*READMES, "docs/questions.md"):
+        text = (ROOT / document).read_text(encoding="utf-8")
+        assert [name for name in STUDIES if f"`{name}`" not in text] == [], document
 
 
 def test_the_readmes_have_no_blanks() -> None:

@@ -1,4 +1,4 @@
-"""The page needs nothing from anywhere, says both languages, and claims what its numbers support."""
+"""The page needs nothing from anywhere and says both languages; names stay text."""
 
 import re
 from pathlib import Path
@@ -16,9 +16,7 @@ from loralab.studies.study import Cell, Ground, Table, Text
 
 
 @pytest.fixture
-def study_folder(
-    here: Here, tiny_bert_folder: Path, noise_file: Path, tmp_path: Path
-) -> Path:
+def study_folder(here: Here, tiny_bert_folder: Path, noise_file: Path, tmp_path: Path) -> Path:
     ground = ground_of("rank", tiny_bert_folder, noise_file, values=("1", "2"), seeds=1, quick=True)
     here(ground, tmp_path)
     return tmp_path
@@ -109,7 +107,9 @@ def test_hostile_names_stay_text() -> None:
 
 
 def test_a_table_in_markdown_keeps_its_columns() -> None:
-    table = Table(title=Text("t", "t"), columns=(Text("a", "甲"), Text("b", "乙")), rows=[["x|y", 1]])
+    table = Table(
+        title=Text("t", "t"), columns=(Text("a", "甲"), Text("b", "乙")), rows=[["x|y", 1]]
+    )
     lines = markdown_table(table, "zh-TW").splitlines()
     assert lines[0] == "| 甲 | 乙 |"
     assert lines[2] == "| x\\|y | 1 |"

@@ -143,7 +143,7 @@ def test_a_cell_that_dies_is_a_record_and_the_next_one_runs(
         "import os, signal\nfrom loralab.studies.study import Record\n"
         "def killed(cell, folder, tell): os.kill(os.getpid(), signal.SIGKILL)\n"
         "def broken(cell, folder, tell): raise ZeroDivisionError('an error of ours')\n"
-        "def well(cell, folder, tell): return Record(arm=cell.arm, seed=cell.seed, numbers={'x': 1})\n",
+        "def well(cell, folder, tell): return Record(arm=cell.arm, seed=cell.seed)\n",
         encoding="utf-8",
     )
     with pytest.MonkeyPatch.context() as patch:
@@ -215,13 +215,13 @@ def test_the_plan_of_a_study_survives_its_file(
 
 def test_numbers_that_are_not_finite_survive_as_absent(tmp_path: Path) -> None:
     arm = Arm(name="x")
-    cell = Cell(
-        measure="m:f", ground=ground_of("rank", tmp_path, tmp_path), arm=arm, seed=0
+    cell = Cell(measure="m:f", ground=ground_of("rank", tmp_path, tmp_path), arm=arm, seed=0)
+    record = Record(
+        arm=arm, seed=0, numbers={"a": float("nan"), "b": 1.0}, series={"l": [1.0, float("inf")]}
     )
-    record = Record(arm=arm, seed=0, numbers={"a": float("nan"), "b": 1.0}, series={"l": [1.0, float("inf")]})
     store.write(store.place_of(tmp_path, cell), cell, record, 2.0)
     file = store.place_of(tmp_path, cell) / store.RECORD
-    json.loads(file.read_text(encoding="utf-8"), parse_constant=lambda name: pytest.fail(name))
+    json.loads(file.read_text(encoding="utf-8"), parse_constant=pytest.fail)
     found = store.read(tmp_path, cell)
     assert found is not None
     assert found.numbers == {"b": 1.0}

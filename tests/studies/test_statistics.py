@@ -90,17 +90,13 @@ def test_where_items_are_the_noise_no_number_of_seeds_is_promised() -> None:
 
 def test_the_bootstrap_agrees_with_the_formula() -> None:
     values = drawn(6).normal(0, 2, 300)
-    assert bootstrap_variance(values, drawn(0)) == pytest.approx(
-        values.var(ddof=1) / 300, rel=0.1
-    )
+    assert bootstrap_variance(values, drawn(0)) == pytest.approx(values.var(ddof=1) / 300, rel=0.1)
 
 
 def test_the_same_generator_gives_the_same_interval() -> None:
     ours = drawn(7).normal(0, 1, (2, 40)).tolist()
     zero = np.zeros((2, 40)).tolist()
-    assert difference(ours, zero, generator=drawn(8)) == difference(
-        ours, zero, generator=drawn(8)
-    )
+    assert difference(ours, zero, generator=drawn(8)) == difference(ours, zero, generator=drawn(8))
 
 
 def one(effect: float, half: float) -> Difference:

@@ -9,7 +9,7 @@ from loralab.cli import app
 from loralab.cli.options import build, with_options
 from loralab.cli.train import DEFAULT_MODEL, Data, Json, Map, Model, _mapping, _print_json
 from loralab.errors import ConfigError
-from loralab.studies.catalog import STUDIES
+from loralab.studies.catalog import STUDIES, require_installed
 from loralab.studies.study import LANGUAGES, Asked
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def study(
     typed: dict[str, Any] | None = None,
 ) -> None:
     """Answer a question by fair measurement on a model and data, as a report."""
-    _require_language(lang)
+    _require_ready(lang)
     given = {**(typed or {}), **{k: v for k, v in (("model", model), ("data", data)) if v}}
     asked = build(Asked, given)
     from loralab.cli.progress import StudyLines
@@ -70,7 +70,7 @@ def recommend(
     typed: dict[str, Any] | None = None,
 ) -> None:
     """Find a good configuration for a model and data within a time."""
-    _require_language(lang)
+    _require_ready(lang)
     if data is None:
         raise ConfigError("give --data: a task name, a file, a folder or a hub id")
     from loralab.cli.progress import StudyLines
@@ -94,7 +94,7 @@ def report(
     json_: Json = False,
 ) -> None:
     """Write the page of a study folder again; trains nothing."""
-    _require_language(lang)
+    _require_ready(lang)
     from loralab.studies.conduct import report as render
 
     _show(render(folder, language=lang), lang, json_)
@@ -114,6 +114,7 @@ def _show(outcome: "Outcome", language: str, as_json: bool) -> None:
     print(f"report: {outcome.folder / 'report.html'}")
 
 
-def _require_language(language: str) -> None:
+def _require_ready(language: str) -> None:
+    require_installed()
     if language not in LANGUAGES:
         raise ConfigError(f"--lang must be {' or '.join(LANGUAGES)}, got {language!r}")

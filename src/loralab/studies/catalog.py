@@ -3,6 +3,7 @@
 Standard library only.
 """
 
+import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from loralab.errors import ConfigError, nearest
 from loralab.studies.study import Asked, Ground, Text
 
+NEEDED = ("scipy", "altair", "vl_convert", "jinja2")
 RECOMMEND = "recommend"  # a search, not one of the questions
 ENCODER, WRITER, VISION = "minilm-l6", "smollm2-135m", "dinov2-s"
 # times the method's usual rate: short runs want higher ones
@@ -51,6 +53,7 @@ STUDIES: dict[str, Question] = {
     "init": Question(
         number="Q3",
         title=Text("Why does lora_B start at zero?", "為什麼 lora_B 初始化為零？"),
+        steps=(150, 52), rows=(500, 200),
     ),
     "targets": Question(
         number="Q4",
@@ -106,6 +109,17 @@ STUDIES: dict[str, Question] = {
 }  # fmt: skip
 
 
+def require_installed() -> None:
+    """Refuse to begin where the libraries of the extra `study` are missing.
+
+    Raises:
+        ConfigError: one is.
+    """
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"studies need {', '.join(missing)}: pip install 'loralab[study]'")
+
+
 def question(name: str) -> Question:
     """The question behind a study's name.
 
@@ -149,5 +163,6 @@ def ground(name: str, asked: Asked, mapping: Mapping[str, str] | None = None) ->
         rows={"train": steps * batch, "validation": rows, "test": rows},
         seeds=1 if asked.quick else asked.seeds or own.seeds,
         quick=asked.quick, fixed_lr=asked.fixed_lr, values=asked.values,
+        metric=asked.metric or "",
         rates=QUICK_RATES if asked.quick else RATES,
     )  # fmt: skip

@@ -15,7 +15,7 @@ from loralab.studies.statistics import (
     difference,
     mean_interval,
 )
-from loralab.studies.study import DONE, Finding, Ground, Record, Table, Text
+from loralab.studies.study import DONE, FALLING, Finding, Ground, Record, Table, Text
 
 SEED = 0  # of every bootstrap: rendering again gives the same page
 Z = 1.96
@@ -40,7 +40,7 @@ class Metric:
     @property
     def rises(self) -> bool:
         """Whether larger is better."""
-        return self.name != "loss"
+        return self.name not in FALLING
 
     def value(self, score: float) -> str:
         """One score."""
@@ -51,7 +51,7 @@ class Metric:
         size = abs(effect)
         if self.rises:
             return Text(f"{100 * size:.1f} points of {self.text.en}", f"{100 * size:.1f} 個百分點")
-        return Text(f"{size:.3f} of loss", f"損失 {size:.3f}")
+        return Text(f"{size:.3f} of {self.text.en}", f"{self.text.zh} {size:.3f}")
 
     def span(self, low: float, high: float) -> str:
         """An interval of differences."""

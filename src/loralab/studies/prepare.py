@@ -7,13 +7,15 @@ from types import ModuleType
 from typing import Any
 
 from loralab.adapters.attach import attach
-from loralab.errors import ConfigError, InputError
+from loralab.errors import ConfigError, InputError, nearest
 from loralab.models.load import Base
 from loralab.studies.catalog import RECOMMEND, STUDIES
 from loralab.studies.fields import configured
 from loralab.studies.study import Arm, Ground
 from loralab.studies.trained import rows_of
+from loralab.tasks.catalog import Task
 from loralab.tasks.encode import encode
+from loralab.tasks.score import evaluate
 from loralab.training.preflight import load_base, with_head
 
 
@@ -48,7 +50,19 @@ def base_of(ground: Ground) -> Base:
     base = load_base(ground.model, task, "fp32", 0, image_size=ground.fields.get("image_size"))
     longest = int(ground.fields.get("max_length", 512))
     encode(task, "test", base.tokenizer, kind=base.kind, max_length=longest)
+    if ground.metric:
+        _require_metric(ground.metric, base, task)
     return base
+
+
+def _require_metric(metric: str, base: Base, task: Task) -> None:
+    """The task must have the metric that shall decide."""
+    few = evaluate(base.model, base.tokenizer, task, "test", kind=base.kind, limit=2)
+    if metric not in few.metrics:
+        has = ", ".join(few.metrics)
+        raise ConfigError(
+            f"{task.name} has no metric {metric!r}, only {has}{nearest(metric, few.metrics)}"
+        )
 
 
 def _invalid(ground: Ground, arm: Arm, base: Base) -> str:

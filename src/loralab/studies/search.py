@@ -31,8 +31,12 @@ class Search:
 
 
 def tune(ground: Ground, arm: Arm, obtain: Obtain) -> Search:
-    """The best rate for an arm on its ground; None if no rate could be tried."""
-    grid = [rounded(usual(ground, arm) * factor) for factor in ground.rates]
+    """The best rate for an arm on its ground; None if no rate could be tried.
+
+    An arm whose best rate is known to lie elsewhere brings its own multiples: options["rates"].
+    """
+    factors = arm.options.get("rates") or ground.rates
+    grid = [rounded(usual(ground, arm) * factor) for factor in factors]
     steps = int(ground.fields["max_steps"])
     first = max(2, steps // 3)
     found = {rate: _loss(ground, arm, rate, first, obtain) for rate in grid}

@@ -14,6 +14,7 @@ from loralab.errors import ConfigError
 
 FORMAT = 1  # of records; a change makes old ones unreadable, and their cells run again
 LANGUAGES = ("en", "zh-TW")
+FALLING = ("loss", "perplexity")  # metrics of which less is better
 DONE, DIVERGED, FAILED, MISSING = "done", "diverged", "failed", "missing"
 
 
@@ -55,7 +56,7 @@ class Ground:
 
     `fields` are those of Training; `rows` how many rows of train, validation and test are used.
     `rates` are the learning rates that are searched for each arm, as multiples of the method's
-    usual one. `quick` is one seed and fewer steps: an indication, not a result.
+    usual one. `metric` is what decides, where it is not the task's own. `quick` is one seed and fewer steps: an indication, not a result.
     """
 
     study: str
@@ -68,6 +69,7 @@ class Ground:
     quick: bool = False
     fixed_lr: bool = False
     rates: tuple[float, ...] = ()
+    metric: str = ""
     values: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
@@ -96,7 +98,7 @@ class Cell:
         ground = self.ground
         deciding = [
             FORMAT, self.measure, ground.model, ground.data, dict(ground.mapping),
-            dict(ground.fields), dict(ground.rows), ground.quick,
+            dict(ground.fields), dict(ground.rows), ground.quick, ground.metric,
             dict(self.arm.fields), dict(self.arm.options), self.seed,
         ]  # fmt: skip
         text = json.dumps(deciding, sort_keys=True, default=list)
@@ -213,6 +215,9 @@ class Asked:
     batch_size: Annotated[int | None, "rows in one step; none: by question"] = None
     learning_rate: Annotated[float | None, "of all arms, with fixed_lr"] = None
     max_length: Annotated[int | None, "longest row in tokens; none: by question"] = None
+    metric: Annotated[
+        str | None, "what decides, such as loss or macro_f1; none: the task's own"
+    ] = None
     precision: Annotated[str, "dtype of the base: auto, fp32, bf16, fp16"] = "auto"
     test_rows: Annotated[int | None, "test rows that every arm is scored on; none: by question"] = (
         None

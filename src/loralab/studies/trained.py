@@ -17,7 +17,7 @@ import numpy as np
 from loralab.errors import LearningError
 from loralab.studies.fields import configured
 from loralab.studies.statistics import smoothed
-from loralab.studies.study import DIVERGED, DONE, Cell, Ground, Record
+from loralab.studies.study import DIVERGED, DONE, FALLING, Cell, Ground, Record
 from loralab.tasks import catalog
 from loralab.tasks.catalog import Task
 from loralab.tasks.score import Scores, evaluate
@@ -79,6 +79,7 @@ def scored(cell: Cell, run: Run, folder: Path) -> Record:
     losses = [float(e["loss"]) for e in events]
     size = sum(f.stat().st_size for f in (folder / "run").glob("adapter_model.safetensors"))
     validation = run.scores["validation"].metrics
+    metric = cell.ground.metric or test.main
     numbers = {
         "parameters": run.adapter.num_parameters, "file_bytes": size,
         "head_parameters": sum(p.numel() for s in run.adapter.saved.values()
@@ -88,7 +89,7 @@ def scored(cell: Cell, run: Run, folder: Path) -> Record:
         "validation_loss": validation["loss"], "test_loss": test.metrics["loss"],
         "fit_loss": train_scores.metrics["loss"],
         "gap": test.metrics["loss"] - train_scores.metrics["loss"],
-        "score": test.metrics[test.main], "fit_score": train_scores.metrics[test.main],
+        "score": test.metrics[metric], "fit_score": train_scores.metrics[metric],
         **{f"test_{name}": value for name, value in test.metrics.items()},
     }  # fmt: skip
     lost = not math.isfinite(losses[-1]) or smoothed(losses)[-1] > 1.05 * np.mean(losses[:3])
@@ -96,7 +97,7 @@ def scored(cell: Cell, run: Run, folder: Path) -> Record:
     return Record(
         arm=cell.arm, seed=cell.seed, status=DIVERGED if lost else DONE,
         reason="the training loss ended above its start" if lost else "",
-        numbers=numbers, items={"score": items_of(test)}, texts={"metric": test.main},
+        numbers=numbers, items={"score": items_of(test, metric)}, texts={"metric": metric},
         series={"loss": losses, "grad_norm": [float(e["grad_norm"]) for e in events]},
     )  # fmt: skip
 
@@ -109,13 +110,17 @@ def score_on(run: Run, split: str, limit: int | None = None) -> Scores:
     )
 
 
-def items_of(scores: Scores) -> list[float]:
-    """One value per row, larger is better: right or wrong where there are labels, else -loss."""
-    if scores.main == "accuracy":
+def items_of(scores: Scores, metric: str = "") -> list[float]:
+    """One value per row, larger is better: right or wrong for accuracy, -loss for the loss.
+
+    A metric that no single row has is one value for all of them.
+    """
+    metric = metric or scores.main
+    if metric == "accuracy":
         return [float(p.expected == p.answer) for p in scores.predictions]
-    if scores.row_losses:
+    if metric == "loss" and scores.row_losses:
         return [-loss for loss in scores.row_losses]
-    return [scores.metrics[scores.main] * (-1 if scores.main == "loss" else 1)]
+    return [scores.metrics[metric] * (-1 if metric in FALLING else 1)]
 
 
 def step_seconds(events: Sequence[Mapping[str, Any]]) -> float:
@@ -151,8 +156,9 @@ def untrained(cell: Cell, folder: Path, tell: Tell) -> Record:
     precision = str(ground.fields.get("precision", "auto"))
     base = load_base(ground.model, task, precision, 0, image_size=ground.fields.get("image_size"))
     scores = evaluate(base.model, base.tokenizer, task, "test", kind=base.kind, batch_size=32)
-    numbers = {"score": scores.metrics[scores.main], "test_loss": scores.metrics["loss"]}
+    metric = ground.metric or scores.main
+    numbers = {"score": scores.metrics[metric], "test_loss": scores.metrics["loss"]}
     return Record(
-        arm=cell.arm, seed=cell.seed, numbers=numbers, items={"score": items_of(scores)},
-        texts={"metric": scores.main},
+        arm=cell.arm, seed=cell.seed, numbers=numbers, items={"score": items_of(scores, metric)},
+        texts={"metric": metric},
     )  # fmt: skip

@@ -20,7 +20,8 @@ def fitted(width: int, seed: int) -> Record:
     """A layer whose true update has rank 4 and equal singular values, learnt at another rank."""
     draw = torch.Generator().manual_seed(seed)
     base = nn.Linear(WIDTH, WIDTH, bias=False)
-    left, _, right = torch.linalg.svd(torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(9)))
+    fixed = torch.Generator().manual_seed(9)  # the same update for every rank and seed
+    left, _, right = torch.linalg.svd(torch.randn(WIDTH, WIDTH, generator=fixed))
     update = left[:, :TRUE_RANK] @ right[:TRUE_RANK]
     layer = LinearWithLoRA(base, LoRA(rank=width, alpha=width), draw)
     optimizer = torch.optim.Adam([layer.lora_A, layer.lora_B], lr=0.02)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from loralab.errors import ConfigError
 from loralab.models.load import Base
 from loralab.studies import figures
 from loralab.studies.evidence import (
@@ -34,7 +35,7 @@ BASE = "base"
 
 def arms(ground: Ground, base: Base) -> list[Arm]:
     """One arm for each rank, alpha fixed at 16; the base model; cuts of the largest rank."""
-    ranks = [int(value) for value in ground.values] or list(RANKS)
+    ranks = [_rank(value) for value in ground.values] or list(RANKS)
     largest = max(ranks)
     found = [
         Arm(name=f"r={rank}", fields={"method": "lora", "rank": rank},
@@ -83,6 +84,12 @@ def conclude(records: Sequence[Record], ground: Ground) -> Answer:
             f"把 {at} 與 {best} 訓練得更久，看轉折點是否移動。",
         ),
     )  # fmt: skip
+
+
+def _rank(value: str) -> int:
+    if not value.strip().isdigit():
+        raise ConfigError(f"--values of the rank study are ranks, such as 2,4,8; got {value!r}")
+    return int(value)
 
 
 def rank_of(name: str) -> int:

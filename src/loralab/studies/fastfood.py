@@ -1,0 +1,115 @@
+"""A random map from few numbers to many, in O(D log d) time and O(D) memory.
+
+Sources: Le, Sarlos and Smola 2013, "Fastfood" (ICML), section 3; Aghajanyan et al. 2020,
+arXiv:2012.13255, equation 2. Axes: K blocks, N numbers of a block (a power of two), d and D the
+numbers that come in and go out.
+
+    P theta = the first D of H G Pi H B theta / divisor
+
+B holds random signs, Pi is a permutation, G is Gaussian, H the Walsh-Hadamard matrix. With N at
+least D there is one block, as in the paper; smaller blocks are Le et al.'s stack of independent
+ones, each with its own B and G (Pi they share), which stay in the processor's cache.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+FACTOR = 64  # Kronecker factors of H that are multiplied as dense matrices
+LEAST = 4096  # of a block: two such factors
+
+
+def hadamard(size: int, like: Tensor | None = None) -> Tensor:
+    """The Walsh-Hadamard matrix of a power of two in Sylvester's order, entries 1 and -1."""
+    found = torch.ones(1, 1) if like is None else like.new_ones(1, 1)
+    while len(found) < size:
+        found = torch.cat([torch.cat([found, found], 1), torch.cat([found, -found], 1)])
+    return found
+
+
+def walsh_hadamard(x: Tensor) -> Tensor:
+    """H x along the last axis, whose length N is a power of two: (..., N) -> (..., N).
+
+    H is a Kronecker product of small ones, each of which is a dense product along its own axis.
+    """
+    size, done = x.shape[-1], 1
+    y = x
+    while done < size:
+        factor = min(FACTOR, size // done)
+        H = hadamard(factor, x)
+        y = y.reshape(-1, factor) @ H if done == 1 else H @ y.reshape(-1, factor, done)
+        done *= factor
+    return y.reshape(x.shape)
+
+
+class Fastfood:
+    """P: fixed once made; the squared length of P theta is that of theta on average.
+
+    Args:
+        small: d, the numbers that come in.
+        large: D, the numbers that go out.
+        generator: where B, Pi and G come from.
+        block: N, a power of two of at least d; none is what is quick.
+    """
+
+    def __init__(
+        self, small: int, large: int, generator: torch.Generator, block: int | None = None
+    ) -> None:
+        self.small, self.large = small, large
+        self.width = power_of_two(small)  # of what comes in, filled up with zeros
+        self.block = block or min(max(LEAST, self.width), max(self.width, power_of_two(large)))
+        self.blocks = -(-large // self.block)
+        signs = torch.randint(0, 2, (self.blocks, small), generator=generator)
+        self.B = (2 * signs - 1).float()
+        self.order = torch.randperm(self.block, generator=generator)  # Pi
+        self.back = torch.argsort(self.order)
+        G = torch.randn(self.blocks, self.block, generator=generator)
+        # the authors' divisor sqrt(N sum G^2) sqrt(D / N), block by block
+        self.G = G / (G.square().sum(dim=1, keepdim=True) * large).sqrt()
+
+    def __call__(self, theta: Tensor) -> Tensor:
+        """P theta: (d,) -> (D,)."""
+        found: Tensor = _Projection.apply(theta, self)
+        return found
+
+    def forward(self, theta: Tensor) -> Tensor:
+        """P theta. H of a vector that is zero after its first numbers repeats itself."""
+        filled = F.pad(self.B.to(theta) * theta, (0, self.width - self.small))
+        short = walsh_hadamard(filled)  # (K, width)
+        moved = short[:, self.order % self.width]  # (K, N)
+        return walsh_hadamard(moved.mul_(self.G.to(theta))).reshape(-1)[: self.large]
+
+    def transposed(self, gradient: Tensor) -> Tensor:
+        """P' gradient: (D,) -> (d,)."""
+        missing = self.blocks * self.block - self.large
+        rows = F.pad(gradient, (0, missing)).view(self.blocks, self.block)
+        moved = walsh_hadamard(rows).mul_(self.G.to(gradient)).index_select(1, self.back)
+        folded = moved.view(self.blocks, -1, self.width).sum(dim=1)
+        return (walsh_hadamard(folded)[:, : self.small] * self.B.to(gradient)).sum(dim=0)
+
+    def to(self, device: torch.device) -> "Fastfood":
+        """The same map on a device."""
+        for name in ("B", "G", "order", "back"):
+            setattr(self, name, getattr(self, name).to(device))
+        return self
+
+
+class _Projection(torch.autograd.Function):
+    """P is linear, so its gradient is the transposed map."""
+
+    @staticmethod
+    def forward(ctx: Any, theta: Tensor, fastfood: Fastfood) -> Tensor:
+        ctx.fastfood = fastfood
+        return fastfood.forward(theta)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return ctx.fastfood.transposed(gradients[0]), None
+
+
+def power_of_two(number: int) -> int:
+    """The smallest power of two that is not below a number."""
+    return int(2 ** math.ceil(math.log2(max(1, number))))

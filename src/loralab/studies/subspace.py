@@ -1,0 +1,153 @@
+"""Training in a random subspace: all weights move, but only along d directions drawn beforehand.
+
+Source: Aghajanyan et al. 2020, arXiv:2012.13255. DID (equation 1): theta = theta0 + P theta_d.
+SAID (equation 3): theta_i = theta0_i + lambda_i (P theta_{d - m})_i, one learnt lambda for each
+of m layers. Everything but the tables of embeddings goes through P, a new head included: a step
+reads few rows of a table. theta_d starts at zero: step 0 is the base model.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from loralab.adapters.targets import layer_number
+from loralab.errors import ConfigError, LearningError
+from loralab.models.load import Base
+from loralab.studies.fastfood import Fastfood
+from loralab.tasks.batches import Batches, collate
+from loralab.tasks.catalog import Task
+from loralab.tasks.encode import encode
+from loralab.tasks.forward import answer_loss
+from loralab.training.optim import learning_rate
+from loralab.training.settings import Training
+
+VARIANTS = ("did", "said")
+
+
+class Subspace(nn.Module):
+    """A frozen model whose weights are read at theta0 + P theta_d.
+
+    Args:
+        module: kept and frozen.
+        size: d, all that is trained, the m lambdas of SAID included.
+        variant: one of VARIANTS.
+        generator: of P.
+
+    Raises:
+        ConfigError: SAID has nothing left for theta beside its lambdas.
+    """
+
+    def __init__(
+        self, module: nn.Module, size: int, variant: str, generator: torch.Generator
+    ) -> None:
+        super().__init__()
+        self.module = module.requires_grad_(False)
+        self.start = moving(module)
+        layers = layers_of(self.start)
+        self.layer = [layers.index(_layer(name)) for name in self.start]
+        scales = len(layers) if variant == "said" else 0
+        if size <= scales:
+            raise ConfigError(f"said has {scales} layers here, so d must be above that; got {size}")
+        device = next(iter(self.start.values())).device
+        self.theta = nn.Parameter(torch.zeros(size - scales, device=device))
+        self.scales = nn.Parameter(torch.ones(scales, device=device)) if scales else None
+        self.project = Fastfood(size - scales, self.large, generator).to(device)
+
+    @property
+    def large(self) -> int:
+        """D: how many weights move."""
+        return sum(value.numel() for value in self.start.values())
+
+    def trained(self) -> list[nn.Parameter]:
+        """theta_d, and the lambdas."""
+        return [self.theta, *([] if self.scales is None else [self.scales])]
+
+    def values(self) -> dict[str, Tensor]:
+        """Every weight that moves, where it is now, in its own dtype."""
+        sizes = [value.numel() for value in self.start.values()]
+        found = {}
+        for index, (part, (name, start)) in enumerate(
+            zip(self.project(self.theta).split(sizes), self.start.items(), strict=True)
+        ):
+            own = part if self.scales is None else self.scales[self.layer[index]] * part
+            found[name] = (start.float() + own.view_as(start)).to(start.dtype)
+        return found
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        """What the model gives with these weights."""
+        return functional_call(self.module, self.values(), inputs, named)
+
+    @torch.no_grad()
+    def settle(self) -> nn.Module:
+        """The model itself with these weights."""
+        own = dict(self.module.named_parameters())
+        for name, value in self.values().items():
+            own[name].copy_(value)
+        return self.module
+
+
+def moving(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of every weight that goes through P: all but the tables of embeddings."""
+    tables = {
+        id(p) for module in model.modules() if isinstance(module, nn.Embedding)
+        for p in module.parameters(recurse=False)
+    }  # fmt: skip
+    return {
+        name: value.detach().clone()
+        for name, value in model.named_parameters()
+        if id(value) not in tables
+    }
+
+
+def layers_of(names: Mapping[str, Any]) -> list[int]:
+    """The blocks that have weights, and -1 for what stands outside of them."""
+    return sorted({_layer(name) for name in names})
+
+
+def fit(subspace: Subspace, base: Base, task: Task, training: Training) -> list[float]:
+    """Train with AdamW as `train` does: same rows, same order, same schedule; the losses.
+
+    Raises:
+        LearningError: the loss is not finite.
+    """
+    assert training.max_steps is not None
+    examples = encode(
+        task, "train", base.tokenizer, kind=base.kind, max_length=training.max_length
+    ).examples
+    batches = Batches(
+        lengths=tuple(e.length for e in examples), batch_size=training.batch_size,
+        seed=training.seed,
+    )  # fmt: skip
+    device = subspace.theta.device
+    optimizer = torch.optim.AdamW(subspace.trained(), weight_decay=0.0)
+    losses = []
+    subspace.train()
+    for step in range(training.max_steps):
+        (rows,) = batches.step(step)
+        batch = collate(
+            [examples[i] for i in rows], pad_id=base.tokenizer.pad_token_id or 0, kind=base.kind,
+            pictures=base.tokenizer,
+        )  # fmt: skip
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(training, step, training.max_steps)
+        loss, count = answer_loss(
+            subspace, {name: tensor.to(device) for name, tensor in batch.items()}, base.kind
+        )
+        if not math.isfinite(loss.item()):
+            raise LearningError(f"step {step + 1}: the loss is not finite; lower the learning rate")
+        (loss / max(1, count)).backward()
+        nn.utils.clip_grad_norm_(subspace.trained(), training.max_grad_norm or math.inf)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.item() / max(1, count))
+    subspace.eval()
+    return losses
+
+
+def _layer(name: str) -> int:
+    number = layer_number(name)
+    return -1 if number is None else number
