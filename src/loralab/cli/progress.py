@@ -91,4 +91,4 @@ class StudyLines:
         if self._status is not None:
             self._status.update(self._now)
         if event["what"] != "begins" or self._status is None:
-            self._console.print(f"{event['what']:8} {self._now}")
+            self._console.print(f"{event['what']:8} {self._now}", soft_wrap=True)

@@ -62,6 +62,7 @@ STUDIES: dict[str, Question] = {
     "scaling": Question(
         number="Q5",
         title=Text("Is scaling by alpha really needed?", "Alpha 的縮放真的必要嗎？"),
+        steps=(60, 20), rows=(300, 100), seeds=2,  # of 45 and 18 combinations
     ),
     "merge": Question(
         number="Q6",

@@ -11,6 +11,7 @@ least D there is one block, as in the paper; smaller blocks are Le et al.'s stac
 ones, each with its own B and G (Pi they share), which stay in the processor's cache.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -22,9 +23,12 @@ FACTOR = 64  # Kronecker factors of H that are multiplied as dense matrices
 LEAST = 4096  # of a block: two such factors
 
 
-def hadamard(size: int, like: Tensor | None = None) -> Tensor:
+@functools.lru_cache(maxsize=32)
+def hadamard(
+    size: int, dtype: torch.dtype = torch.float32, device: torch.device | None = None
+) -> Tensor:
     """The Walsh-Hadamard matrix of a power of two in Sylvester's order, entries 1 and -1."""
-    found = torch.ones(1, 1) if like is None else like.new_ones(1, 1)
+    found = torch.ones(1, 1, dtype=dtype, device=device)
     while len(found) < size:
         found = torch.cat([torch.cat([found, found], 1), torch.cat([found, -found], 1)])
     return found
@@ -39,7 +43,7 @@ def walsh_hadamard(x: Tensor) -> Tensor:
     y = x
     while done < size:
         factor = min(FACTOR, size // done)
-        H = hadamard(factor, x)
+        H = hadamard(factor, x.dtype, x.device)
         y = y.reshape(-1, factor) @ H if done == 1 else H @ y.reshape(-1, factor, done)
         done *= factor
     return y.reshape(x.shape)

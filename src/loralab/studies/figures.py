@@ -3,7 +3,7 @@
 Colours and fonts are the page's (report.html.j2 sets them for dark and for light).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import altair as alt
@@ -12,6 +12,8 @@ from loralab.studies.study import LANGUAGES, Figure, Text
 
 Rows = Sequence[Mapping[str, Any]]
 HEIGHT = 260
+ROW = 34  # of a chart whose arms stand below each other
+INTERVAL = ("value", "low", "high")
 WIDTH = 620  # of files; on the page a chart is as wide as its column
 
 
@@ -19,43 +21,52 @@ def intervals(
     name: str, title: Text, rows: Rows, *, x: Text, y: Text, log: bool = False,
     chance: float | None = None, percent: bool = False,
 ) -> Figure:  # fmt: skip
-    """A value with its interval for each arm.
+    """A value with its interval for each arm; arms that are names stand below each other.
 
     Args:
         rows: {"arm", "value", "low", "high"}, and "x" where the arms are numbers.
         log: the numbers stand on a scale of powers of two.
         chance: a level to draw across.
     """
-    numeric = all("x" in row for row in rows)
+    if all("x" in row for row in rows):
+        return _figure(name, title, lambda code: _numbered(rows, code, x, y, log, chance, percent))
+    return _figure(name, title, lambda code: _named(rows, code, x, y, chance, percent))
 
-    def build(language: str) -> Any:
-        base = alt.Chart(_data(rows))
-        axis = _y(y, language, percent)
-        if numeric:
-            scale = alt.Scale(type="log", base=2) if log else alt.Scale(zero=False)
-            ticks = sorted({row["x"] for row in rows})
-            place: Any = alt.X(
-                "x:Q", title=x.said(language), scale=scale, axis=alt.Axis(values=ticks, format="~s")
-            )
-        else:
-            place = alt.X(
-                "arm:N",
-                title=x.said(language),
-                sort=[r["arm"] for r in rows],
-                axis=alt.Axis(labelAngle=-25, labelLimit=180),
-            )
-        tip = ["arm:N", *(alt.Tooltip(f"{k}:Q", format=".4g") for k in ("value", "low", "high"))]
-        layers = [
-            base.mark_rule(strokeWidth=2).encode(x=place, y=axis("low"), y2="high:Q", tooltip=tip),
-            base.mark_point(filled=True, size=70, opacity=1).encode(
-                x=place, y=axis("value"), tooltip=tip
-            ),
-        ]
-        if numeric:
-            layers.append(base.mark_line(opacity=0.5).encode(x=place, y=axis("value")))
-        return alt.layer(*layers, *_across(chance))
 
-    return _figure(name, title, build)
+def _numbered(
+    rows: Rows, language: str, x: Text, y: Text, log: bool, chance: float | None, percent: bool
+) -> Any:
+    """Arms that are numbers, from left to right."""
+    base = alt.Chart(_data(rows))
+    axis = _value(alt.Y, y, language, percent)
+    scale = alt.Scale(type="log", base=2) if log else alt.Scale(zero=False)
+    ticks = sorted({row["x"] for row in rows})
+    place = alt.X("x:Q", title=x.said(language), scale=scale,
+                  axis=alt.Axis(values=ticks, format="~s"))  # fmt: skip
+    return alt.layer(
+        base.mark_rule(strokeWidth=2).encode(
+            x=place, y=axis("low"), y2="high:Q", tooltip=_tip(INTERVAL)
+        ),
+        base.mark_line(opacity=0.5).encode(x=place, y=axis("value")),
+        base.mark_point(filled=True, size=70, opacity=1).encode(
+            x=place, y=axis("value"), tooltip=_tip(INTERVAL)
+        ),
+        *_across(chance),
+    )
+
+
+def _named(rows: Rows, language: str, x: Text, y: Text, chance: float | None, percent: bool) -> Any:
+    """Arms that are names, from top to bottom."""
+    order = list(dict.fromkeys(row["arm"] for row in rows))
+    base = alt.Chart(_data(rows)).encode(y=_arms(order, x, language))
+    axis = _value(alt.X, y, language, percent)
+    return alt.layer(
+        base.mark_rule(strokeWidth=2).encode(x=axis("low"), x2="high:Q", tooltip=_tip(INTERVAL)),
+        base.mark_point(filled=True, size=70, opacity=1).encode(
+            x=axis("value"), tooltip=_tip(INTERVAL)
+        ),
+        *_across(chance, upright=True),
+    ).properties(height=ROW * len(order))
 
 
 def lines(
@@ -68,7 +79,7 @@ def lines(
         chosen = alt.selection_point(fields=["arm"], bind="legend")
         scale = alt.Scale(type="log") if log_x else alt.Scale(zero=False, nice=False)
         place = alt.X("x:Q", title=x.said(language), scale=scale)
-        axis = _y(y, language, percent, log=log_y)
+        axis = _value(alt.Y, y, language, percent, log=log_y)
         order = list(dict.fromkeys(row["arm"] for row in rows))
         colour = alt.Color("arm:N", title=arm.said(language), sort=order)
         faint = alt.condition(chosen, alt.value(1), alt.value(0.08))
@@ -91,23 +102,21 @@ def bars(
     name: str, title: Text, rows: Rows, *, x: Text, y: Text, group: Text | None = None,
     percent: bool = False,
 ) -> Figure:  # fmt: skip
-    """Bars: {"arm", "value"}, and "group" where bars stand side by side."""
+    """Bars: {"arm", "value"} from top to bottom, and "group" where several belong together."""
+    order = list(dict.fromkeys(row["arm"] for row in rows))
+    groups = list(dict.fromkeys(row["group"] for row in rows)) if group else [""]
 
     def build(language: str) -> Any:
-        order = list(dict.fromkeys(row["arm"] for row in rows))
-        axis = _y(y, language, percent, zero=True)
         encoding: dict[str, Any] = {
-            "x": alt.X("arm:N", title=x.said(language), sort=order,
-                       axis=alt.Axis(labelAngle=-25, labelLimit=180)),
-            "y": axis("value"),
-            "tooltip": ["arm:N", *(["group:N"] if group else []),
-                        alt.Tooltip("value:Q", format=".4g")],
-        }  # fmt: skip
+            "y": _arms(order, x, language),
+            "x": _value(alt.X, y, language, percent, zero=True)("value"),
+            "tooltip": [*(["group:N"] if group else []), *_tip(("value",))],
+        }
         if group is not None:
-            groups = list(dict.fromkeys(row["group"] for row in rows))
             encoding["color"] = alt.Color("group:N", title=group.said(language), sort=groups)
-            encoding["xOffset"] = alt.XOffset("group:N", sort=groups)
-        return alt.Chart(_data(rows)).mark_bar().encode(**encoding)
+            encoding["yOffset"] = alt.YOffset("group:N", sort=groups)
+        height = len(order) * max(ROW, 16 * len(groups) + 8)
+        return alt.Chart(_data(rows)).mark_bar().encode(**encoding).properties(height=height)
 
     return _figure(name, title, build)
 
@@ -150,7 +159,7 @@ def scatter(
         scale = alt.Scale(type="log") if log_x else alt.Scale(zero=False, padding=30)
         base = alt.Chart(_data(rows)).encode(
             x=alt.X("x:Q", title=x.said(language), scale=scale),
-            y=_y(y, language, percent)("y"),
+            y=_value(alt.Y, y, language, percent)("y"),
             tooltip=["arm:N", alt.Tooltip("x:Q", format=".4g"), alt.Tooltip("y:Q", format=".4g")],
         )
         names = base.mark_text(dy=-11, fontSize=11).encode(text="arm:N")
@@ -159,7 +168,7 @@ def scatter(
     return _figure(name, title, build)
 
 
-def _figure(name: str, title: Text, build: Any) -> Figure:
+def _figure(name: str, title: Text, build: Callable[[str], Any]) -> Figure:
     specs = {}
     for language in LANGUAGES:
         chart = build(language)
@@ -173,19 +182,34 @@ def _data(rows: Rows) -> alt.InlineData:
     return alt.InlineData(values=[dict(row) for row in rows])
 
 
-def _y(text: Text, language: str, percent: bool, *, log: bool = False, zero: bool = False) -> Any:
-    """What makes an encoding of the vertical axis from a column's name."""
+def _arms(order: Sequence[str], title: Text, language: str) -> alt.Y:
+    """Names from top to bottom, in their order."""
+    axis = alt.Axis(labelLimit=190, titleAngle=0, titleAlign="right", titleX=-8, titleY=-10)
+    return alt.Y("arm:N", title=title.said(language), sort=list(order), axis=axis)
+
+
+def _value(
+    channel: Any, text: Text, language: str, percent: bool, *, log: bool = False, zero: bool = False
+) -> Callable[[str], Any]:
+    """What makes an encoding of the axis of values from a column's name."""
     scale = alt.Scale(type="log") if log else alt.Scale(zero=zero)
-    axis = alt.Axis(format=".1%") if percent else alt.Axis()
-    return lambda column: alt.Y(f"{column}:Q", title=text.said(language), scale=scale, axis=axis)
+    axis = alt.Axis(format=".0%") if percent else alt.Axis()
+    return lambda column: channel(f"{column}:Q", title=text.said(language), scale=scale, axis=axis)
 
 
-def _across(level: float | None) -> list[alt.Chart]:
+def _tip(columns: Sequence[str]) -> list[Any]:
+    """What hovering shows."""
+    return ["arm:N", *(alt.Tooltip(f"{column}:Q", format=".4g") for column in columns)]
+
+
+def _across(level: float | None, *, upright: bool = False) -> list[alt.Chart]:
     """A dashed line across the chart."""
     if level is None:
         return []
-    rows = alt.InlineData(values=[{"level": level}])
-    return [alt.Chart(rows).mark_rule(strokeDash=[6, 4], opacity=0.7).encode(y="level:Q")]
+    rule = alt.Chart(alt.InlineData(values=[{"level": level}])).mark_rule(
+        strokeDash=[6, 4], opacity=0.7
+    )
+    return [rule.encode(x="level:Q") if upright else rule.encode(y="level:Q")]
 
 
 def _middle(values: Sequence[float]) -> float:

@@ -18,12 +18,13 @@ from markupsafe import Markup
 
 from loralab import atomic
 from loralab.studies import store
-from loralab.studies.catalog import STUDIES
+from loralab.studies.catalog import RECOMMEND, STUDIES
 from loralab.studies.evidence import mean_of, metric_of, scored, seconds, size, unfinished
 from loralab.studies.prepare import question_module
 from loralab.studies.runner import records
 from loralab.studies.study import LANGUAGES, Answer, Figure, Ground, Record, Table, Text
 
+OWN_TITLES = {RECOMMEND: Text("The search for a configuration", "尋找設定")}
 FIGURES = "figures"
 VERSION = importlib.metadata.version("loralab")
 SNIPPET = "window.vegaEmbed = vegaEmbed;"  # what the page needs of the bundle
@@ -80,7 +81,7 @@ def in_order(found: Mapping[str, Any]) -> dict[str, Any]:
 def section(name: str, ground: Ground, own: Sequence[Record]) -> Section:
     """A study with its answer."""
     question = STUDIES.get(name)
-    title = question.title if question else Text(name, name)
+    title = question.title if question else OWN_TITLES.get(name, Text(name, name))
     answer = question_module(name).conclude(own, ground)
     return Section(
         name=name, number=question.number if question else "", title=title, ground=ground,
@@ -117,10 +118,15 @@ def measured(ground: Ground, own: Sequence[Record]) -> Text:
 
 def repeat_command(ground: Ground) -> str:
     """What runs the study again."""
-    parts = ["loralab", "study", ground.study, "--model", ground.model, "--data", ground.data]
+    if ground.study not in STUDIES and ground.study != RECOMMEND:
+        return shlex.join(["loralab", "study", f"{ground.study}.toml"])
+    search = ground.study == RECOMMEND
+    parts = ["loralab", *(["recommend"] if search else ["study", ground.study])]
+    parts += ["--model", ground.model, "--data", ground.data]
     parts += ["--quick"] if ground.quick else ["--seeds", str(ground.seeds)]
     parts += ["--steps", str(ground.fields["max_steps"])]
-    parts += ["--values", ",".join(ground.values)] if ground.values else []
+    parts += ["--values", ",".join(ground.values)] if ground.values and not search else []
+    parts += ["--metric", ground.metric] if ground.metric else []
     parts += ["--fixed-lr"] if ground.fixed_lr else []
     return shlex.join(parts)
 

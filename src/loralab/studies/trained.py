@@ -97,7 +97,8 @@ def scored(cell: Cell, run: Run, folder: Path) -> Record:
     return Record(
         arm=cell.arm, seed=cell.seed, status=DIVERGED if lost else DONE,
         reason="the training loss ended above its start" if lost else "",
-        numbers=numbers, items={"score": items_of(test, metric)}, texts={"metric": metric},
+        numbers=numbers, texts={"metric": metric},
+        items={"score": items_of(test, metric), "loss": [-loss for loss in test.row_losses]},
         series={"loss": losses, "grad_norm": [float(e["grad_norm"]) for e in events]},
     )  # fmt: skip
 
