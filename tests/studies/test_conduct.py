@@ -81,6 +81,7 @@ def test_a_model_or_data_that_is_not_there_is_refused_before_a_run(tmp_path: Pat
     for asked in (Asked(model="minilm-l7"), Asked(data="movie-review", model="minilm-l6")):
         with pytest.raises(InputError, match="did you mean"):
             study("rank", asked=asked, output_dir=tmp_path / "out")
+        assert not (tmp_path / "out").exists()
 
 
 def test_a_metric_that_the_task_lacks_is_refused(

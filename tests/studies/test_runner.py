@@ -104,10 +104,13 @@ def test_a_study_killed_ten_times(own_study: Path, tmp_path: Path) -> None:
 
 
 def test_two_studies_in_one_folder_are_refused(tmp_path: Path) -> None:
-    with store.locked(tmp_path), pytest.raises(OutputError, match=f"process {os.getpid()}"):  # noqa: SIM117
-        with store.locked(tmp_path):
+    folder = tmp_path / "study"
+    with store.locked(folder):
+        with pytest.raises(OutputError, match=f"process {os.getpid()}"), store.locked(folder):
             pass
-    with store.locked(tmp_path):
+        assert (folder / store.LOCK).exists()
+        (folder / "kept").touch()
+    with store.locked(folder):
         pass  # free again
 
 

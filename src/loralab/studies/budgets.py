@@ -74,12 +74,18 @@ def largest_rank(base: Base, fields: Fields) -> int:
 
 @contextmanager
 def attached(base: Base, fields: Fields) -> Iterator[Adapter]:
-    """A configuration on a loaded model, for a while; the same numbers at every start."""
-    method, _ = configured(fields)
-    generator = torch.Generator().manual_seed(0)
-    adapter = attach(base.model, with_head(method, base), generator=generator)
-    adapter.model.eval()
+    """A configuration on a loaded model, for a while."""
+    adapter = put_on(base, fields)
     try:
         yield adapter
     finally:
         adapter.detach()
+
+
+def put_on(base: Base, fields: Fields) -> Adapter:
+    """A configuration on a loaded model, as training attaches it; the same numbers every time."""
+    method, _ = configured(fields)
+    generator = torch.Generator().manual_seed(0)
+    adapter = attach(base.model, with_head(method, base), generator=generator)
+    adapter.model.eval()
+    return adapter

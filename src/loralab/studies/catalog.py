@@ -104,8 +104,8 @@ STUDIES: dict[str, Question] = {
         title=Text(
             "Can LoRA be used for a Vision Transformer?", "LoRA 能用於 Vision Transformer 嗎？"
         ),
-        model=VISION, data=CLOTHES, steps=(60, 16), batch_size=16, rows=(400, 150),
-        fields={"image_size": 98},
+        model=VISION, data=CLOTHES, steps=(100, 24), batch_size=16, rows=(400, 150),
+        fields={"image_size": 70},
     ),
 }  # fmt: skip
 

@@ -237,6 +237,6 @@ def _require_place(folder: Path, *, resume: bool) -> None:
                 f"{folder}, or choose another --output-dir"
             )
         return
-    left = {store.LOCK, "worker.log", store.RUNS}
+    left = {store.LOCK, store.LOG, store.RUNS}
     if not folder.is_dir() or {entry.name for entry in folder.iterdir()} - left:
         atomic.require_free(folder)

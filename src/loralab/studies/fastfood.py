@@ -83,7 +83,7 @@ class Fastfood:
         """P theta. H of a vector that is zero after its first numbers repeats itself."""
         filled = F.pad(self.B.to(theta) * theta, (0, self.width - self.small))
         short = walsh_hadamard(filled)  # (K, width)
-        moved = short[:, self.order % self.width]  # (K, N)
+        moved = short.index_select(1, self.order % self.width)  # (K, N)
         return walsh_hadamard(moved.mul_(self.G.to(theta))).reshape(-1)[: self.large]
 
     def transposed(self, gradient: Tensor) -> Tensor:

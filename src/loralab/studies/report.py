@@ -93,26 +93,34 @@ def section(name: str, ground: Ground, own: Sequence[Record]) -> Section:
 def measured(ground: Ground, own: Sequence[Record]) -> Text:
     """How the runs of a study were made equal, and what they cost."""
     fields, rows = ground.fields, ground.rows
-    cost, looked = sum(r.seconds for r in own), sum(r.searched for r in own)
-    tuned = any(r.searched for r in own)
-    rates_en = (
-        f"The learning rate of every arm was tuned by successive halving over "
-        f"{len(ground.rates)} rates around the method's usual one ({seconds(looked)})."
-        if tuned else "The learning rate was not tuned for each arm; another could favour another arm."
-    )  # fmt: skip
-    rates_zh = (
-        f"每個組別的學習率都以連續減半法在慣用值附近的 {len(ground.rates)} 個值中搜尋"
-        f"（{seconds(looked)}）。" if tuned else "學習率沒有逐組調整；換一個學習率可能有利於另一組。"
-    )  # fmt: skip
+    cost = sum(r.seconds for r in own)
+    rates = _rates(ground, own)
     steps, batch = fields.get("max_steps"), fields.get("batch_size")
     return Text(
         f"{ground.model} on {ground.data}: {steps} steps of {batch} rows, the same rows in the same "
         f"order for every arm; scored on {rows.get('test')} test rows; "
-        f"{ground.seeds} seed{'s' if ground.seeds > 1 else ''}. {rates_en} Runs took "
+        f"{ground.seeds} seed{'s' if ground.seeds > 1 else ''}. {rates.en} Runs took "
         f"{seconds(cost)}.",
         f"{ground.model} 於 {ground.data}：每組 {steps} 步、每步 {batch} 筆，資料與順序完全相同；"
-        f"以 {rows.get('test')} 筆測試資料評分；{ground.seeds} 個隨機種子。{rates_zh}"
+        f"以 {rows.get('test')} 筆測試資料評分；{ground.seeds} 個隨機種子。{rates.zh}"
         f"訓練與評分共 {seconds(cost)}。",
+    )
+
+
+def _rates(ground: Ground, own: Sequence[Record]) -> Text:
+    """How the learning rates of a study came about."""
+    looked = sum(r.searched for r in own)
+    if looked:
+        return Text(
+            f"The learning rate of every arm was tuned by successive halving over "
+            f"{len(ground.rates)} rates around the method's usual one ({seconds(looked)}).",
+            f"每個組別的學習率都以連續減半法在慣用值附近的 {len(ground.rates)} 個值中搜尋（{seconds(looked)}）。",
+        )
+    if len({r.arm.fields.get("learning_rate") for r in own} - {None}) > 1:
+        return Text("Every arm names its own learning rate.", "每個組別各自指定學習率。")
+    return Text(
+        "The learning rate was not tuned for each arm; another could favour another arm.",
+        "學習率沒有逐組調整；換一個學習率可能有利於另一組。",
     )
 
 
@@ -152,11 +160,21 @@ def apply_command(ground: Ground, advice: Mapping[str, Any], own: Sequence[Recor
 
 
 def rate_for(advice: Mapping[str, Any], own: Sequence[Record]) -> float | None:
-    """The learning rate that was found for the arm that has the advised fields."""
-    for record in own:
-        if record.rate and all(record.arm.fields.get(k) == v for k, v in advice.items()):
-            return record.rate
-    return None
+    """The learning rate of the measured arm that is nearest to the advised fields."""
+    rated = [
+        r for r in own if r.rate and r.arm.fields.get("method") == advice.get("method", "lora")
+    ]
+    return nearest_to(advice, rated).rate if rated else None
+
+
+def nearest_to(advice: Mapping[str, Any], own: Sequence[Record]) -> Record:
+    """The record whose arm has most of the advised fields, and the fewest others."""
+
+    def alike(record: Record) -> tuple[int, int]:
+        fields = record.arm.fields
+        return sum(fields.get(k) == v for k, v in advice.items()), -len(fields)
+
+    return max(own, key=alike)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,7 +223,7 @@ def _cost(fields: Mapping[str, Any], own: Sequence[Record]) -> Text:
     timed = [r for r in own if r.numbers.get("step_seconds")]
     if not timed:
         return Text("", "")
-    near = max(timed, key=lambda r: sum(r.arm.fields.get(k) == v for k, v in fields.items()))
+    near = nearest_to(fields, timed)
     step, peak = seconds(mean_of([near], "step_seconds")), size(mean_of([near], "peak_bytes"))
     disk = size(mean_of([near], "file_bytes"))
     metric = metric_of([near])

@@ -21,7 +21,6 @@ from loralab.studies import search, store
 from loralab.studies.prepare import question_module
 from loralab.studies.study import FAILED, MISSING, Arm, Cell, Ground, Record
 
-LOG = "worker.log"
 Listener = Callable[[dict[str, Any]], None]
 Obtain = Callable[[Cell], Record]
 BUDGET = "left out: it would not have fitted into the budget"
@@ -180,11 +179,11 @@ class Session:
                 if event["code"] == 128 + signal.SIGINT:
                     raise KeyboardInterrupt
                 return
-        raise RunError(f"the worker of the study has ended; see {self.folder / LOG}")
+        raise RunError(f"the worker of the study has ended; see {self.folder / store.LOG}")
 
     def _started(self) -> subprocess.Popen[str]:
         if self._worker is None:
-            self._log = (self.folder / LOG).open("a", encoding="utf-8")
+            self._log = (self.folder / store.LOG).open("a", encoding="utf-8")
             self._worker = subprocess.Popen(
                 [sys.executable, "-m", "loralab.studies.worker"], stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE, stderr=self._log, text=True,
@@ -264,4 +263,4 @@ def _kind(cell: Cell) -> str:
 def _ended(code: int) -> str:
     if code == -signal.SIGKILL:
         return "killed by the system, most likely because memory ran out"
-    return f"the run ended with code {code}; see {LOG}"
+    return f"the run ended with code {code}; see {store.LOG}"

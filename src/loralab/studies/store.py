@@ -20,7 +20,8 @@ from loralab import atomic
 from loralab.errors import ConfigError, OutputError, some
 from loralab.studies.study import FORMAT, Arm, Cell, Ground, Record
 
-STUDY, RUNS, RECORD, RESULTS, LOCK = "study.toml", "runs", "record.json", "results.parquet", ".lock"
+STUDY, RUNS, RECORD, RESULTS = "study.toml", "runs", "record.json", "results.parquet"
+LOCK, LOG = ".lock", "worker.log"
 Plan = tuple[Ground, list[Arm], dict[str, str]]  # ground, arms, arm -> why it cannot run
 
 
@@ -128,9 +129,21 @@ def locked(folder: Path) -> Iterator[None]:
             ) from None
         os.ftruncate(handle, 0)
         os.write(handle, str(os.getpid()).encode())
-        yield
+        try:
+            yield
+        finally:
+            _remove_unused(folder)
     finally:
         os.close(handle)
+
+
+def _remove_unused(folder: Path) -> None:
+    """A study that could not begin leaves no folder behind."""
+    left = list(folder.iterdir())
+    if all(entry.name in (LOCK, LOG) for entry in left):
+        for entry in left:
+            entry.unlink(missing_ok=True)
+        folder.rmdir()
 
 
 def write_results(folder: Path, records: Mapping[str, Sequence[Record]]) -> Path:

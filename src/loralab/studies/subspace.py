@@ -55,10 +55,7 @@ class Subspace(nn.Module):
         device = next(iter(self.start.values())).device
         self.theta = nn.Parameter(torch.zeros(size - scales, device=device))
         self.scales = nn.Parameter(torch.ones(scales, device=device)) if scales else None
-        self.projections = {
-            name: Fastfood(size - scales, value.numel(), generator).to(device)
-            for name, value in self.start.items()
-        }
+        self.project = Fastfood(size - scales, self.large, generator).to(device)
 
     @property
     def large(self) -> int:
@@ -71,11 +68,10 @@ class Subspace(nn.Module):
 
     def values(self) -> dict[str, Tensor]:
         """Every weight that moves, where it is now, in its own dtype."""
+        parts = self.project(self.theta).split([value.numel() for value in self.start.values()])
         found = {}
-        for layer, (name, start) in zip(self.layer, self.start.items(), strict=True):
-            own = self.projections[name](self.theta)
-            if self.scales is not None:
-                own = self.scales[layer] * own
+        for layer, part, (name, start) in zip(self.layer, parts, self.start.items(), strict=True):
+            own = part if self.scales is None else self.scales[layer] * part
             found[name] = (start.float() + own.view_as(start)).to(start.dtype)
         return found
 
