@@ -201,3 +201,21 @@ def test_the_movie_reviews_are_whole_balanced_and_without_twins() -> None:
     for size in (200, 1000):
         share = [row["label"] for row in task.splits["test"][:size]].count("positive") / size
         assert 0.4 < share < 0.6
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not listing()[0]["present"], reason="the archive of the reviews is not here")
+@pytest.mark.parametrize("name", [name for name in TASKS if name != "fashion-mnist"])
+def test_every_task_of_the_rated_texts_is_whole_and_has_no_rare_label(name: str) -> None:
+    task = find(name)
+    rows = [row for split in SPLITS for row in task.splits[split]]
+    assert len({row["text"] for row in rows}) == len(rows) == TASKS[name].rows
+    assert task.leaked == 0 and task.instruction == TASKS[name].instruction
+    shares = [sum(row["label"] == label for row in rows) / len(rows) for label in task.labels]
+    assert min(shares) > 0.2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not listing()[0]["present"], reason="the archive of the reviews is not here")
+def test_the_movie_reviews_are_those_of_before_the_other_tasks_came() -> None:
+    assert find("movie-reviews").digest.startswith("6675fc6d92b5")

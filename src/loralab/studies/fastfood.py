@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 FACTOR = 64  # Kronecker factors of H that are multiplied as dense matrices
 LEAST = 4096  # of a block: two such factors
+AT_ONCE = 2**21  # numbers worked on together: little memory beside the result
 
 
 @functools.lru_cache(maxsize=32)
@@ -81,18 +82,30 @@ class Fastfood:
 
     def forward(self, theta: Tensor) -> Tensor:
         """P theta. H of a vector that is zero after its first numbers repeats itself."""
-        filled = F.pad(self.B.to(theta) * theta, (0, self.width - self.small))
-        short = walsh_hadamard(filled)  # (K, width)
-        moved = short.index_select(1, self.order % self.width)  # (K, N)
-        return walsh_hadamard(moved.mul_(self.G.to(theta))).reshape(-1)[: self.large]
+        found = theta.new_empty(self.blocks, self.block)
+        for part in self._parts():
+            filled = F.pad(self.B[part].to(theta) * theta, (0, self.width - self.small))
+            short = walsh_hadamard(filled)  # (K, width)
+            moved = short.index_select(1, self.order % self.width)  # (K, N)
+            found[part] = walsh_hadamard(moved.mul_(self.G[part].to(theta)))
+        return found.reshape(-1)[: self.large]
 
     def transposed(self, gradient: Tensor) -> Tensor:
         """P' gradient: (D,) -> (d,)."""
         missing = self.blocks * self.block - self.large
         rows = F.pad(gradient, (0, missing)).view(self.blocks, self.block)
-        moved = walsh_hadamard(rows).mul_(self.G.to(gradient)).index_select(1, self.back)
-        folded = moved.view(self.blocks, -1, self.width).sum(dim=1)
-        return (walsh_hadamard(folded)[:, : self.small] * self.B.to(gradient)).sum(dim=0)
+        found = gradient.new_zeros(self.small)
+        for part in self._parts():
+            moved = walsh_hadamard(rows[part]).mul_(self.G[part].to(gradient))
+            folded = moved.index_select(1, self.back).view(len(moved), -1, self.width).sum(dim=1)
+            short = walsh_hadamard(folded)[:, : self.small]
+            found += (short * self.B[part].to(gradient)).sum(dim=0)
+        return found
+
+    def _parts(self) -> list[slice]:
+        """The blocks in groups of about AT_ONCE numbers."""
+        some = max(1, AT_ONCE // self.block)
+        return [slice(start, start + some) for start in range(0, self.blocks, some)]
 
     def to(self, device: torch.device) -> "Fastfood":
         """The same map on a device."""

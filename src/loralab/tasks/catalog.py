@@ -6,20 +6,17 @@ the first rows of a split are a fair sample of it, also where the file is sorted
 """
 
 import hashlib
-import io
 import json
 import os
 import shlex
 import sys
-import tarfile
-import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from loralab.errors import DataError, nearest, some
-from loralab.tasks import fashion
+from loralab.tasks import fashion, vader
 from loralab.tasks.formats import Row
 from loralab.tasks.read import Table, read
 
@@ -64,48 +61,21 @@ class NamedTask:
     get: Callable[[], str]
 
 
-REVIEWS = "vaderSentiment-0.5.zip"
-REVIEWS_SHA256 = "5d97c37f3ef6e24eef331122e055dbedafeb6a56abfce0608b326701116ea49a"
+def _find_rated() -> Path | None:
+    return vader.locate(folders())
 
 
-def _find_reviews() -> Path | None:
-    return next((f / REVIEWS for f in folders() if (f / REVIEWS).is_file()), None)
-
-
-def _get_reviews() -> str:
+def _get_rated() -> str:
     package = "pip download --no-deps --no-binary vaderSentiment vaderSentiment==0.5 --dest"
     return f"{package} {shlex.quote(str(folders()[-2]))}"
 
 
-def _movie_reviews(path: Path) -> Table:
-    """Snippets rated -4 to 4 by twenty people; those within half a point of 0 are left out."""
-    outer = zipfile.ZipFile(io.BytesIO(_checked_bytes("movie-reviews", path)))
-    inner = outer.read("vaderSentiment-0.5/additional_resources/hutto_ICWSM_2014.tar.gz")
-    with tarfile.open(fileobj=io.BytesIO(inner)) as tar:
-        member = tar.extractfile("hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt")
-        assert member is not None  # the archive's digest has been checked
-        lines = member.read().decode("latin-1").splitlines()
-    rated = [(float(rating), text) for _, rating, text in (line.split("\t") for line in lines)]
-    texts = {text: rating for rating, text in rated if abs(rating) > 0.5}
-    rows: list[Row] = [
-        {"text": text, "label": "positive" if rating > 0 else "negative"}
-        for text, rating in texts.items()
-    ]
-    return Table(source="movie-reviews", format="text-label", splits={"train": rows})
-
-
-def _checked_bytes(name: str, path: Path) -> bytes:
-    """The archive's bytes, read only after its digest is known to be right."""
-    try:
-        with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() == REVIEWS_SHA256:
-                file.seek(0)
-                return file.read()
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
-    raise DataError(
-        f"{path} is not the file that {name!r} is made of; remove it, then: {_get_reviews()}"
-    )
+def _rated(name: str, description: str, licence: str, rows: int, instruction: str) -> NamedTask:
+    """One of the tasks of the archive of rated texts."""
+    return NamedTask(
+        description=description, licence=licence, rows=rows, instruction=instruction,
+        locate=_find_rated, load=lambda path: vader.load(name, path, _get_rated), get=_get_rated,
+    )  # fmt: skip
 
 
 def _find_fashion() -> Path | None:
@@ -124,13 +94,13 @@ def _fashion(path: Path) -> Table:
     return Table(source="fashion-mnist", format="image-label", splits=fashion.read(path))
 
 
+SENTIMENT = "Is this {} positive or negative? Answer with one word."
+FORCE = "Is the feeling in this {} strong or mild? Answer with one word."
+MIT = "MIT; texts from {}"
 TASKS: dict[str, NamedTask] = {
-    "movie-reviews": NamedTask(
-        description="film review snippets, positive or negative (VADER's ground truth)",
-        licence="MIT; texts from Rotten Tomatoes",
-        rows=10041,
-        instruction="Is this film review positive or negative? Answer with one word.",
-        locate=_find_reviews, load=_movie_reviews, get=_get_reviews,
+    "movie-reviews": _rated(
+        "movie-reviews", "film review snippets, positive or negative (VADER's ground truth)",
+        MIT.format("Rotten Tomatoes"), 10041, SENTIMENT.format("film review"),
     ),
     "fashion-mnist": NamedTask(
         description="70,000 pictures of clothes in ten classes, 28 x 28 grey levels (Zalando)",
@@ -138,6 +108,45 @@ TASKS: dict[str, NamedTask] = {
         rows=70000,
         instruction="",
         locate=_find_fashion, load=_fashion, get=_get_fashion,
+    ),
+    "tweets": _rated(
+        "tweets", "tweets, positive or negative (VADER's ground truth)",
+        MIT.format("Twitter"), 3362, SENTIMENT.format("tweet"),
+    ),
+    "amazon-reviews": _rated(
+        "amazon-reviews", "sentences of product reviews, positive or negative (VADER)",
+        MIT.format("Amazon"), 2935, SENTIMENT.format("sentence of a product review"),
+    ),
+    "nyt-editorials": _rated(
+        "nyt-editorials", "sentences of newspaper editorials, positive or negative (VADER)",
+        MIT.format("the New York Times"), 2751, SENTIMENT.format("sentence of a newspaper"),
+    ),
+    "movie-reviews-strength": _rated(
+        "movie-reviews-strength", "film review snippets, strong or mild in feeling (VADER)",
+        MIT.format("Rotten Tomatoes"), 10041, FORCE.format("film review"),
+    ),
+    "tweets-strength": _rated(
+        "tweets-strength", "tweets, strong or mild in feeling (VADER)",
+        MIT.format("Twitter"), 3362, FORCE.format("tweet"),
+    ),
+    "amazon-reviews-strength": _rated(
+        "amazon-reviews-strength", "sentences of product reviews, strong or mild (VADER)",
+        MIT.format("Amazon"), 2935, FORCE.format("sentence of a product review"),
+    ),
+    "nyt-editorials-strength": _rated(
+        "nyt-editorials-strength", "sentences of newspaper editorials, strong or mild (VADER)",
+        MIT.format("the New York Times"), 2751, FORCE.format("sentence of a newspaper"),
+    ),
+    "text-source": _rated(
+        "text-source", "where a text is from: film, newspaper, product, tweet (VADER)",
+        MIT.format("all four"), 14788,
+        "Where is this text from: film, newspaper, product or tweet? Answer with one word.",
+    ),
+    "rater-agreement": _rated(
+        "rater-agreement", "whether those who rated a text's feeling agreed or disputed (VADER)",
+        MIT.format("all four"), 23619,
+        "Would people agree on the feeling of this text, or is it disputed? "
+        "Answer agreed or disputed.",
     ),
 }  # fmt: skip
 

@@ -1,0 +1,52 @@
+"""The adapter that the cells of a study share: trained in one of them, read by all others."""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from loralab.adapters.attach import Adapter
+from loralab.adapters.folder import RECORD
+from loralab.adapters.load import load
+from loralab.errors import BaseMismatchWarning
+from loralab.models.load import Base
+from loralab.studies.study import Arm, Cell, Ground
+from loralab.studies.trained import MEASURE, Tell, rows_of, trained
+from loralab.tasks.catalog import Task
+from loralab.tasks.samples import SAMPLES, sample_inputs
+from loralab.training.preflight import load_base
+
+REFERENCE = Arm(name="r=8", fields={"method": "lora", "rank": 8}, tuned=False, plain=True)
+WEIGHTS = "adapter_model.safetensors"
+
+
+def adapter_folder(cell: Cell, folder: Path, tell: Tell) -> Path:
+    """Where the reference arm's adapter lies; where that arm left none, it is trained here."""
+    own = replace(cell, measure=MEASURE, arm=REFERENCE, seed=0)
+    beside = folder.parent / own.digest / "run"
+    if all((beside / name).is_file() for name in (WEIGHTS, RECORD)):
+        return beside
+    return trained(own, folder, tell).output_dir
+
+
+def base_for(ground: Ground, precision: str, quantize: str = "none") -> tuple[Base, Task]:
+    """The model of a study in a dtype, packed if asked to, and the study's rows."""
+    task = rows_of(ground)
+    size = ground.fields.get("image_size")
+    return load_base(ground.model, task, precision, 0, quantize=quantize, image_size=size), task
+
+
+def put_on(base: Base, place: Path) -> Adapter:
+    """The adapter of a folder on a base, which may be in another form than the one it learnt on."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", BaseMismatchWarning)
+        return load(base.model, place)
+
+
+def compared_inputs(task: Task, base: Base, count: int) -> list[Sequence[int]]:
+    """Inputs of the first test rows, as certificates compare them (tasks/samples.py)."""
+    rows, found = task.splits["test"][:count], []
+    for start in range(0, len(rows), SAMPLES):
+        part = replace(task, splits={"test": rows[start : start + SAMPLES]})
+        found += sample_inputs(part, base.tokenizer, kind=base.kind, split="test")
+    return list(found)

@@ -1,0 +1,278 @@
+"""Ways to deploy a trained adapter, timed and scored side by side.
+
+One cell holds the base, the adapter merged, beside it, and many adapters in one batch. Three more
+hold the merged model in int8, in NF4, and with half of its weights at zero, each with the dense
+merged model beside it.
+"""
+
+import time
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from loralab.adapters.bases import is_conv1d
+from loralab.errors import LoralabError, ModelError
+from loralab.models.load import Base
+from loralab.models.quantize import QuantizedLinear, linear_layers, quantize
+from loralab.studies.questions.carried import adapter_folder, base_for, put_on
+from loralab.studies.questions.decoding import (
+    Times,
+    Variant,
+    inputs_for,
+    interleaved,
+    working_bytes,
+    writes,
+)
+from loralab.studies.questions.row_routes import routed, shared_copy
+from loralab.studies.study import Cell, Record
+from loralab.studies.trained import Tell, items_of
+from loralab.tasks.catalog import Task
+from loralab.tasks.forward import call
+from loralab.tasks.score import evaluate
+from loralab.training.memory import available_bytes, device_here
+
+MEASURE_ADAPTERS = "loralab.studies.questions.deployed:measure_adapters"
+MEASURE_SMALLER = "loralab.studies.questions.deployed:measure_smaller"
+BASE, MERGED, UNMERGED, DENSE = "base", "merged", "unmerged", "dense"
+SHARE = 0.5  # of the weights of each layer that are set to zero
+ROOM = 0.8  # of the free memory that a further variant may take
+PRODUCTS = 20  # of one layer, dense and sparse
+
+
+def measure_adapters(cell: Cell, folder: Path, tell: Tell) -> Record:
+    """Base, merged, unmerged and several adapters: {"adapters", "looped", "batches", ...}."""
+    place, options = adapter_folder(cell, folder, tell), cell.arm.options
+    base, task = base_for(cell.ground, str(cell.ground.fields.get("precision", "auto")))
+    beside = put_on(replace(base, model=shared_copy(base.model)), place)
+    own = put_on(replace(base, model=shared_copy(base.model)), place)
+    merged = Variant(name=MERGED, model=own.merge_and_detach().eval())
+    unmerged = Variant(name=UNMERGED, model=beside.model.eval())
+    variants, refused = [Variant(name=BASE, model=base.model), merged, unmerged], []
+    wanted = [(n, False) for n in options["adapters"]] + [(n, True) for n in options["looped"]]
+    size = sum(p.numel() * p.element_size() for p in beside.parameters())
+    numbers = {"adapter_bytes": float(size), "switch_seconds": switch_seconds(beside)}
+    for count, loops in wanted:
+        name = named(count, loops)
+        try:
+            if count * size > ROOM * available_bytes(device_here()):
+                raise ModelError(f"{count} adapters of {size / 1e6:.0f} MB do not fit into memory")
+            found = several(base, unmerged, beside, count, loops)
+            numbers["routed_difference"] = max(numbers.get("routed_difference", 0.0), found[1])
+            variants.append(replace(found[0], name=name))
+        except LoralabError as error:
+            refused.append({"variant": name, "reason": str(error)})
+    record = _record(cell, base, task, variants, (BASE, MERGED, UNMERGED), BASE)
+    return replace(
+        record, numbers={**record.numbers, **numbers},
+        tables={**record.tables, "refused": refused},
+    )  # fmt: skip
+
+
+def measure_smaller(cell: Cell, folder: Path, tell: Tell) -> Record:
+    """The merged model made smaller in the way that the options name, and as it is."""
+    place, how = adapter_folder(cell, folder, tell), str(cell.arm.options["how"])
+    usual = str(cell.ground.fields.get("precision", "auto"))
+    base, task = base_for(cell.ground, "fp32" if how == "int8" else usual)
+    base = replace(base, model=put_on(base, place).merge_and_detach().eval())
+    other = Variant(name=cell.arm.name, model=SMALLER[how](base))
+    variants = [Variant(name=DENSE, model=base.model), other]
+    record = _record(cell, base, task, variants, (DENSE, other.name), DENSE)
+    extra = {"sparse_ratio": sparse_ratio(other.model)} if how == "pruned" else {}
+    found = {name: value for name, value in extra.items() if value is not None}
+    return replace(record, numbers={**record.numbers, **found})
+
+
+def _record(
+    cell: Cell, base: Base, task: Task, variants: Sequence[Variant], scored: Sequence[str],
+    control: str,
+) -> Record:  # fmt: skip
+    """Time all variants, weigh them, and score those that can be."""
+    options = cell.arm.options
+    times = interleaved(
+        base, variants, options["batches"], seconds=float(options["seconds"]),
+        most=int(options["trials"]),
+    )  # fmt: skip
+    largest = max(batch for _, batch in times)
+    weights = [
+        {"variant": v.name, "bytes": weight_bytes(v.model),
+         "working": working_bytes(base, v, largest)}
+        for v in variants
+    ]  # fmt: skip
+    items, metric = {}, cell.ground.metric
+    for variant in (v for v in variants if v.name in scored):
+        scores = evaluate(
+            variant.model, base.tokenizer, task, "test", kind=base.kind, batch_size=32
+        )
+        metric = metric or scores.main
+        items[variant.name] = items_of(scores, metric)
+    return Record(
+        arm=cell.arm, seed=cell.seed, items=items, tables={
+            "latency": _rows(times, control), "weights": weights,
+        },
+        texts={"metric": metric, "unit": "token" if writes(base) else "pass"},
+    )  # fmt: skip
+
+
+def _rows(times: Times, control: str) -> list[dict[str, Any]]:
+    return [
+        {"variant": name, "batch": batch, "seconds": own.token, "prompt": own.prompt,
+         "control": control}
+        for (name, batch), own in times.items()
+    ]  # fmt: skip
+
+
+def named(count: int, loops: bool) -> str:
+    """How a variant of several adapters is called."""
+    return f"{count} adapters, looped" if loops else f"{count} adapters"
+
+
+def several(
+    base: Base, unmerged: Variant, adapter: Any, count: int, loops: bool
+) -> tuple[Variant, float]:
+    """A variant of several adapters, and how far it is from the trained one where all rows take it.
+
+    The difference is the largest of the logits, over the largest logit.
+    """
+    model, routes = routed(adapter, count, loops=loops)
+    device = next(model.parameters()).device
+    inputs = inputs_for(base, 2)
+    with torch.no_grad():
+        routes.set([0, 0], device)
+        want, got = call(unmerged.model, inputs).float(), call(model, inputs).float()
+    difference = float((want - got).abs().max() / want.abs().max())
+
+    def ready(batch: int) -> None:
+        routes.set([row % count for row in range(batch)], device)
+
+    return Variant(name="", model=model, ready=ready), difference
+
+
+def switch_seconds(adapter: Any) -> float:
+    """What it takes to merge an adapter and to take it out again, the quicker of two."""
+    found = []
+    for _ in range(2):
+        begun = time.perf_counter()
+        adapter.merge()
+        adapter.unmerge()
+        found.append(time.perf_counter() - begun)
+    return min(found)
+
+
+def in_int8(base: Base) -> Any:
+    """Weights in int8, inputs rounded to int8 as they come (torch's dynamic quantisation).
+
+    torch still ships it and calls it deprecated, in warnings that are not the user's to act on.
+
+    Raises:
+        ModelError: this torch has none, or the model is on a GPU.
+    """
+    if next(base.model.parameters()).is_cuda:
+        raise ModelError("torch's dynamic int8 layers run on the processor only")
+    layers = _layers(base)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            from torch.ao.quantization import default_dynamic_qconfig, quantize_dynamic
+
+            model = shared_copy(base.model)
+            wanted = dict.fromkeys((path for path, _ in layers), default_dynamic_qconfig)
+            return quantize_dynamic(model, wanted, dtype=torch.qint8, inplace=True)
+        except (ImportError, AttributeError, RuntimeError) as error:
+            raise ModelError(f"this torch has no dynamic int8 layers: {error}") from None
+
+
+def in_nf4(base: Base) -> Any:
+    """Linear layers in 4 bits, unpacked for every product."""
+    _layers(base)
+    model = shared_copy(base.model)
+    quantize(model, "nf4", base.name)
+    return model
+
+
+def pruned(base: Base) -> Any:
+    """The smaller half of each linear layer's weights set to zero; still dense matrices."""
+    model, head = shared_copy(base.model), None
+    if hasattr(model, "get_output_embeddings"):
+        head = model.get_output_embeddings()
+    for layer in model.modules():
+        if (isinstance(layer, nn.Linear) or is_conv1d(layer)) and layer is not head:
+            weight = without_smallest(layer.weight.detach(), SHARE)
+            layer.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
+    return model
+
+
+def without_smallest(weight: Tensor, share: float) -> Tensor:
+    """The weight with so many of its entries, those of least magnitude, set to zero."""
+    sizes = weight.float().abs().flatten()
+    count = int(share * sizes.numel())
+    if not count:
+        return weight.clone()
+    order = sizes.argsort()[:count]
+    flat = weight.flatten().clone()
+    flat[order] = 0
+    return flat.view(weight.shape)
+
+
+SMALLER = {"int8": in_int8, "nf4": in_nf4, "pruned": pruned}
+
+
+def _layers(base: Base) -> list[tuple[str, nn.Linear]]:
+    found = list(linear_layers(base.model))
+    if not found:
+        name = type(base.model).__name__
+        raise ModelError(f"{name} has no nn.Linear layers beside its head; nothing to quantise")
+    return found
+
+
+@torch.no_grad()
+def sparse_ratio(model: Any) -> float | None:
+    """Time of the largest layer's product as a sparse matrix over that as a dense one, in fp32.
+
+    None where torch has no sparse product here.
+    """
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    weight = max((m.weight for m in _inner(model, layers)), key=lambda w: w.numel(), default=None)
+    if weight is None:
+        return None
+    dense = weight.detach().float()
+    x = torch.randn(dense.shape[1], 1, generator=torch.Generator().manual_seed(0)).to(dense)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls its sparse matrices a beta
+        try:
+            sparse = dense.to_sparse_csr()
+            times: tuple[list[float], list[float]] = ([], [])
+            for _ in range(PRODUCTS):
+                for matrix, own in zip((dense, sparse), times, strict=True):
+                    begun = time.perf_counter()
+                    matrix @ x
+                    own.append(time.perf_counter() - begun)
+        except RuntimeError:
+            return None
+    return float(np.median(times[1]) / np.median(times[0]))
+
+
+def _inner(model: Any, layers: Iterable[nn.Linear]) -> list[nn.Linear]:
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return [layer for layer in layers if layer is not head]
+
+
+def weight_bytes(model: Any) -> int:
+    """Bytes of all weights that a model holds, each storage once, packed ones as they are."""
+    total, packed = 0, set()
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            total += module.packed.nbytes()
+            packed.add(module.weight.untyped_storage().data_ptr())
+        elif "_packed_params" in module._modules:  # int8: a byte a weight
+            total += module.in_features * module.out_features
+    storages = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+        for t in (*model.parameters(), *model.buffers())
+    }
+    return total + sum(size for at, size in storages.items() if at not in packed)

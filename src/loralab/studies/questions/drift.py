@@ -1,0 +1,159 @@
+"""A hundred merges of three adapters in turn: what is left of the base's weights.
+
+Two ways back: the original tensor, put in its place again; and, as common libraries do, the update
+subtracted again. In floating point (w + d) - d need not be w, and what is lost adds up.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loralab.adapters.linear import LinearWithLoRA
+from loralab.artefacts.certificate import compare, logits_of, reference_of
+from loralab.errors import ConfigError
+from loralab.models.load import DTYPES
+from loralab.studies.questions.carried import adapter_folder, base_for, compared_inputs, put_on
+from loralab.studies.study import Cell, Record
+from loralab.studies.trained import Tell
+
+MEASURE_DRIFT = "loralab.studies.questions.drift:measure"
+MERGES, ADAPTERS = 100, 3
+NOTED = (1, 2, 5, 10, 20, 50, 100)  # merges after which the weights are compared
+COMPARED = 8  # test rows whose logits are compared
+
+Factors = tuple[Tensor, Tensor]  # A and B
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drift:
+    """How far a module's weight is from the original after so many merges.
+
+    `relative` is |W - W0| / |W0| at each of NOTED, `changed` the share of weights that differ at
+    the end, `exact` whether the other way back gave every bit.
+    """
+
+    relative: Sequence[float]
+    changed: float
+    exact: bool
+    weight: Tensor
+
+
+def measure(cell: Cell, folder: Path, tell: Tell) -> Record:
+    """Merge and unmerge in every dtype of the options: {"precisions", "modules": how many}."""
+    place = adapter_folder(cell, folder, tell)
+    base, task = base_for(cell.ground, "fp32")
+    adapter = put_on(base, place)
+    found = {n: m for n, m in adapter.modules.items() if isinstance(m, LinearWithLoRA)}
+    if not found:
+        raise ConfigError("no linear layer of this model carries an update")
+    adapter.detach()
+    chosen = spaced(found, cell.arm.options["modules"])
+    samples = compared_inputs(task, base, COMPARED)
+    rows = []
+    for precision in cell.arm.options["precisions"]:
+        drifts = {name: both_ways(m, DTYPES[precision]) for name, m in chosen.items()}
+        originals = {name: module.base.weight for name, module in chosen.items()}
+        for name, module in chosen.items():  # the base as this dtype rounds it
+            _put(module.base, originals[name].to(DTYPES[precision]).float())
+        reference = reference_of(base.model, samples, base.kind, base.tokenizer)
+        for name, module in chosen.items():
+            _put(module.base, drifts[name].weight.float())
+        drifted = logits_of(base.model, samples, base.kind, base.tokenizer)
+        seen = compare(reference, drifted, "fp32")
+        for name, module in chosen.items():
+            _put(module.base, originals[name])
+        rows.append({
+            "precision": precision, "exact": all(d.exact for d in drifts.values()),
+            "relative": [list(d.relative) for d in drifts.values()],
+            "changed": [d.changed for d in drifts.values()], "kl": max(0.0, seen.mean_kl),
+            "top1": seen.top1_agreement,
+        })  # fmt: skip
+    return Record(
+        arm=cell.arm, seed=cell.seed, tables={"drift": rows},
+        numbers={"merges": MERGES, "modules": len(chosen), "of": len(found)},
+    )  # fmt: skip
+
+
+def spaced(found: Mapping[str, LinearWithLoRA], most: int | None) -> dict[str, LinearWithLoRA]:
+    """At most so many modules, from the first to the last at even distances; none is all."""
+    names = list(found)
+    if most is None or most >= len(names):
+        return dict(found)
+    return {
+        names[i * len(names) // most]: found[names[i * len(names) // most]] for i in range(most)
+    }
+
+
+@torch.no_grad()
+def both_ways(module: LinearWithLoRA, dtype: torch.dtype) -> Drift:
+    """A hundred merges into the weight as a dtype holds it; the module is left as it was."""
+    original, own = module.base.weight, (module.lora_A.clone(), module.lora_B.clone())
+    three = adapters_like(own)
+    weight = original.to(dtype)
+    try:
+        _put(module.base, weight.clone())
+        deltas = [_delta(module, factors).to(dtype) for factors in three]
+        relative, drifted = subtracted(weight, deltas)
+        exact = _put_back(module, three)
+    finally:
+        _fill(module, own)
+        module.base.register_parameter("weight", original)
+    changed = float((drifted != weight).double().mean())
+    return Drift(relative=relative, changed=changed, exact=exact, weight=drifted)
+
+
+def subtracted(weight: Tensor, deltas: Sequence[Tensor]) -> tuple[list[float], Tensor]:
+    """|W - W0| / |W0| at each of NOTED where updates are added and subtracted in turn, and W."""
+    now, size, relative = weight.clone(), float(weight.double().norm()), []
+    for number in range(1, MERGES + 1):
+        delta = deltas[number % len(deltas)]
+        now += delta
+        now -= delta
+        if number in NOTED:
+            relative.append(float((now.double() - weight.double()).norm()) / max(size, 1e-30))
+    return relative, now
+
+
+def adapters_like(own: Factors) -> list[Factors]:
+    """The trained factors, and others that are as large and have nothing else in common with it."""
+    draw = torch.Generator().manual_seed(0)
+    found = [own]
+    for _ in range(ADAPTERS - 1):
+        A, B = (torch.randn(f.shape, generator=draw).to(f) * f.square().mean().sqrt() for f in own)
+        found.append((A, B))
+    return found
+
+
+def _put_back(module: LinearWithLoRA, three: Sequence[Factors]) -> bool:
+    """Whether the weight is the same, bit for bit, after merges and unmerges of three adapters."""
+    before = module.base.weight.detach().clone()
+    for number in range(1, MERGES + 1):
+        _fill(module, three[number % len(three)])
+        module.merge_weights()
+        module.unmerge_weights()
+    return torch.equal(_bits(before), _bits(module.base.weight.detach()))
+
+
+def _delta(module: LinearWithLoRA, factors: Factors) -> Tensor:
+    """The update in the layout of the base's weight."""
+    _fill(module, factors)
+    delta = module.delta()
+    return delta.T.contiguous() if module.transposed else delta
+
+
+def _fill(module: LinearWithLoRA, factors: Factors) -> None:
+    with torch.no_grad():
+        module.lora_A.copy_(factors[0])
+        module.lora_B.copy_(factors[1])
+
+
+def _put(layer: Any, weight: Tensor) -> None:
+    layer.register_parameter("weight", nn.Parameter(weight.detach(), requires_grad=False))
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().flatten().view(torch.uint8)

@@ -1,0 +1,184 @@
+"""One base, before and after its adapter is merged: losses, logits, answers, and the way back.
+
+The equation is Hu et al. 2021, arXiv:2106.09685, section 4.1: W = W0 + (alpha / r) B A, here summed
+in fp32 and rounded once to the base's dtype. A 4-bit layer is replaced by a dense one, unless the
+arm packs it again.
+"""
+
+import hashlib
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from loralab.adapters.attach import Adapter
+from loralab.adapters.bases import compute_dtype, dense_weight, is_linear
+from loralab.artefacts import requantize
+from loralab.artefacts.certificate import Certificate, Reference, compare, logits_of
+from loralab.errors import ModelError
+from loralab.models.load import Base
+from loralab.models.quantize import dequantize
+from loralab.studies.questions.carried import adapter_folder, base_for, compared_inputs, put_on
+from loralab.studies.study import Cell, Record
+from loralab.studies.trained import Tell, items_of
+from loralab.tasks.catalog import Task
+from loralab.tasks.score import Scores, evaluate
+from loralab.training.memory import resolve_precision
+
+MEASURE_MERGING = "loralab.studies.questions.merging:measure"
+BEFORE, AFTER = "before", "after"  # items of a record
+
+
+@dataclass(frozen=True, kw_only=True)
+class Look:
+    """What a model answers to the test rows, and its logits on some of them."""
+
+    scores: Scores
+    logits: Tensor
+
+
+def measure(cell: Cell, folder: Path, tell: Tell) -> Record:
+    """Merge, compare, unmerge and compare again; options name the form of the base.
+
+    {"precision", "quantize", "compared": test rows whose logits are compared, "again": whether the
+    merged model is packed again, "limit": most test rows}.
+    """
+    try:
+        return _measured(cell, folder, tell)
+    except RuntimeError as error:  # torch has no kernel of this dtype here
+        if isinstance(error, ModelError) or "not implemented" not in str(error):
+            raise
+        name = cell.arm.options["precision"]
+        raise ModelError(f"this machine does not compute in {name}: {error}") from None
+
+
+def _measured(cell: Cell, folder: Path, tell: Tell) -> Record:
+    options, place = cell.arm.options, adapter_folder(cell, folder, tell)
+    precision = resolve_precision(str(options["precision"]))
+    base, task = base_for(cell.ground, precision, str(options["quantize"]))
+    limit = options.get("limit")
+    samples = compared_inputs(task, base, int(options["compared"]))
+    task = replace(task, splits={**task.splits, "test": task.splits["test"][:limit]})
+    plain = logits_of(base.model, samples, base.kind, base.tokenizer)
+    adapter = put_on(base, place)
+    before = look(base, task, samples)
+    reference = reference_to(before.logits)
+    numbers = {**rounding(adapter), "effect_kl": compare(reference, plain, precision).mean_kl}
+    kept = requantize.retention(adapter) if options.get("again") else {}
+    if kept:
+        numbers |= {"kept": float(np.median(list(kept.values()))), "packed": float(len(kept))}
+        _pack_again(adapter)
+    else:
+        numbers |= round_trip(base, adapter, samples, before.logits)
+    after = look(base, task, samples)
+    metric = cell.ground.metric or before.scores.main
+    numbers |= {**changes(before, after, compare(reference, after.logits, precision))}
+    items = {BEFORE: items_of(before.scores, metric), AFTER: items_of(after.scores, metric)}
+    for name, seen in ((BEFORE, before), (AFTER, after)):
+        items[f"{name} loss"] = [-loss for loss in seen.scores.row_losses]
+    return Record(
+        arm=cell.arm, seed=cell.seed, numbers=numbers, items=items,
+        series={"kept": list(kept.values())}, texts={"metric": metric, "precision": precision},
+    )  # fmt: skip
+
+
+def look(base: Base, task: Task, samples: Sequence[Sequence[int]]) -> Look:
+    """Score a model as it is now."""
+    scores = evaluate(base.model, base.tokenizer, task, "test", kind=base.kind, batch_size=32)
+    return Look(scores=scores, logits=logits_of(base.model, samples, base.kind, base.tokenizer))
+
+
+def reference_to(logits: Tensor) -> Reference:
+    """What logits (P, V) are compared with, all of them."""
+    indices = torch.arange(logits.shape[1]).expand(logits.shape)
+    return Reference(
+        prompts=[], values=logits, indices=indices, total=logits.double().logsumexp(dim=1)
+    )
+
+
+def changes(before: Look, after: Look, seen: Certificate) -> dict[str, float]:
+    """What merging changed, in losses, logits and answers."""
+    was, now = before.scores.metrics["loss"], after.scores.metrics["loss"]
+    pairs = list(zip(before.scores.predictions, after.scores.predictions, strict=True))
+    answered = any(a.answer for a, _ in pairs)  # plain texts have no answers that could change
+    changed = {"changed": float(sum(a.answer != b.answer for a, b in pairs))} if answered else {}
+    return {
+        "loss_before": was, "loss_after": now, "loss_difference": abs(now - was),
+        "logit_difference": seen.max_logit_difference, "relative": seen.relative_difference,
+        "kl": max(0.0, seen.mean_kl), "top1": seen.top1_agreement, "positions": seen.positions,
+        "rows": float(len(pairs)), **changed,
+    }  # fmt: skip
+
+
+def round_trip(
+    base: Base, adapter: Adapter, samples: Sequence[Sequence[int]], logits: Tensor
+) -> dict[str, float]:
+    """Merge, unmerge and merge again, with whether weights and logits came back bit for bit.
+
+    The adapter is left merged.
+    """
+    digests = weight_digests(base.model)
+    merge_seconds = timed(adapter.merge)
+    unmerge_seconds = timed(adapter.unmerge)
+    back = weight_digests(base.model)
+    again = logits_of(base.model, samples, base.kind, base.tokenizer)
+    adapter.merge()
+    return {
+        "merge_seconds": merge_seconds, "unmerge_seconds": unmerge_seconds,
+        "tensors": float(len(digests)), "restored": float(back == digests),
+        "same_logits": float(torch.equal(again, logits)),
+    }  # fmt: skip
+
+
+def timed(act: Any) -> float:
+    """Seconds that something takes."""
+    begun = time.perf_counter()
+    act()
+    return time.perf_counter() - begun
+
+
+@torch.no_grad()
+def rounding(adapter: Adapter) -> dict[str, float]:
+    """What rounding the merged weights to the base's dtype leaves of the update.
+
+    `moved` is the share of the weights that change at all, `noise` how far the rounded sum is from
+    the exact one, over the length of the update (median over modules).
+    """
+    moved, count, noise = 0, 0, []
+    for module in adapter.modules.values():
+        if not is_linear(module.original):
+            continue
+        before = dense_weight(module.original).float()
+        total: Tensor = module.merged_tensors()["weight"]
+        exact = (total.T if getattr(module, "transposed", False) else total).float()
+        rounded = exact.to(compute_dtype(module.original)).float()
+        moved += int((rounded != before).sum())
+        count += before.numel()
+        length = float((exact - before).norm())
+        noise.append(float((rounded - exact).norm()) / length if length else 0.0)
+    return {
+        "moved": moved / count if count else 0.0,
+        "noise": float(np.median(noise)) if noise else 0.0,
+    }
+
+
+def weight_digests(model: nn.Module) -> Mapping[str, str]:
+    """A digest of every tensor's bytes: equal ones are equal bit for bit."""
+    return {name: _digest(tensor) for name, tensor in model.state_dict().items()}
+
+
+def _digest(tensor: Tensor) -> str:
+    flat = tensor.detach().contiguous().cpu().flatten().view(torch.uint8)
+    return hashlib.sha256(flat.numpy().tobytes()).hexdigest()
+
+
+def _pack_again(adapter: Adapter) -> None:
+    """The merged model in 4 bits again."""
+    plain: Any = adapter.merge_and_detach()
+    dequantize(plain)
+    requantize.pack(plain)

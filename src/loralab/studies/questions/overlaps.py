@@ -1,0 +1,138 @@
+"""Do two trained updates find the same directions, and what does W itself have in them?
+
+Source: Hu et al. 2021, arXiv:2106.09685, sections 7.2 and 7.3: the overlap phi (equation 4) and the
+amplification factor (table 7), each beside its chance level. The input side of an update is where
+it listens (right singular vectors, the paper's), the output side where it writes (left ones): B
+starts at zero, so in a short run the output side is what was learnt.
+Axes: I in_features, O out_features, K directions.
+"""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loralab.adapters.bases import dense_weight
+from loralab.adapters.linear import LinearWithLoRA
+from loralab.adapters.spectrum import chance_overlap, right_directions, singular_values
+from loralab.errors import LearningError
+from loralab.studies.questions.spectra import values_of
+from loralab.studies.study import Arm, Cell, Record
+from loralab.studies.trained import Tell, diverged, forget, trained
+
+MEASURE_OVERLAPS = "loralab.studies.questions.overlaps:measure"
+SMALL, LARGE = 8, 64
+SIDES = ("input", "output")
+RANKS, SEEDS = "ranks", "seeds"  # the pairs: r=8 with r=64, two seeds of r=64
+GRID = (1, 2, 4, 8, 16, 32, 64)
+TOP = 8  # directions of the other update in which the first one is looked for
+Pair = tuple[Tensor, Tensor]  # A (R, I), B (O, R)
+
+
+def measure(cell: Cell, folder: Path, tell: Tell) -> Record:
+    """Train r=8, and r=64 with two seeds; compare their directions in every module."""
+    pairs, weights, factors = {}, {}, {}
+    runs = {"small": (SMALL, 100), "large": (LARGE, 0), "again": (LARGE, 1)}
+    for name, (rank, shift) in runs.items():
+        fields = {"method": "lora", "rank": rank, "learning_rate": cell.arm.options["rate"]}
+        own = replace(cell, arm=Arm(name=name, fields=fields), seed=cell.seed + shift)
+        try:
+            run = trained(own, folder / name, tell)
+        except LearningError as error:
+            return replace(diverged(own, folder / name, str(error)), arm=cell.arm, seed=cell.seed)
+        modules = {n: m for n, m in run.adapter.modules.items() if isinstance(m, LinearWithLoRA)}
+        pairs[name] = {n: (m.lora_A.detach(), m.lora_B.detach()) for n, m in modules.items()}
+        weights = {n: dense_weight(m.base).detach().float() for n, m in modules.items()}
+        factors[name] = {n: m.scaling for n, m in modules.items()}
+        forget(folder / name, 0)
+    tables = {
+        "phi": overlaps(pairs),
+        "amplification": [
+            {"rank": rank, "name": n, **amplified(*pairs[name][n], factors[name][n], weights[n])}
+            for name, rank in (("small", SMALL), ("large", LARGE))
+            for n in weights
+        ],
+    }
+    modules_of = top_overlaps(pairs)
+    return Record(
+        arm=cell.arm, seed=cell.seed, tables={**tables, "modules": modules_of},
+        numbers={"modules": len(weights), "rate": float(cell.arm.options["rate"])},
+    )  # fmt: skip
+
+
+def directions(A: Tensor, B: Tensor, side: str) -> Tensor:
+    """Orthonormal columns, the strongest first: (I, K) of the input side, (O, K) of the output."""
+    return right_directions(A, B) if side == "input" else right_directions(B.T, A.T)
+
+
+def phi(first: Tensor, second: Tensor) -> Tensor:
+    """phi(i, j) of the first i and the first j columns, for every i and j at once."""
+    squares = (first.T @ second).square().cumsum(0).cumsum(1)
+    i = torch.arange(1, first.shape[1] + 1)[:, None]
+    j = torch.arange(1, second.shape[1] + 1)[None]
+    return squares / torch.minimum(i, j).to(squares)
+
+
+def overlaps(pairs: Mapping[str, Mapping[str, Pair]]) -> list[dict[str, Any]]:
+    """The median over modules of phi(i, j) on both sides, and the chance level."""
+    rows = []
+    for pair, first, second in ((RANKS, "small", "large"), (SEEDS, "large", "again")):
+        for side in SIDES:
+            found: dict[tuple[int, int], list[tuple[float, float]]] = {}
+            for name in pairs[first]:
+                left, right = (directions(*pairs[own][name], side) for own in (first, second))
+                table = phi(left, right)
+                for i in (g for g in GRID if g <= len(table)):
+                    for j in (g for g in GRID if g <= table.shape[1]):
+                        value = float(table[i - 1, j - 1]), chance_overlap(i, j, len(left))
+                        found.setdefault((i, j), []).append(value)
+            rows += [
+                {"pair": pair, "side": side, "i": i, "j": j,
+                 "phi": statistics.median(v for v, _ in values),
+                 "chance": statistics.median(c for _, c in values)}
+                for (i, j), values in found.items()
+            ]  # fmt: skip
+    return rows
+
+
+def top_overlaps(pairs: Mapping[str, Mapping[str, Pair]]) -> list[dict[str, Any]]:
+    """Of every module, phi(1, TOP): how much of the strongest direction is in the other's first."""
+    rows = []
+    for name in pairs["small"]:
+        row: dict[str, Any] = {"name": name}
+        for pair, first, second in ((RANKS, "small", "large"), (SEEDS, "large", "again")):
+            for side in SIDES:
+                left, right = (directions(*pairs[own][name], side) for own in (first, second))
+                count = min(TOP, right.shape[1])
+                row[f"{pair} {side}"] = float(phi(left[:, :1], right[:, :count])[0, -1])
+                row[f"{pair} {side} chance"] = chance_overlap(1, count, len(left))
+        rows.append(row)
+    return rows
+
+
+def amplified(A: Tensor, B: Tensor, scaling: float, weight: Tensor) -> dict[str, float]:
+    """Of one module: |dW|, and |U' W V| of its directions beside chance and W's own first ones.
+
+    The factor is |dW| / |U' W V| (table 7); a random subspace has r / sqrt(I O) |W|.
+    """
+    U, V = directions(A, B, "output"), directions(A, B, "input")
+    count = min(U.shape[1], V.shape[1])
+    U, V = U[:, :count], V[:, :count]
+    size = float(singular_values(A, B, scaling).square().sum().sqrt())
+    inside = float((U.T @ weight @ V).norm())
+    chance = count / math.sqrt(weight.numel()) * float(weight.norm())
+    own = float(values_of(weight)[:count].square().sum().sqrt())
+    return {
+        "update": size, "weight": float(weight.norm()), "inside": inside, "chance": chance,
+        "own": own, "factor": size / inside if inside else math.inf,
+    }  # fmt: skip
+
+
+def logs(rows: Sequence[Mapping[str, Any]], rank: int, key: str) -> list[float]:
+    """A positive number of every module, as its logarithm."""
+    return [math.log(max(float(row[key]), 1e-30)) for row in rows if row["rank"] == rank]

@@ -1,0 +1,227 @@
+"""Single forward passes of the base and of its variants, timed side by side.
+
+Source: Hu et al. 2021, arXiv:2106.09685, section 3 and Table 1, which times one forward pass of
+GPT-2 medium at three pairs of batch and length. Here all variants are timed within each trial, in
+an order that is drawn anew, so that a machine that slows down slows all of them. Merged is what a
+merged model is: plain layers, without a trace of the adapter.
+"""
+
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy import stats
+from torch import Tensor, nn
+
+from loralab.errors import LoralabError
+from loralab.models.load import Base
+from loralab.studies.budgets import Fields, attached, put_on
+from loralab.studies.statistics import CONFIDENCE
+from loralab.studies.study import Cell, Record
+from loralab.studies.trained import Tell, rows_of
+from loralab.tasks.forward import accepted, run
+from loralab.tasks.score import context_length
+from loralab.training.preflight import load_base
+
+MEASURE_PASSES = "loralab.studies.questions.passes:measure"
+SHAPES = ((1, 128), (4, 256), (8, 512))  # batch, length
+REPEATS = (5, 1, 1)  # timed passes of a shape in one trial, of which the quickest counts
+WARM = (2, 1, 0)  # passes before them: what is new to the caches is not what is measured
+LEAST = 6  # trials: with fewer no interval of a median reaches 95 %
+PLAIN, MERGED, UNMERGED = "base", "merged", "unmerged"
+
+Shape = tuple[int, int]
+Way = tuple[str, str]  # name of a variant, and one of PLAIN, MERGED, UNMERGED
+Times = dict[tuple[Way, Shape], list[float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Overhead:
+    """How much longer a pass takes than another: median over trials, as a share, and interval."""
+
+    share: float
+    low: float
+    high: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether the interval excludes no difference."""
+        return math.isfinite(self.low) and (self.low > 0 or self.high < 0)
+
+
+def measure(cell: Cell, folder: Path, tell: Tell) -> Record:
+    """Time the variants that the arm's options name: {"variants": {name: fields}}."""
+    ground, options = cell.ground, cell.arm.options
+    task, fields = rows_of(ground), ground.fields
+    base = load_base(
+        ground.model, task, str(fields.get("precision", "auto")), 0,
+        image_size=fields.get("image_size"),
+    )  # fmt: skip
+    variants: Mapping[str, Fields] = options["variants"]
+    ways, refused = ways_of(base, variants)
+    prefix = max((int(own.get("tokens", 0)) for own in variants.values()), default=0)
+    shapes = shapes_of(base, prefix)
+    times = interleaved(
+        base, variants, ways, shapes, seconds=float(options["seconds"]), most=int(options["trials"])
+    )
+    rows = [
+        {"variant": way[0], "state": way[1], "batch": shape[0], "length": shape[1], "seconds": own}
+        for (way, shape), own in times.items()
+    ]
+    return Record(
+        arm=cell.arm, seed=cell.seed, tables={"passes": rows, "refused": refused},
+        numbers={"trials": float(min(map(len, times.values()), default=0))},
+    )  # fmt: skip
+
+
+def ways_of(base: Base, variants: Mapping[str, Fields]) -> tuple[list[Way], list[dict[str, str]]]:
+    """All that is timed: the base, each variant, and merged too where it can be."""
+    ways: list[Way] = [(PLAIN, PLAIN)]
+    refused = []
+    for name, fields in variants.items():
+        try:
+            with attached(base, fields) as adapter:
+                ways += [(name, MERGED)] if adapter.can_merge else []
+                ways.append((name, UNMERGED))
+        except LoralabError as error:
+            refused.append({"variant": name, "reason": str(error)})
+    return ways, refused
+
+
+def shapes_of(base: Base, prefix: int) -> list[Shape]:
+    """SHAPES, no longer than the model can take behind a prefix; of pictures only the batch."""
+    if base.kind == "image-classification":
+        return [(batch, 1) for batch, _ in SHAPES]
+    room = context_length(base.model) - prefix
+    return list(dict.fromkeys((batch, max(1, min(length, room))) for batch, length in SHAPES))
+
+
+@torch.no_grad()
+def interleaved(
+    base: Base, variants: Mapping[str, Fields], ways: Sequence[Way], shapes: Sequence[Shape], *,
+    seconds: float, most: int,
+) -> Times:  # fmt: skip
+    """Times of each way and shape, one for each trial: at least LEAST, at most `most` trials.
+
+    Shapes for which the seconds would not do, judged by one pass of the base, are left out; the
+    first one never is.
+    """
+    batches = {shape: batch_of(base, shape) for shape in shapes}
+    kept = _affordable(base, batches, len(ways), seconds)
+    times: Times = {(way, shape): [] for way in ways for shape in kept}
+    begun, trial, draw = time.perf_counter(), 0, np.random.default_rng(0)
+    while trial < most and (trial < LEAST or time.perf_counter() - begun < seconds):
+        for number in draw.permutation(len(ways)):
+            way = ways[number]
+            with variant(base, variants, way):
+                for shape, repeats, warm in zip(kept, REPEATS, WARM, strict=False):
+                    times[way, shape].append(one_pass(base, batches[shape], repeats, warm))
+        trial += 1
+    return times
+
+
+@contextmanager
+def variant(base: Base, variants: Mapping[str, Fields], way: Way) -> Iterator[None]:
+    """The model in one of the ways, for a while; merged is without the adapter's modules."""
+    name, state = way
+    if state == PLAIN:
+        yield
+    elif state == MERGED:
+        with _restored(base.model):
+            put_on(base, variants[name]).merge_and_detach()
+            yield
+    else:
+        with attached(base, variants[name]):
+            yield
+
+
+@contextmanager
+def _restored(model: nn.Module) -> Iterator[None]:
+    """Puts every module and every weight back where it was; none of them may be written to."""
+    children = [(m, name, child) for m in model.modules() for name, child in m.named_children()]
+    weights = [(m, name, p) for m in model.modules() for name, p in m._parameters.items()]
+    try:
+        yield
+    finally:
+        for module, name, child in children:
+            setattr(module, name, child)
+        for module, name, parameter in weights:
+            module.register_parameter(name, parameter)
+
+
+def one_pass(base: Base, batch: Mapping[str, Tensor], repeats: int, warm: int) -> float:
+    """Seconds of one forward pass, the quickest of some, after some that are not timed.
+
+    Of a language model only the last logits are made, as for the next token.
+    """
+    options = {"logits_to_keep": 1} if "logits_to_keep" in accepted(base.model) else {}
+    found = []
+    for _ in range(warm + repeats):
+        begun = time.perf_counter()
+        run(base.model, batch, **options)
+        if batch[next(iter(batch))].is_cuda:
+            torch.cuda.synchronize()
+        found.append(time.perf_counter() - begun)
+    return min(found[warm:])
+
+
+def batch_of(base: Base, shape: Shape) -> dict[str, Tensor]:
+    """Drawn tokens without padding, or a drawn picture."""
+    draw, device = torch.Generator().manual_seed(0), next(base.model.parameters()).device
+    if base.kind == "image-classification":
+        side = base.tokenizer.size
+        pixels = torch.randn(shape[0], base.tokenizer.channels, side, side, generator=draw)
+        return {"pixel_values": pixels.to(device)}
+    vocabulary = base.model.get_input_embeddings().num_embeddings
+    ids = torch.randint(vocabulary // 2, vocabulary, shape, generator=draw)
+    return {"input_ids": ids.to(device), "attention_mask": torch.ones_like(ids).to(device)}
+
+
+def _affordable(
+    base: Base, batches: Mapping[Shape, Mapping[str, Tensor]], ways: int, seconds: float
+) -> list[Shape]:
+    kept: list[Shape] = []
+    spent = 0.0
+    for (shape, batch), repeats, warm in zip(batches.items(), REPEATS, WARM, strict=False):
+        spent += LEAST * ways * (repeats + warm) * one_pass(base, batch, 1, warm)
+        if kept and spent > 2 * seconds:
+            break
+        kept.append(shape)
+    return kept
+
+
+def overhead(ours: Sequence[float], theirs: Sequence[float]) -> Overhead:
+    """How much longer ours takes than theirs, trial by trial."""
+    ratios = np.asarray(ours, dtype=float) / np.asarray(theirs, dtype=float) - 1
+    low, high = median_interval(ratios.tolist())
+    return Overhead(share=float(np.median(ratios)), low=low, high=high)
+
+
+def growth(
+    ours: tuple[Sequence[float], Sequence[float]], theirs: tuple[Sequence[float], Sequence[float]]
+) -> Overhead:
+    """By how much the overhead of the second shape is larger than that of the first."""
+    small, large = (
+        np.asarray(a, dtype=float) / np.asarray(b, dtype=float)
+        for a, b in zip(ours, theirs, strict=True)
+    )
+    low, high = median_interval((large - small).tolist())
+    return Overhead(share=float(np.median(large - small)), low=low, high=high)
+
+
+def median_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """Of a median, whatever the distribution: order statistics, from the binomial.
+
+    The k-th smallest and the k-th largest of n values enclose the median with probability
+    1 - 2 P(Bin(n, 1/2) < k); not a number where even k = 1 is too unsure.
+    """
+    ordered, n = sorted(values), len(values)
+    k = int(stats.binom.ppf((1 - confidence) / 2, n, 0.5)) if n else 0
+    if k < 1:
+        return math.nan, math.nan
+    return ordered[k - 1], ordered[n - k]

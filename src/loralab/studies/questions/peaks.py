@@ -1,0 +1,100 @@
+"""A training run and its memory: before the model, once it is loaded, and while it takes steps.
+
+A process that has peaked while loading hides what its steps need. So the kernel's high-water mark
+is noted when loading is done, and counted anew from there.
+"""
+
+import itertools
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loralab.errors import LearningError
+from loralab.studies.study import Cell, Record
+from loralab.studies.trained import Tell, diverged, forget, trained
+from loralab.training.memory import device_here, held_bytes, peak_bytes
+from loralab.training.record import read_metrics
+
+MEASURE_PEAKS = "loralab.studies.questions.peaks:measure"
+RESET, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+MARK = "VmHWM:"  # the most memory that was resident, in kB
+
+
+def measure(cell: Cell, folder: Path, tell: Tell) -> Record:
+    """Train, and note the memory and the time of the steps and of what was before them."""
+    gauge = Gauge(tell)
+    try:
+        run = trained(cell, folder, gauge)
+    except LearningError as error:
+        return diverged(cell, folder, str(error))
+    events = [e for e in read_metrics(folder / "run") if e["kind"] == "step"]
+    times = [float(e["seconds"]) for e in events]
+    gaps = [after - before for before, after in itertools.pairwise(times)]
+    numbers = {
+        **gauge.numbers(), "parameters": float(run.adapter.num_parameters),
+        "step_seconds": float(torch.tensor(gaps or times).median()), "seconds": times[-1],
+        "tokens": float(run.tokens),
+    }  # fmt: skip
+    forget(folder, 0)
+    return Record(
+        arm=cell.arm, seed=cell.seed, numbers=numbers,
+        series={"loss": [float(e["loss"]) for e in events], "step_seconds": gaps or times},
+    )  # fmt: skip
+
+
+class Gauge:
+    """Listens to a run: the peak so far when loading is done, and the peak of the steps alone."""
+
+    def __init__(self, tell: Tell) -> None:
+        self._tell, self._device = tell, device_here()
+        self._start = held_bytes(self._device)
+        self._loading = self._held = self._steps = 0
+        self._apart = False
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        """Note what an event stands for, and pass it on."""
+        if event["kind"] == "plan":
+            self._loading = peak_bytes(self._device)
+            self._held = held_bytes(self._device)
+            self._apart = reset_peak(self._device)
+        elif event["kind"] == "step":
+            self._steps = peak_since(self._device)
+        self._tell(event)
+
+    def numbers(self) -> dict[str, float]:
+        """Bytes: `peak_bytes` of the whole run; `steps_bytes` only where it can be told apart."""
+        found = {
+            "peak_bytes": float(max(self._loading, self._steps)), "start_bytes": float(self._start),
+            "loading_bytes": float(self._loading), "held_bytes": float(self._held),
+        }  # fmt: skip
+        return found | ({"steps_bytes": float(self._steps)} if self._apart else {})
+
+
+def reset_peak(device: torch.device) -> bool:
+    """Count the peak anew from what is held now; False where the system cannot."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    try:
+        RESET.write_text("5", encoding="ascii")
+        return math.isfinite(_mark())
+    except OSError:
+        return False
+
+
+def peak_since(device: torch.device) -> int:
+    """The peak since it was last counted anew; since the start where it never was."""
+    mark = math.nan if device.type == "cuda" else _mark()
+    return int(mark) if math.isfinite(mark) else peak_bytes(device)
+
+
+def _mark() -> float:
+    """The kernel's high-water mark in bytes; not a number on other systems."""
+    try:
+        lines = STATUS.read_text(encoding="ascii").splitlines()
+    except OSError:
+        return math.nan
+    found = [line.split()[1] for line in lines if line.startswith(MARK)]
+    return 1024.0 * int(found[0]) if found else math.nan

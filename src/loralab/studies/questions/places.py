@@ -1,0 +1,97 @@
+"""Where in a model LoRA is put: the choices that one has, under the names that the model has."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from loralab.adapters.bases import linear_shape
+from loralab.adapters.methods import LoRA
+from loralab.adapters.parts import part_names
+from loralab.adapters.targets import blocks, ends_with, in_attention, linear_names, target_names
+from loralab.errors import TargetError
+
+QV, ATTENTION, MLP, ALL = "q+v", "attention", "mlp", "all-linear"
+CHOICES = (QV, ATTENTION, MLP, ALL)
+FAMILIES = (  # what models call their projections to queries, keys and values
+    ("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q_lin", "k_lin", "v_lin"),
+    ("c_attn.q", "c_attn.k", "c_attn.v"), ("qkv.q", "qkv.k", "qkv.v"),
+    ("qkv_proj.q", "qkv_proj.k", "qkv_proj.v"), ("Wqkv.q", "Wqkv.k", "Wqkv.v"),
+    ("wq", "wk", "wv"), ("q", "k", "v"),
+)  # fmt: skip
+SOURCE = ("c_attn", "c_proj")  # what the source begins with, meaning attention alone
+
+Targets = str | tuple[str, ...]
+
+
+def projections(model: nn.Module) -> tuple[str, str, str] | None:
+    """The names of the projections to q, k and v; None where they cannot be told apart."""
+    able = [name for name in (*linear_names(model), *part_names(model)) if in_attention(name)]
+    for family in FAMILIES:
+        if all(any(ends_with(name, wanted) for name in able) for wanted in family):
+            return family
+    return None
+
+
+def choices(model: nn.Module) -> dict[str, Targets]:
+    """Each of CHOICES that this model has, as target_modules."""
+    found: dict[str, Targets] = {}
+    if (own := projections(model)) is not None:
+        found[QV] = (own[0], own[2])
+    for preset in (ATTENTION, MLP, ALL):
+        if paths(model, preset):
+            found[preset] = preset
+    return found
+
+
+def singles(model: nn.Module) -> dict[str, Targets]:
+    """Single projections, and queries with keys: rows of the LoRA paper's Table 5."""
+    found: dict[str, Targets] = {}
+    if (own := projections(model)) is not None:
+        found = {"q": (own[0],), "k": (own[1],), "v": (own[2],), "q+k": own[:2]}
+    try:
+        out = blocks(model)[0]
+    except TargetError:
+        return found
+    return {**found, "o": (out.attention_out[len(out.path) :].lstrip("."),)}
+
+
+def paths(model: nn.Module, targets: Targets) -> list[str]:
+    """The modules, or parts of modules, that a choice adapts; none where it finds nothing."""
+    try:
+        return target_names(model, LoRA(target_modules=targets), part_names(model))
+    except TargetError:
+        return []
+
+
+def type_of(path: str) -> str:
+    """What a module is in its block, such as "self_attn.q_proj"; the path itself outside."""
+    found = re.match(r"(?:.*?\.)?\d+\.(.+)", path)
+    return found[1] if found else path
+
+
+def layout(model: nn.Module) -> list[dict[str, Any]]:
+    """Every type of linear layer that LoRA means by all-linear: its shape, how many, and where."""
+    attention, mlp = (set(paths(model, preset)) for preset in (ATTENTION, MLP))
+    found: dict[tuple[str, tuple[int, int]], dict[str, Any]] = {}
+    for path in paths(model, ALL):
+        shape = linear_shape(model.get_submodule(path))
+        place = ATTENTION if path in attention else MLP if path in mlp else "outside"
+        row = found.setdefault((type_of(path), shape), {
+            "type": type_of(path), "outputs": shape[0], "inputs": shape[1], "count": 0,
+            "place": place,
+        })  # fmt: skip
+        row["count"] += 1
+    return list(found.values())
+
+
+def outside(rows: list[Mapping[str, Any]]) -> list[str]:
+    """Of a layout, the layers that all-linear has beyond attention and feed-forward networks."""
+    return [str(row["type"]) for row in rows if row["place"] == "outside"]
+
+
+def source_reaches_mlp(model: nn.Module) -> bool:
+    """Whether the source's names for attention also end paths of feed-forward layers."""
+    named = [n for n in linear_names(model) if any(ends_with(n, end) for end in SOURCE)]
+    return any(in_attention(n) for n in named) and any(not in_attention(n) for n in named)

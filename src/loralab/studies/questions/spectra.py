@@ -1,0 +1,97 @@
+"""What a full fine-tune changed: the spectrum of W_trained - W of every linear layer.
+
+Beside each stands a random matrix of the same shape: a matrix of numbers that have nothing to do
+with each other also has some directions that are larger than others.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loralab.adapters.attach import Adapter
+from loralab.adapters.bases import is_linear
+from loralab.adapters.spectrum import effective_rank, energy_rank, stable_rank
+from loralab.adapters.subset import TrainedParameters
+from loralab.adapters.targets import layer_number
+from loralab.errors import LearningError
+from loralab.studies.study import Cell, Record
+from loralab.studies.trained import Tell, diverged, scored, trained
+
+MEASURE_FULL = "loralab.studies.questions.spectra:measure"
+SHARES = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # of all ranks
+SEED = 0
+
+
+def measure(cell: Cell, folder: Path, tell: Tell) -> Record:
+    """Train every weight, score, and describe the update; the weights are not kept."""
+    try:
+        run = trained(cell, folder, tell)
+    except LearningError as error:
+        return diverged(cell, folder, str(error))
+    rows = described(run.adapter)
+    record = scored(cell, run, folder)
+    return Record(**{**vars(record), "tables": {"modules": rows}})
+
+
+def described(adapter: Adapter) -> list[dict[str, Any]]:
+    """The spectrum of every linear layer's update, beside that of a random matrix."""
+    random: dict[tuple[int, ...], dict[str, Any]] = {}
+    rows = []
+    for name, (before, after) in updates(adapter).items():
+        change = after - before
+        shape = tuple(sorted(change.shape))
+        if shape not in random:
+            draw = torch.Generator().manual_seed(SEED)
+            random[shape] = of_values(values_of(torch.randn(shape, generator=draw)))
+        layer = layer_number(name + ".")
+        rows.append({
+            "name": name, "layer": -1 if layer is None else layer, "module": kind_of(name),
+            "shape": list(change.shape), "most": min(change.shape),
+            "relative": float(change.norm() / before.norm().clamp_min(1e-12)),
+            **of_values(values_of(change)),
+            **{f"random_{key}": value for key, value in random[shape].items()},
+        })  # fmt: skip
+    return rows
+
+
+def updates(adapter: Adapter) -> dict[str, tuple[Tensor, Tensor]]:
+    """The weight of every linear layer before and after; one that did not move is left out."""
+    found = {}
+    for name, module in adapter.modules.items():
+        if isinstance(module, TrainedParameters) and is_linear(module.base):
+            before = module.base.weight.detach().float()
+            after = module.copies["weight"].detach().float()
+            if not torch.equal(before, after):
+                found[name] = before, after
+    return found
+
+
+def values_of(matrix: Tensor) -> Tensor:
+    """Singular values, largest first: roots of the eigenvalues of the smaller Gram matrix."""
+    wide = matrix.double() if matrix.shape[0] <= matrix.shape[1] else matrix.double().T
+    return torch.linalg.eigvalsh(wide @ wide.T).clamp_min(0).sqrt().flip(0)
+
+
+def of_values(values: Tensor) -> dict[str, Any]:
+    """What a spectrum amounts to, and the energy of its first directions at SHARES."""
+    energy = values.square().cumsum(0) / values.square().sum().clamp_min(1e-30)
+    most = len(values)
+    return {
+        "rank90": energy_rank(values, 0.9), "effective": effective_rank(values),
+        "stable": stable_rank(values),
+        "energy": [float(energy[max(1, round(share * most)) - 1]) for share in SHARES],
+    }  # fmt: skip
+
+
+def kind_of(name: str) -> str:
+    """A module's path without its layer: attention.self.query."""
+    return re.sub(r"^.*?\.\d+\.", "", name) if layer_number(name + ".") is not None else name
+
+
+def shares_of(rows: Sequence[Mapping[str, Any]], key: str = "rank90") -> list[float]:
+    """For every module, which part of all its directions."""
+    return [float(row[key]) / float(row["most"]) for row in rows]

@@ -1,0 +1,190 @@
+"""A start of A and B: what it does to the model before the first step, and the first gradients.
+
+Damage is measured in fp32, so that the rounding of a half-precision base does not count as such.
+"""
+
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from loralab.adapters.attach import attach
+from loralab.errors import LearningError
+from loralab.models.load import Base
+from loralab.studies.fields import configured
+from loralab.studies.questions.watch import gradient_norm, named, watched
+from loralab.studies.study import Cell, Record
+from loralab.studies.trained import Tell, diverged, rows_of, scored, trained
+from loralab.tasks.encode import IGNORED, Example, encode
+from loralab.tasks.forward import SHARPNESS, by_length, call, embed, labelled, second_of
+from loralab.training.loop import labelled_tokens
+from loralab.training.preflight import load_base, with_head
+
+MEASURE_START = "loralab.studies.questions.step_zero:measure"
+ROWS, LABELS = 96, 1024  # test rows on which the start is compared with the base, at most
+ROUNDING = 5  # decimals of a loss; what is smaller is fp32's rounding
+PARTS = ("A", "B", "head")
+
+
+def measure(cell: Cell, folder: Path, tell: Tell) -> Record:
+    """Train and score, noting the gradients of A and B; then attach once more, and compare."""
+    # the first gradients are part of the result: a run that was cut off begins again
+    shutil.rmtree(folder / "run", ignore_errors=True)
+    with watched(gradient_norm) as seen:
+        try:
+            finished = trained(cell, folder, tell)
+        except LearningError as error:
+            record = diverged(cell, folder, str(error))
+        else:
+            record = scored(cell, finished, folder)
+            curves = norms(named(seen, finished.adapter), record.series["grad_norm"])
+            record = replace(record, series={**record.series, **curves})
+    numbers, changes = start_of(cell)
+    return replace(
+        record, numbers={**record.numbers, **numbers}, items={**record.items, "start": changes}
+    )
+
+
+def norms(seen: Sequence[Mapping[str, float]], whole: Sequence[float]) -> dict[str, list[float]]:
+    """The gradient's length in all A, all B and the head at each step, before clipping.
+
+    Args:
+        seen: of each step, the lengths in single tensors, as clipped.
+        whole: of each step, the length in all of them before clipping.
+    """
+    curves: dict[str, list[float]] = {f"gradient_{part}": [] for part in PARTS}
+    for step, total in zip(seen, whole, strict=True):
+        squares = dict.fromkeys(PARTS, 0.0)
+        for name, length in step.items():
+            squares[part_of(name)] += length**2
+        clipped = math.sqrt(sum(squares.values()))
+        factor = total / clipped if clipped else 1.0
+        for part, square in squares.items():
+            curves[f"gradient_{part}"].append(factor * math.sqrt(square))
+    return curves
+
+
+def part_of(name: str) -> str:
+    """Which of PARTS a trained tensor belongs to, by its path."""
+    last = name.rsplit(".", 1)[-1]
+    if "lora_" not in last:
+        return "head"
+    return last.rsplit("_", 1)[-1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outputs:
+    """What a model makes of a batch: mean loss of each row, logits (M, C), features (N, H)."""
+
+    losses: Tensor
+    logits: Tensor
+    features: Tensor
+
+
+def start_of(cell: Cell) -> tuple[dict[str, float], list[float]]:
+    """What the start of A and B changes in the base model: numbers, and each row's loss.
+
+    The adapter is attached as training attaches it: the same seed gives the same A and B.
+    """
+    ground = cell.ground
+    method, training = configured({**ground.fields, **cell.arm.fields, "seed": cell.seed})
+    task = rows_of(ground)
+    base = load_base(ground.model, task, "fp32", cell.seed, image_size=training.image_size)
+    rows = task.splits["test"][:ROWS]
+    every = encode(
+        task, "test", base.tokenizer, kind=base.kind, max_length=training.max_length, rows=rows
+    ).examples
+    examples = few_labels(every, base.kind)
+    before = outputs(base, examples)
+    generator = torch.Generator().manual_seed(cell.seed)
+    attach(base.model, with_head(method, base), generator=generator).model.eval()
+    return compared(before, outputs(base, examples))
+
+
+def few_labels(examples: Sequence[Example], kind: str) -> list[Example]:
+    """The first examples, at least one, whose labels are few enough for all logits to be kept."""
+    total, found = 0, list[Example]()
+    for example in examples:
+        total += labelled_tokens(example, kind)
+        if found and total > LABELS:
+            break
+        found.append(example)
+    return found
+
+
+def compared(
+    before: Sequence[Outputs], after: Sequence[Outputs]
+) -> tuple[dict[str, float], list[float]]:
+    """How far two models lie apart on the same batches; of each row, the loss that is gained."""
+    pairs = list(zip(before, after, strict=True))
+    old, new = (torch.cat([o.losses for o in side]) for side in (before, after))
+    numbers = {
+        "base_loss": float(old.mean()), "start_loss": float(new.mean()),
+        "start_logits": _apart([(o.logits, n.logits) for o, n in pairs]),
+        "start_features": _apart([(o.features, n.features) for o, n in pairs]),
+        "start_kl": float(torch.cat([_kl(o.logits, n.logits) for o, n in pairs]).mean()),
+        "start_equal": float(all(torch.equal(o.logits, n.logits) for o, n in pairs)),
+    }  # fmt: skip
+    return numbers, [round(gain, ROUNDING) + 0.0 for gain in (old - new).tolist()]
+
+
+@torch.no_grad()
+def outputs(base: Base, examples: Sequence[Example]) -> list[Outputs]:
+    """Losses, logits and last hidden states of a model, batch by batch."""
+    batches = by_length(base.model, base.tokenizer, examples, base.kind, 32)
+    return [_of_batch(base, batch) for _, batch in batches]
+
+
+def _of_batch(base: Base, batch: Mapping[str, Tensor]) -> Outputs:
+    """The features are what the head reads, without padding."""
+    kept: list[Tensor] = []
+
+    def keep(module: Any, given: Any, output: Any) -> None:
+        kept.append(output.last_hidden_state)
+
+    handle = getattr(base.model, "base_model", base.model).register_forward_hook(keep)
+    try:
+        logits, labels, rows = _logits(base, batch)
+    finally:
+        handle.remove()
+    losses = F.cross_entropy(logits, labels, reduction="none")
+    sums = losses.new_zeros(int(rows.max()) + 1).index_add_(0, rows, losses)
+    mask = batch.get("attention_mask")
+    features = kept[0].flatten(0, -2) if mask is None else kept[0][mask.bool()]
+    return Outputs(
+        losses=sums / rows.bincount().clamp_min(1), logits=logits, features=features.float()
+    )
+
+
+def _logits(base: Base, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits (M, C), labels (M,) and rows (M,) of all that carries loss."""
+    model, labels = base.model, batch["labels"]
+    if base.kind == "causal-lm":
+        logits, targets, rows = labelled(model, batch)
+        return logits.float(), targets, rows
+    rows = torch.arange(len(labels), device=labels.device)
+    if base.kind == "sentence-encoder":
+        return SHARPNESS * embed(model, batch) @ embed(model, second_of(batch)).T, labels, rows
+    logits = call(model, batch).float()
+    if base.kind == "token-classification":
+        here = labels != IGNORED
+        return logits[here], labels[here], here.nonzero()[:, 0]
+    return logits, labels, rows
+
+
+def _apart(pairs: Sequence[tuple[Tensor, Tensor]]) -> float:
+    """|new - old| / |old| of all tensors together."""
+    moved = math.fsum(float((new - old).double().square().sum()) for old, new in pairs)
+    return math.sqrt(moved / math.fsum(float(old.double().square().sum()) for old, _ in pairs))
+
+
+def _kl(old: Tensor, new: Tensor) -> Tensor:
+    """KL(old || new) of each row of logits, (M,)."""
+    log_p, log_q = old.log_softmax(-1), new.log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1).clamp_min(0)  # rounding can take it below

@@ -1,0 +1,285 @@
+"""Many adapters beside one base: bytes stored, times to load, one batch for all of them."""
+
+import itertools
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loralab.adapters.attach import Adapter, attach
+from loralab.adapters.folder import TENSORS
+from loralab.adapters.load import load
+from loralab.errors import ConfigError, LoralabError
+from loralab.models.load import Base
+from loralab.studies import trained
+from loralab.studies.questions.mixed_batch import Held, Router, swap
+from loralab.studies.study import Arm, Cell, Record
+from loralab.studies.trained import Tell, rows_of
+from loralab.tasks.batches import collate
+from loralab.tasks.catalog import TASKS, Task, labels_of
+from loralab.tasks.encode import Example, encode
+from loralab.tasks.forward import call, labelled
+from loralab.training.preflight import load_base, with_head
+
+MEASURE_TASK = "loralab.studies.questions.system:measure_task"
+MEASURE_SYSTEM = "loralab.studies.questions.system:measure_system"
+SIZES = (10, 20, 40)  # rows of a batch
+WAYS = MIXED, TURN, ALONE = ("mixed", "in turn", "base alone")
+REPEATS = (25, 9)  # thorough, quick
+COMPARED = 8  # test rows of each task whose answers are compared
+LOADS = 3
+Asked = tuple[int, Example]  # the adapter's number, and what it is asked
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """A trained adapter on disk and the task that it answers."""
+
+    name: str
+    folder: Path
+    task: Task
+
+
+def own_cell(cell: Cell, name: str) -> Cell:
+    """The cell on the ground of a task of its own."""
+    mapping = {} if name in TASKS else cell.ground.mapping
+    return replace(cell, ground=replace(cell.ground, data=name, mapping=mapping))
+
+
+def measure_task(cell: Cell, folder: Path, tell: Tell) -> Record:
+    """Train an adapter on its own task; its score stands beside that of the commonest label."""
+    own = own_cell(cell, str(cell.arm.options["task"]))
+    record = trained.measure(own, folder, tell)
+    found = majority(rows_of(own.ground))
+    if not found or not record.items:
+        return record
+    numbers = {**record.numbers, "majority": statistics.fmean(found)}
+    return replace(record, numbers=numbers, items={**record.items, "majority": found})
+
+
+def majority(task: Task) -> list[float]:
+    """For every test row, whether its label is the commonest one of train; none without labels."""
+    labels = [label for row in task.splits["train"] for label in labels_of(row)]
+    if not labels or any("label" not in row for row in task.splits["test"]):
+        return []
+    commonest = max(sorted(set(labels)), key=labels.count)
+    return [float(row["label"] == commonest) for row in task.splits["test"]]
+
+
+def measure_system(cell: Cell, folder: Path, tell: Tell) -> Record:
+    """Load all adapters, answer mixed batches and adapter after adapter, compare and time."""
+    stored = adapters_of(cell, folder, tell)
+    if len(stored) < 2:
+        raise ConfigError("a system needs at least two adapters, and fewer could be trained")
+    base, seconds = loaded(cell, stored[0].task)
+    held, expected, cold = one_after_the_other(cell, stored)
+    asked = requests(stored, base)
+    router = Router(base.model, held)
+    try:
+        equality = compared(base, router, asked, expected)
+        series, warm = timed(cell, stored[0].task, base, router, asked, held)
+    finally:
+        router.remove()
+    numbers = {
+        "adapters": len(stored), "model_seconds": seconds, "cold_seconds": statistics.median(cold),
+        "warm_seconds": warm, "model_bytes": model_bytes(base), **equality,
+        "adapter_bytes": statistics.fmean(folder_bytes(own.folder) for own in stored),
+    }  # fmt: skip
+    return Record(arm=cell.arm, seed=cell.seed, numbers=numbers, series=series)
+
+
+def adapters_of(cell: Cell, folder: Path, tell: Tell) -> list[Stored]:
+    """The adapters that the cells of the tasks left beside this one; what is missing is trained."""
+    found: list[Stored] = []
+    for arm in cell.arm.options["arms"]:
+        one = replace(cell, arm=Arm(**arm), measure=MEASURE_TASK)
+        name = str(one.arm.options["task"])
+        place = folder.parent / one.digest / "run"
+        own = own_cell(one, name)
+        try:
+            if not (place / TENSORS).is_file():
+                place = folder / f"task-{len(found)}" / "run"
+                trained.trained(own, place.parent, tell)
+                trained.forget(place.parent, 0)
+            found.append(Stored(name=name, folder=place, task=rows_of(own.ground)))
+        except LoralabError as error:
+            tell({"kind": "note", "text": f"{name} is left out: {error}"})
+    return found
+
+
+def loaded(cell: Cell, task: Task) -> tuple[Base, float]:
+    """The base model in fp32, ready to answer, and the seconds that loading it took."""
+    started = time.perf_counter()
+    size = cell.ground.fields.get("image_size")
+    base = load_base(cell.ground.model, task, "fp32", 0, image_size=size)
+    base.model.eval().requires_grad_(False)
+    return base, time.perf_counter() - started
+
+
+def one_after_the_other(
+    cell: Cell, stored: Sequence[Stored]
+) -> tuple[list[Held], list[list[Tensor]], list[float]]:
+    """Every adapter loaded as users do: a copy of it, its answers, and the seconds of each load."""
+    held, answers, seconds = [], [], []
+    bases: dict[int, Base] = {}
+    for own in stored:
+        labels = len(own.task.labels)
+        if labels not in bases:
+            bases[labels] = loaded(cell, own.task)[0]
+        base = bases[labels]
+        for number in range(LOADS):
+            started = time.perf_counter()
+            adapter = load(base.model, own.folder)
+            seconds.append(time.perf_counter() - started)
+            if number < LOADS - 1:
+                adapter.detach()
+        base.model.eval()
+        held.append(Held.of(own.name, adapter))
+        examples = [example for _, example in requests([own], base)]
+        answers.append(list(outputs(base, examples)))
+        adapter.detach()
+    return held, answers, seconds
+
+
+def requests(stored: Sequence[Stored], base: Base) -> list[Asked]:
+    """The first test rows of every task, each with the number of its adapter."""
+    found = []
+    for number, own in enumerate(stored):
+        rows = own.task.splits["test"][:COMPARED]
+        encoded = encode(
+            own.task, "test", base.tokenizer, kind=base.kind, max_length=512, rows=rows
+        )
+        found += [(number, example) for example in encoded.examples]
+    return found
+
+
+@torch.no_grad()
+def outputs(base: Base, examples: Sequence[Example]) -> Tensor:
+    """What decides each row's answer: the logits of its classes, or of its first token."""
+    batch = collate(
+        examples, pad_id=base.tokenizer.pad_token_id or 0, kind=base.kind, pictures=base.tokenizer
+    )
+    device = next(base.model.parameters()).device
+    batch = {name: tensor.to(device) for name, tensor in batch.items()}
+    if base.kind != "causal-lm":
+        return call(base.model, batch).float().cpu()  # an accelerator has finished then
+    logits, _, rows = labelled(base.model, batch)
+    first = torch.searchsorted(rows, torch.arange(len(examples), device=rows.device))
+    return logits[first].float().cpu()
+
+
+def compared(
+    base: Base, router: Router, asked: Sequence[Asked], expected: Sequence[Sequence[Tensor]]
+) -> dict[str, float]:
+    """How far the answers of mixed batches are from those of one adapter after the other."""
+    position = [0] * len(expected)
+    true: list[Tensor] = []
+    for number, _ in asked:
+        true.append(expected[number][position[number]])
+        position[number] += 1
+    order = list(range(len(asked)))
+    random.Random(0).shuffle(order)
+    device = next(base.model.parameters()).device
+    furthest, largest, same = 0.0, 0.0, 0
+    for begin in range(0, len(order), SIZES[-1]):
+        group = order[begin : begin + SIZES[-1]]
+        router.route(torch.tensor([asked[i][0] for i in group], device=device))
+        for i, found in zip(group, outputs(base, [asked[i][1] for i in group]), strict=True):
+            own = found[: len(true[i])]
+            furthest = max(furthest, float((own - true[i]).abs().max()))
+            largest = max(largest, float(true[i].abs().max()))
+            same += int(own.argmax() == true[i].argmax())
+    router.route(None)
+    return {"furthest": furthest, "largest": largest, "same": same / len(asked),
+            "compared": len(asked)}  # fmt: skip
+
+
+def timed(
+    cell: Cell, task: Task, base: Base, router: Router, asked: Sequence[Asked],
+    held: Sequence[Held],
+) -> tuple[dict[str, list[float]], float]:  # fmt: skip
+    """Seconds of a batch in each of the ways, in turn so that all meet the same machine."""
+    own, _ = loaded(cell, task)
+    adapter = attach(own.model, with_head(_method(cell), own))
+    own.model.eval()
+    found: dict[str, list[float]] = {}
+    repeats = REPEATS[cell.ground.quick]
+    for size in SIZES:
+        batch = interleaved(asked, len(held))[:size]
+        if len(batch) < size:
+            continue
+        ways = _ways(batch, base, router, own, adapter, held)
+        for number in range(repeats + 1):
+            for name, way in ways.items():
+                started = time.perf_counter()
+                way()
+                if number:  # the first one builds what the others find ready
+                    taken = time.perf_counter() - started
+                    found.setdefault(f"{name} {size}", []).append(taken)
+    return found, statistics.median(_swaps(adapter, held, repeats))
+
+
+def _ways(
+    batch: Sequence[Asked], base: Base, router: Router, own: Base, adapter: Adapter,
+    held: Sequence[Held],
+) -> Mapping[str, Callable[[], Any]]:  # fmt: skip
+    """What is done to answer a batch, in each of the ways."""
+    rows = torch.tensor([number for number, _ in batch])
+    examples = [example for _, example in batch]
+    groups = {n: [e for number, e in batch if number == n] for n in dict.fromkeys(rows.tolist())}
+    rows = rows.to(next(base.model.parameters()).device)
+
+    def mixed() -> None:
+        router.route(rows)
+        outputs(base, examples)
+
+    def in_turn() -> None:
+        for number, members in groups.items():
+            swap(adapter, held[number])
+            outputs(own, members)
+
+    def alone() -> None:
+        router.route(None)
+        outputs(base, examples)
+
+    return {MIXED: mixed, TURN: in_turn, ALONE: alone}
+
+
+def interleaved(asked: Sequence[Asked], adapters: int) -> list[Asked]:
+    """One row for each adapter in turn, so that every batch meets as many as it can."""
+    queues = [[a for a in asked if a[0] == number] for number in range(adapters)]
+    rounds = itertools.zip_longest(*queues)
+    return [a for members in rounds for a in members if a is not None]
+
+
+def model_bytes(base: Base) -> int:
+    """A full model in fp32, as the adapters are."""
+    return 4 * sum(p.numel() for p in base.model.parameters())
+
+
+def folder_bytes(folder: Path) -> int:
+    """The files of an adapter folder that a system needs."""
+    names = (TENSORS, "adapter_config.json", "loralab.json")
+    return sum((folder / name).stat().st_size for name in names if (folder / name).is_file())
+
+
+def _swaps(adapter: Adapter, held: Sequence[Held], repeats: int) -> list[float]:
+    """Seconds of filling in an adapter that is in memory."""
+    found = []
+    for own in [*held] * max(1, repeats // 3):
+        started = time.perf_counter()
+        swap(adapter, own)
+        found.append(time.perf_counter() - started)
+    return found
+
+
+def _method(cell: Cell) -> Any:
+    from loralab.studies.fields import configured
+
+    return configured({**cell.ground.fields, **cell.arm.options["arms"][0]["fields"]})[0]

@@ -1,0 +1,113 @@
+"""How far each type of module was moved by the trained all-linear arm, and what a model has.
+
+The arm that reads is not the arm that trained: an arm that all studies share keeps its measure.
+"""
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loralab.adapters.attach import Adapter
+from loralab.adapters.bases import dense_weight
+from loralab.adapters.linear import LinearWithLoRA
+from loralab.artefacts.live import bring_to_life
+from loralab.errors import LearningError
+from loralab.studies import figures
+from loralab.studies.prepare import base_of
+from loralab.studies.questions.places import layout, source_reaches_mlp, type_of
+from loralab.studies.store import RECORD
+from loralab.studies.study import DONE, Arm, Cell, Figure, Record, Text
+from loralab.studies.trained import MEASURE, Tell
+
+MEASURE_UPDATES = "loralab.studies.questions.updates:measure"
+REFERENCE = {"method": "lora", "rank": 8}  # every linear layer
+
+
+def measure(cell: Cell, folder: Path, tell: Tell) -> Record:
+    """The model's linear layers by type, and the size of the update in each.
+
+    Raises:
+        LearningError: the all-linear arm has not been trained.
+    """
+    run = finished_run(cell, folder.parent)
+    if not run.is_dir():  # a large adapter is scored, not kept
+        return Record(arm=cell.arm, seed=cell.seed, tables=_described(base_of(cell.ground).model))
+    live = bring_to_life(run, precision="fp32")
+    moved = sizes(live.adapter)
+    live.adapter.detach()
+    tables = {**_described(live.base.model), "updates": moved}
+    return Record(arm=cell.arm, seed=cell.seed, tables=tables)
+
+
+def finished_run(cell: Cell, runs: Path) -> Path:
+    """Where the reference arm of this ground and seed was trained, at its best learning rate.
+
+    Raises:
+        LearningError: it was not, or it diverged.
+    """
+    found: list[tuple[float, Path]] = []
+    for file in sorted(runs.glob(f"*/{RECORD}")):
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        rate = stored["cell"]["arm"]["fields"].get("learning_rate")
+        fields = REFERENCE if rate is None else {**REFERENCE, "learning_rate": rate}
+        wanted = Cell(
+            measure=MEASURE, ground=cell.ground, arm=Arm(name="", fields=fields), seed=cell.seed
+        )
+        record = stored["record"]
+        if wanted.digest == file.parent.name and record["status"] == DONE:
+            loss = record["numbers"].get("validation_loss", math.inf)
+            found.append((loss, file.parent / "run"))
+    if not found:
+        raise LearningError("the all-linear arm of rank 8 has no result whose updates can be read")
+    return min(found)[1]
+
+
+@torch.no_grad()
+def sizes(adapter: Adapter) -> list[dict[str, Any]]:
+    """|update| / |weight| in Frobenius norms of each type of module: mean over the modules.
+
+    `share` is the type's part of the summed squares of all updates.
+    """
+    ratios: dict[str, list[float]] = defaultdict(list)
+    squares: dict[str, float] = defaultdict(float)
+    for path, module in adapter.modules.items():
+        if not isinstance(module, LinearWithLoRA):
+            continue
+        length = update_norm(*module.factors())
+        ratios[type_of(path)].append(length / float(dense_weight(module.base).double().norm()))
+        squares[type_of(path)] += length**2
+    total = math.fsum(squares.values()) or 1.0
+    return [
+        {"type": kind, "ratio": math.fsum(own) / len(own), "count": len(own),
+         "share": squares[kind] / total}
+        for kind, own in ratios.items()
+    ]  # fmt: skip
+
+
+def update_norm(A: Tensor, B: Tensor, scaling: float) -> float:
+    """|s B A| without the product: |BA|^2 is the trace of (B'B)(AA')."""
+    a, b = A.double(), B.double()
+    return abs(scaling) * math.sqrt(max(0.0, float(((b.T @ b) * (a @ a.T)).sum())))
+
+
+def update_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """The relative size of the update by type of module."""
+    ranked = sorted(rows, key=lambda row: -row["ratio"])
+    return figures.bars(
+        "importance",
+        Text("Size of the trained update relative to the weight, by type of module",
+             "各類模組訓練後更新量相對於權重的大小"),
+        [{"arm": row["type"], "value": row["ratio"]} for row in ranked],
+        x=Text("type of module (all-linear, r=8)", "模組類型（all-linear，r=8）"),
+        y=Text("|update| / |weight|", "|更新| / |權重|"),
+    )  # fmt: skip
+
+
+def _described(model: Any) -> dict[str, list[dict[str, Any]]]:
+    return {"layers": layout(model), "source": [{"reaches_mlp": source_reaches_mlp(model)}]}

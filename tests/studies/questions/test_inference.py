@@ -1,0 +1,251 @@
+"""Inference: routed adapters are exact, smaller models what they claim, words follow numbers."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from studies.conftest import Here, ground_of
+from torch import nn
+
+from loralab.adapters.attach import attach
+from loralab.adapters.methods import LoRA
+from loralab.errors import AdapterStateError, ConfigError
+from loralab.models.load import Base
+from loralab.studies.questions import deployed, inference
+from loralab.studies.questions.decoding import Variant, decoded, interleaved
+from loralab.studies.questions.row_routes import RoutedLinear, routed, shared_copy, stacked
+from loralab.studies.study import Arm, Ground, Record
+
+GROUND = Ground(study="inference", model="m", data="d")
+QUICK = Ground(study="inference", model="m", data="d", quick=True)
+RIGHT, WRONG = [1.0] * 50 + [0.0] * 10, [1.0] * 30 + [0.0] * 30
+
+
+def base(model: Any, kind: str = "causal-lm") -> Base:
+    return Base(name="tiny", model=model, tokenizer=None, kind=kind, source="")
+
+
+def own_update(layer: RoutedLinear, number: int, x: torch.Tensor) -> torch.Tensor:
+    """One adapter by itself, by the definition, the update in float64."""
+    A, B = layer.A[number].double(), layer.B[number].double()
+    return (layer.base(x).double() + layer.scaling * x.double() @ A.T @ B.T).float()
+
+
+@pytest.mark.parametrize("loops", [False, True], ids=["gathered", "looped"])
+@pytest.mark.parametrize("make", [tiny.llama, tiny.gpt2, tiny.bert], ids=["llama", "gpt2", "bert"])
+def test_every_row_goes_through_its_own_adapter(make: tiny.Make, loops: bool) -> None:
+    adapter = tiny.fill(attach(make(), LoRA(rank=4)))
+    model, routes = routed(adapter, 3, loops=loops)
+    layer = next(m for m in model.modules() if isinstance(m, RoutedLinear))
+    x = torch.randn(4, 5, layer.A.shape[2])
+    routes.set([2, 0, 2, 1], torch.device("cpu"))
+    found = layer(x)
+    for row, number in enumerate([2, 0, 2, 1]):
+        want = own_update(layer, number, x[row : row + 1])
+        torch.testing.assert_close(found[row : row + 1], want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [tiny.llama, tiny.gpt2, tiny.bert], ids=["llama", "gpt2", "bert"])
+def test_a_routed_model_gives_what_the_adapted_one_gives(make: tiny.Make) -> None:
+    adapter = tiny.fill(attach(make(), LoRA(rank=4)))
+    model, routes = routed(adapter, 4)
+    routes.set([0, 0], torch.device("cpu"))
+    torch.testing.assert_close(tiny.logits(model), tiny.logits(adapter.model), rtol=1e-4, atol=1e-4)
+    routes.set([0, 3], torch.device("cpu"))
+    mixed = tiny.logits(model)
+    torch.testing.assert_close(mixed[0], tiny.logits(adapter.model)[0], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(mixed[1], tiny.logits(adapter.model)[1], atol=1e-3)
+
+
+def test_a_layer_that_sees_other_rows_refuses() -> None:
+    model, routes = routed(tiny.fill(attach(tiny.llama(), LoRA(rank=2))), 2)
+    routes.set([0, 1, 1], torch.device("cpu"))
+    with pytest.raises(AdapterStateError, match="cannot be routed"):
+        tiny.logits(model)
+
+
+def test_a_copy_shares_every_weight_and_no_module() -> None:
+    model = tiny.llama()
+    other = shared_copy(model)
+    for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        assert ours is theirs
+    attach(other, LoRA(rank=2))
+    assert type(model.model.layers[0].mlp.up_proj) is nn.Linear
+
+
+def test_stacked_factors_begin_with_the_trained_one() -> None:
+    factor = torch.randn(4, 64) / 3
+    found = stacked(factor, 5, torch.Generator().manual_seed(0))
+    assert found.shape == (5, 4, 64)
+    assert torch.equal(found[0], factor)
+    assert float(found[1:].std()) == pytest.approx(float(factor.std()), rel=0.2)
+
+
+def test_pruning_zeroes_the_smallest_half() -> None:
+    weight = torch.tensor([[3.0, -1.0, 0.5], [-4.0, 2.0, -0.1]])
+    found = deployed.without_smallest(weight, 0.5)
+    assert found.tolist() == [[3.0, 0.0, 0.0], [-4.0, 2.0, 0.0]]
+    assert deployed.without_smallest(weight, 0.0).equal(weight)
+    model = tiny.llama()
+    before = model.model.layers[0].mlp.up_proj.weight.clone()
+    less = deployed.pruned(base(model))
+    assert torch.equal(model.model.layers[0].mlp.up_proj.weight, before), "the dense one stays"
+    zeros = (less.model.layers[0].mlp.up_proj.weight == 0).double().mean()
+    assert float(zeros) == pytest.approx(0.5, abs=0.01)
+    assert not (less.lm_head.weight == 0).any()
+
+
+def test_int8_and_nf4_are_near_the_dense_model_and_smaller() -> None:
+    model = tiny.llama()
+    dense = deployed.weight_bytes(model)
+    linear = sum(m.weight.numel() for _, m in deployed._layers(base(model)))
+    int8 = deployed.in_int8(base(model))
+    assert deployed.weight_bytes(int8) == dense - 3 * linear
+    torch.testing.assert_close(tiny.logits(int8), tiny.logits(model), rtol=0.2, atol=0.2)
+    nf4 = deployed.in_nf4(base(model))
+    assert deployed.weight_bytes(nf4) < dense - 3 * linear
+    assert deployed.weight_bytes(model) == dense, "the dense one stays as it is"
+
+
+def test_weights_are_counted_once_where_they_are_shared() -> None:
+    model = tiny.llama()
+    assert deployed.weight_bytes(model) >= 4 * sum(p.numel() for p in model.parameters())
+    both = nn.ModuleList([model, shared_copy(model)])
+    assert deployed.weight_bytes(both) == deployed.weight_bytes(model)
+
+
+@torch.no_grad()
+def test_decoding_with_a_cache_writes_what_decoding_without_writes() -> None:
+    model, seen = tiny.llama(), []
+    forward = model.forward
+
+    def watched(**given: Any) -> Any:
+        out = forward(**given)
+        seen.append(int(out.logits[0, -1].argmax()))
+        return out
+
+    model.forward = watched  # its names are hidden: all logits are made
+    _, spent = decoded(model, tiny.IDS[:1], tokens=3)
+    model.forward, ids, want = forward, tiny.IDS[:1], []
+    for _ in range(4):
+        want.append(int(model(ids).logits[0, -1].argmax()))
+        ids = torch.cat([ids, torch.tensor([[want[-1]]])], dim=1)
+    assert seen == want
+    assert len(spent) == 3
+
+
+def test_all_variants_are_timed_equally_often() -> None:
+    model = tiny.llama()
+    variants = [Variant(name=name, model=model) for name in "ab"]
+    found = interleaved(base(model), variants, [1, 2], seconds=0.01, most=6)
+    assert {key: len(own.token) for key, own in found.items()} == {
+        (name, batch): 6 for name in "ab" for batch in (1, 2)
+    }
+
+
+def test_arms_and_values() -> None:
+    names = [own.name for own in inference.arms(QUICK, base(tiny.llama()))]
+    assert names == ["r=8", "latency", "int8", "NF4", "50 % zeros"]
+    own = Ground(study="inference", model="m", data="d", values=("nf4",))
+    assert [a.name for a in inference.arms(own, base(tiny.llama()))] == ["r=8", "NF4"]
+    wrong = Ground(study="inference", model="m", data="d", values=("nf3",))
+    with pytest.raises(ConfigError, match="nf4"):
+        inference.arms(wrong, base(tiny.llama()))
+
+
+def timed(
+    arm: str, control: str, factors: dict[str, tuple[float, float]], *, noise: float = 0.002,
+    trials: int = 12, items: dict[str, list[float]] | None = None, **numbers: float,
+) -> Record:  # fmt: skip
+    """A record of variants that take so many times the control's 40 and 80 ms."""
+    draw = random.Random(arm)
+    rows = [
+        {"variant": name, "batch": batch, "control": control,
+         "seconds": [scale * factor * (1 + draw.gauss(0, noise)) for _ in range(trials)],
+         "prompt": [0.1] * trials}
+        for name, both in {control: (1.0, 1.0), **factors}.items()
+        for batch, scale, factor in zip((1, 8), (0.04, 0.08), both, strict=True)
+    ]  # fmt: skip
+    weights = [{"variant": name, "bytes": 2.7e8, "working": None} for name in (control, *factors)]
+    return Record(
+        arm=Arm(name=arm, plain=True), seed=0, items=items or {}, numbers=numbers,
+        tables={"latency": rows, "weights": weights, "refused": []},
+        texts={"metric": "accuracy", "unit": "token"},
+    )  # fmt: skip
+
+
+ADAPTERS = {
+    "merged": (1.0, 1.0), "unmerged": (1.4, 1.2), "2 adapters": (1.6, 1.3),
+    "8 adapters": (1.6, 1.3), "64 adapters": (1.6, 1.3),
+}  # fmt: skip
+USED = timed("latency", "base", ADAPTERS, switch_seconds=0.32, adapter_bytes=9.8e6)
+
+
+def test_nothing_timed_says_so() -> None:
+    answer = inference.conclude([], GROUND)
+    assert "yet" in answer.sentence.en
+    assert [words.zh for _, words in answer.blanks] == ["未測量"] * 4
+    assert [label.zh for label, _ in answer.blanks][-1] == "你的看法"
+
+
+def test_merged_is_as_quick_and_unmerged_is_slower() -> None:
+    answer = inference.conclude([USED], GROUND)
+    assert answer.sentence.en.startswith("LoRA does not speed inference up: merged it is as quick")
+    held = [f.sentence.en for f in answer.findings if f.holds]
+    assert any("At batch 1 unmerged takes 40." in w or "takes 39." in w for w in held)
+    assert not any(" merged takes" in words for words in held)
+    assert "pays from about 20 tokens" in answer.blanks[0][1].en
+    assert "4.3 times the throughput" in answer.blanks[1][1].en
+    assert answer.blanks[2][1].en == "not measured"
+
+
+def test_smaller_models_stand_against_their_own_control() -> None:
+    quick = timed("int8", "dense", {"int8": (0.5, 0.6)}, items={"dense": RIGHT, "int8": RIGHT})
+    zeros = timed("50 % zeros", "dense", {"50 % zeros": (1.0, 1.0)}, sparse_ratio=7.0,
+                  items={"dense": RIGHT, "50 % zeros": WRONG})  # fmt: skip
+    answer = inference.conclude([USED, quick, zeros], GROUND)
+    held = {f.sentence.en for f in answer.findings if f.holds}
+    assert any("int8 takes 50." in w or "int8 takes 49." in w for w in held)
+    assert not any("50 % zeros takes" in words for words in held)
+    assert any(words.startswith("50 % zeros is worse than dense") for words in held)
+    assert "Quicker than the dense model" in answer.sentence.en
+    assert "int8" in answer.sentence.en.split("Quicker")[1]
+    assert "7.0 times the dense one" in answer.blanks[2][1].en
+    assert "speed comes from int8" in answer.blanks[3][1].en
+    assert len(answer.tables[0].rows) == 6 + 2 + 2
+
+
+def test_nothing_is_called_quicker_that_is_not() -> None:
+    slow = timed("NF4", "dense", {"NF4": (3.0, 2.0)})
+    answer = inference.conclude([slow], GROUND)
+    assert "None of NF4 is quicker" in answer.sentence.en
+    assert answer.blanks[0][1].en == "not measured"
+
+
+def test_few_trials_claim_nothing() -> None:
+    few = timed("latency", "base", ADAPTERS, trials=3)
+    assert not any(f.holds for f in inference.conclude([few], GROUND).findings)
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_a_tiny_study_runs_to_its_end(
+    kind: str, here: Here, tiny_llama_folder: Path, tiny_bert_folder: Path, noise_file: Path,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(inference, "SECONDS", ((0.1, 0.1), (0.1, 0.1)))
+    monkeypatch.setattr(inference, "TRIALS", 6)
+    folder = tiny_llama_folder if kind == "llama" else tiny_bert_folder
+    ground = ground_of("inference", folder, noise_file, seeds=1, fields={"learning_rate": 0.02})
+    records = here(ground, tmp_path)
+    assert {r.arm.name: r.reason for r in records if r.reason} == {}
+    found = {r.arm.name: r for r in records}
+    assert not found["latency"].tables["refused"]
+    assert found["latency"].numbers["routed_difference"] < 1e-4
+    assert found["latency"].items["merged"] == found["latency"].items["unmerged"]
+    answer = inference.conclude(records, ground)
+    assert len(answer.blanks) == 4
+    assert all(words.en != "not measured" for _, words in answer.blanks)
+    assert len(answer.figures) == 2

@@ -1,0 +1,198 @@
+"""Savings of memory: what is compared, how the peak is told apart, what is claimed."""
+
+import math
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from studies.conftest import Here, ground_of
+
+from loralab.errors import ConfigError
+from loralab.models.load import Base
+from loralab.studies.fields import configured
+from loralab.studies.questions import memory, peaks, savings
+from loralab.studies.questions.savings import BASELINE, Savings
+from loralab.studies.study import Arm, Ground, Record
+
+FIELDS = {"max_steps": 4, "batch_size": 16, "precision": "auto"}
+GROUND = Ground(study="memory", model="m", data="d", fields=FIELDS)
+QUICK = Ground(study="memory", model="m", data="d", fields=FIELDS, quick=True)
+CURVE = (0.7, 0.65, 0.6, 0.55)
+
+
+def base() -> Base:
+    return Base(name="tiny", model=tiny.llama(), tokenizer=None, kind="causal-lm", source="")
+
+
+def runs(
+    role: str, peak: float, step: float, *, curve: float = 0.0, loading: float = 1.2e9,
+    seeds: int = 3, **fields: Any,
+) -> list[Record]:  # fmt: skip
+    """An arm's records, whose peaks and times scatter by half a per cent."""
+    own = Arm(name=role, fields={"method": "lora", "rank": 8, "save_every": 4,
+                                 "pass_tokens": memory.WHOLE, **fields},
+              options={"role": role}, tuned=False)  # fmt: skip
+    found, draw = [], random.Random(f"{role}/7")
+    for seed in range(seeds):
+        wobble = 1 + draw.gauss(0, 0.005)
+        steps = [step * (1 + draw.gauss(0, 0.005)) for _ in range(3)]
+        high = max(loading, peak * wobble)
+        found.append(Record(
+            arm=own, seed=seed,
+            numbers={"peak_bytes": high, "loading_bytes": loading, "held_bytes": 9e8,
+                     "steps_bytes": peak * wobble, "start_bytes": 4e8, "step_seconds": steps[1]},
+            series={"loss": [value * (1 + curve) for value in CURVE], "step_seconds": steps},
+        ))  # fmt: skip
+    return found
+
+
+def test_every_arm_sees_the_same_rows_a_step_and_is_valid() -> None:
+    for own in memory.arms(GROUND, base()):
+        fields = {**FIELDS, **own.fields}
+        _, training = configured(fields)
+        assert training.batch_size * training.accumulation_steps == 16
+    roles = [own.options["role"] for own in memory.arms(QUICK, base())]
+    assert roles == ["baseline", "accumulation", "mixed", "checkpoint", "together", "nf4", "passes"]
+    assert [o.options["role"] for o in memory.arms(GROUND, base())][-1] == "optimizer"
+
+
+def test_each_saving_differs_from_the_baseline_in_itself_alone() -> None:
+    found = {own.options["role"]: own.fields for own in memory.arms(GROUND, base())}
+    changed = {
+        role: {k for k in fields | found[BASELINE] if fields.get(k) != found[BASELINE].get(k)}
+        for role, fields in found.items()
+    }
+    assert changed["accumulation"] == {"batch_size", "accumulation_steps"}
+    assert changed["mixed"] == {"precision"}
+    assert changed["checkpoint"] == {"gradient_checkpointing"}
+    assert changed["together"] == changed["accumulation"] | changed["mixed"] | changed["checkpoint"]
+    assert changed["nf4"] == changed["together"] | {"quantize"}
+
+
+def test_values_choose_savings_and_wrong_ones_are_refused() -> None:
+    own = Ground(study="memory", model="m", data="d", fields=FIELDS, values=("checkpoint",))
+    assert [a.options["role"] for a in memory.arms(own, base())] == [BASELINE, "checkpoint"]
+    wrong = Ground(study="memory", model="m", data="d", fields=FIELDS, values=("checkpoints",))
+    with pytest.raises(ConfigError, match="checkpoint"):
+        memory.arms(wrong, base())
+
+
+@pytest.mark.parametrize(("batch", "part"), [(16, 4), (8, 2), (12, 3), (7, 1), (2, 1), (10, 2)])
+def test_a_batch_is_cut_into_equal_parts(batch: int, part: int) -> None:
+    assert memory.largest_part(batch) == part
+
+
+def test_a_batch_of_one_cannot_be_cut() -> None:
+    with pytest.raises(ConfigError, match="2 or more"):
+        memory.largest_part(1)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's high-water mark")
+def test_the_peak_is_counted_anew() -> None:
+    device = torch.device("cpu")
+    large = torch.ones(50_000_000)  # 200 MB
+    before = peaks.peak_since(device)
+    del large
+    if not peaks.reset_peak(device):
+        pytest.skip("the kernel does not count anew here")
+    after = peaks.peak_since(device)
+    assert before - after > 150e6
+    again = torch.ones(50_000_000)
+    assert peaks.peak_since(device) - after > 150e6
+    del again
+
+
+def test_nothing_measured_says_so() -> None:
+    answer = memory.conclude([], GROUND)
+    assert "yet" in answer.sentence.en
+    assert [label.zh for label, _ in answer.blanks] == [
+        "基準", "+ 梯度累積", "+ 混合精度", "+ Checkpoint"
+    ]  # fmt: skip
+    assert not answer.advice
+
+
+def test_savings_are_claimed_and_what_is_none_is_not() -> None:
+    records = [
+        *runs(BASELINE, 3e9, 10.0), *runs("accumulation", 2e9, 12.0),
+        *runs("checkpoint", 3.001e9, 10.01), *runs("mixed", 1.9e9, 5.0, precision="bf16"),
+    ]  # fmt: skip
+    answer = memory.conclude(records, GROUND)
+    held = {f.sentence.en for f in answer.findings if f.holds}
+    assert len(held) == 4
+    assert any("+ gradient accumulation: 33 % less peak memory" in words for words in held)
+    assert any("+ gradient accumulation: 20 % more time" in words for words in held)
+    assert answer.advice == {"precision": "bf16"}
+    assert "+ mixed precision takes the peak from" in answer.sentence.en
+
+
+def test_one_run_claims_no_memory() -> None:
+    records = [*runs(BASELINE, 3e9, 10.0, seeds=1), *runs("mixed", 1.9e9, 5.0, seeds=1)]
+    answer = memory.conclude(records, QUICK)
+    assert answer.sentence.en.startswith("Measured once")
+    assert not any(f.holds for f in answer.findings if "peak" in f.sentence.en)
+
+
+def test_another_curve_is_no_saving() -> None:
+    records = [*runs(BASELINE, 3e9, 10.0), *runs("nf4", 1.5e9, 9.0, curve=0.2)]
+    answer = memory.conclude(records, GROUND)
+    assert "no saving" in answer.sentence.en
+    assert answer.tables[0].rows[1][-2].en == "20 %: another curve"
+    assert Savings.of(records).pareto() == [BASELINE]
+
+
+def test_the_floor_is_named_and_the_quickest_there_is_advised() -> None:
+    records = [
+        *runs(BASELINE, 3e9, 10.0), *runs("together", 0.8e9, 8.0, precision="bf16"),
+        *runs("mixed", 1.1e9, 5.0, precision="bf16", batch_size=16),
+    ]  # fmt: skip
+    answer = memory.conclude(records, GROUND)
+    assert "loading the model is the peak" in answer.sentence.en
+    assert answer.advice == {"precision": "bf16", "batch_size": 16}
+    assert "all three" in answer.caution.en
+    assert set(Savings.of(records).pareto()) == {"mixed"}
+
+
+def test_without_a_baseline_nothing_is_compared() -> None:
+    answer = memory.conclude(runs("mixed", 2e9, 5.0), GROUND)
+    assert "baseline has not been measured" in answer.sentence.en
+    assert not answer.findings
+    assert answer.blanks[0][1].en == "not measured"
+
+
+def test_the_curve_is_the_largest_difference_of_any_step() -> None:
+    other = runs("mixed", 2e9, 5.0)
+    bent = [
+        Record(**{**vars(r), "series": {**r.series, "loss": [0.7, 0.65, 0.66, 0.55]}})
+        for r in other
+    ]
+    found = Savings.of([*runs(BASELINE, 3e9, 10.0), *bent])
+    assert found.curve("mixed") == pytest.approx(0.1)
+    assert math.isnan(Savings.of(bent).curve("mixed"))
+
+
+def test_diverged_runs_are_left_out() -> None:
+    lost = [Record(**{**vars(r), "status": "diverged"}) for r in runs("mixed", 1e9, 1.0)]
+    assert Savings.of([*runs(BASELINE, 3e9, 10.0), *lost]).others == []
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_a_tiny_study_runs_and_rounding_keeps_the_curve(
+    kind: str, here: Here, tiny_llama_folder: Path, tiny_bert_folder: Path, noise_file: Path,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    folder = tiny_llama_folder if kind == "llama" else tiny_bert_folder
+    ground = ground_of("memory", folder, noise_file, seeds=1, fields={"max_steps": 4})
+    records = here(ground, tmp_path)
+    assert {r.arm.name: r.reason for r in records if r.reason} == {}
+    found = Savings.of(records)
+    # where the base has dropout, a cut batch draws other masks
+    cut = ("accumulation", "passes") if kind == "llama" else ()
+    for role in (*cut, "checkpoint", "optimizer"):
+        assert found.curve(role) < savings.ROUNDING, role
+    answer = memory.conclude(records, ground)
+    assert len(answer.blanks) == len(records) == len(answer.tables[0].rows)
+    assert len(answer.figures) == 2

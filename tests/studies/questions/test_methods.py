@@ -1,0 +1,262 @@
+"""LoRA against the others: equal budgets, the source's table, latencies, told from noise."""
+
+import math
+import random
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from scipy import stats
+from studies.conftest import Here, ground_of, planted
+
+from loralab.errors import ConfigError
+from loralab.models.load import Base
+from loralab.studies.budgets import trained_parameters
+from loralab.studies.prepare import prepare
+from loralab.studies.questions import methods, passes
+from loralab.studies.questions.compared import LATENCY
+from loralab.studies.questions.passes import median_interval, overhead
+from loralab.studies.study import Arm, Ground, Record
+
+GROUND = Ground(study="methods", model="m", data="d")
+QUICK = Ground(study="methods", model="m", data="d", quick=True)
+GOOD, POOR = [1] * 90 + [0] * 10, [1, 0] * 50
+SHAPES = ((1, 128), (8, 512))
+
+
+def base(model: Any, kind: str = "causal-lm") -> Base:
+    return Base(name="tiny", model=model, tokenizer=None, kind=kind, source="")
+
+
+def arm(name: str, scores: list[int], budget: str | None = "r=8", **fields: object) -> list[Record]:
+    options = {} if budget is None else {"budget": budget}
+    own = Arm(name=name, fields={"method": name.partition(" ")[0], **fields}, options=options)
+    return [Record(**{**vars(r), "arm": own}) for r in planted(name, scores)]
+
+
+def timed(ways: dict[tuple[str, str], tuple[float, float]], noise: float = 0.001) -> Record:
+    """A record of passes that take so many times a base of 10 and 200 ms."""
+    draw = random.Random(0)
+    rows = [
+        {"variant": name, "state": state, "batch": batch, "length": length,
+         "seconds": [scale * factor * (1 + draw.gauss(0, noise)) for _ in range(12)]}
+        for (name, state), factors in {("base", "base"): (1.0, 1.0), **ways}.items()
+        for factor, scale, (batch, length) in zip(factors, (0.01, 0.2), SHAPES, strict=True)
+    ]  # fmt: skip
+    return Record(arm=Arm(name=LATENCY), seed=0, tables={"passes": rows, "refused": []})
+
+
+WAYS = {
+    ("lora r=8", "merged"): (1.0, 1.0), ("lora r=8", "unmerged"): (1.3, 1.05),
+    ("houlsby w=4", "unmerged"): (1.25, 1.03), ("pfeiffer w=8", "unmerged"): (1.15, 1.02),
+    ("prefix p=9", "unmerged"): (1.1, 1.1),
+}  # fmt: skip
+TRAINED = [
+    *planted("base", POOR, seeds=1), *arm("lora r=8", GOOD, None, rank=8),
+    *arm("houlsby w=4", GOOD), *arm("prefix p=9", POOR), *arm("prefix p=2", GOOD, "r=2"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("make", [tiny.llama, tiny.bert], ids=["llama", "bert"])
+def test_sizes_are_solved_for_at_both_budgets(make: tiny.Make) -> None:
+    model = base(make())
+    found = {a.name: a for a in methods.arms(GROUND, model)}
+    budgets = {
+        f"r={r}": trained_parameters(model, {"method": "lora", "rank": r}) for r in (8, 2)
+    }  # fmt: skip
+    seen = set()
+    for own in found.values():
+        if "budget" not in own.options or own.fields["method"] == "prefix-mlp":
+            continue
+        size = methods.SIZES[own.fields["method"]]
+        here = trained_parameters(model, own.fields)
+        near = [
+            trained_parameters(model, {**own.fields, size: max(1, own.fields[size] + step)})
+            for step in (-1, 1)
+        ]
+        budget = budgets[own.options["budget"]]
+        assert abs(here - budget) <= min(abs(n - budget) for n in near)
+        seen.add((own.fields["method"], own.options["budget"]))
+    assert seen == set(methods.LONG)
+    assert ("bitfit" in found) == (make is tiny.bert)  # Llama has no biases
+    assert {"full", "ia3", LATENCY, "base"} <= found.keys()
+
+
+def test_the_reference_arm_is_shared_and_quick_is_four() -> None:
+    found = {a.name: a for a in methods.arms(QUICK, base(tiny.llama()))}
+    assert found["lora r=8"].fields == {"method": "lora", "rank": 8}
+    assert found["lora r=8"].options == {}
+    assert len([a for a in found.values() if a.tuned]) == 4
+    assert len(found[LATENCY].options["variants"]) == 5
+
+
+def test_values_choose_methods() -> None:
+    chosen = Ground(study="methods", model="m", data="d", values=("ia3",))
+    tuned = [a.name for a in methods.arms(chosen, base(tiny.llama())) if a.tuned]
+    assert tuned == ["lora r=8", "ia3"]
+    wrong = Ground(study="methods", model="m", data="d", values=("prefx",))
+    with pytest.raises(ConfigError, match="did you mean prefix"):
+        methods.arms(wrong, base(tiny.llama()))
+
+
+def test_a_method_that_the_model_cannot_have_is_told(
+    tiny_llama_folder: Path, sums_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from loralab.adapters import prefix
+    from loralab.errors import TargetError
+
+    def none(model: object) -> list[str]:
+        raise TargetError("no attention with a cache")
+
+    monkeypatch.setattr(prefix, "attention_names", none)
+    ground = ground_of("methods", tiny_llama_folder, sums_file, quick=True)
+    arms, invalid = prepare(ground, None)
+    assert set(invalid) == {"prefix (r=8)", "prefix (r=2)"}
+    assert "no attention" in invalid["prefix (r=8)"]
+    assert "lora r=8" in {a["name"] for a in arms}
+
+
+@pytest.mark.parametrize("count", [6, 7, 12, 20, 31])
+def test_the_interval_of_a_median_covers_it(count: int) -> None:
+    draw, inside = np.random.default_rng(count), 0
+    for _ in range(2000):
+        low, high = median_interval(draw.exponential(size=count).tolist())
+        inside += low <= math.log(2) <= high
+    assert inside / 2000 > 0.94
+
+
+def test_too_few_trials_have_no_interval() -> None:
+    assert all(math.isnan(edge) for edge in median_interval([1.0, 2.0, 3.0, 4.0, 5.0]))
+    assert not overhead([2.0, 2.0], [1.0, 1.0]).holds
+    assert 1 - 2 * stats.binom.cdf(0, passes.LEAST, 0.5) >= 0.95
+
+
+def test_an_overhead_is_that_of_its_own_trial() -> None:
+    drift = [1.0, 5.0, 2.0, 9.0, 1.0, 3.0, 7.0]  # of the machine
+    own = overhead([1.2 * d for d in drift], drift)
+    assert own.share == pytest.approx(0.2)
+    assert own.low == pytest.approx(0.2)
+    assert own.holds
+
+
+def test_the_source_s_table_is_filled() -> None:
+    answer = methods.conclude([*TRAINED, timed(WAYS)], GROUND)
+    assert [label.zh for label, _ in answer.blanks] == [
+        "LoRA", "Adapter", "Prefix-tuning", "你的選擇標準"]  # fmt: skip
+    assert [c.zh for c in answer.tables[0].columns] == [
+        "方法", "參數量", "推論延遲", "訓練速度", "效能"]  # fmt: skip
+    assert answer.blanks[2][1].en.startswith("prefix p=2")  # the better of two lengths
+    assert "merged 10 ms" in answer.blanks[0][1].en
+    assert "lora r=8, merged: nothing beyond noise" in answer.sentence.en
+    assert answer.advice == {"method": "lora", "rank": 8}
+    assert len(answer.figures) == 2
+    assert "+30.3 %" in str(answer.tables[1].rows)
+
+
+def test_published_orders_that_hold_are_said_to_hold() -> None:
+    answer = methods.conclude([*TRAINED, timed(WAYS)], GROUND)
+    verdicts = {row[0].en: row[1].en for row in answer.tables[2].rows}
+    assert [verdicts[name] for name in list(verdicts)[:5]] == ["holds"] * 5
+    assert verdicts["every method is better than the base"] == "not decided: noise"  # prefix p=9
+    assert verdicts["lora r=8 is no worse than prefix p=9"] == "holds"
+
+
+def test_published_orders_that_do_not_hold_are_said_not_to() -> None:
+    ways = {**WAYS, ("lora r=8", "merged"): (1.1, 1.0), ("houlsby w=4", "unmerged"): (1.05, 1.2)}
+    better = arm("lora r=8", POOR, None, rank=8)
+    answer = methods.conclude([*better, *arm("houlsby w=4", GOOD), timed(ways)], GROUND)
+    verdicts = [row[1].en for row in answer.tables[2].rows]
+    no = "does not hold"
+    assert verdicts == [no, "holds", "holds", no, no, no]
+
+
+def test_noisy_times_prove_no_sameness() -> None:
+    answer = methods.conclude([*TRAINED, timed(dict.fromkeys(WAYS, (1.0, 1.0)), 0.3)], GROUND)
+    verdicts = [row[1].en for row in answer.tables[2].rows[:5]]
+    assert verdicts == ["not decided: noise"] * 5
+
+
+def test_noise_is_claimed_by_nobody() -> None:
+    ways = dict.fromkeys(WAYS, (1.0, 1.0))
+    same = [*arm("lora r=8", GOOD, None, rank=8), *arm("houlsby w=4", GOOD)]
+    answer = methods.conclude([*planted("base", GOOD, seeds=1), *same, timed(ways, 0.05)], GROUND)
+    assert not any(f.holds for f in answer.findings if "lora r=8" in f.sentence.en)
+    assert answer.advice == {}
+
+
+def test_nothing_measured_and_nothing_timed_are_said() -> None:
+    empty = methods.conclude([], GROUND)
+    assert len(empty.blanks) == 4
+    assert "No method" in empty.sentence.en
+    alone = methods.conclude([timed(WAYS)], GROUND)
+    assert len(alone.tables) == 1
+    untimed = methods.conclude(TRAINED, GROUND)
+    assert "latency not measured" in untimed.blanks[0][1].en
+    one = methods.conclude(arm("lora r=8", GOOD, None, rank=8)[:1], QUICK)
+    assert one.blanks[1][1].en == "not measured"
+
+
+def test_passes_are_those_of_the_variants() -> None:
+    """The model in each way computes what the way says, and is itself again afterwards."""
+    model = base(tiny.llama())
+    variants: dict[str, Any] = {"lora": {"method": "lora", "rank": 2}, "p": {"method": "prefix"}}
+    ways, refused = passes.ways_of(model, {**variants, "b": {"method": "bitfit"}})
+    assert ways == [("base", "base"), ("lora", "merged"), ("lora", "unmerged"), ("p", "unmerged")]
+    assert [row["variant"] for row in refused] == ["b"]
+    plain = tiny.logits(model.model)
+    with passes.variant(model, variants, ("p", "unmerged")):
+        assert not torch.equal(tiny.logits(model.model), plain)
+    before = {name: id(p) for name, p in model.model.named_parameters()}
+    with passes.variant(model, variants, ("lora", "merged")):
+        kinds = {type(m).__name__ for m in model.model.modules()}
+        changed = {n for n, p in model.model.named_parameters() if id(p) != before.get(n)}
+    assert not any("LoRA" in kind for kind in kinds)  # a merged model is a plain one
+    assert len(changed) == 3 * 7
+    assert {name: id(p) for name, p in model.model.named_parameters()} == before
+    assert torch.equal(tiny.logits(model.model), plain)
+
+
+def test_a_head_comes_back_after_merging() -> None:
+    model = base(tiny.bert(), "sequence-classification")
+    plain, head = tiny.logits(model.model), model.model.classifier
+    with passes.variant(model, {"lora": {"method": "lora"}}, ("lora", "merged")):
+        assert model.model.classifier is not head
+    assert model.model.classifier is head
+    assert torch.equal(tiny.logits(model.model), plain)
+
+
+def test_trials_take_turns_and_end() -> None:
+    model = base(tiny.llama())
+    variants: dict[str, Any] = {"lora": {"method": "lora", "rank": 2}}
+    ways, _ = passes.ways_of(model, variants)
+    times = passes.interleaved(model, variants, ways, [(1, 8), (2, 8)], seconds=0.0, most=9)
+    assert {len(own) for own in times.values()} == {passes.LEAST}
+    assert {shape for _, shape in times} == {(1, 8)}  # there was no time for the larger one
+    more = passes.interleaved(model, variants, ways, [(1, 8), (2, 8)], seconds=60.0, most=7)
+    assert {len(own) for own in more.values()} == {7}
+    assert all(t > 0 for own in more.values() for t in own)
+
+
+def test_shapes_leave_room_for_a_prefix() -> None:
+    model = base(tiny.bert(), "sequence-classification")
+    room = model.model.config.max_position_embeddings
+    assert passes.shapes_of(model, 20) == [(1, 128), (4, 256), (8, room - 20)]
+
+
+def test_the_whole_study_on_a_tiny_encoder(
+    here: Here, tiny_bert_folder: Path, noise_file: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(methods, "SECONDS", (0, 0))
+    ground = ground_of("methods", tiny_bert_folder, noise_file, seeds=1, quick=True)
+    records = here(ground, tmp_path)
+    assert {r.arm.name for r in records if r.reason} == set()
+    answer = methods.conclude(records, ground)
+    assert all(text.en and text.zh for _, text in answer.blanks)
+    starts = [row[0] for row in answer.tables[0].rows]
+    order = [next(i for i, f in enumerate(methods.SOURCE) if s.startswith(f)) for s in starts]
+    assert all(a <= b for a, b in pairwise(order))

@@ -1,0 +1,230 @@
+"""Mixed batches answer as one adapter after the other; the study says so only where they do."""
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from studies.conftest import Here, ground_of, planted
+from torch import nn
+
+from loralab.adapters.attach import attach
+from loralab.adapters.methods import LoRA
+from loralab.errors import AdapterStateError, ConfigError
+from loralab.models.load import Base
+from loralab.studies.questions import multitask
+from loralab.studies.questions.mixed_batch import Held, Router, stacked, swap
+from loralab.studies.questions.system import interleaved, majority
+from loralab.studies.study import Arm, Ground, Record
+from loralab.studies.trained import rows_of
+from loralab.tasks.catalog import find
+from loralab.tasks.forward import call
+from loralab.training.preflight import load_base
+
+GROUND = Ground(study="multitask", model="m", data="d")
+
+
+@pytest.fixture(scope="session")
+def word_files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Three tasks: which of two, three and two words a text holds."""
+    folder = tmp_path_factory.mktemp("words")
+    files = []
+    for name, words in (("two", "good bad"), ("three", "good bad fine"), ("other", "poor great")):
+        choices = words.split()
+        lines = [f"{n} {choices[n % len(choices)]} {n % 7},{choices[n % len(choices)]}"
+                 for n in range(58)]  # fmt: skip
+        files.append(folder / f"{name}.csv")
+        files[-1].write_text("text,label\n" + "\n".join(lines) + "\n", encoding="utf-8")
+    return files
+
+
+def trained_by_chance(base: Base, seed: int, rank: int, targets: Any) -> Held:
+    """An adapter whose numbers are random, and its head."""
+    draw = torch.Generator().manual_seed(seed)
+    config = LoRA(rank=rank, target_modules=targets, modules_to_save=("classifier",))
+    adapter = attach(base.model, config, generator=draw)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.normal_(std=0.3, generator=draw)
+    held = Held.of(f"{seed}", adapter)
+    adapter.detach()
+    return held
+
+
+def batch_of(rows: int) -> dict[str, torch.Tensor]:
+    draw = torch.Generator().manual_seed(5)
+    ids = torch.randint(4, 30, (rows, 6), generator=draw)
+    mask = torch.ones_like(ids)
+    mask[0, 4:] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def test_every_row_is_answered_by_its_own_adapter(
+    tiny_bert_folder: Path, word_files: Sequence[Path]
+) -> None:
+    base = load_base(str(tiny_bert_folder), find(str(word_files[0])), "fp32", 0)
+    base.model.eval()
+    batch = batch_of(7)
+    plain = call(base.model, batch)
+    held = [trained_by_chance(base, 0, 2, "all-linear"), trained_by_chance(base, 1, 4, ["query"]),
+            trained_by_chance(base, 2, 3, "mlp")]  # fmt: skip
+    held[1] = replace(held[1], heads={"classifier": nn.Linear(32, 5)})
+    rows = [0, 2, 1, 1, 2, 0, 1]
+    router = Router(base.model, held)
+    router.route(torch.tensor(rows))
+    mixed = call(base.model, batch)
+    for number in range(3):
+        router.route(torch.full((7,), number))
+        alone = call(base.model, batch)
+        for row in (n for n in range(7) if rows[n] == number):
+            width = alone.shape[1]
+            torch.testing.assert_close(mixed[row, :width], alone[row], rtol=1e-5, atol=1e-5)
+            assert (mixed[row, width:] == -torch.inf).all()
+    router.route(None)
+    assert torch.equal(call(base.model, batch), plain)
+    router.route(torch.tensor([0, 1]))
+    with pytest.raises(AdapterStateError, match="7 rows where the batch has 2"):
+        call(base.model, batch)
+    router.remove()
+    assert torch.equal(call(base.model, batch), plain)
+
+
+def test_a_routed_adapter_is_the_attached_one(
+    tiny_bert_folder: Path, word_files: Sequence[Path]
+) -> None:
+    base = load_base(str(tiny_bert_folder), find(str(word_files[0])), "fp32", 0)
+    base.model.eval()
+    held = [trained_by_chance(base, seed, 3, "all-linear") for seed in (0, 1)]
+    batch = batch_of(4)
+    router = Router(base.model, held)
+    router.route(torch.ones(4, dtype=torch.long))
+    routed = call(base.model, batch)
+    router.remove()
+    config = LoRA(rank=3, target_modules="all-linear", modules_to_save=("classifier",))
+    adapter = attach(base.model, config)
+    swap(adapter, held[0])
+    swap(adapter, held[1])
+    base.model.eval()
+    torch.testing.assert_close(call(base.model, batch), routed, rtol=1e-5, atol=1e-5)
+    adapter.detach()
+    A, B = stacked(held, next(iter(held[0].factors)))
+    assert len(A) == len(B) == 2
+
+
+def test_batches_meet_every_adapter() -> None:
+    asked: Any = [(n, f"{n}{k}") for n in range(3) for k in range(2 + n)]
+    assert [n for n, _ in interleaved(asked, 3)] == [0, 1, 2, 0, 1, 2, 1, 2, 2]
+
+
+def test_the_commonest_label_is_that_of_train(word_files: Sequence[Path]) -> None:
+    task = find(str(word_files[0]))
+    rows = [{"text": "a", "label": x} for x in ("good", "good", "bad")]
+    task = replace(task, splits={"train": rows, "test": list(reversed(rows)), "validation": []})
+    assert majority(task) == [0.0, 1.0, 1.0]
+
+
+def system(same: float = 1.0, furthest: float = 1e-6, ratio: float = 3.0) -> Record:
+    """A system whose mixed batches are so many times as fast."""
+    draw = random.Random(0)
+    series = {}
+    for rows in multitask.SIZES:
+        series[f"mixed {rows}"] = [0.01 * math.exp(draw.gauss(0, 0.02)) for _ in range(9)]
+        series[f"in turn {rows}"] = [0.01 * ratio * math.exp(draw.gauss(0, 0.02)) for _ in range(9)]
+        series[f"base alone {rows}"] = [0.009] * 9
+    numbers = {
+        "adapters": 10, "adapter_bytes": 1e6, "model_bytes": 1e8, "model_seconds": 0.5,
+        "cold_seconds": 0.02, "warm_seconds": 1e-3, "furthest": furthest, "largest": 3.0,
+        "same": same, "compared": 80,
+    }  # fmt: skip
+    return Record(arm=Arm(name="system"), seed=0, numbers=numbers, series=series)
+
+
+def learnt(name: str, score: float) -> list[Record]:
+    rows = [float(n < score * 200) for n in range(200)]
+    found = planted(name, rows, seeds=1)
+    return [Record(**{**vars(r), "items": {**r.items, "majority": [1.0, 0.0] * 100},
+                      "numbers": {**r.numbers, "majority": 0.5}}) for r in found]  # fmt: skip
+
+
+def test_bytes_speed_and_equality_are_said() -> None:
+    records = [*learnt("a", 0.9), *learnt("b", 0.5), system()]
+    answer = multitask.conclude(records, GROUND)
+    assert "10 adapters take 10.0 MB, with their base 110.0 MB" in answer.sentence.en
+    assert "1.00 GB (9.1 times as much)" in answer.sentence.en
+    assert "answer all 80 rows as one adapter after the other" in answer.sentence.en
+    assert "3.1 times as fast" in answer.sentence.en
+    assert [zh.zh for zh, _ in answer.blanks] == [
+        "1. 如何儲存 10 個 adapter？", "2. 如何動態載入不同 adapter？",
+        "3. 如何實現 batching（同一 batch 不同 adapter）？", "你的設計",
+    ]  # fmt: skip
+    assert "mix requests" in answer.blanks[-1][1].en
+    assert "1 of 2 adapters beat" in answer.blanks[-1][1].en
+    assert all(text.en and text.zh for _, text in answer.blanks)
+
+
+def test_other_answers_and_no_gain_are_said_too() -> None:
+    wrong = multitask.conclude([system(same=0.9, furthest=0.5)], GROUND)
+    assert "do NOT answer" in wrong.sentence.en and "group requests" in wrong.blanks[-1][1].en
+    even = multitask.conclude([system(ratio=1.0)], GROUND)
+    assert "same time beyond noise" in even.sentence.en
+    slow = multitask.conclude([system(ratio=0.5)], GROUND)
+    assert "slower than one adapter after the other" in slow.sentence.en
+
+
+def test_what_is_missing_is_said() -> None:
+    assert "has not been measured" in multitask.conclude([], GROUND).sentence.en
+    answer = multitask.conclude(learnt("a", 0.9), GROUND)
+    assert "has not been measured" in answer.sentence.en and answer.findings[0].holds
+    assert all(text.en == "not measured" for _, text in answer.blanks)
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_it_runs_on_tiny_models_and_own_files(
+    here: Here, tiny_bert_folder: Path, word_files: Sequence[Path], tmp_path: Path, gone: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    if gone:  # the adapters of the tasks' own cells: the system trains them itself
+        monkeypatch.setattr("loralab.studies.questions.system.TENSORS", "no such file")
+        word_files = word_files[:2]
+    values = tuple(str(file) for file in word_files)
+    rows = {"train": 32, "validation": 5, "test": 5}
+    ground = ground_of("multitask", tiny_bert_folder, word_files[0], values=values, seeds=1,
+                       quick=True, rows=rows)  # fmt: skip
+    if gone:
+        monkeypatch.setattr("loralab.studies.questions.system.folder_bytes", lambda folder: 1)
+    records = here(ground, tmp_path)
+    assert [r.status for r in records] == ["done"] * (len(values) + 1), records[-1].reason
+    numbers = records[-1].numbers
+    assert numbers["same"] == 1 and numbers["furthest"] < 1e-4 * max(1, numbers["largest"])
+    assert numbers["adapters"] == len(values)
+    assert bool(list(tmp_path.glob("runs/*/task-*"))) == gone  # else those beside it are taken
+    assert multitask.conclude(records, ground).figures
+
+
+def test_causal_models_are_routed_as_well(
+    here: Here, tiny_llama_folder: Path, word_files: Sequence[Path], tmp_path: Path
+) -> None:
+    values = tuple(str(file) for file in word_files)
+    ground = ground_of("multitask", tiny_llama_folder, word_files[0], values=values, seeds=1,
+                       quick=True, rows={"train": 16, "validation": 5, "test": 5},
+                       fields={"max_steps": 2, "max_length": 128})  # fmt: skip
+    records = here(ground, tmp_path)
+    assert records[-1].status == "done", records[-1].reason
+    assert multitask.alike(records[-1])
+
+
+def test_tasks_are_names_or_files(tiny_bert_folder: Path, noise_file: Path) -> None:
+    ground = ground_of("multitask", tiny_bert_folder, noise_file)
+    base = load_base(str(tiny_bert_folder), rows_of(ground), "fp32", 0)
+    names = [arm.name for arm in multitask.arms(ground, base)]
+    assert names[0] == str(noise_file) and len(names) == 11 and names[-1] == "system"
+    own = replace(ground, data="tweets")
+    assert [a.name for a in multitask.arms(own, base)][:2] == ["tweets", "movie-reviews"]
+    with pytest.raises(ConfigError, match=r"'tweet' is no task.*did you mean tweets"):
+        multitask.arms(replace(ground, values=("tweet", "tweets")), base)
+    with pytest.raises(ConfigError, match="at least two"):
+        multitask.arms(replace(ground, values=("tweets", "tweets")), base)

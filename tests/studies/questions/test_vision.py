@@ -1,0 +1,144 @@
+"""LoRA on a Vision Transformer: against probe and full, and what the model is made of."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from PIL import Image
+from studies.conftest import Here, ground_of, planted
+from transformers import Dinov2Config, Dinov2ForImageClassification, Dinov2Model
+
+from loralab.errors import ConfigError
+from loralab.models.load import Base
+from loralab.studies.questions import vision
+from loralab.studies.questions.anatomy import facts, likeness
+from loralab.studies.questions.places import layout, projections
+from loralab.studies.study import Arm, Ground, Record
+
+GROUND = Ground(study="vision", model="m", data="d", fields={"max_steps": 24})
+GOOD, MIDDLE, POOR = [1] * 90 + [0] * 10, [1] * 75 + [0] * 25, [1, 0] * 50
+CONFIG = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "mlp_ratio": 2,
+          "image_size": 28, "patch_size": 14}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def eyes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny DINOv2 without a head."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("eyes")
+    Dinov2Model(Dinov2Config(**CONFIG)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Dark and light pictures in folders of that name."""
+    folder, draw = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    for name, level in (("dark", 40), ("light", 200)):
+        (folder / name).mkdir()
+        for number in range(60):
+            noise = draw.integers(0, 50, (28, 28, 3)) + level
+            Image.fromarray(noise.astype(np.uint8)).save(folder / name / f"{number}.png")
+    return folder
+
+
+def model() -> Dinov2ForImageClassification:
+    torch.manual_seed(0)
+    return Dinov2ForImageClassification(Dinov2Config(**CONFIG, num_labels=3)).eval()
+
+
+def seen() -> Base:
+    return Base(name="tiny", model=model(), tokenizer=None, kind="image-classification", source="")
+
+
+def arm(name: str, scores: list[int], parameters: int = 100) -> list[Record]:
+    fields = {"method": "lora", "rank": 8} if "r=8" in name else {"method": name}
+    if name == "q+v r=8":
+        fields["target_modules"] = ["q_proj", "v_proj"]
+    numbers = {"parameters": parameters + 10, "head_parameters": 10}
+    return [
+        Record(**{**vars(r), "arm": Arm(name=name, fields=fields),
+                  "numbers": {**r.numbers, **numbers}})
+        for r in planted(name, scores)
+    ]  # fmt: skip
+
+
+def test_arms_are_probe_choices_and_full() -> None:
+    names = [a.name for a in vision.arms(GROUND, seen()) if a.tuned]
+    every = ["q+v r=8", "attention r=8", "mlp r=8", "all-linear r=8"]
+    assert names == ["linear-probe", *every, "full"]
+    quick = Ground(study="vision", model="m", data="d", quick=True)
+    found = {a.name: a for a in vision.arms(quick, seen())}
+    assert [n for n, a in found.items() if a.tuned] == [
+        "linear-probe", "q+v r=8", "all-linear r=8", "full"]  # fmt: skip
+    assert found["all-linear r=8"].fields == {"method": "lora", "rank": 8}
+    assert projections(model()) is not None
+
+
+def test_text_models_and_unknown_choices_are_refused() -> None:
+    text = Base(name="t", model=tiny.bert(), tokenizer=None, kind="sequence-classification",
+                source="")  # fmt: skip
+    with pytest.raises(ConfigError, match="needs a vision model"):
+        vision.arms(GROUND, text)
+    wrong = Ground(study="vision", model="m", data="d", values=("q,v",))
+    with pytest.raises(ConfigError, match=r"did you mean q\+v"):
+        vision.arms(wrong, seen())
+
+
+def test_the_model_is_counted() -> None:
+    rows, own = layout(model()), facts(model(), 28)
+    assert sum(row["count"] for row in rows) == 2 * 6
+    assert {row["place"] for row in rows} == {"attention", "mlp"}
+    assert (own["patches"], own["convolutions"]) == (4, 1)
+    assert own["convolution_parameters"] == 32 * 3 * 14 * 14 + 32
+    text = likeness({"vision": rows, "facts": [own], "language": layout(tiny.llama())})
+    assert "12 linear layers" in text.en
+    assert "21 linear layers" in text.en
+    assert "4 patches of 14 × 14" in text.en
+
+
+def test_a_planted_order_is_claimed() -> None:
+    records = [*arm("linear-probe", POOR, 0), *arm("q+v r=8", GOOD, 100),
+               *arm("all-linear r=8", GOOD, 400), *arm("full", MIDDLE, 9000)]  # fmt: skip
+    answer = vision.conclude(records, GROUND)
+    assert "above linear-probe (50.0 %)" in answer.sentence.en
+    assert "above full (75.0 %)" in answer.sentence.en
+    assert "Take q+v r=8: 100 parameters" in answer.sentence.en  # no worse, and smaller
+    assert answer.advice == {"target_modules": ["q_proj", "v_proj"], "rank": 8}
+    assert [label.zh for label, _ in answer.blanks][1:] == [
+        "哪些層應該使用 LoRA", "效能會如何", "實驗計畫"]  # fmt: skip
+    assert all(text.en and text.zh for _, text in answer.blanks)
+    assert any(f.holds for f in answer.findings)
+
+
+def test_on_noise_lora_does_not_beat_the_probe() -> None:
+    answer = vision.conclude([*arm("linear-probe", GOOD), *arm("q+v r=8", GOOD)], GROUND)
+    assert "no difference beyond noise from linear-probe" in answer.sentence.en
+    assert "full was not measured" in answer.sentence.en
+    assert answer.advice == {}
+    assert not any(f.holds for f in answer.findings)
+
+
+def test_nothing_measured_is_said() -> None:
+    answer = vision.conclude([], GROUND)
+    assert len(answer.blanks) == 4
+    assert "not been measured" in answer.sentence.en
+    probe = vision.conclude(arm("linear-probe", GOOD), GROUND)
+    assert "not been measured" in probe.sentence.en
+
+
+def test_the_whole_study_on_pictures(
+    here: Here, eyes: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from loralab.studies.questions import anatomy
+
+    monkeypatch.setattr(anatomy, "skeleton", lambda name: tiny.llama())
+    ground = ground_of("vision", eyes, pictures, seeds=1, quick=True, fields={"image_size": 28})
+    records = here(ground, tmp_path)
+    assert {r.arm.name: r.reason for r in records if r.reason} == {}
+    answer = vision.conclude(records, ground)
+    assert "12 linear layers" in answer.blanks[0][1].en
+    assert len(answer.tables) == 2
+    assert answer.figures
