@@ -76,7 +76,7 @@ STUDIES: dict[str, Question] = {
     "memory": Question(
         number="Q7",
         title=Text("How can memory use be reduced?", "如何減少記憶體使用？"),
-        model=WRITER, steps=(10, 4), batch_size=16, rows=(4, 2), seeds=3,
+        model=WRITER, steps=(10, 3), batch_size=12, rows=(4, 2), seeds=3,
     ),
     "inference": Question(
         number="Q8",

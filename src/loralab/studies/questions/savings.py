@@ -14,15 +14,16 @@ from loralab.studies.study import DONE, Figure, Finding, Record, Table, Text
 BASELINE = "baseline"
 ASKED = (BASELINE, "accumulation", "mixed", "checkpoint")  # the rows of the source's table
 ROUNDING, CLOSE = 1e-3, 0.05  # of the baseline's loss: what rounding moves, what keeps the curve
+FEW = 4  # steps of a single run from which no interval is made
 SAME = 0.02  # peaks this close are as good as equal
 WORDS = {
     BASELINE: Text("Baseline", "基準"),
     "accumulation": Text("+ gradient accumulation", "+ 梯度累積"),
     "mixed": Text("+ mixed precision", "+ 混合精度"),
     "checkpoint": Text("+ Checkpoint", "+ Checkpoint"),
-    "together": Text("all three", "三者併用"),
-    "nf4": Text("all three + NF4 base", "三者併用 + NF4 基礎模型"),
-    "gguf": Text("all three + GGUF base", "三者併用 + GGUF 基礎模型"),
+    "together": Text("All three", "三者併用"),
+    "nf4": Text("All three + NF4 base", "三者併用 + NF4 基礎模型"),
+    "gguf": Text("All three + GGUF base", "三者併用 + GGUF 基礎模型"),
     "passes": Text("+ smaller passes (pass_tokens)", "+ 縮小每次前向的 token 數（pass_tokens）"),
     "optimizer": Text("+ 8-bit optimiser", "+ 8 位元優化器"),
 }  # fmt: skip
@@ -88,13 +89,13 @@ class Savings:
         ]
         if not sides or len({len(row) for side in sides for row in side}) > 1:
             return None
+        few = len(sides[0]) == 1 and len(sides[0][0]) < FEW
         found = difference(
             sides[0], sides[1], generator=np.random.default_rng(SEED),
             comparisons=max(1, len(self.others)),
         )  # fmt: skip
-        return Ratio(
-            value=math.exp(found.effect), low=math.exp(found.low), high=math.exp(found.high)
-        )
+        low, high = (math.nan, math.nan) if few else (math.exp(found.low), math.exp(found.high))
+        return Ratio(value=math.exp(found.effect), low=low, high=high)
 
     def _pairs(self, role: str) -> list[tuple[Record, Record]]:
         """An arm's runs and the baseline's of the same seeds."""
@@ -109,6 +110,13 @@ class Savings:
             for ours, theirs in zip(own.series["loss"], base.series["loss"], strict=False)
         ]
         return max(gaps, default=math.nan)
+
+    def at_end(self, role: str) -> float:
+        """The same difference at the last step, on average over seeds; it has a sign."""
+        gaps = [
+            own.series["loss"][-1] / base.series["loss"][-1] - 1 for own, base in self._pairs(role)
+        ]
+        return float(np.mean(gaps)) if gaps else math.nan
 
     def keeps(self, role: str) -> bool:
         """Whether an arm's losses are the baseline's."""
@@ -166,11 +174,11 @@ def sentence(found: Savings) -> Text:
     told = found.memory(best)
     if best == BASELINE or (found.seeds > 1 and (told is None or not told.holds)):
         return Text(
-            f"{once.en}no saving that keeps the loss curve has a lower peak than the baseline "
+            f"{once.en}No saving that keeps the loss curve has a lower peak than the baseline "
             f"({size(found.peak(BASELINE))}) beyond noise"
-            f"{_floor(found, BASELINE).en}.",
+            f"{_floor(found, BASELINE).en}.{_lower(found, BASELINE).en}",
             f"{once.zh}在損失曲線不變的方法中，沒有任何一種的峰值以超出雜訊的幅度低於基準（{size(found.peak(BASELINE))}）"
-            f"{_floor(found, BASELINE).zh}。",
+            f"{_floor(found, BASELINE).zh}。{_lower(found, BASELINE).zh}",
         )
     name, memory, time = WORDS[best], found.memory(best), found.time(best)
     assert memory is not None
@@ -179,9 +187,23 @@ def sentence(found: Savings) -> Text:
     less = f"{100 * (1 - memory.value):.0f} %"
     return Text(
         f"{once.en}{name.en} takes the peak from {before} to {after} ({less} less) with the loss "
-        f"curve kept, at {slow} times the baseline's time a step{_floor(found, best).en}.",
+        f"curve kept, at {slow} times the baseline's time a step{_floor(found, best).en}.{_lower(found, best).en}",
         f"{once.zh}{name.zh}使峰值由 {before} 降到 {after}（少 {less}），損失曲線不變，"
-        f"每步時間為基準的 {slow} 倍{_floor(found, best).zh}。",
+        f"每步時間為基準的 {slow} 倍{_floor(found, best).zh}。{_lower(found, best).zh}",
+    )
+
+
+def _lower(found: Savings, best: str) -> Text:
+    """What has a lower peak still, but another loss curve."""
+    least = min(found.runs, key=found.peak)
+    if found.keeps(least) or found.peak(least) >= (1 - SAME) * found.peak(best):
+        return Text("", "")
+    name, gap = WORDS[least], f"{100 * found.curve(least):.0f} %"
+    peak = size(found.peak(least))
+    return Text(
+        f" {name.en} goes to {peak}{_floor(found, least).en}, but its losses are up to {gap} off the "
+        "baseline's in these steps.",
+        f"{name.zh}可到 {peak}{_floor(found, least).zh}，但在這些步驟中損失與基準最多相差 {gap}。",
     )
 
 
@@ -236,6 +258,7 @@ def table(found: Savings) -> Table:
         Text("peak of loading", "載入時峰值"), Text("held after loading", "載入後佔用"),
         Text("peak of the steps", "訓練步驟峰值"), Text("time a step", "訓練時間（每步）"),
         Text("over the baseline", "相對基準"), Text("largest loss difference", "損失曲線最大差異"),
+        Text("loss at the last step", "最後一步的損失"),
         Text("Pareto", "Pareto"),
     )  # fmt: skip
     front, rows = found.pareto(), []
@@ -247,6 +270,7 @@ def table(found: Savings) -> Table:
             *(size(mean_of(own, name)) for name in parts), seconds(mean_of(own, "step_seconds")),
             times(found.time(role)),
             "–" if role == BASELINE or math.isnan(gap) else curve_words(gap),
+            "–" if role == BASELINE or math.isnan(gap) else f"{100 * found.at_end(role):+.2g} %",
             Text("yes", "是") if role in front else "–",
         ])  # fmt: skip
     return Table(title=Text("Memory and time", "記憶體與時間"), columns=columns, rows=rows)
