@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 from studies.conftest import Here, ground_of, planted
+from torch import nn
 
 from loralab.adapters.spectrum import overlap
 from loralab.errors import ConfigError
-from loralab.studies.questions import dimension, lowrank, overlaps, spectra
+from loralab.studies.questions import dimension, frozen, lowrank, overlaps, spectra
 from loralab.studies.study import Arm, Ground, Record
 from loralab.training.preflight import load_base
 
@@ -186,7 +187,7 @@ def test_nothing_measured_is_said_and_every_blank_has_its_label() -> None:
         "預訓練模型已經學到了什麼？", "微調時我們真正在改變什麼？",
         '"內在維度" (intrinsic dimensionality) 是什麼意思？',
     ]  # fmt: skip
-    alone = lowrank.conclude(planted("linear probe", [1.0, 0.0, 1.0]), GROUND)
+    alone = lowrank.conclude(planted("linear head", [1.0, 0.0, 1.0]), GROUND)
     assert "Neither the spectrum nor" in english(alone)
 
 
@@ -217,3 +218,28 @@ def test_the_values_are_numbers_of_directions(tiny_bert_folder: Path, noise_file
     wrong = ground_of("lowrank", tiny_bert_folder, noise_file, values=("many",))
     with pytest.raises(ConfigError, match="numbers of directions"):
         lowrank.arms(wrong, base)
+
+
+def test_a_fitted_head_is_at_the_optimum_and_finds_what_the_features_hold() -> None:
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 5, dtype=torch.float64, generator=draw)
+    y = (x[:, 0] + 0.1 * x[:, 1] > 0).long()
+    head = frozen.fitted(x, y, 2, 1e-2).requires_grad_()
+    loss = nn.functional.cross_entropy(frozen.logits(head, x), y)
+    (loss + 1e-2 * head[:, :-1].square().sum()).backward()
+    assert head.grad is not None and head.grad.abs().max() < 1e-4
+    assert (frozen.logits(head, x).argmax(dim=1) == y).double().mean() > 0.95
+
+
+def test_features_are_those_the_head_reads(tiny_bert_folder: Path, noise_file: Path) -> None:
+    from loralab.studies.trained import rows_of
+    from loralab.tasks.score import evaluate
+
+    task = rows_of(ground_of("lowrank", tiny_bert_folder, noise_file))
+    base = load_base(str(tiny_bert_folder), task, "fp32", 0)
+    base.model.eval()
+    x, y = frozen.features(base, task, "test", 64)
+    classifier = base.model.classifier
+    own = (classifier(x.float()).argmax(dim=1) == y).double().mean()
+    scores = evaluate(base.model, base.tokenizer, task, "test", kind=base.kind)
+    assert float(own) == pytest.approx(scores.metrics["accuracy"])

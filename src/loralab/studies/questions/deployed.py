@@ -42,6 +42,7 @@ MEASURE_SMALLER = "loralab.studies.questions.deployed:measure_smaller"
 BASE, MERGED, UNMERGED, DENSE = "base", "merged", "unmerged", "dense"
 SHARE = 0.5  # of the weights of each layer that are set to zero
 ROOM = 0.8  # of the free memory that a further variant may take
+OF_A_ROW = 16  # bytes that an int8 layer keeps for a row: a double and a 64-bit zero point
 PRODUCTS = 20  # of one layer, dense and sparse
 
 
@@ -165,9 +166,10 @@ def switch_seconds(adapter: Any) -> float:
 
 
 def in_int8(base: Base) -> Any:
-    """Weights in int8, inputs rounded to int8 as they come (torch's dynamic quantisation).
+    """Weights in int8, a scale a row; inputs rounded to int8 as they come, a scale a tensor.
 
-    torch still ships it and calls it deprecated, in warnings that are not the user's to act on.
+    This is torch's dynamic quantisation, which it still ships and calls deprecated, in warnings
+    that are not the user's to act on.
 
     Raises:
         ModelError: this torch has none, or the model is on a GPU.
@@ -178,10 +180,10 @@ def in_int8(base: Base) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            from torch.ao.quantization import default_dynamic_qconfig, quantize_dynamic
+            from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic
 
             model = shared_copy(base.model)
-            wanted = dict.fromkeys((path for path, _ in layers), default_dynamic_qconfig)
+            wanted = dict.fromkeys((path for path, _ in layers), per_channel_dynamic_qconfig)
             return quantize_dynamic(model, wanted, dtype=torch.qint8, inplace=True)
         except (ImportError, AttributeError, RuntimeError) as error:
             raise ModelError(f"this torch has no dynamic int8 layers: {error}") from None
@@ -213,10 +215,11 @@ def without_smallest(weight: Tensor, share: float) -> Tensor:
     count = int(share * sizes.numel())
     if not count:
         return weight.clone()
-    order = sizes.argsort()[:count]
-    flat = weight.flatten().clone()
-    flat[order] = 0
-    return flat.view(weight.shape)
+    limit = sizes.kthvalue(count).values
+    drop = sizes < limit
+    ties = (sizes == limit).nonzero()[:, 0]  # as many of these as are still to go
+    drop[ties[: count - int(drop.sum())]] = True
+    return weight.masked_fill(drop.view(weight.shape), 0)
 
 
 SMALLER = {"int8": in_int8, "nf4": in_nf4, "pruned": pruned}
@@ -269,8 +272,8 @@ def weight_bytes(model: Any) -> int:
         if isinstance(module, QuantizedLinear):
             total += module.packed.nbytes()
             packed.add(module.weight.untyped_storage().data_ptr())
-        elif "_packed_params" in module._modules:  # int8: a byte a weight
-            total += module.in_features * module.out_features
+        elif "_packed_params" in module._modules:  # int8: a byte a weight, scale and zero a row
+            total += module.out_features * (module.in_features + OF_A_ROW)
     storages = {
         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
         for t in (*model.parameters(), *model.buffers())

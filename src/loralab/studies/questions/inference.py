@@ -23,7 +23,7 @@ CHOICES = ("adapters", *SMALLER)
 BATCHES = ((1, 8, 32), (1, 8))  # thorough, quick
 ADAPTERS = (2, 8, 64)
 SECONDS = ((90.0, 30.0), (16.0, 4.0))  # of timing: many variants, two variants
-TRIALS = 40
+TRIALS = (40, 6)
 
 
 def arms(ground: Ground, base: Base) -> list[Arm]:
@@ -35,7 +35,7 @@ def arms(ground: Ground, base: Base) -> list[Arm]:
                 f"{nearest(value, CHOICES)}"
             )
     wanted, quick = ground.values or CHOICES, int(ground.quick)
-    shared: dict[str, Any] = {"batches": list(BATCHES[quick]), "trials": TRIALS}
+    shared: dict[str, Any] = {"batches": list(BATCHES[quick]), "trials": TRIALS[quick]}
     found = [REFERENCE]
     if "adapters" in wanted:
         options = {

@@ -5,12 +5,20 @@ import math
 import numpy as np
 
 from loralab.studies import figures
-from loralab.studies.evidence import SEED, claim, seconds, size
+from loralab.studies.evidence import claim, seconds, size
 from loralab.studies.questions.deployed import DENSE
-from loralab.studies.questions.inference_words import Deployed, Way, bytes_of, score_of, shown, told
+from loralab.studies.questions.inference_words import (
+    Deployed,
+    Way,
+    bytes_of,
+    score_change,
+    score_of,
+    scored_ways,
+    shown,
+    told,
+)
 from loralab.studies.questions.latencies import percent
 from loralab.studies.questions.passes import Overhead
-from loralab.studies.statistics import difference
 from loralab.studies.study import Figure, Finding, Ground, Table, Text
 
 
@@ -51,17 +59,12 @@ def _finding(found: Deployed, way: Way, batch: int, own: Overhead) -> Finding:
 
 def scores(found: Deployed, ground: Ground) -> list[Finding]:
     """Every scored way against its control, row by row."""
-    pairs = [
-        (way, found.control[way[0]]) for way in found.ways
-        if len(found.items.get(way, ())) > 1 and found.items.get(found.control[way[0]])
-    ]  # fmt: skip
-    claims = []
-    for way, other in pairs:
-        own = difference(
-            [found.items[way]], [found.items[other]], generator=np.random.default_rng(SEED),
-            comparisons=len(pairs),
-        )  # fmt: skip
-        claims.append(claim(way[1], found.called(other).en, own, found.metric, ground))
+    claims, ways = [], scored_ways(found)
+    for way in ways:
+        own = score_change(found, way, len(ways))
+        assert own is not None
+        other = found.called(found.control[way[0]]).en
+        claims.append(claim(way[1], other, own, found.metric, ground))
     return claims
 
 

@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from loralab.studies.evidence import Metric, metric_of, plain, seconds, size
+from loralab.studies.evidence import SEED, Metric, metric_of, plain, seconds, size
 from loralab.studies.questions.deployed import BASE, DENSE, MERGED, UNMERGED
 from loralab.studies.questions.latencies import percent
 from loralab.studies.questions.passes import Overhead, median_interval
+from loralab.studies.statistics import Difference, difference
 from loralab.studies.study import Record, Text
 
 NAMES = {
@@ -174,10 +175,15 @@ def sentence(found: Deployed) -> Text:
     ]
     smaller = [w for w in found.ways if w[0] != "latency"]
     if quicker:
-        names = ", ".join(f"{w[1]} ({shown(found.over(w, first))})" for w in quicker)
+        names = ", ".join(
+            f"{w[1]} {shown(found.over(w, first))}{_lost(found, w).en}" for w in quicker
+        )
+        names_zh = "、".join(
+            f"{w[1]} {shown(found.over(w, first))}{_lost(found, w).zh}" for w in quicker
+        )
         parts.append(Text(
             f"Quicker than the dense model of the same process at batch {first}: {names}.",
-            f"批次 {first} 時比同一行程的稠密模型快的有：{names}。",
+            f"批次 {first} 時比同一行程的稠密模型快的有：{names_zh}。",
         ))  # fmt: skip
     elif smaller:
         names = ", ".join(w[1] for w in smaller)
@@ -189,6 +195,29 @@ def sentence(found: Deployed) -> Text:
     for part in parts[1:]:
         whole += part
     return whole
+
+
+def score_change(found: Deployed, way: Way, comparisons: int) -> Difference | None:
+    """The score of a way less its control's, row by row; None where rows have no scores."""
+    ours, theirs = found.items.get(way, ()), found.items.get(found.control[way[0]], ())
+    if len(ours) < 2 or len(ours) != len(theirs):
+        return None
+    draw = np.random.default_rng(SEED)
+    return difference([ours], [theirs], generator=draw, comparisons=comparisons)
+
+
+def scored_ways(found: Deployed) -> list[Way]:
+    """The ways whose score can be compared with their control's."""
+    return [way for way in found.ways if score_change(found, way, 1) is not None]
+
+
+def _lost(found: Deployed, way: Way) -> Text:
+    """What a way costs in score, where that is beyond noise."""
+    own = score_change(found, way, len(scored_ways(found)))
+    if own is None or not own.holds or own.effect >= 0:
+        return Text("", "")
+    size_ = found.metric.change(own.effect)
+    return Text(f" (at the price of {size_.en})", f"（代價是{size_.zh}）")
 
 
 def _merged_words(own: Overhead, batch: int) -> Text:
@@ -260,6 +289,11 @@ def _several(found: Deployed) -> list[Way]:
     return [way for way in found.times if "adapters" in way[1]]
 
 
+def _count(way: Way) -> int:
+    """How many adapters a way holds."""
+    return int(way[1].split()[0])
+
+
 def _many(found: Deployed) -> Text:
     """One batch of many adapters against one by one, and what they take to hold."""
     ways = _several(found)
@@ -270,13 +304,16 @@ def _many(found: Deployed) -> Text:
         "; ".join(f"{name}: {w.en}" for name, w in parts),
         "；".join(f"{name}：{w.zh}" for name, w in parts),
     )
-    best = max(ways, key=lambda way: (len(found.times[way]), "looped" not in way[1]))
+    best = max(ways, key=lambda w: (len(found.times[w]), "looped" not in w[1], _count(w)))
     largest = max(found.times[best])
     gain = largest * found.middle(found.named(UNMERGED), 1) / found.middle(best, largest)
     one = size(found.numbers.get("adapter_bytes", math.nan))
     base = size(bytes_of(found, found.named(BASE)))
-    if not math.isfinite(gain):
-        return words
+    if largest == 1 or not math.isfinite(gain):
+        return Text(
+            f"against the base: {words.en}; an adapter takes {one} beside a base of {base}",
+            f"與基礎模型相比：{words.zh}；每個 adapter 佔 {one}，基礎模型佔 {base}",
+        )
     return Text(
         f"against the base: {words.en}. {largest} rows of {best[1]} in one batch give {gain:.1f} times "
         f"the throughput of one row after the other; an adapter takes {one} beside a base of {base}",

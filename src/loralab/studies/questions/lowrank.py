@@ -8,6 +8,7 @@ from loralab.errors import ConfigError
 from loralab.models.load import Base
 from loralab.studies.evidence import by_arm, claim, metric_of, paired, scores_table
 from loralab.studies.questions.dimension import MEASURE_DIMENSION, MEASURE_FLOOR
+from loralab.studies.questions.frozen import KINDS, MEASURE_FROZEN
 from loralab.studies.questions.lowrank_claims import (
     Read,
     amplified,
@@ -29,17 +30,16 @@ from loralab.studies.questions.overlaps import LARGE, MEASURE_OVERLAPS, SMALL
 from loralab.studies.questions.spectra import MEASURE_FULL
 from loralab.studies.study import Answer, Arm, Finding, Ground, Record, Text
 from loralab.studies.trained import MEASURE
-from loralab.training.preflight import HEADED
 
 __all__ = ["MEASURE", "arms", "conclude"]
 
-BASE, FULL, PROBE, PAIRS = "base", "full", "linear probe", f"r={SMALL} and r={LARGE}"
+BASE, FULL, HEAD, PAIRS = "base", "full", "linear head", f"r={SMALL} and r={LARGE}"
 SIZES = {  # variant -> d, thorough and quick
     "did": ((100, 1_000, 10_000, 30_000, 100_000, 300_000), (1_000, 10_000, 100_000)),
     "said": ((100, 1_000, 10_000, 30_000, 100_000, 300_000), (100_000,)),
 }
 SCALES = ((1.0, 2.5), (2.5,))  # how far theta moves in a step, thorough and quick
-FULL_RATE, PROBE_RATE, LORA_RATE = 3e-4, 1e-2, 2e-3
+FULL_RATE, LORA_RATE = 3e-4, 2e-3
 
 
 def arms(ground: Ground, base: Base) -> list[Arm]:
@@ -56,9 +56,8 @@ def arms(ground: Ground, base: Base) -> list[Arm]:
         Arm(name=BASE, options={"measure": MEASURE_FLOOR}, tuned=False, plain=True),
         Arm(name=FULL, fields=full, options={"measure": MEASURE_FULL}, tuned=not quick),
     ]
-    if base.kind in HEADED:
-        probe = {"method": "linear-probe", "learning_rate": PROBE_RATE}
-        found.append(Arm(name=PROBE, fields=probe, tuned=False))
+    if base.kind in KINDS:
+        found.append(Arm(name=HEAD, options={"measure": MEASURE_FROZEN}, tuned=False, plain=True))
     options = {"measure": MEASURE_OVERLAPS, "rate": LORA_RATE}
     found.append(Arm(name=PAIRS, options=options, tuned=False))
     for variant, sizes in SIZES.items():
@@ -124,7 +123,7 @@ def _against_full(records: Sequence[Record], ground: Ground) -> list[Finding]:
     """Full fine-tuning against the base, and the head alone against full fine-tuning."""
     every, metric = by_arm(records), metric_of(records)
     found = []
-    for ours, theirs in ((FULL, BASE), (PROBE, FULL)):
+    for ours, theirs in ((FULL, BASE), (HEAD, FULL)):
         if ours in every and theirs in every and (own := paired(every[ours], every[theirs], 2)):
             found.append(claim(ours, theirs, own, metric, ground))
     return found
@@ -159,7 +158,7 @@ NOTHING = Text("not measured", "尚未量測")
 def _known(records: Sequence[Record], ground: Ground) -> Text:
     """What frozen features, or the untrained model, score beside training everything."""
     every, metric = by_arm(records), metric_of(records)
-    head = PROBE if PROBE in every else BASE
+    head = HEAD if HEAD in every else BASE
     if head not in every or FULL not in every:
         return NOTHING
     frozen, full = (
@@ -167,8 +166,8 @@ def _known(records: Sequence[Record], ground: Ground) -> Text:
         for name in (head, FULL)
     )
     what = (
-        Text("A linear head on its frozen features scores", "特徵固定、只訓練線性分類頭得")
-        if head == PROBE
+        Text("A linear head fitted to its frozen features scores", "特徵固定、只擬合線性分類頭得")
+        if head == HEAD
         else Text("The model as it is scores", "未經訓練的模型得")
     )
     found = Text(

@@ -1,0 +1,104 @@
+"""What a pre-trained model knows before any training: a linear head fitted to its features.
+
+The head is fitted to its optimum (logistic regression), so that no learning rate can hide what
+the features hold.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from loralab.adapters.targets import head_names
+from loralab.errors import ConfigError
+from loralab.models.load import Base
+from loralab.studies.study import Cell, Record
+from loralab.studies.trained import Tell, rows_of
+from loralab.tasks.catalog import Task
+from loralab.tasks.encode import encode
+from loralab.tasks.forward import by_length, call
+from loralab.training.preflight import load_base
+
+MEASURE_FROZEN = "loralab.studies.questions.frozen:measure"
+KINDS = ("sequence-classification", "image-classification")  # whose head reads one vector a row
+PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)  # on the squared weights; validation rows choose
+ITERATIONS = 200
+
+
+def measure(cell: Cell, folder: Path, tell: Tell) -> Record:
+    """Fit a linear head on the training rows' features, and score it on the test rows."""
+    ground, task = cell.ground, rows_of(cell.ground)
+    base = load_base(
+        ground.model, task, "fp32", 0, image_size=ground.fields.get("image_size")
+    )  # fmt: skip
+    base.model.eval()
+    longest = int(ground.fields.get("max_length", 512))
+    found = {split: features(base, task, split, longest) for split in task.splits}
+    mean, spread = found["train"][0].mean(dim=0), found["train"][0].std(dim=0).clamp_min(1e-6)
+    scaled = {split: ((x - mean) / spread, y) for split, (x, y) in found.items()}
+    heads = [fitted(*scaled["train"], len(task.labels), penalty) for penalty in PENALTIES]
+    head = min(heads, key=lambda own: _loss(own, *scaled["validation"]))
+    x, y = scaled["test"]
+    right = (logits(head, x).argmax(dim=1) == y).double()
+    numbers = {
+        "score": float(right.mean()), "test_loss": _loss(head, x, y), "parameters": head.numel(),
+        "train_loss": _loss(head, *scaled["train"]),
+        "validation_loss": _loss(head, *scaled["validation"]),
+    }  # fmt: skip
+    return Record(
+        arm=cell.arm, seed=cell.seed, numbers=numbers, items={"score": right.tolist()},
+        texts={"metric": "accuracy"},
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def features(base: Base, task: Task, split: str, longest: int) -> tuple[Tensor, Tensor]:
+    """What the head of a classifier reads of every row (N, H), and the classes (N,).
+
+    Raises:
+        ConfigError: the model has no head by a usual name.
+    """
+    names = head_names(base.model)
+    if not names:
+        raise ConfigError(f"{type(base.model).__name__} has no head by a usual name")
+    encoded = encode(task, split, base.tokenizer, kind=base.kind, max_length=longest)
+    read: list[Tensor] = []
+
+    def note(module: Any, inputs: tuple[Tensor, ...]) -> None:
+        read.append(inputs[0].detach().double().cpu())
+
+    hook = base.model.get_submodule(names[0]).register_forward_pre_hook(note)
+    order: list[int] = []
+    for rows, batch in by_length(base.model, base.tokenizer, encoded.examples, base.kind, 32):
+        call(base.model, batch)
+        order += rows
+    hook.remove()
+    back = torch.argsort(torch.tensor(order))
+    classes = torch.tensor([example.labels[0] for example in encoded.examples])
+    return torch.cat(read).flatten(1)[back], classes
+
+
+def fitted(x: Tensor, y: Tensor, classes: int, penalty: float) -> Tensor:
+    """Weights and bias (classes, H + 1) at the optimum of the penalised cross-entropy."""
+    head = torch.zeros(classes, x.shape[1] + 1, dtype=x.dtype, requires_grad=True)
+    optimizer = torch.optim.LBFGS([head], max_iter=ITERATIONS, line_search_fn="strong_wolfe")
+
+    def closure() -> float:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(logits(head, x), y) + penalty * head[:, :-1].square().sum()
+        loss.backward()
+        return loss.item()
+
+    optimizer.step(closure)
+    return head.detach()
+
+
+def logits(head: Tensor, x: Tensor) -> Tensor:
+    """Of every row, (N, classes)."""
+    return x @ head[:, :-1].T + head[:, -1]
+
+
+def _loss(head: Tensor, x: Tensor, y: Tensor) -> float:
+    return float(F.cross_entropy(logits(head, x), y))
