@@ -45,7 +45,7 @@ STUDIES: dict[str, Question] = {
         title=Text(
             "Why is the update of pretrained weights low-rank?", "為什麼預訓練權重更新是低秩的？"
         ),
-        steps=(150, 40),
+        steps=(150, 60),
     ),
     "rank": Question(
         number="Q2",

@@ -243,3 +243,12 @@ def test_features_are_those_the_head_reads(tiny_bert_folder: Path, noise_file: P
     own = (classifier(x.float()).argmax(dim=1) == y).double().mean()
     scores = evaluate(base.model, base.tokenizer, task, "test", kind=base.kind)
     assert float(own) == pytest.approx(scores.metrics["accuracy"])
+
+
+def test_what_comes_next_follows_from_d90() -> None:
+    reached = [floor(), *full({"m": torch.eye(4)}), *curve({10: 0.5, 100: 0.8})]
+    assert "Look between" in lowrank.conclude(reached, GROUND).next.en
+    not_reached = [floor(), *full({"m": torch.eye(4)}), *curve({10: 0.5, 100: 0.52})]
+    answer = lowrank.conclude(not_reached, GROUND)
+    assert "Train longer" in answer.next.en
+    assert "interval of d90 > 100)" in answer.sentence.en

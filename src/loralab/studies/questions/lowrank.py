@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from loralab.errors import ConfigError
@@ -101,7 +102,7 @@ def conclude(records: Sequence[Record], ground: Ground) -> Answer:
         )
     return Answer(
         sentence=sentence,
-        findings=[*findings, *order(read), *_against_full(records, ground)],
+        findings=[*findings, *_expected(read), *_against_full(records, ground)],
         blanks=_blanks(read, records, ground),
         tables=[
             *module_table(read), *dimension_table(read, metric), *order_table(read),
@@ -112,11 +113,27 @@ def conclude(records: Sequence[Record], ground: Ground) -> Answer:
             *phi_figures(read),
         ],
         method=METHOD, caution=CAUTION,
-        next=Text(
+        next=_next(read),
+    )  # fmt: skip
+
+
+def _expected(read: Read) -> list[Finding]:
+    """What W has in the directions of an update; without a size, since most of it is no surprise."""
+    return [replace(f, effect=None, low=None, high=None) for f in order(read)]
+
+
+def _next(read: Read) -> Text:
+    """Finer steps of d where one has reached the target, more steps or a larger d where none has."""
+    part = dimension(read)
+    if part is not None and any(f.effect is not None for f in part.findings):
+        return Text(
             "Look between the d that reached the target and the one below it: --values takes them.",
             "在達標的 d 與前一個 d 之間再細分：用 --values 指定。",
-        ),
-    )  # fmt: skip
+        )
+    return Text(
+        "Train longer (--steps) or take a larger d (--values): d90 falls with more steps.",
+        "訓練更久（--steps）或用更大的 d（--values）：步數越多，d90 越小。",
+    )
 
 
 def _against_full(records: Sequence[Record], ground: Ground) -> list[Finding]:

@@ -103,8 +103,8 @@ def spectrum(read: Read) -> Part | None:
         verdict = Text(": the update is low-rank.", "：更新是低秩的。")
     else:
         verdict = Text(
-            ": fewer than chance, but not few; in a run this short the update is not low-rank.",
-            "：少於隨機矩陣，但仍不算少；在這樣短的訓練中更新不算低秩。",
+            ": fewer than chance, but not few; the update of this run is not low-rank.",
+            "：少於隨機矩陣，但仍不算少；這次訓練的更新不算低秩。",
         )
     sentence = Text(facts.en + verdict.en, facts.zh + verdict.zh)
     words = (Text("an update needs a smaller share of its directions for 90 % of its energy than a "
@@ -143,7 +143,7 @@ def _d90(variant: str, curve: Curve, full: Items, floor: Items, large: int) -> F
     found = smallest(curve, full, floor)
     low, high = interval(curve, full, floor, np.random.default_rng(SEED))
     share = round(100 * SHARE)
-    ends = " … ".join(count(x) if math.isfinite(x) else f"> {largest:,}" for x in (low, high))
+    ends = _ends(low, high, largest)
     if math.isinf(found):
         sentence = Text(
             f"{name}: no d up to {largest:,} of D = {large:,} reaches {share} % of full fine-tuning's "
@@ -165,6 +165,13 @@ def _d90(variant: str, curve: Curve, full: Items, floor: Items, large: int) -> F
         sentence=sentence, holds=math.isfinite(high), effect=found, low=low,
         high=high if math.isfinite(high) else None,
     )  # fmt: skip
+
+
+def _ends(low: float, high: float, largest: int) -> str:
+    """An interval of d90; what lies beyond the largest d that was tried is not known better."""
+    if math.isinf(low):
+        return f"> {largest:,}"
+    return f"{count(low)} … {count(high) if math.isfinite(high) else f'> {largest:,}'}"
 
 
 def overlap(read: Read) -> Part | None:
