@@ -32,7 +32,7 @@ class Question:
     title: Text
     model: str = ENCODER
     data: str = REVIEWS
-    steps: tuple[int, int] = (150, 64)
+    steps: tuple[int, int] = (150, 60)
     batch_size: int = 16
     rows: tuple[int, int] = (500, 300)
     seeds: int = 3
@@ -45,7 +45,7 @@ STUDIES: dict[str, Question] = {
         title=Text(
             "Why is the update of pretrained weights low-rank?", "為什麼預訓練權重更新是低秩的？"
         ),
-        steps=(150, 60),
+        steps=(150, 48),
     ),
     "rank": Question(
         number="Q2",

@@ -244,7 +244,8 @@ def closing_answers(sections: Sequence[Section]) -> list[tuple[Text, list[Text]]
     first: dict[str, Text] = {}
     for each, finding in held:
         first.setdefault(each.name, _numbered(each, finding.sentence))
-    open_ = [_numbered(s, f.sentence) for s, f in claims if not f.holds]
+    alike = [f for _, f in claims if f.low == f.high == 0]  # equal on every row is no open question
+    open_ = [_numbered(s, f.sentence) for s, f in claims if not f.holds and f not in alike]
     following = [_numbered(s, s.answer.next) for s in sections if s.answer.next.en]
     nothing = [Text("Nothing exceeded noise.", "沒有任何差異超出雜訊。")]
     none_open = [Text("Nothing: every comparison was decided.", "沒有：每個比較都有了結論。")]

@@ -1,1 +1,1 @@
-"""One file per question, each: arms(ground), measure(cell, folder), conclude(records, ground)."""
+"""One file per question: arms(ground, base), MEASURE, conclude(records, ground); and what they use."""
