@@ -10,13 +10,13 @@ import torch
 from studies.conftest import Here, ground_of
 from torch import nn
 
-from loralab.adapters.attach import attach
+from loralab.adapters.attach import Adapter, attach
 from loralab.adapters.methods import LoRA
 from loralab.errors import AdapterStateError, ConfigError
 from loralab.models.load import Base
 from loralab.studies.questions import deployed, inference
 from loralab.studies.questions.decoding import Variant, decoded, interleaved
-from loralab.studies.questions.row_routes import RoutedLinear, routed, shared_copy, stacked
+from loralab.studies.questions.mixed_batch import Held, Router, as_large, shared_copy, stacked
 from loralab.studies.study import Arm, Ground, Record
 
 GROUND = Ground(study="inference", model="m", data="d")
@@ -28,43 +28,60 @@ def base(model: Any, kind: str = "causal-lm") -> Base:
     return Base(name="tiny", model=model, tokenizer=None, kind=kind, source="")
 
 
-def own_update(layer: RoutedLinear, number: int, x: torch.Tensor) -> torch.Tensor:
-    """One adapter by itself, by the definition, the update in float64."""
-    A, B = layer.A[number].double(), layer.B[number].double()
-    return (layer.base(x).double() + layer.scaling * x.double() @ A.T @ B.T).float()
+def routed(adapter: Adapter, count: int, *, loops: bool = False) -> tuple[Any, Router]:
+    """The base of an adapted model with several adapters on it, the trained one first."""
+    held = as_large(Held.of("own", adapter), count)
+    model = adapter.detach()
+    return model, Router(model, held, loops=loops)
 
 
 @pytest.mark.parametrize("loops", [False, True], ids=["gathered", "looped"])
 @pytest.mark.parametrize("make", [tiny.llama, tiny.gpt2, tiny.bert], ids=["llama", "gpt2", "bert"])
 def test_every_row_goes_through_its_own_adapter(make: tiny.Make, loops: bool) -> None:
     adapter = tiny.fill(attach(make(), LoRA(rank=4)))
-    model, routes = routed(adapter, 3, loops=loops)
-    layer = next(m for m in model.modules() if isinstance(m, RoutedLinear))
-    x = torch.randn(4, 5, layer.A.shape[2])
-    routes.set([2, 0, 2, 1], torch.device("cpu"))
+    path = next(iter(adapter.modules))
+    held = as_large(Held.of("own", adapter), 3)
+    model = adapter.detach()
+    layer = model.get_submodule(path)
+    x = torch.randn(4, 5, held[0].factors[path][0].shape[1])
+    plain = layer(x).double()
+    Router(model, held, loops=loops).route(torch.tensor([2, 0, 2, 1]))
     found = layer(x)
     for row, number in enumerate([2, 0, 2, 1]):
-        want = own_update(layer, number, x[row : row + 1])
-        torch.testing.assert_close(found[row : row + 1], want, rtol=1e-5, atol=1e-5)
+        A, B = (factor.double() for factor in held[number].factors[path])
+        want = (plain[row] + x[row].double() @ A.T @ B.T).float()  # by the definition, in float64
+        torch.testing.assert_close(found[row], want, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("make", [tiny.llama, tiny.gpt2, tiny.bert], ids=["llama", "gpt2", "bert"])
 def test_a_routed_model_gives_what_the_adapted_one_gives(make: tiny.Make) -> None:
     adapter = tiny.fill(attach(make(), LoRA(rank=4)))
-    model, routes = routed(adapter, 4)
-    routes.set([0, 0], torch.device("cpu"))
-    torch.testing.assert_close(tiny.logits(model), tiny.logits(adapter.model), rtol=1e-4, atol=1e-4)
-    routes.set([0, 3], torch.device("cpu"))
+    alone = tiny.logits(adapter.model)
+    model, router = routed(adapter, 4)
+    router.route(torch.tensor([0, 0]))
+    torch.testing.assert_close(tiny.logits(model), alone, rtol=1e-4, atol=1e-4)
+    router.route(torch.tensor([0, 3]))
     mixed = tiny.logits(model)
-    torch.testing.assert_close(mixed[0], tiny.logits(adapter.model)[0], rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(mixed[1], tiny.logits(adapter.model)[1], atol=1e-3)
+    torch.testing.assert_close(mixed[0], alone[0], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(mixed[1], alone[1], atol=1e-3)
 
 
 def test_a_layer_that_sees_other_rows_refuses() -> None:
-    model, routes = routed(tiny.fill(attach(tiny.llama(), LoRA(rank=2))), 2)
-    routes.set([0, 1, 1], torch.device("cpu"))
+    model, router = routed(tiny.fill(attach(tiny.llama(), LoRA(rank=2))), 2)
+    router.route(torch.tensor([0, 1, 1]))
     with pytest.raises(AdapterStateError, match="cannot be routed"):
         tiny.logits(model)
+
+
+def test_the_factors_of_a_half_precision_base_stay_in_their_own_dtype() -> None:
+    adapter = tiny.fill(attach(tiny.llama().to(torch.bfloat16), LoRA(rank=2)))
+    alone = tiny.logits(adapter.model)
+    for loops in (False, True):
+        held = as_large(Held.of("own", adapter), 2)
+        assert {f.dtype for pair in held[1].factors.values() for f in pair} == {torch.float32}
+        model = shared_copy(tiny.llama().to(torch.bfloat16))
+        Router(model, held, loops=loops).route(torch.tensor([0, 0]))
+        torch.testing.assert_close(tiny.logits(model), alone, rtol=0.1, atol=0.1)
 
 
 def test_a_copy_shares_every_weight_and_no_module() -> None:
@@ -76,9 +93,10 @@ def test_a_copy_shares_every_weight_and_no_module() -> None:
     assert type(model.model.layers[0].mlp.up_proj) is nn.Linear
 
 
-def test_stacked_factors_begin_with_the_trained_one() -> None:
+def test_others_are_as_large_as_the_trained_one() -> None:
     factor = torch.randn(4, 64) / 3
-    found = stacked(factor, 5, torch.Generator().manual_seed(0))
+    own = Held(name="own", factors={"m": (factor, factor.T.contiguous())}, heads={})
+    found, _ = stacked(as_large(own, 5), "m")
     assert found.shape == (5, 4, 64)
     assert torch.equal(found[0], factor)
     assert float(found[1:].std()) == pytest.approx(float(factor.std()), rel=0.2)

@@ -29,7 +29,7 @@ from loralab.studies.questions.decoding import (
     working_bytes,
     writes,
 )
-from loralab.studies.questions.row_routes import routed, shared_copy
+from loralab.studies.questions.mixed_batch import Held, Router, as_large, shared_copy
 from loralab.studies.study import Cell, Record
 from loralab.studies.trained import Tell, items_of
 from loralab.tasks.catalog import Task
@@ -140,16 +140,18 @@ def several(
 
     The difference is the largest of the logits, over the largest logit.
     """
-    model, routes = routed(adapter, count, loops=loops)
+    model = shared_copy(base.model)
+    router = Router(model, as_large(Held.of("adapter", adapter), count), loops=loops)
+    model.add_module("router", router)  # its factors are part of what this variant weighs
     device = next(model.parameters()).device
     inputs = inputs_for(base, 2)
     with torch.no_grad():
-        routes.set([0, 0], device)
+        router.route(torch.zeros(2, dtype=torch.long, device=device))
         want, got = call(unmerged.model, inputs).float(), call(model, inputs).float()
     difference = float((want - got).abs().max() / want.abs().max())
 
     def ready(batch: int) -> None:
-        routes.set([row % count for row in range(batch)], device)
+        router.route(torch.arange(batch, device=device) % count)
 
     return Variant(name="", model=model, ready=ready), difference
 

@@ -1,13 +1,14 @@
 """One batch, each row through its own adapter: W x + B[i] A[i] x with i chosen by the row.
 
-The update of punica (Chen et al. 2023, arXiv:2310.18547) in two batched products. Nothing of the
-model is replaced: hooks add to the outputs of its linear layers, and answer for its heads.
+The update of punica (Chen et al. 2023, arXiv:2310.18547) in two batched products, or adapter by
+adapter as peft does. Nothing of the model is replaced: hooks add to the outputs of its linear
+layers, and answer for its heads.
 Axes: N adapters, B rows of a batch, R rank, I in_features, O out_features.
 """
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -46,27 +47,30 @@ class Held:
         return Held(name=name, factors=factors, heads=heads)
 
 
-class Router:
+class Router(nn.Module):
     """Sends the rows of every batch through their adapters while it is set up on a model.
 
     Args:
         model: without an adapter of its own.
         held: the adapters, counted from 0.
+        loops: take the rows of each adapter out, update them and put them back, one adapter after
+            the other.
     """
 
-    def __init__(self, model: nn.Module, held: Sequence[Held]) -> None:
+    def __init__(self, model: nn.Module, held: Sequence[Held], *, loops: bool = False) -> None:
+        super().__init__()
         self._rows: Tensor | None = None
+        self._add = _looped if loops else _gathered
+        self._handles = []
         modules = dict(model.named_modules())
-        paths = dict.fromkeys(path for own in held for path in own.factors)
-        heads = dict.fromkeys(path for own in held for path in own.heads)
-        self._hooks = [
-            modules[path].register_forward_hook(self._updating(*stacked(held, path)))
-            for path in paths
-        ]
-        self._hooks += [
-            modules[path].register_forward_hook(self._answering([own.heads[path] for own in held]))
-            for path in heads
-        ]
+        for number, path in enumerate(dict.fromkeys(p for own in held for p in own.factors)):
+            A, B = stacked(held, path)
+            self.register_buffer(f"A{number}", A)  # to be counted, and to move, with the router
+            self.register_buffer(f"B{number}", B)
+            self._handles.append(modules[path].register_forward_hook(self._updating(A, B)))
+        for path in dict.fromkeys(path for own in held for path in own.heads):
+            answer = self._answering([own.heads[path] for own in held])
+            self._handles.append(modules[path].register_forward_hook(answer))
 
     def route(self, rows: Tensor | None) -> None:
         """The adapter of each row of the batches to come, (B,); None is the base model alone."""
@@ -74,8 +78,8 @@ class Router:
 
     def remove(self) -> None:
         """Leave the model as it was."""
-        for hook in self._hooks:
-            hook.remove()
+        for handle in self._handles:
+            handle.remove()
 
     def _updating(self, A: Tensor, B: Tensor) -> Any:
         """What adds each row's own update to the output of a linear layer."""
@@ -83,10 +87,7 @@ class Router:
         def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
             if self._rows is None:
                 return output
-            x = self._one_by_row(inputs[0])
-            low = torch.bmm(x.reshape(len(x), -1, x.shape[-1]), A[self._rows].mT)  # (B, ..., R)
-            update = torch.bmm(low, B[self._rows].mT).view_as(output)
-            return output + update.to(output.dtype)
+            return self._add(self._one_by_row(inputs[0]), output, A, B, self._rows)
 
         return add
 
@@ -116,6 +117,42 @@ class Router:
                 "mixes its rows cannot be routed"
             )
         return x
+
+
+def _gathered(x: Tensor, y: Tensor, A: Tensor, B: Tensor, rows: Tensor) -> Tensor:
+    """All rows at once, their factors gathered."""
+    flat = x.reshape(len(x), -1, x.shape[-1]).to(A.dtype)
+    low = torch.bmm(flat, A[rows].mT)  # (B, ..., R)
+    return y + torch.bmm(low, B[rows].mT).view_as(y).to(y.dtype)
+
+
+def _looped(x: Tensor, y: Tensor, A: Tensor, B: Tensor, rows: Tensor) -> Tensor:
+    """The rows of one adapter after those of another."""
+    for number in rows.unique().tolist():
+        own = (rows == number).nonzero()[:, 0]
+        low = F.linear(x[own].to(A.dtype), A[number])
+        y[own] += F.linear(low, B[number]).to(y.dtype)
+    return y
+
+
+def as_large(held: Held, count: int) -> list[Held]:
+    """The adapter and others of its size, `count` in all, with its heads."""
+    draw = torch.Generator().manual_seed(0)
+    others = [
+        {path: (_noise(A, draw), _noise(B, draw)) for path, (A, B) in held.factors.items()}
+        for _ in range(count - 1)
+    ]
+    return [held, *(replace(held, factors=factors) for factors in others)]
+
+
+def _noise(factor: Tensor, draw: torch.Generator) -> Tensor:
+    return torch.randn(factor.shape, generator=draw).to(factor) * factor.square().mean().sqrt()
+
+
+def shared_copy(model: Any) -> Any:
+    """The same structure around the very same weights: it costs no memory to speak of."""
+    tensors = (*model.parameters(), *model.buffers())
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
 def stacked(held: Sequence[Held], path: str) -> tuple[Tensor, Tensor]:
