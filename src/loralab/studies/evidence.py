@@ -15,7 +15,7 @@ from loralab.studies.statistics import (
     difference,
     mean_interval,
 )
-from loralab.studies.study import DONE, FALLING, Finding, Ground, Record, Table, Text
+from loralab.studies.study import DONE, FALLING, Finding, Record, Table, Text
 
 SEED = 0  # of every bootstrap: rendering again gives the same page
 Z = 1.96
@@ -103,7 +103,7 @@ def against(arms: Mapping[str, Sequence[Record]], reference: str) -> dict[str, D
     return {name: value for name, value in found.items() if value is not None}
 
 
-def claim(ours: str, theirs: str, found: Difference, metric: Metric, ground: Ground) -> Finding:
+def claim(ours: str, theirs: str, found: Difference, metric: Metric) -> Finding:
     """A difference in words: a claim where its interval excludes zero, else that there is none."""
     span = metric.span(found.low, found.high)
     percent = round(100 * CONFIDENCE)

@@ -80,7 +80,7 @@ def conclude(records: Sequence[Record], ground: Ground) -> Answer:
     for name, uniform in pairs.items():
         found = paired(moved[name], every[uniform], len(pairs))
         if found is not None:
-            claims[name] = claim(name, uniform, found, metric, ground)
+            claims[name] = claim(name, uniform, found, metric)
     first = next(iter(moved))
     return Answer(
         sentence=_sentence(first, moved[first], claims),

@@ -34,7 +34,7 @@ def conclude(records: Sequence[Record], ground: Ground) -> Answer:
     metric = metric_of(records)
     best = best_arm(found, metric)
     others = against(found, best)
-    findings = [claim(name, best, value, metric, ground) for name, value in others.items()]
+    findings = [claim(name, best, value, metric) for name, value in others.items()]
     beaten = [f for f in findings if f.holds]
     score = metric.value(mean_of(found[best], "score"))
     clear = len(beaten) == len(findings)

@@ -62,7 +62,7 @@ def conclude(records: Sequence[Record], ground: Ground) -> Answer:
         words = Text("Nothing has been timed yet.", "還沒有任何計時結果。")
         return Answer(sentence=words, blanks=blanks(found))
     return Answer(
-        sentence=sentence(found), findings=[*findings(found), *scores(found, ground)],
+        sentence=sentence(found), findings=[*findings(found), *scores(found)],
         blanks=blanks(found), tables=tables_of(found), figures=figures_of(found),
         method=METHOD, caution=CAUTION,
         next=Text(

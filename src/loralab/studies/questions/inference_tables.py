@@ -19,7 +19,7 @@ from loralab.studies.questions.inference_words import (
 )
 from loralab.studies.questions.latencies import percent
 from loralab.studies.questions.passes import Overhead
-from loralab.studies.study import Figure, Finding, Ground, Table, Text
+from loralab.studies.study import Figure, Finding, Table, Text
 
 
 def findings(found: Deployed) -> list[Finding]:
@@ -57,14 +57,14 @@ def _finding(found: Deployed, way: Way, batch: int, own: Overhead) -> Finding:
     )
 
 
-def scores(found: Deployed, ground: Ground) -> list[Finding]:
+def scores(found: Deployed) -> list[Finding]:
     """Every scored way against its control, row by row."""
     claims, ways = [], scored_ways(found)
     for way in ways:
         own = score_change(found, way, len(ways))
         assert own is not None
         other = found.called(found.control[way[0]]).en
-        claims.append(claim(way[1], other, own, found.metric, ground))
+        claims.append(claim(way[1], other, own, found.metric))
     return claims
 
 

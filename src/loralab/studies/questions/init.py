@@ -73,13 +73,12 @@ def conclude(records: Sequence[Record], ground: Ground) -> Answer:
     finals = {}
     if ZERO in ended:
         finals = {
-            name: claim(name, ZERO, found, metric, ground)
-            for name, found in against(ended, ZERO).items()
+            name: claim(name, ZERO, found, metric) for name, found in against(ended, ZERO).items()
         }
     first = _first(started)
     return Answer(
         sentence=_sentence(started, finals),
-        findings=[*_damage(started, ground), *finals.values()],
+        findings=[*_damage(started), *finals.values()],
         blanks=_blanks(started, ended, finals, metric),
         tables=[_start_table(started, first), scores_table(ended, metric)],
         figures=_figures(started, first),
@@ -126,7 +125,7 @@ def _first(started: Arms) -> dict[str, list[float]]:
     return {name: curve[:length] for name, curve in curves.items() if curve}
 
 
-def _damage(started: Arms, ground: Ground) -> list[Finding]:
+def _damage(started: Arms) -> list[Finding]:
     """Every start that is not the base model against it: the loss on the same rows.
 
     A new head is random: before training its loss shows nothing of what the model knows.
@@ -140,7 +139,7 @@ def _damage(started: Arms, ground: Ground) -> list[Finding]:
             changes, np.zeros_like(changes).tolist(), comparisons=len(started),
             generator=np.random.default_rng(SEED),
         )  # fmt: skip
-        found.append(claim(f"{name} (step 0)", "base", gained, LOSS, ground))
+        found.append(claim(f"{name} (step 0)", "base", gained, LOSS))
     return found
 
 

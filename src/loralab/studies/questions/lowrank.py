@@ -89,7 +89,7 @@ def conclude(records: Sequence[Record], ground: Ground) -> Answer:
     if not parts and not every:
         return Answer(
             sentence=Text("Nothing has been measured yet.", "還沒有任何量測結果。"),
-            blanks=_blanks(read, records, ground),
+            blanks=_blanks(read, records),
         )
     sentence = Text("", "")
     for number, part in enumerate(parts):
@@ -102,8 +102,8 @@ def conclude(records: Sequence[Record], ground: Ground) -> Answer:
         )
     return Answer(
         sentence=sentence,
-        findings=[*findings, *_expected(read), *_against_full(records, ground)],
-        blanks=_blanks(read, records, ground),
+        findings=[*findings, *_expected(read), *_against_full(records)],
+        blanks=_blanks(read, records),
         tables=[
             *module_table(read), *dimension_table(read, metric), *order_table(read),
             *([scores_table(every, metric)] if every else []),
@@ -136,24 +136,24 @@ def _next(read: Read) -> Text:
     )
 
 
-def _against_full(records: Sequence[Record], ground: Ground) -> list[Finding]:
+def _against_full(records: Sequence[Record]) -> list[Finding]:
     """Full fine-tuning against the base, and the head alone against full fine-tuning."""
     every, metric = by_arm(records), metric_of(records)
     found = []
     for ours, theirs in ((FULL, BASE), (HEAD, FULL)):
         if ours in every and theirs in every and (own := paired(every[ours], every[theirs], 2)):
-            found.append(claim(ours, theirs, own, metric, ground))
+            found.append(claim(ours, theirs, own, metric))
     return found
 
 
 def _blanks(
-    read: Read, records: Sequence[Record], ground: Ground
+    read: Read, records: Sequence[Record]
 ) -> list[tuple[Text, Text]]:  # fmt: skip
     """The source's three directions to think in, by numbers."""
     return [
         (
             Text("What has a pre-trained model learnt already?", "預訓練模型已經學到了什麼？"),
-            _known(records, ground),
+            _known(records),
         ),
         (
             Text("What does fine-tuning really change?", "微調時我們真正在改變什麼？"),
@@ -172,7 +172,7 @@ def _blanks(
 NOTHING = Text("not measured", "尚未量測")
 
 
-def _known(records: Sequence[Record], ground: Ground) -> Text:
+def _known(records: Sequence[Record]) -> Text:
     """What frozen features, or the untrained model, score beside training everything."""
     every, metric = by_arm(records), metric_of(records)
     head = HEAD if HEAD in every else BASE
@@ -192,7 +192,7 @@ def _known(records: Sequence[Record], ground: Ground) -> Text:
         f"{what.zh} {frozen}；訓練所有權重得 {full}。",
     )
     own = [r for r in records if r.arm.name in (head, FULL)]
-    return found + _against_full(own, ground)[-1].sentence
+    return found + _against_full(own)[-1].sentence
 
 
 def _changed(read: Read) -> Text:

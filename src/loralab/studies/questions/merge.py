@@ -85,10 +85,10 @@ def conclude(records: Sequence[Record], ground: Ground) -> Answer:
         words = Text("Nothing has been merged and compared yet.", "還沒有任何合併前後的比較結果。")
         return Answer(sentence=words, blanks=blanks(found))
     metric = metric_of([*found.values(), *records])
-    losses = [finding for r in found.values() if (finding := loss_finding(r, len(found), ground))]
-    findings = [*losses, *(_finding(r, metric, len(found), ground) for r in found.values())]
+    losses = [finding for r in found.values() if (finding := loss_finding(r, len(found)))]
+    findings = [*losses, *(_finding(r, metric, len(found)) for r in found.values())]
     findings += kept_finding(found.get(AGAIN)) + drift_findings(drifts)
-    tables = [table(found, metric)] if found else []
+    tables = [table(found)] if found else []
     return Answer(
         sentence=sentence(found, drifts), findings=findings, blanks=blanks(found),
         tables=[*tables, *drift_table(drifts, records)], figures=figures_of(found, drifts),
@@ -136,7 +136,7 @@ def _caution(found: Mapping[str, Record]) -> Text:
     return words
 
 
-def _finding(record: Record, metric: Metric, family: int, ground: Ground) -> Finding:
+def _finding(record: Record, metric: Metric, family: int) -> Finding:
     """Whether the score changed, row by row."""
     found = difference(
         [record.items[AFTER]], [record.items[BEFORE]],
@@ -148,7 +148,7 @@ def _finding(record: Record, metric: Metric, family: int, ground: Ground) -> Fin
             f"{after}: one score only, no interval.", f"{after}：只有一個分數，無法估計區間。"
         )
         return Finding(sentence=words, holds=False, effect=found.effect)
-    return claim(after, before, found, metric, ground)
+    return claim(after, before, found, metric)
 
 
 def _choice(value: str) -> str:

@@ -12,7 +12,7 @@ from loralab.studies.questions.drift import NOTED
 from loralab.studies.questions.merging import AFTER, BEFORE
 from loralab.studies.questions.passes import median_interval
 from loralab.studies.statistics import difference
-from loralab.studies.study import Figure, Finding, Ground, Record, Table, Text
+from loralab.studies.study import Figure, Finding, Record, Table, Text
 
 EXPECTED = 1e-6  # the source's own expectation of the difference in loss
 AGAIN, DRIFT = "NF4 → NF4", "100 merges"
@@ -179,7 +179,7 @@ def states(arm: str) -> tuple[str, str]:
     return (AGAIN, "NF4 unmerged") if arm == AGAIN else (f"{arm} merged", f"{arm} unmerged")
 
 
-def loss_finding(record: Record, family: int, ground: Ground) -> Finding | None:
+def loss_finding(record: Record, family: int) -> Finding | None:
     """Whether the loss changed, row by row; None where rows have no losses of their own."""
     now, was = (record.items.get(f"{name} loss", ()) for name in (AFTER, BEFORE))
     if len(now) < 2:
@@ -189,7 +189,7 @@ def loss_finding(record: Record, family: int, ground: Ground) -> Finding | None:
     )  # fmt: skip
     after, before = states(record.arm.name)
     if abs(own.effect) >= EXPECTED:
-        return claim(after, before, own, Metric(name="loss"), ground)
+        return claim(after, before, own, Metric(name="loss"))
     size = tiny(abs(own.effect))
     return Finding(
         sentence=Text(
@@ -240,7 +240,7 @@ def drift_findings(drifts: Rows) -> list[Finding]:
     return found
 
 
-def table(found: Mapping[str, Record], metric: Metric) -> Table:
+def table(found: Mapping[str, Record]) -> Table:
     """Every form of the base, before and after."""
     columns = (
         Text("base", "基礎模型"), Text("loss unmerged", "未合併損失"), Text("loss merged", "合併後損失"),

@@ -130,7 +130,7 @@ def conclude(records: Sequence[Record], ground: Ground) -> Answer:
     chosen = _chosen(measured, metric)
     return Answer(
         sentence=_sentence(measured, family, chosen, metric),
-        findings=_findings(measured, family, metric, ground),
+        findings=_findings(measured, family, metric),
         blanks=[*compared.source_rows(measured, metric),
                 (CHOICE, compared.how_to_choose(measured, family, chosen, metric))],
         tables=[compared.table(measured, metric),
@@ -193,17 +193,17 @@ def _sentence(
 
 
 def _findings(
-    measured: Measured, family: Mapping[str, Sequence[Record]], metric: Metric, ground: Ground
+    measured: Measured, family: Mapping[str, Sequence[Record]], metric: Metric
 ) -> list[Finding]:
     """Every method against the base, those of a budget against each other, and latencies."""
     found = []
     for name, own in measured.trained.items():
         gain = paired(own, measured.base, len(measured.trained)) if measured.base else None
         if gain is not None:
-            found.append(claim(name, BASE, gain, metric, ground))
-    found += claims(family, metric, ground)
+            found.append(claim(name, BASE, gain, metric))
+    found += claims(family, metric)
     small = measured.of_budget(SMALL)
-    found += claims(small, metric, ground) if len(small) > 1 else []
+    found += claims(small, metric) if len(small) > 1 else []
     return [*found, *latencies.findings(measured.latencies)]
 
 

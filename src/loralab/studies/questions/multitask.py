@@ -99,9 +99,7 @@ def conclude(records: Sequence[Record], ground: Ground) -> Answer:
     tasks = by_arm(r for r in records if r.arm.name != SYSTEM)
     metric = metric_of(records)
     learnt = [
-        found
-        for name, own in tasks.items()
-        if (found := _learnt(name, own, len(tasks), metric, ground))
+        found for name, own in tasks.items() if (found := _learnt(name, own, len(tasks), metric))
     ]
     tables = [scores_table(tasks, metric)] if tasks else []
     shown = [_scores(tasks, metric)] if tasks else []
@@ -230,9 +228,7 @@ def _quicker(rows: int, found: Difference) -> Finding:
     )
 
 
-def _learnt(
-    name: str, own: Sequence[Record], comparisons: int, metric: Metric, ground: Ground
-) -> Finding | None:
+def _learnt(name: str, own: Sequence[Record], comparisons: int, metric: Metric) -> Finding | None:
     """An adapter against the commonest label of its task."""
     if not all(r.items.get("majority") for r in own):
         return None
@@ -240,7 +236,7 @@ def _learnt(
         [r.items["score"] for r in own], [r.items["majority"] for r in own],
         comparisons=comparisons, generator=np.random.default_rng(SEED),
     )  # fmt: skip
-    return claim(name, "its commonest label", found, metric, ground)
+    return claim(name, "its commonest label", found, metric)
 
 
 def _blanks(system: Record | None, learnt: Sequence[Finding]) -> list[tuple[Text, Text]]:

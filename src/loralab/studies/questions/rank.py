@@ -56,10 +56,10 @@ def conclude(records: Sequence[Record], ground: Ground) -> Answer:
     better = differences(ranked)
     at = names[knee([rank_of(n) for n in names], _signed(ranked, metric), better)]
     best = best_arm(ranked, metric)
-    findings = _findings(ranked, every, better, metric, ground)
+    findings = _findings(ranked, every, better, metric)
     cut = kept_at(ranked[names[-1]])
     return Answer(
-        sentence=_sentence(at, names, findings, metric, ranked) + _cut_sentence(cut, names[-1]),
+        sentence=_sentence(at, names, metric, ranked) + _cut_sentence(cut, names[-1]),
         findings=findings, blanks=[_blank(n, own, metric) for n, own in ranked.items()],
         tables=[scores_table(every, metric)],
         figures=[_score_figure(ranked, metric), *cut_figure(ranked[names[-1]], metric)],
@@ -118,25 +118,23 @@ def _signed(ranked: Mapping[str, Sequence[Record]], metric: Metric) -> list[floa
 
 def _findings(
     ranked: Mapping[str, Sequence[Record]], every: Mapping[str, Sequence[Record]],
-    better: Mapping[tuple[int, int], Difference], metric: Metric, ground: Ground,
+    better: Mapping[tuple[int, int], Difference], metric: Metric
 ) -> list[Finding]:  # fmt: skip
     """The smallest rank against the base, and every rank against the one below it and the first."""
     names = list(ranked)
     found = []
     if BASE in every and (own := paired(every[names[0]], every[BASE])):
-        found.append(claim(names[0], "base", own, metric, ground))
+        found.append(claim(names[0], "base", own, metric))
     if len(names) > 1:
-        found.append(claim(names[-1], names[0], better[len(names) - 1, 0], metric, ground))
+        found.append(claim(names[-1], names[0], better[len(names) - 1, 0], metric))
     for large in range(1, len(names)):
         if (large, large - 1) != (len(names) - 1, 0):
-            found.append(
-                claim(names[large], names[large - 1], better[large, large - 1], metric, ground)
-            )
+            found.append(claim(names[large], names[large - 1], better[large, large - 1], metric))
     return found
 
 
 def _sentence(
-    at: str, names: Sequence[str], findings: Sequence[Finding], metric: Metric,
+    at: str, names: Sequence[str], metric: Metric,
     ranked: Mapping[str, Sequence[Record]],
 ) -> Text:  # fmt: skip
     score = metric.value(mean_of(ranked[at], "score"))

@@ -102,11 +102,10 @@ def conclude(records: Sequence[Record], ground: Ground) -> Answer:
     metric = metric_of(records)
     best = best_arm(trained, metric)
     findings = [
-        claim(best, name, value.turned, metric, ground)
-        for name, value in against(trained, best).items()
+        claim(best, name, value.turned, metric) for name, value in against(trained, best).items()
     ]
     if BASE in finals and (gain := paired(trained[best], finals[BASE])):
-        findings.insert(0, claim(best, "base", gain, metric, ground))
+        findings.insert(0, claim(best, "base", gain, metric))
     tied = sum(not f.holds for f in findings[1:])
     score, seen = metric.value(mean_of(trained[best], "score")), len({r.arm.name for r in rounds})
     rows = []

@@ -82,7 +82,7 @@ def conclude(records: Sequence[Record], ground: Ground) -> Answer:
     sweep, metric = Sweep.of(records), metric_of(records)
     if not any(sweep.best(key) for key in sweep.cells):
         return Answer(sentence=_nothing(sweep))
-    claims = _claims(sweep, metric, ground)
+    claims = _claims(sweep, metric)
     drifts = _drifts(sweep)
     sentence = _sentence(sweep, claims) + _drift_sentence(sweep)
     return Answer(
@@ -139,7 +139,7 @@ def _method(sweep: Sweep) -> Text:
     )
 
 
-def _claims(sweep: Sweep, metric: Metric, ground: Ground) -> dict[Key, Finding]:
+def _claims(sweep: Sweep, metric: Metric) -> dict[Key, Finding]:
     """Every scaling against alpha / r at each rank, each at its own best rate, as one family."""
     pairs = {
         key: (sweep.at_best(key), sweep.at_best((USUAL, key[1])))
@@ -150,7 +150,7 @@ def _claims(sweep: Sweep, metric: Metric, ground: Ground) -> dict[Key, Finding]:
     for key, (ours, theirs) in pairs.items():
         gap = paired(ours, theirs, len(pairs))
         if gap is not None:
-            found[key] = claim(named(key), named((USUAL, key[1])), gap, metric, ground)
+            found[key] = claim(named(key), named((USUAL, key[1])), gap, metric)
     return found
 
 

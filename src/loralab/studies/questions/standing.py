@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from loralab.studies.evidence import Metric, best_arm, claim, mean_of, paired
 from loralab.studies.statistics import WORTH, Difference
-from loralab.studies.study import Finding, Ground, Record, Text
+from loralab.studies.study import Finding, Record, Text
 
 Arms = Mapping[str, Sequence[Record]]
 ALIKE = 0.1  # step times that differ by less are not told apart
@@ -67,13 +67,13 @@ def said(found: Standing, arms: Arms, metric: Metric) -> Text:
     )
 
 
-def claims(arms: Arms, metric: Metric, ground: Ground) -> list[Finding]:
+def claims(arms: Arms, metric: Metric) -> list[Finding]:
     """Every pair once, the better mean first."""
     sign = 1 if metric.rises else -1
     ranked = sorted(arms, key=lambda name: -sign * mean_of(arms[name], "score"))
     better = differences({name: arms[name] for name in ranked})
     pairs = itertools.combinations(ranked, 2)
-    return [claim(a, b, better[a, b], metric, ground) for a, b in pairs if (a, b) in better]
+    return [claim(a, b, better[a, b], metric) for a, b in pairs if (a, b) in better]
 
 
 def workable(arms: Arms, base: Sequence[Record], metric: Metric) -> list[str]:

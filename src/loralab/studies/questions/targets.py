@@ -127,13 +127,13 @@ def conclude(records: Sequence[Record], ground: Ground) -> Answer:
     value = best_value(trained, found, every.get(BASE, ()), metric) if found else None
     return Answer(
         sentence=_sentence(by_rank, by_size, value, metric),
-        findings=_findings(by_rank, by_size, every, metric, ground),
+        findings=_findings(by_rank, by_size, every, metric),
         blanks=_blanks(trained, found, value, metric),
         tables=[*_layers_table(told), _size_table(trained, by_size, metric),
                 scores_table(every, metric)],
         figures=[_figure(trained, by_size, metric),
                  *([update_figure(told["updates"])] if told.get("updates") else [])],
-        method=_method(by_size, told), caution=_caution(trained, by_size),
+        method=_method(told), caution=_caution(trained, by_size),
         advice=_advice(trained, value), next=_next(by_size or trained, metric),
     )  # fmt: skip
 
@@ -194,17 +194,15 @@ def _budget(by_size: Arms) -> float:
     return parameters(by_size[reference])
 
 
-def _findings(
-    by_rank: Arms, by_size: Arms, every: Arms, metric: Metric, ground: Ground
-) -> list[Finding]:
+def _findings(by_rank: Arms, by_size: Arms, every: Arms, metric: Metric) -> list[Finding]:
     """Both families pair by pair, and the reference against the base."""
     found = []
     top = f"{ALL} r={RANK}"
     if BASE in every and top in every and (own := paired(every[top], every[BASE])):
-        found.append(claim(top, BASE, own, metric, ground))
-    found += claims(by_size, metric, ground)
+        found.append(claim(top, BASE, own, metric))
+    found += claims(by_size, metric)
     shown = {f.sentence.en for f in found}
-    return found + [f for f in claims(by_rank, metric, ground) if f.sentence.en not in shown]
+    return found + [f for f in claims(by_rank, metric) if f.sentence.en not in shown]
 
 
 def _blanks(
@@ -288,7 +286,7 @@ def _figure(trained: Arms, by_size: Arms, metric: Metric) -> Any:
     )  # fmt: skip
 
 
-def _method(by_size: Arms, told: Mapping[str, Any]) -> Text:
+def _method(told: Mapping[str, Any]) -> Text:
     found = Text(
         "The equal budget is what all-linear trains with rank 8, or less where a choice cannot hold "
         "as much; ranks are solved for, since layers differ in shape. alpha is 16 throughout, with "

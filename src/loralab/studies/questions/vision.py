@@ -95,7 +95,7 @@ def conclude(records: Sequence[Record], ground: Ground) -> Answer:
             blanks=[(LABELS[0], alike), *((label, nothing) for label in LABELS[1:])],
         )  # fmt: skip
     chosen = _chosen(lora, every, metric)
-    findings = _findings(lora, every, metric, ground)
+    findings = _findings(lora, every, metric)
     return Answer(
         sentence=_against(every, lora, metric) + _layers(lora, chosen, metric), findings=findings,
         blanks=[
@@ -196,14 +196,14 @@ def _performance(every: Arms, metric: Metric) -> Text:
     return Text("; ".join(p.en for p in parts), "；".join(p.zh for p in parts))
 
 
-def _findings(lora: Arms, every: Arms, metric: Metric, ground: Ground) -> list[Finding]:
+def _findings(lora: Arms, every: Arms, metric: Metric) -> list[Finding]:
     """Each choice against the probe and the full fine-tune, and the choices pair by pair."""
     found = []
     for other in (name for name in (PROBE, FULL) if name in every):
         for name, own in lora.items():
             if (value := paired(own, every[other], len(lora))) is not None:
-                found.append(claim(name, other, value, metric, ground))
-    return [*found, *claims(lora, metric, ground)]
+                found.append(claim(name, other, value, metric))
+    return [*found, *claims(lora, metric)]
 
 
 def _plan(
