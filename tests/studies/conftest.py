@@ -6,12 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from loralab.errors import LoralabError
 from loralab.studies import store
 from loralab.studies.prepare import prepare
 from loralab.studies.runner import walk
-from loralab.studies.study import FAILED, Arm, Cell, Ground, Record
-from loralab.studies.worker import resolve
+from loralab.studies.study import Arm, Cell, Ground, Record
+from loralab.studies.trained import measured
 
 Here = Callable[[Ground, Path], list[Record]]
 
@@ -42,11 +41,7 @@ def here() -> Here:
             place = store.place_of(folder, cell)
             if (stored := store.read(folder, cell)) is not None:
                 return stored
-            try:
-                record = resolve(cell.measure)(cell, place, lambda event: None)
-            except LoralabError as error:
-                record = Record(arm=cell.arm, seed=cell.seed, status=FAILED, reason=str(error))
-            store.write(place, cell, record, 0.1)
+            store.write(place, cell, measured(cell, place, lambda event: None), 0.1)
             found = store.read(folder, cell)
             assert found is not None
             return found

@@ -14,7 +14,8 @@ from studies.conftest import ground_of
 from loralab.errors import ConfigError, OutputError
 from loralab.studies import store
 from loralab.studies.runner import BUDGET, records, session
-from loralab.studies.study import DONE, FAILED, MISSING, Arm, Cell, Record
+from loralab.studies.study import DIVERGED, DONE, FAILED, MISSING, Arm, Cell, Record
+from loralab.studies.trained import MEASURE, measured
 
 TOML = """
 model = "{model}"
@@ -249,3 +250,17 @@ def test_ctrl_c_leaves_a_study_that_goes_on(tmp_path: Path, own_study: Path) -> 
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert {entry["status"] for entry in results(folder).values()} == {DONE}
+
+
+def test_a_run_that_ends_without_finite_numbers_is_a_result_of_its_own(
+    tmp_path: Path, tiny_bert_folder: Path, noise_file: Path
+) -> None:
+    fields = {"learning_rate": 1e30}
+    ground = ground_of("grid", tiny_bert_folder, noise_file, seeds=1, fields=fields)
+    cell = Cell(measure=MEASURE, ground=ground, arm=Arm(name="r=2", fields={"rank": 2}), seed=0)
+    found = measured(cell, tmp_path / "cell", lambda event: None)
+    assert found.status == DIVERGED
+    assert "not finite" in found.reason
+    other = Arm(name="x", fields={"rank": 2, "target_modules": ["nothing"]})
+    missing = Cell(measure=MEASURE, ground=ground, arm=other, seed=0)
+    assert measured(missing, tmp_path / "other", lambda event: None).status == FAILED

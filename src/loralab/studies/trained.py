@@ -4,6 +4,7 @@ Every arm meets the same rows in the same order (both follow from the seed) and 
 same test rows, which do not depend on the seed.
 """
 
+import importlib
 import itertools
 import math
 import shutil
@@ -14,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from loralab.errors import LearningError
+from loralab.errors import LearningError, LoralabError
 from loralab.studies.fields import configured
 from loralab.studies.statistics import smoothed
-from loralab.studies.study import DIVERGED, DONE, FALLING, Cell, Ground, Record
+from loralab.studies.study import DIVERGED, DONE, FAILED, FALLING, Cell, Ground, Record
 from loralab.tasks import catalog
 from loralab.tasks.catalog import Task
 from loralab.tasks.score import Scores, evaluate
@@ -32,21 +33,32 @@ WARM = 3  # steps before times are taken
 KEPT_BYTES = 50_000_000  # larger adapters are scored, not kept
 
 
-def measure(cell: Cell, folder: Path, tell: Tell) -> Record:
-    """Train, score on the test rows and on as many training rows, and note the costs."""
+def measured(cell: Cell, folder: Path, tell: Tell) -> Record:
+    """What a cell's own measure finds; where it finds nothing, a record that says why."""
     try:
-        run = trained(cell, folder, tell)
+        return resolve(cell.measure)(cell, folder, tell)
     except LearningError as error:
         return diverged(cell, folder, str(error))
+    except LoralabError as error:
+        return Record(arm=cell.arm, seed=cell.seed, status=FAILED, reason=str(error))
+
+
+def resolve(name: str) -> Callable[[Cell, Path, Tell], Record]:
+    """The function behind "module:function"."""
+    module, function = name.split(":")
+    found: Callable[[Cell, Path, Tell], Record] = getattr(importlib.import_module(module), function)
+    return found
+
+
+def measure(cell: Cell, folder: Path, tell: Tell) -> Record:
+    """Train, score on the test rows and on as many training rows, and note the costs."""
+    run = trained(cell, folder, tell)
     return scored(cell, run, folder)
 
 
 def searched(cell: Cell, folder: Path, tell: Tell) -> Record:
     """A short run of the search for a learning rate: its validation loss is all that counts."""
-    try:
-        run = trained(cell, folder, tell)
-    except LearningError as error:
-        return diverged(cell, folder, str(error))
+    run = trained(cell, folder, tell)
     shutil.rmtree(folder / "run", ignore_errors=True)
     loss = run.scores["validation"].metrics["loss"]
     return Record(arm=cell.arm, seed=cell.seed, numbers={"validation_loss": loss})

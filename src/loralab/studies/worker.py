@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from loralab.errors import LoralabError
-from loralab.studies.study import FAILED, Arm, Cell, Ground, Record
+from loralab.studies.study import Arm, Cell, Ground
 
 POLL_SECONDS = 0.05
 WATCH_SECONDS = 0.5
@@ -79,15 +79,13 @@ def _child(job: dict[str, Any], out: Any) -> int:
 
 
 def _measure(job: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> int:
-    """Measure a cell and write its record; an arm that cannot be measured gets one that says so."""
+    """Measure a cell and write its record."""
     from loralab.studies.store import write
+    from loralab.studies.trained import measured
 
     cell, folder = Cell.of(job["cell"]), Path(job["folder"])
     started = time.perf_counter()
-    try:
-        record = resolve(cell.measure)(cell, folder, tell)
-    except LoralabError as error:
-        record = Record(arm=cell.arm, seed=cell.seed, status=FAILED, reason=str(error))
+    record = measured(cell, folder, tell)
     write(folder, cell, record, time.perf_counter() - started)
     return 0
 
@@ -102,13 +100,6 @@ def _prepare(job: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> int
     )
     tell({"kind": "arms", "arms": arms, "invalid": invalid})
     return 0
-
-
-def resolve(name: str) -> Callable[[Cell, Path, Any], Record]:
-    """The function behind "module:function"."""
-    module, function = name.split(":")
-    found: Callable[[Cell, Path, Any], Record] = getattr(importlib.import_module(module), function)
-    return found
 
 
 def _end_with(parent: int) -> None:

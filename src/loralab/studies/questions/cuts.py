@@ -9,12 +9,11 @@ from torch import Tensor
 
 from loralab.adapters.attach import Adapter
 from loralab.adapters.linear import LinearWithLoRA
-from loralab.errors import LearningError
 from loralab.studies import figures
 from loralab.studies.evidence import SEED, Metric
 from loralab.studies.statistics import difference
 from loralab.studies.study import Cell, Figure, Record, Text
-from loralab.studies.trained import Tell, diverged, items_of, score_on, scored, trained
+from loralab.studies.trained import Tell, items_of, score_on, scored, trained
 
 MEASURE_CUTS = "loralab.studies.questions.cuts:measure"
 CUTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48)
@@ -23,10 +22,7 @@ CUT = "cut "  # of the names under which a record holds the items of each cut
 
 def measure(cell: Cell, folder: Path, tell: Tell) -> Record:
     """Train and score; then score every cut."""
-    try:
-        run = trained(cell, folder, tell)
-    except LearningError as error:
-        return diverged(cell, folder, str(error))
+    run = trained(cell, folder, tell)
     found = {}
     whole = factors(run.adapter)
     for rank in (r for r in CUTS if r < cell.arm.fields["rank"]):

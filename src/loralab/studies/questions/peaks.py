@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 
-from loralab.errors import LearningError
 from loralab.studies.study import Cell, Record
-from loralab.studies.trained import Tell, diverged, forget, trained
+from loralab.studies.trained import Tell, forget, trained
 from loralab.training.memory import device_here, held_bytes, peak_bytes
 from loralab.training.record import read_metrics
 
@@ -25,10 +24,7 @@ MARK = "VmHWM:"  # the most memory that was resident, in kB
 def measure(cell: Cell, folder: Path, tell: Tell) -> Record:
     """Train, and note the memory and the time of the steps and of what was before them."""
     gauge = Gauge(tell)
-    try:
-        run = trained(cell, folder, gauge)
-    except LearningError as error:
-        return diverged(cell, folder, str(error))
+    run = trained(cell, folder, gauge)
     events = [e for e in read_metrics(folder / "run") if e["kind"] == "step"]
     times = [float(e["seconds"]) for e in events]
     gaps = [after - before for before, after in itertools.pairwise(times)]

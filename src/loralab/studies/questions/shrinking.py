@@ -11,10 +11,9 @@ from torch import nn
 from loralab.adapters.budget import budget_at
 from loralab.adapters.folder import read
 from loralab.adapters.peft_fields import PREFIX
-from loralab.errors import LearningError
 from loralab.studies.questions.watch import named, watched
 from loralab.studies.study import Cell, Record
-from loralab.studies.trained import Tell, diverged, scored, trained
+from loralab.studies.trained import Tell, scored, trained
 from loralab.training.run import Run
 
 MEASURE_BUDGET = "loralab.studies.questions.shrinking:measure"
@@ -26,10 +25,7 @@ def measure(cell: Cell, folder: Path, tell: Tell) -> Record:
     # the budget is watched from the first step on: a run that was cut off begins again
     shutil.rmtree(folder / "run", ignore_errors=True)
     with watched(triplets) as seen:
-        try:
-            run = trained(cell, folder, tell)
-        except LearningError as error:
-            return diverged(cell, folder, str(error))
+        run = trained(cell, folder, tell)
     ranks = dict(run.adapter.budget.ranks) if run.adapter.budget is not None else {}
     numbers, series = watched_budget(run, named(seen, run.adapter), ranks)
     stored, size = in_file(folder / "run")

@@ -17,9 +17,8 @@ from loralab.adapters.bases import is_linear
 from loralab.adapters.spectrum import effective_rank, energy_rank, stable_rank
 from loralab.adapters.subset import TrainedParameters
 from loralab.adapters.targets import layer_number
-from loralab.errors import LearningError
 from loralab.studies.study import Cell, Record
-from loralab.studies.trained import Tell, diverged, scored, trained
+from loralab.studies.trained import Tell, scored, trained
 
 MEASURE_FULL = "loralab.studies.questions.spectra:measure"
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # of all ranks
@@ -28,10 +27,7 @@ SEED = 0
 
 def measure(cell: Cell, folder: Path, tell: Tell) -> Record:
     """Train every weight, score, and describe the update; the weights are not kept."""
-    try:
-        run = trained(cell, folder, tell)
-    except LearningError as error:
-        return diverged(cell, folder, str(error))
+    run = trained(cell, folder, tell)
     rows = described(run.adapter)
     record = scored(cell, run, folder)
     return Record(**{**vars(record), "tables": {"modules": rows}})

@@ -17,7 +17,7 @@ from loralab.adapters.attach import Adapter
 from loralab.adapters.bases import dense_weight
 from loralab.adapters.linear import LinearWithLoRA
 from loralab.artefacts.live import bring_to_life
-from loralab.errors import LearningError
+from loralab.errors import RunError
 from loralab.studies import figures
 from loralab.studies.prepare import base_of
 from loralab.studies.questions.places import layout, source_reaches_mlp, type_of
@@ -33,7 +33,7 @@ def measure(cell: Cell, folder: Path, tell: Tell) -> Record:
     """The model's linear layers by type, and the size of the update in each.
 
     Raises:
-        LearningError: the all-linear arm has not been trained.
+        RunError: the all-linear arm has not been trained.
     """
     run = finished_run(cell, folder.parent)
     if not run.is_dir():  # a large adapter is scored, not kept
@@ -49,7 +49,7 @@ def finished_run(cell: Cell, runs: Path) -> Path:
     """Where the reference arm of this ground and seed was trained, at its best learning rate.
 
     Raises:
-        LearningError: it was not, or it diverged.
+        RunError: it was not, or it diverged.
     """
     found: list[tuple[float, Path]] = []
     for file in sorted(runs.glob(f"*/{RECORD}")):
@@ -64,7 +64,7 @@ def finished_run(cell: Cell, runs: Path) -> Path:
             loss = record["numbers"].get("validation_loss", math.inf)
             found.append((loss, file.parent / "run"))
     if not found:
-        raise LearningError("the all-linear arm of rank 8 has no result whose updates can be read")
+        raise RunError("the all-linear arm of rank 8 has no result whose updates can be read")
     return min(found)[1]
 
 
