@@ -7,7 +7,17 @@ import typer
 
 from loralab.cli import app
 from loralab.cli.options import build, with_options
-from loralab.cli.train import DEFAULT_MODEL, Data, Json, Map, Model, _mapping, _print_json
+from loralab.cli.train import (
+    DEFAULT_MODEL,
+    Data,
+    Json,
+    Map,
+    Model,
+    Quiet,
+    Resume,
+    _mapping,
+    _print_json,
+)
 from loralab.errors import ConfigError
 from loralab.studies.catalog import STUDIES, require_installed
 from loralab.studies.study import LANGUAGES, Asked
@@ -29,12 +39,12 @@ def study(
         Path | None, typer.Option(help="a new folder; none is studies/<name>", show_default=False)
     ] = None,
     budget: Annotated[str | None, typer.Option(help="time to spend, as in 20m")] = None,
-    resume: Annotated[bool, typer.Option(help="go on with what the folder holds")] = False,
+    resume: Resume = False,
     skip_invalid: Annotated[
         bool, typer.Option(help="leave out arms that cannot run on this model")
     ] = False,
     lang: Language = "en",
-    quiet: Annotated[bool, typer.Option(help="no progress")] = False,
+    quiet: Quiet = False,
     json_: Json = False,
     typed: dict[str, Any] | None = None,
 ) -> None:
@@ -63,9 +73,9 @@ def recommend(
         Path | None, typer.Option(help="a new folder; none is studies/recommend")
     ] = None,
     budget: Annotated[str, typer.Option(help="time to spend, as in 20m")] = "20m",
-    resume: Annotated[bool, typer.Option(help="go on with what the folder holds")] = False,
+    resume: Resume = False,
     lang: Language = "en",
-    quiet: Annotated[bool, typer.Option(help="no progress")] = False,
+    quiet: Quiet = False,
     json_: Json = False,
     typed: dict[str, Any] | None = None,
 ) -> None:

@@ -32,6 +32,8 @@ Map = Annotated[
     typer.Option("--map", help="rename columns, such as text=review,label=stars"),
 ]
 Json = Annotated[bool, typer.Option("--json", help="one JSON document on standard output")]
+Quiet = Annotated[bool, typer.Option(help="no progress")]
+Resume = Annotated[bool, typer.Option(help="go on from where an earlier start was cut off")]
 ConfigFile = Annotated[Path | None, typer.Option(help="TOML file; what is typed here overrides it")]
 MethodName = Annotated[
     str | None, typer.Option(help=f"one of: {', '.join([*METHODS, *VARIANTS])}", show_default=False)
@@ -47,8 +49,8 @@ def train(
     method: MethodName = None,
     map_: Map = None,
     config: ConfigFile = None,
-    resume: Annotated[bool, typer.Option(help="go on from the last checkpoint")] = False,
-    quiet: Annotated[bool, typer.Option(help="no progress")] = False,
+    resume: Resume = False,
+    quiet: Quiet = False,
     json_: Json = False,
     typed: dict[str, Any] | None = None,
 ) -> None:

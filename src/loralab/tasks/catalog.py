@@ -97,10 +97,39 @@ def _fashion(path: Path) -> Table:
 SENTIMENT = "Is this {} positive or negative? Answer with one word."
 FORCE = "Is the feeling in this {} strong or mild? Answer with one word."
 MIT = "MIT; texts from {}"
+KINDS = {  # of rated texts: what they are, where from, how many have a feeling, what one is
+    "movie-reviews": ("film review snippets", "Rotten Tomatoes", 10041, "film review"),
+    "tweets": ("tweets", "Twitter", 3362, "tweet"),
+    "amazon-reviews": ("sentences of product reviews", "Amazon", 2935,
+                       "sentence of a product review"),
+    "nyt-editorials": ("sentences of newspaper editorials", "the New York Times", 2751,
+                       "sentence of a newspaper"),
+}  # fmt: skip
 TASKS: dict[str, NamedTask] = {
-    "movie-reviews": _rated(
-        "movie-reviews", "film review snippets, positive or negative (VADER's ground truth)",
-        MIT.format("Rotten Tomatoes"), 10041, SENTIMENT.format("film review"),
+    **{
+        name: _rated(
+            name, f"{what}, positive or negative (VADER's ground truth)", MIT.format(owner), rows,
+            SENTIMENT.format(one),
+        )
+        for name, (what, owner, rows, one) in KINDS.items()
+    },
+    **{
+        name + vader.STRENGTH: _rated(
+            name + vader.STRENGTH, f"{what}, strong or mild in feeling (VADER)", MIT.format(owner),
+            rows, FORCE.format(one),
+        )
+        for name, (what, owner, rows, one) in KINDS.items()
+    },
+    vader.ORIGIN: _rated(
+        vader.ORIGIN, "where a text is from: film, newspaper, product, tweet (VADER)",
+        MIT.format("all four"), 14788,
+        "Where is this text from: film, newspaper, product or tweet? Answer with one word.",
+    ),
+    vader.AGREEMENT: _rated(
+        vader.AGREEMENT, "whether those who rated a text's feeling agreed or disputed (VADER)",
+        MIT.format("all four"), 23619,
+        "Would people agree on the feeling of this text, or is it disputed? "
+        "Answer agreed or disputed.",
     ),
     "fashion-mnist": NamedTask(
         description="70,000 pictures of clothes in ten classes, 28 x 28 grey levels (Zalando)",
@@ -108,45 +137,6 @@ TASKS: dict[str, NamedTask] = {
         rows=70000,
         instruction="",
         locate=_find_fashion, load=_fashion, get=_get_fashion,
-    ),
-    "tweets": _rated(
-        "tweets", "tweets, positive or negative (VADER's ground truth)",
-        MIT.format("Twitter"), 3362, SENTIMENT.format("tweet"),
-    ),
-    "amazon-reviews": _rated(
-        "amazon-reviews", "sentences of product reviews, positive or negative (VADER)",
-        MIT.format("Amazon"), 2935, SENTIMENT.format("sentence of a product review"),
-    ),
-    "nyt-editorials": _rated(
-        "nyt-editorials", "sentences of newspaper editorials, positive or negative (VADER)",
-        MIT.format("the New York Times"), 2751, SENTIMENT.format("sentence of a newspaper"),
-    ),
-    "movie-reviews-strength": _rated(
-        "movie-reviews-strength", "film review snippets, strong or mild in feeling (VADER)",
-        MIT.format("Rotten Tomatoes"), 10041, FORCE.format("film review"),
-    ),
-    "tweets-strength": _rated(
-        "tweets-strength", "tweets, strong or mild in feeling (VADER)",
-        MIT.format("Twitter"), 3362, FORCE.format("tweet"),
-    ),
-    "amazon-reviews-strength": _rated(
-        "amazon-reviews-strength", "sentences of product reviews, strong or mild (VADER)",
-        MIT.format("Amazon"), 2935, FORCE.format("sentence of a product review"),
-    ),
-    "nyt-editorials-strength": _rated(
-        "nyt-editorials-strength", "sentences of newspaper editorials, strong or mild (VADER)",
-        MIT.format("the New York Times"), 2751, FORCE.format("sentence of a newspaper"),
-    ),
-    "text-source": _rated(
-        "text-source", "where a text is from: film, newspaper, product, tweet (VADER)",
-        MIT.format("all four"), 14788,
-        "Where is this text from: film, newspaper, product or tweet? Answer with one word.",
-    ),
-    "rater-agreement": _rated(
-        "rater-agreement", "whether those who rated a text's feeling agreed or disputed (VADER)",
-        MIT.format("all four"), 23619,
-        "Would people agree on the feeling of this text, or is it disputed? "
-        "Answer agreed or disputed.",
     ),
 }  # fmt: skip
 
