@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from loralab.cli import run
-from loralab.cli.options import from_toml, pairs
+from loralab.cli.options import pairs
 from loralab.errors import ConfigError
+from loralab.studies.fields import from_toml
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ so that what stands in a --config file is overridden only by what was typed.
 
 import inspect
 import re
-import tomllib
 import types
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, fields
@@ -15,7 +14,7 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 import typer
 
-from loralab.errors import ConfigError, nearest, some
+from loralab.errors import ConfigError, some
 
 Config = type[Any]
 
@@ -63,24 +62,6 @@ def require_known(values: Iterable[str], configs: tuple[Config, ...], others: An
         if name in foreign:
             own = some(map(_flag, sorted(f.name for f in fields(configs[0]))), 20)
             raise ConfigError(f"{_flag(name)} is no option of {of}, which has {own}")
-
-
-def from_toml(file: Path, known: set[str]) -> dict[str, Any]:
-    """The flat table of a configuration file.
-
-    Raises:
-        ConfigError: it cannot be read, or has a key that is not known.
-    """
-    try:
-        content = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {file} cannot be read: {error}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"--config {file} is no TOML: {error}") from None
-    for key in content:
-        if key not in known:
-            raise ConfigError(f"{file}: unknown key {key!r}{nearest(key, known)}")
-    return content
 
 
 def pairs(text: str, name: str, kind: Callable[[str], Any] = str) -> dict[str, Any]:

@@ -11,8 +11,9 @@ import typer
 
 from loralab.adapters.methods import METHODS, VARIANTS, method_named
 from loralab.cli import app
-from loralab.cli.options import build, from_toml, pairs, require_known, with_options
+from loralab.cli.options import build, pairs, require_known, with_options
 from loralab.errors import ConfigError
+from loralab.studies.fields import from_toml
 from loralab.training.settings import Evaluation, Training
 
 if TYPE_CHECKING:

@@ -2,16 +2,15 @@
 
 import itertools
 import time
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from loralab import atomic
-from loralab.errors import ConfigError, InputError, OutputError, RunError, nearest
+from loralab.errors import ConfigError, InputError, OutputError, RunError
 from loralab.studies import catalog, store
-from loralab.studies.fields import configured, known
+from loralab.studies.fields import configured, from_toml, known
 from loralab.studies.runner import Listener, Session, session
 from loralab.studies.study import FAILED, Answer, Arm, Asked, Cell, Ground, parse_seconds
 from loralab.studies.trained import MEASURE
@@ -184,17 +183,8 @@ def _own(file: Path, asked: Asked, mapping: Mapping[str, str] | None) -> Work:
     Raises:
         ConfigError: the file cannot be read, or has a key that nothing knows.
     """
-    try:
-        content = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} cannot be read: {error}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{file} is no TOML: {error}") from None
     settings = {field.name for field in fields(Asked)} - {"values"}
-    choices = {*known(), *settings, "map"}
-    for key in content:
-        if key not in choices:
-            raise ConfigError(f"{file}: unknown key {key!r}{nearest(key, choices)}")
+    content = from_toml(file, {*known(), *settings, "map"})
     compared = {k: v for k, v in content.items() if isinstance(v, list) and k in known()}
     if not compared:
         raise ConfigError(f"{file} compares nothing: give at least one field of train as a list")

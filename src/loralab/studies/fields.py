@@ -1,7 +1,9 @@
 """Flat fields, as config.toml has them -> a method and a training. Standard library only."""
 
-from collections.abc import Mapping
+import tomllib
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from loralab.adapters.methods import METHODS, Method, method_named
@@ -27,6 +29,25 @@ def configured(flat: Mapping[str, Any]) -> tuple[Method, Training]:
     method: Method = kind(**{k: _value(v) for k, v in values.items() if k in own})
     training = Training(**{k: _value(v) for k, v in values.items() if k in general})
     return method, training
+
+
+def from_toml(file: Path, choices: Iterable[str]) -> dict[str, Any]:
+    """The flat table of a file.
+
+    Raises:
+        ConfigError: it cannot be read, or has a key that is none of the choices.
+    """
+    try:
+        content = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} cannot be read: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{file} is no TOML: {error}") from None
+    allowed = set(choices)
+    for key in content:
+        if key not in allowed:
+            raise ConfigError(f"{file}: unknown key {key!r}{nearest(key, allowed)}")
+    return content
 
 
 def known() -> set[str]:
