@@ -14,9 +14,10 @@ from loralab.adapters.attach import Adapter, attach
 from loralab.adapters.methods import LoRA
 from loralab.errors import AdapterStateError, ConfigError
 from loralab.models.load import Base
-from loralab.studies.questions import deployed, inference
-from loralab.studies.questions.decoding import Variant, decoded, interleaved
-from loralab.studies.questions.mixed_batch import Held, Router, as_large, shared_copy, stacked
+from loralab.studies.measures import deployed
+from loralab.studies.measures.decoding import Variant, decoded, interleaved
+from loralab.studies.measures.mixed_batch import Held, Router, as_large, shared_copy, stacked
+from loralab.studies.questions import inference
 from loralab.studies.study import Arm, Ground, Record
 
 GROUND = Ground(study="inference", model="m", data="d")

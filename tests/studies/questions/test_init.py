@@ -12,9 +12,9 @@ from studies.conftest import Here, ground_of, planted
 from loralab.adapters.attach import attach
 from loralab.errors import ConfigError
 from loralab.studies.fields import configured
+from loralab.studies.measures.step_zero import Outputs, compared, norms, part_of, start_of
 from loralab.studies.prepare import base_of
 from loralab.studies.questions import init
-from loralab.studies.questions.step_zero import Outputs, compared, norms, part_of, start_of
 from loralab.studies.study import Arm, Cell, Ground, Record
 
 GROUND = Ground(study="init", model="m", data="d")

@@ -14,7 +14,8 @@ from torch import nn
 
 from loralab.adapters.spectrum import overlap
 from loralab.errors import ConfigError
-from loralab.studies.questions import dimension, frozen, lowrank, overlaps, spectra
+from loralab.studies.measures import dimension, frozen, overlaps, spectra
+from loralab.studies.questions import lowrank
 from loralab.studies.study import Arm, Ground, Record
 from loralab.training.preflight import load_base
 

@@ -14,8 +14,10 @@ from studies.conftest import Here, ground_of
 from loralab.errors import ConfigError
 from loralab.models.load import Base
 from loralab.studies.fields import configured
-from loralab.studies.questions import memory, peaks, savings
-from loralab.studies.questions.savings import BASELINE, Savings
+from loralab.studies.measures import peaks
+from loralab.studies.questions import memory
+from loralab.studies.readings import savings
+from loralab.studies.readings.savings import BASELINE, Savings
 from loralab.studies.study import Arm, Ground, Record
 
 FIELDS = {"max_steps": 4, "batch_size": 16, "precision": "auto"}

@@ -13,8 +13,9 @@ from loralab.adapters.attach import attach
 from loralab.adapters.methods import LoRA
 from loralab.errors import ConfigError
 from loralab.models.load import Base
-from loralab.studies.questions import drift, merge, merging
-from loralab.studies.questions.merge_words import AGAIN, DRIFT, resolution
+from loralab.studies.measures import drift, merging
+from loralab.studies.questions import merge
+from loralab.studies.readings.merge_words import AGAIN, DRIFT, resolution
 from loralab.studies.study import Arm, Ground, Record
 
 GROUND = Ground(study="merge", model="m", data="d", quick=True)

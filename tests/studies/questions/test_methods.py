@@ -16,10 +16,11 @@ from studies.conftest import Here, ground_of, planted
 from loralab.errors import ConfigError
 from loralab.models.load import Base
 from loralab.studies.budgets import trained_parameters
+from loralab.studies.measures import passes
+from loralab.studies.measures.passes import median_interval, overhead
 from loralab.studies.prepare import prepare
-from loralab.studies.questions import methods, passes
-from loralab.studies.questions.compared import LATENCY
-from loralab.studies.questions.passes import median_interval, overhead
+from loralab.studies.questions import methods
+from loralab.studies.readings.compared import LATENCY
 from loralab.studies.study import Arm, Ground, Record
 
 GROUND = Ground(study="methods", model="m", data="d")

@@ -16,9 +16,9 @@ from loralab.adapters.attach import attach
 from loralab.adapters.methods import LoRA
 from loralab.errors import AdapterStateError, ConfigError
 from loralab.models.load import Base
+from loralab.studies.measures.mixed_batch import Held, Router, stacked, swap
+from loralab.studies.measures.system import interleaved, majority
 from loralab.studies.questions import multitask
-from loralab.studies.questions.mixed_batch import Held, Router, stacked, swap
-from loralab.studies.questions.system import interleaved, majority
 from loralab.studies.study import Arm, Ground, Record
 from loralab.studies.trained import rows_of
 from loralab.tasks.catalog import find
@@ -188,14 +188,14 @@ def test_it_runs_on_tiny_models_and_own_files(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     if gone:  # the adapters of the tasks' own cells: the system trains them itself
-        monkeypatch.setattr("loralab.studies.questions.system.TENSORS", "no such file")
+        monkeypatch.setattr("loralab.studies.measures.system.TENSORS", "no such file")
         word_files = word_files[:2]
     values = tuple(str(file) for file in word_files)
     rows = {"train": 32, "validation": 5, "test": 5}
     ground = ground_of("multitask", tiny_bert_folder, word_files[0], values=values, seeds=1,
                        quick=True, rows=rows)  # fmt: skip
     if gone:
-        monkeypatch.setattr("loralab.studies.questions.system.folder_bytes", lambda folder: 1)
+        monkeypatch.setattr("loralab.studies.measures.system.folder_bytes", lambda folder: 1)
     records = here(ground, tmp_path)
     assert [r.status for r in records] == ["done"] * (len(values) + 1), records[-1].reason
     numbers = records[-1].numbers

@@ -8,8 +8,8 @@ from torch import nn
 
 from loralab.adapters.linear import LinearWithLoRA
 from loralab.adapters.methods import LoRA
+from loralab.studies.measures.cuts import truncated
 from loralab.studies.questions import rank
-from loralab.studies.questions.cuts import truncated
 from loralab.studies.study import Arm, Ground, Record
 
 GROUND = Ground(study="rank", model="m", data="d")

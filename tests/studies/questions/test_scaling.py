@@ -14,7 +14,7 @@ from loralab.errors import ConfigError
 from loralab.studies.fields import configured
 from loralab.studies.prepare import base_of
 from loralab.studies.questions import scaling
-from loralab.studies.questions.sweep import Sweep
+from loralab.studies.readings.sweep import Sweep
 from loralab.studies.study import DIVERGED, MISSING, Arm, Ground, Record
 
 GROUND = Ground(study="scaling", model="m", data="d")

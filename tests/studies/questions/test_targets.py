@@ -14,17 +14,17 @@ from loralab.errors import ConfigError, LearningError, RunError
 from loralab.models.load import Base
 from loralab.studies.budgets import largest_rank, solved, trained_parameters
 from loralab.studies.evidence import Metric
-from loralab.studies.prepare import prepare
-from loralab.studies.questions import targets
-from loralab.studies.questions.places import (
+from loralab.studies.measures.updates import MEASURE_UPDATES, measure, sizes, update_norm
+from loralab.studies.places import (
     choices,
     layout,
     outside,
     projections,
     source_reaches_mlp,
 )
-from loralab.studies.questions.standing import best_value
-from loralab.studies.questions.updates import MEASURE_UPDATES, measure, sizes, update_norm
+from loralab.studies.prepare import prepare
+from loralab.studies.questions import targets
+from loralab.studies.readings.standing import best_value
 from loralab.studies.study import FAILED, Arm, Cell, Ground, Record
 
 GROUND = Ground(study="targets", model="m", data="d")

@@ -12,9 +12,9 @@ from transformers import Dinov2Config, Dinov2ForImageClassification, Dinov2Model
 
 from loralab.errors import ConfigError
 from loralab.models.load import Base
+from loralab.studies.measures.anatomy import facts, likeness
+from loralab.studies.places import layout, projections
 from loralab.studies.questions import vision
-from loralab.studies.questions.anatomy import facts, likeness
-from loralab.studies.questions.places import layout, projections
 from loralab.studies.study import Arm, Ground, Record
 
 GROUND = Ground(study="vision", model="m", data="d", fields={"max_steps": 24})
@@ -132,7 +132,7 @@ def test_nothing_measured_is_said() -> None:
 def test_the_whole_study_on_pictures(
     here: Here, eyes: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from loralab.studies.questions import anatomy
+    from loralab.studies.measures import anatomy
 
     monkeypatch.setattr(anatomy, "skeleton", lambda name: tiny.llama())
     ground = ground_of("vision", eyes, pictures, seeds=1, quick=True, fields={"image_size": 28})

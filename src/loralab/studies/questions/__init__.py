@@ -1,1 +1,1 @@
-"""One file per question: arms(ground, base), MEASURE, conclude(records, ground); and what they use."""
+"""One file per question: arms(ground, base), MEASURE, conclude(records, ground)."""

@@ -23,8 +23,8 @@ from loralab.studies.evidence import (
     scores_table,
     seconds,
 )
-from loralab.studies.questions.shrinking import MEASURE_BUDGET
-from loralab.studies.questions.watch import mean_of_steps
+from loralab.studies.measures.shrinking import MEASURE_BUDGET
+from loralab.studies.measures.watch import mean_of_steps
 from loralab.studies.study import Answer, Arm, Figure, Finding, Ground, Record, Table, Text
 from loralab.studies.trained import MEASURE
 

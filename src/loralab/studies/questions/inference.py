@@ -5,10 +5,10 @@ from typing import Any
 
 from loralab.errors import ConfigError, nearest
 from loralab.models.load import Base
-from loralab.studies.questions.carried import REFERENCE
-from loralab.studies.questions.deployed import MEASURE_ADAPTERS, MEASURE_SMALLER
-from loralab.studies.questions.inference_tables import figures_of, findings, scores, tables_of
-from loralab.studies.questions.inference_words import (
+from loralab.studies.measures.carried import REFERENCE
+from loralab.studies.measures.deployed import MEASURE_ADAPTERS, MEASURE_SMALLER
+from loralab.studies.readings.inference_tables import figures_of, findings, scores, tables_of
+from loralab.studies.readings.inference_words import (
     Deployed,
     blanks,
     sentence,

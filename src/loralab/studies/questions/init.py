@@ -19,8 +19,8 @@ from loralab.studies.evidence import (
     scored,
     scores_table,
 )
-from loralab.studies.questions.step_zero import MEASURE_START
-from loralab.studies.questions.watch import mean_of_steps
+from loralab.studies.measures.step_zero import MEASURE_START
+from loralab.studies.measures.watch import mean_of_steps
 from loralab.studies.statistics import difference
 from loralab.studies.study import (
     DIVERGED,

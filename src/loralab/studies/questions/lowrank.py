@@ -8,9 +8,11 @@ from typing import Any
 from loralab.errors import ConfigError
 from loralab.models.load import Base
 from loralab.studies.evidence import by_arm, claim, metric_of, paired, scores_table
-from loralab.studies.questions.dimension import MEASURE_DIMENSION, MEASURE_FLOOR
-from loralab.studies.questions.frozen import KINDS, MEASURE_FROZEN
-from loralab.studies.questions.lowrank_claims import (
+from loralab.studies.measures.dimension import MEASURE_DIMENSION, MEASURE_FLOOR
+from loralab.studies.measures.frozen import KINDS, MEASURE_FROZEN
+from loralab.studies.measures.overlaps import LARGE, MEASURE_OVERLAPS, SMALL
+from loralab.studies.measures.spectra import MEASURE_FULL
+from loralab.studies.readings.lowrank_claims import (
     Read,
     amplified,
     dimension,
@@ -18,7 +20,7 @@ from loralab.studies.questions.lowrank_claims import (
     overlap,
     spectrum,
 )
-from loralab.studies.questions.lowrank_shown import (
+from loralab.studies.readings.lowrank_shown import (
     curve_figure,
     dimension_table,
     energy_figure,
@@ -27,8 +29,6 @@ from loralab.studies.questions.lowrank_shown import (
     order_table,
     phi_figures,
 )
-from loralab.studies.questions.overlaps import LARGE, MEASURE_OVERLAPS, SMALL
-from loralab.studies.questions.spectra import MEASURE_FULL
 from loralab.studies.study import Answer, Arm, Finding, Ground, Record, Text
 from loralab.studies.trained import MEASURE
 

@@ -8,8 +8,8 @@ import torch
 from loralab.errors import ConfigError, nearest
 from loralab.models.load import Base
 from loralab.models.quantize import gguf_file
-from loralab.studies.questions.peaks import MEASURE_PEAKS
-from loralab.studies.questions.savings import (
+from loralab.studies.measures.peaks import MEASURE_PEAKS
+from loralab.studies.readings.savings import (
     BASELINE,
     CLOSE,
     WORDS,

@@ -11,9 +11,10 @@ from loralab.errors import ConfigError, nearest
 from loralab.models.load import Base
 from loralab.models.quantize import gguf_file
 from loralab.studies.evidence import SEED, Metric, claim, metric_of
-from loralab.studies.questions.carried import REFERENCE
-from loralab.studies.questions.drift import MEASURE_DRIFT
-from loralab.studies.questions.merge_words import (
+from loralab.studies.measures.carried import REFERENCE
+from loralab.studies.measures.drift import MEASURE_DRIFT
+from loralab.studies.measures.merging import AFTER, BEFORE, MEASURE_MERGING
+from loralab.studies.readings.merge_words import (
     AGAIN,
     DRIFT,
     blanks,
@@ -27,7 +28,6 @@ from loralab.studies.questions.merge_words import (
     states,
     table,
 )
-from loralab.studies.questions.merging import AFTER, BEFORE, MEASURE_MERGING
 from loralab.studies.statistics import difference
 from loralab.studies.study import Answer, Arm, Finding, Ground, Record, Text
 from loralab.studies.trained import MEASURE

@@ -17,10 +17,10 @@ from loralab.studies.evidence import (
     paired,
     scores_table,
 )
-from loralab.studies.questions import compared, latencies
-from loralab.studies.questions.compared import BASE, LATENCY, SOURCE, Measured
-from loralab.studies.questions.passes import MEASURE_PASSES
-from loralab.studies.questions.standing import claims, said, standing, workable
+from loralab.studies.measures.passes import MEASURE_PASSES
+from loralab.studies.readings import compared, latencies
+from loralab.studies.readings.compared import BASE, LATENCY, SOURCE, Measured
+from loralab.studies.readings.standing import claims, said, standing, workable
 from loralab.studies.study import Answer, Arm, Finding, Ground, Record, Text
 from loralab.studies.trained import MEASURE
 

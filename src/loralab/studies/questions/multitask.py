@@ -24,7 +24,7 @@ from loralab.studies.evidence import (
     seconds,
     size,
 )
-from loralab.studies.questions.system import (
+from loralab.studies.measures.system import (
     ALONE,
     MEASURE_SYSTEM,
     MEASURE_TASK,

@@ -21,7 +21,7 @@ from loralab.studies.evidence import (
     scores_table,
     seconds,
 )
-from loralab.studies.questions.cuts import MEASURE_CUTS, cut_figure, kept_at
+from loralab.studies.measures.cuts import MEASURE_CUTS, cut_figure, kept_at
 from loralab.studies.statistics import Difference, knee
 from loralab.studies.study import Answer, Arm, Finding, Ground, Record, Text
 from loralab.studies.trained import MEASURE

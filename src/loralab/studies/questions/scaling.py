@@ -18,7 +18,7 @@ from loralab.studies.evidence import (
     scored,
     seconds,
 )
-from loralab.studies.questions.sweep import Key, Sweep
+from loralab.studies.readings.sweep import Key, Sweep
 from loralab.studies.search import rounded
 from loralab.studies.statistics import smoothed
 from loralab.studies.study import Answer, Arm, Figure, Finding, Ground, Record, Table, Text

@@ -20,8 +20,9 @@ from loralab.studies.evidence import (
     scores_table,
     seconds,
 )
-from loralab.studies.questions.places import ALL, ATTENTION, CHOICES, MLP, choices, outside, singles
-from loralab.studies.questions.standing import (
+from loralab.studies.measures.updates import MEASURE_UPDATES, REFERENCE, update_figure
+from loralab.studies.places import ALL, ATTENTION, CHOICES, MLP, choices, outside, singles
+from loralab.studies.readings.standing import (
     Standing,
     best_value,
     claims,
@@ -32,7 +33,6 @@ from loralab.studies.questions.standing import (
     standing,
     workable,
 )
-from loralab.studies.questions.updates import MEASURE_UPDATES, REFERENCE, update_figure
 from loralab.studies.study import Answer, Arm, Finding, Ground, Record, Table, Text
 from loralab.studies.trained import MEASURE
 

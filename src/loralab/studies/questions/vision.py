@@ -20,9 +20,10 @@ from loralab.studies.evidence import (
     scores_table,
     seconds,
 )
-from loralab.studies.questions.anatomy import MEASURE_ANATOMY, anatomy_table, likeness
-from loralab.studies.questions.places import CHOICES, choices
-from loralab.studies.questions.standing import (
+from loralab.studies.measures.anatomy import MEASURE_ANATOMY, anatomy_table, likeness
+from loralab.studies.measures.updates import REFERENCE
+from loralab.studies.places import CHOICES, choices
+from loralab.studies.readings.standing import (
     beats,
     claims,
     fewest,
@@ -31,7 +32,6 @@ from loralab.studies.questions.standing import (
     standing,
     workable,
 )
-from loralab.studies.questions.updates import REFERENCE
 from loralab.studies.study import Answer, Arm, Finding, Ground, Record, Text
 from loralab.studies.trained import MEASURE
 from loralab.training.optim import USUAL_RATES

@@ -6,8 +6,9 @@ import numpy as np
 
 from loralab.studies import figures
 from loralab.studies.evidence import claim, seconds, size
-from loralab.studies.questions.deployed import DENSE
-from loralab.studies.questions.inference_words import (
+from loralab.studies.measures.deployed import DENSE
+from loralab.studies.measures.passes import Overhead
+from loralab.studies.readings.inference_words import (
     Deployed,
     Way,
     bytes_of,
@@ -17,8 +18,7 @@ from loralab.studies.questions.inference_words import (
     shown,
     told,
 )
-from loralab.studies.questions.latencies import percent
-from loralab.studies.questions.passes import Overhead
+from loralab.studies.readings.latencies import percent
 from loralab.studies.study import Figure, Finding, Table, Text
 
 

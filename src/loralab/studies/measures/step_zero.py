@@ -18,7 +18,7 @@ from loralab.adapters.attach import attach
 from loralab.errors import LearningError
 from loralab.models.load import Base
 from loralab.studies.fields import configured
-from loralab.studies.questions.watch import gradient_norm, named, watched
+from loralab.studies.measures.watch import gradient_norm, named, watched
 from loralab.studies.study import Cell, Record
 from loralab.studies.trained import Tell, diverged, rows_of, scored, trained
 from loralab.tasks.encode import IGNORED, Example, encode
@@ -26,7 +26,7 @@ from loralab.tasks.forward import SHARPNESS, by_length, call, embed, labelled, s
 from loralab.training.loop import labelled_tokens
 from loralab.training.preflight import load_base, with_head
 
-MEASURE_START = "loralab.studies.questions.step_zero:measure"
+MEASURE_START = "loralab.studies.measures.step_zero:measure"
 ROWS, LABELS = 96, 1024  # test rows on which the start is compared with the base, at most
 ROUNDING = 5  # decimals of a loss; what is smaller is fp32's rounding
 PARTS = ("A", "B", "head")

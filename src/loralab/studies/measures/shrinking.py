@@ -11,12 +11,12 @@ from torch import nn
 from loralab.adapters.budget import budget_at
 from loralab.adapters.folder import read
 from loralab.adapters.peft_fields import PREFIX
-from loralab.studies.questions.watch import named, watched
+from loralab.studies.measures.watch import named, watched
 from loralab.studies.study import Cell, Record
 from loralab.studies.trained import Tell, scored, trained
 from loralab.training.run import Run
 
-MEASURE_BUDGET = "loralab.studies.questions.shrinking:measure"
+MEASURE_BUDGET = "loralab.studies.measures.shrinking:measure"
 LAMBDA, A, B = ".lora_E", ".lora_A.weight", ".lora_B.weight"
 
 

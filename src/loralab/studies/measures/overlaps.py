@@ -21,11 +21,11 @@ from loralab.adapters.bases import dense_weight
 from loralab.adapters.linear import LinearWithLoRA
 from loralab.adapters.spectrum import chance_overlap, right_directions, singular_values
 from loralab.errors import LearningError
-from loralab.studies.questions.spectra import values_of
+from loralab.studies.measures.spectra import values_of
 from loralab.studies.study import Arm, Cell, Record
 from loralab.studies.trained import Tell, diverged, forget, trained
 
-MEASURE_OVERLAPS = "loralab.studies.questions.overlaps:measure"
+MEASURE_OVERLAPS = "loralab.studies.measures.overlaps:measure"
 SMALL, LARGE = 8, 64
 SIDES = ("input", "output")
 RANKS, SEEDS = "ranks", "seeds"  # the pairs: r=8 with r=64, two seeds of r=64

@@ -15,7 +15,7 @@ from loralab.studies.statistics import difference
 from loralab.studies.study import Cell, Figure, Record, Text
 from loralab.studies.trained import Tell, items_of, score_on, scored, trained
 
-MEASURE_CUTS = "loralab.studies.questions.cuts:measure"
+MEASURE_CUTS = "loralab.studies.measures.cuts:measure"
 CUTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48)
 CUT = "cut "  # of the names under which a record holds the items of each cut
 

@@ -8,10 +8,10 @@ import numpy as np
 
 from loralab.studies import figures
 from loralab.studies.evidence import Metric, count, plain
-from loralab.studies.questions.dimension import target
-from loralab.studies.questions.lowrank_claims import PAIR_NAMES, SIDE_NAMES, Read
-from loralab.studies.questions.overlaps import LARGE, SIDES, SMALL
-from loralab.studies.questions.spectra import SHARES, shares_of
+from loralab.studies.measures.dimension import target
+from loralab.studies.measures.overlaps import LARGE, SIDES, SMALL
+from loralab.studies.measures.spectra import SHARES, shares_of
+from loralab.studies.readings.lowrank_claims import PAIR_NAMES, SIDE_NAMES, Read
 from loralab.studies.study import Figure, Table, Text
 
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from loralab.models.load import Base
-from loralab.studies.questions.passes import LEAST, batch_of
-from loralab.studies.questions.peaks import peak_since, reset_peak
+from loralab.studies.measures.passes import LEAST, batch_of
+from loralab.studies.measures.peaks import peak_since, reset_peak
 from loralab.tasks.forward import accepted, run
 from loralab.training.memory import held_bytes
 

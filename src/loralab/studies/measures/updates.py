@@ -19,13 +19,13 @@ from loralab.adapters.linear import LinearWithLoRA
 from loralab.artefacts.live import bring_to_life
 from loralab.errors import RunError
 from loralab.studies import figures
+from loralab.studies.places import layout, source_reaches_mlp, type_of
 from loralab.studies.prepare import base_of
-from loralab.studies.questions.places import layout, source_reaches_mlp, type_of
 from loralab.studies.store import RECORD
 from loralab.studies.study import DONE, Arm, Cell, Figure, Record, Text
 from loralab.studies.trained import MEASURE, Tell
 
-MEASURE_UPDATES = "loralab.studies.questions.updates:measure"
+MEASURE_UPDATES = "loralab.studies.measures.updates:measure"
 REFERENCE = {"method": "lora", "rank": 8}  # every linear layer
 
 

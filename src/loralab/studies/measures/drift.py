@@ -16,11 +16,11 @@ from loralab.adapters.linear import LinearWithLoRA
 from loralab.artefacts.certificate import compare, logits_of, reference_of
 from loralab.errors import ConfigError
 from loralab.models.load import DTYPES
-from loralab.studies.questions.carried import adapter_folder, base_for, compared_inputs, put_on
+from loralab.studies.measures.carried import adapter_folder, base_for, compared_inputs, put_on
 from loralab.studies.study import Cell, Record
 from loralab.studies.trained import Tell
 
-MEASURE_DRIFT = "loralab.studies.questions.drift:measure"
+MEASURE_DRIFT = "loralab.studies.measures.drift:measure"
 MERGES, ADAPTERS = 100, 3
 NOTED = (1, 2, 5, 10, 20, 50, 100)  # merges after which the weights are compared
 COMPARED = 8  # test rows whose logits are compared

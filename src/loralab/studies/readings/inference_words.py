@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from loralab.studies.evidence import SEED, Metric, metric_of, plain, seconds, size
-from loralab.studies.questions.deployed import BASE, DENSE, MERGED, UNMERGED
-from loralab.studies.questions.latencies import percent
-from loralab.studies.questions.passes import Overhead, median_interval
+from loralab.studies.measures.deployed import BASE, DENSE, MERGED, UNMERGED
+from loralab.studies.measures.passes import Overhead, median_interval
+from loralab.studies.readings.latencies import percent
 from loralab.studies.statistics import Difference, difference
 from loralab.studies.study import Record, Text
 

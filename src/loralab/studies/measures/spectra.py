@@ -20,7 +20,7 @@ from loralab.adapters.targets import layer_number
 from loralab.studies.study import Cell, Record
 from loralab.studies.trained import Tell, scored, trained
 
-MEASURE_FULL = "loralab.studies.questions.spectra:measure"
+MEASURE_FULL = "loralab.studies.measures.spectra:measure"
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # of all ranks
 SEED = 0
 

@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from loralab.studies.evidence import Metric, by_arm, count, mean_of, paired, scored, seconds
-from loralab.studies.questions import latencies
-from loralab.studies.questions.latencies import SAME, SMALL, Latencies, percent
-from loralab.studies.questions.passes import MERGED, UNMERGED
-from loralab.studies.questions.standing import ALIKE, beats, listed, parameters, said, standing
+from loralab.studies.measures.passes import MERGED, UNMERGED
+from loralab.studies.readings import latencies
+from loralab.studies.readings.latencies import SAME, SMALL, Latencies, percent
+from loralab.studies.readings.standing import ALIKE, beats, listed, parameters, said, standing
 from loralab.studies.study import Arm, Record, Table, Text
 
 BASE, LATENCY = "base", "latency"

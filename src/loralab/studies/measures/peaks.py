@@ -16,7 +16,7 @@ from loralab.studies.trained import Tell, forget, trained
 from loralab.training.memory import device_here, held_bytes, peak_bytes
 from loralab.training.record import read_metrics
 
-MEASURE_PEAKS = "loralab.studies.questions.peaks:measure"
+MEASURE_PEAKS = "loralab.studies.measures.peaks:measure"
 RESET, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 MARK = "VmHWM:"  # the most memory that was resident, in kB
 

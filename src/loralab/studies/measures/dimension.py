@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from loralab.errors import LearningError
 from loralab.studies import trained
 from loralab.studies.fields import configured
-from loralab.studies.questions.system import majority
+from loralab.studies.measures.system import majority
 from loralab.studies.statistics import monotone, smoothed
 from loralab.studies.study import DIVERGED, Cell, Record
 from loralab.studies.subspace import Subspace, fit
@@ -27,8 +27,8 @@ from loralab.tasks.catalog import Task
 from loralab.tasks.score import Scores, evaluate
 from loralab.training.preflight import load_base
 
-MEASURE_DIMENSION = "loralab.studies.questions.dimension:measure"
-MEASURE_FLOOR = "loralab.studies.questions.dimension:measure_floor"
+MEASURE_DIMENSION = "loralab.studies.measures.dimension:measure"
+MEASURE_FLOOR = "loralab.studies.measures.dimension:measure_floor"
 SHARE = 0.9
 DRAWS = 500
 Items = NDArray[np.float64]

@@ -13,12 +13,12 @@ from loralab.models.load import resolve
 from loralab.models.pictures import side as side_of
 from loralab.studies.catalog import WRITER
 from loralab.studies.evidence import count
+from loralab.studies.places import layout
 from loralab.studies.prepare import base_of
-from loralab.studies.questions.places import layout
 from loralab.studies.study import Cell, Record, Table, Text
 from loralab.studies.trained import Tell
 
-MEASURE_ANATOMY = "loralab.studies.questions.anatomy:measure"
+MEASURE_ANATOMY = "loralab.studies.measures.anatomy:measure"
 RANK = 8
 
 

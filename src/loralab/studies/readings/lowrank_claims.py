@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from loralab.studies.evidence import SEED, count
-from loralab.studies.questions.dimension import (
+from loralab.studies.measures.dimension import (
     SHARE,
     Curve,
     Items,
@@ -18,8 +18,8 @@ from loralab.studies.questions.dimension import (
     interval,
     smallest,
 )
-from loralab.studies.questions.overlaps import LARGE, RANKS, SEEDS, SIDES, SMALL, TOP, logs
-from loralab.studies.questions.spectra import shares_of
+from loralab.studies.measures.overlaps import LARGE, RANKS, SEEDS, SIDES, SMALL, TOP, logs
+from loralab.studies.measures.spectra import shares_of
 from loralab.studies.statistics import Difference, difference
 from loralab.studies.study import Finding, Record, Text
 from loralab.studies.subspace import VARIANTS

@@ -21,7 +21,7 @@ from loralab.tasks.encode import encode
 from loralab.tasks.forward import by_length, call
 from loralab.training.preflight import load_base
 
-MEASURE_FROZEN = "loralab.studies.questions.frozen:measure"
+MEASURE_FROZEN = "loralab.studies.measures.frozen:measure"
 KINDS = ("sequence-classification", "image-classification")  # whose head reads one vector a row
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)  # on the squared weights; validation rows choose
 ITERATIONS = 200

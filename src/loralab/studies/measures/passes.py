@@ -28,7 +28,7 @@ from loralab.tasks.forward import accepted, run
 from loralab.tasks.score import context_length
 from loralab.training.preflight import load_base
 
-MEASURE_PASSES = "loralab.studies.questions.passes:measure"
+MEASURE_PASSES = "loralab.studies.measures.passes:measure"
 SHAPES = ((1, 128), (4, 256), (8, 512))  # batch, length
 REPEATS = (5, 1, 1)  # timed passes of a shape in one trial, of which the quickest counts
 WARM = (2, 1, 0)  # passes before them: what is new to the caches is not what is measured

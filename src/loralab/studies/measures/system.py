@@ -18,7 +18,7 @@ from loralab.adapters.load import load
 from loralab.errors import ConfigError, LoralabError
 from loralab.models.load import Base
 from loralab.studies import trained
-from loralab.studies.questions.mixed_batch import Held, Router, swap
+from loralab.studies.measures.mixed_batch import Held, Router, swap
 from loralab.studies.study import Arm, Cell, Record
 from loralab.studies.trained import Tell, rows_of
 from loralab.tasks.batches import collate
@@ -27,8 +27,8 @@ from loralab.tasks.encode import Example, encode
 from loralab.tasks.forward import call, labelled
 from loralab.training.preflight import load_base, with_head
 
-MEASURE_TASK = "loralab.studies.questions.system:measure_task"
-MEASURE_SYSTEM = "loralab.studies.questions.system:measure_system"
+MEASURE_TASK = "loralab.studies.measures.system:measure_task"
+MEASURE_SYSTEM = "loralab.studies.measures.system:measure_system"
 SIZES = (10, 20, 40)  # rows of a batch
 WAYS = MIXED, TURN, ALONE = ("mixed", "in turn", "base alone")
 REPEATS = (25, 9)  # thorough, quick

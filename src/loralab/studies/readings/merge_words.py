@@ -8,9 +8,9 @@ import numpy as np
 
 from loralab.studies import figures
 from loralab.studies.evidence import SEED, Metric, claim, plain, seconds
-from loralab.studies.questions.drift import NOTED
-from loralab.studies.questions.merging import AFTER, BEFORE
-from loralab.studies.questions.passes import median_interval
+from loralab.studies.measures.drift import NOTED
+from loralab.studies.measures.merging import AFTER, BEFORE
+from loralab.studies.measures.passes import median_interval
 from loralab.studies.statistics import difference
 from loralab.studies.study import Figure, Finding, Record, Table, Text
 

@@ -23,14 +23,14 @@ from loralab.artefacts.certificate import Certificate, Reference, compare, logit
 from loralab.errors import ModelError
 from loralab.models.load import Base
 from loralab.models.quantize import dequantize
-from loralab.studies.questions.carried import adapter_folder, base_for, compared_inputs, put_on
+from loralab.studies.measures.carried import adapter_folder, base_for, compared_inputs, put_on
 from loralab.studies.study import Cell, Record
 from loralab.studies.trained import Tell, items_of
 from loralab.tasks.catalog import Task
 from loralab.tasks.score import Scores, evaluate
 from loralab.training.memory import resolve_precision
 
-MEASURE_MERGING = "loralab.studies.questions.merging:measure"
+MEASURE_MERGING = "loralab.studies.measures.merging:measure"
 BEFORE, AFTER = "before", "after"  # items of a record
 
 

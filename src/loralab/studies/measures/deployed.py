@@ -20,8 +20,8 @@ from loralab.adapters.bases import is_conv1d
 from loralab.errors import LoralabError, ModelError
 from loralab.models.load import Base
 from loralab.models.quantize import QuantizedLinear, linear_layers, quantize
-from loralab.studies.questions.carried import adapter_folder, base_for, put_on
-from loralab.studies.questions.decoding import (
+from loralab.studies.measures.carried import adapter_folder, base_for, put_on
+from loralab.studies.measures.decoding import (
     Times,
     Variant,
     inputs_for,
@@ -29,7 +29,7 @@ from loralab.studies.questions.decoding import (
     working_bytes,
     writes,
 )
-from loralab.studies.questions.mixed_batch import Held, Router, as_large, shared_copy
+from loralab.studies.measures.mixed_batch import Held, Router, as_large, shared_copy
 from loralab.studies.study import Cell, Record
 from loralab.studies.trained import Tell, items_of
 from loralab.tasks.catalog import Task
@@ -37,8 +37,8 @@ from loralab.tasks.forward import call
 from loralab.tasks.score import evaluate
 from loralab.training.memory import available_bytes, device_here
 
-MEASURE_ADAPTERS = "loralab.studies.questions.deployed:measure_adapters"
-MEASURE_SMALLER = "loralab.studies.questions.deployed:measure_smaller"
+MEASURE_ADAPTERS = "loralab.studies.measures.deployed:measure_adapters"
+MEASURE_SMALLER = "loralab.studies.measures.deployed:measure_smaller"
 BASE, MERGED, UNMERGED, DENSE = "base", "merged", "unmerged", "dense"
 SHARE = 0.5  # of the weights of each layer that are set to zero
 ROOM = 0.8  # of the free memory that a further variant may take

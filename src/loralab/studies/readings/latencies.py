@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from loralab.studies import figures
 from loralab.studies.evidence import seconds
-from loralab.studies.questions.passes import (
+from loralab.studies.measures.passes import (
     MERGED,
     PLAIN,
     UNMERGED,

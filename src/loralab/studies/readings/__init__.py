@@ -1,0 +1,1 @@
+"""What can be read off the records of a question: findings, tables, sentences."""
