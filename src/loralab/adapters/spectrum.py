@@ -19,14 +19,19 @@ from loralab.errors import AdapterFileError
 
 def singular_values(A: Tensor, B: Tensor, factor: float) -> Tensor:
     """The min(R, I, O) singular values of factor * B A, largest first; A (R, I), B (O, R)."""
-    return torch.linalg.svdvals(_core(A, B, factor)[1])
+    return torch.linalg.svdvals(factor * _core(A, B)[1])
 
 
 def right_directions(A: Tensor, B: Tensor) -> Tensor:
     """The right singular vectors of B A as columns (I, K), K = min(R, I, O): where it listens."""
-    basis, core = _core(A, B, 1.0)
-    _, _, right = torch.linalg.svd(core, full_matrices=False)
-    return basis @ right.T
+    return decomposed(A, B)[2]
+
+
+def decomposed(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The SVD of B A: left (O, K), values (K,) and right (I, K), K = min(R, I, O)."""
+    outputs, core, inputs = _core(A, B)
+    left, values, right = torch.linalg.svd(core, full_matrices=False)
+    return outputs @ left, values, inputs @ right.T
 
 
 def effective_rank(values: Tensor) -> float:
@@ -150,11 +155,11 @@ def _described(name: str, A: Tensor, B: Tensor, factor: float) -> dict[str, Any]
     }  # fmt: skip
 
 
-def _core(A: Tensor, B: Tensor, factor: float) -> tuple[Tensor, Tensor]:
-    """Q (I, K) and C with factor * B A = Qb C Q': thin QR of both factors."""
-    q_a, r_a = torch.linalg.qr(A.float().T)
-    _, r_b = torch.linalg.qr(B.float())
-    return q_a, factor * r_b @ r_a.T
+def _core(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """P (O, .), C and Q (I, .) with B A = P C Q': thin QR of both factors."""
+    inputs, r_a = torch.linalg.qr(A.float().T)
+    outputs, r_b = torch.linalg.qr(B.float())
+    return outputs, r_b @ r_a.T, inputs
 
 
 def _owner(key: str) -> str:

@@ -72,9 +72,12 @@ def test_one_arm_alone_is_no_comparison() -> None:
 
 
 def test_a_cut_is_the_nearest_matrix_of_its_rank() -> None:
-    A, B = torch.randn(6, 10), torch.randn(8, 6)
-    new_a, new_b = truncated(A, B, 2)
-    left, values, right = torch.linalg.svd(B @ A)
-    expected = left[:, :2] * values[:2] @ right[:2]
-    torch.testing.assert_close(new_b @ new_a, expected, atol=1e-4, rtol=1e-4)
-    assert (new_a.shape, new_b.shape) == (A.shape, B.shape)
+    for width in (6, 9, 20):  # above 8 the rank is more than the layer can have
+        A, B = torch.randn(width, 10), torch.randn(8, width)
+        new_a, new_b = truncated(A, B, 2)
+        left, values, right = torch.linalg.svd(B @ A)
+        expected = left[:, :2] * values[:2] @ right[:2]
+        torch.testing.assert_close(new_b @ new_a, expected, atol=1e-4, rtol=1e-4)
+        assert (new_a.shape, new_b.shape) == (A.shape, B.shape)
+        whole_a, whole_b = truncated(A, B, width)
+        torch.testing.assert_close(whole_b @ whole_a, B @ A, atol=1e-4, rtol=1e-4)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from loralab.adapters.attach import Adapter
 from loralab.adapters.linear import LinearWithLoRA
+from loralab.adapters.spectrum import decomposed
 from loralab.studies import figures
 from loralab.studies.evidence import SEED, Metric
 from loralab.studies.statistics import difference
@@ -44,14 +45,11 @@ def factors(adapter: Adapter) -> dict[str, tuple[Tensor, Tensor]]:
 
 def truncated(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """The nearest update of a smaller rank, in factors of the old shapes filled up with zeros."""
-    q_b, r_b = torch.linalg.qr(B)
-    q_a, r_a = torch.linalg.qr(A.T)
-    left, values, right = torch.linalg.svd(r_b @ r_a.T)
-    values[rank:] = 0
+    left, values, right = decomposed(A, B)
+    count = min(rank, len(values))
     new_a, new_b = torch.zeros_like(A), torch.zeros_like(B)
-    count = len(values)
-    new_b[:, :count] = q_b @ left * values
-    new_a[:count] = right @ q_a.T
+    new_b[:, :count] = left[:, :count] * values[:count]
+    new_a[:count] = right[:, :count].T
     return new_a, new_b
 
 
