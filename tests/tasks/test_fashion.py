@@ -69,7 +69,9 @@ def test_what_is_missing_can_be_got(folder: Path, monkeypatch: pytest.MonkeyPatc
         find("fashion-mnist")
 
 
-@pytest.mark.parametrize("content", [b"", b"noise", gzip.compress(b"another")])
+@pytest.mark.parametrize(
+    "content", [b"", b"noise", gzip.compress(b"another")], ids=["empty", "noise", "another"]
+)
 def test_a_file_that_is_damaged_or_another_is_refused(folder: Path, content: bytes) -> None:
     (folder / "train-images-idx3-ubyte.gz").write_bytes(content)
     with pytest.raises(DataError, match=r"train-images-idx3-ubyte\.gz (cannot|is not the file)"):
