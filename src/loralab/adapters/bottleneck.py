@@ -68,8 +68,11 @@ class AfterSublayer(_WithNetwork):
 
     def forward(self, *inputs: Any, **named: Any) -> Tensor:
         """(..., D_in) -> (..., D)."""
-        x: Tensor = self.base(*inputs, **named)
-        return x + self.network(x)
+        return self.after(self.base(*inputs, **named))
+
+    def after(self, y: Tensor, *_: Any) -> Tensor:
+        """What `forward` gives, from the base's output."""
+        return y + self.network(y)
 
 
 class AfterBlock(_WithNetwork):
@@ -80,10 +83,13 @@ class AfterBlock(_WithNetwork):
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
         """What the block returns, its first tensor changed."""
-        output = self.base(*inputs, **named)
-        if isinstance(output, Tensor):
-            return output + self.network(output)
-        return (output[0] + self.network(output[0]), *output[1:])
+        return self.after(self.base(*inputs, **named))
+
+    def after(self, y: Any, *_: Any) -> Any:
+        """What `forward` gives, from the base's output."""
+        if isinstance(y, Tensor):
+            return y + self.network(y)
+        return (y[0] + self.network(y[0]), *y[1:])
 
 
 class BeforeLastNorm(_WithNetwork):
@@ -111,9 +117,12 @@ class Entrance(Wrapper):
 
     def forward(self, x: Tensor) -> Tensor:
         """The base's output."""
+        return self.after(self.base(x), x)
+
+    def after(self, y: Tensor, x: Tensor) -> Tensor:
+        """What `forward` gives, from the base's output: the same."""
         self.seen = x
-        out: Tensor = self.base(x)
-        return out
+        return y
 
 
 class Beside(_WithNetwork):
@@ -125,11 +134,14 @@ class Beside(_WithNetwork):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D_inner) -> (..., D)."""
+        return self.after(self.base(x))
+
+    def after(self, y: Tensor, *_: Any) -> Tensor:
+        """What `forward` gives, from the base's output."""
         entrance = self._entrance[0]
         seen, entrance.seen = entrance.seen, None
         assert seen is not None  # the network's first layer ran before its last
-        out: Tensor = self.base(x)
-        return out + self.network(seen)
+        return y + self.network(seen)
 
 
 def build(

@@ -35,7 +35,7 @@ class Updated(NamedTuple):
     scaling: float
 
 
-class _Layout(NamedTuple):
+class Layout(NamedTuple):
     """What the function must know of a layer besides its tensors."""
 
     scaling: float
@@ -58,7 +58,7 @@ def linears_with_updates(
         tuple(base(x) + scaling * F.linear(F.linear(x * mask, A), B) for each layer)
     """
     layouts = tuple(
-        _Layout(scaling, is_conv1d(base), base.dequantize if is_quantized(base) else None)
+        Layout(scaling, is_conv1d(base), base.dequantize if is_quantized(base) else None)
         for base, _, _, scaling in layers
     )
     tensors = [t for base, A, B, _ in layers for t in (base.weight, base.bias, A, B)]
@@ -83,18 +83,18 @@ def can_fuse(base: Any, x: Tensor) -> bool:
 class _LinearsWithUpdates(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, mask: Tensor | None, layouts: tuple[_Layout, ...], *tensors: Any
+        ctx: Any, x: Tensor, mask: Tensor | None, layouts: tuple[Layout, ...], *tensors: Any
     ) -> tuple[Tensor, ...]:
         weights, biases, As, Bs = (tensors[i::4] for i in range(4))
         scale = layouts[0].scaling
         ctx.even = even = all(layout.scaling == scale for layout in layouts)
         ctx.scale = scale = scale if even else 1.0
         A = _joined([A if even else A * s.scaling for A, s in zip(As, layouts, strict=True)])
-        low = down([_flat(x if mask is None else x * mask)], [A], scale)  # (N, R of all)
+        low = down([flat_rows(x if mask is None else x * mask)], [A], scale)  # (N, R of all)
         outputs, start = [], 0
         for layout, weight, bias, B in zip(layouts, weights, biases, Bs, strict=True):
-            y = _base(x, weight, bias, layout)
-            up(_flat(y), low, B.T, start)
+            y = base_output(x, weight, bias, layout)
+            up(flat_rows(y), low, B.T, start)
             start += B.shape[1]
             outputs.append(y)
         ctx.save_for_backward(x, mask, A, low, *weights, *Bs)
@@ -107,9 +107,9 @@ class _LinearsWithUpdates(torch.autograd.Function):
         x, mask, A, low, *rest = ctx.saved_tensors
         layouts, needed = ctx.layouts, ctx.needs_input_grad
         weights, Bs = rest[: len(layouts)], rest[len(layouts) :]
-        flat = [_flat(dy).contiguous() for dy in dys]
+        flat = [flat_rows(dy).contiguous() for dy in dys]
         G = down(flat, [B.T for B in Bs], ctx.scale)
-        dropped = _flat(x if mask is None else x * mask) if any(needed[5::4]) else None
+        dropped = flat_rows(x if mask is None else x * mask) if any(needed[5::4]) else None
         gradients: list[Tensor | None] = []
         start = 0
         for i, (dy, B) in enumerate(zip(flat, Bs, strict=True)):
@@ -127,7 +127,7 @@ class _LinearsWithUpdates(torch.autograd.Function):
 
 
 def _input_gradient(
-    dys: Sequence[Tensor], weights: Sequence[Tensor], layouts: Sequence[_Layout],
+    dys: Sequence[Tensor], weights: Sequence[Tensor], layouts: Sequence[Layout],
     G: Tensor, A: Tensor, mask: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """dx (N, I): the sum over all layers of dy W, plus what came through the updates."""
@@ -138,12 +138,12 @@ def _input_gradient(
         dx = dy @ W if dx is None else dx.addmm_(dy, W)
     assert dx is not None
     if mask is not None:
-        return dx.addcmul_(G @ A.to(G.dtype), _flat(mask))
+        return dx.addcmul_(G @ A.to(G.dtype), flat_rows(mask))
     up(dx, G, A)
     return dx
 
 
-def _base(x: Tensor, weight: Tensor, bias: Tensor | None, layout: _Layout) -> Tensor:
+def base_output(x: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout) -> Tensor:
     """The base layer's own operation, so that a zero update leaves its output bit-equal."""
     if layout.unpack is not None:
         out = F.linear(x, layout.unpack().to(x.dtype))
@@ -151,13 +151,13 @@ def _base(x: Tensor, weight: Tensor, bias: Tensor | None, layout: _Layout) -> Te
     if not layout.transposed:
         return F.linear(x, weight, bias)
     assert bias is not None  # Conv1D always has one
-    return torch.addmm(bias, _flat(x), weight).view(*x.shape[:-1], weight.shape[1])
+    return torch.addmm(bias, flat_rows(x), weight).view(*x.shape[:-1], weight.shape[1])
 
 
 def _joined(tensors: Sequence[Tensor]) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
 
 
-def _flat(tensor: Tensor) -> Tensor:
+def flat_rows(tensor: Tensor) -> Tensor:
     """(..., C) -> (N, C)."""
     return tensor.reshape(-1, tensor.shape[-1])

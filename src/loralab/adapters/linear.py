@@ -67,14 +67,34 @@ class LinearWithLoRA(Wrapper):
         if config.dora:
             self.register_buffer("squared_norm", self._squared_norm(), persistent=False)
             self.magnitude = nn.Parameter(self.row_norm())
+        self._ratio: tuple[list[int], Tensor] | None = None  # kept while nothing is trained
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., I) -> (..., O)."""
         if self.merged:
             return self.base(x)
         if self.magnitude is not None:
-            return self._rescaled(x, self.magnitude / self.row_norm())
+            return self._rescaled(x, self.ratio())
         return self._updated(x)
+
+    def after(self, y: Tensor, x: Tensor) -> Tensor:
+        """What `forward` gives, from y = W0 x + b."""
+        if self.magnitude is None:
+            return y + self.update(x).to(y.dtype)
+        bias = 0 if self.base.bias is None else self.base.bias
+        ratio = self.ratio()
+        return (ratio * (y - bias + self.update(x)) + bias).to(y.dtype)
+
+    def ratio(self) -> Tensor:
+        """DoRA: what each row of W0 + (alpha / r) B A is multiplied by, (O,)."""
+        assert self.magnitude is not None
+        versions = [t._version for t in (self.lora_A, self.lora_B, self.magnitude)]
+        if torch.is_grad_enabled() or self._ratio is None or self._ratio[0] != versions:
+            found = self.magnitude / self.row_norm()
+            if torch.is_grad_enabled():
+                return found
+            self._ratio = versions, found
+        return self._ratio[1]
 
     def update(self, x: Tensor) -> Tensor:
         """(alpha / r) B A x: (..., I) -> (..., O), computed in the adapter's dtype."""
@@ -204,21 +224,25 @@ def together(x: Tensor, layers: Sequence[nn.Module]) -> list[Tensor]:
     Semantics:
         [layer(x) for layer in layers]
     """
-    plain = [layer for layer in layers if _is_plain(layer, x)]
+    plain = [layer for layer in layers if is_plain(layer) and _one_for_all(layer, x)]
     updated = [Updated(layer.base, *layer.factors()) for layer in plain]
     found = iter(linears_with_updates(x, updated) if updated else ())
     return [next(found) if layer in plain else layer(x) for layer in layers]
 
 
-def _is_plain(layer: nn.Module, x: Tensor) -> TypeGuard[LinearWithLoRA]:
-    """Whether W0 x + (alpha / r) B A x is all that the layer does, to one input for all."""
+def is_plain(layer: nn.Module) -> TypeGuard[LinearWithLoRA]:
+    """Whether W0 x + (alpha / r) B A x is all that the layer does."""
     return (
         type(layer) is LinearWithLoRA
-        and not (layer.merged or (layer.training and layer.dropout.p))
+        and not layer.merged
         and layer.magnitude is None
         and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks)
-        and can_fuse(layer.base, x)
     )
+
+
+def _one_for_all(layer: LinearWithLoRA, x: Tensor) -> bool:
+    """Whether the updates of several such layers get the very same input."""
+    return not (layer.training and layer.dropout.p) and can_fuse(layer.base, x)
 
 
 def spread(B: Tensor, parts: Sequence[Rows], rows: int, rank: int) -> Tensor:

@@ -1,0 +1,291 @@
+"""One batch, each row through its own adapter.
+
+The rows of an adapter stand together, so a batch is a list of spans, and what they mean is
+`one_by_one`: every span through its own module. The quick way runs the base once for all rows and
+then adds to each span what its adapter adds; no adapter pays for the rank of another one. Sources:
+punica (Chen et al. 2023, arXiv:2310.18547) for many adapters on one base product, mLoRA (Ye et al.
+2023, arXiv:2312.02515) for training them so. Axes: N rows, I in_features, O out_features, R rank.
+"""
+
+import contextlib
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from loralab.adapters.attach import Adapter
+from loralab.adapters.fused import can_fuse
+from loralab.adapters.linear import is_plain
+from loralab.adapters.linear import together as alone_together
+from loralab.adapters.prefix import AttentionWithPrefix
+from loralab.adapters.prompt import Keeper
+from loralab.adapters.spans import Factors, Updates, linears_by_span, stacked_update
+from loralab.adapters.wrapper import Wrapper
+from loralab.errors import AdapterStateError
+
+FEW = 4  # spans whose updates are quicker one after the other than stacked
+
+
+class Span(NamedTuple):
+    """Rows `start` to `stop` of a batch belong to the adapter `key`; None is the base alone."""
+
+    key: Hashable
+    start: int
+    stop: int
+
+
+class Bank:
+    """Adapters side by side in one model, by keys of the caller's choice.
+
+    The modules of the adapters are those of other copies of the same model, or of adapters that
+    were attached to this one and detached again: only their base is shared. Without `routed` the
+    model is the base model.
+
+    Args:
+        model: without an adapter of its own; its modules are replaced in place.
+        around: what a member's own code runs in, such as its own random numbers.
+    """
+
+    def __init__(
+        self, model: nn.Module,
+        around: Callable[[Hashable], AbstractContextManager[Any]] | None = None,
+    ) -> None:  # fmt: skip
+        self.model = model
+        self.spans: tuple[Span, ...] = ()
+        self.around = around or (lambda key: contextlib.nullcontext())
+        self._places: dict[str, Grouped] = {}
+
+    def put(self, key: Hashable, adapter: Adapter) -> None:
+        """Take an adapter's modules in.
+
+        Raises:
+            AdapterStateError: the adapter cannot share a batch.
+        """
+        modules: dict[str, nn.Module] = {**adapter.modules, **adapter.saved}
+        if reason := cannot_share(modules):
+            raise AdapterStateError(reason)
+        for path, module in modules.items():
+            if path not in self._places:
+                self._places[path] = self._replace(path)
+            self._places[path].members[key] = module
+
+    def drop(self, key: Hashable) -> None:
+        """Let go of an adapter; a place that no adapter needs gets its own module back."""
+        for path, place in list(self._places.items()):
+            place.forget(key)
+            if not place.members:
+                self._set(path, place.base)
+                del self._places[path]
+
+    def remove(self) -> None:
+        """Leave the model as it was."""
+        for path, place in self._places.items():
+            self._set(path, place.base)
+        self._places.clear()
+
+    @contextlib.contextmanager
+    def routed(self, spans: Sequence[Span]) -> Iterator[None]:
+        """The model with the rows of a batch sent through their adapters.
+
+        Rows are the first axis of what the model's modules get, or the second where that is 1.
+
+        Raises:
+            AdapterStateError: the spans leave rows out, or meet.
+        """
+        _require_whole(spans)
+        before, self.spans = self.spans, tuple(spans)
+        try:
+            yield
+        finally:
+            self.spans = before
+
+    def _replace(self, path: str) -> "Grouped":
+        place = Grouped(self.model.get_submodule(path), self)
+        place.train(place.base.training)
+        self._set(path, place)
+        return place
+
+    def _set(self, path: str, module: nn.Module) -> None:
+        """Put a module in the place of the one at a path, wherever that one stands."""
+        old = self.model.get_submodule(path)
+        for parent in list(self.model.modules()):
+            for name, child in parent._modules.items():
+                if child is old and parent is not module:
+                    setattr(parent, name, module)
+
+
+class Grouped(Wrapper):
+    """A module of the base, and what each adapter has in its place."""
+
+    cannot_merge = "several adapters share this module; merge one of them on a model of its own"
+
+    def __init__(self, base: nn.Module, bank: Bank) -> None:
+        super().__init__(base)
+        self.members: dict[Hashable, Any] = {}  # no parameters of this module
+        self._bank = (bank,)
+        self._stacked: tuple[tuple[int, ...], list[Factors]] = ((), [])
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        """What the base gives, or every span's own module."""
+        spans = self._bank[0].spans
+        if not any(span.key in self.members for span in spans):
+            return self.base(*inputs, **named)
+        alone = len(inputs) == 1 and not named and inputs[0].is_floating_point()
+        if alone and (found := self.updated(inputs[0], [self])):
+            return found[0]
+        return self._one_by_one(spans, inputs, named)
+
+    def forget(self, key: Hashable) -> None:
+        """Drop a member."""
+        self.members.pop(key, None)
+        self._stacked = ((), [])
+
+    def updated(self, x: Tensor, layers: Sequence["Grouped"]) -> tuple[Tensor, ...] | None:
+        """Layers that read the same input, where all updates are plain low-rank ones."""
+        bank = self._bank[0]
+        spans, rows = bank.spans, _rows(x, bank.spans)
+        chosen = [(s, [layer.members.get(s.key) for layer in layers]) for s in spans]
+        chosen = [(s, own) for s, own in chosen if any(m is not None for m in own)]
+        members = [m for _, own in chosen for m in own if m is not None]
+        if not all(is_plain(m) for m in members) or not all(can_fuse(g.base, x) for g in layers):
+            return None
+        grad = torch.is_grad_enabled() and (
+            x.requires_grad or any(p.requires_grad for m in members for p in m.trained().values())
+        )
+        if not grad and len(chosen) > FEW:
+            return tuple(g._added_at_once(x, g.base(x), rows) for g in layers)
+        times = rows // spans[-1].stop
+        updates = [
+            Updates(s.start * times, s.stop * times, [_factors(m) for m in own], self._mask(s, own))
+            for s, own in chosen
+        ]
+        return linears_by_span(x, [g.base for g in layers], updates)
+
+    def _added_at_once(self, x: Tensor, y: Tensor, rows: int) -> Tensor:
+        """The updates of all spans in two products, as one of all their ranks."""
+        spans = self._bank[0].spans
+        present = tuple(s for s in spans if s.key in self.members)
+        ids = tuple(id(self.members[s.key]) for s in present)
+        if self._stacked[0] != ids:  # the weights are not trained here: kept while the set stays
+            self._stacked = (ids, [self.members[s.key].factors() for s in present])
+        times = rows // spans[-1].stop
+        ranges = [(s.start * times, s.stop * times) for s in present]
+        return stacked_update(x, y, self._stacked[1], ranges)
+
+    def _mask(self, span: Span, members: Sequence[Any]) -> Callable[[Tensor], Tensor | None] | None:
+        """What draws the dropout of a span's input; None without."""
+        dropping = [m for m in members if m is not None and m.training and m.dropout.p]
+        if not dropping:
+            return None
+
+        def draw(x: Tensor) -> Tensor | None:
+            with self._bank[0].around(span.key):
+                return dropping[0]._dropout_mask(x)
+
+        return draw
+
+    def _one_by_one(self, spans: Sequence[Span], inputs: Any, named: Mapping[str, Any]) -> Any:
+        """What it means; the base runs once where members only change what it gives."""
+        axis, total = _axis([*inputs, *named.values()], spans)
+        present = [self.members.get(s.key) for s in spans]
+        whole = None
+        if any(m is None or hasattr(m, "after") for m in present):
+            whole = self.base(*inputs, **named)
+        found = []
+        for span, member in zip(spans, present, strict=True):
+
+            def cut(value: Any, span: Span = span) -> Any:
+                return _cut(value, axis, total, span)
+
+            if member is None or hasattr(member, "after"):
+                part = cut(whole)
+                if member is not None:
+                    with self._bank[0].around(span.key):
+                        part = member.after(part, *map(cut, inputs))
+            else:
+                with self._bank[0].around(span.key):
+                    part = member(*map(cut, inputs), **{k: cut(v) for k, v in named.items()})
+            found.append(part)
+        return _joined(found, axis)
+
+
+def together(x: Tensor, layers: Sequence[nn.Module]) -> list[Tensor]:
+    """The outputs of layers that read the same input, (..., I) -> (..., O) each.
+
+    Semantics:
+        [layer(x) for layer in layers]
+    """
+    grouped = [layer for layer in layers if isinstance(layer, Grouped)]
+    if len(grouped) == len(layers):
+        spans = grouped[0]._bank[0].spans
+        if any(s.key in layer.members for s in spans for layer in grouped):
+            found = grouped[0].updated(x, grouped)
+            return [layer(x) for layer in layers] if found is None else list(found)
+    return alone_together(x, layers)
+
+
+def cannot_share(modules: Mapping[str, nn.Module]) -> str:
+    """Why modules cannot stand in one batch with those of other adapters; empty if they can."""
+    for path, module in modules.items():
+        if isinstance(module, AttentionWithPrefix | Keeper):
+            return f"{path}: a prefix stands in front of a row, not in a module"
+    return ""
+
+
+def _factors(member: Any) -> Factors | None:
+    return None if member is None else member.factors()
+
+
+def _require_whole(spans: Sequence[Span]) -> None:
+    ends = [0, *(span.stop for span in spans)]
+    if not spans or any(s.start != end or s.stop <= s.start for s, end in zip(spans, ends)):  # noqa: B905
+        raise AdapterStateError(f"spans must follow each other from row 0 on, got {list(spans)}")
+
+
+def _axis(values: Sequence[Any], spans: Sequence[Span]) -> tuple[int, int]:
+    """Which axis of a module's inputs counts the rows, and how many there are."""
+    total = spans[-1].stop
+    for value in values:
+        if isinstance(value, Tensor):
+            if value.shape[0] == total:
+                return 0, total
+            if value.ndim > 1 and value.shape[0] == 1 and value.shape[1] == total:
+                return 1, total
+    shapes = [tuple(v.shape) for v in values if isinstance(v, Tensor)]
+    raise AdapterStateError(f"a module got {shapes} where the batch has {total} rows")
+
+
+def _rows(x: Tensor, spans: Sequence[Span]) -> int:
+    """The rows of x (..., I); each row of the batch may be several."""
+    rows = x.numel() // x.shape[-1]
+    if x.shape[0] not in (1, spans[-1].stop) or rows % spans[-1].stop:
+        raise AdapterStateError(
+            f"a module got {tuple(x.shape)} where the batch has {spans[-1].stop} rows"
+        )
+    return rows
+
+
+def _cut(value: Any, axis: int, total: int, span: Span) -> Any:
+    """The rows of one span, of tensors that have all rows; what else there is stays whole."""
+    if isinstance(value, Tensor) and value.ndim > axis and value.shape[axis] == total:
+        return value.narrow(axis, span.start, span.stop - span.start)
+    if isinstance(value, tuple):
+        return tuple(_cut(inner, axis, total, span) for inner in value)
+    return value
+
+
+def _joined(parts: Sequence[Any], axis: int) -> Any:
+    """Outputs one after the other; heads of fewer classes get minus infinity in the others."""
+    if isinstance(parts[0], tuple):
+        return tuple(_joined(own, axis) for own in zip(*parts, strict=True))
+    if not isinstance(parts[0], Tensor):
+        return parts[0]
+    widest = max(part.shape[-1] for part in parts)
+    room = [(0, widest - part.shape[-1]) for part in parts]
+    padded = [
+        part if not right else nn.functional.pad(part, (left, right), value=-torch.inf)
+        for part, (left, right) in zip(parts, room, strict=True)
+    ]
+    return torch.cat(padded, dim=axis)

@@ -1,0 +1,156 @@
+"""Frozen layers and the low-rank updates of some spans of rows, in one autograd function.
+
+fused.py has the equation and the gradients; here each span has factors of its own, and the
+product with the base's weight is one for all rows. Axes: N rows, I in_features, O out_features,
+R rank.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from loralab.adapters.bases import is_conv1d, is_quantized
+from loralab.adapters.fused import Layout, base_output, flat_rows
+from loralab.adapters.thin import down, outer, up
+
+Factors = tuple[Tensor, Tensor, float]  # A (R, I), B (O, R) and what B A is multiplied by
+
+
+class Updates(NamedTuple):
+    """Rows start to stop have these factors, one pair (or none) for each layer."""
+
+    start: int
+    stop: int
+    factors: Sequence[Factors | None]
+    mask: Callable[[Tensor], Tensor | None] | None  # draws what the input is multiplied by
+
+
+class _Part(NamedTuple):
+    """What the function must know of one update besides its tensors."""
+
+    start: int
+    stop: int
+    layer: int
+    scaling: float
+    mask: Tensor | None
+
+
+def linears_by_span(
+    x: Tensor, bases: Sequence[nn.Module], updates: Sequence[Updates]
+) -> tuple[Tensor, ...]:
+    """x (..., I) -> (..., O) through each of some frozen layers, spans of rows with updates.
+
+    Semantics:
+        for each base: y = base(x); for each span: y[span] += s * ((x[span] * mask) @ A.T) @ B.T
+    """
+    flat = flat_rows(x)
+    parts, tensors = [], []
+    for start, stop, factors, draw in updates:
+        mask = None if draw is None else draw(flat[start:stop])
+        for layer, own in enumerate(factors):
+            if own is not None:
+                parts.append(_Part(start, stop, layer, own[2], mask))
+                tensors += [own[0], own[1]]
+    layouts = tuple(
+        Layout(1.0, is_conv1d(b), b.dequantize if is_quantized(b) else None)  # type: ignore[arg-type]
+        for b in bases
+    )
+    weights = [tensor for base in bases for tensor in (base.weight, base.bias)]
+    return _LinearsBySpan.apply(x, tuple(parts), layouts, *weights, *tensors)
+
+
+def stacked_update(
+    x: Tensor, y: Tensor, factors: Sequence[Factors], ranges: Sequence[tuple[int, int]]
+) -> Tensor:
+    """y plus the updates of ranges of rows in two products: all ranks side by side, and a mask.
+
+    Only for inference: every row meets every A, which costs little as long as rows are few.
+    """
+    flat, out = flat_rows(x), flat_rows(y)
+    A = torch.cat([a for a, _, _ in factors]).to(x.dtype)
+    B = torch.cat([s * b for _, b, s in factors], dim=1).to(x.dtype)
+    low = flat @ A.T
+    kept = torch.zeros_like(low)
+    column = 0
+    for (a, _, _), (start, stop) in zip(factors, ranges, strict=True):
+        here = slice(column, column + len(a))
+        kept[start:stop, here] = low[start:stop, here]
+        column += len(a)
+    return torch.addmm(out, kept, B.T).view(y.shape)
+
+
+class _LinearsBySpan(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, parts: tuple[_Part, ...], layouts: tuple[Layout, ...], *tensors: Any
+    ) -> tuple[Tensor, ...]:
+        count = len(layouts)
+        weights, biases = tensors[: 2 * count : 2], tensors[1 : 2 * count : 2]
+        As, Bs = tensors[2 * count :: 2], tensors[2 * count + 1 :: 2]
+        flat, lows = flat_rows(x), []
+        outputs = [
+            base_output(x, w, b, own) for w, b, own in zip(weights, biases, layouts, strict=True)
+        ]
+        for part, A, B in zip(parts, As, Bs, strict=True):
+            low = down([_input(flat, part)], [A], part.scaling)
+            up(flat_rows(outputs[part.layer])[part.start : part.stop], low, B.T)
+            lows.append(low)
+        ctx.save_for_backward(x, *weights, *As, *Bs, *lows)
+        ctx.parts, ctx.layouts = parts, layouts
+        return tuple(outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
+        x, *rest = ctx.saved_tensors
+        parts, layouts, needed = ctx.parts, ctx.layouts, ctx.needs_input_grad
+        count, size = len(layouts), len(parts)
+        weights, As, Bs, lows = (
+            rest[:count], rest[count : count + size], rest[count + size : count + 2 * size],
+            rest[count + 2 * size :],
+        )  # fmt: skip
+        flat, dflat = flat_rows(x), [flat_rows(dy).contiguous() for dy in dys]
+        dx = _through_bases(dflat, weights, layouts) if needed[0] else None
+        gradients: list[Tensor | None] = []
+        first = 3 + 2 * count
+        for i, (part, A, B) in enumerate(zip(parts, As, Bs, strict=True)):
+            dy = dflat[part.layer][part.start : part.stop]
+            G = down([dy], [B.T], part.scaling)
+            dA = dB = None
+            if needed[first + 2 * i]:
+                dA = outer(_input(flat, part), G, 0, len(A)).to(A.dtype)
+            if needed[first + 2 * i + 1]:
+                dB = outer(dy, lows[i], 0, len(A), turned=True).to(B.dtype)
+            gradients += [dA, dB]
+            if dx is not None:
+                _add_through_update(dx[part.start : part.stop], G, A, part.mask)
+        dx = None if dx is None else dx.view(x.shape)
+        return (dx, None, None, *[None] * (2 * count), *gradients)
+
+
+def _input(flat: Tensor, part: _Part) -> Tensor:
+    own = flat[part.start : part.stop]
+    return own if part.mask is None else own * part.mask
+
+
+def _through_bases(
+    dys: Sequence[Tensor], weights: Sequence[Tensor], layouts: Sequence[Layout]
+) -> Tensor:
+    """dx (N, I): the sum over all layers of dy W."""
+    dx: Tensor | None = None
+    for dy, weight, layout in zip(dys, weights, layouts, strict=True):
+        W = weight if layout.unpack is None else layout.unpack().to(dy.dtype)
+        W = W.T if layout.transposed else W
+        dx = dy @ W if dx is None else dx.addmm_(dy, W)
+    assert dx is not None
+    return dx
+
+
+def _add_through_update(dx: Tensor, G: Tensor, A: Tensor, mask: Tensor | None) -> None:
+    if mask is None:
+        up(dx, G, A)
+    else:
+        dx.addcmul_(G @ A.to(G.dtype), mask)
