@@ -20,11 +20,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tasks": BASE,
     "training": LEAVES | {"adapters", "models", "tasks"},
     "artefacts": BASE | {"adapters", "models", "tasks"},
+    "serving": LEAVES | {"adapters", "models", "tasks"},
     "studies": BASE | {"adapters", "models", "tasks", "training", "artefacts"},
 }
 # third-party names, where restricted
 MAY_INSTALL = {"native": {"torch"}, "adapters": {"torch", "safetensors"}}
-TORCH_FREE = ["adapters/methods.py", "training/settings.py", "errors.py", "atomic.py",
+TORCH_FREE = ["adapters/methods.py", "serving/request.py", "training/settings.py", "errors.py", "atomic.py",
               "studies/study.py", "studies/catalog.py", "studies/fields.py"]  # fmt: skip
 
 

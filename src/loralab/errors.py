@@ -7,9 +7,11 @@ LoralabError
 │   ├── ModelError        a base model that does not exist or cannot be read (ValueError)
 │   ├── DataError         rows, columns, labels or a data file               (ValueError)
 │   ├── AdapterFileError  an adapter folder that is damaged, foreign or unsafe (ValueError)
+│   ├── AdapterNotFoundError a name or digest that the store does not know  (LookupError)
 │   └── OutputError       the place to write to cannot be used               (OSError)
 └── RunError              the check or the run failed: exit code 1
     ├── AdapterStateError an operation that the adapter's present state forbids (RuntimeError)
+    ├── QueueFullError    too much is asked at once; ask again later          (RuntimeError)
     ├── LearningError     the run cannot learn, or its numbers are no longer finite (RuntimeError)
     └── CertificateError  an artefact does not do what the live model does    (RuntimeError)
 
@@ -49,6 +51,10 @@ class AdapterFileError(InputError, ValueError):
     """An adapter folder is damaged, belongs elsewhere, or cannot be read safely."""
 
 
+class AdapterNotFoundError(InputError, LookupError):
+    """The store has no adapter of this name or digest."""
+
+
 class OutputError(InputError, OSError):
     """The place to write to is taken, full or not writable."""
 
@@ -59,6 +65,10 @@ class RunError(LoralabError):
 
 class AdapterStateError(RunError, RuntimeError):
     """The operation does not fit the adapter's present state."""
+
+
+class QueueFullError(RunError, RuntimeError):
+    """Too much is asked at once; ask again later."""
 
 
 class LearningError(RunError, RuntimeError):

@@ -1,0 +1,1 @@
+"""Many adapters, one base, one batch."""

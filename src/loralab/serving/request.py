@@ -1,0 +1,174 @@
+"""What is asked of the engine and what comes back: plain values, standard library only."""
+
+import math
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from loralab.errors import ConfigError, RunError
+
+STOP, LENGTH, CANCELLED, FAILED = "stop", "length", "cancelled", "error"
+MOST_STOPS, MOST_LOGPROBS = 16, 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How tokens are chosen, and when to end.
+
+    `logprobs` is how many alternatives are told at each token (0: only of the token that was
+    chosen; None: nothing). `stop` strings end the answer before they begin.
+    """
+
+    max_tokens: int = 16
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    logprobs: int | None = None
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        _within("max_tokens", self.max_tokens, 1, math.inf)
+        _within("temperature", self.temperature, 0, 100)
+        _within("top_k", self.top_k, 0, math.inf)
+        _within("top_p", self.top_p, 0, 1)
+        if self.top_p == 0:
+            raise ConfigError("top_p must be above 0; greedy is temperature 0")
+        if self.seed is not None:
+            _within("seed", self.seed, 0, 2**63 - 1)
+        if self.logprobs is not None:
+            _within("logprobs", self.logprobs, 0, MOST_LOGPROBS)
+        if len(self.stop) > MOST_STOPS or not all(self.stop):
+            raise ConfigError(f"stop takes at most {MOST_STOPS} texts, none of them empty")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether nothing is drawn."""
+        return self.temperature == 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chosen:
+    """One token of an answer; `top` are the likeliest tokens with their log-probabilities."""
+
+    token: int
+    text: str
+    logprob: float
+    top: tuple[tuple[int, str, float], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """More of an answer: text that can no longer change, and the tokens since the last piece."""
+
+    text: str
+    tokens: tuple[int, ...]
+    logprobs: tuple[Chosen, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """The end of an answer: why, and what it took. `error` is empty unless the reason is one."""
+
+    reason: str
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int = 0
+    error: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranked:
+    """The classes of one input with their probabilities, the likeliest first."""
+
+    label: str
+    probabilities: dict[str, float]
+    tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completed:
+    """A whole answer."""
+
+    text: str
+    tokens: tuple[int, ...]
+    logprobs: tuple[Chosen, ...]
+    finished: Finished
+    adapter: str | None
+    digest: str | None
+
+
+Event = Piece | Finished
+
+
+@dataclass(kw_only=True)
+class Answer:
+    """An answer on its way. Iterate over it, wait for `result()`, or listen.
+
+    Attributes:
+        digest: of the adapter that answers; it stays, even if the name is given to another one.
+        cancel: stop as soon as the present step is over; harmless once it has finished.
+    """
+
+    id: str
+    adapter: str | None
+    digest: str | None
+    cancel: Callable[[], None]
+    _events: "queue.SimpleQueue[Event]" = field(default_factory=queue.SimpleQueue)
+    _listener: Callable[[Event], None] | None = None
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def listen(self, listener: Callable[[Event], None]) -> None:
+        """Hand every event, those that came already too, to a function that must not block."""
+        with self._lock:
+            self._listener = listener
+            while not self._events.empty():
+                listener(self._events.get())
+
+    def tell(self, event: Event) -> None:
+        """Called by the engine."""
+        with self._lock:
+            if self._listener is not None:
+                self._listener(event)
+            else:
+                self._events.put(event)
+
+    def __iter__(self) -> Iterator[Event]:
+        """The events as they come, the last one is Finished."""
+        while True:
+            event = self._events.get()
+            yield event
+            if isinstance(event, Finished):
+                return
+
+    def result(self) -> Completed:
+        """Wait for the end.
+
+        Raises:
+            RunError: the answer failed.
+        """
+        pieces: list[Piece] = []
+        end: Any = None
+        for event in self:
+            if isinstance(event, Finished):
+                end = event
+            else:
+                pieces.append(event)
+        if end.reason == FAILED:
+            raise RunError(end.error)
+        return Completed(
+            text="".join(piece.text for piece in pieces),
+            tokens=tuple(token for piece in pieces for token in piece.tokens),
+            logprobs=tuple(chosen for piece in pieces for chosen in piece.logprobs),
+            finished=end, adapter=self.adapter, digest=self.digest,
+        )  # fmt: skip
+
+
+def _within(name: str, value: float, least: float, most: float) -> None:
+    if isinstance(value, bool) or not math.isfinite(value) or not least <= value <= most:
+        bound = f"at least {least}" if most == math.inf else f"from {least} to {most}"
+        raise ConfigError(f"{name} must be {bound}, got {value}")
