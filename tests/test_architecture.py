@@ -25,7 +25,8 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 # third-party names, where restricted
 MAY_INSTALL = {"native": {"torch"}, "adapters": {"torch", "safetensors"}}
-TORCH_FREE = ["adapters/methods.py", "serving/request.py", "training/settings.py", "errors.py", "atomic.py",
+TORCH_FREE = ["adapters/methods.py", "serving/request.py", "training/settings.py", "errors.py",
+              "atomic.py",
               "studies/study.py", "studies/catalog.py", "studies/fields.py"]  # fmt: skip
 
 
