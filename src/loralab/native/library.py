@@ -36,6 +36,7 @@ SIGNATURES = {
 DOTS = {  # of the files that need the processor's own dot products
     "attention": "pppppppplllllf", "attention_backward": "pppppppppppppplllllf",
     "low_down": "ppplllllllf", "low_up": "ppplllllll", "low_outer": "ppplllllll",
+    "llama_step": "pp",
 }  # fmt: skip
 C_TYPES = {"p": ctypes.c_void_p, "l": ctypes.c_long, "f": ctypes.c_float}
 
@@ -43,8 +44,8 @@ C_TYPES = {"p": ctypes.c_void_p, "l": ctypes.c_long, "f": ctypes.c_float}
 class Kernels:
     """The compiled functions; tensors are passed as their addresses, so they must be dense.
 
-    `dots` is whether those of attention.c and lowrank.c are among them, which need AVX-512 with
-    bfloat16.
+    `dots` is whether those of attention.c, lowrank.c and serve.c are among them, which need AVX-512
+    with bfloat16.
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:
@@ -61,6 +62,10 @@ class Kernels:
         assert all(not isinstance(a, Tensor) or a.is_contiguous() for a in arguments)
         plain = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
         self._functions[name](*plain, torch.get_num_threads())
+
+    def addressed(self, name: str, *addresses: int) -> None:
+        """Run one of the functions on structures of the caller's."""
+        self._functions[name](*addresses, torch.get_num_threads())
 
     def thin(self, name: str, x: Tensor, M: Tensor, low: Tensor, start: int, *scale: float) -> None:
         """Run one of lowrank.c's: x (N, W) dense, M (R, W) of any strides, low (N, R or more)."""

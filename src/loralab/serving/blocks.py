@@ -1,0 +1,90 @@
+"""Blocks of keys and values: who owns them, and which hold a beginning that can be used again.
+
+A full block is known by a chain of digests that starts at the adapter's: the same words under
+another adapter, or behind other words, are another block. No tensors here: a block is a number.
+"""
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Sequence
+
+SIZE = 16  # places in a block
+
+
+class Blocks:
+    """`count` blocks, counted references, and those that are free but still known."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._unknown = list(range(count - 1, -1, -1))  # free, holding nothing
+        self._resting: OrderedDict[int, bytes] = OrderedDict()  # free but known, oldest first
+        self._users = [0] * count
+        self._named: dict[bytes, int] = {}
+        self._name: dict[int, bytes] = {}
+
+    @property
+    def free(self) -> int:
+        """How many can be taken."""
+        return len(self._unknown) + len(self._resting)
+
+    def match(self, root: str, tokens: Sequence[int]) -> list[int]:
+        """Take the blocks that hold the longest known beginning of some tokens."""
+        found: list[int] = []
+        for name in names(root, tokens):
+            block = self._named.get(name)
+            if block is None:
+                break
+            self._use(block)
+            found.append(block)
+        return found
+
+    def take(self, count: int) -> list[int] | None:
+        """Take so many blocks, forgetting what was used the longest ago; None if there are fewer."""
+        if count > self.free:
+            return None
+        found = []
+        for _ in range(count):
+            if self._unknown:
+                block = self._unknown.pop()
+            else:
+                block, name = self._resting.popitem(last=False)
+                del self._named[name], self._name[block]
+            self._users[block] = 1
+            found.append(block)
+        return found
+
+    def keep(self, root: str, tokens: Sequence[int], blocks: Sequence[int]) -> None:
+        """Remember what the full ones of a request's blocks hold."""
+        for name, block in zip(names(root, tokens), blocks, strict=False):
+            if name not in self._named and block not in self._name:
+                self._named[name], self._name[block] = block, name
+
+    def give_back(self, blocks: Sequence[int]) -> None:
+        """One user less; the end of a beginning is forgotten before its start."""
+        for block in reversed(blocks):
+            self._users[block] -= 1
+            if self._users[block]:
+                continue
+            if block in self._name:
+                self._resting[block] = self._name[block]
+            else:
+                self._unknown.append(block)
+
+    def _use(self, block: int) -> None:
+        self._users[block] += 1
+        self._resting.pop(block, None)
+
+
+def names(root: str, tokens: Sequence[int]) -> list[bytes]:
+    """The names of the full blocks of some tokens, each from the one before it."""
+    found, name = [], root.encode()
+    for start in range(0, len(tokens) - SIZE + 1, SIZE):
+        part = ",".join(map(str, tokens[start : start + SIZE]))
+        name = hashlib.blake2b(name + b"\0" + part.encode(), digest_size=16).digest()
+        found.append(name)
+    return found
+
+
+def needed(tokens: int) -> int:
+    """Blocks for so many tokens."""
+    return -(-tokens // SIZE)

@@ -1,0 +1,197 @@
+"""Llama-shaped models in bfloat16 on the processor: a whole step in one call of native/serve.c.
+
+The weights stay where torch has them. LoRA of any rank, DoRA and (IA)3 on the seven projections
+are part of the step; requests of other adapters go through serving/packed.py.
+"""
+
+import ctypes
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loralab.adapters.attach import Adapter
+from loralab.adapters.ia3 import LinearWithIA3
+from loralab.adapters.linear import LinearWithLoRA
+from loralab.native.library import kernels_for
+from loralab.serving.passes import Pass, Pool
+
+PROJECTIONS = (
+    "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+    "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
+)  # fmt: skip
+LLAMA_LIKE = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
+_COUNTS = ("layers", "h", "f", "heads", "groups", "d", "vocabulary")
+_BATCH = ("x", "cos", "sin", "place", "request", "tables", "span", "adapters", "asked", "logits")
+
+
+class _Model(ctypes.Structure):
+    _fields_ = [
+        *[(name, ctypes.c_int64) for name in _COUNTS],
+        ("eps", ctypes.c_double), ("scale", ctypes.c_double),
+        *[(name, ctypes.c_void_p) for name in ("weights", "final_norm", "head", "keys", "values")],
+        ("blocks", ctypes.c_int64),
+    ]  # fmt: skip
+
+
+class _Batch(ctypes.Structure):
+    _fields_ = [
+        *[(name, ctypes.c_int64) for name in ("n", "spans", "width", "m")],
+        *[(name, ctypes.c_void_p) for name in _BATCH],
+    ]
+
+
+class _Update(ctypes.Structure):
+    _fields_ = [
+        *[(name, ctypes.c_void_p) for name in ("a", "b", "ratio", "after", "before")],
+        ("r", ctypes.c_int64),
+    ]
+
+
+class Compiled:
+    """A Llama-shaped model as one function of a pass."""
+
+    def __init__(self, model: Any, pool: Pool) -> None:
+        self._model, self._pool = model, pool
+        self._adapters: dict[Hashable, tuple[Any, list[Tensor]]] = {}
+        config, inner = model.config, model.model
+        self._weights = torch.tensor([_addresses(layer) for layer in inner.layers])
+        attention = inner.layers[0].self_attn
+        self._head = model.get_output_embeddings().weight
+        self._structure = _Model(
+            layers=len(inner.layers), h=config.hidden_size, f=config.intermediate_size,
+            heads=config.num_attention_heads, groups=config.num_key_value_heads,
+            d=attention.head_dim, vocabulary=len(self._head), eps=inner.norm.variance_epsilon,
+            scale=attention.scaling, weights=self._weights.data_ptr(),
+            final_norm=inner.norm.weight.data_ptr(), head=self._head.data_ptr(),
+            keys=pool.keys.data_ptr(), values=pool.values.data_ptr(), blocks=pool.keys.shape[1],
+        )  # fmt: skip
+
+    def put(self, key: Hashable, adapter: Adapter) -> bool:
+        """Take an adapter in; False if it has something that this way does not know."""
+        if not takes(adapter):
+            return False
+        table = (_Update * (self._structure.layers * len(PROJECTIONS)))()
+        kept: list[Tensor] = []
+        for path, module in adapter.modules.items():
+            number, name = _layer_and_name(path)
+            own = _update_of(module)
+            kept += own.values()
+            place = table[number * len(PROJECTIONS) + PROJECTIONS.index(name)]
+            for field, tensor in own.items():
+                setattr(place, field, tensor.data_ptr())
+            place.r = len(own["a"]) if "a" in own else 0
+        self._adapters[key] = table, kept
+        return True
+
+    def drop(self, key: Hashable) -> None:
+        """Let go of an adapter."""
+        self._adapters.pop(key, None)
+
+    @torch.no_grad()
+    def logits(self, step: Pass) -> Tensor:
+        """What the model says to the tokens that are asked, (m, V) in fp32."""
+        inner, n = self._model.model, len(step.ids)
+        x = inner.embed_tokens(torch.tensor(step.ids))
+        place = torch.tensor(step.places)
+        cos, sin = (a[0].contiguous() for a in inner.rotary_emb(x[None], place[None]))
+        width = max(map(len, step.tables))
+        tables = torch.tensor([[*t, *[0] * (width - len(t))] for t in step.tables]).int()
+        keys = list(dict.fromkeys(span.key for span in step.spans if span.key is not None))
+        number = {key: i for i, key in enumerate(keys)}
+        spans = [(s.start, s.stop, number.get(s.key, -1)) for s in step.spans]
+        out = torch.empty(len(step.asked), self._structure.vocabulary)
+        tensors: Mapping[str, Tensor] = {
+            "x": x, "cos": cos, "sin": sin, "place": place.int(), "tables": tables,
+            "request": torch.tensor(step.rows).int(), "span": torch.tensor(spans),
+            "adapters": torch.tensor([ctypes.addressof(self._adapters[key][0]) for key in keys]),
+            "asked": torch.tensor(step.asked), "logits": out,
+        }  # fmt: skip
+        batch = _Batch(
+            n=n, spans=len(spans), width=width, m=len(step.asked),
+            **{name: tensor.data_ptr() for name, tensor in tensors.items()},
+        )  # fmt: skip
+        native = kernels_for(x)
+        assert native is not None
+        native.addressed("llama_step", ctypes.addressof(self._structure), ctypes.addressof(batch))
+        return out
+
+
+def suits(model: Any) -> str:
+    """Why a model cannot be compiled; empty if it looks as if it could."""
+    weight = next(model.parameters())
+    native = kernels_for(weight)
+    if native is None or not native.dots:
+        return "it needs bfloat16 on a processor with AVX-512 BF16, and a C compiler"
+    if type(model).__name__ not in LLAMA_LIKE:
+        return f"{type(model).__name__} is not one of {', '.join(LLAMA_LIKE)}"
+    config, layer = model.config, model.model.layers[0]
+    kinds = getattr(config, "layer_types", None) or []
+    if getattr(layer.self_attn, "sliding_window", None) or any("sliding" in k for k in kinds):
+        return "its attention has a window"
+    if type(layer.mlp.act_fn).__name__ not in ("SiLU", "SiLUActivation"):
+        return f"its activation is {type(layer.mlp.act_fn).__name__}"
+    linears = [layer.get_submodule(name) for name in PROJECTIONS]
+    if any(type(m) is not nn.Linear or not m.weight.is_contiguous() for m in linears):
+        return "its layers are not plain"
+    biased = (layer.self_attn.o_proj, layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj)
+    if any(m.bias is not None for m in biased) or model.get_output_embeddings().bias is not None:
+        return "its layers have biases in unusual places"
+    sizes = (config.hidden_size, config.intermediate_size, layer.self_attn.head_dim)
+    return "" if all(size % 32 == 0 for size in sizes) else f"its sizes {sizes} are uneven"
+
+
+def takes(adapter: Adapter) -> bool:
+    """Whether all that an adapter changes is among what the compiled step knows."""
+    return not adapter.saved and all(_known(p, m) for p, m in adapter.modules.items())
+
+
+def _known(path: str, module: Any) -> bool:
+    place = _layer_and_name(path)
+    if place is None or place[1] not in PROJECTIONS:
+        return False
+    if type(module) is LinearWithIA3:
+        return module.feedforward == (place[1] == "mlp.down_proj")
+    return type(module) is LinearWithLoRA
+
+
+def _layer_and_name(path: str) -> Any:
+    """model.layers.3.mlp.up_proj -> (3, "mlp.up_proj")."""
+    parts = path.split(".")
+    if parts[:2] != ["model", "layers"] or len(parts) != 5 or not parts[2].isdecimal():
+        return None
+    return int(parts[2]), ".".join(parts[3:])
+
+
+@torch.no_grad()
+def _update_of(module: Any) -> dict[str, Tensor]:
+    """What serve.c reads of a module; the scaling goes into B."""
+    if isinstance(module, LinearWithIA3):
+        scale = module.ia3_l.detach().flatten().float().contiguous()
+        return {"before" if module.feedforward else "after": scale}
+    A, B, scaling = module.factors()
+    found = {"a": A.bfloat16().contiguous(), "b": _pairs(scaling * B)}
+    if module.magnitude is not None:
+        found["ratio"] = module.ratio().float().contiguous()
+    return found
+
+
+def _pairs(B: Tensor) -> Tensor:
+    """B (O, R) -> (R / 2, O, 2): pairs of neighbours in R, which the processor multiplies at once."""
+    rows, rank = B.shape
+    even = B.new_zeros(rank + rank % 2, rows)
+    even[:rank] = B.T
+    return even.view(-1, 2, rows).transpose(1, 2).bfloat16().contiguous()
+
+
+def _addresses(layer: Any) -> list[int]:
+    """The weights of a layer in the order of serve.c; 0 is none."""
+    own, mlp = layer.self_attn, layer.mlp
+    q, k, v = own.q_proj, own.k_proj, own.v_proj
+    tensors = (
+        layer.input_layernorm.weight, q.weight, k.weight, v.weight, q.bias, k.bias, v.bias,
+        own.o_proj.weight, layer.post_attention_layernorm.weight, mlp.gate_proj.weight,
+        mlp.up_proj.weight, mlp.down_proj.weight,
+    )  # fmt: skip
+    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
