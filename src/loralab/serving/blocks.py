@@ -39,7 +39,7 @@ class Blocks:
         return found
 
     def take(self, count: int) -> list[int] | None:
-        """Take so many blocks, forgetting what was used the longest ago; None if there are fewer."""
+        """Take so many blocks, forgetting what has rested longest; None if there are fewer."""
         if count > self.free:
             return None
         found = []

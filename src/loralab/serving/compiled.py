@@ -5,7 +5,7 @@ are part of the step; requests of other adapters go through serving/packed.py.
 """
 
 import ctypes
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -120,26 +120,31 @@ class Compiled:
 
 def suits(model: Any) -> str:
     """Why a model cannot be compiled; empty if it looks as if it could."""
-    weight = next(model.parameters())
-    native = kernels_for(weight)
+    native = kernels_for(next(model.parameters()))
     if native is None or not native.dots:
         return "it needs bfloat16 on a processor with AVX-512 BF16, and a C compiler"
     if type(model).__name__ not in LLAMA_LIKE:
         return f"{type(model).__name__} is not one of {', '.join(LLAMA_LIKE)}"
+    return next((reason for reason in _unusual(model) if reason), "")
+
+
+def _unusual(model: Any) -> Iterator[str]:
+    """What in a Llama-like model the compiled step does not know."""
     config, layer = model.config, model.model.layers[0]
     kinds = getattr(config, "layer_types", None) or []
     if getattr(layer.self_attn, "sliding_window", None) or any("sliding" in k for k in kinds):
-        return "its attention has a window"
+        yield "its attention has a window"
     if type(layer.mlp.act_fn).__name__ not in ("SiLU", "SiLUActivation"):
-        return f"its activation is {type(layer.mlp.act_fn).__name__}"
+        yield f"its activation is {type(layer.mlp.act_fn).__name__}"
     linears = [layer.get_submodule(name) for name in PROJECTIONS]
     if any(type(m) is not nn.Linear or not m.weight.is_contiguous() for m in linears):
-        return "its layers are not plain"
+        yield "its layers are not plain"
     biased = (layer.self_attn.o_proj, layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj)
     if any(m.bias is not None for m in biased) or model.get_output_embeddings().bias is not None:
-        return "its layers have biases in unusual places"
+        yield "its layers have biases in unusual places"
     sizes = (config.hidden_size, config.intermediate_size, layer.self_attn.head_dim)
-    return "" if all(size % 32 == 0 for size in sizes) else f"its sizes {sizes} are uneven"
+    if any(size % 32 for size in sizes):
+        yield f"its sizes {sizes} are uneven"
 
 
 def takes(adapter: Adapter) -> bool:
@@ -178,7 +183,7 @@ def _update_of(module: Any) -> dict[str, Tensor]:
 
 
 def _pairs(B: Tensor) -> Tensor:
-    """B (O, R) -> (R / 2, O, 2): pairs of neighbours in R, which the processor multiplies at once."""
+    """B (O, R) -> (R / 2, O, 2): pairs of neighbours in R, which are multiplied at once."""
     rows, rank = B.shape
     even = B.new_zeros(rank + rank % 2, rows)
     even[:rank] = B.T

@@ -16,6 +16,7 @@ class Pass:
     """Tokens of some requests, those of one adapter together.
 
     Attributes:
+        requests: their names; those of `rows`.
         ids: of the tokens.
         places: of the tokens among all that their request has in the cache, from 0.
         rows: the request of each token, an index into `tables`; a request's tokens stand together.
@@ -24,6 +25,7 @@ class Pass:
         asked: indices of the tokens whose logits are wanted.
     """
 
+    requests: Sequence[Hashable]
     ids: Sequence[int]
     places: Sequence[int]
     rows: Sequence[int]
@@ -43,7 +45,9 @@ class Pool:
         self.keys = torch.empty(shape, dtype=first.dtype, device=first.device)
         self.values = torch.empty(shape, dtype=first.dtype, device=first.device)
 
-    def write(self, table: Sequence[int], places: Sequence[int], front: Tensor) -> None:
+    def write(
+        self, request: Hashable, table: Sequence[int], places: Sequence[int], front: Tensor
+    ) -> None:
         """Put some of a prefix's keys and values (L, 2, H, P, D) into their places."""
         block = torch.tensor([table[place // SIZE] for place in places])
         slot = torch.tensor([place % SIZE for place in places])

@@ -1,0 +1,93 @@
+"""How adapters are served, and what one request may ask: frozen configurations.
+
+Standard library only: the command line builds its flags and its help from these classes.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Annotated
+
+from loralab.adapters.methods import check_choice
+from loralab.errors import ConfigError
+
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+QUANTIZERS = ("none", "nf4", "gguf")
+UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeSettings:
+    """What the engine may hold, and how it goes through its work."""
+
+    resident: Annotated[int, "adapters kept in memory; the one unused longest makes room"] = 64
+    cache_memory: Annotated[
+        str, "memory for keys and values of answers under way and of prompts seen before"
+    ] = "1GB"
+    max_batch: Annotated[int, "answers worked on at the same time"] = 64
+    queue: Annotated[int, "answers that may wait; one more is refused"] = 256
+    step_tokens: Annotated[int, "tokens that go through the model at once"] = 512
+    max_length: Annotated[
+        int | None, "longest prompt and answer together, in tokens; none is the model's own limit"
+    ] = None
+    precision: Annotated[
+        str, "dtype of the base: fp32, bf16, fp16; auto is bf16 where the machine computes in it"
+    ] = "auto"
+    quantize: Annotated[
+        str, "keep the base's linear layers in few bits: none, nf4, or gguf (as the file has them)"
+    ] = "none"
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        for name in ("resident", "max_batch", "step_tokens"):
+            _at_least(name, getattr(self, name), 1)
+        _at_least("queue", self.queue, 0)
+        if self.max_length is not None:
+            _at_least("max_length", self.max_length, 2)
+        _bytes("cache_memory", self.cache_memory)
+        check_choice("precision", self.precision, PRECISIONS)
+        check_choice("quantize", self.quantize, QUANTIZERS)
+
+    @property
+    def cache_bytes(self) -> int:
+        """`cache_memory` in bytes."""
+        return _bytes("cache_memory", self.cache_memory)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What one request may take.
+
+    `timeout` seconds are for the whole answer, the time in the queue included; `body_seconds` for
+    its body to arrive; `inputs` are the prompts, or texts to classify, of one request.
+    """
+
+    timeout: float = 300.0
+    body_bytes: int = 16 * 2**20
+    body_seconds: float = 30.0
+    inputs: int = 128
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        for name in ("timeout", "body_seconds"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise ConfigError(f"{name} must be a number of seconds above 0, got {value}")
+        for name in ("body_bytes", "inputs"):
+            _at_least(name, getattr(self, name), 1)
+
+
+def _bytes(name: str, text: str) -> int:
+    """ "4GB" -> 4,000,000,000."""
+    number, unit = text.strip()[:-2], text.strip()[-2:].upper()
+    try:
+        amount = float(number)
+    except ValueError:
+        amount = math.nan
+    if unit not in UNITS or not (math.isfinite(amount) and amount > 0):
+        raise ConfigError(f"{name} must be like 4GB or 800MB, got {text!r}")
+    return int(amount * UNITS[unit])
+
+
+def _at_least(name: str, value: object, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ConfigError(f"{name} must be a whole number of at least {least}, got {value!r}")
