@@ -98,7 +98,7 @@ class Compiled:
         cos, sin = (a[0].contiguous() for a in inner.rotary_emb(x[None], place[None]))
         width = max(map(len, step.tables))
         tables = torch.tensor([[*t, *[0] * (width - len(t))] for t in step.tables]).int()
-        keys = list(dict.fromkeys(span.key for span in step.spans if span.key is not None))
+        keys = list(dict.fromkeys(s.key for s in step.spans if s.key in self._adapters))
         number = {key: i for i, key in enumerate(keys)}
         spans = [(s.start, s.stop, number.get(s.key, -1)) for s in step.spans]
         out = torch.empty(len(step.asked), self._structure.vocabulary)
@@ -132,7 +132,8 @@ def _unusual(model: Any) -> Iterator[str]:
     """What in a Llama-like model the compiled step does not know."""
     config, layer = model.config, model.model.layers[0]
     kinds = getattr(config, "layer_types", None) or []
-    if getattr(layer.self_attn, "sliding_window", None) or any("sliding" in k for k in kinds):
+    window = getattr(config, "sliding_window", None)
+    if window is not None or any("sliding" in kind for kind in kinds):
         yield "its attention has a window"
     if type(layer.mlp.act_fn).__name__ not in ("SiLU", "SiLUActivation"):
         yield f"its activation is {type(layer.mlp.act_fn).__name__}"

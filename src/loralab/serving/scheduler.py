@@ -9,7 +9,6 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from loralab.errors import QueueFullError
 from loralab.serving.blocks import Blocks, needed
 
 
@@ -23,11 +22,13 @@ class Row:
         done: how many of the tokens are in the cache.
         cached: how many of them were there already when the request was let in.
         blocks: where they lie.
+        scored: the first token whose probability is asked for; None is that of a next one.
     """
 
     number: int
     key: str | None
     tokens: list[int]
+    scored: int | None = None
     done: int = 0
     cached: int = 0
     blocks: list[int] = field(default_factory=list)
@@ -46,6 +47,14 @@ class Work:
     start: int
     stop: int
 
+    @property
+    def asked(self) -> range:
+        """The tokens whose logits are wanted: those before what is scored, or the last of all."""
+        last = len(self.row.tokens) - 1
+        if self.row.scored is None:
+            return range(last, last + 1) if self.stop > last else range(0)
+        return range(max(self.start, self.row.scored - 1), min(self.stop, last))
+
 
 class Scheduler:
     """Rows that wait and rows that run.
@@ -53,19 +62,19 @@ class Scheduler:
     Args:
         most_rows: that run at the same time.
         step_tokens: that go through the model in one step, decoding included.
-        queue: rows that may wait.
         reuse: whether beginnings that other rows left in the cache may be used.
     """
 
     def __init__(
-        self, blocks: Blocks, *, most_rows: int, step_tokens: int, queue: int, reuse: bool = True
+        self, blocks: Blocks, *, most_rows: int, step_tokens: int, reuse: bool = True
     ) -> None:
         self.blocks = blocks
         self.running: list[Row] = []
-        self._most_rows, self._step_tokens, self._queue = most_rows, step_tokens, queue
+        self._most_rows, self._step_tokens = most_rows, step_tokens
         self._reuse = reuse
         self._waiting: dict[str | None, deque[Row]] = {}
         self._spent: dict[str | None, float] = {}  # tokens that each adapter was given
+        self._clock = 0.0  # what the one had that was last let in
 
     @property
     def waiting(self) -> int:
@@ -73,13 +82,7 @@ class Scheduler:
         return sum(map(len, self._waiting.values()))
 
     def add(self, row: Row) -> None:
-        """Let a row wait for its turn.
-
-        Raises:
-            QueueFullError: too many wait already.
-        """
-        if self.waiting >= self._queue:
-            raise QueueFullError(f"{self.waiting} requests are waiting already; try again later")
+        """Let a row wait for its turn."""
         self._wait(row).append(row)
 
     def remove(self, row: Row) -> None:
@@ -110,7 +113,7 @@ class Scheduler:
             self.running.append(row)
             chosen[row] = Work(row, row.done, row.done + size)
             budget -= size
-        return sorted(chosen.values(), key=lambda w: ("" if w.row.key is None else w.row.key))
+        return sorted(chosen.values(), key=lambda w: "" if w.row.key is None else w.row.key)
 
     def advance(self, work: Work) -> None:
         """The model has seen this work."""
@@ -125,10 +128,8 @@ class Scheduler:
     def _wait(self, row: Row) -> "deque[Row]":
         if row.key not in self._waiting:
             self._waiting[row.key] = deque()
-            active = {r.key for r in self.running} | self._waiting.keys() - {row.key}
-            least = min((self._spent.get(key, 0.0) for key in active), default=0.0)
             # who was away has saved up nothing
-            self._spent[row.key] = max(self._spent.get(row.key, 0.0), least)
+            self._spent[row.key] = max(self._spent.get(row.key, 0.0), self._clock)
         return self._waiting[row.key]
 
     def _admitted(self) -> Iterator[Row]:
@@ -137,6 +138,7 @@ class Scheduler:
             if len(self.running) >= self._most_rows or not self._waiting:
                 return
             key = min(self._waiting, key=lambda k: (self._spent.get(k, 0.0), k or ""))
+            self._clock = max(self._clock, self._spent.get(key, 0.0))
             row = self._waiting[key].popleft()
             self._tidy(key)
             if self._reuse and not row.done:

@@ -15,6 +15,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from loralab.adapters.attach import Adapter
 from loralab.errors import ConfigError
+from loralab.models.device import device_here as device_here
+from loralab.models.device import resolve_precision as resolve_precision
 from loralab.tasks.encode import Example
 from loralab.training.fast.path import Path
 
@@ -26,21 +28,6 @@ MEASURED = 2048  # tokens up to which a forward pass is tried out
 MEASURED_PICTURES = 8
 KEEP_ABOVE, MAP_ABOVE = -1, -3  # mallopt's M_TRIM_THRESHOLD and M_MMAP_THRESHOLD
 EVERYTHING, MAP_LIMIT = 2**31 - 1, 2**25  # bytes; the latter is where it ends by itself
-
-
-def device_here() -> torch.device:
-    """The accelerator if there is one, else the processor."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def resolve_precision(precision: str) -> str:
-    """What "auto" means on this machine: bf16 where the hardware multiplies in it, else fp32."""
-    if precision != "auto":
-        return precision
-    if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-    abilities = torch.cpu.get_capabilities()
-    return "bf16" if abilities.get("avx512_bf16") or abilities.get("amx_bf16") else "fp32"
 
 
 def checkpoint_gradients(model: nn.Module, mode: str, blocks: int | None = None) -> None:

@@ -1,0 +1,173 @@
+"""What is asked, as the live requests that the engine runs; all that is wrong is said here."""
+
+import uuid
+from collections.abc import Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+from loralab.adapters.folder import RECORD, read_json
+from loralab.errors import ConfigError, DataError
+from loralab.models.load import Base
+from loralab.serving.live import Scored, Seen, Written
+from loralab.serving.request import Answer, Sampling
+from loralab.serving.scheduler import Row
+from loralab.serving.store import Entry
+from loralab.tasks.catalog import Task
+from loralab.tasks.encode import Example, answer_ids, prompt_ids, stop_ids
+from loralab.tasks.pictures import from_bytes
+
+VISION, CLASSIFIER = "image-classification", "sequence-classification"
+
+
+class Asking:
+    """Makes live requests for one base.
+
+    Args:
+        context: the most tokens of a request, its prefix and its answer included.
+    """
+
+    def __init__(self, base: Base, context: int) -> None:
+        self._base, self._context = base, context
+        writes = base.kind == "causal-lm"
+        self._stops = frozenset(stop_ids(base.tokenizer)) if writes else frozenset()
+        self._tasks: dict[str, Task] = {}
+
+    def writing(
+        self, engine: Any, prompt: Sequence[int], entry: Entry | None, sampling: Sampling
+    ) -> Written:
+        """A text to write after a prompt.
+
+        Raises:
+            ConfigError: the base writes no text.
+            DataError: the prompt is empty, has unknown tokens, or leaves no room for an answer.
+        """
+        if self._base.kind != "causal-lm":
+            raise ConfigError(f"{self._base.name} writes no text; it puts inputs into classes")
+        self._require(prompt, front_of(entry) + sampling.max_tokens)
+        digest = None if entry is None else entry.digest
+        tokens = [*range(-front_of(entry), 0), *prompt]
+        live: Written
+
+        def cancel() -> None:
+            live.cancelled = True
+
+        name = None if entry is None else entry.name
+        answer = Answer(id=uuid.uuid4().hex, adapter=name, digest=digest, cancel=cancel)
+        live = Written(
+            adapter=name, digest=digest, prompt=tuple(prompt), sampling=sampling,
+            stops=self._stops, tokenizer=self._base.tokenizer, answer=answer,
+            rows=[Row(number=engine.number(), key=digest, tokens=tokens)],
+        )  # fmt: skip
+        return live
+
+    def classifying(
+        self, engine: Any, inputs: Sequence[str | bytes], entry: Entry | None
+    ) -> Scored | Seen:
+        """Inputs to put into classes.
+
+        Raises:
+            DataError: no labels are known, or an input is too long or of another kind.
+        """
+        if not inputs:
+            raise DataError("there is no input to put into classes")
+        task = self._task(entry)
+        wanted = bytes if self._base.kind == VISION else str
+        for number, value in enumerate(inputs):
+            if not isinstance(value, wanted):
+                what = "pictures" if wanted is bytes else "texts"
+                raise DataError(f"input {number}: {self._base.name} takes {what}")
+        if self._base.kind == "causal-lm":
+            return self._scored(engine, [str(text) for text in inputs], entry, task)
+        examples = [self._example(number, value) for number, value in enumerate(inputs)]
+        return Seen(
+            adapter=entry and entry.name, digest=entry and entry.digest, labels=task.labels,
+            examples=examples, numbers=[engine.number() for _ in examples], future=Future(),
+        )  # fmt: skip
+
+    def _scored(self, engine: Any, texts: Sequence[str], entry: Entry | None, task: Task) -> Scored:
+        tokenizer, front = self._base.tokenizer, list(range(-front_of(entry), 0))
+        digest = None if entry is None else entry.digest
+        rows, asked, single, firsts = [], [], True, []
+        for text in texts:
+            row = {"text": text, "label": task.labels[0]}
+            prompt = prompt_ids(task, row, tokenizer)
+            ends = [answer_ids(task, row, tokenizer, label) for label in task.labels]
+            self._require(prompt, len(front) + max(map(len, ends)))
+            asked.append(len(prompt))
+            single = single and all(len(end) == 2 for end in ends)  # one token and the end
+            firsts = [end[0] for end in ends]
+            rows.append((prompt, ends))
+        made = [
+            Row(
+                number=engine.number(), key=digest, tokens=[*front, *prompt, *end],
+                scored=None if single else len(front) + len(prompt),
+            )
+            for prompt, ends in rows
+            for end in ([()] if single else ends)
+        ]  # fmt: skip
+        return Scored(
+            adapter=entry and entry.name, digest=digest, labels=task.labels, asked=asked,
+            firsts=firsts if single else (), rows=made, future=Future(),
+        )  # fmt: skip
+
+    def _example(self, number: int, value: str | bytes) -> Example:
+        if isinstance(value, bytes):
+            return Example(number, (), (0,), image=from_bytes(value, f"input {number}"))
+        ids = tuple(self._base.tokenizer(value, verbose=False)["input_ids"])
+        if len(ids) > self._context:
+            raise DataError(
+                f"input {number} has {len(ids)} tokens, and the model can take {self._context}"
+            )
+        return Example(number, ids, (0,))
+
+    def _task(self, entry: Entry | None) -> Task:
+        """What the adapter, or the base's own head, was taught to tell apart."""
+        if entry is None:
+            return Task(name=self._base.name, format="text-label", splits={}, labels=self._own())
+        if entry.digest not in self._tasks:
+            self._tasks[entry.digest] = _task_of(entry)
+        return self._tasks[entry.digest]
+
+    def _own(self) -> tuple[str, ...]:
+        config = self._base.model.config
+        named = getattr(config, "id2label", None) or {}
+        if self._base.kind == "causal-lm" or not getattr(config, "architectures", None):
+            named = {}
+        if not any("Classification" in name for name in config.architectures or ()):
+            named = {}
+        if not named:
+            raise DataError(f"{self._base.name} alone knows no classes; name an adapter that does")
+        return tuple(str(named[number]) for number in sorted(named))
+
+    def _require(self, prompt: Sequence[int], more: int) -> None:
+        if not prompt:
+            raise DataError("the prompt is empty")
+        known = self._base.model.get_input_embeddings().weight.shape[0]
+        if strange := next((t for t in prompt if not 0 <= t < known), None):
+            raise DataError(f"token {strange} is not one of the model's {known}")
+        if len(prompt) + more > self._context:
+            raise DataError(
+                f"the prompt has {len(prompt)} tokens and asks for {more} more, and the model can "
+                f"take {self._context} in all"
+            )
+
+
+def front_of(entry: Entry | None) -> int:
+    """Places that an adapter's prefix takes before every prompt."""
+    return 0 if entry is None else entry.front
+
+
+def _task_of(entry: Entry) -> Task:
+    file = Path(entry.path) / RECORD
+    task = read_json(file).get("task", {}) if file.is_file() else {}
+    labels = tuple(map(str, entry.labels))
+    if not labels:
+        raise DataError(f"{entry.name} was not trained to tell classes apart; it has no labels")
+    form = str(task.get("format") or "text-label")
+    if form == "pair-label":
+        raise DataError(f"{entry.name} compares two texts, which is not served")
+    return Task(
+        name=entry.name, format=form, splits={}, labels=labels,
+        instruction=str(task.get("instruction") or ""),
+    )  # fmt: skip

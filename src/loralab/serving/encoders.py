@@ -1,0 +1,50 @@
+"""Encoders and vision models: inputs of many adapters in one batch, each through its own head."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loralab.adapters.grouped import Bank
+from loralab.models.load import Base
+from loralab.serving.passes import spans_of
+from loralab.tasks.batches import collate
+from loralab.tasks.encode import Example
+from loralab.tasks.forward import call
+
+
+class Encoders:
+    """A classifier and adapters as a function of some inputs."""
+
+    names = ("batched",)
+
+    def __init__(self, base: Base) -> None:
+        self._base, self._bank = base, Bank(base.model)
+
+    def prepare(self, key: str, loaded: Any) -> None:
+        """Nothing is worked out beforehand."""
+
+    def put(self, key: str, loaded: Any) -> None:
+        """Take an adapter in."""
+        self._bank.put(key, loaded.adapter)
+
+    def drop(self, key: str) -> None:
+        """Let go of an adapter."""
+        self._bank.drop(key)
+
+    @torch.no_grad()
+    def logits(self, inputs: Sequence[tuple[str | None, Example]]) -> list[Tensor]:
+        """The logits of each input, those of one adapter together: (classes,) in fp32 each.
+
+        Heads of fewer classes than the widest are filled up with minus infinity.
+        """
+        base = self._base
+        batch = collate(
+            [example for _, example in inputs], kind=base.kind, pictures=base.tokenizer,
+            pad_id=getattr(base.tokenizer, "pad_token_id", 0) or 0,
+        )  # fmt: skip
+        device = next(base.model.parameters()).device
+        batch = {name: tensor.to(device) for name, tensor in batch.items()}
+        with self._bank.routed(spans_of([key for key, _ in inputs])):
+            return list(call(base.model, batch).float().cpu())

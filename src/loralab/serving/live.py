@@ -1,0 +1,253 @@
+"""Requests on their way: what the engine does with the logits of their rows."""
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loralab.errors import LoralabError, RunError
+from loralab.serving.request import (
+    CANCELLED,
+    FAILED,
+    LENGTH,
+    STOP,
+    Answer,
+    Chosen,
+    Finished,
+    Piece,
+    Ranked,
+    Sampling,
+)
+from loralab.serving.sampling import Draws, likeliest
+from loralab.serving.scheduler import Row, Work
+from loralab.serving.text import Writing
+
+
+@dataclass(eq=False, kw_only=True)
+class Live:
+    """A request between its arrival and its end.
+
+    Attributes:
+        adapter: the name that was asked for; `digest` what it stood for then.
+        error: why it cannot go on; found by one thread, told by another.
+        held: the loaded adapter, once there is room for it.
+        rows: what goes through the model.
+    """
+
+    adapter: str | None
+    digest: str | None
+    rows: list[Row] = field(default_factory=list)
+    held: Any = None
+    cancelled: bool = False
+    error: str = ""
+    arrived: float = field(default_factory=time.perf_counter)
+    begun: float | None = None
+    first: float | None = None
+    joined: bool = False
+    finished: Finished | None = None
+
+    def end(self, reason: str, error: str = "") -> Finished:
+        """Tell whoever waits that it is over."""
+        raise NotImplementedError
+
+    @property
+    def front(self) -> Tensor | None:
+        """The keys and values of a prefix, if the adapter has one."""
+        return None if self.held is None else self.held.value.front
+
+
+@dataclass(eq=False, kw_only=True)
+class Written(Live):
+    """A text that is written token by token."""
+
+    prompt: tuple[int, ...]
+    sampling: Sampling
+    stops: frozenset[int]
+    tokenizer: Any
+    answer: Answer
+    writing: Writing = field(init=False)
+    draws: Draws = field(init=False)
+    _untold: list[int] = field(default_factory=list)
+    _chosen: list[Chosen] = field(default_factory=list)
+    _count: int = 0
+    _ended: bool = False
+
+    def __post_init__(self) -> None:
+        self.writing = Writing(self.tokenizer, self.sampling.stop)
+        self.draws = Draws(self.sampling)
+
+    def accept(self, row: Row, logits: Tensor, token: int) -> bool:
+        """One more token; whether it was the last."""
+        self.first = self.first or time.perf_counter()
+        self._count += 1
+        if token in self.stops and not self.sampling.ignore_eos:
+            self._finish(STOP)
+            return True
+        row.tokens.append(token)
+        self._untold.append(token)
+        if self.sampling.logprobs is not None:
+            self._chosen.append(self._explained(logits, token))
+        if text := self.writing.add(token):
+            self._tell(text)
+        if self.writing.stopped:
+            self._finish(STOP)
+        elif self._count >= self.sampling.max_tokens:
+            self._finish(LENGTH)
+        return self._ended
+
+    def end(self, reason: str, error: str = "") -> Finished:
+        """Tell the rest of the text, and that it is over."""
+        return self._finish(reason, error)
+
+    def _finish(self, reason: str, error: str = "") -> Finished:
+        cached = max((row.cached for row in self.rows), default=0)
+        finished = Finished(
+            reason=reason, prompt_tokens=len(self.prompt), completion_tokens=self._count,
+            cached_tokens=max(0, min(cached - self._front_tokens(), len(self.prompt))), error=error,
+        )  # fmt: skip
+        if self._ended:
+            return finished
+        self._ended = True
+        rest = self.writing.end()
+        if rest or self._untold:
+            self._tell(rest)
+        if self.writing.stopped and reason == LENGTH:  # the rest held a stop text
+            finished = Finished(**{**vars(finished), "reason": STOP})
+        self.answer.tell(finished)
+        self.finished = finished
+        return finished
+
+    def _front_tokens(self) -> int:
+        return 0 if self.front is None else int(self.front.shape[3])
+
+    def _tell(self, text: str) -> None:
+        self.answer.tell(Piece(text=text, tokens=tuple(self._untold), logprobs=tuple(self._chosen)))
+        self._untold, self._chosen = [], []
+
+    def _explained(self, logits: Tensor, token: int) -> Chosen:
+        logprob, pairs = likeliest(logits, token, self.sampling.logprobs or 0)
+        top = tuple((other, self.tokenizer.decode([other]), value) for other, value in pairs)
+        return Chosen(token=token, text=self.tokenizer.decode([token]), logprob=logprob, top=top)
+
+
+@dataclass(eq=False, kw_only=True)
+class Scored(Live):
+    """Texts whose labels are ranked by a language model.
+
+    A label's score is the summed log-probability of its tokens and the end of the answer, which
+    takes a row for each text and label; where every label is a single token, that token's alone,
+    and one row a text is enough (tasks/score.py ranks so too).
+
+    Attributes:
+        asked: tokens of each text's prompt.
+        firsts: the labels' tokens, where each has a single one; else empty.
+    """
+
+    labels: Sequence[str]
+    asked: Sequence[int]
+    firsts: Sequence[int]
+    future: "Future[list[Ranked]]"
+    sums: dict[int, list[float]] = field(default_factory=dict)
+
+    def take(self, row: Row, work: Work, logits: Tensor) -> bool:
+        """Note the log-probabilities that this work tells; whether the row has ended."""
+        chances = logits.double().log_softmax(dim=-1)
+        own = self.sums.setdefault(row.number, [0.0])
+        if len(chances) and self.firsts:
+            self.sums[row.number] = chances[-1, list(self.firsts)].tolist()
+        elif len(chances):
+            following = [row.tokens[i + 1] for i in work.asked]
+            own[0] += float(chances[torch.arange(len(following)), following].sum())
+        return row.left == 0
+
+    def accept(self, row: Row) -> bool:
+        """A row has ended; whether it was the last."""
+        if any(other.left for other in self.rows):
+            return False
+        self.end(STOP)
+        return True
+
+    def end(self, reason: str, error: str = "") -> Finished:
+        """Give the ranking, or the error."""
+        finished = Finished(
+            reason=reason, prompt_tokens=sum(self.asked), completion_tokens=0, error=error
+        )
+        if reason == STOP:
+            _give(self.future, self._ranked)
+        else:
+            _fail(self.future, reason, error)
+        self.finished = finished
+        return finished
+
+    def _ranked(self) -> list[Ranked]:
+        found, size = [], 1 if self.firsts else len(self.labels)
+        for number, tokens in enumerate(self.asked):
+            rows = self.rows[number * size : (number + 1) * size]
+            scores = torch.tensor([score for row in rows for score in self.sums[row.number]])
+            found.append(ranking(self.labels, scores.softmax(dim=0).tolist(), tokens))
+        return found
+
+
+@dataclass(eq=False, kw_only=True)
+class Seen(Live):
+    """Inputs that an encoder puts into classes, in one pass each."""
+
+    labels: Sequence[str]
+    examples: Sequence[Any]
+    numbers: Sequence[int]
+    future: "Future[list[Ranked]]"
+    found: dict[int, Ranked] = field(default_factory=dict)
+
+    def accept(self, number: int, logits: Tensor) -> bool:
+        """The logits of one input, (classes,); whether it was the last."""
+        self.first = self.first or time.perf_counter()
+        own = logits[: len(self.labels)].double().softmax(dim=0).tolist()
+        tokens = len(self.examples[number].input_ids)
+        self.found[number] = ranking(self.labels, own, tokens)
+        if len(self.found) < len(self.examples):
+            return False
+        self.end(STOP)
+        return True
+
+    def end(self, reason: str, error: str = "") -> Finished:
+        """Give the classes, or the error."""
+        tokens = sum(len(example.input_ids) for example in self.examples)
+        if reason == STOP:
+            _give(self.future, lambda: [self.found[n] for n in range(len(self.examples))])
+        else:
+            _fail(self.future, reason, error)
+        self.finished = Finished(
+            reason=reason, prompt_tokens=tokens, completion_tokens=0, error=error
+        )
+        return self.finished
+
+
+def ranking(labels: Sequence[str], chances: Sequence[float], tokens: int) -> Ranked:
+    """Labels with their probabilities, the likeliest first."""
+    pairs = sorted(zip(labels, chances, strict=True), key=lambda pair: -pair[1])
+    return Ranked(label=pairs[0][0], probabilities=dict(pairs), tokens=tokens)
+
+
+def error_of(error: BaseException) -> str:
+    """What whoever asked is told of an error."""
+    if isinstance(error, LoralabError):
+        return str(error)
+    return f"the request failed inside the engine: {type(error).__name__}: {error}"
+
+
+def _give(future: "Future[list[Ranked]]", value: Callable[[], list[Ranked]]) -> None:
+    if not future.done():
+        future.set_result(value())
+
+
+def _fail(future: "Future[list[Ranked]]", reason: str, error: str) -> None:
+    if future.done():
+        return
+    if reason == CANCELLED:
+        future.cancel()
+    if reason == FAILED or not future.done():
+        future.set_exception(RunError(error or reason))

@@ -1,0 +1,75 @@
+"""Greedy is the likeliest token; drawn tokens have the probabilities that were asked for."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loralab.errors import ConfigError
+from loralab.serving.request import Sampling
+from loralab.serving.sampling import Draws, choose, filtered, likeliest
+
+ROW = torch.tensor([1.0, 3.0, 2.0, 0.5, -1.0])
+
+
+def test_greedy_takes_the_likeliest() -> None:
+    logits = torch.randn(6, 30)
+    draws = [Draws(Sampling(temperature=0)) for _ in range(6)]
+    assert choose(logits, draws) == logits.argmax(dim=-1).tolist()
+
+
+def test_a_seed_gives_the_same_tokens_whoever_else_is_in_the_batch() -> None:
+    logits = torch.randn(40, 30)
+
+    def drawn(others: int) -> list[int]:
+        own = Draws(Sampling(seed=7))
+        crowd = [Draws(Sampling(seed=n)) for n in range(others)]
+        return [choose(torch.stack([row] * (others + 1)), [*crowd, own])[-1] for row in logits]
+
+    assert drawn(0) == drawn(3)
+    assert len(set(drawn(0))) > 5
+
+
+@given(st.integers(0, 6), st.floats(0.05, 1.0), st.floats(0.2, 5.0))
+def test_what_is_left_by_top_k_and_top_p(top_k: int, top_p: float, temperature: float) -> None:
+    sampling = Sampling(top_k=top_k, top_p=top_p, temperature=temperature)
+    chances = filtered(ROW, sampling)
+    plain = (ROW.double() / temperature).softmax(dim=0)
+    assert float(chances.sum()) == pytest.approx(1)
+    kept = chances > 0
+    assert kept[1]  # the likeliest always stays
+    assert int(kept.sum()) <= (top_k or len(ROW))
+    if not top_k:
+        assert float(plain[kept].sum()) >= top_p - 1e-9  # reaches it,
+        rest = plain[kept].sort().values[1:].sum()
+        assert float(rest) < top_p + 1e-9  # and needs the last one for it
+    ratio = chances[kept] / plain[kept]
+    assert torch.allclose(ratio, ratio[:1].expand_as(ratio))
+
+
+def test_frequencies_are_the_probabilities() -> None:
+    own = Draws(Sampling(seed=1, temperature=0.8))
+    expected = filtered(ROW, own.sampling)
+    counts = torch.zeros(5)
+    for _ in range(4000):
+        counts[choose(ROW[None], [own])[0]] += 1
+    assert torch.allclose(counts.double() / 4000, expected, atol=0.03)
+
+
+def test_log_probabilities() -> None:
+    own, top = likeliest(ROW, 2, 2)
+    whole = ROW.double().log_softmax(dim=0)
+    assert own == pytest.approx(float(whole[2]))
+    assert [token for token, _ in top] == [1, 2]
+    assert likeliest(ROW, 0, 0)[1] == []
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("max_tokens", 0), ("temperature", -1), ("temperature", float("nan")), ("top_p", 0),
+     ("top_p", 1.5), ("top_k", -1), ("logprobs", 21), ("stop", ("",)), ("seed", -1),
+     ("max_tokens", True)],
+)  # fmt: skip
+def test_values_out_of_range_are_refused(field: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=field):
+        Sampling(**{field: value})  # type: ignore[arg-type]
