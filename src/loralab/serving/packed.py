@@ -109,6 +109,9 @@ class Cached:
         for group in self.groups:
             own_k, own_v = keys[group.tables].flatten(1, 2), values[group.tables].flatten(1, 2)
             place = torch.arange(own_k.shape[1], device=q.device)
+            # what an earlier request left there has no weight, but 0 times infinity is no number
+            beyond = (place > group.places[:, -1:])[..., None, None]
+            own_k, own_v = own_k.masked_fill_(beyond, 0), own_v.masked_fill_(beyond, 0)
             seen = place <= group.places[..., None]  # (B, Q, T)
             if window is not None:
                 seen &= place > group.places[..., None] - window
@@ -147,7 +150,6 @@ def _group(step: Pass, rows: dict[int, list[int]], device: torch.device) -> _Gro
     longest = 1 + max(step.places[own[-1]] for own in rows.values())
     width = -(-longest // SIZE)
     tables = [list(step.tables[row][:width]) for row in rows]
-    # what stands in a block that fills up is never seen, but must be finite: one's own block is
     tables = [[*table, *[table[0]] * (width - len(table))] for table in tables]
     places = torch.tensor(step.places, device=device)[tokens]
     return _Group(tokens, torch.tensor(tables, device=device), places)

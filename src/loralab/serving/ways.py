@@ -19,7 +19,8 @@ from loralab.serving.passes import Pass, Pool, spans_of
 from loralab.serving.scheduler import Row, Work
 from loralab.serving.single import Single
 
-AGREES = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.03}
+AGREES = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.03}
+MOST = 0.75  # of the tokens must agree where few bits are kept
 PROBE = (21, 1, 6, 34)  # tokens of the rows that are compared
 PIECE = 13  # tokens of them that go through at once
 
@@ -161,10 +162,12 @@ def _difference(model: Any, logits: Any, pool: Pool) -> str:
 def _compared(model: Any, rows: Sequence[Row], found: Sequence[Tensor]) -> str:
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     device = next(model.parameters()).device
-    worst = 0.0
+    offs: list[Tensor] = []
     for row, own in zip(rows, found, strict=True):
         ids = torch.tensor([row.tokens], device=device)
         expected = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
-        if len(expected):
-            worst = max(worst, float((own.to(device) - expected).norm() / expected.norm()))
-    return "" if worst <= AGREES[dtype] else f"its logits differ by {worst:.2g} of their length"
+        offs.append((own.to(device) - expected).norm(dim=-1) / expected.norm(dim=-1))
+    # some tokens are so sensitive that any other rounding moves them, the model's own too
+    share = 1.0 if dtype == torch.float32 else MOST
+    typical = float(torch.cat(offs).quantile(share))
+    return "" if typical <= AGREES[dtype] else f"its logits differ by {typical:.2g} of their length"
