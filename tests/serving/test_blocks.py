@@ -45,7 +45,8 @@ def test_there_are_no_more_than_there_are() -> None:
 
 @given(st.lists(st.integers(0, 9), max_size=70), st.lists(st.integers(0, 9), max_size=70))
 def test_names_agree_as_far_as_the_words_do(a: list[int], b: list[int]) -> None:
-    same = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    differ = (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
+    same = next(differ, min(len(a), len(b)))
     pairs = zip(names("r", a), names("r", b), strict=False)
     agree = sum(x == y for x, y in pairs)
     assert agree == same // SIZE

@@ -33,7 +33,10 @@ def test_the_parts_are_the_whole(text: str) -> None:
     assert not any("\ufffd" in part for part in parts)
 
 
-@given(st.text("abc好", max_size=30), st.lists(st.text("abc好", min_size=1, max_size=4), max_size=3))
+STOPS = st.lists(st.text("abc好", min_size=1, max_size=4), max_size=3)
+
+
+@given(st.text("abc好", max_size=30), STOPS)
 def test_a_stop_text_and_what_follows_is_never_told(text: str, stops: list[str]) -> None:
     parts, writing = told(text, tuple(stops))
     whole = "".join(parts)

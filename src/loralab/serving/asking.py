@@ -12,7 +12,7 @@ from loralab.models.load import Base
 from loralab.serving.live import Scored, Seen, Written
 from loralab.serving.request import Answer, Sampling
 from loralab.serving.scheduler import Row
-from loralab.serving.store import Entry
+from loralab.serving.entries import Entry
 from loralab.tasks.catalog import Task
 from loralab.tasks.encode import Example, answer_ids, prompt_ids, stop_ids
 from loralab.tasks.pictures import from_bytes
@@ -45,14 +45,14 @@ class Asking:
         if self._base.kind != "causal-lm":
             raise ConfigError(f"{self._base.name} writes no text; it puts inputs into classes")
         self._require(prompt, front_of(entry) + sampling.max_tokens)
-        digest = None if entry is None else entry.digest
+        digest = digest_of(entry)
         tokens = [*range(-front_of(entry), 0), *prompt]
         live: Written
 
         def cancel() -> None:
             live.cancelled = True
 
-        name = None if entry is None else entry.name
+        name = named(entry)
         answer = Answer(id=uuid.uuid4().hex, adapter=name, digest=digest, cancel=cancel)
         live = Written(
             adapter=name, digest=digest, prompt=tuple(prompt), sampling=sampling,
@@ -81,13 +81,13 @@ class Asking:
             return self._scored(engine, [str(text) for text in inputs], entry, task)
         examples = [self._example(number, value) for number, value in enumerate(inputs)]
         return Seen(
-            adapter=entry and entry.name, digest=entry and entry.digest, labels=task.labels,
+            adapter=named(entry), digest=digest_of(entry), labels=task.labels,
             examples=examples, numbers=[engine.number() for _ in examples], future=Future(),
         )  # fmt: skip
 
     def _scored(self, engine: Any, texts: Sequence[str], entry: Entry | None, task: Task) -> Scored:
         tokenizer, front = self._base.tokenizer, list(range(-front_of(entry), 0))
-        digest = None if entry is None else entry.digest
+        digest = digest_of(entry)
         rows, asked, single, firsts = [], [], True, []
         for text in texts:
             row = {"text": text, "label": task.labels[0]}
@@ -107,7 +107,7 @@ class Asking:
             for end in ([()] if single else ends)
         ]  # fmt: skip
         return Scored(
-            adapter=entry and entry.name, digest=digest, labels=task.labels, asked=asked,
+            adapter=named(entry), digest=digest, labels=task.labels, asked=asked,
             firsts=firsts if single else (), rows=made, future=Future(),
         )  # fmt: skip
 
@@ -156,6 +156,16 @@ class Asking:
 def front_of(entry: Entry | None) -> int:
     """Places that an adapter's prefix takes before every prompt."""
     return 0 if entry is None else entry.front
+
+
+def named(entry: Entry | None) -> str | None:
+    """The adapter's name."""
+    return None if entry is None else entry.name
+
+
+def digest_of(entry: Entry | None) -> str | None:
+    """What the name stands for now."""
+    return None if entry is None else entry.digest
 
 
 def _task_of(entry: Entry) -> Task:

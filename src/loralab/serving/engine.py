@@ -205,7 +205,9 @@ class Engine:
         moved = False
         for live in list(self._arrived):
             try:
-                held = None if live.cancelled else self.store.acquire(live.digest)
+                held = None
+                if not live.cancelled and live.digest is not None:
+                    held = self.store.acquire(live.digest)
                 if held is not None:
                     self._model.prepare(live.digest, held.value)
             except Exception as error:  # damaged, foreign, or gone since

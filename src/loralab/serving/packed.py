@@ -65,6 +65,8 @@ class Packed:
                     input_ids=ids, attention_mask=ids.new_zeros(1, 1, 1, 1), use_cache=False,
                     cached=Cached(step, self._pool), **options,
                 ).last_hidden_state  # fmt: skip
+            if not step.asked:
+                return states.new_empty(0, 0)
             keys = [span.key for span in step.spans for _ in range(span.stop - span.start)]
             with self._bank.routed(spans_of([keys[i] for i in step.asked])):
                 own = states[:, list(step.asked)]
