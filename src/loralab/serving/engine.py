@@ -336,7 +336,7 @@ class Engine:
             if isinstance(live, Scored):
                 if live.take(own.row, own, found):
                     self._scheduler.remove(own.row)
-                    if live.accept(own.row):
+                    if live.accept():
                         self._over(live, "")
             elif len(found):
                 told.append((live, own.row, found[-1]))

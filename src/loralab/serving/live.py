@@ -152,6 +152,7 @@ class Scored(Live):
     firsts: Sequence[int]
     future: "Future[list[Ranked]]"
     sums: dict[int, list[float]] = field(default_factory=dict)
+    read: int = 0
 
     def take(self, row: Row, work: Work, logits: Tensor) -> bool:
         """Note the log-probabilities that this work tells; whether the row has ended."""
@@ -164,12 +165,12 @@ class Scored(Live):
             own[0] += float(chances[torch.arange(len(following)), following].sum())
         return row.left == 0
 
-    def accept(self, row: Row) -> bool:
-        """A row has ended; whether it was the last."""
-        if any(other.left for other in self.rows):
-            return False
-        self.end(STOP)
-        return True
+    def accept(self) -> bool:
+        """A row has ended and was read; whether it was the last."""
+        self.read += 1
+        if self.read == len(self.rows):
+            self.end(STOP)
+        return self.read == len(self.rows)
 
     def end(self, reason: str, error: str = "") -> Finished:
         """Give the ranking, or the error."""
