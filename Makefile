@@ -1,10 +1,11 @@
 # setup: .venv with everything that development needs    demo: the main job, about four minutes
+# demo-tasks: ten adapters trained together and served, about ten minutes
 # test: tests, linter, formatter, types                  bench: ours against the peers, one file a claim
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup demo test test-slow bench clean
+.PHONY: setup demo demo-tasks test test-slow bench clean
 
 setup: $(READY)
 
@@ -21,6 +22,9 @@ $(READY): pyproject.toml constraints.txt requirements-assets.txt
 demo: setup
 	$(BIN)/python examples/demo.py
 
+demo-tasks: setup
+	$(BIN)/python examples/ten_tasks.py
+
 test: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -31,7 +35,7 @@ test-slow: setup
 	$(BIN)/python -m pytest -q -m slow
 
 bench: setup
-	cd benchmarks && for one in loss_curve train_step train_run memory scaling; do ../$(BIN)/python $$one.py --json results/$$one.json || exit 1; done
+	cd benchmarks && for one in loss_curve train_step train_run train_together memory scaling serve; do ../$(BIN)/python $$one.py --json results/$$one.json || exit 1; done
 
 clean:
 	rm -rf .venv build runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

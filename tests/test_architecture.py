@@ -25,8 +25,9 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 # third-party names, where restricted
 MAY_INSTALL = {"native": {"torch"}, "adapters": {"torch", "safetensors"}}
-TORCH_FREE = ["adapters/methods.py", "serving/request.py", "training/settings.py", "errors.py",
-              "atomic.py",
+TORCH_FREE = ["adapters/methods.py", "serving/request.py", "serving/settings.py",
+              "training/settings.py", "errors.py",
+              "serving/keys.py", "atomic.py",
               "studies/study.py", "studies/catalog.py", "studies/fields.py"]  # fmt: skip
 
 
@@ -83,7 +84,7 @@ def test_the_command_line_loads_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-@pytest.mark.parametrize("command", ["train", "study"])
+@pytest.mark.parametrize("command", ["train", "study", "serve"])
 def test_help_loads_no_torch(command: str) -> None:
     code = (
         "import sys\nfrom loralab.cli import run\n"

@@ -107,6 +107,18 @@ def test_several_requests_share_the_batches(encoder: Taught) -> None:
             assert own.probabilities == pytest.approx(other.probabilities, abs=1e-5)
 
 
+@pytest.mark.parametrize("side", ["language", "encoder"])
+def test_what_nobody_waits_for_is_given_up(side: str, request: pytest.FixtureRequest) -> None:
+    made: Taught = request.getfixturevalue(side)
+    future = made.engine.classify([f"{n} good film" for n in range(30)], adapter="three")
+    made.engine._load_some()
+    made.engine.step()
+    future.cancel()
+    made.engine.step()
+    assert made.engine.running == made.engine.waiting == 0
+    assert not any(made.engine._users.values())
+
+
 def test_what_is_wrong_is_said(language: Taught, encoder: Taught) -> None:
     with pytest.raises(DataError, match="no input"):
         language.engine.classify([], adapter="two")

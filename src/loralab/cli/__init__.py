@@ -50,7 +50,7 @@ def main() -> None:
 
 def run(arguments: list[str]) -> int:
     """Run a command line and return its exit code; errors go to standard error, one line each."""
-    from loralab.cli import artefacts, study, train  # noqa: F401  (they add their commands to the app)
+    from loralab.cli import artefacts, serve, study, train  # noqa: F401  (they add their commands)
 
     try:
         result: Any = typer.main.get_command(app).main(

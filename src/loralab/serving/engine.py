@@ -206,13 +206,13 @@ class Engine:
         for live in list(self._arrived):
             try:
                 held = None
-                if not live.cancelled and live.digest is not None:
+                if not live.gone and live.digest is not None:
                     held = self.store.acquire(live.digest)
                 if held is not None:
                     self._model.prepare(live.digest, held.value)
             except Exception as error:  # damaged, foreign, or gone since
                 held, live.error = None, error_of(error)
-            if held is None and not live.cancelled and not live.error:
+            if held is None and not live.gone and not live.error:
                 continue
             live.held = held
             with self._lock:
@@ -227,7 +227,7 @@ class Engine:
         while self._ready:
             live = self._ready[0]
             try:
-                if live.error or live.cancelled:
+                if live.error or live.gone:
                     self._over(live, FAILED if live.error else CANCELLED, live.error)
                 else:
                     self._join(live)
@@ -298,7 +298,7 @@ class Engine:
         })  # fmt: skip
 
     def _drop_cancelled(self) -> None:
-        for live in {id(live): live for live in self._live.values() if live.cancelled}.values():
+        for live in {id(live): live for live in self._live.values() if live.gone}.values():
             self._over(live, CANCELLED)
 
     def _everyone(self) -> list[Live]:

@@ -55,6 +55,15 @@ class Key:
 
 
 @dataclass(frozen=True)
+class Grant:
+    """A request that may go on: its key, the tokens set aside for it, and the day they count to."""
+
+    key: Key
+    tokens: int
+    day: int
+
+
+@dataclass(frozen=True)
 class Refusal:
     """A quota is used up: why, and the seconds after which it is not."""
 
@@ -93,8 +102,8 @@ class Keys:
                 found = key
         return found if secret else None
 
-    def admit(self, key: Key, tokens: int) -> Refusal | None:
-        """Count one request and set aside the most tokens that it can take; None if it may go on.
+    def admit(self, key: Key, tokens: int) -> Grant | Refusal:
+        """Count one request and set aside the most tokens that it can take.
 
         What is set aside is given back by `settle`, so that many requests at once cannot exceed
         the quota together. A request that is refused counts for nothing.
@@ -116,13 +125,14 @@ class Keys:
                 )
             used.requests.append(now)
             used.tokens += tokens
-            return None
+            return Grant(key, tokens, used.day)
 
-    def settle(self, key: Key, reserved: int, used: int) -> None:
-        """A request that had `reserved` tokens set aside is over, and took `used`."""
+    def settle(self, grant: Grant, tokens: int) -> None:
+        """A request is over, and took so many tokens; it counts to the day that it began on."""
         with self._lock:
-            today = self._today(key)
-            today.tokens = max(0, today.tokens + used - reserved)
+            today = self._today(grant.key)
+            if today.day == grant.day:
+                today.tokens += tokens - grant.tokens
 
     def used_today(self, key: Key) -> int:
         """Tokens that were used or are set aside."""
@@ -176,7 +186,7 @@ def _key(entry: Mapping[str, Any], where: str) -> Key:
         if name not in _KINDS:
             raise ConfigError(f"{where} has no {name} ({some(_KINDS)}){nearest(name, _KINDS)}")
         kind, expected = _KINDS[name]
-        if not isinstance(value, kind) or (kind is int and (value is True or value < 1)):
+        if not isinstance(value, kind) or (kind is int and not _is_count(value)):
             raise ConfigError(f"{where}: {name} must be {expected}")
     if not entry.get("name"):
         raise ConfigError(f"{where} needs a name")
@@ -186,6 +196,10 @@ def _key(entry: Mapping[str, Any], where: str) -> Key:
     if "adapters" in given:
         given["adapters"] = tuple(given["adapters"])
     return Key(**{**given, "sha256": _sha256(entry, where)})
+
+
+def _is_count(value: Any) -> bool:
+    return not isinstance(value, bool) and bool(value >= 1)
 
 
 def _sha256(entry: Mapping[str, Any], where: str) -> bytes:

@@ -55,6 +55,11 @@ class Live:
         raise NotImplementedError
 
     @property
+    def gone(self) -> bool:
+        """Whether nobody waits for it any more."""
+        return self.cancelled
+
+    @property
     def front(self) -> Tensor | None:
         """The keys and values of a prefix, if the adapter has one."""
         return None if self.held is None else self.held.value.front
@@ -154,6 +159,11 @@ class Scored(Live):
     sums: dict[int, list[float]] = field(default_factory=dict)
     read: int = 0
 
+    @property
+    def gone(self) -> bool:
+        """Whether nobody waits for it any more."""
+        return self.cancelled or self.future.cancelled()
+
     def take(self, row: Row, work: Work, logits: Tensor) -> bool:
         """Note the log-probabilities that this work tells; whether the row has ended."""
         chances = logits.double().log_softmax(dim=-1)
@@ -202,6 +212,11 @@ class Seen(Live):
     numbers: Sequence[int]
     future: "Future[list[Ranked]]"
     found: dict[int, Ranked] = field(default_factory=dict)
+
+    @property
+    def gone(self) -> bool:
+        """Whether nobody waits for it any more."""
+        return self.cancelled or self.future.cancelled()
 
     def accept(self, number: int, logits: Tensor) -> bool:
         """The logits of one input, (classes,); whether it was the last."""

@@ -21,7 +21,7 @@ class Metrics:
     def __init__(self, engine: Any) -> None:
         self.registry = CollectorRegistry()
         self.registry.register(_State(engine))
-        own = {"registry": self.registry}
+        own: dict[str, Any] = {"registry": self.registry}
         self._answers = Counter(
             "loralab_requests", "answers by how they ended", (*ADAPTER, "reason"), **own
         )

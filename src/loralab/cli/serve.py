@@ -1,0 +1,142 @@
+"""serve."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from loralab.cli import app
+from loralab.cli.options import build, with_options
+from loralab.cli.train import DEFAULT_MODEL, Json, Model
+from loralab.errors import ConfigError
+from loralab.serving.settings import Limits, ServeSettings
+
+if TYPE_CHECKING:
+    from loralab.serving.engine import Engine
+    from loralab.serving.keys import Keys
+
+SHOWN = 12  # adapters that are named at the start
+INSTALL = "pip install 'loralab[serve]'"
+
+
+@app.command()
+@with_options(ServeSettings)
+def serve(
+    model: Model = None,
+    store: Annotated[
+        Path | None, typer.Option(help="a folder of adapter folders", show_default=False)
+    ] = None,
+    adapter: Annotated[
+        list[str] | None, typer.Option(help="NAME=PATH inside the store; may be repeated")
+    ] = None,
+    pin: Annotated[
+        list[str] | None, typer.Option(help="an adapter that stays in memory; may be repeated")
+    ] = None,
+    host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 is any that is free", min=0, max=65535)] = 8000,
+    keys: Annotated[Path | None, typer.Option(help="TOML file of keys")] = None,
+    no_keys: Annotated[
+        bool, typer.Option("--no-keys", help="let everyone who can reach it ask and load")
+    ] = False,
+    timeout: Annotated[float, typer.Option(help="seconds that an answer may take")] = 300.0,
+    json_: Json = False,
+    typed: dict[str, Any] | None = None,
+) -> None:
+    """Serve a base and its adapters over HTTP, as OpenAI's API, with a page to try them."""
+    settings, limits = build(ServeSettings, typed or {}), Limits(timeout=timeout)
+    if store is None:
+        raise ConfigError("give --store, a folder of adapter folders")
+    named = _named(adapter or [])
+    _require_extra()
+    from loralab.serving.api import build_app
+    from loralab.serving.listener import Listener, address, open_socket
+
+    known = _keys(host, keys, no_keys)
+    with open_socket(host, port) as opened:
+        from loralab.serving.opening import open_engine
+
+        engine = open_engine(
+            model=model or DEFAULT_MODEL, store=store, adapters=named, pinned=pin or [],
+            settings=settings,
+        )  # fmt: skip
+        application = build_app(engine, keys=known, limits=limits)
+        where = address(opened)
+        listener = Listener(
+            application, opened, lambda: _say_ready(engine, where, known is not None, json_)
+        )
+        engine.start()
+        try:
+            listener.listen()
+        finally:
+            engine.stop(drain=not listener.force_exit)
+
+
+def _named(given: list[str]) -> dict[str, str | Path]:
+    """NAME=PATH, each name once."""
+    found: dict[str, str | Path] = {}
+    for text in given:
+        name, equals, path = text.partition("=")
+        if not (name and equals and path):
+            raise ConfigError(f"--adapter expects NAME=PATH, got {text!r}")
+        if name in found:
+            raise ConfigError(f"--adapter names {name} twice")
+        found[name] = path
+    return found
+
+
+def _require_extra() -> None:
+    try:
+        import fastapi
+        import prometheus_client
+        import uvicorn
+    except ImportError as error:
+        raise ConfigError(f"serve needs {error.name}; get it with: {INSTALL}") from None
+    assert fastapi
+    assert prometheus_client
+    assert uvicorn
+
+
+def _keys(host: str, file: Path | None, without: bool) -> "Keys | None":
+    """The keys of a file; nothing that others can reach goes without, unless asked to."""
+    from loralab.serving.keys import read
+    from loralab.serving.listener import is_loopback
+
+    if file is not None:
+        if without:
+            raise ConfigError("give either --keys or --no-keys")
+        return read(file)
+    if not without and not is_loopback(host):
+        raise ConfigError(
+            f"--host {host} can be reached by others: give --keys keys.toml, or --no-keys to let "
+            "everyone ask and load adapters"
+        )
+    return None
+
+
+def _say_ready(engine: "Engine", where: str, with_keys: bool, as_json: bool) -> None:
+    """One line for machines, or a few for people."""
+    from loralab.serving.api_service import base_id
+
+    base, adapters = base_id(engine.base.name), [entry.name for entry in engine.store.entries()]
+    if as_json:
+        ready = {"url": where, "model": base, "kind": engine.base.kind, "adapters": adapters}
+        print(json.dumps(ready, ensure_ascii=False), flush=True)
+        return
+    more = f" and {len(adapters) - SHOWN} more" if len(adapters) > SHOWN else ""
+    print(f"{base} at {where}, a page to try it, and {where}/v1 for clients of OpenAI's API")
+    print(f"adapters: {', '.join(adapters[:SHOWN]) or 'none yet'}{more}")
+    for name, reason in getattr(engine.store, "refused", {}).items():
+        print(f"left out: {name}: {reason}")
+    print(_example(engine.base.kind, where, (adapters or [base])[0], with_keys), flush=True)
+
+
+def _example(kind: str, where: str, model: str, with_keys: bool) -> str:
+    """A command that asks something."""
+    key = " -H 'Authorization: Bearer KEY'" if with_keys else ""
+    path, body = "chat/completions", {"messages": [{"role": "user", "content": "Hello"}]}
+    if kind != "causal-lm":
+        text: Any = {"image": "BASE64"} if kind == "image-classification" else "Hello"
+        path, body = "classify", {"input": text}
+    content = json.dumps({"model": model, **body}, ensure_ascii=False)
+    return f"curl {where}/v1/{path}{key} -H 'Content-Type: application/json' -d '{content}'"

@@ -1,0 +1,316 @@
+"""The HTTP interface: OpenAI's for asking, vLLM's for loading, and one page to look at.
+
+Needs the extra `serve`.
+"""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from loralab.errors import LoralabError
+from loralab.serving import api_shapes as shapes
+from loralab.serving.api_errors import ApiError, translated
+from loralab.serving.api_schemas import (
+    ChatBody,
+    ClassifyBody,
+    CompletionBody,
+    LoadBody,
+    UnloadBody,
+)
+from loralab.serving.api_service import Service
+from loralab.serving.api_shapes import ChatShape, CompletionShape
+from loralab.serving.api_stream import ClientGoneError, EventStream, Gathered, guarded
+from loralab.serving.keys import Key, Keys
+from loralab.serving.metrics import CONTENT_TYPE
+from loralab.serving.request import Answer, Ranked
+from loralab.serving.settings import Limits
+
+if TYPE_CHECKING:
+    from loralab.serving.engine import Engine
+    from loralab.serving.store import Entry
+
+PAGE = Path(__file__).with_name("page.html")
+DIGEST_HEADER = "X-Loralab-Digest"
+CLIENT_GONE = 499
+# the page is one file and asks this server alone; nothing else may be loaded into it
+PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; "
+    "script-src 'unsafe-inline'; connect-src 'self'; img-src data: blob:; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}  # fmt: skip
+
+
+def build_app(engine: "Engine", *, keys: Keys | None, limits: Limits | None = None) -> FastAPI:
+    """The application around an engine that runs; `app.state.service` is what it is made of.
+
+    Args:
+        keys: None leaves everything open.
+    """
+    service = Service(engine, keys, limits or Limits())
+    # no /docs: its page loads scripts from elsewhere
+    app = FastAPI(title="loralab", openapi_url=None, docs_url=None, redoc_url=None)
+    app.state.service = service
+    _add_errors(app)
+    _add_state(app, service)
+    _add_asking(app, service)
+    _add_store(app, service)
+    return app
+
+
+def _add_errors(app: FastAPI) -> None:
+    """Every error has one shape."""
+
+    @app.exception_handler(ApiError)
+    async def _ours(_: Request, error: ApiError) -> Response:
+        return error.response()
+
+    @app.exception_handler(LoralabError)
+    async def _loralab(_: Request, error: LoralabError) -> Response:
+        return translated(error).response()
+
+    @app.exception_handler(ClientGoneError)
+    @app.exception_handler(ClientDisconnect)
+    async def _gone(_: Request, error: Exception) -> Response:
+        return Response(status_code=CLIENT_GONE)
+
+    @app.exception_handler(HTTPException)
+    async def _routing(request: Request, error: HTTPException) -> Response:
+        where = f"{request.method} {request.url.path}"
+        return ApiError(error.status_code, f"{where}: {error.detail}").response()
+
+    @app.exception_handler(Exception)
+    async def _unforeseen(_: Request, error: Exception) -> Response:
+        return ApiError(500, "internal error; see the server's log").response()
+
+
+def _add_state(app: FastAPI, service: Service) -> None:
+    """What is here, and how it does."""
+    engine = service.engine
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> Response:
+        return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers=PAGE_HEADERS)
+
+    @app.get("/health")
+    async def health() -> Response:
+        service.require_working()
+        return JSONResponse({"status": "ok"})
+
+    @app.get("/metrics")
+    async def metrics(request: Request) -> Response:
+        key = service.key(request)
+        if key is not None and not key.sees_all:  # they name every adapter
+            raise ApiError(403, f"key {key.name} may not see the metrics: they name all adapters")
+        return Response(service.metrics.text(), media_type=CONTENT_TYPE)
+
+    @app.get("/store")
+    async def store(request: Request) -> Response:
+        entries = service.visible(service.key(request))
+        state = {
+            "running": engine.running, "waiting": engine.waiting, "context": engine.context,
+            "max_waiting": engine.max_waiting, "healthy": engine.healthy,
+            "evictions": engine.store.evictions,
+        }  # fmt: skip
+        base = {"name": service.base_id, "kind": engine.base.kind}
+        adapters = [shapes.described(entry) for entry in entries]
+        return JSONResponse({"base": base, "engine": state, "adapters": adapters})
+
+    @app.get("/v1/models")
+    async def models(request: Request) -> Response:
+        return JSONResponse(_models(service, service.key(request)))
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str, request: Request) -> Response:
+        key = service.key(request)
+        entry = service.model(name, key)
+        wanted = service.base_id if entry is None else entry.name
+        listed = _models(service, key)["data"]
+        return JSONResponse(next(one for one in listed if one["id"] == wanted))
+
+
+def _models(service: Service, key: Key | None) -> dict[str, Any]:
+    engine = service.engine
+    found = shapes.listed(
+        service.base_id, engine.base.kind, engine.context, service.visible(key), service.started
+    )
+    if key is not None and not key.base:
+        found["data"] = found["data"][1:]
+    return found
+
+
+def _add_asking(app: FastAPI, service: Service) -> None:
+    """Completions, chats, classes."""
+
+    @app.post("/v1/completions")
+    async def completions(request: Request) -> Response:
+        key = _asker(service, request)
+        body = await service.body(request, CompletionBody)
+        entry = _writer(service, body.model, key)
+        given = body.prompts()
+        _require_some(service, len(given) * (body.n or 1), "prompt")
+        prompts = [await service.text_ids(prompt) for prompt in given]
+        return await _answered(service, request, body, entry, key, prompts)
+
+    @app.post("/v1/chat/completions")
+    async def chat(request: Request) -> Response:
+        key = _asker(service, request)
+        body = await service.body(request, ChatBody)
+        entry = _writer(service, body.model, key)
+        try:
+            ids = await service.chat_ids([message.turn() for message in body.messages])
+        except LoralabError as error:
+            raise translated(error, "messages") from None
+        return await _answered(service, request, body, entry, key, [ids])
+
+    @app.post("/v1/classify")
+    async def classify(request: Request) -> Response:
+        key = _asker(service, request)
+        return await _classified(service, request, await service.body(request, ClassifyBody), key)
+
+
+def _asker(service: Service, request: Request) -> Key | None:
+    """The key of a request to an engine that works."""
+    key = service.key(request)
+    service.require_working()
+    return key
+
+
+async def _answered(
+    service: Service,
+    request: Request,
+    body: CompletionBody | ChatBody,
+    entry: "Entry | None",
+    key: Key | None,
+    prompts: Sequence[Sequence[int]],
+) -> Response:
+    """The answers to some prompts, `n` each, whole or as a stream."""
+    param = "prompt" if isinstance(body, CompletionBody) else "messages"
+    choices = body.n or 1
+    room = service.engine.context - (0 if entry is None else entry.front)
+    asked = [
+        (ids, body.sampling(room - len(ids), choice))
+        for ids in prompts
+        for choice in range(choices)
+    ]
+    grant = service.admit(key, sum(len(ids) + sampling.max_tokens for ids, sampling in asked))
+    try:
+        answers = _submitted(service, asked, entry)
+    except LoralabError as error:
+        service.settle(grant, 0)
+        raise translated(error, param) from None
+    gathered = Gathered(answers, lambda tokens: service.settle(grant, tokens))
+    make = CompletionShape if isinstance(body, CompletionBody) else ChatShape
+    shape = make(answers, model=body.model, choices=choices, usage=body.with_usage)
+    headers, seconds = _digest(answers[0].digest), service.limits.timeout
+    if body.stream:
+        return EventStream(gathered, shape, seconds, headers)
+    done = await guarded(request.receive, gathered.completed(), seconds, cancel=gathered.cancel)
+    return JSONResponse(shape.whole(done), headers=headers)
+
+
+def _submitted(
+    service: Service, asked: Sequence[tuple[Sequence[int], Any]], entry: "Entry | None"
+) -> list[Answer]:
+    """All of them or none."""
+    answers: list[Answer] = []
+    try:
+        for ids, sampling in asked:
+            name = None if entry is None else entry.name
+            answers.append(service.engine.submit(ids, adapter=name, sampling=sampling))
+    except BaseException:
+        for answer in answers:
+            answer.cancel()
+        raise
+    return answers
+
+
+async def _classified(
+    service: Service, request: Request, body: ClassifyBody, key: Key | None
+) -> Response:
+    entry = service.model(body.model, key)
+    engine = service.engine
+    given = body.inputs()
+    _require_some(service, len(given), "input")
+    grant = service.admit(key, 0)
+    try:
+        name = None if entry is None else entry.name
+        waiting = await service.aside(lambda: engine.classify(given, adapter=name))
+        ranked = await guarded(
+            request.receive, _awaited(waiting), service.limits.timeout, cancel=waiting.cancel
+        )
+    except LoralabError as error:
+        raise translated(error, "input") from None
+    service.settle(grant, sum(one.tokens for one in ranked))
+    labels = () if entry is None else entry.labels
+    digest = None if entry is None else entry.digest
+    content = shapes.classified(body.model, entry, ranked, labels)
+    return JSONResponse(content, headers=_digest(digest))
+
+
+async def _awaited(future: "Future[list[Ranked]]") -> list[Ranked]:
+    try:
+        return await asyncio.wrap_future(future)
+    except asyncio.CancelledError:  # by the engine, as only an engine that stops does
+        raise ApiError(503, "the server stops; ask again later", code="stopping") from None
+
+
+def _add_store(app: FastAPI, service: Service) -> None:
+    """Adapters come and go while the server runs; names, bodies and answers are vLLM's."""
+
+    @app.post("/v1/load_lora_adapter")
+    async def load(request: Request) -> Response:
+        service.require_admin(service.key(request))
+        service.require_working()
+        body = await service.body(request, LoadBody)
+        if body.lora_name in (service.base_id, service.engine.base.name):
+            raise ApiError(400, f"{body.lora_name} is the base's name", param="lora_name")
+        entry = await _changed(
+            lambda: service.engine.store.load(body.lora_name, body.lora_path), "lora_path"
+        )
+        text = f"Success: LoRA adapter '{entry.name}' added successfully."
+        return PlainTextResponse(text, headers=_digest(entry.digest))
+
+    @app.post("/v1/unload_lora_adapter")
+    async def unload(request: Request) -> Response:
+        service.require_admin(service.key(request))
+        body = await service.body(request, UnloadBody)
+        entry = await _changed(lambda: service.engine.store.unload(body.lora_name), "lora_name")
+        text = f"Success: LoRA adapter '{entry.name}' removed successfully."
+        return PlainTextResponse(text, headers=_digest(entry.digest))
+
+
+async def _changed(work: Callable[[], "Entry"], param: str) -> "Entry":
+    """In a thread: reading an adapter takes a while."""
+    try:
+        return await asyncio.to_thread(work)
+    except LoralabError as error:
+        raise translated(error, param) from None
+
+
+def _writer(service: Service, name: str, key: Key | None) -> "Entry | None":
+    """The adapter that is asked to write; None is the base."""
+    entry = service.model(name, key)
+    if service.engine.base.kind != "causal-lm":
+        raise ApiError(400, f"{name} writes no text; ask /v1/classify", param="model")
+    return entry
+
+
+def _require_some(service: Service, count: int, param: str) -> None:
+    if not 1 <= count <= service.limits.inputs:
+        raise ApiError(
+            400, f"{param}: from 1 to {service.limits.inputs} in one request, got {count}",
+            param=param, code="invalid_value",
+        )  # fmt: skip
+
+
+def _digest(digest: str | None) -> dict[str, str]:
+    return {} if digest is None else {DIGEST_HEADER: digest}

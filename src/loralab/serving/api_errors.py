@@ -1,0 +1,80 @@
+"""What went wrong, as the clients of OpenAI's API read it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi.responses import JSONResponse
+
+from loralab.errors import (
+    AdapterNotFoundError,
+    InputError,
+    LoralabError,
+    QueueFullError,
+)
+
+TYPES = {
+    400: "invalid_request_error", 401: "authentication_error", 403: "permission_error",
+    404: "not_found_error", 405: "invalid_request_error", 408: "timeout_error",
+    413: "invalid_request_error", 415: "invalid_request_error", 429: "rate_limit_error",
+    500: "server_error", 503: "server_error", 504: "timeout_error",
+}  # fmt: skip
+RETRY_SECONDS = 1  # after a full queue: a place is free after a few steps
+
+
+class ApiError(Exception):
+    """An answer that is an error: its status, and what stands in its body."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+        self.retry_after = retry_after
+
+    def body(self) -> dict[str, Any]:
+        """OpenAI's shape."""
+        kind = TYPES.get(self.status, "invalid_request_error")
+        error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        return {"error": error}
+
+    def response(self) -> JSONResponse:
+        """The whole answer."""
+        headers = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
+        if self.status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
+        return JSONResponse(self.body(), self.status, headers=headers)
+
+
+def translated(error: LoralabError, param: str | None = None) -> ApiError:
+    """One of loralab's own errors as an answer; `param` is the field that it is about."""
+    message = str(error)
+    if isinstance(error, QueueFullError):
+        return ApiError(429, message, code="queue_full", retry_after=RETRY_SECONDS)
+    if isinstance(error, AdapterNotFoundError):
+        return ApiError(404, message, param="model", code="model_not_found")
+    if isinstance(error, InputError):
+        return ApiError(400, message, param=param, code="invalid_value")
+    return ApiError(500, message, code="engine_error")
+
+
+def invalid(problem: Mapping[str, Any]) -> ApiError:
+    """The first problem that pydantic found; `param` is the path of its field."""
+    # parts of a path that name a branch of a union are no fields of the client's
+    parts = [part for part in problem["loc"] if isinstance(part, int) or part.isidentifier()]
+    where = ".".join(map(str, parts)).removesuffix(".str").removesuffix(".list")
+    given = problem.get("input")
+    shown = f", got {given!r:.60}" if isinstance(given, str | int | float | bool | None) else ""
+    message = problem["msg"]
+    if problem["type"] == "missing":
+        message, shown = "is missing", ""
+    elif problem["type"] == "extra_forbidden":
+        message, shown = "is not known", ""
+    return ApiError(
+        400, f"{where}: {message}{shown}", param=where or None, code=str(problem["type"])
+    )

@@ -1,0 +1,246 @@
+"""What a request may hold: OpenAI's fields, and nothing that would be ignored in silence."""
+
+import base64
+import binascii
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from loralab.errors import ConfigError, nearest
+from loralab.serving.api_errors import ApiError, invalid
+from loralab.serving.request import Sampling
+
+# fields of OpenAI's that are not supported: the values that mean "as usual", beside null
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "best_of": (1,), "presence_penalty": (0,), "frequency_penalty": (0,),
+    "repetition_penalty": (1,), "min_p": (0,), "min_tokens": (0,), "length_penalty": (1,),
+    "use_beam_search": (False,), "skip_special_tokens": (True,), "logit_bias": ({},),
+    "echo": (False,), "suffix": ("",), "store": (False,), "service_tier": ("auto", "default"),
+    "response_format": ({"type": "text"},), "tools": ([],), "tool_choice": ("none", "auto"),
+    "functions": ([],), "function_call": ("none", "auto"), "parallel_tool_calls": (True, False),
+    "modalities": (["text"],), "audio": (), "prediction": (), "reasoning_effort": ("none",),
+    "verbosity": ("medium",), "web_search_options": (), "stop_token_ids": ([],),
+}  # fmt: skip
+# fields that say something about the client and nothing about the answer
+FREE = ("user", "metadata", "safety_identifier", "prompt_cache_key")
+MOST_CHOICES = 16
+DEFAULT_TOKENS = 16  # of a completion, as at OpenAI; a chat goes on to its end
+
+
+class Body(BaseModel):
+    """A body as it must be: no other types, no other fields."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+
+class StreamOptions(Body):
+    """What a stream tells beside its text."""
+
+    include_usage: bool | None = None
+    include_obfuscation: Literal[False] | None = None
+
+
+class _Asked(Body):
+    """What completions and chats have in common."""
+
+    model: str
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    n: int | None = Field(default=None, ge=1, le=MOST_CHOICES)
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    ignore_eos: bool | None = None
+
+    @property
+    def with_usage(self) -> bool:
+        """Whether a stream ends with what it took."""
+        options = self.stream_options
+        return options is not None and bool(options.include_usage)
+
+    def _sampling(self, max_tokens: int, logprobs: int | None, choice: int) -> Sampling:
+        """How a choice is drawn: with a seed of its own, so that choices differ."""
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        try:
+            return Sampling(
+                max_tokens=max_tokens,
+                temperature=1.0 if self.temperature is None else self.temperature,
+                top_k=max(0, self.top_k or 0),  # -1 is how others write "all"
+                top_p=1.0 if self.top_p is None else self.top_p,
+                seed=None if self.seed is None else self.seed + choice,
+                stop=stop, logprobs=logprobs, ignore_eos=bool(self.ignore_eos),
+            )  # fmt: skip
+        except ConfigError as error:
+            field = str(error).split()[0]
+            raise ApiError(400, str(error), param=field, code="invalid_value") from None
+
+
+class CompletionBody(_Asked):
+    """POST /v1/completions."""
+
+    prompt: str | list[str] | list[int] | list[list[int]]
+    max_tokens: int | None = None
+    logprobs: int | None = None
+
+    def prompts(self) -> list[str | list[int]]:
+        """Each prompt, as text or as tokens."""
+        given: Any = self.prompt
+        single = isinstance(given, str) or (given and isinstance(given[0], int))
+        return [given] if single else list(given)
+
+    def sampling(self, room: int, choice: int) -> Sampling:
+        """How choice number `choice` is drawn; without a length it is short, within the `room`."""
+        limit = max(1, min(DEFAULT_TOKENS, room)) if self.max_tokens is None else self.max_tokens
+        return self._sampling(limit, self.logprobs, choice)
+
+
+class TextPart(Body):
+    """A part of a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(Body):
+    """One turn of a conversation; the fields after content are what clients send back unset."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+    name: None = None
+    refusal: None = None
+    audio: None = None
+    function_call: None = None
+    tool_calls: None = None
+    annotations: list[Any] | None = Field(default=None, max_length=0)
+
+    def turn(self) -> dict[str, str]:
+        """As chat templates read it."""
+        parts = [self.content] if isinstance(self.content, str) else [p.text for p in self.content]
+        role = "system" if self.role == "developer" else self.role
+        return {"role": role, "content": "".join(parts)}
+
+
+class ChatBody(_Asked):
+    """POST /v1/chat/completions."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+
+    def sampling(self, room: int, choice: int) -> Sampling:
+        """How choice number `choice` is drawn; without a length it may fill the `room`."""
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ApiError(
+                400, "top_logprobs needs logprobs: true", param="top_logprobs", code="invalid_value"
+            )
+        told = (self.top_logprobs or 0) if self.logprobs else None
+        limits = [n for n in (self.max_completion_tokens, self.max_tokens) if n is not None]
+        return self._sampling(min(limits) if limits else max(1, room), told, choice)
+
+
+class Picture(Body):
+    """A picture file in base64, or a data: address with it."""
+
+    image: str
+
+    def content(self) -> bytes:
+        """The file."""
+        text = self.image.partition(",")[2] if self.image.startswith("data:") else self.image
+        try:
+            return base64.b64decode(text, validate=True)
+        except (binascii.Error, ValueError):
+            raise ApiError(
+                400, "image must be a picture file in base64", param="input", code="invalid_value"
+            ) from None
+
+
+class ClassifyBody(Body):
+    """POST /v1/classify."""
+
+    model: str
+    input: str | Picture | list[str | Picture]
+
+    def inputs(self) -> list[str | bytes]:
+        """Texts, or picture files."""
+        given = self.input if isinstance(self.input, list) else [self.input]
+        return [one if isinstance(one, str) else one.content() for one in given]
+
+
+class LoadBody(Body):
+    """POST /v1/load_lora_adapter."""
+
+    lora_name: str = Field(min_length=1)
+    lora_path: str = Field(min_length=1)
+    lora_int_id: None = None
+    base_model_name: None = None
+
+
+class UnloadBody(Body):
+    """POST /v1/unload_lora_adapter."""
+
+    lora_name: str = Field(min_length=1)
+    lora_int_id: None = None
+
+
+Kind = TypeVar("Kind", bound=Body)
+
+
+def parsed(kind: type[Kind], content: bytes) -> Kind:
+    """The body of a request.
+
+    Raises:
+        ApiError: it is no JSON, holds a field that is not known or supported, or a wrong value.
+    """
+    try:
+        given = json.loads(content, parse_constant=_no_constant)
+        if b"\\ud" in content.lower():  # half a surrogate pair is no text: nothing could write it
+            json.dumps(given, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise ApiError(400, f"the body is no JSON: {error}", code="invalid_json") from None
+    if not isinstance(given, dict):
+        raise ApiError(400, "the body must be a JSON object", code="invalid_json")
+    try:
+        return kind.model_validate(_supported(given, tuple(kind.model_fields)))
+    except ValidationError as error:
+        raise invalid(_deepest(error.errors(include_url=False))) from None
+
+
+def _supported(given: Mapping[str, Any], fields: Sequence[str]) -> dict[str, Any]:
+    """The fields that are read; those that have no effect are left out."""
+    kept = {}
+    for name, value in given.items():
+        if name in fields:
+            kept[name] = value
+        elif name in NEUTRAL:
+            _require_neutral(name, value)
+        elif name not in FREE:
+            hint = nearest(name, fields)
+            raise ApiError(400, f"unknown field {name}{hint}", param=name, code="unknown_parameter")
+    return kept
+
+
+def _require_neutral(name: str, value: Any) -> None:
+    usual = NEUTRAL[name]
+    if value is None or any(value == own for own in usual):
+        return
+    shown = f", or {json.dumps(usual[0])}" if usual else ""
+    raise ApiError(
+        400, f"{name} is not supported here; leave it out{shown}", param=name,
+        code="unsupported_parameter",
+    )  # fmt: skip
+
+
+def _deepest(problems: Sequence[Any]) -> Any:
+    """Where a value may be one of several types, the branch that came furthest explains best."""
+    first = problems[0]["loc"][:1]
+    return max((p for p in problems if p["loc"][:1] == first), key=lambda p: len(p["loc"]))
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is no number in JSON")

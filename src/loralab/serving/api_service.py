@@ -1,0 +1,204 @@
+"""What every request goes through: its key, its body, its model, its quota, its tokens."""
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from fastapi import Request
+
+from loralab.errors import AdapterNotFoundError, LoralabError, nearest
+from loralab.serving.api_errors import ApiError, translated
+from loralab.serving.api_schemas import Body, parsed
+from loralab.serving.keys import Grant, Key, Keys
+from loralab.serving.metrics import Metrics
+from loralab.serving.settings import Limits
+from loralab.tasks.catalog import Task
+from loralab.tasks.encode import prompt_ids
+
+if TYPE_CHECKING:
+    from loralab.serving.engine import Engine
+    from loralab.serving.store import Entry
+
+Kind = TypeVar("Kind", bound=Body)
+Result = TypeVar("Result")
+JSON = "application/json"
+CHAT = Task(name="chat", format="messages", splits={})
+TEXT = Task(name="text", format="text", splits={})
+
+
+class Service:
+    """One engine as it is seen from outside. `stopping` refuses whatever is new."""
+
+    def __init__(self, engine: "Engine", keys: Keys | None, limits: Limits) -> None:
+        self.engine, self.keys, self.limits = engine, keys, limits
+        self.metrics = Metrics(engine)
+        engine.observe = self.metrics.observe
+        self.started = int(time.time())
+        self.stopping = False
+        self._aside: ThreadPoolExecutor = ThreadPoolExecutor(1, "tokenizer")
+
+    @property
+    def base_id(self) -> str:
+        """What the base is called."""
+        return base_id(self.engine.base.name)
+
+    def key(self, request: Request) -> Key | None:
+        """The key of a request; None where everything is open.
+
+        Raises:
+            ApiError: 401 without a valid key.
+        """
+        if self.keys is None:
+            return None
+        scheme, _, secret = request.headers.get("authorization", "").partition(" ")
+        found = self.keys.find(secret.strip() if scheme.lower() == "bearer" else None)
+        if found is None:
+            raise ApiError(
+                401, "this server needs a valid key: Authorization: Bearer ...",
+                code="invalid_api_key",
+            )  # fmt: skip
+        return found
+
+    def require_admin(self, key: Key | None) -> None:
+        """Loading and unloading change what others get.
+
+        Raises:
+            ApiError: 403.
+        """
+        if key is not None and not key.admin:
+            raise ApiError(403, f"key {key.name} may not load or unload adapters")
+
+    def require_working(self) -> None:
+        """Nothing new is taken by a server that stops, or whose engine died.
+
+        Raises:
+            ApiError: 503.
+        """
+        if self.stopping:
+            raise ApiError(503, "the server stops", code="stopping", retry_after=5)
+        if not self.engine.healthy:
+            raise ApiError(503, "the engine has stopped; see the server's log", code="engine_dead")
+
+    async def body(self, request: Request, kind: type[Kind]) -> Kind:
+        """The checked body of a request.
+
+        Raises:
+            ApiError: it is too large, too slow, or wrong.
+        """
+        given = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if given != JSON:  # what a page of another site may send unasked is never JSON
+            raise ApiError(415, f"Content-Type must be {JSON}, got {given or 'none'}")
+        try:
+            async with asyncio.timeout(self.limits.body_seconds):
+                content = await _content(request, self.limits.body_bytes)
+        except TimeoutError:
+            raise ApiError(408, "the body took too long to arrive", code="timeout") from None
+        return parsed(kind, content)
+
+    def visible(self, key: Key | None) -> list["Entry"]:
+        """The adapters of the store that a key may use."""
+        return [e for e in self.engine.store.entries() if key is None or key.may_use(e.name)]
+
+    def model(self, name: str, key: Key | None) -> "Entry | None":
+        """The adapter of this name or digest; None is the base.
+
+        Raises:
+            ApiError: 404 with near names that the key may use, 403 if it may not use this one.
+        """
+        entry = None
+        if name not in (self.base_id, self.engine.base.name):
+            entry = self._entry(name, key)
+        if key is not None and not key.may_use(entry.name if entry else None):
+            raise ApiError(403, f"key {key.name} may not use {name}", param="model")
+        return entry
+
+    def _entry(self, name: str, key: Key | None) -> "Entry":
+        try:
+            entry = self.engine.store.entry(name)
+        except AdapterNotFoundError:
+            names = [self.base_id, *(e.name for e in self.visible(key))]
+            raise ApiError(
+                404, f"there is no model {name!r}{nearest(name, names)}", param="model",
+                code="model_not_found",
+            ) from None  # fmt: skip
+        except LoralabError as error:  # it is there, and damaged
+            raise translated(error, "model") from None
+        if key is not None and entry.name != name and not key.may_use(entry.name):
+            # by its digest: another name of the same adapter may be allowed
+            same = (e for e in self.visible(key) if e.digest == entry.digest)
+            return next(same, entry)
+        return entry
+
+    def admit(self, key: Key | None, tokens: int) -> Grant | None:
+        """Count a request that takes at most so many tokens.
+
+        Raises:
+            ApiError: 429, the quota of the key is used up.
+        """
+        if key is None or self.keys is None:
+            return None
+        found = self.keys.admit(key, tokens)
+        if isinstance(found, Grant):
+            return found
+        raise ApiError(429, found.reason, code="quota_exceeded", retry_after=found.seconds)
+
+    def settle(self, grant: Grant | None, tokens: int) -> None:
+        """What an admitted request took in the end."""
+        if grant is not None and self.keys is not None:
+            self.keys.settle(grant, tokens)
+
+    async def text_ids(self, prompt: str | list[int]) -> Sequence[int]:
+        """The tokens of a plain prompt.
+
+        Raises:
+            ApiError: 400, it is empty, or a number is no token.
+        """
+        if isinstance(prompt, str):
+            row = {"text": prompt}
+            prompt = list(
+                await self.aside(lambda: prompt_ids(TEXT, row, self.engine.base.tokenizer))
+            )
+        size = len(self.engine.base.tokenizer)
+        if bad := [number for number in prompt if not 0 <= number < size]:
+            raise ApiError(
+                400, f"prompt: {bad[0]} is no token; they go from 0 to {size - 1}",
+                param="prompt", code="invalid_value",
+            )  # fmt: skip
+        if not prompt:
+            raise ApiError(400, "prompt is empty", param="prompt", code="invalid_value")
+        return prompt
+
+    async def chat_ids(self, turns: list[dict[str, str]]) -> Sequence[int]:
+        """The tokens of a conversation and the opening of its next turn, as in training.
+
+        Raises:
+            DataError: the chat template refuses it.
+        """
+        row = {"messages": [*turns, {"role": "assistant", "content": ""}]}
+        return await self.aside(lambda: prompt_ids(CHAT, row, self.engine.base.tokenizer))
+
+    async def aside(self, work: Callable[[], Result]) -> Result:
+        """What uses the tokenizer, in one thread of its own: a long text holds up nobody."""
+        return await asyncio.get_running_loop().run_in_executor(self._aside, work)
+
+
+def base_id(name: str) -> str:
+    """What a base is called: its short name or hub id, or its folder's name."""
+    return Path(name).name if Path(name).is_absolute() else name
+
+
+async def _content(request: Request, most: int) -> bytes:
+    """The body; no more than so many bytes of it are ever kept."""
+    found = bytearray()
+    too_large = ApiError(413, f"the body is larger than {most} bytes", code="request_too_large")
+    length = request.headers.get("content-length", "")
+    if length.isdecimal() and int(length) > most:
+        raise too_large
+    async for part in request.stream():
+        found += part
+        if len(found) > most:
+            raise too_large
+    return bytes(found)

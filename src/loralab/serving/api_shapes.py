@@ -1,0 +1,218 @@
+"""Answers in the shapes of OpenAI's API, whole and in pieces.
+
+`adapter`, the name and digest of what answered, is added to every one of them.
+"""
+
+import time
+import uuid
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from loralab.serving.request import Answer, Chosen, Completed, Finished, Piece, Ranked
+
+Json = dict[str, Any]
+OWNER = "loralab"
+IMPOSSIBLE = -9999.0
+
+
+class _Shape:
+    """What all answers to one request share."""
+
+    def __init__(self, answers: Sequence[Answer], *, model: str, choices: int, usage: bool) -> None:
+        self._head = {
+            "id": self.prefix + uuid.uuid4().hex, "object": self.whole_object,
+            "created": int(time.time()), "model": model, "adapter": adapter_of(answers[0]),
+        }  # fmt: skip
+        self._choices, self._usage = choices, usage
+
+    prefix = whole_object = chunk_object = ""
+
+    def chunk(self, choices: list[Json]) -> Json:
+        """One piece of a stream."""
+        usage = {"usage": None} if self._usage else {}
+        return {**self._head, "object": self.chunk_object, "choices": choices, **usage}
+
+    def final(self, ends: Sequence[Finished]) -> Json | None:
+        """The last piece: what it took, if the client asked for it."""
+        return {**self.chunk([]), "usage": self.usage(ends)} if self._usage else None
+
+    def usage(self, ends: Sequence[Finished]) -> Json:
+        """Tokens of all answers; a prompt with several answers counts once."""
+        asked = [end for index, end in enumerate(ends) if index % self._choices == 0]
+        prompt = sum(end.prompt_tokens for end in asked)
+        completion = sum(end.completion_tokens for end in ends)
+        cached = sum(end.cached_tokens for end in asked)
+        return {
+            "prompt_tokens": prompt, "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": cached},
+        }  # fmt: skip
+
+    def _body(self, choices: list[Json], done: Sequence[Completed]) -> Json:
+        return {**self._head, "choices": choices, "usage": self.usage([c.finished for c in done])}
+
+
+class CompletionShape(_Shape):
+    """/v1/completions."""
+
+    prefix, whole_object, chunk_object = "cmpl-", "text_completion", "text_completion"
+
+    def __init__(self, answers: Sequence[Answer], *, model: str, choices: int, usage: bool) -> None:
+        super().__init__(answers, model=model, choices=choices, usage=usage)
+        self._offsets = [0] * len(answers)
+
+    def whole(self, done: Sequence[Completed]) -> Json:
+        """The body of an answer that is not streamed."""
+        return self._body(
+            [self._choice(i, c.text, c.logprobs, c.finished.reason) for i, c in enumerate(done)],
+            done,
+        )
+
+    def opening(self, index: int) -> Json | None:
+        """Nothing: a completion has no role to tell."""
+        return None
+
+    def piece(self, index: int, piece: Piece) -> Json:
+        """More text."""
+        return self.chunk([self._choice(index, piece.text, piece.logprobs, None)])
+
+    def ending(self, index: int, end: Finished) -> Json:
+        """Why it ended."""
+        return self.chunk([self._choice(index, "", (), end.reason)])
+
+    def _choice(self, index: int, text: str, chosen: Sequence[Chosen], reason: str | None) -> Json:
+        told = self._logprobs(index, chosen) if chosen else None
+        return {"index": index, "text": text, "logprobs": told, "finish_reason": reason}
+
+    def _logprobs(self, index: int, chosen: Sequence[Chosen]) -> Json:
+        offsets = []
+        for one in chosen:
+            offsets.append(self._offsets[index])
+            self._offsets[index] += len(one.text)
+        return {
+            "tokens": [one.text for one in chosen],
+            "token_logprobs": [_finite(one.logprob) for one in chosen],
+            "top_logprobs": [
+                {text: _finite(logprob) for _, text, logprob in one.top} for one in chosen
+            ] if any(one.top for one in chosen) else None,
+            "text_offset": offsets,
+        }  # fmt: skip
+
+
+class ChatShape(_Shape):
+    """/v1/chat/completions."""
+
+    prefix, whole_object, chunk_object = "chatcmpl-", "chat.completion", "chat.completion.chunk"
+
+    def whole(self, done: Sequence[Completed]) -> Json:
+        """The body of an answer that is not streamed."""
+        choices = [
+            {
+                "index": index,
+                "message": {"role": "assistant", "content": one.text, "refusal": None},
+                "logprobs": _spoken(one.logprobs), "finish_reason": one.finished.reason,
+            }
+            for index, one in enumerate(done)
+        ]  # fmt: skip
+        return self._body(choices, done)
+
+    def opening(self, index: int) -> Json | None:
+        """Whose turn it is."""
+        return self.chunk([self._delta(index, {"role": "assistant", "content": ""})])
+
+    def piece(self, index: int, piece: Piece) -> Json:
+        """More text."""
+        return self.chunk([self._delta(index, {"content": piece.text}, _spoken(piece.logprobs))])
+
+    def ending(self, index: int, end: Finished) -> Json:
+        """Why it ended."""
+        return self.chunk([self._delta(index, {}, reason=end.reason)])
+
+    @staticmethod
+    def _delta(
+        index: int, delta: Json, logprobs: Json | None = None, reason: str | None = None
+    ) -> Json:
+        return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+
+
+Shape = CompletionShape | ChatShape
+
+
+def adapter_of(answer: Answer) -> Json | None:
+    """Which adapter answers; None is the base."""
+    return None if answer.digest is None else {"name": answer.adapter, "digest": answer.digest}
+
+
+def classified(model: str, entry: Any, ranked: Sequence[Ranked], classes: Sequence[str]) -> Json:
+    """/v1/classify: `probs` in the order of the classes, `probabilities` by name."""
+    tokens = sum(one.tokens for one in ranked)
+    return {
+        "id": "classify-" + uuid.uuid4().hex, "object": "list", "created": int(time.time()),
+        "model": model, "adapter": None if entry is None else identity(entry),
+        "data": [
+            {
+                "index": index, "label": one.label,
+                "probs": [one.probabilities[name] for name in _ordered(classes, one)],
+                "probabilities": one.probabilities, "num_classes": len(one.probabilities),
+            }
+            for index, one in enumerate(ranked)
+        ],
+        "usage": {"prompt_tokens": tokens, "completion_tokens": 0, "total_tokens": tokens},
+    }  # fmt: skip
+
+
+def identity(entry: Any) -> Json:
+    """Name and digest of an adapter of the store."""
+    return {"name": entry.name, "digest": entry.digest}
+
+
+def described(entry: Any) -> Json:
+    """All that is known of an adapter of the store."""
+    return {
+        **identity(entry), "method": entry.method, "rank": entry.rank, "bytes": entry.bytes,
+        "task": entry.task, "labels": list(entry.labels), "metrics": dict(entry.metrics),
+        "base": entry.base, "loaded": entry.loaded, "pinned": entry.pinned,
+    }  # fmt: skip
+
+
+def listed(base: str, kind: str, context: int, entries: Iterable[Any], created: int) -> Json:
+    """/v1/models: the base, then the adapters."""
+    common = {"object": "model", "created": created, "owned_by": OWNER}
+    models: list[Json] = [
+        {"id": base, **common, "root": base, "parent": None, "digest": None, "kind": kind,
+         "max_model_len": context}
+    ]  # fmt: skip
+    for entry in entries:
+        own = {key: value for key, value in described(entry).items() if key not in ("name", "base")}
+        models.append(
+            {"id": entry.name, **common, "root": entry.path.name, "parent": base, "kind": kind,
+             "max_model_len": context, **own}
+        )  # fmt: skip
+    return {"object": "list", "data": models}
+
+
+def _spoken(chosen: Sequence[Chosen]) -> Json | None:
+    if not chosen:
+        return None
+    return {
+        "content": [
+            {**_token(one.text, one.logprob),
+             "top_logprobs": [_token(text, logprob) for _, text, logprob in one.top]}
+            for one in chosen
+        ],
+        "refusal": None,
+    }  # fmt: skip
+
+
+def _token(text: str, logprob: float) -> Json:
+    return {"token": text, "logprob": _finite(logprob), "bytes": list(text.encode())}
+
+
+def _finite(logprob: float) -> float:
+    """JSON has no infinity; OpenAI writes this number for what cannot happen."""
+    return max(logprob, IMPOSSIBLE)
+
+
+def _ordered(classes: Sequence[str], ranked: Ranked) -> Sequence[str]:
+    own = ranked.probabilities
+    return classes if set(classes) == set(own) else list(own)

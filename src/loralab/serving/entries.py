@@ -1,0 +1,108 @@
+"""What the small files of an adapter folder say of it.
+
+No tensor is read here: a store of a thousand adapters opens in a moment.
+"""
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loralab.adapters.attach import TASK_TYPES
+from loralab.adapters.folder import CONFIG, FORMAT, RECORD, TENSORS, read_json
+from loralab.adapters.recipes import PARSERS
+from loralab.errors import AdapterFileError, nearest
+from loralab.serving.names import DIGEST
+
+IN_FRONT = ("PREFIX_TUNING", "PROMPT_TUNING")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """An adapter as the store lists it.
+
+    Attributes:
+        digest: of its content; empty as long as a folder without loralab.json was not read.
+        method: peft's name of it, such as LORA.
+        bytes: of the tensors on disk.
+        metrics: of the validation.
+        kind: of the base, one of models.load.KINDS.
+        front: tokens that stand before every input.
+    """
+
+    name: str
+    digest: str
+    method: str
+    rank: int | None
+    bytes: int
+    task: str | None
+    labels: tuple[str, ...]
+    metrics: Mapping[str, float]
+    base: str | None
+    kind: str | None
+    front: int
+    loaded: bool
+    pinned: bool
+    path: Path
+
+
+def describe(name: str, path: Path) -> Entry:
+    """What an adapter folder says of itself, neither loaded nor pinned.
+
+    Raises:
+        AdapterFileError: a file is missing or damaged, or the method is not known.
+    """
+    fields = read_json(path / CONFIG)
+    record = read_json(path / RECORD) if (path / RECORD).is_file() else {}
+    if not (path / TENSORS).is_file():
+        raise AdapterFileError(f"{path} has no {TENSORS}")
+    method = fields.get("peft_type")
+    if not isinstance(method, str) or method not in PARSERS:
+        hint = nearest(str(method), PARSERS)
+        raise AdapterFileError(f"{path / CONFIG}: peft_type {method!r} is not supported{hint}")
+    digest = record.get("digest", "")
+    if record and (record.get("format", FORMAT) != FORMAT or not _is_digest(digest)):
+        raise AdapterFileError(
+            f"{path / RECORD} must have format {FORMAT} and a digest, found "
+            f"{record.get('format')!r} and {digest!r}"
+        )
+    base, task, metrics = (section(record, key) for key in ("base", "task", "metrics"))
+    labels = task.get("labels")
+    return Entry(
+        name=name, digest=digest, method=method, rank=_count(fields.get("r")),
+        bytes=(path / TENSORS).stat().st_size, task=_text(task.get("name")),
+        labels=tuple(map(str, labels)) if isinstance(labels, list) else (),
+        metrics=_numbers(section(metrics, "validation")),
+        base=_text(base.get("name")) or _text(fields.get("base_model_name_or_path")),
+        kind=_text(base.get("kind")) or _kind(fields.get("task_type")),
+        front=(_count(fields.get("num_virtual_tokens")) or 0) if method in IN_FRONT else 0,
+        loaded=False, pinned=False, path=path,
+    )  # fmt: skip
+
+
+def section(record: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A part of a record that should be an object; an empty one where it is none."""
+    found = record.get(name)
+    return found if isinstance(found, dict) else {}
+
+
+def _is_digest(value: Any) -> bool:
+    return isinstance(value, str) and DIGEST.fullmatch(value) is not None
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) and value else None
+
+
+def _count(value: Any) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
+
+
+def _kind(task_type: Any) -> str | None:
+    return next((kind for kind, name in TASK_TYPES.items() if name == task_type), None)
+
+
+def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
+    numbers = {n: v for n, v in values.items() if isinstance(v, int | float)}
+    return {n: float(v) for n, v in numbers.items() if abs(v) < sys.float_info.max}

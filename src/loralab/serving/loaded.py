@@ -1,0 +1,261 @@
+"""A folder that was read -> an adapter whose modules can stand in the engine's model.
+
+All is made around a second structure on the same weights, in which nothing is ever replaced: so
+adapters can be made while the engine computes. Strict where `adapters.load` only warns, since a
+server must not answer with another base than was trained on.
+"""
+
+import copy
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loralab.adapters.attach import TASK_TYPES, Adapter, attach, wrappers_for
+from loralab.adapters.fingerprint import dtype_name, fingerprint
+from loralab.adapters.folder import AdapterFolder
+from loralab.adapters.linear import LinearWithLoRA
+from loralab.adapters.load import base_problem, fill, present_in
+from loralab.adapters.methods import FullFineTune, Prefix, Prompt
+from loralab.adapters.positions import entrance, learnt_positions
+from loralab.adapters.recipes import RECIPES
+from loralab.adapters.subset import TrainedInFull
+from loralab.adapters.targets import head_names, inside
+from loralab.errors import AdapterFileError, AdapterStateError, InputError
+from loralab.models.load import CAUSAL, CLASSIFIER, TAGGER, VISION, Base
+from loralab.models.quantize import QuantizedLinear
+from loralab.serving.entries import section
+
+KEPT = 8  # configurations whose layers are remembered
+Layers = dict[str, LinearWithLoRA]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Loaded:
+    """An adapter in memory, attached to nothing.
+
+    Attributes:
+        adapter: its modules and the modules that it trained in full; without those of a prefix.
+        front: keys and values (L, 2, H, P, D) of a prefix or prompt, in the base's dtype.
+        front_tokens: P.
+        record: what loralab.json says.
+        bytes: of its own tensors.
+        kind: of the base, one of models.load.KINDS.
+    """
+
+    digest: str
+    adapter: Adapter
+    front: Tensor | None
+    front_tokens: int
+    record: dict[str, Any]
+    bytes: int
+    kind: str
+
+
+class Nursery:
+    """Makes adapters for one base.
+
+    Args:
+        base: without an adapter; its weights are shared and frozen, its modules left alone.
+        quantize: how its linear layers are kept: none, nf4 or gguf.
+    """
+
+    def __init__(self, base: Base, *, quantize: str = "none") -> None:
+        base.model.requires_grad_(False)
+        self._model = _shared_copy(base.model)
+        self._base = base
+        self._dtype = dtype_name(self._model)
+        self._quantize = quantize
+        self._fingerprints: dict[frozenset[str], str] = {}
+        self._known: OrderedDict[str, Layers] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def load(self, stored: AdapterFolder) -> Loaded:
+        """Make the adapter that a folder holds; nothing of the folder's memory is kept.
+
+        Raises:
+            AdapterFileError: it belongs to another base, or cannot be served on this one.
+        """
+        stored = replace(stored, record=_sound(stored.record))
+        try:
+            with self._lock:
+                return self._made(stored)
+        except AdapterFileError:
+            raise
+        except (InputError, AdapterStateError) as error:
+            raise AdapterFileError(
+                f"{stored.path} does not fit {self._base.name}: {error}"
+            ) from None
+
+    @torch.no_grad()
+    def _made(self, stored: AdapterFolder) -> Loaded:
+        self._require_servable(stored)
+        config = present_in(self._model, stored)
+        adapter = self._empty(config)
+        for name, saved in adapter.saved.items():
+            self._fit_head(name, saved, stored)
+        fill(adapter, stored)
+        self._compare_base(stored, adapter)
+        adapter.detach()  # drops the hooks; no module was replaced
+        front = self._front(config, adapter, stored)
+        tensors = [parameter.requires_grad_(False) for parameter in adapter.parameters()]
+        tensors += [b for module in adapter.modules.values() for b in module.own_buffers().values()]
+        tensors += [] if front is None else [front]
+        return Loaded(
+            digest=stored.digest, adapter=adapter, front=front,
+            front_tokens=0 if front is None else front.shape[3], record=stored.record,
+            bytes=sum(t.numel() * t.element_size() for t in tensors), kind=self._base.kind,
+        )  # fmt: skip
+
+    def _empty(self, config: Any) -> Adapter:
+        """An adapter of this configuration, to be filled."""
+        key = repr(config)
+        if key in self._known:
+            self._known.move_to_end(key)
+            modules: dict[str, Any] = {n: _again(m) for n, m in self._known[key].items()}
+            return Adapter(self._model, config, modules, {}, frozenset())
+        own, modules, saved = wrappers_for(self._model, config)
+        plain = {n: m for n, m in modules.items() if isinstance(m, LinearWithLoRA)}
+        if not saved and len(plain) == len(modules):
+            self._known[key] = {name: _again(m, "meta") for name, m in plain.items()}
+            if len(self._known) > KEPT:
+                self._known.popitem(last=False)
+        return Adapter(self._model, own, modules, saved, frozenset())
+
+    def _require_servable(self, stored: AdapterFolder) -> None:
+        """What needs no model to be seen."""
+        path, kind = stored.path, self._base.kind
+        base, tokenizer = stored.record["base"], stored.record["tokenizer"]
+        trained = base.get("kind")
+        task = stored.fields.get("task_type")
+        if trained is None and kind in TASK_TYPES and task in TASK_TYPES.values():
+            trained = next(own for own, name in TASK_TYPES.items() if name == task)
+        if trained not in (None, kind):
+            raise AdapterFileError(f"{path} is for a {trained} model; {self._base.name} is {kind}")
+        packed = base.get("quantize", self._quantize)
+        if packed != self._quantize:
+            raise AdapterFileError(
+                f"{path} was trained on a base with quantize {packed!r}, and this one has "
+                f"{self._quantize!r}; serve it with --quantize {packed}"
+            )
+        rows = getattr(stored.config, "token_rows", ())
+        if tokenizer.get("new_tokens") or (rows and max(rows) >= self._words()):
+            raise AdapterFileError(
+                f"{path} brings new tokens, which other adapters' answers would see too; merge it, "
+                "and serve it as a base of its own"
+            )
+        if reason := _cannot_serve(stored.config, kind):
+            raise AdapterFileError(f"{path} {reason}")
+
+    def _words(self) -> int:
+        return len(self._model.get_input_embeddings().weight)
+
+    def _fit_head(self, name: str, saved: TrainedInFull, stored: AdapterFolder) -> None:
+        """Give the last layer of a head as many classes as the folder's tensors have."""
+        if self._base.kind not in (CLASSIFIER, TAGGER, VISION):
+            return
+        if not inside(name, head_names(self._model)):
+            return
+        linears = {n: m for n, m in saved.trained.named_modules() if isinstance(m, nn.Linear)}
+        if not linears:
+            return
+        path, last = list(linears.items())[-1]
+        prefix = RECIPES[type(stored.config)].prefix + f"{name}.{path}".rstrip(".")
+        weight = stored.tensors.get(f"{prefix}.weight")
+        if weight is None or weight.ndim != 2 or weight.shape[1] != last.in_features:
+            return  # `fill` says what is wrong
+        labels = stored.record["task"].get("labels")
+        if isinstance(labels, list) and labels and len(labels) != len(weight):
+            raise AdapterFileError(
+                f"{stored.path} names {len(labels)} labels, and its head has {len(weight)} classes"
+            )
+        if len(weight) != last.out_features:
+            last.out_features = len(weight)
+            last.weight = nn.Parameter(last.weight.new_empty(weight.shape))
+            if last.bias is not None:
+                last.bias = nn.Parameter(last.bias.new_empty(len(weight)))
+
+    def _compare_base(self, stored: AdapterFolder, adapter: Adapter) -> None:
+        without = frozenset(adapter.saved)
+
+        def here() -> str:
+            if without not in self._fingerprints:
+                self._fingerprints[without] = fingerprint(self._model, without)
+            return self._fingerprints[without]
+
+        if problem := base_problem(stored, self._dtype, here):
+            raise AdapterFileError(f"{problem}, so its answers would differ")
+
+    def _front(self, config: Any, adapter: Adapter, stored: AdapterFolder) -> Tensor | None:
+        """The keys and values of a prefix or prompt, whose modules are not needed any more."""
+        if not isinstance(config, Prefix | Prompt):
+            return None
+        start, limit = learnt_positions(self._model)
+        if limit is not None and start + config.tokens >= limit:
+            raise AdapterFileError(
+                f"{stored.path} has {config.tokens} tokens in front, and the model has learnt only "
+                f"{limit} positions"
+            )
+        table = next(iter(adapter.modules.values())).table
+        layers = len(adapter.modules)
+        adapter.modules = {}
+        if isinstance(config, Prefix):
+            states = [table.of(layer) for layer in range(layers)]
+        else:
+            states = self._recorded(config, table.weight)
+        dtype = next(p.dtype for p in self._model.parameters() if p.is_floating_point())
+        return torch.stack(states).to(dtype).contiguous()
+
+    def _recorded(self, config: Prompt, weight: Tensor) -> list[Tensor]:
+        """What a prompt (P, E) amounts to in each layer, (2, H, P, D), on a stage of its own."""
+        stage = attach(_shared_copy(self._model), Prompt(tokens=config.tokens))
+        table = next(iter(stage.modules.values())).table
+        table.weight.copy_(weight)
+        table.record(entrance(stage.model, stage.modules))
+        states: list[Tensor] = table.states
+        return states
+
+
+def _again(module: LinearWithLoRA, device: str | None = None) -> LinearWithLoRA:
+    """Another update of the same layer and shape, its numbers still to be filled in.
+
+    To make it anew would draw numbers that nobody needs, and cost ten times as much.
+    """
+    new = LinearWithLoRA.__new__(LinearWithLoRA)
+    for name, value in module.__dict__.items():
+        new.__dict__[name] = value.copy() if isinstance(value, dict) else value
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            own = torch.empty(parameter.shape, device=device or module.base.weight.device)
+            new._parameters[name] = nn.Parameter(own, requires_grad=False)
+    new._ratio = None
+    return new
+
+
+def _cannot_serve(config: Any, kind: str) -> str:
+    """Why a method is not for a batch of many adapters; empty if it is."""
+    if isinstance(config, FullFineTune):
+        return "trains every weight of the model; merge it, and serve it as a base of its own"
+    if isinstance(config, Prefix | Prompt) and kind != CAUSAL:
+        return (
+            "has tokens in front of the input, which only a causal model can keep in its cache; "
+            "serve it as a base of its own"
+        )
+    return ""
+
+
+def _sound(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record whose parts are objects where they should be."""
+    parts = {name: section(record, name) for name in ("base", "task", "tokenizer")}
+    return {**record, **parts}
+
+
+def _shared_copy(model: Any) -> Any:
+    """The same structure around the very same weights: it costs no memory to speak of."""
+    shared: list[Any] = [*model.parameters(), *model.buffers()]
+    shared += [m.packed for m in model.modules() if isinstance(m, QuantizedLinear)]
+    return copy.deepcopy(model, {id(value): value for value in shared})

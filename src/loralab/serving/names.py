@@ -1,0 +1,122 @@
+"""What adapters may be called, and where the names of a store point.
+
+    <root>/names.json  {"format": 1, "names": {"sst": "runs/sst-2"}, "removed": ["old"]}
+
+Without that file every adapter is called like its folder.
+"""
+
+import json
+import re
+import unicodedata
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from loralab.adapters import folder
+from loralab.errors import AdapterFileError, ConfigError
+
+NAMES = "names.json"
+FORMAT = 1
+LONGEST = 128  # characters of a name
+DIGEST = re.compile("[0-9a-f]{64}")
+FILES = (folder.CONFIG, folder.TENSORS, folder.RECORD)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Names:
+    """Names that stand for another folder than their own, as paths from the root, or for none."""
+
+    moved: Mapping[str, str] = field(default_factory=dict)
+    removed: frozenset[str] = frozenset()
+
+    def with_name(self, root: Path, name: str, path: Path) -> "Names":
+        """The same, and a name that stands for a folder in the root."""
+        moved = {own: place for own, place in self.moved.items() if own != name}
+        if path != root / name:
+            moved[name] = path.relative_to(root).as_posix()
+        return Names(moved=moved, removed=self.removed - {name})
+
+    def without_name(self, root: Path, name: str) -> "Names":
+        """The same without a name, whatever stands in the root."""
+        moved = {own: place for own, place in self.moved.items() if own != name}
+        hidden = {name} if (root / name).is_dir() else set()
+        return Names(moved=moved, removed=self.removed | hidden)
+
+
+def read_names(root: Path) -> Names:
+    """What names.json says.
+
+    Raises:
+        AdapterFileError: it is damaged; to go on would bring back what was removed.
+    """
+    file = root / NAMES
+    if not file.exists():
+        return Names()
+    content = folder.read_json(file)
+    moved, removed = content.get("names"), content.get("removed")
+    if (
+        content.get("format") == FORMAT
+        and isinstance(moved, dict)
+        and isinstance(removed, list)
+        and all(isinstance(value, str) for value in [*moved.values(), *removed])
+    ):
+        return Names(moved=moved, removed=frozenset(removed))
+    raise AdapterFileError(
+        f'{file} must be {{"format": {FORMAT}, "names": {{...}}, "removed": [...]}}'
+    )
+
+
+def write_names(root: Path, names: Names) -> None:
+    """names.json, whole or not at all.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    moved = dict(sorted(names.moved.items()))
+    content = {"format": FORMAT, "names": moved, "removed": sorted(names.removed)}
+    folder.write_json(root / NAMES, content)
+
+
+def require_name(name: str) -> None:
+    """Refuse what cannot be an adapter's name.
+
+    Raises:
+        ConfigError: it has other characters than letters, digits, ".", "_" and "-", begins with a
+            dot, is empty or too long, or looks like a digest.
+    """
+    shown = json.dumps(name[:LONGEST])
+    if not 0 < len(name) <= LONGEST:
+        raise ConfigError(f"a name has 1 to {LONGEST} characters, {shown} has {len(name)}")
+    wrong = [c for c in name if unicodedata.category(c)[0] not in "LMN" and c not in "._-"]
+    if wrong:
+        raise ConfigError(
+            f"a name consists of letters, digits, '.', '_' and '-'; {shown} has "
+            f"{json.dumps(wrong[0])}"
+        )
+    if name.startswith("."):
+        raise ConfigError(f"a name does not begin with a dot: {shown}")
+    if DIGEST.fullmatch(name.lower()):
+        raise ConfigError(f"a name must not look like a digest: {shown}")
+
+
+def adapter_inside(root: Path, path: str | Path) -> Path:
+    """An adapter folder with all its files in the root, links followed.
+
+    Args:
+        root: without links in it.
+        path: relative to it, or absolute.
+
+    Raises:
+        AdapterFileError: it lies outside, or is none.
+    """
+    try:
+        place = (root / path).resolve()
+        files = [(place / name).resolve() for name in FILES]
+        known = (place / folder.CONFIG).is_file()
+    except (OSError, ValueError, RuntimeError) as error:  # a loop of links, a zero byte
+        raise AdapterFileError(f"{str(path)!r} is no place for an adapter: {error}") from None
+    if not all(found.is_relative_to(root) for found in (place, *files)):
+        raise AdapterFileError(f"{path} lies outside the store")
+    if place == root or not known:
+        raise AdapterFileError(f"{path} is no adapter folder: it has no {folder.CONFIG}")
+    return place

@@ -1,0 +1,198 @@
+"""`loralab serve`: wrong input ends before anything listens; signals end it well."""
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from loralab.cli import run
+from loralab.cli.serve import _example
+
+TESTS = Path(__file__).parents[1]
+# a server as the command starts it, around an engine without a model
+SERVER = """
+import sys, types
+from serving.fakes import FakeEngine, FakeEntry, FakeStore, digest_of
+from transformers import AutoTokenizer
+from loralab.cli import run
+
+def open_engine(*, model, store, adapters, pinned, settings):
+    entries = [FakeEntry(name=name, digest=digest_of(name)) for name in adapters]
+    engine = FakeEngine(FakeStore(*entries), AutoTokenizer.from_pretrained(model))
+    for name in pinned:
+        engine.store.pin(name)
+    engine.pause = 0.1
+    return engine
+
+sys.modules["loralab.serving.opening"] = types.SimpleNamespace(open_engine=open_engine)
+sys.exit(run(sys.argv[1:]))
+"""
+
+
+@contextmanager
+def served(model: Path, *more: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A server in a process of its own, and the first line it says."""
+    arguments = ["serve", "--model", str(model), "--store", ".", "--port", "0", *more]
+    process = subprocess.Popen(
+        [sys.executable, "-W", "error", "-c", SERVER, *arguments],
+        cwd=TESTS, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout is not None
+    try:
+        yield process, process.stdout.readline()
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_server_after_the_last_answer(
+    number: int, tiny_llama_folder: Path
+) -> None:
+    with served(tiny_llama_folder, "--adapter", "sst=a", "--pin", "sst", "--json") as (
+        process,
+        said,
+    ):
+        ready = json.loads(said)
+        assert ready["adapters"] == ["sst"]
+        assert ready["model"] == "tiny"
+        body = {"model": "sst", "prompt": "good", "max_tokens": 8, "stream": True}
+        with httpx.stream("POST", ready["url"] + "/v1/completions", json=body) as answer:
+            parts = answer.iter_lines()
+            next(parts)
+            process.send_signal(number)
+            rest = list(parts)
+        assert rest[-1 if rest[-1] else -2] == "data: [DONE]"
+        assert '"finish_reason":"length"' in "".join(rest)
+        assert process.wait(20) == 0
+        assert process.stderr is not None
+        assert process.stderr.read() == ""
+
+
+def test_what_it_says_to_people(tiny_llama_folder: Path) -> None:
+    with served(tiny_llama_folder, "--adapter", "sst=a") as (process, said):
+        assert process.stdout is not None
+        assert said.startswith("tiny at http://127.0.0.1:")
+        assert process.stdout.readline() == "adapters: sst\n"
+        line = process.stdout.readline()
+        assert line.startswith("curl http://127.0.0.1:")
+        words = line.split()
+        done = subprocess.run(
+            ["bash", "-c", line], capture_output=True, text=True, check=False
+        )  # the example works as it stands
+        assert words[0] == "curl"
+        if done.returncode != 127:
+            assert json.loads(done.stdout)["adapter"]["name"] == "sst"
+
+
+def test_an_example_for_every_kind() -> None:
+    assert "/v1/classify" in _example("sequence-classification", "http://h", "m", False)
+    assert "image" in _example("image-classification", "http://h", "m", False)
+    assert "Bearer" in _example("causal-lm", "http://h", "m", True)
+
+
+BAD: list[tuple[list[str], str]] = [
+    ([], "--store"),
+    (["--store", "{store}", "--adapter", "sst"], "NAME=PATH"),
+    (["--store", "{store}", "--adapter", "a=b", "--adapter", "a=c"], "twice"),
+    (["--store", "{store}", "--host", "0.0.0.0"], "--keys"),
+    (["--store", "{store}", "--host", "no.such.host.invalid", "--no-keys"], "cannot listen"),
+    (["--store", "{store}", "--keys", "nowhere.toml"], "nowhere.toml"),
+    (["--store", "{store}", "--keys", "nowhere.toml", "--no-keys"], "either"),
+    (["--store", "{store}", "--port", "{taken}"], "in use"),
+    (["--store", "{store}", "--port", "70000"], "65535"),
+    (["--store", "{store}", "--timeout", "0"], "timeout"),
+    (["--store", "{store}", "--resident", "0"], "resident"),
+    (["--store", "{store}", "--cache-memory", "much"], "cache_memory"),
+    (["--store", "{store}", "--max-batch", "-1"], "max_batch"),
+    (["--store", "{store}", "--precision", "fp61"], "did you mean fp16"),
+    (["--store", "{store}", "--residnet", "3"], "--resident"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD)
+def test_wrong_input_is_told_before_anything_listens(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        known: dict[str, Any] = {"store": tmp_path, "taken": taken.getsockname()[1]}
+        assert run(["serve", *(one.format(**known) for one in arguments)]) == 2
+    said = capsys.readouterr()
+    assert message in said.err
+    assert said.out == ""
+    assert len(said.err.splitlines()) == 1
+
+
+def test_without_the_extra_it_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert run(["serve", "--store", str(tmp_path)]) == 2
+    assert "pip install 'loralab[serve]'" in capsys.readouterr().err
+
+
+def test_help_needs_neither_torch_nor_a_server() -> None:
+    code = (
+        "import sys\nfrom loralab.cli import run\ncode = run(['serve', '--help'])\n"
+        "sys.exit(code or bool({'torch', 'fastapi', 'uvicorn'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=False, stdout=subprocess.DEVNULL)
+    assert done.returncode == 0
+
+
+def test_a_real_adapter_is_served_loaded_and_taken_out(
+    tiny_llama_folder: Path, sums_file: Path, tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    train = ["train", "--model", str(tiny_llama_folder), "--data", str(sums_file), "--rank", "2",
+             "--max-steps", "4", "--quiet", "--output-dir"]  # fmt: skip
+    assert run([*train, str(store / "sums")]) == 0
+    process = subprocess.Popen(
+        [sys.executable, "-m", "loralab", "serve", "--model", str(tiny_llama_folder), "--store",
+         str(store), "--port", "0", "--cache-memory", "10MB", "--precision", "fp32", "--json"],
+        text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        assert process.stdout is not None
+        ready = json.loads(process.stdout.readline())
+        assert ready["adapters"] == ["sums"]
+        body = {"messages": [{"role": "user", "content": "good film"}], "max_tokens": 4}
+        with httpx.Client(base_url=ready["url"]) as client:
+            load = {"lora_name": "again", "lora_path": "sums"}
+            assert client.post("/v1/load_lora_adapter", json=load).status_code == 200
+            for name in ("sums", "again", ready["model"]):
+                done = client.post("/v1/chat/completions", json={"model": name, **body})
+                assert done.status_code == 200, done.text
+                assert (done.json()["adapter"] is None) == (name == ready["model"])
+            gone = client.post("/v1/unload_lora_adapter", json={"lora_name": "again"})
+            assert gone.status_code == 200
+            assert client.get("/v1/models/again").status_code == 404
+            assert "loralab_requests_total" in client.get("/metrics").text
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+        assert process.stderr is not None
+        assert process.stderr.read() == ""
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_store_or_a_model_that_is_not_there(
+    tiny_llama_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for model, store, message in (
+        (str(tiny_llama_folder), tmp_path / "none", "no store"),
+        ("smolm2-135m", tmp_path, "did you mean smollm2-135m"),
+    ):
+        assert run(["serve", "--model", model, "--store", str(store), "--port", "0"]) == 2
+        assert message in capsys.readouterr().err
