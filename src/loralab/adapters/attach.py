@@ -281,23 +281,39 @@ def attach(
     if any(isinstance(module, Wrapper | TrainedInFull) for module in model.modules()):
         raise AdapterStateError("the model carries an adapter already; detach() it first")
     # 1. decide everything, so that an error leaves the model as it was
-    own = _with_head(model, config) if isinstance(config, LinearProbe) else config
-    originals = dict(model.named_modules(remove_duplicate=False))
-    full = saved_names(model, own)
     trainable = frozenset(p for p in model.parameters() if p.requires_grad)
-    modules = RECIPES[type(own)].build(model, own, generator)
-    modules = {name: m for name, m in modules.items() if not inside(name, full)}
-    saved = {name: TrainedInFull(originals[name]) for name in full}
+    own, modules, saved = wrappers_for(model, config, generator)
     # 2. change the model
     model.requires_grad_(False)
     wrappers: Sequence[Any] = (*modules.values(), *saved.values())
-    for wrapper in wrappers:
-        wrapper.train(wrapper.base.training)
     _replace(model, {wrapper.base: wrapper for wrapper in wrappers})
     adapter = Adapter(model, own, modules, saved, trainable)
     for parameter in adapter.parameters():
         parameter.requires_grad_(True)
     return adapter
+
+
+def wrappers_for(
+    model: nn.Module, config: Method, generator: torch.Generator | None = None
+) -> tuple[Any, dict[str, Wrapper], dict[str, TrainedInFull]]:
+    """What `attach` puts into a model, by path, without putting it there.
+
+    Returns the configuration with the head's name in it, the adapted layers, and the modules
+    trained in full.
+
+    Raises:
+        TargetError: a name in the configuration selects nothing.
+    """
+    own = _with_head(model, config) if isinstance(config, LinearProbe) else config
+    originals = dict(model.named_modules(remove_duplicate=False))
+    full = saved_names(model, own)
+    modules = RECIPES[type(own)].build(model, own, generator)
+    modules = {name: m for name, m in modules.items() if not inside(name, full)}
+    saved = {name: TrainedInFull(originals[name]) for name in full}
+    wrappers: Sequence[Any] = (*modules.values(), *saved.values())
+    for wrapper in wrappers:
+        wrapper.train(wrapper.base.training)
+    return own, modules, saved
 
 
 def _with_head(model: nn.Module, config: LinearProbe) -> LinearProbe:

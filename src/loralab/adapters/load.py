@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,9 +31,9 @@ def load(model: nn.Module, path: str | Path) -> Adapter:
     """
     stored = read(path)
     _make_room(model, stored)
-    adapter = attach(model, _present(model, stored))
+    adapter = attach(model, present_in(model, stored))
     try:
-        _fill(adapter, stored)
+        fill(adapter, stored)
         _compare_base(adapter, stored)
     except BaseException:
         adapter.detach()
@@ -69,8 +69,14 @@ def _saved_by_ending(
     )
 
 
-def _present(model: nn.Module, stored: AdapterFolder) -> Any:
-    """Without the names that select nothing: peft writes such; the tensors decide what is there."""
+def present_in(model: nn.Module, stored: AdapterFolder) -> Any:
+    """A folder's configuration without the names that select nothing in a model.
+
+    peft writes such; the tensors decide what is there.
+
+    Raises:
+        AdapterFileError: no target is left.
+    """
     config, path, tensors = stored.config, stored.path, stored.tensors
     names = [name for name, _ in model.named_modules() if name]
 
@@ -118,7 +124,12 @@ def _any_match(names: Iterable[str], pattern: str) -> bool:
 
 
 @torch.no_grad()
-def _fill(adapter: Adapter, stored: AdapterFolder) -> None:
+def fill(adapter: Adapter, stored: AdapterFolder) -> None:
+    """Copy a folder's tensors into an adapter that was made for its configuration.
+
+    Raises:
+        AdapterFileError: the tensors are not the same set, or have other shapes.
+    """
     own = adapter.tensors()
     _drop_base_embeddings(adapter, stored)
     missing, extra = (
@@ -154,16 +165,30 @@ def _drop_base_embeddings(adapter: Adapter, stored: AdapterFolder) -> None:
             del stored.tensors[key]
 
 
-def _compare_base(adapter: Adapter, stored: AdapterFolder) -> None:
+def base_problem(stored: AdapterFolder, dtype: str, here: Callable[[], str]) -> str:
+    """In what a base differs from the one that an adapter was trained on; empty if in nothing.
+
+    Args:
+        dtype: of the base at hand, such as "bfloat16".
+        here: works out its fingerprint; called only where there is one to compare it with.
+    """
     base = stored.record.get("base", {})
     trained_on = base.get("fingerprint")
-    if trained_on is None or "float16" in (base.get("dtype"), dtype_name(adapter.model)):
-        return  # fp16 rounds its own way: fingerprints across dtypes would differ for nothing
-    here = fingerprint(adapter.model, frozenset(adapter.saved))
-    if trained_on != here:
-        warnings.warn(
-            f"{stored.path} was trained on {base.get('name') or 'a base model'} with fingerprint "
-            f"{trained_on}; this model has {here}, so its answers will differ",
-            BaseMismatchWarning,
-            stacklevel=3,
-        )
+    if trained_on is None or "float16" in (base.get("dtype"), dtype):
+        return ""  # fp16 rounds its own way: fingerprints across dtypes would differ for nothing
+    found = here()
+    if trained_on == found:
+        return ""
+    return (
+        f"{stored.path} was trained on {base.get('name') or 'a base model'} with fingerprint "
+        f"{trained_on}; this model has {found}"
+    )
+
+
+def _compare_base(adapter: Adapter, stored: AdapterFolder) -> None:
+    model = adapter.model
+    problem = base_problem(
+        stored, dtype_name(model), lambda: fingerprint(model, frozenset(adapter.saved))
+    )
+    if problem:
+        warnings.warn(f"{problem}, so its answers will differ", BaseMismatchWarning, stacklevel=3)
