@@ -80,9 +80,10 @@ def peer(data: Path, checkpointing: bool) -> dict[str, Any]:
     from peft import LoraConfig, get_peft_model
     from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
+    from loralab.models.device import device_here
     from loralab.models.load import load
     from loralab.tasks import catalog, encode
-    from loralab.training.memory import device_here, peak_bytes
+    from loralab.training.memory import peak_bytes
 
     base = load("smollm2-135m", kind="causal-lm")
     encoded = encode.encode(

@@ -20,10 +20,10 @@ from sides import Figures, finish, parser, ratios, shown, spread, table
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import loralab
+from loralab.models.device import device_here, resolve_precision
 from loralab.models.load import load, parse_dtype
 from loralab.tasks.encode import IGNORED, Example
 from loralab.training.fast.path import quickest
-from loralab.training.memory import device_here, resolve_precision
 
 Step = Callable[[], None]
 Settings = dict[str, tuple[int, Callable[[], Step]]]  # name -> (tokens, what makes the step)

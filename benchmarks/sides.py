@@ -84,7 +84,8 @@ def in_turn(
 
 def answering() -> Turn:
     """In a worker: what it calls after each step. What libraries print goes elsewhere."""
-    from loralab.training.memory import device_here, peak_bytes
+    from loralab.models.device import device_here
+    from loralab.training.memory import peak_bytes
 
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

@@ -91,7 +91,8 @@ def scored(folder: Path) -> float:
 
 def work(side: str, folder: Path, steps: int, grouped: bool) -> None:
     """In a process of its own: run, and leave the peak memory in the folder."""
-    from loralab.training.memory import device_here, peak_bytes
+    from loralab.models.device import device_here
+    from loralab.training.memory import peak_bytes
 
     if side == "loralab":
         ours(folder, steps)

@@ -27,6 +27,8 @@ _WHERE = {
     "Training": "training.settings",
     "Evaluation": "training.settings",
     "train": "training.run",
+    "train_many": "training.many",
+    "TrainJob": "training.jobs",
     "evaluate": "training.evaluation",
     "plan": "training.plan",
     "merge": "artefacts.merge",

@@ -80,6 +80,7 @@ def test_every_row_of_any_mix_is_what_its_adapter_alone_gives(
 ) -> None:
     model = copy.deepcopy(llama)
     bank = Bank(model)
+    names.sort(key=str)
     for name in {n for n in names if n is not None}:
         bank.put(name, everyone[name][1])
     ids = ids_of(len(names))
@@ -93,10 +94,11 @@ def test_every_row_of_any_mix_is_what_its_adapter_alone_gives(
 def test_many_spans_take_two_products(
     llama: Any, everyone: dict[str, tuple[nn.Module, Adapter]]
 ) -> None:
-    names = ["lora", None, "wide", "pissa", "lora", "wide", None, "pissa"]
+    names = ["lora", None, "wide", "pissa", "a", "b", "c", None]
+    everyone = everyone | {n: adapted(llama, LoRA(rank=3), ord(n)) for n in "abc"}
     model = copy.deepcopy(llama)
     bank = Bank(model)
-    for name in ("lora", "wide", "pissa"):
+    for name in {name for name in names if name is not None}:
         bank.put(name, everyone[name][1])
     ids = ids_of(len(names))
     with bank.routed(spans_of(names)):
@@ -257,6 +259,13 @@ def test_a_prefix_is_no_module(llama: Any) -> None:
 def test_spans_cover_the_batch(llama: Any, spans: list[Span]) -> None:
     bank = Bank(copy.deepcopy(llama))
     with pytest.raises(AdapterStateError, match="follow each other"), bank.routed(spans):
+        pass
+
+
+def test_the_rows_of_an_adapter_stand_together(llama: Any) -> None:
+    bank = Bank(copy.deepcopy(llama))
+    spans = [Span("a", 0, 1), Span(None, 1, 2), Span("a", 2, 3)]
+    with pytest.raises(AdapterStateError, match="stand together"), bank.routed(spans):
         pass
 
 

@@ -92,7 +92,7 @@ class Bank:
         Rows are the first axis of what the model's modules get, or the second where that is 1.
 
         Raises:
-            AdapterStateError: the spans leave rows out, or meet.
+            AdapterStateError: the spans leave rows out, or meet, or an adapter has several.
         """
         _require_whole(spans)
         before, self.spans = self.spans, tuple(spans)
@@ -242,6 +242,9 @@ def _require_whole(spans: Sequence[Span]) -> None:
     ends = [0, *(span.stop for span in spans)]
     if not spans or any(s.start != end or s.stop <= s.start for s, end in zip(spans, ends)):  # noqa: B905
         raise AdapterStateError(f"spans must follow each other from row 0 on, got {list(spans)}")
+    own = [span.key for span in spans if span.key is not None]
+    if len(set(own)) < len(own):
+        raise AdapterStateError(f"the rows of an adapter must stand together, got {list(spans)}")
 
 
 def _axis(values: Sequence[Any], spans: Sequence[Span]) -> tuple[int, int]:

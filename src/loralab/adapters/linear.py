@@ -67,7 +67,7 @@ class LinearWithLoRA(Wrapper):
         if config.dora:
             self.register_buffer("squared_norm", self._squared_norm(), persistent=False)
             self.magnitude = nn.Parameter(self.row_norm())
-        self._ratio: tuple[list[int], Tensor] | None = None  # kept while nothing is trained
+        self._ratio: Tensor | None = None  # kept once nothing is trained any more
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., I) -> (..., O)."""
@@ -88,13 +88,15 @@ class LinearWithLoRA(Wrapper):
     def ratio(self) -> Tensor:
         """DoRA: what each row of W0 + (alpha / r) B A is multiplied by, (O,)."""
         assert self.magnitude is not None
-        versions = [t._version for t in (self.lora_A, self.lora_B, self.magnitude)]
-        if torch.is_grad_enabled() or self._ratio is None or self._ratio[0] != versions:
-            found = self.magnitude / self.row_norm()
-            if torch.is_grad_enabled():
-                return found
-            self._ratio = versions, found
-        return self._ratio[1]
+        if self.magnitude.requires_grad:
+            return self.magnitude / self.row_norm()
+        if self._ratio is None:
+            self._ratio = self.magnitude / self.row_norm()
+        return self._ratio
+
+    def refreshed(self) -> None:
+        """Forget what was worked out from the factors."""
+        self._ratio = None
 
     def update(self, x: Tensor) -> Tensor:
         """(alpha / r) B A x: (..., I) -> (..., O), computed in the adapter's dtype."""

@@ -36,6 +36,9 @@ Json = Annotated[bool, typer.Option("--json", help="one JSON document on standar
 Quiet = Annotated[bool, typer.Option(help="no progress")]
 Resume = Annotated[bool, typer.Option(help="go on from where an earlier start was cut off")]
 ConfigFile = Annotated[Path | None, typer.Option(help="TOML file; what is typed here overrides it")]
+Jobs = Annotated[
+    Path | None, typer.Option(help="TOML file of several trainings, made together on one base")
+]
 MethodName = Annotated[
     str | None, typer.Option(help=f"one of: {', '.join([*METHODS, *VARIANTS])}", show_default=False)
 ]
@@ -50,32 +53,37 @@ def train(
     method: MethodName = None,
     map_: Map = None,
     config: ConfigFile = None,
+    jobs: Jobs = None,
     resume: Resume = False,
     quiet: Quiet = False,
     json_: Json = False,
     typed: dict[str, Any] | None = None,
 ) -> None:
-    """Train an adapter on data, and prove what was saved."""
+    """Train an adapter on data, or several at once, and prove what was saved."""
+    if jobs is not None:
+        if config is not None:
+            raise ConfigError("give one of --config and --jobs; the latter has the common fields")
+        own = {"model": model, "data": data, "method": method, "map": map_}
+        common = {**(typed or {}), **{k: v for k, v in own.items() if v is not None}}
+        from loralab.cli.jobs import train_jobs
+
+        train_jobs(jobs, output_dir, common, resume=resume, quiet=quiet, as_json=json_)
+        return
     given = _given(config, typed, model=model, data=data, method=method, map=map_)
     output = output_dir or given.get("output_dir")
     if output is None:
         raise ConfigError("give --output-dir, a new folder for the run")
-    request = _request(given)
-    from loralab.artefacts.certificate import certify
+    request = requested(given)
     from loralab.cli.progress import Bar
     from loralab.training.run import train as run_training
 
     with Bar(quiet=quiet or json_) as bar:
         run = run_training(**request, output_dir=output, resume=resume, listener=bar)
-    base = run.base
-    certificate = certify(
-        run.output_dir, base.model, run.sample, kind=base.kind, tokenizer=base.tokenizer
-    )
-    result = _run_json(run, certificate)
+    result = proved(run)
     if json_:
         _print_json(result)
     else:
-        _show_run(result)
+        show_run(result)
 
 
 @app.command()
@@ -90,7 +98,7 @@ def plan(
     typed: dict[str, Any] | None = None,
 ) -> None:
     """Show what train would do and cost; trains nothing."""
-    request = _request(_given(config, typed, model=model, data=data, method=method, map=map_))
+    request = requested(_given(config, typed, model=model, data=data, method=method, map=map_))
     from loralab.training.plan import plan as make_plan
 
     result = make_plan(**request)
@@ -196,12 +204,12 @@ def _given(
     config: Path | None, typed: Mapping[str, Any] | None, **own: str | None
 ) -> dict[str, Any]:
     """The configuration file, overridden by what was typed."""
-    fields = {*own, "output_dir", *_field_names()}
+    fields = {*own, "output_dir", *field_names()}
     stored = from_toml(config, fields) if config is not None else {}
     return {**stored, **(typed or {}), **{k: v for k, v in own.items() if v is not None}}
 
 
-def _request(given: Mapping[str, Any]) -> dict[str, Any]:
+def requested(given: Mapping[str, Any]) -> dict[str, Any]:
     """What train() and plan() take."""
     if "data" not in given:
         raise ConfigError("give --data: a task name, a file, a folder or a hub id")
@@ -219,7 +227,8 @@ def _request(given: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _field_names() -> set[str]:
+def field_names() -> set[str]:
+    """The fields of all methods and of Training."""
     from dataclasses import fields
 
     return {field.name for config in (*METHODS.values(), Training) for field in fields(config)}
@@ -227,6 +236,20 @@ def _field_names() -> set[str]:
 
 def _mapping(text: str | None) -> dict[str, str]:
     return pairs(text, "map") if text else {}
+
+
+def proved(run: "Run") -> dict[str, Any]:
+    """A run in JSON, with the certificate that what was saved does what was trained.
+
+    Raises:
+        CertificateError: it does not.
+    """
+    from loralab.artefacts.certificate import certify
+
+    base = run.base
+    return _run_json(run, certify(
+        run.output_dir, base.model, run.sample, kind=base.kind, tokenizer=base.tokenizer
+    ))  # fmt: skip
 
 
 def _run_json(run: "Run", certificate: "Certificate") -> dict[str, Any]:
@@ -242,7 +265,8 @@ def _run_json(run: "Run", certificate: "Certificate") -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _show_run(result: Mapping[str, Any]) -> None:
+def show_run(result: Mapping[str, Any]) -> None:
+    """A run as a table, and what can be done next."""
     proof = result["certificate"]
     metrics = "  ".join(f"{name} {value:.4f}" for name, value in result["validation"].items())
     folder = result["output_dir"]

@@ -9,10 +9,10 @@ from typing import Any
 from loralab.adapters.folder import RECORD, read_json
 from loralab.errors import ConfigError, DataError
 from loralab.models.load import Base
+from loralab.serving.entries import Entry
 from loralab.serving.live import Scored, Seen, Written
 from loralab.serving.request import Answer, Sampling
 from loralab.serving.scheduler import Row
-from loralab.serving.entries import Entry
 from loralab.tasks.catalog import Task
 from loralab.tasks.encode import Example, answer_ids, prompt_ids, stop_ids
 from loralab.tasks.pictures import from_bytes

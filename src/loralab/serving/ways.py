@@ -96,8 +96,9 @@ class Ways:
     def logits(self, works: Sequence[Work]) -> list[Tensor]:
         """What the model says to the tokens that each work asks for, (asked, V) in fp32 each."""
         found: dict[int, Tensor] = {}
-        quick = [w for w in works if self._takes(w.row.key)]
-        for way, own in ((self._quick, quick), (self._rest, [w for w in works if w not in quick])):
+        quick = [work for work in works if self._takes(work.row.key)]
+        rest = [work for work in works if not self._takes(work.row.key)]
+        for way, own in ((self._quick, quick), (self._rest, rest)):
             if own and way is not None:
                 out = way.logits(pass_of(own))
                 parts = out.split([len(work.asked) for work in own])

@@ -9,7 +9,7 @@ A checkpoint appears whole or not at all. The order of the rows is a pure functi
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,13 @@ class Trained:
 
 def save(run: Path, trained: Trained, progress: Progress) -> Path:
     """Write a checkpoint, then remove those that are neither the last nor the best."""
+    path = write(run, trained, progress)
+    keep(run, {progress.step, progress.best_step})
+    return path
+
+
+def write(run: Path, trained: Trained, progress: Progress) -> Path:
+    """Write a checkpoint beside those that there are."""
     progress = replace(progress, scaler=trained.scaler.state_dict())
     path = run / FOLDER / f"step-{progress.step:06d}"
     if not path.exists():
@@ -59,8 +66,43 @@ def save(run: Path, trained: Trained, progress: Progress) -> Path:
             safetensors.torch.save_file(tensors, folder / "state.safetensors")
             text = json.dumps(asdict(progress), indent=2)
             (folder / "progress.json").write_text(text + "\n", encoding="utf-8")
-    _remove_others(run, keep={progress.step, progress.best_step})
     return path
+
+
+def keep(run: Path, steps: Collection[int | None]) -> None:
+    """Remove the checkpoints of all other steps, and what an interrupted write has left."""
+    for path in (run / FOLDER).glob("step-*"):
+        number = path.name.removeprefix("step-").removesuffix(atomic.PARTIAL)
+        if path.name.endswith(atomic.PARTIAL) or int(number) not in steps:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def steps_of(run: Path) -> list[int]:
+    """The steps of which there is a checkpoint, in order."""
+    names = (path.name for path in (run / FOLDER).glob("step-*[0-9]"))
+    return sorted(int(name.removeprefix("step-")) for name in names)
+
+
+def side_by_side(runs: Mapping[Path, int]) -> dict[Path, Path | None]:
+    """From where several runs that make their steps together go on together; None: from the start.
+
+    It is the last step at which each of them has a checkpoint, or had ended by then. One that was
+    killed between the checkpoints of two runs goes back to those before.
+
+    Args:
+        runs: their folders, and how many steps each has in all.
+    """
+    there = {run: steps_of(run) for run in runs}
+    ended: dict[Path, int] = {}
+    for run, steps in there.items():
+        if steps and _has_ended(read_progress(at_step(run, steps[-1])), runs[run]):
+            ended[run] = steps[-1]
+    choices = sorted({step for steps in there.values() for step in steps}, reverse=True)
+    for step in choices:
+        if all(step in there[run] or ended.get(run, step + 1) <= step for run in runs):
+            chosen = {run: step if step in there[run] else ended[run] for run in runs}
+            return {run: at_step(run, own) for run, own in chosen.items()}
+    return dict.fromkeys(runs)
 
 
 def latest(run: Path) -> Path | None:
@@ -154,8 +196,5 @@ def _read(path: Path) -> dict[str, Tensor]:
         ) from None
 
 
-def _remove_others(run: Path, keep: set[int | None]) -> None:
-    for path in (run / FOLDER).glob("step-*"):
-        number = path.name.removeprefix("step-").removesuffix(atomic.PARTIAL)
-        if path.name.endswith(atomic.PARTIAL) or int(number) not in keep:
-            shutil.rmtree(path, ignore_errors=True)
+def _has_ended(progress: Progress, steps: int) -> bool:
+    return progress.step >= steps or progress.stopped_early

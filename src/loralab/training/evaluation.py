@@ -12,13 +12,13 @@ from loralab.adapters.folder import AdapterFolder
 from loralab.adapters.load import load as load_adapter
 from loralab.errors import AdapterFileError, ConfigError
 from loralab.models import load as models
+from loralab.models.device import device_here, resolve_precision
 from loralab.models.load import Base
 from loralab.models.quantize import quantize as pack
 from loralab.models.tokens import add_tokens
 from loralab.tasks import catalog, score
 from loralab.tasks.encode import chat_ids
 from loralab.tasks.score import Scores
-from loralab.training import memory
 from loralab.training.preflight import load_base
 from loralab.training.settings import Evaluation
 
@@ -155,9 +155,9 @@ def new_tokens(*stored: AdapterFolder | None) -> tuple[str, ...]:
 def _generator(name: str, precision: str) -> Base:
     if models.natural_kind(name) != "causal-lm":
         raise ConfigError(f"{name} is no language model; it can be evaluated, not asked")
-    dtype: torch.dtype = models.parse_dtype(memory.resolve_precision(precision))
+    dtype: torch.dtype = models.parse_dtype(resolve_precision(precision))
     base = models.load(name, kind="causal-lm", dtype=dtype)
-    base.model.to(memory.device_here())
+    base.model.to(device_here())
     return base
 
 

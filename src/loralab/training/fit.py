@@ -12,6 +12,7 @@ import torch
 
 from loralab.adapters.attach import Adapter
 from loralab.errors import ConfigError
+from loralab.models.device import device_here
 from loralab.tasks.encode import Example
 from loralab.training import memory
 from loralab.training.fast.path import Path
@@ -43,7 +44,7 @@ def fitted(
     if training.memory_budget is None:
         return training
     budget = parse_bytes(training.memory_budget)
-    loading = memory.peak_bytes(memory.device_here())
+    loading = memory.peak_bytes(device_here())
     found = settings(adapter, path, examples, training, loading)
     fit = [setting for setting in found if setting.peak_bytes <= SURE * budget]
     if not fit:

@@ -1,4 +1,4 @@
-"""The one place that calls backward(): accumulate by token, clip, step, evaluate, stop.
+"""The steps of a run: accumulate by token, clip, step, evaluate, stop.
 
 One optimiser step minimises the mean cross-entropy over all labelled tokens of its rows,
 however they are cut into micro-batches: every micro-batch's *sum* is divided by the tokens of
@@ -52,60 +52,125 @@ class Job:
     evaluate: Callable[[], Scores]
 
 
-def run_steps(job: Job, trained: Trained, progress: Progress, record: Record) -> Progress:
-    """Train from `progress` to the last step, or until it no longer gets better.
+class Steps:
+    """A run between two of its steps: where it stands, and what the next one does.
+
+    A step is `gradients`, `clip`, `apply`; then `look`, and `save` where that says so.
+    """
+
+    def __init__(self, job: Job, trained: Trained, progress: Progress, record: Record) -> None:
+        self.job, self.trained, self.progress, self.record = job, trained, progress, record
+        named = {} if progress.step else job.adapter.named_parameters()
+        self._started = {name: p.detach().clone() for name, p in named.items()}
+        self._clock = _Clock(job.steps, progress)
+
+    @property
+    def over(self) -> bool:
+        """Whether there is no next step."""
+        return self.progress.step >= self.job.steps or self.progress.stopped_early
+
+    def parts(self) -> list[list[Example]]:
+        """The rows of the next step, as they go through the model."""
+        job = self.job
+        passes = [[job.examples[i] for i in rows] for rows in job.batches.step(self.progress.step)]
+        return [part for rows in passes for part in job.path.parts(rows)]
+
+    def labelled(self, parts: Sequence[Sequence[Example]]) -> int:
+        """What the summed losses of a step are divided by, at least 1."""
+        kind = self.job.path.kind
+        return max(1, sum(labelled_tokens(example, kind) for rows in parts for example in rows))
+
+    def gradients(self, accelerator: Accelerator) -> tuple[float, int]:
+        """Those of the next step: (mean loss per labelled token, tokens seen).
+
+        Raises:
+            LearningError: the loss is not finite.
+        """
+        job, parts = self.job, self.parts()
+        labelled = self.labelled(parts)
+        total, tokens = torch.zeros((), dtype=torch.float64), 0
+        with job.path.taken():
+            for rows in parts:
+                loss = job.path.loss(rows)
+                accelerator.backward(self.trained.scaler.scale(loss / labelled))
+                total += loss.detach().cpu()
+                tokens += sum(example.length for example in rows)
+                if not math.isfinite(total):
+                    break
+        if not math.isfinite(total):
+            raise LearningError(_blame_forward(job, rows, self.progress.step))
+        return float(total) / labelled, tokens
+
+    def clip(self) -> float:
+        """Check and clip the gradients; returns their norm before.
+
+        Raises:
+            LearningError: one is missing or not finite.
+        """
+        return _clipped(self.job, self.trained, self.progress.step)
+
+    def apply(self, loss: float, norm: float, tokens: int) -> None:
+        """Change the adapter, and say so.
+
+        Raises:
+            LearningError: after some steps a tensor is still at its start.
+        """
+        rate = learning_rate(self.job.training, self.progress.step, self.job.steps)
+        set_learning_rate(self.trained.optimizer, rate)
+        _update(self.job, self.trained)
+        before = self.progress
+        self.progress = replace(before, step=before.step + 1, tokens=before.tokens + tokens)
+        if self.progress.step == SECOND_LOOK and self._started:
+            _require_moved(self.job, self._started)
+        fields = {"loss": loss, "grad_norm": norm, "learning_rate": rate}
+        self.record(self._clock.event(self.progress, **fields))
+
+    def look(self) -> bool:
+        """Evaluate where it is time to; whether it is time for a checkpoint."""
+        training, step = self.job.training, self.progress.step
+        last, better = step == self.job.steps, False
+        if last or (training.evaluate_every and step % training.evaluate_every == 0):
+            self.progress, better = _evaluate(self.job, self.progress, self.record)
+        save_every = training.save_every or max(1, self.job.steps // 20)
+        return last or better or self.progress.stopped_early or step % save_every == 0
+
+    def write(self) -> None:
+        """A checkpoint, beside those before it."""
+        path = checkpoint.write(self.job.folder, self.trained, self.progress)
+        self.record({"kind": "checkpoint", "step": self.progress.step, "text": str(path)})
+
+    def drop_others(self) -> None:
+        """Remove the checkpoints that are neither the last nor the best."""
+        checkpoint.keep(self.job.folder, {self.progress.step, self.progress.best_step})
+
+    def forget(self) -> None:
+        """Drop the gradients of a step that is not to be."""
+        self.trained.optimizer.zero_grad(set_to_none=True)
+
+
+def run_steps(steps: Steps) -> Progress:
+    """Train to the last step, or until it no longer gets better.
 
     Raises:
         LearningError: a loss, gradient or weight is not finite, or an adapter tensor is left out.
         KeyboardInterrupt: the user stopped the run; a checkpoint has been written.
     """
     accelerator = Accelerator(mixed_precision="no")
-    started = {name: p.detach().clone() for name, p in job.adapter.named_parameters().items()}
-    if progress.step:
-        started = {}
-    clock = _Clock(job.steps, progress)
-    job.adapter.model.train()
-    with _interruptible() as interrupted:
-        while progress.step < job.steps and not progress.stopped_early:
-            loss, norm, tokens = _step(job, trained, progress.step, accelerator)
-            progress = replace(progress, step=progress.step + 1, tokens=progress.tokens + tokens)
-            if progress.step == SECOND_LOOK and started:
-                _require_moved(job, started)
-            rate = learning_rate(job.training, progress.step - 1, job.steps)
-            record(clock.event(progress, loss=loss, grad_norm=norm, learning_rate=rate))
-            progress = _after_step(job, trained, progress, record)
+    steps.job.adapter.model.train()
+    with interruptible() as interrupted:
+        while not steps.over:
+            loss, tokens = steps.gradients(accelerator)
+            steps.apply(loss, steps.clip(), tokens)
+            if steps.look():
+                steps.write()
+                steps.drop_others()
             if interrupted.is_set():
-                checkpoint.save(job.folder, trained, progress)
+                checkpoint.save(steps.job.folder, steps.trained, steps.progress)
                 raise KeyboardInterrupt
-    return progress
+    return steps.progress
 
 
-def _step(
-    job: Job, trained: Trained, number: int, accelerator: Accelerator
-) -> tuple[float, float, int]:
-    """One optimiser step: (mean loss per labelled token, gradient norm, tokens seen)."""
-    rate = learning_rate(job.training, number, job.steps)
-    set_learning_rate(trained.optimizer, rate)
-    passes = [[job.examples[i] for i in rows] for rows in job.batches.step(number)]
-    micro_batches = [part for rows in passes for part in job.path.parts(rows)]
-    labelled = sum(labelled_tokens(e, job.path.kind) for rows in micro_batches for e in rows)
-    total, tokens = torch.zeros((), dtype=torch.float64), 0
-    with job.path.taken():
-        for rows in micro_batches:
-            loss = job.path.loss(rows)
-            accelerator.backward(trained.scaler.scale(loss / max(labelled, 1)))
-            total += loss.detach().cpu()
-            tokens += sum(example.length for example in rows)
-            if not math.isfinite(total):
-                break
-    if not math.isfinite(total):
-        raise LearningError(_blame_forward(job, rows, number))
-    norm = _update(job, trained, number)
-    return float(total) / max(labelled, 1), norm, tokens
-
-
-def _update(job: Job, trained: Trained, number: int) -> float:
-    """Check, clip and apply the gradients; returns their norm before clipping."""
+def _clipped(job: Job, trained: Trained, number: int) -> float:
     parameters = job.adapter.named_parameters()
     trained.scaler.unscale_(trained.optimizer)
     without = [name for name, p in parameters.items() if p.grad is None]
@@ -119,25 +184,14 @@ def _update(job: Job, trained: Trained, number: int) -> float:
             f"step {number + 1}: the gradient is not finite in {some(bad) or 'its norm'}; "
             "lower the learning rate or use --precision fp32"
         )
+    return norm
+
+
+def _update(job: Job, trained: Trained) -> None:
     trained.scaler.step(trained.optimizer)
     trained.scaler.update()
     job.adapter.step()
     trained.optimizer.zero_grad(set_to_none=True)
-    return norm
-
-
-def _after_step(job: Job, trained: Trained, progress: Progress, record: Record) -> Progress:
-    """Evaluate and write a checkpoint where it is time to."""
-    every = job.training.evaluate_every
-    last = progress.step == job.steps
-    better = False
-    if last or (every and progress.step % every == 0):
-        progress, better = _evaluate(job, progress, record)
-    save_every = job.training.save_every or max(1, job.steps // 20)
-    if last or better or progress.stopped_early or progress.step % save_every == 0:
-        path = checkpoint.save(job.folder, trained, progress)
-        record({"kind": "checkpoint", "step": progress.step, "text": str(path)})
-    return progress
 
 
 def _evaluate(job: Job, progress: Progress, record: Record) -> tuple[Progress, bool]:
@@ -246,7 +300,7 @@ class _Clock:
 
 
 @contextlib.contextmanager
-def _interruptible() -> Iterator[threading.Event]:
+def interruptible() -> Iterator[threading.Event]:
     """Let the first Ctrl-C wait for the end of the step; a second one stops at once."""
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():

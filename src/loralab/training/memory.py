@@ -15,8 +15,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from loralab.adapters.attach import Adapter
 from loralab.errors import ConfigError
-from loralab.models.device import device_here as device_here
-from loralab.models.device import resolve_precision as resolve_precision
 from loralab.tasks.encode import Example
 from loralab.training.fast.path import Path
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from loralab.adapters.bases import is_linear, linear_shape
 from loralab.adapters.methods import BitFit, FullFineTune, Method
+from loralab.models.device import device_here
 from loralab.training import fit, memory, preflight
 from loralab.training.preflight import Prepared, Request
 from loralab.training.settings import Training
@@ -95,7 +96,7 @@ def plan(
         shortened=len(encoded.shortened), steps=prepared.steps,
         tokens_per_step=_tokens_per_step(prepared), longest_row=max(lengths),
         peak_bytes=peak, smaller=options,
-        available_bytes=memory.available_bytes(memory.device_here()),
+        available_bytes=memory.available_bytes(device_here()),
         seconds=_seconds(prepared),
     )  # fmt: skip
 
@@ -122,7 +123,7 @@ def smaller(prepared: Prepared, training: Training, peak: int) -> dict[str, int]
         saved = _saved_by_packing(path.model)
         if saved > CERTAIN * peak:  # less than that is lost again to unpacking
             found["--quantize nf4"] = peak - saved
-    floor = memory.peak_bytes(memory.device_here())  # loading needs it with any of them
+    floor = memory.peak_bytes(device_here())  # loading needs it with any of them
     found = {name: max(value, floor) for name, value in found.items()}
     better = {name: value for name, value in found.items() if value < 0.97 * peak}
     return dict(sorted(better.items(), key=lambda item: item[1]))

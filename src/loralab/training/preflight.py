@@ -2,7 +2,7 @@
 
 import importlib.metadata
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from loralab.adapters.methods import (
 from loralab.adapters.targets import HEADS
 from loralab.errors import ConfigError, OutputError, some
 from loralab.models import load as models
+from loralab.models.device import device_here, resolve_precision
 from loralab.models.load import Base
 from loralab.models.quantize import quantize as pack
 from loralab.models.tokens import add_tokens
@@ -75,7 +76,7 @@ class Request:
         method, training = method or LoRA(), training or Training()
         training = replace(
             training,
-            precision=memory.resolve_precision(training.precision),
+            precision=resolve_precision(training.precision),
             learning_rate=training.learning_rate or usual_rate(method),
         )
         if isinstance(method, AdaLoRA) and training.precision == "fp16":
@@ -98,6 +99,9 @@ class Request:
         return {key: value for key, value in flat.items() if value not in (None, (), {})}
 
 
+Loader = Callable[[Request, Task], Base]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
     """A run that is ready to begin; `training` is as asked, with what a memory budget chose."""
@@ -113,14 +117,20 @@ class Prepared:
     sample: tuple[tuple[int, ...], ...]
 
 
-def prepare(request: Request) -> Prepared:
-    """Load, attach and encode; raises whatever is wrong with the input, and writes nothing."""
+def load_for(request: Request, task: Task) -> Base:
+    """The model that a run needs."""
     training = request.training
-    task = request.task or catalog.find(request.data, mapping=request.mapping, seed=training.seed)
-    base = load_base(
+    return load_base(
         request.model, task, training.precision, training.seed, quantize=training.quantize,
         image_size=training.image_size,
     )  # fmt: skip
+
+
+def prepare(request: Request, load: Loader = load_for) -> Prepared:
+    """Load, attach and encode; raises whatever is wrong with the input, and writes nothing."""
+    training = request.training
+    task = request.task or catalog.find(request.data, mapping=request.mapping, seed=training.seed)
+    base = load(request, task)
     generator = torch.Generator().manual_seed(training.seed)
     method = with_head(request.method, base)
     if isinstance(method, LoRA) and training.new_tokens:
@@ -173,11 +183,11 @@ def load_base(
         ModelError: there is no such model, or it cannot learn from such rows.
     """
     kind = models.kind_for(name, task.format)
-    dtype = models.parse_dtype(memory.resolve_precision(precision))
+    dtype = models.parse_dtype(resolve_precision(precision))
     base = models.load(
         name, kind=kind, dtype=dtype, labels=task.labels, seed=seed, image_size=image_size
     )
-    base.model.to(memory.device_here())
+    base.model.to(device_here())
     if quantize != "none":
         pack(base.model, quantize, name)
     return base

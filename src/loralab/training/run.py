@@ -12,13 +12,14 @@ import torch
 from loralab.adapters.attach import Adapter
 from loralab.adapters.methods import Method
 from loralab.errors import ConfigError
+from loralab.models.device import device_here
 from loralab.models.load import Base
 from loralab.tasks import encode
 from loralab.tasks.catalog import Task
 from loralab.tasks.score import Scores, evaluate
 from loralab.training import checkpoint, memory, preflight
 from loralab.training.checkpoint import Progress, Trained
-from loralab.training.loop import Job, run_steps
+from loralab.training.loop import Job, Steps, run_steps
 from loralab.training.optim import optimizer_for
 from loralab.training.preflight import Prepared, Request
 from loralab.training.record import Listener, Record
@@ -76,8 +77,7 @@ def train(
         InputError: something given is wrong; nothing has been written.
         LearningError: the run cannot learn, or its numbers are no longer finite.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError("training in several processes is not supported yet; start a single one")
+    require_one_process()
     folder = Path(output_dir)
     request = replace(Request.of(model, data, method, training, mapping), task=task)
     request = preflight.require_place(folder, request, resume=resume)
@@ -87,34 +87,82 @@ def train(
     preflight.write_config(folder, request)
     with torch.random.fork_rng():
         torch.manual_seed(training.seed)
-        return _run(request, prepared, folder, listener)
+        return run_prepared(request, prepared, folder, listener)
 
 
-def _run(request: Request, prepared: Prepared, folder: Path, listener: Listener | None) -> Run:
-    base, adapter, training = prepared.base, prepared.adapter, request.training
+def require_one_process() -> None:
+    """Refuse what torchrun starts.
+
+    Raises:
+        ConfigError: this process is one of several.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("training in several processes is not supported yet; start a single one")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Begun:
+    """A run whose steps can be made; `seen` are the scores of its evaluations."""
+
+    request: Request
+    prepared: Prepared
+    folder: Path
+    steps: Steps
+    seen: list[Scores]
+    since: float
+    tokens: int
+
+
+def run_prepared(
+    request: Request, prepared: Prepared, folder: Path, listener: Listener | None,
+    note: str = "",
+) -> Run:  # fmt: skip
+    """All steps of a run, and its folder; torch's random numbers are the run's own.
+
+    Args:
+        note: what else the log shall say.
+    """
+    begun = begin(request, prepared, folder, listener, checkpoint.latest(folder), note)
+    with memory.kept_pages():
+        run_steps(begun.steps)
+    return finish(begun)
+
+
+def begin(
+    request: Request, prepared: Prepared, folder: Path, listener: Listener | None,
+    last: Path | None, note: str = "",
+) -> Begun:  # fmt: skip
+    """A run as it stands at a checkpoint, or at its start."""
+    adapter, training = prepared.adapter, request.training
     trained = Trained(
         adapter=adapter,
         optimizer=optimizer_for(adapter.named_parameters(), training, request.method),
-        scaler=torch.amp.GradScaler(
-            memory.device_here().type, enabled=training.precision == "fp16"
-        ),
+        scaler=torch.amp.GradScaler(device_here().type, enabled=training.precision == "fp16"),
     )
-    last = checkpoint.latest(folder)
     progress = checkpoint.restore(last, trained) if last else Progress()
     record = Record(folder, progress.step, listener)
-    _announce(prepared, training, progress, record)
-    started, tokens = time.perf_counter(), progress.tokens
+    _announce(prepared, training, progress, record, note)
+    since = time.perf_counter()
     seen: list[Scores] = []
-    score = _scorer(prepared, training, seen)
-    with memory.kept_pages():
-        progress = run_steps(_job(request, prepared, folder, score), trained, progress, record)
-    seconds = time.perf_counter() - started
+    job = _job(request, prepared, folder, _scorer(prepared, training, seen))
+    return Begun(
+        request=request, prepared=prepared, folder=folder, seen=seen, since=since,
+        steps=Steps(job, trained, progress, record), tokens=progress.tokens,
+    )  # fmt: skip
+
+
+def finish(begun: Begun) -> Run:
+    """Save the best weights of a run that has made its steps."""
+    request, prepared, folder, seen = begun.request, begun.prepared, begun.folder, begun.seen
+    base, adapter = prepared.base, prepared.adapter
+    progress, record = begun.steps.progress, begun.steps.record
+    seconds = time.perf_counter() - begun.since
     best = progress.best_step or progress.step
     if best != progress.step:
         checkpoint.restore_weights(checkpoint.at_step(folder, best), adapter)
     base.model.eval()
     # the loop's last evaluation was of these very weights, unless it happened in another process
-    scores = seen[-1] if seen and best == progress.step else score()
+    scores = seen[-1] if seen and best == progress.step else begun.steps.job.evaluate()
     adapter.save(folder, record_of(request, prepared, progress, scores), overwrite=True)
     record({"kind": "end", "step": progress.step, "text": f"saved in {folder}"})
     record.close()
@@ -123,8 +171,8 @@ def _run(request: Request, prepared: Prepared, folder: Path, listener: Listener 
         sample=prepared.sample, scores={"validation": scores}, steps=progress.step,
         best_step=best, stopped="early stop" if progress.stopped_early else "finished",
         tokens=progress.tokens, seconds=seconds,
-        tokens_per_second=(progress.tokens - tokens) / seconds,
-        peak_bytes=memory.peak_bytes(memory.device_here()),
+        tokens_per_second=(progress.tokens - begun.tokens) / seconds,
+        peak_bytes=memory.peak_bytes(device_here()),
     )  # fmt: skip
 
 
@@ -151,7 +199,9 @@ def _scorer(prepared: Prepared, training: Training, seen: list[Scores]) -> Calla
     return score
 
 
-def _announce(prepared: Prepared, training: Training, progress: Progress, record: Record) -> None:
+def _announce(
+    prepared: Prepared, training: Training, progress: Progress, record: Record, note: str
+) -> None:
     adapter, encoded = prepared.adapter, prepared.encoded
     total = sum(p.numel() for p in prepared.base.model.parameters())
     record({
@@ -160,7 +210,7 @@ def _announce(prepared: Prepared, training: Training, progress: Progress, record
         "text": f"{adapter.num_parameters:,} of {total:,} parameters in {len(adapter.modules)} "
         f"modules, {len(encoded.examples):,} rows, {prepared.steps} steps, {training.precision}",
     })  # fmt: skip
-    notes = []
+    notes = [note] if note else []
     if encoded.dropped:
         notes.append(_rows("left out, their answer does not fit", encoded.dropped, training))
     if encoded.shortened:

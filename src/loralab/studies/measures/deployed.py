@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from loralab.adapters.bases import is_conv1d
 from loralab.errors import LoralabError, ModelError
+from loralab.models.device import device_here
 from loralab.models.load import Base
 from loralab.models.quantize import QuantizedLinear, linear_layers, quantize
 from loralab.studies.measures.carried import adapter_folder, base_for, put_on
@@ -35,7 +36,7 @@ from loralab.studies.trained import Tell, items_of
 from loralab.tasks.catalog import Task
 from loralab.tasks.forward import call
 from loralab.tasks.score import evaluate
-from loralab.training.memory import available_bytes, device_here
+from loralab.training.memory import available_bytes
 
 MEASURE_ADAPTERS = "loralab.studies.measures.deployed:measure_adapters"
 MEASURE_SMALLER = "loralab.studies.measures.deployed:measure_smaller"

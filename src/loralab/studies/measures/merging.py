@@ -21,6 +21,7 @@ from loralab.adapters.bases import compute_dtype, dense_weight, is_linear
 from loralab.artefacts import requantize
 from loralab.artefacts.certificate import Certificate, Reference, compare, logits_of
 from loralab.errors import ModelError
+from loralab.models.device import resolve_precision
 from loralab.models.load import Base
 from loralab.models.quantize import dequantize
 from loralab.studies.measures.carried import adapter_folder, base_for, compared_inputs, put_on
@@ -28,7 +29,6 @@ from loralab.studies.study import Cell, Record
 from loralab.studies.trained import Tell, items_of
 from loralab.tasks.catalog import Task
 from loralab.tasks.score import Scores, evaluate
-from loralab.training.memory import resolve_precision
 
 MEASURE_MERGING = "loralab.studies.measures.merging:measure"
 BEFORE, AFTER = "before", "after"  # items of a record

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
+from loralab.models.device import device_here
 from loralab.studies.study import Cell, Record
 from loralab.studies.trained import Tell, forget, trained
-from loralab.training.memory import device_here, held_bytes, peak_bytes
+from loralab.training.memory import held_bytes, peak_bytes
 from loralab.training.record import read_metrics
 
 MEASURE_PEAKS = "loralab.studies.measures.peaks:measure"

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from loralab.errors import ConfigError, nearest
+from loralab.models.device import resolve_precision
 from loralab.models.load import Base
 from loralab.models.quantize import gguf_file
 from loralab.studies.measures.peaks import MEASURE_PEAKS
@@ -21,7 +22,6 @@ from loralab.studies.readings.savings import (
     table,
 )
 from loralab.studies.study import Answer, Arm, Ground, Record, Text
-from loralab.training.memory import resolve_precision
 
 __all__ = ["MEASURE", "arms", "conclude"]
 

@@ -45,7 +45,7 @@ class Path:
         quicker: modules and the forwards that stand in for theirs.
     """
 
-    model: nn.Module
+    model: Any
     kind: str
     pad_id: int
     pictures: Any = None
@@ -78,23 +78,18 @@ class Path:
             examples, pad_id=self.pad_id, kind=self.kind, pictures=self.pictures,
             longest=0 if self.way == "plain" else self.longest,
         )  # fmt: skip
-        return _on_device(batch, self.model)
+        return on_device(batch, self.model)
 
     def _packed_loss(self, lengths: list[int], examples: Sequence[Example]) -> Tensor:
         size = rounded_up(sum(lengths))
-        batch = _on_device(pack(examples, size=size, pad_id=self.pad_id), self.model)
+        batch = on_device(pack(examples, size=size, pad_id=self.pad_id), self.model)
         packing = Packing((*lengths, *[1] * (size - sum(lengths))), causal=True)
-        model: Any = self.model
-        # a mask of four axes is passed on as it is: none is made that nobody reads
-        states = model.base_model(
-            input_ids=batch["input_ids"], position_ids=batch["position_ids"], packing=packing,
-            attention_mask=batch["input_ids"].new_zeros(1, 1, 1, 1), use_cache=False,
-        ).last_hidden_state[0]  # fmt: skip
+        states = packed_states(self.model, batch, packing)
         here = (batch["targets"] != IGNORED).nonzero()[:, 0]
         here = F.pad(
             here, (0, rounded_up(len(here)) - len(here)), value=size - 1
         )  # no target there
-        return summed_loss(model.get_output_embeddings(), states[here], batch["targets"][here])
+        return summed_loss(self.model.get_output_embeddings(), states[here], batch["targets"][here])
 
     @contextlib.contextmanager
     def taken(self) -> Iterator[None]:
@@ -122,7 +117,7 @@ def quickest(adapter: Adapter, kind: str, *, pad_id: int, pictures: Any = None) 
     if kind == "image-classification":
         return path
     path.quicker = known(model)
-    examples, training = _noise(model, kind), model.training
+    examples, training = noise(model, kind), model.training
     with torch.random.fork_rng(), contextlib.ExitStack() as stack:
         stack.callback(model.train, training)
         expected = _result(path, adapter, examples)
@@ -135,10 +130,10 @@ def quickest(adapter: Adapter, kind: str, *, pad_id: int, pictures: Any = None) 
             except Exception as error:  # a structure that the quick forwards do not know
                 path.refused[way] = f"{type(error).__name__}: {error}"
                 continue
-            difference = _difference(model, expected, found)
-            if not difference:
+            problem = difference(model, expected, found)
+            if not problem:
                 return path
-            path.refused[way] = difference
+            path.refused[way] = problem
     path.way = "plain"
     return path
 
@@ -151,14 +146,28 @@ def _result(path: Path, adapter: Adapter, examples: Sequence[Example]) -> tuple[
             warnings.simplefilter("ignore")  # reentrant checkpointing without gradients
             path.loss(examples)
         path.model.eval()
-        loss = path.loss(examples)
-        found = torch.autograd.grad(loss, adapter.parameters(), allow_unused=True)
+        return gradient_of(path.loss(examples), adapter)
+
+
+def gradient_of(loss: Tensor, adapter: Adapter) -> tuple[Tensor, Tensor]:
+    """A loss, and its gradient by everything that is trained as one vector; none is kept."""
+    found = torch.autograd.grad(loss, adapter.parameters(), allow_unused=True)
     pairs = zip(found, adapter.parameters(), strict=True)
     flat = [(torch.zeros_like(p) if g is None else g).flatten().float() for g, p in pairs]
     return loss.detach(), torch.cat(flat)
 
 
-def _difference(
+def packed_states(model: Any, batch: Mapping[str, Tensor], packing: Packing) -> Tensor:
+    """The last hidden states of packed rows, (N, H)."""
+    # a mask of four axes is passed on as it is: none is made that nobody reads
+    states: Tensor = model.base_model(
+        input_ids=batch["input_ids"], position_ids=batch["position_ids"], packing=packing,
+        attention_mask=batch["input_ids"].new_zeros(1, 1, 1, 1), use_cache=False,
+    ).last_hidden_state[0]  # fmt: skip
+    return states
+
+
+def difference(
     model: nn.Module, expected: tuple[Tensor, Tensor], found: tuple[Tensor, Tensor]
 ) -> str:
     """In what a loss and its gradients differ by more than rounding; empty if they do not."""
@@ -172,7 +181,7 @@ def _difference(
     return ""
 
 
-def _noise(model: Any, kind: str) -> list[Example]:
+def noise(model: Any, kind: str) -> list[Example]:
     """Rows of unequal length of common ids, with loss on some of their tokens."""
     draw = torch.Generator().manual_seed(0)
     words = min(model.config.vocab_size, 1000)
@@ -189,6 +198,7 @@ def _noise(model: Any, kind: str) -> list[Example]:
     return rows
 
 
-def _on_device(batch: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def on_device(batch: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """The tensors where the model is."""
     device = next(model.parameters()).device
     return {name: tensor.to(device) for name, tensor in batch.items()}

@@ -1,0 +1,96 @@
+"""What several trainings in one command are asked: jobs.toml, and a job in Python.
+
+Standard library only: the command line reads it before anything is loaded.
+"""
+
+import re
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from loralab.adapters.methods import Method
+from loralab.errors import ConfigError, LoralabError, nearest, some
+from loralab.training.settings import Training
+
+Fields = dict[str, Any]
+
+TABLE = "job"
+SAFE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]*")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainJob:
+    """One of the trainings of `train_many`: the arguments of `train`, and a name of its own."""
+
+    name: str
+    model: str
+    data: str
+    output_dir: str | Path
+    method: Method | None = None
+    training: Training | None = None
+    mapping: Mapping[str, str] = field(default_factory=dict)
+    task: Any = None
+
+
+def read_jobs(file: Path, fields: Iterable[str]) -> tuple[Fields, dict[str, Fields]]:
+    """The common fields of a jobs.toml, and those that each job has of its own, by name.
+
+    Args:
+        fields: what a job may have; `output_dir`, the folder of all of them, is common.
+
+    Raises:
+        ConfigError: it cannot be read, has no job, or an unknown field, or a name that is none.
+    """
+    try:
+        content = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} cannot be read: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{file} is no TOML: {error}") from None
+    tables = content.pop(TABLE, None)
+    if not (isinstance(tables, list) and tables and all(isinstance(t, dict) for t in tables)):
+        raise ConfigError(f"{file} has no job; each is a table [[{TABLE}]] with a name")
+    allowed = {*fields}
+    _require_known(content, {*allowed, "output_dir"}, f"{file}: ")
+    jobs: dict[str, Fields] = {}
+    for number, table in enumerate(tables, start=1):
+        name = table.pop("name", None)
+        if not isinstance(name, str):
+            raise ConfigError(f"{file}: job {number} has no name")
+        require_names([*jobs, name])
+        with_name = f"job {name!r}: "
+        if "output_dir" in table:
+            raise ConfigError(f"{with_name}output_dir is common; a job's folder has its name")
+        _require_known(table, allowed, with_name)
+        jobs[name] = table
+    return content, jobs
+
+
+def require_names(names: Sequence[str]) -> None:
+    """Names of jobs are names of folders, and no two are the same.
+
+    Raises:
+        ConfigError: one is not safe, or occurs twice.
+    """
+    for name in names:
+        if not SAFE.fullmatch(name) or name.endswith("."):
+            raise ConfigError(
+                f"job {name!r}: a name is made of letters, digits, '-', '_' and '.', and begins "
+                "with a letter or digit"
+            )
+    folded = [name.casefold() for name in names]
+    if twice := [name for name, own in zip(names, folded, strict=True) if folded.count(own) > 1]:
+        raise ConfigError(f"names of jobs must differ, got {some(twice)}")
+
+
+def of_job(name: str, error: LoralabError) -> LoralabError:
+    """The same error, with the job that it is of in front."""
+    return type(error)(f"job {name!r}: {error}")
+
+
+def _require_known(table: Iterable[str], allowed: set[str], where: str) -> None:
+    for key in table:
+        if key not in allowed:
+            raise ConfigError(f"{where}unknown field {key!r}{nearest(key, allowed)}")

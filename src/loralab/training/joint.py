@@ -1,0 +1,373 @@
+"""The losses of several jobs out of one forward pass: the base's products are one for all.
+
+Every job gets what it would get alone. Packed rows stand one after the other, those of each job
+together; padded ones are padded to one width. What is drawn at random is drawn for each job out
+of its own random numbers and in the shapes that it has alone.
+Axes: N tokens, H hidden, B rows, L tokens of a padded row, V vocabulary.
+"""
+
+import contextlib
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from loralab.adapters.attach import Adapter
+from loralab.adapters.grouped import Bank, Span
+from loralab.tasks.batches import pack, padded
+from loralab.tasks.encode import IGNORED, Example
+from loralab.tasks.forward import SHARPNESS, call, embed, labelled, second_of
+from loralab.training.fast.attention import Packing
+from loralab.training.fast.functions import CHUNK, _loss_and_gradient
+from loralab.training.fast.patches import attention_function, known, patched
+from loralab.training.fast.path import (
+    Path,
+    difference,
+    gradient_of,
+    noise,
+    on_device,
+    packed_states,
+    rounded_up,
+)
+from loralab.training.loss import _is_plain, summed_loss
+
+PICTURES = 16  # that go through the model at once, unless one job has more
+NAME = "loralab-together"  # of the attention here in transformers' table
+
+
+class Part(NamedTuple):
+    """Rows of one job that go through the model together; `path` is the job's own."""
+
+    key: Hashable
+    path: Path
+    examples: Sequence[Example]
+
+
+class Joint:
+    """One model through which the rows of several jobs go, each with its own adapter.
+
+    Args:
+        model: without an adapter; the adapters' models stand on its weights.
+        path: that of any of the jobs: all go the same way.
+        around: what is drawn for a job is drawn in this.
+    """
+
+    def __init__(
+        self, model: Any, path: Path, around: Callable[[Hashable], AbstractContextManager[Any]]
+    ) -> None:
+        self.model, self.path, self.around = model.requires_grad_(False), path, around
+        self.bank = Bank(model, around)
+        self._quicker = known(model) if path.way != "plain" else []
+        self._drops: dict[Hashable, bool] = {}
+        self._masks: dict[Hashable, bool] = {}
+        self._widths: tuple[int, ...] = ()  # of each span's rows, if it were alone
+        self._own_dropouts()
+
+    def put(self, key: Hashable, adapter: Adapter) -> None:
+        """Take a job in.
+
+        Raises:
+            AdapterStateError: its adapter cannot share a batch.
+        """
+        self.bank.put(key, adapter)
+        drops = (m.p for m in adapter.model.modules() if isinstance(m, nn.Dropout))
+        self._drops[key], self._masks[key] = any(drops), _draws(adapter)
+
+    def drop(self, key: Hashable) -> None:
+        """Let a job go."""
+        self.bank.drop(key)
+
+    def problem(self, part: Part, adapter: Adapter) -> str:
+        """In what a job's loss or gradient here differs from what it is alone; empty if it does
+        not. The job has been put in."""
+        path, model = part.path, adapter.model
+        modes = model.training, self.model.training
+        model.eval()
+        self.model.eval()
+        try:
+            with path.taken():
+                expected = gradient_of(2 * path.loss(part.examples), adapter)
+            with self.taken():
+                found = gradient_of(torch.stack(self.losses([part, part])).sum(), adapter)
+            model.train()
+            self.model.train()
+            before = torch.get_rng_state()
+            with self.taken(), torch.no_grad():
+                self.losses([part, part])
+            if not torch.equal(before, torch.get_rng_state()):
+                return "the model draws random numbers that are not those of one job"
+        except Exception as error:  # a structure that has no rows
+            return f"{type(error).__name__}: {error}"
+        finally:
+            model.train(modes[0])
+            self.model.train(modes[1])
+        problem = difference(model, expected, found)
+        return problem and f"in a batch with others {problem}"
+
+    def groups(self, parts: Sequence[Part], room: int) -> list[list[Part]]:
+        """Parts that go through the model at once, as many as fit."""
+        if self.path.kind == "image-classification":
+            room = PICTURES
+        pads = self.path.way != "packed"
+        if pads:
+            parts = sorted(parts, key=_widths, reverse=True)
+        groups: list[list[Part]] = []
+        for part in parts:
+            whole = [*groups[-1], part] if groups else []
+            if whole and self._size(whole) <= room and not (pads and self._differ(whole)):
+                groups[-1].append(part)
+            else:
+                groups.append([part])
+        return groups
+
+    def losses(self, parts: Sequence[Part]) -> list[Tensor]:
+        """The summed cross-entropy of each part, () in fp32; differentiable."""
+        if self.path.way == "packed":
+            return self._packed_losses(parts)
+        return self._padded_losses(parts)
+
+    @contextlib.contextmanager
+    def taken(self) -> Iterator[None]:
+        """The model as the jobs' way needs it."""
+        if self.path.way == "plain":
+            yield
+            return
+        ALL_ATTENTION_FUNCTIONS.register(NAME, self._attention)
+        ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, sdpa_mask)
+        config = self.model.config
+        ours = config._attn_implementation == "sdpa"
+        with patched(self.model, self._quicker):
+            if ours:
+                config._attn_implementation = NAME
+            yield
+
+    def _size(self, parts: Sequence[Part]) -> int:
+        return self.path.size([example for part in parts for example in part.examples])
+
+    def _differ(self, parts: Sequence[Part]) -> bool:
+        """Whether an adapter would draw its dropout in another shape than alone."""
+        return any(self._masks[p.key] for p in parts) and len({_widths(p) for p in parts}) > 1
+
+    def _packed_losses(self, parts: Sequence[Part]) -> list[Tensor]:
+        """As `Path` does it alone: a part that drops at random is filled up in the same way."""
+        batches, spans, lengths, start = [], [], [], 0
+        for part in parts:
+            own = [len(example.input_ids) for example in part.examples]
+            size = rounded_up(sum(own)) if self._drops[part.key] else sum(own)
+            batches.append(pack(part.examples, size=size, pad_id=self.path.pad_id))
+            spans.append(Span(part.key, start, start + size))
+            lengths += [*own, *[1] * (size - sum(own))]
+            start += size
+        size = rounded_up(start)
+        if size > start:
+            batches.append(pack((), size=size - start, pad_id=self.path.pad_id))
+            spans.append(Span(None, start, size))
+            lengths += [1] * (size - start)
+        batch = {name: torch.cat([own[name] for own in batches], dim=-1) for name in batches[0]}
+        batch = on_device(batch, self.model)
+        packing = Packing(tuple(lengths), causal=True)
+        with self._routed(spans):
+            states = packed_states(self.model, batch, packing)
+        return self._by_heads(parts, spans, states, batch["targets"])
+
+    def _by_heads(
+        self, parts: Sequence[Part], spans: Sequence[Span], states: Tensor, targets: Tensor
+    ) -> list[Tensor]:
+        """The loss of each part by its job's own head; heads that are the base's run at once."""
+        has_loss, heads = targets != IGNORED, [p.path.model.get_output_embeddings() for p in parts]
+        heres = [
+            has_loss[span.start : span.stop].nonzero()[:, 0] + span.start
+            for span in spans[: len(parts)]
+        ]
+        plain = [number for number, head in enumerate(heads) if _is_plain(head)]
+        found: dict[int, Tensor] = {}
+        if plain:
+            own = [heres[number] for number in plain]
+            losses = _by_frozen_head(heads[plain[0]], states, targets, own)
+            found = dict(zip(plain, losses, strict=True))
+        for number, (part, head) in enumerate(zip(parts, heads, strict=True)):
+            if number not in found:
+                here = heres[number]
+                with self.around(part.key):
+                    found[number] = summed_loss(head, states[here], targets[here])
+        return [found[number] for number in range(len(parts))]
+
+    def _padded_losses(self, parts: Sequence[Part]) -> list[Tensor]:
+        examples = [example for part in parts for example in part.examples]
+        width = max(width for part in parts for width in _widths(part))
+        batch, spans, start = replace(self.path, longest=width).batch(examples), [], 0
+        for part in parts:
+            spans.append(Span(part.key, start, start + len(part.examples)))
+            start += len(part.examples)
+        kind = self.path.kind
+        rows = [slice(span.start, span.stop) for span in spans]
+        with self._routed(spans, parts):
+            if kind == "sentence-encoder":
+                first = embed(self.model, batch)
+            elif kind == "causal-lm":
+                logits, labels, of_row = labelled(self.model, batch)
+            else:
+                logits, labels = call(self.model, batch), batch["labels"]
+        if kind == "sentence-encoder":
+            with self._routed(spans, parts, second=True):
+                second = embed(self.model, second_of(batch))
+            return [_partners(first[own], second[own]) for own in rows]
+        if kind == "causal-lm":
+            owns = [(own.start <= of_row) & (of_row < own.stop) for own in rows]
+            return [_summed(logits[own], labels[own]) for own in owns]
+        classes = [part.path.model.config.num_labels for part in parts]
+        return [
+            _summed(logits[own][..., :count], labels[own])
+            for own, count in zip(rows, classes, strict=True)
+        ]
+
+    @contextlib.contextmanager
+    def _routed(
+        self, spans: Sequence[Span], parts: Sequence[Part] = (), *, second: bool = False
+    ) -> Iterator[None]:
+        self._widths = tuple(_widths(part)[second] for part in parts)
+        with self.bank.routed(spans):
+            yield
+
+    def _own_dropouts(self) -> None:
+        """Let the model's own dropout be drawn job by job."""
+        for parent in list(self.model.modules()):
+            for name, child in parent._modules.items():
+                if type(child) is nn.Dropout and child.p:
+                    setattr(parent, name, _Dropout(child.p, self._mask).train(child.training))
+
+    def _mask(self, x: Tensor, p: float, axes: Sequence[int]) -> Tensor:
+        """What x is multiplied by, drawn for each span in the shape that it has alone.
+
+        Args:
+            axes: those of x that are as long as the rows are padded to.
+        """
+        spans = self.bank.spans
+        total, mask = spans[-1].stop, torch.ones_like(x)
+        axis = 0 if x.shape[0] == total else 1
+        for number, span in enumerate(spans):
+            if span.key is None:
+                continue
+            own = mask.narrow(axis, span.start, span.stop - span.start)
+            for other in axes if self._widths else ():
+                own = own.narrow(other, 0, min(self._widths[number], own.shape[other]))
+            with self.around(span.key):
+                own.copy_(F.dropout(torch.ones_like(own, memory_format=torch.contiguous_format), p))
+        return mask
+
+    def _attention(
+        self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
+        dropout: float = 0.0, scaling: float | None = None, **options: Any,
+    ) -> tuple[Tensor, None]:  # fmt: skip
+        """What transformers' attention modules call: query (B, H, L, D) -> (B, L, H, D)."""
+        if not dropout:
+            return attention_function(module, query, key, value, mask, scaling=scaling, **options)
+        times = query.shape[1] // key.shape[1]
+        key, value = (t.repeat_interleave(times, dim=1) if times > 1 else t for t in (key, value))
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        scores = (query * scale) @ key.transpose(2, 3)
+        if mask is None and getattr(module, "is_causal", True):
+            mask = torch.ones_like(scores[:1, :1], dtype=torch.bool).tril()
+        if mask is not None:
+            mask = mask[..., : scores.shape[-1]]
+            hidden = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else None
+            scores = scores + mask if hidden is None else hidden
+        weights = scores.softmax(dim=-1)
+        out = (weights * self._mask(weights, dropout, (2, 3))) @ value
+        return out.transpose(1, 2).contiguous(), None
+
+
+class _Dropout(nn.Module):
+    """Dropout of the model's own, in a batch of several jobs."""
+
+    def __init__(self, p: float, mask: Callable[[Tensor, float, Sequence[int]], Tensor]) -> None:
+        super().__init__()
+        self.p, self._mask = p, mask
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, L, H) or (B, H), or of packed rows (1, N, H) or (N, H)."""
+        if not self.training:
+            return x
+        return x * self._mask(x, self.p, (1,) if x.ndim == 3 else ())
+
+
+def tried(key: Hashable, path: Path, examples: Sequence[Example]) -> Part:
+    """Rows on which a job is compared: noise, or pictures of its own."""
+    if path.kind == "image-classification":
+        return Part(key, path, examples[:2])
+    return Part(key, path, noise(path.model, path.kind))
+
+
+def _widths(part: Part) -> tuple[int, int]:
+    """Tokens of a padded row of a part alone; and of second texts. 0 where there is none."""
+    if part.path.kind == "image-classification":
+        return 0, 0
+    longest = 0 if part.path.way == "plain" else part.path.longest
+    first, second = ([getattr(e, name) for e in part.examples] for name in ("input_ids", "second"))
+    return padded(first, 0, longest)[0].shape[1], padded(second, 0, longest)[0].shape[1]
+
+
+def _draws(adapter: Adapter) -> bool:
+    """Whether an adapter drops out numbers of its own, beside those of the base."""
+    bases = {m for w in adapter.modules.values() for m in w.base.modules()}
+    own = {m for w in adapter.modules.values() for m in w.modules()} - bases
+    return any(isinstance(module, nn.Dropout) and module.p for module in own)
+
+
+def _by_frozen_head(
+    head: Any, states: Tensor, targets: Tensor, heres: Sequence[Tensor]
+) -> list[Tensor]:
+    """The summed loss at each of some sets of places, through one product of the head."""
+    where = torch.cat([*heres])
+    filling = rounded_up(len(where)) - len(where)
+    where = F.pad(where, (0, filling), value=len(targets) - 1)  # no target there
+    losses = token_losses(states[where], head.weight, head.bias, targets[where])
+    return [own.sum() for own in losses.split([*map(len, heres), filling])[:-1]]
+
+
+def token_losses(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
+    """The cross-entropy of each row by a frozen linear head, (N,) in fp32; hidden (N, H).
+
+    As `head_loss`, which sums them.
+    """
+    losses: Tensor = _TokenLosses.apply(hidden, weight, bias, labels)
+    return losses
+
+
+class _TokenLosses(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor
+    ) -> Tensor:
+        losses, gradient = [hidden.new_zeros(0, dtype=torch.float32)], torch.empty_like(hidden)
+        for start in range(0, len(hidden), CHUNK):
+            chunk = slice(start, start + CHUNK)
+            logits = F.linear(hidden[chunk], weight, bias)
+            own, d_logits = _loss_and_gradient(logits, labels[chunk])
+            losses.append(own)
+            torch.mm(d_logits, weight, out=gradient[chunk])
+        ctx.save_for_backward(gradient)
+        return torch.cat(losses)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_losses: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return (gradient * d_losses[:, None]).to(gradient.dtype), None, None, None
+
+
+def _summed(logits: Tensor, labels: Tensor) -> Tensor:
+    """Over all that carries a label; logits (..., V), labels (...)."""
+    here = labels != IGNORED
+    return F.cross_entropy(logits[here].float(), labels[here], reduction="sum")
+
+
+def _partners(first: Tensor, second: Tensor) -> Tensor:
+    labels = torch.arange(len(first), device=first.device)
+    return F.cross_entropy(SHARPNESS * first @ second.T, labels, reduction="sum")

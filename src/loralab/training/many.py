@@ -1,0 +1,179 @@
+"""train_many(): several adapters on one frozen base, their steps made together (rounds.py)."""
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loralab.adapters.grouped import cannot_share
+from loralab.errors import ConfigError, LoralabError
+from loralab.training import preflight
+from loralab.training.jobs import TrainJob, of_job, require_names
+from loralab.training.joint import Joint, tried
+from loralab.training.preflight import Request
+from loralab.training.record import Listener
+from loralab.training.rounds import FAILED, Outcome, Random, Ready, Rounds, naming
+from loralab.training.run import require_one_process, run_prepared
+from loralab.training.shared import OneBase, mixes_rows
+
+ALIKE = ("model", "precision", "quantize", "image_size")
+
+
+def train_many(
+    jobs: Sequence[TrainJob], *, resume: bool = False, listener: Listener | None = None
+) -> list[Outcome]:
+    """Train several adapters on one frozen base, and write the run folder of each.
+
+    Each ends where `train` alone would end it, but for rounding. Adapters that cannot share a
+    batch are trained after the others, one by one; their logs say why.
+
+    Args:
+        resume: go on from the checkpoints that an interrupted call with the same jobs has left.
+        listener: called with every event of every job; `event["job"]` is its name.
+
+    Returns:
+        For each job its run, or the error that ended it: the others go on without it.
+
+    Raises:
+        InputError: something given is wrong, the job's name in front; nothing has been written.
+    """
+    require_one_process()
+    one = OneBase()
+    ready = _prepared(jobs, one, resume=resume)
+    for job in ready:
+        preflight.write_config(job.folder, job.request)
+    with torch.random.fork_rng():
+        joint, alone = _sorted_out(ready, one)
+        outcomes: dict[str, Outcome] = {}
+        shared = [job for job in ready if job.name not in alone]
+        if joint is not None and shared:
+            outcomes |= Rounds(shared, joint, listener).run()
+        for job in ready:
+            if job.name in alone:
+                outcomes[job.name] = _trained_alone(job, alone[job.name], listener)
+    return [outcomes[job.name] for job in ready]
+
+
+def _prepared(jobs: Sequence[TrainJob], one: OneBase, *, resume: bool) -> list[Ready]:
+    """All jobs loaded, attached and encoded; nothing is written."""
+    if not jobs:
+        raise ConfigError("there is no job to train")
+    require_names([job.name for job in jobs])
+    requests = {}
+    for job in jobs:
+        with _named(job.name):
+            asked = Request.of(job.model, job.data, job.method, job.training, job.mapping)
+            asked = replace(asked, task=job.task)
+            requests[job.name] = preflight.require_place(Path(job.output_dir), asked, resume=resume)
+    _require_alike({name: _alike(request) for name, request in requests.items()})
+    folders = {job.name: Path(job.output_dir).resolve() for job in jobs}
+    if len({*folders.values()}) < len(jobs):
+        raise ConfigError("every job needs an output_dir of its own")
+    ready = []
+    for job in jobs:
+        with _named(job.name):
+            prepared = preflight.prepare(requests[job.name], one)
+        request = replace(requests[job.name], training=prepared.training)
+        ready.append(Ready(
+            name=job.name, folder=Path(job.output_dir), request=request, prepared=prepared,
+            random=Random(prepared.training.seed),
+        ))  # fmt: skip
+    _require_alike({job.name: {"kind of model": job.prepared.base.kind} for job in ready})
+    return ready
+
+
+def _alike(request: Request) -> dict[str, Any]:
+    return {"model": request.model, **{n: getattr(request.training, n) for n in ALIKE[1:]}}
+
+
+def _require_alike(found: Mapping[str, Mapping[str, Any]]) -> None:
+    """One base for all.
+
+    Raises:
+        ConfigError: two jobs ask for different ones.
+    """
+    (first, wanted), *others = found.items()
+    for name, fields in others:
+        for field, value in fields.items():
+            if value != wanted[field]:
+                raise ConfigError(
+                    f"jobs share one base, but {field} of {first!r} is {wanted[field]!r} and of "
+                    f"{name!r} {value!r}; train them in two commands"
+                )
+
+
+def _sorted_out(ready: Sequence[Ready], one: OneBase) -> tuple[Joint | None, dict[str, str]]:
+    """The model for all jobs that can share their batches, and why the others cannot."""
+    by_name = {job.name: job for job in ready}
+    alone = {job.name: reason for job in ready if (reason := _own_reason(job, one))}
+    rest = [job for job in ready if job.name not in alone]
+    if len(rest) < 2 or one.bare is None:
+        return None, alone | {job.name: "" for job in rest}
+    ways = [job.prepared.path.way for job in rest]
+    way = max(ways, key=ways.count)  # of equally many the first
+    path = next(job.prepared.path for job in rest if job.prepared.path.way == way)
+    joint = Joint(one.bare.model, path, lambda key: by_name[str(key)].random.drawn())
+    for job in rest:
+        if reason := _joined(job, joint):
+            alone[job.name] = reason
+    if len(ready) - len(alone) < 2:
+        alone |= {job.name: "" for job in rest if job.name not in alone}
+        return None, alone
+    # a job that failed stays out of the batches that the others then had without it
+    failed = {job.name for job in ready if (job.folder / FAILED).is_file()} - alone.keys()
+    for name in failed:
+        joint.drop(name)
+    return joint, alone | dict.fromkeys(failed, "it failed beside the others")
+
+
+def _own_reason(job: Ready, one: OneBase) -> str:
+    """Why a job cannot share a batch, whatever the others are; empty if it can."""
+    method, training, base = job.request.method, job.prepared.training, job.prepared.base
+    adapter = job.prepared.adapter
+    dropped_base = getattr(method, "dora", False) and getattr(method, "dropout", 0)
+    reasons = {
+        "gradients in fp16 are scaled for each adapter by itself": training.precision == "fp16",
+        "it recomputes activations": training.gradient_checkpointing != "off",
+        "the model's norms mix the rows of a batch": mixes_rows(base.model),
+        "its base has other weights, such as those of new tokens": not one.holds(adapter),
+        "dropout of DoRA reaches the base's own product": dropped_base,
+    }
+    reason = cannot_share({**adapter.modules, **adapter.saved})
+    return reason or next((reason for reason, holds in reasons.items() if holds), "")
+
+
+def _joined(job: Ready, joint: Joint) -> str:
+    """Put a job in; why it cannot be, or an empty text."""
+    path, adapter = job.prepared.path, job.prepared.adapter
+    if path.way != joint.path.way:
+        return f"its rows go another way ({path.way}) than those of the others ({joint.path.way})"
+    state = job.random.state
+    joint.put(job.name, adapter)
+    problem = joint.problem(tried(job.name, path, job.prepared.encoded.examples), adapter)
+    job.random.state = state
+    if problem:
+        joint.drop(job.name)
+    return problem
+
+
+def _trained_alone(job: Ready, reason: str, listener: Listener | None) -> Outcome:
+    note = f"trained by itself: {reason}" if reason else ""
+    torch.manual_seed(job.request.training.seed)
+    try:
+        run = run_prepared(job.request, job.prepared, job.folder, naming(job.name, listener), note)
+    except LoralabError as error:
+        return of_job(job.name, error)
+    (job.folder / FAILED).unlink(missing_ok=True)
+    return run
+
+
+@contextlib.contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Errors of a job say which one it is."""
+    try:
+        yield
+    except LoralabError as error:
+        raise of_job(name, error) from error

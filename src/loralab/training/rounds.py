@@ -1,0 +1,279 @@
+"""Jobs that make their steps together, round by round, until each has come to its end.
+
+A round is one optimiser step of every job. Each job keeps its own order of rows, rate, clipping,
+random numbers, log, checkpoints and end: all that they share is the base and the passes through
+it. Checkpoints of all jobs are written in the same rounds, so that a run that was killed goes on
+with the very same batches. Source: mLoRA (Ye et al. 2023, arXiv:2312.02515).
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from loralab import atomic
+from loralab.errors import LearningError, LoralabError
+from loralab.training import checkpoint, memory
+from loralab.training.jobs import of_job
+from loralab.training.joint import Joint, Part
+from loralab.training.loop import Steps, interruptible
+from loralab.training.preflight import Prepared, Request
+from loralab.training.record import Event, Listener
+from loralab.training.run import Begun, Run, begin, finish
+
+FAILED = "failed.txt"  # in the folder of a job that ended with an error: why it did
+Outcome = Run | LoralabError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ready:
+    """A job that can begin."""
+
+    name: str
+    folder: Path
+    request: Request
+    prepared: Prepared
+    random: "Random"
+
+
+class Random:
+    """The random numbers of one job, as if nobody else drew any."""
+
+    def __init__(self, seed: int) -> None:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.state = _random_state()
+
+    @contextlib.contextmanager
+    def drawn(self) -> Iterator[None]:
+        """What is drawn inside comes out of these."""
+        before = _random_state()
+        _set_random_state(self.state)
+        try:
+            yield
+        finally:
+            self.state = _random_state()
+            _set_random_state(before)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Live:
+    """A job among the others."""
+
+    job: Ready
+    begun: Begun
+
+    @property
+    def name(self) -> str:
+        return self.job.name
+
+    @property
+    def steps(self) -> Steps:
+        return self.begun.steps
+
+    @property
+    def random(self) -> Random:
+        return self.job.random
+
+
+@dataclass
+class _Step:
+    """What one step of a job has come to."""
+
+    labelled: int
+    loss: float = 0.0
+    norm: float = 0.0
+    tokens: int = 0
+
+
+class Rounds:
+    """Jobs that make their steps together, until each has come to its end."""
+
+    def __init__(self, jobs: Sequence[Ready], joint: Joint, listener: Listener | None) -> None:
+        self.joint, self.outcomes = joint, dict[str, Outcome]()
+        self._accelerator = Accelerator(mixed_precision="no")
+        last = checkpoint.side_by_side({job.folder: job.prepared.steps for job in jobs})
+        note = f"trained together with {', '.join(job.name for job in jobs)}"
+        self.active = [self._begun(job, last[job.folder], listener, note) for job in jobs]
+        self._room = min(job.prepared.path.room for job in jobs)
+
+    def run(self) -> dict[str, Outcome]:
+        """All rounds.
+
+        Raises:
+            KeyboardInterrupt: the user stopped them; checkpoints of all jobs have been written.
+        """
+        self.joint.model.train()
+        with interruptible() as interrupted, memory.kept_pages():
+            self._end_those_that_are_over()
+            while self.active:
+                self._round()
+                if interrupted.is_set() and self.active:
+                    self._save({})
+                    raise KeyboardInterrupt
+        return self.outcomes
+
+    def _begun(
+        self, job: Ready, last: Path | None, listener: Listener | None, note: str
+    ) -> _Live:  # fmt: skip
+        with job.random.drawn():
+            begun = begin(
+                job.request, job.prepared, job.folder, naming(job.name, listener), last, note
+            )
+        begun.steps.drop_others()  # what was written beyond the common step is made anew
+        begun.steps.job.adapter.model.train()
+        return _Live(job=job, begun=begun)
+
+    def _round(self) -> None:
+        """One step of every job, or the end of those that cannot make theirs."""
+        before = {live.name: live.random.state for live in self.active}
+        made, bad = self._together()
+        if bad:
+            self._take_back(before)
+            errors = self._errors_alone(bad)
+            self._take_back(before)
+            if errors:  # and the others begin the round anew, without them
+                self._save(errors)
+                return
+            made = self._one_by_one()
+        self._finish_round(made)
+
+    def _together(self) -> tuple[dict[str, _Step], list[_Live]]:
+        """The gradients of all jobs, clipped; and the jobs whose numbers are not good."""
+        parts = {live.name: live.steps.parts() for live in self.active}
+        made = {live.name: _Step(live.steps.labelled(parts[live.name])) for live in self.active}
+        for number in range(max(map(len, parts.values()))):
+            chosen = [
+                Part(live.name, live.steps.job.path, parts[live.name][number])
+                for live in self.active
+                if number < len(parts[live.name])
+            ]
+            for group in self.joint.groups(chosen, self._room):
+                self._pass(group, made)
+        bad = [live for live in self.active if not self._clipped(live, made[live.name])]
+        return made, bad
+
+    def _pass(self, group: Sequence[Part], made: Mapping[str, _Step]) -> None:
+        """One pass through the model, forward and backward."""
+        with self.joint.taken():
+            losses = self.joint.losses(group)
+            shares = [
+                loss / made[str(part.key)].labelled
+                for loss, part in zip(losses, group, strict=True)
+            ]
+            self._accelerator.backward(torch.stack(shares).sum())
+        for part, share in zip(group, torch.stack(shares).tolist(), strict=True):
+            step = made[str(part.key)]
+            step.loss += share
+            step.tokens += sum(example.length for example in part.examples)
+
+    def _clipped(self, live: _Live, step: _Step) -> bool:
+        if not math.isfinite(step.loss):
+            return False
+        try:
+            step.norm = live.steps.clip()
+        except LearningError:
+            return False
+        return True
+
+    def _errors_alone(self, bad: Sequence[_Live]) -> dict[str, LoralabError]:
+        """Which of some jobs fail by themselves: what is not finite may come from a neighbour."""
+        errors: dict[str, LoralabError] = {}
+        for live in bad:
+            try:
+                self._alone(live)
+            except LearningError as error:
+                errors[live.name] = error
+        return errors
+
+    def _one_by_one(self) -> dict[str, _Step]:
+        """The gradients of all jobs, each through its own model."""
+        return {live.name: self._alone(live) for live in self.active}
+
+    def _alone(self, live: _Live) -> _Step:
+        with live.random.drawn():
+            loss, tokens = live.steps.gradients(self._accelerator)
+        return _Step(1, loss=loss, norm=live.steps.clip(), tokens=tokens)
+
+    def _take_back(self, before: Mapping[str, Any]) -> None:
+        for live in self.active:
+            live.steps.forget()
+            live.random.state = before[live.name]
+
+    def _finish_round(self, made: Mapping[str, _Step]) -> None:
+        errors: dict[str, LoralabError] = {}
+        due = False
+        for live in self.active:
+            step = made[live.name]
+            try:
+                with live.random.drawn():
+                    live.steps.apply(step.loss, step.norm, step.tokens)
+                    due |= live.steps.look()
+            except LoralabError as error:
+                errors[live.name] = error
+        if due or errors:
+            self._save(errors)
+        self._end_those_that_are_over()
+
+    def _save(self, errors: Mapping[str, LoralabError]) -> None:
+        """Checkpoints of all jobs but those that end with an error, which end here.
+
+        Nothing old is removed before everything new is there, so that there is always a step at
+        which every job can go on.
+        """
+        failed = [live for live in self.active if live.name in errors]
+        self.active = [live for live in self.active if live.name not in errors]
+        for live in self.active:
+            with live.random.drawn():
+                live.steps.write()
+        for live in failed:
+            error = of_job(live.name, errors[live.name])
+            atomic.write_file(live.job.folder / FAILED, f"{errors[live.name]}\n")
+            self._leave(live, error, f"ended: {errors[live.name]}")
+        for live in self.active:
+            live.steps.drop_others()
+
+    def _end_those_that_are_over(self) -> None:
+        for live in [live for live in self.active if live.steps.over]:
+            self.active.remove(live)
+            try:
+                with live.random.drawn():
+                    self.outcomes[live.name] = finish(live.begun)
+                self.joint.drop(live.name)
+            except LoralabError as error:
+                self._leave(live, of_job(live.name, error), f"ended: {error}")
+
+    def _leave(self, live: _Live, error: LoralabError, text: str) -> None:
+        record = live.steps.record
+        record({"kind": "note", "step": live.steps.progress.step, "text": text})
+        record.close()
+        live.steps.forget()
+        self.joint.drop(live.name)
+        self.outcomes[live.name] = error
+
+
+def naming(name: str, listener: Listener | None) -> Listener | None:
+    """A listener whose events say which job they are of."""
+    if listener is None:
+        return None
+
+    def heard(event: Event) -> None:
+        listener({**event, "job": name})
+
+    return heard
+
+
+def _random_state() -> tuple[torch.Tensor, list[torch.Tensor]]:
+    on_gpu = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return torch.get_rng_state(), on_gpu
+
+
+def _set_random_state(state: tuple[torch.Tensor, list[torch.Tensor]]) -> None:
+    torch.set_rng_state(state[0])
+    if state[1]:
+        torch.cuda.set_rng_state_all(state[1])

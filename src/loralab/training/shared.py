@@ -1,0 +1,97 @@
+"""One base model under several jobs: structures of their own around the very same weights."""
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from loralab.adapters.attach import Adapter
+from loralab.adapters.fingerprint import base_tensors
+from loralab.models.load import Base
+from loralab.tasks.catalog import Task
+from loralab.training.preflight import HEADED, Request, load_for
+
+
+class OneBase:
+    """Loads the models of several jobs (`preflight.prepare`) around one set of weights.
+
+    What a job has to itself, such as a new head of its own classes, it keeps.
+    `bare` is the model without an adapter, once it has been loaded.
+    """
+
+    def __init__(self) -> None:
+        self.bare: Base | None = None
+        self._head: tuple[object, ...] = ()
+
+    def __call__(self, request: Request, task: Task) -> Base:
+        """The model for one more job.
+
+        Raises:
+            ModelError: there is no such model, or it cannot learn from such rows.
+        """
+        if request.training.new_tokens:  # more rows, in the model and in its tokenizer
+            return load_for(request, task)
+        head = (task.format, task.labels, request.training.seed)
+        if self.bare is not None and (self.bare.kind not in HEADED or self._head == head):
+            return replace(self.bare, model=shared_copy(self.bare.model))
+        base = load_for(request, task)
+        if self.bare is None:
+            self.bare, self._head = base, head
+            return replace(base, model=shared_copy(base.model))
+        _share(base.model, self.bare.model)
+        return base
+
+    def holds(self, adapter: Adapter) -> bool:
+        """Whether the model of an adapter stands on these weights, but for what it replaces."""
+        if self.bare is None:
+            return False
+        ours = _tensors(self.bare.model)
+        trained = tuple(f"{path}." for path in adapter.saved)
+        theirs = base_tensors(adapter.model).items()
+        return all(n.startswith(trained) or ours.get(n) is tensor for n, tensor in theirs)
+
+
+def shared_copy(model: Any) -> Any:
+    """The same structure around the very same weights: it costs no memory to speak of."""
+    tensors = [*model.parameters(), *_kept_buffers(model)]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+def mixes_rows(model: nn.Module) -> bool:
+    """Whether a batch's rows change each other's outputs, and the model's own statistics."""
+    return any(isinstance(module, _BatchNorm) for module in model.modules())
+
+
+def _kept_buffers(model: nn.Module) -> Iterator[Tensor]:
+    """Those that training never writes to."""
+    for module in model.modules():
+        if not isinstance(module, _BatchNorm):
+            yield from module.buffers(recurse=False)
+
+
+def _share(model: nn.Module, other: nn.Module) -> None:
+    """Give up the weights of a model that another one has too."""
+    theirs = _tensors(other)
+    for path, module in model.named_modules(remove_duplicate=False):
+        tables: list[Mapping[str, Tensor | None]] = [module._parameters]
+        if not isinstance(module, _BatchNorm):
+            tables.append(module._buffers)
+        for table in tables:
+            for name, own in list(table.items()):
+                same = theirs.get(f"{path}.{name}")
+                if own is not None and same is not None and _equal(own, same):
+                    table[name] = same  # type: ignore[index]
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, tied ones under each of their names."""
+    named = dict(model.named_parameters(remove_duplicate=False))
+    return {**named, **dict(model.named_buffers(remove_duplicate=False))}
