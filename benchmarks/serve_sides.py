@@ -130,7 +130,8 @@ def loads(folder: Path) -> dict[str, Any]:
     from loralab.serving.request import Sampling
     from loralab.serving.settings import ServeSettings
 
-    settings = ServeSettings(precision="bf16", resident=64)
+    # a small cache, or it would go on filling while memory is looked at
+    settings = ServeSettings(precision="bf16", resident=64, cache_memory="60MB")
     engine = open_engine(model=str(folder / "model"), store=folder / "thousand", settings=settings)
     sampling = Sampling(max_tokens=1, temperature=0, ignore_eos=True)
 

@@ -109,8 +109,7 @@ def read(path: str | Path) -> AdapterFolder:
     except (ValueError, TypeError, AttributeError) as error:
         raise AdapterFileError(f"{path / CONFIG}: {error}") from None
     _require_plausible(path, config, own)
-    broken = sorted(key for key, tensor in own.items() if not tensor.isfinite().all())
-    if broken:
+    if broken := _broken(own):
         raise AdapterFileError(f"{path} holds numbers that are not finite: {some(broken)}")
     return AdapterFolder(
         path=path, config=config, fields=fields, tensors=dict(own), record=record, digest=digest
@@ -129,7 +128,7 @@ def content_digest(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> 
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
@@ -158,7 +157,8 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
             )
         raise AdapterFileError(f"{path} has no {TENSORS}")
     try:
-        return safetensors.torch.load_file(file)
+        # a mapped file that somebody cuts short while it is read would kill the process
+        return safetensors.torch.load(file.read_bytes())
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise AdapterFileError(f"{file} is damaged or truncated: {error}") from None
 
@@ -178,6 +178,16 @@ def _require_plausible(path: Path, config: Any, tensors: Mapping[str, Tensor]) -
             raise AdapterFileError(
                 f"{path}: {name} is {size}, but no tensor is that large ({most})"
             )
+
+
+def _broken(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The names of tensors with numbers that are not finite; all are looked at in one call."""
+    names = sorted(name for name, t in tensors.items() if t.is_floating_point() and t.numel())
+    if not names:
+        return []
+    largest = torch._foreach_norm([tensors[name] for name in names], torch.inf)
+    fine = torch.stack([value.float() for value in largest]).isfinite().tolist()
+    return [name for name, own in zip(names, fine, strict=True) if not own]
 
 
 def _near(path: Path) -> str:

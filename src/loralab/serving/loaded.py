@@ -226,8 +226,9 @@ def _again(module: LinearWithLoRA, device: str | None = None) -> LinearWithLoRA:
     To make it anew would draw numbers that nobody needs, and cost ten times as much.
     """
     new = LinearWithLoRA.__new__(LinearWithLoRA)
-    for name, value in module.__dict__.items():
-        new.__dict__[name] = value.copy() if isinstance(value, dict) else value
+    new.__dict__.update(module.__dict__)  # the tables of hooks, all empty, stay in common
+    for name in ("_parameters", "_buffers", "_modules", "_unmerged"):
+        new.__dict__[name] = module.__dict__[name].copy()
     for name, parameter in module._parameters.items():
         if parameter is not None:
             own = torch.empty(parameter.shape, device=device or module.base.weight.device)
