@@ -1,152 +1,177 @@
 """Ten adapters trained together on one base, against the same ten one after the other.
 
-SmolLM2-135M in bfloat16, LoRA r=8 on its seven projections, film reviews, ten jobs that differ in
-their seeds. Each trial is a whole call of `train_many`, or ten of `train`, in a process of its own,
-in turn; steps alone are counted, not loading, scoring or saving. Peak memory is of those processes.
+Both are loralab: `train_many` and `train`, LoRA r=8 on every linear layer, film reviews (short
+rows), bf16, each adapter with a seed and so an order of rows of its own. Timed are the steps alone,
+without the first and the last of each run; "whole command" is everything, loading, the evaluation
+at the end and saving included. Both sides run in one process, in turn; peak memory is that of two
+fresh processes.
 
-    python benchmarks/train_together.py [--pairs 5] [--batches 1 2 8] [--steps 12] [--model NAME]
-        [--json FILE]
+    python benchmarks/train_together.py [--models smollm2-135m minilm-l6] [--batches 1 2]
+        [--jobs 10] [--steps 12] [--pairs 3] [--json FILE]
 """
 
-import argparse
 import json
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sides import finish, parser, ratios, shown, spread, table
+from sides import Figures, finish, parser, ratios, shown, spread, table
 
-JOBS, RANK, LONGEST = 10, 8, 96
-WARM_UP = 2  # steps of each job that are not counted
-WAYS = ("together", "in turn")
+DATA, RANK, SIDES = "movie-reviews", 8, ("together", "in turn")
 
 
-def jobs(folder: Path, options: argparse.Namespace) -> list[Any]:
-    """Ten jobs, alike in all but their seeds."""
-    from loralab import LoRA, Training
-    from loralab.training.jobs import TrainJob
-
-    return [
-        TrainJob(
-            name=f"j{number}", model=options.model, data="movie-reviews",
-            output_dir=folder / f"j{number}", method=LoRA(rank=RANK),
-            training=Training(
-                max_steps=options.steps + WARM_UP, batch_size=options.batch, seed=number,
-                max_length=LONGEST, evaluation_rows=1, save_every=10_000, precision="bf16",
-            ),
-        )
-        for number in range(JOBS)
-    ]  # fmt: skip
-
-
+@dataclass
 class Clock:
-    """Seconds and tokens between the end of the warm-up and the last step."""
+    """Tokens and seconds of the steps between the first and the last of a run.
 
-    def __init__(self) -> None:
-        self.begun: dict[str, tuple[float, int]] = {}
-        self.ended: dict[str, tuple[float, int]] = {}
+    Args:
+        jobs: how many make their steps in turn.
+        steps: of each.
+    """
 
-    def listen(self, name: str) -> Callable[[dict[str, Any]], None]:
-        """What hears the events of a job; those of jobs together name theirs."""
+    jobs: int
+    steps: int
+    tokens: int = 0
+    seconds: float = 0.0
+    _heard: int = 0
+    _since: float = 0.0
+    _before: dict[str, int] = field(default_factory=dict)
 
-        def heard(event: dict[str, Any]) -> None:
-            if event["kind"] == "step":
-                own = event.get("job", name)
-                stand = time.perf_counter(), event["tokens"]
-                if event["step"] == WARM_UP:
-                    self.begun[own] = stand
-                self.ended[own] = stand
-
-        return heard
-
-    @property
-    def tokens(self) -> int:
-        """Of all jobs."""
-        return sum(self.ended[name][1] - self.begun[name][1] for name in self.ended)
-
-    def seconds(self, way: str) -> float:
-        """Of all jobs: of the longest, where they ran beside each other."""
-        if way == "together":
-            return max(e for e, _ in self.ended.values()) - max(b for b, _ in self.begun.values())
-        return sum(self.ended[name][0] - self.begun[name][0] for name in self.ended)
+    def __call__(self, event: dict[str, Any]) -> None:
+        """Listen to the events of a run, or of several."""
+        if event["kind"] != "step":
+            return
+        self._heard += 1
+        now, name = time.perf_counter(), event.get("job", "")
+        if event["step"] == 1:
+            self._before[name], self._since = event["tokens"], now
+        elif event["step"] == self.steps - 1:
+            self.tokens += event["tokens"] - self._before[name]
+            if self._heard == self.jobs * (self.steps - 1):
+                self.seconds = now - self._since
 
 
-def trial(options: argparse.Namespace) -> None:
-    """One trial, in this process; prints a line of JSON."""
+def asked(model: str, batch: int, number: int, steps: int, place: Path) -> dict[str, Any]:
+    """The arguments of one training."""
     import loralab
-    from loralab.models.device import device_here
-    from loralab.training.memory import peak_bytes
 
-    clock = Clock()
-    with tempfile.TemporaryDirectory() as name:
-        every = jobs(Path(name), options)
-        if options.way == "together":
-            for outcome in loralab.train_many(every, listener=clock.listen("")):
-                if isinstance(outcome, Exception):
-                    raise outcome
-        else:
-            for job in every:
-                loralab.train(
-                    model=job.model, data=job.data, output_dir=job.output_dir, method=job.method,
-                    training=job.training, listener=clock.listen(job.name),
-                )  # fmt: skip
-    figures = {
-        "tokens": clock.tokens, "seconds": clock.seconds(options.way),
-        "peak": peak_bytes(device_here()),
+    return {
+        "model": model, "data": DATA, "output_dir": place / f"job-{number}",
+        "method": loralab.LoRA(rank=RANK),
+        "training": loralab.Training(
+            max_steps=steps, batch_size=batch, seed=number, precision="bf16", save_every=10_000,
+            evaluation_rows=1,
+        ),
     }  # fmt: skip
-    print(json.dumps(figures), flush=True)
 
 
-def figures_of(way: str, batch: int, options: argparse.Namespace) -> dict[str, float]:
-    """What a trial in a fresh process prints last."""
-    command = [
-        sys.executable, __file__, "--way", way, "--batch", str(batch), "--steps",
-        str(options.steps), "--model", options.model,
-    ]  # fmt: skip
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    print(f"  {way}, {batch}: {found['tokens'] / found['seconds']:.0f} tokens/s", file=sys.stderr)
-    return found
+def together(model: str, batch: int, jobs: int, steps: int) -> Figures:
+    """All of them through `train_many`."""
+    import loralab
+
+    started, clock = time.perf_counter(), Clock(jobs, steps)
+    with tempfile.TemporaryDirectory() as place:
+        wanted = [
+            loralab.TrainJob(name=f"job-{n}", **asked(model, batch, n, steps, Path(place)))
+            for n in range(jobs)
+        ]
+        for outcome in loralab.train_many(wanted, listener=clock):
+            if isinstance(outcome, Exception):
+                raise outcome
+    return {"tokens": clock.tokens, "seconds": clock.seconds,
+            "whole": time.perf_counter() - started}  # fmt: skip
 
 
-def row(batch: int, found: dict[str, list[dict[str, float]]]) -> list[str]:
+def in_turn(model: str, batch: int, jobs: int, steps: int) -> Figures:
+    """Each through `train`."""
+    import loralab
+
+    started, clocks = time.perf_counter(), [Clock(1, steps) for _ in range(jobs)]
+    with tempfile.TemporaryDirectory() as place:
+        for number, clock in enumerate(clocks):
+            loralab.train(**asked(model, batch, number, steps, Path(place)), listener=clock)
+    return {"tokens": sum(c.tokens for c in clocks), "seconds": sum(c.seconds for c in clocks),
+            "whole": time.perf_counter() - started}  # fmt: skip
+
+
+WAYS: dict[str, Callable[[str, int, int, int], Figures]] = {
+    "together": together,
+    "in turn": in_turn,
+}
+
+
+def peak_of(side: str, model: str, batch: int, jobs: int, steps: int) -> int:
+    """Bytes, of a process that does nothing else."""
+    call = [sys.executable, __file__, "--worker", side, model, str(batch), str(jobs), str(steps)]
+    done = subprocess.run(call, check=True, stdout=subprocess.PIPE, text=True)
+    return int(json.loads(done.stdout.splitlines()[-1])["peak"])
+
+
+def measure(model: str, batch: int, jobs: int, steps: int, pairs: int) -> dict[str, Any]:
+    """One model and batch size."""
+    counted: dict[str, list[Figures]] = {side: [] for side in SIDES}
+    for number in range(pairs):
+        for side in SIDES if number % 2 == 0 else SIDES[::-1]:
+            found = WAYS[side](model, batch, jobs, steps)
+            counted[side].append(found)
+            print(f"  {model}, {batch}, {side}: {found['seconds']:.2f} s", file=sys.stderr)
+    speed = {s: [r["tokens"] / r["seconds"] for r in rows] for s, rows in counted.items()}
+    whole = {side: [r["whole"] for r in rows] for side, rows in counted.items()}
+    peak = {side: peak_of(side, model, batch, jobs, steps) for side in SIDES}
+    return {
+        "model": model, "batch": batch, "jobs": jobs, "steps": steps, "pairs": pairs,
+        "tokens_per_second": {side: spread(values) for side, values in speed.items()},
+        "speed_ratio": ratios(speed["together"], speed["in turn"]),
+        "whole_ratio": ratios(whole["in turn"], whole["together"]),
+        "peak_bytes": peak, "memory_ratio": peak["together"] / peak["in turn"],
+    }  # fmt: skip
+
+
+def shown_row(found: dict[str, Any]) -> Sequence[str]:
     """A row of the table."""
-    speeds = {way: [f["tokens"] / f["seconds"] for f in found[way]] for way in WAYS}
-    peaks = {way: max(f["peak"] for f in found[way]) / 1e9 for way in WAYS}
+    speed, peak = found["tokens_per_second"], found["peak_bytes"]
     return [
-        str(batch), *(shown(spread(speeds[way]), 0) for way in WAYS),
-        shown(ratios(*(speeds[way] for way in WAYS))),
-        *(f"{peaks[way]:.2f}" for way in WAYS),
+        found["model"], str(found["batch"]), shown(speed["together"], 0),
+        shown(speed["in turn"], 0), shown(found["speed_ratio"]), shown(found["whole_ratio"]),
+        f"{peak['together'] / 1e9:.2f} : {peak['in turn'] / 1e9:.2f}",
+        f"{found['memory_ratio']:.2f}",
     ]  # fmt: skip
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the trials in turn, print the table."""
+def main() -> None:
     options = parser(__doc__)
-    options.add_argument("--pairs", type=int, default=5)
-    options.add_argument("--batches", type=int, nargs="+", default=[1, 2, 8])
-    options.add_argument("--steps", type=int, default=12, help="counted steps of each job")
-    options.add_argument("--model", default="smollm2-135m")
-    options.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
-    options.add_argument("--batch", type=int, help=argparse.SUPPRESS)
-    chosen = options.parse_args(arguments)
-    if chosen.way:
-        trial(chosen)
+    options.add_argument("--models", nargs="+", default=["smollm2-135m", "minilm-l6"])
+    options.add_argument("--batches", nargs="+", type=int, default=[1, 2])
+    options.add_argument("--jobs", type=int, default=10, help="adapters")
+    options.add_argument("--steps", type=int, default=12, help="of each adapter, at least 3")
+    options.add_argument("--pairs", type=int, default=3, help="runs of each side")
+    options.add_argument("--worker", nargs=5, help="(internal)")
+    chosen = options.parse_args()
+    if chosen.worker:
+        from loralab.training.memory import device_here, peak_bytes
+
+        side, model, *numbers = chosen.worker
+        WAYS[side](model, *map(int, numbers))
+        print(json.dumps({"peak": peak_bytes(device_here())}))
         return
-    found = {batch: {way: [] for way in WAYS} for batch in chosen.batches}  # type: dict[int, dict[str, list[dict[str, float]]]]
-    for batch in chosen.batches:
-        for _ in range(chosen.pairs):
-            for way in WAYS:
-                found[batch][way].append(figures_of(way, batch, chosen))
-    head = ["rows a step", "together, tokens/s", "in turn, tokens/s", "ratio",
-            "peak together, GB", "peak in turn, GB"]  # fmt: skip
-    title = f"{JOBS} adapters of rank {RANK} on {chosen.model}, {chosen.steps} steps each"
-    rows = [row(batch, own) for batch, own in found.items()]
-    finish(table(title, head, rows), {"trials": {str(b): f for b, f in found.items()}}, chosen.json)
+    if chosen.steps < 3 or min(chosen.jobs, chosen.pairs) < 1:
+        options.error("at least 3 steps, and a job and a pair")
+    found = [
+        measure(model, batch, chosen.jobs, chosen.steps, chosen.pairs)
+        for model in chosen.models
+        for batch in chosen.batches
+    ]
+    head = ("model", "batch", "together, tokens/s", "in turn, tokens/s", "ratio of pairs",
+            "whole command", "peak GB", "ratio")  # fmt: skip
+    title = (
+        f"{chosen.jobs} adapters, LoRA r={RANK}, {chosen.steps} steps each, {chosen.pairs} pairs"
+    )
+    finish(table(title, head, [shown_row(own) for own in found]), {"results": found}, chosen.json)
 
 
 if __name__ == "__main__":
