@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -83,6 +83,9 @@ def together(model: str, batch: int, jobs: int, steps: int) -> Figures:
         for outcome in loralab.train_many(wanted, listener=clock):
             if isinstance(outcome, Exception):
                 raise outcome
+            log = (outcome.output_dir / "train.log").read_text(encoding="utf-8")
+            if jobs > 1 and "trained together" not in log:
+                raise SystemExit(f"this was not trained together:\n{log}")
     return {"tokens": clock.tokens, "seconds": clock.seconds,
             "whole": time.perf_counter() - started}  # fmt: skip
 
@@ -112,7 +115,9 @@ def peak_of(side: str, model: str, batch: int, jobs: int, steps: int) -> int:
     return int(json.loads(done.stdout.splitlines()[-1])["peak"])
 
 
-def measure(model: str, batch: int, jobs: int, steps: int, pairs: int) -> dict[str, Any]:
+def measure(
+    model: str, batch: int, jobs: int, steps: int, pairs: int, peak: Mapping[str, int]
+) -> dict[str, Any]:
     """One model and batch size."""
     counted: dict[str, list[Figures]] = {side: [] for side in SIDES}
     for number in range(pairs):
@@ -122,13 +127,12 @@ def measure(model: str, batch: int, jobs: int, steps: int, pairs: int) -> dict[s
             print(f"  {model}, {batch}, {side}: {found['seconds']:.2f} s", file=sys.stderr)
     speed = {s: [r["tokens"] / r["seconds"] for r in rows] for s, rows in counted.items()}
     whole = {side: [r["whole"] for r in rows] for side, rows in counted.items()}
-    peak = {side: peak_of(side, model, batch, jobs, steps) for side in SIDES}
     return {
         "model": model, "batch": batch, "jobs": jobs, "steps": steps, "pairs": pairs,
         "tokens_per_second": {side: spread(values) for side, values in speed.items()},
         "speed_ratio": ratios(speed["together"], speed["in turn"]),
         "whole_ratio": ratios(whole["in turn"], whole["together"]),
-        "peak_bytes": peak, "memory_ratio": peak["together"] / peak["in turn"],
+        "peak_bytes": {**peak}, "memory_ratio": peak["together"] / peak["in turn"],
     }  # fmt: skip
 
 
@@ -153,7 +157,8 @@ def main() -> None:
     options.add_argument("--worker", nargs=5, help="(internal)")
     chosen = options.parse_args()
     if chosen.worker:
-        from loralab.training.memory import device_here, peak_bytes
+        from loralab.models.device import device_here
+        from loralab.training.memory import peak_bytes
 
         side, model, *numbers = chosen.worker
         WAYS[side](model, *map(int, numbers))
@@ -161,10 +166,12 @@ def main() -> None:
         return
     if chosen.steps < 3 or min(chosen.jobs, chosen.pairs) < 1:
         options.error("at least 3 steps, and a job and a pair")
+    size = (chosen.jobs, chosen.steps)
+    cells = [(model, batch) for model in chosen.models for batch in chosen.batches]
+    # first of all: a process counts what its parent held when it was started as its own peak
+    peaks = [{side: peak_of(side, *cell, *size) for side in SIDES} for cell in cells]
     found = [
-        measure(model, batch, chosen.jobs, chosen.steps, chosen.pairs)
-        for model in chosen.models
-        for batch in chosen.batches
+        measure(*cell, *size, chosen.pairs, peak) for cell, peak in zip(cells, peaks, strict=True)
     ]
     head = ("model", "batch", "together, tokens/s", "in turn, tokens/s", "ratio of pairs",
             "whole command", "peak GB", "ratio")  # fmt: skip

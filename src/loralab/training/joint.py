@@ -42,7 +42,10 @@ NAME = "loralab-together"  # of the attention here in transformers' table
 
 
 class Part(NamedTuple):
-    """Rows of one job that go through the model together; `path` is the job's own."""
+    """Rows of one job that go through the model together; `path` is the job's own.
+
+    Without a key they go through the base alone.
+    """
 
     key: Hashable
     path: Path
@@ -85,21 +88,22 @@ class Joint:
 
     def problem(self, part: Part, adapter: Adapter) -> str:
         """In what a job's loss or gradient here differs from what it is alone; empty if it does
-        not. The job has been put in."""
+        not. The job has been put in; its rows are tried behind the same rows of the base."""
         path, model = part.path, adapter.model
         modes = model.training, self.model.training
+        both = [part._replace(key=None), part]
         model.eval()
         self.model.eval()
         try:
             with path.taken():
-                expected = gradient_of(2 * path.loss(part.examples), adapter)
+                expected = gradient_of(path.loss(part.examples), adapter)
             with self.taken():
-                found = gradient_of(torch.stack(self.losses([part, part])).sum(), adapter)
+                found = gradient_of(self.losses(both)[0], adapter)
             model.train()
             self.model.train()
             before = torch.get_rng_state()
             with self.taken(), torch.no_grad():
-                self.losses([part, part])
+                self.losses(both)
             if not torch.equal(before, torch.get_rng_state()):
                 return "the model draws random numbers that are not those of one job"
         except Exception as error:  # a structure that has no rows
@@ -127,7 +131,7 @@ class Joint:
         return groups
 
     def losses(self, parts: Sequence[Part]) -> list[Tensor]:
-        """The summed cross-entropy of each part, () in fp32; differentiable."""
+        """The summed cross-entropy of each part that is a job's, () in fp32; differentiable."""
         if self.path.way == "packed":
             return self._packed_losses(parts)
         return self._padded_losses(parts)
@@ -159,7 +163,7 @@ class Joint:
         batches, spans, lengths, start = [], [], [], 0
         for part in parts:
             own = [len(example.input_ids) for example in part.examples]
-            size = rounded_up(sum(own)) if self._drops[part.key] else sum(own)
+            size = rounded_up(sum(own)) if self._drops.get(part.key) else sum(own)
             batches.append(pack(part.examples, size=size, pad_id=self.path.pad_id))
             spans.append(Span(part.key, start, start + size))
             lengths += [*own, *[1] * (size - sum(own))]
@@ -180,23 +184,24 @@ class Joint:
         self, parts: Sequence[Part], spans: Sequence[Span], states: Tensor, targets: Tensor
     ) -> list[Tensor]:
         """The loss of each part by its job's own head; heads that are the base's run at once."""
-        has_loss, heads = targets != IGNORED, [p.path.model.get_output_embeddings() for p in parts]
-        heres = [
-            has_loss[span.start : span.stop].nonzero()[:, 0] + span.start
-            for span in spans[: len(parts)]
+        has_loss = targets != IGNORED
+        jobs = [
+            (part, has_loss[span.start : span.stop].nonzero()[:, 0] + span.start)
+            for part, span in zip(parts, spans, strict=False)  # the filling is nobody's
+            if part.key is not None
         ]
+        heads = [part.path.model.get_output_embeddings() for part, _ in jobs]
         plain = [number for number, head in enumerate(heads) if _is_plain(head)]
         found: dict[int, Tensor] = {}
         if plain:
-            own = [heres[number] for number in plain]
-            losses = _by_frozen_head(heads[plain[0]], states, targets, own)
+            heres = [jobs[number][1] for number in plain]
+            losses = _by_frozen_head(heads[plain[0]], states, targets, heres)
             found = dict(zip(plain, losses, strict=True))
-        for number, (part, head) in enumerate(zip(parts, heads, strict=True)):
+        for number, ((part, here), head) in enumerate(zip(jobs, heads, strict=True)):
             if number not in found:
-                here = heres[number]
                 with self.around(part.key):
                     found[number] = summed_loss(head, states[here], targets[here])
-        return [found[number] for number in range(len(parts))]
+        return [found[number] for number in range(len(jobs))]
 
     def _padded_losses(self, parts: Sequence[Part]) -> list[Tensor]:
         examples = [example for part in parts for example in part.examples]
@@ -206,7 +211,7 @@ class Joint:
             spans.append(Span(part.key, start, start + len(part.examples)))
             start += len(part.examples)
         kind = self.path.kind
-        rows = [slice(span.start, span.stop) for span in spans]
+        rows = [slice(span.start, span.stop) for span in spans if span.key is not None]
         with self._routed(spans, parts):
             if kind == "sentence-encoder":
                 first = embed(self.model, batch)
@@ -221,7 +226,7 @@ class Joint:
         if kind == "causal-lm":
             owns = [(own.start <= of_row) & (of_row < own.stop) for own in rows]
             return [_summed(logits[own], labels[own]) for own in owns]
-        classes = [part.path.model.config.num_labels for part in parts]
+        classes = [p.path.model.config.num_labels for p in parts if p.key is not None]
         return [
             _summed(logits[own][..., :count], labels[own])
             for own, count in zip(rows, classes, strict=True)
