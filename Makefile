@@ -1,5 +1,5 @@
 # setup: .venv with everything that development needs    demo: the main job, about four minutes
-# demo-tasks: ten adapters trained together and served, about ten minutes
+# demo-tasks: ten adapters trained together and served
 # test: tests, linter, formatter, types                  bench: ours against the peers, one file a claim
 PYTHON ?= python3
 BIN := .venv/bin
