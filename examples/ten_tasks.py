@@ -44,10 +44,7 @@ def main() -> int:
 
     console.print(f"[bold]1[/] training {len(TASKS)} adapters together on {options.model} ...")
     started = time.perf_counter()
-    trained = loralab.train_many(
-        jobs(options), listener=lambda event: console.print(event["text"], style="dim")
-        if event["kind"] in ("plan", "note") else None,
-    )  # fmt: skip
+    trained = loralab.train_many(jobs(options), listener=lambda event: _progress(console, event))
     seconds = time.perf_counter() - started
     failed = [str(outcome) for outcome in trained if isinstance(outcome, Exception)]
     if failed:
@@ -78,6 +75,14 @@ def main() -> int:
     console.print(f"Next:\n  loralab serve --model {options.model} --store {options.output}")
     gain = statistics.fmean(own - majority for own, majority in scores)
     return 0 if gain > 0 else 1
+
+
+def _progress(console: Console, event: dict[str, Any]) -> None:
+    every = max(1, event.get("steps", 1) // 4)
+    if event["kind"] == "plan":
+        console.print(f"  {event['job']}: {event['text']}", style="dim")
+    if event["kind"] == "step" and event["step"] % every == 0 and event["job"] == TASKS[0]:
+        console.print(f"  step {event['step']} of {event['steps']} of every adapter", style="dim")
 
 
 def jobs(options: argparse.Namespace) -> list[TrainJob]:

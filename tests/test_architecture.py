@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1] / "src" / "loralab"
-BASE = {"errors", "atomic"}
+BASE = {"errors", "atomic", "values"}
 LEAVES = BASE | {"native"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "atomic": {"errors"},
+    "values": {"errors"},
     "native": BASE,
     "adapters": LEAVES,
     "models": BASE,
@@ -27,7 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 MAY_INSTALL = {"native": {"torch"}, "adapters": {"torch", "safetensors"}}
 TORCH_FREE = ["adapters/methods.py", "serving/request.py", "serving/settings.py",
               "training/settings.py", "errors.py",
-              "serving/keys.py", "atomic.py",
+              "serving/keys.py", "atomic.py", "values.py",
               "studies/study.py", "studies/catalog.py", "studies/fields.py"]  # fmt: skip
 
 

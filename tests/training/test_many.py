@@ -17,6 +17,7 @@ from loralab.adapters.methods import IA3, AdaLoRA, Bottleneck, FullFineTune, LoR
 from loralab.errors import ConfigError, LearningError, LoralabError, OutputError
 from loralab.training import rounds as rounds_module
 from loralab.training import run as run_module
+from loralab.training import shared as shared_module
 from loralab.training.jobs import TrainJob
 from loralab.training.joint import Joint
 from loralab.training.many import train_many
@@ -369,6 +370,19 @@ def test_what_cannot_share_a_batch_is_trained_by_itself(job: Made, tmp_path: Pat
     for run, own, reason in zip(found, jobs, reasons, strict=True):
         assert reason in note_of(run)
         assert_same(run, alone(own, tmp_path / "alone"))
+
+
+def test_jobs_on_the_same_rows_encode_them_once(job: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    whole = shared_module.encode
+
+    def counted(*inputs: Any, **options: Any) -> Any:
+        calls.append(options)
+        return whole(*inputs, **options)
+
+    monkeypatch.setattr(shared_module, "encode", counted)
+    runs(train_many([job("a"), job("b"), job("c", max_length=32)]))
+    assert sorted(options["max_length"] for options in calls) == [32, 64]
 
 
 def test_a_single_job_is_the_ordinary_run(job: Made, tmp_path: Path) -> None:

@@ -19,7 +19,8 @@ from loralab.training.fast.path import Path as Quickest
 from loralab.training.fast.path import quickest
 from loralab.training.record import read_metrics
 from loralab.training.run import Run
-from loralab.training.settings import Training, parse_bytes
+from loralab.training.settings import Training
+from loralab.values import parse_bytes
 
 Train = Callable[..., Run]
 LONG = [Example(n, tuple(range(3, 60)), tuple(range(3, 60))) for n in range(40)]
@@ -221,7 +222,7 @@ def test_8_bit_moments_learn_the_same_and_resume_in_the_same_bytes(
     [("4GB", 4 * 10**9), (" 1.5 gb", 15 * 10**8), ("800MB", 8 * 10**8)],
 )
 def test_sizes_are_read(text: str, size: int) -> None:
-    assert parse_bytes(text) == size
+    assert parse_bytes("memory_budget", text) == size
 
 
 @pytest.mark.parametrize("text", ["4", "GB", "-1GB", "4 parsecs", "nanGB", "infGB", "4GiB", ""])

@@ -3,10 +3,12 @@
 Axes: I in_features, O out_features.
 """
 
+import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -61,6 +63,19 @@ def compute_dtype(base: Any) -> torch.dtype:
         return weight.dtype
     found = getattr(base, "compute_dtype", None)
     return found if isinstance(found, torch.dtype) else torch.bfloat16
+
+
+def shared_copy(model: Any) -> Any:
+    """The same structure around the very same weights: it costs no memory to speak of.
+
+    What a model writes to itself, the statistics of batch norms, is the copy's own.
+    """
+    shared: list[Any] = list(model.parameters())
+    for module in model.modules():
+        if not isinstance(module, _BatchNorm):
+            shared += module.buffers(recurse=False)
+        shared += [module.packed] if is_quantized(module) and hasattr(module, "packed") else []
+    return copy.deepcopy(model, {id(value): value for value in shared})
 
 
 def as_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:

@@ -57,12 +57,14 @@ def linears_with_updates(
     Semantics:
         tuple(base(x) + scaling * F.linear(F.linear(x * mask, A), B) for each layer)
     """
-    layouts = tuple(
-        Layout(scaling, is_conv1d(base), base.dequantize if is_quantized(base) else None)
-        for base, _, _, scaling in layers
-    )
+    layouts = tuple(layout_of(base, scaling) for base, _, _, scaling in layers)
     tensors = [t for base, A, B, _ in layers for t in (base.weight, base.bias, A, B)]
     return _LinearsWithUpdates.apply(x, mask, layouts, *tensors)
+
+
+def layout_of(base: Any, scaling: float = 1.0) -> Layout:
+    """What the functions must know of a base layer and its update."""
+    return Layout(scaling, is_conv1d(base), base.dequantize if is_quantized(base) else None)
 
 
 def can_fuse(base: Any, x: Tensor) -> bool:
@@ -131,16 +133,30 @@ def _input_gradient(
     G: Tensor, A: Tensor, mask: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """dx (N, I): the sum over all layers of dy W, plus what came through the updates."""
+    dx = through_bases(dys, weights, layouts)
+    add_through_update(dx, G, A, None if mask is None else flat_rows(mask))
+    return dx
+
+
+def through_bases(
+    dys: Sequence[Tensor], weights: Sequence[Tensor], layouts: Sequence[Layout]
+) -> Tensor:
+    """dx (N, I) of the base layers: the sum over all of dy W."""
     dx: Tensor | None = None
     for dy, weight, layout in zip(dys, weights, layouts, strict=True):
         W = weight if layout.unpack is None else layout.unpack().to(dy.dtype)
         W = W.T if layout.transposed else W
         dx = dy @ W if dx is None else dx.addmm_(dy, W)
     assert dx is not None
-    if mask is not None:
-        return dx.addcmul_(G @ A.to(G.dtype), flat_rows(mask))
-    up(dx, G, A)
     return dx
+
+
+def add_through_update(dx: Tensor, G: Tensor, A: Tensor, mask: Tensor | None) -> None:
+    """dx += D(G A) in place, (N, I)."""
+    if mask is None:
+        up(dx, G, A)
+    else:
+        dx.addcmul_(G @ A.to(G.dtype), mask)
 
 
 def base_output(x: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout) -> Tensor:

@@ -36,6 +36,17 @@ class Span(NamedTuple):
     stop: int
 
 
+def spans_of(keys: Sequence[Hashable]) -> list[Span]:
+    """The adapters of rows, one after the other, as spans."""
+    found: list[Span] = []
+    for number, key in enumerate(keys):
+        if found and found[-1].key == key:
+            found[-1] = found[-1]._replace(stop=number + 1)
+        else:
+            found.append(Span(key, number, number + 1))
+    return found
+
+
 class Bank:
     """Adapters side by side in one model, by keys of the caller's choice.
 
@@ -85,17 +96,28 @@ class Bank:
             self._set(path, place.base)
         self._places.clear()
 
-    @contextlib.contextmanager
-    def routed(self, spans: Sequence[Span]) -> Iterator[None]:
-        """The model with the rows of a batch sent through their adapters.
+    def route(self, spans: Sequence[Span]) -> None:
+        """Send the rows of the batches to come through their adapters; no spans: the base alone.
 
         Rows are the first axis of what the model's modules get, or the second where that is 1.
 
         Raises:
             AdapterStateError: the spans leave rows out, or meet, or an adapter has several.
         """
+        if spans:
+            _require_whole(spans)
+        self.spans = tuple(spans)
+
+    @contextlib.contextmanager
+    def routed(self, spans: Sequence[Span]) -> Iterator[None]:
+        """The model with the rows of one batch sent through their adapters, as `route` does it.
+
+        Raises:
+            AdapterStateError: as in `route`, or there are no rows.
+        """
         _require_whole(spans)
-        before, self.spans = self.spans, tuple(spans)
+        before = self.spans
+        self.route(spans)
         try:
             yield
         finally:
@@ -176,7 +198,7 @@ class Grouped(Wrapper):
 
     def _mask(self, span: Span, members: Sequence[Any]) -> Callable[[Tensor], Tensor | None] | None:
         """What draws the dropout of a span's input; None without."""
-        dropping = [m for m in members if m is not None and m.training and m.dropout.p]
+        dropping = [m for m in members if _drops(m)]
         if not dropping:
             return None
 
@@ -219,8 +241,11 @@ def together(x: Tensor, layers: Sequence[nn.Module]) -> list[Tensor]:
     """
     grouped = [layer for layer in layers if isinstance(layer, Grouped)]
     if len(grouped) == len(layers):
-        spans = grouped[0]._bank[0].spans
-        if any(s.key in layer.members for s in spans for layer in grouped):
+        keys = {span.key for span in grouped[0]._bank[0].spans}
+        members = [m for layer in grouped for key, m in layer.members.items() if key in keys]
+        if any(_drops(member) for member in members):
+            return [layer(x) for layer in layers]  # each draws its own, as it does alone
+        if members:
             found = grouped[0].updated(x, grouped)
             return [layer(x) for layer in layers] if found is None else list(found)
     return alone_together(x, layers)
@@ -232,6 +257,12 @@ def cannot_share(modules: Mapping[str, nn.Module]) -> str:
         if isinstance(module, AttentionWithPrefix | Keeper):
             return f"{path}: a prefix stands in front of a row, not in a module"
     return ""
+
+
+def _drops(member: Any) -> bool:
+    """Whether a member, or none, draws dropout now."""
+    dropout = getattr(member, "dropout", None)
+    return dropout is not None and bool(member.training and dropout.p)
 
 
 def _factors(member: Any) -> Factors | None:

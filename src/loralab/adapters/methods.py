@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, TypeVar
 
 from loralab.errors import ConfigError, nearest
+from loralab.values import check_choice, check_count
 
 INITS = ("kaiming", "gaussian", "orthogonal", "b_kaiming", "pissa")
 SCALINGS = ("alpha/r", "alpha/sqrt(r)", "none")
@@ -84,12 +85,12 @@ class LoRA(Targeted):
     def __post_init__(self) -> None:
         """Check every value."""
         super().__post_init__()
-        _check_count("rank", self.rank)
+        check_count("rank", self.rank)
         _check_positive("alpha", self.alpha)
         _check_positive("lora_plus", self.lora_plus)
         _check_share("dropout", self.dropout)
         for pattern, rank in self.rank_pattern.items():
-            _check_count(f"rank_pattern[{pattern!r}]", rank)
+            check_count(f"rank_pattern[{pattern!r}]", rank)
         for pattern, alpha in self.alpha_pattern.items():
             _check_positive(f"alpha_pattern[{pattern!r}]", alpha)
         for pattern in (*self.rank_pattern, *self.alpha_pattern):
@@ -98,7 +99,7 @@ class LoRA(Targeted):
         if len(set(self.token_rows)) < len(self.token_rows):
             raise ConfigError(f"token_rows names a row twice: {list(self.token_rows)}")
         for row in self.token_rows:
-            _check_count("token_rows", row, least=0)
+            check_count("token_rows", row, least=0)
         check_choice("init", self.init, INITS)
         check_choice("scaling", self.scaling, SCALINGS)
         if self.dora and self.init == "pissa":
@@ -148,10 +149,10 @@ class AdaLoRA(Targeted):
         """Check every value."""
         super().__post_init__()
         for name in ("rank", "target_rank", "interval"):
-            _check_count(name, getattr(self, name))
+            check_count(name, getattr(self, name))
         for name in ("total_steps", "initial_steps", "final_steps"):
             if getattr(self, name) is not None:
-                _check_count(name, getattr(self, name), least=0)
+                check_count(name, getattr(self, name), least=0)
         _check_positive("alpha", self.alpha)
         for name in ("dropout", "beta1", "beta2"):
             _check_share(name, getattr(self, name))
@@ -197,7 +198,7 @@ class Bottleneck(InBlocks):
     def __post_init__(self) -> None:
         """Check every value."""
         super().__post_init__()
-        _check_count("width", self.width)
+        check_count("width", self.width)
         _check_positive("factor", self.factor)
         _check_share("dropout", self.dropout)
         check_choice("placement", self.placement, PLACEMENTS)
@@ -218,8 +219,8 @@ class Prefix:
 
     def __post_init__(self) -> None:
         """Check every value."""
-        _check_count("tokens", self.tokens)
-        _check_count("mlp_width", self.mlp_width)
+        check_count("tokens", self.tokens)
+        check_count("mlp_width", self.mlp_width)
         _check_positive("init_std", self.init_std)
         object.__setattr__(self, "modules_to_save", _tuple("modules_to_save", self.modules_to_save))
 
@@ -233,7 +234,7 @@ class Prompt:
 
     def __post_init__(self) -> None:
         """Check every value."""
-        _check_count("tokens", self.tokens)
+        check_count("tokens", self.tokens)
         object.__setattr__(self, "modules_to_save", _tuple("modules_to_save", self.modules_to_save))
 
 
@@ -328,13 +329,6 @@ def first_match(name: str, patterns: Mapping[str, T], default: T) -> T:
     return default
 
 
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Refuse a value that is not one of the choices, and propose the nearest."""
-    if value not in choices:
-        hint = nearest(str(value), choices)
-        raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {value!r}{hint}")
-
-
 def _names(field_name: str, value: object) -> Names:
     """One plain name, or any list of names, as a tuple; presets and expressions stay strings."""
     if value is None:
@@ -366,11 +360,6 @@ def _check_expression(pattern: str) -> None:
         re.compile(pattern)
     except re.error as error:
         raise ConfigError(f"{pattern!r} is not a regular expression: {error}") from None
-
-
-def _check_count(name: str, value: object, least: int = 1) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ConfigError(f"{name} must be a whole number of at least {least}, got {value!r}")
 
 
 def _check_positive(name: str, value: object) -> None:

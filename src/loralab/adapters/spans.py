@@ -12,8 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from loralab.adapters.bases import is_conv1d, is_quantized
-from loralab.adapters.fused import Layout, base_output, flat_rows
+from loralab.adapters.fused import (
+    Layout,
+    add_through_update,
+    base_output,
+    flat_rows,
+    layout_of,
+    through_bases,
+)
 from loralab.adapters.thin import down, outer, up
 
 Factors = tuple[Tensor, Tensor, float]  # A (R, I), B (O, R) and what B A is multiplied by
@@ -54,10 +60,7 @@ def linears_by_span(
             if own is not None:
                 parts.append(_Part(start, stop, layer, own[2], mask))
                 tensors += [own[0], own[1]]
-    layouts = tuple(
-        Layout(1.0, is_conv1d(b), b.dequantize if is_quantized(b) else None)  # type: ignore[arg-type]
-        for b in bases
-    )
+    layouts = tuple(layout_of(base) for base in bases)
     weights = [tensor for base in bases for tensor in (base.weight, base.bias)]
     return _LinearsBySpan.apply(x, tuple(parts), layouts, *weights, *tensors)
 
@@ -113,7 +116,7 @@ class _LinearsBySpan(torch.autograd.Function):
             rest[count + 2 * size :],
         )  # fmt: skip
         flat, dflat = flat_rows(x), [flat_rows(dy).contiguous() for dy in dys]
-        dx = _through_bases(dflat, weights, layouts) if needed[0] else None
+        dx = through_bases(dflat, weights, layouts) if needed[0] else None
         gradients: list[Tensor | None] = []
         first = 3 + 2 * count
         for i, (part, A, B) in enumerate(zip(parts, As, Bs, strict=True)):
@@ -126,7 +129,7 @@ class _LinearsBySpan(torch.autograd.Function):
                 dB = outer(dy, lows[i], 0, len(A), turned=True).to(B.dtype)
             gradients += [dA, dB]
             if dx is not None:
-                _add_through_update(dx[part.start : part.stop], G, A, part.mask)
+                add_through_update(dx[part.start : part.stop], G, A, part.mask)
         dx = None if dx is None else dx.view(x.shape)
         return (dx, None, None, *[None] * (2 * count), *gradients)
 
@@ -134,23 +137,3 @@ class _LinearsBySpan(torch.autograd.Function):
 def _input(flat: Tensor, part: _Part) -> Tensor:
     own = flat[part.start : part.stop]
     return own if part.mask is None else own * part.mask
-
-
-def _through_bases(
-    dys: Sequence[Tensor], weights: Sequence[Tensor], layouts: Sequence[Layout]
-) -> Tensor:
-    """dx (N, I): the sum over all layers of dy W."""
-    dx: Tensor | None = None
-    for dy, weight, layout in zip(dys, weights, layouts, strict=True):
-        W = weight if layout.unpack is None else layout.unpack().to(dy.dtype)
-        W = W.T if layout.transposed else W
-        dx = dy @ W if dx is None else dx.addmm_(dy, W)
-    assert dx is not None
-    return dx
-
-
-def _add_through_update(dx: Tensor, G: Tensor, A: Tensor, mask: Tensor | None) -> None:
-    if mask is None:
-        up(dx, G, A)
-    else:
-        dx.addcmul_(G @ A.to(G.dtype), mask)

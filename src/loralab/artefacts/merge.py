@@ -11,13 +11,13 @@ from typing import Any
 
 from loralab import atomic
 from loralab.adapters.folder import FORMAT, RECORD, write_json
-from loralab.adapters.methods import check_choice
 from loralab.artefacts import requantize
 from loralab.artefacts.certificate import Certificate, compare_afresh, file_digests, reference_of
 from loralab.artefacts.live import Live, bring_to_life, sample_of
 from loralab.errors import CertificateError, ConfigError
 from loralab.models.load import quiet
 from loralab.models.quantize import dequantize
+from loralab.values import check_choice
 
 REJECTED = ".rejected"
 

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
-from loralab.cli.progress import LINES, _time
+from loralab.cli.progress import LINES, duration
 from loralab.cli.train import _print_json, field_names, proved, requested, show_run
 from loralab.errors import ConfigError, LoralabError
 from loralab.training.jobs import TrainJob, of_job, read_jobs
@@ -110,7 +110,9 @@ class JobLines:
     def _step(self, event: dict[str, Any]) -> None:
         name, step, steps = event["job"], event["step"], event["steps"]
         text = f"{name}: step {step}/{steps}  loss {event['loss']:.4f}"
-        text += f"  {event['tokens_per_second']:.0f} tokens/s  {_time(event['seconds_left'])} left"
+        text += (
+            f"  {event['tokens_per_second']:.0f} tokens/s  {duration(event['seconds_left'])} left"
+        )
         if self._bars is not None:
             if name not in self._tasks:
                 self._tasks[name] = self._bars.add_task("", total=steps)

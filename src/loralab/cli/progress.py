@@ -43,7 +43,7 @@ class Bar:
         step, steps = event["step"], event["steps"]
         text = (
             f"step {step}/{steps}  loss {event['loss']:.4f}  "
-            f"{event['tokens_per_second']:.0f} tokens/s  {_time(event['seconds_left'])} left"
+            f"{event['tokens_per_second']:.0f} tokens/s  {duration(event['seconds_left'])} left"
         )
         if self._bar is not None:
             if self._task is None:
@@ -53,7 +53,7 @@ class Bar:
             self._console.print(text)
 
 
-def _time(seconds: float) -> str:
+def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes}:{rest:02d}"
 
@@ -84,7 +84,7 @@ class StudyLines:
             self._status.update(f"{self._now}  step {event['step']}/{event['steps']}")
 
     def _cell(self, event: dict[str, Any]) -> None:
-        left = "" if event["seconds_left"] is None else f"  {_time(event['seconds_left'])} left"
+        left = "" if event["seconds_left"] is None else f"  {duration(event['seconds_left'])} left"
         rate = "" if event["rate"] is None else f"  rate {event['rate']:.1e}"
         what = "search" if event["search"] else f"seed {event['seed']}"
         self._now = f"{event['study']}  {event['arm']}  {what}{rate}{left}"

@@ -321,13 +321,26 @@ static void gate_piece(const model *m, long layer, const piece *p, const bf16 *n
     }
 }
 
+/* A piece's way back to x: adapted, added, and the norm for what comes next. */
+static void settle_piece(const batch *b, const piece *p, long layer, int which, const bf16 *in,
+                         long wide, float *y, long h, const bf16 *weight, float eps, bf16 *normed,
+                         float *low) {
+    long start = p->start;
+    adapt(of(p, layer, which), NULL, in + start * wide, p->stop - start, wide, h, y + start * h, h,
+          low);
+    for (long t = start; t < p->stop; t++)
+        settle(b->x + t * h, y + t * h, h, weight, eps, normed + t * h);
+}
+
 /* All of a step: the tokens through every layer, keys and values kept, logits of those asked. */
 void llama_step(const model *m, const batch *b, int threads) {
     long n = b->n, h = m->h, f = m->f, d = m->d, size = m->heads / m->groups;
     long wide_q = m->heads * d, wide_k = m->groups * d, all = wide_q + 2 * wide_k;
     long widest = all > 2 * f ? all : 2 * f, room = b->width * PLACES;
-    bf16 *normed = aligned_alloc(64, full(n * h * 2, 64)), *q = aligned_alloc(64, full(n * wide_q * 2, 64));
-    bf16 *seen = aligned_alloc(64, full(n * wide_q * 2, 64)), *inner = aligned_alloc(64, full(n * f * 2, 64));
+    bf16 *normed = aligned_alloc(64, full(n * h * 2, 64));
+    bf16 *q = aligned_alloc(64, full(n * wide_q * 2, 64));
+    bf16 *seen = aligned_alloc(64, full(n * wide_q * 2, 64));
+    bf16 *inner = aligned_alloc(64, full(n * f * 2, 64));
     float *y = aligned_alloc(64, full(n * widest * 4, 64));
     piece *pieces = malloc((n + b->spans) * sizeof(piece));
     long count = cut(b, pieces), ranks = most_ranks(m, b);
@@ -370,13 +383,9 @@ void llama_step(const model *m, const batch *b, int threads) {
             dense(seen, n, w[O], wide_q, from, to, y, h);
 #pragma omp barrier
 #pragma omp for schedule(dynamic)
-            for (long i = 0; i < count; i++) {
-                long start = pieces[i].start, tokens = pieces[i].stop - start;
-                adapt(of(pieces + i, layer, UO), NULL, seen + start * wide_q, tokens, wide_q, h,
-                      y + start * h, h, low);
-                for (long t = start; t < pieces[i].stop; t++)
-                    settle(b->x + t * h, y + t * h, h, w[NORM2], eps, normed + t * h);
-            }
+            for (long i = 0; i < count; i++)
+                settle_piece(b, pieces + i, layer, UO, seen, wide_q, y, h, w[NORM2], eps, normed,
+                             low);
             share(f, thread, of_threads, &from, &to);
             dense(normed, n, w[GATE], h, from, to, y, 2 * f);
             dense(normed, n, w[UP], h, from, to, y + f, 2 * f);
@@ -388,13 +397,8 @@ void llama_step(const model *m, const batch *b, int threads) {
             dense(inner, n, w[DOWN], f, from, to, y, h);
 #pragma omp barrier
 #pragma omp for schedule(dynamic)
-            for (long i = 0; i < count; i++) {
-                long start = pieces[i].start, tokens = pieces[i].stop - start;
-                adapt(of(pieces + i, layer, UDOWN), NULL, inner + start * f, tokens, f, h,
-                      y + start * h, h, low);
-                for (long t = start; t < pieces[i].stop; t++)
-                    settle(b->x + t * h, y + t * h, h, next, eps, normed + t * h);
-            }
+            for (long i = 0; i < count; i++)
+                settle_piece(b, pieces + i, layer, UDOWN, inner, f, y, h, next, eps, normed, low);
         }
         free(low);
         free(scores);

@@ -71,15 +71,8 @@ class Gathered:
         async for index, event in self.events():
             if isinstance(event, Piece):
                 pieces[index].append(event)
-        return [
-            Completed(
-                text="".join(piece.text for piece in own),
-                tokens=tuple(token for piece in own for token in piece.tokens),
-                logprobs=tuple(chosen for piece in own for chosen in piece.logprobs),
-                finished=end, adapter=answer.adapter, digest=answer.digest,
-            )
-            for own, end, answer in zip(pieces, self.ends(), self.answers, strict=True)
-        ]  # fmt: skip
+        whole = zip(self.answers, pieces, self.ends(), strict=True)
+        return [Completed.of(answer, own, end) for answer, own, end in whole]
 
     def ends(self) -> list[Finished]:
         """The ends of the answers, once all are over."""

@@ -1,10 +1,10 @@
 """What is asked, as the live requests that the engine runs; all that is wrong is said here."""
 
+import itertools
 import uuid
 from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
 
 from loralab.adapters.folder import RECORD, read_json
 from loralab.errors import ConfigError, DataError
@@ -32,10 +32,9 @@ class Asking:
         writes = base.kind == "causal-lm"
         self._stops = frozenset(stop_ids(base.tokenizer)) if writes else frozenset()
         self._tasks: dict[str, Task] = {}
+        self._numbers = itertools.count()  # of rows and inputs
 
-    def writing(
-        self, engine: Any, prompt: Sequence[int], entry: Entry | None, sampling: Sampling
-    ) -> Written:
+    def writing(self, prompt: Sequence[int], entry: Entry | None, sampling: Sampling) -> Written:
         """A text to write after a prompt.
 
         Raises:
@@ -57,13 +56,11 @@ class Asking:
         live = Written(
             adapter=name, digest=digest, prompt=tuple(prompt), sampling=sampling,
             stops=self._stops, tokenizer=self._base.tokenizer, answer=answer,
-            rows=[Row(number=engine.number(), key=digest, tokens=tokens)],
+            rows=[Row(number=next(self._numbers), key=digest, tokens=tokens)],
         )  # fmt: skip
         return live
 
-    def classifying(
-        self, engine: Any, inputs: Sequence[str | bytes], entry: Entry | None
-    ) -> Scored | Seen:
+    def classifying(self, inputs: Sequence[str | bytes], entry: Entry | None) -> Scored | Seen:
         """Inputs to put into classes.
 
         Raises:
@@ -78,14 +75,14 @@ class Asking:
                 what = "pictures" if wanted is bytes else "texts"
                 raise DataError(f"input {number}: {self._base.name} takes {what}")
         if self._base.kind == "causal-lm":
-            return self._scored(engine, [str(text) for text in inputs], entry, task)
+            return self._scored([str(text) for text in inputs], entry, task)
         examples = [self._example(number, value) for number, value in enumerate(inputs)]
         return Seen(
             adapter=named(entry), digest=digest_of(entry), labels=task.labels,
-            examples=examples, numbers=[engine.number() for _ in examples], future=Future(),
+            examples=examples, numbers=[next(self._numbers) for _ in examples], future=Future(),
         )  # fmt: skip
 
-    def _scored(self, engine: Any, texts: Sequence[str], entry: Entry | None, task: Task) -> Scored:
+    def _scored(self, texts: Sequence[str], entry: Entry | None, task: Task) -> Scored:
         tokenizer, front = self._base.tokenizer, list(range(-front_of(entry), 0))
         digest = digest_of(entry)
         rows, asked, single, firsts = [], [], True, []
@@ -100,7 +97,7 @@ class Asking:
             rows.append((prompt, ends))
         made = [
             Row(
-                number=engine.number(), key=digest, tokens=[*front, *prompt, *end],
+                number=next(self._numbers), key=digest, tokens=[*front, *prompt, *end],
                 scored=None if single else len(front) + len(prompt),
             )
             for prompt, ends in rows

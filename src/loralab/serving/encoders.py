@@ -6,9 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loralab.adapters.grouped import Bank
+from loralab.adapters.grouped import Bank, spans_of
 from loralab.models.load import Base
-from loralab.serving.passes import spans_of
 from loralab.tasks.batches import collate
 from loralab.tasks.encode import Example
 from loralab.tasks.forward import call
@@ -16,8 +15,6 @@ from loralab.tasks.forward import call
 
 class Encoders:
     """A classifier and adapters as a function of some inputs."""
-
-    names = ("batched",)
 
     def __init__(self, base: Base) -> None:
         self._base, self._bank = base, Bank(base.model)

@@ -18,7 +18,8 @@ import torch
 
 from loralab.errors import QueueFullError
 from loralab.models.load import Base
-from loralab.serving.live import Live, Scored, Seen, Written, error_of
+from loralab.serving.asking import Asking
+from loralab.serving.live import Live, Scored, Seen, error_of
 from loralab.serving.request import CANCELLED, FAILED, Answer, Completed, Ranked, Sampling
 from loralab.serving.sampling import choose
 from loralab.serving.scheduler import Row, Scheduler, Work
@@ -37,12 +38,12 @@ class Engine:
         model: how the base is computed (ways.py, or encoders.py).
         scheduler: who runs next; None for an encoder.
         context: the most tokens of a request, its answer included.
-        writer: makes the live request of what is asked (asking.py).
+        asking: makes the live request of what is asked.
     """
 
     def __init__(
         self, base: Base, store: Store, settings: ServeSettings, *, model: Any,
-        scheduler: Scheduler | None, context: int, asking: Any,
+        scheduler: Scheduler | None, context: int, asking: Asking,
     ) -> None:  # fmt: skip
         self.base, self.store, self.context = base, store, context
         self.max_waiting = settings.queue
@@ -58,7 +59,6 @@ class Engine:
         self._users: dict[str, int] = {}  # live requests of each adapter that the model has
         self._closing = False
         self._threads: list[threading.Thread] = []
-        self._numbers = itertools.count()
 
     # -- asking: any thread ---------------------------------------------------------------------
 
@@ -75,7 +75,7 @@ class Engine:
             ConfigError: the base writes no text.
         """
         entry = None if adapter is None else self.store.entry(adapter)
-        live: Written = self._asking.writing(self, prompt, entry, sampling)
+        live = self._asking.writing(prompt, entry, sampling)
         self._enter(live)
         return live.answer
 
@@ -89,7 +89,7 @@ class Engine:
             DataError: an input is too long, no picture, or the adapter knows no labels.
         """
         entry = None if adapter is None else self.store.entry(adapter)
-        live: Scored | Seen = self._asking.classifying(self, inputs, entry)
+        live = self._asking.classifying(inputs, entry)
         self._enter(live)
         return live.future
 
@@ -116,10 +116,6 @@ class Engine:
         """Requests that wait for their turn or their adapter."""
         queued = self._scheduler.waiting if self._scheduler else len(self._live) - self.running
         return len(self._arrived) + len(self._ready) + queued
-
-    def number(self) -> int:
-        """A number that no other row has."""
-        return next(self._numbers)
 
     # -- running --------------------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 """Requests on their way: what the engine does with the logits of their rows."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +12,6 @@ from torch import Tensor
 from loralab.errors import LoralabError, RunError
 from loralab.serving.request import (
     CANCELLED,
-    FAILED,
     LENGTH,
     STOP,
     Answer,
@@ -28,14 +27,16 @@ from loralab.serving.text import Writing
 
 
 @dataclass(eq=False, kw_only=True)
-class Live:
-    """A request between its arrival and its end.
+class _Common:
+    """What every request has between its arrival and its end.
 
     Attributes:
         adapter: the name that was asked for; `digest` what it stood for then.
         error: why it cannot go on; found by one thread, told by another.
         held: the loaded adapter, once there is room for it.
-        rows: what goes through the model.
+        joined: whether it counts among the adapter's users.
+        rows: what goes through a language model.
+        finished: how it ended.
     """
 
     adapter: str | None
@@ -50,15 +51,6 @@ class Live:
     joined: bool = False
     finished: Finished | None = None
 
-    def end(self, reason: str, error: str = "") -> Finished:
-        """Tell whoever waits that it is over."""
-        raise NotImplementedError
-
-    @property
-    def gone(self) -> bool:
-        """Whether nobody waits for it any more."""
-        return self.cancelled
-
     @property
     def front(self) -> Tensor | None:
         """The keys and values of a prefix, if the adapter has one."""
@@ -66,7 +58,7 @@ class Live:
 
 
 @dataclass(eq=False, kw_only=True)
-class Written(Live):
+class Written(_Common):
     """A text that is written token by token."""
 
     prompt: tuple[int, ...]
@@ -79,18 +71,22 @@ class Written(Live):
     _untold: list[int] = field(default_factory=list)
     _chosen: list[Chosen] = field(default_factory=list)
     _count: int = 0
-    _ended: bool = False
 
     def __post_init__(self) -> None:
         self.writing = Writing(self.tokenizer, self.sampling.stop)
         self.draws = Draws(self.sampling)
+
+    @property
+    def gone(self) -> bool:
+        """Whether nobody waits for it any more."""
+        return self.cancelled
 
     def accept(self, row: Row, logits: Tensor, token: int) -> bool:
         """One more token; whether it was the last."""
         self.first = self.first or time.perf_counter()
         self._count += 1
         if token in self.stops and not self.sampling.ignore_eos:
-            self._finish(STOP)
+            self.end(STOP)
             return True
         row.tokens.append(token)
         self._untold.append(token)
@@ -99,35 +95,25 @@ class Written(Live):
         if text := self.writing.add(token):
             self._tell(text)
         if self.writing.stopped:
-            self._finish(STOP)
+            self.end(STOP)
         elif self._count >= self.sampling.max_tokens:
-            self._finish(LENGTH)
-        return self._ended
+            self.end(LENGTH)
+        return self.finished is not None
 
-    def end(self, reason: str, error: str = "") -> Finished:
+    def end(self, reason: str, error: str = "") -> None:
         """Tell the rest of the text, and that it is over."""
-        return self._finish(reason, error)
-
-    def _finish(self, reason: str, error: str = "") -> Finished:
-        cached = max((row.cached for row in self.rows), default=0)
-        finished = Finished(
-            reason=reason, prompt_tokens=len(self.prompt), completion_tokens=self._count,
-            cached_tokens=max(0, min(cached - self._front_tokens(), len(self.prompt))), error=error,
-        )  # fmt: skip
-        if self._ended:
-            return finished
-        self._ended = True
         rest = self.writing.end()
         if rest or self._untold:
             self._tell(rest)
         if self.writing.stopped and reason == LENGTH:  # the rest held a stop text
-            finished = Finished(**{**vars(finished), "reason": STOP})
-        self.answer.tell(finished)
-        self.finished = finished
-        return finished
-
-    def _front_tokens(self) -> int:
-        return 0 if self.front is None else int(self.front.shape[3])
+            reason = STOP
+        front = 0 if self.front is None else self.front.shape[3]
+        cached = max((row.cached for row in self.rows), default=0)
+        self.finished = Finished(
+            reason=reason, prompt_tokens=len(self.prompt), completion_tokens=self._count,
+            cached_tokens=max(0, min(cached - front, len(self.prompt))), error=error,
+        )  # fmt: skip
+        self.answer.tell(self.finished)
 
     def _tell(self, text: str) -> None:
         self.answer.tell(Piece(text=text, tokens=tuple(self._untold), logprobs=tuple(self._chosen)))
@@ -140,7 +126,33 @@ class Written(Live):
 
 
 @dataclass(eq=False, kw_only=True)
-class Scored(Live):
+class _Classes(_Common):
+    """Inputs that are put into classes; whoever waits has a future of their rankings."""
+
+    labels: Sequence[str]
+    future: "Future[list[Ranked]]"
+
+    @property
+    def gone(self) -> bool:
+        """Whether nobody waits for it any more."""
+        return self.cancelled or self.future.cancelled()
+
+    def _give(self, ranked: Sequence[Ranked], tokens: int) -> None:
+        self.finished = Finished(reason=STOP, prompt_tokens=tokens, completion_tokens=0)
+        if not self.future.done():
+            self.future.set_result(list(ranked))
+
+    def end(self, reason: str, error: str = "") -> None:
+        """Tell that there will be no answer."""
+        self.finished = Finished(reason=reason, prompt_tokens=0, completion_tokens=0, error=error)
+        if reason == CANCELLED:
+            self.future.cancel()
+        elif not self.future.done():
+            self.future.set_exception(RunError(error))
+
+
+@dataclass(eq=False, kw_only=True)
+class Scored(_Classes):
     """Texts whose labels are ranked by a language model.
 
     A label's score is the summed log-probability of its tokens and the end of the answer, which
@@ -152,17 +164,10 @@ class Scored(Live):
         firsts: the labels' tokens, where each has a single one; else empty.
     """
 
-    labels: Sequence[str]
     asked: Sequence[int]
     firsts: Sequence[int]
-    future: "Future[list[Ranked]]"
     sums: dict[int, list[float]] = field(default_factory=dict)
     read: int = 0
-
-    @property
-    def gone(self) -> bool:
-        """Whether nobody waits for it any more."""
-        return self.cancelled or self.future.cancelled()
 
     def take(self, row: Row, work: Work, logits: Tensor) -> bool:
         """Note the log-probabilities that this work tells; whether the row has ended."""
@@ -179,20 +184,8 @@ class Scored(Live):
         """A row has ended and was read; whether it was the last."""
         self.read += 1
         if self.read == len(self.rows):
-            self.end(STOP)
-        return self.read == len(self.rows)
-
-    def end(self, reason: str, error: str = "") -> Finished:
-        """Give the ranking, or the error."""
-        finished = Finished(
-            reason=reason, prompt_tokens=sum(self.asked), completion_tokens=0, error=error
-        )
-        if reason == STOP:
-            _give(self.future, self._ranked)
-        else:
-            _fail(self.future, reason, error)
-        self.finished = finished
-        return finished
+            self._give(self._ranked(), sum(self.asked))
+        return self.finished is not None
 
     def _ranked(self) -> list[Ranked]:
         found, size = [], 1 if self.firsts else len(self.labels)
@@ -204,19 +197,12 @@ class Scored(Live):
 
 
 @dataclass(eq=False, kw_only=True)
-class Seen(Live):
-    """Inputs that an encoder puts into classes, in one pass each."""
+class Seen(_Classes):
+    """Inputs that an encoder puts into classes, in one pass each; `numbers` are their own."""
 
-    labels: Sequence[str]
     examples: Sequence[Any]
     numbers: Sequence[int]
-    future: "Future[list[Ranked]]"
     found: dict[int, Ranked] = field(default_factory=dict)
-
-    @property
-    def gone(self) -> bool:
-        """Whether nobody waits for it any more."""
-        return self.cancelled or self.future.cancelled()
 
     def accept(self, number: int, logits: Tensor) -> bool:
         """The logits of one input, (classes,); whether it was the last."""
@@ -224,22 +210,13 @@ class Seen(Live):
         own = logits[: len(self.labels)].double().softmax(dim=0).tolist()
         tokens = len(self.examples[number].input_ids)
         self.found[number] = ranking(self.labels, own, tokens)
-        if len(self.found) < len(self.examples):
-            return False
-        self.end(STOP)
-        return True
+        if len(self.found) == len(self.examples):
+            ranked = [self.found[n] for n in range(len(self.examples))]
+            self._give(ranked, sum(one.tokens for one in ranked))
+        return self.finished is not None
 
-    def end(self, reason: str, error: str = "") -> Finished:
-        """Give the classes, or the error."""
-        tokens = sum(len(example.input_ids) for example in self.examples)
-        if reason == STOP:
-            _give(self.future, lambda: [self.found[n] for n in range(len(self.examples))])
-        else:
-            _fail(self.future, reason, error)
-        self.finished = Finished(
-            reason=reason, prompt_tokens=tokens, completion_tokens=0, error=error
-        )
-        return self.finished
+
+Live = Written | Scored | Seen
 
 
 def ranking(labels: Sequence[str], chances: Sequence[float], tokens: int) -> Ranked:
@@ -253,17 +230,3 @@ def error_of(error: BaseException) -> str:
     if isinstance(error, LoralabError):
         return str(error)
     return f"the request failed inside the engine: {type(error).__name__}: {error}"
-
-
-def _give(future: "Future[list[Ranked]]", value: Callable[[], list[Ranked]]) -> None:
-    if not future.done():
-        future.set_result(value())
-
-
-def _fail(future: "Future[list[Ranked]]", reason: str, error: str) -> None:
-    if future.done():
-        return
-    if reason == CANCELLED:
-        future.cancel()
-    if reason == FAILED or not future.done():
-        future.set_exception(RunError(error or reason))

@@ -5,7 +5,6 @@ adapters can be made while the engine computes. Strict where `adapters.load` onl
 server must not answer with another base than was trained on.
 """
 
-import copy
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from loralab.adapters.attach import TASK_TYPES, Adapter, attach, wrappers_for
+from loralab.adapters.bases import shared_copy
 from loralab.adapters.fingerprint import dtype_name, fingerprint
 from loralab.adapters.folder import AdapterFolder
 from loralab.adapters.linear import LinearWithLoRA
@@ -27,7 +27,6 @@ from loralab.adapters.subset import TrainedInFull
 from loralab.adapters.targets import head_names, inside
 from loralab.errors import AdapterFileError, AdapterStateError, InputError
 from loralab.models.load import CAUSAL, CLASSIFIER, TAGGER, VISION, Base
-from loralab.models.quantize import QuantizedLinear
 from loralab.serving.entries import section
 
 KEPT = 8  # configurations whose layers are remembered
@@ -66,7 +65,7 @@ class Nursery:
 
     def __init__(self, base: Base, *, quantize: str = "none") -> None:
         base.model.requires_grad_(False)
-        self._model = _shared_copy(base.model)
+        self._model = shared_copy(base.model)
         self._base = base
         self._dtype = dtype_name(self._model)
         self._quantize = quantize
@@ -212,7 +211,7 @@ class Nursery:
 
     def _recorded(self, config: Prompt, weight: Tensor) -> list[Tensor]:
         """What a prompt (P, E) amounts to in each layer, (2, H, P, D), on a stage of its own."""
-        stage = attach(_shared_copy(self._model), Prompt(tokens=config.tokens))
+        stage = attach(shared_copy(self._model), Prompt(tokens=config.tokens))
         table = next(iter(stage.modules.values())).table
         table.weight.copy_(weight)
         table.record(entrance(stage.model, stage.modules))
@@ -253,10 +252,3 @@ def _sound(record: Mapping[str, Any]) -> dict[str, Any]:
     """A record whose parts are objects where they should be."""
     parts = {name: section(record, name) for name in ("base", "task", "tokenizer")}
     return {**record, **parts}
-
-
-def _shared_copy(model: Any) -> Any:
-    """The same structure around the very same weights: it costs no memory to speak of."""
-    shared: list[Any] = [*model.parameters(), *model.buffers()]
-    shared += [m.packed for m in model.modules() if isinstance(m, QuantizedLinear)]
-    return copy.deepcopy(model, {id(value): value for value in shared})

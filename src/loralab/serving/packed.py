@@ -18,10 +18,10 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from loralab.adapters.attach import Adapter
-from loralab.adapters.grouped import Bank
+from loralab.adapters.grouped import Bank, spans_of
 from loralab.adapters.prefix import window_of
 from loralab.serving.blocks import SIZE
-from loralab.serving.passes import Pass, Pool, spans_of
+from loralab.serving.passes import Pass, Pool
 
 NAME = "loralab-serving"  # of our attention in transformers' table
 UNKNOWN = ("softcap", "s_aux", "position_bias", "head_mask")

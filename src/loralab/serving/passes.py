@@ -69,14 +69,3 @@ def block_bytes(model: nn.Module) -> int:
     layers, groups, width = cache_shape(model)
     first = next(p for p in model.parameters() if p.is_floating_point())
     return 2 * layers * SIZE * groups * width * first.element_size()
-
-
-def spans_of(keys: Sequence[Hashable]) -> list[Span]:
-    """The adapters of tokens, one after the other, as spans."""
-    found: list[Span] = []
-    for number, key in enumerate(keys):
-        if found and found[-1].key == key:
-            found[-1] = found[-1]._replace(stop=number + 1)
-        else:
-            found.append(Span(key, number, number + 1))
-    return found

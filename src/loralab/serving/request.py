@@ -3,7 +3,7 @@
 import math
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -101,6 +101,16 @@ class Completed:
     adapter: str | None
     digest: str | None
 
+    @staticmethod
+    def of(answer: "Answer", pieces: Sequence[Piece], finished: Finished) -> "Completed":
+        """The pieces of an answer, put together."""
+        return Completed(
+            text="".join(piece.text for piece in pieces),
+            tokens=tuple(token for piece in pieces for token in piece.tokens),
+            logprobs=tuple(chosen for piece in pieces for chosen in piece.logprobs),
+            finished=finished, adapter=answer.adapter, digest=answer.digest,
+        )  # fmt: skip
+
 
 Event = Piece | Finished
 
@@ -160,12 +170,7 @@ class Answer:
                 pieces.append(event)
         if end.reason == FAILED:
             raise RunError(end.error)
-        return Completed(
-            text="".join(piece.text for piece in pieces),
-            tokens=tuple(token for piece in pieces for token in piece.tokens),
-            logprobs=tuple(chosen for piece in pieces for chosen in piece.logprobs),
-            finished=end, adapter=self.adapter, digest=self.digest,
-        )  # fmt: skip
+        return Completed.of(self, pieces, end)
 
 
 def _within(name: str, value: float, least: float, most: float) -> None:

@@ -7,12 +7,11 @@ import math
 from dataclasses import dataclass
 from typing import Annotated
 
-from loralab.adapters.methods import check_choice
 from loralab.errors import ConfigError
+from loralab.values import check_choice, check_count, parse_bytes
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 QUANTIZERS = ("none", "nf4", "gguf")
-UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,18 +38,18 @@ class ServeSettings:
     def __post_init__(self) -> None:
         """Check every value."""
         for name in ("resident", "max_batch", "step_tokens"):
-            _at_least(name, getattr(self, name), 1)
-        _at_least("queue", self.queue, 0)
+            check_count(name, getattr(self, name))
+        check_count("queue", self.queue, 0)
         if self.max_length is not None:
-            _at_least("max_length", self.max_length, 2)
-        _bytes("cache_memory", self.cache_memory)
+            check_count("max_length", self.max_length, 2)
+        parse_bytes("cache_memory", self.cache_memory)
         check_choice("precision", self.precision, PRECISIONS)
         check_choice("quantize", self.quantize, QUANTIZERS)
 
     @property
     def cache_bytes(self) -> int:
         """`cache_memory` in bytes."""
-        return _bytes("cache_memory", self.cache_memory)
+        return parse_bytes("cache_memory", self.cache_memory)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,21 +72,4 @@ class Limits:
             if not (math.isfinite(value) and value > 0):
                 raise ConfigError(f"{name} must be a number of seconds above 0, got {value}")
         for name in ("body_bytes", "inputs"):
-            _at_least(name, getattr(self, name), 1)
-
-
-def _bytes(name: str, text: str) -> int:
-    """ "4GB" -> 4,000,000,000."""
-    number, unit = text.strip()[:-2], text.strip()[-2:].upper()
-    try:
-        amount = float(number)
-    except ValueError:
-        amount = math.nan
-    if unit not in UNITS or not (math.isfinite(amount) and amount > 0):
-        raise ConfigError(f"{name} must be like 4GB or 800MB, got {text!r}")
-    return int(amount * UNITS[unit])
-
-
-def _at_least(name: str, value: object, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ConfigError(f"{name} must be a whole number of at least {least}, got {value!r}")
+            check_count(name, getattr(self, name))

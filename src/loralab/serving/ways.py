@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loralab.adapters.grouped import Bank
+from loralab.adapters.grouped import Bank, spans_of
 from loralab.serving.blocks import Blocks, needed
 from loralab.serving.compiled import Compiled, suits
 from loralab.serving.packed import Packed
-from loralab.serving.passes import Pass, Pool, spans_of
+from loralab.serving.passes import Pass, Pool
 from loralab.serving.scheduler import Row, Work
 from loralab.serving.single import Single
 

@@ -1,6 +1,5 @@
 """Flat fields, as config.toml has them -> a method and a training. Standard library only."""
 
-import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 from loralab.adapters.methods import METHODS, Method, method_named
 from loralab.errors import ConfigError, nearest
 from loralab.training.settings import Training
+from loralab.values import read_toml
 
 OTHERS = ("method",)
 
@@ -37,12 +37,7 @@ def from_toml(file: Path, choices: Iterable[str]) -> dict[str, Any]:
     Raises:
         ConfigError: it cannot be read, or has a key that is none of the choices.
     """
-    try:
-        content = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} cannot be read: {error}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{file} is no TOML: {error}") from None
+    content = read_toml(file)
     allowed = set(choices)
     for key in content:
         if key not in allowed:

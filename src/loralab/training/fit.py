@@ -16,7 +16,8 @@ from loralab.models.device import device_here
 from loralab.tasks.encode import Example
 from loralab.training import memory
 from loralab.training.fast.path import Path
-from loralab.training.settings import Training, parse_bytes
+from loralab.training.settings import Training
+from loralab.values import parse_bytes
 
 ROOMS = (1024, 512, 256, 128)  # tokens at once
 LOOKS = 200  # batches in which the largest part is looked for
@@ -43,7 +44,7 @@ def fitted(
     """
     if training.memory_budget is None:
         return training
-    budget = parse_bytes(training.memory_budget)
+    budget = parse_bytes("memory_budget", training.memory_budget)
     loading = memory.peak_bytes(device_here())
     found = settings(adapter, path, examples, training, loading)
     fit = [setting for setting in found if setting.peak_bytes <= SURE * budget]

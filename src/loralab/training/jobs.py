@@ -4,7 +4,6 @@ Standard library only: the command line reads it before anything is loaded.
 """
 
 import re
-import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 from loralab.adapters.methods import Method
 from loralab.errors import ConfigError, LoralabError, nearest, some
 from loralab.training.settings import Training
+from loralab.values import read_toml
 
 Fields = dict[str, Any]
 
@@ -43,12 +43,7 @@ def read_jobs(file: Path, fields: Iterable[str]) -> tuple[Fields, dict[str, Fiel
     Raises:
         ConfigError: it cannot be read, has no job, or an unknown field, or a name that is none.
     """
-    try:
-        content = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} cannot be read: {error}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{file} is no TOML: {error}") from None
+    content = read_toml(file)
     tables = content.pop(TABLE, None)
     if not (isinstance(tables, list) and tables and all(isinstance(t, dict) for t in tables)):
         raise ConfigError(f"{file} has no job; each is a table [[{TABLE}]] with a name")

@@ -24,7 +24,7 @@ from loralab.tasks.batches import pack, padded
 from loralab.tasks.encode import IGNORED, Example
 from loralab.tasks.forward import SHARPNESS, call, embed, labelled, second_of
 from loralab.training.fast.attention import Packing
-from loralab.training.fast.functions import CHUNK, _loss_and_gradient
+from loralab.training.fast.functions import CHUNK, loss_and_gradient
 from loralab.training.fast.patches import attention_function, known, patched
 from loralab.training.fast.path import (
     Path,
@@ -35,7 +35,7 @@ from loralab.training.fast.path import (
     packed_states,
     rounded_up,
 )
-from loralab.training.loss import _is_plain, summed_loss
+from loralab.training.loss import is_plain_head, summed_loss
 
 PICTURES = 16  # that go through the model at once, unless one job has more
 NAME = "loralab-together"  # of the attention here in transformers' table
@@ -191,7 +191,7 @@ class Joint:
             if part.key is not None
         ]
         heads = [part.path.model.get_output_embeddings() for part, _ in jobs]
-        plain = [number for number, head in enumerate(heads) if _is_plain(head)]
+        plain = [number for number, head in enumerate(heads) if is_plain_head(head)]
         found: dict[int, Tensor] = {}
         if plain:
             heres = [jobs[number][1] for number in plain]
@@ -354,7 +354,7 @@ class _TokenLosses(torch.autograd.Function):
         for start in range(0, len(hidden), CHUNK):
             chunk = slice(start, start + CHUNK)
             logits = F.linear(hidden[chunk], weight, bias)
-            own, d_logits = _loss_and_gradient(logits, labels[chunk])
+            own, d_logits = loss_and_gradient(logits, labels[chunk])
             losses.append(own)
             torch.mm(d_logits, weight, out=gradient[chunk])
         ctx.save_for_backward(gradient)

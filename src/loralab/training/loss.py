@@ -19,7 +19,7 @@ def summed_loss(head: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
     Semantics:
         F.cross_entropy(head(hidden).float(), labels, reduction="sum", ignore_index=-100)
     """
-    if _is_plain(head):
+    if is_plain_head(head):
         linear: Any = head
         return head_loss(hidden, linear.weight, linear.bias, labels)
     total = hidden.new_zeros((), dtype=torch.float32)
@@ -36,7 +36,7 @@ def _chunk_loss(head: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(head(hidden).float(), labels, reduction="sum")
 
 
-def _is_plain(head: nn.Module) -> bool:
+def is_plain_head(head: nn.Module) -> bool:
     return (
         type(head) is nn.Linear
         and "forward" not in head.__dict__

@@ -75,7 +75,7 @@ def _prepared(jobs: Sequence[TrainJob], one: OneBase, *, resume: bool) -> list[R
     ready = []
     for job in jobs:
         with _named(job.name):
-            prepared = preflight.prepare(requests[job.name], one)
+            prepared = preflight.prepare(requests[job.name], one, one.encoded)
         request = replace(requests[job.name], training=prepared.training)
         ready.append(Ready(
             name=job.name, folder=Path(job.output_dir), request=request, prepared=prepared,

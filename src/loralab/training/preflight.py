@@ -126,8 +126,15 @@ def load_for(request: Request, task: Task) -> Base:
     )  # fmt: skip
 
 
-def prepare(request: Request, load: Loader = load_for) -> Prepared:
-    """Load, attach and encode; raises whatever is wrong with the input, and writes nothing."""
+def prepare(
+    request: Request, load: Loader = load_for, encoding: Callable[..., Encoded] = encode.encode
+) -> Prepared:
+    """Load, attach and encode; raises whatever is wrong with the input, and writes nothing.
+
+    Args:
+        load: what gives the base.
+        encoding: what turns rows into numbers, as `encode` does.
+    """
     training = request.training
     task = request.task or catalog.find(request.data, mapping=request.mapping, seed=training.seed)
     base = load(request, task)
@@ -139,7 +146,7 @@ def prepare(request: Request, load: Loader = load_for) -> Prepared:
     adapter = attach(base.model, method, generator=generator)
     if base.kind == "causal-lm":
         encode.round_trip(task, base.tokenizer)
-    encoded = encode.encode(
+    encoded = encoding(
         task, "train", base.tokenizer, kind=base.kind, max_length=training.max_length,
         loss_on=training.loss_on,
     )  # fmt: skip

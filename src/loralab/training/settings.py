@@ -7,8 +7,8 @@ import math
 from dataclasses import dataclass
 from typing import Annotated
 
-from loralab.adapters.methods import check_choice
 from loralab.errors import ConfigError
+from loralab.values import check_choice, check_count, parse_bytes
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 QUANTIZERS = ("none", "nf4", "gguf")
@@ -16,7 +16,6 @@ SCHEDULES = ("linear", "cosine", "constant")
 LOSS_ON = ("answer", "all")
 CHECKPOINTING = ("off", "on", "reentrant")
 OPTIMIZER_BITS = (32, 8)
-UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,14 +78,14 @@ class Training:
     def __post_init__(self) -> None:
         """Check every value."""
         for name in ("epochs", "batch_size", "accumulation_steps", "evaluation_rows"):
-            _at_least(name, getattr(self, name), 1)
+            check_count(name, getattr(self, name))
         for name in (
             "max_steps", "evaluate_every", "patience", "save_every", "image_size",
             "checkpoint_blocks", "pass_tokens",
         ):  # fmt: skip
             if getattr(self, name) is not None:
-                _at_least(name, getattr(self, name), 1)
-        _at_least("max_length", self.max_length, 2)
+                check_count(name, getattr(self, name))
+        check_count("max_length", self.max_length, 2)
         object.__setattr__(self, "new_tokens", tuple(self.new_tokens))
         rate = self.learning_rate
         if rate is not None and not (math.isfinite(rate) and rate > 0):
@@ -108,25 +107,9 @@ class Training:
         if self.optimizer_bits not in OPTIMIZER_BITS:
             raise ConfigError(f"optimizer_bits must be 32 or 8, got {self.optimizer_bits!r}")
         if self.memory_budget is not None:
-            parse_bytes(self.memory_budget)
+            parse_bytes("memory_budget", self.memory_budget)
         if self.checkpoint_blocks is not None and self.gradient_checkpointing == "off":
             raise ConfigError("checkpoint_blocks needs gradient_checkpointing to be on")
-
-
-def parse_bytes(text: str) -> int:
-    """ "4GB" -> 4,000,000,000.
-
-    Raises:
-        ConfigError: no number with one of the units.
-    """
-    number, unit = text.strip()[:-2], text.strip()[-2:].upper()
-    try:
-        amount = float(number)
-    except ValueError:
-        amount = math.nan
-    if unit not in UNITS or not (math.isfinite(amount) and amount > 0):
-        raise ConfigError(f"memory_budget must be like 4GB or 800MB, got {text!r}")
-    return int(amount * UNITS[unit])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,14 +136,9 @@ class Evaluation:
     def __post_init__(self) -> None:
         """Check every value."""
         for name in ("batch_size", "max_new_tokens"):
-            _at_least(name, getattr(self, name), 1)
+            check_count(name, getattr(self, name))
         if self.limit is not None:
-            _at_least("limit", self.limit, 1)
+            check_count("limit", self.limit, 1)
         check_choice("quantize", self.quantize, ("auto", *QUANTIZERS))
         check_choice("split", self.split, ("train", "validation", "test"))
         check_choice("precision", self.precision, PRECISIONS)
-
-
-def _at_least(name: str, value: object, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ConfigError(f"{name} must be a whole number of at least {least}, got {value!r}")

@@ -1,7 +1,6 @@
 """One base model under several jobs: structures of their own around the very same weights."""
 
-import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -10,9 +9,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from loralab.adapters.attach import Adapter
+from loralab.adapters.bases import shared_copy
 from loralab.adapters.fingerprint import base_tensors
 from loralab.models.load import Base
 from loralab.tasks.catalog import Task
+from loralab.tasks.encode import Encoded, encode
 from loralab.training.preflight import HEADED, Request, load_for
 
 
@@ -26,6 +27,7 @@ class OneBase:
     def __init__(self) -> None:
         self.bare: Base | None = None
         self._head: tuple[object, ...] = ()
+        self._encoded: dict[tuple[object, ...], Encoded] = {}
 
     def __call__(self, request: Request, task: Task) -> Base:
         """The model for one more job.
@@ -45,6 +47,15 @@ class OneBase:
         _share(base.model, self.bare.model)
         return base
 
+    def encoded(self, task: Task, split: str, tokenizer: Any, **options: Any) -> Encoded:
+        """`encode`, worked out once for jobs on the same rows."""
+        key = (task.digest, split, id(tokenizer), *sorted(options.items()))
+        if not task.digest:
+            return encode(task, split, tokenizer, **options)
+        if key not in self._encoded:
+            self._encoded[key] = encode(task, split, tokenizer, **options)
+        return self._encoded[key]
+
     def holds(self, adapter: Adapter) -> bool:
         """Whether the model of an adapter stands on these weights, but for what it replaces."""
         if self.bare is None:
@@ -55,22 +66,9 @@ class OneBase:
         return all(n.startswith(trained) or ours.get(n) is tensor for n, tensor in theirs)
 
 
-def shared_copy(model: Any) -> Any:
-    """The same structure around the very same weights: it costs no memory to speak of."""
-    tensors = [*model.parameters(), *_kept_buffers(model)]
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
-
-
 def mixes_rows(model: nn.Module) -> bool:
     """Whether a batch's rows change each other's outputs, and the model's own statistics."""
     return any(isinstance(module, _BatchNorm) for module in model.modules())
-
-
-def _kept_buffers(model: nn.Module) -> Iterator[Tensor]:
-    """Those that training never writes to."""
-    for module in model.modules():
-        if not isinstance(module, _BatchNorm):
-            yield from module.buffers(recurse=False)
 
 
 def _share(model: nn.Module, other: nn.Module) -> None:

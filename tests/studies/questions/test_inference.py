@@ -11,12 +11,13 @@ from studies.conftest import Here, ground_of
 from torch import nn
 
 from loralab.adapters.attach import Adapter, attach
+from loralab.adapters.bases import shared_copy
 from loralab.adapters.methods import LoRA
 from loralab.errors import AdapterStateError, ConfigError
 from loralab.models.load import Base
 from loralab.studies.measures import deployed
 from loralab.studies.measures.decoding import Variant, decoded, interleaved
-from loralab.studies.measures.mixed_batch import Held, Router, as_large, shared_copy, stacked
+from loralab.studies.measures.mixed_batch import Banked, Looped, as_large
 from loralab.studies.questions import inference
 from loralab.studies.study import Arm, Ground, Record
 
@@ -29,28 +30,30 @@ def base(model: Any, kind: str = "causal-lm") -> Base:
     return Base(name="tiny", model=model, tokenizer=None, kind=kind, source="")
 
 
-def routed(adapter: Adapter, count: int, *, loops: bool = False) -> tuple[Any, Router]:
+WAYS = {"banked": Banked, "looped": Looped}
+
+
+def routed(adapter: Adapter, count: int, way: str = "banked") -> tuple[Any, Any, list[Adapter]]:
     """The base of an adapted model with several adapters on it, the trained one first."""
-    held = as_large(Held.of("own", adapter), count)
     model = adapter.detach()
-    return model, Router(model, held, loops=loops)
+    adapters = as_large(adapter, model, count)
+    return model, WAYS[way](model, adapters), adapters
 
 
-@pytest.mark.parametrize("loops", [False, True], ids=["gathered", "looped"])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("make", [tiny.llama, tiny.gpt2, tiny.bert], ids=["llama", "gpt2", "bert"])
-def test_every_row_goes_through_its_own_adapter(make: tiny.Make, loops: bool) -> None:
+def test_every_row_goes_through_its_own_adapter(make: tiny.Make, way: str) -> None:
     adapter = tiny.fill(attach(make(), LoRA(rank=4)))
     path = next(iter(adapter.modules))
-    held = as_large(Held.of("own", adapter), 3)
-    model = adapter.detach()
-    layer = model.get_submodule(path)
-    x = torch.randn(4, 5, held[0].factors[path][0].shape[1])
-    plain = layer(x).double()
-    Router(model, held, loops=loops).route(torch.tensor([2, 0, 2, 1]))
-    found = layer(x)
-    for row, number in enumerate([2, 0, 2, 1]):
-        A, B = (factor.double() for factor in held[number].factors[path])
-        want = (plain[row] + x[row].double() @ A.T @ B.T).float()  # by the definition, in float64
+    model, mixed, adapters = routed(adapter, 3, way)
+    x = torch.randn(4, 5, adapters[0].modules[path].lora_A.shape[1])
+    plain = model.get_submodule(path)(x).double()
+    mixed.route([0, 1, 2, 2])
+    found = model.get_submodule(path)(x)
+    for row, number in enumerate([0, 1, 2, 2]):
+        A, B, scaling = adapters[number].modules[path].factors()
+        update = x[row].double() @ A.T.double() @ B.T.double()
+        want = (plain[row] + scaling * update).float()  # by the definition, in float64
         torch.testing.assert_close(found[row], want, rtol=1e-5, atol=1e-5)
 
 
@@ -58,30 +61,31 @@ def test_every_row_goes_through_its_own_adapter(make: tiny.Make, loops: bool) ->
 def test_a_routed_model_gives_what_the_adapted_one_gives(make: tiny.Make) -> None:
     adapter = tiny.fill(attach(make(), LoRA(rank=4)))
     alone = tiny.logits(adapter.model)
-    model, router = routed(adapter, 4)
-    router.route(torch.tensor([0, 0]))
+    model, mixed, _ = routed(adapter, 4)
+    mixed.route([0, 0])
     torch.testing.assert_close(tiny.logits(model), alone, rtol=1e-4, atol=1e-4)
-    router.route(torch.tensor([0, 3]))
-    mixed = tiny.logits(model)
-    torch.testing.assert_close(mixed[0], alone[0], rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(mixed[1], alone[1], atol=1e-3)
+    mixed.route([0, 3])
+    both = tiny.logits(model)
+    torch.testing.assert_close(both[0], alone[0], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(both[1], alone[1], atol=1e-3)
 
 
-def test_a_layer_that_sees_other_rows_refuses() -> None:
-    model, router = routed(tiny.fill(attach(tiny.llama(), LoRA(rank=2))), 2)
-    router.route(torch.tensor([0, 1, 1]))
-    with pytest.raises(AdapterStateError, match="cannot be routed"):
+@pytest.mark.parametrize("way", WAYS)
+def test_a_layer_that_sees_other_rows_refuses(way: str) -> None:
+    model, mixed, _ = routed(tiny.fill(attach(tiny.llama(), LoRA(rank=2))), 2, way)
+    mixed.route([0, 1, 1])
+    with pytest.raises(AdapterStateError, match="the batch has 3 rows"):
         tiny.logits(model)
 
 
 def test_the_factors_of_a_half_precision_base_stay_in_their_own_dtype() -> None:
     adapter = tiny.fill(attach(tiny.llama().to(torch.bfloat16), LoRA(rank=2)))
     alone = tiny.logits(adapter.model)
-    for loops in (False, True):
-        held = as_large(Held.of("own", adapter), 2)
-        assert {f.dtype for pair in held[1].factors.values() for f in pair} == {torch.float32}
+    for way in WAYS.values():
         model = shared_copy(tiny.llama().to(torch.bfloat16))
-        Router(model, held, loops=loops).route(torch.tensor([0, 0]))
+        adapters = as_large(adapter, shared_copy(model), 2)
+        assert {p.dtype for p in adapters[1].parameters()} == {torch.float32}
+        way(model, adapters).route([0, 0])
         torch.testing.assert_close(tiny.logits(model), alone, rtol=0.1, atol=0.1)
 
 
@@ -95,12 +99,14 @@ def test_a_copy_shares_every_weight_and_no_module() -> None:
 
 
 def test_others_are_as_large_as_the_trained_one() -> None:
-    factor = torch.randn(4, 64) / 3
-    own = Held(name="own", factors={"m": (factor, factor.T.contiguous())}, heads={})
-    found, _ = stacked(as_large(own, 5), "m")
-    assert found.shape == (5, 4, 64)
-    assert torch.equal(found[0], factor)
-    assert float(found[1:].std()) == pytest.approx(float(factor.std()), rel=0.2)
+    adapter = tiny.fill(attach(tiny.llama(), LoRA(rank=4)))
+    first, *others = as_large(adapter, adapter.detach(), 5)
+    assert first is adapter
+    for number, own in enumerate(p.detach() for p in adapter.parameters()):
+        found = torch.stack([other.parameters()[number].detach() for other in others])
+        assert found.shape == (4, *own.shape)
+        assert not (found == own).any()
+        assert float(found.std()) == pytest.approx(float(own.std()), rel=0.2)
 
 
 def test_pruning_zeroes_the_smallest_half() -> None:

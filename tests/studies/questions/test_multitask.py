@@ -12,11 +12,11 @@ import torch
 from studies.conftest import Here, ground_of, planted
 from torch import nn
 
-from loralab.adapters.attach import attach
+from loralab.adapters.attach import Adapter, attach
 from loralab.adapters.methods import LoRA
 from loralab.errors import AdapterStateError, ConfigError
 from loralab.models.load import Base
-from loralab.studies.measures.mixed_batch import Held, Router, stacked, swap
+from loralab.studies.measures.mixed_batch import Banked, swap
 from loralab.studies.measures.system import interleaved, majority
 from loralab.studies.questions import multitask
 from loralab.studies.study import Arm, Ground, Record
@@ -42,7 +42,7 @@ def word_files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return files
 
 
-def trained_by_chance(base: Base, seed: int, rank: int, targets: Any) -> Held:
+def trained_by_chance(base: Base, seed: int, rank: int, targets: Any) -> Adapter:
     """An adapter whose numbers are random, and its head."""
     draw = torch.Generator().manual_seed(seed)
     config = LoRA(rank=rank, target_modules=targets, modules_to_save=("classifier",))
@@ -50,9 +50,8 @@ def trained_by_chance(base: Base, seed: int, rank: int, targets: Any) -> Held:
     with torch.no_grad():
         for parameter in adapter.parameters():
             parameter.normal_(std=0.3, generator=draw)
-    held = Held.of(f"{seed}", adapter)
     adapter.detach()
-    return held
+    return adapter
 
 
 def batch_of(rows: int) -> dict[str, torch.Tensor]:
@@ -70,26 +69,26 @@ def test_every_row_is_answered_by_its_own_adapter(
     base.model.eval()
     batch = batch_of(7)
     plain = call(base.model, batch)
-    held = [trained_by_chance(base, 0, 2, "all-linear"), trained_by_chance(base, 1, 4, ["query"]),
-            trained_by_chance(base, 2, 3, "mlp")]  # fmt: skip
-    held[1] = replace(held[1], heads={"classifier": nn.Linear(32, 5)})
-    rows = [0, 2, 1, 1, 2, 0, 1]
-    router = Router(base.model, held)
-    router.route(torch.tensor(rows))
+    targets = ((2, "all-linear"), (4, ["query"]), (3, "mlp"))
+    adapters = [trained_by_chance(base, n, *own) for n, own in enumerate(targets)]
+    adapters[1].saved["classifier"].trained = nn.Linear(32, 5)
+    rows = [0, 0, 2, 2, 1, 1, 1]
+    mixed_batch = Banked(base.model, adapters)
+    mixed_batch.route(rows)
     mixed = call(base.model, batch)
     for number in range(3):
-        router.route(torch.full((7,), number))
+        mixed_batch.route([number] * 7)
         alone = call(base.model, batch)
         for row in (n for n in range(7) if rows[n] == number):
             width = alone.shape[1]
             torch.testing.assert_close(mixed[row, :width], alone[row], rtol=1e-5, atol=1e-5)
             assert (mixed[row, width:] == -torch.inf).all()
-    router.route(None)
+    mixed_batch.route(None)
     assert torch.equal(call(base.model, batch), plain)
-    router.route(torch.tensor([0, 1]))
-    with pytest.raises(AdapterStateError, match="7 rows where the batch has 2"):
+    mixed_batch.route([0, 1])
+    with pytest.raises(AdapterStateError, match="where the batch has 2 rows"):
         call(base.model, batch)
-    router.remove()
+    mixed_batch.remove()
     assert torch.equal(call(base.model, batch), plain)
 
 
@@ -98,21 +97,19 @@ def test_a_routed_adapter_is_the_attached_one(
 ) -> None:
     base = load_base(str(tiny_bert_folder), find(str(word_files[0])), "fp32", 0)
     base.model.eval()
-    held = [trained_by_chance(base, seed, 3, "all-linear") for seed in (0, 1)]
+    adapters = [trained_by_chance(base, seed, 3, "all-linear") for seed in (0, 1)]
     batch = batch_of(4)
-    router = Router(base.model, held)
-    router.route(torch.ones(4, dtype=torch.long))
+    mixed_batch = Banked(base.model, adapters)
+    mixed_batch.route([1] * 4)
     routed = call(base.model, batch)
-    router.remove()
+    mixed_batch.remove()
     config = LoRA(rank=3, target_modules="all-linear", modules_to_save=("classifier",))
     adapter = attach(base.model, config)
-    swap(adapter, held[0])
-    swap(adapter, held[1])
+    swap(adapter, adapters[0])
+    swap(adapter, adapters[1])
     base.model.eval()
     torch.testing.assert_close(call(base.model, batch), routed, rtol=1e-5, atol=1e-5)
     adapter.detach()
-    A, B = stacked(held, next(iter(held[0].factors)))
-    assert len(A) == len(B) == 2
 
 
 def test_batches_meet_every_adapter() -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from loralab.adapters.bases import is_conv1d
+from loralab.adapters.bases import is_conv1d, shared_copy
 from loralab.errors import LoralabError, ModelError
 from loralab.models.device import device_here
 from loralab.models.load import Base
@@ -30,7 +30,7 @@ from loralab.studies.measures.decoding import (
     working_bytes,
     writes,
 )
-from loralab.studies.measures.mixed_batch import Held, Router, as_large, shared_copy
+from loralab.studies.measures.mixed_batch import Banked, Looped, as_large
 from loralab.studies.study import Cell, Record
 from loralab.studies.trained import Tell, items_of
 from loralab.tasks.catalog import Task
@@ -142,17 +142,18 @@ def several(
     The difference is the largest of the logits, over the largest logit.
     """
     model = shared_copy(base.model)
-    router = Router(model, as_large(Held.of("adapter", adapter), count), loops=loops)
-    model.add_module("router", router)  # its factors are part of what this variant weighs
-    device = next(model.parameters()).device
+    adapters = as_large(adapter, base.model, count)
+    mixed = (Looped if loops else Banked)(model, adapters)
+    # their numbers are part of what this variant weighs
+    model.add_module("adapters", nn.ParameterList(p for own in adapters for p in own.parameters()))
     inputs = inputs_for(base, 2)
     with torch.no_grad():
-        router.route(torch.zeros(2, dtype=torch.long, device=device))
+        mixed.route([0, 0])
         want, got = call(unmerged.model, inputs).float(), call(model, inputs).float()
     difference = float((want - got).abs().max() / want.abs().max())
 
     def ready(batch: int) -> None:
-        router.route(torch.arange(batch, device=device) % count)
+        mixed.route(sorted(number % count for number in range(batch)))
 
     return Variant(name="", model=model, ready=ready), difference
 

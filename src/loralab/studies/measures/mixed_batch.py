@@ -1,180 +1,134 @@
-"""One batch, each row through its own adapter: W x + B[i] A[i] x with i chosen by the row.
+"""One batch, each row through its own adapter, on a base that is timed: by the bank, or in loops.
 
-The update of punica (Chen et al. 2023, arXiv:2310.18547) in two batched products, or adapter by
-adapter as peft does. Nothing of the model is replaced: hooks add to the outputs of its linear
-layers, and answer for its heads.
-Axes: N adapters, B rows of a batch, R rank, I in_features, O out_features.
+The bank (adapters/grouped.py) is how loralab does it; adapter after adapter in every layer is how
+peft's `adapter_names` does it. Both stay set from one call to the next, as a server's model does.
 """
 
-import copy
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from loralab.adapters.attach import Adapter
-from loralab.adapters.linear import LinearWithLoRA
+from loralab.adapters.attach import Adapter, wrappers_for
+from loralab.adapters.grouped import Bank, spans_of
+from loralab.adapters.linear import LinearWithLoRA, is_plain
 from loralab.errors import AdapterStateError, ConfigError
 
-Factors = tuple[Tensor, Tensor]  # A (R, I), and B (O, R) with the scaling in it
 
+class Mixed(Protocol):
+    """A base with adapters, counted from 0."""
 
-@dataclass(frozen=True, kw_only=True)
-class Held:
-    """An adapter in memory, attached to nothing: its updates and its heads, by module path."""
-
-    name: str
-    factors: Mapping[str, Factors]
-    heads: Mapping[str, nn.Module]
-
-    @staticmethod
-    def of(name: str, adapter: Adapter) -> "Held":
-        """A copy of an attached LoRA.
-
-        Raises:
-            ConfigError: it has an update that is no plain low-rank one, which cannot be routed.
-        """
-        factors = {}
-        for path, module in adapter.modules.items():
-            if not isinstance(module, LinearWithLoRA) or module.magnitude is not None:
-                raise ConfigError(f"{name}: the update of {path} is not a plain low-rank one")
-            A, B, scaling = module.factors()
-            factors[path] = A.detach().clone(), scaling * B.detach()
-        heads = {path: copy.deepcopy(own.trained) for path, own in adapter.saved.items()}
-        return Held(name=name, factors=factors, heads=heads)
-
-
-class Router(nn.Module):
-    """Sends the rows of every batch through their adapters while it is set up on a model.
-
-    Args:
-        model: without an adapter of its own.
-        held: the adapters, counted from 0.
-        loops: take the rows of each adapter out, update them and put them back, one adapter after
-            the other.
-    """
-
-    def __init__(self, model: nn.Module, held: Sequence[Held], *, loops: bool = False) -> None:
-        super().__init__()
-        self._rows: Tensor | None = None
-        self._add = _looped if loops else _gathered
-        self._handles = []
-        modules = dict(model.named_modules())
-        for number, path in enumerate(dict.fromkeys(p for own in held for p in own.factors)):
-            A, B = stacked(held, path)
-            self.register_buffer(f"A{number}", A)  # to be counted, and to move, with the router
-            self.register_buffer(f"B{number}", B)
-            self._handles.append(modules[path].register_forward_hook(self._updating(A, B)))
-        for path in dict.fromkeys(path for own in held for path in own.heads):
-            answer = self._answering([own.heads[path] for own in held])
-            self._handles.append(modules[path].register_forward_hook(answer))
-
-    def route(self, rows: Tensor | None) -> None:
-        """The adapter of each row of the batches to come, (B,); None is the base model alone."""
-        self._rows = rows
+    def route(self, rows: Sequence[int] | None) -> None:
+        """The adapter of each row of the batches to come, in order; None is the base alone."""
 
     def remove(self) -> None:
         """Leave the model as it was."""
+
+
+class Banked:
+    """Adapters in a bank. The rows of one stand together."""
+
+    def __init__(self, model: nn.Module, adapters: Sequence[Adapter]) -> None:
+        self._bank = Bank(model)
+        for number, adapter in enumerate(adapters):
+            self._bank.put(number, adapter)
+
+    def route(self, rows: Sequence[int] | None) -> None:
+        """See Mixed."""
+        self._bank.route(spans_of(rows or ()))
+
+    def remove(self) -> None:
+        """See Mixed."""
+        self._bank.remove()
+
+
+class Looped:
+    """Adapters whose rows are taken out, updated and put back, one after the other.
+
+    Raises:
+        ConfigError: an adapter has another update than a plain low-rank one.
+    """
+
+    def __init__(self, model: nn.Module, adapters: Sequence[Adapter]) -> None:
+        self._rows: Tensor | None = None
+        self._handles = []
+        everywhere = [{**adapter.modules, **adapter.saved} for adapter in adapters]
+        for path in dict.fromkeys(path for own in everywhere for path in own):
+            members = [own.get(path) for own in everywhere]
+            if not all(_is_known(adapters, path, member) for member in members):
+                raise ConfigError(f"the update of {path} is not a plain low-rank one")
+            hook = model.get_submodule(path).register_forward_hook(self._changing(members))
+            self._handles.append(hook)
+
+    def route(self, rows: Sequence[int] | None) -> None:
+        """See Mixed."""
+        self._rows = None if rows is None else torch.tensor(list(rows))
+
+    def remove(self) -> None:
+        """See Mixed."""
         for handle in self._handles:
             handle.remove()
 
-    def _updating(self, A: Tensor, B: Tensor) -> Any:
-        """What adds each row's own update to the output of a linear layer."""
-
-        def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def _changing(self, members: Sequence[Any]) -> Any:
+        def change(module: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> Tensor:
             if self._rows is None:
-                return output
-            return self._add(self._one_by_row(inputs[0]), output, A, B, self._rows)
+                return y
+            if len(inputs[0]) != len(self._rows):
+                raise AdapterStateError(
+                    f"a layer got {len(inputs[0])} rows where the batch has {len(self._rows)} rows"
+                )
+            for number in self._rows.unique().tolist():
+                own = (self._rows == number).nonzero()[:, 0].to(y.device)
+                member = members[number]
+                if isinstance(member, LinearWithLoRA):
+                    y[own] += member.update(inputs[0][own]).to(y.dtype)
+                elif member is not None:
+                    y[own] = member(inputs[0][own])
+            return y
 
-        return add
-
-    def _answering(self, heads: Sequence[nn.Module]) -> Any:
-        """Every row's own head; classes that a head lacks get minus infinity."""
-
-        def answer(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            if self._rows is None:
-                return output
-            x = self._one_by_row(inputs[0])
-            present = self._rows.unique().tolist()
-            found = {n: heads[n](x[self._rows == n]) for n in present}
-            widest = max(logits.shape[-1] for logits in found.values())
-            whole = output.new_empty(*output.shape[:-1], widest)
-            for n, logits in found.items():
-                room = (0, widest - logits.shape[-1])
-                whole[self._rows == n] = F.pad(logits, room, value=-torch.inf)
-            return whole
-
-        return answer
-
-    def _one_by_row(self, x: Tensor) -> Tensor:
-        assert self._rows is not None
-        if len(x) != len(self._rows):
-            raise AdapterStateError(
-                f"a layer got {len(x)} rows where the batch has {len(self._rows)}; a model that "
-                "mixes its rows cannot be routed"
-            )
-        return x
+        return change
 
 
-def _gathered(x: Tensor, y: Tensor, A: Tensor, B: Tensor, rows: Tensor) -> Tensor:
-    """All rows at once, their factors gathered."""
-    flat = x.reshape(len(x), -1, x.shape[-1]).to(A.dtype)
-    low = torch.bmm(flat, A[rows].mT)  # (B, ..., R)
-    return y + torch.bmm(low, B[rows].mT).view_as(y).to(y.dtype)
+def as_large(adapter: Adapter, model: nn.Module, count: int) -> list[Adapter]:
+    """An adapter and others of its kind and size for the same base, `count` in all.
 
-
-def _looped(x: Tensor, y: Tensor, A: Tensor, B: Tensor, rows: Tensor) -> Tensor:
-    """The rows of one adapter after those of another."""
-    for number in rows.unique().tolist():
-        own = (rows == number).nonzero()[:, 0]
-        low = F.linear(x[own].to(A.dtype), A[number])
-        y[own] += F.linear(low, B[number]).to(y.dtype)
-    return y
-
-
-def as_large(held: Held, count: int) -> list[Held]:
-    """The adapter and others of its size, `count` in all, with its heads."""
+    Args:
+        model: the base, without an adapter.
+    """
     draw = torch.Generator().manual_seed(0)
-    others = [
-        {path: (_noise(A, draw), _noise(B, draw)) for path, (A, B) in held.factors.items()}
-        for _ in range(count - 1)
-    ]
-    return [held, *(replace(held, factors=factors) for factors in others)]
-
-
-def _noise(factor: Tensor, draw: torch.Generator) -> Tensor:
-    return torch.randn(factor.shape, generator=draw).to(factor) * factor.square().mean().sqrt()
-
-
-def shared_copy(model: Any) -> Any:
-    """The same structure around the very same weights: it costs no memory to speak of."""
-    tensors = (*model.parameters(), *model.buffers())
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
-
-
-def stacked(held: Sequence[Held], path: str) -> tuple[Tensor, Tensor]:
-    """A (N, R, I) and B (N, O, R) of one layer; smaller ranks, and none, are filled with zeros."""
-    pairs = [own.factors.get(path) for own in held]
-    some = next(pair for pair in pairs if pair is not None)
-    rank = max(len(pair[0]) for pair in pairs if pair is not None)
-    A = some[0].new_zeros(len(held), rank, some[0].shape[1])
-    B = some[1].new_zeros(len(held), some[1].shape[0], rank)
-    for number, pair in enumerate(pairs):
-        if pair is not None:
-            A[number, : len(pair[0])] = pair[0]
-            B[number, :, : len(pair[0])] = pair[1]
-    return A, B
+    return [adapter, *(_another(adapter, model, draw) for _ in range(count - 1))]
 
 
 @torch.no_grad()
-def swap(adapter: Adapter, held: Held) -> None:
+def _another(adapter: Adapter, model: nn.Module, draw: torch.Generator) -> Adapter:
+    """One whose factors are noise of the same size; its heads are the same."""
+    config, modules, saved = wrappers_for(model, adapter.config, draw)
+    other = Adapter(model, config, modules, saved, frozenset())
+    other.detach()  # drops the hooks; no module was replaced
+    other.saved = adapter.saved
+    pairs = zip(_factors(other), _factors(adapter), strict=True)
+    for own, factor in pairs:
+        noise = torch.randn(factor.shape, generator=draw).to(factor)
+        own.copy_(noise * factor.square().mean().sqrt())
+    return other
+
+
+@torch.no_grad()
+def swap(adapter: Adapter, other: Adapter) -> None:
     """Fill an attached adapter with one that is in memory, as one does between two requests."""
-    for path, (A, B) in held.factors.items():
+    for path, own in other.modules.items():
         module = adapter.modules[path]
-        module.lora_A.copy_(A)
-        module.lora_B.copy_(B / module.scaling)
-    for path, head in held.heads.items():
-        adapter.saved[path].trained = head
+        module.lora_A.copy_(own.lora_A)
+        module.lora_B.copy_(own.lora_B * (own.scaling / module.scaling))
+    for path, head in other.saved.items():
+        adapter.saved[path].trained = head.trained
+
+
+def _factors(adapter: Adapter) -> Iterator[Tensor]:
+    for module in adapter.modules.values():
+        yield from module.trained().values()
+
+
+def _is_known(adapters: Sequence[Adapter], path: str, member: Any) -> bool:
+    return member is None or is_plain(member) or any(path in a.saved for a in adapters)

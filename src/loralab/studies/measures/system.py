@@ -18,7 +18,7 @@ from loralab.adapters.load import load
 from loralab.errors import ConfigError, LoralabError
 from loralab.models.load import Base
 from loralab.studies import trained
-from loralab.studies.measures.mixed_batch import Held, Router, swap
+from loralab.studies.measures.mixed_batch import Banked, Mixed, swap
 from loralab.studies.study import Arm, Cell, Record
 from loralab.studies.trained import Tell, rows_of
 from loralab.tasks.batches import collate
@@ -78,14 +78,14 @@ def measure_system(cell: Cell, folder: Path, tell: Tell) -> Record:
     if len(stored) < 2:
         raise ConfigError("a system needs at least two adapters, and fewer could be trained")
     base, seconds = loaded(cell, stored[0].task)
-    held, expected, cold = one_after_the_other(cell, stored)
+    adapters, expected, cold = one_after_the_other(cell, stored)
     asked = requests(stored, base)
-    router = Router(base.model, held)
+    mixed = Banked(base.model, adapters)
     try:
-        equality = compared(base, router, asked, expected)
-        series, warm = timed(cell, stored[0].task, base, router, asked, held)
+        equality = compared(base, mixed, asked, expected)
+        series, warm = timed(cell, stored[0].task, base, mixed, asked, adapters)
     finally:
-        router.remove()
+        mixed.remove()
     numbers = {
         "adapters": len(stored), "model_seconds": seconds, "cold_seconds": statistics.median(cold),
         "warm_seconds": warm, "model_bytes": model_bytes(base), **equality,
@@ -124,9 +124,9 @@ def loaded(cell: Cell, task: Task) -> tuple[Base, float]:
 
 def one_after_the_other(
     cell: Cell, stored: Sequence[Stored]
-) -> tuple[list[Held], list[list[Tensor]], list[float]]:
-    """Every adapter loaded as users do: a copy of it, its answers, and the seconds of each load."""
-    held, answers, seconds = [], [], []
+) -> tuple[list[Adapter], list[list[Tensor]], list[float]]:
+    """Every adapter loaded as users do: what was attached, its answers, the seconds of each load."""
+    adapters, answers, seconds = [], [], []
     bases: dict[int, Base] = {}
     for own in stored:
         labels = len(own.task.labels)
@@ -140,11 +140,11 @@ def one_after_the_other(
             if number < LOADS - 1:
                 adapter.detach()
         base.model.eval()
-        held.append(Held.of(own.name, adapter))
+        adapters.append(adapter)
         examples = [example for _, example in requests([own], base)]
         answers.append(list(outputs(base, examples)))
         adapter.detach()
-    return held, answers, seconds
+    return adapters, answers, seconds
 
 
 def requests(stored: Sequence[Stored], base: Base) -> list[Asked]:
@@ -175,7 +175,7 @@ def outputs(base: Base, examples: Sequence[Example]) -> Tensor:
 
 
 def compared(
-    base: Base, router: Router, asked: Sequence[Asked], expected: Sequence[Sequence[Tensor]]
+    base: Base, mixed: Mixed, asked: Sequence[Asked], expected: Sequence[Sequence[Tensor]]
 ) -> dict[str, float]:
     """How far the answers of mixed batches are from those of one adapter after the other."""
     position = [0] * len(expected)
@@ -185,24 +185,23 @@ def compared(
         position[number] += 1
     order = list(range(len(asked)))
     random.Random(0).shuffle(order)
-    device = next(base.model.parameters()).device
     furthest, largest, same = 0.0, 0.0, 0
     for begin in range(0, len(order), SIZES[-1]):
-        group = order[begin : begin + SIZES[-1]]
-        router.route(torch.tensor([asked[i][0] for i in group], device=device))
+        group = sorted(order[begin : begin + SIZES[-1]], key=lambda i: asked[i][0])
+        mixed.route([asked[i][0] for i in group])
         for i, found in zip(group, outputs(base, [asked[i][1] for i in group]), strict=True):
             own = found[: len(true[i])]
             furthest = max(furthest, float((own - true[i]).abs().max()))
             largest = max(largest, float(true[i].abs().max()))
             same += int(own.argmax() == true[i].argmax())
-    router.route(None)
+    mixed.route(None)
     return {"furthest": furthest, "largest": largest, "same": same / len(asked),
             "compared": len(asked)}  # fmt: skip
 
 
 def timed(
-    cell: Cell, task: Task, base: Base, router: Router, asked: Sequence[Asked],
-    held: Sequence[Held],
+    cell: Cell, task: Task, base: Base, mixed: Mixed, asked: Sequence[Asked],
+    adapters: Sequence[Adapter],
 ) -> tuple[dict[str, list[float]], float]:  # fmt: skip
     """Seconds of a batch in each of the ways, in turn so that all meet the same machine."""
     own, _ = loaded(cell, task)
@@ -211,10 +210,10 @@ def timed(
     found: dict[str, list[float]] = {}
     repeats = REPEATS[cell.ground.quick]
     for size in SIZES:
-        batch = interleaved(asked, len(held))[:size]
+        batch = interleaved(asked, len(adapters))[:size]
         if len(batch) < size:
             continue
-        ways = _ways(batch, base, router, own, adapter, held)
+        ways = _ways(batch, base, mixed, own, adapter, adapters)
         for number in range(repeats + 1):
             for name, way in ways.items():
                 started = time.perf_counter()
@@ -222,33 +221,33 @@ def timed(
                 if number:  # the first one builds what the others find ready
                     taken = time.perf_counter() - started
                     found.setdefault(f"{name} {size}", []).append(taken)
-    return found, statistics.median(_swaps(adapter, held, repeats))
+    return found, statistics.median(_swaps(adapter, adapters, repeats))
 
 
 def _ways(
-    batch: Sequence[Asked], base: Base, router: Router, own: Base, adapter: Adapter,
-    held: Sequence[Held],
+    batch: Sequence[Asked], base: Base, mixed: Mixed, own: Base, adapter: Adapter,
+    adapters: Sequence[Adapter],
 ) -> Mapping[str, Callable[[], Any]]:  # fmt: skip
     """What is done to answer a batch, in each of the ways."""
-    rows = torch.tensor([number for number, _ in batch])
+    batch = sorted(batch, key=lambda one: one[0])  # the rows of an adapter stand together
+    rows = [number for number, _ in batch]
     examples = [example for _, example in batch]
-    groups = {n: [e for number, e in batch if number == n] for n in dict.fromkeys(rows.tolist())}
-    rows = rows.to(next(base.model.parameters()).device)
+    groups = {n: [e for number, e in batch if number == n] for n in rows}
 
-    def mixed() -> None:
-        router.route(rows)
+    def at_once() -> None:
+        mixed.route(rows)
         outputs(base, examples)
 
     def in_turn() -> None:
         for number, members in groups.items():
-            swap(adapter, held[number])
+            swap(adapter, adapters[number])
             outputs(own, members)
 
     def alone() -> None:
-        router.route(None)
+        mixed.route(None)
         outputs(base, examples)
 
-    return {MIXED: mixed, TURN: in_turn, ALONE: alone}
+    return {MIXED: at_once, TURN: in_turn, ALONE: alone}
 
 
 def interleaved(asked: Sequence[Asked], adapters: int) -> list[Asked]:
@@ -269,10 +268,10 @@ def folder_bytes(folder: Path) -> int:
     return sum((folder / name).stat().st_size for name in names if (folder / name).is_file())
 
 
-def _swaps(adapter: Adapter, held: Sequence[Held], repeats: int) -> list[float]:
+def _swaps(adapter: Adapter, adapters: Sequence[Adapter], repeats: int) -> list[float]:
     """Seconds of filling in an adapter that is in memory."""
     found = []
-    for own in [*held] * max(1, repeats // 3):
+    for own in [*adapters] * max(1, repeats // 3):
         started = time.perf_counter()
         swap(adapter, own)
         found.append(time.perf_counter() - started)

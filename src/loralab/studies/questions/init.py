@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from loralab.adapters.methods import INITS, check_choice
+from loralab.adapters.methods import INITS
 from loralab.models.load import Base
 from loralab.studies import figures
 from loralab.studies.evidence import (
@@ -33,6 +33,7 @@ from loralab.studies.study import (
     Table,
     Text,
 )
+from loralab.values import check_choice
 
 __all__ = ["MEASURE", "arms", "conclude"]
 

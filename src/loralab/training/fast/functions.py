@@ -104,7 +104,7 @@ class _HeadLoss(torch.autograd.Function):
         for start in range(0, len(hidden), CHUNK):
             chunk = slice(start, start + CHUNK)
             logits = F.linear(hidden[chunk], weight, bias)
-            losses, d_logits = _loss_and_gradient(logits, labels[chunk])
+            losses, d_logits = loss_and_gradient(logits, labels[chunk])
             total += losses.sum()
             torch.mm(d_logits, weight, out=gradient[chunk])
         ctx.save_for_backward(gradient)
@@ -117,7 +117,7 @@ class _HeadLoss(torch.autograd.Function):
         return (gradient * d_total).to(gradient.dtype), None, None, None
 
 
-def _loss_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def loss_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Losses (N,) and softmax(logits) - onehot(labels), (N, V); the logits are overwritten."""
     native = kernels_for(logits)
     if native is not None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from loralab.adapters.grouped import Grouped, together
+from loralab.adapters.grouped import together
 from loralab.training.fast.attention import Packing, attend
 from loralab.training.fast.functions import rms_norm, swiglu
 
@@ -102,7 +102,7 @@ def _is_gated(module: Any) -> bool:
 
 
 def _gated_forward(self: Any, x: Tensor) -> Tensor:
-    gate, upper = _products(x, (self.gate_proj, self.up_proj))
+    gate, upper = together(x, (self.gate_proj, self.up_proj))
     if isinstance(self.act_fn, nn.SiLU) or type(self.act_fn).__name__ == "SiLUActivation":
         return self.down_proj(swiglu(gate, upper))
     return self.down_proj(self.act_fn(gate) * upper)
@@ -122,24 +122,11 @@ def _attention_forward(
     x = hidden_states[0]
     q, k, v = (
         y.view(len(x), -1, self.head_dim)
-        for y in _products(x, (self.q_proj, self.k_proj, self.v_proj))
+        for y in together(x, (self.q_proj, self.k_proj, self.v_proj))
     )
     cos, sin = (angle[0].contiguous() for angle in position_embeddings)
     out = attend(q, k, v, packing, self.scaling, (cos, sin))
     return self.o_proj(out.view(1, len(x), -1)), None
-
-
-def _products(x: Tensor, layers: Sequence[Any]) -> list[Tensor]:
-    """The layers' outputs; where adapters share a batch, one that drops at random draws for each
-    layer, as it does alone."""
-    grouped = [layer for layer in layers if isinstance(layer, Grouped)]
-    if any(_drops(member) for layer in grouped for member in layer.members.values()):
-        return [layer(x) for layer in layers]
-    return together(x, layers)
-
-
-def _drops(member: Any) -> bool:
-    return bool(member.training and getattr(getattr(member, "dropout", None), "p", 0))
 
 
 @torch.no_grad()
