@@ -20,7 +20,8 @@ from loralab.adapters.fused import (
     layout_of,
     through_bases,
 )
-from loralab.adapters.thin import down, outer, up
+from loralab.adapters.thin import each
+from loralab.native.library import Thin
 
 Factors = tuple[Tensor, Tensor, float]  # A (R, I), B (O, R) and what B A is multiplied by
 
@@ -93,14 +94,17 @@ class _LinearsBySpan(torch.autograd.Function):
         count = len(layouts)
         weights, biases = tensors[: 2 * count : 2], tensors[1 : 2 * count : 2]
         As, Bs = tensors[2 * count :: 2], tensors[2 * count + 1 :: 2]
-        flat, lows = flat_rows(x), []
+        flat = flat_rows(x)
         outputs = [
             base_output(x, w, b, own) for w, b, own in zip(weights, biases, layouts, strict=True)
         ]
-        for part, A, B in zip(parts, As, Bs, strict=True):
-            low = down([_input(flat, part)], [A], part.scaling)
-            up(flat_rows(outputs[part.layer])[part.start : part.stop], low, B.T)
-            lows.append(low)
+        lows = [
+            flat.new_empty(p.stop - p.start, A.shape[0]) for p, A in zip(parts, As, strict=True)
+        ]
+        whole = list(zip(parts, As, Bs, lows, strict=True))
+        each("down", [Thin(_input(flat, p), A, low, 0, p.scaling) for p, A, _, low in whole])
+        outs = [flat_rows(y) for y in outputs]
+        each("up", [Thin(outs[p.layer][p.start : p.stop], B.T, low) for p, _, B, low in whole])
         ctx.save_for_backward(x, *weights, *As, *Bs, *lows)
         ctx.parts, ctx.layouts = parts, layouts
         return tuple(outputs)
@@ -117,21 +121,38 @@ class _LinearsBySpan(torch.autograd.Function):
         )  # fmt: skip
         flat, dflat = flat_rows(x), [flat_rows(dy).contiguous() for dy in dys]
         dx = through_bases(dflat, weights, layouts) if needed[0] else None
-        gradients: list[Tensor | None] = []
-        first = 3 + 2 * count
-        for i, (part, A, B) in enumerate(zip(parts, As, Bs, strict=True)):
-            dy = dflat[part.layer][part.start : part.stop]
-            G = down([dy], [B.T], part.scaling)
-            dA = dB = None
-            if needed[first + 2 * i]:
-                dA = outer(_input(flat, part), G, 0, len(A)).to(A.dtype)
-            if needed[first + 2 * i + 1]:
-                dB = outer(dy, lows[i], 0, len(A), turned=True).to(B.dtype)
-            gradients += [dA, dB]
-            if dx is not None:
-                add_through_update(dx[part.start : part.stop], G, A, part.mask)
-        dx = None if dx is None else dx.view(x.shape)
+        whole = list(zip(parts, As, Bs, lows, strict=True))
+        own = [dflat[p.layer][p.start : p.stop] for p in parts]
+        Gs = [dy.new_empty(dy.shape[0], A.shape[0]) for dy, A in zip(own, As, strict=True)]
+        scaled = zip(parts, own, Bs, Gs, strict=True)
+        each("down", [Thin(dy, B.T, G, 0, p.scaling) for p, dy, B, G in scaled])
+        dAs, dBs = ([torch.empty_like(t, dtype=_wide(t)) for t in of] for of in (As, Bs))
+        inputs = [_input(flat, part) for part in parts]
+        each("outer", [Thin(rows, dA, G) for rows, dA, G in zip(inputs, dAs, Gs, strict=True)])
+        each("outer", [Thin(dy, dB.T, low) for dy, dB, low in zip(own, dBs, lows, strict=True)])
+        if dx is not None:
+            _through_updates(dx, [(p, G, A) for (p, A, _, _), G in zip(whole, Gs, strict=True)])
+            dx = dx.view(x.shape)
+        gradients = [
+            grad.to(of.dtype)
+            for pair in zip(zip(dAs, As, strict=True), zip(dBs, Bs, strict=True), strict=True)
+            for grad, of in pair
+        ]
         return (dx, None, None, *[None] * (2 * count), *gradients)
+
+
+def _through_updates(dx: Tensor, parts: Sequence[tuple[_Part, Tensor, Tensor]]) -> None:
+    """dx += D(G A) of every part; those of different layers share rows."""
+    for layer in dict.fromkeys(part.layer for part, _, _ in parts):
+        here = [(dx[p.start : p.stop], p, G, A) for p, G, A in parts if p.layer == layer]
+        each("up", [Thin(rows, A, G) for rows, p, G, A in here if p.mask is None])
+        for rows, p, G, A in here:
+            if p.mask is not None:
+                add_through_update(rows, G, A, p.mask)
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def _input(flat: Tensor, part: _Part) -> Tensor:

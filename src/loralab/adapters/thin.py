@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from loralab.native.library import Kernels, kernels_for
+from loralab.native.library import Kernels, Thin, kernels_for
 
 MOST = 64  # ranks up to which it pays
 STEP = 32  # what a width must be a multiple of
@@ -53,6 +53,23 @@ def outer(x: Tensor, low: Tensor, start: int, rank: int, turned: bool = False) -
     found = torch.empty((x.shape[1], rank) if turned else (rank, x.shape[1]))
     native.thin("low_outer", x, found.T if turned else found, low, start)
     return found
+
+
+def each(kind: str, products: Sequence[Thin]) -> None:
+    """Many products that do not write to the same place: "down" into low, "up" into x, "outer"
+    into M, as the functions of these names do it."""
+    natives = [_native(p.x, p.M.shape[0], p.M.dtype) for p in products]
+    native = natives[0] if products and all(natives) else None
+    if native is not None and len(products) >= torch.get_num_threads():
+        native.thin_many(kind, products)
+        return
+    for x, M, low, start, scale in products:
+        if kind == "down":
+            low[:, start : start + len(M)] = down([x], [M], scale)
+        elif kind == "up":
+            up(x, low, M, start)
+        else:
+            M.copy_(outer(x, low, start, len(M)))
 
 
 def _native(x: Tensor, rank: int, dtype: torch.dtype) -> Kernels | None:

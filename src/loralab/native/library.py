@@ -12,8 +12,9 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,9 +37,27 @@ SIGNATURES = {
 DOTS = {  # of the files that need the processor's own dot products
     "attention": "pppppppplllllf", "attention_backward": "pppppppppppppplllllf",
     "low_down": "ppplllllllf", "low_up": "ppplllllll", "low_outer": "ppplllllll",
-    "llama_step": "pp",
+    "low_many": "lpl", "llama_step": "pp",
 }  # fmt: skip
 C_TYPES = {"p": ctypes.c_void_p, "l": ctypes.c_long, "f": ctypes.c_float}
+
+
+class Thin(NamedTuple):
+    """One of lowrank.c's products: x (N, W) dense, M (R, W) of any strides, low (N, R or more)."""
+
+    x: Tensor
+    M: Tensor
+    low: Tensor
+    start: int = 0  # the first of the R columns of `low`
+    scale: float = 1.0
+
+
+class _Thin(ctypes.Structure):
+    _fields_ = [
+        *[(name, ctypes.c_void_p) for name in ("x", "m", "low")],
+        *[(name, ctypes.c_int64) for name in ("n", "width", "r", "sr", "sw", "stride", "offset")],
+        ("scale", ctypes.c_double),
+    ]
 
 
 class Kernels:
@@ -62,6 +81,20 @@ class Kernels:
         assert all(not isinstance(a, Tensor) or a.is_contiguous() for a in arguments)
         plain = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
         self._functions[name](*plain, torch.get_num_threads())
+
+    def thin_many(self, kind: str, products: Sequence[Thin]) -> None:
+        """Run one of lowrank.c's for many products that do not write to the same place."""
+        rows = [
+            _Thin(
+                x.data_ptr(), M.data_ptr(), low.data_ptr(), *x.shape, M.shape[0], *M.stride(),
+                low.shape[1], start, scale,
+            )
+            for x, M, low, start, scale in products
+        ]  # fmt: skip
+        found = (_Thin * len(rows))(*rows)
+        number = ("down", "up", "outer").index(kind)
+        address = ctypes.addressof(found)
+        self._functions["low_many"](number, address, len(found), torch.get_num_threads())
 
     def addressed(self, name: str, *addresses: int) -> None:
         """Run one of the functions on structures of the caller's."""

@@ -133,4 +133,30 @@ void low_outer(const bf16 *x, float *M, const bf16 *low, long n, long width, lon
     free(l);
 }
 
+/* One product of those above; `x` is y where it is written to. */
+typedef struct {
+    void *x;
+    float *m;
+    bf16 *low;
+    int64_t n, width, r, sr, sw, stride, offset;
+    double scale;
+} thin;
+
+enum { DOWN, UP, OUTER };
+
+/* Many of a kind that do not write to the same place: each by one thread. */
+void low_many(long kind, const thin *all, long count, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+    for (long i = 0; i < count; i++) {
+        thin p = all[i];
+        if (kind == DOWN)
+            low_down(p.x, p.m, p.low, p.n, p.width, p.r, p.sr, p.sw, p.stride, p.offset,
+                     (float)p.scale, 1);
+        else if (kind == UP)
+            low_up(p.x, p.m, p.low, p.n, p.width, p.r, p.sr, p.sw, p.stride, p.offset, 1);
+        else
+            low_outer(p.x, p.m, p.low, p.n, p.width, p.r, p.sr, p.sw, p.stride, p.offset, 1);
+    }
+}
+
 #endif

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from loralab.serving.blocks import Blocks, needed
+from loralab.serving.blocks import SIZE, Blocks, needed
 
 
 @dataclass(eq=False, kw_only=True)
@@ -121,8 +121,8 @@ class Scheduler:
         self._spent[work.row.key] = self._spent.get(work.row.key, 0.0) + work.stop - work.start
         if self._reuse:
             root, tokens = work.row.key or "", work.row.tokens[: work.stop]
-            full = len(tokens) // 16
-            if full > work.start // 16:
+            full = len(tokens) // SIZE
+            if full > work.start // SIZE:
                 self.blocks.keep(root, tokens, work.row.blocks[:full])
 
     def _wait(self, row: Row) -> "deque[Row]":
@@ -144,7 +144,7 @@ class Scheduler:
             if self._reuse and not row.done:
                 # the last token is always computed: it is what the answer begins with
                 row.blocks = self.blocks.match(row.key or "", row.tokens[:-1])
-                row.done = row.cached = len(row.blocks) * 16
+                row.done = row.cached = len(row.blocks) * SIZE
             self._spent[key] = self._spent.get(key, 0.0) + 1
             yield row
 
