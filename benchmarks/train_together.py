@@ -2,9 +2,9 @@
 
 Both are loralab: `train_many` and `train`, LoRA r=8 on every linear layer, 400 film reviews
 (short rows), bf16, each adapter with a seed and so an order of rows of its own. Timed are the
-steps alone, without the first and the last of each run; "whole command" is everything, loading, the evaluation
-at the end and saving included. Both sides run in one process, in turn; peak memory is that of two
-fresh processes.
+steps alone, without the first and the last of each run; "whole command" is everything, loading,
+the evaluation at the end and saving included. Both sides run in one process, in turn; peak memory
+is that of two fresh processes.
 
     python benchmarks/train_together.py [--models smollm2-135m minilm-l6] [--batches 1 2]
         [--jobs 10] [--steps 12] [--pairs 5] [--json FILE]

@@ -25,7 +25,7 @@ def factors(
     ]  # fmt: skip
 
 
-def meaning(x: Tensor, base: nn.Linear, own: Sequence[Own]) -> Tensor:
+def meaning(x: Tensor, base: nn.Linear, own: Sequence[tuple[Tensor, Tensor, float]]) -> Tensor:
     y = base(x)
     parts = [F.pad(s * x[a:b] @ A.T @ B.T, (0, 0, a, len(x) - b))
              for (a, b), (A, B, s) in zip(ROWS, own, strict=True)]  # fmt: skip
