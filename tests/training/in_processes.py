@@ -41,7 +41,10 @@ def stopping(step: int) -> Any:
 def main(plan: Path) -> None:
     for asked in json.loads(plan.read_text()):
         if "many" in asked:
-            jobs = [loralab.TrainJob(name=own["output"], **job(**own)) for own in asked["many"]]
+            jobs = [
+                loralab.TrainJob(name=Path(own["output"]).name, **job(**own))
+                for own in asked["many"]
+            ]
             for outcome in loralab.train_many(jobs):
                 if isinstance(outcome, Exception):
                     raise outcome
