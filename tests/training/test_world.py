@@ -102,14 +102,19 @@ def test_every_method_in_two_processes(
     split: bool, tiny_llama_folder: Path, sums: Path, tmp_path: Path
 ) -> None:
     two, one = [], []
-    for variant in VARIANTS:
-        more = {"variant": variant, "options": {}, "save_every": 100}
+    left_out = {"bitfit", *(["prompt"] if split else [])}  # a Llama has no biases
+    variants = [name for name in VARIANTS if name not in left_out]
+    for variant in variants:
+        options = (
+            {"total_steps": 6, "initial_steps": 1, "final_steps": 2} if variant == "adalora" else {}
+        )
+        more = {"variant": variant, "options": options, "save_every": 100}
         own = {**more, "shard_base": split}
         two += plans([tmp_path / f"{variant}-2"], tiny_llama_folder, sums, [3], **own)
         one += plans([tmp_path / f"{variant}-1"], tiny_llama_folder, sums, [6], **more)
     in_processes(2, two, tmp_path)
     one_process(one, tmp_path)
-    for variant in VARIANTS:
+    for variant in variants:
         require_equal(tmp_path / f"{variant}-2", tmp_path / f"{variant}-1", variant, atol=1e-3)
 
 

@@ -163,7 +163,7 @@ def prepare(
     )  # fmt: skip
     steps = training.max_steps or training.epochs * batches.steps_per_epoch
     if training.shard_base:
-        require_shardable(base.model, world())
+        require_shardable(base.model, method, world())
     if adapter.budget is not None:
         adapter.budget.plan(steps)
     _require_rows_to_occur(method, encoded)

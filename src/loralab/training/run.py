@@ -134,6 +134,8 @@ def begin(
     """A run as it stands at a checkpoint, or at its start."""
     adapter, training, here = prepared.adapter, request.training, world()
     here.align(adapter.parameters())
+    if adapter.budget is not None and not here.first:
+        adapter.budget.leave_regularising()
     if training.shard_base:
         shard_base(adapter, here)
     trained = Trained(

@@ -12,21 +12,26 @@ from torch import nn
 from loralab.adapters.attach import Adapter
 from loralab.adapters.bases import is_quantized
 from loralab.adapters.fingerprint import fingerprint
+from loralab.adapters.methods import Method, Prompt
 from loralab.errors import ConfigError
 from loralab.training.memory import checkpointed_blocks
 from loralab.training.world import World
 
 
-def require_shardable(model: nn.Module, world: World) -> None:
+def require_shardable(model: nn.Module, method: Method, world: World) -> None:
     """Refuse what cannot be split.
 
     Raises:
-        ConfigError: there is one process, no block, or weights in few bits.
+        ConfigError: there is one process, no block, weights in few bits, or a learnt prompt.
     """
     if world.size == 1:
         raise ConfigError(
             "shard_base splits the base over several processes, and this is a single one; start "
             "them with torchrun or accelerate launch"
+        )
+    if isinstance(method, Prompt):  # its gradients reach a block a second time, past its output
+        raise ConfigError(
+            "shard_base: a learnt prompt passes through the blocks a second time; use prefix"
         )
     if not checkpointed_blocks(model):
         raise ConfigError(f"shard_base: {type(model).__name__} has no blocks to split")
