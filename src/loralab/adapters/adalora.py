@@ -127,7 +127,10 @@ class LinearWithAdaLoRA(Wrapper):
         self._in_step = self.lora_E.detach().clone()
 
     def regularise(self, weight: float) -> None:
-        """Add the gradient of weight * |Q Q' - I| and |P' P - I| (4) at the next backward pass."""
+        """Add the gradient of weight * |Q Q' - I| and |P' P - I| (4) at the next backward pass.
+
+        Nothing is added, and what was to be is forgotten, with a weight of 0.
+        """
         for name in ("lora_A", "lora_B"):
             parameter: nn.Parameter = getattr(self, name)
             pending = [True]  # once a step, however many backward passes it accumulates
@@ -139,7 +142,8 @@ class LinearWithAdaLoRA(Wrapper):
 
             if name in self._hooks:
                 self._hooks.pop(name).remove()
-            self._hooks[name] = parameter.register_post_accumulate_grad_hook(add)
+            if weight:
+                self._hooks[name] = parameter.register_post_accumulate_grad_hook(add)
 
     def refreshed(self) -> None:
         """The weights were set from outside."""

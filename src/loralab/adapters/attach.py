@@ -65,6 +65,7 @@ class Adapter:
         self._recipe = RECIPES[type(config)]
         self._hooks = [_keep_gradients_in_checkpoints(model), *self._recipe.watch(model, modules)]
         self._attached = True
+        self.base_fingerprint: str | None = None  # where the base's weights are not all here
         self.budget = RankBudget(modules, config) if isinstance(config, AdaLoRA) else None
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
@@ -212,7 +213,9 @@ class Adapter:
         self._require_attached()
         record = dict(record or {})
         record["base"] = {**_described(self.model), **record.get("base", {})}
-        record["base"]["fingerprint"] = fingerprint(self.model, frozenset(self.saved))
+        record["base"]["fingerprint"] = self.base_fingerprint or fingerprint(
+            self.model, frozenset(self.saved)
+        )
         fields: dict[str, Any] = {
             "task_type": self._task_type(record["base"].get("kind")),
             "base_model_name_or_path": record["base"].get("name"),

@@ -25,6 +25,12 @@ class RankBudget:
         self.modules, self.config = dict(modules), config
         self.done = torch.zeros((), dtype=torch.int64)
         self.total_steps = config.total_steps
+        self.regularises = True
+        self._regularise()
+
+    def leave_regularising(self) -> None:
+        """Another process adds the regulariser's gradient, before those of all are summed."""
+        self.regularises = False
         self._regularise()
 
     def plan(self, steps: int) -> None:
@@ -78,10 +84,9 @@ class RankBudget:
             module.keep(kept)
 
     def _regularise(self) -> None:
-        weight = self.config.orthogonality / (2 * len(self.modules))
-        if weight:
-            for module in self.modules.values():
-                module.regularise(weight)
+        weight = self.config.orthogonality / (2 * len(self.modules)) * self.regularises
+        for module in self.modules.values():
+            module.regularise(weight)
 
     def _steps(self) -> int:
         if self.total_steps is None:

@@ -148,8 +148,7 @@ def fill(adapter: Adapter, stored: AdapterFolder) -> None:
         raise AdapterFileError(
             f"{stored.path} does not fit {type(adapter.model).__name__}; " + "; ".join(problems)
         )
-    for key, tensor in own.items():
-        tensor.copy_(stored.tensors[key])
+    torch._foreach_copy_(list(own.values()), [stored.tensors[key] for key in own])
 
 
 def _drop_base_embeddings(adapter: Adapter, stored: AdapterFolder) -> None:

@@ -1,7 +1,7 @@
 """train --jobs: several trainings in one command, their lines side by side."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +34,17 @@ def train_jobs(
     with JobLines(len(jobs), quiet=quiet or as_json) as lines:
         outcomes = train_many(jobs, resume=resume, listener=lines)
     found = [_result(job.name, outcome) for job, outcome in zip(jobs, outcomes, strict=True)]
+    _show(found, as_json)
+    if any("error" in result for result in found):
+        raise typer.Exit(1)
+
+
+def _show(found: Sequence[Mapping[str, Any]], as_json: bool) -> None:
+    """All jobs' results; nothing, where another process shows them."""
+    from loralab.training.world import world
+
+    if not world().first:
+        return
     if as_json:
         _print_json({"jobs": found})
     for result in found:
@@ -41,8 +52,6 @@ def train_jobs(
             print(f"error: {result['error']}", file=sys.stderr)
         elif not as_json:
             show_run(result)
-    if any("error" in result for result in found):
-        raise typer.Exit(1)
 
 
 def _jobs(file: Path, output_dir: Path | None, typed: Mapping[str, Any]) -> list[TrainJob]:

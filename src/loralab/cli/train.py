@@ -80,9 +80,9 @@ def train(
     with Bar(quiet=quiet or json_) as bar:
         run = run_training(**request, output_dir=output, resume=resume, listener=bar)
     result = proved(run)
-    if json_:
+    if result and json_:
         _print_json(result)
-    else:
+    elif result:
         show_run(result)
 
 
@@ -241,12 +241,19 @@ def _mapping(text: str | None) -> dict[str, str]:
 def proved(run: "Run") -> dict[str, Any]:
     """A run in JSON, with the certificate that what was saved does what was trained.
 
+    Empty in all processes but the first of several: they only compute what it compares with, of
+    which each has a part where the base is split.
+
     Raises:
         CertificateError: it does not.
     """
-    from loralab.artefacts.certificate import certify
+    from loralab.artefacts.certificate import certify, reference_of
+    from loralab.training.world import world
 
     base = run.base
+    if not world().first:
+        reference_of(base.model, run.sample, base.kind, base.tokenizer)
+        return {}
     return _run_json(run, certify(
         run.output_dir, base.model, run.sample, kind=base.kind, tokenizer=base.tokenizer
     ))  # fmt: skip

@@ -74,9 +74,8 @@ class Compiled:
             return False
         table = (_Update * (self._structure.layers * len(PROJECTIONS)))()
         kept: list[Tensor] = []
-        for path, module in adapter.modules.items():
+        for path, own in _updates_of(adapter.modules):
             number, name = _layer_and_name(path)
-            own = _update_of(module)
             kept += own.values()
             place = table[number * len(PROJECTIONS) + PROJECTIONS.index(name)]
             for field, tensor in own.items():
@@ -171,24 +170,33 @@ def _layer_and_name(path: str) -> Any:
 
 
 @torch.no_grad()
-def _update_of(module: Any) -> dict[str, Tensor]:
-    """What serve.c reads of a module; the scaling goes into B."""
-    if isinstance(module, LinearWithIA3):
-        scale = module.ia3_l.detach().flatten().float().contiguous()
-        return {"before" if module.feedforward else "after": scale}
-    A, B, scaling = module.factors()
-    found = {"a": A.bfloat16().contiguous(), "b": _pairs(scaling * B)}
-    if module.magnitude is not None:
-        found["ratio"] = module.ratio().float().contiguous()
-    return found
+def _updates_of(modules: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """What serve.c reads of each module; all that have one shape are made at once."""
+    alike: dict[tuple[int, ...], list[tuple[str, Tensor, Tensor, float]]] = {}
+    for path, module in modules.items():
+        if isinstance(module, LinearWithIA3):
+            scale = module.ia3_l.detach().flatten().float().contiguous()
+            yield path, {"before" if module.feedforward else "after": scale}
+        else:
+            A, B, scaling = module.factors()
+            alike.setdefault((*A.shape, *B.shape), []).append((path, A, B, scaling))
+    for own in alike.values():
+        paths, As, Bs, scalings = zip(*own, strict=True)
+        a = torch.stack(As).bfloat16()
+        b = _pairs(torch.stack(Bs) * torch.tensor(scalings, device=a.device)[:, None, None])
+        for number, path in enumerate(paths):
+            found = {"a": a[number], "b": b[number]}
+            if modules[path].magnitude is not None:
+                found["ratio"] = modules[path].ratio().float().contiguous()
+            yield path, found
 
 
 def _pairs(B: Tensor) -> Tensor:
-    """B (O, R) -> (R / 2, O, 2): pairs of neighbours in R, which are multiplied at once."""
-    rows, rank = B.shape
-    even = B.new_zeros(rank + rank % 2, rows)
-    even[:rank] = B.T
-    return even.view(-1, 2, rows).transpose(1, 2).bfloat16().contiguous()
+    """B (N, O, R), scaling included -> (N, R / 2, O, 2): neighbours in R are multiplied at once."""
+    number, rows, rank = B.shape
+    even = B.new_zeros(number, rank + rank % 2, rows)
+    even[:, :rank] = B.transpose(1, 2)
+    return even.view(number, -1, 2, rows).transpose(2, 3).bfloat16().contiguous()
 
 
 def _addresses(layer: Any) -> list[int]:

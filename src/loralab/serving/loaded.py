@@ -70,7 +70,7 @@ class Nursery:
         self._dtype = dtype_name(self._model)
         self._quantize = quantize
         self._fingerprints: dict[frozenset[str], str] = {}
-        self._known: OrderedDict[str, Layers] = OrderedDict()
+        self._known: OrderedDict[str, tuple[Any, Layers]] = OrderedDict()
         self._lock = threading.Lock()
 
     def load(self, stored: AdapterFolder) -> Loaded:
@@ -93,14 +93,13 @@ class Nursery:
     @torch.no_grad()
     def _made(self, stored: AdapterFolder) -> Loaded:
         self._require_servable(stored)
-        config = present_in(self._model, stored)
-        adapter = self._empty(config)
+        adapter = self._empty(stored)
         for name, saved in adapter.saved.items():
             self._fit_head(name, saved, stored)
         fill(adapter, stored)
         self._compare_base(stored, adapter)
         adapter.detach()  # drops the hooks; no module was replaced
-        front = self._front(config, adapter, stored)
+        front = self._front(adapter, stored)
         tensors = [parameter.requires_grad_(False) for parameter in adapter.parameters()]
         tensors += [b for module in adapter.modules.values() for b in module.own_buffers().values()]
         tensors += [] if front is None else [front]
@@ -110,17 +109,18 @@ class Nursery:
             bytes=sum(t.numel() * t.element_size() for t in tensors), kind=self._base.kind,
         )  # fmt: skip
 
-    def _empty(self, config: Any) -> Adapter:
-        """An adapter of this configuration, to be filled."""
-        key = repr(config)
+    def _empty(self, stored: AdapterFolder) -> Adapter:
+        """An adapter of a folder's configuration, to be filled."""
+        key = repr(stored.config)
         if key in self._known:
             self._known.move_to_end(key)
-            modules: dict[str, Any] = {n: _again(m) for n, m in self._known[key].items()}
+            config, known = self._known[key]
+            modules: dict[str, Any] = {name: _again(layer) for name, layer in known.items()}
             return Adapter(self._model, config, modules, {}, frozenset())
-        own, modules, saved = wrappers_for(self._model, config)
+        own, modules, saved = wrappers_for(self._model, present_in(self._model, stored))
         plain = {n: m for n, m in modules.items() if isinstance(m, LinearWithLoRA)}
-        if not saved and len(plain) == len(modules):
-            self._known[key] = {name: _again(m, "meta") for name, m in plain.items()}
+        if not saved and not stored.config.modules_to_save and len(plain) == len(modules):
+            self._known[key] = own, {name: _again(m, "meta") for name, m in plain.items()}
             if len(self._known) > KEPT:
                 self._known.popitem(last=False)
         return Adapter(self._model, own, modules, saved, frozenset())
@@ -189,8 +189,9 @@ class Nursery:
         if problem := base_problem(stored, self._dtype, here):
             raise AdapterFileError(f"{problem}, so its answers would differ")
 
-    def _front(self, config: Any, adapter: Adapter, stored: AdapterFolder) -> Tensor | None:
+    def _front(self, adapter: Adapter, stored: AdapterFolder) -> Tensor | None:
         """The keys and values of a prefix or prompt, whose modules are not needed any more."""
+        config = adapter.config
         if not isinstance(config, Prefix | Prompt):
             return None
         start, limit = learnt_positions(self._model)

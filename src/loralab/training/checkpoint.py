@@ -22,6 +22,7 @@ from torch import Tensor
 from loralab import atomic
 from loralab.adapters.attach import Adapter
 from loralab.errors import AdapterFileError
+from loralab.training.world import World
 
 FOLDER = "checkpoints"
 
@@ -48,24 +49,20 @@ class Trained:
     scaler: torch.amp.GradScaler
 
 
-def save(run: Path, trained: Trained, progress: Progress) -> Path:
-    """Write a checkpoint, then remove those that are neither the last nor the best."""
-    path = write(run, trained, progress)
-    keep(run, {progress.step, progress.best_step})
-    return path
-
-
-def write(run: Path, trained: Trained, progress: Progress) -> Path:
-    """Write a checkpoint beside those that there are."""
+def write(run: Path, trained: Trained, progress: Progress, world: World) -> Path:
+    """Write a checkpoint beside those that there are; all processes take part."""
     progress = replace(progress, scaler=trained.scaler.state_dict())
     path = run / FOLDER / f"step-{progress.step:06d}"
-    if not path.exists():
+    others = world.gathered(torch.get_rng_state())[1:]
+    if world.first and not path.exists():
         with atomic.new_folder(path) as folder:
             # 8-bit optimisers share a table between parameters, which the format refuses
             tensors = {name: t.cpu().contiguous().clone() for name, t in _state(trained).items()}
+            tensors |= {f"random.cpu.{rank}": own for rank, own in enumerate(others, 1)}
             safetensors.torch.save_file(tensors, folder / "state.safetensors")
             text = json.dumps(asdict(progress), indent=2)
             (folder / "progress.json").write_text(text + "\n", encoding="utf-8")
+    world.wait()
     return path
 
 
@@ -115,8 +112,10 @@ def at_step(run: Path, step: int) -> Path:
     return run / FOLDER / f"step-{step:06d}"
 
 
-def restore(path: Path, trained: Trained) -> Progress:
+def restore(path: Path, trained: Trained, world: World) -> Progress:
     """Fill the live objects and torch's random-number state; return where the run stood.
+
+    The checkpoint may be of another number of processes.
 
     Raises:
         AdapterFileError: the checkpoint is damaged.
@@ -136,9 +135,20 @@ def restore(path: Path, trained: Trained) -> Progress:
     if progress.scaler:
         trained.scaler.load_state_dict(progress.scaler)
     torch.set_rng_state(tensors["random.cpu"])
+    if not world.first:
+        _set_own_random(tensors, world.rank)
     for index, random in _part(tensors, "random.cuda.").items():
         torch.cuda.set_rng_state(random, int(index))
     return progress
+
+
+def _set_own_random(tensors: Mapping[str, Tensor], rank: int) -> None:
+    """The random numbers of a process, or new ones if the checkpoint knows no such process."""
+    own = tensors.get(f"random.cpu.{rank}")
+    if own is None:
+        torch.manual_seed(int(torch.randint(2**62, ())) + rank)
+    else:
+        torch.set_rng_state(own)
 
 
 def restore_weights(path: Path, adapter: Adapter) -> None:

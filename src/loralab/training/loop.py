@@ -31,6 +31,7 @@ from loralab.training.fast.path import Path
 from loralab.training.optim import learning_rate, set_learning_rate
 from loralab.training.record import Record
 from loralab.training.settings import Training
+from loralab.training.world import World
 
 FIRST_LOOK, SECOND_LOOK = 1, 3  # steps after which gradients, and then weights, are checked
 # a random A has no gradient before B has moved; lambda can be pruned; a token's row waits for it
@@ -40,7 +41,11 @@ SMALLEST_SCALE = 2.0**-10  # below this loss scale, fp16 gradients overflow for 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """Everything that the loop needs and does not change."""
+    """Everything that the loop needs and does not change.
+
+    `sharded` is whether the base is split over the processes, which then pass through it equally
+    often.
+    """
 
     adapter: Adapter
     path: Path
@@ -50,6 +55,8 @@ class Job:
     training: Training
     folder: Folder
     evaluate: Callable[[], Scores]
+    world: World
+    sharded: bool
 
 
 class Steps:
@@ -69,16 +76,26 @@ class Steps:
         """Whether there is no next step."""
         return self.progress.step >= self.job.steps or self.progress.stopped_early
 
-    def parts(self) -> list[list[Example]]:
-        """The rows of the next step, as they go through the model."""
+    def shares(self) -> list[list[list[Example]]]:
+        """The rows of the next step, as they go through the model in each process."""
         job = self.job
         passes = [[job.examples[i] for i in rows] for rows in job.batches.step(self.progress.step)]
-        return [part for rows in passes for part in job.path.parts(rows)]
+        return [
+            [part for rows in job.world.share(passes, rank) for part in job.path.parts(rows)]
+            for rank in range(job.world.size)
+        ]
 
-    def labelled(self, parts: Sequence[Sequence[Example]]) -> int:
+    def labelled(self, shares: Sequence[Sequence[Sequence[Example]]]) -> int:
         """What the summed losses of a step are divided by, at least 1."""
-        kind = self.job.path.kind
+        kind, parts = self.job.path.kind, [part for share in shares for part in share]
         return max(1, sum(labelled_tokens(example, kind) for rows in parts for example in rows))
+
+    def reduced(self, loss: float, tokens: int) -> tuple[float, int]:
+        """A step's loss and tokens over all processes; its gradients are added up too."""
+        job = self.job
+        job.world.sum_gradients(job.adapter.parameters())
+        loss, total = job.world.summed(loss, tokens)
+        return loss, int(total)
 
     def gradients(self, accelerator: Accelerator) -> tuple[float, int]:
         """Those of the next step: (mean loss per labelled token, tokens seen).
@@ -86,8 +103,8 @@ class Steps:
         Raises:
             LearningError: the loss is not finite.
         """
-        job, parts = self.job, self.parts()
-        labelled = self.labelled(parts)
+        job, shares = self.job, self.shares()
+        parts, labelled = shares[job.world.rank], self.labelled(shares)
         total, tokens = torch.zeros((), dtype=torch.float64), 0
         with job.path.taken():
             for rows in parts:
@@ -95,11 +112,15 @@ class Steps:
                 accelerator.backward(self.trained.scaler.scale(loss / labelled))
                 total += loss.detach().cpu()
                 tokens += sum(example.length for example in rows)
-                if not math.isfinite(total):
+                if not math.isfinite(total) and job.world.size == 1:
                     break
-        if not math.isfinite(total):
-            raise LearningError(_blame_forward(job, rows, self.progress.step))
-        return float(total) / labelled, tokens
+            idle = max(map(len, shares)) - len(parts) if job.sharded else 0
+            for _ in range(idle):  # the others need this process's part of the base
+                accelerator.backward(0 * job.path.loss(shares[0][0]))
+        mean, tokens = self.reduced(float(total) / labelled, tokens)
+        if not math.isfinite(mean):
+            raise LearningError(_blame_forward(job, parts or shares[0], self.progress.step))
+        return mean, tokens
 
     def clip(self) -> float:
         """Check and clip the gradients; returns their norm before.
@@ -136,12 +157,13 @@ class Steps:
 
     def write(self) -> None:
         """A checkpoint, beside those before it."""
-        path = checkpoint.write(self.job.folder, self.trained, self.progress)
+        path = checkpoint.write(self.job.folder, self.trained, self.progress, self.job.world)
         self.record({"kind": "checkpoint", "step": self.progress.step, "text": str(path)})
 
     def drop_others(self) -> None:
         """Remove the checkpoints that are neither the last nor the best."""
-        checkpoint.keep(self.job.folder, {self.progress.step, self.progress.best_step})
+        if self.job.world.first:
+            checkpoint.keep(self.job.folder, {self.progress.step, self.progress.best_step})
 
     def forget(self) -> None:
         """Drop the gradients of a step that is not to be."""
@@ -164,8 +186,9 @@ def run_steps(steps: Steps) -> Progress:
             if steps.look():
                 steps.write()
                 steps.drop_others()
-            if interrupted.is_set():
-                checkpoint.save(steps.job.folder, steps.trained, steps.progress)
+            if any(steps.job.world.summed(interrupted.is_set())):
+                steps.write()
+                steps.drop_others()
                 raise KeyboardInterrupt
     return steps.progress
 
@@ -195,7 +218,7 @@ def _update(job: Job, trained: Trained) -> None:
 
 
 def _evaluate(job: Job, progress: Progress, record: Record) -> tuple[Progress, bool]:
-    scores = job.evaluate()
+    scores = job.world.agreed(job.evaluate())
     record({
         "kind": "evaluation", "step": progress.step, "split": "validation",
         "metrics": scores.metrics, "rows": scores.rows,
@@ -254,8 +277,8 @@ def _finite(tensor: Tensor) -> bool:
     return bool(tensor.isfinite().all())
 
 
-def _blame_forward(job: Job, rows: Sequence[Example], number: int) -> str:
-    """Where the numbers first went wrong: the plain forward pass once more, watched."""
+def _blame_forward(job: Job, parts: Sequence[Sequence[Example]], number: int) -> str:
+    """Where the numbers first went wrong: plain forward passes once more, watched."""
     model = job.adapter.model
     found: list[str] = []
     bad = [n for n, p in job.adapter.named_parameters().items() if not _finite(p)]
@@ -269,7 +292,10 @@ def _blame_forward(job: Job, rows: Sequence[Example], number: int) -> str:
 
     hooks = [m.register_forward_hook(watch(n)) for n, m in model.named_modules() if n]
     with torch.no_grad():
-        answer_loss(model, job.path.batch(rows), job.path.kind)
+        for rows in parts[:1] if job.sharded else parts:
+            answer_loss(model, job.path.batch(rows), job.path.kind)
+            if found:
+                break
     for hook in hooks:
         hook.remove()
     where = found[0] if found else "the loss"

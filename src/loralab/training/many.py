@@ -16,8 +16,9 @@ from loralab.training.joint import Joint, tried
 from loralab.training.preflight import Request
 from loralab.training.record import Listener
 from loralab.training.rounds import FAILED, Outcome, Random, Ready, Rounds, naming
-from loralab.training.run import require_one_process, run_prepared
+from loralab.training.run import own_seed, run_prepared
 from loralab.training.shared import OneBase, mixes_rows
+from loralab.training.world import world
 
 ALIKE = ("model", "precision", "quantize", "image_size")
 
@@ -40,11 +41,12 @@ def train_many(
     Raises:
         InputError: something given is wrong, the job's name in front; nothing has been written.
     """
-    require_one_process()
     one = OneBase()
     ready = _prepared(jobs, one, resume=resume)
-    for job in ready:
+    world().wait()  # all have seen the folders as they were
+    for job in ready if world().first else ():
         preflight.write_config(job.folder, job.request)
+    world().wait()
     with torch.random.fork_rng():
         joint, alone = _sorted_out(ready, one)
         outcomes: dict[str, Outcome] = {}
@@ -67,6 +69,8 @@ def _prepared(jobs: Sequence[TrainJob], one: OneBase, *, resume: bool) -> list[R
         with _named(job.name):
             asked = Request.of(job.model, job.data, job.method, job.training, job.mapping)
             asked = replace(asked, task=job.task)
+            if asked.training.shard_base:
+                raise ConfigError("shard_base is for a single adapter; leave it out")
             requests[job.name] = preflight.require_place(Path(job.output_dir), asked, resume=resume)
     _require_alike({name: _alike(request) for name, request in requests.items()})
     folders = {job.name: Path(job.output_dir).resolve() for job in jobs}
@@ -79,7 +83,7 @@ def _prepared(jobs: Sequence[TrainJob], one: OneBase, *, resume: bool) -> list[R
         request = replace(requests[job.name], training=prepared.training)
         ready.append(Ready(
             name=job.name, folder=Path(job.output_dir), request=request, prepared=prepared,
-            random=Random(prepared.training.seed),
+            random=Random(own_seed(prepared.training.seed)),
         ))  # fmt: skip
     _require_alike({job.name: {"kind of model": job.prepared.base.kind} for job in ready})
     return ready
@@ -161,12 +165,13 @@ def _joined(job: Ready, joint: Joint) -> str:
 
 def _trained_alone(job: Ready, reason: str, listener: Listener | None) -> Outcome:
     note = f"trained by itself: {reason}" if reason else ""
-    torch.manual_seed(job.request.training.seed)
+    torch.manual_seed(own_seed(job.request.training.seed))
     try:
         run = run_prepared(job.request, job.prepared, job.folder, naming(job.name, listener), note)
     except LoralabError as error:
         return of_job(job.name, error)
-    (job.folder / FAILED).unlink(missing_ok=True)
+    if world().first:
+        (job.folder / FAILED).unlink(missing_ok=True)
     return run
 
 

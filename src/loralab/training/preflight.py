@@ -38,6 +38,8 @@ from loralab.training.fast.path import quickest
 from loralab.training.fit import fitted
 from loralab.training.optim import usual_rate
 from loralab.training.settings import Training
+from loralab.training.shard import require_shardable
+from loralab.training.world import world
 
 CONFIG = "config.toml"
 CHOSEN = ("pass_tokens", "gradient_checkpointing", "checkpoint_blocks")  # by a memory budget
@@ -155,10 +157,13 @@ def prepare(
     )
     batches = Batches(
         lengths=tuple(example.length for example in encoded.examples),
-        batch_size=training.batch_size, accumulation_steps=training.accumulation_steps,
+        batch_size=training.batch_size,
+        accumulation_steps=training.accumulation_steps * (training.processes or 1),
         seed=training.seed, by_length=training.by_length,
     )  # fmt: skip
     steps = training.max_steps or training.epochs * batches.steps_per_epoch
+    if training.shard_base:
+        require_shardable(base.model, method, world())
     if adapter.budget is not None:
         adapter.budget.plan(steps)
     _require_rows_to_occur(method, encoded)
@@ -169,7 +174,7 @@ def prepare(
     path.longest = max(len(text) for e in encoded.examples for text in (e.input_ids, e.second))
     chosen = training
     if not request.settled:
-        chosen = fitted(adapter, path, encoded.examples, training)
+        chosen = world().agreed(fitted(adapter, path, encoded.examples, training))
     if chosen != training:
         mode, blocks = chosen.gradient_checkpointing, chosen.checkpoint_blocks
         memory.checkpoint_gradients(base.model, mode, blocks)
@@ -232,12 +237,13 @@ def require_place(folder: Path, request: Request, *, resume: bool) -> Request:
     config = folder / CONFIG
     if not config.is_file():
         atomic.require_free(folder)
-        return request
+        return _in_processes(request, None)
     if not resume:
         raise OutputError(
             f"{folder} holds another run; continue it with --resume, or choose another name"
         )
     stored = tomllib.loads(config.read_text(encoding="utf-8"))
+    request = _in_processes(request, stored.get("processes", 1))
     if request.training.memory_budget is not None:
         chosen = {name: stored[name] for name in CHOSEN if name in stored}
         request = replace(request, training=replace(request.training, **chosen), settled=True)
@@ -246,6 +252,17 @@ def require_place(folder: Path, request: Request, *, resume: bool) -> Request:
     if different:
         changes = [f"{k} was {stored.get(k)!r}, now {asked.get(k)!r}" for k in different]
         raise ConfigError(f"{folder} holds a run with other settings: {some(changes)}")
+    return request
+
+
+def _in_processes(request: Request, before: int | None) -> Request:
+    """How many processes share a step: as asked for, as `before`, or as many as there are.
+
+    A run that goes on in fewer or more processes keeps the rows of its steps.
+    """
+    training, size = request.training, before or world().size
+    if training.processes is None and size > 1:
+        return replace(request, training=replace(training, processes=size))
     return request
 
 

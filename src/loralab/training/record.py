@@ -28,16 +28,22 @@ class Record:
         folder: the run folder.
         step: the steps that are done; later lines of an interrupted run are dropped.
         listener: called with every event.
+        speaks: off in all processes but one; they write nothing and tell nobody.
     """
 
-    def __init__(self, folder: Path, step: int, listener: Listener | None) -> None:
-        self.folder = folder
-        self._listener = listener
-        _drop_after(folder / METRICS, step)
-        self._board = _tensorboard(folder / "tensorboard", step)
+    def __init__(
+        self, folder: Path, step: int, listener: Listener | None, *, speaks: bool = True
+    ) -> None:
+        self.folder, self._speaks = folder, speaks
+        self._listener, self._board = listener, None
+        if speaks:
+            _drop_after(folder / METRICS, step)
+            self._board = _tensorboard(folder / "tensorboard", step)
 
     def __call__(self, event: Event) -> None:
         """Write one event and pass it on."""
+        if not self._speaks:
+            return
         if event["kind"] in _KEPT:
             _append(self.folder / METRICS, json.dumps(event))
             self._draw(event)

@@ -25,6 +25,7 @@ from loralab.training.loop import Steps, interruptible
 from loralab.training.preflight import Prepared, Request
 from loralab.training.record import Event, Listener
 from loralab.training.run import Begun, Run, begin, finish
+from loralab.training.world import world
 
 FAILED = "failed.txt"  # in the folder of a job that ended with an error: why it did
 Outcome = Run | LoralabError
@@ -96,7 +97,7 @@ class Rounds:
 
     def __init__(self, jobs: Sequence[Ready], joint: Joint, listener: Listener | None) -> None:
         self.joint, self.outcomes = joint, dict[str, Outcome]()
-        self._accelerator = Accelerator(mixed_precision="no")
+        self._accelerator, self._world = Accelerator(mixed_precision="no"), world()
         last = checkpoint.side_by_side({job.folder: job.prepared.steps for job in jobs})
         note = f"trained together with {', '.join(job.name for job in jobs)}"
         self.active = [self._begun(job, last[job.folder], listener, note) for job in jobs]
@@ -113,7 +114,7 @@ class Rounds:
             self._end_those_that_are_over()
             while self.active:
                 self._round()
-                if interrupted.is_set() and self.active:
+                if any(self._world.summed(interrupted.is_set())) and self.active:
                     self._save({})
                     raise KeyboardInterrupt
         return self.outcomes
@@ -145,8 +146,9 @@ class Rounds:
 
     def _together(self) -> tuple[dict[str, _Step], list[_Live]]:
         """The gradients of all jobs, clipped; and the jobs whose numbers are not good."""
-        parts = {live.name: live.steps.parts() for live in self.active}
-        made = {live.name: _Step(live.steps.labelled(parts[live.name])) for live in self.active}
+        shares = {live.name: live.steps.shares() for live in self.active}
+        parts = {name: own[self._world.rank] for name, own in shares.items()}
+        made = {live.name: _Step(live.steps.labelled(shares[live.name])) for live in self.active}
         for number in range(max(map(len, parts.values()))):
             chosen = [
                 Part(live.name, live.steps.job.path, parts[live.name][number])
@@ -155,6 +157,9 @@ class Rounds:
             ]
             for group in self.joint.groups(chosen, self._room):
                 self._pass(group, made)
+        for live in self.active:
+            step = made[live.name]
+            step.loss, step.tokens = live.steps.reduced(step.loss, step.tokens)
         bad = [live for live in self.active if not self._clipped(live, made[live.name])]
         return made, bad
 
@@ -233,7 +238,8 @@ class Rounds:
                 live.steps.write()
         for live in failed:
             error = of_job(live.name, errors[live.name])
-            atomic.write_file(live.job.folder / FAILED, f"{errors[live.name]}\n")
+            if self._world.first:
+                atomic.write_file(live.job.folder / FAILED, f"{errors[live.name]}\n")
             self._leave(live, error, f"ended: {errors[live.name]}")
         for live in self.active:
             live.steps.drop_others()

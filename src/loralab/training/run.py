@@ -1,6 +1,5 @@
 """train(): prepares, calls the loop, writes the run folder."""
 
-import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -11,7 +10,6 @@ import torch
 
 from loralab.adapters.attach import Adapter
 from loralab.adapters.methods import Method
-from loralab.errors import ConfigError
 from loralab.models.device import device_here
 from loralab.models.load import Base
 from loralab.tasks import encode
@@ -24,6 +22,10 @@ from loralab.training.optim import optimizer_for
 from loralab.training.preflight import Prepared, Request
 from loralab.training.record import Listener, Record
 from loralab.training.settings import Training
+from loralab.training.shard import shard_base
+from loralab.training.world import world
+
+SEED_STEP = 1_000_003  # between the seeds of processes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,27 +79,24 @@ def train(
         InputError: something given is wrong; nothing has been written.
         LearningError: the run cannot learn, or its numbers are no longer finite.
     """
-    require_one_process()
-    folder = Path(output_dir)
+    here, folder = world(), Path(output_dir)
     request = replace(Request.of(model, data, method, training, mapping), task=task)
     request = preflight.require_place(folder, request, resume=resume)
     prepared = preflight.prepare(request)
     training = prepared.training
     request = replace(request, training=training)
-    preflight.write_config(folder, request)
+    here.wait()  # all have seen the folder as it was
+    if here.first:
+        preflight.write_config(folder, request)
+    here.wait()
     with torch.random.fork_rng():
-        torch.manual_seed(training.seed)
+        torch.manual_seed(own_seed(training.seed))
         return run_prepared(request, prepared, folder, listener)
 
 
-def require_one_process() -> None:
-    """Refuse what torchrun starts.
-
-    Raises:
-        ConfigError: this process is one of several.
-    """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError("training in several processes is not supported yet; start a single one")
+def own_seed(seed: int) -> int:
+    """The seed of this process's random numbers: each drops out numbers of its own."""
+    return seed + SEED_STEP * world().rank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,14 +132,20 @@ def begin(
     last: Path | None, note: str = "",
 ) -> Begun:  # fmt: skip
     """A run as it stands at a checkpoint, or at its start."""
-    adapter, training = prepared.adapter, request.training
+    adapter, training, here = prepared.adapter, request.training, world()
+    here.align(adapter.parameters())
+    if adapter.budget is not None and not here.first:
+        adapter.budget.leave_regularising()
+    if training.shard_base:
+        shard_base(adapter, here)
     trained = Trained(
         adapter=adapter,
         optimizer=optimizer_for(adapter.named_parameters(), training, request.method),
         scaler=torch.amp.GradScaler(device_here().type, enabled=training.precision == "fp16"),
     )
-    progress = checkpoint.restore(last, trained) if last else Progress()
-    record = Record(folder, progress.step, listener)
+    progress = checkpoint.restore(last, trained, here) if last else Progress()
+    here.wait()  # all have read what the first one will now change
+    record = Record(folder, progress.step, listener, speaks=here.first)
     _announce(prepared, training, progress, record, note)
     since = time.perf_counter()
     seen: list[Scores] = []
@@ -163,7 +168,9 @@ def finish(begun: Begun) -> Run:
     base.model.eval()
     # the loop's last evaluation was of these very weights, unless it happened in another process
     scores = seen[-1] if seen and best == progress.step else begun.steps.job.evaluate()
-    adapter.save(folder, record_of(request, prepared, progress, scores), overwrite=True)
+    if world().first:
+        adapter.save(folder, record_of(request, prepared, progress, scores), overwrite=True)
+    world().wait()
     record({"kind": "end", "step": progress.step, "text": f"saved in {folder}"})
     record.close()
     return Run(
@@ -180,7 +187,7 @@ def _job(request: Request, prepared: Prepared, folder: Path, score: Callable[[],
     return Job(
         adapter=prepared.adapter, path=prepared.path, examples=prepared.encoded.examples,
         batches=prepared.batches, steps=prepared.steps, training=request.training, folder=folder,
-        evaluate=score,
+        evaluate=score, world=world(), sharded=request.training.shard_base,
     )  # fmt: skip
 
 

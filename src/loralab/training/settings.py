@@ -20,7 +20,10 @@ OPTIMIZER_BITS = (32, 8)
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """How an adapter is trained; one optimiser step sees batch_size * accumulation_steps rows."""
+    """How an adapter is trained.
+
+    One optimiser step sees batch_size * accumulation_steps rows, and so many for each process.
+    """
 
     learning_rate: Annotated[
         float | None, "peak learning rate of AdamW; none is the method's usual one"
@@ -51,6 +54,12 @@ class Training:
     memory_budget: Annotated[
         str | None, "choose the quickest pass_tokens and checkpoint_blocks within it, as in 4GB"
     ] = None
+    processes: Annotated[
+        int | None, "how many share a step, batch_size rows each; none is as many as were started"
+    ] = None
+    shard_base: Annotated[
+        bool, "each process keeps a part of the frozen base only (FSDP2); for several processes"
+    ] = False
     optimizer_bits: Annotated[
         int, "of AdamW's two moments: 32, or 8 in blocks (for many trained numbers; bitsandbytes)"
     ] = 32
@@ -81,7 +90,7 @@ class Training:
             check_count(name, getattr(self, name))
         for name in (
             "max_steps", "evaluate_every", "patience", "save_every", "image_size",
-            "checkpoint_blocks", "pass_tokens",
+            "checkpoint_blocks", "pass_tokens", "processes",
         ):  # fmt: skip
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name))

@@ -1,0 +1,122 @@
+"""Several processes that train one adapter, as torchrun or `accelerate launch` start them.
+
+Each has a copy of the adapter and makes its share of the passes of every step; before the step is
+applied the gradients of all are summed. So a step has the numbers that it would have in a single
+process, but for the order of its sums. An adapter's gradients are small: they are summed in one
+message. Source: Li et al. 2020, arXiv:2006.15704.
+"""
+
+import functools
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor, distributed, nn
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all: `rank` of `size`; the first of them writes what is written."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this process is the one that writes and speaks."""
+        return self.rank == 0
+
+    def share(self, parts: Sequence[T], rank: int) -> list[T]:
+        """What of some parts one process takes."""
+        return list(parts[rank :: self.size])
+
+    def summed(self, *numbers: float) -> list[float]:
+        """Numbers of all processes, added up."""
+        if self.size == 1:
+            return list(numbers)
+        own = torch.tensor(numbers, dtype=torch.float64, device=_device())
+        distributed.all_reduce(own)
+        return own.tolist()
+
+    def most(self, number: int) -> int:
+        """The largest of a number that each process has."""
+        if self.size == 1:
+            return number
+        own = torch.tensor(number, device=_device())
+        distributed.all_reduce(own, op=distributed.ReduceOp.MAX)
+        return int(own)
+
+    def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Add up the gradients of all processes; what has none in any of them keeps none."""
+        if self.size == 1:
+            return
+        present = self.summed(*(float(p.grad is not None) for p in parameters))
+        chosen = [p for p, count in zip(parameters, present, strict=True) if count]
+        for parameter in chosen:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        _in_one_message([p.grad for p in chosen if p.grad is not None], distributed.all_reduce)
+
+    @torch.no_grad()
+    def align(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Give all processes the first one's numbers."""
+        if self.size > 1:
+            _in_one_message(
+                [p.data for p in parameters], functools.partial(distributed.broadcast, src=0)
+            )
+
+    def agreed(self, value: T) -> T:
+        """The first process's value, in all of them."""
+        if self.size == 1:
+            return value
+        values: list[T] = [value]
+        distributed.broadcast_object_list(values, src=0)
+        return values[0]
+
+    def gathered(self, value: T) -> list[T]:
+        """Each process's value, in all of them."""
+        if self.size == 1:
+            return [value]
+        found: list[T | None] = [None] * self.size
+        distributed.all_gather_object(found, value)
+        return [own for own in found if own is not None]
+
+    def wait(self) -> None:
+        """Until all processes have come here."""
+        if self.size > 1:
+            distributed.barrier()
+
+
+@functools.cache
+def world() -> World:
+    """This process among those that were started with it; the first call joins them."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return World()
+    from accelerate import PartialState
+
+    state = PartialState(cpu=not torch.cuda.is_available())
+    return World(state.process_index, state.num_processes)
+
+
+def _device() -> torch.device:
+    """Where messages between processes are kept."""
+    if distributed.get_backend() == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def _in_one_message(tensors: Iterable[Tensor], send: functools.partial[object] | object) -> None:
+    """Send tensors, those of a dtype as one, and fill in what came of it."""
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        by_dtype.setdefault(tensor.dtype, []).append(tensor)
+    for own in by_dtype.values():
+        message = torch.cat([t.flatten() for t in own]).to(_device())
+        send(message)  # type: ignore[operator]
+        parts = message.split([t.numel() for t in own])
+        for tensor, part in zip(own, parts, strict=True):
+            tensor.copy_(part.view_as(tensor))

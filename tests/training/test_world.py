@@ -1,0 +1,136 @@
+"""Several processes on one machine: the numbers of one process with as many more rows."""
+
+import json
+import os
+import subprocess
+import sys
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from contract_variants import VARIANTS
+from safetensors.torch import load_file
+from training.in_processes import main as in_this_process
+
+from loralab.training.checkpoint import latest
+from loralab.training.record import read_metrics
+from loralab.training.world import World
+
+SCRIPT, TESTS = Path(__file__).with_name("in_processes.py"), Path(__file__).parents[1]
+WEIGHTS = "adapter_model.safetensors"
+COMMAND = (
+    sys.executable, "-m", "torch.distributed.run", "--nnodes", "1", "--rdzv-backend", "c10d",
+    "--rdzv-endpoint", "localhost:0", "--nproc-per-node",
+)  # fmt: skip
+Plan = list[dict[str, Any]]
+
+
+def in_processes(count: int, plan: Plan, folder: Path) -> None:
+    """Run a plan in several processes."""
+    file = folder / f"plan-{count}.json"
+    file.write_text(json.dumps(plan))
+    path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [*COMMAND, str(count), str(SCRIPT), str(file)], check=False, capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def one_process(plan: Plan, folder: Path) -> None:
+    """The same plan here."""
+    file = folder / "plan.json"
+    file.write_text(json.dumps(plan))
+    in_this_process(file)
+
+
+def require_equal(one: Path, other: Path, name: str = "", atol: float = 2e-5) -> None:
+    """Losses of every step and final weights."""
+    losses = [[e["loss"] for e in read_metrics(run) if e["kind"] == "step"] for run in (one, other)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4), name
+    weights = [load_file(run / WEIGHTS) for run in (one, other)]
+    assert weights[0].keys() == weights[1].keys()
+    for key, tensor in weights[0].items():
+        assert torch.allclose(tensor, weights[1][key], atol=atol), (name, key)
+
+
+def plans(
+    places: Sequence[Path], model: Path, data: Path, sizes: Sequence[int], **more: Any
+) -> list[dict[str, Any]]:
+    return [
+        {"model": str(model), "data": str(data), "output": str(place), "batch_size": size,
+         "variant": "lora", "options": {}, **more}
+        for place, size in zip(places, sizes, strict=True)
+    ]  # fmt: skip
+
+
+def test_two_processes_equal_one_with_the_doubled_batch(
+    tiny_llama_folder: Path, sums: Path, tmp_path: Path
+) -> None:
+    """Plain, with the base split, several jobs; and what two began is ended by one."""
+    runs: dict[str, dict[str, Any]] = {
+        "plain": {}, "split": {"shard_base": True}, "stopped": {"stop_at": 3}
+    }  # fmt: skip
+    two: Plan = []
+    one: Plan = []
+    for name, more in runs.items():
+        two += plans([tmp_path / f"{name}-2"], tiny_llama_folder, sums, [3], **more)
+        one += plans([tmp_path / f"{name}-1"], tiny_llama_folder, sums, [6])
+    one += plans([tmp_path / "stopped-2"], tiny_llama_folder, sums, [3], resume=True)
+    for count, own, size in ((2, two, 3), (1, one, 6)):
+        places = [tmp_path / f"job-{n}-{count}" for n in range(2)]
+        own.append({"many": plans(places, tiny_llama_folder, sums, [size, size + size])})
+    in_processes(2, two, tmp_path)
+    one_process(one, tmp_path)
+    for name in (*runs, "job-0", "job-1"):
+        require_equal(tmp_path / f"{name}-2", tmp_path / f"{name}-1", name)
+    assert tomllib.loads((tmp_path / "plain-2" / "config.toml").read_text())["processes"] == 2
+    last = latest(tmp_path / "plain-2")
+    assert last is not None
+    state = load_file(last / "state.safetensors")
+    assert {"random.cpu", "random.cpu.1"} <= state.keys()
+    assert (tmp_path / "plain-2" / "train.log").read_text().count("step 6/6") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("split", [False, True])
+def test_every_method_in_two_processes(
+    split: bool, tiny_llama_folder: Path, sums: Path, tmp_path: Path
+) -> None:
+    two, one = [], []
+    left_out = {"bitfit", *(["prompt"] if split else [])}  # a Llama has no biases
+    variants = [name for name in VARIANTS if name not in left_out]
+    for variant in variants:
+        options = (
+            {"total_steps": 6, "initial_steps": 1, "final_steps": 2} if variant == "adalora" else {}
+        )
+        more = {"variant": variant, "options": options, "save_every": 100}
+        own = {**more, "shard_base": split}
+        two += plans([tmp_path / f"{variant}-2"], tiny_llama_folder, sums, [3], **own)
+        one += plans([tmp_path / f"{variant}-1"], tiny_llama_folder, sums, [6], **more)
+    in_processes(2, two, tmp_path)
+    one_process(one, tmp_path)
+    for variant in variants:
+        require_equal(tmp_path / f"{variant}-2", tmp_path / f"{variant}-1", variant, atol=1e-3)
+
+
+def test_a_single_process_shares_with_nobody() -> None:
+    alone = World()
+    assert alone.first
+    assert alone.share([1, 2, 3], 0) == [1, 2, 3]
+    assert alone.summed(1.5, 2) == [1.5, 2]
+    assert alone.gathered("x") == ["x"] and alone.agreed("y") == "y" and alone.most(3) == 3
+    parameter = torch.nn.Parameter(torch.ones(2))
+    alone.sum_gradients([parameter])
+    assert parameter.grad is None
+
+
+def test_every_part_is_somebodys_once() -> None:
+    parts = list(range(11))
+    world = World(rank=1, size=3)
+    shares = [world.share(parts, rank) for rank in range(3)]
+    assert sorted(part for share in shares for part in share) == parts
