@@ -263,7 +263,7 @@ def _uneven(stored: AdapterFolder) -> str:
     kind = stored.fields.get("peft_type")
     if kind != "LORA":
         return f"the file says {kind}, and vLLM reads LORA alone"
-    return "ranks or scales differ between modules, which vLLM before 0.32 did not read"
+    return "ranks or scales differ between modules, which older versions of vLLM do not read"
 
 
 def _facts_of(stored: AdapterFolder, model: str | None) -> Facts:
