@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from loralab import atomic
 from loralab.adapters import folder
 from loralab.adapters.folder import RECORD, read_json
+from loralab.artefacts import gguf_adapter
 from loralab.artefacts.live import bring_to_life
 from loralab.errors import AdapterFileError, CertificateError, LoralabError, some
 from loralab.models import load as models
@@ -260,6 +261,10 @@ def _in_fresh_process(path: Path, reference: Reference) -> Certificate:
 
 def _reload(path: Path) -> tuple[Base, str]:
     """An artefact as a model, and its precision."""
+    if (path / gguf_adapter.FILE).is_file():
+        with tempfile.TemporaryDirectory() as place:
+            live = bring_to_life(_unpacked(path, Path(place) / "adapter"))
+        return live.base, live.precision
     if (path / folder.CONFIG).is_file():
         live = bring_to_life(path)
         return live.base, live.precision
@@ -267,6 +272,14 @@ def _reload(path: Path) -> tuple[Base, str]:
     precision = record["precision"]
     kind = record["base"]["kind"]
     return models.load(str(path), kind=kind, dtype=models.parse_dtype(precision)), precision
+
+
+def _unpacked(path: Path, place: Path) -> Path:
+    """The folder with a GGUF adapter as an adapter folder."""
+    kept = ("base", "task", "training", "tokenizer", "sample")
+    record = {key: value for key, value in read_json(path / RECORD).items() if key in kept}
+    config = models.configuration(record["base"]["name"])
+    return folder.write(place, *gguf_adapter.read(path / gguf_adapter.FILE, config), record)
 
 
 def _kl(p_log: Tensor, q_log: Tensor) -> float:

@@ -3,19 +3,27 @@
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from loralab import atomic
-from loralab.adapters.attach import Adapter
-from loralab.adapters.conv import ConvWithLoRA
-from loralab.adapters.folder import CONFIG, read_json
-from loralab.adapters.multihead import MultiheadAttentionWithLoRA
+from loralab.adapters import folder
+from loralab.adapters.folder import CONFIG, FORMAT, RECORD, read_json
 from loralab.adapters.recipes import OUR_OWN
-from loralab.artefacts.certificate import Certificate, compare_afresh, reference_of
-from loralab.artefacts.live import bring_to_life, sample_of
+from loralab.artefacts import gguf_adapter
+from loralab.artefacts.certificate import (
+    Certificate,
+    compare_afresh,
+    file_digests,
+    reference_of,
+)
+from loralab.artefacts.engines import differs_in_peft, require
+from loralab.artefacts.live import Live, bring_to_life, sample_of
 from loralab.artefacts.merge import REJECTED, merge, publish
+from loralab.artefacts.updates import uniform
 from loralab.errors import CertificateError, ConfigError, nearest, some
+from loralab.models.load import configuration
 
-OUT_B = "base_layer.out_proj.lora_B.weight"
+Record = dict[str, Any]
 
 
 def export(
@@ -29,7 +37,8 @@ def export(
     """Write an adapter in another form to a new folder, and prove it in a fresh process.
 
     Args:
-        to: "peft" (the adapter folder that peft and vLLM load) or "merged" (a full model).
+        to: "peft" (the adapter folder that peft loads), "vllm" (the same with one rank for all
+            modules), "gguf" (a folder with adapter.gguf for llama.cpp) or "merged" (a full model).
 
     Raises:
         InputError: something given is wrong; nothing has been written.
@@ -49,38 +58,40 @@ def _to_peft(adapter: Path, output: Path, model: str | None, precision: str | No
     if kind in OUR_OWN:
         raise ConfigError(f"peft has no method {kind}, so {adapter} cannot be written for it")
     live = bring_to_life(adapter, model=model, precision=precision)
-    if reasons := _not_for_peft(live.adapter):
+    if reasons := differs_in_peft(live.adapter):
         raise ConfigError(f"peft cannot express {adapter}: {some(reasons)}")
-    base = live.base
-    prompts = sample_of(live.stored.record, base)
-    reference = reference_of(base.model, prompts, base.kind, base.tokenizer)
-    stored = live.stored.record
-    record = {k: v for k, v in stored.items() if k not in ("format", "digest", "certificate")}
-    record["base"] = {
-        **stored.get("base", {}), "name": live.base.name, "kind": live.base.kind,
-        "precision": live.precision,
-    }  # fmt: skip
-    rejected = output.with_name(output.name + REJECTED)
-    shutil.rmtree(rejected, ignore_errors=True)
-    live.adapter.save(rejected, record)
-    certificate = compare_afresh(rejected, reference)
-    if not certificate.passed:
-        raise CertificateError(f"the exported adapter differs; it is left in {rejected}")
-    publish(rejected, output)
-    return certificate
+    return _proven(live, output, live.adapter.save)
 
 
-def _not_for_peft(adapter: Adapter) -> list[str]:
-    """What peft would compute in another way than here."""
-    reasons = []
-    for name, module in adapter.modules.items():
-        if isinstance(module, ConvWithLoRA) and module.base.groups > 1:
-            reasons.append(f"{name} is a convolution in groups, whose A peft does not group")
-        if isinstance(module, ConvWithLoRA) and set(module.base.dilation) != {1}:
-            reasons.append(f"{name} is a dilated convolution, whose dilation peft forgets")
-        if isinstance(module, MultiheadAttentionWithLoRA) and bool(module.tensors()[OUT_B].any()):
-            reasons.append(f"{name} updates out_proj, which peft would add twice")
-    return reasons
+def _to_vllm(adapter: Path, output: Path, model: str | None, precision: str | None) -> Certificate:
+    """peft's files once more, with one rank and one alpha for all modules."""
+    atomic.require_free(output)
+    fields, tensors = uniform(require(adapter, "vllm", model))
+    live = bring_to_life(adapter, model=model, precision=precision)
+    fields["base_model_name_or_path"] = live.base.name
+    return _proven(live, output, lambda place, record: folder.write(place, fields, tensors, record))
+
+
+def _to_gguf(adapter: Path, output: Path, model: str | None, precision: str | None) -> Certificate:
+    """A folder with adapter.gguf, its record and its certificate."""
+    if output.suffix == ".gguf":
+        raise ConfigError(
+            f"{output} would be a folder, with {gguf_adapter.FILE} and its certificate in it; "
+            f"name it {output.with_suffix('')}"
+        )
+    atomic.require_free(output)
+    stored = require(adapter, "gguf", model)
+    live = bring_to_life(adapter, model=model, precision=precision)
+    config = configuration(live.base.name)
+
+    def write(place: Path, record: Record) -> None:
+        with atomic.new_folder(place) as partial:
+            gguf_adapter.write(partial / gguf_adapter.FILE, stored, config)
+            content = {"format": FORMAT, "kind": "gguf-adapter", "adapter": stored.digest, **record}
+            content["files"] = file_digests(partial)
+            folder.write_json(partial / RECORD, content)
+
+    return _proven(live, output, write)
 
 
 def _to_merged(
@@ -89,7 +100,28 @@ def _to_merged(
     return merge(adapter, output, model=model, precision=precision)
 
 
+def _proven(live: Live, output: Path, write: Callable[[Path, Record], object]) -> Certificate:
+    """Write a folder, compare it in a fresh process, and give it its name if it passed."""
+    base, stored = live.base, live.stored.record
+    reference = reference_of(base.model, sample_of(stored, base), base.kind, base.tokenizer)
+    record = {k: v for k, v in stored.items() if k not in ("format", "digest", "certificate")}
+    record["base"] = {
+        **stored.get("base", {}), "name": base.name, "kind": base.kind,
+        "precision": live.precision,
+    }  # fmt: skip
+    rejected = output.with_name(output.name + REJECTED)
+    shutil.rmtree(rejected, ignore_errors=True)
+    write(rejected, record)
+    certificate = compare_afresh(rejected, reference)
+    if not certificate.passed:
+        raise CertificateError(f"the exported adapter differs; it is left in {rejected}")
+    publish(rejected, output)
+    return certificate
+
+
 TARGETS: dict[str, Callable[[Path, Path, str | None, str | None], Certificate]] = {
     "peft": _to_peft,
+    "vllm": _to_vllm,
+    "gguf": _to_gguf,
     "merged": _to_merged,
 }

@@ -1,4 +1,4 @@
-"""merge, export, verify, inspect."""
+"""merge, export, check, verify, inspect."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,6 +10,7 @@ from loralab.cli.train import Json, Model, _print_json, _print_table
 
 if TYPE_CHECKING:
     from loralab.artefacts.certificate import Certificate
+    from loralab.artefacts.engines import Verdict
 
 AdapterPath = Annotated[Path, typer.Argument(help="an adapter folder")]
 OutputPath = Annotated[Path, typer.Argument(help="a new folder")]
@@ -41,7 +42,7 @@ def merge(
 def export(
     adapter: AdapterPath,
     output: OutputPath,
-    to: Annotated[str, typer.Option(help="peft (vLLM reads it too) or merged")],
+    to: Annotated[str, typer.Option(help="peft, vllm, gguf (for llama.cpp) or merged")],
     model: Model = None,
     precision: Precision = None,
     json_: Json = False,
@@ -51,6 +52,25 @@ def export(
 
     certificate = run_export(adapter, output, to=to, model=model, precision=precision)
     _show_certificate(output, certificate, json_)
+
+
+@app.command()
+def check(
+    adapter: AdapterPath,
+    target: Annotated[str, typer.Option("--for", help="vllm, gguf (llama.cpp) or peft")],
+    model: Model = None,
+    json_: Json = False,
+) -> None:
+    """What another engine would refuse or leave out of an adapter; 0 if nothing."""
+    from loralab.artefacts.engines import check as run_check
+
+    verdict = run_check(adapter, target=target, model=model)
+    if json_:
+        _print_json({"path": str(adapter), **verdict.to_json()})
+    else:
+        _show_verdict(adapter, verdict)
+    if not verdict.as_it_is:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -98,6 +118,18 @@ def _show_certificate(path: Path, certificate: "Certificate", as_json: bool) -> 
              f"(at least {allowed['top1_agreement']:.0%})"),
         ],
     )  # fmt: skip
+
+
+def _show_verdict(adapter: Path, verdict: "Verdict") -> None:
+    ways = {
+        "export": f"loralab export {adapter} FOLDER --to {verdict.target}",
+        "merge": f"loralab merge {adapter} FOLDER, and serve the merged model",
+        "none": "none; loralab serve has it",
+    }
+    rows = [("as it is", "yes" if verdict.as_it_is else "no")]
+    rows += [(one.what, ways[one.way_out]) for one in verdict.obstacles]
+    rows += [("note", note) for note in verdict.notes]
+    _print_table(f"{adapter} for {verdict.target}", rows)
 
 
 def _show_summary(summary: dict[str, Any]) -> None:

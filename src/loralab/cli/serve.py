@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from loralab.cli import app
+from loralab.cli.elsewhere import require_ours, require_vllms, serve_by_vllm
 from loralab.cli.options import build, with_options
 from loralab.cli.train import DEFAULT_MODEL, Json, Model
 from loralab.errors import ConfigError
 from loralab.serving.settings import Limits, ServeSettings
+from loralab.values import check_choice
 
 if TYPE_CHECKING:
     from loralab.serving.engine import Engine
@@ -40,15 +42,32 @@ def serve(
         bool, typer.Option("--no-keys", help="let everyone who can reach it ask and load")
     ] = False,
     timeout: Annotated[float, typer.Option(help="seconds that an answer may take")] = 300.0,
+    engine_name: Annotated[
+        str, typer.Option("--engine", help="loralab, or vllm: its server, with what it can serve")
+    ] = "loralab",
+    engine_python: Annotated[
+        str | None, typer.Option(help="a Python that has vLLM", show_default=False)
+    ] = None,
+    engine_args: Annotated[str, typer.Option(help="arguments of vLLM's own, as one text")] = "",
     json_: Json = False,
     typed: dict[str, Any] | None = None,
 ) -> None:
     """Serve a base and its adapters over HTTP, as OpenAI's API, with a page to try them."""
     settings, limits = build(ServeSettings, typed or {}), Limits(timeout=timeout)
+    check_choice("engine", engine_name, ("loralab", "vllm"))
     if store is None:
         raise ConfigError("give --store, a folder of adapter folders")
     named = _named(adapter or [])
     _require_extra()
+    if engine_name == "vllm":
+        require_vllms(typed or {}, limits, keys, pin)
+        _keys(host, None, no_keys)
+        code = serve_by_vllm(
+            model=model or DEFAULT_MODEL, store=store, named=named, host=host, port=port,
+            python=engine_python, arguments=engine_args, settings=settings, as_json=json_,
+        )  # fmt: skip
+        raise typer.Exit(code)
+    require_ours(engine_name, engine_python, engine_args)
     from loralab.serving.api import build_app
     from loralab.serving.listener import Listener, address, open_socket
 

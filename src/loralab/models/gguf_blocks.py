@@ -120,19 +120,26 @@ def linear_tensors(file: Path, config: Any) -> dict[str, Blocks]:
         if parts[0] != "blk" or parts[2] not in LAYERS or parts[-1] != "weight":
             continue
         data = torch.from_numpy(tensor.data.copy())
-        if family == "llama" and parts[2] in ("attn_q", "attn_k"):
-            data = data[_rotary_order(len(data), _heads(config, parts[2]))]
+        order = row_order(family, config, parts[2], len(data))
+        data = data if order is None else data[order]
         kind = tensor.tensor_type.name
         if data.dtype == torch.uint8:
             found[f"model.layers.{parts[1]}.{LAYERS[parts[2]]}"] = Blocks(data.contiguous(), kind)
     return found
 
 
-def _heads(config: Any, name: str) -> int:
-    return int(config.num_attention_heads if name == "attn_q" else config.num_key_value_heads)
+def row_order(family: str, config: Any, layer: str, rows: int) -> Tensor | None:
+    """Which of llama.cpp's rows stands where: it interleaves the two halves of each head.
 
+    None where the rows stand as here.
 
-def _rotary_order(rows: int, heads: int) -> Tensor:
-    """Which of llama.cpp's rows stands where: it interleaves the two halves of each head."""
+    Args:
+        family: llama.cpp's architecture.
+        config: transformers' configuration of the model.
+        layer: llama.cpp's name of the layer, such as attn_q.
+    """
+    if family != "llama" or layer not in ("attn_q", "attn_k"):
+        return None
+    heads = config.num_attention_heads if layer == "attn_q" else config.num_key_value_heads
     half = rows // heads // 2
     return torch.arange(rows).view(heads, half, 2).transpose(1, 2).reshape(rows)

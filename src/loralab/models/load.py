@@ -124,7 +124,16 @@ def natural_kind(name: str) -> str:
     Raises:
         ModelError: it does not exist, or has no readable configuration.
     """
-    return _kind_of(_config(name, resolve(name)))
+    return _kind_of(configuration(name))
+
+
+def configuration(name: str) -> Any:
+    """transformers' configuration of a model, without its weights.
+
+    Raises:
+        ModelError: it does not exist, or has no readable configuration.
+    """
+    return _config(name, resolve(name))
 
 
 def kind_for(name: str, data_format: str) -> str:
@@ -133,7 +142,7 @@ def kind_for(name: str, data_format: str) -> str:
     Raises:
         ModelError: it does not exist, or cannot learn from such data.
     """
-    config = _config(name, resolve(name))
+    config = configuration(name)
     natural = _kind_of(config)
     if (natural == VISION) != (data_format == "image-label"):
         wanted = "text: take a language model or an encoder"

@@ -1,0 +1,285 @@
+"""What other engines make of an adapter: said before anything is written.
+
+Sources: vLLM 0.32 (`lora/peft_helper.py`, `lora/lora_model.py`), llama.cpp (`llama-adapter.cpp`,
+`convert_lora_to_gguf.py`), peft 0.21.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from loralab.adapters import folder
+from loralab.adapters.attach import Adapter
+from loralab.adapters.conv import ConvWithLoRA
+from loralab.adapters.folder import AdapterFolder
+from loralab.adapters.methods import IA3, BitFit, FullFineTune, LinearProbe, LoRA
+from loralab.adapters.multihead import MultiheadAttentionWithLoRA
+from loralab.adapters.recipes import OUR_OWN
+from loralab.artefacts.gguf_adapter import FAMILIES
+from loralab.artefacts.live import bring_to_life
+from loralab.artefacts.updates import ENDINGS, Update, is_uniform, updates
+from loralab.errors import ConfigError, ModelError, nearest, some
+from loralab.models import load as models
+from loralab.models.gguf_blocks import LAYERS
+
+EXPORT, MERGE, NONE = "export", "merge", "none"
+MERGEABLE = (LoRA, IA3, BitFit, FullFineTune, LinearProbe)
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM's --max-lora-rank may be, but for 1
+USUAL_RANK = 16  # of vLLM, where nothing is said
+# language models of vLLM 0.32 that take no adapters, and those that take them on the embedding
+WITHOUT_LORA = ("GPT2LMHeadModel", "GPTJForCausalLM", "BloomForCausalLM", "FalconForCausalLM",
+                "StableLmForCausalLM")  # fmt: skip
+EMBEDDING = ("LlamaForCausalLM", "MistralForCausalLM", "MixtralForCausalLM", "Qwen3ForCausalLM",
+             "GraniteForCausalLM")  # fmt: skip
+OUT_B = "base_layer.out_proj.lora_B.weight"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Obstacle:
+    """What an engine would refuse or leave out.
+
+    `way_out` is "export" (`loralab export` writes what it takes), "merge" (a merged model has
+    it), or "none".
+    """
+
+    what: str
+    way_out: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """All that stands between an adapter and an engine; `notes` are no obstacles."""
+
+    target: str
+    obstacles: tuple[Obstacle, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def as_it_is(self) -> bool:
+        """Whether nothing does."""
+        return not self.obstacles
+
+    @property
+    def lasting(self) -> list[str]:
+        """What an export cannot take away either."""
+        return [one.what for one in self.obstacles if one.way_out != EXPORT]
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it."""
+        return {**asdict(self), "as_it_is": self.as_it_is}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What is known of a base from its configuration alone; None is not known."""
+
+    architecture: str | None = None
+    tied: bool | None = None
+
+
+def check(adapter: str | Path, *, target: str, model: str | None = None) -> Verdict:
+    """What an engine would refuse or ignore of an adapter. Nothing is written.
+
+    Args:
+        target: "vllm", "gguf" (llama.cpp) or "peft".
+        model: the base; None is the one that the adapter names, if it can be found.
+
+    Raises:
+        ConfigError: there is no such target.
+        AdapterFileError: the folder cannot be read.
+        ModelError: the base that was given does not exist.
+    """
+    if target not in ENGINES:
+        hint = nearest(target, ENGINES)
+        raise ConfigError(f"there is no check for {target!r}, only for {', '.join(ENGINES)}{hint}")
+    stored = folder.read(adapter)
+    return judge(stored, target, _facts_of(stored, model))
+
+
+def judge(stored: AdapterFolder, target: str, facts: Facts) -> Verdict:
+    """The verdict on a folder that was read, for a base that is known."""
+    return ENGINES[target](stored, facts)
+
+
+def require(adapter: str | Path, target: str, model: str | None) -> AdapterFolder:
+    """The folder, if `export` can write it for an engine.
+
+    Raises:
+        ConfigError: it cannot; says why, and the way out.
+    """
+    verdict = check(adapter, target=target, model=model)
+    if lasting := verdict.lasting:
+        merged = any(one.way_out == MERGE for one in verdict.obstacles)
+        blocked = any(one.way_out == NONE for one in verdict.obstacles)
+        way = "; `loralab merge` writes a model that has it" if merged and not blocked else ""
+        raise ConfigError(f"{adapter} cannot be written for {target}: {some(lasting)}{way}")
+    return folder.read(adapter)
+
+
+def facts(name: str) -> Facts:
+    """What a base is, without its weights.
+
+    Raises:
+        ModelError: it does not exist.
+    """
+    config = models.configuration(name)
+    own = (config.architectures or [None])[0]
+    return Facts(architecture=own, tied=bool(getattr(config, "tie_word_embeddings", False)))
+
+
+def allowed_rank(rank: int) -> int:
+    """The least --max-lora-rank of vLLM that holds a rank of at most 512."""
+    return next(own for own in RANKS if own >= rank)
+
+
+def differs_in_peft(adapter: Adapter) -> list[str]:
+    """What peft would compute in another way than here."""
+    reasons = []
+    for name, module in adapter.modules.items():
+        if isinstance(module, ConvWithLoRA) and module.base.groups > 1:
+            reasons.append(f"{name} is a convolution in groups, whose A peft does not group")
+        if isinstance(module, ConvWithLoRA) and set(module.base.dilation) != {1}:
+            reasons.append(f"{name} is a dilated convolution, whose dilation peft forgets")
+        if isinstance(module, MultiheadAttentionWithLoRA) and bool(module.tensors()[OUT_B].any()):
+            reasons.append(f"{name} updates out_proj, which peft would add twice")
+    return reasons
+
+
+def _vllm(stored: AdapterFolder, facts: Facts) -> Verdict:
+    found = [*_beyond_updates(stored, "vLLM"), *_vllm_base(stored, facts)]
+    own = updates(stored)
+    rank = max((one.rank for one in own), default=0)
+    if rank > RANKS[-1]:
+        found.append(Obstacle(what=f"rank {rank}; vLLM's largest is {RANKS[-1]}", way_out=MERGE))
+    if own and _embedding(own) and facts.architecture not in EMBEDDING:
+        base = facts.architecture or "a base that is not known here"
+        found.append(Obstacle(what=f"an embedding or head of {base} is updated", way_out=MERGE))
+    if own and not is_uniform(stored):
+        found.append(Obstacle(what=_uneven(stored), way_out=EXPORT))
+    notes = []
+    if USUAL_RANK < rank <= RANKS[-1]:
+        notes.append(f"rank {rank}: start vLLM with --max-lora-rank {allowed_rank(rank)}")
+    if not facts.architecture:
+        notes.append("the base was not found, so whether vLLM can adapt it was not looked at")
+    return Verdict(target="vllm", obstacles=tuple(found), notes=tuple(notes))
+
+
+def _vllm_base(stored: AdapterFolder, facts: Facts) -> list[Obstacle]:
+    found = []
+    if how := _packed(stored, ("nf4", "gguf")):
+        what = f"trained on a base packed as {how}, which vLLM's base is not"
+        found.append(Obstacle(what=what, way_out=MERGE))
+    if facts.architecture in WITHOUT_LORA:
+        found.append(Obstacle(what=f"vLLM adapts no {facts.architecture}", way_out=MERGE))
+    kind = stored.record.get("base", {}).get("kind") or models.CAUSAL
+    if kind != models.CAUSAL:
+        found.append(Obstacle(what=f"the base is of kind {kind}, and no language model",
+                              way_out=NONE))  # fmt: skip
+    return found
+
+
+def _gguf(stored: AdapterFolder, facts: Facts) -> Verdict:
+    found = _beyond_updates(stored, "llama.cpp")
+    if how := _packed(stored, ("nf4",)):
+        what = f"trained on a base packed as {how}, which llama.cpp's base is not"
+        found.append(Obstacle(what=what, way_out=MERGE))
+    if facts.architecture and facts.architecture not in FAMILIES:
+        what = f"the rows of {facts.architecture} in a GGUF file are not known here"
+        found.append(Obstacle(what=f"{what}, only those of {some(FAMILIES)}", way_out=MERGE))
+    own = updates(stored)
+    if any(one.ending == ".lora_embedding_A" for one in own):
+        found.append(Obstacle(what="the embedding is updated", way_out=MERGE))
+    if any(one.path == "lm_head" for one in own) and facts.tied is not False:
+        what = "the head is updated, which has no weight of its own in llama.cpp if it is tied"
+        found.append(Obstacle(what=what, way_out=MERGE))
+    found += _strange(own)
+    notes = ["llama.cpp reads a file: `loralab export --to gguf` writes it"] if not found else []
+    if not facts.architecture:
+        notes.append("the base was not found, so whether its rows are known was not looked at")
+    return Verdict(target="gguf", obstacles=tuple(found), notes=tuple(notes))
+
+
+def _strange(own: Iterable[Update]) -> list[Obstacle]:
+    """Layers that have no name in a GGUF file."""
+    names = [one.path for one in own if one.ending == ".lora_A.weight" and one.path != "lm_head"]
+    known = tuple(f".{name}" for name in LAYERS.values())
+    if strange := [name for name in names if not name.endswith(known)]:
+        return [Obstacle(what=f"no name in a GGUF file for {some(strange, 3)}", way_out=MERGE)]
+    return []
+
+
+def _peft(stored: AdapterFolder, facts: Facts) -> Verdict:
+    kind = stored.fields.get("peft_type")
+    if kind in OUR_OWN:
+        what = f"peft has no method {kind}"
+        return Verdict(target="peft", obstacles=(Obstacle(what=what, way_out=_way(stored)),))
+    others = any(tensor.ndim > 2 or ".base_layer." in key for key, tensor in stored.tensors.items())
+    if not (others and isinstance(stored.config, LoRA)):
+        return Verdict(target="peft", obstacles=())
+    reasons = differs_in_peft(bring_to_life(stored.path).adapter)
+    found = tuple(Obstacle(what=reason, way_out=MERGE) for reason in reasons)
+    return Verdict(target="peft", obstacles=found)
+
+
+def _beyond_updates(stored: AdapterFolder, engine: str) -> list[Obstacle]:
+    """What is there beside low-rank updates of linear layers and embeddings."""
+    config = stored.config
+    if not isinstance(config, LoRA):
+        kind = type(config).__name__
+        what = f"the method is {kind}, and {engine} reads low-rank updates alone"
+        return [Obstacle(what=what, way_out=_way(stored))]
+    found = []
+    if config.dora:
+        found.append("DoRA's lengths of rows")
+    if config.modules_to_save:
+        found.append(f"modules trained in full ({some(config.modules_to_save)})")
+    if config.token_rows:
+        found.append(f"{len(config.token_rows)} trained rows of the embedding")
+    low_rank = (*ENDINGS, *ENDINGS.values())
+    layers = {k: t for k, t in stored.tensors.items() if k.endswith(low_rank)}
+    if any(tensor.ndim > 2 for tensor in layers.values()):
+        found.append("updates of convolutions")
+    if any(".base_layer." in key for key in layers):
+        found.append("updates of nn.MultiheadAttention")
+    return [Obstacle(what=f"{what}: {engine} does not read them", way_out=MERGE) for what in found]
+
+
+def _way(stored: AdapterFolder) -> str:
+    return MERGE if isinstance(stored.config, MERGEABLE) else NONE
+
+
+def _embedding(own: Iterable[Update]) -> bool:
+    return any(one.ending == ".lora_embedding_A" or one.path == "lm_head" for one in own)
+
+
+def _packed(stored: AdapterFolder, others: tuple[str, ...]) -> str:
+    """How the base was packed in training, if the engine's is not."""
+    how = str(stored.record.get("base", {}).get("quantize", "none"))
+    return how if how in others else ""
+
+
+def _uneven(stored: AdapterFolder) -> str:
+    kind = stored.fields.get("peft_type")
+    if kind != "LORA":
+        return f"the file says {kind}, and vLLM reads LORA alone"
+    return "ranks or scales differ between modules, which older versions of vLLM do not read"
+
+
+def _facts_of(stored: AdapterFolder, model: str | None) -> Facts:
+    """The base that was given, or that the folder names where it can be found."""
+    if model:
+        return facts(model)
+    record = stored.record.get("base", {})
+    name = record.get("name") or stored.fields.get("base_model_name_or_path")
+    try:
+        return facts(str(name)) if name else Facts()
+    except ModelError:
+        return Facts(architecture=record.get("architecture"))
+
+
+ENGINES: dict[str, Callable[[AdapterFolder, Facts], Verdict]] = {
+    "vllm": _vllm,
+    "gguf": _gguf,
+    "peft": _peft,
+}

@@ -1,0 +1,67 @@
+"""Adapters as vLLM takes them, made once and kept in the cache under their content's digest."""
+
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from loralab.adapters import folder
+from loralab.adapters.folder import CONFIG, AdapterFolder
+from loralab.artefacts.engines import RANKS, allowed_rank, facts, judge
+from loralab.artefacts.updates import uniform, updates
+from loralab.atomic import cache_folder
+from loralab.errors import InputError, some
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """Which folder stands for which name, why others are left out, and the rank that holds all."""
+
+    ready: Mapping[str, Path]
+    refused: Mapping[str, str]
+    rank: int
+
+
+def prepare(adapters: Mapping[str, Path], model: str) -> Prepared:
+    """Write what vLLM can serve of some adapter folders; the folders themselves stay as they are.
+
+    Args:
+        adapters: name -> folder.
+        model: the base that will be served.
+
+    Raises:
+        ModelError: there is no such base.
+        OutputError: the cache cannot be written.
+    """
+    ready, refused, largest = {}, {}, RANKS[0]
+    base = facts(model)
+    for name, path in adapters.items():
+        try:
+            stored = folder.read(path)
+        except InputError as error:
+            refused[name] = str(error)
+            continue
+        if lasting := judge(stored, "vllm", base).lasting:
+            refused[name] = some(lasting)
+            continue
+        ready[name] = _written(stored)
+        largest = max(largest, *(one.rank for one in updates(stored)))
+    return Prepared(ready=ready, refused=refused, rank=allowed_rank(largest))
+
+
+def _written(stored: AdapterFolder) -> Path:
+    """The folder in the cache; two processes may write at once, the first to finish is kept."""
+    place = cache_folder() / "vllm" / stored.digest[:32]
+    if (place / CONFIG).is_file():
+        return place
+    own = place.with_name(f"{place.name}.{os.getpid()}")
+    shutil.rmtree(own, ignore_errors=True)
+    folder.write(own, *uniform(stored), {"made_from": stored.digest})
+    try:
+        own.rename(place)
+    except OSError:
+        if not (place / CONFIG).is_file():
+            raise
+        shutil.rmtree(own, ignore_errors=True)
+    return place

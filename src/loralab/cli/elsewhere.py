@@ -1,0 +1,103 @@
+"""serve --engine vllm: the store's adapters, prepared and handed over."""
+
+import json
+import shlex
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from loralab.errors import ConfigError
+from loralab.serving.settings import Limits, ServeSettings
+
+NOT_VLLMS = ("cache_memory", "queue", "step_tokens", "quantize")  # it has other words for them
+
+
+def require_ours(engine: str, python: str | None, arguments: str) -> None:
+    """Refuse what only another engine would hear.
+
+    Raises:
+        ConfigError: an option would have no effect.
+    """
+    for flag, given in (("--engine-python", python), ("--engine-args", arguments)):
+        if given:
+            raise ConfigError(f"{flag} has no effect with --engine {engine}")
+
+
+def serve_by_vllm(
+    *,
+    model: str,
+    store: Path,
+    named: Mapping[str, str | Path],
+    host: str,
+    port: int,
+    python: str | None,
+    arguments: str,
+    settings: ServeSettings,
+    as_json: bool,
+) -> int:
+    """Serve a store by vLLM until it ends; its exit code.
+
+    Raises:
+        InputError: the base, the store or an option is wrong, or vLLM is not there.
+    """
+    from loralab.serving.vllm import find_python
+
+    further = shlex.split(arguments)
+    found = find_python(python)
+    from loralab.artefacts.prepared import prepare
+    from loralab.models import load as models
+    from loralab.serving.api_service import base_id
+    from loralab.serving.listener import address, open_socket
+    from loralab.serving.store import Store
+    from loralab.serving.vllm import Asked, run
+
+    if (kind := models.natural_kind(model)) != models.CAUSAL:
+        raise ConfigError(f"{model} is a model of kind {kind}; vLLM is given language models alone")
+    if not store.is_dir():
+        raise ConfigError(f"there is no store at {store}; give a folder with adapters in it")
+    shelf = Store(store, lambda stored: None, resident=settings.resident)
+    for name, path in named.items():
+        shelf.load(name, str(path))
+    prepared = prepare({entry.name: entry.path for entry in shelf.entries()}, model)
+    with open_socket(host, port) as opened:
+        where, port = address(opened), opened.getsockname()[1]
+    shown = base_id(str(Path(model).resolve()) if Path(model).is_dir() else model)
+    asked = Asked(
+        python=found, source=models.resolve(model), name=shown, adapters=prepared.ready,
+        rank=prepared.rank, store=store.resolve(), host=host, port=port, settings=settings,
+        further=further,
+    )  # fmt: skip
+    left_out = {**shelf.refused, **prepared.refused}
+    for name, reason in left_out.items():
+        print(f"left out: {name}: {reason}", file=sys.stderr)
+    ready = {"url": where, "model": shown, "kind": models.CAUSAL, "adapters": list(prepared.ready)}
+    return run(asked, lambda: _say_ready(ready, as_json))
+
+
+def require_vllms(typed: Mapping[str, Any], limits: Limits, keys: Path | None, pin: Any) -> None:
+    """Refuse what vLLM has no word for.
+
+    Raises:
+        ConfigError: an option would have no effect.
+    """
+    unheard = [f"--{name.replace('_', '-')}" for name in NOT_VLLMS if name in typed]
+    unheard += ["--timeout"] if limits != Limits() else []
+    unheard += ["--pin"] if pin else []
+    if unheard:
+        raise ConfigError(
+            f"{unheard[0]} is not passed on to vLLM; say it in vLLM's own words with --engine-args"
+        )
+    if keys is not None:
+        raise ConfigError(
+            "--keys is not passed on to vLLM, which knows neither quotas nor adapters of a key; "
+            "--engine-args '--api-key ...' asks every client for one"
+        )
+
+
+def _say_ready(ready: Mapping[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(ready, ensure_ascii=False), flush=True)
+        return
+    names = ", ".join(ready["adapters"]) or "none yet"
+    print(f"{ready['model']} at {ready['url']}/v1 by vLLM; adapters: {names}", flush=True)
