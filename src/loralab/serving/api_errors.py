@@ -48,6 +48,8 @@ class ApiError(Exception):
     def response(self) -> JSONResponse:
         """The whole answer."""
         headers = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
+        if self.status == 408:  # what is missing will not come any more
+            headers["Connection"] = "close"
         if self.allow is not None:
             headers["Allow"] = self.allow
         if self.status == 401:

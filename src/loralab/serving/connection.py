@@ -21,7 +21,7 @@ from loralab.serving.api_errors import ApiError
 LEAST = 4096  # bytes that a client must take in each `stall_seconds` once it is behind
 MESSAGES = {
     408: "the head of the request took too long to arrive",
-    431: "the head of the request is larger than 16 KB",
+    431: "the head of the request is larger than 16384 bytes",
     501: "this Transfer-Encoding is not known here; use chunked",
 }
 

@@ -19,6 +19,7 @@ from loralab.serving.api_errors import ApiError
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 EVERYWHERE = ("0.0.0.0", "::", "")  # what is bound to all addresses of a machine
 ANY = "*"
+MOST_HEAD = 16 * 1024  # bytes; a head that comes in pieces is given up by h11 at the same size
 SHOWN = 80  # characters of a foreign host that are repeated
 NAME = r"[^\s\[\]:/?#@]+"
 HOST = re.compile(rf"(\[[0-9A-Fa-f:.]+\]|{NAME})(:[0-9]{{0,5}})?")
@@ -73,14 +74,14 @@ def plain(name: str) -> str:
 
 
 class Gate:
-    """Refuses requests that name another host, or whose length is told in two ways."""
+    """Refuses heads that are too large, name another host, or tell a length in two ways."""
 
     def __init__(self, app: ASGIApp, hosts: Hosts) -> None:
         self._app, self._hosts = app, hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, or hand on."""
-        error = self._wrong(Headers(scope=scope)) if scope["type"] == "http" else None
+        error = self._wrong(scope, Headers(scope=scope)) if scope["type"] == "http" else None
         if error is None:
             await self._app(scope, receive, send)
             return
@@ -88,7 +89,10 @@ class Gate:
         response.headers["Connection"] = "close"
         await response(scope, receive, send)
 
-    def _wrong(self, headers: Headers) -> ApiError | None:
+    def _wrong(self, scope: Scope, headers: Headers) -> ApiError | None:
+        size = len(scope.get("raw_path") or b"") + len(scope["query_string"])
+        if size + sum(len(name) + len(value) for name, value in headers.raw) > MOST_HEAD:
+            return ApiError(431, f"the head of the request is larger than {MOST_HEAD} bytes")
         host = headers.get("host", "")
         if not self._hosts.knows(host):
             return ApiError(
