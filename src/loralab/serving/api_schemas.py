@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -71,11 +72,17 @@ class Body(BaseModel):
         return given
 
 
+def _truth(given: Any) -> Any:
+    if not isinstance(given, bool):  # a literal alone would let 0 stand for false
+        raise ValueError("Input should be a valid boolean")
+    return given
+
+
 class StreamOptions(Body):
     """What a stream tells beside its text."""
 
     include_usage: bool | None = None
-    include_obfuscation: Literal[False] | None = None
+    include_obfuscation: Annotated[Literal[False], BeforeValidator(_truth)] | None = None
 
 
 class _Asked(Body):
