@@ -19,6 +19,7 @@ from serving.talk import until
 
 from loralab.serving.api_schemas import MOST_PARTS, MOST_VALUES
 from loralab.serving.gate import hosts_of
+from loralab.serving.metrics import Metrics
 from loralab.serving.settings import Limits
 
 lively_llama_folder, adapters = lives.lively_llama_folder, lives.adapters
@@ -382,3 +383,17 @@ def test_numbers_and_texts_that_break_things_are_refused(content: bytes, live: L
     response = httpx.post(live.where + "/v1/completions", content=content, headers=headers)
     assert response.status_code in (400, 404), response.text
     assert set(response.json()) == {"error"}
+
+
+def test_names_that_come_and_go_do_not_fill_the_metrics(live: Live, monkeypatch: Any) -> None:
+    monkeypatch.setattr("loralab.serving.metrics.MOST", 5)
+    counts = Metrics(live.engine)
+    for number in range(50):
+        counts.observe({
+            "kind": "finished", "adapter": f"n{number}", "digest": "0" * 64, "reason": "stop",
+            "prompt_tokens": 1, "completion_tokens": 1, "cached_tokens": 0, "seconds": 0.1,
+            "first_token_seconds": None, "queue_seconds": 0.1,
+        })  # fmt: skip
+    text = counts.text().decode()
+    assert 'adapter="n49"' in text
+    assert 'adapter="n44"' not in text

@@ -159,7 +159,8 @@ def test_whatever_is_allowed_or_forbidden_is_answered_as_described(
          "--header", f"Authorization: Bearer {SECRET}", "--checks", "all",
          # a request may be as described and still ask for more than the model can take
          "--exclude-checks", "positive_data_acceptance,ensure_resource_availability",
-         "--max-examples", "40", "--seed", "1", "--request-timeout", "60", "--continue-on-failure", "--no-color"],
+         "--max-examples", "40", "--seed", "1", "--request-timeout", "60",
+         "--continue-on-failure", "--no-color"],
         capture_output=True, text=True, check=False, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
