@@ -1,11 +1,12 @@
 # setup: .venv with everything that development needs    demo: the main job, about four minutes
 # demo-tasks: ten adapters trained together and served
 # test: tests, linter, formatter, types                  bench: ours against the peers, one file a claim
+# audit: the pins among known vulnerabilities, before a release; asks a service on the network
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup demo demo-tasks test test-slow bench clean
+.PHONY: setup demo demo-tasks test test-slow bench audit clean
 
 setup: $(READY)
 
@@ -36,6 +37,11 @@ test-slow: setup
 
 bench: setup
 	cd benchmarks && for one in loss_curve train_step train_run train_together memory scaling serve; do ../$(BIN)/python $$one.py --json results/$$one.json || exit 1; done
+
+audit:
+	$(PYTHON) -m venv build/audit
+	build/audit/bin/python -m pip install --quiet --disable-pip-version-check pip-audit
+	build/audit/bin/pip-audit --disable-pip --no-deps -r constraints.txt
 
 clean:
 	rm -rf .venv build runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -22,6 +22,8 @@ nearest valid choice or the remedy.
 import difflib
 from collections.abc import Iterable
 
+LONGEST = 500  # characters of a name that near ones are looked for
+
 
 class LoralabError(Exception):
     """Base of every error raised on purpose."""
@@ -89,6 +91,8 @@ def nearest(name: str, choices: Iterable[str], count: int = 3) -> str:
     >>> nearest("q_porj", ["q_proj", "k_proj", "down_proj"])
     '; did you mean q_proj, k_proj?'
     """
+    if len(name) > LONGEST:  # comparing takes time, and nobody mistypes that much
+        return ""
     unique = list(dict.fromkeys(choices))
     close = difflib.get_close_matches(name, unique, n=count, cutoff=0.6)
     return f"; did you mean {', '.join(close)}?" if close else ""

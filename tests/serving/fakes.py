@@ -105,8 +105,10 @@ class FakeEngine:
         for thread in self._threads:
             thread.join()
 
-    def submit(self, prompt: Sequence[int], *, adapter: str | None, sampling: Sampling) -> Answer:
-        entry = None if adapter is None else self.store.entry(adapter)
+    def submit(
+        self, prompt: Sequence[int], *, adapter: FakeEntry | str | None, sampling: Sampling
+    ) -> Answer:
+        entry = self.store.entry(adapter) if isinstance(adapter, str) else adapter
         if self.full:
             raise QueueFullError("2 answers wait already; ask again later")
         if len(prompt) + sampling.max_tokens > self.context:
@@ -123,9 +125,9 @@ class FakeEngine:
         return answer
 
     def classify(
-        self, texts: Sequence[str | bytes], *, adapter: str | None
+        self, texts: Sequence[str | bytes], *, adapter: FakeEntry | str | None
     ) -> "Future[list[Ranked]]":
-        if adapter is not None:
+        if isinstance(adapter, str):
             self.store.entry(adapter)
         future: Future[list[Ranked]] = Future()
         if self.gate.is_set():

@@ -26,7 +26,7 @@ def talk(
         headers = {} if key is None else {"Authorization": f"Bearer {key}"}
         transport = httpx.ASGITransport(app=app)
         async with httpx.AsyncClient(
-            transport=transport, base_url="http://test", headers=headers
+            transport=transport, base_url="http://127.0.0.1", headers=headers
         ) as client:
             return await work(client)
 

@@ -208,8 +208,8 @@ def test_a_client_that_leaves_in_the_middle_of_its_body(
     where = serve(engine)
     with socket.create_connection(("127.0.0.1", int(where.rpartition(":")[2]))) as client:
         client.sendall(
-            b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
-            b"Content-Length: 100\r\n\r\n{"
+            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+            b"Content-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
         )
         time.sleep(0.1)
     assert httpx.post(where + "/v1/completions", json=TEXT).status_code == 200

@@ -111,8 +111,9 @@ def test_an_error_stands_in_the_column_it_belongs_to(
 ) -> None:
     submit = engine.submit
 
-    def fails_for_news(prompt: Any, *, adapter: str | None, sampling: Any) -> Any:
-        engine.fail = "the numbers are no longer finite" if adapter == "news" else ""
+    def fails_for_news(prompt: Any, *, adapter: Any, sampling: Any) -> Any:
+        wrong = adapter is not None and adapter.name == "news"
+        engine.fail = "the numbers are no longer finite" if wrong else ""
         return submit(prompt, adapter=adapter, sampling=sampling)
 
     engine.submit = fails_for_news  # type: ignore[method-assign]

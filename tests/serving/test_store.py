@@ -109,7 +109,9 @@ def test_a_folder_of_another_tool_gets_its_digest_once(
     (root / "a" / folder.RECORD).unlink()
     reads = []
     plain = folder.read
-    monkeypatch.setattr(folder, "read", lambda path: reads.append(path) or plain(path))
+    monkeypatch.setattr(
+        folder, "read", lambda path, **more: reads.append(path) or plain(path, **more)
+    )
     store = Store(root, number_of)
     assert store.entries()[0].digest == "" and not reads
     digest = store.entry("a").digest

@@ -79,23 +79,27 @@ def write(
     return path
 
 
-def read(path: str | Path) -> AdapterFolder:
+def read(path: str | Path, *, files: Mapping[str, bytes] | None = None) -> AdapterFolder:
     """Read an adapter folder without a model; what does not fit together is an error.
+
+    Args:
+        files: what its files hold, by name, where somebody has read them already.
 
     Raises:
         AdapterFileError: a file is missing, damaged or a pickle, the digest differs from the
             content, or the configuration asks for something that is not known here.
     """
     path = Path(path)
-    if not (path / CONFIG).is_file():
+    files = _files(path) if files is None else files
+    if CONFIG not in files:
         raise AdapterFileError(f"{path} is no adapter folder: it has no {CONFIG}{_near(path)}")
-    fields = read_json(path / CONFIG)
-    record = read_json(path / RECORD) if (path / RECORD).is_file() else {}
+    fields = parse_json(path / CONFIG, files[CONFIG])
+    record = parse_json(path / RECORD, files[RECORD]) if RECORD in files else {}
     if record.get("format", FORMAT) != FORMAT:
         raise AdapterFileError(
             f"{path / RECORD} has format {record['format']!r}; this version reads {FORMAT}"
         )
-    tensors = _read_tensors(path)
+    tensors = _tensors(path, files.get(TENSORS))
     digest = content_digest(fields, tensors)
     if record and record.get("digest") != digest:
         raise AdapterFileError(
@@ -138,18 +142,39 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         AdapterFileError: it cannot be read, or is something else.
     """
+    return parse_json(path, _bytes(path))
+
+
+def parse_json(path: Path, data: bytes) -> dict[str, Any]:
+    """A JSON object from what a file held.
+
+    Raises:
+        AdapterFileError: it is something else.
+    """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        content = json.loads(data.decode())
+    except (ValueError, RecursionError) as error:
         raise AdapterFileError(f"{path} cannot be read: {error}") from None
     if not isinstance(content, dict):
         raise AdapterFileError(f"{path} must hold a JSON object, found {type(content).__name__}")
     return content
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def _files(path: Path) -> dict[str, bytes]:
+    names = [name for name in (CONFIG, TENSORS, RECORD) if (path / name).is_file()]
+    return {name: _bytes(path / name) for name in names}
+
+
+def _bytes(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise AdapterFileError(f"{file} cannot be read: {error}") from None
+
+
+def _tensors(path: Path, data: bytes | None) -> dict[str, Tensor]:
     file = path / TENSORS
-    if not file.is_file():
+    if data is None:
         if (path / "adapter_model.bin").exists():
             raise AdapterFileError(
                 f"{path / 'adapter_model.bin'} is a pickle, which can run code; "
@@ -158,8 +183,8 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         raise AdapterFileError(f"{path} has no {TENSORS}")
     try:
         # a mapped file that somebody cuts short while it is read would kill the process
-        return safetensors.torch.load(file.read_bytes())
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        return safetensors.torch.load(data)
+    except (SafetensorError, ValueError, RuntimeError) as error:
         raise AdapterFileError(f"{file} is damaged or truncated: {error}") from None
 
 

@@ -37,6 +37,10 @@ def serve(
     ] = None,
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 is any that is free", min=0, max=65535)] = 8000,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(help="a further name of this server, as clients write it; may be repeated"),
+    ] = None,
     keys: Annotated[Path | None, typer.Option(help="TOML file of keys")] = None,
     no_keys: Annotated[
         bool, typer.Option("--no-keys", help="let everyone who can reach it ask and load")
@@ -69,9 +73,10 @@ def serve(
         raise typer.Exit(code)
     require_ours(engine_name, engine_python, engine_args)
     from loralab.serving.api import build_app
+    from loralab.serving.gate import hosts_of
     from loralab.serving.listener import Listener, address, open_socket
 
-    known = _keys(host, keys, no_keys)
+    known, hosts = _keys(host, keys, no_keys), hosts_of(host, allow_host or [])
     with open_socket(host, port) as opened:
         from loralab.serving.opening import open_engine
 
@@ -79,7 +84,7 @@ def serve(
             model=model or DEFAULT_MODEL, store=store, adapters=named, pinned=pin or [],
             settings=settings,
         )  # fmt: skip
-        application = build_app(engine, keys=known, limits=limits)
+        application = build_app(engine, keys=known, limits=limits, hosts=hosts)
         where = address(opened)
         listener = Listener(
             application, opened, lambda: _say_ready(engine, where, known is not None, json_)

@@ -16,7 +16,8 @@ from starlette.requests import ClientDisconnect
 
 from loralab.errors import LoralabError
 from loralab.serving import api_shapes as shapes
-from loralab.serving.api_errors import ApiError, translated
+from loralab.serving.api_description import description
+from loralab.serving.api_errors import LONGEST, ApiError, translated
 from loralab.serving.api_schemas import (
     ChatBody,
     ClassifyBody,
@@ -27,6 +28,7 @@ from loralab.serving.api_schemas import (
 from loralab.serving.api_service import Service
 from loralab.serving.api_shapes import ChatShape, CompletionShape
 from loralab.serving.api_stream import ClientGoneError, EventStream, Gathered, guarded
+from loralab.serving.gate import Gate, Hosts
 from loralab.serving.keys import Key, Keys
 from loralab.serving.metrics import CONTENT_TYPE
 from loralab.serving.request import Answer, Ranked
@@ -49,16 +51,21 @@ PAGE_HEADERS = {
 }  # fmt: skip
 
 
-def build_app(engine: "Engine", *, keys: Keys | None, limits: Limits | None = None) -> FastAPI:
+def build_app(
+    engine: "Engine", *, keys: Keys | None, limits: Limits | None = None,
+    hosts: Hosts | None = None,
+) -> FastAPI:  # fmt: skip
     """The application around an engine that runs; `app.state.service` is what it is made of.
 
     Args:
         keys: None leaves everything open.
+        hosts: what the server may be called; None is what this machine calls itself.
     """
     service = Service(engine, keys, limits or Limits())
     # no /docs: its page loads scripts from elsewhere
     app = FastAPI(title="loralab", openapi_url=None, docs_url=None, redoc_url=None)
     app.state.service = service
+    app.add_middleware(Gate, hosts=hosts or Hosts())
     _add_errors(app)
     _add_state(app, service)
     _add_asking(app, service)
@@ -84,8 +91,9 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def _routing(request: Request, error: HTTPException) -> Response:
-        where = f"{request.method} {request.url.path}"
-        return ApiError(error.status_code, f"{where}: {error.detail}").response()
+        where = f"{request.method} {request.scope['path'][:LONGEST]}"
+        allow = (error.headers or {}).get("Allow")
+        return ApiError(error.status_code, f"{where}: {error.detail}", allow=allow).response()
 
     @app.exception_handler(Exception)
     async def _unforeseen(_: Request, error: Exception) -> Response:
@@ -99,6 +107,10 @@ def _add_state(app: FastAPI, service: Service) -> None:
     @app.get("/", include_in_schema=False)
     async def page() -> Response:
         return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers=PAGE_HEADERS)
+
+    @app.get("/openapi.json")
+    async def openapi() -> Response:
+        return JSONResponse(description(with_keys=service.keys is not None))
 
     @app.get("/health")
     async def health() -> Response:
@@ -224,8 +236,8 @@ def _submitted(
     answers: list[Answer] = []
     try:
         for ids, sampling in asked:
-            name = None if entry is None else entry.name
-            answers.append(service.engine.submit(ids, adapter=name, sampling=sampling))
+            # the entry and not its name, which may stand for another one by now
+            answers.append(service.engine.submit(ids, adapter=entry, sampling=sampling))
     except BaseException:
         for answer in answers:
             answer.cancel()
@@ -240,10 +252,11 @@ async def _classified(
     engine = service.engine
     given = body.inputs()
     _require_some(service, len(given), "input")
+    for text in (one for one in given if isinstance(one, str)):
+        service.require_fitting(len(text), "input")
     grant = service.admit(key, 0)
     try:
-        name = None if entry is None else entry.name
-        waiting = await service.aside(lambda: engine.classify(given, adapter=name))
+        waiting = await service.aside(lambda: engine.classify(given, adapter=entry))
         ranked = await guarded(
             request.receive, _awaited(waiting), service.limits.timeout, cancel=waiting.cancel
         )

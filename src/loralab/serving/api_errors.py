@@ -12,12 +12,13 @@ from loralab.errors import (
     QueueFullError,
 )
 
+OTHERS = "invalid_request_error"
 TYPES = {
-    400: "invalid_request_error", 401: "authentication_error", 403: "permission_error",
-    404: "not_found_error", 405: "invalid_request_error", 408: "timeout_error",
-    413: "invalid_request_error", 415: "invalid_request_error", 429: "rate_limit_error",
-    500: "server_error", 503: "server_error", 504: "timeout_error",
+    401: "authentication_error", 403: "permission_error", 404: "not_found_error",
+    408: "timeout_error", 429: "rate_limit_error", 500: "server_error", 501: "server_error",
+    503: "server_error", 504: "timeout_error",
 }  # fmt: skip
+LONGEST = 100  # characters of a name that somebody made up, where it is repeated
 RETRY_SECONDS = 1  # after a full queue: a place is free after a few steps
 
 
@@ -32,20 +33,25 @@ class ApiError(Exception):
         param: str | None = None,
         code: str | None = None,
         retry_after: int | None = None,
+        allow: str | None = None,
     ) -> None:
         super().__init__(message)
         self.status, self.message, self.param, self.code = status, message, param, code
-        self.retry_after = retry_after
+        self.retry_after, self.allow = retry_after, allow
 
     def body(self) -> dict[str, Any]:
         """OpenAI's shape."""
-        kind = TYPES.get(self.status, "invalid_request_error")
+        kind = TYPES.get(self.status, OTHERS)
         error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
         return {"error": error}
 
     def response(self) -> JSONResponse:
         """The whole answer."""
         headers = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
+        if self.status == 408:  # what is missing will not come any more
+            headers["Connection"] = "close"
+        if self.allow is not None:
+            headers["Allow"] = self.allow
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
         return JSONResponse(self.body(), self.status, headers=headers)
@@ -67,7 +73,8 @@ def invalid(problem: Mapping[str, Any]) -> ApiError:
     """The first problem that pydantic found; `param` is the path of its field."""
     # parts of a path that name a branch of a union are no fields of the client's
     parts = [part for part in problem["loc"] if isinstance(part, int) or part.isidentifier()]
-    where = ".".join(map(str, parts)).removesuffix(".str").removesuffix(".list")
+    named = ".".join(str(part)[:LONGEST] for part in parts)
+    where = named.removesuffix(".str").removesuffix(".list")
     given = problem.get("input")
     shown = f", got {given!r:.60}" if isinstance(given, str | int | float | bool | None) else ""
     message = problem["msg"]

@@ -4,13 +4,20 @@ import base64
 import binascii
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from loralab.errors import ConfigError, nearest
-from loralab.serving.api_errors import ApiError, invalid
-from loralab.serving.request import Sampling
+from loralab.serving.api_errors import LONGEST, ApiError, invalid
+from loralab.serving.request import MOST_LOGPROBS, MOST_STOPS, Sampling
 
 # fields of OpenAI's that are not supported: the values that mean "as usual", beside null
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -27,6 +34,29 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 FREE = ("user", "metadata", "safety_identifier", "prompt_cache_key")
 MOST_CHOICES = 16
 DEFAULT_TOKENS = 16  # of a completion, as at OpenAI; a chat goes on to its end
+MOST_FIELDS = 100  # of an object: no more are looked at one by one
+MOST_VALUES, MOST_PARTS = 2_000_000, 250_000  # in a body; lists and objects among them
+
+# A value that is wrong ends the reading of its list, so that a long one costs no more than a short
+# one. The bounds of numbers are told to clients and kept by Sampling, which says what is wrong.
+Whole = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+Texts = Annotated[list[str], Field(fail_fast=True)]
+Tokens = Annotated[list[int], Field(fail_fast=True)]
+
+
+def _told(**bounds: Any) -> Any:
+    """A field that may be left out, whose bounds clients are told of."""
+
+    def tell(schema: dict[str, Any]) -> None:
+        schema["anyOf"][0].update(bounds)
+
+    return Field(default=None, json_schema_extra=tell)
+
+
+def _tell_stops(schema: dict[str, Any]) -> None:
+    text = {"type": "string", "minLength": 1}
+    several = {"type": "array", "items": text, "maxItems": MOST_STOPS}
+    schema["anyOf"] = [text, several, {"type": "null"}]
 
 
 class Body(BaseModel):
@@ -34,23 +64,36 @@ class Body(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _few_fields(cls, given: Any) -> Any:
+        if isinstance(given, dict) and len(given) > MOST_FIELDS:
+            raise ValueError(f"an object has at most {MOST_FIELDS} fields here")
+        return given
+
+
+def _truth(given: Any) -> Any:
+    if not isinstance(given, bool):  # a literal alone would let 0 stand for false
+        raise ValueError("Input should be a valid boolean")
+    return given
+
 
 class StreamOptions(Body):
     """What a stream tells beside its text."""
 
     include_usage: bool | None = None
-    include_obfuscation: Literal[False] | None = None
+    include_obfuscation: Annotated[Literal[False], BeforeValidator(_truth)] | None = None
 
 
 class _Asked(Body):
     """What completions and chats have in common."""
 
     model: str
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    seed: int | None = None
-    stop: str | list[str] | None = None
+    temperature: float | None = _told(minimum=0, maximum=100)
+    top_p: float | None = _told(exclusiveMinimum=0, maximum=1)
+    top_k: Whole | None = None
+    seed: Whole | None = _told(minimum=0)
+    stop: str | Texts | None = Field(default=None, json_schema_extra=_tell_stops)
     n: int | None = Field(default=None, ge=1, le=MOST_CHOICES)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -82,9 +125,9 @@ class _Asked(Body):
 class CompletionBody(_Asked):
     """POST /v1/completions."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
-    max_tokens: int | None = None
-    logprobs: int | None = None
+    prompt: str | Texts | Tokens | Annotated[list[Tokens], Field(fail_fast=True)]
+    max_tokens: Whole | None = _told(minimum=1)
+    logprobs: Whole | None = _told(minimum=0, maximum=MOST_LOGPROBS)
 
     def prompts(self) -> list[str | list[int]]:
         """Each prompt, as text or as tokens."""
@@ -109,7 +152,7 @@ class Message(Body):
     """One turn of a conversation; the fields after content are what clients send back unset."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)]
     name: None = None
     refusal: None = None
     audio: None = None
@@ -127,11 +170,11 @@ class Message(Body):
 class ChatBody(_Asked):
     """POST /v1/chat/completions."""
 
-    messages: list[Message] = Field(min_length=1)
-    max_tokens: int | None = None
-    max_completion_tokens: int | None = None
+    messages: Annotated[list[Message], Field(fail_fast=True)] = Field(min_length=1)
+    max_tokens: Whole | None = _told(minimum=1)
+    max_completion_tokens: Whole | None = _told(minimum=1)
     logprobs: bool | None = None
-    top_logprobs: int | None = None
+    top_logprobs: Whole | None = _told(minimum=0, maximum=MOST_LOGPROBS)
 
     def sampling(self, room: int, choice: int) -> Sampling:
         """How choice number `choice` is drawn; without a length it may fill the `room`."""
@@ -164,7 +207,7 @@ class ClassifyBody(Body):
     """POST /v1/classify."""
 
     model: str
-    input: str | Picture | list[str | Picture]
+    input: str | Picture | Annotated[list[str | Picture], Field(fail_fast=True)]
 
     def inputs(self) -> list[str | bytes]:
         """Texts, or picture files."""
@@ -197,9 +240,11 @@ def parsed(kind: type[Kind], content: bytes) -> Kind:
     Raises:
         ApiError: it is no JSON, holds a field that is not known or supported, or a wrong value.
     """
+    _require_few(content)
     try:
-        given = json.loads(content, parse_constant=_no_constant)
-        if b"\\ud" in content.lower():  # half a surrogate pair is no text: nothing could write it
+        text = content.decode()  # json alone would take other codings, and half characters
+        given = json.loads(text, parse_constant=_no_constant)
+        if "\\ud" in text or "\\uD" in text:  # half a surrogate pair: nothing could write it
             json.dumps(given, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise ApiError(400, f"the body is no JSON: {error}", code="invalid_json") from None
@@ -220,20 +265,34 @@ def _supported(given: Mapping[str, Any], fields: Sequence[str]) -> dict[str, Any
         elif name in NEUTRAL:
             _require_neutral(name, value)
         elif name not in FREE:
-            hint = nearest(name, fields)
-            raise ApiError(400, f"unknown field {name}{hint}", param=name, code="unknown_parameter")
+            hint, shown = nearest(name, fields), name[:LONGEST]
+            raise ApiError(
+                400, f"unknown field {shown}{hint}", param=shown, code="unknown_parameter"
+            )
     return kept
 
 
 def _require_neutral(name: str, value: Any) -> None:
     usual = NEUTRAL[name]
-    if value is None or any(value == own for own in usual):
+    if value is None or any(_same(value, own) for own in usual):
         return
     shown = f", or {json.dumps(usual[0])}" if usual else ""
     raise ApiError(
         400, f"{name} is not supported here; leave it out{shown}", param=name,
         code="unsupported_parameter",
     )  # fmt: skip
+
+
+def _same(value: Any, own: Any) -> bool:
+    """As JSON has it: true is not 1."""
+    return isinstance(value, bool) == isinstance(own, bool) and bool(value == own)
+
+
+def _require_few(content: bytes) -> None:
+    """Refuse what would take long to read, whatever it is."""
+    parts = content.count(b"{") + content.count(b"[")
+    if parts > MOST_PARTS or content.count(b",") > MOST_VALUES:
+        raise ApiError(413, "the body holds too many values", code="request_too_large")
 
 
 def _deepest(problems: Sequence[Any]) -> Any:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 from fastapi import Request
 
 from loralab.errors import AdapterNotFoundError, LoralabError, nearest
-from loralab.serving.api_errors import ApiError, translated
+from loralab.serving.api_errors import LONGEST, RETRY_SECONDS, ApiError, translated
 from loralab.serving.api_schemas import Body, parsed
 from loralab.serving.keys import Grant, Key, Keys
 from loralab.serving.metrics import Metrics
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 Kind = TypeVar("Kind", bound=Body)
 Result = TypeVar("Result")
 JSON = "application/json"
+TOO_LARGE = "request_too_large"
+SMALL = 64 * 1024  # bytes of a body that is let in however many others arrive
+CHARACTERS = 64  # of a text for each token that a model takes: a longer one cannot fit
 CHAT = Task(name="chat", format="messages", splits={})
 TEXT = Task(name="text", format="text", splits={})
 
@@ -38,6 +41,7 @@ class Service:
         engine.observe = self.metrics.observe
         self.started = int(time.time())
         self.stopping = False
+        self._arriving = 0  # bytes of bodies that are not whole yet
         self._aside: ThreadPoolExecutor = ThreadPoolExecutor(1, "tokenizer")
 
     @property
@@ -93,10 +97,32 @@ class Service:
             raise ApiError(415, f"Content-Type must be {JSON}, got {given or 'none'}")
         try:
             async with asyncio.timeout(self.limits.body_seconds):
-                content = await _content(request, self.limits.body_bytes)
+                content = await self._content(request)
         except TimeoutError:
             raise ApiError(408, "the body took too long to arrive", code="timeout") from None
         return parsed(kind, content)
+
+    async def _content(self, request: Request) -> bytes:
+        """The body; no more than so many bytes of it, and of all together, are ever kept."""
+        most, found = self.limits.body_bytes, bytearray()
+        too_large = ApiError(413, f"the body is larger than {most} bytes", code=TOO_LARGE)
+        length = request.headers.get("content-length", "")
+        if length.isdecimal() and int(length) > most:
+            raise too_large
+        try:
+            async for part in request.stream():
+                found += part
+                self._arriving += len(part)
+                if len(found) > most:
+                    raise too_large
+                if self._arriving > self.limits.bodies_bytes and len(found) > SMALL:
+                    raise ApiError(
+                        429, "too many long requests arrive at once; ask again later",
+                        code="busy", retry_after=RETRY_SECONDS,
+                    )  # fmt: skip
+        finally:
+            self._arriving -= len(found)
+        return bytes(found)
 
     def visible(self, key: Key | None) -> list["Entry"]:
         """The adapters of the store that a key may use."""
@@ -112,7 +138,7 @@ class Service:
         if name not in (self.base_id, self.engine.base.name):
             entry = self._entry(name, key)
         if key is not None and not key.may_use(entry.name if entry else None):
-            raise ApiError(403, f"key {key.name} may not use {name}", param="model")
+            raise ApiError(403, f"key {key.name} may not use {name[:LONGEST]}", param="model")
         return entry
 
     def _entry(self, name: str, key: Key | None) -> "Entry":
@@ -121,7 +147,7 @@ class Service:
         except AdapterNotFoundError:
             names = [self.base_id, *(e.name for e in self.visible(key))]
             raise ApiError(
-                404, f"there is no model {name!r}{nearest(name, names)}", param="model",
+                404, f"there is no model {name[:LONGEST]!r}{nearest(name, names)}", param="model",
                 code="model_not_found",
             ) from None  # fmt: skip
         except LoralabError as error:  # it is there, and damaged
@@ -150,6 +176,19 @@ class Service:
         if grant is not None and self.keys is not None:
             self.keys.settle(grant, tokens)
 
+    def require_fitting(self, characters: int, param: str) -> None:
+        """Refuse a text that is too long for the model, before its tokens are counted.
+
+        Raises:
+            ApiError: 400.
+        """
+        most = CHARACTERS * self.engine.context
+        if characters > most:
+            raise ApiError(
+                400, f"{param} has {characters} characters; at most {most} are read here, as the "
+                f"model takes {self.engine.context} tokens", param=param, code="invalid_value",
+            )  # fmt: skip
+
     async def text_ids(self, prompt: str | list[int]) -> Sequence[int]:
         """The tokens of a plain prompt.
 
@@ -157,11 +196,13 @@ class Service:
             ApiError: 400, it is empty, or a number is no token.
         """
         if isinstance(prompt, str):
+            self.require_fitting(len(prompt), "prompt")
             row = {"text": prompt}
             prompt = list(
                 await self.aside(lambda: prompt_ids(TEXT, row, self.engine.base.tokenizer))
             )
         size = len(self.engine.base.tokenizer)
+        self.require_fitting(len(prompt), "prompt")  # so few numbers are looked at quickly
         if bad := [number for number in prompt if not 0 <= number < size]:
             raise ApiError(
                 400, f"prompt: {bad[0]} is no token; they go from 0 to {size - 1}",
@@ -176,7 +217,9 @@ class Service:
 
         Raises:
             DataError: the chat template refuses it.
+            ApiError: 400, it is far too long.
         """
+        self.require_fitting(sum(1 + len(turn["content"]) for turn in turns), "messages")
         row = {"messages": [*turns, {"role": "assistant", "content": ""}]}
         return await self.aside(lambda: prompt_ids(CHAT, row, self.engine.base.tokenizer))
 
@@ -188,17 +231,3 @@ class Service:
 def base_id(name: str) -> str:
     """What a base is called: its short name or hub id, or its folder's name."""
     return Path(name).name if Path(name).is_absolute() else name
-
-
-async def _content(request: Request, most: int) -> bytes:
-    """The body; no more than so many bytes of it are ever kept."""
-    found = bytearray()
-    too_large = ApiError(413, f"the body is larger than {most} bytes", code="request_too_large")
-    length = request.headers.get("content-length", "")
-    if length.isdecimal() and int(length) > most:
-        raise too_large
-    async for part in request.stream():
-        found += part
-        if len(found) > most:
-            raise too_large
-    return bytes(found)

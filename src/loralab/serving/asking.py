@@ -4,9 +4,7 @@ import itertools
 import uuid
 from collections.abc import Sequence
 from concurrent.futures import Future
-from pathlib import Path
 
-from loralab.adapters.folder import RECORD, read_json
 from loralab.errors import ConfigError, DataError
 from loralab.models.load import Base
 from loralab.serving.entries import Entry
@@ -31,7 +29,6 @@ class Asking:
         self._base, self._context = base, context
         writes = base.kind == "causal-lm"
         self._stops = frozenset(stop_ids(base.tokenizer)) if writes else frozenset()
-        self._tasks: dict[str, Task] = {}
         self._numbers = itertools.count()  # of rows and inputs
 
     def writing(self, prompt: Sequence[int], entry: Entry | None, sampling: Sampling) -> Written:
@@ -122,9 +119,7 @@ class Asking:
         """What the adapter, or the base's own head, was taught to tell apart."""
         if entry is None:
             return Task(name=self._base.name, format="text-label", splits={}, labels=self._own())
-        if entry.digest not in self._tasks:
-            self._tasks[entry.digest] = _task_of(entry)
-        return self._tasks[entry.digest]
+        return _task_of(entry)
 
     def _own(self) -> tuple[str, ...]:
         config = self._base.model.config
@@ -166,15 +161,11 @@ def digest_of(entry: Entry | None) -> str | None:
 
 
 def _task_of(entry: Entry) -> Task:
-    file = Path(entry.path) / RECORD
-    task = read_json(file).get("task", {}) if file.is_file() else {}
-    labels = tuple(map(str, entry.labels))
-    if not labels:
+    if not entry.labels:
         raise DataError(f"{entry.name} was not trained to tell classes apart; it has no labels")
-    form = str(task.get("format") or "text-label")
-    if form == "pair-label":
+    if entry.form == "pair-label":
         raise DataError(f"{entry.name} compares two texts, which is not served")
     return Task(
-        name=entry.name, format=form, splits={}, labels=labels,
-        instruction=str(task.get("instruction") or ""),
+        name=entry.name, format=entry.form or "text-label", splits={}, labels=entry.labels,
+        instruction=entry.instruction or "",
     )  # fmt: skip

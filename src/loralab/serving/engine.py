@@ -19,6 +19,7 @@ import torch
 from loralab.errors import QueueFullError
 from loralab.models.load import Base
 from loralab.serving.asking import Asking
+from loralab.serving.entries import Entry
 from loralab.serving.live import Live, Scored, Seen, error_of
 from loralab.serving.request import CANCELLED, FAILED, Answer, Completed, Ranked, Sampling
 from loralab.serving.sampling import choose
@@ -62,11 +63,14 @@ class Engine:
 
     # -- asking: any thread ---------------------------------------------------------------------
 
-    def submit(self, prompt: Sequence[int], *, adapter: str | None, sampling: Sampling) -> Answer:
+    def submit(
+        self, prompt: Sequence[int], *, adapter: Entry | str | None, sampling: Sampling
+    ) -> Answer:
         """Ask for an answer to a prompt (token ids); returns at once.
 
         Args:
-            adapter: a name or digest of the store; None is the base alone.
+            adapter: a name or digest of the store; None is the base alone. An entry of the store is
+                asked itself, though its name may have moved since.
 
         Raises:
             AdapterNotFoundError: there is no such adapter.
@@ -74,13 +78,13 @@ class Engine:
             DataError: the prompt is empty, or leaves no room for an answer.
             ConfigError: the base writes no text.
         """
-        entry = None if adapter is None else self.store.entry(adapter)
+        entry = self.store.entry(adapter) if isinstance(adapter, str) else adapter
         live = self._asking.writing(prompt, entry, sampling)
         self._enter(live)
         return live.answer
 
     def classify(
-        self, inputs: Sequence[str | bytes], *, adapter: str | None
+        self, inputs: Sequence[str | bytes], *, adapter: Entry | str | None
     ) -> "Future[list[Ranked]]":
         """Ask for the classes of texts, or of pictures (the bytes of a file each).
 
@@ -88,7 +92,7 @@ class Engine:
             AdapterNotFoundError, QueueFullError: as in `submit`.
             DataError: an input is too long, no picture, or the adapter knows no labels.
         """
-        entry = None if adapter is None else self.store.entry(adapter)
+        entry = self.store.entry(adapter) if isinstance(adapter, str) else adapter
         live = self._asking.classifying(inputs, entry)
         self._enter(live)
         return live.future

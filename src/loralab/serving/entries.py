@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from loralab.adapters.attach import TASK_TYPES
-from loralab.adapters.folder import CONFIG, FORMAT, RECORD, TENSORS, read_json
+from loralab.adapters.folder import CONFIG, FORMAT, RECORD, TENSORS
 from loralab.adapters.recipes import PARSERS
 from loralab.errors import AdapterFileError, nearest
 from loralab.serving.names import DIGEST
@@ -29,6 +29,7 @@ class Entry:
         metrics: of the validation.
         kind: of the base, one of models.load.KINDS.
         front: tokens that stand before every input.
+        form: of the rows that it was trained on; `instruction` is what stood before them.
     """
 
     name: str
@@ -45,17 +46,23 @@ class Entry:
     loaded: bool
     pinned: bool
     path: Path
+    form: str | None = None
+    instruction: str | None = None
 
 
-def describe(name: str, path: Path) -> Entry:
+def describe(
+    name: str, path: Path, fields: Mapping[str, Any], record: Mapping[str, Any], size: int | None
+) -> Entry:
     """What an adapter folder says of itself, neither loaded nor pinned.
 
+    Args:
+        fields: the content of adapter_config.json; `record` that of loralab.json.
+        size: of the tensors, in bytes; None if there are none.
+
     Raises:
-        AdapterFileError: a file is missing or damaged, or the method is not known.
+        AdapterFileError: the tensors are missing, or the method is not known.
     """
-    fields = read_json(path / CONFIG)
-    record = read_json(path / RECORD) if (path / RECORD).is_file() else {}
-    if not (path / TENSORS).is_file():
+    if size is None:
         raise AdapterFileError(f"{path} has no {TENSORS}")
     method = fields.get("peft_type")
     if not isinstance(method, str) or method not in PARSERS:
@@ -71,13 +78,14 @@ def describe(name: str, path: Path) -> Entry:
     labels = task.get("labels")
     return Entry(
         name=name, digest=digest, method=method, rank=_count(fields.get("r")),
-        bytes=(path / TENSORS).stat().st_size, task=_text(task.get("name")),
+        bytes=size, task=_text(task.get("name")),
         labels=tuple(map(str, labels)) if isinstance(labels, list) else (),
         metrics=_numbers(section(metrics, "validation")),
         base=_text(base.get("name")) or _text(fields.get("base_model_name_or_path")),
         kind=_text(base.get("kind")) or _kind(fields.get("task_type")),
         front=(_count(fields.get("num_virtual_tokens")) or 0) if method in IN_FRONT else 0,
         loaded=False, pinned=False, path=path,
+        form=_text(task.get("format")), instruction=_text(task.get("instruction")),
     )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from loralab.errors import ConfigError
+from loralab.serving.connection import Connection
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -35,7 +36,7 @@ class Listener(uvicorn.Server):
         self._service = app.state.service
         super().__init__(
             uvicorn.Config(
-                app, log_config=None, access_log=False, lifespan="off", ws="none",
+                app, http=Connection, log_config=None, access_log=False, lifespan="off", ws="none",
                 proxy_headers=False, server_header=False,
                 timeout_graceful_shutdown=math.ceil(2 * self._service.limits.timeout),
             )

@@ -1,5 +1,7 @@
 """What a server tells Prometheus: a registry of its own, filled by the engine's events."""
 
+import contextlib
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -8,6 +10,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 ADAPTER = ("adapter", "digest")
+MOST = 2000  # adapters that are counted by name at one time; those unused the longest are left out
 BASE = "base"  # the label of answers without an adapter
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 STEP_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
@@ -41,6 +44,7 @@ class Metrics:
                 ("queue_seconds", "queue", "from the request to its first step"),
             )
         }
+        self._counted: OrderedDict[tuple[str, str], set[str]] = OrderedDict()  # and how they ended
         self._step = Histogram(
             "loralab_step_seconds", "one pass of the model", buckets=STEP_SECONDS, **own
         )
@@ -62,12 +66,25 @@ class Metrics:
 
     def _finished(self, event: Mapping[str, Any]) -> None:
         who = (event["adapter"] or BASE, (event["digest"] or "")[:12])
+        self._note(who, event["reason"])
         self._answers.labels(*who, event["reason"]).inc()
         for name, counter in self._tokens.items():
             counter.labels(*who).inc(event[name])
         for name, histogram in self._seconds.items():
             if event[name] is not None:  # an answer that was cancelled early has no first token
                 histogram.labels(*who).observe(event[name])
+
+    def _note(self, who: tuple[str, str], reason: str) -> None:
+        """Names that come and go must not fill the memory."""
+        self._counted.setdefault(who, set()).add(reason)
+        self._counted.move_to_end(who)
+        if len(self._counted) > MOST:
+            gone, reasons = self._counted.popitem(last=False)
+            for own in reasons:
+                self._answers.remove(*gone, own)
+            for family in (*self._tokens.values(), *self._seconds.values()):
+                with contextlib.suppress(KeyError):  # it never had a first token
+                    family.remove(*gone)
 
 
 class _State:

@@ -58,18 +58,26 @@ class Limits:
 
     `timeout` seconds are for the whole answer, the time in the queue included; `body_seconds` for
     its body to arrive; `inputs` are the prompts, or texts to classify, of one request.
+
+    The others are about connections: `head_seconds` for the head of a request to arrive,
+    `stall_seconds` without reading after which a client is given up, how many `connections` there
+    may be, and `bodies_bytes` that may be on their way in all requests together.
     """
 
     timeout: float = 300.0
     body_bytes: int = 16 * 2**20
     body_seconds: float = 30.0
     inputs: int = 128
+    head_seconds: float = 10.0
+    stall_seconds: float = 30.0
+    connections: int = 512
+    bodies_bytes: int = 256 * 2**20
 
     def __post_init__(self) -> None:
         """Check every value."""
-        for name in ("timeout", "body_seconds"):
+        for name in ("timeout", "body_seconds", "head_seconds", "stall_seconds"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise ConfigError(f"{name} must be a number of seconds above 0, got {value}")
-        for name in ("body_bytes", "inputs"):
+        for name in ("body_bytes", "inputs", "connections", "bodies_bytes"):
             check_count(name, getattr(self, name))

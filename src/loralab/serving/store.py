@@ -27,7 +27,7 @@ from loralab.errors import (
 )
 from loralab.serving.entries import Entry, describe
 from loralab.serving.names import Names, adapter_inside, read_names, require_name, write_names
-from loralab.serving.reading import Read, read_folder, read_one, state_of
+from loralab.serving.reading import Read, glance, read_folder, read_one, state_of
 
 __all__ = ["Entry", "Held", "Store"]
 
@@ -119,7 +119,7 @@ class Store:
         """
         require_name(name)
         place = adapter_inside(self.root, path)
-        read = read_folder(place)
+        read = read_folder(self.root, place)
         held = self._acquired(read.stored.digest, read)
         if held is None:
             raise QueueFullError(
@@ -127,7 +127,9 @@ class Store:
                 "try again later, or give the server more (--resident)"
             )
         try:
-            entry = replace(describe(name, place), digest=held.digest)
+            stored = read.stored  # of what was read, not of what lies there by now
+            entry = describe(name, place, stored.fields, stored.record, read.size)
+            entry = replace(entry, digest=held.digest)
             self._point(name, entry)
         finally:
             self.release(held)
@@ -211,7 +213,7 @@ class Store:
                 return None
             place = self._places[digest] = _Place(users=1)
         try:
-            read = read or read_one(digest, folders)
+            read = read or read_one(self.root, digest, folders)
             held = self._brought(read)
         except BaseException:
             self._give_up(digest, place)
@@ -311,7 +313,7 @@ class Store:
     def _settled(self, entry: Entry) -> Entry:
         """The entry of a folder that another tool wrote, with its digest, which is read once."""
         try:
-            digest = folder.read(entry.path).digest
+            digest = read_folder(self.root, entry.path).stored.digest
         except AdapterFileError as error:
             with self._changed:
                 if self._entries.get(entry.name) is entry:
@@ -346,7 +348,9 @@ class Store:
         try:
             if named or (self.root / path / folder.CONFIG).exists():
                 require_name(name)
-                self._set(describe(name, adapter_inside(self.root, path)))
+                place = adapter_inside(self.root, path)
+                seen = glance(self.root, place)
+                self._set(describe(name, place, seen.fields, seen.record, seen.size))
         except (InputError, OSError) as error:
             self._refuse(name, error)
 

@@ -1,0 +1,270 @@
+"""What an answer holds, for whoever reads the description of the API.
+
+The answers themselves are made in api_shapes.py, as plain values; a test holds them against these.
+"""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Part(BaseModel):
+    """A part of an answer, with no other fields than these."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Problem(Part):
+    """What went wrong; `param` is the field that it is about."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class Error(Part):
+    """The shape of every error."""
+
+    error: Problem
+
+
+class AdapterIdentity(Part):
+    """Which adapter answered."""
+
+    name: str
+    digest: str
+
+
+class CachedTokens(Part):
+    """Tokens of the prompt that were known from earlier requests."""
+
+    cached_tokens: int
+
+
+class Usage(Part):
+    """What a request took, in tokens."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: CachedTokens
+
+
+class ShortUsage(Part):
+    """What a classification took."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class TextLogprobs(Part):
+    """Log-probabilities of the tokens of a completion."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]] | None
+    text_offset: list[int]
+
+
+class TextChoice(Part):
+    """One answer of a completion, or a piece of it."""
+
+    index: int
+    text: str
+    logprobs: TextLogprobs | None
+    finish_reason: Literal["stop", "length"] | None
+
+
+class Completion(Part):
+    """A completion."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    adapter: AdapterIdentity | None
+    choices: list[TextChoice]
+    usage: Usage
+
+
+class CompletionChunk(Part):
+    """A piece of a streamed completion; `usage` stands in the last one, if it was asked for."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    adapter: AdapterIdentity | None
+    choices: list[TextChoice]
+    usage: Usage | None = None
+
+
+class Likely(Part):
+    """A token that could have stood there."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class Spoken(Likely):
+    """A token of a chat's answer."""
+
+    top_logprobs: list[Likely]
+
+
+class ChatLogprobs(Part):
+    """Log-probabilities of the tokens of a chat's answer."""
+
+    content: list[Spoken]
+    refusal: None
+
+
+class ChatMessage(Part):
+    """What the model says."""
+
+    role: Literal["assistant"]
+    content: str
+    refusal: None
+
+
+class ChatChoice(Part):
+    """One answer of a chat."""
+
+    index: int
+    message: ChatMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: Literal["stop", "length"]
+
+
+class Chat(Part):
+    """The answer to a chat."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    adapter: AdapterIdentity | None
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class ChatDelta(Part):
+    """More of what the model says."""
+
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+
+
+class ChatPiece(Part):
+    """More of one answer."""
+
+    index: int
+    delta: ChatDelta
+    logprobs: ChatLogprobs | None
+    finish_reason: Literal["stop", "length"] | None
+
+
+class ChatChunk(Part):
+    """A piece of a streamed chat."""
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    adapter: AdapterIdentity | None
+    choices: list[ChatPiece]
+    usage: Usage | None = None
+
+
+class Ranking(Part):
+    """The classes of one input: `probs` in the order of the classes, `probabilities` by name."""
+
+    index: int
+    label: str
+    probs: list[float]
+    probabilities: dict[str, float]
+    num_classes: int
+
+
+class Classification(Part):
+    """The classes of all inputs."""
+
+    id: str
+    object: Literal["list"]
+    created: int
+    model: str
+    adapter: AdapterIdentity | None
+    data: list[Ranking]
+    usage: ShortUsage
+
+
+class Model(BaseModel):
+    """The base, or an adapter, which has further fields: method, rank, task, labels, metrics."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    root: str
+    parent: str | None
+    digest: str | None
+    kind: str
+    max_model_len: int
+
+
+class Models(Part):
+    """All that can be asked."""
+
+    object: Literal["list"]
+    data: list[Model]
+
+
+class Health(Part):
+    """The server answers."""
+
+    status: Literal["ok"]
+
+
+class BaseName(Part):
+    """The base, and what it does."""
+
+    name: str
+    kind: str
+
+
+class EngineState(Part):
+    """How busy the engine is."""
+
+    running: int
+    waiting: int
+    context: int
+    max_waiting: int
+    healthy: bool
+    evictions: int
+
+
+class StoredAdapter(Part):
+    """All that is known of an adapter."""
+
+    name: str
+    digest: str
+    method: str
+    rank: int | None
+    bytes: int
+    task: str | None
+    labels: list[str]
+    metrics: dict[str, float]
+    base: str | None
+    loaded: bool
+    pinned: bool
+
+
+class StoreState(Part):
+    """What is here."""
+
+    base: BaseName
+    engine: EngineState
+    adapters: list[StoredAdapter]

@@ -1,0 +1,183 @@
+"""The API in OpenAPI's form: every path, what it takes, every answer that it can give.
+
+Written as data and not drawn from the handlers, which read their bodies themselves; tests hold it
+against the routes and against live answers.
+"""
+
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+import loralab
+from loralab.serving import api_answers as answers
+from loralab.serving.api_schemas import (
+    FREE,
+    NEUTRAL,
+    ChatBody,
+    ClassifyBody,
+    CompletionBody,
+    LoadBody,
+    UnloadBody,
+)
+
+Json = dict[str, Any]
+JSON, TEXT, EVENTS = "application/json", "text/plain", "text/event-stream"
+KEY = "key"  # what the scheme of keys is called
+ANYTIME = (400, 408, 421, 431)  # before a path is looked at: the head of a request is wrong
+BODY = (413, 415)
+ASKED = (404, *BODY, 429, 500, 503, 504)
+MEANINGS = {
+    400: "the request is wrong; `param` is the field", 401: "no valid key",
+    403: "the key may not do this", 404: "there is no such model",
+    408: "the request took too long to arrive", 413: "the body is too large",
+    415: "the body is not application/json", 421: "the Host header names another server",
+    429: "the queue is full, or a quota is used up", 431: "the head of the request is too large",
+    500: "the answer failed inside the engine", 503: "the server stops, or its engine has stopped",
+    504: "the answer took too long",
+}  # fmt: skip
+SHOWN: tuple[type[BaseModel], ...] = (
+    answers.Error, answers.Completion, answers.CompletionChunk, answers.Chat, answers.ChatChunk,
+    answers.Classification, answers.Model, answers.Models, answers.Health, answers.StoreState,
+)  # fmt: skip
+TAKEN: tuple[type[BaseModel], ...] = (
+    CompletionBody, ChatBody, ClassifyBody, LoadBody, UnloadBody
+)  # fmt: skip
+DIGEST = {
+    "X-Loralab-Digest": {
+        "description": "the digest of the adapter that answered; the base has none",
+        "schema": {"type": "string", "pattern": "^[0-9a-f]{64}$"},
+    }
+}
+
+
+@functools.cache
+def description(*, with_keys: bool) -> Json:
+    """The document.
+
+    Args:
+        with_keys: whether the server asks for keys.
+    """
+    found: Json = {
+        "openapi": "3.1.0",
+        "info": {"title": "loralab", "version": loralab.__version__},
+        "paths": _paths(with_keys),
+        "components": {"schemas": _schemas()},
+    }
+    if with_keys:
+        found["components"]["securitySchemes"] = {KEY: {"type": "http", "scheme": "bearer"}}
+    return found
+
+
+def _paths(keys: bool) -> Json:
+    """What each path does, takes and gives."""
+    name = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
+    state, asked = _told(answers.StoreState), _asked(keys)
+    health = _operation(False, "whether the server answers", _told(answers.Health), (503,))
+    own = _operation(False, "this document", {JSON: {"schema": {"type": "object"}}})
+    metrics = _operation(
+        keys, "numbers for Prometheus", {TEXT: {"schema": {"type": "string"}}}, (403,)
+    )
+    model = _operation(keys, "one model", _told(answers.Model), (403, 404))
+    return {
+        "/openapi.json": {"get": own},
+        "/health": {"get": health},
+        "/metrics": {"get": metrics},
+        "/store": {"get": _operation(keys, "adapters, and how busy the engine is", state)},
+        "/v1/models": {"get": _operation(keys, "all models", _told(answers.Models))},
+        "/v1/models/{name}": {"get": model, "parameters": [name]},
+        **{path: {"post": operation} for path, operation in asked.items()},
+    }
+
+
+def _asked(keys: bool) -> Json:
+    """What is asked with a body."""
+    text: Json = {TEXT: {"schema": {"type": "string"}}}
+    return {
+        "/v1/completions": _operation(
+            keys, "continue texts", _told(answers.Completion, answers.CompletionChunk),
+            (403, *ASKED), CompletionBody, DIGEST,
+        ),
+        "/v1/chat/completions": _operation(
+            keys, "answer a conversation", _told(answers.Chat, answers.ChatChunk),
+            (403, *ASKED), ChatBody, DIGEST,
+        ),
+        "/v1/classify": _operation(
+            keys, "put inputs into classes", _told(answers.Classification), (403, *ASKED),
+            ClassifyBody, DIGEST,
+        ),
+        "/v1/load_lora_adapter": _operation(
+            keys, "give a name to an adapter of the store", text, (403, *BODY, 429, 500, 503),
+            LoadBody, DIGEST,
+        ),
+        "/v1/unload_lora_adapter": _operation(
+            keys, "take a name away", text, (403, 404, *BODY, 429, 500), UnloadBody, DIGEST
+        ),
+    }  # fmt: skip
+
+
+def _operation(
+    keys: bool, summary: str, content: Json, errors: Iterable[int] = (),
+    body: type[BaseModel] | None = None, headers: Json | None = None,
+) -> Json:  # fmt: skip
+    """One operation; without keys no answer is about them."""
+    known = {*ANYTIME, *errors, *((401,) if keys else ())} - (set() if keys else {403})
+    found: Json = {
+        "summary": summary,
+        "responses": {
+            "200": {"description": "done", "content": content, "headers": headers or {}},
+            **{str(status): _error(status) for status in sorted(known)},
+        },
+    }
+    if body is not None:
+        content = {JSON: {"schema": _reference(body)}}
+        found["requestBody"] = {"required": True, "content": content}
+    if keys:
+        found["security"] = [{KEY: []}]
+    return found
+
+
+def _told(whole: type[BaseModel], chunk: type[BaseModel] | None = None) -> Json:
+    """An answer, whole, and as a stream where it may be one."""
+    content: Json = {JSON: {"schema": _reference(whole)}}
+    if chunk is not None:
+        text = (
+            f"with `stream`: lines `data: <{chunk.__name__}>`, an empty line after each; an error "
+            "on the way is such a line too; the last one is `data: [DONE]`"
+        )
+        content[EVENTS] = {"schema": {"type": "string", "description": text}}
+    return content
+
+
+def _error(status: int) -> Json:
+    headers: Json = {}
+    text = {"schema": {"type": "string"}}
+    if status in (429, 503):
+        headers["Retry-After"] = {
+            "description": "seconds", "required": status == 429, "schema": {"type": "integer"}
+        }  # fmt: skip
+    if status == 401:
+        headers["WWW-Authenticate"] = {"required": True, **text}
+    content = {JSON: {"schema": _reference(answers.Error)}}
+    return {"description": MEANINGS[status], "content": content, "headers": headers}
+
+
+def _reference(model: type[BaseModel]) -> Json:
+    return {"$ref": f"#/components/schemas/{model.__name__}"}
+
+
+def _schemas() -> Json:
+    """All that is referred to; a body may also hold what has no effect (api_schemas.py)."""
+    shown: list[Any] = [(model, "serialization") for model in SHOWN]
+    taken: list[Any] = [(model, "validation") for model in TAKEN]
+    _, found = models_json_schema(
+        [*shown, *taken], ref_template="#/components/schemas/{model}"
+    )  # fmt: skip
+    schemas: Json = found["$defs"]
+    for model in TAKEN:
+        own = schemas[model.__name__]["properties"]
+        usual = {n: {"enum": [None, *values]} for n, values in NEUTRAL.items() if n not in own}
+        own |= usual | {name: {} for name in FREE}
+    return schemas

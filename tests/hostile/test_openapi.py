@@ -1,0 +1,166 @@
+"""What the server says of itself is what it does: every path, every answer, every refusal."""
+
+import hashlib
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import jsonschema
+import pytest
+from hostile import live as lives
+from hostile.live import Live, serving
+
+from loralab.serving.api_answers import ChatChunk, CompletionChunk
+from loralab.serving.api_description import description
+from loralab.serving.keys import Key, Keys
+from loralab.serving.settings import Limits
+
+lively_llama_folder, adapters = lives.lively_llama_folder, lives.adapters
+SECRET = "a key for the description"
+TEXT: dict[str, Any] = {"model": "v0", "prompt": "good film", "max_tokens": 3, "logprobs": 2}
+CHAT: dict[str, Any] = {
+    "model": "v1", "messages": [{"role": "user", "content": "good film"}], "max_tokens": 3,
+    "logprobs": True, "top_logprobs": 2,
+}  # fmt: skip
+# the description's own path, what is sent, and the status that must come
+ASKED: list[tuple[str, str, Any, int]] = [
+    ("get", "/health", None, 200), ("get", "/store", None, 200), ("get", "/v1/models", None, 200),
+    ("get", "/openapi.json", None, 200), ("get", "/metrics", None, 200),
+    ("get", "/v1/models/v0", None, 200), ("get", "/v1/models/nobody", None, 404),
+    ("post", "/v1/completions", TEXT, 200), ("post", "/v1/completions", {**TEXT, "n": 0}, 400),
+    ("post", "/v1/completions", {**TEXT, "model": "base"}, 404),
+    ("post", "/v1/completions", {**TEXT, "max_tokens": 10**6}, 400),
+    ("post", "/v1/chat/completions", CHAT, 200), ("post", "/v1/chat/completions", [], 400),
+    ("post", "/v1/chat/completions", {**CHAT, "model": "x" * 10**6}, 404),
+    ("post", "/v1/classify", {"model": "v2", "input": ["good", "bad film"]}, 200),
+    ("post", "/v1/classify", {"model": "v2", "input": []}, 400),
+    ("post", "/v1/load_lora_adapter", {"lora_name": "w", "lora_path": "v1"}, 200),
+    ("post", "/v1/load_lora_adapter", {"lora_name": "w", "lora_path": "../v1"}, 400),
+    ("post", "/v1/unload_lora_adapter", {"lora_name": "w"}, 200),
+    ("post", "/v1/unload_lora_adapter", {"lora_name": "w"}, 404),
+]  # fmt: skip
+
+
+def all_keys() -> Keys:
+    return Keys([Key(name="a", sha256=hashlib.sha256(SECRET.encode()).digest(), admin=True)])
+
+
+@pytest.fixture(scope="module")
+def live(lively_llama_folder: Path, adapters: Path) -> Iterator[Live]:
+    """A server that asks for a key."""
+    limits = Limits(body_seconds=2, timeout=20)
+    own: dict[str, Any] = {"limits": limits, "keys": all_keys(), "max_length": 64}
+    with serving(lively_llama_folder, adapters, **own) as found:
+        yield found
+
+
+def described(method: str, path: str, *, with_keys: bool = True) -> tuple[dict[str, Any], Any]:
+    """The operation of a path, and the whole document."""
+    document = description(with_keys=with_keys)
+    known = document["paths"]
+    own = path if path in known else "/v1/models/{name}"
+    return known[own][method], document
+
+
+def require_described(method: str, path: str, response: httpx.Response) -> None:
+    """An answer has a status, a type, headers and a content that the description knows."""
+    operation, document = described(method, path)
+    told = operation["responses"][str(response.status_code)]
+    kind = response.headers["content-type"].partition(";")[0]
+    schema = {**told["content"][kind]["schema"], "components": document["components"]}
+    given = response.json() if kind == "application/json" else response.text
+    jsonschema.Draft202012Validator(schema).validate(given)
+    for name, header in told["headers"].items():
+        assert name in response.headers or not header.get("required")
+
+
+@pytest.mark.parametrize(("method", "path", "body", "status"), ASKED)
+def test_answers_are_as_described(
+    method: str, path: str, body: Any, status: int, live: Live
+) -> None:
+    headers = {"Authorization": f"Bearer {SECRET}"}
+    response = httpx.request(method, live.where + path, json=body, headers=headers)
+    assert response.status_code == status, response.text
+    require_described(method, path, response)
+    if path not in ("/health", "/openapi.json"):
+        stranger = httpx.request(method, live.where + path, json=body)
+        assert stranger.status_code == 401
+        require_described(method, path, stranger)
+    elsewhere = httpx.request(method, live.where + path, json=body, headers={"Host": "evil.test"})
+    assert elsewhere.status_code == 421
+    require_described(method, path, elsewhere)
+
+
+def test_streams_are_as_described(live: Live) -> None:
+    more = {"stream": True, "stream_options": {"include_usage": True}}
+    for path, body, chunk in (
+        ("/v1/completions", TEXT, CompletionChunk), ("/v1/chat/completions", CHAT, ChatChunk),
+    ):  # fmt: skip
+        response = httpx.post(
+            live.where + path, json={**body, **more}, headers={"Authorization": f"Bearer {SECRET}"}
+        )
+        require_described("post", path, response)
+        lines = [line[6:] for line in response.text.split("\n") if line.startswith("data: ")]
+        assert lines[-1] == "[DONE]"
+        assert len([chunk.model_validate_json(line) for line in lines[:-1]]) > 2
+
+
+@pytest.mark.parametrize("with_keys", [True, False])
+def test_every_route_is_described_and_nothing_else(with_keys: bool, live: Live) -> None:
+    document = description(with_keys=with_keys)
+    told = {(path, method.upper()) for path, own in document["paths"].items()
+            for method in own if method != "parameters"}  # fmt: skip
+    told.add(("/", "GET"))
+    from loralab.serving.api import build_app
+
+    app = build_app(live.engine, keys=None)
+    routes: list[Any] = list(app.routes)
+    assert told == {(r.path.replace(":path", ""), m) for r in routes for m in r.methods}
+    assert ("401" in json.dumps(document)) == with_keys
+
+
+def test_bodies_are_described_as_they_are_read() -> None:
+    schemas = description(with_keys=False)["components"]["schemas"]
+    body = schemas["CompletionBody"]["properties"]
+    assert body["temperature"]["anyOf"][0]["maximum"] == 100
+    assert body["tools"] == {"enum": [None, []]}
+    assert body["user"] == {}
+    assert schemas["CompletionBody"]["additionalProperties"] is False
+    assert schemas["ChatBody"]["properties"]["messages"]["minItems"] == 1
+
+
+def known(live: Live) -> dict[str, Any]:
+    """The description with names that are there, so that answers are given and not refused."""
+    document: dict[str, Any] = json.loads(json.dumps(description(with_keys=True)))
+    schemas = document["components"]["schemas"]
+    models = {"type": "string", "enum": ["v0", "v1", "v2", live.model.name]}
+    for body in ("CompletionBody", "ChatBody", "ClassifyBody"):
+        schemas[body]["properties"]["model"] = models
+    document["paths"]["/v1/models/{name}"]["parameters"][0]["schema"] = models
+    return document
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("names", ["any", "known"])
+def test_whatever_is_allowed_or_forbidden_is_answered_as_described(
+    names: str, live: Live, tmp_path: Path
+) -> None:
+    if importlib.util.find_spec("schemathesis") is None:
+        pytest.skip("needs schemathesis")
+    file = tmp_path / "openapi.json"
+    file.write_text(json.dumps(known(live) if names == "known" else description(with_keys=True)))
+    done = subprocess.run(
+        [sys.executable, "-m", "schemathesis.cli", "run", str(file), "--url", live.where,
+         "--header", f"Authorization: Bearer {SECRET}", "--checks", "all",
+         # a request may be as described and still ask for more than the model can take
+         "--exclude-checks", "positive_data_acceptance,ensure_resource_availability",
+         "--max-examples", "40", "--seed", "1", "--request-timeout", "60",
+         "--continue-on-failure", "--no-color"],
+        capture_output=True, text=True, check=False, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
