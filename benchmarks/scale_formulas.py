@@ -15,7 +15,7 @@ HEADER = 129  # bytes that safetensors' header takes for a tensor of an adapter;
 STATE = 20  # bytes of a trained number: itself, gradient, its start to compare with, two moments
 FULL_STATE = 18  # of a number in a full fine-tune: bf16 copy, fp32 itself, gradient, two moments
 ALLOCATED, WORKSPACE = 1.25, 0.12e9  # loralab.training.memory's, found there
-LIBRARIES = 0.42e9  # a process that has imported torch and transformers
+LIBRARIES = 0.39e9  # a process that has imported all that training needs; measured by machine.py
 WHOLE = ("q", "k", "v", "o", "gate", "up", "down")
 
 
@@ -208,7 +208,7 @@ def checkpointed_bytes(shape: Shape, rank: int = 8) -> float:
 def train_bytes(
     shape: Shape, kind: str, tokens: int, rank: int = 8, checkpointed: bool = True
 ) -> float:
-    """Bytes of a training = base + 20 * LoRA numbers + 1.25 * tokens at once * kept + 0.54 GB."""
+    """Bytes of a training = base + 20 * LoRA numbers + 1.25 * tokens at once * kept + 0.51 GB."""
     kept = checkpointed_bytes(shape, rank) if checkpointed else activation_bytes(shape, rank)
     fixed = base_bytes(shape, kind) + STATE * lora_parameters(shape, rank)
     return fixed + ALLOCATED * tokens * kept + WORKSPACE + LIBRARIES
