@@ -36,7 +36,8 @@ test-slow: setup
 	$(BIN)/python -m pytest -q -m slow
 
 bench: setup
-	cd benchmarks && for one in loss_curve train_step train_run train_together memory scaling serve; do ../$(BIN)/python $$one.py --json results/$$one.json || exit 1; done
+	cd benchmarks && for one in loss_curve train_step train_run train_together memory scaling serve machine; do ../$(BIN)/python $$one.py --json results/$$one.json || exit 1; done \
+		&& ../$(BIN)/python scale.py --update ../docs/scale.md
 
 audit:
 	$(PYTHON) -m venv build/audit
