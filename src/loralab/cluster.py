@@ -45,12 +45,13 @@ def library(name: str = "ray") -> Any:
 
 
 @contextlib.contextmanager
-def joined(address: str) -> Iterator[Any]:
+def joined(address: str, cpus: int = 1) -> Iterator[Any]:
     """Ray, connected to a cluster for as long as the block lasts.
 
     Args:
         address: "local" starts a cluster on this machine and ends it again; "auto" is the one
             that this machine belongs to; HOST:PORT of a head; ray://HOST:PORT from outside.
+        cpus: that a cluster on this machine shall have at least, be they shared.
 
     Raises:
         ConfigError: Ray is not installed, or no cluster answers there.
@@ -60,7 +61,9 @@ def joined(address: str) -> Iterator[Any]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of its own old habits, such as CUDA_VISIBLE_DEVICES
         try:
-            own: dict[str, Any] = {"include_dashboard": False} if address == LOCAL else {}
+            own: dict[str, Any] = {}
+            if address == LOCAL:
+                own = {"include_dashboard": False, "num_cpus": max(cpus, os.cpu_count() or 1)}
             ray.init(
                 address=address, log_to_driver=False, logging_level="ERROR", namespace="loralab",
                 **own,
@@ -116,8 +119,3 @@ def on(node: Node) -> Any:
     """The strategy that puts a task on one machine and no other."""
     strategies = library("ray.util.scheduling_strategies")
     return strategies.NodeAffinitySchedulingStrategy(node_id=node.id, soft=False)
-
-
-def here() -> str:
-    """What this machine is called, in messages."""
-    return f"{socket.gethostname()} (process {os.getpid()})"

@@ -2,8 +2,9 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -27,6 +28,16 @@ Result = TypeVar("Result")
 JSON = "application/json"
 CHAT = Task(name="chat", format="messages", splits={})
 TEXT = Task(name="text", format="text", splits={})
+
+
+@dataclass(frozen=True, kw_only=True)
+class About:
+    """What a server serves, for whoever started it; `refused` is what it left out, and why."""
+
+    base: str
+    kind: str
+    adapters: tuple[str, ...]
+    refused: Mapping[str, str] = field(default_factory=dict)
 
 
 class Service:
@@ -93,7 +104,7 @@ class Service:
             raise ApiError(415, f"Content-Type must be {JSON}, got {given or 'none'}")
         try:
             async with asyncio.timeout(self.limits.body_seconds):
-                content = await _content(request, self.limits.body_bytes)
+                content = await read_content(request, self.limits.body_bytes)
         except TimeoutError:
             raise ApiError(408, "the body took too long to arrive", code="timeout") from None
         return parsed(kind, content)
@@ -190,8 +201,21 @@ def base_id(name: str) -> str:
     return Path(name).name if Path(name).is_absolute() else name
 
 
-async def _content(request: Request, most: int) -> bytes:
-    """The body; no more than so many bytes of it are ever kept."""
+def about(engine: "Engine") -> About:
+    """What an engine serves."""
+    return About(
+        base=base_id(engine.base.name), kind=engine.base.kind,
+        adapters=tuple(entry.name for entry in engine.store.entries()),
+        refused=dict(getattr(engine.store, "refused", {})),
+    )  # fmt: skip
+
+
+async def read_content(request: Request, most: int) -> bytes:
+    """The body; no more than so many bytes of it are ever kept.
+
+    Raises:
+        ApiError: 413, it is larger.
+    """
     found = bytearray()
     too_large = ApiError(413, f"the body is larger than {most} bytes", code="request_too_large")
     length = request.headers.get("content-length", "")
