@@ -15,7 +15,7 @@ from loralab.serving.settings import Limits, ServeSettings
 from loralab.values import check_choice
 
 if TYPE_CHECKING:
-    from loralab.serving.engine import Engine
+    from loralab.serving.api_service import About
     from loralab.serving.keys import Keys
 
 SHOWN = 12  # adapters that are named at the start
@@ -53,6 +53,12 @@ def serve(
         str | None, typer.Option(help="a Python that has vLLM", show_default=False)
     ] = None,
     engine_args: Annotated[str, typer.Option(help="arguments of vLLM's own, as one text")] = "",
+    replicas: Annotated[
+        int | None, typer.Option(help="engines behind the address, with --ray", min=1)
+    ] = None,
+    ray: Annotated[
+        str | None, typer.Option(help="a Ray cluster: local, auto, HOST:PORT or ray://HOST:PORT")
+    ] = None,
     json_: Json = False,
     typed: dict[str, Any] | None = None,
 ) -> None:
@@ -65,6 +71,8 @@ def serve(
     _require_extra()
     if engine_name == "vllm":
         require_vllms(typed or {}, limits, keys, pin)
+        if ray is not None or replicas is not None:
+            raise ConfigError("--ray and --replicas are for loralab's own engine")
         _keys(host, None, no_keys)
         code = serve_by_vllm(
             model=model or DEFAULT_MODEL, store=store, named=named, host=host, port=port,
@@ -72,7 +80,15 @@ def serve(
         )  # fmt: skip
         raise typer.Exit(code)
     require_ours(engine_name, engine_python, engine_args)
+    if ray is not None or replicas is not None:
+        plan = {
+            "model": model or DEFAULT_MODEL, "store": str(store.resolve()), "adapters": named,
+            "pinned": pin or [], "settings": settings, "limits": limits,
+        }  # fmt: skip
+        _serve_replicas(plan, replicas or 1, ray, host, port, _keys(host, keys, no_keys), json_)
+        return
     from loralab.serving.api import build_app
+    from loralab.serving.api_service import about
     from loralab.serving.gate import hosts_of
     from loralab.serving.listener import Listener, address, open_socket
 
@@ -87,7 +103,7 @@ def serve(
         application = build_app(engine, keys=known, limits=limits, hosts=hosts)
         where = address(opened)
         listener = Listener(
-            application, opened, lambda: _say_ready(engine, where, known is not None, json_)
+            application, opened, lambda: _say_ready(about(engine), where, known is not None, json_)
         )
         engine.start()
         try:
@@ -138,21 +154,37 @@ def _keys(host: str, file: Path | None, without: bool) -> "Keys | None":
     return None
 
 
-def _say_ready(engine: "Engine", where: str, with_keys: bool, as_json: bool) -> None:
-    """One line for machines, or a few for people."""
-    from loralab.serving.api_service import base_id
+def _serve_replicas(
+    plan: dict[str, Any], count: int, ray: str | None, host: str, port: int, keys: "Keys | None",
+    as_json: bool,
+) -> None:  # fmt: skip
+    """On a Ray cluster, until a signal ends it."""
+    if ray is None:
+        raise ConfigError("--replicas needs --ray: local, or the address of a Ray cluster")
+    from loralab.serving.listener import address, open_socket, until_told
+    from loralab.serving.replicas import Plan, running
 
-    base, adapters = base_id(engine.base.name), [entry.name for entry in engine.store.entries()]
+    own = Plan(**plan, keys=None if keys is None else keys.keys)
+    with open_socket(host, port) as opened:  # it is free; Ray opens it itself
+        where = address(opened)
+    with running(own, count, ray, host, int(where.rpartition(":")[2])) as found:
+        _say_ready(found, where, keys is not None, as_json)
+        until_told()
+
+
+def _say_ready(found: "About", where: str, with_keys: bool, as_json: bool) -> None:
+    """One line for machines, or a few for people."""
+    base, adapters = found.base, list(found.adapters)
     if as_json:
-        ready = {"url": where, "model": base, "kind": engine.base.kind, "adapters": adapters}
+        ready = {"url": where, "model": base, "kind": found.kind, "adapters": adapters}
         print(json.dumps(ready, ensure_ascii=False), flush=True)
         return
     more = f" and {len(adapters) - SHOWN} more" if len(adapters) > SHOWN else ""
     print(f"{base} at {where}, a page to try it, and {where}/v1 for clients of OpenAI's API")
     print(f"adapters: {', '.join(adapters[:SHOWN]) or 'none yet'}{more}")
-    for name, reason in getattr(engine.store, "refused", {}).items():
+    for name, reason in found.refused.items():
         print(f"left out: {name}: {reason}")
-    print(_example(engine.base.kind, where, (adapters or [base])[0], with_keys), flush=True)
+    print(_example(found.kind, where, (adapters or [base])[0], with_keys), flush=True)
 
 
 def _example(kind: str, where: str, model: str, with_keys: bool) -> str:

@@ -25,6 +25,14 @@ from loralab.studies.study import LANGUAGES, Asked
 if TYPE_CHECKING:
     from loralab.studies.conduct import Outcome
 
+Ray = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        help="train on a Ray cluster: local, auto, HOST:PORT or ray://HOST:PORT",
+        show_default=False,
+    ),
+]
 Language = Annotated[str, typer.Option("--lang", help=f"of the page: {' or '.join(LANGUAGES)}")]
 
 
@@ -43,6 +51,7 @@ def study(
     skip_invalid: Annotated[
         bool, typer.Option(help="leave out arms that cannot run on this model")
     ] = False,
+    ray: Ray = None,
     lang: Language = "en",
     quiet: Quiet = False,
     json_: Json = False,
@@ -58,7 +67,7 @@ def study(
     with StudyLines(quiet=quiet or json_) as lines:
         outcome = conduct(
             name, output_dir=output_dir, asked=asked, mapping=_mapping(map_), budget=budget,
-            resume=resume, skip_invalid=skip_invalid, language=lang, listener=lines,
+            resume=resume, skip_invalid=skip_invalid, language=lang, listener=lines, ray=ray,
         )  # fmt: skip
     _show(outcome, lang, json_)
 

@@ -2,8 +2,9 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -30,6 +31,16 @@ SMALL = 64 * 1024  # bytes of a body that is let in however many others arrive
 CHARACTERS = 64  # of a text for each token that a model takes: a longer one cannot fit
 CHAT = Task(name="chat", format="messages", splits={})
 TEXT = Task(name="text", format="text", splits={})
+
+
+@dataclass(frozen=True, kw_only=True)
+class About:
+    """What a server serves, for whoever started it; `refused` is what it left out, and why."""
+
+    base: str
+    kind: str
+    adapters: tuple[str, ...]
+    refused: Mapping[str, str] = field(default_factory=dict)
 
 
 class Service:
@@ -104,25 +115,22 @@ class Service:
 
     async def _content(self, request: Request) -> bytes:
         """The body; no more than so many bytes of it, and of all together, are ever kept."""
-        most, found = self.limits.body_bytes, bytearray()
-        too_large = ApiError(413, f"the body is larger than {most} bytes", code=TOO_LARGE)
-        length = request.headers.get("content-length", "")
-        if length.isdecimal() and int(length) > most:
-            raise too_large
+        own = 0
+
+        def arrive(size: int) -> None:
+            nonlocal own
+            own += size
+            self._arriving += size
+            if self._arriving > self.limits.bodies_bytes and own > SMALL:
+                raise ApiError(
+                    429, "too many long requests arrive at once; ask again later", code="busy",
+                    retry_after=RETRY_SECONDS,
+                )  # fmt: skip
+
         try:
-            async for part in request.stream():
-                found += part
-                self._arriving += len(part)
-                if len(found) > most:
-                    raise too_large
-                if self._arriving > self.limits.bodies_bytes and len(found) > SMALL:
-                    raise ApiError(
-                        429, "too many long requests arrive at once; ask again later",
-                        code="busy", retry_after=RETRY_SECONDS,
-                    )  # fmt: skip
+            return await read_content(request, self.limits.body_bytes, arrive)
         finally:
-            self._arriving -= len(found)
-        return bytes(found)
+            self._arriving -= own
 
     def visible(self, key: Key | None) -> list["Entry"]:
         """The adapters of the store that a key may use."""
@@ -231,3 +239,36 @@ class Service:
 def base_id(name: str) -> str:
     """What a base is called: its short name or hub id, or its folder's name."""
     return Path(name).name if Path(name).is_absolute() else name
+
+
+def about(engine: "Engine") -> About:
+    """What an engine serves."""
+    return About(
+        base=base_id(engine.base.name), kind=engine.base.kind,
+        adapters=tuple(entry.name for entry in engine.store.entries()),
+        refused=dict(getattr(engine.store, "refused", {})),
+    )  # fmt: skip
+
+
+async def read_content(
+    request: Request, most: int, arrive: Callable[[int], None] = lambda size: None
+) -> bytes:
+    """The body; no more than so many bytes of it are ever kept.
+
+    Args:
+        arrive: told of the bytes of each part; may raise.
+
+    Raises:
+        ApiError: 413, it is larger.
+    """
+    found = bytearray()
+    too_large = ApiError(413, f"the body is larger than {most} bytes", code=TOO_LARGE)
+    length = request.headers.get("content-length", "")
+    if length.isdecimal() and int(length) > most:
+        raise too_large
+    async for part in request.stream():
+        found += part
+        arrive(len(part))
+        if len(found) > most:
+            raise too_large
+    return bytes(found)

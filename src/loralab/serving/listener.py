@@ -71,6 +71,18 @@ class Listener(uvicorn.Server):
                 signal.signal(number, handler)
 
 
+def until_told() -> None:
+    """Wait for SIGTERM or SIGINT."""
+    told = threading.Event()
+    before = {number: signal.signal(number, lambda *_: told.set()) for number in SIGNALS}
+    try:
+        while not told.wait(0.5):  # a wait without end would hold the signals back
+            pass
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def open_socket(host: str, port: int) -> socket.socket:
     """A socket that nobody else can take any more; it does not listen yet.
 

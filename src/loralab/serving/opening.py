@@ -45,9 +45,7 @@ def open_engine(
         InputError: the base, the store or an adapter is wrong.
     """
     settings = settings or ServeSettings()
-    root = Path(store)
-    if not root.is_dir():
-        raise ConfigError(f"there is no store at {root}; give a folder with adapters in it")
+    root = require_store(store)
     base = _base(model, settings)
     nursery = Nursery(base, quantize=settings.quantize)
     shelf = Store(root, nursery.load, resident=settings.resident)
@@ -56,6 +54,18 @@ def open_engine(
     for name in pinned:
         shelf.pin(name)
     return engine_for(base, shelf, settings)
+
+
+def require_store(store: str | Path) -> Path:
+    """The folder of a store.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    root = Path(store)
+    if not root.is_dir():
+        raise ConfigError(f"there is no store at {root}; give a folder with adapters in it")
+    return root
 
 
 def engine_for(base: Base, store: Store, settings: ServeSettings) -> Engine:

@@ -10,6 +10,7 @@ from typing import Any
 from loralab import atomic
 from loralab.errors import ConfigError, InputError, OutputError, RunError
 from loralab.studies import catalog, store
+from loralab.studies.cluster import open_cluster
 from loralab.studies.fields import configured, from_toml, known
 from loralab.studies.runner import Listener, Session, session
 from loralab.studies.study import FAILED, Answer, Arm, Asked, Cell, Ground, parse_seconds
@@ -40,6 +41,7 @@ def study(
     skip_invalid: bool = False,
     language: str = "en",
     listener: Listener | None = None,
+    ray: str | None = None,
 ) -> Outcome:
     """Answer one of the twelve questions by measurement, or all, or compare one's own grid.
 
@@ -51,6 +53,7 @@ def study(
         skip_invalid: run the other arms where some cannot run on this model.
         language: that the page opens in, en or zh-TW; it holds both.
         listener: called with every event.
+        ray: "local", "auto" or the address of a Ray cluster whose machines train (docs/cluster.md).
 
     Raises:
         InputError: a name, a setting, the model or the data is wrong.
@@ -60,7 +63,7 @@ def study(
     seconds = parse_seconds(budget) if budget is not None else None
     _require_place(folder, resume=resume)
     skipped: dict[str, str] = {}
-    with session(folder, seconds, listener) as own:
+    with open_cluster(ray) as away, session(folder, seconds, listener, away) as own:
         for ground, arms in work:
             reason = _one(own, ground, arms, skip_invalid=skip_invalid or name == ALL)
             if reason and name != ALL:

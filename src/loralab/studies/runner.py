@@ -5,11 +5,9 @@ there are follows from study.toml and from what the cells before them gave.
 """
 
 import contextlib
-import json
+import itertools
 import math
-import signal
-import subprocess
-import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -18,31 +16,37 @@ from typing import Any
 
 from loralab.errors import ConfigError, RunError, some
 from loralab.studies import search, store
+from loralab.studies.cluster import Cluster, goes_away
+from loralab.studies.forked import Worker, ended
 from loralab.studies.prepare import question_module
+from loralab.studies.search import Each, Obtain, in_turn
 from loralab.studies.study import FAILED, MISSING, Arm, Cell, Ground, Record
 
 Listener = Callable[[dict[str, Any]], None]
-Obtain = Callable[[Cell], Record]
 BUDGET = "left out: it would not have fitted into the budget"
 
 
-def walk(ground: Ground, arms: Sequence[Arm], obtain: Obtain) -> list[Record]:
-    """All records of a study, seed by seed: after the first seed every arm has been seen once."""
+def walk(ground: Ground, arms: Sequence[Arm], obtain: Obtain, each: Each = in_turn) -> list[Record]:
+    """All records of a study, seed by seed: after the first seed every arm has been seen once.
+
+    Args:
+        each: how what does not wait for each other is done: in turn, or side by side.
+    """
     module = question_module(ground.study)
     if hasattr(module, "walk"):  # a question that decides as it goes which cells come next
-        return list(module.walk(ground, arms, obtain))
-    ready = [_tuned(ground, arm, obtain) for arm in arms]
-    found = []
-    for seed in range(ground.seeds):
-        for arm, own, search_seconds in ready:
-            if seed and arm.plain:
-                continue
-            measure = str(arm.options.get("measure") or module.MEASURE)
-            record = obtain(Cell(measure=measure, ground=ground, arm=own, seed=seed))
-            rate = own.fields.get("learning_rate")
-            cost = search_seconds if seed == 0 else 0.0
-            found.append(replace(record, arm=own, rate=rate, searched=cost))
-    return found
+        return list(module.walk(ground, arms, obtain, each))
+    ready = each(lambda arm: _tuned(ground, arm, obtain, each), arms)
+
+    def one(seed_and_arm: tuple[int, tuple[Arm, Arm, float]]) -> Record:
+        seed, (arm, own, search_seconds) = seed_and_arm
+        measure = str(arm.options.get("measure") or module.MEASURE)
+        record = obtain(Cell(measure=measure, ground=ground, arm=own, seed=seed))
+        rate = own.fields.get("learning_rate")
+        cost = search_seconds if seed == 0 else 0.0
+        return replace(record, arm=own, rate=rate, searched=cost)
+
+    pairs = itertools.product(range(ground.seeds), ready)
+    return list(each(one, [pair for pair in pairs if not (pair[0] and pair[1][0].plain)]))
 
 
 def records(folder: Path) -> dict[str, tuple[Ground, list[Record]]]:
@@ -77,16 +81,21 @@ class Session:
         folder: of the study; locked while the session lasts.
         deadline: of time.monotonic(), or infinity.
         listener: called with events: "cell" when one begins and ends, and those of its run.
+        cluster: whose machines measure what can go away; the rest is measured here, after it.
     """
 
-    def __init__(self, folder: Path, deadline: float, listener: Listener | None = None) -> None:
-        self.folder, self.deadline = folder, deadline
+    def __init__(
+        self, folder: Path, deadline: float, listener: Listener | None = None,
+        cluster: Cluster | None = None,
+    ) -> None:  # fmt: skip
+        self.folder, self.deadline, self.cluster = folder, deadline, cluster
         self._listener = listener or (lambda event: None)
-        self._worker: subprocess.Popen[str] | None = None
+        self._worker: Worker | None = None
         self._times: dict[str, list[float]] = {}
         self._units_left = 0.0
         self._tried: set[str] = set()
-        self._log: Any = None
+        self._telling = threading.RLock()
+        self._cells: dict[str, threading.Lock] = {}  # two arms may share a cell
 
     def prepare(
         self, ground: Ground, arms: Sequence[Arm] | None = None, *, skip_invalid: bool = False
@@ -116,6 +125,9 @@ class Session:
     def run(self, ground: Ground, arms: Sequence[Arm]) -> list[Record]:
         """All cells of a study; those that are finished are read."""
         self._units_left = sum(self.units(ground, arms))
+        if self.cluster is not None:
+            self.cluster.require_ready(ground)
+            walk(ground, arms, self._sent, self.cluster.each)
         return walk(ground, arms, self.obtain)
 
     def units(self, ground: Ground, arms: Sequence[Arm]) -> Iterator[float]:
@@ -130,10 +142,21 @@ class Session:
 
     def obtain(self, cell: Cell) -> Record:
         """Read a cell, or run it, or leave it out where the budget ends."""
-        stored = store.read(self.folder, cell)
-        if stored is not None and (stored.status != FAILED or cell.digest in self._tried):
-            self._done(cell)
-            return stored
+        with self._cells.setdefault(cell.digest, threading.Lock()):
+            stored = store.read(self.folder, cell)
+            if stored is not None and (stored.status != FAILED or cell.digest in self._tried):
+                self._done(cell)
+                return stored
+            if self.cluster is None or not goes_away(cell):
+                return self._run(cell)
+            with self.cluster.room():
+                return self._run(cell)
+
+    def _sent(self, cell: Cell) -> Record:
+        """As `obtain`, for what can go to another machine; the rest has its turn later."""
+        return self.obtain(cell) if goes_away(cell) else missing(cell, "")
+
+    def _run(self, cell: Cell) -> Record:
         self._tried.add(cell.digest)
         if time.monotonic() + self.expected(cell) > self.deadline:
             self._done(cell)
@@ -146,6 +169,11 @@ class Session:
         self._tell(cell, record.status)
         return record
 
+    @property
+    def abreast(self) -> int:
+        """Cells that run at the same time."""
+        return 1 if self.cluster is None else self.cluster.abreast
+
     def expected(self, cell: Cell) -> float:
         """Seconds that a cell will take, after those of its kind; 0 where none has run yet."""
         own = self._times.get(_kind(cell), [])
@@ -153,75 +181,53 @@ class Session:
 
     def _measured(self, cell: Cell) -> Record:
         place = store.place_of(self.folder, cell)
+        if self.cluster is not None and goes_away(cell):
+            return self.cluster.measured(cell, place, self.folder / store.LOG)
         job = {"do": "measure", "cell": cell.to_json(), "folder": str(place)}
         events = list(self._do(job))
         stored = store.read(self.folder, cell)
         if stored is not None and events[-1]["code"] == 0:
             return stored
         said = next((e["text"] for e in events if e["kind"] == "error"), "")
-        reason = said or _ended(events[-1]["code"])
+        reason = said or ended(events[-1]["code"])
         record = Record(arm=cell.arm, seed=cell.seed, status=FAILED, reason=reason)
         store.write(place, cell, record, 0.0)
         return record
 
     def _do(self, job: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-        """The events of one job; the last one says how it ended."""
-        worker = self._started()
-        assert worker.stdin is not None
-        assert worker.stdout is not None
-        worker.stdin.write(json.dumps(job, default=list) + "\n")
-        worker.stdin.flush()
-        for line in worker.stdout:
-            event = json.loads(line)
+        """The events of one job here; the last one says how it ended."""
+        if self._worker is None:
+            self._worker = Worker(self.folder / store.LOG)
+        for event in self._worker.do(job):
             self._listener(event)
             yield event
-            if event["kind"] == "exit":
-                if event["code"] == 128 + signal.SIGINT:
-                    raise KeyboardInterrupt
-                return
-        raise RunError(f"the worker of the study has ended; see {self.folder / store.LOG}")
-
-    def _started(self) -> subprocess.Popen[str]:
-        if self._worker is None:
-            self._log = (self.folder / store.LOG).open("a", encoding="utf-8")
-            self._worker = subprocess.Popen(
-                [sys.executable, "-m", "loralab.studies.worker"], stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE, stderr=self._log, text=True,
-            )  # fmt: skip
-        return self._worker
 
     def close(self) -> None:
         """End the worker; one that writes a checkpoint gets the time to."""
         if self._worker is not None:
-            assert self._worker.stdin is not None
-            with contextlib.suppress(OSError):
-                self._worker.stdin.close()
-            try:
-                self._worker.wait(timeout=20)
-            except subprocess.TimeoutExpired:
-                self._worker.kill()
-                self._worker.wait()
-            assert self._worker.stdout is not None
-            self._worker.stdout.close()
-            self._log.close()
+            self._worker.close()
 
     def _done(self, cell: Cell) -> None:
-        self._units_left = max(0.0, self._units_left - _size(cell))
+        with self._telling:
+            self._units_left = max(0.0, self._units_left - _size(cell))
 
     def _tell(self, cell: Cell, what: str) -> None:
         own = self._times.get(_kind(cell)) or [t for v in self._times.values() for t in v]
-        left = self._units_left * math.fsum(own) / len(own) if own else None
-        self._listener({
+        left = self._units_left * math.fsum(own) / len(own) / self.abreast if own else None
+        event = {
             "kind": "cell", "study": cell.ground.study, "arm": cell.arm.name, "seed": cell.seed,
             "what": what, "search": cell.measure == search.SEARCH, "seconds_left": left,
             "rate": cell.arm.fields.get("learning_rate"),
-        })  # fmt: skip
+        }  # fmt: skip
+        with self._telling:
+            self._listener(event)
 
 
 @contextlib.contextmanager
 def session(
-    folder: Path, budget: float | None = None, listener: Listener | None = None
-) -> Iterator[Session]:
+    folder: Path, budget: float | None = None, listener: Listener | None = None,
+    cluster: Cluster | None = None,
+) -> Iterator[Session]:  # fmt: skip
     """A session in a locked folder.
 
     Raises:
@@ -229,7 +235,7 @@ def session(
     """
     with store.locked(folder):
         deadline = time.monotonic() + budget if budget is not None else math.inf
-        own = Session(folder, deadline, listener)
+        own = Session(folder, deadline, listener, cluster)
         try:
             yield own
         finally:
@@ -241,11 +247,11 @@ def needs_search(ground: Ground, arm: Arm) -> bool:
     return arm.tuned and not ground.fixed_lr and "learning_rate" not in arm.fields
 
 
-def _tuned(ground: Ground, arm: Arm, obtain: Obtain) -> tuple[Arm, Arm, float]:
+def _tuned(ground: Ground, arm: Arm, obtain: Obtain, each: Each) -> tuple[Arm, Arm, float]:
     """The arm, the arm at its learning rate, and the seconds that finding it took."""
     if not needs_search(ground, arm):
         return arm, arm, 0.0
-    found = search.tune(ground, arm, obtain)
+    found = search.tune(ground, arm, obtain, each)
     return arm, search.with_rate(arm, found.rate), found.seconds
 
 
@@ -258,9 +264,3 @@ def _size(cell: Cell) -> float:
 
 def _kind(cell: Cell) -> str:
     return f"{cell.ground.study} {cell.measure}"
-
-
-def _ended(code: int) -> str:
-    if code == -signal.SIGKILL:
-        return "killed by the system, most likely because memory ran out"
-    return f"the run ended with code {code}; see {store.LOG}"

@@ -6,8 +6,9 @@ smaller grid and its first round alone.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from loralab.studies.fields import configured
 from loralab.studies.study import DONE, Arm, Cell, Ground, Record
@@ -18,6 +19,8 @@ BEYOND = 2  # times that the edge is left
 SEARCH = "loralab.studies.trained:searched"
 
 Obtain = Callable[[Cell], Record]
+Each = Callable[[Callable[[Any], Any], Iterable[Any]], list[Any]]
+"""All results of some work, in their order, which may be done side by side."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +33,12 @@ class Search:
     at_edge: bool
 
 
-def tune(ground: Ground, arm: Arm, obtain: Obtain) -> Search:
+def in_turn(work: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
+    """One after the other."""
+    return [work(item) for item in items]
+
+
+def tune(ground: Ground, arm: Arm, obtain: Obtain, each: Each = in_turn) -> Search:
     """The best rate for an arm on its ground; None if no rate could be tried.
 
     An arm whose best rate is known to lie elsewhere brings its own multiples: options["rates"].
@@ -39,7 +47,9 @@ def tune(ground: Ground, arm: Arm, obtain: Obtain) -> Search:
     grid = [rounded(usual(ground, arm) * factor) for factor in factors]
     steps = int(ground.fields["max_steps"])
     first = max(2, steps // 3)
-    found = {rate: _loss(ground, arm, rate, first, obtain) for rate in grid}
+    found = dict(
+        zip(grid, each(lambda rate: _loss(ground, arm, rate, first, obtain), grid), strict=True)
+    )
     for _ in range(0 if ground.quick else BEYOND):
         edge = _beyond(found)
         if edge is None:
@@ -51,7 +61,10 @@ def tune(ground: Ground, arm: Arm, obtain: Obtain) -> Search:
         return Search(rate=None, rates=tuple(sorted(found)), seconds=seconds, at_edge=False)
     best = ranked[0]
     if not ground.quick and len(ranked) > 1:
-        final = {r: _loss(ground, arm, r, max(3, 2 * steps // 3), obtain) for r in ranked[:2]}
+        whole = each(
+            lambda rate: _loss(ground, arm, rate, max(3, 2 * steps // 3), obtain), ranked[:2]
+        )
+        final = dict(zip(ranked, whole, strict=False))
         seconds += math.fsum(cost for _, cost in final.values())
         best = min(final, key=lambda rate: final[rate][0])
     edges = (min(found), max(found))

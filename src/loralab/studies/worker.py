@@ -102,6 +102,17 @@ def _prepare(job: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> int
     return 0
 
 
+def _reach(job: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> int:
+    """Whether the model and the data of a study can be read here."""
+    from loralab.models.load import natural_kind
+    from loralab.studies.trained import rows_of
+
+    ground = Ground.of(job["ground"])
+    natural_kind(ground.model)
+    rows_of(ground)
+    return 0
+
+
 def _end_with(parent: int) -> None:
     """End this process when its parent has ended."""
     while os.getppid() == parent:
@@ -112,6 +123,7 @@ def _end_with(parent: int) -> None:
 JOBS: dict[str, Callable[[dict[str, Any], Callable[[dict[str, Any]], None]], int]] = {
     "measure": _measure,
     "prepare": _prepare,
+    "reach": _reach,
 }
 
 if __name__ == "__main__":

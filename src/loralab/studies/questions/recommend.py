@@ -7,7 +7,7 @@ chose nothing.
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,7 @@ from loralab.studies.evidence import (
     scores_table,
 )
 from loralab.studies.fields import configured
-from loralab.studies.search import SEARCH, rounded, usual
+from loralab.studies.search import SEARCH, Each, Obtain, in_turn, rounded, usual
 from loralab.studies.study import DONE, Answer, Arm, Cell, Ground, Record, Table, Text
 from loralab.studies.trained import MEASURE
 from loralab.training.preflight import with_head
@@ -67,7 +67,7 @@ def arms(ground: Ground, base: Base) -> list[Arm]:
 
 
 def walk(
-    ground: Ground, candidates: Sequence[Arm], obtain: Callable[[Cell], Record]
+    ground: Ground, candidates: Sequence[Arm], obtain: Obtain, each: Each = in_turn
 ) -> list[Record]:
     """Two rounds of short runs by validation loss, then whole runs with every seed."""
     steps = int(ground.fields["max_steps"])
@@ -75,14 +75,18 @@ def walk(
     found: list[Record] = []
     for number in range(ROUNDS - 1):
         short = max(2, steps // ETA ** (ROUNDS - 1 - number))
-        ran = [(arm, obtain(_short(ground, arm, short))) for arm in left]
+        cells = [_short(ground, arm, short) for arm in left]
+        ran = list(zip(left, each(obtain, cells), strict=True))
         found += [_of_round(arm, record, number) for arm, record in ran]
         ended = [(_loss(record), i) for i, (_, record) in enumerate(ran)]
         ranked = sorted(pair for pair in ended if math.isfinite(pair[0]))
         left = [left[i] for _, i in ranked[: max(1, len(left) // ETA)]]
-    for seed, arm in itertools.product(range(ground.seeds), left):
-        record = obtain(Cell(measure=MEASURE, ground=ground, arm=arm, seed=seed))
-        found.append(_renamed(record, arm))
+    whole = [
+        Cell(measure=MEASURE, ground=ground, arm=arm, seed=seed)
+        for seed, arm in itertools.product(range(ground.seeds), left)
+    ]
+    ended_runs = zip(whole, each(obtain, whole), strict=True)
+    found += [_renamed(record, cell.arm) for cell, record in ended_runs]
     for arm in (arm for arm in candidates if arm.name == BASE):
         measure = str(arm.options["measure"])
         found.append(obtain(Cell(measure=measure, ground=ground, arm=arm, seed=0)))

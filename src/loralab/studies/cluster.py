@@ -1,0 +1,231 @@
+"""Cells measured on the machines of a Ray cluster; only who asks for them writes their folder.
+
+A cell is a task of Ray: it takes as many processors as it computes with, so that no two share
+one, and is done again elsewhere when its machine dies. There it runs as at home, in a process of
+its own forked from one that has everything imported (away.py); its record and its run come back
+as bytes.
+"""
+
+import contextlib
+import io
+import json
+import shutil
+import tarfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from loralab import atomic, cluster
+from loralab.cluster import Node
+from loralab.errors import ConfigError, OutputError
+from loralab.studies import store
+from loralab.studies.away import Back, measure_here, reach_here, versions
+from loralab.studies.study import FAILED, Cell, Ground, Record
+
+Item, Result = TypeVar("Item"), TypeVar("Result")
+RETRIES = 5  # machines that may die under one cell
+POLL_SECONDS = 0.5
+LOOK_SECONDS = 2.0  # after which the machines are counted again
+AT_HOME = frozenset({
+    # read what other cells left beside them, or take times that a neighbour would disturb
+    "decoding", "deployed", "drift", "merging", "mixed_batch", "passes", "system", "updates",
+})  # fmt: skip
+
+
+class StoppedError(Exception):
+    """The study ended while a cell was away."""
+
+
+class Cluster:
+    """The machines that cells can go to, while a session lasts.
+
+    Attributes:
+        threads: that each cell computes with, as many as at home: the order of sums follows.
+    """
+
+    def __init__(self, ray: Any) -> None:
+        self._ray = ray
+        self.threads = torch.get_num_threads()
+        self._known, self._looked = cluster.nodes(ray), time.monotonic()
+        self._gpus = 1 if any(node.gpus for node in self._known) else 0
+        self._free = threading.Condition()
+        self._away = 0
+        self._stopped = threading.Event()
+        self._measure = ray.remote(
+            num_cpus=self.threads, num_gpus=self._gpus, max_retries=RETRIES
+        )(measure_here)  # fmt: skip
+        self._reach = ray.remote(num_cpus=0, max_retries=RETRIES)(reach_here)
+
+    @property
+    def resources(self) -> dict[str, float]:
+        """What one cell takes, in Ray's words."""
+        return {"CPU": self.threads, "GPU": self._gpus}
+
+    @property
+    def abreast(self) -> int:
+        """Cells that can run at the same time; at least one."""
+        if time.monotonic() - self._looked > LOOK_SECONDS:
+            self._known, self._looked = cluster.nodes(self._ray), time.monotonic()
+        return max(1, sum(map(self._room, self._known)))
+
+    def require_ready(self, ground: Ground) -> None:
+        """Every machine that cells can go to must have this loralab, the model and the data.
+
+        Raises:
+            ConfigError: one has not, or none is large enough.
+        """
+        able = [node for node in cluster.nodes(self._ray) if self._room(node)]
+        if not able:
+            raise ConfigError(
+                f"no machine of the cluster has the {self.threads} processors that a run computes "
+                "with; OMP_NUM_THREADS=1 asks for one"
+            )
+        asked = [
+            self._reach.options(scheduling_strategy=cluster.on(node)).remote(
+                ground.to_json(), versions(), self.threads
+            )
+            for node in able
+        ]
+        for node, answer in zip(able, asked, strict=True):
+            try:
+                wrong = self._got(answer)
+            except self._ray.exceptions.RayError as error:
+                wrong = said(error)
+            if wrong:
+                raise ConfigError(f"node {node.name}: {wrong}")
+
+    def each(self, work: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+        """All results, in their order; made side by side."""
+        given = list(items)
+        pool = ThreadPoolExecutor(max(1, len(given)), "cell")
+        futures = [pool.submit(work, item) for item in given]
+        try:
+            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+            if wrong := [error for one in done if (error := one.exception())]:
+                raise min(wrong, key=lambda error: isinstance(error, StoppedError))
+            return [future.result() for future in futures]
+        except BaseException:
+            self.stop()
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    @contextlib.contextmanager
+    def room(self) -> Iterator[None]:
+        """Room for a cell, once there is some: only then is it known whether there still is time.
+
+        Raises:
+            StoppedError: the study ends.
+        """
+        with self._free:
+            while self._away >= self.abreast and not self._stopped.is_set():
+                self._free.wait(POLL_SECONDS)
+            if self._stopped.is_set():
+                raise StoppedError
+            self._away += 1
+        try:
+            yield
+        finally:
+            with self._free:
+                self._away -= 1
+                self._free.notify()
+
+    def measured(self, cell: Cell, place: Path, log: Path) -> Record:
+        """Have a cell measured somewhere, and put what comes back into its place.
+
+        Raises:
+            StoppedError: the study ends.
+        """
+        try:
+            back: Back = self._got(self._measure.remote(cell.to_json(), self.threads))
+        except self._ray.exceptions.RayError as error:
+            back = Back(node="", reason=f"lost on the cluster: {said(error)}")
+        return received(cell, back, place, log)
+
+    def stop(self) -> None:
+        """Give up what is away."""
+        self._stopped.set()
+
+    def _room(self, node: Node) -> int:
+        """Cells that fit on a machine."""
+        fit = node.cpus // self.threads
+        return min(fit, node.gpus) if self._gpus else fit
+
+    def _got(self, reference: Any) -> Any:
+        """The value of a task; waiting for it ends when the study does."""
+        while not self._ray.wait([reference], timeout=POLL_SECONDS)[0]:
+            if self._stopped.is_set():
+                self._ray.cancel(reference, force=True)
+                raise StoppedError
+        return self._ray.get(reference)
+
+
+@contextlib.contextmanager
+def open_cluster(address: str | None) -> Iterator[Cluster | None]:
+    """The cluster at an address; none where there is no address.
+
+    Raises:
+        ConfigError: it cannot be joined.
+    """
+    if address is None:
+        yield None
+        return
+    with cluster.joined(address) as ray:
+        own = Cluster(ray)
+        try:
+            yield own
+        finally:
+            own.stop()
+
+
+def goes_away(cell: Cell) -> bool:
+    """Whether another machine can measure a cell: it needs nothing of others, and times nothing."""
+    return cell.measure.partition(":")[0].rpartition(".")[2] not in AT_HOME
+
+
+def received(cell: Cell, back: Back, place: Path, log: Path) -> Record:
+    """What came back for a cell, in its place; a record that says why where nothing did.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    if back.log:
+        with log.open("a", encoding="utf-8") as file:
+            file.write(f"node {back.node}, cell {cell.digest}:\n{back.log}\n")
+    if back.record:
+        _unpack(back, place)
+        found = store.read(place.parent.parent, cell)
+        if found is not None:
+            return found
+    record = Record(arm=cell.arm, seed=cell.seed, status=FAILED, reason=back.reason)
+    store.write(place, cell, record, 0.0)
+    return record
+
+
+def said(error: BaseException) -> str:
+    """What an error of Ray amounts to: the last line of a traceback, the first one else."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [repr(error)]
+    return f"{lines[-1 if 'Traceback' in str(error) else 0]:.300}"
+
+
+def _unpack(back: Back, place: Path) -> None:
+    """The files of a cell, whole or not at all."""
+    partial = place.with_name(place.name + atomic.PARTIAL)
+    content = json.loads(back.record)
+    content["record"]["texts"] = {**content["record"]["texts"], "node": back.node}
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        with tarfile.open(fileobj=io.BytesIO(back.files)) as archive:
+            archive.extractall(partial, filter="data")
+        atomic.write_file(partial / store.RECORD, json.dumps(content, indent=1) + "\n")
+        shutil.rmtree(place, ignore_errors=True)
+        partial.rename(place)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise OutputError(f"cannot write {place}: {error.strerror or error}") from None

@@ -1,0 +1,243 @@
+"""On a cluster a study gives the numbers that it gives at home, whatever happens to machines."""
+
+import dataclasses
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from studies.conftest import ground_of
+
+from loralab.cluster import joined, require_reachable
+from loralab.errors import ConfigError
+from loralab.studies import store
+from loralab.studies.away import Back
+from loralab.studies.cluster import AT_HOME, goes_away, received
+from loralab.studies.runner import records
+from loralab.studies.study import DONE, FAILED, Arm, Cell, Record
+
+# Ray's own test cluster leaves files and processes to the garbage collector
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+MEASURES = Path(__file__).parents[2] / "src" / "loralab" / "studies" / "measures"
+TOML = """
+model = "{model}"
+data = "{data}"
+steps = {steps}
+batch_size = 8
+precision = "fp32"
+test_rows = 20
+seeds = 2
+method = "lora"
+rank = [2, 4]
+"""
+
+
+# -- without a cluster ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("address", ["here", "host:port", "ray://:0", "1.2.3.4:99999"])
+def test_what_is_no_address_is_refused(address: str) -> None:
+    with pytest.raises(ConfigError, match="--ray"):
+        require_reachable(address)
+
+
+def test_an_address_where_nothing_answers_is_refused_in_seconds() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+    began = time.monotonic()
+    with pytest.raises(ConfigError, match=f"--ray 127.0.0.1:{port}: nothing answers"):
+        require_reachable(f"127.0.0.1:{port}")
+    assert time.monotonic() - began < 6
+
+
+def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ConfigError, match=r"loralab\[ray\]"), joined("local"):
+        pass
+
+
+def test_what_reads_other_cells_or_takes_times_stays_at_home() -> None:
+    signs = ("measures.carried import", "folder.parent", "perf_counter")
+    found = {
+        file.stem
+        for file in MEASURES.glob("*.py")
+        if any(sign in file.read_text(encoding="utf-8") for sign in signs)
+    }
+    assert found - {"carried"} <= AT_HOME
+    assert all((MEASURES / f"{name}.py").is_file() for name in AT_HOME)
+
+
+def test_what_cannot_be_measured_is_a_record_that_says_why(tmp_path: Path) -> None:
+    ground = ground_of("grid", tmp_path, tmp_path)
+    cell = Cell(measure="m:f", ground=ground, arm=Arm(name="x"), seed=0)
+    assert goes_away(cell)
+    place, log = store.place_of(tmp_path, cell), tmp_path / store.LOG
+    back = Back(node="n1", reason="there is no model (on node n1)", log="a traceback")
+    assert received(cell, back, place, log).status == FAILED
+    assert store.read(tmp_path, cell) == received(cell, back, place, log)
+    assert "n1" in log.read_text(encoding="utf-8")
+
+
+# -- with one ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ray() -> Any:
+    return pytest.importorskip("ray")
+
+
+@dataclasses.dataclass
+class Machines:
+    """A head without processors, and two nodes with one each."""
+
+    address: str
+    cluster: Any
+    nodes: list[Any]
+
+
+@pytest.fixture
+def machines(ray: Any) -> Iterator[Machines]:
+    utils = pytest.importorskip("ray.cluster_utils")
+    cluster = utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+    yield Machines(cluster.address, cluster, nodes)
+    cluster.shutdown()
+
+
+def own_study(folder: Path, model: Path, data: Path, steps: int = 6) -> Path:
+    file = folder / "mine.toml"
+    file.write_text(TOML.format(model=model, data=data, steps=steps), encoding="utf-8")
+    return file
+
+
+def start(*arguments: object) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "loralab", *map(str, arguments)], text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def ended_well(*arguments: object) -> str:
+    running = start(*arguments)
+    out, err = running.communicate(timeout=300)
+    assert running.returncode == 0, err
+    return out + err
+
+
+def results(folder: Path) -> dict[str, Record]:
+    """What does not depend on time or place, of every cell."""
+    found = {}
+    for _, own in records(folder).values():
+        for record in own:
+            numbers = {
+                k: v for k, v in record.numbers.items()
+                if "seconds" not in k and k != "peak_bytes"
+            }  # fmt: skip
+            texts = {k: v for k, v in record.texts.items() if k != "node"}
+            found[f"{record.arm.name} {record.seed}"] = dataclasses.replace(
+                record, numbers=numbers, texts=texts, seconds=0.0, searched=0.0
+            )
+    return found
+
+
+def files(folder: Path) -> set[str]:
+    """All files of a study's cells."""
+    return {str(file.relative_to(folder)) for file in (folder / "runs").rglob("*")}
+
+
+def finished(folder: Path) -> list[Path]:
+    return sorted(folder.glob(f"runs/*/{store.RECORD}"))
+
+
+def wait_for(folder: Path, count: int, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while len(finished(folder)) < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_a_node_that_dies_changes_no_number(
+    machines: Machines, tmp_path: Path, tiny_bert_folder: Path, noise_file: Path
+) -> None:
+    study = own_study(tmp_path, tiny_bert_folder, noise_file, steps=30)
+    away, home = tmp_path / "away", tmp_path / "home"
+    running = start("study", study, "--output-dir", away, "--ray", machines.address)
+    wait_for(away, 2)
+    machines.cluster.remove_node(machines.nodes[0], allow_graceful=False)
+    _, said = running.communicate(timeout=300)
+    assert running.returncode == 0, said
+    ended_well("study", study, "--output-dir", home)
+    assert results(away) == results(home)
+    assert {record.status for record in results(away).values()} == {DONE}
+    assert files(away) == files(home)
+
+
+@pytest.mark.slow
+def test_a_study_whose_driver_is_killed_goes_on(
+    machines: Machines, tmp_path: Path, tiny_bert_folder: Path, noise_file: Path
+) -> None:
+    study = own_study(tmp_path, tiny_bert_folder, noise_file)
+    away, home = tmp_path / "away", tmp_path / "home"
+    running = start("study", study, "--output-dir", away, "--ray", machines.address)
+    wait_for(away, 3)
+    running.kill()
+    running.communicate()
+    before = {file: file.stat().st_mtime_ns for file in finished(away)}
+    ended_well("study", study, "--output-dir", away, "--ray", machines.address, "--resume")
+    assert {file: file.stat().st_mtime_ns for file in before} == before
+    ended_well("study", study, "--output-dir", home)
+    assert results(away) == results(home)
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_a_study_and_what_is_away(
+    machines: Machines, tmp_path: Path, tiny_bert_folder: Path, noise_file: Path
+) -> None:
+    study = own_study(tmp_path, tiny_bert_folder, noise_file, steps=400)
+    running = start("study", study, "--output-dir", tmp_path / "x", "--ray", machines.address)
+    wait_for(tmp_path / "x", 1)
+    running.send_signal(signal.SIGINT)
+    _, said = running.communicate(timeout=60)
+    assert running.returncode == 130, said
+    assert "--resume" in said
+
+
+@pytest.mark.slow
+def test_a_node_that_cannot_read_the_data_is_named(
+    machines: Machines, tmp_path: Path, tiny_bert_folder: Path, noise_file: Path
+) -> None:
+    study = own_study(tmp_path, tiny_bert_folder, noise_file)
+    # the nodes run here: what only they cannot see is a relative path
+    text = study.read_text(encoding="utf-8").replace(str(noise_file), "noise.csv")
+    study.write_text(text, encoding="utf-8")
+    (tmp_path / "noise.csv").write_bytes(noise_file.read_bytes())
+    done = subprocess.run(
+        [sys.executable, "-m", "loralab", "study", study, "--ray", machines.address,
+         "--output-dir", "out"], cwd=tmp_path, check=False, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert "error: node " in done.stderr
+    assert "noise.csv" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_cluster_on_this_machine(
+    ray: Any, tmp_path: Path, tiny_bert_folder: Path, noise_file: Path
+) -> None:
+    study = own_study(tmp_path, tiny_bert_folder, noise_file)
+    away, home = tmp_path / "away", tmp_path / "home"
+    ended_well("study", study, "--output-dir", away, "--ray", "local", "--fixed-lr")
+    ended_well("study", study, "--output-dir", home, "--fixed-lr")
+    assert results(away) == results(home)
