@@ -1,6 +1,5 @@
 """What an adapter can be turned into, each with its certificate."""
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from loralab.adapters.multihead import MultiheadAttentionWithLoRA
 from loralab.adapters.recipes import OUR_OWN
 from loralab.artefacts.certificate import Certificate, compare_afresh, reference_of
 from loralab.artefacts.live import bring_to_life, sample_of
-from loralab.artefacts.merge import REJECTED, merge, publish
+from loralab.artefacts.merge import merge, unproved
 from loralab.errors import CertificateError, ConfigError, nearest, some
 
 OUT_B = "base_layer.out_proj.lora_B.weight"
@@ -60,13 +59,11 @@ def _to_peft(adapter: Path, output: Path, model: str | None, precision: str | No
         **stored.get("base", {}), "name": live.base.name, "kind": live.base.kind,
         "precision": live.precision,
     }  # fmt: skip
-    rejected = output.with_name(output.name + REJECTED)
-    shutil.rmtree(rejected, ignore_errors=True)
-    live.adapter.save(rejected, record)
-    certificate = compare_afresh(rejected, reference)
-    if not certificate.passed:
-        raise CertificateError(f"the exported adapter differs; it is left in {rejected}")
-    publish(rejected, output)
+    with unproved(output) as rejected:
+        live.adapter.save(rejected, record)
+        certificate = compare_afresh(rejected, reference)
+        if not certificate.passed:
+            raise CertificateError(f"the exported adapter differs; it is left in {rejected}")
     return certificate
 
 

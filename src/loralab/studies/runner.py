@@ -16,6 +16,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from loralab import atomic
 from loralab.errors import ConfigError, RunError, some
 from loralab.studies import search, store
 from loralab.studies.prepare import question_module
@@ -169,10 +170,14 @@ class Session:
         worker = self._started()
         assert worker.stdin is not None
         assert worker.stdout is not None
-        worker.stdin.write(json.dumps(job, default=list) + "\n")
-        worker.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it has ended: there is no answer either
+            worker.stdin.write(json.dumps(job, default=list) + "\n")
+            worker.stdin.flush()
         for line in worker.stdout:
-            event = json.loads(line)
+            try:
+                event = json.loads(line)
+            except ValueError:  # what a killed child had begun to say
+                continue
             self._listener(event)
             yield event
             if event["kind"] == "exit":
@@ -183,7 +188,8 @@ class Session:
 
     def _started(self) -> subprocess.Popen[str]:
         if self._worker is None:
-            self._log = (self.folder / store.LOG).open("a", encoding="utf-8")
+            with atomic.explained(self.folder / store.LOG):
+                self._log = (self.folder / store.LOG).open("a", encoding="utf-8")
             self._worker = subprocess.Popen(
                 [sys.executable, "-m", "loralab.studies.worker"], stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE, stderr=self._log, text=True,
