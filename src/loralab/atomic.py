@@ -1,18 +1,21 @@
 """Files and folders appear whole or not at all: temporary name, sync, rename.
 
 A process that is killed leaves either the old content or the new one under the final name,
-and at worst a sibling whose name ends in `.partial`, which the next writer removes.
+and at worst a sibling whose name ends in `.partial`, which the next writer removes. A folder that
+is removed goes the same way back: no reader finds half of it.
 """
 
 import contextlib
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from loralab.errors import OutputError
+from loralab.errors import LoralabError, OutputError
 
 PARTIAL = ".partial"
+_RUST = re.compile(r"\(os error (\d+)\)")  # in what safetensors and tokenizers raise
 
 
 def cache_folder() -> Path:
@@ -31,7 +34,7 @@ def write_file(path: str | Path, content: str | bytes) -> Path:
     path = Path(path)
     data = content.encode() if isinstance(content, str) else content
     partial = path.with_name(path.name + PARTIAL)
-    with _explained(path):
+    with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with partial.open("wb") as file:
@@ -42,7 +45,7 @@ def write_file(path: str | Path, content: str | bytes) -> Path:
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
-        _sync_folder(path.parent)
+        _sync(path.parent)
     return path
 
 
@@ -56,23 +59,37 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     require_free(path)
     partial = path.with_name(path.name + PARTIAL)
-    with _explained(path):
+    with explained(path):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    try:
-        yield partial
-        with _explained(path):
-            for file in partial.rglob("*"):
-                _sync(file)
-            if path.is_dir():
-                shutil.rmtree(path)  # empty but for what a killed writer left: see require_free
-            partial.rename(path)
-            _sync_folder(path.parent)
-    except BaseException as error:
+        try:
+            yield partial
+            put(partial, path)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+def put(folder: Path, path: Path) -> None:
+    """Give a folder that is complete its final name, and see it onto the disk."""
+    for file in (*folder.rglob("*"), folder):
+        _sync(file)
+    if path.is_dir():
+        shutil.rmtree(path)  # empty but for what a killed writer left: see require_free
+    folder.rename(path)
+    _sync(path.parent)
+
+
+def remove_folder(path: str | Path) -> None:
+    """Remove a folder in one step, as far as a reader can see; one that is not there is gone."""
+    path = Path(path)
+    partial = path
+    if not path.name.endswith(PARTIAL):
+        partial = path.with_name(path.name + PARTIAL)
         shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError) and not isinstance(error, OutputError):
-            raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
-        raise
+        with contextlib.suppress(OSError):
+            path.rename(partial)
+    shutil.rmtree(partial, ignore_errors=True)
 
 
 def require_free(path: str | Path) -> None:
@@ -88,26 +105,36 @@ def require_free(path: str | Path) -> None:
         raise OutputError(f"{path} already exists and is not empty; choose another name")
 
 
-def _sync(file: Path) -> None:
-    if file.is_file() and not file.is_symlink():
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 @contextlib.contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    """Turn the operating system's errors into ours, naming the place."""
+def explained(place: str | Path) -> Iterator[None]:
+    """Turn what the operating system refuses into one error that names the place.
+
+    Raises:
+        OutputError: the disk is full, or the place cannot be written.
+    """
     try:
         yield
-    except OutputError:
+    except LoralabError:
         raise
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+    except Exception as error:
+        if reason := _reason(error):
+            raise OutputError(f"cannot write {place}: {reason}") from error
+        raise
+
+
+def _reason(error: Exception) -> str:
+    """What the operating system said; empty if it said nothing."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    found = _RUST.search(str(error))
+    return os.strerror(int(found[1])) if found else ""
+
+
+def _sync(file: Path) -> None:
+    """A file, or the names in a folder, onto the disk."""
+    if (file.is_file() or file.is_dir()) and not file.is_symlink():
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

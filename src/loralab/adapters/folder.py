@@ -4,8 +4,9 @@
     adapter_model.safetensors   peft's keys: base_model.model.<path>.lora_A.weight, ...
     loralab.json                format, content digest, base model, task, training, certificate
 
-Every file is written under a temporary name and renamed, `loralab.json` last: its digest covers
-the other two, so a folder that was interrupted between them is noticed. Never a pickle.
+Every file is written under a temporary name and renamed, `loralab.json` first: its digest covers
+the other two, and a folder without a configuration is no adapter, so one that was interrupted
+between them is noticed, new or overwritten. Never a pickle.
 """
 
 import hashlib
@@ -71,9 +72,9 @@ def write(
         raise OutputError(f"{path} holds an adapter already; choose another name")
     kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     digest = content_digest(config, kept)
+    write_json(path / RECORD, {"format": FORMAT, "digest": digest, **record})
     atomic.write_file(path / TENSORS, safetensors.torch.save(kept, {"format": "pt"}))
     write_json(path / CONFIG, dict(sorted(config.items())))
-    write_json(path / RECORD, {"format": FORMAT, "digest": digest, **record})
     if read(path).digest != digest:
         raise OutputError(f"{path} does not read back as it was written; is the disk sound?")
     return path

@@ -246,7 +246,9 @@ def _as_difference(path: Path) -> Iterator[None]:
 
 
 def _in_fresh_process(path: Path, reference: Reference) -> Certificate:
-    with tempfile.TemporaryDirectory() as place:
+    with atomic.explained("a temporary folder ($TMPDIR says where)"):
+        temporary = tempfile.TemporaryDirectory()
+    with temporary as place:
         request, answer = Path(place) / "reference.safetensors", Path(place) / "answer.json"
         reference.save(request)
         command = [sys.executable, "-m", __name__, str(path), str(request), str(answer)]
@@ -311,7 +313,7 @@ def _main(path: str, request: str, answer: str) -> None:
     base, precision = _reload(Path(path))
     logits = logits_of(base.model, reference.prompts, base.kind, base.tokenizer)
     certificate = compare(reference, logits, precision)
-    Path(answer).write_text(json.dumps(certificate.to_json()), encoding="utf-8")
+    atomic.write_file(answer, json.dumps(certificate.to_json()))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """What an adapter can be turned into, each with its certificate."""
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from loralab.artefacts.certificate import (
 )
 from loralab.artefacts.engines import differs_in_peft, require
 from loralab.artefacts.live import Live, bring_to_life, sample_of
-from loralab.artefacts.merge import REJECTED, merge, publish
+from loralab.artefacts.merge import merge, unproved
 from loralab.artefacts.updates import uniform
 from loralab.errors import CertificateError, ConfigError, nearest, some
 from loralab.models.load import configuration
@@ -109,13 +108,11 @@ def _proven(live: Live, output: Path, write: Callable[[Path, Record], object]) -
         **stored.get("base", {}), "name": base.name, "kind": base.kind,
         "precision": live.precision,
     }  # fmt: skip
-    rejected = output.with_name(output.name + REJECTED)
-    shutil.rmtree(rejected, ignore_errors=True)
-    write(rejected, record)
-    certificate = compare_afresh(rejected, reference)
-    if not certificate.passed:
-        raise CertificateError(f"the exported adapter differs; it is left in {rejected}")
-    publish(rejected, output)
+    with unproved(output) as rejected:
+        write(rejected, record)
+        certificate = compare_afresh(rejected, reference)
+        if not certificate.passed:
+            raise CertificateError(f"the exported adapter differs; it is left in {rejected}")
     return certificate
 
 

@@ -4,8 +4,8 @@ The merged weights are W0 + delta, summed in fp32 and rounded once, module by mo
 most one weight is held twice. The whole model is in memory; it is saved in shards.
 """
 
-import shutil
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,26 +66,39 @@ def merge(
         # what is written is compared with what was packed: that differs from the unpacked model
         requantize.pack(plain)
         reference = reference_of(plain, prompts, base.kind, base.tokenizer)
-    rejected = output.with_name(output.name + REJECTED)
-    shutil.rmtree(rejected, ignore_errors=True)
-    with atomic.new_folder(rejected) as place:
-        _write_model(live, plain, place, kept)
-    certificate = compare_afresh(rejected, reference)
-    if not certificate.passed:
-        raise CertificateError(
-            f"the merged model differs from the unmerged one (relative logit difference "
-            f"{certificate.relative_difference:.2e}, mean KL {certificate.mean_kl:.2e}, top-1 "
-            f"agreement {certificate.top1_agreement:.3f}); it is left in {rejected}"
-        )
-    publish(rejected, output)
+    with unproved(output) as rejected:
+        with atomic.new_folder(rejected) as place:
+            _write_model(live, plain, place, kept)
+        certificate = compare_afresh(rejected, reference)
+        if not certificate.passed:
+            raise CertificateError(
+                f"the merged model differs from the unmerged one (relative logit difference "
+                f"{certificate.relative_difference:.2e}, mean KL {certificate.mean_kl:.2e}, top-1 "
+                f"agreement {certificate.top1_agreement:.3f}); it is left in {rejected}"
+            )
     return certificate
 
 
-def publish(rejected: Path, output: Path) -> None:
-    """Give a folder that passed its final name."""
-    if output.is_dir():
-        output.rmdir()
-    rejected.rename(output)
+@contextlib.contextmanager
+def unproved(output: Path) -> Iterator[Path]:
+    """The place of an artefact until the block ends: then it gets its final name.
+
+    One that raises a CertificateError is left there to be looked at; of any other nothing is left.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    rejected = output.with_name(output.name + REJECTED)
+    with atomic.explained(output):
+        atomic.remove_folder(rejected)
+        try:
+            yield rejected
+            atomic.put(rejected, output)
+        except CertificateError:
+            raise
+        except BaseException:
+            atomic.remove_folder(rejected)
+            raise
 
 
 def _write_model(live: Live, plain: Any, place: Path, kept: Mapping[str, float]) -> None:

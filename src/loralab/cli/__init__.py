@@ -1,8 +1,10 @@
 """Arguments in, exit code out; no logic. Commands import what they need when they run."""
 
 import os
+import signal
 import sys
 import warnings
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -12,6 +14,7 @@ from loralab import __version__
 from loralab.errors import InputError, LoralabError
 
 INTERRUPTED = 130
+NO_MEMORY = ("can't allocate memory", "out of memory")  # torch says it in a RuntimeError
 app = typer.Typer(
     name="loralab",
     help="The laboratory for low-rank adaptation: adapt, train, prove, compare.",
@@ -45,6 +48,7 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.showwarning = _show_warning
+    signal.signal(signal.SIGTERM, _as_interrupt)
     sys.exit(run(sys.argv[1:]))
 
 
@@ -76,7 +80,21 @@ def _ended(error: BaseException) -> int:
         return _say(f"error: {' '.join(error.format_message().split())}", 2)
     if isinstance(error, LoralabError):
         return _fail(error, 2 if isinstance(error, InputError) else 1)
-    return _fail(error, 1, f"internal error: {type(error).__name__}: ")
+    what = f"internal error: {type(error).__name__}: "
+    return _fail(error, 1, "error: memory ran out: " if _is_memory(error) else what)
+
+
+def _is_memory(error: BaseException) -> bool:
+    said = str(error) if isinstance(error, RuntimeError) else ""
+    return isinstance(error, MemoryError) or any(words in said for words in NO_MEMORY)
+
+
+def _as_interrupt(number: int, frame: FrameType | None) -> None:
+    """SIGTERM, which a scheduler sends before it kills, does what Ctrl-C would do here and now."""
+    handler = signal.getsignal(signal.SIGINT)
+    if not callable(handler):  # a shell ignores Ctrl-C for what it starts in the background
+        raise KeyboardInterrupt
+    handler(signal.SIGINT, frame)
 
 
 def _interrupted() -> int:
@@ -88,7 +106,7 @@ def _fail(error: BaseException, code: int, prefix: str = "error: ") -> int:
         import traceback
 
         traceback.print_exception(error)
-    hint = "" if prefix == "error: " else "  (LORALAB_DEBUG=1 shows where)"
+    hint = "" if prefix.startswith("error") else "  (LORALAB_DEBUG=1 shows where)"
     return _say(prefix + " ".join(str(error).split()) + hint, code)
 
 

@@ -230,6 +230,6 @@ def _require_place(folder: Path, *, resume: bool) -> None:
                 f"{folder}, or choose another --output-dir"
             )
         return
-    left = {store.LOCK, store.LOG, store.RUNS}
+    left = {store.LOCK, store.LOG, store.RUNS, store.STUDY + atomic.PARTIAL}  # by a killed one
     if not folder.is_dir() or {entry.name for entry in folder.iterdir()} - left:
         atomic.require_free(folder)

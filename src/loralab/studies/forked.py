@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from loralab import atomic
 from loralab.errors import RunError
 from loralab.studies.store import LOG
 
@@ -40,7 +41,10 @@ class Worker:
             process.stdin.write(json.dumps(job, default=list) + "\n")
             process.stdin.flush()
         for line in process.stdout:
-            event = json.loads(line)
+            try:
+                event = json.loads(line)
+            except ValueError:  # what a killed child had begun to say
+                continue
             yield event
             if event["kind"] == "exit":
                 if event["code"] == 128 + signal.SIGINT:
@@ -67,7 +71,7 @@ class Worker:
     def _started(self) -> subprocess.Popen[str]:
         if self._process is None:
             count = {} if self._threads is None else {"OMP_NUM_THREADS": str(self._threads)}
-            with self.log.open("a", encoding="utf-8") as log:
+            with atomic.explained(self.log), self.log.open("a", encoding="utf-8") as log:
                 self._process = subprocess.Popen(
                     [sys.executable, "-m", "loralab.studies.worker"], stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE, stderr=log, text=True, env={**os.environ, **count},

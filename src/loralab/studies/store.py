@@ -5,6 +5,7 @@ What is finished is read, never run again; a cell's folder is named by what deci
 
 import contextlib
 import fcntl
+import io
 import json
 import math
 import os
@@ -127,8 +128,9 @@ def locked(folder: Path) -> Iterator[None]:
                 f"another study works in {folder} (process {owner}); wait for it, or choose "
                 "another --output-dir"
             ) from None
-        os.ftruncate(handle, 0)
-        os.write(handle, str(os.getpid()).encode())
+        with atomic.explained(folder / LOCK):
+            os.ftruncate(handle, 0)
+            os.write(handle, str(os.getpid()).encode())
         try:
             yield
         finally:
@@ -162,10 +164,9 @@ def write_results(folder: Path, records: Mapping[str, Sequence[Record]]) -> Path
     ]  # fmt: skip
     columns = list(dict.fromkeys(key for row in rows for key in row))
     table = pyarrow.table({key: [row.get(key) for row in rows] for key in columns})
-    partial = folder / (RESULTS + atomic.PARTIAL)
-    parquet.write_table(table, partial)
-    partial.replace(folder / RESULTS)
-    return folder / RESULTS
+    content = io.BytesIO()
+    parquet.write_table(table, content)
+    return atomic.write_file(folder / RESULTS, content.getvalue())
 
 
 def _without_none(content: Any) -> Any:

@@ -7,7 +7,6 @@ same test rows, which do not depend on the seed.
 import importlib
 import itertools
 import math
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from loralab import atomic
 from loralab.errors import LearningError, LoralabError
 from loralab.studies.fields import configured
 from loralab.studies.statistics import smoothed
@@ -59,7 +59,7 @@ def measure(cell: Cell, folder: Path, tell: Tell) -> Record:
 def searched(cell: Cell, folder: Path, tell: Tell) -> Record:
     """A short run of the search for a learning rate: its validation loss is all that counts."""
     run = trained(cell, folder, tell)
-    shutil.rmtree(folder / "run", ignore_errors=True)
+    atomic.remove_folder(folder / "run")
     loss = run.scores["validation"].metrics["loss"]
     return Record(arm=cell.arm, seed=cell.seed, numbers={"validation_loss": loss})
 
@@ -146,7 +146,7 @@ def step_seconds(events: Sequence[Mapping[str, Any]]) -> float:
 def diverged(cell: Cell, folder: Path, reason: str) -> Record:
     """A run whose numbers ended; its losses up to there are kept."""
     events = [e for e in read_metrics(folder / "run") if e["kind"] == "step"]
-    shutil.rmtree(folder / "run", ignore_errors=True)
+    atomic.remove_folder(folder / "run")
     return Record(
         arm=cell.arm, seed=cell.seed, status=DIVERGED, reason=reason,
         series={"loss": [float(e["loss"]) for e in events]},
@@ -156,9 +156,9 @@ def diverged(cell: Cell, folder: Path, reason: str) -> Record:
 def forget(folder: Path, size: int) -> None:
     """Remove what nobody will read again: checkpoints, boards, and adapters of many bytes."""
     for name in ("checkpoints", "tensorboard"):
-        shutil.rmtree(folder / "run" / name, ignore_errors=True)
+        atomic.remove_folder(folder / "run" / name)
     if size > KEPT_BYTES:
-        shutil.rmtree(folder / "run", ignore_errors=True)
+        atomic.remove_folder(folder / "run")
 
 
 def untrained(cell: Cell, folder: Path, tell: Tell) -> Record:

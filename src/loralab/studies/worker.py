@@ -8,6 +8,7 @@ cell waits seconds for its imports. Jobs come in as JSON lines; events go out as
 after each job how it ended. When the parent is gone, so is everything here.
 """
 
+import contextlib
 import importlib
 import json
 import os
@@ -41,7 +42,8 @@ def main() -> None:
         child = os.fork()
         if child == 0:
             os._exit(_child(job, out))
-        print(json.dumps({"kind": "exit", "code": _wait(child, parent)}), file=out)
+        ended = json.dumps({"kind": "exit", "code": _wait(child, parent)})
+        print(f"\n{ended}", file=out)  # a child that was killed may have left half a line
 
 
 def _wait(child: int, parent: int) -> int:
@@ -69,13 +71,13 @@ def _child(job: dict[str, Any], out: Any) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except BaseException as error:
-        traceback.print_exc()
         known = isinstance(error, LoralabError)
         text = str(error) if known else f"internal error: {type(error).__name__}: {error}"
         tell({"kind": "error", "text": text, "known": known})
+        with contextlib.suppress(OSError):  # the log may stand on a full disk
+            traceback.print_exc()
+            sys.stderr.flush()
         return 1
-    finally:
-        sys.stderr.flush()
 
 
 def _measure(job: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> int:

@@ -8,7 +8,6 @@ A checkpoint appears whole or not at all. The order of the rows is a pure functi
 """
 
 import json
-import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -71,7 +70,7 @@ def keep(run: Path, steps: Collection[int | None]) -> None:
     for path in (run / FOLDER).glob("step-*"):
         number = path.name.removeprefix("step-").removesuffix(atomic.PARTIAL)
         if path.name.endswith(atomic.PARTIAL) or int(number) not in steps:
-            shutil.rmtree(path, ignore_errors=True)
+            atomic.remove_folder(path)
 
 
 def steps_of(run: Path) -> list[int]:

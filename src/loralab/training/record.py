@@ -18,6 +18,7 @@ Listener = Callable[[Event], None]
 
 METRICS = "metrics.jsonl"
 LOG = "train.log"
+BOARD = "tensorboard"
 _KEPT = ("step", "evaluation")
 
 
@@ -38,7 +39,9 @@ class Record:
         self._listener, self._board = listener, None
         if speaks:
             _drop_after(folder / METRICS, step)
-            self._board = _tensorboard(folder / "tensorboard", step)
+            _end_line(folder / LOG)
+            with atomic.explained(folder / BOARD):
+                self._board = _tensorboard(folder / BOARD, step)
 
     def __call__(self, event: Event) -> None:
         """Write one event and pass it on."""
@@ -46,7 +49,8 @@ class Record:
             return
         if event["kind"] in _KEPT:
             _append(self.folder / METRICS, json.dumps(event))
-            self._draw(event)
+            with atomic.explained(self.folder / BOARD):
+                self._draw(event)
         _append(self.folder / LOG, describe(event))
         if self._listener is not None:
             self._listener(event)
@@ -54,7 +58,8 @@ class Record:
     def close(self) -> None:
         """Finish the TensorBoard file."""
         if self._board is not None:
-            self._board.close()
+            with atomic.explained(self.folder / BOARD):
+                self._board.close()
 
     def _draw(self, event: Event) -> None:
         if self._board is None:
@@ -85,7 +90,7 @@ def read_metrics(folder: str | Path) -> list[Event]:
     if not file.is_file():
         return []
     events = []
-    for line in file.read_text(encoding="utf-8").splitlines():
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
         with contextlib.suppress(ValueError):
             events.append(json.loads(line))
     return events
@@ -102,8 +107,14 @@ def _lines(events: Iterable[Event]) -> str:
 
 
 def _append(file: Path, line: str) -> None:
-    with file.open("a", encoding="utf-8") as handle:
+    with atomic.explained(file), file.open("a", encoding="utf-8") as handle:
         handle.write(line + "\n")
+
+
+def _end_line(file: Path) -> None:
+    """What a crash cut off in the middle of a line stays a line of its own."""
+    if file.is_file() and file.read_bytes()[-1:] not in (b"", b"\n"):
+        _append(file, "")
 
 
 def _tensorboard(folder: Path, step: int) -> Any:

@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator
 
 from loralab import atomic
-from loralab.errors import LearningError, LoralabError
+from loralab.errors import LearningError, LoralabError, OutputError
 from loralab.training import checkpoint, memory
 from loralab.training.jobs import of_job
 from loralab.training.joint import Joint, Part
@@ -219,6 +219,8 @@ class Rounds:
                 with live.random.drawn():
                     live.steps.apply(step.loss, step.norm, step.tokens)
                     due |= live.steps.look()
+            except OutputError:
+                raise  # no fault of the job: all of them can go on together
             except LoralabError as error:
                 errors[live.name] = error
         if due or errors:
@@ -256,8 +258,9 @@ class Rounds:
 
     def _leave(self, live: _Live, error: LoralabError, text: str) -> None:
         record = live.steps.record
-        record({"kind": "note", "step": live.steps.progress.step, "text": text})
-        record.close()
+        with contextlib.suppress(OutputError):  # where it ended because nothing can be written
+            record({"kind": "note", "step": live.steps.progress.step, "text": text})
+            record.close()
         live.steps.forget()
         self.joint.drop(live.name)
         self.outcomes[live.name] = error

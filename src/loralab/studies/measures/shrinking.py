@@ -1,6 +1,5 @@
 """AdaLoRA watched while it trains: the ranks that are left, step by step, and those in the file."""
 
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from loralab import atomic
 from loralab.adapters.budget import budget_at
 from loralab.adapters.folder import read
 from loralab.adapters.peft_fields import PREFIX
@@ -23,7 +23,7 @@ LAMBDA, A, B = ".lora_E", ".lora_A.weight", ".lora_B.weight"
 def measure(cell: Cell, folder: Path, tell: Tell) -> Record:
     """Train and score; note the triplets left after every step, per module, and in the file."""
     # the budget is watched from the first step on: a run that was cut off begins again
-    shutil.rmtree(folder / "run", ignore_errors=True)
+    atomic.remove_folder(folder / "run")
     with watched(triplets) as seen:
         run = trained(cell, folder, tell)
     ranks = dict(run.adapter.budget.ranks) if run.adapter.budget is not None else {}

@@ -4,7 +4,6 @@ Damage is measured in fp32, so that the rounding of a half-precision base does n
 """
 
 import math
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from loralab import atomic
 from loralab.adapters.attach import attach
 from loralab.errors import LearningError
 from loralab.models.load import Base
@@ -35,7 +35,7 @@ PARTS = ("A", "B", "head")
 def measure(cell: Cell, folder: Path, tell: Tell) -> Record:
     """Train and score, noting the gradients of A and B; then attach once more, and compare."""
     # the first gradients are part of the result: a run that was cut off begins again
-    shutil.rmtree(folder / "run", ignore_errors=True)
+    atomic.remove_folder(folder / "run")
     with watched(gradient_norm) as seen:
         try:
             finished = trained(cell, folder, tell)

@@ -1,0 +1,299 @@
+"""Disasters for command lines: a child process that is killed, starved or shut out as it works.
+
+A `Victim` is a command line in a process of its own: forked from one that has imported everything,
+so that its life is all work and a random moment meets the work; or started as a user would.
+"""
+
+import contextlib
+import ctypes
+import importlib
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+WRITES_ANYWHERE = (1, 2)  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+DROP, CAPABILITIES = 24, 0x20080522  # PR_CAPBSET_DROP, version 3 of capset
+LONGEST = 180.0  # seconds that a command may take
+PARTIAL = ".partial"
+FILLER = "filler.partial"  # what fills a disk; named so that nobody minds it
+PRELOADED = [
+    f"loralab.{name}"
+    for name in (
+        "cli.train", "cli.jobs", "cli.artefacts", "cli.study", "cli.serve", "training.many",
+        "artefacts.export", "serving.opening", "serving.api", "serving.listener", "studies.conduct",
+        "studies.report",
+    )
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended: its exit code, negative for a signal, and what it said."""
+
+    code: int
+    said: str
+
+
+class Victim:
+    """A command line of loralab that runs.
+
+    Args:
+        arguments: what stands after `loralab`.
+        real: start it as a user would, which takes seconds, instead of forking it.
+    """
+
+    def __init__(self, arguments: Sequence[object], *, real: bool = False) -> None:
+        self._process: Any
+        words = list(map(str, arguments))
+        if real:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "loralab", *words], start_new_session=True,
+                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+            )  # fmt: skip
+            source = os.dup(self._process.stderr.fileno())
+            self._process.stderr.close()
+        else:
+            source, end = os.pipe()
+            with Connection(end, readable=False) as theirs:
+                self._process = _forks().Process(target=_be, args=(words, theirs))
+                self._process.start()
+        self._said: list[bytes] = []
+        self._reader = threading.Thread(target=self._listen, args=(source,), daemon=True)
+        self._reader.start()
+
+    @property
+    def pid(self) -> int:
+        """Of the process, and of its group."""
+        found: int = self._process.pid
+        return found
+
+    def alive(self) -> bool:
+        """Whether it runs."""
+        if isinstance(self._process, subprocess.Popen):
+            return self._process.poll() is None
+        return bool(self._process.is_alive())
+
+    def hit(self, number: int, *, group: bool = False) -> None:
+        """Send it a signal, and with `group` whatever it started."""
+        with contextlib.suppress(ProcessLookupError):
+            (os.killpg if group else os.kill)(self.pid, number)
+
+    def end(self) -> Ended:
+        """Wait for it."""
+        until = time.monotonic() + LONGEST
+        while self.alive() and time.monotonic() < until:
+            time.sleep(0.005)
+        late = self.alive()
+        if late:
+            self.hit(signal.SIGKILL, group=True)
+        if isinstance(self._process, subprocess.Popen):
+            code = self._process.wait()
+        else:
+            self._process.join()
+            code = self._process.exitcode
+            self._process.close()
+        self._reader.join(2)  # what it started may still hold the pipe
+        said = b"".join(self._said).decode(errors="replace")
+        assert not late, f"it takes more than {LONGEST} s: {said}"
+        return Ended(code, said)
+
+    def _listen(self, source: int) -> None:
+        with open(source, "rb", buffering=0) as pipe:
+            while part := pipe.read(4096):
+                self._said.append(part)
+
+
+def _forks() -> Any:
+    """Processes that have imported everything."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
+
+
+def _be(arguments: list[str], end: Connection) -> None:
+    """The forked process: from here on the command line."""
+    os.setsid()
+    os.dup2(end.fileno(), 2)
+    with open(os.devnull, "w") as nowhere:  # noqa: PTH123
+        os.dup2(nowhere.fileno(), 1)
+    _obey()
+    certificate: Any = importlib.import_module("loralab.artefacts.certificate")
+    certificate.subprocess = SimpleNamespace(run=_reload)
+    sys.argv = ["loralab", *arguments]
+    importlib.import_module("loralab.cli").main()
+
+
+def _obey() -> None:
+    """Even root keeps to the permission bits from here on, and so does what it starts."""
+    own = ctypes.CDLL(None, use_errno=True)
+    for capability in WRITES_ANYWHERE:
+        own.prctl(DROP, capability, 0, 0, 0)
+    header = (ctypes.c_uint32 * 2)(CAPABILITIES, 0)
+    sets = (ctypes.c_uint32 * 6)()
+    own.capget(header, sets)
+    kept = ~sum(1 << capability for capability in WRITES_ANYWHERE) & 0xFFFFFFFF
+    for index in range(3):  # effective, permitted, inheritable
+        sets[index] &= kept
+    own.capset(header, sets)
+
+
+def _reload(command: list[str], **_: Any) -> Any:
+    """The fresh process of a certificate, forked too: it computes the same."""
+    certificate: Any = importlib.import_module("loralab.artefacts.certificate")
+    child = os.fork()
+    if child == 0:
+        with contextlib.suppress(BaseException):
+            certificate._main(*command[3:])
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    return SimpleNamespace(returncode=os.waitstatus_to_exitcode(status), stderr="")
+
+
+@dataclass(frozen=True)
+class Disaster:
+    """What befalls a command.
+
+    Args:
+        strike: (victim, its folder, moment in seconds, random numbers) -> None; comes back once it
+            has happened, or once the victim has ended.
+        error: whether the command can notice, and must then say so in one line.
+    """
+
+    name: str
+    strike: Callable[[Victim, Path, float, random.Random], None]
+    error: bool = False
+
+
+def _wait(victim: Victim, seconds: float) -> bool:
+    """Whether it is still alive after that time."""
+    until = time.monotonic() + seconds
+    while (left := until - time.monotonic()) > 0 and victim.alive():
+        time.sleep(min(left, 0.01))
+    return victim.alive()
+
+
+def _killed(victim: Victim, place: Path, moment: float, draw: random.Random) -> None:
+    if _wait(victim, moment):
+        victim.hit(signal.SIGKILL, group=draw.random() < 0.5)
+
+
+def _killed_in_a_write(victim: Victim, place: Path, moment: float, draw: random.Random) -> None:
+    """At the n-th file or folder that appears under a temporary name."""
+    left, seen = draw.randint(1, 40), set[tuple[str, int]]()
+    while left and victim.alive():
+        for path in _found(place):
+            with contextlib.suppress(OSError):
+                seen_now = (str(path), path.stat().st_ino)
+                left -= seen_now not in seen
+                seen.add(seen_now)
+    victim.hit(signal.SIGKILL, group=draw.random() < 0.5)
+
+
+def _found(place: Path) -> list[Path]:
+    """What has a temporary name; folders may vanish while they are looked through."""
+    try:
+        return list(place.rglob(f"*{PARTIAL}"))
+    except OSError:
+        return []
+
+
+def _terminated(victim: Victim, place: Path, moment: float, draw: random.Random) -> None:
+    if _wait(victim, max(0.3, moment)):  # before, it is not loralab yet
+        victim.hit(signal.SIGTERM)
+
+
+def _interrupted(victim: Victim, place: Path, moment: float, draw: random.Random) -> None:
+    if _wait(victim, max(0.3, moment)):
+        victim.hit(signal.SIGINT, group=draw.random() < 0.5)
+
+
+def _disk_full(victim: Victim, place: Path, moment: float, draw: random.Random) -> None:
+    """No file grows beyond some bytes any more."""
+    if _wait(victim, moment):
+        room = draw.choice([0, draw.randint(0, 2_000), draw.randint(0, 60_000)])
+        _limit(victim, resource.RLIMIT_FSIZE, room)
+
+
+def _no_space(victim: Victim, place: Path, moment: float, draw: random.Random) -> None:
+    """A disk with no more than some bytes left; `place` must be a small one of its own."""
+    if _wait(victim, moment):
+        with contextlib.suppress(OSError), (place / FILLER).open("wb") as file:
+            free = shutil.disk_usage(place).free
+            os.posix_fallocate(file.fileno(), 0, max(1, free - draw.choice([0, 8_192, 40_960])))
+
+
+@contextlib.contextmanager
+def small_disk(place: Path, size: str = "12m") -> Iterator[bool]:
+    """A file system of its own at an empty folder; gives False where that cannot be had."""
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(place)]
+    place.mkdir(parents=True, exist_ok=True)
+    mounted = (
+        shutil.which("mount")
+        and not subprocess.run(command, check=False, capture_output=True).returncode
+    )
+    try:
+        yield bool(mounted)
+    finally:
+        if mounted:
+            subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def _no_memory(victim: Victim, place: Path, moment: float, draw: random.Random) -> None:
+    """Hardly more than what it has already."""
+    if _wait(victim, moment):
+        with contextlib.suppress(OSError, IndexError):
+            pages = int(Path(f"/proc/{victim.pid}/statm").read_text(encoding="ascii").split()[0])
+            more = draw.randint(0, 4_000_000)
+            _limit(victim, resource.RLIMIT_AS, pages * resource.getpagesize() + more)
+
+
+def _limit(victim: Victim, what: int, limit: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        hard = resource.prlimit(victim.pid, what)[1]
+        resource.prlimit(victim.pid, what, (limit, hard))
+
+
+def _no_permission(victim: Victim, place: Path, moment: float, draw: random.Random) -> None:
+    """A folder that can be written no more."""
+    if _wait(victim, moment):
+        folders = [place, *(path for path in place.rglob("*") if path.is_dir())]
+        with contextlib.suppress(OSError):
+            draw.choice(folders).chmod(0o555)
+
+
+@contextlib.contextmanager
+def healed(place: Path) -> Iterator[None]:
+    """Afterwards every folder can be written again, and the disk has room."""
+    yield
+    (place / FILLER).unlink(missing_ok=True)
+    for path in (place, *place.rglob("*")):
+        if path.is_dir():
+            path.chmod(0o755)
+
+
+DISASTERS = {
+    one.name: one
+    for one in (
+        Disaster("killed", _killed),
+        Disaster("killed in a write", _killed_in_a_write),
+        Disaster("SIGTERM", _terminated),
+        Disaster("Ctrl-C", _interrupted),
+        Disaster("disk full", _disk_full, error=True),
+        Disaster("no space", _no_space, error=True),
+        Disaster("no permission", _no_permission, error=True),
+        Disaster("no memory", _no_memory),
+    )
+}
