@@ -132,7 +132,7 @@ def resident_bytes(shape: Shape, rank: int = 8, number: int = FP32) -> float:
 
 
 def room_for_adapters(
-    shape: Shape, machine: Machine, kind: str, answers: int = 64, length: int = 2048, rank: int = 8
+    shape: Shape, machine: Machine, kind: str, answers: int = 16, length: int = 2048, rank: int = 8
 ) -> int:
     """Adapters that stay in memory = (0.9 * memory - base - answers * length * kv) / resident."""
     left = 0.9 * machine.memory - base_bytes(shape, kind) - answers * length * kv_bytes(shape)
