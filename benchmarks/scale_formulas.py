@@ -3,6 +3,7 @@
 Each formula is one function; its docstring is the line that docs/scale.md shows. GB are 10^9 bytes.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -230,6 +231,7 @@ def popularity(adapters: int, exponent: float) -> Any:
     return weights / weights.sum()
 
 
+@functools.cache
 def hit_rate(adapters: int, places: int, exponent: float) -> float:
     """Requests that find their adapter in memory = sum p (1 - e^(-p T)), least recently used out,
     with T so that sum (1 - e^(-p T)) = places (Che's approximation)."""
