@@ -3,12 +3,13 @@
 Memory is read by a sum over 1 GB, the disk by a file whose pages were given back first. Cold loads
 are adapters of SmolLM2-135M in three ranks, from disk (in the operating system's cache) to the
 first token; what a load adds is the quickest less the quickest of resident ones. A store of so many
-folders is opened, listed, and asked for one adapter that is in memory and one that is not; its
+folders is opened, listed, and asked for adapters that are in memory, not in memory, not there; its
 adapters are tiny, so that what counts is the number of names.
 
     python benchmarks/machine.py [--only NAME ...] [--json FILE]
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -24,6 +25,8 @@ from typing import Any
 import torch
 from serve_sides import prompts
 from sides import finish, parser, shown, spread, table
+
+from loralab.errors import AdapterNotFoundError
 
 GB = 10**9
 RANKS, EACH = (4, 16, 64), 25
@@ -158,6 +161,12 @@ def asked(store: Any, name: str) -> float:
     return 1e3 * (time.perf_counter() - started)
 
 
+def unknown(store: Any) -> None:
+    """Ask for a name that is not there, and be told of near ones."""
+    with contextlib.suppress(AdapterNotFoundError):
+        store.entry("reel-001")
+
+
 def names() -> dict[str, Any]:
     """Opening, listing and asking stores of several sizes."""
     from loralab.serving.store import Store
@@ -174,6 +183,7 @@ def names() -> dict[str, Any]:
                 "open_s": opening, "list_ms": [1e3 * s for s in seconds(store.entries, 5)],
                 "cold_ms": [asked(store, name) for name in real],
                 "warm_ms": [asked(store, name) for name in real],
+                "unknown_ms": [1e3 * s for s in seconds(lambda store=store: unknown(store), 3)],
             }  # fmt: skip
         finally:
             shutil.rmtree(root)
@@ -215,7 +225,7 @@ def text_of(found: dict[str, Any]) -> str:
             [f"{int(count):,}", *(shown(spread(own[key]), 2) for key in own)]
             for count, own in found["store"].items()
         ]
-        head = ["adapters", "open, s", "list, ms", "cold, ms", "in memory, ms"]
+        head = ["adapters", "open, s", "list, ms", "cold, ms", "in memory, ms", "no such name, ms"]
         text += "\n" + table("A store of many names", head, rows)
     return text
 

@@ -73,10 +73,9 @@ def cold(shape: Shape) -> float:
 
 
 def shown(value: float) -> str:
-    """Two digits, or whole numbers above 100; "0.031", "4.7", "82", "4,600"."""
-    if value == 0 or value >= 100:
-        digits = max(0, len(str(int(value))) - 2)
-        return f"{round(value, -digits if value >= 1e4 else 0):,.0f}"
+    """Two digits, or three above 100; "0.031", "4.7", "82", "4,630"."""
+    if value >= 100:
+        return f"{float(f'{value:.3g}'):,.0f}"
     return f"{float(f'{value:.2g}'):.10f}".rstrip("0").rstrip(".")
 
 
@@ -134,7 +133,7 @@ def fit(machines: Sequence[Machine]) -> tuple[Head, Rows]:
 
 def decode(machines: Sequence[Machine]) -> tuple[Head, Rows]:
     rows = []
-    for s in (SMALL, *BASES):
+    for s in BASES:
         cells = [shown(f.decode_bytes(s, "bf16", n, n, 512) / 1e9) for n in (1, 32)]
         for machine in machines:
             kind, _ = fitting(s, machine)
@@ -221,7 +220,8 @@ def many(machines: Sequence[Machine]) -> tuple[Head, Rows]:
 def network(machines: Sequence[Machine]) -> tuple[Head, Rows]:
     rows = []
     for s in BASES:
-        work = 3600 * f.train_hours(8 * AT_ONCE, f.train_flops(s, length=512), CARD, TRAINS)
+        flops = f.train_flops(s, length=512, labelled=0.4)
+        work = 3600 * f.train_hours(AT_ONCE, flops, CARD, TRAINS)
         sent = {
             "gradients of LoRA r=8": f.all_reduce_bytes(s, 8),
             "gradients of every weight": f.all_reduce_bytes(s, 8, full=True),
@@ -265,7 +265,7 @@ def checked(
     what: str, formula: Callable[..., Any], own: float, measured: float, unit: str, by: str
 ) -> list[str]:
     """A row of the comparison."""
-    values = [f"{shown(value)} {unit}" for value in (own, measured)]
+    values = [f"{shown(value)} {unit}".strip() for value in (own, measured)]
     return [what, number_of(formula), *values, f"{measured / own:.2f}", f"`{by}`"]
 
 
@@ -315,7 +315,7 @@ def checked_serving() -> Rows:
         for mode, distinct in (("none", 0), ("mixed", min(answers, 10))):
             own = f.answer_ceiling(SMALL, here(), answers, distinct, 32, 64)
             found = middle(results("serve")["compared"][f"{answers} {mode}"]["loralab"])
-            what = f"writing, {answers} answers, {distinct} adapters, tokens/s"
+            what = f"writing, batch {answers}, adapters {distinct}, tokens/s"
             rows.append(checked(what, f.answer_ceiling, own, found, "", "serve.py"))
     return rows
 
@@ -329,11 +329,11 @@ def checked_load() -> list[str]:
 
 def store(machines: Sequence[Machine]) -> tuple[Head, Rows]:
     rows = [
-        [f"{int(count):,}", *(shown(middle(own[key])) for key in own)]
+        [f"{int(count):,}", *(shown(min(own[key])) for key in own)]
         for count, own in results("machine")["store"].items()
     ]
-    return ("adapters", "opening, s", "listing all, ms", "bringing one in, ms",
-            "finding one in memory, ms"), rows  # fmt: skip
+    return ("adapters", "opening, s", "listing all, ms", "one that is not in memory, ms",
+            "one in memory, ms", "no such name, ms"), rows  # fmt: skip
 
 
 def this_machine(machines: Sequence[Machine]) -> tuple[Head, Rows]:

@@ -3,6 +3,7 @@
 Each formula is one function; its docstring is the line that docs/scale.md shows. GB are 10^9 bytes.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -132,7 +133,7 @@ def resident_bytes(shape: Shape, rank: int = 8, number: int = FP32) -> float:
 
 
 def room_for_adapters(
-    shape: Shape, machine: Machine, kind: str, answers: int = 64, length: int = 2048, rank: int = 8
+    shape: Shape, machine: Machine, kind: str, answers: int = 16, length: int = 2048, rank: int = 8
 ) -> int:
     """Adapters that stay in memory = (0.9 * memory - base - answers * length * kv) / resident."""
     left = 0.9 * machine.memory - base_bytes(shape, kind) - answers * length * kv_bytes(shape)
@@ -230,6 +231,7 @@ def popularity(adapters: int, exponent: float) -> Any:
     return weights / weights.sum()
 
 
+@functools.cache
 def hit_rate(adapters: int, places: int, exponent: float) -> float:
     """Requests that find their adapter in memory = sum p (1 - e^(-p T)), least recently used out,
     with T so that sum (1 - e^(-p T)) = places (Che's approximation)."""

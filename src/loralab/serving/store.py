@@ -78,6 +78,7 @@ class Store:
         self._changed = threading.Condition()  # its lock guards all that follows
         self._naming = threading.Lock()  # one change of the names at a time, the file included
         self._entries: dict[str, Entry] = {}
+        self._alike: dict[str, set[str]] = {}  # digest -> the names of its entries
         self._pinned: frozenset[str] = frozenset()
         self._folders: dict[str, Path] = {}  # digest -> where it was last seen
         self._places: OrderedDict[str, _Place] = OrderedDict()  # the least recently used first
@@ -147,7 +148,7 @@ class Store:
             before = self.entry(name)
             self._rename(self._names.without_name(self.root, before.name))
             with self._changed:
-                self._entries.pop(before.name, None)
+                self._take_out(before.name)
                 self._pinned -= {before.name}
                 self._drop_unnamed(before.digest)
         return before
@@ -258,9 +259,8 @@ class Store:
             return self._entries[name]
         if name in self.refused:
             raise AdapterFileError(f"{name}: {self.refused[name]}")
-        same = sorted(n for n, e in self._entries.items() if name and e.digest == name)
-        if same:
-            return self._entries[same[0]]
+        if name and name in self._alike:
+            return self._entries[min(self._alike[name])]
         hint = nearest(name, self._entries)
         raise AdapterNotFoundError(f"there is no adapter {name!r} in the store{hint}")
 
@@ -271,7 +271,7 @@ class Store:
 
     def _folders_of(self, digest: str) -> list[Path]:
         """Where this content should lie: under its names, and where it was last seen."""
-        named = [e.path for _, e in sorted(self._entries.items()) if e.digest == digest]
+        named = [self._entries[name].path for name in sorted(self._alike.get(digest, ()))]
         seen = self._folders.get(digest)
         if not named and seen is None:
             raise AdapterNotFoundError(f"the store has no adapter with the digest {digest[:64]!r}")
@@ -288,15 +288,24 @@ class Store:
     def _drop_unnamed(self, digest: str) -> None:
         """Free what has neither a name nor a user any more."""
         place = self._places.get(digest)
-        named = any(entry.digest == digest for entry in self._entries.values())
-        if place is not None and not place.users and not named:
+        if place is not None and not place.users and digest not in self._alike:
             del self._places[digest]
 
     def _set(self, entry: Entry) -> None:
+        self._take_out(entry.name)
         self._entries[entry.name] = entry
+        self._alike.setdefault(entry.digest, set()).add(entry.name)
         self.refused.pop(entry.name, None)
         if entry.digest:
             self._folders[entry.digest] = entry.path
+
+    def _take_out(self, name: str) -> None:
+        before = self._entries.pop(name, None)
+        if before is not None:
+            names = self._alike[before.digest]
+            names.discard(name)
+            if not names:
+                del self._alike[before.digest]
 
     # -- the folder -----------------------------------------------------------------------------
 
@@ -318,7 +327,7 @@ class Store:
             with self._changed:
                 if self._entries.get(entry.name) is entry:
                     self._refuse(entry.name, error)
-                    del self._entries[entry.name]
+                    self._take_out(entry.name)
                     self._pinned -= {entry.name}
             raise
         settled = replace(entry, digest=digest)
