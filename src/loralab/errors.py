@@ -22,7 +22,7 @@ nearest valid choice or the remedy.
 import difflib
 from collections.abc import Iterable
 
-LONGEST = 500  # characters of a name that near ones are looked for
+MOST_NAME = 500  # characters of a name that near ones are looked for
 
 
 class LoralabError(Exception):
@@ -91,7 +91,7 @@ def nearest(name: str, choices: Iterable[str], count: int = 3) -> str:
     >>> nearest("q_porj", ["q_proj", "k_proj", "down_proj"])
     '; did you mean q_proj, k_proj?'
     """
-    if len(name) > LONGEST:  # comparing takes time, and nobody mistypes that much
+    if len(name) > MOST_NAME:  # comparing takes time, and nobody mistypes that much
         return ""
     unique = list(dict.fromkeys(choices))
     close = difflib.get_close_matches(name, unique, n=count, cutoff=0.6)

@@ -107,6 +107,8 @@ BAD: list[tuple[list[str], str]] = [
     (["--store", "{store}", "--host", "no.such.host.invalid", "--no-keys"], "cannot listen"),
     (["--store", "{store}", "--keys", "nowhere.toml"], "nowhere.toml"),
     (["--store", "{store}", "--keys", "nowhere.toml", "--no-keys"], "either"),
+    (["--store", "{store}", "--allow-host", "http://lab"], "--allow-host expects a name"),
+    (["--store", "{store}", "--allow-host", "lab:80"], "--allow-host expects a name"),
     (["--store", "{store}", "--port", "{taken}"], "in use"),
     (["--store", "{store}", "--port", "70000"], "65535"),
     (["--store", "{store}", "--timeout", "0"], "timeout"),

@@ -14,6 +14,9 @@ import pytest
 from packaging.requirements import Requirement
 
 from loralab.cli import run
+from loralab.serving.opening import open_engine
+from loralab.serving.request import Sampling
+from loralab.serving.settings import ServeSettings
 
 ROOT = Path(__file__).parents[2]
 # commands in one process in which whatever would leave the machine is noted and fails
@@ -67,7 +70,8 @@ def alone(*commands: list[str], **environment: str) -> dict[str, Any]:
     return {**found, "said": done.stderr}
 
 
-def test_a_folder_is_trained_scored_and_served_without_a_network(
+@pytest.mark.slow
+def test_a_process_that_trains_scores_and_serves_a_folder_never_leaves_the_machine(
     tiny_llama_folder: Path, sums_file: Path, tmp_path: Path, free_port: int
 ) -> None:
     model, data, place = str(tiny_llama_folder), str(sums_file), str(tmp_path / "store" / "sums")
@@ -104,7 +108,25 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         raise OSError("no network here")
 
     monkeypatch.setattr("socket.getaddrinfo", refuse)
+    monkeypatch.setattr("socket.create_connection", refuse)
     yield tried
+
+
+def test_a_folder_is_trained_scored_and_served_without_a_network(
+    tiny_llama_folder: Path, sums_file: Path, tmp_path: Path, offline: list[str]
+) -> None:
+    model, data, place = str(tiny_llama_folder), str(sums_file), str(tmp_path / "store" / "sums")
+    own = ["--model", model, "--data", data]
+    assert run(["train", *own, "--output-dir", place, "--max-steps", "2", "--quiet"]) == 0
+    assert run(["plan", *own, "--json"]) == 0
+    assert run(["evaluate", "--adapter", place, "--data", data, "--json"]) == 0
+    settings = ServeSettings(cache_memory="5MB", precision="fp32")
+    engine = open_engine(model=model, store=tmp_path / "store", settings=settings)
+    sampling = Sampling(max_tokens=2)
+    assert engine.generate([[5, 6]], adapters=["sums"], sampling=sampling)[0].adapter == "sums"
+    assert offline == []
+    assert run(["plan", "--model", "nobody/nothing", "--data", data]) == 2  # a hub id
+    assert offline != []  # or the watch would be blind
 
 
 @pytest.mark.parametrize("name", ["smolm2-135m", "a/b/c", "./nowhere", "/nowhere/at/all", "..x/y z",

@@ -263,7 +263,7 @@ def store(lively_llama_folder: Path, tmp_path: Path) -> Path:
 def served(model: Path, store: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """The command itself, in a process of its own."""
     given = ["--model", str(model), "--store", str(store), "--port", "0", "--precision", "fp32",
-             "--cache-memory", "2MB", "--resident", "4", "--max-batch", "8", "--queue", "8",
+             "--cache-memory", "2MB", "--resident", "4", "--max-batch", "5", "--queue", "4",
              "--json"]  # fmt: skip
     process = subprocess.Popen(
         [sys.executable, "-m", "loralab", "serve", *given], text=True, stdout=subprocess.PIPE,

@@ -143,12 +143,19 @@ def _told(whole: type[BaseModel], chunk: type[BaseModel] | None = None) -> Json:
     """An answer, whole, and as a stream where it may be one."""
     content: Json = {JSON: {"schema": _reference(whole)}}
     if chunk is not None:
-        text = (
-            f"with `stream`: lines `data: <{chunk.__name__}>`, an empty line after each; an error "
-            "on the way is such a line too; the last one is `data: [DONE]`"
-        )
-        content[EVENTS] = {"schema": {"type": "string", "description": text}}
+        content[EVENTS] = {"schema": _event(chunk)}
     return content
+
+
+def _event(chunk: type[BaseModel]) -> Json:
+    """Each event of a stream; before version 3.2 the schema of a stream is that of its events."""
+    several = {"anyOf": [_reference(chunk), _reference(answers.Error)]}
+    piece = {"type": "string", "contentMediaType": JSON, "contentSchema": several}
+    data = {"anyOf": [{"const": "[DONE]"}, piece]}
+    text = "with `stream`; an error on the way is an event too, and the last one is [DONE]"
+    return {
+        "type": "object", "description": text, "required": ["data"], "properties": {"data": data},
+    }  # fmt: skip
 
 
 def _error(status: int) -> Json:
