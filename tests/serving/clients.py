@@ -175,7 +175,12 @@ def tokens_of(place: Place, name: str, prompt: list[int], most: int) -> list[str
     """The tokens that a model writes greedily, as texts."""
     with place.client() as client:
         found = client.completions.create(
-            model=name, prompt=prompt, max_tokens=most, temperature=0, logprobs=1
+            model=name,
+            prompt=prompt,
+            max_tokens=most,
+            temperature=0,
+            logprobs=1,
+            extra_body={"ignore_eos": True},  # vLLM lists the token that ends, loralab does not
         )
     assert found.choices[0].logprobs is not None
     assert found.choices[0].logprobs.tokens is not None
