@@ -68,17 +68,24 @@ def serve(
         )  # fmt: skip
         raise typer.Exit(code)
     require_ours(engine_name, engine_python, engine_args)
+    known = _keys(host, keys, no_keys)
+    asked = {"model": model or DEFAULT_MODEL, "store": store, "adapters": named}
+    _serve_here(
+        {**asked, "pinned": pin or [], "settings": settings}, host, port, known, limits, json_
+    )
+
+
+def _serve_here(
+    asked: dict[str, Any], host: str, port: int, known: "Keys | None", limits: Limits, json_: bool
+) -> None:
+    """Serve by loralab's own engine until a signal ends it."""
     from loralab.serving.api import build_app
     from loralab.serving.listener import Listener, address, open_socket
 
-    known = _keys(host, keys, no_keys)
     with open_socket(host, port) as opened:
         from loralab.serving.opening import open_engine
 
-        engine = open_engine(
-            model=model or DEFAULT_MODEL, store=store, adapters=named, pinned=pin or [],
-            settings=settings,
-        )  # fmt: skip
+        engine = open_engine(**asked)
         application = build_app(engine, keys=known, limits=limits)
         where = address(opened)
         listener = Listener(
