@@ -55,25 +55,29 @@ def serve(
         raise ConfigError("give --store, a folder of adapter folders")
     named = _named(adapter or [])
     _require_extra()
+    known = _keys(host, keys, no_keys)
+    what = {
+        "model": model or DEFAULT_MODEL, "store": store.resolve(), "adapters": named,
+        "pinned": pin or [], "settings": settings,
+    }  # fmt: skip
     if ray is not None or replicas is not None:
-        plan = {
-            "model": model or DEFAULT_MODEL, "store": str(store.resolve()), "adapters": named,
-            "pinned": pin or [], "settings": settings, "limits": limits,
-        }  # fmt: skip
-        _serve_replicas(plan, replicas or 1, ray, host, port, _keys(host, keys, no_keys), json_)
-        return
+        _serve_replicas({**what, "limits": limits}, replicas or 1, ray, host, port, known, json_)
+    else:
+        _serve_one(what, limits, host, port, known, json_)
+
+
+def _serve_one(
+    what: dict[str, Any], limits: Limits, host: str, port: int, known: "Keys | None", json_: bool
+) -> None:
+    """One engine in this process, until a signal ends it."""
     from loralab.serving.api import build_app
     from loralab.serving.api_service import about
     from loralab.serving.listener import Listener, address, open_socket
 
-    known = _keys(host, keys, no_keys)
     with open_socket(host, port) as opened:
         from loralab.serving.opening import open_engine
 
-        engine = open_engine(
-            model=model or DEFAULT_MODEL, store=store, adapters=named, pinned=pin or [],
-            settings=settings,
-        )  # fmt: skip
+        engine = open_engine(**what)
         application = build_app(engine, keys=known, limits=limits)
         where = address(opened)
         listener = Listener(
