@@ -11,24 +11,26 @@ import pytest
 ROOT = Path(__file__).parents[1] / "src" / "loralab"
 BASE = {"errors", "atomic", "values"}
 LEAVES = BASE | {"native"}
+TOGETHER = {"cluster"}  # several machines
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "atomic": {"errors"},
     "values": {"errors"},
     "native": BASE,
+    "cluster": {"errors"},
     "adapters": LEAVES,
     "models": BASE,
     "tasks": BASE,
     "training": LEAVES | {"adapters", "models", "tasks"},
     "artefacts": BASE | {"adapters", "models", "tasks"},
-    "serving": LEAVES | {"adapters", "models", "tasks"},
-    "studies": BASE | {"adapters", "models", "tasks", "training", "artefacts"},
+    "serving": LEAVES | TOGETHER | {"adapters", "models", "tasks"},
+    "studies": BASE | TOGETHER | {"adapters", "models", "tasks", "training", "artefacts"},
 }
 # third-party names, where restricted
 MAY_INSTALL = {"native": {"torch"}, "adapters": {"torch", "safetensors"}}
 TORCH_FREE = ["adapters/methods.py", "serving/request.py", "serving/settings.py",
               "training/settings.py", "errors.py",
-              "serving/keys.py", "atomic.py", "values.py",
+              "serving/keys.py", "atomic.py", "values.py", "cluster.py",
               "studies/study.py", "studies/catalog.py", "studies/fields.py"]  # fmt: skip
 
 

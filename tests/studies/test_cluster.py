@@ -241,3 +241,30 @@ def test_a_cluster_on_this_machine(
     ended_well("study", study, "--output-dir", away, "--ray", "local", "--fixed-lr")
     ended_well("study", study, "--output-dir", home, "--fixed-lr")
     assert results(away) == results(home)
+
+
+@pytest.mark.slow
+def test_optuna_proposes_what_is_recommended_and_goes_on_where_it_was(
+    ray: Any, tmp_path: Path, tiny_bert_folder: Path, noise_file: Path
+) -> None:
+    pytest.importorskip("optuna")
+    folder = tmp_path / "found"
+    given = [
+        "recommend", "--model", tiny_bert_folder, "--data", noise_file, "--output-dir", folder,
+        "--steps", 9, "--batch-size", 4, "--test-rows", 16, "--precision", "fp32", "--ray", "local",
+        "--budget", "4m",
+    ]  # fmt: skip
+    running = start(*given)
+    wait_for(folder, 5)
+    running.kill()
+    running.communicate()
+    before = {file: file.stat().st_mtime_ns for file in finished(folder)}
+    ended_well(*given, "--resume")
+    assert {file: file.stat().st_mtime_ns for file in before} == before
+    (ground, arms, _), *_ = store.plans(folder).values()
+    count = int(ground.values[0])
+    assert count <= len(arms) - 1 <= count + 1
+    rates = {arm.fields["learning_rate"] for arm in arms if arm.fields}
+    assert len(rates) > 3  # of no grid
+    assert (folder / "config.toml").is_file()
+    assert (folder / "report.html").stat().st_size > 500

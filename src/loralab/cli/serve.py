@@ -80,33 +80,34 @@ def serve(
         )  # fmt: skip
         raise typer.Exit(code)
     require_ours(engine_name, engine_python, engine_args)
-    known = _keys(host, keys, no_keys)
+    from loralab.serving.gate import hosts_of
+
+    known, hosts = _keys(host, keys, no_keys), hosts_of(host, allow_host or [])
     asked: dict[str, Any] = {
-        "model": model or DEFAULT_MODEL, "adapters": named, "pinned": pin or [],
-        "settings": settings,
+        "model": model or DEFAULT_MODEL, "store": store.resolve(), "adapters": named,
+        "pinned": pin or [], "settings": settings,
     }  # fmt: skip
     if ray is not None or replicas is not None:
-        plan = {**asked, "store": str(store.resolve()), "limits": limits}
+        plan = {**asked, "limits": limits, "hosts": hosts}
         _serve_replicas(plan, replicas or 1, ray, host, port, known, json_)
         return
-    _serve_here({**asked, "store": store}, host, port, known, limits, allow_host or [], json_)
+    _serve_here(asked, host, port, known, {"limits": limits, "hosts": hosts}, json_)
 
 
 def _serve_here(
-    asked: dict[str, Any], host: str, port: int, known: "Keys | None", limits: Limits,
-    names: list[str], json_: bool,
+    asked: dict[str, Any], host: str, port: int, known: "Keys | None", rules: dict[str, Any],
+    json_: bool,
 ) -> None:  # fmt: skip
     """Serve by loralab's own engine until a signal ends it."""
     from loralab.serving.api import build_app
     from loralab.serving.api_service import about
-    from loralab.serving.gate import hosts_of
     from loralab.serving.listener import Listener, address, open_socket
 
     with open_socket(host, port) as opened:
         from loralab.serving.opening import open_engine
 
         engine = open_engine(**asked)
-        application = build_app(engine, keys=known, limits=limits, hosts=hosts_of(host, names))
+        application = build_app(engine, keys=known, **rules)
         where = address(opened)
         listener = Listener(
             application, opened, lambda: _say_ready(about(engine), where, known is not None, json_)

@@ -83,6 +83,7 @@ def recommend(
     ] = None,
     budget: Annotated[str, typer.Option(help="time to spend, as in 20m")] = "20m",
     resume: Resume = False,
+    ray: Ray = None,
     lang: Language = "en",
     quiet: Quiet = False,
     json_: Json = False,
@@ -99,7 +100,7 @@ def recommend(
         outcome = search(
             model=model or DEFAULT_MODEL, data=data, output_dir=output_dir, budget=budget,
             asked=build(Asked, typed or {}), mapping=_mapping(map_), resume=resume, language=lang,
-            listener=lines,
+            listener=lines, ray=ray,
         )  # fmt: skip
     _show(outcome, lang, json_)
     if not json_:

@@ -9,10 +9,13 @@ that one server has (api.py). Needs the extras `serve` and `ray`.
 
 import asyncio
 import contextlib
+import fcntl
 import json
 import logging
+import os
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, get_type_hints
 
 import torch
@@ -27,12 +30,14 @@ from loralab.serving.api import build_app
 from loralab.serving.api_errors import ApiError
 from loralab.serving.api_service import About, about, read_content
 from loralab.serving.api_stream import GRACE
+from loralab.serving.gate import Hosts
 from loralab.serving.keys import Key, Keys
 from loralab.serving.opening import open_engine, require_store
 from loralab.serving.settings import Limits, ServeSettings
 
 APP = "loralab"
 CHANGES = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
+LOCK = ".names.lock"  # in the store
 HEADER = b"x-loralab-replica"
 KEPT = ("type", "asgi", "http_version", "method", "scheme", "path", "raw_path", "query_string",
         "headers", "client", "server", "root_path")  # fmt: skip
@@ -45,12 +50,13 @@ class Plan:
     """What every replica serves; models and store are read on its machine."""
 
     model: str
-    store: str
-    adapters: Mapping[str, str] = field(default_factory=dict)
+    store: str | Path
+    adapters: Mapping[str, str | Path] = field(default_factory=dict)
     pinned: Sequence[str] = ()
     settings: ServeSettings = field(default_factory=ServeSettings)
     limits: Limits = field(default_factory=Limits)
     keys: tuple[Key, ...] | None = None
+    hosts: Hosts = field(default_factory=Hosts)
 
     def __post_init__(self) -> None:
         """Refuse what replicas cannot keep: each would count alone."""
@@ -72,7 +78,7 @@ class Replica:
             settings=plan.settings,
         )  # fmt: skip
         keys = None if plan.keys is None else Keys(plan.keys)
-        self._app = build_app(self._engine, keys=keys, limits=plan.limits)
+        self._app = build_app(self._engine, keys=keys, limits=plan.limits, hosts=plan.hosts)
         self._name = serve.get_replica_context().replica_id.unique_id.encode()
         self._wanted = serve.get_multiplexed_model_id
 
@@ -93,8 +99,9 @@ class Replica:
             yield message
 
     async def change(self, scope: Scope, body: bytes) -> list[Message]:
-        """As `answer`, whole: for what all replicas must do."""
-        return [message async for message in asked(self._app, scope, body)]
+        """As `answer`, whole: for what all replicas must do; one at a time, as all write names."""
+        async with alone(self._engine.store.root / LOCK):
+            return [message async for message in asked(self._app, scope, body)]
 
     async def about(self) -> About:
         """What is served here."""
@@ -122,6 +129,7 @@ class Door:
     def __init__(self, replicas: Any, limits: Limits) -> None:
         self._replicas, self._limits = replicas, limits
         self._died = library("ray.exceptions").RayActorError
+        self._changing = asyncio.Lock()  # the same order for all replicas
 
     async def __call__(self, request: Request) -> Response:
         """The answer of a replica."""
@@ -162,7 +170,8 @@ class Door:
 
     async def _everywhere(self, scope: Scope, body: bytes) -> Response:
         """From all replicas: the first refusal, if there is one."""
-        answers = await self._replicas.broadcast("change", scope, body).results_async()
+        async with self._changing:
+            answers = await self._replicas.broadcast("change", scope, body).results_async()
         answers.sort(key=lambda messages: -int(messages[0]["status"]))
         start, *rest = answers[0]
         whole = Response(b"".join(m.get("body", b"") for m in rest), start["status"])
@@ -191,6 +200,17 @@ class Passed(Response):
             await send({"type": "http.response.body", "body": text.encode(), "more_body": False})
         finally:
             self._rest.cancel()
+
+
+@contextlib.asynccontextmanager
+async def alone(file: Path) -> AsyncIterator[None]:
+    """For one process at a time, on any machine that sees the file."""
+    handle = os.open(file, os.O_RDWR | os.O_CREAT)
+    try:
+        await asyncio.to_thread(fcntl.flock, handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 async def asked(app: ASGIApp, scope: Scope, body: bytes) -> AsyncIterator[Message]:
@@ -262,7 +282,7 @@ def app(args: Mapping[str, Any]) -> Any:
     if missing := [name for name in ("model", "store") if name not in args]:
         raise ConfigError(f"give {missing[0]}=...")
     hints = get_type_hints(ServeSettings)
-    settings = {
+    settings: dict[str, Any] = {
         name: str(value) if hints[name] is str else int(value)
         for name, value in args.items()
         if name not in own

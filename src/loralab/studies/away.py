@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loralab import __version__
+import loralab
 from loralab.studies import store
 from loralab.studies.forked import Worker, ended
 from loralab.studies.study import Cell
@@ -41,7 +41,7 @@ class Back:
 def versions() -> dict[str, str]:
     """What must be the same on every machine for the numbers to be."""
     installed = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
-    return {"loralab": __version__, **installed}
+    return {"loralab": loralab.__version__, **installed}
 
 
 def reach_here(ground: Mapping[str, Any], wanted: Mapping[str, str], threads: int) -> str:

@@ -27,7 +27,8 @@ from loralab.studies import store
 from loralab.studies.away import Back, measure_here, reach_here, versions
 from loralab.studies.study import FAILED, Cell, Ground, Record
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 RETRIES = 5  # machines that may die under one cell
 POLL_SECONDS = 0.5
 LOOK_SECONDS = 2.0  # after which the machines are counted again

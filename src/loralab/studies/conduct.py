@@ -96,6 +96,7 @@ def recommend(
     resume: bool = False,
     language: str = "en",
     listener: Listener | None = None,
+    ray: str | None = None,
 ) -> Outcome:
     """From data to a good configuration within a time: config.toml, and the evidence for it.
 
@@ -105,6 +106,7 @@ def recommend(
         budget: time to spend, such as "20m": decides how many configurations are tried, and for
             how many steps.
         asked: steps, batch_size, seeds, precision and the like, where they shall be others.
+        ray: as in `study`; Optuna then proposes the candidates, through Ray Tune.
 
     Raises:
         InputError: the model, the data or a setting is wrong.
@@ -117,15 +119,24 @@ def recommend(
         raise ConfigError("--values and --fixed-lr have no effect on recommend, which chooses both")
     _require_place(folder, resume=resume)
     started = time.monotonic()
-    with session(folder, seconds, listener) as own:
+    with open_cluster(ray) as away, session(folder, seconds, listener, away) as own:
         ground = _sized(own, catalog.search_ground(asked, mapping), seconds, started)
-        own.run(ground, own.prepare(ground, skip_invalid=True))
+        own.run(ground, _candidates(own, ground))
     outcome = report(folder, language=language)
     advice = outcome.answers[catalog.RECOMMEND].advice
     if not advice:
         raise RunError(f"within {budget} nothing could be trained to its end; give a larger budget")
     _write_config(folder, ground, advice)
     return outcome
+
+
+def _candidates(own: Session, ground: Ground) -> list[Arm]:
+    """The arms of a recommendation: drawn here, proposed by Optuna on a cluster."""
+    if own.cluster is None:
+        return own.prepare(ground, skip_invalid=True)
+    from loralab.studies.suggest import suggested
+
+    return suggested(own, ground)
 
 
 def _sized(own: Session, ground: Ground, budget: float, started: float) -> Ground:
@@ -141,13 +152,15 @@ def _sized(own: Session, ground: Ground, budget: float, started: float) -> Groun
     steps = int(ground.fields["max_steps"])
     few = max(4, steps // ETA ** (ROUNDS - 1))
     probe = Arm(name="probe", fields={"method": "lora", "rank": 8, "max_steps": few})
+    if own.cluster is not None:
+        own.cluster.require_ready(ground)
     begun = time.monotonic()
     record = own.obtain(Cell(measure=MEASURE, ground=ground, arm=probe, seed=0))
     if record.status == FAILED:
         raise ConfigError(record.reason)
     whole = time.monotonic() - begun
     a_step = record.numbers.get("step_seconds", whole / few)
-    left = 0.9 * (budget - (time.monotonic() - started))
+    left = 0.9 * (budget - (time.monotonic() - started)) * own.abreast
     number, steps = plan_for(a_step, max(1.0, whole - few * a_step), left, steps, ground.seeds)
     rows = {**ground.rows, "train": steps * int(ground.fields["batch_size"])}
     fields = {**ground.fields, "max_steps": steps}

@@ -161,12 +161,12 @@ class Session:
         if time.monotonic() + self.expected(cell) > self.deadline:
             self._done(cell)
             return missing(cell, BUDGET)
-        self._tell(cell, "begins")
+        self.tell(cell, "begins")
         started = time.monotonic()
         record = self._measured(cell)
         self._times.setdefault(_kind(cell), []).append((time.monotonic() - started) / _size(cell))
         self._done(cell)
-        self._tell(cell, record.status)
+        self.tell(cell, record.status)
         return record
 
     @property
@@ -211,7 +211,8 @@ class Session:
         with self._telling:
             self._units_left = max(0.0, self._units_left - _size(cell))
 
-    def _tell(self, cell: Cell, what: str) -> None:
+    def tell(self, cell: Cell, what: str) -> None:
+        """Say to the listener how it goes with a cell."""
         own = self._times.get(_kind(cell)) or [t for v in self._times.values() for t in v]
         left = self._units_left * math.fsum(own) / len(own) / self.abreast if own else None
         event = {

@@ -47,6 +47,9 @@ SHAPES: tuple[tuple[str, Mapping[str, Any]], ...] = (
     *((f"pfeiffer, {w}", {"method": "pfeiffer", "width": w}) for w in (16, 64)),
 )  # fmt: skip
 BASE = "base"
+BASE_ARM = Arm(
+    name=BASE, options={"measure": "loralab.studies.trained:untrained"}, tuned=False, plain=True
+)
 
 
 def arms(ground: Ground, base: Base) -> list[Arm]:
@@ -54,31 +57,28 @@ def arms(ground: Ground, base: Base) -> list[Arm]:
     number = int(ground.values[0]) if ground.values else ETA ** (ROUNDS - 1)
     able = [(name, fields) for name, fields in SHAPES if _possible(ground, fields, base)]
     every = [
-        Arm(name=f"{name}, {rate:.1e}", fields={**fields, "learning_rate": rate})
+        with_factor(ground, Arm(name=name, fields=fields), factor)
         for name, fields in able
-        for rate in _rates(ground, fields)
+        for factor in RATES
     ]
     certain = [arm for arm in every if arm.name.startswith(FIRST)]
     others = [arm for arm in every if arm not in certain]
     order = np.random.default_rng(0).permutation(len(others))
     chosen = [*certain, *(others[i] for i in order)][:number]
-    untrained = {"measure": "loralab.studies.trained:untrained"}
-    return [*chosen, Arm(name=BASE, options=untrained, tuned=False, plain=True)]
+    return [*chosen, BASE_ARM]
 
 
 def walk(
     ground: Ground, candidates: Sequence[Arm], obtain: Obtain, each: Each = in_turn
 ) -> list[Record]:
     """Two rounds of short runs by validation loss, then whole runs with every seed."""
-    steps = int(ground.fields["max_steps"])
     left = [arm for arm in candidates if arm.name != BASE]
     found: list[Record] = []
     for number in range(ROUNDS - 1):
-        short = max(2, steps // ETA ** (ROUNDS - 1 - number))
-        cells = [_short(ground, arm, short) for arm in left]
+        cells = [_short(ground, arm, _steps(ground, number)) for arm in left]
         ran = list(zip(left, each(obtain, cells), strict=True))
         found += [_of_round(arm, record, number) for arm, record in ran]
-        ended = [(_loss(record), i) for i, (_, record) in enumerate(ran)]
+        ended = [(loss_of(record), i) for i, (_, record) in enumerate(ran)]
         ranked = sorted(pair for pair in ended if math.isfinite(pair[0]))
         left = [left[i] for _, i in ranked[: max(1, len(left) // ETA)]]
     whole = [
@@ -166,6 +166,18 @@ def plan_for(
     return min(groups, most) * group, steps
 
 
+def with_factor(ground: Ground, shape: Arm, factor: float) -> Arm:
+    """A candidate: a shape at so many times its usual learning rate."""
+    rate = rounded(usual(ground, shape) * factor)
+    fields = {**shape.fields, "learning_rate": rate}
+    return Arm(name=f"{shape.name}, {rate:.1e}", fields=fields)
+
+
+def first_round(ground: Ground, arm: Arm) -> Cell:
+    """What every candidate runs."""
+    return _short(ground, arm, _steps(ground, 0))
+
+
 def _possible(ground: Ground, fields: Mapping[str, Any], base: Base) -> bool:
     try:
         method, _ = configured({**ground.fields, **fields})
@@ -175,9 +187,9 @@ def _possible(ground: Ground, fields: Mapping[str, Any], base: Base) -> bool:
     return True
 
 
-def _rates(ground: Ground, fields: Mapping[str, Any]) -> list[float]:
-    own = Arm(name="", fields=fields)
-    return [rounded(usual(ground, own) * factor) for factor in RATES]
+def _steps(ground: Ground, number: int) -> int:
+    """The steps of a round; the first one is number 0."""
+    return max(2, int(ground.fields["max_steps"]) // ETA ** (ROUNDS - 1 - number))
 
 
 def _short(ground: Ground, arm: Arm, steps: int) -> Cell:
@@ -185,7 +197,8 @@ def _short(ground: Ground, arm: Arm, steps: int) -> Cell:
     return Cell(measure=SEARCH, ground=ground, arm=short, seed=0)
 
 
-def _loss(record: Record) -> float:
+def loss_of(record: Record) -> float:
+    """What candidates are compared by; infinite where a run gave none."""
     return record.numbers.get("validation_loss", math.inf) if record.status == DONE else math.inf
 
 
@@ -203,7 +216,7 @@ def _renamed(record: Record, arm: Arm) -> Record:
 def _rounds_table(rounds: Sequence[Record]) -> Table:
     """Every candidate's validation loss in each round, the best first."""
     names = list(dict.fromkeys(r.arm.name for r in rounds))
-    losses = {(r.arm.name, int(r.numbers["round"])): _loss(r) for r in rounds}
+    losses = {(r.arm.name, int(r.numbers["round"])): loss_of(r) for r in rounds}
     names.sort(
         key=lambda n: (
             [-(losses.get((n, k), math.inf) < math.inf) for k in (2, 1)]
