@@ -111,7 +111,7 @@ class Victim:
         return Ended(code, said)
 
     def _listen(self, source: int) -> None:
-        with open(source, "rb", buffering=0) as pipe:  # noqa: PTH123  (a descriptor)
+        with open(source, "rb", buffering=0) as pipe:
             while part := pipe.read(4096):
                 self._said.append(part)
 
@@ -192,13 +192,11 @@ def _killed(victim: Victim, place: Path, moment: float, draw: random.Random) -> 
 
 def _killed_in_a_write(victim: Victim, place: Path, moment: float, draw: random.Random) -> None:
     """At the n-th file or folder that appears under a temporary name."""
-    left, seen = draw.randint(1, 40), set[tuple[str, int]]()
-    while left and victim.alive():
+    wanted, seen, until = draw.randint(1, 40), set[tuple[str, int]](), time.monotonic() + 30
+    while len(seen) < wanted and victim.alive() and time.monotonic() < until:
         for path in _found(place):
             with contextlib.suppress(OSError):
-                seen_now = (str(path), path.stat().st_ino)
-                left -= seen_now not in seen
-                seen.add(seen_now)
+                seen.add((str(path), path.stat().st_ctime_ns))
     victim.hit(signal.SIGKILL, group=draw.random() < 0.5)
 
 
@@ -240,9 +238,10 @@ def small_disk(place: Path, size: str = "12m") -> Iterator[bool]:
     """A file system of its own at an empty folder; gives False where that cannot be had."""
     command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(place)]
     place.mkdir(parents=True, exist_ok=True)
-    mounted = shutil.which("mount") and not subprocess.run(
-        command, check=False, capture_output=True
-    ).returncode
+    mounted = (
+        shutil.which("mount")
+        and not subprocess.run(command, check=False, capture_output=True).returncode
+    )
     try:
         yield bool(mounted)
     finally:

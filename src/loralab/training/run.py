@@ -164,6 +164,7 @@ def finish(begun: Begun) -> Run:
     # the loop's last evaluation was of these very weights, unless it happened in another process
     scores = seen[-1] if seen and best == progress.step else begun.steps.job.evaluate()
     adapter.save(folder, record_of(request, prepared, progress, scores), overwrite=True)
+    begun.steps.drop_others()  # what a start that was killed here had no time to
     record({"kind": "end", "step": progress.step, "text": f"saved in {folder}"})
     record.close()
     return Run(
