@@ -91,3 +91,29 @@ def test_the_cache_is_where_the_user_wants_it(
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert atomic.cache_folder() == Path(expected)
+
+
+def test_what_a_library_in_rust_raises_names_the_place_too(tmp_path: Path) -> None:
+    said = "Error while serializing: I/O error: No space left on device (os error 28)"
+    wanted = f"cannot write {tmp_path / 'out'}: No space left on"
+    with pytest.raises(OutputError, match=wanted), atomic.new_folder(tmp_path / "out"):
+        raise RuntimeError(said)
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_error_stays_what_it_is(tmp_path: Path) -> None:
+    with pytest.raises(KeyError), atomic.new_folder(tmp_path / "out"):
+        raise KeyError("x")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_leaves_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = tmp_path / "out"
+    place.mkdir()
+    (place / "first").write_text("x")
+    with monkeypatch.context() as patch:  # killed before the first file is gone
+        patch.setattr("shutil.rmtree", lambda *given, **named: None)
+        atomic.remove_folder(place)
+    assert not place.exists()
+    atomic.remove_folder(place)
+    assert not list(tmp_path.iterdir())

@@ -16,6 +16,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import IDS, MODELS, bert, fill, gpt2, llama, logits
 from torch import Tensor, nn
 
+from loralab import atomic
 from loralab.adapters import folder
 from loralab.adapters.attach import attach
 from loralab.adapters.load import load
@@ -347,3 +348,30 @@ def test_numbers_that_are_not_finite_are_refused(saved: Path) -> None:
     safetensors.torch.save_file(tensors, saved / folder.TENSORS)
     with pytest.raises(AdapterFileError, match="not finite"):
         load(llama(), saved)
+
+
+@pytest.mark.parametrize("overwritten", [False, True])
+def test_a_writer_that_is_killed_between_two_files_leaves_nothing_that_can_be_read(
+    overwritten: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, config = tmp_path / "adapter", {"peft_type": "LORA", "r": 1}
+    write, left = atomic.write_file, 0
+
+    def killed(path: Path, content: str | bytes) -> Path:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KeyboardInterrupt
+        return write(path, content)
+
+    if overwritten:
+        write(place / folder.CONFIG, "{}")
+        write(place / folder.RECORD, '{"digest": "old"}')
+        write(place / folder.TENSORS, safetensors.torch.save({"x": torch.zeros(2)}))
+    monkeypatch.setattr(atomic, "write_file", killed)
+    for number in range(3):
+        left = number
+        with pytest.raises(KeyboardInterrupt):
+            folder.write(place, config, {"x": torch.ones(2)}, {}, overwrite=True)
+        with pytest.raises(AdapterFileError):
+            folder.read(place)

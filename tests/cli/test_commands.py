@@ -1,12 +1,13 @@
 """The commands, run as a user runs them: exit codes, one line an error, JSON."""
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from loralab.cli import run
+from loralab.cli import _as_interrupt, _ended, run
 from loralab.cli.options import pairs
 from loralab.errors import ConfigError
 from loralab.studies.fields import from_toml
@@ -196,3 +197,26 @@ def test_pairs_and_configuration_files(tmp_path: Path) -> None:
         pairs("a=x", "rank_pattern", int)
     with pytest.raises(ConfigError, match="cannot be read"):
         from_toml(tmp_path / "none.toml", set())
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_sigterm_is_ctrl_c(ignored: bool) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        if ignored:  # as a shell starts what stands before "&"
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        with pytest.raises(KeyboardInterrupt):
+            _as_interrupt(signal.SIGTERM, None)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")],
+)
+def test_memory_that_ran_out_is_said_so(
+    error: Exception, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _ended(error) == 1
+    assert capsys.readouterr().err.startswith("error: memory ran out")

@@ -192,13 +192,11 @@ def _killed(victim: Victim, place: Path, moment: float, draw: random.Random) -> 
 
 def _killed_in_a_write(victim: Victim, place: Path, moment: float, draw: random.Random) -> None:
     """At the n-th file or folder that appears under a temporary name."""
-    left, seen = draw.randint(1, 40), set[tuple[str, int]]()
-    while left and victim.alive():
+    wanted, seen, until = draw.randint(1, 40), set[tuple[str, int]](), time.monotonic() + 30
+    while len(seen) < wanted and victim.alive() and time.monotonic() < until:
         for path in _found(place):
             with contextlib.suppress(OSError):
-                seen_now = (str(path), path.stat().st_ino)
-                left -= seen_now not in seen
-                seen.add(seen_now)
+                seen.add((str(path), path.stat().st_ctime_ns))
     victim.hit(signal.SIGKILL, group=draw.random() < 0.5)
 
 

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from studies.conftest import ground_of
 
-from loralab.errors import ConfigError, OutputError
+from loralab.errors import ConfigError, OutputError, RunError
 from loralab.studies import store
+from loralab.studies.conduct import _require_place
 from loralab.studies.runner import BUDGET, records, session
 from loralab.studies.study import DIVERGED, DONE, FAILED, MISSING, Arm, Cell, Record
 from loralab.studies.trained import MEASURE, measured
@@ -264,3 +265,41 @@ def test_a_run_that_ends_without_finite_numbers_is_a_result_of_its_own(
     other = Arm(name="x", fields={"rank": 2, "target_modules": ["nothing"]})
     missing = Cell(measure=MEASURE, ground=ground, arm=other, seed=0)
     assert measured(missing, tmp_path / "other", lambda event: None).status == FAILED
+
+
+def test_what_a_study_left_that_was_killed_as_it_began_is_no_obstacle(tmp_path: Path) -> None:
+    for name in (store.LOCK, store.LOG, f"{store.STUDY}.partial"):
+        (tmp_path / name).touch()
+    _require_place(tmp_path, resume=False)
+    (tmp_path / "mine").touch()
+    with pytest.raises(OutputError, match="not empty"):
+        _require_place(tmp_path, resume=False)
+
+
+def test_a_worker_that_is_gone_is_an_error(
+    tmp_path: Path, tiny_bert_folder: Path, noise_file: Path
+) -> None:
+    ground = ground_of("grid", tiny_bert_folder, noise_file, seeds=1)
+    gone = subprocess.Popen(["true"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    gone.wait()
+    with session(tmp_path / "study") as own:
+        own._worker, own._log = gone, (tmp_path / "log").open("a")
+        with pytest.raises(RunError, match="worker of the study has ended"):
+            own.obtain(Cell(measure=MEASURE, ground=ground, arm=Arm(name="x"), seed=0))
+        assert gone.stdin is not None
+        with pytest.raises(BrokenPipeError):
+            gone.stdin.close()
+
+
+def test_half_a_line_of_a_killed_child_is_passed_over(
+    tmp_path: Path, tiny_bert_folder: Path, noise_file: Path
+) -> None:
+    ground = ground_of("grid", tiny_bert_folder, noise_file, seeds=1)
+    said = '{"kind": "st\n{"kind": "exit", "code": -9}\n'
+    half = subprocess.Popen(
+        ["printf", "%s", said], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    with session(tmp_path / "study") as own:
+        own._worker, own._log = half, (tmp_path / "log").open("a")
+        found = own.obtain(Cell(measure=MEASURE, ground=ground, arm=Arm(name="x"), seed=0))
+    assert "memory ran out" in found.reason

@@ -467,3 +467,18 @@ def test_an_evaluation_that_fails_ends_its_job(
     good, bad = train_many([job("good"), job("bad", evaluation_rows=7)])
     assert isinstance(bad, LearningError)
     assert isinstance(good, Run)
+
+
+def test_a_full_disk_is_no_fault_of_a_job(job: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    def jobs(place: str) -> list[TrainJob]:
+        return [job(name, place, seed=n, save_every=2) for n, name in enumerate(("a", "b"))]
+
+    def full(event: Event) -> None:
+        if event["kind"] == "step" and event["step"] == 5:
+            raise OutputError("cannot write it: No space left on device")
+
+    with pytest.raises(OutputError, match="No space"):
+        train_many(jobs("cut"), listener=full)
+    whole = runs(train_many(jobs("whole")))
+    for run, expected in zip(runs(train_many(jobs("cut"), resume=True)), whole, strict=True):
+        assert files_of(run) == files_of(expected)

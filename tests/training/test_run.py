@@ -1,6 +1,7 @@
 """train(): what it writes, what it refuses, and that the same run gives the same bytes."""
 
 import json
+import shutil
 import tomllib
 from collections.abc import Callable
 from dataclasses import replace
@@ -191,3 +192,52 @@ def test_a_run_needs_no_defaults_spelled_out(tiny_train: Train) -> None:
     run = tiny_train()
     assert replace(run.adapter.config) == LoRA(rank=2)
     assert run_module.Training().precision == "auto"
+
+
+def test_what_a_crash_cut_off_in_the_logs_stands_alone(tiny_train: Train, tmp_path: Path) -> None:
+    def kill(event: Event) -> None:
+        if event["kind"] == "step" and event["step"] == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tiny_train("cut", listener=kill, save_every=2)
+    for name in ("metrics.jsonl", "train.log"):
+        with (tmp_path / "cut" / name).open("ab") as file:
+            file.write(b'{"kind": "step", "st\xff')
+    run = tiny_train("cut", resume=True, save_every=2)
+    assert [e["step"] for e in read_metrics(run.output_dir) if e["kind"] == "step"] == [
+        1, 2, 3, 4, 5, 6,
+    ]  # fmt: skip
+    lines = (run.output_dir / "train.log").read_bytes().splitlines()
+    assert b'{"kind": "step", "st\xff' in lines
+    assert files_of(run) == files_of(tiny_train("whole", save_every=2))
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "train.log", "checkpoints"])
+def test_a_place_that_cannot_be_written_is_named(
+    name: str, tiny_train: Train, tmp_path: Path
+) -> None:
+    def kill(event: Event) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tiny_train(listener=kill)
+    place = tmp_path / "run" / name
+    if place.is_dir():
+        shutil.rmtree(place)
+    else:
+        place.unlink(missing_ok=True)
+    place.touch() if name == "checkpoints" else place.mkdir()
+    with pytest.raises(OutputError, match=f"cannot write .*{name}"):
+        tiny_train(resume=True)
+
+
+def test_a_board_that_cannot_be_written_is_named(
+    tiny_train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(folder: Path, step: int) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("loralab.training.record._tensorboard", refused)
+    with pytest.raises(OutputError, match="cannot write .*tensorboard: Permission denied"):
+        tiny_train()

@@ -171,6 +171,7 @@ def finish(begun: Begun) -> Run:
     if world().first:
         adapter.save(folder, record_of(request, prepared, progress, scores), overwrite=True)
     world().wait()
+    begun.steps.drop_others()  # what a start that was killed here had no time to
     record({"kind": "end", "step": progress.step, "text": f"saved in {folder}"})
     record.close()
     return Run(
