@@ -20,14 +20,19 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from loralab import atomic
+from loralab import atomic, values
 from loralab.adapters.recipes import parse
+from loralab.adapters.record import FORMAT, require_record
 from loralab.errors import AdapterFileError, OutputError, nearest, some
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 RECORD = "loralab.json"
-FORMAT = 1
+LARGEST_HEADER = 1 << 24  # bytes of names and shapes; each tensor takes a hundred times its entry
+KINDS = {
+    "torch.float64", "torch.float32", "torch.float16", "torch.bfloat16", "torch.int64",
+    "torch.int32", "torch.int16", "torch.int8", "torch.uint8", "torch.bool",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,10 +96,7 @@ def read(path: str | Path) -> AdapterFolder:
         raise AdapterFileError(f"{path} is no adapter folder: it has no {CONFIG}{_near(path)}")
     fields = read_json(path / CONFIG)
     record = read_json(path / RECORD) if (path / RECORD).is_file() else {}
-    if record.get("format", FORMAT) != FORMAT:
-        raise AdapterFileError(
-            f"{path / RECORD} has format {record['format']!r}; this version reads {FORMAT}"
-        )
+    require_record(path / RECORD, record)
     tensors = _read_tensors(path)
     digest = content_digest(fields, tensors)
     if record and record.get("digest") != digest:
@@ -108,6 +110,10 @@ def read(path: str | Path) -> AdapterFolder:
         raise AdapterFileError(f"{path} lacks {error}, which its method needs") from None
     except (ValueError, TypeError, AttributeError) as error:
         raise AdapterFileError(f"{path / CONFIG}: {error}") from None
+    except (RuntimeError, IndexError) as error:  # torch's, of shapes that do not fit each other
+        raise AdapterFileError(
+            f"{path / TENSORS} does not fit its configuration: {error}"
+        ) from None
     _require_plausible(path, config, own)
     if broken := _broken(own):
         raise AdapterFileError(f"{path} holds numbers that are not finite: {some(broken)}")
@@ -138,13 +144,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         AdapterFileError: it cannot be read, or is something else.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise AdapterFileError(f"{path} cannot be read: {error}") from None
-    if not isinstance(content, dict):
-        raise AdapterFileError(f"{path} must hold a JSON object, found {type(content).__name__}")
-    return content
+    return values.read_json(path, AdapterFileError)
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
@@ -156,11 +156,32 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
                 f"save the adapter as {TENSORS}"
             )
         raise AdapterFileError(f"{path} has no {TENSORS}")
+    return read_tensors(file)
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, in kinds of numbers that torch can compute with.
+
+    Raises:
+        AdapterFileError: it cannot be read, is damaged, or holds others.
+    """
+    # a mapped file that somebody cuts short while it is read would kill the process
+    data = values.read_bytes(file, AdapterFileError)
+    length = int.from_bytes(data[:8], "little")
+    if length > LARGEST_HEADER:
+        raise AdapterFileError(
+            f"{file} is damaged or truncated: its header has {length:,} bytes; "
+            f"at most {LARGEST_HEADER:,} are read"
+        )
     try:
-        # a mapped file that somebody cuts short while it is read would kill the process
-        return safetensors.torch.load(file.read_bytes())
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        tensors = safetensors.torch.load(data)
+    except KeyError as error:
+        raise AdapterFileError(f"{file} holds numbers of the kind {error}, unknown here") from None
+    except (SafetensorError, ValueError, RuntimeError, MemoryError) as error:
         raise AdapterFileError(f"{file} is damaged or truncated: {error}") from None
+    if strange := sorted({str(t.dtype) for t in tensors.values()} - KINDS):
+        raise AdapterFileError(f"{file} holds numbers of the kind {some(strange)}, unknown here")
+    return tensors
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:

@@ -1,6 +1,5 @@
 """load(): the adapter that a folder holds, attached to a model."""
 
-import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from loralab.adapters.attach import Adapter, attach
+from loralab.adapters.expressions import matches
 from loralab.adapters.fingerprint import dtype_name, fingerprint
 from loralab.adapters.folder import AdapterFolder, read
 from loralab.adapters.methods import LoRA, Names, Targeted
@@ -115,7 +115,7 @@ def _excluded(model: nn.Module, config: Targeted) -> Names:
         plain = replace(plain, rank_pattern={}, alpha_pattern={})
     targets = target_names(model, plain)
     if isinstance(excluded, str):
-        return excluded if any(re.fullmatch(excluded, name) for name in targets) else None
+        return excluded if any(matches(excluded, name) for name in targets) else None
     return tuple(w for w in excluded if any(ends_with(name, w) for name in targets)) or None
 
 

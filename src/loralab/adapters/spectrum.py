@@ -126,6 +126,11 @@ def factors(stored: AdapterFolder) -> dict[str, tuple[Tensor, Tensor, float]]:
         B = stored.tensors.get(f"{PREFIX}{name}.lora_B.weight")
         if B is None:
             raise AdapterFileError(f"{stored.path} has lora_A but no lora_B for {name}")
+        if min(A.ndim, B.ndim) < 2 or not len(A) or B.shape[1] != len(A) or not B.numel():
+            raise AdapterFileError(
+                f"{stored.path}: lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)} of {name} do "
+                "not fit each other"
+            )
         found[name] = (
             A.float().flatten(1),
             B.float().flatten(1),

@@ -38,6 +38,7 @@ from loralab.training.fast.path import quickest
 from loralab.training.fit import fitted
 from loralab.training.optim import usual_rate
 from loralab.training.settings import Training
+from loralab.values import read_toml
 
 CONFIG = "config.toml"
 CHOSEN = ("pass_tokens", "gradient_checkpointing", "checkpoint_blocks")  # by a memory budget
@@ -237,7 +238,7 @@ def require_place(folder: Path, request: Request, *, resume: bool) -> Request:
         raise OutputError(
             f"{folder} holds another run; continue it with --resume, or choose another name"
         )
-    stored = tomllib.loads(config.read_text(encoding="utf-8"))
+    stored = read_toml(config)
     if request.training.memory_budget is not None:
         chosen = {name: stored[name] for name in CHOSEN if name in stored}
         request = replace(request, training=replace(request.training, **chosen), settled=True)
