@@ -130,4 +130,8 @@ def _printable(character: str) -> str:
 
 def shown(value: Any) -> str:
     """A value of a file as a message may quote it, however long or deeply nested it is."""
-    return reprlib.repr(value)[:80]
+    return _SHORT.repr(value)[:100]
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 60

@@ -9,12 +9,15 @@ import os
 import re
 import stat
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from loralab.errors import ConfigError, InputError, nearest
+from loralab.errors import ConfigError, InputError, nearest, shown
+
+T = TypeVar("T")
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 LARGEST_JSON = 1 << 26  # bytes of a file of settings or records
@@ -27,14 +30,63 @@ MOST_PARTS = 256  # of a dotted key
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     """Refuse a value that is not one of the choices, and propose the nearest."""
     if value not in choices:
-        hint = nearest(str(value), choices)
-        raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {value!r}{hint}")
+        hint = nearest(str(value)[:80], choices)
+        raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {shown(value)}{hint}")
 
 
 def check_count(name: str, value: object, least: int = 1) -> None:
     """Refuse what is no whole number of at least `least`."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ConfigError(f"{name} must be a whole number of at least {least}, got {value!r}")
+        raise ConfigError(f"{name} must be a whole number of at least {least}, got {shown(value)}")
+
+
+def configured(kind: type[T], values: Mapping[str, Any]) -> T:
+    """A dataclass of settings from values of a file, each of the type of its field.
+
+    Raises:
+        ConfigError: one is not, or the settings refuse it.
+    """
+    try:
+        found = kind(**values)
+    except (TypeError, AttributeError, OverflowError, RecursionError):
+        _check_types(kind, values)
+        raise
+    _check_types(kind, values)
+    return found
+
+
+def _check_types(kind: type, values: Mapping[str, Any]) -> None:
+    hints = get_type_hints(kind)
+    for name, value in values.items():
+        if name in hints and not _fits(value, hints[name]):
+            raise ConfigError(f"{name} must be {_said(hints[name])}, got {shown(value)}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of an annotated type; a list counts as a tuple."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_fits(value, one) for one in inner)
+    if origin is tuple:
+        return isinstance(value, list | tuple | set | frozenset) and all(
+            _fits(one, inner[0]) for one in value
+        )
+    if origin is not None:  # a mapping
+        return isinstance(value, Mapping) and all(_fits(one, inner[1]) for one in value.values())
+    if isinstance(value, bool):
+        return hint is bool
+    return isinstance(value, int | float if hint is float else hint)
+
+
+def _said(hint: Any) -> str:
+    """A type in words."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return " or ".join(_said(one) for one in inner if one is not NoneType)
+    if origin is tuple:
+        return f"a list (each {_said(inner[0])})"
+    names = {str: "a text", bool: "true or false", int: "a whole number", float: "a number"}
+    return names.get(hint, "a table")
 
 
 def parse_bytes(name: str, text: str) -> int:
@@ -90,8 +142,12 @@ def read_bytes(file: Path, error: type[InputError], most: int | None = None) -> 
         raise error(f"{file} cannot be read: {said}") from None
 
 
-def read_json(file: Path, error: type[InputError]) -> dict[str, Any]:
+def read_json(file: Path, error: type[InputError], *, large: bool = False) -> dict[str, Any]:
     """The JSON object in a file of settings or records.
+
+    Args:
+        error: what is raised.
+        large: whether whole numbers beyond 64 bits are read.
 
     Raises:
         InputError: it cannot be read, or is something else; of the kind `error`.
@@ -103,7 +159,7 @@ def read_json(file: Path, error: type[InputError]) -> dict[str, Any]:
         raise error(f"{file} cannot be read: {reason}") from None
     if not isinstance(content, dict):
         raise error(f"{file} must hold a JSON object, found {type(content).__name__}")
-    _require_plain(file, content, error)
+    _require_plain(file, content, error, large=large)
     try:
         json.dumps(content, ensure_ascii=False).encode()
     except UnicodeEncodeError:  # JSON can spell half of a character, and nothing could write it
@@ -150,12 +206,14 @@ def _levels(content: Any) -> Iterator[list[Any]]:
         level = [value for values in inner for value in values]
 
 
-def _require_plain(file: Path, content: Any, error: type[InputError]) -> None:
+def _require_plain(
+    file: Path, content: Any, error: type[InputError], *, large: bool = False
+) -> None:
     """No nesting that no file of ours has, and no number that no field can hold."""
     for depth, level in enumerate(_levels(content)):
         if depth > DEEPEST:
             raise error(f"{file} is nested more than {DEEPEST} deep")
-        if any(type(value) is int and abs(value) > LARGEST_WHOLE for value in level):
+        if not large and any(type(value) is int and abs(value) > LARGEST_WHOLE for value in level):
             raise error(f"{file} holds a whole number beyond 64 bits")
 
 

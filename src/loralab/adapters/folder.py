@@ -22,8 +22,8 @@ from torch import Tensor
 
 from loralab import atomic, values
 from loralab.adapters.recipes import parse
-from loralab.adapters.record import FORMAT, require_record
-from loralab.errors import AdapterFileError, OutputError, nearest, some
+from loralab.adapters.record import FORMAT, sound
+from loralab.errors import AdapterFileError, OutputError, nearest, shown, some
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
@@ -94,9 +94,12 @@ def read(path: str | Path) -> AdapterFolder:
     path = Path(path)
     if not (path / CONFIG).is_file():
         raise AdapterFileError(f"{path} is no adapter folder: it has no {CONFIG}{_near(path)}")
-    fields = read_json(path / CONFIG)
+    fields = values.read_json(path / CONFIG, AdapterFileError)
     record = read_json(path / RECORD) if (path / RECORD).is_file() else {}
-    require_record(path / RECORD, record)
+    if record.get("format", FORMAT) != FORMAT:
+        raise AdapterFileError(
+            f"{path / RECORD} has format {shown(record['format'])}; this version reads {FORMAT}"
+        )
     tensors = _read_tensors(path)
     digest = content_digest(fields, tensors)
     if record and record.get("digest") != digest:
@@ -118,7 +121,12 @@ def read(path: str | Path) -> AdapterFolder:
     if broken := _broken(own):
         raise AdapterFileError(f"{path} holds numbers that are not finite: {some(broken)}")
     return AdapterFolder(
-        path=path, config=config, fields=fields, tensors=dict(own), record=record, digest=digest
+        path=path,
+        config=config,
+        fields=fields,
+        tensors=dict(own),
+        record=sound(record),
+        digest=digest,
     )
 
 
@@ -144,7 +152,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         AdapterFileError: it cannot be read, or is something else.
     """
-    return values.read_json(path, AdapterFileError)
+    return values.read_json(path, AdapterFileError, large=True)
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

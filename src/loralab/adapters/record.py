@@ -1,57 +1,72 @@
 """What loralab.json may hold, as far as anything here reads it.
 
-A field may be absent or null; more fields than these may be there.
+Another tool may have written into it, or a stranger. What is of another type than those who read
+it expect tells nothing: it is left out, as if it had not been there.
 """
 
+import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from loralab.errors import AdapterFileError, shown
-
 FORMAT = 1
-SECTIONS: dict[str, dict[str, type | list[type]]] = {
+Kind = type | tuple[type, ...]  # a type, or what a list holds
+SECTIONS: dict[str, dict[str, Kind]] = {
     "base": {
         "name": str, "kind": str, "precision": str, "quantize": str, "dtype": str,
         "fingerprint": str, "image_size": int,
     },
-    "task": {"name": str, "format": str, "instruction": str, "labels": [str, int]},
-    "tokenizer": {"new_tokens": [str], "stop_ids": [int]},
+    "task": {"name": str, "format": str, "instruction": str, "labels": (str, int)},
+    "tokenizer": {"new_tokens": (str,), "stop_ids": (int,)},
     "training": {"seed": int},
     "metrics": {},
     "method": {},
     "certificate": {},
     "versions": {},
 }  # fmt: skip
+LARGEST = 1 << 63  # of a whole number
 
 
-def require_record(file: Path, record: Mapping[str, Any]) -> None:
-    """Refuse a record whose fields are of other types than those who read it expect.
-
-    Raises:
-        AdapterFileError: the first such field.
-    """
-    if record.get("format", FORMAT) != FORMAT:
-        raise AdapterFileError(
-            f"{file} has format {shown(record['format'])}; this version reads {FORMAT}"
-        )
+def sound(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record without the fields that are of other types than expected."""
+    found = dict(record)
     for name, fields in SECTIONS.items():
-        section = _checked(file, name, record.get(name), dict) or {}
-        for key, kind in fields.items():
-            _checked(file, f"{name}.{key}", section.get(key), kind)
-        if section.get("seed", 0) is not None and section.get("seed", 0) < 0:
-            raise AdapterFileError(f"{file}: training.seed must be 0 or more")
-    for row in _checked(file, "sample", record.get("sample"), list) or ():
-        _checked(file, "sample", row, [int])
+        if name not in found:
+            continue
+        if not isinstance(found[name], dict):
+            del found[name]
+            continue
+        found[name] = {
+            key: value
+            for key, value in found[name].items()
+            if value is None or key not in fields or _is(value, fields[key])
+        }
+    if "metrics" in found:
+        found["metrics"] = {split: _numbers(own) for split, own in found["metrics"].items()}
+    sample = found.get("sample")
+    if not (isinstance(sample, list) and all(_is(row, (int,)) for row in sample)):
+        found.pop("sample", None)
+    return found
 
 
-def _checked(file: Path, name: str, value: Any, kind: type | list[type]) -> Any:
-    """The value, if it is null, of the kind, or a list of one of the kinds."""
-    kinds = kind if isinstance(kind, list) else [kind]
-    held = value if isinstance(kind, list) and isinstance(value, list) else [value]
-    listed = isinstance(value, list) == (kind is list or isinstance(kind, list))
-    right = all(isinstance(v, tuple(kinds)) and not isinstance(v, bool) for v in held)
-    if value is not None and not (listed and right):
-        said = f"a list of {kinds[0].__name__}" if isinstance(kind, list) else kind.__name__
-        raise AdapterFileError(f"{file}: {name} must be {said}, found {shown(value)}")
-    return value
+def _is(value: Any, kind: Kind) -> bool:
+    """Whether a value is of a type, or a list of some; whole numbers count from 0."""
+    if isinstance(kind, tuple):
+        return isinstance(value, list) and all(_is_one(one, kind) for one in value)
+    return _is_one(value, (kind,))
+
+
+def _is_one(value: Any, kinds: tuple[type, ...]) -> bool:
+    if isinstance(value, int):
+        return int in kinds and not isinstance(value, bool) and 0 <= value < LARGEST
+    return isinstance(value, kinds)
+
+
+def _numbers(values: Any) -> dict[str, float]:
+    """Metrics that are numbers."""
+    if not isinstance(values, dict):
+        return {}
+    return {
+        name: value
+        for name, value in values.items()
+        if isinstance(value, int | float) and -LARGEST < value < LARGEST and math.isfinite(value)
+    }

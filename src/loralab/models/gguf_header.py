@@ -74,7 +74,7 @@ class _Head:
         self._require_plausible(found, shapes)
 
     def _error(self, reason: str) -> ModelError:
-        return ModelError(f"{self._name} is damaged: {reason}")
+        return ModelError(f"{self._name} cannot be read: {reason}")
 
     def _bytes(self, count: int) -> bytes:
         """The next bytes; none are asked for that the file does not have."""

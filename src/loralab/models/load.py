@@ -37,7 +37,7 @@ from loralab.errors import ConfigError, LoralabError, ModelError, nearest, shown
 from loralab.models import pictures
 from loralab.models.catalog import MODELS, how_to_get, locate
 from loralab.models.convert import NEEDS, Options, converted
-from loralab.models.plausible import require_folder, require_plausible, weight_bytes
+from loralab.models.plausible import require_folder, require_plausible, require_weights
 from loralab.values import read_json
 
 CAUSAL, CLASSIFIER = "causal-lm", "sequence-classification"
@@ -104,7 +104,7 @@ def load(
     options = _options(name, config, kind, labels)
     with _explained(name, source), torch.random.fork_rng():
         if Path(source).is_dir():
-            weights = weight_bytes(Path(source))
+            weights = require_weights(name, Path(source))
             require_plausible(name, weights, lambda: _LOADERS[kind].from_config(config))
         torch.manual_seed(seed)
         tokenizer = _reader(name, source, config, kind, image_size)

@@ -17,7 +17,7 @@ from loralab.values import memory, read_json
 
 CONFIG, INDEX, ADAPTER = "config.json", "model.safetensors.index.json", "adapter_config.json"
 LAYERS = re.compile(r"(layers?|depths?|blocks|n_layer)$")
-MOST_LABELS = 1 << 20
+MOST_LABELS, MOST_LAYERS = 1 << 20, 1 << 14
 LARGEST_HEADER = 1 << 27  # bytes
 PER_BYTE, SPARE = 8, 1 << 24  # numbers of a model: for each byte of its weights, and beyond
 
@@ -37,7 +37,9 @@ def require_folder(name: str, path: Path) -> None:
         parts = read_json(path / INDEX, ModelError).get("weight_map")
         if not isinstance(parts, dict) or not all(map(_is_part, parts.values())):
             raise ModelError(f"{name}: {INDEX} must name files of its own folder")
-    tensors = sum(map(_count, path.glob("*.safetensors")))
+    counts = [_count(file) for file in path.glob("*.safetensors")]
+    # of damaged weights more is said when they are read
+    tensors = MOST_LAYERS if None in counts else sum(filter(None, counts))
     for key, value in _fields(config):
         if "attn_implementation" in key and "/" in str(value):
             raise ModelError(f"{name}: {CONFIG} asks for code from elsewhere: {key} {shown(value)}")
@@ -48,6 +50,18 @@ def require_folder(name: str, path: Path) -> None:
             raise ModelError(
                 f"{name}: {CONFIG} has {key} {value}, and the weights are {tensors} tensors"
             )
+
+
+def require_weights(name: str, path: Path) -> int:
+    """The bytes of a folder's weights.
+
+    Raises:
+        ModelError: they are damaged.
+    """
+    files = list(path.glob("*.safetensors"))
+    if any(_count(file) is None for file in files):
+        raise ModelError(f"{name}: the weights are damaged or truncated")
+    return sum(file.stat().st_size for file in files)
 
 
 def require_plausible(name: str, weights: int, build: Callable[[], Any]) -> None:
@@ -69,11 +83,6 @@ def require_plausible(name: str, weights: int, build: Callable[[], Any]) -> None
         )
 
 
-def weight_bytes(path: Path) -> int:
-    """Of the files that weights are read from."""
-    return sum(file.stat().st_size for file in path.glob("*.safetensors"))
-
-
 def _require_small(name: str, path: Path) -> None:
     """Tokenizers and settings are held whole, several times over."""
     for file in path.glob("*.json"):
@@ -85,17 +94,17 @@ def _is_part(value: Any) -> bool:
     return isinstance(value, str) and Path(value).name == value
 
 
-def _count(file: Path) -> int:
-    """The tensors of a safetensors file."""
+def _count(file: Path) -> int | None:
+    """The tensors of a safetensors file; None of one that is damaged."""
     with file.open("rb") as handle:
         length = int.from_bytes(handle.read(8), "little")
-        if length > min(file.stat().st_size, LARGEST_HEADER):
-            raise ModelError(f"{file}: the weights are damaged or truncated")
+        if not 0 < length <= min(file.stat().st_size, LARGEST_HEADER):
+            return None
         try:
             header = json.loads(handle.read(length))
         except (ValueError, RecursionError):
-            raise ModelError(f"{file}: the weights are damaged or truncated") from None
-    return len(header) if isinstance(header, dict) else 0
+            return None
+    return len(header) if isinstance(header, dict) else None
 
 
 def _fields(content: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

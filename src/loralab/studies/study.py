@@ -15,7 +15,7 @@ from loralab.errors import ConfigError
 FORMAT = 1  # of records; a change makes old ones unreadable, and their cells run again
 LANGUAGES = ("en", "zh-TW")
 FALLING = ("loss", "perplexity")  # metrics of which less is better
-MOST_SEEDS = 10_000
+MOST_SEEDS = 1_000
 DONE, DIVERGED, FAILED, MISSING = "done", "diverged", "failed", "missing"
 
 
