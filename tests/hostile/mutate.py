@@ -126,10 +126,14 @@ def _alter(holder: Any, draw: random.Random, *, toml: bool) -> None:
 
 
 def _holders(content: Any) -> list[Any]:
-    if not isinstance(content, dict | list):
-        return []
-    inner = content.values() if isinstance(content, dict) else content
-    return [content, *(holder for one in inner for holder in _holders(one))]
+    """The lists and objects in it, itself included."""
+    found, left = [], [content]
+    while left:
+        one = left.pop()
+        if isinstance(one, dict | list):
+            found.append(one)
+            left += one.values() if isinstance(one, dict) else one
+    return found
 
 
 def some_json(data: bytes, draw: random.Random) -> bytes:

@@ -70,7 +70,7 @@ def trial(reader: Reader, place: Path, count: int, seed: int) -> Outcome:
         try:
             _try_all(reader, place, count, seed, told)
         except BaseException:  # of this file or of mutate.py
-            traceback.print_exc()
+            traceback.print_exc(limit=-8)
         finally:
             os._exit(0)
     _, status = os.waitpid(child, 0)

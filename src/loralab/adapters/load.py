@@ -16,7 +16,13 @@ from loralab.adapters.folder import AdapterFolder, read
 from loralab.adapters.methods import LoRA, Names, Targeted
 from loralab.adapters.peft_fields import PREFIX
 from loralab.adapters.targets import ends_with, inside, matches_pattern, target_names
-from loralab.errors import AdapterFileError, BaseMismatchWarning, some
+from loralab.errors import (
+    AdapterFileError,
+    BaseMismatchWarning,
+    ConfigError,
+    TargetError,
+    some,
+)
 
 
 def load(model: nn.Module, path: str | Path) -> Adapter:
@@ -31,7 +37,10 @@ def load(model: nn.Module, path: str | Path) -> Adapter:
     """
     stored = read(path)
     _make_room(model, stored)
-    adapter = attach(model, present_in(model, stored))
+    try:
+        adapter = attach(model, present_in(model, stored))
+    except (TargetError, ConfigError) as error:
+        raise type(error)(f"{path} does not fit {type(model).__name__}: {error}") from None
     try:
         fill(adapter, stored)
         _compare_base(adapter, stored)

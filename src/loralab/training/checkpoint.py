@@ -28,6 +28,7 @@ from loralab.values import check_count, read_json
 
 FOLDER, STATE, PROGRESS = "checkpoints", "state.safetensors", "progress.json"
 STEP = re.compile(r"step-(\d{6,18})")
+NEEDED, MOST_STEPS = {"step", "exp_avg", "exp_avg_sq"}, 1 << 24
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")  # one number a weight
 
 
@@ -202,7 +203,24 @@ def _optimizer_state(tensors: Mapping[str, Tensor], trained: Trained) -> dict[in
         outer, _, inner = key.partition("/")
         own = state.setdefault(int(index), {})
         (own.setdefault(outer, {}) if inner else own)[inner or key] = value
+    _require_moments(state, trained.optimizer)
     return state
+
+
+def _require_moments(
+    state: Mapping[int, Mapping[str, Any]], optimizer: torch.optim.Optimizer
+) -> None:
+    """Refuse a state without which the next step would fail, or make no number."""
+    needed = NEEDED if isinstance(optimizer, torch.optim.AdamW) else set()
+    for index, own in state.items():
+        if lost := sorted(needed - own.keys()):
+            raise ValueError(f"optimizer.{index} lacks {lost[0]}")
+        numbers = {key: value for key, value in own.items() if isinstance(value, Tensor)}
+        if wrong := [key for key, value in numbers.items() if not value.isfinite().all()]:
+            raise ValueError(f"optimizer.{index}.{wrong[0]} is not finite")
+        step = own.get("step", 0)
+        if torch.as_tensor(step).numel() != 1 or not 0 <= float(step) <= MOST_STEPS:
+            raise ValueError(f"optimizer.{index}.step is not the number of a step")
 
 
 def _state(trained: Trained) -> dict[str, Tensor]:
