@@ -20,13 +20,22 @@ nearest valid choice or the remedy.
 """
 
 import difflib
+import reprlib
+import unicodedata
 from collections.abc import Iterable
+from typing import Any
+
+LONGEST = 2000  # characters of a message; what it quotes may be as long as a file
 
 MOST_NAME = 500  # characters of a name that near ones are looked for
 
 
 class LoralabError(Exception):
     """Base of every error raised on purpose."""
+
+    def __str__(self) -> str:
+        """One line: what a message quotes of a file can neither break it nor steer a terminal."""
+        return one_line(super().__str__())
 
 
 class InputError(LoralabError):
@@ -103,3 +112,30 @@ def some(names: Iterable[str], count: int = 8) -> str:
     listed = list(names)
     rest = f" and {len(listed) - count} more" if len(listed) > count else ""
     return ", ".join(listed[:count]) + rest
+
+
+def one_line(text: str) -> str:
+    """A text without line ends, control characters and halves of characters, and not too long.
+
+    >>> one_line("a\\nb")
+    'a\\\\x0ab'
+    """
+    if len(text) > LONGEST:
+        text = f"{text[:LONGEST]}… and {len(text) - LONGEST} characters more"
+    return text if text.isprintable() else "".join(map(_printable, text))
+
+
+def _printable(character: str) -> str:
+    if character.isprintable() or unicodedata.category(character) == "Zs":
+        return character
+    code = ord(character)
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+
+
+def shown(value: Any) -> str:
+    """A value of a file as a message may quote it, however long or deeply nested it is."""
+    return _SHORT.repr(value)[:100]
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 60

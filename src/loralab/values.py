@@ -3,28 +3,90 @@
 Standard library only.
 """
 
+import json
 import math
+import os
+import re
+import stat
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from loralab.errors import ConfigError, nearest
+from loralab.errors import ConfigError, InputError, nearest, shown
+
+T = TypeVar("T")
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+LARGEST_JSON = 1 << 26  # bytes of a file of settings or records
+LARGEST_TOML = 1 << 20
+LARGEST_WHOLE = (1 << 64) - 1
+DEEPEST = 64  # lists and objects in each other
+MOST_PARTS = 256  # of a dotted key
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     """Refuse a value that is not one of the choices, and propose the nearest."""
     if value not in choices:
-        hint = nearest(str(value), choices)
-        raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {value!r}{hint}")
+        hint = nearest(str(value)[:80], choices)
+        raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {shown(value)}{hint}")
 
 
 def check_count(name: str, value: object, least: int = 1) -> None:
     """Refuse what is no whole number of at least `least`."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ConfigError(f"{name} must be a whole number of at least {least}, got {value!r}")
+        raise ConfigError(f"{name} must be a whole number of at least {least}, got {shown(value)}")
+
+
+def configured(kind: type[T], values: Mapping[str, Any]) -> T:
+    """A dataclass of settings from values of a file, each of the type of its field.
+
+    Raises:
+        ConfigError: one is not, or the settings refuse it.
+    """
+    try:
+        found = kind(**values)
+    except (TypeError, AttributeError, OverflowError, RecursionError):
+        _check_types(kind, values)
+        raise
+    _check_types(kind, values)
+    return found
+
+
+def _check_types(kind: type, values: Mapping[str, Any]) -> None:
+    hints = get_type_hints(kind)
+    for name, value in values.items():
+        if name in hints and not _fits(value, hints[name]):
+            raise ConfigError(f"{name} must be {_said(hints[name])}, got {shown(value)}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of an annotated type; a list counts as a tuple."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_fits(value, one) for one in inner)
+    if origin is tuple:
+        return isinstance(value, list | tuple | set | frozenset) and all(
+            _fits(one, inner[0]) for one in value
+        )
+    if origin is not None:  # a mapping
+        return isinstance(value, Mapping) and all(_fits(one, inner[1]) for one in value.values())
+    if isinstance(value, bool):
+        return hint is bool
+    return isinstance(value, int | float if hint is float else hint)
+
+
+def _said(hint: Any) -> str:
+    """A type in words."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return " or ".join(_said(one) for one in inner if one is not NoneType)
+    if origin is tuple:
+        return f"a list (each {_said(inner[0])})"
+    names = {str: "a text", bool: "true or false", int: "a whole number", float: "a number"}
+    return names.get(hint, "a table")
 
 
 def parse_bytes(name: str, text: str) -> int:
@@ -43,15 +105,129 @@ def parse_bytes(name: str, text: str) -> int:
     return int(amount * UNITS[unit])
 
 
-def read_toml(file: Path) -> dict[str, Any]:
+def memory() -> int:
+    """Bytes of the machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def read_bytes(file: Path, error: type[InputError], most: int | None = None) -> bytes:
+    """All of a regular file; a pipe or a device might never end.
+
+    Args:
+        error: what is raised.
+        most: bytes; None is what the machine's memory could hold.
+
+    Raises:
+        InputError: it cannot be read, is something else than a file, or is too large.
+    """
+    limit = memory() if most is None else most
+    try:
+        place = os.open(file, os.O_RDONLY | os.O_NONBLOCK)  # opening a pipe waits for its writer
+        try:
+            found = os.fstat(place)
+            if not stat.S_ISREG(found.st_mode):
+                raise error(f"{file} cannot be read: it is no file")
+            if found.st_size > limit:
+                raise error(f"{file} has {found.st_size:,} bytes; at most {limit:,} are read")
+            with open(place, "rb", closefd=False) as handle:
+                return handle.read(found.st_size)
+        finally:
+            os.close(place)
+    except MemoryError:
+        raise error(f"{file} cannot be read: it does not fit into memory") from None
+    except (OSError, ValueError) as reason:  # a name with a zero byte is a ValueError
+        if isinstance(reason, InputError):
+            raise
+        said = getattr(reason, "strerror", None) or reason
+        raise error(f"{file} cannot be read: {said}") from None
+
+
+def read_json(file: Path, error: type[InputError], *, large: bool = False) -> dict[str, Any]:
+    """The JSON object in a file of settings or records.
+
+    Args:
+        error: what is raised.
+        large: whether whole numbers beyond 64 bits are read.
+
+    Raises:
+        InputError: it cannot be read, or is something else; of the kind `error`.
+    """
+    return parse_json(file, read_bytes(file, error, LARGEST_JSON), error, large=large)
+
+
+def parse_json(
+    file: Path, data: bytes, error: type[InputError], *, large: bool = False
+) -> dict[str, Any]:
+    """`read_json`, of what a file held.
+
+    Raises:
+        InputError: it is something else; of the kind `error`.
+    """
+    if len(data) > LARGEST_JSON:
+        raise error(f"{file} has {len(data):,} bytes; at most {LARGEST_JSON:,} are read")
+    try:
+        content = json.loads(data.decode())
+    except (ValueError, RecursionError) as reason:  # no JSON, no UTF-8; too many digits or brackets
+        raise error(f"{file} cannot be read: {reason}") from None
+    if not isinstance(content, dict):
+        raise error(f"{file} must hold a JSON object, found {type(content).__name__}")
+    _require_plain(file, content, error, large=large)
+    try:
+        json.dumps(content, ensure_ascii=False).encode()
+    except UnicodeEncodeError:  # JSON can spell half of a character, and nothing could write it
+        raise error(f"{file} holds half a character (such as \\ud83d)") from None
+    return content
+
+
+def read_toml(file: Path, error: type[InputError] = ConfigError) -> dict[str, Any]:
     """The content of a file.
 
     Raises:
-        ConfigError: it cannot be read, or is no TOML.
+        InputError: it cannot be read, or is no TOML; of the kind `error`.
     """
+    data = read_bytes(file, error, LARGEST_TOML)
     try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} cannot be read: {error}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{file} is no TOML: {error}") from None
+        text = data.decode()
+    except UnicodeDecodeError as reason:
+        raise error(f"{file} cannot be read: {reason}") from None
+    # the parser's time grows with the square of a key's parts
+    if any(part.count(".") > MOST_PARTS for part in re.split(r"[=,\n]", text)):
+        raise error(f"{file} has a key of more than {MOST_PARTS} parts")
+    try:
+        content = tomllib.loads(text)
+    except (ValueError, RecursionError) as reason:  # too many digits or brackets, too
+        raise error(f"{file} is no TOML: {reason}") from None
+    _require_plain(file, content, error)
+    return content
+
+
+def nests_deeper(content: Any, most: int = DEEPEST) -> bool:
+    """Whether lists and objects lie in each other more than `most` deep.
+
+    What writes, copies or shows such a value calls itself at every level, and would fail anywhere.
+    """
+    return next(islice(_levels(content), most, None), None) is not None
+
+
+def _levels(content: Any) -> Iterator[list[Any]]:
+    """All values at depth 0, 1, ... as long as there are lists or objects among them."""
+    level = [content]
+    while level:
+        yield level
+        inner = (v.values() if isinstance(v, dict) else v for v in level if _holds(v))
+        level = [value for values in inner for value in values]
+
+
+def _require_plain(
+    file: Path, content: Any, error: type[InputError], *, large: bool = False
+) -> None:
+    """No nesting that no file of ours has, and no number that no field can hold."""
+    for depth, level in enumerate(_levels(content)):
+        if depth > DEEPEST:
+            raise error(f"{file} is nested more than {DEEPEST} deep")
+        if not large and any(type(value) is int and abs(value) > LARGEST_WHOLE for value in level):
+            raise error(f"{file} holds a whole number beyond 64 bits")
+
+
+def _holds(value: Any) -> bool:
+    return isinstance(value, dict | list)

@@ -28,6 +28,7 @@ from loralab.adapters.peft_fields import PREFIX
 from loralab.adapters.targets import target_names
 from loralab.adapters.wrapper import Wrapper
 from loralab.errors import AdapterFileError, AdapterStateError, ConfigError
+from loralab.values import check_count
 
 NAMES = ("lora_A", "lora_B", "lora_E")
 
@@ -203,12 +204,15 @@ def parse(
 
     peft divides by init_r + 1e-5, whatever ranks are left; modules without any are left out.
     """
+    check_count("init_r", fields["init_r"])
     factor = (fields["lora_alpha"] or fields["init_r"]) / (fields["init_r"] + 1e-5)
     found = {k: t for k, t in tensors.items() if not k.endswith(NAMES)}
     ranks = {}
     for key in (k for k in tensors if k.endswith(".lora_E")):
         path = key.removesuffix(".lora_E")
         E, A, B = tensors[key], tensors[f"{path}.lora_A"], tensors[f"{path}.lora_B"]
+        if not E.ndim == A.ndim == B.ndim == 2:
+            raise AdapterFileError(f"lora_E, lora_A and lora_B of {path} must have two dimensions")
         if len(A):
             ranks[path.removeprefix(PREFIX)] = len(A)
             found[f"{path}.lora_A.weight"] = A

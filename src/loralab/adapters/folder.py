@@ -21,14 +21,19 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from loralab import atomic
+from loralab import atomic, values
 from loralab.adapters.recipes import parse
-from loralab.errors import AdapterFileError, OutputError, nearest, some
+from loralab.adapters.record import FORMAT, sound
+from loralab.errors import AdapterFileError, OutputError, nearest, shown, some
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 RECORD = "loralab.json"
-FORMAT = 1
+LARGEST_HEADER = 1 << 24  # bytes of names and shapes; each tensor takes a hundred times its entry
+KINDS = {
+    "torch.float64", "torch.float32", "torch.float16", "torch.bfloat16", "torch.int64",
+    "torch.int32", "torch.int16", "torch.int8", "torch.uint8", "torch.bool",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,11 +99,13 @@ def read(path: str | Path, *, files: Mapping[str, bytes] | None = None) -> Adapt
     files = _files(path) if files is None else files
     if CONFIG not in files:
         raise AdapterFileError(f"{path} is no adapter folder: it has no {CONFIG}{_near(path)}")
-    fields = parse_json(path / CONFIG, files[CONFIG])
-    record = parse_json(path / RECORD, files[RECORD]) if RECORD in files else {}
+    fields = values.parse_json(path / CONFIG, files[CONFIG], AdapterFileError)
+    record: dict[str, Any] = {}
+    if RECORD in files:
+        record = values.parse_json(path / RECORD, files[RECORD], AdapterFileError, large=True)
     if record.get("format", FORMAT) != FORMAT:
         raise AdapterFileError(
-            f"{path / RECORD} has format {record['format']!r}; this version reads {FORMAT}"
+            f"{path / RECORD} has format {shown(record['format'])}; this version reads {FORMAT}"
         )
     tensors = _tensors(path, files.get(TENSORS))
     digest = content_digest(fields, tensors)
@@ -113,11 +120,20 @@ def read(path: str | Path, *, files: Mapping[str, bytes] | None = None) -> Adapt
         raise AdapterFileError(f"{path} lacks {error}, which its method needs") from None
     except (ValueError, TypeError, AttributeError) as error:
         raise AdapterFileError(f"{path / CONFIG}: {error}") from None
+    except (RuntimeError, IndexError) as error:  # torch's, of shapes that do not fit each other
+        raise AdapterFileError(
+            f"{path / TENSORS} does not fit its configuration: {error}"
+        ) from None
     _require_plausible(path, config, own)
     if broken := _broken(own):
         raise AdapterFileError(f"{path} holds numbers that are not finite: {some(broken)}")
     return AdapterFolder(
-        path=path, config=config, fields=fields, tensors=dict(own), record=record, digest=digest
+        path=path,
+        config=config,
+        fields=fields,
+        tensors=dict(own),
+        record=sound(record),
+        digest=digest,
     )
 
 
@@ -143,34 +159,13 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         AdapterFileError: it cannot be read, or is something else.
     """
-    return parse_json(path, _bytes(path))
-
-
-def parse_json(path: Path, data: bytes) -> dict[str, Any]:
-    """A JSON object from what a file held.
-
-    Raises:
-        AdapterFileError: it is something else.
-    """
-    try:
-        content = json.loads(data.decode())
-    except (ValueError, RecursionError) as error:
-        raise AdapterFileError(f"{path} cannot be read: {error}") from None
-    if not isinstance(content, dict):
-        raise AdapterFileError(f"{path} must hold a JSON object, found {type(content).__name__}")
-    return content
+    return values.read_json(path, AdapterFileError, large=True)
 
 
 def _files(path: Path) -> dict[str, bytes]:
     names = [name for name in (CONFIG, TENSORS, RECORD) if (path / name).is_file()]
-    return {name: _bytes(path / name) for name in names}
-
-
-def _bytes(file: Path) -> bytes:
-    try:
-        return file.read_bytes()
-    except OSError as error:
-        raise AdapterFileError(f"{file} cannot be read: {error}") from None
+    # a mapped file that somebody cuts short while it is read would kill the process
+    return {name: values.read_bytes(path / name, AdapterFileError) for name in names}
 
 
 def _tensors(path: Path, data: bytes | None) -> dict[str, Tensor]:
@@ -182,11 +177,34 @@ def _tensors(path: Path, data: bytes | None) -> dict[str, Tensor]:
                 f"save the adapter as {TENSORS}"
             )
         raise AdapterFileError(f"{path} has no {TENSORS}")
+    return _parsed(file, data)
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, in kinds of numbers that torch can compute with.
+
+    Raises:
+        AdapterFileError: it cannot be read, is damaged, or holds others.
+    """
+    return _parsed(file, values.read_bytes(file, AdapterFileError))
+
+
+def _parsed(file: Path, data: bytes) -> dict[str, Tensor]:
+    length = int.from_bytes(data[:8], "little")
+    if length > LARGEST_HEADER:
+        raise AdapterFileError(
+            f"{file} is damaged or truncated: its header has {length:,} bytes; "
+            f"at most {LARGEST_HEADER:,} are read"
+        )
     try:
-        # a mapped file that somebody cuts short while it is read would kill the process
-        return safetensors.torch.load(data)
-    except (SafetensorError, ValueError, RuntimeError) as error:
+        tensors = safetensors.torch.load(data)
+    except KeyError as error:
+        raise AdapterFileError(f"{file} holds numbers of the kind {error}, unknown here") from None
+    except (SafetensorError, ValueError, RuntimeError, MemoryError) as error:
         raise AdapterFileError(f"{file} is damaged or truncated: {error}") from None
+    if strange := sorted({str(t.dtype) for t in tensors.values()} - KINDS):
+        raise AdapterFileError(f"{file} holds numbers of the kind {some(strange)}, unknown here")
+    return tensors
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from loralab.adapters import targets
 from loralab.adapters.bases import dense_weight, is_conv1d, linear_shape
+from loralab.adapters.expressions import matches
 from loralab.adapters.methods import IA3, Names
 from loralab.adapters.peft_fields import refuse_unknown, selecting_fields, targeted
 from loralab.adapters.wrapper import Wrapper
@@ -111,5 +112,5 @@ def _feedforward(model: nn.Module, names: list[str], wanted: Names) -> set[str]:
     if wanted is None:
         return {block.ffn_out for block in targets.blocks(model)} & set(names)
     if isinstance(wanted, str):
-        return {name for name in names if re.fullmatch(wanted, name)}
+        return {name for name in names if matches(wanted, name)}
     return {name for name in names if any(targets.ends_with(name, end) for end in wanted)}

@@ -1,6 +1,5 @@
 """load(): the adapter that a folder holds, attached to a model."""
 
-import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -11,12 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from loralab.adapters.attach import Adapter, attach
+from loralab.adapters.expressions import matches
 from loralab.adapters.fingerprint import dtype_name, fingerprint
 from loralab.adapters.folder import AdapterFolder, read
 from loralab.adapters.methods import LoRA, Names, Targeted
 from loralab.adapters.peft_fields import PREFIX
 from loralab.adapters.targets import ends_with, inside, matches_pattern, target_names
-from loralab.errors import AdapterFileError, BaseMismatchWarning, some
+from loralab.errors import (
+    AdapterFileError,
+    BaseMismatchWarning,
+    ConfigError,
+    TargetError,
+    some,
+)
 
 
 def load(model: nn.Module, path: str | Path) -> Adapter:
@@ -31,7 +37,10 @@ def load(model: nn.Module, path: str | Path) -> Adapter:
     """
     stored = read(path)
     _make_room(model, stored)
-    adapter = attach(model, present_in(model, stored))
+    try:
+        adapter = attach(model, present_in(model, stored))
+    except (TargetError, ConfigError) as error:
+        raise type(error)(f"{path} does not fit {type(model).__name__}: {error}") from None
     try:
         fill(adapter, stored)
         _compare_base(adapter, stored)
@@ -115,7 +124,7 @@ def _excluded(model: nn.Module, config: Targeted) -> Names:
         plain = replace(plain, rank_pattern={}, alpha_pattern={})
     targets = target_names(model, plain)
     if isinstance(excluded, str):
-        return excluded if any(re.fullmatch(excluded, name) for name in targets) else None
+        return excluded if any(matches(excluded, name) for name in targets) else None
     return tuple(w for w in excluded if any(ends_with(name, w) for name in targets)) or None
 
 

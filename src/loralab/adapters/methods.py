@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, TypeVar
 
-from loralab.errors import ConfigError, nearest
+from loralab.adapters.expressions import check_expression, matches
+from loralab.errors import ConfigError, nearest, shown
 from loralab.values import check_choice, check_count
 
 INITS = ("kaiming", "gaussian", "orthogonal", "b_kaiming", "pissa")
@@ -94,7 +95,7 @@ class LoRA(Targeted):
         for pattern, alpha in self.alpha_pattern.items():
             _check_positive(f"alpha_pattern[{pattern!r}]", alpha)
         for pattern in (*self.rank_pattern, *self.alpha_pattern):
-            _check_expression(pattern)
+            check_expression(pattern)
         object.__setattr__(self, "token_rows", tuple(self.token_rows))
         if len(set(self.token_rows)) < len(self.token_rows):
             raise ConfigError(f"token_rows names a row twice: {list(self.token_rows)}")
@@ -156,7 +157,7 @@ class AdaLoRA(Targeted):
         _check_positive("alpha", self.alpha)
         for name in ("dropout", "beta1", "beta2"):
             _check_share(name, getattr(self, name))
-        if not (math.isfinite(self.orthogonality) and self.orthogonality >= 0):
+        if not 0 <= self.orthogonality < math.inf:
             raise ConfigError(f"orthogonality must be 0 or more, got {self.orthogonality}")
         if self.target_rank > self.rank:
             raise ConfigError(
@@ -203,7 +204,7 @@ class Bottleneck(InBlocks):
         _check_share("dropout", self.dropout)
         check_choice("placement", self.placement, PLACEMENTS)
         check_choice("activation", self.activation, ACTIVATIONS)
-        if not (math.isfinite(self.init_std) and self.init_std >= 0):
+        if not 0 <= self.init_std < math.inf:
             raise ConfigError(f"init_std must be 0 or more, got {self.init_std}")
 
 
@@ -324,7 +325,7 @@ def method_named(name: str) -> tuple[str, dict[str, Any]]:
 def first_match(name: str, patterns: Mapping[str, T], default: T) -> T:
     """The value of the first pattern that ends the module path `name`, as peft decides it."""
     for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
+        if matches(rf"(.*\.)?({pattern})", name):
             return value
     return default
 
@@ -338,14 +339,14 @@ def _names(field_name: str, value: object) -> Names:
             return value
         if re.fullmatch(r"[\w.\-]+", value):
             return (value,)
-        _check_expression(value)
+        check_expression(value)
         return value
     if not isinstance(value, list | tuple | set | frozenset):
-        raise ConfigError(f"{field_name} must be a list of names, got {value!r}")
+        raise ConfigError(f"{field_name} must be a list of names, got {shown(value)}")
     names = tuple(sorted(value) if isinstance(value, set | frozenset) else value)
     for name in names:
         if not isinstance(name, str) or not name:
-            raise ConfigError(f"{field_name} must hold names, got {name!r}")
+            raise ConfigError(f"{field_name} must hold names, got {shown(name)}")
     if not names and field_name == "target_modules":
         raise ConfigError("target_modules is empty; name at least one module, or use all-linear")
     return names
@@ -355,16 +356,9 @@ def _tuple(field_name: str, value: object) -> Names:
     return _names(field_name, value) or ()
 
 
-def _check_expression(pattern: str) -> None:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ConfigError(f"{pattern!r} is not a regular expression: {error}") from None
-
-
 def _check_positive(name: str, value: object) -> None:
-    if not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
-        raise ConfigError(f"{name} must be a positive number, got {value!r}")
+    if not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ConfigError(f"{name} must be a positive number, got {shown(value)}")
 
 
 def _check_share(name: str, value: float) -> None:
@@ -377,5 +371,5 @@ def _checked_layers(layers: Any) -> tuple[int, ...] | None:
         return None
     found = tuple(layers)
     if not found or any(not isinstance(n, int) or isinstance(n, bool) or n < 0 for n in found):
-        raise ConfigError(f"layers must be numbers counted from 0, got {list(found)}")
+        raise ConfigError(f"layers must be numbers counted from 0, got {shown(found)}")
     return found

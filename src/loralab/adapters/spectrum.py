@@ -16,6 +16,8 @@ from loralab.adapters.methods import LoRA
 from loralab.adapters.peft_fields import PREFIX
 from loralab.errors import AdapterFileError
 
+LARGEST = 1e100  # of a singular value; its square must be a number
+
 
 def singular_values(A: Tensor, B: Tensor, factor: float) -> Tensor:
     """The min(R, I, O) singular values of factor * B A, largest first; A (R, I), B (O, R)."""
@@ -83,7 +85,7 @@ def describe(path: str | Path) -> dict[str, Any]:
         "parameters": sum(tensor.numel() for tensor in stored.tensors.values()),
         "ranks": sorted({len(A) for A, _, _ in pairs.values()}),
         "saved": list(stored.config.modules_to_save),
-        "modules": [_described(name, *pair) for name, pair in pairs.items()],
+        "modules": [_described(stored.path, name, *pair) for name, pair in pairs.items()],
         "tensors": _tensors(stored),
         "metrics": stored.record.get("metrics", {}),
     }  # fmt: skip
@@ -126,9 +128,14 @@ def factors(stored: AdapterFolder) -> dict[str, tuple[Tensor, Tensor, float]]:
         B = stored.tensors.get(f"{PREFIX}{name}.lora_B.weight")
         if B is None:
             raise AdapterFileError(f"{stored.path} has lora_A but no lora_B for {name}")
+        if min(A.ndim, B.ndim) < 2 or not len(A) or B.shape[1] != len(A) or not B.numel():
+            raise AdapterFileError(
+                f"{stored.path}: lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)} of {name} do "
+                "not fit each other"
+            )
         found[name] = (
-            A.float().flatten(1),
-            B.float().flatten(1),
+            A.double().flatten(1),  # fp32 would not hold squares of what it holds
+            B.double().flatten(1),
             stored.config.for_module(name).factor,
         )
     return found
@@ -145,8 +152,10 @@ def _tensors(stored: AdapterFolder) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def _described(name: str, A: Tensor, B: Tensor, factor: float) -> dict[str, Any]:
-    values = singular_values(A, B, factor)
+def _described(path: Path, name: str, A: Tensor, B: Tensor, factor: float) -> dict[str, Any]:
+    values = factor * singular_values(A, B, 1.0)
+    if not values.max() < LARGEST:
+        raise AdapterFileError(f"{path}: the update of {name} is too large ({values.max():.1e})")
     return {
         "name": name, "rank": len(A), "norm": float(values.square().sum().sqrt()),
         "singular_values": [float(value) for value in values],
@@ -157,9 +166,14 @@ def _described(name: str, A: Tensor, B: Tensor, factor: float) -> dict[str, Any]
 
 def _core(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """P (O, .), C and Q (I, .) with B A = P C Q': thin QR of both factors."""
-    inputs, r_a = torch.linalg.qr(A.float().T)
-    outputs, r_b = torch.linalg.qr(B.float())
+    inputs, r_a = torch.linalg.qr(_computable(A).T)
+    outputs, r_b = torch.linalg.qr(_computable(B))
     return outputs, r_b @ r_a.T, inputs
+
+
+def _computable(A: Tensor) -> Tensor:
+    """In fp32, or in fp64 where it is so already."""
+    return A if A.dtype == torch.float64 else A.float()
 
 
 def _owner(key: str) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from loralab.adapters.bases import is_linear, linear_shape
+from loralab.adapters.expressions import matches
 from loralab.adapters.methods import PRESETS, Names, Targeted
 from loralab.errors import TargetError, nearest, some
 
@@ -151,7 +152,7 @@ def ends_with(name: str, wanted: str) -> bool:
 
 def matches_pattern(name: str, pattern: str) -> bool:
     """Whether a key of rank_pattern or alpha_pattern means this path."""
-    return re.match(rf"(.*\.)?({pattern})$", name) is not None
+    return matches(rf"(.*\.)?({pattern})", name)
 
 
 def _select(
@@ -163,7 +164,7 @@ def _select(
     if target in PRESETS:
         heads = head_names(model)
         return _preset(target, [name for name in candidates if not inside(name, heads)], model)
-    chosen = [name for name in (*candidates, *more) if re.fullmatch(target, name)]
+    chosen = [name for name in (*candidates, *more) if matches(target, name)]
     if not chosen:
         raise TargetError(
             f"target_modules {target!r} matches no linear layer; "
@@ -217,7 +218,7 @@ def _without_excluded(names: list[str], excluded: Names) -> list[str]:
     if excluded is None:
         return names
     if isinstance(excluded, str):
-        kept = [name for name in names if not re.fullmatch(excluded, name)]
+        kept = [name for name in names if not matches(excluded, name)]
     else:
         for wanted in excluded:
             if not any(ends_with(name, wanted) for name in names):
@@ -245,7 +246,7 @@ def _in_layers(names: list[str], config: Targeted) -> list[str]:
 
 def layer_number(name: str, patterns: Sequence[str] = ()) -> int | None:
     """The first number in a path, which is its block (later ones are experts); None outside."""
-    for pattern in patterns or (r"[^.]+",):
+    for pattern in map(re.escape, patterns) if patterns else (r"[^.]+",):
         if found := re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", name):
             return int(found[1])
     return None

@@ -20,12 +20,11 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from loralab import atomic
 from loralab.adapters import folder
-from loralab.adapters.folder import RECORD, read_json
+from loralab.adapters.folder import RECORD, read_json, read_tensors
 from loralab.artefacts import gguf_adapter
 from loralab.artefacts.live import bring_to_life
 from loralab.errors import AdapterFileError, CertificateError, LoralabError, some
@@ -95,14 +94,21 @@ class Reference:
     @staticmethod
     def read(file: Path) -> "Reference":
         """Read it back."""
-        try:
-            tensors = safetensors.torch.load_file(file)
-        except (OSError, SafetensorError) as error:
-            raise AdapterFileError(f"{file} cannot be read: {error}") from None
+        tensors = read_tensors(file)
         count = sum(name.startswith("prompt.") for name in tensors)
+        try:
+            prompts = [tensors[f"prompt.{i}"] for i in range(count)]
+            values, indices, total = (tensors[name] for name in ("values", "indices", "total"))
+        except KeyError as error:
+            raise AdapterFileError(f"{file} is damaged: it lacks {error}") from None
+        whole = not any(t.is_floating_point() for t in (*prompts, indices))
+        if values.ndim != 2 or values.shape != indices.shape or total.shape != values.shape[:1]:
+            raise AdapterFileError(f"{file} is damaged: its tensors do not fit each other")
+        if not whole or any(t.ndim != 1 for t in prompts):
+            raise AdapterFileError(f"{file} is damaged: prompts and indices must be whole numbers")
         return Reference(
-            prompts=[tensors[f"prompt.{i}"].tolist() for i in range(count)],
-            values=tensors["values"], indices=tensors["indices"].long(), total=tensors["total"],
+            prompts=[t.tolist() for t in prompts], values=values, indices=indices.long(),
+            total=total,
         )  # fmt: skip
 
 
@@ -228,6 +234,8 @@ def _changed_files(path: Path, record: Mapping[str, Any]) -> list[str]:
     if "files" in record:
         now = file_digests(path)
         files: Mapping[str, str] = record["files"]
+        if not isinstance(files, Mapping):
+            raise CertificateError(f"{path / RECORD}: files must be an object")
         changed += [n for n in sorted({*now, *files}) if now.get(n) != files.get(n)]
     else:
         folder.read(path)  # compares the content digest

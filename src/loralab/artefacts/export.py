@@ -6,8 +6,9 @@ from typing import Any
 
 from loralab import atomic
 from loralab.adapters import folder
-from loralab.adapters.folder import CONFIG, FORMAT, RECORD, read_json
+from loralab.adapters.folder import CONFIG, RECORD, read_json
 from loralab.adapters.recipes import OUR_OWN
+from loralab.adapters.record import FORMAT
 from loralab.artefacts import gguf_adapter
 from loralab.artefacts.certificate import (
     Certificate,

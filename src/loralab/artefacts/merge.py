@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from loralab import atomic
-from loralab.adapters.folder import FORMAT, RECORD, write_json
+from loralab.adapters.folder import RECORD, write_json
+from loralab.adapters.record import FORMAT
 from loralab.artefacts import requantize
 from loralab.artefacts.certificate import Certificate, compare_afresh, file_digests, reference_of
 from loralab.artefacts.live import Live, bring_to_life, sample_of

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from loralab.cli.progress import LINES, duration
 from loralab.cli.train import _print_json, field_names, proved, requested, show_run
-from loralab.errors import ConfigError, LoralabError
+from loralab.errors import ConfigError, LoralabError, shown
 from loralab.training.jobs import TrainJob, of_job, read_jobs
 
 if TYPE_CHECKING:
@@ -61,13 +61,15 @@ def _jobs(file: Path, output_dir: Path | None, typed: Mapping[str, Any]) -> list
     parent = output_dir or common.pop("output_dir", None)
     if parent is None:
         raise ConfigError(f"give --output-dir or, in {file}, output_dir: the folder of all jobs")
+    if not isinstance(parent, str | Path):
+        raise ConfigError(f"{file}: output_dir must be a text, got {shown(parent)}")
     common.pop("output_dir", None)
     jobs = []
     for name, given in own.items():
         try:
             request = requested({**common, **typed, **given})
         except LoralabError as error:
-            raise of_job(name, error) from error
+            raise type(error)(f"{file}: {of_job(name, error)}") from error
         jobs.append(TrainJob(name=name, output_dir=Path(parent) / name, **request))
     return jobs
 

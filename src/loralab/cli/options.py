@@ -15,6 +15,7 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 import typer
 
 from loralab.errors import ConfigError, some
+from loralab.values import configured
 
 Config = type[Any]
 
@@ -47,7 +48,7 @@ def with_options(*configs: Config) -> Callable[[Callable[..., None]], Callable[.
 def build(config: Config, values: Mapping[str, Any]) -> Any:
     """A configuration from the values that are its fields."""
     names = {f.name for f in fields(config)}
-    return config(**{name: value for name, value in values.items() if name in names})
+    return configured(config, {name: value for name, value in values.items() if name in names})
 
 
 def require_known(values: Iterable[str], configs: tuple[Config, ...], others: Any, of: str) -> None:

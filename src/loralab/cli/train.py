@@ -12,7 +12,7 @@ import typer
 from loralab.adapters.methods import METHODS, VARIANTS, method_named
 from loralab.cli import app
 from loralab.cli.options import build, pairs, require_known, with_options
-from loralab.errors import ConfigError
+from loralab.errors import ConfigError, LoralabError, shown
 from loralab.studies.fields import from_toml
 from loralab.training.settings import Evaluation, Training
 
@@ -70,10 +70,10 @@ def train(
         train_jobs(jobs, output_dir, common, resume=resume, quiet=quiet, as_json=json_)
         return
     given = _given(config, typed, model=model, data=data, method=method, map=map_)
+    request = requested(given, config)
     output = output_dir or given.get("output_dir")
     if output is None:
         raise ConfigError("give --output-dir, a new folder for the run")
-    request = requested(given)
     from loralab.cli.progress import Bar
     from loralab.training.run import train as run_training
 
@@ -98,7 +98,8 @@ def plan(
     typed: dict[str, Any] | None = None,
 ) -> None:
     """Show what train would do and cost; trains nothing."""
-    request = requested(_given(config, typed, model=model, data=data, method=method, map=map_))
+    given = _given(config, typed, model=model, data=data, method=method, map=map_)
+    request = requested(given, config)
     from loralab.training.plan import plan as make_plan
 
     result = make_plan(**request)
@@ -209,10 +210,29 @@ def _given(
     return {**stored, **(typed or {}), **{k: v for k, v in own.items() if v is not None}}
 
 
-def requested(given: Mapping[str, Any]) -> dict[str, Any]:
-    """What train() and plan() take."""
+def requested(given: Mapping[str, Any], config: Path | None = None) -> dict[str, Any]:
+    """What train() and plan() take.
+
+    Args:
+        config: a file that some of it is from, for errors.
+
+    Raises:
+        InputError: a field is missing, unknown, or has a wrong value.
+    """
+    try:
+        return _requested(given)
+    except LoralabError as error:
+        if config is None:
+            raise
+        raise type(error)(f"with --config {config}: {error}") from None
+
+
+def _requested(given: Mapping[str, Any]) -> dict[str, Any]:
     if "data" not in given:
         raise ConfigError("give --data: a task name, a file, a folder or a hub id")
+    for name in ("model", "data", "method", "output_dir"):
+        if not isinstance(given.get(name, ""), str):
+            raise ConfigError(f"{name} must be a text, got {shown(given[name])}")
     name, implied = method_named(str(given.get("method", "lora")))
     given = {**implied, **given}
     others = [kind for kind in METHODS.values() if kind is not METHODS[name]]

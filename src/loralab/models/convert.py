@@ -9,16 +9,19 @@ import importlib.util
 import io
 import os
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from loralab import atomic
 from loralab.atomic import cache_folder
 from loralab.errors import ModelError
 from loralab.models import onnx_dinov2
+from loralab.models.gguf_header import require_sound
+from loralab.models.plausible import require_plausible
 
 Options = dict[str, Any]  # of transformers' from_pretrained
 NEEDS = {".gguf": ("gguf", "gguf"), ".onnx": ("onnx", "vision")}  # package, our extra with it
@@ -49,9 +52,16 @@ def converted(file: Path, name: str) -> Path:
 
 
 def _write_gguf(file: Path, name: str, own: Path) -> None:
+    require_sound(file)
     options: Options = {"gguf_file": file.name, "trust_remote_code": False}
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, **options)
-    model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **options)
+    with tempfile.TemporaryDirectory() as alone:  # nothing that lies beside the file is read
+        (Path(alone) / file.name).symlink_to(file.resolve())
+        config = AutoConfig.from_pretrained(alone, **options)
+        require_plausible(
+            name, file.stat().st_size, lambda: AutoModelForCausalLM.from_config(config)
+        )
+        tokenizer = AutoTokenizer.from_pretrained(alone, **options)
+        model = AutoModelForCausalLM.from_pretrained(alone, dtype=torch.float32, **options)
     _forget_quantization(model)
     model.config._name_or_path = name
     with atomic.new_folder(own) as place:

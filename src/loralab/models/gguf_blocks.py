@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from loralab.errors import ModelError, some
+from loralab.models.gguf_header import require_sound
 
 BLOCK = 32
 LAYERS = {  # llama.cpp's name -> ours
@@ -107,8 +108,10 @@ def linear_tensors(file: Path, config: Any) -> dict[str, Blocks]:
     """
     import gguf
 
+    require_sound(file)
     reader = gguf.GGUFReader(file)
-    family = str(reader.fields["general.architecture"].contents())
+    named = reader.fields.get("general.architecture")
+    family = "" if named is None else str(named.contents())
     if family not in ("llama", "qwen2", "qwen3", "smollm3"):
         raise ModelError(
             f"{file.name} is of the architecture {family!r}; its blocks can be kept only for "
@@ -117,7 +120,9 @@ def linear_tensors(file: Path, config: Any) -> dict[str, Blocks]:
     found = {}
     for tensor in reader.tensors:
         parts = tensor.name.split(".")
-        if parts[0] != "blk" or parts[2] not in LAYERS or parts[-1] != "weight":
+        if len(parts) != len(["blk", "0", "attn_q", "weight"]) or parts[2] not in LAYERS:
+            continue
+        if parts[0] != "blk" or parts[-1] != "weight":
             continue
         data = torch.from_numpy(tensor.data.copy())
         order = row_order(family, config, parts[2], len(data))

@@ -6,7 +6,6 @@ with a model is run. A GGUF or ONNX file is converted once, to a folder in the c
 
 import contextlib
 import inspect
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,10 +33,12 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import logging
 
-from loralab.errors import ConfigError, LoralabError, ModelError, nearest, some
+from loralab.errors import ConfigError, LoralabError, ModelError, nearest, shown, some
 from loralab.models import pictures
 from loralab.models.catalog import MODELS, how_to_get, locate
 from loralab.models.convert import NEEDS, Options, converted
+from loralab.models.plausible import require_folder, require_plausible, require_weights
+from loralab.values import read_json
 
 CAUSAL, CLASSIFIER = "causal-lm", "sequence-classification"
 TAGGER, VISION, SENTENCES = "token-classification", "image-classification", "sentence-encoder"
@@ -102,6 +103,9 @@ def load(
     _require_sense(name, config, kind, image_size)
     options = _options(name, config, kind, labels)
     with _explained(name, source), torch.random.fork_rng():
+        if Path(source).is_dir():
+            weights = require_weights(name, Path(source))
+            require_plausible(name, weights, lambda: _LOADERS[kind].from_config(config))
         torch.manual_seed(seed)
         tokenizer = _reader(name, source, config, kind, image_size)
         model, report = _LOADERS[kind].from_pretrained(
@@ -216,21 +220,16 @@ def _require_model_folder(name: str, path: Path) -> None:
                 "convert them to safetensors"
             )
         raise ModelError(f"{name} holds no weights (*.safetensors)")
+    require_folder(name, path)
     tokenizer = any(any(path.glob(kind)) for kind in ("tokenizer*", "vocab*", "*.model"))
     if not tokenizer and not _sees(path / "config.json"):
         raise ModelError(f"{name} holds no tokenizer (tokenizer.json)")
 
 
 def _sees(config: Path) -> bool:
-    """Whether a configuration is a vision model's; one that cannot be read is complained of later.
-
-    Only its type is looked at: transformers reads the rest.
-    """
-    try:
-        own = json.loads(config.read_text(encoding="utf-8")).get("model_type")
-    except (OSError, ValueError, AttributeError):
-        return False
-    return own in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
+    """Whether a configuration is a vision model's."""
+    own = read_json(config, ModelError).get("model_type")
+    return isinstance(own, str) and own in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
 
 def _require_on_hub(name: str) -> None:
@@ -250,7 +249,11 @@ def _require_on_hub(name: str) -> None:
 
 def _config(name: str, source: str) -> Any:
     with _explained(name, source):
-        return AutoConfig.from_pretrained(source, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    named = config.architectures or []
+    if not isinstance(named, list) or not all(isinstance(one, str) for one in named):
+        raise ModelError(f"{name}: architectures must be a list of names, found {shown(named)}")
+    return config
 
 
 def _kind_of(config: Any) -> str:

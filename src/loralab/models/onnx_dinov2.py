@@ -34,7 +34,7 @@ def write_folder(file: Path, folder: Path) -> None:
     import onnx
     from onnx import numpy_helper
 
-    graph = onnx.load(file).graph
+    graph = onnx.load(file, load_external_data=False).graph  # no other file is read
     # copies: arrays of onnx may stand on memory that is read-only
     held = {t.name: torch.from_numpy(numpy_helper.to_array(t).copy()) for t in graph.initializer}
     tensors = _tensors(file, graph.node, held)

@@ -5,6 +5,7 @@ preprocessor_config.json, and are written back to one that transformers reads.
 """
 
 import json
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,13 +16,14 @@ from transformers.utils import cached_file
 
 from loralab import atomic
 from loralab.errors import ConfigError, ModelError
+from loralab.values import read_json
 
 FILE = "preprocessor_config.json"
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 BICUBIC = 3  # as Pillow and preprocessor_config.json number it
 LARGEST = 255.0
-USUAL_SIZE = 224
+USUAL_SIZE, LARGEST_SIDE = 224, 2048
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,22 +108,23 @@ def side(value: Any) -> int | None:
     if isinstance(value, dict):
         value = value.get("shortest_edge") or value.get("height")
     if isinstance(value, list | tuple):
-        value = value[0]
+        value = next(iter(value), None)
     return None if value is None else int(value)
 
 
 def _from_file(name: str, file: Path, usual: Pictures) -> Pictures:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file, ModelError)
         size = side(content.get("crop_size")) if content.get("do_center_crop") else None
         size = size or side(content.get("size")) or usual.size
         mean, std = (
             tuple(float(number) for number in content.get(key) or own)
             for key, own in (("image_mean", usual.mean), ("image_std", usual.std))
         )
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         raise ModelError(f"{name}: {FILE} cannot be read: {error}") from None
-    if len(mean) != usual.channels or len(std) != usual.channels or not all(std):
+    finite = all(map(math.isfinite, (*mean, *std)))
+    if len(mean) != usual.channels or len(std) != usual.channels or not all(std) or not finite:
         raise ModelError(
             f"{name}: {FILE} must give {usual.channels} means and deviations above 0, "
             f"found {mean} and {std}"
@@ -130,6 +133,8 @@ def _from_file(name: str, file: Path, usual: Pictures) -> Pictures:
 
 
 def _require_whole_patches(size: int, patch: int) -> None:
+    if size > LARGEST_SIDE:
+        raise ConfigError(f"image_size must be at most {LARGEST_SIDE}, got {size}")
     if size >= 1 and size % patch == 0:
         return
     below, above = max(patch, size // patch * patch), max(patch, (size // patch + 1) * patch)

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from loralab.adapters.attach import TASK_TYPES
-from loralab.adapters.folder import CONFIG, FORMAT, RECORD, TENSORS
+from loralab.adapters.folder import CONFIG, RECORD, TENSORS
 from loralab.adapters.recipes import PARSERS
+from loralab.adapters.record import FORMAT
 from loralab.errors import AdapterFileError, nearest
 from loralab.serving.names import DIGEST
 

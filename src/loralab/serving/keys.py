@@ -17,7 +17,6 @@ import hmac
 import re
 import threading
 import time
-import tomllib
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from loralab.errors import ConfigError, nearest, some
+from loralab.values import read_toml
 
 SHORTEST = 16  # characters of a key: fewer can be guessed
 MINUTE, DAY = 60, 86_400
@@ -154,13 +154,13 @@ def read(path: str | Path) -> Keys:
     """
     path = Path(path)
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"--keys {path}: {error.strerror or 'cannot be read'}") from None
-    except ValueError as error:
+        content = read_toml(path)
+    except ConfigError as error:
+        if "is no TOML" not in str(error):
+            raise ConfigError(f"--keys {error}") from None
         # the parser's own message may quote what it read
-        line = re.search(r"line \d+", str(error))
-        raise ConfigError(f"--keys {path} is no TOML{f' ({line[0]})' if line else ''}") from None
+        line = re.search(r"\(at (line \d+)", str(error))
+        raise ConfigError(f"--keys {path} is no TOML{f' ({line[1]})' if line else ''}") from None
     entries = content.pop("key", None)
     if content or not isinstance(entries, list) or not entries:
         raise ConfigError(f"--keys {path} must hold [[key]] tables and nothing else")

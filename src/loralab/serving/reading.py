@@ -17,6 +17,7 @@ from loralab.adapters import folder
 from loralab.adapters.folder import CONFIG, RECORD, TENSORS, AdapterFolder
 from loralab.errors import AdapterFileError
 from loralab.serving.names import FILES
+from loralab.values import parse_json
 
 State = tuple[tuple[int, int, int], ...]
 FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
@@ -69,7 +70,7 @@ def glance(root: Path, path: Path) -> Glance:
         with opened(root, path / name) as file:
             if file is not None:
                 content = _content(file, path / name)
-                found[name] = folder.parse_json(path / name, content)
+                found[name] = parse_json(path / name, content, AdapterFileError, large=True)
     with opened(root, path / TENSORS) as file:
         size = None if file is None else os.fstat(file).st_size
     return Glance(found.get(CONFIG, {}), found.get(RECORD, {}), size)

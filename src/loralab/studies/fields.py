@@ -8,6 +8,7 @@ from typing import Any
 from loralab.adapters.methods import METHODS, Method, method_named
 from loralab.errors import ConfigError, nearest
 from loralab.training.settings import Training
+from loralab.values import configured as checked
 from loralab.values import read_toml
 
 OTHERS = ("method",)
@@ -26,8 +27,8 @@ def configured(flat: Mapping[str, Any]) -> tuple[Method, Training]:
     general = {field.name for field in fields(Training)}
     for key in values.keys() - own - general - set(OTHERS):
         raise ConfigError(f"{key} is no field of {name}, which has {', '.join(sorted(own))}")
-    method: Method = kind(**{k: _value(v) for k, v in values.items() if k in own})
-    training = Training(**{k: _value(v) for k, v in values.items() if k in general})
+    method: Method = checked(kind, {k: _value(v) for k, v in values.items() if k in own})
+    training = checked(Training, {k: _value(v) for k, v in values.items() if k in general})
     return method, training
 
 

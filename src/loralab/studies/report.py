@@ -17,6 +17,7 @@ import vl_convert
 from markupsafe import Markup
 
 from loralab import atomic
+from loralab.errors import LoralabError, OutputError
 from loralab.studies import store
 from loralab.studies.catalog import RECOMMEND, STUDIES
 from loralab.studies.evidence import mean_of, metric_of, scored, seconds, size, unfinished
@@ -53,8 +54,7 @@ def render(folder: Path, language: str) -> dict[str, Answer]:
     Raises:
         OutputError: the folder holds no study, or cannot be written.
     """
-    found = records(folder)
-    sections = [section(name, ground, own) for name, (ground, own) in in_order(found).items()]
+    sections = _sections(folder)
     store.write_results(folder, {s.name: s.records for s in sections})
     for each in sections:
         for figure in each.answer.figures:
@@ -70,6 +70,21 @@ def render(folder: Path, language: str) -> dict[str, Answer]:
         atomic.write_file(folder / MARKDOWN[code], text)
     atomic.write_file(folder / PAGE, page(sections, advice, closing, language))
     return {s.name: s.answer for s in sections}
+
+
+def _sections(folder: Path) -> list[Section]:
+    """The studies of a folder with their answers."""
+    try:
+        found = records(folder)
+        return [section(name, ground, own) for name, (ground, own) in in_order(found).items()]
+    except LoralabError:
+        raise
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
+        # every field was of its type: a record lacks what its study measures
+        raise OutputError(
+            f"{folder}: what its runs/ hold is not what its {store.STUDY} describes "
+            f"({type(error).__name__}: {error}); remove the damaged runs, and go on"
+        ) from error
 
 
 def in_order(found: Mapping[str, Any]) -> dict[str, Any]:

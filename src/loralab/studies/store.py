@@ -9,7 +9,6 @@ import io
 import json
 import math
 import os
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,8 +17,9 @@ from typing import Any
 import tomli_w
 
 from loralab import atomic
-from loralab.errors import ConfigError, OutputError, some
+from loralab.errors import ConfigError, InputError, OutputError, some
 from loralab.studies.study import FORMAT, Arm, Cell, Ground, Record
+from loralab.values import read_json, read_toml
 
 STUDY, RUNS, RECORD, RESULTS = "study.toml", "runs", "record.json", "results.parquet"
 LOCK, LOG = ".lock", "worker.log"
@@ -43,10 +43,11 @@ def write(place: Path, cell: Cell, record: Record, seconds: float) -> None:
 def read(folder: Path, cell: Cell) -> Record | None:
     """The record of a cell; None if it has none that can be read."""
     file = place_of(folder, cell) / RECORD
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        content = json.loads(file.read_text(encoding="utf-8"))
-        if content["format"] == FORMAT:
-            return Record(**{**content["record"], "arm": cell.arm})
+    with contextlib.suppress(OutputError, KeyError, TypeError):
+        content = read_json(file, OutputError)
+        found = Record(**{**content["record"], "arm": cell.arm})
+        if content["format"] == FORMAT and found.is_sound:
+            return found
     return None
 
 
@@ -61,8 +62,8 @@ def plans(folder: Path) -> dict[str, Plan]:
         what = "there is no folder" if not folder.is_dir() else "no study has begun in"
         raise OutputError(f"{what} {folder}; start one: loralab study rank --output-dir {folder}")
     try:
-        stored = tomllib.loads(file.read_text(encoding="utf-8"))["studies"]
-        return {
+        stored = read_toml(file, OutputError)["studies"]
+        found = {
             name: (
                 Ground.of(entry["ground"]),
                 [Arm(**arm) for arm in entry["arms"]],
@@ -70,7 +71,12 @@ def plans(folder: Path) -> dict[str, Plan]:
             )
             for name, entry in stored.items()
         }
-    except (tomllib.TOMLDecodeError, KeyError, TypeError, AttributeError) as error:
+        if wrong := [
+            name for name, (own, arms, _) in found.items() if not own.is_sound(name, arms)
+        ]:
+            raise TypeError(f"the fields of {wrong[0]!r} are of other types")
+        return found
+    except (InputError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise OutputError(f"{file} is damaged ({error}); its runs/ can be used again") from None
 
 

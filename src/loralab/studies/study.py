@@ -15,6 +15,7 @@ from loralab.errors import ConfigError
 FORMAT = 1  # of records; a change makes old ones unreadable, and their cells run again
 LANGUAGES = ("en", "zh-TW")
 FALLING = ("loss", "perplexity")  # metrics of which less is better
+MOST_SEEDS = 1_000
 DONE, DIVERGED, FAILED, MISSING = "done", "diverged", "failed", "missing"
 
 
@@ -49,6 +50,13 @@ class Arm:
     tuned: bool = True
     plain: bool = False
 
+    @property
+    def is_sound(self) -> bool:
+        """Whether every field is of its type; what a file says may not be."""
+        flags = isinstance(self.tuned, bool) and isinstance(self.plain, bool)
+        tables = isinstance(self.fields, dict) and isinstance(self.options, dict)
+        return isinstance(self.name, str) and flags and tables
+
 
 @dataclass(frozen=True, kw_only=True)
 class Ground:
@@ -75,6 +83,21 @@ class Ground:
     def to_json(self) -> dict[str, Any]:
         """All fields, as study.toml holds them."""
         return {**asdict(self), "values": list(self.values), "rates": list(self.rates)}
+
+    def is_sound(self, name: str, arms: Sequence[Arm]) -> bool:
+        """Whether every field of this study and of its arms is of its type; a file may err."""
+        texts = (self.study, self.model, self.data, self.metric, *self.values)
+        tables = (self.mapping, self.fields, self.rows)
+        return (
+            self.study == name
+            and all(isinstance(text, str) for text in (*texts, *self.mapping.values()))
+            and all(isinstance(table, dict) for table in tables)
+            and type(self.seeds) is int
+            and 0 < self.seeds <= MOST_SEEDS
+            and all(_is_number(value) for value in (*self.rates, *self.rows.values()))
+            and all(isinstance(flag, bool) for flag in (self.quick, self.fixed_lr))
+            and all(arm.is_sound for arm in arms)
+        )
 
     @staticmethod
     def of(stored: Mapping[str, Any]) -> "Ground":
@@ -141,6 +164,24 @@ class Record:
     seconds: float = 0.0
     rate: float | None = None
     searched: float = 0.0
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether every field is of its type; what a file says may not be."""
+        held = (self.numbers, self.series, self.items, self.tables, self.texts)
+        if not all(isinstance(table, dict) for table in held) or not isinstance(self.reason, str):
+            return False
+        curves = [*self.series.values(), *self.items.values(), *self.tables.values()]
+        numbers = (self.seconds, self.searched, self.rate or 0.0, *self.numbers.values())
+        return (
+            type(self.seed) is int
+            and self.status in (DONE, DIVERGED, FAILED, MISSING)
+            and all(isinstance(curve, list) for curve in curves)
+            and all(_is_number(value) for value in numbers)
+            and all(_is_number(v) for values in self.items.values() for v in values)
+            and all(isinstance(row, dict) for rows in self.tables.values() for row in rows)
+            and all(isinstance(text, str) for text in self.texts.values())
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,3 +292,7 @@ def parse_seconds(text: str) -> float:
     if not 0 < value < float("inf"):
         raise ConfigError(f"budget must be like 20m, 90s or 1.5h, got {text!r}")
     return value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

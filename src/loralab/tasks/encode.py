@@ -13,6 +13,7 @@ from typing import Any
 from loralab.errors import ConfigError, DataError, nearest, some
 from loralab.tasks.catalog import LABELLED, Task
 from loralab.tasks.formats import FORMATS, Row
+from loralab.tasks.template import render
 
 IGNORED = -100
 Ids = tuple[int, ...]
@@ -291,11 +292,11 @@ def _template(tokenizer: Any, chat: list[dict[str, str]], *, prompt: bool = Fals
     if not tokenizer.chat_template:
         return "".join(_open(message["content"]) for message in chat)
     try:
-        written = tokenizer.apply_chat_template(chat, add_generation_prompt=prompt, tokenize=False)
+        template, tokens = tokenizer.get_chat_template(), tokenizer.special_tokens_map
+        return render(template, chat, prompt=prompt, tokens=tokens)
     except Exception as error:  # jinja's own errors, and whatever a template raises
         start = chat[0]["content"][:40] if chat else ""
         raise DataError(f"the chat template refuses the row {start!r}: {error}") from None
-    return str(written)
 
 
 def _open(text: str) -> str:

@@ -6,6 +6,7 @@ content: gzip may be written in several ways.
 
 import gzip
 import hashlib
+import io
 import math
 import zlib
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 from loralab.errors import DataError
 from loralab.tasks.formats import Row
 from loralab.tasks.pictures import from_levels
+from loralab.values import read_bytes
 
 CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker",
            "Bag", "Ankle boot")  # fmt: skip
@@ -29,6 +31,7 @@ DIGESTS = {
     "train-labels-idx1-ubyte.gz":
         "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
 }  # fmt: skip
+LARGEST = 48_000_000  # bytes; the pictures of train are 47,040,016
 UNSIGNED_BYTE = 8  # how an idx file names its type
 
 
@@ -67,8 +70,9 @@ def read_idx(file: Path) -> tuple[tuple[int, ...], bytes]:
         DataError: it cannot be read, or is not the file that its name says.
     """
     try:
-        data = gzip.decompress(file.read_bytes())
-    except (OSError, EOFError, zlib.error) as error:
+        with gzip.open(io.BytesIO(read_bytes(file, DataError, LARGEST))) as packed:
+            data = packed.read(LARGEST)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(f"{file} cannot be read: {error}") from None
     if hashlib.sha256(data).hexdigest() != DIGESTS[file.name]:
         raise DataError(f"{file} is not the file that Fashion-MNIST is made of; install it anew")

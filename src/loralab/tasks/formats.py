@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from loralab.errors import DataError, nearest, some
+from loralab.errors import DataError, nearest, shown, some
 from loralab.tasks.pictures import Picture, from_bytes, from_file
 
 Row = dict[str, Any]
@@ -29,6 +29,7 @@ FORMATS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # name -> requi
     "text": (("text",), ()),
 }
 ROLES = ("system", "user", "assistant")
+MOST_COLUMNS = 10_000
 LINED = (".jsonl", ".csv", ".tsv", ".txt")  # errors count lines there, and rows elsewhere
 
 
@@ -45,6 +46,8 @@ def canonical(
         DataError: they fit no format, or a row lacks something.
     """
     columns = list(dict.fromkeys(key for _, row in rows for key in row))
+    if len(columns) > MOST_COLUMNS:
+        raise DataError(f"{file} has {len(columns):,} columns; at most {MOST_COLUMNS:,} are read")
     _check_mapping(file, columns, mapping)
     unit = "line" if Path(file).suffix.lower() in LINED else "row"
     back = {own: canonical for canonical, own in mapping.items()}
@@ -131,7 +134,7 @@ def _picture(place: str, value: Any, folder: Path) -> Picture:
     if isinstance(value, str) and value.strip():
         return from_file(folder / value, place)
     raise DataError(
-        f"{place}: 'image' must be the path of a picture or its bytes, found {str(value)[:80]}"
+        f"{place}: 'image' must be the path of a picture or its bytes, found {shown(value)}"
     )
 
 
@@ -169,7 +172,7 @@ def _label(place: str, value: Any) -> str:
         return str(value if isinstance(value, bool) else int(value))
     if isinstance(value, str):
         return _string(place, "'label'", value).strip()
-    raise DataError(f"{place}: a label must be text or a whole number, found {value!r}")
+    raise DataError(f"{place}: a label must be text or a whole number, found {shown(value)}")
 
 
 def _messages(place: str, value: Any) -> list[dict[str, str]]:
@@ -185,7 +188,7 @@ def _messages(place: str, value: Any) -> list[dict[str, str]]:
         if role not in ROLES or not isinstance(content, str) or not content.strip():
             raise DataError(
                 f"{place}: a message needs a role of {', '.join(ROLES)} and a text as content, "
-                f"found {str(message)[:80]}"
+                f"found {shown(message)}"
             )
         messages.append({"role": role, "content": _string(place, "a message", content)})
     if len(messages) < 2:

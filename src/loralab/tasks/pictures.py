@@ -8,8 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from loralab.errors import DataError
+from loralab.values import read_bytes
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
+LARGEST = 1 << 28  # bytes of a file
+MOST_PIXELS = 89_478_485  # as many as Pillow takes without a warning
+MOST_SLENDER = 50  # the shorter side is brought to the model's size, and the longer one with it
 CHECKED_SIZE = (32, 32)  # pixels; the smallest scale that JPEG offers is enough to read it whole
 
 
@@ -45,10 +50,9 @@ def from_file(file: Path, place: str = "") -> Picture:
     """
     origin = f"{place}: {file}" if place else str(file)
     try:
-        data = file.read_bytes()
-    except (OSError, ValueError) as error:  # a name with a zero byte is a ValueError
-        reason = getattr(error, "strerror", None) or error
-        raise DataError(f"{origin} cannot be read: {reason}") from None
+        data = read_bytes(file, DataError, LARGEST)
+    except DataError as error:
+        raise DataError(f"{place}: {error}" if place else str(error)) from None
     _require_whole(data, origin)
     return Picture(hashlib.sha256(data).hexdigest(), file, str(file))
 
@@ -133,7 +137,10 @@ def _decoded(source: Any, origin: str, *, draft: bool = False) -> Any:
     if hasattr(source, "shape"):
         return Image.fromarray(source)
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        encoded = io.BytesIO(source) if isinstance(source, bytes) else source
+        # Pillow knows some forty formats more, one of which it gives to Ghostscript to run
+        with Image.open(encoded, formats=FORMATS) as image:
+            _require_size(image.size, origin)
             if draft:
                 image.draft("RGB", CHECKED_SIZE)
                 image.load()
@@ -143,8 +150,20 @@ def _decoded(source: Any, origin: str, *, draft: bool = False) -> Any:
         raise DataError(
             f"{origin} is no picture that can be read ({', '.join(PICTURES)})"
         ) from None
+    except DataError:
+        raise
     except Exception as error:  # its readers raise some ten unrelated kinds on damaged files
         raise DataError(f"{origin} is no whole picture: {error}") from None
+
+
+def _require_size(size: tuple[int, int], origin: str) -> None:
+    """Before anything is decoded: a file of a kilobyte can describe a picture of gigabytes."""
+    short, long = sorted(size)
+    if short * long > MOST_PIXELS or long > MOST_SLENDER * short:
+        raise DataError(
+            f"{origin} has {size[0]} x {size[1]} pixels; at most {MOST_PIXELS:,} are read, and "
+            f"sides of at most 1 to {MOST_SLENDER}"
+        )
 
 
 def _plain(image: Any) -> Any:

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from loralab.errors import DataError, nearest, some
-from loralab.tasks.formats import Numbered, Row, canonical
+from loralab.tasks.formats import MOST_COLUMNS, Numbered, Row, canonical
+from loralab.tasks.parquet import read_parquet
 from loralab.tasks.pictures import PICTURES, folder_of_pictures
+from loralab.values import read_bytes
 
 SPLITS = {
     "train": "train", "training": "train", "validation": "validation", "valid": "validation",
@@ -122,7 +124,7 @@ def read_file(file: Path) -> Numbered:
 
 
 def _text(file: Path) -> str:
-    data = file.read_bytes()
+    data = read_bytes(file, DataError)
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -185,6 +187,10 @@ def _separated(delimiter: str) -> Callable[[Path], Numbered]:
 def _table(file: Path, lines: Any) -> Numbered:
     """The rows under a header; `lines` is a csv reader, whose type has no public name."""
     header: list[str] = next(lines, [])
+    if len(header) > MOST_COLUMNS:
+        raise DataError(
+            f"{file}, line 1: {len(header):,} columns; at most {MOST_COLUMNS:,} are read"
+        )
     twice = sorted({name for name in header if header.count(name) > 1})
     if twice:
         raise DataError(f"{file}, line 1: the header names {some(twice)} twice")
@@ -199,16 +205,6 @@ def _table(file: Path, lines: Any) -> Numbered:
             rows.append((start, dict(zip(header, values, strict=True))))
         start = lines.line_num + 1
     return rows
-
-
-def _parquet(file: Path) -> Numbered:
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        return list(enumerate(parquet.read_table(file).to_pylist(), start=1))
-    except pyarrow.ArrowException as error:
-        raise DataError(f"{file} is no readable Parquet file: {error}") from None
 
 
 def _plain(file: Path) -> Numbered:
@@ -232,7 +228,7 @@ READERS: dict[str, Callable[[Path], Numbered]] = {
     ".json": _json,
     ".csv": _separated(","),
     ".tsv": _separated("\t"),
-    ".parquet": _parquet,
+    ".parquet": read_parquet,
     ".txt": _plain,
 }
 

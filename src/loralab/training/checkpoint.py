@@ -8,22 +8,28 @@ A checkpoint appears whole or not at all. The order of the rows is a pure functi
 """
 
 import json
-from collections.abc import Collection, Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from loralab import atomic
 from loralab.adapters.attach import Adapter
-from loralab.errors import AdapterFileError
+from loralab.adapters.folder import read_tensors
+from loralab.errors import AdapterFileError, LoralabError
 from loralab.training.world import World
+from loralab.values import check_count, read_json
 
-FOLDER = "checkpoints"
+FOLDER, STATE, PROGRESS = "checkpoints", "state.safetensors", "progress.json"
+STEP = re.compile(r"step-(\d{6,18})")
+NEEDED, MOST_STEPS = {"step", "exp_avg", "exp_avg_sq"}, 1 << 24
+MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")  # one number a weight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,9 +64,9 @@ def write(run: Path, trained: Trained, progress: Progress, world: World) -> Path
             # 8-bit optimisers share a table between parameters, which the format refuses
             tensors = {name: t.cpu().contiguous().clone() for name, t in _state(trained).items()}
             tensors |= {f"random.cpu.{rank}": own for rank, own in enumerate(others, 1)}
-            safetensors.torch.save_file(tensors, folder / "state.safetensors")
+            safetensors.torch.save_file(tensors, folder / STATE)
             text = json.dumps(asdict(progress), indent=2)
-            (folder / "progress.json").write_text(text + "\n", encoding="utf-8")
+            (folder / PROGRESS).write_text(text + "\n", encoding="utf-8")
     world.wait()
     return path
 
@@ -68,15 +74,15 @@ def write(run: Path, trained: Trained, progress: Progress, world: World) -> Path
 def keep(run: Path, steps: Collection[int | None]) -> None:
     """Remove the checkpoints of all other steps, and what an interrupted write has left."""
     for path in (run / FOLDER).glob("step-*"):
-        number = path.name.removeprefix("step-").removesuffix(atomic.PARTIAL)
-        if path.name.endswith(atomic.PARTIAL) or int(number) not in steps:
+        number = STEP.fullmatch(path.name.removesuffix(atomic.PARTIAL))
+        if number and (path.name.endswith(atomic.PARTIAL) or int(number[1]) not in steps):
             atomic.remove_folder(path)
 
 
 def steps_of(run: Path) -> list[int]:
     """The steps of which there is a checkpoint, in order."""
-    names = (path.name for path in (run / FOLDER).glob("step-*[0-9]"))
-    return sorted(int(name.removeprefix("step-")) for name in names)
+    found = (STEP.fullmatch(path.name) for path in (run / FOLDER).glob("step-*"))
+    return sorted(int(name[1]) for name in found if name)
 
 
 def side_by_side(runs: Mapping[Path, int]) -> dict[Path, Path | None]:
@@ -103,7 +109,8 @@ def side_by_side(runs: Mapping[Path, int]) -> dict[Path, Path | None]:
 
 def latest(run: Path) -> Path | None:
     """The checkpoint with the most steps; None if there is none."""
-    return max((run / FOLDER).glob("step-*[0-9]"), default=None)
+    steps = steps_of(run)
+    return at_step(run, steps[-1]) if steps else None
 
 
 def at_step(run: Path, step: int) -> Path:
@@ -120,24 +127,19 @@ def restore(path: Path, trained: Trained, world: World) -> Progress:
         AdapterFileError: the checkpoint is damaged.
     """
     progress = read_progress(path)
-    tensors = _read(path)
-    trained.adapter.load_state(_part(tensors, "adapter."))
-    state: dict[int, dict[str, Any]] = {}
-    numbers = {name: tensor.item() for name, tensor in _part(tensors, "number.").items()}
-    for name, value in {**_part(tensors, "optimizer."), **numbers}.items():
-        index, key = name.split(".", 1)
-        outer, _, inner = key.partition("/")
-        own = state.setdefault(int(index), {})
-        (own.setdefault(outer, {}) if inner else own)[inner or key] = value
-    groups = trained.optimizer.state_dict()["param_groups"]
-    trained.optimizer.load_state_dict({"state": state, "param_groups": groups})
-    if progress.scaler:
-        trained.scaler.load_state_dict(progress.scaler)
-    torch.set_rng_state(tensors["random.cpu"])
-    if not world.first:
-        _set_own_random(tensors, world.rank)
-    for index, random in _part(tensors, "random.cuda.").items():
-        torch.cuda.set_rng_state(random, int(index))
+    with _damage(path):
+        tensors = read_tensors(path / STATE)
+        trained.adapter.load_state(_part(tensors, "adapter."))
+        state = _optimizer_state(tensors, trained)
+        groups = trained.optimizer.state_dict()["param_groups"]
+        trained.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        if progress.scaler:
+            trained.scaler.load_state_dict(progress.scaler)
+        torch.set_rng_state(tensors["random.cpu"])
+        if not world.first:
+            _set_own_random(tensors, world.rank)
+        for index, random in _part(tensors, "random.cuda.").items():
+            torch.cuda.set_rng_state(random, int(index))
     return progress
 
 
@@ -151,19 +153,83 @@ def _set_own_random(tensors: Mapping[str, Tensor], rank: int) -> None:
 
 
 def restore_weights(path: Path, adapter: Adapter) -> None:
-    """Fill the adapter alone."""
-    adapter.load_state(_part(_read(path), "adapter."))
+    """Fill the adapter alone.
+
+    Raises:
+        AdapterFileError: the checkpoint is damaged.
+    """
+    with _damage(path):
+        adapter.load_state(_part(read_tensors(path / STATE), "adapter."))
 
 
 def read_progress(path: Path) -> Progress:
-    """Where the run stood at a checkpoint."""
+    """Where the run stood at a checkpoint.
+
+    Raises:
+        AdapterFileError: the checkpoint is damaged.
+    """
+    with _damage(path):
+        found = Progress(**read_json(path / PROGRESS, AdapterFileError))
+        for name in ("step", "tokens", "worse_in_a_row"):
+            check_count(name, getattr(found, name), least=0)
+        if found.best_step is not None:
+            check_count("best_step", found.best_step, least=0)
+        if not isinstance(found.best_metrics, dict) or not isinstance(found.scaler, dict):
+            raise TypeError("best_metrics and scaler must be objects")
+        if strange := [n for n, v in found.best_metrics.items() if type(v) not in (int, float)]:
+            raise TypeError(f"best_metrics: {strange[0]!r} is no number")
+    return found
+
+
+@contextmanager
+def _damage(path: Path) -> Iterator[None]:
+    """What torch and we raise on a state that does not fit, as one error with the remedy."""
     try:
-        fields = json.loads((path / "progress.json").read_text(encoding="utf-8"))
-        return Progress(**fields)
-    except (OSError, ValueError, TypeError) as error:
+        yield
+    except (LoralabError, KeyError, ValueError, TypeError, RuntimeError) as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else error
         raise AdapterFileError(
-            f"{path} is damaged ({error}); delete it to go on before it"
+            f"{path} is damaged ({reason}); delete it to go on before it"
         ) from None
+
+
+def _optimizer_state(tensors: Mapping[str, Tensor], trained: Trained) -> dict[int, dict[str, Any]]:
+    """What `_state` wrote of the optimiser, by the number of the parameter.
+
+    Raises:
+        ValueError: a tensor is of no parameter, or has another shape than its own.
+    """
+    state: dict[int, dict[str, Any]] = {}
+    shapes = [p.shape for group in trained.optimizer.param_groups for p in group["params"]]
+    found: dict[str, Any] = dict(_part(tensors, "optimizer."))
+    found |= {name: tensor.item() for name, tensor in _part(tensors, "number.").items()}
+    for name, value in found.items():
+        index, key = name.split(".", 1)
+        if not 0 <= int(index) < len(shapes):
+            raise ValueError(f"optimizer.{name} is of no parameter")
+        if key in MOMENTS and value.shape != shapes[int(index)]:
+            raise ValueError(f"optimizer.{name} has the shape {tuple(value.shape)}")
+        outer, _, inner = key.partition("/")
+        own = state.setdefault(int(index), {})
+        (own.setdefault(outer, {}) if inner else own)[inner or key] = value
+    _require_moments(state, trained.optimizer)
+    return state
+
+
+def _require_moments(
+    state: Mapping[int, Mapping[str, Any]], optimizer: torch.optim.Optimizer
+) -> None:
+    """Refuse a state without which the next step would fail, or make no number."""
+    needed = NEEDED if isinstance(optimizer, torch.optim.AdamW) else set()
+    for index, own in state.items():
+        if lost := sorted(needed - own.keys()):
+            raise ValueError(f"optimizer.{index} lacks {lost[0]}")
+        numbers = {key: value for key, value in own.items() if isinstance(value, Tensor)}
+        if wrong := [key for key, value in numbers.items() if not value.isfinite().all()]:
+            raise ValueError(f"optimizer.{index}.{wrong[0]} is not finite")
+        step = own.get("step", 0)
+        if torch.as_tensor(step).numel() != 1 or not 0 <= float(step) <= MOST_STEPS:
+            raise ValueError(f"optimizer.{index}.step is not the number of a step")
 
 
 def _state(trained: Trained) -> dict[str, Tensor]:
@@ -194,15 +260,6 @@ def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name[len(prefix) :]: t for name, t in tensors.items() if name.startswith(prefix)}
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    try:
-        return safetensors.torch.load_file(path / "state.safetensors")
-    except (OSError, SafetensorError) as error:
-        raise AdapterFileError(
-            f"{path} is damaged ({error}); delete it to go on before it"
-        ) from None
 
 
 def _has_ended(progress: Progress, steps: int) -> bool:

@@ -54,8 +54,8 @@ def read_jobs(file: Path, fields: Iterable[str]) -> tuple[Fields, dict[str, Fiel
         name = table.pop("name", None)
         if not isinstance(name, str):
             raise ConfigError(f"{file}: job {number} has no name")
-        require_names([*jobs, name])
-        with_name = f"job {name!r}: "
+        require_names([*jobs, name], f"{file}: ")
+        with_name = f"{file}: job {name!r}: "
         if "output_dir" in table:
             raise ConfigError(f"{with_name}output_dir is common; a job's folder has its name")
         _require_known(table, allowed, with_name)
@@ -63,8 +63,11 @@ def read_jobs(file: Path, fields: Iterable[str]) -> tuple[Fields, dict[str, Fiel
     return content, jobs
 
 
-def require_names(names: Sequence[str]) -> None:
+def require_names(names: Sequence[str], where: str = "") -> None:
     """Names of jobs are names of folders, and no two are the same.
+
+    Args:
+        where: the beginning of an error.
 
     Raises:
         ConfigError: one is not safe, or occurs twice.
@@ -72,12 +75,12 @@ def require_names(names: Sequence[str]) -> None:
     for name in names:
         if not SAFE.fullmatch(name) or name.endswith("."):
             raise ConfigError(
-                f"job {name!r}: a name is made of letters, digits, '-', '_' and '.', and begins "
-                "with a letter or digit"
+                f"{where}job {name!r}: a name is made of letters, digits, '-', '_' and '.', and "
+                "begins with a letter or digit"
             )
     folded = [name.casefold() for name in names]
     if twice := [name for name, own in zip(names, folded, strict=True) if folded.count(own) > 1]:
-        raise ConfigError(f"names of jobs must differ, got {some(twice)}")
+        raise ConfigError(f"{where}names of jobs must differ, got {some(twice)}")
 
 
 def of_job(name: str, error: LoralabError) -> LoralabError:

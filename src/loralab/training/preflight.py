@@ -40,6 +40,7 @@ from loralab.training.optim import usual_rate
 from loralab.training.settings import Training
 from loralab.training.shard import require_shardable
 from loralab.training.world import world
+from loralab.values import read_toml
 
 CONFIG = "config.toml"
 CHOSEN = ("pass_tokens", "gradient_checkpointing", "checkpoint_blocks")  # by a memory budget
@@ -242,8 +243,9 @@ def require_place(folder: Path, request: Request, *, resume: bool) -> Request:
         raise OutputError(
             f"{folder} holds another run; continue it with --resume, or choose another name"
         )
-    stored = tomllib.loads(config.read_text(encoding="utf-8"))
-    request = _in_processes(request, stored.get("processes", 1))
+    stored = read_toml(config)
+    before = stored.get("processes", 1)
+    request = _in_processes(request, before if isinstance(before, int) else 1)
     if request.training.memory_budget is not None:
         chosen = {name: stored[name] for name in CHOSEN if name in stored}
         request = replace(request, training=replace(request.training, **chosen), settled=True)

@@ -91,9 +91,15 @@ def read_metrics(folder: str | Path) -> list[Event]:
         return []
     events = []
     for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
-        with contextlib.suppress(ValueError):
-            events.append(json.loads(line))
+        with contextlib.suppress(ValueError, RecursionError):
+            event = json.loads(line)
+            if isinstance(event, dict) and event.get("kind") in _KEPT and _is_step(event):
+                events.append(event)
     return events
+
+
+def _is_step(event: Event) -> bool:
+    return type(event.get("step")) is int
 
 
 def _drop_after(file: Path, step: int) -> None:

@@ -1,0 +1,116 @@
+"""Whether a model folder is what its configuration says, before it is built for it.
+
+What builds a model believes config.json: a thousand million layers, a vocabulary of terabytes. The
+weights are the measure: nothing may be built that is many times as large as what fills it.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loralab.errors import ModelError, shown
+from loralab.values import memory, read_json
+
+CONFIG, INDEX, ADAPTER = "config.json", "model.safetensors.index.json", "adapter_config.json"
+LAYERS = re.compile(r"(layers?|depths?|blocks|n_layer)$")
+MOST_LABELS, MOST_LAYERS = 1 << 20, 1 << 14
+LARGEST_HEADER = 1 << 27  # bytes
+PER_BYTE, SPARE = 8, 1 << 24  # numbers of a model: for each byte of its weights, and beyond
+
+
+def require_folder(name: str, path: Path) -> None:
+    """Check the small files of a model folder against its weights.
+
+    Raises:
+        ModelError: config.json cannot be read, asks for more layers than there are tensors or for
+            code from elsewhere, or a file leads out of the folder.
+    """
+    if (path / ADAPTER).exists():  # transformers would go on to the base that it names
+        raise ModelError(f"{name} is an adapter, or holds one ({ADAPTER}); a base model is needed")
+    config = read_json(path / CONFIG, ModelError)
+    _require_small(name, path)
+    if (path / INDEX).exists():
+        parts = read_json(path / INDEX, ModelError).get("weight_map")
+        if not isinstance(parts, dict) or not all(map(_is_part, parts.values())):
+            raise ModelError(f"{name}: {INDEX} must name files of its own folder")
+    counts = [_count(file) for file in path.glob("*.safetensors")]
+    # of damaged weights more is said when they are read
+    tensors = MOST_LAYERS if None in counts else sum(filter(None, counts))
+    for key, value in _fields(config):
+        if "attn_implementation" in key and "/" in str(value):
+            raise ModelError(f"{name}: {CONFIG} asks for code from elsewhere: {key} {shown(value)}")
+        number = value if type(value) is int else 0
+        if key == "num_labels" and number > MOST_LABELS:
+            raise ModelError(f"{name}: {CONFIG} has {key} {value}; the most is {MOST_LABELS:,}")
+        if LAYERS.search(key) and number > tensors:
+            raise ModelError(
+                f"{name}: {CONFIG} has {key} {value}, and the weights are {tensors} tensors"
+            )
+
+
+def require_weights(name: str, path: Path) -> int:
+    """The bytes of a folder's weights.
+
+    Raises:
+        ModelError: they are damaged.
+    """
+    files = list(path.glob("*.safetensors"))
+    if any(_count(file) is None for file in files):
+        raise ModelError(f"{name}: the weights are damaged or truncated")
+    return sum(file.stat().st_size for file in files)
+
+
+def require_plausible(name: str, weights: int, build: Callable[[], Any]) -> None:
+    """Refuse a configuration whose model is many times as large as its weights.
+
+    Args:
+        weights: bytes of the files.
+        build: makes the model; called on the meta device, where nothing has a size.
+
+    Raises:
+        ModelError: the model is too large for them.
+    """
+    with torch.device("meta"):
+        model = build()
+    size = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
+    if size > PER_BYTE * weights + SPARE:
+        raise ModelError(
+            f"{name}: {CONFIG} describes {size:,} numbers, and the weights have {weights:,} bytes"
+        )
+
+
+def _require_small(name: str, path: Path) -> None:
+    """Tokenizers and settings are held whole, several times over."""
+    for file in path.glob("*.json"):
+        if not file.is_file() or file.stat().st_size > memory() // 16:
+            raise ModelError(f"{name}: {file.name} is no file, or does not fit into memory")
+
+
+def _is_part(value: Any) -> bool:
+    return isinstance(value, str) and Path(value).name == value
+
+
+def _count(file: Path) -> int | None:
+    """The tensors of a safetensors file; None of one that is damaged."""
+    with file.open("rb") as handle:
+        length = int.from_bytes(handle.read(8), "little")
+        if not 0 < length <= min(file.stat().st_size, LARGEST_HEADER):
+            return None
+        try:
+            header = json.loads(handle.read(length))
+        except (ValueError, RecursionError):
+            return None
+    return len(header) if isinstance(header, dict) else None
+
+
+def _fields(content: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Every field with what it holds, those of sub-models and elements of lists on their own."""
+    for key, value in content.items():
+        if isinstance(value, dict):
+            yield from _fields(value)
+        for one in value if isinstance(value, list) else [value]:
+            yield key, one

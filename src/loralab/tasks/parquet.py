@@ -1,0 +1,63 @@
+"""Parquet files, whose few bytes can stand for any number of rows.
+
+A run of equal values takes some bytes in the file and all of them in memory; a page says itself
+how large it will be. What is unpacked is counted while it is, and ends at a multiple of the file.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from loralab.errors import DataError
+from loralab.values import read_bytes
+
+Numbered = list[tuple[int, dict[str, Any]]]
+BATCH = 1024  # rows that are unpacked at once
+ROW = 256  # bytes that a row takes whatever it holds
+LEAST, TIMES = 1 << 30, 200  # bytes that a small file may fill; beyond, for each byte of the file
+
+
+def read_parquet(file: Path) -> Numbered:
+    """The rows of a file, counted from 1.
+
+    Raises:
+        DataError: it is no Parquet file, is damaged, or would fill far more memory than its size.
+    """
+    import pyarrow
+
+    data = read_bytes(file, DataError)
+    rows: Numbered = []
+    try:
+        for batch in _batches(file, data):
+            rows += enumerate(batch.to_pylist(), start=len(rows) + 1)
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{file} is no readable Parquet file: {error}") from None
+    except (KeyError, ImportError, NotImplementedError, TypeError) as error:
+        # Arrow's types beyond Python's: a time zone that nobody has, a unit of nanoseconds
+        raise DataError(f"{file} holds values that cannot be read: {error}") from None
+    return rows
+
+
+def _batches(file: Path, data: bytes) -> Iterator[Any]:
+    """The rows in portions, as long as they stay within what the file can mean."""
+    import pyarrow
+    from pyarrow import parquet
+
+    most = max(LEAST, TIMES * len(data))
+    source = parquet.ParquetFile(pyarrow.BufferReader(data))
+    groups = [source.metadata.row_group(n) for n in range(source.metadata.num_row_groups)]
+    claimed = sum(group.total_byte_size for group in groups) + ROW * source.metadata.num_rows
+    used = 0
+    if claimed <= most:
+        for batch in source.iter_batches(batch_size=BATCH, use_threads=False):
+            used += batch.nbytes + ROW * batch.num_rows
+            if used > most:
+                break
+            yield batch
+    if max(claimed, used) > most:
+        raise DataError(
+            f"{file} has {len(data):,} bytes and would fill more than {most:,}; "
+            "it is damaged, or was made to"
+        )
