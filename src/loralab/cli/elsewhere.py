@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from loralab.errors import ConfigError
-from loralab.serving.settings import Limits, ServeSettings
+from loralab.serving.settings import Limits
 
 NOT_VLLMS = ("cache_memory", "queue", "step_tokens", "quantize")  # it has other words for them
 
@@ -25,25 +25,24 @@ def require_ours(engine: str, python: str | None, arguments: str) -> None:
 
 
 def serve_by_vllm(
-    *,
-    model: str,
-    store: Path,
-    named: Mapping[str, str | Path],
-    host: str,
-    port: int,
-    python: str | None,
-    arguments: str,
-    settings: ServeSettings,
+    asked: Mapping[str, Any], host: str, port: int, python: str | None, arguments: str,
     as_json: bool,
-) -> int:
+) -> int:  # fmt: skip
     """Serve a store by vLLM until it ends; its exit code.
+
+    Args:
+        asked: what our own engine would be opened with.
 
     Raises:
         InputError: the base, the store or an option is wrong, or vLLM is not there.
     """
     from loralab.serving.vllm import find_python
 
-    further = shlex.split(arguments)
+    model, store, settings = asked["model"], asked["store"], asked["settings"]
+    try:
+        further = shlex.split(arguments)
+    except ValueError as error:
+        raise ConfigError(f"--engine-args {arguments!r}: {error}") from None
     found = find_python(python)
     from loralab.artefacts.prepared import prepare
     from loralab.models import load as models
@@ -57,13 +56,13 @@ def serve_by_vllm(
     if not store.is_dir():
         raise ConfigError(f"there is no store at {store}; give a folder with adapters in it")
     shelf = Store(store, lambda stored: None, resident=settings.resident)
-    for name, path in named.items():
+    for name, path in asked["adapters"].items():
         shelf.load(name, str(path))
     prepared = prepare({entry.name: entry.path for entry in shelf.entries()}, model)
     with open_socket(host, port) as opened:
         where, port = address(opened), opened.getsockname()[1]
     shown = base_id(str(Path(model).resolve()) if Path(model).is_dir() else model)
-    asked = Asked(
+    run_as = Asked(
         python=found, source=models.resolve(model), name=shown, adapters=prepared.ready,
         rank=prepared.rank, store=store.resolve(), host=host, port=port, settings=settings,
         further=further,
@@ -72,11 +71,16 @@ def serve_by_vllm(
     for name, reason in left_out.items():
         print(f"left out: {name}: {reason}", file=sys.stderr)
     ready = {"url": where, "model": shown, "kind": models.CAUSAL, "adapters": list(prepared.ready)}
-    return run(asked, lambda: _say_ready(ready, as_json))
+    return run(run_as, lambda: _say_ready(ready, as_json))
 
 
-def require_vllms(typed: Mapping[str, Any], limits: Limits, keys: Path | None, pin: Any) -> None:
+def require_vllms(
+    typed: Mapping[str, Any], limits: Limits, keys: Path | None, pin: Any, ours: Any
+) -> None:
     """Refuse what vLLM has no word for.
+
+    Args:
+        ours: what only loralab's own engine knows, if anything was given.
 
     Raises:
         ConfigError: an option would have no effect.
@@ -88,6 +92,8 @@ def require_vllms(typed: Mapping[str, Any], limits: Limits, keys: Path | None, p
         raise ConfigError(
             f"{unheard[0]} is not passed on to vLLM; say it in vLLM's own words with --engine-args"
         )
+    if ours:
+        raise ConfigError("--ray, --replicas and --allow-host are for loralab's own engine")
     if keys is not None:
         raise ConfigError(
             "--keys is not passed on to vLLM, which knows neither quotas nor adapters of a key; "

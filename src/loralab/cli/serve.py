@@ -67,31 +67,23 @@ def serve(
     check_choice("engine", engine_name, ("loralab", "vllm"))
     if store is None:
         raise ConfigError("give --store, a folder of adapter folders")
-    named = _named(adapter or [])
     _require_extra()
+    known = _keys(host, keys, no_keys)
+    asked: dict[str, Any] = {
+        "model": model or DEFAULT_MODEL, "store": store.resolve(), "adapters": _named(adapter or []),
+        "pinned": pin or [], "settings": settings,
+    }  # fmt: skip
     if engine_name == "vllm":
-        require_vllms(typed or {}, limits, keys, pin)
-        if ray is not None or replicas is not None:
-            raise ConfigError("--ray and --replicas are for loralab's own engine")
-        _keys(host, None, no_keys)
-        code = serve_by_vllm(
-            model=model or DEFAULT_MODEL, store=store, named=named, host=host, port=port,
-            python=engine_python, arguments=engine_args, settings=settings, as_json=json_,
-        )  # fmt: skip
-        raise typer.Exit(code)
+        require_vllms(typed or {}, limits, keys, pin, ray or replicas or allow_host)
+        raise typer.Exit(serve_by_vllm(asked, host, port, engine_python, engine_args, json_))
     require_ours(engine_name, engine_python, engine_args)
     from loralab.serving.gate import hosts_of
 
-    known, hosts = _keys(host, keys, no_keys), hosts_of(host, allow_host or [])
-    asked: dict[str, Any] = {
-        "model": model or DEFAULT_MODEL, "store": store.resolve(), "adapters": named,
-        "pinned": pin or [], "settings": settings,
-    }  # fmt: skip
+    rules = {"limits": limits, "hosts": hosts_of(host, allow_host or [])}
     if ray is not None or replicas is not None:
-        plan = {**asked, "limits": limits, "hosts": hosts}
-        _serve_replicas(plan, replicas or 1, ray, host, port, known, json_)
-        return
-    _serve_here(asked, host, port, known, {"limits": limits, "hosts": hosts}, json_)
+        _serve_replicas(asked | rules, replicas or 1, ray, host, port, known, json_)
+    else:
+        _serve_here(asked, host, port, known, rules, json_)
 
 
 def _serve_here(
