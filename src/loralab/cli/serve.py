@@ -70,8 +70,8 @@ def serve(
     _require_extra()
     known = _keys(host, keys, no_keys)
     asked: dict[str, Any] = {
-        "model": model or DEFAULT_MODEL, "store": store.resolve(), "adapters": _named(adapter or []),
-        "pinned": pin or [], "settings": settings,
+        "model": model or DEFAULT_MODEL, "store": store.resolve(), "settings": settings,
+        "adapters": _named(adapter or []), "pinned": pin or [],
     }  # fmt: skip
     if engine_name == "vllm":
         require_vllms(typed or {}, limits, keys, pin, ray or replicas or allow_host)
