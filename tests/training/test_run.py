@@ -239,5 +239,5 @@ def test_a_board_that_cannot_be_written_is_named(
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr("loralab.training.record._tensorboard", refused)
-    with pytest.raises(OutputError, match="cannot write .*tensorboard: Permission denied"):
+    with pytest.raises(OutputError, match=r"cannot write .*tensorboard: Permission denied"):
         tiny_train()
