@@ -153,7 +153,10 @@ def _obey() -> None:
 def _reload(command: list[str], **_: Any) -> Any:
     """The fresh process of a certificate, forked too: it computes the same."""
     certificate: Any = importlib.import_module("loralab.artefacts.certificate")
+    signals = {signal.SIGINT, signal.SIGTERM}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # one inside a fork would be lost
     child = os.fork()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
     if child == 0:
         with contextlib.suppress(BaseException):
             certificate._main(*command[3:])
@@ -192,7 +195,8 @@ def _killed(victim: Victim, place: Path, moment: float, draw: random.Random) -> 
 
 def _killed_in_a_write(victim: Victim, place: Path, moment: float, draw: random.Random) -> None:
     """At the n-th file or folder that appears under a temporary name."""
-    wanted, seen, until = draw.randint(1, 40), set[tuple[str, int]](), time.monotonic() + 30
+    wanted, until = draw.choice([1, 2, 3, 5, 8, 13, 21, 34]), time.monotonic() + 30
+    seen = set[tuple[str, int]]()
     while len(seen) < wanted and victim.alive() and time.monotonic() < until:
         for path in _found(place):
             with contextlib.suppress(OSError):
