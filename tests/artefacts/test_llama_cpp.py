@@ -24,6 +24,9 @@ UNEVEN = LoRA(
     alpha_pattern={r"layers\.3\.self_attn\.q_proj": 7},
 )  # fmt: skip
 NEW = 24
+# llama.cpp rounds to half precision in places: its base alone differs by up to 9e-3 from ours, and
+# rows of B that are not moved make 0.1
+NOISE = 0.02
 # {"model", "adapter", "prompts", "new"} on standard input -> for each prompt the tokens that are
 # written and the twenty largest log-probabilities of the first
 ASK = """
@@ -115,6 +118,6 @@ def test_llama_cpp_computes_what_our_model_does(tmp_path: Path) -> None:
         for (tokens, first), (own, values), (_, wrong) in zip(found, expected, other, strict=True):
             places = torch.tensor([int(token) for token in first])
             told = torch.tensor(list(first.values()))
-            assert (told - values[places]).abs().max() < 2e-3
+            assert (told - values[places]).abs().max() < NOISE
             assert (told - wrong[places]).abs().max() > 0.1
             assert tokens == own
