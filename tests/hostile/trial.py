@@ -22,7 +22,7 @@ from loralab.errors import LoralabError
 
 ROOM = 4 << 30  # bytes of address space beyond those of the start
 MOST = 1 << 30  # bytes of memory beyond those of the start
-SECONDS = 20.0  # for one file
+SECONDS, WAITING = 20.0, 120.0  # of the processor for one file, and of the clock
 LONGEST = 2100  # characters of a message
 
 
@@ -129,12 +129,16 @@ def _limited() -> Iterator[None]:
     def ring(*_: object) -> None:
         raise TookTooLong
 
-    signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, SECONDS, 1.0)
+    timers = {signal.ITIMER_PROF: SECONDS, signal.ITIMER_REAL: WAITING}
+    for rung in (signal.SIGPROF, signal.SIGALRM):
+        signal.signal(rung, ring)
+    for timer, seconds in timers.items():
+        signal.setitimer(timer, seconds, 1.0)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        for timer in timers:
+            signal.setitimer(timer, 0)
 
 
 def _memory(name: str) -> int:

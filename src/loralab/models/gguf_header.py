@@ -164,10 +164,13 @@ class _Head:
 
     def _require_plausible(self, found: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:
         """No size may exceed those of the tensors: the model is built for it."""
+        blocks = {name.split(".")[1] for name in shapes if name.startswith("blk.")}
+        if not any(key.endswith(".block_count") for key in found):
+            raise self._error("it does not say how many blocks it has")
         widest = max((size for shape in shapes.values() for size in shape), default=0)
         for key, value in found.items():
             end = key.partition(".")[2]
-            most = len(shapes) if end == "block_count" else widest
+            most = len(blocks) if end == "block_count" else widest
             numbers = value if isinstance(value, list) else [value]
             if end in (*WIDTHS, "block_count") and any(
                 not isinstance(n, int) or not 0 <= n <= most for n in numbers

@@ -108,6 +108,8 @@ def load(
             require_plausible(name, weights, lambda: _LOADERS[kind].from_config(config))
         torch.manual_seed(seed)
         tokenizer = _reader(name, source, config, kind, image_size)
+        if kind != VISION:
+            _require_use(name, tokenizer)
         model, report = _LOADERS[kind].from_pretrained(
             source, dtype=dtype, use_safetensors=True, output_loading_info=True,
             trust_remote_code=False, ignore_mismatched_sizes=True, **options,
@@ -355,6 +357,16 @@ def _require_size(name: str, model: Any, size: int) -> None:
     if own in (None, size) or fits or model.config.model_type in _FREE_SIZES:
         return
     raise ConfigError(f"{name} takes pictures of {own} pixels alone, got image_size {size}")
+
+
+def _require_use(name: str, tokenizer: Any) -> None:
+    """A tokenizer whose files are odd is found out when it is used, so it is used here."""
+    if not isinstance(tokenizer.model_max_length, int | float):
+        raise ModelError(
+            f"{name}: tokenizer_config.json has model_max_length "
+            f"{shown(tokenizer.model_max_length)}, which is no number"
+        )
+    tokenizer("a", verbose=False)
 
 
 def _prepare(model: Any, tokenizer: Any) -> None:

@@ -79,7 +79,7 @@ def require_plausible(name: str, weights: int, build: Callable[[], Any]) -> None
     size = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
     if size > PER_BYTE * weights + SPARE:
         raise ModelError(
-            f"{name}: {CONFIG} describes {size:,} numbers, and the weights have {weights:,} bytes"
+            f"{name} describes a model of {size:,} numbers, and its weights have {weights:,} bytes"
         )
 
 
