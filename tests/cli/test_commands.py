@@ -2,12 +2,13 @@
 
 import json
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from loralab.cli import _as_interrupt, _ended, run
+from loralab.cli import _as_interrupt, _ended, _thread_ended, run
 from loralab.cli.options import pairs
 from loralab.errors import ConfigError
 from loralab.studies.fields import from_toml
@@ -220,3 +221,11 @@ def test_memory_that_ran_out_is_said_so(
 ) -> None:
     assert _ended(error) == 1
     assert capsys.readouterr().err.startswith("error: memory ran out")
+
+
+def test_a_thread_that_cannot_write_adds_no_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    for error in (OSError(28, "No space left on device"), ValueError("another")):
+        _thread_ended(threading.ExceptHookArgs((type(error), error, None, None)))
+    said = capsys.readouterr().err
+    assert "No space" not in said
+    assert "ValueError: another" in said

@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import threading
 import warnings
 from types import FrameType
 from typing import Annotated, Any
@@ -49,6 +50,7 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.showwarning = _show_warning
     signal.signal(signal.SIGTERM, _as_interrupt)
+    threading.excepthook = _thread_ended
     sys.exit(run(sys.argv[1:]))
 
 
@@ -95,6 +97,12 @@ def _as_interrupt(number: int, frame: FrameType | None) -> None:
     if not callable(handler):  # a shell ignores Ctrl-C for what it starts in the background
         raise KeyboardInterrupt
     handler(signal.SIGINT, frame)
+
+
+def _thread_ended(ended: threading.ExceptHookArgs) -> None:
+    """TensorBoard writes in a thread: what it cannot write is raised again where it is called."""
+    if not isinstance(ended.exc_value, OSError):
+        threading.__excepthook__(ended)
 
 
 def _interrupted() -> int:
