@@ -263,7 +263,7 @@ def test_optuna_proposes_what_is_recommended_and_goes_on_where_it_was(
     assert {file: file.stat().st_mtime_ns for file in before} == before
     (ground, arms, _), *_ = store.plans(folder).values()
     count = int(ground.values[0])
-    assert count <= len(arms) - 1 <= count + 1
+    assert 0.8 * count <= len(arms) - 1 <= count  # two proposals may round to the same arm
     rates = {arm.fields["learning_rate"] for arm in arms if arm.fields}
     assert len(rates) > 3  # of no grid
     assert (folder / "config.toml").is_file()

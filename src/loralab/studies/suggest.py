@@ -37,7 +37,9 @@ WORST = 1e6  # what Optuna is told of a run that diverged or failed
 
 
 def suggested(own: Session, ground: Ground) -> list[Arm]:
-    """The arms of a recommendation, the base among them: as many as `ground.values` says.
+    """The arms of a recommendation, the base among them: as many proposals as `ground.values` says.
+
+    Two proposals whose learning rates round to the same two digits are one arm.
 
     Raises:
         ConfigError: Ray Tune or Optuna is missing, or the model can have none of the shapes.
