@@ -234,7 +234,7 @@ def _no_space(victim: Victim, place: Path, moment: float, draw: random.Random) -
     if _wait(victim, moment):
         with contextlib.suppress(OSError), (place / FILLER).open("wb") as file:
             free = shutil.disk_usage(place).free
-            os.posix_fallocate(file.fileno(), 0, max(1, free - draw.choice([0, 8_192, 40_960])))
+            os.posix_fallocate(file.fileno(), 0, max(1, free - draw.choice([0, 0, 8_192, 40_960])))
 
 
 @contextlib.contextmanager
@@ -273,7 +273,7 @@ def _no_permission(victim: Victim, place: Path, moment: float, draw: random.Rand
     if _wait(victim, moment):
         folders = [place, *(path for path in place.rglob("*") if path.is_dir())]
         with contextlib.suppress(OSError):
-            draw.choice(folders).chmod(0o555)
+            draw.choice([*folders[:2] * 2, *folders]).chmod(0o555)
 
 
 @contextlib.contextmanager
