@@ -34,6 +34,7 @@ from loralab.models.pictures import Pictures
 from loralab.serving import keys
 from loralab.serving.entries import describe
 from loralab.serving.names import Names, write_names
+from loralab.serving.reading import glance
 from loralab.serving.store import Store
 from loralab.studies import report, store
 from loralab.studies.fields import from_toml
@@ -44,6 +45,7 @@ from loralab.tasks.encode import chat_ids
 from loralab.tasks.pictures import from_file
 from loralab.training import checkpoint
 from loralab.training.record import read_metrics
+from loralab.training.world import World
 
 Change = Callable[[bytes, random.Random], bytes]
 ROWS: dict[str, list[dict[str, Any]]] = {
@@ -97,7 +99,8 @@ def damage_adapter(place: Path, draw: random.Random) -> None:
 def read_adapter(place: Path) -> None:
     """As `load`, `inspect` and a store read it."""
     spectrum.describe(place)
-    describe("x", place)
+    seen = glance(place.parent, place)
+    describe("x", place, seen.fields, seen.record, seen.size)
     model = gpt2()
     load(model, place).detach()
 
@@ -125,7 +128,7 @@ def step(trained: checkpoint.Trained) -> None:
 
 def make_checkpoint(place: Path) -> None:
     """Step 1."""
-    checkpoint.write(place, begun(), checkpoint.Progress(step=1, best_step=1))
+    checkpoint.write(place, begun(), checkpoint.Progress(step=1, best_step=1), World())
 
 
 def read_checkpoint(place: Path) -> None:
@@ -133,7 +136,7 @@ def read_checkpoint(place: Path) -> None:
     path = checkpoint.latest(place)
     assert path is not None
     trained = begun()
-    checkpoint.restore(path, trained)
+    checkpoint.restore(path, trained, World())
     checkpoint.restore_weights(path, trained.adapter)
     checkpoint.side_by_side({place: 2})
     step(trained)

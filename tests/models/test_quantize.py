@@ -1,6 +1,7 @@
 """4-bit weights: the levels and sizes of the papers, products, gradients, what survives."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gguf
@@ -15,7 +16,7 @@ from torch import nn
 from loralab.adapters.attach import attach
 from loralab.adapters.methods import IA3, LoRA
 from loralab.errors import ModelError
-from loralab.models.gguf_blocks import FORMATS, Blocks, _rotary_order, linear_tensors
+from loralab.models.gguf_blocks import FORMATS, Blocks, linear_tensors, row_order
 from loralab.models.quantize import NF4, QuantizedLinear, dequantize, quantize, retained
 
 LEVELS = [  # arXiv:2305.14314, appendix E
@@ -135,13 +136,20 @@ def test_other_formats_go_through_the_package() -> None:
 def test_the_rotary_order_undoes_that_of_llama_cpp(heads: int, half: int) -> None:
     rows = torch.arange(2 * half * heads)
     theirs = rows.view(heads, 2, half).transpose(1, 2).reshape(-1)  # its converter's permutation
-    assert torch.equal(theirs[_rotary_order(len(rows), heads)], rows)
+    config = SimpleNamespace(num_attention_heads=heads, num_key_value_heads=heads)
+    for layer in ("attn_q", "attn_k"):
+        order = row_order("llama", config, layer, len(rows))
+        assert order is not None
+        assert torch.equal(theirs[order], rows)
+    assert row_order("llama", config, "attn_v", len(rows)) is None
+    assert row_order("qwen2", config, "attn_q", len(rows)) is None
 
 
 def write_gguf(file: Path, model: Any, architecture: str = "llama") -> None:
     """The layers of a tiny Llama in 8 bits, as llama.cpp names and orders them."""
     writer = gguf.GGUFWriter(file, architecture)
     config = model.config
+    writer.add_block_count(config.num_hidden_layers)
     short = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output",
              "gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down"}  # fmt: skip
     for path, layer in model.named_modules():

@@ -14,6 +14,7 @@ from studies.conftest import ground_of
 from loralab.errors import ConfigError, OutputError, RunError
 from loralab.studies import store
 from loralab.studies.conduct import _require_place
+from loralab.studies.forked import Worker
 from loralab.studies.runner import BUDGET, records, session
 from loralab.studies.study import DIVERGED, DONE, FAILED, MISSING, Arm, Cell, Record
 from loralab.studies.trained import MEASURE, measured
@@ -276,6 +277,13 @@ def test_what_a_study_left_that_was_killed_as_it_began_is_no_obstacle(tmp_path: 
         _require_place(tmp_path, resume=False)
 
 
+def worker_of(process: "subprocess.Popen[str]", folder: Path) -> Worker:
+    """Some process in the worker's place."""
+    worker = Worker(folder / "log")
+    worker._process = process
+    return worker
+
+
 def test_a_worker_that_is_gone_is_an_error(
     tmp_path: Path, tiny_bert_folder: Path, noise_file: Path
 ) -> None:
@@ -283,7 +291,7 @@ def test_a_worker_that_is_gone_is_an_error(
     gone = subprocess.Popen(["true"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     gone.wait()
     with session(tmp_path / "study") as own:
-        own._worker, own._log = gone, (tmp_path / "log").open("a")
+        own._worker = worker_of(gone, tmp_path)
         with pytest.raises(RunError, match="worker of the study has ended"):
             own.obtain(Cell(measure=MEASURE, ground=ground, arm=Arm(name="x"), seed=0))
         assert gone.stdin is not None
@@ -300,6 +308,6 @@ def test_half_a_line_of_a_killed_child_is_passed_over(
         ["printf", "%s", said], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     with session(tmp_path / "study") as own:
-        own._worker, own._log = half, (tmp_path / "log").open("a")
+        own._worker = worker_of(half, tmp_path)
         found = own.obtain(Cell(measure=MEASURE, ground=ground, arm=Arm(name="x"), seed=0))
     assert "memory ran out" in found.reason

@@ -9,16 +9,19 @@ from typing import Any
 
 from loralab.errors import ConfigError
 from loralab.serving.settings import Limits
+from loralab.values import check_choice
 
+ENGINES = ("loralab", "vllm")
 NOT_VLLMS = ("cache_memory", "queue", "step_tokens", "quantize")  # it has other words for them
 
 
 def require_ours(engine: str, python: str | None, arguments: str) -> None:
-    """Refuse what only another engine would hear.
+    """Refuse what only another engine would hear, and engines that there are not.
 
     Raises:
         ConfigError: an option would have no effect.
     """
+    check_choice("engine", engine, ENGINES)
     for flag, given in (("--engine-python", python), ("--engine-args", arguments)):
         if given:
             raise ConfigError(f"{flag} has no effect with --engine {engine}")

@@ -12,7 +12,6 @@ from loralab.cli.options import build, with_options
 from loralab.cli.train import DEFAULT_MODEL, Json, Model
 from loralab.errors import ConfigError
 from loralab.serving.settings import Limits, ServeSettings
-from loralab.values import check_choice
 
 if TYPE_CHECKING:
     from loralab.serving.api_service import About
@@ -64,19 +63,19 @@ def serve(
 ) -> None:
     """Serve a base and its adapters over HTTP, as OpenAI's API, with a page to try them."""
     settings, limits = build(ServeSettings, typed or {}), Limits(timeout=timeout)
-    check_choice("engine", engine_name, ("loralab", "vllm"))
     if store is None:
         raise ConfigError("give --store, a folder of adapter folders")
     _require_extra()
-    known = _keys(host, keys, no_keys)
     asked: dict[str, Any] = {
         "model": model or DEFAULT_MODEL, "store": store.resolve(), "settings": settings,
         "adapters": _named(adapter or []), "pinned": pin or [],
     }  # fmt: skip
     if engine_name == "vllm":
         require_vllms(typed or {}, limits, keys, pin, ray or replicas or allow_host)
+        _keys(host, None, no_keys)
         raise typer.Exit(serve_by_vllm(asked, host, port, engine_python, engine_args, json_))
     require_ours(engine_name, engine_python, engine_args)
+    known = _keys(host, keys, no_keys)
     from loralab.serving.gate import hosts_of
 
     rules = {"limits": limits, "hosts": hosts_of(host, allow_host or [])}
