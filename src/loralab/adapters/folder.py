@@ -225,13 +225,15 @@ def _require_plausible(path: Path, config: Any, tensors: Mapping[str, Tensor]) -
 
 
 def _broken(tensors: Mapping[str, Tensor]) -> list[str]:
-    """The names of tensors with numbers that are not finite; all are looked at in one call."""
-    names = sorted(name for name, t in tensors.items() if t.is_floating_point() and t.numel())
-    if not names:
+    """The names of tensors with numbers that are not finite; those of a dtype at once."""
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors.values():
+        if tensor.is_floating_point():
+            by_dtype.setdefault(tensor.dtype, []).append(tensor.flatten())
+    # a sum that is finite has finite parts; one that is not is looked at closely
+    if all(torch.cat(own).sum(dtype=torch.float32).isfinite() for own in by_dtype.values()):
         return []
-    largest = torch._foreach_norm([tensors[name] for name in names], torch.inf)
-    fine = torch.stack([value.float() for value in largest]).isfinite().tolist()
-    return [name for name, own in zip(names, fine, strict=True) if not own]
+    return sorted(name for name, tensor in tensors.items() if not tensor.isfinite().all())
 
 
 def _near(path: Path) -> str:

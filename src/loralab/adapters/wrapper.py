@@ -5,6 +5,7 @@ What it trains, saves and merges is asked for here, so that attaching, saving, l
 and detaching are written once, in attach.py.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -35,12 +36,19 @@ class Wrapper(nn.Module):
 
     def trained(self) -> dict[str, nn.Parameter]:
         """What is trained, by its name in this module."""
-        named = self.named_parameters()
-        return {name: p for name, p in named if not name.startswith("base.")}
+        own = {name: p for name, p in self._parameters.items() if p is not None}
+        named = (each.named_parameters(name) for name, each in self._beside())
+        return own | {name: p for pairs in named for name, p in pairs}
 
     def own_buffers(self) -> dict[str, Tensor]:
         """What must be kept beside it to go on training."""
-        return {name: b for name, b in self.named_buffers() if not name.startswith("base.")}
+        own = {name: b for name, b in self._buffers.items() if b is not None}
+        named = (each.named_buffers(name) for name, each in self._beside())
+        return own | {name: b for pairs in named for name, b in pairs}
+
+    def _beside(self) -> Iterator[tuple[str, nn.Module]]:
+        """The modules of its own: all that there are would be those of the base, too."""
+        return ((name, each) for name, each in self.named_children() if name != "base")
 
     def tensors(self) -> dict[str, Tensor]:
         """What is saved, by the last part of its key in the file."""
