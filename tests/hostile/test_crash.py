@@ -19,7 +19,7 @@ SHARES: dict[type[Case], int] = {Train: 34, Jobs: 20, Merge: 13, Export: 13, Stu
 CASES = {case.name: case for case in SHARES}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def ground(
     tmp_path_factory: pytest.TempPathFactory, tiny_llama_folder: Path, sums_file: Path
 ) -> Ground:
