@@ -52,7 +52,7 @@ def converted(file: Path, name: str) -> Path:
 
 
 def _write_gguf(file: Path, name: str, own: Path) -> None:
-    require_sound(file)
+    require_sound(file, model=True)
     options: Options = {"gguf_file": file.name, "trust_remote_code": False}
     with tempfile.TemporaryDirectory() as alone:  # nothing that lies beside the file is read
         (Path(alone) / file.name).symlink_to(file.resolve())

@@ -38,15 +38,18 @@ WIDTHS = (  # fields that are sizes of tensors
 )  # fmt: skip
 
 
-def require_sound(file: Path) -> None:
+def require_sound(file: Path, *, model: bool = False) -> None:
     """Refuse a file whose counts, lengths and offsets lead out of it, or that contradict it.
+
+    Args:
+        model: whether a model is to be built of it, and not only its tensors read.
 
     Raises:
         ModelError: the first such thing.
     """
     with file.open("rb") as handle:
         head = _Head(handle, file)
-        head.read()
+        head.read(model=model)
 
 
 class _Head:
@@ -57,7 +60,7 @@ class _Head:
         self._left = self._size = file.stat().st_size
         self._elements = 0
 
-    def read(self) -> None:
+    def read(self, *, model: bool) -> None:
         """All of it."""
         magic, version, tensors, fields = self._unpack("4sIQQ")
         if magic != b"GGUF" or version not in VERSIONS:
@@ -72,6 +75,8 @@ class _Head:
         extents = [self._tensor(shapes) for _ in range(tensors)]
         self._require_inside(extents, found.get("general.alignment", ALIGNMENT))
         self._require_plausible(found, shapes)
+        if model and not any(key.endswith(".block_count") for key in found):
+            raise self._error("it does not say how many blocks it has")
 
     def _error(self, reason: str) -> ModelError:
         return ModelError(f"{self._name} cannot be read: {reason}")
@@ -165,8 +170,6 @@ class _Head:
     def _require_plausible(self, found: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:
         """No size may exceed those of the tensors: the model is built for it."""
         blocks = {name.split(".")[1] for name in shapes if name.startswith("blk.")}
-        if not any(key.endswith(".block_count") for key in found):
-            raise self._error("it does not say how many blocks it has")
         widest = max((size for shape in shapes.values() for size in shape), default=0)
         for key, value in found.items():
             end = key.partition(".")[2]
