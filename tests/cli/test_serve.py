@@ -82,6 +82,8 @@ def test_what_it_says_to_people(tiny_llama_folder: Path) -> None:
         assert process.stdout is not None
         assert said.startswith("tiny at http://127.0.0.1:")
         assert process.stdout.readline() == "adapters: sst\n"
+        slower = "slower than it could be: no compiled step, as it is a fake\n"
+        assert process.stdout.readline() == slower
         line = process.stdout.readline()
         assert line.startswith("curl http://127.0.0.1:")
         words = line.split()

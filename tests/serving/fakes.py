@@ -86,7 +86,7 @@ class FakeEngine:
         self.base = SimpleNamespace(name="tiny", kind=kind, tokenizer=tokenizer, model=None)
         self.store = store
         self.context, self.max_waiting = 64, 2
-        self.healthy = True
+        self.healthy, self.slower = True, {"compiled": "it is a fake"}
         self.observe: Callable[[dict[str, Any]], None] | None = None
         self.gate = threading.Event()
         self.gate.set()

@@ -182,6 +182,8 @@ def _say_ready(found: "About", where: str, with_keys: bool, as_json: bool) -> No
     print(f"adapters: {', '.join(adapters[:SHOWN]) or 'none yet'}{more}")
     for name, reason in found.refused.items():
         print(f"left out: {name}: {reason}")
+    for way, reason in found.slower.items():
+        print(f"slower than it could be: no {way} step, as {reason}")
     print(_example(found.kind, where, (adapters or [base])[0], with_keys), flush=True)
 
 

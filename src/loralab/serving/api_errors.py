@@ -9,6 +9,7 @@ from loralab.errors import (
     AdapterNotFoundError,
     InputError,
     LoralabError,
+    OutputError,
     QueueFullError,
 )
 
@@ -64,6 +65,8 @@ def translated(error: LoralabError, param: str | None = None) -> ApiError:
         return ApiError(429, message, code="queue_full", retry_after=RETRY_SECONDS)
     if isinstance(error, AdapterNotFoundError):
         return ApiError(404, message, param="model", code="model_not_found")
+    if isinstance(error, OutputError):  # the server's own disk
+        return ApiError(500, message, code="cannot_write")
     if isinstance(error, InputError):
         return ApiError(400, message, param=param, code="invalid_value")
     return ApiError(500, message, code="engine_error")

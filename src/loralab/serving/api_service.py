@@ -35,12 +35,17 @@ TEXT = Task(name="text", format="text", splits={})
 
 @dataclass(frozen=True, kw_only=True)
 class About:
-    """What a server serves, for whoever started it; `refused` is what it left out, and why."""
+    """What a server serves, for whoever started it.
+
+    `refused` are the adapters that it left out, `slower` the quicker ways of computing a step that
+    it does not take; both with the reasons.
+    """
 
     base: str
     kind: str
     adapters: tuple[str, ...]
     refused: Mapping[str, str] = field(default_factory=dict)
+    slower: Mapping[str, str] = field(default_factory=dict)
 
 
 class Service:
@@ -246,7 +251,7 @@ def about(engine: "Engine") -> About:
     return About(
         base=base_id(engine.base.name), kind=engine.base.kind,
         adapters=tuple(entry.name for entry in engine.store.entries()),
-        refused=dict(getattr(engine.store, "refused", {})),
+        refused=dict(getattr(engine.store, "refused", {})), slower=engine.slower,
     )  # fmt: skip
 
 

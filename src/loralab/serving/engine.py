@@ -61,6 +61,11 @@ class Engine:
         self._closing = False
         self._threads: list[threading.Thread] = []
 
+    @property
+    def slower(self) -> dict[str, str]:
+        """Quicker ways of computing a step that are not taken, and why."""
+        return dict(getattr(self._model, "refused", {}))
+
     # -- asking: any thread ---------------------------------------------------------------------
 
     def submit(

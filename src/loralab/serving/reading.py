@@ -116,7 +116,10 @@ def opened(root: Path, path: Path) -> Iterator[int | None]:
     Raises:
         AdapterFileError: it lies outside, is no ordinary file, or cannot be opened.
     """
-    place = path.resolve()
+    try:
+        place = path.resolve()
+    except OSError as error:  # what it leads to is being moved
+        raise AdapterFileError(f"{path} cannot be opened: {error.strerror}") from None
     if not place.is_relative_to(root) or place == root:
         raise AdapterFileError(f"{path} lies outside the store")
     with contextlib.ExitStack() as stack:
