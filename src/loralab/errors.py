@@ -26,7 +26,6 @@ from collections.abc import Iterable
 from typing import Any
 
 LONGEST = 2000  # characters of a message; what it quotes may be as long as a file
-
 MOST_NAME = 500  # characters of a name that near ones are looked for
 
 

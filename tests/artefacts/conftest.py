@@ -12,6 +12,7 @@ from loralab.adapters.methods import LoRA
 from loralab.artefacts import certificate
 from loralab.artefacts.certificate import Certificate, Reference
 from loralab.models import load as models
+from loralab.models.kinds import CAUSAL
 
 MakeAdapter = Callable[..., Path]
 SAMPLE = [[5 + (7 * row + n) % 60 for n in range(4 + 3 * row)] for row in range(5)]
@@ -26,7 +27,7 @@ def make_adapter(tmp_path: Path) -> MakeAdapter:
         config: LoRA | None = None,
         *,
         name: str = "adapter",
-        kind: str = models.CAUSAL,
+        kind: str = CAUSAL,
         labels: Sequence[str] = (),
         precision: str = "fp32",
         seed: int = 0,

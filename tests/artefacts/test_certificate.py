@@ -29,7 +29,8 @@ from loralab.artefacts.certificate import (
 from loralab.artefacts.live import bring_to_life
 from loralab.artefacts.merge import merge
 from loralab.errors import AdapterFileError, CertificateError
-from loralab.models.load import CAUSAL, CLASSIFIER, load
+from loralab.models.kinds import CAUSAL, CLASSIFIER
+from loralab.models.load import load
 from loralab.tasks.samples import POSITIONS
 
 MakeAdapter = Callable[..., Path]

@@ -23,7 +23,7 @@ from loralab.artefacts.export import export
 from loralab.artefacts.prepared import prepare
 from loralab.cli import run
 from loralab.errors import AdapterFileError, ConfigError, ModelError
-from loralab.models.load import CLASSIFIER
+from loralab.models.kinds import CLASSIFIER
 
 MakeAdapter = Callable[..., Path]
 MERGE, EXPORT, NONE, NOTHING = ["merge"], ["export"], ["none"], list[str]()

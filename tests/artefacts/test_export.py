@@ -16,7 +16,7 @@ from loralab.artefacts.certificate import REFERENCE, certify, logits_of, verify
 from loralab.artefacts.export import TARGETS, export
 from loralab.artefacts.live import bring_to_life, label_names
 from loralab.errors import AdapterFileError, CertificateError, ConfigError, OutputError
-from loralab.models.load import CAUSAL, CLASSIFIER
+from loralab.models.kinds import CAUSAL, CLASSIFIER
 
 MakeAdapter = Callable[..., Path]
 

@@ -31,7 +31,8 @@ from loralab.errors import (
     ConfigError,
     OutputError,
 )
-from loralab.models.load import CAUSAL, CLASSIFIER, load
+from loralab.models.kinds import CAUSAL, CLASSIFIER
+from loralab.models.load import load
 from loralab.models.quantize import QuantizedLinear
 from loralab.models.quantize import quantize as pack
 

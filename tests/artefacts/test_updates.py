@@ -16,7 +16,7 @@ from loralab.artefacts.certificate import logits_of, verify
 from loralab.artefacts.export import export
 from loralab.artefacts.live import bring_to_life
 from loralab.artefacts.updates import is_uniform, uniform, updates
-from loralab.models.load import CAUSAL
+from loralab.models.kinds import CAUSAL
 
 MakeAdapter = Callable[..., Path]
 UNEVEN = LoRA(

@@ -11,12 +11,12 @@ from typing import Any
 
 import safetensors.torch
 from hostile.crash import DISASTERS, PARTIAL, Disaster, Ended, Victim, healed, small_disk
+from studies.outcomes import results
 
 from loralab.adapters import folder
 from loralab.artefacts.certificate import verify
 from loralab.errors import AdapterFileError, LoralabError
 from loralab.studies import store
-from loralab.studies.runner import records
 from loralab.training import checkpoint
 from loralab.training.record import LOG, read_metrics
 
@@ -387,24 +387,10 @@ class Study(Case):
         if not (place / "own" / store.STUDY).is_file():
             return []
         found, whole = results(place / "own"), results(self.whole / "own")
-        done = [name for name, one in found.items() if one["status"] == "done"]
+        done = [name for name, one in found.items() if one.status == "done"]
         return [f"{name} has other numbers" for name in done if found[name] != whole[name]]
 
     def different(self, place: Path) -> list[str]:
         again = [f"{f} is made again" for f, b in self._finished.items() if f.read_bytes() != b]
         same = results(place / "own") == results(self.whole / "own")
         return again + ([] if same else ["other results"]) + leftovers(place)
-
-
-def results(place: Path) -> dict[str, dict[str, Any]]:
-    """What does not depend on time or memory, by arm and seed."""
-    found = {}
-    for _, own in records(place).values():
-        for record in own:
-            numbers = {k: v for k, v in record.numbers.items() if "seconds" not in k}
-            numbers.pop("peak_bytes", None)
-            found[f"{record.arm.name} {record.seed}"] = {
-                "status": record.status, "numbers": numbers, "items": record.items,
-                "series": record.series,
-            }  # fmt: skip
-    return found

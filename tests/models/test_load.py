@@ -15,7 +15,8 @@ from loralab.errors import ConfigError, ModelError
 from loralab.models import convert
 from loralab.models import load as models
 from loralab.models.catalog import MODELS
-from loralab.models.load import CAUSAL, CLASSIFIER, load, natural_kind, parse_dtype, resolve
+from loralab.models.kinds import CAUSAL, CLASSIFIER
+from loralab.models.load import load, natural_kind, parse_dtype, resolve
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
          "num_attention_heads": 4, "vocab_size": 100}  # fmt: skip

@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 from studies.conftest import ground_of
+from studies.outcomes import results
 
 from loralab.cluster import joined, require_reachable
 from loralab.errors import ConfigError
 from loralab.studies import store
 from loralab.studies.away import Back
 from loralab.studies.cluster import AT_HOME, goes_away, received
-from loralab.studies.runner import records
-from loralab.studies.study import DONE, FAILED, Arm, Cell, Record
+from loralab.studies.study import DONE, FAILED, Arm, Cell
 
 # Ray's own test cluster leaves files and processes to the garbage collector
 pytestmark = [
@@ -133,22 +133,6 @@ def ended_well(*arguments: object) -> str:
     out, err = running.communicate(timeout=300)
     assert running.returncode == 0, err
     return out + err
-
-
-def results(folder: Path) -> dict[str, Record]:
-    """What does not depend on time or place, of every cell."""
-    found = {}
-    for _, own in records(folder).values():
-        for record in own:
-            numbers = {
-                k: v for k, v in record.numbers.items()
-                if "seconds" not in k and k != "peak_bytes"
-            }  # fmt: skip
-            texts = {k: v for k, v in record.texts.items() if k != "node"}
-            found[f"{record.arm.name} {record.seed}"] = dataclasses.replace(
-                record, numbers=numbers, texts=texts, seconds=0.0, searched=0.0
-            )
-    return found
 
 
 def files(folder: Path) -> set[str]:

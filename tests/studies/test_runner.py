@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 from studies.conftest import ground_of
+from studies.outcomes import results
 
 from loralab.errors import ConfigError, OutputError, RunError
 from loralab.studies import store
 from loralab.studies.conduct import _require_place
 from loralab.studies.forked import Worker
-from loralab.studies.runner import BUDGET, records, session
+from loralab.studies.runner import BUDGET, session
 from loralab.studies.study import DIVERGED, DONE, FAILED, MISSING, Arm, Cell, Record
 from loralab.studies.trained import MEASURE, measured
 
@@ -48,19 +49,6 @@ def start(*arguments: object) -> subprocess.Popen[str]:
     return subprocess.Popen(
         command(*arguments), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
-
-
-def results(folder: Path) -> dict[str, dict[str, object]]:
-    """What does not depend on time, by arm and seed."""
-    found = {}
-    for _, own in records(folder).values():
-        for record in own:
-            numbers = {k: v for k, v in record.numbers.items() if "seconds" not in k}
-            numbers.pop("peak_bytes", None)
-            found[f"{record.arm.name} {record.seed}"] = {
-                "status": record.status, "numbers": numbers, "items": record.items,
-            }  # fmt: skip
-    return found
 
 
 def killed_at_random(own_study: Path, folder: Path, times: int, wait: float) -> None:
@@ -251,7 +239,7 @@ def test_ctrl_c_leaves_a_study_that_goes_on(tmp_path: Path, own_study: Path) -> 
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert {entry["status"] for entry in results(folder).values()} == {DONE}
+    assert {entry.status for entry in results(folder).values()} == {DONE}
 
 
 def test_a_run_that_ends_without_finite_numbers_is_a_result_of_its_own(

@@ -22,6 +22,7 @@ from loralab.artefacts.updates import ENDINGS, Update, is_uniform, updates
 from loralab.errors import ConfigError, ModelError, nearest, some
 from loralab.models import load as models
 from loralab.models.gguf_blocks import LAYERS
+from loralab.models.kinds import CAUSAL
 
 EXPORT, MERGE, NONE = "export", "merge", "none"
 MERGEABLE = (LoRA, IA3, BitFit, FullFineTune, LinearProbe)
@@ -93,8 +94,7 @@ def check(adapter: str | Path, *, target: str, model: str | None = None) -> Verd
     if target not in ENGINES:
         hint = nearest(target, ENGINES)
         raise ConfigError(f"there is no check for {target!r}, only for {', '.join(ENGINES)}{hint}")
-    stored = folder.read(adapter)
-    return judge(stored, target, _facts_of(stored, model))
+    return _checked(folder.read(adapter), target, model)
 
 
 def judge(stored: AdapterFolder, target: str, facts: Facts) -> Verdict:
@@ -108,13 +108,14 @@ def require(adapter: str | Path, target: str, model: str | None) -> AdapterFolde
     Raises:
         ConfigError: it cannot; says why, and the way out.
     """
-    verdict = check(adapter, target=target, model=model)
+    stored = folder.read(adapter)
+    verdict = _checked(stored, target, model)
     if lasting := verdict.lasting:
         merged = any(one.way_out == MERGE for one in verdict.obstacles)
         blocked = any(one.way_out == NONE for one in verdict.obstacles)
         way = "; `loralab merge` writes a model that has it" if merged and not blocked else ""
         raise ConfigError(f"{adapter} cannot be written for {target}: {some(lasting)}{way}")
-    return folder.read(adapter)
+    return stored
 
 
 def facts(name: str) -> Facts:
@@ -172,8 +173,8 @@ def _vllm_base(stored: AdapterFolder, facts: Facts) -> list[Obstacle]:
         found.append(Obstacle(what=what, way_out=MERGE))
     if facts.architecture in WITHOUT_LORA:
         found.append(Obstacle(what=f"vLLM adapts no {facts.architecture}", way_out=MERGE))
-    kind = stored.record.get("base", {}).get("kind") or models.CAUSAL
-    if kind != models.CAUSAL:
+    kind = stored.record.get("base", {}).get("kind") or CAUSAL
+    if kind != CAUSAL:
         found.append(Obstacle(what=f"the base is of kind {kind}, and no language model",
                               way_out=NONE))  # fmt: skip
     return found
@@ -264,6 +265,10 @@ def _uneven(stored: AdapterFolder) -> str:
     if kind != "LORA":
         return f"the file says {kind}, and vLLM reads LORA alone"
     return "ranks or scales differ between modules, which older versions of vLLM do not read"
+
+
+def _checked(stored: AdapterFolder, target: str, model: str | None) -> Verdict:
+    return judge(stored, target, _facts_of(stored, model))
 
 
 def _facts_of(stored: AdapterFolder, model: str | None) -> Facts:

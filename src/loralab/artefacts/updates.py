@@ -106,9 +106,8 @@ def _padded(tensor: Tensor, rank: int, dim: int) -> Tensor:
 
 def _fields(stored: AdapterFolder, rank: int, alpha: float) -> dict[str, Any]:
     told: Mapping[str, Any] = {name: stored.fields.get(name) for name in TOLD}
-    if (
-        stored.fields.get("peft_type") != "LORA"
-    ):  # AdaLoRA prunes whole modules, which it still names
+    # AdaLoRA prunes whole modules, which it still names
+    if stored.fields.get("peft_type") != "LORA":
         told = {**told, **dict.fromkeys(SELECTING), "target_modules": stored.config.target_modules}
     return {
         **told, "peft_type": "LORA", "r": rank, "bias": "none", "use_rslora": False,

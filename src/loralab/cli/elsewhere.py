@@ -49,12 +49,13 @@ def serve_by_vllm(
     found = find_python(python)
     from loralab.artefacts.prepared import prepare
     from loralab.models import load as models
+    from loralab.models.kinds import CAUSAL
     from loralab.serving.api_service import base_id
     from loralab.serving.listener import address, open_socket
     from loralab.serving.store import Store
     from loralab.serving.vllm import Asked, run
 
-    if (kind := models.natural_kind(model)) != models.CAUSAL:
+    if (kind := models.natural_kind(model)) != CAUSAL:
         raise ConfigError(f"{model} is a model of kind {kind}; vLLM is given language models alone")
     if not store.is_dir():
         raise ConfigError(f"there is no store at {store}; give a folder with adapters in it")
@@ -73,7 +74,7 @@ def serve_by_vllm(
     left_out = {**shelf.refused, **prepared.refused}
     for name, reason in left_out.items():
         print(f"left out: {name}: {reason}", file=sys.stderr)
-    ready = {"url": where, "model": shown, "kind": models.CAUSAL, "adapters": list(prepared.ready)}
+    ready = {"url": where, "model": shown, "kind": CAUSAL, "adapters": list(prepared.ready)}
     return run(run_as, lambda: _say_ready(ready, as_json))
 
 

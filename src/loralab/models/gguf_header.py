@@ -14,19 +14,9 @@ from loralab.errors import ModelError, shown
 
 VERSIONS = (2, 3)
 STRING, ARRAY, ALIGNMENT = 8, 9, 32
-SCALARS = {
-    0: "B",
-    1: "b",
-    2: "H",
-    3: "h",
-    4: "I",
-    5: "i",
-    6: "f",
-    7: "B",
-    10: "Q",
-    11: "q",
-    12: "d",
-}
+SCALARS = {  # kinds of numbers, as struct calls them
+    0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "B", 10: "Q", 11: "q", 12: "d",
+}  # fmt: skip
 MOST_ELEMENTS = 1 << 21  # of all arrays: a vocabulary of 250,000 with its merges has 1.3 million
 MOST_TENSORS = 100_000
 MOST_AXES = 4

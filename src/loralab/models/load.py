@@ -27,7 +27,6 @@ from transformers import (
     AutoTokenizer,
 )
 from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
     MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
 )
@@ -37,25 +36,29 @@ from loralab.errors import ConfigError, LoralabError, ModelError, nearest, shown
 from loralab.models import pictures
 from loralab.models.catalog import MODELS, how_to_get, locate
 from loralab.models.convert import NEEDS, Options, converted
+from loralab.models.kinds import (
+    CAUSAL,
+    CLASSIFIER,
+    HEADS,
+    KINDS,
+    SENTENCES,
+    TAGGER,
+    VISION,
+    has_head,
+    head_options,
+    kind_of,
+    said,
+)
 from loralab.models.plausible import require_folder, require_plausible, require_weights
-from loralab.values import read_json
+from loralab.values import check_choice, read_json
 
-CAUSAL, CLASSIFIER = "causal-lm", "sequence-classification"
-TAGGER, VISION, SENTENCES = "token-classification", "image-classification", "sentence-encoder"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _LOADERS = {
     CAUSAL: AutoModelForCausalLM, CLASSIFIER: AutoModelForSequenceClassification,
     TAGGER: AutoModelForTokenClassification, VISION: AutoModelForImageClassification,
     SENTENCES: AutoModel,
 }  # fmt: skip
-KINDS = tuple(_LOADERS)
-# kinds that end in classes, and how transformers calls a model that has such a head
-_HEADS = {CLASSIFIER: "ForSequenceClassification", TAGGER: "ForTokenClassification",
-          VISION: "ForImageClassification"}  # fmt: skip
 _FREE_SIZES = ("dinov2", "dinov2_with_registers", "swin", "swinv2")  # fit their places themselves
-# encoders that transformers can also run as a decoder: their weights were not trained for it
-_ENCODERS = ("bert", "roberta", "electra", "camembert", "xlm-roberta", "data2vec-text", "ernie",
-             "megatron-bert", "rembert", "roformer", "xmod", "mega", "nezha")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +102,7 @@ def load(
         raise ConfigError(f"unknown kind of model {kind!r} ({some(KINDS)}){nearest(kind, KINDS)}")
     source = resolve(name)
     config = _config(name, source)
-    kind = kind or _kind_of(config)
+    kind = kind or kind_of(config)
     _require_sense(name, config, kind, image_size)
     options = _options(name, config, kind, labels)
     with _explained(name, source), torch.random.fork_rng():
@@ -114,7 +117,7 @@ def load(
             source, dtype=dtype, use_safetensors=True, output_loading_info=True,
             trust_remote_code=False, ignore_mismatched_sizes=True, **options,
         )  # fmt: skip
-    new_head = kind in _HEADS and not _has_head(config, kind)
+    new_head = kind in HEADS and not has_head(config, kind)
     _require_complete(name, model, report, new_head=new_head)
     if kind == VISION:
         _require_size(name, model, tokenizer.size)
@@ -130,7 +133,7 @@ def natural_kind(name: str) -> str:
     Raises:
         ModelError: it does not exist, or has no readable configuration.
     """
-    return _kind_of(configuration(name))
+    return kind_of(configuration(name))
 
 
 def configuration(name: str) -> Any:
@@ -149,12 +152,12 @@ def kind_for(name: str, data_format: str) -> str:
         ModelError: it does not exist, or cannot learn from such data.
     """
     config = configuration(name)
-    natural = _kind_of(config)
+    natural = kind_of(config)
     if (natural == VISION) != (data_format == "image-label"):
         wanted = "text: take a language model or an encoder"
         if data_format == "image-label":
             wanted = "pictures: take a vision model, such as dinov2-s"
-        raise ModelError(f"{name} is {_said(natural)}, and the data is {wanted}")
+        raise ModelError(f"{name} is {said(natural)}, and the data is {wanted}")
     if data_format == "tokens-tags":
         if config.model_type not in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES:
             raise ModelError(f"{name} ({config.model_type}) cannot tag words; take minilm-l6")
@@ -162,7 +165,7 @@ def kind_for(name: str, data_format: str) -> str:
     if data_format == "pair":
         if natural == CAUSAL:
             raise ModelError(
-                f"{name} is {_said(natural)}; text_a, text_b without a label trains an encoder of "
+                f"{name} is {said(natural)}; text_a, text_b without a label trains an encoder of "
                 "sentences: take minilm-l6, or say --map prompt=text_a completion=text_b"
             )
         return SENTENCES
@@ -206,9 +209,7 @@ def parse_dtype(precision: str) -> torch.dtype:
     Raises:
         ConfigError: another word.
     """
-    if precision not in DTYPES:
-        hint = nearest(precision, DTYPES)
-        raise ConfigError(f"precision must be one of {', '.join(DTYPES)}, got {precision!r}{hint}")
+    check_choice("precision", precision, tuple(DTYPES))
     return DTYPES[precision]
 
 
@@ -258,35 +259,13 @@ def _config(name: str, source: str) -> Any:
     return config
 
 
-def _kind_of(config: Any) -> str:
-    architectures = config.architectures or [""]
-    if any(found.endswith("ForCausalLM") or "LMHead" in found for found in architectures):
-        return CAUSAL
-    if config.model_type in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES:
-        return VISION
-    if _has_head(config, TAGGER):
-        return TAGGER
-    decoder = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    encoder = _has_head(config, CLASSIFIER) or config.model_type in _ENCODERS
-    return CAUSAL if decoder and not encoder else CLASSIFIER
-
-
-def _said(kind: str) -> str:
-    names = {CAUSAL: "a language model", VISION: "a vision model"}
-    return names.get(kind, "an encoder of text")
-
-
-def _has_head(config: Any, kind: str) -> bool:
-    return any(name.endswith(_HEADS[kind]) for name in config.architectures or [])
-
-
 def _require_sense(name: str, config: Any, kind: str, image_size: int | None) -> None:
     """Pictures for vision models, text for all others."""
-    own = _kind_of(config)
+    own = kind_of(config)
     if (kind == VISION) != (own == VISION):
-        raise ModelError(f"{name} is {_said(own)} ({config.model_type}), it cannot do {kind}")
+        raise ModelError(f"{name} is {said(own)} ({config.model_type}), it cannot do {kind}")
     if image_size is not None and kind != VISION:
-        raise ConfigError(f"image_size has no effect: {name} is {_said(own)}")
+        raise ConfigError(f"image_size has no effect: {name} is {said(own)}")
 
 
 def _reader(name: str, source: str, config: Any, kind: str, image_size: int | None) -> Any:
@@ -300,35 +279,13 @@ def _reader(name: str, source: str, config: Any, kind: str, image_size: int | No
 
 def _options(name: str, config: Any, kind: str, labels: Sequence[str]) -> Options:
     """What from_pretrained must know beyond the source."""
-    if kind in _HEADS:
-        return _head_options(name, config, kind, labels)
+    if kind in HEADS:
+        return head_options(name, config, kind, labels)
     if kind == SENTENCES:  # sentences are the mean of their tokens: a pooler would stay unused
         built = AutoModel._model_mapping[type(config)]
         if "add_pooling_layer" in inspect.signature(built.__init__).parameters:
             return {"add_pooling_layer": False}
     return {}
-
-
-def _head_options(name: str, config: Any, kind: str, labels: Sequence[str]) -> Options:
-    """The classes of the head; those of a head that is there already are not renamed."""
-    names = dict(enumerate(labels))
-    options = {"num_labels": len(names), "id2label": names,
-               "label2id": {label: index for index, label in names.items()}}  # fmt: skip
-    if not names or not _has_head(config, kind):
-        return options if names else {}
-    own = dict(config.id2label)
-    if names == own or (_unnamed(names) and len(names) == len(own)):
-        return {}
-    if _unnamed(own) and len(names) == len(own):
-        return options
-    raise ModelError(
-        f"{name} has a classification head for {some(own.values())}; the labels here are "
-        f"{some(labels)}, and must be the same in the same order"
-    )
-
-
-def _unnamed(names: Mapping[int, str]) -> bool:
-    return all(label == f"LABEL_{index}" for index, label in names.items())
 
 
 def _require_complete(

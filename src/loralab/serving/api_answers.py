@@ -59,6 +59,15 @@ class ShortUsage(Part):
     total_tokens: int
 
 
+class Answer(Part):
+    """What every answer says of itself; `adapter` is None where the base answered."""
+
+    id: str
+    created: int
+    model: str
+    adapter: AdapterIdentity | None
+
+
 class TextLogprobs(Part):
     """Log-probabilities of the tokens of a completion."""
 
@@ -77,26 +86,18 @@ class TextChoice(Part):
     finish_reason: Literal["stop", "length"] | None
 
 
-class Completion(Part):
+class Completion(Answer):
     """A completion."""
 
-    id: str
     object: Literal["text_completion"]
-    created: int
-    model: str
-    adapter: AdapterIdentity | None
     choices: list[TextChoice]
     usage: Usage
 
 
-class CompletionChunk(Part):
+class CompletionChunk(Answer):
     """A piece of a streamed completion; `usage` stands in the last one, if it was asked for."""
 
-    id: str
     object: Literal["text_completion"]
-    created: int
-    model: str
-    adapter: AdapterIdentity | None
     choices: list[TextChoice]
     usage: Usage | None = None
 
@@ -139,14 +140,10 @@ class ChatChoice(Part):
     finish_reason: Literal["stop", "length"]
 
 
-class Chat(Part):
+class Chat(Answer):
     """The answer to a chat."""
 
-    id: str
     object: Literal["chat.completion"]
-    created: int
-    model: str
-    adapter: AdapterIdentity | None
     choices: list[ChatChoice]
     usage: Usage
 
@@ -167,14 +164,10 @@ class ChatPiece(Part):
     finish_reason: Literal["stop", "length"] | None
 
 
-class ChatChunk(Part):
+class ChatChunk(Answer):
     """A piece of a streamed chat."""
 
-    id: str
     object: Literal["chat.completion.chunk"]
-    created: int
-    model: str
-    adapter: AdapterIdentity | None
     choices: list[ChatPiece]
     usage: Usage | None = None
 
@@ -189,14 +182,10 @@ class Ranking(Part):
     num_classes: int
 
 
-class Classification(Part):
+class Classification(Answer):
     """The classes of all inputs."""
 
-    id: str
     object: Literal["list"]
-    created: int
-    model: str
-    adapter: AdapterIdentity | None
     data: list[Ranking]
     usage: ShortUsage
 

@@ -17,11 +17,12 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from loralab.serving.api_errors import ApiError
+from loralab.serving.gate import MOST_HEAD
 
 LEAST = 4096  # bytes that a client must take in each `stall_seconds` once it is behind
 MESSAGES = {
     408: "the head of the request took too long to arrive",
-    431: "the head of the request is larger than 16384 bytes",
+    431: f"the head of the request is larger than {MOST_HEAD} bytes",
     501: "this Transfer-Encoding is not known here; use chunked",
 }
 

@@ -28,7 +28,7 @@ class Entry:
         method: peft's name of it, such as LORA.
         bytes: of the tensors on disk.
         metrics: of the validation.
-        kind: of the base, one of models.load.KINDS.
+        kind: of the base, one of models.kinds.KINDS.
         front: tokens that stand before every input.
         form: of the rows that it was trained on; `instruction` is what stood before them.
     """

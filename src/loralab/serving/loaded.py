@@ -26,7 +26,8 @@ from loralab.adapters.recipes import RECIPES
 from loralab.adapters.subset import TrainedInFull
 from loralab.adapters.targets import head_names, inside
 from loralab.errors import AdapterFileError, AdapterStateError, InputError
-from loralab.models.load import CAUSAL, CLASSIFIER, TAGGER, VISION, Base
+from loralab.models.kinds import CAUSAL, CLASSIFIER, TAGGER, VISION
+from loralab.models.load import Base
 from loralab.serving.entries import section
 
 KEPT = 8  # configurations whose layers are remembered
@@ -43,7 +44,7 @@ class Loaded:
         front_tokens: P.
         record: what loralab.json says.
         bytes: of its own tensors.
-        kind: of the base, one of models.load.KINDS.
+        kind: of the base, one of models.kinds.KINDS.
     """
 
     digest: str

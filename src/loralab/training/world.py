@@ -8,7 +8,7 @@ message. Source: Li et al. 2020, arXiv:2006.15704.
 
 import functools
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -41,14 +41,6 @@ class World:
         own = torch.tensor(numbers, dtype=torch.float64, device=_device())
         distributed.all_reduce(own)
         return own.tolist()
-
-    def most(self, number: int) -> int:
-        """The largest of a number that each process has."""
-        if self.size == 1:
-            return number
-        own = torch.tensor(number, device=_device())
-        distributed.all_reduce(own, op=distributed.ReduceOp.MAX)
-        return int(own)
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Add up the gradients of all processes; what has none in any of them keeps none."""
@@ -109,14 +101,14 @@ def _device() -> torch.device:
     return torch.device("cpu")
 
 
-def _in_one_message(tensors: Iterable[Tensor], send: functools.partial[object] | object) -> None:
+def _in_one_message(tensors: Iterable[Tensor], send: Callable[[Tensor], object]) -> None:
     """Send tensors, those of a dtype as one, and fill in what came of it."""
     by_dtype: dict[torch.dtype, list[Tensor]] = {}
     for tensor in tensors:
         by_dtype.setdefault(tensor.dtype, []).append(tensor)
     for own in by_dtype.values():
         message = torch.cat([t.flatten() for t in own]).to(_device())
-        send(message)  # type: ignore[operator]
+        send(message)
         parts = message.split([t.numel() for t in own])
         for tensor, part in zip(own, parts, strict=True):
             tensor.copy_(part.view_as(tensor))
