@@ -84,8 +84,15 @@ def test_two_processes_equal_one_with_the_doubled_batch(
     for count, own, size in ((2, two, 3), (1, one, 6)):
         places = [tmp_path / f"job-{n}-{count}" for n in range(2)]
         own.append({"many": plans(places, tiny_llama_folder, sums, [size, size + size])})
+    dropping = {"options": {"dropout": 0.2}}
+    for name, more in (("whole", {}), ("again", {"stop_at": 3}), ("again", {"resume": True})):
+        two += plans([tmp_path / name], tiny_llama_folder, sums, [3], **dropping, **more)
     in_processes(2, two, tmp_path)
     one_process(one, tmp_path)
+    # as many processes as before go on with their own random numbers
+    assert (tmp_path / "again" / WEIGHTS).read_bytes() == (
+        tmp_path / "whole" / WEIGHTS
+    ).read_bytes()
     for name in (*runs, "job-0", "job-1"):
         require_equal(tmp_path / f"{name}-2", tmp_path / f"{name}-1", name)
     assert tomllib.loads((tmp_path / "plain-2" / "config.toml").read_text())["processes"] == 2
