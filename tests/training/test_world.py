@@ -15,9 +15,10 @@ from contract_variants import VARIANTS
 from safetensors.torch import load_file
 from training.in_processes import main as in_this_process
 
+from loralab.errors import ConfigError
 from loralab.training.checkpoint import latest
 from loralab.training.record import read_metrics
-from loralab.training.world import World
+from loralab.training.world import OTHERS, World, world
 
 SCRIPT, TESTS = Path(__file__).with_name("in_processes.py"), Path(__file__).parents[1]
 WEIGHTS = "adapter_model.safetensors"
@@ -136,8 +137,16 @@ def test_a_single_process_shares_with_nobody() -> None:
     assert parameter.grad is None
 
 
+@pytest.mark.parametrize("name", OTHERS)
+def test_settings_that_are_not_read_are_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv(name, "true")
+    with pytest.raises(ConfigError, match=f"told to use {OTHERS[name]}, which is not read"):
+        world.__wrapped__()
+
+
 def test_every_part_is_somebodys_once() -> None:
     parts = list(range(11))
-    world = World(rank=1, size=3)
-    shares = [world.share(parts, rank) for rank in range(3)]
+    third = World(rank=1, size=3)
+    shares = [third.share(parts, rank) for rank in range(3)]
     assert sorted(part for share in shares for part in share) == parts

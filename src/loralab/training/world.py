@@ -15,7 +15,15 @@ from typing import TypeVar
 import torch
 from torch import Tensor, distributed, nn
 
+from loralab.errors import ConfigError
+
 T = TypeVar("T")
+# how many processes there are, as torchrun says it and several MPIs do
+STARTED = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+OTHERS = {
+    "ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM", "ACCELERATE_USE_PARALLELISM_CONFIG": "parallelism",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -85,9 +93,18 @@ class World:
 
 @functools.cache
 def world() -> World:
-    """This process among those that were started with it; the first call joins them."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    """This process among those that were started with it; the first call joins them.
+
+    Raises:
+        ConfigError: they were started with settings of accelerate's that have no meaning here.
+    """
+    if not any(os.environ.get(name, "1") != "1" for name in STARTED):
         return World()
+    if asked := [what for name, what in OTHERS.items() if os.environ.get(name, "") == "true"]:
+        raise ConfigError(
+            f"accelerate was told to use {asked[0]}, which is not read here; leave it out, and say "
+            "--shard-base where the base shall be split"
+        )
     from accelerate import PartialState
 
     state = PartialState(cpu=not torch.cuda.is_available())
