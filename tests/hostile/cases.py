@@ -367,7 +367,7 @@ class Study(Case):
     def command(self, place: Path) -> list[object]:
         own = ["--model", self.ground.model, "--data", self.ground.data]
         short = ["--quick", "--fixed-lr", "--steps", 12, "--test-rows", 8, "--batch-size", 4]
-        values = ["--values", "2", "--values", "4", "--precision", "fp32"]
+        values = ["--values", "2,4", "--precision", "fp32"]
         return ["study", "rank", *own, *short, *values, "--output-dir", place / "own", "--quiet"]
 
     def prepare(self) -> None:
