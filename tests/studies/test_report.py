@@ -1,18 +1,64 @@
 """The page needs nothing from anywhere and says both languages; names stay text."""
 
 import re
+import shlex
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet
 import pytest
 from studies.conftest import Here, ground_of, planted
 
 from loralab.errors import OutputError
-from loralab.studies import figures, store
+from loralab.studies import catalog, figures, store
+from loralab.studies.catalog import STUDIES
 from loralab.studies.conduct import report
 from loralab.studies.questions import grid
-from loralab.studies.report import apply_command, both, markdown_table, page, section
-from loralab.studies.study import Cell, Ground, Table, Text
+from loralab.studies.report import (
+    apply_command,
+    both,
+    markdown_table,
+    page,
+    repeat_command,
+    section,
+)
+from loralab.studies.study import Asked, Cell, Ground, Table, Text
+
+
+def asked_by(command: str) -> tuple[str, Asked, dict[str, str]]:
+    """What a command asks for, flag by flag."""
+    words = shlex.split(command)
+    given: dict[str, Any] = {}
+    mapping = {}
+    flags = iter(words[3:])
+    for flag in flags:
+        name = flag.removeprefix("--").replace("-", "_")
+        if name in ("quick", "fixed_lr"):
+            given[name] = True
+        elif name == "map":
+            mapping = dict(pair.split("=") for pair in next(flags).split(","))
+        elif name == "values":
+            given[name] = tuple(next(flags).split(","))
+        else:
+            given[name] = WRITTEN.get(name, int)(next(flags))
+    return words[2], Asked(**given), mapping
+
+
+WRITTEN: dict[str, Any] = {"learning_rate": float, "precision": str, "metric": str,
+                           "model": str, "data": str}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STUDIES)
+@pytest.mark.parametrize("own", [
+    {}, {"quick": True, "test_rows": 40, "steps": 12, "batch_size": 4},
+    {"seeds": 2, "fixed_lr": True, "learning_rate": 3e-4, "max_length": 96, "precision": "fp32",
+     "values": ("2", "4"), "metric": "loss"},
+])  # fmt: skip
+def test_the_command_that_repeats_a_study_asks_for_the_same(name: str, own: dict[str, Any]) -> None:
+    asked = catalog.ground(name, Asked(model="m", data="d", **own), {"text": "review"})
+    again, found, mapping = asked_by(repeat_command(asked))
+    assert again == name
+    assert catalog.ground(name, found, mapping) == asked
 
 
 @pytest.fixture

@@ -139,28 +139,41 @@ def _rates(ground: Ground, own: Sequence[Record]) -> Text:
     )
 
 
+REPEATED = {  # flags of a study, and the fields of its ground that they set
+    "--steps": "max_steps", "--batch-size": "batch_size", "--precision": "precision",
+    "--max-length": "max_length",
+}  # fmt: skip
+
+
 def repeat_command(ground: Ground) -> str:
     """What runs the study again."""
     if ground.study not in STUDIES and ground.study != RECOMMEND:
         return shlex.join(["loralab", "study", f"{ground.study}.toml"])
     search = ground.study == RECOMMEND
     parts = ["loralab", *(["recommend"] if search else ["study", ground.study])]
-    parts += ["--model", ground.model, "--data", ground.data]
+    parts += ["--model", ground.model, "--data", ground.data, *_map(ground)]
     parts += ["--quick"] if ground.quick else ["--seeds", str(ground.seeds)]
-    parts += ["--steps", str(ground.fields["max_steps"])]
+    for flag, field in REPEATED.items():
+        parts += [flag, str(ground.fields[field])] if field in ground.fields else []
+    parts += ["--test-rows", str(ground.rows["test"])]
     parts += ["--values", ",".join(ground.values)] if ground.values and not search else []
     parts += ["--metric", ground.metric] if ground.metric else []
     parts += ["--fixed-lr"] if ground.fixed_lr else []
+    if ground.fixed_lr and "learning_rate" in ground.fields:  # else it is the question's own
+        parts += ["--learning-rate", str(ground.fields["learning_rate"])]
     return shlex.join(parts)
+
+
+def _map(ground: Ground) -> list[str]:
+    renamed = ",".join(f"{k}={v}" for k, v in ground.mapping.items())
+    return ["--map", renamed] if renamed else []
 
 
 def apply_command(ground: Ground, advice: Mapping[str, Any], own: Sequence[Record]) -> str:
     """What trains as the answer says; empty where it gives no advice."""
     if not advice:
         return ""
-    parts = ["loralab", "train", "--model", ground.model, "--data", ground.data]
-    if ground.mapping:
-        parts += ["--map", ",".join(f"{k}={v}" for k, v in ground.mapping.items())]
+    parts = ["loralab", "train", "--model", ground.model, "--data", ground.data, *_map(ground)]
     fields = dict(advice)
     if "learning_rate" not in fields and (rate := rate_for(advice, own)):
         fields["learning_rate"] = rate
