@@ -3,18 +3,24 @@
 torchrun ... in_processes.py PLAN      a list of {"many": [...]} or arguments of `trained`
 """
 
+import gc
 import json
 import os
 import signal
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from contract_variants import VARIANTS
+from torch.distributed.tensor import DTensor
 
 import loralab
 from loralab.adapters.methods import Method
+from loralab.training import preflight, rounds, shard
+from loralab.training.memory import checkpointed_blocks
+from loralab.training.world import World
 
 
 def job(
@@ -38,24 +44,65 @@ def stopping(step: int) -> Any:
     return heard
 
 
+class Whole:
+    """The most blocks whose weights were together at once, in forward passes."""
+
+    def __init__(self) -> None:
+        self.most = 0
+        self._split = shard.shard_base
+
+    def __enter__(self) -> "Whole":
+        preflight.shard_base = rounds.shard_base = self.shard_base  # type: ignore[attr-defined]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        preflight.shard_base = rounds.shard_base = self._split  # type: ignore[attr-defined]
+
+    def shard_base(self, model: Any, adapters: Any, world: World) -> None:
+        blocks = checkpointed_blocks(model)
+        whole = [weakref.ref(p) for b in blocks for p in b.parameters() if not p.requires_grad]
+        self._split(model, adapters, world)
+        gc.collect()
+        assert whole and not any(one() is not None for one in whole), "a whole weight is still held"
+
+        def count(*_: Any) -> None:
+            frozen = [next(p for p in b.parameters() if not p.requires_grad) for b in blocks]
+            self.most = max(self.most, sum(not isinstance(p, DTensor) for p in frozen))
+
+        for one in (model, *(adapter.model for adapter in adapters)):
+            for block in checkpointed_blocks(one):
+                block.register_forward_pre_hook(count)
+
+    def take(self) -> int:
+        most, self.most = self.most, 0
+        return most
+
+
 def main(plan: Path) -> None:
-    for asked in json.loads(plan.read_text()):
-        if "many" in asked:
-            jobs = [
-                loralab.TrainJob(name=Path(own["output"]).name, **job(**own))
-                for own in asked["many"]
-            ]
-            for outcome in loralab.train_many(jobs):
-                if isinstance(outcome, Exception):
-                    raise outcome
-        else:
-            resume, stop = asked.pop("resume", False), asked.pop("stop_at", 0)
-            stopped = False
-            try:
-                loralab.train(**job(**asked), resume=resume, listener=stopping(stop))
-            except KeyboardInterrupt:
-                stopped = True
-            assert stopped == bool(stop)
+    with Whole() as whole:
+        for asked in json.loads(plan.read_text()):
+            most = asked.pop("most_whole", None)
+            one(asked)
+            found = whole.take()
+            assert most in (None, found), f"{found} blocks were whole at once"
+
+
+def one(asked: dict[str, Any]) -> None:
+    if "many" in asked:
+        jobs = [
+            loralab.TrainJob(name=Path(own["output"]).name, **job(**own)) for own in asked["many"]
+        ]
+        for outcome in loralab.train_many(jobs):
+            if isinstance(outcome, Exception):
+                raise outcome
+    else:
+        resume, stop = asked.pop("resume", False), asked.pop("stop_at", 0)
+        stopped = False
+        try:
+            loralab.train(**job(**asked), resume=resume, listener=stopping(stop))
+        except KeyboardInterrupt:
+            stopped = True
+        assert stopped == bool(stop)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Several processes on one machine: the numbers of one process with as many more rows."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -74,17 +75,26 @@ def test_two_processes_equal_one_with_the_doubled_batch(
 ) -> None:
     """Plain, with the base split, several jobs; and what two began is ended by one."""
     runs: dict[str, dict[str, Any]] = {
-        "plain": {}, "split": {"shard_base": True}, "stopped": {"stop_at": 3}
+        "plain": {}, "split": {"shard_base": True, "most_whole": 1}, "stopped": {"stop_at": 3},
     }  # fmt: skip
+    runs["recomputed"] = {"shard_base": True, "gradient_checkpointing": "on"}
+    runs["budget"] = {"shard_base": True, "memory_budget": "20GB"}
+    few_bits = {"quantize": "nf4"}
+    if importlib.util.find_spec("bitsandbytes"):
+        runs["packed"] = {"shard_base": True, "most_whole": 1, **few_bits}
     two: Plan = []
     one: Plan = []
     for name, more in runs.items():
         two += plans([tmp_path / f"{name}-2"], tiny_llama_folder, sums, [3], **more)
-        one += plans([tmp_path / f"{name}-1"], tiny_llama_folder, sums, [6])
+        own = few_bits if name == "packed" else {}
+        one += plans([tmp_path / f"{name}-1"], tiny_llama_folder, sums, [6], **own)
     one += plans([tmp_path / "stopped-2"], tiny_llama_folder, sums, [3], resume=True)
-    for count, own, size in ((2, two, 3), (1, one, 6)):
-        places = [tmp_path / f"job-{n}-{count}" for n in range(2)]
-        own.append({"many": plans(places, tiny_llama_folder, sums, [size, size + size])})
+    for count, plan, size in ((2, two, 3), (1, one, 6)):
+        for kind in ("job", "split-job"):
+            places = [tmp_path / f"{kind}-{n}-{count}" for n in range(2)]
+            more = {"shard_base": kind == "split-job" and count == 2}
+            jobs = plans(places, tiny_llama_folder, sums, [size, size + size], **more)
+            plan.append({"many": jobs, "most_whole": int(more["shard_base"])})
     dropping = {"options": {"dropout": 0.2}}
     for name, more in (("whole", {}), ("again", {"stop_at": 3}), ("again", {"resume": True})):
         two += plans([tmp_path / name], tiny_llama_folder, sums, [3], **dropping, **more)
@@ -94,7 +104,7 @@ def test_two_processes_equal_one_with_the_doubled_batch(
     assert (tmp_path / "again" / WEIGHTS).read_bytes() == (
         tmp_path / "whole" / WEIGHTS
     ).read_bytes()
-    for name in (*runs, "job-0", "job-1"):
+    for name in (*runs, "job-0", "job-1", "split-job-0", "split-job-1"):
         require_equal(tmp_path / f"{name}-2", tmp_path / f"{name}-1", name)
     assert tomllib.loads((tmp_path / "plain-2" / "config.toml").read_text())["processes"] == 2
     last = latest(tmp_path / "plain-2")
@@ -110,8 +120,7 @@ def test_every_method_in_two_processes(
     split: bool, tiny_llama_folder: Path, sums: Path, tmp_path: Path
 ) -> None:
     two, one = [], []
-    left_out = {"bitfit", *(["prompt"] if split else [])}  # a Llama has no biases
-    variants = [name for name in VARIANTS if name not in left_out]
+    variants = [name for name in VARIANTS if name != "bitfit"]  # a Llama has no biases
     for variant in variants:
         options = (
             {"total_steps": 6, "initial_steps": 1, "final_steps": 2} if variant == "adalora" else {}

@@ -55,7 +55,7 @@ class Adapter:
         config: Any,
         modules: Mapping[str, Any],
         saved: Mapping[str, TrainedInFull],
-        trainable_before: frozenset[nn.Parameter],
+        trainable_before: frozenset[str],
     ) -> None:
         self.model = model
         self.config = config
@@ -179,8 +179,8 @@ class Adapter:
         if self.merged:
             self.unmerge()
         self._replace({wrapper: wrapper.base for wrapper in self._wrappers()})
-        for parameter in self.model.parameters():
-            parameter.requires_grad_(parameter in self._trainable_before)
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(name in self._trainable_before)
         return self.model
 
     def merge_and_detach(self) -> nn.Module:
@@ -284,7 +284,7 @@ def attach(
     if any(isinstance(module, Wrapper | TrainedInFull) for module in model.modules()):
         raise AdapterStateError("the model carries an adapter already; detach() it first")
     # 1. decide everything, so that an error leaves the model as it was
-    trainable = frozenset(p for p in model.parameters() if p.requires_grad)
+    trainable = frozenset(n for n, p in model.named_parameters() if p.requires_grad)
     own, modules, saved = wrappers_for(model, config, generator)
     # 2. change the model
     model.requires_grad_(False)

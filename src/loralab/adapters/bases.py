@@ -74,7 +74,6 @@ def shared_copy(model: Any) -> Any:
     for module in model.modules():
         if not isinstance(module, _BatchNorm):
             shared += module.buffers(recurse=False)
-        shared += [module.packed] if is_quantized(module) and hasattr(module, "packed") else []
     return copy.deepcopy(model, {id(value): value for value in shared})
 
 

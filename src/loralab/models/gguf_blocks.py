@@ -88,9 +88,13 @@ class Blocks:
         """All of it."""
         return self.data.numel()
 
+    def around(self, data: Tensor) -> "Blocks":
+        """The same kind of block with these bytes."""
+        return Blocks(data, self.kind)
+
     def to(self, device: torch.device) -> "Blocks":
         """On another device."""
-        return Blocks(self.data.to(device), self.kind)
+        return self.around(self.data.to(device))
 
     def _by_package(self) -> Tensor:
         import gguf

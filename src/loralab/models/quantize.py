@@ -5,6 +5,7 @@ blocks of a GGUF file as they stand there. Embedding, head and norms stay as the
 Axes: I in_features, O out_features; `...` any leading axes.
 """
 
+import copy
 import importlib.util
 import logging
 from collections.abc import Callable, Iterator
@@ -25,9 +26,12 @@ HEADS = ("lm_head", "classifier", "score", "head", "qa_outputs")
 
 
 class Packed(Protocol):
-    """A weight in few bits."""
+    """A weight in few bits; it never changes."""
 
     data: Tensor
+
+    def around(self, data: Tensor) -> "Packed":
+        """The same scales around these bytes."""
 
     def dequantize(self) -> Tensor:
         """The weight, (O, I)."""
@@ -42,7 +46,8 @@ class Packed(Protocol):
 class QuantizedLinear(nn.Linear):
     """A frozen linear layer whose weight is kept packed.
 
-    Nothing of the unpacked weight outlives a product: the backward pass unpacks it again.
+    Nothing of the unpacked weight outlives a product: the backward pass unpacks it again. The bytes
+    are `weight` and nowhere else, so that who splits or moves parameters has all of them.
     """
 
     def __init__(
@@ -51,8 +56,7 @@ class QuantizedLinear(nn.Linear):
         nn.Module.__init__(self)
         self.out_features, self.in_features = shape
         self.compute_dtype = dtype
-        self.packed = packed
-        self.weight = nn.Parameter(packed.data, requires_grad=False)
+        self._hold(packed)
         own = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self.register_parameter("bias", own)
 
@@ -60,6 +64,11 @@ class QuantizedLinear(nn.Linear):
         """x (..., I) -> (..., O)."""
         out: Tensor = _Product.apply(x, self)
         return out if self.bias is None else out + self.bias.to(out.dtype)
+
+    @property
+    def packed(self) -> Packed:
+        """The weight as it is kept."""
+        return self._scales.around(self.weight.data)
 
     def dequantize(self) -> Tensor:
         """The weight, (O, I), in fp32."""
@@ -77,11 +86,14 @@ class QuantizedLinear(nn.Linear):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         """Move, but never cast: the bytes are no numbers."""
         device = fn(torch.empty(0, dtype=torch.uint8, device=self.weight.device)).device
-        self.packed = self.packed.to(device)
-        self.weight = nn.Parameter(self.packed.data, requires_grad=False)
+        self._hold(self.packed.to(device))
         if self.bias is not None:
             self.bias = nn.Parameter(fn(self.bias.data), requires_grad=False)
         return self
+
+    def _hold(self, packed: Packed) -> None:
+        self.weight = nn.Parameter(packed.data, requires_grad=False)
+        self._scales = packed.around(packed.data.new_empty(0))
 
 
 class _Product(torch.autograd.Function):
@@ -119,11 +131,22 @@ class NF4:
             parts += [self.state.state2.absmax, self.state.offset]
         return sum(part.numel() * part.element_size() for part in parts)
 
+    def around(self, data: Tensor) -> "NF4":
+        """The same scales around these bytes."""
+        other = copy.copy(self)
+        other.data = data
+        return other
+
     def to(self, device: torch.device) -> "NF4":
         """On another device."""
-        self.data = self.data.to(device)
-        self.state.to(device)
-        return self
+        other = self.around(self.data.to(device))
+        other.state = copy.copy(self.state)
+        other.state.state2 = copy.copy(self.state.state2)
+        other.state.to(device)  # changes them in place
+        return other
+
+    def __deepcopy__(self, known: dict[int, Any]) -> "NF4":
+        return self.around(copy.deepcopy(self.data, known))
 
 
 def quantize(model: Any, how: str, name: str) -> None:

@@ -18,6 +18,7 @@ import tomli_w
 
 from loralab import atomic
 from loralab.errors import ConfigError, InputError, OutputError, some
+from loralab.studies.fields import configured
 from loralab.studies.study import FORMAT, Arm, Cell, Ground, Record
 from loralab.values import read_json, read_toml
 
@@ -75,6 +76,9 @@ def plans(folder: Path) -> dict[str, Plan]:
             name for name, (own, arms, _) in found.items() if not own.is_sound(name, arms)
         ]:
             raise TypeError(f"the fields of {wrong[0]!r} are of other types")
+        for ground, arms, _ in found.values():
+            for arm in arms:
+                configured({**ground.fields, **arm.fields})
         return found
     except (InputError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise OutputError(f"{file} is damaged ({error}); its runs/ can be used again") from None

@@ -17,6 +17,7 @@ from loralab.tasks.encode import Example
 from loralab.training import memory
 from loralab.training.fast.path import Path
 from loralab.training.settings import Training
+from loralab.training.world import world
 from loralab.values import parse_bytes
 
 ROOMS = (1024, 512, 256, 128)  # tokens at once
@@ -46,7 +47,9 @@ def fitted(
         return training
     budget = parse_bytes("memory_budget", training.memory_budget)
     loading = memory.peak_bytes(device_here())
-    found = settings(adapter, path, examples, training, loading)
+    # one answer for all processes, that of the one which needs most
+    each = world().gathered(settings(adapter, path, examples, training, loading))
+    found = [max(own, key=lambda setting: setting.peak_bytes) for own in zip(*each, strict=True)]
     fit = [setting for setting in found if setting.peak_bytes <= SURE * budget]
     if not fit:
         least = min(found, key=lambda setting: setting.peak_bytes)
@@ -57,7 +60,7 @@ def fitted(
             f"memory_budget {training.memory_budget}: the least that this run needs is about "
             f"{least.peak_bytes / SURE / 1e9:.2f} GB; {hint}"
         )
-    best = _quickest(adapter, path, examples, training, fit)
+    best = world().agreed(_quickest(adapter, path, examples, training, fit))
     path.room = best.room
     mode = training.gradient_checkpointing
     if best.blocks and mode == "off":

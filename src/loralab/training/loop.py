@@ -118,9 +118,17 @@ class Steps:
             for _ in range(idle):  # the others need this process's part of the base
                 accelerator.backward(0 * job.path.loss(shares[0][0]))
         mean, tokens = self.reduced(float(total) / labelled, tokens)
-        if not math.isfinite(mean):
-            raise LearningError(_blame_forward(job, parts or shares[0], self.progress.step))
+        self.require_finite(mean, parts or shares[0])
         return mean, tokens
+
+    def require_finite(self, loss: float, parts: Sequence[Sequence[Example]]) -> None:
+        """Refuse a step's loss that is no number.
+
+        Raises:
+            LearningError: says where in the model the rows first go wrong.
+        """
+        if not math.isfinite(loss):
+            raise LearningError(_blame_forward(self.job, parts, self.progress.step))
 
     def clip(self) -> float:
         """Check and clip the gradients; returns their norm before.

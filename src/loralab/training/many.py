@@ -20,7 +20,7 @@ from loralab.training.run import own_seed, run_prepared
 from loralab.training.shared import OneBase, mixes_rows
 from loralab.training.world import world
 
-ALIKE = ("model", "precision", "quantize", "image_size")
+ALIKE = ("model", "precision", "quantize", "image_size", "shard_base")
 
 
 def train_many(
@@ -55,7 +55,7 @@ def train_many(
             outcomes |= Rounds(shared, joint, listener).run()
         for job in ready:
             if job.name in alone:
-                outcomes[job.name] = _trained_alone(job, alone[job.name], listener)
+                outcomes[job.name] = _trained_alone(_standing_alone(job), alone[job.name], listener)
     return [outcomes[job.name] for job in ready]
 
 
@@ -69,8 +69,6 @@ def _prepared(jobs: Sequence[TrainJob], one: OneBase, *, resume: bool) -> list[R
         with _named(job.name):
             asked = Request.of(job.model, job.data, job.method, job.training, job.mapping)
             asked = replace(asked, task=job.task)
-            if asked.training.shard_base:
-                raise ConfigError("shard_base is for a single adapter; leave it out")
             requests[job.name] = preflight.require_place(Path(job.output_dir), asked, resume=resume)
     _require_alike({name: _alike(request) for name, request in requests.items()})
     folders = {job.name: Path(job.output_dir).resolve() for job in jobs}
@@ -161,6 +159,13 @@ def _joined(job: Ready, joint: Joint) -> str:
     if problem:
         joint.drop(job.name)
     return problem
+
+
+def _standing_alone(job: Ready) -> Ready:
+    """A job with a base that nobody has split for others."""
+    if not job.request.training.shard_base:
+        return job
+    return replace(job, prepared=preflight.prepare(job.request))
 
 
 def _trained_alone(job: Ready, reason: str, listener: Listener | None) -> Outcome:

@@ -26,6 +26,7 @@ MEASURED = 2048  # tokens up to which a forward pass is tried out
 MEASURED_PICTURES = 8
 KEEP_ABOVE, MAP_ABOVE = -1, -3  # mallopt's M_TRIM_THRESHOLD and M_MMAP_THRESHOLD
 EVERYTHING, MAP_LIMIT = 2**31 - 1, 2**25  # bytes; the latter is where it ends by itself
+LARGE = 2**18  # bytes of a tensor that gets pages of its own
 
 
 def checkpoint_gradients(model: nn.Module, mode: str, blocks: int | None = None) -> None:
@@ -117,7 +118,14 @@ def needed_bytes(
     device = next(adapter.model.parameters()).device
     state = sum(p.numel() for p in adapter.parameters()) * (GRADIENT_BYTES + 2 * bits // 8)
     activations = ALLOCATED * kept_bytes(path, rows, most)
-    return int(held_bytes(device) + state + activations + _workspace(path, device))
+    whole = _put_together_bytes(adapter.model)
+    return int(held_bytes(device) + state + activations + whole + _workspace(path, device))
+
+
+def _put_together_bytes(model: nn.Module) -> int:
+    """What a block of a split base takes while it computes (shard.py); 0 if none is split."""
+    blocks = checkpointed_blocks(model)
+    return max((parameter_bytes(filter(_is_split, b.parameters())) for b in blocks), default=0)
 
 
 def _workspace(path: Path, device: torch.device) -> int:
@@ -166,19 +174,21 @@ def _cut(rows: Sequence[Example], share: float) -> list[Example]:
 
 def saved_bytes(path: Path, examples: Sequence[Example]) -> int:
     """Bytes that a forward pass keeps for the backward pass, each storage counted once."""
-    own = {p.untyped_storage().data_ptr() for p in path.model.parameters()}
-    kept: dict[int, int] = {}
+    parameters = [p for p in path.model.parameters() if not _is_split(p)]
+    own = {p.untyped_storage().data_ptr() for p in parameters}
+    kept: dict[int, torch.UntypedStorage] = {}
 
     def note(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
+            kept[storage.data_ptr()] = storage
         return tensor.detach()  # an output kept by its own function would keep itself alive
 
     with path.taken(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         loss = path.loss(examples)
+    size = sum(storage.nbytes() for storage in kept.values())  # a split block has let go of its own
     del loss
-    return sum(kept.values())
+    return size
 
 
 def held_bytes(device: torch.device) -> int:
@@ -192,14 +202,15 @@ def held_bytes(device: torch.device) -> int:
 
 
 @contextlib.contextmanager
-def kept_pages() -> Iterator[None]:
+def kept_pages(model: nn.Module) -> Iterator[None]:
     """Let the GNU C library keep what is freed, instead of fetching fresh pages for each tensor.
 
     What loading has freed is handed back first. On leaving, it works as it does after a while by
-    itself, and has handed back what is free.
+    itself, and has handed back what is free. For a model that is split nothing is done.
     """
     library = ctypes.CDLL(None)
-    if not hasattr(library, "mallopt") or not hasattr(library, "malloc_trim"):
+    known = hasattr(library, "mallopt") and hasattr(library, "malloc_trim")
+    if not known or any(map(_is_split, model.parameters())):
         yield
         return
     library.malloc_trim(0)
@@ -214,6 +225,22 @@ def kept_pages() -> Iterator[None]:
         library.malloc_trim(0)
 
 
+def own_pages() -> None:
+    """Let each large tensor have pages of its own, which go back as soon as it is freed.
+
+    Blocks that are put together and dropped, with what they compute left between them, would else
+    leave holes of the size of the base. What is free already is handed back.
+    """
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt") and hasattr(library, "malloc_trim"):
+        library.mallopt(MAP_ABOVE, LARGE)
+        library.malloc_trim(0)
+
+
 def parameter_bytes(parameters: Iterable[nn.Parameter]) -> int:
     """Bytes of some parameters."""
     return sum(p.numel() * p.element_size() for p in parameters)
+
+
+def _is_split(parameter: nn.Parameter) -> bool:
+    return hasattr(parameter, "to_local")  # a DTensor, of which each process holds a part

@@ -38,7 +38,7 @@ from loralab.training.fast.path import quickest
 from loralab.training.fit import fitted
 from loralab.training.optim import usual_rate
 from loralab.training.settings import Training
-from loralab.training.shard import require_shardable
+from loralab.training.shard import require_shardable, shard_base
 from loralab.training.world import world
 from loralab.values import read_toml
 
@@ -120,27 +120,29 @@ class Prepared:
     sample: tuple[tuple[int, ...], ...]
 
 
-def load_for(request: Request, task: Task) -> Base:
-    """The model that a run needs."""
+def load_for(request: Request, task: Task, device: torch.device | None = None) -> Base:
+    """The model that a run needs; `device` if not the one that it computes on."""
     training = request.training
     return load_base(
         request.model, task, training.precision, training.seed, quantize=training.quantize,
-        image_size=training.image_size,
+        image_size=training.image_size, device=device,
     )  # fmt: skip
 
 
 def prepare(
-    request: Request, load: Loader = load_for, encoding: Callable[..., Encoded] = encode.encode
-) -> Prepared:
+    request: Request, load: Loader | None = None,
+    encoding: Callable[..., Encoded] = encode.encode,
+) -> Prepared:  # fmt: skip
     """Load, attach and encode; raises whatever is wrong with the input, and writes nothing.
 
     Args:
-        load: what gives the base.
+        load: what gives a base that others stand on too; None is one of its own, which is split
+            over the processes where that is asked for.
         encoding: what turns rows into numbers, as `encode` does.
     """
     training = request.training
     task = request.task or catalog.find(request.data, mapping=request.mapping, seed=training.seed)
-    base = load(request, task)
+    base = (load or _own_base)(request, task)
     generator = torch.Generator().manual_seed(training.seed)
     method = with_head(request.method, base)
     if isinstance(method, LoRA) and training.new_tokens:
@@ -164,10 +166,12 @@ def prepare(
     )  # fmt: skip
     steps = training.max_steps or training.epochs * batches.steps_per_epoch
     if training.shard_base:
-        require_shardable(base.model, method, world())
+        require_shardable(base.model, world())
     if adapter.budget is not None:
         adapter.budget.plan(steps)
     _require_rows_to_occur(method, encoded)
+    if training.shard_base and load is None:
+        shard_base(base.model, [adapter], world())
     path = quickest(
         adapter, base.kind, pad_id=base.tokenizer.pad_token_id or 0, pictures=base.tokenizer
     )
@@ -175,7 +179,7 @@ def prepare(
     path.longest = max(len(text) for e in encoded.examples for text in (e.input_ids, e.second))
     chosen = training
     if not request.settled:
-        chosen = world().agreed(fitted(adapter, path, encoded.examples, training))
+        chosen = fitted(adapter, path, encoded.examples, training)
     if chosen != training:
         mode, blocks = chosen.gradient_checkpointing, chosen.checkpoint_blocks
         memory.checkpoint_gradients(base.model, mode, blocks)
@@ -186,11 +190,19 @@ def prepare(
     )  # fmt: skip
 
 
+def _own_base(request: Request, task: Task) -> Base:
+    """In host memory, if it is to be split: no device may have room for all of it."""
+    return load_for(request, task, torch.device("cpu") if request.training.shard_base else None)
+
+
 def load_base(
     name: str, task: Task, precision: str, seed: int, *, quantize: str = "none",
-    image_size: int | None = None,
+    image_size: int | None = None, device: torch.device | None = None,
 ) -> Base:  # fmt: skip
     """The model for a task, of the kind that its rows ask for, on the device, packed if asked to.
+
+    Args:
+        device: None is the one that runs here compute on.
 
     Raises:
         ModelError: there is no such model, or it cannot learn from such rows.
@@ -200,7 +212,7 @@ def load_base(
     base = models.load(
         name, kind=kind, dtype=dtype, labels=task.labels, seed=seed, image_size=image_size
     )
-    base.model.to(device_here())
+    base.model.to(device or device_here())
     if quantize != "none":
         pack(base.model, quantize, name)
     return base

@@ -18,6 +18,7 @@ from accelerate import Accelerator
 
 from loralab import atomic
 from loralab.errors import LearningError, LoralabError, OutputError
+from loralab.tasks.encode import Example
 from loralab.training import checkpoint, memory
 from loralab.training.jobs import of_job
 from loralab.training.joint import Joint, Part
@@ -25,6 +26,7 @@ from loralab.training.loop import Steps, interruptible
 from loralab.training.preflight import Prepared, Request
 from loralab.training.record import Event, Listener
 from loralab.training.run import Begun, Run, begin, finish
+from loralab.training.shard import shard_base
 from loralab.training.world import world
 
 FAILED = "failed.txt"  # in the folder of a job that ended with an error: why it did
@@ -98,6 +100,9 @@ class Rounds:
     def __init__(self, jobs: Sequence[Ready], joint: Joint, listener: Listener | None) -> None:
         self.joint, self.outcomes = joint, dict[str, Outcome]()
         self._accelerator, self._world = Accelerator(mixed_precision="no"), world()
+        self._sharded = jobs[0].request.training.shard_base  # and so of all of them
+        if self._sharded:
+            shard_base(joint.model, [job.prepared.adapter for job in jobs], self._world)
         last = checkpoint.side_by_side({job.folder: job.prepared.steps for job in jobs})
         note = f"trained together with {', '.join(job.name for job in jobs)}"
         self.active = [self._begun(job, last[job.folder], listener, note) for job in jobs]
@@ -110,7 +115,7 @@ class Rounds:
             KeyboardInterrupt: the user stopped them; checkpoints of all jobs have been written.
         """
         self.joint.model.train()
-        with interruptible() as interrupted, memory.kept_pages():
+        with interruptible() as interrupted, memory.kept_pages(self.joint.model):
             self._end_those_that_are_over()
             while self.active:
                 self._round()
@@ -146,22 +151,39 @@ class Rounds:
 
     def _together(self) -> tuple[dict[str, _Step], list[_Live]]:
         """The gradients of all jobs, clipped; and the jobs whose numbers are not good."""
-        shares = {live.name: live.steps.shares() for live in self.active}
-        parts = {name: own[self._world.rank] for name, own in shares.items()}
-        made = {live.name: _Step(live.steps.labelled(shares[live.name])) for live in self.active}
+        made = self._gradients(self.active)
+        bad = [live for live in self.active if not self._clipped(live, made[live.name])]
+        return made, bad
+
+    def _gradients(self, lives: Sequence[_Live]) -> dict[str, _Step]:
+        """Those of one step of some jobs, over all processes."""
+        shares = {live.name: live.steps.shares() for live in lives}
+        made = {live.name: _Step(live.steps.labelled(shares[live.name])) for live in lives}
+        passes = [self._passes(lives, shares, rank) for rank in range(self._world.size)]
+        own = passes[self._world.rank]
+        for group in own:
+            self._pass(group, made)
+        for _ in range(len(own), max(map(len, passes)) if self._sharded else 0):
+            self._idle_pass(passes[0][0])
+        for live in lives:
+            step = made[live.name]
+            step.loss, step.tokens = live.steps.reduced(step.loss, step.tokens)
+        return made
+
+    def _passes(
+        self, lives: Sequence[_Live], shares: Mapping[str, list[list[list[Example]]]], rank: int
+    ) -> list[list[Part]]:  # fmt: skip
+        """What goes through the model at once in one process, one after the other."""
+        parts = {live.name: shares[live.name][rank] for live in lives}
+        passes: list[list[Part]] = []
         for number in range(max(map(len, parts.values()))):
             chosen = [
                 Part(live.name, live.steps.job.path, parts[live.name][number])
-                for live in self.active
+                for live in lives
                 if number < len(parts[live.name])
             ]
-            for group in self.joint.groups(chosen, self._room):
-                self._pass(group, made)
-        for live in self.active:
-            step = made[live.name]
-            step.loss, step.tokens = live.steps.reduced(step.loss, step.tokens)
-        bad = [live for live in self.active if not self._clipped(live, made[live.name])]
-        return made, bad
+            passes += self.joint.groups(chosen, self._room)
+        return passes
 
     def _pass(self, group: Sequence[Part], made: Mapping[str, _Step]) -> None:
         """One pass through the model, forward and backward."""
@@ -176,6 +198,11 @@ class Rounds:
             step = made[str(part.key)]
             step.loss += share
             step.tokens += sum(example.length for example in part.examples)
+
+    def _idle_pass(self, group: Sequence[Part]) -> None:
+        """A pass without effect: the other processes need this one's part of the base."""
+        with self.joint.taken():
+            self._accelerator.backward(0 * torch.stack(self.joint.losses(group)).sum())
 
     def _clipped(self, live: _Live, step: _Step) -> bool:
         if not math.isfinite(step.loss):
@@ -197,13 +224,15 @@ class Rounds:
         return errors
 
     def _one_by_one(self) -> dict[str, _Step]:
-        """The gradients of all jobs, each through its own model."""
+        """The gradients of all jobs, each without the others."""
         return {live.name: self._alone(live) for live in self.active}
 
     def _alone(self, live: _Live) -> _Step:
+        step = self._gradients([live])[live.name]
         with live.random.drawn():
-            loss, tokens = live.steps.gradients(self._accelerator)
-        return _Step(1, loss=loss, norm=live.steps.clip(), tokens=tokens)
+            live.steps.require_finite(step.loss, next(filter(None, live.steps.shares())))
+            step.norm = live.steps.clip()
+        return step
 
     def _take_back(self, before: Mapping[str, Any]) -> None:
         for live in self.active:

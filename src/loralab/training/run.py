@@ -22,7 +22,6 @@ from loralab.training.optim import optimizer_for
 from loralab.training.preflight import Prepared, Request
 from loralab.training.record import Listener, Record
 from loralab.training.settings import Training
-from loralab.training.shard import shard_base
 from loralab.training.world import world
 
 SEED_STEP = 1_000_003  # between the seeds of processes
@@ -122,7 +121,7 @@ def run_prepared(
         note: what else the log shall say.
     """
     begun = begin(request, prepared, folder, listener, checkpoint.latest(folder), note)
-    with memory.kept_pages():
+    with memory.kept_pages(prepared.base.model):
         run_steps(begun.steps)
     return finish(begun)
 
@@ -136,8 +135,6 @@ def begin(
     here.align(adapter.parameters())
     if adapter.budget is not None and not here.first:
         adapter.budget.leave_regularising()
-    if training.shard_base:
-        shard_base(adapter, here)
     trained = Trained(
         adapter=adapter,
         optimizer=optimizer_for(adapter.named_parameters(), training, request.method),
