@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 from training.in_processes import main as in_this_process
 
 from loralab.errors import ConfigError
+from loralab.training import checkpoint
 from loralab.training.checkpoint import latest
 from loralab.training.record import read_metrics
 from loralab.training.world import OTHERS, World, world
@@ -51,9 +53,14 @@ def one_process(plan: Plan, folder: Path) -> None:
 
 
 def require_equal(one: Path, other: Path, name: str = "", atol: float = 2e-5) -> None:
-    """Losses of every step and final weights."""
-    losses = [[e["loss"] for e in read_metrics(run) if e["kind"] == "step"] for run in (one, other)]
+    """Losses of every step, scores and final weights."""
+    events = [read_metrics(run) for run in (one, other)]
+    losses = [[e["loss"] for e in own if e["kind"] == "step"] for own in events]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4), name
+    scores = [[e["metrics"] for e in own if e["kind"] == "evaluation"] for own in events]
+    assert len(scores[0]) == len(scores[1]) > 0
+    for found, expected in zip(*scores, strict=True):
+        assert found == pytest.approx(expected, rel=1e-3), name
     weights = [load_file(run / WEIGHTS) for run in (one, other)]
     assert weights[0].keys() == weights[1].keys()
     for key, tensor in weights[0].items():
@@ -114,6 +121,50 @@ def test_two_processes_equal_one_with_the_doubled_batch(
     assert (tmp_path / "plain-2" / "train.log").read_text().count("step 6/6") == 1
 
 
+def test_encoders_in_two_processes(
+    tiny_bert_folder: Path, labelled: Path, pairs: Path, tmp_path: Path
+) -> None:
+    """Pairs find their partners among the rows of both, although one may have no row at all."""
+    model = shutil.copytree(tiny_bert_folder, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    rates = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    (model / "config.json").write_text(json.dumps(config | rates))
+    runs: dict[str, tuple[Path, dict[str, Any]]] = {
+        "classes": (labelled, {}), "biases": (labelled, {"variant": "bitfit"}),
+        "pairs": (pairs, {}), "split-pairs": (pairs, {"shard_base": True, "most_whole": 1}),
+        "stopped": (pairs, {"stop_at": 2}),
+    }  # fmt: skip
+    two: Plan = []
+    one: Plan = []
+    for name, (data, more) in runs.items():
+        two += plans([tmp_path / f"{name}-2"], model, data, [3], **more)
+        own = {"variant": more.get("variant", "lora")}
+        one += plans([tmp_path / f"{name}-1"], model, data, [6], **own)
+    one += plans([tmp_path / "stopped-2"], model, pairs, [3], resume=True)
+    for count, plan, size in ((2, two, 3), (1, one, 6)):
+        places = [tmp_path / f"job-{n}-{count}" for n in range(2)]
+        plan.append({"many": plans(places, model, pairs, [size, size])})
+    in_processes(2, two, tmp_path)
+    one_process(one, tmp_path)
+    for name in (*runs, "job-0", "job-1"):
+        require_equal(tmp_path / f"{name}-2", tmp_path / f"{name}-1", name)
+    log = (tmp_path / "job-0-2" / "train.log").read_text()
+    assert "its rows meet those of the other processes" in log
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pairs of texts, one more to train on than three steps of six take."""
+    file = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    words = ["good", "bad", "fine", "poor", "great", "awful"]
+    rows = [
+        {"text_a": f"{n} {words[n % 6]}", "text_b": f"{words[n % 6]} {words[n % 5]} {n}"}
+        for n in range(23)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("split", [False, True])
 def test_every_method_in_two_processes(
@@ -144,6 +195,23 @@ def test_a_single_process_shares_with_nobody() -> None:
     parameter = torch.nn.Parameter(torch.ones(2))
     alone.sum_gradients([parameter])
     assert parameter.grad is None
+
+
+def test_each_process_gets_the_random_numbers_of_its_own_gpu_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given: list[torch.Tensor] = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: torch.tensor([7]))
+    monkeypatch.setattr(torch.cuda, "set_rng_state", given.append)
+    with torch.random.fork_rng(devices=[]):
+        kept = {f"random.{name}.3": own for name, own in checkpoint._own_random().items()}
+        drawn = torch.rand(2)
+        checkpoint._set_own_random(kept, 3)
+        assert torch.equal(torch.rand(2), drawn) and given == [torch.tensor([7])]
+        checkpoint._set_own_random(kept, 2)  # there was no such process: new ones
+        assert not torch.equal(torch.rand(2), drawn) and len(given) == 1
 
 
 @pytest.mark.parametrize("name", OTHERS)

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from loralab.tasks.batches import collate
 from loralab.tasks.encode import IGNORED, Example
 
+T = TypeVar("T")
 INPUTS = ("input_ids", "attention_mask", "token_type_ids", "pixel_values")
 AT_ONCE = {"cpu": 512}  # tokens scored together, padding included; more of them is no quicker
 OTHERWISE = 16384  # on a GPU
@@ -34,7 +35,8 @@ def answer_loss(model: nn.Module, batch: Mapping[str, Tensor], kind: str) -> tup
         here = labels != IGNORED
         logits, labels = call(model, batch)[here].float(), labels[here]
     elif kind == "sentence-encoder":
-        logits = SHARPNESS * embed(model, batch) @ embed(model, second_of(batch)).T
+        losses = partner_losses(*embed_pairs(model, batch))
+        return losses.sum(), len(losses)
     else:
         logits = call(model, batch).float()
     return F.cross_entropy(logits, labels, reduction="sum"), len(labels)
@@ -66,6 +68,17 @@ def embed(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     mask = batch["attention_mask"][..., None].float()
     mean = (states * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
     return F.normalize(mean, dim=1)
+
+
+def embed_pairs(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The first and the second texts of a batch of pairs, each (B, H)."""
+    return embed(model, batch), embed(model, second_of(batch))
+
+
+def partner_losses(first: Tensor, second: Tensor) -> Tensor:
+    """How badly each first text (B, H) finds its partner among all second ones (B, H): (B,)."""
+    partners = torch.arange(len(first), device=first.device)
+    return F.cross_entropy(SHARPNESS * first @ second.T, partners, reduction="none")
 
 
 def second_of(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -142,20 +155,45 @@ def accepted(model: nn.Module) -> frozenset[str]:
     return frozenset(inspect.signature(getattr(model, "module", model).forward).parameters)
 
 
+class Among(Protocol):
+    """Several processes that score the same rows together: this one is `rank` of `size`."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+
+    def gathered(self, value: T) -> list[T]:
+        """Each process's value, in all of them."""
+
+
 def by_length(
-    model: nn.Module, tokenizer: Any, examples: Sequence[Example], kind: str, batch_size: int
-) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+    model: nn.Module, tokenizer: Any, examples: Sequence[Example], kind: str, batch_size: int,
+    among: Among | None = None,
+) -> Iterator[tuple[list[int], dict[str, Tensor]]]:  # fmt: skip
     """Batches of similar length where the model is, with the indices of their examples.
 
     Of long texts fewer than `batch_size` go together, so that scoring needs no more memory than
-    training did.
+    training did. Of several processes each gets its own batches (`merged` puts together what came
+    of them), and equally many: some may get the first one again.
     """
     device = next(model.parameters()).device
     room = AT_ONCE.get(device.type, OTHERWISE)
-    for indices in _groups([example.length for example in examples], batch_size, room):
+    groups = _groups([example.length for example in examples], batch_size, room)
+    if among is not None:
+        filling = [groups[0]] * (-len(groups) % among.size)
+        groups = (groups + filling)[among.rank :: among.size]
+    for indices in groups:
         chosen = [examples[i] for i in indices]
         batch = collate(chosen, pad_id=tokenizer.pad_token_id or 0, kind=kind, pictures=tokenizer)
         yield indices, {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def merged(found: dict[int, T], among: Among | None) -> dict[int, T]:
+    """What all processes found, by the index of the example."""
+    if among is None:
+        return found
+    return {index: value for own in among.gathered(found) for index, value in own.items()}
 
 
 def _groups(lengths: Sequence[int], most: int, room: int) -> list[list[int]]:

@@ -9,14 +9,15 @@ from torch.nn import functional as F
 
 from loralab.tasks.encode import Encoded, Example, Ids
 from loralab.tasks.formats import Row
-from loralab.tasks.forward import SHARPNESS, by_length, embed
+from loralab.tasks.forward import SHARPNESS, Among, by_length, embed, merged
 
 KIND = "sentence-encoder"
 
 
 def score_pairs(
-    model: nn.Module, tokenizer: Any, encoded: Encoded, rows: Sequence[Row], batch_size: int
-) -> tuple[dict[str, float], list[str]]:
+    model: nn.Module, tokenizer: Any, encoded: Encoded, rows: Sequence[Row], batch_size: int,
+    among: Among | None = None,
+) -> tuple[dict[str, float], list[str]]:  # fmt: skip
     """loss, accuracy (the partner comes first) and mrr; and the text that came first.
 
     Candidates are the different second texts of all rows, so nothing depends on the batch size.
@@ -25,8 +26,9 @@ def score_pairs(
     partners = list(dict.fromkeys(example.second for example in encoded.examples))
     names = {example.second: rows[example.row]["text_b"] for example in encoded.examples}
     numbers = {ids: index for index, ids in enumerate(partners)}
-    first = _embedded(model, tokenizer, [e.input_ids for e in encoded.examples], batch_size)
-    second = _embedded(model, tokenizer, partners, batch_size)
+    firsts = [example.input_ids for example in encoded.examples]
+    first = _embedded(model, tokenizer, firsts, batch_size, among)
+    second = _embedded(model, tokenizer, partners, batch_size, among)
     true = torch.tensor([numbers[example.second] for example in encoded.examples])
     loss, reciprocal, best = 0.0, 0.0, []
     for start in range(0, len(first), batch_size):
@@ -45,11 +47,13 @@ def score_pairs(
     )
 
 
-def _embedded(model: nn.Module, tokenizer: Any, texts: Sequence[Ids], batch_size: int) -> Tensor:
+def _embedded(
+    model: nn.Module, tokenizer: Any, texts: Sequence[Ids], batch_size: int, among: Among | None
+) -> Tensor:
     """Texts as vectors of length 1, (N, H), in their own order."""
     examples = [Example(index, ids, (index,), second=ids) for index, ids in enumerate(texts)]
-    found: list[Tensor] = [torch.empty(0)] * len(examples)
-    for indices, batch in by_length(model, tokenizer, examples, KIND, batch_size):
-        for index, vector in zip(indices, embed(model, batch).cpu(), strict=True):
-            found[index] = vector
-    return torch.stack(found)
+    found: dict[int, Tensor] = {}
+    for indices, batch in by_length(model, tokenizer, examples, KIND, batch_size, among):
+        found |= zip(indices, embed(model, batch).cpu(), strict=True)
+    found = merged(found, among)
+    return torch.stack([found[index] for index in range(len(examples))])

@@ -23,7 +23,7 @@ from loralab.tasks.encode import (
     stop_ids,
 )
 from loralab.tasks.formats import Row
-from loralab.tasks.forward import answer_loss, answers, by_length, call, lone_head
+from loralab.tasks.forward import Among, answer_loss, answers, by_length, call, lone_head, merged
 from loralab.tasks.metrics import label_metrics, text_metrics
 from loralab.tasks.retrieval import score_pairs
 from loralab.tasks.tagging import score_tags
@@ -82,6 +82,7 @@ def evaluate(
     limit: int | None = None,
     generate: bool = False,
     max_new_tokens: int = 128,
+    among: Among | None = None,
 ) -> Scores:
     """Score a model on the first `limit` rows of a split; its training mode is kept.
 
@@ -94,6 +95,7 @@ def evaluate(
     Args:
         max_length: None is the model's own context.
         generate: write answers too, which needs a task that has some and no labels.
+        among: the processes that all call this at once; each takes a part of the passes.
 
     Raises:
         DataError: a row is longer than the context, or the split is empty.
@@ -110,17 +112,26 @@ def evaluate(
     row_losses: Sequence[float] = ()
     with _evaluating(model):
         if kind == "token-classification":
-            metrics, written = score_tags(model, tokenizer, encoded, rows, task.labels, batch_size)
+            metrics, written = score_tags(
+                model, tokenizer, encoded, rows, task.labels, batch_size, among
+            )
         elif kind == "sentence-encoder":
-            metrics, written = score_pairs(model, tokenizer, encoded, rows, batch_size)
+            metrics, written = score_pairs(model, tokenizer, encoded, rows, batch_size, among)
         else:
             loss, written, row_losses = _answered(
-                model, tokenizer, task, encoded, rows, kind, batch_size, room
+                model, tokenizer, task, encoded, rows, kind, batch_size, room, among
             )
             if generate:
                 asked = [prompt_ids(task, row, tokenizer) for row in rows]
                 written = _generate(model, tokenizer, asked, max_new_tokens, batch_size)
             metrics = _metrics(task, kind, rows, written, loss, generated=generate)
+    return _scores(metrics, rows, written, row_losses)
+
+
+def _scores(
+    metrics: dict[str, float], rows: Sequence[Row], written: Sequence[str],
+    row_losses: Sequence[float],
+) -> Scores:  # fmt: skip
     predictions = tuple(
         Prediction(row=i, prompt=_shown(row), expected=answer(row), answer=a)
         for i, (row, a) in enumerate(zip(rows, written, strict=True))
@@ -145,13 +156,15 @@ def _require_answers(task: Task, kind: str, generate: bool) -> None:
 
 def _answered(
     model: nn.Module, tokenizer: Any, task: Task, encoded: Encoded, rows: Sequence[Row], kind: str,
-    batch_size: int, room: int,
+    batch_size: int, room: int, among: Among | None,
 ) -> tuple[float, list[str], list[float]]:  # fmt: skip
     """Mean loss, the label of each row where there are labels, and the mean loss of each row."""
     if task.labels and kind == "causal-lm":
-        sums, counts, chosen = _ranked(model, tokenizer, task, encoded, rows, batch_size, room)
+        sums, counts, chosen = _ranked(
+            model, tokenizer, task, encoded, rows, batch_size, room, among
+        )
     else:
-        sums, counts, chosen = _losses(model, tokenizer, encoded, kind, batch_size)
+        sums, counts, chosen = _losses(model, tokenizer, encoded, kind, batch_size, among)
     written = [task.labels[index] for index in chosen] if task.labels else [""] * len(rows)
     own = [total / max(count, 1) for total, count in zip(sums, counts, strict=True)]
     return math.fsum(sums) / max(sum(counts), 1), written, own
@@ -228,17 +241,16 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 def _losses(
     model: nn.Module, tokenizer: Any, encoded: Encoded, kind: str, batch_size: int,
-    choices: Sequence[int] = (),
+    among: Among | None, choices: Sequence[int] = (),
 ) -> tuple[list[float], list[int], list[int]]:  # fmt: skip
     """Each example's summed loss, number of labels, and the class or the choice preferred.
 
     `choices` are tokens that may begin the answer of a language model.
     """
-    examples = encoded.examples
-    sums, counts, chosen = [0.0] * len(examples), [0] * len(examples), [0] * len(examples)
-    head = None
+    examples, head = encoded.examples, None
+    found: dict[int, tuple[float, int, int]] = {}
     for number, (indices, batch) in enumerate(
-        by_length(model, tokenizer, examples, kind, batch_size)
+        by_length(model, tokenizer, examples, kind, batch_size, among)
     ):
         if kind == "causal-lm":
             head = head if number else lone_head(model, batch)  # the first batch is the smallest
@@ -251,18 +263,17 @@ def _losses(
             losses = F.cross_entropy(options, batch["labels"], reduction="none")
             rows = torch.arange(len(indices), device=losses.device)
         totals = losses.new_zeros(len(indices)).index_add_(0, rows, losses)
-        for index, total, count in zip(
-            indices, totals.tolist(), rows.bincount(minlength=len(indices)).tolist(), strict=True
-        ):
-            sums[index], counts[index] = total, count
-        for index, best in zip(indices, options.argmax(dim=-1).tolist(), strict=bool(choices)):
-            chosen[index] = best
-    return sums, counts, chosen
+        labels = rows.bincount(minlength=len(indices)).tolist()
+        best = options.argmax(dim=-1).tolist() or [0] * len(indices)
+        found |= zip(indices, zip(totals.tolist(), labels, best, strict=True), strict=True)
+    found = merged(found, among)
+    sums, counts, chosen = zip(*(found[index] for index in range(len(examples))), strict=True)
+    return [*sums], [*counts], [*chosen]
 
 
 def _ranked(
     model: nn.Module, tokenizer: Any, task: Task, encoded: Encoded, rows: Sequence[Row],
-    batch_size: int, room: int,
+    batch_size: int, room: int, among: Among | None,
 ) -> tuple[list[float], list[int], list[int]]:  # fmt: skip
     """Each row's summed loss, number of tokens, and the index of its likeliest label."""
     candidates = [
@@ -275,7 +286,7 @@ def _ranked(
         )
     if all(own == candidates[0] and {len(ids) for ids in own} == {2} for own in candidates):
         firsts = [ids[0] for ids in candidates[0]]  # one token and the end
-        return _losses(model, tokenizer, encoded, "causal-lm", batch_size, firsts)
+        return _losses(model, tokenizer, encoded, "causal-lm", batch_size, among, firsts)
     asked = [prompt_ids(task, row, tokenizer) for row in rows]
     examples = [
         Example(index, (*prompt, *ids), (IGNORED,) * len(prompt) + ids)
@@ -283,11 +294,13 @@ def _ranked(
         for ids in own
     ]
     _require_room(task.name, max(len(example.input_ids) for example in examples), room)
-    found = [0.0] * len(examples)
-    for indices, batch in by_length(model, tokenizer, examples, "causal-lm", batch_size):
-        for index, value in zip(indices, _log_likelihood(model, batch).tolist(), strict=True):
-            found[index] = value
-    table = torch.tensor(found).view(len(rows), len(task.labels))
+    found: dict[int, float] = {}
+    for indices, batch in by_length(model, tokenizer, examples, "causal-lm", batch_size, among):
+        found |= zip(indices, _log_likelihood(model, batch).tolist(), strict=True)
+    found = merged(found, among)
+    table = torch.tensor([found[index] for index in range(len(examples))]).view(
+        len(rows), len(task.labels)
+    )
     true = [task.labels.index(row["label"]) for row in rows]
     tokens = [len(own[index]) for own, index in zip(candidates, true, strict=True)]
     losses = [-table[row, index].item() for row, index in enumerate(true)]

@@ -58,12 +58,13 @@ def write(run: Path, trained: Trained, progress: Progress, world: World) -> Path
     """Write a checkpoint beside those that there are; all processes take part."""
     progress = replace(progress, scaler=trained.scaler.state_dict())
     path = run / FOLDER / f"step-{progress.step:06d}"
-    others = world.gathered(torch.get_rng_state())[1:]
+    others = world.gathered(_own_random())[1:]
     if world.first and not path.exists():
         with atomic.new_folder(path) as folder:
             # 8-bit optimisers share a table between parameters, which the format refuses
             tensors = {name: t.cpu().contiguous().clone() for name, t in _state(trained).items()}
-            tensors |= {f"random.cpu.{rank}": own for rank, own in enumerate(others, 1)}
+            for rank, own in enumerate(others, 1):
+                tensors |= {f"random.{name}.{rank}": state for name, state in own.items()}
             safetensors.torch.save_file(tensors, folder / STATE)
             text = json.dumps(asdict(progress), indent=2)
             (folder / PROGRESS).write_text(text + "\n", encoding="utf-8")
@@ -135,21 +136,30 @@ def restore(path: Path, trained: Trained, world: World) -> Progress:
         trained.optimizer.load_state_dict({"state": state, "param_groups": groups})
         if progress.scaler:
             trained.scaler.load_state_dict(progress.scaler)
+        for index, random in _part(tensors, "random.cuda.").items():
+            if int(index) < torch.cuda.device_count():  # there may have been more of them
+                torch.cuda.set_rng_state(random, int(index))
         torch.set_rng_state(tensors["random.cpu"])
         if not world.first:
             _set_own_random(tensors, world.rank)
-        for index, random in _part(tensors, "random.cuda.").items():
-            torch.cuda.set_rng_state(random, int(index))
     return progress
+
+
+def _own_random() -> dict[str, Tensor]:
+    """The random numbers of this process; those on a GPU are of the one it computes on."""
+    found = {"cpu": torch.get_rng_state()}
+    return found | ({"gpu": torch.cuda.get_rng_state()} if torch.cuda.is_initialized() else {})
 
 
 def _set_own_random(tensors: Mapping[str, Tensor], rank: int) -> None:
     """The random numbers of a process, or new ones if the checkpoint knows no such process."""
-    own = tensors.get(f"random.cpu.{rank}")
+    own, on_gpu = (tensors.get(f"random.{name}.{rank}") for name in ("cpu", "gpu"))
     if own is None:
         torch.manual_seed(int(torch.randint(2**62, ())) + rank)
-    else:
-        torch.set_rng_state(own)
+        return
+    torch.set_rng_state(own)
+    if on_gpu is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(on_gpu)
 
 
 def restore_weights(path: Path, adapter: Adapter) -> None:

@@ -22,7 +22,7 @@ from loralab.adapters.attach import Adapter
 from loralab.adapters.grouped import Bank, Span
 from loralab.tasks.batches import pack, padded
 from loralab.tasks.encode import IGNORED, Example
-from loralab.tasks.forward import SHARPNESS, call, embed, labelled, second_of
+from loralab.tasks.forward import call, embed, labelled, partner_losses, second_of
 from loralab.training.fast.attention import Packing
 from loralab.training.fast.functions import CHUNK, loss_and_gradient
 from loralab.training.fast.patches import attention_function, known, patched
@@ -222,7 +222,7 @@ class Joint:
         if kind == "sentence-encoder":
             with self._routed(spans, parts, second=True):
                 second = embed(self.model, second_of(batch))
-            return [_partners(first[own], second[own]) for own in rows]
+            return [partner_losses(first[own], second[own]).sum() for own in rows]
         if kind == "causal-lm":
             owns = [(own.start <= of_row) & (of_row < own.stop) for own in rows]
             return [_summed(logits[own], labels[own]) for own in owns]
@@ -371,8 +371,3 @@ def _summed(logits: Tensor, labels: Tensor) -> Tensor:
     """Over all that carries a label; logits (..., V), labels (...)."""
     here = labels != IGNORED
     return F.cross_entropy(logits[here].float(), labels[here], reduction="sum")
-
-
-def _partners(first: Tensor, second: Tensor) -> Tensor:
-    labels = torch.arange(len(first), device=first.device)
-    return F.cross_entropy(SHARPNESS * first @ second.T, labels, reduction="sum")

@@ -6,6 +6,7 @@ the whole step. So eight rows at once and eight times one row are the same step.
 """
 
 import contextlib
+import itertools
 import math
 import signal
 import threading
@@ -80,10 +81,21 @@ class Steps:
         """The rows of the next step, as they go through the model in each process."""
         job = self.job
         passes = [[job.examples[i] for i in rows] for rows in job.batches.step(self.progress.step)]
+        if job.path.meets:
+            return self._spread(passes)
         return [
             [part for rows in job.world.share(passes, rank) for part in job.path.parts(rows)]
             for rank in range(job.world.size)
         ]
+
+    def _spread(self, passes: Sequence[list[Example]]) -> list[list[list[Example]]]:
+        """Passes whose rows meet: what processes would have side by side is one pass of all."""
+        size, together = self.job.world.size, self.job.training.processes or 1
+        whole = [
+            list(itertools.chain(*passes[i : i + together]))
+            for i in range(0, len(passes), together)
+        ]
+        return [[rows[rank::size] for rows in whole] for rank in range(size)]
 
     def labelled(self, shares: Sequence[Sequence[Sequence[Example]]]) -> int:
         """What the summed losses of a step are divided by, at least 1."""
@@ -108,7 +120,7 @@ class Steps:
         total, tokens = torch.zeros((), dtype=torch.float64), 0
         with job.path.taken():
             for rows in parts:
-                loss = job.path.loss(rows)
+                loss = job.path.loss(rows) if rows else self._no_loss(shares)
                 accelerator.backward(self.trained.scaler.scale(loss / labelled))
                 total += loss.detach().cpu()
                 tokens += sum(example.length for example in rows)
@@ -118,8 +130,12 @@ class Steps:
             for _ in range(idle):  # the others need this process's part of the base
                 accelerator.backward(0 * job.path.loss(shares[0][0]))
         mean, tokens = self.reduced(float(total) / labelled, tokens)
-        self.require_finite(mean, parts or shares[0])
+        self.require_finite(mean, list(filter(None, parts)) or shares[0])
         return mean, tokens
+
+    def _no_loss(self, shares: Sequence[Sequence[Sequence[Example]]]) -> Tensor:
+        """That of a process without a row, in a pass where rows of several would meet."""
+        return self.job.path.shared_loss(shares[0][0], counted=False)
 
     def require_finite(self, loss: float, parts: Sequence[Sequence[Example]]) -> None:
         """Refuse a step's loss that is no number.

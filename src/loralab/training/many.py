@@ -141,6 +141,7 @@ def _own_reason(job: Ready, one: OneBase) -> str:
         "it recomputes activations": training.gradient_checkpointing != "off",
         "the model's norms mix the rows of a batch": mixes_rows(base.model),
         "its base has other weights, such as those of new tokens": not one.holds(adapter),
+        "its rows meet those of the other processes": job.prepared.path.meets and world().size > 1,
         "dropout of DoRA reaches the base's own product": dropped_base,
     }
     reason = cannot_share({**adapter.modules, **adapter.saved})

@@ -180,6 +180,7 @@ def prepare(
     chosen = training
     if not request.settled:
         chosen = fitted(adapter, path, encoded.examples, training)
+    path.world = world()
     if chosen != training:
         mode, blocks = chosen.gradient_checkpointing, chosen.checkpoint_blocks
         memory.checkpoint_gradients(base.model, mode, blocks)

@@ -197,6 +197,7 @@ def _scorer(prepared: Prepared, training: Training, seen: list[Scores]) -> Calla
         scores = evaluate(
             base.model, base.tokenizer, prepared.task, "validation", kind=base.kind,
             batch_size=max(16, training.batch_size), limit=training.evaluation_rows,
+            among=world() if world().size > 1 else None,
         )  # fmt: skip
         seen.append(scores)
         return scores

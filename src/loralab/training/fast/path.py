@@ -18,10 +18,11 @@ from torch.nn import functional as F
 from loralab.adapters.attach import Adapter
 from loralab.tasks.batches import collate, pack, parts
 from loralab.tasks.encode import IGNORED, Example
-from loralab.tasks.forward import answer_loss
+from loralab.tasks.forward import answer_loss, embed_pairs, partner_losses
 from loralab.training.fast.attention import Packing
 from loralab.training.fast.patches import Forward, known, patched
 from loralab.training.loss import summed_loss
+from loralab.training.world import World
 
 WAYS = ("packed", "patched", "plain")
 ROOM = {"cpu": 1024, "cuda": 16384}  # tokens in one pass, where that makes no difference
@@ -43,6 +44,7 @@ class Path:
             to one of few lengths.
         refused: ways that were tried first, and why they were not taken.
         quicker: modules and the forwards that stand in for theirs.
+        world: the processes whose rows meet in a pass; only those of a sentence encoder do.
     """
 
     model: Any
@@ -54,6 +56,12 @@ class Path:
     longest: int = 0
     refused: dict[str, str] = field(default_factory=dict)
     quicker: Sequence[tuple[nn.Module, Forward]] = ()
+    world: World = field(default_factory=World)
+
+    @property
+    def meets(self) -> bool:
+        """Whether the rows of a pass are compared with each other, those of all processes."""
+        return self.kind == "sentence-encoder"
 
     def parts(self, examples: Sequence[Example]) -> list[list[Example]]:
         """The examples of one pass, cut where that changes nothing but memory."""
@@ -63,9 +71,32 @@ class Path:
 
     def loss(self, examples: Sequence[Example]) -> Tensor:
         """The summed cross-entropy of some examples, () in fp32."""
+        if self.meets and self.world.size > 1:
+            return self.shared_loss(examples)
         if self.way == "packed":
             return self._packed_loss([len(example.input_ids) for example in examples], examples)
         return answer_loss(self.model, self.batch(examples), self.kind)[0]
+
+    def shared_loss(self, examples: Sequence[Example], *, counted: bool = True) -> Tensor:
+        """This process's part of the loss of a pass that all processes make together, ().
+
+        The embeddings of the others are known, but not how they came about: so each process works
+        out the whole loss and its gradient by its own rows, and the gradients add up to that of one
+        process with all rows.
+
+        Args:
+            examples: this process's rows.
+            counted: False, if it has none and these only stand in for them.
+        """
+        own = [t if counted else t[:0] for t in embed_pairs(self.model, self.batch(examples))]
+        pairs = self.world.gathered([t.detach().cpu() for t in own])
+        start = sum(len(first) for first, _ in pairs[: self.world.rank])
+        both = [[t.to(own[0].device) for t in pair] for pair in pairs]
+        both[self.world.rank] = own
+        first, second = (torch.cat(side) for side in zip(*both, strict=True))
+        losses = partner_losses(first, second)
+        whole, mine = losses.sum(), losses[start : start + len(own[0])].sum()
+        return whole - whole.detach() + mine.detach()
 
     def size(self, examples: Sequence[Example]) -> int:
         """Tokens that the model meets, padding included; of pictures, their number."""
