@@ -7,6 +7,7 @@ so that its life is all work and a random moment meets the work; or started as a
 import contextlib
 import ctypes
 import importlib
+import itertools
 import multiprocessing
 import os
 import random
@@ -27,6 +28,8 @@ from typing import Any
 WRITES_ANYWHERE = (1, 2)  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
 DROP, CAPABILITIES = 24, 0x20080522  # PR_CAPBSET_DROP, version 3 of capset
 LONGEST = 180.0  # seconds that a command may take
+CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.truncate", "os.chmod")
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 PARTIAL = ".partial"
 FILLER = "filler.partial"  # what fills a disk; named so that nobody minds it
 PRELOADED = [
@@ -53,9 +56,10 @@ class Victim:
     Args:
         arguments: what stands after `loralab`.
         real: start it as a user would, which takes seconds, instead of forking it.
+        fatal: before which of its calls that change files it is killed, counted from 1; 0 is none.
     """
 
-    def __init__(self, arguments: Sequence[object], *, real: bool = False) -> None:
+    def __init__(self, arguments: Sequence[object], *, real: bool = False, fatal: int = 0) -> None:
         self._process: Any
         words = list(map(str, arguments))
         if real:
@@ -68,7 +72,7 @@ class Victim:
         else:
             source, end = os.pipe()
             with Connection(end, readable=False) as theirs:
-                self._process = _forks().Process(target=_be, args=(words, theirs))
+                self._process = _forks().Process(target=_be, args=(words, theirs, fatal))
                 self._process.start()
         self._said: list[bytes] = []
         self._reader = threading.Thread(target=self._listen, args=(source,), daemon=True)
@@ -123,7 +127,7 @@ def _forks() -> Any:
     return context
 
 
-def _be(arguments: list[str], end: Connection) -> None:
+def _be(arguments: list[str], end: Connection, fatal: int) -> None:
     """The forked process: from here on the command line."""
     os.setsid()
     os.dup2(end.fileno(), 2)
@@ -132,8 +136,22 @@ def _be(arguments: list[str], end: Connection) -> None:
     _obey()
     certificate: Any = importlib.import_module("loralab.artefacts.certificate")
     certificate.subprocess = SimpleNamespace(run=_reload)
+    if fatal:
+        _die_before(fatal)
     sys.argv = ["loralab", *arguments]
     importlib.import_module("loralab.cli").main()
+
+
+def _die_before(number: int) -> None:
+    """Be killed before so many calls that change files; what it has forked lives on."""
+    count, own = itertools.count(1), os.getpid()
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & WRITING
+        if (writes or event in CHANGES) and os.getpid() == own and next(count) == number:
+            os.kill(own, signal.SIGKILL)
+
+    sys.addaudithook(hook)
 
 
 def _obey() -> None:

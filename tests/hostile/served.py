@@ -143,7 +143,7 @@ class Serve(Case):
         self.possible = [{name: name for name in FOLDERS}]
         return [f"{found}: answers {answers}, not {wanted} of {self.possible}"]
 
-    def _go_on(self, names: Sequence[str], place: Path, tally: Tally) -> None:
+    def goes_on(self, names: Sequence[str], place: Path, tally: Tally) -> None:
         store = place / "store"
         problems = [
             f"{name} was changed"

@@ -105,6 +105,17 @@ def test_two_studies_in_one_folder_are_refused(tmp_path: Path) -> None:
         pass  # free again
 
 
+def test_what_went_wrong_is_said_although_nothing_can_be_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(path: Path, missing_ok: bool = False) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "unlink", refused)
+    with pytest.raises(OutputError, match="the first error"), store.locked(tmp_path / "study"):
+        raise OutputError("the first error")
+
+
 def test_a_finished_cell_is_never_run_again(
     tmp_path: Path, tiny_bert_folder: Path, noise_file: Path
 ) -> None:

@@ -101,6 +101,9 @@ def test_two_processes_equal_one_with_the_doubled_batch(
             places = [tmp_path / f"{kind}-{n}-{count}" for n in range(2)]
             more = {"shard_base": kind == "split-job" and count == 2}
             jobs = plans(places, tiny_llama_folder, sums, [size, size + size], **more)
+            if kind == "split-job":  # one that cannot share a batch, and comes after them
+                place = [tmp_path / f"{kind}-2-{count}"]
+                jobs += plans(place, tiny_llama_folder, sums, [size], **more, variant="pissa")
             plan.append({"many": jobs, "most_whole": int(more["shard_base"])})
     dropping = {"options": {"dropout": 0.2}}
     for name, more in (("whole", {}), ("again", {"stop_at": 3}), ("again", {"resume": True})):
@@ -111,7 +114,7 @@ def test_two_processes_equal_one_with_the_doubled_batch(
     assert (tmp_path / "again" / WEIGHTS).read_bytes() == (
         tmp_path / "whole" / WEIGHTS
     ).read_bytes()
-    for name in (*runs, "job-0", "job-1", "split-job-0", "split-job-1"):
+    for name in (*runs, "job-0", "job-1", *(f"split-job-{n}" for n in range(3))):
         require_equal(tmp_path / f"{name}-2", tmp_path / f"{name}-1", name)
     assert tomllib.loads((tmp_path / "plain-2" / "config.toml").read_text())["processes"] == 2
     last = latest(tmp_path / "plain-2")

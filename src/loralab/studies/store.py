@@ -150,12 +150,13 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def _remove_unused(folder: Path) -> None:
-    """A study that could not begin leaves no folder behind."""
-    left = list(folder.iterdir())
-    if all(entry.name in (LOCK, LOG) for entry in left):
-        for entry in left:
-            entry.unlink(missing_ok=True)
-        folder.rmdir()
+    """A study that could not begin leaves no folder behind, where it can be removed."""
+    with contextlib.suppress(OSError):
+        left = list(folder.iterdir())
+        if all(entry.name in (LOCK, LOG) for entry in left):
+            for entry in left:
+                entry.unlink(missing_ok=True)
+            folder.rmdir()
 
 
 def write_results(folder: Path, records: Mapping[str, Sequence[Record]]) -> Path:

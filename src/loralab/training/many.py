@@ -1,7 +1,7 @@
 """train_many(): several adapters on one frozen base, their steps made together (rounds.py)."""
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,20 +43,18 @@ def train_many(
     """
     one = OneBase()
     ready = _prepared(jobs, one, resume=resume)
-    world().wait()  # all have seen the folders as they were
-    for job in ready if world().first else ():
-        preflight.write_config(job.folder, job.request)
-    world().wait()
+    _write_configs(ready)
     with torch.random.fork_rng():
         joint, alone = _sorted_out(ready, one)
+        order, shared = [job.name for job in ready], [j for j in ready if j.name not in alone]
+        apart = {job.name: _deferred(job) for job in ready if job.name in alone}
+        del ready  # else it would hold whole bases beside a split one
         outcomes: dict[str, Outcome] = {}
-        shared = [job for job in ready if job.name not in alone]
         if joint is not None and shared:
             outcomes |= Rounds(shared, joint, listener).run()
-        for job in ready:
-            if job.name in alone:
-                outcomes[job.name] = _trained_alone(_standing_alone(job), alone[job.name], listener)
-    return [outcomes[job.name] for job in ready]
+        for name, prepared in apart.items():
+            outcomes[name] = _trained_alone(prepared(), alone[name], listener)
+    return [outcomes[name] for name in order]
 
 
 def _prepared(jobs: Sequence[TrainJob], one: OneBase, *, resume: bool) -> list[Ready]:
@@ -87,6 +85,13 @@ def _prepared(jobs: Sequence[TrainJob], one: OneBase, *, resume: bool) -> list[R
     return ready
 
 
+def _write_configs(ready: Sequence[Ready]) -> None:
+    world().wait()  # all have seen the folders as they were
+    for job in ready if world().first else ():
+        preflight.write_config(job.folder, job.request)
+    world().wait()
+
+
 def _alike(request: Request) -> dict[str, Any]:
     return {"model": request.model, **{n: getattr(request.training, n) for n in ALIKE[1:]}}
 
@@ -109,7 +114,6 @@ def _require_alike(found: Mapping[str, Mapping[str, Any]]) -> None:
 
 def _sorted_out(ready: Sequence[Ready], one: OneBase) -> tuple[Joint | None, dict[str, str]]:
     """The model for all jobs that can share their batches, and why the others cannot."""
-    by_name = {job.name: job for job in ready}
     alone = {job.name: reason for job in ready if (reason := _own_reason(job, one))}
     rest = [job for job in ready if job.name not in alone]
     if len(rest) < 2 or one.bare is None:
@@ -117,7 +121,8 @@ def _sorted_out(ready: Sequence[Ready], one: OneBase) -> tuple[Joint | None, dic
     ways = [job.prepared.path.way for job in rest]
     way = max(ways, key=ways.count)  # of equally many the first
     path = next(job.prepared.path for job in rest if job.prepared.path.way == way)
-    joint = Joint(one.bare.model, path, lambda key: by_name[str(key)].random.drawn())
+    randoms = {job.name: job.random for job in rest}
+    joint = Joint(one.bare.model, path, lambda key: randoms[str(key)].drawn())
     for job in rest:
         if reason := _joined(job, joint):
             alone[job.name] = reason
@@ -162,11 +167,17 @@ def _joined(job: Ready, joint: Joint) -> str:
     return problem
 
 
-def _standing_alone(job: Ready) -> Ready:
-    """A job with a base that nobody has split for others."""
+def _deferred(job: Ready) -> Callable[[], Ready]:
+    """A job that waits for the others; its base is read anew where theirs is split."""
     if not job.request.training.shard_base:
-        return job
-    return replace(job, prepared=preflight.prepare(job.request))
+        return lambda: job
+    name, folder, request, random = job.name, job.folder, job.request, job.random
+
+    def again() -> Ready:
+        prepared = preflight.prepare(request)
+        return Ready(name=name, folder=folder, request=request, prepared=prepared, random=random)
+
+    return again
 
 
 def _trained_alone(job: Ready, reason: str, listener: Listener | None) -> Outcome:
