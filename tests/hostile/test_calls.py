@@ -48,5 +48,7 @@ def test_a_kill_before_any_call_loses_nothing(name: str, ground: Ground) -> None
 def test_a_merge_killed_before_its_last_calls_is_made_again(ground: Ground) -> None:
     case, tally = Merge(ground), Tally()
     for number in (5, 9, 13):
-        tally += killed_before(case, number)[1]
+        met, own = killed_before(case, number)
+        tally += own
+        assert met, f"it has no call {number}"
     assert not tally.problems, "\n".join(tally.problems)

@@ -159,12 +159,13 @@ class Rounds:
         """Those of one step of some jobs, over all processes."""
         shares = {live.name: live.steps.shares() for live in lives}
         made = {live.name: _Step(live.steps.labelled(shares[live.name])) for live in lives}
-        passes = [self._passes(lives, shares, rank) for rank in range(self._world.size)]
-        own = passes[self._world.rank]
+        own = self._passes(lives, shares, self._world.rank)
         for group in own:
             self._pass(group, made)
-        for _ in range(len(own), max(map(len, passes)) if self._sharded else 0):
-            self._idle_pass(passes[0][0])
+        if self._sharded:  # then all pass equally often
+            every = [self._passes(lives, shares, rank) for rank in range(self._world.size)]
+            for _ in range(len(own), max(map(len, every))):
+                self._idle_pass(every[0][0])
         for live in lives:
             step = made[live.name]
             step.loss, step.tokens = live.steps.reduced(step.loss, step.tokens)
