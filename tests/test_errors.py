@@ -1,5 +1,7 @@
 """Messages name the nearest valid choice; classes fit what a caller expects."""
 
+import pickle
+
 import pytest
 
 from loralab import errors
@@ -25,3 +27,9 @@ def test_an_error_is_also_what_a_caller_would_catch(name: str, builtin: type) ->
     kind = getattr(errors, name)
     assert issubclass(kind, builtin)
     assert issubclass(kind, InputError | RunError)
+
+
+def test_an_error_carries_a_code_and_a_field_also_through_a_pickle() -> None:
+    for kind in (errors.DataError, errors.OutputError):
+        error = pickle.loads(pickle.dumps(kind("x is wrong", code="unknown_column", field="x")))
+        assert (str(error), error.code, error.field) == ("x is wrong", "unknown_column", "x")

@@ -30,7 +30,17 @@ MOST_NAME = 500  # characters of a name that near ones are looked for
 
 
 class LoralabError(Exception):
-    """Base of every error raised on purpose."""
+    """Base of every error raised on purpose.
+
+    Args:
+        code: a word for programs, such as "unknown_column"; messages are for people only.
+        field: the option, column or field that is wrong, where it is one.
+    """
+
+    def __init__(self, message: object = "", *, code: str = "", field: str | None = None) -> None:
+        super().__init__(message)
+        self.code = code
+        self.field = field
 
     def __str__(self) -> str:
         """One line: what a message quotes of a file can neither break it nor steer a terminal."""

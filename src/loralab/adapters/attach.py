@@ -68,6 +68,11 @@ class Adapter:
         self.base_fingerprint: str | None = None  # where the base's weights are not all here
         self.budget = RankBudget(modules, config) if isinstance(config, AdaLoRA) else None
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What of the model is not adapted although the targets could mean it, a line each."""
+        return ()
+
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """Everything that is trained, by path: `<module>.lora_A`, or the saved module's own.
 

@@ -135,6 +135,8 @@ def evaluate(
     if predictions is not None:
         lines = (json.dumps(vars(p), ensure_ascii=False) for p in scores.predictions)
         atomic.write_file(predictions, "".join(line + "\n" for line in lines))
+    for note in scores.notes:
+        print(f"note: {note}", file=sys.stderr)
     if json_:
         _print_json({"metrics": scores.metrics, "rows": scores.rows, "split": evaluation.split})
         return
@@ -340,6 +342,7 @@ def _show_plan(plan: "Plan") -> None:
     if plan.smaller:
         option, peak = next(iter(plan.smaller.items()))
         rows.append(("would lower it most", f"{option}: to {peak / 1e9:.1f} GB"))
+    rows += [("note", note) for note in plan.notes]
     _print_table(f"{plan.model} ({plan.kind}) on {plan.data}", rows)
 
 

@@ -32,7 +32,7 @@ class Task:
     `labels` are the sorted class names or tags ("O" first), empty where there are none;
     `instruction` is what a language model is told before a text to classify; `leaked` counts the
     test rows whose input is also a train row, which can only happen with splits that the data
-    brought along.
+    brought along; `notes` name what the data holds and nothing uses, a line each.
     """
 
     name: str
@@ -42,6 +42,7 @@ class Task:
     instruction: str = ""
     leaked: int = 0
     digest: str = ""
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,7 +207,7 @@ def _task(table: Table, seed: int, instruction: str) -> Task:
     return Task(
         name=table.source, format=table.format, splits=splits, labels=labels,
         instruction=instruction, leaked=sum(input_text(row) in inputs for row in splits["test"]),
-        digest=hashlib.sha256(content.encode()).hexdigest(),
+        digest=hashlib.sha256(content.encode()).hexdigest(), notes=table.notes,
     )  # fmt: skip
 
 

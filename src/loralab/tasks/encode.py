@@ -53,11 +53,15 @@ class Example:
 
 @dataclass(frozen=True, kw_only=True)
 class Encoded:
-    """The examples of a split; rows whose answer did not fit at all, or lost its end."""
+    """The examples of a split; rows whose answer did not fit at all, or lost its end.
+
+    `notes` say what else of the rows is not learnt, a line each.
+    """
 
     examples: list[Example]
     dropped: Ids = ()
     shortened: Ids = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

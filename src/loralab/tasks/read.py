@@ -27,11 +27,15 @@ FIELD_LIMIT = 1 << 30  # characters in a field of .csv; the csv module's own sto
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Rows of one source: `splits` holds "train" alone, or the splits that the source names."""
+    """Rows of one source: `splits` holds "train" alone, or the splits that the source names.
+
+    `notes` name what is there and has no effect, a line each.
+    """
 
     source: str
     format: str
     splits: dict[str, list[Row]]
+    notes: tuple[str, ...] = ()
 
 
 def read(source: str, mapping: Mapping[str, str] | None = None) -> Table:

@@ -55,7 +55,7 @@ class Scores:
     tags; entity_f1 where they mark entities); accuracy and mrr of finding a text's partner;
     exact_match, bleu and rouge_l (each 0 to 1) where answers were generated. `main` names the
     metric that decides. `row_losses` is each row's mean loss, of language models and classifiers
-    whose losses were taken row by row; empty otherwise.
+    whose losses were taken row by row; empty otherwise. `notes` say what of the data was not used.
     """
 
     metrics: dict[str, float]
@@ -63,6 +63,7 @@ class Scores:
     predictions: tuple[Prediction, ...]
     main: str
     row_losses: tuple[float, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def better(self, other: "Scores") -> bool:
         """Whether these scores beat others by the main metric."""
@@ -125,12 +126,12 @@ def evaluate(
                 asked = [prompt_ids(task, row, tokenizer) for row in rows]
                 written = _generate(model, tokenizer, asked, max_new_tokens, batch_size)
             metrics = _metrics(task, kind, rows, written, loss, generated=generate)
-    return _scores(metrics, rows, written, row_losses)
+    return _scores(metrics, rows, written, row_losses, (*task.notes, *encoded.notes))
 
 
 def _scores(
     metrics: dict[str, float], rows: Sequence[Row], written: Sequence[str],
-    row_losses: Sequence[float],
+    row_losses: Sequence[float], notes: tuple[str, ...],
 ) -> Scores:  # fmt: skip
     predictions = tuple(
         Prediction(row=i, prompt=_shown(row), expected=answer(row), answer=a)
@@ -139,7 +140,7 @@ def _scores(
     main = next(name for name in ("entity_f1", "accuracy", "loss") if name in metrics)
     return Scores(
         metrics=metrics, rows=len(rows), predictions=predictions, main=main,
-        row_losses=tuple(row_losses),
+        row_losses=tuple(row_losses), notes=notes,
     )  # fmt: skip
 
 

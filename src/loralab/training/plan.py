@@ -35,7 +35,8 @@ class PlannedModule:
 class Plan:
     """What a run would train, and what it would cost; seconds are of optimiser steps alone.
 
-    `smaller` holds the options that would lower the peak, and the peak with each, the best first.
+    `smaller` holds the options that would lower the peak, and the peak with each, the best first;
+    `notes` what the data and the model hold and the run would not use.
     """
 
     model: str
@@ -55,6 +56,7 @@ class Plan:
     available_bytes: int
     smaller: Mapping[str, int]
     seconds: float
+    notes: tuple[str, ...] = ()
 
     @property
     def share(self) -> float:
@@ -97,7 +99,7 @@ def plan(
         tokens_per_step=_tokens_per_step(prepared), longest_row=max(lengths),
         peak_bytes=peak, smaller=options,
         available_bytes=memory.available_bytes(device_here()),
-        seconds=_seconds(prepared),
+        seconds=_seconds(prepared), notes=prepared.notes,
     )  # fmt: skip
 
 

@@ -119,6 +119,11 @@ class Prepared:
     training: Training
     sample: tuple[tuple[int, ...], ...]
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the data and the model hold and the run does not use, a line each."""
+        return (*self.task.notes, *self.encoded.notes, *self.adapter.notes)
+
 
 def load_for(request: Request, task: Task, device: torch.device | None = None) -> Base:
     """The model that a run needs; `device` if not the one that it computes on."""

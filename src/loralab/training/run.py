@@ -216,7 +216,7 @@ def _announce(
         "text": f"{adapter.num_parameters:,} of {total:,} parameters in {len(adapter.modules)} "
         f"modules, {len(encoded.examples):,} rows, {prepared.steps} steps, {training.precision}",
     })  # fmt: skip
-    notes = [note] if note else []
+    notes = [*([note] if note else []), *prepared.notes]
     if encoded.dropped:
         notes.append(_rows("left out, their answer does not fit", encoded.dropped, training))
     if encoded.shortened:
