@@ -212,7 +212,8 @@ def generate(
 def context_length(model: nn.Module) -> int:
     """How many tokens a model can take; 2048 if it does not say."""
     config = getattr(model, "config", None)
-    return int(getattr(config, "max_position_embeddings", 0) or 2048)
+    length = int(getattr(config, "max_position_embeddings", 0) or 0)
+    return length if length > 0 else 2048  # XLNet's -1 is no limit
 
 
 def _chosen(task: Task, split: str, limit: int | None) -> list[Row]:
