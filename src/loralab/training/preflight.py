@@ -237,7 +237,7 @@ def with_head(method: Method, base: Base) -> Method:
 
 
 def _is_alone(name: str, model: nn.Module, heads: Sequence[str]) -> bool:
-    """Whether a new module is not a head already, and its name means no other one (as peft's do)."""
+    """Whether a new module is not in a head already, and no other module's path ends in its own."""
     paths = [path for path, _ in model.named_modules() if ends_with(path, name)]
     return paths == [name] and not inside(name, heads)
 
