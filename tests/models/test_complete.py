@@ -24,6 +24,7 @@ from transformers import (
     RobertaConfig,
     RobertaForMaskedLM,
     T5Config,
+    T5EncoderModel,
     T5ForConditionalGeneration,
 )
 
@@ -119,6 +120,15 @@ def test_a_pooler_that_was_lost_is_not_taken_for_a_new_one(tiny_bert_folder: Pat
     finally:
         save_file(tensors, tiny_bert_folder / "model.safetensors", metadata={"format": "pt"})
     assert error.value.code == "model_incomplete"
+
+
+def test_half_of_a_backbone_is_no_new_head(save_tiny: Any) -> None:
+    folder = save_tiny("t5-encoder", T5EncoderModel(T5Config(**T5_SIZES)), False)
+    ended(folder)
+    with pytest.raises(ModelError) as error:
+        load(str(folder), kind=CLASSIFIER, labels=["a", "b"])
+    assert error.value.code == "model_incomplete"
+    assert "decoder" in str(error.value)
 
 
 def test_the_head_for_tags_makes_way_for_one_of_classes(save_tiny: Any) -> None:
