@@ -15,6 +15,8 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     BertForTokenClassification,
+    BertGenerationConfig,
+    BertGenerationDecoder,
     DistilBertConfig,
     DistilBertForMaskedLM,
     ErnieConfig,
@@ -26,6 +28,8 @@ from transformers import (
     T5Config,
     T5EncoderModel,
     T5ForConditionalGeneration,
+    XLNetConfig,
+    XLNetLMHeadModel,
 )
 
 from loralab.errors import ModelError
@@ -150,6 +154,21 @@ def test_an_encoder_decoder_is_refused_for_answers_and_pairs(saved: Callable[[st
     with pytest.raises(ModelError) as error:
         load(folder, kind=SENTENCES)
     assert error.value.code == "seq2seq_unsupported"
+
+
+@pytest.mark.parametrize("family", ["bert-generation", "xlnet"])
+def test_a_language_model_that_is_an_encoder_is_refused_for_answers(
+    family: str, save_tiny: Any
+) -> None:
+    made = {
+        "bert-generation": lambda: BertGenerationDecoder(BertGenerationConfig(**SIZES)),
+        "xlnet": lambda: XLNetLMHeadModel(
+            XLNetConfig(vocab_size=101, d_model=32, n_layer=1, n_head=4, d_inner=48)
+        ),
+    }
+    with pytest.raises(ModelError) as error:
+        kind_for(str(save_tiny(family, made[family](), False)), "prompt-completion")
+    assert error.value.code == "not_causal"
 
 
 def test_an_encoder_decoder_needs_a_tokenizer_that_ends_a_text(
