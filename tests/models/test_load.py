@@ -16,6 +16,8 @@ from transformers import (
     BertForSequenceClassification,
     CLIPVisionConfig,
     CLIPVisionModel,
+    FNetConfig,
+    FNetForMaskedLM,
     Qwen3Config,
     Qwen3ForCausalLM,
     RwkvConfig,
@@ -104,6 +106,15 @@ def test_parameters_that_are_made_in_fp32_are_as_asked_too(save_tiny: Any, preci
     assert {p.dtype for p in model.parameters()} == {parse_dtype(precision)}
     ids = torch.tensor([[5, 6, 7], [5, 6, 2]])
     assert model(input_ids=ids, attention_mask=(ids != 2).long()).logits.isfinite().all()
+
+
+def test_a_family_that_computes_in_fp32_alone_says_so(save_tiny: Any) -> None:
+    sizes = {key: size for key, size in SIZES.items() if key != "num_attention_heads"}
+    folder = str(save_tiny("fnet", FNetForMaskedLM(FNetConfig(**sizes)), False))
+    with pytest.raises(ModelError) as error:
+        load(folder, labels=["a", "b"], dtype=torch.bfloat16)
+    assert (error.value.code, error.value.field) == ("precision_unsupported", "precision")
+    assert load(folder, labels=["a", "b"]).kind == CLASSIFIER
 
 
 def test_an_unknown_precision_proposes_the_nearest() -> None:

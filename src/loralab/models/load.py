@@ -7,7 +7,6 @@ with a model is run. A GGUF or ONNX file is converted once, to a folder in the c
 import contextlib
 import inspect
 import re
-import types
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +16,6 @@ import huggingface_hub
 import torch
 from huggingface_hub.errors import RepositoryNotFoundError
 from safetensors import SafetensorError
-from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
 from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging
 
@@ -47,10 +44,10 @@ from loralab.models.kinds import (
     said,
 )
 from loralab.models.plausible import require_folder, require_plausible, require_weights
+from loralab.models.precision import cast, keep_statistics, require_precision
 from loralab.values import check_choice
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_KEPT = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")  # of transformers' models
 LABELLED = ("text-label", "pair-label")  # formats of data that a classifier learns from
 _FREE_SIZES = ("dinov2", "dinov2_with_registers", "swin", "swinv2")  # fit their places themselves
 
@@ -102,6 +99,7 @@ def load(
     require_kind(name, config, kind)
     if image_size is not None and kind != VISION:
         raise ConfigError(f"image_size has no effect: {name} is {said(kind)}")
+    require_precision(name, config, dtype)
     options = _options(name, config, kind, labels)
     with _explained(name, source), torch.random.fork_rng():
         if Path(source).is_dir():
@@ -117,14 +115,14 @@ def load(
             source, dtype=dtype, use_safetensors=True, output_loading_info=True,
             trust_remote_code=False, ignore_mismatched_sizes=True, **options,
         )  # fmt: skip
-    _cast(model, dtype)
+    cast(model, dtype)
     new_head = kind in HEADS and not has_head(config, kind)
     new = new_modules(name, model, report, new_head=new_head)
     if kind == VISION:
         _require_size(name, model, tokenizer.size)
     else:
         _prepare(model, tokenizer)
-    _keep_statistics(model.eval())
+    keep_statistics(model.eval())
     shown = str(Path(name).resolve()) if name not in MODELS and Path(name).exists() else name
     return Base(name=shown, model=model, tokenizer=tokenizer, kind=kind, source=source, new=new)
 
@@ -328,33 +326,6 @@ def _prepare(model: Any, tokenizer: Any) -> None:
     tokenizer.padding_side = "right"
     if getattr(model.config.get_text_config(), "pad_token_id", None) is None:
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-
-
-def _cast(model: Any, dtype: torch.dtype) -> None:
-    """Bring the parameters to one dtype, but those that a family keeps in fp32 on purpose.
-
-    A few families make theirs with a dtype of their own, and transformers leaves them so; XLNet
-    cannot compute with both.
-    """
-    kept = {name for key in _KEPT for name in getattr(model, key, None) or ()}
-    for name, parameter in model.named_parameters():
-        odd = parameter.is_floating_point() and parameter.dtype != dtype
-        if odd and not any(part in kept for part in name.split(".")):
-            parameter.data = parameter.data.to(dtype)
-
-
-def _keep_statistics(model: nn.Module) -> None:
-    """Let batch norms go by the base's statistics in training too: no adapter could store others.
-
-    By those of a batch, what is trained would meet other numbers than what is used afterwards.
-    """
-    for module in model.modules():
-        if isinstance(module, _NormBase) and module.track_running_stats:
-            module.__dict__["train"] = types.MethodType(_stays, module)
-
-
-def _stays(module: nn.Module, mode: bool = True) -> nn.Module:
-    return module
 
 
 @contextlib.contextmanager
