@@ -11,7 +11,7 @@ import tomli_w
 import torch
 
 from loralab import atomic
-from loralab.adapters.attach import Adapter, attach
+from loralab.adapters.attach import Adapter, put_into
 from loralab.adapters.methods import (
     METHODS,
     AdaLoRA,
@@ -153,7 +153,7 @@ def prepare(
     if isinstance(method, LoRA) and training.new_tokens:
         rows = (*method.token_rows, *add_tokens(base, training.new_tokens))
         method = replace(method, token_rows=rows)
-    adapter = attach(base.model, method, generator=generator)
+    adapter = put_into(base.model, method, generator)
     if base.kind == "causal-lm":
         encode.round_trip(task, base.tokenizer)
     encoded = encoding(
