@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from loralab.adapters.experts import share_of, stacked_weights
+from loralab.adapters.experts import EXPERTS, share_of, stacked_weights
 from loralab.adapters.methods import Targeted
 from loralab.adapters.paths import inside, layer_number, selected_by
 from loralab.adapters.presets import MLP, place_of
@@ -44,8 +44,11 @@ def left_out(model: nn.Module, config: Any, chosen: Collection[str]) -> dict[str
         found = _by_preset(model, preset)
     elif isinstance(target, str):
         found = {n: why for n, why in unable_names(model).items() if selected_by(plain(n), target)}
-    if preset in ("all-linear", MLP) or any(place_of(model, name) == MLP for name in chosen):
-        found |= stacked_weights(model)
+    stacked = stacked_weights(model)
+    if preset:
+        found |= {name: why for name, why in stacked.items() if in_preset(model, preset, name)}
+    elif any(place_of(model, name) == MLP for name in chosen):
+        found |= {name: why for name, why in stacked.items() if why == EXPERTS}
     elsewhere = saved_names(model, config)
     return {
         name: why

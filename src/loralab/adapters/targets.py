@@ -290,8 +290,10 @@ class _Selection:
         names = [n for n in self.candidates if n not in towers and not inside(n, heads)]
         chosen = [name for name in names if in_preset(self.model, preset, name)]
         if not chosen:
-            if preset == MLP:
-                self._require_no_stacked(preset, list(stacked_weights(self.model)))
+            stacked = stacked_weights(self.model)
+            self._require_no_stacked(
+                preset, [path for path in stacked if in_preset(self.model, preset, path)]
+            )
             raise _error(
                 f"target_modules {preset!r} finds nothing in {type(self.model).__name__}; "
                 f"name the layers instead: {some(endings(names))}",
@@ -332,7 +334,8 @@ class _Selection:
                 continue
             if is_selected(self.plain(path), names):
                 raise _error(
-                    f"target_modules {target!r}: {path} cannot be adapted, since {reason}",
+                    f"target_modules {target!r}: {path} cannot be adapted, since {reason}; "
+                    "leave it out",
                     "not_linear",
                 )
         if not any(is_selected(self.plain(path), names) for path in self.able):
@@ -352,7 +355,8 @@ class _Selection:
             raise _error(
                 f"target_modules {target!r} means {some(paths, 1)}: {kind} keeps several matrices "
                 f"in one parameter. They are {share_of(self.model, paths):.0%} of the weights of "
-                f"{type(self.model).__name__} and are not adapted",
+                f"{type(self.model).__name__} and are not adapted; layers that can be: "
+                f"{some(endings(self.candidates))}",
                 "stacked_weights",
             )
 
