@@ -29,6 +29,8 @@ NOTHING = r"(?!)"  # an expression that matches no path
 class LinearWithIA3(Wrapper):
     """l * (W0 x + b), or W0 (l * x) + b where the layer leads out of the feed-forward network."""
 
+    merges_into = ("weight", "bias")
+
     def __init__(self, base: nn.Module, *, feedforward: bool) -> None:
         super().__init__(base)
         out_features, in_features = linear_shape(base)
