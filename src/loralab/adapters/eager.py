@@ -6,12 +6,13 @@ grad, jvp), forward-mode differentiation, tracers, and modes that count or repla
 get the plain equation, which torch follows by itself.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as every
 
 PLAIN = (Tensor, nn.Parameter)  # a subclass (fake, sharded, quantised) decides for itself
 
@@ -33,6 +34,16 @@ def is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def is_ragged(x: Tensor) -> bool:
+    """Whether x is a nested tensor of the older layout, which no vector can be multiplied with."""
+    return x.is_nested and x.layout is torch.strided
+
+
+def row_by_row(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """A layer of each row of a nested tensor, as a nested tensor."""
+    return torch.nested.as_nested_tensor([layer(row) for row in x.unbind()])
+
+
 def is_hooked(module: Any) -> bool:
     """Whether somebody wants to know of calls of a module."""
     return bool(
@@ -40,5 +51,8 @@ def is_hooked(module: Any) -> bool:
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or _has_any_global_hook()
+        or every._global_forward_hooks
+        or every._global_forward_pre_hooks
+        or every._global_backward_hooks
+        or every._global_backward_pre_hooks
     )

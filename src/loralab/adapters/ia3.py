@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from loralab.adapters import targets
 from loralab.adapters.bases import dense_weight, is_conv1d, linear_shape
+from loralab.adapters.eager import is_ragged, row_by_row
 from loralab.adapters.expressions import matches
 from loralab.adapters.methods import IA3, Names
 from loralab.adapters.peft_fields import refuse_unknown, selecting_fields, targeted
@@ -42,6 +43,8 @@ class LinearWithIA3(Wrapper):
         """x (..., I) -> (..., O)."""
         if self.merged:
             return self.base(x)
+        if is_ragged(x):
+            return row_by_row(self.forward, x)
         scale = self.ia3_l.flatten()
         if self.feedforward:
             return self.base((x * scale).to(x.dtype))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from loralab.adapters.bases import dense_weight, is_conv1d, is_linear, linear_shape
-from loralab.adapters.eager import is_hooked, is_plain_tensor
+from loralab.adapters.eager import is_hooked, is_plain_tensor, is_ragged, row_by_row
 from loralab.adapters.fused import Updated, can_fuse, linears_with_updates
 from loralab.adapters.methods import LoRA
 from loralab.adapters.start import STARTS
@@ -76,6 +76,8 @@ class LinearWithLoRA(Wrapper):
         """x (..., I) -> (..., O)."""
         if self.merged:
             return self.base(x)
+        if self.magnitude is not None and is_ragged(x):
+            return row_by_row(self.forward, x)
         if self.magnitude is not None:
             return self._rescaled(x, self.ratio())
         return self._updated(x)

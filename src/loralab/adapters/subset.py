@@ -40,7 +40,7 @@ class TrainedInFull(nn.Module):
         dtype = floating[0] if floating else self.dtype
         wide = {name: _in_fp32(x) for name, x in named.items()}
         output = self.trained(*(_in_fp32(x) for x in inputs), **wide)
-        return output.to(dtype) if isinstance(output, Tensor) else output
+        return _in_dtype(output, dtype)
 
     def finished(self) -> nn.Module:
         """The trained copy in the base's dtype, to stand in the model for good."""
@@ -171,4 +171,11 @@ def _chosen(
 
 
 def _in_fp32(x: Any) -> Any:
-    return x.float() if isinstance(x, Tensor) and x.is_floating_point() else x
+    return _in_dtype(x, torch.float32)
+
+
+def _in_dtype(x: Any, dtype: torch.dtype) -> Any:
+    """Numbers with a point in another dtype, those of a tuple too; all else as it is."""
+    if type(x) is tuple:
+        return tuple(_in_dtype(part, dtype) for part in x)
+    return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
