@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from loralab.adapters.budget import RankBudget
+from loralab.adapters.fast_path import calling_their_parts
 from loralab.adapters.fingerprint import dtype_name, fingerprint
 from loralab.adapters.folder import write
 from loralab.adapters.methods import AdaLoRA, LinearProbe, Method
@@ -63,7 +64,11 @@ class Adapter:
         self.saved = dict(saved)
         self._trainable_before = trainable_before
         self._recipe = RECIPES[type(config)]
-        self._hooks = [_keep_gradients_in_checkpoints(model), *self._recipe.watch(model, modules)]
+        self._hooks = [
+            _keep_gradients_in_checkpoints(model),
+            *self._recipe.watch(model, modules),
+            *calling_their_parts(model),
+        ]
         self._attached = True
         self.base_fingerprint: str | None = None  # where the base's weights are not all here
         self.budget = RankBudget(modules, config) if isinstance(config, AdaLoRA) else None

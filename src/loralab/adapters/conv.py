@@ -77,5 +77,8 @@ class ConvWithLoRA(Wrapper):
 
 
 def is_convolution(module: nn.Module) -> bool:
-    """Whether ConvWithLoRA can wrap this module."""
-    return isinstance(module, tuple(_CONVOLVE))
+    """Whether ConvWithLoRA can wrap this module: one that computes nothing but its convolution."""
+    kind = next((kind for kind in _CONVOLVE if isinstance(module, kind)), None)
+    if kind is None:
+        return False
+    return all(getattr(type(module), n) is getattr(kind, n) for n in ("forward", "_conv_forward"))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from loralab.adapters import targets
 from loralab.adapters.bases import dense_weight, is_conv1d, linear_shape
+from loralab.adapters.eager import is_ragged, row_by_row
 from loralab.adapters.expressions import matches
 from loralab.adapters.methods import IA3, Names
 from loralab.adapters.peft_fields import refuse_unknown, selecting_fields, targeted
@@ -29,6 +30,8 @@ NOTHING = r"(?!)"  # an expression that matches no path
 class LinearWithIA3(Wrapper):
     """l * (W0 x + b), or W0 (l * x) + b where the layer leads out of the feed-forward network."""
 
+    merges_into = ("weight", "bias")
+
     def __init__(self, base: nn.Module, *, feedforward: bool) -> None:
         super().__init__(base)
         out_features, in_features = linear_shape(base)
@@ -40,6 +43,8 @@ class LinearWithIA3(Wrapper):
         """x (..., I) -> (..., O)."""
         if self.merged:
             return self.base(x)
+        if is_ragged(x):
+            return row_by_row(self.forward, x)
         scale = self.ia3_l.flatten()
         if self.feedforward:
             return self.base((x * scale).to(x.dtype))

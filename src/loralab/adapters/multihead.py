@@ -14,7 +14,7 @@ from torch.func import functional_call
 
 from loralab.adapters.linear import Rows, spread
 from loralab.adapters.methods import LoRA
-from loralab.adapters.wrapper import Wrapper
+from loralab.adapters.wrapper import Wrapper, without_autocast
 from loralab.errors import ConfigError
 
 IN, OUT = "in_proj_weight", "out_proj.weight"
@@ -28,6 +28,8 @@ class MultiheadAttentionWithLoRA(Wrapper):
             update for all, as peft has it.
         out: whether the output projection gets one.
     """
+
+    merges_into = (IN,)
 
     def __init__(
         self,
@@ -75,9 +77,10 @@ class MultiheadAttentionWithLoRA(Wrapper):
     @torch.no_grad()
     def merge_weights(self) -> None:
         """Put the updated weights in the place of both; the originals are kept aside."""
-        if self.merged:
+        if self.merged or self.cannot_merge:
             super().merge_weights()  # raises
-        new = self._updated()
+        with without_autocast(self.lora_A.device):
+            new = self._updated()
         totals = self._rounded({IN: new.pop(IN)})
         for owner, name, total in [
             (self.base, IN, totals[IN]),
@@ -86,6 +89,7 @@ class MultiheadAttentionWithLoRA(Wrapper):
             key = IN if owner is self.base else OUT
             self._unmerged[key] = owner._parameters[name]
             owner.register_parameter(name, nn.Parameter(total, requires_grad=False))
+        self.merged = True
 
     def unmerge_weights(self) -> None:
         """Put both weights back."""
