@@ -50,8 +50,8 @@ def serve_by_vllm(
     from loralab.artefacts.prepared import prepare
     from loralab.models import load as models
     from loralab.models.kinds import CAUSAL
-    from loralab.serving.api_service import base_id
     from loralab.serving.listener import address, open_socket
+    from loralab.serving.names import base_id
     from loralab.serving.store import Store
     from loralab.serving.vllm import Asked, run
 
@@ -59,13 +59,13 @@ def serve_by_vllm(
         raise ConfigError(f"{model} is a model of kind {kind}; vLLM is given language models alone")
     if not store.is_dir():
         raise ConfigError(f"there is no store at {store}; give a folder with adapters in it")
-    shelf = Store(store, lambda stored: None, resident=settings.resident)
+    shown = base_id(str(Path(model).resolve()) if Path(model).is_dir() else model)
+    shelf = Store(store, lambda stored: None, resident=settings.resident, reserved=(shown,))
     for name, path in asked["adapters"].items():
         shelf.load(name, str(path))
     prepared = prepare({entry.name: entry.path for entry in shelf.entries()}, model)
     with open_socket(host, port) as opened:
         where, port = address(opened), opened.getsockname()[1]
-    shown = base_id(str(Path(model).resolve()) if Path(model).is_dir() else model)
     run_as = Asked(
         python=found, source=models.resolve(model), name=shown, adapters=prepared.ready,
         rank=prepared.rank, store=store.resolve(), host=host, port=port, settings=settings,

@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from fastapi import Request
@@ -15,6 +14,7 @@ from loralab.serving.api_errors import LONGEST, RETRY_SECONDS, ApiError, transla
 from loralab.serving.api_schemas import Body, parsed
 from loralab.serving.keys import Grant, Key, Keys
 from loralab.serving.metrics import Metrics
+from loralab.serving.names import base_id
 from loralab.serving.settings import Limits
 from loralab.tasks.catalog import Task
 from loralab.tasks.encode import prompt_ids
@@ -239,11 +239,6 @@ class Service:
     async def aside(self, work: Callable[[], Result]) -> Result:
         """What uses the tokenizer, in one thread of its own: a long text holds up nobody."""
         return await asyncio.get_running_loop().run_in_executor(self._aside, work)
-
-
-def base_id(name: str) -> str:
-    """What a base is called: its short name or hub id, or its folder's name."""
-    return Path(name).name if Path(name).is_absolute() else name
 
 
 def about(engine: "Engine") -> About:
