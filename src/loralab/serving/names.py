@@ -61,7 +61,8 @@ class Names:
         return sorted(
             name
             for name in named
-            if self.place(name) != other.place(name) or (name in self.moved) != (name in other.moved)
+            if self.place(name) != other.place(name)
+            or (name in self.moved) != (name in other.moved)
         )
 
 
