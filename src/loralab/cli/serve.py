@@ -19,6 +19,17 @@ if TYPE_CHECKING:
 
 SHOWN = 12  # adapters that are named at the start
 INSTALL = "pip install 'loralab[serve]'"
+AllowHost = Annotated[
+    list[str] | None,
+    typer.Option(help="a further name of this server, as clients write it; may be repeated"),
+]
+AllowOrigin = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="a site whose pages may ask this server, such as https://chat.example.org; may be "
+        "repeated"
+    ),
+]
 
 
 @app.command()
@@ -36,17 +47,8 @@ def serve(
     ] = None,
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 is any that is free", min=0, max=65535)] = 8000,
-    allow_host: Annotated[
-        list[str] | None,
-        typer.Option(help="a further name of this server, as clients write it; may be repeated"),
-    ] = None,
-    allow_origin: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="a page of another site that may ask, such as https://chat.example.org; "
-            "may be repeated"
-        ),
-    ] = None,
+    allow_host: AllowHost = None,
+    allow_origin: AllowOrigin = None,
     keys: Annotated[Path | None, typer.Option(help="TOML file of keys")] = None,
     no_keys: Annotated[
         bool, typer.Option("--no-keys", help="let everyone who can reach it ask and load")

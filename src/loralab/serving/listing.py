@@ -119,7 +119,7 @@ class Listing:
         if name in self._reserved:
             raise ConfigError(
                 f"{name} is what the base is called here; give the adapter another name, such as "
-                f"--adapter my-{name}=FOLDER",
+                f"my-{name} (--adapter my-{name}={name} at the start)",
                 code="reserved_name", field="name",
             )  # fmt: skip
 

@@ -98,7 +98,7 @@ class Replica:
     async def answer(self, scope: Scope, body: bytes) -> AsyncIterator[Message]:
         """What the application sends for a request."""
         wanted = self._wanted()
-        if wanted and self._knows(wanted):
+        if wanted and await asyncio.to_thread(self._knows, wanted):  # it may have to be read
             await self._hold(wanted)
         async for message in asked(self._app, scope, body):
             if message["type"] == "http.response.start":
