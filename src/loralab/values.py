@@ -196,7 +196,10 @@ def read_toml(file: Path, error: type[InputError] = ConfigError) -> dict[str, An
     try:
         content = tomllib.loads(text)
     except (ValueError, RecursionError) as reason:  # too many digits or brackets, too
-        raise error(f"{file} is no TOML: {reason}") from None
+        line = re.search(r"line \d+", str(reason))
+        raise error(
+            f"{file} is no TOML: {reason}", code="invalid_toml", field=line and line[0]
+        ) from None
     _require_plain(file, content, error)
     return content
 

@@ -17,6 +17,7 @@ from typing import Any
 from loralab.errors import (
     AdapterFileError,
     AdapterNotFoundError,
+    ConfigError,
     DataError,
     QueueFullError,
     nearest,
@@ -30,7 +31,7 @@ class FakeEntry:
 
     name: str
     digest: str
-    method: str = "LORA"
+    method: str = "lora"
     rank: int | None = 8
     bytes: int = 4_900_000
     task: str | None = "movie-reviews"
@@ -42,6 +43,11 @@ class FakeEntry:
     pinned: bool = False
     front: int = 0
     path: Path = Path("sst")
+    form: str | None = None
+
+    @property
+    def score(self) -> tuple[str, float] | None:
+        return next(iter(self.metrics.items()), None)
 
 
 class FakeStore:
@@ -52,6 +58,9 @@ class FakeStore:
         self.evictions = 3
         self.root = Path("store")
 
+    def settled(self, name: str = "") -> bool:
+        return True
+
     def entries(self) -> list[FakeEntry]:
         return [self._entries[name] for name in sorted(self._entries)]
 
@@ -61,9 +70,13 @@ class FakeStore:
             raise AdapterNotFoundError(f"no adapter {name!r}{nearest(name, self._entries)}")
         return found[0]
 
-    def load(self, name: str, path: str) -> FakeEntry:
+    def load(self, name: str, path: str, *, replace: bool = True) -> FakeEntry:
+        if name in ("tiny", "base"):
+            raise ConfigError(f"{name} is the base's", code="reserved_name", field="name")
+        if name in self._entries and not replace:
+            raise ConfigError(f"{name} is taken", code="name_taken", field="name")
         if ".." in path:
-            raise AdapterFileError(f"{path} lies outside the store")
+            raise AdapterFileError(f"{path} lies outside the store", field="path")
         self._entries[name] = FakeEntry(name=name, digest=digest_of(name + path), path=Path(path))
         return self._entries[name]
 

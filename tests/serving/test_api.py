@@ -143,6 +143,29 @@ def test_a_chat_is_tokenised_as_in_training(engine: FakeEngine) -> None:
     assert list(engine.asked[0][0]) == tokenizer(text)["input_ids"]
 
 
+def test_text_for_an_adapter_that_has_learnt_from_chats_comes_with_a_note(
+    engine: FakeEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    app = build_app(engine, keys=None)  # type: ignore[arg-type]
+
+    def noted(form: str | None, prompt: Any, path: str = "/v1/completions") -> bool:
+        engine.store = FakeStore(FakeEntry(name="sst", digest=digest_of("sst"), form=form))
+        chat = {"messages": CHAT["messages"]}
+        body = {**TEXT, "prompt": prompt} if path.endswith("v1/completions") else {**CHAT, **chat}
+        answer = talk(app, lambda client: client.post(path, json=body))
+        assert answer.status_code == 200
+        return "chat" in answer.headers.get("x-loralab-note", "")
+
+    assert noted("prompt-completion", "good film")
+    assert noted("messages", ["good film", "bad"])
+    assert not noted("text", "good film")
+    assert not noted(None, "good film")
+    assert not noted("prompt-completion", [5, 6])
+    assert not noted("prompt-completion", engine.base.tokenizer.eos_token + "good film")
+    assert not noted("prompt-completion", "", "/v1/chat/completions")
+    assert len([one for one in caplog.records if one.name.startswith("loralab")]) == 1
+
+
 def test_a_chat_without_a_length_may_fill_the_context(engine: FakeEngine) -> None:
     body = {key: value for key, value in CHAT.items() if key != "max_tokens"}
     post(engine, "/v1/chat/completions", body)
@@ -198,10 +221,19 @@ def test_a_narrow_key_sees_and_asks_its_own_adapters_only(engine: FakeEngine) ->
     assert [m["id"] for m in get(engine, "/v1/models", **mine).json()["data"]] == ["sst"]
     assert [a["name"] for a in get(engine, "/store", **mine).json()["adapters"]] == ["sst"]
     error_of(get(engine, "/metrics", **mine), 403)
-    for model in ("news", "tiny", digest_of("news")):
-        error_of(post(engine, "/v1/completions", {**TEXT, "model": model}, **mine), 403)
-    unknown = post(engine, "/v1/completions", {**TEXT, "model": "newss"}, **mine)
-    assert "did you mean" not in error_of(unknown, 404)["message"]
+    told = set()
+    for model in ("news", "newz", "tiny", "tinz", digest_of("news"), digest_of("newz"), "base"):
+        asked = [
+            post(engine, "/v1/completions", {**TEXT, "model": model}, **mine),
+            post(engine, "/v1/chat/completions", {**CHAT, "model": model}, **mine),
+            post(engine, "/v1/classify", {"model": model, "input": "a"}, **mine),
+            get(engine, f"/v1/models/{model}", **mine),
+        ]
+        for error in (error_of(one, 404) for one in asked):
+            told.add((error["message"].replace(model, "*"), error["param"], error["code"]))
+    assert len(told) == 1  # what is there and what is not are told in the same words
+    assert "did you mean" not in str(told)
+    assert post(engine, "/v1/completions", {**TEXT, "model": digest_of("sst")}, **mine).is_success
     for path in ("/v1/load_lora_adapter", "/v1/unload_lora_adapter"):
         error_of(post(engine, path, {"lora_name": "sst"}, **mine), 403)
     assert post(engine, "/v1/completions", TEXT, **mine).status_code == 200
@@ -244,10 +276,27 @@ def test_adapters_come_and_go(engine: FakeEngine) -> None:
     error_of(post(engine, "/v1/unload_lora_adapter", {"lora_name": "new"}), 404)
     outside = {"lora_name": "new", "lora_path": "../new"}
     assert error_of(post(engine, "/v1/load_lora_adapter", outside), 400)["param"] == "lora_path"
-    of_base = {"lora_name": "tiny", "lora_path": "runs/new"}
-    error_of(post(engine, "/v1/load_lora_adapter", of_base), 400)
-    inplace = {**body, "load_inplace": True}
-    error_of(post(engine, "/v1/load_lora_adapter", inplace), 400)
+    for name in ("tiny", "base"):
+        of_base = {"lora_name": name, "lora_path": "runs/new"}
+        error = error_of(post(engine, "/v1/load_lora_adapter", of_base), 400)
+        assert (error["param"], error["code"]) == ("lora_name", "reserved_name")
+    gone = error_of(post(engine, "/v1/unload_lora_adapter", {"lora_name": "nobody"}), 404)
+    assert gone["param"] == "lora_name"
+
+
+def test_a_name_that_is_taken_moves_unless_it_is_not_to(engine: FakeEngine) -> None:
+    load, body = "/v1/load_lora_adapter", {"lora_name": "sst", "lora_path": "runs/new"}
+    before = engine.store.entry("sst").digest
+    error = error_of(post(engine, load, {**body, "load_inplace": False}), 400)
+    assert (error["param"], error["code"]) == ("lora_name", "name_taken")
+    assert engine.store.entry("sst").digest == before
+    for more in ({}, {"load_inplace": None}, {"load_inplace": True}):
+        engine.store.load("sst", "sst")
+        assert post(engine, load, {**body, **more}).status_code == 200
+        assert engine.store.entry("sst").digest != before
+    free = {**body, "lora_name": "free", "load_inplace": False}
+    assert post(engine, load, free).status_code == 200
+    assert error_of(post(engine, load, {**free, "load_inplace": 0}), 400)["param"] == "load_inplace"
 
 
 def test_models_and_the_store_tell_what_is_there(engine: FakeEngine) -> None:
@@ -262,6 +311,8 @@ def test_models_and_the_store_tell_what_is_there(engine: FakeEngine) -> None:
     assert store["engine"]["max_waiting"] == 2
     assert [a["name"] for a in store["adapters"]] == ["news", "sst"]
     assert store["adapters"][1]["metrics"] == {"accuracy": 0.89}
+    assert store["adapters"][1]["score"] == sst["score"] == {"metric": "accuracy", "value": 0.89}
+    assert store["adapters"][0]["score"] is None
 
 
 def test_metrics_count_by_adapter(engine: FakeEngine) -> None:

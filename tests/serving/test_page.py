@@ -120,11 +120,17 @@ def test_an_error_stands_in_the_column_it_belongs_to(
     engine.store.load("<b>bold</b>", "x")
     engine.max_waiting = 9
     page, _ = shown(
-        serve(engine), tmp_path, models="news,<b>bold</b>", prompt="x" * 400, max_tokens=70,
+        serve(engine), tmp_path, models="news,<b>bold</b>", prompt="good film", max_tokens=3,
         autorun=1,
     )  # fmt: skip
     assert '<p class="error"' in column(page, "news")
-    assert "at most 64" in column(page, "news")
+    assert "no longer finite" in column(page, "news")
+    assert '<p class="error"' not in column(page, "&lt;b&gt;bold&lt;/b&gt;")
+    long, _ = shown(
+        serve(engine), tmp_path, models="news", prompt="good film " * 40, max_tokens=3, autorun=1
+    )
+    assert '<p class="error"' in column(long, "news")
+    assert "at most 64" in column(long, "news")
     assert "<b>bold</b>" not in page  # a name is text, never markup
     assert "&lt;b&gt;bold&lt;/b&gt;" in page
 

@@ -21,7 +21,9 @@ Config = type[Any]
 
 
 def with_options(*configs: Config) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command one option for each field of some dataclasses; fields of one name share it.
+    """Give a command one option for each field with a text of some dataclasses.
+
+    Fields of one name share it.
 
     The command receives what was typed as its last argument: a dict {field: value}.
     """
@@ -29,7 +31,7 @@ def with_options(*configs: Config) -> Callable[[Callable[..., None]], Callable[.
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         own = list(inspect.signature(command, eval_str=True).parameters.values())[:-1]
         taken = {parameter.name for parameter in own}
-        names = dict.fromkeys(f.name for config in configs for f in fields(config))
+        names = dict.fromkeys(name for config in configs for name in _told(config))
         added = [_parameter(name, configs) for name in names if name not in taken]
 
         def run(**given: Any) -> None:
@@ -81,6 +83,12 @@ def pairs(text: str, name: str, kind: Callable[[str], Any] = str) -> dict[str, A
         except ValueError:
             raise ConfigError(f"{_flag(name)} expects name=value pairs, got {part!r}") from None
     return found
+
+
+def _told(config: Config) -> list[str]:
+    """Fields that have a text."""
+    hints = get_type_hints(config, include_extras=True)
+    return [f.name for f in fields(config) if get_origin(hints[f.name]) is Annotated]
 
 
 def _parameter(name: str, configs: tuple[Config, ...]) -> inspect.Parameter:

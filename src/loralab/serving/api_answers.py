@@ -235,6 +235,13 @@ class EngineState(Part):
     evictions: int
 
 
+class Score(Part):
+    """The metric that decides for a task, and its value."""
+
+    metric: str
+    value: float
+
+
 class StoredAdapter(Part):
     """All that is known of an adapter."""
 
@@ -246,6 +253,7 @@ class StoredAdapter(Part):
     task: str | None
     labels: list[str]
     metrics: dict[str, float]
+    score: Score | None
     base: str | None
     loaded: bool
     pinned: bool

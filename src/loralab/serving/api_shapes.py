@@ -171,6 +171,7 @@ def described(entry: Any) -> Json:
     return {
         **identity(entry), "method": entry.method, "rank": entry.rank, "bytes": entry.bytes,
         "task": entry.task, "labels": list(entry.labels), "metrics": dict(entry.metrics),
+        "score": entry.score and dict(zip(("metric", "value"), entry.score, strict=True)),
         "base": entry.base, "loaded": entry.loaded, "pinned": entry.pinned,
     }  # fmt: skip
 

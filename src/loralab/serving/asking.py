@@ -111,8 +111,9 @@ class Asking:
         ids = tuple(self._base.tokenizer(value, verbose=False)["input_ids"])
         if len(ids) > self._context:
             raise DataError(
-                f"input {number} has {len(ids)} tokens, and the model can take {self._context}"
-            )
+                f"input {number} has {len(ids)} tokens, and the model can take {self._context}",
+                code="context_length_exceeded", field="input",
+            )  # fmt: skip
         return Example(number, ids, (0,))
 
     def _task(self, entry: Entry | None) -> Task:
@@ -141,8 +142,9 @@ class Asking:
         if len(prompt) + more > self._context:
             raise DataError(
                 f"the prompt has {len(prompt)} tokens and asks for {more} more, and the model can "
-                f"take {self._context} in all"
-            )
+                f"take {self._context} in all",
+                code="context_length_exceeded", field="prompt",
+            )  # fmt: skip
 
 
 def front_of(entry: Entry | None) -> int:

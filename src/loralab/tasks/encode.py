@@ -160,6 +160,19 @@ def chat_ids(tokenizer: Any, prompt: str, *, system: str | None = None) -> Ids:
     return _opening(tokenizer, [*first, {"role": "user", "content": prompt}])
 
 
+def conversation_ids(tokenizer: Any, turns: Sequence[dict[str, str]]) -> Ids:
+    """The tokens of a conversation and the opening of its next answer, as training has them.
+
+    Raises:
+        DataError: the chat template refuses it.
+    """
+    if tokenizer.chat_template:
+        return _opening(tokenizer, list(turns))
+    # without a template an end of text stands behind every earlier answer
+    whole = [*turns, {"role": "assistant", "content": ""}]
+    return sum((segment.ids for segment in _earlier(tokenizer, whole)), ())
+
+
 def answer(row: Row) -> str:
     """The reference answer of a row: tags are joined by spaces."""
     if "messages" in row:

@@ -29,6 +29,7 @@ from loralab.tasks.retrieval import score_pairs
 from loralab.tasks.tagging import score_tags
 
 __all__ = ["Prediction", "Scores", "answer_loss", "context_length", "evaluate", "generate"]
+MAIN_METRICS = ("entity_f1", "accuracy", "loss")  # the first that was measured decides
 TEXT_KINDS = ("causal-lm", "sequence-classification")
 
 # said in full, or the model's own generation_config would add its penalty or cut what is drawn
@@ -137,7 +138,7 @@ def _scores(
         Prediction(row=i, prompt=_shown(row), expected=answer(row), answer=a)
         for i, (row, a) in enumerate(zip(rows, written, strict=True))
     )
-    main = next(name for name in ("entity_f1", "accuracy", "loss") if name in metrics)
+    main = next(name for name in MAIN_METRICS if name in metrics)
     return Scores(
         metrics=metrics, rows=len(rows), predictions=predictions, main=main,
         row_losses=tuple(row_losses), notes=notes,
