@@ -21,7 +21,7 @@ from loralab.errors import (
     QueueFullError,
     nearest,
 )
-from loralab.serving.request import Answer, Chosen, Finished, Piece, Ranked, Sampling
+from loralab.serving.request import Answer, Finished, Piece, Ranked, Sampling, TokenLogprob
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +141,7 @@ class FakeEngine:
         self.running += 1
         begun, count, reason = time.perf_counter(), 0, "length"
         words = [f"{answer.adapter or 'base'}", *(f" {n}" for n in range(sampling.max_tokens - 1))]
+        offset = 0
         for word in words:
             while not self.gate.is_set() and not gone.is_set():
                 time.sleep(0.002)
@@ -149,7 +150,9 @@ class FakeEngine:
                 self.cancelled.append(answer.id)
                 break
             count += 1
-            answer.tell(Piece(text=word, tokens=(count,), logprobs=explained(word, sampling)))
+            told = explained(word, offset, sampling)
+            answer.tell(Piece(text=word, tokens=(count,), logprobs=told))
+            offset += len(word)
             if self.fail:
                 reason = "error"
                 break
@@ -172,8 +175,15 @@ class FakeEngine:
         })  # fmt: skip
 
 
-def explained(word: str, sampling: Sampling) -> tuple[Chosen, ...]:
+def explained(word: str, offset: int, sampling: Sampling) -> tuple[TokenLogprob, ...]:
     if sampling.logprobs is None:
         return ()
-    top = ((1, word, -0.5), (2, " other", float("-inf")))[: sampling.logprobs]
-    return (Chosen(token=1, text=word, logprob=-0.5, top=top),)
+    top = tuple(
+        TokenLogprob(token=token, raw=text.encode(), text=text, logprob=logprob)
+        for token, text, logprob in ((1, word, -0.5), (2, " other", float("-inf")))
+    )[: sampling.logprobs]
+    return (
+        TokenLogprob(
+            token=1, raw=word.encode(), text=word, logprob=-0.5, offset=offset, top=top
+        ),
+    )  # fmt: skip

@@ -204,7 +204,7 @@ def test_log_probabilities_are_those_of_the_model(world: World, opened: Open) ->
         row = expected[len(prompt) - 1 + place]
         assert chosen.token == own.tokens[place]
         assert chosen.logprob == pytest.approx(float(row[chosen.token]), abs=1e-3)
-        assert [token for token, _, _ in chosen.top] == row.topk(3).indices.tolist()
+        assert [one.token for one in chosen.top] == row.topk(3).indices.tolist()
 
 
 def test_pieces_are_the_whole(opened: Open) -> None:

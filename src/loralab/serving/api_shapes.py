@@ -8,7 +8,8 @@ import uuid
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from loralab.serving.request import Answer, Chosen, Completed, Finished, Piece, Ranked
+from loralab.serving.detokenize import escaped
+from loralab.serving.request import Answer, Completed, Finished, Piece, Ranked, TokenLogprob
 
 Json = dict[str, Any]
 OWNER = "loralab"
@@ -57,10 +58,6 @@ class CompletionShape(_Shape):
 
     prefix, whole_object, chunk_object = "cmpl-", "text_completion", "text_completion"
 
-    def __init__(self, answers: Sequence[Answer], *, model: str, choices: int, usage: bool) -> None:
-        super().__init__(answers, model=model, choices=choices, usage=usage)
-        self._offsets = [0] * len(answers)
-
     def whole(self, done: Sequence[Completed]) -> Json:
         """The body of an answer that is not streamed."""
         return self._body(
@@ -80,23 +77,10 @@ class CompletionShape(_Shape):
         """Why it ended."""
         return self.chunk([self._choice(index, "", (), end.reason)])
 
-    def _choice(self, index: int, text: str, chosen: Sequence[Chosen], reason: str | None) -> Json:
-        told = self._logprobs(index, chosen) if chosen else None
-        return {"index": index, "text": text, "logprobs": told, "finish_reason": reason}
-
-    def _logprobs(self, index: int, chosen: Sequence[Chosen]) -> Json:
-        offsets = []
-        for one in chosen:
-            offsets.append(self._offsets[index])
-            self._offsets[index] += len(one.text)
-        return {
-            "tokens": [one.text for one in chosen],
-            "token_logprobs": [_finite(one.logprob) for one in chosen],
-            "top_logprobs": [
-                {text: _finite(logprob) for _, text, logprob in one.top} for one in chosen
-            ] if any(one.top for one in chosen) else None,
-            "text_offset": offsets,
-        }  # fmt: skip
+    @staticmethod
+    def _choice(index: int, text: str, told: Sequence[TokenLogprob], reason: str | None) -> Json:
+        logprobs = _listed(told) if told else None
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
 
 
 class ChatShape(_Shape):
@@ -191,21 +175,50 @@ def listed(base: str, kind: str, context: int, entries: Iterable[Any], created: 
     return {"object": "list", "data": models}
 
 
-def _spoken(chosen: Sequence[Chosen]) -> Json | None:
-    if not chosen:
+def _listed(told: Sequence[TokenLogprob]) -> Json:
+    return {
+        "tokens": [one.text for one in told],
+        "token_logprobs": [_finite(one.logprob) for one in told],
+        "top_logprobs": [
+            {**{name: _finite(other.logprob) for name, other in _named(one)},
+             one.text: _finite(one.logprob)}
+            for one in told
+        ],
+        "text_offset": [one.offset for one in told],
+    }  # fmt: skip
+
+
+def _spoken(told: Sequence[TokenLogprob]) -> Json | None:
+    if not told:
         return None
     return {
         "content": [
-            {**_token(one.text, one.logprob),
-             "top_logprobs": [_token(text, logprob) for _, text, logprob in one.top]}
-            for one in chosen
+            {**_token(one.text, one),
+             "top_logprobs": [_token(name, other) for name, other in _named(one)]}
+            for one in told
         ],
         "refusal": None,
     }  # fmt: skip
 
 
-def _token(text: str, logprob: float) -> Json:
-    return {"token": text, "logprob": _finite(logprob), "bytes": list(text.encode())}
+def _token(name: str, one: TokenLogprob) -> Json:
+    return {"token": name, "logprob": _finite(one.logprob), "bytes": list(one.raw)}
+
+
+def _named(chosen: TokenLogprob) -> list[tuple[str, TokenLogprob]]:
+    """The likeliest tokens under different names, though several may have the same text.
+
+    The one that was chosen is called by its text, of the others the likeliest.
+    """
+    taken, found = {chosen.text}, []
+    for one in chosen.top:
+        name = chosen.text
+        if one.token != chosen.token:
+            names = (one.text, escaped(one.raw), f"token_id:{one.token}")
+            name = next(name for name in names if name not in taken)
+        taken.add(name)
+        found.append((name, one))
+    return found
 
 
 def _finite(logprob: float) -> float:

@@ -7,6 +7,7 @@ from concurrent.futures import Future
 
 from loralab.errors import ConfigError, DataError
 from loralab.models.load import Base
+from loralab.serving.detokenize import TokenBytes
 from loralab.serving.entries import Entry
 from loralab.serving.live import Scored, Seen, Written
 from loralab.serving.request import Answer, Sampling
@@ -29,6 +30,7 @@ class Asking:
         self._base, self._context = base, context
         writes = base.kind == "causal-lm"
         self._stops = frozenset(stop_ids(base.tokenizer)) if writes else frozenset()
+        self._tokens = TokenBytes(base.tokenizer)
         self._numbers = itertools.count()  # of rows and inputs
 
     def writing(self, prompt: Sequence[int], entry: Entry | None, sampling: Sampling) -> Written:
@@ -52,7 +54,7 @@ class Asking:
         answer = Answer(id=uuid.uuid4().hex, adapter=name, digest=digest, cancel=cancel)
         live = Written(
             adapter=name, digest=digest, prompt=tuple(prompt), sampling=sampling,
-            stops=self._stops, tokenizer=self._base.tokenizer, answer=answer,
+            stops=self._stops, tokens=self._tokens, answer=answer,
             rows=[Row(number=next(self._numbers), key=digest, tokens=tokens)],
         )  # fmt: skip
         return live
