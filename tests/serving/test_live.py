@@ -1,6 +1,7 @@
 """An answer on its way: its pieces, its tokens and their bytes always tell the same text."""
 
 import functools
+from concurrent.futures import Future
 from typing import Any
 
 import pytest
@@ -11,9 +12,9 @@ from serving.vocabularies import FAMILIES
 
 from loralab.serving.api_shapes import ChatShape, CompletionShape
 from loralab.serving.detokenize import TokenBytes
-from loralab.serving.live import Written
+from loralab.serving.live import Scored, Written
 from loralab.serving.request import Answer, Completed, Event, Finished, Sampling
-from loralab.serving.scheduler import Row
+from loralab.serving.scheduler import Row, Work
 
 TEXT = st.text(st.one_of(st.sampled_from("the river 天空été😀�"), st.characters(codec="utf-8")))
 FEW = ("byte level", "crossing", "llama", "wordpiece", "opaque")
@@ -162,3 +163,24 @@ def test_of_tokens_with_one_text_the_likeliest_keeps_it() -> None:
     top = shaped(completed(list(answer)))["logprobs"]["top_logprobs"][0]
     assert set(top) == {"e", r"bytes:\x65", r"bytes:\xe5", "</s>", "f"}
     assert top["e"] == max(top.values())
+
+
+def test_a_row_that_begins_anew_counts_once() -> None:
+    """As rows do that are pushed out of the cache in the middle of a label."""
+    row = Row(number=0, key=None, tokens=[1, 2, 3, 4, 5, 6], scored=2)
+    logits = torch.randn(6, 9, generator=torch.Generator().manual_seed(0))
+
+    def scored(*cuts: tuple[int, int]) -> float:
+        live = Scored(
+            adapter=None, digest=None, labels=["a"], asked=[2], firsts=(), rows=[row],
+            future=Future(),
+        )  # fmt: skip
+        for start, stop in cuts:
+            work = Work(row, start, stop)
+            live.take(row, work, logits[list(work.asked)])
+        return live.sums[0][0]
+
+    expected = logits.double().log_softmax(-1)[range(1, 5), [3, 4, 5, 6]].sum()
+    assert scored((0, 6)) == pytest.approx(float(expected))
+    assert scored((0, 4), (4, 6)) == pytest.approx(float(expected))
+    assert scored((0, 4), (0, 1), (1, 6)) == pytest.approx(float(expected))

@@ -203,6 +203,8 @@ class Scored(_Classes):
             self.sums[row.number] = chances[-1, list(self.firsts)].tolist()
         elif len(chances):
             following = [row.tokens[i + 1] for i in work.asked]
+            if work.asked.start == row.asked:  # it may have begun anew
+                own[0] = 0.0
             own[0] += float(chances[torch.arange(len(following)), following].sum())
         return row.left == 0
 
