@@ -56,7 +56,11 @@ WRONG: list[tuple[str, dict[str, Any], str | None, str]] = [
     ("chat/completions", {"top_logprobs": 3}, "top_logprobs", "logprobs"),
     ("chat/completions", {"tools": [{"type": "function"}]}, "tools", "not supported"),
     ("chat/completions", {"response_format": {"type": "json_object"}}, "response_format", "text"),
-    ("chat/completions", {"max_completion_tokens": 0}, "max_tokens", "at least 1"),
+    ("chat/completions", {"max_completion_tokens": 0}, "max_completion_tokens", "at least 1"),
+    ("chat/completions", {"logprobs": True, "top_logprobs": 21}, "top_logprobs", "20"),
+    ("chat/completions", {"logprobs": True, "top_logprobs": -1}, "top_logprobs", "from 0"),
+    ("chat/completions", {"stream_options": {"continuous_usage_stats": 1}},
+     "stream_options.continuous_usage_stats", "boolean"),
 ]  # fmt: skip
 
 

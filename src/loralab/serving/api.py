@@ -221,7 +221,10 @@ async def _answered(
         raise translated(error, param) from None
     gathered = Gathered(answers, lambda tokens: service.settle(grant, tokens))
     make = CompletionShape if isinstance(body, CompletionBody) else ChatShape
-    shape = make(answers, model=body.model, choices=choices, usage=body.with_usage)
+    read = sum(map(len, prompts)) if body.with_usage_so_far else None
+    shape = make(
+        answers, model=body.model, choices=choices, usage=body.with_usage, prompt_tokens=read
+    )
     headers, seconds = _digest(answers[0].digest), service.limits.timeout
     if body.stream:
         return EventStream(gathered, shape, seconds, headers)

@@ -52,7 +52,7 @@ class Usage(Part):
 
 
 class ShortUsage(Part):
-    """What a classification took."""
+    """What a classification took, or a stream so far."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -95,11 +95,14 @@ class Completion(Answer):
 
 
 class CompletionChunk(Answer):
-    """A piece of a streamed completion; `usage` stands in the last one, if it was asked for."""
+    """A piece of a streamed completion; `usage` stands in the last one, if it was asked for.
+
+    With `continuous_usage_stats` it stands in all of them, so far.
+    """
 
     object: Literal["text_completion"]
     choices: list[TextChoice]
-    usage: Usage | None = None
+    usage: Usage | ShortUsage | None = None
 
 
 class Likely(Part):
@@ -169,7 +172,7 @@ class ChatChunk(Answer):
 
     object: Literal["chat.completion.chunk"]
     choices: list[ChatPiece]
-    usage: Usage | None = None
+    usage: Usage | ShortUsage | None = None
 
 
 class Ranking(Part):

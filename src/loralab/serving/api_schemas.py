@@ -79,9 +79,14 @@ def _truth(given: Any) -> Any:
 
 
 class StreamOptions(Body):
-    """What a stream tells beside its text."""
+    """What a stream tells beside its text.
+
+    `continuous_usage_stats`, vLLM's, tells in every chunk what was used so far; as there it implies
+    `include_usage`, and with `include_usage: false` there is no usage at all.
+    """
 
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
     include_obfuscation: Annotated[Literal[False], BeforeValidator(_truth)] | None = None
 
 
@@ -102,8 +107,21 @@ class _Asked(Body):
     @property
     def with_usage(self) -> bool:
         """Whether a stream ends with what it took."""
-        options = self.stream_options
-        return options is not None and bool(options.include_usage)
+        options = self.stream_options or StreamOptions()
+        if options.include_usage is None:
+            return self.with_usage_so_far
+        return options.include_usage
+
+    @property
+    def with_usage_so_far(self) -> bool:
+        """Whether every chunk of a stream tells what was used."""
+        options = self.stream_options or StreamOptions()
+        return bool(options.continuous_usage_stats) and options.include_usage is not False
+
+    @property
+    def called(self) -> dict[str, str]:
+        """Settings that are fields of another name here."""
+        return {}
 
     def _sampling(self, max_tokens: int, logprobs: int | None, choice: int) -> Sampling:
         """How a choice is drawn: with a seed of its own, so that choices differ."""
@@ -118,8 +136,9 @@ class _Asked(Body):
                 stop=stop, logprobs=logprobs, ignore_eos=bool(self.ignore_eos),
             )  # fmt: skip
         except ConfigError as error:
-            field = str(error).split()[0]
-            raise ApiError(400, str(error), param=field, code="invalid_value") from None
+            field = self.called.get(error.field or "", error.field)
+            text = str(error).replace(str(error.field), str(field), 1)
+            raise ApiError(400, text, param=field, code="invalid_value") from None
 
 
 class CompletionBody(_Asked):
@@ -175,6 +194,14 @@ class ChatBody(_Asked):
     max_completion_tokens: Whole | None = _told(minimum=1)
     logprobs: bool | None = None
     top_logprobs: Whole | None = _told(minimum=0, maximum=MOST_LOGPROBS)
+
+    @property
+    def called(self) -> dict[str, str]:
+        """Settings that are fields of another name here."""
+        most, older = self.max_completion_tokens, self.max_tokens
+        newer = most is not None and (older is None or most <= older)
+        limit = "max_completion_tokens" if newer else "max_tokens"
+        return {"logprobs": "top_logprobs", "max_tokens": limit}
 
     def sampling(self, room: int, choice: int) -> Sampling:
         """How choice number `choice` is drawn; without a length it may fill the `room`."""

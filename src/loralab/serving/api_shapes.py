@@ -17,21 +17,36 @@ IMPOSSIBLE = -9999.0
 
 
 class _Shape:
-    """What all answers to one request share."""
+    """What all answers to one request share.
 
-    def __init__(self, answers: Sequence[Answer], *, model: str, choices: int, usage: bool) -> None:
+    Args:
+        choices: answers to each prompt.
+        usage: whether a stream ends with what it took.
+        prompt_tokens: of all prompts, if every chunk of a stream is to tell what was used so far.
+    """
+
+    def __init__(
+        self, answers: Sequence[Answer], *, model: str, choices: int, usage: bool,
+        prompt_tokens: int | None = None,
+    ) -> None:  # fmt: skip
         self._head = {
             "id": self.prefix + uuid.uuid4().hex, "object": self.whole_object,
             "created": int(time.time()), "model": model, "adapter": adapter_of(answers[0]),
         }  # fmt: skip
-        self._choices, self._usage = choices, usage
+        self._choices, self._usage, self._prompt_tokens = choices, usage, prompt_tokens
+        self._written = [0] * len(answers)  # tokens of each answer so far
 
     prefix = whole_object = chunk_object = ""
 
     def chunk(self, choices: list[Json]) -> Json:
         """One piece of a stream."""
-        usage = {"usage": None} if self._usage else {}
+        usage = {"usage": self._usage_so_far()} if self._usage else {}
         return {**self._head, "object": self.chunk_object, "choices": choices, **usage}
+
+    def _usage_so_far(self) -> Json | None:
+        if self._prompt_tokens is None:
+            return None
+        return _counted(self._prompt_tokens, sum(self._written))
 
     def final(self, ends: Sequence[Finished]) -> Json | None:
         """The last piece: what it took, if the client asked for it."""
@@ -44,9 +59,7 @@ class _Shape:
         completion = sum(end.completion_tokens for end in ends)
         cached = sum(end.cached_tokens for end in asked)
         return {
-            "prompt_tokens": prompt, "completion_tokens": completion,
-            "total_tokens": prompt + completion,
-            "prompt_tokens_details": {"cached_tokens": cached},
+            **_counted(prompt, completion), "prompt_tokens_details": {"cached_tokens": cached},
         }  # fmt: skip
 
     def _body(self, choices: list[Json], done: Sequence[Completed]) -> Json:
@@ -71,10 +84,12 @@ class CompletionShape(_Shape):
 
     def piece(self, index: int, piece: Piece) -> Json:
         """More text."""
+        self._written[index] += len(piece.tokens)
         return self.chunk([self._choice(index, piece.text, piece.logprobs, None)])
 
     def ending(self, index: int, end: Finished) -> Json:
         """Why it ended."""
+        self._written[index] = end.completion_tokens
         return self.chunk([self._choice(index, "", (), end.reason)])
 
     @staticmethod
@@ -106,10 +121,12 @@ class ChatShape(_Shape):
 
     def piece(self, index: int, piece: Piece) -> Json:
         """More text."""
+        self._written[index] += len(piece.tokens)
         return self.chunk([self._delta(index, {"content": piece.text}, _spoken(piece.logprobs))])
 
     def ending(self, index: int, end: Finished) -> Json:
         """Why it ended."""
+        self._written[index] = end.completion_tokens
         return self.chunk([self._delta(index, {}, reason=end.reason)])
 
     @staticmethod
@@ -141,7 +158,7 @@ def classified(model: str, entry: Any, ranked: Sequence[Ranked], classes: Sequen
             }
             for index, one in enumerate(ranked)
         ],
-        "usage": {"prompt_tokens": tokens, "completion_tokens": 0, "total_tokens": tokens},
+        "usage": _counted(tokens, 0),
     }  # fmt: skip
 
 
@@ -173,6 +190,13 @@ def listed(base: str, kind: str, context: int, entries: Iterable[Any], created: 
              "max_model_len": context, **own}
         )  # fmt: skip
     return {"object": "list", "data": models}
+
+
+def _counted(prompt: int, completion: int) -> Json:
+    return {
+        "prompt_tokens": prompt, "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+    }  # fmt: skip
 
 
 def _listed(told: Sequence[TokenLogprob]) -> Json:

@@ -37,13 +37,13 @@ class Sampling:
         _within("top_k", self.top_k, 0, math.inf)
         _within("top_p", self.top_p, 0, 1)
         if self.top_p == 0:
-            raise ConfigError("top_p must be above 0; greedy is temperature 0")
+            raise _wrong("top_p", "must be above 0; greedy is temperature 0")
         if self.seed is not None:
             _within("seed", self.seed, 0, 2**63 - 1)
         if self.logprobs is not None:
             _within("logprobs", self.logprobs, 0, MOST_LOGPROBS)
         if len(self.stop) > MOST_STOPS or not all(self.stop):
-            raise ConfigError(f"stop takes at most {MOST_STOPS} texts, none of them empty")
+            raise _wrong("stop", f"takes at most {MOST_STOPS} texts, none of them empty")
 
     @property
     def greedy(self) -> bool:
@@ -186,4 +186,8 @@ class Answer:
 def _within(name: str, value: float, least: float, most: float) -> None:
     if isinstance(value, bool) or not math.isfinite(value) or not least <= value <= most:
         bound = f"at least {least}" if most == math.inf else f"from {least} to {most}"
-        raise ConfigError(f"{name} must be {bound}, got {value}")
+        raise _wrong(name, f"must be {bound}, got {value}")
+
+
+def _wrong(field: str, problem: str) -> ConfigError:
+    return ConfigError(f"{field} {problem}", code="invalid_value", field=field)
