@@ -93,6 +93,9 @@ class FakeEngine:
         self.pause = 0.0
         self.full = False
         self.fail = ""
+        self.warning = ""
+        self.tokens_a_piece = 1
+        self.held_after: int | None = None  # pieces, until the gate is opened anew
         self.cancelled: list[str] = []
         self.asked: list[tuple[tuple[int, ...], Sampling]] = []
         self.running = self.waiting = 0
@@ -117,7 +120,7 @@ class FakeEngine:
         gone = threading.Event()
         answer = Answer(
             id=uuid.uuid4().hex, adapter=entry and entry.name, digest=entry and entry.digest,
-            cancel=gone.set,
+            cancel=gone.set, warning=self.warning,
         )  # fmt: skip
         thread = threading.Thread(target=self._write, args=(answer, len(prompt), sampling, gone))
         self._threads.append(thread)
@@ -142,16 +145,18 @@ class FakeEngine:
         begun, count, reason = time.perf_counter(), 0, "length"
         words = [f"{answer.adapter or 'base'}", *(f" {n}" for n in range(sampling.max_tokens - 1))]
         offset = 0
-        for word in words:
+        for number, word in enumerate(words):
+            if number == self.held_after:
+                self.gate.clear()
             while not self.gate.is_set() and not gone.is_set():
                 time.sleep(0.002)
             if gone.is_set():
                 reason = "cancelled"
                 self.cancelled.append(answer.id)
                 break
-            count += 1
+            count += self.tokens_a_piece
             told = explained(word, offset, sampling)
-            answer.tell(Piece(text=word, tokens=(count,), logprobs=told))
+            answer.tell(Piece(text=word, tokens=(count,) * self.tokens_a_piece, logprobs=told))
             offset += len(word)
             if self.fail:
                 reason = "error"

@@ -221,6 +221,20 @@ def test_usage_in_a_stream_is_told_as_it_was_asked_for(
             assert chunks[-1]["usage"]["completion_tokens"] == 4
 
 
+@pytest.mark.parametrize(("path", "body"), PATHS)
+def test_a_warning_is_told_once(path: str, body: dict[str, Any], engine: FakeEngine) -> None:
+    plain = post(engine, path, body)
+    assert "warning" not in plain.json() and "x-loralab-warning" not in plain.headers
+    engine.warning = "take care"
+    whole = post(engine, path, {**body, "n": 2})
+    assert whole.headers["x-loralab-warning"] == whole.json()["warning"] == "take care"
+    streamed = post(engine, path, {**body, "n": 2, "stream": True})
+    assert streamed.headers["x-loralab-warning"] == "take care"
+    chunks = events(streamed)
+    assert chunks[0]["warning"] == "take care"
+    assert not any("warning" in chunk for chunk in chunks[1:])
+
+
 # -- keys ----------------------------------------------------------------------------------------
 
 

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from loralab.serving.store import Entry
 
 PAGE = Path(__file__).with_name("page.html")
-DIGEST_HEADER = "X-Loralab-Digest"
+DIGEST_HEADER, WARNING_HEADER = "X-Loralab-Digest", "X-Loralab-Warning"
 CLIENT_GONE = 499
 # the page is one file and asks this server alone; nothing else may be loaded into it
 PAGE_HEADERS = {
@@ -226,6 +226,8 @@ async def _answered(
         answers, model=body.model, choices=choices, usage=body.with_usage, prompt_tokens=read
     )
     headers, seconds = _digest(answers[0].digest), service.limits.timeout
+    if warning := shapes.warning_of(answers):
+        headers[WARNING_HEADER] = warning
     if body.stream:
         return EventStream(gathered, shape, seconds, headers)
     done = await guarded(request.receive, gathered.completed(), seconds, cancel=gathered.cancel)

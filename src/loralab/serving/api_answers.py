@@ -60,12 +60,16 @@ class ShortUsage(Part):
 
 
 class Answer(Part):
-    """What every answer says of itself; `adapter` is None where the base answered."""
+    """What every answer says of itself; `adapter` is None where the base answered.
+
+    `warning`, in the first chunk of a stream, says why the answer may not be what was meant.
+    """
 
     id: str
     created: int
     model: str
     adapter: AdapterIdentity | None
+    warning: str | None = None
 
 
 class TextLogprobs(Part):

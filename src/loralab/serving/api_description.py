@@ -51,6 +51,11 @@ DIGEST = {
         "schema": {"type": "string", "pattern": "^[0-9a-f]{64}$"},
     }
 }
+WARNING = {
+    "X-Loralab-Warning": {
+        "description": "why the answer may not be what was meant", "schema": {"type": "string"}
+    }
+}  # fmt: skip
 
 
 @functools.cache
@@ -98,11 +103,11 @@ def _asked(keys: bool) -> Json:
     return {
         "/v1/completions": _operation(
             keys, "continue texts", _told(answers.Completion, answers.CompletionChunk),
-            (403, *ASKED), CompletionBody, DIGEST,
+            (403, *ASKED), CompletionBody, DIGEST | WARNING,
         ),
         "/v1/chat/completions": _operation(
             keys, "answer a conversation", _told(answers.Chat, answers.ChatChunk),
-            (403, *ASKED), ChatBody, DIGEST,
+            (403, *ASKED), ChatBody, DIGEST | WARNING,
         ),
         "/v1/classify": _operation(
             keys, "put inputs into classes", _told(answers.Classification), (403, *ASKED),

@@ -35,13 +35,16 @@ class _Shape:
         }  # fmt: skip
         self._choices, self._usage, self._prompt_tokens = choices, usage, prompt_tokens
         self._written = [0] * len(answers)  # tokens of each answer so far
+        warning = warning_of(answers)
+        self._once = {"warning": warning} if warning else {}  # in the first chunk
 
     prefix = whole_object = chunk_object = ""
 
     def chunk(self, choices: list[Json]) -> Json:
         """One piece of a stream."""
         usage = {"usage": self._usage_so_far()} if self._usage else {}
-        return {**self._head, "object": self.chunk_object, "choices": choices, **usage}
+        once, self._once = self._once, {}
+        return {**self._head, **once, "object": self.chunk_object, "choices": choices, **usage}
 
     def _usage_so_far(self) -> Json | None:
         if self._prompt_tokens is None:
@@ -63,7 +66,8 @@ class _Shape:
         }  # fmt: skip
 
     def _body(self, choices: list[Json], done: Sequence[Completed]) -> Json:
-        return {**self._head, "choices": choices, "usage": self.usage([c.finished for c in done])}
+        usage = self.usage([c.finished for c in done])
+        return {**self._head, **self._once, "choices": choices, "usage": usage}
 
 
 class CompletionShape(_Shape):
@@ -137,6 +141,11 @@ class ChatShape(_Shape):
 
 
 Shape = CompletionShape | ChatShape
+
+
+def warning_of(answers: Sequence[Answer]) -> str:
+    """Why an answer may not be what was meant; empty as a rule."""
+    return next((answer.warning for answer in answers if answer.warning), "")
 
 
 def adapter_of(answer: Answer) -> Json | None:

@@ -132,12 +132,14 @@ class Answer:
     Attributes:
         digest: of the adapter that answers; it stays, even if the name is given to another one.
         cancel: stop as soon as the present step is over; harmless once it has finished.
+        warning: why the answer may not be what was meant; empty as a rule.
     """
 
     id: str
     adapter: str | None
     digest: str | None
     cancel: Callable[[], None]
+    warning: str = ""
     _events: "queue.SimpleQueue[Event]" = field(default_factory=queue.SimpleQueue)
     _listener: Callable[[Event], None] | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
