@@ -22,7 +22,7 @@ from loralab.errors import (
     QueueFullError,
     nearest,
 )
-from loralab.serving.request import Answer, Chosen, Finished, Piece, Ranked, Sampling
+from loralab.serving.request import Answer, Finished, Piece, Ranked, Sampling, TokenLogprob
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +106,9 @@ class FakeEngine:
         self.pause = 0.0
         self.full = False
         self.fail = ""
+        self.warning = ""
+        self.tokens_a_piece = 1
+        self.held_after: int | None = None  # pieces, until the gate is opened anew
         self.cancelled: list[str] = []
         self.asked: list[tuple[tuple[int, ...], Sampling]] = []
         self.running = self.waiting = 0
@@ -130,7 +133,7 @@ class FakeEngine:
         gone = threading.Event()
         answer = Answer(
             id=uuid.uuid4().hex, adapter=entry and entry.name, digest=entry and entry.digest,
-            cancel=gone.set,
+            cancel=gone.set, warning=self.warning,
         )  # fmt: skip
         thread = threading.Thread(target=self._write, args=(answer, len(prompt), sampling, gone))
         self._threads.append(thread)
@@ -154,15 +157,20 @@ class FakeEngine:
         self.running += 1
         begun, count, reason = time.perf_counter(), 0, "length"
         words = [f"{answer.adapter or 'base'}", *(f" {n}" for n in range(sampling.max_tokens - 1))]
-        for word in words:
+        offset = 0
+        for number, word in enumerate(words):
+            if number == self.held_after:
+                self.gate.clear()
             while not self.gate.is_set() and not gone.is_set():
                 time.sleep(0.002)
             if gone.is_set():
                 reason = "cancelled"
                 self.cancelled.append(answer.id)
                 break
-            count += 1
-            answer.tell(Piece(text=word, tokens=(count,), logprobs=explained(word, sampling)))
+            count += self.tokens_a_piece
+            told = explained(word, offset, sampling)
+            answer.tell(Piece(text=word, tokens=(count,) * self.tokens_a_piece, logprobs=told))
+            offset += len(word)
             if self.fail:
                 reason = "error"
                 break
@@ -185,8 +193,15 @@ class FakeEngine:
         })  # fmt: skip
 
 
-def explained(word: str, sampling: Sampling) -> tuple[Chosen, ...]:
+def explained(word: str, offset: int, sampling: Sampling) -> tuple[TokenLogprob, ...]:
     if sampling.logprobs is None:
         return ()
-    top = ((1, word, -0.5), (2, " other", float("-inf")))[: sampling.logprobs]
-    return (Chosen(token=1, text=word, logprob=-0.5, top=top),)
+    top = tuple(
+        TokenLogprob(token=token, raw=text.encode(), text=text, logprob=logprob)
+        for token, text, logprob in ((1, word, -0.5), (2, " other", float("-inf")))
+    )[: sampling.logprobs]
+    return (
+        TokenLogprob(
+            token=1, raw=word.encode(), text=word, logprob=-0.5, offset=offset, top=top
+        ),
+    )  # fmt: skip

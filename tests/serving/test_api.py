@@ -202,6 +202,62 @@ def test_pictures_arrive_as_files(engine: FakeEngine) -> None:
     error_of(post(engine, "/v1/classify", {"model": "sst", "input": {"image": "§"}}), 400)
 
 
+PATHS = [("/v1/completions", TEXT), ("/v1/chat/completions", CHAT)]
+
+
+@pytest.mark.parametrize(("path", "body"), PATHS)
+@pytest.mark.parametrize("options", [{"include_usage": True}, {}, {"include_usage": None}])
+def test_every_chunk_tells_the_usage_so_far(
+    path: str, body: dict[str, Any], options: dict[str, Any], engine: FakeEngine
+) -> None:
+    asked = {**options, "continuous_usage_stats": True}
+    more = {"stream": True, "n": 2, "stream_options": asked}
+    chunks = events(post(engine, path, {**body, **more}))
+    usages = [chunk["usage"] for chunk in chunks]
+    counts = [usage["completion_tokens"] for usage in usages]
+    prompt = len(engine.asked[0][0])
+    assert counts == sorted(counts) and set(counts) == set(range(counts[0], 9))
+    assert counts[-1] == 8
+    for usage in usages:
+        assert usage["prompt_tokens"] == prompt
+        assert usage["total_tokens"] == prompt + usage["completion_tokens"]
+    assert chunks[-1]["choices"] == []
+    assert usages[-1]["prompt_tokens_details"] == {"cached_tokens": 0}
+
+
+@pytest.mark.parametrize(("path", "body"), PATHS)
+def test_usage_in_a_stream_is_told_as_it_was_asked_for(
+    path: str, body: dict[str, Any], engine: FakeEngine
+) -> None:
+    for options, expected in (
+        (None, "none"), ({}, "none"), ({"continuous_usage_stats": False}, "none"),
+        ({"include_usage": False, "continuous_usage_stats": True}, "none"),
+        ({"include_usage": True}, "last"),
+        ({"include_usage": True, "continuous_usage_stats": False}, "last"),
+    ):  # fmt: skip
+        asked = {**body, "stream": True, "stream_options": options}
+        chunks = events(post(engine, path, asked))
+        if expected == "none":
+            assert not any("usage" in chunk for chunk in chunks)
+        else:
+            assert all(chunk["usage"] is None for chunk in chunks[:-1])
+            assert chunks[-1]["usage"]["completion_tokens"] == 4
+
+
+@pytest.mark.parametrize(("path", "body"), PATHS)
+def test_a_warning_is_told_once(path: str, body: dict[str, Any], engine: FakeEngine) -> None:
+    plain = post(engine, path, body)
+    assert "warning" not in plain.json() and "x-loralab-warning" not in plain.headers
+    engine.warning = "take care"
+    whole = post(engine, path, {**body, "n": 2})
+    assert whole.headers["x-loralab-warning"] == whole.json()["warning"] == "take care"
+    streamed = post(engine, path, {**body, "n": 2, "stream": True})
+    assert streamed.headers["x-loralab-warning"] == "take care"
+    chunks = events(streamed)
+    assert chunks[0]["warning"] == "take care"
+    assert not any("warning" in chunk for chunk in chunks[1:])
+
+
 # -- keys ----------------------------------------------------------------------------------------
 
 

@@ -63,6 +63,9 @@ WRONG: list[tuple[str, dict[str, Any], str | None, str]] = [
     ("chat/completions", {"logprobs": True, "top_logprobs": 21}, "top_logprobs", "20"),
     ("chat/completions", {"messages": [{"role": "user", "content": "good " * 80}]}, "messages",
      "at most 64"),
+    ("chat/completions", {"logprobs": True, "top_logprobs": -1}, "top_logprobs", "from 0"),
+    ("chat/completions", {"stream_options": {"continuous_usage_stats": 1}},
+     "stream_options.continuous_usage_stats", "boolean"),
 ]  # fmt: skip
 
 

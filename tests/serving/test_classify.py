@@ -107,6 +107,13 @@ def test_several_requests_share_the_batches(encoder: Taught) -> None:
             assert own.probabilities == pytest.approx(other.probabilities, abs=1e-5)
 
 
+def test_what_was_asked_before_is_answered_alike(language: Taught) -> None:
+    texts = ["good " * count for count in range(1, 20)]  # some end where a block of the cache does
+    first, second = (language.classes("three", texts) for _ in range(2))
+    for own, other in zip(second, first, strict=True):
+        assert own.probabilities == pytest.approx(other.probabilities, abs=1e-5)
+
+
 @pytest.mark.parametrize("side", ["language", "encoder"])
 def test_what_nobody_waits_for_is_given_up(side: str, request: pytest.FixtureRequest) -> None:
     made: Taught = request.getfixturevalue(side)

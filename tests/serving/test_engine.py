@@ -204,7 +204,7 @@ def test_log_probabilities_are_those_of_the_model(world: World, opened: Open) ->
         row = expected[len(prompt) - 1 + place]
         assert chosen.token == own.tokens[place]
         assert chosen.logprob == pytest.approx(float(row[chosen.token]), abs=1e-3)
-        assert [token for token, _, _ in chosen.top] == row.topk(3).indices.tolist()
+        assert [one.token for one in chosen.top] == row.topk(3).indices.tolist()
 
 
 def test_pieces_are_the_whole(opened: Open) -> None:
@@ -303,3 +303,26 @@ def test_a_defect_leaves_nobody_waiting(opened: Open, monkeypatch: Any) -> None:
     assert not engine.healthy
     with pytest.raises(QueueFullError):
         engine.submit([5], adapter=None, sampling=GREEDY)
+
+
+def test_a_prompt_unlike_those_of_training_is_named(
+    world: World, opened: Open, tmp_path: Path
+) -> None:
+    """Rows of questions and answers are trained inside the chat template."""
+    forms = {"asked": "prompt-completion", "chats": "messages", "plain": "text", "foreign": None}
+    for seed, (name, form) in enumerate(forms.items()):
+        record = {"task": {"name": name, "format": form}} if form else {}
+        write_adapter(world.base.model, LoRA(rank=2), tmp_path / name, 70 + seed, **record)
+    engine, tokenizer = opened(tmp_path), world.base.tokenizer
+    bare = tokenizer("good film")["input_ids"]
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "good film"}], add_generation_prompt=True, tokenize=False
+    )
+    told = {
+        (name, number): bool(engine.submit(prompt, adapter=name, sampling=GREEDY).warning)
+        for name in (*forms, None)
+        for number, prompt in enumerate((bare, tokenizer(chat)["input_ids"], bare[:1]))
+    }
+    assert {key for key, warned in told.items() if warned} == {
+        (name, number) for name in ("asked", "chats") for number in (0, 2)
+    }

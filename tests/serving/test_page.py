@@ -106,6 +106,33 @@ def test_answers_stream_into_their_columns(
 
 
 @browser
+@pytest.mark.parametrize("mode", ["chat", "text"])
+def test_tokens_are_counted_and_not_pieces(
+    mode: str, engine: FakeEngine, serve: Serve, tmp_path: Path
+) -> None:
+    """A piece of text may take several tokens, also while an answer is still being written."""
+    engine.tokens_a_piece = 3
+    for held, expected in ((None, "15…"), (2, "6")):
+        engine.held_after = held
+        page, _ = shown(
+            serve(engine), tmp_path, models="sst", prompt="good film", mode=mode, max_tokens=5,
+            autorun=1,
+        )  # fmt: skip
+        assert ("text waiting" in column(page, "sst")) == (held is not None)
+        numbers = re.findall(r"<dd[^>]*>([^<]*)</dd>", column(page, "sst"))
+        assert numbers[-1] == expected
+
+
+@browser
+def test_a_warning_stands_in_the_column(engine: FakeEngine, serve: Serve, tmp_path: Path) -> None:
+    engine.warning = "the prompt is <b>unlike</b> training"
+    page, _ = shown(
+        serve(engine), tmp_path, models="sst", prompt="good", mode="text", max_tokens=5, autorun=1
+    )
+    assert '<p class="warning">the prompt is &lt;b&gt;unlike&lt;/b&gt; training' in page
+
+
+@browser
 def test_an_error_stands_in_the_column_it_belongs_to(
     engine: FakeEngine, serve: Serve, tmp_path: Path
 ) -> None:

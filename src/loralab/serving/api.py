@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from loralab.serving.store import Entry
 
 PAGE = Path(__file__).with_name("page.html")
-DIGEST_HEADER = "X-Loralab-Digest"
+DIGEST_HEADER, WARNING_HEADER = "X-Loralab-Digest", "X-Loralab-Warning"
 CLIENT_GONE = 499
 STORE_FIELDS = {"name": "lora_name", "path": "lora_path"}  # what vLLM calls them
 # the page is one file and asks this server alone; nothing else may be loaded into it
@@ -227,10 +227,13 @@ async def _answered(
         raise translated(error, param) from None
     gathered = Gathered(answers, lambda tokens: service.settle(grant, tokens))
     make = CompletionShape if isinstance(body, CompletionBody) else ChatShape
-    shape = make(answers, model=body.model, choices=choices, usage=body.with_usage)
+    read = sum(map(len, prompts)) if body.with_usage_so_far else None
+    shape = make(
+        answers, model=body.model, choices=choices, usage=body.with_usage, prompt_tokens=read
+    )
     headers, seconds = _digest(answers[0].digest), service.limits.timeout
-    if isinstance(body, CompletionBody):
-        headers |= service.note(body.prompt, entry)
+    if warning := shapes.warning_of(answers):
+        headers[WARNING_HEADER] = warning
     if body.stream:
         return EventStream(gathered, shape, seconds, headers)
     done = await guarded(request.receive, gathered.completed(), seconds, cancel=gathered.cancel)

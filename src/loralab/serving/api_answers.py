@@ -52,7 +52,7 @@ class Usage(Part):
 
 
 class ShortUsage(Part):
-    """What a classification took."""
+    """What a classification took, or a stream so far."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -60,12 +60,16 @@ class ShortUsage(Part):
 
 
 class Answer(Part):
-    """What every answer says of itself; `adapter` is None where the base answered."""
+    """What every answer says of itself; `adapter` is None where the base answered.
+
+    `warning`, in the first chunk of a stream, says why the answer may not be what was meant.
+    """
 
     id: str
     created: int
     model: str
     adapter: AdapterIdentity | None
+    warning: str | None = None
 
 
 class TextLogprobs(Part):
@@ -95,11 +99,14 @@ class Completion(Answer):
 
 
 class CompletionChunk(Answer):
-    """A piece of a streamed completion; `usage` stands in the last one, if it was asked for."""
+    """A piece of a streamed completion; `usage` stands in the last one, if it was asked for.
+
+    With `continuous_usage_stats` it stands in all of them, so far.
+    """
 
     object: Literal["text_completion"]
     choices: list[TextChoice]
-    usage: Usage | None = None
+    usage: Usage | ShortUsage | None = None
 
 
 class Likely(Part):
@@ -169,7 +176,7 @@ class ChatChunk(Answer):
 
     object: Literal["chat.completion.chunk"]
     choices: list[ChatPiece]
-    usage: Usage | None = None
+    usage: Usage | ShortUsage | None = None
 
 
 class Ranking(Part):

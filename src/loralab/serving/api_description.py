@@ -50,6 +50,11 @@ DIGEST = {
         "schema": {"type": "string", "pattern": "^[0-9a-f]{64}$"},
     }
 }
+WARNING = {
+    "X-Loralab-Warning": {
+        "description": "why the answer may not be what was meant", "schema": {"type": "string"}
+    }
+}  # fmt: skip
 
 
 @functools.cache
@@ -97,11 +102,11 @@ def _asked(keys: bool) -> Json:
     return {
         "/v1/completions": _operation(
             keys, "continue texts", _told(answers.Completion, answers.CompletionChunk),
-            ASKED, CompletionBody, DIGEST,
+            ASKED, CompletionBody, DIGEST | WARNING,
         ),
         "/v1/chat/completions": _operation(
             keys, "answer a conversation", _told(answers.Chat, answers.ChatChunk),
-            ASKED, ChatBody, DIGEST,
+            ASKED, ChatBody, DIGEST | WARNING,
         ),
         "/v1/classify": _operation(
             keys, "put inputs into classes", _told(answers.Classification), ASKED,

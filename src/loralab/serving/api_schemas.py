@@ -137,9 +137,14 @@ def _truth(given: Any) -> Any:
 
 
 class StreamOptions(Body):
-    """What a stream tells beside its text."""
+    """What a stream tells beside its text.
+
+    `continuous_usage_stats`, vLLM's, tells in every chunk what was used so far; as there it implies
+    `include_usage`, and with `include_usage: false` there is no usage at all.
+    """
 
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
     include_obfuscation: Annotated[Literal[False], BeforeValidator(_truth)] | None = None
 
 
@@ -165,8 +170,16 @@ class _Asked(_Request):
     @property
     def with_usage(self) -> bool:
         """Whether a stream ends with what it took."""
-        options = self.stream_options
-        return options is not None and bool(options.include_usage)
+        options = self.stream_options or StreamOptions()
+        if options.include_usage is None:
+            return self.with_usage_so_far
+        return options.include_usage
+
+    @property
+    def with_usage_so_far(self) -> bool:
+        """Whether every chunk of a stream tells what was used."""
+        options = self.stream_options or StreamOptions()
+        return bool(options.continuous_usage_stats) and options.include_usage is not False
 
     def _sampling(self, max_tokens: int, logprobs: int | None, choice: int) -> Sampling:
         """How a choice is drawn: with a seed of its own, so that choices differ."""

@@ -1,12 +1,11 @@
 """What every request goes through: its key, its body, its model, its quota, its tokens."""
 
 import asyncio
-import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from fastapi import Request
 
@@ -27,9 +26,6 @@ if TYPE_CHECKING:
 Kind = TypeVar("Kind", bound=Body)
 Result = TypeVar("Result")
 JSON = "application/json"
-LOG = logging.getLogger(__name__)
-NOTE_HEADER = "X-Loralab-Note"
-NOTE = "trained on rows inside the chat template; ask it through /v1/chat/completions"
 TOO_LARGE = "request_too_large"
 SMALL = 64 * 1024  # bytes of a body that is let in however many others arrive
 CHARACTERS = 64  # of a text for each token that a model takes: a longer one cannot fit
@@ -60,7 +56,6 @@ class Service:
         engine.observe = self.metrics.observe
         self.started = int(time.time())
         self.stopping = False
-        self._noted: set[str] = set()  # digests that the log was told of
         self._arriving = 0  # bytes of bodies that are not whole yet
         self._aside: ThreadPoolExecutor = ThreadPoolExecutor(1, "tokenizer")
 
@@ -265,22 +260,6 @@ class Service:
                 code="context_length_exceeded",
             )  # fmt: skip
         return left
-
-    def note(self, prompt: Any, entry: "Entry | None") -> dict[str, str]:
-        """A header where a plain text is given to an adapter that has learnt from chats.
-
-        Tokens, and texts with tokens of a template in them, are what their sender made of them.
-        """
-        if entry is None or entry.form in (None, "text"):
-            return {}
-        texts = [prompt] if isinstance(prompt, str) else prompt
-        special = [token for token in self.engine.base.tokenizer.all_special_tokens if token]
-        if any(not isinstance(t, str) or any(token in t for token in special) for t in texts):
-            return {}
-        if entry.digest not in self._noted:
-            self._noted.add(entry.digest)
-            LOG.warning("%s: %s", entry.name, NOTE)
-        return {NOTE_HEADER: NOTE}
 
     async def aside(self, work: Callable[[], Result]) -> Result:
         """What uses the tokenizer, in one thread of its own: a long text holds up nobody."""

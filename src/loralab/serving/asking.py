@@ -4,17 +4,23 @@ import itertools
 import uuid
 from collections.abc import Sequence
 from concurrent.futures import Future
+from typing import Any
 
 from loralab.errors import ConfigError, DataError
 from loralab.models.load import Base
+from loralab.serving.detokenize import TokenBytes
 from loralab.serving.entries import Entry
 from loralab.serving.live import Scored, Seen, Written
 from loralab.serving.request import Answer, Sampling
 from loralab.serving.scheduler import Row
 from loralab.tasks.catalog import Task
-from loralab.tasks.encode import Example, answer_ids, prompt_ids, stop_ids
+from loralab.tasks.encode import Example, answer_ids, chat_ids, prompt_ids, stop_ids
 from loralab.tasks.pictures import from_bytes
 
+UNLIKE_TRAINING = (
+    "the adapter was trained on prompts as /v1/chat/completions writes them, and this one does not "
+    "end so: ask there, or write the chat template into the prompt"
+)
 VISION, CLASSIFIER = "image-classification", "sequence-classification"
 
 
@@ -29,6 +35,8 @@ class Asking:
         self._base, self._context = base, context
         writes = base.kind == "causal-lm"
         self._stops = frozenset(stop_ids(base.tokenizer)) if writes else frozenset()
+        self._opening = _opening(base.tokenizer) if writes else ()
+        self._tokens = TokenBytes(base.tokenizer)
         self._numbers = itertools.count()  # of rows and inputs
 
     def writing(self, prompt: Sequence[int], entry: Entry | None, sampling: Sampling) -> Written:
@@ -49,13 +57,24 @@ class Asking:
             live.cancelled = True
 
         name = named(entry)
-        answer = Answer(id=uuid.uuid4().hex, adapter=name, digest=digest, cancel=cancel)
+        answer = Answer(
+            id=uuid.uuid4().hex, adapter=name, digest=digest, cancel=cancel,
+            warning="" if self._as_trained(prompt, entry) else UNLIKE_TRAINING,
+        )  # fmt: skip
         live = Written(
             adapter=name, digest=digest, prompt=tuple(prompt), sampling=sampling,
-            stops=self._stops, tokenizer=self._base.tokenizer, answer=answer,
+            stops=self._stops, tokens=self._tokens, answer=answer,
             rows=[Row(number=next(self._numbers), key=digest, tokens=tokens)],
         )  # fmt: skip
         return live
+
+    def _as_trained(self, prompt: Sequence[int], entry: Entry | None) -> bool:
+        """Whether a prompt ends as those that the adapter has learnt to answer."""
+        if entry is None or entry.form in (None, "text"):
+            return True
+        if self._base.tokenizer.chat_template:
+            return tuple(prompt[len(prompt) - len(self._opening) :]) == self._opening
+        return self._tokens.decode(prompt[-1:])[-1:].isspace() or not self._opening
 
     def classifying(self, inputs: Sequence[str | bytes], entry: Entry | None) -> Scored | Seen:
         """Inputs to put into classes.
@@ -145,6 +164,13 @@ class Asking:
                 f"take {self._context} in all",
                 code="context_length_exceeded", field="prompt",
             )  # fmt: skip
+
+
+def _opening(tokenizer: Any) -> tuple[int, ...]:
+    """What stands between a question and its answer: the ids that two questions end in alike."""
+    questions = (reversed(chat_ids(tokenizer, text)) for text in ("yes", "no"))
+    alike = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(*questions, strict=False))
+    return tuple(token for token, _ in alike)[::-1]
 
 
 def front_of(entry: Entry | None) -> int:

@@ -22,7 +22,7 @@ from loralab.serving.asking import Asking
 from loralab.serving.entries import Entry
 from loralab.serving.live import Live, Scored, Seen, error_of
 from loralab.serving.request import CANCELLED, FAILED, Answer, Completed, Ranked, Sampling
-from loralab.serving.sampling import choose
+from loralab.serving.sampling import choose, readable
 from loralab.serving.scheduler import Row, Scheduler, Work
 from loralab.serving.settings import ServeSettings
 from loralab.serving.store import Store
@@ -351,10 +351,10 @@ class Engine:
         """Choose a token for each row that is due one."""
         if not told:
             return
-        tokens = choose(
-            torch.stack([own for _, _, own in told]), [live.draws for live, _, _ in told]
-        )
-        for (live, row, own), token in zip(told, tokens, strict=True):
+        draws = [live.draws for live, _, _ in told]
+        logits = readable(torch.stack([own for _, _, own in told]), draws)
+        tokens = choose(logits, draws)
+        for (live, row, _), own, token in zip(told, logits, tokens, strict=True):
             if live.accept(row, own, token):
                 self._over(live, "")
 

@@ -3,23 +3,24 @@
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from loralab.errors import LoralabError, RunError
+from loralab.serving.detokenize import IncrementalDetokenizer, TokenBytes
 from loralab.serving.request import (
     CANCELLED,
     LENGTH,
     STOP,
     Answer,
-    Chosen,
     Finished,
     Piece,
     Ranked,
     Sampling,
+    TokenLogprob,
 )
 from loralab.serving.sampling import Draws, likeliest
 from loralab.serving.scheduler import Row, Work
@@ -64,16 +65,19 @@ class Written(_Common):
     prompt: tuple[int, ...]
     sampling: Sampling
     stops: frozenset[int]
-    tokenizer: Any
+    tokens: TokenBytes
     answer: Answer
     writing: Writing = field(init=False)
+    detokenizer: IncrementalDetokenizer = field(init=False)
     draws: Draws = field(init=False)
+    _certain: str = ""  # text that was not told yet
     _untold: list[int] = field(default_factory=list)
-    _chosen: list[Chosen] = field(default_factory=list)
+    _explained: list[TokenLogprob] = field(default_factory=list)
     _count: int = 0
 
     def __post_init__(self) -> None:
-        self.writing = Writing(self.tokenizer, self.sampling.stop)
+        self.writing = Writing(self.sampling.stop)
+        self.detokenizer = IncrementalDetokenizer(self.tokens)
         self.draws = Draws(self.sampling)
 
     @property
@@ -90,10 +94,10 @@ class Written(_Common):
             return True
         row.tokens.append(token)
         self._untold.append(token)
-        if self.sampling.logprobs is not None:
-            self._chosen.append(self._explained(logits, token))
-        if text := self.writing.add(token):
-            self._tell(text)
+        self._certain += self.writing.add(self._written(token, logits))
+        # whoever is told of tokens gets the parts of a character together
+        if self._certain and not (self._explained and self.detokenizer.incomplete):
+            self._tell()
         if self.writing.stopped:
             self.end(STOP)
         elif self._count >= self.sampling.max_tokens:
@@ -102,9 +106,13 @@ class Written(_Common):
 
     def end(self, reason: str, error: str = "") -> None:
         """Tell the rest of the text, and that it is over."""
-        rest = self.writing.end()
-        if rest or self._untold:
-            self._tell(rest)
+        raw, text = self.detokenizer.end()
+        if self._explained:
+            last = self._explained[-1]
+            self._explained[-1] = replace(last, raw=last.raw + raw, text=last.text + text)
+        self._certain += self.writing.end(text)
+        if self._certain or self._untold or self._explained:
+            self._tell(final=True)
         if self.writing.stopped and reason == LENGTH:  # the rest held a stop text
             reason = STOP
         front = 0 if self.front is None else self.front.shape[3]
@@ -115,14 +123,32 @@ class Written(_Common):
         )  # fmt: skip
         self.answer.tell(self.finished)
 
-    def _tell(self, text: str) -> None:
-        self.answer.tell(Piece(text=text, tokens=tuple(self._untold), logprobs=tuple(self._chosen)))
-        self._untold, self._chosen = [], []
+    def _written(self, token: int, logits: Tensor) -> str:
+        """The text that a token adds; explained, if that was asked for."""
+        offset, count = self.detokenizer.length, self.sampling.logprobs
+        if count is None:
+            return self.detokenizer.add(token)[1]
+        logprob, pairs = likeliest(logits, token, count)
+        others = [(other, self.detokenizer.would_add(other), value) for other, value in pairs]
+        raw, text = self.detokenizer.add(token)
+        top = tuple(
+            TokenLogprob(token=t, raw=own, text=self.tokens.label(t, own), logprob=value)
+            for t, own, value in others
+        )
+        self._explained.append(
+            TokenLogprob(token=token, raw=raw, text=text, logprob=logprob, offset=offset, top=top)
+        )
+        return text
 
-    def _explained(self, logits: Tensor, token: int) -> Chosen:
-        logprob, pairs = likeliest(logits, token, self.sampling.logprobs or 0)
-        top = tuple((other, self.tokenizer.decode([other]), value) for other, value in pairs)
-        return Chosen(token=token, text=self.tokenizer.decode([token]), logprob=logprob, top=top)
+    def _tell(self, *, final: bool = False) -> None:
+        """Tell what is certain, with the tokens that it begins in; of a stop text nothing."""
+        whole = final and not self.writing.stopped
+        ready = [one for one in self._explained if whole or one.offset < self.writing.told]
+        self.answer.tell(
+            Piece(text=self._certain, tokens=tuple(self._untold), logprobs=tuple(ready))
+        )
+        self._certain, self._untold = "", []
+        del self._explained[: len(ready)]
 
 
 @dataclass(eq=False, kw_only=True)
@@ -177,6 +203,8 @@ class Scored(_Classes):
             self.sums[row.number] = chances[-1, list(self.firsts)].tolist()
         elif len(chances):
             following = [row.tokens[i + 1] for i in work.asked]
+            if work.asked.start == row.asked:  # it may have begun anew
+                own[0] = 0.0
             own[0] += float(chances[torch.arange(len(following)), following].sum())
         return row.left == 0
 

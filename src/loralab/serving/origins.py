@@ -16,7 +16,7 @@ from loralab.serving.gate import ANY
 
 ORIGIN = re.compile(r"([a-z][a-z0-9+.-]*)://(\[[0-9a-f:.]+\]|[^\s\[\]:/?#@,*]+)(?::([0-9]{1,5}))?")
 USUAL_PORTS = {"http": "80", "https": "443"}  # which browsers leave out
-READ, METHODS = "X-Loralab-Digest, X-Loralab-Note, Retry-After", "GET, HEAD, POST"
+READ, METHODS = "X-Loralab-Digest, X-Loralab-Warning, Retry-After", "GET, HEAD, POST"
 FIELD = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
 SECONDS = "600"  # that a browser may remember what it was told
 

@@ -52,13 +52,23 @@ class Sampling:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Chosen:
-    """One token of an answer; `top` are the likeliest tokens with their log-probabilities."""
+class TokenLogprob:
+    """One token with its log-probability.
+
+    Attributes:
+        raw: its own bytes; several tokens may share a character, and special ones have none.
+        text: of an answer's token, the characters that are complete with it, so that all of them
+            together are the answer; of another one, what it is called.
+        offset: characters of the answer before it.
+        top: the likeliest tokens in its place, which may be among them.
+    """
 
     token: int
+    raw: bytes
     text: str
     logprob: float
-    top: tuple[tuple[int, str, float], ...] = ()
+    offset: int = 0
+    top: "tuple[TokenLogprob, ...]" = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +77,7 @@ class Piece:
 
     text: str
     tokens: tuple[int, ...]
-    logprobs: tuple[Chosen, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +106,7 @@ class Completed:
 
     text: str
     tokens: tuple[int, ...]
-    logprobs: tuple[Chosen, ...]
+    logprobs: tuple[TokenLogprob, ...]
     finished: Finished
     adapter: str | None
     digest: str | None
@@ -122,12 +132,14 @@ class Answer:
     Attributes:
         digest: of the adapter that answers; it stays, even if the name is given to another one.
         cancel: stop as soon as the present step is over; harmless once it has finished.
+        warning: why the answer may not be what was meant; empty as a rule.
     """
 
     id: str
     adapter: str | None
     digest: str | None
     cancel: Callable[[], None]
+    warning: str = ""
     _events: "queue.SimpleQueue[Event]" = field(default_factory=queue.SimpleQueue)
     _listener: Callable[[Event], None] | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -179,5 +191,5 @@ def _within(name: str, value: float, least: float, most: float) -> None:
         raise _wrong(name, f"must be {bound}, got {value}")
 
 
-def _wrong(name: str, message: str) -> ConfigError:
-    return ConfigError(f"{name} {message}", code="invalid_value", field=name)
+def _wrong(field: str, problem: str) -> ConfigError:
+    return ConfigError(f"{field} {problem}", code="invalid_value", field=field)

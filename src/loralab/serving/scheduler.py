@@ -38,6 +38,11 @@ class Row:
         """Tokens whose keys and values are missing."""
         return len(self.tokens) - self.done
 
+    @property
+    def asked(self) -> int:
+        """The first token whose logits are wanted: it is computed, whatever the cache knows."""
+        return len(self.tokens) - 1 if self.scored is None else self.scored - 1
+
 
 @dataclass(frozen=True)
 class Work:
@@ -51,9 +56,8 @@ class Work:
     def asked(self) -> range:
         """The tokens whose logits are wanted: those before what is scored, or the last of all."""
         last = len(self.row.tokens) - 1
-        if self.row.scored is None:
-            return range(last, last + 1) if self.stop > last else range(0)
-        return range(max(self.start, self.row.scored - 1), min(self.stop, last))
+        stop = self.stop if self.row.scored is None else min(self.stop, last)
+        return range(max(self.start, self.row.asked), stop)
 
 
 class Scheduler:
@@ -142,8 +146,7 @@ class Scheduler:
             row = self._waiting[key].popleft()
             self._tidy(key)
             if self._reuse and not row.done:
-                # the last token is always computed: it is what the answer begins with
-                row.blocks = self.blocks.match(row.key or "", row.tokens[:-1])
+                row.blocks = self.blocks.match(row.key or "", row.tokens[: row.asked])
                 row.done = row.cached = len(row.blocks) * SIZE
             self._spent[key] = self._spent.get(key, 0.0) + 1
             yield row
