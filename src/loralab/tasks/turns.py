@@ -7,6 +7,7 @@ what continues its opening: what the whole says there, if that holds the answer 
 the answer itself and the end of turn. Where neither is certain the row is refused.
 """
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ THOUGHTS = (  # how thoughts begin and end
     ("<|begin_of_thought|>", "<|end_of_thought|>"),
     ("◁think▷", "◁/think▷"),
 )
-MARK = re.compile(rf"\s*({'|'.join(re.escape(mark) for pair in THOUGHTS for mark in pair)})\s*")
+MARK = re.compile(f"({'|'.join(re.escape(mark) for pair in THOUGHTS for mark in pair)})")
 STAND_IN = "answer-7f3a9c"  # for an answer, where all that a template writes around it is wanted
 SHORT = 40  # characters of an answer that may stand in what the template writes itself
 QUOTED = 40  # characters of an answer in an error
@@ -118,9 +119,10 @@ class _Answer:
 
     def _is_held(self, target: str) -> bool:
         """Whether a target holds the answer as it is, but for the space around thoughts."""
-        shown = self._shown()
-        if not shown and target.lstrip().startswith(self.text.strip()):
-            return True
+        shown, (lead, end) = self._shown(), _usual_frame(self.tokenizer)
+        usual = target.startswith(lead) and target.endswith(end)
+        if usual and target[len(lead) : len(target) - len(end)].strip() == self.text.strip():
+            return not shown + lead or _has_one_thought(_tight(shown + lead), _tight(self.text))
         text, answer = _tight(shown + target), _tight(self.text)
         if len(answer) < SHORT and text.count(answer) <= self._markup(shown).count(answer):
             return False
@@ -254,6 +256,29 @@ class _Answer:
         return repr(self.text[:QUOTED])
 
 
+def _usual_frame(tokenizer: Any) -> tuple[str, str]:
+    """What a template writes after the prompt of a first answer, before it and behind it.
+
+    Where that is not known it is what no answer stands between.
+    """
+    tokens = tokenizer.special_tokens_map.items()
+    return _frame(tokenizer.get_chat_template(), tuple((n, t) for n, t in tokens if type(t) is str))
+
+
+@functools.lru_cache(maxsize=16)
+def _frame(template: str, tokens: tuple[tuple[str, str], ...]) -> tuple[str, str]:
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": STAND_IN}]
+    try:
+        prompt = render(template, chat[:1], prompt=True, tokens=dict(tokens))
+        before, found, end = render(template, chat, prompt=False, tokens=dict(tokens)).rpartition(
+            STAND_IN
+        )
+    except Exception:  # such as one that wants a system message
+        return STAND_IN, STAND_IN
+    known = found and before.startswith(prompt)
+    return (before[len(prompt) :], end) if known else (STAND_IN, STAND_IN)
+
+
 def _thought_at_the_end(prompt: str) -> tuple[str, str, bool]:
     """The marks of the thought that a prompt ends in, and whether it is ended; else empty ones."""
     text = prompt.rstrip()
@@ -274,12 +299,14 @@ def _has_one_thought(before: str, answer: str) -> bool:
             return False
         if opened > ended and last not in answer:
             return False
+        if opened == ended > 0 and last in answer.partition(first)[0]:
+            return False
     return True
 
 
 def _tight(text: str) -> str:
     """A text without space around thoughts' marks and at its ends."""
-    return MARK.sub(r"\1", text).strip()
+    return "".join(part.strip() for part in MARK.split(text))
 
 
 def _space_after(text: str) -> str:
