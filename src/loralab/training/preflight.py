@@ -159,18 +159,7 @@ def prepare(
         rows = (*method.token_rows, *add_tokens(base, training.new_tokens))
         method = replace(method, token_rows=rows)
     adapter = attach(base.model, method, generator=generator)
-    if base.kind == "causal-lm":
-        encode.round_trip(task, base.tokenizer)
-    encoded = encoding(
-        task, "train", base.tokenizer, kind=base.kind, max_length=training.max_length,
-        loss_on=training.loss_on,
-    )  # fmt: skip
-    require_places(base.model, encoded.examples)
-    require_known(base.model, base.tokenizer, (ids for e in encoded.examples for ids in e.texts))
-    scorable(  # the first evaluation is late, and what it refuses can be known now
-        base.model, base.tokenizer, task, "validation", kind=base.kind,
-        limit=training.evaluation_rows,
-    )  # fmt: skip
+    encoded = _encoded(task, base, training, encoding)
     memory.checkpoint_gradients(
         base.model, training.gradient_checkpointing, training.checkpoint_blocks
     )
@@ -205,6 +194,28 @@ def prepare(
         steps=steps, training=chosen,
         sample=tuple(sample_inputs(task, base.tokenizer, kind=base.kind)),
     )  # fmt: skip
+
+
+def _encoded(
+    task: Task, base: Base, training: Training, encoding: Callable[..., Encoded]
+) -> Encoded:
+    """The train rows as numbers that the model can take; the validation rows could be scored, too.
+
+    The first evaluation is late, and what it would refuse can be known now.
+    """
+    if base.kind == "causal-lm":
+        encode.round_trip(task, base.tokenizer)
+    encoded = encoding(
+        task, "train", base.tokenizer, kind=base.kind, max_length=training.max_length,
+        loss_on=training.loss_on,
+    )  # fmt: skip
+    require_places(base.model, encoded.examples)
+    require_known(base.model, base.tokenizer, (ids for e in encoded.examples for ids in e.texts))
+    scorable(
+        base.model, base.tokenizer, task, "validation", kind=base.kind,
+        limit=training.evaluation_rows,
+    )  # fmt: skip
+    return encoded
 
 
 def _own_base(request: Request, task: Task) -> Base:
