@@ -15,6 +15,7 @@ from loralab.serving.request import Answer, Sampling
 from loralab.serving.scheduler import Row
 from loralab.tasks.catalog import Task
 from loralab.tasks.encode import Example, answer_ids, chat_ids, prompt_ids, stop_ids
+from loralab.tasks.forward import require_known
 from loralab.tasks.pictures import from_bytes
 
 UNLIKE_TRAINING = (
@@ -107,6 +108,7 @@ class Asking:
             prompt = prompt_ids(task, row, tokenizer)
             ends = [answer_ids(task, row, tokenizer, label) for label in task.labels]
             self._require(prompt, len(front) + max(map(len, ends)))
+            require_known(self._base.model, tokenizer, ends)
             asked.append(len(prompt))
             single = single and all(len(end) == 2 for end in ends)  # one token and the end
             firsts = [end[0] for end in ends]
@@ -133,6 +135,7 @@ class Asking:
                 f"input {number} has {len(ids)} tokens, and the model can take {self._context}",
                 code="context_length_exceeded", field="input",
             )  # fmt: skip
+        require_known(self._base.model, self._base.tokenizer, [ids])
         return Example(number, ids, (0,))
 
     def _task(self, entry: Entry | None) -> Task:

@@ -31,7 +31,9 @@ from loralab.tasks import catalog, encode
 from loralab.tasks.batches import Batches
 from loralab.tasks.catalog import Task
 from loralab.tasks.encode import Encoded
+from loralab.tasks.forward import require_known, require_places
 from loralab.tasks.samples import sample_inputs
+from loralab.tasks.scorable import scorable
 from loralab.training import memory
 from loralab.training.fast.path import Path as Quickest
 from loralab.training.fast.path import quickest
@@ -122,7 +124,10 @@ class Prepared:
     @property
     def notes(self) -> tuple[str, ...]:
         """What the data and the model hold and the run does not use, a line each."""
-        return (*self.task.notes, *self.encoded.notes, *self.adapter.notes)
+        notes = (*self.task.notes, *self.encoded.notes, *self.adapter.notes)
+        if self.task.format == "prompt-completion" and self.base.tokenizer.chat_template:
+            return (*notes, f"prompts are asked through the chat template of {self.base.name}")
+        return notes
 
 
 def load_for(request: Request, task: Task, device: torch.device | None = None) -> Base:
@@ -154,12 +159,7 @@ def prepare(
         rows = (*method.token_rows, *add_tokens(base, training.new_tokens))
         method = replace(method, token_rows=rows)
     adapter = attach(base.model, method, generator=generator)
-    if base.kind == "causal-lm":
-        encode.round_trip(task, base.tokenizer)
-    encoded = encoding(
-        task, "train", base.tokenizer, kind=base.kind, max_length=training.max_length,
-        loss_on=training.loss_on,
-    )  # fmt: skip
+    encoded = _encoded(task, base, training, encoding)
     memory.checkpoint_gradients(
         base.model, training.gradient_checkpointing, training.checkpoint_blocks
     )
@@ -181,7 +181,7 @@ def prepare(
         adapter, base.kind, pad_id=base.tokenizer.pad_token_id or 0, pictures=base.tokenizer
     )
     path.room = training.pass_tokens or path.room
-    path.longest = max(len(text) for e in encoded.examples for text in (e.input_ids, e.second))
+    path.longest = max(len(text) for e in encoded.examples for text in e.texts)
     chosen = training
     if not request.settled:
         chosen = fitted(adapter, path, encoded.examples, training)
@@ -194,6 +194,28 @@ def prepare(
         steps=steps, training=chosen,
         sample=tuple(sample_inputs(task, base.tokenizer, kind=base.kind)),
     )  # fmt: skip
+
+
+def _encoded(
+    task: Task, base: Base, training: Training, encoding: Callable[..., Encoded]
+) -> Encoded:
+    """The train rows as numbers that the model can take; the validation rows could be scored, too.
+
+    The first evaluation is late, and what it would refuse can be known now.
+    """
+    if base.kind == "causal-lm":
+        encode.round_trip(task, base.tokenizer)
+    encoded = encoding(
+        task, "train", base.tokenizer, kind=base.kind, max_length=training.max_length,
+        loss_on=training.loss_on,
+    )  # fmt: skip
+    require_places(base.model, encoded.examples)
+    require_known(base.model, base.tokenizer, (ids for e in encoded.examples for ids in e.texts))
+    scorable(
+        base.model, base.tokenizer, task, "validation", kind=base.kind,
+        limit=training.evaluation_rows,
+    )  # fmt: skip
+    return encoded
 
 
 def _own_base(request: Request, task: Task) -> Base:
