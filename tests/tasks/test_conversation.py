@@ -8,7 +8,8 @@ from transformers import AutoTokenizer
 
 from loralab.tasks import encode
 from loralab.tasks.catalog import Task
-from loralab.tasks.encode import conversation_ids, prompt_ids
+from loralab.tasks.encode import prompt_ids
+from loralab.tasks.segments import opening
 
 TASK = Task(name="chat", format="messages", splits={})
 
@@ -32,7 +33,7 @@ def test_it_is_what_training_sees(
         tokenizer.chat_template = None
     chat = turns(answers)
     row = {"messages": [*chat, {"role": "assistant", "content": "x"}]}
-    assert conversation_ids(tokenizer, chat) == prompt_ids(TASK, row, tokenizer)
+    assert opening(tokenizer, chat) == prompt_ids(TASK, row, tokenizer)
 
 
 @pytest.mark.parametrize("answers", [0, 1, 7])
@@ -45,5 +46,5 @@ def test_it_is_rendered_once(
     monkeypatch.setattr(
         encode, "render", lambda *given, **more: renders.append(given) or plain(*given, **more)
     )
-    assert conversation_ids(tokenizer, turns(answers))
+    assert opening(tokenizer, turns(answers))
     assert len(renders) == 1

@@ -17,7 +17,8 @@ from loralab.serving.metrics import Metrics
 from loralab.serving.names import base_id
 from loralab.serving.settings import Limits
 from loralab.tasks.catalog import Task
-from loralab.tasks.encode import conversation_ids, prompt_ids
+from loralab.tasks.encode import prompt_ids
+from loralab.tasks.segments import opening
 
 if TYPE_CHECKING:
     from loralab.serving.engine import Engine
@@ -242,7 +243,7 @@ class Service:
             ApiError: 400, it is far too long.
         """
         self.require_fitting(sum(1 + len(turn["content"]) for turn in turns), "messages")
-        return await self.aside(lambda: conversation_ids(self.engine.base.tokenizer, turns))
+        return await self.aside(lambda: opening(self.engine.base.tokenizer, turns))
 
     def room(self, ids: Sequence[int], entry: "Entry | None", param: str) -> int:
         """Tokens that an answer to a prompt can have.

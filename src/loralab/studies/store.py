@@ -9,12 +9,11 @@ import io
 import json
 import math
 import os
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
-
-import tomli_w
 
 from loralab import atomic
 from loralab.errors import ConfigError, InputError, OutputError, some
@@ -61,7 +60,8 @@ def plans(folder: Path) -> dict[str, Plan]:
     file = folder / STUDY
     if not file.is_file():
         what = "there is no folder" if not folder.is_dir() else "no study has begun in"
-        raise OutputError(f"{what} {folder}; start one: loralab study rank --output-dir {folder}")
+        command = f"loralab study rank --output-dir {shlex.quote(str(folder))}"
+        raise OutputError(f"{what} {folder}; start one: {command}")
     try:
         stored = read_toml(file, OutputError)["studies"]
         found = {
@@ -98,6 +98,8 @@ def add_plan(folder: Path, plan: Plan) -> None:
         for name, (own, arms, invalid) in held.items()
     }
     content = {"format": FORMAT, "studies": stored}
+    import tomli_w  # here alone: what only reads a study does without it
+
     atomic.write_file(folder / STUDY, tomli_w.dumps(content))
 
 

@@ -15,8 +15,7 @@ from typing import Any
 from loralab.errors import ConfigError, DataError, nearest, some
 from loralab.tasks.catalog import LABELLED, Task
 from loralab.tasks.formats import FORMATS, Row
-from loralab.tasks.segments import Segment, ended, samples, token_ids
-from loralab.tasks.segments import opening as _opening
+from loralab.tasks.segments import Segment, ended, opening, samples, token_ids
 from loralab.tasks.turns import common, last_turn, turns, write
 
 IGNORED = -100
@@ -144,26 +143,13 @@ def prompt_ids(task: Task, row: Row, tokenizer: Any) -> Ids:
     """What the model sees of one row before it answers: all of it, for a plain text."""
     if task.format == "text":
         return token_ids(tokenizer, row["text"], special=True)
-    return _opening(tokenizer, messages(task, row)[:-1])
+    return opening(tokenizer, messages(task, row)[:-1])
 
 
 def chat_ids(tokenizer: Any, prompt: str, *, system: str | None = None) -> Ids:
     """A question that is no row, as `generate` asks it."""
     first = [{"role": "system", "content": system}] if system else []
-    return _opening(tokenizer, [*first, {"role": "user", "content": prompt}])
-
-
-def conversation_ids(tokenizer: Any, turns: Sequence[dict[str, str]]) -> Ids:
-    """The tokens of a conversation and the opening of its next answer, as training has them.
-
-    Raises:
-        DataError: the chat template refuses it.
-    """
-    if tokenizer.chat_template:
-        return _opening(tokenizer, list(turns))
-    # without a template an end of text stands behind every earlier answer
-    whole = [*turns, {"role": "assistant", "content": ""}]
-    return sum((segment.ids for segment in _earlier(tokenizer, whole)), ())
+    return opening(tokenizer, [*first, {"role": "user", "content": prompt}])
 
 
 def answer(row: Row) -> str:

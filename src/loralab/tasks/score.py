@@ -66,7 +66,8 @@ class Scores:
     tags; entity_f1 where they mark entities); accuracy and mrr of finding a text's partner;
     exact_match, bleu and rouge_l (each 0 to 1) where answers were generated. `main` names the
     metric that decides. `row_losses` is each row's mean loss, of language models and classifiers
-    whose losses were taken row by row; empty otherwise. `notes` say what of the data was not used.
+    whose losses were taken row by row; empty otherwise. `notes` say what of the data was not used,
+    `split` which of its rows were chosen, where they were not named.
     """
 
     metrics: dict[str, float]
@@ -75,6 +76,7 @@ class Scores:
     main: str
     row_losses: tuple[float, ...] = ()
     notes: tuple[str, ...] = ()
+    split: str = ""
 
     def better(self, other: "Scores") -> bool:
         """Whether these scores beat others by the main metric."""
