@@ -25,6 +25,7 @@ LARGEST_TOML = 1 << 20
 LARGEST_WHOLE = (1 << 64) - 1
 DEEPEST = 64  # lists and objects in each other
 MOST_PARTS = 256  # of a dotted key
+LONGEST_TYPED = 200  # characters of a name that a message can propose to type
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
@@ -103,6 +104,46 @@ def parse_bytes(name: str, text: str) -> int:
     if unit not in UNITS or not (math.isfinite(amount) and amount > 0):
         raise ConfigError(f"{name} must be like 4GB or 800MB, got {text!r}")
     return int(amount * UNITS[unit])
+
+
+def join_pairs(values: Mapping[str, str]) -> str:
+    r"""{"a": "1"} as `a=1`, which the command line reads back; commas in names become `\,`.
+
+    Names that `joinable` refuses cannot be written so.
+    """
+    return ",".join(f"{_escaped(name)}={_escaped(value)}" for name, value in values.items())
+
+
+def joinable(name: str) -> bool:
+    """Tell if a name can be typed in `name=value` pairs, and read in a message."""
+    plain = name == name.strip() and "\\" not in name and name.isprintable()
+    return 0 < len(name) <= LONGEST_TYPED and plain
+
+
+def split_parts(text: str) -> list[str]:
+    r"""The parts of `a=1,b=2`; `\,` separates none."""
+    return re.split(r"(?<!\\),", text)
+
+
+def split_pair(part: str) -> tuple[str, str]:
+    r"""`a=1` as ("a", "1"), cut at the last `=` that is not written `\=`.
+
+    Raises:
+        ValueError: it is not of this form.
+    """
+    signs = [sign.start() for sign in re.finditer(r"(?<!\\)=", part)]
+    if not signs or signs[-1] == 0:
+        raise ValueError(part)
+    name, value = part[: signs[-1]], part[signs[-1] + 1 :]
+    return _unescaped(name).strip(), _unescaped(value).strip()
+
+
+def _escaped(name: str) -> str:
+    return re.sub("[,=]", r"\\\g<0>", name)
+
+
+def _unescaped(text: str) -> str:
+    return re.sub(r"\\([,=])", r"\1", text)
 
 
 def memory() -> int:

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 import typer
 
 from loralab.errors import ConfigError, some
-from loralab.values import configured
+from loralab.values import configured, split_pair, split_parts
 
 Config = type[Any]
 
@@ -68,20 +68,24 @@ def require_known(values: Iterable[str], configs: tuple[Config, ...], others: An
 
 
 def pairs(text: str, name: str, kind: Callable[[str], Any] = str) -> dict[str, Any]:
-    """`a=1,b=2` as a dict.
+    r"""`a=1,b=2` as a dict; a comma or an equals sign of a name is written `\,` or `\=`.
 
     Raises:
-        ConfigError: a part is not of this form.
+        ConfigError: a part is not of this form, or a name stands twice.
     """
-    found = {}
-    for part in text.split(","):
-        key, equals, value = part.rpartition("=")
+    found: dict[str, Any] = {}
+    for part in split_parts(text):
         try:
-            if not (key and equals):
-                raise ValueError
-            found[key.strip()] = kind(value.strip())
+            key, value = split_pair(part)
+            amount = kind(value)
         except ValueError:
-            raise ConfigError(f"{_flag(name)} expects name=value pairs, got {part!r}") from None
+            raise ConfigError(
+                f"{_flag(name)} expects name=value pairs, got {part!r}", code="not_pairs",
+                field=name,
+            ) from None  # fmt: skip
+        if key in found:
+            raise ConfigError(f"{_flag(name)} gives {key} twice", code="given_twice", field=name)
+        found[key] = amount
     return found
 
 

@@ -173,8 +173,10 @@ def table_of(data: str, mapping: Mapping[str, str] | None = None) -> tuple[Table
     try:
         return read(data, mapping), ""
     except DataError as error:
-        absent = "there is no data" in str(error)  # a file with a bad row is no misspelt task
-        raise DataError(f"{error}{nearest(data, TASKS) if absent else ''}") from None
+        near = nearest(data, TASKS)
+        if error.code != "no_such_data" or not near:  # a file with a bad row is no misspelt task
+            raise
+        raise DataError(f"{error}{near}", code=error.code) from None
 
 
 def listing() -> list[dict[str, Any]]:
