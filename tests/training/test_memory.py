@@ -138,7 +138,7 @@ def test_a_budget_takes_the_quickest_that_fits(
     training = Training(batch_size=40)
     found = fit.settings(adapter, path, LONG, training, 0)
     assert {setting.blocks for setting in found} == {0, 1, 2}
-    assert {setting.room for setting in found} == set(fit.ROOMS)
+    assert {setting.room for setting in found} == set(fit.rooms(path))
     needs = sorted(setting.peak_bytes for setting in found)
     budget = (needs[0] + needs[-1]) / 2 / fit.SURE
     tried: list[tuple[int, int]] = []

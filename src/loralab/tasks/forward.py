@@ -194,12 +194,14 @@ def require_places(model: nn.Module, examples: Iterable[Example]) -> None:
 
 def places(model: nn.Module) -> int | None:
     """The tokens that a model has places for; None if it does not say."""
-    stated = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    stated = int(getattr(getattr(model, "config", None), "max_position_embeddings", 0) or 0)
+    if stated <= 0:  # XLNet's -1 is no limit
+        return None
     for name, table in model.named_modules():
         kept = getattr(table, "padding_idx", None)
-        if stated and kept is not None and name.endswith("position_embeddings"):
-            return int(stated) - kept - 1  # as RoBERTa, whose places begin after that of padding
-    return int(stated) if stated else None
+        if kept is not None and name.endswith("position_embeddings"):
+            return stated - kept - 1  # as RoBERTa, whose places begin after that of padding
+    return stated
 
 
 def _rows(model: Any) -> int | None:

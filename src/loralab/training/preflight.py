@@ -2,12 +2,13 @@
 
 import importlib.metadata
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 import loralab
 from loralab import atomic
@@ -20,7 +21,7 @@ from loralab.adapters.methods import (
     LoRA,
     Method,
 )
-from loralab.adapters.targets import HEADS
+from loralab.adapters.targets import HEADS, ends_with, inside
 from loralab.errors import ConfigError, OutputError, some
 from loralab.models import load as models
 from loralab.models.device import device_here, resolve_precision
@@ -283,9 +284,16 @@ def with_head(method: Method, base: Base) -> Method:
     if base.kind not in HEADED:
         return method
     heads = [name for name, _ in base.model.named_children() if name in HEADS]
+    heads += [name for name in base.new if _is_alone(name, base.model, heads)]
     if any(head in method.modules_to_save for head in heads):
         return method
     return replace(method, modules_to_save=(*method.modules_to_save, *heads))
+
+
+def _is_alone(name: str, model: nn.Module, heads: Sequence[str]) -> bool:
+    """Tell whether a new module is no head already, and its name means no other (as in peft)."""
+    paths = [path for path, _ in model.named_modules() if ends_with(path, name)]
+    return paths == [name] and not inside(name, heads)
 
 
 def _require_rows_to_occur(adapter: Adapter, encoded: Encoded) -> None:
