@@ -167,20 +167,25 @@ def read_bytes(file: Path, error: type[InputError], most: int | None = None) -> 
         try:
             found = os.fstat(place)
             if not stat.S_ISREG(found.st_mode):
-                raise error(f"{file} cannot be read: it is no file")
+                raise error(f"{file} cannot be read: it is no file", code="cannot_read")
             if found.st_size > limit:
-                raise error(f"{file} has {found.st_size:,} bytes; at most {limit:,} are read")
+                raise error(
+                    f"{file} has {found.st_size:,} bytes; at most {limit:,} are read",
+                    code="too_large",
+                )
             with open(place, "rb", closefd=False) as handle:
                 return handle.read(found.st_size)
         finally:
             os.close(place)
     except MemoryError:
-        raise error(f"{file} cannot be read: it does not fit into memory") from None
+        raise error(
+            f"{file} cannot be read: it does not fit into memory", code="too_large"
+        ) from None
     except (OSError, ValueError) as reason:  # a name with a zero byte is a ValueError
         if isinstance(reason, InputError):
             raise
         said = getattr(reason, "strerror", None) or reason
-        raise error(f"{file} cannot be read: {said}") from None
+        raise error(f"{file} cannot be read: {said}", code="cannot_read") from None
 
 
 def read_json(file: Path, error: type[InputError], *, large: bool = False) -> dict[str, Any]:

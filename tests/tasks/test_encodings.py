@@ -56,7 +56,7 @@ def test_the_command_in_the_error_makes_it_readable(
     file.write_bytes(gzip.compress(data) if packed else data)
     error = refused(file)
     assert error.code == "unknown_encoding"
-    command = str(error).rpartition("convert it: ")[2]
+    command = str(error).rpartition(": ")[2]
     subprocess.run(["bash", "-c", command], check=True)
     (row,) = read(str(tmp_path / "my rows-utf8.csv")).splits["train"]
     assert row == {"text": "naïve", "label": "x"}

@@ -146,7 +146,8 @@ def find(data: str, *, mapping: Mapping[str, str] | None = None, seed: int = 0) 
     """The task behind a task name, a file, a folder or a hub id.
 
     Args:
-        mapping: canonical column -> the file's own.
+        mapping: canonical column -> the file's own, or a column of the file -> "" to leave it out,
+            as `read` takes it.
         seed: of the splits, where the data brings none.
 
     Raises:
@@ -164,11 +165,17 @@ def table_of(data: str, mapping: Mapping[str, str] | None = None) -> tuple[Table
     """
     if data in TASKS:
         if mapping:
-            raise DataError(f"--map has no effect on the task {data!r}, whose columns are known")
+            raise DataError(
+                f"--map has no effect on the task {data!r}, whose columns are known",
+                code="no_effect",
+                field="map",
+            )
         named = TASKS[data]
         place = named.locate()
         if place is None:
-            raise DataError(f"the data of {data!r} is not here; get it with: {named.get()}")
+            raise DataError(
+                f"the data of {data!r} is not here; get it with: {named.get()}", code="absent_task"
+            )
         return named.load(place), named.instruction
     try:
         return read(data, mapping), ""
@@ -277,7 +284,8 @@ def _owners(source: str, groups: Mapping[str, list[Row]], missing: list[str]) ->
     if not count:
         raise DataError(
             f"{source} has {len(places)} different inputs; at least {len(kept) + len(missing)} are "
-            f"needed to keep {len(kept)} for train and take {' and '.join(missing)} rows from them"
+            f"needed to keep {len(kept)} for train and take {' and '.join(missing)} rows from them",
+            code="too_few_rows",
         )
     owner = dict.fromkeys(places, "train")
     for index, name in enumerate(missing):
@@ -309,11 +317,15 @@ def _labels(source: str, splits: Mapping[str, list[Row]]) -> tuple[str, ...]:
             if strange := [label for label in labels_of(row) if label not in known]:
                 raise DataError(
                     f"{source}: label {strange[0]!r} is only in the {name} split (row {number}); "
-                    f"it cannot be learnt from train, which has {some(labels)}"
+                    f"it cannot be learnt from train, which has {some(labels)}",
+                    code="unknown_label",
+                    field="label",
                 )
     if len(labels) == 1:
         raise DataError(
-            f"{source} has only the label {labels[0]!r}; there is nothing to tell apart"
+            f"{source} has only the label {labels[0]!r}; there is nothing to tell apart",
+            code="one_label",
+            field="label",
         )
     return tuple(labels)
 

@@ -188,8 +188,8 @@ def _no_format(
     separated = inner_name(Path(part.place)).suffix.lower() in (".csv", ".tsv")
     if separated and any(map(str.isdigit, columns)):
         return DataError(
-            f"{part.place}: line 1 seems to be a row and not the names of the columns; put them "
-            f"there, found {some(map(shown, columns), 3)}",
+            f"{part.place}: line 1 seems to be a row ({some(map(shown, columns), 3)}); put a line "
+            "with the names of the columns above it, such as text and label",
             code="no_header",
         )
     reason, base = "", dict(mapping)

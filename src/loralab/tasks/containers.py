@@ -86,11 +86,10 @@ def list_folder(folder: Path, suffixes: Collection[str]) -> Listing:
     """
     listing = _listed(folder, suffixes)
     inside = folder / DATA
-    if "train" not in listing.splits and not listing.splits and inside.is_dir():
-        nested = _listed(inside, suffixes)
-        if "train" in nested.splits:
-            unread = [*listing.unread, *(f"{DATA}/{name}" for name in nested.unread)]
-            return Listing(nested.splits, [name for name in unread if name != f"{DATA}/"])
+    if not listing.splits and inside.is_dir() and _files_in(inside, suffixes):
+        nested = list_folder(inside, suffixes)
+        beside = [name for name in listing.unread if name != f"{DATA}/"]
+        return Listing(nested.splits, [*beside, *(f"{DATA}/{name}" for name in nested.unread)])
     if "train" not in listing.splits:
         raise _no_train(folder, suffixes)
     return listing
@@ -107,7 +106,11 @@ def _listed(folder: Path, suffixes: Collection[str]) -> Listing:
             found.setdefault(split, []).append(shard)
         elif _is_data(place, suffixes):
             unread.append(f"{place.name}/" if place.is_dir() else place.name)
-    splits = {split: _ordered(folder, split, shards, suffixes) for split, shards in found.items()}
+    splits = {  # train first: what is wrong with all of them is said of it
+        split: _ordered(folder, split, found[split], suffixes)
+        for split in dict.fromkeys(SPLITS.values())
+        if split in found
+    }
     return Listing(splits, unread)
 
 

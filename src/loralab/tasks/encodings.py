@@ -63,8 +63,9 @@ def text_of(file: Path) -> str:
             ) from None
         line = data[: error.start].count(b"\n") + 1
         raise DataError(
-            f"{file}, line {line}: not UTF-8 (byte {data[error.start]:#04x}); if it was written "
-            f"on Windows, convert it: {_convert(file, 'WINDOWS-1252')}",
+            f"{file}, line {line}: not UTF-8 (byte {data[error.start]:#04x}); convert it, with the "
+            "encoding that it was written in (WINDOWS-1252, BIG5, ...) after -f: "
+            f"{_convert(file, 'WINDOWS-1252')}",
             code="unknown_encoding",
         ) from None
 

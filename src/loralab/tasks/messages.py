@@ -10,7 +10,7 @@ from typing import Any
 from loralab.errors import DataError, nearest, shown, some
 from loralab.tasks.advice import option, without
 from loralab.tasks.beside import MESSAGE_FIELD, reason_to_refuse
-from loralab.tasks.formats import IN_MESSAGES, is_empty
+from loralab.tasks.formats import IN_MESSAGES, is_conversation, is_empty
 
 ROLES = ("system", "user", "assistant")
 SHARED = {"human": "user", "gpt": "assistant"}  # what ShareGPT calls them, beside the names above
@@ -133,8 +133,9 @@ def text_in(place: str, what: str, value: Any) -> str:
         DataError: it is something else, or holds half a character.
     """
     if not isinstance(value, str):
+        remedy = "; a conversation is read whole from 'messages'" if is_conversation(value) else ""
         raise DataError(
-            f"{place}: {what} must be text, found {type(value).__name__}",
+            f"{place}: {what} must be text, found {type(value).__name__}{remedy}",
             code="not_text",
         )
     try:

@@ -66,6 +66,8 @@ def _json_lines(file: Path) -> tuple[Parts, list[str]]:
 
 def _lines(file: Path, text: str) -> Numbered:
     rows: Numbered = []
+    listed = text.lstrip().startswith("[")
+    remedy = "; one object a line is read here, and a list of them from .json" if listed else ""
     # not splitlines(): JSON strings may hold U+2028 and other characters that it cuts at
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
@@ -74,7 +76,7 @@ def _lines(file: Path, text: str) -> Numbered:
         try:
             row = json.loads(line, object_pairs_hook=_once)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{place}: not JSON ({error})", code="not_json") from None
+            raise DataError(f"{place}: not JSON ({error}){remedy}", code="not_json") from None
         rows.append((number, _object(place, row)))
     return rows
 
