@@ -97,6 +97,22 @@ TEMPLATES = {
         "m.content + '<|im_end|>' }}{% endif %}",
         "<|im_start|>assistant",
     ),
+    "another empty thought": each(
+        "{{ '<turn>' + m.role + '\n' + m.content | trim + '<|im_end|>\n' }}",
+        "<turn>assistant\n<|channel>thought\n<channel|>",
+    ),
+    "thought ended": each(
+        "{% if m.role == 'assistant' %}{{ '<|assistant|></think>' + (m.content.split('</think>', 1)"
+        "[1] if '</think>' in m.content else m.content) + '<|im_end|>' }}"
+        "{% else %}{{ '<|user|>' + m.content }}{% endif %}",
+        "<|assistant|></think>",
+    ),
+    "blank lines in a thought": each(
+        "{% if m.role == 'assistant' and loop.last %}{{ '<|im_start|>assistant\n<think>\n\n' + "
+        "m.content.strip() + '\n<|im_end|>\n' }}{% else %}{{ '<|im_start|>' + m.role + '\n' + "
+        + CUT + ".strip() + '\n<|im_end|>\n' }}{% endif %}",
+        HEADER + "<think>\n\n",
+    ),
     "a line more": each(
         "{{ '<|' + m.role + '|>' + m.content + '<|im_end|>' }}", "<|assistant|>\n"
     ),
@@ -112,6 +128,11 @@ REFUSED = {  # all other answers are learnt
     ("thought opened and cut", PLAIN): "thought_left_open",
     ("thought opened in all", PLAIN): "thought_left_open",
     ("thought cut", BARE): "answer_not_written",
+    ("another empty thought", THOUGHT): "second_thought",
+    ("another empty thought", EMPTY): "second_thought",
+    ("thought ended", THOUGHT): "second_thought",
+    ("thought ended", BARE): "second_thought",
+    ("blank lines in a thought", PLAIN): "thought_left_open",
 }
 
 
@@ -169,10 +190,13 @@ def test_an_answer_is_learnt_once_after_what_generation_is_shown_and_with_at_mos
         assert text.endswith(END) and text.count(END) == 1
         whole = opening + text
         own = row["messages"][place]["content"]
+        if name == "thought ended":  # the prompt says no more of an empty thought
+            own = own.removeprefix("<think>")
         assert squeezed(own) in squeezed(whole)
         whole = whole[whole.rindex("question") :]  # earlier thoughts are those of earlier answers
         marks = re.findall("</?think>", whole)
-        assert marks in ([], ["<think>", "</think>"], ["</think>"] * (answer == BARE))
+        ended = name == "thought ended" or answer == BARE
+        assert marks in ([], ["<think>", "</think>"], ["</think>"] * ended)
 
 
 def squeezed(text: str) -> str:

@@ -31,6 +31,7 @@ THOUGHTS = (  # how thoughts begin and end
     ("<|begin_of_thought|>", "<|end_of_thought|>"),
     ("◁think▷", "◁/think▷"),
 )
+FIRSTS = tuple(first for first, _ in THOUGHTS)
 MARK = re.compile(f"({'|'.join(re.escape(mark) for pair in THOUGHTS for mark in pair)})")
 STAND_IN = "answer-7f3a9c"  # for an answer, where all that a template writes around it is wanted
 SHORT = 40  # characters of an answer that may stand in what the template writes itself
@@ -189,7 +190,7 @@ class _Answer:
             self._refuse_second(first, last)
         if ended:  # it brings the empty thought that the prompt has
             return rest.lstrip()
-        if thought.startswith(first):
+        if thought.startswith(FIRSTS):
             self._refuse_second(first, last)
         return self.text
 
@@ -295,7 +296,7 @@ def _has_one_thought(before: str, answer: str) -> bool:
     """
     for first, last in THOUGHTS:
         opened, ended = before.count(first), before.count(last)
-        if (opened or ended) and answer.startswith(first):
+        if (opened or ended) and answer.startswith(FIRSTS):
             return False
         if opened > ended and last not in answer:
             return False
