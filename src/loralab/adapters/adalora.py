@@ -28,7 +28,7 @@ from loralab.adapters.lora import lora_fields
 from loralab.adapters.methods import AdaLoRA, LoRA
 from loralab.adapters.peft_fields import PREFIX
 from loralab.adapters.targets import target_names
-from loralab.adapters.wrapper import Wrapper
+from loralab.adapters.wrapper import Wrapper, wide
 from loralab.errors import AdapterFileError, AdapterStateError, ConfigError
 from loralab.values import check_count
 
@@ -92,7 +92,7 @@ class LinearWithAdaLoRA(Wrapper):
     def merged_tensors(self) -> dict[str, Tensor]:
         """The weight with the update in it."""
         A, B, _ = self.factors()
-        total = dense_weight(self.base).float() + B @ A
+        total = wide(dense_weight(self.base)) + B @ A
         return {"weight": total.T if self.transposed else total}
 
     def importance(self) -> Tensor:

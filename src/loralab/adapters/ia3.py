@@ -18,7 +18,7 @@ from loralab.adapters.eager import is_ragged, row_by_row
 from loralab.adapters.expressions import matches
 from loralab.adapters.methods import IA3, Names
 from loralab.adapters.peft_fields import refuse_unknown, selecting_fields, targeted
-from loralab.adapters.wrapper import Wrapper
+from loralab.adapters.wrapper import Wrapper, wide
 from loralab.errors import TargetError
 
 KEYS_AND_VALUES = (
@@ -53,10 +53,10 @@ class LinearWithIA3(Wrapper):
 
     def merged_tensors(self) -> dict[str, Tensor]:
         """The weight, and for outputs the bias, with the scale in it."""
-        total = dense_weight(self.base).float() * self.ia3_l
+        total = wide(dense_weight(self.base)) * self.ia3_l
         merged = {"weight": total.T if is_conv1d(self.base) else total}
         if not self.feedforward and self.base.bias is not None:
-            merged["bias"] = self.base.bias.float() * self.ia3_l.flatten()
+            merged["bias"] = wide(self.base.bias) * self.ia3_l.flatten()
         return merged
 
 

@@ -16,7 +16,7 @@ from loralab.adapters.eager import is_hooked, is_plain_tensor, is_ragged, row_by
 from loralab.adapters.fused import Updated, can_fuse, linears_with_updates
 from loralab.adapters.methods import LoRA
 from loralab.adapters.start import STARTS
-from loralab.adapters.wrapper import Wrapper, without_autocast
+from loralab.adapters.wrapper import Wrapper, wide, without_autocast
 from loralab.errors import ConfigError
 
 Rows = tuple[int, int]  # first and one past the last
@@ -195,7 +195,7 @@ class LinearWithLoRA(Wrapper):
 
     def merged_tensors(self) -> dict[str, Tensor]:
         """The weight with the update in it, in the base's own layout."""
-        total = dense_weight(self.base).float() + self.delta()
+        total = wide(dense_weight(self.base)) + self.delta()
         return {"weight": total.T if self.transposed else total}
 
     def extra_repr(self) -> str:
@@ -227,7 +227,7 @@ class LinearWithLoRA(Wrapper):
         return A.contiguous().to(device), B.contiguous().to(device)
 
     def _squared_norm(self) -> Tensor:
-        return dense_weight(self.base).float().square().sum(dim=1)
+        return wide(dense_weight(self.base)).square().sum(dim=1)
 
     def _dropout_mask(self, x: Tensor) -> Tensor | None:
         if not (self.training and self.dropout.p):

@@ -14,7 +14,7 @@ from torch.func import functional_call
 
 from loralab.adapters.linear import Rows, spread
 from loralab.adapters.methods import LoRA
-from loralab.adapters.wrapper import Wrapper, without_autocast
+from loralab.adapters.wrapper import Wrapper, wide, without_autocast
 from loralab.errors import ConfigError
 
 IN, OUT = "in_proj_weight", "out_proj.weight"
@@ -100,10 +100,10 @@ class MultiheadAttentionWithLoRA(Wrapper):
 
     def _updated(self) -> dict[str, Tensor]:
         B = spread(self.lora_B, self.parts, 3 * self.width, self.rank)
-        new = {IN: self.base.in_proj_weight.float() + self.scaling * (B @ self.lora_A)}
+        new = {IN: wide(self.base.in_proj_weight) + self.scaling * (B @ self.lora_A)}
         if self.out_A is not None and self.out_B is not None:
             update = self.scaling * (self.out_B @ self.out_A)
-            new[OUT] = self.base.out_proj.weight.float() + update
+            new[OUT] = wide(self.base.out_proj.weight) + update
         return new
 
     def _drawn(self, parts: int, generator: torch.Generator | None) -> nn.Parameter:

@@ -35,11 +35,11 @@ class TrainedInFull(nn.Module):
         self.trained = copy.deepcopy(base).float().requires_grad_(True)
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
-        """What the copy gives, computed in fp32 and returned in the dtype that came in."""
+        """What the copy gives, computed in its dtype and returned in the one that came in."""
         floating = [x.dtype for x in inputs if isinstance(x, Tensor) and x.is_floating_point()]
-        dtype = floating[0] if floating else self.dtype
-        wide = {name: _in_fp32(x) for name, x in named.items()}
-        output = self.trained(*(_in_fp32(x) for x in inputs), **wide)
+        dtype, own = floating[0] if floating else self.dtype, _dtype_of(self.trained)
+        inputs = _in_dtype(inputs, own)
+        output = self.trained(*inputs, **{k: _in_dtype(x, own) for k, x in named.items()})
         return _in_dtype(output, dtype)
 
     def finished(self) -> nn.Module:
@@ -49,7 +49,7 @@ class TrainedInFull(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the original's parameters."""
-        return next((p.dtype for p in self.base.parameters()), torch.float32)
+        return _dtype_of(self.base)
 
     def __getattr__(self, name: str) -> Any:
         """What models read of a module without calling it: the trained weight, its sizes."""
@@ -170,8 +170,8 @@ def _chosen(
     return found
 
 
-def _in_fp32(x: Any) -> Any:
-    return _in_dtype(x, torch.float32)
+def _dtype_of(module: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in module.parameters()), torch.float32)
 
 
 def _in_dtype(x: Any, dtype: torch.dtype) -> Any:

@@ -149,6 +149,11 @@ class Wrapper(nn.Module):
         return rounded
 
 
+def wide(tensor: Tensor) -> Tensor:
+    """A weight in the dtype that sums are made in: float32, or float64 where it has that."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """A context for sums and products that autocast must not round."""
     if device.type == "meta" or not torch.is_autocast_enabled(device.type):
