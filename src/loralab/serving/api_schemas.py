@@ -123,7 +123,10 @@ class _Asked(Body):
         """Settings that are fields of another name here."""
         return {}
 
-    def _sampling(self, max_tokens: int, logprobs: int | None, choice: int) -> Sampling:
+    def _sampling(
+        self, max_tokens: int, logprobs: int | None, choice: int, *, continues: bool = False,
+        echo: bool = False,
+    ) -> Sampling:  # fmt: skip
         """How a choice is drawn: with a seed of its own, so that choices differ."""
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         try:
@@ -134,6 +137,7 @@ class _Asked(Body):
                 top_p=1.0 if self.top_p is None else self.top_p,
                 seed=None if self.seed is None else self.seed + choice,
                 stop=stop, logprobs=logprobs, ignore_eos=bool(self.ignore_eos),
+                continues=continues, echo=echo,
             )  # fmt: skip
         except ConfigError as error:
             field = self.called.get(error.field or "", error.field)
@@ -145,7 +149,8 @@ class CompletionBody(_Asked):
     """POST /v1/completions."""
 
     prompt: str | Texts | Tokens | Annotated[list[Tokens], Field(fail_fast=True)]
-    max_tokens: Whole | None = _told(minimum=1)
+    max_tokens: Whole | None = _told(minimum=0)  # 0 with echo alone
+    echo: bool | None = None
     logprobs: Whole | None = _told(minimum=0, maximum=MOST_LOGPROBS)
 
     def prompts(self) -> list[str | list[int]]:
@@ -157,7 +162,8 @@ class CompletionBody(_Asked):
     def sampling(self, room: int, choice: int) -> Sampling:
         """How choice number `choice` is drawn; without a length it is short, within the `room`."""
         limit = max(1, min(DEFAULT_TOKENS, room)) if self.max_tokens is None else self.max_tokens
-        return self._sampling(limit, self.logprobs, choice)
+        echo = bool(self.echo)
+        return self._sampling(limit, self.logprobs, choice, continues=True, echo=echo)
 
 
 class TextPart(Body):
