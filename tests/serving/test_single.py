@@ -1,5 +1,6 @@
 """Request by request, in pieces: what the model says to the whole."""
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -20,7 +21,7 @@ def test_a_piece_of_which_nothing_is_asked_is_read_all_the_same() -> None:
     def read(cuts: Sequence[int]) -> list[int]:
         parts = [
             single.logits(pass_of([Work(row, start, stop)]))
-            for start, stop in zip(cuts, cuts[1:], strict=False)
+            for start, stop in itertools.pairwise(cuts)
         ]
         last = parts[-1]
         with torch.no_grad():
