@@ -1,6 +1,7 @@
 """An answer on its way: its pieces, its tokens and their bytes always tell the same text."""
 
 import functools
+import itertools
 from concurrent.futures import Future
 from typing import Any
 
@@ -163,6 +164,57 @@ def test_of_tokens_with_one_text_the_likeliest_keeps_it() -> None:
     top = shaped(completed(list(answer)))["logprobs"]["top_logprobs"][0]
     assert set(top) == {"e", r"bytes:\x65", r"bytes:\xe5", "</s>", "f"}
     assert top["e"] == max(top.values())
+
+
+def echoed(family: str, prompt: list[int], ids: list[int], **options: Any) -> list[Event]:
+    """The events of an echoed prompt and some tokens after it, the last of which ends it."""
+    tokenizer, known = vocabulary(family)
+    size = len(tokenizer) + 1
+    answer = Answer(id="", adapter=None, digest=None, cancel=lambda: None)
+    row = Row(number=0, key=None, tokens=[*prompt], scored=1, continued=bool(ids))
+    live = Written(
+        adapter=None, digest=None, prompt=tuple(prompt), stops=frozenset(ids[-1:]), tokens=known,
+        answer=answer, rows=[row],
+        sampling=Sampling(max_tokens=len(ids), temperature=0, echo=True, **options),
+    )  # fmt: skip
+    logits = torch.randn(len(prompt), size, generator=torch.Generator().manual_seed(1))
+    for start, stop in itertools.pairwise((0, len(prompt) // 2, len(prompt))):
+        work, row.done = Work(row, start, stop), stop
+        due = live.read(row, work, logits[list(work.asked)])
+    assert due == bool(ids)
+    for token in ids:
+        live.accept(row, logits[0], token)
+    return list(answer)
+
+
+@pytest.mark.parametrize("family", ["byte level", "llama"])
+def test_an_echo_and_its_answer_are_one_text(family: str) -> None:
+    tokenizer, _ = vocabulary(family)
+    start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    question = tokenizer("the river 天空", add_special_tokens=False)["input_ids"]
+    rest = tokenizer("the stone 好", add_special_tokens=False)["input_ids"]
+    prompt, answer = [start, end, *question[:-1]], [question[-1], *rest, end]  # cut in a character
+    events = echoed(family, prompt, answer, logprobs=2)
+    done, told = completed(events), shaped(completed(events))["logprobs"]
+    # the start stands before every text, another special token was asked for
+    whole = "</s>" + tokenizer.decode([*question, *rest])
+    assert done.text == "".join(told["tokens"]) == whole
+    assert streamed(events) == (whole, told)
+    for token, offset in zip(told["tokens"], told["text_offset"], strict=True):
+        assert whole[offset : offset + len(token)] == token
+    assert told["token_logprobs"][0] is None and told["top_logprobs"][0] is None
+    # the token that ends the answer is there too: a count from the end meets the prompt
+    assert len(told["tokens"]) == len(prompt) + len(answer)
+    assert done.finished.completion_tokens == len(answer)
+    for text, own, top in list(zip(*list(told.values())[:3], strict=True))[1:]:
+        assert top[text] == own and 2 <= len(top) <= 3
+
+
+def test_an_echo_may_be_all_that_is_told() -> None:
+    for prompt in ([5], [5, 6, 7]):
+        events = echoed("byte level", prompt, [], logprobs=0)
+        assert [one.token for one in completed(events).logprobs] == prompt
+        assert completed(events).finished.reason == "length"
 
 
 def test_a_row_that_begins_anew_counts_once() -> None:

@@ -107,7 +107,7 @@ class OwnBytes:
     """A tokenizer in Python whose tokens are bytes, as Qwen's first was."""
 
     def decode(self, tokens: Any, **_: Any) -> str:
-        return bytes(tokens).decode("utf-8", errors="replace")
+        return bytes(t for t in tokens if t < 256).decode("utf-8", errors="replace")
 
     def convert_ids_to_tokens(self, token: int) -> bytes:
         return bytes([token])

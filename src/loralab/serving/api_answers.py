@@ -73,11 +73,11 @@ class Answer(Part):
 
 
 class TextLogprobs(Part):
-    """Log-probabilities of the tokens of a completion."""
+    """Log-probabilities of the tokens of a completion; None for the first of an echoed prompt."""
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]] | None
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 

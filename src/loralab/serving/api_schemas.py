@@ -181,7 +181,10 @@ class _Asked(_Request):
         options = self.stream_options or StreamOptions()
         return bool(options.continuous_usage_stats) and options.include_usage is not False
 
-    def _sampling(self, max_tokens: int, logprobs: int | None, choice: int) -> Sampling:
+    def _sampling(
+        self, max_tokens: int, logprobs: int | None, choice: int, *, continues: bool = False,
+        echo: bool = False,
+    ) -> Sampling:  # fmt: skip
         """How a choice is drawn: with a seed of its own, so that choices differ."""
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         try:
@@ -192,6 +195,7 @@ class _Asked(_Request):
                 top_p=1.0 if self.top_p is None else self.top_p,
                 seed=None if self.seed is None else self.seed + choice,
                 stop=stop, logprobs=logprobs, ignore_eos=bool(self.ignore_eos),
+                continues=continues, echo=echo,
             )  # fmt: skip
         except ConfigError as error:
             raise translated(error, fields=self._fields) from None
@@ -201,7 +205,8 @@ class CompletionBody(_Asked):
     """POST /v1/completions."""
 
     prompt: str | Texts | Tokens | Annotated[list[Tokens], Field(fail_fast=True)]
-    max_tokens: Whole | None = _told(minimum=1)
+    max_tokens: Whole | None = _told(minimum=0)  # 0 with echo alone
+    echo: bool | None = None
     logprobs: Whole | None = _told(minimum=0, maximum=MOST_LOGPROBS)
 
     def prompts(self) -> list[str | list[int]]:
@@ -217,7 +222,9 @@ class CompletionBody(_Asked):
             room: tokens that an answer may have at most, at least 1.
         """
         asked = DEFAULT_TOKENS if self.max_tokens is None else self.max_tokens
-        return self._sampling(min(asked, room), self.logprobs, choice)
+        return self._sampling(
+            min(asked, room), self.logprobs, choice, continues=True, echo=bool(self.echo)
+        )
 
 
 class TextPart(Body):

@@ -213,13 +213,17 @@ def _listed(told: Sequence[TokenLogprob]) -> Json:
     return {
         "tokens": [one.text for one in told],
         "token_logprobs": [_finite(one.logprob) for one in told],
-        "top_logprobs": [
-            {**{name: _finite(other.logprob) for name, other in _named(one)},
-             one.text: _finite(one.logprob)}
-            for one in told
-        ],
+        "top_logprobs": [_likeliest(one) for one in told],
         "text_offset": [one.offset for one in told],
     }  # fmt: skip
+
+
+def _likeliest(one: TokenLogprob) -> Json | None:
+    """The likeliest tokens and the one that stands there; nothing is before a prompt's first."""
+    if one.logprob is None:
+        return None
+    likely = {name: _finite(other.logprob) for name, other in _named(one)}
+    return likely | {one.text: _finite(one.logprob)}
 
 
 def _spoken(told: Sequence[TokenLogprob]) -> Json | None:
@@ -255,9 +259,9 @@ def _named(chosen: TokenLogprob) -> list[tuple[str, TokenLogprob]]:
     return found
 
 
-def _finite(logprob: float) -> float:
+def _finite(logprob: float | None) -> float | None:
     """JSON has no infinity; OpenAI writes this number for what cannot happen."""
-    return max(logprob, IMPOSSIBLE)
+    return None if logprob is None else max(logprob, IMPOSSIBLE)
 
 
 def _ordered(classes: Sequence[str], ranked: Ranked) -> Sequence[str]:

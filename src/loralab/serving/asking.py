@@ -65,9 +65,16 @@ class Asking:
         live = Written(
             adapter=name, digest=digest, prompt=tuple(prompt), sampling=sampling,
             stops=self._stops, tokens=self._tokens, answer=answer,
-            rows=[Row(number=next(self._numbers), key=digest, tokens=tokens)],
+            rows=[self._row(tokens, entry, sampling)],
         )  # fmt: skip
         return live
+
+    def _row(self, tokens: list[int], entry: Entry | None, sampling: Sampling) -> Row:
+        explained = sampling.echo and sampling.logprobs is not None
+        return Row(
+            number=next(self._numbers), key=digest_of(entry), tokens=tokens,
+            scored=front_of(entry) + 1 if explained else None, continued=sampling.max_tokens > 0,
+        )  # fmt: skip
 
     def _as_trained(self, prompt: Sequence[int], entry: Entry | None) -> bool:
         """Whether a prompt ends as those that the adapter has learnt to answer."""

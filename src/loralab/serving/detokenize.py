@@ -33,10 +33,14 @@ class TokenBytes(dict[int, bytes | None]):
     """Bytes of tokens by id, worked out at the first look; None where they depend on the context.
 
     Special tokens, which are left out of texts, have no bytes.
+
+    Attributes:
+        start: the token that stands before every text, if there is one.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer, self._byte_level = tokenizer, is_byte_level(tokenizer)
+        self.start: int | None = getattr(tokenizer, "bos_token_id", None)
 
     def __missing__(self, token: int) -> bytes | None:
         """Work out the bytes of one token."""
@@ -102,9 +106,15 @@ class IncrementalDetokenizer:
         """Whether a part of a character waits for the rest."""
         return bool(self._pending or self._utf8.getstate()[0])
 
-    def add(self, token: int) -> tuple[bytes, str]:
-        """The bytes of one more token, and the characters that are complete with them."""
+    def add(self, token: int, *, special: bool = False) -> tuple[bytes, str]:
+        """The bytes of one more token, and the characters that are complete with them.
+
+        Args:
+            special: write a special token by its name.
+        """
         raw = self._tokens[token]
+        if special and raw == b"":
+            raw = self._tokens.decode([token], special=True).encode()
         if raw is None:
             raw = self._appended(token)
         else:

@@ -20,7 +20,7 @@ from loralab.errors import QueueFullError
 from loralab.models.load import Base
 from loralab.serving.asking import Asking
 from loralab.serving.entries import Entry
-from loralab.serving.live import Live, Scored, Seen, error_of
+from loralab.serving.live import Live, Scored, Seen, Written, error_of
 from loralab.serving.request import CANCELLED, FAILED, Answer, Completed, Ranked, Sampling
 from loralab.serving.sampling import choose, readable
 from loralab.serving.scheduler import Row, Scheduler, Work
@@ -343,8 +343,10 @@ class Engine:
                     self._scheduler.remove(own.row)
                     if live.accept():
                         self._over(live, "")
-            elif len(found):
+            elif isinstance(live, Written) and live.read(own.row, own, found):
                 told.append((live, own.row, found[-1]))
+            elif live.finished is not None:
+                self._over(live, "")
         self._tell(told)
 
     def _tell(self, told: Sequence[tuple[Any, Row, torch.Tensor]]) -> None:

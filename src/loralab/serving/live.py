@@ -26,6 +26,9 @@ from loralab.serving.sampling import Draws, likeliest
 from loralab.serving.scheduler import Row, Work
 from loralab.serving.text import Writing
 
+Judged = tuple[float | None, Sequence[tuple[int, float]]]
+"""The log-probability of a token, and the likeliest in its place with theirs."""
+
 
 @dataclass(eq=False, kw_only=True)
 class _Common:
@@ -70,6 +73,8 @@ class Written(_Common):
     writing: Writing = field(init=False)
     detokenizer: IncrementalDetokenizer = field(init=False)
     draws: Draws = field(init=False)
+    _judged: dict[int, Judged] = field(default_factory=dict)  # tokens of the prompt, by place
+    _begun: int | None = None  # characters of the prompt in the text; None: it was not read yet
     _certain: str = ""  # text that was not told yet
     _untold: list[int] = field(default_factory=list)
     _explained: list[TokenLogprob] = field(default_factory=list)
@@ -77,7 +82,8 @@ class Written(_Common):
 
     def __post_init__(self) -> None:
         self.writing = Writing(self.sampling.stop)
-        self.detokenizer = IncrementalDetokenizer(self.tokens)
+        before = self.prompt if self.sampling.continues and not self.sampling.echo else ()
+        self.detokenizer = IncrementalDetokenizer(self.tokens, before)
         self.draws = Draws(self.sampling)
 
     @property
@@ -85,11 +91,23 @@ class Written(_Common):
         """Whether nobody waits for it any more."""
         return self.cancelled
 
+    def read(self, row: Row, work: Work, logits: Tensor) -> bool:
+        """Some work is done, with the logits that it asked for; whether a next token is due."""
+        if row.scored is not None:
+            self._judge(row.scored - 1, work, logits)
+        if row.left:
+            return False
+        if self._begun is None:
+            self._begin(row)
+        return self.finished is None
+
     def accept(self, row: Row, logits: Tensor, token: int) -> bool:
         """One more token; whether it was the last."""
         self.first = self.first or time.perf_counter()
         self._count += 1
         if token in self.stops and not self.sampling.ignore_eos:
+            if self.sampling.echo:  # whoever cuts the prompt's tokens off counts all others
+                self._written(token, logits)
             self.end(STOP)
             return True
         row.tokens.append(token)
@@ -123,14 +141,45 @@ class Written(_Common):
         )  # fmt: skip
         self.answer.tell(self.finished)
 
+    def _judge(self, front: int, work: Work, logits: Tensor) -> None:
+        """Note the log-probabilities of the prompt's tokens."""
+        for place, own in zip(work.asked, logits.cpu(), strict=True):
+            if (number := place + 1 - front) < len(self.prompt):
+                self._judged[number] = likeliest(
+                    own, self.prompt[number], self.sampling.logprobs or 0
+                )
+
+    def _begin(self, row: Row) -> None:
+        """The prompt is read: tell it, if it is to be echoed, as its tokens write it."""
+        row.scored = None
+        if self.sampling.echo:
+            explained = self.sampling.logprobs is not None
+            texts = [
+                self._spelt(
+                    token, self._judged.get(place, (None, [])) if explained else None,
+                    # of special tokens only the start was not asked for
+                    special=place > 0 or token != self.tokens.start,
+                )
+                for place, token in enumerate(self.prompt)
+            ]  # fmt: skip
+            self.answer.tell(Piece(text="".join(texts), tokens=(), logprobs=(*self._explained,)))
+            self._explained = []
+        self._begun = self.detokenizer.length
+        if not self.sampling.max_tokens:
+            self.end(LENGTH)
+
     def _written(self, token: int, logits: Tensor) -> str:
-        """The text that a token adds; explained, if that was asked for."""
-        offset, count = self.detokenizer.length, self.sampling.logprobs
-        if count is None:
-            return self.detokenizer.add(token)[1]
-        logprob, pairs = likeliest(logits, token, count)
+        """The text that a token of the answer adds; explained, if that was asked for."""
+        count = self.sampling.logprobs
+        return self._spelt(token, None if count is None else likeliest(logits, token, count))
+
+    def _spelt(self, token: int, judged: Judged | None, *, special: bool = False) -> str:
+        """The text that a token adds; what is known of its probability is kept."""
+        if judged is None:
+            return self.detokenizer.add(token, special=special)[1]
+        (logprob, pairs), offset = judged, self.detokenizer.length
         others = [(other, self.detokenizer.would_add(other), value) for other, value in pairs]
-        raw, text = self.detokenizer.add(token)
+        raw, text = self.detokenizer.add(token, special=special)
         top = tuple(
             TokenLogprob(token=t, raw=own, text=self.tokens.label(t, own), logprob=value)
             for t, own, value in others
@@ -143,7 +192,8 @@ class Written(_Common):
     def _tell(self, *, final: bool = False) -> None:
         """Tell what is certain, with the tokens that it begins in; of a stop text nothing."""
         whole = final and not self.writing.stopped
-        ready = [one for one in self._explained if whole or one.offset < self.writing.told]
+        until = (self._begun or 0) + self.writing.told
+        ready = [one for one in self._explained if whole or one.offset < until]
         self.answer.tell(
             Piece(text=self._certain, tokens=tuple(self._untold), logprobs=tuple(ready))
         )

@@ -15,10 +15,12 @@ MOST_STOPS, MOST_LOGPROBS = 16, 20
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How tokens are chosen, and when to end.
+    """How tokens are chosen, when to end, and what is told of them.
 
     `logprobs` is how many alternatives are told at each token (0: only of the token that was
-    chosen; None: nothing). `stop` strings end the answer before they begin.
+    chosen; None: nothing). `stop` strings end the answer before they begin. With `continues` the
+    answer goes on from the prompt's text, so that a space between them belongs to it; with `echo`
+    it begins with that text, and may have no tokens of its own.
     """
 
     max_tokens: int = 16
@@ -29,10 +31,12 @@ class Sampling:
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
     ignore_eos: bool = False
+    continues: bool = False
+    echo: bool = False
 
     def __post_init__(self) -> None:
         """Check every value."""
-        _within("max_tokens", self.max_tokens, 1, math.inf)
+        _within("max_tokens", self.max_tokens, 0 if self.echo else 1, math.inf)
         _within("temperature", self.temperature, 0, 100)
         _within("top_k", self.top_k, 0, math.inf)
         _within("top_p", self.top_p, 0, 1)
@@ -59,6 +63,7 @@ class TokenLogprob:
         raw: its own bytes; several tokens may share a character, and special ones have none.
         text: of an answer's token, the characters that are complete with it, so that all of them
             together are the answer; of another one, what it is called.
+        logprob: None for the first token of a prompt.
         offset: characters of the answer before it.
         top: the likeliest tokens in its place, which may be among them.
     """
@@ -66,7 +71,7 @@ class TokenLogprob:
     token: int
     raw: bytes
     text: str
-    logprob: float
+    logprob: float | None
     offset: int = 0
     top: "tuple[TokenLogprob, ...]" = ()
 

@@ -23,12 +23,14 @@ class Row:
         cached: how many of them were there already when the request was let in.
         blocks: where they lie.
         scored: the first token whose probability is asked for; None is that of a next one.
+        continued: whether that of a next one is asked for beside what is scored.
     """
 
     number: int
     key: str | None
     tokens: list[int]
     scored: int | None = None
+    continued: bool = False
     done: int = 0
     cached: int = 0
     blocks: list[int] = field(default_factory=list)
@@ -55,9 +57,10 @@ class Work:
     @property
     def asked(self) -> range:
         """The tokens whose logits are wanted: those before what is scored, or the last of all."""
-        last = len(self.row.tokens) - 1
-        stop = self.stop if self.row.scored is None else min(self.stop, last)
-        return range(max(self.start, self.row.asked), stop)
+        row, stop = self.row, self.stop
+        if row.scored is not None and not row.continued:
+            stop = min(stop, len(row.tokens) - 1)
+        return range(max(self.start, row.asked), stop)
 
 
 class Scheduler:
