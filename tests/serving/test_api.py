@@ -143,29 +143,6 @@ def test_a_chat_is_tokenised_as_in_training(engine: FakeEngine) -> None:
     assert list(engine.asked[0][0]) == tokenizer(text)["input_ids"]
 
 
-def test_text_for_an_adapter_that_has_learnt_from_chats_comes_with_a_note(
-    engine: FakeEngine, caplog: pytest.LogCaptureFixture
-) -> None:
-    app = build_app(engine, keys=None)  # type: ignore[arg-type]
-
-    def noted(form: str | None, prompt: Any, path: str = "/v1/completions") -> bool:
-        engine.store = FakeStore(FakeEntry(name="sst", digest=digest_of("sst"), form=form))
-        chat = {"messages": CHAT["messages"]}
-        body = {**TEXT, "prompt": prompt} if path.endswith("v1/completions") else {**CHAT, **chat}
-        answer = talk(app, lambda client: client.post(path, json=body))
-        assert answer.status_code == 200
-        return "chat" in answer.headers.get("x-loralab-note", "")
-
-    assert noted("prompt-completion", "good film")
-    assert noted("messages", ["good film", "bad"])
-    assert not noted("text", "good film")
-    assert not noted(None, "good film")
-    assert not noted("prompt-completion", [5, 6])
-    assert not noted("prompt-completion", engine.base.tokenizer.eos_token + "good film")
-    assert not noted("prompt-completion", "", "/v1/chat/completions")
-    assert len([one for one in caplog.records if one.name.startswith("loralab")]) == 1
-
-
 def test_a_chat_without_a_length_may_fill_the_context(engine: FakeEngine) -> None:
     body = {key: value for key, value in CHAT.items() if key != "max_tokens"}
     post(engine, "/v1/chat/completions", body)

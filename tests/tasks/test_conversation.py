@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from loralab.tasks import encode
+from loralab.tasks import turns as turns_of
 from loralab.tasks.catalog import Task
 from loralab.tasks.encode import prompt_ids
 from loralab.tasks.segments import opening
@@ -42,9 +42,9 @@ def test_it_is_rendered_once(
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama_folder)
     renders: list[Any] = []
-    plain = encode.render
+    plain = turns_of.render
     monkeypatch.setattr(
-        encode, "render", lambda *given, **more: renders.append(given) or plain(*given, **more)
+        turns_of, "render", lambda *given, **more: renders.append(given) or plain(*given, **more)
     )
     assert opening(tokenizer, turns(answers))
     assert len(renders) == 1

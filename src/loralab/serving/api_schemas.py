@@ -92,7 +92,7 @@ class Body(BaseModel):
             raise ValueError(f"an object has at most {MOST_FIELDS} fields here")
         known = cls.model_fields
         for name, value in given.items():
-            if name in cls.neutral:
+            if name in cls.neutral and name not in known:
                 _require_neutral(name, value, cls.neutral[name])
             elif name not in known and name not in cls.free:
                 raise _wrong_field("unknown_parameter", name, f"is not known{nearest(name, known)}")
