@@ -359,6 +359,13 @@ def test_a_column_of_other_splits_is_refused(
     assert (error.code, error.field) == (code, "split")
 
 
+def test_a_mapped_split_that_is_none_is_left_out_by_its_own_name(tmp_path: Path) -> None:
+    rows = [CLASSED | {"part": part} for part in ("train", "fold2")]
+    error = refused_rows(tmp_path, rows, {"split": "part"})
+    assert error.code == "unknown_split" and proposed(error) == [{"part": ""}]
+    assert table(tmp_path, rows, {"part": ""}).splits["train"] == [CLASSED] * 2
+
+
 def test_a_column_that_contradicts_its_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "train.csv").write_text("text,split\na,train\n", encoding="utf-8")

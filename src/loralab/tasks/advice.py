@@ -82,7 +82,8 @@ def option(mapping: Mapping[str, str]) -> str:
 
 def without(mapping: Mapping[str, str], columns: Iterable[str]) -> dict[str, str]:
     """The mapping that leaves some columns out as well."""
-    return {**mapping, **dict.fromkeys(columns, "")}
+    left_out = dict.fromkeys(columns, "")
+    return {name: own for name, own in mapping.items() if own not in left_out} | left_out
 
 
 def answers_beside(mapping: Mapping[str, str], texts: Mapping[str, str], other: Profile) -> str:

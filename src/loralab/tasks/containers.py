@@ -20,7 +20,7 @@ SHARD = re.compile(  # also 0000, and with the digest that older clones have at 
     r"((?P<name>[a-z_]+)[-_.])?(?P<number>\d{1,9})(-of-(?P<count>\d{1,9}))?(-[0-9a-f]{6,})?"
 )
 DATA = "data"  # where a clone of a hub data set keeps its files
-SAVED = ("dataset_dict.json", "state.json")  # what datasets.save_to_disk writes
+SAVED = (("dataset_dict.json",), ("state.json", "dataset_info.json"))  # by save_to_disk
 FOREIGN = (
     ".xlsx",
     ".xls",
@@ -72,7 +72,7 @@ class Listing:
 
 def is_saved(folder: Path) -> bool:
     """Tell if `datasets.save_to_disk` wrote the folder."""
-    return any((folder / name).is_file() for name in SAVED)
+    return any(all((folder / name).is_file() for name in names) for names in SAVED)
 
 
 def list_folder(folder: Path, suffixes: Collection[str]) -> Listing:
