@@ -50,6 +50,7 @@ from loralab.models.plausible import require_folder, require_plausible, require_
 from loralab.values import check_choice
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_KEPT = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")  # of transformers' models
 LABELLED = ("text-label", "pair-label")  # formats of data that a classifier learns from
 _FREE_SIZES = ("dinov2", "dinov2_with_registers", "swin", "swinv2")  # fit their places themselves
 
@@ -116,6 +117,7 @@ def load(
             source, dtype=dtype, use_safetensors=True, output_loading_info=True,
             trust_remote_code=False, ignore_mismatched_sizes=True, **options,
         )  # fmt: skip
+    _cast(model, dtype)
     new_head = kind in HEADS and not has_head(config, kind)
     new = new_modules(name, model, report, new_head=new_head)
     if kind == VISION:
@@ -331,6 +333,19 @@ def _prepare(model: Any, tokenizer: Any) -> None:
     tokenizer.padding_side = "right"
     if tokenizer.pad_token_id is not None:
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+
+
+def _cast(model: Any, dtype: torch.dtype) -> None:
+    """Bring the parameters to one dtype, but those that a family keeps in fp32 on purpose.
+
+    A few families make theirs with a dtype of their own, and transformers leaves them so; XLNet
+    cannot compute with both.
+    """
+    kept = {name for key in _KEPT for name in getattr(model, key, None) or ()}
+    for name, parameter in model.named_parameters():
+        odd = parameter.is_floating_point() and parameter.dtype != dtype
+        if odd and not any(part in kept for part in name.split(".")):
+            parameter.data = parameter.data.to(dtype)
 
 
 def _keep_statistics(model: nn.Module) -> None:
