@@ -82,9 +82,9 @@ def write(tokenizer: Any, chat: Chat, *, prompt: bool = False, now: datetime | N
         template, tokens = tokenizer.get_chat_template(), tokenizer.special_tokens_map
         return render(template, chat, prompt=prompt, tokens=tokens, now=now)
     except Exception as error:  # jinja's own errors, and whatever a template raises
-        start = repr(chat[0]["content"][:QUOTED]) if chat else "that begins with an answer"
+        what = f"the row {chat[0]['content'][:QUOTED]!r}" if chat else "an answer to nothing"
         raise DataError(
-            f"the chat template refuses the row {start}: {error}",
+            f"the chat template refuses {what}: {error}",
             code="template_refuses_row",
             field="chat_template",
         ) from None
