@@ -157,7 +157,7 @@ def prepare(
     task = request.task or catalog.find(request.data, mapping=request.mapping, seed=training.seed)
     base = (load or _own_base)(request, task)
     adapter = _attached(request, base)
-    facts = facts_of(task, _digest(request, task), base, adapter)
+    facts = facts_of(task, _digest(request, task), base, frozenset(adapter.saved))
     if base.kind == "causal-lm":
         encode.round_trip(task, base.tokenizer)
     encoded = encoding(
