@@ -315,6 +315,7 @@ def answered(path: Path, place: Path, device: str) -> Certificate:
     return certificate._read_answer(place / "answer")
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_the_reloaded_model_computes_where_the_live_one_did(
     make_adapter: MakeAdapter, tiny_llama_folder: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

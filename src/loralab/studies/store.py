@@ -22,7 +22,7 @@ from loralab.studies.study import FORMAT, Arm, Cell, Ground, Record
 from loralab.values import read_json, read_toml
 
 STUDY, RUNS, RECORD, RESULTS = "study.toml", "runs", "record.json", "results.parquet"
-LOCK, LOG = ".lock", "worker.log"
+LOCK, LOG, FACTS = ".lock", "worker.log", "facts.json"
 Plan = tuple[Ground, list[Arm], dict[str, str]]  # ground, arms, arm -> why it cannot run
 
 
@@ -117,6 +117,29 @@ def require_same(folder: Path, ground: Ground) -> None:
         raise ConfigError(
             f"{folder} holds the study {ground.study!r} with other settings: {some(changed)}"
         )
+
+
+def require_same_facts(folder: Path, study: str, facts: Mapping[str, Any]) -> None:
+    """A study that goes on must stand on the rows and the base that it was begun with.
+
+    Raises:
+        ConfigError: something else is behind a name by now.
+    """
+    from loralab.training.facts import require_equal
+
+    if (stored := _facts(folder).get(study)) is not None:
+        require_equal(f"{folder} holds the study {study!r}", stored, facts)
+
+
+def keep_facts(folder: Path, study: str, facts: Mapping[str, Any]) -> None:
+    """Write what a study stands on; what is there of it already stays."""
+    held = _facts(folder)
+    if study not in held:
+        atomic.write_file(folder / FACTS, json.dumps({**held, study: facts}, indent=1) + "\n")
+
+
+def _facts(folder: Path) -> dict[str, Any]:
+    return read_json(folder / FACTS, OutputError) if (folder / FACTS).is_file() else {}
 
 
 @contextlib.contextmanager

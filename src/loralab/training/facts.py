@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from loralab import atomic
-from loralab.adapters.attach import Adapter
 from loralab.adapters.fingerprint import fingerprint
 from loralab.errors import ConfigError, OutputError, shown, some
 from loralab.models.identity import config_digest, template_of, tokenizer_digest
@@ -39,18 +38,21 @@ UNKNOWN = (
 )
 
 
-def facts_of(task: Task, digest: str, base: Base, adapter: Adapter) -> dict[str, Any]:
+def facts_of(
+    task: Task, digest: str, base: Base, without: frozenset[str] = frozenset()
+) -> dict[str, Any]:
     """What is compared when a run goes on.
 
     Args:
         digest: of the task's rows.
-        base: with the adapter in it, and its tokens in the tokenizer.
+        base: with new tokens in its tokenizer; an adapter in it does not count.
+        without: paths of modules that do not count either.
     """
     return {
         "data": digest,
         "labels": list(task.labels),
         "instruction": task.instruction,
-        "base": fingerprint(base.model, frozenset(adapter.saved)),
+        "base": fingerprint(base.model, without),
         "base_config": config_digest(base.source),
         "tokenizer": tokenizer_digest(base.tokenizer),
         "chat_template": template_of(base.tokenizer),
@@ -74,7 +76,19 @@ def require_same(folder: Path, facts: Facts, *, begun: bool) -> str:
     file = folder / FILE
     if not file.is_file():
         return UNKNOWN if begun else ""
-    stored = read_json(file, OutputError)
+    require_equal(f"{folder} holds a run", read_json(file, OutputError), facts)
+    return ""
+
+
+def require_equal(what: str, stored: Facts, facts: Facts) -> None:
+    """What is there now must be what was stored; what was not stored is not compared.
+
+    Args:
+        what: "FOLDER holds a run", for the error.
+
+    Raises:
+        ConfigError: something differs.
+    """
     different = [name for name in WORDS if name in stored and stored[name] != facts[name]]
     if different:
         changes = [
@@ -82,12 +96,11 @@ def require_same(folder: Path, facts: Facts, *, begun: bool) -> str:
             for name in different
         ]
         raise ConfigError(
-            f"{folder} holds a run that was begun with something else: {some(changes)}; bring that "
-            "back, or train anew in another folder",
+            f"{what} that was begun with something else: {some(changes)}; bring that back, or "
+            "begin anew in another folder",
             code="other_run",
             field=different[0],
         )
-    return ""
 
 
 def keep_facts(folder: Path, facts: Facts) -> None:

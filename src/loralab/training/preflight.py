@@ -163,7 +163,7 @@ def prepare(
     task = request.task or catalog.find(request.data, mapping=request.mapping, seed=training.seed)
     base = (load or _own_base)(request, task)
     adapter = _attached(request, base)
-    facts = facts_of(task, _digest(request, task), base, adapter)
+    facts = facts_of(task, _digest(request, task), base, frozenset(adapter.saved))
     encoded = _encoded(replace(task, digest=facts["data"]), base, training, encoding)
     memory.checkpoint_gradients(
         base.model, training.gradient_checkpointing, training.checkpoint_blocks
