@@ -83,9 +83,7 @@ def can_fuse(base: Any, x: Tensor) -> bool:
     else:
         return False
     return (
-        frozen
-        and x.dtype == compute_dtype(base)
-        and not torch.is_autocast_enabled(x.device.type)
+        frozen and x.dtype == compute_dtype(base) and not torch.is_autocast_enabled(x.device.type)
     )
 
 

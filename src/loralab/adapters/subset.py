@@ -58,7 +58,7 @@ class TrainedInFull(nn.Module):
         except AttributeError:
             if name in ("base", "trained"):  # not set yet: asking it would never end
                 raise
-        trained = super().__getattr__("trained")
+        trained: Any = super().__getattr__("trained")
         found = getattr(trained, name)
         if isinstance(found, nn.Parameter) and name in trained._parameters:
             return found.to(self.dtype)  # whoever computes with it has the base's dtype
