@@ -162,7 +162,7 @@ class Adapter:
         """
         self._require_attached()
         if reason := self.reason_not_to_merge():
-            raise AdapterStateError(reason)
+            raise AdapterStateError(reason, code="cannot_merge")
         if self.merged:
             raise AdapterStateError("already merged; call unmerge() first")
         done: list[Wrapper] = []

@@ -42,8 +42,9 @@ class Wrapper(nn.Module):
         if not self.cannot_merge and (name := _computed(base, self.merges_into)):
             self.cannot_merge = (
                 f"the {name} of {type(base).__name__} is computed from other parameters at every "
-                "call, so no weight can hold what was learnt; remove the parametrization first "
-                "(torch.nn.utils.parametrize.remove_parametrizations), then attach"
+                "call, so no weight can hold what was learnt; before attach, remove what computes "
+                "it (torch.nn.utils: parametrize.remove_parametrizations, remove_weight_norm, "
+                "prune.remove)"
             )
         self.register_load_state_dict_post_hook(_filled_in)
 
@@ -80,7 +81,7 @@ class Wrapper(nn.Module):
 
     def merged_tensors(self) -> dict[str, Tensor]:
         """The base's parameters with what was learnt in them, before rounding."""
-        raise AdapterStateError(self.cannot_merge)
+        raise AdapterStateError(self.cannot_merge, code="cannot_merge")
 
     @torch.no_grad()
     def merge_weights(self) -> None:
