@@ -17,7 +17,9 @@ from loralab.adapters.bases import dense_weight, is_conv1d, linear_shape
 from loralab.adapters.eager import is_ragged, row_by_row
 from loralab.adapters.expressions import matches
 from loralab.adapters.methods import IA3, Names
+from loralab.adapters.paths import ends_with
 from loralab.adapters.peft_fields import refuse_unknown, selecting_fields, targeted
+from loralab.adapters.presets import in_attention
 from loralab.adapters.wrapper import Wrapper, wide
 from loralab.errors import TargetError
 
@@ -78,8 +80,8 @@ def fields(config: IA3, modules: Mapping[str, Any], paths: list[str]) -> dict[st
     chosen, layers = selecting_fields(list(modules), paths)
     if layers is not None:  # peft's IA3 counts no layers
         chosen = "|".join(re.escape(name) for name in modules)
-    ends = [end for end in chosen if any(targets.ends_with(name, end) for name in inner)]
-    told = {name for name in modules if any(targets.ends_with(name, end) for end in ends)}
+    ends = [end for end in chosen if any(ends_with(name, end) for name in inner)]
+    told = {name for name in modules if any(ends_with(name, end) for end in ends)}
     plain = isinstance(chosen, list) and told == set(inner)
     feedforward = ends if plain else "|".join(re.escape(name) for name in inner)
     return {
@@ -103,13 +105,13 @@ def parse(
 def _usual_targets(model: nn.Module) -> tuple[str, ...]:
     """Keys, values (a fused projection as a whole), and the way out of the feed-forward network."""
     linear = targets.linear_names(model)
-    ends = {name.rpartition(".")[2] for name in linear if targets.in_attention(name)}
+    ends = {name.rpartition(".")[2] for name in linear if in_attention(name)}
     found = tuple(sorted(ends & set(KEYS_AND_VALUES)))
     if not found:
         raise TargetError(
             f"{type(model).__name__} names its keys and values in no usual way; give target_modules"
         )
-    keys = [n for n in linear if targets.in_attention(n) and n.rpartition(".")[2] in found]
+    keys = [n for n in linear if in_attention(n) and n.rpartition(".")[2] in found]
     return (*keys, *(block.ffn_out for block in targets.blocks(model)))
 
 
@@ -118,4 +120,4 @@ def _feedforward(model: nn.Module, names: list[str], wanted: Names) -> set[str]:
         return {block.ffn_out for block in targets.blocks(model)} & set(names)
     if isinstance(wanted, str):
         return {name for name in names if matches(wanted, name)}
-    return {name for name in names if any(targets.ends_with(name, end) for end in wanted)}
+    return {name for name in names if any(ends_with(name, end) for end in wanted)}

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from loralab.adapters.methods import BitFit, FullFineTune, LinearProbe
+from loralab.adapters.paths import layer_number
 from loralab.adapters.peft_fields import own_config
-from loralab.adapters.targets import layer_number, require_layers
+from loralab.adapters.targets import require_layers
 from loralab.adapters.wrapper import Wrapper
 from loralab.errors import TargetError
 

@@ -31,7 +31,7 @@ Data = Annotated[
 ]
 Map = Annotated[
     str | None,
-    typer.Option("--map", help="rename columns, such as text=review,label=stars; stars= leaves one out"),
+    typer.Option("--map", help="rename columns: text=review,label=stars; stars= leaves one out"),
 ]
 Json = Annotated[bool, typer.Option("--json", help="one JSON document on standard output")]
 Quiet = Annotated[bool, typer.Option(help="no progress")]

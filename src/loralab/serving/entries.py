@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loralab.adapters.attach import TASK_TYPES
 from loralab.adapters.folder import CONFIG, RECORD, TENSORS
 from loralab.adapters.methods import METHODS, VARIANTS
+from loralab.adapters.peft_fields import TASK_TYPES
 from loralab.adapters.recipes import PARSERS
 from loralab.adapters.record import FORMAT
 from loralab.errors import AdapterFileError, nearest

@@ -12,7 +12,7 @@ from torch import nn
 
 import loralab
 from loralab import atomic
-from loralab.adapters.attach import Adapter, attach
+from loralab.adapters.attach import Adapter, put_into
 from loralab.adapters.methods import (
     METHODS,
     AdaLoRA,
@@ -21,7 +21,8 @@ from loralab.adapters.methods import (
     LoRA,
     Method,
 )
-from loralab.adapters.targets import HEADS, ends_with, inside
+from loralab.adapters.paths import ends_with, inside
+from loralab.adapters.targets import HEADS
 from loralab.errors import ConfigError, OutputError, some
 from loralab.models import load as models
 from loralab.models.device import device_here, resolve_precision
@@ -219,7 +220,7 @@ def _attached(request: Request, base: Base) -> Adapter:
     if isinstance(method, LoRA) and training.new_tokens:
         rows = (*method.token_rows, *add_tokens(base, training.new_tokens))
         method = replace(method, token_rows=rows)
-    return attach(base.model, method, generator=generator)
+    return put_into(base.model, method, generator)
 
 
 def _digest(request: Request, task: Task) -> str:
