@@ -1,6 +1,7 @@
 """A name becomes a model, or one clear line."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -9,12 +10,28 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    RwkvConfig,
+    RwkvForCausalLM,
+    XLNetConfig,
+    XLNetLMHeadModel,
+)
 
 from loralab.errors import ConfigError, ModelError
 from loralab.models import convert
 from loralab.models import load as models
 from loralab.models.catalog import MODELS
+from loralab.models.device import resolve_precision
 from loralab.models.kinds import CAUSAL, CLASSIFIER
 from loralab.models.load import load, natural_kind, parse_dtype, resolve
 
@@ -76,10 +93,47 @@ def test_a_tokenizer_without_padding_pads_with_its_end(copied: Path) -> None:
     assert base.model.config.pad_token_id == base.tokenizer.eos_token_id
 
 
+def test_padding_that_the_model_has_no_row_for_is_replaced_by_the_end(copied: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(copied)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(copied)
+    base = load(str(copied))
+    assert tokenizer.pad_token_id == base.model.get_input_embeddings().num_embeddings
+    assert base.tokenizer.pad_token_id == base.tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize("pad", [0, 2, None])
+def test_a_padded_text_is_put_into_the_class_that_it_is_put_into_alone(
+    pad: int | None, save_tiny: Any
+) -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        **SIZES, id2label=NAMES, label2id={"negative": 0, "positive": 1}, pad_token_id=pad
+    )
+    folder = save_tiny("classifier", LlamaForSequenceClassification(config), False)
+    base = load(str(folder))
+    pad = base.tokenizer.pad_token_id
+    ids = torch.tensor([[5, 6, 7, pad, pad], [5, 6, 7, 8, 9]])
+    with torch.no_grad():
+        both = base.model(input_ids=ids, attention_mask=(ids != pad).long()).logits
+        alone = base.model(input_ids=ids[:1, :3]).logits
+    assert torch.allclose(both[:1], alone, atol=1e-6)
+
+
 @pytest.mark.parametrize("precision", models.DTYPES)
 def test_the_dtype_is_as_asked(tiny_llama_folder: Path, precision: str) -> None:
     base = load(str(tiny_llama_folder), dtype=parse_dtype(precision))
     assert {p.dtype for p in base.model.parameters()} == {parse_dtype(precision)}
+
+
+@pytest.mark.parametrize("precision", models.DTYPES)
+def test_parameters_that_are_made_in_fp32_are_as_asked_too(save_tiny: Any, precision: str) -> None:
+    config = XLNetConfig(vocab_size=101, d_model=32, n_layer=1, n_head=4, d_inner=48)
+    folder = save_tiny("xlnet", XLNetLMHeadModel(config), False)
+    model = load(str(folder), labels=["a", "b"], dtype=parse_dtype(precision)).model
+    assert {p.dtype for p in model.parameters()} == {parse_dtype(precision)}
+    ids = torch.tensor([[5, 6, 7], [5, 6, 2]])
+    assert model(input_ids=ids, attention_mask=(ids != 2).long()).logits.isfinite().all()
 
 
 def test_an_unknown_precision_proposes_the_nearest() -> None:
@@ -157,8 +211,9 @@ def test_a_classifier_that_lost_its_head_is_refused(tiny_bert_folder: Path, tmp_
 
 
 def test_a_model_of_another_kind_is_refused(tiny_bert_folder: Path) -> None:
-    with pytest.raises(ModelError, match="incomplete for BertLMHeadModel"):
+    with pytest.raises(ModelError) as found:
         load(str(tiny_bert_folder), kind=CAUSAL)
+    assert found.value.code == "not_causal"
 
 
 @pytest.mark.parametrize(
@@ -266,6 +321,76 @@ def test_weights_and_configuration_must_agree(
     rewrite_config(copied, **fields)
     with pytest.raises(ModelError, match=expected):
         load(str(copied))
+
+
+@pytest.mark.parametrize("layers", [300, 10**9])
+def test_more_layers_than_weights_could_fill_are_not_built(copied: Path, layers: int) -> None:
+    rewrite_config(copied, num_hidden_layers=layers)
+    with pytest.raises(ModelError):
+        load(str(copied))
+
+
+@pytest.mark.parametrize("name", ["max_window_layers", "max_depth", "kv_heads_per_layer"])
+def test_what_counts_no_layers_is_not_compared_with_the_weights(copied: Path, name: str) -> None:
+    rewrite_config(copied, **{name: 200 if name.startswith("kv") else 10**9})
+    assert load(str(copied)).kind == CAUSAL
+
+
+def test_a_small_qwen3_keeps_its_usual_window(save_tiny: Any) -> None:
+    model = Qwen3ForCausalLM(Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=8))
+    folder = save_tiny("qwen3", model, False)
+    assert load(str(folder)).model.config.max_window_layers == 28
+
+
+def test_a_configuration_without_padding_is_given_one(save_tiny: Any) -> None:
+    config = RwkvConfig(
+        hidden_size=32, attention_hidden_size=32, num_hidden_layers=2, vocab_size=101,
+        context_length=64, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    base = load(str(save_tiny("rwkv", RwkvForCausalLM(config), False)))
+    assert base.model.config.pad_token_id == base.tokenizer.pad_token_id == 2
+
+
+def test_a_vision_model_without_classes_is_not_asked_for_a_tokenizer(tmp_path: Path) -> None:
+    config = CLIPVisionConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+                              num_attention_heads=4, image_size=28, patch_size=14)  # fmt: skip
+    CLIPVisionModel(config).save_pretrained(tmp_path)
+    for form in ("image-label", "text-label"):
+        with pytest.raises(ModelError) as error:
+            models.kind_for(str(tmp_path), form)
+        assert error.value.code == "input_unsupported"
+
+
+def test_only_what_is_a_model_is_proposed(copied: Path) -> None:
+    for name in ("tinylama2", "tinylamas"):
+        copied.with_name(name).mkdir()
+    with pytest.raises(ModelError) as error:
+        resolve(str(copied.with_name("tinylama")))
+    assert error.value.code == "unknown_model"
+    assert str(error.value).count("tinyl") == 2  # what was asked for, and the one that is one
+
+
+def test_the_mapping_that_is_proposed_is_read_as_one(tiny_llama_folder: Path) -> None:
+    with pytest.raises(ModelError) as error:
+        models.kind_for(str(tiny_llama_folder), "pair")
+    proposed = re.search(r"--map (\S+)", str(error.value))
+    assert proposed is not None
+    assert dict(part.split("=") for part in proposed[1].split(",")) == {
+        "prompt": "text_a", "completion": "text_b",
+    }  # fmt: skip
+
+
+def test_precision_is_bf16_only_where_a_gpu_multiplies_in_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for real in (True, False):
+
+        def supported(including_emulation: bool = True, real: bool = real) -> bool:
+            return real or including_emulation
+
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+        assert resolve_precision("auto") == ("bf16" if real else "fp32")
 
 
 def test_a_damaged_gguf_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -274,6 +275,18 @@ def test_what_a_study_left_that_was_killed_as_it_began_is_no_obstacle(tmp_path: 
     (tmp_path / "mine").touch()
     with pytest.raises(OutputError, match="not empty"):
         _require_place(tmp_path, resume=False)
+
+
+def test_the_commands_that_an_error_proposes_can_be_typed(tmp_path: Path) -> None:
+    folder = tmp_path / "it's mine"
+    with pytest.raises(OutputError) as error:
+        store.plans(folder)
+    assert shlex.split(str(error.value).split("start one: ")[1])[-1] == str(folder)
+    folder.mkdir()
+    (folder / store.STUDY).touch()
+    with pytest.raises(OutputError) as error:
+        _require_place(folder, resume=False)
+    assert f"loralab report {shlex.quote(str(folder))}, " in str(error.value)
 
 
 def worker_of(process: "subprocess.Popen[str]", folder: Path) -> Worker:

@@ -8,7 +8,20 @@ import numpy
 import pytest
 import torch
 from PIL import Image
-from transformers import BertConfig, BertModel, Dinov2Config, Dinov2Model
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    Dinov2Config,
+    Dinov2Model,
+    ErnieConfig,
+    ErnieForMaskedLM,
+    T5Config,
+    T5ForConditionalGeneration,
+    XLNetConfig,
+    XLNetLMHeadModel,
+)
 
 from loralab.adapters.methods import BitFit, Bottleneck, FullFineTune, LinearProbe, LoRA
 from loralab.artefacts.certificate import certify, logits_of
@@ -166,3 +179,52 @@ def test_what_a_model_cannot_learn_from_is_refused(
         with pytest.raises(ModelError):
             started(model, data, tmp_path / "run")
         assert not (tmp_path / "run").exists()
+
+
+def ended_folder(save_tiny: Any, name: str, model: Any) -> Path:
+    """A model with a tokenizer that ends each text, and pads with another token."""
+    folder: Path = save_tiny(name, model, False)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.pad_token = "<unk>"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 2)]
+    )
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+FAMILIES: dict[str, Any] = {
+    "ernie": lambda: ErnieForMaskedLM(ErnieConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        vocab_size=101, max_position_embeddings=64, pad_token_id=0,
+    )),
+    "xlnet": lambda: XLNetLMHeadModel(XLNetConfig(
+        vocab_size=101, d_model=32, n_layer=1, n_head=4, d_inner=48, pad_token_id=0,
+    )),
+    "t5": lambda: T5ForConditionalGeneration(T5Config(
+        vocab_size=101, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4, pad_token_id=0,
+        eos_token_id=2, decoder_start_token_id=0,
+    )),
+}  # fmt: skip
+NEW = {
+    "ernie": {"classifier", "ernie.pooler"}, "xlnet": {"logits_proj", "sequence_summary"},
+    "t5": {"classification_head"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_that_is_new_in_a_classifier_is_trained_and_kept(
+    family: str, save_tiny: Any, labelled: Path, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model = ended_folder(save_tiny, family, FAMILIES[family]())
+    run = started(model, labelled, tmp_path / "run", max_steps=3)
+    assert run.base.kind == "sequence-classification"
+    assert set(run.adapter.saved) == NEW[family]
+    for name, saved in run.adapter.saved.items():
+        assert any(not torch.equal(a, b) for a, b in zip(
+            saved.trained.parameters(), saved.base.parameters(), strict=True
+        )), name  # fmt: skip
+    reloaded_equal(run)
+    evaluated = evaluate(data=str(labelled), adapter=run.output_dir, evaluation=Evaluation(limit=3))
+    assert evaluated.rows == 3

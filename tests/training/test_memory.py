@@ -15,8 +15,8 @@ from loralab.errors import ConfigError
 from loralab.models import load as models
 from loralab.tasks.encode import Example
 from loralab.training import fit, memory
+from loralab.training.fast.path import ROOM, quickest
 from loralab.training.fast.path import Path as Quickest
-from loralab.training.fast.path import quickest
 from loralab.training.record import read_metrics
 from loralab.training.run import Run
 from loralab.training.settings import Training
@@ -130,6 +130,20 @@ def test_what_many_rows_keep_is_extended_from_fewer(prepared: tuple[Adapter, Qui
     assert memory.kept_bytes(path, many) == pytest.approx(memory.saved_bytes(path, many), rel=0.05)
 
 
+def test_a_budget_chooses_among_rooms_as_large_as_the_device_takes(
+    prepared: tuple[Adapter, Quickest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, path = prepared
+    assert fit.rooms(path) == [1024, 512, 256, 128]
+    monkeypatch.setitem(ROOM, "cpu", ROOM["cuda"])
+    assert fit.rooms(path) == [16384, 8192, 4096, 2048, 1024, 512, 256, 128]
+
+
+def test_a_prediction_for_a_gpu_says_what_it_rests_on() -> None:
+    assert memory.caveats(torch.device("cpu")) == ()
+    assert len(memory.caveats(torch.device("cuda"))) == 1
+
+
 def test_a_budget_takes_the_quickest_that_fits(
     prepared: tuple[Adapter, Quickest], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -138,7 +152,7 @@ def test_a_budget_takes_the_quickest_that_fits(
     training = Training(batch_size=40)
     found = fit.settings(adapter, path, LONG, training, 0)
     assert {setting.blocks for setting in found} == {0, 1, 2}
-    assert {setting.room for setting in found} == set(fit.ROOMS)
+    assert {setting.room for setting in found} == set(fit.rooms(path))
     needs = sorted(setting.peak_bytes for setting in found)
     budget = (needs[0] + needs[-1]) / 2 / fit.SURE
     tried: list[tuple[int, int]] = []

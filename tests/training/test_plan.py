@@ -1,15 +1,42 @@
 """plan(): what train would do, without doing it."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import nn
+from transformers import (
+    ElectraConfig,
+    ElectraForMaskedLM,
+    FunnelConfig,
+    FunnelForMaskedLM,
+    MPNetConfig,
+    MPNetForMaskedLM,
+    RobertaConfig,
+    RobertaForMaskedLM,
+)
 
-from loralab.adapters.methods import LoRA
+from loralab.adapters.methods import LinearProbe, LoRA
+from loralab.adapters.subset import TrainedInFull
 from loralab.errors import TargetError
 from loralab.training import memory
-from loralab.training.plan import plan
+from loralab.training.plan import PlannedModule, _in_full, plan
 from loralab.training.settings import Training
 
+SIZES: dict[str, Any] = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4,
+    "vocab_size": 101, "pad_token_id": 2, "max_position_embeddings": 64,
+}  # fmt: skip
+COMPOSITE: dict[str, Any] = {
+    "roberta": lambda: RobertaForMaskedLM(RobertaConfig(**SIZES)),
+    "electra": lambda: ElectraForMaskedLM(ElectraConfig(**SIZES, embedding_size=16)),
+    "mpnet": lambda: MPNetForMaskedLM(MPNetConfig(**SIZES)),
+    "funnel": lambda: FunnelForMaskedLM(FunnelConfig(
+        vocab_size=101, block_sizes=[1], num_decoder_layers=1, d_model=32, n_head=4, d_head=8,
+        d_inner=48, pad_token_id=2,
+    )),
+}  # fmt: skip
 TRAINING = Training(precision="fp32", batch_size=4, max_steps=6, max_length=64)
 
 
@@ -62,3 +89,52 @@ def test_what_train_would_refuse_it_refuses(tiny_llama_folder: Path, sums: Path)
             model=str(tiny_llama_folder), data=str(sums), method=LoRA(target_modules=["q_porj"]),
             training=TRAINING,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("family", COMPOSITE)
+@pytest.mark.parametrize("method", [LoRA(rank=2), LinearProbe()], ids=["lora", "probe"])
+def test_a_head_of_several_layers_is_planned_layer_by_layer(
+    family: str, method: Any, labelled: Path, save_tiny: Any
+) -> None:
+    torch.manual_seed(0)
+    folder = save_tiny(family, COMPOSITE[family](), False)
+    found = plan(model=str(folder), data=str(labelled), method=method, training=TRAINING)
+    assert found.kind == "sequence-classification"
+    assert found.trainable == sum(module.parameters for module in found.modules)
+    head = [module for module in found.modules if module.name.startswith("classifier.")]
+    assert [module.shape for module in head] == [(32, 32), (2, 32)]
+    assert [module.parameters for module in head] == [32 * 33, 2 * 33]
+    assert all(module.kind == "Linear" and module.rank is None for module in head)
+
+
+class _Bare(nn.Module):
+    """Numbers of several names, none of them `weight`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift, self.scale = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.ones(2, 3))
+
+
+def planned(module: nn.Module) -> list[PlannedModule]:
+    return list(_in_full("head", TrainedInFull(module)))
+
+
+def test_a_module_without_a_weight_has_the_shape_of_its_largest_parameter() -> None:
+    (bare,) = planned(_Bare())
+    assert (bare.name, bare.kind, bare.shape, bare.parameters) == ("head", "_Bare", (2, 3), 9)
+
+
+def test_a_module_of_layers_and_numbers_of_its_own_names_both() -> None:
+    both = _Bare()
+    both.add_module("norm", nn.LayerNorm(4))
+    both.add_module("act", nn.GELU())
+    assert [(m.name, m.shape, m.parameters) for m in planned(both)] == [
+        ("head", (2, 3), 9), ("head.norm", (4,), 8),
+    ]  # fmt: skip
+
+
+def test_a_tensor_that_two_layers_share_is_counted_once() -> None:
+    first, second = nn.Linear(4, 4, bias=False), nn.Linear(4, 4)
+    second.weight = first.weight
+    shared = nn.Sequential(first, nn.Dropout(), second)
+    assert [m.parameters for m in planned(shared)] == [16, 4]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from loralab.adapters.bases import why_not_merged
 from loralab.adapters.budget import RankBudget
 from loralab.adapters.checkpoints import keep_gradients
+from loralab.adapters.fast_path import calling_their_parts
 from loralab.adapters.fingerprint import base_paths, dtype_name, fingerprint
 from loralab.adapters.folder import write
 from loralab.adapters.left_out import described, left_out, notable
@@ -68,7 +69,11 @@ class Adapter:
         self.saved = dict(saved)
         self._trainable_before = trainable_before
         self._recipe = RECIPES[type(config)]
-        self._hooks = [keep_gradients(model), *self._recipe.watch(model, modules)]
+        self._hooks = [
+            keep_gradients(model),
+            *self._recipe.watch(model, modules),
+            *calling_their_parts(model),
+        ]
         self._attached = True
         self.given: nn.Module = model  # as the user has it, with shells around it
         self.left_out: Mapping[str, str] = {}
@@ -160,7 +165,7 @@ class Adapter:
         """
         self._require_attached()
         if reason := self.reason_not_to_merge():
-            raise AdapterStateError(reason)
+            raise AdapterStateError(reason, code="cannot_merge")
         if self.merged:
             raise AdapterStateError("already merged; call unmerge() first")
         done: list[Wrapper] = []

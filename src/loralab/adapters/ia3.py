@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from loralab.adapters import targets
 from loralab.adapters.bases import dense_weight, is_conv1d, linear_shape
+from loralab.adapters.eager import is_ragged, row_by_row
 from loralab.adapters.expressions import matches
 from loralab.adapters.methods import IA3, Names
 from loralab.adapters.paths import ends_with
 from loralab.adapters.peft_fields import refuse_unknown, selecting_fields, targeted
 from loralab.adapters.presets import in_attention
-from loralab.adapters.wrapper import Wrapper
+from loralab.adapters.wrapper import Wrapper, wide
 from loralab.errors import TargetError
 
 KEYS_AND_VALUES = (
@@ -30,6 +31,8 @@ NOTHING = r"(?!)"  # an expression that matches no path
 
 class LinearWithIA3(Wrapper):
     """l * (W0 x + b), or W0 (l * x) + b where the layer leads out of the feed-forward network."""
+
+    merges_into = ("weight", "bias")
 
     def __init__(self, base: nn.Module, *, feedforward: bool) -> None:
         super().__init__(base)
@@ -42,6 +45,8 @@ class LinearWithIA3(Wrapper):
         """x (..., I) -> (..., O)."""
         if self.merged:
             return self.base(x)
+        if is_ragged(x):
+            return row_by_row(self.forward, x)
         scale = self.ia3_l.flatten()
         if self.feedforward:
             return self.base((x * scale).to(x.dtype))
@@ -50,10 +55,10 @@ class LinearWithIA3(Wrapper):
 
     def merged_tensors(self) -> dict[str, Tensor]:
         """The weight, and for outputs the bias, with the scale in it."""
-        total = dense_weight(self.base).float() * self.ia3_l
+        total = wide(dense_weight(self.base)) * self.ia3_l
         merged = {"weight": total.T if is_conv1d(self.base) else total}
         if not self.feedforward and self.base.bias is not None:
-            merged["bias"] = self.base.bias.float() * self.ia3_l.flatten()
+            merged["bias"] = wide(self.base.bias) * self.ia3_l.flatten()
         return merged
 
 

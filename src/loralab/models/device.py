@@ -13,6 +13,7 @@ def resolve_precision(precision: str) -> str:
     if precision != "auto":
         return precision
     if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+        # emulated bf16 is slower than fp32
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     abilities = torch.cpu.get_capabilities()
     return "bf16" if abilities.get("avx512_bf16") or abilities.get("amx_bf16") else "fp32"

@@ -1,14 +1,24 @@
-"""What a model is: a language model, or an encoder that ends in classes or in sentences.
+"""The kind of a model: a language model, or an encoder that ends in classes or in sentences.
 
-All from its configuration, without its weights.
+All from its configuration, without its weights: what it is by itself, what it can become, and one
+line for what nothing here trains.
 """
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
 from loralab.errors import ModelError, some
@@ -16,32 +26,122 @@ from loralab.errors import ModelError, some
 CAUSAL, CLASSIFIER = "causal-lm", "sequence-classification"
 TAGGER, VISION, SENTENCES = "token-classification", "image-classification", "sentence-encoder"
 KINDS = (CAUSAL, CLASSIFIER, TAGGER, VISION, SENTENCES)
+SEQ2SEQ = "seq2seq"  # what an encoder-decoder is by itself; it can become a classifier
 # kinds that end in classes, and how transformers calls a model that has such a head
 HEADS = {CLASSIFIER: "ForSequenceClassification", TAGGER: "ForTokenClassification",
           VISION: "ForImageClassification"}  # fmt: skip
-# encoders that transformers can also run as a decoder: their weights were not trained for it
-_ENCODERS = ("bert", "roberta", "electra", "camembert", "xlm-roberta", "data2vec-text", "ernie",
-             "megatron-bert", "rembert", "roformer", "xmod", "mega", "nezha")  # fmt: skip
+LOADERS: dict[str, Any] = {
+    CAUSAL: AutoModelForCausalLM, CLASSIFIER: AutoModelForSequenceClassification,
+    TAGGER: AutoModelForTokenClassification, VISION: AutoModelForImageClassification,
+    SENTENCES: AutoModel,
+}  # fmt: skip
+SUPPORTED = "supported are language models, encoders of text, and vision models that classify"
+_OTHER_SENSES = re.compile("vision|visual|image|video|audio|speech|acoustic|sound|codec|vq")
+_INPUTS = {
+    "pixel_values": "pictures, and has no class in transformers that classifies them",
+    "input_features": "sound and not text", "input_values": "sound and not text",
+}  # fmt: skip
 
 
 def kind_of(config: Any) -> str:
-    """The kind of a model that nobody has asked to be another one."""
-    architectures = config.architectures or [""]
-    if any(found.endswith("ForCausalLM") or "LMHead" in found for found in architectures):
-        return CAUSAL
+    """The kind of a model that nobody has asked to be another one; SEQ2SEQ is in no KINDS."""
+    for kind in (CLASSIFIER, TAGGER):
+        if has_head(config, kind):
+            return kind
     if config.model_type in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES:
         return VISION
-    if has_head(config, TAGGER):
-        return TAGGER
+    if config.is_encoder_decoder:
+        return SEQ2SEQ
     decoder = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    encoder = has_head(config, CLASSIFIER) or config.model_type in _ENCODERS
-    return CAUSAL if decoder and not encoder else CLASSIFIER
+    return CAUSAL if decoder and _looks_back(config) else CLASSIFIER
 
 
 def said(kind: str) -> str:
     """A kind in words."""
-    names = {CAUSAL: "a language model", VISION: "a vision model"}
+    names = {CAUSAL: "a language model", VISION: "a vision model", SEQ2SEQ: "an encoder-decoder"}
     return names.get(kind, "an encoder of text")
+
+
+def class_named(config: Any) -> str:
+    """The class that a folder was saved from, as its configuration says it."""
+    return str((config.architectures or [type(config).__name__])[0])
+
+
+def class_for(config: Any, kind: str) -> Any:
+    """The class that a model becomes; None where transformers has none of this kind for it."""
+    # transformers lets nobody ask in public; auto classes have had this name since version 4
+    mapping = LOADERS[kind]._model_mapping
+    if type(config) not in mapping:
+        return None
+    found = mapping[type(config)]
+    return found[0] if isinstance(found, tuple) else found
+
+
+def require_kind(name: str, config: Any, kind: str) -> None:
+    """Refuse a model that cannot be of a kind, or that reads what nothing here gives it.
+
+    Raises:
+        ModelError: it reads sound, or text and pictures at once; it is no model of this kind, or
+            attends to what it shall predict.
+    """
+    require_text_or_pictures(name, config)
+    who, own = f"{name} is {class_named(config)}", kind_of(config)
+    if (kind == VISION) != (own == VISION):
+        raise ModelError(
+            f"{name} is {said(own)} ({config.model_type}), it cannot do {kind}",
+            code="kind_unsupported", field="model",
+        )  # fmt: skip
+    if own == SEQ2SEQ and kind not in HEADS:
+        raise ModelError(
+            f"{who}, an encoder-decoder: the kind {SEQ2SEQ} is not supported yet; take a language "
+            f"model such as smollm2-135m{_for_classes(config)}",
+            code="seq2seq_unsupported", field="model",
+        )  # fmt: skip
+    if class_for(config, kind) is None:
+        raise ModelError(
+            f"{who}: transformers has no model of kind {kind} for {config.model_type}; {SUPPORTED}",
+            code="kind_unsupported", field="model",
+        )  # fmt: skip
+    if kind == CAUSAL and not _looks_back(config):
+        raise ModelError(
+            f"{who}, which sees the tokens after each one as well: as a language model it would "
+            f"read what it shall predict; take a decoder such as smollm2-135m"
+            f"{_for_classes(config)}",
+            code="not_causal", field="model",
+        )  # fmt: skip
+
+
+def require_text_or_pictures(name: str, config: Any) -> None:
+    """Refuse what reads neither text nor pictures, or both: the other input would be left out.
+
+    A model of both may classify pictures, for that is a class of its own without the text.
+
+    Raises:
+        ModelError: it reads something else, or more than one thing.
+    """
+    if kind_of(config) == VISION:
+        return
+    who = f"{name} is {class_named(config)} ({config.model_type})"
+    parts = [key for key in _part_names(config) if _OTHER_SENSES.search(key)]
+    # a text_config of its own says that there is something else, whatever that is called
+    if parts or hasattr(config, "text_config"):
+        named = ", ".join(key.removesuffix("_config") for key in parts) or "something else"
+        raise ModelError(
+            f"{who}, a model of text with {named}: models of more than one input are not "
+            f"supported yet; {SUPPORTED}", code="multimodal_unsupported", field="model",
+        )  # fmt: skip
+    read = getattr(class_for(config, SENTENCES), "main_input_name", "input_ids")
+    if read != "input_ids":
+        what = _INPUTS.get(read, f"{read} and not text")
+        raise ModelError(
+            f"{who}, which reads {what}: not supported; {SUPPORTED}",
+            code="input_unsupported", field="model",
+        )  # fmt: skip
+
+
+def is_writer(config: Any) -> bool:
+    """Whether the class that was saved writes text, by its name."""
+    return any(mark in class_named(config) for mark in ("LMHead", "ForCausalLM"))
 
 
 def has_head(config: Any, kind: str) -> bool:
@@ -63,7 +163,8 @@ def head_options(name: str, config: Any, kind: str, labels: Sequence[str]) -> di
                "label2id": {label: index for index, label in names.items()}}  # fmt: skip
     if not names or not has_head(config, kind):
         return options if names else {}
-    own = dict(config.id2label)
+    # a few families count their classes without naming them
+    own = dict(config.id2label or {n: f"LABEL_{n}" for n in range(config.num_labels)})
     if names == own or (_unnamed(names) and len(names) == len(own)):
         return {}
     if _unnamed(own) and len(names) == len(own):
@@ -76,3 +177,25 @@ def head_options(name: str, config: Any, kind: str, labels: Sequence[str]) -> di
 
 def _unnamed(names: Mapping[int, str]) -> bool:
     return all(label == f"LABEL_{index}" for index, label in names.items())
+
+
+def _part_names(config: Any) -> Iterator[str]:
+    """The fields that hold the configuration of a part, and those of its own parts."""
+    for key in getattr(config, "sub_configs", {}):
+        if (part := getattr(config, key, None)) is not None:
+            yield key
+            yield from _part_names(part)
+
+
+def _looks_back(config: Any) -> bool:
+    """Whether each token sees those before it alone, of families that can do both."""
+    if config.model_type in (*MODEL_FOR_MASKED_LM_MAPPING_NAMES, "xlnet", "bert-generation"):
+        names = ("is_decoder", "causal")
+        named = any(getattr(config, name, False) for name in names)
+        return named or getattr(config, "attn_type", "bi") == "uni"
+    return getattr(config, "use_bidirectional_attention", None) not in (True, "all")
+
+
+def _for_classes(config: Any) -> str:
+    has = class_for(config, CLASSIFIER) is not None
+    return ", or give it rows of text, label: it can classify" if has else ""

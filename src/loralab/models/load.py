@@ -7,7 +7,8 @@ with a model is run. A GGUF or ONNX file is converted once, to a folder in the c
 import contextlib
 import inspect
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import types
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,47 +18,40 @@ import torch
 from huggingface_hub.errors import RepositoryNotFoundError
 from safetensors import SafetensorError
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForImageClassification,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-    AutoTokenizer,
-)
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
-    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
-)
+from torch.nn.modules.batchnorm import _NormBase
+from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging
 
 from loralab.errors import ConfigError, LoralabError, ModelError, nearest, shown, some
 from loralab.models import pictures
 from loralab.models.catalog import MODELS, how_to_get, locate
+from loralab.models.complete import new_modules
 from loralab.models.convert import NEEDS, Options, converted
 from loralab.models.kinds import (
     CAUSAL,
     CLASSIFIER,
     HEADS,
     KINDS,
+    LOADERS,
     SENTENCES,
+    SEQ2SEQ,
     TAGGER,
     VISION,
+    class_for,
     has_head,
     head_options,
+    is_writer,
     kind_of,
+    require_kind,
+    require_text_or_pictures,
     said,
 )
 from loralab.models.plausible import require_folder, require_plausible, require_weights
-from loralab.values import check_choice, read_json
+from loralab.values import check_choice
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_LOADERS = {
-    CAUSAL: AutoModelForCausalLM, CLASSIFIER: AutoModelForSequenceClassification,
-    TAGGER: AutoModelForTokenClassification, VISION: AutoModelForImageClassification,
-    SENTENCES: AutoModel,
-}  # fmt: skip
+_KEPT = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")  # of transformers' models
+LABELLED = ("text-label", "pair-label")  # formats of data that a classifier learns from
 _FREE_SIZES = ("dinov2", "dinov2_with_registers", "swin", "swinv2")  # fit their places themselves
 
 
@@ -66,7 +60,8 @@ class Base:
     """A base model, in evaluation mode, with its tokenizer (padded on the right).
 
     A vision model has Pictures (models/pictures.py) in the place of a tokenizer.
-    `name` is what the user wrote, a folder made absolute; `source` where it was read from.
+    `name` is what the user wrote, a folder made absolute; `source` where it was read from; `new`
+    are the paths of modules that start at random, since the file has nothing for them.
     """
 
     name: str
@@ -74,6 +69,7 @@ class Base:
     tokenizer: Any
     kind: str
     source: str
+    new: tuple[str, ...] = ()
 
 
 def load(
@@ -103,37 +99,46 @@ def load(
     source = resolve(name)
     config = _config(name, source)
     kind = kind or kind_of(config)
-    _require_sense(name, config, kind, image_size)
+    require_kind(name, config, kind)
+    if image_size is not None and kind != VISION:
+        raise ConfigError(f"image_size has no effect: {name} is {said(kind)}")
     options = _options(name, config, kind, labels)
     with _explained(name, source), torch.random.fork_rng():
         if Path(source).is_dir():
             weights = require_weights(name, Path(source))
-            require_plausible(name, weights, lambda: _LOADERS[kind].from_config(config))
+            require_plausible(name, weights, lambda: LOADERS[kind].from_config(config))
+            if kind != VISION:
+                _require_tokenizer(name, Path(source))
         torch.manual_seed(seed)
         tokenizer = _reader(name, source, config, kind, image_size)
         if kind != VISION:
-            _require_use(name, tokenizer)
-        model, report = _LOADERS[kind].from_pretrained(
+            _require_use(name, tokenizer, config, kind)
+        model, report = LOADERS[kind].from_pretrained(
             source, dtype=dtype, use_safetensors=True, output_loading_info=True,
             trust_remote_code=False, ignore_mismatched_sizes=True, **options,
         )  # fmt: skip
+    _cast(model, dtype)
     new_head = kind in HEADS and not has_head(config, kind)
-    _require_complete(name, model, report, new_head=new_head)
+    new = new_modules(name, model, report, new_head=new_head)
     if kind == VISION:
         _require_size(name, model, tokenizer.size)
     else:
         _prepare(model, tokenizer)
+    _keep_statistics(model.eval())
     shown = str(Path(name).resolve()) if name not in MODELS and Path(name).exists() else name
-    return Base(name=shown, model=model.eval(), tokenizer=tokenizer, kind=kind, source=source)
+    return Base(name=shown, model=model, tokenizer=tokenizer, kind=kind, source=source, new=new)
 
 
 def natural_kind(name: str) -> str:
     """What a model is, from its configuration alone: a classifier if it is an encoder.
 
     Raises:
-        ModelError: it does not exist, or has no readable configuration.
+        ModelError: it does not exist, has no readable configuration, or reads what nothing here
+            gives it.
     """
-    return kind_of(configuration(name))
+    config = configuration(name)
+    require_text_or_pictures(name, config)
+    return kind_of(config)
 
 
 def configuration(name: str) -> Any:
@@ -152,24 +157,32 @@ def kind_for(name: str, data_format: str) -> str:
         ModelError: it does not exist, or cannot learn from such data.
     """
     config = configuration(name)
+    require_text_or_pictures(name, config)
     natural = kind_of(config)
     if (natural == VISION) != (data_format == "image-label"):
         wanted = "text: take a language model or an encoder"
         if data_format == "image-label":
             wanted = "pictures: take a vision model, such as dinov2-s"
-        raise ModelError(f"{name} is {said(natural)}, and the data is {wanted}")
+        raise _unsuited(f"{name} is {said(natural)}, and the data is {wanted}")
     if data_format == "tokens-tags":
-        if config.model_type not in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES:
-            raise ModelError(f"{name} ({config.model_type}) cannot tag words; take minilm-l6")
+        if class_for(config, TAGGER) is None:
+            raise _unsuited(f"{name} ({config.model_type}) cannot tag words; take minilm-l6")
         return TAGGER
     if data_format == "pair":
         if natural == CAUSAL:
-            raise ModelError(
+            raise _unsuited(
                 f"{name} is {said(natural)}; text_a, text_b without a label trains an encoder of "
-                "sentences: take minilm-l6, or say --map prompt=text_a completion=text_b"
+                "sentences: take minilm-l6, or say --map prompt=text_a,completion=text_b"
             )
         return SENTENCES
+    if natural == SEQ2SEQ or (natural == CLASSIFIER and is_writer(config)):
+        require_kind(name, config, CLASSIFIER if data_format in LABELLED else CAUSAL)
+        return CLASSIFIER
     return CLASSIFIER if natural == TAGGER else natural  # its body reads any text
+
+
+def _unsuited(message: str) -> ModelError:
+    return ModelError(message, code="kind_unsupported", field="model")
 
 
 def resolve(name: str) -> str:
@@ -199,8 +212,15 @@ def resolve(name: str) -> str:
         _require_on_hub(name)
         return name
     beside = path.parent.iterdir() if path.parent.is_dir() else ()
-    hint = nearest(name, [*MODELS, *(str(p) for p in beside if p.is_dir())])
-    raise ModelError(f"there is no model {name!r}{hint}; short names: {', '.join(MODELS)}")
+    hint = nearest(name, [*MODELS, *(str(p) for p in beside if _is_model(p))])
+    raise ModelError(
+        f"there is no model {name!r}{hint}; short names: {', '.join(MODELS)}",
+        code="unknown_model", field="model",
+    )  # fmt: skip
+
+
+def _is_model(path: Path) -> bool:
+    return path.suffix == ".gguf" or (path / "config.json").is_file()
 
 
 def parse_dtype(precision: str) -> torch.dtype:
@@ -224,15 +244,11 @@ def _require_model_folder(name: str, path: Path) -> None:
             )
         raise ModelError(f"{name} holds no weights (*.safetensors)")
     require_folder(name, path)
-    tokenizer = any(any(path.glob(kind)) for kind in ("tokenizer*", "vocab*", "*.model"))
-    if not tokenizer and not _sees(path / "config.json"):
+
+
+def _require_tokenizer(name: str, path: Path) -> None:
+    if not any(any(path.glob(kind)) for kind in ("tokenizer*", "vocab*", "*.model")):
         raise ModelError(f"{name} holds no tokenizer (tokenizer.json)")
-
-
-def _sees(config: Path) -> bool:
-    """Whether a configuration is a vision model's."""
-    own = read_json(config, ModelError).get("model_type")
-    return isinstance(own, str) and own in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
 
 def _require_on_hub(name: str) -> None:
@@ -259,15 +275,6 @@ def _config(name: str, source: str) -> Any:
     return config
 
 
-def _require_sense(name: str, config: Any, kind: str, image_size: int | None) -> None:
-    """Pictures for vision models, text for all others."""
-    own = kind_of(config)
-    if (kind == VISION) != (own == VISION):
-        raise ModelError(f"{name} is {said(own)} ({config.model_type}), it cannot do {kind}")
-    if image_size is not None and kind != VISION:
-        raise ConfigError(f"image_size has no effect: {name} is {said(own)}")
-
-
 def _reader(name: str, source: str, config: Any, kind: str, image_size: int | None) -> Any:
     """The tokenizer, or what stands in its place for pictures."""
     if kind == VISION:
@@ -282,56 +289,77 @@ def _options(name: str, config: Any, kind: str, labels: Sequence[str]) -> Option
     if kind in HEADS:
         return head_options(name, config, kind, labels)
     if kind == SENTENCES:  # sentences are the mean of their tokens: a pooler would stay unused
-        built = AutoModel._model_mapping[type(config)]
+        built = class_for(config, SENTENCES)
         if "add_pooling_layer" in inspect.signature(built.__init__).parameters:
             return {"add_pooling_layer": False}
     return {}
 
 
-def _require_complete(
-    name: str, model: nn.Module, report: Mapping[str, Any], *, new_head: bool
-) -> None:
-    """Only what a new classification head consists of may be absent from the file."""
-    heads = ("classifier.", "score.", "head.", "pre_classifier.", "bert.pooler.", "pooler.")
-    missing: Iterable[str] = report["missing_keys"]
-    lost = sorted(key for key in missing if not (new_head and key.startswith(heads)))
-    if lost:
-        raise ModelError(
-            f"{name} is incomplete for {type(model).__name__}: it lacks {some(lost, 3)}"
-        )
-    misshapen = [
-        f"{key} is {tuple(found)}, expected {tuple(expected)}"
-        for key, found, expected in sorted(report["mismatched_keys"])
-    ]
-    if misshapen:
-        raise ModelError(f"{name} does not fit its config.json: {some(misshapen, 3)}")
-
-
 def _require_size(name: str, model: Any, size: int) -> None:
     """A model whose places are fixed takes its own size alone."""
-    own = pictures.side(getattr(model.config, "image_size", None))
+    own = pictures.side(getattr(pictures.settings(model.config), "image_size", None))
     fits = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
     if own in (None, size) or fits or model.config.model_type in _FREE_SIZES:
         return
     raise ConfigError(f"{name} takes pictures of {own} pixels alone, got image_size {size}")
 
 
-def _require_use(name: str, tokenizer: Any) -> None:
+def _require_use(name: str, tokenizer: Any, config: Any, kind: str) -> None:
     """A tokenizer whose files are odd is found out when it is used, so it is used here."""
     if not isinstance(tokenizer.model_max_length, int | float):
         raise ModelError(
             f"{name}: tokenizer_config.json has model_max_length "
             f"{shown(tokenizer.model_max_length)}, which is no number"
         )
-    tokenizer("a", verbose=False)
+    last = tokenizer("a", verbose=False)["input_ids"][-1:]
+    # the classes of an encoder-decoder are read off the one end token that each text has
+    ended = kind == CLASSIFIER and config.is_encoder_decoder and not config.sub_configs
+    if ended and (last != [config.eos_token_id] or tokenizer.pad_token_id in (None, *last)):
+        raise ModelError(
+            f"{name}: {config.model_type} classifies by the end token of a text "
+            f"(eos_token_id {config.eos_token_id}), and its tokenizer adds none, or pads with it",
+            code="tokenizer_unsuited", field="model",
+        )  # fmt: skip
 
 
 def _prepare(model: Any, tokenizer: Any) -> None:
-    if tokenizer.pad_token_id is None:
+    """Pad with a token that the model has a row for: labels and mask hide it.
+
+    The model must know it too, as some classifiers look for the last token before it.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
-    if model.config.get_text_config().pad_token_id is None:
+    if tokenizer.pad_token_id is not None:
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+
+
+def _cast(model: Any, dtype: torch.dtype) -> None:
+    """Bring the parameters to one dtype, but those that a family keeps in fp32 on purpose.
+
+    A few families make theirs with a dtype of their own, and transformers leaves them so; XLNet
+    cannot compute with both.
+    """
+    kept = {name for key in _KEPT for name in getattr(model, key, None) or ()}
+    for name, parameter in model.named_parameters():
+        odd = parameter.is_floating_point() and parameter.dtype != dtype
+        if odd and not any(part in kept for part in name.split(".")):
+            parameter.data = parameter.data.to(dtype)
+
+
+def _keep_statistics(model: nn.Module) -> None:
+    """Let batch norms go by the base's statistics in training too: no adapter could store others.
+
+    By those of a batch, what is trained would meet other numbers than what is used afterwards.
+    """
+    for module in model.modules():
+        if isinstance(module, _NormBase) and module.track_running_stats:
+            module.__dict__["train"] = types.MethodType(_stays, module)
+
+
+def _stays(module: nn.Module, mode: bool = True) -> nn.Module:
+    return module
 
 
 @contextlib.contextmanager

@@ -93,6 +93,7 @@ def read(name: str, source: str, config: Any, image_size: int | None = None) -> 
         ConfigError: the size is not a multiple of the model's patches.
     """
     found = cached_file(source, FILE, _raise_exceptions_for_missing_entries=False)
+    config = settings(config)
     channels = int(getattr(config, "num_channels", 3))
     usual = int(side(getattr(config, "image_size", None)) or USUAL_SIZE)
     pictures = Pictures(size=usual, mean=IMAGENET_MEAN[:channels], std=IMAGENET_STD[:channels])
@@ -101,6 +102,11 @@ def read(name: str, source: str, config: Any, image_size: int | None = None) -> 
     size = pictures.size if image_size is None else image_size
     _require_whole_patches(size, side(getattr(config, "patch_size", None)) or 1)
     return replace(pictures, size=size)
+
+
+def settings(config: Any) -> Any:
+    """The part of a configuration that is about pictures: a part of its own, or all of it."""
+    return getattr(config, "vision_config", None) or config
 
 
 def side(value: Any) -> int | None:

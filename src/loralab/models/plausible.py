@@ -16,8 +16,9 @@ from loralab.errors import ModelError, shown
 from loralab.values import memory, read_json
 
 CONFIG, INDEX, ADAPTER = "config.json", "model.safetensors.index.json", "adapter_config.json"
-LAYERS = re.compile(r"(layers?|depths?|blocks|n_layer)$")
+LAYERS = re.compile(r"(?!max_|min_).*(layers?|depths?|blocks)")  # of counts, not of limits
 MOST_LABELS, MOST_LAYERS = 1 << 20, 1 << 14
+FEW_LAYERS = 256  # are built in no time, and what they lack is said when the weights are read
 LARGEST_HEADER = 1 << 27  # bytes
 PER_BYTE, SPARE = 8, 1 << 24  # numbers of a model: for each byte of its weights, and beyond
 
@@ -46,7 +47,7 @@ def require_folder(name: str, path: Path) -> None:
         number = value if type(value) is int else 0
         if key == "num_labels" and number > MOST_LABELS:
             raise ModelError(f"{name}: {CONFIG} has {key} {value}; the most is {MOST_LABELS:,}")
-        if LAYERS.search(key) and number > tensors:
+        if LAYERS.fullmatch(key) and number > max(tensors, FEW_LAYERS):
             raise ModelError(
                 f"{name}: {CONFIG} has {key} {value}, and the weights are {tensors} tensors"
             )

@@ -24,6 +24,7 @@ from loralab.studies.evidence import mean_of, metric_of, scored, seconds, size, 
 from loralab.studies.prepare import question_module
 from loralab.studies.runner import records
 from loralab.studies.study import LANGUAGES, Answer, Figure, Ground, Record, Table, Text
+from loralab.values import join_pairs
 
 OWN_TITLES = {RECOMMEND: Text("The search for a configuration", "尋找設定")}
 FIGURES = "figures"
@@ -165,8 +166,7 @@ def repeat_command(ground: Ground) -> str:
 
 
 def _map(ground: Ground) -> list[str]:
-    renamed = ",".join(f"{k}={v}" for k, v in ground.mapping.items())
-    return ["--map", renamed] if renamed else []
+    return ["--map", join_pairs(ground.mapping)] if ground.mapping else []
 
 
 def apply_command(ground: Ground, advice: Mapping[str, Any], own: Sequence[Record]) -> str:

@@ -15,12 +15,12 @@ from loralab.errors import ConfigError
 from loralab.models.device import device_here
 from loralab.tasks.encode import Example
 from loralab.training import memory
-from loralab.training.fast.path import Path
+from loralab.training.fast.path import Path, room_on
 from loralab.training.settings import Training
 from loralab.training.world import world
 from loralab.values import parse_bytes
 
-ROOMS = (1024, 512, 256, 128)  # tokens at once
+LEAST_ROOM = 128  # tokens at once
 LOOKS = 200  # batches in which the largest part is looked for
 PROBED = 256  # tokens of a trial forward pass, which must not need the budget itself
 SURE = 0.95  # of the budget: predictions are off by a few per cent
@@ -118,8 +118,13 @@ def _rooms(path: Path, examples: Sequence[Example], training: Training) -> list[
     if training.pass_tokens is not None:
         return [training.pass_tokens]
     most = sum(sorted((e.length for e in examples), reverse=True)[: training.batch_size])
-    rooms = [room for room in ROOMS if room < most * 2]
-    return rooms or [ROOMS[-1]]
+    return [room for room in rooms(path) if room < most * 2] or [LEAST_ROOM]
+
+
+def rooms(path: Path) -> list[int]:
+    """What can be chosen from: what the device takes without a budget, halved again and again."""
+    most = room_on(next(path.model.parameters()).device)
+    return [most >> halved for halved in range(most.bit_length()) if most >> halved >= LEAST_ROOM]
 
 
 def _needs(
@@ -155,7 +160,8 @@ def _seconds(adapter: Adapter, path: Path, rows: Sequence[Example], blocks: int)
 
 def step_seconds(adapter: Adapter, path: Path, rows: Sequence[Example]) -> float:
     """Forward and backward of some rows, in the parts that they are cut into."""
-    started = time.perf_counter()
+    device = next(path.model.parameters()).device
+    started = clock(device)
     with path.taken():
         for part in path.parts(rows):
             loss = path.loss(part)
@@ -163,6 +169,11 @@ def step_seconds(adapter: Adapter, path: Path, rows: Sequence[Example]) -> float
                 loss.backward()
     for parameter in adapter.parameters():
         parameter.grad = None
-    if loss.device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
+    return clock(device) - started
+
+
+def clock(device: torch.device) -> float:
+    """Seconds, once all that was started on the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

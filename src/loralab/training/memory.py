@@ -19,7 +19,7 @@ from loralab.tasks.encode import Example
 from loralab.training.fast.path import Path
 
 GRADIENT_BYTES = 8  # of a trained number: its gradient, and its start to compare with
-ALLOCATED = 1.25  # bytes of memory for a byte of activations: found, not derived
+ALLOCATED = 1.25  # bytes of memory for a byte of activations: found on processors, not derived
 # kernels that the matrix library builds and keeps, chunks of logits; padded rows have more shapes
 WORKSPACE, OF_PADDED_ROWS = 120 * 10**6, 300 * 10**6
 MEASURED = 2048  # tokens up to which a forward pass is tried out
@@ -94,6 +94,16 @@ def available_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return int(psutil.virtual_memory().available)
+
+
+def caveats(device: torch.device) -> tuple[str, ...]:
+    """What a prediction leaves out on a device, a line each."""
+    if device.type != "cuda":
+        return ()
+    return (
+        "memory is predicted with factors that were measured on processors, not on a GPU, and "
+        "without what the CUDA context takes: leave room",
+    )
 
 
 def predicted_peak(adapter: Adapter, path: Path, rows: Sequence[Example], bits: int = 32) -> int:

@@ -1,7 +1,7 @@
 """plan(): everything train() would do, without doing it."""
 
-import time
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import nn
 
 from loralab.adapters.bases import is_linear, linear_shape
 from loralab.adapters.methods import BitFit, FullFineTune, Method
+from loralab.adapters.subset import TrainedInFull
 from loralab.models.device import device_here
 from loralab.training import fit, memory, preflight
 from loralab.training.preflight import Prepared, Request
@@ -99,7 +100,7 @@ def plan(
         tokens_per_step=_tokens_per_step(prepared), longest_row=max(lengths),
         peak_bytes=peak, smaller=options,
         available_bytes=memory.available_bytes(device_here()),
-        seconds=_seconds(prepared), notes=prepared.notes,
+        seconds=_seconds(prepared), notes=(*prepared.notes, *memory.caveats(device_here())),
     )  # fmt: skip
 
 
@@ -149,22 +150,31 @@ def _modules(prepared: Prepared) -> tuple[PlannedModule, ...]:
             name=name, kind=type(m.base).__name__, shape=_shape(m.base),
             rank=getattr(m, "rank", None), parameters=sum(own.values()),
         ))  # fmt: skip
-    saved = [
-        PlannedModule(
-            name=name, kind=type(m.base).__name__, shape=tuple(m.weight.shape), rank=None,
-            parameters=sum(p.numel() for p in m.trained.parameters()),
-        )
-        for name, m in adapter.saved.items()
-    ]  # fmt: skip
-    return (*adapted, *saved)
+    return (*adapted, *(each for name, m in adapter.saved.items() for each in _in_full(name, m)))
+
+
+def _in_full(name: str, module: TrainedInFull) -> Iterator[PlannedModule]:
+    """A module that is trained as it is: each of its layers that has numbers of its own."""
+    seen = set[int]()
+    for path, layer in module.trained.named_modules():
+        own = {id(p): p.numel() for p in layer._parameters.values() if p is not None}
+        counts = [count for key, count in own.items() if key not in seen]
+        seen |= own.keys()
+        if counts:
+            yield PlannedModule(
+                name=f"{name}.{path}" if path else name, kind=type(layer).__name__,
+                shape=_shape(layer), rank=None, parameters=sum(counts),
+            )  # fmt: skip
 
 
 def _shape(base: Any) -> tuple[int, ...]:
-    """Of its weight, (O, I) for a linear layer; empty where a module has no weight of its own."""
+    """Of its weight, (O, I) for a linear layer; without one, of its largest parameter."""
     if is_linear(base):
         return linear_shape(base)
-    weight = base._parameters.get("weight")
-    return () if weight is None else tuple(weight.shape)
+    own = {name: p for name, p in base._parameters.items() if p is not None}
+    if (weight := own.get("weight")) is not None:
+        return tuple(weight.shape)
+    return max((tuple(p.shape) for p in own.values()), key=math.prod, default=())
 
 
 def _tokens_per_step(prepared: Prepared) -> int:
@@ -198,10 +208,10 @@ def _update_seconds(prepared: Prepared) -> float:
     for _ in range(2):
         for copy in copies:
             copy.grad = torch.zeros_like(copy)
-        started = time.perf_counter()
+        started = fit.clock(copies[0].device)
         nn.utils.clip_grad_norm_(copies, 1.0)
         optimizer.step()
-        seconds.append(time.perf_counter() - started)
+        seconds.append(fit.clock(copies[0].device) - started)
     return seconds[-1]
 
 

@@ -141,6 +141,7 @@ def test_a_trained_head_gets_its_own_gradient() -> None:
     torch.testing.assert_close(second, 2 * head.bias.grad)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:torch")  # torch 2.11 warns of its profiler
 def test_logits_of_all_rows_never_exist() -> None:
     head, rows, words = torch.nn.Linear(4, 3000).requires_grad_(False), 4000, 3000
     hidden = torch.randn(rows, 4, requires_grad=True)

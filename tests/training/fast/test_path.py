@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from tiny import bert, fill, gpt2, llama
 from torch import Tensor, nn
 from transformers import (
+    BertConfig,
+    BertLMHeadModel,
     Gemma2Config,
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
@@ -26,10 +28,16 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    ViTConfig,
+    ViTForImageClassification,
+    XLNetConfig,
+    XLNetLMHeadModel,
 )
 
 from loralab.adapters.attach import Adapter, attach
 from loralab.adapters.methods import LoRA
+from loralab.errors import ModelError
+from loralab.models.pictures import Pictures
 from loralab.tasks.encode import IGNORED, Example
 from loralab.training.fast.path import Path, quickest
 from loralab.training.memory import checkpoint_gradients
@@ -298,3 +306,74 @@ def test_a_forward_that_somebody_replaced_is_left_alone() -> None:
     calls.clear()
     result(path, adapter, RAGGED)
     assert calls
+
+
+@pytest.mark.parametrize("name", ["bert", "xlnet"])
+def test_a_language_model_that_sees_what_it_shall_predict_is_refused(name: str) -> None:
+    seen: dict[str, Callable[[], Any]] = {
+        "bert": made(BertLMHeadModel, BertConfig(**SIZES, is_decoder=False)),
+        "xlnet": made(XLNetLMHeadModel, XLNetConfig(
+            d_model=32, n_layer=1, n_head=4, d_inner=48, vocab_size=50
+        )),
+    }  # fmt: skip
+    with pytest.raises(ModelError) as error:
+        quickest(adapted(seen[name]()), "causal-lm", pad_id=0)
+    assert (error.value.code, error.value.field) == ("not_causal", "model")
+
+
+def test_a_decoder_of_an_encoder_family_is_a_language_model() -> None:
+    decoder = made(BertLMHeadModel, BertConfig(**SIZES, is_decoder=True))()
+    quickest(adapted(decoder), "causal-lm", pad_id=0)
+
+
+def test_a_step_that_fails_is_one_error_that_names_the_class() -> None:
+    class Broken(type(llama())):  # type: ignore[misc]
+        def forward(self, *inputs: Any, **named: Any) -> Any:
+            raise ValueError("no such step")
+
+    model = llama()
+    model.__class__ = Broken
+    with pytest.raises(ModelError) as error:
+        quickest(adapted(model), "causal-lm", pad_id=0)
+    assert (error.value.code, error.value.field) == ("model_cannot_train", "model")
+    for part in ("Broken", "LoRA", "no such step"):
+        assert part in str(error.value)
+
+
+def test_memory_that_runs_out_is_not_blamed_on_the_model() -> None:
+    class Hungry(type(llama())):  # type: ignore[misc]
+        def forward(self, *inputs: Any, **named: Any) -> Any:
+            raise RuntimeError("can't allocate memory")
+
+    model = llama()
+    model.__class__ = Hungry
+    with pytest.raises(RuntimeError, match="allocate"):
+        quickest(adapted(model), "causal-lm", pad_id=0)
+
+
+def test_a_model_for_fp32_alone_says_so() -> None:
+    class Exact(type(llama())):  # type: ignore[misc]
+        def forward(self, *inputs: Any, **named: Any) -> Any:
+            if self.dtype != torch.float32:
+                raise RuntimeError("expected scalar type Float")
+            return super().forward(*inputs, **named)
+
+    model = llama().bfloat16()
+    model.__class__ = Exact
+    with pytest.raises(ModelError) as error:
+        quickest(adapted(model), "causal-lm", pad_id=0)
+    assert error.value.code == "model_cannot_train"
+    assert "--precision fp32" in str(error.value)
+
+
+def test_a_vision_model_is_tried_before_it_is_trained() -> None:
+    model = made(ViTForImageClassification, ViTConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        image_size=28, patch_size=14, num_labels=3,
+    ))()  # fmt: skip
+    adapter = attach(model, LoRA(rank=2))
+    fits, other = Pictures(size=28), Pictures(size=28, mean=(0.5,), std=(0.5,))
+    assert quickest(adapter, "image-classification", pad_id=0, pictures=fits).way == "plain"
+    with pytest.raises(ModelError) as error:
+        quickest(adapter, "image-classification", pad_id=0, pictures=other)
+    assert error.value.code == "model_cannot_train"

@@ -8,7 +8,7 @@ trained as it is.
 import contextlib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from loralab.adapters.attach import Adapter
+from loralab.errors import LoralabError, ModelError
 from loralab.tasks.batches import collate, pack, parts
 from loralab.tasks.encode import IGNORED, Example
-from loralab.tasks.forward import answer_loss, embed_pairs, partner_losses
+from loralab.tasks.forward import answer_loss, call, embed_pairs, partner_losses
 from loralab.training.fast.attention import Packing
 from loralab.training.fast.patches import Forward, known, patched
 from loralab.training.loss import summed_loss
@@ -27,8 +28,12 @@ from loralab.training.world import World
 WAYS = ("packed", "patched", "plain")
 ROOM = {"cpu": 1024, "cuda": 16384}  # tokens in one pass, where that makes no difference
 PROBE = (7, 1, 5, 12)  # tokens of the rows that are compared
+COMMON = 1000  # ids of them, of a model that counts none too
 LOSS_AGREES = {torch.float32: 1e-4, torch.bfloat16: 0.03, torch.float16: 0.01}
 GRADIENT_AGREES = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.1}
+# how far other tokens may move the logits of earlier ones, of how far they move their own: experts
+# whose rows change their places round otherwise
+LOOKS_AHEAD = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.01}
 CUT = ("causal-lm", "sequence-classification", "token-classification")  # rows do not meet
 
 
@@ -140,21 +145,32 @@ def rounded_up(size: int) -> int:
     return -(-size // step) * step
 
 
+def room_on(device: torch.device) -> int:
+    """Tokens that go through a model at once on a device, where nothing else is asked for."""
+    return ROOM.get(device.type, ROOM["cuda"])
+
+
 def quickest(adapter: Adapter, kind: str, *, pad_id: int, pictures: Any = None) -> Path:
-    """The quickest way for this model and adapter that agrees with the plain one."""
+    """The quickest way for this model and adapter that agrees with the plain one.
+
+    Raises:
+        ModelError: the plain way does not work, or reads what it shall predict.
+    """
     model = adapter.model
-    device = next(model.parameters()).device.type
-    path = Path(model, kind, pad_id, pictures, room=ROOM.get(device, ROOM["cuda"]))
-    if kind == "image-classification":
-        return path
-    path.quicker = known(model)
+    device = next(model.parameters()).device
+    path = Path(model, kind, pad_id, pictures, room=room_on(device))
     examples, training = noise(model, kind), model.training
     with torch.random.fork_rng(), contextlib.ExitStack() as stack:
         stack.callback(model.train, training)
-        expected = _result(path, adapter, examples)
+        expected = _plain_result(path, adapter, examples)
+        if kind == "image-classification":
+            return path
+        path.quicker = known(model)
+        if kind == "causal-lm":
+            require_causal(path, examples[-1])
         for way in WAYS[:-1]:
             path.way = way
-            if way == "packed" and (kind != "causal-lm" or device != "cpu"):
+            if way == "packed" and (kind != "causal-lm" or device.type != "cpu"):
                 continue  # a GPU has padded kernels that are quicker than tiles
             try:
                 found = _result(path, adapter, examples)
@@ -180,6 +196,58 @@ def _result(path: Path, adapter: Adapter, examples: Sequence[Example]) -> tuple[
         return gradient_of(path.loss(examples), adapter)
 
 
+def _plain_result(
+    path: Path, adapter: Adapter, examples: Sequence[Example]
+) -> tuple[Tensor, Tensor]:
+    """Of the model as it is: what fails here, fails in every step."""
+    try:
+        return _result(path, adapter, examples)
+    except LoralabError:
+        raise
+    except Exception as error:  # whatever some hundred architectures raise
+        if isinstance(error, MemoryError) or "memory" in str(error):
+            raise
+        hint = _works_in_fp32(path, adapter, examples)
+        raise ModelError(
+            f"{type(path.model).__name__} cannot be trained with {type(adapter.config).__name__} "
+            f"here: a trial step ends in {type(error).__name__}: {error}{hint}",
+            code="model_cannot_train", field="model",
+        ) from error  # fmt: skip
+
+
+def _works_in_fp32(path: Path, adapter: Adapter, examples: Sequence[Example]) -> str:
+    """A remedy that has been tried, on a model that nobody will use any more."""
+    if _dtype(path.model) == torch.float32:
+        return ""
+    try:
+        path.model.float()
+        _result(path, adapter, examples)
+    except Exception:  # the precision is not to blame, or not alone
+        return ""
+    return "; it works with --precision fp32"
+
+
+@torch.no_grad()
+def require_causal(path: Path, example: Example) -> None:
+    """A language model whose tokens see those after them would read what it shall predict.
+
+    Raises:
+        ModelError: another end of a text changes what the model makes of its beginning.
+    """
+    ids, half = example.input_ids, len(example.input_ids) // 2
+    other = replace(example, input_ids=ids[:half] * 2)
+    path.model.eval()
+    one, two = (call(path.model, path.batch([row]))[0].float() for row in (example, other))
+    moved = (one - two).norm(dim=1)  # (L,)
+    if moved[:half].max() > LOOKS_AHEAD[_dtype(path.model)] * moved[half:].max():
+        raise ModelError(
+            f"{type(path.model).__name__} sees the tokens after each one as well: as a language "
+            "model it would read what it shall predict; take a decoder such as smollm2-135m, or "
+            "train it as a classifier on text, label",
+            code="not_causal", field="model",
+        )  # fmt: skip
+
+
 def gradient_of(loss: Tensor, adapter: Adapter) -> tuple[Tensor, Tensor]:
     """A loss, and its gradient by everything that is trained as one vector; none is kept."""
     found = torch.autograd.grad(loss, adapter.parameters(), allow_unused=True)
@@ -202,7 +270,7 @@ def difference(
     model: nn.Module, expected: tuple[Tensor, Tensor], found: tuple[Tensor, Tensor]
 ) -> str:
     """In what a loss and its gradients differ by more than rounding; empty if they do not."""
-    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    dtype = _dtype(model)
     loss = float((expected[0] - found[0]).abs() / expected[0].abs())
     if not loss <= LOSS_AGREES[dtype]:
         return f"its loss differs by {loss:.2g} of the loss"
@@ -212,21 +280,46 @@ def difference(
     return ""
 
 
+class _Grey:
+    """A picture that is nowhere stored."""
+
+    def open(self) -> Any:
+        from PIL import Image
+
+        return Image.new("RGB", (8, 8), (99, 128, 155))
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    return next(p.dtype for p in model.parameters() if p.is_floating_point())
+
+
 def noise(model: Any, kind: str) -> list[Example]:
-    """Rows of unequal length of common ids, with loss on some of their tokens."""
+    """Rows of unequal length of common ids, with loss on some of their tokens; or two pictures."""
+    if kind == "image-classification":
+        return [Example(number, (), (0,), image=_Grey()) for number in range(2)]
     draw = torch.Generator().manual_seed(0)
-    words = min(model.config.vocab_size, 1000)
+    config = model.config.get_text_config()
+    words = min(getattr(config, "vocab_size", COMMON), COMMON)
     rows = []
     for number, length in enumerate(PROBE):
         ids = tuple(torch.randint(words, (length,), generator=draw).tolist())
         labels = tuple(IGNORED if i < length // 2 else token for i, token in enumerate(ids))
         if kind == "sequence-classification":
             labels = (0,)
+            ids = _ended(ids, config)
         if kind == "token-classification":
             labels = tuple(IGNORED if i % 2 else 0 for i in range(length))
         second = ids[::-1] if kind == "sentence-encoder" else ()
         rows.append(Example(number, ids, labels, second=second))
     return rows
+
+
+def _ended(ids: tuple[int, ...], config: Any) -> tuple[int, ...]:
+    """With one end token, which an encoder-decoder takes its classes from."""
+    end = getattr(config, "eos_token_id", None)
+    if not config.is_encoder_decoder or not isinstance(end, int):
+        return ids
+    return (*(token + 1 if token == end else token for token in ids[:-1]), end)
 
 
 def on_device(batch: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
