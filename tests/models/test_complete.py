@@ -15,6 +15,8 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     BertForTokenClassification,
+    BertGenerationConfig,
+    BertGenerationDecoder,
     DistilBertConfig,
     DistilBertForMaskedLM,
     ErnieConfig,
@@ -24,7 +26,10 @@ from transformers import (
     RobertaConfig,
     RobertaForMaskedLM,
     T5Config,
+    T5EncoderModel,
     T5ForConditionalGeneration,
+    XLNetConfig,
+    XLNetLMHeadModel,
 )
 
 from loralab.errors import ModelError
@@ -121,6 +126,15 @@ def test_a_pooler_that_was_lost_is_not_taken_for_a_new_one(tiny_bert_folder: Pat
     assert error.value.code == "model_incomplete"
 
 
+def test_half_of_a_backbone_is_no_new_head(save_tiny: Any) -> None:
+    folder = save_tiny("t5-encoder", T5EncoderModel(T5Config(**T5_SIZES)), False)
+    ended(folder)
+    with pytest.raises(ModelError) as error:
+        load(str(folder), kind=CLASSIFIER, labels=["a", "b"])
+    assert error.value.code == "model_incomplete"
+    assert "decoder" in str(error.value)
+
+
 def test_the_head_for_tags_makes_way_for_one_of_classes(save_tiny: Any) -> None:
     model = BertForTokenClassification(BertConfig(**SIZES, num_labels=5))
     folder = str(save_tiny("tagger", model, False))
@@ -140,6 +154,21 @@ def test_an_encoder_decoder_is_refused_for_answers_and_pairs(saved: Callable[[st
     with pytest.raises(ModelError) as error:
         load(folder, kind=SENTENCES)
     assert error.value.code == "seq2seq_unsupported"
+
+
+@pytest.mark.parametrize("family", ["bert-generation", "xlnet"])
+def test_a_language_model_that_is_an_encoder_is_refused_for_answers(
+    family: str, save_tiny: Any
+) -> None:
+    made = {
+        "bert-generation": lambda: BertGenerationDecoder(BertGenerationConfig(**SIZES)),
+        "xlnet": lambda: XLNetLMHeadModel(
+            XLNetConfig(vocab_size=101, d_model=32, n_layer=1, n_head=4, d_inner=48)
+        ),
+    }
+    with pytest.raises(ModelError) as error:
+        kind_for(str(save_tiny(family, made[family](), False)), "prompt-completion")
+    assert error.value.code == "not_causal"
 
 
 def test_an_encoder_decoder_needs_a_tokenizer_that_ends_a_text(

@@ -108,6 +108,18 @@ def test_more_blocks_than_there_are_is_refused(tiny_train: Train, tmp_path: Path
     assert not (tmp_path / "run").exists()
 
 
+def test_a_class_that_cannot_recompute_has_no_blocks_for_it(
+    prepared: tuple[Adapter, Quickest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model: Any = prepared[0].model
+    monkeypatch.setattr(type(model), "supports_gradient_checkpointing", False)
+    assert memory.checkpointed_blocks(model) == []
+    with pytest.raises(ConfigError) as error:
+        memory.checkpoint_gradients(model, "on")
+    assert error.value.code == "checkpointing_unsupported"
+    memory.checkpoint_gradients(model, "off")
+
+
 def test_fewer_tokens_at_once_and_recomputed_blocks_keep_less(
     prepared: tuple[Adapter, Quickest],
 ) -> None:

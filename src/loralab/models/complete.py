@@ -1,9 +1,10 @@
 """Whether a loaded model has all that its folder promises, and which of its modules are new.
 
 A folder is measured by the class that it was saved from: what that class has must be in the file.
-What only the class that was asked for has, a classification head or a pooler, may be new.
+Beyond it only a head may be new, and a pooler: never a further part of the backbone.
 """
 
+import copy
 from collections.abc import Mapping, Set
 from typing import Any
 
@@ -28,7 +29,7 @@ def new_modules(
     """
     missing, misshapen = set(report["missing_keys"]), report["mismatched_keys"]
     own = _own_keys(model) if new_head and (missing or misshapen) else None
-    lost = sorted(key for key in missing if own is None or _bare(model, key) in own)
+    lost = sorted(key for key in missing if own is None or _is_owed(model, key, own))
     if lost:
         raise ModelError(
             f"{name} is incomplete for {type(model).__name__}: it lacks {some(lost, 3)}",
@@ -41,22 +42,26 @@ def new_modules(
             f"{name} does not fit its config.json: {some(shapes, 3)}",
             code="model_misshapen", field="model",
         )  # fmt: skip
-    return _outermost(model, missing | {key for key, *_ in misshapen})
+    new = missing | {key for key, *_ in misshapen}
+    return _outermost(model, new) if new else ()
 
 
 def _own_keys(model: Any) -> Set[str]:
     """Keys of the class that the folder was saved from, without its prefix.
 
-    Of a class that is not known, or does not build: all of the backbone but poolers.
+    None of a class that is not known, or does not build.
     """
     saved = getattr(transformers, class_named(model.config), None)
     try:
         with torch.device("meta"):
-            built = saved._from_config(model.config)  # type: ignore[union-attr]
+            built = saved._from_config(copy.deepcopy(model.config))  # type: ignore[union-attr]
         return {_bare(built, key) for key in built.state_dict()}
     except Exception:  # no class of transformers, or none for this configuration
-        keys = model.state_dict()
-        return {_bare(model, k) for k in keys if _in_backbone(model, k) and ".pooler." not in k}
+        return set()
+
+
+def _is_owed(model: Any, key: str, own: Set[str]) -> bool:
+    return _bare(model, key) in own or (_in_backbone(model, key) and ".pooler." not in key)
 
 
 def _bare(model: Any, key: str) -> str:

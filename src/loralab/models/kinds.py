@@ -140,8 +140,8 @@ def require_text_or_pictures(name: str, config: Any) -> None:
 
 
 def is_writer(config: Any) -> bool:
-    """Whether the class that was saved writes text, by its name."""
-    return any(mark in class_named(config) for mark in ("LMHead", "ForCausalLM"))
+    """Whether the class that was saved is its family's language model."""
+    return class_named(config) == getattr(class_for(config, CAUSAL), "__name__", None)
 
 
 def has_head(config: Any, kind: str) -> bool:

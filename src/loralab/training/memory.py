@@ -36,11 +36,16 @@ def checkpoint_gradients(model: nn.Module, mode: str, blocks: int | None = None)
         blocks: only for the first so many blocks; None is all of them.
 
     Raises:
-        ConfigError: the model has fewer blocks.
+        ConfigError: the model has fewer blocks, or cannot recompute any.
     """
     if mode == "off":
         checkpoint_first(model, 0)
         return
+    if not _can_recompute(model):
+        raise ConfigError(
+            f"{type(model).__name__} cannot recompute activations; leave --gradient-checkpointing "
+            "out", code="checkpointing_unsupported", field="gradient_checkpointing",
+        )  # fmt: skip
     options = {"use_reentrant": mode == "reentrant"}
     newer = getattr(model, "activation_checkpointing_enable", None)  # transformers 5.20 renamed it
     if newer is not None:
@@ -78,7 +83,14 @@ def trying(path: Path) -> Iterator[None]:
 
 def checkpointed_blocks(model: nn.Module) -> list[Any]:
     """The blocks whose activations can be recomputed."""
+    if not _can_recompute(model):
+        return []
     return [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+
+
+def _can_recompute(model: nn.Module) -> bool:
+    """What transformers says of a class: some have the blocks and refuse all the same."""
+    return bool(getattr(model, "supports_gradient_checkpointing", True))
 
 
 def peak_bytes(device: torch.device) -> int:

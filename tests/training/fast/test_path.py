@@ -340,6 +340,19 @@ def test_a_step_that_fails_is_one_error_that_names_the_class() -> None:
         assert part in str(error.value)
 
 
+def test_a_model_that_lets_no_gradient_through_is_refused() -> None:
+    class Cut(type(llama())):  # type: ignore[misc]
+        def forward(self, *inputs: Any, **named: Any) -> Any:
+            with torch.no_grad():
+                return super().forward(*inputs, **named)
+
+    model = llama()
+    model.__class__ = Cut
+    with pytest.raises(ModelError) as error:
+        quickest(adapted(model), "causal-lm", pad_id=0)
+    assert error.value.code == "no_gradient"
+
+
 def test_memory_that_runs_out_is_not_blamed_on_the_model() -> None:
     class Hungry(type(llama())):  # type: ignore[misc]
         def forward(self, *inputs: Any, **named: Any) -> Any:

@@ -249,7 +249,16 @@ def require_causal(path: Path, example: Example) -> None:
 
 
 def gradient_of(loss: Tensor, adapter: Adapter) -> tuple[Tensor, Tensor]:
-    """A loss, and its gradient by everything that is trained as one vector; none is kept."""
+    """A loss, and its gradient by everything that is trained as one vector; none is kept.
+
+    Raises:
+        ModelError: the loss does not depend on it.
+    """
+    if not loss.requires_grad:
+        raise ModelError(
+            f"no gradient reaches any layer of {type(adapter.model).__name__} that is adapted",
+            code="no_gradient", field="model",
+        )  # fmt: skip
     found = torch.autograd.grad(loss, adapter.parameters(), allow_unused=True)
     pairs = zip(found, adapter.parameters(), strict=True)
     flat = [(torch.zeros_like(p) if g is None else g).flatten().float() for g, p in pairs]
