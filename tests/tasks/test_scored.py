@@ -175,6 +175,17 @@ def test_an_adapter_without_classes_is_scored_on_those_of_the_data(tmp_path: Pat
         choose(write_csv(tmp_path / "one.csv", ["x"], 12), Learnt())
 
 
+def test_classes_that_an_adapter_does_not_name_are_those_of_the_data_in_order(
+    tmp_path: Path,
+) -> None:
+    numbers = [str(n) for n in range(12)]
+    task, _ = choose(write_csv(tmp_path / "a.csv", numbers[::-1], 24), Learnt(asks=False))
+    assert task.labels == tuple(numbers)
+    assert len(task.notes) == 2  # nor does it say what it was trained on
+    task, _ = choose(write_csv(tmp_path / "b.csv", ["y", "x"], 24), Learnt(asks=False))
+    assert task.labels == ("x", "y")
+
+
 def test_a_model_alone_is_scored_on_the_test_rows(trained_on: str) -> None:
     assert choose(trained_on) == (find(trained_on), "test")
     assert choose(trained_on, seed=2, split="train") == (find(trained_on, seed=2), "train")

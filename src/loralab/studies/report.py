@@ -3,7 +3,6 @@
 Reads the folder and knows nothing of training: rendering again never trains again.
 """
 
-import importlib.metadata
 import json
 import shlex
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ import jinja2
 import vl_convert
 from markupsafe import Markup
 
+import loralab
 from loralab import atomic
 from loralab.errors import LoralabError, OutputError
 from loralab.studies import store
@@ -28,7 +28,7 @@ from loralab.values import join_pairs
 
 OWN_TITLES = {RECOMMEND: Text("The search for a configuration", "尋找設定")}
 FIGURES = "figures"
-VERSION = importlib.metadata.version("loralab")
+VERSION = loralab.__version__
 SNIPPET = "window.vegaEmbed = vegaEmbed;"  # what the page needs of the bundle
 PAGE, MARKDOWN = "report.html", {"en": "report.md", "zh-TW": "report.zh-TW.md"}
 

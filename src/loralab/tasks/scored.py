@@ -69,9 +69,16 @@ def choose(
         return own, split
     labels: tuple[str, ...] = ()
     notes: list[str] = []
-    if own is None and _labels_in(table):
-        table, question, notes = _in_terms_of(learnt, table, question)
+    if own is None and (found := _labels_in(table)):
         labels = learnt.labels
+        if not labels and not learnt.asks:
+            labels = _in_order(found)
+            notes.append(
+                "the adapter does not name its classes, which are taken to be "
+                f"{', '.join(labels)}, in this order"
+            )
+        table, question, more = _in_terms_of(learnt, table, question)
+        notes += more
     if doubt := _doubt(data, seed, learnt, trained_on=own is not None):
         notes.append(f"{doubt}: rows that it has learnt from may be among those that are scored")
     task = _task(table, question, labels, seed, split, limit)
@@ -107,6 +114,12 @@ def _labels_in(table: Table) -> list[str]:
     """The classes that rows show, in the order in which they first do."""
     rows = [row for own in table.splits.values() for row in own]
     return list(dict.fromkeys(label for row in rows for label in labels_of(row)))
+
+
+def _in_order(labels: Sequence[str]) -> tuple[str, ...]:
+    """Classes as others number them: whole numbers by their size, names by their letters."""
+    numbers = all(WHOLE.fullmatch(label) for label in labels)
+    return tuple(sorted(labels, key=float) if numbers else sorted(labels))
 
 
 def _in_terms_of(learnt: Learnt, table: Table, question: str) -> tuple[Table, str, list[str]]:
