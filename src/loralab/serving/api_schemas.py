@@ -16,7 +16,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from loralab.errors import ConfigError, nearest
+from loralab.errors import ConfigError, nearest, shown
 from loralab.serving.api_errors import LONGEST, ApiError, invalid, translated
 from loralab.serving.request import MOST_LOGPROBS, MOST_STOPS, Sampling
 
@@ -91,26 +91,27 @@ class Body(BaseModel):
         if len(given) > MOST_FIELDS:
             raise ValueError(f"an object has at most {MOST_FIELDS} fields here")
         known = cls.model_fields
-        for name, value in given.items():
-            if name in cls.neutral and name not in known:
-                _require_neutral(name, value, cls.neutral[name])
-            elif name not in known and name not in cls.free:
+        for name in given:
+            if name in known or name in cls.free:
+                continue
+            if name not in cls.neutral:
                 raise _wrong_field("unknown_parameter", name, f"is not known{nearest(name, known)}")
+            _require_neutral(name, given[name], cls.neutral[name])
         return {name: value for name, value in given.items() if name in known}
 
 
 def _require_neutral(name: str, value: Any, usual: Sequence[Any]) -> None:
     if value is None or any(_same(value, own) for own in usual):
         return
-    shown = f", or {json.dumps(usual[0])}" if usual else ""
-    raise _wrong_field("unsupported_parameter", name, f"is not supported here; leave it out{shown}")
+    or_so = f", or {json.dumps(usual[0])}" if usual else ""
+    raise _wrong_field("unsupported_parameter", name, f"is not supported here; leave it out{or_so}")
 
 
 def _require_one(name: str, value: Any, choices: Sequence[str]) -> None:
     """Refuse another kind of thing before its fields are looked at, which would be another's."""
     if value not in choices:
-        shown = f"must be {' or '.join(choices)} here, got {value!r:.60}"
-        raise _wrong_field("literal_error", name, shown)
+        text = f"must be {' or '.join(choices)} here, got {shown(value)}"
+        raise _wrong_field("literal_error", name, text)
 
 
 def _same(value: Any, own: Any) -> bool:
@@ -261,8 +262,8 @@ class Message(Body):
         if given.get("content") is None:
             empty = given["role"] == "assistant" and ("content" in given or INSTEAD & given.keys())
             if not empty:
-                shown = "must be a text, got null" if "content" in given else "is missing"
-                raise _wrong_field("missing", "content", shown)
+                text = "must be a text, got null" if "content" in given else "is missing"
+                raise _wrong_field("missing", "content", text)
         return given
 
     def turn(self) -> dict[str, str]:

@@ -36,10 +36,16 @@ class SharedNames:
         Raises:
             AdapterFileError: it is damaged, or the store is out of reach.
         """
-        if not self._root.is_dir():
-            raise AdapterFileError(f"{self._root} is no folder of adapters", code="no_store")
-        state = _state(self._root / NAMES)  # before the content, which is at least as new
-        names = read_names(self._root)
+        file = self._root / NAMES
+        try:
+            if not self._root.is_dir():
+                raise AdapterFileError(f"{self._root} is no folder of adapters", code="no_store")
+            state = _state(file)  # before the content, which is at least as new
+            names = read_names(self._root)
+        except OSError as error:
+            raise AdapterFileError(
+                f"{file} cannot be read: {error.strerror}", code="unreadable"
+            ) from None
         self._state = state
         return names
 
