@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 from toy import METHODS, Toy, toy
 
 from loralab.adapters.attach import Adapter, attach
-from loralab.adapters.methods import AdaLoRA, LoRA
+from loralab.adapters.methods import AdaLoRA, FullFineTune, LoRA
 
 IDS = torch.arange(8).view(2, 4)
 each_kind = pytest.mark.parametrize(
@@ -174,3 +174,21 @@ def test_a_half_precision_model_is_compiled_without_our_own_kernels() -> None:
     compiled = torch.compile(adapter.model, backend="eager", fullgraph=True)
     with torch.no_grad():
         torch.testing.assert_close(compiled(IDS), adapter.model(IDS), rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("method", [LoRA(rank=2), FullFineTune()])
+def test_a_layer_that_was_compiled_alone_is_adapted_too(method: Any) -> None:
+    torch.manual_seed(0)
+    layer, head, x = nn.Linear(6, 6), nn.Linear(6, 2), torch.randn(3, 6)
+    model = nn.Sequential(torch.compile(layer, backend="eager"), head)
+    before = nn.Sequential(copy.deepcopy(layer), copy.deepcopy(head))
+    close(model, before, x)
+    adapter = attach(model, method)
+    for parameter in adapter.parameters():
+        nn.init.normal_(parameter)
+    first, second = adapter.modules.values()
+    close(model, lambda x: second(first(x)), x)
+    adapter.merge()
+    close(model, nn.Sequential(first, second), x)
+    adapter.detach()
+    close(model, before, x)

@@ -327,3 +327,15 @@ def test_second_derivatives_are_those_of_finite_differences(kind: str, masked: b
         return linears_with_updates(x, layers, mask)
 
     assert torch.autograd.gradgradcheck(both, (x, *factors))
+    assert torch.autograd.gradcheck(both, (x, *factors), check_batched_grad=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_many_outputs_at_once(dtype: torch.dtype) -> None:
+    base = layer("linear", 64, 32).to(dtype).requires_grad_(False)
+    x = torch.randn(3, 64, dtype=dtype, requires_grad=True)
+    y = fused(base, x, torch.randn(4, 64) / 8, torch.randn(32, 4) / 8, 1.0)
+    directions = torch.randn(5, 3, 32, dtype=dtype)
+    (found,) = torch.autograd.grad(y, x, directions, is_grads_batched=True, retain_graph=True)
+    single = [torch.autograd.grad(y, x, d, retain_graph=True)[0] for d in directions]
+    torch.testing.assert_close(found, torch.stack(single), rtol=0.05, atol=0.05)

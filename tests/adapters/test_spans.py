@@ -63,6 +63,7 @@ def test_second_derivatives_are_those_of_finite_differences() -> None:
         return linears_by_span(x, bases, updates)
 
     assert torch.autograd.gradgradcheck(call, leaves)
+    assert torch.autograd.gradcheck(call, leaves, check_batched_grad=True)
 
 
 def test_the_outputs_may_be_changed_in_place() -> None:

@@ -37,7 +37,7 @@ from loralab.adapters.targets import (
     head_names,
     saved_names,
 )
-from loralab.adapters.wrapper import Wrapper
+from loralab.adapters.wrapper import Wrapper, put_in_place
 from loralab.errors import (
     AdapterStateError,
     LeftOutWarning,
@@ -387,7 +387,7 @@ def _replace(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child is not None and child in new and new[child] is not parent:
-                setattr(parent, name, new[child])
+                put_in_place(parent, name, new[child])
 
 
 def _finished(wrapper: Any) -> nn.Module:

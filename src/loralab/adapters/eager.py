@@ -34,6 +34,11 @@ def is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def is_batch(gradient: Tensor) -> bool:
+    """Whether a gradient stands for several (is_grads_batched): only a backward pass meets such."""
+    return bool(torch._C._functorch.is_legacy_batchedtensor(gradient))
+
+
 def is_ragged(x: Tensor) -> bool:
     """Whether x is a nested tensor of the older layout, which no vector can be multiplied with."""
     return x.is_nested and x.layout is torch.strided

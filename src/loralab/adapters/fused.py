@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from loralab.adapters.bases import compute_dtype, is_conv1d, is_quantized
-from loralab.adapters.eager import is_hooked, is_plain_tensor
+from loralab.adapters.eager import is_batch, is_hooked, is_plain_tensor
 from loralab.adapters.thin import down, outer, up
 
 
@@ -120,7 +120,7 @@ class _LinearsWithUpdates(torch.autograd.Function):
         count = len(layouts)
         weights, As, Bs = rest[:count], rest[count : 2 * count], rest[2 * count :]
         flat = [flat_rows(dy).contiguous() for dy in dys]
-        if torch.is_grad_enabled():  # create_graph: these gradients are differentiated in turn
+        if is_followed(dys):
             return _followed_gradients(x, mask, flat, weights, As, Bs, layouts)
         G = down(flat, [B.T for B in Bs], ctx.scale)
         dropped = flat_rows(x if mask is None else x * mask) if any(needed[5::4]) else None
@@ -152,8 +152,21 @@ def _followed_gradients(
         dx, dA, dB = followed_gradients(flat_rows(x), drop, dy, A, B, layout.scaling)
         through_update.append(dx)
         gradients += [None, None, dA, dB]
-    total = torch.stack(through_update).sum(0) + through_bases(dys, weights, layouts)
+    total = sum(through_update, followed_through_bases(dys, weights, layouts))
     return (total.view(x.shape), None, None, *gradients)
+
+
+def is_followed(dys: Sequence[Tensor]) -> bool:
+    """Whether a backward pass is differentiated in turn (create_graph), batched or traced."""
+    return torch.is_grad_enabled() or not all(map(is_plain_tensor, dys)) or any(map(is_batch, dys))
+
+
+def followed_through_bases(
+    dys: Sequence[Tensor], weights: Sequence[Tensor], layouts: Sequence[Layout]
+) -> Tensor:
+    """As `through_bases`, with nothing in place."""
+    products = [dy @ _matrix(w, own, dy) for dy, w, own in zip(dys, weights, layouts, strict=True)]
+    return sum(products[1:], products[0])
 
 
 def followed_gradients(
@@ -184,14 +197,16 @@ def through_bases(
     """dx (N, I) of the base layers: the sum over all of dy W."""
     dx: Tensor | None = None
     for dy, weight, layout in zip(dys, weights, layouts, strict=True):
-        W = weight if layout.unpack is None else layout.unpack().to(dy.dtype)
-        W = W.T if layout.transposed else W
-        if dx is None or torch.is_grad_enabled():  # nothing in place where autograd follows
-            dx = dy @ W if dx is None else dx + dy @ W
-        else:
-            dx.addmm_(dy, W)
+        W = _matrix(weight, layout, dy)
+        dx = dy @ W if dx is None else dx.addmm_(dy, W)
     assert dx is not None
     return dx
+
+
+def _matrix(weight: Tensor, layout: Layout, dy: Tensor) -> Tensor:
+    """The base's weight as (O, I)."""
+    W = weight if layout.unpack is None else layout.unpack().to(dy.dtype)
+    return W.T if layout.transposed else W
 
 
 def add_through_update(dx: Tensor, G: Tensor, A: Tensor, mask: Tensor | None) -> None:

@@ -23,7 +23,7 @@ from loralab.adapters.linear import together as alone_together
 from loralab.adapters.prefix import AttentionWithPrefix
 from loralab.adapters.prompt import Keeper
 from loralab.adapters.spans import Factors, Updates, linears_by_span, stacked_update
-from loralab.adapters.wrapper import Wrapper
+from loralab.adapters.wrapper import Wrapper, put_in_place
 from loralab.errors import AdapterStateError
 
 FEW = 4  # spans whose updates are quicker one after the other than stacked
@@ -146,7 +146,7 @@ class Bank:
         for parent in list(self.model.modules()):
             for name, child in parent._modules.items():
                 if child is old and parent is not module:
-                    setattr(parent, name, module)
+                    put_in_place(parent, name, module)
 
 
 class Grouped(Wrapper):

@@ -18,6 +18,8 @@ from loralab.adapters.fused import (
     base_output,
     flat_rows,
     followed_gradients,
+    followed_through_bases,
+    is_followed,
     layout_of,
     through_bases,
 )
@@ -120,7 +122,7 @@ class _LinearsBySpan(torch.autograd.Function):
             rest[count + 2 * size :],
         )  # fmt: skip
         flat, dflat = flat_rows(x), [flat_rows(dy).contiguous() for dy in dys]
-        if torch.is_grad_enabled():  # create_graph: these gradients are differentiated in turn
+        if is_followed(dys):
             return _followed(x, flat, dflat, weights, As, Bs, ctx)
         dx = through_bases(dflat, weights, layouts) if needed[0] else None
         whole = list(zip(parts, As, Bs, lows, strict=True))
@@ -148,7 +150,7 @@ def _followed(
     As: Sequence[Tensor], Bs: Sequence[Tensor], ctx: Any,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """All gradients by operations that autograd records, one update after the other."""
-    total = through_bases(dys, weights, ctx.layouts)
+    total = followed_through_bases(dys, weights, ctx.layouts)
     gradients: list[Tensor] = []
     for part, A, B in zip(ctx.parts, As, Bs, strict=True):
         rows, dy = flat[part.start : part.stop], dys[part.layer][part.start : part.stop]

@@ -153,6 +153,16 @@ class Wrapper(nn.Module):
         return rounded
 
 
+def put_in_place(parent: Any, name: str, module: nn.Module) -> None:
+    """Make a module the child of another.
+
+    What torch.compile returns for a module holds on to its call, and must let go of it.
+    """
+    setattr(parent, name, module)
+    if name == "_orig_mod" and hasattr(parent, "_initialize"):
+        parent._initialize()
+
+
 def wide(tensor: Tensor) -> Tensor:
     """A weight in the dtype that sums are made in: float32, or float64 where it has that."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

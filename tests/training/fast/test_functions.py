@@ -149,3 +149,11 @@ def test_logits_of_all_rows_never_exist() -> None:
         summed_loss(head, hidden, torch.zeros(rows, dtype=torch.long)).backward()
     largest = max(event.self_cpu_memory_usage for event in profile.events())
     assert largest < rows * words * 4 / 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_outputs_may_be_changed_in_place(dtype: torch.dtype) -> None:
+    x, weight = noise(2, 3, 32, dtype=dtype).requires_grad_(), noise(32, dtype=dtype)
+    for y in (rms_norm(x, weight, 1e-5), swiglu(x * 1, x * 2)):
+        y += 1
+        y.sum().backward()
