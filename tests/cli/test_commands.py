@@ -73,7 +73,6 @@ def test_what_can_be_done_next_can_be_typed(
     assert [command[1] for command in commands] == ["evaluate", "generate", "merge"]
     assert all(str(output) in command for command in commands)
     assert commands[2][3] == f"{output}-merged"
-    assert run(commands[2][1:]) == 0
     rows: list[tuple[str, str]] = []
     monkeypatch.setattr("loralab.cli.artefacts._print_table", lambda _, found: rows.extend(found))
     verdict = Verdict(target="vllm", obstacles=(

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from loralab.adapters.folder import RECORD, TENSORS
-from loralab.errors import ConfigError
+from loralab.errors import ConfigError, OutputError
 from loralab.tasks import catalog
 from loralab.tasks.catalog import find
 from loralab.training.facts import FILE
@@ -196,3 +196,14 @@ def test_a_changed_setting_has_a_code(start: Train) -> None:
     with pytest.raises(ConfigError) as error:
         start(resume=True, learning_rate=1e-5)
     assert (error.value.code, error.value.field) == ("other_settings", "learning_rate")
+
+
+@pytest.mark.usefixtures("killed")
+def test_a_record_that_is_damaged_is_one_error(start: Train, place: Path) -> None:
+    file = place / "run" / FILE
+    for content in ("{", "[]", '{"data": "\\ud83d"}'):
+        file.write_text(content)
+        with pytest.raises(OutputError):
+            start(resume=True)
+    file.write_text(json.dumps({"data": [1] * 1000, "labels": {"a": 1}, "strange": 1}))
+    refused(start, place, field="data")
