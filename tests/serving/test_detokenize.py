@@ -90,6 +90,9 @@ def test_a_space_before_a_word_belongs_to_it() -> None:
         "llama", ids, tuple(tokenizer("the stone", add_special_tokens=False)["input_ids"])
     )
     assert "".join(text for _, text in after) == " the river the"
+    tokenizer, _ = vocabulary("wordpiece")  # no token has the space between words
+    ids = tokenizer("the river the", add_special_tokens=False)["input_ids"]
+    assert "".join(text for _, text in written("wordpiece", ids, tuple(ids))) == "the river the"
 
 
 def test_special_tokens_have_no_bytes_and_a_name() -> None:

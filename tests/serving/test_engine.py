@@ -6,7 +6,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -261,9 +260,6 @@ def test_an_echo_without_log_probabilities_is_the_text(world: World, opened: Ope
         assert own.logprobs == ()
         assert own.text == world.base.tokenizer.decode([*prompt[1:], *own.tokens])
         assert len(own.tokens) == new
-    continued = replace(sampling, echo=False, continues=True)
-    rest = engine.generate([prompt], adapters=["lora"], sampling=continued)[0]
-    assert own.text == world.base.tokenizer.decode(prompt[1:]) + rest.text
 
 
 def test_pieces_are_the_whole(opened: Open) -> None:

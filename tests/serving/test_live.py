@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -27,7 +28,9 @@ def vocabulary(family: str) -> tuple[Any, TokenBytes]:
     return tokenizer, TokenBytes(tokenizer)
 
 
-def answered(family: str, ids: list[int], *, end: bool = False, **options: Any) -> list[Event]:
+def answered(
+    family: str, ids: list[int], *, end: bool = False, prompt: Sequence[int] = (1,), **options: Any
+) -> list[Event]:
     """The events of an answer that is made of some tokens.
 
     Args:
@@ -38,7 +41,7 @@ def answered(family: str, ids: list[int], *, end: bool = False, **options: Any) 
     answer = Answer(id="", adapter=None, digest=None, cancel=lambda: None)
     row = Row(number=0, key=None, tokens=[1])
     live = Written(
-        adapter=None, digest=None, prompt=(1,), stops=frozenset([size - 1]), tokens=known,
+        adapter=None, digest=None, prompt=tuple(prompt), stops=frozenset([size - 1]), tokens=known,
         answer=answer, rows=[row],
         sampling=Sampling(max_tokens=len(ids) + end, temperature=0, **options),
     )  # fmt: skip
@@ -208,6 +211,15 @@ def test_an_echo_and_its_answer_are_one_text(family: str) -> None:
     assert done.finished.completion_tokens == len(answer)
     for text, own, top in list(zip(*list(told.values())[:3], strict=True))[1:]:
         assert top[text] == own and 2 <= len(top) <= 3
+
+
+def test_a_completion_goes_on_from_its_prompt() -> None:
+    """The space of a first token is left out of a text, but not of one that goes on."""
+    tokenizer, _ = vocabulary("llama")
+    ids = tokenizer("the stone", add_special_tokens=False)["input_ids"]
+    for continues, text in ((True, " the stone"), (False, "the stone")):
+        done = completed(answered("llama", ids, prompt=ids, logprobs=1, continues=continues))
+        assert done.text == text == "".join(one.text for one in done.logprobs)
 
 
 def test_an_echo_may_be_all_that_is_told() -> None:

@@ -30,6 +30,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "functions": ([],), "function_call": ("none", "auto"), "parallel_tool_calls": (True, False),
     "modalities": (["text"],), "audio": (), "prediction": (), "reasoning_effort": ("none",),
     "verbosity": ("medium",), "web_search_options": (), "stop_token_ids": ([],),
+    "prompt_logprobs": (), "return_tokens_as_token_ids": (False,),
 }  # fmt: skip
 # fields that say something about the client and nothing about the answer
 FREE = ("user", "metadata", "safety_identifier", "prompt_cache_key")

@@ -36,10 +36,13 @@ class TokenBytes(dict[int, bytes | None]):
 
     Attributes:
         start: the token that stands before every text, if there is one.
+        strips: whether the space of a text's first token is left out, as SentencePiece does.
     """
 
     def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer, self._byte_level = tokenizer, is_byte_level(tokenizer)
+        self._tokenizer, kinds = tokenizer, decoders_of(tokenizer)
+        self._byte_level = "ByteLevel" in kinds and kinds <= {"ByteLevel", "Fuse"}
+        self.strips = bool(kinds & {"Metaspace", "Strip"})
         self.start: int | None = getattr(tokenizer, "bos_token_id", None)
 
     def __missing__(self, token: int) -> bytes | None:
@@ -88,7 +91,7 @@ class IncrementalDetokenizer:
     """The text of tokens, as they come.
 
     Args:
-        before: tokens that the first one follows; a space between them belongs to the text.
+        before: tokens that the first one follows; its space is not left out then.
 
     Attributes:
         length: characters so far.
@@ -97,7 +100,7 @@ class IncrementalDetokenizer:
     def __init__(self, tokens: TokenBytes, before: Sequence[int] = ()) -> None:
         self._tokens = tokens
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._context = deque(before, CONTEXT)
+        self._context = deque(before if tokens.strips else (), CONTEXT)
         self._pending: list[int] = []  # tokens whose bytes are not known yet
         self.length = 0
 
@@ -158,16 +161,15 @@ class IncrementalDetokenizer:
         return decode([*before, *self._pending])[len(decode(before)) :]
 
 
-def is_byte_level(tokenizer: Any) -> bool:
-    """Whether every token is a sequence of bytes."""
+def decoders_of(tokenizer: Any) -> set[str]:
+    """The steps that make a text of tokens, by the names of the tokenizers library."""
     if getattr(tokenizer, "byte_decoder", None):  # of tokenizers in Python
-        return True
+        return {"ByteLevel"}
     decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
     if decoder is None:
-        return False
+        return set()
     state = json.loads(decoder.__getstate__())
-    kinds = {part["type"] for part in state.get("decoders", [state])}
-    return "ByteLevel" in kinds and kinds <= {"ByteLevel", "Fuse"}
+    return {part["type"] for part in state.get("decoders", [state])}
 
 
 def escaped(raw: bytes) -> str:

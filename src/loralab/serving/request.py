@@ -19,8 +19,8 @@ class Sampling:
 
     `logprobs` is how many alternatives are told at each token (0: only of the token that was
     chosen; None: nothing). `stop` strings end the answer before they begin. With `continues` the
-    answer goes on from the prompt's text, so that a space between them belongs to it; with `echo`
-    it begins with that text, and may have no tokens of its own.
+    answer goes on from the prompt's text and keeps the space of its first token; with `echo` it
+    begins with that text, and may have no tokens of its own.
     """
 
     max_tokens: int = 16
@@ -55,7 +55,7 @@ class Sampling:
         return self.temperature == 0
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TokenLogprob:
     """One token with its log-probability.
 
