@@ -23,31 +23,35 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
     return gpu
 
 
-def test_a_trial_agrees_and_compares_steps_with_the_peer(tmp_path: Path) -> None:
-    """Of the real command: every part's process, its lines, the JSON file."""
+def test_a_trial_compares_steps_with_the_peer(tmp_path: Path) -> None:
+    """Of the real command: its part's process, the workers, the lines, the JSON file."""
     out = tmp_path / "gpu.json"
     command = [sys.executable, str(SCRIPT), "--device", "cpu", "--tiny", "--json", str(out)]
     done = subprocess.run(
-        [*command, "--parts", "agreement", "methods", "train"], capture_output=True, text=True,
-        timeout=600, check=False,
-    )  # fmt: skip
+        [*command, "--parts", "train"], capture_output=True, text=True, timeout=600, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(out.read_text())
-    lines = found["lines"]
     assert {"torch", "transformers", "loralab", "device"} == set(found["versions"])
-    assert [line for line in lines if not line["ok"]] == []
-    agreement = [line for line in lines if line["part"] == "agreement"]
-    assert {(li["precision"], li["case"]) for li in agreement} == {
+    (steps,) = found["lines"]
+    assert steps["ok"]
+    assert steps["speed_ratio"]["median"] > 0
+    assert set(steps["peak_bytes"]) == {"loralab", "trainer"}
+
+
+def test_every_path_agrees_with_the_plain_one(gpu: Any) -> None:
+    found = list(gpu.agreement(torch.device("cpu"), True))
+    assert [line for line in found if not line["ok"]] == []
+    assert {(line["precision"], line["case"]) for line in found} == {
         (precision, way)
         for precision in ("fp32", "bf16", "fp16")
         for way in ("plain", "patched", "packed")
     }
-    assert {line["case"] for line in lines if line["part"] == "methods"} == {
-        "lora", "adalora", "prefix",
-    }  # fmt: skip
-    (steps,) = (line for line in lines if line["part"] == "train")
-    assert steps["speed_ratio"]["median"] > 0
-    assert set(steps["peak_bytes"]) == {"loralab", "trainer"}
+
+
+def test_methods_are_compared_and_trained(gpu: Any) -> None:
+    found = list(gpu.methods(torch.device("cpu"), True))
+    assert [(line["case"], line["ok"]) for line in found] == [(name, True) for name in gpu.FEW]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -32,18 +32,9 @@ from loralab.adapters.reads import read_sometimes
 from loralab.adapters.recipes import RECIPES
 from loralab.adapters.shells import plain_paths, unwrapped
 from loralab.adapters.subset import TrainedInFull
-from loralab.adapters.targets import (
-    HEADS,
-    head_names,
-    saved_names,
-)
+from loralab.adapters.targets import HEADS, head_names, saved_names
 from loralab.adapters.wrapper import Wrapper, put_in_place
-from loralab.errors import (
-    AdapterStateError,
-    LeftOutWarning,
-    TargetError,
-    some,
-)
+from loralab.errors import AdapterStateError, LeftOutWarning, TargetError, some
 
 
 class Adapter:
@@ -80,6 +71,10 @@ class Adapter:
         self.notes: tuple[str, ...] = ()
         self.base_fingerprint: str | None = None  # where the base's weights are not all here
         self.budget = RankBudget(modules, config) if isinstance(config, AdaLoRA) else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy belongs to the copied model; what stands around that is not copied along."""
+        return {**self.__dict__, "given": self.model}
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """Everything that is trained, by path: `<module>.lora_A`, or the saved module's own.

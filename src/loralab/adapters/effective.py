@@ -4,6 +4,7 @@ That is the weight with the update in it, so that the update acts and gets its g
 or not. It is worked out when something is computed with it: many models only ask for its dtype.
 """
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,63 +13,39 @@ from torch import Tensor, nn
 
 from loralab.adapters.bases import dense_weight, is_quantized
 
-OF_THE_BASE = {  # asked of the base's weight, or done to it
-    *(
-        getattr(torch.Tensor, name).__get__
-        for name in (
-            "dtype",
-            "device",
-            "shape",
-            "ndim",
-            "is_cuda",
-            "is_meta",
-            "layout",
-            "requires_grad",
-            "is_leaf",
-            "grad",
-            "data",
-            "is_quantized",
-            "is_sparse",
-            "itemsize",
-            "nbytes",
-        )
-    ),
-    torch.Tensor.size,
-    torch.Tensor.dim,
-    torch.Tensor.numel,
-    torch.Tensor.element_size,
-    torch.Tensor.is_floating_point,
-    torch.Tensor.is_complex,
-    torch.Tensor.data_ptr,
-    torch.Tensor.stride,
-    torch.Tensor.is_contiguous,
-    torch.Tensor.untyped_storage,
-    torch.Tensor.__len__,
-    torch.Tensor.__repr__,
-    torch.Tensor.__deepcopy__,
-    torch.Tensor.__reduce_ex__,
+PROPERTIES = (
+    "dtype device shape ndim is_cuda is_meta layout requires_grad is_leaf grad data is_quantized "
+    "is_sparse itemsize nbytes"
+)
+METHODS = (
+    "size dim numel element_size is_floating_point is_complex data_ptr stride is_contiguous "
+    "untyped_storage __len__ __repr__"
+)
+OF_THE_BASE = {  # asked of the base's weight
+    *(getattr(torch.Tensor, name).__get__ for name in PROPERTIES.split()),
+    *(getattr(torch.Tensor, name) for name in METHODS.split()),
 }
 
 
-def effective_weight(wrapper: Any) -> Any:
-    """The weight that a wrapper computes with, as its base stores it; differentiable.
+def effective(wrapper: Any, name: str) -> Any:
+    """The weight, or other parameter, that a wrapper computes with; differentiable.
 
-    The base's own where the update is merged, or is none of the weight.
+    The base's own where the update is merged, or cannot be.
     """
-    weight = getattr(wrapper.base, "weight", None)
+    weight = getattr(wrapper.base, name)
     plain = isinstance(weight, nn.Parameter) and not is_quantized(wrapper.base)
     if not plain or wrapper.merged or wrapper.cannot_merge:
         return weight
     if wrapper.__dict__.get("read_sometimes") or torch.compiler.is_compiling():
-        return _updated(wrapper)
-    return _Unread.of(wrapper)
+        return _updated(wrapper, name)
+    return _Unread.of(wrapper, name)
 
 
-def _updated(wrapper: Any) -> Tensor:
-    weight: Tensor = wrapper.base.weight
+def _updated(wrapper: Any, name: str) -> Tensor:
+    weight: Tensor = getattr(wrapper.base, name)
     if not hasattr(type(wrapper), "ratio"):
         found: Mapping[str, Tensor] = wrapper.merged_tensors()
-        return found["weight"].to(weight.dtype) if "weight" in found else weight
+        return found[name].to(weight.dtype) if name in found else weight
     A, B, scaling = wrapper.factors()  # LoRA on a linear layer, whose `delta` has no gradient
     dense = dense_weight(wrapper.base).to(A.dtype)
     total = dense + scaling * (B @ A)
@@ -82,16 +59,23 @@ class _Unread(torch.Tensor):
 
     _is_param = True  # nn.Parameter's own mark: it is one, for whoever asks
     _wrapper: Any
+    _name: str
     # what models ask at every call, without the way through __torch_function__
-    dtype = property(lambda self: self._wrapper.base.weight.dtype)
-    device = property(lambda self: self._wrapper.base.weight.device)
+    dtype = property(lambda self: _base(self._wrapper, self._name).dtype)
+    device = property(lambda self: _base(self._wrapper, self._name).device)
 
     @staticmethod
-    def of(wrapper: Any) -> "_Unread":
-        weight = wrapper.base.weight
+    def of(wrapper: Any, name: str) -> "_Unread":
+        weight = _base(wrapper, name)
         new = torch.Tensor._make_subclass(_Unread, weight, weight.requires_grad)
-        new._wrapper = wrapper
+        new._wrapper, new._name = wrapper, name
         return new
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return copy.deepcopy(_base(self._wrapper, self._name), memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _base(self._wrapper, self._name).__reduce_ex__(protocol)
 
     @classmethod
     def __torch_function__(
@@ -100,19 +84,19 @@ class _Unread(torch.Tensor):
         """Compute with the updated weight; ask and change the base's."""
         name = getattr(func, "__name__", "")
         changes = name == "__set__" or (name.endswith("_") and not name.endswith("__"))
-        seen: Callable[[Any], Any] = _base if func in OF_THE_BASE or changes else _updated
+        seen: Callable[[Any, str], Any] = _base if func in OF_THE_BASE or changes else _updated
         put = {k: _each(v, seen) for k, v in (kwargs or {}).items()}
         return func(*(_each(arg, seen) for arg in args), **put)
 
 
-def _base(wrapper: Any) -> Any:
-    return wrapper.base.weight
+def _base(wrapper: Any, name: str) -> Any:
+    return getattr(wrapper.base, name)
 
 
-def _each(value: Any, seen: Callable[[Any], Any]) -> Any:
+def _each(value: Any, seen: Callable[[Any, str], Any]) -> Any:
     """An argument with the weight in it that a function should see."""
     if isinstance(value, _Unread):
-        return seen(value._wrapper)
+        return seen(value._wrapper, value._name)
     if isinstance(value, list | tuple):
         return type(value)(_each(one, seen) for one in value)
     return value

@@ -39,7 +39,8 @@ def load(model: nn.Module, path: str | Path) -> Adapter:
     try:
         adapter = put_into(model, present_in(inner, stored))
     except (TargetError, ConfigError) as error:
-        raise type(error)(f"{path} does not fit {type(model).__name__}: {error}") from None
+        text = f"{path} does not fit {type(inner).__name__}: {error}"
+        raise type(error)(text, code=error.code, field=error.field) from None
     try:
         fill(adapter, stored)
         _compare_base(adapter, stored)

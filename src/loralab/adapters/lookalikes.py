@@ -16,7 +16,12 @@ from torch.nn.utils import parametrize
 
 PLAIN = ("FalconLinear",)  # classes with a forward of their own that is nn.Linear's
 SIZES = (1.0, 1000.0)  # of the numbers that a layer is tried on: clipping shows in the large ones
-TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3}  # of the others: 5e-2
+TOLERANCES = {  # relative, of what a dtype rounds
+    torch.float64: 1e-6,
+    torch.float32: 1e-3,
+    torch.bfloat16: 2e-2,
+    torch.float16: 2e-2,
+}
 
 
 def why_not_linear(module: nn.Module, *, transposed: bool = False) -> str:
@@ -53,8 +58,10 @@ def _forward_is_plain(module: nn.Module) -> bool:
 def _differs(module: Any, call: Callable[[Tensor], Any], transposed: bool) -> str:
     """What the layer gives for a few numbers, against x W' + b; on "meta" the shape alone."""
     weight: Tensor = module.weight.T if transposed else module.weight
-    if not weight.is_floating_point() or (weight.is_meta and "forward" in module.__dict__):
-        return ""  # in few bits, or offloaded: others look at those
+    offloaded = weight.is_meta and "forward" in module.__dict__
+    if not weight.is_floating_point() or offloaded or weight.dtype not in TOLERANCES:
+        odd = weight.is_floating_point() and not offloaded  # others look at few bits, offloading
+        return f"its weight is kept in {str(weight.dtype).removeprefix('torch.')}" if odd else ""
     row = torch.linspace(-1, 1, weight.shape[1], dtype=torch.float32)
     x = torch.stack([size * row for size in SIZES]).to(weight.device, weight.dtype)
     try:
@@ -67,7 +74,7 @@ def _differs(module: Any, call: Callable[[Tensor], Any], transposed: bool) -> st
         return f"{type(module).__name__} does not return x W' + b"
     if found.is_meta:
         return ""
-    tolerance = TOLERANCES.get(weight.dtype, 5e-2)
+    tolerance = TOLERANCES[weight.dtype]
     for got, wanted in zip(found.float(), want.float(), strict=True):
         scale = float(wanted.abs().max().nan_to_num())
         if not torch.allclose(got, wanted, rtol=tolerance, atol=tolerance * scale, equal_nan=True):

@@ -1,6 +1,5 @@
 """A folder's configuration, fitted to the model at hand; and that a folder can be read again."""
 
-import copy
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -145,7 +144,8 @@ def _without_adapter(model: nn.Module) -> nn.Module:
         if isinstance(module, Wrapper | TrainedInFull):
             module = module.original if isinstance(module, Wrapper) else module.base
         if id(module) not in copies:
-            copies[id(module)] = new = copy.copy(module)
+            copies[id(module)] = new = object.__new__(type(module))  # FSDP's classes make others
+            new.__dict__.update(module.__dict__)
             children = module._modules.items()
             new.__dict__["_modules"] = {n: c if c is None else copied(c) for n, c in children}
         return copies[id(module)]

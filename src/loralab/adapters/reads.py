@@ -11,6 +11,7 @@ import inspect
 import linecache
 import re
 import textwrap
+import tokenize
 from collections.abc import Collection, Iterator
 from types import CodeType, FunctionType
 from typing import Any
@@ -107,9 +108,10 @@ def _functions(kind: type[nn.Module]) -> Iterator[FunctionType]:
     for base in kind.__mro__:
         if re.match(FOREIGN, base.__module__):
             continue
-        for name, function in vars(base).items():
+        for name, kept in vars(base).items():
             if name in NOT_RUN or name.endswith(NOT_RUN_ENDS):
                 continue
+            function = kept.fget if isinstance(kept, property) else kept
             if isinstance(function, FunctionType):
                 inner = inspect.unwrap(function)
                 if isinstance(inner, FunctionType):
@@ -128,7 +130,7 @@ def _parsed(function: FunctionType) -> Function:
     lines = linecache.getlines(code.co_filename)[code.co_firstlineno - 1 :]
     try:
         tree = ast.parse(textwrap.dedent("".join(inspect.getblock(lines))))
-    except (SyntaxError, IndexError):
+    except (SyntaxError, IndexError, tokenize.TokenError):
         return ast.Module([], []), {}
     variables: dict[str, str] = {}
     for node in ast.walk(tree):

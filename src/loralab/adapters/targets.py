@@ -211,6 +211,10 @@ class _Selection:
         self.plain = plain_paths(model)
         self.unable = unable_names(model)
 
+    def _is(self, path: str, names: Names) -> bool:
+        """Tell whether names select a path, written with the shells around modules or without."""
+        return is_selected(self.plain(path), names) or is_selected(path, names)
+
     def chosen(self) -> list[str]:
         """Paths that target_modules selects."""
         target = self.config.target_modules
@@ -220,7 +224,7 @@ class _Selection:
             for name in target:
                 self._require_able(name, (name,))
                 self._require_found(name)
-        chosen = [name for name in self.able if is_selected(self.plain(name), target)]
+        chosen = [name for name in self.able if self._is(name, target)]
         if not chosen:
             self._require_able(str(target), target)
             raise _error(
@@ -238,14 +242,14 @@ class _Selection:
         known = [*names, *self.unable, *stacked_weights(self.model)]
         for wanted in (excluded,) if isinstance(excluded, str) else excluded:
             one = wanted if isinstance(excluded, str) else (wanted,)
-            if not any(is_selected(self.plain(name), one) for name in known):
+            if not any(self._is(name, one) for name in known):
                 hint = nearest(wanted, endings(names))
                 raise _error(
                     f"exclude_modules {wanted!r} excludes nothing{hint}",
                     "unknown_module",
                     "exclude_modules",
                 )
-        kept = [name for name in names if not is_selected(self.plain(name), excluded)]
+        kept = [name for name in names if not self._is(name, excluded)]
         if not kept:
             raise _error(
                 f"exclude_modules {excluded!r} excludes every target",
@@ -303,13 +307,13 @@ class _Selection:
 
     def _require_found(self, name: str) -> None:
         """A name must select something that can be adapted."""
-        if any(ends_with(self.plain(path), name) for path in self.able):
-            return
+        if any(self._is(path, (name,)) for path in (*self.able, *self.unable)):
+            return  # what is named and cannot be adapted is excluded here, or in other layers
         paths = [path for path, _ in self.model.named_modules() if path]
         kinds = {
             type(self.model.get_submodule(path)).__name__
             for path in paths
-            if ends_with(self.plain(path), name)
+            if self._is(path, (name,))
         }
         if kinds:
             raise _error(
@@ -328,17 +332,17 @@ class _Selection:
         """Nothing that is named may be a layer that cannot be adapted, or experts."""
         excluded, layers = self.config.exclude_modules, self.config.layers
         for path, reason in self.unable.items():
-            if is_selected(self.plain(path), excluded) or (
+            if self._is(path, excluded) or (
                 layers is not None and layer_number(path, self.config.layers_pattern) not in layers
             ):
                 continue
-            if is_selected(self.plain(path), names):
+            if self._is(path, names):
                 raise _error(
                     f"target_modules {target!r}: {path} cannot be adapted, since {reason}; "
                     "leave it out",
                     "not_linear",
                 )
-        if not any(is_selected(self.plain(path), names) for path in self.able):
+        if not any(self._is(path, names) for path in self.able):
             self._require_no_stacked(
                 target,
                 [

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from loralab.adapters.bases import as_linear, compute_dtype, is_quantized
-from loralab.adapters.effective import effective_weight
+from loralab.adapters.effective import effective
 from loralab.errors import AdapterStateError, ConfigError
 
 
@@ -55,8 +55,8 @@ class Wrapper(nn.Module):
         except AttributeError:
             if name == "base":  # not set yet: asking the base would never end
                 raise
-            if name == "weight":  # read by a model that does not call the module
-                return effective_weight(self)
+            if name in self.merges_into:  # read by a model that does not call the module
+                return effective(self, name)
             return getattr(super().__getattr__("base"), name)
 
     def trained(self) -> dict[str, nn.Parameter]:
