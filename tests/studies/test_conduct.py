@@ -67,6 +67,7 @@ def test_a_grid_is_every_combination_and_a_list_in_a_list_is_one_value(tmp_path:
     assert method.target_modules == ("q", "v")  # type: ignore[union-attr]
 
 
+@pytest.mark.slow
 def test_what_cannot_run_is_named_and_the_rest_runs_if_asked(
     tmp_path: Path, tiny_bert_folder: Path, noise_file: Path
 ) -> None:

@@ -161,6 +161,7 @@ def test_a_cell_that_dies_is_a_record_and_the_next_one_runs(
     assert "an error of ours" in (tmp_path / "study" / "worker.log").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_the_worker_ends_with_its_parent(tmp_path: Path, own_study: Path) -> None:
     running = start("study", own_study, "--output-dir", tmp_path / "study")
     deadline = time.monotonic() + 300
