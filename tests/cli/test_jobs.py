@@ -49,6 +49,7 @@ def printed(capsys: pytest.CaptureFixture[str]) -> Any:
     return json.loads(capsys.readouterr().out)["jobs"]
 
 
+@pytest.mark.slow
 def test_each_job_is_a_run_of_its_own(
     file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

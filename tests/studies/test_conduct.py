@@ -183,6 +183,7 @@ def test_more_time_means_more_candidates_and_never_less_than_one_group() -> None
     assert plan_for(0.1, 2.0, 10, 60, 1)[1] < 60
 
 
+@pytest.mark.slow
 def test_recommend_ends_in_a_configuration_that_trains(
     tmp_path: Path, tiny_bert_folder: Path, noise_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
