@@ -92,6 +92,8 @@ def answering() -> Turn:
     state = {"since": time.perf_counter(), "tokens": 0.0}
 
     def turn(figures: Figures) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # a step is over when the GPU has done it
         seconds = time.perf_counter() - state["since"]
         tokens = figures["tokens"] - state["tokens"]
         line = {"seconds": seconds, "tokens": tokens, "peak": peak_bytes(device_here())}

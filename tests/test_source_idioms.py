@@ -48,6 +48,7 @@ def fill(model: nn.Module) -> None:
             nn.init.normal_(module.lora_B, std=0.5)
 
 
+@pytest.mark.slow
 def test_q2_the_ranks_in_a_loop(tiny_llama_folder: Path, sums_file: Path, tmp_path: Path) -> None:
     for rank in (2, 4):
         output = tmp_path / f"output_r{rank}"

@@ -99,6 +99,10 @@ class CertificateError(RunError, RuntimeError):
     """An artefact does not do what the live model does."""
 
 
+class LeftOutWarning(UserWarning):
+    """Parts of a model are not adapted although the targets could mean them."""
+
+
 class BaseMismatchWarning(UserWarning):
     """An adapter is put on another base model than the one it was trained on."""
 

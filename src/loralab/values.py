@@ -25,6 +25,7 @@ LARGEST_TOML = 1 << 20
 LARGEST_WHOLE = (1 << 64) - 1
 DEEPEST = 64  # lists and objects in each other
 MOST_PARTS = 256  # of a dotted key
+LONGEST_TYPED = 200  # characters of a name that a message can propose to type
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
@@ -105,6 +106,46 @@ def parse_bytes(name: str, text: str) -> int:
     return int(amount * UNITS[unit])
 
 
+def join_pairs(values: Mapping[str, str]) -> str:
+    r"""{"a": "1"} as `a=1`, which the command line reads back; commas in names become `\,`.
+
+    Names that `joinable` refuses cannot be written so.
+    """
+    return ",".join(f"{_escaped(name)}={_escaped(value)}" for name, value in values.items())
+
+
+def joinable(name: str) -> bool:
+    """Tell if a name can be typed in `name=value` pairs, and read in a message."""
+    plain = name == name.strip() and "\\" not in name and name.isprintable()
+    return 0 < len(name) <= LONGEST_TYPED and plain
+
+
+def split_parts(text: str) -> list[str]:
+    r"""The parts of `a=1,b=2`; `\,` separates none."""
+    return re.split(r"(?<!\\),", text)
+
+
+def split_pair(part: str) -> tuple[str, str]:
+    r"""`a=1` as ("a", "1"), cut at the last `=` that is not written `\=`.
+
+    Raises:
+        ValueError: it is not of this form.
+    """
+    signs = [sign.start() for sign in re.finditer(r"(?<!\\)=", part)]
+    if not signs or signs[-1] == 0:
+        raise ValueError(part)
+    name, value = part[: signs[-1]], part[signs[-1] + 1 :]
+    return _unescaped(name).strip(), _unescaped(value).strip()
+
+
+def _escaped(name: str) -> str:
+    return re.sub("[,=]", r"\\\g<0>", name)
+
+
+def _unescaped(text: str) -> str:
+    return re.sub(r"\\([,=])", r"\1", text)
+
+
 def memory() -> int:
     """Bytes of the machine's memory."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -126,20 +167,25 @@ def read_bytes(file: Path, error: type[InputError], most: int | None = None) -> 
         try:
             found = os.fstat(place)
             if not stat.S_ISREG(found.st_mode):
-                raise error(f"{file} cannot be read: it is no file")
+                raise error(f"{file} cannot be read: it is no file", code="cannot_read")
             if found.st_size > limit:
-                raise error(f"{file} has {found.st_size:,} bytes; at most {limit:,} are read")
+                raise error(
+                    f"{file} has {found.st_size:,} bytes; at most {limit:,} are read",
+                    code="too_large",
+                )
             with open(place, "rb", closefd=False) as handle:
                 return handle.read(found.st_size)
         finally:
             os.close(place)
     except MemoryError:
-        raise error(f"{file} cannot be read: it does not fit into memory") from None
+        raise error(
+            f"{file} cannot be read: it does not fit into memory", code="too_large"
+        ) from None
     except (OSError, ValueError) as reason:  # a name with a zero byte is a ValueError
         if isinstance(reason, InputError):
             raise
         said = getattr(reason, "strerror", None) or reason
-        raise error(f"{file} cannot be read: {said}") from None
+        raise error(f"{file} cannot be read: {said}", code="cannot_read") from None
 
 
 def read_json(file: Path, error: type[InputError], *, large: bool = False) -> dict[str, Any]:
@@ -196,7 +242,10 @@ def read_toml(file: Path, error: type[InputError] = ConfigError) -> dict[str, An
     try:
         content = tomllib.loads(text)
     except (ValueError, RecursionError) as reason:  # too many digits or brackets, too
-        raise error(f"{file} is no TOML: {reason}") from None
+        line = re.search(r"line \d+", str(reason))
+        raise error(
+            f"{file} is no TOML: {reason}", code="invalid_toml", field=line and line[0]
+        ) from None
     _require_plain(file, content, error)
     return content
 

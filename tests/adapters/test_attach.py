@@ -94,8 +94,9 @@ def gradients(model: Any, adapter: Any) -> dict[str, Tensor]:
 
 
 def checkpointing(model: Any, reentrant: bool) -> None:
-    enable = getattr(model, "activation_checkpointing_enable", None)
-    enable({"use_reentrant": reentrant})  # type: ignore[misc]
+    older = "gradient_checkpointing_enable"  # its name before transformers 5.20
+    enable = getattr(model, "activation_checkpointing_enable", None) or getattr(model, older)
+    enable({"use_reentrant": reentrant})
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")

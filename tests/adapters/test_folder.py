@@ -15,13 +15,15 @@ from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import IDS, MODELS, bert, fill, gpt2, llama, logits
 from torch import Tensor, nn
+from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from loralab import atomic
 from loralab.adapters import folder
 from loralab.adapters.attach import attach
 from loralab.adapters.load import load
 from loralab.adapters.methods import LoRA
-from loralab.errors import AdapterFileError, BaseMismatchWarning, OutputError
+from loralab.adapters.present import require_readable
+from loralab.errors import AdapterFileError, BaseMismatchWarning, OutputError, TargetError
 
 CONFIGS: dict[str, list[dict[str, Any]]] = {
     "llama": [
@@ -375,3 +377,92 @@ def test_a_writer_that_is_killed_between_two_files_leaves_nothing_that_can_be_re
             folder.write(place, config, {"x": torch.ones(2)}, {}, overwrite=True)
         with pytest.raises(AdapterFileError):
             folder.read(place)
+
+
+class Pooled(nn.Module):
+    """Attention by torch beside a layer that may have the name of its output projection."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.name = name
+        setattr(self, name, nn.Linear(8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = getattr(self, self.name)(self.attention(x, x, x)[0])
+        return y
+
+
+def siglip() -> Any:
+    return SiglipVisionModel(
+        SiglipVisionConfig(
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            image_size=28,
+            patch_size=14,
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        None,
+        "attention",
+        ["out_proj"],
+        ["self_attn.out_proj"],
+        ["attention"],
+        ["attention.q", "q_proj"],
+    ],
+)
+def test_attention_of_torch_beside_a_layer_of_that_name_comes_back(
+    target: Any, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model, pixels = siglip().eval(), torch.randn(2, 3, 28, 28)
+    state = model.state_dict()
+    adapter = fill(attach(model, LoRA(rank=2, target_modules=target)))
+    expected = model(pixels).pooler_output
+    adapter.save(tmp_path / "a")
+    again = siglip().eval()
+    again.load_state_dict(adapter.detach().state_dict())
+    assert state.keys() == again.state_dict().keys()
+    loaded = load(again, tmp_path / "a")
+    assert set(loaded.modules) == set(adapter.modules)
+    torch.testing.assert_close(again(pixels).pooler_output, expected)
+
+
+@pytest.mark.parametrize("name", ["proj", "out_proj"])
+def test_attention_of_torch_and_any_layer_come_back(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = Pooled(name), torch.randn(2, 3, 8)
+    adapter = fill(attach(model, LoRA(rank=2)))
+    expected = model(x)
+    adapter.save(tmp_path / "a")
+    load(adapter.detach(), tmp_path / "a")
+    assert torch.equal(model(x), expected)
+
+
+def test_what_could_not_be_read_again_is_not_written() -> None:
+    adapter = attach(llama(), LoRA(rank=2, target_modules=["q_proj"]))
+    fields = {"peft_type": "LORA", "r": 2, "lora_alpha": 16}
+    for target in (["k_proj"], ["q_proj", "k_proj"], "no.such.path", ["lm_head", "q_proj"]):
+        with pytest.raises(OutputError) as caught:
+            require_readable(
+                adapter.model,
+                adapter.modules,
+                {**fields, "target_modules": target},
+                adapter.tensors(),
+            )
+        assert caught.value.code == "unreadable"
+    right = {**fields, "target_modules": ["q_proj"]}
+    require_readable(adapter.model, adapter.modules, right, adapter.tensors())
+
+
+def test_an_error_of_a_model_that_does_not_fit_keeps_its_code(saved: Path) -> None:
+    with pytest.raises(TargetError) as caught:
+        load(nn.ModuleDict({"q_proj": nn.ReLU()}), saved)
+    assert caught.value.code == "nothing_to_adapt"
+    assert caught.value.field == "target_modules"

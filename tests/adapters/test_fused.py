@@ -235,3 +235,107 @@ def test_together_a_hook_on_any_layer_is_still_called() -> None:
     layers[1].register_forward_hook(lambda module, args, output: seen.append(module))
     together(torch.randn(3, 5), layers)
     assert seen == [layers[1]]
+
+
+SHAPES: dict[str, tuple[int, ...]] = {
+    "1 axis": (6,), "no rows": (2, 0, 6), "2 axes": (4, 6), "3 axes": (2, 3, 6), "4": (2, 1, 3, 6),
+}  # fmt: skip
+each_kind = pytest.mark.parametrize("kind", ["linear", "no bias", "conv1d"])
+
+
+@each_kind
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("options", ["rank 1", "pissa", "dora", "dropout"])
+def test_the_output_may_be_changed_in_place(
+    kind: str, shape: tuple[int, ...], options: str
+) -> None:
+    module = LinearWithLoRA(layer(kind, 6, 6), LoRA(**({"rank": 2} | OPTIONS[options]))).train()
+    nn.init.normal_(module.lora_B)
+    results = []
+    for in_place in (True, False):
+        torch.manual_seed(0)
+        x = torch.linspace(-1, 1, 6).expand(shape).clone().requires_grad_()
+        y = module(x)
+        if in_place:
+            y += x
+            y.mul_(2).relu_()
+        else:
+            y = (2 * (y + x)).relu()
+        results.append([y, *torch.autograd.grad(y.square().sum(), [x, module.lora_B])])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_outputs_of_layers_together_may_be_changed_in_place() -> None:
+    layers = [LinearWithLoRA(layer("linear", 6, 6), LoRA(rank=2)) for _ in range(3)]
+    x = torch.randn(2, 3, 6, requires_grad=True)
+    one, two, three = together(x, layers)
+    expected = torch.autograd.grad((2 * one + two.relu() + three).sum(), x)[0]
+    one, two, three = together(x, layers)
+    one *= 2
+    torch.testing.assert_close(
+        torch.autograd.grad((one + two.relu_() + three).sum(), x)[0], expected
+    )
+
+
+@each_kind
+@pytest.mark.parametrize("options", ["rank 1", "pissa", "dora", "dropout"])
+def test_an_input_that_changed_since_is_noticed(kind: str, options: str) -> None:
+    module = LinearWithLoRA(layer(kind, 6, 6), LoRA(**({"rank": 2} | OPTIONS[options]))).train()
+    x = torch.randn(2, 3, 6)
+    y = module(x)
+    x += 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def awkward() -> dict[str, Tensor]:
+    """Inputs that do not lie row by row in memory."""
+    return {
+        "turned": torch.randn(6, 4).T, "axes swapped": torch.randn(3, 2, 6).transpose(0, 1),
+        "channels": torch.randn(2, 6, 3).transpose(1, 2), "steps": torch.randn(4, 12)[:, ::2],
+        "expanded": torch.randn(1, 3, 6).expand(4, 3, 6), "one row": torch.randn(6).expand(4, 6),
+        "channels last": torch.randn(2, 6, 3, 4).permute(0, 2, 3, 1), "part": torch.randn(5, 6)[1:],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", awkward())
+@pytest.mark.parametrize("kind", ["linear", "no bias"])
+@pytest.mark.parametrize("options", ["rank 1", "dora"])
+def test_inputs_that_lie_anyhow_in_memory(name: str, kind: str, options: str) -> None:
+    module = LinearWithLoRA(layer(kind, 6, 4), LoRA(**({"rank": 2} | OPTIONS[options])))
+    nn.init.normal_(module.lora_B)
+    x = awkward()[name].detach().requires_grad_()
+    weight = module.base.weight + module.delta()
+    expected = nn.functional.linear(x, weight, module.base.bias)
+    found = module(x)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    (gradient,) = torch.autograd.grad(found.sum(), x)
+    torch.testing.assert_close(gradient, torch.ones_like(expected) @ weight, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@each_kind
+def test_second_derivatives_are_those_of_finite_differences(kind: str, masked: bool) -> None:
+    bases = [layer(kind, 5, 4).double().requires_grad_(False) for _ in range(2)]
+    x, *factors = (torch.randn(s, dtype=torch.double).requires_grad_()
+                   for s in ((3, 5), (2, 5), (4, 2), (1, 5), (4, 1)))  # fmt: skip
+    mask = (torch.rand(3, 5) > 0.4).double() / 0.6 if masked else None
+
+    def both(x: Tensor, *factors: Tensor) -> tuple[Tensor, ...]:
+        layers = [Updated(bases[n], *factors[2 * n : 2 * n + 2], 1.7 + n) for n in range(2)]
+        return linears_with_updates(x, layers, mask)
+
+    assert torch.autograd.gradgradcheck(both, (x, *factors))
+    assert torch.autograd.gradcheck(both, (x, *factors), check_batched_grad=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_many_outputs_at_once(dtype: torch.dtype) -> None:
+    base = layer("linear", 64, 32).to(dtype).requires_grad_(False)
+    x = torch.randn(3, 64, dtype=dtype, requires_grad=True)
+    y = fused(base, x, torch.randn(4, 64) / 8, torch.randn(32, 4) / 8, 1.0)
+    directions = torch.randn(5, 3, 32, dtype=dtype)
+    (found,) = torch.autograd.grad(y, x, directions, is_grads_batched=True, retain_graph=True)
+    single = [torch.autograd.grad(y, x, d, retain_graph=True)[0] for d in directions]
+    torch.testing.assert_close(found, torch.stack(single), rtol=0.05, atol=0.05)

@@ -1,5 +1,6 @@
 """LinearWithLoRA: the equation, its start, and merging that never loses the base."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -134,7 +135,6 @@ def test_pissa_of_too_high_a_rank_is_refused() -> None:
         LinearWithLoRA(layer("linear"), LoRA(rank=9, init="pissa"))
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own
 def test_the_model_can_be_compiled() -> None:
     module = wrapped()
     x = torch.randn(3, 12)
@@ -148,3 +148,81 @@ def test_merged_logits_of_a_whole_model(tmp_path: Any) -> None:
     unmerged = logits(model)
     adapter.merge()
     torch.testing.assert_close(logits(model), unmerged, rtol=1e-4, atol=1e-5)
+
+
+def frozen_dora() -> LinearWithLoRA:
+    module = wrapped(dora=True).eval()
+    for parameter in module.trained().values():
+        parameter.requires_grad_(False)
+    return module
+
+
+def is_current(module: LinearWithLoRA, x: Tensor) -> bool:
+    """Whether the lengths that are kept while nothing is trained are those worked out anew."""
+    kept = module(x)
+    module.magnitude.requires_grad_(True)  # type: ignore[union-attr]
+    fresh = module(x)
+    module.magnitude.requires_grad_(False)  # type: ignore[union-attr]
+    return torch.allclose(kept, fresh)
+
+
+def test_lengths_that_are_kept_follow_every_change() -> None:
+    module, x = frozen_dora(), torch.randn(3, 12)
+    assert is_current(module, x)
+    kept = module.ratio()
+    assert module.ratio() is kept
+    with torch.no_grad():
+        module.lora_B.mul_(2)
+    assert is_current(module, x)
+    module.load_state_dict({name: 1.5 * t for name, t in module.state_dict().items()})
+    assert is_current(module, x)
+    torch.testing.assert_close(module.squared_norm, module.base.weight.square().sum(1))
+    values = {name: 2 * p for name, p in module.trained().items()}
+    other = torch.func.functional_call(module, values, (x,))
+    assert is_current(module, x)
+    assert not torch.allclose(other, module(x))
+    module.double()
+    assert is_current(module, x.double())
+    again = copy.deepcopy(module)
+    with torch.no_grad():
+        again.lora_A.add_(1)
+    assert is_current(again, x.double())
+    assert is_current(module, x.double())
+
+
+def test_lengths_are_worked_out_where_only_the_factors_train() -> None:
+    module, x = frozen_dora(), torch.randn(3, 12)
+    module(x)
+    module.lora_B.requires_grad_(True)
+    module.lora_B.data.mul_(3)  # as a fused optimiser does it: no version is counted up
+    assert is_current(module, x)
+
+
+def test_gradients_pass_lengths_that_were_worked_out_in_inference_mode() -> None:
+    module, x = frozen_dora(), torch.randn(3, 12)
+    module.base.bias = None
+    with torch.inference_mode():
+        module(x)
+    (found,) = torch.autograd.grad(module(x.requires_grad_()).sum(), x)
+    weight = module.base.weight + module.delta()
+    torch.testing.assert_close(found, weight.sum(0).expand(3, 12), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_autocast_rounds_no_merged_weight_and_no_length(dora: bool) -> None:
+    module = wrapped(dora=dora)
+    expected, length = module.merged_tensors()["weight"], module.row_norm() if dora else None
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        if dora:
+            torch.testing.assert_close(module.row_norm(), length)
+        module.merge_weights()
+    torch.testing.assert_close(module.base.weight, expected)
+
+
+def test_a_base_in_float64_is_merged_in_float64() -> None:
+    module = wrapped()
+    module.double()
+    x = torch.randn(5, 12, dtype=torch.float64)
+    unmerged = module(x)
+    module.merge_weights()
+    torch.testing.assert_close(module(x), unmerged, rtol=1e-12, atol=1e-12)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import Phi3Config, Phi3ForCausalLM
 
 from loralab.adapters.attach import attach
+from loralab.adapters.conv import ConvWithLoRA
 from loralab.adapters.linear import LinearWithLoRA
 from loralab.adapters.load import load
 from loralab.adapters.methods import LoRA
@@ -325,3 +326,36 @@ def test_dora_with_dropout_drops_the_input_of_both_products() -> None:
     W, update = layer.base.weight, layer.scaling * layer.lora_B @ layer.lora_A
     want = layer.base(x) + dropped @ ((ratio - 1)[:, None] * W + ratio[:, None] * update).T
     torch.testing.assert_close(found, want)
+
+
+class Doubled(nn.Conv1d):
+    """Computes more than its convolution."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def test_a_convolution_that_computes_something_else_is_not_adapted() -> None:
+    model = nn.Sequential(Doubled(3, 3, 1), nn.Linear(4, 4))
+    with pytest.raises(TargetError, match="Doubled"):
+        attach(model, LoRA(rank=1, target_modules=("0",)))
+
+
+@pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv2d, nn.Conv3d])
+def test_the_output_of_a_convolution_may_be_changed_in_place(kind: Any) -> None:
+    module = ConvWithLoRA(kind(4, 4, 3, groups=2), LoRA(rank=2))
+    nn.init.normal_(module.lora_B)
+    x = torch.randn(2, 4, *[5] * (module.base.weight.ndim - 2))
+    expected = module(x).relu()
+    torch.testing.assert_close(module(x).relu_(), expected)
+    module(x).relu_().sum().backward()
+
+
+def test_a_convolution_with_channels_last_gives_the_same() -> None:
+    module = ConvWithLoRA(nn.Conv2d(4, 4, 3), LoRA(rank=2))
+    nn.init.normal_(module.lora_B)
+    x = torch.randn(2, 4, 5, 5)
+    expected = module(x)
+    module.to(memory_format=torch.channels_last)
+    found = module(x.contiguous(memory_format=torch.channels_last))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

@@ -124,6 +124,11 @@ def test_prompt_states_are_made_once_and_again_after_a_change() -> None:
         table.weight.mul_(2)
     assert not torch.equal(logits(model), first)
     assert table.states is not states
+    second = logits(model)
+    table.weight.data.mul_(2)  # as fused optimisers write: no version is counted up
+    assert not torch.equal(logits(model), second)
+    model.double()
+    assert logits(model).dtype == torch.float64
 
 
 def test_grouped_queries_have_a_narrower_prefix() -> None:

@@ -1,6 +1,7 @@
 """Spans of rows with factors of their own: the plain products, forward and backward."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -46,6 +47,36 @@ def test_products_and_gradients_are_the_plain_ones_in_float64() -> None:
     theirs = torch.autograd.grad(sum(y.square().sum() for y in wanted), leaves)
     for one, other in zip(ours, theirs, strict=True):
         assert torch.allclose(one, other)
+
+
+def test_second_derivatives_are_those_of_finite_differences() -> None:
+    bases = [nn.Linear(3, out, dtype=torch.float64).requires_grad_(False) for out in (4, 2)]
+    leaves = [torch.randn(s, dtype=torch.float64).requires_grad_()
+              for s in ((5, 3), (2, 3), (4, 2), (1, 3), (2, 1), (1, 3), (4, 1))]  # fmt: skip
+    mask = (torch.rand(2, 3) > 0.3).double() * 2
+
+    def call(
+        x: Tensor, A: Tensor, B: Tensor, A2: Tensor, B2: Tensor, A3: Tensor, B3: Tensor
+    ) -> Any:
+        first, second = [(A, B, 0.5), (A2, B2, 2.0)], [(A3, B3, 1.5), None]
+        updates = [Updates(0, 2, first, lambda rows: mask), Updates(3, 5, second, None)]
+        return linears_by_span(x, bases, updates)
+
+    assert torch.autograd.gradgradcheck(call, leaves)
+    assert torch.autograd.gradcheck(call, leaves, check_batched_grad=True)
+
+
+def test_the_outputs_may_be_changed_in_place() -> None:
+    base, own = nn.Linear(32, 64).requires_grad_(False), factors(64, (2,), torch.float32)
+    x = torch.randn(2, 5, 32, requires_grad=True)
+    updates = [Updates(0, 10, own, None)]
+    (y,) = linears_by_span(x, [base], updates)
+    y += 1
+    y.relu_()
+    (found,) = torch.autograd.grad(y.sum(), x)
+    (z,) = linears_by_span(x, [base], updates)
+    (expected,) = torch.autograd.grad((z + 1).relu().sum(), x)
+    torch.testing.assert_close(found, expected)
 
 
 def test_stacked_products_are_those_of_each_span() -> None:

@@ -21,7 +21,8 @@ from transformers import (
 
 from loralab.adapters.attach import attach
 from loralab.adapters.methods import IA3, BitFit, LoRA
-from loralab.adapters.targets import layer_number, target_names
+from loralab.adapters.paths import layer_number
+from loralab.adapters.targets import target_names
 from loralab.errors import TargetError
 
 

@@ -1,6 +1,5 @@
 """Adapter folders as training writes them, and the fresh process without its start-up time."""
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -54,7 +53,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def compare(path: Path, reference: Reference) -> Certificate:
         request, answer = tmp_path / "request.safetensors", tmp_path / "answer.json"
         reference.save(request)
-        certificate._main(str(path), str(request), str(answer))
-        return Certificate(**json.loads(answer.read_text(encoding="utf-8")))
+        certificate._main(str(path), str(request), str(answer), reference.device)
+        return certificate._read_answer(answer)
 
     monkeypatch.setattr(certificate, "_in_fresh_process", compare)

@@ -4,7 +4,9 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,15 +14,27 @@ import safetensors.torch
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
-from loralab.adapters.folder import CONFIG, RECORD, TENSORS, content_digest, read_json, write_json
+from loralab.adapters.folder import (
+    CONFIG,
+    RECORD,
+    TENSORS,
+    content_digest,
+    read_json,
+    update_record,
+    write_json,
+)
+from loralab.artefacts import certificate
 from loralab.artefacts.certificate import (
     KEPT,
     REFERENCE,
     TOLERANCES,
+    Certificate,
     Reference,
     certify,
     compare,
+    compare_afresh,
     file_digests,
     logits_of,
     reference_of,
@@ -28,7 +42,7 @@ from loralab.artefacts.certificate import (
 )
 from loralab.artefacts.live import bring_to_life
 from loralab.artefacts.merge import merge
-from loralab.errors import AdapterFileError, CertificateError
+from loralab.errors import AdapterFileError, BaseMismatchWarning, CertificateError
 from loralab.models.kinds import CAUSAL, CLASSIFIER
 from loralab.models.load import load
 from loralab.tasks.samples import POSITIONS
@@ -267,6 +281,87 @@ def test_a_process_that_fails_says_why_in_one_line(
     with pytest.raises(CertificateError, match=f"there is no model '{base}'") as found:
         certify(path, live, PROMPTS, kind=CAUSAL)
     assert "\n" not in str(found.value)
+
+
+@pytest.mark.usefixtures("in_this_process")
+@pytest.mark.parametrize("changed", ["chat_template", "digest", "fingerprint"])
+def test_what_token_ids_do_not_show_is_said_by_verify(
+    make_adapter: MakeAdapter, tiny_llama_folder: Path, changed: str
+) -> None:
+    path = certified(make_adapter, tiny_llama_folder)
+    record = read_json(path / RECORD)
+    section = "base" if changed == "fingerprint" else "tokenizer"
+    record[section][changed] = "another"
+    write_json(path / RECORD, record)
+    with pytest.warns(BaseMismatchWarning) as caught:
+        assert verify(path).passed
+    assert len(caught) == 1
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_a_certificate_says_nothing_twice(
+    make_adapter: MakeAdapter, tiny_llama_folder: Path
+) -> None:
+    path = make_adapter(tiny_llama_folder)
+    update_record(path, tokenizer={"chat_template": "another"})
+    with pytest.warns(BaseMismatchWarning):
+        live = bring_to_life(path)
+    certify(path, live.base.model, PROMPTS, kind=CAUSAL)  # warnings are errors here
+
+
+def answered(path: Path, place: Path, device: str) -> Certificate:
+    """What the fresh process would write."""
+    certificate._main(str(path), str(place / "request"), str(place / "answer"), device)
+    return certificate._read_answer(place / "answer")
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_the_reloaded_model_computes_where_the_live_one_did(
+    make_adapter: MakeAdapter, tiny_llama_folder: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    path = make_adapter(tiny_llama_folder)
+    live = bring_to_life(path)
+    reference_of(live.base.model, PROMPTS, CAUSAL).save(tmp_path / "request")
+    moved: list[str] = []
+    to = nn.Module.to
+
+    def noted(module: nn.Module, device: Any, *more: Any, **named: Any) -> nn.Module:
+        moved.append(str(device))
+        if device == "full":
+            raise torch.OutOfMemoryError
+        return to(module, "cpu" if device == "card" else device, *more, **named)
+
+    monkeypatch.setattr(nn.Module, "to", noted)
+    assert answered(path, tmp_path, "card").device == "card"
+    assert moved.count("card") == 1
+    assert answered(path, tmp_path, "full").device == "cpu"  # the live model leaves it no room
+    merge(path, tmp_path / "merged")
+    moved.clear()
+    assert answered(tmp_path / "merged", tmp_path, "card").device == "card"
+    assert moved.count("card") == 1
+
+
+def test_the_device_of_the_live_model_goes_to_the_fresh_process(
+    make_adapter: MakeAdapter, tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make_adapter(tiny_llama_folder)
+    found: list[str] = []
+
+    def compare(path: Path, reference: Reference) -> Certificate:
+        found.append(reference.device)
+        logits = logits_of(live.base.model, reference.prompts, CAUSAL)
+        return certificate.compare(reference, logits, "fp32", reference.device)
+
+    live = bring_to_life(path)
+    monkeypatch.setattr(certificate, "_in_fresh_process", compare)
+    on_card = replace(reference_of(live.base.model, PROMPTS, CAUSAL), device="card")
+    compare_afresh(path, on_card)
+    assert read_json(path / RECORD)["certificate"]["device"] == "card"
+    verify(path)  # there is no such device here
+    monkeypatch.setattr(certificate, "device_here", lambda: SimpleNamespace(type="card"))
+    verify(path)
+    assert found == ["card", "cpu", "card"]
 
 
 def test_the_reference_of_a_live_model_is_all_its_logits(tiny_llama_folder: Path) -> None:

@@ -137,8 +137,8 @@ def _reload_without_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
 
     original = certificate._reload
 
-    def off(path: Path) -> Any:
-        base, precision = original(path)
+    def off(path: Path, device: str) -> Any:
+        base, precision = original(path, device)
         with torch.no_grad():
             next(base.model.parameters()).mul_(1.5)
         return base, precision

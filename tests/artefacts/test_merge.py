@@ -27,6 +27,7 @@ from loralab.artefacts.merge import merge
 from loralab.errors import (
     AdapterFileError,
     AdapterStateError,
+    BaseMismatchWarning,
     CertificateError,
     ConfigError,
     OutputError,
@@ -203,6 +204,22 @@ def test_another_copy_of_the_base_can_be_named(
     load(str(tiny_llama_folder)).tokenizer.save_pretrained(moved)
     merge(adapter, tmp_path / "out", model=str(moved))
     assert read_json(tmp_path / "out" / RECORD)["base"]["name"] == str(moved)
+
+
+@pytest.mark.usefixtures("in_this_process")
+@pytest.mark.parametrize("template", ["{{ messages[0]['content'] }}", None])
+def test_the_merged_model_is_asked_as_the_adapter_was_in_training(
+    make_adapter: MakeAdapter, tiny_llama_folder: Path, tmp_path: Path, template: str | None
+) -> None:
+    adapter = make_adapter(tiny_llama_folder)
+    folder.update_record(adapter, tokenizer={"chat_template": template, "eos_token": "<s>"})
+    with pytest.warns(BaseMismatchWarning) as caught:
+        merge(adapter, tmp_path / "out")
+    assert len(caught) == 2
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert (tokenizer.chat_template, tokenizer.eos_token) == (template, "<s>")
+    assert read_json(tmp_path / "out" / RECORD)["training"] == {"seed": 0}
+    verify(tmp_path / "out")
 
 
 def test_a_place_that_is_taken_and_an_adapter_that_is_none_are_refused(

@@ -1,6 +1,7 @@
 """The commands, run as a user runs them: exit codes, one line an error, JSON."""
 
 import json
+import shlex
 import signal
 import threading
 from pathlib import Path
@@ -8,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from loralab.cli import _as_interrupt, _ended, _thread_ended, run
+from loralab.artefacts.engines import Obstacle, Verdict
+from loralab.cli import _as_interrupt, _ended, _thread_ended, artefacts, run
 from loralab.cli.options import pairs
 from loralab.errors import ConfigError
 from loralab.studies.fields import from_toml
@@ -58,6 +60,51 @@ def test_every_command_on_a_run(
     assert all(row["overlap"] == pytest.approx(1, abs=1e-3) for row in printed(capsys))
     for command in (["inspect", str(trained)], ["verify", str(trained)]):
         assert run(command) == 0  # as tables
+
+
+def test_what_can_be_done_next_can_be_typed(
+    tiny_llama_folder: Path, sums_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    output = tmp_path / "it's $HOME; a run"
+    assert run(arguments(tiny_llama_folder, sums_file, output)) == 0
+    lines = capsys.readouterr().out.split("next:\n")[1].splitlines()
+    commands = [shlex.split(line) for line in lines]
+    assert [command[1] for command in commands] == ["evaluate", "generate", "merge"]
+    assert all(str(output) in command for command in commands)
+    assert commands[2][3] == f"{output}-merged"
+    rows: list[tuple[str, str]] = []
+    monkeypatch.setattr("loralab.cli.artefacts._print_table", lambda _, found: rows.extend(found))
+    verdict = Verdict(target="vllm", obstacles=(
+        Obstacle(what="x", way_out="export"), Obstacle(what="y", way_out="merge"),
+    ))  # fmt: skip
+    artefacts._show_verdict(output, verdict)
+    assert shlex.split(rows[1][1])[2] == shlex.split(rows[2][1])[2] == str(output)
+
+
+def test_an_evaluation_says_which_rows_it_scored(
+    trained: Path, tiny_llama_folder: Path, sums_file: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"prompt": "good film 7", "completion": "bad"}\n' * 5)
+    capsys.readouterr()
+
+    def scored(*options: str) -> tuple[int, str]:
+        assert run(["evaluate", *options, "--json"]) == 0
+        found = printed(capsys)
+        assert run(["evaluate", *options]) == 0
+        assert str(found["rows"]) in capsys.readouterr().out
+        return found["rows"], found["split"]
+
+    adapter = ["--adapter", str(trained)]
+    assert scored("--data", str(sums_file), *adapter) == (6, "test")
+    assert scored("--data", str(sums_file), *adapter, "--split", "train") == (48, "train")
+    assert scored("--data", str(other), *adapter) == (5, "all")
+    assert scored("--data", str(other), *adapter, "--limit", "2") == (2, "all")
+    model = ["--model", str(tiny_llama_folder)]
+    assert scored("--data", str(sums_file), *model) == (6, "test")
+    assert scored("--data", str(sums_file), *model, "--split", "all") == (60, "all")
 
 
 def test_plan_and_listings(
@@ -119,6 +166,7 @@ BAD = [
     (["train", "--config", "{keys}"], "did you mean rank"),
     (["train", "--data", "{data}", "--map", "text=nothing"], "nothing"),
     (["evaluate", "--data", "{data}", "--adapter", "nowhere"], "no adapter folder"),
+    (["evaluate", "--data", "{data}", "--split", "tset"], "did you mean test"),
     (["generate", "hello", "--adapter", "nowhere"], "no adapter folder"),
     (["merge", "nowhere", "out"], "no adapter folder"),
     (["export", "nowhere", "out", "--to", "pfet"], "did you mean peft"),

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -77,6 +78,19 @@ def test_a_signal_ends_the_server_after_the_last_answer(
         assert process.stderr.read() == ""
 
 
+def test_the_options_of_connections_and_origins_reach_the_server(tiny_llama_folder: Path) -> None:
+    page, options = "https://chat.example.org", ["--keep-alive", "0.3", "--json"]
+    with served(tiny_llama_folder, *options, "--allow-origin", page) as (_, said):
+        place = urlsplit(json.loads(said)["url"])
+        with socket.create_connection((str(place.hostname), place.port or 0), timeout=5) as one:
+            lines = f"GET /health HTTP/1.1\r\nHost: localhost\r\nOrigin: {page}\r\n\r\n"
+            one.sendall(lines.encode())
+            found = b""
+            while part := one.recv(4096):  # to the end, which the server makes
+                found += part
+    assert f"access-control-allow-origin: {page}".encode() in found.lower()
+
+
 def test_what_it_says_to_people(tiny_llama_folder: Path) -> None:
     with served(tiny_llama_folder, "--adapter", "sst=a") as (process, said):
         assert process.stdout is not None
@@ -111,9 +125,19 @@ BAD: list[tuple[list[str], str]] = [
     (["--store", "{store}", "--keys", "nowhere.toml", "--no-keys"], "either"),
     (["--store", "{store}", "--allow-host", "http://lab"], "--allow-host expects a name"),
     (["--store", "{store}", "--allow-host", "lab:80"], "--allow-host expects a name"),
+    (["--store", "{store}", "--allow-origin", "lab.example"], "--allow-origin expects an origin"),
+    (["--store", "{store}", "--allow-origin", "*"], "--keys"),
     (["--store", "{store}", "--port", "{taken}"], "in use"),
     (["--store", "{store}", "--port", "70000"], "65535"),
     (["--store", "{store}", "--timeout", "0"], "timeout"),
+    (["--store", "{store}", "--keep-alive", "0"], "keep_alive"),
+    (["--store", "{store}", "--keep-alive", "nan"], "keep_alive"),
+    (["--store", "{store}", "--keep-alive", "long"], "--keep-alive"),
+    (["--store", "{store}", "--connections", "0"], "connections"),
+    (["--store", "{store}", "--connections", "9", "--ray", "local"], "--connections"),
+    (["--store", "{store}", "--engine", "vllm", "--keep-alive", "9"], "--keep-alive"),
+    (["--store", "{store}", "--engine", "vllm", "--timeout", "300"], "--timeout"),
+    (["--store", "{store}", "--engine", "vllm", "--allow-origin", "http://a"], "--allow-origin"),
     (["--store", "{store}", "--resident", "0"], "resident"),
     (["--store", "{store}", "--cache-memory", "much"], "cache_memory"),
     (["--store", "{store}", "--max-batch", "-1"], "max_batch"),

@@ -56,6 +56,17 @@ ROWS: dict[str, list[dict[str, Any]]] = {
         for n in range(12)
     ],
     "tags": [{"tokens": ["a", str(n)], "tags": ["O", "X"]} for n in range(12)],
+    "shared": [
+        {"id": n, "system": None, "conversations": [
+            {"from": "human", "value": f"say {n}", "weight": 0},
+            {"from": "gpt", "value": "yes", "weight": 1}]}
+        for n in range(12)
+    ],
+    "parts": [
+        {"text": f"text {n}", "source": "x", "weight": 1.0, "label": float(n % 2),
+         "split": "train" if n % 4 else "test"}
+        for n in range(12)
+    ],
 }  # fmt: skip
 
 

@@ -33,14 +33,19 @@ ASKED: list[tuple[str, str, Any, int]] = [
     ("get", "/openapi.json", None, 200), ("get", "/metrics", None, 200),
     ("get", "/v1/models/v0", None, 200), ("get", "/v1/models/nobody", None, 404),
     ("post", "/v1/completions", TEXT, 200), ("post", "/v1/completions", {**TEXT, "n": 0}, 400),
+    ("post", "/v1/completions", {**TEXT, "echo": True, "max_tokens": 0}, 200),
     ("post", "/v1/completions", {**TEXT, "model": "base"}, 404),
-    ("post", "/v1/completions", {**TEXT, "max_tokens": 10**6}, 400),
+    ("post", "/v1/completions", {**TEXT, "max_tokens": 10**6}, 200),
+    ("post", "/v1/completions", {**TEXT, "prompt": [5] * 64}, 400),
     ("post", "/v1/chat/completions", CHAT, 200), ("post", "/v1/chat/completions", [], 400),
     ("post", "/v1/chat/completions", {**CHAT, "model": "x" * 10**6}, 404),
     ("post", "/v1/classify", {"model": "v2", "input": ["good", "bad film"]}, 200),
     ("post", "/v1/classify", {"model": "v2", "input": []}, 400),
     ("post", "/v1/load_lora_adapter", {"lora_name": "w", "lora_path": "v1"}, 200),
     ("post", "/v1/load_lora_adapter", {"lora_name": "w", "lora_path": "../v1"}, 400),
+    ("post", "/v1/load_lora_adapter", {"lora_name": "base", "lora_path": "v1"}, 400),
+    ("post", "/v1/load_lora_adapter",
+     {"lora_name": "w", "lora_path": "v1", "load_inplace": False}, 400),
     ("post", "/v1/unload_lora_adapter", {"lora_name": "w"}, 200),
     ("post", "/v1/unload_lora_adapter", {"lora_name": "w"}, 404),
 ]  # fmt: skip
@@ -99,8 +104,10 @@ def test_answers_are_as_described(
     require_described(method, path, elsewhere)
 
 
-def test_streams_are_as_described(live: Live) -> None:
-    more = {"stream": True, "stream_options": {"include_usage": True}}
+@pytest.mark.parametrize("so_far", [False, True])
+def test_streams_are_as_described(so_far: bool, live: Live) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": so_far}
+    more = {"stream": True, "stream_options": options}
     for path, body, chunk in (
         ("/v1/completions", TEXT, CompletionChunk), ("/v1/chat/completions", CHAT, ChatChunk),
     ):  # fmt: skip

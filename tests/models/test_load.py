@@ -12,12 +12,15 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     BertConfig,
     BertForSequenceClassification,
     CLIPVisionConfig,
     CLIPVisionModel,
     FNetConfig,
     FNetForMaskedLM,
+    LlamaConfig,
+    LlamaForSequenceClassification,
     Qwen3Config,
     Qwen3ForCausalLM,
     RwkvConfig,
@@ -90,6 +93,33 @@ def test_a_tokenizer_without_padding_pads_with_its_end(copied: Path) -> None:
     base = load(str(copied))
     assert base.tokenizer.pad_token == base.tokenizer.eos_token
     assert base.model.config.pad_token_id == base.tokenizer.eos_token_id
+
+
+def test_padding_that_the_model_has_no_row_for_is_replaced_by_the_end(copied: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(copied)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(copied)
+    base = load(str(copied))
+    assert tokenizer.pad_token_id == base.model.get_input_embeddings().num_embeddings
+    assert base.tokenizer.pad_token_id == base.tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize("pad", [0, 2, None])
+def test_a_padded_text_is_put_into_the_class_that_it_is_put_into_alone(
+    pad: int | None, save_tiny: Any
+) -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        **SIZES, id2label=NAMES, label2id={"negative": 0, "positive": 1}, pad_token_id=pad
+    )
+    folder = save_tiny("classifier", LlamaForSequenceClassification(config), False)
+    base = load(str(folder))
+    pad = base.tokenizer.pad_token_id
+    ids = torch.tensor([[5, 6, 7, pad, pad], [5, 6, 7, 8, 9]])
+    with torch.no_grad():
+        both = base.model(input_ids=ids, attention_mask=(ids != pad).long()).logits
+        alone = base.model(input_ids=ids[:1, :3]).logits
+    assert torch.allclose(both[:1], alone, atol=1e-6)
 
 
 @pytest.mark.parametrize("precision", models.DTYPES)

@@ -17,11 +17,12 @@ from typing import Any
 from loralab.errors import (
     AdapterFileError,
     AdapterNotFoundError,
+    ConfigError,
     DataError,
     QueueFullError,
     nearest,
 )
-from loralab.serving.request import Answer, Chosen, Finished, Piece, Ranked, Sampling
+from loralab.serving.request import Answer, Finished, Piece, Ranked, Sampling, TokenLogprob
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +31,7 @@ class FakeEntry:
 
     name: str
     digest: str
-    method: str = "LORA"
+    method: str = "lora"
     rank: int | None = 8
     bytes: int = 4_900_000
     task: str | None = "movie-reviews"
@@ -42,6 +43,11 @@ class FakeEntry:
     pinned: bool = False
     front: int = 0
     path: Path = Path("sst")
+    form: str | None = None
+
+    @property
+    def score(self) -> tuple[str, float] | None:
+        return next(iter(self.metrics.items()), None)
 
 
 class FakeStore:
@@ -52,6 +58,9 @@ class FakeStore:
         self.evictions = 3
         self.root = Path("store")
 
+    def settled(self, name: str = "") -> bool:
+        return True
+
     def entries(self) -> list[FakeEntry]:
         return [self._entries[name] for name in sorted(self._entries)]
 
@@ -61,9 +70,13 @@ class FakeStore:
             raise AdapterNotFoundError(f"no adapter {name!r}{nearest(name, self._entries)}")
         return found[0]
 
-    def load(self, name: str, path: str) -> FakeEntry:
+    def load(self, name: str, path: str, *, replace: bool = True) -> FakeEntry:
+        if name in ("tiny", "base"):
+            raise ConfigError(f"{name} is the base's", code="reserved_name", field="name")
+        if name in self._entries and not replace:
+            raise ConfigError(f"{name} is taken", code="name_taken", field="name")
         if ".." in path:
-            raise AdapterFileError(f"{path} lies outside the store")
+            raise AdapterFileError(f"{path} lies outside the store", field="path")
         self._entries[name] = FakeEntry(name=name, digest=digest_of(name + path), path=Path(path))
         return self._entries[name]
 
@@ -93,6 +106,9 @@ class FakeEngine:
         self.pause = 0.0
         self.full = False
         self.fail = ""
+        self.warning = ""
+        self.tokens_a_piece = 1
+        self.held_after: int | None = None  # pieces, until the gate is opened anew
         self.cancelled: list[str] = []
         self.asked: list[tuple[tuple[int, ...], Sampling]] = []
         self.running = self.waiting = 0
@@ -117,7 +133,7 @@ class FakeEngine:
         gone = threading.Event()
         answer = Answer(
             id=uuid.uuid4().hex, adapter=entry and entry.name, digest=entry and entry.digest,
-            cancel=gone.set,
+            cancel=gone.set, warning=self.warning,
         )  # fmt: skip
         thread = threading.Thread(target=self._write, args=(answer, len(prompt), sampling, gone))
         self._threads.append(thread)
@@ -141,15 +157,20 @@ class FakeEngine:
         self.running += 1
         begun, count, reason = time.perf_counter(), 0, "length"
         words = [f"{answer.adapter or 'base'}", *(f" {n}" for n in range(sampling.max_tokens - 1))]
-        for word in words:
+        offset = 0
+        for number, word in enumerate(words):
+            if number == self.held_after:
+                self.gate.clear()
             while not self.gate.is_set() and not gone.is_set():
                 time.sleep(0.002)
             if gone.is_set():
                 reason = "cancelled"
                 self.cancelled.append(answer.id)
                 break
-            count += 1
-            answer.tell(Piece(text=word, tokens=(count,), logprobs=explained(word, sampling)))
+            count += self.tokens_a_piece
+            told = explained(word, offset, sampling)
+            answer.tell(Piece(text=word, tokens=(count,) * self.tokens_a_piece, logprobs=told))
+            offset += len(word)
             if self.fail:
                 reason = "error"
                 break
@@ -172,8 +193,15 @@ class FakeEngine:
         })  # fmt: skip
 
 
-def explained(word: str, sampling: Sampling) -> tuple[Chosen, ...]:
+def explained(word: str, offset: int, sampling: Sampling) -> tuple[TokenLogprob, ...]:
     if sampling.logprobs is None:
         return ()
-    top = ((1, word, -0.5), (2, " other", float("-inf")))[: sampling.logprobs]
-    return (Chosen(token=1, text=word, logprob=-0.5, top=top),)
+    top = tuple(
+        TokenLogprob(token=token, raw=text.encode(), text=text, logprob=logprob)
+        for token, text, logprob in ((1, word, -0.5), (2, " other", float("-inf")))
+    )[: sampling.logprobs]
+    return (
+        TokenLogprob(
+            token=1, raw=word.encode(), text=word, logprob=-0.5, offset=offset, top=top
+        ),
+    )  # fmt: skip

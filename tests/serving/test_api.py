@@ -179,6 +179,62 @@ def test_pictures_arrive_as_files(engine: FakeEngine) -> None:
     error_of(post(engine, "/v1/classify", {"model": "sst", "input": {"image": "§"}}), 400)
 
 
+PATHS = [("/v1/completions", TEXT), ("/v1/chat/completions", CHAT)]
+
+
+@pytest.mark.parametrize(("path", "body"), PATHS)
+@pytest.mark.parametrize("options", [{"include_usage": True}, {}, {"include_usage": None}])
+def test_every_chunk_tells_the_usage_so_far(
+    path: str, body: dict[str, Any], options: dict[str, Any], engine: FakeEngine
+) -> None:
+    asked = {**options, "continuous_usage_stats": True}
+    more = {"stream": True, "n": 2, "stream_options": asked}
+    chunks = events(post(engine, path, {**body, **more}))
+    usages = [chunk["usage"] for chunk in chunks]
+    counts = [usage["completion_tokens"] for usage in usages]
+    prompt = len(engine.asked[0][0])
+    assert counts == sorted(counts) and set(counts) == set(range(counts[0], 9))
+    assert counts[-1] == 8
+    for usage in usages:
+        assert usage["prompt_tokens"] == prompt
+        assert usage["total_tokens"] == prompt + usage["completion_tokens"]
+    assert chunks[-1]["choices"] == []
+    assert usages[-1]["prompt_tokens_details"] == {"cached_tokens": 0}
+
+
+@pytest.mark.parametrize(("path", "body"), PATHS)
+def test_usage_in_a_stream_is_told_as_it_was_asked_for(
+    path: str, body: dict[str, Any], engine: FakeEngine
+) -> None:
+    for options, expected in (
+        (None, "none"), ({}, "none"), ({"continuous_usage_stats": False}, "none"),
+        ({"include_usage": False, "continuous_usage_stats": True}, "none"),
+        ({"include_usage": True}, "last"),
+        ({"include_usage": True, "continuous_usage_stats": False}, "last"),
+    ):  # fmt: skip
+        asked = {**body, "stream": True, "stream_options": options}
+        chunks = events(post(engine, path, asked))
+        if expected == "none":
+            assert not any("usage" in chunk for chunk in chunks)
+        else:
+            assert all(chunk["usage"] is None for chunk in chunks[:-1])
+            assert chunks[-1]["usage"]["completion_tokens"] == 4
+
+
+@pytest.mark.parametrize(("path", "body"), PATHS)
+def test_a_warning_is_told_once(path: str, body: dict[str, Any], engine: FakeEngine) -> None:
+    plain = post(engine, path, body)
+    assert "warning" not in plain.json() and "x-loralab-warning" not in plain.headers
+    engine.warning = "take care"
+    whole = post(engine, path, {**body, "n": 2})
+    assert whole.headers["x-loralab-warning"] == whole.json()["warning"] == "take care"
+    streamed = post(engine, path, {**body, "n": 2, "stream": True})
+    assert streamed.headers["x-loralab-warning"] == "take care"
+    chunks = events(streamed)
+    assert chunks[0]["warning"] == "take care"
+    assert not any("warning" in chunk for chunk in chunks[1:])
+
+
 # -- keys ----------------------------------------------------------------------------------------
 
 
@@ -198,10 +254,19 @@ def test_a_narrow_key_sees_and_asks_its_own_adapters_only(engine: FakeEngine) ->
     assert [m["id"] for m in get(engine, "/v1/models", **mine).json()["data"]] == ["sst"]
     assert [a["name"] for a in get(engine, "/store", **mine).json()["adapters"]] == ["sst"]
     error_of(get(engine, "/metrics", **mine), 403)
-    for model in ("news", "tiny", digest_of("news")):
-        error_of(post(engine, "/v1/completions", {**TEXT, "model": model}, **mine), 403)
-    unknown = post(engine, "/v1/completions", {**TEXT, "model": "newss"}, **mine)
-    assert "did you mean" not in error_of(unknown, 404)["message"]
+    told = set()
+    for model in ("news", "newz", "tiny", "tinz", digest_of("news"), digest_of("newz"), "base"):
+        asked = [
+            post(engine, "/v1/completions", {**TEXT, "model": model}, **mine),
+            post(engine, "/v1/chat/completions", {**CHAT, "model": model}, **mine),
+            post(engine, "/v1/classify", {"model": model, "input": "a"}, **mine),
+            get(engine, f"/v1/models/{model}", **mine),
+        ]
+        for error in (error_of(one, 404) for one in asked):
+            told.add((error["message"].replace(model, "*"), error["param"], error["code"]))
+    assert len(told) == 1  # what is there and what is not are told in the same words
+    assert "did you mean" not in str(told)
+    assert post(engine, "/v1/completions", {**TEXT, "model": digest_of("sst")}, **mine).is_success
     for path in ("/v1/load_lora_adapter", "/v1/unload_lora_adapter"):
         error_of(post(engine, path, {"lora_name": "sst"}, **mine), 403)
     assert post(engine, "/v1/completions", TEXT, **mine).status_code == 200
@@ -244,10 +309,27 @@ def test_adapters_come_and_go(engine: FakeEngine) -> None:
     error_of(post(engine, "/v1/unload_lora_adapter", {"lora_name": "new"}), 404)
     outside = {"lora_name": "new", "lora_path": "../new"}
     assert error_of(post(engine, "/v1/load_lora_adapter", outside), 400)["param"] == "lora_path"
-    of_base = {"lora_name": "tiny", "lora_path": "runs/new"}
-    error_of(post(engine, "/v1/load_lora_adapter", of_base), 400)
-    inplace = {**body, "load_inplace": True}
-    error_of(post(engine, "/v1/load_lora_adapter", inplace), 400)
+    for name in ("tiny", "base"):
+        of_base = {"lora_name": name, "lora_path": "runs/new"}
+        error = error_of(post(engine, "/v1/load_lora_adapter", of_base), 400)
+        assert (error["param"], error["code"]) == ("lora_name", "reserved_name")
+    gone = error_of(post(engine, "/v1/unload_lora_adapter", {"lora_name": "nobody"}), 404)
+    assert gone["param"] == "lora_name"
+
+
+def test_a_name_that_is_taken_moves_unless_it_is_not_to(engine: FakeEngine) -> None:
+    load, body = "/v1/load_lora_adapter", {"lora_name": "sst", "lora_path": "runs/new"}
+    before = engine.store.entry("sst").digest
+    error = error_of(post(engine, load, {**body, "load_inplace": False}), 400)
+    assert (error["param"], error["code"]) == ("lora_name", "name_taken")
+    assert engine.store.entry("sst").digest == before
+    for more in ({}, {"load_inplace": None}, {"load_inplace": True}):
+        engine.store.load("sst", "sst")
+        assert post(engine, load, {**body, **more}).status_code == 200
+        assert engine.store.entry("sst").digest != before
+    free = {**body, "lora_name": "free", "load_inplace": False}
+    assert post(engine, load, free).status_code == 200
+    assert error_of(post(engine, load, {**free, "load_inplace": 0}), 400)["param"] == "load_inplace"
 
 
 def test_models_and_the_store_tell_what_is_there(engine: FakeEngine) -> None:
@@ -262,6 +344,8 @@ def test_models_and_the_store_tell_what_is_there(engine: FakeEngine) -> None:
     assert store["engine"]["max_waiting"] == 2
     assert [a["name"] for a in store["adapters"]] == ["news", "sst"]
     assert store["adapters"][1]["metrics"] == {"accuracy": 0.89}
+    assert store["adapters"][1]["score"] == sst["score"] == {"metric": "accuracy", "value": 0.89}
+    assert store["adapters"][0]["score"] is None
 
 
 def test_metrics_count_by_adapter(engine: FakeEngine) -> None:

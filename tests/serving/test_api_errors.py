@@ -10,10 +10,11 @@ from typing import Any
 import httpx
 import pytest
 from serving import served
-from serving.fakes import FakeEngine
+from serving.fakes import FakeEngine, FakeEntry, FakeStore, digest_of
 from serving.served import Serve
 from serving.talk import CHAT, TEXT, error_of, events, get, post, talk, until
 
+from loralab.errors import DataError
 from loralab.serving.api import build_app
 from loralab.serving.settings import Limits
 
@@ -24,7 +25,8 @@ WRONG: list[tuple[str, dict[str, Any], str | None, str]] = [
     ("completions", {"max_tokens": "4"}, "max_tokens", "integer"),
     ("completions", {"max_tokens": 0}, "max_tokens", "at least 1"),
     ("completions", {"max_tokens": True}, "max_tokens", "integer"),
-    ("completions", {"max_tokens": 1000}, "prompt", "at most 64"),
+    ("completions", {"prompt": [5] * 64}, "prompt", "at most 64"),
+    ("completions", {"prompt": [[5], [5] * 70], "max_tokens": 1}, "prompt", "at most 64"),
     ("completions", {"temperature": -1}, "temperature", "from 0"),
     ("completions", {"temperature": "hot"}, "temperature", "number"),
     ("completions", {"top_p": 0}, "top_p", "above 0"),
@@ -41,7 +43,9 @@ WRONG: list[tuple[str, dict[str, Any], str | None, str]] = [
     ("completions", {"prompt": [1.5]}, "prompt.0", "valid"),
     ("completions", {"prompt": ["a"] * 200}, "prompt", "from 1 to 128"),
     ("completions", {"temprature": 1}, "temprature", "did you mean temperature"),
-    ("completions", {"echo": True}, "echo", "not supported"),
+    ("completions", {"echo": 1}, "echo", "boolean"),
+    ("completions", {"echo": False, "max_tokens": 0}, "max_tokens", "at least 1"),
+    ("chat/completions", {"echo": True}, "echo", "not supported"),
     ("completions", {"suffix": "x"}, "suffix", "not supported"),
     ("completions", {"best_of": 2}, "best_of", "leave it out, or 1"),
     ("completions", {"presence_penalty": 0.5}, "presence_penalty", "not supported"),
@@ -56,7 +60,14 @@ WRONG: list[tuple[str, dict[str, Any], str | None, str]] = [
     ("chat/completions", {"top_logprobs": 3}, "top_logprobs", "logprobs"),
     ("chat/completions", {"tools": [{"type": "function"}]}, "tools", "not supported"),
     ("chat/completions", {"response_format": {"type": "json_object"}}, "response_format", "text"),
-    ("chat/completions", {"max_completion_tokens": 0}, "max_tokens", "at least 1"),
+    ("chat/completions", {"max_completion_tokens": 0}, "max_completion_tokens", "at least 1"),
+    ("chat/completions", {"max_tokens": 0, "max_completion_tokens": 3}, "max_tokens", "at least 1"),
+    ("chat/completions", {"logprobs": True, "top_logprobs": 21}, "top_logprobs", "20"),
+    ("chat/completions", {"messages": [{"role": "user", "content": "good " * 80}]}, "messages",
+     "at most 64"),
+    ("chat/completions", {"logprobs": True, "top_logprobs": -1}, "top_logprobs", "from 0"),
+    ("chat/completions", {"stream_options": {"continuous_usage_stats": 1}},
+     "stream_options.continuous_usage_stats", "boolean"),
 ]  # fmt: skip
 
 
@@ -66,10 +77,43 @@ def test_a_wrong_field_is_named(
 ) -> None:
     body = {**(TEXT if path == "completions" else CHAT), **change}
     error = error_of(post(engine, f"/v1/{path}", body), 400)
-    assert (error["param"] or "").startswith(param)
+    assert (error["param"] or "").startswith(param or "")
     assert message in error["message"]
     assert error["type"] == "invalid_request_error"
     assert engine.asked == []
+
+
+@pytest.mark.parametrize(
+    ("path", "more"),
+    [
+        ("completions", {"max_tokens": 1000}),
+        ("chat/completions", {"max_tokens": 10**9}),
+        ("chat/completions", {"max_completion_tokens": 1000, "max_tokens": None}),
+        ("chat/completions", {"max_completion_tokens": 1000, "max_tokens": 2000}),
+    ],
+)
+def test_more_tokens_than_fit_are_answered_up_to_the_room(
+    path: str, more: dict[str, Any], engine: FakeEngine
+) -> None:
+    body = {**(TEXT if path == "completions" else CHAT), **more}
+    found = post(engine, f"/v1/{path}", body)
+    assert found.status_code == 200
+    assert found.json()["choices"][0]["finish_reason"] == "length"
+    ids, sampling = engine.asked[0]
+    assert len(ids) + sampling.max_tokens == engine.context
+    assert found.json()["usage"]["total_tokens"] == engine.context
+
+
+def test_a_prompt_that_leaves_no_room_says_so_as_other_servers_do(engine: FakeEngine) -> None:
+    last = post(engine, "/v1/completions", {**TEXT, "prompt": [5] * 63, "max_tokens": 9})
+    assert last.json()["usage"]["completion_tokens"] == 1
+    for prompt in ([5] * 64, [5] * 65, "good " * 90):
+        error = error_of(post(engine, "/v1/completions", {**TEXT, "prompt": prompt}), 400)
+        assert (error["param"], error["code"]) == ("prompt", "context_length_exceeded")
+    engine.store = FakeStore(FakeEntry(name="sst", digest=digest_of("sst"), front=60))
+    turns = [{"role": "user", "content": "good film a b c d"}]
+    error = error_of(post(engine, "/v1/chat/completions", {**CHAT, "messages": turns}), 400)
+    assert (error["param"], error["code"]) == ("messages", "context_length_exceeded")
 
 
 def test_neutral_values_and_names_of_users_have_no_effect(engine: FakeEngine) -> None:
@@ -146,9 +190,17 @@ def test_a_full_queue(engine: FakeEngine) -> None:
 
 def test_a_refused_prompt_takes_the_others_along(engine: FakeEngine) -> None:
     engine.gate.clear()
-    body = {**TEXT, "prompt": [[5], [5] * 70]}
-    error_of(post(engine, "/v1/completions", body), 400)
+    submit = engine.submit
+
+    def refusing(prompt: Any, **more: Any) -> Any:
+        if len(prompt) == 2:
+            raise DataError("not this one")
+        return submit(prompt, **more)
+
+    engine.submit = refusing  # type: ignore[method-assign]
+    error_of(post(engine, "/v1/completions", {**TEXT, "prompt": [[5], [5, 6], [7]]}), 400)
     until(lambda: len(engine.cancelled) == 1)
+    assert len(engine.asked) == 1
 
 
 def test_an_answer_that_fails(engine: FakeEngine) -> None:

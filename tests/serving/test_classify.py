@@ -10,10 +10,17 @@ import pytest
 import torch
 from conftest import Saver
 from PIL import Image
-from transformers import Dinov2Config, Dinov2Model
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    Dinov2Config,
+    Dinov2Model,
+)
 
 from loralab.adapters.methods import LoRA, Method, Prefix
-from loralab.errors import AdapterNotFoundError, ConfigError, DataError
+from loralab.errors import AdapterNotFoundError, ConfigError, DataError, ModelError
+from loralab.models.load import load
+from loralab.serving.asking import Asking
 from loralab.serving.engine import Engine
 from loralab.serving.opening import open_engine
 from loralab.serving.request import Ranked, Sampling
@@ -107,6 +114,13 @@ def test_several_requests_share_the_batches(encoder: Taught) -> None:
             assert own.probabilities == pytest.approx(other.probabilities, abs=1e-5)
 
 
+def test_what_was_asked_before_is_answered_alike(language: Taught) -> None:
+    texts = ["good " * count for count in range(1, 20)]  # some end where a block of the cache does
+    first, second = (language.classes("three", texts) for _ in range(2))
+    for own, other in zip(second, first, strict=True):
+        assert own.probabilities == pytest.approx(other.probabilities, abs=1e-5)
+
+
 @pytest.mark.parametrize("side", ["language", "encoder"])
 def test_what_nobody_waits_for_is_given_up(side: str, request: pytest.FixtureRequest) -> None:
     made: Taught = request.getfixturevalue(side)
@@ -163,3 +177,17 @@ def picture(colour: tuple[int, int, int]) -> bytes:
     out = BytesIO()
     Image.new("RGB", (28, 28), colour).save(out, format="PNG")
     return out.getvalue()
+
+
+def test_a_token_that_the_encoder_has_no_row_for_is_named(save_tiny: Saver) -> None:
+    config = BertConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+        vocab_size=90, id2label={0: "good", 1: "bad"}, label2id={"good": 0, "bad": 1},
+    )  # fmt: skip
+    base = load(str(save_tiny("odd", BertForSequenceClassification(config), False)))
+    base.tokenizer.add_tokens(["<odd>"])
+    asking = Asking(base, context=64)
+    assert asking.classifying(["good film"], None)
+    with pytest.raises(ModelError) as caught:
+        asking.classifying(["good <odd> film"], None)
+    assert caught.value.code == "token_without_row" and "<odd>" in str(caught.value)

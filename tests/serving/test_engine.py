@@ -45,9 +45,14 @@ def alone(model: Any, prompt: Sequence[int], new: int = NEW) -> tuple[int, ...]:
 
 
 @pytest.fixture(scope="module")
-def solo(world: World) -> Callable[[str | None, Sequence[int]], tuple[int, ...]]:
+def models(world: World) -> dict[str | None, Any]:
+    """The base with each adapter alone."""
+    return {name: world.solo(name) for name in (None, *KINDS)}
+
+
+@pytest.fixture(scope="module")
+def solo(models: Any) -> Callable[[str | None, Sequence[int]], tuple[int, ...]]:
     """What an adapter alone writes; worked out once for each prompt."""
-    models = {name: world.solo(name) for name in (None, *KINDS)}
     known: dict[Any, tuple[int, ...]] = {}
 
     def answer(name: str | None, prompt: Sequence[int]) -> tuple[int, ...]:
@@ -204,7 +209,57 @@ def test_log_probabilities_are_those_of_the_model(world: World, opened: Open) ->
         row = expected[len(prompt) - 1 + place]
         assert chosen.token == own.tokens[place]
         assert chosen.logprob == pytest.approx(float(row[chosen.token]), abs=1e-3)
-        assert [token for token, _, _ in chosen.top] == row.topk(3).indices.tolist()
+        assert [one.token for one in chosen.top] == row.topk(3).indices.tolist()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"step_tokens": 5}, {"cache_memory": "80KB", "max_batch": 3}, {"resident": 2}],
+    ids=["all room", "small chunks", "small cache", "few places"],
+)
+@pytest.mark.parametrize("new", [0, 3])
+def test_an_echo_explains_the_prompt(
+    world: World, opened: Open, models: Any, new: int, settings: dict[str, Any]
+) -> None:
+    """Beside others, in pieces, and where the cache knows the prompt already."""
+    engine = opened(**settings)
+    names = [None, *KINDS] * 2
+    asked = prompts(len(KINDS) + 1, longest=40, seed=11) * 2
+    echo = Sampling(max_tokens=new, temperature=0, ignore_eos=True, echo=True, logprobs=2)
+    plain = engine.generate(asked, adapters=names, sampling=GREEDY)
+    answers = [
+        engine.submit(prompt, adapter=name, sampling=sampling)
+        for name, prompt in zip(names, asked, strict=True)
+        for sampling in (echo, GREEDY)
+    ]
+    engine.run_until_idle()
+    found = [answer.result() for answer in answers]
+    assert [own.tokens for own in found[1::2]] == [own.tokens for own in plain]
+    for name, prompt, own, whole in zip(names, asked, found[::2], plain, strict=True):
+        assert own.tokens == whole.tokens[:new]
+        assert own.finished.reason == "length"
+        assert (own.finished.prompt_tokens, own.finished.completion_tokens) == (len(prompt), new)
+        ids = [*prompt, *own.tokens]
+        assert [one.token for one in own.logprobs] == ids
+        with torch.no_grad():
+            expected = models[name](input_ids=torch.tensor([ids])).logits[0].log_softmax(dim=-1)
+        assert own.logprobs[0].logprob is None
+        for place, one in enumerate(own.logprobs[1:]):
+            assert one.logprob == pytest.approx(float(expected[place, one.token]), abs=1e-3)
+            assert [top.token for top in one.top] == expected[place].topk(2).indices.tolist()
+        assert own.text == "".join(one.text for one in own.logprobs)
+        written = [*prompt, *(token for token in own.tokens if token > 2)]  # no special ones
+        assert own.text == world.base.tokenizer.decode(written)
+
+
+def test_an_echo_without_log_probabilities_is_the_text(world: World, opened: Open) -> None:
+    engine, prompt = opened(), [1, 7, 8, 9]
+    for new in (0, 4):
+        sampling = Sampling(max_tokens=new, temperature=0, ignore_eos=True, echo=True)
+        own = engine.generate([prompt], adapters=["lora"], sampling=sampling)[0]
+        assert own.logprobs == ()
+        assert own.text == world.base.tokenizer.decode([*prompt[1:], *own.tokens])
+        assert len(own.tokens) == new
 
 
 def test_pieces_are_the_whole(opened: Open) -> None:
@@ -303,3 +358,26 @@ def test_a_defect_leaves_nobody_waiting(opened: Open, monkeypatch: Any) -> None:
     assert not engine.healthy
     with pytest.raises(QueueFullError):
         engine.submit([5], adapter=None, sampling=GREEDY)
+
+
+def test_a_prompt_unlike_those_of_training_is_named(
+    world: World, opened: Open, tmp_path: Path
+) -> None:
+    """Rows of questions and answers are trained inside the chat template."""
+    forms = {"asked": "prompt-completion", "chats": "messages", "plain": "text", "foreign": None}
+    for seed, (name, form) in enumerate(forms.items()):
+        record = {"task": {"name": name, "format": form}} if form else {}
+        write_adapter(world.base.model, LoRA(rank=2), tmp_path / name, 70 + seed, **record)
+    engine, tokenizer = opened(tmp_path), world.base.tokenizer
+    bare = tokenizer("good film")["input_ids"]
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "good film"}], add_generation_prompt=True, tokenize=False
+    )
+    told = {
+        (name, number): bool(engine.submit(prompt, adapter=name, sampling=GREEDY).warning)
+        for name in (*forms, None)
+        for number, prompt in enumerate((bare, tokenizer(chat)["input_ids"], bare[:1]))
+    }
+    assert {key for key, warned in told.items() if warned} == {
+        (name, number) for name in ("asked", "chats") for number in (0, 2)
+    }

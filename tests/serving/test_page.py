@@ -106,6 +106,33 @@ def test_answers_stream_into_their_columns(
 
 
 @browser
+@pytest.mark.parametrize("mode", ["chat", "text"])
+def test_tokens_are_counted_and_not_pieces(
+    mode: str, engine: FakeEngine, serve: Serve, tmp_path: Path
+) -> None:
+    """A piece of text may take several tokens, also while an answer is still being written."""
+    engine.tokens_a_piece = 3
+    for held, expected in ((None, "15…"), (2, "6")):
+        engine.held_after = held
+        page, _ = shown(
+            serve(engine), tmp_path, models="sst", prompt="good film", mode=mode, max_tokens=5,
+            autorun=1,
+        )  # fmt: skip
+        assert ("text waiting" in column(page, "sst")) == (held is not None)
+        numbers = re.findall(r"<dd[^>]*>([^<]*)</dd>", column(page, "sst"))
+        assert numbers[-1] == expected
+
+
+@browser
+def test_a_warning_stands_in_the_column(engine: FakeEngine, serve: Serve, tmp_path: Path) -> None:
+    engine.warning = "the prompt is <b>unlike</b> training"
+    page, _ = shown(
+        serve(engine), tmp_path, models="sst", prompt="good", mode="text", max_tokens=5, autorun=1
+    )
+    assert '<p class="warning">the prompt is &lt;b&gt;unlike&lt;/b&gt; training' in page
+
+
+@browser
 def test_an_error_stands_in_the_column_it_belongs_to(
     engine: FakeEngine, serve: Serve, tmp_path: Path
 ) -> None:
@@ -120,11 +147,17 @@ def test_an_error_stands_in_the_column_it_belongs_to(
     engine.store.load("<b>bold</b>", "x")
     engine.max_waiting = 9
     page, _ = shown(
-        serve(engine), tmp_path, models="news,<b>bold</b>", prompt="x" * 400, max_tokens=70,
+        serve(engine), tmp_path, models="news,<b>bold</b>", prompt="good film", max_tokens=3,
         autorun=1,
     )  # fmt: skip
     assert '<p class="error"' in column(page, "news")
-    assert "at most 64" in column(page, "news")
+    assert "no longer finite" in column(page, "news")
+    assert '<p class="error"' not in column(page, "&lt;b&gt;bold&lt;/b&gt;")
+    long, _ = shown(
+        serve(engine), tmp_path, models="news", prompt="good film " * 40, max_tokens=3, autorun=1
+    )
+    assert '<p class="error"' in column(long, "news")
+    assert "at most 64" in column(long, "news")
     assert "<b>bold</b>" not in page  # a name is text, never markup
     assert "&lt;b&gt;bold&lt;/b&gt;" in page
 

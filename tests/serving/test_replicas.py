@@ -1,5 +1,6 @@
 """Replicas on a cluster answer as one engine does, and keep to their adapters."""
 
+import json
 import re
 import subprocess
 import sys
@@ -19,8 +20,8 @@ from loralab.errors import ConfigError
 from loralab.serving.api import build_app
 from loralab.serving.keys import Key
 from loralab.serving.listener import address, open_socket
-from loralab.serving.replicas import Plan, app, asked, model_in, running
-from loralab.serving.settings import ServeSettings
+from loralab.serving.replicas import Plan, app, asked, model_in, outcome, running
+from loralab.serving.settings import Limits, ServeSettings
 
 pytestmark = [  # Ray leaves files and processes to the garbage collector
     pytest.mark.filterwarnings(f"ignore::{name}")
@@ -65,6 +66,34 @@ def test_quotas_that_replicas_would_count_alone_are_refused() -> None:
 def test_wrong_arguments_of_serve_run_are_refused(args: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         app(args)
+
+
+def said(status: int, code: str | None = None) -> list[Any]:
+    """An answer as messages."""
+    content = b"Success" if code is None else json.dumps({"error": {"code": code}}).encode()
+    start = {"type": "http.response.start", "status": status, "headers": []}
+    return [start, {"type": "http.response.body", "body": content[:3]},
+            {"type": "http.response.body", "body": content[3:]}]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("others", "status"),
+    [
+        ([], 200), ([said(200), said(200)], 200),
+        ([said(200), said(404, "model_not_found")], 200),  # a shared store: it is gone already
+        ([said(400, "name_taken"), said(200)], 200),
+        ([said(400, "invalid_value"), said(200)], 400),
+        ([said(404, "model_not_found"), said(500, "cannot_write"), said(429, "queue_full")], 500),
+    ],
+)  # fmt: skip
+def test_replicas_that_find_a_change_done_do_not_refuse_it(others: list[Any], status: int) -> None:
+    assert outcome(said(200), others)[0]["status"] == status
+
+
+def test_a_limit_that_only_our_own_server_keeps_is_refused() -> None:
+    with pytest.raises(ConfigError) as error:
+        Plan(model="m", store="s", limits=Limits(connections=9))
+    assert (error.value.code, error.value.field) == ("no_effect", "connections")
 
 
 def test_giving_up_an_answer_disconnects_its_application() -> None:

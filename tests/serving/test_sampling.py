@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from loralab.errors import ConfigError
 from loralab.serving.request import Sampling
-from loralab.serving.sampling import Draws, choose, filtered, likeliest
+from loralab.serving.sampling import Draws, choose, filtered, likeliest, readable
 
 ROW = torch.tensor([1.0, 3.0, 2.0, 0.5, -1.0])
 
@@ -47,6 +47,25 @@ def test_what_is_left_by_top_k_and_top_p(top_k: int, top_p: float, temperature: 
     assert torch.allclose(ratio, ratio[:1].expand_as(ratio))
 
 
+@given(
+    st.lists(st.floats(-9, 9) | st.just(1.0), min_size=1, max_size=40),
+    st.integers(0, 50), st.floats(0.01, 1.0), st.floats(0.05, 20),
+)  # fmt: skip
+def test_the_same_is_left_as_by_sorting_all(
+    logits: list[float], top_k: int, top_p: float, temperature: float
+) -> None:
+    row = torch.tensor(logits)
+    order = sorted(range(len(row)), key=lambda n: -row[n])[: top_k or None]
+    chances = (row[order].double() / temperature).softmax(dim=0)
+    before = chances.cumsum(dim=0) - chances
+    assume(not (before - top_p).abs().lt(1e-9).any())
+    chances[before >= top_p] = 0
+    expected = torch.zeros(len(row), dtype=torch.double)
+    expected[order] = chances / chances.sum()
+    found = filtered(row, Sampling(top_k=top_k, top_p=top_p, temperature=temperature))
+    assert torch.allclose(found, expected, atol=1e-12)
+
+
 def test_frequencies_are_the_probabilities() -> None:
     own = Draws(Sampling(seed=1, temperature=0.8))
     expected = filtered(ROW, own.sampling)
@@ -54,6 +73,30 @@ def test_frequencies_are_the_probabilities() -> None:
     for _ in range(4000):
         counts[choose(ROW[None], [own])[0]] += 1
     assert torch.allclose(counts.double() / 4000, expected, atol=0.03)
+
+
+def test_nothing_is_sorted_where_nothing_is_left_out() -> None:
+    """A top_p that leaves out nothing gives the same tokens as none."""
+    logits = torch.randn(60, 200, generator=torch.Generator().manual_seed(0))
+    plain, sorted_ = Draws(Sampling(seed=3)), Draws(Sampling(seed=3, top_k=200))
+    assert [choose(row[None], [plain]) for row in logits] == [
+        choose(row[None], [sorted_]) for row in logits
+    ]
+
+
+def test_rows_are_moved_together_and_only_if_they_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    moved, cpu = [], torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda own: (moved.append(own.shape), cpu(own))[1])
+    logits = torch.randn(8, 30)
+    for crowd, expected in (
+        ([Sampling(temperature=0)] * 8, []),
+        ([Sampling(seed=1)] * 8, [(8, 30)]),
+        ([Sampling(temperature=0)] * 7 + [Sampling(temperature=0, logprobs=1)], [(8, 30)]),
+    ):
+        moved.clear()
+        draws = [Draws(sampling) for sampling in crowd]
+        assert len(choose(readable(logits, draws), draws)) == 8
+        assert moved == expected
 
 
 def test_log_probabilities() -> None:

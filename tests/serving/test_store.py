@@ -84,7 +84,7 @@ def test_opening_reads_no_tensors_and_tells_all(
     store = Store(root, number_of)
     assert names(store) == ["a", "b"]
     found = store.entry("a")
-    assert (found.digest, found.method, found.rank, found.task) == (digest, "LORA", 2, "sst")
+    assert (found.digest, found.method, found.rank, found.task) == (digest, "lora", 2, "sst")
     assert found.labels == ("bad", "good") and found.metrics == {"accuracy": 0.5}
     assert (found.base, found.kind, found.front) == ("tiny", "causal-lm", 0)
     assert found.bytes == (root / "a" / folder.TENSORS).stat().st_size
@@ -142,6 +142,33 @@ def test_what_is_damaged_is_listed_and_the_rest_is_served(root: Path) -> None:
     write(root / "config", 8)
     assert store.load("config", "config").name == "config"
     assert "config" not in store.refused
+
+
+def test_what_the_base_is_called_names_no_adapter(root: Path) -> None:
+    for name in ("base", "tiny"):
+        write(root / name, 5)
+    (root / NAMES).write_text('{"format": 1, "names": {"x": "base", "tiny": "a"}, "removed": []}')
+    store = Store(root, number_of, reserved=["tiny", "org/tiny"])
+    assert names(store) == ["a", "b", "x"] and set(store.refused) == {"base", "tiny"}
+    for name in ("base", "tiny"):
+        with pytest.raises(ConfigError) as error:
+            store.load(name, "a")
+        assert (error.value.code, error.value.field) == ("reserved_name", "name")
+        with pytest.raises(AdapterFileError):
+            store.entry(name)
+    assert used(store, "x").value == 5  # under another name it is served
+
+
+@pytest.mark.parametrize(("name", "path", "field"), [
+    ("a b", "a", "name"), ("", "a", "name"), ("base", "a", "name"), ("x", "../a", "path"),
+    ("x", "nowhere", "path"), ("x", "", "path"),
+])  # fmt: skip
+def test_an_error_says_which_of_the_two_is_wrong(
+    root: Path, name: str, path: str, field: str
+) -> None:
+    with pytest.raises(LoralabError) as error:
+        Store(root, number_of).load(name, path)
+    assert error.value.field == field and error.value.code
 
 
 @pytest.mark.parametrize("content", [

@@ -1,29 +1,25 @@
 """What is told piece by piece is the whole text, and never more than what stays."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from serving.vocabularies import Opaque, OwnBytes
 
+from loralab.serving.detokenize import IncrementalDetokenizer, TokenBytes
 from loralab.serving.text import Writing
 
 
-class Bytes:
-    """A tokenizer whose tokens are bytes: most characters take several."""
-
-    def decode(self, tokens: Any, **_: Any) -> str:
-        return bytes(tokens).decode("utf-8", errors="replace")
-
-
 def told(text: str, stops: tuple[str, ...] = ()) -> tuple[list[str], Writing]:
-    writing, parts = Writing(Bytes(), stops), []
+    """The pieces of a text whose tokens are bytes: most characters take several."""
+    writing, parts = Writing(stops), []
+    detokenizer = IncrementalDetokenizer(TokenBytes(Opaque()))
     for token in text.encode():
-        parts.append(writing.add(token))
+        parts.append(writing.add(detokenizer.add(token)[1]))
         if writing.stopped:
             return parts, writing
-    return [*parts, writing.end()], writing
+    return [*parts, writing.end(detokenizer.end()[1])], writing
 
 
 @given(st.text(max_size=40).filter(lambda t: "\ufffd" not in t))
@@ -40,6 +36,7 @@ STOPS = st.lists(st.text("abc好", min_size=1, max_size=4), max_size=3)
 def test_a_stop_text_and_what_follows_is_never_told(text: str, stops: list[str]) -> None:
     parts, writing = told(text, tuple(stops))
     whole = "".join(parts)
+    assert writing.told == len(whole)
     ends = [place for stop in stops if (place := text.find(stop)) >= 0]
     if ends:
         # the stop text that is complete first ends the answer
@@ -52,15 +49,16 @@ def test_a_stop_text_and_what_follows_is_never_told(text: str, stops: list[str])
 
 
 def test_half_a_stop_text_is_held_back_until_it_is_clear() -> None:
-    writing = Writing(Bytes(), ("END",))
-    assert [writing.add(ord(c)) for c in "xENx"] == ["x", "", "", "ENx"]
+    writing = Writing(("END",))
+    assert [writing.add(c) for c in "xENx"] == ["x", "", "", "ENx"]
 
 
 @pytest.mark.parametrize("tokens", [[240], [240, 159], [200, 65]])
-def test_broken_characters_come_out_in_the_end(tokens: list[int]) -> None:
-    writing = Writing(Bytes(), ())
-    parts = [writing.add(token) for token in tokens]
-    assert "".join([*parts, writing.end()]) == Bytes().decode(tokens)
+@pytest.mark.parametrize("tokenizer", [OwnBytes(), Opaque()])
+def test_broken_characters_come_out_in_the_end(tokens: list[int], tokenizer: OwnBytes) -> None:
+    detokenizer = IncrementalDetokenizer(TokenBytes(tokenizer))
+    parts = [detokenizer.add(token)[1] for token in tokens]
+    assert "".join([*parts, detokenizer.end()[1]]) == tokenizer.decode(tokens)
 
 
 def test_words_keep_the_space_between_them(tiny_llama_folder: Path) -> None:
@@ -68,5 +66,6 @@ def test_words_keep_the_space_between_them(tiny_llama_folder: Path) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama_folder)
     ids = tokenizer("good bad fine poor great", add_special_tokens=False)["input_ids"]
-    writing = Writing(tokenizer, ())
-    assert "".join([*(writing.add(i) for i in ids), writing.end()]) == tokenizer.decode(ids)
+    detokenizer = IncrementalDetokenizer(TokenBytes(tokenizer))
+    texts = [*(detokenizer.add(i)[1] for i in ids), detokenizer.end()[1]]
+    assert "".join(texts) == tokenizer.decode(ids)

@@ -34,7 +34,7 @@ def here() -> Here:
     """All records of a study, measured in this process."""
 
     def run(ground: Ground, folder: Path) -> list[Record]:
-        arms, invalid = prepare(ground, None)
+        arms, invalid, _ = prepare(ground, None)
         able = [Arm(**arm) for arm in arms if arm["name"] not in invalid]
 
         def obtain(cell: Cell) -> Record:

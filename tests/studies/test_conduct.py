@@ -1,16 +1,22 @@
 """Bad input is one clear error before anything runs; a grid of one's own is a study."""
 
+import json
+import math
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+from studies.conftest import ground_of
 
 from loralab.errors import ConfigError, InputError, OutputError
-from loralab.studies import catalog
+from loralab.studies import catalog, store
 from loralab.studies.conduct import _own, recommend, study
 from loralab.studies.fields import configured
-from loralab.studies.prepare import question_module
+from loralab.studies.prepare import prepare, question_module
 from loralab.studies.questions.recommend import plan_for
-from loralab.studies.study import Asked, parse_seconds
+from loralab.studies.runner import Session
+from loralab.studies.study import Arm, Asked, parse_seconds
 
 
 def grid(tmp_path: Path, text: str) -> Path:
@@ -61,6 +67,7 @@ def test_a_grid_is_every_combination_and_a_list_in_a_list_is_one_value(tmp_path:
     assert method.target_modules == ("q", "v")  # type: ignore[union-attr]
 
 
+@pytest.mark.slow
 def test_what_cannot_run_is_named_and_the_rest_runs_if_asked(
     tmp_path: Path, tiny_bert_folder: Path, noise_file: Path
 ) -> None:
@@ -75,6 +82,39 @@ def test_what_cannot_run_is_named_and_the_rest_runs_if_asked(
     done = study(str(file), output_dir=tmp_path / "again", skip_invalid=True)
     html = (done.folder / "report.html").read_text(encoding="utf-8")
     assert "failed: target_modules" in html
+
+
+def test_a_study_goes_on_with_the_rows_and_the_base_that_it_was_begun_with(
+    tmp_path: Path, tiny_bert_folder: Path, noise_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, data = shutil.copytree(tiny_bert_folder, tmp_path / "model"), tmp_path / "rows.csv"
+    lines = noise_file.read_text(encoding="utf-8").splitlines()
+    data.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    ground = ground_of("rank", model, data)
+
+    def told(own: Session, job: dict[str, Any]) -> Any:
+        """What a worker would say."""
+        arms, invalid, facts = prepare(ground, [Arm(name="a", fields={"rank": 1})])
+        yield {"kind": "arms", "arms": arms, "invalid": invalid, "facts": facts}
+
+    monkeypatch.setattr(Session, "_do", told)
+    own = Session(tmp_path / "out", math.inf)
+    for _ in range(2):
+        assert [arm.name for arm in own.prepare(ground)] == ["a"]
+    config = model / "config.json"
+    before = config.read_text()
+    config.write_text(json.dumps({**json.loads(before), "layer_norm_eps": 0.5}))
+    with pytest.raises(ConfigError) as error:
+        own.prepare(ground)
+    assert (error.value.code, error.value.field) == ("other_run", "base_config")
+    config.write_text(before)
+    data.write_text("\n".join(lines[:-20]) + "\n", encoding="utf-8")
+    with pytest.raises(ConfigError) as error:
+        own.prepare(ground)
+    assert (error.value.code, error.value.field) == ("other_run", "data")
+    (tmp_path / "out" / store.FACTS).unlink()  # as in a folder of before
+    own.prepare(ground)
+    assert (tmp_path / "out" / store.FACTS).is_file()
 
 
 def test_a_model_or_data_that_is_not_there_is_refused_before_a_run(tmp_path: Path) -> None:
@@ -143,6 +183,7 @@ def test_more_time_means_more_candidates_and_never_less_than_one_group() -> None
     assert plan_for(0.1, 2.0, 10, 60, 1)[1] < 60
 
 
+@pytest.mark.slow
 def test_recommend_ends_in_a_configuration_that_trains(
     tmp_path: Path, tiny_bert_folder: Path, noise_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from hostile.crash import Victim
 from studies.conftest import ground_of
 from studies.outcomes import results
 
@@ -54,26 +56,23 @@ def start(*arguments: object) -> subprocess.Popen[str]:
 def killed_at_random(own_study: Path, folder: Path, times: int, wait: float) -> None:
     for number in range(times):
         extra = ["--resume"] if (folder / store.STUDY).is_file() else []
-        running = start("study", own_study, "--output-dir", folder, *extra)
+        running = Victim(["study", own_study, "--output-dir", folder, *extra])
         time.sleep(wait + 0.7 * number)
-        running.kill()
-        running.communicate()
+        running.hit(signal.SIGKILL)
+        running.end()
 
 
 def test_a_killed_study_goes_on_and_ends_with_the_same_numbers(
     own_study: Path, tmp_path: Path
 ) -> None:
     killed, whole = tmp_path / "killed", tmp_path / "whole"
-    killed_at_random(own_study, killed, 2, 6.0)
+    Victim(["tasks", "--json"]).end()  # now everything is imported
+    killed_at_random(own_study, killed, 2, 1.0)
     time.sleep(1.5)  # what the killed ones started ends by itself
     extra = ["--resume"] if (killed / store.STUDY).is_file() else []
-    subprocess.run(
-        command("study", own_study, "--output-dir", killed, *extra), check=True,
-        capture_output=True,
-    )  # fmt: skip
-    subprocess.run(
-        command("study", own_study, "--output-dir", whole), check=True, capture_output=True
-    )
+    for folder, more in ((killed, extra), (whole, [])):
+        ended = Victim(["study", own_study, "--output-dir", folder, *more]).end()
+        assert ended.code == 0, ended.said
     assert results(killed) == results(whole)
     assert len(results(whole)) == 4
     for file in ("report.html", "report.md", "report.zh-TW.md", "results.parquet"):
@@ -83,14 +82,12 @@ def test_a_killed_study_goes_on_and_ends_with_the_same_numbers(
 @pytest.mark.slow
 def test_a_study_killed_ten_times(own_study: Path, tmp_path: Path) -> None:
     killed, whole = tmp_path / "killed", tmp_path / "whole"
-    killed_at_random(own_study, killed, 10, 4.0)
+    killed_at_random(own_study, killed, 10, 0.5)
     time.sleep(1.5)
     extra = ["--resume"] if (killed / store.STUDY).is_file() else []
     for folder, more in ((killed, extra), (whole, [])):
-        subprocess.run(
-            command("study", own_study, "--output-dir", folder, *more), check=True,
-            capture_output=True,
-        )  # fmt: skip
+        ended = Victim(["study", own_study, "--output-dir", folder, *more]).end()
+        assert ended.code == 0, ended.said
     assert results(killed) == results(whole)
 
 
@@ -164,9 +161,10 @@ def test_a_cell_that_dies_is_a_record_and_the_next_one_runs(
     assert "an error of ours" in (tmp_path / "study" / "worker.log").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_the_worker_ends_with_its_parent(tmp_path: Path, own_study: Path) -> None:
     running = start("study", own_study, "--output-dir", tmp_path / "study")
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline and not list((tmp_path / "study").glob("runs/*")):
         time.sleep(0.1)
     children = subprocess.run(
@@ -234,22 +232,20 @@ def test_numbers_that_are_not_finite_survive_as_absent(tmp_path: Path) -> None:
     assert found.seconds == 2.0
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_a_study_that_goes_on(tmp_path: Path, own_study: Path) -> None:
     folder = tmp_path / "study"
     running = start("study", own_study, "--output-dir", folder)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline and not list(folder.glob("runs/*")):
         time.sleep(0.1)
     running.send_signal(signal.SIGINT)
-    _, said = running.communicate(timeout=60)
+    _, said = running.communicate(timeout=300)
     if running.returncode != 0:  # it may have been done already
         assert running.returncode == 130
         assert "--resume" in said
-    done = subprocess.run(
-        command("study", own_study, "--output-dir", folder, "--resume"), check=False,
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    done = Victim(["study", own_study, "--output-dir", folder, "--resume"]).end()
+    assert done.code == 0, done.said
     assert {entry.status for entry in results(folder).values()} == {DONE}
 
 
@@ -274,6 +270,18 @@ def test_what_a_study_left_that_was_killed_as_it_began_is_no_obstacle(tmp_path: 
     (tmp_path / "mine").touch()
     with pytest.raises(OutputError, match="not empty"):
         _require_place(tmp_path, resume=False)
+
+
+def test_the_commands_that_an_error_proposes_can_be_typed(tmp_path: Path) -> None:
+    folder = tmp_path / "it's mine"
+    with pytest.raises(OutputError) as error:
+        store.plans(folder)
+    assert shlex.split(str(error.value).split("start one: ")[1])[-1] == str(folder)
+    folder.mkdir()
+    (folder / store.STUDY).touch()
+    with pytest.raises(OutputError) as error:
+        _require_place(folder, resume=False)
+    assert f"loralab report {shlex.quote(str(folder))}, " in str(error.value)
 
 
 def worker_of(process: "subprocess.Popen[str]", folder: Path) -> Worker:

@@ -84,15 +84,17 @@ def test_every_turn_is_learnt_after_the_ids_that_a_chat_would_have(
 ) -> None:
     row = conversation(*(content for turn in turns for content in turn))
     task = task_of("messages", [row])
-    example = only(task, bytes_tokenizer, 2000)
+    examples = encode(task, "train", bytes_tokenizer, kind="causal-lm", max_length=2000).examples
     asked = prompts(task, "train", bytes_tokenizer)[0]
-    assert example.input_ids[: len(asked)] == asked
+    assert examples[-1].input_ids[: len(asked)] == asked
     text = bytes_tokenizer.apply_chat_template(
         row["messages"][:-1], add_generation_prompt=True, tokenize=False
     )
     assert list(asked) == bytes_tokenizer(text, add_special_tokens=False)["input_ids"]
-    ends = learnt(example).count(bytes_tokenizer.eos_token_id)
-    assert ends in (len(turns), 1)  # 1: pieces that are not the chat's ids, so the last turn only
+    ends = sum(learnt(example).count(bytes_tokenizer.eos_token_id) for example in examples)
+    assert ends == len(turns)
+    # several examples where the pieces are not the chat's ids
+    assert len(examples) in (len(turns), 1)
 
 
 def test_all_turns_are_learnt_and_the_text_is_the_templates(
@@ -105,15 +107,60 @@ def test_all_turns_are_learnt_and_the_text_is_the_templates(
     assert bytes_tokenizer.decode(learnt(example)) == "yes<|im_end|> no<|im_end|>"
 
 
-def test_a_template_that_rewrites_old_turns_learns_the_last(
+def test_where_a_template_rewrites_old_turns_each_answer_is_an_example(
     bytes_tokenizer: Any, task_of: TaskOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bytes_tokenizer, "chat_template", FORGETFUL)
-    task = task_of("messages", [conversation("is it good?", "yes", "sure?", "no")])
-    example = only(task, bytes_tokenizer)
-    asked = prompts(task, "train", bytes_tokenizer)[0]
-    assert example.input_ids[: len(asked)] == asked and "(gone)" in bytes_tokenizer.decode(asked)
-    assert bytes_tokenizer.decode(learnt(example)) == "no<|im_end|>"
+    one = conversation("is it good?", "yes", "sure?", "no")
+    task = task_of("messages", [one, conversation("is it?", "yes")])
+    encoded = encode(task, "train", bytes_tokenizer, kind="causal-lm", max_length=200)
+    assert [example.row for example in encoded.examples] == [0, 0, 1]
+    first, second, _ = encoded.examples
+    asked = [
+        prompts(task_of("messages", [{"messages": chat}]), "train", bytes_tokenizer)[0]
+        for chat in (one["messages"][:2], one["messages"])
+    ]
+    for example, ids, answer in zip((first, second), asked, ("yes", "no"), strict=True):
+        assert example.input_ids[: len(ids)] == ids
+        assert example.labels[: len(ids)] == (IGNORED,) * len(ids)
+        assert bytes_tokenizer.decode(learnt(example)) == f"{answer}<|im_end|>"
+    assert "(gone)" in bytes_tokenizer.decode(asked[1])
+    (note,) = encoded.notes
+    assert "1 conversations of 2 answers" in note
+    assert not encoded.dropped and not encoded.shortened
+
+
+def test_of_answers_that_are_examples_those_that_do_not_fit_are_counted(
+    bytes_tokenizer: Any, task_of: TaskOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bytes_tokenizer, "chat_template", FORGETFUL)
+    long = conversation("is it good?", "yes", "sure? " * 50, "no", "why?", "it is bad")
+    rows = [long, conversation("good?" * 99, "yes", "sure?", "no"), conversation("a?", "b")]
+    encoded = encode(
+        task_of("messages", rows), "train", bytes_tokenizer, kind="causal-lm", max_length=100
+    )
+    assert [example.row for example in encoded.examples] == [0, 2]
+    assert (encoded.shortened, encoded.dropped) == ((0,), (1,))
+    (note,) = encoded.notes
+    assert "2 conversations of 5 answers" in note and "4 of them do not fit" in note
+
+
+def test_loss_on_all_learns_no_token_twice_in_the_same_place(
+    bytes_tokenizer: Any, task_of: TaskOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bytes_tokenizer, "chat_template", FORGETFUL)
+    task = task_of("messages", [conversation("is it good?", "yes", "sure?", "no", "why?", "so")])
+    examples = encode(
+        task, "train", bytes_tokenizer, kind="causal-lm", max_length=300, loss_on="all"
+    ).examples
+    assert examples[0].labels == examples[0].input_ids
+    seen: set[tuple[int, ...]] = set()
+    for example in examples:
+        for end, label in enumerate(example.labels, 1):
+            start = example.input_ids[:end]
+            assert (label == IGNORED) == (start in seen)
+            assert label in (IGNORED, start[-1])
+        seen |= {example.input_ids[:end] for end in range(1, len(example.input_ids) + 1)}
 
 
 def test_without_a_template_every_answer_of_a_conversation_is_ended(

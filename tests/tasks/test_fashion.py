@@ -79,7 +79,9 @@ def test_a_file_that_is_damaged_or_another_is_refused(folder: Path, content: byt
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not listing()[1]["present"], reason="the pictures of clothes are not here")
+@pytest.mark.skipif(
+    TASKS["fashion-mnist"].locate() is None, reason="the pictures of clothes are not here"
+)
 def test_fashion_mnist_is_whole_and_balanced() -> None:
     task = find("fashion-mnist")
     assert [len(task.splits[name]) for name in ("train", "validation", "test")] == [

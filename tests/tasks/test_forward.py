@@ -20,16 +20,25 @@ from transformers import (
     GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    RobertaConfig,
+    RobertaModel,
     ViTConfig,
     ViTForImageClassification,
 )
 
-from loralab.errors import ConfigError
+from loralab.errors import ConfigError, DataError, ModelError
 from loralab.models.pictures import Pictures
 from loralab.tasks import forward
 from loralab.tasks.batches import collate
 from loralab.tasks.encode import IGNORED, Example
-from loralab.tasks.forward import SHARPNESS, answer_loss, embed
+from loralab.tasks.forward import (
+    SHARPNESS,
+    answer_loss,
+    embed,
+    places,
+    require_known,
+    require_places,
+)
 from loralab.tasks.metrics import entities, entity_f1
 from loralab.tasks.pictures import from_levels
 
@@ -189,3 +198,52 @@ def test_rows_without_a_label_have_no_loss() -> None:
     for head in (None, forward.lone_head(model, batch)):
         losses, found, _ = forward.answers(model, batch, head)
         assert losses.shape == found.shape == (0,)
+
+
+# what a model can take
+
+
+class Numbers:
+    """A tokenizer of numbers."""
+
+    def convert_ids_to_tokens(self, number: int) -> str:
+        return f"[{number}]"
+
+
+@pytest.mark.parametrize("kind", ["causal", "encoder"])
+def test_tokens_without_a_row_are_named_with_the_rows_that_there_are(kind: str) -> None:
+    model: Any = (
+        seeded(LlamaForCausalLM, LlamaConfig(**LLAMA))
+        if kind == "causal"
+        else seeded(BertModel, BertConfig(**BERT))
+    )
+    require_known(model, Numbers(), [(1, 39), (), (0,)])
+    with pytest.raises(ModelError) as caught:
+        require_known(model, Numbers(), [(1, 40), (57, 40)])
+    assert caught.value.code == "token_without_row"
+    for part in ("'[40]' (40)", "'[57]' (57)", "39", "resize_token_embeddings(58)"):
+        assert part in str(caught.value)
+
+
+def test_tokens_without_a_row_of_the_head_are_refused_too() -> None:
+    model = seeded(LlamaForCausalLM, LlamaConfig(**LLAMA))
+    model.set_output_embeddings(torch.nn.Linear(16, 30, bias=False))
+    with pytest.raises(ModelError):
+        require_known(model, Numbers(), [(30,)])
+
+
+def test_places_are_as_many_as_the_model_can_read_and_not_more() -> None:
+    positions = {"max_position_embeddings": 12, "pad_token_id": 1}
+    for config, kind, expected in (
+        (RobertaConfig(**BERT | positions), RobertaModel, 10),
+        (BertConfig(**BERT | positions), BertModel, 12),
+    ):
+        model = seeded(kind, config)
+        assert places(model) == expected
+        fitting = Example(0, (2,) * expected, (0,))
+        require_places(model, [fitting])
+        model(torch.tensor([fitting.input_ids]))
+        with pytest.raises(DataError) as caught:
+            require_places(model, [fitting, Example(1, (2,), (0,), second=(2,) * (expected + 1))])
+        assert (caught.value.code, caught.value.field) == ("row_beyond_places", "max_length")
+        assert f"--max-length {expected}" in str(caught.value)

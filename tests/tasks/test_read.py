@@ -38,7 +38,7 @@ def refused(source: str, **options: Any) -> str:
 
 
 def as_bytes(suffix: str, rows: list[dict[str, str]], folder: Path) -> bytes:
-    if suffix == ".jsonl":
+    if suffix in (".jsonl", ".ndjson"):
         return "\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode()
     if suffix == ".json":
         return json.dumps({"data": rows}).encode()
@@ -162,15 +162,13 @@ def test_a_folder_brings_its_splits(write: Write, tmp_path: Path) -> None:
         ("a.jsonl", '{"text": "\\ud83d"}', "line 1: 'text' holds half a character"),
         ("a.parquet", b"PAR1", "no readable Parquet file"),
         ("a.csv", "review,stars\na,1\n", "review, stars fit no format"),
-        ("a.csv", "text,Labels\na,1\n", "is 'Labels' a label? say --map label=Labels"),
-        ("a.xlsx", "", "unknown kind of file '.xlsx'; use .jsonl, .json, .csv"),
+        ("a.xlsx", "", "unknown kind of file '.xlsx'; use .jsonl, .json, .csv, .tsv"),
         ("a.csv", "image,label\na.png,1\n", "a.csv, line 2: "),
         ("a.csv", "tokens,tags\na b,O O\n", "'tokens' must be a list, found str; .jsonl, .json"),
         ("a.jsonl", '{"tokens": ["a", "b"], "tags": ["O"]}', "line 1: 2 tokens and 1 tags"),
         ("a.jsonl", '{"tokens": ["a", " "], "tags": ["O", "O"]}', "token 2 is empty"),
         ("a.jsonl", '{"tokens": ["a"], "tags": [0.5]}', "must be text or a whole number"),
         ("a.jsonl", '{"tokens": "a", "tags": ["O"]}', "'tokens' must be a list, found str"),
-        ("a.csv", "text_a,text_b,labels\na,b,c\n", "is 'labels' a label?"),
     ],
 )  # fmt: skip
 def test_a_wrong_file_says_where(name: str, content: str | bytes, said: str, write: Write) -> None:
@@ -190,6 +188,16 @@ def test_a_wrong_file_says_where(name: str, content: str | bytes, said: str, wri
 )
 def test_a_wrong_conversation_says_why(messages: object, said: str, write: Write) -> None:
     assert said in refused(write("a.jsonl", json.dumps({"messages": messages})))
+
+
+@pytest.mark.parametrize("header", ["text,Labels", "text_a,text_b,labels"])
+def test_a_label_by_another_name_is_asked_about(header: str, write: Write) -> None:
+    row = ",".join("a" for _ in header.split(","))
+    with pytest.raises(DataError) as caught:
+        read(write("a.csv", f"{header}\n{row}\n"))
+    column = header.rpartition(",")[2]
+    assert (caught.value.code, caught.value.field) == ("unclear_column", column)
+    assert f"--map label={column} " in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -241,7 +249,7 @@ def test_words_and_tags_are_two_lists(write: Write) -> None:
 
 
 def test_two_texts_without_a_label_are_a_pair(write: Write) -> None:
-    table = read(write("a.csv", "text_a,text_b,score\na,b,5\n"))
+    table = read(write("a.csv", "text_a,text_b,id\na,b,5\n"))
     assert (table.format, table.splits["train"]) == ("pair", [{"text_a": "a", "text_b": "b"}])
 
 

@@ -191,6 +191,43 @@ def test_row_losses_stand_in_the_rows_own_order_and_sum_to_the_loss(
         assert scores.metrics["loss"] == pytest.approx(whole / sum(weights), rel=1e-5)
 
 
+def test_a_row_of_several_examples_is_scored_once_over_all_its_labels(
+    llama: Any, chat_tokenizer: Any, plain_tokenizer: Any, task_of: TaskOf
+) -> None:
+    chat_tokenizer.chat_template = (  # writes only the last answer
+        "{% for m in messages %}<s>{{ m['role'] }} "
+        "{% if loop.last or m['role'] == 'user' %}{{ m['content'] }}{% endif %}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<s>assistant {% endif %}"
+    )
+    roles = ("user", "assistant")
+    chats = (("good film", "yes"), ("a film", "no", "is this good", "yes yes", "bad ?", "no"))
+    rows = [
+        {"messages": [{"role": roles[i % 2], "content": c} for i, c in enumerate(chat)]}
+        for chat in chats
+    ]
+    scores = evaluate(
+        llama, chat_tokenizer, task_of("messages", rows), kind="causal-lm", generate=True,
+        max_new_tokens=2,
+    )  # fmt: skip
+    assert scores.rows == len(scores.row_losses) == len(scores.predictions) == 2
+    losses, tokens = [], []
+    for row in rows:
+        loss, count = 0.0, 0
+        for end in range(2, len(row["messages"]) + 1, 2):
+            part = {"messages": row["messages"][:end]}
+            task = task_of("messages", [part])
+            own = answer_ids(task, part, chat_tokenizer, part["messages"][-1]["content"])
+            loss -= log_probability(llama, prompt_ids(task, part, chat_tokenizer), own)
+            count += len(own)
+        losses.append(loss)
+        tokens.append(count)
+    expected = [loss / count for loss, count in zip(losses, tokens, strict=True)]
+    assert list(scores.row_losses) == pytest.approx(expected, rel=1e-4)
+    assert scores.metrics["loss"] == pytest.approx(sum(losses) / sum(tokens), rel=1e-4)
+    (note,) = scores.notes
+    assert "1 conversations of 3 answers" in note
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_scores_do_not_depend_on_the_batch_size(
     name: str, task_of: TaskOf, plain_tokenizer: Any, request: Any
@@ -210,6 +247,8 @@ def test_a_text_has_a_loss_on_every_token(
 ) -> None:
     task = task_of("text", [{"text": "good film ."}, {"text": " ".join(map(str, range(50)))}])
     scores = evaluate(llama, plain_tokenizer, task, kind="causal-lm", max_length=600)
+    pieces = evaluate(llama, plain_tokenizer, task, kind="causal-lm", max_length=20)
+    assert len(scores.row_losses) == len(pieces.row_losses) == 2
     loss = sum(
         -log_probability(llama, (ids[0],), (*ids[1:], plain_tokenizer.eos_token_id))
         for row in task.splits["test"]

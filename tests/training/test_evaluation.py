@@ -1,11 +1,15 @@
 """evaluate() and answers(): the base and its adapters, in the same words."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from loralab.errors import AdapterFileError, ConfigError
+from loralab.adapters.folder import RECORD, read_json, update_record
+from loralab.artefacts.merge import merge
+from loralab.errors import AdapterFileError, BaseMismatchWarning, ConfigError, DataError
 from loralab.training.evaluation import answers, evaluate
 from loralab.training.run import Run
 from loralab.training.settings import Evaluation
@@ -23,6 +27,7 @@ def test_the_score_of_a_run_is_found_again(tiny_train: Train, sums: Path) -> Non
         data=str(sums), adapter=run.output_dir, evaluation=Evaluation(split="validation", seed=0)
     )
     assert other.metrics != scores.metrics  # other rows
+    assert len(other.notes) == len(scores.notes) + 1  # of which some were trained on
 
 
 def test_the_base_is_scored_without_an_adapter(
@@ -57,3 +62,119 @@ def test_what_cannot_be_answered_is_said(
     run = tiny_train()
     with pytest.raises(AdapterFileError, match="base model"):
         answers(prompts=["a"], model=str(tiny_gpt2_folder), adapters=[run.output_dir])
+
+
+def write_rows(file: Path, labels: str, count: int, start: int = 0) -> str:
+    """Texts that say their label, in other words than those of the training."""
+    words = {"a": "good", "b": "bad", "c": "fine", "x": "poor"}
+    rows = [labels[n % len(labels)] for n in range(start, start + count)]
+    lines = [f"film {n % 60} {words[one]},{one}" for n, one in enumerate(rows, start)]
+    file.write_text("text,label\n" + "\n".join(lines) + "\n", encoding="utf-8")
+    return str(file)
+
+
+@pytest.fixture
+def classifier(
+    tiny_train: Train, tiny_bert_folder: Path, tiny_llama_folder: Path, tmp_path: Path,
+    request: pytest.FixtureRequest,
+) -> Run:  # fmt: skip
+    """A run on three classes, of an encoder or a language model."""
+    data = write_rows(tmp_path / "train.csv", "abc", 90)
+    model = {"encoder": tiny_bert_folder, "language": tiny_llama_folder}[request.param]
+    return tiny_train("abc", model=str(model), data=data, max_steps=30, learning_rate=0.02)
+
+
+BOTH = pytest.mark.parametrize("classifier", ["encoder", "language"], indirect=True)
+
+
+@BOTH
+def test_some_of_the_classes_are_scored_against_all(classifier: Run, tmp_path: Path) -> None:
+    """In one file or in three, the same rows get the same answers."""
+    whole = evaluate(
+        data=write_rows(tmp_path / "other.csv", "abc", 30, 7), adapter=classifier.output_dir
+    )
+    assert (whole.rows, whole.split) == (30, "all")
+    rows = (tmp_path / "other.csv").read_text().splitlines()
+    answers_: dict[str, str] = {}
+    right = 0.0
+    for label in "abc":
+        own = [rows[0], *(row for row in rows[1:] if row.endswith(f",{label}"))]
+        (tmp_path / f"{label}.csv").write_text("\n".join(own) + "\n")
+        part = evaluate(data=str(tmp_path / f"{label}.csv"), adapter=classifier.output_dir)
+        assert part.rows == 10
+        right += 10 * part.metrics["accuracy"]
+        answers_ |= {one.prompt: one.answer for one in part.predictions}
+    assert right / 30 == pytest.approx(whole.metrics["accuracy"])
+    assert answers_ == {one.prompt: one.answer for one in whole.predictions}
+
+
+@BOTH
+def test_other_classes_are_refused_before_the_model_is_loaded(
+    classifier: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write_rows(tmp_path / "other.csv", "abx", 30)
+    monkeypatch.setattr("loralab.training.evaluation.load_base", None)
+    with pytest.raises(DataError) as error:
+        evaluate(data=data, adapter=classifier.output_dir)
+    assert error.value.code == "unknown_labels"
+
+
+@pytest.mark.parametrize("classifier", ["language"], indirect=True)
+def test_an_adapter_is_asked_the_question_of_its_training(classifier: Run, tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "other.csv", "abc", 30, 7)
+    usual = evaluate(data=data, adapter=classifier.output_dir)
+    record = read_json(classifier.output_dir / RECORD)
+    update_record(
+        classifier.output_dir, task={**record["task"], "instruction": "a poor question ?"}
+    )
+    asked = evaluate(data=data, adapter=classifier.output_dir)
+    assert asked.metrics["loss"] != usual.metrics["loss"]
+    assert [note for note in asked.notes if "a poor question ?" in note]
+    assert usual.notes == ()
+
+
+def change_template(folder: Path) -> None:
+    """What a new revision of a base may bring."""
+    file = folder / "chat_template.jinja"
+    file.write_text("{% for m in messages %}{{ m['content'] }} no </s>{% endfor %}"
+                    "{% if add_generation_prompt %}yes{% endif %}")  # fmt: skip
+
+
+def test_the_template_of_the_training_outlives_that_of_the_base(
+    tiny_train: Train, tiny_llama_folder: Path, sums: Path, tmp_path: Path
+) -> None:
+    model = shutil.copytree(tiny_llama_folder, tmp_path / "model")
+    run = tiny_train(model=str(model), learning_rate=0.05)
+    asked = {"prompts": ["good film"], "max_new_tokens": 4}
+    adapted = {**asked, "adapters": [run.output_dir], "with_base": False}
+    before = evaluate(data=str(sums), adapter=run.output_dir), answers(**adapted)
+    base_before = answers(**asked, model=str(model))
+    change_template(model)
+    with pytest.warns(BaseMismatchWarning) as caught:
+        after = evaluate(data=str(sums), adapter=run.output_dir), answers(**adapted)
+    assert len(caught) == 2
+    assert after == before
+    with pytest.warns(BaseMismatchWarning):
+        beside = answers(**{**adapted, "with_base": True})
+    assert beside[0]["answers"][str(run.output_dir)] == before[1][0]["answers"][str(run.output_dir)]
+    alone = answers(**asked, model=str(model))
+    assert beside[0]["answers"]["base"] == alone[0]["answers"]["base"]  # in the base's own words
+    assert alone != base_before
+
+
+@BOTH
+def test_a_merged_model_is_scored_as_its_adapter_is(
+    classifier: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merged = tmp_path / "merged"
+    proved = SimpleNamespace(passed=True)  # in a fresh process, which takes seconds to start
+    monkeypatch.setattr("loralab.artefacts.merge.compare_afresh", lambda *_: proved)
+    merge(classifier.output_dir, merged)
+    own = str(tmp_path / "train.csv")
+    for data in (own, write_rows(tmp_path / "other.csv", "ca", 20, 7)):
+        ours = evaluate(data=data, adapter=classifier.output_dir)
+        theirs = evaluate(data=data, model=str(merged), evaluation=Evaluation(precision="fp32"))
+        assert (theirs.rows, theirs.split, theirs.notes) == (ours.rows, ours.split, ours.notes)
+        assert theirs.metrics["loss"] == pytest.approx(ours.metrics["loss"], rel=1e-4)
+    with pytest.raises(DataError):
+        evaluate(data=write_rows(tmp_path / "x.csv", "abx", 20), model=str(merged))

@@ -27,7 +27,7 @@ from loralab.adapters.methods import BitFit, Bottleneck, FullFineTune, LinearPro
 from loralab.artefacts.certificate import certify, logits_of
 from loralab.artefacts.live import bring_to_life
 from loralab.artefacts.merge import merge
-from loralab.errors import InputError, ModelError
+from loralab.errors import DataError, InputError, ModelError
 from loralab.models.load import load
 from loralab.training.evaluation import evaluate
 from loralab.training.plan import plan
@@ -135,6 +135,36 @@ def test_pictures_are_classified(method: Any, vision: Path, pictures: Path, tmp_
                               tokenizer=run.base.tokenizer)  # fmt: skip
         assert certificate.max_logit_difference == 0
         assert merge(run.output_dir, tmp_path / "merged").passed
+
+
+def test_pictures_of_one_class_are_scored_against_all(
+    vision: Path, pictures: Path, tmp_path: Path
+) -> None:
+    run = started(vision, pictures, tmp_path / "run")
+    for name, low in (("light", 150), ("grey", 75)):
+        (tmp_path / name / name).mkdir(parents=True)
+        for number in range(5):
+            levels = numpy.full((20, 24), low + 10 * number, numpy.uint8)
+            Image.fromarray(levels).save(tmp_path / name / name / f"{number}.png")
+    scores = evaluate(data=str(tmp_path / "light"), adapter=run.output_dir)
+    assert (scores.rows, scores.split, scores.metrics["accuracy"]) == (5, "all", 1.0)
+    with pytest.raises(DataError) as error:
+        evaluate(data=str(tmp_path / "grey"), adapter=run.output_dir)
+    assert error.value.code == "unknown_labels"
+
+
+def test_words_of_some_tags_are_scored_against_all(
+    encoder: Path, tagged: Path, tmp_path: Path
+) -> None:
+    run = started(encoder, tagged, tmp_path / "run")
+    for name, tag in (("some", "B-N"), ("other", "B-X")):
+        row = json.dumps({"tokens": ["7"], "tags": [tag]})
+        (tmp_path / f"{name}.jsonl").write_text(f"{row}\n")
+    scores = evaluate(data=str(tmp_path / "some.jsonl"), adapter=run.output_dir)
+    assert (scores.rows, scores.split, scores.metrics["accuracy"]) == (1, "all", 1.0)
+    with pytest.raises(DataError) as error:
+        evaluate(data=str(tmp_path / "other.jsonl"), adapter=run.output_dir)
+    assert (error.value.code, error.value.field) == ("unknown_labels", "tags")
 
 
 def test_the_size_of_pictures_is_kept(vision: Path, pictures: Path, tmp_path: Path) -> None:

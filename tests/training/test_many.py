@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from transformers import BertConfig, BertModel, Dinov2Config, Dinov2Model
 from loralab.adapters.folder import RECORD, TENSORS
 from loralab.adapters.methods import IA3, AdaLoRA, Bottleneck, FullFineTune, LoRA, Prefix
 from loralab.errors import ConfigError, LearningError, LoralabError, OutputError
+from loralab.tasks.catalog import find
 from loralab.training import rounds as rounds_module
 from loralab.training import run as run_module
 from loralab.training import shared as shared_module
@@ -237,6 +240,33 @@ def test_killed_jobs_resume_in_the_same_bytes(job: Made, stop_at: tuple[str, str
         assert files_of(run) == files_of(expected)
         steps = [e["step"] for e in read_metrics(run.output_dir) if e["kind"] == "step"]
         assert steps == list(range(1, run.steps + 1))
+
+
+def test_jobs_go_on_with_the_rows_that_they_were_begun_with(
+    job: Made, sums: Path, tmp_path: Path
+) -> None:
+    rows = shutil.copy(sums, tmp_path / "rows.jsonl")
+    jobs = [job("a"), job("b", data=str(rows))]
+    train_many(jobs)
+    before = [path.read_bytes() for path in sorted((tmp_path / "many").rglob("*.json"))]
+    lines = rows.read_text().splitlines()
+    rows.write_text("\n".join(lines[:40]) + "\n")
+    with pytest.raises(ConfigError) as error:
+        train_many(jobs, resume=True)
+    assert (error.value.code, error.value.field) == ("other_run", "data")
+    assert str(error.value).startswith("job 'b': ")
+    assert before == [path.read_bytes() for path in sorted((tmp_path / "many").rglob("*.json"))]
+
+
+def test_jobs_on_parts_of_the_same_rows_each_learn_from_their_own(
+    job: Made, sums: Path, tmp_path: Path
+) -> None:
+    task = find(str(sums))
+    parts = [replace(task, splits={**task.splits, "train": task.splits["train"][k::2]})
+             for k in (0, 1)]  # fmt: skip
+    jobs = [replace(job(name), task=part) for name, part in zip("ab", parts, strict=True)]
+    for run, own in zip(runs(train_many(jobs)), jobs, strict=True):
+        assert_same(run, alone(own, tmp_path / "alone"))
 
 
 def test_finished_jobs_are_not_run_again(job: Made) -> None:

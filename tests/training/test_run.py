@@ -1,21 +1,26 @@
 """train(): what it writes, what it refuses, and that the same run gives the same bytes."""
 
+import importlib.metadata
 import json
 import shutil
+import sys
 import tomllib
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
 import torch
 
+import loralab
 from loralab.adapters.folder import RECORD, TENSORS
 from loralab.adapters.load import load
 from loralab.adapters.methods import LoRA
 from loralab.errors import ConfigError, DataError, InputError, OutputError, TargetError
 from loralab.models import load as models
 from loralab.tasks.score import Scores
+from loralab.training import preflight
 from loralab.training import run as run_module
 from loralab.training.record import Event, read_metrics
 from loralab.training.run import Run
@@ -241,3 +246,26 @@ def test_a_board_that_cannot_be_written_is_named(
     monkeypatch.setattr("loralab.training.record._tensorboard", refused)
     with pytest.raises(OutputError, match=r"cannot write .*tensorboard: Permission denied"):
         tiny_train()
+
+
+def test_what_is_not_installed_has_an_unknown_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    known = preflight.versions()
+    assert known["torch"].startswith(torch.__version__.split("+")[0])
+    monkeypatch.setattr(importlib.metadata, "version", absent)
+    found = preflight.versions()
+    assert found.keys() == known.keys()
+    assert found.pop("loralab") == loralab.__version__
+    assert {*found.values()} == {"unknown"}
+
+
+def test_a_package_that_only_writes_is_asked_for_by_name(
+    tiny_train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "tomli_w", None)
+    with pytest.raises(ConfigError) as error:
+        tiny_train()
+    assert (error.value.code, error.value.field) == ("missing_package", "tomli-w")
+    assert not (tmp_path / "run").exists()

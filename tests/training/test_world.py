@@ -124,6 +124,7 @@ def test_two_processes_equal_one_with_the_doubled_batch(
     assert (tmp_path / "plain-2" / "train.log").read_text().count("step 6/6") == 1
 
 
+@pytest.mark.slow
 def test_encoders_in_two_processes(
     tiny_bert_folder: Path, labelled: Path, pairs: Path, tmp_path: Path
 ) -> None:

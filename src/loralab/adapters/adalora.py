@@ -18,15 +18,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from loralab.adapters.bases import dense_weight, is_conv1d, is_linear, linear_shape
+from loralab.adapters.eager import is_plain_tensor
 from loralab.adapters.fused import Updated, can_fuse, linears_with_updates
 from loralab.adapters.lora import lora_fields
 from loralab.adapters.methods import AdaLoRA, LoRA
 from loralab.adapters.peft_fields import PREFIX
 from loralab.adapters.targets import target_names
-from loralab.adapters.wrapper import Wrapper
+from loralab.adapters.wrapper import Wrapper, wide
 from loralab.errors import AdapterFileError, AdapterStateError, ConfigError
 from loralab.values import check_count
 
@@ -64,15 +66,18 @@ class LinearWithAdaLoRA(Wrapper):
         """x (..., I) -> (..., O)."""
         if self.merged:
             return self.base(x)
-        if self.training and torch.is_grad_enabled():
-            self._require_stepped()
-        A, B, factor = self._all() if self.training else self.factors()
+        if self.training and torch.is_grad_enabled() and type(self.lora_E) is nn.Parameter:
+            self._require_stepped()  # not where torch.func calls with values of its own
+        # which triplets are left are numbers, which nobody knows who only follows the operations
+        whole = self.training or not is_plain_tensor(x)
+        A, B, factor = self._all() if whole else self.factors()
         if not len(A):
             return self.base(x)
         if can_fuse(self.base, x) and not self._drops:
             return linears_with_updates(x, [Updated(self.base, A, B, factor)])[0]
         y: Tensor = self.base(x)
-        return y + (self.dropout(x).to(A.dtype) @ A.T @ B.T).to(y.dtype)
+        low = F.linear(self.dropout(x).to(A.dtype), A)  # (..., R)
+        return y + F.linear(low, B).to(y.dtype)
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
         """The triplets that are left, as A (r, I), B (O, r) of a plain LoRA with factor 1."""
@@ -87,7 +92,7 @@ class LinearWithAdaLoRA(Wrapper):
     def merged_tensors(self) -> dict[str, Tensor]:
         """The weight with the update in it."""
         A, B, _ = self.factors()
-        total = dense_weight(self.base).float() + B @ A
+        total = wide(dense_weight(self.base)) + B @ A
         return {"weight": total.T if self.transposed else total}
 
     def importance(self) -> Tensor:
@@ -159,7 +164,9 @@ class LinearWithAdaLoRA(Wrapper):
         return bool(self.training and self.dropout.p)
 
     def _all(self) -> tuple[Tensor, Tensor, float]:
-        return self.lora_A, self.lora_B * (self.lora_E.T * self.scaling), 1.0
+        """All triplets; of those that were taken away, lambda counts in training alone."""
+        E: Tensor = self.lora_E.T * self.scaling  # (1, R)
+        return self.lora_A, self.lora_B * (E if self.training else E * self.kept), 1.0
 
     def _score(self, name: str) -> Tensor:
         smooth: Tensor = getattr(self, f"sensitivity_{name}")

@@ -1,5 +1,7 @@
 """attach, load, detach, Adapter: the only file that replaces modules of a model."""
 
+import copy
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -7,46 +9,41 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
+from loralab.adapters.bases import why_not_merged
 from loralab.adapters.budget import RankBudget
-from loralab.adapters.fingerprint import dtype_name, fingerprint
+from loralab.adapters.checkpoints import keep_gradients
+from loralab.adapters.fast_path import calling_their_parts
+from loralab.adapters.fingerprint import base_paths, dtype_name, fingerprint
 from loralab.adapters.folder import write
+from loralab.adapters.left_out import described, left_out, notable
 from loralab.adapters.methods import AdaLoRA, LinearProbe, Method
+from loralab.adapters.model_folder import (
+    require_no_adapter,
+    require_no_model,
+    saving_adapters,
+    untied,
+)
+from loralab.adapters.offload import require_alone, require_weights
+from loralab.adapters.paths import inside
+from loralab.adapters.peft_fields import task_type
+from loralab.adapters.present import require_readable
+from loralab.adapters.reads import read_sometimes
 from loralab.adapters.recipes import RECIPES
+from loralab.adapters.shells import plain_paths, unwrapped
 from loralab.adapters.subset import TrainedInFull
-from loralab.adapters.targets import (
-    HEADS,
-    head_names,
-    inside,
-    saved_names,
-)
-from loralab.adapters.wrapper import Wrapper
-from loralab.errors import (
-    AdapterStateError,
-    TargetError,
-    some,
-)
-
-TASK_TYPES = {  # kind -> peft's name
-    "causal-lm": "CAUSAL_LM",
-    "sequence-classification": "SEQ_CLS",
-    "token-classification": "TOKEN_CLS",
-    "sentence-encoder": "FEATURE_EXTRACTION",
-}
-CLASSES = {  # what the name of a model's class says of it
-    "ForCausalLM": "CAUSAL_LM",
-    "LMHeadModel": "CAUSAL_LM",
-    "ForSequenceClassification": "SEQ_CLS",
-    "ForTokenClassification": "TOKEN_CLS",
-}
+from loralab.adapters.targets import HEADS, head_names, saved_names
+from loralab.adapters.wrapper import Wrapper, put_in_place
+from loralab.errors import AdapterStateError, LeftOutWarning, TargetError, some
 
 
 class Adapter:
     """A method attached to a model: what is trained, and where.
 
     `modules` are the adapted layers and `saved` those trained in full, both by their path in the
-    model. The model stays the user's own nn.Module and works in any training loop.
+    model (in that inside DDP or torch.compile). The model stays the user's own nn.Module and works
+    in any training loop. `left_out` is what is not adapted although the targets could mean it, by
+    path, with the reason; `notes` say it in a line.
     """
 
     def __init__(
@@ -63,15 +60,21 @@ class Adapter:
         self.saved = dict(saved)
         self._trainable_before = trainable_before
         self._recipe = RECIPES[type(config)]
-        self._hooks = [_keep_gradients_in_checkpoints(model), *self._recipe.watch(model, modules)]
+        self._hooks = [
+            keep_gradients(model),
+            *self._recipe.watch(model, modules),
+            *calling_their_parts(model),
+        ]
         self._attached = True
+        self.given: nn.Module = model  # as the user has it, with shells around it
+        self.left_out: Mapping[str, str] = {}
+        self.notes: tuple[str, ...] = ()
         self.base_fingerprint: str | None = None  # where the base's weights are not all here
         self.budget = RankBudget(modules, config) if isinstance(config, AdaLoRA) else None
 
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What of the model is not adapted although the targets could mean it, a line each."""
-        return ()
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy belongs to the copied model; what stands around that is not copied along."""
+        return {**self.__dict__, "given": self.model}
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """Everything that is trained, by path: `<module>.lora_A`, or the saved module's own.
@@ -152,12 +155,12 @@ class Adapter:
         """Put the update into the base weights; `unmerge` restores them bit for bit.
 
         Raises:
-            AdapterStateError: already merged, the method cannot be merged, or a merged weight
-                would not be finite.
+            AdapterStateError: already merged, the method cannot be merged, a merged weight would
+                not be finite, or a hook changes what a layer gives.
         """
         self._require_attached()
         if reason := self.reason_not_to_merge():
-            raise AdapterStateError(reason)
+            raise AdapterStateError(reason, code="cannot_merge")
         if self.merged:
             raise AdapterStateError("already merged; call unmerge() first")
         done: list[Wrapper] = []
@@ -186,7 +189,7 @@ class Adapter:
         self._replace({wrapper: wrapper.base for wrapper in self._wrappers()})
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name in self._trainable_before)
-        return self.model
+        return self.given
 
     def merge_and_detach(self) -> nn.Module:
         """Return the plain model with the update in its weights; the base weights are given up.
@@ -197,7 +200,7 @@ class Adapter:
         if not self.merged:
             self.merge()
         self._replace({wrapper: wrapper.finished() for wrapper in self._wrappers()})
-        return self.model
+        return self.given
 
     def save(
         self,
@@ -213,50 +216,61 @@ class Adapter:
             overwrite: replace an adapter that stands in the folder.
 
         Raises:
-            OutputError: the folder holds an adapter, or cannot be written.
+            OutputError: the folder holds an adapter, cannot be written, or could not be loaded.
         """
         self._require_attached()
+        plain = plain_paths(self.model)
+        modules = {plain(name): module for name, module in self.modules.items()}
         record = dict(record or {})
         record["base"] = {**_described(self.model), **record.get("base", {})}
         record["base"]["fingerprint"] = self.base_fingerprint or fingerprint(
             self.model, frozenset(self.saved)
         )
+        headed = any(name in HEADS for name in self.saved)
         fields: dict[str, Any] = {
-            "task_type": self._task_type(record["base"].get("kind")),
+            "task_type": task_type(record["base"], headed=headed),
             "base_model_name_or_path": record["base"].get("name"),
             "revision": None, "inference_mode": True,
-            **self._recipe.fields(self.config, self.modules, self._base_paths()),
+            **self._recipe.fields(self.config, modules, base_paths(self.model)),
         }  # fmt: skip
-        return write(folder, fields, self.tensors(), record, overwrite=overwrite)
+        tensors = self.tensors()
+        require_readable(self.model, modules, fields, tensors)
+        return write(folder, fields, tensors, record, overwrite=overwrite)
+
+    save_pretrained = save
 
     def tensors(self) -> dict[str, Tensor]:
         """What is saved, under peft's keys; PiSSA with its start taken out, as plain LoRA."""
-        tensors = self._recipe.pack(self.modules)
+        plain = plain_paths(self.model)
+        tensors = self._recipe.pack({plain(name): m for name, m in self.modules.items()})
         for name, saved in self.saved.items():
-            key = f"{self._recipe.prefix}{name}"
+            key = f"{self._recipe.prefix}{plain(name)}"
             tensors |= {f"{key}.{k}": v for k, v in saved.trained.state_dict().items()}
         return {name: tensor.detach() for name, tensor in tensors.items()}
 
     def reason_not_to_merge(self) -> str:
         """Why the base weights cannot hold what was learnt; empty if they can."""
-        reasons = (module.cannot_merge for module in self.modules.values())
-        return next((reason for reason in reasons if reason), "")
+        for name, module in self.modules.items():
+            if module.cannot_merge:
+                return str(module.cannot_merge)
+            if reason := why_not_merged(module.original):
+                return f"{name} cannot be merged: {reason}"
+        return ""
 
-    def _task_type(self, kind: str | None) -> str | None:
-        """peft's name; without a trained head none, or peft would look for its weights in vain."""
-        name = type(self.model).__name__
-        found = TASK_TYPES.get(kind or "") or next(
-            (task for end, task in CLASSES.items() if end in name), None
-        )
-        headed = found in ("SEQ_CLS", "TOKEN_CLS")
-        return None if headed and not any(name in HEADS for name in self.saved) else found
-
-    def _base_paths(self) -> list[str]:
-        """Paths of all modules that the base model has, but for those trained in full."""
-        hidden = [*(f"{name}.base" for name in self.modules), *self.saved]
-        hidden += [f"{name}.dropout" for name in self.modules]
-        paths = [name for name, _ in self.model.named_modules() if name]
-        return [p for p in paths if not any(p == h or p.startswith(f"{h}.") for h in hidden)]
+    def _save_model(self, folder: Path, options: Mapping[str, Any]) -> Any:
+        """What `model.save_pretrained` writes: the adapter, or merged the plain model."""
+        if not self.merged:
+            require_no_model(folder)
+            return self.save(folder, overwrite=True)
+        require_no_adapter(folder)
+        finished: dict[nn.Module, nn.Module] = {w: _finished(w) for w in self._wrappers()}
+        _replace(self.model, finished)
+        try:
+            with untied(self.model):
+                write_model: Any = type(self.model)
+                return write_model.save_pretrained(self.model, folder, **options)
+        finally:
+            _replace(self.model, {plain: wrapper for wrapper, plain in finished.items()})
 
     def _wrappers(self) -> list[Any]:
         return [*self.modules.values(), *self.saved.values()]
@@ -279,23 +293,46 @@ def attach(
 ) -> Adapter:
     """Put an adapter into the model, in place: the base is frozen, only the adapter trains.
 
+    What is left out although the targets could mean it is a LeftOutWarning; `Adapter.left_out` has
+    it by path.
+
     Args:
         generator: where the random starts come from; None is torch's global generator.
 
     Raises:
-        TargetError: a name in the configuration selects nothing.
+        TargetError: a name in the configuration selects nothing, or what cannot be adapted.
         AdapterStateError: the model carries an adapter already.
     """
+    adapter = put_into(model, config, generator)
+    if adapter.notes and notable(adapter.left_out):
+        name = type(adapter.model).__name__
+        warnings.warn(f"{name}: {'; '.join(adapter.notes)}", LeftOutWarning, stacklevel=2)
+    return adapter
+
+
+def put_into(model: nn.Module, config: Method, generator: torch.Generator | None = None) -> Adapter:
+    """`attach` without its warning."""
+    given, model = model, unwrapped(model)
     if any(isinstance(module, Wrapper | TrainedInFull) for module in model.modules()):
         raise AdapterStateError("the model carries an adapter already; detach() it first")
+    require_alone(given)
     # 1. decide everything, so that an error leaves the model as it was
     trainable = frozenset(n for n, p in model.named_parameters() if p.requires_grad)
     own, modules, saved = wrappers_for(model, config, generator)
+    wrappers: Sequence[Any] = (*modules.values(), *saved.values())
+    require_weights(model, {name: model.get_submodule(name) for name in (*modules, *saved)})
+    reasons = left_out(model, own, list(modules))
+    note = described(model, reasons)
+    sometimes = read_sometimes(model, modules)
     # 2. change the model
     model.requires_grad_(False)
-    wrappers: Sequence[Any] = (*modules.values(), *saved.values())
     _replace(model, {wrapper.base: wrapper for wrapper in wrappers})
     adapter = Adapter(model, own, modules, saved, trainable)
+    adapter.given, adapter.left_out = given, reasons
+    adapter.notes = (note,) if note else ()
+    adapter._hooks += saving_adapters(model, adapter._save_model)
+    for name in sometimes:
+        modules[name].__dict__["read_sometimes"] = True
     for parameter in adapter.parameters():
         parameter.requires_grad_(True)
     return adapter
@@ -345,34 +382,12 @@ def _replace(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child is not None and child in new and new[child] is not parent:
-                setattr(parent, name, new[child])
+                put_in_place(parent, name, new[child])
 
 
-class _KeepGradients:
-    """Let gradients reach adapters through reentrant checkpoints although the embedding is frozen.
-
-    A reentrant checkpoint drops all gradients if no *input* of its block needs one. This hook
-    asks at each call, so it does not matter whether checkpointing is enabled before or after.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    def __call__(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        modules = self.model.modules()
-        checkpoints = any(getattr(m, "gradient_checkpointing", False) for m in modules)
-        if checkpoints and torch.is_grad_enabled() and isinstance(output, Tensor):
-            output.requires_grad_(True)
-
-
-def _keep_gradients_in_checkpoints(model: nn.Module) -> RemovableHandle | None:
-    get_input = getattr(model, "get_input_embeddings", None)
-    embedding = None
-    if callable(get_input):
-        try:
-            embedding = get_input()
-        except NotImplementedError:  # models without one, such as plain classifiers
-            embedding = None
-    if not isinstance(embedding, nn.Module):
-        return None
-    return embedding.register_forward_hook(_KeepGradients(model))
+def _finished(wrapper: Any) -> nn.Module:
+    """What a merged wrapper amounts to, without changing it."""
+    if isinstance(wrapper, TrainedInFull):
+        return copy.deepcopy(wrapper.trained).to(wrapper.dtype)
+    plain: nn.Module = wrapper.finished()
+    return plain

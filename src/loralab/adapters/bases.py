@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from loralab.adapters.lookalikes import why_not_linear, why_output_differs
+
 
 def is_conv1d(module: nn.Module) -> bool:
     """Whether this is transformers' Conv1D: a linear layer that stores its weight as (I, O)."""
@@ -17,8 +19,8 @@ def is_conv1d(module: nn.Module) -> bool:
     return kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")
 
 
-def is_linear(module: nn.Module) -> bool:
-    """Whether LinearWithLoRA can wrap this module.
+def looks_linear(module: nn.Module) -> bool:
+    """Tell whether a module is of a linear class, whatever it computes.
 
     nn.MultiheadAttention reads its out_proj's weight without calling the layer, so an update
     there would never act: that layer does not count.
@@ -26,6 +28,17 @@ def is_linear(module: nn.Module) -> bool:
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return False
     return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Tell whether LinearWithLoRA can wrap this module: it computes x W' + b."""
+    return looks_linear(module) and not why_not_linear(module, transposed=is_conv1d(module))
+
+
+def why_not_merged(module: nn.Module) -> str:
+    """Why a merge into a module's weight would compute something else; empty if it would not."""
+    linear = looks_linear(module)
+    return why_output_differs(module, transposed=is_conv1d(module)) if linear else ""
 
 
 def is_quantized(module: nn.Module) -> bool:

@@ -34,7 +34,7 @@ CANNOT_MERGE = (
 
 
 class Network(nn.Module):
-    """factor * up(act(down(x))), in fp32: (..., D) -> (..., D)."""
+    """factor * up(act(down(x))) in the dtype of its weights, fp32: (..., D) -> (..., D)."""
 
     def __init__(self, size: int, config: Bottleneck, generator: torch.Generator | None) -> None:
         super().__init__()
@@ -50,7 +50,8 @@ class Network(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """What is added, in the dtype of x."""
-        own = x.float() if self.norm is None else self.norm(x.float())
+        own = x.to(self.down.weight.dtype)
+        own = own if self.norm is None else self.norm(own)
         out = self.factor * self.up(self.act(self.down(own)))
         return self.dropout(out).to(x.dtype)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from loralab.adapters.methods import LoRA
-from loralab.adapters.wrapper import Wrapper
+from loralab.adapters.wrapper import Wrapper, wide
 from loralab.errors import ConfigError
 
 _CONVOLVE: dict[type[nn.Module], Any] = {
@@ -61,7 +61,7 @@ class ConvWithLoRA(Wrapper):
 
     def merged_tensors(self) -> dict[str, Tensor]:
         """The weight with the update in it."""
-        return {"weight": self.base.weight.float() + self.scaling * self._product()}
+        return {"weight": wide(self.base.weight) + self.scaling * self._product()}
 
     def _product(self) -> Tensor:
         """B A in the shape of the weight."""
@@ -77,5 +77,8 @@ class ConvWithLoRA(Wrapper):
 
 
 def is_convolution(module: nn.Module) -> bool:
-    """Whether ConvWithLoRA can wrap this module."""
-    return isinstance(module, tuple(_CONVOLVE))
+    """Whether ConvWithLoRA can wrap this module: one that computes nothing but its convolution."""
+    kind = next((kind for kind in _CONVOLVE if isinstance(module, kind)), None)
+    if kind is None:
+        return False
+    return all(getattr(type(module), n) is getattr(kind, n) for n in ("forward", "_conv_forward"))

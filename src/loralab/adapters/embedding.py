@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from loralab.adapters.methods import LoRA
-from loralab.adapters.wrapper import Wrapper
+from loralab.adapters.wrapper import Wrapper, wide
 from loralab.errors import ConfigError
 
 
@@ -43,7 +43,7 @@ class EmbeddingWithLoRA(Wrapper):
     def merged_tensors(self) -> dict[str, Tensor]:
         """The table with the update in it."""
         update = (self.lora_embedding_B @ self.lora_embedding_A).T  # (V, D)
-        return {"weight": self.base.weight.float() + self.scaling * update}
+        return {"weight": wide(self.base.weight) + self.scaling * update}
 
 
 class TrainedRows(Wrapper):
@@ -97,8 +97,9 @@ class TrainedRows(Wrapper):
 
     def merged_tensors(self) -> dict[str, Tensor]:
         """The whole table with the trained rows in it."""
-        rows = self.trainable_tokens_delta
-        return {"weight": self.base.weight.float().index_copy(0, self.rows, rows)}
+        whole = wide(self.base.weight)
+        rows = self.trainable_tokens_delta.to(whole.dtype)
+        return {"weight": whole.index_copy(0, self.rows, rows)}
 
     def _places(self, ids: Tensor) -> Tensor:
         """Which trained row each id is, -1 for the others."""

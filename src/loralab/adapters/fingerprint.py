@@ -6,6 +6,7 @@ from collections.abc import Container
 import torch
 from torch import Tensor, nn
 
+from loralab.adapters.shells import plain_paths
 from loralab.adapters.subset import TrainedInFull
 from loralab.adapters.wrapper import Wrapper
 
@@ -22,8 +23,9 @@ def fingerprint(model: nn.Module, without: frozenset[str] = frozenset()) -> str:
     Args:
         without: paths of further modules to leave out.
     """
-    skip = set(without)
-    skip |= {name for name, m in model.named_modules() if isinstance(m, TrainedInFull)}
+    plain = plain_paths(model)
+    skip = set(map(plain, without))
+    skip |= {plain(name) for name, m in model.named_modules() if isinstance(m, TrainedInFull)}
     digest = hashlib.sha256()
     for name, tensor in sorted(base_tensors(model).items()):
         if not any(name.startswith(f"{path}.") for path in skip):
@@ -36,14 +38,16 @@ def base_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The base model's parameters under the names they have without an adapter."""
     wrappers = {name: m for name, m in model.named_modules() if isinstance(m, Wrapper)}
     own = {id(p) for wrapper in wrappers.values() for p in wrapper.trained().values()}
+    plain = plain_paths(model)
+    paths = set(map(plain, wrappers))
     tensors: dict[str, Tensor] = {
-        plain_name(name, wrappers): tensor
+        plain_name(plain(name), paths): tensor
         for name, tensor in model.named_parameters()
         if id(tensor) not in own
     }
     for name, wrapper in wrappers.items():
         if wrapper.merged:
-            path = plain_name(name, wrappers)
+            path = plain_name(plain(name), paths)
             tensors |= {f"{path}.{key}": p for key, p in wrapper.original_parameters().items()}
     return tensors
 
@@ -57,6 +61,23 @@ def plain_name(name: str, wrappers: Container[str]) -> str:
             kept.append(part)
         walked.append(part)
     return ".".join(kept)
+
+
+def base_paths(model: nn.Module) -> list[str]:
+    """Paths of all modules that the base model has, but for those trained in full."""
+    plain = plain_paths(model)
+    named = {plain(name): module for name, module in model.named_modules() if name}
+    wrappers = {name for name, module in named.items() if isinstance(module, Wrapper)}
+    full = {name for name, module in named.items() if isinstance(module, TrainedInFull)}
+    found: dict[str, None] = {}
+    for name in named:
+        parts = name.split(".")
+        starts = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+        below = zip(starts, parts[1:], strict=False)
+        added = any(start in wrappers and part != "base" for start, part in below)
+        if not added and not full & set(starts):
+            found[plain_name(name, wrappers)] = None
+    return list(found)
 
 
 def dtype_name(model: nn.Module) -> str:

@@ -11,7 +11,9 @@ worked out below. Axes: N tokens, I in_features, O out_features, R rank.
 
 with ' for the transpose, s the scaling and D the dropout mask. For several layers A stands for
 all of theirs, one below the other, and dx is the sum over them; where their scalings differ, A
-is scaled instead of L and G.
+is scaled instead of L and G. Where the gradient is to be differentiated again, the same equations
+are worked out by operations that autograd follows. The function is for tensors that compute here
+and now (eager.py); all others take linear.py's equation as it stands.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,10 +21,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from loralab.adapters.bases import compute_dtype, is_conv1d, is_quantized
+from loralab.adapters.eager import is_batch, is_hooked, is_plain_tensor
 from loralab.adapters.thin import down, outer, up
 
 
@@ -72,14 +74,22 @@ def can_fuse(base: Any, x: Tensor) -> bool:
 
     Only for an untouched layer: somebody's hook or replaced forward must still be called.
     """
+    if not is_plain_tensor(x) or is_hooked(base) or "forward" in base.__dict__:
+        return False
+    if hasattr(base, "dequantize"):
+        frozen = not any(p.requires_grad for p in base.parameters())
+    elif type(base) is nn.Linear or is_conv1d(base):
+        frozen = all(p is None or is_frozen(p) for p in base._parameters.values())
+    else:
+        return False
     return (
-        (type(base) is nn.Linear or is_conv1d(base) or hasattr(base, "dequantize"))
-        and "forward" not in base.__dict__
-        and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks)
-        and not any(p.requires_grad for p in base.parameters())
-        and x.dtype == compute_dtype(base)
-        and not torch.is_autocast_enabled(x.device.type)
+        frozen and x.dtype == compute_dtype(base) and not torch.is_autocast_enabled(x.device.type)
     )
+
+
+def is_frozen(parameter: Tensor) -> bool:
+    """Whether a weight is an ordinary tensor without gradients."""
+    return type(parameter) in (nn.Parameter, Tensor) and not parameter.requires_grad
 
 
 class _LinearsWithUpdates(torch.autograd.Function):
@@ -99,17 +109,19 @@ class _LinearsWithUpdates(torch.autograd.Function):
             up(flat_rows(y), low, B.T, start)
             start += B.shape[1]
             outputs.append(y)
-        ctx.save_for_backward(x, mask, A, low, *weights, *Bs)
-        ctx.layouts, ctx.dtypes = layouts, [A.dtype for A in As]
+        ctx.save_for_backward(x, mask, A, low, *weights, *As, *Bs)
+        ctx.layouts = layouts
         return tuple(outputs)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
         x, mask, A, low, *rest = ctx.saved_tensors
         layouts, needed = ctx.layouts, ctx.needs_input_grad
-        weights, Bs = rest[: len(layouts)], rest[len(layouts) :]
+        count = len(layouts)
+        weights, As, Bs = rest[:count], rest[count : 2 * count], rest[2 * count :]
         flat = [flat_rows(dy).contiguous() for dy in dys]
+        if is_followed(dys):
+            return _followed_gradients(x, mask, flat, weights, As, Bs, layouts)
         G = down(flat, [B.T for B in Bs], ctx.scale)
         dropped = flat_rows(x if mask is None else x * mask) if any(needed[5::4]) else None
         gradients: list[Tensor | None] = []
@@ -118,7 +130,7 @@ class _LinearsWithUpdates(torch.autograd.Function):
             rank = B.shape[1]
             dA = dB = None
             if dropped is not None:
-                dA = outer(dropped, G, start, rank).to(ctx.dtypes[i])
+                dA = outer(dropped, G, start, rank).to(As[i].dtype)
                 dA = dA if ctx.even else dA * layouts[i].scaling
             if needed[6 + 4 * i]:
                 dB = outer(dy, low, start, rank, turned=True).to(B.dtype)
@@ -126,6 +138,47 @@ class _LinearsWithUpdates(torch.autograd.Function):
             start += rank
         dx = _input_gradient(flat, weights, layouts, G, A, mask) if needed[0] else None
         return (None if dx is None else dx.view(x.shape), None, None, *gradients)
+
+
+def _followed_gradients(
+    x: Tensor, mask: Tensor | None, dys: Sequence[Tensor], weights: Sequence[Tensor],
+    As: Sequence[Tensor], Bs: Sequence[Tensor], layouts: Sequence[Layout],
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """All gradients by operations that autograd records, one layer after the other."""
+    drop = None if mask is None else flat_rows(mask)
+    through_update: list[Tensor] = []
+    gradients: list[Tensor | None] = []
+    for dy, A, B, layout in zip(dys, As, Bs, layouts, strict=True):
+        dx, dA, dB = followed_gradients(flat_rows(x), drop, dy, A, B, layout.scaling)
+        through_update.append(dx)
+        gradients += [None, None, dA, dB]
+    total = sum(through_update, followed_through_bases(dys, weights, layouts))
+    return (total.view(x.shape), None, None, *gradients)
+
+
+def is_followed(dys: Sequence[Tensor]) -> bool:
+    """Whether a backward pass is differentiated in turn (create_graph), batched or traced."""
+    return torch.is_grad_enabled() or not all(map(is_plain_tensor, dys)) or any(map(is_batch, dys))
+
+
+def followed_through_bases(
+    dys: Sequence[Tensor], weights: Sequence[Tensor], layouts: Sequence[Layout]
+) -> Tensor:
+    """As `through_bases`, with nothing in place."""
+    products = [dy @ _matrix(w, own, dy) for dy, w, own in zip(dys, weights, layouts, strict=True)]
+    return sum(products[1:], products[0])
+
+
+def followed_gradients(
+    x: Tensor, mask: Tensor | None, dy: Tensor, A: Tensor, B: Tensor, scaling: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx through the update (N, I), dA and dB of one update by operations that autograd records."""
+    dropped = x if mask is None else x * mask
+    small, wide = A.to(x.dtype), B.to(x.dtype)
+    G = scaling * (dy @ wide)  # (N, R)
+    dx = G @ small if mask is None else (G @ small) * mask
+    dB = dy.T @ (scaling * (dropped @ small.T))
+    return dx, (G.T @ dropped).to(A.dtype), dB.to(B.dtype)
 
 
 def _input_gradient(
@@ -144,11 +197,16 @@ def through_bases(
     """dx (N, I) of the base layers: the sum over all of dy W."""
     dx: Tensor | None = None
     for dy, weight, layout in zip(dys, weights, layouts, strict=True):
-        W = weight if layout.unpack is None else layout.unpack().to(dy.dtype)
-        W = W.T if layout.transposed else W
+        W = _matrix(weight, layout, dy)
         dx = dy @ W if dx is None else dx.addmm_(dy, W)
     assert dx is not None
     return dx
+
+
+def _matrix(weight: Tensor, layout: Layout, dy: Tensor) -> Tensor:
+    """The base's weight as (O, I)."""
+    W = weight if layout.unpack is None else layout.unpack().to(dy.dtype)
+    return W.T if layout.transposed else W
 
 
 def add_through_update(dx: Tensor, G: Tensor, A: Tensor, mask: Tensor | None) -> None:
@@ -160,14 +218,20 @@ def add_through_update(dx: Tensor, G: Tensor, A: Tensor, mask: Tensor | None) ->
 
 
 def base_output(x: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout) -> Tensor:
-    """The base layer's own operation, so that a zero update leaves its output bit-equal."""
+    """The base layer's own operation, so that a zero update leaves its output bit-equal.
+
+    The output is dense, since the update is added in place, and no view of another tensor: what
+    a function returns as a view, autograd lets nobody change in place.
+    """
     if layout.unpack is not None:
         out = F.linear(x, layout.unpack().to(x.dtype))
-        return out if bias is None else out + bias.to(out.dtype)
-    if not layout.transposed:
-        return F.linear(x, weight, bias)
-    assert bias is not None  # Conv1D always has one
-    return torch.addmm(bias, flat_rows(x), weight).view(*x.shape[:-1], weight.shape[1])
+        out = out if bias is None else out + bias.to(out.dtype)
+    elif layout.transposed:
+        assert bias is not None  # Conv1D always has one
+        out = torch.addmm(bias, flat_rows(x), weight).view(*x.shape[:-1], weight.shape[1])
+    else:
+        out = F.linear(x, weight, bias)
+    return out.contiguous().detach()
 
 
 def _joined(tensors: Sequence[Tensor]) -> Tensor:

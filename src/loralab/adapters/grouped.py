@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from loralab.adapters.attach import Adapter
+from loralab.adapters.fast_path import FastPathOff, calling_their_parts
 from loralab.adapters.fused import can_fuse
 from loralab.adapters.linear import is_plain
 from loralab.adapters.linear import together as alone_together
 from loralab.adapters.prefix import AttentionWithPrefix
 from loralab.adapters.prompt import Keeper
 from loralab.adapters.spans import Factors, Updates, linears_by_span, stacked_update
-from loralab.adapters.wrapper import Wrapper
+from loralab.adapters.wrapper import Wrapper, put_in_place
 from loralab.errors import AdapterStateError
 
 FEW = 4  # spans whose updates are quicker one after the other than stacked
@@ -67,6 +68,7 @@ class Bank:
         self.spans: tuple[Span, ...] = ()
         self.around = around or (lambda key: contextlib.nullcontext())
         self._places: dict[str, Grouped] = {}
+        self._calling: list[FastPathOff] = []
 
     def put(self, key: Hashable, adapter: Adapter) -> None:
         """Take an adapter's modules in.
@@ -81,6 +83,7 @@ class Bank:
             if path not in self._places:
                 self._places[path] = self._replace(path)
             self._places[path].members[key] = module
+        self._call_all_places()
 
     def drop(self, key: Hashable) -> None:
         """Let go of an adapter; a place that no adapter needs gets its own module back."""
@@ -89,12 +92,14 @@ class Bank:
             if not place.members:
                 self._set(path, place.base)
                 del self._places[path]
+        self._call_all_places()
 
     def remove(self) -> None:
         """Leave the model as it was."""
         for path, place in self._places.items():
             self._set(path, place.base)
         self._places.clear()
+        self._call_all_places()
 
     def route(self, spans: Sequence[Span]) -> None:
         """Send the rows of the batches to come through their adapters; no spans: the base alone.
@@ -129,13 +134,19 @@ class Bank:
         self._set(path, place)
         return place
 
+    def _call_all_places(self) -> None:
+        """Modules of the base with places in them must call these; others may do as they like."""
+        for module in self._calling:
+            module.remove()
+        self._calling = calling_their_parts(self.model)
+
     def _set(self, path: str, module: nn.Module) -> None:
         """Put a module in the place of the one at a path, wherever that one stands."""
         old = self.model.get_submodule(path)
         for parent in list(self.model.modules()):
             for name, child in parent._modules.items():
                 if child is old and parent is not module:
-                    setattr(parent, name, module)
+                    put_in_place(parent, name, module)
 
 
 class Grouped(Wrapper):

@@ -14,10 +14,13 @@ from torch import Tensor, nn
 
 from loralab.adapters import targets
 from loralab.adapters.bases import dense_weight, is_conv1d, linear_shape
+from loralab.adapters.eager import is_ragged, row_by_row
 from loralab.adapters.expressions import matches
 from loralab.adapters.methods import IA3, Names
+from loralab.adapters.paths import ends_with
 from loralab.adapters.peft_fields import refuse_unknown, selecting_fields, targeted
-from loralab.adapters.wrapper import Wrapper
+from loralab.adapters.presets import in_attention
+from loralab.adapters.wrapper import Wrapper, wide
 from loralab.errors import TargetError
 
 KEYS_AND_VALUES = (
@@ -28,6 +31,8 @@ NOTHING = r"(?!)"  # an expression that matches no path
 
 class LinearWithIA3(Wrapper):
     """l * (W0 x + b), or W0 (l * x) + b where the layer leads out of the feed-forward network."""
+
+    merges_into = ("weight", "bias")
 
     def __init__(self, base: nn.Module, *, feedforward: bool) -> None:
         super().__init__(base)
@@ -40,6 +45,8 @@ class LinearWithIA3(Wrapper):
         """x (..., I) -> (..., O)."""
         if self.merged:
             return self.base(x)
+        if is_ragged(x):
+            return row_by_row(self.forward, x)
         scale = self.ia3_l.flatten()
         if self.feedforward:
             return self.base((x * scale).to(x.dtype))
@@ -48,10 +55,10 @@ class LinearWithIA3(Wrapper):
 
     def merged_tensors(self) -> dict[str, Tensor]:
         """The weight, and for outputs the bias, with the scale in it."""
-        total = dense_weight(self.base).float() * self.ia3_l
+        total = wide(dense_weight(self.base)) * self.ia3_l
         merged = {"weight": total.T if is_conv1d(self.base) else total}
         if not self.feedforward and self.base.bias is not None:
-            merged["bias"] = self.base.bias.float() * self.ia3_l.flatten()
+            merged["bias"] = wide(self.base.bias) * self.ia3_l.flatten()
         return merged
 
 
@@ -73,8 +80,8 @@ def fields(config: IA3, modules: Mapping[str, Any], paths: list[str]) -> dict[st
     chosen, layers = selecting_fields(list(modules), paths)
     if layers is not None:  # peft's IA3 counts no layers
         chosen = "|".join(re.escape(name) for name in modules)
-    ends = [end for end in chosen if any(targets.ends_with(name, end) for name in inner)]
-    told = {name for name in modules if any(targets.ends_with(name, end) for end in ends)}
+    ends = [end for end in chosen if any(ends_with(name, end) for name in inner)]
+    told = {name for name in modules if any(ends_with(name, end) for end in ends)}
     plain = isinstance(chosen, list) and told == set(inner)
     feedforward = ends if plain else "|".join(re.escape(name) for name in inner)
     return {
@@ -98,13 +105,13 @@ def parse(
 def _usual_targets(model: nn.Module) -> tuple[str, ...]:
     """Keys, values (a fused projection as a whole), and the way out of the feed-forward network."""
     linear = targets.linear_names(model)
-    ends = {name.rpartition(".")[2] for name in linear if targets.in_attention(name)}
+    ends = {name.rpartition(".")[2] for name in linear if in_attention(name)}
     found = tuple(sorted(ends & set(KEYS_AND_VALUES)))
     if not found:
         raise TargetError(
             f"{type(model).__name__} names its keys and values in no usual way; give target_modules"
         )
-    keys = [n for n in linear if targets.in_attention(n) and n.rpartition(".")[2] in found]
+    keys = [n for n in linear if in_attention(n) and n.rpartition(".")[2] in found]
     return (*keys, *(block.ffn_out for block in targets.blocks(model)))
 
 
@@ -113,4 +120,4 @@ def _feedforward(model: nn.Module, names: list[str], wanted: Names) -> set[str]:
         return {block.ffn_out for block in targets.blocks(model)} & set(names)
     if isinstance(wanted, str):
         return {name for name in names if matches(wanted, name)}
-    return {name for name in names if any(targets.ends_with(name, end) for end in wanted)}
+    return {name for name in names if any(ends_with(name, end) for end in wanted)}

@@ -5,20 +5,22 @@ equations 5 and 11. Axes: I in_features, O out_features, R rank; `...` any leadi
 """
 
 from collections.abc import Sequence
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from loralab.adapters.bases import dense_weight, is_conv1d, is_linear, linear_shape
+from loralab.adapters.eager import is_hooked, is_plain_tensor, is_ragged, row_by_row
 from loralab.adapters.fused import Updated, can_fuse, linears_with_updates
 from loralab.adapters.methods import LoRA
 from loralab.adapters.start import STARTS
-from loralab.adapters.wrapper import Wrapper
+from loralab.adapters.wrapper import Wrapper, wide, without_autocast
 from loralab.errors import ConfigError
 
 Rows = tuple[int, int]  # first and one past the last
+_State = list[tuple[Tensor, int]]  # tensors, and how often each had been written to
 
 
 class LinearWithLoRA(Wrapper):
@@ -66,13 +68,16 @@ class LinearWithLoRA(Wrapper):
         self.magnitude: nn.Parameter | None = None
         if config.dora:
             self.register_buffer("squared_norm", self._squared_norm(), persistent=False)
+            self.register_load_state_dict_post_hook(_measure_again)
             self.magnitude = nn.Parameter(self.row_norm())
-        self._ratio: Tensor | None = None  # kept once nothing is trained any more
+        self._ratio: tuple[Tensor, _State] | None = None  # kept while what it is made of stays
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., I) -> (..., O)."""
         if self.merged:
             return self.base(x)
+        if self.magnitude is not None and is_ragged(x):
+            return row_by_row(self.forward, x)
         if self.magnitude is not None:
             return self._rescaled(x, self.ratio())
         return self._updated(x)
@@ -88,15 +93,23 @@ class LinearWithLoRA(Wrapper):
     def ratio(self) -> Tensor:
         """DoRA: what each row of W0 + (alpha / r) B A is multiplied by, (O,)."""
         assert self.magnitude is not None
-        if self.magnitude.requires_grad:
+        of = (self.magnitude, self.lora_A, self.lora_B)
+        if any(t.requires_grad for t in of) or not is_plain_tensor(self.magnitude):
             return self.magnitude / self.row_norm()
-        if self._ratio is None:
-            self._ratio = self.magnitude / self.row_norm()
-        return self._ratio
+        if self._ratio is None or not _is_as_before(of, self._ratio[1]):
+            with torch.inference_mode(False), torch.no_grad():  # or no gradient could pass it
+                ratio = self.magnitude / self.row_norm()
+            self._ratio = ratio, [(t, _version(t)) for t in of]
+        return self._ratio[0]
 
     def refreshed(self) -> None:
         """Forget what was worked out from the factors."""
         self._ratio = None
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Move or cast all tensors (nn.Module); what was worked out from them does not go along."""
+        self.refreshed()
+        return super()._apply(fn, recurse)
 
     def update(self, x: Tensor) -> Tensor:
         """(alpha / r) B A x: (..., I) -> (..., O), computed in the adapter's dtype."""
@@ -148,7 +161,8 @@ class LinearWithLoRA(Wrapper):
     def delta(self) -> Tensor:
         """The update of the weight, (O, I), in the adapter's dtype."""
         A, B, scaling = self.factors()
-        total = scaling * (B @ A)
+        with without_autocast(A.device):
+            total = scaling * (B @ A)
         if self.magnitude is None:
             return total
         weight = dense_weight(self.base).to(total.dtype)
@@ -158,13 +172,16 @@ class LinearWithLoRA(Wrapper):
     def row_norm(self) -> Tensor:
         """Length of each row of W0 + (alpha / r) B A, (O,).
 
-        DoRA holds it constant in the gradient (section 4.3). It is worked out from |W0|^2, W0 A'
-        and A A', so that no second matrix of the size of W0 is ever made.
+        DoRA holds it constant in the gradient (section 4.3), in that of forward mode too. It is
+        worked out from |W0|^2, W0 A' and A A', so that no second matrix of the size of W0 is ever
+        made.
         """
         A, B, scaling = self.factors()
+        A, B = A.detach(), B.detach()
         weight = dense_weight(self.base).to(A.dtype)
-        cross = (F.linear(weight, A) * B).sum(dim=1)
-        own = ((B @ (A @ A.T)) * B).sum(dim=1)
+        with without_autocast(A.device):
+            cross = (F.linear(weight, A) * B).sum(dim=1)
+            own = ((B @ (A @ A.T)) * B).sum(dim=1)
         squared: Tensor = self.squared_norm + 2 * scaling * cross + scaling**2 * own
         return squared.clamp_min(0).sqrt()
 
@@ -178,7 +195,7 @@ class LinearWithLoRA(Wrapper):
 
     def merged_tensors(self) -> dict[str, Tensor]:
         """The weight with the update in it, in the base's own layout."""
-        total = dense_weight(self.base).float() + self.delta()
+        total = wide(dense_weight(self.base)) + self.delta()
         return {"weight": total.T if self.transposed else total}
 
     def extra_repr(self) -> str:
@@ -210,7 +227,7 @@ class LinearWithLoRA(Wrapper):
         return A.contiguous().to(device), B.contiguous().to(device)
 
     def _squared_norm(self) -> Tensor:
-        return dense_weight(self.base).float().square().sum(dim=1)
+        return wide(dense_weight(self.base)).square().sum(dim=1)
 
     def _dropout_mask(self, x: Tensor) -> Tensor | None:
         if not (self.training and self.dropout.p):
@@ -238,13 +255,29 @@ def is_plain(layer: nn.Module) -> TypeGuard[LinearWithLoRA]:
         type(layer) is LinearWithLoRA
         and not layer.merged
         and layer.magnitude is None
-        and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks)
+        and not is_hooked(layer)
     )
 
 
 def _one_for_all(layer: LinearWithLoRA, x: Tensor) -> bool:
     """Whether the updates of several such layers get the very same input."""
     return not (layer.training and layer.dropout.p) and can_fuse(layer.base, x)
+
+
+def _is_as_before(tensors: Sequence[Tensor], state: _State) -> bool:
+    pairs = zip(tensors, state, strict=True)
+    return all(now is then and _version(now) == version for now, (then, version) in pairs)
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was written to; one made in inference mode does not count."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _measure_again(module: LinearWithLoRA, keys: Any) -> None:
+    """After load_state_dict: the base's weight may be another one."""
+    if not module.base.weight.is_meta:
+        module.squared_norm = module._squared_norm()
 
 
 def spread(B: Tensor, parts: Sequence[Rows], rows: int, rank: int) -> Tensor:

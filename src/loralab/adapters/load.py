@@ -1,21 +1,19 @@
 """load(): the adapter that a folder holds, attached to a model."""
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from loralab.adapters.attach import Adapter, attach
-from loralab.adapters.expressions import matches
+from loralab.adapters.attach import Adapter, put_into
 from loralab.adapters.fingerprint import dtype_name, fingerprint
 from loralab.adapters.folder import AdapterFolder, read
-from loralab.adapters.methods import LoRA, Names, Targeted
 from loralab.adapters.peft_fields import PREFIX
-from loralab.adapters.targets import ends_with, inside, matches_pattern, target_names
+from loralab.adapters.present import present_in, without_shells
+from loralab.adapters.shells import plain_paths, unwrapped
 from loralab.errors import (
     AdapterFileError,
     BaseMismatchWarning,
@@ -35,12 +33,14 @@ def load(model: nn.Module, path: str | Path) -> Adapter:
         AdapterFileError: the folder is damaged, a pickle, or does not fit the model.
         AdapterStateError: the model carries an adapter already.
     """
-    stored = read(path)
-    _make_room(model, stored)
+    inner = unwrapped(model)
+    stored = without_shells(read(path), inner)
+    _make_room(inner, stored)
     try:
-        adapter = attach(model, present_in(model, stored))
+        adapter = put_into(model, present_in(inner, stored))
     except (TargetError, ConfigError) as error:
-        raise type(error)(f"{path} does not fit {type(model).__name__}: {error}") from None
+        text = f"{path} does not fit {type(inner).__name__}: {error}"
+        raise type(error)(text, code=error.code, field=error.field) from None
     try:
         fill(adapter, stored)
         _compare_base(adapter, stored)
@@ -61,75 +61,6 @@ def _make_room(model: Any, stored: AdapterFolder) -> None:
         )
     if rows and max(rows) >= known:
         model.resize_token_embeddings(max(rows) + 1, mean_resizing=False)
-
-
-def _saved_by_ending(
-    names: Iterable[str], config: Any, tensors: Mapping[str, Tensor]
-) -> tuple[str, ...]:
-    """Modules that peft saved because their *letters* end as asked: "pre_classifier" too."""
-    keys = {key.rpartition(".")[0] for key in tensors}
-    return tuple(
-        name
-        for name in names
-        for end in config.modules_to_save
-        if name.endswith(end)
-        and not ends_with(name, end)
-        and any(f"{start}{name}" in keys for start in (PREFIX, "base_model."))
-    )
-
-
-def present_in(model: nn.Module, stored: AdapterFolder) -> Any:
-    """A folder's configuration without the names that select nothing in a model.
-
-    peft writes such; the tensors decide what is there.
-
-    Raises:
-        AdapterFileError: no target is left.
-    """
-    config, path, tensors = stored.config, stored.path, stored.tensors
-    names = [name for name, _ in model.named_modules() if name]
-
-    def found(wanted: Iterable[str]) -> tuple[str, ...]:
-        return tuple(w for w in wanted if any(ends_with(name, w) for name in names))
-
-    saved = (*found(config.modules_to_save), *_saved_by_ending(names, config, tensors))
-    config = replace(config, modules_to_save=saved)
-    whole = [name for name in names if any(ends_with(name, s) for s in saved)]
-    names = [name for name in names if not inside(name, whole)]
-    if not isinstance(config, Targeted):
-        return config
-    targets = config.target_modules
-    if isinstance(targets, tuple) and not (targets := found(targets)):
-        raise AdapterFileError(
-            f"{path} does not fit {type(model).__name__}, which has none of its target modules "
-            f"{some(config.target_modules or ())}"
-        )
-    config = replace(config, target_modules=targets)
-    if isinstance(config, LoRA):
-        config = replace(
-            config,
-            rank_pattern={p: r for p, r in config.rank_pattern.items() if _any_match(names, p)},
-            alpha_pattern={p: a for p, a in config.alpha_pattern.items() if _any_match(names, p)},
-        )
-    return replace(config, exclude_modules=_excluded(model, config))
-
-
-def _excluded(model: nn.Module, config: Targeted) -> Names:
-    """What of exclude_modules takes a target away."""
-    excluded = config.exclude_modules
-    if excluded is None:
-        return None
-    plain: Any = replace(config, exclude_modules=None, layers=None, layers_pattern=())
-    if isinstance(plain, LoRA):
-        plain = replace(plain, rank_pattern={}, alpha_pattern={})
-    targets = target_names(model, plain)
-    if isinstance(excluded, str):
-        return excluded if any(matches(excluded, name) for name in targets) else None
-    return tuple(w for w in excluded if any(ends_with(name, w) for name in targets)) or None
-
-
-def _any_match(names: Iterable[str], pattern: str) -> bool:
-    return any(matches_pattern(name, pattern) for name in names)
 
 
 @torch.no_grad()
@@ -162,9 +93,10 @@ def fill(adapter: Adapter, stored: AdapterFolder) -> None:
 
 def _drop_base_embeddings(adapter: Adapter, stored: AdapterFolder) -> None:
     """peft also writes the frozen embedding where that is adapted: not needed, if it is ours."""
-    end = ".base_layer.weight"
+    end, plain = ".base_layer.weight", plain_paths(adapter.model)
+    modules = {plain(name): module for name, module in adapter.modules.items()}
     for key in [k for k in stored.tensors if k.endswith(end)]:
-        module = adapter.modules.get(key.removeprefix(PREFIX).removesuffix(end))
+        module = modules.get(key.removeprefix(PREFIX).removesuffix(end))
         weight = None if module is None else module.base.weight
         saved = stored.tensors[key]
         if weight is None or weight.shape != saved.shape:

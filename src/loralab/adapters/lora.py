@@ -20,6 +20,7 @@ from loralab.adapters.linear import LinearWithLoRA
 from loralab.adapters.methods import LoRA
 from loralab.adapters.multihead import MultiheadAttentionWithLoRA
 from loralab.adapters.peft_fields import refuse_unknown, selecting_fields, targeted
+from loralab.adapters.shells import plain_paths
 from loralab.adapters.targets import target_names
 from loralab.adapters.wrapper import Wrapper
 from loralab.errors import AdapterFileError, ConfigError, TargetError
@@ -30,16 +31,21 @@ Actual = tuple[int, float]  # rank and factor of a saved update
 
 def build(model: nn.Module, config: LoRA, generator: torch.Generator | None) -> dict[str, Wrapper]:
     """The wrappers by path."""
-    heads = [n for n, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)]
-    others = [*fused.part_names(model), *_further(model)]
-    chosen = fused.by_module(model, target_names(model, config, others, implied=heads))
+    plain = plain_paths(model)
     wrappers = {
-        path: _wrapped(model, path, names, config.for_module(path), generator)
-        for path, names in chosen.items()
+        path: _wrapped(model, path, names, config.for_module(plain(path)), generator)
+        for path, names in chosen(model, config).items()
     }
     if config.token_rows:
         wrappers |= _token_rows(model, config, wrappers)
     return wrappers
+
+
+def chosen(model: nn.Module, config: LoRA) -> dict[str, list[str]]:
+    """Paths of the modules that are adapted, with the parts that are meant; none is the whole."""
+    heads = [n for n, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)]
+    others = [*fused.part_names(model), *_further(model)]
+    return fused.by_module(model, target_names(model, config, others, implied=heads))
 
 
 def fields(config: LoRA, modules: Mapping[str, Any], paths: list[str]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from torch.func import functional_call
 
 from loralab.adapters.linear import Rows, spread
 from loralab.adapters.methods import LoRA
-from loralab.adapters.wrapper import Wrapper
+from loralab.adapters.wrapper import Wrapper, wide, without_autocast
 from loralab.errors import ConfigError
 
 IN, OUT = "in_proj_weight", "out_proj.weight"
@@ -28,6 +28,8 @@ class MultiheadAttentionWithLoRA(Wrapper):
             update for all, as peft has it.
         out: whether the output projection gets one.
     """
+
+    merges_into = (IN,)
 
     def __init__(
         self,
@@ -75,9 +77,10 @@ class MultiheadAttentionWithLoRA(Wrapper):
     @torch.no_grad()
     def merge_weights(self) -> None:
         """Put the updated weights in the place of both; the originals are kept aside."""
-        if self.merged:
+        if self.merged or self.cannot_merge:
             super().merge_weights()  # raises
-        new = self._updated()
+        with without_autocast(self.lora_A.device):
+            new = self._updated()
         totals = self._rounded({IN: new.pop(IN)})
         for owner, name, total in [
             (self.base, IN, totals[IN]),
@@ -86,6 +89,7 @@ class MultiheadAttentionWithLoRA(Wrapper):
             key = IN if owner is self.base else OUT
             self._unmerged[key] = owner._parameters[name]
             owner.register_parameter(name, nn.Parameter(total, requires_grad=False))
+        self.merged = True
 
     def unmerge_weights(self) -> None:
         """Put both weights back."""
@@ -96,10 +100,10 @@ class MultiheadAttentionWithLoRA(Wrapper):
 
     def _updated(self) -> dict[str, Tensor]:
         B = spread(self.lora_B, self.parts, 3 * self.width, self.rank)
-        new = {IN: self.base.in_proj_weight.float() + self.scaling * (B @ self.lora_A)}
+        new = {IN: wide(self.base.in_proj_weight) + self.scaling * (B @ self.lora_A)}
         if self.out_A is not None and self.out_B is not None:
             update = self.scaling * (self.out_B @ self.out_A)
-            new[OUT] = self.base.out_proj.weight.float() + update
+            new[OUT] = wide(self.base.out_proj.weight) + update
         return new
 
     def _drawn(self, parts: int, generator: torch.Generator | None) -> nn.Parameter:

@@ -9,11 +9,24 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
-from loralab.adapters.targets import ends_with, layer_number
+from loralab.adapters.paths import ends_with, layer_number
 from loralab.errors import AdapterFileError, some
 
 PREFIX = "base_model.model."  # of every key, but for a prompt or prefix
 Config = TypeVar("Config")
+
+TASK_TYPES = {  # kind -> peft's name
+    "causal-lm": "CAUSAL_LM",
+    "sequence-classification": "SEQ_CLS",
+    "token-classification": "TOKEN_CLS",
+    "sentence-encoder": "FEATURE_EXTRACTION",
+}
+CLASSES = {  # what the name of a model's class says of it
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+}
 
 # fields that do not change what the tensors compute
 _INERT = {
@@ -26,6 +39,19 @@ _SELECTING = {
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
     "modules_to_save",
 }  # fmt: skip
+
+
+def task_type(base: Mapping[str, Any], *, headed: bool) -> str | None:
+    """peft's name; without a trained head none, or peft would look for its weights in vain.
+
+    Args:
+        base: what loralab.json says of it: its "kind", where it is known, and "architecture".
+    """
+    name = str(base.get("architecture"))
+    found = TASK_TYPES.get(base.get("kind") or "") or next(
+        (task for end, task in CLASSES.items() if end in name), None
+    )
+    return None if found in ("SEQ_CLS", "TOKEN_CLS") and not headed else found
 
 
 def refuse_unknown(fields: Mapping[str, Any], known: set[str]) -> None:

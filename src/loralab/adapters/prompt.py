@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from loralab.adapters.eager import is_plain_tensor
 from loralab.adapters.methods import Prompt
 from loralab.adapters.peft_fields import refuse_unknown
 from loralab.adapters.positions import behind, by_name, entrance
@@ -40,7 +41,7 @@ class Embeddings(nn.Module):
         self.layers = layers
         self.states: list[Tensor] = []  # keys and values (2, H, P, D) of each layer
         self.recording = False
-        self._made_of: int | None = None  # the version of the weight that the states belong to
+        self._made_of: Tensor | None = None  # the weight's values that the states belong to
 
     def front(self, layer: int, cache: Any) -> Any:
         """The prompt's keys and values before a cache; while they are recorded, a recorder."""
@@ -52,8 +53,18 @@ class Embeddings(nn.Module):
         return keys, values
 
     def is_current(self) -> bool:
-        """Whether the states may be used again: nothing has changed and nobody needs gradients."""
-        return bool(self.states) and self._made_of == self.weight._version
+        """Whether the states may be used again: nothing has changed and nobody needs gradients.
+
+        By value, since not everything that writes to a tensor counts up its version.
+        """
+        if self._made_of is None or not is_plain_tensor(self.weight):
+            return False
+        return torch.equal(self._made_of, self.weight)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Move or cast all tensors (nn.Module); the states do not go along."""
+        self.states, self._made_of = [], None
+        return super()._apply(fn, recurse)
 
     def record(self, inner: nn.Module) -> None:
         """One pass of the prompt through the model without its head."""
@@ -66,7 +77,7 @@ class Embeddings(nn.Module):
         finally:
             self.recording = False
         keeps = torch.is_grad_enabled() or inner.training
-        self._made_of = None if keeps else self.weight._version
+        self._made_of = None if keeps else self.weight.detach().clone()
 
 
 def build(model: Any, config: Prompt, generator: torch.Generator | None) -> dict[str, Wrapper]:

@@ -15,8 +15,13 @@ SECTIONS: dict[str, dict[str, Kind]] = {
         "name": str, "kind": str, "precision": str, "quantize": str, "dtype": str,
         "fingerprint": str, "image_size": int,
     },
-    "task": {"name": str, "format": str, "instruction": str, "labels": (str, int)},
-    "tokenizer": {"new_tokens": (str,), "stop_ids": (int,)},
+    "task": {
+        "name": str, "format": str, "instruction": str, "labels": (str, int), "digest": str,
+    },
+    "tokenizer": {
+        "new_tokens": (str,), "stop_ids": (int,), "chat_template": str, "eos_token": str,
+        "digest": str,
+    },
     "training": {"seed": int},
     "metrics": {},
     "method": {},

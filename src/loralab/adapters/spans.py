@@ -10,13 +10,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from loralab.adapters.fused import (
     Layout,
     add_through_update,
     base_output,
     flat_rows,
+    followed_gradients,
+    followed_through_bases,
+    is_followed,
     layout_of,
     through_bases,
 )
@@ -110,7 +113,6 @@ class _LinearsBySpan(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
         x, *rest = ctx.saved_tensors
         parts, layouts, needed = ctx.parts, ctx.layouts, ctx.needs_input_grad
@@ -120,6 +122,8 @@ class _LinearsBySpan(torch.autograd.Function):
             rest[count + 2 * size :],
         )  # fmt: skip
         flat, dflat = flat_rows(x), [flat_rows(dy).contiguous() for dy in dys]
+        if is_followed(dys):
+            return _followed(x, flat, dflat, weights, As, Bs, ctx)
         dx = through_bases(dflat, weights, layouts) if needed[0] else None
         whole = list(zip(parts, As, Bs, lows, strict=True))
         own = [dflat[p.layer][p.start : p.stop] for p in parts]
@@ -139,6 +143,21 @@ class _LinearsBySpan(torch.autograd.Function):
             for grad, of in pair
         ]
         return (dx, None, None, *[None] * (2 * count), *gradients)
+
+
+def _followed(
+    x: Tensor, flat: Tensor, dys: Sequence[Tensor], weights: Sequence[Tensor],
+    As: Sequence[Tensor], Bs: Sequence[Tensor], ctx: Any,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """All gradients by operations that autograd records, one update after the other."""
+    total = followed_through_bases(dys, weights, ctx.layouts)
+    gradients: list[Tensor] = []
+    for part, A, B in zip(ctx.parts, As, Bs, strict=True):
+        rows, dy = flat[part.start : part.stop], dys[part.layer][part.start : part.stop]
+        dx, dA, dB = followed_gradients(rows, part.mask, dy, A, B, part.scaling)
+        total = total + F.pad(dx, (0, 0, part.start, len(flat) - part.stop))
+        gradients += [dA, dB]
+    return (total.view(x.shape), None, None, *[None] * (2 * len(weights)), *gradients)
 
 
 def _through_updates(dx: Tensor, parts: Sequence[tuple[_Part, Tensor, Tensor]]) -> None:

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from loralab.adapters.methods import BitFit, FullFineTune, LinearProbe
+from loralab.adapters.paths import layer_number
 from loralab.adapters.peft_fields import own_config
-from loralab.adapters.targets import layer_number, require_layers
+from loralab.adapters.targets import require_layers
 from loralab.adapters.wrapper import Wrapper
 from loralab.errors import TargetError
 
@@ -35,11 +36,12 @@ class TrainedInFull(nn.Module):
         self.trained = copy.deepcopy(base).float().requires_grad_(True)
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
-        """What the copy gives, computed in fp32 and returned in the dtype that came in."""
+        """What the copy gives, computed in its dtype and returned in the one that came in."""
         floating = [x.dtype for x in inputs if isinstance(x, Tensor) and x.is_floating_point()]
-        dtype = floating[0] if floating else self.dtype
-        output = self.trained(*(_in_fp32(x) for x in inputs), **named)
-        return output.to(dtype) if isinstance(output, Tensor) else output
+        dtype, own = floating[0] if floating else self.dtype, _dtype_of(self.trained)
+        inputs = _in_dtype(inputs, own)
+        output = self.trained(*inputs, **{k: _in_dtype(x, own) for k, x in named.items()})
+        return _in_dtype(output, dtype)
 
     def finished(self) -> nn.Module:
         """The trained copy in the base's dtype, to stand in the model for good."""
@@ -48,12 +50,20 @@ class TrainedInFull(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the original's parameters."""
-        return next((p.dtype for p in self.base.parameters()), torch.float32)
+        return _dtype_of(self.base)
 
-    @property
-    def weight(self) -> Tensor:
-        """The trained weight, which some models read of their head or embedding."""
-        return self.trained.weight  # type: ignore[return-value]
+    def __getattr__(self, name: str) -> Any:
+        """What models read of a module without calling it: the trained weight, its sizes."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in ("base", "trained"):  # not set yet: asking it would never end
+                raise
+        trained: Any = super().__getattr__("trained")
+        found = getattr(trained, name)
+        if isinstance(found, nn.Parameter) and name in trained._parameters:
+            return found.to(self.dtype)  # whoever computes with it has the base's dtype
+        return found
 
 
 class TrainedParameters(Wrapper):
@@ -65,6 +75,8 @@ class TrainedParameters(Wrapper):
         names: of the base's own parameters (not those of its children).
         shared: copies made so far, by the identity of the original: tied weights stay tied.
     """
+
+    merges_into = ()  # only what is a parameter of the base's own
 
     def __init__(self, base: nn.Module, names: list[str], shared: dict[int, nn.Parameter]) -> None:
         super().__init__(base)
@@ -159,5 +171,12 @@ def _chosen(
     return found
 
 
-def _in_fp32(x: Any) -> Any:
-    return x.float() if isinstance(x, Tensor) and x.is_floating_point() else x
+def _dtype_of(module: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in module.parameters()), torch.float32)
+
+
+def _in_dtype(x: Any, dtype: torch.dtype) -> Any:
+    """Numbers with a point in another dtype, those of a tuple too; all else as it is."""
+    if type(x) is tuple:
+        return tuple(_in_dtype(part, dtype) for part in x)
+    return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x

@@ -1,22 +1,31 @@
 """Which modules a configuration means: presets, names or an expression -> paths, or an error.
 
 Names and expressions select as peft does: a name must end the path at a dot, an expression must
-match the whole path. Unlike there, every name has to select something.
+match the whole path. Unlike there, every name has to select something, and nothing that cannot
+be adapted. Paths are compared as they are without shells around modules (shells.py).
 """
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from loralab.adapters.bases import is_linear, linear_shape
-from loralab.adapters.expressions import matches
+from loralab.adapters.bases import is_conv1d, linear_shape, looks_linear
+from loralab.adapters.experts import share_of, stacked_weights
+from loralab.adapters.lookalikes import why_not_linear
 from loralab.adapters.methods import PRESETS, Names, Targeted
+from loralab.adapters.paths import endings, ends_with, inside, layer_number, matches_pattern
+from loralab.adapters.paths import selected_by as is_selected
+from loralab.adapters.presets import ATTENTION, MLP, place_of
+from loralab.adapters.reads import read_uncalled
+from loralab.adapters.shells import plain_paths, unwrapped
+from loralab.adapters.towers import tower_of
 from loralab.errors import TargetError, nearest, some
 
 HEADS = ("lm_head", "classifier", "score", "qa_outputs")
+ASIDE = ("contact_head",)  # heads of another task that stand within a model (ESM)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,24 +54,41 @@ def target_names(
         implied: those of them that the presets mean too.
 
     Raises:
-        TargetError: a name, expression, layer or pattern selects nothing, or no linear layer.
+        TargetError: a name, expression, layer or pattern selects nothing, or what cannot be
+            adapted.
     """
     full = saved_names(model, config)
     candidates = [name for name in linear_names(model) if not inside(name, full)]
     if not candidates and not others:
-        raise TargetError(f"{type(model).__name__} has no linear layer that can be adapted")
+        raise TargetError(
+            f"{type(model).__name__} has no linear layer that can be adapted{_why_none(model)}",
+            code="nothing_to_adapt",
+            field="target_modules",
+        )
     more = [name for name in others if not inside(name, full)]
-    if isinstance(config.target_modules, str | None) and config.target_modules in (None, *PRESETS):
+    if preset_of(config):
         candidates += [name for name in implied if not inside(name, full)]
-    chosen = _select(model, config, candidates, more)
-    chosen = _without_excluded(chosen, config.exclude_modules)
-    chosen = _in_layers(chosen, config)
-    for field_name in ("rank_pattern", "alpha_pattern"):
-        for pattern in getattr(config, field_name, ()):
-            if not any(matches_pattern(name, pattern) for name in chosen):
-                hint = nearest(pattern, _endings(chosen))
-                raise TargetError(f"{field_name} {pattern!r} matches no adapted module{hint}")
-    return chosen
+    selection = _Selection(model, config, candidates, more)
+    return selection.in_layers(selection.without_excluded(selection.chosen()))
+
+
+def preset_of(config: Targeted) -> str:
+    """The preset that a configuration names, or leaves to us; empty for names and expressions."""
+    target = config.target_modules
+    if target is None:
+        return "all-linear"
+    return target if isinstance(target, str) and target in PRESETS else ""
+
+
+def in_preset(model: nn.Module, preset: str, path: str) -> bool:
+    """Tell whether a preset means a layer, wherever heads and towers are."""
+    return preset == "all-linear" or place_of(model, path) == preset
+
+
+def outer_names(model: nn.Module) -> list[str]:
+    """Paths of the heads, which presets leave alone."""
+    aside = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in ASIDE]
+    return [*head_names(model), *aside]
 
 
 def saved_names(model: nn.Module, config: Any) -> list[str]:
@@ -71,26 +97,40 @@ def saved_names(model: nn.Module, config: Any) -> list[str]:
     Raises:
         TargetError: a name of modules_to_save selects nothing.
     """
+    plain = plain_paths(model)
     names = [name for name, module in model.named_modules() if name and _parameters(module)]
     found: list[str] = []
     for wanted in config.modules_to_save:
-        matched = [name for name in names if ends_with(name, wanted)]
+        matched = [name for name in names if ends_with(plain(name), wanted)]
         if not matched:
-            hint = nearest(wanted, _endings(names))
-            raise TargetError(f"modules_to_save {wanted!r} matches no module{hint}")
+            hint = nearest(wanted, endings(names))
+            raise TargetError(
+                f"modules_to_save {wanted!r} matches no module{hint}",
+                code="unknown_module",
+                field="modules_to_save",
+            )
         found += [name for name in matched if not inside(name, found)]
     return list(dict.fromkeys(found))
 
 
 def linear_names(model: nn.Module) -> list[str]:
-    """Paths of all linear layers; a layer that stands in two places is named once."""
-    return [name for name, module in model.named_modules() if name and is_linear(module)]
+    """Paths of all linear layers that can be adapted; one that stands in two places once."""
+    unable = unable_names(model)
+    return [name for name in _looking_linear(model) if name not in unable]
+
+
+def unable_names(model: nn.Module) -> dict[str, str]:
+    """Paths of layers that are linear by their class and cannot be adapted -> why."""
+    names = _looking_linear(model)
+    found = {name: why_not_linear(m, transposed=is_conv1d(m)) for name, m in names.items()}
+    return {**{name: why for name, why in found.items() if why}, **read_uncalled(model, names)}
 
 
 def head_names(model: nn.Module) -> list[str]:
     """Paths of the output head: what the model calls its output embeddings, or a known name."""
-    heads = {id(module) for name, module in model.named_children() if name in HEADS}
-    get_output = getattr(model, "get_output_embeddings", None)
+    inner = unwrapped(model)
+    heads = {id(module) for name, module in inner.named_children() if name in HEADS}
+    get_output = getattr(inner, "get_output_embeddings", None)
     if callable(get_output):
         heads.add(id(get_output()))
     return [name for name, module in model.named_modules() if name and id(module) in heads]
@@ -100,7 +140,7 @@ def blocks(model: nn.Module) -> list[Block]:
     """The numbered blocks of a transformer, told by their linear layers.
 
     Within a block, the last linear layer under an attention module leads out of attention, the
-    first and the last of the others lead into and out of the feed-forward network.
+    first and the last of the feed-forward network lead into and out of it.
 
     Raises:
         TargetError: there are none, or a block holds several experts.
@@ -111,16 +151,27 @@ def blocks(model: nn.Module) -> list[Block]:
             layers.setdefault(found[0], []).append(name)
     found_blocks = []
     for path, names in layers.items():
-        attention = [name for name in names if in_attention(name[len(path) :])]
-        rest = [name for name in names if name not in attention]
+        places = {name: place_of(model, name) for name in names}
+        attention = [name for name in names if places[name] == ATTENTION]
+        rest = [name for name in names if places[name] == MLP]
         if any(re.search(r"\.\d+\.", name[len(path) :]) for name in rest):
-            raise TargetError(f"{path} holds several experts; this method does not suit them")
+            raise TargetError(
+                f"{path} holds several experts; this method does not suit them",
+                code="experts",
+                field="method",
+            )
         if attention and rest:
             width, _ = linear_shape(model.get_submodule(rest[-1]))
-            found_blocks.append(Block(
-                path=path, number=int(path.rpartition(".")[2]), attention_out=attention[-1],
-                ffn_in=rest[0], ffn_out=rest[-1], width=width,
-            ))  # fmt: skip
+            found_blocks.append(
+                Block(
+                    path=path,
+                    number=int(path.rpartition(".")[2]),
+                    attention_out=attention[-1],
+                    ffn_in=rest[0],
+                    ffn_out=rest[-1],
+                    width=width,
+                )
+            )
     if not found_blocks:
         raise TargetError(
             f"{type(model).__name__} has no numbered blocks of attention and feed-forward layers"
@@ -137,129 +188,200 @@ def require_layers(names: Iterable[str], layers: Sequence[int] | None) -> None:
     for layer in layers:
         if layer not in present:
             have = f"{present[0]} to {present[-1]}" if present else "none"
-            raise TargetError(f"layers: there is no layer {layer} (here: {have})")
-
-
-def in_attention(name: str) -> bool:
-    """Whether a path leads through an attention block."""
-    return "attn" in name.lower() or "attention" in name.lower()
-
-
-def ends_with(name: str, wanted: str) -> bool:
-    """Whether `wanted` is the path or its end, cut at a dot."""
-    return name == wanted or name.endswith("." + wanted)
-
-
-def matches_pattern(name: str, pattern: str) -> bool:
-    """Whether a key of rank_pattern or alpha_pattern means this path."""
-    return matches(rf"(.*\.)?({pattern})", name)
-
-
-def _select(
-    model: nn.Module, config: Targeted, candidates: list[str], more: list[str]
-) -> list[str]:
-    target = "all-linear" if config.target_modules is None else config.target_modules
-    if isinstance(target, tuple):
-        return _by_names(model, target, candidates, more)
-    if target in PRESETS:
-        heads = head_names(model)
-        return _preset(target, [name for name in candidates if not inside(name, heads)], model)
-    chosen = [name for name in (*candidates, *more) if matches(target, name)]
-    if not chosen:
-        raise TargetError(
-            f"target_modules {target!r} matches no linear layer; "
-            f"an expression must match the whole path, such as {(*candidates, *more)[0]!r}"
-        )
-    return chosen
-
-
-def _by_names(
-    model: nn.Module, wanted: Iterable[str], candidates: list[str], more: list[str]
-) -> list[str]:
-    """Every name must select something that can be adapted."""
-    able = [*candidates, *more]
-    others = [name for name, _ in model.named_modules() if name and name not in able]
-    for name in wanted:
-        if any(ends_with(candidate, name) for candidate in able):
-            continue
-        if any(ends_with(other, name) for other in others):
-            kinds = {type(model.get_submodule(o)).__name__ for o in others if ends_with(o, name)}
             raise TargetError(
-                f"target_modules {name!r} is no layer that can be adapted "
-                f"({some(sorted(kinds))}){nearest(name, _endings(candidates))}"
+                f"layers: there is no layer {layer} (here: {have})",
+                code="unknown_layer",
+                field="layers",
             )
-        hint = nearest(name, [*_endings(able), *PRESETS])
-        raise TargetError(
+
+
+class _Selection:
+    """What a configuration means of some layers.
+
+    Args:
+        candidates: what presets, names and expressions may mean.
+        more: what only names and expressions may mean.
+    """
+
+    def __init__(
+        self, model: nn.Module, config: Targeted, candidates: list[str], more: list[str]
+    ) -> None:
+        self.model, self.config = model, config
+        self.candidates, self.able = candidates, [*candidates, *more]
+        self.plain = plain_paths(model)
+        self.unable = unable_names(model)
+
+    def _is(self, path: str, names: Names) -> bool:
+        """Tell whether names select a path, written with the shells around modules or without."""
+        return is_selected(self.plain(path), names) or is_selected(path, names)
+
+    def chosen(self) -> list[str]:
+        """Paths that target_modules selects."""
+        target = self.config.target_modules
+        if preset := preset_of(self.config):
+            return self._by_preset(preset)
+        if isinstance(target, tuple):
+            for name in target:
+                self._require_able(name, (name,))
+                self._require_found(name)
+        chosen = [name for name in self.able if self._is(name, target)]
+        if not chosen:
+            self._require_able(str(target), target)
+            raise _error(
+                f"target_modules {target!r} matches no linear layer; an expression must match the "
+                f"whole path, such as {self.plain(next(iter(self.able), ''))!r}",
+                "unknown_module",
+            )
+        return chosen
+
+    def without_excluded(self, names: list[str]) -> list[str]:
+        """Paths that exclude_modules leaves; it may also name what cannot be adapted anyway."""
+        excluded = self.config.exclude_modules
+        if excluded is None:
+            return names
+        known = [*names, *self.unable, *stacked_weights(self.model)]
+        for wanted in (excluded,) if isinstance(excluded, str) else excluded:
+            one = wanted if isinstance(excluded, str) else (wanted,)
+            if not any(self._is(name, one) for name in known):
+                hint = nearest(wanted, endings(names))
+                raise _error(
+                    f"exclude_modules {wanted!r} excludes nothing{hint}",
+                    "unknown_module",
+                    "exclude_modules",
+                )
+        kept = [name for name in names if not self._is(name, excluded)]
+        if not kept:
+            raise _error(
+                f"exclude_modules {excluded!r} excludes every target",
+                "nothing_to_adapt",
+                "exclude_modules",
+            )
+        return kept
+
+    def in_layers(self, names: list[str]) -> list[str]:
+        """Paths within the layers that are asked for; the patterns must mean some of them."""
+        names = self._numbered(names)
+        for field in ("rank_pattern", "alpha_pattern"):
+            for pattern in getattr(self.config, field, ()):
+                if not any(matches_pattern(self.plain(name), pattern) for name in names):
+                    hint = nearest(pattern, endings(names))
+                    raise _error(
+                        f"{field} {pattern!r} matches no adapted module{hint}",
+                        "unknown_module",
+                        field,
+                    )
+        return names
+
+    def _numbered(self, names: list[str]) -> list[str]:
+        layers = self.config.layers
+        if layers is None:
+            return names
+        numbered = {name: layer_number(name, self.config.layers_pattern) for name in names}
+        present = sorted({number for number in numbered.values() if number is not None})
+        for layer in layers:
+            if layer not in present:
+                have = f"{present[0]} to {present[-1]}" if present else "none"
+                raise _error(
+                    f"layers: there is no layer {layer} among the targets (here: {have})",
+                    "unknown_layer",
+                    "layers",
+                )
+        return [name for name in names if numbered[name] in layers]
+
+    def _by_preset(self, preset: str) -> list[str]:
+        heads = outer_names(self.model)
+        towers = tower_of(self.model, self.candidates, heads)
+        names = [n for n in self.candidates if n not in towers and not inside(n, heads)]
+        chosen = [name for name in names if in_preset(self.model, preset, name)]
+        if not chosen:
+            stacked = stacked_weights(self.model)
+            self._require_no_stacked(
+                preset, [path for path in stacked if in_preset(self.model, preset, path)]
+            )
+            raise _error(
+                f"target_modules {preset!r} finds nothing in {type(self.model).__name__}; "
+                f"name the layers instead: {some(endings(names))}",
+                "empty_preset",
+            )
+        return chosen
+
+    def _require_found(self, name: str) -> None:
+        """A name must select something that can be adapted."""
+        if any(self._is(path, (name,)) for path in (*self.able, *self.unable)):
+            return  # what is named and cannot be adapted is excluded here, or in other layers
+        paths = [path for path, _ in self.model.named_modules() if path]
+        kinds = {
+            type(self.model.get_submodule(path)).__name__
+            for path in paths
+            if self._is(path, (name,))
+        }
+        if kinds:
+            raise _error(
+                f"target_modules {name!r} is no layer that can be adapted "
+                f"({some(sorted(kinds))}){nearest(name, endings(self.candidates))}",
+                "not_adaptable",
+            )
+        hint = nearest(name, [*endings(self.able), *PRESETS])
+        raise _error(
             f"target_modules {name!r} matches no module{hint}; "
-            f"linear layers here: {some(_endings(candidates))}"
+            f"linear layers here: {some(endings(self.candidates))}",
+            "unknown_module",
         )
-    return [name for name in able if any(ends_with(name, w) for w in wanted)]
+
+    def _require_able(self, target: str, names: Names) -> None:
+        """Nothing that is named may be a layer that cannot be adapted, or experts."""
+        excluded, layers = self.config.exclude_modules, self.config.layers
+        for path, reason in self.unable.items():
+            if self._is(path, excluded) or (
+                layers is not None and layer_number(path, self.config.layers_pattern) not in layers
+            ):
+                continue
+            if self._is(path, names):
+                raise _error(
+                    f"target_modules {target!r}: {path} cannot be adapted, since {reason}; "
+                    "leave it out",
+                    "not_linear",
+                )
+        if not any(self._is(path, names) for path in self.able):
+            self._require_no_stacked(
+                target,
+                [
+                    path
+                    for path in stacked_weights(self.model)
+                    if target == "experts"
+                    or any(is_selected(p, names) for p in (path, *_parameters_of(self.model, path)))
+                ],
+            )
+
+    def _require_no_stacked(self, target: str, paths: list[str]) -> None:
+        if paths:
+            kind = type(self.model.get_submodule(paths[0])).__name__
+            raise _error(
+                f"target_modules {target!r} means {some(paths, 1)}: {kind} keeps several matrices "
+                f"in one parameter. They are {share_of(self.model, paths):.0%} of the weights of "
+                f"{type(self.model).__name__} and are not adapted; layers that can be: "
+                f"{some(endings(self.candidates))}",
+                "stacked_weights",
+            )
 
 
-def _preset(preset: str, candidates: list[str], model: nn.Module) -> list[str]:
-    """attention and mlp divide the linear layers of the numbered blocks between them."""
-    keep: dict[str, Callable[[str], bool]] = {
-        "all-linear": lambda name: True,
-        "attention": in_attention,
-        "mlp": lambda name: (
-            not in_attention(name) and re.search(r"\.\d+\.", f".{name}") is not None
-        ),
-    }
-    chosen = [name for name in candidates if keep[preset](name)]
-    if not chosen:
-        raise TargetError(
-            f"target_modules {preset!r} finds nothing in {type(model).__name__}; "
-            f"name the layers instead: {some(_endings(candidates))}"
-        )
-    return chosen
+def _error(message: str, code: str, field: str = "target_modules") -> TargetError:
+    return TargetError(message, code=code, field=field)
 
 
-def _without_excluded(names: list[str], excluded: Names) -> list[str]:
-    if excluded is None:
-        return names
-    if isinstance(excluded, str):
-        kept = [name for name in names if not matches(excluded, name)]
-    else:
-        for wanted in excluded:
-            if not any(ends_with(name, wanted) for name in names):
-                hint = nearest(wanted, _endings(names))
-                raise TargetError(f"exclude_modules {wanted!r} excludes nothing{hint}")
-        kept = [name for name in names if not any(ends_with(name, w) for w in excluded)]
-    if len(kept) == len(names):
-        raise TargetError(f"exclude_modules {excluded!r} excludes nothing")
-    if not kept:
-        raise TargetError(f"exclude_modules {excluded!r} excludes every target")
-    return kept
+def _why_none(model: nn.Module) -> str:
+    """What it has instead."""
+    reasons = dict.fromkeys(unable_names(model).values())
+    return f": {some(reasons, 3)}" if reasons else ""
 
 
-def _in_layers(names: list[str], config: Targeted) -> list[str]:
-    if config.layers is None:
-        return names
-    numbered = {name: layer_number(name, config.layers_pattern) for name in names}
-    present = sorted({number for number in numbered.values() if number is not None})
-    for layer in config.layers:
-        if layer not in present:
-            have = f"{present[0]} to {present[-1]}" if present else "none"
-            raise TargetError(f"layers: there is no layer {layer} among the targets (here: {have})")
-    return [name for name in names if numbered[name] in config.layers]
+def _looking_linear(model: nn.Module) -> dict[str, nn.Module]:
+    return {name: m for name, m in model.named_modules() if name and looks_linear(m)}
 
 
-def layer_number(name: str, patterns: Sequence[str] = ()) -> int | None:
-    """The first number in a path, which is its block (later ones are experts); None outside."""
-    for pattern in map(re.escape, patterns) if patterns else (r"[^.]+",):
-        if found := re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", name):
-            return int(found[1])
-    return None
-
-
-def inside(name: str, parents: Iterable[str]) -> bool:
-    """Whether a path is one of some paths, or leads through one."""
-    return any(name == parent or name.startswith(parent + ".") for parent in parents)
+def _parameters_of(model: nn.Module, path: str) -> list[str]:
+    return [f"{path}.{name}" for name in model.get_submodule(path)._parameters]
 
 
 def _parameters(module: nn.Module) -> bool:
     return next(module.parameters(), None) is not None
-
-
-def _endings(names: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(name.rpartition(".")[2] for name in names))

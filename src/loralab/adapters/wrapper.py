@@ -5,26 +5,49 @@ What it trains, saves and merges is asked for here, so that attaching, saving, l
 and detaching are written once, in attach.py.
 """
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from loralab.adapters.bases import as_linear, compute_dtype, is_quantized
-from loralab.errors import AdapterStateError
+from loralab.adapters.effective import effective
+from loralab.errors import AdapterStateError, ConfigError
 
 
 class Wrapper(nn.Module):
-    """A module in the place of `base`; attributes that it lacks are those of the base."""
+    """A module in the place of `base`; attributes that it lacks are those of the base.
+
+    Raises:
+        ConfigError: weights that are complex numbers.
+    """
 
     cannot_merge = ""  # why no weight of the base can hold what was learnt; empty if one can
+    merges_into: tuple[str, ...] = ("weight",)  # the base's parameters that a merge replaces
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
+        if any(parameter.is_complex() for parameter in base.parameters()):
+            raise ConfigError(
+                f"{type(base).__name__} has complex weights; only real ones are adapted",
+                code="complex_weight", field="target_modules",
+            )  # fmt: skip
         self.base: Any = base.requires_grad_(False)
+        # the base holds what was learnt at present; a bool, since torch.compile watches no
+        # emptiness of dicts, and would go on adding the update to the merged weight
+        self.merged = False
         self._unmerged: dict[str, nn.Parameter | None] = {}
         self._packed: tuple[nn.Module, ...] = ()  # a quantised base, while a dense one replaces it
+        if not self.cannot_merge and (name := _computed(base, self.merges_into)):
+            self.cannot_merge = (
+                f"the {name} of {type(base).__name__} is computed from other parameters at every "
+                "call, so no weight can hold what was learnt; before attach, remove what computes "
+                "it (torch.nn.utils: parametrize.remove_parametrizations, remove_weight_norm, "
+                "prune.remove)"
+            )
+        self.register_load_state_dict_post_hook(_filled_in)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -32,6 +55,8 @@ class Wrapper(nn.Module):
         except AttributeError:
             if name == "base":  # not set yet: asking the base would never end
                 raise
+            if name in self.merges_into:  # read by a model that does not call the module
+                return effective(self, name)
             return getattr(super().__getattr__("base"), name)
 
     def trained(self) -> dict[str, nn.Parameter]:
@@ -57,14 +82,9 @@ class Wrapper(nn.Module):
     def refreshed(self) -> None:
         """Called when what is trained was filled in from outside."""
 
-    @property
-    def merged(self) -> bool:
-        """Whether the base holds what was learnt at present."""
-        return bool(self._unmerged) or bool(self._packed)
-
     def merged_tensors(self) -> dict[str, Tensor]:
         """The base's parameters with what was learnt in them, before rounding."""
-        raise AdapterStateError(self.cannot_merge)
+        raise AdapterStateError(self.cannot_merge, code="cannot_merge")
 
     @torch.no_grad()
     def merge_weights(self) -> None:
@@ -79,14 +99,18 @@ class Wrapper(nn.Module):
         """
         if self.merged:
             raise AdapterStateError("already merged; call unmerge_weights() first")
-        new = self._rounded(self.merged_tensors())
+        if self.cannot_merge:
+            raise AdapterStateError(self.cannot_merge, code="cannot_merge")
+        with without_autocast(next(self.base.parameters()).device):
+            new = self._rounded(self.merged_tensors())
         if is_quantized(self.base):
             self._packed = (self.base,)
             self.base = as_linear(new["weight"], new.get("bias", self.base.bias))
-            return
+            new = {}
         for name, total in new.items():
             self._unmerged[name] = self.base._parameters[name]
             self.base.register_parameter(name, nn.Parameter(total, requires_grad=False))
+        self.merged = True
 
     def unmerge_weights(self) -> None:
         """Put W0 back, the same tensor as before: subtracting the update would drift in bf16.
@@ -100,7 +124,7 @@ class Wrapper(nn.Module):
             self.base = self._packed[0]
         for name, original in self._unmerged.items():
             self.base.register_parameter(name, original)
-        self._unmerged, self._packed = {}, ()
+        self._unmerged, self._packed, self.merged = {}, (), False
 
     @property
     def original(self) -> nn.Module:
@@ -127,3 +151,41 @@ class Wrapper(nn.Module):
                 raise AdapterStateError(f"the merged {name} is not finite in {value.dtype}")
             rounded[name] = value.contiguous()
         return rounded
+
+
+def put_in_place(parent: Any, name: str, module: nn.Module) -> None:
+    """Make a module the child of another.
+
+    What torch.compile returns for a module holds on to its call, and must let go of it.
+    """
+    setattr(parent, name, module)
+    if name == "_orig_mod" and hasattr(parent, "_initialize"):
+        parent._initialize()
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """A weight in the dtype that sums are made in: float32, or float64 where it has that."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """A context for sums and products that autocast must not round."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
+def _computed(base: Any, names: Iterable[str]) -> str:
+    """The first of some weights that is no parameter but made of others at each call, or "".
+
+    Parametrizations, weight and spectral norms and pruning make such weights.
+    """
+    for name in names:
+        if name not in base._parameters and isinstance(getattr(base, name, None), Tensor):
+            return name
+    return ""
+
+
+def _filled_in(module: Any, keys: Any) -> None:
+    """After load_state_dict: what was worked out from the old values holds no longer."""
+    module.refreshed()

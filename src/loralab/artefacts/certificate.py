@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -27,8 +28,15 @@ from loralab.adapters import folder
 from loralab.adapters.folder import RECORD, read_json, read_tensors
 from loralab.artefacts import gguf_adapter
 from loralab.artefacts.live import bring_to_life
-from loralab.errors import AdapterFileError, CertificateError, LoralabError, some
+from loralab.errors import (
+    AdapterFileError,
+    BaseMismatchWarning,
+    CertificateError,
+    LoralabError,
+    some,
+)
 from loralab.models import load as models
+from loralab.models.device import device_here
 from loralab.models.load import Base
 from loralab.tasks.samples import outputs
 
@@ -49,7 +57,8 @@ class Certificate:
     """How far an artefact's logits are from the live model's.
 
     `relative_difference` is max |d logit| over the largest |logit|; `mean_kl` in nats, from live
-    to reloaded; both over the last positions of the task's own prompts.
+    to reloaded; both over the last positions of the task's own prompts. `device` is the kind of
+    device that the reloaded one computed on.
     """
 
     max_logit_difference: float
@@ -61,6 +70,7 @@ class Certificate:
     positions: int
     tolerance: dict[str, float]
     passed: bool
+    device: str = "cpu"
 
     def to_json(self) -> dict[str, Any]:
         """All fields, for loralab.json."""
@@ -72,12 +82,14 @@ class Reference:
     """Logits to compare with: values (P, K) at indices (P, K), log-sum-exp over all (P,).
 
     The sum is kept in fp64: half a unit of fp32 at 20 nats is 1e-6, as much as fp32 is allowed.
+    `device` is the one that they were computed on, which is not written.
     """
 
     prompts: list[list[int]]
     values: Tensor
     indices: Tensor
     total: Tensor
+    device: str = "cpu"
 
     def smaller(self, kept: int) -> "Reference":
         """With the largest logits alone."""
@@ -136,12 +148,19 @@ def reference_of(
     logits = logits_of(model, prompts, kind, tokenizer)
     indices = torch.arange(logits.shape[1]).expand(logits.shape).contiguous()
     total = logits.double().logsumexp(dim=1)
-    kept = [list(ids) for ids in prompts]
-    return Reference(prompts=kept, values=logits, indices=indices, total=total)
+    return Reference(
+        prompts=[list(ids) for ids in prompts],
+        values=logits,
+        indices=indices,
+        total=total,
+        device=next(model.parameters()).device.type,
+    )
 
 
-def compare(reference: Reference, logits: Tensor, precision: str) -> Certificate:
-    """The verdict on logits (P, V) that should be those of the reference."""
+def compare(
+    reference: Reference, logits: Tensor, precision: str, device: str = "cpu"
+) -> Certificate:
+    """The verdict on logits (P, V), found on a device, that should be those of the reference."""
     values = reference.values.double()
     found = logits.double().gather(1, reference.indices)
     difference = float((found - values).abs().max())
@@ -162,7 +181,7 @@ def compare(reference: Reference, logits: Tensor, precision: str) -> Certificate
     return Certificate(
         max_logit_difference=difference, relative_difference=relative, mean_kl=kl,
         top1_agreement=agreement, precision=precision, prompts=len(reference.prompts),
-        positions=len(values), tolerance=dict(tolerance), passed=passed,
+        positions=len(values), tolerance=dict(tolerance), passed=passed, device=device,
     )  # fmt: skip
 
 
@@ -190,7 +209,9 @@ def certify(
 
 def compare_afresh(path: Path, reference: Reference) -> Certificate:
     """Compare in a fresh process, and leave certificate and reference in the artefact."""
-    certificate = _in_fresh_process(path, reference)
+    with warnings.catch_warnings():  # what is to be said of its base was said when it was loaded
+        warnings.simplefilter("ignore", BaseMismatchWarning)
+        certificate = _in_fresh_process(path, reference)
     reference.smaller(KEPT).save(path / REFERENCE)
     digest = _sha256(path / REFERENCE)
     folder.update_record(path, certificate={**certificate.to_json(), "reference": digest})
@@ -199,6 +220,9 @@ def compare_afresh(path: Path, reference: Reference) -> Certificate:
 
 def verify(artefact: str | Path) -> Certificate:
     """Check every file's digest, reload in a fresh process, compare with the stored reference.
+
+    What of the base is not as it was in training, such as its chat template, which no comparison
+    of token ids can see, is a BaseMismatchWarning.
 
     Raises:
         AdapterFileError: there is no artefact with a certificate at this place.
@@ -215,10 +239,17 @@ def verify(artefact: str | Path) -> Certificate:
         changed = _changed_files(path, record)
         if changed:
             raise CertificateError(f"{path}: changed since it was certified: {some(changed)}")
-        certificate = _in_fresh_process(path, Reference.read(path / REFERENCE))
+        reference = replace(Reference.read(path / REFERENCE), device=_device_of(stored))
+        certificate = _in_fresh_process(path, reference)
     if not certificate.passed:
         raise CertificateError(_verdict(path, certificate))
     return certificate
+
+
+def _device_of(certificate: Mapping[str, Any]) -> str:
+    """The kind of device that was certified on, if there is one here, else the processor."""
+    here = device_here().type
+    return here if certificate.get("device") == here else "cpu"
 
 
 def file_digests(path: Path) -> dict[str, str]:
@@ -259,29 +290,40 @@ def _in_fresh_process(path: Path, reference: Reference) -> Certificate:
     with temporary as place:
         request, answer = Path(place) / "reference.safetensors", Path(place) / "answer.json"
         reference.save(request)
-        command = [sys.executable, "-m", __name__, str(path), str(request), str(answer)]
+        command = [sys.executable, "-m", __name__]
+        command += [str(path), str(request), str(answer), reference.device]
         # as many threads as here: sums in another order would differ in the last bit
         threads = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=threads)
         if not answer.is_file():
             lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
             raise CertificateError(f"{path} cannot be loaded in a fresh process: {lines[-1]}")
-        return Certificate(**json.loads(answer.read_text(encoding="utf-8")))
+        return _read_answer(answer)
 
 
-def _reload(path: Path) -> tuple[Base, str]:
-    """An artefact as a model, and its precision."""
+def _read_answer(file: Path) -> Certificate:
+    """The certificate that the fresh process has written; its warnings are ours."""
+    found = json.loads(file.read_text(encoding="utf-8"))
+    for text in found["warnings"]:
+        warnings.warn(text, BaseMismatchWarning, stacklevel=3)
+    return Certificate(**found["certificate"])
+
+
+def _reload(path: Path, device: str) -> tuple[Base, str]:
+    """An artefact as a model on a device, and its precision."""
     if (path / gguf_adapter.FILE).is_file():
         with tempfile.TemporaryDirectory() as place:
-            live = bring_to_life(_unpacked(path, Path(place) / "adapter"))
+            live = bring_to_life(_unpacked(path, Path(place) / "adapter"), device=device)
         return live.base, live.precision
     if (path / folder.CONFIG).is_file():
-        live = bring_to_life(path)
+        live = bring_to_life(path, device=device)
         return live.base, live.precision
     record = read_json(path / RECORD)
     precision = record["precision"]
     kind = record["base"]["kind"]
-    return models.load(str(path), kind=kind, dtype=models.parse_dtype(precision)), precision
+    base = models.load(str(path), kind=kind, dtype=models.parse_dtype(precision))
+    base.model.to(device)
+    return base, precision
 
 
 def _unpacked(path: Path, place: Path) -> Path:
@@ -315,13 +357,24 @@ def _sha256(file: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def _main(path: str, request: str, answer: str) -> None:
+def _main(path: str, request: str, answer: str, device: str) -> None:
     """The fresh process: reload, compute, compare, write the verdict."""
     reference = Reference.read(Path(request))
-    base, precision = _reload(Path(path))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", BaseMismatchWarning)
+        try:
+            certificate = _compared(Path(path), reference, device)
+        except torch.OutOfMemoryError:  # the live model still fills the accelerator
+            certificate = _compared(Path(path), reference, "cpu")
+    said = [str(w.message) for w in caught if issubclass(w.category, BaseMismatchWarning)]
+    content = {"certificate": certificate.to_json(), "warnings": list(dict.fromkeys(said))}
+    atomic.write_file(answer, json.dumps(content))
+
+
+def _compared(path: Path, reference: Reference, device: str) -> Certificate:
+    base, precision = _reload(path, device)
     logits = logits_of(base.model, reference.prompts, base.kind, base.tokenizer)
-    certificate = compare(reference, logits, precision)
-    atomic.write_file(answer, json.dumps(certificate.to_json()))
+    return compare(reference, logits, precision, device)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from loralab.adapters.folder import AdapterFolder, read_json
 from loralab.adapters.load import load as load_adapter
 from loralab.errors import AdapterFileError
 from loralab.models import load as models
+from loralab.models.identity import as_trained
 from loralab.models.load import Base
 from loralab.models.quantize import quantize as pack
 from loralab.models.tokens import add_tokens
@@ -38,13 +39,18 @@ class Live:
 
 
 def bring_to_life(
-    path: str | Path, *, model: str | None = None, precision: str | None = None
+    path: str | Path,
+    *,
+    model: str | None = None,
+    precision: str | None = None,
+    device: str = "cpu",
 ) -> Live:
-    """Load an adapter folder onto its base.
+    """Load an adapter folder onto its base, which is asked as it was in the adapter's training.
 
     Args:
         model: the base; None is the one that the folder names.
         precision: fp32, bf16 or fp16; None is that of the training, or fp32.
+        device: where to.
 
     Raises:
         AdapterFileError: the folder is damaged, or names no base.
@@ -66,10 +72,13 @@ def bring_to_life(
         name, kind=kind, dtype=models.parse_dtype(precision), labels=label_names(stored),
         seed=seed, image_size=record.get("image_size"),
     )  # fmt: skip
+    base.model.to(device)
     if (how := record.get("quantize", "none")) != "none":
         pack(base.model, how, name)
-    add_tokens(base, stored.record.get("tokenizer", {}).get("new_tokens", ()))
+    prompts = stored.record.get("tokenizer", {})
+    add_tokens(base, prompts.get("new_tokens", ()))
     adapter = load_adapter(base.model, path)
+    base = as_trained(base, prompts, path)
     return Live(base=base, adapter=adapter, stored=stored, precision=precision)
 
 

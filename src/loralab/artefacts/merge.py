@@ -34,9 +34,9 @@ def merge(
 ) -> Certificate:
     """Write the base model with the adapter in its weights to a new folder.
 
-    The folder holds weights, configuration, tokenizer with chat template, and generation settings
-    that stop where the adapter's answers end. It is reloaded in a fresh process and compared with
-    the unmerged model; if it differs too much it stays as `<output>.rejected`.
+    The folder holds weights, configuration, tokenizer with the chat template of the training, and
+    generation settings that stop where the adapter's answers end. It is reloaded in a fresh process
+    and compared with the unmerged model; if it differs too much it stays as `<output>.rejected`.
 
     Args:
         model: the base; None is the one that the adapter names.
@@ -116,6 +116,8 @@ def _write_model(live: Live, plain: Any, place: Path, kept: Mapping[str, float])
     told: dict[str, Any] = {
         key: record[key] for key in ("task", "tokenizer", "sample") if key in record
     }
+    if "seed" in record.get("training", {}):  # tells which rows were held out
+        told["training"] = {"seed": record["training"]["seed"]}
     if kept:
         told["retained"] = {name: round(share, 4) for name, share in kept.items()}
     base: dict[str, Any] = {

@@ -1,5 +1,6 @@
 """merge, export, check, verify, inspect."""
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -121,9 +122,10 @@ def _show_certificate(path: Path, certificate: "Certificate", as_json: bool) -> 
 
 
 def _show_verdict(adapter: Path, verdict: "Verdict") -> None:
+    quoted = shlex.quote(str(adapter))
     ways = {
-        "export": f"loralab export {adapter} FOLDER --to {verdict.target}",
-        "merge": f"loralab merge {adapter} FOLDER, and serve the merged model",
+        "export": f"loralab export {quoted} FOLDER --to {verdict.target}",
+        "merge": f"loralab merge {quoted} FOLDER, and serve the merged model",
         "none": "none; loralab serve has it",
     }
     rows = [("as it is", "yes" if verdict.as_it_is else "no")]

@@ -8,11 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from loralab.errors import ConfigError
-from loralab.serving.settings import Limits
 from loralab.values import check_choice
 
 ENGINES = ("loralab", "vllm")
-NOT_VLLMS = ("cache_memory", "queue", "step_tokens", "quantize")  # it has other words for them
+NOT_VLLMS = (
+    "cache_memory",
+    "queue",
+    "step_tokens",
+    "quantize",
+    "timeout",
+    "keep_alive",
+    "connections",
+)  # it has other words for them
 
 
 def require_ours(engine: str, python: str | None, arguments: str) -> None:
@@ -50,8 +57,8 @@ def serve_by_vllm(
     from loralab.artefacts.prepared import prepare
     from loralab.models import load as models
     from loralab.models.kinds import CAUSAL
-    from loralab.serving.api_service import base_id
     from loralab.serving.listener import address, open_socket
+    from loralab.serving.names import base_id
     from loralab.serving.store import Store
     from loralab.serving.vllm import Asked, run
 
@@ -59,13 +66,13 @@ def serve_by_vllm(
         raise ConfigError(f"{model} is a model of kind {kind}; vLLM is given language models alone")
     if not store.is_dir():
         raise ConfigError(f"there is no store at {store}; give a folder with adapters in it")
-    shelf = Store(store, lambda stored: None, resident=settings.resident)
+    shown = base_id(str(Path(model).resolve()) if Path(model).is_dir() else model)
+    shelf = Store(store, lambda stored: None, resident=settings.resident, reserved=(shown,))
     for name, path in asked["adapters"].items():
         shelf.load(name, str(path))
     prepared = prepare({entry.name: entry.path for entry in shelf.entries()}, model)
     with open_socket(host, port) as opened:
         where, port = address(opened), opened.getsockname()[1]
-    shown = base_id(str(Path(model).resolve()) if Path(model).is_dir() else model)
     run_as = Asked(
         python=found, source=models.resolve(model), name=shown, adapters=prepared.ready,
         rank=prepared.rank, store=store.resolve(), host=host, port=port, settings=settings,
@@ -78,9 +85,7 @@ def serve_by_vllm(
     return run(run_as, lambda: _say_ready(ready, as_json))
 
 
-def require_vllms(
-    typed: Mapping[str, Any], limits: Limits, keys: Path | None, pin: Any, ours: Any
-) -> None:
+def require_vllms(typed: Mapping[str, Any], keys: Path | None, pin: Any, ours: Any) -> None:
     """Refuse what vLLM has no word for.
 
     Args:
@@ -90,14 +95,15 @@ def require_vllms(
         ConfigError: an option would have no effect.
     """
     unheard = [f"--{name.replace('_', '-')}" for name in NOT_VLLMS if name in typed]
-    unheard += ["--timeout"] if limits != Limits() else []
     unheard += ["--pin"] if pin else []
     if unheard:
         raise ConfigError(
             f"{unheard[0]} is not passed on to vLLM; say it in vLLM's own words with --engine-args"
         )
     if ours:
-        raise ConfigError("--ray, --replicas and --allow-host are for loralab's own engine")
+        raise ConfigError(
+            "--ray, --replicas, --allow-host and --allow-origin are for loralab's own engine"
+        )
     if keys is not None:
         raise ConfigError(
             "--keys is not passed on to vLLM, which knows neither quotas nor adapters of a key; "

@@ -69,7 +69,8 @@ def _jobs(file: Path, output_dir: Path | None, typed: Mapping[str, Any]) -> list
         try:
             request = requested({**common, **typed, **given})
         except LoralabError as error:
-            raise type(error)(f"{file}: {of_job(name, error)}") from error
+            text = f"{file}: {of_job(name, error)}"
+            raise type(error)(text, code=error.code, field=error.field) from error
         jobs.append(TrainJob(name=name, output_dir=Path(parent) / name, **request))
     return jobs
 

@@ -15,13 +15,15 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 import typer
 
 from loralab.errors import ConfigError, some
-from loralab.values import configured
+from loralab.values import configured, split_pair, split_parts
 
 Config = type[Any]
 
 
 def with_options(*configs: Config) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command one option for each field of some dataclasses; fields of one name share it.
+    """Give a command one option for each field with a text of some dataclasses.
+
+    Fields of one name share it.
 
     The command receives what was typed as its last argument: a dict {field: value}.
     """
@@ -29,7 +31,7 @@ def with_options(*configs: Config) -> Callable[[Callable[..., None]], Callable[.
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         own = list(inspect.signature(command, eval_str=True).parameters.values())[:-1]
         taken = {parameter.name for parameter in own}
-        names = dict.fromkeys(f.name for config in configs for f in fields(config))
+        names = dict.fromkeys(name for config in configs for name in _told(config))
         added = [_parameter(name, configs) for name in names if name not in taken]
 
         def run(**given: Any) -> None:
@@ -66,21 +68,31 @@ def require_known(values: Iterable[str], configs: tuple[Config, ...], others: An
 
 
 def pairs(text: str, name: str, kind: Callable[[str], Any] = str) -> dict[str, Any]:
-    """`a=1,b=2` as a dict.
+    r"""`a=1,b=2` as a dict; a comma or an equals sign of a name is written `\,` or `\=`.
 
     Raises:
-        ConfigError: a part is not of this form.
+        ConfigError: a part is not of this form, or a name stands twice.
     """
-    found = {}
-    for part in text.split(","):
-        key, equals, value = part.rpartition("=")
+    found: dict[str, Any] = {}
+    for part in split_parts(text):
         try:
-            if not (key and equals):
-                raise ValueError
-            found[key.strip()] = kind(value.strip())
+            key, value = split_pair(part)
+            amount = kind(value)
         except ValueError:
-            raise ConfigError(f"{_flag(name)} expects name=value pairs, got {part!r}") from None
+            raise ConfigError(
+                f"{_flag(name)} expects name=value pairs, got {part!r}", code="not_pairs",
+                field=name,
+            ) from None  # fmt: skip
+        if key in found:
+            raise ConfigError(f"{_flag(name)} gives {key} twice", code="given_twice", field=name)
+        found[key] = amount
     return found
+
+
+def _told(config: Config) -> list[str]:
+    """Fields that have a text."""
+    hints = get_type_hints(config, include_extras=True)
+    return [f.name for f in fields(config) if get_origin(hints[f.name]) is Annotated]
 
 
 def _parameter(name: str, configs: tuple[Config, ...]) -> inspect.Parameter:

@@ -19,10 +19,21 @@ if TYPE_CHECKING:
 
 SHOWN = 12  # adapters that are named at the start
 INSTALL = "pip install 'loralab[serve]'"
+AllowHost = Annotated[
+    list[str] | None,
+    typer.Option(help="a further name of this server, as clients write it; may be repeated"),
+]
+AllowOrigin = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="a site whose pages may ask this server, such as https://chat.example.org; may be "
+        "repeated"
+    ),
+]
 
 
 @app.command()
-@with_options(ServeSettings)
+@with_options(ServeSettings, Limits)
 def serve(
     model: Model = None,
     store: Annotated[
@@ -36,15 +47,12 @@ def serve(
     ] = None,
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 is any that is free", min=0, max=65535)] = 8000,
-    allow_host: Annotated[
-        list[str] | None,
-        typer.Option(help="a further name of this server, as clients write it; may be repeated"),
-    ] = None,
+    allow_host: AllowHost = None,
+    allow_origin: AllowOrigin = None,
     keys: Annotated[Path | None, typer.Option(help="TOML file of keys")] = None,
     no_keys: Annotated[
         bool, typer.Option("--no-keys", help="let everyone who can reach it ask and load")
     ] = False,
-    timeout: Annotated[float, typer.Option(help="seconds that an answer may take")] = 300.0,
     engine_name: Annotated[
         str, typer.Option("--engine", help="loralab, or vllm: its server, with what it can serve")
     ] = "loralab",
@@ -62,7 +70,7 @@ def serve(
     typed: dict[str, Any] | None = None,
 ) -> None:
     """Serve a base and its adapters over HTTP, as OpenAI's API, with a page to try them."""
-    settings, limits = build(ServeSettings, typed or {}), Limits(timeout=timeout)
+    settings, limits = build(ServeSettings, typed or {}), build(Limits, typed or {})
     if store is None:
         raise ConfigError("give --store, a folder of adapter folders")
     _require_extra()
@@ -71,14 +79,16 @@ def serve(
         "adapters": _named(adapter or []), "pinned": pin or [],
     }  # fmt: skip
     if engine_name == "vllm":
-        require_vllms(typed or {}, limits, keys, pin, ray or replicas or allow_host)
+        require_vllms(typed or {}, keys, pin, ray or replicas or allow_host or allow_origin)
         _keys(host, None, no_keys)
         raise typer.Exit(serve_by_vllm(asked, host, port, engine_python, engine_args, json_))
     require_ours(engine_name, engine_python, engine_args)
     known = _keys(host, keys, no_keys)
     from loralab.serving.gate import hosts_of
+    from loralab.serving.origins import origins_of
 
-    rules = {"limits": limits, "hosts": hosts_of(host, allow_host or [])}
+    origins = origins_of(allow_origin or [], with_keys=known is not None)
+    rules = {"limits": limits, "hosts": hosts_of(host, allow_host or []), "origins": origins}
     if ray is not None or replicas is not None:
         _serve_replicas(asked | rules, replicas or 1, ray, host, port, known, json_)
     else:

@@ -1,5 +1,6 @@
 """study, report."""
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -104,7 +105,8 @@ def recommend(
         )  # fmt: skip
     _show(outcome, lang, json_)
     if not json_:
-        print(f"train it: loralab train --config {outcome.folder / 'config.toml'} --output-dir ...")
+        config = shlex.quote(str(outcome.folder / "config.toml"))
+        print(f"train it: loralab train --config {config} --output-dir ...")
 
 
 @app.command()

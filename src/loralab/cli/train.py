@@ -1,6 +1,7 @@
 """train, plan, evaluate, generate, models, tasks."""
 
 import json
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -30,7 +31,7 @@ Data = Annotated[
 ]
 Map = Annotated[
     str | None,
-    typer.Option("--map", help="rename columns, such as text=review,label=stars"),
+    typer.Option("--map", help="rename columns: text=review,label=stars; stars= leaves one out"),
 ]
 Json = Annotated[bool, typer.Option("--json", help="one JSON document on standard output")]
 Quiet = Annotated[bool, typer.Option(help="no progress")]
@@ -138,9 +139,10 @@ def evaluate(
     for note in scores.notes:
         print(f"note: {note}", file=sys.stderr)
     if json_:
-        _print_json({"metrics": scores.metrics, "rows": scores.rows, "split": evaluation.split})
+        _print_json({"metrics": scores.metrics, "rows": scores.rows, "split": scores.split})
         return
-    title = f"{data}, {scores.rows} {evaluation.split} rows"
+    which = "of all" if scores.split == "all" else f"of the {scores.split} split"
+    title = f"{data}, {scores.rows} rows {which}"
     _print_table(title, [(name, f"{value:.4f}") for name, value in scores.metrics.items()])
 
 
@@ -226,7 +228,8 @@ def requested(given: Mapping[str, Any], config: Path | None = None) -> dict[str,
     except LoralabError as error:
         if config is None:
             raise
-        raise type(error)(f"with --config {config}: {error}") from None
+        text = f"with --config {config}: {error}"
+        raise type(error)(text, code=error.code, field=error.field) from None
 
 
 def _requested(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -298,7 +301,7 @@ def show_run(result: Mapping[str, Any]) -> None:
     """A run as a table, and what can be done next."""
     proof = result["certificate"]
     metrics = "  ".join(f"{name} {value:.4f}" for name, value in result["validation"].items())
-    folder = result["output_dir"]
+    folder, quoted = result["output_dir"], shlex.quote(result["output_dir"])
     _print_table(
         f"{folder}: {result['stopped']} after {result['steps']} steps",
         [
@@ -314,9 +317,9 @@ def show_run(result: Mapping[str, Any]) -> None:
     )  # fmt: skip
     print("next:")
     for command in (
-        f"loralab evaluate --adapter {folder} --data ...",
-        f"loralab generate --adapter {folder} 'a prompt'",
-        f"loralab merge {folder} {folder}-merged",
+        f"loralab evaluate --adapter {quoted} --data ...",
+        f"loralab generate --adapter {quoted} 'a prompt'",
+        f"loralab merge {quoted} {shlex.quote(folder + '-merged')}",
     ):
         print(f"  {command}")
 

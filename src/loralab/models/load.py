@@ -321,10 +321,15 @@ def _require_use(name: str, tokenizer: Any, config: Any, kind: str) -> None:
 
 
 def _prepare(model: Any, tokenizer: Any) -> None:
-    if tokenizer.pad_token_id is None:
+    """Pad with a token that the model has a row for: labels and mask hide it.
+
+    The model must know it too, as some classifiers look for the last token before it.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
-    if getattr(model.config.get_text_config(), "pad_token_id", None) is None:
+    if tokenizer.pad_token_id is not None:
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
 
 

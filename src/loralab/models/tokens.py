@@ -29,9 +29,10 @@ def add_tokens(base: Base, tokens: Sequence[str]) -> tuple[int, ...]:
     base.tokenizer.add_tokens([AddedToken(token, normalized=False) for token in tokens])
     ids = tuple(base.tokenizer.convert_tokens_to_ids(list(tokens)))
     table = base.model.get_input_embeddings().weight
-    if max(ids) >= len(table):
+    if max(ids) >= (before := len(table)):
         base.model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
         table = base.model.get_input_embeddings().weight
+        table[before:] = 0  # also those of tokens that the model had no row for: never at random
     for row, own in zip(ids, pieces, strict=True):
         table[row] = table[own].float().mean(dim=0).to(table.dtype)
     return ids

@@ -28,9 +28,10 @@ from loralab.serving.api_schemas import (
 from loralab.serving.api_service import Service
 from loralab.serving.api_shapes import ChatShape, CompletionShape
 from loralab.serving.api_stream import ClientGoneError, EventStream, Gathered, guarded
-from loralab.serving.gate import Gate, Hosts
+from loralab.serving.gate import Gate, HeadAsGet, Hosts
 from loralab.serving.keys import Key, Keys
 from loralab.serving.metrics import CONTENT_TYPE
+from loralab.serving.origins import Origins
 from loralab.serving.request import Answer, Ranked
 from loralab.serving.settings import Limits
 
@@ -39,8 +40,9 @@ if TYPE_CHECKING:
     from loralab.serving.store import Entry
 
 PAGE = Path(__file__).with_name("page.html")
-DIGEST_HEADER = "X-Loralab-Digest"
+DIGEST_HEADER, WARNING_HEADER = "X-Loralab-Digest", "X-Loralab-Warning"
 CLIENT_GONE = 499
+STORE_FIELDS = {"name": "lora_name", "path": "lora_path"}  # what vLLM calls them
 # the page is one file and asks this server alone; nothing else may be loaded into it
 PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; "
@@ -53,19 +55,22 @@ PAGE_HEADERS = {
 
 def build_app(
     engine: "Engine", *, keys: Keys | None, limits: Limits | None = None,
-    hosts: Hosts | None = None,
+    hosts: Hosts | None = None, origins: frozenset[str] = frozenset(),
 ) -> FastAPI:  # fmt: skip
     """The application around an engine that runs; `app.state.service` is what it is made of.
 
     Args:
         keys: None leaves everything open.
         hosts: what the server may be called; None is what this machine calls itself.
+        origins: of `origins_of` (origins.py): pages of other sites that may ask.
     """
     service = Service(engine, keys, limits or Limits())
     # no /docs: its page loads scripts from elsewhere
     app = FastAPI(title="loralab", openapi_url=None, docs_url=None, redoc_url=None)
     app.state.service = service
+    app.add_middleware(Origins, allowed=origins)
     app.add_middleware(Gate, hosts=hosts or Hosts())
+    app.add_middleware(HeadAsGet)  # the outermost
     _add_errors(app)
     _add_state(app, service)
     _add_asking(app, service)
@@ -93,6 +98,7 @@ def _add_errors(app: FastAPI) -> None:
     async def _routing(request: Request, error: HTTPException) -> Response:
         where = f"{request.method} {request.scope['path'][:LONGEST]}"
         allow = (error.headers or {}).get("Allow")
+        allow = "GET, HEAD" if allow == "GET" else allow
         return ApiError(error.status_code, f"{where}: {error.detail}", allow=allow).response()
 
     @app.exception_handler(Exception)
@@ -122,11 +128,12 @@ def _add_state(app: FastAPI, service: Service) -> None:
         key = service.key(request)
         if key is not None and not key.sees_all:  # they name every adapter
             raise ApiError(403, f"key {key.name} may not see the metrics: they name all adapters")
-        return Response(service.metrics.text(), media_type=CONTENT_TYPE)
+        content = await asyncio.to_thread(service.metrics.text)  # it asks the store
+        return Response(content, media_type=CONTENT_TYPE)
 
     @app.get("/store")
     async def store(request: Request) -> Response:
-        entries = service.visible(service.key(request))
+        entries = await service.visible(service.key(request))
         state = {
             "running": engine.running, "waiting": engine.waiting, "context": engine.context,
             "max_waiting": engine.max_waiting, "healthy": engine.healthy,
@@ -138,21 +145,21 @@ def _add_state(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/models")
     async def models(request: Request) -> Response:
-        return JSONResponse(_models(service, service.key(request)))
+        return JSONResponse(await _models(service, service.key(request)))
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str, request: Request) -> Response:
         key = service.key(request)
-        entry = service.model(name, key)
+        entry = await service.model(name, key)
         wanted = service.base_id if entry is None else entry.name
-        listed = _models(service, key)["data"]
+        listed = (await _models(service, key))["data"]
         return JSONResponse(next(one for one in listed if one["id"] == wanted))
 
 
-def _models(service: Service, key: Key | None) -> dict[str, Any]:
-    engine = service.engine
+async def _models(service: Service, key: Key | None) -> dict[str, Any]:
+    engine, entries = service.engine, await service.visible(key)
     found = shapes.listed(
-        service.base_id, engine.base.kind, engine.context, service.visible(key), service.started
+        service.base_id, engine.base.kind, engine.context, entries, service.started
     )
     if key is not None and not key.base:
         found["data"] = found["data"][1:]
@@ -166,7 +173,7 @@ def _add_asking(app: FastAPI, service: Service) -> None:
     async def completions(request: Request) -> Response:
         key = _asker(service, request)
         body = await service.body(request, CompletionBody)
-        entry = _writer(service, body.model, key)
+        entry = await _writer(service, body.model, key)
         given = body.prompts()
         _require_some(service, len(given) * (body.n or 1), "prompt")
         prompts = [await service.text_ids(prompt) for prompt in given]
@@ -176,7 +183,7 @@ def _add_asking(app: FastAPI, service: Service) -> None:
     async def chat(request: Request) -> Response:
         key = _asker(service, request)
         body = await service.body(request, ChatBody)
-        entry = _writer(service, body.model, key)
+        entry = await _writer(service, body.model, key)
         try:
             ids = await service.chat_ids([message.turn() for message in body.messages])
         except LoralabError as error:
@@ -207,9 +214,8 @@ async def _answered(
     """The answers to some prompts, `n` each, whole or as a stream."""
     param = "prompt" if isinstance(body, CompletionBody) else "messages"
     choices = body.n or 1
-    room = service.engine.context - (0 if entry is None else entry.front)
     asked = [
-        (ids, body.sampling(room - len(ids), choice))
+        (ids, body.sampling(service.room(ids, entry, param), choice))
         for ids in prompts
         for choice in range(choices)
     ]
@@ -221,8 +227,13 @@ async def _answered(
         raise translated(error, param) from None
     gathered = Gathered(answers, lambda tokens: service.settle(grant, tokens))
     make = CompletionShape if isinstance(body, CompletionBody) else ChatShape
-    shape = make(answers, model=body.model, choices=choices, usage=body.with_usage)
+    read = sum(map(len, prompts)) if body.with_usage_so_far else None
+    shape = make(
+        answers, model=body.model, choices=choices, usage=body.with_usage, prompt_tokens=read
+    )
     headers, seconds = _digest(answers[0].digest), service.limits.timeout
+    if warning := shapes.warning_of(answers):
+        headers[WARNING_HEADER] = warning
     if body.stream:
         return EventStream(gathered, shape, seconds, headers)
     done = await guarded(request.receive, gathered.completed(), seconds, cancel=gathered.cancel)
@@ -248,7 +259,7 @@ def _submitted(
 async def _classified(
     service: Service, request: Request, body: ClassifyBody, key: Key | None
 ) -> Response:
-    entry = service.model(body.model, key)
+    entry = await service.model(body.model, key)
     engine = service.engine
     given = body.inputs()
     _require_some(service, len(given), "input")
@@ -284,10 +295,11 @@ def _add_store(app: FastAPI, service: Service) -> None:
         service.require_admin(service.key(request))
         service.require_working()
         body = await service.body(request, LoadBody)
-        if body.lora_name in (service.base_id, service.engine.base.name):
-            raise ApiError(400, f"{body.lora_name} is the base's name", param="lora_name")
         entry = await _changed(
-            lambda: service.engine.store.load(body.lora_name, body.lora_path), "lora_path"
+            lambda: service.engine.store.load(
+                body.lora_name, body.lora_path, replace=body.load_inplace is not False
+            ),
+            "lora_path",
         )
         text = f"Success: LoRA adapter '{entry.name}' added successfully."
         return PlainTextResponse(text, headers=_digest(entry.digest))
@@ -306,12 +318,12 @@ async def _changed(work: Callable[[], "Entry"], param: str) -> "Entry":
     try:
         return await asyncio.to_thread(work)
     except LoralabError as error:
-        raise translated(error, param) from None
+        raise translated(error, param, fields=STORE_FIELDS) from None
 
 
-def _writer(service: Service, name: str, key: Key | None) -> "Entry | None":
+async def _writer(service: Service, name: str, key: Key | None) -> "Entry | None":
     """The adapter that is asked to write; None is the base."""
-    entry = service.model(name, key)
+    entry = await service.model(name, key)
     if service.engine.base.kind != "causal-lm":
         raise ApiError(400, f"{name} writes no text; ask /v1/classify", param="model")
     return entry

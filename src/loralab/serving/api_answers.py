@@ -52,7 +52,7 @@ class Usage(Part):
 
 
 class ShortUsage(Part):
-    """What a classification took."""
+    """What a classification took, or a stream so far."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -60,20 +60,24 @@ class ShortUsage(Part):
 
 
 class Answer(Part):
-    """What every answer says of itself; `adapter` is None where the base answered."""
+    """What every answer says of itself; `adapter` is None where the base answered.
+
+    `warning`, in the first chunk of a stream, says why the answer may not be what was meant.
+    """
 
     id: str
     created: int
     model: str
     adapter: AdapterIdentity | None
+    warning: str | None = None
 
 
 class TextLogprobs(Part):
-    """Log-probabilities of the tokens of a completion."""
+    """Log-probabilities of the tokens of a completion; None for the first of an echoed prompt."""
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]] | None
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 
@@ -95,11 +99,14 @@ class Completion(Answer):
 
 
 class CompletionChunk(Answer):
-    """A piece of a streamed completion; `usage` stands in the last one, if it was asked for."""
+    """A piece of a streamed completion; `usage` stands in the last one, if it was asked for.
+
+    With `continuous_usage_stats` it stands in all of them, so far.
+    """
 
     object: Literal["text_completion"]
     choices: list[TextChoice]
-    usage: Usage | None = None
+    usage: Usage | ShortUsage | None = None
 
 
 class Likely(Part):
@@ -169,7 +176,7 @@ class ChatChunk(Answer):
 
     object: Literal["chat.completion.chunk"]
     choices: list[ChatPiece]
-    usage: Usage | None = None
+    usage: Usage | ShortUsage | None = None
 
 
 class Ranking(Part):
@@ -235,6 +242,13 @@ class EngineState(Part):
     evictions: int
 
 
+class Score(Part):
+    """The metric that decides for a task, and its value."""
+
+    metric: str
+    value: float
+
+
 class StoredAdapter(Part):
     """All that is known of an adapter."""
 
@@ -246,6 +260,7 @@ class StoredAdapter(Part):
     task: str | None
     labels: list[str]
     metrics: dict[str, float]
+    score: Score | None
     base: str | None
     loaded: bool
     pinned: bool

@@ -14,12 +14,13 @@ from pydantic.json_schema import models_json_schema
 import loralab
 from loralab.serving import api_answers as answers
 from loralab.serving.api_schemas import (
-    FREE,
-    NEUTRAL,
+    Body,
     ChatBody,
     ClassifyBody,
     CompletionBody,
     LoadBody,
+    Message,
+    TextPart,
     UnloadBody,
 )
 
@@ -42,15 +43,18 @@ SHOWN: tuple[type[BaseModel], ...] = (
     answers.Error, answers.Completion, answers.CompletionChunk, answers.Chat, answers.ChatChunk,
     answers.Classification, answers.Model, answers.Models, answers.Health, answers.StoreState,
 )  # fmt: skip
-TAKEN: tuple[type[BaseModel], ...] = (
-    CompletionBody, ChatBody, ClassifyBody, LoadBody, UnloadBody
-)  # fmt: skip
+TAKEN: tuple[type[Body], ...] = (CompletionBody, ChatBody, ClassifyBody, LoadBody, UnloadBody)
 DIGEST = {
     "X-Loralab-Digest": {
         "description": "the digest of the adapter that answered; the base has none",
         "schema": {"type": "string", "pattern": "^[0-9a-f]{64}$"},
     }
 }
+WARNING = {
+    "X-Loralab-Warning": {
+        "description": "why the answer may not be what was meant", "schema": {"type": "string"}
+    }
+}  # fmt: skip
 
 
 @functools.cache
@@ -80,7 +84,7 @@ def _paths(keys: bool) -> Json:
     metrics = _operation(
         keys, "numbers for Prometheus", {TEXT: {"schema": {"type": "string"}}}, (403,)
     )
-    model = _operation(keys, "one model", _told(answers.Model), (403, 404))
+    model = _operation(keys, "one model", _told(answers.Model), (404,))
     return {
         "/openapi.json": {"get": own},
         "/health": {"get": health},
@@ -98,14 +102,14 @@ def _asked(keys: bool) -> Json:
     return {
         "/v1/completions": _operation(
             keys, "continue texts", _told(answers.Completion, answers.CompletionChunk),
-            (403, *ASKED), CompletionBody, DIGEST,
+            ASKED, CompletionBody, DIGEST | WARNING,
         ),
         "/v1/chat/completions": _operation(
             keys, "answer a conversation", _told(answers.Chat, answers.ChatChunk),
-            (403, *ASKED), ChatBody, DIGEST,
+            ASKED, ChatBody, DIGEST | WARNING,
         ),
         "/v1/classify": _operation(
-            keys, "put inputs into classes", _told(answers.Classification), (403, *ASKED),
+            keys, "put inputs into classes", _told(answers.Classification), ASKED,
             ClassifyBody, DIGEST,
         ),
         "/v1/load_lora_adapter": _operation(
@@ -183,8 +187,9 @@ def _schemas() -> Json:
         [*shown, *taken], ref_template="#/components/schemas/{model}"
     )  # fmt: skip
     schemas: Json = found["$defs"]
-    for model in TAKEN:
+    bodies: tuple[type[Body], ...] = (*TAKEN, Message, TextPart)
+    for model in bodies:
         own = schemas[model.__name__]["properties"]
-        usual = {n: {"enum": [None, *values]} for n, values in NEUTRAL.items() if n not in own}
-        own |= usual | {name: {} for name in FREE}
+        usual = {n: {"enum": [None, *v]} for n, v in model.neutral.items() if n not in own}
+        own |= usual | {name: {} for name in model.free}
     return schemas

@@ -58,17 +58,26 @@ class ApiError(Exception):
         return JSONResponse(self.body(), self.status, headers=headers)
 
 
-def translated(error: LoralabError, param: str | None = None) -> ApiError:
-    """One of loralab's own errors as an answer; `param` is the field that it is about."""
-    message = str(error)
+def translated(
+    error: LoralabError, param: str | None = None, *, fields: Mapping[str, str] | None = None
+) -> ApiError:
+    """One of loralab's own errors as an answer.
+
+    Args:
+        param: the field that it is about, where the error names none of this request.
+        fields: what fields that the error may name are called in the request; others keep their
+            name where `param` is None.
+    """
+    message, own = str(error), error.field
+    param = (fields or {}).get(own or "") or param or own
     if isinstance(error, QueueFullError):
         return ApiError(429, message, code="queue_full", retry_after=RETRY_SECONDS)
     if isinstance(error, AdapterNotFoundError):
-        return ApiError(404, message, param="model", code="model_not_found")
+        return ApiError(404, message, param=param or "model", code="model_not_found")
     if isinstance(error, OutputError):  # the server's own disk
         return ApiError(500, message, code="cannot_write")
     if isinstance(error, InputError):
-        return ApiError(400, message, param=param, code="invalid_value")
+        return ApiError(400, message, param=param, code=error.code or "invalid_value")
     return ApiError(500, message, code="engine_error")
 
 
@@ -78,13 +87,11 @@ def invalid(problem: Mapping[str, Any]) -> ApiError:
     parts = [part for part in problem["loc"] if isinstance(part, int) or part.isidentifier()]
     named = ".".join(str(part)[:LONGEST] for part in parts)
     where = named.removesuffix(".str").removesuffix(".list")
+    message, kind, field = problem["msg"], problem["type"], problem.get("ctx", {}).get("field")
     given = problem.get("input")
     shown = f", got {given!r:.60}" if isinstance(given, str | int | float | bool | None) else ""
-    message = problem["msg"]
-    if problem["type"] == "missing":
+    if field is not None:  # told of a whole object, whose field it is
+        where, shown = f"{where}.{field}" if where else field, ""
+    elif kind == "missing":
         message, shown = "is missing", ""
-    elif problem["type"] == "extra_forbidden":
-        message, shown = "is not known", ""
-    return ApiError(
-        400, f"{where}: {message}{shown}", param=where or None, code=str(problem["type"])
-    )
+    return ApiError(400, f"{where}: {message}{shown}", param=where or None, code=str(kind))

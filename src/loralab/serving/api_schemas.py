@@ -4,7 +4,7 @@ import base64
 import binascii
 import json
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
 from pydantic import (
     BaseModel,
@@ -14,9 +14,10 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
-from loralab.errors import ConfigError, nearest
-from loralab.serving.api_errors import LONGEST, ApiError, invalid
+from loralab.errors import ConfigError, nearest, shown
+from loralab.serving.api_errors import LONGEST, ApiError, invalid, translated
 from loralab.serving.request import MOST_LOGPROBS, MOST_STOPS, Sampling
 
 # fields of OpenAI's that are not supported: the values that mean "as usual", beside null
@@ -29,9 +30,22 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "functions": ([],), "function_call": ("none", "auto"), "parallel_tool_calls": (True, False),
     "modalities": (["text"],), "audio": (), "prediction": (), "reasoning_effort": ("none",),
     "verbosity": ("medium",), "web_search_options": (), "stop_token_ids": ([],),
+    "prompt_logprobs": (), "return_tokens_as_token_ids": (False,),
 }  # fmt: skip
 # fields that say something about the client and nothing about the answer
 FREE = ("user", "metadata", "safety_identifier", "prompt_cache_key")
+# of a message, as clients send back what this server, or another one, answered
+MESSAGE_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "tool_calls": ([],), "tool_call_id": (), "function_call": (), "refusal": ("",), "audio": (),
+    "annotations": ([],), "images": ([],), "prefix": (False,), "partial": (False,),
+}  # fmt: skip
+# what a model thought is not repeated to it: templates drop it from earlier turns
+MESSAGE_FREE = (
+    "id", "name", "cache_control", "reasoning", "reasoning_content", "reasoning_details",
+    "thinking_blocks", "provider_specific_fields", "extra_content", "metadata", "timestamp",
+)  # fmt: skip
+Role = Literal["system", "developer", "user", "assistant"]
+INSTEAD = {"tool_calls", "function_call", "refusal", "audio", "reasoning", "reasoning_content"}
 MOST_CHOICES = 16
 DEFAULT_TOKENS = 16  # of a completion, as at OpenAI; a chat goes on to its end
 MOST_FIELDS = 100  # of an object: no more are looked at one by one
@@ -60,16 +74,62 @@ def _tell_stops(schema: dict[str, Any]) -> None:
 
 
 class Body(BaseModel):
-    """A body as it must be: no other types, no other fields."""
+    """A body as it must be: no other types, no other fields.
+
+    `neutral` fields may have the values that mean "as usual", or null; `free` ones any.
+    """
 
     model_config = ConfigDict(strict=True, extra="forbid")
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    free: ClassVar[tuple[str, ...]] = ()
 
     @model_validator(mode="before")
     @classmethod
-    def _few_fields(cls, given: Any) -> Any:
-        if isinstance(given, dict) and len(given) > MOST_FIELDS:
+    def _supported(cls, given: Any) -> Any:
+        """The fields that are read; those that have no effect are left out."""
+        if not isinstance(given, dict):
+            return given
+        if len(given) > MOST_FIELDS:
             raise ValueError(f"an object has at most {MOST_FIELDS} fields here")
-        return given
+        known = cls.model_fields
+        for name in given:
+            if name in known or name in cls.free:
+                continue
+            if name not in cls.neutral:
+                raise _wrong_field("unknown_parameter", name, f"is not known{nearest(name, known)}")
+            _require_neutral(name, given[name], cls.neutral[name])
+        return {name: value for name, value in given.items() if name in known}
+
+
+def _require_neutral(name: str, value: Any, usual: Sequence[Any]) -> None:
+    if value is None or any(_same(value, own) for own in usual):
+        return
+    or_so = f", or {json.dumps(usual[0])}" if usual else ""
+    raise _wrong_field("unsupported_parameter", name, f"is not supported here; leave it out{or_so}")
+
+
+def _require_one(name: str, value: Any, choices: Sequence[str]) -> None:
+    """Refuse another kind of thing before its fields are looked at, which would be another's."""
+    if value not in choices:
+        text = f"must be {' or '.join(choices)} here, got {shown(value)}"
+        raise _wrong_field("literal_error", name, text)
+
+
+def _same(value: Any, own: Any) -> bool:
+    """As JSON has it: true is not 1."""
+    return isinstance(value, bool) == isinstance(own, bool) and bool(value == own)
+
+
+def _wrong_field(code: str, name: str, message: str) -> PydanticCustomError:
+    """A problem of one field; `invalid` (api_errors.py) puts its name behind the path."""
+    return PydanticCustomError(code, "{message}", {"message": message, "field": name[:LONGEST]})
+
+
+class _Request(Body):
+    """A whole body: what is said of the client has no effect."""
+
+    neutral = NEUTRAL
+    free = FREE
 
 
 def _truth(given: Any) -> Any:
@@ -79,13 +139,18 @@ def _truth(given: Any) -> Any:
 
 
 class StreamOptions(Body):
-    """What a stream tells beside its text."""
+    """What a stream tells beside its text.
+
+    `continuous_usage_stats`, vLLM's, tells in every chunk what was used so far; as there it implies
+    `include_usage`, and with `include_usage: false` there is no usage at all.
+    """
 
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
     include_obfuscation: Annotated[Literal[False], BeforeValidator(_truth)] | None = None
 
 
-class _Asked(Body):
+class _Asked(_Request):
     """What completions and chats have in common."""
 
     model: str
@@ -100,12 +165,28 @@ class _Asked(Body):
     ignore_eos: bool | None = None
 
     @property
+    def _fields(self) -> dict[str, str]:
+        """Fields of Sampling that are called otherwise here."""
+        return {}
+
+    @property
     def with_usage(self) -> bool:
         """Whether a stream ends with what it took."""
-        options = self.stream_options
-        return options is not None and bool(options.include_usage)
+        options = self.stream_options or StreamOptions()
+        if options.include_usage is None:
+            return self.with_usage_so_far
+        return options.include_usage
 
-    def _sampling(self, max_tokens: int, logprobs: int | None, choice: int) -> Sampling:
+    @property
+    def with_usage_so_far(self) -> bool:
+        """Whether every chunk of a stream tells what was used."""
+        options = self.stream_options or StreamOptions()
+        return bool(options.continuous_usage_stats) and options.include_usage is not False
+
+    def _sampling(
+        self, max_tokens: int, logprobs: int | None, choice: int, *, continues: bool = False,
+        echo: bool = False,
+    ) -> Sampling:  # fmt: skip
         """How a choice is drawn: with a seed of its own, so that choices differ."""
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         try:
@@ -116,17 +197,18 @@ class _Asked(Body):
                 top_p=1.0 if self.top_p is None else self.top_p,
                 seed=None if self.seed is None else self.seed + choice,
                 stop=stop, logprobs=logprobs, ignore_eos=bool(self.ignore_eos),
+                continues=continues, echo=echo,
             )  # fmt: skip
         except ConfigError as error:
-            field = str(error).split()[0]
-            raise ApiError(400, str(error), param=field, code="invalid_value") from None
+            raise translated(error, fields=self._fields) from None
 
 
 class CompletionBody(_Asked):
     """POST /v1/completions."""
 
     prompt: str | Texts | Tokens | Annotated[list[Tokens], Field(fail_fast=True)]
-    max_tokens: Whole | None = _told(minimum=1)
+    max_tokens: Whole | None = _told(minimum=0)  # 0 with echo alone
+    echo: bool | None = None
     logprobs: Whole | None = _told(minimum=0, maximum=MOST_LOGPROBS)
 
     def prompts(self) -> list[str | list[int]]:
@@ -136,35 +218,60 @@ class CompletionBody(_Asked):
         return [given] if single else list(given)
 
     def sampling(self, room: int, choice: int) -> Sampling:
-        """How choice number `choice` is drawn; without a length it is short, within the `room`."""
-        limit = max(1, min(DEFAULT_TOKENS, room)) if self.max_tokens is None else self.max_tokens
-        return self._sampling(limit, self.logprobs, choice)
+        """How choice number `choice` is drawn; without a length it is short.
+
+        Args:
+            room: tokens that an answer may have at most, at least 1.
+        """
+        asked = DEFAULT_TOKENS if self.max_tokens is None else self.max_tokens
+        return self._sampling(
+            min(asked, room), self.logprobs, choice, continues=True, echo=bool(self.echo)
+        )
 
 
 class TextPart(Body):
     """A part of a message."""
 
+    neutral = {"annotations": ([],)}
+    free = ("id", "cache_control")
     type: Literal["text"]
     text: str
 
+    @model_validator(mode="before")
+    @classmethod
+    def _is_text(cls, given: Any) -> Any:
+        if isinstance(given, dict) and "type" in given:
+            _require_one("type", given["type"], ("text",))
+        return given
+
 
 class Message(Body):
-    """One turn of a conversation; the fields after content are what clients send back unset."""
+    """One turn of a conversation; one of the assistant may have no content, as others write it."""
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(fail_fast=True)]
-    name: None = None
-    refusal: None = None
-    audio: None = None
-    function_call: None = None
-    tool_calls: None = None
-    annotations: list[Any] | None = Field(default=None, max_length=0)
+    neutral = MESSAGE_NEUTRAL
+    free = MESSAGE_FREE
+    role: Role
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _said(cls, given: Any) -> Any:
+        """Who says something that can be repeated, and what; looked at before the other fields."""
+        if not isinstance(given, dict) or "role" not in given:
+            return given
+        _require_one("role", given["role"], get_args(Role))
+        if given.get("content") is None:
+            empty = given["role"] == "assistant" and ("content" in given or INSTEAD & given.keys())
+            if not empty:
+                text = "must be a text, got null" if "content" in given else "is missing"
+                raise _wrong_field("missing", "content", text)
+        return given
 
     def turn(self) -> dict[str, str]:
         """As chat templates read it."""
-        parts = [self.content] if isinstance(self.content, str) else [p.text for p in self.content]
-        role = "system" if self.role == "developer" else self.role
-        return {"role": role, "content": "".join(parts)}
+        given = self.content or ""
+        text = given if isinstance(given, str) else "".join(part.text for part in given)
+        return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
 class ChatBody(_Asked):
@@ -184,7 +291,13 @@ class ChatBody(_Asked):
             )
         told = (self.top_logprobs or 0) if self.logprobs else None
         limits = [n for n in (self.max_completion_tokens, self.max_tokens) if n is not None]
-        return self._sampling(min(limits) if limits else max(1, room), told, choice)
+        return self._sampling(min([*limits, room]), told, choice)
+
+    @property
+    def _fields(self) -> dict[str, str]:
+        of_both = self.max_completion_tokens
+        limit = "max_tokens" if of_both is None or of_both >= 1 else "max_completion_tokens"
+        return {"max_tokens": limit, "logprobs": "top_logprobs"}
 
 
 class Picture(Body):
@@ -203,7 +316,7 @@ class Picture(Body):
             ) from None
 
 
-class ClassifyBody(Body):
+class ClassifyBody(_Request):
     """POST /v1/classify."""
 
     model: str
@@ -215,16 +328,17 @@ class ClassifyBody(Body):
         return [one if isinstance(one, str) else one.content() for one in given]
 
 
-class LoadBody(Body):
-    """POST /v1/load_lora_adapter."""
+class LoadBody(_Request):
+    """POST /v1/load_lora_adapter; `load_inplace` lets a name that is taken stand for this one."""
 
     lora_name: str = Field(min_length=1)
     lora_path: str = Field(min_length=1)
+    load_inplace: bool | None = None
     lora_int_id: None = None
     base_model_name: None = None
 
 
-class UnloadBody(Body):
+class UnloadBody(_Request):
     """POST /v1/unload_lora_adapter."""
 
     lora_name: str = Field(min_length=1)
@@ -251,41 +365,9 @@ def parsed(kind: type[Kind], content: bytes) -> Kind:
     if not isinstance(given, dict):
         raise ApiError(400, "the body must be a JSON object", code="invalid_json")
     try:
-        return kind.model_validate(_supported(given, tuple(kind.model_fields)))
+        return kind.model_validate(given)
     except ValidationError as error:
         raise invalid(_deepest(error.errors(include_url=False))) from None
-
-
-def _supported(given: Mapping[str, Any], fields: Sequence[str]) -> dict[str, Any]:
-    """The fields that are read; those that have no effect are left out."""
-    kept = {}
-    for name, value in given.items():
-        if name in fields:
-            kept[name] = value
-        elif name in NEUTRAL:
-            _require_neutral(name, value)
-        elif name not in FREE:
-            hint, shown = nearest(name, fields), name[:LONGEST]
-            raise ApiError(
-                400, f"unknown field {shown}{hint}", param=shown, code="unknown_parameter"
-            )
-    return kept
-
-
-def _require_neutral(name: str, value: Any) -> None:
-    usual = NEUTRAL[name]
-    if value is None or any(_same(value, own) for own in usual):
-        return
-    shown = f", or {json.dumps(usual[0])}" if usual else ""
-    raise ApiError(
-        400, f"{name} is not supported here; leave it out{shown}", param=name,
-        code="unsupported_parameter",
-    )  # fmt: skip
-
-
-def _same(value: Any, own: Any) -> bool:
-    """As JSON has it: true is not 1."""
-    return isinstance(value, bool) == isinstance(own, bool) and bool(value == own)
 
 
 def _require_few(content: bytes) -> None:

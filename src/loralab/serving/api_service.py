@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from fastapi import Request
@@ -15,9 +14,11 @@ from loralab.serving.api_errors import LONGEST, RETRY_SECONDS, ApiError, transla
 from loralab.serving.api_schemas import Body, parsed
 from loralab.serving.keys import Grant, Key, Keys
 from loralab.serving.metrics import Metrics
+from loralab.serving.names import base_id
 from loralab.serving.settings import Limits
 from loralab.tasks.catalog import Task
 from loralab.tasks.encode import prompt_ids
+from loralab.tasks.segments import opening
 
 if TYPE_CHECKING:
     from loralab.serving.engine import Engine
@@ -29,7 +30,6 @@ JSON = "application/json"
 TOO_LARGE = "request_too_large"
 SMALL = 64 * 1024  # bytes of a body that is let in however many others arrive
 CHARACTERS = 64  # of a text for each token that a model takes: a longer one cannot fit
-CHAT = Task(name="chat", format="messages", splits={})
 TEXT = Task(name="text", format="text", splits={})
 
 
@@ -137,39 +137,49 @@ class Service:
         finally:
             self._arriving -= own
 
-    def visible(self, key: Key | None) -> list["Entry"]:
+    async def visible(self, key: Key | None) -> list["Entry"]:
         """The adapters of the store that a key may use."""
-        return [e for e in self.engine.store.entries() if key is None or key.may_use(e.name)]
+        entries = await self._looked_up("", self.engine.store.entries)
+        return [entry for entry in entries if key is None or key.may_use(entry.name)]
 
-    def model(self, name: str, key: Key | None) -> "Entry | None":
+    async def model(self, name: str, key: Key | None) -> "Entry | None":
         """The adapter of this name or digest; None is the base.
 
         Raises:
-            ApiError: 404 with near names that the key may use, 403 if it may not use this one.
+            ApiError: 404 with near names that the key may use; the same where there is a model
+                that it may not use.
         """
-        entry = None
-        if name not in (self.base_id, self.engine.base.name):
-            entry = self._entry(name, key)
-        if key is not None and not key.may_use(entry.name if entry else None):
-            raise ApiError(403, f"key {key.name} may not use {name[:LONGEST]}", param="model")
-        return entry
+        if name in (self.base_id, self.engine.base.name):
+            if key is None or key.base:
+                return None
+        elif (entry := await self._entry(name, key)) is not None:
+            return entry
+        names = [entry.name for entry in await self.visible(key)]
+        hint = nearest(name, [self.base_id, *names] if key is None or key.base else names)
+        raise ApiError(
+            404, f"there is no model {name[:LONGEST]!r}{hint}", param="model",
+            code="model_not_found",
+        )  # fmt: skip
 
-    def _entry(self, name: str, key: Key | None) -> "Entry":
-        try:
-            entry = self.engine.store.entry(name)
-        except AdapterNotFoundError:
-            names = [self.base_id, *(e.name for e in self.visible(key))]
-            raise ApiError(
-                404, f"there is no model {name[:LONGEST]!r}{nearest(name, names)}", param="model",
-                code="model_not_found",
-            ) from None  # fmt: skip
-        except LoralabError as error:  # it is there, and damaged
-            raise translated(error, "model") from None
-        if key is not None and entry.name != name and not key.may_use(entry.name):
-            # by its digest: another name of the same adapter may be allowed
-            same = (e for e in self.visible(key) if e.digest == entry.digest)
-            return next(same, entry)
-        return entry
+    async def _entry(self, name: str, key: Key | None) -> "Entry | None":
+        """The adapter that a key may use; what it may not use is not even looked at."""
+        if key is None or key.may_use(name):
+            try:
+                entry = await self._looked_up(name, lambda: self.engine.store.entry(name))
+            except AdapterNotFoundError:
+                return None
+            except LoralabError as error:  # it is there, and damaged
+                raise translated(error, "model") from None
+            if key is None or key.may_use(entry.name):
+                return entry
+        # by its digest: a name of the same adapter may be allowed
+        return next((e for e in await self.visible(key) if name and e.digest == name), None)
+
+    async def _looked_up(self, name: str, work: Callable[[], Result]) -> Result:
+        """From the store; in a thread where a file has to be read, as answers go on meanwhile."""
+        if self.engine.store.settled(name):
+            return work()
+        return await asyncio.to_thread(work)
 
     def admit(self, key: Key | None, tokens: int) -> Grant | None:
         """Count a request that takes at most so many tokens.
@@ -233,17 +243,28 @@ class Service:
             ApiError: 400, it is far too long.
         """
         self.require_fitting(sum(1 + len(turn["content"]) for turn in turns), "messages")
-        row = {"messages": [*turns, {"role": "assistant", "content": ""}]}
-        return await self.aside(lambda: prompt_ids(CHAT, row, self.engine.base.tokenizer))
+        return await self.aside(lambda: opening(self.engine.base.tokenizer, turns))
+
+    def room(self, ids: Sequence[int], entry: "Entry | None", param: str) -> int:
+        """Tokens that an answer to a prompt can have.
+
+        Raises:
+            ApiError: 400, there are none.
+        """
+        front = 0 if entry is None else entry.front
+        left = self.engine.context - front - len(ids)
+        if left < 1:
+            before = f" and the adapter's prefix {front}" if front else ""
+            raise ApiError(
+                400, f"{param}: it has {len(ids)} tokens{before}, and at most "
+                f"{self.engine.context} fit with at least one of the answer", param=param,
+                code="context_length_exceeded",
+            )  # fmt: skip
+        return left
 
     async def aside(self, work: Callable[[], Result]) -> Result:
         """What uses the tokenizer, in one thread of its own: a long text holds up nobody."""
         return await asyncio.get_running_loop().run_in_executor(self._aside, work)
-
-
-def base_id(name: str) -> str:
-    """What a base is called: its short name or hub id, or its folder's name."""
-    return Path(name).name if Path(name).is_absolute() else name
 
 
 def about(engine: "Engine") -> About:

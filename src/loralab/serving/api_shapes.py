@@ -8,7 +8,8 @@ import uuid
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from loralab.serving.request import Answer, Chosen, Completed, Finished, Piece, Ranked
+from loralab.serving.detokenize import escaped
+from loralab.serving.request import Answer, Completed, Finished, Piece, Ranked, TokenLogprob
 
 Json = dict[str, Any]
 OWNER = "loralab"
@@ -16,21 +17,39 @@ IMPOSSIBLE = -9999.0
 
 
 class _Shape:
-    """What all answers to one request share."""
+    """What all answers to one request share.
 
-    def __init__(self, answers: Sequence[Answer], *, model: str, choices: int, usage: bool) -> None:
+    Args:
+        choices: answers to each prompt.
+        usage: whether a stream ends with what it took.
+        prompt_tokens: of all prompts, if every chunk of a stream is to tell what was used so far.
+    """
+
+    def __init__(
+        self, answers: Sequence[Answer], *, model: str, choices: int, usage: bool,
+        prompt_tokens: int | None = None,
+    ) -> None:  # fmt: skip
         self._head = {
             "id": self.prefix + uuid.uuid4().hex, "object": self.whole_object,
             "created": int(time.time()), "model": model, "adapter": adapter_of(answers[0]),
         }  # fmt: skip
-        self._choices, self._usage = choices, usage
+        self._choices, self._usage, self._prompt_tokens = choices, usage, prompt_tokens
+        self._written = [0] * len(answers)  # tokens of each answer so far
+        warning = warning_of(answers)
+        self._once = {"warning": warning} if warning else {}  # in the first chunk
 
     prefix = whole_object = chunk_object = ""
 
     def chunk(self, choices: list[Json]) -> Json:
         """One piece of a stream."""
-        usage = {"usage": None} if self._usage else {}
-        return {**self._head, "object": self.chunk_object, "choices": choices, **usage}
+        usage = {"usage": self._usage_so_far()} if self._usage else {}
+        once, self._once = self._once, {}
+        return {**self._head, **once, "object": self.chunk_object, "choices": choices, **usage}
+
+    def _usage_so_far(self) -> Json | None:
+        if self._prompt_tokens is None:
+            return None
+        return _counted(self._prompt_tokens, sum(self._written))
 
     def final(self, ends: Sequence[Finished]) -> Json | None:
         """The last piece: what it took, if the client asked for it."""
@@ -43,23 +62,18 @@ class _Shape:
         completion = sum(end.completion_tokens for end in ends)
         cached = sum(end.cached_tokens for end in asked)
         return {
-            "prompt_tokens": prompt, "completion_tokens": completion,
-            "total_tokens": prompt + completion,
-            "prompt_tokens_details": {"cached_tokens": cached},
+            **_counted(prompt, completion), "prompt_tokens_details": {"cached_tokens": cached},
         }  # fmt: skip
 
     def _body(self, choices: list[Json], done: Sequence[Completed]) -> Json:
-        return {**self._head, "choices": choices, "usage": self.usage([c.finished for c in done])}
+        usage = self.usage([c.finished for c in done])
+        return {**self._head, **self._once, "choices": choices, "usage": usage}
 
 
 class CompletionShape(_Shape):
     """/v1/completions."""
 
     prefix, whole_object, chunk_object = "cmpl-", "text_completion", "text_completion"
-
-    def __init__(self, answers: Sequence[Answer], *, model: str, choices: int, usage: bool) -> None:
-        super().__init__(answers, model=model, choices=choices, usage=usage)
-        self._offsets = [0] * len(answers)
 
     def whole(self, done: Sequence[Completed]) -> Json:
         """The body of an answer that is not streamed."""
@@ -74,29 +88,18 @@ class CompletionShape(_Shape):
 
     def piece(self, index: int, piece: Piece) -> Json:
         """More text."""
+        self._written[index] += len(piece.tokens)
         return self.chunk([self._choice(index, piece.text, piece.logprobs, None)])
 
     def ending(self, index: int, end: Finished) -> Json:
         """Why it ended."""
+        self._written[index] = end.completion_tokens
         return self.chunk([self._choice(index, "", (), end.reason)])
 
-    def _choice(self, index: int, text: str, chosen: Sequence[Chosen], reason: str | None) -> Json:
-        told = self._logprobs(index, chosen) if chosen else None
-        return {"index": index, "text": text, "logprobs": told, "finish_reason": reason}
-
-    def _logprobs(self, index: int, chosen: Sequence[Chosen]) -> Json:
-        offsets = []
-        for one in chosen:
-            offsets.append(self._offsets[index])
-            self._offsets[index] += len(one.text)
-        return {
-            "tokens": [one.text for one in chosen],
-            "token_logprobs": [_finite(one.logprob) for one in chosen],
-            "top_logprobs": [
-                {text: _finite(logprob) for _, text, logprob in one.top} for one in chosen
-            ] if any(one.top for one in chosen) else None,
-            "text_offset": offsets,
-        }  # fmt: skip
+    @staticmethod
+    def _choice(index: int, text: str, told: Sequence[TokenLogprob], reason: str | None) -> Json:
+        logprobs = _listed(told) if told else None
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
 
 
 class ChatShape(_Shape):
@@ -122,10 +125,12 @@ class ChatShape(_Shape):
 
     def piece(self, index: int, piece: Piece) -> Json:
         """More text."""
+        self._written[index] += len(piece.tokens)
         return self.chunk([self._delta(index, {"content": piece.text}, _spoken(piece.logprobs))])
 
     def ending(self, index: int, end: Finished) -> Json:
         """Why it ended."""
+        self._written[index] = end.completion_tokens
         return self.chunk([self._delta(index, {}, reason=end.reason)])
 
     @staticmethod
@@ -136,6 +141,11 @@ class ChatShape(_Shape):
 
 
 Shape = CompletionShape | ChatShape
+
+
+def warning_of(answers: Sequence[Answer]) -> str:
+    """Why an answer may not be what was meant; empty as a rule."""
+    return next((answer.warning for answer in answers if answer.warning), "")
 
 
 def adapter_of(answer: Answer) -> Json | None:
@@ -157,7 +167,7 @@ def classified(model: str, entry: Any, ranked: Sequence[Ranked], classes: Sequen
             }
             for index, one in enumerate(ranked)
         ],
-        "usage": {"prompt_tokens": tokens, "completion_tokens": 0, "total_tokens": tokens},
+        "usage": _counted(tokens, 0),
     }  # fmt: skip
 
 
@@ -171,6 +181,7 @@ def described(entry: Any) -> Json:
     return {
         **identity(entry), "method": entry.method, "rank": entry.rank, "bytes": entry.bytes,
         "task": entry.task, "labels": list(entry.labels), "metrics": dict(entry.metrics),
+        "score": entry.score and dict(zip(("metric", "value"), entry.score, strict=True)),
         "base": entry.base, "loaded": entry.loaded, "pinned": entry.pinned,
     }  # fmt: skip
 
@@ -191,26 +202,66 @@ def listed(base: str, kind: str, context: int, entries: Iterable[Any], created: 
     return {"object": "list", "data": models}
 
 
-def _spoken(chosen: Sequence[Chosen]) -> Json | None:
-    if not chosen:
+def _counted(prompt: int, completion: int) -> Json:
+    return {
+        "prompt_tokens": prompt, "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+    }  # fmt: skip
+
+
+def _listed(told: Sequence[TokenLogprob]) -> Json:
+    return {
+        "tokens": [one.text for one in told],
+        "token_logprobs": [_finite(one.logprob) for one in told],
+        "top_logprobs": [_likeliest(one) for one in told],
+        "text_offset": [one.offset for one in told],
+    }  # fmt: skip
+
+
+def _likeliest(one: TokenLogprob) -> Json | None:
+    """The likeliest tokens and the one that stands there; nothing is before a prompt's first."""
+    if one.logprob is None:
+        return None
+    likely = {name: _finite(other.logprob) for name, other in _named(one)}
+    return likely | {one.text: _finite(one.logprob)}
+
+
+def _spoken(told: Sequence[TokenLogprob]) -> Json | None:
+    if not told:
         return None
     return {
         "content": [
-            {**_token(one.text, one.logprob),
-             "top_logprobs": [_token(text, logprob) for _, text, logprob in one.top]}
-            for one in chosen
+            {**_token(one.text, one),
+             "top_logprobs": [_token(name, other) for name, other in _named(one)]}
+            for one in told
         ],
         "refusal": None,
     }  # fmt: skip
 
 
-def _token(text: str, logprob: float) -> Json:
-    return {"token": text, "logprob": _finite(logprob), "bytes": list(text.encode())}
+def _token(name: str, one: TokenLogprob) -> Json:
+    return {"token": name, "logprob": _finite(one.logprob), "bytes": list(one.raw)}
 
 
-def _finite(logprob: float) -> float:
+def _named(chosen: TokenLogprob) -> list[tuple[str, TokenLogprob]]:
+    """The likeliest tokens under different names, though several may have the same text.
+
+    The one that was chosen is called by its text, of the others the likeliest.
+    """
+    taken, found = {chosen.text}, []
+    for one in chosen.top:
+        name = chosen.text
+        if one.token != chosen.token:
+            names = (one.text, escaped(one.raw), f"token_id:{one.token}")
+            name = next(name for name in names if name not in taken)
+        taken.add(name)
+        found.append((name, one))
+    return found
+
+
+def _finite(logprob: float | None) -> float | None:
     """JSON has no infinity; OpenAI writes this number for what cannot happen."""
-    return max(logprob, IMPOSSIBLE)
+    return None if logprob is None else max(logprob, IMPOSSIBLE)
 
 
 def _ordered(classes: Sequence[str], ranked: Ranked) -> Sequence[str]:

@@ -4,17 +4,24 @@ import itertools
 import uuid
 from collections.abc import Sequence
 from concurrent.futures import Future
+from typing import Any
 
 from loralab.errors import ConfigError, DataError
 from loralab.models.load import Base
+from loralab.serving.detokenize import TokenBytes
 from loralab.serving.entries import Entry
 from loralab.serving.live import Scored, Seen, Written
 from loralab.serving.request import Answer, Sampling
 from loralab.serving.scheduler import Row
 from loralab.tasks.catalog import Task
-from loralab.tasks.encode import Example, answer_ids, prompt_ids, stop_ids
+from loralab.tasks.encode import Example, answer_ids, chat_ids, prompt_ids, stop_ids
+from loralab.tasks.forward import require_known
 from loralab.tasks.pictures import from_bytes
 
+UNLIKE_TRAINING = (
+    "the adapter was trained on prompts as /v1/chat/completions writes them, and this one does not "
+    "end so: ask there, or write the chat template into the prompt"
+)
 VISION, CLASSIFIER = "image-classification", "sequence-classification"
 
 
@@ -29,6 +36,8 @@ class Asking:
         self._base, self._context = base, context
         writes = base.kind == "causal-lm"
         self._stops = frozenset(stop_ids(base.tokenizer)) if writes else frozenset()
+        self._opening = _opening(base.tokenizer) if writes else ()
+        self._tokens = TokenBytes(base.tokenizer)
         self._numbers = itertools.count()  # of rows and inputs
 
     def writing(self, prompt: Sequence[int], entry: Entry | None, sampling: Sampling) -> Written:
@@ -49,13 +58,31 @@ class Asking:
             live.cancelled = True
 
         name = named(entry)
-        answer = Answer(id=uuid.uuid4().hex, adapter=name, digest=digest, cancel=cancel)
+        answer = Answer(
+            id=uuid.uuid4().hex, adapter=name, digest=digest, cancel=cancel,
+            warning="" if self._as_trained(prompt, entry) else UNLIKE_TRAINING,
+        )  # fmt: skip
         live = Written(
             adapter=name, digest=digest, prompt=tuple(prompt), sampling=sampling,
-            stops=self._stops, tokenizer=self._base.tokenizer, answer=answer,
-            rows=[Row(number=next(self._numbers), key=digest, tokens=tokens)],
+            stops=self._stops, tokens=self._tokens, answer=answer,
+            rows=[self._row(tokens, entry, sampling)],
         )  # fmt: skip
         return live
+
+    def _row(self, tokens: list[int], entry: Entry | None, sampling: Sampling) -> Row:
+        explained = sampling.echo and sampling.logprobs is not None
+        return Row(
+            number=next(self._numbers), key=digest_of(entry), tokens=tokens,
+            scored=front_of(entry) + 1 if explained else None, continued=sampling.max_tokens > 0,
+        )  # fmt: skip
+
+    def _as_trained(self, prompt: Sequence[int], entry: Entry | None) -> bool:
+        """Whether a prompt ends as those that the adapter has learnt to answer."""
+        if entry is None or entry.form in (None, "text"):
+            return True
+        if self._base.tokenizer.chat_template:
+            return tuple(prompt[len(prompt) - len(self._opening) :]) == self._opening
+        return self._tokens.decode(prompt[-1:])[-1:].isspace() or not self._opening
 
     def classifying(self, inputs: Sequence[str | bytes], entry: Entry | None) -> Scored | Seen:
         """Inputs to put into classes.
@@ -88,6 +115,7 @@ class Asking:
             prompt = prompt_ids(task, row, tokenizer)
             ends = [answer_ids(task, row, tokenizer, label) for label in task.labels]
             self._require(prompt, len(front) + max(map(len, ends)))
+            require_known(self._base.model, tokenizer, ends)
             asked.append(len(prompt))
             single = single and all(len(end) == 2 for end in ends)  # one token and the end
             firsts = [end[0] for end in ends]
@@ -111,8 +139,10 @@ class Asking:
         ids = tuple(self._base.tokenizer(value, verbose=False)["input_ids"])
         if len(ids) > self._context:
             raise DataError(
-                f"input {number} has {len(ids)} tokens, and the model can take {self._context}"
-            )
+                f"input {number} has {len(ids)} tokens, and the model can take {self._context}",
+                code="context_length_exceeded", field="input",
+            )  # fmt: skip
+        require_known(self._base.model, self._base.tokenizer, [ids])
         return Example(number, ids, (0,))
 
     def _task(self, entry: Entry | None) -> Task:
@@ -141,8 +171,16 @@ class Asking:
         if len(prompt) + more > self._context:
             raise DataError(
                 f"the prompt has {len(prompt)} tokens and asks for {more} more, and the model can "
-                f"take {self._context} in all"
-            )
+                f"take {self._context} in all",
+                code="context_length_exceeded", field="prompt",
+            )  # fmt: skip
+
+
+def _opening(tokenizer: Any) -> tuple[int, ...]:
+    """What stands between a question and its answer: the ids that two questions end in alike."""
+    questions = (reversed(chat_ids(tokenizer, text)) for text in ("yes", "no"))
+    alike = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(*questions, strict=False))
+    return tuple(token for token, _ in alike)[::-1]
 
 
 def front_of(entry: Entry | None) -> int:

@@ -20,9 +20,9 @@ from loralab.errors import QueueFullError
 from loralab.models.load import Base
 from loralab.serving.asking import Asking
 from loralab.serving.entries import Entry
-from loralab.serving.live import Live, Scored, Seen, error_of
+from loralab.serving.live import Live, Scored, Seen, Written, error_of
 from loralab.serving.request import CANCELLED, FAILED, Answer, Completed, Ranked, Sampling
-from loralab.serving.sampling import choose
+from loralab.serving.sampling import choose, readable
 from loralab.serving.scheduler import Row, Scheduler, Work
 from loralab.serving.settings import ServeSettings
 from loralab.serving.store import Store
@@ -343,18 +343,20 @@ class Engine:
                     self._scheduler.remove(own.row)
                     if live.accept():
                         self._over(live, "")
-            elif len(found):
+            elif isinstance(live, Written) and live.read(own.row, own, found):
                 told.append((live, own.row, found[-1]))
+            elif live.finished is not None:
+                self._over(live, "")
         self._tell(told)
 
     def _tell(self, told: Sequence[tuple[Any, Row, torch.Tensor]]) -> None:
         """Choose a token for each row that is due one."""
         if not told:
             return
-        tokens = choose(
-            torch.stack([own for _, _, own in told]), [live.draws for live, _, _ in told]
-        )
-        for (live, row, own), token in zip(told, tokens, strict=True):
+        draws = [live.draws for live, _, _ in told]
+        logits = readable(torch.stack([own for _, _, own in told]), draws)
+        tokens = choose(logits, draws)
+        for (live, row, _), own, token in zip(told, logits, tokens, strict=True):
             if live.accept(row, own, token):
                 self._over(live, "")
 

@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loralab.adapters.attach import TASK_TYPES
 from loralab.adapters.folder import CONFIG, RECORD, TENSORS
+from loralab.adapters.methods import METHODS, VARIANTS
+from loralab.adapters.peft_fields import TASK_TYPES
 from loralab.adapters.recipes import PARSERS
 from loralab.adapters.record import FORMAT
 from loralab.errors import AdapterFileError, nearest
 from loralab.serving.names import DIGEST
+from loralab.tasks.score import MAIN_METRICS
 
 IN_FRONT = ("PREFIX_TUNING", "PROMPT_TUNING")
 
@@ -25,7 +27,7 @@ class Entry:
 
     Attributes:
         digest: of its content; empty as long as a folder without loralab.json was not read.
-        method: peft's name of it, such as LORA.
+        method: as --method has it, such as dora.
         bytes: of the tensors on disk.
         metrics: of the validation.
         kind: of the base, one of models.kinds.KINDS.
@@ -50,6 +52,12 @@ class Entry:
     form: str | None = None
     instruction: str | None = None
 
+    @property
+    def score(self) -> tuple[str, float] | None:
+        """The metric that decides for the task, and its value; None where nothing was measured."""
+        name = next((name for name in (*MAIN_METRICS, *self.metrics) if name in self.metrics), None)
+        return None if name is None else (name, self.metrics[name])
+
 
 def describe(
     name: str, path: Path, fields: Mapping[str, Any], record: Mapping[str, Any], size: int | None
@@ -65,10 +73,13 @@ def describe(
     """
     if size is None:
         raise AdapterFileError(f"{path} has no {TENSORS}")
-    method = fields.get("peft_type")
-    if not isinstance(method, str) or method not in PARSERS:
-        hint = nearest(str(method), PARSERS)
-        raise AdapterFileError(f"{path / CONFIG}: peft_type {method!r} is not supported{hint}")
+    kind = fields.get("peft_type")
+    if not isinstance(kind, str) or kind not in PARSERS:
+        hint = nearest(str(kind), PARSERS)
+        raise AdapterFileError(
+            f"{path / CONFIG}: peft_type {kind!r} is not supported{hint}",
+            code="unknown_method", field="peft_type",
+        )  # fmt: skip
     digest = record.get("digest", "")
     if record and (record.get("format", FORMAT) != FORMAT or not _is_digest(digest)):
         raise AdapterFileError(
@@ -78,16 +89,53 @@ def describe(
     base, task, metrics = (section(record, key) for key in ("base", "task", "metrics"))
     labels = task.get("labels")
     return Entry(
-        name=name, digest=digest, method=method, rank=_count(fields.get("r")),
+        name=name, digest=digest, method=method_of(fields, record), rank=_count(fields.get("r")),
         bytes=size, task=_text(task.get("name")),
         labels=tuple(map(str, labels)) if isinstance(labels, list) else (),
         metrics=_numbers(section(metrics, "validation")),
         base=_text(base.get("name")) or _text(fields.get("base_model_name_or_path")),
         kind=_text(base.get("kind")) or _kind(fields.get("task_type")),
-        front=(_count(fields.get("num_virtual_tokens")) or 0) if method in IN_FRONT else 0,
+        front=(_count(fields.get("num_virtual_tokens")) or 0) if kind in IN_FRONT else 0,
         loaded=False, pinned=False, path=path,
         form=_text(task.get("format")), instruction=_text(task.get("instruction")),
     )  # fmt: skip
+
+
+def method_of(fields: Mapping[str, Any], record: Mapping[str, Any]) -> str:
+    """The name that --method has for how an adapter was trained.
+
+    loralab.json knows the options; where another tool wrote the folder, adapter_config.json says
+    what is left of them.
+
+    Args:
+        fields: the content of adapter_config.json, with a peft_type; `record` that of loralab.json.
+    """
+    own, options = section(record, "method"), section(record, "training")
+    name = own.get("name")
+    if not isinstance(name, str) or name not in METHODS:
+        name = fields["peft_type"].lower().removesuffix("_tuning").replace("_", "-")
+        init = str(fields.get("init_lora_weights"))
+        own = {
+            **fields, "dora": fields.get("use_dora"), "mlp": fields.get("prefix_projection"),
+            "scaling": "alpha/sqrt(r)" if fields.get("use_rslora") else None,
+            "init": "pissa" if init.startswith("pissa") else None,
+        }  # fmt: skip
+    given = {**options, **own}
+    return next(
+        (
+            variant
+            for variant, (method, wanted) in VARIANTS.items()
+            if method == name and all(_is_so(given.get(key), wanted[key]) for key in wanted)
+        ),
+        name,
+    )
+
+
+def _is_so(value: Any, wanted: Any) -> bool:
+    """Whether an option makes a variant: the papers' own factor, or any other but 1."""
+    if isinstance(wanted, float):
+        return isinstance(value, int | float) and value != 1
+    return bool(value == wanted)
 
 
 def section(record: Mapping[str, Any], name: str) -> dict[str, Any]:

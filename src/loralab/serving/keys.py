@@ -156,11 +156,13 @@ def read(path: str | Path) -> Keys:
     try:
         content = read_toml(path)
     except ConfigError as error:
-        if "is no TOML" not in str(error):
-            raise ConfigError(f"--keys {error}") from None
+        if error.code != "invalid_toml":
+            raise ConfigError(f"--keys {error}", code=error.code, field="keys") from None
         # the parser's own message may quote what it read
-        line = re.search(r"\(at (line \d+)", str(error))
-        raise ConfigError(f"--keys {path} is no TOML{f' ({line[1]})' if line else ''}") from None
+        line = f" ({error.field})" if error.field else ""
+        raise ConfigError(
+            f"--keys {path} is no TOML{line}", code="invalid_toml", field="keys"
+        ) from None
     entries = content.pop("key", None)
     if content or not isinstance(entries, list) or not entries:
         raise ConfigError(f"--keys {path} must hold [[key]] tables and nothing else")

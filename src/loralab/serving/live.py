@@ -3,27 +3,31 @@
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from loralab.errors import LoralabError, RunError
+from loralab.serving.detokenize import IncrementalDetokenizer, TokenBytes
 from loralab.serving.request import (
     CANCELLED,
     LENGTH,
     STOP,
     Answer,
-    Chosen,
     Finished,
     Piece,
     Ranked,
     Sampling,
+    TokenLogprob,
 )
 from loralab.serving.sampling import Draws, likeliest
 from loralab.serving.scheduler import Row, Work
 from loralab.serving.text import Writing
+
+Judged = tuple[float | None, Sequence[tuple[int, float]]]
+"""The log-probability of a token, and the likeliest in its place with theirs."""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -64,16 +68,22 @@ class Written(_Common):
     prompt: tuple[int, ...]
     sampling: Sampling
     stops: frozenset[int]
-    tokenizer: Any
+    tokens: TokenBytes
     answer: Answer
     writing: Writing = field(init=False)
+    detokenizer: IncrementalDetokenizer = field(init=False)
     draws: Draws = field(init=False)
+    _judged: dict[int, Judged] = field(default_factory=dict)  # tokens of the prompt, by place
+    _begun: int | None = None  # characters of the prompt in the text; None: it was not read yet
+    _certain: str = ""  # text that was not told yet
     _untold: list[int] = field(default_factory=list)
-    _chosen: list[Chosen] = field(default_factory=list)
+    _explained: list[TokenLogprob] = field(default_factory=list)
     _count: int = 0
 
     def __post_init__(self) -> None:
-        self.writing = Writing(self.tokenizer, self.sampling.stop)
+        self.writing = Writing(self.sampling.stop)
+        before = self.prompt if self.sampling.continues and not self.sampling.echo else ()
+        self.detokenizer = IncrementalDetokenizer(self.tokens, before)
         self.draws = Draws(self.sampling)
 
     @property
@@ -81,19 +91,31 @@ class Written(_Common):
         """Whether nobody waits for it any more."""
         return self.cancelled
 
+    def read(self, row: Row, work: Work, logits: Tensor) -> bool:
+        """Some work is done, with the logits that it asked for; whether a next token is due."""
+        if row.scored is not None:
+            self._judge(row.scored - 1, work, logits)
+        if row.left:
+            return False
+        if self._begun is None:
+            self._begin(row)
+        return self.finished is None
+
     def accept(self, row: Row, logits: Tensor, token: int) -> bool:
         """One more token; whether it was the last."""
         self.first = self.first or time.perf_counter()
         self._count += 1
         if token in self.stops and not self.sampling.ignore_eos:
+            if self.sampling.echo:  # whoever cuts the prompt's tokens off counts all others
+                self._written(token, logits)
             self.end(STOP)
             return True
         row.tokens.append(token)
         self._untold.append(token)
-        if self.sampling.logprobs is not None:
-            self._chosen.append(self._explained(logits, token))
-        if text := self.writing.add(token):
-            self._tell(text)
+        self._certain += self.writing.add(self._written(token, logits))
+        # whoever is told of tokens gets the parts of a character together
+        if self._certain and not (self._explained and self.detokenizer.incomplete):
+            self._tell()
         if self.writing.stopped:
             self.end(STOP)
         elif self._count >= self.sampling.max_tokens:
@@ -102,9 +124,13 @@ class Written(_Common):
 
     def end(self, reason: str, error: str = "") -> None:
         """Tell the rest of the text, and that it is over."""
-        rest = self.writing.end()
-        if rest or self._untold:
-            self._tell(rest)
+        raw, text = self.detokenizer.end()
+        if self._explained:
+            last = self._explained[-1]
+            self._explained[-1] = replace(last, raw=last.raw + raw, text=last.text + text)
+        self._certain += self.writing.end(text)
+        if self._certain or self._untold or self._explained:
+            self._tell(final=True)
         if self.writing.stopped and reason == LENGTH:  # the rest held a stop text
             reason = STOP
         front = 0 if self.front is None else self.front.shape[3]
@@ -115,14 +141,64 @@ class Written(_Common):
         )  # fmt: skip
         self.answer.tell(self.finished)
 
-    def _tell(self, text: str) -> None:
-        self.answer.tell(Piece(text=text, tokens=tuple(self._untold), logprobs=tuple(self._chosen)))
-        self._untold, self._chosen = [], []
+    def _judge(self, front: int, work: Work, logits: Tensor) -> None:
+        """Note the log-probabilities of the prompt's tokens."""
+        for place, own in zip(work.asked, logits.cpu(), strict=True):
+            if (number := place + 1 - front) < len(self.prompt):
+                self._judged[number] = likeliest(
+                    own, self.prompt[number], self.sampling.logprobs or 0
+                )
 
-    def _explained(self, logits: Tensor, token: int) -> Chosen:
-        logprob, pairs = likeliest(logits, token, self.sampling.logprobs or 0)
-        top = tuple((other, self.tokenizer.decode([other]), value) for other, value in pairs)
-        return Chosen(token=token, text=self.tokenizer.decode([token]), logprob=logprob, top=top)
+    def _begin(self, row: Row) -> None:
+        """The prompt is read: tell it, if it is to be echoed, as its tokens write it."""
+        row.scored = None
+        if self.sampling.echo:
+            explained = self.sampling.logprobs is not None
+            texts = [
+                self._spelt(
+                    token, self._judged.get(place, (None, [])) if explained else None,
+                    # of special tokens only the start was not asked for
+                    special=place > 0 or token != self.tokens.start,
+                )
+                for place, token in enumerate(self.prompt)
+            ]  # fmt: skip
+            self.answer.tell(Piece(text="".join(texts), tokens=(), logprobs=(*self._explained,)))
+            self._explained = []
+        self._begun = self.detokenizer.length
+        if not self.sampling.max_tokens:
+            self.end(LENGTH)
+
+    def _written(self, token: int, logits: Tensor) -> str:
+        """The text that a token of the answer adds; explained, if that was asked for."""
+        count = self.sampling.logprobs
+        return self._spelt(token, None if count is None else likeliest(logits, token, count))
+
+    def _spelt(self, token: int, judged: Judged | None, *, special: bool = False) -> str:
+        """The text that a token adds; what is known of its probability is kept."""
+        if judged is None:
+            return self.detokenizer.add(token, special=special)[1]
+        (logprob, pairs), offset = judged, self.detokenizer.length
+        others = [(other, self.detokenizer.would_add(other), value) for other, value in pairs]
+        raw, text = self.detokenizer.add(token, special=special)
+        top = tuple(
+            TokenLogprob(token=t, raw=own, text=self.tokens.label(t, own), logprob=value)
+            for t, own, value in others
+        )
+        self._explained.append(
+            TokenLogprob(token=token, raw=raw, text=text, logprob=logprob, offset=offset, top=top)
+        )
+        return text
+
+    def _tell(self, *, final: bool = False) -> None:
+        """Tell what is certain, with the tokens that it begins in; of a stop text nothing."""
+        whole = final and not self.writing.stopped
+        until = (self._begun or 0) + self.writing.told
+        ready = [one for one in self._explained if whole or one.offset < until]
+        self.answer.tell(
+            Piece(text=self._certain, tokens=tuple(self._untold), logprobs=tuple(ready))
+        )
+        self._certain, self._untold = "", []
+        del self._explained[: len(ready)]
 
 
 @dataclass(eq=False, kw_only=True)
@@ -177,6 +253,8 @@ class Scored(_Classes):
             self.sums[row.number] = chances[-1, list(self.firsts)].tolist()
         elif len(chances):
             following = [row.tokens[i + 1] for i in work.asked]
+            if work.asked.start == row.asked:  # it may have begun anew
+                own[0] = 0.0
             own[0] += float(chances[torch.arange(len(following)), following].sum())
         return row.left == 0
 

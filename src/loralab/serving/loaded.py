@@ -14,17 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loralab.adapters.attach import TASK_TYPES, Adapter, attach, wrappers_for
+from loralab.adapters.attach import Adapter, attach, wrappers_for
 from loralab.adapters.bases import shared_copy
 from loralab.adapters.fingerprint import dtype_name, fingerprint
 from loralab.adapters.folder import AdapterFolder
 from loralab.adapters.linear import LinearWithLoRA
-from loralab.adapters.load import base_problem, fill, present_in
+from loralab.adapters.load import base_problem, fill
 from loralab.adapters.methods import FullFineTune, Prefix, Prompt
+from loralab.adapters.paths import inside
+from loralab.adapters.peft_fields import TASK_TYPES
 from loralab.adapters.positions import entrance, learnt_positions
+from loralab.adapters.present import present_in
 from loralab.adapters.recipes import RECIPES
 from loralab.adapters.subset import TrainedInFull
-from loralab.adapters.targets import head_names, inside
+from loralab.adapters.targets import head_names
 from loralab.errors import AdapterFileError, AdapterStateError, InputError
 from loralab.models.kinds import CAUSAL, CLASSIFIER, TAGGER, VISION
 from loralab.models.load import Base

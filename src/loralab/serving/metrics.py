@@ -9,9 +9,10 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
+from loralab.serving.names import BASE
+
 ADAPTER = ("adapter", "digest")
 MOST = 2000  # adapters that are counted by name at one time; those unused the longest are left out
-BASE = "base"  # the label of answers without an adapter
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 STEP_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)

@@ -15,6 +15,7 @@ from pathlib import Path
 from loralab.adapters import folder
 from loralab.errors import AdapterFileError, ConfigError
 
+BASE = "base"  # what answers without an adapter are counted as
 NAMES = "names.json"
 FORMAT = 1
 LONGEST = 128  # characters of a name
@@ -29,11 +30,19 @@ class Names:
     moved: Mapping[str, str] = field(default_factory=dict)
     removed: frozenset[str] = frozenset()
 
-    def with_name(self, root: Path, name: str, path: Path) -> "Names":
-        """The same, and a name that stands for a folder in the root."""
-        moved = {own: place for own, place in self.moved.items() if own != name}
-        if path != root / name:
-            moved[name] = path.relative_to(root).as_posix()
+    def with_name(self, root: Path, name: str, path: Path, *, told: bool = False) -> "Names":
+        """The same, and a name that stands for a folder in the root.
+
+        Args:
+            told: write it down even where it is the folder's name, as other servers opened the
+                store before there was such a folder.
+        """
+        place = path.relative_to(root).as_posix()
+        if self.moved.get(name) == place and name not in self.removed:
+            return self
+        moved = {own: there for own, there in self.moved.items() if own != name}
+        if place != name or (told and name not in self.removed):
+            moved[name] = place
         return Names(moved=moved, removed=self.removed - {name})
 
     def without_name(self, root: Path, name: str) -> "Names":
@@ -41,6 +50,20 @@ class Names:
         moved = {own: place for own, place in self.moved.items() if own != name}
         hidden = {name} if (root / name).is_dir() else set()
         return Names(moved=moved, removed=self.removed | hidden)
+
+    def place(self, name: str) -> str | None:
+        """The path from the root that a name stands for; None if it was removed."""
+        return self.moved.get(name, None if name in self.removed else name)
+
+    def differing(self, other: "Names") -> list[str]:
+        """Names that stand elsewhere in the other."""
+        named = {*self.moved, *other.moved, *self.removed, *other.removed}
+        return sorted(
+            name
+            for name in named
+            if self.place(name) != other.place(name)
+            or (name in self.moved) != (name in other.moved)
+        )
 
 
 def read_names(root: Path) -> Names:
@@ -86,17 +109,26 @@ def require_name(name: str) -> None:
     """
     shown = json.dumps(name[:LONGEST])
     if not 0 < len(name) <= LONGEST:
-        raise ConfigError(f"a name has 1 to {LONGEST} characters, {shown} has {len(name)}")
+        raise _wrong(f"a name has 1 to {LONGEST} characters, {shown} has {len(name)}")
     wrong = [c for c in name if unicodedata.category(c)[0] not in "LMN" and c not in "._-"]
     if wrong:
-        raise ConfigError(
+        raise _wrong(
             f"a name consists of letters, digits, '.', '_' and '-'; {shown} has "
             f"{json.dumps(wrong[0])}"
         )
     if name.startswith("."):
-        raise ConfigError(f"a name does not begin with a dot: {shown}")
+        raise _wrong(f"a name does not begin with a dot: {shown}")
     if DIGEST.fullmatch(name.lower()):
-        raise ConfigError(f"a name must not look like a digest: {shown}")
+        raise _wrong(f"a name must not look like a digest: {shown}")
+
+
+def base_id(base: str) -> str:
+    """What clients call a base: its short name or hub id, or its folder's name."""
+    return Path(base).name if Path(base).is_absolute() else base
+
+
+def _wrong(message: str) -> ConfigError:
+    return ConfigError(message, code="invalid_name", field="name")
 
 
 def adapter_inside(root: Path, path: str | Path) -> Path:
@@ -114,9 +146,14 @@ def adapter_inside(root: Path, path: str | Path) -> Path:
         files = [(place / name).resolve() for name in FILES]
         known = (place / folder.CONFIG).is_file()
     except (OSError, ValueError, RuntimeError) as error:  # a loop of links, a zero byte
-        raise AdapterFileError(f"{str(path)!r} is no place for an adapter: {error}") from None
+        raise AdapterFileError(
+            f"{str(path)!r} is no place for an adapter: {error}", code="no_adapter", field="path"
+        ) from None
     if not all(found.is_relative_to(root) for found in (place, *files)):
-        raise AdapterFileError(f"{path} lies outside the store")
+        raise AdapterFileError(f"{path} lies outside the store", code="outside_store", field="path")
     if place == root or not known:
-        raise AdapterFileError(f"{path} is no adapter folder: it has no {folder.CONFIG}")
+        raise AdapterFileError(
+            f"{path} is no adapter folder: it has no {folder.CONFIG}", code="no_adapter",
+            field="path",
+        )  # fmt: skip
     return place

@@ -15,6 +15,7 @@ from loralab.serving.blocks import SIZE, Blocks, needed
 from loralab.serving.encoders import Encoders
 from loralab.serving.engine import Engine
 from loralab.serving.loaded import Nursery
+from loralab.serving.names import base_id
 from loralab.serving.passes import block_bytes
 from loralab.serving.scheduler import Scheduler
 from loralab.serving.settings import ServeSettings
@@ -48,7 +49,9 @@ def open_engine(
     root = require_store(store)
     base = _base(model, settings)
     nursery = Nursery(base, quantize=settings.quantize)
-    shelf = Store(root, nursery.load, resident=settings.resident)
+    shelf = Store(
+        root, nursery.load, resident=settings.resident, reserved=(base_id(base.name), base.name)
+    )
     for name, path in (adapters or {}).items():
         shelf.load(name, str(path))
     for name in pinned:
@@ -64,7 +67,10 @@ def require_store(store: str | Path) -> Path:
     """
     root = Path(store)
     if not root.is_dir():
-        raise ConfigError(f"there is no store at {root}; give a folder with adapters in it")
+        raise ConfigError(
+            f"there is no store at {root}; give a folder with adapters in it",
+            code="no_store", field="store",
+        )  # fmt: skip
     return root
 
 

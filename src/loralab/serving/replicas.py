@@ -9,10 +9,9 @@ that one server has (api.py). Needs the extras `serve` and `ray`.
 
 import asyncio
 import contextlib
-import fcntl
 import json
 import logging
-import os
+import math
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -37,7 +36,7 @@ from loralab.serving.settings import Limits, ServeSettings
 
 APP = "loralab"
 CHANGES = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
-LOCK = ".names.lock"  # in the store
+DONE = ("model_not_found", "name_taken")  # refusals of a change that has been made already
 HEADER = b"x-loralab-replica"
 KEPT = ("type", "asgi", "http_version", "method", "scheme", "path", "raw_path", "query_string",
         "headers", "client", "server", "root_path")  # fmt: skip
@@ -57,9 +56,15 @@ class Plan:
     limits: Limits = field(default_factory=Limits)
     keys: tuple[Key, ...] | None = None
     hosts: Hosts = field(default_factory=Hosts)
+    origins: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         """Refuse what replicas cannot keep: each would count alone."""
+        if self.limits.connections != Limits().connections:
+            raise ConfigError(
+                "--connections has no effect with --replicas: Ray's proxy holds the connections",
+                code="no_effect", field="connections",
+            )  # fmt: skip
         for key in self.keys or ():
             if key.requests_per_minute is not None or key.tokens_per_day is not None:
                 raise ConfigError(
@@ -78,7 +83,9 @@ class Replica:
             settings=plan.settings,
         )  # fmt: skip
         keys = None if plan.keys is None else Keys(plan.keys)
-        self._app = build_app(self._engine, keys=keys, limits=plan.limits, hosts=plan.hosts)
+        self._app = build_app(
+            self._engine, keys=keys, limits=plan.limits, hosts=plan.hosts, origins=plan.origins
+        )
         self._name = serve.get_replica_context().replica_id.unique_id.encode()
         self._wanted = serve.get_multiplexed_model_id
 
@@ -91,7 +98,7 @@ class Replica:
     async def answer(self, scope: Scope, body: bytes) -> AsyncIterator[Message]:
         """What the application sends for a request."""
         wanted = self._wanted()
-        if wanted and self._knows(wanted):
+        if wanted and await asyncio.to_thread(self._knows, wanted):  # it may have to be read
             await self._hold(wanted)
         async for message in asked(self._app, scope, body):
             if message["type"] == "http.response.start":
@@ -99,9 +106,8 @@ class Replica:
             yield message
 
     async def change(self, scope: Scope, body: bytes) -> list[Message]:
-        """As `answer`, whole: for what all replicas must do; one at a time, as all write names."""
-        async with alone(self._engine.store.root / LOCK):
-            return [message async for message in asked(self._app, scope, body)]
+        """As `answer`, whole: for what all replicas must do."""
+        return [message async for message in asked(self._app, scope, body)]
 
     async def about(self) -> About:
         """What is served here."""
@@ -169,13 +175,14 @@ class Door:
         return LOST.response()
 
     async def _everywhere(self, scope: Scope, body: bytes) -> Response:
-        """From all replicas: the first refusal, if there is one."""
+        """From one replica, which may refuse; else from all others too, which do the same."""
         async with self._changing:
-            answers = await self._replicas.broadcast("change", scope, body).results_async()
-        answers.sort(key=lambda messages: -int(messages[0]["status"]))
-        start, *rest = answers[0]
-        whole = Response(b"".join(m.get("body", b"") for m in rest), start["status"])
-        whole.raw_headers = list(start["headers"])
+            found = await self._replicas.change.remote(scope, body)
+            if found[0]["status"] == 200:
+                others = self._replicas.broadcast("change", scope, body)
+                found = outcome(found, await others.results_async())
+        whole = Response(_body(found), found[0]["status"])
+        whole.raw_headers = list(found[0]["headers"])
         return whole
 
 
@@ -202,15 +209,24 @@ class Passed(Response):
             self._rest.cancel()
 
 
-@contextlib.asynccontextmanager
-async def alone(file: Path) -> AsyncIterator[None]:
-    """For one process at a time, on any machine that sees the file."""
-    handle = os.open(file, os.O_RDWR | os.O_CREAT)
-    try:
-        await asyncio.to_thread(fcntl.flock, handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
+def outcome(first: list[Message], others: Sequence[list[Message]]) -> list[Message]:
+    """What all replicas together answer to a change of the names that the first one has made.
+
+    Where they share a store, the others find it done: a name gone, or taken. That is no refusal.
+    """
+    wrong = [one for one in others if one[0]["status"] != 200 and _code(one) not in DONE]
+    return max(wrong, key=lambda messages: int(messages[0]["status"]), default=first)
+
+
+def _code(messages: Sequence[Message]) -> Any:
+    """Of an answer that is an error."""
+    with contextlib.suppress(ValueError, TypeError, KeyError):
+        return json.loads(_body(messages))["error"]["code"]
+    return None
+
+
+def _body(messages: Sequence[Message]) -> bytes:
+    return b"".join(message.get("body", b"") for message in messages[1:])
 
 
 async def asked(app: ASGIApp, scope: Scope, body: bytes) -> AsyncIterator[Message]:
@@ -308,7 +324,8 @@ def running(plan: Plan, replicas: int, address: str, host: str, port: int) -> It
         gpus = _require_ready(ray, plan, replicas, threads)
         serve = library("ray.serve")
         quiet = {"log_level": "ERROR", "enable_access_log": False}
-        options = {"host": host, "port": port}
+        rest = math.ceil(plan.limits.keep_alive)
+        options = {"host": host, "port": port, "keep_alive_timeout_s": rest}
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
         serve.start(proxy_location="HeadOnly", http_options=options, logging_config=quiet)
         try:

@@ -15,10 +15,12 @@ MOST_STOPS, MOST_LOGPROBS = 16, 20
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How tokens are chosen, and when to end.
+    """How tokens are chosen, when to end, and what is told of them.
 
     `logprobs` is how many alternatives are told at each token (0: only of the token that was
-    chosen; None: nothing). `stop` strings end the answer before they begin.
+    chosen; None: nothing). `stop` strings end the answer before they begin. With `continues` the
+    answer goes on from the prompt's text and keeps the space of its first token; with `echo` it
+    begins with that text, and may have no tokens of its own.
     """
 
     max_tokens: int = 16
@@ -29,21 +31,23 @@ class Sampling:
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
     ignore_eos: bool = False
+    continues: bool = False
+    echo: bool = False
 
     def __post_init__(self) -> None:
         """Check every value."""
-        _within("max_tokens", self.max_tokens, 1, math.inf)
+        _within("max_tokens", self.max_tokens, 0 if self.echo else 1, math.inf)
         _within("temperature", self.temperature, 0, 100)
         _within("top_k", self.top_k, 0, math.inf)
         _within("top_p", self.top_p, 0, 1)
         if self.top_p == 0:
-            raise ConfigError("top_p must be above 0; greedy is temperature 0")
+            raise _wrong("top_p", "must be above 0; greedy is temperature 0")
         if self.seed is not None:
             _within("seed", self.seed, 0, 2**63 - 1)
         if self.logprobs is not None:
             _within("logprobs", self.logprobs, 0, MOST_LOGPROBS)
         if len(self.stop) > MOST_STOPS or not all(self.stop):
-            raise ConfigError(f"stop takes at most {MOST_STOPS} texts, none of them empty")
+            raise _wrong("stop", f"takes at most {MOST_STOPS} texts, none of them empty")
 
     @property
     def greedy(self) -> bool:
@@ -51,14 +55,25 @@ class Sampling:
         return self.temperature == 0
 
 
-@dataclass(frozen=True, kw_only=True)
-class Chosen:
-    """One token of an answer; `top` are the likeliest tokens with their log-probabilities."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenLogprob:
+    """One token with its log-probability.
+
+    Attributes:
+        raw: its own bytes; several tokens may share a character, and special ones have none.
+        text: of an answer's token, the characters that are complete with it, so that all of them
+            together are the answer; of another one, what it is called.
+        logprob: None for the first token of a prompt.
+        offset: characters of the answer before it.
+        top: the likeliest tokens in its place, which may be among them.
+    """
 
     token: int
+    raw: bytes
     text: str
-    logprob: float
-    top: tuple[tuple[int, str, float], ...] = ()
+    logprob: float | None
+    offset: int = 0
+    top: "tuple[TokenLogprob, ...]" = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +82,7 @@ class Piece:
 
     text: str
     tokens: tuple[int, ...]
-    logprobs: tuple[Chosen, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +111,7 @@ class Completed:
 
     text: str
     tokens: tuple[int, ...]
-    logprobs: tuple[Chosen, ...]
+    logprobs: tuple[TokenLogprob, ...]
     finished: Finished
     adapter: str | None
     digest: str | None
@@ -122,12 +137,14 @@ class Answer:
     Attributes:
         digest: of the adapter that answers; it stays, even if the name is given to another one.
         cancel: stop as soon as the present step is over; harmless once it has finished.
+        warning: why the answer may not be what was meant; empty as a rule.
     """
 
     id: str
     adapter: str | None
     digest: str | None
     cancel: Callable[[], None]
+    warning: str = ""
     _events: "queue.SimpleQueue[Event]" = field(default_factory=queue.SimpleQueue)
     _listener: Callable[[Event], None] | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -176,4 +193,8 @@ class Answer:
 def _within(name: str, value: float, least: float, most: float) -> None:
     if isinstance(value, bool) or not math.isfinite(value) or not least <= value <= most:
         bound = f"at least {least}" if most == math.inf else f"from {least} to {most}"
-        raise ConfigError(f"{name} must be {bound}, got {value}")
+        raise _wrong(name, f"must be {bound}, got {value}")
+
+
+def _wrong(field: str, problem: str) -> ConfigError:
+    return ConfigError(f"{field} {problem}", code="invalid_value", field=field)

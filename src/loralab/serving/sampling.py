@@ -22,8 +22,17 @@ class Draws:
             self.generator.manual_seed(self.sampling.seed)
 
 
+def readable(logits: Tensor, draws: list[Draws]) -> Tensor:
+    """Logits (m, V), on the processor if more of any row is needed than its likeliest token.
+
+    All rows at once: on an accelerator each transfer waits for all that was asked before.
+    """
+    greedy = all(own.sampling.greedy and own.sampling.logprobs is None for own in draws)
+    return logits if greedy else logits.cpu()
+
+
 def choose(logits: Tensor, draws: list[Draws]) -> list[int]:
-    """The next token of each row of logits (m, V)."""
+    """The next token of each row of `readable` logits (m, V)."""
     best = logits.argmax(dim=-1).tolist()
     return [
         token if own.sampling.greedy else drawn(row, own)
@@ -33,7 +42,7 @@ def choose(logits: Tensor, draws: list[Draws]) -> list[int]:
 
 def drawn(row: Tensor, own: Draws) -> int:
     """One token from the probabilities that are left by temperature, top_k and top_p."""
-    chances = filtered(row.cpu(), own.sampling)
+    chances = filtered(row, own.sampling)
     return int(torch.multinomial(chances, 1, generator=own.generator))
 
 
@@ -43,16 +52,27 @@ def filtered(row: Tensor, sampling: Sampling) -> Tensor:
     top_k keeps the likeliest tokens; top_p the fewest whose probabilities reach it (Holtzman et
     al. 2020, arXiv:1904.09751, section 3.1), of what top_k has left.
     """
-    scaled = row.double() / sampling.temperature
-    values, order = scaled.sort(descending=True, stable=True)
+    whole = (row.double() / sampling.temperature).softmax(dim=-1)
+    if not sampling.top_k and sampling.top_p == 1:
+        return whole
+    places = (whole >= _least(whole, sampling)).nonzero().flatten()
+    chances, order = whole[places].sort(descending=True, stable=True)
     if sampling.top_k:
-        values[sampling.top_k :] = -torch.inf
-    chances = values.softmax(dim=-1)
+        chances, order = chances[: sampling.top_k], order[: sampling.top_k]
+        chances /= chances.sum()
     before = chances.cumsum(dim=-1) - chances  # of all that are likelier
     chances[before >= sampling.top_p] = 0
-    found = torch.zeros_like(chances)
-    found[order] = chances / chances.sum()
+    found = torch.zeros_like(whole)
+    found[places[order]] = chances / chances.sum()
     return found
+
+
+def _least(whole: Tensor, sampling: Sampling) -> float:
+    """A probability below which nothing can be left, so that few need to be sorted."""
+    if sampling.top_k:
+        return float(whole.topk(min(sampling.top_k, len(whole))).values[-1])
+    # all that are less likely than this have less together than what top_p leaves out
+    return (1 - sampling.top_p) / len(whole) / 2
 
 
 def likeliest(row: Tensor, token: int, count: int) -> tuple[float, list[tuple[int, float]]]:

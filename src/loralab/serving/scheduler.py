@@ -23,12 +23,14 @@ class Row:
         cached: how many of them were there already when the request was let in.
         blocks: where they lie.
         scored: the first token whose probability is asked for; None is that of a next one.
+        continued: whether that of a next one is asked for beside what is scored.
     """
 
     number: int
     key: str | None
     tokens: list[int]
     scored: int | None = None
+    continued: bool = False
     done: int = 0
     cached: int = 0
     blocks: list[int] = field(default_factory=list)
@@ -37,6 +39,11 @@ class Row:
     def left(self) -> int:
         """Tokens whose keys and values are missing."""
         return len(self.tokens) - self.done
+
+    @property
+    def asked(self) -> int:
+        """The first token whose logits are wanted: it is computed, whatever the cache knows."""
+        return len(self.tokens) - 1 if self.scored is None else self.scored - 1
 
 
 @dataclass(frozen=True)
@@ -50,10 +57,10 @@ class Work:
     @property
     def asked(self) -> range:
         """The tokens whose logits are wanted: those before what is scored, or the last of all."""
-        last = len(self.row.tokens) - 1
-        if self.row.scored is None:
-            return range(last, last + 1) if self.stop > last else range(0)
-        return range(max(self.start, self.row.scored - 1), min(self.stop, last))
+        row, stop = self.row, self.stop
+        if row.scored is not None and not row.continued:
+            stop = min(stop, len(row.tokens) - 1)
+        return range(max(self.start, row.asked), stop)
 
 
 class Scheduler:
@@ -142,8 +149,7 @@ class Scheduler:
             row = self._waiting[key].popleft()
             self._tidy(key)
             if self._reuse and not row.done:
-                # the last token is always computed: it is what the answer begins with
-                row.blocks = self.blocks.match(row.key or "", row.tokens[:-1])
+                row.blocks = self.blocks.match(row.key or "", row.tokens[: row.asked])
                 row.done = row.cached = len(row.blocks) * SIZE
             self._spent[key] = self._spent.get(key, 0.0) + 1
             yield row

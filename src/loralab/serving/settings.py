@@ -54,30 +54,38 @@ class ServeSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What one request may take.
+    """What one request may take, and what a connection.
 
-    `timeout` seconds are for the whole answer, the time in the queue included; `body_seconds` for
-    its body to arrive; `inputs` are the prompts, or texts to classify, of one request.
-
-    The others are about connections: `head_seconds` for the head of a request to arrive,
-    `stall_seconds` without reading after which a client is given up, how many `connections` there
-    may be, and `bodies_bytes` that may be on their way in all requests together.
+    Fields with a text are options of the command line. `timeout` includes the time in the queue;
+    `body_seconds` are for the body of a request to arrive; `inputs` are the prompts, or texts to
+    classify, of one request; `head_seconds` are for the head of a request to arrive,
+    `stall_seconds` those without reading after which a client is given up; `bodies_bytes` may be
+    on their way in all requests together.
     """
 
-    timeout: float = 300.0
+    timeout: Annotated[float, "seconds that an answer may take"] = 300.0
+    keep_alive: Annotated[
+        float,
+        "seconds that a connection may rest between two requests; longer than clients keep it",
+    ] = 75.0
+    connections: Annotated[
+        int, "connections at the same time; the one that rests the longest makes room"
+    ] = 512
     body_bytes: int = 16 * 2**20
     body_seconds: float = 30.0
     inputs: int = 128
     head_seconds: float = 10.0
     stall_seconds: float = 30.0
-    connections: int = 512
     bodies_bytes: int = 256 * 2**20
 
     def __post_init__(self) -> None:
         """Check every value."""
-        for name in ("timeout", "body_seconds", "head_seconds", "stall_seconds"):
+        for name in ("timeout", "keep_alive", "body_seconds", "head_seconds", "stall_seconds"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
-                raise ConfigError(f"{name} must be a number of seconds above 0, got {value}")
+                raise ConfigError(
+                    f"{name} must be a number of seconds above 0, got {value}",
+                    code="invalid_seconds", field=name,
+                )  # fmt: skip
         for name in ("body_bytes", "inputs", "connections", "bodies_bytes"):
             check_count(name, getattr(self, name))

@@ -4,30 +4,29 @@
     <root>/names.json  names that stand for another folder, or for none any more (names.py)
 
 An adapter is its content digest, whatever it is called and wherever it lies. Requests hold a
-digest, so a name can move at any time: those that are under way keep what they began with.
+digest, so a name can move at any time: those that are under way keep what they began with. Other
+servers may use the same folder; what they do to the names is followed here.
 """
 
+import contextlib
+import dataclasses
+import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from loralab import atomic
 from loralab.adapters import folder
 from loralab.adapters.folder import AdapterFolder
-from loralab.errors import (
-    AdapterFileError,
-    AdapterNotFoundError,
-    AdapterStateError,
-    InputError,
-    QueueFullError,
-    nearest,
-)
+from loralab.errors import AdapterFileError, AdapterStateError, QueueFullError
 from loralab.serving.entries import Entry, describe
-from loralab.serving.names import Names, adapter_inside, read_names, require_name, write_names
-from loralab.serving.reading import Read, glance, read_folder, read_one, state_of
+from loralab.serving.listing import Described, Listing
+from loralab.serving.names import Names, adapter_inside
+from loralab.serving.reading import Read, read_folder, read_one, state_of
+from loralab.serving.shared_names import SharedNames
 
 __all__ = ["Entry", "Held", "Store"]
 
@@ -58,39 +57,46 @@ class Store:
         load: makes of a folder that was read what is kept in memory; it must keep nothing of the
             folder's tensors, which are pages of the file.
         resident: places in memory.
+        reserved: what the base is called, which no adapter can be; "base" is always reserved.
 
     Attributes:
         loads: how often an adapter came into memory; `evictions` how often one made room.
-        refused: folders and names that cannot be used, and why.
 
     Raises:
         AdapterFileError: `root` is no folder of adapters, or its names.json is damaged.
     """
 
     def __init__(
-        self, root: Path, load: Callable[[AdapterFolder], Any], *, resident: int = 64
-    ) -> None:
+        self, root: Path, load: Callable[[AdapterFolder], Any], *, resident: int = 64,
+        reserved: Iterable[str] = (),
+    ) -> None:  # fmt: skip
         self.root = Path(root).resolve()
         self.resident = resident
         self.loads = self.evictions = 0
-        self.refused: dict[str, str] = {}
         self._load = load
         self._changed = threading.Condition()  # its lock guards all that follows
         self._naming = threading.Lock()  # one change of the names at a time, the file included
-        self._entries: dict[str, Entry] = {}
-        self._alike: dict[str, set[str]] = {}  # digest -> the names of its entries
+        self._reading = threading.Lock()  # one folder without a digest at a time
+        self._listing = Listing(self.root, reserved)
         self._pinned: frozenset[str] = frozenset()
-        self._folders: dict[str, Path] = {}  # digest -> where it was last seen
         self._places: OrderedDict[str, _Place] = OrderedDict()  # the least recently used first
-        self._names = Names()
+        self._names = Names()  # as the entries follow them
+        self._shared = SharedNames(self.root)
         self._open()
+
+    @property
+    def refused(self) -> dict[str, str]:
+        """Folders and names that cannot be used, and why."""
+        return self._listing.refused
 
     # -- names ----------------------------------------------------------------------------------
 
     def entries(self) -> list[Entry]:
         """All adapters that can be used, by name."""
+        self._look()
         with self._changed:
-            return [self._seen(self._entries[name]) for name in sorted(self._entries)]
+            entries = self._listing.entries
+            return [self._seen(entries[name]) for name in sorted(entries)]
 
     def entry(self, name: str) -> Entry:
         """The adapter of a name, or of a digest.
@@ -99,39 +105,51 @@ class Store:
             AdapterNotFoundError: there is none.
             AdapterFileError: its folder is damaged, or lies outside the store.
         """
+        self._look()
         with self._changed:
-            found = self._found(name)
+            found = self._listing.found(name)
         if not found.digest:
             found = self._settled(found)
         with self._changed:
             return self._seen(found)
 
-    def load(self, name: str, path: str | Path) -> Entry:
+    def settled(self, name: str = "") -> bool:
+        """Return whether `entries`, and `entry` of a name, have nothing to read from the disk."""
+        with self._changed:
+            known = self._listing.entries.get(name)
+        return (known is None or bool(known.digest)) and not self._shared.stale()
+
+    def load(self, name: str, path: str | Path, *, replace: bool = True) -> Entry:
         """Point a name at a folder, once that has been read and brought into memory.
 
         Args:
             path: inside the store, relative to its root or absolute.
+            replace: let a name that stands for an adapter already stand for this one.
 
         Raises:
-            ConfigError: the name cannot be one.
+            ConfigError: the name cannot be one, is the base's, or is taken.
             AdapterFileError: the folder is outside, damaged, or does not fit the base.
             QueueFullError: every place in memory is pinned or in use.
             OutputError: the names cannot be written.
         """
-        require_name(name)
+        self._listing.require_usable(name)
+        self._look()
+        if not replace:
+            self._listing.require_free(name)
         place = adapter_inside(self.root, path)
         read = read_folder(self.root, place)
         held = self._acquired(read.stored.digest, read)
         if held is None:
             raise QueueFullError(
                 f"all {self.resident} places for adapters are pinned or in use; "
-                "try again later, or give the server more (--resident)"
+                "try again later, or give the server more (--resident)",
+                code="no_room",
             )
         try:
             stored = read.stored  # of what was read, not of what lies there by now
             entry = describe(name, place, stored.fields, stored.record, read.size)
-            entry = replace(entry, digest=held.digest)
-            self._point(name, entry)
+            entry = dataclasses.replace(entry, digest=held.digest)
+            self._point(entry, replace=replace)
         finally:
             self.release(held)
         with self._changed:
@@ -144,14 +162,18 @@ class Store:
             AdapterNotFoundError: there is no such name.
             OutputError: the names cannot be written.
         """
-        with self._naming:
-            before = self.entry(name)
-            self._rename(self._names.without_name(self.root, before.name))
+        gone = self.entry(name)
+
+        def edit(names: Names) -> Names:
+            self._follow(names)
             with self._changed:
-                self._take_out(before.name)
-                self._pinned -= {before.name}
-                self._drop_unnamed(before.digest)
-        return before
+                self._listing.found(gone.name)  # another server may have been quicker
+            return names.without_name(self.root, gone.name)
+
+        with self._naming:
+            self._names = self._shared.change(edit)
+            self._stand(gone.name, None)
+        return gone
 
     def pin(self, name: str, pinned: bool = True) -> Entry:
         """Keep an adapter in memory once it is there, or let it make room for others again.
@@ -161,7 +183,7 @@ class Store:
         """
         found = self.entry(name)
         with self._changed:
-            self._found(found.name)  # nobody may have removed it in the meantime
+            self._listing.found(found.name)  # nobody may have removed it in the meantime
             self._pinned = self._pinned | {found.name} if pinned else self._pinned - {found.name}
             return self._seen(found)
 
@@ -209,7 +231,7 @@ class Store:
                 if place.held is not None:
                     self._places.move_to_end(digest)
                     return place.held
-            folders = [] if read else self._folders_of(digest)
+            folders = [] if read else self._listing.folders_of(digest)
             if len(self._places) - len(self._idle()) >= self.resident:
                 return None
             place = self._places[digest] = _Place(users=1)
@@ -254,32 +276,14 @@ class Store:
 
     # -- with the lock held ---------------------------------------------------------------------
 
-    def _found(self, name: str) -> Entry:
-        if name in self._entries:
-            return self._entries[name]
-        if name in self.refused:
-            raise AdapterFileError(f"{name}: {self.refused[name]}")
-        if name and name in self._alike:
-            return self._entries[min(self._alike[name])]
-        hint = nearest(name, self._entries)
-        raise AdapterNotFoundError(f"there is no adapter {name!r} in the store{hint}")
-
     def _seen(self, entry: Entry) -> Entry:
         place = self._places.get(entry.digest)
         loaded = place is not None and place.held is not None
-        return replace(entry, loaded=loaded, pinned=entry.name in self._pinned)
-
-    def _folders_of(self, digest: str) -> list[Path]:
-        """Where this content should lie: under its names, and where it was last seen."""
-        named = [self._entries[name].path for name in sorted(self._alike.get(digest, ()))]
-        seen = self._folders.get(digest)
-        if not named and seen is None:
-            raise AdapterNotFoundError(f"the store has no adapter with the digest {digest[:64]!r}")
-        return list(dict.fromkeys([*named, *([seen] if seen else [])]))
+        return dataclasses.replace(entry, loaded=loaded, pinned=entry.name in self._pinned)
 
     def _idle(self) -> list[str]:
         """What could make room, the least recently used first."""
-        pinned = {self._entries[name].digest for name in self._pinned}
+        pinned = {self._listing.entries[name].digest for name in self._pinned}
         return [d for d, place in self._places.items() if not place.users and d not in pinned]
 
     def _in_memory(self) -> int:
@@ -288,53 +292,71 @@ class Store:
     def _drop_unnamed(self, digest: str) -> None:
         """Free what has neither a name nor a user any more."""
         place = self._places.get(digest)
-        if place is not None and not place.users and digest not in self._alike:
+        if place is not None and not place.users and not self._listing.has_name(digest):
             del self._places[digest]
-
-    def _set(self, entry: Entry) -> None:
-        self._take_out(entry.name)
-        self._entries[entry.name] = entry
-        self._alike.setdefault(entry.digest, set()).add(entry.name)
-        self.refused.pop(entry.name, None)
-        if entry.digest:
-            self._folders[entry.digest] = entry.path
-
-    def _take_out(self, name: str) -> None:
-        before = self._entries.pop(name, None)
-        if before is not None:
-            names = self._alike[before.digest]
-            names.discard(name)
-            if not names:
-                del self._alike[before.digest]
 
     # -- the folder -----------------------------------------------------------------------------
 
-    def _point(self, name: str, entry: Entry) -> None:
-        """Give a name to an adapter, on disk first."""
+    def _point(self, entry: Entry, *, replace: bool) -> None:
+        """Give an adapter its name, on disk first."""
+        name = entry.name
+
+        def edit(names: Names) -> Names:
+            self._follow(names)
+            if not replace:
+                self._listing.require_free(name)
+            # a folder that is new to all servers; one that only reads need not tell the others
+            told = name not in self._listing.entries and os.access(self.root, os.W_OK)
+            return names.with_name(self.root, name, entry.path, told=told)
+
         with self._naming:
-            self._rename(self._names.with_name(self.root, name, entry.path))
-            with self._changed:
-                before = self._entries.get(name)
-                self._set(entry)
-                if before is not None:
-                    self._drop_unnamed(before.digest)
+            self._names = self._shared.change(edit)
+            self._stand(name, entry)
+
+    def _look(self) -> None:
+        """Follow what other servers did to the names since."""
+        if not self._shared.stale():
+            return
+        # a file that was damaged since changes nothing here; who changes a name is told of it
+        with self._naming, contextlib.suppress(AdapterFileError):
+            self._follow(self._shared.read())
+
+    def _follow(self, names: Names) -> None:
+        """Let every name stand where names.json has it; called with the naming lock held."""
+        before, self._names = self._names, names
+        for name in before.differing(names):
+            path, known = names.place(name), self._listing.entries.get(name)
+            if path is None or known is None or known.path != (self.root / path).resolve():
+                self._stand(name, self._listing.described(name, path, named=name in names.moved))
+
+    def _stand(self, name: str, entry: Described) -> None:
+        """Let a name stand for something else, and free what it stood for."""
+        with self._changed:
+            before = self._listing.entries.get(name)
+            self._listing.stand(name, entry)
+            if not isinstance(entry, Entry):
+                self._pinned -= {name}
+            if before is not None:
+                self._drop_unnamed(before.digest)
 
     def _settled(self, entry: Entry) -> Entry:
         """The entry of a folder that another tool wrote, with its digest, which is read once."""
-        try:
-            digest = read_folder(self.root, entry.path).stored.digest
-        except AdapterFileError as error:
+        with self._reading:
             with self._changed:
-                if self._entries.get(entry.name) is entry:
-                    self._refuse(entry.name, error)
-                    self._take_out(entry.name)
-                    self._pinned -= {entry.name}
-            raise
-        settled = replace(entry, digest=digest)
-        with self._changed:
-            if self._entries.get(entry.name) is entry:
-                self._set(settled)
-        return settled
+                now = self._listing.entries.get(entry.name)
+            if now is not None and now.path == entry.path and now.digest:
+                return now  # another thread has read it meanwhile
+            try:
+                digest = read_folder(self.root, entry.path).stored.digest
+            except AdapterFileError as error:
+                if self._listing.entries.get(entry.name) is entry:
+                    self._stand(entry.name, error)
+                raise
+            settled = dataclasses.replace(entry, digest=digest)
+            with self._changed:
+                if self._listing.entries.get(entry.name) is entry:
+                    self._listing.stand(entry.name, settled)
+            return settled
 
     def _open(self) -> None:
         """Take in the folders of the root, and the names that names.json moved."""
@@ -344,30 +366,11 @@ class Store:
             raise AdapterFileError(
                 f"{self.root} is an adapter; a store is the folder above it, {self.root.parent}"
             )
-        self._names = read_names(self.root)
+        self._names = self._shared.read()
         for place in sorted(self.root.iterdir()):
             hidden = place.name.startswith(".") or place.name.endswith(atomic.PARTIAL)
             named = place.name in self._names.removed or place.name in self._names.moved
             if not (hidden or named):
-                self._take_in(place.name, place)
+                self._stand(place.name, self._listing.described(place.name, place, named=False))
         for name, path in self._names.moved.items():
-            self._take_in(name, path, named=True)
-
-    def _take_in(self, name: str, path: str | Path, *, named: bool = False) -> None:
-        try:
-            if named or (self.root / path / folder.CONFIG).exists():
-                require_name(name)
-                place = adapter_inside(self.root, path)
-                seen = glance(self.root, place)
-                self._set(describe(name, place, seen.fields, seen.record, seen.size))
-        except (InputError, OSError) as error:
-            self._refuse(name, error)
-
-    def _refuse(self, name: str, error: Exception) -> None:
-        self.refused[name.encode("utf-8", "replace").decode()] = str(error)
-
-    def _rename(self, names: Names) -> None:
-        """Keep names on disk, where they differ; called with the naming lock held."""
-        if names != self._names:
-            write_names(self.root, names)
-            self._names = names
+            self._stand(name, self._listing.described(name, path, named=True))

@@ -1,6 +1,7 @@
 """study() and report(): a question, all of them or one's own grid -> a folder with its answers."""
 
 import itertools
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -240,7 +241,7 @@ def _require_place(folder: Path, *, resume: bool) -> None:
         if not resume:
             raise OutputError(
                 f"{folder} holds a study; go on with --resume, show it with loralab report "
-                f"{folder}, or choose another --output-dir"
+                f"{shlex.quote(str(folder))}, or choose another --output-dir"
             )
         return
     left = {store.LOCK, store.LOG, store.RUNS, store.STUDY + atomic.PARTIAL}  # by a killed one

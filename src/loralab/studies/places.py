@@ -9,7 +9,9 @@ from torch import nn
 from loralab.adapters.bases import linear_shape
 from loralab.adapters.methods import LoRA
 from loralab.adapters.parts import part_names
-from loralab.adapters.targets import blocks, ends_with, in_attention, linear_names, target_names
+from loralab.adapters.paths import ends_with
+from loralab.adapters.presets import in_attention
+from loralab.adapters.targets import blocks, linear_names, target_names
 from loralab.errors import TargetError
 
 QV, ATTENTION, MLP, ALL = "q+v", "attention", "mlp", "all-linear"

@@ -16,6 +16,7 @@ from loralab.studies.trained import rows_of
 from loralab.tasks.catalog import Task
 from loralab.tasks.encode import encode
 from loralab.tasks.score import evaluate
+from loralab.training.facts import Facts, facts_of
 from loralab.training.preflight import load_base, with_head
 
 
@@ -27,13 +28,16 @@ def question_module(study: str) -> ModuleType:
 
 def prepare(
     ground: Ground, given: Sequence[Arm] | None
-) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """The arms of a study (those given, or the question's own), and why some cannot run.
+) -> tuple[list[dict[str, Any]], dict[str, str], Facts]:
+    """The arms of a study (those given, or the question's own), why some cannot run, and what it
+    stands on: the rows and the base that are behind their names now.
 
     Raises:
         InputError: the model or the data is wrong, whatever the arm.
     """
-    base = base_of(ground)
+    task = rows_of(ground)
+    base = _base_of(ground, task)
+    facts = facts_of(task, task.digest, base)
     arms = list(given) if given is not None else question_module(ground.study).arms(ground, base)
     names = [arm.name for arm in arms]
     if twice := {name for name in names if names.count(name) > 1}:
@@ -41,12 +45,15 @@ def prepare(
     if len(arms) < 1:
         raise ConfigError(f"the study {ground.study!r} has no arms")
     invalid = {arm.name: reason for arm in arms if (reason := _invalid(ground, arm, base))}
-    return [asdict(arm) for arm in arms], invalid
+    return [asdict(arm) for arm in arms], invalid, facts
 
 
 def base_of(ground: Ground) -> Base:
     """The model of a study, as its task needs it, once its rows are known to be readable."""
-    task = rows_of(ground)
+    return _base_of(ground, rows_of(ground))
+
+
+def _base_of(ground: Ground, task: Task) -> Base:
     base = load_base(ground.model, task, "fp32", 0, image_size=ground.fields.get("image_size"))
     longest = int(ground.fields.get("max_length", 512))
     encode(task, "test", base.tokenizer, kind=base.kind, max_length=longest)

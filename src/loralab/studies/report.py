@@ -3,7 +3,6 @@
 Reads the folder and knows nothing of training: rendering again never trains again.
 """
 
-import importlib.metadata
 import json
 import shlex
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ import jinja2
 import vl_convert
 from markupsafe import Markup
 
+import loralab
 from loralab import atomic
 from loralab.errors import LoralabError, OutputError
 from loralab.studies import store
@@ -24,10 +24,11 @@ from loralab.studies.evidence import mean_of, metric_of, scored, seconds, size, 
 from loralab.studies.prepare import question_module
 from loralab.studies.runner import records
 from loralab.studies.study import LANGUAGES, Answer, Figure, Ground, Record, Table, Text
+from loralab.values import join_pairs
 
 OWN_TITLES = {RECOMMEND: Text("The search for a configuration", "尋找設定")}
 FIGURES = "figures"
-VERSION = importlib.metadata.version("loralab")
+VERSION = loralab.__version__
 SNIPPET = "window.vegaEmbed = vegaEmbed;"  # what the page needs of the bundle
 PAGE, MARKDOWN = "report.html", {"en": "report.md", "zh-TW": "report.zh-TW.md"}
 
@@ -165,8 +166,7 @@ def repeat_command(ground: Ground) -> str:
 
 
 def _map(ground: Ground) -> list[str]:
-    renamed = ",".join(f"{k}={v}" for k, v in ground.mapping.items())
-    return ["--map", renamed] if renamed else []
+    return ["--map", join_pairs(ground.mapping)] if ground.mapping else []
 
 
 def apply_command(ground: Ground, advice: Mapping[str, Any], own: Sequence[Record]) -> str:

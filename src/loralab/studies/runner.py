@@ -103,7 +103,8 @@ class Session:
         """Write the plan of a study; the arms that can run.
 
         Raises:
-            ConfigError: an arm cannot run on this model, and none shall be skipped.
+            ConfigError: an arm cannot run on this model, and none shall be skipped, or the study
+                was begun on other data or another base.
             InputError: the model or the data is wrong.
         """
         store.require_same(self.folder, ground)
@@ -119,7 +120,9 @@ class Session:
             lines = [f"{name}: {reason}" for name, reason in invalid.items()]
             hint = "; --skip-invalid runs the rest" if len(invalid) < len(found) else ""
             raise ConfigError(f"these arms cannot run here: {some(lines, 4)}{hint}")
+        store.require_same_facts(self.folder, ground.study, told[-1]["facts"])
         store.add_plan(self.folder, (ground, found, invalid))
+        store.keep_facts(self.folder, ground.study, told[-1]["facts"])
         return [arm for arm in found if arm.name not in invalid]
 
     def run(self, ground: Ground, arms: Sequence[Arm]) -> list[Record]:

@@ -9,12 +9,11 @@ import io
 import json
 import math
 import os
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
-
-import tomli_w
 
 from loralab import atomic
 from loralab.errors import ConfigError, InputError, OutputError, some
@@ -23,7 +22,7 @@ from loralab.studies.study import FORMAT, Arm, Cell, Ground, Record
 from loralab.values import read_json, read_toml
 
 STUDY, RUNS, RECORD, RESULTS = "study.toml", "runs", "record.json", "results.parquet"
-LOCK, LOG = ".lock", "worker.log"
+LOCK, LOG, FACTS = ".lock", "worker.log", "facts.json"
 Plan = tuple[Ground, list[Arm], dict[str, str]]  # ground, arms, arm -> why it cannot run
 
 
@@ -61,7 +60,8 @@ def plans(folder: Path) -> dict[str, Plan]:
     file = folder / STUDY
     if not file.is_file():
         what = "there is no folder" if not folder.is_dir() else "no study has begun in"
-        raise OutputError(f"{what} {folder}; start one: loralab study rank --output-dir {folder}")
+        command = f"loralab study rank --output-dir {shlex.quote(str(folder))}"
+        raise OutputError(f"{what} {folder}; start one: {command}")
     try:
         stored = read_toml(file, OutputError)["studies"]
         found = {
@@ -98,6 +98,8 @@ def add_plan(folder: Path, plan: Plan) -> None:
         for name, (own, arms, invalid) in held.items()
     }
     content = {"format": FORMAT, "studies": stored}
+    import tomli_w  # here alone: what only reads a study does without it
+
     atomic.write_file(folder / STUDY, tomli_w.dumps(content))
 
 
@@ -115,6 +117,29 @@ def require_same(folder: Path, ground: Ground) -> None:
         raise ConfigError(
             f"{folder} holds the study {ground.study!r} with other settings: {some(changed)}"
         )
+
+
+def require_same_facts(folder: Path, study: str, facts: Mapping[str, Any]) -> None:
+    """A study that goes on must stand on the rows and the base that it was begun with.
+
+    Raises:
+        ConfigError: something else is behind a name by now.
+    """
+    from loralab.training.facts import require_equal
+
+    if (stored := _facts(folder).get(study)) is not None:
+        require_equal(f"{folder} holds the study {study!r}", stored, facts)
+
+
+def keep_facts(folder: Path, study: str, facts: Mapping[str, Any]) -> None:
+    """Write what a study stands on; what is there of it already stays."""
+    held = _facts(folder)
+    if study not in held:
+        atomic.write_file(folder / FACTS, json.dumps({**held, study: facts}, indent=1) + "\n")
+
+
+def _facts(folder: Path) -> dict[str, Any]:
+    return read_json(folder / FACTS, OutputError) if (folder / FACTS).is_file() else {}
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from loralab.adapters.targets import layer_number
+from loralab.adapters.paths import layer_number
 from loralab.errors import ConfigError, LearningError
 from loralab.models.load import Base
 from loralab.studies.fastfood import Fastfood

@@ -93,14 +93,14 @@ def _measure(job: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> int
 
 
 def _prepare(job: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> int:
-    """The arms of a study, and which of them cannot run on this model."""
+    """The arms of a study, which of them cannot run on this model, and what it stands on."""
     from loralab.studies.prepare import prepare
 
     given = job.get("arms")
-    arms, invalid = prepare(
+    arms, invalid, facts = prepare(
         Ground.of(job["ground"]), None if given is None else [Arm(**arm) for arm in given]
     )
-    tell({"kind": "arms", "arms": arms, "invalid": invalid})
+    tell({"kind": "arms", "arms": arms, "invalid": invalid, "facts": facts})
     return 0
 
 

@@ -146,26 +146,44 @@ def find(data: str, *, mapping: Mapping[str, str] | None = None, seed: int = 0) 
     """The task behind a task name, a file, a folder or a hub id.
 
     Args:
-        mapping: canonical column -> the file's own.
+        mapping: canonical column -> the file's own, or a column of the file -> "" to leave it out,
+            as `read` takes it.
         seed: of the splits, where the data brings none.
 
     Raises:
         DataError: it does not exist, cannot be read, or cannot be split and learnt.
     """
+    table, instruction = table_of(data, mapping)
+    return _task(table, seed, instruction)
+
+
+def table_of(data: str, mapping: Mapping[str, str] | None = None) -> tuple[Table, str]:
+    """The rows behind a task name, a file, a folder or a hub id, and the question of a named task.
+
+    Raises:
+        DataError: it does not exist, or cannot be read.
+    """
     if data in TASKS:
         if mapping:
-            raise DataError(f"--map has no effect on the task {data!r}, whose columns are known")
+            raise DataError(
+                f"--map has no effect on the task {data!r}, whose columns are known",
+                code="no_effect",
+                field="map",
+            )
         named = TASKS[data]
         place = named.locate()
         if place is None:
-            raise DataError(f"the data of {data!r} is not here; get it with: {named.get()}")
-        return _task(named.load(place), seed, named.instruction)
+            raise DataError(
+                f"the data of {data!r} is not here; get it with: {named.get()}", code="absent_task"
+            )
+        return named.load(place), named.instruction
     try:
-        table = read(data, mapping)
+        return read(data, mapping), ""
     except DataError as error:
-        absent = "there is no data" in str(error)  # a file with a bad row is no misspelt task
-        raise DataError(f"{error}{nearest(data, TASKS) if absent else ''}") from None
-    return _task(table, seed, "")
+        near = nearest(data, TASKS)
+        if error.code != "no_such_data" or not near:  # a file with a bad row is no misspelt task
+            raise
+        raise DataError(f"{error}{near}", code=error.code) from None
 
 
 def listing() -> list[dict[str, Any]]:
@@ -196,22 +214,46 @@ def input_text(row: Row) -> str:
 
 
 def _task(table: Table, seed: int, instruction: str) -> Task:
-    splits = _split(table, seed)
-    labels = _labels(table.source, splits)
+    return task_of(table, split_rows(table, seed), instruction)
+
+
+def task_of(
+    table: Table, splits: dict[str, list[Row]], instruction: str, labels: tuple[str, ...] = ()
+) -> Task:
+    """Rows in train, validation and test as a task.
+
+    Args:
+        instruction: empty for one that names the labels.
+        labels: the classes, where they are known; empty for those that the rows show.
+
+    Raises:
+        DataError: the rows show one class alone, or train lacks one.
+    """
+    labels = labels or _labels(table.source, splits)
     if table.format in LABELLED:
-        what = "text" if table.format == "text-label" else "pair of texts"
-        default = f"Classify the {what}. Answer with one of: {', '.join(labels)}."
-        instruction = instruction or default
+        instruction = instruction or question_of(table.format, labels)
     inputs = {input_text(row) for row in splits["train"]}
-    content = _json([splits, labels, instruction])
     return Task(
         name=table.source, format=table.format, splits=splits, labels=labels,
         instruction=instruction, leaked=sum(input_text(row) in inputs for row in splits["test"]),
-        digest=hashlib.sha256(content.encode()).hexdigest(), notes=table.notes,
+        digest=content_digest(splits, labels, instruction), notes=table.notes,
     )  # fmt: skip
 
 
-def _split(table: Table, seed: int) -> dict[str, list[Row]]:
+def question_of(data_format: str, labels: tuple[str, ...]) -> str:
+    """What a language model is told before a text, or two, to classify."""
+    what = "text" if data_format == "text-label" else "pair of texts"
+    return f"Classify the {what}. Answer with one of: {', '.join(labels)}."
+
+
+def content_digest(
+    splits: Mapping[str, list[Row]], labels: tuple[str, ...], instruction: str
+) -> str:
+    """sha256 over all that a task teaches; pictures count by their content."""
+    return hashlib.sha256(_json([splits, labels, instruction]).encode()).hexdigest()
+
+
+def split_rows(table: Table, seed: int) -> dict[str, list[Row]]:
     """The given splits; what is missing is taken from train, by the hash of each input."""
     given = table.splits
     missing = [name for name in ("validation", "test") if name not in given]
@@ -219,7 +261,7 @@ def _split(table: Table, seed: int) -> dict[str, list[Row]]:
     if missing:
         groups: dict[str, list[Row]] = {}  # place -> rows of one input
         for row in given["train"]:
-            groups.setdefault(_place(row, seed), []).append(row)
+            groups.setdefault(place_of(row, seed), []).append(row)
         owner = _owners(table.source, groups, missing)
         for name in ("train", *missing):
             chosen = [groups[place] for place in sorted(groups) if owner[place] == name]
@@ -242,7 +284,8 @@ def _owners(source: str, groups: Mapping[str, list[Row]], missing: list[str]) ->
     if not count:
         raise DataError(
             f"{source} has {len(places)} different inputs; at least {len(kept) + len(missing)} are "
-            f"needed to keep {len(kept)} for train and take {' and '.join(missing)} rows from them"
+            f"needed to keep {len(kept)} for train and take {' and '.join(missing)} rows from them",
+            code="too_few_rows",
         )
     owner = dict.fromkeys(places, "train")
     for index, name in enumerate(missing):
@@ -260,7 +303,8 @@ def _json(content: Any) -> str:
     return json.dumps(content, ensure_ascii=False, sort_keys=True, default=str)
 
 
-def _place(row: Row, seed: int) -> str:
+def place_of(row: Row, seed: int) -> str:
+    """Where a row stands among others: a hash of its input."""
     return hashlib.sha256(f"{seed}\x1f{input_text(row)}".encode()).hexdigest()
 
 
@@ -273,11 +317,15 @@ def _labels(source: str, splits: Mapping[str, list[Row]]) -> tuple[str, ...]:
             if strange := [label for label in labels_of(row) if label not in known]:
                 raise DataError(
                     f"{source}: label {strange[0]!r} is only in the {name} split (row {number}); "
-                    f"it cannot be learnt from train, which has {some(labels)}"
+                    f"it cannot be learnt from train, which has {some(labels)}",
+                    code="unknown_label",
+                    field="label",
                 )
     if len(labels) == 1:
         raise DataError(
-            f"{source} has only the label {labels[0]!r}; there is nothing to tell apart"
+            f"{source} has only the label {labels[0]!r}; there is nothing to tell apart",
+            code="one_label",
+            field="label",
         )
     return tuple(labels)
 

@@ -1,22 +1,26 @@
 """Row -> numbers: token ids and label mask, template, end of text, truncation; or a picture.
 
 The text up to the answer and the answer are tokenised separately, so training sees exactly the
-ids that generation will see. The end-of-text token is always learnt, also where it doubles as
-padding: labels are masked by position, never by id.
+ids that generation will see. A conversation whose earlier answers read otherwise in later prompts
+is cut into one example an answer. The end-of-text token is always learnt, also where it doubles
+as padding: labels are masked by position, never by id.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
 from loralab.errors import ConfigError, DataError, nearest, some
 from loralab.tasks.catalog import LABELLED, Task
 from loralab.tasks.formats import FORMATS, Row
-from loralab.tasks.template import render
+from loralab.tasks.segments import Segment, ended, opening, samples, token_ids
+from loralab.tasks.turns import common, last_turn, turns, write
 
 IGNORED = -100
 Ids = tuple[int, ...]
+Conversation = list[dict[str, str]]
 OWN_KINDS = {"image-label": "image-classification", "tokens-tags": "token-classification",
              "pair": "sentence-encoder"}  # fmt: skip
 SUITED: dict[str, tuple[str, ...]] = {  # kind of model -> formats that it learns from
@@ -28,7 +32,7 @@ SUITED: dict[str, tuple[str, ...]] = {  # kind of model -> formats that it learn
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One row as numbers.
+    """A row as numbers, or one answer of it: several examples may have the same `row`.
 
     `labels` are as long as `input_ids` for a causal model (unshifted) and for tags of words, -100
     where no loss is taken; for a classifier they are the one class index, for a pair the row
@@ -44,6 +48,11 @@ class Example:
     second: Ids = ()
     words: Ids = ()
     image: Any = None
+
+    @property
+    def texts(self) -> tuple[Ids, ...]:
+        """The ids of each text."""
+        return self.input_ids, self.second
 
     @property
     def length(self) -> int:
@@ -62,14 +71,6 @@ class Encoded:
     dropped: Ids = ()
     shortened: Ids = ()
     notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A run of tokens that carries loss, or does not."""
-
-    ids: Ids
-    learnt: bool
 
 
 def encode(
@@ -101,26 +102,17 @@ def encode(
     _require_eos(tokenizer)
     if task.format == "text":
         return _texts(chosen, tokenizer, max_length)
-    examples, dropped, shortened, longest = [], [], [], 0
+    found = _Answered(max_length=max_length, loss_on=loss_on)
     for index, row in enumerate(chosen):
-        segments = _segments(task, row, tokenizer)
-        ids = sum((s.ids for s in segments), ())
-        labels = sum((s.ids if s.learnt else (IGNORED,) * len(s.ids) for s in segments), ())
-        longest = max(longest, len(ids))
-        if all(label == IGNORED for label in labels[1:max_length]):
-            dropped.append(index)
-            continue
-        if len(ids) > max_length:
-            shortened.append(index)
-        labels = ids if loss_on == "all" else labels
-        examples.append(Example(index, ids[:max_length], labels[:max_length]))
-    if not examples:
+        with _placed(task, split, index):
+            found.take(index, samples(tokenizer, messages(task, row)))
+    if not found.examples:
         raise DataError(
-            f"{task.name}: the answers of all {len(dropped)} {split} rows are cut off at "
-            f"{max_length} tokens (rows {some((str(i + 1) for i in dropped), 5)}); "
-            f"the longest needs --max-length {longest}"
+            f"{task.name}: the answers of all {len(found.dropped)} {split} rows are cut off at "
+            f"{max_length} tokens (rows {some((str(i + 1) for i in found.dropped), 5)}); "
+            f"the longest needs --max-length {found.longest}"
         )
-    return Encoded(examples=examples, dropped=tuple(dropped), shortened=tuple(shortened))
+    return found.encoded()
 
 
 def require_suited(task: Task, kind: str) -> None:
@@ -150,14 +142,14 @@ def prompts(task: Task, split: str, tokenizer: Any) -> list[Ids]:
 def prompt_ids(task: Task, row: Row, tokenizer: Any) -> Ids:
     """What the model sees of one row before it answers: all of it, for a plain text."""
     if task.format == "text":
-        return _ids(tokenizer, row["text"], special=True)
-    return sum((segment.ids for segment in _segments(task, row, tokenizer)[:-1]), ())
+        return token_ids(tokenizer, row["text"], special=True)
+    return opening(tokenizer, messages(task, row)[:-1])
 
 
 def chat_ids(tokenizer: Any, prompt: str, *, system: str | None = None) -> Ids:
     """A question that is no row, as `generate` asks it."""
     first = [{"role": "system", "content": system}] if system else []
-    return _opening(tokenizer, [*first, {"role": "user", "content": prompt}])
+    return opening(tokenizer, [*first, {"role": "user", "content": prompt}])
 
 
 def answer(row: Row) -> str:
@@ -178,7 +170,20 @@ def answers(task: Task, split: str) -> list[str]:
 def answer_ids(task: Task, row: Row, tokenizer: Any, text: str) -> Ids:
     """The tokens of an answer as they stand after the row's prompt, end token included."""
     chat = [*messages(task, row)[:-1], {"role": "assistant", "content": text}]
-    return _last_turn(tokenizer, chat)
+    return ended(tokenizer, last_turn(tokenizer, chat).target)
+
+
+def written_answer(task: Task, row: Row, tokenizer: Any) -> str:
+    """The reference answer of a row as it is written after the row's prompt.
+
+    That may have the beginning of a thought already, or the template one of its own.
+    """
+    chat = messages(task, row)
+    target = last_turn(tokenizer, chat).target
+    if target.lstrip().startswith(answer(row).strip()):
+        return answer(row)
+    ids = ended(tokenizer, target)[:-1]
+    return str(tokenizer.decode(ids, skip_special_tokens=True))
 
 
 def stop_ids(tokenizer: Any) -> Ids:
@@ -187,30 +192,25 @@ def stop_ids(tokenizer: Any) -> Ids:
     stops = [tokenizer.eos_token_id]
     if tokenizer.chat_template:
         turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        stops.append(_last_turn(tokenizer, turn)[-1])
+        stops.append(ended(tokenizer, write(tokenizer, turn))[-1])
     return tuple(dict.fromkeys(stops))
 
 
 def round_trip(task: Task, tokenizer: Any) -> None:
-    """Check on the first train row that an answer is written as it is, and ended, after its prompt.
+    """Check the first train row, before all are encoded: `encode` checks each in the same way.
 
     Raises:
-        DataError: there is no end of text, or the template leaves the answer out or changes it.
+        DataError: there is no end of text, or an answer cannot be learnt with the template.
     """
     require_suited(task, "causal-lm")
     _require_eos(tokenizer)
     if task.format == "text" or not task.splits["train"]:
         return
-    row = task.splits["train"][0]
-    chat = messages(task, row)
-    if answer(row).strip() not in _remainder(tokenizer, chat):
-        raise DataError(
-            f"the chat template does not write the answer {answer(row)[:40]!r} as it is after its "
-            "prompt; it cannot be learnt with this tokenizer"
-        )
+    with _placed(task, "train", 0):
+        turns(tokenizer, messages(task, task.splits["train"][0]))
 
 
-def messages(task: Task, row: Row) -> list[dict[str, str]]:
+def messages(task: Task, row: Row) -> Conversation:
     """A row as a conversation that ends in the answer."""
     if task.format == "messages":
         return list(row["messages"])
@@ -229,94 +229,71 @@ def _question(task: Task, row: Row) -> str:
     return "\n\n".join([task.instruction, *(row[part] for part in parts)])
 
 
-def _segments(task: Task, row: Row, tokenizer: Any) -> list[Segment]:
-    """A conversation cut where loss begins and ends: after every prompt of the assistant."""
-    chat = messages(task, row)
-    last = Segment(_last_turn(tokenizer, chat), True)
-    asked = _opening(tokenizer, chat[:-1])
-    if sum(message["role"] == "assistant" for message in chat) == 1:
-        return [Segment(asked, False), last]
-    earlier = _earlier(tokenizer, chat)
-    if tokenizer.chat_template and sum((s.ids for s in earlier), ()) != asked:
-        # the template rewrites earlier turns: only the last one stands as generation will see it
-        return [Segment(asked, False), last]
-    return [*earlier, last]
+@dataclass(kw_only=True)
+class _Answered:
+    """The examples of some conversations, and what was left out of them.
+
+    `longest` is the length of the longest example before it was cut; `cut_up` counts the rows whose
+    answers are examples of their own, `answers` those examples, `lost` those that do not fit.
+    """
+
+    max_length: int
+    loss_on: str
+    examples: list[Example] = field(default_factory=list)
+    dropped: list[int] = field(default_factory=list)
+    shortened: list[int] = field(default_factory=list)
+    longest: int = 0
+    cut_up: int = 0
+    answers: int = 0
+    lost: int = 0
+
+    def take(self, row: int, samples: Sequence[Sequence[Segment]]) -> None:
+        """The examples of one conversation, as many as there are samples."""
+        before: Ids = ()
+        kept = whole = 0
+        for segments in samples:
+            ids = sum((s.ids for s in segments), ())
+            labels = sum((s.ids if s.learnt else (IGNORED,) * len(s.ids) for s in segments), ())
+            self.longest = max(self.longest, len(ids))
+            if all(label == IGNORED for label in labels[1 : self.max_length]):
+                continue
+            if self.loss_on == "all":
+                known = common(before, ids)  # learnt in the example before this one
+                labels = (IGNORED,) * known + ids[known:]
+            cut = slice(self.max_length)
+            self.examples.append(Example(row, ids[cut], labels[cut]))
+            kept, whole, before = kept + 1, whole + (len(ids) <= self.max_length), ids
+        if not kept:
+            self.dropped.append(row)
+        elif whole < len(samples):
+            self.shortened.append(row)
+        if len(samples) > 1:
+            self.cut_up += 1
+            self.answers += len(samples)
+            self.lost += len(samples) - kept
+
+    def encoded(self) -> Encoded:
+        """All of it; a note counts what was cut up."""
+        note = (
+            f"{self.cut_up:,} conversations of {self.answers:,} answers: each answer is a sample "
+            "of its own, as the chat template writes earlier turns in another way"
+        )
+        if self.lost:
+            note += f"; {self.lost:,} of them do not fit in {self.max_length} tokens"
+        return Encoded(
+            examples=self.examples, dropped=tuple(self.dropped), shortened=tuple(self.shortened),
+            notes=(note,) if self.cut_up else (),
+        )  # fmt: skip
 
 
-def _opening(tokenizer: Any, chat: list[dict[str, str]]) -> Ids:
-    """A conversation and the opening of its next answer, as one text."""
-    return _ids(tokenizer, _template(tokenizer, chat, prompt=True), special=True)
-
-
-def _earlier(tokenizer: Any, chat: list[dict[str, str]]) -> list[Segment]:
-    """All before the last answer, piece by piece: prompt, answer, prompt, answer, prompt."""
-    segments, written = [], ""
-    for turn in (i for i, message in enumerate(chat) if message["role"] == "assistant"):
-        prompt = _template(tokenizer, chat[:turn], prompt=True)
-        new = _ids(tokenizer, prompt[len(written) :], special=not written)
-        segments.append(Segment(new, False))
-        if turn == len(chat) - 1:
-            break
-        text = _remainder(tokenizer, chat[: turn + 1])
-        segments.append(Segment(_ended(tokenizer, text), True))
-        written = prompt + (text.rstrip() if tokenizer.chat_template else text)
-    return segments
-
-
-def _last_turn(tokenizer: Any, chat: list[dict[str, str]]) -> Ids:
-    """The last answer and its end."""
-    return _ended(tokenizer, _remainder(tokenizer, chat))
-
-
-def _remainder(tokenizer: Any, chat: list[dict[str, str]]) -> str:
-    """What the template writes after the prompt of the last answer; else the answer alone."""
-    if not tokenizer.chat_template:
-        return chat[-1]["content"]
-    prompt = _template(tokenizer, chat[:-1], prompt=True)
-    whole = _template(tokenizer, chat)
-    return whole[len(prompt) :] if whole.startswith(prompt) else chat[-1]["content"]
-
-
-def _ended(tokenizer: Any, text: str) -> Ids:
-    """The tokens of an answer up to its end of turn; the end of text if the template has none."""
-    ends = {tokenizer.eos_token_id}
-    if tokenizer.chat_template:
-        named = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
-        added = tokenizer.added_tokens_decoder.items()
-        ends |= named | {number for number, token in added if token.special}
-        ids = _ids(tokenizer, text.rstrip())  # a line end after the end of turn is not learnt
-        if ids and ids[-1] in ends:
-            return ids
-    ids = _ids(tokenizer, text)
-    return ids if ids and ids[-1] in ends else (*ids, tokenizer.eos_token_id)
-
-
-def _template(tokenizer: Any, chat: list[dict[str, str]], *, prompt: bool = False) -> str:
-    """A conversation as text; `prompt` opens the next answer."""
-    if not tokenizer.chat_template:
-        return "".join(_open(message["content"]) for message in chat)
+@contextmanager
+def _placed(task: Task, split: str, index: int) -> Iterator[None]:
+    """Say of which row an error is."""
     try:
-        template, tokens = tokenizer.get_chat_template(), tokenizer.special_tokens_map
-        return render(template, chat, prompt=prompt, tokens=tokens)
-    except Exception as error:  # jinja's own errors, and whatever a template raises
-        start = chat[0]["content"][:40] if chat else ""
-        raise DataError(f"the chat template refuses the row {start!r}: {error}") from None
-
-
-def _open(text: str) -> str:
-    """A plain prompt ends in white space, so that the answer begins a new token."""
-    return text if text[-1:].isspace() else text + "\n"
-
-
-def _ids(tokenizer: Any, text: str, *, special: bool = False) -> Ids:
-    """Tokens of a piece; `special` adds the tokenizer's own start, unless a template wrote it."""
-    if not text:
-        return ()
-    special = special and not tokenizer.chat_template
-    ids = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
-    if special and ids and ids[-1] == tokenizer.eos_token_id:
-        ids = ids[:-1]  # some tokenizers end every text; the answer follows here
-    return tuple(ids)
+        yield
+    except DataError as error:
+        place = f"{task.name}, {split} row {index + 1}"
+        raise DataError(f"{place}: {error}", code=error.code, field=error.field) from None
 
 
 def _require_eos(tokenizer: Any) -> None:
@@ -328,7 +305,7 @@ def _texts(rows: Sequence[Row], tokenizer: Any, max_length: int) -> Encoded:
     """Pieces that share one token, so that each token but the first is predicted exactly once."""
     examples = []
     for index, row in enumerate(rows):
-        ids = (*_ids(tokenizer, row["text"], special=True), tokenizer.eos_token_id)
+        ids = (*token_ids(tokenizer, row["text"], special=True), tokenizer.eos_token_id)
         for start in range(0, len(ids) - 1, max_length - 1):
             piece = ids[start : start + max_length]
             examples.append(Example(index, piece, piece))

@@ -73,12 +73,15 @@ def read_idx(file: Path) -> tuple[tuple[int, ...], bytes]:
         with gzip.open(io.BytesIO(read_bytes(file, DataError, LARGEST))) as packed:
             data = packed.read(LARGEST)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(f"{file} cannot be read: {error}") from None
+        raise DataError(f"{file} cannot be read: {error}", code="damaged_file") from None
     if hashlib.sha256(data).hexdigest() != DIGESTS[file.name]:
-        raise DataError(f"{file} is not the file that Fashion-MNIST is made of; install it anew")
+        raise DataError(
+            f"{file} is not the file that Fashion-MNIST is made of; install it anew",
+            code="damaged_file",
+        )
     dimensions = data[3]
     start = 4 + 4 * dimensions
     shape = tuple(int.from_bytes(data[at : at + 4], "big") for at in range(4, start, 4))
     if data[2] != UNSIGNED_BYTE or len(data) != start + math.prod(shape):
-        raise DataError(f"{file} is no idx file of bytes")
+        raise DataError(f"{file} is no idx file of bytes", code="damaged_file")
     return shape, data[start:]

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from loralab.errors import DataError, ModelError, some
 from loralab.tasks.batches import collate
-from loralab.tasks.encode import IGNORED, Example
+from loralab.tasks.encode import IGNORED, Example, Ids
 
 T = TypeVar("T")
 INPUTS = ("input_ids", "attention_mask", "token_type_ids", "pixel_values")
@@ -153,6 +154,62 @@ def token_losses(chunks: Iterable[Tensor], labels: Tensor) -> Tensor:
 def accepted(model: nn.Module) -> frozenset[str]:
     """The names that a model can be called with."""
     return frozenset(inspect.signature(getattr(model, "module", model).forward).parameters)
+
+
+def require_known(model: nn.Module, tokenizer: Any, texts: Iterable[Ids]) -> None:
+    """Refuse token ids that the model has no row for, as its embedding would only say "index".
+
+    Raises:
+        ModelError: there is one; it names all such tokens.
+    """
+    texts = [ids for ids in texts if ids]
+    rows = _rows(model) if texts else None
+    if rows is None or max(map(max, texts)) < rows:
+        return
+    strange = sorted({number for ids in texts for number in ids if number >= rows})
+    named = [f"{tokenizer.convert_ids_to_tokens(number)!r} ({number})" for number in strange]
+    raise ModelError(
+        f"the tokenizer has tokens that the model has no row for: {some(named)}, and the rows of "
+        f"its embedding go from 0 to {rows - 1}; take them out of the texts or the tokenizer, or "
+        f"save the model with more rows: model.resize_token_embeddings({strange[-1] + 1})",
+        code="token_without_row", field="tokenizer",
+    )  # fmt: skip
+
+
+def require_places(model: nn.Module, examples: Iterable[Example]) -> None:
+    """Refuse texts that are longer than what the model has places for.
+
+    Raises:
+        DataError: there is one.
+    """
+    room, lengths = places(model), [max(len(e.input_ids), len(e.second)) for e in examples]
+    if room is None or max(lengths, default=0) <= room:
+        return
+    raise DataError(
+        f"{sum(length > room for length in lengths)} rows are longer than {room} tokens, all that "
+        f"the model has places for (the longest has {max(lengths)}); say --max-length {room}",
+        code="row_beyond_places", field="max_length",
+    )  # fmt: skip
+
+
+def places(model: nn.Module) -> int | None:
+    """The tokens that a model has places for; None if it does not say."""
+    stated = int(getattr(getattr(model, "config", None), "max_position_embeddings", 0) or 0)
+    if stated <= 0:  # XLNet's -1 is no limit
+        return None
+    for name, table in model.named_modules():
+        kept = getattr(table, "padding_idx", None)
+        if kept is not None and name.endswith("position_embeddings"):
+            return stated - kept - 1  # as RoBERTa, whose places begin after that of padding
+    return stated
+
+
+def _rows(model: Any) -> int | None:
+    """Those of the embedding, or of the output head where it has fewer; None if nothing says."""
+    finders = ("get_input_embeddings", "get_output_embeddings")
+    tables = [getattr(model, name)() for name in finders if hasattr(model, name)]
+    sizes = [getattr(t, n, None) for t in tables for n in ("num_embeddings", "out_features")]
+    return min(filter(None, sizes), default=None)
 
 
 class Among(Protocol):

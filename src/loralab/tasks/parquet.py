@@ -33,10 +33,14 @@ def read_parquet(file: Path) -> Numbered:
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(f"{file} is no readable Parquet file: {error}") from None
+        raise DataError(
+            f"{file} is no readable Parquet file: {error}", code="damaged_file"
+        ) from None
     except (KeyError, ImportError, NotImplementedError, TypeError) as error:
         # Arrow's types beyond Python's: a time zone that nobody has, a unit of nanoseconds
-        raise DataError(f"{file} holds values that cannot be read: {error}") from None
+        raise DataError(
+            f"{file} holds values that cannot be read: {error}", code="cannot_read"
+        ) from None
     return rows
 
 
@@ -59,5 +63,6 @@ def _batches(file: Path, data: bytes) -> Iterator[Any]:
     if max(claimed, used) > most:
         raise DataError(
             f"{file} has {len(data):,} bytes and would fill more than {most:,}; "
-            "it is damaged, or was made to"
+            "it is damaged, or was made to",
+            code="too_large",
         )

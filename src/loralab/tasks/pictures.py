@@ -52,7 +52,8 @@ def from_file(file: Path, place: str = "") -> Picture:
     try:
         data = read_bytes(file, DataError, LARGEST)
     except DataError as error:
-        raise DataError(f"{place}: {error}" if place else str(error)) from None
+        said = f"{place}: {error}" if place else str(error)
+        raise DataError(said, code="cannot_read", field="image") from None
     _require_whole(data, origin)
     return Picture(hashlib.sha256(data).hexdigest(), file, str(file))
 
@@ -92,17 +93,40 @@ def folder_of_pictures(folder: Path, splits: Mapping[str, str]) -> dict[str, lis
     for place in inside:
         split = splits[place.name.lower()]
         if split in found:
-            raise DataError(f"{folder} has two {split} folders; one of them is {place.name}")
+            raise DataError(
+                f"{folder} has two {split} folders; one of them is {place.name}",
+                code="two_files",
+                field=split,
+            )
         found[split] = _classes(place)
     if "train" not in found:
-        raise DataError(f"{folder} holds no train folder, only {', '.join(found)}")
+        raise DataError(f"{folder} holds no train folder, only {', '.join(found)}", code="no_train")
     return found
+
+
+def other_files(folder: Path) -> list[str]:
+    """The files beside the pictures that are not read, and the folders without any picture."""
+    found = [
+        str(place.relative_to(folder))
+        for place in sorted(folder.rglob("*"))
+        if not any(part.startswith(".") for part in place.relative_to(folder).parts)
+        and not place.name.lower().startswith(("readme", "licen"))
+        and place.is_file() and not _is_picture(place)
+    ]  # fmt: skip
+    return found + [
+        f"{place.name}/ (no picture in it)"
+        for place in _sub_folders(folder)
+        if not _pictures_in(place)
+    ]
 
 
 def _classes(folder: Path) -> list[dict[str, Any]]:
     loose = sorted(file.name for file in folder.iterdir() if _is_picture(file))
     if loose:
-        raise DataError(f"{folder / loose[0]} is in no folder of a class, and has no label")
+        raise DataError(
+            f"{folder / loose[0]} is in no folder of a class, and has no label",
+            code="pictures_without_class",
+        )
     return [
         {"image": from_file(file), "label": place.name}
         for place in _sub_folders(folder)
@@ -133,7 +157,9 @@ def _decoded(source: Any, origin: str, *, draft: bool = False) -> Any:
     try:
         from PIL import Image, ImageOps, UnidentifiedImageError
     except ImportError:
-        raise DataError("pictures need the package pillow: pip install 'loralab[vision]'") from None
+        raise DataError(
+            "pictures need the package pillow: pip install 'loralab[vision]'", code="needs_pillow"
+        ) from None
     if hasattr(source, "shape"):
         return Image.fromarray(source)
     try:
@@ -148,12 +174,16 @@ def _decoded(source: Any, origin: str, *, draft: bool = False) -> Any:
             return _plain(ImageOps.exif_transpose(image))
     except UnidentifiedImageError:  # whose own text is an address in memory
         raise DataError(
-            f"{origin} is no picture that can be read ({', '.join(PICTURES)})"
+            f"{origin} is no picture that can be read ({', '.join(PICTURES)})",
+            code="not_a_picture",
+            field="image",
         ) from None
     except DataError:
         raise
     except Exception as error:  # its readers raise some ten unrelated kinds on damaged files
-        raise DataError(f"{origin} is no whole picture: {error}") from None
+        raise DataError(
+            f"{origin} is no whole picture: {error}", code="damaged_file", field="image"
+        ) from None
 
 
 def _require_size(size: tuple[int, int], origin: str) -> None:
@@ -162,7 +192,9 @@ def _require_size(size: tuple[int, int], origin: str) -> None:
     if short * long > MOST_PIXELS or long > MOST_SLENDER * short:
         raise DataError(
             f"{origin} has {size[0]} x {size[1]} pixels; at most {MOST_PIXELS:,} are read, and "
-            f"sides of at most 1 to {MOST_SLENDER}"
+            f"sides of at most 1 to {MOST_SLENDER}",
+            code="too_large",
+            field="image",
         )
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from loralab.errors import ConfigError, DataError, nearest, some
+from loralab.errors import ConfigError, DataError, some
 from loralab.tasks.catalog import Task
 from loralab.tasks.encode import (
     IGNORED,
@@ -18,17 +18,28 @@ from loralab.tasks.encode import (
     Example,
     answer,
     answer_ids,
-    encode,
     prompt_ids,
     stop_ids,
+    written_answer,
 )
 from loralab.tasks.formats import Row
-from loralab.tasks.forward import Among, answer_loss, answers, by_length, call, lone_head, merged
+from loralab.tasks.forward import (
+    Among,
+    answer_loss,
+    answers,
+    by_length,
+    call,
+    lone_head,
+    merged,
+    require_known,
+)
 from loralab.tasks.metrics import label_metrics, text_metrics
 from loralab.tasks.retrieval import score_pairs
+from loralab.tasks.scorable import context_length, scorable
 from loralab.tasks.tagging import score_tags
 
 __all__ = ["Prediction", "Scores", "answer_loss", "context_length", "evaluate", "generate"]
+MAIN_METRICS = ("entity_f1", "accuracy", "loss")  # the first that was measured decides
 TEXT_KINDS = ("causal-lm", "sequence-classification")
 
 # said in full, or the model's own generation_config would add its penalty or cut what is drawn
@@ -55,7 +66,8 @@ class Scores:
     tags; entity_f1 where they mark entities); accuracy and mrr of finding a text's partner;
     exact_match, bleu and rouge_l (each 0 to 1) where answers were generated. `main` names the
     metric that decides. `row_losses` is each row's mean loss, of language models and classifiers
-    whose losses were taken row by row; empty otherwise. `notes` say what of the data was not used.
+    whose losses were taken row by row; empty otherwise. `notes` say what of the data was not used,
+    `split` which of its rows were chosen, where they were not named.
     """
 
     metrics: dict[str, float]
@@ -64,6 +76,7 @@ class Scores:
     main: str
     row_losses: tuple[float, ...] = ()
     notes: tuple[str, ...] = ()
+    split: str = ""
 
     def better(self, other: "Scores") -> bool:
         """Whether these scores beat others by the main metric."""
@@ -102,14 +115,10 @@ def evaluate(
         DataError: a row is longer than the context, or the split is empty.
         ConfigError: the task is not one to generate for, or `limit` leaves nothing.
     """
-    rows = _chosen(task, split, limit)
     _require_answers(task, kind, generate)
-    room = max_length or context_length(model)
-    if kind not in ("causal-lm", "image-classification"):
-        # some encoders keep two of their positions to themselves
-        room = min(room, tokenizer.model_max_length)
-    encoded = encode(task, split, tokenizer, kind=kind, max_length=room, rows=rows)
-    _require_whole(task, split, encoded, room, kind)
+    rows, encoded, room = scorable(
+        model, tokenizer, task, split, kind=kind, max_length=max_length, limit=limit
+    )
     row_losses: Sequence[float] = ()
     with _evaluating(model):
         if kind == "token-classification":
@@ -122,10 +131,12 @@ def evaluate(
             loss, written, row_losses = _answered(
                 model, tokenizer, task, encoded, rows, kind, batch_size, room, among
             )
+            expected = [answer(row) for row in rows]
             if generate:
                 asked = [prompt_ids(task, row, tokenizer) for row in rows]
                 written = _generate(model, tokenizer, asked, max_new_tokens, batch_size)
-            metrics = _metrics(task, kind, rows, written, loss, generated=generate)
+                expected = [written_answer(task, row, tokenizer) for row in rows]
+            metrics = _metrics(task, kind, expected, written, loss, generated=generate)
     return _scores(metrics, rows, written, row_losses, (*task.notes, *encoded.notes))
 
 
@@ -137,7 +148,7 @@ def _scores(
         Prediction(row=i, prompt=_shown(row), expected=answer(row), answer=a)
         for i, (row, a) in enumerate(zip(rows, written, strict=True))
     )
-    main = next(name for name in ("entity_f1", "accuracy", "loss") if name in metrics)
+    main = next(name for name in MAIN_METRICS if name in metrics)
     return Scores(
         metrics=metrics, rows=len(rows), predictions=predictions, main=main,
         row_losses=tuple(row_losses), notes=notes,
@@ -167,18 +178,28 @@ def _answered(
     else:
         sums, counts, chosen = _losses(model, tokenizer, encoded, kind, batch_size, among)
     written = [task.labels[index] for index in chosen] if task.labels else [""] * len(rows)
-    own = [total / max(count, 1) for total, count in zip(sums, counts, strict=True)]
+    own = _by_row(encoded.examples, sums, counts, len(rows))
     return math.fsum(sums) / max(sum(counts), 1), written, own
 
 
+def _by_row(
+    examples: Sequence[Example], sums: Sequence[float], counts: Sequence[int], rows: int
+) -> list[float]:
+    """The mean loss of each row over the labels of all its examples."""
+    totals, labels = [0.0] * rows, [0] * rows
+    for example, total, count in zip(examples, sums, counts, strict=True):
+        totals[example.row] += total
+        labels[example.row] += count
+    return [total / max(count, 1) for total, count in zip(totals, labels, strict=True)]
+
+
 def _metrics(
-    task: Task, kind: str, rows: Sequence[Row], written: Sequence[str], loss: float, *,
+    task: Task, kind: str, expected: Sequence[str], written: Sequence[str], loss: float, *,
     generated: bool,
 ) -> dict[str, float]:  # fmt: skip
     metrics = {"loss": loss}
     if kind == "causal-lm":
         metrics["perplexity"] = math.exp(min(loss, 700))
-    expected = [answer(row) for row in rows]
     if task.labels:
         metrics |= label_metrics(expected, written)
     elif generated:
@@ -207,25 +228,6 @@ def generate(
         return _generate(
             model, tokenizer, prompts, max_new_tokens, batch_size, temperature=temperature
         )
-
-
-def context_length(model: nn.Module) -> int:
-    """How many tokens a model can take; 2048 if it does not say."""
-    config = getattr(model, "config", None)
-    length = int(getattr(config, "max_position_embeddings", 0) or 0)
-    return length if length > 0 else 2048  # XLNet's -1 is no limit
-
-
-def _chosen(task: Task, split: str, limit: int | None) -> list[Row]:
-    """The first `limit` rows of a split."""
-    if split not in task.splits:
-        near = nearest(split, task.splits)
-        raise ConfigError(f"no split {split!r}; there are {some(task.splits)}{near}")
-    if limit is not None and limit < 1:
-        raise ConfigError(f"limit must be at least 1, got {limit}")
-    if not task.splits[split]:
-        raise DataError(f"{task.name} has no rows in its {split} split")
-    return task.splits[split][:limit]
 
 
 @contextmanager
@@ -281,6 +283,7 @@ def _ranked(
     candidates = [
         [answer_ids(task, row, tokenizer, label) for label in task.labels] for row in rows
     ]
+    require_known(model, tokenizer, candidates[0])
     if len(set(candidates[0])) < len(task.labels):
         raise DataError(
             f"{task.name}: the tokenizer writes some of the labels {some(task.labels)} with the "
@@ -322,13 +325,14 @@ def _generate(
 ) -> list[str]:  # fmt: skip
     """Left-padded batches of similar length through the model's own generate()."""
     stops, texts = list(stop_ids(tokenizer)), [""] * len(prompts)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0]
+    pad = tokenizer.pad_token_id or 0
     device = next(model.parameters()).device
     options = SAMPLED | {"temperature": temperature} if temperature else GREEDY
     if not all(prompts):
         raise DataError(f"prompt {list(map(bool, prompts)).index(False) + 1} is empty")
     longest = max(map(len, prompts), default=0)
     _require_room("the longest prompt", longest + max_new_tokens, context_length(model))
+    require_known(model, tokenizer, map(tuple, prompts))
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for start in range(0, len(order), batch_size):
         indices = order[start : start + batch_size]
@@ -358,17 +362,6 @@ def _require_room(what: str, needed: int, room: int) -> None:
         raise DataError(
             f"{what} needs {needed} tokens with its answer, and the model can take {room}; "
             "shorten it, or ask for fewer new tokens"
-        )
-
-
-def _require_whole(task: Task, split: str, encoded: Encoded, room: int, kind: str) -> None:
-    """Nothing is silently left out of a score; a classifier reads what fits, as in training."""
-    lost = sorted({*encoded.dropped, *encoded.shortened})
-    if lost and kind == "causal-lm":
-        numbers = some((str(row + 1) for row in lost), 5)
-        raise DataError(
-            f"{task.name}: {len(lost)} {split} rows are longer than {room} tokens, all that the "
-            f"model can take (rows {numbers}); shorten or remove them"
         )
 
 

@@ -70,13 +70,19 @@ _allowance = _Allowance()
 
 
 def render(
-    template: str, chat: Sequence[Mapping[str, str]], *, prompt: bool, tokens: Mapping[str, Any]
+    template: str,
+    chat: Sequence[Mapping[str, str]],
+    *,
+    prompt: bool,
+    tokens: Mapping[str, Any],
+    now: datetime | None = None,
 ) -> str:
-    """A conversation as text.
+    """Write a conversation as text.
 
     Args:
         prompt: open the next answer.
         tokens: the special tokens by their names, such as bos_token.
+        now: the time that a template may write; None is the present.
 
     Raises:
         Exception: whatever a template can raise, jinja's errors and Python's.
@@ -85,6 +91,7 @@ def render(
     messages = [dict(message) for message in chat]
     _allowance.begin(sum(len(text) for message in messages for text in message.values()))
     values = {**tokens, "messages": messages, "tools": None, "documents": None}
+    values["strftime_now"] = _clock(now or datetime.now())
     return compiled.render(**values, add_generation_prompt=prompt)
 
 
@@ -272,7 +279,7 @@ class _Bounded(ImmutableSandboxedEnvironment):
         self.filters |= {
             "_counted": _counted, "_concatenated": _concatenated, "_weighed": _weighed,
         }  # fmt: skip
-        self.globals |= {"raise_exception": _refuse, "strftime_now": _now, "dict": _dict}
+        self.globals |= {"raise_exception": _refuse, "dict": _dict}
         del self.globals["lipsum"]
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
@@ -327,6 +334,11 @@ def _refuse(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
-def _now(layout: str) -> str:
-    _require_narrow(layout)
-    return datetime.now().strftime(layout)
+def _clock(now: datetime) -> Callable[[str], str]:
+    """strftime_now: a closure, as a template can read the fields of any other object."""
+
+    def strftime_now(layout: str) -> str:
+        _require_narrow(layout)
+        return now.strftime(layout)
+
+    return strftime_now

@@ -126,5 +126,10 @@ def _checked_bytes(name: str, path: Path, get: Callable[[], str]) -> bytes:
                 file.seek(0)
                 return file.read()
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
-    raise DataError(f"{path} is not the file that {name!r} is made of; remove it, then: {get()}")
+        raise DataError(
+            f"{path} cannot be read: {error.strerror or error}", code="cannot_read"
+        ) from None
+    raise DataError(
+        f"{path} is not the file that {name!r} is made of; remove it, then: {get()}",
+        code="damaged_file",
+    )

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,18 @@ import torch
 from loralab.adapters import folder
 from loralab.adapters.folder import AdapterFolder
 from loralab.adapters.load import load as load_adapter
+from loralab.adapters.record import sound
 from loralab.errors import AdapterFileError, ConfigError
 from loralab.models import load as models
 from loralab.models.device import device_here, resolve_precision
+from loralab.models.identity import as_trained
 from loralab.models.load import Base
 from loralab.models.quantize import quantize as pack
 from loralab.models.tokens import add_tokens
-from loralab.tasks import catalog, score
+from loralab.tasks import score
 from loralab.tasks.encode import chat_ids
 from loralab.tasks.score import Scores
+from loralab.tasks.scored import Learnt, choose
 from loralab.training.preflight import load_base
 from loralab.training.settings import Evaluation
 
@@ -33,8 +37,9 @@ def evaluate(
 ) -> Scores:
     """Score a model, with or without an adapter, on one split of some data.
 
-    With an adapter, precision and the seed of the splits are those of its training unless said
-    otherwise: with another seed, rows that it was trained on would stand in the test.
+    An adapter is scored in the terms of its training: its precision, its classes in their order,
+    its question, its chat template, and its splits of the data that it was trained on; of any
+    other data on all rows (`tasks.scored`). So is a model that `merge` wrote.
 
     Args:
         model: may be left out if the adapter's folder names its base.
@@ -45,12 +50,19 @@ def evaluate(
     evaluation = evaluation or Evaluation()
     stored = folder.read(adapter) if adapter is not None else None
     name = model or base_name(stored)
-    record = stored.record if stored is not None else {}
-    seed = evaluation.seed
-    if seed is None:
-        seed = int(record.get("training", {}).get("seed", 0))
-    task = catalog.find(data, mapping=mapping, seed=seed)
+    record = stored.record if stored is not None else merged_record(name)
+    learnt = _learnt(record, name) if adapter is not None or record else None
+    task, split = choose(
+        data,
+        learnt,
+        mapping=mapping,
+        seed=evaluation.seed,
+        split=evaluation.split,
+        limit=evaluation.limit,
+    )
     how = quantization(evaluation.quantize, stored)
+    # whatever is new in the base and not in the folder, such as a pooler, starts as in training
+    seed = learnt.seed if learnt is not None else evaluation.seed or 0
     base = load_base(
         name, task, _precision(evaluation.precision, stored), seed, quantize=how,
         image_size=record.get("base", {}).get("image_size"),
@@ -58,11 +70,33 @@ def evaluate(
     add_tokens(base, new_tokens(stored))
     if adapter is not None:
         load_adapter(base.model, adapter)
-    return score.evaluate(
-        base.model, base.tokenizer, task, evaluation.split, kind=base.kind,
+        base = as_trained(base, record.get("tokenizer", {}), adapter)
+    scores = score.evaluate(
+        base.model, base.tokenizer, task, split, kind=base.kind,
         batch_size=evaluation.batch_size, limit=evaluation.limit, generate=evaluation.generate,
         max_new_tokens=evaluation.max_new_tokens,
     )  # fmt: skip
+    return replace(scores, split=split)
+
+
+def merged_record(model: str) -> dict[str, Any]:
+    """What the folder of a merged model says of the adapter's training; empty for other models."""
+    file = Path(model) / folder.RECORD
+    record = folder.read_json(file) if file.is_file() else {}
+    return sound(record) if record.get("kind") == "model" else {}
+
+
+def _learnt(record: Mapping[str, Any], model: str) -> Learnt:
+    """What a record says of the data that was trained on."""
+    task, kind = record.get("task", {}), record.get("base", {}).get("kind")
+    texts = {name: task.get(name) or "" for name in ("format", "instruction", "digest")}
+    return Learnt(
+        source=task.get("name") or "",
+        labels=tuple(map(str, task.get("labels") or ())),
+        seed=record.get("training", {}).get("seed") or 0,
+        asks=(kind or models.natural_kind(model)) == "causal-lm",
+        **texts,
+    )
 
 
 def answers(
@@ -91,16 +125,17 @@ def answers(
     if (how := quantization("auto", *stored)) != "none":
         pack(base.model, how, model or base_name(*stored))
     add_tokens(base, new_tokens(*stored))
-    ids = [chat_ids(base.tokenizer, prompt, system=system) for prompt in prompts]
     found: list[dict[str, Any]] = [{"prompt": prompt, "answers": {}} for prompt in prompts]
-    for path in ([None] if with_base else []) + list(adapters):
-        with _adapted(base, path):
+    answering: list[tuple[str, AdapterFolder | None]] = [("base", None)] if with_base else []
+    for name, own in [*answering, *zip(map(str, adapters), stored, strict=True)]:
+        with _adapted(base, own) as asked:
+            ids = [chat_ids(asked.tokenizer, prompt, system=system) for prompt in prompts]
             texts = score.generate(
-                base.model, base.tokenizer, ids, max_new_tokens=max_new_tokens,
+                asked.model, asked.tokenizer, ids, max_new_tokens=max_new_tokens,
                 temperature=temperature, seed=seed,
             )  # fmt: skip
         for entry, text in zip(found, texts, strict=True):
-            entry["answers"]["base" if path is None else str(path)] = text
+            entry["answers"][name] = text
     return found
 
 
@@ -162,16 +197,18 @@ def _generator(name: str, precision: str) -> Base:
 
 
 @contextmanager
-def _adapted(base: Base, path: str | Path | None) -> Iterator[None]:
-    """With one adapter in the model, for a while."""
-    if path is None:
-        yield
+def _adapted(base: Base, stored: AdapterFolder | None) -> Iterator[Base]:
+    """With one adapter in the model, and asked as it was trained, for a while."""
+    if stored is None:
+        yield base
         return
     try:
-        adapter = load_adapter(base.model, path)
+        adapter = load_adapter(base.model, stored.path)
     except AdapterFileError as error:
-        raise AdapterFileError(f"{error} (base model: {base.name})") from None
+        raise AdapterFileError(
+            f"{error} (base model: {base.name})", code=error.code, field=error.field
+        ) from None
     try:
-        yield
+        yield as_trained(base, stored.record.get("tokenizer", {}), stored.path)
     finally:
         adapter.detach()

@@ -85,7 +85,7 @@ def require_names(names: Sequence[str], where: str = "") -> None:
 
 def of_job(name: str, error: LoralabError) -> LoralabError:
     """The same error, with the job that it is of in front."""
-    return type(error)(f"job {name!r}: {error}")
+    return type(error)(f"job {name!r}: {error}", code=error.code, field=error.field)
 
 
 def _require_known(table: Iterable[str], allowed: set[str], where: str) -> None:

@@ -101,10 +101,10 @@ class Joint:
                 found = gradient_of(self.losses(both)[0], adapter)
             model.train()
             self.model.train()
-            before = torch.get_rng_state()
+            before = _random_states()
             with self.taken(), torch.no_grad():
                 self.losses(both)
-            if not torch.equal(before, torch.get_rng_state()):
+            if not all(map(torch.equal, before, _random_states())):
                 return "the model draws random numbers that are not those of one job"
         except Exception as error:  # a structure that has no rows
             return f"{type(error).__name__}: {error}"
@@ -286,6 +286,12 @@ class Joint:
         weights = scores.softmax(dim=-1)
         out = (weights * self._mask(weights, dropout, (2, 3))) @ value
         return out.transpose(1, 2).contiguous(), None
+
+
+def _random_states() -> list[Tensor]:
+    """The state of every generator that a model may draw from, GPUs included."""
+    on_gpu = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return [torch.get_rng_state(), *on_gpu]
 
 
 class _Dropout(nn.Module):

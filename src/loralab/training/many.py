@@ -76,6 +76,7 @@ def _prepared(jobs: Sequence[TrainJob], one: OneBase, *, resume: bool) -> list[R
     for job in jobs:
         with _named(job.name):
             prepared = preflight.prepare(requests[job.name], one, one.encoded)
+            prepared = preflight.compared(Path(job.output_dir), prepared)
         request = replace(requests[job.name], training=prepared.training)
         ready.append(Ready(
             name=job.name, folder=Path(job.output_dir), request=request, prepared=prepared,
@@ -88,7 +89,7 @@ def _prepared(jobs: Sequence[TrainJob], one: OneBase, *, resume: bool) -> list[R
 def _write_configs(ready: Sequence[Ready]) -> None:
     world().wait()  # all have seen the folders as they were
     for job in ready if world().first else ():
-        preflight.write_config(job.folder, job.request)
+        preflight.write_config(job.folder, job.request, job.prepared)
     world().wait()
 
 

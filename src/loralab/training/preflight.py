@@ -7,12 +7,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import tomli_w
 import torch
 from torch import nn
 
+import loralab
 from loralab import atomic
-from loralab.adapters.attach import Adapter, attach
+from loralab.adapters.attach import Adapter, put_into
 from loralab.adapters.methods import (
     METHODS,
     AdaLoRA,
@@ -21,7 +21,8 @@ from loralab.adapters.methods import (
     LoRA,
     Method,
 )
-from loralab.adapters.targets import HEADS, ends_with, inside
+from loralab.adapters.paths import ends_with, inside
+from loralab.adapters.targets import HEADS
 from loralab.errors import ConfigError, OutputError, some
 from loralab.models import load as models
 from loralab.models.device import device_here, resolve_precision
@@ -30,10 +31,13 @@ from loralab.models.quantize import quantize as pack
 from loralab.models.tokens import add_tokens
 from loralab.tasks import catalog, encode
 from loralab.tasks.batches import Batches
-from loralab.tasks.catalog import Task
+from loralab.tasks.catalog import Task, content_digest
 from loralab.tasks.encode import Encoded
+from loralab.tasks.forward import require_known, require_places
 from loralab.tasks.samples import sample_inputs
-from loralab.training import memory
+from loralab.tasks.scorable import scorable
+from loralab.training import checkpoint, memory
+from loralab.training.facts import Facts, facts_of, keep_facts, require_same
 from loralab.training.fast.path import Path as Quickest
 from loralab.training.fast.path import quickest
 from loralab.training.fit import fitted
@@ -108,7 +112,11 @@ Loader = Callable[[Request, Task], Base]
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """A run that is ready to begin; `training` is as asked, with what a memory budget chose."""
+    """A run that is ready to begin; `training` is as asked, with what a memory budget chose.
+
+    `facts` are what must be the same when it goes on (facts.py); `unsure` says why that could not
+    be compared.
+    """
 
     base: Base
     task: Task
@@ -119,11 +127,17 @@ class Prepared:
     steps: int
     training: Training
     sample: tuple[tuple[int, ...], ...]
+    facts: Facts
+    unsure: str = ""
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What the data and the model hold and the run does not use, a line each."""
-        return (*self.task.notes, *self.encoded.notes, *self.adapter.notes)
+        unsure = (self.unsure,) if self.unsure else ()
+        notes = (*unsure, *self.task.notes, *self.encoded.notes, *self.adapter.notes)
+        if self.task.format == "prompt-completion" and self.base.tokenizer.chat_template:
+            return (*notes, f"prompts are asked through the chat template of {self.base.name}")
+        return notes
 
 
 def load_for(request: Request, task: Task, device: torch.device | None = None) -> Base:
@@ -149,18 +163,9 @@ def prepare(
     training = request.training
     task = request.task or catalog.find(request.data, mapping=request.mapping, seed=training.seed)
     base = (load or _own_base)(request, task)
-    generator = torch.Generator().manual_seed(training.seed)
-    method = with_head(request.method, base)
-    if isinstance(method, LoRA) and training.new_tokens:
-        rows = (*method.token_rows, *add_tokens(base, training.new_tokens))
-        method = replace(method, token_rows=rows)
-    adapter = attach(base.model, method, generator=generator)
-    if base.kind == "causal-lm":
-        encode.round_trip(task, base.tokenizer)
-    encoded = encoding(
-        task, "train", base.tokenizer, kind=base.kind, max_length=training.max_length,
-        loss_on=training.loss_on,
-    )  # fmt: skip
+    adapter = _attached(request, base)
+    facts = facts_of(task, _digest(request, task), base, frozenset(adapter.saved))
+    encoded = _encoded(replace(task, digest=facts["data"]), base, training, encoding)
     memory.checkpoint_gradients(
         base.model, training.gradient_checkpointing, training.checkpoint_blocks
     )
@@ -175,14 +180,14 @@ def prepare(
         require_shardable(base.model, world())
     if adapter.budget is not None:
         adapter.budget.plan(steps)
-    _require_rows_to_occur(method, encoded)
+    _require_rows_to_occur(adapter, encoded)
     if training.shard_base and load is None:
         shard_base(base.model, [adapter], world())
     path = quickest(
         adapter, base.kind, pad_id=base.tokenizer.pad_token_id or 0, pictures=base.tokenizer
     )
     path.room = training.pass_tokens or path.room
-    path.longest = max(len(text) for e in encoded.examples for text in (e.input_ids, e.second))
+    path.longest = max(len(text) for e in encoded.examples for text in e.texts)
     chosen = training
     if not request.settled:
         chosen = fitted(adapter, path, encoded.examples, training)
@@ -193,8 +198,58 @@ def prepare(
     return Prepared(
         base=base, task=task, adapter=adapter, encoded=encoded, batches=batches, path=path,
         steps=steps, training=chosen,
-        sample=tuple(sample_inputs(task, base.tokenizer, kind=base.kind)),
+        sample=tuple(sample_inputs(task, base.tokenizer, kind=base.kind)), facts=facts,
     )  # fmt: skip
+
+
+def compared(folder: Path, prepared: Prepared) -> Prepared:
+    """A run whose data and base are those that the run in its folder was begun with.
+
+    Raises:
+        ConfigError: they are others.
+    """
+    begun = checkpoint.latest(folder) is not None
+    return replace(prepared, unsure=require_same(folder, prepared.facts, begun=begun))
+
+
+def _attached(request: Request, base: Base) -> Adapter:
+    """The adapter in its base, with a new head and new tokens where the run has such."""
+    training = request.training
+    generator = torch.Generator().manual_seed(training.seed)
+    method = with_head(request.method, base)
+    if isinstance(method, LoRA) and training.new_tokens:
+        rows = (*method.token_rows, *add_tokens(base, training.new_tokens))
+        method = replace(method, token_rows=rows)
+    return put_into(base.model, method, generator)
+
+
+def _digest(request: Request, task: Task) -> str:
+    """Of the rows that are trained on: those that were given may be a part of the data's."""
+    if request.task is None:
+        return task.digest
+    return content_digest(task.splits, task.labels, task.instruction)
+
+
+def _encoded(
+    task: Task, base: Base, training: Training, encoding: Callable[..., Encoded]
+) -> Encoded:
+    """The train rows as numbers that the model can take; the validation rows could be scored, too.
+
+    The first evaluation is late, and what it would refuse can be known now.
+    """
+    if base.kind == "causal-lm":
+        encode.round_trip(task, base.tokenizer)
+    encoded = encoding(
+        task, "train", base.tokenizer, kind=base.kind, max_length=training.max_length,
+        loss_on=training.loss_on,
+    )  # fmt: skip
+    require_places(base.model, encoded.examples)
+    require_known(base.model, base.tokenizer, (ids for e in encoded.examples for ids in e.texts))
+    scorable(
+        base.model, base.tokenizer, task, "validation", kind=base.kind,
+        limit=training.evaluation_rows,
+    )  # fmt: skip
+    return encoded
 
 
 def _own_base(request: Request, task: Task) -> Base:
@@ -237,14 +292,14 @@ def with_head(method: Method, base: Base) -> Method:
 
 
 def _is_alone(name: str, model: nn.Module, heads: Sequence[str]) -> bool:
-    """Whether a new module is not in a head already, and no other module's path ends in its own."""
+    """Tell whether a new module is no head already, and its name means no other (as in peft)."""
     paths = [path for path, _ in model.named_modules() if ends_with(path, name)]
     return paths == [name] and not inside(name, heads)
 
 
-def _require_rows_to_occur(method: Method, encoded: Encoded) -> None:
+def _require_rows_to_occur(adapter: Adapter, encoded: Encoded) -> None:
     """A token that never occurs would keep its start."""
-    rows = set(method.token_rows) if isinstance(method, LoRA) else set()
+    rows = set(getattr(adapter.config, "token_rows", ()))
     seen = rows & {number for example in encoded.examples for number in example.input_ids}
     if missing := sorted(rows - seen):
         raise ConfigError(f"token_rows {some(map(str, missing))}: no training row has these tokens")
@@ -275,11 +330,15 @@ def require_place(folder: Path, request: Request, *, resume: bool) -> Request:
     if request.training.memory_budget is not None:
         chosen = {name: stored[name] for name in CHOSEN if name in stored}
         request = replace(request, training=replace(request.training, **chosen), settled=True)
-    asked = tomllib.loads(tomli_w.dumps(request.fields()))
+    asked = tomllib.loads(_toml(request))
     different = sorted(k for k in stored.keys() | asked.keys() if stored.get(k) != asked.get(k))
     if different:
         changes = [f"{k} was {stored.get(k)!r}, now {asked.get(k)!r}" for k in different]
-        raise ConfigError(f"{folder} holds a run with other settings: {some(changes)}")
+        raise ConfigError(
+            f"{folder} holds a run with other settings: {some(changes)}",
+            code="other_settings",
+            field=different[0],
+        )
     return request
 
 
@@ -294,12 +353,37 @@ def _in_processes(request: Request, before: int | None) -> Request:
     return request
 
 
-def write_config(folder: Path, request: Request) -> None:
-    """config.toml: `loralab train --config` with it repeats the run."""
-    atomic.write_file(folder / CONFIG, tomli_w.dumps(request.fields()))
+def write_config(folder: Path, request: Request, prepared: Prepared | None = None) -> None:
+    """config.toml: `loralab train --config` with it repeats the run.
+
+    Args:
+        prepared: the run that begins or goes on there; what it stands on is kept beside it.
+    """
+    atomic.write_file(folder / CONFIG, _toml(request))
+    if prepared is not None:
+        keep_facts(folder, prepared.facts)
+
+
+def _toml(request: Request) -> str:
+    try:
+        import tomli_w
+    except ImportError:
+        raise ConfigError(
+            "config.toml is written by the package tomli-w, which is not here: pip install tomli-w",
+            code="missing_package",
+            field="tomli-w",
+        ) from None
+    return tomli_w.dumps(request.fields())
 
 
 def versions() -> dict[str, str]:
-    """The libraries whose version can change a result."""
-    names = ("loralab", "torch", "transformers", "tokenizers", "safetensors", "accelerate")
-    return {name: importlib.metadata.version(name) for name in names}
+    """The libraries whose version can change a result; "unknown" of one that is not installed."""
+    names = ("torch", "transformers", "tokenizers", "safetensors", "accelerate")
+    return {"loralab": loralab.__version__, **{name: _version(name) for name in names}}
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:  # it is on PYTHONPATH alone
+        return "unknown"

@@ -81,12 +81,12 @@ def train(
     here, folder = world(), Path(output_dir)
     request = replace(Request.of(model, data, method, training, mapping), task=task)
     request = preflight.require_place(folder, request, resume=resume)
-    prepared = preflight.prepare(request)
+    prepared = preflight.compared(folder, preflight.prepare(request))
     training = prepared.training
     request = replace(request, training=training)
     here.wait()  # all have seen the folder as it was
     if here.first:
-        preflight.write_config(folder, request)
+        preflight.write_config(folder, request, prepared)
     here.wait()
     with torch.random.fork_rng():
         torch.manual_seed(own_seed(training.seed))
@@ -258,8 +258,8 @@ def record_of(
             "rows": {split: len(rows) for split, rows in task.splits.items()},
         },
         "tokenizer": {
-            "chat_template": base.tokenizer.chat_template,
-            "eos_token": base.tokenizer.eos_token,
+            **{name: prepared.facts[name] for name in ("chat_template", "eos_token")},
+            "digest": prepared.facts["tokenizer"],
             "new_tokens": list(request.training.new_tokens),
             "stop_ids": list(encode.stop_ids(base.tokenizer)) if base.kind == "causal-lm" else [],
         },

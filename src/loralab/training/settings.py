@@ -16,6 +16,7 @@ SCHEDULES = ("linear", "cosine", "constant")
 LOSS_ON = ("answer", "all")
 CHECKPOINTING = ("off", "on", "reentrant")
 OPTIMIZER_BITS = (32, 8)
+SPLITS = ("train", "validation", "test", "all")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +126,11 @@ class Training:
 class Evaluation:
     """How a model is scored."""
 
-    split: Annotated[str, "train, validation or test"] = "test"
+    split: Annotated[
+        str | None,
+        "train, validation, test or all; none is the test of data that the adapter was trained on "
+        "or that brings one, and all of any other (without an adapter the test)",
+    ] = None
     limit: Annotated[int | None, "score only the first so many rows"] = None
     batch_size: Annotated[int, "rows in one forward pass"] = 16
     precision: Annotated[
@@ -149,5 +154,6 @@ class Evaluation:
         if self.limit is not None:
             check_count("limit", self.limit, 1)
         check_choice("quantize", self.quantize, ("auto", *QUANTIZERS))
-        check_choice("split", self.split, ("train", "validation", "test"))
+        if self.split is not None:
+            check_choice("split", self.split, SPLITS)
         check_choice("precision", self.precision, PRECISIONS)

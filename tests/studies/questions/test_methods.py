@@ -115,7 +115,7 @@ def test_a_method_that_the_model_cannot_have_is_told(
 
     monkeypatch.setattr(prefix, "attention_names", none)
     ground = ground_of("methods", tiny_llama_folder, sums_file, quick=True)
-    arms, invalid = prepare(ground, None)
+    arms, invalid, _ = prepare(ground, None)
     assert set(invalid) == {"prefix (r=8)", "prefix (r=2)"}
     assert "no attention" in invalid["prefix (r=8)"]
     assert "lora r=8" in {a["name"] for a in arms}

@@ -253,6 +253,6 @@ def test_updates_say_that_the_reference_is_missing(
 
 def test_every_arm_can_run_on_the_models_at_hand(tiny_llama_folder: Path, sums_file: Path) -> None:
     ground = ground_of("targets", tiny_llama_folder, sums_file)
-    arms, invalid = prepare(ground, None)
+    arms, invalid, _ = prepare(ground, None)
     assert invalid == {}
     assert {a["name"].rpartition(" r=")[0] for a in arms if a["tuned"]} >= set(targets.CHOICES)

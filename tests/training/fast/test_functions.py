@@ -141,6 +141,7 @@ def test_a_trained_head_gets_its_own_gradient() -> None:
     torch.testing.assert_close(second, 2 * head.bias.grad)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:torch")  # torch 2.11 warns of its profiler
 def test_logits_of_all_rows_never_exist() -> None:
     head, rows, words = torch.nn.Linear(4, 3000).requires_grad_(False), 4000, 3000
     hidden = torch.randn(rows, 4, requires_grad=True)
@@ -148,3 +149,11 @@ def test_logits_of_all_rows_never_exist() -> None:
         summed_loss(head, hidden, torch.zeros(rows, dtype=torch.long)).backward()
     largest = max(event.self_cpu_memory_usage for event in profile.events())
     assert largest < rows * words * 4 / 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_outputs_may_be_changed_in_place(dtype: torch.dtype) -> None:
+    x, weight = noise(2, 3, 32, dtype=dtype).requires_grad_(), noise(32, dtype=dtype)
+    for y in (rms_norm(x, weight, 1e-5), swiglu(x * 1, x * 2)):
+        y.add_(1)
+        y.sum().backward()

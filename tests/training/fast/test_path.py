@@ -308,6 +308,7 @@ def test_a_forward_that_somebody_replaced_is_left_alone() -> None:
     assert calls
 
 
+@pytest.mark.filterwarnings("ignore::loralab.errors.LeftOutWarning")
 @pytest.mark.parametrize("name", ["bert", "xlnet"])
 def test_a_language_model_that_sees_what_it_shall_predict_is_refused(name: str) -> None:
     seen: dict[str, Callable[[], Any]] = {

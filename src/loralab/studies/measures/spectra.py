@@ -14,9 +14,9 @@ from torch import Tensor
 
 from loralab.adapters.attach import Adapter
 from loralab.adapters.bases import is_linear
+from loralab.adapters.paths import layer_number
 from loralab.adapters.spectrum import effective_rank, energy_rank, stable_rank
 from loralab.adapters.subset import TrainedParameters
-from loralab.adapters.targets import layer_number
 from loralab.studies.study import Cell, Record
 from loralab.studies.trained import Tell, scored, trained
 

@@ -1,0 +1,553 @@
+"""loralab on a GPU: agreement with the plain model, and training steps against peft + Trainer.
+
+Each part runs in a process of its own with a time limit, so that none takes another down, and all
+of them end within six minutes. Models have random weights in real shapes: nothing is downloaded.
+
+    agreement  loss and gradient of each forward path against the plain model, rows of mixed length
+    methods    loss and gradient of each method on the GPU against fp32 on the processor, then a
+               training run of a few steps
+    tests      the tests of adapters, training and serving as they stand, where pytest is installed
+    train      tokens a second and peak memory of training steps, loralab and its peers in turn
+
+    python benchmarks/gpu.py [--parts agreement methods tests train] [--shapes 135m 1b 8b]
+        [--json FILE] [--device cpu] [--tiny]
+
+Without a GPU it says so and ends with exit code 2, unless --device cpu is given.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from sides import (
+    Figures,
+    Turn,
+    Worker,
+    answering,
+    finish,
+    in_turn,
+    parser,
+    ratios,
+    shown,
+    spread,
+    table,
+    write_rows,
+)
+
+SECONDS = 340  # for everything
+LIMITS = {"agreement": 60, "methods": 90, "tests": 60, "train": 100}  # seconds; of a shape in train
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+         "num_key_value_heads", "vocab_size")  # fmt: skip
+SHAPES = {  # of SmolLM2-135M, Llama 3.2 1B and Llama 3.1 8B
+    "tiny": (32, 48, 2, 4, 2, 64),
+    "135m": (576, 1536, 30, 9, 3, 49152),
+    "1b": (2048, 8192, 16, 32, 8, 128256),
+    "8b": (4096, 14336, 32, 32, 8, 128256),
+}
+TIED = ("tiny", "135m", "1b")
+PEERS = {"trainer": "peft + Trainer", "liger": "peft + Trainer + liger"}
+BATCH, LONGEST, ROWS = 8, 512, 400
+RAGGED = (90, 60, 120, 40, 200, 80, 70, 150)  # tokens of the rows that are compared
+FEW = ("lora", "adalora", "prefix")  # methods of a trial
+WORDS = "the a film time people way day man woman life world good bad user assistant"
+TEMPLATE = (
+    "{% for m in messages %}<s> {{ m['role'] }} {{ m['content'] }} </s>{% endfor %}"
+    "{% if add_generation_prompt %}<s> assistant {% endif %}"
+)
+Line = dict[str, Any]
+
+
+def language_model(shape: str, dtype: torch.dtype, device: torch.device) -> Any:
+    """A Llama of a shape with random weights, made on the device."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = dict(zip(SIZES, SHAPES[shape], strict=True))
+    config = LlamaConfig(
+        **sizes, tie_word_embeddings=shape in TIED, bos_token_id=1, eos_token_id=2, pad_token_id=2,
+        max_position_embeddings=2048,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            return LlamaForCausalLM(config).eval()
+    finally:
+        torch.set_default_dtype(before)
+
+
+def tokenizer() -> Any:
+    """Whole words, with a chat template; </s> ends a text and pads."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    names = ["<unk>", "<s>", "</s>", *WORDS.split()]
+    made = Tokenizer(models.WordLevel({n: i for i, n in enumerate(names)}, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, bos_token="<s>", eos_token="</s>", pad_token="</s>",
+        unk_token="<unk>", chat_template=TEMPLATE,
+    )  # fmt: skip
+
+
+# -- agreement ------------------------------------------------------------------------------------
+
+
+def agreement(device: torch.device, tiny: bool) -> Iterator[Line]:
+    """Loss, gradient, time and memory of each forward path, beside those of the plain model."""
+    from loralab import LoRA, attach
+    from loralab.training.fast.path import WAYS, gradient_of, quickest
+
+    for precision, dtype in PRECISIONS.items():
+        model = language_model("tiny" if tiny else "135m", dtype, device)
+        adapter = attach(model, LoRA(rank=8), generator=torch.Generator().manual_seed(0))
+        fill(adapter)
+        path = quickest(adapter, "causal-lm", pad_id=2)
+        chosen, expected = path.way, None
+        for way in reversed(WAYS):
+            line: Line = {"precision": precision, "case": way, "chosen": way == chosen}
+            try:
+                path.way = way
+                rows, found, cost = ragged(model, tiny), None, Cost(device)
+                for _ in range(1 if tiny else 3):
+                    cost.begin()
+                    with path.taken():
+                        found = gradient_of(path.loss(rows), adapter)
+                    cost.end()
+                expected = expected or found
+                assert found is not None
+                yield line | compared(expected, found, dtype) | cost.figures()
+            except Exception:
+                yield line | failed()
+
+
+def ragged(model: Any, tiny: bool) -> list[Any]:
+    """Rows of mixed length, with loss on the second half of each."""
+    from loralab.tasks.encode import IGNORED, Example
+
+    draw = torch.Generator().manual_seed(1)
+    size, rows = min(model.config.vocab_size, 1000), []
+    for number, length in enumerate(n // 8 if tiny else n for n in RAGGED):
+        ids = tuple(torch.randint(3, size, (length,), generator=draw).tolist())
+        labels = tuple(IGNORED if i < length // 2 else token for i, token in enumerate(ids))
+        rows.append(Example(number, ids, labels))
+    return rows
+
+
+class Cost:
+    """Milliseconds and peak memory of what is done between `begin` and `end`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._seconds, self._since = device, float("inf"), 0.0
+
+    def begin(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            torch.cuda.synchronize()
+        self._since = time.perf_counter()
+
+    def end(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+        self._seconds = min(self._seconds, time.perf_counter() - self._since)
+
+    def figures(self) -> Line:
+        cuda = self._device.type == "cuda"
+        peak = torch.cuda.max_memory_allocated() if cuda else None
+        return {"milliseconds": 1e3 * self._seconds, "peak_bytes": peak}
+
+
+def compared(
+    expected: tuple[torch.Tensor, torch.Tensor], found: tuple[torch.Tensor, torch.Tensor],
+    dtype: torch.dtype,
+) -> Line:  # fmt: skip
+    """Relative differences of a loss and a gradient, and whether rounding explains them."""
+    from loralab.training.fast.path import GRADIENT_AGREES, LOSS_AGREES
+
+    (loss, gradient), (own_loss, own) = [[t.cpu().double() for t in pair]
+                                         for pair in (expected, found)]  # fmt: skip
+    off_loss = float((own_loss - loss).abs() / loss.abs())
+    off = float((own - gradient).norm() / gradient.norm())
+    agrees = off_loss <= LOSS_AGREES[dtype] and off <= GRADIENT_AGREES[dtype]
+    return {"ok": agrees, "loss_difference": off_loss, "gradient_difference": off}
+
+
+@torch.no_grad()
+def fill(adapter: Any) -> None:
+    """Small random numbers for everything that is trained, so that no gradient is zero."""
+    draw = torch.Generator().manual_seed(2)
+    for parameter in adapter.parameters():
+        noise = torch.randn(parameter.shape, generator=draw) * 0.02
+        parameter.add_(noise.to(parameter.device, parameter.dtype))
+
+
+# -- methods --------------------------------------------------------------------------------------
+
+
+def configurations() -> dict[str, Any]:
+    """Every method, and the options of LoRA that compute something else."""
+    from loralab.adapters import methods as m
+
+    return {
+        "lora": m.LoRA(rank=2), "rslora": m.LoRA(rank=2, scaling="alpha/sqrt(r)"),
+        "dora": m.LoRA(rank=2, dora=True), "pissa": m.LoRA(rank=2, init="pissa"),
+        "embeddings": m.LoRA(rank=2, target_modules=("lm_head", "embed_tokens")),
+        "adalora": m.AdaLoRA(rank=4, target_rank=2), "houlsby": m.Bottleneck(width=4),
+        "parallel": m.Bottleneck(width=4, placement="parallel"),
+        "prefix": m.Prefix(tokens=3, mlp=True), "prompt": m.Prompt(tokens=3), "ia3": m.IA3(),
+        "bitfit": m.BitFit(), "full": m.FullFineTune(),
+    }  # fmt: skip
+
+
+def methods(device: torch.device, tiny: bool) -> Iterator[Line]:
+    """Loss and gradient of each method against fp32 on the processor, then a short run."""
+    precisions = ["fp32"] if tiny else list(PRECISIONS)
+    chosen = {n: c for n, c in configurations().items() if not tiny or n in FEW}
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "rows.jsonl"
+        write_rows(data, "short", 60)
+        for name, config in chosen.items():
+            for precision in precisions:
+                line: Line = {"case": name, "precision": precision}
+                try:
+                    found = on_both(config, PRECISIONS[precision], device)
+                    trained = few_steps(config, precision, data, Path(folder) / name / precision)
+                    yield line | found | {"loss": trained}
+                except Exception:
+                    yield line | failed()
+
+
+def on_both(config: Any, dtype: torch.dtype, device: torch.device) -> Line:
+    """Loss and gradient of one adapter on the device, against fp32 on the processor."""
+    from loralab import attach
+    from loralab.training.fast.path import gradient_of, quickest
+
+    def side(kind: torch.dtype, place: torch.device) -> Any:
+        model = biased(language_model("tiny", torch.float32, torch.device("cpu")))
+        return attach(model.to(place, kind), config, generator=torch.Generator().manual_seed(0))
+
+    plain = side(torch.float32, torch.device("cpu"))
+    fill(plain)
+    ours = side(dtype, device)
+    ours.load_state(plain.state())
+    rows = ragged(plain.model, tiny=True)
+    results = []
+    for adapter, quick in ((plain, False), (ours, True)):
+        path = quickest(adapter, "causal-lm", pad_id=2)
+        path.way = path.way if quick else "plain"
+        with path.taken():
+            results.append(gradient_of(path.loss(rows), adapter))
+    return compared(results[0], results[1], dtype) | {"path": path.way}
+
+
+def biased(model: Any) -> Any:
+    """The model with biases on its linear layers, which BitFit trains."""
+    from torch import nn
+
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module is not model.get_output_embeddings():
+            module.bias = nn.Parameter(torch.zeros(module.out_features))
+    return model
+
+
+def few_steps(config: Any, precision: str, data: Path, folder: Path) -> float:
+    """The validation loss after three steps of a run that is saved."""
+    from loralab import Training
+    from loralab.errors import ConfigError
+
+    try:
+        run = trained(
+            "tiny", config, data, folder, None,
+            Training(max_steps=3, batch_size=4, max_length=64, precision=precision),
+        )  # fmt: skip
+    except ConfigError:  # adalora does not train in fp16, and says so
+        return float("nan")
+    return float(run.scores["validation"].metrics["loss"])
+
+
+def trained(shape: str, config: Any, data: Path, folder: Path, listener: Any, training: Any) -> Any:
+    """A run of loralab on a model with random weights."""
+    from loralab.models.device import device_here
+    from loralab.models.load import Base
+    from loralab.training.preflight import Request, prepare
+    from loralab.training.run import run_prepared
+
+    request = Request.of(shape, str(data), config, training, None)
+    dtype = PRECISIONS[request.training.precision]
+
+    def load(request: Request, task: Any) -> Base:
+        model = language_model(shape, dtype, device_here())
+        model = biased(model) if shape == "tiny" else model
+        return Base(
+            name=shape, model=model.to(device_here(), dtype), tokenizer=tokenizer(),
+            kind="causal-lm", source=shape,
+        )  # fmt: skip
+
+    folder.mkdir(parents=True)
+    return run_prepared(request, prepare(request, load), folder, listener)
+
+
+# -- tests ----------------------------------------------------------------------------------------
+
+
+def tests(device: torch.device, tiny: bool) -> Iterator[Line]:
+    """The tests of three folders, as they stand; those that fail by name."""
+    root = Path(__file__).parents[1]
+    places = [root / "tests" / name for name in ("adapters", "training/fast", "serving")]
+    places = places[:1] if tiny else places
+    if importlib.util.find_spec("pytest") is None or not places[0].is_dir():
+        yield {"case": "pytest", "ok": None, "reason": "pytest or the tests are not here"}
+        return
+    picked = ["-k", "test_thin"] if tiny else ["-m", "not slow"]
+    for place in places:
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=no",
+                   "-rfE", "-W", "default", *picked, str(place)]  # fmt: skip
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+        lines = done.stdout.splitlines()
+        bad = [li.split(" - ")[0] for li in lines if li.startswith(("FAILED", "ERROR"))]
+        yield {"case": place.relative_to(root).as_posix(), "ok": done.returncode == 0,
+               "summary": lines[-1] if lines else done.stderr[-300:], "failed": bad}  # fmt: skip
+
+
+# -- training steps -------------------------------------------------------------------------------
+
+
+def train_shape(shape: str, pairs: int, warm_up: int) -> Iterator[Line]:
+    """Steps of loralab and of each peer in turn, on rows of mixed length."""
+    liger = importlib.util.find_spec("liger_kernel") is not None
+    for name in PEERS if liger else ("trainer",):
+        with tempfile.TemporaryDirectory() as folder:
+            data = Path(folder) / "rows.jsonl"
+            write_rows(data, "mixed", ROWS)
+            given = [shape, str(data), str(pairs + warm_up + 1)]
+            sides = {
+                side: partial(Worker, __file__, ["--worker", side, *given])
+                for side in ("loralab", name)
+            }
+            yield summed_up(in_turn(sides, pairs, warm_up), name)
+
+
+def summed_up(counted: Mapping[str, list[Figures]], peer_name: str) -> Line:
+    """Ratios of the pairs, and the peaks."""
+    speed = {side: [r["tokens"] / r["seconds"] for r in rows] for side, rows in counted.items()}
+    peak = {side: max(r["peak"] for r in rows) for side, rows in counted.items()}
+    return {
+        "ok": True, "case": peer_name,
+        "tokens_per_second": {side: spread(values) for side, values in speed.items()},
+        "speed_ratio": ratios(speed["loralab"], speed[peer_name]),
+        "peak_bytes": peak, "memory_ratio": peak["loralab"] / peak[peer_name],
+    }  # fmt: skip
+
+
+def step_in_turn(side: str, shape: str, data: Path, steps: int, turn: Turn) -> None:
+    """In a worker: train with loralab or a peer, and call `turn` after each step."""
+    from loralab import LoRA, Training
+
+    if side == "loralab":
+
+        def listen(event: dict[str, Any]) -> None:
+            if event["kind"] == "step":
+                turn({"tokens": event["tokens"]})
+
+        precision = "bf16" if torch.cuda.is_available() else "fp32"
+        trained(shape, LoRA(), data, data.parent / "ours", listen, Training(
+            max_steps=steps, batch_size=BATCH, max_length=LONGEST, save_every=10_000,
+            evaluation_rows=1, precision=precision,
+        ))  # fmt: skip
+    else:
+        peer(side, shape, data, steps, turn)
+
+
+def peer(name: str, shape: str, data: Path, steps: int, turn: Turn) -> None:
+    """peft with Trainer on the same rows and weights, with liger's kernels where asked for."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
+
+    from loralab.models.device import device_here
+    from loralab.tasks import catalog, encode
+
+    cuda, words = torch.cuda.is_available(), tokenizer()
+    dtype = torch.bfloat16 if cuda else torch.float32
+    task = catalog.find(str(data))
+    found = encode.encode(task, "train", words, kind="causal-lm", max_length=LONGEST)
+    rows = [{"input_ids": list(e.input_ids), "labels": list(e.labels)} for e in found.examples]
+    seen = {"tokens": 0.0}
+
+    class Step(TrainerCallback):  # type: ignore[misc]
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            turn(dict(seen))
+
+    class Collate(DataCollatorForSeq2Seq):  # type: ignore[misc]
+        def __call__(self, features: list[dict[str, Any]], return_tensors: Any = None) -> Any:
+            seen["tokens"] += sum(len(feature["input_ids"]) for feature in features)
+            return super().__call__(features, return_tensors)
+
+    lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(language_model(shape, dtype, device_here()), lora)
+    arguments = TrainingArguments(
+        output_dir=str(data.parent / "peer"), max_steps=steps, learning_rate=5e-4, bf16=cuda,
+        use_cpu=not cuda, report_to=[], save_strategy="no", disable_tqdm=True,
+        logging_strategy="no", per_device_train_batch_size=BATCH,
+        use_liger_kernel=name == "liger",
+    )  # fmt: skip
+    Trainer(
+        model=model, train_dataset=rows, callbacks=[Step()], args=arguments,
+        data_collator=Collate(words, padding=True, label_pad_token_id=-100),
+    ).train()  # fmt: skip
+
+
+# -- all of it ------------------------------------------------------------------------------------
+
+PARTS: dict[str, Callable[[torch.device, bool], Iterator[Line]]] = {
+    "agreement": agreement, "methods": methods, "tests": tests,
+}  # fmt: skip
+
+
+def failed() -> Line:
+    """The present exception, as a line of the result."""
+    return {"ok": False, "error": traceback.format_exc(limit=-4)[-1500:]}
+
+
+def run_part(part: str, chosen: argparse.Namespace, seconds: float, out: Path) -> list[Line]:
+    """A part in a process of its own, ended after so many seconds; the lines that it wrote."""
+    name, _, shape = part.partition(":")
+    command = [sys.executable, __file__, "--part", part, "--out", str(out)]
+    command += ["--device", chosen.device, *["--tiny"] * chosen.tiny]
+    hidden = {"CUDA_VISIBLE_DEVICES": ""} if chosen.device == "cpu" else {}
+    begun = time.perf_counter()
+    process = subprocess.Popen(
+        command, env=os.environ | hidden, start_new_session=True, stdout=sys.stderr
+    )
+    try:
+        code: int | str = process.wait(timeout=max(1.0, seconds))
+    except subprocess.TimeoutExpired:
+        code = f"stopped after {seconds:.0f} s"
+    finally:
+        with_children_ended(process)
+    written = out.read_text() if out.is_file() else ""
+    lines = [json.loads(line) for line in written.split("\n")[:-1]]  # the last may be cut off
+    if code != 0:
+        lines.append({"case": "the part itself", "ok": False, "error": f"ended: {code}"})
+    took = time.perf_counter() - begun
+    print(f"{part}: {took:.0f} s", file=sys.stderr)
+    return [{"part": name, "shape": shape} | line for line in lines]
+
+
+def with_children_ended(process: "subprocess.Popen[bytes]") -> None:
+    """End a part and the workers that it started."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+    process.wait()
+
+
+def act(part: str, chosen: argparse.Namespace) -> None:
+    """In a part's own process: write its lines as they come."""
+    name, _, shape = part.partition(":")
+    device = torch.device(chosen.device)
+    if name == "train":
+        lines = train_shape(shape, *((1, 1) if chosen.tiny else (6, 3)))
+    else:
+        lines = PARTS[name](device, chosen.tiny)
+    with Path(chosen.out).open("a", encoding="utf-8") as file:
+        for line in lines:
+            print(json.dumps(line), file=file, flush=True)
+
+
+def rows_of(lines: Sequence[Line]) -> list[list[object]]:
+    """The lines as rows of the table."""
+    return [
+        [li["part"], li.get("shape", ""), li.get("case", ""), li.get("precision", ""),
+         {True: "ok", False: "FAILED", None: "-"}[li.get("ok")], told(li)]
+        for li in lines
+    ]  # fmt: skip
+
+
+def told(line: Line) -> str:
+    """The figures of a line in a few words."""
+    if "speed_ratio" in line:
+        rates = {side: shown(f, 0) for side, f in line["tokens_per_second"].items()}
+        peaks = " : ".join(f"{b / 1e9:.2f}" for b in line["peak_bytes"].values())
+        both = " : ".join(rates.values())
+        return f"{both} tokens/s, ratio {shown(line['speed_ratio'])}; peak {peaks} GB"
+    if "error" in line:
+        return str(line["error"]).strip().splitlines()[-1][:120]
+    if "summary" in line:
+        return str(line["summary"])
+    figures = {"loss off": "loss_difference", "gradient off": "gradient_difference",
+               "ms": "milliseconds", "loss": "loss"}  # fmt: skip
+    return ", ".join(f"{k} {line[v]:.3g}" for k, v in figures.items() if line.get(v) is not None)
+
+
+def versions(device: str) -> dict[str, str]:
+    """The machine's libraries and its GPU."""
+    import transformers
+
+    import loralab
+
+    return {
+        "torch": str(torch.__version__), "transformers": str(transformers.__version__),
+        "loralab": loralab.__version__,
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+    }  # fmt: skip
+
+
+def options() -> argparse.Namespace:
+    """The command line."""
+    known = parser(__doc__)
+    known.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    known.add_argument("--tiny", action="store_true", help="tiny shapes, few steps: a trial")
+    known.add_argument("--parts", nargs="+", choices=[*LIMITS], default=[*LIMITS])
+    known.add_argument("--shapes", nargs="+", choices=[*SHAPES], default=["135m", "1b", "8b"])
+    known.add_argument("--part", help=argparse.SUPPRESS)
+    known.add_argument("--out", help=argparse.SUPPRESS)
+    known.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)
+    return known.parse_args()
+
+
+def main() -> int:
+    chosen = options()
+    if chosen.worker:
+        side, shape, data, steps = chosen.worker
+        step_in_turn(side, shape, Path(data), int(steps), answering())
+        return 0
+    if chosen.device == "cuda" and not torch.cuda.is_available():
+        print("gpu.py: no GPU here; --device cpu --tiny tries the script without one",
+              file=sys.stderr)  # fmt: skip
+        return 2
+    if chosen.part:
+        act(chosen.part, chosen)
+        return 0
+    shapes = ["tiny"] if chosen.tiny else chosen.shapes
+    parts = [p for part in chosen.parts
+             for p in ([f"train:{s}" for s in shapes] if part == "train" else [part])]  # fmt: skip
+    lines: list[Line] = []
+    begun = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        for number, part in enumerate(parts):
+            left = SECONDS - (time.perf_counter() - begun)
+            limit = min(LIMITS[part.partition(":")[0]], left)
+            lines += run_part(part, chosen, limit, Path(folder) / f"{number}.jsonl")
+    title = "loralab on a GPU" if chosen.device == "cuda" else "A trial on the processor"
+    head = ("part", "shape", "case", "precision", "result", "figures")
+    text = table(title, head, rows_of(lines))
+    finish(text, {"versions": versions(chosen.device), "lines": lines}, chosen.json)
+    return 1 if any(line.get("ok") is False for line in lines) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

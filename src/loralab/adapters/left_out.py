@@ -1,0 +1,100 @@
+"""What of a model is not adapted although the targets could mean it, and how that is said."""
+
+from collections import Counter
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from torch import nn
+
+from loralab.adapters.experts import EXPERTS, share_of, stacked_weights
+from loralab.adapters.methods import Targeted
+from loralab.adapters.paths import inside, layer_number, selected_by
+from loralab.adapters.presets import MLP, place_of
+from loralab.adapters.shells import plain_paths
+from loralab.adapters.targets import (
+    in_preset,
+    linear_names,
+    outer_names,
+    preset_of,
+    saved_names,
+    unable_names,
+)
+from loralab.adapters.towers import tower_of
+from loralab.errors import some
+
+TOWER = "part of a tower, not of the language model"
+NEITHER = "part of neither attention nor the feed-forward network"
+KINDS = 4  # names that a note lists for each reason
+
+
+def left_out(model: nn.Module, config: Any, chosen: Collection[str]) -> dict[str, str]:
+    """Paths of what is not adapted -> why.
+
+    The output head and the embedding are never meant, so they are not named.
+
+    Args:
+        chosen: paths that are adapted.
+    """
+    if not isinstance(config, Targeted):
+        return {}
+    target, preset = config.target_modules, preset_of(config)
+    plain = plain_paths(model)
+    found: dict[str, str] = {}
+    if preset:
+        found = _by_preset(model, preset)
+    elif isinstance(target, str):
+        found = {n: why for n, why in unable_names(model).items() if selected_by(plain(n), target)}
+    stacked = stacked_weights(model)
+    if preset:
+        found |= {name: why for name, why in stacked.items() if in_preset(model, preset, name)}
+    elif any(place_of(model, name) == MLP for name in chosen):
+        found |= {name: why for name, why in stacked.items() if why == EXPERTS}
+    elsewhere = saved_names(model, config)
+    return {
+        name: why
+        for name, why in found.items()
+        if not inside(name, elsewhere)
+        and not selected_by(plain(name), config.exclude_modules)
+        and _in_layers(name, config)
+    }
+
+
+def notable(reasons: Mapping[str, str]) -> dict[str, str]:
+    """Without what the name of a preset says already."""
+    return {name: why for name, why in reasons.items() if why != NEITHER}
+
+
+def described(model: nn.Module, reasons: Mapping[str, str]) -> str:
+    """One line on what is left out; empty if nothing is.
+
+    >>> described(nn.Module(), {"h.0.router": "no linear map", "h.1.router": "no linear map"})
+    'not adapted: 2 x router (no linear map)'
+    """
+    groups: dict[str, list[str]] = {}
+    for name, why in reasons.items():
+        groups.setdefault(why, []).append(name)
+    stacked = stacked_weights(model)
+    parts = []
+    for why, names in groups.items():
+        counted = Counter(name.rpartition(".")[2] for name in names)
+        listed = [f"{n} x {end}" if n > 1 else end for end, n in counted.items()]
+        share = share_of(model, names) if all(name in stacked for name in names) else 0.0
+        weight = f", {share:.0%} of the weights" if share else ""
+        parts.append(f"{some(listed, KINDS)} ({why}{weight})")
+    return f"not adapted: {'; '.join(parts)}" if parts else ""
+
+
+def _by_preset(model: nn.Module, preset: str) -> dict[str, str]:
+    linear, unable, heads = linear_names(model), unable_names(model), outer_names(model)
+    towers = tower_of(model, [*linear, *unable], heads)
+    found = {name: why for name, why in unable.items() if in_preset(model, preset, name)}
+    if preset != "all-linear":
+        inner = [name for name in linear if layer_number(f"{name}.") is not None]
+        found |= {name: NEITHER for name in inner if not place_of(model, name)}
+    found = {n: why for n, why in found.items() if n not in towers and not inside(n, heads)}
+    return found | dict.fromkeys(towers.values(), TOWER)
+
+
+def _in_layers(name: str, config: Targeted) -> bool:
+    number = layer_number(f"{name}.", config.layers_pattern)
+    return config.layers is None or number is None or number in config.layers

@@ -1,0 +1,129 @@
+"""What an adapted model's own `save_pretrained` writes, as transformers' Trainer calls it too.
+
+The method of the class would write the wrappers' tensors (`q_proj.base.weight`) under the plain
+model's name: whoever reads that draws the adapted layers at random. So as long as an adapter is
+attached, the adapter folder is written in its place, and the plain model while it is merged.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from loralab.adapters.folder import CONFIG
+from loralab.adapters.subset import TrainedInFull
+from loralab.adapters.wrapper import Wrapper
+from loralab.errors import AdapterStateError, OutputError
+
+METHOD = "save_pretrained"
+WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
+
+
+class SaveAdapter:
+    """Stands as `save_pretrained` on a model with an adapter; a copy of the model copies it.
+
+    Args:
+        save: writes the adapter folder, or the plain model, whatever the adapter's state asks for.
+    """
+
+    def __init__(self, model: Any, save: Callable[..., Any]) -> None:
+        self.model, self.save = model, save
+        model.__dict__[METHOD] = self
+
+    def __call__(
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        state_dict: Any = None,
+        push_to_hub: bool = False,
+        **options: Any,
+    ) -> Any:
+        """Write what belongs into the folder; the tensors are the model's own, not `state_dict`'s.
+
+        Raises:
+            AdapterStateError: it is asked to push to a hub.
+            OutputError: the folder holds what does not go together with it.
+        """
+        if push_to_hub:
+            raise AdapterStateError(
+                "save_pretrained of a model with an adapter does not push; save, then push the "
+                "folder",
+                code="not_pushed",
+                field="push_to_hub",
+            )
+        return self.save(Path(save_directory), options) if is_main_process else None
+
+    def remove(self) -> None:
+        """Give the model its own method back."""
+        del self.model.__dict__[METHOD]
+
+
+class RefuseToSave(SaveAdapter):
+    """Stands on a model within an adapted model, which has part of the adapter."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model, self._refuse)
+
+    def _refuse(self, folder: Path, options: Any) -> None:
+        raise AdapterStateError(
+            f"{type(self.model).__name__} is part of a model with an adapter; save the whole, or "
+            "detach() the adapter first",
+            code="part_of_adapted",
+            field="save_directory",
+        )
+
+
+def saving_adapters(model: nn.Module, save: Callable[..., Any]) -> list[SaveAdapter]:
+    """Replace `save_pretrained` on a model and on the adapted models within it."""
+    found = []
+    for module in model.modules():
+        if not callable(getattr(type(module), METHOD, None)):
+            continue
+        if module is model:
+            found.append(SaveAdapter(module, save))
+        elif any(isinstance(m, Wrapper | TrainedInFull) for m in module.modules()):
+            found.append(RefuseToSave(module))
+    return found
+
+
+def require_no_model(folder: Path) -> None:
+    """An adapter must not stand beside a whole model, which would be loaded without it."""
+    if any(any(folder.glob(pattern)) for pattern in WEIGHTS):
+        raise OutputError(
+            f"{folder} holds a whole model; save the adapter elsewhere",
+            code="folder_taken",
+            field="save_directory",
+        )
+
+
+def require_no_adapter(folder: Path) -> None:
+    """A merged model must not stand beside an adapter, which would be added once more."""
+    if (folder / CONFIG).exists():
+        raise OutputError(
+            f"{folder} holds an adapter; save the merged model elsewhere",
+            code="folder_taken",
+            field="save_directory",
+        )
+
+
+@contextmanager
+def untied(model: Any) -> Iterator[None]:
+    """Say in the configuration that a head has a weight of its own, where it has one now."""
+    configurations = [model.config, model.config.get_text_config()]
+    tied = [c for c in configurations if getattr(c, "tie_word_embeddings", False)]
+    if not _has_own_head(model):
+        tied = []
+    for config in tied:
+        config.tie_word_embeddings = False
+    try:
+        yield
+    finally:
+        for config in tied:
+            config.tie_word_embeddings = True
+
+
+def _has_own_head(model: Any) -> bool:
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    return head is not None and head.weight is not model.get_input_embeddings().weight

@@ -1,0 +1,46 @@
+"""Modules that only stand around another: torch.compile's, DDP's, checkpointing's.
+
+Files hold the paths that a model has without them, so that they fit it with other shells, or none.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+INNER = ("_orig_mod", "_checkpoint_wrapped_module")  # no model calls a module of its own so
+
+
+def unwrapped(model: Any) -> Any:
+    """The model inside the shells around it."""
+    while (name := _inner(model)) is not None:
+        model = getattr(model, name)
+    return model
+
+
+def plain_paths(model: nn.Module) -> Callable[[str], str]:
+    """A function that turns a path in a model into the path without shells."""
+    shells = {
+        f"{path}.{inner}".lstrip(".")
+        for path, module in model.named_modules(remove_duplicate=False)
+        if (inner := _inner(module)) is not None
+    }
+    if not shells:
+        return str
+
+    def plain(path: str) -> str:
+        parts = path.split(".")
+        starts = (".".join(parts[: end + 1]) for end in range(len(parts)))
+        return ".".join(
+            part for part, start in zip(parts, starts, strict=True) if start not in shells
+        )
+
+    return plain
+
+
+def _inner(module: Any) -> str | None:
+    if isinstance(module, DataParallel | DistributedDataParallel):
+        return "module"
+    children = module._modules if isinstance(module, nn.Module) else {}
+    return next((name for name in INNER if name in children), None)

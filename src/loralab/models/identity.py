@@ -1,0 +1,110 @@
+"""What tells one tokenizer and one configuration from another; prompts as they were in training.
+
+A name says little: the folder or the hub id behind it may hold another revision by now.
+"""
+
+import copy
+import hashlib
+import json
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import try_to_load_from_cache
+
+from loralab.errors import BaseMismatchWarning, ModelError, shown
+from loralab.models.kinds import VISION
+from loralab.models.load import Base
+from loralab.values import read_json
+
+CONFIG = "config.json"
+INCIDENTAL = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
+PROBES = (  # texts that tokenizers cut differently
+    "The Quick  brown fox's 3 jumps,\nover 12,345.67 lazy dogs!",
+    "\tdef area(width: int) -> float: return width * 2  # naïve Ångström",
+    "今天的天氣很好。Привет, мир! 👋🏽",
+    "",
+)
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """16 hexadecimal digits over the vocabulary and the ids of some texts, or how pictures are cut.
+
+    Chat template and padding do not count, nor how a version of a library writes its files.
+    """
+    if not hasattr(tokenizer, "get_vocab"):  # Pictures: its settings are all there is
+        return _digest([repr(tokenizer)])
+    vocabulary = tokenizer.get_vocab()
+    ids = [tokenizer(text, verbose=False)["input_ids"] for text in PROBES]
+    return _digest([sorted(vocabulary, key=vocabulary.__getitem__), ids])
+
+
+def template_of(tokenizer: Any) -> str | None:
+    """The chat template, of several the one that is used where none is named."""
+    found = tokenizer.chat_template
+    return found.get("default") if isinstance(found, dict) else found
+
+
+def config_digest(source: str) -> str | None:
+    """16 hexadecimal digits over a model's config.json; None where there is no such file here.
+
+    Args:
+        source: the folder or hub id that a model was read from.
+    """
+    found = Path(source) / CONFIG
+    if not Path(source).is_dir():
+        cached = try_to_load_from_cache(source, CONFIG)
+        if not isinstance(cached, str):
+            return None
+        found = Path(cached)
+    content = read_json(found, ModelError)
+    return _digest({key: content[key] for key in sorted(content.keys() - {*INCIDENTAL})})
+
+
+def as_trained(base: Base, stored: Mapping[str, Any], whose: object) -> Base:
+    """The base with the chat template and the end of text that an adapter was trained with.
+
+    What differs from the base's own, and what cannot be given back, is a BaseMismatchWarning.
+
+    Args:
+        stored: the tokenizer's part of loralab.json; what it does not hold is not compared.
+        whose: the adapter, for the warning.
+    """
+    digest = stored.get("digest")
+    if digest is not None and digest != tokenizer_digest(base.tokenizer):
+        _warn(
+            f"the tokenizer of {base.name} is not the one that {whose} was trained with, so its "
+            "answers will differ"
+        )
+    changes = _changes(base, stored)
+    if not changes:
+        return base
+    tokenizer = copy.deepcopy(base.tokenizer)  # others may ask the same base in its own words
+    for name, (value, text) in changes.items():
+        setattr(tokenizer, name, value)
+        _warn(f"{text} of {base.name} is not the one that {whose} was trained with, which is used")
+    return replace(base, tokenizer=tokenizer)
+
+
+def _changes(base: Base, stored: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
+    """What of a tokenizer was another in training: attribute -> its value then, and its name."""
+    if base.kind == VISION:
+        return {}
+    changes: dict[str, tuple[Any, str]] = {}
+    template = template_of(base.tokenizer)
+    if (trained := stored.get("chat_template", template)) != template:
+        changes["chat_template"] = trained, "the chat template"
+    end, own = stored.get("eos_token"), base.tokenizer.eos_token
+    if end is not None and end != own and end in base.tokenizer.get_vocab():
+        changes["eos_token"] = end, f"the end of text ({shown(own)}, then {shown(end)})"
+    return changes
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, BaseMismatchWarning, stacklevel=3)
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]

@@ -1,0 +1,193 @@
+"""Fields beside those that are read: without effect, or changing what the row means.
+
+A kind of field is known by the words of its name. It is harmless where all its values ask for what
+is done anyway: nothing, a weight of 1, "learn this". Otherwise it is refused, since training
+without it would teach something else than the data says.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from loralab.tasks.formats import is_empty
+
+MESSAGE_FIELD = "a field of a message"
+ALONE = ("text", "pair")  # without an answer: any other column may be it
+LABELLED = ("text-label", "pair-label", "image-label", "tokens-tags")
+ROWS_THAT_ANSWER = ("messages", "prompt-completion", "instruction")
+GENERATIVE = (*ROWS_THAT_ANSWER, MESSAGE_FIELD)
+PROMPTED = (*ROWS_THAT_ANSWER, "text-label", "pair-label")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """Fields that change the meaning of a row.
+
+    Args:
+        words: of a name that is of this kind, one of them.
+        reason: why the field is refused, after its name.
+        formats: that the kind matters to.
+        neutral: values, in small letters, that ask for nothing else than what is done.
+        learnt: whether it is about learning, and so without effect on what is never learnt.
+    """
+
+    words: str
+    reason: str
+    formats: tuple[str, ...] = (*GENERATIVE, *LABELLED, *ALONE)
+    neutral: tuple[str, ...] = ()
+    learnt: bool = False
+
+
+MEDIA = "image images picture pictures photo photos pixel audio audios speech video videos"
+KINDS = (
+    Kind(
+        words="tool tools toolcalls function functions",
+        reason="tells of tools, which are not supported yet",
+    ),
+    Kind(
+        words="reasoning reason thinking think thought thoughts rationale cot",
+        formats=GENERATIVE,
+        reason="holds reasoning, which is not supported yet",
+    ),
+    Kind(
+        words="channel recipient",
+        formats=(MESSAGE_FIELD,),
+        neutral=("final", "all"),
+        reason="says that the message is no answer, which is not supported yet",
+    ),
+    Kind(
+        words="weight weights",
+        neutral=("1", "true"),
+        learnt=True,
+        reason="weighs what is learnt, which is not supported yet",
+    ),
+    Kind(
+        words="mask masked ignore ignored skip exclude excluded deleted",
+        neutral=("0", "false"),
+        learnt=True,
+        reason="says what to leave unlearnt, which is not supported yet",
+    ),
+    Kind(
+        words="train training trainable learn loss",
+        neutral=("1", "true"),
+        learnt=True,
+        reason="says whether to learn this, which is not supported yet",
+    ),
+    Kind(
+        words=MEDIA, reason="holds more than text, which is not supported yet beside other columns"
+    ),
+    Kind(
+        words="chosen rejected preferred dispreferred preference",
+        reason="tells better answers from worse ones; preferences cannot be learnt",
+    ),
+    Kind(
+        words="label labels score scores reward rewards rating ratings correct accepted approved",
+        formats=GENERATIVE,
+        neutral=("true",),
+        reason="judges the answers, which would all be learnt as if they were good",
+    ),
+    Kind(
+        words="score scores",
+        formats=LABELLED,
+        reason="stands beside the label, and only the label would be learnt",
+    ),
+    Kind(
+        words="system",
+        formats=(*PROMPTED, *ALONE),
+        reason="is a system prompt, which is read as a message of the role system only",
+    ),
+    Kind(
+        words="history context contexts passage passages document documents",
+        formats=PROMPTED,
+        reason="is a part of the question, which would be asked without it",
+    ),
+    Kind(
+        words="input inputs",
+        formats=("prompt-completion", "text-label", "pair-label"),
+        reason="is a part of the question, which would be asked without it",
+    ),
+)
+
+
+def word_set(text: str) -> frozenset[str]:
+    """The words of a text."""
+    return frozenset(text.split())
+
+
+PLACES = word_set("url urls uri path file filename")
+IDENTIFIERS = word_set("id ids idx index uuid guid")
+BOOKKEEPING = PLACES | IDENTIFIERS
+BOOKKEEPING |= word_set("link links source sources src origin dataset date dates time timestamp")
+BOOKKEEPING |= word_set("datetime created updated hash md5 sha sha1 sha256 checksum digest license")
+BOOKKEEPING |= word_set("licence version row line lineno meta metadata length len count")
+WHOLE = word_set("num_tokens n_tokens num_chars n_chars")
+OF_TOOLS = re.compile(r"unnamed: \d+|(__)?index_level_\d+(__)?")  # an index that pandas writes
+CLASSES = word_set("label class category topic intent target sentiment emotion")
+MANY = 10  # rows, from which on equal identifiers are a sign that they are classes
+
+
+def reason_to_refuse(name: str, values: Iterable[Any], form: str, *, learnt: bool = True) -> str:
+    """Say why a field that is not read would change the meaning of the rows; "" if it would not.
+
+    Args:
+        name: the field's.
+        values: all that it has.
+        form: the format of the rows, or `MESSAGE_FIELD`.
+        learnt: whether it stands beside something that is learnt.
+    """
+    kinds = kinds_of(name, form)
+    if not kinds:
+        return ""
+    fine = set(kinds[0].neutral).intersection(*(kind.neutral for kind in kinds))
+    if not learnt and all(kind.learnt for kind in kinds):
+        fine = {"0", "1", "false", "true"}
+    return "" if all(is_empty(v) or _small(v) in fine for v in values) else kinds[0].reason
+
+
+@lru_cache(maxsize=1024)  # asked for every field of every message
+def kinds_of(name: str, form: str) -> tuple[Kind, ...]:
+    """The kinds that a field is of, beside such rows; `loss_mask` is of two that contradict."""
+    words = words_of(name)
+    if _keeps_books(words) and not (word_set(MEDIA) & set(words) and words[-1] in PLACES):
+        return ()
+    return tuple(k for k in KINDS if form in k.formats and word_set(k.words) & set(words))
+
+
+def is_bookkeeping(name: str, values: Sequence[Any]) -> bool:
+    """Tell if a column beside a text alone is an identifier, a source, a date and the like.
+
+    Identifiers that are the same in many rows are not: they may be classes.
+    """
+    words = words_of(name)
+    if OF_TOOLS.fullmatch(name.lower()):
+        numbers = [_small(value) for value in values]
+        return len(set(numbers)) == len(numbers) and all(map(str.isdigit, numbers))
+    if len(words) > 1 and words[-1] in IDENTIFIERS:
+        few = len(values) >= MANY and len(set(map(_small, values))) * 2 < len(values)
+        return not few and not CLASSES & set(words)
+    return _keeps_books(words)
+
+
+def words_of(name: str) -> list[str]:
+    """The words of a name, in small letters: "toolCalls" -> tool, calls."""
+    apart = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name)
+    return [word for word in re.split(r"[\W_]+", apart.lower()) if word]
+
+
+def _keeps_books(words: Sequence[str]) -> bool:
+    if not words:
+        return False
+    return (
+        words[-1] in BOOKKEEPING
+        or "_".join(words) in WHOLE
+        or (len(words) == 2 and words[-1] == "at")  # created_at
+    )
+
+
+def _small(value: Any) -> str:
+    """A value as it is compared: 1.0 is 1, TRUE is true."""
+    if isinstance(value, dict | list):
+        return "..."  # may be nested too deep to be written
+    return str(value).strip().lower().removesuffix(".0")

@@ -1,0 +1,75 @@
+"""Data sets of the hub, and folders that `datasets.save_to_disk` wrote.
+
+Values are taken as they are stored: pictures are decoded batch by batch, sounds never.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from loralab.errors import DataError
+from loralab.tasks.formats import SPLITS, Part, Row
+
+
+def from_hub(source: str) -> tuple[list[Part], list[str]]:
+    """The splits of a data set, and the names of those that are not read.
+
+    Raises:
+        DataError: it cannot be had, or has no train split.
+    """
+    from datasets import load_dataset
+
+    return _loaded(f"the hub's data set {source!r}", source, load_dataset)
+
+
+def from_saved(folder: Path) -> tuple[list[Part], list[str]]:
+    """The same of a folder; one that holds a single split is all train.
+
+    Raises:
+        DataError: it is damaged, or has no train split.
+    """
+    from datasets import load_from_disk
+
+    return _loaded(f"the saved data set {str(folder)!r}", str(folder), load_from_disk)
+
+
+def _loaded(called: str, source: str, load: Callable[[str], Any]) -> tuple[list[Part], list[str]]:
+    from datasets import Dataset
+
+    try:
+        found = load(source)
+        splits = {"train": found} if isinstance(found, Dataset) else found
+        parts = [
+            Part(split, f"{source} ({own})", Path(), "row", list(enumerate(_rows(rows), start=1)))
+            for own, rows in splits.items()
+            if (split := SPLITS.get(str(own)))
+        ]
+    except Exception as error:  # the library raises many kinds; all mean that it is not to be had
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(f"{called} cannot be loaded: {reason}", code="cannot_load") from None
+    if all(part.split != "train" for part in parts):
+        raise DataError(f"{called} has no train split: {list(splits)}", code="no_train")
+    return parts, [f"split {own}" for own in splits if str(own) not in SPLITS]
+
+
+def _rows(rows: Any) -> list[Row]:
+    stored = rows.with_format("arrow")[:].to_pylist()
+    return [_with_label_names(row, rows.features) for row in stored]
+
+
+def _with_label_names(row: Row, features: Mapping[str, Any]) -> Row:
+    """Class numbers, also in lists, as the names that the data set gives them.
+
+    -1 marks a row without a label.
+    """
+    inner = {column: getattr(feature, "feature", feature) for column, feature in features.items()}
+    known = {column: f.names for column, f in inner.items() if hasattr(f, "names")}
+
+    def named(column: str, value: Any) -> Any:
+        if isinstance(value, list):
+            return [named(column, one) for one in value]
+        return known[column][value] if value not in (None, -1) else value
+
+    return {
+        column: named(column, value) if column in known else value for column, value in row.items()
+    }

@@ -1,0 +1,120 @@
+"""The rows of a part as their format has them: text in every field, pictures, lists of tags.
+
+Labels that are whole numbers or truth values become their text. Every row must have the same
+fields, filled. The `image` of a row is a path, seen from the file, or the picture's own bytes.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from loralab.errors import DataError, shown, some
+from loralab.tasks.columns import Columns
+from loralab.tasks.formats import FORMATS, Numbered, Part, Row, is_empty
+from loralab.tasks.labels import NO_REGRESSION
+from loralab.tasks.messages import conversation, text_in
+from loralab.tasks.pictures import Picture, from_bytes, from_file
+
+
+def rows_of(part: Part, columns: Columns, seen: set[str]) -> list[Row]:
+    """The rows with the columns of their format alone.
+
+    Args:
+        seen: gets the fields of messages that have no effect.
+
+    Raises:
+        DataError: a row lacks something, or holds what no row of its format can.
+    """
+    required, _ = FORMATS[columns.format]
+    own = columns.own
+    picked = [
+        (number, {c: v for c in own if not is_empty(v := row.get(own[c])) or c in required})
+        for number, row in part.rows
+    ]
+    _check_filled(part, picked, required)
+    return [_checked(part, number, row, columns, seen) for number, row in picked]
+
+
+def _check_filled(part: Part, rows: Numbered, required: Sequence[str]) -> None:
+    for column in required:
+        if empty := [number for number, row in rows if is_empty(row[column])]:
+            places = f"{part.unit} {some(map(str, empty), 5)}"
+            raise DataError(
+                f"{part.place}: {column!r} is missing or empty in {places}",
+                code="missing_value",
+                field=column,
+            )
+
+
+def _checked(part: Part, number: int, row: Row, columns: Columns, seen: set[str]) -> Row:
+    place = f"{part.place}, {part.unit} {number}"
+    if columns.format == "image-label":
+        picture = _picture(place, row["image"], part.folder)
+        return {"image": picture, "label": _label(place, row["label"])}
+    if columns.format == "tokens-tags":
+        return _tagged(place, row)
+    if columns.format == "messages":
+        return {"messages": conversation(place, row["messages"], columns.mapping, seen)}
+    return {
+        column: _label(place, value) if column == "label" else text_in(place, repr(column), value)
+        for column, value in row.items()
+    }
+
+
+def _picture(place: str, value: Any, folder: Path) -> Picture:
+    """From a path, from bytes, or from a dict that has either, as Parquet files hold them."""
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, bytes):
+        return from_bytes(value, place)
+    if isinstance(value, str) and value.strip():
+        return from_file(folder / value, place)
+    raise DataError(
+        f"{place}: 'image' must be the path of a picture or its bytes, found {shown(value)}",
+        code="not_a_picture",
+        field="image",
+    )
+
+
+def _tagged(place: str, row: Row) -> Row:
+    """A list of words, and a tag for each."""
+    for column, value in row.items():
+        if not isinstance(value, list):
+            raise DataError(
+                f"{place}: {column!r} must be a list, found {type(value).__name__}; .jsonl, .json "
+                "and .parquet can hold lists, .csv cannot",
+                code="not_a_list",
+                field=column,
+            )
+    tokens = [text_in(place, "a token", token) for token in row["tokens"]]
+    tags = [_label(place, tag) for tag in row["tags"]]
+    if len(tokens) != len(tags):
+        raise DataError(
+            f"{place}: {len(tokens)} tokens and {len(tags)} tags; one tag a token",
+            code="lengths_differ",
+            field="tags",
+        )
+    if empty := [n for n, text in enumerate((*tokens, *tags)) if not text.strip()]:
+        raise DataError(
+            f"{place}: token {empty[0] % len(tokens) + 1} is empty, or its tag is",
+            code="missing_value",
+            field="tokens",
+        )
+    return {"tokens": tokens, "tags": tags}
+
+
+def _label(place: str, value: Any) -> str:
+    if isinstance(value, bool | int) or (isinstance(value, float) and value.is_integer()):
+        return str(value if isinstance(value, bool) else int(value))
+    if isinstance(value, str):
+        return text_in(place, "'label'", value).strip()
+    remedy = ""
+    if isinstance(value, float):
+        remedy = f"; {NO_REGRESSION}"
+    elif isinstance(value, list):
+        remedy = "; several labels a row cannot be learnt yet"
+    raise DataError(
+        f"{place}: a label must be text or a whole number, found {shown(value)}{remedy}",
+        code="label_is_a_number" if isinstance(value, float) else "not_a_label",
+        field="label",
+    )

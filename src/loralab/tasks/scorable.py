@@ -1,0 +1,58 @@
+"""Which rows are scored, as numbers, and whether a model can take them."""
+
+from typing import Any
+
+from torch import nn
+
+from loralab.errors import ConfigError, DataError, nearest, some
+from loralab.tasks.catalog import Task
+from loralab.tasks.encode import Encoded, encode
+from loralab.tasks.formats import Row
+from loralab.tasks.forward import places, require_known
+
+
+def scorable(
+    model: nn.Module, tokenizer: Any, task: Task, split: str, *, kind: str,
+    max_length: int | None = None, limit: int | None = None,
+) -> tuple[list[Row], Encoded, int]:  # fmt: skip
+    """The rows that would be scored, as numbers too, and the most tokens that one may have.
+
+    Raises:
+        InputError: `evaluate` could not score them.
+    """
+    rows = _chosen(task, split, limit)
+    room = max_length or context_length(model)
+    if kind not in ("causal-lm", "image-classification"):
+        room = min(room, tokenizer.model_max_length)
+    encoded = encode(task, split, tokenizer, kind=kind, max_length=room, rows=rows)
+    _require_whole(task, split, encoded, room, kind)
+    require_known(model, tokenizer, (ids for e in encoded.examples for ids in e.texts))
+    return rows, encoded, room
+
+
+def context_length(model: nn.Module) -> int:
+    """How many tokens a model can take; 2048 if it does not say."""
+    return places(model) or 2048
+
+
+def _chosen(task: Task, split: str, limit: int | None) -> list[Row]:
+    """The first `limit` rows of a split."""
+    if split not in task.splits:
+        near = nearest(split, task.splits)
+        raise ConfigError(f"no split {split!r}; there are {some(task.splits)}{near}")
+    if limit is not None and limit < 1:
+        raise ConfigError(f"limit must be at least 1, got {limit}")
+    if not task.splits[split]:
+        raise DataError(f"{task.name} has no rows in its {split} split")
+    return task.splits[split][:limit]
+
+
+def _require_whole(task: Task, split: str, encoded: Encoded, room: int, kind: str) -> None:
+    """Nothing is silently left out of a score; a classifier reads what fits, as in training."""
+    lost = sorted({*encoded.dropped, *encoded.shortened})
+    if lost and kind == "causal-lm":
+        numbers = some((str(row + 1) for row in lost), 5)
+        raise DataError(
+            f"{task.name}: {len(lost)} {split} rows are longer than {room} tokens, all that the "
+            f"model can take (rows {numbers}); shorten or remove them"
+        )

@@ -1,0 +1,319 @@
+"""Conversations as generation meets them: what is asked before an answer, what must follow it.
+
+A chat template writes a conversation with the opening of the next answer, which is all that a model
+is ever asked with, and it writes it whole. The two need not agree: an opening may begin a thought
+or end an empty one, and the whole may leave thoughts out or bring one. So an answer is learnt as
+what continues its opening: what the whole says there, if that holds the answer as it is, and else
+the answer itself and the end of turn. Where neither is certain the row is refused.
+"""
+
+import functools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, NoReturn
+
+from loralab.errors import DataError
+from loralab.tasks.template import render
+
+Chat = Sequence[Mapping[str, str]]
+THOUGHTS = (  # how thoughts begin and end
+    ("<think>", "</think>"),
+    ("<thinking>", "</thinking>"),
+    ("<thought>", "</thought>"),
+    ("<reasoning>", "</reasoning>"),
+    ("<seed:think>", "</seed:think>"),
+    ("<longcat_think>", "</longcat_think>"),
+    ("[THINK]", "[/THINK]"),
+    ("<|channel>thought", "<channel|>"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"),
+    ("<|begin_of_thought|>", "<|end_of_thought|>"),
+    ("◁think▷", "◁/think▷"),
+)
+FIRSTS = tuple(first for first, _ in THOUGHTS)
+MARK = re.compile(f"({'|'.join(re.escape(mark) for pair in THOUGHTS for mark in pair)})")
+STAND_IN = "answer-7f3a9c"  # for an answer, where all that a template writes around it is wanted
+SHORT = 40  # characters of an answer that may stand in what the template writes itself
+QUOTED = 40  # characters of an answer in an error
+
+
+@dataclass(frozen=True)
+class Turn:
+    """The text that a model is asked with, and the text that it should write after it."""
+
+    prompt: str
+    target: str
+
+
+def turns(tokenizer: Any, chat: Chat) -> list[Turn]:
+    """Every answer of a conversation, in order.
+
+    Raises:
+        DataError: the chat template refuses the conversation, or an answer cannot be learnt.
+    """
+    answered = (i for i, message in enumerate(chat) if message["role"] == "assistant")
+    return [last_turn(tokenizer, chat[: i + 1]) for i in answered]
+
+
+def last_turn(tokenizer: Any, chat: Chat) -> Turn:
+    """The answer that ends a conversation.
+
+    Raises:
+        DataError: the chat template refuses the conversation, or the answer cannot be learnt.
+    """
+    now = datetime.now()  # one for both, or a template with a clock may write two different ones
+    prompt = write(tokenizer, chat[:-1], prompt=True, now=now)
+    if not tokenizer.chat_template:
+        return Turn(prompt, chat[-1]["content"])
+    whole = write(tokenizer, chat, now=now)
+    return Turn(prompt, _Answer(tokenizer, chat, prompt, now).target(whole))
+
+
+def write(tokenizer: Any, chat: Chat, *, prompt: bool = False, now: datetime | None = None) -> str:
+    """A conversation as text; `prompt` opens the next answer.
+
+    Raises:
+        DataError: the chat template refuses it.
+    """
+    if not tokenizer.chat_template:
+        return "".join(_spaced(message["content"]) for message in chat)
+    try:
+        template, tokens = tokenizer.get_chat_template(), tokenizer.special_tokens_map
+        return render(template, chat, prompt=prompt, tokens=tokens, now=now)
+    except Exception as error:  # jinja's own errors, and whatever a template raises
+        what = f"the row {chat[0]['content'][:QUOTED]!r}" if chat else "an answer to nothing"
+        raise DataError(
+            f"the chat template refuses {what}: {error}",
+            code="template_refuses_row",
+            field="chat_template",
+        ) from None
+
+
+def common(one: Sequence[object], other: Sequence[object]) -> int:
+    """How much two sequences have in common at their start."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """The last answer of a conversation, after its prompt."""
+
+    tokenizer: Any
+    chat: Chat
+    prompt: str
+    now: datetime
+
+    @property
+    def text(self) -> str:
+        return self.chat[-1]["content"]
+
+    def target(self, whole: str) -> str:
+        """What must follow the prompt; `whole` is the conversation as the template writes it."""
+        if whole.startswith(self.prompt):
+            target = whole[len(self.prompt) :]
+            if self._is_held(target):
+                return target
+            return self._put_together(target)
+        return self._put_together("")
+
+    def _is_held(self, target: str) -> bool:
+        """Whether a target holds the answer as it is, but for the space around thoughts."""
+        shown, (lead, end) = self._shown(), _usual_frame(self.tokenizer)
+        usual = target.startswith(lead) and target.endswith(end)
+        if usual and target[len(lead) : len(target) - len(end)].strip() == self.text.strip():
+            return not shown + lead or _has_one_thought(_tight(shown + lead), _tight(self.text))
+        text, answer = _tight(shown + target), _tight(self.text)
+        if len(answer) < SHORT and text.count(answer) <= self._markup(shown).count(answer):
+            return False
+        before, found, _ = text.rpartition(answer)
+        return bool(found) and _has_one_thought(before, answer)
+
+    def _shown(self) -> str:
+        """The thought that the prompt ends in, which a model would go on with; or none."""
+        first, last, ended = _thought_at_the_end(self.prompt)
+        return first + last * ended
+
+    def _markup(self, shown: str) -> str:
+        """All that the template writes of an answer, but the answer."""
+        before, _, after = self._around()
+        return _tight(shown + before.removeprefix(self.prompt) + after)
+
+    def _around(self) -> tuple[str, str, str]:
+        """The whole before the answer, a stand-in for it or nothing, and the whole after it."""
+        stand_in = {"role": "assistant", "content": STAND_IN}
+        whole = write(self.tokenizer, [*self.chat[:-1], stand_in], now=self.now)
+        return whole.rpartition(STAND_IN)
+
+    def _put_together(self, target: str) -> str:
+        """The answer, without what the prompt has of it, and the end of turn.
+
+        Args:
+            target: what the template writes after the prompt, if it does.
+        """
+        before, found, after = self._around()
+        if not found:
+            self._refuse_changed()
+        first, last, ended = _thought_at_the_end(self.prompt)
+        if first and ended:
+            return self._after_an_ended_thought(first, last) + after
+        if first:
+            return self._within_a_thought(first, last) + after
+        if before.startswith(self.prompt):
+            lead = before[len(self.prompt) :]
+            self._require_cut_thought(lead, target)
+            return lead + self.text + after
+        return self._after_an_opening(before) + after
+
+    def _within_a_thought(self, first: str, last: str) -> str:
+        own = self.text.lstrip()
+        if last not in own:
+            opening = repr(self._opening()[-80:].strip())
+            raise DataError(
+                f"the chat template begins every answer with a thought ({opening}), and the "
+                f"answer {self._quoted()} does not end it with {last}: give each answer a thought "
+                f"({first} ... {last}, it may be empty), or take the thought out of the template",
+                code="thought_left_open", field="chat_template",
+            )  # fmt: skip
+        if not own.startswith(first):
+            return self.text
+        rest, space = own[len(first) :], _space_after(self.prompt)
+        rest = rest[len(space) :] if rest.startswith(space) else rest.lstrip()
+        if not _has_one_thought(first, _tight(rest)):
+            self._refuse_second(first, last)
+        return rest
+
+    def _after_an_ended_thought(self, first: str, last: str) -> str:
+        thought, ended, rest = self.text.lstrip().partition(last)
+        if ended and thought.removeprefix(first).strip():
+            self._refuse_second(first, last)
+        if ended:  # it brings the empty thought that the prompt has
+            return rest.lstrip()
+        if thought.startswith(FIRSTS):
+            self._refuse_second(first, last)
+        return self.text
+
+    def _after_an_opening(self, before: str) -> str:
+        """The prompt is not how the whole begins, such as where only the last question has a system
+        message; what it adds for the answer must still be what the whole writes in front of one."""
+        missing = self._opening_that_is_not_in(before)
+        own = self.text.lstrip()
+        if missing and own.startswith(missing):
+            return own[len(missing) :].lstrip()
+        if missing:
+            raise DataError(
+                f"the chat template opens an answer with {missing[-80:]!r} when it asks for one, "
+                f"and not where there is one, such as {self._quoted()}; begin the answers with it, "
+                "or let the template write the same in both places",
+                code="prompt_not_continued", field="chat_template",
+            )  # fmt: skip
+        space, asked = _space_after(before), _space_after(self.prompt)
+        return (space[len(asked) :] if space.startswith(asked) else "") + self.text
+
+    def _opening_that_is_not_in(self, before: str) -> str:
+        """The end of the prompt's opening that `before`, which leads to an answer, lacks."""
+        opening = self._opening()
+        lengths = range(len(opening), -1, -1)
+        both = next(n for n in lengths if before.rstrip().endswith(opening[:n].rstrip()))
+        return opening[both:].strip()
+
+    def _opening(self) -> str:
+        """All that the template writes to open the answer."""
+        asked = write(self.tokenizer, self.chat[:-1], now=self.now)
+        return self.prompt[common(self.prompt, asked) :]
+
+    def _require_cut_thought(self, lead: str, target: str) -> None:
+        """The template may leave out a thought, which a model writes by itself, and nothing else.
+
+        Raises:
+            DataError: it changes the answer, or writes a thought of its own in front of it.
+        """
+        own = self.text.lstrip()
+        for first, last in THOUGHTS:
+            _, ended, answer = own.rpartition(last)
+            if own.startswith(first) and ended and _tight(answer) in _tight(target):
+                if not _has_one_thought(_tight(lead), _tight(own)):
+                    self._refuse_second(first, last)
+                return
+        self._refuse_changed()
+
+    def _refuse_second(self, first: str, last: str) -> NoReturn:
+        raise DataError(
+            f"the chat template writes a thought of its own ({first} ... {last}) in front of an "
+            f"answer, and the answer {self._quoted()} brings another; take it out of the answers, "
+            "or out of the template",
+            code="second_thought", field="chat_template",
+        )  # fmt: skip
+
+    def _refuse_changed(self) -> NoReturn:
+        raise DataError(
+            f"the chat template does not write the answer {self._quoted()} as it is after its "
+            "prompt; it cannot be learnt with this tokenizer",
+            code="answer_not_written", field="chat_template",
+        )  # fmt: skip
+
+    def _quoted(self) -> str:
+        return repr(self.text[:QUOTED])
+
+
+def _usual_frame(tokenizer: Any) -> tuple[str, str]:
+    """What a template writes after the prompt of a first answer, before it and behind it.
+
+    Where that is not known it is what no answer stands between.
+    """
+    tokens = tokenizer.special_tokens_map.items()
+    return _frame(tokenizer.get_chat_template(), tuple((n, t) for n, t in tokens if type(t) is str))
+
+
+@functools.lru_cache(maxsize=16)
+def _frame(template: str, tokens: tuple[tuple[str, str], ...]) -> tuple[str, str]:
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": STAND_IN}]
+    try:
+        prompt = render(template, chat[:1], prompt=True, tokens=dict(tokens))
+        before, found, end = render(template, chat, prompt=False, tokens=dict(tokens)).rpartition(
+            STAND_IN
+        )
+    except Exception:  # such as one that wants a system message
+        return STAND_IN, STAND_IN
+    known = found and before.startswith(prompt)
+    return (before[len(prompt) :], end) if known else (STAND_IN, STAND_IN)
+
+
+def _thought_at_the_end(prompt: str) -> tuple[str, str, bool]:
+    """The marks of the thought that a prompt ends in, and whether it is ended; else empty ones."""
+    text = prompt.rstrip()
+    for first, last in THOUGHTS:
+        if text.endswith((first, last)):
+            return first, last, text.endswith(last)
+    return "", "", False
+
+
+def _has_one_thought(before: str, answer: str) -> bool:
+    """Whether what a template writes before an answer leaves no thought open, and none is doubled.
+
+    Both are tight.
+    """
+    for first, last in THOUGHTS:
+        opened, ended = before.count(first), before.count(last)
+        if (opened or ended) and answer.startswith(FIRSTS):
+            return False
+        if opened > ended and last not in answer:
+            return False
+        if opened == ended > 0 and last in answer.partition(first)[0]:
+            return False
+    return True
+
+
+def _tight(text: str) -> str:
+    """A text without space around thoughts' marks and at its ends."""
+    return "".join(part.strip() for part in MARK.split(text))
+
+
+def _space_after(text: str) -> str:
+    return text[len(text.rstrip()) :]
+
+
+def _spaced(text: str) -> str:
+    """A plain prompt ends in white space, so that the answer begins a new token."""
+    return text if text[-1:].isspace() else text + "\n"

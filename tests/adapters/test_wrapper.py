@@ -1,0 +1,80 @@
+"""What holds for a module that stands in the place of another, whatever the method."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations, prune, spectral_norm
+from toy import METHODS, toy
+
+from loralab.adapters.attach import attach
+from loralab.adapters.conv import ConvWithLoRA
+from loralab.adapters.linear import LinearWithLoRA
+from loralab.adapters.methods import IA3, AdaLoRA, LoRA
+from loralab.adapters.wrapper import Wrapper
+from loralab.errors import AdapterStateError, ConfigError, TargetError
+
+COMPUTED: dict[str, Callable[[nn.Module], Any]] = {
+    "weight norm": parametrizations.weight_norm,
+    "spectral norm": parametrizations.spectral_norm,
+    "pruned": lambda layer: prune.l1_unstructured(layer, "weight", 0.3),
+    "older spectral norm": spectral_norm,
+}
+LAYERS: dict[str, Callable[[nn.Module], Wrapper]] = {
+    "lora": lambda base: LinearWithLoRA(base, LoRA(rank=2)),
+    "dora": lambda base: LinearWithLoRA(base, LoRA(rank=2, dora=True)),
+    "conv": lambda base: ConvWithLoRA(base, LoRA(rank=2)),
+}
+
+
+@pytest.mark.parametrize("kind", COMPUTED)
+def test_a_weight_that_is_computed_at_each_call_is_adapted_and_not_merged(kind: str) -> None:
+    torch.manual_seed(0)
+    base = nn.Conv1d(6, 6, 1)
+    COMPUTED[kind](base)
+    base.eval()
+    x = torch.randn(2, 6, 6)
+    before = base(x)
+    module = ConvWithLoRA(base, LoRA(rank=2)).eval()
+    torch.testing.assert_close(module(x), before)
+    nn.init.normal_(module.lora_B)
+    assert not torch.allclose(module(x), before)
+    with pytest.raises(AdapterStateError) as raised:
+        module.merge_weights()
+    assert raised.value.code == "cannot_merge"
+    assert not module.merged
+
+
+@pytest.mark.parametrize("kind", COMPUTED)
+@pytest.mark.parametrize(
+    "config",
+    [LoRA(rank=2, target_modules=("0",)), AdaLoRA(rank=4, target_rank=2, target_modules=("0",)),
+     IA3(target_modules=("0",), feedforward_modules=("0",))],
+)  # fmt: skip
+def test_a_linear_layer_with_such_a_weight_is_refused_by_name(kind: str, config: Any) -> None:
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)).eval()
+    COMPUTED[kind](model[0])
+    with pytest.raises(TargetError):
+        attach(model, config)
+
+
+def test_complex_weights_are_refused() -> None:
+    with pytest.raises(ConfigError) as raised:
+        LinearWithLoRA(nn.Linear(6, 6, dtype=torch.complex64), LoRA(rank=2))
+    assert (raised.value.code, raised.value.field) == ("complex_weight", "target_modules")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_state_dict_that_is_loaded_is_what_answers(method: str) -> None:
+    one, other = toy(method), toy(method)
+    for parameter in other.parameters():
+        nn.init.normal_(parameter)
+    ids = torch.arange(8).view(2, 4)
+    one.model(ids)
+    one.model.train()(ids)
+    one.model.eval().load_state_dict(other.model.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(one.model(ids), other.model(ids))
+    one.model.train()(ids)  # AdaLoRA takes it for no step of an optimiser

@@ -1,0 +1,27 @@
+"""What is asked, before it runs."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+from serving.vocabularies import byte_level
+from torch import nn
+
+from loralab.models.load import Base
+from loralab.serving.asking import Asking
+from loralab.serving.entries import Entry
+from loralab.serving.request import Sampling
+
+
+def test_without_a_template_a_prompt_ends_in_white_space_as_in_training() -> None:
+    tokenizer = byte_level()
+    model = SimpleNamespace(get_input_embeddings=lambda: nn.Embedding(len(tokenizer), 1))
+    base = Base(name="b", model=model, tokenizer=tokenizer, kind="causal-lm", source="b")
+    entry = Entry(
+        name="a", digest="d", method="LORA", rank=1, bytes=1, task=None, labels=(), metrics={},
+        base=None, kind=None, front=0, loaded=False, pinned=False, path=Path(),
+        form="prompt-completion",
+    )  # fmt: skip
+    asking = Asking(base, 512)
+    for text, warned in (("the river", True), ("the river\n", False), ("the river ", False)):
+        live = asking.writing(tokenizer(text)["input_ids"], entry, Sampling())
+        assert bool(live.answer.warning) == warned, text
