@@ -286,9 +286,8 @@ def with_head(method: Method, base: Base) -> Method:
         return method
     heads = [name for name, _ in base.model.named_children() if name in HEADS]
     heads += [name for name in base.new if _is_alone(name, base.model, heads)]
-    if any(head in method.modules_to_save for head in heads):
-        return method
-    return replace(method, modules_to_save=(*method.modules_to_save, *heads))
+    missing = [head for head in heads if head not in method.modules_to_save]
+    return replace(method, modules_to_save=(*method.modules_to_save, *missing))
 
 
 def _is_alone(name: str, model: nn.Module, heads: Sequence[str]) -> bool:
