@@ -15,6 +15,8 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     BertForSequenceClassification,
+    CanineConfig,
+    CanineForSequenceClassification,
     CLIPVisionConfig,
     CLIPVisionModel,
     FNetConfig,
@@ -360,6 +362,13 @@ def test_a_configuration_without_padding_is_given_one(save_tiny: Any) -> None:
     )  # fmt: skip
     base = load(str(save_tiny("rwkv", RwkvForCausalLM(config), False)))
     assert base.model.config.pad_token_id == base.tokenizer.pad_token_id == 2
+
+
+def test_a_model_without_a_table_of_tokens_is_loaded(save_tiny: Any) -> None:
+    config = CanineConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+                          num_attention_heads=4, pad_token_id=0)  # fmt: skip
+    model = CanineForSequenceClassification(config)
+    assert load(str(save_tiny("canine", model, False))).tokenizer.pad_token == "</s>"
 
 
 def test_a_vision_model_without_classes_is_not_asked_for_a_tokenizer(tmp_path: Path) -> None:

@@ -325,12 +325,20 @@ def _prepare(model: Any, tokenizer: Any) -> None:
 
     The model must know it too, as some classifiers look for the last token before it.
     """
-    rows = model.get_input_embeddings().weight.shape[0]
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows:
+    rows = _rows(model)
+    if tokenizer.pad_token_id is None or (rows is not None and tokenizer.pad_token_id >= rows):
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
     if tokenizer.pad_token_id is not None:
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+
+
+def _rows(model: Any) -> int | None:
+    """Those of the embedding; None where tokens are not looked up in one table (Canine)."""
+    try:
+        return len(model.get_input_embeddings().weight)
+    except (NotImplementedError, AttributeError):
+        return None
 
 
 @contextlib.contextmanager

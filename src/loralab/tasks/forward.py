@@ -1,5 +1,6 @@
 """What each kind of model is called with, and the loss of its answers."""
 
+import contextlib
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
@@ -207,7 +208,11 @@ def places(model: nn.Module) -> int | None:
 def _rows(model: Any) -> int | None:
     """Those of the embedding, or of the output head where it has fewer; None if nothing says."""
     finders = ("get_input_embeddings", "get_output_embeddings")
-    tables = [getattr(model, name)() for name in finders if hasattr(model, name)]
+    tables = []
+    for name in finders:
+        # of a model that looks tokens up in no one table (Canine) transformers raises it
+        with contextlib.suppress(NotImplementedError, AttributeError):
+            tables.append(getattr(model, name)())
     sizes = [getattr(t, n, None) for t in tables for n in ("num_embeddings", "out_features")]
     return min(filter(None, sizes), default=None)
 
