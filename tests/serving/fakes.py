@@ -114,6 +114,9 @@ class FakeEngine:
         self.running = self.waiting = 0
         self._threads: list[threading.Thread] = []
 
+    def tokenizer(self, entry: FakeEntry | None) -> Any:
+        return self.base.tokenizer
+
     def start(self) -> None:
         """Nothing to start."""
 

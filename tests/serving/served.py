@@ -37,7 +37,9 @@ def serve() -> Iterator[Serve]:
     with ExitStack() as stack:
 
         def start(engine: Any, *, keys: Keys | None = None, limits: Limits | None = None) -> str:
-            return stack.enter_context(listening(engine, keys, limits))
+            where = stack.enter_context(listening(engine, keys, limits))
+            stack.callback(engine.gate.set)  # before the server waits for its last answers
+            return where
 
         yield start
 
@@ -52,7 +54,6 @@ def listening(engine: Any, keys: Keys | None, limits: Limits | None) -> Iterator
     thread.start()
     assert ready.wait(10)
     yield where
-    engine.gate.set()
     listener.should_exit = True
     thread.join(20)
     assert not thread.is_alive()

@@ -3,12 +3,15 @@
 import json
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loralab.errors import ConfigError
 from loralab.values import check_choice
+
+if TYPE_CHECKING:
+    from loralab.serving.store import Entry
 
 ENGINES = ("loralab", "vllm")
 NOT_VLLMS = (
@@ -81,8 +84,30 @@ def serve_by_vllm(
     left_out = {**shelf.refused, **prepared.refused}
     for name, reason in left_out.items():
         print(f"left out: {name}: {reason}", file=sys.stderr)
+    if not any(word.startswith("--chat-template") for word in further):
+        ready_entries = [entry for entry in shelf.entries() if entry.name in prepared.ready]
+        say_differing(ready_entries, run_as.source, shown)
     ready = {"url": where, "model": shown, "kind": CAUSAL, "adapters": list(prepared.ready)}
     return run(run_as, lambda: _say_ready(ready, as_json))
+
+
+def say_differing(entries: Sequence["Entry"], source: str, shown: str) -> None:
+    """Name the adapters that were trained with another chat template than vLLM will ask with."""
+    from transformers import AutoTokenizer
+
+    from loralab.models.identity import changes
+    from loralab.models.kinds import CAUSAL
+    from loralab.models.load import Base
+
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    base = Base(name=shown, model=None, tokenizer=tokenizer, kind=CAUSAL, source=source)
+    for entry in entries:
+        for _, text in changes(base, dict(entry.wording)).values():
+            print(
+                f"warning: vLLM asks {entry.name} with {text} of {shown}, not with the one that it "
+                "was trained with; --engine-args '--chat-template FILE' names one for all",
+                file=sys.stderr,
+            )  # fmt: skip
 
 
 def require_vllms(typed: Mapping[str, Any], keys: Path | None, pin: Any, ours: Any) -> None:

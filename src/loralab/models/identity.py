@@ -78,28 +78,41 @@ def as_trained(base: Base, stored: Mapping[str, Any], whose: object) -> Base:
             f"the tokenizer of {base.name} is not the one that {whose} was trained with, so its "
             "answers will differ"
         )
-    changes = _changes(base, stored)
-    if not changes:
-        return base
+    changed = changes(base, stored)
+    warn_of(changed, base, whose)
+    return reworded(base, changed) if changed else base
+
+
+def reworded(base: Base, changed: Mapping[str, tuple[Any, str]]) -> Base:
+    """Return the base with a copy of its tokenizer that has some attributes of another's."""
     tokenizer = copy.deepcopy(base.tokenizer)  # others may ask the same base in its own words
-    for name, (value, text) in changes.items():
+    for name, (value, _) in changed.items():
         setattr(tokenizer, name, value)
-        _warn(f"{text} of {base.name} is not the one that {whose} was trained with, which is used")
     return replace(base, tokenizer=tokenizer)
 
 
-def _changes(base: Base, stored: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
-    """What of a tokenizer was another in training: attribute -> its value then, and its name."""
+def warn_of(changed: Mapping[str, tuple[Any, str]], base: Base, whose: object) -> None:
+    """Say what of a tokenizer is the adapter's own."""
+    for _, text in changed.values():
+        _warn(f"{text} of {base.name} is not the one that {whose} was trained with, which is used")
+
+
+def changes(base: Base, stored: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
+    """Compare a tokenizer with the one of a training.
+
+    Returns:
+        attribute -> its value then, and its name, of those that differ.
+    """
     if base.kind == VISION:
         return {}
-    changes: dict[str, tuple[Any, str]] = {}
+    found: dict[str, tuple[Any, str]] = {}
     template = template_of(base.tokenizer)
     if (trained := stored.get("chat_template", template)) != template:
-        changes["chat_template"] = trained, "the chat template"
+        found["chat_template"] = trained, "the chat template"
     end, own = stored.get("eos_token"), base.tokenizer.eos_token
     if end is not None and end != own and end in base.tokenizer.get_vocab():
-        changes["eos_token"] = end, f"the end of text ({shown(own)}, then {shown(end)})"
-    return changes
+        found["eos_token"] = end, f"the end of text ({shown(own)}, then {shown(end)})"
+    return found
 
 
 def _warn(text: str) -> None:

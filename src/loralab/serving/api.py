@@ -185,7 +185,8 @@ def _add_asking(app: FastAPI, service: Service) -> None:
         body = await service.body(request, ChatBody)
         entry = await _writer(service, body.model, key)
         try:
-            ids = await service.chat_ids([message.turn() for message in body.messages])
+            turns = [message.turn() for message in body.messages]
+            ids = await service.chat_ids(turns, entry)
         except LoralabError as error:
             raise translated(error, "messages") from None
         return await _answered(service, request, body, entry, key, [ids])
@@ -326,6 +327,7 @@ async def _writer(service: Service, name: str, key: Key | None) -> "Entry | None
     entry = await service.model(name, key)
     if service.engine.base.kind != "causal-lm":
         raise ApiError(400, f"{name} writes no text; ask /v1/classify", param="model")
+    await service.have_tokenizer(entry)
     return entry
 
 

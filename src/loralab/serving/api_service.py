@@ -58,6 +58,7 @@ class Service:
         self.started = int(time.time())
         self.stopping = False
         self._arriving = 0  # bytes of bodies that are not whole yet
+        self._worded = set[str]()  # digests of the adapters whose wording is known
         self._aside: ThreadPoolExecutor = ThreadPoolExecutor(1, "tokenizer")
 
     @property
@@ -161,6 +162,20 @@ class Service:
             code="model_not_found",
         )  # fmt: skip
 
+    async def have_tokenizer(self, entry: "Entry | None") -> None:
+        """Have an adapter's tokenizer ready before the event loop needs it.
+
+        Raises:
+            ApiError: 400, its chat template cannot be used.
+        """
+        if entry is None or entry.digest in self._worded:
+            return
+        try:
+            await self.aside(lambda: self.engine.tokenizer(entry))
+        except LoralabError as error:
+            raise translated(error, "model") from None
+        self._worded.add(entry.digest)
+
     async def _entry(self, name: str, key: Key | None) -> "Entry | None":
         """The adapter that a key may use; what it may not use is not even looked at."""
         if key is None or key.may_use(name):
@@ -235,7 +250,7 @@ class Service:
             raise ApiError(400, "prompt is empty", param="prompt", code="invalid_value")
         return prompt
 
-    async def chat_ids(self, turns: list[dict[str, str]]) -> Sequence[int]:
+    async def chat_ids(self, turns: list[dict[str, str]], entry: "Entry | None") -> Sequence[int]:
         """The tokens of a conversation and the opening of its next turn, as in training.
 
         Raises:
@@ -243,7 +258,7 @@ class Service:
             ApiError: 400, it is far too long.
         """
         self.require_fitting(sum(1 + len(turn["content"]) for turn in turns), "messages")
-        return await self.aside(lambda: opening(self.engine.base.tokenizer, turns))
+        return await self.aside(lambda: opening(self.engine.tokenizer(entry), turns))
 
     def room(self, ids: Sequence[int], entry: "Entry | None", param: str) -> int:
         """Tokens that an answer to a prompt can have.

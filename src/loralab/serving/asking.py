@@ -4,7 +4,6 @@ import itertools
 import uuid
 from collections.abc import Sequence
 from concurrent.futures import Future
-from typing import Any
 
 from loralab.errors import ConfigError, DataError
 from loralab.models.load import Base
@@ -13,8 +12,9 @@ from loralab.serving.entries import Entry
 from loralab.serving.live import Scored, Seen, Written
 from loralab.serving.request import Answer, Sampling
 from loralab.serving.scheduler import Row
+from loralab.serving.wording import Wordings
 from loralab.tasks.catalog import Task
-from loralab.tasks.encode import Example, answer_ids, chat_ids, prompt_ids, stop_ids
+from loralab.tasks.encode import Example, answer_ids, prompt_ids
 from loralab.tasks.forward import require_known
 from loralab.tasks.pictures import from_bytes
 
@@ -30,13 +30,14 @@ class Asking:
 
     Args:
         context: the most tokens of a request, its prefix and its answer included.
+
+    Attributes:
+        wordings: how each adapter's prompts are written.
     """
 
     def __init__(self, base: Base, context: int) -> None:
         self._base, self._context = base, context
-        writes = base.kind == "causal-lm"
-        self._stops = frozenset(stop_ids(base.tokenizer)) if writes else frozenset()
-        self._opening = _opening(base.tokenizer) if writes else ()
+        self.wordings = Wordings(base)
         self._tokens = TokenBytes(base.tokenizer)
         self._numbers = itertools.count()  # of rows and inputs
 
@@ -64,7 +65,7 @@ class Asking:
         )  # fmt: skip
         live = Written(
             adapter=name, digest=digest, prompt=tuple(prompt), sampling=sampling,
-            stops=self._stops, tokens=self._tokens, answer=answer,
+            stops=self.wordings.of(entry).stops, tokens=self._tokens, answer=answer,
             rows=[self._row(tokens, entry, sampling)],
         )  # fmt: skip
         return live
@@ -80,9 +81,10 @@ class Asking:
         """Whether a prompt ends as those that the adapter has learnt to answer."""
         if entry is None or entry.form in (None, "text"):
             return True
-        if self._base.tokenizer.chat_template:
-            return tuple(prompt[len(prompt) - len(self._opening) :]) == self._opening
-        return self._tokens.decode(prompt[-1:])[-1:].isspace() or not self._opening
+        wording = self.wordings.of(entry)
+        if wording.tokenizer.chat_template:
+            return tuple(prompt[len(prompt) - len(wording.opening) :]) == wording.opening
+        return self._tokens.decode(prompt[-1:])[-1:].isspace() or not wording.opening
 
     def classifying(self, inputs: Sequence[str | bytes], entry: Entry | None) -> Scored | Seen:
         """Inputs to put into classes.
@@ -107,7 +109,7 @@ class Asking:
         )  # fmt: skip
 
     def _scored(self, texts: Sequence[str], entry: Entry | None, task: Task) -> Scored:
-        tokenizer, front = self._base.tokenizer, list(range(-front_of(entry), 0))
+        tokenizer, front = self.wordings.of(entry).tokenizer, list(range(-front_of(entry), 0))
         digest = digest_of(entry)
         rows, asked, single, firsts = [], [], True, []
         for text in texts:
@@ -174,13 +176,6 @@ class Asking:
                 f"take {self._context} in all",
                 code="context_length_exceeded", field="prompt",
             )  # fmt: skip
-
-
-def _opening(tokenizer: Any) -> tuple[int, ...]:
-    """What stands between a question and its answer: the ids that two questions end in alike."""
-    questions = (reversed(chat_ids(tokenizer, text)) for text in ("yes", "no"))
-    alike = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(*questions, strict=False))
-    return tuple(token for token, _ in alike)[::-1]
 
 
 def front_of(entry: Entry | None) -> int:

@@ -102,6 +102,14 @@ class Engine:
         self._enter(live)
         return live.future
 
+    def tokenizer(self, entry: Entry | None) -> Any:
+        """Return the tokenizer with the chat template that an adapter was trained with.
+
+        Raises:
+            DataError: the template cannot be used.
+        """
+        return self._asking.wordings.of(entry).tokenizer
+
     def generate(
         self, prompts: Sequence[Sequence[int]], *, adapters: Sequence[str | None],
         sampling: Sampling,

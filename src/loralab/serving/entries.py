@@ -18,6 +18,7 @@ from loralab.errors import AdapterFileError, nearest
 from loralab.serving.names import DIGEST
 from loralab.tasks.score import MAIN_METRICS
 
+WORDING = ("chat_template", "eos_token")  # of a tokenizer, that an adapter may have its own of
 IN_FRONT = ("PREFIX_TUNING", "PROMPT_TUNING")
 
 
@@ -33,6 +34,7 @@ class Entry:
         kind: of the base, one of models.kinds.KINDS.
         front: tokens that stand before every input.
         form: of the rows that it was trained on; `instruction` is what stood before them.
+        wording: chat template and end of text of the tokenizer in training, as far as known.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Entry:
     path: Path
     form: str | None = None
     instruction: str | None = None
+    wording: tuple[tuple[str, str | None], ...] = ()
 
     @property
     def score(self) -> tuple[str, float] | None:
@@ -98,6 +101,7 @@ def describe(
         front=(_count(fields.get("num_virtual_tokens")) or 0) if kind in IN_FRONT else 0,
         loaded=False, pinned=False, path=path,
         form=_text(task.get("format")), instruction=_text(task.get("instruction")),
+        wording=_wording(section(record, "tokenizer")),
     )  # fmt: skip
 
 
@@ -142,6 +146,12 @@ def section(record: Mapping[str, Any], name: str) -> dict[str, Any]:
     """A part of a record that should be an object; an empty one where it is none."""
     found = record.get(name)
     return found if isinstance(found, dict) else {}
+
+
+def _wording(tokenizer: Mapping[str, Any]) -> tuple[tuple[str, str | None], ...]:
+    """Return what is stored of it; a template that many adapters share is kept once."""
+    found = [(name, tokenizer[name]) for name in WORDING if name in tokenizer]
+    return tuple((name, sys.intern(t) if type(t) is str else None) for name, t in found)
 
 
 def _is_digest(value: Any) -> bool:

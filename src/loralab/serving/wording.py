@@ -1,0 +1,73 @@
+"""The base's tokenizer as each adapter was trained with it: its chat template, its end of text."""
+
+import itertools
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+from loralab.models.identity import changes, reworded, warn_of
+from loralab.models.load import Base
+from loralab.serving.entries import Entry
+from loralab.tasks.encode import chat_ids, stop_ids
+
+
+@dataclass(frozen=True)
+class Wording:
+    """How prompts are written and where answers end.
+
+    Attributes:
+        stops: ids that end an answer; none where the base writes no text.
+        opening: ids between a question and its answer.
+    """
+
+    tokenizer: Any
+    stops: frozenset[int] = frozenset()
+    opening: tuple[int, ...] = ()
+
+
+class Wordings:
+    """The wording of each adapter of a base; for any number of threads.
+
+    The tokenizer is copied once for each wording, not for each adapter: most share the base's own.
+    """
+
+    def __init__(self, base: Base) -> None:
+        self._base = base
+        self._own = _wording(base)
+        self._known: dict[tuple[tuple[str, str | None], ...], Wording] = {}
+        self._told: set[str] = set()  # digests of the adapters whose wording was said to differ
+        self._lock = threading.Lock()
+
+    def of(self, entry: Entry | None) -> Wording:
+        """Return the wording that an adapter was trained with; None is the base.
+
+        One that differs from the base's own is a BaseMismatchWarning, once for each adapter.
+
+        Raises:
+            DataError: the adapter's chat template cannot be used.
+        """
+        if entry is None or not entry.wording:
+            return self._own
+        changed = changes(self._base, dict(entry.wording))
+        if not changed:
+            return self._own
+        with self._lock:
+            if entry.wording not in self._known:
+                self._known[entry.wording] = _wording(reworded(self._base, changed))
+            if entry.digest not in self._told:
+                self._told.add(entry.digest)
+                warn_of(changed, self._base, entry.name)
+            return self._known[entry.wording]
+
+
+def _wording(base: Base) -> Wording:
+    if base.kind != "causal-lm":
+        return Wording(base.tokenizer)
+    return Wording(base.tokenizer, frozenset(stop_ids(base.tokenizer)), _opening(base.tokenizer))
+
+
+def _opening(tokenizer: Any) -> tuple[int, ...]:
+    """Return the ids that two different questions end in alike."""
+    questions = (reversed(chat_ids(tokenizer, text)) for text in ("yes", "no"))
+    alike = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(*questions, strict=False))
+    return tuple(token for token, _ in alike)[::-1]
