@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from loralab.adapters.budget import RankBudget
-from loralab.adapters.fast_path import calling_their_parts
+from loralab.adapters.fast_path import disable_fast_path
 from loralab.adapters.fingerprint import dtype_name, fingerprint
 from loralab.adapters.folder import write
 from loralab.adapters.methods import AdaLoRA, LinearProbe, Method
@@ -67,7 +67,7 @@ class Adapter:
         self._hooks = [
             _keep_gradients_in_checkpoints(model),
             *self._recipe.watch(model, modules),
-            *calling_their_parts(model),
+            *disable_fast_path(model),
         ]
         self._attached = True
         self.base_fingerprint: str | None = None  # where the base's weights are not all here

@@ -154,5 +154,5 @@ def test_logits_of_all_rows_never_exist() -> None:
 def test_outputs_may_be_changed_in_place(dtype: torch.dtype) -> None:
     x, weight = noise(2, 3, 32, dtype=dtype).requires_grad_(), noise(32, dtype=dtype)
     for y in (rms_norm(x, weight, 1e-5), swiglu(x * 1, x * 2)):
-        y += 1
+        y.add_(1)
         y.sum().backward()
