@@ -67,10 +67,10 @@ class LinearWithAdaLoRA(Wrapper):
         if self.merged:
             return self.base(x)
         if self.training and torch.is_grad_enabled() and type(self.lora_E) is nn.Parameter:
-            self._require_stepped()  # not where torch.func calls with values of its own
-        # which triplets are left are numbers, which nobody knows who only follows the operations
-        whole = self.training or not is_plain_tensor(x)
-        A, B, factor = self._all() if whole else self.factors()
+            self._require_stepped()  # torch.func calls with other values than the optimiser's
+        # the number of triplets that are left depends on values: a compiler cannot know it
+        fixed_size = self.training or not is_plain_tensor(x)
+        A, B, factor = self._all() if fixed_size else self.factors()
         if not len(A):
             return self.base(x)
         if can_fuse(self.base, x) and not self._drops:
@@ -164,7 +164,7 @@ class LinearWithAdaLoRA(Wrapper):
         return bool(self.training and self.dropout.p)
 
     def _all(self) -> tuple[Tensor, Tensor, float]:
-        """All triplets; of those that were taken away, lambda counts in training alone."""
+        """All triplets; outside training, lambda is 0 for those that were taken away."""
         E: Tensor = self.lora_E.T * self.scaling  # (1, R)
         return self.lora_A, self.lora_B * (E if self.training else E * self.kept), 1.0
 

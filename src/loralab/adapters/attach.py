@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from loralab.adapters.bases import why_not_merged
 from loralab.adapters.budget import RankBudget
 from loralab.adapters.checkpoints import keep_gradients
-from loralab.adapters.fast_path import calling_their_parts
+from loralab.adapters.fast_path import disable_fast_path
 from loralab.adapters.fingerprint import base_paths, dtype_name, fingerprint
 from loralab.adapters.folder import write
 from loralab.adapters.left_out import described, left_out, notable
@@ -63,7 +63,7 @@ class Adapter:
         self._hooks = [
             keep_gradients(model),
             *self._recipe.watch(model, modules),
-            *calling_their_parts(model),
+            *disable_fast_path(model),
         ]
         self._attached = True
         self.given: nn.Module = model  # as the user has it, with shells around it

@@ -77,7 +77,7 @@ class ConvWithLoRA(Wrapper):
 
 
 def is_convolution(module: nn.Module) -> bool:
-    """Whether ConvWithLoRA can wrap this module: one that computes nothing but its convolution."""
+    """Return whether ConvWithLoRA can wrap a module: it must compute its convolution alone."""
     kind = next((kind for kind in _CONVOLVE if isinstance(module, kind)), None)
     if kind is None:
         return False

@@ -1,9 +1,8 @@
-"""Whether tensors compute here and now: the one condition of every function of our own.
+"""Tell plain eager execution from tracing and from the transforms of torch.func.
 
-The fused functions read and write memory and have gradients of their own, so whoever watches the
-operations instead of the numbers would miss them: torch.compile and torch.export, torch.func (vmap,
-grad, jvp), forward-mode differentiation, tracers, and modes that count or replay operations. Those
-get the plain equation, which torch follows by itself.
+The fused functions read and write memory and have gradients of their own. torch.compile and
+torch.export, torch.func (vmap, grad, jvp), forward-mode differentiation, tracers, and modes that
+count or replay operations need operations that torch knows: they get the plain equation.
 """
 
 from collections.abc import Callable
@@ -12,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.nn.modules import module as every
+from torch.nn.modules import module as nn_module
 
 PLAIN = (Tensor, nn.Parameter)  # a subclass (fake, sharded, quantised) decides for itself
 
 
 def is_plain_tensor(x: Tensor) -> bool:
-    """Whether x holds numbers that are computed with now, and nobody follows the operations."""
+    """Return whether x is an ordinary tensor in eager execution, and nothing records operations."""
     return (
         not torch.compiler.is_compiling()  # first: a compiler need not look any further
         and type(x) in PLAIN
@@ -30,34 +29,34 @@ def is_plain_tensor(x: Tensor) -> bool:
 
 
 def is_transformed() -> bool:
-    """Whether torch.func or forward-mode differentiation is at work."""
+    """Return whether torch.func or forward-mode differentiation is active."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def is_batch(gradient: Tensor) -> bool:
-    """Whether a gradient stands for several (is_grads_batched): only a backward pass meets such."""
+    """Return whether a gradient stands for several, in a backward pass with is_grads_batched."""
     return bool(torch._C._functorch.is_legacy_batchedtensor(gradient))
 
 
 def is_ragged(x: Tensor) -> bool:
-    """Whether x is a nested tensor of the older layout, which no vector can be multiplied with."""
+    """Return whether x is a strided nested tensor: it cannot be multiplied by a vector."""
     return x.is_nested and x.layout is torch.strided
 
 
 def row_by_row(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """A layer of each row of a nested tensor, as a nested tensor."""
+    """Apply a layer to each row of a nested tensor; return a nested tensor."""
     return torch.nested.as_nested_tensor([layer(row) for row in x.unbind()])
 
 
 def is_hooked(module: Any) -> bool:
-    """Whether somebody wants to know of calls of a module."""
+    """Return whether a module, or every module, has hooks that a call must run."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or every._global_forward_hooks
-        or every._global_forward_pre_hooks
-        or every._global_backward_hooks
-        or every._global_backward_pre_hooks
+        or nn_module._global_forward_hooks
+        or nn_module._global_forward_pre_hooks
+        or nn_module._global_backward_hooks
+        or nn_module._global_backward_pre_hooks
     )

@@ -19,8 +19,8 @@ _FLAGS: tuple[tuple[type[nn.Module], str, Any], ...] = (
 )
 
 
-class FastPathOff:
-    """A module that calls its parts; `remove` lets it use the kernel again."""
+class DisabledFastPath:
+    """An encoder, or a layer of one, that calls its parts; `remove` allows the kernel again."""
 
     def __init__(self, module: nn.Module, flag: str, off: Any) -> None:
         self.module, self.flag = module, flag
@@ -32,10 +32,10 @@ class FastPathOff:
         setattr(self.module, self.flag, self.before)
 
 
-def calling_their_parts(model: nn.Module) -> list[FastPathOff]:
-    """Make all layers call their parts that have an adapted one, at any depth."""
+def disable_fast_path(model: nn.Module) -> list[DisabledFastPath]:
+    """Make every torch encoder call its parts that has an adapted layer in it, at any depth."""
     return [
-        FastPathOff(module, flag, off)
+        DisabledFastPath(module, flag, off)
         for module in model.modules()
         for kind, flag, off in _FLAGS
         if isinstance(module, kind) and flag in module.__dict__ and _is_adapted(module)

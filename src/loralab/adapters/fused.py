@@ -11,9 +11,9 @@ worked out below. Axes: N tokens, I in_features, O out_features, R rank.
 
 with ' for the transpose, s the scaling and D the dropout mask. For several layers A stands for
 all of theirs, one below the other, and dx is the sum over them; where their scalings differ, A
-is scaled instead of L and G. Where the gradient is to be differentiated again, the same equations
-are worked out by operations that autograd follows. The function is for tensors that compute here
-and now (eager.py); all others take linear.py's equation as it stands.
+is scaled instead of L and G. Where the gradient is differentiated again, the same equations are
+computed by operations that autograd records. The function is for plain tensors in eager execution
+(eager.py); everything else takes linear.py's equation.
 """
 
 from collections.abc import Callable, Sequence
@@ -70,7 +70,7 @@ def layout_of(base: Any, scaling: float = 1.0) -> Layout:
 
 
 def can_fuse(base: Any, x: Tensor) -> bool:
-    """Whether the fused function may stand for base(x) + update(x).
+    """Return whether the fused function may stand for base(x) + update(x).
 
     Only for an untouched layer: somebody's hook or replaced forward must still be called.
     """
@@ -88,7 +88,7 @@ def can_fuse(base: Any, x: Tensor) -> bool:
 
 
 def is_frozen(parameter: Tensor) -> bool:
-    """Whether a weight is an ordinary tensor without gradients."""
+    """Return whether a weight is an ordinary tensor without gradients."""
     return type(parameter) in (nn.Parameter, Tensor) and not parameter.requires_grad
 
 
@@ -157,7 +157,7 @@ def _followed_gradients(
 
 
 def is_followed(dys: Sequence[Tensor]) -> bool:
-    """Whether a backward pass is differentiated in turn (create_graph), batched or traced."""
+    """Return whether a backward pass is differentiated (create_graph), batched or traced."""
     return torch.is_grad_enabled() or not all(map(is_plain_tensor, dys)) or any(map(is_batch, dys))
 
 

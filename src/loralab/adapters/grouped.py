@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from loralab.adapters.attach import Adapter
-from loralab.adapters.fast_path import FastPathOff, calling_their_parts
+from loralab.adapters.fast_path import DisabledFastPath, disable_fast_path
 from loralab.adapters.fused import can_fuse
 from loralab.adapters.linear import is_plain
 from loralab.adapters.linear import together as alone_together
@@ -68,7 +68,7 @@ class Bank:
         self.spans: tuple[Span, ...] = ()
         self.around = around or (lambda key: contextlib.nullcontext())
         self._places: dict[str, Grouped] = {}
-        self._calling: list[FastPathOff] = []
+        self._disabled: list[DisabledFastPath] = []
 
     def put(self, key: Hashable, adapter: Adapter) -> None:
         """Take an adapter's modules in.
@@ -83,7 +83,7 @@ class Bank:
             if path not in self._places:
                 self._places[path] = self._replace(path)
             self._places[path].members[key] = module
-        self._call_all_places()
+        self._update_fast_paths()
 
     def drop(self, key: Hashable) -> None:
         """Let go of an adapter; a place that no adapter needs gets its own module back."""
@@ -92,14 +92,14 @@ class Bank:
             if not place.members:
                 self._set(path, place.base)
                 del self._places[path]
-        self._call_all_places()
+        self._update_fast_paths()
 
     def remove(self) -> None:
         """Leave the model as it was."""
         for path, place in self._places.items():
             self._set(path, place.base)
         self._places.clear()
-        self._call_all_places()
+        self._update_fast_paths()
 
     def route(self, spans: Sequence[Span]) -> None:
         """Send the rows of the batches to come through their adapters; no spans: the base alone.
@@ -134,11 +134,11 @@ class Bank:
         self._set(path, place)
         return place
 
-    def _call_all_places(self) -> None:
-        """Modules of the base with places in them must call these; others may do as they like."""
-        for module in self._calling:
+    def _update_fast_paths(self) -> None:
+        """Disable the fast path of torch's encoders with places in them, and of no others."""
+        for module in self._disabled:
             module.remove()
-        self._calling = calling_their_parts(self.model)
+        self._disabled = disable_fast_path(self.model)
 
     def _set(self, path: str, module: nn.Module) -> None:
         """Put a module in the place of the one at a path, wherever that one stands."""

@@ -20,7 +20,7 @@ from loralab.adapters.wrapper import Wrapper, wide, without_autocast
 from loralab.errors import ConfigError
 
 Rows = tuple[int, int]  # first and one past the last
-_State = list[tuple[Tensor, int]]  # tensors, and how often each had been written to
+_State = list[tuple[Tensor, int]]  # tensors and their versions
 
 
 class LinearWithLoRA(Wrapper):
@@ -70,7 +70,7 @@ class LinearWithLoRA(Wrapper):
             self.register_buffer("squared_norm", self._squared_norm(), persistent=False)
             self.register_load_state_dict_post_hook(_measure_again)
             self.magnitude = nn.Parameter(self.row_norm())
-        self._ratio: tuple[Tensor, _State] | None = None  # kept while what it is made of stays
+        self._ratio: tuple[Tensor, _State] | None = None  # kept while its tensors stay
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., I) -> (..., O)."""
@@ -97,7 +97,8 @@ class LinearWithLoRA(Wrapper):
         if any(t.requires_grad for t in of) or not is_plain_tensor(self.magnitude):
             return self.magnitude / self.row_norm()
         if self._ratio is None or not _is_as_before(of, self._ratio[1]):
-            with torch.inference_mode(False), torch.no_grad():  # or no gradient could pass it
+            # not an inference tensor: gradients of the input may have to pass it later
+            with torch.inference_mode(False), torch.no_grad():
                 ratio = self.magnitude / self.row_norm()
             self._ratio = ratio, [(t, _version(t)) for t in of]
         return self._ratio[0]
@@ -107,7 +108,7 @@ class LinearWithLoRA(Wrapper):
         self._ratio = None
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Move or cast all tensors (nn.Module); what was worked out from them does not go along."""
+        """Move or cast all tensors (nn.Module) and drop what was computed from them."""
         self.refreshed()
         return super()._apply(fn, recurse)
 
@@ -270,12 +271,12 @@ def _is_as_before(tensors: Sequence[Tensor], state: _State) -> bool:
 
 
 def _version(tensor: Tensor) -> int:
-    """How often a tensor was written to; one made in inference mode does not count."""
+    """Return how often a tensor was written to; -1 for one made in inference mode."""
     return -1 if tensor.is_inference() else tensor._version
 
 
 def _measure_again(module: LinearWithLoRA, keys: Any) -> None:
-    """After load_state_dict: the base's weight may be another one."""
+    """Compute |W0|^2 again after load_state_dict: the base's weight may have changed."""
     if not module.base.weight.is_meta:
         module.squared_norm = module._squared_norm()
 

@@ -53,16 +53,16 @@ class Embeddings(nn.Module):
         return keys, values
 
     def is_current(self) -> bool:
-        """Whether the states may be used again: nothing has changed and nobody needs gradients.
+        """Return whether the states may be used again: the prompt has not changed.
 
-        By value, since not everything that writes to a tensor counts up its version.
+        Compared by value: fused optimisers and `.data` do not count up a tensor's version.
         """
         if self._made_of is None or not is_plain_tensor(self.weight):
             return False
         return torch.equal(self._made_of, self.weight)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Move or cast all tensors (nn.Module); the states do not go along."""
+        """Move or cast all tensors (nn.Module) and drop the states."""
         self.states, self._made_of = [], None
         return super()._apply(fn, recurse)
 

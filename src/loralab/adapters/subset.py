@@ -36,7 +36,7 @@ class TrainedInFull(nn.Module):
         self.trained = copy.deepcopy(base).float().requires_grad_(True)
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
-        """What the copy gives, computed in its dtype and returned in the one that came in."""
+        """Call the copy in its own dtype; return its output in the dtype of the input."""
         floating = [x.dtype for x in inputs if isinstance(x, Tensor) and x.is_floating_point()]
         dtype, own = floating[0] if floating else self.dtype, _dtype_of(self.trained)
         inputs = _in_dtype(inputs, own)
@@ -53,7 +53,7 @@ class TrainedInFull(nn.Module):
         return _dtype_of(self.base)
 
     def __getattr__(self, name: str) -> Any:
-        """What models read of a module without calling it: the trained weight, its sizes."""
+        """Return attributes of the trained copy, for models that read a weight without a call."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -62,7 +62,7 @@ class TrainedInFull(nn.Module):
         trained: Any = super().__getattr__("trained")
         found = getattr(trained, name)
         if isinstance(found, nn.Parameter) and name in trained._parameters:
-            return found.to(self.dtype)  # whoever computes with it has the base's dtype
+            return found.to(self.dtype)  # the caller computes in the base's dtype
         return found
 
 
@@ -176,7 +176,7 @@ def _dtype_of(module: nn.Module) -> torch.dtype:
 
 
 def _in_dtype(x: Any, dtype: torch.dtype) -> Any:
-    """Numbers with a point in another dtype, those of a tuple too; all else as it is."""
+    """Cast floating-point tensors, those of a tuple too; return anything else unchanged."""
     if type(x) is tuple:
         return tuple(_in_dtype(part, dtype) for part in x)
     return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x

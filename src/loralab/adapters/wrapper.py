@@ -35,8 +35,8 @@ class Wrapper(nn.Module):
                 code="complex_weight", field="target_modules",
             )  # fmt: skip
         self.base: Any = base.requires_grad_(False)
-        # the base holds what was learnt at present; a bool, since torch.compile watches no
-        # emptiness of dicts, and would go on adding the update to the merged weight
+        # whether the base holds the update. A bool of its own: torch.compile has no guard on
+        # whether a dict is empty, and would go on adding the update to the merged weight
         self.merged = False
         self._unmerged: dict[str, nn.Parameter | None] = {}
         self._packed: tuple[nn.Module, ...] = ()  # a quantised base, while a dense one replaces it
@@ -154,9 +154,9 @@ class Wrapper(nn.Module):
 
 
 def put_in_place(parent: Any, name: str, module: nn.Module) -> None:
-    """Make a module the child of another.
+    """Set a child module.
 
-    What torch.compile returns for a module holds on to its call, and must let go of it.
+    The result of torch.compile(module) keeps the module's call, so it is initialised again.
     """
     setattr(parent, name, module)
     if name == "_orig_mod" and hasattr(parent, "_initialize"):
@@ -164,19 +164,19 @@ def put_in_place(parent: Any, name: str, module: nn.Module) -> None:
 
 
 def wide(tensor: Tensor) -> Tensor:
-    """A weight in the dtype that sums are made in: float32, or float64 where it has that."""
+    """Return a weight in float32, or in float64 where it has that: the dtype of sums."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """A context for sums and products that autocast must not round."""
+    """Return a context without autocast, for products that must not be rounded."""
     if device.type == "meta" or not torch.is_autocast_enabled(device.type):
         return contextlib.nullcontext()
     return torch.autocast(device.type, enabled=False)
 
 
 def _computed(base: Any, names: Iterable[str]) -> str:
-    """The first of some weights that is no parameter but made of others at each call, or "".
+    """Return the first weight that is computed from other parameters at every call, or "".
 
     Parametrizations, weight and spectral norms and pruning make such weights.
     """
@@ -187,5 +187,5 @@ def _computed(base: Any, names: Iterable[str]) -> str:
 
 
 def _filled_in(module: Any, keys: Any) -> None:
-    """After load_state_dict: what was worked out from the old values holds no longer."""
+    """Drop what was computed from the old values after load_state_dict."""
     module.refreshed()
