@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked import Subprocess
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     BertConfig,
@@ -19,8 +20,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-torch.set_num_threads(1)
-os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start: threads that spin starve them
+from loralab.artefacts import certificate
+from loralab.studies import forked as study_worker
+
+THREADS = os.environ.get("LORALAB_TEST_THREADS", "1")  # more spin, and starve what runs beside
+torch.set_num_threads(int(THREADS))
+os.environ["OMP_NUM_THREADS"] = THREADS  # of processes that tests start
 
 CHAT = (
     "{% for m in messages %}<s>{{ m['role'] }} {{ m['content'] }}</s>\n{% endfor %}"
@@ -50,6 +55,14 @@ VOCABULARY = 3 + len(WORDS) + 60
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
          "num_attention_heads": 4, "vocab_size": VOCABULARY}  # fmt: skip
 Saver = Callable[[str, Any, bool], Path]
+
+
+@pytest.fixture(autouse=True)
+def forked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fork what would be a fresh interpreter, but for tests that are marked `interpreter`."""
+    if "interpreter" not in request.keywords:
+        monkeypatch.setattr(certificate, "subprocess", Subprocess())
+        monkeypatch.setattr(study_worker, "subprocess", Subprocess())
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
 """The idioms of the text that the twelve questions come from work as they stand there."""
 
 import math
-import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
@@ -10,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked import Subprocess
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -48,12 +48,11 @@ def fill(model: nn.Module) -> None:
             nn.init.normal_(module.lora_B, std=0.5)
 
 
-@pytest.mark.slow
 def test_q2_the_ranks_in_a_loop(tiny_llama_folder: Path, sums_file: Path, tmp_path: Path) -> None:
     for rank in (2, 4):
         output = tmp_path / f"output_r{rank}"
         flags = f"--rank {rank} --output_dir {output} --model {tiny_llama_folder}"
-        done = subprocess.run(
+        done = Subprocess().run(
             [sys.executable, "train_lora_basic.py", *flags.split(), "--data", str(sums_file),
              "--max_steps", "4"],
             cwd=EXAMPLES, capture_output=True, text=True, check=False,

@@ -147,6 +147,7 @@ def test_the_last_positions_count_and_a_classifier_has_one_row(
     assert logits_of(classifier, prompts, CLASSIFIER).shape == (2, 3)
 
 
+@pytest.mark.interpreter
 def test_a_fresh_process_finds_the_adapter_as_it_was(
     make_adapter: MakeAdapter, tiny_llama_folder: Path
 ) -> None:
@@ -271,6 +272,7 @@ def test_what_was_never_certified_is_not_verified(
         verify(tmp_path / "nowhere")
 
 
+@pytest.mark.interpreter
 def test_a_process_that_fails_says_why_in_one_line(
     make_adapter: MakeAdapter, tiny_llama_folder: Path, tmp_path: Path
 ) -> None:

@@ -49,7 +49,6 @@ def printed(capsys: pytest.CaptureFixture[str]) -> Any:
     return json.loads(capsys.readouterr().out)["jobs"]
 
 
-@pytest.mark.slow
 def test_each_job_is_a_run_of_its_own(
     file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -76,7 +75,6 @@ def test_each_job_is_a_run_of_its_own(
     assert [job["validation"] for job in printed(capsys)] == [job["validation"] for job in jobs]
 
 
-@pytest.mark.slow
 def test_what_is_typed_overrides_what_is_common(
     file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

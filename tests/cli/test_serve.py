@@ -13,38 +13,22 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
+from forked import Forked, Subprocess
 
 from loralab.cli import run
 from loralab.cli.serve import _example
 
 TESTS = Path(__file__).parents[1]
-# a server as the command starts it, around an engine without a model
-SERVER = """
-import sys, types
-from serving.fakes import FakeEngine, FakeEntry, FakeStore, digest_of
-from transformers import AutoTokenizer
-from loralab.cli import run
-
-def open_engine(*, model, store, adapters, pinned, settings):
-    entries = [FakeEntry(name=name, digest=digest_of(name)) for name in adapters]
-    engine = FakeEngine(FakeStore(*entries), AutoTokenizer.from_pretrained(model))
-    for name in pinned:
-        engine.store.pin(name)
-    engine.pause = 0.1
-    return engine
-
-sys.modules["loralab.serving.opening"] = types.SimpleNamespace(open_engine=open_engine)
-sys.exit(run(sys.argv[1:]))
-"""
+SERVER = TESTS / "serving" / "without_model.py"
 
 
 @contextmanager
-def served(model: Path, *more: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def served(model: Path, *more: str) -> Iterator[tuple[Forked, str]]:
     """A server in a process of its own, and the first line it says."""
     arguments = ["serve", "--model", str(model), "--store", ".", "--port", "0", *more]
-    process = subprocess.Popen(
-        [sys.executable, "-W", "error", "-c", SERVER, *arguments],
-        cwd=TESTS, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    process = Subprocess().Popen(
+        [sys.executable, str(SERVER), *arguments], cwd=TESTS, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     assert process.stdout is not None
     try:
@@ -185,7 +169,7 @@ def test_a_real_adapter_is_served_loaded_and_taken_out(
     train = ["train", "--model", str(tiny_llama_folder), "--data", str(sums_file), "--rank", "2",
              "--max-steps", "4", "--quiet", "--output-dir"]  # fmt: skip
     assert run([*train, str(store / "sums")]) == 0
-    process = subprocess.Popen(
+    process = Subprocess().Popen(
         [sys.executable, "-m", "loralab", "serve", "--model", str(tiny_llama_folder), "--store",
          str(store), "--port", "0", "--cache-memory", "10MB", "--precision", "fp32", "--json"],
         text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,

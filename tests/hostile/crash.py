@@ -22,8 +22,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
+
+from forked import Subprocess, forks
 
 WRITES_ANYWHERE = (1, 2)  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
 DROP, CAPABILITIES = 24, 0x20080522  # PR_CAPBSET_DROP, version 3 of capset
@@ -32,14 +33,6 @@ CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.trun
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 PARTIAL = ".partial"
 FILLER = "filler.partial"  # what fills a disk; named so that nobody minds it
-PRELOADED = [
-    f"loralab.{name}"
-    for name in (
-        "cli.train", "cli.jobs", "cli.artefacts", "cli.study", "cli.serve", "training.many",
-        "artefacts.export", "serving.opening", "serving.api", "serving.listener", "studies.conduct",
-        "studies.report",
-    )
-]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -72,7 +65,7 @@ class Victim:
         else:
             source, end = os.pipe()
             with Connection(end, readable=False) as theirs:
-                self._process = _forks().Process(target=_be, args=(words, theirs, fatal))
+                self._process = forks().Process(target=_be, args=(words, theirs, fatal))
                 self._process.start()
         self._said: list[bytes] = []
         self._reader = threading.Thread(target=self._listen, args=(source,), daemon=True)
@@ -120,22 +113,17 @@ class Victim:
                 self._said.append(part)
 
 
-def _forks() -> Any:
-    """Processes that have imported everything."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    return context
-
-
 def _be(arguments: list[str], end: Connection, fatal: int) -> None:
     """The forked process: from here on the command line."""
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored
     os.dup2(end.fileno(), 2)
     with open(os.devnull, "w") as nowhere:  # noqa: PTH123
         os.dup2(nowhere.fileno(), 1)
     _obey()
-    certificate: Any = importlib.import_module("loralab.artefacts.certificate")
-    certificate.subprocess = SimpleNamespace(run=_reload)
+    for name in ("loralab.artefacts.certificate", "loralab.studies.forked"):
+        module: Any = importlib.import_module(name)
+        module.subprocess = Subprocess(multiprocessing.get_context("fork"))
     if fatal:
         _die_before(fatal)
     sys.argv = ["loralab", *arguments]
@@ -166,21 +154,6 @@ def _obey() -> None:
     for index in range(3):  # effective, permitted, inheritable
         sets[index] &= kept
     own.capset(header, sets)
-
-
-def _reload(command: list[str], **_: Any) -> Any:
-    """The fresh process of a certificate, forked too: it computes the same."""
-    certificate: Any = importlib.import_module("loralab.artefacts.certificate")
-    signals = {signal.SIGINT, signal.SIGTERM}
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # one inside a fork would be lost
-    child = os.fork()
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
-    if child == 0:
-        with contextlib.suppress(BaseException):
-            certificate._main(*command[3:])
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-    return SimpleNamespace(returncode=os.waitstatus_to_exitcode(status), stderr="")
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,6 @@ def test_a_grid_is_every_combination_and_a_list_in_a_list_is_one_value(tmp_path:
     assert method.target_modules == ("q", "v")  # type: ignore[union-attr]
 
 
-@pytest.mark.slow
 def test_what_cannot_run_is_named_and_the_rest_runs_if_asked(
     tmp_path: Path, tiny_bert_folder: Path, noise_file: Path
 ) -> None:
@@ -183,7 +182,6 @@ def test_more_time_means_more_candidates_and_never_less_than_one_group() -> None
     assert plan_for(0.1, 2.0, 10, 60, 1)[1] < 60
 
 
-@pytest.mark.slow
 def test_recommend_ends_in_a_configuration_that_trains(
     tmp_path: Path, tiny_bert_folder: Path, noise_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

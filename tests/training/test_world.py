@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tomllib
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from contract_variants import VARIANTS
+from forked import Subprocess
 from safetensors.torch import load_file
 from training.in_processes import main as in_this_process
 
@@ -33,6 +35,26 @@ Plan = list[dict[str, Any]]
 
 
 def in_processes(count: int, plan: Plan, folder: Path) -> None:
+    """Run a plan in several processes, started as torchrun starts them."""
+    file = folder / f"plan-{count}.json"
+    file.write_text(json.dumps(plan))
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    own = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1",
+           "MASTER_PORT": port}  # fmt: skip
+    running = [
+        Subprocess().Popen(
+            [sys.executable, str(SCRIPT), str(file)], text=True, stderr=subprocess.PIPE,
+            env={**os.environ, **{k: str(v) for k, v in own.items()}, "RANK": str(rank),
+                 "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(count)
+    ]  # fmt: skip
+    said = [process.communicate()[1] for process in running]
+    assert [process.returncode for process in running] == [0] * count, said
+
+
+def by_torchrun(count: int, plan: Plan, folder: Path) -> None:
     """Run a plan in several processes."""
     file = folder / f"plan-{count}.json"
     file.write_text(json.dumps(plan))
@@ -40,7 +62,7 @@ def in_processes(count: int, plan: Plan, folder: Path) -> None:
     done = subprocess.run(
         [*COMMAND, str(count), str(SCRIPT), str(file)], check=False, capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": path},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
 
@@ -124,7 +146,6 @@ def test_two_processes_equal_one_with_the_doubled_batch(
     assert (tmp_path / "plain-2" / "train.log").read_text().count("step 6/6") == 1
 
 
-@pytest.mark.slow
 def test_encoders_in_two_processes(
     tiny_bert_folder: Path, labelled: Path, pairs: Path, tmp_path: Path
 ) -> None:
@@ -184,7 +205,7 @@ def test_every_method_in_two_processes(
         own = {**more, "shard_base": split}
         two += plans([tmp_path / f"{variant}-2"], tiny_llama_folder, sums, [3], **own)
         one += plans([tmp_path / f"{variant}-1"], tiny_llama_folder, sums, [6], **more)
-    in_processes(2, two, tmp_path)
+    by_torchrun(2, two, tmp_path)
     one_process(one, tmp_path)
     for variant in variants:
         require_equal(tmp_path / f"{variant}-2", tmp_path / f"{variant}-1", variant, atol=1e-3)
