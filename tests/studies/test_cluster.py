@@ -58,7 +58,7 @@ def test_an_address_where_nothing_answers_is_refused_in_seconds() -> None:
     began = time.monotonic()
     with pytest.raises(ConfigError, match=f"--ray 127.0.0.1:{port}: nothing answers"):
         require_reachable(f"127.0.0.1:{port}")
-    assert time.monotonic() - began < 6
+    assert time.monotonic() - began < 30  # Ray itself would try for minutes
 
 
 def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
