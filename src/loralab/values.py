@@ -32,13 +32,19 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     """Refuse a value that is not one of the choices, and propose the nearest."""
     if value not in choices:
         hint = nearest(str(value)[:80], choices)
-        raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {shown(value)}{hint}")
+        raise ConfigError(
+            f"{name} must be one of {', '.join(choices)}, got {shown(value)}{hint}",
+            code="invalid_choice", field=name,
+        )  # fmt: skip
 
 
 def check_count(name: str, value: object, least: int = 1) -> None:
     """Refuse what is no whole number of at least `least`."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ConfigError(f"{name} must be a whole number of at least {least}, got {shown(value)}")
+        raise ConfigError(
+            f"{name} must be a whole number of at least {least}, got {shown(value)}",
+            code="invalid_count", field=name,
+        )  # fmt: skip
 
 
 def configured(kind: type[T], values: Mapping[str, Any]) -> T:

@@ -140,12 +140,14 @@ def test_it_trains_in_transformers_trainer(tmp_path: Path) -> None:
 def test_attaching_twice_and_using_a_detached_adapter_are_refused(tmp_path: Path) -> None:
     model = gpt2()
     adapter = attach(model, LoRA())
-    with pytest.raises(AdapterStateError, match="carries an adapter already"):
+    with pytest.raises(AdapterStateError) as taken:
         attach(model, LoRA())
+    assert (taken.value.code, taken.value.field) == ("name_taken", "name")
     adapter.detach()
     for action in (adapter.merge, adapter.unmerge, adapter.detach, lambda: adapter.save(tmp_path)):
-        with pytest.raises(AdapterStateError, match="no longer attached"):
+        with pytest.raises(AdapterStateError) as gone:
             action()
+        assert gone.value.code == "not_attached"
 
 
 def test_a_merge_that_fails_half_way_is_taken_back() -> None:

@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from tiny import fill, llama
 from toy import METHODS, Toy, toy
 
+from loralab import attached, disabled, routed
 from loralab.adapters.attach import Adapter, attach
 from loralab.adapters.methods import AdaLoRA, FullFineTune, LoRA
 
@@ -192,3 +194,33 @@ def test_a_layer_that_was_compiled_alone_is_adapted_too(method: Any) -> None:
     close(model, nn.Sequential(first, second), x)
     adapter.detach()
     close(model, before, x)
+
+
+def test_switching_between_adapters_of_one_rank_compiles_nothing_anew() -> None:
+    model = llama()
+    for number, (name, rank) in enumerate({"one": 4, "two": 4, "narrow": 2}.items()):
+        fill(attach(model, LoRA(rank=rank), name=name), seed=number)
+    compiled = torch.compile(model, backend="eager", dynamic=False)
+    adapters = attached(model)
+
+    def same(graphs_so_far: int) -> None:
+        with torch.no_grad():
+            found, expected = (m(input_ids=IDS).logits for m in (compiled, model))
+        assert torch.equal(found, expected)
+        assert graphs() == graphs_so_far
+
+    for name in ("one", "two", "one"):
+        adapters[name].activate()
+        same(1)
+    adapters["narrow"].activate()
+    same(2)
+    for _ in range(2):
+        with disabled(model):
+            same(3)
+        with adapters["two"].active():
+            same(3)
+        same(3)
+    for names in (["one", "narrow"], ["two", None]):
+        with routed(model, names), torch.no_grad():
+            found, expected = (m(input_ids=IDS).logits for m in (compiled, model))
+            assert torch.equal(found, expected)

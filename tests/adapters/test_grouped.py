@@ -262,13 +262,6 @@ def test_spans_cover_the_batch(llama: Any, spans: list[Span]) -> None:
         pass
 
 
-def test_the_rows_of_an_adapter_stand_together(llama: Any) -> None:
-    bank = Bank(copy.deepcopy(llama))
-    spans = [Span("a", 0, 1), Span(None, 1, 2), Span("a", 2, 3)]
-    with pytest.raises(AdapterStateError, match="stand together"), bank.routed(spans):
-        pass
-
-
 def test_a_batch_of_another_size_is_refused(
     llama: Any, everyone: dict[str, tuple[nn.Module, Adapter]]
 ) -> None:

@@ -1,8 +1,9 @@
-"""attach, load, detach, Adapter: the only file that replaces modules of a model."""
+"""attach and Adapter: a method in a model, how it acts, merges, is saved and leaves again."""
 
+import contextlib
 import copy
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,10 +31,11 @@ from loralab.adapters.peft_fields import task_type
 from loralab.adapters.present import require_readable
 from loralab.adapters.reads import read_sometimes
 from loralab.adapters.recipes import RECIPES
+from loralab.adapters.several import AdapterSet, adapters_of
 from loralab.adapters.shells import plain_paths, unwrapped
 from loralab.adapters.subset import TrainedInFull
 from loralab.adapters.targets import HEADS, head_names, saved_names
-from loralab.adapters.wrapper import Wrapper, put_in_place
+from loralab.adapters.wrapper import Wrapper, replace_modules
 from loralab.errors import AdapterStateError, LeftOutWarning, TargetError, some
 
 
@@ -43,7 +45,8 @@ class Adapter:
     `modules` are the adapted layers and `saved` those trained in full, both by their path in the
     model (in that inside DDP or torch.compile). The model stays the user's own nn.Module and works
     in any training loop. `left_out` is what is not adapted although the targets could mean it, by
-    path, with the reason; `notes` say it in a line.
+    path, with the reason; `notes` say it in a line. Of several adapters of a model one acts; only
+    its parameters require a gradient.
     """
 
     def __init__(
@@ -52,20 +55,18 @@ class Adapter:
         config: Any,
         modules: Mapping[str, Any],
         saved: Mapping[str, TrainedInFull],
-        trainable_before: frozenset[str],
+        name: str = "default",
     ) -> None:
+        self.name = name
         self.model = model
         self.config = config
         self.modules: dict[str, Any] = dict(modules)
         self.saved = dict(saved)
-        self._trainable_before = trainable_before
         self._recipe = RECIPES[type(config)]
-        self._hooks = [
-            keep_gradients(model),
-            *self._recipe.watch(model, modules),
-            *disable_fast_path(model),
-        ]
-        self._attached = True
+        self._hooks: list[Any] = []
+        self._set: AdapterSet | None = None  # that it belongs to while it is attached
+        self._before_merge: Adapter | None = None  # which one acted
+        self._trains = self.parameters()
         self.given: nn.Module = model  # as the user has it, with shells around it
         self.left_out: Mapping[str, str] = {}
         self.notes: tuple[str, ...] = ()
@@ -158,11 +159,19 @@ class Adapter:
             AdapterStateError: already merged, the method cannot be merged, a merged weight would
                 not be finite, or a hook changes what a layer gives.
         """
-        self._require_attached()
+        own = self._attached()
         if reason := self.reason_not_to_merge():
             raise AdapterStateError(reason, code="cannot_merge")
         if self.merged:
-            raise AdapterStateError("already merged; call unmerge() first")
+            raise AdapterStateError("already merged; call unmerge() first", code="merged")
+        own.require_unmerged()
+        before = own.current
+        own.switch(self)
+        self._merge_all(before)
+        self._before_merge = before
+
+    def _merge_all(self, before: "Adapter | None") -> None:
+        """Merge every layer, or none; then the adapter acts that did before."""
         done: list[Wrapper] = []
         try:
             for name, module in self.modules.items():
@@ -174,33 +183,110 @@ class Adapter:
         except BaseException:
             for module in done:
                 module.unmerge_weights()
+            self._attached().switch(before)
             raise
 
     def unmerge(self) -> None:
         """Put the base weights back, the same tensors as before the merge."""
-        self._require_attached()
+        own = self._attached()
         for module in self.modules.values():
             module.unmerge_weights()
+        if self._before_merge is None or self._before_merge in own.members.values():
+            own.switch(self._before_merge)
+
+    def activate(self) -> None:
+        """Let this adapter answer from now on.
+
+        Raises:
+            AdapterStateError: an adapter is merged.
+        """
+        own = self._attached()
+        own.require_unmerged()
+        own.switch(self)
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator["Adapter"]:
+        """Let this adapter answer for a block.
+
+        Raises:
+            AdapterStateError: an adapter is merged.
+        """
+        own = self._attached()
+        own.require_unmerged()
+        with own.standing(self):
+            yield self
 
     def detach(self) -> nn.Module:
-        """Take the adapter out again and return the model exactly as it was before `attach`."""
+        """Take the adapter out and return the model; without its last one it is as it was before.
+
+        If this one acted, the last one attached of the others does now.
+        """
+        own = self._attached()
         if self.merged:
+            self._before_merge = self
             self.unmerge()
-        self._replace({wrapper: wrapper.base for wrapper in self._wrappers()})
-        for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(name in self._trainable_before)
+        own.remove(self)
+        self._set = None
         return self.given
 
     def merge_and_detach(self) -> nn.Module:
         """Return the plain model with the update in its weights; the base weights are given up.
 
         Raises:
-            AdapterStateError: the method cannot be merged.
+            AdapterStateError: the method cannot be merged, or the model has other adapters.
         """
+        own = self._attached()
+        if others := [name for name in own.members if name != self.name]:
+            raise AdapterStateError(
+                f"the model has other adapters: {some(others)}; detach() them first, as their base "
+                "is given up",
+                code="others_attached",
+            )
         if not self.merged:
             self.merge()
-        self._replace({wrapper: wrapper.finished() for wrapper in self._wrappers()})
+        self.leave({wrapper: wrapper.finished() for wrapper in self._wrappers()})
+        own.close()
+        self._set = None
         return self.given
+
+    def enter(self) -> None:
+        """Put the modules into the model; called by the set of its adapters."""
+        self.follow()
+        replace_modules(self.model, {wrapper.base: wrapper for wrapper in self._wrappers()})
+        self._hooks = [
+            keep_gradients(self.model),
+            *self._recipe.watch(self.model, self.modules),
+            *disable_fast_path(self.model),
+            *saving_adapters(self.model, self._save_model),
+        ]
+        self.learn(True)
+
+    def follow(self) -> None:
+        """Bring what waited beside the model to the mode and the device that its base has now."""
+        for wrapper in self._wrappers():
+            wrapper.train(wrapper.base.training)
+            there = next((p.device for p in wrapper.base.parameters()), None)
+            if there is not None and any(p.device != there for p in wrapper.parameters()):
+                wrapper.to(there)
+
+    def leave(self, new: Mapping[nn.Module, nn.Module] | None = None) -> None:
+        """Take the modules out of the model; called by the set of its adapters.
+
+        Args:
+            new: what comes into their places; None is the base's own modules.
+        """
+        self._trains = [p for p in self.parameters() if p.requires_grad]
+        replace_modules(self.model, new or {w: w.base for w in self._wrappers()})
+        for hook in self._hooks:
+            if hook is not None:
+                hook.remove()
+        self._hooks = []
+        self.learn(False)
+
+    def learn(self, on: bool) -> None:
+        """Let the parameters require a gradient that did when the adapter last acted, or none."""
+        for parameter in self._trains:
+            parameter.requires_grad_(on)
 
     def save(
         self,
@@ -217,11 +303,16 @@ class Adapter:
 
         Raises:
             OutputError: the folder holds an adapter, cannot be written, or could not be loaded.
+            AdapterStateError: another adapter is merged.
         """
-        self._require_attached()
+        with self._attached().standing(self):
+            return self._save(Path(folder), dict(record or {}), overwrite)
+
+    save_pretrained = save
+
+    def _save(self, folder: Path, record: dict[str, Any], overwrite: bool) -> Path:
         plain = plain_paths(self.model)
         modules = {plain(name): module for name, module in self.modules.items()}
-        record = dict(record or {})
         record["base"] = {**_described(self.model), **record.get("base", {})}
         record["base"]["fingerprint"] = self.base_fingerprint or fingerprint(
             self.model, frozenset(self.saved)
@@ -236,8 +327,6 @@ class Adapter:
         tensors = self.tensors()
         require_readable(self.model, modules, fields, tensors)
         return write(folder, fields, tensors, record, overwrite=overwrite)
-
-    save_pretrained = save
 
     def tensors(self) -> dict[str, Tensor]:
         """What is saved, under peft's keys; PiSSA with its start taken out, as plain LoRA."""
@@ -264,34 +353,36 @@ class Adapter:
             return self.save(folder, overwrite=True)
         require_no_adapter(folder)
         finished: dict[nn.Module, nn.Module] = {w: _finished(w) for w in self._wrappers()}
-        _replace(self.model, finished)
+        replace_modules(self.model, finished)
         try:
             with untied(self.model):
                 write_model: Any = type(self.model)
                 return write_model.save_pretrained(self.model, folder, **options)
         finally:
-            _replace(self.model, {plain: wrapper for wrapper, plain in finished.items()})
+            replace_modules(self.model, {plain: wrapper for wrapper, plain in finished.items()})
 
     def _wrappers(self) -> list[Any]:
         return [*self.modules.values(), *self.saved.values()]
 
-    def _replace(self, new: Mapping[nn.Module, nn.Module]) -> None:
-        self._require_attached()
-        _replace(self.model, new)
-        for hook in self._hooks:
-            if hook is not None:
-                hook.remove()
-        self._attached = False
-
-    def _require_attached(self) -> None:
-        if not self._attached:
-            raise AdapterStateError("this adapter is no longer attached to a model")
+    def _attached(self) -> AdapterSet:
+        if self._set is None:
+            raise AdapterStateError(
+                f"adapter {self.name!r} is no longer attached to a model", code="not_attached"
+            )
+        return self._set
 
 
 def attach(
-    model: nn.Module, config: Method, *, generator: torch.Generator | None = None
+    model: nn.Module,
+    config: Method,
+    *,
+    name: str = "default",
+    generator: torch.Generator | None = None,
 ) -> Adapter:
     """Put an adapter into the model, in place: the base is frozen, only the adapter trains.
+
+    A model can have several, of any methods and ranks; the last one attached acts until another
+    one is activated.
 
     What is left out although the targets could mean it is a LeftOutWarning; `Adapter.left_out` has
     it by path.
@@ -301,40 +392,56 @@ def attach(
 
     Raises:
         TargetError: a name in the configuration selects nothing, or what cannot be adapted.
-        AdapterStateError: the model carries an adapter already.
+        ConfigError: the name is empty.
+        AdapterStateError: the name is taken, an adapter is merged, or the model is part of one
+            that has an adapter.
     """
-    adapter = put_into(model, config, generator)
+    adapter = put_into(model, config, generator, name=name)
     if adapter.notes and notable(adapter.left_out):
-        name = type(adapter.model).__name__
-        warnings.warn(f"{name}: {'; '.join(adapter.notes)}", LeftOutWarning, stacklevel=2)
+        kind = type(adapter.model).__name__
+        warnings.warn(f"{kind}: {'; '.join(adapter.notes)}", LeftOutWarning, stacklevel=2)
     return adapter
 
 
-def put_into(model: nn.Module, config: Method, generator: torch.Generator | None = None) -> Adapter:
+def put_into(
+    model: nn.Module,
+    config: Method,
+    generator: torch.Generator | None = None,
+    *,
+    name: str = "default",
+) -> Adapter:
     """`attach` without its warning."""
     given, model = model, unwrapped(model)
-    if any(isinstance(module, Wrapper | TrainedInFull) for module in model.modules()):
-        raise AdapterStateError("the model carries an adapter already; detach() it first")
+    adapters = adapters_of(model) or AdapterSet(model)
+    adapters.require_free(name)
+    adapters.require_unmerged()
     require_alone(given)
-    # 1. decide everything, so that an error leaves the model as it was
-    trainable = frozenset(n for n, p in model.named_parameters() if p.requires_grad)
+    with adapters.standing(None):
+        adapter = _decided(model, config, generator, name)
+        model.requires_grad_(False)
+    adapter.given, adapter._set = given, adapters
+    adapters.add(adapter)
+    return adapter
+
+
+def _decided(
+    model: nn.Module, config: Method, generator: torch.Generator | None, name: str
+) -> Adapter:
+    """Make an adapter of the base without changing it, so that an error leaves it as it was."""
+    if any(isinstance(module, Wrapper | TrainedInFull) for module in model.modules()):
+        raise AdapterStateError(
+            f"this {type(model).__name__} is part of a model with an adapter, or holds one; "
+            "attach to that model",
+            code="part_of_adapted", field="model",
+        )  # fmt: skip
     own, modules, saved = wrappers_for(model, config, generator)
-    wrappers: Sequence[Any] = (*modules.values(), *saved.values())
     require_weights(model, {name: model.get_submodule(name) for name in (*modules, *saved)})
     reasons = left_out(model, own, list(modules))
     note = described(model, reasons)
-    sometimes = read_sometimes(model, modules)
-    # 2. change the model
-    model.requires_grad_(False)
-    _replace(model, {wrapper.base: wrapper for wrapper in wrappers})
-    adapter = Adapter(model, own, modules, saved, trainable)
-    adapter.given, adapter.left_out = given, reasons
-    adapter.notes = (note,) if note else ()
-    adapter._hooks += saving_adapters(model, adapter._save_model)
-    for name in sometimes:
-        modules[name].__dict__["read_sometimes"] = True
-    for parameter in adapter.parameters():
-        parameter.requires_grad_(True)
+    for path in read_sometimes(model, modules):
+        modules[path].__dict__["read_sometimes"] = True
+    adapter = Adapter(model, own, modules, saved, name)
+    adapter.left_out, adapter.notes = reasons, (note,) if note else ()
     return adapter
 
 
@@ -375,14 +482,6 @@ def _with_head(model: nn.Module, config: LinearProbe) -> LinearProbe:
 def _described(model: nn.Module) -> dict[str, Any]:
     name = getattr(getattr(model, "config", None), "_name_or_path", "") or None
     return {"name": name, "architecture": type(model).__name__, "dtype": dtype_name(model)}
-
-
-def _replace(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
-    """Put the new modules wherever the old ones stand; a layer can stand in several places."""
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if child is not None and child in new and new[child] is not parent:
-                put_in_place(parent, name, new[child])
 
 
 def _finished(wrapper: Any) -> nn.Module:

@@ -1,7 +1,7 @@
 """One batch, each row through its own adapter.
 
-The rows of an adapter stand together, so a batch is a list of spans, and what they mean is
-`one_by_one`: every span through its own module. The quick way runs the base once for all rows and
+Rows of one adapter that follow each other are a span, and what a list of spans means is
+`_one_by_one`: every span through its own module. The quick way runs the base once for all rows and
 then adds to each span what its adapter adds; no adapter pays for the rank of another one. Sources:
 punica (Chen et al. 2023, arXiv:2310.18547) for many adapters on one base product, mLoRA (Ye et al.
 2023, arXiv:2312.02515) for training them so. Axes: N rows, I in_features, O out_features, R rank.
@@ -23,7 +23,7 @@ from loralab.adapters.linear import together as alone_together
 from loralab.adapters.prefix import AttentionWithPrefix
 from loralab.adapters.prompt import Keeper
 from loralab.adapters.spans import Factors, Updates, linears_by_span, stacked_update
-from loralab.adapters.wrapper import Wrapper, put_in_place
+from loralab.adapters.wrapper import Wrapper, replace_modules
 from loralab.errors import AdapterStateError
 
 FEW = 4  # spans whose updates are quicker one after the other than stacked
@@ -76,29 +76,40 @@ class Bank:
         Raises:
             AdapterStateError: the adapter cannot share a batch.
         """
-        modules: dict[str, nn.Module] = {**adapter.modules, **adapter.saved}
-        if reason := cannot_share(modules):
-            raise AdapterStateError(reason)
-        for path, module in modules.items():
-            if path not in self._places:
-                self._places[path] = self._replace(path)
-            self._places[path].members[key] = module
+        self.put_all({key: adapter})
+
+    def put_all(self, adapters: Mapping[Any, Adapter]) -> None:
+        """Take in the modules of several adapters, by key.
+
+        Raises:
+            AdapterStateError: one cannot share a batch.
+        """
+        new: dict[nn.Module, nn.Module] = {}
+        for key, adapter in adapters.items():
+            modules: dict[str, nn.Module] = {**adapter.modules, **adapter.saved}
+            if reason := cannot_share(modules):
+                raise AdapterStateError(reason)
+            for path, module in modules.items():
+                if path not in self._places:
+                    place = self._places[path] = self._place(path)
+                    new[place.base] = place
+                self._places[path].members[key] = module
+        replace_modules(self.model, new)
         self._update_fast_paths()
 
     def drop(self, key: Hashable) -> None:
         """Let go of an adapter; a place that no adapter needs gets its own module back."""
-        for path, place in list(self._places.items()):
+        for place in self._places.values():
             place.forget(key)
-            if not place.members:
-                self._set(path, place.base)
-                del self._places[path]
-        self._update_fast_paths()
+        self._remove([path for path, place in self._places.items() if not place.members])
 
     def remove(self) -> None:
         """Leave the model as it was."""
-        for path, place in self._places.items():
-            self._set(path, place.base)
-        self._places.clear()
+        self._remove(list(self._places))
+
+    def _remove(self, paths: Sequence[str]) -> None:
+        gone = [self._places.pop(path) for path in paths]
+        replace_modules(self.model, {place: place.base for place in gone})
         self._update_fast_paths()
 
     def route(self, spans: Sequence[Span]) -> None:
@@ -107,7 +118,7 @@ class Bank:
         Rows are the first axis of what the model's modules get, or the second where that is 1.
 
         Raises:
-            AdapterStateError: the spans leave rows out, or meet, or an adapter has several.
+            AdapterStateError: the spans leave rows out, or meet.
         """
         if spans:
             _require_whole(spans)
@@ -128,10 +139,9 @@ class Bank:
         finally:
             self.spans = before
 
-    def _replace(self, path: str) -> "Grouped":
+    def _place(self, path: str) -> "Grouped":
         place = Grouped(self.model.get_submodule(path), self)
         place.train(place.base.training)
-        self._set(path, place)
         return place
 
     def _update_fast_paths(self) -> None:
@@ -139,14 +149,6 @@ class Bank:
         for module in self._disabled:
             module.remove()
         self._disabled = disable_fast_path(self.model)
-
-    def _set(self, path: str, module: nn.Module) -> None:
-        """Put a module in the place of the one at a path, wherever that one stands."""
-        old = self.model.get_submodule(path)
-        for parent in list(self.model.modules()):
-            for name, child in parent._modules.items():
-                if child is old and parent is not module:
-                    put_in_place(parent, name, module)
 
 
 class Grouped(Wrapper):
@@ -284,9 +286,6 @@ def _require_whole(spans: Sequence[Span]) -> None:
     ends = [0, *(span.stop for span in spans)]
     if not spans or any(s.start != end or s.stop <= s.start for s, end in zip(spans, ends)):  # noqa: B905
         raise AdapterStateError(f"spans must follow each other from row 0 on, got {list(spans)}")
-    own = [span.key for span in spans if span.key is not None]
-    if len(set(own)) < len(own):
-        raise AdapterStateError(f"the rows of an adapter must stand together, got {list(spans)}")
 
 
 def _axis(values: Sequence[Any], spans: Sequence[Span]) -> tuple[int, int]:

@@ -13,6 +13,7 @@ from loralab.adapters.fingerprint import dtype_name, fingerprint
 from loralab.adapters.folder import AdapterFolder, read
 from loralab.adapters.peft_fields import PREFIX
 from loralab.adapters.present import present_in, without_shells
+from loralab.adapters.several import AdapterSet, adapters_of
 from loralab.adapters.shells import plain_paths, unwrapped
 from loralab.errors import (
     AdapterFileError,
@@ -23,7 +24,7 @@ from loralab.errors import (
 )
 
 
-def load(model: nn.Module, path: str | Path) -> Adapter:
+def load(model: nn.Module, path: str | Path, *, name: str = "default") -> Adapter:
     """Attach the adapter that a folder holds: written by `Adapter.save`, or by peft.
 
     Strict both ways: the folder's tensors and those of the adapter must be the same set, in the
@@ -31,13 +32,19 @@ def load(model: nn.Module, path: str | Path) -> Adapter:
 
     Raises:
         AdapterFileError: the folder is damaged, a pickle, or does not fit the model.
-        AdapterStateError: the model carries an adapter already.
+        ConfigError: the name is empty.
+        AdapterStateError: the name is taken, or an adapter is merged.
     """
     inner = unwrapped(model)
-    stored = without_shells(read(path), inner)
-    _make_room(inner, stored)
+    adapters = adapters_of(inner) or AdapterSet(inner)
+    adapters.require_free(name)
+    before = adapters.current
     try:
-        adapter = put_into(model, present_in(inner, stored))
+        with adapters.standing(None):
+            stored = without_shells(read(path), inner)
+            _make_room(inner, stored)
+            config = present_in(inner, stored)
+        adapter = put_into(model, config, name=name)
     except (TargetError, ConfigError) as error:
         text = f"{path} does not fit {type(inner).__name__}: {error}"
         raise type(error)(text, code=error.code, field=error.field) from None
@@ -46,6 +53,7 @@ def load(model: nn.Module, path: str | Path) -> Adapter:
         _compare_base(adapter, stored)
     except BaseException:
         adapter.detach()
+        adapters.switch(before)
         raise
     return adapter
 
@@ -54,6 +62,12 @@ def _make_room(model: Any, stored: AdapterFolder) -> None:
     """Grow the embedding for trained rows of tokens that the base does not have."""
     rows = getattr(stored.config, "token_rows", ())
     known = len(model.get_input_embeddings().weight) if rows else 0
+    if rows and max(rows) >= known and adapters_of(model) is not None:
+        raise AdapterFileError(
+            f"{stored.path} brings new tokens, for which the embedding would have to be replaced; "
+            "load it before the other adapters",
+            code="new_tokens", field="path",
+        )  # fmt: skip
     if rows and max(rows) >= known + len(rows):
         raise AdapterFileError(
             f"{stored.path} trains the row of token {max(rows)}, but the model has {known} tokens "

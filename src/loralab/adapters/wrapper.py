@@ -6,13 +6,13 @@ and detaching are written once, in attach.py.
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from loralab.adapters.bases import as_linear, compute_dtype, is_quantized
+from loralab.adapters.bases import as_linear, compute_dtype, dense_weight, is_quantized
 from loralab.adapters.effective import effective
 from loralab.errors import AdapterStateError, ConfigError
 
@@ -85,6 +85,18 @@ class Wrapper(nn.Module):
     def merged_tensors(self) -> dict[str, Tensor]:
         """The base's parameters with what was learnt in them, before rounding."""
         raise AdapterStateError(self.cannot_merge, code="cannot_merge")
+
+    @torch.no_grad()
+    def delta(self) -> Tensor | None:
+        """Return the update of the base's weight, (O, I) of a linear layer, before any merge.
+
+        None where no weight can hold what was learnt.
+        """
+        if self.cannot_merge or self.merged or "weight" not in self.merges_into:
+            return None
+        weight = wide(dense_weight(self.base))
+        total = self.merged_tensors()["weight"]
+        return (total.T if getattr(self, "transposed", False) else total) - weight
 
     @torch.no_grad()
     def merge_weights(self) -> None:
@@ -161,6 +173,14 @@ def put_in_place(parent: Any, name: str, module: nn.Module) -> None:
     setattr(parent, name, module)
     if name == "_orig_mod" and hasattr(parent, "_initialize"):
         parent._initialize()
+
+
+def replace_modules(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
+    """Put the new modules wherever the old ones stand; a layer can stand in several places."""
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child is not None and child in new and new[child] is not parent:
+                put_in_place(parent, name, new[child])
 
 
 def wide(tensor: Tensor) -> Tensor:

@@ -120,14 +120,14 @@ class Nursery:
             self._known.move_to_end(key)
             config, known = self._known[key]
             modules: dict[str, Any] = {name: _again(layer) for name, layer in known.items()}
-            return Adapter(self._model, config, modules, {}, frozenset())
+            return Adapter(self._model, config, modules, {})
         own, modules, saved = wrappers_for(self._model, present_in(self._model, stored))
         plain = {n: m for n, m in modules.items() if isinstance(m, LinearWithLoRA)}
         if not saved and not stored.config.modules_to_save and len(plain) == len(modules):
             self._known[key] = own, {name: _again(m, "meta") for name, m in plain.items()}
             if len(self._known) > KEPT:
                 self._known.popitem(last=False)
-        return Adapter(self._model, own, modules, saved, frozenset())
+        return Adapter(self._model, own, modules, saved)
 
     def _require_servable(self, stored: AdapterFolder) -> None:
         """What needs no model to be seen."""
