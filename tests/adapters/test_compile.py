@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import fill, llama
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
-from tiny import fill, llama
 from toy import METHODS, Toy, toy
 
 from loralab import attached, disabled, routed

@@ -75,7 +75,7 @@ def _finite(
     """Return the factors of one layer; `rank` None combines those of the adapters themselves."""
     try:
         factors = mix.factors(found) if rank is None else mix.update(found, rank)
-    except torch.linalg.LinAlgError:
+    except RuntimeError:  # numbers that are not finite have no decomposition
         factors = None
     if factors is None or not all(tensor.isfinite().all() for tensor in factors):
         raise AdapterStateError(

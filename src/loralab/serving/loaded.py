@@ -102,7 +102,6 @@ class Nursery:
             self._fit_head(name, saved, stored)
         fill(adapter, stored)
         self._compare_base(stored, adapter)
-        adapter.detach()  # drops the hooks; no module was replaced
         front = self._front(adapter, stored)
         tensors = [parameter.requires_grad_(False) for parameter in adapter.parameters()]
         tensors += [b for module in adapter.modules.values() for b in module.own_buffers().values()]

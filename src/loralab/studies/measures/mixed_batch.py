@@ -105,7 +105,6 @@ def _another(adapter: Adapter, model: nn.Module, draw: torch.Generator) -> Adapt
     """One whose factors are noise of the same size; its heads are the same."""
     config, modules, saved = wrappers_for(model, adapter.config, draw)
     other = Adapter(model, config, modules, saved)
-    other.detach()  # drops the hooks; no module was replaced
     other.saved = adapter.saved
     pairs = zip(_factors(other), _factors(adapter), strict=True)
     for own, factor in pairs:
