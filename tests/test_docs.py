@@ -6,7 +6,9 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 import typer.main
+from tiny import llama
 
 import loralab
 from loralab import errors
@@ -25,15 +27,29 @@ def commands() -> list[str]:
     return list(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("readme", READMES)
-def test_the_python_of_the_readme_runs(
-    readme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("document", [*READMES, "docs/python.md"])
+def test_the_python_of_a_document_runs(
+    document: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Its blocks one after the other, with the model and the rows that it speaks of."""
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / readme).read_text(encoding="utf-8"), re.S)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(encoding="utf-8"), re.S)
     assert blocks
+    ids = torch.arange(36).view(4, 9)
+    names = {
+        "model": llama(),
+        "batch": {"input_ids": ids, "labels": ids},
+        "rows": {"input_ids": ids},
+    }
     for block in blocks:
-        exec(compile(block, readme, "exec"), {})
+        exec(compile(block, document, "exec"), names)
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_a_readme_is_read_in_minutes(readme: str) -> None:
+    lines = (ROOT / readme).read_text(encoding="utf-8").splitlines()
+    assert len(lines) < 120
+    assert [line for line in lines if len(line) > 160] == []
 
 
 @pytest.mark.parametrize("readme", READMES)
@@ -44,8 +60,8 @@ def test_every_command_is_in_the_readme(readme: str) -> None:
     assert "make test" in text
 
 
-def test_every_field_of_a_method_is_in_the_readme() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_every_field_of_a_method_is_documented() -> None:
+    text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
     for method in METHODS.values():
         assert [f.name for f in dataclasses.fields(method) if f.name not in text] == []
 
