@@ -27,7 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "studies": BASE | TOGETHER | {"adapters", "models", "tasks", "training", "artefacts"},
 }
 # third-party names, where restricted
-MAY_INSTALL = {"native": {"torch"}, "adapters": {"torch", "safetensors"}}
+MAY_INSTALL = {"native": {"torch"}, "adapters": {"torch", "safetensors", "regex"}}
 TORCH_FREE = ["adapters/methods.py", "serving/request.py", "serving/settings.py",
               "training/settings.py", "errors.py",
               "serving/keys.py", "atomic.py", "values.py", "cluster.py",
