@@ -3,7 +3,6 @@
 import copy
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from loralab.adapters.bases import why_not_merged
-from loralab.adapters.budget import RankBudget
 from loralab.adapters.checkpoints import keep_gradients
 from loralab.adapters.fast_path import disable_fast_path
 from loralab.adapters.fingerprint import base_paths, dtype_name, fingerprint
 from loralab.adapters.folder import write
 from loralab.adapters.left_out import described, left_out, notable
-from loralab.adapters.methods import AdaLoRA, LinearProbe, Method
+from loralab.adapters.methods import AnyMethod
 from loralab.adapters.model_folder import (
     require_no_adapter,
     require_no_model,
@@ -25,16 +23,17 @@ from loralab.adapters.model_folder import (
     untied,
 )
 from loralab.adapters.offload import require_alone, require_weights
+from loralab.adapters.outside import build_modules, fields_of, pack
 from loralab.adapters.paths import inside
 from loralab.adapters.peft_fields import task_type
 from loralab.adapters.present import require_readable
 from loralab.adapters.reads import read_sometimes
-from loralab.adapters.recipes import RECIPES
+from loralab.adapters.registry import spec_of
 from loralab.adapters.shells import plain_paths, unwrapped
 from loralab.adapters.subset import TrainedInFull
-from loralab.adapters.targets import HEADS, head_names, saved_names
+from loralab.adapters.targets import HEADS, saved_names
 from loralab.adapters.wrapper import Wrapper, put_in_place
-from loralab.errors import AdapterStateError, LeftOutWarning, TargetError, some
+from loralab.errors import AdapterStateError, LeftOutWarning, some
 
 
 class Adapter:
@@ -59,10 +58,10 @@ class Adapter:
         self.modules: dict[str, Any] = dict(modules)
         self.saved = dict(saved)
         self._trainable_before = trainable_before
-        self._recipe = RECIPES[type(config)]
+        self.spec = spec_of(config)
         self._hooks = [
             keep_gradients(model),
-            *self._recipe.watch(model, modules),
+            *self.spec.hooks(model, modules),
             *disable_fast_path(model),
         ]
         self._attached = True
@@ -70,7 +69,7 @@ class Adapter:
         self.left_out: Mapping[str, str] = {}
         self.notes: tuple[str, ...] = ()
         self.base_fingerprint: str | None = None  # where the base's weights are not all here
-        self.budget = RankBudget(modules, config) if isinstance(config, AdaLoRA) else None
+        self.budget = self.spec.budget(modules, config) if self.spec.budget else None
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy belongs to the copied model; what stands around that is not copied along."""
@@ -231,7 +230,7 @@ class Adapter:
             "task_type": task_type(record["base"], headed=headed),
             "base_model_name_or_path": record["base"].get("name"),
             "revision": None, "inference_mode": True,
-            **self._recipe.fields(self.config, modules, base_paths(self.model)),
+            **fields_of(self.spec, self.config, modules, base_paths(self.model)),
         }  # fmt: skip
         tensors = self.tensors()
         require_readable(self.model, modules, fields, tensors)
@@ -242,9 +241,9 @@ class Adapter:
     def tensors(self) -> dict[str, Tensor]:
         """What is saved, under peft's keys; PiSSA with its start taken out, as plain LoRA."""
         plain = plain_paths(self.model)
-        tensors = self._recipe.pack({plain(name): m for name, m in self.modules.items()})
+        tensors = pack(self.spec, {plain(name): m for name, m in self.modules.items()})
         for name, saved in self.saved.items():
-            key = f"{self._recipe.prefix}{plain(name)}"
+            key = f"{self.spec.prefix}{plain(name)}"
             tensors |= {f"{key}.{k}": v for k, v in saved.trained.state_dict().items()}
         return {name: tensor.detach() for name, tensor in tensors.items()}
 
@@ -289,7 +288,7 @@ class Adapter:
 
 
 def attach(
-    model: nn.Module, config: Method, *, generator: torch.Generator | None = None
+    model: nn.Module, config: AnyMethod, *, generator: torch.Generator | None = None
 ) -> Adapter:
     """Put an adapter into the model, in place: the base is frozen, only the adapter trains.
 
@@ -310,7 +309,9 @@ def attach(
     return adapter
 
 
-def put_into(model: nn.Module, config: Method, generator: torch.Generator | None = None) -> Adapter:
+def put_into(
+    model: nn.Module, config: AnyMethod, generator: torch.Generator | None = None
+) -> Adapter:
     """`attach` without its warning."""
     given, model = model, unwrapped(model)
     if any(isinstance(module, Wrapper | TrainedInFull) for module in model.modules()):
@@ -339,7 +340,7 @@ def put_into(model: nn.Module, config: Method, generator: torch.Generator | None
 
 
 def wrappers_for(
-    model: nn.Module, config: Method, generator: torch.Generator | None = None
+    model: nn.Module, config: AnyMethod, generator: torch.Generator | None = None
 ) -> tuple[Any, dict[str, Wrapper], dict[str, TrainedInFull]]:
     """What `attach` puts into a model, by path, without putting it there.
 
@@ -349,27 +350,17 @@ def wrappers_for(
     Raises:
         TargetError: a name in the configuration selects nothing.
     """
-    own = _with_head(model, config) if isinstance(config, LinearProbe) else config
+    spec = spec_of(config)
+    own: Any = spec.complete(model, config) if spec.complete else config
     originals = dict(model.named_modules(remove_duplicate=False))
     full = saved_names(model, own)
-    modules = RECIPES[type(own)].build(model, own, generator)
+    modules = build_modules(spec, model, own, generator)
     modules = {name: m for name, m in modules.items() if not inside(name, full)}
     saved = {name: TrainedInFull(originals[name]) for name in full}
     wrappers: Sequence[Any] = (*modules.values(), *saved.values())
     for wrapper in wrappers:
         wrapper.train(wrapper.base.training)
     return own, modules, saved
-
-
-def _with_head(model: nn.Module, config: LinearProbe) -> LinearProbe:
-    """The head by its usual names, where none is given."""
-    names = config.modules_to_save or tuple(head_names(model))
-    if not names:
-        raise TargetError(
-            f"{type(model).__name__} has no head by a usual name ({', '.join(HEADS)}); "
-            "name it with modules_to_save"
-        )
-    return replace(config, modules_to_save=names)
 
 
 def _described(model: nn.Module) -> dict[str, Any]:

@@ -22,8 +22,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from loralab import atomic, values
-from loralab.adapters.recipes import parse
+from loralab.adapters.outside import parse
 from loralab.adapters.record import FORMAT, sound
+from loralab.adapters.registry import spec_of
 from loralab.errors import AdapterFileError, OutputError, nearest, shown, some
 
 CONFIG = "adapter_config.json"
@@ -215,7 +216,7 @@ def write_json(file: Path, content: Mapping[str, Any]) -> None:
 def _require_plausible(path: Path, config: Any, tensors: Mapping[str, Tensor]) -> None:
     """No size may exceed all of the tensors': nothing is allocated for a number in a text file."""
     most = max((size for tensor in tensors.values() for size in tensor.shape), default=0)
-    sizes = {name: getattr(config, name, 0) for name in ("rank", "width", "tokens")}
+    sizes = {name: getattr(config, name) for name in spec_of(config).sizes}
     sizes |= {f"rank of {name}": r for name, r in getattr(config, "rank_pattern", {}).items()}
     for name, size in sizes.items():
         if size > most:
