@@ -46,7 +46,7 @@ class LinearWithVeRA(nn.Module):
 
     def __init__(self, base: nn.Module, config: VeRA, A: Tensor, B: Tensor) -> None:
         super().__init__()
-        self.base, self.config = base, config
+        self.base, self.config, self.rank = base, config, config.rank
         self.out_features, self.in_features = linear_shape(base)
         self.dropout = nn.Dropout(config.dropout)
         # shared by all layers; not persistent, so no layer stores them as its own

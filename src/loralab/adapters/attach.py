@@ -168,7 +168,8 @@ class Adapter:
                 try:
                     module.merge_weights()
                 except AdapterStateError as error:
-                    raise AdapterStateError(f"{name}: {error}") from None
+                    text = f"{name}: {error}"
+                    raise AdapterStateError(text, code=error.code, field=error.field) from None
                 done.append(module)
         except BaseException:
             for module in done:

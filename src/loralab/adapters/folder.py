@@ -120,7 +120,8 @@ def read(path: str | Path, *, files: Mapping[str, bytes] | None = None) -> Adapt
     except KeyError as error:
         raise AdapterFileError(f"{path} lacks {error}, which its method needs") from None
     except (ValueError, TypeError, AttributeError) as error:
-        raise AdapterFileError(f"{path / CONFIG}: {error}") from None
+        code, field = getattr(error, "code", ""), getattr(error, "field", None)
+        raise AdapterFileError(f"{path / CONFIG}: {error}", code=code, field=field) from None
     except (RuntimeError, IndexError) as error:  # torch's, of shapes that do not fit each other
         raise AdapterFileError(
             f"{path / TENSORS} does not fit its configuration: {error}"

@@ -43,7 +43,7 @@ class WrappedLayer(Wrapper):
         ConfigError: it has no `.base` or no `delta()`, or trains nothing.
     """
 
-    def __init__(self, base: nn.Module, layer: nn.Module, method: str, *, merges: bool) -> None:
+    def __init__(self, base: nn.Module, layer: nn.Module, method: str) -> None:
         super().__init__(base)
         self.method = method
         _hide_base(method, base, layer)
@@ -51,8 +51,6 @@ class WrappedLayer(Wrapper):
         self._trained = tuple(n for n, p in layer.named_parameters() if p.requires_grad)
         if not self._trained:
             raise _error(method, "no_parameters", f"{type(layer).__name__} trains no parameter")
-        if not merges and not self.cannot_merge:
-            self.cannot_merge = f"{method} cannot be merged: no weight can hold what was learnt"
         if callable(getattr(layer, "after", None)):  # grouped.py: the base runs once for all rows
             self.after = layer.after
 
@@ -130,8 +128,12 @@ def build_modules(
         return spec.build_all(model, config, generator)  # type: ignore[misc, return-value]
     built = _built(spec, model, config, generator)
     found = {path: _wrapped(spec, model.get_submodule(path), m) for path, m in built.items()}
-    for first in list(found.values())[:1]:
-        _require_delta(first)
+    wrapped = [module for module in found.values() if isinstance(module, WrappedLayer)]
+    if wrapped and spec.merges and not _has_delta(wrapped[0]):
+        spec = replace(spec, merges=False)
+    for module in wrapped:
+        if not spec.merges and not module.cannot_merge:
+            module.cannot_merge = f"{spec.name} cannot be merged: no weight can hold what it learns"
     return found
 
 
@@ -224,19 +226,18 @@ def _wrapped(spec: MethodSpec, base: nn.Module, module: Any) -> Wrapper:
         raise _error(spec.name, "no_base", f"{kind} must keep the layer it was given as `.base`")
     if not callable(getattr(module, "delta", None)):
         raise _error(spec.name, "no_delta", f"{kind} must have delta(), which may return None")
-    return WrappedLayer(base, module, spec.name, merges=spec.merges)
+    return WrappedLayer(base, module, spec.name)
 
 
 @torch.no_grad()
-def _require_delta(first: Any) -> None:
-    """Ask one module before the work whether its update has the weight's shape."""
-    if isinstance(first, WrappedLayer) and not first.cannot_merge:
-        try:
-            first.delta()
-        except LoralabError:
-            raise
-        except Exception as error:
-            raise _error(first.method, "plugin_failed", f"delta failed: {_said(error)}") from error
+def _has_delta(first: WrappedLayer) -> bool:
+    """Ask one module before the work for its update, which must have the weight's shape."""
+    try:
+        return first.delta() is not None
+    except LoralabError:
+        raise
+    except Exception as error:
+        raise _error(first.method, "plugin_failed", f"delta failed: {_said(error)}") from error
 
 
 def _hide_base(method: str, base: nn.Module, layer: nn.Module) -> None:

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from importlib import import_module, metadata
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from loralab.adapters.methods import Method
@@ -189,7 +190,7 @@ def spec_of_file(kind: Any, where: str = "") -> MethodSpec:
         known = [spec.peft_type for spec in specs().values()]
         raise AdapterFileError(
             f"{where}peft_type {kind!r} is not supported, only {', '.join(known)}"
-            f"{nearest(str(kind), known)}",
+            f"{nearest(str(kind), known)} (one of another package needs the entry point {GROUP!r})",
             code="unknown_method", field="peft_type",
         )  # fmt: skip
     return found
@@ -295,14 +296,18 @@ def _load_plugins() -> None:
 
 
 def _load(what: str, load: Callable[[], Any]) -> None:
-    """Import one plugin: it registers itself, or gives a MethodSpec or a function that does."""
+    """Import one plugin: a module, a MethodSpec, or a function that returns or registers one.
+
+    The methods of a module are those that it registers, and each MethodSpec among its names.
+    """
     try:
         found = load()
         if callable(found):
             found = found()
-        known = [own.config for own in _SPECS.values()]
-        if isinstance(found, MethodSpec) and found.config not in known:
-            register(found)
+        offered = vars(found).values() if isinstance(found, ModuleType) else [found]
+        for spec in [spec for spec in offered if isinstance(spec, MethodSpec)]:
+            if all(own.config is not spec.config for own in _SPECS.values()):
+                register(spec)
     except (Exception, SystemExit) as error:
         text = f"{type(error).__name__}: {error}"
         warnings.warn(

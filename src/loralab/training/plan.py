@@ -146,9 +146,10 @@ def _modules(prepared: Prepared) -> tuple[PlannedModule, ...]:
     for name, m in adapter.modules.items():
         own = {id(p): p.numel() for p in m.trained().values() if id(p) not in seen}
         seen |= own.keys()
+        rank = getattr(m, "rank", None)
         adapted.append(PlannedModule(
             name=name, kind=type(m.base).__name__, shape=_shape(m.base),
-            rank=getattr(m, "rank", None), parameters=sum(own.values()),
+            rank=rank if isinstance(rank, int) else None, parameters=sum(own.values()),
         ))  # fmt: skip
     return (*adapted, *(each for name, m in adapter.saved.items() for each in _in_full(name, m)))
 
