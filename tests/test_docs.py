@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import typer.main
+from outside import registered
 
 import loralab
 from loralab import errors
@@ -35,6 +36,15 @@ def test_the_python_of_the_readme_runs(
     assert blocks
     for block in blocks:
         exec(compile(block, readme, "exec"), {})
+
+
+def test_the_method_of_the_documents_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs/write-a-method.md").read_text(encoding="utf-8")
+    found = re.findall(r"```python\n(.*?)```", text, re.S)
+    assert len(found) == 1
+    with registered():
+        exec(compile(found[0], "write-a-method.md", "exec"), {"__name__": "written"})
 
 
 @pytest.mark.parametrize("readme", READMES)

@@ -143,10 +143,9 @@ def fields_of(spec: MethodSpec, config: Any, modules: Modules, paths: list[str])
         return spec.fields_all(config, modules, paths)
     own = _own_fields(spec, config)
     chosen, layers = selecting_fields(list(modules), paths)
-    return {
-        **own, "target_modules": chosen, "exclude_modules": None, "layers_pattern": None,
-        "layers_to_transform": layers, "modules_to_save": list(config.modules_to_save) or None,
-    }  # fmt: skip
+    counted = {} if layers is None else {"layers_to_transform": layers, "layers_pattern": None}
+    saved = list(config.modules_to_save) or None
+    return {**own, "target_modules": chosen, **counted, "modules_to_save": saved}
 
 
 def pack(spec: MethodSpec, modules: Modules) -> dict[str, Tensor]:

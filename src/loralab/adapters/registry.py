@@ -12,14 +12,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from importlib import import_module, metadata
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from loralab.adapters.methods import Method
 from loralab.adapters.peft_fields import PREFIX
 from loralab.errors import AdapterFileError, ConfigError, PluginWarning, nearest
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
 
 GROUP = "loralab.methods"
 MODULES = "LORALAB_METHODS"  # environment: modules that register methods, for processes of ours
@@ -72,27 +69,27 @@ class MethodSpec:
 
     config: type[Any]
     name: str
-    build: "Callable[[Any, str, nn.Module], nn.Module] | None" = None
+    build: Callable[[Any, str, Any], Any] | None = None
     fields: Callable[[Any], Mapping[str, Any]] | None = None
     parse: Callable[[dict[str, Any]], Any] | None = None
     learning_rate: float = 1e-3
     merges: bool = True
     peft_type: str = ""
     in_peft: bool = False
-    shared: "Callable[[Modules], Mapping[str, Tensor]]" = _nothing
+    shared: Callable[[Modules], Mapping[str, Any]] = _nothing
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     sizes: tuple[str, ...] = ()
-    build_all: "Callable[..., Mapping[str, nn.Module]] | None" = None
+    build_all: Callable[[Any, Any, Any], Mapping[str, Any]] | None = None
     fields_all: Callable[[Any, Modules, list[str]], dict[str, Any]] | None = None
-    parse_all: "Callable[..., tuple[Any, Mapping[str, Tensor]]] | None" = None
-    pack: "Callable[[Modules], dict[str, Tensor]] | None" = None
+    parse_all: Callable[[Mapping[str, Any], Mapping[str, Any]], tuple[Any, Any]] | None = None
+    pack: Callable[[Modules], dict[str, Any]] | None = None
     hooks: Callable[[Any, Modules], Any] = _nothing
     prefix: str = PREFIX
     targets: Callable[[Any, Any], Any] | None = None
     complete: Callable[[Any, Any], Any] | None = None
     budget: Callable[[Modules, Any], Any] | None = None
     rate_ratio: Callable[[Any, str], float] | None = None
-    front: "Callable[[Any, Any], list[Tensor]] | None" = None
+    front: Callable[[Any, Modules], list[Any]] | None = None
     low_rank: bool = False
     trains_base: bool = False
     own_pass: bool = False

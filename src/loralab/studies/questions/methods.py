@@ -55,7 +55,8 @@ def arms(ground: Ground, base: Base) -> list[Arm]:
     found += [_sized(base, m, size, budgets[size]) for m, size in pairs if m in wanted]
     if not ground.quick and "prefix-mlp" in wanted:
         found += _through_network(found)
-    found += [_plain(m) for m in (*SIZELESS, *_outside()) if m in wanted and _possible(base, {"method": m})]
+    others = [m for m in (*SIZELESS, *_outside()) if m in wanted]
+    found += [_plain(m) for m in others if _possible(base, {"method": m})]
     unique = {arm.name: arm for arm in found}
     untrained = {"measure": "loralab.studies.trained:untrained"}
     return [
