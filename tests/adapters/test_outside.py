@@ -325,3 +325,58 @@ def test_a_wrapper_of_ours_is_taken_as_it_is() -> None:
     assert type(module) is WrappedLayer
     with pytest.raises(ConfigError):
         attach(llama(), Outer(target_modules=("q_proj",), layers=()))
+
+
+class Shared(LinearWithOuter):
+    """Keeps a part of what all layers share, and all of it."""
+
+    def __init__(self, config: Outer, layer: nn.Module, state: Tensor) -> None:
+        super().__init__(config, layer)
+        self.register_buffer("whole", state)
+        self.register_buffer("part", state[:2])
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = super().forward(x)
+        return y * self.whole.sum() * self.part.sum()
+
+    def delta(self) -> Any:
+        return None
+
+
+def test_what_layers_share_is_stored_once(tmp_path: Path) -> None:
+    state = torch.rand(4) + 1
+    changed(build=lambda config, path, layer: Shared(config, layer, state))
+    adapter = fill(attach(llama(), METHOD))
+    keys = [key.rpartition(".")[2] for key in adapter.tensors()]
+    assert (keys.count("whole"), keys.count("part")) == (1, 6)
+    assert [name.rpartition(".")[2] for name in adapter.state()].count("whole") == 1
+    live = logits(adapter.model)
+    adapter.save(tmp_path / "a")
+    state = torch.zeros(4)
+    changed(build=lambda config, path, layer: Shared(config, layer, state))
+    assert torch.equal(logits(load(llama(), tmp_path / "a").model), live)
+
+
+class Embedded(nn.Module):
+    """Of an embedding, which is no linear layer."""
+
+    def __init__(self, base: nn.Embedding) -> None:
+        super().__init__()
+        self.base = base
+        self.shift = nn.Parameter(torch.zeros(base.embedding_dim))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        y: Tensor = self.base(ids)
+        return y + self.shift
+
+    def delta(self) -> Tensor:
+        return self.shift.expand(self.base.num_embeddings, -1)
+
+
+def test_a_whole_model_build_can_take_other_layers() -> None:
+    path = "transformer.wpe"
+    changed(build_all=lambda model, *_: {path: Embedded(model.get_submodule(path))})
+    adapter = fill(attach(gpt2(), Outer()))
+    live = logits(adapter.model)
+    adapter.merge()
+    torch.testing.assert_close(logits(adapter.model), live, rtol=1e-4, atol=1e-5)

@@ -152,6 +152,24 @@ def test_it_is_trained_certified_and_merged_from_the_command_line(
 
 
 @pytest.mark.usefixtures("installed")
+def test_its_fields_are_options_beside_a_configuration_file_too(
+    tiny_llama_folder: Path, sums_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "my config.toml"
+    file.write_text(
+        f'model = "{tiny_llama_folder}"\ndata = "{sums_file}"\nmethod = "vera"\nrank = 9\n'
+    )
+    assert (
+        run(["plan", "--config", str(file), "--rank", "3", "--projection-seed", "5", "--json"]) == 0
+    )
+    assert {m["rank"] for m in json.loads(capsys.readouterr().out)["modules"]} == {3}
+    assert run(["train", "--method", "vera", "--help"]) == 0
+    assert "--projection-seed" in capsys.readouterr().out
+    assert run(["train", "--help"]) == 0
+    assert "--projection-seed" not in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("installed")
 @pytest.mark.parametrize("more", [["--alpha", "3"], ["--d-initial", "much"], ["--width", "3"]])
 def test_options_of_others_and_wrong_values_are_refused(
     more: list[str], tiny_llama_folder: Path, sums_file: Path, tmp_path: Path

@@ -28,7 +28,7 @@ from loralab.adapters.paths import inside
 from loralab.adapters.peft_fields import task_type
 from loralab.adapters.present import require_readable
 from loralab.adapters.reads import read_sometimes
-from loralab.adapters.registry import spec_of
+from loralab.adapters.registry import MethodSpec, spec_of
 from loralab.adapters.shells import plain_paths, unwrapped
 from loralab.adapters.subset import TrainedInFull
 from loralab.adapters.targets import HEADS, saved_names
@@ -58,7 +58,6 @@ class Adapter:
         self.modules: dict[str, Any] = dict(modules)
         self.saved = dict(saved)
         self._trainable_before = trainable_before
-        self.spec = spec_of(config)
         self._hooks = [
             keep_gradients(model),
             *self.spec.hooks(model, modules),
@@ -74,6 +73,11 @@ class Adapter:
     def __getstate__(self) -> dict[str, Any]:
         """A copy belongs to the copied model; what stands around that is not copied along."""
         return {**self.__dict__, "given": self.model}
+
+    @property
+    def spec(self) -> MethodSpec:
+        """The method that the configuration is of."""
+        return spec_of(self.config)
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """Everything that is trained, by path: `<module>.lora_A`, or the saved module's own.
@@ -125,8 +129,11 @@ class Adapter:
     def state(self) -> dict[str, Tensor]:
         """All that must be kept to go on training: trained tensors and the modules' buffers."""
         state: dict[str, Tensor] = dict(self.named_parameters())
+        seen: set[int] = set()
         for name, module in self.modules.items():
-            state |= {f"{name}.{key}": value for key, value in module.own_buffers().items()}
+            own = {key: b for key, b in module.own_buffers().items() if id(b) not in seen}
+            seen |= set(map(id, own.values()))
+            state |= {f"{name}.{key}": value for key, value in own.items()}
         for name, saved in self.saved.items():
             state |= {f"{name}.{key}": value for key, value in saved.trained.named_buffers()}
         if self.budget is not None:

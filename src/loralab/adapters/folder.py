@@ -76,7 +76,7 @@ def write(
     path = Path(path)
     if (path / CONFIG).exists() and not overwrite:
         raise OutputError(f"{path} holds an adapter already; choose another name")
-    kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    kept = {name: _on_its_own(tensor) for name, tensor in tensors.items()}
     digest = content_digest(config, kept)
     write_json(path / RECORD, {"format": FORMAT, "digest": digest, **record})
     atomic.write_file(path / TENSORS, safetensors.torch.save(kept, {"format": "pt"}))
@@ -162,6 +162,12 @@ def read_json(path: Path) -> dict[str, Any]:
         AdapterFileError: it cannot be read, or is something else.
     """
     return values.read_json(path, AdapterFileError, large=True)
+
+
+def _on_its_own(tensor: Tensor) -> Tensor:
+    """Return a tensor that shares its memory with no other: safetensors refuses what does."""
+    found = tensor.detach().cpu().contiguous()
+    return found if found.untyped_storage().nbytes() == found.nbytes else found.clone()
 
 
 def _files(path: Path) -> dict[str, bytes]:

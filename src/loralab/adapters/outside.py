@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loralab.adapters.bases import dense_weight, is_conv1d, linear_shape
+from loralab.adapters.bases import dense_weight, is_conv1d, is_quantized, linear_shape, looks_linear
 from loralab.adapters.peft_fields import (
     PREFIX,
     SELECTING,
@@ -87,9 +87,10 @@ class WrappedLayer(Wrapper):
         Raises:
             AdapterStateError: it has another shape, or numbers that are not finite.
         """
-        found, shape = self.layer.delta(), linear_shape(self.original)
+        found = self.layer.delta()
         if found is None:
             return None
+        shape = _shape(self.original)
         if not isinstance(found, Tensor) or tuple(found.shape) != shape:
             got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
             raise AdapterStateError(
@@ -112,8 +113,10 @@ class WrappedLayer(Wrapper):
                 f"{self.method} cannot be merged: its delta() is None", code="cannot_merge",
                 field=self.method,
             )  # fmt: skip
-        total = wide(dense_weight(self.base)) + update
-        return {"weight": total.T if is_conv1d(self.base) else total}
+        weight = dense_weight(self.base) if is_quantized(self.base) else self.base.weight
+        if is_conv1d(self.base):
+            update = update.T
+        return {"weight": wide(weight) + update}
 
 
 def build_modules(
@@ -159,7 +162,9 @@ def pack(spec: MethodSpec, modules: Modules) -> dict[str, Tensor]:
             if id(tensor) not in seen:
                 seen.add(id(tensor))
                 found[f"{PREFIX}{path}.{name}"] = tensor
-    return found | dict(spec.shared({n: getattr(m, "layer", m) for n, m in modules.items()}))
+    if spec.shared is None:
+        return found
+    return found | dict(spec.shared({name: module.layer for name, module in modules.items()}))
 
 
 def parse(
@@ -204,7 +209,7 @@ def _built(
     """Call a build; random numbers that it draws without asking come from the generator."""
     seed = int(torch.randint(2**62, (), generator=generator).item())
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(range(torch.cuda.device_count())):
             torch.manual_seed(seed)
             if spec.build_all is None:
                 return _layer_by_layer(spec, model, config)
@@ -237,6 +242,11 @@ def _has_delta(first: WrappedLayer) -> bool:
         raise
     except Exception as error:
         raise _error(first.method, "plugin_failed", f"delta failed: {_said(error)}") from error
+
+
+def _shape(base: Any) -> tuple[int, ...]:
+    """(O, I) of a linear layer, whatever way round it is kept; of others that of the weight."""
+    return linear_shape(base) if looks_linear(base) else tuple(base.weight.shape)
 
 
 def _hide_base(method: str, base: nn.Module, layer: nn.Module) -> None:

@@ -4,6 +4,7 @@ Standard library only: the command line takes its options from here. Methods of 
 are found through the entry point group "loralab.methods", on first need.
 """
 
+import math
 import os
 import re
 import sys
@@ -49,7 +50,7 @@ class MethodSpec:
         peft_type: of adapter_config.json; left out, what `fields` says or the name in capitals.
         in_peft: peft has the method and reads its files.
         shared: tensors of a file that no single layer owns, under their whole keys, from the
-            modules by path.
+            package's own modules by path.
         variants: further names -> the options that they stand for.
         sizes: fields of `config` that size a tensor, so a file cannot ask for more than it holds.
         pack: all tensors of a file under their keys; left out, each module's under its path.
@@ -76,7 +77,7 @@ class MethodSpec:
     merges: bool = True
     peft_type: str = ""
     in_peft: bool = False
-    shared: Callable[[Modules], Mapping[str, Any]] = _nothing
+    shared: Callable[[Modules], Mapping[str, Any]] | None = None
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     sizes: tuple[str, ...] = ()
     build_all: Callable[[Any, Any, Any], Mapping[str, Any]] | None = None
@@ -256,8 +257,8 @@ def _problems(spec: MethodSpec) -> Iterator[tuple[str, str]]:
         if not callable(getattr(spec, name)) and not callable(getattr(spec, f"{name}_all")):
             yield "no_function", f"{name} must be a function, or {name}_all"
     rate = spec.learning_rate
-    if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < 1:
-        yield "bad_rate", f"learning_rate must be above 0 and below 1, got {rate!r}"
+    if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < math.inf:
+        yield "bad_rate", f"learning_rate must be a positive number, got {rate!r}"
 
 
 def _peft_type(spec: MethodSpec) -> str:

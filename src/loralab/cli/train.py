@@ -4,7 +4,7 @@ import json
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,6 +17,7 @@ from loralab.cli.options import build, pairs, require_known, with_options
 from loralab.errors import ConfigError, LoralabError, shown
 from loralab.studies.fields import from_toml
 from loralab.training.settings import Evaluation, Training
+from loralab.values import read_toml
 
 if TYPE_CHECKING:
     from loralab.artefacts.certificate import Certificate
@@ -255,15 +256,24 @@ def _requested(given: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def take_method(arguments: Iterable[str]) -> None:
+def take_method(arguments: Sequence[str]) -> None:
     """Give train and plan the options of the method that is typed, if another package has it."""
-    words = " ".join(arguments).replace("--method=", "--method ").split()
-    typed = [name for flag, name in pairwise(words) if flag == "--method"]
-    if not typed or typed[-1].lower() in NAMES:
+    if not {"train", "plan"} & set(arguments):
         return
-    found = specs().get(typed[-1].lower())
+    words = [w for word in arguments for w in (word.split("=", 1) if word[:2] == "--" else [word])]
+    typed = dict(pairwise(words))
+    name = typed.get("--method") or _method_in(typed.get("--config"))
+    found = None if name is None or name.lower() in NAMES else specs().get(name.lower())
     for command in (train, plan):
         command.take_options(*[found.config] if found else [])  # type: ignore[attr-defined]
+
+
+def _method_in(config: str | None) -> str | None:
+    """Return the method of a TOML file; what is wrong with the file is said when it is used."""
+    try:
+        return str(read_toml(Path(config))["method"]) if config else None
+    except (LoralabError, KeyError):
+        return None
 
 
 def field_names() -> set[str]:
