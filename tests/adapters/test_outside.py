@@ -3,6 +3,7 @@
 import copy
 import json
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,21 @@ def test_a_copy_of_the_model_is_on_its_own() -> None:
     assert not torch.equal(logits(other.model), live)
 
 
+class Upcast(LinearWithOuter):
+    """Forgets that the base may compute in half precision."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.base(x)
+        return y + (x * self.v).sum(-1, keepdim=True) * self.u
+
+
+def test_what_a_layer_returns_on_a_half_precision_base_is_in_half_precision() -> None:
+    changed(build=lambda config, path, layer: Upcast(config, layer))
+    adapter = fill(attach(llama().bfloat16(), METHOD))
+    assert logits(adapter.model).dtype == torch.bfloat16
+    assert all(p.dtype == torch.float32 for p in adapter.parameters())
+
+
 class Buffered(LinearWithOuter):
     """A scale that is kept but not trained, and a frozen parameter."""
 
@@ -169,6 +185,23 @@ def test_a_file_holds_the_fields_of_the_method_and_the_names_of_the_layers(tmp_p
     stored = folder.read(tmp_path / "a")
     assert stored.config.factor == 0.25
     assert torch.equal(logits(load(llama(), tmp_path / "a").model), logits(adapter.model))
+
+
+@pytest.mark.parametrize("options", [
+    {"layers": [1]}, {"exclude_modules": ["q_proj"], "target_modules": "attention"},
+    {"factor": 0.5, "target_modules": ["up_proj"]}, {"modules_to_save": ["lm_head"]},
+])  # fmt: skip
+def test_all_fields_and_nothing_else_is_a_way_to_write_a_configuration(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    changed(fields=asdict, parse=lambda fields: Outer(**fields))
+    adapter = fill(attach(llama(), Outer(**options)))
+    adapter.save(tmp_path / "a")
+    again = load(llama(), tmp_path / "a")
+    assert torch.equal(logits(again.model), logits(adapter.model))
+    assert again.modules.keys() == adapter.modules.keys()
+    again.save(tmp_path / "b")
+    assert folder.read(tmp_path / "a").digest == folder.read(tmp_path / "b").digest
 
 
 def rewritten(place: Path, **fields: Any) -> Path:

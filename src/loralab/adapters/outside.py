@@ -27,6 +27,14 @@ from loralab.adapters.wrapper import Wrapper, wide
 from loralab.errors import AdapterFileError, AdapterStateError, ConfigError, LoralabError, some
 
 Modules = Mapping[str, Any]
+HALF = (torch.bfloat16, torch.float16)
+OF_EVERY_METHOD = SELECTING | {
+    "peft_type",
+    "task_type",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+}
 
 
 class WrappedLayer(Wrapper):
@@ -61,8 +69,17 @@ class WrappedLayer(Wrapper):
         return super().__getattr__(name)
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
-        """Call the module, or the base while that holds the update."""
-        return (self.base if self.merged else self.layer)(*inputs, **named)
+        """Call the module, or the base while that holds the update.
+
+        Where the input is in half precision, so is what is returned, as the base's would be.
+        """
+        if self.merged:
+            return self.base(*inputs, **named)
+        found = self.layer(*inputs, **named)
+        dtype = inputs[0].dtype if inputs and isinstance(inputs[0], Tensor) else None
+        if dtype in HALF and isinstance(found, Tensor):
+            return found.to(dtype)
+        return found
 
     def trained(self) -> dict[str, nn.Parameter]:
         """Its parameters that are trained, by their names in `layer`."""
@@ -145,6 +162,7 @@ def fields_of(spec: MethodSpec, config: Any, modules: Modules, paths: list[str])
     if spec.fields_all is not None:
         return spec.fields_all(config, modules, paths)
     own = _own_fields(spec, config)
+    own |= dict.fromkeys(own.keys() & SELECTING)  # said in the names of the layers
     chosen, layers = selecting_fields(list(modules), paths)
     counted = {} if layers is None else {"layers_to_transform": layers, "layers_pattern": None}
     saved = list(config.modules_to_save) or None
@@ -179,7 +197,7 @@ def parse(
     if spec.parse_all is not None:
         return spec.parse_all(fields, tensors)
     try:
-        config = spec.parse(dict(fields))  # type: ignore[misc]
+        config = spec.parse(_for_parse(spec, fields))  # type: ignore[misc]
     except Exception as error:
         text = str(error) if isinstance(error, LoralabError) else _said(error)
         raise AdapterFileError(
@@ -271,6 +289,15 @@ def _own_fields(spec: MethodSpec, config: Any) -> dict[str, Any]:
         text = f"fields says peft_type {own['peft_type']!r}, expected {spec.peft_type!r}"
         raise _error(spec.name, "plugin_failed", text)
     return own
+
+
+def _for_parse(spec: MethodSpec, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a file's fields without those of every method that `fields` does not write, too."""
+    try:
+        written = set(spec.fields(spec.config()))  # type: ignore[misc]
+    except Exception:  # a configuration without defaults
+        written = set()
+    return {k: v for k, v in fields.items() if k in written or k not in OF_EVERY_METHOD}
 
 
 def _require_understood(spec: MethodSpec, config: Any, fields: Mapping[str, Any]) -> None:

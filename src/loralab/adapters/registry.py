@@ -38,7 +38,7 @@ class MethodSpec:
     `Method`, which selects the layers. `build(config, path, layer)` returns an nn.Module with the
     layer as `.base`, `forward`, and `delta()`: the update of the weight (out_features,
     in_features), or None where there is none to merge. `fields(config)` is what
-    adapter_config.json says of it beside the names of the layers, `parse` reads that file.
+    adapter_config.json says of it beside the names of the layers, `parse` reads that again.
 
     The fields that end in `_all` stand in for those without, for what a single layer cannot tell:
     `build_all(model, config, generator)` returns all modules by path, `fields_all(config, modules,
