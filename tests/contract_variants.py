@@ -2,10 +2,11 @@
 
 from typing import Any
 
-from loralab.adapters.methods import METHODS, AdaLoRA, Bottleneck, LoRA, Prefix
+from loralab.adapters.methods import AdaLoRA, Bottleneck, LoRA, Prefix
+from loralab.adapters.registry import built_in
 
 VARIANTS: dict[str, Any] = {
-    **{name: method() for name, method in METHODS.items() if name != "adalora"},
+    **{name: spec.config() for name, spec in built_in().items() if name != "adalora"},
     "adalora": AdaLoRA(rank=4, target_rank=2, total_steps=15, initial_steps=2, final_steps=4),
     "dora": LoRA(dora=True),
     "rslora": LoRA(scaling="alpha/sqrt(r)"),

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from loralab.adapters.registry import built_in
+
 ROOT = Path(__file__).parents[1] / "src" / "loralab"
 BASE = {"errors", "atomic", "values"}
 LEAVES = BASE | {"native"}
@@ -28,7 +30,8 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 # third-party names, where restricted
 MAY_INSTALL = {"native": {"torch"}, "adapters": {"torch", "safetensors", "regex"}}
-TORCH_FREE = ["adapters/methods.py", "serving/request.py", "serving/settings.py",
+TORCH_FREE = ["adapters/methods.py", "adapters/registry.py", "adapters/builtin.py",
+              "serving/request.py", "serving/settings.py",
               "training/settings.py", "errors.py",
               "serving/keys.py", "atomic.py", "values.py", "cluster.py",
               "studies/study.py", "studies/catalog.py", "studies/fields.py"]  # fmt: skip
@@ -71,6 +74,46 @@ def test_a_package_holds_a_docstring_and_nothing_else() -> None:
             continue
         tree = ast.parse((ROOT / part / "__init__.py").read_text(encoding="utf-8"))
         assert len(tree.body) == 1
+
+
+CONFIGURATIONS = {spec.config.__name__ for spec in built_in().values()}
+
+
+def names_in(node: ast.AST) -> set[str]:
+    """The last parts of all names below a node."""
+    below = list(ast.walk(node))
+    names = {one.id for one in below if isinstance(one, ast.Name)}
+    return names | {one.attr for one in below if isinstance(one, ast.Attribute)}
+
+
+def methods_told_apart(tree: ast.AST) -> Iterator[int]:
+    """Lines that ask which method a configuration is, by isinstance or by its type."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and names_in(node.func) & {"isinstance", "issubclass"}:
+            asked = {name for argument in node.args[1:] for name in names_in(argument)}
+        elif isinstance(node, ast.Compare) and "type" in names_in(node):
+            asked = names_in(node)
+        else:
+            continue
+        if asked & CONFIGURATIONS:
+            yield node.lineno
+
+
+def test_a_method_is_known_by_its_spec_alone() -> None:
+    found = [
+        f"{file.relative_to(ROOT)}:{line}"
+        for file in ROOT.rglob("*.py")
+        for line in methods_told_apart(ast.parse(file.read_text(encoding="utf-8")))
+    ]
+    assert found == []
+
+
+@pytest.mark.parametrize("line", [
+    "isinstance(config, LoRA)", "isinstance(a.config, BitFit | FullFineTune)",
+    "issubclass(kind, (IA3, Prompt))", "type(config) is AdaLoRA", "type(config) in (methods.LoRA,)",
+])  # fmt: skip
+def test_telling_methods_apart_is_noticed(line: str) -> None:
+    assert list(methods_told_apart(ast.parse(line))) == [1]
 
 
 def test_files_and_functions_stay_short() -> None:

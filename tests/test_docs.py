@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 import typer.main
+from outside import registered
 from tiny import llama
 
 import loralab
 from loralab import errors
-from loralab.adapters.methods import INITS, METHODS, SCALINGS
+from loralab.adapters.methods import INITS, SCALINGS
+from loralab.adapters.registry import built_in
 from loralab.cli import app, artefacts, study, train
 from loralab.studies.catalog import STUDIES
 
@@ -52,6 +54,15 @@ def test_a_readme_is_read_in_minutes(readme: str) -> None:
     assert [line for line in lines if len(line) > 160] == []
 
 
+def test_the_method_of_the_documents_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs/write-a-method.md").read_text(encoding="utf-8")
+    found = re.findall(r"```python\n(.*?)```", text, re.S)
+    assert len(found) == 1
+    with registered():
+        exec(compile(found[0], "write-a-method.md", "exec"), {"__name__": "written"})
+
+
 @pytest.mark.parametrize("readme", READMES)
 def test_every_command_is_in_the_readme(readme: str) -> None:
     text = (ROOT / readme).read_text(encoding="utf-8")
@@ -62,7 +73,7 @@ def test_every_command_is_in_the_readme(readme: str) -> None:
 
 def test_every_field_of_a_method_is_documented() -> None:
     text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
-    for method in METHODS.values():
+    for method in (spec.config for spec in built_in().values()):
         assert [f.name for f in dataclasses.fields(method) if f.name not in text] == []
 
 

@@ -107,6 +107,10 @@ class BaseMismatchWarning(UserWarning):
     """An adapter is put on another base model than the one it was trained on."""
 
 
+class PluginWarning(UserWarning):
+    """A package that offers a method cannot be imported; the other methods work."""
+
+
 def nearest(name: str, choices: Iterable[str], count: int = 3) -> str:
     """The closest valid names as a phrase for the end of a message; "" if none is close.
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from loralab.adapters.methods import METHODS, VARIANTS
+from loralab.adapters.registry import method_named, names
 from loralab.cli import run
 
-NAMES = [name for name in (*METHODS, *VARIANTS) if name != "bitfit"]
+NAMES = [name for name in names() if name != "bitfit"]
 
 
 def command(model: Path, data: Path, output: Path, method: str, *more: str) -> list[str]:
@@ -42,8 +42,8 @@ def test_every_name_trains(
     assert run(command(tiny_llama_folder, sums_file, output, method, "--json")) == 0
     assert json.loads(capsys.readouterr().out)["trainable"] > 0
     config = tomllib.loads((output / "config.toml").read_text())
-    name, options = VARIANTS.get(method, (method, {}))
-    assert config["method"] == name
+    spec, options = method_named(method)
+    assert config["method"] == spec.name
     assert options.items() <= config.items()
     assert run(["inspect", str(output)]) == 0
 

@@ -1,23 +1,26 @@
-"""What every method promises; a new one is tested by standing in METHODS.
+"""What every method promises, also those of other packages; a registered one is tested.
 
 Each runs on three kinds of model in the variants below. A pair that cannot be is in REFUSED, with
 the word of the error that says so.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from contract_variants import VARIANTS
+from contract_variants import VARIANTS as BUILT_IN
+from outside import Outer, outer, registered, vera_plugin
 from tiny import IDS, MODELS, fill, logits
 from torch import nn
 
 from loralab.adapters.attach import Adapter, attach
 from loralab.adapters.folder import CONFIG, TENSORS, read
 from loralab.adapters.load import load
-from loralab.adapters.methods import METHODS
+from loralab.adapters.registry import built_in
 from loralab.errors import AdapterStateError, TargetError
 
+VARIANTS = {**BUILT_IN, "vera": vera_plugin().VeRA(rank=4), "outer": Outer(factor=0.5)}
 REFUSED = {("bitfit", "llama"): "no biases"}
 MOVES_AT_ONCE = {"prefix", "prompt", "prefix-mlp"}  # step 0 is not the base model
 CANNOT_MERGE = {"bottleneck", "pfeiffer", "parallel", "prefix", "prompt", "prefix-mlp"}
@@ -28,6 +31,13 @@ PAIRS = [
     if (variant, model) not in REFUSED
 ]
 every_pair = pytest.mark.parametrize(("variant", "name"), PAIRS)
+
+
+@pytest.fixture(autouse=True)
+def from_outside() -> Iterator[None]:
+    """Methods of other packages, which promise the same."""
+    with registered(vera_plugin().SPEC, outer()):
+        yield
 
 
 def attached(variant: str, name: str, seed: int = 0) -> Adapter:
@@ -59,7 +69,7 @@ def gradients(adapter: Adapter) -> dict[str, torch.Tensor]:
 
 
 def test_every_method_is_here() -> None:
-    assert METHODS.keys() <= VARIANTS.keys()
+    assert built_in().keys() <= VARIANTS.keys()
 
 
 @pytest.mark.parametrize(("variant", "name"), REFUSED)

@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from loralab.adapters.methods import METHODS, VARIANTS, method_named
-from loralab.adapters.recipes import PARSERS
+from loralab.adapters.registry import built_in, method_named, names
 from loralab.serving.entries import describe, method_of
 from loralab.training.settings import Training
 
@@ -26,16 +25,16 @@ PEFT: list[tuple[dict[str, Any], str]] = [
 
 def recorded(method: str) -> dict[str, Any]:
     """What train writes of a method."""
-    name, options = method_named(method)
+    spec, options = method_named(method)
     quantize = options.get("quantize", "none")
     own = {key: value for key, value in options.items() if key != "quantize"}
     return {
-        "method": {"name": name, **asdict(METHODS[name](**own))},
+        "method": {"name": spec.name, **asdict(spec.config(**own))},
         "training": asdict(Training(quantize=quantize)),
     }
 
 
-@pytest.mark.parametrize("method", [*METHODS, *VARIANTS])
+@pytest.mark.parametrize("method", names())
 def test_the_method_is_the_one_that_was_typed(method: str) -> None:
     kind = (
         "ADALORA" if method == "adalora" else "LORA"
@@ -56,9 +55,9 @@ def test_without_a_record_the_configuration_tells(fields: dict[str, Any], method
         assert method_of(fields, record) == method
 
 
-@pytest.mark.parametrize("kind", PARSERS)
+@pytest.mark.parametrize("kind", [spec.peft_type for spec in built_in().values()])
 def test_every_kind_of_folder_has_a_method_that_can_be_typed(kind: str) -> None:
-    assert method_of({"peft_type": kind}, {}) in {*METHODS, *VARIANTS}
+    assert method_of({"peft_type": kind}, {}) in names()
 
 
 @pytest.mark.parametrize(

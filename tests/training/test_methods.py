@@ -9,7 +9,8 @@ import torch
 
 from loralab.adapters import folder
 from loralab.adapters.load import load
-from loralab.adapters.methods import METHODS, VARIANTS, AdaLoRA, Bottleneck, LoRA, Prefix
+from loralab.adapters.methods import AdaLoRA, Bottleneck, FullFineTune, LoRA, Prefix
+from loralab.adapters.registry import built_in
 from loralab.artefacts.certificate import certify, logits_of
 from loralab.artefacts.live import bring_to_life
 from loralab.errors import ConfigError
@@ -19,7 +20,7 @@ from loralab.training.run import Run, train
 from loralab.training.settings import Evaluation, Training
 
 KINDS: dict[str, Any] = {
-    **{name: method() for name, method in METHODS.items()},
+    **{name: spec.config() for name, spec in built_in().items()},
     "adalora": AdaLoRA(rank=4, target_rank=2),
     "dora": LoRA(rank=2, dora=True), "pissa": LoRA(rank=2, init="pissa"),
     "lora+": LoRA(rank=2, lora_plus=8), "parallel": Bottleneck(placement="parallel", width=4),
@@ -131,11 +132,10 @@ def test_the_usual_rate_is_written_down(
 
 
 def test_every_variant_is_a_method_with_options_it_has() -> None:
-    fields = {f for name in METHODS for f in METHODS[name].__dataclass_fields__}
-    for name, options in VARIANTS.values():
-        assert name in METHODS
-        known = fields | set(Training.__dataclass_fields__)
-        assert set(options) <= known
+    for spec in built_in().values():
+        known = {*spec.config.__dataclass_fields__, *Training.__dataclass_fields__}
+        for options in spec.variants.values():
+            assert set(options) <= known
 
 
 class TestNewTokens:
@@ -190,7 +190,7 @@ def test_a_packed_base_is_packed_again_on_loading(
     assert plain.stored.record["base"]["quantize"] == how
     with pytest.raises(ConfigError, match="few bits cannot be trained"):
         train(
-            model=str(tiny_llama_folder), data=str(sums), method=METHODS["full"](),
+            model=str(tiny_llama_folder), data=str(sums), method=FullFineTune(),
             output_dir=tmp_path / "full", training=Training(**SETTINGS, quantize=how),
         )  # fmt: skip
     fresh = bring_to_life(run.output_dir)

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from loralab.adapters.methods import METHODS, LoRA
+from loralab.adapters.methods import LoRA
+from loralab.adapters.registry import built_in
 from loralab.training.optim import learning_rate, optimizer_for, set_learning_rate, usual_rate
 from loralab.training.settings import SCHEDULES, Training
 
@@ -34,7 +35,7 @@ def test_vectors_do_not_decay() -> None:
 
 
 def test_every_method_has_a_usual_rate() -> None:
-    assert all(0 < usual_rate(method()) < 1 for method in METHODS.values())
+    assert all(0 < usual_rate(spec.config()) < 1 for spec in built_in().values())
 
 
 def test_lora_plus_gives_b_a_faster_rate_in_every_step() -> None:

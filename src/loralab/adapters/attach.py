@@ -4,7 +4,6 @@ import contextlib
 import copy
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from loralab.adapters.bases import why_not_merged
-from loralab.adapters.budget import RankBudget
 from loralab.adapters.checkpoints import keep_gradients
 from loralab.adapters.fast_path import disable_fast_path
 from loralab.adapters.fingerprint import base_paths, dtype_name, fingerprint
 from loralab.adapters.folder import write
 from loralab.adapters.left_out import described, left_out, notable
-from loralab.adapters.methods import AdaLoRA, LinearProbe, Method
+from loralab.adapters.methods import AnyMethod
 from loralab.adapters.model_folder import (
     require_no_adapter,
     require_no_model,
@@ -26,17 +24,18 @@ from loralab.adapters.model_folder import (
     untied,
 )
 from loralab.adapters.offload import require_alone, require_weights
+from loralab.adapters.outside import build_modules, fields_of, pack
 from loralab.adapters.paths import inside
 from loralab.adapters.peft_fields import task_type
 from loralab.adapters.present import require_readable
 from loralab.adapters.reads import read_sometimes
-from loralab.adapters.recipes import RECIPES
+from loralab.adapters.registry import MethodSpec, spec_of
 from loralab.adapters.several import AdapterSet, adapters_of
 from loralab.adapters.shells import plain_paths, unwrapped
 from loralab.adapters.subset import TrainedInFull
-from loralab.adapters.targets import HEADS, head_names, saved_names
+from loralab.adapters.targets import HEADS, saved_names
 from loralab.adapters.wrapper import Wrapper, replace_modules
-from loralab.errors import AdapterStateError, LeftOutWarning, TargetError, some
+from loralab.errors import AdapterStateError, LeftOutWarning, some
 
 
 class Adapter:
@@ -62,7 +61,6 @@ class Adapter:
         self.config = config
         self.modules: dict[str, Any] = dict(modules)
         self.saved = dict(saved)
-        self._recipe = RECIPES[type(config)]
         self._hooks: list[Any] = []
         self._set: AdapterSet | None = None  # that it belongs to while it is attached
         self._before_merge: Adapter | None = None  # which one acted
@@ -71,11 +69,16 @@ class Adapter:
         self.left_out: Mapping[str, str] = {}
         self.notes: tuple[str, ...] = ()
         self.base_fingerprint: str | None = None  # where the base's weights are not all here
-        self.budget = RankBudget(modules, config) if isinstance(config, AdaLoRA) else None
+        self.budget = self.spec.budget(modules, config) if self.spec.budget else None
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy belongs to the copied model; what stands around that is not copied along."""
         return {**self.__dict__, "given": self.model}
+
+    @property
+    def spec(self) -> MethodSpec:
+        """The method that the configuration is of."""
+        return spec_of(self.config)
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """Everything that is trained, by path: `<module>.lora_A`, or the saved module's own.
@@ -127,8 +130,11 @@ class Adapter:
     def state(self) -> dict[str, Tensor]:
         """All that must be kept to go on training: trained tensors and the modules' buffers."""
         state: dict[str, Tensor] = dict(self.named_parameters())
+        seen: set[int] = set()
         for name, module in self.modules.items():
-            state |= {f"{name}.{key}": value for key, value in module.own_buffers().items()}
+            own = {key: b for key, b in module.own_buffers().items() if id(b) not in seen}
+            seen |= set(map(id, own.values()))
+            state |= {f"{name}.{key}": value for key, value in own.items()}
         for name, saved in self.saved.items():
             state |= {f"{name}.{key}": value for key, value in saved.trained.named_buffers()}
         if self.budget is not None:
@@ -178,7 +184,8 @@ class Adapter:
                 try:
                     module.merge_weights()
                 except AdapterStateError as error:
-                    raise AdapterStateError(f"{name}: {error}") from None
+                    text = f"{name}: {error}"
+                    raise AdapterStateError(text, code=error.code, field=error.field) from None
                 done.append(module)
         except BaseException:
             for module in done:
@@ -255,7 +262,7 @@ class Adapter:
         replace_modules(self.model, {wrapper.base: wrapper for wrapper in self._wrappers()})
         self._hooks = [
             keep_gradients(self.model),
-            *self._recipe.watch(self.model, self.modules),
+            *self.spec.hooks(self.model, self.modules),
             *disable_fast_path(self.model),
             *saving_adapters(self.model, self._save_model),
         ]
@@ -322,7 +329,7 @@ class Adapter:
             "task_type": task_type(record["base"], headed=headed),
             "base_model_name_or_path": record["base"].get("name"),
             "revision": None, "inference_mode": True,
-            **self._recipe.fields(self.config, modules, base_paths(self.model)),
+            **fields_of(self.spec, self.config, modules, base_paths(self.model)),
         }  # fmt: skip
         tensors = self.tensors()
         require_readable(self.model, modules, fields, tensors)
@@ -331,9 +338,9 @@ class Adapter:
     def tensors(self) -> dict[str, Tensor]:
         """What is saved, under peft's keys; PiSSA with its start taken out, as plain LoRA."""
         plain = plain_paths(self.model)
-        tensors = self._recipe.pack({plain(name): m for name, m in self.modules.items()})
+        tensors = pack(self.spec, {plain(name): m for name, m in self.modules.items()})
         for name, saved in self.saved.items():
-            key = f"{self._recipe.prefix}{plain(name)}"
+            key = f"{self.spec.prefix}{plain(name)}"
             tensors |= {f"{key}.{k}": v for k, v in saved.trained.state_dict().items()}
         return {name: tensor.detach() for name, tensor in tensors.items()}
 
@@ -374,7 +381,7 @@ class Adapter:
 
 def attach(
     model: nn.Module,
-    config: Method,
+    config: AnyMethod,
     *,
     name: str = "default",
     generator: torch.Generator | None = None,
@@ -405,7 +412,7 @@ def attach(
 
 def put_into(
     model: nn.Module,
-    config: Method,
+    config: AnyMethod,
     generator: torch.Generator | None = None,
     *,
     name: str = "default",
@@ -425,7 +432,7 @@ def put_into(
 
 
 def _decided(
-    model: nn.Module, config: Method, generator: torch.Generator | None, name: str
+    model: nn.Module, config: AnyMethod, generator: torch.Generator | None, name: str
 ) -> Adapter:
     """Make an adapter of the base without changing it, so that an error leaves it as it was."""
     if any(isinstance(module, Wrapper | TrainedInFull) for module in model.modules()):
@@ -446,7 +453,7 @@ def _decided(
 
 
 def wrappers_for(
-    model: nn.Module, config: Method, generator: torch.Generator | None = None
+    model: nn.Module, config: AnyMethod, generator: torch.Generator | None = None
 ) -> tuple[Any, dict[str, Wrapper], dict[str, TrainedInFull]]:
     """What `attach` puts into a model, by path, without putting it there.
 
@@ -456,27 +463,17 @@ def wrappers_for(
     Raises:
         TargetError: a name in the configuration selects nothing.
     """
-    own = _with_head(model, config) if isinstance(config, LinearProbe) else config
+    spec = spec_of(config)
+    own: Any = spec.complete(model, config) if spec.complete else config
     originals = dict(model.named_modules(remove_duplicate=False))
     full = saved_names(model, own)
-    modules = RECIPES[type(own)].build(model, own, generator)
+    modules = build_modules(spec, model, own, generator)
     modules = {name: m for name, m in modules.items() if not inside(name, full)}
     saved = {name: TrainedInFull(originals[name]) for name in full}
     wrappers: Sequence[Any] = (*modules.values(), *saved.values())
     for wrapper in wrappers:
         wrapper.train(wrapper.base.training)
     return own, modules, saved
-
-
-def _with_head(model: nn.Module, config: LinearProbe) -> LinearProbe:
-    """The head by its usual names, where none is given."""
-    names = config.modules_to_save or tuple(head_names(model))
-    if not names:
-        raise TargetError(
-            f"{type(model).__name__} has no head by a usual name ({', '.join(HEADS)}); "
-            "name it with modules_to_save"
-        )
-    return replace(config, modules_to_save=names)
 
 
 def _described(model: nn.Module) -> dict[str, Any]:

@@ -37,7 +37,7 @@ def fingerprint(model: nn.Module, without: frozenset[str] = frozenset()) -> str:
 def base_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The base model's parameters under the names they have without an adapter."""
     wrappers = {name: m for name, m in model.named_modules() if isinstance(m, Wrapper)}
-    own = {id(p) for wrapper in wrappers.values() for p in wrapper.trained().values()}
+    own = {id(p) for wrapper in wrappers.values() for p in wrapper.added_parameters()}
     plain = plain_paths(model)
     paths = set(map(plain, wrappers))
     tensors: dict[str, Tensor] = {

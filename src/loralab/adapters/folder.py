@@ -22,8 +22,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from loralab import atomic, values
-from loralab.adapters.recipes import parse
+from loralab.adapters.outside import parse
 from loralab.adapters.record import FORMAT, sound
+from loralab.adapters.registry import spec_of
 from loralab.errors import AdapterFileError, OutputError, nearest, shown, some
 
 CONFIG = "adapter_config.json"
@@ -75,7 +76,7 @@ def write(
     path = Path(path)
     if (path / CONFIG).exists() and not overwrite:
         raise OutputError(f"{path} holds an adapter already; choose another name")
-    kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    kept = {name: _on_its_own(tensor) for name, tensor in tensors.items()}
     digest = content_digest(config, kept)
     write_json(path / RECORD, {"format": FORMAT, "digest": digest, **record})
     atomic.write_file(path / TENSORS, safetensors.torch.save(kept, {"format": "pt"}))
@@ -119,7 +120,8 @@ def read(path: str | Path, *, files: Mapping[str, bytes] | None = None) -> Adapt
     except KeyError as error:
         raise AdapterFileError(f"{path} lacks {error}, which its method needs") from None
     except (ValueError, TypeError, AttributeError) as error:
-        raise AdapterFileError(f"{path / CONFIG}: {error}") from None
+        code, field = getattr(error, "code", ""), getattr(error, "field", None)
+        raise AdapterFileError(f"{path / CONFIG}: {error}", code=code, field=field) from None
     except (RuntimeError, IndexError) as error:  # torch's, of shapes that do not fit each other
         raise AdapterFileError(
             f"{path / TENSORS} does not fit its configuration: {error}"
@@ -160,6 +162,12 @@ def read_json(path: Path) -> dict[str, Any]:
         AdapterFileError: it cannot be read, or is something else.
     """
     return values.read_json(path, AdapterFileError, large=True)
+
+
+def _on_its_own(tensor: Tensor) -> Tensor:
+    """Return a tensor that shares its memory with no other: safetensors refuses what does."""
+    found = tensor.detach().cpu().contiguous()
+    return found if found.untyped_storage().nbytes() == found.nbytes else found.clone()
 
 
 def _files(path: Path) -> dict[str, bytes]:
@@ -215,7 +223,7 @@ def write_json(file: Path, content: Mapping[str, Any]) -> None:
 def _require_plausible(path: Path, config: Any, tensors: Mapping[str, Tensor]) -> None:
     """No size may exceed all of the tensors': nothing is allocated for a number in a text file."""
     most = max((size for tensor in tensors.values() for size in tensor.shape), default=0)
-    sizes = {name: getattr(config, name, 0) for name in ("rank", "width", "tokens")}
+    sizes = {name: getattr(config, name) for name in spec_of(config).sizes}
     sizes |= {f"rank of {name}": r for name, r in getattr(config, "rank_pattern", {}).items()}
     for name, size in sizes.items():
         if size > most:

@@ -20,8 +20,6 @@ from loralab.adapters.fast_path import DisabledFastPath, disable_fast_path
 from loralab.adapters.fused import can_fuse
 from loralab.adapters.linear import is_plain
 from loralab.adapters.linear import together as alone_together
-from loralab.adapters.prefix import AttentionWithPrefix
-from loralab.adapters.prompt import Keeper
 from loralab.adapters.spans import Factors, Updates, linears_by_span, stacked_update
 from loralab.adapters.wrapper import Wrapper, replace_modules
 from loralab.errors import AdapterStateError
@@ -267,15 +265,15 @@ def together(x: Tensor, layers: Sequence[nn.Module]) -> list[Tensor]:
 def cannot_share(modules: Mapping[str, nn.Module]) -> str:
     """Why modules cannot stand in one batch with those of other adapters; empty if they can."""
     for path, module in modules.items():
-        if isinstance(module, AttentionWithPrefix | Keeper):
-            return f"{path}: a prefix stands in front of a row, not in a module"
+        if reason := getattr(module, "cannot_share", ""):
+            return f"{path}: {reason}"
     return ""
 
 
 def _drops(member: Any) -> bool:
     """Whether a member, or none, draws dropout now."""
     dropout = getattr(member, "dropout", None)
-    return dropout is not None and bool(member.training and dropout.p)
+    return isinstance(dropout, nn.Dropout) and bool(member.training and dropout.p)
 
 
 def _factors(member: Any) -> Factors | None:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from loralab.adapters.experts import EXPERTS, share_of, stacked_weights
-from loralab.adapters.methods import Targeted
+from loralab.adapters.methods import Method
 from loralab.adapters.paths import inside, layer_number, selected_by
 from loralab.adapters.presets import MLP, place_of
 from loralab.adapters.shells import plain_paths
@@ -35,7 +35,7 @@ def left_out(model: nn.Module, config: Any, chosen: Collection[str]) -> dict[str
     Args:
         chosen: paths that are adapted.
     """
-    if not isinstance(config, Targeted):
+    if not isinstance(config, Method):
         return {}
     target, preset = config.target_modules, preset_of(config)
     plain = plain_paths(model)
@@ -95,6 +95,6 @@ def _by_preset(model: nn.Module, preset: str) -> dict[str, str]:
     return found | dict.fromkeys(towers.values(), TOWER)
 
 
-def _in_layers(name: str, config: Targeted) -> bool:
+def _in_layers(name: str, config: Method) -> bool:
     number = layer_number(f"{name}.", config.layers_pattern)
     return config.layers is None or number is None or number in config.layers

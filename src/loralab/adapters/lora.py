@@ -119,6 +119,11 @@ def parse(
     return config, _as_peft_computes(fields, tensors)
 
 
+def rate_ratio(config: LoRA, name: str) -> float:
+    """LoRA+ (arXiv:2402.12354): every B learns `lora_plus` times as fast as the rest."""
+    return config.lora_plus if name.endswith(("lora_B", "out_B", "lora_embedding_B")) else 1.0
+
+
 def plain(config: LoRA) -> LoRA:
     """The plain LoRA that a trained adapter amounts to, as peft can express it.
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, TypeVar
 
 from loralab.adapters.expressions import check_expression, matches
-from loralab.errors import ConfigError, nearest, shown
+from loralab.errors import ConfigError, shown
 from loralab.values import check_choice, check_count
 
 INITS = ("kaiming", "gaussian", "orthogonal", "b_kaiming", "pissa")
@@ -29,9 +29,10 @@ Layers = Annotated[tuple[int, ...] | None, "only these layers, counted from 0"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Targeted:
-    """Which modules a method adapts.
+class Method:
+    """Base of the methods that adapt single layers, those from outside included.
 
+    A subclass is a frozen dataclass of keyword-only fields with defaults.
     `target_modules` is a preset ("all-linear", "attention", "mlp"), a list of names (each must
     end a module's path), a regular expression for whole paths, or None, which is "all-linear":
     every linear layer but the output head.
@@ -59,7 +60,7 @@ class Targeted:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoRA(Targeted):
+class LoRA(Method):
     """Adapt layers by h = W0 x + (alpha / r) B A x, with W0 frozen (arXiv:2106.09685).
 
     On linear layers and, where they are named, on embeddings, convolutions and the projections
@@ -125,7 +126,7 @@ class LoRA(Targeted):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdaLoRA(Targeted):
+class AdaLoRA(Method):
     """LoRA whose ranks move to where they matter: P diag(lambda) Q, pruned (arXiv:2303.10512).
 
     Training starts with `rank` everywhere and ends with target_rank * modules in total.
@@ -240,7 +241,7 @@ class Prompt:
 
 
 @dataclass(frozen=True, kw_only=True)
-class IA3(Targeted):
+class IA3(Method):
     """Rescale keys, values and the feed-forward network's inner activations (arXiv:2205.05638).
 
     `target_modules` left at None means keys, values and the layer that leads out of the
@@ -280,46 +281,7 @@ class LinearProbe:
         object.__setattr__(self, "modules_to_save", _tuple("modules_to_save", self.modules_to_save))
 
 
-Method = LoRA | AdaLoRA | Bottleneck | Prefix | Prompt | IA3 | BitFit | FullFineTune | LinearProbe
-METHODS: dict[str, type[Any]] = {
-    "lora": LoRA,
-    "adalora": AdaLoRA,
-    "bottleneck": Bottleneck,
-    "prefix": Prefix,
-    "prompt": Prompt,
-    "ia3": IA3,
-    "bitfit": BitFit,
-    "full": FullFineTune,
-    "linear-probe": LinearProbe,
-}
-# names from the papers -> a method and the options that make it so
-VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "dora": ("lora", {"dora": True}),
-    "rslora": ("lora", {"scaling": "alpha/sqrt(r)"}),
-    "lora+": ("lora", {"lora_plus": 16.0}),
-    "pissa": ("lora", {"init": "pissa"}),
-    "qlora": ("lora", {"quantize": "nf4"}),
-    "houlsby": ("bottleneck", {"placement": "houlsby"}),
-    "pfeiffer": ("bottleneck", {"placement": "pfeiffer"}),
-    "parallel": ("bottleneck", {"placement": "parallel", "factor": 4.0}),
-    "prefix-mlp": ("prefix", {"mlp": True}),
-}
-
-
-def method_named(name: str) -> tuple[str, dict[str, Any]]:
-    """The method of METHODS behind a name, and the options that a variant stands for.
-
-    Raises:
-        ConfigError: there is no such method.
-    """
-    wanted = name.lower()
-    if wanted in VARIANTS:
-        return VARIANTS[wanted]
-    if wanted not in METHODS:
-        choices = [*METHODS, *VARIANTS]
-        hint = nearest(wanted, choices)
-        raise ConfigError(f"--method must be one of {', '.join(choices)}, got {name!r}{hint}")
-    return wanted, {}
+AnyMethod = Method | Bottleneck | Prefix | Prompt | BitFit | FullFineTune | LinearProbe
 
 
 def first_match(name: str, patterns: Mapping[str, T], default: T) -> T:

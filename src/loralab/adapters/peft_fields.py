@@ -35,7 +35,7 @@ _INERT = {
     "eva_config", "ensure_weight_tying", "low_cpu_mem_usage", "runtime_config", "lora_ga_config",
     "corda_config", "loftq_config", "monteclora_config",
 }  # fmt: skip
-_SELECTING = {
+SELECTING = {
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
     "modules_to_save",
 }  # fmt: skip
@@ -60,14 +60,14 @@ def refuse_unknown(fields: Mapping[str, Any], known: set[str]) -> None:
     Raises:
         AdapterFileError: one is not; its meaning would be lost.
     """
-    understood = known | _INERT | _SELECTING
+    understood = known | _INERT | SELECTING
     unknown = [key for key, value in fields.items() if value and key not in understood]
     if unknown:
         raise AdapterFileError(f"these options are not supported: {some(sorted(unknown))}")
 
 
 def targeted(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of `Targeted`."""
+    """The fields of `Method`."""
     layers = fields.get("layers_to_transform")
     pattern = fields.get("layers_pattern") or ()
     return {

@@ -25,6 +25,7 @@ CANNOT_MERGE = (
     "a prefix cannot be merged: it is keys and values of its own, which no weight of the base "
     "can hold"
 )
+CANNOT_SHARE = "a prefix stands in front of a row, not in a module"
 MASK = "attention_mask"
 PEFT_FIELDS = {
     "num_virtual_tokens", "num_layers", "num_attention_heads", "token_dim",
@@ -86,6 +87,7 @@ class AttentionWithPrefix(Wrapper):
     """
 
     cannot_merge = CANNOT_MERGE
+    cannot_share = CANNOT_SHARE
 
     def __init__(self, base: nn.Module, table: Any, layer: int) -> None:
         super().__init__(base)
@@ -181,6 +183,12 @@ def build(
 def watch(model: nn.Module, modules: Mapping[str, Any]) -> list[Any]:
     """Move the positions of the input behind the prefix."""
     return [behind(entrance(model, modules), next(iter(modules.values())).table)]
+
+
+def states(model: nn.Module, modules: Mapping[str, Any]) -> list[Tensor]:
+    """Return the keys and values of each layer, (2, H, P, D)."""
+    table = next(iter(modules.values())).table
+    return [table.of(layer) for layer in range(len(modules))]
 
 
 def pack(modules: Mapping[str, Any]) -> dict[str, Tensor]:

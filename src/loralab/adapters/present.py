@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from loralab.adapters import lora
 from loralab.adapters.embedding import TrainedRows
 from loralab.adapters.folder import AdapterFolder
-from loralab.adapters.methods import LoRA, Names, Targeted
+from loralab.adapters.methods import Method, Names
+from loralab.adapters.outside import parse
 from loralab.adapters.paths import ends_with, inside, matches_pattern, selected_by
 from loralab.adapters.peft_fields import PREFIX
-from loralab.adapters.recipes import parse
+from loralab.adapters.registry import spec_of
 from loralab.adapters.shells import INNER, plain_paths
 from loralab.adapters.subset import TrainedInFull
 from loralab.adapters.targets import target_names
@@ -41,7 +41,7 @@ def present_in(model: nn.Module, stored: AdapterFolder) -> Any:
     config = replace(config, modules_to_save=saved)
     whole = [name for name in names if any(ends_with(name, s) for s in saved)]
     names = [name for name in names if not inside(name, whole)]
-    if not isinstance(config, Targeted):
+    if not isinstance(config, Method):
         return config
     targets = config.target_modules
     if isinstance(targets, tuple) and not (targets := found(targets)):
@@ -52,12 +52,9 @@ def present_in(model: nn.Module, stored: AdapterFolder) -> Any:
             field="target_modules",
         )
     config = replace(config, target_modules=targets)
-    if isinstance(config, LoRA):
-        config = replace(
-            config,
-            rank_pattern={p: r for p, r in config.rank_pattern.items() if _any_match(names, p)},
-            alpha_pattern={p: a for p, a in config.alpha_pattern.items() if _any_match(names, p)},
-        )
+    for name in _patterns(config):
+        kept: Any = {p: value for p, value in getattr(config, name).items() if _any_match(names, p)}
+        config = replace(config, **{name: kept})
     return replace(config, exclude_modules=_excluded(model, config))
 
 
@@ -79,11 +76,11 @@ def without_shells(stored: AdapterFolder, model: nn.Module) -> AdapterFolder:
     fields: dict[str, Any] = {
         name: plain(getattr(config, name))
         for name in ("target_modules", "exclude_modules")
-        if isinstance(config, Targeted)
+        if isinstance(config, Method)
     }
-    for name in ("rank_pattern", "alpha_pattern"):
-        if patterns := getattr(config, name, None):
-            fields[name] = {pattern.sub("", key): value for key, value in patterns.items()}
+    for name in _patterns(config):
+        patterns = getattr(config, name)
+        fields[name] = {pattern.sub("", key): value for key, value in patterns.items()}
     return replace(stored, tensors=tensors, config=replace(config, **fields))
 
 
@@ -103,7 +100,7 @@ def require_readable(
         OutputError: it would not load.
     """
     config, own = parse(fields, tensors)
-    if not isinstance(config, Targeted):
+    if not isinstance(config, Method):
         return
     base: Any = _without_adapter(model)
     stored = AdapterFolder(
@@ -120,7 +117,7 @@ def require_readable(
     plain = plain_paths(base)
     try:
         config = present_in(base, stored)
-        choose: Any = lora.chosen if isinstance(config, LoRA) else target_names
+        choose: Any = spec_of(config).targets or target_names
         selected = set(map(plain, choose(base, config)))
     except LoralabError as error:
         raise _unreadable(str(error)) from None
@@ -182,18 +179,22 @@ def _saved_by_ending(
     )
 
 
-def _excluded(model: nn.Module, config: Targeted) -> Names:
+def _excluded(model: nn.Module, config: Method) -> Names:
     """What of exclude_modules takes a target away."""
     excluded = config.exclude_modules
     if excluded is None:
         return None
-    plain: Any = replace(config, exclude_modules=None, layers=None, layers_pattern=())
-    if isinstance(plain, LoRA):
-        plain = replace(plain, rank_pattern={}, alpha_pattern={})
+    nothing: dict[str, Any] = {name: {} for name in _patterns(config)}
+    plain = replace(config, exclude_modules=None, layers=None, layers_pattern=(), **nothing)
     targets = list(map(plain_paths(model), target_names(model, plain)))
     if isinstance(excluded, str):
         return excluded if any(selected_by(name, excluded) for name in targets) else None
     return tuple(w for w in excluded if any(ends_with(name, w) for name in targets)) or None
+
+
+def _patterns(config: Any) -> list[str]:
+    """Return the fields that give single modules their own rank or alpha."""
+    return [name for name in ("rank_pattern", "alpha_pattern") if spec_of(config).has(name)]
 
 
 def _any_match(names: Iterable[str], pattern: str) -> bool:

@@ -16,12 +16,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from loralab.adapters.attach import attach
+from loralab.adapters.bases import shared_copy
 from loralab.adapters.eager import is_plain_tensor
 from loralab.adapters.methods import Prompt
 from loralab.adapters.peft_fields import refuse_unknown
 from loralab.adapters.positions import behind, by_name, entrance
 from loralab.adapters.prefix import (
     CANNOT_MERGE,
+    CANNOT_SHARE,
     PEFT_FIELDS,
     AttentionWithPrefix,
     Front,
@@ -143,6 +146,7 @@ class Keeper(Wrapper):
     """The embedding of a model that reads in both directions: keeps the prompt for the hook."""
 
     cannot_merge = CANNOT_MERGE
+    cannot_share = CANNOT_SHARE
 
     def __init__(self, base: nn.Module, table: Embeddings) -> None:
         super().__init__(base)
@@ -184,6 +188,16 @@ class InFront:
         if not self.keeps:
             output.last_hidden_state = output.last_hidden_state[:, self.table.tokens :]
         return output
+
+
+def states(model: nn.Module, modules: Mapping[str, Any]) -> list[Tensor]:
+    """Return what the prompt (P, E) amounts to in each layer, (2, H, P, D), worked out aside."""
+    weight = next(iter(modules.values())).table.weight
+    stage = attach(shared_copy(model), Prompt(tokens=len(weight)))
+    table: Embeddings = next(iter(stage.modules.values())).table
+    table.weight.copy_(weight)
+    table.record(entrance(stage.model, stage.modules))
+    return table.states
 
 
 def pack(modules: Mapping[str, Any]) -> dict[str, Tensor]:

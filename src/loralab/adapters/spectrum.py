@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from loralab.adapters.folder import AdapterFolder, read
-from loralab.adapters.methods import LoRA
 from loralab.adapters.peft_fields import PREFIX
+from loralab.adapters.registry import spec_of
 from loralab.errors import AdapterFileError
 
 LARGEST = 1e100  # of a singular value; its square must be a number
@@ -119,7 +119,7 @@ def compare(one: str | Path, other: str | Path) -> list[dict[str, Any]]:
 def factors(stored: AdapterFolder) -> dict[str, tuple[Tensor, Tensor, float]]:
     """A, B and the scaling of every module with a low-rank update, by its path."""
     found: dict[str, tuple[Tensor, Tensor, float]] = {}
-    if not isinstance(stored.config, LoRA):
+    if not spec_of(stored.config).low_rank:
         return found
     for key, A in sorted(stored.tensors.items()):
         if not key.endswith(".lora_A.weight"):
@@ -148,7 +148,7 @@ def _tensors(stored: AdapterFolder) -> list[dict[str, Any]]:
         {"name": key.removeprefix(PREFIX), "shape": list(tensor.shape),
          "norm": float(tensor.double().norm())}
         for key, tensor in sorted(stored.tensors.items())
-        if not (key.endswith(low_rank) and isinstance(stored.config, LoRA))
+        if not (key.endswith(low_rank) and spec_of(stored.config).low_rank)
     ]  # fmt: skip
 
 

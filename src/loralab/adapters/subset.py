@@ -6,7 +6,7 @@ dtype, since a bf16 weight is too coarse for small steps. The originals stay bes
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch.func import functional_call
 from loralab.adapters.methods import BitFit, FullFineTune, LinearProbe
 from loralab.adapters.paths import layer_number
 from loralab.adapters.peft_fields import own_config
-from loralab.adapters.targets import require_layers
+from loralab.adapters.targets import HEADS, head_names, require_layers
 from loralab.adapters.wrapper import Wrapper
 from loralab.errors import TargetError
 
@@ -136,6 +136,17 @@ def probe(
 ) -> dict[str, Wrapper]:
     """Nothing but the head, which modules_to_save names."""
     return {}
+
+
+def with_head(model: nn.Module, config: LinearProbe) -> LinearProbe:
+    """The head by its usual names, where none is given."""
+    names = config.modules_to_save or tuple(head_names(model))
+    if not names:
+        raise TargetError(
+            f"{type(model).__name__} has no head by a usual name ({', '.join(HEADS)}); "
+            "name it with modules_to_save"
+        )
+    return replace(config, modules_to_save=names)
 
 
 def fields(config: Any, modules: Mapping[str, Any], paths: list[str]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch import nn
 from loralab.adapters.bases import is_conv1d, linear_shape, looks_linear
 from loralab.adapters.experts import share_of, stacked_weights
 from loralab.adapters.lookalikes import why_not_linear
-from loralab.adapters.methods import PRESETS, Names, Targeted
+from loralab.adapters.methods import PRESETS, Method, Names
 from loralab.adapters.paths import endings, ends_with, inside, layer_number, matches_pattern
 from loralab.adapters.paths import selected_by as is_selected
 from loralab.adapters.presets import ATTENTION, MLP, place_of
@@ -42,7 +42,7 @@ class Block:
 
 def target_names(
     model: nn.Module,
-    config: Targeted,
+    config: Method,
     others: Sequence[str] = (),
     implied: Sequence[str] = (),
 ) -> list[str]:
@@ -72,7 +72,7 @@ def target_names(
     return selection.in_layers(selection.without_excluded(selection.chosen()))
 
 
-def preset_of(config: Targeted) -> str:
+def preset_of(config: Method) -> str:
     """The preset that a configuration names, or leaves to us; empty for names and expressions."""
     target = config.target_modules
     if target is None:
@@ -204,7 +204,7 @@ class _Selection:
     """
 
     def __init__(
-        self, model: nn.Module, config: Targeted, candidates: list[str], more: list[str]
+        self, model: nn.Module, config: Method, candidates: list[str], more: list[str]
     ) -> None:
         self.model, self.config = model, config
         self.candidates, self.able = candidates, [*candidates, *more]

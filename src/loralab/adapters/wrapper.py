@@ -24,6 +24,7 @@ class Wrapper(nn.Module):
         ConfigError: weights that are complex numbers.
     """
 
+    cannot_share = ""  # why it cannot stand in one batch with those of other adapters
     cannot_merge = ""  # why no weight of the base can hold what was learnt; empty if one can
     merges_into: tuple[str, ...] = ("weight",)  # the base's parameters that a merge replaces
 
@@ -64,6 +65,10 @@ class Wrapper(nn.Module):
         own = {name: p for name, p in self._parameters.items() if p is not None}
         named = (each.named_parameters(name) for name, each in self._beside())
         return own | {name: p for pairs in named for name, p in pairs}
+
+    def added_parameters(self) -> list[nn.Parameter]:
+        """Every parameter that it brings into the model, trained or not."""
+        return list(self.trained().values())
 
     def own_buffers(self) -> dict[str, Tensor]:
         """What must be kept beside it to go on training."""

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from loralab import atomic
-from loralab.adapters import folder
+from loralab.adapters import folder, registry
 from loralab.adapters.folder import RECORD, read_json, read_tensors
 from loralab.artefacts import gguf_adapter
 from loralab.artefacts.live import bring_to_life
@@ -293,8 +293,9 @@ def _in_fresh_process(path: Path, reference: Reference) -> Certificate:
         command = [sys.executable, "-m", __name__]
         command += [str(path), str(request), str(answer), reference.device]
         # as many threads as here: sums in another order would differ in the last bit
-        threads = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=threads)
+        threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+        environment = {**os.environ, **registry.environment(), **threads}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         if not answer.is_file():
             lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
             raise CertificateError(f"{path} cannot be loaded in a fresh process: {lines[-1]}")

@@ -13,9 +13,8 @@ from loralab.adapters import folder
 from loralab.adapters.attach import Adapter
 from loralab.adapters.conv import ConvWithLoRA
 from loralab.adapters.folder import AdapterFolder
-from loralab.adapters.methods import IA3, BitFit, FullFineTune, LinearProbe, LoRA
 from loralab.adapters.multihead import MultiheadAttentionWithLoRA
-from loralab.adapters.recipes import OUR_OWN
+from loralab.adapters.registry import spec_of, spec_of_file
 from loralab.artefacts.gguf_adapter import FAMILIES
 from loralab.artefacts.live import bring_to_life
 from loralab.artefacts.updates import ENDINGS, Update, is_uniform, updates
@@ -25,7 +24,6 @@ from loralab.models.gguf_blocks import LAYERS
 from loralab.models.kinds import CAUSAL
 
 EXPORT, MERGE, NONE = "export", "merge", "none"
-MERGEABLE = (LoRA, IA3, BitFit, FullFineTune, LinearProbe)
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM's --max-lora-rank may be, but for 1
 USUAL_RANK = 16  # of vLLM, where nothing is said
 # language models of vLLM 0.32 that take no adapters, and those that take them on the embedding
@@ -212,11 +210,11 @@ def _strange(own: Iterable[Update]) -> list[Obstacle]:
 
 def _peft(stored: AdapterFolder, facts: Facts) -> Verdict:
     kind = stored.fields.get("peft_type")
-    if kind in OUR_OWN:
+    if not spec_of_file(kind).in_peft:
         what = f"peft has no method {kind}"
         return Verdict(target="peft", obstacles=(Obstacle(what=what, way_out=_way(stored)),))
     others = any(tensor.ndim > 2 or ".base_layer." in key for key, tensor in stored.tensors.items())
-    if not (others and isinstance(stored.config, LoRA)):
+    if not (others and spec_of(stored.config).low_rank):
         return Verdict(target="peft", obstacles=())
     reasons = differs_in_peft(bring_to_life(stored.path).adapter)
     found = tuple(Obstacle(what=reason, way_out=MERGE) for reason in reasons)
@@ -226,7 +224,7 @@ def _peft(stored: AdapterFolder, facts: Facts) -> Verdict:
 def _beyond_updates(stored: AdapterFolder, engine: str) -> list[Obstacle]:
     """What is there beside low-rank updates of linear layers and embeddings."""
     config = stored.config
-    if not isinstance(config, LoRA):
+    if not spec_of(config).low_rank:
         kind = type(config).__name__
         what = f"the method is {kind}, and {engine} reads low-rank updates alone"
         return [Obstacle(what=what, way_out=_way(stored))]
@@ -247,7 +245,7 @@ def _beyond_updates(stored: AdapterFolder, engine: str) -> list[Obstacle]:
 
 
 def _way(stored: AdapterFolder) -> str:
-    return MERGE if isinstance(stored.config, MERGEABLE) else NONE
+    return MERGE if spec_of(stored.config).merges else NONE
 
 
 def _embedding(own: Iterable[Update]) -> bool:

@@ -7,8 +7,8 @@ from typing import Any
 from loralab import atomic
 from loralab.adapters import folder
 from loralab.adapters.folder import CONFIG, RECORD, read_json
-from loralab.adapters.recipes import OUR_OWN
 from loralab.adapters.record import FORMAT
+from loralab.adapters.registry import spec_of_file
 from loralab.artefacts import gguf_adapter
 from loralab.artefacts.certificate import (
     Certificate,
@@ -55,7 +55,7 @@ def _to_peft(adapter: Path, output: Path, model: str | None, precision: str | No
     """peft's own files, of the methods that peft has."""
     atomic.require_free(output)
     kind = read_json(adapter / CONFIG).get("peft_type") if (adapter / CONFIG).is_file() else None
-    if kind in OUR_OWN:
+    if kind is not None and not spec_of_file(kind).in_peft:
         raise ConfigError(f"peft has no method {kind}, so {adapter} cannot be written for it")
     live = bring_to_life(adapter, model=model, precision=precision)
     if reasons := differs_in_peft(live.adapter):

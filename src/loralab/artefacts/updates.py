@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from loralab.adapters.folder import AdapterFolder
-from loralab.adapters.methods import LoRA
 from loralab.adapters.peft_fields import PREFIX
+from loralab.adapters.registry import spec_of
 from loralab.errors import AdapterFileError
 
 ENDINGS = {".lora_A.weight": ".lora_B.weight", ".lora_embedding_A": ".lora_embedding_B"}
@@ -51,7 +51,7 @@ def updates(stored: AdapterFolder) -> list[Update]:
         AdapterFileError: an A has no B.
     """
     found: list[Update] = []
-    if not isinstance(stored.config, LoRA):
+    if not spec_of(stored.config).low_rank:
         return found
     for key, A in sorted(stored.tensors.items()):
         ending = next((end for end in ENDINGS if key.endswith(end)), None)

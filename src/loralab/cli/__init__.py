@@ -56,9 +56,10 @@ def main() -> None:
 
 def run(arguments: list[str]) -> int:
     """Run a command line and return its exit code; errors go to standard error, one line each."""
-    from loralab.cli import artefacts, serve, study, train  # noqa: F401  (they add their commands)
+    from loralab.cli import artefacts, serve, study, train  # noqa: F401  (they add commands)
 
     try:
+        train.take_method(arguments)
         result: Any = typer.main.get_command(app).main(
             arguments, prog_name="loralab", standalone_mode=False
         )

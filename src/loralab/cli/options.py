@@ -7,7 +7,7 @@ so that what stands in a --config file is overridden only by what was typed.
 import inspect
 import re
 import types
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
@@ -25,23 +25,31 @@ def with_options(*configs: Config) -> Callable[[Callable[..., None]], Callable[.
 
     Fields of one name share it.
 
-    The command receives what was typed as its last argument: a dict {field: value}.
+    The command receives what was typed as its last argument: a dict {field: value}. Its
+    `take_options` adds the fields of further dataclasses, in front of the others.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         own = list(inspect.signature(command, eval_str=True).parameters.values())[:-1]
         taken = {parameter.name for parameter in own}
-        names = dict.fromkeys(name for config in configs for name in _told(config))
-        added = [_parameter(name, configs) for name in names if name not in taken]
+        used = list(configs)
 
         def run(**given: Any) -> None:
             mine = {name: value for name, value in given.items() if name in taken}
             typed = {n: v for n, v in given.items() if n not in taken and v is not None}
-            command(**mine, typed={name: _parsed(name, v, configs) for name, v in typed.items()})
+            command(**mine, typed={name: _parsed(name, v, used) for name, v in typed.items()})
+
+        def take_options(*more: Config) -> None:
+            used[:] = [*more, *configs]
+            names = dict.fromkeys(f.name for config in more for f in fields(config))
+            names |= dict.fromkeys(name for config in configs for name in _told(config))
+            added = [_parameter(name, used) for name in names if name not in taken]
+            run.__signature__ = inspect.Signature([*own, *added])  # type: ignore[attr-defined]
+            run.__annotations__ = {p.name: p.annotation for p in (*own, *added)}
 
         run.__name__, run.__doc__ = command.__name__, command.__doc__
-        run.__signature__ = inspect.Signature([*own, *added])  # type: ignore[attr-defined]
-        run.__annotations__ = {p.name: p.annotation for p in (*own, *added)}
+        run.take_options = take_options  # type: ignore[attr-defined]
+        take_options()
         return run
 
     return decorate
@@ -95,7 +103,7 @@ def _told(config: Config) -> list[str]:
     return [f.name for f in fields(config) if get_origin(hints[f.name]) is Annotated]
 
 
-def _parameter(name: str, configs: tuple[Config, ...]) -> inspect.Parameter:
+def _parameter(name: str, configs: Sequence[Config]) -> inspect.Parameter:
     """One option for the field of this name, explained as by the first class that has it."""
     owners = [config for config in configs if _has(config, name)]
     hint = get_type_hints(owners[0], include_extras=True)[name]
@@ -117,7 +125,7 @@ def _accepted(kind: Any) -> type:
     return kind if kind in (int, float, bool, Path) else str
 
 
-def _parsed(name: str, value: Any, configs: tuple[Config, ...]) -> Any:
+def _parsed(name: str, value: Any, configs: Sequence[Config]) -> Any:
     """Text to what the field holds: lists by commas, mappings by name=value, names as they are."""
     if not isinstance(value, str):
         return value

@@ -4,18 +4,20 @@ import json
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from loralab.adapters.methods import METHODS, VARIANTS, method_named
+from loralab.adapters.registry import built_in, method_named, specs
 from loralab.cli import app
 from loralab.cli.options import build, pairs, require_known, with_options
 from loralab.errors import ConfigError, LoralabError, shown
 from loralab.studies.fields import from_toml
 from loralab.training.settings import Evaluation, Training
+from loralab.values import read_toml
 
 if TYPE_CHECKING:
     from loralab.artefacts.certificate import Certificate
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     from loralab.training.run import Run
 
 DEFAULT_MODEL = "smollm2-135m"
+METHODS = [spec.config for spec in built_in().values()]
+NAMES = [*built_in(), *(name for spec in built_in().values() for name in spec.variants)]
 Model = Annotated[
     str | None, typer.Option(help="short name, folder, GGUF file or hub id", show_default=False)
 ]
@@ -41,12 +45,12 @@ Jobs = Annotated[
     Path | None, typer.Option(help="TOML file of several trainings, made together on one base")
 ]
 MethodName = Annotated[
-    str | None, typer.Option(help=f"one of: {', '.join([*METHODS, *VARIANTS])}", show_default=False)
+    str | None, typer.Option(help=f"one of: {', '.join(NAMES)}", show_default=False)
 ]
 
 
 @app.command()
-@with_options(*METHODS.values(), Training)
+@with_options(*METHODS, Training)
 def train(
     model: Model = None,
     data: Data = None,
@@ -88,7 +92,7 @@ def train(
 
 
 @app.command()
-@with_options(*METHODS.values(), Training)
+@with_options(*METHODS, Training)
 def plan(
     model: Model = None,
     data: Data = None,
@@ -238,25 +242,46 @@ def _requested(given: Mapping[str, Any]) -> dict[str, Any]:
     for name in ("model", "data", "method", "output_dir"):
         if not isinstance(given.get(name, ""), str):
             raise ConfigError(f"{name} must be a text, got {shown(given[name])}")
-    name, implied = method_named(str(given.get("method", "lora")))
+    spec, implied = method_named(str(given.get("method", "lora")))
     given = {**implied, **given}
-    others = [kind for kind in METHODS.values() if kind is not METHODS[name]]
-    require_known(given, (METHODS[name], Training), others, name)
+    others = [other.config for other in specs().values() if other is not spec]
+    require_known(given, (spec.config, Training), others, spec.name)
     columns = given.get("map", {})
     return {
         "model": given.get("model", DEFAULT_MODEL),
         "data": given["data"],
-        "method": build(METHODS[name], given),
+        "method": build(spec.config, given),
         "training": build(Training, given),
         "mapping": _mapping(columns) if isinstance(columns, str) else columns,
     }
+
+
+def take_method(arguments: Sequence[str]) -> None:
+    """Give train and plan the options of the method that is typed, if another package has it."""
+    if not {"train", "plan"} & set(arguments):
+        return
+    words = [w for word in arguments for w in (word.split("=", 1) if word[:2] == "--" else [word])]
+    typed = dict(pairwise(words))
+    name = typed.get("--method") or _method_in(typed.get("--config"))
+    found = None if name is None or name.lower() in NAMES else specs().get(name.lower())
+    for command in (train, plan):
+        command.take_options(*[found.config] if found else [])  # type: ignore[attr-defined]
+
+
+def _method_in(config: str | None) -> str | None:
+    """Return the method of a TOML file; what is wrong with the file is said when it is used."""
+    try:
+        return str(read_toml(Path(config))["method"]) if config else None
+    except (LoralabError, KeyError):
+        return None
 
 
 def field_names() -> set[str]:
     """The fields of all methods and of Training."""
     from dataclasses import fields
 
-    return {field.name for config in (*METHODS.values(), Training) for field in fields(config)}
+    configs = (*(spec.config for spec in specs().values()), Training)
+    return {field.name for config in configs for field in fields(config)}
 
 
 def _mapping(text: str | None) -> dict[str, str]:

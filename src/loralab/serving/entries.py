@@ -10,16 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from loralab.adapters.folder import CONFIG, RECORD, TENSORS
-from loralab.adapters.methods import METHODS, VARIANTS
 from loralab.adapters.peft_fields import TASK_TYPES
-from loralab.adapters.recipes import PARSERS
 from loralab.adapters.record import FORMAT
-from loralab.errors import AdapterFileError, nearest
+from loralab.adapters.registry import spec_of_file, specs
+from loralab.errors import AdapterFileError
 from loralab.serving.names import DIGEST
 from loralab.tasks.score import MAIN_METRICS
 
 WORDING = ("chat_template", "eos_token")  # of a tokenizer, that an adapter may have its own of
-IN_FRONT = ("PREFIX_TUNING", "PROMPT_TUNING")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,12 +75,7 @@ def describe(
     if size is None:
         raise AdapterFileError(f"{path} has no {TENSORS}")
     kind = fields.get("peft_type")
-    if not isinstance(kind, str) or kind not in PARSERS:
-        hint = nearest(str(kind), PARSERS)
-        raise AdapterFileError(
-            f"{path / CONFIG}: peft_type {kind!r} is not supported{hint}",
-            code="unknown_method", field="peft_type",
-        )  # fmt: skip
+    spec = spec_of_file(kind, f"{path / CONFIG}: ")
     digest = record.get("digest", "")
     if record and (record.get("format", FORMAT) != FORMAT or not _is_digest(digest)):
         raise AdapterFileError(
@@ -98,7 +91,7 @@ def describe(
         metrics=_numbers(section(metrics, "validation")),
         base=_text(base.get("name")) or _text(fields.get("base_model_name_or_path")),
         kind=_text(base.get("kind")) or _kind(fields.get("task_type")),
-        front=(_count(fields.get("num_virtual_tokens")) or 0) if kind in IN_FRONT else 0,
+        front=(_count(fields.get("num_virtual_tokens")) or 0) if spec.front else 0,
         loaded=False, pinned=False, path=path,
         form=_text(task.get("format")), instruction=_text(task.get("instruction")),
         wording=_wording(section(record, "tokenizer")),
@@ -115,9 +108,9 @@ def method_of(fields: Mapping[str, Any], record: Mapping[str, Any]) -> str:
         fields: the content of adapter_config.json, with a peft_type; `record` that of loralab.json.
     """
     own, options = section(record, "method"), section(record, "training")
-    name = own.get("name")
-    if not isinstance(name, str) or name not in METHODS:
-        name = fields["peft_type"].lower().removesuffix("_tuning").replace("_", "-")
+    spec = next((s for s in specs().values() if s.name == own.get("name")), None)
+    if spec is None:
+        spec = spec_of_file(fields["peft_type"])
         init = str(fields.get("init_lora_weights"))
         own = {
             **fields, "dora": fields.get("use_dora"), "mlp": fields.get("prefix_projection"),
@@ -128,10 +121,10 @@ def method_of(fields: Mapping[str, Any], record: Mapping[str, Any]) -> str:
     return next(
         (
             variant
-            for variant, (method, wanted) in VARIANTS.items()
-            if method == name and all(_is_so(given.get(key), wanted[key]) for key in wanted)
+            for variant, wanted in spec.variants.items()
+            if all(_is_so(given.get(key), wanted[key]) for key in wanted)
         ),
-        name,
+        spec.name,
     )
 
 

@@ -14,18 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loralab.adapters.attach import Adapter, attach, wrappers_for
+from loralab.adapters.attach import Adapter, wrappers_for
 from loralab.adapters.bases import shared_copy
 from loralab.adapters.fingerprint import dtype_name, fingerprint
 from loralab.adapters.folder import AdapterFolder
 from loralab.adapters.linear import LinearWithLoRA
 from loralab.adapters.load import base_problem, fill
-from loralab.adapters.methods import FullFineTune, Prefix, Prompt
 from loralab.adapters.paths import inside
 from loralab.adapters.peft_fields import TASK_TYPES
-from loralab.adapters.positions import entrance, learnt_positions
+from loralab.adapters.positions import learnt_positions
 from loralab.adapters.present import present_in
-from loralab.adapters.recipes import RECIPES
+from loralab.adapters.registry import spec_of
 from loralab.adapters.subset import TrainedInFull
 from loralab.adapters.targets import head_names
 from loralab.errors import AdapterFileError, AdapterStateError, InputError
@@ -166,7 +165,7 @@ class Nursery:
         if not linears:
             return
         path, last = list(linears.items())[-1]
-        prefix = RECIPES[type(stored.config)].prefix + f"{name}.{path}".rstrip(".")
+        prefix = spec_of(stored.config).prefix + f"{name}.{path}".rstrip(".")
         weight = stored.tensors.get(f"{prefix}.weight")
         if weight is None or weight.ndim != 2 or weight.shape[1] != last.in_features:
             return  # `fill` says what is wrong
@@ -194,8 +193,8 @@ class Nursery:
 
     def _front(self, adapter: Adapter, stored: AdapterFolder) -> Tensor | None:
         """The keys and values of a prefix or prompt, whose modules are not needed any more."""
-        config = adapter.config
-        if not isinstance(config, Prefix | Prompt):
+        config, states = adapter.config, adapter.spec.front
+        if states is None:
             return None
         start, limit = learnt_positions(self._model)
         if limit is not None and start + config.tokens >= limit:
@@ -203,24 +202,10 @@ class Nursery:
                 f"{stored.path} has {config.tokens} tokens in front, and the model has learnt only "
                 f"{limit} positions"
             )
-        table = next(iter(adapter.modules.values())).table
-        layers = len(adapter.modules)
+        found = torch.stack(states(self._model, adapter.modules))
         adapter.modules = {}
-        if isinstance(config, Prefix):
-            states = [table.of(layer) for layer in range(layers)]
-        else:
-            states = self._recorded(config, table.weight)
         dtype = next(p.dtype for p in self._model.parameters() if p.is_floating_point())
-        return torch.stack(states).to(dtype).contiguous()
-
-    def _recorded(self, config: Prompt, weight: Tensor) -> list[Tensor]:
-        """What a prompt (P, E) amounts to in each layer, (2, H, P, D), on a stage of its own."""
-        stage = attach(shared_copy(self._model), Prompt(tokens=config.tokens))
-        table = next(iter(stage.modules.values())).table
-        table.weight.copy_(weight)
-        table.record(entrance(stage.model, stage.modules))
-        states: list[Tensor] = table.states
-        return states
+        return found.to(dtype).contiguous()
 
 
 def _again(module: LinearWithLoRA, device: str | None = None) -> LinearWithLoRA:
@@ -242,9 +227,10 @@ def _again(module: LinearWithLoRA, device: str | None = None) -> LinearWithLoRA:
 
 def _cannot_serve(config: Any, kind: str) -> str:
     """Why a method is not for a batch of many adapters; empty if it is."""
-    if isinstance(config, FullFineTune):
-        return "trains every weight of the model; merge it, and serve it as a base of its own"
-    if isinstance(config, Prefix | Prompt) and kind != CAUSAL:
+    spec = spec_of(config)
+    if spec.cannot_serve:
+        return spec.cannot_serve
+    if spec.front is not None and kind != CAUSAL:
         return (
             "has tokens in front of the input, which only a causal model can keep in its cache; "
             "serve it as a base of its own"

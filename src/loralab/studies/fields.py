@@ -5,7 +5,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from loralab.adapters.methods import METHODS, Method, method_named
+from loralab.adapters.methods import AnyMethod
+from loralab.adapters.registry import method_named, specs
 from loralab.errors import ConfigError, nearest
 from loralab.training.settings import Training
 from loralab.values import configured as checked
@@ -14,20 +15,20 @@ from loralab.values import read_toml
 OTHERS = ("method",)
 
 
-def configured(flat: Mapping[str, Any]) -> tuple[Method, Training]:
+def configured(flat: Mapping[str, Any]) -> tuple[AnyMethod, Training]:
     """The method and the training that flat fields describe.
 
     Raises:
         ConfigError: a field is unknown, is none of this method's, or has a wrong value.
     """
-    name, implied = method_named(str(flat.get("method", "lora")))
-    kind, values = METHODS[name], {**implied, **flat}
+    spec, implied = method_named(str(flat.get("method", "lora")))
+    kind, values = spec.config, {**implied, **flat}
     require_known(values)
     own = {field.name for field in fields(kind)}
     general = {field.name for field in fields(Training)}
     for key in values.keys() - own - general - set(OTHERS):
-        raise ConfigError(f"{key} is no field of {name}, which has {', '.join(sorted(own))}")
-    method: Method = checked(kind, {k: _value(v) for k, v in values.items() if k in own})
+        raise ConfigError(f"{key} is no field of {spec.name}, which has {', '.join(sorted(own))}")
+    method: AnyMethod = checked(kind, {k: _value(v) for k, v in values.items() if k in own})
     training = checked(Training, {k: _value(v) for k, v in values.items() if k in general})
     return method, training
 
@@ -48,7 +49,7 @@ def from_toml(file: Path, choices: Iterable[str]) -> dict[str, Any]:
 
 def known() -> set[str]:
     """Every field that an arm can have."""
-    kinds = (*METHODS.values(), Training)
+    kinds = (*(spec.config for spec in specs().values()), Training)
     return {field.name for kind in kinds for field in fields(kind)} | set(OTHERS)
 
 

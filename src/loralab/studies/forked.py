@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from loralab import atomic
+from loralab.adapters.registry import environment
 from loralab.errors import RunError
 from loralab.studies.store import LOG
 
@@ -74,7 +75,7 @@ class Worker:
             with atomic.explained(self.log), self.log.open("a", encoding="utf-8") as log:
                 self._process = subprocess.Popen(
                     [sys.executable, "-m", "loralab.studies.worker"], stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE, stderr=log, text=True, env={**os.environ, **count},
+                    stdout=subprocess.PIPE, stderr=log, text=True, env={**os.environ, **environment(), **count},
                 )  # fmt: skip
         return self._process
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loralab.adapters.methods import Method
+from loralab.adapters.methods import AnyMethod
 from loralab.errors import ConfigError, LoralabError, nearest, some
 from loralab.training.settings import Training
 from loralab.values import read_toml
@@ -28,7 +28,7 @@ class TrainJob:
     model: str
     data: str
     output_dir: str | Path
-    method: Method | None = None
+    method: AnyMethod | None = None
     training: Training | None = None
     mapping: Mapping[str, str] = field(default_factory=dict)
     task: Any = None

@@ -20,7 +20,6 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from loralab.adapters.attach import Adapter
-from loralab.adapters.methods import BitFit, FullFineTune
 from loralab.errors import LearningError, some
 from loralab.tasks.batches import Batches
 from loralab.tasks.encode import IGNORED, Example
@@ -288,8 +287,7 @@ def _require_moved(job: Job, started: Mapping[str, Tensor]) -> None:
 
 def _may_miss(job: Job, names: Sequence[str]) -> bool:
     """Weights that exist already may be idle in this use of the model; not all of them may."""
-    existing = isinstance(job.adapter.config, BitFit | FullFineTune)
-    return existing and len(names) < len(job.adapter.parameters())
+    return job.adapter.spec.trains_base and len(names) < len(job.adapter.parameters())
 
 
 def _least_scale(trained: Trained) -> float:

@@ -7,54 +7,45 @@ from typing import Any
 import torch
 from torch import nn
 
-from loralab.adapters.methods import (
-    IA3,
-    AdaLoRA,
-    BitFit,
-    Bottleneck,
-    FullFineTune,
-    LinearProbe,
-    LoRA,
-    Method,
-    Prefix,
-    Prompt,
-)
+from loralab.adapters.methods import AnyMethod
+from loralab.adapters.registry import spec_of
 from loralab.errors import ConfigError
 from loralab.training.settings import Training
 
+
 # peak rates that hold up in short runs (docs/methods.md); the fewer the numbers, the higher
-USUAL_RATES: dict[type[Any], float] = {
-    LoRA: 5e-4, AdaLoRA: 2e-3, Bottleneck: 1e-3, Prefix: 1e-2, Prompt: 3e-2, IA3: 1e-2,
-    BitFit: 3e-3, FullFineTune: 5e-5, LinearProbe: 3e-3,
-}  # fmt: skip
-
-
-def usual_rate(method: Method) -> float:
+def usual_rate(method: AnyMethod) -> float:
     """The learning rate of a method where none is given."""
-    return USUAL_RATES[type(method)]
+    return spec_of(method).learning_rate
 
 
 def optimizer_for(
-    parameters: Mapping[str, nn.Parameter], training: Training, method: Method
+    parameters: Mapping[str, nn.Parameter], training: Training, method: AnyMethod
 ) -> torch.optim.Optimizer:
     """AdamW over the adapter; matrices decay, vectors (biases, norms, heads' biases) do not.
 
-    LoRA+ (arXiv:2402.12354): every B learns `lora_plus` times as fast as the rest.
+    A method may have some learn faster than the rest, as LoRA+ does.
     """
-    ratio = method.lora_plus if isinstance(method, LoRA) else 1.0
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    ratio_of = spec_of(method).rate_ratio
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
-        fast = ratio != 1 and name.endswith(("lora_B", "out_B", "lora_embedding_B"))
-        groups.setdefault((parameter.ndim > 1, fast), []).append(parameter)
+        ratio = 1.0 if ratio_of is None else ratio_of(method, name)
+        groups.setdefault((parameter.ndim > 1, ratio), []).append(parameter)
     options = [
         {"params": members, "weight_decay": training.weight_decay if decays else 0.0,
-         "ratio": ratio if fast else 1.0}
-        for (decays, fast), members in sorted(groups.items(), reverse=True)
+         "ratio": ratio}
+        for (decays, ratio), members in sorted(groups.items(), key=_order)
     ]  # fmt: skip
     rate = training.learning_rate or usual_rate(method)
     if training.optimizer_bits == 8:
         return _in_8_bits(options, rate)
     return torch.optim.AdamW(options, lr=rate, fused=True)
+
+
+def _order(group: tuple[tuple[bool, float], Any]) -> tuple[bool, bool]:
+    """Matrices before vectors, those with a rate of their own before the rest."""
+    decays, ratio = group[0]
+    return not decays, ratio == 1
 
 
 def _in_8_bits(options: list[dict[str, Any]], rate: float) -> torch.optim.Optimizer:

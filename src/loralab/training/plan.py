@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from loralab.adapters.bases import is_linear, linear_shape
-from loralab.adapters.methods import BitFit, FullFineTune, Method
+from loralab.adapters.methods import AnyMethod
 from loralab.adapters.subset import TrainedInFull
 from loralab.models.device import device_here
 from loralab.training import fit, memory, preflight
@@ -73,7 +73,7 @@ def plan(
     *,
     model: str,
     data: str,
-    method: Method | None = None,
+    method: AnyMethod | None = None,
     training: Training | None = None,
     mapping: Mapping[str, str] | None = None,
 ) -> Plan:
@@ -122,7 +122,7 @@ def smaller(prepared: Prepared, training: Training, peak: int) -> dict[str, int]
             found["--gradient-checkpointing on"] = fit.needed(adapter, path, rows, training, blocks)
     if training.optimizer_bits == 32:
         found["--optimizer-bits 8"] = peak - 6 * adapter.num_parameters
-    if training.quantize == "none" and not isinstance(adapter.config, FullFineTune | BitFit):
+    if training.quantize == "none" and not adapter.spec.trains_base:
         saved = _saved_by_packing(path.model)
         if saved > CERTAIN * peak:  # less than that is lost again to unpacking
             found["--quantize nf4"] = peak - saved
@@ -146,9 +146,10 @@ def _modules(prepared: Prepared) -> tuple[PlannedModule, ...]:
     for name, m in adapter.modules.items():
         own = {id(p): p.numel() for p in m.trained().values() if id(p) not in seen}
         seen |= own.keys()
+        rank = getattr(m, "rank", None)
         adapted.append(PlannedModule(
             name=name, kind=type(m.base).__name__, shape=_shape(m.base),
-            rank=getattr(m, "rank", None), parameters=sum(own.values()),
+            rank=rank if isinstance(rank, int) else None, parameters=sum(own.values()),
         ))  # fmt: skip
     return (*adapted, *(each for name, m in adapter.saved.items() for each in _in_full(name, m)))
 

@@ -13,15 +13,9 @@ from torch import nn
 import loralab
 from loralab import atomic
 from loralab.adapters.attach import Adapter, put_into
-from loralab.adapters.methods import (
-    METHODS,
-    AdaLoRA,
-    BitFit,
-    FullFineTune,
-    LoRA,
-    Method,
-)
+from loralab.adapters.methods import AnyMethod, LoRA
 from loralab.adapters.paths import ends_with, inside
+from loralab.adapters.registry import spec_of
 from loralab.adapters.targets import HEADS
 from loralab.errors import ConfigError, OutputError, some
 from loralab.models import load as models
@@ -62,7 +56,7 @@ class Request:
 
     model: str
     data: str
-    method: Method
+    method: AnyMethod
     training: Training
     mapping: Mapping[str, str]
     settled: bool = False
@@ -72,7 +66,7 @@ class Request:
     def of(
         model: str,
         data: str,
-        method: Method | None,
+        method: AnyMethod | None,
         training: Training | None,
         mapping: Mapping[str, str] | None,
     ) -> "Request":
@@ -87,13 +81,14 @@ class Request:
             precision=resolve_precision(training.precision),
             learning_rate=training.learning_rate or usual_rate(method),
         )
-        if isinstance(method, AdaLoRA) and training.precision == "fp16":
+        spec = spec_of(method)
+        if not spec.scales_gradients and training.precision == "fp16":
             raise ConfigError(
-                "adalora needs gradients that are not scaled, as fp16 does; use bf16 or fp32"
+                f"{spec.name} needs gradients that are not scaled, as fp16 does; use bf16 or fp32"
             )
-        if isinstance(method, FullFineTune | BitFit) and training.quantize != "none":
+        if spec.trains_base and training.quantize != "none":
             raise ConfigError("weights in few bits cannot be trained; leave --quantize out")
-        if training.new_tokens and not isinstance(method, LoRA):
+        if training.new_tokens and not spec.has("token_rows"):
             raise ConfigError("new_tokens are trained by LoRA only")
         return Request(
             model=model, data=data, method=method, training=training, mapping=mapping or {}
@@ -101,7 +96,7 @@ class Request:
 
     def fields(self) -> dict[str, Any]:
         """Flat, as config.toml holds it; what is unset is left out."""
-        name = next(name for name, kind in METHODS.items() if type(self.method) is kind)
+        name = spec_of(self.method).name
         own = {"model": self.model, "data": self.data, "method": name, "map": dict(self.mapping)}
         flat = {**own, **asdict(self.method), **asdict(self.training)}
         return {key: value for key, value in flat.items() if value not in (None, (), {})}
@@ -216,8 +211,8 @@ def _attached(request: Request, base: Base) -> Adapter:
     """The adapter in its base, with a new head and new tokens where the run has such."""
     training = request.training
     generator = torch.Generator().manual_seed(training.seed)
-    method = with_head(request.method, base)
-    if isinstance(method, LoRA) and training.new_tokens:
+    method: Any = with_head(request.method, base)
+    if training.new_tokens:
         rows = (*method.token_rows, *add_tokens(base, training.new_tokens))
         method = replace(method, token_rows=rows)
     return put_into(base.model, method, generator)
@@ -280,7 +275,7 @@ def load_base(
     return base
 
 
-def with_head(method: Method, base: Base) -> Method:
+def with_head(method: AnyMethod, base: Base) -> AnyMethod:
     """A new classification head must be trained and saved, or it would stay random."""
     if base.kind not in HEADED:
         return method

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from loralab.adapters.attach import Adapter
-from loralab.adapters.methods import Method
+from loralab.adapters.methods import AnyMethod
 from loralab.models.device import device_here
 from loralab.models.load import Base
 from loralab.tasks import encode
@@ -55,7 +55,7 @@ def train(
     model: str,
     data: str,
     output_dir: str | Path,
-    method: Method | None = None,
+    method: AnyMethod | None = None,
     training: Training | None = None,
     resume: bool = False,
     mapping: Mapping[str, str] | None = None,

@@ -12,7 +12,6 @@ from torch import nn
 
 from loralab.adapters.attach import Adapter
 from loralab.adapters.fingerprint import fingerprint
-from loralab.adapters.methods import Prompt
 from loralab.errors import ConfigError
 from loralab.models.device import device_here
 from loralab.training.memory import checkpointed_blocks, own_pages
@@ -62,7 +61,7 @@ def shard_base(model: nn.Module, adapters: Sequence[Adapter], world: World) -> N
     for module in set(model.modules()) - inside:
         module._apply(lambda tensor: tensor.to(device), recurse=False)
     own_pages()
-    if any(isinstance(adapter.config, Prompt) for adapter in adapters):
+    if any(adapter.spec.own_pass for adapter in adapters):
         # gradients reach the last block of the prompt's own pass by its keys and values alone,
         # without a word to FSDP: that block is not split again between the passes
         blocks[-1].set_reshard_after_forward(False)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from loralab.adapters.registry import is_outside, specs
 from loralab.errors import ConfigError, InputError, nearest
 from loralab.models.load import Base
 from loralab.studies import figures
@@ -54,7 +55,8 @@ def arms(ground: Ground, base: Base) -> list[Arm]:
     found += [_sized(base, m, size, budgets[size]) for m, size in pairs if m in wanted]
     if not ground.quick and "prefix-mlp" in wanted:
         found += _through_network(found)
-    found += [_plain(m) for m in SIZELESS if m in wanted and _possible(base, {"method": m})]
+    others = [m for m in (*SIZELESS, *_outside()) if m in wanted]
+    found += [_plain(m) for m in others if _possible(base, {"method": m})]
     unique = {arm.name: arm for arm in found}
     untrained = {"measure": "loralab.studies.trained:untrained"}
     return [
@@ -63,9 +65,14 @@ def arms(ground: Ground, base: Base) -> list[Arm]:
     ]  # fmt: skip
 
 
+def _outside() -> tuple[str, ...]:
+    """Return the methods of other packages."""
+    return tuple(name for name, spec in specs().items() if is_outside(spec))
+
+
 def _wanted(ground: Ground) -> tuple[str, ...]:
     """The methods to compare with LoRA."""
-    known = (*SIZES, *SIZELESS)
+    known = (*SIZES, *SIZELESS, *_outside())
     for value in ground.values:
         if value not in known:
             hint = nearest(value, known)

@@ -34,7 +34,7 @@ from loralab.studies.readings.standing import (
 )
 from loralab.studies.study import Answer, Arm, Finding, Ground, Record, Text
 from loralab.studies.trained import MEASURE
-from loralab.training.optim import USUAL_RATES
+from loralab.training.optim import usual_rate
 
 __all__ = ["MEASURE", "arms", "conclude"]
 
@@ -77,7 +77,7 @@ def _full(ground: Ground) -> Arm:
     """The full fine-tune; quick rates all lie above its usual one, so there it keeps that."""
     fields: dict[str, Any] = {"method": FULL}
     if ground.quick and not ground.fixed_lr:
-        fields["learning_rate"] = USUAL_RATES[FullFineTune]
+        fields["learning_rate"] = usual_rate(FullFineTune())
     return Arm(name=FULL, fields=fields)
 
 
@@ -127,7 +127,7 @@ def _method(ground: Ground) -> Text:
     )
     if not ground.quick or ground.fixed_lr:
         return found
-    rate = f"{USUAL_RATES[FullFineTune]:.0e}"
+    rate = f"{usual_rate(FullFineTune()):.0e}"
     return found + Text(
         f"The full fine-tune has its usual learning rate, {rate}, and is not tuned: what is tried in "
         "a quick study lies above it.",
