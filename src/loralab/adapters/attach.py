@@ -2,7 +2,8 @@
 
 import copy
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -271,6 +272,20 @@ class Adapter:
                 return write_model.save_pretrained(self.model, folder, **options)
         finally:
             _replace(self.model, {plain: wrapper for wrapper, plain in finished.items()})
+
+    @contextmanager
+    def taken_out(self) -> Iterator[nn.Module]:
+        """Give the model its own layers back for a block, such as one that saves the base."""
+        self._require_attached()
+        wrappers = self._wrappers()
+        own = self.model.__dict__.pop("save_pretrained", None)
+        _replace(self.model, {wrapper: wrapper.base for wrapper in wrappers})
+        try:
+            yield self.model
+        finally:
+            _replace(self.model, {wrapper.base: wrapper for wrapper in wrappers})
+            if own is not None:
+                self.model.__dict__["save_pretrained"] = own
 
     def _wrappers(self) -> list[Any]:
         return [*self.modules.values(), *self.saved.values()]

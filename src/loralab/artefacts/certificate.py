@@ -27,7 +27,7 @@ from loralab import atomic
 from loralab.adapters import folder
 from loralab.adapters.folder import RECORD, read_json, read_tensors
 from loralab.artefacts import gguf_adapter
-from loralab.artefacts.live import bring_to_life
+from loralab.artefacts.live import bring_to_life, on_base
 from loralab.errors import (
     AdapterFileError,
     BaseMismatchWarning,
@@ -187,7 +187,7 @@ def compare(
 
 def certify(
     artefact: str | Path, model: nn.Module, prompts: Sequence[Sequence[int]], *, kind: str,
-    tokenizer: Any = None,
+    tokenizer: Any = None, base: str | Path | None = None,
 ) -> Certificate:  # fmt: skip
     """Reload an artefact in a fresh process and compare it with the live model.
 
@@ -196,22 +196,26 @@ def certify(
     Args:
         prompts: token ids, or samples of another kind (tasks/samples.py).
         tokenizer: what turns a sample into pixels; for pictures only.
+        base: folder or hub id of an adapter's base, for which it needs no tokenizer; None is the
+            one that the artefact names.
 
     Raises:
         CertificateError: the artefact does not do what the live model does.
     """
     path = Path(artefact)
-    certificate = compare_afresh(path, reference_of(model, prompts, kind, tokenizer))
+    certificate = compare_afresh(path, reference_of(model, prompts, kind, tokenizer), base)
     if not certificate.passed:
         raise CertificateError(_verdict(path, certificate))
     return certificate
 
 
-def compare_afresh(path: Path, reference: Reference) -> Certificate:
+def compare_afresh(
+    path: Path, reference: Reference, base: str | Path | None = None
+) -> Certificate:
     """Compare in a fresh process, and leave certificate and reference in the artefact."""
     with warnings.catch_warnings():  # what is to be said of its base was said when it was loaded
         warnings.simplefilter("ignore", BaseMismatchWarning)
-        certificate = _in_fresh_process(path, reference)
+        certificate = _in_fresh_process(path, reference, base)
     reference.smaller(KEPT).save(path / REFERENCE)
     digest = _sha256(path / REFERENCE)
     folder.update_record(path, certificate={**certificate.to_json(), "reference": digest})
@@ -284,14 +288,16 @@ def _as_difference(path: Path) -> Iterator[None]:
         raise CertificateError(f"{path} is no longer what was certified: {error}") from None
 
 
-def _in_fresh_process(path: Path, reference: Reference) -> Certificate:
+def _in_fresh_process(
+    path: Path, reference: Reference, base: str | Path | None = None
+) -> Certificate:
     with atomic.explained("a temporary folder ($TMPDIR says where)"):
         temporary = tempfile.TemporaryDirectory()
     with temporary as place:
         request, answer = Path(place) / "reference.safetensors", Path(place) / "answer.json"
         reference.save(request)
         command = [sys.executable, "-m", __name__]
-        command += [str(path), str(request), str(answer), reference.device]
+        command += [str(path), str(request), str(answer), reference.device, str(base or "")]
         # as many threads as here: sums in another order would differ in the last bit
         threads = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=threads)
@@ -309,8 +315,11 @@ def _read_answer(file: Path) -> Certificate:
     return Certificate(**found["certificate"])
 
 
-def _reload(path: Path, device: str) -> tuple[Base, str]:
+def _reload(path: Path, device: str, base: str) -> tuple[Base, str]:
     """An artefact as a model on a device, and its precision."""
+    if base:
+        live = on_base(path, base, device=device)
+        return live.base, live.precision
     if (path / gguf_adapter.FILE).is_file():
         with tempfile.TemporaryDirectory() as place:
             live = bring_to_life(_unpacked(path, Path(place) / "adapter"), device=device)
@@ -321,9 +330,9 @@ def _reload(path: Path, device: str) -> tuple[Base, str]:
     record = read_json(path / RECORD)
     precision = record["precision"]
     kind = record["base"]["kind"]
-    base = models.load(str(path), kind=kind, dtype=models.parse_dtype(precision))
-    base.model.to(device)
-    return base, precision
+    loaded = models.load(str(path), kind=kind, dtype=models.parse_dtype(precision))
+    loaded.model.to(device)
+    return loaded, precision
 
 
 def _unpacked(path: Path, place: Path) -> Path:
@@ -357,23 +366,23 @@ def _sha256(file: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def _main(path: str, request: str, answer: str, device: str) -> None:
+def _main(path: str, request: str, answer: str, device: str, base: str = "") -> None:
     """The fresh process: reload, compute, compare, write the verdict."""
     reference = Reference.read(Path(request))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", BaseMismatchWarning)
         try:
-            certificate = _compared(Path(path), reference, device)
+            certificate = _compared(Path(path), reference, device, base)
         except torch.OutOfMemoryError:  # the live model still fills the accelerator
-            certificate = _compared(Path(path), reference, "cpu")
+            certificate = _compared(Path(path), reference, "cpu", base)
     said = [str(w.message) for w in caught if issubclass(w.category, BaseMismatchWarning)]
     content = {"certificate": certificate.to_json(), "warnings": list(dict.fromkeys(said))}
     atomic.write_file(answer, json.dumps(content))
 
 
-def _compared(path: Path, reference: Reference, device: str) -> Certificate:
-    base, precision = _reload(path, device)
-    logits = logits_of(base.model, reference.prompts, base.kind, base.tokenizer)
+def _compared(path: Path, reference: Reference, device: str, base: str) -> Certificate:
+    loaded, precision = _reload(path, device, base)
+    logits = logits_of(loaded.model, reference.prompts, loaded.kind, loaded.tokenizer)
     return compare(reference, logits, precision, device)
 
 

@@ -82,6 +82,26 @@ def bring_to_life(
     return Live(base=base, adapter=adapter, stored=stored, precision=precision)
 
 
+def on_base(path: str | Path, base: str | Path, *, device: str = "cpu") -> Live:
+    """Load an adapter folder onto a base as transformers alone reads it, without a tokenizer.
+
+    The base's kind and precision are those that the adapter's record names.
+
+    Raises:
+        AdapterFileError: the folder is damaged, or does not fit the base.
+    """
+    stored = folder.read(path)
+    kind, precision = (stored.record["base"][name] for name in ("kind", "precision"))
+    labels = len(label_names(stored)) if kind in models.HEADS else 0
+    model = models.LOADERS[kind].from_pretrained(
+        str(base), dtype=models.parse_dtype(precision), use_safetensors=True,
+        **({"num_labels": labels} if labels else {}),
+    )  # fmt: skip
+    adapter = load_adapter(model.to(device).eval(), path)
+    whole = Base(name=str(base), model=model, tokenizer=None, kind=kind, source=str(base))
+    return Live(base=whole, adapter=adapter, stored=stored, precision=precision)
+
+
 def label_names(stored: AdapterFolder) -> list[str]:
     """The classes of a trained head: as recorded, or numbered where another tool wrote it."""
     if labels := stored.record.get("task", {}).get("labels"):
