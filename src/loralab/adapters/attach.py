@@ -32,6 +32,7 @@ from loralab.adapters.present import require_readable
 from loralab.adapters.reads import read_sometimes
 from loralab.adapters.recipes import RECIPES
 from loralab.adapters.shells import plain_paths, unwrapped
+from loralab.adapters.split import put_together, require_whole, writes
 from loralab.adapters.subset import TrainedInFull
 from loralab.adapters.targets import HEADS, head_names, saved_names
 from loralab.adapters.wrapper import Wrapper, put_in_place
@@ -122,6 +123,7 @@ class Adapter:
             ConfigError: AdaLoRA does not know the total number of steps.
         """
         if self.budget is not None:
+            require_whole(self.parameters(), "AdaLoRA", "take lora, or split the base alone")
             self.budget.step()
 
     def state(self) -> dict[str, Tensor]:
@@ -157,9 +159,10 @@ class Adapter:
 
         Raises:
             AdapterStateError: already merged, the method cannot be merged, a merged weight would
-                not be finite, or a hook changes what a layer gives.
+                not be finite, a hook changes what a layer gives, or FSDP has split the weights.
         """
         self._require_attached()
+        require_whole(self.model.parameters(), "merge", "save the adapter, and merge it elsewhere")
         if reason := self.reason_not_to_merge():
             raise AdapterStateError(reason, code="cannot_merge")
         if self.merged:
@@ -212,6 +215,8 @@ class Adapter:
     ) -> Path:
         """Write the adapter folder that `load` reads, and peft where it has the method.
 
+        Where FSDP has split the adapter, all processes must call it, and the first one writes.
+
         Args:
             record: what else loralab.json shall say, such as {"base": {"name": ...}}.
             overwrite: replace an adapter that stands in the folder.
@@ -235,6 +240,8 @@ class Adapter:
             **self._recipe.fields(self.config, modules, base_paths(self.model)),
         }  # fmt: skip
         tensors = self.tensors()
+        if not writes(self.parameters()):
+            return Path(folder)
         require_readable(self.model, modules, fields, tensors)
         return write(folder, fields, tensors, record, overwrite=overwrite)
 
@@ -243,10 +250,11 @@ class Adapter:
     def tensors(self) -> dict[str, Tensor]:
         """What is saved, under peft's keys; PiSSA with its start taken out, as plain LoRA."""
         plain = plain_paths(self.model)
-        tensors = self._recipe.pack({plain(name): m for name, m in self.modules.items()})
-        for name, saved in self.saved.items():
-            key = f"{self._recipe.prefix}{plain(name)}"
-            tensors |= {f"{key}.{k}": v for k, v in saved.trained.state_dict().items()}
+        with put_together(self._wrappers()):
+            tensors = self._recipe.pack({plain(name): m for name, m in self.modules.items()})
+            for name, saved in self.saved.items():
+                key = f"{self._recipe.prefix}{plain(name)}"
+                tensors |= {f"{key}.{k}": v for k, v in saved.trained.state_dict().items()}
         return {name: tensor.detach() for name, tensor in tensors.items()}
 
     def reason_not_to_merge(self) -> str:
@@ -261,6 +269,8 @@ class Adapter:
     def _save_model(self, folder: Path, options: Mapping[str, Any]) -> Any:
         """What `model.save_pretrained` writes: the adapter, or merged the plain model."""
         if not self.merged:
+            remedy = "call adapter.save in all processes"
+            require_whole(self.parameters(), "save_pretrained", remedy)
             require_no_model(folder)
             return self.save(folder, overwrite=True)
         require_no_adapter(folder)

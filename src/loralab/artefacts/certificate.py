@@ -209,9 +209,7 @@ def certify(
     return certificate
 
 
-def compare_afresh(
-    path: Path, reference: Reference, base: str | Path | None = None
-) -> Certificate:
+def compare_afresh(path: Path, reference: Reference, base: str | Path | None = None) -> Certificate:
     """Compare in a fresh process, and leave certificate and reference in the artefact."""
     with warnings.catch_warnings():  # what is to be said of its base was said when it was loaded
         warnings.simplefilter("ignore", BaseMismatchWarning)

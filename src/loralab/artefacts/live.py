@@ -12,6 +12,7 @@ from loralab.adapters.load import load as load_adapter
 from loralab.errors import AdapterFileError
 from loralab.models import load as models
 from loralab.models.identity import as_trained
+from loralab.models.kinds import HEADS, LOADERS
 from loralab.models.load import Base
 from loralab.models.quantize import quantize as pack
 from loralab.models.tokens import add_tokens
@@ -92,8 +93,8 @@ def on_base(path: str | Path, base: str | Path, *, device: str = "cpu") -> Live:
     """
     stored = folder.read(path)
     kind, precision = (stored.record["base"][name] for name in ("kind", "precision"))
-    labels = len(label_names(stored)) if kind in models.HEADS else 0
-    model = models.LOADERS[kind].from_pretrained(
+    labels = len(label_names(stored)) if kind in HEADS else 0
+    model = LOADERS[kind].from_pretrained(
         str(base), dtype=models.parse_dtype(precision), use_safetensors=True,
         **({"num_labels": labels} if labels else {}),
     )  # fmt: skip

@@ -45,7 +45,9 @@ class CheckpointState:
             model: what the state is filled into, with whatever shells stand around the adapted one.
         """
         prefix = self._prefix(model)
-        about = torch.frombuffer(bytearray(json.dumps(self._about(step)).encode()), dtype=torch.uint8)
+        about = torch.frombuffer(
+            bytearray(json.dumps(self._about(step)).encode()), dtype=torch.uint8
+        )
         tensors = {f"{prefix}{ABOUT}": about}
         for key, tensor in self._own().items():
             tensors[prefix + key] = tensor.detach().cpu().contiguous()

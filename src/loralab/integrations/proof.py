@@ -54,12 +54,12 @@ def sample_of(rows: Any, vocabulary: int) -> Sample:
         vocabulary: how many tokens the model knows.
     """
     try:
-        found = [_ids(rows[index]) for index in range(min(SAMPLES, len(rows)))]
+        listed = [_ids(rows[index]) for index in range(min(SAMPLES, len(rows)))]
     except (TypeError, KeyError, IndexError, AttributeError, NotImplementedError):
-        found = []
-    found = [ids[:TOKENS] for ids in found if ids and max(ids) < vocabulary]
-    if found:
-        return found
+        listed = []
+    usable = [ids[:TOKENS] for ids in listed if ids and 0 <= min(ids) <= max(ids) < vocabulary]
+    if usable:
+        return usable
     draw = torch.Generator().manual_seed(0)
     return torch.randint(0, vocabulary, (SAMPLES, TOKENS // 4), generator=draw).tolist()
 
@@ -93,7 +93,7 @@ def record_of(adapter: Adapter, sample: Sequence[Sequence[int]]) -> dict[str, An
 def _ids(row: Any) -> list[int]:
     if not isinstance(row, Mapping):
         return []
-    found = next((row[name] for name in INPUTS if name in row), [])
+    found: Any = next((row[name] for name in INPUTS if name in row), [])
     return torch.as_tensor(found).flatten().tolist()
 
 
@@ -127,4 +127,3 @@ def _without_autocast(model: nn.Module) -> Iterator[None]:
     finally:
         if own:
             model.__dict__["forward"] = wrapped
-
