@@ -1,5 +1,6 @@
 """An adapter in transformers' own Trainer."""
 
+import copy
 import json
 import math
 from collections.abc import Iterator
@@ -165,11 +166,11 @@ def test_no_checkpoint_passes_for_the_plain_model(
     trainer.train()
     folder = tmp_path / "run/checkpoint-6"
     if named:  # the base that the folder names, and the adapter in it by peft
-        read = loader.from_pretrained(folder).eval()
+        read = loader.from_pretrained(folder, local_files_only=True).eval()
         torch.testing.assert_close(logits(read), logits(adapter.model.eval()))
     else:
         with pytest.raises(Exception):  # noqa: B017  (transformers' own, of several kinds)
-            loader.from_pretrained(folder)
+            loader.from_pretrained(folder, local_files_only=True)
 
 
 def test_a_merged_model_is_saved_as_the_plain_one(tmp_path: Path) -> None:
@@ -204,7 +205,16 @@ def test_the_certificate_is_that_of_what_was_saved(tmp_path: Path) -> None:
     assert record["certificate"]["passed"] and (tmp_path / REFERENCE).exists()
     assert record["sample"] == [row["input_ids"] for row in ROWS]
     assert "compared_on" in record
+    found.trainer.save_model()  # where it was saved already
+    assert json.loads((tmp_path / RECORD).read_text()) == record
     loralab.load(llama(), tmp_path)
+    other = copy.deepcopy(found.model)
+    assert torch.equal(logits(other.eval()), logits(found.model.eval()))
+
+
+def test_a_folder_with_a_whole_model_is_refused_before_training(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path / "refused")
+    assert refused(tmp_path).code == "folder_taken"
 
 
 def test_a_base_that_is_not_the_one_it_names_is_not_certified(tmp_path: Path) -> None:

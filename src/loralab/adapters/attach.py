@@ -20,6 +20,7 @@ from loralab.adapters.folder import write
 from loralab.adapters.left_out import described, left_out, notable
 from loralab.adapters.methods import AdaLoRA, LinearProbe, Method
 from loralab.adapters.model_folder import (
+    keeping_record,
     require_no_adapter,
     require_no_model,
     saving_adapters,
@@ -272,7 +273,8 @@ class Adapter:
             remedy = "call adapter.save in all processes"
             require_whole(self.parameters(), "save_pretrained", remedy)
             require_no_model(folder)
-            return self.save(folder, overwrite=True)
+            with keeping_record(folder):
+                return self.save(folder, overwrite=True)
         require_no_adapter(folder)
         finished: dict[nn.Module, nn.Module] = {w: _finished(w) for w in self._wrappers()}
         _replace(self.model, finished)

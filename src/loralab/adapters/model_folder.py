@@ -13,7 +13,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from loralab.adapters.folder import CONFIG
+from loralab.adapters.folder import CONFIG, RECORD, read_json, write_json
 from loralab.adapters.subset import TrainedInFull
 from loralab.adapters.wrapper import Wrapper
 from loralab.errors import AdapterStateError, OutputError
@@ -113,6 +113,22 @@ def holds_state(folder: Path) -> bool:
             return bool(file.metadata() == STATE_METADATA)
     except (OSError, SafetensorError):
         return False
+
+
+@contextmanager
+def keeping_record(folder: Path) -> Iterator[None]:
+    """Leave loralab.json as it was where the same adapter is written again: it may be certified."""
+    file = folder / RECORD
+    before = read_json(file) if file.is_file() else {}
+    yield
+    if _identity(before) == _identity(read_json(file)):
+        write_json(file, before)
+
+
+def _identity(record: Any) -> tuple[Any, Any]:
+    """Return the digest of an adapter, and the fingerprint of its base."""
+    base = record.get("base")
+    return record.get("digest"), base.get("fingerprint") if isinstance(base, dict) else None
 
 
 def require_no_adapter(folder: Path) -> None:

@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 from loralab.adapters.attach import Adapter
 from loralab.adapters.methods import LoRA
 from loralab.adapters.model_folder import require_no_model
+from loralab.adapters.split import require_whole
 from loralab.artefacts.certificate import Certificate
 from loralab.errors import AdapterStateError, ConfigError, LearningError
 from loralab.integrations.checkpoint import CheckpointState
@@ -67,9 +68,11 @@ class LoraCallback(TrainerCallback):
             AdapterStateError: the model is another, or a checkpoint without the adapter's state.
             ConfigError: a setting of the trainer that the adapter's method cannot have.
             LearningError: the optimizer does not hold what the adapter trains.
+            OutputError: the trainer's output_dir holds a whole model.
         """
         adapter = self.adapter
         _require_supported(args, adapter)
+        require_no_model(Path(args.output_dir))  # where the adapter is saved in the end
         learning.require_trainable(adapter, model, optimizer)
         _require_rates(adapter, optimizer)
         if state.global_step and self._state.step != state.global_step:
@@ -88,7 +91,8 @@ class LoraCallback(TrainerCallback):
             log.warning(note)
         if self.certify and not reason:
             rows = getattr(train_dataloader, "dataset", None)
-            self._sample = sample_of(rows, model.get_input_embeddings().num_embeddings)
+            embedding: Any = adapter.model.get_input_embeddings()  # type: ignore[operator]
+            self._sample = sample_of(rows, embedding.num_embeddings)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Look at the gradients of the first step.
@@ -144,13 +148,12 @@ class LoraCallback(TrainerCallback):
 
         Raises:
             CertificateError: what was saved does not do what was trained.
-            OutputError: the folder holds a whole model.
+            OutputError: the folder cannot be written.
         """
-        self._started = {}
+        self._started, self._state.step = {}, None
         if not args.should_save:
             return
         folder, proving = Path(args.output_dir), self.certify and not self.notes
-        require_no_model(folder)
         record = record_of(self.adapter, self._sample) if proving else {}
         steps = {"steps": state.global_step, "versions": versions()}
         self.adapter.save(folder, {**record, **steps}, overwrite=True)
@@ -162,6 +165,7 @@ def _require_supported(args: Any, adapter: Adapter) -> None:
     """Refuse settings of Trainer that an adapter, or its method, cannot have.
 
     Raises:
+        AdapterStateError: FSDP has split the adapter already.
         ConfigError: names the setting.
     """
     if getattr(args, "fsdp", None):
@@ -176,6 +180,8 @@ def _require_supported(args: Any, adapter: Adapter) -> None:
             "it out",
             code="deepspeed_unsupported", field="deepspeed",
         )  # fmt: skip
+    remedy = "split the base alone with loralab train --shard-base"
+    require_whole(adapter.parameters(), "a checkpoint of Trainer", remedy)
     if adapter.budget is not None and args.fp16:
         raise ConfigError(
             "adalora needs gradients that are not scaled, as fp16 does; use bf16 or fp32",
