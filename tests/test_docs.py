@@ -16,6 +16,7 @@ from loralab.studies.catalog import STUDIES
 
 ROOT = Path(__file__).parents[1]
 READMES = ("README.md", "README.zh-TW.md")
+RUN = (*READMES, "docs/trainer.md")
 
 
 def commands() -> list[str]:
@@ -25,15 +26,17 @@ def commands() -> list[str]:
     return list(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("readme", READMES)
-def test_the_python_of_the_readme_runs(
-    readme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("document", RUN)
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument:UserWarning")  # of Trainer, on a CPU
+def test_the_python_of_a_document_runs(
+    document: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / readme).read_text(encoding="utf-8"), re.S)
+    text = (ROOT / document).read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, re.S)
     assert blocks
     for block in blocks:
-        exec(compile(block, readme, "exec"), {})
+        exec(compile(block, document, "exec"), {})
 
 
 @pytest.mark.parametrize("readme", READMES)

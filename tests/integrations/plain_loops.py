@@ -3,6 +3,7 @@
 [two processes] plain_loops.py PLAN      {"folder": ...}
 """
 
+import functools
 import json
 import sys
 from pathlib import Path
@@ -77,7 +78,7 @@ def main(folder: Path) -> None:
         split(adapter)
         fit(adapter, adapter.model, optimizer_of(adapter), rows, torch.Tensor.backward)
         refused(adapter.merge)
-        refused(lambda: adapter.model.save_pretrained(folder / "not"))
+        refused(functools.partial(adapter.model.save_pretrained, folder / "not"))
         adapter.save(folder / f"{name}-split")
         distributed.barrier()
         require_close(folder / f"{name}-split", folder / f"{name}-alone-{rank}")

@@ -50,7 +50,8 @@ def test_trainer_in_two_processes_equals_one_with_the_doubled_batch(tmp_path: Pa
     names = ("plain", "dora", "adalora", "head")
     options = {"per_device_train_batch_size": 2, "weight_decay": 0.0}
     plan = [
-        {"output": str(tmp_path / f"{name}-2"), "method": name, "certify": name == "plain", **options}
+        {"output": str(tmp_path / f"{name}-2"), "method": name, "certify": name == "plain",
+         **options}
         for name in names
     ]  # fmt: skip
     plan.append({
@@ -68,5 +69,5 @@ def test_trainer_in_two_processes_equals_one_with_the_doubled_batch(tmp_path: Pa
 
 
 def test_a_plain_loop_in_two_processes_equals_one(tmp_path: Path) -> None:
-    """accelerate's DDP, and FSDP2 over adapter and base: equal numbers, or refused where it acts."""
+    """accelerate's DDP, and FSDP2 over adapter and base; what cannot be is refused."""
     in_two("plain_loops.py", [{"folder": str(tmp_path)}], tmp_path)

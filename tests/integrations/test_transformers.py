@@ -152,9 +152,7 @@ def test_a_checkpoint_holds_the_adapter_alone_and_peft_reads_it(tmp_path: Path) 
 
 @pytest.mark.parametrize("loader", [LlamaForCausalLM, AutoModelForCausalLM])
 @pytest.mark.parametrize("named", [False, True])
-def test_no_checkpoint_passes_for_the_plain_model(
-    named: bool, loader: Any, tmp_path: Path
-) -> None:
+def test_no_checkpoint_passes_for_the_plain_model(named: bool, loader: Any, tmp_path: Path) -> None:
     base = tmp_path / "base"
     llama().save_pretrained(base)
     adapter = adapted(METHODS["plain"])
@@ -379,9 +377,7 @@ def test_runs_that_cannot_learn_stop_after_their_first_steps(tmp_path: Path) -> 
         (AdaLoRA(rank=2, target_rank=1), "other_settings"),
     ],
 )
-def test_a_checkpoint_of_another_adapter_is_refused(
-    other: Any, code: str, tmp_path: Path
-) -> None:
+def test_a_checkpoint_of_another_adapter_is_refused(other: Any, code: str, tmp_path: Path) -> None:
     train(tmp_path / "run", METHODS["plain"])
     assert refused(tmp_path, other, resume=tmp_path / "run/checkpoint-2").code == code
 

@@ -233,18 +233,20 @@ class Adapter:
         record["base"]["fingerprint"] = self.base_fingerprint or fingerprint(
             self.model, frozenset(self.saved)
         )
-        headed = any(name in HEADS for name in self.saved)
-        fields: dict[str, Any] = {
-            "task_type": task_type(record["base"], headed=headed),
-            "base_model_name_or_path": record["base"].get("name"),
-            "revision": None, "inference_mode": True,
-            **self._recipe.fields(self.config, modules, base_paths(self.model)),
-        }  # fmt: skip
-        tensors = self.tensors()
-        if not writes(self.parameters()):
-            return Path(folder)
-        require_readable(self.model, modules, fields, tensors)
-        return write(folder, fields, tensors, record, overwrite=overwrite)
+        writing = writes(self.parameters())
+        with put_together(self._wrappers()):
+            headed = any(name in HEADS for name in self.saved)
+            fields: dict[str, Any] = {
+                "task_type": task_type(record["base"], headed=headed),
+                "base_model_name_or_path": record["base"].get("name"),
+                "revision": None, "inference_mode": True,
+                **self._recipe.fields(self.config, modules, base_paths(self.model)),
+            }  # fmt: skip
+            tensors = self.tensors()
+            if not writing:
+                return Path(folder)
+            require_readable(self.model, modules, fields, tensors)
+            return write(folder, fields, tensors, record, overwrite=overwrite)
 
     save_pretrained = save
 
