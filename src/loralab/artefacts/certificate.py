@@ -82,7 +82,8 @@ class Reference:
     """Logits to compare with: values (P, K) at indices (P, K), log-sum-exp over all (P,).
 
     The sum is kept in fp64: half a unit of fp32 at 20 nats is 1e-6, as much as fp32 is allowed.
-    `device` is the one that they were computed on, which is not written.
+    `device` is the one that they were computed on, and `base` the place of an adapter's base where
+    that is not the one that its folder names; neither is written.
     """
 
     prompts: list[list[int]]
@@ -90,6 +91,7 @@ class Reference:
     indices: Tensor
     total: Tensor
     device: str = "cpu"
+    base: str = ""
 
     def smaller(self, kept: int) -> "Reference":
         """With the largest logits alone."""
@@ -203,17 +205,18 @@ def certify(
         CertificateError: the artefact does not do what the live model does.
     """
     path = Path(artefact)
-    certificate = compare_afresh(path, reference_of(model, prompts, kind, tokenizer), base)
+    reference = reference_of(model, prompts, kind, tokenizer)
+    certificate = compare_afresh(path, replace(reference, base=str(base or "")))
     if not certificate.passed:
         raise CertificateError(_verdict(path, certificate))
     return certificate
 
 
-def compare_afresh(path: Path, reference: Reference, base: str | Path | None = None) -> Certificate:
+def compare_afresh(path: Path, reference: Reference) -> Certificate:
     """Compare in a fresh process, and leave certificate and reference in the artefact."""
     with warnings.catch_warnings():  # what is to be said of its base was said when it was loaded
         warnings.simplefilter("ignore", BaseMismatchWarning)
-        certificate = _in_fresh_process(path, reference, base)
+        certificate = _in_fresh_process(path, reference)
     reference.smaller(KEPT).save(path / REFERENCE)
     digest = _sha256(path / REFERENCE)
     folder.update_record(path, certificate={**certificate.to_json(), "reference": digest})
@@ -286,16 +289,14 @@ def _as_difference(path: Path) -> Iterator[None]:
         raise CertificateError(f"{path} is no longer what was certified: {error}") from None
 
 
-def _in_fresh_process(
-    path: Path, reference: Reference, base: str | Path | None = None
-) -> Certificate:
+def _in_fresh_process(path: Path, reference: Reference) -> Certificate:
     with atomic.explained("a temporary folder ($TMPDIR says where)"):
         temporary = tempfile.TemporaryDirectory()
     with temporary as place:
         request, answer = Path(place) / "reference.safetensors", Path(place) / "answer.json"
         reference.save(request)
         command = [sys.executable, "-m", __name__]
-        command += [str(path), str(request), str(answer), reference.device, str(base or "")]
+        command += [str(path), str(request), str(answer), reference.device, reference.base]
         # as many threads as here: sums in another order would differ in the last bit
         threads = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=threads)
@@ -313,11 +314,8 @@ def _read_answer(file: Path) -> Certificate:
     return Certificate(**found["certificate"])
 
 
-def _reload(path: Path, device: str, base: str) -> tuple[Base, str]:
+def _reload(path: Path, device: str) -> tuple[Base, str]:
     """An artefact as a model on a device, and its precision."""
-    if base:
-        live = on_base(path, base, device=device)
-        return live.base, live.precision
     if (path / gguf_adapter.FILE).is_file():
         with tempfile.TemporaryDirectory() as place:
             live = bring_to_life(_unpacked(path, Path(place) / "adapter"), device=device)
@@ -328,9 +326,9 @@ def _reload(path: Path, device: str, base: str) -> tuple[Base, str]:
     record = read_json(path / RECORD)
     precision = record["precision"]
     kind = record["base"]["kind"]
-    loaded = models.load(str(path), kind=kind, dtype=models.parse_dtype(precision))
-    loaded.model.to(device)
-    return loaded, precision
+    base = models.load(str(path), kind=kind, dtype=models.parse_dtype(precision))
+    base.model.to(device)
+    return base, precision
 
 
 def _unpacked(path: Path, place: Path) -> Path:
@@ -366,21 +364,25 @@ def _sha256(file: Path) -> str:
 
 def _main(path: str, request: str, answer: str, device: str, base: str = "") -> None:
     """The fresh process: reload, compute, compare, write the verdict."""
-    reference = Reference.read(Path(request))
+    reference = replace(Reference.read(Path(request)), base=base)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", BaseMismatchWarning)
         try:
-            certificate = _compared(Path(path), reference, device, base)
+            certificate = _compared(Path(path), reference, device)
         except torch.OutOfMemoryError:  # the live model still fills the accelerator
-            certificate = _compared(Path(path), reference, "cpu", base)
+            certificate = _compared(Path(path), reference, "cpu")
     said = [str(w.message) for w in caught if issubclass(w.category, BaseMismatchWarning)]
     content = {"certificate": certificate.to_json(), "warnings": list(dict.fromkeys(said))}
     atomic.write_file(answer, json.dumps(content))
 
 
-def _compared(path: Path, reference: Reference, device: str, base: str) -> Certificate:
-    loaded, precision = _reload(path, device, base)
-    logits = logits_of(loaded.model, reference.prompts, loaded.kind, loaded.tokenizer)
+def _compared(path: Path, reference: Reference, device: str) -> Certificate:
+    if reference.base:
+        live = on_base(path, reference.base, device=device)
+        base, precision = live.base, live.precision
+    else:
+        base, precision = _reload(path, device)
+    logits = logits_of(base.model, reference.prompts, base.kind, base.tokenizer)
     return compare(reference, logits, precision, device)
 
 
