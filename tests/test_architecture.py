@@ -27,6 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "artefacts": BASE | {"adapters", "models", "tasks"},
     "serving": LEAVES | TOGETHER | {"adapters", "models", "tasks"},
     "studies": BASE | TOGETHER | {"adapters", "models", "tasks", "training", "artefacts"},
+    "integrations": BASE | {"adapters", "models", "tasks", "training", "artefacts"},
 }
 # third-party names, where restricted
 MAY_INSTALL = {"native": {"torch"}, "adapters": {"torch", "safetensors", "regex"}}

@@ -20,6 +20,7 @@ from loralab.studies.catalog import STUDIES
 
 ROOT = Path(__file__).parents[1]
 READMES = ("README.md", "README.zh-TW.md")
+RUN = (*READMES, "docs/python.md", "docs/trainer.md")
 
 
 def commands() -> list[str]:
@@ -29,13 +30,15 @@ def commands() -> list[str]:
     return list(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("document", [*READMES, "docs/python.md"])
+@pytest.mark.parametrize("document", RUN)
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument:UserWarning")  # of Trainer, on a CPU
 def test_the_python_of_a_document_runs(
     document: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its blocks one after the other, with the model and the rows that it speaks of."""
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(encoding="utf-8"), re.S)
+    text = (ROOT / document).read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, re.S)
     assert blocks
     ids = torch.arange(36).view(4, 9)
     names = {

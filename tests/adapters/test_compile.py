@@ -69,6 +69,29 @@ def test_a_model_compiled_before_attach_follows_attach_and_detach(method: str) -
     close(compiled, before)
 
 
+@each_kind
+def test_a_model_compiled_before_attach_follows_merge_and_its_end(method: str) -> None:
+    torch.manual_seed(0)
+    model = Toy().eval()
+    compiled = torch.compile(model, backend="aot_eager")
+    for end in ("detach", "merge_and_detach"):
+        before = copy.deepcopy(model)
+        close(compiled, before)
+        adapter = attach(model, METHODS[method])
+        for parameter in adapter.parameters():
+            nn.init.normal_(parameter, std=0.5)
+        for module in adapter.modules.values():
+            module.refreshed()
+        adapted = copy.deepcopy(model)
+        close(compiled, adapted)
+        adapter.merge()
+        close(compiled, adapted)
+        adapter.unmerge()
+        close(compiled, adapted)
+        assert getattr(adapter, end)() is model
+        close(compiled, before if end == "detach" else adapted)
+
+
 def gradients(adapter: Adapter, call: Any) -> list[Tensor]:
     return list(torch.autograd.grad(call(IDS.roll(1)).square().sum(), used(adapter)))
 

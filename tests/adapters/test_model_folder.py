@@ -100,6 +100,18 @@ def test_adapter_and_model_do_not_share_a_folder(tmp_path: Path) -> None:
     assert caught.value.code == "folder_taken"
 
 
+def test_the_same_adapter_keeps_its_record(tmp_path: Path) -> None:
+    model = llama()
+    adapter = fill(attach(model, LoRA(rank=2)))
+    adapter.save(tmp_path, {"steps": 7})
+    before = (tmp_path / RECORD).read_bytes()
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / RECORD).read_bytes() == before
+    fill(adapter, seed=2)
+    model.save_pretrained(tmp_path)
+    assert "steps" not in read(tmp_path).record
+
+
 def test_a_part_of_the_model_is_not_written_alone(tmp_path: Path) -> None:
     model = llama()
     adapter = attach(model, LoRA(rank=2))

@@ -27,6 +27,7 @@ from loralab.adapters.fused import Updated, can_fuse, linears_with_updates
 from loralab.adapters.lora import lora_fields
 from loralab.adapters.methods import AdaLoRA, LoRA
 from loralab.adapters.peft_fields import PREFIX
+from loralab.adapters.split import require_whole
 from loralab.adapters.targets import target_names
 from loralab.adapters.wrapper import Wrapper, wide
 from loralab.errors import AdapterFileError, AdapterStateError, ConfigError
@@ -143,6 +144,7 @@ class LinearWithAdaLoRA(Wrapper):
 
             def add(p: Tensor, name: str = name, pending: list[bool] = pending) -> None:
                 if pending and p.grad is not None:
+                    require_whole([p], "AdaLoRA", "take lora, or split the base alone")
                     pending.clear()
                     p.grad += weight * _orthogonality_gradient(p.detach(), rows=name == "lora_A")
 

@@ -18,6 +18,7 @@ from loralab.adapters.folder import write
 from loralab.adapters.left_out import described, left_out, notable
 from loralab.adapters.methods import AnyMethod
 from loralab.adapters.model_folder import (
+    keeping_record,
     require_no_adapter,
     require_no_model,
     saving_adapters,
@@ -32,6 +33,7 @@ from loralab.adapters.reads import read_sometimes
 from loralab.adapters.registry import MethodSpec, spec_of
 from loralab.adapters.several import AdapterSet, adapters_of
 from loralab.adapters.shells import plain_paths, unwrapped
+from loralab.adapters.split import put_together, require_whole, writes
 from loralab.adapters.subset import TrainedInFull
 from loralab.adapters.targets import HEADS, saved_names
 from loralab.adapters.wrapper import Wrapper, replace_modules
@@ -125,6 +127,7 @@ class Adapter:
             ConfigError: AdaLoRA does not know the total number of steps.
         """
         if self.budget is not None:
+            require_whole(self.parameters(), "AdaLoRA", "take lora, or split the base alone")
             self.budget.step()
 
     def state(self) -> dict[str, Tensor]:
@@ -163,9 +166,10 @@ class Adapter:
 
         Raises:
             AdapterStateError: already merged, the method cannot be merged, a merged weight would
-                not be finite, or a hook changes what a layer gives.
+                not be finite, a hook changes what a layer gives, or FSDP has split the weights.
         """
         own = self._attached()
+        require_whole(self.model.parameters(), "merge", "save the adapter, and merge it elsewhere")
         if reason := self.reason_not_to_merge():
             raise AdapterStateError(reason, code="cannot_merge")
         if self.merged:
@@ -304,6 +308,8 @@ class Adapter:
     ) -> Path:
         """Write the adapter folder that `load` reads, and peft where it has the method.
 
+        Where FSDP has split the adapter, all processes must call it, and the first one writes.
+
         Args:
             record: what else loralab.json shall say, such as {"base": {"name": ...}}.
             overwrite: replace an adapter that stands in the folder.
@@ -324,24 +330,29 @@ class Adapter:
         record["base"]["fingerprint"] = self.base_fingerprint or fingerprint(
             self.model, frozenset(self.saved)
         )
-        headed = any(name in HEADS for name in self.saved)
-        fields: dict[str, Any] = {
-            "task_type": task_type(record["base"], headed=headed),
-            "base_model_name_or_path": record["base"].get("name"),
-            "revision": None, "inference_mode": True,
-            **fields_of(self.spec, self.config, modules, base_paths(self.model)),
-        }  # fmt: skip
-        tensors = self.tensors()
-        require_readable(self.model, modules, fields, tensors)
-        return write(folder, fields, tensors, record, overwrite=overwrite)
+        writing = writes(self.parameters())
+        with put_together(self._wrappers()):
+            headed = any(name in HEADS for name in self.saved)
+            fields: dict[str, Any] = {
+                "task_type": task_type(record["base"], headed=headed),
+                "base_model_name_or_path": record["base"].get("name"),
+                "revision": None, "inference_mode": True,
+                **fields_of(self.spec, self.config, modules, base_paths(self.model)),
+            }  # fmt: skip
+            tensors = self.tensors()
+            if not writing:
+                return Path(folder)
+            require_readable(self.model, modules, fields, tensors)
+            return write(folder, fields, tensors, record, overwrite=overwrite)
 
     def tensors(self) -> dict[str, Tensor]:
         """What is saved, under peft's keys; PiSSA with its start taken out, as plain LoRA."""
         plain = plain_paths(self.model)
-        tensors = pack(self.spec, {plain(name): m for name, m in self.modules.items()})
-        for name, saved in self.saved.items():
-            key = f"{self.spec.prefix}{plain(name)}"
-            tensors |= {f"{key}.{k}": v for k, v in saved.trained.state_dict().items()}
+        with put_together(self._wrappers()):
+            tensors = pack(self.spec, {plain(name): m for name, m in self.modules.items()})
+            for name, saved in self.saved.items():
+                key = f"{self.spec.prefix}{plain(name)}"
+                tensors |= {f"{key}.{k}": v for k, v in saved.trained.state_dict().items()}
         return {name: tensor.detach() for name, tensor in tensors.items()}
 
     def reason_not_to_merge(self) -> str:
@@ -356,8 +367,11 @@ class Adapter:
     def _save_model(self, folder: Path, options: Mapping[str, Any]) -> Any:
         """What `model.save_pretrained` writes: the adapter, or merged the plain model."""
         if not self.merged:
+            remedy = "call adapter.save in all processes"
+            require_whole(self.parameters(), "save_pretrained", remedy)
             require_no_model(folder)
-            return self.save(folder, overwrite=True)
+            with keeping_record(folder):
+                return self.save(folder, overwrite=True)
         require_no_adapter(folder)
         finished: dict[nn.Module, nn.Module] = {w: _finished(w) for w in self._wrappers()}
         replace_modules(self.model, finished)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from loralab.adapters.shells import plain_paths
+from loralab.adapters.split import whole
 from loralab.adapters.subset import TrainedInFull
 from loralab.adapters.wrapper import Wrapper
 
@@ -90,7 +91,7 @@ def dtype_name(model: nn.Module) -> str:
 def _sample(tensor: Tensor) -> bytes:
     if tensor.is_meta:
         return b""
-    flat = tensor.detach().flatten()
+    flat = whole(tensor.detach()).flatten()
     step = max(1, flat.numel() // SAMPLES)
     values = flat[::step][:SAMPLES].to("cpu", torch.float32).bfloat16()
     return values.view(torch.int16).numpy().tobytes()

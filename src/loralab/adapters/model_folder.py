@@ -10,15 +10,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from loralab.adapters.folder import CONFIG
+from loralab.adapters.folder import CONFIG, RECORD, read_json, write_json
 from loralab.adapters.subset import TrainedInFull
 from loralab.adapters.wrapper import Wrapper
 from loralab.errors import AdapterStateError, OutputError
 
 METHOD = "save_pretrained"
 WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
+STATE = "model.safetensors"  # as Trainer fills it in; in a checkpoint, of the adapter alone
+STATE_METADATA = {"format": "pt", "loralab": "adapter state"}
 
 
 class SaveAdapter:
@@ -89,13 +92,43 @@ def saving_adapters(model: nn.Module, save: Callable[..., Any]) -> list[SaveAdap
 
 
 def require_no_model(folder: Path) -> None:
-    """An adapter must not stand beside a whole model, which would be loaded without it."""
+    """An adapter must not stand beside a whole model, which would be loaded without it.
+
+    The state of an adapter that stood there is removed: it would be that of another step.
+    """
+    if holds_state(folder):
+        (folder / STATE).unlink()
     if any(any(folder.glob(pattern)) for pattern in WEIGHTS):
         raise OutputError(
             f"{folder} holds a whole model; save the adapter elsewhere",
             code="folder_taken",
             field="save_directory",
         )
+
+
+def holds_state(folder: Path) -> bool:
+    """Tell whether the weights in a folder are the state of an adapter, and no whole model."""
+    try:
+        with safe_open(folder / STATE, "pt") as file:
+            return bool(file.metadata() == STATE_METADATA)
+    except (OSError, SafetensorError):
+        return False
+
+
+@contextmanager
+def keeping_record(folder: Path) -> Iterator[None]:
+    """Leave loralab.json as it was where the same adapter is written again: it may be certified."""
+    file = folder / RECORD
+    before = read_json(file) if file.is_file() else {}
+    yield
+    if _identity(before) == _identity(read_json(file)):
+        write_json(file, before)
+
+
+def _identity(record: Any) -> tuple[Any, Any]:
+    """Return the digest of an adapter, and the fingerprint of its base."""
+    base = record.get("base")
+    return record.get("digest"), base.get("fingerprint") if isinstance(base, dict) else None
 
 
 def require_no_adapter(folder: Path) -> None:

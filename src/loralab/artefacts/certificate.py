@@ -27,7 +27,7 @@ from loralab import atomic
 from loralab.adapters import folder, registry
 from loralab.adapters.folder import RECORD, read_json, read_tensors
 from loralab.artefacts import gguf_adapter
-from loralab.artefacts.live import bring_to_life
+from loralab.artefacts.live import bring_to_life, on_base
 from loralab.errors import (
     AdapterFileError,
     BaseMismatchWarning,
@@ -82,7 +82,8 @@ class Reference:
     """Logits to compare with: values (P, K) at indices (P, K), log-sum-exp over all (P,).
 
     The sum is kept in fp64: half a unit of fp32 at 20 nats is 1e-6, as much as fp32 is allowed.
-    `device` is the one that they were computed on, which is not written.
+    `device` is the one that they were computed on, and `base` the place of an adapter's base where
+    that is not the one that its folder names; neither is written.
     """
 
     prompts: list[list[int]]
@@ -90,6 +91,7 @@ class Reference:
     indices: Tensor
     total: Tensor
     device: str = "cpu"
+    base: str = ""
 
     def smaller(self, kept: int) -> "Reference":
         """With the largest logits alone."""
@@ -187,7 +189,7 @@ def compare(
 
 def certify(
     artefact: str | Path, model: nn.Module, prompts: Sequence[Sequence[int]], *, kind: str,
-    tokenizer: Any = None,
+    tokenizer: Any = None, base: str | Path | None = None,
 ) -> Certificate:  # fmt: skip
     """Reload an artefact in a fresh process and compare it with the live model.
 
@@ -196,12 +198,15 @@ def certify(
     Args:
         prompts: token ids, or samples of another kind (tasks/samples.py).
         tokenizer: what turns a sample into pixels; for pictures only.
+        base: folder or hub id of an adapter's base, for which it needs no tokenizer; None is the
+            one that the artefact names.
 
     Raises:
         CertificateError: the artefact does not do what the live model does.
     """
     path = Path(artefact)
-    certificate = compare_afresh(path, reference_of(model, prompts, kind, tokenizer))
+    reference = reference_of(model, prompts, kind, tokenizer)
+    certificate = compare_afresh(path, replace(reference, base=str(base or "")))
     if not certificate.passed:
         raise CertificateError(_verdict(path, certificate))
     return certificate
@@ -291,7 +296,7 @@ def _in_fresh_process(path: Path, reference: Reference) -> Certificate:
         request, answer = Path(place) / "reference.safetensors", Path(place) / "answer.json"
         reference.save(request)
         command = [sys.executable, "-m", __name__]
-        command += [str(path), str(request), str(answer), reference.device]
+        command += [str(path), str(request), str(answer), reference.device, reference.base]
         # as many threads as here: sums in another order would differ in the last bit
         threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
         environment = {**os.environ, **registry.environment(), **threads}
@@ -358,9 +363,9 @@ def _sha256(file: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def _main(path: str, request: str, answer: str, device: str) -> None:
+def _main(path: str, request: str, answer: str, device: str, base: str = "") -> None:
     """The fresh process: reload, compute, compare, write the verdict."""
-    reference = Reference.read(Path(request))
+    reference = replace(Reference.read(Path(request)), base=base)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", BaseMismatchWarning)
         try:
@@ -373,7 +378,11 @@ def _main(path: str, request: str, answer: str, device: str) -> None:
 
 
 def _compared(path: Path, reference: Reference, device: str) -> Certificate:
-    base, precision = _reload(path, device)
+    if reference.base:
+        live = on_base(path, reference.base, device=device)
+        base, precision = live.base, live.precision
+    else:
+        base, precision = _reload(path, device)
     logits = logits_of(base.model, reference.prompts, base.kind, base.tokenizer)
     return compare(reference, logits, precision, device)
 

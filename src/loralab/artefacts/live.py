@@ -12,6 +12,7 @@ from loralab.adapters.load import load as load_adapter
 from loralab.errors import AdapterFileError
 from loralab.models import load as models
 from loralab.models.identity import as_trained
+from loralab.models.kinds import HEADS, LOADERS
 from loralab.models.load import Base
 from loralab.models.quantize import quantize as pack
 from loralab.models.tokens import add_tokens
@@ -80,6 +81,26 @@ def bring_to_life(
     adapter = load_adapter(base.model, path)
     base = as_trained(base, prompts, path)
     return Live(base=base, adapter=adapter, stored=stored, precision=precision)
+
+
+def on_base(path: str | Path, base: str | Path, *, device: str = "cpu") -> Live:
+    """Load an adapter folder onto a base as transformers alone reads it, without a tokenizer.
+
+    The base's kind and precision are those that the adapter's record names.
+
+    Raises:
+        AdapterFileError: the folder is damaged, or does not fit the base.
+    """
+    stored = folder.read(path)
+    kind, precision = (stored.record["base"][name] for name in ("kind", "precision"))
+    labels = len(label_names(stored)) if kind in HEADS else 0
+    model = LOADERS[kind].from_pretrained(
+        str(base), dtype=models.parse_dtype(precision), use_safetensors=True,
+        **({"num_labels": labels} if labels else {}),
+    )  # fmt: skip
+    adapter = load_adapter(model.to(device).eval(), path)
+    whole = Base(name=str(base), model=model, tokenizer=None, kind=kind, source=str(base))
+    return Live(base=whole, adapter=adapter, stored=stored, precision=precision)
 
 
 def label_names(stored: AdapterFolder) -> list[str]:

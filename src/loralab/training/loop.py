@@ -25,7 +25,7 @@ from loralab.tasks.batches import Batches
 from loralab.tasks.encode import IGNORED, Example
 from loralab.tasks.forward import answer_loss
 from loralab.tasks.score import Scores
-from loralab.training import checkpoint
+from loralab.training import checkpoint, learning
 from loralab.training.checkpoint import Progress, Trained
 from loralab.training.fast.path import Path
 from loralab.training.optim import learning_rate, set_learning_rate
@@ -33,9 +33,6 @@ from loralab.training.record import Record
 from loralab.training.settings import Training
 from loralab.training.world import World
 
-FIRST_LOOK, SECOND_LOOK = 1, 3  # steps after which gradients, and then weights, are checked
-# a random A has no gradient before B has moved; lambda can be pruned; a token's row waits for it
-MAY_REST = (".lora_A", ".out_A", ".lora_E", ".trainable_tokens_delta")
 SMALLEST_SCALE = 2.0**-10  # below this loss scale, fp16 gradients overflow for another reason
 
 
@@ -67,8 +64,7 @@ class Steps:
 
     def __init__(self, job: Job, trained: Trained, progress: Progress, record: Record) -> None:
         self.job, self.trained, self.progress, self.record = job, trained, progress, record
-        named = {} if progress.step else job.adapter.named_parameters()
-        self._started = {name: p.detach().clone() for name, p in named.items()}
+        self._started = {} if progress.step else learning.start_of(job.adapter)
         self._clock = _Clock(job.steps, progress)
 
     @property
@@ -164,8 +160,8 @@ class Steps:
         _update(self.job, self.trained)
         before = self.progress
         self.progress = replace(before, step=before.step + 1, tokens=before.tokens + tokens)
-        if self.progress.step == SECOND_LOOK and self._started:
-            _require_moved(self.job, self._started)
+        if self.progress.step == learning.SECOND_LOOK and self._started:
+            learning.require_moved(self.job.adapter, self._started)
         fields = {"loss": loss, "grad_norm": norm, "learning_rate": rate}
         self.record(self._clock.event(self.progress, **fields))
 
@@ -217,19 +213,13 @@ def run_steps(steps: Steps) -> Progress:
 
 
 def _clipped(job: Job, trained: Trained, number: int) -> float:
-    parameters = job.adapter.named_parameters()
     trained.scaler.unscale_(trained.optimizer)
-    without = [name for name, p in parameters.items() if p.grad is None]
-    if number < FIRST_LOOK and without and not _may_miss(job, without):
-        raise LearningError(f"no gradient reaches {some(without)}; nothing would be learnt there")
+    if number < learning.FIRST_LOOK:
+        learning.require_gradients(job.adapter)
     limit = job.training.max_grad_norm or math.inf
-    norm = float(nn.utils.clip_grad_norm_(parameters.values(), limit))
+    norm = float(nn.utils.clip_grad_norm_(job.adapter.parameters(), limit))
     if not math.isfinite(norm) and trained.scaler.get_scale() <= _least_scale(trained):
-        bad = [n for n, p in parameters.items() if p.grad is not None and not _finite(p.grad)]
-        raise LearningError(
-            f"step {number + 1}: the gradient is not finite in {some(bad) or 'its norm'}; "
-            "lower the learning rate or use --precision fp32"
-        )
+        raise learning.not_finite(job.adapter, number + 1)
     return norm
 
 
@@ -273,41 +263,20 @@ def labelled_tokens(example: Example, kind: str) -> int:
     return sum(label != IGNORED for label in labels)
 
 
-def _require_moved(job: Job, started: Mapping[str, Tensor]) -> None:
-    """After some steps every B, and every module trained in full, must differ from its start."""
-    adapter = job.adapter
-    still = [
-        name
-        for name, parameter in adapter.named_parameters().items()
-        if not name.endswith(MAY_REST) and torch.equal(parameter, started[name])
-    ]
-    if still and not _may_miss(job, still):
-        raise LearningError(f"after {SECOND_LOOK} steps these have not moved: {some(still)}")
-
-
-def _may_miss(job: Job, names: Sequence[str]) -> bool:
-    """Weights that exist already may be idle in this use of the model; not all of them may."""
-    return job.adapter.spec.trains_base and len(names) < len(job.adapter.parameters())
-
-
 def _least_scale(trained: Trained) -> float:
     """The loss scale at which a gradient that is not finite can no longer be scaling's fault."""
     return SMALLEST_SCALE if trained.scaler.is_enabled() else math.inf
-
-
-def _finite(tensor: Tensor) -> bool:
-    return bool(tensor.isfinite().all())
 
 
 def _blame_forward(job: Job, parts: Sequence[Sequence[Example]], number: int) -> str:
     """Where the numbers first went wrong: plain forward passes once more, watched."""
     model = job.adapter.model
     found: list[str] = []
-    bad = [n for n, p in job.adapter.named_parameters().items() if not _finite(p)]
+    bad = [n for n, p in job.adapter.named_parameters().items() if not learning.finite(p)]
 
     def watch(name: str) -> Callable[[nn.Module, object, object], None]:
         def note(module: nn.Module, inputs: object, output: object) -> None:
-            if isinstance(output, Tensor) and not found and not _finite(output):
+            if isinstance(output, Tensor) and not found and not learning.finite(output):
                 found.append(name)
 
         return note

@@ -1,0 +1,1 @@
+"""Training loops of other libraries, with what `loralab train` does around a step."""

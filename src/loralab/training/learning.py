@@ -1,0 +1,122 @@
+"""Signs that a run cannot learn: seen before its first step, and after the first few.
+
+They ask for an adapter and nothing else, so that any training loop can look for them.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from loralab.adapters.attach import Adapter
+from loralab.errors import AdapterStateError, LearningError, some
+
+FIRST_LOOK, SECOND_LOOK = 1, 3  # steps after which gradients, and then weights, are checked
+# a random A has no gradient before B has moved; lambda can be pruned; a token's row waits for it
+MAY_REST = (".lora_A", ".out_A", ".lora_E", ".trainable_tokens_delta")
+
+
+def require_trainable(adapter: Adapter, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Refuse an optimizer that does not hold exactly what the adapter trains.
+
+    Raises:
+        AdapterStateError: the adapter is merged, or its layers are not those of the model.
+        LearningError: nothing requires a gradient, or the optimizer holds less or more.
+    """
+    if adapter.merged:
+        raise AdapterStateError(
+            "the adapter is merged, so its update would be learnt and not used; call unmerge()",
+            code="merged", field="adapter",
+        )  # fmt: skip
+    named = {n: p for n, p in adapter.named_parameters().items() if p.requires_grad and p.numel()}
+    if not named:
+        raise LearningError(
+            "no parameter of the adapter requires a gradient; nothing would be learnt",
+            code="nothing_trains", field="adapter",
+        )  # fmt: skip
+    others = {id(p): name for name, p in model.named_parameters()}
+    if outside := [name for name, p in named.items() if id(p) not in others]:
+        raise AdapterStateError(
+            f"the trained model does not hold the adapter's {some(outside)}; give the trainer the "
+            "model that the adapter is attached to, and no copy of it",
+            code="other_model", field="model",
+        )  # fmt: skip
+    held = {id(p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
+    if missing := [name for name, p in named.items() if id(p) not in held]:
+        raise LearningError(
+            f"the optimizer does not hold the adapter's {some(missing)}; make it after attach, "
+            "from adapter.parameters()",
+            code="optimizer_lacks", field="optimizer",
+        )  # fmt: skip
+    if extra := held - {id(p) for p in named.values()}:
+        names = sorted(others.get(number, "a tensor outside the model") for number in extra)
+        raise LearningError(
+            f"the optimizer also holds {some(names)}, which no adapter folder would hold; freeze "
+            "it, or name its module in modules_to_save",
+            code="optimizer_holds_more", field="optimizer",
+        )  # fmt: skip
+
+
+def require_gradients(adapter: Adapter) -> None:
+    """Refuse a first step in which a trained tensor gets no gradient.
+
+    Raises:
+        LearningError: names the tensors.
+    """
+    named = trained(adapter)
+    without = [name for name, parameter in named.items() if parameter.grad is None]
+    if without and not _may_miss(adapter, without):
+        raise LearningError(
+            f"no gradient reaches {some(without)}; nothing would be learnt there",
+            code="no_gradient", field=without[0],
+        )  # fmt: skip
+
+
+def not_finite(adapter: Adapter, step: int) -> LearningError:
+    """Return the error of a step, counted from 1, whose gradient is not finite."""
+    named = adapter.named_parameters()
+    bad = [n for n, p in named.items() if p.grad is not None and not finite(p.grad)]
+    return LearningError(
+        f"step {step}: the gradient is not finite in {some(bad) or 'its norm'}; "
+        "lower the learning rate or use --precision fp32",
+        code="gradient_not_finite", field=bad[0] if bad else None,
+    )  # fmt: skip
+
+
+def start_of(adapter: Adapter) -> dict[str, Tensor]:
+    """Copy what is trained, for `require_moved`."""
+    return {name: p.detach().clone() for name, p in trained(adapter).items()}
+
+
+def require_moved(adapter: Adapter, started: Mapping[str, Tensor]) -> None:
+    """After some steps every B, and every module trained in full, must differ from its start.
+
+    Raises:
+        LearningError: names the tensors that do not.
+    """
+    still = [
+        name
+        for name, parameter in trained(adapter).items()
+        if not name.endswith(MAY_REST) and torch.equal(parameter, started[name])
+    ]
+    if still and not _may_miss(adapter, still):
+        raise LearningError(
+            f"after {SECOND_LOOK} steps these have not moved: {some(still)}",
+            code="not_moved", field=still[0],
+        )  # fmt: skip
+
+
+def trained(adapter: Adapter) -> dict[str, nn.Parameter]:
+    """Return what an optimizer changes, by path."""
+    return {name: p for name, p in adapter.named_parameters().items() if p.requires_grad}
+
+
+def finite(tensor: Tensor) -> bool:
+    """Tell whether all numbers are finite."""
+    return bool(tensor.isfinite().all())
+
+
+def _may_miss(adapter: Adapter, names: Sequence[str]) -> bool:
+    """Weights that exist already may be idle in this use of the model; not all of them may."""
+    existing = adapter.spec.trains_base
+    return existing and len(names) < len(adapter.parameters())
