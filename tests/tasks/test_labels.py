@@ -105,6 +105,12 @@ def test_labels_that_differ_in_capitals_alone_are_noted() -> None:
     assert alike({"train": rows[1:]}) == ""
 
 
+def test_truth_values_beside_numbers_are_noted() -> None:
+    rows = [{"text": "a", "label": label} for label in ("1", "True", "0")]
+    assert "'1' and 'True'" in alike({"train": rows})
+    assert alike({"train": [rows[0], rows[2]]}) == ""
+
+
 @pytest.mark.parametrize(
     ("value", "number"),
     [

@@ -26,7 +26,7 @@ class Kind:
     """Fields that change the meaning of a row.
 
     Args:
-        words: of a name that is of this kind, one of them.
+        words: of a name that is of this kind, one of them; or the whole name.
         reason: why the field is refused, after its name.
         formats: that the kind matters to.
         neutral: values, in small letters, that ask for nothing else than what is done.
@@ -41,6 +41,7 @@ class Kind:
 
 
 MEDIA = "image images picture pictures photo photos pixel audio audios speech video videos"
+MEDIA += " attachment attachments"
 KINDS = (
     Kind(
         words="tool tools toolcalls function functions",
@@ -58,19 +59,25 @@ KINDS = (
         reason="says that the message is no answer, which is not supported yet",
     ),
     Kind(
+        words="chat_template chat_template_kwargs",
+        formats=PROMPTED,
+        reason="says how to write the row, and every row is written with the model's template",
+    ),
+    Kind(
         words="weight weights",
         neutral=("1", "true"),
         learnt=True,
         reason="weighs what is learnt, which is not supported yet",
     ),
     Kind(
-        words="mask masked ignore ignored skip exclude excluded deleted",
+        words="mask masked ignore ignored skip exclude excluded deleted discard discarded drop "
+        "dropped removed invalid undesirable",
         neutral=("0", "false"),
         learnt=True,
         reason="says what to leave unlearnt, which is not supported yet",
     ),
     Kind(
-        words="train training trainable learn loss",
+        words="train training trainable learn loss keep kept include included valid",
         neutral=("1", "true"),
         learnt=True,
         reason="says whether to learn this, which is not supported yet",
@@ -83,7 +90,8 @@ KINDS = (
         reason="tells better answers from worse ones; preferences cannot be learnt",
     ),
     Kind(
-        words="label labels score scores reward rewards rating ratings correct accepted approved",
+        words="label labels score scores reward rewards rating ratings correct accepted approved "
+        "desirable thumbs stars grade grades verdict votes upvotes passed",
         formats=GENERATIVE,
         neutral=("true",),
         reason="judges the answers, which would all be learnt as if they were good",
@@ -94,19 +102,30 @@ KINDS = (
         reason="stands beside the label, and only the label would be learnt",
     ),
     Kind(
-        words="system",
+        words="system sys sysprompt preamble",
         formats=(*PROMPTED, *ALONE),
         reason="is a system prompt, which is read as a message of the role system only",
     ),
     Kind(
-        words="history context contexts passage passages document documents",
+        words="developer instructions",
+        formats=ROWS_THAT_ANSWER,
+        reason="tells how to answer, which is read as a message of the role system only",
+    ),
+    Kind(
+        words="history previous context contexts passage passages document documents choices "
+        "options",
         formats=PROMPTED,
         reason="is a part of the question, which would be asked without it",
     ),
     Kind(
-        words="input inputs",
+        words="input inputs instruction",
         formats=("prompt-completion", "text-label", "pair-label"),
         reason="is a part of the question, which would be asked without it",
+    ),
+    Kind(
+        words="question query text_a text_b text2 text_2 sentence2 sentence_2",
+        formats=("text-label",),
+        reason="is another text, and one is read beside a label; two are text_a and text_b",
     ),
 )
 
@@ -152,7 +171,8 @@ def kinds_of(name: str, form: str) -> tuple[Kind, ...]:
     words = words_of(name)
     if _keeps_books(words) and not (word_set(MEDIA) & set(words) and words[-1] in PLACES):
         return ()
-    return tuple(k for k in KINDS if form in k.formats and word_set(k.words) & set(words))
+    own = {*words, "_".join(words)}
+    return tuple(k for k in KINDS if form in k.formats and word_set(k.words) & own)
 
 
 def is_bookkeeping(name: str, values: Sequence[Any]) -> bool:
@@ -168,6 +188,12 @@ def is_bookkeeping(name: str, values: Sequence[Any]) -> bool:
         few = len(values) >= MANY and len(set(map(_small, values))) * 2 < len(values)
         return not few and not CLASSES & set(words)
     return _keeps_books(words)
+
+
+def are_truths(values: Iterable[Any]) -> bool:
+    """Tell if values are true in some rows and false in others."""
+    different = {_small(value) for value in values}
+    return len(different) > 1 and different <= {"0", "1", "false", "true"}
 
 
 def words_of(name: str) -> list[str]:
