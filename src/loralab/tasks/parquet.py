@@ -22,8 +22,8 @@ def read_parquet(file: Path) -> Numbered:
     """The rows of a file, counted from 1.
 
     Raises:
-        DataError: it is no Parquet file, is damaged, or would fill far more memory than its size, or a
-            class has no name.
+        DataError: it is no Parquet file, is damaged, would fill far more memory than its size, or
+            has a class without a name.
     """
     import pyarrow
 
