@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from rowfiles import refused
 
 from loralab.errors import DataError
-from loralab.tasks.labels import alike, amount, settled
+from loralab.tasks.labels import absent, alike, amount, settled
 from loralab.tasks.read import read
 
 
@@ -127,3 +127,9 @@ def test_truth_values_beside_numbers_are_noted() -> None:
 )
 def test_the_number_that_a_value_spells(value: object, number: float | None) -> None:
     assert amount(value) == number
+
+
+def test_classes_that_may_be_missing_labels_are_noted() -> None:
+    rows = [{"text": "a", "label": label} for label in ("yes", "N/A", "nan")]
+    assert all(repr(name) in absent({"train": rows}) for name in ("N/A", "nan"))
+    assert absent({"train": rows[:1]}) == ""

@@ -26,7 +26,7 @@ class Kind:
     """Fields that change the meaning of a row.
 
     Args:
-        words: of a name that is of this kind, one of them; or the whole name.
+        words: of a name that is of this kind, one of them; a whole name goes before its words.
         reason: why the field is refused, after its name.
         formats: that the kind matters to.
         neutral: values, in small letters, that ask for nothing else than what is done.
@@ -48,9 +48,27 @@ KINDS = (
         reason="tells of tools, which are not supported yet",
     ),
     Kind(
-        words="reasoning reason thinking think thought thoughts rationale cot",
+        words="reasoning reason thinking think thought thoughts rationale cot scratchpad monologue",
         formats=GENERATIVE,
         reason="holds reasoning, which is not supported yet",
+    ),
+    Kind(
+        words="finish_reason stop_reason",
+        formats=GENERATIVE,
+        neutral=("stop", "end_turn", "stop_sequence", "eos"),
+        reason="says that the answer was cut off, and it would be learnt with an end",
+    ),
+    Kind(
+        words="prefix partial truncated",
+        formats=(MESSAGE_FIELD,),
+        neutral=("0", "false"),
+        reason="says that the answer is not whole, and it would be learnt with an end",
+    ),
+    Kind(
+        words="end_turn",
+        formats=(MESSAGE_FIELD,),
+        neutral=("1", "true"),
+        reason="says that the turn goes on, and every answer is learnt with its end",
     ),
     Kind(
         words="channel recipient",
@@ -114,7 +132,7 @@ KINDS = (
     Kind(
         words="history previous context contexts passage passages document documents choices "
         "options",
-        formats=PROMPTED,
+        formats=(*PROMPTED, MESSAGE_FIELD),
         reason="is a part of the question, which would be asked without it",
     ),
     Kind(
@@ -171,8 +189,9 @@ def kinds_of(name: str, form: str) -> tuple[Kind, ...]:
     words = words_of(name)
     if _keeps_books(words) and not (word_set(MEDIA) & set(words) and words[-1] in PLACES):
         return ()
-    own = {*words, "_".join(words)}
-    return tuple(k for k in KINDS if form in k.formats and word_set(k.words) & own)
+    able = [kind for kind in KINDS if form in kind.formats]
+    whole = tuple(kind for kind in able if "_".join(words) in word_set(kind.words))
+    return whole or tuple(kind for kind in able if word_set(kind.words) & set(words))
 
 
 def is_bookkeeping(name: str, values: Sequence[Any]) -> bool:

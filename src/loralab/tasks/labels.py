@@ -15,6 +15,7 @@ WHOLE = re.compile(r"-?(0|[1-9]\d*)(\.0+)?")  # not 007, which is a name
 NO_REGRESSION = (
     "numbers cannot be learnt yet (regression): write classes instead, such as low and high"
 )
+ABSENT = ("nan", "none", "null", "n/a", "na", "<na>", "?")
 TRUTHS = {"false": "0", "true": "1"}
 MANY = 20  # classes that are numbers, without a question
 ROWS_EACH = 20  # of such classes, where there are more
@@ -54,6 +55,13 @@ def alike(splits: Mapping[str, list[Row]]) -> str:
         groups.setdefault(TRUTHS.get(folded, folded), []).append(label)
     pairs = [" and ".join(map(repr, group)) for group in groups.values() if len(group) > 1]
     return f"labels that are written alike and stay two classes: {some(pairs)}" if pairs else ""
+
+
+def absent(splits: Mapping[str, list[Row]]) -> str:
+    """A note that names classes that may stand for a missing label; "" if none do."""
+    labels = {row["label"] for part in splits.values() for row in part if "label" in row}
+    names = [repr(label) for label in sorted(labels) if label.casefold() in ABSENT]
+    return f"classes that may stand for a missing label: {some(names)}" if names else ""
 
 
 def amount(value: object) -> float | None:
