@@ -17,13 +17,16 @@ def class_names(features: Mapping[str, Any]) -> dict[str, Sequence[str]]:
     Args:
         features: what `datasets.Features.to_dict` gives; a list's is under "feature".
     """
-    found = {}
+    found: dict[str, Sequence[str]] = {}
     for column, feature in features.items():
         inner = feature[0] if isinstance(feature, list) and len(feature) == 1 else feature
         inner = inner.get("feature", inner) if isinstance(inner, Mapping) else None
-        if isinstance(inner, Mapping) and inner.get("_type") == "ClassLabel":
-            found[column] = inner.get("names")
-    return {column: names for column, names in found.items() if _are_names(names)}
+        if not isinstance(inner, Mapping) or inner.get("_type") != "ClassLabel":
+            continue
+        names = inner.get("names")
+        if isinstance(names, list) and all(isinstance(name, str) for name in names):
+            found[column] = names
+    return found
 
 
 def stored_class_names(metadata: Mapping[bytes, bytes] | None) -> dict[str, Sequence[str]]:
@@ -58,7 +61,3 @@ def with_class_names(rows: list[Row], names: Mapping[str, Sequence[str]]) -> lis
     if not names:
         return rows
     return [{c: named(c, v) if c in names else v for c, v in row.items()} for row in rows]
-
-
-def _are_names(names: Any) -> bool:
-    return isinstance(names, list) and all(isinstance(name, str) for name in names)
