@@ -1,6 +1,7 @@
 """Prefix and prompt tuning: cached generation, padding, grouped queries, and what they refuse."""
 
 import copy
+import io
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import peft
 import pytest
 import torch
 from tiny import fill, gpt2, llama, logits
+from torch.func import functional_call, grad, vmap
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -172,6 +174,50 @@ def test_a_copy_of_the_model_has_a_prefix_of_its_own(method: str) -> None:
         next(p for n, p in model.named_parameters() if "table" in n).mul_(2)
     assert torch.equal(logits(twin), before)
     assert not torch.equal(logits(model), before)
+
+
+@decoders
+@every_method
+def test_a_call_with_other_values_leaves_the_model_as_it_is(make: Any, method: str) -> None:
+    model = filled(make, method)
+    before = logits(model)
+    trained = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    moved = {name: value * torch.rand_like(value) for name, value in trained.items()}
+    ids = torch.tensor(PROMPTS[:1])
+    found = functional_call(model, moved, (ids,)).logits
+    assert torch.equal(logits(model), before)
+    assert all(p.requires_grad for n, p in model.named_parameters() if n in trained)
+    model.load_state_dict(moved, strict=False)
+    torch.testing.assert_close(found, model(ids).logits)
+
+
+@decoders
+@every_method
+def test_gradients_of_single_examples_add_up(make: Any, method: str) -> None:
+    model = filled(make, method)
+    model.config._attn_implementation = "eager"  # torch has no batching rule for the other
+    trained = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    ids = torch.tensor([PROMPTS[0], PROMPTS[1][:3]])
+
+    def loss(values: Any, one: Any) -> Any:
+        return functional_call(model, values, (one,), {"use_cache": False}).logits.square().sum()
+
+    single = vmap(grad(loss), in_dims=(None, 0))(trained, ids[:, None])
+    model(ids, use_cache=False).logits.square().sum().backward()
+    for name, parameter in model.named_parameters():
+        if name in trained:
+            torch.testing.assert_close(single[name].sum(0), parameter.grad)
+
+
+@every_method
+def test_a_model_that_has_learnt_a_step_can_be_copied_and_stored(method: str) -> None:
+    model = filled(llama, method)
+    model(torch.tensor(PROMPTS[:1])).logits.sum().backward()
+    stored = io.BytesIO()
+    torch.save(model, stored)
+    stored.seek(0)
+    for twin in (copy.deepcopy(model), torch.load(stored, weights_only=False)):
+        assert torch.equal(logits(twin), logits(model))
 
 
 def test_positions_that_were_never_learnt_are_refused() -> None:

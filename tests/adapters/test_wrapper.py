@@ -1,5 +1,6 @@
 """What holds for a module that stands in the place of another, whatever the method."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +28,8 @@ LAYERS: dict[str, Callable[[nn.Module], Wrapper]] = {
     "dora": lambda base: LinearWithLoRA(base, LoRA(rank=2, dora=True)),
     "conv": lambda base: ConvWithLoRA(base, LoRA(rank=2)),
 }
+
+MERGED = [method for method in METHODS if method != "saved"]
 
 
 @pytest.mark.parametrize("kind", COMPUTED)
@@ -78,3 +81,27 @@ def test_a_state_dict_that_is_loaded_is_what_answers(method: str) -> None:
     with torch.no_grad():
         torch.testing.assert_close(one.model(ids), other.model(ids))
     one.model.train()(ids)  # AdaLoRA takes it for no step of an optimiser
+
+
+@pytest.mark.parametrize("method", MERGED)
+def test_what_a_merge_keeps_aside_moves_with_the_model(method: str) -> None:
+    adapter = toy(method)
+    ids = torch.arange(8).view(2, 4)
+    expected = copy.deepcopy(adapter.model).to(torch.float64)(ids)
+    adapter.merge()
+    adapter.model.to(torch.float64)
+    adapter.unmerge()
+    assert {p.dtype for p in adapter.model.parameters()} == {torch.float64}
+    torch.testing.assert_close(adapter.model(ids), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("method", MERGED)
+def test_no_state_dict_is_loaded_into_merged_weights(method: str) -> None:
+    adapter = toy(method)
+    state = copy.deepcopy(adapter.model.state_dict())
+    adapter.merge()
+    with pytest.raises(AdapterStateError) as raised:
+        adapter.model.load_state_dict(state, strict=False)
+    assert raised.value.code == "merged"
+    adapter.unmerge()
+    adapter.model.load_state_dict(state)

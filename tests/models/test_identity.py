@@ -96,7 +96,10 @@ def test_a_digest_tells_vocabularies_and_ways_of_cutting_apart(
         content["pre_tokenizer"] = {"type": "Split", "pattern": {"String": ""},
                                     "behavior": "Isolated", "invert": False}  # fmt: skip
 
-    edits = {"same": lambda _: None, "swap": swap, "cut": by_characters}
+    def alone(content: Any) -> None:
+        content["added_tokens"][-1]["single_word"] = True
+
+    edits = {"same": lambda _: None, "swap": swap, "cut": by_characters, "alone": alone}
     found = {n: edited(tiny_llama_folder, tmp_path / n, edit) for n, edit in edits.items()}
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama_folder)
     assert tokenizer_digest(tokenizer) == found["same"]

@@ -248,3 +248,14 @@ def test_a_row_that_begins_anew_counts_once() -> None:
     assert scored((0, 6)) == pytest.approx(float(expected))
     assert scored((0, 4), (4, 6)) == pytest.approx(float(expected))
     assert scored((0, 4), (0, 1), (1, 6)) == pytest.approx(float(expected))
+
+
+@pytest.mark.parametrize("kind", [CompletionShape, ChatShape])
+def test_an_answer_without_a_token_lists_none_where_that_was_asked_for(kind: Any) -> None:
+    done = completed(answered("llama", [], end=True, logprobs=1))
+    answer = Answer(id="", adapter=None, digest=None, cancel=lambda: None)
+    for asked in (True, False):
+        shape = kind([answer], model="m", choices=1, usage=False, logprobs=asked)
+        told = shape.whole([done])["choices"][0]["logprobs"]
+        assert (told is None) is not asked
+        assert not told or not told.get("content", told.get("tokens"))

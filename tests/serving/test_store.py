@@ -144,6 +144,17 @@ def test_what_is_damaged_is_listed_and_the_rest_is_served(root: Path) -> None:
     assert "config" not in store.refused
 
 
+def test_a_run_that_is_not_finished_is_named(root: Path) -> None:
+    (root / "begun" / "checkpoints" / "step-1").mkdir(parents=True)
+    store = Store(root, number_of)
+    assert names(store) == ["a", "b"] and set(store.refused) == {"begun"}
+    with pytest.raises(AdapterFileError) as caught:
+        store.entry("begun")
+    assert caught.value.code == "adapter_left_out"
+    write(root / "begun", 8)
+    assert store.load("begun", "begun").name == "begun" and not store.refused
+
+
 def test_what_the_base_is_called_names_no_adapter(root: Path) -> None:
     for name in ("base", "tiny"):
         write(root / name, 5)
@@ -202,7 +213,7 @@ def test_names_of_any_script_are_good(name: str) -> None:
 
 @pytest.mark.parametrize(
     "name", ["", ".", "..", ".x", "a/b", "a\\b", "a b", "a\n", "a\0", "x" * 129, "f" * 64,
-             "F" * 64, "a\u202eb", "\ud800", "../../etc"],
+             "F" * 64, "a\u202eb", "e\u0301te\u0301", "\ud800", "../../etc"],
 )  # fmt: skip
 def test_bad_names_are_refused_and_nothing_changes(root: Path, name: str) -> None:
     store = Store(root, number_of)

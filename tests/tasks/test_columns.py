@@ -66,6 +66,9 @@ def test_a_column_that_says_nothing_is_named_only(
         ("mask", 0),
         ("is_deleted", False),
         ("sample_weight", 1),
+        ("keep", True),
+        ("is_valid", 1),
+        ("discarded", False),
     ],
 )
 @pytest.mark.parametrize("row", [CHAT, ASKED, CLASSED, {"text": "a"}])
@@ -99,6 +102,11 @@ EVERYWHERE = [
     ("audio", {"bytes": "a"}),
     ("video_url", "a"),
     ("image_path", "a.png"),
+    ("attachments", ["a.pdf"]),
+    ("keep", False),
+    ("is_valid", "false"),
+    ("discarded", True),
+    ("undesirable", 1),
 ]
 
 
@@ -137,12 +145,37 @@ def test_a_column_that_changes_the_meaning_is_refused_by_name(
         ("chat_history", "a"),
         ("context", "a"),
         ("documents", ["a"]),
+        ("previous_turns", ["a"]),
+        ("choices", ["a", "b"]),
+        ("sys", "be brief"),
+        ("instructions", "be brief"),
+        ("chat_template_kwargs", {"enable_thinking": True}),
+        ("desirable", False),
+        ("stars", 1),
+        ("verdict", "wrong"),
     ],
 )
 def test_rows_that_answer_refuse_what_would_change_the_answer(
     row: dict[str, Any], column: str, value: object, tmp_path: Path
 ) -> None:
     error = refused_rows(tmp_path, [row | {column: value}])
+    assert (error.code, error.field) == ("unsupported_column", column)
+
+
+@pytest.mark.parametrize(
+    ("row", "column"),
+    [
+        (CLASSED, "text_b"),
+        (CLASSED, "sentence2"),
+        (CLASSED, "question"),
+        (CLASSED, "instruction"),
+        (ASKED, "instruction"),
+    ],
+)
+def test_another_part_of_the_question_is_refused(
+    row: dict[str, Any], column: str, tmp_path: Path
+) -> None:
+    error = refused_rows(tmp_path, [row | {column: "c"}])
     assert (error.code, error.field) == ("unsupported_column", column)
 
 
@@ -335,6 +368,23 @@ def test_a_column_of_splits_makes_them(tmp_path: Path) -> None:
     assert proposed(error) == [{"split": "part"}, {"part": ""}]
     assert table(tmp_path, renamed, {"split": "part"}).splits == found.splits
     assert set(table(tmp_path, renamed, {"part": ""}).splits) == {"train"}
+
+
+@pytest.mark.parametrize("column", ["is_test", "heldOut", "in_eval", "dev"])
+def test_a_column_that_says_what_is_held_out_is_asked_about(column: str, tmp_path: Path) -> None:
+    for values in ([0, 1], [False, True], ["false", "TRUE"]):
+        rows = [CLASSED | {column: value} for value in values]
+        error = refused_rows(tmp_path, rows)
+        assert (error.code, error.field) == ("unclear_split", column)
+        assert proposed(error) == [{column: ""}]
+        assert table(tmp_path, rows, {column: ""}).splits["train"] == [CLASSED] * 2
+    assert notes_of([CLASSED | {column: 0}] * 2, tmp_path) == f"not used: {column}"
+
+
+def test_splits_have_the_names_that_data_sets_give_them(tmp_path: Path) -> None:
+    for name in ("test", "testing", "eval", "Evaluation"):
+        found = table(tmp_path, [CLASSED | {"split": split} for split in ("train", name)])
+        assert found.splits == {"train": [CLASSED], "test": [CLASSED]}
 
 
 def test_a_column_of_one_split_tells_nothing_apart(tmp_path: Path) -> None:

@@ -149,6 +149,36 @@ def test_a_saved_data_set_is_read(tmp_path: Path) -> None:
     assert refused(tmp_path / "e").code == "no_train"
 
 
+def test_a_parquet_file_keeps_the_names_of_its_classes(tmp_path: Path) -> None:
+    names = datasets.ClassLabel(names=["neg", "pos"])
+    features = datasets.Features({"text": datasets.Value("string"), "label": names})
+    rows = {"text": ["a", "b", "c"], "label": [1, 0, 1]}
+    file = tmp_path / "train-00000-of-00001.parquet"
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(file)
+    assert [row["label"] for row in read(str(tmp_path)).splits["train"]] == ["pos", "neg", "pos"]
+    tags = datasets.Features(
+        {"tokens": datasets.List(datasets.Value("string")), "tags": datasets.List(names)}
+    )
+    rows = {"tokens": [["a", "b"]], "tags": [[0, 1]]}
+    datasets.Dataset.from_dict(rows, features=tags).to_parquet(file)
+    assert read(str(file)).splits["train"][0]["tags"] == ["neg", "pos"]
+
+
+def test_a_class_without_a_name_and_damaged_names(tmp_path: Path) -> None:
+    named = b'{"info": {"features": {"label": {"names": ["neg"], "_type": "ClassLabel"}}}}'
+    for told, code in ((named, "unnamed_class"), (b"{", ""), (b"[]", ""), (b'{"info": 3}', "")):
+        columns = pyarrow.table({"text": ["a", "b"], "label": [0, 1]})
+        parquet.write_table(
+            columns.replace_schema_metadata({b"huggingface": told}), tmp_path / "a.parquet"
+        )
+        if code:
+            error = refused(tmp_path / "a.parquet")
+            assert (error.code, error.field) == (code, "label")
+        else:
+            rows = read(str(tmp_path / "a.parquet")).splits["train"]
+            assert [row["label"] for row in rows] == ["0", "1"]
+
+
 def test_sounds_of_a_saved_data_set_are_refused_and_not_decoded(tmp_path: Path) -> None:
     stored = {"text": ["a"], "audio": [{"bytes": b"RIFF", "path": None}]}
     rows = datasets.Dataset.from_dict(stored).cast_column("audio", datasets.Audio())
@@ -228,3 +258,25 @@ def test_a_file_with_splits_is_no_split_of_a_folder(tmp_path: Path) -> None:
 )
 def test_other_kinds_of_files_are_refused(name: str, tmp_path: Path) -> None:
     assert refused(written(tmp_path, "x", name)).code == "unknown_kind_of_file"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"text": "a", "label": "b"}\n{"text": "c", "label": "d"}\n',
+        "text,label\na,b\nc,d\n",
+        '"prompt";"completion"\na;b\n',
+        "text\tlabel\tid\na\tb\t1\n",
+    ],
+)
+def test_a_table_is_no_plain_text(content: str, tmp_path: Path) -> None:
+    assert refused(written(tmp_path, content, "a.txt")).code == "not_plain"
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["{\n  a set of words\n}\n", "text, label and more\nanother, line\n", "text\nlabel\n"],
+)
+def test_plain_text_may_look_a_little_like_one(content: str, tmp_path: Path) -> None:
+    found = read(written(tmp_path, content, "a.txt"))
+    assert found.format == "text" and len(found.splits["train"]) == content.count("\n")

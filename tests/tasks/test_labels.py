@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from rowfiles import refused
 
 from loralab.errors import DataError
-from loralab.tasks.labels import alike, amount, settled
+from loralab.tasks.labels import absent, alike, amount, settled
 from loralab.tasks.read import read
 
 
@@ -105,6 +105,12 @@ def test_labels_that_differ_in_capitals_alone_are_noted() -> None:
     assert alike({"train": rows[1:]}) == ""
 
 
+def test_truth_values_beside_numbers_are_noted() -> None:
+    rows = [{"text": "a", "label": label} for label in ("1", "True", "0")]
+    assert "'1' and 'True'" in alike({"train": rows})
+    assert alike({"train": [rows[0], rows[2]]}) == ""
+
+
 @pytest.mark.parametrize(
     ("value", "number"),
     [
@@ -121,3 +127,9 @@ def test_labels_that_differ_in_capitals_alone_are_noted() -> None:
 )
 def test_the_number_that_a_value_spells(value: object, number: float | None) -> None:
     assert amount(value) == number
+
+
+def test_classes_that_may_be_missing_labels_are_noted() -> None:
+    rows = [{"text": "a", "label": label} for label in ("yes", "N/A", "nan")]
+    assert all(repr(name) in absent({"train": rows}) for name in ("N/A", "nan"))
+    assert absent({"train": rows[:1]}) == ""

@@ -32,6 +32,9 @@ def answered(**fields: Any) -> dict[str, Any]:
         {"channel": "final"},
         {"images": []},
         {"label": None},
+        {"finish_reason": "stop"},
+        {"end_turn": True},
+        {"prefix": False},
     ],
 )
 def test_a_field_without_effect_is_named_once(fields: dict[str, Any], tmp_path: Path) -> None:
@@ -62,6 +65,11 @@ def test_a_field_without_effect_is_named_once(fields: dict[str, Any], tmp_path: 
         ("chosen", False),
         ("label", False),
         ("score", 0.2),
+        ("finish_reason", "length"),
+        ("end_turn", False),
+        ("prefix", True),
+        ("documents", ["d"]),
+        ("scratchpad", "so"),
     ],
 )
 def test_a_field_that_changes_the_meaning_is_refused_by_name(

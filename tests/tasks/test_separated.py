@@ -102,3 +102,9 @@ def test_columns_without_a_name_are_an_index_or_asked_about(tmp_path: Path) -> N
     assert read(written(tmp_path, ",text\n0,a\n1,b\n")).notes == ("not used: Unnamed: 0",)
     error = refused(written(tmp_path, "text,,\na,good,\nb,bad,\n"))
     assert (error.code, error.field) == ("unclear_column", "Unnamed: 1")
+
+
+def test_a_header_that_stands_again_is_no_row(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text, label\na, b\ntext, label\nc, d\n", encoding="utf-8")
+    error = refused(tmp_path / "a.csv")
+    assert error.code == "repeated_header" and "line 3" in str(error)

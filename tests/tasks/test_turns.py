@@ -10,7 +10,7 @@ import pytest
 
 from loralab.errors import DataError
 from loralab.tasks.catalog import Task
-from loralab.tasks.encode import IGNORED, Example, encode, prompt_ids, written_answer
+from loralab.tasks.encode import IGNORED, Example, encode, prompt_ids, stop_ids, written_answer
 from loralab.tasks.template import render
 from loralab.tasks.turns import last_turn, turns
 
@@ -43,8 +43,10 @@ ROLE_OR_CUT = (
     "{% if m.role == 'assistant' %}{{ '<|im_start|>assistant\n' + " + CUT + " + '<|im_end|>\n' }}"
     "{% else %}{{ " + MESSAGE + " }}{% endif %}"
 )
+ALWAYS = "{% for m in messages %}{{ " + MESSAGE + " }}{% endfor %}{{ '" + HEADER + "' }}"
 TEMPLATES = {
     "chatml": each("{{ " + MESSAGE + " }}", HEADER),
+    "always opens": ALWAYS,
     "llama 3": each(
         "{{ '<|header|>' + m.role + '<|/header|>\n\n' + m.content | trim + '<|im_end|>' }}",
         "<|header|>assistant<|/header|>\n\n",
@@ -201,6 +203,16 @@ def test_an_answer_is_learnt_once_after_what_generation_is_shown_and_with_at_mos
 
 def squeezed(text: str) -> str:
     return re.sub(r"\s", "", text)
+
+
+def test_a_template_that_always_opens_an_answer_ends_one_as_others_do(
+    bytes_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+    usual, stops = last_turn(bytes_tokenizer, chat), stop_ids(bytes_tokenizer)
+    monkeypatch.setattr(bytes_tokenizer, "chat_template", ALWAYS)
+    assert last_turn(bytes_tokenizer, chat) == usual
+    assert stop_ids(bytes_tokenizer) == stops
 
 
 @pytest.mark.parametrize("text", ["the tag <think> begins a thought", "a </think> b", "<think> no"])

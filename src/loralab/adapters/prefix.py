@@ -91,7 +91,13 @@ class AttentionWithPrefix(Wrapper):
 
     def __init__(self, base: nn.Module, table: Any, layer: int) -> None:
         super().__init__(base)
-        self.table, self.layer = table, layer
+        # a child of the first layer alone: torch.func.functional_call would set a parameter of two
+        # names twice, and put the second's value back in the end
+        if layer == 0:
+            self.table = table
+        else:
+            self.__dict__["table"] = table
+        self.layer = layer
         self._signature = inspect.signature(base.forward)
         self._cache = cache_name(self._signature) or CACHES[0]
         self._window = window_of(base)

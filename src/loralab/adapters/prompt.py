@@ -69,6 +69,10 @@ class Embeddings(nn.Module):
         self.states, self._made_of = [], None
         return super()._apply(fn, recurse)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy gets: not the states, which belong to a graph."""
+        return {**self.__dict__, "states": [], "_made_of": None}
+
     def record(self, inner: nn.Module) -> None:
         """One pass of the prompt through the model without its head."""
         self.states, self.recording = [], True

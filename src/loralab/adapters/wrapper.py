@@ -48,6 +48,7 @@ class Wrapper(nn.Module):
                 "it (torch.nn.utils: parametrize.remove_parametrizations, remove_weight_norm, "
                 "prune.remove)"
             )
+        self.register_load_state_dict_pre_hook(_require_unmerged)
         self.register_load_state_dict_post_hook(_filled_in)
 
     def __getattr__(self, name: str) -> Any:
@@ -143,6 +144,17 @@ class Wrapper(nn.Module):
             self.base.register_parameter(name, original)
         self._unmerged, self._packed, self.merged = {}, (), False
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Move or cast all tensors (nn.Module), those that a merge keeps aside too."""
+        super()._apply(fn, recurse)
+        with torch.no_grad():
+            for kept in self._unmerged.values():
+                if kept is not None:
+                    kept.data = fn(kept.data)
+            for packed in self._packed:
+                packed._apply(fn, recurse)
+        return self
+
     @property
     def original(self) -> nn.Module:
         """The base as it was given."""
@@ -209,6 +221,20 @@ def _computed(base: Any, names: Iterable[str]) -> str:
         if name not in base._parameters and isinstance(getattr(base, name, None), Tensor):
             return name
     return ""
+
+
+def _require_unmerged(module: Any, *_: Any) -> None:
+    """Refuse load_state_dict while merged, since unmerging would put the earlier weight back.
+
+    Raises:
+        AdapterStateError: merged.
+    """
+    if module.merged:
+        raise AdapterStateError(
+            "load_state_dict would fill in a merged weight, which unmerge() throws away; call "
+            "unmerge() first",
+            code="merged",
+        )
 
 
 def _filled_in(module: Any, keys: Any) -> None:

@@ -37,7 +37,10 @@ def tokenizer_digest(tokenizer: Any) -> str:
     if not hasattr(tokenizer, "get_vocab"):  # Pictures: its settings are all there is
         return _digest([repr(tokenizer)])
     vocabulary = tokenizer.get_vocab()
-    ids = [tokenizer(text, verbose=False)["input_ids"] for text in PROBES]
+    own = tokenizer.get_added_vocab()
+    # some take the spaces around them, or stand alone only
+    added = "\n".join(f"{token} a {token}a" for token in sorted(own, key=own.__getitem__))
+    ids = [tokenizer(text, verbose=False)["input_ids"] for text in (*PROBES, added)]
     return _digest([sorted(vocabulary, key=vocabulary.__getitem__), ids])
 
 

@@ -230,7 +230,12 @@ async def _answered(
     make = CompletionShape if isinstance(body, CompletionBody) else ChatShape
     read = sum(map(len, prompts)) if body.with_usage_so_far else None
     shape = make(
-        answers, model=body.model, choices=choices, usage=body.with_usage, prompt_tokens=read
+        answers,
+        model=body.model,
+        choices=choices,
+        usage=body.with_usage,
+        prompt_tokens=read,
+        logprobs=asked[0][1].logprobs is not None,
     )
     headers, seconds = _digest(answers[0].digest), service.limits.timeout
     if warning := shapes.warning_of(answers):

@@ -69,7 +69,10 @@ def translated(
             name where `param` is None.
     """
     message, own = str(error), error.field
-    param = (fields or {}).get(own or "") or param or own
+    renamed = (fields or {}).get(own or "")
+    if renamed and own and message.startswith(f"{own} "):
+        message = renamed + message.removeprefix(own)
+    param = renamed or param or own
     if isinstance(error, QueueFullError):
         return ApiError(429, message, code="queue_full", retry_after=RETRY_SECONDS)
     if isinstance(error, AdapterNotFoundError):

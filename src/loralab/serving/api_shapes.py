@@ -23,17 +23,19 @@ class _Shape:
         choices: answers to each prompt.
         usage: whether a stream ends with what it took.
         prompt_tokens: of all prompts, if every chunk of a stream is to tell what was used so far.
+        logprobs: whether they were asked for; a whole answer without a token then lists none.
     """
 
     def __init__(
         self, answers: Sequence[Answer], *, model: str, choices: int, usage: bool,
-        prompt_tokens: int | None = None,
+        prompt_tokens: int | None = None, logprobs: bool = False,
     ) -> None:  # fmt: skip
         self._head = {
             "id": self.prefix + uuid.uuid4().hex, "object": self.whole_object,
             "created": int(time.time()), "model": model, "adapter": adapter_of(answers[0]),
         }  # fmt: skip
         self._choices, self._usage, self._prompt_tokens = choices, usage, prompt_tokens
+        self._logprobs = logprobs
         self._written = [0] * len(answers)  # tokens of each answer so far
         warning = warning_of(answers)
         self._once = {"warning": warning} if warning else {}  # in the first chunk
@@ -77,10 +79,13 @@ class CompletionShape(_Shape):
 
     def whole(self, done: Sequence[Completed]) -> Json:
         """The body of an answer that is not streamed."""
-        return self._body(
-            [self._choice(i, c.text, c.logprobs, c.finished.reason) for i, c in enumerate(done)],
-            done,
-        )
+        choices = [
+            self._choice(i, c.text, self._told(c), c.finished.reason) for i, c in enumerate(done)
+        ]
+        return self._body(choices, done)
+
+    def _told(self, one: Completed) -> Json | None:
+        return _listed(one.logprobs) if self._logprobs or one.logprobs else None
 
     def opening(self, index: int) -> Json | None:
         """Nothing: a completion has no role to tell."""
@@ -89,16 +94,16 @@ class CompletionShape(_Shape):
     def piece(self, index: int, piece: Piece) -> Json:
         """More text."""
         self._written[index] += len(piece.tokens)
-        return self.chunk([self._choice(index, piece.text, piece.logprobs, None)])
+        told = _listed(piece.logprobs) if piece.logprobs else None
+        return self.chunk([self._choice(index, piece.text, told, None)])
 
     def ending(self, index: int, end: Finished) -> Json:
         """Why it ended."""
         self._written[index] = end.completion_tokens
-        return self.chunk([self._choice(index, "", (), end.reason)])
+        return self.chunk([self._choice(index, "", None, end.reason)])
 
     @staticmethod
-    def _choice(index: int, text: str, told: Sequence[TokenLogprob], reason: str | None) -> Json:
-        logprobs = _listed(told) if told else None
+    def _choice(index: int, text: str, logprobs: Json | None, reason: str | None) -> Json:
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
 
 
@@ -113,11 +118,14 @@ class ChatShape(_Shape):
             {
                 "index": index,
                 "message": {"role": "assistant", "content": one.text, "refusal": None},
-                "logprobs": _spoken(one.logprobs), "finish_reason": one.finished.reason,
+                "logprobs": self._told(one), "finish_reason": one.finished.reason,
             }
             for index, one in enumerate(done)
         ]  # fmt: skip
         return self._body(choices, done)
+
+    def _told(self, one: Completed) -> Json | None:
+        return _spoken(one.logprobs) if self._logprobs or one.logprobs else None
 
     def opening(self, index: int) -> Json | None:
         """Whose turn it is."""
@@ -126,7 +134,8 @@ class ChatShape(_Shape):
     def piece(self, index: int, piece: Piece) -> Json:
         """More text."""
         self._written[index] += len(piece.tokens)
-        return self.chunk([self._delta(index, {"content": piece.text}, _spoken(piece.logprobs))])
+        told = _spoken(piece.logprobs) if piece.logprobs else None
+        return self.chunk([self._delta(index, {"content": piece.text}, told)])
 
     def ending(self, index: int, end: Finished) -> Json:
         """Why it ended."""
@@ -226,9 +235,7 @@ def _likeliest(one: TokenLogprob) -> Json | None:
     return likely | {one.text: _finite(one.logprob)}
 
 
-def _spoken(told: Sequence[TokenLogprob]) -> Json | None:
-    if not told:
-        return None
+def _spoken(told: Sequence[TokenLogprob]) -> Json:
     return {
         "content": [
             {**_token(one.text, one),

@@ -18,6 +18,7 @@ from loralab.serving.entries import Entry, describe
 from loralab.serving.names import BASE, adapter_inside, require_name
 from loralab.serving.reading import glance
 
+CHECKPOINTS = "checkpoints"  # of a run
 Described = Entry | InputError | OSError | None  # an adapter, why it cannot be used, or no adapter
 
 
@@ -100,8 +101,10 @@ class Listing:
             named: whether names.json has it; another folder need not be an adapter.
         """
         try:
-            if path is None or not (named or (self._root / path / folder.CONFIG).exists()):
+            if path is None:
                 return None
+            if not named and not (self._root / path / folder.CONFIG).exists():
+                return _unfinished(self._root / path)
             self.require_usable(name)
             place = adapter_inside(self._root, path)
             seen = glance(self._root, place)
@@ -135,6 +138,15 @@ class Listing:
                 "it moves, or choose another name",
                 code="name_taken", field="name",
             )  # fmt: skip
+
+
+def _unfinished(place: Path) -> AdapterFileError | None:
+    """Say why a run's folder is no adapter yet; other folders without one need no word."""
+    if place.is_symlink() or not (place / CHECKPOINTS).is_dir():
+        return None
+    return AdapterFileError(
+        f"the run is not finished: it has no {folder.CONFIG}", code="no_adapter", field="path"
+    )
 
 
 def _plain(name: str) -> str:

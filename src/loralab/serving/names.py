@@ -104,8 +104,8 @@ def require_name(name: str) -> None:
     """Refuse what cannot be an adapter's name.
 
     Raises:
-        ConfigError: it has other characters than letters, digits, ".", "_" and "-", begins with a
-            dot, is empty or too long, or looks like a digest.
+        ConfigError: it has other characters than letters, digits, ".", "_" and "-", or decomposed
+            ones, begins with a dot, is empty or too long, or looks like a digest.
     """
     shown = json.dumps(name[:LONGEST])
     if not 0 < len(name) <= LONGEST:
@@ -116,6 +116,8 @@ def require_name(name: str) -> None:
             f"a name consists of letters, digits, '.', '_' and '-'; {shown} has "
             f"{json.dumps(wrong[0])}"
         )
+    if not unicodedata.is_normalized("NFC", name):  # it would look like another name
+        raise _wrong(f"a name is written in composed letters (NFC); {shown} has a mark of its own")
     if name.startswith("."):
         raise _wrong(f"a name does not begin with a dot: {shown}")
     if DIGEST.fullmatch(name.lower()):

@@ -26,7 +26,7 @@ class Kind:
     """Fields that change the meaning of a row.
 
     Args:
-        words: of a name that is of this kind, one of them.
+        words: of a name that is of this kind, one of them; a whole name goes before its words.
         reason: why the field is refused, after its name.
         formats: that the kind matters to.
         neutral: values, in small letters, that ask for nothing else than what is done.
@@ -41,15 +41,34 @@ class Kind:
 
 
 MEDIA = "image images picture pictures photo photos pixel audio audios speech video videos"
+MEDIA += " attachment attachments"
 KINDS = (
     Kind(
         words="tool tools toolcalls function functions",
         reason="tells of tools, which are not supported yet",
     ),
     Kind(
-        words="reasoning reason thinking think thought thoughts rationale cot",
+        words="reasoning reason thinking think thought thoughts rationale cot scratchpad monologue",
         formats=GENERATIVE,
         reason="holds reasoning, which is not supported yet",
+    ),
+    Kind(
+        words="finish_reason stop_reason",
+        formats=GENERATIVE,
+        neutral=("stop", "end_turn", "stop_sequence", "eos"),
+        reason="says that the answer was cut off, and it would be learnt with an end",
+    ),
+    Kind(
+        words="prefix partial truncated",
+        formats=(MESSAGE_FIELD,),
+        neutral=("0", "false"),
+        reason="says that the answer is not whole, and it would be learnt with an end",
+    ),
+    Kind(
+        words="end_turn",
+        formats=(MESSAGE_FIELD,),
+        neutral=("1", "true"),
+        reason="says that the turn goes on, and every answer is learnt with its end",
     ),
     Kind(
         words="channel recipient",
@@ -58,19 +77,25 @@ KINDS = (
         reason="says that the message is no answer, which is not supported yet",
     ),
     Kind(
+        words="chat_template chat_template_kwargs",
+        formats=PROMPTED,
+        reason="says how to write the row, and every row is written with the model's template",
+    ),
+    Kind(
         words="weight weights",
         neutral=("1", "true"),
         learnt=True,
         reason="weighs what is learnt, which is not supported yet",
     ),
     Kind(
-        words="mask masked ignore ignored skip exclude excluded deleted",
+        words="mask masked ignore ignored skip exclude excluded deleted discard discarded drop "
+        "dropped removed invalid undesirable",
         neutral=("0", "false"),
         learnt=True,
         reason="says what to leave unlearnt, which is not supported yet",
     ),
     Kind(
-        words="train training trainable learn loss",
+        words="train training trainable learn loss keep kept include included valid",
         neutral=("1", "true"),
         learnt=True,
         reason="says whether to learn this, which is not supported yet",
@@ -83,7 +108,8 @@ KINDS = (
         reason="tells better answers from worse ones; preferences cannot be learnt",
     ),
     Kind(
-        words="label labels score scores reward rewards rating ratings correct accepted approved",
+        words="label labels score scores reward rewards rating ratings correct accepted approved "
+        "desirable thumbs stars grade grades verdict votes upvotes passed",
         formats=GENERATIVE,
         neutral=("true",),
         reason="judges the answers, which would all be learnt as if they were good",
@@ -94,19 +120,30 @@ KINDS = (
         reason="stands beside the label, and only the label would be learnt",
     ),
     Kind(
-        words="system",
+        words="system sys sysprompt preamble",
         formats=(*PROMPTED, *ALONE),
         reason="is a system prompt, which is read as a message of the role system only",
     ),
     Kind(
-        words="history context contexts passage passages document documents",
-        formats=PROMPTED,
+        words="developer instructions",
+        formats=ROWS_THAT_ANSWER,
+        reason="tells how to answer, which is read as a message of the role system only",
+    ),
+    Kind(
+        words="history previous context contexts passage passages document documents choices "
+        "options",
+        formats=(*PROMPTED, MESSAGE_FIELD),
         reason="is a part of the question, which would be asked without it",
     ),
     Kind(
-        words="input inputs",
+        words="input inputs instruction",
         formats=("prompt-completion", "text-label", "pair-label"),
         reason="is a part of the question, which would be asked without it",
+    ),
+    Kind(
+        words="question query text_a text_b text2 text_2 sentence2 sentence_2",
+        formats=("text-label",),
+        reason="is another text, and one is read beside a label; two are text_a and text_b",
     ),
 )
 
@@ -152,7 +189,9 @@ def kinds_of(name: str, form: str) -> tuple[Kind, ...]:
     words = words_of(name)
     if _keeps_books(words) and not (word_set(MEDIA) & set(words) and words[-1] in PLACES):
         return ()
-    return tuple(k for k in KINDS if form in k.formats and word_set(k.words) & set(words))
+    able = [kind for kind in KINDS if form in kind.formats]
+    whole = tuple(kind for kind in able if "_".join(words) in word_set(kind.words))
+    return whole or tuple(kind for kind in able if word_set(kind.words) & set(words))
 
 
 def is_bookkeeping(name: str, values: Sequence[Any]) -> bool:
@@ -168,6 +207,12 @@ def is_bookkeeping(name: str, values: Sequence[Any]) -> bool:
         few = len(values) >= MANY and len(set(map(_small, values))) * 2 < len(values)
         return not few and not CLASSES & set(words)
     return _keeps_books(words)
+
+
+def are_truths(values: Iterable[Any]) -> bool:
+    """Tell if values are true in some rows and false in others."""
+    different = {_small(value) for value in values}
+    return len(different) > 1 and different <= {"0", "1", "false", "true"}
 
 
 def words_of(name: str) -> list[str]:

@@ -13,7 +13,15 @@ from typing import Any
 
 from loralab.errors import DataError, nearest, shown, some
 from loralab.tasks.advice import answers_beside, mappings_for, option, profile, without
-from loralab.tasks.beside import ALONE, is_bookkeeping, kinds_of, reason_to_refuse, words_of
+from loralab.tasks.beside import (
+    ALONE,
+    are_truths,
+    is_bookkeeping,
+    kinds_of,
+    reason_to_refuse,
+    word_set,
+    words_of,
+)
 from loralab.tasks.encodings import inner_name
 from loralab.tasks.formats import (
     FORMATS,
@@ -27,6 +35,7 @@ from loralab.tasks.formats import (
 from loralab.tasks.labels import NO_REGRESSION
 
 SPLIT = "split"
+HELD_OUT = word_set("test testing val validation dev eval evaluation holdout held heldout")
 SHAREGPT = "conversations"  # what it calls its messages
 PROPOSED = 3  # mappings in a message
 
@@ -219,6 +228,14 @@ def _check_splits(part: Part, mapping: Mapping[str, str], beside: Sequence[str])
                 f"{part.place}: {column!r} seems to say which split a row belongs to; say "
                 f"{option({**mapping, SPLIT: column})} if it does or "
                 f"{option(without(mapping, [column]))} to leave it out",
+                code="unclear_split",
+                field=column,
+            )
+        if HELD_OUT & set(words_of(column)) and are_truths(found):
+            raise DataError(
+                f"{part.place}: {column!r} seems to say which rows are held out; write train and "
+                f"test into a column {SPLIT!r}, or say {option(without(mapping, [column]))} to "
+                "leave it out",
                 code="unclear_split",
                 field=column,
             )

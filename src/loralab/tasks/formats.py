@@ -29,7 +29,7 @@ FORMATS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # name -> requi
     "tokens-tags": (("tokens", "tags"), ()),
     "text": (("text",), ()),
 }
-SPLITS = {
+SPLITS = {  # as `datasets` calls them
     "train": "train",
     "training": "train",
     "validation": "validation",
@@ -37,6 +37,9 @@ SPLITS = {
     "val": "validation",
     "dev": "validation",
     "test": "test",
+    "testing": "test",
+    "eval": "test",
+    "evaluation": "test",
 }
 IN_MESSAGES = "messages."  # before the name of a field of messages
 MOST_COLUMNS = 10_000

@@ -3,11 +3,12 @@
 Values are taken as they are stored: pictures are decoded batch by batch, sounds never.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from loralab.errors import DataError
+from loralab.tasks.class_names import class_names, with_class_names
 from loralab.tasks.formats import SPLITS, Part, Row
 
 
@@ -53,23 +54,6 @@ def _loaded(called: str, source: str, load: Callable[[str], Any]) -> tuple[list[
 
 
 def _rows(rows: Any) -> list[Row]:
-    stored = rows.with_format("arrow")[:].to_pylist()
-    return [_with_label_names(row, rows.features) for row in stored]
-
-
-def _with_label_names(row: Row, features: Mapping[str, Any]) -> Row:
-    """Class numbers, also in lists, as the names that the data set gives them.
-
-    -1 marks a row without a label.
-    """
-    inner = {column: getattr(feature, "feature", feature) for column, feature in features.items()}
-    known = {column: f.names for column, f in inner.items() if hasattr(f, "names")}
-
-    def named(column: str, value: Any) -> Any:
-        if isinstance(value, list):
-            return [named(column, one) for one in value]
-        return known[column][value] if value not in (None, -1) else value
-
-    return {
-        column: named(column, value) if column in known else value for column, value in row.items()
-    }
+    return with_class_names(
+        rows.with_format("arrow")[:].to_pylist(), class_names(rows.features.to_dict())
+    )

@@ -15,6 +15,8 @@ WHOLE = re.compile(r"-?(0|[1-9]\d*)(\.0+)?")  # not 007, which is a name
 NO_REGRESSION = (
     "numbers cannot be learnt yet (regression): write classes instead, such as low and high"
 )
+ABSENT = ("nan", "none", "null", "n/a", "na", "<na>", "?")
+TRUTHS = {"false": "0", "true": "1"}
 MANY = 20  # classes that are numbers, without a question
 ROWS_EACH = 20  # of such classes, where there are more
 FILLED = 0.5  # of the numbers from the least to the greatest, where they count classes
@@ -42,13 +44,24 @@ def settled(source: str, splits: Mapping[str, list[Row]]) -> dict[str, list[Row]
 
 
 def alike(splits: Mapping[str, list[Row]]) -> str:
-    """A note that names labels that differ in small and capital letters alone; "" if none do."""
+    """A note that names labels that seem to be one class; "" if none do.
+
+    They differ in small and capital letters alone, or are truth values beside 0 and 1.
+    """
     labels = {row["label"] for part in splits.values() for row in part if "label" in row}
     groups: dict[str, list[str]] = {}
     for label in sorted(labels):
-        groups.setdefault(label.casefold(), []).append(label)
+        folded = label.casefold()
+        groups.setdefault(TRUTHS.get(folded, folded), []).append(label)
     pairs = [" and ".join(map(repr, group)) for group in groups.values() if len(group) > 1]
-    return f"labels that differ in capital letters alone: {some(pairs)}" if pairs else ""
+    return f"labels that are written alike and stay two classes: {some(pairs)}" if pairs else ""
+
+
+def absent(splits: Mapping[str, list[Row]]) -> str:
+    """A note that names classes that may stand for a missing label; "" if none do."""
+    labels = {row["label"] for part in splits.values() for row in part if "label" in row}
+    names = [repr(label) for label in sorted(labels) if label.casefold() in ABSENT]
+    return f"classes that may stand for a missing label: {some(names)}" if names else ""
 
 
 def amount(value: object) -> float | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from loralab.errors import DataError
+from loralab.tasks.class_names import stored_class_names, with_class_names
 from loralab.values import read_bytes
 
 Numbered = list[tuple[int, dict[str, Any]]]
@@ -21,7 +22,8 @@ def read_parquet(file: Path) -> Numbered:
     """The rows of a file, counted from 1.
 
     Raises:
-        DataError: it is no Parquet file, is damaged, or would fill far more memory than its size.
+        DataError: it is no Parquet file, is damaged, would fill far more memory than its size, or
+            has a class without a name.
     """
     import pyarrow
 
@@ -29,7 +31,8 @@ def read_parquet(file: Path) -> Numbered:
     rows: Numbered = []
     try:
         for batch in _batches(file, data):
-            rows += enumerate(batch.to_pylist(), start=len(rows) + 1)
+            named = with_class_names(batch.to_pylist(), stored_class_names(batch.schema.metadata))
+            rows += enumerate(named, start=len(rows) + 1)
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:
         if isinstance(error, DataError):
             raise

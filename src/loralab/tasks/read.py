@@ -22,7 +22,7 @@ from loralab.tasks.columns import (
 from loralab.tasks.containers import is_saved, list_folder, shard_of
 from loralab.tasks.formats import IN_MESSAGES, MOST_NAMED, SPLITS, Part, Row, cleaned
 from loralab.tasks.hub import from_hub, from_saved
-from loralab.tasks.labels import alike, settled
+from loralab.tasks.labels import absent, alike, settled
 from loralab.tasks.pictures import folder_of_pictures, other_files
 from loralab.tasks.readers import READERS, is_data_file, read_file
 from loralab.tasks.rows import rows_of
@@ -156,7 +156,7 @@ def _table(
             *_named("not read", unread),
             *_named("not used", [*unused, *(IN_MESSAGES + name for name in sorted(seen))]),
             *notes,
-            *filter(None, [alike(splits)]),
+            *filter(None, [alike(splits), absent(splits)]),
         ),
     )
 

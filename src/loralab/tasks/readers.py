@@ -7,11 +7,12 @@ from typing import Any
 
 from loralab.errors import DataError, some
 from loralab.tasks.encodings import PACKED, inner_name, text_of
-from loralab.tasks.formats import SPLITS, Numbered, Part, Row, is_empty, repeated
+from loralab.tasks.formats import FORMATS, SPLITS, Numbered, Part, Row, is_empty, repeated
 from loralab.tasks.parquet import read_parquet
-from loralab.tasks.separated import read_separated
+from loralab.tasks.separated import DELIMITERS, read_separated
 
 Parts = list[tuple[str, str, Numbered]]  # of a file: its split or "", what errors count, rows
+PLAIN = 20  # lines of a .txt file that are looked at
 REMEDIES = {
     (PACKED,): "name it after what it holds, such as rows.jsonl.gz",
     (".xlsx", ".xls", ".ods"): "save the sheet as .csv",
@@ -173,6 +174,7 @@ def _parquet(file: Path) -> tuple[Parts, list[str]]:
 def _plain(file: Path) -> tuple[Parts, list[str]]:
     lines = text_of(file).removesuffix("\n").split("\n")
     lines = [line.removesuffix("\r") for line in lines]
+    _require_plain(file, [line for line in lines if line.strip()])
     if all(line.strip() for line in lines):
         return [("", "line", [(n, {"text": line}) for n, line in enumerate(lines, start=1)])], []
     rows: Numbered = []
@@ -184,6 +186,35 @@ def _plain(file: Path) -> tuple[Parts, list[str]]:
             rows.append((number - len(block), {"text": "\n".join(block)}))
             block = []
     return [("", "line", rows)], []
+
+
+def _require_plain(file: Path, lines: list[str]) -> None:
+    """Refuse what is a table in a file that is named as plain text.
+
+    Raises:
+        DataError: every line is an object, or they are rows under a header of known columns.
+    """
+    kind = ""
+    if lines and all(line.lstrip().startswith("{") for line in lines[:PLAIN]):
+        kind = ".jsonl" if all(map(_is_object, lines[:PLAIN])) else ""
+    for delimiter in DELIMITERS:
+        names = {name.strip('" ').lower() for name in lines[0].split(delimiter)} if lines else set()
+        whole = any(names >= set(needed) for needed, _ in FORMATS.values() if len(needed) > 1)
+        if whole and all(delimiter in line for line in lines[1:PLAIN]):
+            kind = ".tsv" if delimiter == "\t" else ".csv"
+    if kind:
+        raise DataError(
+            f"{file}, line 1: these are rows of {kind}, and a .txt file is plain text; name it "
+            f"{inner_name(file).with_suffix(kind).name}",
+            code="not_plain",
+        )
+
+
+def _is_object(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 READERS: dict[str, Callable[[Path], tuple[Parts, list[str]]]] = {

@@ -92,6 +92,12 @@ def _rows(
             )
         for place in padded if values else ():
             values[place] = values[place].strip()
+        if values == names:
+            raise DataError(
+                f"{file}, line {start + skipped}: the header stands here again, as where files "
+                "were joined; remove it",
+                code="repeated_header",
+            )
         if values:
             yield start, dict(zip(names, values, strict=True))
         start = lines.line_num + 1

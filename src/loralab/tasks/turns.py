@@ -18,6 +18,7 @@ from loralab.errors import DataError
 from loralab.tasks.template import render
 
 Chat = Sequence[Mapping[str, str]]
+Tokens = tuple[tuple[str, str], ...]  # special tokens: what each is for, and its text
 THOUGHTS = (  # how thoughts begin and end
     ("<think>", "</think>"),
     ("<thinking>", "</thinking>"),
@@ -73,6 +74,8 @@ def last_turn(tokenizer: Any, chat: Chat) -> Turn:
 def write(tokenizer: Any, chat: Chat, *, prompt: bool = False, now: datetime | None = None) -> str:
     """A conversation as text; `prompt` opens the next answer.
 
+    Without `prompt` none is opened, also where the template always does.
+
     Raises:
         DataError: the chat template refuses it.
     """
@@ -80,7 +83,8 @@ def write(tokenizer: Any, chat: Chat, *, prompt: bool = False, now: datetime | N
         return "".join(_spaced(message["content"]) for message in chat)
     try:
         template, tokens = tokenizer.get_chat_template(), tokenizer.special_tokens_map
-        return render(template, chat, prompt=prompt, tokens=tokens, now=now)
+        text = render(template, chat, prompt=prompt, tokens=tokens, now=now)
+        return text if prompt else text.removesuffix(_needless_opening(template, _texts(tokens)))
     except Exception as error:  # jinja's own errors, and whatever a template raises
         what = f"the row {chat[0]['content'][:QUOTED]!r}" if chat else "an answer to nothing"
         raise DataError(
@@ -262,13 +266,37 @@ def _usual_frame(tokenizer: Any) -> tuple[str, str]:
 
     Where that is not known it is what no answer stands between.
     """
-    tokens = tokenizer.special_tokens_map.items()
-    return _frame(tokenizer.get_chat_template(), tuple((n, t) for n, t in tokens if type(t) is str))
+    return _frame(tokenizer.get_chat_template(), _texts(tokenizer.special_tokens_map))
+
+
+def _texts(tokens: Mapping[str, Any]) -> Tokens:
+    """Special tokens, those that are one each, to be remembered by."""
+    return tuple((name, token) for name, token in tokens.items() if type(token) is str)
 
 
 @functools.lru_cache(maxsize=16)
-def _frame(template: str, tokens: tuple[tuple[str, str], ...]) -> tuple[str, str]:
+def _needless_opening(template: str, tokens: Tokens) -> str:
+    """The opening of an answer that a template writes whether one is asked for or not; or "".
+
+    Such a template writes it and nothing else where there is no message.
+    """
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": STAND_IN}]
+    own, now = dict(tokens), datetime.now()
+    try:
+        whole = render(template, chat, prompt=False, tokens=own, now=now)
+        if whole != render(template, chat, prompt=True, tokens=own, now=now):
+            return ""
+        alone = render(template, [], prompt=False, tokens=own, now=now)
+    except Exception:  # such as one that looks at the first message
+        return ""
+    return alone if alone.strip() and whole.endswith(alone) else ""
+
+
+@functools.lru_cache(maxsize=16)
+def _frame(template: str, tokens: Tokens) -> tuple[str, str]:
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": STAND_IN}]
+    if _needless_opening(template, tokens):
+        return STAND_IN, STAND_IN
     try:
         prompt = render(template, chat[:1], prompt=True, tokens=dict(tokens))
         before, found, end = render(template, chat, prompt=False, tokens=dict(tokens)).rpartition(
