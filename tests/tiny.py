@@ -14,7 +14,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from loralab.adapters.attach import Adapter
+from loralab.adapters.adapter import Adapter
 
 Make = Callable[[], Any]
 IDS = torch.arange(18).view(2, 9) % 50

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loralab.adapters.attach import Adapter, attach
+from loralab.adapters.adapter import Adapter
+from loralab.adapters.attach import attach
 from loralab.adapters.methods import IA3, AdaLoRA, BitFit, FullFineTune, LoRA
 
 LAYERS = ("up", "down")

@@ -22,7 +22,7 @@ _WHERE = {
     "MethodSpec": "adapters.registry",
     "register": "adapters.registry",
     "LinearWithLoRA": "adapters.linear",
-    "Adapter": "adapters.attach",
+    "Adapter": "adapters.adapter",
     "attach": "adapters.attach",
     "attached": "adapters.several",
     "combine": "adapters.combine",

@@ -13,7 +13,8 @@ from tiny import IDS, llama, logits
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from loralab.adapters.adalora import LinearWithAdaLoRA
-from loralab.adapters.attach import Adapter, attach
+from loralab.adapters.adapter import Adapter
+from loralab.adapters.attach import attach
 from loralab.adapters.budget import budget_at
 from loralab.adapters.load import load
 from loralab.adapters.methods import AdaLoRA

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import loralab
 from loralab import IA3, AdaLoRA, LoRA, attach
-from loralab.adapters.attach import Adapter
+from loralab.adapters.adapter import Adapter
 from loralab.errors import LoralabError
 
 WEIGHTS = {"a": 0.7, "b": -0.4, "c": 1.5}

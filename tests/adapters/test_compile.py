@@ -12,7 +12,8 @@ from torch._dynamo.utils import counters
 from toy import METHODS, Toy, toy
 
 from loralab import attached, disabled, routed
-from loralab.adapters.attach import Adapter, attach
+from loralab.adapters.adapter import Adapter
+from loralab.adapters.attach import attach
 from loralab.adapters.methods import AdaLoRA, FullFineTune, LoRA
 
 IDS = torch.arange(8).view(2, 4)

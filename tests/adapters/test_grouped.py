@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from loralab.adapters.attach import Adapter, attach
+from loralab.adapters.adapter import Adapter
+from loralab.adapters.attach import attach
 from loralab.adapters.grouped import Bank, Grouped, Span, together
 from loralab.adapters.methods import IA3, BitFit, Bottleneck, FullFineTune, LoRA, Prefix
 from loralab.errors import AdapterStateError

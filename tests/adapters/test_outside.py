@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from loralab import attach, load
 from loralab.adapters import folder, registry
-from loralab.adapters.attach import Adapter
+from loralab.adapters.adapter import Adapter
 from loralab.adapters.fingerprint import fingerprint
 from loralab.adapters.grouped import Bank, Span
 from loralab.adapters.outside import WrappedLayer

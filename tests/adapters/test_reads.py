@@ -20,7 +20,8 @@ from transformers import (
     WavLMModel,
 )
 
-from loralab.adapters.attach import Adapter, attach
+from loralab.adapters.adapter import Adapter
+from loralab.adapters.attach import attach
 from loralab.adapters.methods import IA3, AdaLoRA, LoRA
 from loralab.adapters.reads import READ, WRITTEN, read_sometimes, read_uncalled
 from loralab.errors import LeftOutWarning, TargetError

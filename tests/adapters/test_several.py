@@ -18,7 +18,7 @@ from transformers import LlamaForCausalLM
 
 import loralab
 from loralab import IA3, BitFit, Bottleneck, FullFineTune, LoRA, Prefix, Prompt, attach, load
-from loralab.adapters.attach import Adapter
+from loralab.adapters.adapter import Adapter
 from loralab.errors import AdapterStateError, ConfigError
 
 METHODS: dict[str, Any] = {

@@ -9,7 +9,8 @@ import torch.distributed
 from tiny import fill, llama, logits
 from torch.distributed.fsdp import fully_shard
 
-from loralab.adapters.attach import Adapter, attach
+from loralab.adapters.adapter import Adapter
+from loralab.adapters.attach import attach
 from loralab.adapters.folder import TENSORS, read
 from loralab.adapters.load import load
 from loralab.adapters.methods import IA3, AdaLoRA, LoRA

@@ -17,7 +17,8 @@ from transformers import (
 )
 
 from loralab.adapters import folder
-from loralab.adapters.attach import Adapter, attach
+from loralab.adapters.adapter import Adapter
+from loralab.adapters.attach import attach
 from loralab.adapters.folder import RECORD, read_json
 from loralab.adapters.methods import Bottleneck, LoRA, Prefix
 from loralab.artefacts.certificate import logits_of, verify

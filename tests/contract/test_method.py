@@ -14,7 +14,8 @@ from outside import Outer, outer, registered, vera_plugin
 from tiny import IDS, MODELS, fill, logits
 from torch import nn
 
-from loralab.adapters.attach import Adapter, attach
+from loralab.adapters.adapter import Adapter
+from loralab.adapters.attach import attach
 from loralab.adapters.folder import CONFIG, TENSORS, read
 from loralab.adapters.load import load
 from loralab.adapters.registry import built_in

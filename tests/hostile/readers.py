@@ -23,7 +23,8 @@ from pyarrow import parquet
 from tiny import fill, gpt2, llama
 
 from loralab.adapters import folder, spectrum
-from loralab.adapters.attach import Adapter, attach
+from loralab.adapters.adapter import Adapter
+from loralab.adapters.attach import attach
 from loralab.adapters.load import load
 from loralab.adapters.methods import LoRA
 from loralab.artefacts.certificate import Reference

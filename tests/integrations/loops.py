@@ -14,7 +14,8 @@ import torch
 from tiny import llama
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from loralab.adapters.attach import Adapter, attach
+from loralab.adapters.adapter import Adapter
+from loralab.adapters.attach import attach
 from loralab.adapters.methods import IA3, AdaLoRA, LinearProbe, LoRA, Method, Prefix
 from loralab.integrations.transformers import LoraCallback
 

@@ -17,7 +17,7 @@ from tiny import llama, logits
 from torch import distributed
 from torch.distributed.fsdp import fully_shard
 
-from loralab.adapters.attach import Adapter
+from loralab.adapters.adapter import Adapter
 from loralab.adapters.load import load
 from loralab.errors import AdapterStateError
 

@@ -17,7 +17,7 @@ from tiny import IDS, llama, logits
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, Trainer, TrainerCallback
 
 import loralab
-from loralab.adapters.attach import Adapter
+from loralab.adapters.adapter import Adapter
 from loralab.adapters.folder import CONFIG, RECORD, TENSORS
 from loralab.adapters.methods import AdaLoRA, LoRA
 from loralab.artefacts.certificate import REFERENCE

@@ -9,7 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import loralab
-from loralab.adapters.attach import Adapter, attach
+from loralab.adapters.adapter import Adapter
+from loralab.adapters.attach import attach
 from loralab.adapters.methods import AdaLoRA, LoRA, Method
 from loralab.integrations.transformers import LoraCallback
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from tiny import IDS, fill, llama
 
-from loralab.adapters.attach import Adapter, attach
+from loralab.adapters.adapter import Adapter
+from loralab.adapters.attach import attach
 from loralab.adapters.methods import AdaLoRA, BitFit, LoRA
 from loralab.errors import LoralabError
 from loralab.training import learning

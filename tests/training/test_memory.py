@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from loralab.adapters.attach import Adapter, attach
+from loralab.adapters.adapter import Adapter
+from loralab.adapters.attach import attach
 from loralab.adapters.folder import TENSORS
 from loralab.adapters.methods import LoRA
 from loralab.errors import ConfigError

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loralab.adapters.attach import Adapter, put_into
+from loralab.adapters.adapter import Adapter
+from loralab.adapters.attach import put_into
 from loralab.adapters.methods import LoRA
 from loralab.adapters.several import AdapterSet, require_adapters
 from loralab.adapters.spectrum import decomposed

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from loralab.adapters.attach import Adapter
+from loralab.adapters.adapter import Adapter
 from loralab.adapters.fast_path import DisabledFastPath, disable_fast_path
 from loralab.adapters.fused import can_fuse
 from loralab.adapters.linear import is_plain

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from loralab.adapters.attach import Adapter, put_into
+from loralab.adapters.adapter import Adapter
+from loralab.adapters.attach import put_into
 from loralab.adapters.fingerprint import dtype_name, fingerprint
 from loralab.adapters.folder import AdapterFolder, read
 from loralab.adapters.peft_fields import PREFIX

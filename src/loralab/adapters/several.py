@@ -14,7 +14,7 @@ from loralab.adapters.shells import unwrapped
 from loralab.errors import AdapterStateError, ConfigError, nearest
 
 if TYPE_CHECKING:
-    from loralab.adapters.attach import Adapter
+    from loralab.adapters.adapter import Adapter
 
 ATTRIBUTE = "_loralab_adapters"  # of the model, so that a copy of it has copies of them
 

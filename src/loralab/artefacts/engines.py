@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from loralab.adapters import folder
-from loralab.adapters.attach import Adapter
+from loralab.adapters.adapter import Adapter
 from loralab.adapters.conv import ConvWithLoRA
 from loralab.adapters.folder import AdapterFolder
 from loralab.adapters.multihead import MultiheadAttentionWithLoRA

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from loralab.adapters import folder
-from loralab.adapters.attach import Adapter
+from loralab.adapters.adapter import Adapter
 from loralab.adapters.folder import AdapterFolder, read_json
 from loralab.adapters.load import load as load_adapter
 from loralab.errors import AdapterFileError

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from loralab.adapters.attach import Adapter
+from loralab.adapters.adapter import Adapter
 from loralab.adapters.bases import dense_weight, is_linear
 from loralab.errors import CertificateError
 from loralab.models.quantize import HEADS, QuantizedLinear, quantize, retained

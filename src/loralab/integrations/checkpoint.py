@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from loralab import atomic
-from loralab.adapters.attach import Adapter
+from loralab.adapters.adapter import Adapter
 from loralab.adapters.fingerprint import fingerprint
 from loralab.adapters.model_folder import STATE, STATE_METADATA
 from loralab.errors import AdapterStateError, some

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from loralab.adapters.attach import Adapter
+from loralab.adapters.adapter import Adapter
 from loralab.adapters.bases import is_quantized
 from loralab.adapters.fingerprint import dtype_name
 from loralab.adapters.several import disabled

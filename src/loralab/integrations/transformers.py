@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from loralab.adapters.attach import Adapter
+from loralab.adapters.adapter import Adapter
 from loralab.adapters.methods import LoRA
 from loralab.adapters.model_folder import require_no_model
 from loralab.adapters.split import require_whole

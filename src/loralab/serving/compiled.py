@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loralab.adapters.attach import Adapter
+from loralab.adapters.adapter import Adapter
 from loralab.adapters.ia3 import LinearWithIA3
 from loralab.adapters.linear import LinearWithLoRA
 from loralab.native.library import kernels_for

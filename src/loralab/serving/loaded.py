@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loralab.adapters.attach import Adapter, wrappers_for
+from loralab.adapters.adapter import Adapter
+from loralab.adapters.attach import wrappers_for
 from loralab.adapters.bases import shared_copy
 from loralab.adapters.fingerprint import dtype_name, fingerprint
 from loralab.adapters.folder import AdapterFolder

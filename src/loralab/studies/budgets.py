@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from loralab.adapters.attach import Adapter, attach
+from loralab.adapters.adapter import Adapter
+from loralab.adapters.attach import attach
 from loralab.adapters.linear import LinearWithLoRA
 from loralab.errors import ConfigError
 from loralab.models.load import Base

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from loralab import atomic
-from loralab.adapters.attach import Adapter
+from loralab.adapters.adapter import Adapter
 from loralab.adapters.folder import read_tensors
 from loralab.errors import AdapterFileError, LoralabError
 from loralab.training.world import World

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from loralab.adapters.attach import Adapter
+from loralab.adapters.adapter import Adapter
 from loralab.errors import ConfigError
 from loralab.models.device import device_here
 from loralab.tasks.encode import Example

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from loralab.adapters.attach import Adapter
+from loralab.adapters.adapter import Adapter
 from loralab.errors import AdapterStateError, LearningError, some
 
 FIRST_LOOK, SECOND_LOOK = 1, 3  # steps after which gradients, and then weights, are checked

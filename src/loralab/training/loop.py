@@ -19,7 +19,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from loralab.adapters.attach import Adapter
+from loralab.adapters.adapter import Adapter
 from loralab.errors import LearningError, some
 from loralab.tasks.batches import Batches
 from loralab.tasks.encode import IGNORED, Example

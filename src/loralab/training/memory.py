@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from loralab.adapters.attach import Adapter
+from loralab.adapters.adapter import Adapter
 from loralab.errors import ConfigError
 from loralab.tasks.encode import Example
 from loralab.training.fast.path import Path

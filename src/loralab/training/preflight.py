@@ -12,7 +12,8 @@ from torch import nn
 
 import loralab
 from loralab import atomic
-from loralab.adapters.attach import Adapter, put_into
+from loralab.adapters.adapter import Adapter
+from loralab.adapters.attach import put_into
 from loralab.adapters.methods import AnyMethod, LoRA
 from loralab.adapters.paths import ends_with, inside
 from loralab.adapters.registry import spec_of

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from loralab.adapters.attach import Adapter
+from loralab.adapters.adapter import Adapter
 from loralab.adapters.methods import AnyMethod
 from loralab.models.device import device_here
 from loralab.models.load import Base

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from loralab.adapters.attach import Adapter
+from loralab.adapters.adapter import Adapter
 from loralab.adapters.fingerprint import fingerprint
 from loralab.errors import ConfigError
 from loralab.models.device import device_here

@@ -10,7 +10,8 @@ import torch
 from studies.conftest import Here, ground_of
 from torch import nn
 
-from loralab.adapters.attach import Adapter, attach
+from loralab.adapters.adapter import Adapter
+from loralab.adapters.attach import attach
 from loralab.adapters.bases import shared_copy
 from loralab.adapters.methods import LoRA
 from loralab.errors import AdapterStateError, ConfigError

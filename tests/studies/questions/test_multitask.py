@@ -12,7 +12,8 @@ import torch
 from studies.conftest import Here, ground_of, planted
 from torch import nn
 
-from loralab.adapters.attach import Adapter, attach
+from loralab.adapters.adapter import Adapter
+from loralab.adapters.attach import attach
 from loralab.adapters.methods import LoRA
 from loralab.errors import AdapterStateError, ConfigError
 from loralab.models.load import Base

@@ -34,7 +34,8 @@ from transformers import (
     XLNetLMHeadModel,
 )
 
-from loralab.adapters.attach import Adapter, attach
+from loralab.adapters.adapter import Adapter
+from loralab.adapters.attach import attach
 from loralab.adapters.methods import LoRA
 from loralab.errors import ModelError
 from loralab.models.pictures import Pictures

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from loralab.adapters.attach import Adapter
+from loralab.adapters.adapter import Adapter
 from loralab.adapters.folder import RECORD
 from loralab.adapters.load import load
 from loralab.errors import BaseMismatchWarning

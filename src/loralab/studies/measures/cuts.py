@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loralab.adapters.attach import Adapter
+from loralab.adapters.adapter import Adapter
 from loralab.adapters.linear import LinearWithLoRA
 from loralab.adapters.spectrum import decomposed
 from loralab.studies import figures

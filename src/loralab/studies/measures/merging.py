@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from loralab.adapters.attach import Adapter
+from loralab.adapters.adapter import Adapter
 from loralab.adapters.bases import compute_dtype, dense_weight, is_linear
 from loralab.artefacts import requantize
 from loralab.artefacts.certificate import Certificate, Reference, compare, logits_of

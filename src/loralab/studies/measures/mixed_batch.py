@@ -10,7 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from loralab.adapters.attach import Adapter, wrappers_for
+from loralab.adapters.adapter import Adapter
+from loralab.adapters.attach import wrappers_for
 from loralab.adapters.grouped import Bank, spans_of
 from loralab.adapters.linear import LinearWithLoRA, is_plain
 from loralab.errors import AdapterStateError, ConfigError

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loralab.adapters.attach import Adapter
+from loralab.adapters.adapter import Adapter
 from loralab.adapters.bases import is_linear
 from loralab.adapters.paths import layer_number
 from loralab.adapters.spectrum import effective_rank, energy_rank, stable_rank

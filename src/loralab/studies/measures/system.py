@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loralab.adapters.attach import Adapter, attach
+from loralab.adapters.adapter import Adapter
+from loralab.adapters.attach import attach
 from loralab.adapters.folder import TENSORS
 from loralab.adapters.load import load
 from loralab.errors import ConfigError, LoralabError

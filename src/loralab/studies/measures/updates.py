@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loralab.adapters.attach import Adapter
+from loralab.adapters.adapter import Adapter
 from loralab.adapters.bases import dense_weight
 from loralab.adapters.linear import LinearWithLoRA
 from loralab.artefacts.live import bring_to_life

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from loralab.adapters.attach import Adapter
+from loralab.adapters.adapter import Adapter
 
 Look = Callable[[nn.Parameter], float | None]
 Seen = list[dict[int, float]]  # step -> id of a tensor -> what was seen of it

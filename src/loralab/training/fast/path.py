@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from loralab.adapters.attach import Adapter
+from loralab.adapters.adapter import Adapter
 from loralab.errors import LoralabError, ModelError
 from loralab.tasks.batches import collate, pack, parts
 from loralab.tasks.encode import IGNORED, Example
