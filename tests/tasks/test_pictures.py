@@ -68,6 +68,24 @@ def test_classes_may_be_named_as_splits_are(draw: Draw, tmp_path: Path) -> None:
     assert shown(read(str(tmp_path))) == [("2.png", "bus"), ("1.png", "train")]
 
 
+@pytest.mark.parametrize("beside", ["unlabelled/3.png", "test/3.png", "loose.png"])
+def test_pictures_beside_split_folders_are_refused(beside: str, draw: Draw, tmp_path: Path) -> None:
+    for number, name in enumerate(["train/a/1.png", "train/b/2.png", beside]):
+        draw(name, number)
+    with pytest.raises(DataError) as caught:
+        read(str(tmp_path))
+    assert (caught.value.code, caught.value.field) == ("splits_and_classes", Path(beside).parts[0])
+
+
+def test_what_an_archive_leaves_is_no_class(draw: Draw, tmp_path: Path) -> None:
+    for number, name in enumerate(["a/1.png", "b/2.png", "B/3.png", "__MACOSX/a/1.png"]):
+        draw(name, number)
+    (tmp_path / "a" / "._1.png").write_bytes(b"0")
+    table = read(str(tmp_path))
+    assert {label for _, label in shown(table)} == {"a", "b", "B"}
+    assert len(table.notes) == 1 and "'B' and 'b'" in table.notes[0]
+
+
 def test_folders_that_say_too_little_are_refused(draw: Draw, tmp_path: Path) -> None:
     draw("loose/1.png")
     assert "holds pictures outside of any class" in refused(tmp_path / "loose")

@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loralab.errors import DataError
+from loralab.errors import DataError, some
 from loralab.values import read_bytes
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
+ARCHIVED = "__MACOSX"  # a folder that macOS puts beside what it archives
 LARGEST = 1 << 28  # bytes of a file
 MOST_PIXELS = 89_478_485  # as many as Pillow takes without a warning
 MOST_SLENDER = 50  # the shorter side is brought to the model's size, and the longer one with it
@@ -78,19 +79,29 @@ def from_levels(levels: Any, origin: str) -> Picture:
 def folder_of_pictures(folder: Path, splits: Mapping[str, str]) -> dict[str, list[dict[str, Any]]]:
     """The rows of each split of a folder; none if no folder in it holds pictures.
 
-    A sub-folder is a class. Where all sub-folders are named as `splits` are and hold folders
+    A sub-folder is a class. Where sub-folders are named as `splits` are and hold folders
     themselves, each is a split, and the folders in it are the classes.
 
     Raises:
-        DataError: a picture cannot be read, or belongs to no class.
+        DataError: a picture cannot be read, or belongs to no class, or no split where there are.
     """
     inside = _sub_folders(folder)
     if not any(_pictures_in(place) for place in inside):
         return {}
-    if not all(place.name.lower() in splits and _sub_folders(place) for place in inside):
+    named = [place for place in inside if place.name.lower() in splits and _sub_folders(place)]
+    if not named:
         return {"train": _classes(folder)}
+    others = [place.name for place in inside if place not in named and _pictures_in(place)]
+    others += sorted(file.name for file in folder.iterdir() if _is_picture(file))
+    if others:
+        raise DataError(
+            f"{folder} has folders of a split ({some(place.name for place in named)}), and beside "
+            f"them pictures that are of none ({some(others)}); move them away, or into a split",
+            code="splits_and_classes",
+            field=others[0],
+        )
     found: dict[str, list[dict[str, Any]]] = {}
-    for place in inside:
+    for place in named:
         split = splits[place.name.lower()]
         if split in found:
             raise DataError(
@@ -136,7 +147,7 @@ def _classes(folder: Path) -> list[dict[str, Any]]:
 
 def _sub_folders(folder: Path) -> list[Path]:
     places = (place for place in folder.iterdir() if place.is_dir())
-    return sorted(place for place in places if not place.name.startswith("."))
+    return sorted(place for place in places if not place.name.startswith((".", ARCHIVED)))
 
 
 def _pictures_in(folder: Path) -> list[Path]:

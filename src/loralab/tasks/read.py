@@ -81,7 +81,7 @@ def _pictures(source: str, mapping: Mapping[str, str]) -> Table | None:
         raise DataError(
             f"--map has no effect on {source}, a folder of pictures", code="no_effect", field="map"
         )
-    notes = _named("not read", other_files(folder))
+    notes = (*_named("not read", other_files(folder)), *filter(None, [alike(splits)]))
     return Table(source=source, format="image-label", splits=splits, notes=notes)
 
 
