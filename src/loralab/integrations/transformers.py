@@ -16,7 +16,6 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from loralab.adapters.adapter import Adapter
-from loralab.adapters.methods import LoRA
 from loralab.adapters.model_folder import require_no_model
 from loralab.adapters.split import require_whole
 from loralab.artefacts.certificate import Certificate
@@ -195,8 +194,8 @@ def _require_rates(adapter: Adapter, optimizer: torch.optim.Optimizer) -> None:
     Raises:
         ConfigError: the optimizer does not give every B its rate.
     """
-    config = adapter.config
-    if not isinstance(config, LoRA) or config.lora_plus == 1:
+    times = getattr(adapter.config, "lora_plus", 1)
+    if times == 1:
         return
     rates = {
         id(p): g.get("initial_lr", g["lr"]) for g in optimizer.param_groups for p in g["params"]
@@ -205,10 +204,10 @@ def _require_rates(adapter: Adapter, optimizer: torch.optim.Optimizer) -> None:
     slow: set[float] = set()
     for name, parameter in learning.trained(adapter).items():
         (fast if name.endswith(FASTER) else slow).add(rates[id(parameter)])
-    wanted = [rate * config.lora_plus for rate in slow]
+    wanted = [rate * times for rate in slow]
     if any(not math.isclose(rate, other, rel_tol=1e-6) for rate in fast for other in wanted):
         raise ConfigError(
-            f"lora_plus is {config.lora_plus:g}, but the optimizer gives B the rates "
+            f"lora_plus is {times:g}, but the optimizer gives B the rates "
             f"{sorted(fast)} and the rest {sorted(slow)}; give Trainer optimizers=(one with groups "
             "of their own, None), or leave lora_plus out",
             code="lora_plus_not_used", field="lora_plus",
