@@ -210,7 +210,7 @@ def test_the_certificate_is_that_of_what_was_saved(tmp_path: Path) -> None:
     record = json.loads((tmp_path / RECORD).read_text())
     assert record["certificate"]["passed"] and (tmp_path / REFERENCE).exists()
     assert record["sample"] == [row["input_ids"] for row in ROWS]
-    assert "compared_on" in record
+    assert record["base"]["live"] is True
     found.trainer.save_model()  # where it was saved already
     assert json.loads((tmp_path / RECORD).read_text()) == record
     loralab.load(llama(), tmp_path)
@@ -243,7 +243,7 @@ def test_the_certificate_is_on_the_base_that_the_model_came_from(tmp_path: Path)
         ).train()  # fmt: skip
         assert callback.certificate is not None and callback.certificate.passed, name
         record = json.loads((tmp_path / "run" / RECORD).read_text())
-        assert record["base"]["name"] == str(tmp_path / name) and "compared_on" not in record
+        assert record["base"]["name"] == str(tmp_path / name) and "live" not in record["base"]
         assert record["certificate"]["max_logit_difference"] == 0
 
 
