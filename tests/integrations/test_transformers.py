@@ -13,8 +13,14 @@ import torch
 from integrations.loops import CHECKPOINTING, METHODS, ROWS, TEXTS, adapted, arguments, train
 from peft import PeftModel
 from safetensors.torch import load_file
-from tiny import IDS, llama, logits
-from transformers import AutoModelForCausalLM, LlamaForCausalLM, Trainer, TrainerCallback
+from tiny import IDS, bert, llama, logits
+from transformers import (
+    AutoModelForCausalLM,
+    BertForSequenceClassification,
+    LlamaForCausalLM,
+    Trainer,
+    TrainerCallback,
+)
 
 import loralab
 from loralab.adapters.adapter import Adapter
@@ -81,8 +87,10 @@ def test_accumulated_steps_are_those_of_the_whole_batch(tmp_path: Path) -> None:
     close(whole.adapter, parts.adapter)
 
 
-@pytest.mark.parametrize("name", ["lora", "adalora", "prefix", "head", "probe", "ia3"])
-@pytest.mark.parametrize("at", [2, 4])
+@pytest.mark.parametrize(
+    ("name", "at"),
+    [("lora", 2), ("adalora", 2), ("adalora", 4), ("prefix", 4), ("head", 2), ("probe", 4)],
+)
 def test_a_resumed_run_ends_in_the_same_bytes(name: str, at: int, tmp_path: Path) -> None:
     whole = train(tmp_path / "whole", METHODS[name])
     again = train(tmp_path / "again", METHODS[name], resume=tmp_path / f"whole/checkpoint-{at}")
@@ -202,7 +210,7 @@ def test_the_certificate_is_that_of_what_was_saved(tmp_path: Path) -> None:
     record = json.loads((tmp_path / RECORD).read_text())
     assert record["certificate"]["passed"] and (tmp_path / REFERENCE).exists()
     assert record["sample"] == [row["input_ids"] for row in ROWS]
-    assert "compared_on" in record
+    assert record["base"]["live"] is True
     found.trainer.save_model()  # where it was saved already
     assert json.loads((tmp_path / RECORD).read_text()) == record
     loralab.load(llama(), tmp_path)
@@ -213,6 +221,30 @@ def test_the_certificate_is_that_of_what_was_saved(tmp_path: Path) -> None:
 def test_a_folder_with_a_whole_model_is_refused_before_training(tmp_path: Path) -> None:
     llama().save_pretrained(tmp_path / "refused")
     assert refused(tmp_path).code == "folder_taken"
+
+
+def test_the_certificate_is_on_the_base_that_the_model_came_from(tmp_path: Path) -> None:
+    """A language model from a folder without a tokenizer; a classifier whose head is new."""
+    llama().save_pretrained(tmp_path / "llama")
+    bert().bert.save_pretrained(tmp_path / "bert")
+    labelled = [{"input_ids": row["input_ids"], "labels": n % 3} for n, row in enumerate(ROWS)]
+    models = {
+        "llama": (LlamaForCausalLM.from_pretrained(tmp_path / "llama"), ROWS, []),
+        "bert": (
+            BertForSequenceClassification.from_pretrained(tmp_path / "bert", num_labels=3),
+            labelled, ["classifier"],
+        ),
+    }  # fmt: skip
+    for name, (model, rows, saved) in models.items():
+        callback = LoraCallback(loralab.attach(model, LoRA(rank=2, modules_to_save=saved)))
+        Trainer(
+            model=model, args=arguments(tmp_path / "run", save_strategy="no"), train_dataset=rows,
+            callbacks=[callback],
+        ).train()  # fmt: skip
+        assert callback.certificate is not None and callback.certificate.passed, name
+        record = json.loads((tmp_path / "run" / RECORD).read_text())
+        assert record["base"]["name"] == str(tmp_path / name) and "live" not in record["base"]
+        assert record["certificate"]["max_logit_difference"] == 0
 
 
 def test_a_base_that_is_not_the_one_it_names_is_not_certified(tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ def record_of(adapter: Adapter, sample: Sequence[Sequence[int]]) -> dict[str, An
         names: Any = adapter.model.config
         found["task"] = {"labels": [str(name) for name in names.id2label.values()]}
     if not _named(adapter):
-        found["compared_on"] = "a temporary copy of the live base"
+        found["base"]["live"] = True  # compared on a temporary copy
     return found
 
 

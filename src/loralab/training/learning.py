@@ -31,7 +31,8 @@ def require_trainable(adapter: Adapter, model: nn.Module, optimizer: torch.optim
     named = {n: p for n, p in adapter.named_parameters().items() if p.requires_grad and p.numel()}
     if not named:
         raise LearningError(
-            "no parameter of the adapter requires a gradient; nothing would be learnt",
+            "no parameter of the adapter requires a gradient, so nothing would be learnt; of "
+            "several adapters the active one trains",
             code="nothing_trains", field="adapter",
         )  # fmt: skip
     others = {id(p): name for name, p in model.named_parameters()}
