@@ -40,6 +40,8 @@ _WHERE = {
     "report": "studies.conduct",
     "recommend": "studies.conduct",
     "LoralabError": "errors",
+    "read": "tasks.given",
+    "resolve": "models.load",
 }
 
 __all__ = ["__version__", *sorted(_WHERE)]  # noqa: PLE0604  (all names are strings)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from loralab.errors import ConfigError, DataError, nearest, some
+from loralab.errors import ConfigError, DataError, nearest, shown, some
 from loralab.tasks.catalog import LABELLED, Task
 from loralab.tasks.formats import FORMATS, Row
 from loralab.tasks.segments import Segment, ended, opening, samples, token_ids
@@ -113,6 +113,20 @@ def encode(
             f"the longest needs --max-length {found.longest}"
         )
     return found.encoded()
+
+
+def require_tokenizer(tokenizer: Any) -> None:
+    """Refuse what does not turn text into tokens, or pictures into numbers.
+
+    Raises:
+        ConfigError: it is no tokenizer, nor what stands in its place for pictures.
+    """
+    if not (hasattr(tokenizer, "eos_token_id") and hasattr(tokenizer, "pad_token_id")):
+        raise ConfigError(
+            f"tokenizer must be a tokenizer of transformers, found {shown(tokenizer)}",
+            code="not_a_tokenizer",
+            field="tokenizer",
+        )
 
 
 def require_suited(task: Task, kind: str) -> None:
