@@ -20,7 +20,8 @@ from loralab.adapters import folder
 from loralab.adapters.attach import Adapter, attach
 from loralab.adapters.folder import RECORD, read_json
 from loralab.adapters.methods import Bottleneck, LoRA, Prefix
-from loralab.artefacts.certificate import logits_of, verify
+from loralab.artefacts.certificate import verify
+from loralab.artefacts.comparison import logits_of
 from loralab.artefacts.export import export
 from loralab.artefacts.live import bring_to_life
 from loralab.artefacts.merge import merge

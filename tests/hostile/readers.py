@@ -26,7 +26,7 @@ from loralab.adapters import folder, spectrum
 from loralab.adapters.attach import Adapter, attach
 from loralab.adapters.load import load
 from loralab.adapters.methods import LoRA
-from loralab.artefacts.certificate import Reference
+from loralab.artefacts.comparison import Reference
 from loralab.cli.jobs import _jobs
 from loralab.cli.train import field_names, requested
 from loralab.models import load as models

@@ -24,7 +24,8 @@ from transformers import (
 )
 
 from loralab.adapters.methods import BitFit, Bottleneck, FullFineTune, LinearProbe, LoRA
-from loralab.artefacts.certificate import certify, logits_of
+from loralab.artefacts.certificate import certify
+from loralab.artefacts.comparison import logits_of
 from loralab.artefacts.live import bring_to_life
 from loralab.artefacts.merge import merge
 from loralab.errors import DataError, InputError, ModelError

@@ -264,7 +264,7 @@ def test_jobs_on_parts_of_the_same_rows_each_learn_from_their_own(
     task = find(str(sums))
     parts = [replace(task, splits={**task.splits, "train": task.splits["train"][k::2]})
              for k in (0, 1)]  # fmt: skip
-    jobs = [replace(job(name), task=part) for name, part in zip("ab", parts, strict=True)]
+    jobs = [replace(job(name), data=part) for name, part in zip("ab", parts, strict=True)]
     for run, own in zip(runs(train_many(jobs)), jobs, strict=True):
         assert_same(run, alone(own, tmp_path / "alone"))
 

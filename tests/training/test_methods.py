@@ -10,7 +10,8 @@ import torch
 from loralab.adapters import folder
 from loralab.adapters.load import load
 from loralab.adapters.methods import METHODS, VARIANTS, AdaLoRA, Bottleneck, LoRA, Prefix
-from loralab.artefacts.certificate import certify, logits_of
+from loralab.artefacts.certificate import certify
+from loralab.artefacts.comparison import logits_of
 from loralab.artefacts.live import bring_to_life
 from loralab.errors import ConfigError
 from loralab.training.evaluation import answers, evaluate

@@ -10,12 +10,8 @@ from loralab.adapters.folder import CONFIG, RECORD, read_json
 from loralab.adapters.recipes import OUR_OWN
 from loralab.adapters.record import FORMAT
 from loralab.artefacts import gguf_adapter
-from loralab.artefacts.certificate import (
-    Certificate,
-    compare_afresh,
-    file_digests,
-    reference_of,
-)
+from loralab.artefacts.certificate import compare_afresh, file_digests
+from loralab.artefacts.comparison import Certificate, reference_of
 from loralab.artefacts.engines import differs_in_peft, require
 from loralab.artefacts.live import Live, bring_to_life, sample_of
 from loralab.artefacts.merge import merge, unproved

@@ -63,7 +63,11 @@ def bring_to_life(
         or read_json(Path(path) / folder.CONFIG).get("base_model_name_or_path")
     )
     if not name:
-        raise AdapterFileError(f"{path} does not name its base model; give it with --model")
+        raise AdapterFileError(
+            f"{path} does not name its base model; give it with --model",
+            code="base_needed",
+            field="model",
+        )
     kind = record.get("kind") or models.natural_kind(name)
     precision = precision or record.get("precision") or "fp32"
     # whatever is new in the base and not in the folder, such as a pooler, starts as in training

@@ -13,7 +13,8 @@ from loralab import atomic
 from loralab.adapters.folder import RECORD, write_json
 from loralab.adapters.record import FORMAT
 from loralab.artefacts import requantize
-from loralab.artefacts.certificate import Certificate, compare_afresh, file_digests, reference_of
+from loralab.artefacts.certificate import compare_afresh, file_digests
+from loralab.artefacts.comparison import Certificate, reference_of
 from loralab.artefacts.live import Live, bring_to_life, sample_of
 from loralab.errors import CertificateError, ConfigError
 from loralab.models.load import quiet

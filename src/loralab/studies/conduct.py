@@ -16,7 +16,8 @@ from loralab.studies.fields import configured, from_toml, known
 from loralab.studies.runner import Listener, Session, session
 from loralab.studies.study import FAILED, Answer, Arm, Asked, Cell, Ground, parse_seconds
 from loralab.studies.trained import MEASURE
-from loralab.training.preflight import Request, write_config
+from loralab.training.preflight import write_config
+from loralab.training.request import Request
 
 ALL = "all"
 Work = tuple[Ground, list[Arm] | None]  # None: the question's own arms

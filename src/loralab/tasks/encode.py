@@ -144,7 +144,9 @@ def require_suited(task: Task, kind: str) -> None:
         remedy = f"; such rows are for {hint}" if hint else ""
         raise DataError(
             f"{task.name} has {task.format} rows ({', '.join(FORMATS[task.format][0])}); "
-            f"{kind} needs {columns}{remedy}"
+            f"{kind} needs {columns}{remedy}",
+            code="format_unsuited",
+            field="data",
         )
 
 

@@ -13,10 +13,10 @@ from loralab.errors import ConfigError, LoralabError
 from loralab.training import preflight
 from loralab.training.jobs import TrainJob, of_job, require_names
 from loralab.training.joint import Joint, tried
-from loralab.training.preflight import Request
 from loralab.training.record import Listener
+from loralab.training.request import Request
 from loralab.training.rounds import FAILED, Outcome, Random, Ready, Rounds, naming
-from loralab.training.run import own_seed, run_prepared
+from loralab.training.run import own_seed, proven, run_prepared
 from loralab.training.shared import OneBase, mixes_rows
 from loralab.training.world import world
 
@@ -26,10 +26,11 @@ ALIKE = ("model", "precision", "quantize", "image_size", "shard_base")
 def train_many(
     jobs: Sequence[TrainJob], *, resume: bool = False, listener: Listener | None = None
 ) -> list[Outcome]:
-    """Train several adapters on one frozen base, and write the run folder of each.
+    """Train several adapters on one frozen base, write the run folder of each and certify it.
 
-    Each ends where `train` alone would end it, but for rounding. Adapters that cannot share a
-    batch are trained after the others, one by one; their logs say why.
+    A live model's weights stay as they are, and no adapter is put into it: each run has a
+    structure of its own around them. Each ends where `train` alone would end it, but for rounding.
+    Adapters that cannot share a batch are trained after the others, one by one; their logs say why.
 
     Args:
         resume: go on from the checkpoints that an interrupted call with the same jobs has left.
@@ -54,7 +55,7 @@ def train_many(
             outcomes |= Rounds(shared, joint, listener).run()
         for name, prepared in apart.items():
             outcomes[name] = _trained_alone(prepared(), alone[name], listener)
-    return [outcomes[name] for name in order]
+    return [_proven(name, outcomes[name]) for name in order]
 
 
 def _prepared(jobs: Sequence[TrainJob], one: OneBase, *, resume: bool) -> list[Ready]:
@@ -65,8 +66,9 @@ def _prepared(jobs: Sequence[TrainJob], one: OneBase, *, resume: bool) -> list[R
     requests = {}
     for job in jobs:
         with _named(job.name):
-            asked = Request.of(job.model, job.data, job.method, job.training, job.mapping)
-            asked = replace(asked, task=job.task)
+            asked = Request.of(
+                job.model, job.data, job.method, job.training, job.mapping, job.tokenizer
+            )
             requests[job.name] = preflight.require_place(Path(job.output_dir), asked, resume=resume)
     _require_alike({name: _alike(request) for name, request in requests.items()})
     folders = {job.name: Path(job.output_dir).resolve() for job in jobs}
@@ -94,7 +96,8 @@ def _write_configs(ready: Sequence[Ready]) -> None:
 
 
 def _alike(request: Request) -> dict[str, Any]:
-    return {"model": request.model, **{n: getattr(request.training, n) for n in ALIKE[1:]}}
+    model = request.model if request.given is None else id(request.given.model)
+    return {"model": model, **{n: getattr(request.training, n) for n in ALIKE[1:]}}
 
 
 def _require_alike(found: Mapping[str, Mapping[str, Any]]) -> None:
@@ -179,6 +182,16 @@ def _deferred(job: Ready) -> Callable[[], Ready]:
         return Ready(name=name, folder=folder, request=request, prepared=prepared, random=random)
 
     return again
+
+
+def _proven(name: str, outcome: Outcome) -> Outcome:
+    """Return a run with its certificate, or why it gets none."""
+    if isinstance(outcome, LoralabError):
+        return outcome
+    try:
+        return proven(outcome)
+    except LoralabError as error:
+        return of_job(name, error)
 
 
 def _trained_alone(job: Ready, reason: str, listener: Listener | None) -> Outcome:
