@@ -30,6 +30,7 @@ _WHERE = {
     "train_many": "training.many",
     "TrainJob": "training.jobs",
     "evaluate": "training.evaluation",
+    "generate": "training.evaluation",
     "plan": "training.plan",
     "merge": "artefacts.merge",
     "export": "artefacts.export",

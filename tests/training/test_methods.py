@@ -14,7 +14,7 @@ from loralab.artefacts.certificate import certify
 from loralab.artefacts.comparison import logits_of
 from loralab.artefacts.live import bring_to_life
 from loralab.errors import ConfigError
-from loralab.training.evaluation import answers, evaluate
+from loralab.training.evaluation import evaluate, generate
 from loralab.training.plan import plan
 from loralab.training.run import Run, train
 from loralab.training.settings import Evaluation, Training
@@ -164,7 +164,7 @@ class TestNewTokens:
         assert ids[0] in {number for prompt in sample for number in prompt}
         want = logits_of(run.base.model, sample, run.base.kind)
         assert torch.equal(logits_of(live.base.model, sample, run.base.kind), want)
-        found = answers(prompts=["<tool> 3"], adapters=[run.output_dir], max_new_tokens=2)
+        found = generate(prompts=["<tool> 3"], adapters=[run.output_dir], max_new_tokens=2)
         assert set(found[0]["answers"]) == {"base", str(run.output_dir)}
 
     def test_what_is_no_new_token_is_refused(self, tiny_llama_folder: Path, tmp_path: Path) -> None:

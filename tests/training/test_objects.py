@@ -22,16 +22,24 @@ from transformers import (
 from loralab.adapters.folder import RECORD, TENSORS
 from loralab.adapters.methods import LoRA
 from loralab.artefacts.certificate import verify
-from loralab.errors import AdapterFileError, ConfigError, DataError, LoralabError, ModelError
+from loralab.errors import (
+    AdapterFileError,
+    AdapterStateError,
+    ConfigError,
+    DataError,
+    LoralabError,
+    ModelError,
+)
 from loralab.tasks.given import read
 from loralab.training import run as run_module
+from loralab.training.evaluation import evaluate, generate
 from loralab.training.facts import FILE
 from loralab.training.jobs import TrainJob
 from loralab.training.many import train_many
 from loralab.training.plan import plan
 from loralab.training.record import Event
 from loralab.training.run import Run, train
-from loralab.training.settings import Training
+from loralab.training.settings import Evaluation, Training
 
 Train = Callable[..., Run]
 SETTINGS: dict[str, Any] = {
@@ -327,6 +335,65 @@ def test_jobs_share_the_weights_of_a_live_model_which_gets_no_adapter(
     assert all(before[key] == after[key] for key in ("names", "classes", "own", "hooks"))
     for one, other in zip(before["values"], after["values"], strict=True):
         assert torch.equal(one, other)
+
+
+def test_evaluate_and_generate_on_objects_give_what_they_give_by_name(
+    live: Any, tokenizer: Any, rows: list[Any], start: Train, tiny_llama_folder: Path, sums: Path
+) -> None:
+    name, run = str(tiny_llama_folder), start("run")
+    before = state(live)
+    how = Evaluation(precision="fp32")
+    own = {"model": live, "tokenizer": tokenizer}
+    pairs = [
+        (evaluate(data=rows, evaluation=how, **own),
+         evaluate(data=str(sums), evaluation=how, model=name)),
+        (evaluate(data=read(rows), adapter=run.output_dir, **own),
+         evaluate(data=str(sums), adapter=run.output_dir)),
+    ]  # fmt: skip
+    for ours, theirs in pairs:
+        assert (ours.metrics, ours.rows, ours.split) == (theirs.metrics, theirs.rows, theirs.split)
+    assert pairs[0][0].metrics != pairs[1][0].metrics
+    answers = generate("good film", adapters=[run.output_dir], max_new_tokens=4, **own)
+    assert answers == generate(
+        ["good film"], adapters=[run.output_dir], max_new_tokens=4, model=name
+    )
+    assert_same(before, state(live))
+
+
+def test_an_adapted_live_model_is_scored_as_it_is(
+    live: Any, tokenizer: Any, rows: list[Any], start: Train
+) -> None:
+    run = start("run", model=live, tokenizer=tokenizer, data=rows, max_steps=20)
+    adapted = evaluate(model=live, tokenizer=tokenizer, data=rows)
+    stored = evaluate(model=live.config._name_or_path, adapter=run.output_dir, data=rows)
+    assert adapted.metrics == stored.metrics and adapted.split == stored.split == "test"
+    with pytest.raises(AdapterStateError):
+        evaluate(model=live, tokenizer=tokenizer, data=rows, adapter=run.output_dir)
+    with pytest.raises(ConfigError) as refused:
+        evaluate(data=rows, adapter=run.output_dir)
+    assert (refused.value.code, refused.value.field) == ("base_needed", "model")
+    run.adapter.detach()
+    assert evaluate(model=live, tokenizer=tokenizer, data=rows).metrics != adapted.metrics
+
+
+@pytest.mark.parametrize(
+    ("settings", "code", "field"),
+    [
+        ({"precision": "bf16"}, "precision_differs", "precision"),
+        ({"quantize": "nf4"}, "live_model", "quantize"),
+    ],
+)
+def test_an_evaluation_does_not_change_a_live_model(
+    live: Any, tokenizer: Any, rows: list[Any], settings: Any, code: str, field: str
+) -> None:
+    before = state(live)
+    with pytest.raises(ConfigError) as refused:
+        evaluate(model=live, tokenizer=tokenizer, data=rows, evaluation=Evaluation(**settings))
+    assert (refused.value.code, refused.value.field) == (code, field)
+    with pytest.raises(ConfigError) as refused:
+        generate("a", model=live)
+    assert (refused.value.code, refused.value.field) == ("no_tokenizer", "tokenizer")
+    assert_same(before, state(live))
 
 
 def test_a_plan_of_objects_is_the_plan_of_their_names(

@@ -167,9 +167,9 @@ def generate(
     adapters = list(adapter or [])
     if model is None and not adapters:
         model = DEFAULT_MODEL
-    from loralab.training.evaluation import answers
+    from loralab.training.evaluation import generate as answer
 
-    found = answers(
+    found = answer(
         prompts=prompts, model=model, adapters=adapters, with_base=base, system=system,
         max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, precision=precision,
     )  # fmt: skip

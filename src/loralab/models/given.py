@@ -46,6 +46,22 @@ class Given:
         """Its name in errors and records, which nobody can load."""
         return f"{type(self.model).__name__} in memory"
 
+    @property
+    def kind(self) -> str:
+        """Its kind, by its class.
+
+        Raises:
+            ModelError: its class is none of those that are trained here.
+        """
+        return _kind(self.model, self._config, self.name)
+
+    @property
+    def _config(self) -> Any:
+        """A copy of its configuration that names its class, as one of a folder does."""
+        config = copy.deepcopy(self.model.config)
+        config.architectures = [type(self.model).__name__]
+        return config
+
     def precision(self, asked: str) -> str:
         """Return the precision of the model's own dtype.
 
@@ -84,8 +100,7 @@ class Given:
             ModelError: it is of another kind, of none that is supported, or has other classes.
             ConfigError: its tokenizer does not suit it.
         """
-        model, config = self.model, copy.deepcopy(self.model.config)
-        config.architectures = [type(model).__name__]
+        model, config = self.model, self._config
         own = _kind(model, config, self.name)
         if kind not in ("", own):
             raise ModelError(
