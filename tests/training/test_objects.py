@@ -22,6 +22,7 @@ from transformers import (
 from loralab.adapters.folder import RECORD, TENSORS
 from loralab.adapters.methods import LoRA
 from loralab.artefacts.certificate import verify
+from loralab.artefacts.export import export
 from loralab.errors import (
     AdapterFileError,
     AdapterStateError,
@@ -301,8 +302,9 @@ def test_a_live_classifier_trains_as_its_folder_does(
 
 
 def test_an_adapter_of_a_live_model_is_verified_with_a_base_by_name(
-    start: Train, live: Any, tokenizer: Any, tiny_llama_folder: Path, tiny_gpt2_folder: Path
-) -> None:
+    start: Train, live: Any, tokenizer: Any, tiny_llama_folder: Path, tiny_gpt2_folder: Path,
+    tmp_path: Path,
+) -> None:  # fmt: skip
     path = start("live", model=live, tokenizer=tokenizer).output_dir
     with pytest.raises(AdapterFileError) as refused:
         verify(path)
@@ -315,6 +317,9 @@ def test_an_adapter_of_a_live_model_is_verified_with_a_base_by_name(
         verify(path, base=tiny_gpt2_folder)
     with pytest.raises(ModelError):
         verify(path, base="no-such-model")
+    export(path, tmp_path / "peft", to="peft", model=str(tiny_llama_folder))
+    assert json.loads((tmp_path / "peft" / RECORD).read_text())["base"].get("live") is None
+    assert verify(tmp_path / "peft").passed
 
 
 def test_jobs_share_the_weights_of_a_live_model_which_gets_no_adapter(

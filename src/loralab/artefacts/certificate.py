@@ -135,7 +135,7 @@ def _require_base(path: Path, record: Mapping[str, Any], base: str | Path | None
         )
     if base is not None:
         models.resolve(str(base))
-    elif sound(record).get("base", {}).get("live"):
+    elif record.get("kind") != "model" and sound(record).get("base", {}).get("live"):
         raise AdapterFileError(
             f"{path} was trained on a live model, whose base has no folder; name it with --base",
             code="base_needed",

@@ -102,7 +102,7 @@ def _proven(live: Live, output: Path, write: Callable[[Path, Record], object]) -
     reference = reference_of(base.model, sample_of(stored, base), base.kind, base.tokenizer)
     record = {k: v for k, v in stored.items() if k not in ("format", "digest", "certificate")}
     record["base"] = {
-        **stored.get("base", {}), "name": base.name, "kind": base.kind,
+        **{k: v for k, v in stored.get("base", {}).items() if k != "live"}, **base.recorded,
         "precision": live.precision,
     }  # fmt: skip
     with unproved(output) as rejected:

@@ -25,8 +25,17 @@ def base_folder(base: Base) -> Iterator[Path | None]:
     with atomic.explained("a temporary folder ($TMPDIR says where)"):
         temporary = tempfile.TemporaryDirectory(prefix="loralab-base-")
     with temporary as place:
-        with atomic.explained(place), base_modules(base.model), quiet():
-            # the class's own method: the one on an adapted model writes the adapter
-            type(base.model).save_pretrained(base.model, place)
-            base.tokenizer.save_pretrained(place)
+        write_base(base, Path(place))
         yield Path(place)
+
+
+def write_base(base: Base, place: Path) -> None:
+    """Write a live base to a folder, without the adapter in it.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    with atomic.explained(place), base_modules(base.model), quiet():
+        # the class's own method: the one on an adapted model writes the adapter
+        type(base.model).save_pretrained(base.model, place)
+        base.tokenizer.save_pretrained(place)

@@ -95,14 +95,15 @@ def inspect(
     json_: Json = False,
 ) -> None:
     """Look into an adapter: size, norms, spectrum; with a second one, subspace overlap."""
-    from loralab.adapters.spectrum import compare, describe
+    from loralab.artefacts.inspect import inspect as run_inspect
 
-    if other is None:
-        summary = describe(adapter)
-        _print_json(summary) if json_ else _show_summary(summary)
+    found = run_inspect(adapter, other)
+    if json_:
+        _print_json(found)
+    elif other is None:
+        _show_summary(found)
     else:
-        rows = compare(adapter, other)
-        _print_json(rows) if json_ else _show_overlap(rows)
+        _show_overlap(found)
 
 
 def _show_certificate(path: Path, certificate: "Certificate", as_json: bool) -> None:

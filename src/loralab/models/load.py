@@ -74,6 +74,12 @@ class Base:
         """Tell if this is the user's own model in memory (given.py): nobody else can load it."""
         return not self.source
 
+    @property
+    def recorded(self) -> dict[str, Any]:
+        """Its name and kind as records have them: a live model has no name to load it by."""
+        live = {"name": None, "live": True} if self.live else {"name": self.name}
+        return {**live, "kind": self.kind}
+
 
 def load(
     name: str,

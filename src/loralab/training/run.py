@@ -293,8 +293,7 @@ def record_of(
     fields = request.fields()
     return {
         "base": {
-            **({"name": None, "live": True} if base.live else {"name": base.name}),
-            "kind": base.kind, "precision": request.training.precision,
+            **base.recorded, "precision": request.training.precision,
             "quantize": request.training.quantize,
             "image_size": getattr(base.tokenizer, "size", None),
         },
