@@ -1,6 +1,7 @@
 """serve."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -74,30 +75,24 @@ def serve(
     if store is None:
         raise ConfigError("give --store, a folder of adapter folders")
     _require_extra()
+    from loralab.serving.serve import keys_for, rules_for, serve_by
+
     asked: dict[str, Any] = {
         "model": model or DEFAULT_MODEL, "store": store.resolve(), "settings": settings,
         "adapters": _named(adapter or []), "pinned": pin or [],
     }  # fmt: skip
     if engine_name == "vllm":
         require_vllms(typed or {}, keys, pin, ray or replicas or allow_host or allow_origin)
-        from loralab.serving.serve import keys_for
-
         keys_for(host, None, no_keys=no_keys)
         raise typer.Exit(serve_by_vllm(asked, host, port, engine_python, engine_args, json_))
     require_ours(engine_name, engine_python, engine_args)
-    from loralab.serving.serve import keys_for, rules_for
-    from loralab.serving.serve import serve as serve_here
-
+    known = keys_for(host, keys, no_keys=no_keys)
+    rules = rules_for(host, known, limits, allow_host or [], allow_origin or [])
     if ray is not None or replicas is not None:
-        known = keys_for(host, keys, no_keys=no_keys)
-        rules = rules_for(host, known, limits, allow_host or [], allow_origin or [])
         _serve_replicas(asked | rules, replicas or 1, ray, host, port, known, json_)
-        return
-    serve_here(
-        **asked, host=host, port=port, keys=keys, no_keys=no_keys, limits=limits,
-        allow_hosts=allow_host or [], allow_origins=allow_origin or [],
-        ready=lambda found, where, with_keys: _say_ready(found, where, with_keys, json_),
-    )  # fmt: skip
+    else:
+        say = partial(_say_ready, as_json=json_)
+        serve_by(asked, host, port, known, rules, say)
 
 
 def _named(given: list[str]) -> dict[str, str | Path]:

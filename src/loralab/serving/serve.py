@@ -1,6 +1,5 @@
 """serve(): an engine behind HTTP, until a signal ends it."""
 
-import socket
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -56,26 +55,31 @@ def serve(
         "model": model, "store": Path(store).resolve(), "adapters": adapters, "pinned": pinned,
         "settings": settings or ServeSettings(),
     }  # fmt: skip
-    with open_socket(host, port) as opened:
-        _listen(opened, asked, known, rules, ready or (lambda *_: None))
+    serve_by(asked, host, port, known, rules, ready or (lambda *_: None))
 
 
-def _listen(
-    opened: socket.socket, asked: dict[str, Any], keys: Keys | None, rules: dict[str, Any],
+def serve_by(
+    asked: Mapping[str, Any], host: str, port: int, keys: Keys | None, rules: Mapping[str, Any],
     ready: Ready,
 ) -> None:  # fmt: skip
-    """Answer on a socket until a signal."""
-    from loralab.serving.opening import open_engine
+    """Listen, open the engine that is asked for, and answer until a signal.
 
-    engine = open_engine(**asked)
-    application = build_app(engine, keys=keys, **rules)
-    where = address(opened)
-    listener = Listener(application, opened, lambda: ready(about(engine), where, keys is not None))
-    engine.start()
-    try:
-        listener.listen()
-    finally:
-        engine.stop(drain=not listener.force_exit)
+    Args:
+        asked: what `open_engine` takes.
+        rules: of `rules_for`.
+    """
+    with open_socket(host, port) as opened:
+        from loralab.serving.opening import open_engine  # takes seconds: the address is had first
+
+        engine = open_engine(**asked)
+        application = build_app(engine, keys=keys, **rules)
+        where, with_keys = address(opened), keys is not None
+        listener = Listener(application, opened, lambda: ready(about(engine), where, with_keys))
+        engine.start()
+        try:
+            listener.listen()
+        finally:
+            engine.stop(drain=not listener.force_exit)
 
 
 def rules_for(
