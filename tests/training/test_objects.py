@@ -17,6 +17,7 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     BertForSequenceClassification,
+    LlamaForCausalLM,
 )
 
 from loralab.adapters.folder import RECORD, TENSORS
@@ -281,6 +282,9 @@ def test_a_live_model_of_another_kind_or_dtype_is_refused(
     assert refused(three) == ("format_unsuited", "data")
     assert refused(live.model) == ("kind_unsupported", "model")
     assert refused(three.bert) == ("pooler_unused", "model")
+    with torch.device("meta"):
+        empty = LlamaForCausalLM(live.config)
+    assert refused(empty) == ("several_devices", "model")
     assert refused(live.double()) == ("dtype_unsupported", "model")
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from loralab.errors import ConfigError, ModelError, shown
+from loralab.errors import ConfigError, ModelError, shown, some
 from loralab.models import pictures
 from loralab.models.kinds import (
     CAUSAL,
@@ -177,6 +177,10 @@ def given(model: Any, tokenizer: Any) -> Given | None:
             code="no_config",
             field="model",
         )
+    if next(model.parameters(), None) is None:
+        raise ModelError(
+            f"{type(model).__name__} has no parameters", code="no_weights", field="model"
+        )
     if tokenizer is None:
         raise ConfigError(
             f"give tokenizer=, the one of {type(model).__name__}: a live model has none",
@@ -196,7 +200,7 @@ def unchanged(own: Given | None, *, on_error_alone: bool = False) -> Iterator[No
     text = model.config.get_text_config()
     padding = getattr(text, "pad_token_id", None)
     modes = {module: dict(_modes(module)) for module in model.modules()}
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = next(model.parameters()).device
     done = False
     try:
         yield
@@ -211,7 +215,8 @@ def unchanged(own: Given | None, *, on_error_alone: bool = False) -> Iterator[No
                 for name in MODES:
                     module.__dict__.pop(name, None)
                 module.__dict__.update(before)
-            model.to(device)
+            if next(model.parameters()).device != device:
+                model.to(device)
 
 
 INPUT_HOOKS = "_require_grads_hooks"  # that recomputation of activations has put in
@@ -244,6 +249,15 @@ def _kind(model: Any, config: Any, name: str) -> str:
 def _require_plain(model: Any, config: Any, kind: str, name: str) -> None:
     """Refuse what could not be rebuilt from its configuration and its weights."""
     require_kind(name, config, kind)
+    if (
+        len(devices := {p.device for p in model.parameters()}) > 1
+        or torch.device("meta") in devices
+    ):
+        raise ModelError(
+            f"{name} is on {some(map(str, devices))}; all of it must be on one device",
+            code="several_devices",
+            field="model",
+        )
     if getattr(config, "quantization_config", None) is not None:
         raise ModelError(
             f"{name} is quantized; give its name and quantize= in its place",
