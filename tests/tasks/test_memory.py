@@ -97,7 +97,7 @@ def test_what_a_file_is_refused_for_rows_in_memory_are_too(tmp_path: Path, rows:
     with pytest.raises(DataError) as from_memory:
         read(rows)
     assert from_memory.value.code == from_file.value.code != ""
-    assert from_memory.value.field == from_file.value.field
+    assert from_memory.value.field == (from_file.value.field or "data")
 
 
 @pytest.mark.parametrize("name", ["a key is missing", "no usable column", "a label with parts"])
@@ -186,6 +186,15 @@ def test_a_task_encodes_itself(tiny_llama_folder: Path) -> None:
     with pytest.raises(ConfigError) as refused:
         task.encode(tokenizer, split="tset")
     assert (refused.value.code, refused.value.field) == ("unknown_split", "split")
+    with pytest.raises(DataError) as cut:
+        task.encode(tokenizer, max_length=2)
+    assert (cut.value.code, cut.value.field) == ("answers_cut_off", "max_length")
+    with pytest.raises(ConfigError) as refused:
+        task.encode(tokenizer, max_length=1)
+    assert (refused.value.code, refused.value.field) == ("out_of_range", "max_length")
+    with pytest.raises(DataError) as unsuited:
+        task.encode(tokenizer, kind="token-classification")
+    assert (unsuited.value.code, unsuited.value.field) == ("format_unsuited", "data")
     with pytest.raises(ConfigError) as refused:
         task.encode(None)
     assert (refused.value.code, refused.value.field) == ("not_a_tokenizer", "tokenizer")

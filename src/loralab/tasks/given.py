@@ -21,10 +21,15 @@ def read(data: Any, mapping: Mapping[str, str] | None = None, *, seed: int = 0) 
         seed: of the splits, where the data brings none.
 
     Raises:
-        DataError: it does not exist, cannot be read, or cannot be split and learnt.
+        DataError: it does not exist, cannot be read, or cannot be split and learnt; its `field`
+            is the column that is wrong, or "data".
     """
     if not isinstance(data, Task):
-        return catalog.find(data, mapping=mapping, seed=seed)
+        try:
+            return catalog.find(data, mapping=mapping, seed=seed)
+        except DataError as error:
+            error.field = error.field or "data"
+            raise
     catalog.table_of(data, mapping)  # no column of a task can be renamed
     if missing := [name for name in NEEDED if name not in data.splits]:
         raise DataError(
