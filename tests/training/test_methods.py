@@ -10,13 +10,13 @@ import torch
 from loralab.adapters import folder
 from loralab.adapters.load import load
 from loralab.adapters.methods import METHODS, VARIANTS, AdaLoRA, Bottleneck, LoRA, Prefix
-from loralab.artefacts.certificate import certify
 from loralab.artefacts.comparison import logits_of
 from loralab.artefacts.live import bring_to_life
 from loralab.errors import ConfigError
 from loralab.training.evaluation import evaluate, generate
 from loralab.training.plan import plan
-from loralab.training.run import Run, train
+from loralab.training.request import Request
+from loralab.training.run import Run, run_request, train
 from loralab.training.settings import Evaluation, Training
 
 KINDS: dict[str, Any] = {
@@ -54,10 +54,8 @@ def check_method(method: Any, model: Path, data: Path, place: Path) -> Run:
     """Train, kill, resume, reload, evaluate."""
 
     def start(name: str, **options: Any) -> Run:
-        return train(
-            model=str(model), data=str(data), method=method, output_dir=place / name,
-            training=Training(**SETTINGS), **options,
-        )  # fmt: skip
+        request = Request.of(str(model), str(data), method, Training(**SETTINGS), None)
+        return run_request(request, place / name, **options)
 
     run = start("whole")
     with pytest.raises(Killed):
@@ -106,8 +104,7 @@ def test_a_fresh_process_gives_the_same_logits(
         model=str(tiny_llama_folder), data=str(sums), method=KINDS[kind],
         output_dir=tmp_path / "run", training=Training(**{**SETTINGS, "max_steps": 3}),
     )  # fmt: skip
-    certificate = certify(run.output_dir, run.base.model, run.sample, kind=run.base.kind)
-    assert certificate.max_logit_difference == 0
+    assert run.certificate is not None and run.certificate.max_logit_difference == 0
 
 
 @pytest.mark.parametrize("kind", ON_LLAMA)

@@ -42,6 +42,14 @@ def train_many(
     Raises:
         InputError: something given is wrong, the job's name in front; nothing has been written.
     """
+    outcomes = run_jobs(jobs, resume=resume, listener=listener)
+    return [_proven(job.name, outcome) for job, outcome in zip(jobs, outcomes, strict=True)]
+
+
+def run_jobs(
+    jobs: Sequence[TrainJob], *, resume: bool = False, listener: Listener | None = None
+) -> list[Outcome]:
+    """`train_many` without certificates."""
     one = OneBase()
     ready = _prepared(jobs, one, resume=resume)
     _write_configs(ready)
@@ -55,7 +63,7 @@ def train_many(
             outcomes |= Rounds(shared, joint, listener).run()
         for name, prepared in apart.items():
             outcomes[name] = _trained_alone(prepared(), alone[name], listener)
-    return [_proven(name, outcomes[name]) for name in order]
+    return [outcomes[name] for name in order]
 
 
 def _prepared(jobs: Sequence[TrainJob], one: OneBase, *, resume: bool) -> list[Ready]:
