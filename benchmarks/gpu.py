@@ -282,7 +282,8 @@ def trained(shape: str, config: Any, data: Path, folder: Path, listener: Any, tr
     """A run of loralab on a model with random weights."""
     from loralab.models.device import device_here
     from loralab.models.load import Base
-    from loralab.training.preflight import Request, prepare
+    from loralab.training.preflight import prepare
+    from loralab.training.request import Request
     from loralab.training.run import run_prepared
 
     request = Request.of(shape, str(data), config, training, None)

@@ -23,15 +23,16 @@ DATA = "movie-reviews"
 
 
 def ours(folder: Path, steps: int) -> None:
-    """The same as `loralab train`."""
+    """The same as `loralab train`, but for the certificate, which the peer does not make."""
     import loralab
+    from loralab.training.request import Request
+    from loralab.training.run import run_request
 
-    loralab.train(
-        model="smollm2-135m", data=DATA, output_dir=folder, method=loralab.LoRA(rank=8),
-        training=loralab.Training(
-            max_steps=steps, batch_size=BATCH, learning_rate=RATE, evaluation_rows=VALIDATION
-        ),
-    )  # fmt: skip
+    training = loralab.Training(
+        max_steps=steps, batch_size=BATCH, learning_rate=RATE, evaluation_rows=VALIDATION
+    )
+    request = Request.of("smollm2-135m", DATA, loralab.LoRA(rank=8), training, None)
+    run_request(request, folder)
 
 
 def peer(folder: Path, steps: int, *, grouped: bool) -> None:

@@ -23,7 +23,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "adapters": LEAVES,
     "models": BASE,
     "tasks": BASE,
-    "training": LEAVES | {"adapters", "models", "tasks"},
+    "training": LEAVES | {"adapters", "models", "tasks", "artefacts"},
     "artefacts": BASE | {"adapters", "models", "tasks"},
     "serving": LEAVES | TOGETHER | {"adapters", "models", "tasks"},
     "studies": BASE | TOGETHER | {"adapters", "models", "tasks", "training", "artefacts"},

@@ -36,16 +36,22 @@ _WHERE = {
     "train_many": "training.many",
     "TrainJob": "training.jobs",
     "evaluate": "training.evaluation",
+    "generate": "training.evaluation",
     "plan": "training.plan",
     "merge": "artefacts.merge",
     "export": "artefacts.export",
     "certify": "artefacts.certificate",
+    "check": "artefacts.engines",
     "verify": "artefacts.certificate",
+    "inspect": "artefacts.inspect",
+    "serve": "serving.serve",
     "Asked": "studies.study",
     "study": "studies.conduct",
     "report": "studies.conduct",
     "recommend": "studies.conduct",
     "LoralabError": "errors",
+    "read": "tasks.given",
+    "resolve": "models.load",
 }
 
 __all__ = ["__version__", *sorted(_WHERE)]  # noqa: PLE0604  (all names are strings)

@@ -9,7 +9,7 @@ from tiny import fill
 from loralab.adapters.attach import attach
 from loralab.adapters.methods import LoRA
 from loralab.artefacts import certificate
-from loralab.artefacts.certificate import Certificate, Reference
+from loralab.artefacts.comparison import Certificate, Reference
 from loralab.models import load as models
 from loralab.models.kinds import CAUSAL
 
@@ -50,10 +50,11 @@ def make_adapter(tmp_path: Path) -> MakeAdapter:
 def in_this_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """What the fresh process does, done here: a process takes seconds to load its libraries."""
 
-    def compare(path: Path, reference: Reference) -> Certificate:
+    def compare(path: Path, reference: Reference, base: object = None) -> Certificate:
         request, answer = tmp_path / "request.safetensors", tmp_path / "answer.json"
+        given = () if base is None else (str(base),)
         reference.save(request)
-        certificate._main(str(path), str(request), str(answer), reference.device)
+        certificate._main(str(path), str(request), str(answer), reference.device, *given)
         return certificate._read_answer(answer)
 
     monkeypatch.setattr(certificate, "_in_fresh_process", compare)

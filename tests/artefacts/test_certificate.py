@@ -26,19 +26,15 @@ from loralab.adapters.folder import (
     write_json,
 )
 from loralab.artefacts import certificate
-from loralab.artefacts.certificate import (
+from loralab.artefacts.certificate import REFERENCE, certify, compare_afresh, file_digests, verify
+from loralab.artefacts.comparison import (
     KEPT,
-    REFERENCE,
     TOLERANCES,
     Certificate,
     Reference,
-    certify,
     compare,
-    compare_afresh,
-    file_digests,
     logits_of,
     reference_of,
-    verify,
 )
 from loralab.artefacts.live import bring_to_life
 from loralab.artefacts.merge import merge
@@ -350,7 +346,7 @@ def test_the_device_of_the_live_model_goes_to_the_fresh_process(
     path = make_adapter(tiny_llama_folder)
     found: list[str] = []
 
-    def compare(path: Path, reference: Reference) -> Certificate:
+    def compare(path: Path, reference: Reference, base: object) -> Certificate:
         found.append(reference.device)
         logits = logits_of(live.base.model, reference.prompts, CAUSAL)
         return certificate.compare(reference, logits, "fp32", reference.device)

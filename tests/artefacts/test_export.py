@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 from loralab.adapters import folder
 from loralab.adapters.folder import CONFIG, RECORD, read_json, write_json
 from loralab.adapters.methods import LoRA
-from loralab.artefacts.certificate import REFERENCE, certify, logits_of, verify
+from loralab.artefacts.certificate import REFERENCE, certify, verify
+from loralab.artefacts.comparison import logits_of
 from loralab.artefacts.export import TARGETS, export
 from loralab.artefacts.live import bring_to_life, label_names
 from loralab.errors import AdapterFileError, CertificateError, ConfigError, OutputError
@@ -137,8 +138,8 @@ def _reload_without_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
 
     original = certificate._reload
 
-    def off(path: Path, device: str) -> Any:
-        base, precision = original(path, device)
+    def off(path: Path, device: str, base: str | None) -> Any:
+        base, precision = original(path, device, base)
         with torch.no_grad():
             next(base.model.parameters()).mul_(1.5)
         return base, precision

@@ -21,7 +21,8 @@ from loralab.adapters.adapter import Adapter
 from loralab.adapters.attach import attach
 from loralab.adapters.folder import RECORD, read_json
 from loralab.adapters.methods import Bottleneck, LoRA, Prefix
-from loralab.artefacts.certificate import logits_of, verify
+from loralab.artefacts.certificate import verify
+from loralab.artefacts.comparison import logits_of
 from loralab.artefacts.export import export
 from loralab.artefacts.live import bring_to_life
 from loralab.artefacts.merge import merge
@@ -317,3 +318,28 @@ def test_what_cannot_be_merged_says_so_before_it_works(tmp_path: Path, save_tiny
         assert not (tmp_path / "out").exists()
     with pytest.raises(ConfigError, match="peft has no method BOTTLENECK"):
         export(tmp_path / "Bottleneck", tmp_path / "out", to="peft")
+
+
+def test_a_live_model_is_merged_as_its_folder_is(
+    make_adapter: MakeAdapter, tiny_llama_folder: Path, tmp_path: Path
+) -> None:
+    path = make_adapter(tiny_llama_folder)
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama_folder)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama_folder)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    named = merge(path, tmp_path / "named")
+    own = merge(path, tmp_path / "own", model=model, tokenizer=tokenizer)
+    assert own.passed and own.max_logit_difference == named.max_logit_difference
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("named", "own")]
+    assert weights[0] == weights[1]
+    record = read_json(tmp_path / "own" / RECORD)["base"]
+    assert (record["name"], record["live"]) == (None, True)
+    assert verify(tmp_path / "own").passed
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    with pytest.raises(ConfigError) as refused:
+        merge(path, tmp_path / "other", model=model)
+    assert (refused.value.code, refused.value.field) == ("no_tokenizer", "tokenizer")
+    with pytest.raises(ConfigError) as refused:
+        verify(tmp_path / "own", base=tiny_llama_folder)
+    assert (refused.value.code, refused.value.field) == ("no_effect", "base")

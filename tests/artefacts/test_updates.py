@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 from loralab.adapters import folder
 from loralab.adapters.folder import CONFIG, read_json
 from loralab.adapters.methods import LoRA
-from loralab.artefacts.certificate import logits_of, verify
+from loralab.artefacts.certificate import verify
+from loralab.artefacts.comparison import logits_of
 from loralab.artefacts.export import export
 from loralab.artefacts.live import bring_to_life
 from loralab.artefacts.updates import is_uniform, uniform, updates

@@ -1,5 +1,6 @@
 """The commands, run as a user runs them: exit codes, one line an error, JSON."""
 
+import inspect
 import json
 import shlex
 import signal
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 
+import loralab
 from loralab.artefacts.engines import Obstacle, Verdict
 from loralab.cli import _as_interrupt, _ended, _thread_ended, artefacts, run
 from loralab.cli.options import pairs
@@ -277,3 +279,18 @@ def test_a_thread_that_cannot_write_adds_no_traceback(capsys: pytest.CaptureFixt
     said = capsys.readouterr().err
     assert "No space" not in said
     assert "ValueError: another" in said
+
+
+def test_every_command_is_a_function_of_the_same_word() -> None:
+    from typer.main import get_command
+
+    from loralab.cli import app
+
+    words = set(get_command(app).commands) - {"models", "tasks"}  # type: ignore[attr-defined]
+    assert words >= {
+        "train", "plan", "evaluate", "generate", "merge", "export", "check", "verify", "inspect",
+        "study", "report", "recommend", "serve",
+    }  # fmt: skip
+    for word in words:
+        function = getattr(loralab, word)
+        assert inspect.isfunction(function) and function.__name__ == word

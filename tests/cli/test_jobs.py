@@ -137,16 +137,16 @@ def test_a_job_that_fails_is_told_at_the_end_and_the_others_are_saved(
     file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    from loralab.artefacts import certificate
+    from loralab.training import run as run_module
 
-    certify = certificate.certify
+    certify = run_module.certify
 
     def doubting(folder: Path, *given: Any, **options: Any) -> Any:
         if folder.name == "third":
             raise CertificateError("it is not the same")
         return certify(folder, *given, **options)
 
-    monkeypatch.setattr(certificate, "certify", doubting)
+    monkeypatch.setattr(run_module, "certify", doubting)
     text = file.read_text().replace("learning_rate = 0.01", "learning_rate = 1e38\nwarmup = 0.0")
     file.write_text(text)
     assert run(["train", "--jobs", str(file), "--json"]) == 1

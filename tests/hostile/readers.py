@@ -27,7 +27,7 @@ from loralab.adapters.adapter import Adapter
 from loralab.adapters.attach import attach
 from loralab.adapters.load import load
 from loralab.adapters.methods import LoRA
-from loralab.artefacts.certificate import Reference
+from loralab.artefacts.comparison import Reference
 from loralab.cli.jobs import _jobs
 from loralab.cli.train import field_names, requested
 from loralab.models import load as models

@@ -12,7 +12,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from loralab.errors import BaseMismatchWarning
-from loralab.models.identity import as_trained, config_digest, template_of, tokenizer_digest
+from loralab.models.identity import as_trained, stored_config_digest, template_of, tokenizer_digest
 from loralab.models.load import Base, load
 from loralab.models.pictures import Pictures
 
@@ -120,7 +120,7 @@ def test_a_configuration_is_its_content(tiny_llama_folder: Path, tmp_path: Path)
     content = json.loads((tiny_llama_folder / "config.json").read_text())
     for own in (content, {**content, "transformers_version": "0", "dtype": "float16"}):
         place.write_text(json.dumps(dict(reversed(own.items())), indent=8))
-        assert config_digest(str(tmp_path)) == config_digest(str(tiny_llama_folder))
+        assert stored_config_digest(str(tmp_path)) == stored_config_digest(str(tiny_llama_folder))
     place.write_text(json.dumps({**content, "rms_norm_eps": 0.1}))
-    assert config_digest(str(tmp_path)) != config_digest(str(tiny_llama_folder))
-    assert config_digest("no-such/model") is None
+    assert stored_config_digest(str(tmp_path)) != stored_config_digest(str(tiny_llama_folder))
+    assert stored_config_digest("no-such/model") is None

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from loralab.adapters.methods import LoRA
-from loralab.training.run import Run, train
+from loralab.training.request import Request
+from loralab.training.run import Run, run_request
 from loralab.training.settings import Training
 
 WORDS = ["good", "bad", "fine", "poor", "great", "awful"]
@@ -30,17 +31,17 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tiny_train(tiny_llama_folder: Path, sums: Path, tmp_path: Path) -> Callable[..., Run]:
-    """train() on the tiny Llama; keywords are fields of Training, or arguments of train()."""
+    """A run on the tiny Llama without its certificate, which takes a process.
+
+    Keywords are fields of Training, or arguments of train().
+    """
 
     def start(name: str = "run", **wanted: Any) -> Run:
-        own = ("resume", "listener", "method", "model", "data")
-        arguments = {key: wanted.pop(key) for key in own if key in wanted}
+        usual = {"model": str(tiny_llama_folder), "data": str(sums), "method": LoRA(rank=2)}
+        own = {key: wanted.pop(key, value) for key, value in usual.items()}
+        how = {key: wanted.pop(key) for key in ("resume", "listener") if key in wanted}
         settings = {"precision": "fp32", "batch_size": 4, "max_steps": 6, "max_length": 64} | wanted
-        return train(
-            **{
-                "model": str(tiny_llama_folder), "data": str(sums), "method": LoRA(rank=2),
-                "output_dir": tmp_path / name, "training": Training(**settings), **arguments,
-            }
-        )  # fmt: skip
+        request = Request.of(**own, training=Training(**settings), mapping=None)
+        return run_request(request, tmp_path / name, **how)
 
     return start

@@ -1,4 +1,4 @@
-"""evaluate() and answers(): the base and its adapters, in the same words."""
+"""evaluate() and generate(): the base and its adapters, in the same words."""
 
 import shutil
 from collections.abc import Callable
@@ -10,7 +10,7 @@ import pytest
 from loralab.adapters.folder import RECORD, read_json, update_record
 from loralab.artefacts.merge import merge
 from loralab.errors import AdapterFileError, BaseMismatchWarning, ConfigError, DataError
-from loralab.training.evaluation import answers, evaluate
+from loralab.training.evaluation import evaluate, generate
 from loralab.training.run import Run
 from loralab.training.settings import Evaluation
 
@@ -43,10 +43,10 @@ def test_the_base_is_scored_without_an_adapter(
 def test_every_adapter_answers_beside_the_base(tiny_train: Train) -> None:
     runs = [tiny_train(name, learning_rate=0.05, seed=n) for n, name in enumerate("ab")]
     folders = [run.output_dir for run in runs]
-    found = answers(prompts=["good film", "bad"], adapters=folders, max_new_tokens=4)
+    found = generate(prompts=["good film", "bad"], adapters=folders, max_new_tokens=4)
     assert [entry["prompt"] for entry in found] == ["good film", "bad"]
     assert list(found[0]["answers"]) == ["base", *map(str, folders)]
-    alone = answers(prompts=["good film"], adapters=folders[1:], with_base=False, max_new_tokens=4)
+    alone = generate(prompts=["good film"], adapters=folders[1:], with_base=False, max_new_tokens=4)
     assert alone[0]["answers"][str(folders[1])] == found[0]["answers"][str(folders[1])]
 
 
@@ -54,14 +54,14 @@ def test_what_cannot_be_answered_is_said(
     tiny_train: Train, tiny_bert_folder: Path, tiny_gpt2_folder: Path
 ) -> None:
     with pytest.raises(ConfigError, match="no prompt"):
-        answers(prompts=[], model="x")
+        generate(prompts=[], model="x")
     with pytest.raises(ConfigError, match="no language model"):
-        answers(prompts=["a"], model=str(tiny_bert_folder))
+        generate(prompts=["a"], model=str(tiny_bert_folder))
     with pytest.raises(ConfigError, match="give --model"):
         evaluate(data="x.csv")
     run = tiny_train()
     with pytest.raises(AdapterFileError, match="base model"):
-        answers(prompts=["a"], model=str(tiny_gpt2_folder), adapters=[run.output_dir])
+        generate(prompts=["a"], model=str(tiny_gpt2_folder), adapters=[run.output_dir])
 
 
 def write_rows(file: Path, labels: str, count: int, start: int = 0) -> str:
@@ -147,17 +147,17 @@ def test_the_template_of_the_training_outlives_that_of_the_base(
     run = tiny_train(model=str(model), learning_rate=0.05)
     asked = {"prompts": ["good film"], "max_new_tokens": 4}
     adapted = {**asked, "adapters": [run.output_dir], "with_base": False}
-    before = evaluate(data=str(sums), adapter=run.output_dir), answers(**adapted)
-    base_before = answers(**asked, model=str(model))
+    before = evaluate(data=str(sums), adapter=run.output_dir), generate(**adapted)
+    base_before = generate(**asked, model=str(model))
     change_template(model)
     with pytest.warns(BaseMismatchWarning) as caught:
-        after = evaluate(data=str(sums), adapter=run.output_dir), answers(**adapted)
+        after = evaluate(data=str(sums), adapter=run.output_dir), generate(**adapted)
     assert len(caught) == 2
     assert after == before
     with pytest.warns(BaseMismatchWarning):
-        beside = answers(**{**adapted, "with_base": True})
+        beside = generate(**{**adapted, "with_base": True})
     assert beside[0]["answers"][str(run.output_dir)] == before[1][0]["answers"][str(run.output_dir)]
-    alone = answers(**asked, model=str(model))
+    alone = generate(**asked, model=str(model))
     assert beside[0]["answers"]["base"] == alone[0]["answers"]["base"]  # in the base's own words
     assert alone != base_before
 

@@ -180,15 +180,14 @@ def test_another_part_of_the_rows_is_other_data(place: Path) -> None:
     parts = [replace(task, splits={**task.splits, "train": task.splits["train"][k::2]})
              for k in (0, 1)]  # fmt: skip
     options: dict[str, Any] = {
-        "model": str(place / "model"), "data": str(place / "rows.csv"),
-        "output_dir": place / "run",
+        "model": str(place / "model"), "output_dir": place / "run",
     }  # fmt: skip
     with pytest.raises(Killed):
-        train(**options, task=parts[0], listener=kill)
+        train(**options, data=parts[0], listener=kill)
     with pytest.raises(ConfigError) as error:
-        train(**options, task=parts[1], resume=True)
+        train(**options, data=parts[1], resume=True)
     assert (error.value.code, error.value.field) == ("other_run", "data")
-    train(**options, task=parts[0], resume=True)
+    train(**options, data=parts[0], resume=True)
 
 
 @pytest.mark.usefixtures("killed")

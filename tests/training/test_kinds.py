@@ -24,14 +24,16 @@ from transformers import (
 )
 
 from loralab.adapters.methods import BitFit, Bottleneck, FullFineTune, LinearProbe, LoRA
-from loralab.artefacts.certificate import certify, logits_of
+from loralab.artefacts.certificate import certify
+from loralab.artefacts.comparison import logits_of
 from loralab.artefacts.live import bring_to_life
 from loralab.artefacts.merge import merge
 from loralab.errors import DataError, InputError, ModelError
 from loralab.models.load import load
 from loralab.training.evaluation import evaluate
 from loralab.training.plan import plan
-from loralab.training.run import Run, train
+from loralab.training.request import Request
+from loralab.training.run import Run, run_request
 from loralab.training.settings import Evaluation, Training
 
 WORDS = ["good", "bad", "fine", "poor", "great", "awful"]
@@ -97,10 +99,9 @@ def paired(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def started(model: Path, data: Path, place: Path, method: Any = None, **more: Any) -> Run:
-    return train(
-        model=str(model), data=str(data), method=method or LoRA(rank=4), output_dir=place,
-        training=Training(**{**SETTINGS, **more}),
-    )  # fmt: skip
+    settings = Training(**{**SETTINGS, **more})
+    request = Request.of(str(model), str(data), method or LoRA(rank=4), settings, None)
+    return run_request(request, place)
 
 
 def reloaded_equal(run: Run) -> None:

@@ -23,10 +23,11 @@ from loralab.training import run as run_module
 from loralab.training import shared as shared_module
 from loralab.training.jobs import TrainJob
 from loralab.training.joint import Joint
-from loralab.training.many import train_many
+from loralab.training.many import run_jobs
 from loralab.training.record import Event, read_metrics
+from loralab.training.request import Request
 from loralab.training.rounds import FAILED
-from loralab.training.run import Run, train
+from loralab.training.run import Run, run_request
 from loralab.training.settings import Training
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
@@ -54,9 +55,8 @@ def job(tiny_llama_folder: Path, sums: Path, tmp_path: Path) -> Made:
 
 
 def alone(job: TrainJob, place: Path) -> Run:
-    fields = {f.name: getattr(job, f.name) for f in dataclasses.fields(job)}
-    del fields["name"]
-    return train(**{**fields, "output_dir": place / job.name})
+    request = Request.of(job.model, job.data, job.method, job.training, job.mapping)
+    return run_request(request, place / job.name)
 
 
 def runs(outcomes: Sequence[Run | LoralabError]) -> list[Run]:
@@ -97,7 +97,7 @@ def test_each_ends_where_it_ends_alone(job: Made, tmp_path: Path) -> None:
         job("full", method=FullFineTune(), learning_rate=1e-4),
         job("small", pass_tokens=20),
     ]
-    found = runs(train_many(jobs))
+    found = runs(run_jobs(jobs))
     for run, own in zip(found, jobs, strict=True):
         assert "trained together" in note_of(run), note_of(run)
         expected = alone(own, tmp_path / "alone")
@@ -128,7 +128,7 @@ def test_classifiers_with_different_classes(
         job("three", model=model, data=str(three), batch_size=3, seed=1),
         job("drops", model=model, data=str(three), method=LoRA(rank=2, dropout=0.2)),
     ]
-    for run, own in zip(runs(train_many(jobs)), jobs, strict=True):
+    for run, own in zip(runs(run_jobs(jobs)), jobs, strict=True):
         assert "trained together" in note_of(run)
         assert_same(run, alone(own, tmp_path / "alone"))
 
@@ -185,7 +185,7 @@ def test_every_kind_of_model(job: Made, of_kind: Any, kind: str, tmp_path: Path)
         job("a", **wanted), job("b", seed=1, batch_size=2, **wanted),
         job("c", seed=2, batch_size=3, method=LoRA(rank=2, dropout=0.2), **wanted),
     ]  # fmt: skip
-    for run, own in zip(runs(train_many(jobs)), jobs, strict=True):
+    for run, own in zip(runs(run_jobs(jobs)), jobs, strict=True):
         assert run.base.kind == kind
         assert "trained together" in note_of(run), note_of(run)
         assert_same(run, alone(own, tmp_path / "alone"))
@@ -196,7 +196,7 @@ def test_every_kind_of_model(job: Made, of_kind: Any, kind: str, tmp_path: Path)
 )
 def test_in_fewer_bits(job: Made, options: dict[str, Any], tmp_path: Path) -> None:
     jobs = [job("a", **options), job("b", seed=1, **options)]
-    for run, own in zip(runs(train_many(jobs)), jobs, strict=True):
+    for run, own in zip(runs(run_jobs(jobs)), jobs, strict=True):
         assert ("trained together" in note_of(run)) == (options.get("precision") != "fp16")
         expected = alone(own, tmp_path / "alone")
         pairs = zip(run.adapter.parameters(), expected.adapter.parameters(), strict=True)
@@ -204,7 +204,7 @@ def test_in_fewer_bits(job: Made, options: dict[str, Any], tmp_path: Path) -> No
 
 
 def test_only_one_base_is_held(job: Made) -> None:
-    one, two = runs(train_many([job("a"), job("b", seed=1)]))
+    one, two = runs(run_jobs([job("a"), job("b", seed=1)]))
     ours = {p.data_ptr() for p in one.base.model.parameters() if not p.requires_grad}
     theirs = {p.data_ptr() for p in two.base.model.parameters() if not p.requires_grad}
     assert ours == theirs
@@ -227,15 +227,15 @@ def mixed(job: Made, place: str) -> list[TrainJob]:
                                      ("c", "checkpoint", 4), ("c", "step", 7), ("b", "end", 3),
                                      ("p", "step", 2)])  # fmt: skip
 def test_killed_jobs_resume_in_the_same_bytes(job: Made, stop_at: tuple[str, str, int]) -> None:
-    whole = runs(train_many(mixed(job, "whole")))
+    whole = runs(run_jobs(mixed(job, "whole")))
 
     def kill(event: Event) -> None:
         if (event["job"], event["kind"], event["step"]) == stop_at:
             raise Killed
 
     with pytest.raises(Killed):
-        train_many(mixed(job, "cut"), listener=kill)
-    resumed = runs(train_many(mixed(job, "cut"), resume=True))
+        run_jobs(mixed(job, "cut"), listener=kill)
+    resumed = runs(run_jobs(mixed(job, "cut"), resume=True))
     for run, expected in zip(resumed, whole, strict=True):
         assert files_of(run) == files_of(expected)
         steps = [e["step"] for e in read_metrics(run.output_dir) if e["kind"] == "step"]
@@ -247,12 +247,12 @@ def test_jobs_go_on_with_the_rows_that_they_were_begun_with(
 ) -> None:
     rows = shutil.copy(sums, tmp_path / "rows.jsonl")
     jobs = [job("a"), job("b", data=str(rows))]
-    train_many(jobs)
+    run_jobs(jobs)
     before = [path.read_bytes() for path in sorted((tmp_path / "many").rglob("*.json"))]
     lines = rows.read_text().splitlines()
     rows.write_text("\n".join(lines[:40]) + "\n")
     with pytest.raises(ConfigError) as error:
-        train_many(jobs, resume=True)
+        run_jobs(jobs, resume=True)
     assert (error.value.code, error.value.field) == ("other_run", "data")
     assert str(error.value).startswith("job 'b': ")
     assert before == [path.read_bytes() for path in sorted((tmp_path / "many").rglob("*.json"))]
@@ -264,15 +264,15 @@ def test_jobs_on_parts_of_the_same_rows_each_learn_from_their_own(
     task = find(str(sums))
     parts = [replace(task, splits={**task.splits, "train": task.splits["train"][k::2]})
              for k in (0, 1)]  # fmt: skip
-    jobs = [replace(job(name), task=part) for name, part in zip("ab", parts, strict=True)]
-    for run, own in zip(runs(train_many(jobs)), jobs, strict=True):
+    jobs = [replace(job(name), data=part) for name, part in zip("ab", parts, strict=True)]
+    for run, own in zip(runs(run_jobs(jobs)), jobs, strict=True):
         assert_same(run, alone(own, tmp_path / "alone"))
 
 
 def test_finished_jobs_are_not_run_again(job: Made) -> None:
-    first = [files_of(run) for run in runs(train_many(mixed(job, "many")))]
+    first = [files_of(run) for run in runs(run_jobs(mixed(job, "many")))]
     heard: list[Event] = []
-    again = runs(train_many(mixed(job, "many"), resume=True, listener=heard.append))
+    again = runs(run_jobs(mixed(job, "many"), resume=True, listener=heard.append))
     assert [files_of(run) for run in again] == first
     assert not [event for event in heard if event["kind"] == "step"]
 
@@ -283,7 +283,7 @@ def test_a_job_that_diverges_leaves_the_others_alone(
     own = {"good": {"method": LoRA(rank=2, dropout=0.3)}, "bad": {}, "other": {"seed": 3}}
     jobs = [job(name, save_every=4, **wanted) for name, wanted in own.items()]
     ill_after(monkeypatch, "bad", 2)
-    good, bad, other = train_many(jobs)
+    good, bad, other = run_jobs(jobs)
     assert isinstance(bad, LearningError)
     assert "job 'bad': step 3: the loss is not finite" in str(bad)
     assert "step 3" in (tmp_path / "many" / "bad" / FAILED).read_text()
@@ -292,7 +292,7 @@ def test_a_job_that_diverges_leaves_the_others_alone(
         assert isinstance(run, Run)
         assert_same(run, alone(one, tmp_path / "alone"))
     # what failed is tried again by itself; this time nothing is in its way
-    again = runs(train_many(jobs, resume=True))
+    again = runs(run_jobs(jobs, resume=True))
     assert_same(again[1], alone(jobs[1], tmp_path / "alone"))
     assert not (tmp_path / "many" / "bad" / FAILED).exists()
 
@@ -323,7 +323,7 @@ def test_a_gradient_that_is_not_finite_is_its_jobs_alone(
         return clip(steps)
 
     monkeypatch.setattr(rounds_module.Steps, "clip", spoiled)
-    good, bad = train_many(jobs)
+    good, bad = run_jobs(jobs)
     assert isinstance(bad, LearningError)
     assert "step 4: the gradient is not finite" in str(bad)
     assert isinstance(good, Run)
@@ -343,7 +343,7 @@ def test_numbers_that_only_a_neighbour_spoils_are_made_again(
         return [loss * float("nan") for loss in found] if len(calls) == 9 else found
 
     monkeypatch.setattr(Joint, "losses", leaking)
-    found = runs(train_many(jobs))
+    found = runs(run_jobs(jobs))
     assert len(calls) > 9
     for run, own in zip(found, jobs, strict=True):
         assert_same(run, alone(own, tmp_path / "alone"))
@@ -357,15 +357,15 @@ def test_a_killed_command_with_a_failed_job_resumes_in_the_same_bytes(
         return [job(name, place, seed=n, save_every=4) for n, name in enumerate(names)]
 
     ill_after(monkeypatch, "bad", 2)
-    whole = train_many(jobs("whole"))
+    whole = run_jobs(jobs("whole"))
 
     def kill(event: Event) -> None:
         if event["job"] == "good" and event["kind"] == "step" and event["step"] == 5:
             raise Killed
 
     with pytest.raises(Killed):
-        train_many(jobs("cut"), listener=kill)
-    resumed = train_many(jobs("cut"), resume=True)
+        run_jobs(jobs("cut"), listener=kill)
+    resumed = run_jobs(jobs("cut"), resume=True)
     for number in (0, 2):
         run, expected = resumed[number], whole[number]
         assert isinstance(run, Run)
@@ -378,7 +378,7 @@ def test_early_stop_is_each_jobs_own(
     job: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     jobs = [job("patient"), job("stops", evaluate_every=1, patience=1, learning_rate=0.3)]
-    patient, stops = runs(train_many(jobs))
+    patient, stops = runs(run_jobs(jobs))
     assert_same(patient, alone(jobs[0], tmp_path / "alone"))
     assert_same(stops, alone(jobs[1], tmp_path / "alone"))
     assert stops.stopped == "early stop"
@@ -394,7 +394,7 @@ def test_what_cannot_share_a_batch_is_trained_by_itself(job: Made, tmp_path: Pat
         job("dora", method=LoRA(rank=2, dora=True, dropout=0.2)),
         job("tokens", new_tokens=("<x>",), data=str(data)),
     ]  # fmt: skip
-    found = runs(train_many(jobs))
+    found = runs(run_jobs(jobs))
     reasons = ["trained together", "in front of a row", "trained together", "recomputes",
                "DoRA", "new tokens"]  # fmt: skip
     for run, own, reason in zip(found, jobs, reasons, strict=True):
@@ -411,18 +411,18 @@ def test_jobs_on_the_same_rows_encode_them_once(job: Made, monkeypatch: pytest.M
         return whole(*inputs, **options)
 
     monkeypatch.setattr(shared_module, "encode", counted)
-    runs(train_many([job("a"), job("b"), job("c", max_length=32)]))
+    runs(run_jobs([job("a"), job("b"), job("c", max_length=32)]))
     assert sorted(options["max_length"] for options in calls) == [32, 64]
 
 
 def test_a_single_job_is_the_ordinary_run(job: Made, tmp_path: Path) -> None:
-    (run,) = runs(train_many([job("a")]))
+    (run,) = runs(run_jobs([job("a")]))
     assert files_of(run) == files_of(alone(job("a"), tmp_path / "alone"))
 
 
 def test_events_say_whose_they_are(job: Made) -> None:
     heard: list[Event] = []
-    train_many([job("a"), job("b")], listener=heard.append)
+    run_jobs([job("a"), job("b")], listener=heard.append)
     for name in ("a", "b"):
         steps = [e["step"] for e in heard if e["job"] == name and e["kind"] == "step"]
         assert steps == [1, 2, 3, 4, 5, 6]
@@ -432,7 +432,7 @@ def test_random_numbers_of_the_user_are_left_alone(job: Made) -> None:
     torch.manual_seed(7)
     expected = torch.rand(3)
     torch.manual_seed(7)
-    train_many([job("a", method=LoRA(rank=2, dropout=0.3)), job("b")])
+    run_jobs([job("a", method=LoRA(rank=2, dropout=0.3)), job("b")])
     assert torch.equal(torch.rand(3), expected)
 
 
@@ -445,10 +445,10 @@ def test_an_interrupt_leaves_checkpoints_of_all(job: Made, tmp_path: Path) -> No
 
     jobs = [job("a", save_every=5), job("b", save_every=5)]
     with pytest.raises(KeyboardInterrupt):
-        train_many(jobs, listener=stop)
+        run_jobs(jobs, listener=stop)
     for name in ("a", "b"):
         assert (tmp_path / "many" / name / "checkpoints" / "step-000002").is_dir()
-    for run, own in zip(runs(train_many(jobs, resume=True)), jobs, strict=True):
+    for run, own in zip(runs(run_jobs(jobs, resume=True)), jobs, strict=True):
         assert_same(run, alone(own, tmp_path / "alone"))
 
 
@@ -465,22 +465,22 @@ def test_bad_input_writes_nothing(
     job: Made, tmp_path: Path, wrong: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(LoralabError, match=message):
-        train_many([job("a"), job("b", **wrong)])
+        run_jobs([job("a"), job("b", **wrong)])
     assert not (tmp_path / "many").exists()
 
 
 def test_names_and_folders(job: Made) -> None:
     for names in (("a", "a"), ("a", "A"), ("a", "../b"), ("a", "")):
         with pytest.raises(ConfigError, match="job"):
-            train_many([job(name) for name in names])
+            run_jobs([job(name) for name in names])
     with pytest.raises(ConfigError, match="no job"):
-        train_many([])
-    train_many([job("a")])
+        run_jobs([])
+    run_jobs([job("a")])
     with pytest.raises(OutputError, match=r"job 'a': .*--resume"):
-        train_many([job("b"), job("a")])
+        run_jobs([job("b"), job("a")])
     same = dataclasses.replace(job("b"), output_dir=job("c").output_dir)
     with pytest.raises(ConfigError, match="output_dir of its own"):
-        train_many([same, job("c")])
+        run_jobs([same, job("c")])
 
 
 def test_an_evaluation_that_fails_ends_its_job(
@@ -494,7 +494,7 @@ def test_an_evaluation_that_fails_ends_its_job(
         return evaluate(*given, **options)
 
     monkeypatch.setattr(run_module, "evaluate", failing)
-    good, bad = train_many([job("good"), job("bad", evaluation_rows=7)])
+    good, bad = run_jobs([job("good"), job("bad", evaluation_rows=7)])
     assert isinstance(bad, LearningError)
     assert isinstance(good, Run)
 
@@ -508,7 +508,7 @@ def test_a_full_disk_is_no_fault_of_a_job(job: Made, monkeypatch: pytest.MonkeyP
             raise OutputError("cannot write it: No space left on device")
 
     with pytest.raises(OutputError, match="No space"):
-        train_many(jobs("cut"), listener=full)
-    whole = runs(train_many(jobs("whole")))
-    for run, expected in zip(runs(train_many(jobs("cut"), resume=True)), whole, strict=True):
+        run_jobs(jobs("cut"), listener=full)
+    whole = runs(run_jobs(jobs("whole")))
+    for run, expected in zip(runs(run_jobs(jobs("cut"), resume=True)), whole, strict=True):
         assert files_of(run) == files_of(expected)

@@ -11,12 +11,13 @@ from loralab.adapters import folder
 from loralab.adapters.load import load
 from loralab.adapters.methods import AdaLoRA, Bottleneck, FullFineTune, LoRA, Prefix
 from loralab.adapters.registry import built_in
-from loralab.artefacts.certificate import certify, logits_of
+from loralab.artefacts.comparison import logits_of
 from loralab.artefacts.live import bring_to_life
 from loralab.errors import ConfigError
-from loralab.training.evaluation import answers, evaluate
+from loralab.training.evaluation import evaluate, generate
 from loralab.training.plan import plan
-from loralab.training.run import Run, train
+from loralab.training.request import Request
+from loralab.training.run import Run, run_request, train
 from loralab.training.settings import Evaluation, Training
 
 KINDS: dict[str, Any] = {
@@ -54,10 +55,8 @@ def check_method(method: Any, model: Path, data: Path, place: Path) -> Run:
     """Train, kill, resume, reload, evaluate."""
 
     def start(name: str, **options: Any) -> Run:
-        return train(
-            model=str(model), data=str(data), method=method, output_dir=place / name,
-            training=Training(**SETTINGS), **options,
-        )  # fmt: skip
+        request = Request.of(str(model), str(data), method, Training(**SETTINGS), None)
+        return run_request(request, place / name, **options)
 
     run = start("whole")
     with pytest.raises(Killed):
@@ -106,8 +105,7 @@ def test_a_fresh_process_gives_the_same_logits(
         model=str(tiny_llama_folder), data=str(sums), method=KINDS[kind],
         output_dir=tmp_path / "run", training=Training(**{**SETTINGS, "max_steps": 3}),
     )  # fmt: skip
-    certificate = certify(run.output_dir, run.base.model, run.sample, kind=run.base.kind)
-    assert certificate.max_logit_difference == 0
+    assert run.certificate is not None and run.certificate.max_logit_difference == 0
 
 
 @pytest.mark.parametrize("kind", ON_LLAMA)
@@ -163,7 +161,7 @@ class TestNewTokens:
         assert ids[0] in {number for prompt in sample for number in prompt}
         want = logits_of(run.base.model, sample, run.base.kind)
         assert torch.equal(logits_of(live.base.model, sample, run.base.kind), want)
-        found = answers(prompts=["<tool> 3"], adapters=[run.output_dir], max_new_tokens=2)
+        found = generate(prompts=["<tool> 3"], adapters=[run.output_dir], max_new_tokens=2)
         assert set(found[0]["answers"]) == {"base", str(run.output_dir)}
 
     def test_what_is_no_new_token_is_refused(self, tiny_llama_folder: Path, tmp_path: Path) -> None:

@@ -10,12 +10,8 @@ from loralab.adapters.folder import CONFIG, RECORD, read_json
 from loralab.adapters.record import FORMAT
 from loralab.adapters.registry import spec_of_file
 from loralab.artefacts import gguf_adapter
-from loralab.artefacts.certificate import (
-    Certificate,
-    compare_afresh,
-    file_digests,
-    reference_of,
-)
+from loralab.artefacts.certificate import compare_afresh, file_digests
+from loralab.artefacts.comparison import Certificate, reference_of
 from loralab.artefacts.engines import differs_in_peft, require
 from loralab.artefacts.live import Live, bring_to_life, sample_of
 from loralab.artefacts.merge import merge, unproved
@@ -106,7 +102,7 @@ def _proven(live: Live, output: Path, write: Callable[[Path, Record], object]) -
     reference = reference_of(base.model, sample_of(stored, base), base.kind, base.tokenizer)
     record = {k: v for k, v in stored.items() if k not in ("format", "digest", "certificate")}
     record["base"] = {
-        **stored.get("base", {}), "name": base.name, "kind": base.kind,
+        **{k: v for k, v in stored.get("base", {}).items() if k != "live"}, **base.recorded,
         "precision": live.precision,
     }  # fmt: skip
     with unproved(output) as rejected:

@@ -1,5 +1,6 @@
 """An adapter folder brought to life: the base that it names, and the adapter in it."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from loralab.adapters.folder import AdapterFolder, read_json
 from loralab.adapters.load import load as load_adapter
 from loralab.errors import AdapterFileError
 from loralab.models import load as models
+from loralab.models.given import Given, given
 from loralab.models.identity import as_trained
 from loralab.models.kinds import HEADS, LOADERS
 from loralab.models.load import Base
@@ -42,15 +44,18 @@ class Live:
 def bring_to_life(
     path: str | Path,
     *,
-    model: str | None = None,
+    model: Any = None,
+    tokenizer: Any = None,
     precision: str | None = None,
     device: str = "cpu",
 ) -> Live:
     """Load an adapter folder onto its base, which is asked as it was in the adapter's training.
 
     Args:
-        model: the base; None is the one that the folder names.
-        precision: fp32, bf16 or fp16; None is that of the training, or fp32.
+        model: the base; None is the one that the folder names. Of a live model with its
+            `tokenizer` a copy is used.
+        precision: fp32, bf16 or fp16; None is that of the training, or fp32, and of a live model
+            its own.
         device: where to.
 
     Raises:
@@ -58,24 +63,27 @@ def bring_to_life(
     """
     stored = folder.read(path)
     record = stored.record.get("base", {})
-    name = (
-        model
-        or record.get("name")
-        or read_json(Path(path) / folder.CONFIG).get("base_model_name_or_path")
-    )
-    if not name:
-        raise AdapterFileError(f"{path} does not name its base model; give it with --model")
-    kind = record.get("kind") or models.natural_kind(name)
-    precision = precision or record.get("precision") or "fp32"
-    # whatever is new in the base and not in the folder, such as a pooler, starts as in training
-    seed = stored.record.get("training", {}).get("seed", 0)
-    base = models.load(
-        name, kind=kind, dtype=models.parse_dtype(precision), labels=label_names(stored),
-        seed=seed, image_size=record.get("image_size"),
-    )  # fmt: skip
+    name = model
+    if name is None:
+        name = record.get("name")
+        name = name or read_json(Path(path) / folder.CONFIG).get("base_model_name_or_path")
+    if name is None or name == "":
+        raise AdapterFileError(
+            f"{path} does not name its base model; give it with --model",
+            code="base_needed",
+            field="model",
+        )
+    name = str(name) if isinstance(name, Path) else name
+    own = given(name, tokenizer)
+    if own is not None:
+        precision = own.precision(precision or "auto")
+        base = _copied(own, stored)
+    else:
+        precision = precision or record.get("precision") or "fp32"
+        base = _loaded(name, stored, precision)
     base.model.to(device)
     if (how := record.get("quantize", "none")) != "none":
-        pack(base.model, how, name)
+        pack(base.model, how, base.name)
     prompts = stored.record.get("tokenizer", {})
     add_tokens(base, prompts.get("new_tokens", ()))
     adapter = load_adapter(base.model, path)
@@ -101,6 +109,27 @@ def on_base(path: str | Path, base: str | Path, *, device: str = "cpu") -> Live:
     adapter = load_adapter(model.to(device).eval(), path)
     whole = Base(name=str(base), model=model, tokenizer=None, kind=kind, source=str(base))
     return Live(base=whole, adapter=adapter, stored=stored, precision=precision)
+
+
+def _copied(own: Given, stored: AdapterFolder) -> Base:
+    """Return a copy of a live model, as the adapter's training needs it."""
+    record = stored.record.get("base", {})
+    copied = Given(copy.deepcopy(own.model), own.tokenizer)
+    return copied.base(
+        record.get("kind") or "", labels=label_names(stored), image_size=record.get("image_size")
+    )
+
+
+def _loaded(name: str, stored: AdapterFolder, precision: str) -> Base:
+    """Return a base by name, as the adapter's training needs it."""
+    record = stored.record.get("base", {})
+    kind = record.get("kind") or models.natural_kind(name)
+    # whatever is new in the base and not in the folder, such as a pooler, starts as in training
+    seed = stored.record.get("training", {}).get("seed", 0)
+    return models.load(
+        name, kind=kind, dtype=models.parse_dtype(precision), labels=label_names(stored),
+        seed=seed, image_size=record.get("image_size"),
+    )  # fmt: skip
 
 
 def label_names(stored: AdapterFolder) -> list[str]:

@@ -13,7 +13,8 @@ from loralab import atomic
 from loralab.adapters.folder import RECORD, write_json
 from loralab.adapters.record import FORMAT
 from loralab.artefacts import requantize
-from loralab.artefacts.certificate import Certificate, compare_afresh, file_digests, reference_of
+from loralab.artefacts.certificate import compare_afresh, file_digests
+from loralab.artefacts.comparison import Certificate, reference_of
 from loralab.artefacts.live import Live, bring_to_life, sample_of
 from loralab.errors import CertificateError, ConfigError
 from loralab.models.load import quiet
@@ -27,7 +28,8 @@ def merge(
     adapter: str | Path,
     output: str | Path,
     *,
-    model: str | None = None,
+    model: Any = None,
+    tokenizer: Any = None,
     precision: str | None = None,
     quantize: str = "none",
     force: bool = False,
@@ -39,8 +41,10 @@ def merge(
     and compared with the unmerged model; if it differs too much it stays as `<output>.rejected`.
 
     Args:
-        model: the base; None is the one that the adapter names.
-        precision: of the written weights: fp32, bf16, fp16; None is that of the training.
+        model: the base; None is the one that the adapter names. Of a live model with its
+            `tokenizer` a copy is merged.
+        precision: of the written weights: fp32, bf16, fp16; None is that of the training, and of
+            a live model its own.
         quantize: "nf4" packs the merged weights again; a 4-bit base is otherwise left unpacked.
         force: also where 4 bits would round most of the update away.
 
@@ -52,7 +56,7 @@ def merge(
     atomic.require_free(output)
     check_choice("quantize", quantize, ("none", "nf4"))
     packs = quantize == "nf4"
-    live = bring_to_life(adapter, model=model, precision=precision)
+    live = bring_to_life(adapter, model=model, tokenizer=tokenizer, precision=precision)
     if reason := live.adapter.reason_not_to_merge():
         raise ConfigError(f"{adapter}: {reason}")
     base = live.base
@@ -121,9 +125,8 @@ def _write_model(live: Live, plain: Any, place: Path, kept: Mapping[str, float])
     if kept:
         told["retained"] = {name: round(share, 4) for name, share in kept.items()}
     base: dict[str, Any] = {
-        **{k: v for k, v in record.get("base", {}).items() if k != "quantize"},
-        "name": live.base.name,
-        "kind": live.base.kind,
+        **{k: v for k, v in record.get("base", {}).items() if k not in ("quantize", "live")},
+        **live.base.recorded,
     }
     content: dict[str, Any] = {
         "format": FORMAT, "kind": "model", "precision": live.precision, "base": base,

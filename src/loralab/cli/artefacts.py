@@ -10,7 +10,7 @@ from loralab.cli import app
 from loralab.cli.train import Json, Model, _print_json, _print_table
 
 if TYPE_CHECKING:
-    from loralab.artefacts.certificate import Certificate
+    from loralab.artefacts.comparison import Certificate
     from loralab.artefacts.engines import Verdict
 
 AdapterPath = Annotated[Path, typer.Argument(help="an adapter folder")]
@@ -77,12 +77,15 @@ def check(
 @app.command()
 def verify(
     artefact: Annotated[Path, typer.Argument(help="an adapter folder or a merged model")],
+    base: Annotated[
+        str | None, typer.Option(help="the base of an adapter; the one that it names if left out")
+    ] = None,
     json_: Json = False,
 ) -> None:
     """Reload an artefact in a fresh process and compare it with its certificate."""
     from loralab.artefacts.certificate import verify as run_verify
 
-    _show_certificate(artefact, run_verify(artefact), json_)
+    _show_certificate(artefact, run_verify(artefact, base=base), json_)
 
 
 @app.command()
@@ -92,14 +95,15 @@ def inspect(
     json_: Json = False,
 ) -> None:
     """Look into an adapter: size, norms, spectrum; with a second one, subspace overlap."""
-    from loralab.adapters.spectrum import compare, describe
+    from loralab.artefacts.inspect import inspect as run_inspect
 
-    if other is None:
-        summary = describe(adapter)
-        _print_json(summary) if json_ else _show_summary(summary)
+    found = run_inspect(adapter, other)
+    if json_:
+        _print_json(found)
+    elif other is None:
+        _show_summary(found)
     else:
-        rows = compare(adapter, other)
-        _print_json(rows) if json_ else _show_overlap(rows)
+        _show_overlap(found)
 
 
 def _show_certificate(path: Path, certificate: "Certificate", as_json: bool) -> None:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from loralab.cli.progress import LINES, duration
-from loralab.cli.train import _print_json, field_names, proved, requested, show_run
+from loralab.cli.train import _print_json, field_names, requested, run_json, show_run
 from loralab.errors import ConfigError, LoralabError, shown
 from loralab.training.jobs import TrainJob, of_job, read_jobs
 
@@ -79,10 +79,7 @@ def _result(name: str, outcome: "Outcome") -> dict[str, Any]:
     """A run with its certificate, or why there is none."""
     if isinstance(outcome, LoralabError):
         return {"name": name, "error": str(outcome)}
-    try:
-        return {"name": name, **proved(outcome)}
-    except LoralabError as error:
-        return {"name": name, "error": str(of_job(name, error))}
+    return {"name": name, **run_json(outcome)}
 
 
 class JobLines:

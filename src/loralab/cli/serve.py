@@ -1,6 +1,7 @@
 """serve."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -74,50 +75,24 @@ def serve(
     if store is None:
         raise ConfigError("give --store, a folder of adapter folders")
     _require_extra()
+    from loralab.serving.serve import keys_for, rules_for, serve_by
+
     asked: dict[str, Any] = {
         "model": model or DEFAULT_MODEL, "store": store.resolve(), "settings": settings,
         "adapters": _named(adapter or []), "pinned": pin or [],
     }  # fmt: skip
     if engine_name == "vllm":
         require_vllms(typed or {}, keys, pin, ray or replicas or allow_host or allow_origin)
-        _keys(host, None, no_keys)
+        keys_for(host, None, no_keys=no_keys)
         raise typer.Exit(serve_by_vllm(asked, host, port, engine_python, engine_args, json_))
     require_ours(engine_name, engine_python, engine_args)
-    known = _keys(host, keys, no_keys)
-    from loralab.serving.gate import hosts_of
-    from loralab.serving.origins import origins_of
-
-    origins = origins_of(allow_origin or [], with_keys=known is not None)
-    rules = {"limits": limits, "hosts": hosts_of(host, allow_host or []), "origins": origins}
+    known = keys_for(host, keys, no_keys=no_keys)
+    rules = rules_for(host, known, limits, allow_host or [], allow_origin or [])
     if ray is not None or replicas is not None:
         _serve_replicas(asked | rules, replicas or 1, ray, host, port, known, json_)
     else:
-        _serve_here(asked, host, port, known, rules, json_)
-
-
-def _serve_here(
-    asked: dict[str, Any], host: str, port: int, known: "Keys | None", rules: dict[str, Any],
-    json_: bool,
-) -> None:  # fmt: skip
-    """Serve by loralab's own engine until a signal ends it."""
-    from loralab.serving.api import build_app
-    from loralab.serving.api_service import about
-    from loralab.serving.listener import Listener, address, open_socket
-
-    with open_socket(host, port) as opened:
-        from loralab.serving.opening import open_engine
-
-        engine = open_engine(**asked)
-        application = build_app(engine, keys=known, **rules)
-        where = address(opened)
-        listener = Listener(
-            application, opened, lambda: _say_ready(about(engine), where, known is not None, json_)
-        )
-        engine.start()
-        try:
-            listener.listen()
-        finally:
-            engine.stop(drain=not listener.force_exit)
+        say = partial(_say_ready, as_json=json_)
+        serve_by(asked, host, port, known, rules, say)
 
 
 def _named(given: list[str]) -> dict[str, str | Path]:
@@ -143,23 +118,6 @@ def _require_extra() -> None:
     assert fastapi
     assert prometheus_client
     assert uvicorn
-
-
-def _keys(host: str, file: Path | None, without: bool) -> "Keys | None":
-    """The keys of a file; nothing that others can reach goes without, unless asked to."""
-    from loralab.serving.keys import read
-    from loralab.serving.listener import is_loopback
-
-    if file is not None:
-        if without:
-            raise ConfigError("give either --keys or --no-keys")
-        return read(file)
-    if not without and not is_loopback(host):
-        raise ConfigError(
-            f"--host {host} can be reached by others: give --keys keys.toml, or --no-keys to let "
-            "everyone ask and load adapters"
-        )
-    return None
 
 
 def _serve_replicas(

@@ -20,7 +20,6 @@ from loralab.training.settings import Evaluation, Training
 from loralab.values import read_toml
 
 if TYPE_CHECKING:
-    from loralab.artefacts.certificate import Certificate
     from loralab.training.plan import Plan
     from loralab.training.run import Run
 
@@ -84,7 +83,7 @@ def train(
 
     with Bar(quiet=quiet or json_) as bar:
         run = run_training(**request, output_dir=output, resume=resume, listener=bar)
-    result = proved(run)
+    result = run_json(run)
     if result and json_:
         _print_json(result)
     elif result:
@@ -172,9 +171,9 @@ def generate(
     adapters = list(adapter or [])
     if model is None and not adapters:
         model = DEFAULT_MODEL
-    from loralab.training.evaluation import answers
+    from loralab.training.evaluation import generate as answer
 
-    found = answers(
+    found = answer(
         prompts=prompts, model=model, adapters=adapters, with_base=base, system=system,
         max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, precision=precision,
     )  # fmt: skip
@@ -288,28 +287,10 @@ def _mapping(text: str | None) -> dict[str, str]:
     return pairs(text, "map") if text else {}
 
 
-def proved(run: "Run") -> dict[str, Any]:
-    """A run in JSON, with the certificate that what was saved does what was trained.
-
-    Empty in all processes but the first of several: they only compute what it compares with, of
-    which each has a part where the base is split.
-
-    Raises:
-        CertificateError: it does not.
-    """
-    from loralab.artefacts.certificate import certify, reference_of
-    from loralab.training.world import world
-
-    base = run.base
-    if not world().first:
-        reference_of(base.model, run.sample, base.kind, base.tokenizer)
+def run_json(run: "Run") -> dict[str, Any]:
+    """A run in JSON; empty in all processes but the first of several."""
+    if run.certificate is None:
         return {}
-    return _run_json(run, certify(
-        run.output_dir, base.model, run.sample, kind=base.kind, tokenizer=base.tokenizer
-    ))  # fmt: skip
-
-
-def _run_json(run: "Run", certificate: "Certificate") -> dict[str, Any]:
     total = sum(p.numel() for p in run.base.model.parameters())
     size = sum(f.stat().st_size for f in run.output_dir.glob("adapter_model.safetensors"))
     return {
@@ -318,7 +299,7 @@ def _run_json(run: "Run", certificate: "Certificate") -> dict[str, Any]:
         "validation_rows": run.scores["validation"].rows,
         "trainable": run.adapter.num_parameters, "total": total, "adapter_bytes": size,
         "seconds": run.seconds, "tokens": run.tokens, "tokens_per_second": run.tokens_per_second,
-        "peak_bytes": run.peak_bytes, "certificate": certificate.to_json(),
+        "peak_bytes": run.peak_bytes, "certificate": run.certificate.to_json(),
     }  # fmt: skip
 
 

@@ -17,7 +17,8 @@ from loralab.adapters.adapter import Adapter
 from loralab.adapters.bases import is_quantized
 from loralab.adapters.fingerprint import dtype_name
 from loralab.adapters.several import disabled
-from loralab.artefacts.certificate import Certificate, certify
+from loralab.artefacts.certificate import certify
+from loralab.artefacts.comparison import Certificate
 from loralab.models.kinds import CAUSAL, CLASSIFIER, HEADS, SENTENCES, TAGGER, class_for
 from loralab.tasks.samples import SAMPLES, TOKENS
 

@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 from loralab.adapters.adapter import Adapter
 from loralab.adapters.model_folder import require_no_model
 from loralab.adapters.split import require_whole
-from loralab.artefacts.certificate import Certificate
+from loralab.artefacts.comparison import Certificate
 from loralab.errors import AdapterStateError, ConfigError, LearningError
 from loralab.integrations.checkpoint import CheckpointState
 from loralab.integrations.proof import proved, record_of, sample_of, why_not_certified

@@ -50,19 +50,28 @@ def template_of(tokenizer: Any) -> str | None:
     return found.get("default") if isinstance(found, dict) else found
 
 
-def config_digest(source: str) -> str | None:
+def config_digest(base: Base) -> str | None:
     """16 hexadecimal digits over a model's config.json; None where there is no such file here.
 
-    Args:
-        source: the folder or hub id that a model was read from.
+    Of a live model it is the configuration as it would be written.
     """
+    if base.live:
+        return _config_digest(json.loads(base.model.config.to_json_string(use_diff=False)))
+    return stored_config_digest(base.source)
+
+
+def stored_config_digest(source: str) -> str | None:
+    """Return the same of a folder or a hub id."""
     found = Path(source) / CONFIG
     if not Path(source).is_dir():
         cached = try_to_load_from_cache(source, CONFIG)
         if not isinstance(cached, str):
             return None
         found = Path(cached)
-    content = read_json(found, ModelError)
+    return _config_digest(read_json(found, ModelError))
+
+
+def _config_digest(content: Mapping[str, Any]) -> str:
     return _digest({key: content[key] for key in sorted(content.keys() - {*INCIDENTAL})})
 
 

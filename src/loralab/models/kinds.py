@@ -171,8 +171,9 @@ def head_options(name: str, config: Any, kind: str, labels: Sequence[str]) -> di
         return options
     raise ModelError(
         f"{name} has a classification head for {some(own.values())}; the labels here are "
-        f"{some(labels)}, and must be the same in the same order"
-    )
+        f"{some(labels)}, and must be the same in the same order",
+        code="other_labels", field="model",
+    )  # fmt: skip
 
 
 def _unnamed(names: Mapping[int, str]) -> bool:

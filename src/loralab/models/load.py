@@ -57,8 +57,9 @@ class Base:
     """A base model, in evaluation mode, with its tokenizer (padded on the right).
 
     A vision model has Pictures (models/pictures.py) in the place of a tokenizer.
-    `name` is what the user wrote, a folder made absolute; `source` where it was read from; `new`
-    are the paths of modules that start at random, since the file has nothing for them.
+    `name` is what the user wrote, a folder made absolute; `source` where it was read from, empty
+    for a live model; `new` are the paths of modules that start at random, since the file has
+    nothing for them.
     """
 
     name: str
@@ -67,6 +68,17 @@ class Base:
     kind: str
     source: str
     new: tuple[str, ...] = ()
+
+    @property
+    def live(self) -> bool:
+        """Tell if this is the user's own model in memory (given.py): nobody else can load it."""
+        return not self.source
+
+    @property
+    def recorded(self) -> dict[str, Any]:
+        """Its name and kind as records have them: a live model has no name to load it by."""
+        live = {"name": None, "live": True} if self.live else {"name": self.name}
+        return {**live, "kind": self.kind}
 
 
 def load(
@@ -110,7 +122,7 @@ def load(
         torch.manual_seed(seed)
         tokenizer = _reader(name, source, config, kind, image_size)
         if kind != VISION:
-            _require_use(name, tokenizer, config, kind)
+            require_use(name, tokenizer, config, kind)
         model, report = LOADERS[kind].from_pretrained(
             source, dtype=dtype, use_safetensors=True, output_loading_info=True,
             trust_remote_code=False, ignore_mismatched_sizes=True, **options,
@@ -119,9 +131,9 @@ def load(
     new_head = kind in HEADS and not has_head(config, kind)
     new = new_modules(name, model, report, new_head=new_head)
     if kind == VISION:
-        _require_size(name, model, tokenizer.size)
+        require_size(name, model, tokenizer.size)
     else:
-        _prepare(model, tokenizer)
+        pad_on_the_right(model, tokenizer)
     keep_statistics(model.eval())
     shown = str(Path(name).resolve()) if name not in MODELS and Path(name).exists() else name
     return Base(name=shown, model=model, tokenizer=tokenizer, kind=kind, source=source, new=new)
@@ -244,8 +256,15 @@ def _require_model_folder(name: str, path: Path) -> None:
     require_folder(name, path)
 
 
+def has_tokenizer(source: str | Path) -> bool:
+    """Tell whether a folder holds a tokenizer; a hub id is taken to have one."""
+    path = Path(source)
+    kinds = ("tokenizer*", "vocab*", "*.model", "preprocessor_config.json")
+    return not path.is_dir() or any(any(path.glob(kind)) for kind in kinds)
+
+
 def _require_tokenizer(name: str, path: Path) -> None:
-    if not any(any(path.glob(kind)) for kind in ("tokenizer*", "vocab*", "*.model")):
+    if not has_tokenizer(path):
         raise ModelError(f"{name} holds no tokenizer (tokenizer.json)")
 
 
@@ -293,7 +312,7 @@ def _options(name: str, config: Any, kind: str, labels: Sequence[str]) -> Option
     return {}
 
 
-def _require_size(name: str, model: Any, size: int) -> None:
+def require_size(name: str, model: Any, size: int) -> None:
     """A model whose places are fixed takes its own size alone."""
     own = pictures.side(getattr(pictures.settings(model.config), "image_size", None))
     fits = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
@@ -302,7 +321,7 @@ def _require_size(name: str, model: Any, size: int) -> None:
     raise ConfigError(f"{name} takes pictures of {own} pixels alone, got image_size {size}")
 
 
-def _require_use(name: str, tokenizer: Any, config: Any, kind: str) -> None:
+def require_use(name: str, tokenizer: Any, config: Any, kind: str) -> None:
     """A tokenizer whose files are odd is found out when it is used, so it is used here."""
     if not isinstance(tokenizer.model_max_length, int | float):
         raise ModelError(
@@ -320,7 +339,7 @@ def _require_use(name: str, tokenizer: Any, config: Any, kind: str) -> None:
         )  # fmt: skip
 
 
-def _prepare(model: Any, tokenizer: Any) -> None:
+def pad_on_the_right(model: Any, tokenizer: Any) -> None:
     """Pad with a token that the model has a row for: labels and mask hide it.
 
     The model must know it too, as some classifiers look for the last token before it.

@@ -13,10 +13,12 @@ from loralab.errors import ConfigError, InputError, OutputError, RunError
 from loralab.studies import catalog, store
 from loralab.studies.cluster import open_cluster
 from loralab.studies.fields import configured, from_toml, known
+from loralab.studies.objects import FOLDER, Objects
 from loralab.studies.runner import Listener, Session, session
 from loralab.studies.study import FAILED, Answer, Arm, Asked, Cell, Ground, parse_seconds
 from loralab.studies.trained import MEASURE
-from loralab.training.preflight import Request, write_config
+from loralab.training.preflight import write_config
+from loralab.training.request import Request
 
 ALL = "all"
 Work = tuple[Ground, list[Arm] | None]  # None: the question's own arms
@@ -35,6 +37,9 @@ def study(
     name: str,
     *,
     output_dir: str | Path | None = None,
+    model: Any = None,
+    tokenizer: Any = None,
+    data: Any = None,
     asked: Asked | None = None,
     mapping: Mapping[str, str] | None = None,
     budget: str | None = None,
@@ -49,6 +54,8 @@ def study(
     Args:
         name: a study of the catalog, "all", or a TOML file of one's own (docs/studies.md).
         output_dir: the study folder; none is studies/<name>. With `resume` one that exists.
+        model, tokenizer, data: as train() takes them; none is as `asked` says. A live model and
+            rows in memory are written into the study folder.
         asked: what shall differ from the question's own ground.
         budget: time that may be spent, such as "20m"; what does not fit is left out and named.
         skip_invalid: run the other arms where some cannot run on this model.
@@ -59,10 +66,13 @@ def study(
     Raises:
         InputError: a name, a setting, the model or the data is wrong.
     """
-    work = _work(name, asked or Asked(), mapping)
     folder = Path(output_dir) if output_dir is not None else Path("studies") / Path(name).stem
+    objects = Objects.of(folder, model, tokenizer, data, mapping)
+    asked = objects.named_in(asked or Asked(), model, data)
+    work = _work(name, asked, mapping if objects.data is None else None)
     seconds = parse_seconds(budget) if budget is not None else None
     _require_place(folder, resume=resume)
+    objects.write()
     skipped: dict[str, str] = {}
     with open_cluster(ray) as away, session(folder, seconds, listener, away) as own:
         for ground, arms in work:
@@ -88,8 +98,9 @@ def report(folder: str | Path, *, language: str = "en") -> Outcome:
 
 def recommend(
     *,
-    model: str,
-    data: str,
+    model: Any,
+    data: Any,
+    tokenizer: Any = None,
     output_dir: str | Path | None = None,
     budget: str = "20m",
     asked: Asked | None = None,
@@ -102,7 +113,7 @@ def recommend(
     """From data to a good configuration within a time: config.toml, and the evidence for it.
 
     Args:
-        model, data: as train() takes them.
+        model, tokenizer, data: as train() takes them.
         output_dir: a new study folder; none is studies/recommend. With `resume` one that exists.
         budget: time to spend, such as "20m": decides how many configurations are tried, and for
             how many steps.
@@ -115,10 +126,13 @@ def recommend(
     """
     folder = Path(output_dir) if output_dir is not None else Path("studies") / catalog.RECOMMEND
     seconds = parse_seconds(budget)
-    asked = replace(asked or Asked(), model=model, data=data)
+    objects = Objects.of(folder, model, tokenizer, data, mapping)
+    mapping = mapping if objects.data is None else None
+    asked = objects.named_in(asked or Asked(), model, data)
     if asked.values or asked.fixed_lr:
         raise ConfigError("--values and --fixed-lr have no effect on recommend, which chooses both")
     _require_place(folder, resume=resume)
+    objects.write()
     started = time.monotonic()
     with open_cluster(ray) as away, session(folder, seconds, listener, away) as own:
         ground = _sized(own, catalog.search_ground(asked, mapping), seconds, started)
@@ -244,6 +258,7 @@ def _require_place(folder: Path, *, resume: bool) -> None:
                 f"{shlex.quote(str(folder))}, or choose another --output-dir"
             )
         return
-    left = {store.LOCK, store.LOG, store.RUNS, store.STUDY + atomic.PARTIAL}  # by a killed one
+    partial = store.STUDY + atomic.PARTIAL
+    left = {store.LOCK, store.LOG, store.RUNS, FOLDER, partial}  # by a killed one
     if not folder.is_dir() or {entry.name for entry in folder.iterdir()} - left:
         atomic.require_free(folder)

@@ -24,7 +24,8 @@ from loralab.tasks.catalog import Task
 from loralab.tasks.score import Scores, evaluate
 from loralab.training.preflight import CONFIG
 from loralab.training.record import read_metrics
-from loralab.training.run import Run, train
+from loralab.training.request import Request
+from loralab.training.run import Run, run_request
 
 MEASURE = "loralab.studies.trained:measure"
 SEARCH = "loralab.studies.trained:searched"
@@ -70,10 +71,9 @@ def trained(cell: Cell, folder: Path, tell: Tell) -> Run:
     method, training = configured({**ground.fields, **cell.arm.fields, "seed": cell.seed})
     task = rows_of(ground)
     training = replace(training, evaluation_rows=max(1, len(task.splits["validation"])))
-    return train(
-        model=ground.model, data=ground.data, output_dir=place, method=method, training=training,
-        resume=(place / CONFIG).is_file(), mapping=ground.mapping, listener=tell, task=task,
-    )  # fmt: skip
+    request = Request.of(ground.model, ground.data, method, training, ground.mapping)
+    request = replace(request, task=task)
+    return run_request(request, place, resume=(place / CONFIG).is_file(), listener=tell)
 
 
 def rows_of(ground: Ground) -> Task:

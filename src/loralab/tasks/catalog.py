@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loralab.errors import DataError, nearest, some
+from loralab.errors import ConfigError, DataError, nearest, some
 from loralab.tasks import fashion, vader
 from loralab.tasks.formats import Row
 from loralab.tasks.read import Table, read
@@ -43,6 +43,34 @@ class Task:
     leaked: int = 0
     digest: str = ""
     notes: tuple[str, ...] = ()
+
+    def encode(
+        self, tokenizer: Any, split: str = "train", max_length: int = 512, *, kind: str = ""
+    ) -> list[Any]:
+        """Return the rows of a split as the model sees them (`tasks.encode.Example`).
+
+        Each has `input_ids`, `labels` (-100 = not learnt) and `row`, its place in the split. A row
+        whose answer does not fit in `max_length` tokens is left out.
+
+        Args:
+            kind: of the model, such as "sequence-classification"; empty for a language model,
+                or what alone learns from such rows.
+
+        Raises:
+            InputError: there is no such split, or the rows do not suit the tokenizer or the kind.
+        """
+        from loralab.tasks.encode import OWN_KINDS, encode, require_tokenizer
+
+        if split not in self.splits:
+            raise ConfigError(
+                f"{self.name} has no split {split!r}, only {', '.join(self.splits)}"
+                f"{nearest(str(split), self.splits)}",
+                code="unknown_split",
+                field="split",
+            )
+        require_tokenizer(tokenizer)
+        kind = kind or OWN_KINDS.get(self.format, "causal-lm")
+        return encode(self, split, tokenizer, kind=kind, max_length=max_length).examples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,8 +170,8 @@ TASKS: dict[str, NamedTask] = {
 }  # fmt: skip
 
 
-def find(data: str, *, mapping: Mapping[str, str] | None = None, seed: int = 0) -> Task:
-    """The task behind a task name, a file, a folder or a hub id.
+def find(data: Any, *, mapping: Mapping[str, str] | None = None, seed: int = 0) -> Task:
+    """The task behind a task name, a file, a folder or a hub id, or of rows in memory.
 
     Args:
         mapping: canonical column -> the file's own, or a column of the file -> "" to leave it out,
@@ -157,19 +185,21 @@ def find(data: str, *, mapping: Mapping[str, str] | None = None, seed: int = 0) 
     return _task(table, seed, instruction)
 
 
-def table_of(data: str, mapping: Mapping[str, str] | None = None) -> tuple[Table, str]:
-    """The rows behind a task name, a file, a folder or a hub id, and the question of a named task.
+def table_of(data: Any, mapping: Mapping[str, str] | None = None) -> tuple[Table, str]:
+    """The rows behind a name or in an object (`given.read` lists them), and a task's question.
 
     Raises:
         DataError: it does not exist, or cannot be read.
     """
+    if isinstance(data, Task):
+        _require_no_mapping(data.name, mapping)
+        table = Table(source=data.name, format=data.format, splits=data.splits, notes=data.notes)
+        return table, data.instruction
+    if not isinstance(data, str | Path):
+        return read(data, mapping), ""
+    data = str(data)
     if data in TASKS:
-        if mapping:
-            raise DataError(
-                f"--map has no effect on the task {data!r}, whose columns are known",
-                code="no_effect",
-                field="map",
-            )
+        _require_no_mapping(data, mapping)
         named = TASKS[data]
         place = named.locate()
         if place is None:
@@ -184,6 +214,15 @@ def table_of(data: str, mapping: Mapping[str, str] | None = None) -> tuple[Table
         if error.code != "no_such_data" or not near:  # a file with a bad row is no misspelt task
             raise
         raise DataError(f"{error}{near}", code=error.code) from None
+
+
+def _require_no_mapping(name: str, mapping: Mapping[str, str] | None) -> None:
+    if mapping:
+        raise DataError(
+            f"--map has no effect on the task {name!r}, whose columns are known",
+            code="no_effect",
+            field="map",
+        )
 
 
 def listing() -> list[dict[str, Any]]:

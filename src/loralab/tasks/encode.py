@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from loralab.errors import ConfigError, DataError, nearest, some
+from loralab.errors import ConfigError, DataError, nearest, shown, some
 from loralab.tasks.catalog import LABELLED, Task
 from loralab.tasks.formats import FORMATS, Row
 from loralab.tasks.segments import Segment, ended, opening, samples, token_ids
@@ -93,7 +93,9 @@ def encode(
     """
     if max_length < 2 or loss_on not in ("answer", "all"):
         raise ConfigError(
-            f"max_length must be at least 2, loss_on answer or all; got {max_length}, {loss_on!r}"
+            f"max_length must be at least 2, loss_on answer or all; got {max_length}, {loss_on!r}",
+            code="out_of_range",
+            field="max_length" if max_length < 2 else "loss_on",
         )
     chosen = task.splits[split] if rows is None else rows
     require_suited(task, kind)
@@ -110,9 +112,25 @@ def encode(
         raise DataError(
             f"{task.name}: the answers of all {len(found.dropped)} {split} rows are cut off at "
             f"{max_length} tokens (rows {some((str(i + 1) for i in found.dropped), 5)}); "
-            f"the longest needs --max-length {found.longest}"
+            f"the longest needs --max-length {found.longest}",
+            code="answers_cut_off",
+            field="max_length",
         )
     return found.encoded()
+
+
+def require_tokenizer(tokenizer: Any) -> None:
+    """Refuse what does not turn text into tokens, or pictures into numbers.
+
+    Raises:
+        ConfigError: it is no tokenizer, nor what stands in its place for pictures.
+    """
+    if not (hasattr(tokenizer, "eos_token_id") and hasattr(tokenizer, "pad_token_id")):
+        raise ConfigError(
+            f"tokenizer must be a tokenizer of transformers, found {shown(tokenizer)}",
+            code="not_a_tokenizer",
+            field="tokenizer",
+        )
 
 
 def require_suited(task: Task, kind: str) -> None:
@@ -123,14 +141,20 @@ def require_suited(task: Task, kind: str) -> None:
         DataError: the rows are of another format.
     """
     if kind not in SUITED:
-        raise ConfigError(f"unknown kind of model {kind!r} ({some(SUITED)}){nearest(kind, SUITED)}")
+        raise ConfigError(
+            f"unknown kind of model {kind!r} ({some(SUITED)}){nearest(kind, SUITED)}",
+            code="unknown_kind",
+            field="kind",
+        )
     if task.format not in SUITED[kind]:
         columns = " or ".join(", ".join(FORMATS[form][0]) for form in SUITED[kind])
         hint = OWN_KINDS.get(task.format)
         remedy = f"; such rows are for {hint}" if hint else ""
         raise DataError(
             f"{task.name} has {task.format} rows ({', '.join(FORMATS[task.format][0])}); "
-            f"{kind} needs {columns}{remedy}"
+            f"{kind} needs {columns}{remedy}",
+            code="format_unsuited",
+            field="data",
         )
 
 
@@ -298,7 +322,11 @@ def _placed(task: Task, split: str, index: int) -> Iterator[None]:
 
 def _require_eos(tokenizer: Any) -> None:
     if tokenizer.eos_token_id is None:
-        raise DataError("the tokenizer has no end-of-text token; a model would never stop")
+        raise DataError(
+            "the tokenizer has no end-of-text token; a model would never stop",
+            code="no_end_of_text",
+            field="tokenizer",
+        )
 
 
 def _texts(rows: Sequence[Row], tokenizer: Any, max_length: int) -> Encoded:
@@ -310,7 +338,11 @@ def _texts(rows: Sequence[Row], tokenizer: Any, max_length: int) -> Encoded:
             piece = ids[start : start + max_length]
             examples.append(Example(index, piece, piece))
     if not examples:
-        raise DataError("every text is empty once it is tokenised; there is nothing to predict")
+        raise DataError(
+            "every text is empty once it is tokenised; there is nothing to predict",
+            code="missing_value",
+            field="text",
+        )
     return Encoded(examples=examples)
 
 

@@ -34,6 +34,15 @@ def from_saved(folder: Path) -> tuple[list[Part], list[str]]:
     return _loaded(f"the saved data set {str(folder)!r}", str(folder), load_from_disk)
 
 
+def from_dataset(called: str, source: str, found: Any) -> tuple[list[Part], list[str]]:
+    """Return the same of a Dataset or a DatasetDict in memory.
+
+    Raises:
+        DataError: it has no train split, or its values cannot be read.
+    """
+    return _loaded(called, source, lambda _: found)
+
+
 def _loaded(called: str, source: str, load: Callable[[str], Any]) -> tuple[list[Part], list[str]]:
     from datasets import Dataset
 

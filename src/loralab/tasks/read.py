@@ -1,4 +1,4 @@
-"""File, folder or hub id -> rows as formats.py knows them, or an error with the line.
+"""Files, folders, hub ids, rows in memory -> rows as formats.py knows them, or one error.
 
 A .txt file is one text a line, or one text a paragraph if it has blank lines. A folder holds a
 file for each split (containers.py), what `datasets.save_to_disk` wrote, or pictures in folders
@@ -8,6 +8,7 @@ that are named after their classes. What is there and has no effect is named in 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from loralab.errors import DataError, nearest, some
 from loralab.tasks.advice import option, without
@@ -23,6 +24,7 @@ from loralab.tasks.containers import is_saved, list_folder, shard_of
 from loralab.tasks.formats import IN_MESSAGES, MOST_NAMED, SPLITS, Part, Row, cleaned
 from loralab.tasks.hub import from_hub, from_saved
 from loralab.tasks.labels import absent, alike, settled
+from loralab.tasks.memory import MEMORY, from_memory
 from loralab.tasks.pictures import folder_of_pictures, other_files
 from loralab.tasks.readers import READERS, is_data_file, read_file
 from loralab.tasks.rows import rows_of
@@ -43,8 +45,8 @@ class Table:
     notes: tuple[str, ...] = ()
 
 
-def read(source: str, mapping: Mapping[str, str] | None = None) -> Table:
-    """Read a file, a folder of split files, or a data set of the hub.
+def read(source: Any, mapping: Mapping[str, str] | None = None) -> Table:
+    """Read a file, a folder of split files, a data set of the hub, or rows in memory (memory.py).
 
     Args:
         mapping: canonical column -> the source's own, such as {"text": "review"}; a column of the
@@ -56,6 +58,10 @@ def read(source: str, mapping: Mapping[str, str] | None = None) -> Table:
             them means is not clear.
     """
     mapping = checked_mapping(mapping)
+    if not isinstance(source, str | Path):
+        parts, unread = from_memory(source)
+        return _table(MEMORY, [cleaned(part) for part in parts], unread, mapping)
+    source = str(source)
     try:
         if table := _pictures(source, mapping):
             return table

@@ -1,7 +1,7 @@
 """A file of data -> its rows as they are: one reader for each kind of file."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,16 +39,39 @@ def read_file(file: Path, split: str) -> tuple[list[Part], list[str]]:
         raise DataError(
             f"{file} cannot be read: {error.strerror or error}", code="cannot_read"
         ) from None
+    return parts_of(str(file), found, split, file.parent), unread
+
+
+def parts_of(place: str, tables: Parts, split: str, folder: Path) -> list[Part]:
+    """Return the tables of a source as parts.
+
+    Args:
+        split: of a table that names none.
+        folder: where the paths of pictures start.
+
+    Raises:
+        DataError: one has no rows.
+    """
     parts = [
-        Part(own or split, f"{file} ({own})" if own else str(file), file.parent, unit, rows)
-        for own, unit, rows in found
+        Part(own or split, f"{place} ({own})" if own else place, folder, unit, rows)
+        for own, unit, rows in tables
     ]
+    require_rows(parts)
+    return parts
+
+
+def require_rows(parts: Iterable[Part]) -> None:
+    """Refuse a part without rows.
+
+    Raises:
+        DataError: with the code "empty".
+    """
     for part in parts:
         if not part.rows:
             raise DataError(
-                f"{part.place} is empty: line 1 was expected to hold the first row", code="empty"
+                f"{part.place} is empty: {part.unit} 1 was expected to hold the first row",
+                code="empty",
             )
-    return parts, unread
 
 
 def _unknown(file: Path) -> DataError:
@@ -114,29 +137,34 @@ def _json(file: Path) -> tuple[Parts, list[str]]:
         ) from None
     except (ValueError, RecursionError) as error:  # numbers or nesting beyond Python's limits
         raise DataError(f"{file}: not readable as JSON ({error})", code="not_json") from None
-    return _tables(file, content)
+    return tables_in(str(file), content)
 
 
-def _tables(file: Path, content: Any) -> tuple[Parts, list[str]]:
+def tables_in(place: str, content: Any) -> tuple[Parts, list[str]]:
+    """Return the tables of a list of objects, or of lists by split, and the names of the rest.
+
+    Raises:
+        DataError: it is neither.
+    """
     unread: list[str] = []
     if isinstance(content, dict) and isinstance(content.get("data"), list | dict):
         unread = _names(content, ["data"])
         content = content["data"]
     if isinstance(content, list):
-        return [("", "row", _listed(str(file), content))], unread
+        return [("", "row", _listed(place, content))], unread
     names = content if isinstance(content, dict) else ()
     own = {name: SPLITS[name.lower()] for name in names if name.lower() in SPLITS}
     if "train" not in own.values():
-        raise _no_list(file, content)
+        raise _no_list(place, content)
     if twice := repeated(own.values()):
         raise DataError(
-            f"{file} has two {twice[0]} splits: {', '.join(own)}", code="two_files", field=twice[0]
+            f"{place} has two {twice[0]} splits: {', '.join(own)}", code="two_files", field=twice[0]
         )
     parts: Parts = []
     for name, split in own.items():
         if not isinstance(content[name], list):
-            raise _no_list(file, content[name])
-        parts.append((split, "row", _listed(f"{file} ({split})", content[name])))
+            raise _no_list(place, content[name])
+        parts.append((split, "row", _listed(f"{place} ({split})", content[name])))
     return parts, [*unread, *_names(content, own)]
 
 
@@ -149,13 +177,13 @@ def _names(content: Mapping[str, Any], read: Any) -> list[str]:
     return [name for name, value in content.items() if name not in read and not is_empty(value)]
 
 
-def _no_list(file: Path, found: Any) -> DataError:
+def _no_list(place: str, found: Any) -> DataError:
     remedy = ""
     if isinstance(found, dict):
         inside = some(f"{name!r} ({type(value).__name__})" for name, value in found.items())
         remedy = f' with {inside}; rows are read under "train" (and "test"), or under "data"'
     return DataError(
-        f"{file}: expected a list of objects, found {type(found).__name__}{remedy}",
+        f"{place}: expected a list of objects, found {type(found).__name__}{remedy}",
         code="not_a_list",
     )
 

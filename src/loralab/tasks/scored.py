@@ -9,11 +9,13 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from loralab.errors import DataError, nearest, shown, some
 from loralab.tasks import catalog
 from loralab.tasks.catalog import Task, labels_of
 from loralab.tasks.formats import Row
+from loralab.tasks.memory import MEMORY
 from loralab.tasks.read import Table
 
 ALL = "all"
@@ -38,7 +40,7 @@ class Learnt:
 
 
 def choose(
-    data: str,
+    data: Any,
     learnt: Learnt | None = None,
     *,
     mapping: Mapping[str, str] | None = None,
@@ -49,6 +51,7 @@ def choose(
     """The task to score on, and which of its splits.
 
     Args:
+        data: a name or an object, as `given.read` takes them.
         learnt: what is scored, if it is an adapter.
         seed: of the splits, where the data brings none; None is the training's own, or 0.
         split: train, validation, test or all; None is the test of data that the adapter was
@@ -61,7 +64,8 @@ def choose(
     table, question = catalog.table_of(data, mapping)
     if learnt is None:
         split = split or "test"
-        return _task(table, question, (), seed or 0, split, limit), split
+        classes = data.labels if isinstance(data, Task) else ()
+        return _task(table, question, classes, seed or 0, split, limit), split
     own = _own_task(table, question, learnt)
     seed = learnt.seed if seed is None else seed
     split = split or ("test" if own or "test" in table.splits else ALL)
@@ -79,7 +83,7 @@ def choose(
             )
         table, question, more = _in_terms_of(learnt, table, question)
         notes += more
-    if doubt := _doubt(data, seed, learnt, trained_on=own is not None):
+    if doubt := _doubt(table.source, seed, learnt, trained_on=own is not None):
         notes.append(f"{doubt}: rows that it has learnt from may be among those that are scored")
     task = _task(table, question, labels, seed, split, limit)
     return replace(task, notes=(*task.notes, *notes)), split
@@ -189,6 +193,6 @@ def _doubt(data: str, seed: int, learnt: Learnt, *, trained_on: bool) -> str:
 
 
 def _is_same_place(trained_on: str, data: str) -> bool:
-    if not trained_on:
+    if not trained_on or data == MEMORY:  # which is the name of any rows
         return False
     return trained_on == data or Path(trained_on).resolve() == Path(data).expanduser().resolve()

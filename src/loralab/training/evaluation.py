@@ -1,4 +1,4 @@
-"""evaluate() and answers(): a base model, with or without adapters, on data or on prompts."""
+"""evaluate() and generate(): a base model, with or without adapters, on data or on prompts."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,25 +12,29 @@ from loralab.adapters import folder
 from loralab.adapters.folder import AdapterFolder
 from loralab.adapters.load import load as load_adapter
 from loralab.adapters.record import sound
-from loralab.errors import AdapterFileError, ConfigError
+from loralab.errors import AdapterFileError, ConfigError, some
 from loralab.models import load as models
 from loralab.models.device import device_here, resolve_precision
+from loralab.models.given import Given, given, unchanged
 from loralab.models.identity import as_trained
 from loralab.models.load import Base
 from loralab.models.quantize import quantize as pack
 from loralab.models.tokens import add_tokens
 from loralab.tasks import score
+from loralab.tasks.catalog import Task
 from loralab.tasks.encode import chat_ids
 from loralab.tasks.score import Scores
 from loralab.tasks.scored import Learnt, choose
+from loralab.training.objects import base_for, plain_name
 from loralab.training.preflight import load_base
 from loralab.training.settings import Evaluation
 
 
 def evaluate(
     *,
-    data: str,
-    model: str | None = None,
+    data: Any,
+    model: Any = None,
+    tokenizer: Any = None,
     adapter: str | Path | None = None,
     evaluation: Evaluation | None = None,
     mapping: Mapping[str, str] | None = None,
@@ -42,41 +46,73 @@ def evaluate(
     other data on all rows (`tasks.scored`). So is a model that `merge` wrote.
 
     Args:
-        model: may be left out if the adapter's folder names its base.
+        data: a name or an object, as `train` takes them.
+        model: a name; or a live model with its `tokenizer`, scored as it is, with an adapter that
+            is in it, and left so. May be left out if the adapter's folder names its base.
 
     Raises:
         InputError: the model, the data or the adapter is wrong.
     """
     evaluation = evaluation or Evaluation()
     stored = folder.read(adapter) if adapter is not None else None
-    name = model or base_name(stored)
-    record = stored.record if stored is not None else merged_record(name)
-    learnt = _learnt(record, name) if adapter is not None or record else None
+    name = plain_name(model) if model is not None else base_name(stored)
+    own = given(name, tokenizer)
+    record = _record(stored, name, own)
+    learnt = _learnt(record, name, own) if adapter is not None or record else None
     task, split = choose(
-        data,
-        learnt,
-        mapping=mapping,
-        seed=evaluation.seed,
-        split=evaluation.split,
+        data, learnt, mapping=mapping, seed=evaluation.seed, split=evaluation.split,
         limit=evaluation.limit,
-    )
-    how = quantization(evaluation.quantize, stored)
-    # whatever is new in the base and not in the folder, such as a pooler, starts as in training
+    )  # fmt: skip
     seed = learnt.seed if learnt is not None else evaluation.seed or 0
-    base = load_base(
-        name, task, _precision(evaluation.precision, stored), seed, quantize=how,
-        image_size=record.get("base", {}).get("image_size"),
-    )  # fmt: skip
-    add_tokens(base, new_tokens(stored))
-    if adapter is not None:
-        load_adapter(base.model, adapter)
-        base = as_trained(base, record.get("tokenizer", {}), adapter)
-    scores = score.evaluate(
-        base.model, base.tokenizer, task, split, kind=base.kind,
-        batch_size=evaluation.batch_size, limit=evaluation.limit, generate=evaluation.generate,
-        max_new_tokens=evaluation.max_new_tokens,
-    )  # fmt: skip
+    size = record.get("base", {}).get("image_size")
+    with unchanged(own), _scored(name, own, task, stored, evaluation, seed, size) as base:
+        scores = score.evaluate(
+            base.model, base.tokenizer, task, split, kind=base.kind,
+            batch_size=evaluation.batch_size, limit=evaluation.limit, generate=evaluation.generate,
+            max_new_tokens=evaluation.max_new_tokens,
+        )  # fmt: skip
     return replace(scores, split=split)
+
+
+@contextmanager
+def _scored(
+    name: str, own: Given | None, task: Task, stored: AdapterFolder | None,
+    evaluation: Evaluation, seed: int, size: int | None,
+) -> Iterator[Base]:  # fmt: skip
+    """A base for the rows of a task, for a while with an adapter in it.
+
+    Args:
+        seed: of whatever is new in the base and not in the folder, such as a pooler: that of the
+            training.
+    """
+    how = quantization(evaluation.quantize, stored)
+    if own is not None:
+        require_unpacked(own, how, evaluation.precision, stored)
+        base = base_for(own, task, size)
+    else:
+        precision = _precision(evaluation.precision, stored)
+        base = load_base(name, task, precision, seed, quantize=how, image_size=size)
+        add_tokens(base, new_tokens(stored))
+    with _adapted(base, stored) as asked:
+        yield asked
+
+
+def require_unpacked(own: Given, how: str, precision: str, *stored: AdapterFolder | None) -> None:
+    """Refuse what would change a live model beyond an adapter.
+
+    Raises:
+        ConfigError: it would be packed, cast or get new tokens.
+    """
+    own.precision(precision)
+    wanted = {"quantize": how if how != "none" else "", "new_tokens": some(new_tokens(*stored))}
+    for field, value in wanted.items():
+        if value:
+            raise ConfigError(
+                f"{own.name} is used as it is, and {field} {value} would change it; give the "
+                "model's name in its place",
+                code="live_model",
+                field=field,
+            )
 
 
 def merged_record(model: str) -> dict[str, Any]:
@@ -86,23 +122,32 @@ def merged_record(model: str) -> dict[str, Any]:
     return sound(record) if record.get("kind") == "model" else {}
 
 
-def _learnt(record: Mapping[str, Any], model: str) -> Learnt:
+def _record(stored: AdapterFolder | None, name: str, own: Given | None) -> Mapping[str, Any]:
+    """What is known of a training: of the adapter, or of a merged model by its name."""
+    if stored is not None:
+        return stored.record
+    return merged_record(name) if own is None else {}
+
+
+def _learnt(record: Mapping[str, Any], name: str, own: Given | None) -> Learnt:
     """What a record says of the data that was trained on."""
     task, kind = record.get("task", {}), record.get("base", {}).get("kind")
-    texts = {name: task.get(name) or "" for name in ("format", "instruction", "digest")}
+    kind = kind or (models.natural_kind(name) if own is None else own.kind)
+    texts = {key: task.get(key) or "" for key in ("format", "instruction", "digest")}
     return Learnt(
         source=task.get("name") or "",
         labels=tuple(map(str, task.get("labels") or ())),
         seed=record.get("training", {}).get("seed") or 0,
-        asks=(kind or models.natural_kind(model)) == "causal-lm",
+        asks=kind == "causal-lm",
         **texts,
     )
 
 
-def answers(
+def generate(
+    prompts: str | Sequence[str],
     *,
-    prompts: Sequence[str],
-    model: str | None = None,
+    model: Any = None,
+    tokenizer: Any = None,
     adapters: Sequence[str | Path] = (),
     with_base: bool = True,
     max_new_tokens: int = 128,
@@ -113,30 +158,51 @@ def answers(
 ) -> list[dict[str, Any]]:
     """What the base and each adapter answer: one {"prompt", "answers": {name: text}} a prompt.
 
+    Args:
+        model: a name; or a live model with its `tokenizer`, asked as it is and left so. May be
+            left out if an adapter's folder names its base.
+        adapters: folders; each answers under its path, and the base under "base".
+
     Raises:
         InputError: a model or an adapter is wrong, or there is nothing to answer.
     """
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not prompts:
         raise ConfigError("there is no prompt; give one, or pipe some in, one a line")
     if not adapters and not with_base:
         raise ConfigError("without the base and without adapters there is nothing to answer")
     stored = [folder.read(path) for path in adapters]
-    base = _generator(model or base_name(*stored), _precision(precision, *stored))
-    if (how := quantization("auto", *stored)) != "none":
-        pack(base.model, how, model or base_name(*stored))
-    add_tokens(base, new_tokens(*stored))
+    name = plain_name(model) if model is not None else base_name(*stored)
+    own = given(name, tokenizer)
     found: list[dict[str, Any]] = [{"prompt": prompt, "answers": {}} for prompt in prompts]
     answering: list[tuple[str, AdapterFolder | None]] = [("base", None)] if with_base else []
-    for name, own in [*answering, *zip(map(str, adapters), stored, strict=True)]:
-        with _adapted(base, own) as asked:
-            ids = [chat_ids(asked.tokenizer, prompt, system=system) for prompt in prompts]
-            texts = score.generate(
-                asked.model, asked.tokenizer, ids, max_new_tokens=max_new_tokens,
-                temperature=temperature, seed=seed,
-            )  # fmt: skip
-        for entry, text in zip(found, texts, strict=True):
-            entry["answers"][name] = text
+    with unchanged(own):
+        base = _asked(name, own, stored, precision)
+        for who, folder_of in [*answering, *zip(map(str, adapters), stored, strict=True)]:
+            with _adapted(base, folder_of) as asked:
+                ids = [chat_ids(asked.tokenizer, prompt, system=system) for prompt in prompts]
+                texts = score.generate(
+                    asked.model, asked.tokenizer, ids, max_new_tokens=max_new_tokens,
+                    temperature=temperature, seed=seed,
+                )  # fmt: skip
+            for entry, text in zip(found, texts, strict=True):
+                entry["answers"][who] = text
     return found
+
+
+def _asked(name: str, own: Given | None, stored: Sequence[AdapterFolder], precision: str) -> Base:
+    """The language model that answers, packed and with the tokens of the adapters' training."""
+    how = quantization("auto", *stored)
+    if own is not None:
+        require_unpacked(own, how, precision, *stored)
+        base = own.base("causal-lm")
+        base.model.to(device_here())
+        return base
+    base = _generator(name, _precision(precision, *stored))
+    if how != "none":
+        pack(base.model, how, name)
+    add_tokens(base, new_tokens(*stored))
+    return base
 
 
 def base_name(*stored: AdapterFolder | None) -> str:
@@ -150,7 +216,9 @@ def base_name(*stored: AdapterFolder | None) -> str:
         raise ConfigError(
             "give --model: the adapters name different base models: " + ", ".join(sorted(names))
             if names
-            else "give --model: no adapter names its base model"
+            else "give --model: no adapter names its base model",
+            code="base_needed",
+            field="model",
         )
     return str(names.pop())
 

@@ -53,7 +53,7 @@ def facts_of(
         "labels": list(task.labels),
         "instruction": task.instruction,
         "base": fingerprint(base.model, without),
-        "base_config": config_digest(base.source),
+        "base_config": config_digest(base),
         "tokenizer": tokenizer_digest(base.tokenizer),
         "chat_template": template_of(base.tokenizer),
         "eos_token": base.tokenizer.eos_token,

@@ -25,13 +25,13 @@ class TrainJob:
     """One of the trainings of `train_many`: the arguments of `train`, and a name of its own."""
 
     name: str
-    model: str
-    data: str
+    model: Any
+    data: Any
     output_dir: str | Path
+    tokenizer: Any = None
     method: AnyMethod | None = None
     training: Training | None = None
     mapping: Mapping[str, str] = field(default_factory=dict)
-    task: Any = None
 
 
 def read_jobs(file: Path, fields: Iterable[str]) -> tuple[Fields, dict[str, Fields]]:

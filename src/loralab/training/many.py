@@ -13,10 +13,10 @@ from loralab.errors import ConfigError, LoralabError
 from loralab.training import preflight
 from loralab.training.jobs import TrainJob, of_job, require_names
 from loralab.training.joint import Joint, tried
-from loralab.training.preflight import Request
 from loralab.training.record import Listener
+from loralab.training.request import Request
 from loralab.training.rounds import FAILED, Outcome, Random, Ready, Rounds, naming
-from loralab.training.run import own_seed, run_prepared
+from loralab.training.run import own_seed, proven, run_prepared
 from loralab.training.shared import OneBase, mixes_rows
 from loralab.training.world import world
 
@@ -26,10 +26,11 @@ ALIKE = ("model", "precision", "quantize", "image_size", "shard_base")
 def train_many(
     jobs: Sequence[TrainJob], *, resume: bool = False, listener: Listener | None = None
 ) -> list[Outcome]:
-    """Train several adapters on one frozen base, and write the run folder of each.
+    """Train several adapters on one frozen base, write the run folder of each and certify it.
 
-    Each ends where `train` alone would end it, but for rounding. Adapters that cannot share a
-    batch are trained after the others, one by one; their logs say why.
+    A live model's weights stay as they are, and no adapter is put into it: each run has a
+    structure of its own around them. Each ends where `train` alone would end it, but for rounding.
+    Adapters that cannot share a batch are trained after the others, one by one; their logs say why.
 
     Args:
         resume: go on from the checkpoints that an interrupted call with the same jobs has left.
@@ -41,6 +42,14 @@ def train_many(
     Raises:
         InputError: something given is wrong, the job's name in front; nothing has been written.
     """
+    outcomes = run_jobs(jobs, resume=resume, listener=listener)
+    return [_proven(job.name, outcome) for job, outcome in zip(jobs, outcomes, strict=True)]
+
+
+def run_jobs(
+    jobs: Sequence[TrainJob], *, resume: bool = False, listener: Listener | None = None
+) -> list[Outcome]:
+    """`train_many` without certificates."""
     one = OneBase()
     ready = _prepared(jobs, one, resume=resume)
     _write_configs(ready)
@@ -65,8 +74,9 @@ def _prepared(jobs: Sequence[TrainJob], one: OneBase, *, resume: bool) -> list[R
     requests = {}
     for job in jobs:
         with _named(job.name):
-            asked = Request.of(job.model, job.data, job.method, job.training, job.mapping)
-            asked = replace(asked, task=job.task)
+            asked = Request.of(
+                job.model, job.data, job.method, job.training, job.mapping, job.tokenizer
+            )
             requests[job.name] = preflight.require_place(Path(job.output_dir), asked, resume=resume)
     _require_alike({name: _alike(request) for name, request in requests.items()})
     folders = {job.name: Path(job.output_dir).resolve() for job in jobs}
@@ -94,7 +104,8 @@ def _write_configs(ready: Sequence[Ready]) -> None:
 
 
 def _alike(request: Request) -> dict[str, Any]:
-    return {"model": request.model, **{n: getattr(request.training, n) for n in ALIKE[1:]}}
+    model = request.model if request.given is None else id(request.given.model)
+    return {"model": model, **{n: getattr(request.training, n) for n in ALIKE[1:]}}
 
 
 def _require_alike(found: Mapping[str, Mapping[str, Any]]) -> None:
@@ -179,6 +190,16 @@ def _deferred(job: Ready) -> Callable[[], Ready]:
         return Ready(name=name, folder=folder, request=request, prepared=prepared, random=random)
 
     return again
+
+
+def _proven(name: str, outcome: Outcome) -> Outcome:
+    """Return a run with its certificate, or why it gets none."""
+    if isinstance(outcome, LoralabError):
+        return outcome
+    try:
+        return proven(outcome)
+    except LoralabError as error:
+        return of_job(name, error)
 
 
 def _trained_alone(job: Ready, reason: str, listener: Listener | None) -> Outcome:

@@ -12,8 +12,11 @@ from loralab.adapters.bases import is_linear, linear_shape
 from loralab.adapters.methods import AnyMethod
 from loralab.adapters.subset import TrainedInFull
 from loralab.models.device import device_here
+from loralab.models.given import unchanged
 from loralab.training import fit, memory, preflight
-from loralab.training.preflight import Prepared, Request
+from loralab.training.objects import taken_out
+from loralab.training.preflight import Prepared
+from loralab.training.request import Request
 from loralab.training.settings import Training
 
 FEW_TOKENS = 256  # at once: what is proposed where memory is short
@@ -71,20 +74,30 @@ class Plan:
 
 def plan(
     *,
-    model: str,
-    data: str,
+    model: Any,
+    data: Any,
+    tokenizer: Any = None,
     method: AnyMethod | None = None,
     training: Training | None = None,
     mapping: Mapping[str, str] | None = None,
 ) -> Plan:
     """What `train` would do with the same arguments: loads and probes, trains and writes nothing.
 
+    A live model is left as it was.
+
     Raises:
         InputError: something given is wrong.
     """
-    request = Request.of(model, data, method, training, mapping)
-    training = request.training
-    prepared = preflight.prepare(request)
+    request = Request.of(model, data, method, training, mapping, tokenizer)
+    with unchanged(request.given):
+        prepared = preflight.prepare(request)
+        with taken_out(prepared.base, prepared.adapter):
+            return _planned(request, prepared)
+
+
+def _planned(request: Request, prepared: Prepared) -> Plan:
+    """Return what a prepared run would cost."""
+    model, data, training = request.model, request.data, request.training
     prepared.base.model.train()
     encoded, adapter = prepared.encoded, prepared.adapter
     lengths = [example.length for example in encoded.examples]

@@ -2,8 +2,8 @@
 
 import importlib.metadata
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,8 @@ import loralab
 from loralab import atomic
 from loralab.adapters.adapter import Adapter
 from loralab.adapters.attach import put_into
-from loralab.adapters.methods import AnyMethod, LoRA
+from loralab.adapters.methods import AnyMethod
 from loralab.adapters.paths import ends_with, inside
-from loralab.adapters.registry import spec_of
 from loralab.adapters.targets import HEADS
 from loralab.errors import ConfigError, OutputError, some
 from loralab.models import load as models
@@ -36,7 +35,11 @@ from loralab.training.facts import Facts, facts_of, keep_facts, require_same
 from loralab.training.fast.path import Path as Quickest
 from loralab.training.fast.path import quickest
 from loralab.training.fit import fitted
-from loralab.training.optim import usual_rate
+from loralab.training.objects import (
+    base_for,
+    taken_out,
+)
+from loralab.training.request import Request
 from loralab.training.settings import Training
 from loralab.training.shard import require_shardable, shard_base
 from loralab.training.world import world
@@ -45,62 +48,6 @@ from loralab.values import read_toml
 CONFIG = "config.toml"
 CHOSEN = ("pass_tokens", "gradient_checkpointing", "checkpoint_blocks")  # by a memory budget
 HEADED = ("sequence-classification", "token-classification", "image-classification")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """What the user asked for, precision resolved.
-
-    `settled` is whether a memory budget has made its choice: in the run that this one goes on with.
-    `task` are the rows, where they are not simply those behind `data`.
-    """
-
-    model: str
-    data: str
-    method: AnyMethod
-    training: Training
-    mapping: Mapping[str, str]
-    settled: bool = False
-    task: Task | None = None
-
-    @staticmethod
-    def of(
-        model: str,
-        data: str,
-        method: AnyMethod | None,
-        training: Training | None,
-        mapping: Mapping[str, str] | None,
-    ) -> "Request":
-        """With whatever was left to us filled in: precision and learning rate.
-
-        Raises:
-            ConfigError: options that exclude each other.
-        """
-        method, training = method or LoRA(), training or Training()
-        training = replace(
-            training,
-            precision=resolve_precision(training.precision),
-            learning_rate=training.learning_rate or usual_rate(method),
-        )
-        spec = spec_of(method)
-        if not spec.scales_gradients and training.precision == "fp16":
-            raise ConfigError(
-                f"{spec.name} needs gradients that are not scaled, as fp16 does; use bf16 or fp32"
-            )
-        if spec.trains_base and training.quantize != "none":
-            raise ConfigError("weights in few bits cannot be trained; leave --quantize out")
-        if training.new_tokens and not spec.has("token_rows"):
-            raise ConfigError("new_tokens are trained by LoRA only")
-        return Request(
-            model=model, data=data, method=method, training=training, mapping=mapping or {}
-        )
-
-    def fields(self) -> dict[str, Any]:
-        """Flat, as config.toml holds it; what is unset is left out."""
-        name = spec_of(self.method).name
-        own = {"model": self.model, "data": self.data, "method": name, "map": dict(self.mapping)}
-        flat = {**own, **asdict(self.method), **asdict(self.training)}
-        return {key: value for key, value in flat.items() if value not in (None, (), {})}
 
 
 Loader = Callable[[Request, Task], Base]
@@ -139,6 +86,8 @@ class Prepared:
 def load_for(request: Request, task: Task, device: torch.device | None = None) -> Base:
     """The model that a run needs; `device` if not the one that it computes on."""
     training = request.training
+    if request.given is not None:
+        return base_for(request.given, task, training.image_size)
     return load_base(
         request.model, task, training.precision, training.seed, quantize=training.quantize,
         image_size=training.image_size, device=device,
@@ -160,6 +109,16 @@ def prepare(
     task = request.task or catalog.find(request.data, mapping=request.mapping, seed=training.seed)
     base = (load or _own_base)(request, task)
     adapter = _attached(request, base)
+    with taken_out(base, adapter, on_error_alone=True):
+        return _ready(request, task, base, adapter, load, encoding)
+
+
+def _ready(
+    request: Request, task: Task, base: Base, adapter: Adapter, load: Loader | None,
+    encoding: Callable[..., Encoded],
+) -> Prepared:  # fmt: skip
+    """Encode the rows, and find the quickest way that agrees with the plain one."""
+    training = request.training
     facts = facts_of(task, _digest(request, task), base, frozenset(adapter.saved))
     encoded = _encoded(replace(task, digest=facts["data"]), base, training, encoding)
     memory.checkpoint_gradients(

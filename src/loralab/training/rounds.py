@@ -23,8 +23,9 @@ from loralab.training import checkpoint, memory
 from loralab.training.jobs import of_job
 from loralab.training.joint import Joint, Part
 from loralab.training.loop import Steps, interruptible
-from loralab.training.preflight import Prepared, Request
+from loralab.training.preflight import Prepared
 from loralab.training.record import Event, Listener
+from loralab.training.request import Request
 from loralab.training.run import Begun, Run, begin, finish
 from loralab.training.shard import shard_base
 from loralab.training.world import world

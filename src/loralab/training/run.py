@@ -10,7 +10,11 @@ import torch
 
 from loralab.adapters.adapter import Adapter
 from loralab.adapters.methods import AnyMethod
+from loralab.artefacts.certificate import certify
+from loralab.artefacts.comparison import Certificate, reference_of
+from loralab.artefacts.temporary import base_folder
 from loralab.models.device import device_here
+from loralab.models.given import unchanged
 from loralab.models.load import Base
 from loralab.tasks import encode
 from loralab.tasks.catalog import Task
@@ -18,9 +22,11 @@ from loralab.tasks.score import Scores, evaluate
 from loralab.training import checkpoint, memory, preflight
 from loralab.training.checkpoint import Progress, Trained
 from loralab.training.loop import Job, Steps, run_steps
+from loralab.training.objects import taken_out
 from loralab.training.optim import optimizer_for
-from loralab.training.preflight import Prepared, Request
+from loralab.training.preflight import Prepared
 from loralab.training.record import Listener, Record
+from loralab.training.request import Request
 from loralab.training.settings import Training
 from loralab.training.world import world
 
@@ -29,10 +35,11 @@ SEED_STEP = 1_000_003  # between the seeds of processes
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A finished run: the live model with its adapter, and what was measured.
+    """A finished run: the live model with its adapter, what was measured, and the certificate.
 
     `scores` are of the saved weights, on the validation rows. `seconds` and `tokens_per_second`
-    cover this process only; `tokens` the whole run.
+    cover this process only; `tokens` the whole run. `certificate` is None where the run was not
+    certified, as in all processes but the first.
     """
 
     output_dir: Path
@@ -48,49 +55,87 @@ class Run:
     seconds: float
     tokens_per_second: float
     peak_bytes: int
+    certificate: Certificate | None = None
 
 
 def train(
     *,
-    model: str,
-    data: str,
+    model: Any,
+    data: Any,
     output_dir: str | Path,
+    tokenizer: Any = None,
     method: AnyMethod | None = None,
     training: Training | None = None,
     resume: bool = False,
     mapping: Mapping[str, str] | None = None,
     listener: Listener | None = None,
-    task: Task | None = None,
 ) -> Run:
-    """Train an adapter and write its run folder, which is an adapter folder too.
+    """Train an adapter, write its run folder, which is an adapter folder too, and certify it.
 
     Args:
-        model: short name, folder, GGUF file or hub id.
-        data: task name, file, folder or hub id.
+        model: short name, folder, GGUF file or hub id; or a live model of transformers, which is
+            adapted in place and stays so (`Run.adapter.detach()` restores it). Where this raises,
+            a live model is as it was.
+        data: task name, file, folder or hub id; or a `datasets.Dataset` or `DatasetDict`, a list
+            of dicts, or a Task (`loralab.read`).
         output_dir: a new folder, or with `resume` the folder of the same run.
+        tokenizer: of a live model; for a vision model its image processor.
         resume: go on from the last checkpoint; on a CPU it ends in the same bytes as a run that
             was never interrupted.
         mapping: canonical column -> the file's own, such as {"text": "review"}.
         listener: called with every event of the run.
-        task: rows to take instead of those behind `data`, such as a part of them.
 
     Raises:
         InputError: something given is wrong; nothing has been written.
         LearningError: the run cannot learn, or its numbers are no longer finite.
+        CertificateError: the saved adapter does not do what the live one does.
     """
-    here, folder = world(), Path(output_dir)
-    request = replace(Request.of(model, data, method, training, mapping), task=task)
+    request = Request.of(model, data, method, training, mapping, tokenizer)
+    with unchanged(request.given, on_error_alone=True):
+        run = run_request(request, Path(output_dir), resume=resume, listener=listener)
+        with taken_out(run.base, run.adapter, on_error_alone=True):
+            return proven(run)
+
+
+def run_request(
+    request: Request, folder: Path, *, resume: bool = False, listener: Listener | None = None
+) -> Run:
+    """Make a run, which is not certified."""
+    here = world()
     request = preflight.require_place(folder, request, resume=resume)
-    prepared = preflight.compared(folder, preflight.prepare(request))
-    training = prepared.training
-    request = replace(request, training=training)
-    here.wait()  # all have seen the folder as it was
-    if here.first:
-        preflight.write_config(folder, request, prepared)
-    here.wait()
-    with torch.random.fork_rng():
-        torch.manual_seed(own_seed(training.seed))
-        return run_prepared(request, prepared, folder, listener)
+    prepared = preflight.prepare(request)
+    with taken_out(prepared.base, prepared.adapter, on_error_alone=True):
+        prepared = preflight.compared(folder, prepared)
+        training = prepared.training
+        request = replace(request, training=training)
+        here.wait()  # all have seen the folder as it was
+        if here.first:
+            preflight.write_config(folder, request, prepared)
+        here.wait()
+        with torch.random.fork_rng():
+            torch.manual_seed(own_seed(training.seed))
+            return run_prepared(request, prepared, folder, listener)
+
+
+def proven(run: Run) -> Run:
+    """Return the run with the certificate that what was saved does what was trained.
+
+    Of several processes the first one certifies; the others compute what it compares with, of
+    which each has a part where the base is split.
+
+    Raises:
+        CertificateError: it does not.
+    """
+    base = run.base
+    if not world().first:
+        reference_of(base.model, run.sample, base.kind, base.tokenizer)
+        return run
+    with base_folder(base) as copied:
+        certificate = certify(
+            run.output_dir, base.model, run.sample, kind=base.kind, tokenizer=base.tokenizer,
+            base=copied,
+        )  # fmt: skip
+    return replace(run, certificate=certificate)
 
 
 def own_seed(seed: int) -> int:
@@ -248,7 +293,7 @@ def record_of(
     fields = request.fields()
     return {
         "base": {
-            "name": base.name, "kind": base.kind, "precision": request.training.precision,
+            **base.recorded, "precision": request.training.precision,
             "quantize": request.training.quantize,
             "image_size": getattr(base.tokenizer, "size", None),
         },

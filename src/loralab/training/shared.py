@@ -14,7 +14,8 @@ from loralab.adapters.fingerprint import base_tensors
 from loralab.models.load import Base
 from loralab.tasks.catalog import Task
 from loralab.tasks.encode import Encoded, encode
-from loralab.training.preflight import HEADED, Request, load_for
+from loralab.training.preflight import HEADED, load_for
+from loralab.training.request import Request
 
 
 class OneBase:

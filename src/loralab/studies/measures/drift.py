@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from loralab.adapters.linear import LinearWithLoRA
-from loralab.artefacts.certificate import compare, logits_of, reference_of
+from loralab.artefacts.comparison import compare, logits_of, reference_of
 from loralab.errors import ConfigError
 from loralab.models.load import DTYPES
 from loralab.studies.measures.carried import adapter_folder, base_for, compared_inputs, put_on

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from loralab.adapters.adapter import Adapter
 from loralab.adapters.bases import compute_dtype, dense_weight, is_linear
 from loralab.artefacts import requantize
-from loralab.artefacts.certificate import Certificate, Reference, compare, logits_of
+from loralab.artefacts.comparison import Certificate, Reference, compare, logits_of
 from loralab.errors import ModelError
 from loralab.models.device import resolve_precision
 from loralab.models.load import Base

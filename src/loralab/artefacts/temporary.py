@@ -1,0 +1,43 @@
+"""A live base on disk for as long as a fresh process needs it."""
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from loralab import atomic
+from loralab.adapters.several import adapters_of, disabled
+from loralab.models.load import Base, quiet
+
+TEMPORARY = "temporary copy"
+
+
+@contextmanager
+def base_folder(base: Base) -> Iterator[Path | None]:
+    """Write a live base, without the adapter in it, to a temporary folder; None for any other.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    if not base.live:
+        yield None
+        return
+    with atomic.explained("a temporary folder ($TMPDIR says where)"):
+        temporary = tempfile.TemporaryDirectory(prefix="loralab-base-")
+    with temporary as place:
+        write_base(base, Path(place))
+        yield Path(place)
+
+
+def write_base(base: Base, place: Path) -> None:
+    """Write a live base to a folder, without the adapter in it.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    alone = disabled(base.model) if adapters_of(base.model) else contextlib.nullcontext()
+    with atomic.explained(place), alone, quiet():
+        # the class's own method: the one on an adapted model writes the adapter
+        type(base.model).save_pretrained(base.model, place)
+        base.tokenizer.save_pretrained(place)
