@@ -9,7 +9,7 @@ import pytest
 import torch
 import typer.main
 from outside import registered
-from tiny import llama
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import loralab
 from loralab import errors
@@ -33,7 +33,7 @@ def commands() -> list[str]:
 @pytest.mark.parametrize("document", RUN)
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument:UserWarning")  # of Trainer, on a CPU
 def test_the_python_of_a_document_runs(
-    document: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    document: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_llama_folder: Path
 ) -> None:
     """Its blocks one after the other, with the model and the rows that it speaks of."""
     monkeypatch.chdir(tmp_path)
@@ -41,10 +41,15 @@ def test_the_python_of_a_document_runs(
     blocks = re.findall(r"```python\n(.*?)```", text, re.S)
     assert blocks
     ids = torch.arange(36).view(4, 9)
+    words = ["good", "bad", "fine", "poor"]
     names = {
-        "model": llama(),
+        "model": AutoModelForCausalLM.from_pretrained(tiny_llama_folder),
+        "tokenizer": AutoTokenizer.from_pretrained(tiny_llama_folder),
         "batch": {"input_ids": ids, "labels": ids},
         "rows": {"input_ids": ids},
+        "examples": [
+            {"prompt": f"{n} {words[n % 4]}", "completion": words[n % 4]} for n in range(40)
+        ],
     }
     for block in blocks:
         exec(compile(block, document, "exec"), names)

@@ -123,7 +123,9 @@ def test_an_empty_dataset_is_refused_and_one_whose_rows_are_not_there_yet() -> N
     assert refused.value.code == "transformed"
 
 
-@pytest.mark.parametrize("data", [None, 7, {"a"}, iter(ROWS), object()], ids=str)
+@pytest.mark.parametrize(
+    "data", [None, 7, {"a"}, iter(ROWS), object()], ids=lambda data: type(data).__name__
+)
 def test_what_holds_no_rows_is_refused(data: Any) -> None:
     with pytest.raises(DataError) as refused:
         read(data)
