@@ -334,10 +334,7 @@ def train_shape(shape: str, pairs: int, warm_up: int) -> Iterator[Line]:
             data = Path(folder) / "rows.jsonl"
             write_rows(data, "mixed", ROWS)
             given = [shape, str(data), str(pairs + warm_up + 1)]
-            sides = {
-                side: partial(Worker, __file__, ["--worker", side, *given])
-                for side in ("loralab", name)
-            }
+            sides = {side: partial(Worker, __file__, ["--worker", side, *given]) for side in ("loralab", name)}
             yield summed_up(in_turn(sides, pairs, warm_up), name)
 
 
@@ -429,9 +426,7 @@ def run_part(part: str, chosen: argparse.Namespace, seconds: float, out: Path) -
     command += ["--device", chosen.device, *["--tiny"] * chosen.tiny]
     hidden = {"CUDA_VISIBLE_DEVICES": ""} if chosen.device == "cpu" else {}
     begun = time.perf_counter()
-    process = subprocess.Popen(
-        command, env=os.environ | hidden, start_new_session=True, stdout=sys.stderr
-    )
+    process = subprocess.Popen(command, env=os.environ | hidden, start_new_session=True, stdout=sys.stderr)
     try:
         code: int | str = process.wait(timeout=max(1.0, seconds))
     except subprocess.TimeoutExpired:

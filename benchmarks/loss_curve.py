@@ -66,14 +66,10 @@ def peer(data: Path, folder: Path, steps: int, options: dict[str, Any]) -> list[
     from loralab.tasks.batches import Batches
 
     start = load("smollm2-135m", kind="causal-lm")
-    adapter = loralab.attach(
-        start.model, loralab.LoRA(rank=RANK), generator=torch.Generator().manual_seed(0)
-    )
+    adapter = loralab.attach(start.model, loralab.LoRA(rank=RANK), generator=torch.Generator().manual_seed(0))
     adapter.save(folder / "start", {})
     base = load("smollm2-135m", kind="causal-lm")
-    encoded = encode.encode(
-        catalog.find(str(data)), "train", base.tokenizer, kind=base.kind, max_length=512
-    )
+    encoded = encode.encode(catalog.find(str(data)), "train", base.tokenizer, kind=base.kind, max_length=512)
     lengths = tuple(example.length for example in encoded.examples)
     batches = Batches(lengths=lengths, batch_size=BATCH)
     order = [encoded.examples[i] for n in range(steps) for i in batches.step(n)[0]]

@@ -222,8 +222,7 @@ def text_of(found: dict[str, Any]) -> str:
         )
     if "store" in found:
         rows = [
-            [f"{int(count):,}", *(shown(spread(own[key]), 2) for key in own)]
-            for count, own in found["store"].items()
+            [f"{int(count):,}", *(shown(spread(own[key]), 2) for key in own)] for count, own in found["store"].items()
         ]
         head = ["adapters", "open, s", "list, ms", "cold, ms", "in memory, ms", "no such name, ms"]
         text += "\n" + table("A store of many names", head, rows)

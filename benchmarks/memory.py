@@ -86,9 +86,7 @@ def peer(data: Path, checkpointing: bool) -> dict[str, Any]:
     from loralab.training.memory import peak_bytes
 
     base = load("smollm2-135m", kind="causal-lm")
-    encoded = encode.encode(
-        catalog.find(str(data)), "train", base.tokenizer, kind=base.kind, max_length=LONGEST
-    )
+    encoded = encode.encode(catalog.find(str(data)), "train", base.tokenizer, kind=base.kind, max_length=LONGEST)
     config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     trainer = Trainer(
         model=get_peft_model(base.model, config),

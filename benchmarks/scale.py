@@ -113,10 +113,7 @@ def bases(machines: Sequence[Machine]) -> tuple[Head, Rows]:
 
 
 def disk(machines: Sequence[Machine]) -> tuple[Head, Rows]:
-    rows = [
-        [f"{n:,}", *(f"{size(f.disk_bytes(s, n))} : {size(f.merged_bytes(s, n))}" for s in BASES)]
-        for n in COUNTS
-    ]
+    rows = [[f"{n:,}", *(f"{size(f.disk_bytes(s, n))} : {size(f.merged_bytes(s, n))}" for s in BASES)] for n in COUNTS]
     return ("adapters", *(s.name for s in BASES)), rows
 
 
@@ -261,9 +258,7 @@ def checks(machines: Sequence[Machine]) -> tuple[Head, Rows]:
     return ("what", "formula", "calculated", "measured", "measured / calculated", "by"), rows
 
 
-def checked(
-    what: str, formula: Callable[..., Any], own: float, measured: float, unit: str, by: str
-) -> list[str]:
+def checked(what: str, formula: Callable[..., Any], own: float, measured: float, unit: str, by: str) -> list[str]:
     """A row of the comparison."""
     values = [f"{shown(value)} {unit}".strip() for value in (own, measured)]
     return [what, number_of(formula), *values, f"{measured / own:.2f}", f"`{by}`"]

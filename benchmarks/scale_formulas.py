@@ -105,9 +105,7 @@ def lora_parameters(shape: Shape, rank: int = 8, targets: tuple[str, ...] = WHOL
     return rank * shape.layers * sum(sum(shape.linears[name]) for name in targets)
 
 
-def adapter_bytes(
-    shape: Shape, rank: int = 8, number: int = FP32, targets: tuple[str, ...] = WHOLE
-) -> float:
+def adapter_bytes(shape: Shape, rank: int = 8, number: int = FP32, targets: tuple[str, ...] = WHOLE) -> float:
     """Bytes of an adapter file = 4 * numbers + 129 * tensors; half in bf16."""
     return number * lora_parameters(shape, rank, targets) + HEADER * 2 * len(targets) * shape.layers
 
@@ -140,9 +138,7 @@ def room_for_adapters(
     return max(-1, int(left / resident_bytes(shape, rank, machine.kept)))
 
 
-def decode_bytes(
-    shape: Shape, kind: str, answers: int, distinct: int, length: int, rank: int = 8
-) -> float:
+def decode_bytes(shape: Shape, kind: str, answers: int, distinct: int, length: int, rank: int = 8) -> float:
     """Bytes read for one token of each answer = base without a separate embedding
     + distinct adapters * 2 * LoRA numbers + answers * length * kv."""
     embedding = 0 if shape.tied else BF16 * head_parameters(shape)
@@ -156,18 +152,14 @@ def token_flops(shape: Shape, adapters: bool, rank: int = 8, head: bool = True) 
     return 2 * (linear_parameters(shape) + own + (head_parameters(shape) if head else 0))
 
 
-def decode_ceiling(
-    shape: Shape, machine: Machine, kind: str, answers: int, distinct: int, length: int
-) -> float:
+def decode_ceiling(shape: Shape, machine: Machine, kind: str, answers: int, distinct: int, length: int) -> float:
     """Tokens/s at most = answers / max(bytes / bandwidth, answers * operations / FLOP/s)."""
     read = decode_bytes(shape, kind, answers, distinct, length) / machine.bandwidth
     work = answers * token_flops(shape, distinct > 0) / machine.flops
     return answers / max(read, work)
 
 
-def answer_ceiling(
-    shape: Shape, machine: Machine, answers: int, distinct: int, prompt: int, new: int
-) -> float:
+def answer_ceiling(shape: Shape, machine: Machine, answers: int, distinct: int, prompt: int, new: int) -> float:
     """With prompts = answers * new / (prompts * operations / FLOP/s + (new - 1) * step)."""
     reading = answers * prompt * token_flops(shape, distinct > 0, head=False) / machine.flops
     length = prompt + new // 2
@@ -175,9 +167,7 @@ def answer_ceiling(
     return answers * new / (reading + (new - 1) * step)
 
 
-def train_flops(
-    shape: Shape, rank: int = 8, length: int = 0, labelled: float = 1.0, full: bool = False
-) -> float:
+def train_flops(shape: Shape, rank: int = 8, length: int = 0, labelled: float = 1.0, full: bool = False) -> float:
     """Operations of a trained token = 4 * (linear + labelled * head) + 6 * LoRA
     + 6 * layers * heads * head width * length (attention); 6 * all in a full fine-tune."""
     attention = 6 * shape.layers * shape.heads * shape.width * length
@@ -206,9 +196,7 @@ def checkpointed_bytes(shape: Shape, rank: int = 8) -> float:
     return shape.layers * shape.hidden * BF16 + activation_bytes(shape, rank) / shape.layers
 
 
-def train_bytes(
-    shape: Shape, kind: str, tokens: int, rank: int = 8, checkpointed: bool = True
-) -> float:
+def train_bytes(shape: Shape, kind: str, tokens: int, rank: int = 8, checkpointed: bool = True) -> float:
     """Bytes of a training = base + 20 * LoRA numbers + 1.25 * tokens at once * kept + 0.51 GB."""
     kept = checkpointed_bytes(shape, rank) if checkpointed else activation_bytes(shape, rank)
     fixed = base_bytes(shape, kind) + STATE * lora_parameters(shape, rank)

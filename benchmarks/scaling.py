@@ -80,9 +80,7 @@ def floor(lengths: list[int], base: Any) -> Step:
     path = quickest(probe, "causal-lm", pad_id=0)
     probe.detach()
     base.requires_grad_(False)
-    base.get_input_embeddings().register_forward_hook(
-        lambda module, inputs, output: output.requires_grad_()
-    )
+    base.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.requires_grad_())
     examples = rows(lengths)
 
     def step() -> None:
@@ -114,9 +112,7 @@ def peer(lengths: list[int]) -> Step:
     return step
 
 
-def groups(
-    only: list[str], with_peer: bool
-) -> dict[str, dict[str, tuple[int, Callable[[], Step]]]]:
+def groups(only: list[str], with_peer: bool) -> dict[str, dict[str, tuple[int, Callable[[], Step]]]]:
     """What is compared, by name."""
     found: dict[str, Settings] = {
         "length": {
@@ -139,9 +135,7 @@ def groups(
         },
     }  # fmt: skip
     if with_peer:
-        found["length, peft"] = {
-            f"{length}": (2048, lambda s=sizes: peer(s)) for length, sizes in LENGTHS.items()
-        }
+        found["length, peft"] = {f"{length}": (2048, lambda s=sizes: peer(s)) for length, sizes in LENGTHS.items()}
         only = [*only, *(["length, peft"] if "length" in only else [])]
     return {name: found[name] for name in only}
 
@@ -179,13 +173,8 @@ def main() -> None:
     options.add_argument("--rounds", type=int, default=5)
     options.add_argument("--peer", action="store_true", help="peft at the same lengths, too")
     chosen = options.parse_args()
-    found = {
-        group: measured(settings, chosen.rounds)
-        for group, settings in groups(chosen.only, chosen.peer).items()
-    }
-    lines = [
-        line(group, name, own) for group, cells in found.items() for name, own in cells.items()
-    ]
+    found = {group: measured(settings, chosen.rounds) for group, settings in groups(chosen.only, chosen.peer).items()}
+    lines = [line(group, name, own) for group, cells in found.items() for name, own in cells.items()]
     head = ("varied", "setting", "tokens/s", "cost of a token, first of its group = 1")
     title = f"A training step, Llama of SmolLM2-135M's shape, {chosen.rounds} rounds"
     finish(table(title, head, lines), {"groups": found}, chosen.json)

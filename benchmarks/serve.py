@@ -196,10 +196,7 @@ def main() -> None:
         "ranks 1 to 256, batch 32": (own["ranks 1 to 256"], base, "no adapter"),
         "64 adapters, batch 64": (own["64 adapters"], own["no adapter, 64"], "no adapter"),
     }  # fmt: skip
-    rows = [
-        [what, shown(spread(a), 0), f"{shown(ratios(a, b))} of {of}"]
-        for what, (a, b, of) in pairs.items()
-    ]
+    rows = [[what, shown(spread(a), 0), f"{shown(ratios(a, b))} of {of}"] for what, (a, b, of) in pairs.items()]
     text += "\n" + table("Ours alone", ["use", "tokens/s", "ratio"], rows)
     if thousand:
         text += "\n" + loaded(thousand)

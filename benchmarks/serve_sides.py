@@ -83,9 +83,7 @@ def peft(folder: Path) -> Batch:
             with model.disable_adapter():
                 out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
         else:
-            out = model.generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), **chosen, **options
-            )
+            out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **chosen, **options)
         return int(out.shape[1] - ids.shape[1]) * len(asked)
 
     return batch

@@ -60,9 +60,7 @@ class Worker:
         self._process.wait()
 
 
-def in_turn(
-    sides: Mapping[str, Callable[[], Worker]], pairs: int, warm_up: int
-) -> dict[str, list[Figures]]:
+def in_turn(sides: Mapping[str, Callable[[], Worker]], pairs: int, warm_up: int) -> dict[str, list[Figures]]:
     """The figures of so many steps of every side, those of the warm-up left out."""
     workers: dict[str, Worker] = {}
     counted: dict[str, list[Figures]] = {name: [] for name in sides}
@@ -143,9 +141,7 @@ def machine() -> str:
         lines = [li for li in information.read_text().splitlines() if li.startswith("model name")]
         name = lines[0].split(":")[1].strip() if lines else name
     abilities = torch.cpu.get_capabilities()
-    kinds = [
-        kind for kind in ("amx_bf16", "avx512_bf16", "avx512_f", "avx2") if abilities.get(kind)
-    ]
+    kinds = [kind for kind in ("amx_bf16", "avx512_bf16", "avx512_f", "avx2") if abilities.get(kind)]
     if torch.cuda.is_available():
         name = f"{torch.cuda.get_device_name()}; {name}"
     return (

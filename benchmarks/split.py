@@ -36,9 +36,7 @@ def child(model: str, folder: Path, adapters: int, *, split: bool) -> None:
         if event["kind"] == "step" and event["step"] == STEPS:
             found.append(held())
 
-    training = loralab.Training(
-        precision="bf16", max_steps=STEPS, max_length=128, batch_size=2, shard_base=split
-    )
+    training = loralab.Training(precision="bf16", max_steps=STEPS, max_length=128, batch_size=2, shard_base=split)
     common: dict[str, Any] = {
         "model": model, "data": str(folder / "rows.csv"), "training": training,
     }  # fmt: skip
@@ -73,9 +71,7 @@ def measured(model: str, adapters: int, *, split: bool) -> float:
 
 def main() -> None:
     """Whole and split in turn; a line for each number of adapters."""
-    ask = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     ask.add_argument("--model", default="smollm2-135m")
     ask.add_argument("--rounds", type=int, default=5)
     ask.add_argument("--adapters", type=int, default=1, help=argparse.SUPPRESS)
@@ -87,13 +83,9 @@ def main() -> None:
         return
     print("| adapters | whole, MB | split, MB |\n| --- | --- | --- |")
     for adapters in (1, 2):
-        pairs = [
-            [measured(own.model, adapters, split=split) for split in (False, True)]
-            for _ in range(own.rounds)
-        ]
+        pairs = [[measured(own.model, adapters, split=split) for split in (False, True)] for _ in range(own.rounds)]
         sides = [
-            f"{statistics.median(side):.0f} ({min(side):.0f} - {max(side):.0f})"
-            for side in zip(*pairs, strict=True)
+            f"{statistics.median(side):.0f} ({min(side):.0f} - {max(side):.0f})" for side in zip(*pairs, strict=True)
         ]
         print(f"| {adapters} | {' | '.join(sides)} |", flush=True)
 

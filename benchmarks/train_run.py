@@ -28,9 +28,7 @@ def ours(folder: Path, steps: int) -> None:
     from loralab.training.request import Request
     from loralab.training.run import run_request
 
-    training = loralab.Training(
-        max_steps=steps, batch_size=BATCH, learning_rate=RATE, evaluation_rows=VALIDATION
-    )
+    training = loralab.Training(max_steps=steps, batch_size=BATCH, learning_rate=RATE, evaluation_rows=VALIDATION)
     request = Request.of("smollm2-135m", DATA, loralab.LoRA(rank=8), training, None)
     run_request(request, folder)
 
@@ -49,9 +47,7 @@ def peer(folder: Path, steps: int, *, grouped: bool) -> None:
     rows = {
         split: [
             {"input_ids": list(e.input_ids), "labels": list(e.labels)}
-            for e in encode.encode(
-                task, split, base.tokenizer, kind=base.kind, max_length=512
-            ).examples
+            for e in encode.encode(task, split, base.tokenizer, kind=base.kind, max_length=512).examples
         ]
         for split in ("train", "validation")
     }

@@ -66,9 +66,7 @@ def encoded(data: Path) -> tuple[Any, list[dict[str, list[int]]]]:
     base = load("smollm2-135m", kind="causal-lm")
     task = catalog.find(str(data))
     found = encode.encode(task, "train", base.tokenizer, kind=base.kind, max_length=LONGEST)
-    return base, [
-        {"input_ids": list(e.input_ids), "labels": list(e.labels)} for e in found.examples
-    ]
+    return base, [{"input_ids": list(e.input_ids), "labels": list(e.labels)} for e in found.examples]
 
 
 def peer(name: str, data: Path, steps: int, turn: Turn) -> None:
@@ -106,9 +104,7 @@ def peer(name: str, data: Path, steps: int, turn: Turn) -> None:
     ).train()  # fmt: skip
 
 
-def _packed(
-    base: Any, rows: Sequence[Any], lora: Any, common: dict[str, Any], seen: Figures, step: Any
-) -> None:
+def _packed(base: Any, rows: Sequence[Any], lora: Any, common: dict[str, Any], seen: Figures, step: Any) -> None:
     """Best-fit packing into rows of LONGEST tokens, two a step: as many tokens as eight rows."""
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
@@ -175,11 +171,7 @@ def main() -> None:
         else:
             peer(side, Path(data), int(steps), answering())
         return
-    found = [
-        measure(name, texts, chosen.pairs, chosen.preload)
-        for texts in chosen.texts
-        for name in chosen.peer
-    ]
+    found = [measure(name, texts, chosen.pairs, chosen.preload) for texts in chosen.texts for name in chosen.peer]
     rows = [
         [
             r["texts"], PEERS[r["peer"]] + (" + allocator" if r["preload"] else ""),

@@ -87,10 +87,7 @@ def together(model: str, batch: int, jobs: int, steps: int) -> Figures:
 
     started, clock = time.perf_counter(), Clock(jobs, steps)
     with tempfile.TemporaryDirectory() as place:
-        wanted = [
-            loralab.TrainJob(name=f"job-{n}", **asked(model, batch, n, steps, Path(place)))
-            for n in range(jobs)
-        ]
+        wanted = [loralab.TrainJob(name=f"job-{n}", **asked(model, batch, n, steps, Path(place))) for n in range(jobs)]
         for outcome in loralab.train_many(wanted, listener=clock):
             if isinstance(outcome, Exception):
                 raise outcome
@@ -126,9 +123,7 @@ def peak_of(side: str, model: str, batch: int, jobs: int, steps: int) -> int:
     return int(json.loads(done.stdout.splitlines()[-1])["peak"])
 
 
-def measure(
-    model: str, batch: int, jobs: int, steps: int, pairs: int, peak: Mapping[str, int]
-) -> dict[str, Any]:
+def measure(model: str, batch: int, jobs: int, steps: int, pairs: int, peak: Mapping[str, int]) -> dict[str, Any]:
     """One model and batch size."""
     counted: dict[str, list[Figures]] = {side: [] for side in SIDES}
     for number in range(pairs):
@@ -181,14 +176,10 @@ def main() -> None:
     cells = [(model, batch) for model in chosen.models for batch in chosen.batches]
     # first of all: a process counts what its parent held when it was started as its own peak
     peaks = [{side: peak_of(side, *cell, *size) for side in SIDES} for cell in cells]
-    found = [
-        measure(*cell, *size, chosen.pairs, peak) for cell, peak in zip(cells, peaks, strict=True)
-    ]
+    found = [measure(*cell, *size, chosen.pairs, peak) for cell, peak in zip(cells, peaks, strict=True)]
     head = ("model", "batch", "together, tokens/s", "in turn, tokens/s", "ratio of pairs",
             "whole command", "peak GB", "ratio")  # fmt: skip
-    title = (
-        f"{chosen.jobs} adapters, LoRA r={RANK}, {chosen.steps} steps each, {chosen.pairs} pairs"
-    )
+    title = f"{chosen.jobs} adapters, LoRA r={RANK}, {chosen.steps} steps each, {chosen.pairs} pairs"
     finish(table(title, head, [shown_row(own) for own in found]), {"results": found}, chosen.json)
 
 

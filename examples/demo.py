@@ -37,9 +37,7 @@ def main() -> int:
     base = loralab.evaluate(model=MODEL, data=DATA, evaluation=evaluation)
 
     console.print(f"[bold]2[/] training a LoRA for {options.steps} steps ...")
-    training = loralab.Training(
-        max_steps=options.steps, batch_size=16, max_length=128, evaluation_rows=100
-    )
+    training = loralab.Training(max_steps=options.steps, batch_size=16, max_length=128, evaluation_rows=100)
     run = loralab.train(
         model=MODEL, data=DATA, output_dir=options.output / "adapter", training=training,
         listener=lambda event: _progress(console, event),

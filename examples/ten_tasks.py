@@ -104,8 +104,7 @@ def answered(engine: Any, tasks: Sequence[Task], rows: int) -> list[tuple[float,
     """Accuracy of each task, and that of always saying its commonest label."""
     asked = {task.name: task.splits["test"][:rows] for task in tasks}
     futures = {
-        name: engine.classify([row["text"] for row in own], adapter=name)
-        for name, own in asked.items()
+        name: engine.classify([row["text"] for row in own], adapter=name) for name, own in asked.items()
     }  # all ten are under way at once
     scores = []
     for task in tasks:

@@ -47,9 +47,7 @@ def test_the_python_of_a_document_runs(
         "tokenizer": AutoTokenizer.from_pretrained(tiny_llama_folder),
         "batch": {"input_ids": ids, "labels": ids},
         "rows": {"input_ids": ids},
-        "examples": [
-            {"prompt": f"{n} {words[n % 4]}", "completion": words[n % 4]} for n in range(40)
-        ],
+        "examples": [{"prompt": f"{n} {words[n % 4]}", "completion": words[n % 4]} for n in range(40)],
     }
     for block in blocks:
         exec(compile(block, document, "exec"), names)

@@ -27,9 +27,7 @@ def test_a_trial_compares_steps_with_the_peer(tmp_path: Path) -> None:
     """Of the real command: its part's process, the workers, the lines, the JSON file."""
     out = tmp_path / "gpu.json"
     command = [sys.executable, str(SCRIPT), "--device", "cpu", "--tiny", "--json", str(out)]
-    done = subprocess.run(
-        [*command, "--parts", "train"], capture_output=True, text=True, timeout=600, check=False
-    )
+    done = subprocess.run([*command, "--parts", "train"], capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(out.read_text())
     assert {"torch", "transformers", "loralab", "device"} == set(found["versions"])
@@ -43,9 +41,7 @@ def test_every_path_agrees_with_the_plain_one(gpu: Any) -> None:
     found = list(gpu.agreement(torch.device("cpu"), True))
     assert [line for line in found if not line["ok"]] == []
     assert {(line["precision"], line["case"]) for line in found} == {
-        (precision, way)
-        for precision in ("fp32", "bf16", "fp16")
-        for way in ("plain", "patched", "packed")
+        (precision, way) for precision in ("fp32", "bf16", "fp16") for way in ("plain", "patched", "packed")
     }
 
 
@@ -56,17 +52,13 @@ def test_methods_are_compared_and_trained(gpu: Any) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_ends_with_one_line_and_code_2() -> None:
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT)], capture_output=True, text=True, timeout=120, check=False
-    )
+    done = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2
     assert done.stdout == ""
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_a_part_that_takes_too_long_is_stopped_and_keeps_its_lines(
-    gpu: Any, tmp_path: Path
-) -> None:
+def test_a_part_that_takes_too_long_is_stopped_and_keeps_its_lines(gpu: Any, tmp_path: Path) -> None:
     out = tmp_path / "0.jsonl"
     out.write_text('{"case": "first", "ok": true}\n{"case": "cut o')
     found = gpu.run_part("agreement", ON_CPU, 0.0, out)
@@ -75,9 +67,7 @@ def test_a_part_that_takes_too_long_is_stopped_and_keeps_its_lines(
     ]  # fmt: skip
 
 
-def test_a_case_that_raises_is_a_line_and_the_others_go_on(
-    gpu: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_case_that_raises_is_a_line_and_the_others_go_on(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(config: Any, *_: Any) -> None:
         raise RuntimeError("no kernel")
 

@@ -45,10 +45,7 @@ def shape(**other: Any) -> Any:
 
 
 def test_the_tables_of_the_document_are_what_the_command_prints_without_torch() -> None:
-    code = (
-        "import runpy, sys; runpy.run_path('scale.py', run_name='__main__'); "
-        "sys.exit('torch' in sys.modules)"
-    )
+    code = "import runpy, sys; runpy.run_path('scale.py', run_name='__main__'); sys.exit('torch' in sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", code], check=True, capture_output=True, text=True,
         cwd=ROOT / "benchmarks",
@@ -72,9 +69,7 @@ def test_the_numbers_of_a_base_are_counted_right() -> None:
 
 
 @pytest.mark.parametrize("targets", [formulas.WHOLE, ("q", "v"), ("down",)])
-def test_an_adapter_has_the_predicted_numbers_and_bytes(
-    targets: tuple[str, ...], tmp_path: Path
-) -> None:
+def test_an_adapter_has_the_predicted_numbers_and_bytes(targets: tuple[str, ...], tmp_path: Path) -> None:
     names = [f"{name}_proj" for name in targets]
     adapter = attach(tiny.llama(), LoRA(rank=4, target_modules=names))
     assert formulas.lora_parameters(shape(), 4, targets) == adapter.num_parameters
@@ -127,9 +122,7 @@ def test_operations_are_counted_as_products_are() -> None:
 
 
 @pytest.mark.parametrize(("places", "exponent"), [(20, 0.7), (64, 1.0), (200, 1.0), (64, 1.3)])
-def test_the_hit_rate_is_that_of_places_where_the_unused_makes_room(
-    places: int, exponent: float
-) -> None:
+def test_the_hit_rate_is_that_of_places_where_the_unused_makes_room(places: int, exponent: float) -> None:
     draw, count, asked = random.Random(0), 1000, 40_000
     weights = formulas.popularity(count, exponent).tolist()
     held: OrderedDict[int, None] = OrderedDict()

@@ -98,9 +98,7 @@ def test_q5_the_update_without_scaling(llama: Any) -> None:
 
 
 @pytest.mark.parametrize("which", ["llama", "gpt2"])
-def test_q6_merging_changes_the_loss_by_less_than_a_millionth(
-    which: str, request: pytest.FixtureRequest
-) -> None:
+def test_q6_merging_changes_the_loss_by_less_than_a_millionth(which: str, request: pytest.FixtureRequest) -> None:
     model = request.getfixturevalue(which)
     base = evaluate(model)
     attach(model, LoRA())

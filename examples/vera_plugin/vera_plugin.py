@@ -77,9 +77,7 @@ class LinearWithVeRA(nn.Module):
         return A[:, : self.in_features], B[: self.out_features]
 
 
-def build(
-    model: nn.Module, config: VeRA, generator: torch.Generator | None
-) -> dict[str, nn.Module]:
+def build(model: nn.Module, config: VeRA, generator: torch.Generator | None) -> dict[str, nn.Module]:
     """Return a layer for each target, all with the same A and B."""
     layers = {path: model.get_submodule(path) for path in target_names(model, config)}
     shapes = [linear_shape(layer) for layer in layers.values()]

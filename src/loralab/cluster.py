@@ -39,9 +39,7 @@ def library(name: str = "ray") -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ConfigError(
-            f"several machines need {error.name or name}; get it with: {INSTALL}"
-        ) from None
+        raise ConfigError(f"several machines need {error.name or name}; get it with: {INSTALL}") from None
 
 
 @contextlib.contextmanager
@@ -90,9 +88,7 @@ def require_reachable(address: str) -> None:
     if client and not colon:
         host, port = plain, str(CLIENT_PORT)
     if not (host and port.isdecimal() and 0 < int(port) < 2**16):
-        raise ConfigError(
-            f"--ray expects {LOCAL}, {AUTO}, HOST:PORT or {CLIENT}HOST:PORT, got {address!r}"
-        )
+        raise ConfigError(f"--ray expects {LOCAL}, {AUTO}, HOST:PORT or {CLIENT}HOST:PORT, got {address!r}")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_SECONDS).close()
     except OSError as error:

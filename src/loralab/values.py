@@ -75,9 +75,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin in (Union, UnionType):
         return any(_fits(value, one) for one in inner)
     if origin is tuple:
-        return isinstance(value, list | tuple | set | frozenset) and all(
-            _fits(one, inner[0]) for one in value
-        )
+        return isinstance(value, list | tuple | set | frozenset) and all(_fits(one, inner[0]) for one in value)
     if origin is not None:  # a mapping
         return isinstance(value, Mapping) and all(_fits(one, inner[1]) for one in value.values())
     if isinstance(value, bool):
@@ -184,9 +182,7 @@ def read_bytes(file: Path, error: type[InputError], most: int | None = None) -> 
         finally:
             os.close(place)
     except MemoryError:
-        raise error(
-            f"{file} cannot be read: it does not fit into memory", code="too_large"
-        ) from None
+        raise error(f"{file} cannot be read: it does not fit into memory", code="too_large") from None
     except (OSError, ValueError) as reason:  # a name with a zero byte is a ValueError
         if isinstance(reason, InputError):
             raise
@@ -207,9 +203,7 @@ def read_json(file: Path, error: type[InputError], *, large: bool = False) -> di
     return parse_json(file, read_bytes(file, error, LARGEST_JSON), error, large=large)
 
 
-def parse_json(
-    file: Path, data: bytes, error: type[InputError], *, large: bool = False
-) -> dict[str, Any]:
+def parse_json(file: Path, data: bytes, error: type[InputError], *, large: bool = False) -> dict[str, Any]:
     """`read_json`, of what a file held.
 
     Raises:
@@ -249,9 +243,7 @@ def read_toml(file: Path, error: type[InputError] = ConfigError) -> dict[str, An
         content = tomllib.loads(text)
     except (ValueError, RecursionError) as reason:  # too many digits or brackets, too
         line = re.search(r"line \d+", str(reason))
-        raise error(
-            f"{file} is no TOML: {reason}", code="invalid_toml", field=line and line[0]
-        ) from None
+        raise error(f"{file} is no TOML: {reason}", code="invalid_toml", field=line and line[0]) from None
     _require_plain(file, content, error)
     return content
 
@@ -273,9 +265,7 @@ def _levels(content: Any) -> Iterator[list[Any]]:
         level = [value for values in inner for value in values]
 
 
-def _require_plain(
-    file: Path, content: Any, error: type[InputError], *, large: bool = False
-) -> None:
+def _require_plain(file: Path, content: Any, error: type[InputError], *, large: bool = False) -> None:
     """No nesting that no file of ours has, and no number that no field can hold."""
     for depth, level in enumerate(_levels(content)):
         if depth > DEEPEST:

@@ -17,9 +17,7 @@ from loralab.adapters.attach import attach
 from loralab.adapters.methods import AdaLoRA, FullFineTune, LoRA
 
 IDS = torch.arange(8).view(2, 4)
-each_kind = pytest.mark.parametrize(
-    "method", ["lora", "dora", "pissa", "everywhere", "adalora", "ia3", "full"]
-)
+each_kind = pytest.mark.parametrize("method", ["lora", "dora", "pissa", "everywhere", "adalora", "ia3", "full"])
 
 
 @pytest.fixture(autouse=True)
@@ -110,9 +108,7 @@ def test_training_has_the_same_gradients_and_one_graph_for_all_steps(method: str
     compiled = torch.compile(adapter.model, backend="aot_eager")
     counts = []
     for _ in range(4):
-        for one, other in zip(
-            gradients(adapter, compiled), gradients(adapter, adapter.model), strict=True
-        ):
+        for one, other in zip(gradients(adapter, compiled), gradients(adapter, adapter.model), strict=True):
             torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
         with torch.no_grad():
             for parameter in adapter.parameters():

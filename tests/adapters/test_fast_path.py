@@ -55,9 +55,7 @@ def close(found: Tensor, expected: Tensor, seen: Tensor, tolerance: float = 1e-5
 @pytest.mark.parametrize("norm_first", [False, True])
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
-def test_evaluation_is_training_without_dropout(
-    method: str, norm_first: bool, padded: bool
-) -> None:
+def test_evaluation_is_training_without_dropout(method: str, norm_first: bool, padded: bool) -> None:
     model = encoder(norm_first=norm_first)
     base = copy.deepcopy(model)
     mask = HIDDEN if padded else None

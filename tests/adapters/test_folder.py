@@ -97,9 +97,7 @@ PEFT_CONFIGS: dict[str, list[dict[str, Any]]] = {
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # peft's own
-@pytest.mark.parametrize(
-    ("name", "options"), [(n, o) for n, all_ in PEFT_CONFIGS.items() for o in all_]
-)
+@pytest.mark.parametrize(("name", "options"), [(n, o) for n, all_ in PEFT_CONFIGS.items() for o in all_])
 def test_we_load_what_peft_saved(name: str, options: dict[str, Any], tmp_path: Path) -> None:
     theirs = get_peft_model(MODELS[name](), LoraConfig(r=4, init_lora_weights=False, **options))
     with torch.no_grad():
@@ -145,13 +143,11 @@ def nests(paths: list[tuple[str, ...]]) -> bool:
     return not any(a != b and b[: len(a)] == a for a in paths for b in paths)
 
 
-@settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    paths=st.lists(
-        st.lists(NAMES, min_size=1, max_size=3).map(tuple), min_size=1, max_size=5, unique=True
-    ).filter(nests),
+    paths=st.lists(st.lists(NAMES, min_size=1, max_size=3).map(tuple), min_size=1, max_size=5, unique=True).filter(
+        nests
+    ),
     data=st.data(),
 )
 def test_hostile_module_names_come_back(
@@ -199,9 +195,7 @@ KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
         ({KEY: torch.ones(3, 32)}, r"misshapen: .*\(3, 32\), expected \(2, 32\)"),
     ],
 )
-def test_a_key_that_does_not_fit_is_listed(
-    saved: Path, changes: dict[str, Any], message: str
-) -> None:
+def test_a_key_that_does_not_fit_is_listed(saved: Path, changes: dict[str, Any], message: str) -> None:
     rewrite(saved, **changes)
     model = llama()
     before = logits(model)
@@ -417,9 +411,7 @@ def siglip() -> Any:
         ["attention.q", "q_proj"],
     ],
 )
-def test_attention_of_torch_beside_a_layer_of_that_name_comes_back(
-    target: Any, tmp_path: Path
-) -> None:
+def test_attention_of_torch_beside_a_layer_of_that_name_comes_back(target: Any, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, pixels = siglip().eval(), torch.randn(2, 3, 28, 28)
     state = model.state_dict()

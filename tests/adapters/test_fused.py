@@ -29,9 +29,7 @@ def plain(base: Any, x: Tensor, A: Tensor, B: Tensor, scaling: float, mask: Any)
     return base(x) + scaling * (low @ B.to(x.dtype).T)
 
 
-def fused(
-    base: Any, x: Tensor, A: Tensor, B: Tensor, scaling: float, mask: Tensor | None = None
-) -> Tensor:
+def fused(base: Any, x: Tensor, A: Tensor, B: Tensor, scaling: float, mask: Tensor | None = None) -> Tensor:
     return linears_with_updates(x, [Updated(base, A, B, scaling)], mask)[0]
 
 
@@ -62,9 +60,7 @@ def test_gradients_are_those_of_finite_differences(kind: str, masked: bool) -> N
     leading=st.lists(st.integers(0, 3), max_size=3),
     rank=st.integers(1, 7), masked=st.booleans(),
 )  # fmt: skip
-def test_fused_equals_plain_on_any_shape(
-    kind: str, leading: list[int], rank: int, masked: bool
-) -> None:
+def test_fused_equals_plain_on_any_shape(kind: str, leading: list[int], rank: int, masked: bool) -> None:
     base = layer(kind).requires_grad_(False)
     x, A, B = torch.randn(*leading, 5), torch.randn(rank, 5), torch.randn(4, rank)
     mask = (torch.rand(x.shape) > 0.5).float() * 2 if masked else None
@@ -158,9 +154,7 @@ def test_dropout_draws_the_same_mask_as_the_plain_equation() -> None:
     kinds=st.lists(st.sampled_from(["linear", "no bias", "conv1d"]), min_size=1, max_size=3),
     ranks=st.lists(st.integers(1, 6), min_size=3, max_size=3), masked=st.booleans(),
 )  # fmt: skip
-def test_several_layers_at_once_equal_each_alone(
-    kinds: list[str], ranks: list[int], masked: bool
-) -> None:
+def test_several_layers_at_once_equal_each_alone(kinds: list[str], ranks: list[int], masked: bool) -> None:
     bases = [layer(kind, 5, 3 + n).requires_grad_(False) for n, kind in enumerate(kinds)]
     x = torch.randn(2, 7, 5)
     mask = (torch.rand(x.shape) > 0.5).float() * 2 if masked else None
@@ -169,10 +163,7 @@ def test_several_layers_at_once_equal_each_alone(
     for at_once in (True, False):
         own = x.clone().requires_grad_()
         leaves = [(A.clone().requires_grad_(), B.clone().requires_grad_()) for A, B in pairs]
-        layers = [
-            Updated(base, A, B, 0.5 + n)
-            for n, (base, (A, B)) in enumerate(zip(bases, leaves, strict=False))
-        ]
+        layers = [Updated(base, A, B, 0.5 + n) for n, (base, (A, B)) in enumerate(zip(bases, leaves, strict=False))]
         if at_once:
             ys = linears_with_updates(own, layers, mask)
         else:
@@ -223,8 +214,7 @@ def test_together_is_each_layer_called_alone(chosen: list[str]) -> None:
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other)
     gradients = [
-        torch.autograd.grad(torch.stack([y.square().sum() for y in ys]).sum(), x)[0]
-        for ys in (found, expected)
+        torch.autograd.grad(torch.stack([y.square().sum() for y in ys]).sum(), x)[0] for ys in (found, expected)
     ]
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
 
@@ -246,9 +236,7 @@ each_kind = pytest.mark.parametrize("kind", ["linear", "no bias", "conv1d"])
 @each_kind
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("options", ["rank 1", "pissa", "dora", "dropout"])
-def test_the_output_may_be_changed_in_place(
-    kind: str, shape: tuple[int, ...], options: str
-) -> None:
+def test_the_output_may_be_changed_in_place(kind: str, shape: tuple[int, ...], options: str) -> None:
     module = LinearWithLoRA(layer(kind, 6, 6), LoRA(**({"rank": 2} | OPTIONS[options]))).train()
     nn.init.normal_(module.lora_B)
     results = []
@@ -273,9 +261,7 @@ def test_outputs_of_layers_together_may_be_changed_in_place() -> None:
     expected = torch.autograd.grad((2 * one + two.relu() + three).sum(), x)[0]
     one, two, three = together(x, layers)
     one *= 2
-    torch.testing.assert_close(
-        torch.autograd.grad((one + two.relu_() + three).sum(), x)[0], expected
-    )
+    torch.testing.assert_close(torch.autograd.grad((one + two.relu_() + three).sum(), x)[0], expected)
 
 
 @each_kind

@@ -92,9 +92,7 @@ def test_every_row_of_any_mix_is_what_its_adapter_alone_gives(
         assert torch.allclose(found[row], logits(alone, ids[row : row + 1])[0], atol=2e-5)
 
 
-def test_many_spans_take_two_products(
-    llama: Any, everyone: dict[str, tuple[nn.Module, Adapter]]
-) -> None:
+def test_many_spans_take_two_products(llama: Any, everyone: dict[str, tuple[nn.Module, Adapter]]) -> None:
     names = ["lora", None, "wide", "pissa", "a", "b", "c", None]
     everyone = everyone | {n: adapted(llama, LoRA(rank=3), ord(n)) for n in "abc"}
     model = copy.deepcopy(llama)
@@ -201,9 +199,7 @@ def test_heads_of_different_classes(tiny_bert_folder: Path) -> None:
     models = {}
     for number, labels in (("two", 2), ("five", 5)):
         torch.manual_seed(labels)
-        own = AutoModelForSequenceClassification.from_pretrained(
-            tiny_bert_folder, num_labels=labels
-        ).eval()
+        own = AutoModelForSequenceClassification.from_pretrained(tiny_bert_folder, num_labels=labels).eval()
         method = LoRA(rank=2, modules_to_save=["classifier"])
         adapter = attach(own, method)
         models[number] = (own, adapter)
@@ -254,18 +250,14 @@ def test_a_prefix_is_no_module(llama: Any) -> None:
         Bank(copy.deepcopy(llama)).put("p", attach(own, Prefix(tokens=2)))
 
 
-@pytest.mark.parametrize(
-    "spans", [[], [Span("a", 1, 2)], [Span("a", 0, 2), Span("b", 1, 3)], [Span("a", 0, 0)]]
-)
+@pytest.mark.parametrize("spans", [[], [Span("a", 1, 2)], [Span("a", 0, 2), Span("b", 1, 3)], [Span("a", 0, 0)]])
 def test_spans_cover_the_batch(llama: Any, spans: list[Span]) -> None:
     bank = Bank(copy.deepcopy(llama))
     with pytest.raises(AdapterStateError, match="follow each other"), bank.routed(spans):
         pass
 
 
-def test_a_batch_of_another_size_is_refused(
-    llama: Any, everyone: dict[str, tuple[nn.Module, Adapter]]
-) -> None:
+def test_a_batch_of_another_size_is_refused(llama: Any, everyone: dict[str, tuple[nn.Module, Adapter]]) -> None:
     model = copy.deepcopy(llama)
     bank = Bank(model)
     bank.put("lora", everyone["lora"][1])

@@ -66,9 +66,7 @@ def mixtral() -> Any:
 
 
 def gpt_oss() -> Any:
-    return GptOssForCausalLM(
-        GptOssConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2, head_dim=8)
-    )
+    return GptOssForCausalLM(GptOssConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2, head_dim=8))
 
 
 def qwen2() -> Any:
@@ -194,9 +192,7 @@ TEXT: dict[str, Any] = {**SIZES, "head_dim": 8}
 
 
 def llava(kind: Any = LlavaForConditionalGeneration) -> Any:
-    return kind(
-        LlavaConfig(text_config=LlamaConfig(**SIZES), vision_config=CLIPVisionConfig(**VISION))
-    )
+    return kind(LlavaConfig(text_config=LlamaConfig(**SIZES), vision_config=CLIPVisionConfig(**VISION)))
 
 
 def gemma3() -> Any:
@@ -211,9 +207,7 @@ def gemma3() -> Any:
 
 def mistral3() -> Any:
     return Mistral3ForConditionalGeneration(
-        Mistral3Config(
-            text_config=MistralConfig(**TEXT), vision_config=PixtralVisionConfig(**VISION)
-        )
+        Mistral3Config(text_config=MistralConfig(**TEXT), vision_config=PixtralVisionConfig(**VISION))
     )
 
 
@@ -227,9 +221,7 @@ def qwen_vl() -> Any:
         "out_hidden_size": 32,
         "fullatt_block_indexes": [1],
     }
-    return Qwen2_5_VLForConditionalGeneration(
-        Qwen2_5_VLConfig(text_config=text, vision_config=vision)
-    )
+    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision))
 
 
 MULTIMODAL = {

@@ -86,9 +86,7 @@ def test_a_part_changes_its_own_rows_only(make: Any, name: str, rows: Any, tmp_p
 @pytest.mark.filterwarnings("ignore")
 def test_parts_are_a_plain_lora_for_peft(tmp_path: Path) -> None:
     model = gpt2()
-    fill(attach(model, LoRA(rank=4, target_modules=["c_attn.q", "c_attn.v", "c_fc"]))).save(
-        tmp_path
-    )
+    fill(attach(model, LoRA(rank=4, target_modules=["c_attn.q", "c_attn.v", "c_fc"]))).save(tmp_path)
     again = peft.PeftModel.from_pretrained(gpt2(), tmp_path).eval()
     with torch.no_grad():
         torch.testing.assert_close(again(IDS).logits, logits(model), rtol=1e-4, atol=1e-5)
@@ -156,9 +154,7 @@ def test_attention_files_go_both_ways(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, x = Attending(), torch.randn(2, 5, 16)
     state = {name: value.clone() for name, value in model.state_dict().items()}
-    fill(attach(model, LoRA(rank=2, target_modules=["attention.q", "attention.v"]))).save(
-        tmp_path / "ours"
-    )
+    fill(attach(model, LoRA(rank=2, target_modules=["attention.q", "attention.v"]))).save(tmp_path / "ours")
 
     def fresh() -> Any:
         plain = Attending()

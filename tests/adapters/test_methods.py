@@ -41,14 +41,10 @@ def test_patterns_give_a_module_its_own_rank_and_alpha() -> None:
         rank=8, alpha=16, rank_pattern={"q_proj": 4, "layers.0.*v_proj": 2},
         alpha_pattern={"v_proj": 1},
     )  # fmt: skip
-    q, v0, v1 = (
-        config.for_module(f"model.layers.{n}") for n in ("0.a.q_proj", "0.a.v_proj", "1.a.v_proj")
-    )
+    q, v0, v1 = (config.for_module(f"model.layers.{n}") for n in ("0.a.q_proj", "0.a.v_proj", "1.a.v_proj"))
     assert [(c.rank, c.alpha) for c in (q, v0, v1)] == [(4, 16), (2, 1), (8, 1)]
 
 
-@pytest.mark.parametrize(
-    ("scaling", "factor"), [("alpha/r", 4.0), ("alpha/sqrt(r)", 8.0), ("none", 1.0)]
-)
+@pytest.mark.parametrize(("scaling", "factor"), [("alpha/r", 4.0), ("alpha/sqrt(r)", 8.0), ("none", 1.0)])
 def test_the_three_scalings(scaling: str, factor: float) -> None:
     assert LoRA(rank=4, alpha=16, scaling=scaling).factor == factor

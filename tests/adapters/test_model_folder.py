@@ -80,9 +80,7 @@ def test_after_detaching_the_model_writes_itself(tmp_path: Path) -> None:
     adapter = fill(attach(model, LoRA(rank=2)))
     merged = adapter.merge_and_detach()
     merged.save_pretrained(tmp_path / "n")  # type: ignore[operator]
-    assert "model.layers.0.self_attn.q_proj.weight" in safetensors.torch.load_file(
-        tmp_path / "n" / "model.safetensors"
-    )
+    assert "model.layers.0.self_attn.q_proj.weight" in safetensors.torch.load_file(tmp_path / "n" / "model.safetensors")
 
 
 def test_adapter_and_model_do_not_share_a_folder(tmp_path: Path) -> None:

@@ -67,9 +67,7 @@ def test_the_base_keeps_its_one_place_and_its_fingerprint() -> None:
     assert fingerprint(adapter.model) == fingerprint(plain)
     module = adapter.modules["model.layers.0.self_attn.q_proj"]
     assert module.layer.base is module.base
-    assert [n for n, m in adapter.model.named_modules() if m is module.base] == [
-        "model.layers.0.self_attn.q_proj.base"
-    ]
+    assert [n for n, m in adapter.model.named_modules() if m is module.base] == ["model.layers.0.self_attn.q_proj.base"]
     assert module.in_features == 32  # of the base, as models ask it
 
 
@@ -191,9 +189,7 @@ def test_a_file_holds_the_fields_of_the_method_and_the_names_of_the_layers(tmp_p
     {"layers": [1]}, {"exclude_modules": ["q_proj"], "target_modules": "attention"},
     {"factor": 0.5, "target_modules": ["up_proj"]}, {"modules_to_save": ["lm_head"]},
 ])  # fmt: skip
-def test_all_fields_and_nothing_else_is_a_way_to_write_a_configuration(
-    options: dict[str, Any], tmp_path: Path
-) -> None:
+def test_all_fields_and_nothing_else_is_a_way_to_write_a_configuration(options: dict[str, Any], tmp_path: Path) -> None:
     changed(fields=asdict, parse=lambda fields: Outer(**fields))
     adapter = fill(attach(llama(), Outer(**options)))
     adapter.save(tmp_path / "a")
@@ -296,9 +292,7 @@ class Raising(LinearWithOuter):
     (Raising, "plugin_failed"), (lambda config, layer: 1 / 0, "plugin_failed"),
     (lambda config, layer: None, "no_module"), (lambda config, layer: layer, "no_base"),
 ])  # fmt: skip
-def test_a_layer_that_cannot_be_used_is_named_and_the_model_is_as_before(
-    kind: Any, code: str
-) -> None:
+def test_a_layer_that_cannot_be_used_is_named_and_the_model_is_as_before(kind: Any, code: str) -> None:
     changed(build=lambda config, path, layer: kind(config, layer))
     model = llama()
     before, kinds = logits(model), [type(m) for m in model.modules()]
@@ -324,9 +318,7 @@ class Unmergeable(LinearWithOuter):
 
 
 @pytest.mark.parametrize(("kind", "merges"), [(Unmergeable, True), (LinearWithOuter, False)])
-def test_a_method_without_a_delta_trains_and_is_not_merged(
-    kind: Any, merges: bool, tmp_path: Path
-) -> None:
+def test_a_method_without_a_delta_trains_and_is_not_merged(kind: Any, merges: bool, tmp_path: Path) -> None:
     adapter = fill(built(kind, merges=merges))
     assert not adapter.can_merge
     with pytest.raises(AdapterStateError) as caught:

@@ -95,9 +95,7 @@ def test_what_peft_wrote_gives_the_same_logits_here(name: str, kind: str, tmp_pa
 
 
 @pytest.mark.parametrize(("name", "kind"), PAIRS)
-def test_what_was_written_here_gives_the_same_logits_there(
-    name: str, kind: str, tmp_path: Path
-) -> None:
+def test_what_was_written_here_gives_the_same_logits_there(name: str, kind: str, tmp_path: Path) -> None:
     ours = MODELS[name]()
     before = logits(ours)
     peft_model = theirs(name, kind)
@@ -215,9 +213,7 @@ def test_adalora_files_that_lost_a_whole_module(tmp_path: Path) -> None:
     peft_model = theirs("llama", "adalora")
     config = peft_model.peft_config["default"]
     config.rank_pattern = {}
-    for number, (key, _) in enumerate(
-        (n, p) for n, p in peft_model.named_parameters() if n.endswith("lora_E.default")
-    ):
+    for number, (key, _) in enumerate((n, p) for n, p in peft_model.named_parameters() if n.endswith("lora_E.default")):
         mask = [False] * 4 if number == 0 else [True, False, number % 2 == 0, False]
         config.rank_pattern[key.removeprefix("base_model.model.").removesuffix(".default")] = mask
     peft_model.save_pretrained(tmp_path)

@@ -66,9 +66,7 @@ PLACES: dict[str, tuple[Any, set[str], set[str], set[str]]] = {
     ),
     "jamba": (
         lambda: JambaForCausalLM(
-            JambaConfig(
-                **SIZES, attn_layer_period=2, attn_layer_offset=1, num_experts=1, mamba_d_state=4
-            )
+            JambaConfig(**SIZES, attn_layer_period=2, attn_layer_offset=1, num_experts=1, mamba_d_state=4)
         ),
         QKVO,
         GATED,
@@ -114,9 +112,7 @@ PLACES: dict[str, tuple[Any, set[str], set[str], set[str]]] = {
         {"in_proj", "out_proj", "linear"},
     ),
     "lfm2": (
-        lambda: Lfm2ForCausalLM(
-            Lfm2Config(**SIZES, layer_types=["conv", "full_attention"] * 2, block_multiple_of=8)
-        ),
+        lambda: Lfm2ForCausalLM(Lfm2Config(**SIZES, layer_types=["conv", "full_attention"] * 2, block_multiple_of=8)),
         {"q_proj", "k_proj", "v_proj", "out_proj"},
         {"w1", "w2", "w3"},
         {"in_proj", "out_proj"},
@@ -162,9 +158,7 @@ def test_each_layer_of_a_block_has_its_place(name: str) -> None:
         if any(part.isdigit() for part in path.split(".")):
             found[place_of(model, path)].add(path.rpartition(".")[2])
     assert found == {"attention": attention, "mlp": mlp, "": neither}
-    by_preset = {
-        preset: target_names(model, LoRA(target_modules=preset)) for preset in ("attention", "mlp")
-    }
+    by_preset = {preset: target_names(model, LoRA(target_modules=preset)) for preset in ("attention", "mlp")}
     for preset, paths in by_preset.items():
         assert paths == [path for path in linear if place_of(model, path) == preset]
     every = set(target_names(model, LoRA()))
@@ -225,8 +219,7 @@ class Block(nn.Module):
             {
                 "gate": nn.Linear(4, 2),
                 "experts": nn.ModuleList(
-                    nn.ModuleDict({"gate": nn.Linear(4, 8), "up": nn.Linear(4, 8)})
-                    for _ in range(2)
+                    nn.ModuleDict({"gate": nn.Linear(4, 8), "up": nn.Linear(4, 8)}) for _ in range(2)
                 ),
             }
         )

@@ -216,15 +216,11 @@ def test_both_ways_of_a_model_agree() -> None:
 
 
 def mamba() -> Any:
-    return MambaForCausalLM(
-        MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=64, state_size=4)
-    )
+    return MambaForCausalLM(MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=64, state_size=4))
 
 
 def falcon_mamba() -> Any:
-    return FalconMambaForCausalLM(
-        FalconMambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=64, state_size=4)
-    )
+    return FalconMambaForCausalLM(FalconMambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=64, state_size=4))
 
 
 def jamba() -> Any:

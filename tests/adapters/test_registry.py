@@ -151,9 +151,7 @@ def test_the_peft_type_is_what_the_fields_say() -> None:
     ("{m}:SPEC", ""), ("{m}:offer", "def offer():\n    return SPEC"), ("{m}", ""),
     ("{m}", "register(SPEC)"), ("{m}:offer", "def offer():\n    register(SPEC)"),
 ])  # fmt: skip
-def test_an_entry_point_is_loaded_when_a_method_is_asked_for(
-    site: Site, value: str, more: str
-) -> None:
+def test_an_entry_point_is_loaded_when_a_method_is_asked_for(site: Site, value: str, more: str) -> None:
     module = f"plugin_{len(value)}_{len(more)}"
     content = PLUGIN + more
     site(module, content, value.format(m=module))

@@ -60,9 +60,7 @@ def solo(name: str | None) -> Tensor:
     st.lists(st.tuples(st.sampled_from(["activate", "detach", "merge", "block", "base"]),
                        st.integers(0, 4)), max_size=12),
 )  # fmt: skip
-def test_whatever_is_done_each_answers_as_if_alone(
-    names: list[str], moves: list[tuple[str, int]]
-) -> None:
+def test_whatever_is_done_each_answers_as_if_alone(names: list[str], moves: list[tuple[str, int]]) -> None:
     model = llama()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     adapters = {name: filled(model, name) for name in names}
@@ -127,9 +125,7 @@ def test_each_saves_what_it_saves_alone(name: str, tmp_path: Path) -> None:
     adapters[name].save(tmp_path / "among")
     for file in ("adapter_model.safetensors", "adapter_config.json"):
         assert (tmp_path / "alone" / file).read_bytes() == (tmp_path / "among" / file).read_bytes()
-    one, other = (
-        loralab.adapters.folder.read(tmp_path / place).record for place in ("alone", "among")
-    )
+    one, other = (loralab.adapters.folder.read(tmp_path / place).record for place in ("alone", "among"))
     assert one["digest"] == other["digest"]
     assert one["base"] == other["base"]
     adapters[name].detach()

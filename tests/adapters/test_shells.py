@@ -74,9 +74,7 @@ CONFIGS = [
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
 @pytest.mark.parametrize("wrap", WRAPS)
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: type(config).__name__)
-def test_a_file_of_a_wrapped_model_is_that_of_the_plain_one(
-    config: Any, wrap: str, tmp_path: Path
-) -> None:
+def test_a_file_of_a_wrapped_model_is_that_of_the_plain_one(config: Any, wrap: str, tmp_path: Path) -> None:
     plain, model = llama(), WRAPS[wrap](llama())
     fill(attach(plain, config, generator=torch.Generator().manual_seed(0))).save(tmp_path / "a")
     adapter = fill(attach(model, config, generator=torch.Generator().manual_seed(0)))
@@ -88,10 +86,7 @@ def test_a_file_of_a_wrapped_model_is_that_of_the_plain_one(
     assert adapter.detach() is model
     again = load(model, tmp_path / "a")
     assert again.tensors().keys() == adapter.tensors().keys()
-    assert all(
-        torch.equal(a, b)
-        for a, b in zip(again.tensors().values(), adapter.tensors().values(), strict=True)
-    )
+    assert all(torch.equal(a, b) for a, b in zip(again.tensors().values(), adapter.tensors().values(), strict=True))
 
 
 @pytest.mark.parametrize("wrap", ["compiled inside", "data parallel"])
@@ -121,10 +116,7 @@ def test_a_file_with_shells_in_its_names_is_read(config: Any, shell: str, tmp_pa
     )
     fields = json.loads((tmp_path / "a" / CONFIG).read_text())
     patterns = {
-        name: {
-            shell + key if key.startswith("model") else key: value
-            for key, value in fields[name].items()
-        }
+        name: {shell + key if key.startswith("model") else key: value for key, value in fields[name].items()}
         for name in ("rank_pattern", "alpha_pattern")
     }
     (tmp_path / "a" / CONFIG).write_text(json.dumps({**fields, **patterns}))

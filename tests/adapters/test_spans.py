@@ -15,9 +15,7 @@ from loralab.native.library import Thin
 ROWS = ((0, 3), (3, 4), (6, 11))  # rows 4 and 5 have no update
 
 
-def factors(
-    out: int, ranks: Sequence[int], dtype: torch.dtype
-) -> list[tuple[Tensor, Tensor, float]]:
+def factors(out: int, ranks: Sequence[int], dtype: torch.dtype) -> list[tuple[Tensor, Tensor, float]]:
     draw = torch.Generator().manual_seed(out)
     return [
         (torch.randn(r, 32, generator=draw, dtype=dtype).requires_grad_(),
@@ -55,9 +53,7 @@ def test_second_derivatives_are_those_of_finite_differences() -> None:
               for s in ((5, 3), (2, 3), (4, 2), (1, 3), (2, 1), (1, 3), (4, 1))]  # fmt: skip
     mask = (torch.rand(2, 3) > 0.3).double() * 2
 
-    def call(
-        x: Tensor, A: Tensor, B: Tensor, A2: Tensor, B2: Tensor, A3: Tensor, B3: Tensor
-    ) -> Any:
+    def call(x: Tensor, A: Tensor, B: Tensor, A2: Tensor, B2: Tensor, A3: Tensor, B3: Tensor) -> Any:
         first, second = [(A, B, 0.5), (A2, B2, 2.0)], [(A3, B3, 1.5), None]
         updates = [Updates(0, 2, first, lambda rows: mask), Updates(3, 5, second, None)]
         return linears_by_span(x, bases, updates)

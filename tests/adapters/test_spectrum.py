@@ -27,9 +27,7 @@ from loralab.errors import AdapterFileError
 
 @settings(deadline=None, max_examples=30)
 @given(st.integers(1, 12), st.integers(1, 9), st.integers(1, 9), st.floats(0.1, 4))
-def test_singular_values_are_those_of_the_full_update(
-    rank: int, inputs: int, outputs: int, factor: float
-) -> None:
+def test_singular_values_are_those_of_the_full_update(rank: int, inputs: int, outputs: int, factor: float) -> None:
     A, B = torch.randn(rank, inputs), torch.randn(outputs, rank)
     found = singular_values(A, B, factor)
     expected = torch.linalg.svdvals(factor * B.double() @ A.double())[: len(found)]

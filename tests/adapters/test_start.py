@@ -18,9 +18,7 @@ def test_shapes_and_dtype(name: str) -> None:
 
 @pytest.mark.parametrize("name", RANDOM)
 def test_the_same_seed_gives_the_same_bytes_and_another_does_not(name: str) -> None:
-    first, again, other = (
-        STARTS[name](W, 4, 2.0, torch.Generator().manual_seed(seed)) for seed in (5, 5, 6)
-    )
+    first, again, other = (STARTS[name](W, 4, 2.0, torch.Generator().manual_seed(seed)) for seed in (5, 5, 6))
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert not torch.equal(first[0], other[0])
 

@@ -195,21 +195,15 @@ def test_parameters_on_vit_with_a_head_for_101_classes() -> None:
     assert found == 667_493
 
 
-@pytest.mark.parametrize(
-    ("layers", "width", "heads", "expected"), [(24, 1024, 16, 393_216), (36, 1280, 20, 737_280)]
-)
-def test_parameters_on_gpt2_whose_q_and_v_are_parts(
-    layers: int, width: int, heads: int, expected: int
-) -> None:
+@pytest.mark.parametrize(("layers", "width", "heads", "expected"), [(24, 1024, 16, 393_216), (36, 1280, 20, 737_280)])
+def test_parameters_on_gpt2_whose_q_and_v_are_parts(layers: int, width: int, heads: int, expected: int) -> None:
     with torch.device("meta"):
         model = GPT2LMHeadModel(GPT2Config(n_layer=layers, n_embd=width, n_head=heads))
     assert count(model, rank=4, target_modules=["c_attn.q", "c_attn.v"]) == expected
 
 
 def test_parameters_on_a_small_vit_with_a_head_for_100_classes() -> None:
-    config = ViTConfig(
-        hidden_size=384, num_attention_heads=6, intermediate_size=1536, num_labels=100
-    )
+    config = ViTConfig(hidden_size=384, num_attention_heads=6, intermediate_size=1536, num_labels=100)
     with torch.device("meta"):
         model = ViTForImageClassification(config)
     names = {name.split(".")[-1] for name, _ in model.named_modules()}

@@ -85,9 +85,7 @@ def perturb(file: Path, part: str) -> None:
 
 
 @given(st.integers(0, 1000), st.sampled_from(list(TOLERANCES)), st.booleans())
-def test_equal_logits_pass_in_full_and_from_the_short_form(
-    seed: int, precision: str, short: bool
-) -> None:
+def test_equal_logits_pass_in_full_and_from_the_short_form(seed: int, precision: str, short: bool) -> None:
     logits = random_logits(seed, scale=20.0)
     reference = reference_for(logits)
     found = compare(reference.smaller(KEPT) if short else reference, logits, precision)
@@ -131,9 +129,7 @@ def test_a_reference_reads_back_as_it_was_written(tmp_path: Path) -> None:
         assert torch.equal(getattr(again, name), getattr(reference, name))
 
 
-def test_the_last_positions_count_and_a_classifier_has_one_row(
-    tiny_llama_folder: Path, tiny_bert_folder: Path
-) -> None:
+def test_the_last_positions_count_and_a_classifier_has_one_row(tiny_llama_folder: Path, tiny_bert_folder: Path) -> None:
     prompts = [[5] * 3, [6] * 40]
     causal = load(str(tiny_llama_folder)).model
     rows = logits_of(causal.train(), prompts, CAUSAL)
@@ -144,9 +140,7 @@ def test_the_last_positions_count_and_a_classifier_has_one_row(
 
 
 @pytest.mark.interpreter
-def test_a_fresh_process_finds_the_adapter_as_it_was(
-    make_adapter: MakeAdapter, tiny_llama_folder: Path
-) -> None:
+def test_a_fresh_process_finds_the_adapter_as_it_was(make_adapter: MakeAdapter, tiny_llama_folder: Path) -> None:
     path = make_adapter(tiny_llama_folder)
     live = bring_to_life(path)
     prompts = live.stored.record["sample"]
@@ -162,9 +156,7 @@ def test_a_fresh_process_finds_the_adapter_as_it_was(
 
 
 @pytest.mark.usefixtures("in_this_process")
-def test_another_model_than_the_live_one_is_refused(
-    make_adapter: MakeAdapter, tiny_llama_folder: Path
-) -> None:
+def test_another_model_than_the_live_one_is_refused(make_adapter: MakeAdapter, tiny_llama_folder: Path) -> None:
     path = make_adapter(tiny_llama_folder)
     without = load(str(tiny_llama_folder)).model
     with pytest.raises(CertificateError, match="top-1 agreement"):
@@ -297,9 +289,7 @@ def test_what_token_ids_do_not_show_is_said_by_verify(
 
 
 @pytest.mark.usefixtures("in_this_process")
-def test_a_certificate_says_nothing_twice(
-    make_adapter: MakeAdapter, tiny_llama_folder: Path
-) -> None:
+def test_a_certificate_says_nothing_twice(make_adapter: MakeAdapter, tiny_llama_folder: Path) -> None:
     path = make_adapter(tiny_llama_folder)
     update_record(path, tokenizer={"chat_template": "another"})
     with pytest.warns(BaseMismatchWarning):

@@ -50,9 +50,7 @@ CASES: dict[str, tuple[Any, list[str], list[str], list[str]]] = {  # at vLLM, ll
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_what_stands_in_the_way(
-    make_adapter: MakeAdapter, tiny_llama_folder: Path, case: str
-) -> None:
+def test_what_stands_in_the_way(make_adapter: MakeAdapter, tiny_llama_folder: Path, case: str) -> None:
     method, *expected = CASES[case]
     adapter = make_adapter(tiny_llama_folder, method)
     for target, ways in zip(("vllm", "gguf", "peft"), expected, strict=True):
@@ -61,9 +59,7 @@ def test_what_stands_in_the_way(
         assert verdict.as_it_is == (not ways)
 
 
-def test_bases_that_are_not_known(
-    make_adapter: MakeAdapter, tiny_gpt2_folder: Path, tiny_bert_folder: Path
-) -> None:
+def test_bases_that_are_not_known(make_adapter: MakeAdapter, tiny_gpt2_folder: Path, tiny_bert_folder: Path) -> None:
     on_gpt2 = make_adapter(tiny_gpt2_folder, LoRA(rank=2), name="a")
     verdict = check(on_gpt2, target="vllm")
     assert "GPT2LMHeadModel" in verdict.obstacles[0].what
@@ -88,9 +84,7 @@ def test_a_packed_base_is_another_base(make_adapter: MakeAdapter, tiny_llama_fol
             assert [one.way_out for one in found.obstacles] == ways, (how, target)
 
 
-def test_a_rank_that_vllm_must_be_told_of(
-    make_adapter: MakeAdapter, tiny_llama_folder: Path
-) -> None:
+def test_a_rank_that_vllm_must_be_told_of(make_adapter: MakeAdapter, tiny_llama_folder: Path) -> None:
     verdict = check(make_adapter(tiny_llama_folder, LoRA(rank=20)), target="vllm")
     assert verdict.as_it_is
     assert "--max-lora-rank 32" in verdict.notes[0]

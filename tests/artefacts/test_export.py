@@ -82,13 +82,9 @@ def test_an_old_certificate_is_not_taken_along(
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # peft's own
 @pytest.mark.usefixtures("in_this_process")
 @pytest.mark.parametrize("target", TARGETS)
-def test_an_adapter_that_peft_wrote_is_exported_too(
-    tiny_llama_folder: Path, tmp_path: Path, target: str
-) -> None:
+def test_an_adapter_that_peft_wrote_is_exported_too(tiny_llama_folder: Path, tmp_path: Path, target: str) -> None:
     model: Any = AutoModelForCausalLM.from_pretrained(tiny_llama_folder)
-    config = peft.LoraConfig(
-        r=3, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM", init_lora_weights=False
-    )
+    config = peft.LoraConfig(r=3, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
     wrapped: Any = peft.get_peft_model(model, config)
     wrapped.save_pretrained(tmp_path / "theirs")
     found = export(tmp_path / "theirs", tmp_path / "out", to=target)
@@ -107,9 +103,7 @@ def test_an_adapter_that_names_no_base_asks_for_it(
         export(adapter, tmp_path / "out", to="peft")
 
 
-def test_classes_without_names_are_numbered(
-    make_adapter: MakeAdapter, tiny_bert_folder: Path
-) -> None:
+def test_classes_without_names_are_numbered(make_adapter: MakeAdapter, tiny_bert_folder: Path) -> None:
     config = LoRA(rank=2, modules_to_save=["classifier"])
     adapter = make_adapter(tiny_bert_folder, config, kind=CLASSIFIER, labels=["a", "b", "c"])
     assert label_names(folder.read(adapter)) == ["a", "b", "c"]

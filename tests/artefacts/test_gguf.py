@@ -80,9 +80,7 @@ def test_what_it_says_of_itself_and_its_certificate(
         verify(tmp_path / "out")
 
 
-def test_rows_are_moved_for_llama_alone(
-    make_adapter: MakeAdapter, save_tiny: Saver, tmp_path: Path
-) -> None:
+def test_rows_are_moved_for_llama_alone(make_adapter: MakeAdapter, save_tiny: Saver, tmp_path: Path) -> None:
     model = Qwen2ForCausalLM(Qwen2Config(**SIZES, num_key_value_heads=2, bos_token_id=1))
     base = save_tiny("qwen", model, True)
     stored = folder.read(make_adapter(base, UNEVEN))

@@ -137,9 +137,7 @@ def test_a_classifier_keeps_its_trained_head_and_label_names(
     assert merged.config.id2label == {0: "no", 1: "maybe", 2: "yes"}
     trained = bring_to_life(adapter).base.model.classifier.trained.weight
     assert torch.equal(merged.classifier.weight, trained)
-    torch.testing.assert_close(
-        merged_logits(tmp_path / "out", adapter, CLASSIFIER), unmerged_logits(adapter)
-    )
+    torch.testing.assert_close(merged_logits(tmp_path / "out", adapter, CLASSIFIER), unmerged_logits(adapter))
 
 
 @pytest.mark.usefixtures("in_this_process")
@@ -277,9 +275,7 @@ def test_an_adapter_on_4_bits_merges_into_16(tmp_path: Path, save_tiny: Any) -> 
     assert not any(isinstance(m, QuantizedLinear) for m in merged.model.modules())
 
 
-def test_4_bits_again_are_refused_where_they_lose_the_update(
-    tmp_path: Path, save_tiny: Any
-) -> None:
+def test_4_bits_again_are_refused_where_they_lose_the_update(tmp_path: Path, save_tiny: Any) -> None:
     adapter = wide_adapter(tmp_path / "a", save_tiny, 0.02)
     with pytest.raises(CertificateError, match=r"would keep -?\d+% of the update in model\.layers"):
         merge(adapter, tmp_path / "out", quantize="nf4")
@@ -309,9 +305,7 @@ def test_what_cannot_be_merged_says_so_before_it_works(tmp_path: Path, save_tiny
     base = load(str(folder))
     for method in (Prefix(), Bottleneck()):
         adapter = attach(base.model, method)
-        path = adapter.save(
-            tmp_path / type(method).__name__, {"base": {"name": str(folder), "kind": CAUSAL}}
-        )
+        path = adapter.save(tmp_path / type(method).__name__, {"base": {"name": str(folder), "kind": CAUSAL}})
         adapter.detach()
         with pytest.raises(ConfigError, match="cannot be merged"):
             merge(path, tmp_path / "out")

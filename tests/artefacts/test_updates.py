@@ -40,14 +40,10 @@ def test_every_product_stays_and_the_rank_is_one(
     for before, own in pairs:
         assert own.path == before.path
         assert own.rank == 4
-        torch.testing.assert_close(
-            own.factor * (own.B @ own.A), before.factor * (before.B @ before.A)
-        )
+        torch.testing.assert_close(own.factor * (own.B @ own.A), before.factor * (before.B @ before.A))
 
 
-def test_what_is_alike_already_is_not_touched(
-    make_adapter: MakeAdapter, tiny_llama_folder: Path
-) -> None:
+def test_what_is_alike_already_is_not_touched(make_adapter: MakeAdapter, tiny_llama_folder: Path) -> None:
     stored = folder.read(make_adapter(tiny_llama_folder, LoRA(rank=3, scaling="alpha/sqrt(r)")))
     assert is_uniform(stored)
     fields, tensors = uniform(stored)

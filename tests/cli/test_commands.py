@@ -76,7 +76,7 @@ def test_what_can_be_done_next_can_be_typed(
     assert all(str(output) in command for command in commands)
     assert commands[2][3] == f"{output}-merged"
     rows: list[tuple[str, str]] = []
-    monkeypatch.setattr("loralab.cli.artefacts._print_table", lambda _, found: rows.extend(found))
+    monkeypatch.setattr("loralab.cli.artefacts.print_table", lambda _, found: rows.extend(found))
     verdict = Verdict(target="vllm", obstacles=(
         Obstacle(what="x", way_out="export"), Obstacle(what="y", way_out="merge"),
     ))  # fmt: skip
@@ -109,9 +109,7 @@ def test_an_evaluation_says_which_rows_it_scored(
     assert scored("--data", str(sums_file), *model, "--split", "all") == (60, "all")
 
 
-def test_plan_and_listings(
-    tiny_llama_folder: Path, sums_file: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_plan_and_listings(tiny_llama_folder: Path, sums_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["plan", "--model", str(tiny_llama_folder), "--data", str(sums_file), "--json"]) == 0
     assert printed(capsys)["trainable"] > 0
     for command in ("models", "tasks"):
@@ -223,9 +221,7 @@ def test_a_run_in_the_way_says_resume(
     assert run(arguments(tiny_llama_folder, sums_file, trained, "--resume")) == 0
 
 
-def test_an_error_of_ours_is_one_line_too(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_error_of_ours_is_one_line_too(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def broken() -> list[dict[str, Any]]:
         raise RuntimeError("two\nlines")
 
@@ -266,9 +262,7 @@ def test_sigterm_is_ctrl_c(ignored: bool) -> None:
     "error",
     [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")],
 )
-def test_memory_that_ran_out_is_said_so(
-    error: Exception, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_memory_that_ran_out_is_said_so(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
     assert _ended(error) == 1
     assert capsys.readouterr().err.startswith("error: memory ran out")
 

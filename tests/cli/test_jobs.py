@@ -49,9 +49,7 @@ def printed(capsys: pytest.CaptureFixture[str]) -> Any:
     return json.loads(capsys.readouterr().out)["jobs"]
 
 
-def test_each_job_is_a_run_of_its_own(
-    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_each_job_is_a_run_of_its_own(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["train", "--jobs", str(file), "--json"]) == 0
     jobs = printed(capsys)
     assert [(job["name"], job["steps"]) for job in jobs] == [
@@ -75,9 +73,7 @@ def test_each_job_is_a_run_of_its_own(
     assert [job["validation"] for job in printed(capsys)] == [job["validation"] for job in jobs]
 
 
-def test_what_is_typed_overrides_what_is_common(
-    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_is_typed_overrides_what_is_common(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     place = tmp_path / "others"
     assert run(["train", "--jobs", str(file), "--output-dir", str(place), "--max-steps", "3",
                 "--dropout", "0.1"]) == 0  # fmt: skip
@@ -121,9 +117,7 @@ def test_what_is_wrong_is_said_before_anything_is_written(
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_file_and_a_place_are_needed(
-    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_file_and_a_place_are_needed(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["train", "--jobs", str(tmp_path / "none.toml")]) == 2
     assert run(["train", "--jobs", str(file), "--config", str(file)]) == 2
     assert "one of --config and --jobs" in capsys.readouterr().err

@@ -94,9 +94,7 @@ def test_what_cannot_be_merged_or_exported_says_why(
     assert not (tmp_path / "peft").exists()
 
 
-def test_the_file_of_a_method_repeats_it(
-    tiny_llama_folder: Path, sums_file: Path, tmp_path: Path
-) -> None:
+def test_the_file_of_a_method_repeats_it(tiny_llama_folder: Path, sums_file: Path, tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     assert run(command(tiny_llama_folder, sums_file, first, "prefix-mlp", "--mlp-width", "8")) == 0
     again = [

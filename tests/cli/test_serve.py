@@ -39,9 +39,7 @@ def served(model: Path, *more: str) -> Iterator[tuple[Forked, str]]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_server_after_the_last_answer(
-    number: int, tiny_llama_folder: Path
-) -> None:
+def test_a_signal_ends_the_server_after_the_last_answer(number: int, tiny_llama_folder: Path) -> None:
     with served(tiny_llama_folder, "--adapter", "sst=a", "--pin", "sst", "--json") as (
         process,
         said,

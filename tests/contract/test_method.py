@@ -210,9 +210,7 @@ def test_going_on_from_a_state_ends_in_the_same_bits(variant: str, name: str) ->
 @every_pair
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_gradient_checkpointing_changes_no_gradient(
-    variant: str, name: str, reentrant: bool
-) -> None:
+def test_gradient_checkpointing_changes_no_gradient(variant: str, name: str, reentrant: bool) -> None:
     plain, saving = attached(variant, name), attached(variant, name)
     for adapter in (plain, saving):
         fill(adapter)

@@ -67,9 +67,7 @@ def test_peft_computes_the_same_from_our_folder(stored: bool, tmp_path: Path) ->
 @pytest.mark.filterwarnings("ignore:Specified to not:UserWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("stored", [True, False])
 def test_we_compute_the_same_from_a_folder_of_pefts(stored: bool, tmp_path: Path) -> None:
-    config = peft.VeraConfig(
-        r=5, target_modules=TARGETS, projection_prng_key=3, save_projection=stored, d_initial=0.2
-    )
+    config = peft.VeraConfig(r=5, target_modules=TARGETS, projection_prng_key=3, save_projection=stored, d_initial=0.2)
     theirs = peft.get_peft_model(llama(), config).eval()
     for name, parameter in theirs.named_parameters():
         if "vera_lambda" in name:
@@ -156,12 +154,8 @@ def test_its_fields_are_options_beside_a_configuration_file_too(
     tiny_llama_folder: Path, sums_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "my config.toml"
-    file.write_text(
-        f'model = "{tiny_llama_folder}"\ndata = "{sums_file}"\nmethod = "vera"\nrank = 9\n'
-    )
-    assert (
-        run(["plan", "--config", str(file), "--rank", "3", "--projection-seed", "5", "--json"]) == 0
-    )
+    file.write_text(f'model = "{tiny_llama_folder}"\ndata = "{sums_file}"\nmethod = "vera"\nrank = 9\n')
+    assert run(["plan", "--config", str(file), "--rank", "3", "--projection-seed", "5", "--json"]) == 0
     assert {m["rank"] for m in json.loads(capsys.readouterr().out)["modules"]} == {3}
     assert run(["train", "--method", "vera", "--help"]) == 0
     assert "--projection-seed" in capsys.readouterr().out
@@ -185,9 +179,7 @@ def test_a_fresh_interpreter_finds_what_was_registered_here(tmp_path: Path) -> N
     told = registry.environment()
     code = "from loralab.adapters.registry import method_named; print(method_named('vera')[0].name)"
     told["PYTHONPATH"] += f":{PLUGIN}"
-    done = subprocess.run(
-        [sys.executable, "-c", code], check=True, capture_output=True, text=True, env=told
-    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env=told)
     assert done.stdout.strip() == "vera"
     assert certificate.registry is registry
 

@@ -224,8 +224,7 @@ def unlike(place: Path, whole: Path, names: Sequence[str]) -> list[str]:
     return [
         f"{place / name} differs"
         for name in names
-        if not (place / name).is_file()
-        or (place / name).read_bytes() != (whole / name).read_bytes()
+        if not (place / name).is_file() or (place / name).read_bytes() != (whole / name).read_bytes()
     ]
 
 

@@ -233,10 +233,7 @@ def small_disk(place: Path, size: str = "12m") -> Iterator[bool]:
     """A file system of its own at an empty folder; gives False where that cannot be had."""
     command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(place)]
     place.mkdir(parents=True, exist_ok=True)
-    mounted = (
-        shutil.which("mount")
-        and not subprocess.run(command, check=False, capture_output=True).returncode
-    )
+    mounted = shutil.which("mount") and not subprocess.run(command, check=False, capture_output=True).returncode
     try:
         yield bool(mounted)
     finally:

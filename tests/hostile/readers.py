@@ -28,8 +28,8 @@ from loralab.adapters.attach import attach
 from loralab.adapters.load import load
 from loralab.adapters.methods import LoRA
 from loralab.artefacts.comparison import Reference
+from loralab.cli.arguments import field_names, requested
 from loralab.cli.jobs import _jobs
-from loralab.cli.train import field_names, requested
 from loralab.models import load as models
 from loralab.models.pictures import Pictures
 from loralab.serving import keys

@@ -146,9 +146,7 @@ class Serve(Case):
     def goes_on(self, names: Sequence[str], place: Path, tally: Tally) -> None:
         store = place / "store"
         problems = [
-            f"{name} was changed"
-            for name in FOLDERS
-            if folder.read(store / name).digest != self.reference[name][1]
+            f"{name} was changed" for name in FOLDERS if folder.read(store / name).digest != self.reference[name][1]
         ]
         left = [one for one in leftovers(place) if "names.json" not in one]
         tally.problems += problems + left

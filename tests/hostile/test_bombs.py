@@ -76,9 +76,7 @@ def test_a_format_that_runs_a_program_is_no_picture(tmp_path: Path) -> None:
         from_file(file)
 
 
-def test_a_run_of_equal_rows_ends_at_a_multiple_of_the_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_of_equal_rows_ends_at_a_multiple_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("loralab.tasks.parquet.LEAST", 64 << 20)
 
     def make(file: Path) -> None:
@@ -266,9 +264,7 @@ FAIR = (
 
 @pytest.mark.parametrize("template", FAIR)
 @pytest.mark.parametrize("prompt", [True, False])
-def test_a_fair_template_is_rendered_as_transformers_does(
-    template: str, prompt: bool, tiny_llama_folder: Path
-) -> None:
+def test_a_fair_template_is_rendered_as_transformers_does(template: str, prompt: bool, tiny_llama_folder: Path) -> None:
     from transformers import AutoTokenizer
 
     tokenizer: Any = AutoTokenizer.from_pretrained(tiny_llama_folder)
@@ -291,9 +287,7 @@ def test_settings_are_neither_deep_nor_endless(tmp_path: Path) -> None:
 
 def test_a_message_is_one_short_line_whatever_it_quotes() -> None:
     said = str(ConfigError("a\nb\x1b[31m\ud83d\u2028" + "x" * 10**6))
-    assert (
-        said.isprintable() and len(said) < 2200 and said.startswith(r"a\x0ab\x1b[31m\ud83d\u2028")
-    )
+    assert said.isprintable() and len(said) < 2200 and said.startswith(r"a\x0ab\x1b[31m\ud83d\u2028")
     assert one_line("中文 é") == "中文 é"
 
 

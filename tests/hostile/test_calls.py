@@ -16,9 +16,7 @@ CASES: dict[str, type[Case]] = {one.name: one for one in (Merge, Export, Train, 
 
 
 @pytest.fixture
-def ground(
-    tmp_path_factory: pytest.TempPathFactory, tiny_llama_folder: Path, sums_file: Path
-) -> Ground:
+def ground(tmp_path_factory: pytest.TempPathFactory, tiny_llama_folder: Path, sums_file: Path) -> Ground:
     return Ground(tmp_path_factory.mktemp("calls"), tiny_llama_folder, sums_file)
 
 

@@ -128,9 +128,7 @@ def test_many_silent_connections_leave_room_for_others(live: Live, neighbours: N
 
 
 @pytest.mark.parametrize("bite", [0, 1])
-def test_who_does_not_read_is_given_up_and_his_answer_with_him(
-    bite: int, live: Live, neighbours: Neighbours
-) -> None:
+def test_who_does_not_read_is_given_up_and_his_answer_with_him(bite: int, live: Live, neighbours: Neighbours) -> None:
     body = {**TEXT, "prompt": [[5, 6], [7, 8]], "n": 2, "max_tokens": 450, "stream": True,
             "logprobs": 20}  # fmt: skip
     before = cancelled(live)
@@ -153,9 +151,7 @@ def cancelled(live: Live) -> float:
     return sum(float(line.split()[-1]) for line in counts if 'reason="cancelled"' in line)
 
 
-def test_an_answer_that_nobody_waits_for_is_cancelled_and_its_cache_freed(
-    live: Live, neighbours: Neighbours
-) -> None:
+def test_an_answer_that_nobody_waits_for_is_cancelled_and_its_cache_freed(live: Live, neighbours: Neighbours) -> None:
     body = {**TEXT, "max_tokens": 500, "stream": True}
     for _ in range(3):
         with httpx.stream("POST", live.where + "/v1/completions", json=body) as answer:
@@ -229,9 +225,7 @@ def classes(given: Any) -> bytes:
 
 @pytest.mark.parametrize(("make", "status"), [one[1:] for one in LARGE],
                          ids=[one[0] for one in LARGE])  # fmt: skip
-def test_what_is_too_large_is_refused_quickly(
-    make: Callable[[], bytes], status: int, live: Live
-) -> None:
+def test_what_is_too_large_is_refused_quickly(make: Callable[[], bytes], status: int, live: Live) -> None:
     said, before = make(), memory()
     began = time.monotonic()
     with socket.create_connection(("127.0.0.1", live.port), timeout=PATIENCE) as client:
@@ -244,9 +238,7 @@ def test_what_is_too_large_is_refused_quickly(
     assert memory() - before < 300e6
 
 
-def test_long_bodies_that_never_end_are_bounded_together(
-    lively_llama_folder: Path, adapters: Path
-) -> None:
+def test_long_bodies_that_never_end_are_bounded_together(lively_llama_folder: Path, adapters: Path) -> None:
     limits = Limits(bodies_bytes=3 * 10**6, body_seconds=1)
     with serving(lively_llama_folder, adapters, limits=limits) as live:
         begun = request("/v1/completions", {**TEXT, "prompt": "a" * 10**6})[:-100]

@@ -20,9 +20,7 @@ CASES = {case.name: case for case in SHARES}
 
 
 @pytest.fixture
-def ground(
-    tmp_path_factory: pytest.TempPathFactory, tiny_llama_folder: Path, sums_file: Path
-) -> Ground:
+def ground(tmp_path_factory: pytest.TempPathFactory, tiny_llama_folder: Path, sums_file: Path) -> Ground:
     return Ground(tmp_path_factory.mktemp("crash"), tiny_llama_folder, sums_file)
 
 

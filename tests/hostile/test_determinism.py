@@ -39,9 +39,7 @@ def trained(model: Path, data: Path, place: Path, method: Method, seed: int) -> 
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_seed_decides_every_byte(
-    name: str, tiny_llama_folder: Path, sums_file: Path, tmp_path: Path
-) -> None:
+def test_a_seed_decides_every_byte(name: str, tiny_llama_folder: Path, sums_file: Path, tmp_path: Path) -> None:
     own = (tiny_llama_folder, sums_file)
     first, again, other = (
         trained(*own, tmp_path / place, METHODS[name], seed)

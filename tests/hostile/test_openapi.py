@@ -88,9 +88,7 @@ def require_described(method: str, path: str, response: httpx.Response) -> None:
 
 
 @pytest.mark.parametrize(("method", "path", "body", "status"), ASKED)
-def test_answers_are_as_described(
-    method: str, path: str, body: Any, status: int, live: Live
-) -> None:
+def test_answers_are_as_described(method: str, path: str, body: Any, status: int, live: Live) -> None:
     headers = {"Authorization": f"Bearer {SECRET}"}
     response = httpx.request(method, live.where + path, json=body, headers=headers)
     assert response.status_code == status, response.text
@@ -111,9 +109,7 @@ def test_streams_are_as_described(so_far: bool, live: Live) -> None:
     for path, body, chunk in (
         ("/v1/completions", TEXT, CompletionChunk), ("/v1/chat/completions", CHAT, ChatChunk),
     ):  # fmt: skip
-        response = httpx.post(
-            live.where + path, json={**body, **more}, headers={"Authorization": f"Bearer {SECRET}"}
-        )
+        response = httpx.post(live.where + path, json={**body, **more}, headers={"Authorization": f"Bearer {SECRET}"})
         require_described("post", path, response)
         lines = [line[6:] for line in response.text.split("\n") if line.startswith("data: ")]
         assert lines[-1] == "[DONE]"
@@ -157,9 +153,7 @@ def known(live: Live) -> dict[str, Any]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("names", ["any", "known"])
-def test_whatever_is_allowed_or_forbidden_is_answered_as_described(
-    names: str, live: Live, tmp_path: Path
-) -> None:
+def test_whatever_is_allowed_or_forbidden_is_answered_as_described(names: str, live: Live, tmp_path: Path) -> None:
     if importlib.util.find_spec("schemathesis") is None:
         pytest.skip("needs schemathesis")
     file = tmp_path / "openapi.json"

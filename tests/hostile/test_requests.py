@@ -142,9 +142,7 @@ class Crowd:
         """A name that is not there just now, or a full server; nothing else is right."""
         response.read()
         code = response.json()["error"]["code"]
-        gone = (
-            response.status_code == 404 and code == "model_not_found" and model.startswith("name")
-        )
+        gone = response.status_code == 404 and code == "model_not_found" and model.startswith("name")
         full = response.status_code == 429 and int(response.headers["retry-after"]) > 0
         if not gone and not full:
             self.wrong.append((model, response.status_code, response.text))

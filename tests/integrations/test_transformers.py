@@ -118,9 +118,7 @@ class Prefer(TrainerCallback):
     def __init__(self) -> None:
         self.expected: dict[str, torch.Tensor] = {}
 
-    def on_evaluate(
-        self, args: Any, state: Any, control: Any, *, model: Any, metrics: Any, **_: Any
-    ) -> None:
+    def on_evaluate(self, args: Any, state: Any, control: Any, *, model: Any, metrics: Any, **_: Any) -> None:
         metrics["eval_loss"] = abs(state.global_step - 4.0)
         if state.global_step == 4:
             self.expected = {key: value.clone() for key, value in model.state_dict().items()}

@@ -76,14 +76,10 @@ def tuned(
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_sft_resumes_in_the_same_bytes_and_is_certified(
-    name: str, tiny_llama_folder: Path, tmp_path: Path
-) -> None:
+def test_sft_resumes_in_the_same_bytes_and_is_certified(name: str, tiny_llama_folder: Path, tmp_path: Path) -> None:
     whole, callback = tuned(tiny_llama_folder, tmp_path / "a", METHODS[name], certify=True)
     assert callback.certificate is not None and callback.certificate.passed
-    again, _ = tuned(
-        tiny_llama_folder, tmp_path / "b", METHODS[name], resume=tmp_path / "a/checkpoint-2"
-    )
+    again, _ = tuned(tiny_llama_folder, tmp_path / "b", METHODS[name], resume=tmp_path / "a/checkpoint-2")
     for one, other in zip(whole.state().values(), again.state().values(), strict=True):
         assert torch.equal(one, other)
     assert not (tmp_path / "a/checkpoint-4/config.json").exists()
@@ -99,9 +95,7 @@ def preferred(folder: Path, output: Path, adapter: Adapter, model: Any) -> None:
     ).train()  # fmt: skip
 
 
-def test_the_reference_of_dpo_is_the_base_without_the_adapter(
-    tiny_llama_folder: Path, tmp_path: Path
-) -> None:
+def test_the_reference_of_dpo_is_the_base_without_the_adapter(tiny_llama_folder: Path, tmp_path: Path) -> None:
     one = attached(tiny_llama_folder, METHODS["lora"])
     preferred(tiny_llama_folder, tmp_path / "one", one, reference(one))
     other = attached(tiny_llama_folder, METHODS["lora"])

@@ -89,9 +89,7 @@ def saved(save_tiny: Any) -> Callable[[str], Path]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_complete_folder_becomes_a_classifier_and_says_what_is_new(
-    family: str, saved: Callable[[str], Path]
-) -> None:
+def test_a_complete_folder_becomes_a_classifier_and_says_what_is_new(family: str, saved: Callable[[str], Path]) -> None:
     folder = str(saved(family))
     assert kind_for(folder, "text-label") == CLASSIFIER
     base = load(folder, kind=CLASSIFIER, labels=["a", "b"])
@@ -99,9 +97,7 @@ def test_a_complete_folder_becomes_a_classifier_and_says_what_is_new(
 
 
 @pytest.mark.parametrize("family", ["roberta", "t5"])
-def test_what_its_own_class_has_must_be_in_the_file(
-    family: str, saved: Callable[[str], Path]
-) -> None:
+def test_what_its_own_class_has_must_be_in_the_file(family: str, saved: Callable[[str], Path]) -> None:
     folder = saved(family)
     tensors = load_file(folder / "model.safetensors")
     lost = next(name for name in tensors if "1" in name and name.endswith("weight"))
@@ -157,14 +153,10 @@ def test_an_encoder_decoder_is_refused_for_answers_and_pairs(saved: Callable[[st
 
 
 @pytest.mark.parametrize("family", ["bert-generation", "xlnet"])
-def test_a_language_model_that_is_an_encoder_is_refused_for_answers(
-    family: str, save_tiny: Any
-) -> None:
+def test_a_language_model_that_is_an_encoder_is_refused_for_answers(family: str, save_tiny: Any) -> None:
     made = {
         "bert-generation": lambda: BertGenerationDecoder(BertGenerationConfig(**SIZES)),
-        "xlnet": lambda: XLNetLMHeadModel(
-            XLNetConfig(vocab_size=101, d_model=32, n_layer=1, n_head=4, d_inner=48)
-        ),
+        "xlnet": lambda: XLNetLMHeadModel(XLNetConfig(vocab_size=101, d_model=32, n_layer=1, n_head=4, d_inner=48)),
     }
     with pytest.raises(ModelError) as error:
         kind_for(str(save_tiny(family, made[family](), False)), "prompt-completion")

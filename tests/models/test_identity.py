@@ -45,9 +45,7 @@ def test_nothing_changes_where_nothing_differs(base: Base) -> None:
 
 
 @pytest.mark.parametrize("template", [None, "{{ messages[0]['content'] }}"])
-def test_the_stored_template_is_used_and_the_base_keeps_its_own(
-    base: Base, template: str | None
-) -> None:
+def test_the_stored_template_is_used_and_the_base_keeps_its_own(base: Base, template: str | None) -> None:
     own = base.tokenizer.chat_template
     found, texts = said(base, {**stored_of(base), "chat_template": template})
     assert len(texts) == 1
@@ -85,9 +83,7 @@ def edited(folder: Path, place: Path, edit: Any) -> str:
     return tokenizer_digest(AutoTokenizer.from_pretrained(place))
 
 
-def test_a_digest_tells_vocabularies_and_ways_of_cutting_apart(
-    tiny_llama_folder: Path, tmp_path: Path
-) -> None:
+def test_a_digest_tells_vocabularies_and_ways_of_cutting_apart(tiny_llama_folder: Path, tmp_path: Path) -> None:
     def swap(content: Any) -> None:
         known = content["model"]["vocab"]
         known["10"], known["11"] = known["11"], known["10"]

@@ -57,9 +57,7 @@ NATURAL = [
 
 
 @pytest.mark.parametrize(("name", "saved_as", "fields", "kind"), NATURAL)
-def test_a_family_is_what_its_attention_makes_it(
-    name: str, saved_as: str, fields: dict[str, Any], kind: str
-) -> None:
+def test_a_family_is_what_its_attention_makes_it(name: str, saved_as: str, fields: dict[str, Any], kind: str) -> None:
     found = config(name, saved_as, **fields)
     require_text_or_pictures("m", found)
     assert kind_of(found) == kind
@@ -81,9 +79,7 @@ SENSES = [
 
 
 @pytest.mark.parametrize(("name", "saved_as", "code"), SENSES)
-def test_what_is_not_read_here_is_refused_by_the_name_of_its_class(
-    name: str, saved_as: str, code: str
-) -> None:
+def test_what_is_not_read_here_is_refused_by_the_name_of_its_class(name: str, saved_as: str, code: str) -> None:
     found = config(name, saved_as)
     for refuse in (require_text_or_pictures, lambda *named: require_kind(*named, CAUSAL)):
         with pytest.raises(ModelError) as error:
@@ -107,9 +103,7 @@ def test_what_is_not_read_here_is_refused_by_the_name_of_its_class(
         ("Bert", "BertModel", VISION, "kind_unsupported"),
     ],
 )
-def test_a_kind_that_a_family_cannot_be_is_refused(
-    name: str, saved_as: str, kind: str, code: str
-) -> None:
+def test_a_kind_that_a_family_cannot_be_is_refused(name: str, saved_as: str, kind: str, code: str) -> None:
     with pytest.raises(ModelError) as error:
         require_kind("folder", config(name, saved_as), kind)
     assert (error.value.code, error.value.field) == (code, "model")

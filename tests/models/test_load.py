@@ -80,9 +80,7 @@ def test_a_folder_gives_model_and_tokenizer(tiny_llama_folder: Path) -> None:
         assert torch.equal(base.model(ids).logits, reference(ids).logits)
 
 
-def test_a_relative_folder_is_remembered_by_its_full_name(
-    copied: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_relative_folder_is_remembered_by_its_full_name(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(copied.parent)
     assert load(copied.name).name == str(copied)
 
@@ -107,13 +105,9 @@ def test_padding_that_the_model_has_no_row_for_is_replaced_by_the_end(copied: Pa
 
 
 @pytest.mark.parametrize("pad", [0, 2, None])
-def test_a_padded_text_is_put_into_the_class_that_it_is_put_into_alone(
-    pad: int | None, save_tiny: Any
-) -> None:
+def test_a_padded_text_is_put_into_the_class_that_it_is_put_into_alone(pad: int | None, save_tiny: Any) -> None:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        **SIZES, id2label=NAMES, label2id={"negative": 0, "positive": 1}, pad_token_id=pad
-    )
+    config = LlamaConfig(**SIZES, id2label=NAMES, label2id={"negative": 0, "positive": 1}, pad_token_id=pad)
     folder = save_tiny("classifier", LlamaForSequenceClassification(config), False)
     base = load(str(folder))
     pad = base.tokenizer.pad_token_id
@@ -154,9 +148,7 @@ def test_an_unknown_precision_proposes_the_nearest() -> None:
         parse_dtype("bf61")
 
 
-def test_nothing_is_printed_while_loading(
-    tiny_bert_folder: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_nothing_is_printed_while_loading(tiny_bert_folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     load(str(tiny_bert_folder), labels=["a", "b", "c"])  # a new head: transformers reports it
     assert capfd.readouterr() == ("", "")
 
@@ -195,9 +187,7 @@ def test_a_causal_model_can_classify(tiny_gpt2_folder: Path) -> None:
 
 
 @pytest.mark.parametrize("labels", [(), ("negative", "positive"), ("LABEL_0", "LABEL_1")])
-def test_a_head_that_is_there_is_kept_with_its_names(
-    classifier: Path, labels: tuple[str, ...]
-) -> None:
+def test_a_head_that_is_there_is_kept_with_its_names(classifier: Path, labels: tuple[str, ...]) -> None:
     first, again = (load(str(classifier), labels=labels, seed=seed) for seed in (0, 1))
     assert torch.equal(head(first), head(again))
     assert first.model.config.id2label == NAMES
@@ -328,9 +318,7 @@ def test_code_that_comes_with_a_model_is_never_run(copied: Path, tmp_path: Path)
         ({"model_type": "lama"}, "cannot be read"),
     ],
 )
-def test_weights_and_configuration_must_agree(
-    copied: Path, fields: dict[str, Any], expected: str
-) -> None:
+def test_weights_and_configuration_must_agree(copied: Path, fields: dict[str, Any], expected: str) -> None:
     rewrite_config(copied, **fields)
     with pytest.raises(ModelError, match=expected):
         load(str(copied))
@@ -432,9 +420,7 @@ def test_the_first_of_two_conversions_is_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_smollm2_is_converted_once_and_answers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_smollm2_is_converted_once_and_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORALAB_CACHE", str(tmp_path))
     base = load("smollm2-135m")
     (folder,) = (tmp_path / "models").iterdir()
@@ -445,9 +431,7 @@ def test_smollm2_is_converted_once_and_answers(
     assert base.model.lm_head.weight is base.model.model.embed_tokens.weight
     assert base.tokenizer.eos_token == base.tokenizer.pad_token == "<|im_end|>"
     chat = [{"role": "user", "content": "What is the capital of France?"}]
-    ids = base.tokenizer.apply_chat_template(
-        chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
+    ids = base.tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     answer = base.model.generate(**ids, max_new_tokens=10, do_sample=False)
     assert "Paris" in base.tokenizer.decode(answer[0])
 

@@ -29,20 +29,14 @@ def test_it_is_built_once(tmp_path: Path) -> None:
     assert library.stat().st_mtime_ns == written
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [("LORALAB_NATIVE", "off"), ("CC", "no-such-compiler"), ("CC", "false")]
-)
-def test_without_it_torch_does_the_work(
-    name: str, value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize(("name", "value"), [("LORALAB_NATIVE", "off"), ("CC", "no-such-compiler"), ("CC", "false")])
+def test_without_it_torch_does_the_work(name: str, value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, value)
     assert native.kernels() is None
     assert libraries(tmp_path) == []
 
 
-def test_a_place_that_cannot_be_written_is_no_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_place_that_cannot_be_written_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "file"
     file.write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(file))

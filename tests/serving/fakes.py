@@ -124,9 +124,7 @@ class FakeEngine:
         for thread in self._threads:
             thread.join()
 
-    def submit(
-        self, prompt: Sequence[int], *, adapter: FakeEntry | str | None, sampling: Sampling
-    ) -> Answer:
+    def submit(self, prompt: Sequence[int], *, adapter: FakeEntry | str | None, sampling: Sampling) -> Answer:
         entry = self.store.entry(adapter) if isinstance(adapter, str) else adapter
         if self.full:
             raise QueueFullError("2 answers wait already; ask again later")
@@ -143,9 +141,7 @@ class FakeEngine:
         thread.start()
         return answer
 
-    def classify(
-        self, texts: Sequence[str | bytes], *, adapter: FakeEntry | str | None
-    ) -> "Future[list[Ranked]]":
+    def classify(self, texts: Sequence[str | bytes], *, adapter: FakeEntry | str | None) -> "Future[list[Ranked]]":
         if isinstance(adapter, str):
             self.store.entry(adapter)
         future: Future[list[Ranked]] = Future()
@@ -154,9 +150,7 @@ class FakeEngine:
             future.set_result([ranked for _ in texts])
         return future
 
-    def _write(
-        self, answer: Answer, prompt: int, sampling: Sampling, gone: threading.Event
-    ) -> None:
+    def _write(self, answer: Answer, prompt: int, sampling: Sampling, gone: threading.Event) -> None:
         self.running += 1
         begun, count, reason = time.perf_counter(), 0, "length"
         words = [f"{answer.adapter or 'base'}", *(f" {n}" for n in range(sampling.max_tokens - 1))]
@@ -179,9 +173,7 @@ class FakeEngine:
                 break
             time.sleep(self.pause)
         self.running -= 1
-        answer.tell(
-            Finished(reason=reason, prompt_tokens=prompt, completion_tokens=count, error=self.fail)
-        )
+        answer.tell(Finished(reason=reason, prompt_tokens=prompt, completion_tokens=count, error=self.fail))
         if self.observe is not None:
             self._report(answer, reason, prompt, count, time.perf_counter() - begun)
 

@@ -17,17 +17,13 @@ CHAT = {"model": "sst", "messages": [{"role": "user", "content": "good film"}], 
 TEXT = {"model": "sst", "prompt": "good film", "max_tokens": 4}
 
 
-def talk(
-    app: Any, work: Callable[[httpx.AsyncClient], Coroutine[Any, Any, Any]], key: str | None = None
-) -> Any:
+def talk(app: Any, work: Callable[[httpx.AsyncClient], Coroutine[Any, Any, Any]], key: str | None = None) -> Any:
     """Run some requests against an application."""
 
     async def run() -> Any:
         headers = {} if key is None else {"Authorization": f"Bearer {key}"}
         transport = httpx.ASGITransport(app=app)
-        async with httpx.AsyncClient(
-            transport=transport, base_url="http://127.0.0.1", headers=headers
-        ) as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1", headers=headers) as client:
             return await work(client)
 
     return asyncio.run(run())

@@ -203,9 +203,7 @@ def test_every_chunk_tells_the_usage_so_far(
 
 
 @pytest.mark.parametrize(("path", "body"), PATHS)
-def test_usage_in_a_stream_is_told_as_it_was_asked_for(
-    path: str, body: dict[str, Any], engine: FakeEngine
-) -> None:
+def test_usage_in_a_stream_is_told_as_it_was_asked_for(path: str, body: dict[str, Any], engine: FakeEngine) -> None:
     for options, expected in (
         (None, "none"), ({}, "none"), ({"continuous_usage_stats": False}, "none"),
         ({"include_usage": False, "continuous_usage_stats": True}, "none"),
@@ -278,9 +276,7 @@ def test_quotas_are_kept_and_unused_tokens_given_back(engine: FakeEngine) -> Non
     narrow = own.find(NARROW)
     assert narrow is not None
     large = {**TEXT, "max_tokens": 50}
-    assert (
-        "tokens a day" in error_of(post(engine, "/v1/completions", large, **mine), 429)["message"]
-    )
+    assert "tokens a day" in error_of(post(engine, "/v1/completions", large, **mine), 429)["message"]
     assert own.used_today(narrow) == 0
     assert post(engine, "/v1/completions", TEXT, **mine).status_code == 200
     assert own.used_today(narrow) == 2 + 4

@@ -93,9 +93,7 @@ def test_a_wrong_field_is_named(
         ("chat/completions", {"max_completion_tokens": 1000, "max_tokens": 2000}),
     ],
 )
-def test_more_tokens_than_fit_are_answered_up_to_the_room(
-    path: str, more: dict[str, Any], engine: FakeEngine
-) -> None:
+def test_more_tokens_than_fit_are_answered_up_to_the_room(path: str, more: dict[str, Any], engine: FakeEngine) -> None:
     body = {**(TEXT if path == "completions" else CHAT), **more}
     found = post(engine, f"/v1/{path}", body)
     assert found.status_code == 200
@@ -126,9 +124,7 @@ def test_neutral_values_and_names_of_users_have_no_effect(engine: FakeEngine) ->
     assert post(engine, "/v1/completions", {**TEXT, **more}).status_code == 200
 
 
-@pytest.mark.parametrize(
-    "content", [b"{", b"[1]", b"", b'{"model": NaN}', b"\xff", b"[" * 100_000, b'"\\ud800"']
-)
+@pytest.mark.parametrize("content", [b"{", b"[1]", b"", b'{"model": NaN}', b"\xff", b"[" * 100_000, b'"\\ud800"'])
 def test_a_body_that_is_no_json(content: bytes, engine: FakeEngine) -> None:
     headers = {"Content-Type": "application/json"}
     response = post(engine, "/v1/completions", None, content=content, headers=headers)
@@ -144,9 +140,7 @@ def test_half_a_character_is_no_text(engine: FakeEngine) -> None:
 def test_a_page_of_another_site_cannot_ask(engine: FakeEngine) -> None:
     # what a browser sends across sites without asking first is never application/json
     for kind in ("text/plain", "application/x-www-form-urlencoded"):
-        response = post(
-            engine, "/v1/load_lora_adapter", None, content=b"{}", headers={"Content-Type": kind}
-        )
+        response = post(engine, "/v1/load_lora_adapter", None, content=b"{}", headers={"Content-Type": kind})
         assert "application/json" in error_of(response, 415)["message"]
 
 
@@ -160,9 +154,7 @@ def test_a_body_that_is_too_large_is_not_kept(engine: FakeEngine) -> None:
             yield b" " * 100
 
     headers = {"Content-Type": "application/json"}
-    response = post(
-        engine, "/v1/completions", None, limits=limits, content=parts(), headers=headers
-    )
+    response = post(engine, "/v1/completions", None, limits=limits, content=parts(), headers=headers)
     error_of(response, 413)
 
 
@@ -243,9 +235,7 @@ def test_a_dead_engine_and_a_server_that_stops(engine: FakeEngine) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_leaves_cancels_its_answer(
-    stream: bool, engine: FakeEngine, serve: Serve
-) -> None:
+def test_a_client_that_leaves_cancels_its_answer(stream: bool, engine: FakeEngine, serve: Serve) -> None:
     where = serve(engine)
     engine.gate.clear()
     with pytest.raises(httpx.ReadTimeout):
@@ -278,14 +268,10 @@ def test_a_client_that_does_not_read_holds_up_nobody(engine: FakeEngine, serve: 
         assert httpx.post(where + "/v1/completions", json=TEXT).status_code == 200
 
 
-def test_a_server_that_is_told_to_stop_finishes_what_it_began(
-    engine: FakeEngine, serve: Serve
-) -> None:
+def test_a_server_that_is_told_to_stop_finishes_what_it_began(engine: FakeEngine, serve: Serve) -> None:
     where, found = serve(engine), []
     engine.pause = 0.05
-    ask = threading.Thread(
-        target=lambda: found.append(httpx.post(where + "/v1/completions", json=TEXT))
-    )
+    ask = threading.Thread(target=lambda: found.append(httpx.post(where + "/v1/completions", json=TEXT)))
     ask.start()
     until(lambda: engine.running == 1)  # and now the fixture stops the server
     ask.join()

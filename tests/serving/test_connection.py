@@ -100,8 +100,7 @@ def test_a_folder_is_read_while_others_are_answered(
 
     async def ask(client: httpx.AsyncClient) -> list[str]:
         slow_ones = [
-            asyncio.ensure_future(client.post("/v1/completions", json={**TEXT, "model": "b"}))
-            for _ in range(3)
+            asyncio.ensure_future(client.post("/v1/completions", json={**TEXT, "model": "b"})) for _ in range(3)
         ]
         assert await asyncio.to_thread(reading.wait, 20)
         stream = await client.post("/v1/completions", json={**TEXT, "model": "a", "stream": True})

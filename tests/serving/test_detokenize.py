@@ -86,9 +86,7 @@ def test_a_space_before_a_word_belongs_to_it() -> None:
     ids = tokenizer("the river the", add_special_tokens=False)["input_ids"]
     texts = [text for _, text in written("llama", ids)]
     assert texts[0].startswith("the") and any(text.startswith(" ") for text in texts)
-    after = written(
-        "llama", ids, tuple(tokenizer("the stone", add_special_tokens=False)["input_ids"])
-    )
+    after = written("llama", ids, tuple(tokenizer("the stone", add_special_tokens=False)["input_ids"]))
     assert "".join(text for _, text in after) == " the river the"
     tokenizer, _ = vocabulary("wordpiece")  # no token has the space between words
     ids = tokenizer("the river the", add_special_tokens=False)["input_ids"]

@@ -137,9 +137,7 @@ def test_a_hammer_of_requests_that_come_and_go(opened: Open, solo: Any) -> None:
     engine.stop()
 
 
-def test_a_name_that_moves_leaves_those_alone_that_have_begun(
-    world: World, opened: Open, tmp_path: Path
-) -> None:
+def test_a_name_that_moves_leaves_those_alone_that_have_begun(world: World, opened: Open, tmp_path: Path) -> None:
     for seed, name in enumerate(("one", "two")):
         write_adapter(world.base.model, LoRA(rank=2 + seed), tmp_path / name, 50 + seed)
     engine = opened(tmp_path)
@@ -180,9 +178,7 @@ def test_stops_texts_and_seeds(world: World, opened: Open) -> None:
     assert stopped.text == whole.text[: whole.text.index(word)]
     drawn = Sampling(max_tokens=20, temperature=1.0, seed=4, ignore_eos=True)
     first = engine.generate([prompt], adapters=["lora"], sampling=drawn)[0]
-    crowd = engine.generate(
-        [prompt] * 4, adapters=["houlsby", "lora", None, "lora"], sampling=drawn
-    )
+    crowd = engine.generate([prompt] * 4, adapters=["houlsby", "lora", None, "lora"], sampling=drawn)
     assert crowd[1].tokens == crowd[3].tokens == first.tokens != crowd[0].tokens
 
 
@@ -313,9 +309,7 @@ def test_what_dies_dies_alone(opened: Open, solo: Any, monkeypatch: Any) -> None
         bad.result()
 
 
-def test_an_adapter_that_was_damaged_since_fails_alone(
-    world: World, opened: Open, tmp_path: Path
-) -> None:
+def test_an_adapter_that_was_damaged_since_fails_alone(world: World, opened: Open, tmp_path: Path) -> None:
     for seed, name in enumerate(("good", "bad")):
         write_adapter(world.base.model, LoRA(rank=2), tmp_path / name, 60 + seed)
     engine = opened(tmp_path)
@@ -360,9 +354,7 @@ def test_a_defect_leaves_nobody_waiting(opened: Open, monkeypatch: Any) -> None:
         engine.submit([5], adapter=None, sampling=GREEDY)
 
 
-def test_a_prompt_unlike_those_of_training_is_named(
-    world: World, opened: Open, tmp_path: Path
-) -> None:
+def test_a_prompt_unlike_those_of_training_is_named(world: World, opened: Open, tmp_path: Path) -> None:
     """Rows of questions and answers are trained inside the chat template."""
     forms = {"asked": "prompt-completion", "chats": "messages", "plain": "text", "foreign": None}
     for seed, (name, form) in enumerate(forms.items()):

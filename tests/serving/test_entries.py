@@ -36,9 +36,7 @@ def recorded(method: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("method", names())
 def test_the_method_is_the_one_that_was_typed(method: str) -> None:
-    kind = (
-        "ADALORA" if method == "adalora" else "LORA"
-    )  # what is written of the others is no matter
+    kind = "ADALORA" if method == "adalora" else "LORA"  # what is written of the others is no matter
     wanted = "houlsby" if method == "bottleneck" else method  # its default, as the paper calls it
     assert method_of({"peft_type": kind}, recorded(method)) == wanted
 
@@ -71,9 +69,7 @@ def test_every_kind_of_folder_has_a_method_that_can_be_typed(kind: str) -> None:
         ({}, None),
     ],
 )
-def test_the_score_is_the_metric_that_decides(
-    metrics: dict[str, Any], score: tuple[str, float] | None
-) -> None:
+def test_the_score_is_the_metric_that_decides(metrics: dict[str, Any], score: tuple[str, float] | None) -> None:
     record = {"digest": "0" * 64, "metrics": {"validation": metrics}}
     entry = describe("a", Path("a"), {"peft_type": "LORA"}, record, 1)
     assert entry.score == score

@@ -135,9 +135,7 @@ def test_a_file_of_keys(tmp_path: Path) -> None:
          "same key"),
     ],
 )  # fmt: skip
-def test_a_wrong_file_is_refused_and_shows_no_key(
-    content: str, message: str, tmp_path: Path
-) -> None:
+def test_a_wrong_file_is_refused_and_shows_no_key(content: str, message: str, tmp_path: Path) -> None:
     file = tmp_path / "keys.toml"
     file.write_text(content)
     with pytest.raises(ConfigError, match=message) as found:

@@ -122,9 +122,7 @@ def test_adapters_of_one_configuration_share_nothing_but_the_base(tmp_path: Path
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 @pytest.mark.parametrize("method", [Prefix(tokens=5), Prefix(tokens=4, mlp=True), Prompt(tokens=3)])
-def test_a_prefix_is_its_keys_and_values(
-    name: str, method: Any, dtype: torch.dtype, tmp_path: Path
-) -> None:
+def test_a_prefix_is_its_keys_and_values(name: str, method: Any, dtype: torch.dtype, tmp_path: Path) -> None:
     place = save(name, method, tmp_path / "a")
     base = base_of(name, MODELS[name]().to(dtype))
     plain, loaded = logits(base.model), Nursery(base).load(folder.read(place))
@@ -150,9 +148,7 @@ def test_a_prefix_in_the_cache_is_the_adapter(method: Any, tmp_path: Path) -> No
     assert front is not None
     cache = DynamicCache()
     for layer, (keys, values) in enumerate(front):
-        cache.update(
-            keys[None].expand(2, *keys.shape), values[None].expand(2, *values.shape), layer
-        )
+        cache.update(keys[None].expand(2, *keys.shape), values[None].expand(2, *values.shape), layer)
     with torch.no_grad():
         found = base.model(IDS, past_key_values=cache).logits
     assert torch.allclose(found, alone("llama", place), atol=1e-5)
@@ -173,14 +169,10 @@ def three_to(classes: int) -> Any:
 
 @pytest.mark.parametrize("method", [LoRA(modules_to_save=HEAD), LinearProbe()])
 @pytest.mark.parametrize("classes", [2, 3, 7])
-def test_every_adapter_brings_a_head_of_its_own_size(
-    method: Any, classes: int, tmp_path: Path
-) -> None:
+def test_every_adapter_brings_a_head_of_its_own_size(method: Any, classes: int, tmp_path: Path) -> None:
     adapter = fill(attach(three_to(classes), method))
     task = {"labels": [str(n) for n in range(classes)]}
-    place = adapter.save(
-        tmp_path / "a", {"base": {"kind": "sequence-classification"}, "task": task}
-    )
+    place = adapter.save(tmp_path / "a", {"base": {"kind": "sequence-classification"}, "task": task})
     model = three_to(classes)
     load(model, place)
     base = base_of("bert")
@@ -272,9 +264,7 @@ def test_the_base_in_another_dtype_is_the_same(tmp_path: Path) -> None:
     Nursery(base_of("llama", llama().to(torch.bfloat16))).load(folder.read(place))
 
 
-def test_the_fingerprint_is_worked_out_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_fingerprint_is_worked_out_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from loralab.serving import loaded
 
     places = [save("llama", LoRA(rank=n), tmp_path / str(n)) for n in (2, 3)]
@@ -291,9 +281,7 @@ def test_the_fingerprint_is_worked_out_once(
     ("bert", Prompt(tokens=3), "only a causal model can keep in its cache"),
     ("bert", Prefix(tokens=3), "only a causal model can keep in its cache"),
 ])  # fmt: skip
-def test_what_cannot_be_served_says_why(
-    name: str, method: Any, message: str, tmp_path: Path
-) -> None:
+def test_what_cannot_be_served_says_why(name: str, method: Any, message: str, tmp_path: Path) -> None:
     assert message in refusal(base_of(name), save(name, method, tmp_path / "a"))
 
 
@@ -325,9 +313,7 @@ KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
     ((3, 32), r"misshapen.*\(3, 32\)"), ((2, 31), "misshapen"), ((2, 32, 1), "misshapen"),
     (None, "missing"),
 ])  # fmt: skip
-def test_tensors_that_do_not_fit_are_refused(
-    shape: tuple[int, ...] | None, message: str, tmp_path: Path
-) -> None:
+def test_tensors_that_do_not_fit_are_refused(shape: tuple[int, ...] | None, message: str, tmp_path: Path) -> None:
     place = save("llama", LoRA(rank=2), tmp_path / "a")
     tensors = safetensors.torch.load_file(place / folder.TENSORS)
     del tensors[KEY]
@@ -380,9 +366,7 @@ def tensors_alive() -> int:
     (LoRA(rank=2), 200), (LoRA(rank=2, dora=True, modules_to_save=("lm_head",)), 40),
     (IA3(), 40), (Prefix(tokens=3), 40), (Prompt(tokens=3), 10),
 ])  # fmt: skip
-def test_what_is_dropped_leaves_nothing_and_the_base_is_untouched(
-    method: Any, times: int, tmp_path: Path
-) -> None:
+def test_what_is_dropped_leaves_nothing_and_the_base_is_untouched(method: Any, times: int, tmp_path: Path) -> None:
     place = save("llama", method, tmp_path / "a")
     base = base_of("llama")
     before, nursery = state(base.model), Nursery(base)

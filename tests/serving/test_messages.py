@@ -80,9 +80,7 @@ def test_what_has_no_effect_changes_nothing(said: dict[str, Any], engine: FakeEn
 
 
 @pytest.mark.parametrize("said", EMPTY)
-def test_an_assistant_that_said_nothing_has_an_empty_turn(
-    said: dict[str, Any], engine: FakeEngine
-) -> None:
+def test_an_assistant_that_said_nothing_has_an_empty_turn(said: dict[str, Any], engine: FakeEngine) -> None:
     assert asked(engine, FIRST, said, LAST) == asked(engine, FIRST, {**SAID, "content": ""}, LAST)
 
 
@@ -94,18 +92,14 @@ def test_others_than_the_assistant_have_names_and_marks_too(role: str, engine: F
 
 
 @pytest.mark.parametrize(("turn", "field"), REFUSED)
-def test_what_would_change_the_answer_is_refused_by_name(
-    turn: dict[str, Any], field: str, engine: FakeEngine
-) -> None:
+def test_what_would_change_the_answer_is_refused_by_name(turn: dict[str, Any], field: str, engine: FakeEngine) -> None:
     body = {**CHAT, "messages": [FIRST, turn, LAST]}
     error = error_of(post(engine, "/v1/chat/completions", body), 400)
     assert error["param"] == f"messages.1.{field}"
     assert engine.asked == []
 
 
-def test_whatever_an_answer_holds_may_stand_in_the_next_question(
-    engine: FakeEngine, serve: Serve
-) -> None:
+def test_whatever_an_answer_holds_may_stand_in_the_next_question(engine: FakeEngine, serve: Serve) -> None:
     whole = post(engine, "/v1/chat/completions", CHAT).json()["choices"][0]["message"]
     asked(engine, FIRST, whole, LAST)
     with openai.OpenAI(base_url=serve(engine) + "/v1", api_key="none") as client:
@@ -114,13 +108,9 @@ def test_whatever_an_answer_holds_may_stand_in_the_next_question(
             found = client.chat.completions.create(model="sst", messages=turns, max_tokens=3)
             message: Any = found.choices[0].message
             for said in (message, message.model_dump(), message.model_dump(exclude_none=True)):
-                client.chat.completions.create(
-                    model="sst", messages=[*turns, said, LAST], max_tokens=2
-                )
+                client.chat.completions.create(model="sst", messages=[*turns, said, LAST], max_tokens=2)
             turns += [message, LAST]
-        delta = next(
-            iter(client.chat.completions.create(model="sst", messages=turns[:1], stream=True))
-        )
+        delta = next(iter(client.chat.completions.create(model="sst", messages=turns[:1], stream=True)))
         turns = [FIRST, delta.choices[0].delta.model_dump(), LAST]
         client.chat.completions.create(model="sst", messages=turns, max_tokens=2)
 

@@ -65,9 +65,7 @@ def test_a_page_that_is_listed_reads_answers_and_errors(
     "https://chat.example.org.evil.example", "https://x.chat.example.org", PAGE + "/", "", "*",
 ])  # fmt: skip
 @pytest.mark.parametrize("origins", [(PAGE,), ()])
-def test_any_other_page_gets_no_header_of_these(
-    origin: str, origins: Any, engine: FakeEngine
-) -> None:
+def test_any_other_page_gets_no_header_of_these(origin: str, origins: Any, engine: FakeEngine) -> None:
     own = {"Origin": origin}
     before = ask(engine, "OPTIONS", "/v1/completions", origins, headers={**own, **BEFORE})
     assert before.status_code == 405 and told(before) == []

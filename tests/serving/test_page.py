@@ -90,9 +90,7 @@ def test_the_server_lets_nothing_else_into_the_page(engine: FakeEngine, serve: S
 
 @browser
 @pytest.mark.parametrize("mode", ["chat", "text"])
-def test_answers_stream_into_their_columns(
-    mode: str, engine: FakeEngine, serve: Serve, tmp_path: Path
-) -> None:
+def test_answers_stream_into_their_columns(mode: str, engine: FakeEngine, serve: Serve, tmp_path: Path) -> None:
     page, asked = shown(
         serve(engine), tmp_path, models="tiny,sst,news", prompt="good film", mode=mode,
         max_tokens=5, autorun=1,
@@ -107,9 +105,7 @@ def test_answers_stream_into_their_columns(
 
 @browser
 @pytest.mark.parametrize("mode", ["chat", "text"])
-def test_tokens_are_counted_and_not_pieces(
-    mode: str, engine: FakeEngine, serve: Serve, tmp_path: Path
-) -> None:
+def test_tokens_are_counted_and_not_pieces(mode: str, engine: FakeEngine, serve: Serve, tmp_path: Path) -> None:
     """A piece of text may take several tokens, also while an answer is still being written."""
     engine.tokens_a_piece = 3
     for held, expected in ((None, "15…"), (2, "6")):
@@ -126,16 +122,12 @@ def test_tokens_are_counted_and_not_pieces(
 @browser
 def test_a_warning_stands_in_the_column(engine: FakeEngine, serve: Serve, tmp_path: Path) -> None:
     engine.warning = "the prompt is <b>unlike</b> training"
-    page, _ = shown(
-        serve(engine), tmp_path, models="sst", prompt="good", mode="text", max_tokens=5, autorun=1
-    )
+    page, _ = shown(serve(engine), tmp_path, models="sst", prompt="good", mode="text", max_tokens=5, autorun=1)
     assert '<p class="warning">the prompt is &lt;b&gt;unlike&lt;/b&gt; training' in page
 
 
 @browser
-def test_an_error_stands_in_the_column_it_belongs_to(
-    engine: FakeEngine, serve: Serve, tmp_path: Path
-) -> None:
+def test_an_error_stands_in_the_column_it_belongs_to(engine: FakeEngine, serve: Serve, tmp_path: Path) -> None:
     submit = engine.submit
 
     def fails_for_news(prompt: Any, *, adapter: Any, sampling: Any) -> Any:
@@ -153,9 +145,7 @@ def test_an_error_stands_in_the_column_it_belongs_to(
     assert '<p class="error"' in column(page, "news")
     assert "no longer finite" in column(page, "news")
     assert '<p class="error"' not in column(page, "&lt;b&gt;bold&lt;/b&gt;")
-    long, _ = shown(
-        serve(engine), tmp_path, models="news", prompt="good film " * 40, max_tokens=3, autorun=1
-    )
+    long, _ = shown(serve(engine), tmp_path, models="news", prompt="good film " * 40, max_tokens=3, autorun=1)
     assert '<p class="error"' in column(long, "news")
     assert "at most 64" in column(long, "news")
     assert "<b>bold</b>" not in page  # a name is text, never markup

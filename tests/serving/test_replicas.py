@@ -155,9 +155,7 @@ def test_answers_are_those_of_one_engine(where: str, world: World, opened: Any) 
 
     expected = talk(build_app(engine, keys=None), alone)
     with httpx.Client(base_url=where, timeout=60) as client, ThreadPoolExecutor(8) as pool:
-        found = list(
-            pool.map(lambda one: text_of(client.post("/v1/completions", json=one)), asked_for)
-        )
+        found = list(pool.map(lambda one: text_of(client.post("/v1/completions", json=one)), asked_for))
     assert found == expected
     assert len(set(found)) > len(NAMES)
 
@@ -170,12 +168,8 @@ def test_the_openai_client_and_its_streams(where: str, world: World) -> None:
         names = [model.id for model in client.models.list()]
         assert set(NAMES) <= set(names)
         turns: Any = [{"role": "user", "content": "good film"}]
-        whole = client.chat.completions.create(
-            model="lora", messages=turns, max_tokens=8, temperature=0
-        )
-        chunks = client.chat.completions.create(
-            model="lora", messages=turns, max_tokens=8, temperature=0, stream=True
-        )
+        whole = client.chat.completions.create(model="lora", messages=turns, max_tokens=8, temperature=0)
+        chunks = client.chat.completions.create(model="lora", messages=turns, max_tokens=8, temperature=0, stream=True)
         text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
         assert text == whole.choices[0].message.content
         with pytest.raises(openai.NotFoundError, match="did you mean lora"):

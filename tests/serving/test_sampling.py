@@ -51,9 +51,7 @@ def test_what_is_left_by_top_k_and_top_p(top_k: int, top_p: float, temperature: 
     st.lists(st.integers(-576, 576).map(lambda n: n / 64), min_size=1, max_size=40),
     st.integers(0, 50), st.floats(0.01, 1.0), st.floats(0.05, 20),
 )  # fmt: skip
-def test_the_same_is_left_as_by_sorting_all(
-    logits: list[float], top_k: int, top_p: float, temperature: float
-) -> None:
+def test_the_same_is_left_as_by_sorting_all(logits: list[float], top_k: int, top_p: float, temperature: float) -> None:
     row = torch.tensor(logits)
     order = sorted(range(len(row)), key=lambda n: -row[n])[: top_k or None]
     chances = (row[order].double() / temperature).softmax(dim=0)
@@ -79,9 +77,7 @@ def test_nothing_is_sorted_where_nothing_is_left_out() -> None:
     """A top_p that leaves out nothing gives the same tokens as none."""
     logits = torch.randn(60, 200, generator=torch.Generator().manual_seed(0))
     plain, sorted_ = Draws(Sampling(seed=3)), Draws(Sampling(seed=3, top_k=200))
-    assert [choose(row[None], [plain]) for row in logits] == [
-        choose(row[None], [sorted_]) for row in logits
-    ]
+    assert [choose(row[None], [plain]) for row in logits] == [choose(row[None], [sorted_]) for row in logits]
 
 
 def test_rows_are_moved_together_and_only_if_they_are_read(monkeypatch: pytest.MonkeyPatch) -> None:

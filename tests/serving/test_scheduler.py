@@ -9,9 +9,7 @@ from loralab.serving.blocks import Blocks
 from loralab.serving.scheduler import Row, Scheduler, Work
 
 
-def scheduler(
-    blocks: int = 64, rows: int = 8, tokens: int = 32, *, reuse: bool = True
-) -> Scheduler:
+def scheduler(blocks: int = 64, rows: int = 8, tokens: int = 32, *, reuse: bool = True) -> Scheduler:
     return Scheduler(Blocks(blocks), most_rows=rows, step_tokens=tokens, reuse=reuse)
 
 

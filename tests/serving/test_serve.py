@@ -23,15 +23,11 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         found.append(asked)
         return open_engine(**asked)
 
-    monkeypatch.setitem(
-        sys.modules, "loralab.serving.opening", SimpleNamespace(open_engine=opening)
-    )
+    monkeypatch.setitem(sys.modules, "loralab.serving.opening", SimpleNamespace(open_engine=opening))
     return found
 
 
-def test_it_serves_until_a_signal(
-    opened: list[dict[str, Any]], tiny_llama_folder: Path, tmp_path: Path
-) -> None:
+def test_it_serves_until_a_signal(opened: list[dict[str, Any]], tiny_llama_folder: Path, tmp_path: Path) -> None:
     told: list[Any] = []
 
     def ready(found: Any, where: str, with_keys: bool) -> None:

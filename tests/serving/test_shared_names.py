@@ -161,8 +161,7 @@ def test_a_server_that_is_killed_while_it_writes_holds_up_nobody(root: Path) -> 
     Store(root, number_of).load("x", "a")
     code = SERVER.replace(
         "import json, sys",
-        "import json, os, sys\nfrom pathlib import Path\n"
-        "Path.replace = lambda self, target: os.kill(os.getpid(), 9)",
+        "import json, os, sys\nfrom pathlib import Path\nPath.replace = lambda self, target: os.kill(os.getpid(), 9)",
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(root)], input='[["y", "b"]]\n', text=True,
@@ -241,9 +240,7 @@ def test_a_store_that_is_out_of_reach_for_a_while_keeps_its_names(root: Path) ->
     assert store.entry("x").pinned
 
 
-def test_names_are_read_again_only_where_they_may_have_changed(
-    root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_names_are_read_again_only_where_they_may_have_changed(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store, other = Store(root, number_of), Store(root, number_of)
     other.load("x", "a")
     assert not store.settled()
@@ -253,9 +250,7 @@ def test_names_are_read_again_only_where_they_may_have_changed(
     os.utime(file, (1, 1))
     store.entries()
     reads: list[Any] = []
-    monkeypatch.setattr(
-        shared_names, "read_names", lambda place: reads.append(place) or read_names(place)
-    )
+    monkeypatch.setattr(shared_names, "read_names", lambda place: reads.append(place) or read_names(place))
     for _ in range(5):
         assert store.settled() and store.settled("a") and store.settled("nobody")
         assert store.entry("x").path == root / "a"

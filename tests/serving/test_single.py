@@ -19,10 +19,7 @@ def test_a_piece_of_which_nothing_is_asked_is_read_all_the_same() -> None:
     single = Single(model, Bank(model))
 
     def read(cuts: Sequence[int]) -> list[int]:
-        parts = [
-            single.logits(pass_of([Work(row, start, stop)]))
-            for start, stop in itertools.pairwise(cuts)
-        ]
+        parts = [single.logits(pass_of([Work(row, start, stop)])) for start, stop in itertools.pairwise(cuts)]
         last = parts[-1]
         with torch.no_grad():
             expected = model(input_ids=torch.tensor([tokens])).logits[0, -1]

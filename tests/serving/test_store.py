@@ -76,9 +76,7 @@ def touch(store: Store, name: str) -> None:
     store.release(used(store, name))
 
 
-def test_opening_reads_no_tensors_and_tells_all(
-    root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_opening_reads_no_tensors_and_tells_all(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     digest = folder.read(root / "a").digest
     monkeypatch.setattr(safetensors.torch, "load_file", None)
     store = Store(root, number_of)
@@ -103,21 +101,15 @@ def test_an_unknown_name_proposes_near_ones(root: Path) -> None:
         store.acquire("0" * 64)
 
 
-def test_a_folder_of_another_tool_gets_its_digest_once(
-    root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_of_another_tool_gets_its_digest_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (root / "a" / folder.RECORD).unlink()
     reads = []
     plain = folder.read
-    monkeypatch.setattr(
-        folder, "read", lambda path, **more: reads.append(path) or plain(path, **more)
-    )
+    monkeypatch.setattr(folder, "read", lambda path, **more: reads.append(path) or plain(path, **more))
     store = Store(root, number_of)
     assert store.entries()[0].digest == "" and not reads
     digest = store.entry("a").digest
-    assert (
-        digest == plain(root / "a").digest == store.entry("a").digest == store.entries()[0].digest
-    )
+    assert digest == plain(root / "a").digest == store.entry("a").digest == store.entries()[0].digest
     assert len(reads) == 1
     assert used(store, "a").value == 1
 
@@ -174,9 +166,7 @@ def test_what_the_base_is_called_names_no_adapter(root: Path) -> None:
     ("a b", "a", "name"), ("", "a", "name"), ("base", "a", "name"), ("x", "../a", "path"),
     ("x", "nowhere", "path"), ("x", "", "path"),
 ])  # fmt: skip
-def test_an_error_says_which_of_the_two_is_wrong(
-    root: Path, name: str, path: str, field: str
-) -> None:
+def test_an_error_says_which_of_the_two_is_wrong(root: Path, name: str, path: str, field: str) -> None:
     with pytest.raises(LoralabError) as error:
         Store(root, number_of).load(name, path)
     assert error.value.field == field and error.value.code
@@ -234,9 +224,7 @@ def test_a_name_moves_and_so_it_stays_after_a_restart(root: Path) -> None:
         "format": 1, "names": {"a": "runs/c", "新": "b"}, "removed": [],
     }  # fmt: skip
     again = Store(root, number_of)
-    assert [(e.name, e.digest) for e in again.entries()] == [
-        (e.name, e.digest) for e in store.entries()
-    ]
+    assert [(e.name, e.digest) for e in again.entries()] == [(e.name, e.digest) for e in store.entries()]
     again.load("a", "a")  # home again: nothing is left to be written down
     assert "a" not in json.loads((root / NAMES).read_text())["names"]
     assert again.entry("a").digest == first
@@ -317,9 +305,7 @@ def test_links_within_the_store_are_followed(root: Path) -> None:
 # -- errors change nothing ----------------------------------------------------------------------
 
 
-def test_a_load_that_fails_leaves_everything_as_it_was(
-    root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_load_that_fails_leaves_everything_as_it_was(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(stored: AdapterFolder) -> int:
         if number_of(stored) == 3:
             raise AdapterFileError("another base")
@@ -346,9 +332,7 @@ def test_a_load_that_fails_leaves_everything_as_it_was(
     assert not [file for file in root.iterdir() if file.name.startswith(NAMES)]
 
 
-def test_a_writer_that_is_killed_leaves_the_old_names(
-    root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_writer_that_is_killed_leaves_the_old_names(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store(root, number_of)
     store.load("x", "a")
 
@@ -527,9 +511,7 @@ def test_many_threads_leave_nothing_in_use_and_no_place_too_many(tmp_path: Path)
         done = 0
         for pick in torch.randint(6, (60,), generator=draw).tolist():
             if pick == 5:
-                store.load(f"t{seed}", f"n{seed % 6}") if seed % 2 else store.pin(
-                    "n0", bool(done % 2)
-                )
+                store.load(f"t{seed}", f"n{seed % 6}") if seed % 2 else store.pin("n0", bool(done % 2))
             held = store.acquire(digests[pick])
             if held is None:
                 continue
@@ -643,9 +625,7 @@ class Against(RuleBasedStateMachine):
     @invariant()
     def agrees(self) -> None:
         entries = self.store.entries()
-        assert {e.name: e.digest for e in entries} == {
-            name: self.digests[n] for name, n in self.named.items()
-        }
+        assert {e.name: e.digest for e in entries} == {name: self.digests[n] for name, n in self.named.items()}
         assert {e.name for e in entries if e.pinned} == self.pinned
         assert {n for n in range(COUNT) if self.store.holds(self.digests[n])} == set(self.memory)
         assert (self.store.loads, self.store.evictions) == (self.loads, self.evictions)
@@ -654,9 +634,7 @@ class Against(RuleBasedStateMachine):
     @invariant()
     def comes_back(self) -> None:
         again = Store(self.root, number_of)
-        assert {e.name: e.digest for e in again.entries()} == {
-            name: self.digests[n] for name, n in self.named.items()
-        }
+        assert {e.name: e.digest for e in again.entries()} == {name: self.digests[n] for name, n in self.named.items()}
 
 
 PLACE: list[str] = []

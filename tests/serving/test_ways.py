@@ -170,9 +170,7 @@ def test_what_a_model_has_beyond_is_noticed() -> None:
     assert "uneven" in suits(llama(hidden_size=36))
     assert "activation" in suits(llama(hidden_act="gelu"))
     assert "biases" in suits(llama(mlp_bias=True))
-    assert "window" in suits(
-        MistralForCausalLM(MistralConfig(**WIDE, num_key_value_heads=1)).bfloat16()
-    )
+    assert "window" in suits(MistralForCausalLM(MistralConfig(**WIDE, num_key_value_heads=1)).bfloat16())
     assert "GPT2LMHeadModel" in suits(MODELS["gpt2"]().bfloat16())
 
 

@@ -13,7 +13,7 @@ from serving.conftest import World, write_adapter
 from serving.served import listening
 
 from loralab.adapters.methods import LoRA
-from loralab.cli.elsewhere import say_differing
+from loralab.cli.vllm import say_differing
 from loralab.errors import BaseMismatchWarning
 from loralab.serving.engine import Engine
 from loralab.serving.opening import open_engine
@@ -92,9 +92,7 @@ def test_over_http_each_adapter_gets_its_own_prompt(engine: Engine) -> None:
             body = {"model": name, "messages": TURNS, "max_tokens": 4, "temperature": 0}
             found = httpx.post(f"{where}/v1/chat/completions", json=body).json()
             ids = opening(engine.tokenizer(engine.store.entry(name)), TURNS)
-            alone = engine.generate(
-                [ids], adapters=[name], sampling=Sampling(max_tokens=4, temperature=0)
-            )
+            alone = engine.generate([ids], adapters=[name], sampling=Sampling(max_tokens=4, temperature=0))
             assert found["usage"]["prompt_tokens"] == len(ids)
             assert found["choices"][0]["message"]["content"] == alone[0].text
         body = {"model": "broken", "messages": TURNS, "max_tokens": 4}

@@ -58,9 +58,7 @@ def sentencepiece(strip: bool = True) -> PreTrainedTokenizerFast:
     parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     last = [decoders.Strip(" ", 1, 0)] if strip else []
     tokenizer.decoder = decoders.Sequence([*parts, *last])
-    trainer = trainers.BpeTrainer(
-        vocab_size=330, special_tokens=[*SPECIAL, *BYTES], show_progress=False
-    )
+    trainer = trainers.BpeTrainer(vocab_size=330, special_tokens=[*SPECIAL, *BYTES], show_progress=False)
     _trained(tokenizer, trainer, TEXTS[:2])
     kept = json.loads(tokenizer.to_str())
     kept["added_tokens"] = kept["added_tokens"][: len(SPECIAL)]  # bytes are plain tokens there
@@ -77,9 +75,7 @@ def unigram() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
-    trainer = trainers.UnigramTrainer(
-        vocab_size=120, special_tokens=SPECIAL, unk_token="<unk>", show_progress=False
-    )
+    trainer = trainers.UnigramTrainer(vocab_size=120, special_tokens=SPECIAL, unk_token="<unk>", show_progress=False)
     return _fast(_trained(tokenizer, trainer))
 
 

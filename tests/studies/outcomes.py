@@ -9,11 +9,7 @@ from loralab.studies.study import Record
 
 def results(folder: Path) -> dict[str, Record]:
     """The record of every cell of a study folder, by arm and seed."""
-    return {
-        f"{record.arm.name} {record.seed}": _still(record)
-        for _, own in records(folder).values()
-        for record in own
-    }
+    return {f"{record.arm.name} {record.seed}": _still(record) for _, own in records(folder).values() for record in own}
 
 
 def _still(record: Record) -> Record:

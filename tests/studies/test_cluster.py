@@ -70,9 +70,7 @@ def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None
 def test_what_reads_other_cells_or_takes_times_stays_at_home() -> None:
     signs = ("measures.carried import", "folder.parent", "perf_counter")
     found = {
-        file.stem
-        for file in MEASURES.glob("*.py")
-        if any(sign in file.read_text(encoding="utf-8") for sign in signs)
+        file.stem for file in MEASURES.glob("*.py") if any(sign in file.read_text(encoding="utf-8") for sign in signs)
     }
     assert found - {"carried"} <= AT_HOME
     assert all((MEASURES / f"{name}.py").is_file() for name in AT_HOME)
@@ -217,9 +215,7 @@ def test_a_node_that_cannot_read_the_data_is_named(
 
 
 @pytest.mark.slow
-def test_a_cluster_on_this_machine(
-    ray: Any, tmp_path: Path, tiny_bert_folder: Path, noise_file: Path
-) -> None:
+def test_a_cluster_on_this_machine(ray: Any, tmp_path: Path, tiny_bert_folder: Path, noise_file: Path) -> None:
     study = own_study(tmp_path, tiny_bert_folder, noise_file)
     away, home = tmp_path / "away", tmp_path / "home"
     ended_well("study", study, "--output-dir", away, "--ray", "local", "--fixed-lr")

@@ -128,9 +128,7 @@ def test_a_model_or_data_that_is_not_there_is_refused_before_a_run(tmp_path: Pat
         assert not (tmp_path / "out").exists()
 
 
-def test_a_metric_that_the_task_lacks_is_refused(
-    tmp_path: Path, tiny_bert_folder: Path, noise_file: Path
-) -> None:
+def test_a_metric_that_the_task_lacks_is_refused(tmp_path: Path, tiny_bert_folder: Path, noise_file: Path) -> None:
     asked = Asked(model=str(tiny_bert_folder), data=str(noise_file), metric="acuracy")
     with pytest.raises(ConfigError, match=r"only loss, accuracy.*did you mean accuracy"):
         study("rank", asked=asked, output_dir=tmp_path / "out")

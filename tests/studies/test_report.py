@@ -109,9 +109,7 @@ def test_results_hold_a_row_for_every_run(study_folder: Path) -> None:
     assert table[1]["score"] is not None
 
 
-def test_an_arm_that_never_ran_is_shown_as_such(
-    study_folder: Path, tiny_bert_folder: Path, noise_file: Path
-) -> None:
+def test_an_arm_that_never_ran_is_shown_as_such(study_folder: Path, tiny_bert_folder: Path, noise_file: Path) -> None:
     ground, arms, _ = store.plans(study_folder)["rank"]
     gone = next(arm for arm in arms if arm.name == "r=2")
     from dataclasses import replace
@@ -153,9 +151,7 @@ def test_hostile_names_stay_text() -> None:
 
 
 def test_a_table_in_markdown_keeps_its_columns() -> None:
-    table = Table(
-        title=Text("t", "t"), columns=(Text("a", "甲"), Text("b", "乙")), rows=[["x|y", 1]]
-    )
+    table = Table(title=Text("t", "t"), columns=(Text("a", "甲"), Text("b", "乙")), rows=[["x|y", 1]])
     lines = markdown_table(table, "zh-TW").splitlines()
     assert lines[0] == "| 甲 | 乙 |"
     assert lines[2] == "| x\\|y | 1 |"

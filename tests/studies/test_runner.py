@@ -61,9 +61,7 @@ def killed_at_random(own_study: Path, folder: Path, times: int, wait: float) -> 
         running.end()
 
 
-def test_a_killed_study_goes_on_and_ends_with_the_same_numbers(
-    own_study: Path, tmp_path: Path
-) -> None:
+def test_a_killed_study_goes_on_and_ends_with_the_same_numbers(own_study: Path, tmp_path: Path) -> None:
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     Victim(["tasks", "--json"]).end()  # now everything is imported
     killed_at_random(own_study, killed, 2, 1.0)
@@ -112,9 +110,7 @@ def test_what_went_wrong_is_said_although_nothing_can_be_removed(
         raise OutputError("the first error")
 
 
-def test_a_finished_cell_is_never_run_again(
-    tmp_path: Path, tiny_bert_folder: Path, noise_file: Path
-) -> None:
+def test_a_finished_cell_is_never_run_again(tmp_path: Path, tiny_bert_folder: Path, noise_file: Path) -> None:
     ground = ground_of("grid", tiny_bert_folder, noise_file, seeds=1)
     arm = Arm(name="r=2", fields={"rank": 2}, tuned=False)
     cell = Cell(measure="none:none", ground=ground, arm=arm, seed=0)
@@ -197,9 +193,7 @@ def test_other_settings_in_the_same_folder_are_refused(
     store.require_same(tmp_path, ground)
 
 
-def test_the_plan_of_a_study_survives_its_file(
-    tmp_path: Path, tiny_bert_folder: Path, noise_file: Path
-) -> None:
+def test_the_plan_of_a_study_survives_its_file(tmp_path: Path, tiny_bert_folder: Path, noise_file: Path) -> None:
     ground = ground_of("rank", tiny_bert_folder, noise_file, values=("2", "4"))
     arms = [Arm(name="a", fields={"method": "lora", "target_modules": ["q", "v"]}), Arm(name="b")]
     store.add_plan(tmp_path, (ground, arms, {"b": "why"}))
@@ -207,19 +201,14 @@ def test_the_plan_of_a_study_survives_its_file(
     assert found == ground
     assert read_arms == arms
     assert invalid == {"b": "why"}
-    cells = [
-        Cell(measure="m:f", ground=g, arm=a, seed=0).digest
-        for g, a in ((ground, arms[0]), (found, read_arms[0]))
-    ]
+    cells = [Cell(measure="m:f", ground=g, arm=a, seed=0).digest for g, a in ((ground, arms[0]), (found, read_arms[0]))]
     assert cells[0] == cells[1]
 
 
 def test_numbers_that_are_not_finite_survive_as_absent(tmp_path: Path) -> None:
     arm = Arm(name="x")
     cell = Cell(measure="m:f", ground=ground_of("rank", tmp_path, tmp_path), arm=arm, seed=0)
-    record = Record(
-        arm=arm, seed=0, numbers={"a": float("nan"), "b": 1.0}, series={"l": [1.0, float("inf")]}
-    )
+    record = Record(arm=arm, seed=0, numbers={"a": float("nan"), "b": 1.0}, series={"l": [1.0, float("inf")]})
     store.write(store.place_of(tmp_path, cell), cell, record, 2.0)
     file = store.place_of(tmp_path, cell) / store.RECORD
     json.loads(file.read_text(encoding="utf-8"), parse_constant=pytest.fail)
@@ -288,9 +277,7 @@ def worker_of(process: "subprocess.Popen[str]", folder: Path) -> Worker:
     return worker
 
 
-def test_a_worker_that_is_gone_is_an_error(
-    tmp_path: Path, tiny_bert_folder: Path, noise_file: Path
-) -> None:
+def test_a_worker_that_is_gone_is_an_error(tmp_path: Path, tiny_bert_folder: Path, noise_file: Path) -> None:
     ground = ground_of("grid", tiny_bert_folder, noise_file, seeds=1)
     gone = subprocess.Popen(["true"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     gone.wait()
@@ -303,14 +290,10 @@ def test_a_worker_that_is_gone_is_an_error(
             gone.stdin.close()
 
 
-def test_half_a_line_of_a_killed_child_is_passed_over(
-    tmp_path: Path, tiny_bert_folder: Path, noise_file: Path
-) -> None:
+def test_half_a_line_of_a_killed_child_is_passed_over(tmp_path: Path, tiny_bert_folder: Path, noise_file: Path) -> None:
     ground = ground_of("grid", tiny_bert_folder, noise_file, seeds=1)
     said = '{"kind": "st\n{"kind": "exit", "code": -9}\n'
-    half = subprocess.Popen(
-        ["printf", "%s", said], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    half = subprocess.Popen(["printf", "%s", said], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     with session(tmp_path / "study") as own:
         own._worker = worker_of(half, tmp_path)
         found = own.obtain(Cell(measure=MEASURE, ground=ground, arm=Arm(name="x"), seed=0))

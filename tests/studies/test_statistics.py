@@ -62,8 +62,7 @@ def test_more_comparisons_make_wider_intervals() -> None:
     draw = drawn(3)
     ours, theirs = draw.normal(0.1, 1, (3, 50)), draw.normal(0, 1, (3, 50))
     widths = [
-        (d := difference(ours.tolist(), theirs.tolist(), generator=drawn(0), comparisons=n)).high
-        - d.low
+        (d := difference(ours.tolist(), theirs.tolist(), generator=drawn(0), comparisons=n)).high - d.low
         for n in (1, 5, 20)
     ]
     assert widths == sorted(widths)

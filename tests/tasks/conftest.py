@@ -29,9 +29,7 @@ def bytes_tokenizer() -> PreTrainedTokenizerFast:
         special_tokens=[AddedToken(t, special=True) for t in ("<|im_start|>", "<|im_end|>")],
     )  # fmt: skip
     inner.train_from_iterator(LINES * 20, trainer)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=inner, eos_token="<|im_end|>", pad_token="<|im_end|>"
-    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|im_end|>", pad_token="<|im_end|>")
     fast.chat_template = CHATML
     return fast
 

@@ -73,19 +73,13 @@ NAMES = [
     "$HOME",
     "#",
 ]
-tables = st.dictionaries(
-    st.sampled_from(NAMES), st.sampled_from(sorted(KINDS)), min_size=1, max_size=6
-)
+tables = st.dictionaries(st.sampled_from(NAMES), st.sampled_from(sorted(KINDS)), min_size=1, max_size=6)
 STEPS = 12  # questions until a table is read
 
 
-@settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(columns=tables, choice=st.randoms(use_true_random=False))
-def test_what_an_error_proposes_leads_on(
-    columns: dict[str, str], choice: Any, tmp_path: Path
-) -> None:
+def test_what_an_error_proposes_leads_on(columns: dict[str, str], choice: Any, tmp_path: Path) -> None:
     rows = [{name: KINDS[kind](n) for name, kind in columns.items()} for n in range(24)]
     mapping: dict[str, str] = {}
     seen = set()

@@ -91,18 +91,13 @@ def test_scores_of_several_are_those_of_one(
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 20])
-def test_all_get_equally_many_batches_and_every_example_is_somebodys(
-    size: int, tiny_bert_folder: Path
-) -> None:
+def test_all_get_equally_many_batches_and_every_example_is_somebodys(size: int, tiny_bert_folder: Path) -> None:
     model = AutoModel.from_pretrained(tiny_bert_folder)
     tokenizer = AutoTokenizer.from_pretrained(tiny_bert_folder)
     ids = [tuple(range(5, 6 + n % 4)) for n in range(13)]
     examples = [Example(n, own, (0,)) for n, own in enumerate(ids)]
     kind = "sequence-classification"
-    batches = [
-        list(by_length(model, tokenizer, examples, kind, 2, Threads(size).among(rank)))
-        for rank in range(size)
-    ]
+    batches = [list(by_length(model, tokenizer, examples, kind, 2, Threads(size).among(rank))) for rank in range(size)]
     assert len({len(own) for own in batches}) == 1
     assert {i for own in batches for indices, _ in own for i in indices} == set(range(13))
     for indices, batch in batches[-1]:

@@ -22,9 +22,7 @@ def flat(step: list[list[int]]) -> list[int]:
 def test_every_epoch_sees_each_example_once_in_batches_of_the_size_asked(
     lengths: tuple[int, ...], size: int, steps: int, seed: int, by_length: bool
 ) -> None:
-    batches = Batches(
-        lengths=lengths, batch_size=size, accumulation_steps=steps, seed=seed, by_length=by_length
-    )
+    batches = Batches(lengths=lengths, batch_size=size, accumulation_steps=steps, seed=seed, by_length=by_length)
     for epoch in range(2):
         first = epoch * batches.steps_per_epoch
         seen = [batches.step(first + number) for number in range(batches.steps_per_epoch)]
@@ -38,18 +36,14 @@ def test_what_a_step_sees_depends_on_the_effective_batch_alone(
     lengths: tuple[int, ...], one: int, other: int, by_length: bool, number: int
 ) -> None:
     wide = Batches(lengths=lengths, batch_size=one, accumulation_steps=other, by_length=by_length)
-    deep = Batches(
-        lengths=lengths, batch_size=1, accumulation_steps=one * other, by_length=by_length
-    )
+    deep = Batches(lengths=lengths, batch_size=1, accumulation_steps=one * other, by_length=by_length)
     assert flat(wide.step(number)) == flat(deep.step(number))
 
 
 def test_a_step_can_be_asked_for_without_those_before_it() -> None:
     settings = {"lengths": tuple(range(1, 90)), "batch_size": 4}
     in_order = [Batches(**settings).step(number) for number in range(60)]
-    assert [Batches(**settings).step(number) for number in (50, 3, 41)] == [
-        in_order[number] for number in (50, 3, 41)
-    ]
+    assert [Batches(**settings).step(number) for number in (50, 3, 41)] == [in_order[number] for number in (50, 3, 41)]
 
 
 @pytest.mark.parametrize("by_length", [True, False])
@@ -106,9 +100,7 @@ def test_collate_gives_a_classifier_one_class_a_row() -> None:
     lengths=st.lists(st.integers(1, 60), min_size=1, max_size=30), room=st.integers(1, 80),
     pads=st.booleans(),
 )  # fmt: skip
-def test_parts_hold_every_row_once_within_the_room(
-    lengths: list[int], room: int, pads: bool
-) -> None:
+def test_parts_hold_every_row_once_within_the_room(lengths: list[int], room: int, pads: bool) -> None:
     rows = [Example(n, (1,) * length, (1,) * length) for n, length in enumerate(lengths)]
     found = parts(rows, room, pads=pads)
     assert sorted(row.row for part in found for row in part) == list(range(len(rows)))
@@ -130,9 +122,7 @@ def test_packed_rows_stand_one_after_the_other_and_count_from_their_own_start() 
 
 
 @pytest.mark.parametrize(("longest", "length"), [(0, 5), (5, 5), (6, 6), (8, 8), (100, 8)])
-def test_rows_are_padded_to_few_lengths_but_not_beyond_the_longest(
-    longest: int, length: int
-) -> None:
+def test_rows_are_padded_to_few_lengths_but_not_beyond_the_longest(longest: int, length: int) -> None:
     ids, mask = padded([(1, 2, 3, 4, 5), (1,)], 0, longest)
     assert ids.shape == mask.shape == (2, length)
     assert mask.sum(dim=1).tolist() == [5, 1]

@@ -40,9 +40,7 @@ rows_with_twins = st.lists(
 
 
 @given(rows=rows_with_twins, seed=st.integers(0, 9))
-def test_own_splits_lose_nothing_share_no_input_and_leave_no_label_out(
-    rows: list[Row], seed: int
-) -> None:
+def test_own_splits_lose_nothing_share_no_input_and_leave_no_label_out(rows: list[Row], seed: int) -> None:
     if len({row["label"] for row in rows}) < 2:
         return
     task = task_from(rows, seed)

@@ -32,9 +32,7 @@ def test_a_column_without_effect_is_named(row: dict[str, Any], column: str, tmp_
 
 
 def test_every_column_is_named_once_and_notes_reach_the_task(tmp_path: Path) -> None:
-    rows = [
-        {"text": f"t{n}", "id": n, **{f"url_{m}_id": m * n for m in range(30)}} for n in range(9)
-    ]
+    rows = [{"text": f"t{n}", "id": n, **{f"url_{m}_id": m * n for m in range(30)}} for n in range(9)]
     (note,) = table(tmp_path, rows).notes
     names = note.removeprefix("not used: ").split(", ")
     assert names == ["id", *(f"url_{m}_id" for m in range(30))]
@@ -72,9 +70,7 @@ def test_a_column_that_says_nothing_is_named_only(
     ],
 )
 @pytest.mark.parametrize("row", [CHAT, ASKED, CLASSED, {"text": "a"}])
-def test_what_is_done_anyway_changes_nothing(
-    column: str, value: object, row: dict[str, Any], tmp_path: Path
-) -> None:
+def test_what_is_done_anyway_changes_nothing(column: str, value: object, row: dict[str, Any], tmp_path: Path) -> None:
     assert notes_of([row | {column: value}], tmp_path) == f"not used: {column}"
 
 
@@ -172,9 +168,7 @@ def test_rows_that_answer_refuse_what_would_change_the_answer(
         (ASKED, "instruction"),
     ],
 )
-def test_another_part_of_the_question_is_refused(
-    row: dict[str, Any], column: str, tmp_path: Path
-) -> None:
+def test_another_part_of_the_question_is_refused(row: dict[str, Any], column: str, tmp_path: Path) -> None:
     error = refused_rows(tmp_path, [row | {column: "c"}])
     assert (error.code, error.field) == ("unsupported_column", column)
 
@@ -402,9 +396,7 @@ def test_a_column_of_one_split_tells_nothing_apart(tmp_path: Path) -> None:
         (("test", "dev"), "no_train"),
     ],
 )
-def test_a_column_of_other_splits_is_refused(
-    splits: tuple[object, object], code: str, tmp_path: Path
-) -> None:
+def test_a_column_of_other_splits_is_refused(splits: tuple[object, object], code: str, tmp_path: Path) -> None:
     error = refused_rows(tmp_path, [CLASSED | {"split": split} for split in splits])
     assert (error.code, error.field) == (code, "split")
 

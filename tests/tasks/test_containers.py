@@ -45,9 +45,7 @@ def texts(table: Table) -> dict[str, list[str]]:
 
 @pytest.mark.parametrize("inside", ["", "data/"])
 @pytest.mark.parametrize("digest", ["", "-1a2b3c4d5e6f7890"])
-def test_shards_are_joined_in_their_order(
-    inside: str, digest: str, put: Put, tmp_path: Path
-) -> None:
+def test_shards_are_joined_in_their_order(inside: str, digest: str, put: Put, tmp_path: Path) -> None:
     for n in (2, 0, 1):
         put(f"{inside}train-{n:05}-of-00003{digest}.parquet", f"a{n}", f"b{n}")
     put(f"{inside}test-00000-of-00001{digest}.parquet", "t")
@@ -75,9 +73,7 @@ def test_shards_are_joined_in_their_order(
         (["validation-00000-of-00001.jsonl", "training.jsonl", "train.jsonl"], "two_files"),
     ],
 )
-def test_shards_that_are_not_whole_are_refused(
-    names: list[str], code: str, put: Put, tmp_path: Path
-) -> None:
+def test_shards_that_are_not_whole_are_refused(names: list[str], code: str, put: Put, tmp_path: Path) -> None:
     for name in names:
         put(name, "a")
     error = refused(tmp_path)
@@ -156,9 +152,7 @@ def test_a_parquet_file_keeps_the_names_of_its_classes(tmp_path: Path) -> None:
     file = tmp_path / "train-00000-of-00001.parquet"
     datasets.Dataset.from_dict(rows, features=features).to_parquet(file)
     assert [row["label"] for row in read(str(tmp_path)).splits["train"]] == ["pos", "neg", "pos"]
-    tags = datasets.Features(
-        {"tokens": datasets.List(datasets.Value("string")), "tags": datasets.List(names)}
-    )
+    tags = datasets.Features({"tokens": datasets.List(datasets.Value("string")), "tags": datasets.List(names)})
     rows = {"tokens": [["a", "b"]], "tags": [[0, 1]]}
     datasets.Dataset.from_dict(rows, features=tags).to_parquet(file)
     assert read(str(file)).splits["train"][0]["tags"] == ["neg", "pos"]
@@ -168,9 +162,7 @@ def test_a_class_without_a_name_and_damaged_names(tmp_path: Path) -> None:
     named = b'{"info": {"features": {"label": {"names": ["neg"], "_type": "ClassLabel"}}}}'
     for told, code in ((named, "unnamed_class"), (b"{", ""), (b"[]", ""), (b'{"info": 3}', "")):
         columns = pyarrow.table({"text": ["a", "b"], "label": [0, 1]})
-        parquet.write_table(
-            columns.replace_schema_metadata({b"huggingface": told}), tmp_path / "a.parquet"
-        )
+        parquet.write_table(columns.replace_schema_metadata({b"huggingface": told}), tmp_path / "a.parquet")
         if code:
             error = refused(tmp_path / "a.parquet")
             assert (error.code, error.field) == (code, "label")
@@ -195,9 +187,7 @@ def test_what_stands_beside_pictures_is_named(tmp_path: Path) -> None:
     for name in ("cat/3.tiff", "metadata.csv", "README.md", ".hidden", "bird/.keep"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    assert read(str(tmp_path)).notes == (
-        "not read: cat/3.tiff, metadata.csv, bird/ (no picture in it)",
-    )
+    assert read(str(tmp_path)).notes == ("not read: cat/3.tiff, metadata.csv, bird/ (no picture in it)",)
 
 
 # one file
@@ -253,9 +243,7 @@ def test_a_file_with_splits_is_no_split_of_a_folder(tmp_path: Path) -> None:
     assert refused(tmp_path).code == "two_files"
 
 
-@pytest.mark.parametrize(
-    "name", ["a.xlsx", "a.arrow", "a.zip", "a.jsonl.zst", "a.tar", "a.parquet.gz", "a.gz", "a"]
-)
+@pytest.mark.parametrize("name", ["a.xlsx", "a.arrow", "a.zip", "a.jsonl.zst", "a.tar", "a.parquet.gz", "a.gz", "a"])
 def test_other_kinds_of_files_are_refused(name: str, tmp_path: Path) -> None:
     assert refused(written(tmp_path, "x", name)).code == "unknown_kind_of_file"
 

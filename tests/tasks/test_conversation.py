@@ -25,9 +25,7 @@ def turns(answers: int) -> list[dict[str, str]]:
 
 @pytest.mark.parametrize("answers", [0, 1, 5])
 @pytest.mark.parametrize("with_template", [True, False])
-def test_it_is_what_training_sees(
-    answers: int, with_template: bool, tiny_llama_folder: Path
-) -> None:
+def test_it_is_what_training_sees(answers: int, with_template: bool, tiny_llama_folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama_folder)
     if not with_template:
         tokenizer.chat_template = None
@@ -37,14 +35,10 @@ def test_it_is_what_training_sees(
 
 
 @pytest.mark.parametrize("answers", [0, 1, 7])
-def test_it_is_rendered_once(
-    answers: int, tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_it_is_rendered_once(answers: int, tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama_folder)
     renders: list[Any] = []
     plain = turns_of.render
-    monkeypatch.setattr(
-        turns_of, "render", lambda *given, **more: renders.append(given) or plain(*given, **more)
-    )
+    monkeypatch.setattr(turns_of, "render", lambda *given, **more: renders.append(given) or plain(*given, **more))
     assert opening(tokenizer, turns(answers))
     assert len(renders) == 1

@@ -87,9 +87,7 @@ def test_every_turn_is_learnt_after_the_ids_that_a_chat_would_have(
     examples = encode(task, "train", bytes_tokenizer, kind="causal-lm", max_length=2000).examples
     asked = prompts(task, "train", bytes_tokenizer)[0]
     assert examples[-1].input_ids[: len(asked)] == asked
-    text = bytes_tokenizer.apply_chat_template(
-        row["messages"][:-1], add_generation_prompt=True, tokenize=False
-    )
+    text = bytes_tokenizer.apply_chat_template(row["messages"][:-1], add_generation_prompt=True, tokenize=False)
     assert list(asked) == bytes_tokenizer(text, add_special_tokens=False)["input_ids"]
     ends = sum(learnt(example).count(bytes_tokenizer.eos_token_id) for example in examples)
     assert ends == len(turns)
@@ -97,9 +95,7 @@ def test_every_turn_is_learnt_after_the_ids_that_a_chat_would_have(
     assert len(examples) in (len(turns), 1)
 
 
-def test_all_turns_are_learnt_and_the_text_is_the_templates(
-    bytes_tokenizer: Any, task_of: TaskOf
-) -> None:
+def test_all_turns_are_learnt_and_the_text_is_the_templates(bytes_tokenizer: Any, task_of: TaskOf) -> None:
     row = conversation("is it good?", "yes", "sure?", " no")
     example = only(task_of("messages", [row]), bytes_tokenizer)
     whole = bytes_tokenizer.apply_chat_template(row["messages"], tokenize=False)
@@ -136,9 +132,7 @@ def test_of_answers_that_are_examples_those_that_do_not_fit_are_counted(
     monkeypatch.setattr(bytes_tokenizer, "chat_template", FORGETFUL)
     long = conversation("is it good?", "yes", "sure? " * 50, "no", "why?", "it is bad")
     rows = [long, conversation("good?" * 99, "yes", "sure?", "no"), conversation("a?", "b")]
-    encoded = encode(
-        task_of("messages", rows), "train", bytes_tokenizer, kind="causal-lm", max_length=100
-    )
+    encoded = encode(task_of("messages", rows), "train", bytes_tokenizer, kind="causal-lm", max_length=100)
     assert [example.row for example in encoded.examples] == [0, 2]
     assert (encoded.shortened, encoded.dropped) == ((0,), (1,))
     (note,) = encoded.notes
@@ -150,9 +144,7 @@ def test_loss_on_all_learns_no_token_twice_in_the_same_place(
 ) -> None:
     monkeypatch.setattr(bytes_tokenizer, "chat_template", FORGETFUL)
     task = task_of("messages", [conversation("is it good?", "yes", "sure?", "no", "why?", "so")])
-    examples = encode(
-        task, "train", bytes_tokenizer, kind="causal-lm", max_length=300, loss_on="all"
-    ).examples
+    examples = encode(task, "train", bytes_tokenizer, kind="causal-lm", max_length=300, loss_on="all").examples
     assert examples[0].labels == examples[0].input_ids
     seen: set[tuple[int, ...]] = set()
     for example in examples:
@@ -163,9 +155,7 @@ def test_loss_on_all_learns_no_token_twice_in_the_same_place(
         seen |= {example.input_ids[:end] for end in range(1, len(example.input_ids) + 1)}
 
 
-def test_without_a_template_every_answer_of_a_conversation_is_ended(
-    plain_tokenizer: Any, task_of: TaskOf
-) -> None:
+def test_without_a_template_every_answer_of_a_conversation_is_ended(plain_tokenizer: Any, task_of: TaskOf) -> None:
     task = task_of("messages", [conversation("good", "yes", "bad", "no")])
     example = only(task, plain_tokenizer)
     words = plain_tokenizer.convert_ids_to_tokens(list(example.input_ids))
@@ -215,9 +205,7 @@ def test_the_end_is_learnt_also_where_it_doubles_as_padding(
     round_trip(task, tokenizer)
 
 
-def test_what_is_asked_is_instruction_and_texts_with_blank_lines(
-    bytes_tokenizer: Any, task_of: TaskOf
-) -> None:
+def test_what_is_asked_is_instruction_and_texts_with_blank_lines(bytes_tokenizer: Any, task_of: TaskOf) -> None:
     cases = [
         ("text-label", {"text": "fine", "label": "a"}, "good or bad\n\nfine"),
         ("pair-label", {"text_a": "x", "text_b": "y", "label": "a"}, "good or bad\n\nx\n\ny"),
@@ -236,9 +224,7 @@ def test_a_question_may_come_with_a_system_message(bytes_tokenizer: Any) -> None
     assert asked.startswith("<|im_start|>system\nbe kind<|im_end|>\n<|im_start|>user\nhi")
 
 
-def test_an_answer_that_already_ends_is_not_ended_twice(
-    plain_tokenizer: Any, task_of: TaskOf
-) -> None:
+def test_an_answer_that_already_ends_is_not_ended_twice(plain_tokenizer: Any, task_of: TaskOf) -> None:
     task = task_of("prompt-completion", [PAIR | {"completion": "yes </s>"}])
     assert learnt(only(task, plain_tokenizer)).count(plain_tokenizer.eos_token_id) == 1
 
@@ -262,13 +248,9 @@ def counting(*answer_lengths: int) -> list[Row]:
     return [{"prompt": "good film ?", "completion": " ".join(words[:n])} for n in answer_lengths]
 
 
-def test_what_does_not_fit_is_shortened_or_dropped_and_reported(
-    plain_tokenizer: Any, task_of: TaskOf
-) -> None:
+def test_what_does_not_fit_is_shortened_or_dropped_and_reported(plain_tokenizer: Any, task_of: TaskOf) -> None:
     rows = [*counting(2, 9), {"prompt": " ".join(["good"] * 9), "completion": "yes"}]
-    encoded = encode(
-        task_of("prompt-completion", rows), "train", plain_tokenizer, kind="causal-lm", max_length=7
-    )
+    encoded = encode(task_of("prompt-completion", rows), "train", plain_tokenizer, kind="causal-lm", max_length=7)
     assert (encoded.shortened, encoded.dropped) == ((1,), (2,))
     assert [example.row for example in encoded.examples] == [0, 1]
     assert [len(example.input_ids) for example in encoded.examples] == [6, 7]
@@ -290,9 +272,7 @@ def test_every_row_is_an_example_or_reported(
         assert whole != (example.row in encoded.shortened)
 
 
-def test_answers_that_are_all_cut_off_say_how_long_the_longest_is(
-    plain_tokenizer: Any, task_of: TaskOf
-) -> None:
+def test_answers_that_are_all_cut_off_say_how_long_the_longest_is(plain_tokenizer: Any, task_of: TaskOf) -> None:
     task = task_of("prompt-completion", counting(3, 5))
     with pytest.raises(DataError) as caught:
         encode(task, "train", plain_tokenizer, kind="causal-lm", max_length=3)
@@ -317,9 +297,7 @@ def test_pieces_of_a_text_predict_each_token_but_the_first_once(
     assert predicted == [*ids[1:], plain_tokenizer.eos_token_id]
 
 
-def test_a_classifier_reads_text_and_class_and_reports_what_is_cut(
-    plain_tokenizer: Any, task_of: TaskOf
-) -> None:
+def test_a_classifier_reads_text_and_class_and_reports_what_is_cut(plain_tokenizer: Any, task_of: TaskOf) -> None:
     rows = [*LABELLED, {"text": "good " * 9, "label": "good"}]
     encoded = encode(
         task_of("text-label", rows), "train", plain_tokenizer, kind="sequence-classification",
@@ -338,9 +316,7 @@ def test_generation_data_is_refused_by_a_classifier(chat_tokenizer: Any, task_of
 
 
 @pytest.mark.parametrize("wrong", [{"kind": "vision"}, {"loss_on": "question"}, {"max_length": 1}])
-def test_a_wrong_option_is_refused(
-    wrong: dict[str, Any], chat_tokenizer: Any, task_of: TaskOf
-) -> None:
+def test_a_wrong_option_is_refused(wrong: dict[str, Any], chat_tokenizer: Any, task_of: TaskOf) -> None:
     with pytest.raises(ConfigError):
         only(task_of("prompt-completion", [PAIR]), chat_tokenizer, **wrong)
 
@@ -354,14 +330,11 @@ def test_a_tokenizer_without_an_end_is_refused(chat_tokenizer: Any, task_of: Tas
             check()
 
 
-def test_a_template_that_drops_or_changes_the_answer_is_refused(
-    chat_tokenizer: Any, task_of: TaskOf
-) -> None:
+def test_a_template_that_drops_or_changes_the_answer_is_refused(chat_tokenizer: Any, task_of: TaskOf) -> None:
     task = task_of("prompt-completion", [PAIR])
     for content in ("", "{{ m['content'] | upper }}"):
         chat_tokenizer.chat_template = (
-            "{% for m in messages %}<s>" + content + "</s>{% endfor %}"
-            "{% if add_generation_prompt %}<s>{% endif %}"
+            "{% for m in messages %}<s>" + content + "</s>{% endfor %}{% if add_generation_prompt %}<s>{% endif %}"
         )
         with pytest.raises(DataError, match="does not write the answer 'yes'"):
             round_trip(task, chat_tokenizer)

@@ -48,9 +48,7 @@ def test_every_kind_of_text_may_be_packed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("encoding", ["cp1252", "utf-16-le", "utf-16-be"])
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.skipif(shutil.which("iconv") is None, reason="needs iconv")
-def test_the_command_in_the_error_makes_it_readable(
-    encoding: str, packed: bool, tmp_path: Path
-) -> None:
+def test_the_command_in_the_error_makes_it_readable(encoding: str, packed: bool, tmp_path: Path) -> None:
     data = "text,label\nna\xefve,x\n".encode(encoding)
     file = tmp_path / ("my rows.csv.gz" if packed else "my rows.csv")
     file.write_bytes(gzip.compress(data) if packed else data)

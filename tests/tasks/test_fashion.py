@@ -14,9 +14,7 @@ from loralab.tasks.catalog import TASKS, find, listing
 
 
 def idx(array: numpy.ndarray) -> bytes:
-    header = struct.pack(">BBBB", 0, 0, 8, array.ndim) + struct.pack(
-        f">{array.ndim}I", *array.shape
-    )
+    header = struct.pack(">BBBB", 0, 0, 8, array.ndim) + struct.pack(f">{array.ndim}I", *array.shape)
     return header + array.tobytes()
 
 
@@ -69,9 +67,7 @@ def test_what_is_missing_can_be_got(folder: Path, monkeypatch: pytest.MonkeyPatc
         find("fashion-mnist")
 
 
-@pytest.mark.parametrize(
-    "content", [b"", b"noise", gzip.compress(b"another")], ids=["empty", "noise", "another"]
-)
+@pytest.mark.parametrize("content", [b"", b"noise", gzip.compress(b"another")], ids=["empty", "noise", "another"])
 def test_a_file_that_is_damaged_or_another_is_refused(folder: Path, content: bytes) -> None:
     (folder / "train-images-idx3-ubyte.gz").write_bytes(content)
     with pytest.raises(DataError, match=r"train-images-idx3-ubyte\.gz (cannot|is not the file)"):
@@ -79,9 +75,7 @@ def test_a_file_that_is_damaged_or_another_is_refused(folder: Path, content: byt
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    TASKS["fashion-mnist"].locate() is None, reason="the pictures of clothes are not here"
-)
+@pytest.mark.skipif(TASKS["fashion-mnist"].locate() is None, reason="the pictures of clothes are not here")
 def test_fashion_mnist_is_whole_and_balanced() -> None:
     task = find("fashion-mnist")
     assert [len(task.splits[name]) for name in ("train", "validation", "test")] == [

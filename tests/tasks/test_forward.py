@@ -81,15 +81,11 @@ def test_pictures_have_one_label_each(kind: Any, config: Any) -> None:
 
     model = seeded(kind, config)
     levels = [numpy.full((20, 30), 40 * n, dtype=numpy.uint8) for n in range(3)]
-    rows = [
-        Example(n, (), (n,), image=from_levels(array, str(n))) for n, array in enumerate(levels)
-    ]
+    rows = [Example(n, (), (n,), image=from_levels(array, str(n))) for n, array in enumerate(levels)]
     batch = collate(rows, pad_id=0, kind="image-classification", pictures=PICTURES)
     assert batch["pixel_values"].shape == (3, 3, 28, 28)
     loss, count = answer_loss(model, batch, "image-classification")
-    want = F.cross_entropy(
-        model(batch["pixel_values"].double()).logits, torch.arange(3), reduction="sum"
-    )
+    want = F.cross_entropy(model(batch["pixel_values"].double()).logits, torch.arange(3), reduction="sum")
     assert count == 3
     torch.testing.assert_close(loss.double(), want, rtol=1e-5, atol=1e-6)
 
@@ -145,9 +141,7 @@ def test_entities_by_hand() -> None:
 
 
 @given(lengths=st.lists(st.integers(1, 60), min_size=1, max_size=40), most=st.integers(1, 8))
-def test_groups_to_be_scored_hold_everything_once_and_few_tokens(
-    lengths: list[int], most: int
-) -> None:
+def test_groups_to_be_scored_hold_everything_once_and_few_tokens(lengths: list[int], most: int) -> None:
     groups = forward._groups(lengths, most, 100)
     assert sorted(index for group in groups for index in group) == list(range(len(lengths)))
     for group in groups:
@@ -170,9 +164,7 @@ LLAMA: dict[str, Any] = {
         (GraniteForCausalLM, GraniteConfig(**LLAMA, logits_scaling=2.0), False),
     ],
 )
-def test_logits_in_chunks_are_the_logits(
-    kind: Any, config: Any, alone: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_logits_in_chunks_are_the_logits(kind: Any, config: Any, alone: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forward, "CHUNK", 3)
     model = seeded(kind, config)
     rows = [(5, 6, 7, 8, 9, 3), (4, 3, 2), (9, 9)]
@@ -213,9 +205,7 @@ class Numbers:
 @pytest.mark.parametrize("kind", ["causal", "encoder"])
 def test_tokens_without_a_row_are_named_with_the_rows_that_there_are(kind: str) -> None:
     model: Any = (
-        seeded(LlamaForCausalLM, LlamaConfig(**LLAMA))
-        if kind == "causal"
-        else seeded(BertModel, BertConfig(**BERT))
+        seeded(LlamaForCausalLM, LlamaConfig(**LLAMA)) if kind == "causal" else seeded(BertModel, BertConfig(**BERT))
     )
     require_known(model, Numbers(), [(1, 39), (), (0,)])
     with pytest.raises(ModelError) as caught:

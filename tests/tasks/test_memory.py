@@ -22,8 +22,7 @@ from loralab.tasks.given import read
 WORDS = ["good", "bad", "fine"]
 ROWS = [{"text": f"{n} film", "label": WORDS[n % 3], "stars_given": n} for n in range(30)]
 CHATS = [
-    {"messages": [{"role": "user", "content": f"{n}"}, {"role": "assistant", "content": "yes"}]}
-    for n in range(20)
+    {"messages": [{"role": "user", "content": f"{n}"}, {"role": "assistant", "content": "yes"}]} for n in range(20)
 ]
 MAPPING = {"stars_given": ""}
 
@@ -123,9 +122,7 @@ def test_an_empty_dataset_is_refused_and_one_whose_rows_are_not_there_yet() -> N
     assert refused.value.code == "transformed"
 
 
-@pytest.mark.parametrize(
-    "data", [None, 7, {"a"}, iter(ROWS), object()], ids=lambda data: type(data).__name__
-)
+@pytest.mark.parametrize("data", [None, 7, {"a"}, iter(ROWS), object()], ids=lambda data: type(data).__name__)
 def test_what_holds_no_rows_is_refused(data: Any) -> None:
     with pytest.raises(DataError) as refused:
         read(data)

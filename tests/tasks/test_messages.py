@@ -72,9 +72,7 @@ def test_a_field_without_effect_is_named_once(fields: dict[str, Any], tmp_path: 
         ("scratchpad", "so"),
     ],
 )
-def test_a_field_that_changes_the_meaning_is_refused_by_name(
-    name: str, value: object, tmp_path: Path
-) -> None:
+def test_a_field_that_changes_the_meaning_is_refused_by_name(name: str, value: object, tmp_path: Path) -> None:
     rows = [CHAT, answered(**{name: value})]
     error = refused_rows(tmp_path, rows)
     assert (error.code, error.field) == ("unsupported_field", name)
@@ -148,9 +146,7 @@ def test_shared_conversations_are_messages(tmp_path: Path) -> None:
     ]
     found = table(tmp_path, [{"conversations": turns, "id": 1}])
     assert found.format == "messages"
-    assert found.splits["train"] == [
-        {"messages": [{"role": "system", "content": "s"}, USER, ASSISTANT]}
-    ]
+    assert found.splits["train"] == [{"messages": [{"role": "system", "content": "s"}, USER, ASSISTANT]}]
     assert found.notes == ("not used: id, messages.id",)
     error = refused_rows(tmp_path, [{"conversations": turns, "system": "s"}])
     assert error.field == "system"

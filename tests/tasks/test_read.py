@@ -60,16 +60,12 @@ def test_every_kind_of_file_gives_the_same_rows(suffix: str, write: Write, tmp_p
 texts = st.text(min_size=1).filter(lambda text: text.strip())
 
 
-rows_of_text = st.lists(
-    st.fixed_dictionaries({"text": texts, "label": st.sampled_from("ab")}), min_size=1, max_size=5
-)
+rows_of_text = st.lists(st.fixed_dictionaries({"text": texts, "label": st.sampled_from("ab")}), min_size=1, max_size=5)
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows=rows_of_text, suffix=st.sampled_from([".jsonl", ".csv", ".tsv"]))
-def test_any_text_survives_a_file(
-    rows: list[dict[str, str]], suffix: str, write: Write, tmp_path: Path
-) -> None:
+def test_any_text_survives_a_file(rows: list[dict[str, str]], suffix: str, write: Write, tmp_path: Path) -> None:
     source = write("rows" + suffix, as_bytes(suffix, rows, tmp_path))
     assert read(source).splits["train"] == rows
 
@@ -87,9 +83,7 @@ def test_any_text_survives_a_file(
         ({"text": "a"}, "text"),
     ],
 )  # fmt: skip
-def test_columns_are_recognised_and_others_left_aside(
-    row: dict[str, Any], form: str, write: Write
-) -> None:
+def test_columns_are_recognised_and_others_left_aside(row: dict[str, Any], form: str, write: Write) -> None:
     table = read(write("a.jsonl", json.dumps(row | {"url": "x"})))
     assert (table.format, table.splits["train"]) == (form, [row])
 
@@ -265,9 +259,7 @@ def test_a_hub_data_set_brings_splits_and_label_names(monkeypatch: pytest.Monkey
     assert "'no/such' cannot be loaded" in refused("no/such")
 
 
-def test_a_hub_data_set_names_tags_and_keeps_pictures_encoded(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_hub_data_set_names_tags_and_keeps_pictures_encoded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     names = datasets.ClassLabel(names=["O", "B-A"])
     tagged = datasets.Dataset.from_dict(
         {"tokens": [["a", "b"]], "tags": [[0, 1]]},

@@ -110,9 +110,7 @@ def test_answer_loss_equals_plain_cross_entropy(
     loss.backward()  # also where nothing is labelled
 
 
-def test_gradients_equal_plain_cross_entropys(
-    llama: Any, task_of: TaskOf, chat_tokenizer: Any
-) -> None:
+def test_gradients_equal_plain_cross_entropys(llama: Any, task_of: TaskOf, chat_tokenizer: Any) -> None:
     encoded = encode(sums(task_of), "train", chat_tokenizer, kind="causal-lm", max_length=64)
     batch = collate(encoded.examples, pad_id=2, kind="causal-lm")
     losses = (answer_loss(llama, batch, "causal-lm")[0], plain_loss(llama, batch))
@@ -184,9 +182,7 @@ def test_row_losses_stand_in_the_rows_own_order_and_sum_to_the_loss(
     for labels in (("good", "bad"), ("good", "bad film", "fine")):
         task = labelled(task_of, *labels)
         scores = evaluate(llama, chat_tokenizer, task, kind="causal-lm", batch_size=4)
-        weights = [
-            len(answer_ids(task, row, chat_tokenizer, row["label"])) for row in task.splits["test"]
-        ]
+        weights = [len(answer_ids(task, row, chat_tokenizer, row["label"])) for row in task.splits["test"]]
         whole = sum(w * own for w, own in zip(weights, scores.row_losses, strict=True))
         assert scores.metrics["loss"] == pytest.approx(whole / sum(weights), rel=1e-5)
 
@@ -201,10 +197,7 @@ def test_a_row_of_several_examples_is_scored_once_over_all_its_labels(
     )
     roles = ("user", "assistant")
     chats = (("good film", "yes"), ("a film", "no", "is this good", "yes yes", "bad ?", "no"))
-    rows = [
-        {"messages": [{"role": roles[i % 2], "content": c} for i, c in enumerate(chat)]}
-        for chat in chats
-    ]
+    rows = [{"messages": [{"role": roles[i % 2], "content": c} for i, c in enumerate(chat)]} for chat in chats]
     scores = evaluate(
         llama, chat_tokenizer, task_of("messages", rows), kind="causal-lm", generate=True,
         max_new_tokens=2,
@@ -229,9 +222,7 @@ def test_a_row_of_several_examples_is_scored_once_over_all_its_labels(
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_scores_do_not_depend_on_the_batch_size(
-    name: str, task_of: TaskOf, plain_tokenizer: Any, request: Any
-) -> None:
+def test_scores_do_not_depend_on_the_batch_size(name: str, task_of: TaskOf, plain_tokenizer: Any, request: Any) -> None:
     model, task = request.getfixturevalue(name), sums(task_of)
     options: dict[str, Any] = {"kind": "causal-lm", "generate": True, "max_new_tokens": 5}
     one = evaluate(model, plain_tokenizer, task, batch_size=1, **options)
@@ -242,9 +233,7 @@ def test_scores_do_not_depend_on_the_batch_size(
     assert one.main == "loss" and [p.row for p in one.predictions] == list(range(9))
 
 
-def test_a_text_has_a_loss_on_every_token(
-    llama: Any, plain_tokenizer: Any, task_of: TaskOf
-) -> None:
+def test_a_text_has_a_loss_on_every_token(llama: Any, plain_tokenizer: Any, task_of: TaskOf) -> None:
     task = task_of("text", [{"text": "good film ."}, {"text": " ".join(map(str, range(50)))}])
     scores = evaluate(llama, plain_tokenizer, task, kind="causal-lm", max_length=600)
     pieces = evaluate(llama, plain_tokenizer, task, kind="causal-lm", max_length=20)
@@ -257,9 +246,7 @@ def test_a_text_has_a_loss_on_every_token(
     assert scores.metrics["loss"] == pytest.approx(loss / (3 + 50), rel=1e-5)
 
 
-def test_a_classifier_is_scored_by_its_classes(
-    tiny_bert_folder: Any, task_of: TaskOf, plain_tokenizer: Any
-) -> None:
+def test_a_classifier_is_scored_by_its_classes(tiny_bert_folder: Any, task_of: TaskOf, plain_tokenizer: Any) -> None:
     torch.manual_seed(0)
     model = classifier(tiny_bert_folder, 3)
     task = labelled(task_of, "bad", "fine", "good")
@@ -290,9 +277,7 @@ def test_limit_takes_the_first_rows(llama: Any, chat_tokenizer: Any, task_of: Ta
     ).predictions[:2]  # fmt: skip
 
 
-def test_each_module_gets_its_own_mode_back(
-    llama: Any, chat_tokenizer: Any, task_of: TaskOf
-) -> None:
+def test_each_module_gets_its_own_mode_back(llama: Any, chat_tokenizer: Any, task_of: TaskOf) -> None:
     llama.train()
     llama.lm_head.eval()
     before = [module.training for module in llama.modules()]
@@ -316,18 +301,14 @@ def test_better_follows_the_main_metric() -> None:
 # what evaluate refuses
 
 
-def test_a_row_beyond_the_context_is_named_not_left_out(
-    llama: Any, chat_tokenizer: Any, task_of: TaskOf
-) -> None:
+def test_a_row_beyond_the_context_is_named_not_left_out(llama: Any, chat_tokenizer: Any, task_of: TaskOf) -> None:
     rows = [{"prompt": "good " * n, "completion": "yes"} for n in (1, 30, 2, 40)]
     task = task_of("prompt-completion", rows)
     with pytest.raises(DataError, match=r"2 test rows are longer than 20 tokens.*\(rows 2, 4\)"):
         evaluate(llama, chat_tokenizer, task, kind="causal-lm", max_length=20)
 
 
-def test_a_longer_wrong_label_may_not_leave_the_context(
-    llama: Any, chat_tokenizer: Any, task_of: TaskOf
-) -> None:
+def test_a_longer_wrong_label_may_not_leave_the_context(llama: Any, chat_tokenizer: Any, task_of: TaskOf) -> None:
     task = labelled(task_of, "good", "bad " * 30)
     needed = max(len(prompt_ids(task, row, chat_tokenizer)) for row in task.splits["test"])
     rows = [row for row in task.splits["test"] if row["label"] == "good"]
@@ -353,9 +334,7 @@ def test_an_option_that_can_have_no_effect_is_refused(
         evaluate(llama, chat_tokenizer, task, kind="causal-lm", **options)
 
 
-def test_labels_of_the_same_tokens_cannot_be_told_apart(
-    llama: Any, chat_tokenizer: Any, task_of: TaskOf
-) -> None:
+def test_labels_of_the_same_tokens_cannot_be_told_apart(llama: Any, chat_tokenizer: Any, task_of: TaskOf) -> None:
     task = labelled(task_of, "zebra", "quagga")  # both are one unknown word here
     with pytest.raises(DataError, match="with the same tokens; rename them"):
         evaluate(llama, chat_tokenizer, task, kind="causal-lm")
@@ -376,18 +355,14 @@ def greedy(model: Any, tokenizer: Any, prompt: tuple[int, ...], count: int) -> s
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_batched_generation_equals_one_token_at_a_time(
-    name: str, chat_tokenizer: Any, request: Any
-) -> None:
+def test_batched_generation_equals_one_token_at_a_time(name: str, chat_tokenizer: Any, request: Any) -> None:
     model = request.getfixturevalue(name)
     asked = [chat_ids(chat_tokenizer, text) for text in ("good", "is this bad ?", "a film . yes")]
     expected = [greedy(model, chat_tokenizer, prompt, 7) for prompt in asked]
     assert generate(model, chat_tokenizer, asked, max_new_tokens=7, batch_size=2) == expected
 
 
-def test_the_models_own_generation_settings_do_not_interfere(
-    llama: Any, chat_tokenizer: Any
-) -> None:
+def test_the_models_own_generation_settings_do_not_interfere(llama: Any, chat_tokenizer: Any) -> None:
     asked = [chat_ids(chat_tokenizer, "good")]
     drawn = {"temperature": 1.0, "seed": 4, "max_new_tokens": 6}
     plain, sampled = (
@@ -421,9 +396,7 @@ def test_generation_stops_at_the_end_token(gpt2: Any, plain_tokenizer: Any) -> N
     assert generate(gpt2, plain_tokenizer, [(5, 6)], max_new_tokens=9) == [""]
 
 
-def test_no_prompt_gives_no_answer_and_an_empty_one_is_refused(
-    llama: Any, chat_tokenizer: Any
-) -> None:
+def test_no_prompt_gives_no_answer_and_an_empty_one_is_refused(llama: Any, chat_tokenizer: Any) -> None:
     assert generate(llama, chat_tokenizer, []) == []
     with pytest.raises(DataError, match="prompt 2 is empty"):
         generate(llama, chat_tokenizer, [(5,), ()])

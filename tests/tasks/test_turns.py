@@ -216,9 +216,7 @@ def test_a_template_that_always_opens_an_answer_ends_one_as_others_do(
 
 
 @pytest.mark.parametrize("text", ["the tag <think> begins a thought", "a </think> b", "<think> no"])
-def test_a_template_that_knows_no_thoughts_leaves_them_alone(
-    text: str, bytes_tokenizer: Any
-) -> None:
+def test_a_template_that_knows_no_thoughts_leaves_them_alone(text: str, bytes_tokenizer: Any) -> None:
     chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": text}]
     assert last_turn(bytes_tokenizer, chat).target == text + END + "\n"
 

@@ -23,9 +23,7 @@ from loralab.training.memory import checkpointed_blocks
 from loralab.training.world import World
 
 
-def job(
-    model: str, data: str, output: str, variant: str, options: dict[str, Any], **training: Any
-) -> dict[str, Any]:
+def job(model: str, data: str, output: str, variant: str, options: dict[str, Any], **training: Any) -> dict[str, Any]:
     method: Method = replace(VARIANTS[variant], **options)
     settings = {"precision": "fp32", "max_steps": 6, "max_length": 64, "learning_rate": 0.01}
     return {
@@ -89,9 +87,7 @@ def main(plan: Path) -> None:
 
 def one(asked: dict[str, Any]) -> None:
     if "many" in asked:
-        jobs = [
-            loralab.TrainJob(name=Path(own["output"]).name, **job(**own)) for own in asked["many"]
-        ]
+        jobs = [loralab.TrainJob(name=Path(own["output"]).name, **job(**own)) for own in asked["many"]]
         for outcome in loralab.train_many(jobs):
             if isinstance(outcome, Exception):
                 raise outcome

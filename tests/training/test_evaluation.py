@@ -19,20 +19,14 @@ Train = Callable[..., Run]
 
 def test_the_score_of_a_run_is_found_again(tiny_train: Train, sums: Path) -> None:
     run = tiny_train(seed=3)
-    scores = evaluate(
-        data=str(sums), adapter=run.output_dir, evaluation=Evaluation(split="validation")
-    )
+    scores = evaluate(data=str(sums), adapter=run.output_dir, evaluation=Evaluation(split="validation"))
     assert scores.metrics == run.scores["validation"].metrics
-    other = evaluate(
-        data=str(sums), adapter=run.output_dir, evaluation=Evaluation(split="validation", seed=0)
-    )
+    other = evaluate(data=str(sums), adapter=run.output_dir, evaluation=Evaluation(split="validation", seed=0))
     assert other.metrics != scores.metrics  # other rows
     assert len(other.notes) == len(scores.notes) + 1  # of which some were trained on
 
 
-def test_the_base_is_scored_without_an_adapter(
-    tiny_train: Train, tiny_llama_folder: Path, sums: Path
-) -> None:
+def test_the_base_is_scored_without_an_adapter(tiny_train: Train, tiny_llama_folder: Path, sums: Path) -> None:
     run = tiny_train(learning_rate=0.05)
     one = evaluate(data=str(sums), model=str(tiny_llama_folder))
     other = evaluate(data=str(sums), adapter=run.output_dir)
@@ -50,9 +44,7 @@ def test_every_adapter_answers_beside_the_base(tiny_train: Train) -> None:
     assert alone[0]["answers"][str(folders[1])] == found[0]["answers"][str(folders[1])]
 
 
-def test_what_cannot_be_answered_is_said(
-    tiny_train: Train, tiny_bert_folder: Path, tiny_gpt2_folder: Path
-) -> None:
+def test_what_cannot_be_answered_is_said(tiny_train: Train, tiny_bert_folder: Path, tiny_gpt2_folder: Path) -> None:
     with pytest.raises(ConfigError, match="no prompt"):
         generate(prompts=[], model="x")
     with pytest.raises(ConfigError, match="no language model"):
@@ -90,9 +82,7 @@ BOTH = pytest.mark.parametrize("classifier", ["encoder", "language"], indirect=T
 @BOTH
 def test_some_of_the_classes_are_scored_against_all(classifier: Run, tmp_path: Path) -> None:
     """In one file or in three, the same rows get the same answers."""
-    whole = evaluate(
-        data=write_rows(tmp_path / "other.csv", "abc", 30, 7), adapter=classifier.output_dir
-    )
+    whole = evaluate(data=write_rows(tmp_path / "other.csv", "abc", 30, 7), adapter=classifier.output_dir)
     assert (whole.rows, whole.split) == (30, "all")
     rows = (tmp_path / "other.csv").read_text().splitlines()
     answers_: dict[str, str] = {}
@@ -124,9 +114,7 @@ def test_an_adapter_is_asked_the_question_of_its_training(classifier: Run, tmp_p
     data = write_rows(tmp_path / "other.csv", "abc", 30, 7)
     usual = evaluate(data=data, adapter=classifier.output_dir)
     record = read_json(classifier.output_dir / RECORD)
-    update_record(
-        classifier.output_dir, task={**record["task"], "instruction": "a poor question ?"}
-    )
+    update_record(classifier.output_dir, task={**record["task"], "instruction": "a poor question ?"})
     asked = evaluate(data=data, adapter=classifier.output_dir)
     assert asked.metrics["loss"] != usual.metrics["loss"]
     assert [note for note in asked.notes if "a poor question ?" in note]

@@ -96,9 +96,7 @@ def test_other_labels_are_named_beside_the_rows(start: Train, place: Path) -> No
 
 
 @pytest.mark.usefixtures("killed")
-def test_the_same_rows_with_another_question(
-    start: Train, place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_same_rows_with_another_question(start: Train, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(catalog, "question_of", lambda *_: "Is this good?")
     assert "Is this good?" in refused(start, place, field="data")
 
@@ -151,9 +149,7 @@ def notes(events: list[Event]) -> list[str]:
 
 
 @pytest.mark.usefixtures("killed")
-def test_a_run_of_before_goes_on_and_says_that_it_could_not_compare(
-    start: Train, place: Path
-) -> None:
+def test_a_run_of_before_goes_on_and_says_that_it_could_not_compare(start: Train, place: Path) -> None:
     (place / "run" / FILE).unlink()
     events: list[Event] = []
     start(resume=True, listener=events.append)

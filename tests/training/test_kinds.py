@@ -138,9 +138,7 @@ def test_pictures_are_classified(method: Any, vision: Path, pictures: Path, tmp_
         assert merge(run.output_dir, tmp_path / "merged").passed
 
 
-def test_pictures_of_one_class_are_scored_against_all(
-    vision: Path, pictures: Path, tmp_path: Path
-) -> None:
+def test_pictures_of_one_class_are_scored_against_all(vision: Path, pictures: Path, tmp_path: Path) -> None:
     run = started(vision, pictures, tmp_path / "run")
     for name, low in (("light", 150), ("grey", 75)):
         (tmp_path / name / name).mkdir(parents=True)
@@ -154,9 +152,7 @@ def test_pictures_of_one_class_are_scored_against_all(
     assert error.value.code == "unknown_labels"
 
 
-def test_words_of_some_tags_are_scored_against_all(
-    encoder: Path, tagged: Path, tmp_path: Path
-) -> None:
+def test_words_of_some_tags_are_scored_against_all(encoder: Path, tagged: Path, tmp_path: Path) -> None:
     run = started(encoder, tagged, tmp_path / "run")
     for name, tag in (("some", "B-N"), ("other", "B-X")):
         row = json.dumps({"tokens": ["7"], "tags": [tag]})
@@ -190,9 +186,7 @@ def test_partners_are_found(encoder: Path, paired: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("data", ["tagged", "pictures", "paired"])
-def test_a_plan_for_every_kind(
-    data: str, encoder: Path, vision: Path, request: pytest.FixtureRequest
-) -> None:
+def test_a_plan_for_every_kind(data: str, encoder: Path, vision: Path, request: pytest.FixtureRequest) -> None:
     model = vision if data == "pictures" else encoder
     made = plan(model=str(model), data=str(request.getfixturevalue(data)), method=LoRA(rank=2),
                 training=Training(**SETTINGS))  # fmt: skip
@@ -217,9 +211,7 @@ def ended_folder(save_tiny: Any, name: str, model: Any) -> Path:
     folder: Path = save_tiny(name, model, False)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.pad_token = "<unk>"
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="$A </s>", special_tokens=[("</s>", 2)]
-    )
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
     tokenizer.save_pretrained(folder)
     return folder
 

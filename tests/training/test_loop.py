@@ -26,9 +26,7 @@ def difference(one: Run, other: Run) -> float:
 
 
 @pytest.mark.parametrize("by_length", [True, False])
-def test_accumulation_equals_the_big_batch_on_unequal_lengths(
-    tiny_train: Train, by_length: bool
-) -> None:
+def test_accumulation_equals_the_big_batch_on_unequal_lengths(tiny_train: Train, by_length: bool) -> None:
     # one step, so that Adam's division by tiny gradients cannot blow rounding up
     big = tiny_train("big", batch_size=8, max_steps=1, by_length=by_length)
     runs = {8: big}
@@ -76,9 +74,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_layer(
     assert list(checkpoints.glob("step-*"))
 
 
-def test_a_module_without_gradient_stops_the_run(
-    tiny_train: Train, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_module_without_gradient_stops_the_run(tiny_train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = LinearWithLoRA.forward
 
     def deaf(self: LinearWithLoRA, x: Tensor) -> Tensor:
@@ -89,9 +85,7 @@ def test_a_module_without_gradient_stops_the_run(
         tiny_train()
 
 
-def test_weights_that_do_not_move_stop_the_run(
-    tiny_train: Train, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_weights_that_do_not_move_stop_the_run(tiny_train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, closure=None: None)
     with pytest.raises(LearningError, match=r"after 3 steps these have not moved: .*lora_B"):
         tiny_train()

@@ -175,9 +175,7 @@ def _pictures(place: Path) -> Path:
     return place / "pictures"
 
 
-@pytest.mark.parametrize(
-    "kind", ["causal-lm", "token-classification", "sentence-encoder", "image-classification"]
-)
+@pytest.mark.parametrize("kind", ["causal-lm", "token-classification", "sentence-encoder", "image-classification"])
 def test_every_kind_of_model(job: Made, of_kind: Any, kind: str, tmp_path: Path) -> None:
     model, data = of_kind(kind)
     wanted = {"model": str(model), "data": str(data)}
@@ -191,9 +189,7 @@ def test_every_kind_of_model(job: Made, of_kind: Any, kind: str, tmp_path: Path)
         assert_same(run, alone(own, tmp_path / "alone"))
 
 
-@pytest.mark.parametrize(
-    "options", [{"quantize": "nf4"}, {"precision": "bf16"}, {"precision": "fp16"}]
-)
+@pytest.mark.parametrize("options", [{"quantize": "nf4"}, {"precision": "bf16"}, {"precision": "fp16"}])
 def test_in_fewer_bits(job: Made, options: dict[str, Any], tmp_path: Path) -> None:
     jobs = [job("a", **options), job("b", seed=1, **options)]
     for run, own in zip(runs(run_jobs(jobs)), jobs, strict=True):
@@ -242,9 +238,7 @@ def test_killed_jobs_resume_in_the_same_bytes(job: Made, stop_at: tuple[str, str
         assert steps == list(range(1, run.steps + 1))
 
 
-def test_jobs_go_on_with_the_rows_that_they_were_begun_with(
-    job: Made, sums: Path, tmp_path: Path
-) -> None:
+def test_jobs_go_on_with_the_rows_that_they_were_begun_with(job: Made, sums: Path, tmp_path: Path) -> None:
     rows = shutil.copy(sums, tmp_path / "rows.jsonl")
     jobs = [job("a"), job("b", data=str(rows))]
     run_jobs(jobs)
@@ -258,9 +252,7 @@ def test_jobs_go_on_with_the_rows_that_they_were_begun_with(
     assert before == [path.read_bytes() for path in sorted((tmp_path / "many").rglob("*.json"))]
 
 
-def test_jobs_on_parts_of_the_same_rows_each_learn_from_their_own(
-    job: Made, sums: Path, tmp_path: Path
-) -> None:
+def test_jobs_on_parts_of_the_same_rows_each_learn_from_their_own(job: Made, sums: Path, tmp_path: Path) -> None:
     task = find(str(sums))
     parts = [replace(task, splits={**task.splits, "train": task.splits["train"][k::2]})
              for k in (0, 1)]  # fmt: skip
@@ -374,9 +366,7 @@ def test_a_killed_command_with_a_failed_job_resumes_in_the_same_bytes(
     assert isinstance(resumed[1], LearningError)
 
 
-def test_early_stop_is_each_jobs_own(
-    job: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_early_stop_is_each_jobs_own(job: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     jobs = [job("patient"), job("stops", evaluate_every=1, patience=1, learning_rate=0.3)]
     patient, stops = runs(run_jobs(jobs))
     assert_same(patient, alone(jobs[0], tmp_path / "alone"))
@@ -461,9 +451,7 @@ def test_an_interrupt_leaves_checkpoints_of_all(job: Made, tmp_path: Path) -> No
         ({"max_length": 2}, "job 'b': "),
     ],
 )
-def test_bad_input_writes_nothing(
-    job: Made, tmp_path: Path, wrong: dict[str, Any], message: str
-) -> None:
+def test_bad_input_writes_nothing(job: Made, tmp_path: Path, wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(LoralabError, match=message):
         run_jobs([job("a"), job("b", **wrong)])
     assert not (tmp_path / "many").exists()
@@ -483,9 +471,7 @@ def test_names_and_folders(job: Made) -> None:
         run_jobs([same, job("c")])
 
 
-def test_an_evaluation_that_fails_ends_its_job(
-    job: Made, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_an_evaluation_that_fails_ends_its_job(job: Made, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     evaluate = run_module.evaluate
 
     def failing(*given: Any, **options: Any) -> Any:

@@ -176,9 +176,7 @@ def test_a_budget_takes_the_quickest_that_fits(
         return (abs(path.room - 256) / 1000 + 1) * path.size(rows)
 
     monkeypatch.setattr(fit, "_seconds", seconds)
-    chosen = fit.fitted(
-        adapter, path, LONG, Training(batch_size=40, memory_budget=f"{budget / 1e6}MB")
-    )
+    chosen = fit.fitted(adapter, path, LONG, Training(batch_size=40, memory_budget=f"{budget / 1e6}MB"))
     fits = [setting for setting in found if setting.peak_bytes <= budget * fit.SURE]
     assert 0 < len(fits) < len(found)
     fewest = {room: min(s.blocks for s in fits if s.room == room) for room, _ in tried}
@@ -187,25 +185,19 @@ def test_a_budget_takes_the_quickest_that_fits(
     assert path.room == 256
 
 
-def test_a_budget_that_nothing_fits_says_what_the_least_is(
-    tiny_train: Train, tmp_path: Path
-) -> None:
+def test_a_budget_that_nothing_fits_says_what_the_least_is(tiny_train: Train, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"memory_budget 1MB: the least .* \d\.\d\d GB"):
         tiny_train(memory_budget="1MB")
     assert not (tmp_path / "run").exists()
 
 
-def test_a_budget_below_what_loading_took_says_so(
-    tiny_train: Train, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_budget_below_what_loading_took_says_so(tiny_train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "peak_bytes", lambda device: 10**15)
     with pytest.raises(ConfigError, match="loading the model takes it already"):
         tiny_train(memory_budget="1MB")
 
 
-def test_a_run_with_a_budget_goes_on_as_it_began(
-    tiny_train: Train, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_with_a_budget_goes_on_as_it_began(tiny_train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = tiny_train("whole", memory_budget="50GB", save_every=2)
     settings = (whole.output_dir / "config.toml").read_text()
     assert 'memory_budget = "50GB"' in settings
@@ -219,9 +211,7 @@ def test_a_run_with_a_budget_goes_on_as_it_began(
     assert (whole.output_dir / "config.toml").read_text() == settings
 
 
-def test_8_bit_moments_learn_the_same_and_resume_in_the_same_bytes(
-    tiny_train: Train, tmp_path: Path
-) -> None:
+def test_8_bit_moments_learn_the_same_and_resume_in_the_same_bytes(tiny_train: Train, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     options: dict[str, Any] = {
         "learning_rate": 0.01, "method": LoRA(rank=128, target_modules=["down_proj"]),

@@ -66,17 +66,13 @@ def check_method(method: Any, model: Path, data: Path, place: Path) -> Run:
     sample = run.sample
     want = logits_of(run.base.model, sample, run.base.kind)
     assert torch.equal(logits_of(live.base.model, sample, run.base.kind), want)
-    again = evaluate(
-        data=str(data), adapter=run.output_dir, evaluation=Evaluation(split="validation", limit=4)
-    )
+    again = evaluate(data=str(data), adapter=run.output_dir, evaluation=Evaluation(split="validation", limit=4))
     assert again.metrics["loss"] == pytest.approx(run.scores["validation"].metrics["loss"])
     return run
 
 
 @pytest.mark.parametrize("kind", ON_LLAMA)
-def test_on_a_language_model(
-    kind: str, tiny_llama_folder: Path, sums: Path, tmp_path: Path
-) -> None:
+def test_on_a_language_model(kind: str, tiny_llama_folder: Path, sums: Path, tmp_path: Path) -> None:
     check_method(KINDS[kind], tiny_llama_folder, sums, tmp_path)
 
 
@@ -98,9 +94,7 @@ def test_adalora_ends_at_its_target(tiny_llama_folder: Path, sums: Path, tmp_pat
 
 
 @pytest.mark.parametrize("kind", ["lora", "prefix", "bottleneck"])
-def test_a_fresh_process_gives_the_same_logits(
-    kind: str, tiny_llama_folder: Path, sums: Path, tmp_path: Path
-) -> None:
+def test_a_fresh_process_gives_the_same_logits(kind: str, tiny_llama_folder: Path, sums: Path, tmp_path: Path) -> None:
     run = train(
         model=str(tiny_llama_folder), data=str(sums), method=KINDS[kind],
         output_dir=tmp_path / "run", training=Training(**{**SETTINGS, "max_steps": 3}),
@@ -117,9 +111,7 @@ def test_the_plan_counts_what_is_trained(kind: str, tiny_llama_folder: Path, sum
     assert sum(module.parameters for module in made.modules) == made.trainable > 0
 
 
-def test_the_usual_rate_is_written_down(
-    tiny_llama_folder: Path, sums: Path, tmp_path: Path
-) -> None:
+def test_the_usual_rate_is_written_down(tiny_llama_folder: Path, sums: Path, tmp_path: Path) -> None:
     train(
         model=str(tiny_llama_folder), data=str(sums), method=Prefix(tokens=2),
         output_dir=tmp_path / "run", training=Training(**{**SETTINGS, "max_steps": 1}),
@@ -148,9 +140,7 @@ class TestNewTokens:
 
     tokens = ("<tool>", "</tool>")
 
-    def test_they_are_trained_saved_and_found_again(
-        self, tiny_llama_folder: Path, tmp_path: Path
-    ) -> None:
+    def test_they_are_trained_saved_and_found_again(self, tiny_llama_folder: Path, tmp_path: Path) -> None:
         run = self.run(tiny_llama_folder, tmp_path, new_tokens=self.tokens)
         ids = run.base.tokenizer.convert_tokens_to_ids(list(self.tokens))
         stored = folder.read(run.output_dir)

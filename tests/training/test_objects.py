@@ -143,19 +143,14 @@ def test_rows_in_memory_and_a_live_model_train_as_their_names_do(
     assert temporary() == folders
 
 
-def test_the_adapter_of_a_live_model_can_be_taken_out_again(
-    start: Train, live: Any, tokenizer: Any
-) -> None:
+def test_the_adapter_of_a_live_model_can_be_taken_out_again(start: Train, live: Any, tokenizer: Any) -> None:
     before = state(live)
     run = start("live", model=live, tokenizer=tokenizer)
     assert not any(p.requires_grad for n, p in live.named_parameters() if "lora" not in n)
     assert run.adapter.detach() is live
     after = state(live)
     assert before["names"] == after["names"] and before["trained"] == after["trained"]
-    assert (
-        tokenizer.padding_side
-        == AutoTokenizer.from_pretrained(live.config._name_or_path).padding_side
-    )
+    assert tokenizer.padding_side == AutoTokenizer.from_pretrained(live.config._name_or_path).padding_side
 
 
 def test_a_config_of_objects_names_nothing_that_could_be_something_else(
@@ -169,9 +164,7 @@ def test_a_config_of_objects_names_nothing_that_could_be_something_else(
 
 
 FAILING: dict[str, dict[str, Any]] = {
-    "rows that do not suit": {
-        "data": [{"tokens": ["a", str(n)], "tags": ["x", "y"]} for n in range(30)]
-    },
+    "rows that do not suit": {"data": [{"tokens": ["a", str(n)], "tags": ["x", "y"]} for n in range(30)]},
     "a target that is not there": {"method": LoRA(target_modules=["nothing"])},
     "a token that never occurs": {"method": LoRA(token_rows=[70])},
     "more blocks than there are": {"gradient_checkpointing": "on", "checkpoint_blocks": 9},
@@ -220,9 +213,7 @@ def test_a_live_run_goes_on_in_the_same_bytes_and_with_the_same_base_and_rows_al
     with pytest.raises(Killed):
         start("cut", data=rows, listener=kill, **given)
     with pytest.raises(ConfigError) as refused:
-        start(
-            "cut", data=[*rows[:-1], {"prompt": "59", "completion": "good"}], resume=True, **given
-        )
+        start("cut", data=[*rows[:-1], {"prompt": "59", "completion": "good"}], resume=True, **given)
     assert (refused.value.code, refused.value.field) == ("other_run", "data")
     with torch.no_grad():
         live.model.norm.weight.add_(1)
@@ -363,15 +354,11 @@ def test_evaluate_and_generate_on_objects_give_what_they_give_by_name(
         assert (ours.metrics, ours.rows, ours.split) == (theirs.metrics, theirs.rows, theirs.split)
     assert pairs[0][0].metrics != pairs[1][0].metrics
     answers = generate("good film", adapters=[run.output_dir], max_new_tokens=4, **own)
-    assert answers == generate(
-        ["good film"], adapters=[run.output_dir], max_new_tokens=4, model=name
-    )
+    assert answers == generate(["good film"], adapters=[run.output_dir], max_new_tokens=4, model=name)
     assert_same(before, state(live))
 
 
-def test_an_adapted_live_model_is_scored_as_it_is(
-    live: Any, tokenizer: Any, rows: list[Any], start: Train
-) -> None:
+def test_an_adapted_live_model_is_scored_as_it_is(live: Any, tokenizer: Any, rows: list[Any], start: Train) -> None:
     run = start("run", model=live, tokenizer=tokenizer, data=rows, max_steps=20)
     adapted = evaluate(model=live, tokenizer=tokenizer, data=rows)
     stored = evaluate(model=live.config._name_or_path, adapter=run.output_dir, data=rows)

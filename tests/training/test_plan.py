@@ -53,9 +53,7 @@ def test_it_lists_what_would_be_trained(tiny_llama_folder: Path, sums: Path) -> 
     assert found.seconds > 0
 
 
-def test_longer_batches_need_more_memory(
-    tiny_llama_folder: Path, sums: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_longer_batches_need_more_memory(tiny_llama_folder: Path, sums: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "peak_bytes", lambda device: 0)  # that of earlier tests
     monkeypatch.setattr(memory, "held_bytes", lambda device: 0)
     sizes = [

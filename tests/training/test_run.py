@@ -68,9 +68,7 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("stop_at", [1, 2, 3, 5])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_killed_run_resumes_in_the_same_bytes(
-    tiny_train: Train, stop_at: int, precision: str
-) -> None:
+def test_a_killed_run_resumes_in_the_same_bytes(tiny_train: Train, stop_at: int, precision: str) -> None:
     method = LoRA(rank=2, dropout=0.3)
     wanted = {"method": method, "save_every": 2, "evaluate_every": 3, "precision": precision}
     whole = tiny_train("whole", **wanted)
@@ -147,9 +145,7 @@ def scores_in_turn(monkeypatch: pytest.MonkeyPatch, losses: list[float]) -> None
     monkeypatch.setattr(run_module, "evaluate", found)
 
 
-def test_the_best_weights_are_saved_not_the_last(
-    tiny_train: Train, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_best_weights_are_saved_not_the_last(tiny_train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     scores_in_turn(monkeypatch, [3.0, 1.0, 2.0, 9.0])
     run = tiny_train(evaluate_every=2)
     assert (run.best_step, run.steps) == (4, 6)
@@ -158,17 +154,13 @@ def test_the_best_weights_are_saved_not_the_last(
     assert files_of(run)[TENSORS] == files_of(shorter)[TENSORS]
 
 
-def test_patience_stops_a_run_that_no_longer_gets_better(
-    tiny_train: Train, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_patience_stops_a_run_that_no_longer_gets_better(tiny_train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     scores_in_turn(monkeypatch, [3.0, 1.0, 2.0, 2.0, 9.0])
     run = tiny_train(max_steps=40, evaluate_every=1, patience=2)
     assert (run.stopped, run.steps, run.best_step) == ("early stop", 4, 2)
 
 
-def test_an_encoder_is_trained_with_its_head(
-    tiny_train: Train, tiny_bert_folder: Path, labelled: Path
-) -> None:
+def test_an_encoder_is_trained_with_its_head(tiny_train: Train, tiny_bert_folder: Path, labelled: Path) -> None:
     run = tiny_train(model=str(tiny_bert_folder), data=str(labelled))
     assert run.base.kind == "sequence-classification"
     assert list(run.adapter.saved) == ["classifier"]
@@ -219,9 +211,7 @@ def test_what_a_crash_cut_off_in_the_logs_stands_alone(tiny_train: Train, tmp_pa
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "train.log", "checkpoints"])
-def test_a_place_that_cannot_be_written_is_named(
-    name: str, tiny_train: Train, tmp_path: Path
-) -> None:
+def test_a_place_that_cannot_be_written_is_named(name: str, tiny_train: Train, tmp_path: Path) -> None:
     def kill(event: Event) -> None:
         raise KeyboardInterrupt
 
@@ -237,9 +227,7 @@ def test_a_place_that_cannot_be_written_is_named(
         tiny_train(resume=True)
 
 
-def test_a_board_that_cannot_be_written_is_named(
-    tiny_train: Train, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_board_that_cannot_be_written_is_named(tiny_train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(folder: Path, step: int) -> None:
         raise PermissionError(13, "Permission denied")
 

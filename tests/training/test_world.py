@@ -89,9 +89,7 @@ def require_equal(one: Path, other: Path, name: str = "", atol: float = 2e-5) ->
         assert torch.allclose(tensor, weights[1][key], atol=atol), (name, key)
 
 
-def plans(
-    places: Sequence[Path], model: Path, data: Path, sizes: Sequence[int], **more: Any
-) -> list[dict[str, Any]]:
+def plans(places: Sequence[Path], model: Path, data: Path, sizes: Sequence[int], **more: Any) -> list[dict[str, Any]]:
     return [
         {"model": str(model), "data": str(data), "output": str(place), "batch_size": size,
          "variant": "lora", "options": {}, **more}
@@ -99,9 +97,7 @@ def plans(
     ]  # fmt: skip
 
 
-def test_two_processes_equal_one_with_the_doubled_batch(
-    tiny_llama_folder: Path, sums: Path, tmp_path: Path
-) -> None:
+def test_two_processes_equal_one_with_the_doubled_batch(tiny_llama_folder: Path, sums: Path, tmp_path: Path) -> None:
     """Plain, with the base split, several jobs; and what two began is ended by one."""
     runs: dict[str, dict[str, Any]] = {
         "plain": {}, "split": {"shard_base": True, "most_whole": 1}, "stopped": {"stop_at": 3},
@@ -133,9 +129,7 @@ def test_two_processes_equal_one_with_the_doubled_batch(
     in_processes(2, two, tmp_path)
     one_process(one, tmp_path)
     # as many processes as before go on with their own random numbers
-    assert (tmp_path / "again" / WEIGHTS).read_bytes() == (
-        tmp_path / "whole" / WEIGHTS
-    ).read_bytes()
+    assert (tmp_path / "again" / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
     for name in (*runs, "job-0", "job-1", *(f"split-job-{n}" for n in range(3))):
         require_equal(tmp_path / f"{name}-2", tmp_path / f"{name}-1", name)
     assert tomllib.loads((tmp_path / "plain-2" / "config.toml").read_text())["processes"] == 2
@@ -146,9 +140,7 @@ def test_two_processes_equal_one_with_the_doubled_batch(
     assert (tmp_path / "plain-2" / "train.log").read_text().count("step 6/6") == 1
 
 
-def test_encoders_in_two_processes(
-    tiny_bert_folder: Path, labelled: Path, pairs: Path, tmp_path: Path
-) -> None:
+def test_encoders_in_two_processes(tiny_bert_folder: Path, labelled: Path, pairs: Path, tmp_path: Path) -> None:
     """Pairs find their partners among the rows of both, although one may have no row at all."""
     model = shutil.copytree(tiny_bert_folder, tmp_path / "model")
     config = json.loads((model / "config.json").read_text())
@@ -182,25 +174,18 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Pairs of texts, one more to train on than three steps of six take."""
     file = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
     words = ["good", "bad", "fine", "poor", "great", "awful"]
-    rows = [
-        {"text_a": f"{n} {words[n % 6]}", "text_b": f"{words[n % 6]} {words[n % 5]} {n}"}
-        for n in range(23)
-    ]
+    rows = [{"text_a": f"{n} {words[n % 6]}", "text_b": f"{words[n % 6]} {words[n % 5]} {n}"} for n in range(23)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("split", [False, True])
-def test_every_method_in_two_processes(
-    split: bool, tiny_llama_folder: Path, sums: Path, tmp_path: Path
-) -> None:
+def test_every_method_in_two_processes(split: bool, tiny_llama_folder: Path, sums: Path, tmp_path: Path) -> None:
     two, one = [], []
     variants = [name for name in VARIANTS if name != "bitfit"]  # a Llama has no biases
     for variant in variants:
-        options = (
-            {"total_steps": 6, "initial_steps": 1, "final_steps": 2} if variant == "adalora" else {}
-        )
+        options = {"total_steps": 6, "initial_steps": 1, "final_steps": 2} if variant == "adalora" else {}
         more = {"variant": variant, "options": options, "save_every": 100}
         own = {**more, "shard_base": split}
         two += plans([tmp_path / f"{variant}-2"], tiny_llama_folder, sums, [3], **own)

@@ -39,9 +39,7 @@ NAMES = ("lora_A", "lora_B", "lora_E")
 class LinearWithAdaLoRA(Wrapper):
     """A frozen linear layer plus (alpha / r) P diag(lambda) Q x, with lambda = 0 at the start."""
 
-    def __init__(
-        self, base: nn.Module, config: AdaLoRA, generator: torch.Generator | None = None
-    ) -> None:
+    def __init__(self, base: nn.Module, config: AdaLoRA, generator: torch.Generator | None = None) -> None:
         super().__init__(base)
         if not is_linear(base):
             raise ConfigError(f"{type(base).__name__} is not a linear layer")
@@ -114,8 +112,7 @@ class LinearWithAdaLoRA(Wrapper):
             weight: nn.Parameter = getattr(self, name)
             if weight.grad is None:
                 raise AdapterStateError(
-                    "adapter.step() found no gradients; call it after optimizer.step() and "
-                    "before optimizer.zero_grad()"
+                    "adapter.step() found no gradients; call it after optimizer.step() and before optimizer.zero_grad()"
                 )
             now = (weight * weight.grad).abs()
             smooth: Tensor = getattr(self, f"sensitivity_{name}")
@@ -188,9 +185,7 @@ class LinearWithAdaLoRA(Wrapper):
             )
 
 
-def build(
-    model: nn.Module, config: AdaLoRA, generator: torch.Generator | None
-) -> dict[str, Wrapper]:
+def build(model: nn.Module, config: AdaLoRA, generator: torch.Generator | None) -> dict[str, Wrapper]:
     """The wrappers by path."""
     names: Sequence[str] = target_names(model, config)
     return {n: LinearWithAdaLoRA(model.get_submodule(n), config, generator) for n in names}
@@ -206,9 +201,7 @@ def fields(config: AdaLoRA, modules: Mapping[str, Any], paths: list[str]) -> dic
     return lora_fields(shown, left, paths, factor=1.0)
 
 
-def parse(
-    fields: Mapping[str, Any], tensors: Mapping[str, Tensor]
-) -> tuple[LoRA, Mapping[str, Tensor]]:
+def parse(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[LoRA, Mapping[str, Tensor]]:
     """The plain LoRA that peft's ADALORA file amounts to: lambda and the factor go into B.
 
     peft divides by init_r + 1e-5, whatever ranks are left; modules without any are left out.

@@ -243,8 +243,7 @@ class Adapter:
         own = self._attached()
         if others := [name for name in own.members if name != self.name]:
             raise AdapterStateError(
-                f"the model has other adapters: {some(others)}; detach() them first, as their base "
-                "is given up",
+                f"the model has other adapters: {some(others)}; detach() them first, as their base is given up",
                 code="others_attached",
             )
         if not self.merged:
@@ -321,9 +320,7 @@ class Adapter:
         plain = plain_paths(self.model)
         modules = {plain(name): module for name, module in self.modules.items()}
         record["base"] = {**_described(self.model), **record.get("base", {})}
-        record["base"]["fingerprint"] = self.base_fingerprint or fingerprint(
-            self.model, frozenset(self.saved)
-        )
+        record["base"]["fingerprint"] = self.base_fingerprint or fingerprint(self.model, frozenset(self.saved))
         writing = writes(self.parameters())
         with put_together(self._wrappers()):
             headed = any(name in HEADS for name in self.saved)
@@ -381,9 +378,7 @@ class Adapter:
 
     def _attached(self) -> AdapterSet:
         if self._set is None:
-            raise AdapterStateError(
-                f"adapter {self.name!r} is no longer attached to a model", code="not_attached"
-            )
+            raise AdapterStateError(f"adapter {self.name!r} is no longer attached to a model", code="not_attached")
         return self._set
 
 

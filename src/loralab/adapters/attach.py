@@ -75,9 +75,7 @@ def put_into(
     return adapter
 
 
-def _decided(
-    model: nn.Module, config: AnyMethod, generator: torch.Generator | None, name: str
-) -> Adapter:
+def _decided(model: nn.Module, config: AnyMethod, generator: torch.Generator | None, name: str) -> Adapter:
     """Make an adapter of the base without changing it, so that an error leaves it as it was."""
     if any(isinstance(module, Wrapper | TrainedInFull) for module in model.modules()):
         raise AdapterStateError(

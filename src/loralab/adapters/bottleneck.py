@@ -145,9 +145,7 @@ class Beside(_WithNetwork):
         return y + self.network(seen)
 
 
-def build(
-    model: nn.Module, config: Bottleneck, generator: torch.Generator | None
-) -> dict[str, Wrapper]:
+def build(model: nn.Module, config: Bottleneck, generator: torch.Generator | None) -> dict[str, Wrapper]:
     """The wrappers by path."""
     found = blocks(model)
     require_layers([block.path for block in found], config.layers)
@@ -171,10 +169,7 @@ def _pfeiffer(model: nn.Module, block: Block, network: Any) -> dict[str, Wrapper
         return {parent: BeforeLastNorm(owner, network())}
     whole = model.get_submodule(block.path)
     if hasattr(whole, "output_layer_norm"):
-        raise TargetError(
-            f"{type(whole).__name__} ends in a norm that cannot be reached; use the placement "
-            "houlsby"
-        )
+        raise TargetError(f"{type(whole).__name__} ends in a norm that cannot be reached; use the placement houlsby")
     return {block.path: AfterBlock(whole, network())}
 
 
@@ -192,8 +187,6 @@ def fields(config: Bottleneck, modules: Mapping[str, Any], paths: list[str]) -> 
     return {"peft_type": "BOTTLENECK", **asdict(config)}
 
 
-def parse(
-    fields: Mapping[str, Any], tensors: Mapping[str, Tensor]
-) -> tuple[Bottleneck, Mapping[str, Tensor]]:
+def parse(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[Bottleneck, Mapping[str, Tensor]]:
     """The configuration that our own fields describe."""
     return own_config(Bottleneck, fields), tensors

@@ -119,7 +119,6 @@ def pruning_window(config: AdaLoRA, total: int) -> tuple[int, int]:
     final = 3 * total // 10 if config.final_steps is None else config.final_steps
     if first >= total - final:
         raise ConfigError(
-            f"of {total} steps, initial_steps {first} and final_steps {final} leave none for "
-            "taking ranks away"
+            f"of {total} steps, initial_steps {first} and final_steps {final} leave none for taking ranks away"
         )
     return first, total - final

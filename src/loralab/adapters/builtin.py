@@ -135,8 +135,7 @@ BUILT_IN = (
         peft_type="FULL",
         learning_rate=5e-5,
         trains_base=True,
-        cannot_serve="trains every weight of the model; merge it, and serve it as a base of its "
-        "own",
+        cannot_serve="trains every weight of the model; merge it, and serve it as a base of its own",
         **_in_file("subset", "everything"),
     ),
     MethodSpec(

@@ -65,23 +65,17 @@ def combine(
     )  # fmt: skip
     mix = _Mix(how, density, torch.Generator().manual_seed(seed))
     wanted = None if by_factors else rank or max(ranks)
-    return _attached(
-        model, {p: _finite(p, mix, found, wanted) for p, found in layers.items()}, name
-    )
+    return _attached(model, {p: _finite(p, mix, found, wanted) for p, found in layers.items()}, name)
 
 
-def _finite(
-    path: str, mix: "_Mix", found: Sequence[tuple[Any, float]], rank: int | None
-) -> Factors:
+def _finite(path: str, mix: "_Mix", found: Sequence[tuple[Any, float]], rank: int | None) -> Factors:
     """Return the factors of one layer; `rank` None combines those of the adapters themselves."""
     try:
         factors = mix.factors(found) if rank is None else mix.update(found, rank)
     except RuntimeError:  # numbers that are not finite have no decomposition
         factors = None
     if factors is None or not all(tensor.isfinite().all() for tensor in factors):
-        raise AdapterStateError(
-            f"the combination is not finite in {path}", code="not_finite", field="weights"
-        )
+        raise AdapterStateError(f"the combination is not finite in {path}", code="not_finite", field="weights")
     return factors
 
 
@@ -146,9 +140,7 @@ class _Mix:
         return tensor * mask.view_as(tensor)
 
 
-def _layers(
-    adapters: AdapterSet, weights: Mapping[str, float]
-) -> dict[str, list[tuple[Any, float]]]:
+def _layers(adapters: AdapterSet, weights: Mapping[str, float]) -> dict[str, list[tuple[Any, float]]]:
     """Return path -> the layers there and their weights, of all adapters that have one."""
     found: dict[str, list[tuple[Any, float]]] = {}
     for name, weight in weights.items():
@@ -168,9 +160,7 @@ def _layers(
     return found
 
 
-def _require_options(
-    weights: Mapping[str, float], how: str, rank: int | None, density: float
-) -> None:
+def _require_options(weights: Mapping[str, float], how: str, rank: int | None, density: float) -> None:
     check_choice("how", how, HOWS)
     if rank is not None:
         check_count("rank", rank)

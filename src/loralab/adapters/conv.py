@@ -24,9 +24,7 @@ _CONVOLVE: dict[type[nn.Module], Any] = {
 class ConvWithLoRA(Wrapper):
     """A frozen convolution plus a low-rank update of its weight."""
 
-    def __init__(
-        self, base: nn.Module, config: LoRA, generator: torch.Generator | None = None
-    ) -> None:
+    def __init__(self, base: nn.Module, config: LoRA, generator: torch.Generator | None = None) -> None:
         super().__init__(base)
         if config.dora or config.init == "pissa":
             raise ConfigError("a convolution takes plain LoRA: no dora, no pissa")
@@ -71,9 +69,7 @@ class ConvWithLoRA(Wrapper):
     def _apply_base(self, x: Tensor, weight: Tensor) -> Tensor:
         """The base's own convolution with another weight and no bias."""
         base = self.base
-        return self._convolve(
-            x, weight, None, base.stride, base.padding, base.dilation, base.groups
-        )
+        return self._convolve(x, weight, None, base.stride, base.padding, base.dilation, base.groups)
 
 
 def is_convolution(module: nn.Module) -> bool:

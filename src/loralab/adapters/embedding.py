@@ -16,9 +16,7 @@ from loralab.errors import ConfigError
 class EmbeddingWithLoRA(Wrapper):
     """A frozen embedding plus a low-rank update of its table: W0 + (alpha / r) (B A)'."""
 
-    def __init__(
-        self, base: nn.Embedding, config: LoRA, generator: torch.Generator | None = None
-    ) -> None:
+    def __init__(self, base: nn.Embedding, config: LoRA, generator: torch.Generator | None = None) -> None:
         super().__init__(base)
         if config.dora or config.init == "pissa":
             raise ConfigError("an embedding takes plain LoRA: no dora, no pissa")
@@ -26,9 +24,7 @@ class EmbeddingWithLoRA(Wrapper):
         self.rank, self.scaling = config.rank, config.factor
         rows, width = base.weight.shape
         draw = torch.randn(width, config.rank, generator=generator)
-        self.lora_embedding_A = nn.Parameter(
-            torch.zeros(config.rank, rows, device=base.weight.device)
-        )
+        self.lora_embedding_A = nn.Parameter(torch.zeros(config.rank, rows, device=base.weight.device))
         self.lora_embedding_B = nn.Parameter(draw.to(base.weight.device))
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -53,9 +49,7 @@ class TrainedRows(Wrapper):
     with the embedding shares the trained rows too: pass the embedding's wrapper as `shared`.
     """
 
-    def __init__(
-        self, base: nn.Module, rows: tuple[int, ...], shared: "TrainedRows | None" = None
-    ) -> None:
+    def __init__(self, base: nn.Module, rows: tuple[int, ...], shared: "TrainedRows | None" = None) -> None:
         super().__init__(base)
         weight = self.base.weight
         if max(rows) >= len(weight):

@@ -42,9 +42,7 @@ def base_tensors(model: nn.Module) -> dict[str, Tensor]:
     plain = plain_paths(model)
     paths = set(map(plain, wrappers))
     tensors: dict[str, Tensor] = {
-        plain_name(plain(name), paths): tensor
-        for name, tensor in model.named_parameters()
-        if id(tensor) not in own
+        plain_name(plain(name), paths): tensor for name, tensor in model.named_parameters() if id(tensor) not in own
     }
     for name, wrapper in wrappers.items():
         if wrapper.merged:

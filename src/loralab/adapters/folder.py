@@ -105,15 +105,12 @@ def read(path: str | Path, *, files: Mapping[str, bytes] | None = None) -> Adapt
     if RECORD in files:
         record = values.parse_json(path / RECORD, files[RECORD], AdapterFileError, large=True)
     if record.get("format", FORMAT) != FORMAT:
-        raise AdapterFileError(
-            f"{path / RECORD} has format {shown(record['format'])}; this version reads {FORMAT}"
-        )
+        raise AdapterFileError(f"{path / RECORD} has format {shown(record['format'])}; this version reads {FORMAT}")
     tensors = _tensors(path, files.get(TENSORS))
     digest = content_digest(fields, tensors)
     if record and record.get("digest") != digest:
         raise AdapterFileError(
-            f"{path} was changed or damaged: its content has digest {digest}, "
-            f"{RECORD} says {record.get('digest')}"
+            f"{path} was changed or damaged: its content has digest {digest}, {RECORD} says {record.get('digest')}"
         )
     try:
         config, own = parse(fields, tensors)
@@ -123,9 +120,7 @@ def read(path: str | Path, *, files: Mapping[str, bytes] | None = None) -> Adapt
         code, field = getattr(error, "code", ""), getattr(error, "field", None)
         raise AdapterFileError(f"{path / CONFIG}: {error}", code=code, field=field) from None
     except (RuntimeError, IndexError) as error:  # torch's, of shapes that do not fit each other
-        raise AdapterFileError(
-            f"{path / TENSORS} does not fit its configuration: {error}"
-        ) from None
+        raise AdapterFileError(f"{path / TENSORS} does not fit its configuration: {error}") from None
     _require_plausible(path, config, own)
     if broken := _broken(own):
         raise AdapterFileError(f"{path} holds numbers that are not finite: {some(broken)}")
@@ -181,8 +176,7 @@ def _tensors(path: Path, data: bytes | None) -> dict[str, Tensor]:
     if data is None:
         if (path / "adapter_model.bin").exists():
             raise AdapterFileError(
-                f"{path / 'adapter_model.bin'} is a pickle, which can run code; "
-                f"save the adapter as {TENSORS}"
+                f"{path / 'adapter_model.bin'} is a pickle, which can run code; save the adapter as {TENSORS}"
             )
         raise AdapterFileError(f"{path} has no {TENSORS}")
     return _parsed(file, data)
@@ -201,8 +195,7 @@ def _parsed(file: Path, data: bytes) -> dict[str, Tensor]:
     length = int.from_bytes(data[:8], "little")
     if length > LARGEST_HEADER:
         raise AdapterFileError(
-            f"{file} is damaged or truncated: its header has {length:,} bytes; "
-            f"at most {LARGEST_HEADER:,} are read"
+            f"{file} is damaged or truncated: its header has {length:,} bytes; at most {LARGEST_HEADER:,} are read"
         )
     try:
         tensors = safetensors.torch.load(data)
@@ -227,9 +220,7 @@ def _require_plausible(path: Path, config: Any, tensors: Mapping[str, Tensor]) -
     sizes |= {f"rank of {name}": r for name, r in getattr(config, "rank_pattern", {}).items()}
     for name, size in sizes.items():
         if size > most:
-            raise AdapterFileError(
-                f"{path}: {name} is {size}, but no tensor is that large ({most})"
-            )
+            raise AdapterFileError(f"{path}: {name} is {size}, but no tensor is that large ({most})")
 
 
 def _broken(tensors: Mapping[str, Tensor]) -> list[str]:

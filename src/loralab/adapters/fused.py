@@ -45,9 +45,7 @@ class Layout(NamedTuple):
     unpack: Callable[[], Tensor] | None  # of 4-bit weights; nothing unpacked is kept
 
 
-def linears_with_updates(
-    x: Tensor, layers: Sequence[Updated], mask: Tensor | None = None
-) -> tuple[Tensor, ...]:
+def linears_with_updates(x: Tensor, layers: Sequence[Updated], mask: Tensor | None = None) -> tuple[Tensor, ...]:
     """x (..., I) -> (..., O) through each of some frozen base layers and its update.
 
     A and B are rounded to the dtype of x for the products (thin.py); their gradients come back
@@ -82,9 +80,7 @@ def can_fuse(base: Any, x: Tensor) -> bool:
         frozen = all(p is None or is_frozen(p) for p in base._parameters.values())
     else:
         return False
-    return (
-        frozen and x.dtype == compute_dtype(base) and not torch.is_autocast_enabled(x.device.type)
-    )
+    return frozen and x.dtype == compute_dtype(base) and not torch.is_autocast_enabled(x.device.type)
 
 
 def is_frozen(parameter: Tensor) -> bool:
@@ -161,9 +157,7 @@ def is_followed(dys: Sequence[Tensor]) -> bool:
     return torch.is_grad_enabled() or not all(map(is_plain_tensor, dys)) or any(map(is_batch, dys))
 
 
-def followed_through_bases(
-    dys: Sequence[Tensor], weights: Sequence[Tensor], layouts: Sequence[Layout]
-) -> Tensor:
+def followed_through_bases(dys: Sequence[Tensor], weights: Sequence[Tensor], layouts: Sequence[Layout]) -> Tensor:
     """As `through_bases`, with nothing in place."""
     products = [dy @ _matrix(w, own, dy) for dy, w, own in zip(dys, weights, layouts, strict=True)]
     return sum(products[1:], products[0])
@@ -191,9 +185,7 @@ def _input_gradient(
     return dx
 
 
-def through_bases(
-    dys: Sequence[Tensor], weights: Sequence[Tensor], layouts: Sequence[Layout]
-) -> Tensor:
+def through_bases(dys: Sequence[Tensor], weights: Sequence[Tensor], layouts: Sequence[Layout]) -> Tensor:
     """dx (N, I) of the base layers: the sum over all of dy W."""
     dx: Tensor | None = None
     for dy, weight, layout in zip(dys, weights, layouts, strict=True):

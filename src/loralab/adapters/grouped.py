@@ -303,9 +303,7 @@ def _rows(x: Tensor, spans: Sequence[Span]) -> int:
     """The rows of x (..., I); each row of the batch may be several."""
     rows = x.numel() // x.shape[-1]
     if x.shape[0] not in (1, spans[-1].stop) or rows % spans[-1].stop:
-        raise AdapterStateError(
-            f"a module got {tuple(x.shape)} where the batch has {spans[-1].stop} rows"
-        )
+        raise AdapterStateError(f"a module got {tuple(x.shape)} where the batch has {spans[-1].stop} rows")
     return rows
 
 

@@ -69,9 +69,7 @@ def build(model: nn.Module, config: IA3, generator: torch.Generator | None) -> d
         own = replace(config, target_modules=_usual_targets(model))
     names = targets.target_names(model, own)
     inner = _feedforward(model, names, config.feedforward_modules)
-    return {
-        name: LinearWithIA3(model.get_submodule(name), feedforward=name in inner) for name in names
-    }
+    return {name: LinearWithIA3(model.get_submodule(name), feedforward=name in inner) for name in names}
 
 
 def fields(config: IA3, modules: Mapping[str, Any], paths: list[str]) -> dict[str, Any]:
@@ -92,9 +90,7 @@ def fields(config: IA3, modules: Mapping[str, Any], paths: list[str]) -> dict[st
     }  # fmt: skip
 
 
-def parse(
-    fields: Mapping[str, Any], tensors: Mapping[str, Tensor]
-) -> tuple[IA3, Mapping[str, Tensor]]:
+def parse(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[IA3, Mapping[str, Tensor]]:
     """The configuration that peft's fields describe."""
     refuse_unknown(fields, {"feedforward_modules", "init_ia3_weights"})
     # an empty list: no target's input is rescaled, which None would not say
@@ -108,9 +104,7 @@ def _usual_targets(model: nn.Module) -> tuple[str, ...]:
     ends = {name.rpartition(".")[2] for name in linear if in_attention(name)}
     found = tuple(sorted(ends & set(KEYS_AND_VALUES)))
     if not found:
-        raise TargetError(
-            f"{type(model).__name__} names its keys and values in no usual way; give target_modules"
-        )
+        raise TargetError(f"{type(model).__name__} names its keys and values in no usual way; give target_modules")
     keys = [n for n in linear if in_attention(n) and n.rpartition(".")[2] in found]
     return (*keys, *(block.ffn_out for block in targets.blocks(model)))
 

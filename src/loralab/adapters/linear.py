@@ -252,12 +252,7 @@ def together(x: Tensor, layers: Sequence[nn.Module]) -> list[Tensor]:
 
 def is_plain(layer: nn.Module) -> TypeGuard[LinearWithLoRA]:
     """Whether W0 x + (alpha / r) B A x is all that the layer does."""
-    return (
-        type(layer) is LinearWithLoRA
-        and not layer.merged
-        and layer.magnitude is None
-        and not is_hooked(layer)
-    )
+    return type(layer) is LinearWithLoRA and not layer.merged and layer.magnitude is None and not is_hooked(layer)
 
 
 def _one_for_all(layer: LinearWithLoRA, x: Tensor) -> bool:

@@ -100,9 +100,7 @@ def fill(adapter: Adapter, stored: AdapterFolder) -> None:
     problems += [f"not in this model: {some(extra)}"] if extra else []
     problems += [f"misshapen: {some(misshapen)}"] if misshapen else []
     if problems:
-        raise AdapterFileError(
-            f"{stored.path} does not fit {type(adapter.model).__name__}; " + "; ".join(problems)
-        )
+        raise AdapterFileError(f"{stored.path} does not fit {type(adapter.model).__name__}; " + "; ".join(problems))
     torch._foreach_copy_(list(own.values()), [stored.tensors[key] for key in own])
 
 
@@ -142,8 +140,6 @@ def base_problem(stored: AdapterFolder, dtype: str, here: Callable[[], str]) -> 
 
 def _compare_base(adapter: Adapter, stored: AdapterFolder) -> None:
     model = adapter.model
-    problem = base_problem(
-        stored, dtype_name(model), lambda: fingerprint(model, frozenset(adapter.saved))
-    )
+    problem = base_problem(stored, dtype_name(model), lambda: fingerprint(model, frozenset(adapter.saved)))
     if problem:
         warnings.warn(f"{problem}, so its answers will differ", BaseMismatchWarning, stacklevel=3)

@@ -66,10 +66,7 @@ def lora_fields(
     Args:
         factor: of every module; None is each module's own `scaling`.
     """
-    actual = {
-        name: (_rank(module), module.scaling if factor is None else factor)
-        for name, module in modules.items()
-    }
+    actual = {name: (_rank(module), module.scaling if factor is None else factor) for name, module in modules.items()}
     flat = _with_patterns(config, actual)
     targets, layers = selecting_fields(list(modules), list(paths))
     return {
@@ -84,9 +81,7 @@ def lora_fields(
     }  # fmt: skip
 
 
-def parse(
-    fields: Mapping[str, Any], tensors: Mapping[str, Tensor]
-) -> tuple[LoRA, Mapping[str, Tensor]]:
+def parse(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[LoRA, Mapping[str, Tensor]]:
     """The configuration that peft's fields describe.
 
     Raises:
@@ -145,9 +140,7 @@ def plain(config: LoRA) -> LoRA:
     )  # fmt: skip
 
 
-def _as_peft_computes(
-    fields: Mapping[str, Any], tensors: Mapping[str, Tensor]
-) -> Mapping[str, Tensor]:
+def _as_peft_computes(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """peft (0.21 and before) adds the update of nn.MultiheadAttention's out_proj twice.
 
     In training too, so a file of its making means twice what it says (docs/findings.md).
@@ -158,9 +151,7 @@ def _as_peft_computes(
     return {key: 2 * t if key.endswith(twice) else t for key, t in tensors.items()}
 
 
-def _wrapped(
-    model: nn.Module, path: str, names: list[str], config: LoRA, generator: torch.Generator | None
-) -> Wrapper:
+def _wrapped(model: nn.Module, path: str, names: list[str], config: LoRA, generator: torch.Generator | None) -> Wrapper:
     module = model.get_submodule(path)
     rows = fused.rows_of(model, module, path) if names else {}
     if isinstance(module, nn.MultiheadAttention):
@@ -243,9 +234,7 @@ def _rank(module: Any) -> int:
 def _indices(given: Any) -> tuple[int, ...]:
     if isinstance(given, Mapping):
         if len(given) > 1:
-            raise AdapterFileError(
-                f"trainable_token_indices of several embeddings is not supported: {list(given)}"
-            )
+            raise AdapterFileError(f"trainable_token_indices of several embeddings is not supported: {list(given)}")
         given = next(iter(given.values()), ())
     return tuple(given or ())
 

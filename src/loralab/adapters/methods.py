@@ -22,9 +22,7 @@ ACTIVATIONS = ("relu", "gelu", "silu", "tanh")
 
 T = TypeVar("T")
 Names = str | tuple[str, ...] | None
-Saved = Annotated[
-    tuple[str, ...], "modules trained in full and saved, such as a classification head"
-]
+Saved = Annotated[tuple[str, ...], "modules trained in full and saved, such as a classification head"]
 Layers = Annotated[tuple[int, ...] | None, "only these layers, counted from 0"]
 
 
@@ -38,14 +36,12 @@ class Method:
     every linear layer but the output head.
     """
 
-    target_modules: Annotated[
-        Names, "all-linear, attention, mlp, comma-separated names, or a regular expression"
-    ] = "all-linear"
+    target_modules: Annotated[Names, "all-linear, attention, mlp, comma-separated names, or a regular expression"] = (
+        "all-linear"
+    )
     exclude_modules: Annotated[Names, "names or a regular expression to leave out"] = None
     layers: Layers = None
-    layers_pattern: Annotated[
-        tuple[str, ...], "name of the list that `layers` counts, where a model has several"
-    ] = ()
+    layers_pattern: Annotated[tuple[str, ...], "name of the list that `layers` counts, where a model has several"] = ()
     modules_to_save: Saved = ()
 
     def __post_init__(self) -> None:
@@ -74,11 +70,9 @@ class LoRA(Method):
     scaling: Annotated[str, f"factor of the update: {', '.join(SCALINGS)}"] = "alpha/r"
     dora: Annotated[bool, "train the length of each row of the weight apart (DoRA)"] = False
     lora_plus: Annotated[float, "learning rate of B, as a multiple of that of A (LoRA+)"] = 1.0
-    rank_pattern: Annotated[Mapping[str, int], "module name or pattern -> its own rank"] = field(
+    rank_pattern: Annotated[Mapping[str, int], "module name or pattern -> its own rank"] = field(default_factory=dict)
+    alpha_pattern: Annotated[Mapping[str, float], "module name or pattern -> its own alpha"] = field(
         default_factory=dict
-    )
-    alpha_pattern: Annotated[Mapping[str, float], "module name or pattern -> its own alpha"] = (
-        field(default_factory=dict)
     )
     token_rows: Annotated[
         tuple[int, ...], "token ids whose embedding rows are trained and saved, such as new tokens"
@@ -136,9 +130,7 @@ class AdaLoRA(Method):
     target_rank: Annotated[int, "mean rank of the modules at the end"] = 8
     alpha: Annotated[float, "numerator of the scaling alpha / rank"] = 24.0
     dropout: Annotated[float, "share of the update's inputs set to zero, in training"] = 0.0
-    total_steps: Annotated[int | None, "optimiser steps of the whole run; train() knows them"] = (
-        None
-    )
+    total_steps: Annotated[int | None, "optimiser steps of the whole run; train() knows them"] = None
     initial_steps: Annotated[int | None, "steps before pruning; none is a tenth of all"] = None
     final_steps: Annotated[int | None, "steps after pruning; none is three tenths of all"] = None
     interval: Annotated[int, "steps between two prunings"] = 1
@@ -162,8 +154,7 @@ class AdaLoRA(Method):
             raise ConfigError(f"orthogonality must be 0 or more, got {self.orthogonality}")
         if self.target_rank > self.rank:
             raise ConfigError(
-                f"target_rank ({self.target_rank}) must be at most the rank that training starts "
-                f"with ({self.rank})"
+                f"target_rank ({self.target_rank}) must be at most the rank that training starts with ({self.rank})"
             )
         check_choice("importance", self.importance, IMPORTANCES)
 
@@ -248,9 +239,7 @@ class IA3(Method):
     feed-forward network; `feedforward_modules` are those of them whose *input* is rescaled.
     """
 
-    target_modules: Annotated[Names, "names or a regular expression; none: keys, values, FFN"] = (
-        None
-    )
+    target_modules: Annotated[Names, "names or a regular expression; none: keys, values, FFN"] = None
     feedforward_modules: Annotated[Names, "targets whose input is rescaled; none: the FFN's"] = None
 
     def __post_init__(self) -> None:

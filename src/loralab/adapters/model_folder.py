@@ -51,8 +51,7 @@ class SaveAdapter:
         """
         if push_to_hub:
             raise AdapterStateError(
-                "save_pretrained of a model with an adapter does not push; save, then push the "
-                "folder",
+                "save_pretrained of a model with an adapter does not push; save, then push the folder",
                 code="not_pushed",
                 field="push_to_hub",
             )

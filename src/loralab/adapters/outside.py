@@ -185,9 +185,7 @@ def pack(spec: MethodSpec, modules: Modules) -> dict[str, Tensor]:
     return found | dict(spec.shared({name: module.layer for name, module in modules.items()}))
 
 
-def parse(
-    fields: Mapping[str, Any], tensors: Mapping[str, Tensor]
-) -> tuple[Any, Mapping[str, Tensor]]:
+def parse(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[Any, Mapping[str, Tensor]]:
     """Return the configuration and the tensors of a file, as the method that they amount to.
 
     Raises:
@@ -216,9 +214,7 @@ def parse(
 
 def _layer_by_layer(spec: MethodSpec, model: nn.Module, config: Any) -> dict[str, nn.Module]:
     build: Any = spec.build
-    return {
-        path: build(config, path, model.get_submodule(path)) for path in target_names(model, config)
-    }
+    return {path: build(config, path, model.get_submodule(path)) for path in target_names(model, config)}
 
 
 def _built(
@@ -304,11 +300,7 @@ def _require_understood(spec: MethodSpec, config: Any, fields: Mapping[str, Any]
     """Every option of a file must be in what the method would write for what it read."""
     own = _own_fields(spec, config)
     refuse_unknown(fields, set(own))
-    lost = [
-        f"{name}={fields[name]!r}"
-        for name in own.keys() & fields.keys() - SELECTING
-        if fields[name] != own[name]
-    ]
+    lost = [f"{name}={fields[name]!r}" for name in own.keys() & fields.keys() - SELECTING if fields[name] != own[name]]
     if lost:
         raise AdapterFileError(
             f"method {spec.name!r} does not support {some(sorted(lost))}",

@@ -48,9 +48,7 @@ def task_type(base: Mapping[str, Any], *, headed: bool) -> str | None:
         base: what loralab.json says of it: its "kind", where it is known, and "architecture".
     """
     name = str(base.get("architecture"))
-    found = TASK_TYPES.get(base.get("kind") or "") or next(
-        (task for end, task in CLASSES.items() if end in name), None
-    )
+    found = TASK_TYPES.get(base.get("kind") or "") or next((task for end, task in CLASSES.items() if end in name), None)
     return None if found in ("SEQ_CLS", "TOKEN_CLS") and not headed else found
 
 
@@ -74,9 +72,7 @@ def targeted(fields: Mapping[str, Any]) -> dict[str, Any]:
         "target_modules": fields.get("target_modules"),
         "exclude_modules": fields.get("exclude_modules") or None,
         "layers": (layers,) if isinstance(layers, int) else (tuple(layers) if layers else None),
-        "layers_pattern": ((pattern,) if isinstance(pattern, str) else tuple(pattern))
-        if layers is not None
-        else (),
+        "layers_pattern": ((pattern,) if isinstance(pattern, str) else tuple(pattern)) if layers is not None else (),
         "modules_to_save": tuple(fields.get("modules_to_save") or ()),
     }
 
@@ -93,9 +89,7 @@ def own_config(kind: type[Config], fields: Mapping[str, Any]) -> Config:
     return kind(**{key: tuple(v) if isinstance(v, list) else v for key, v in own.items()})
 
 
-def selecting_fields(
-    names: list[str], paths: list[str]
-) -> tuple[list[str] | str, list[int] | None]:
+def selecting_fields(names: list[str], paths: list[str]) -> tuple[list[str] | str, list[int] | None]:
     """target_modules and layers_to_transform that make peft select exactly these paths.
 
     The shortest names that do it, then names within some layers, then whole paths.

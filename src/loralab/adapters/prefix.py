@@ -21,10 +21,7 @@ from loralab.adapters.positions import CACHES, behind, by_name, cache_name, entr
 from loralab.adapters.wrapper import Wrapper
 from loralab.errors import ConfigError, TargetError
 
-CANNOT_MERGE = (
-    "a prefix cannot be merged: it is keys and values of its own, which no weight of the base "
-    "can hold"
-)
+CANNOT_MERGE = "a prefix cannot be merged: it is keys and values of its own, which no weight of the base can hold"
 CANNOT_SHARE = "a prefix stands in front of a row, not in a module"
 MASK = "attention_mask"
 PEFT_FIELDS = {
@@ -38,9 +35,7 @@ PEFT_FIELDS = {
 class Table(nn.Module):
     """The keys and values of all layers: one tensor (P, L * 2 * H * D), or a network's output."""
 
-    def __init__(
-        self, config: Prefix, shape: tuple[int, int, int], generator: torch.Generator | None
-    ) -> None:
+    def __init__(self, config: Prefix, shape: tuple[int, int, int], generator: torch.Generator | None) -> None:
         super().__init__()
         self.tokens, self.shape = config.tokens, shape
         layers, heads, width = shape
@@ -173,17 +168,12 @@ class Front:
         return getattr(self._cache, name)
 
 
-def build(
-    model: nn.Module, config: Prefix, generator: torch.Generator | None
-) -> dict[str, Wrapper]:
+def build(model: nn.Module, config: Prefix, generator: torch.Generator | None) -> dict[str, Wrapper]:
     """The wrappers by path, one table among them."""
     names = attention_names(model)
     table = Table(config, key_value_shape(model, len(names)), generator)
     table.to(next(model.parameters()).device)
-    return {
-        name: AttentionWithPrefix(model.get_submodule(name), table, layer)
-        for layer, name in enumerate(names)
-    }
+    return {name: AttentionWithPrefix(model.get_submodule(name), table, layer) for layer, name in enumerate(names)}
 
 
 def watch(model: nn.Module, modules: Mapping[str, Any]) -> list[Any]:
@@ -235,9 +225,7 @@ def attention_names(model: nn.Module) -> list[str]:
     """
     kernel = getattr(getattr(model, "config", None), "_attn_implementation", "sdpa")
     if kernel not in ("sdpa", "eager", None):
-        raise ConfigError(
-            f"a prefix needs the attention implementation sdpa or eager, the model has {kernel!r}"
-        )
+        raise ConfigError(f"a prefix needs the attention implementation sdpa or eager, the model has {kernel!r}")
     able = [
         name
         for name, module in model.named_modules()
@@ -248,8 +236,7 @@ def attention_names(model: nn.Module) -> list[str]:
     inner = [n for n in able if not any(other.startswith(f"{n}.") for other in able)]
     if not inner:
         raise TargetError(
-            f"{type(model).__name__} has no attention with a cache of keys and values, which a "
-            "prefix needs"
+            f"{type(model).__name__} has no attention with a cache of keys and values, which a prefix needs"
         )
     return inner
 
@@ -262,9 +249,7 @@ def key_value_shape(model: Any, layers: int) -> tuple[int, int, int]:
     return layers, getattr(config, "num_key_value_heads", None) or queries, width
 
 
-def parse(
-    fields: Mapping[str, Any], tensors: Mapping[str, Tensor]
-) -> tuple[Prefix, Mapping[str, Tensor]]:
+def parse(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[Prefix, Mapping[str, Tensor]]:
     """The configuration that peft's fields describe."""
     refuse_unknown(fields, PEFT_FIELDS)
     saved = tuple(fields.get("modules_to_save") or ())

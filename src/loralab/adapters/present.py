@@ -111,9 +111,7 @@ def require_readable(
         record={},
         digest="",
     )
-    written = {
-        name for name, m in modules.items() if m.tensors() and not isinstance(m, TrainedRows)
-    }
+    written = {name for name, m in modules.items() if m.tensors() and not isinstance(m, TrainedRows)}
     plain = plain_paths(base)
     try:
         config = present_in(base, stored)
@@ -164,9 +162,7 @@ def _plain_key(key: str, dropped: set[str]) -> str:
     return start + ".".join(part for part in parts if part not in INNER)
 
 
-def _saved_by_ending(
-    names: Iterable[str], config: Any, tensors: Mapping[str, Tensor]
-) -> tuple[str, ...]:
+def _saved_by_ending(names: Iterable[str], config: Any, tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
     """Modules that peft saved because their *letters* end as asked: "pre_classifier" too."""
     keys = {key.rpartition(".")[0] for key in tensors}
     return tuple(

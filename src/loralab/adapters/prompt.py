@@ -103,10 +103,7 @@ def build(model: Any, config: Prompt, generator: torch.Generator | None) -> dict
     if not names:
         path = next(name for name, module in model.named_modules() if module is embedding)
         return {path: Keeper(embedding, table)}
-    return {
-        name: AttentionWithPrefix(model.get_submodule(name), table, layer)
-        for layer, name in enumerate(names)
-    }
+    return {name: AttentionWithPrefix(model.get_submodule(name), table, layer) for layer, name in enumerate(names)}
 
 
 def watch(model: Any, modules: Mapping[str, Any]) -> list[Any]:
@@ -139,8 +136,7 @@ class Prepare:
             return
         if _reentrant(module):
             raise AdapterStateError(
-                "prompt tuning does not work with reentrant gradient checkpointing; use "
-                "use_reentrant=False"
+                "prompt tuning does not work with reentrant gradient checkpointing; use use_reentrant=False"
             )
         if torch.is_grad_enabled() or not self.table.is_current():
             self.table.record(module)
@@ -221,9 +217,7 @@ def fields(config: Prompt, modules: Mapping[str, Any], paths: list[str]) -> dict
     }  # fmt: skip
 
 
-def parse(
-    fields: Mapping[str, Any], tensors: Mapping[str, Tensor]
-) -> tuple[Prompt, Mapping[str, Tensor]]:
+def parse(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[Prompt, Mapping[str, Tensor]]:
     """The configuration that peft's fields describe."""
     refuse_unknown(fields, PEFT_FIELDS)
     saved = tuple(fields.get("modules_to_save") or ())

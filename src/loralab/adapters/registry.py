@@ -221,12 +221,8 @@ def _add(spec: MethodSpec) -> None:
     spec = replace(spec, peft_type=_peft_type(spec))
     taken = {name for own in _SPECS.values() for name in (own.name, *own.variants)}
     twice = [f"the name {name!r}" for name in (spec.name, *spec.variants) if name in taken]
-    twice += [f"the configuration {spec.config.__name__}"] * any(
-        own.config is spec.config for own in _SPECS.values()
-    )
-    twice += [f"the peft_type {spec.peft_type!r}"] * any(
-        own.peft_type == spec.peft_type for own in _SPECS.values()
-    )
+    twice += [f"the configuration {spec.config.__name__}"] * any(own.config is spec.config for own in _SPECS.values())
+    twice += [f"the peft_type {spec.peft_type!r}"] * any(own.peft_type == spec.peft_type for own in _SPECS.values())
     if twice:
         raise ConfigError(
             f"method {spec.name!r}: {twice[0]} is registered already; choose another",
@@ -308,6 +304,4 @@ def _load(what: str, load: Callable[[], Any]) -> None:
                 register(spec)
     except (Exception, SystemExit) as error:
         text = f"{type(error).__name__}: {error}"
-        warnings.warn(
-            f"the method plugin {what!r} cannot be used: {text}", PluginWarning, stacklevel=2
-        )
+        warnings.warn(f"the method plugin {what!r} cannot be used: {text}", PluginWarning, stacklevel=2)

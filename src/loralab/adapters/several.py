@@ -47,8 +47,7 @@ class AdapterSet:
             )  # fmt: skip
         if name in self.members:
             raise AdapterStateError(
-                f"the model has an adapter {name!r} already; detach() it, or attach this one under "
-                "another name=",
+                f"the model has an adapter {name!r} already; detach() it, or attach this one under another name=",
                 code="name_taken",
                 field="name",
             )
@@ -150,9 +149,7 @@ def require_adapters(model: Any) -> AdapterSet:
     """
     found = adapters_of(model)
     if found is None:
-        raise AdapterStateError(
-            f"{type(unwrapped(model)).__name__} has no adapter", code="no_adapter", field="model"
-        )
+        raise AdapterStateError(f"{type(unwrapped(model)).__name__} has no adapter", code="no_adapter", field="model")
     found.require_unmerged()
     return found
 

@@ -32,9 +32,7 @@ def plain_paths(model: nn.Module) -> Callable[[str], str]:
     def plain(path: str) -> str:
         parts = path.split(".")
         starts = (".".join(parts[: end + 1]) for end in range(len(parts)))
-        return ".".join(
-            part for part, start in zip(parts, starts, strict=True) if start not in shells
-        )
+        return ".".join(part for part, start in zip(parts, starts, strict=True) if start not in shells)
 
     return plain
 

@@ -48,9 +48,7 @@ class _Part(NamedTuple):
     mask: Tensor | None
 
 
-def linears_by_span(
-    x: Tensor, bases: Sequence[nn.Module], updates: Sequence[Updates]
-) -> tuple[Tensor, ...]:
+def linears_by_span(x: Tensor, bases: Sequence[nn.Module], updates: Sequence[Updates]) -> tuple[Tensor, ...]:
     """x (..., I) -> (..., O) through each of some frozen layers, spans of rows with updates.
 
     Semantics:
@@ -69,9 +67,7 @@ def linears_by_span(
     return _LinearsBySpan.apply(x, tuple(parts), layouts, *weights, *tensors)
 
 
-def stacked_update(
-    x: Tensor, y: Tensor, factors: Sequence[Factors], ranges: Sequence[tuple[int, int]]
-) -> Tensor:
+def stacked_update(x: Tensor, y: Tensor, factors: Sequence[Factors], ranges: Sequence[tuple[int, int]]) -> Tensor:
     """y plus the updates of ranges of rows in two products: all ranks side by side, and a mask.
 
     Only for inference: every row meets every A, which costs little as long as rows are few.
@@ -98,12 +94,8 @@ class _LinearsBySpan(torch.autograd.Function):
         weights, biases = tensors[: 2 * count : 2], tensors[1 : 2 * count : 2]
         As, Bs = tensors[2 * count :: 2], tensors[2 * count + 1 :: 2]
         flat = flat_rows(x)
-        outputs = [
-            base_output(x, w, b, own) for w, b, own in zip(weights, biases, layouts, strict=True)
-        ]
-        lows = [
-            flat.new_empty(p.stop - p.start, A.shape[0]) for p, A in zip(parts, As, strict=True)
-        ]
+        outputs = [base_output(x, w, b, own) for w, b, own in zip(weights, biases, layouts, strict=True)]
+        lows = [flat.new_empty(p.stop - p.start, A.shape[0]) for p, A in zip(parts, As, strict=True)]
         whole = list(zip(parts, As, Bs, lows, strict=True))
         each("down", [Thin(_input(flat, p), A, low, 0, p.scaling) for p, A, _, low in whole])
         outs = [flat_rows(y) for y in outputs]

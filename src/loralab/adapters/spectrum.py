@@ -98,11 +98,7 @@ def compare(one: str | Path, other: str | Path) -> list[dict[str, Any]]:
         AdapterFileError: a folder cannot be read, or no module stands in both.
     """
     first, second = factors(read(one)), factors(read(other))
-    shared = [
-        name
-        for name in first
-        if name in second and first[name][0].shape[1] == second[name][0].shape[1]
-    ]
+    shared = [name for name in first if name in second and first[name][0].shape[1] == second[name][0].shape[1]]
     if not shared:
         raise AdapterFileError(f"{one} and {other} adapt no module of the same name and width")
     rows = []
@@ -130,8 +126,7 @@ def factors(stored: AdapterFolder) -> dict[str, tuple[Tensor, Tensor, float]]:
             raise AdapterFileError(f"{stored.path} has lora_A but no lora_B for {name}")
         if min(A.ndim, B.ndim) < 2 or not len(A) or B.shape[1] != len(A) or not B.numel():
             raise AdapterFileError(
-                f"{stored.path}: lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)} of {name} do "
-                "not fit each other"
+                f"{stored.path}: lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)} of {name} do not fit each other"
             )
         found[name] = (
             A.double().flatten(1),  # fp32 would not hold squares of what it holds

@@ -15,25 +15,19 @@ from torch import Tensor, nn
 Start = Callable[[Tensor, int, float, torch.Generator | None], tuple[Tensor, Tensor]]
 
 
-def kaiming(
-    weight: Tensor, rank: int, factor: float, generator: torch.Generator | None
-) -> tuple[Tensor, Tensor]:
+def kaiming(weight: Tensor, rank: int, factor: float, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
     """A uniform in +-1/sqrt(I), B zero: step 0 is the base model."""
     a, b = _zeros(weight, rank)
     return nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator), b
 
 
-def gaussian(
-    weight: Tensor, rank: int, factor: float, generator: torch.Generator | None
-) -> tuple[Tensor, Tensor]:
+def gaussian(weight: Tensor, rank: int, factor: float, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
     """A normal with deviation 1 / rank, B zero."""
     a, b = _zeros(weight, rank)
     return nn.init.normal_(a, std=1 / rank, generator=generator), b
 
 
-def orthogonal(
-    weight: Tensor, rank: int, factor: float, generator: torch.Generator | None
-) -> tuple[Tensor, Tensor]:
+def orthogonal(weight: Tensor, rank: int, factor: float, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
     """A with orthonormal rows (columns, where rank exceeds I), B zero.
 
     peft calls another start by this name: there both factors are non-zero and B A is zero.
@@ -42,17 +36,13 @@ def orthogonal(
     return nn.init.orthogonal_(a, generator=generator), b
 
 
-def b_kaiming(
-    weight: Tensor, rank: int, factor: float, generator: torch.Generator | None
-) -> tuple[Tensor, Tensor]:
+def b_kaiming(weight: Tensor, rank: int, factor: float, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
     """Both factors Kaiming: step 0 is *not* the base model. For the experiment, not for use."""
     a, b = kaiming(weight, rank, factor, generator)
     return a, nn.init.kaiming_uniform_(b, a=math.sqrt(5), generator=generator)
 
 
-def pissa(
-    weight: Tensor, rank: int, factor: float, generator: torch.Generator | None
-) -> tuple[Tensor, Tensor]:
+def pissa(weight: Tensor, rank: int, factor: float, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
     """The principal part of the weight, so that factor * B A is its best rank-R approximation.
 
     The layer subtracts this start again (see `LinearWithLoRA`): step 0 is the base model.

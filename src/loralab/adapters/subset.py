@@ -111,9 +111,7 @@ class TrainedParameters(Wrapper):
         return self.copies[name].to(self.base._parameters[name].dtype)
 
 
-def biases(
-    model: nn.Module, config: BitFit, generator: torch.Generator | None
-) -> dict[str, Wrapper]:
+def biases(model: nn.Module, config: BitFit, generator: torch.Generator | None) -> dict[str, Wrapper]:
     """BitFit: every bias, those of norms included."""
     found = _chosen(model, config.layers, lambda name: name == "bias")
     if not found:
@@ -124,16 +122,12 @@ def biases(
     return found
 
 
-def everything(
-    model: nn.Module, config: FullFineTune, generator: torch.Generator | None
-) -> dict[str, Wrapper]:
+def everything(model: nn.Module, config: FullFineTune, generator: torch.Generator | None) -> dict[str, Wrapper]:
     """Full fine-tuning: every parameter."""
     return _chosen(model, config.layers, lambda name: True)
 
 
-def probe(
-    model: nn.Module, config: LinearProbe, generator: torch.Generator | None
-) -> dict[str, Wrapper]:
+def probe(model: nn.Module, config: LinearProbe, generator: torch.Generator | None) -> dict[str, Wrapper]:
     """Nothing but the head, which modules_to_save names."""
     return {}
 
@@ -143,8 +137,7 @@ def with_head(model: nn.Module, config: LinearProbe) -> LinearProbe:
     names = config.modules_to_save or tuple(head_names(model))
     if not names:
         raise TargetError(
-            f"{type(model).__name__} has no head by a usual name ({', '.join(HEADS)}); "
-            "name it with modules_to_save"
+            f"{type(model).__name__} has no head by a usual name ({', '.join(HEADS)}); name it with modules_to_save"
         )
     return replace(config, modules_to_save=names)
 
@@ -154,17 +147,13 @@ def fields(config: Any, modules: Mapping[str, Any], paths: list[str]) -> dict[st
     return {"peft_type": TYPES[type(config)], **asdict(config)}
 
 
-def parse(
-    fields: Mapping[str, Any], tensors: Mapping[str, Tensor]
-) -> tuple[Any, Mapping[str, Tensor]]:
+def parse(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[Any, Mapping[str, Tensor]]:
     """The configuration that our own fields describe."""
     kind = next(kind for kind, name in TYPES.items() if name == fields["peft_type"])
     return own_config(kind, fields), tensors
 
 
-def _chosen(
-    model: nn.Module, layers: tuple[int, ...] | None, wanted: Callable[[str], bool]
-) -> dict[str, Wrapper]:
+def _chosen(model: nn.Module, layers: tuple[int, ...] | None, wanted: Callable[[str], bool]) -> dict[str, Wrapper]:
     require_layers([name for name, _ in model.named_modules()], layers)
     shared: dict[int, nn.Parameter] = {}
     found: dict[str, Wrapper] = {}
@@ -174,8 +163,7 @@ def _chosen(
             continue
         if names and not path:
             raise TargetError(
-                f"{type(model).__name__} keeps {names[0]!r} in no module of its own; it cannot "
-                "be trained here"
+                f"{type(model).__name__} keeps {names[0]!r} in no module of its own; it cannot be trained here"
             )
         if names:
             found[path] = TrainedParameters(module, names, shared)

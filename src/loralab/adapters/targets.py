@@ -173,9 +173,7 @@ def blocks(model: nn.Module) -> list[Block]:
                 )
             )
     if not found_blocks:
-        raise TargetError(
-            f"{type(model).__name__} has no numbered blocks of attention and feed-forward layers"
-        )
+        raise TargetError(f"{type(model).__name__} has no numbered blocks of attention and feed-forward layers")
     return found_blocks
 
 
@@ -203,9 +201,7 @@ class _Selection:
         more: what only names and expressions may mean.
     """
 
-    def __init__(
-        self, model: nn.Module, config: Method, candidates: list[str], more: list[str]
-    ) -> None:
+    def __init__(self, model: nn.Module, config: Method, candidates: list[str], more: list[str]) -> None:
         self.model, self.config = model, config
         self.candidates, self.able = candidates, [*candidates, *more]
         self.plain = plain_paths(model)
@@ -295,9 +291,7 @@ class _Selection:
         chosen = [name for name in names if in_preset(self.model, preset, name)]
         if not chosen:
             stacked = stacked_weights(self.model)
-            self._require_no_stacked(
-                preset, [path for path in stacked if in_preset(self.model, preset, path)]
-            )
+            self._require_no_stacked(preset, [path for path in stacked if in_preset(self.model, preset, path)])
             raise _error(
                 f"target_modules {preset!r} finds nothing in {type(self.model).__name__}; "
                 f"name the layers instead: {some(endings(names))}",
@@ -310,11 +304,7 @@ class _Selection:
         if any(self._is(path, (name,)) for path in (*self.able, *self.unable)):
             return  # what is named and cannot be adapted is excluded here, or in other layers
         paths = [path for path, _ in self.model.named_modules() if path]
-        kinds = {
-            type(self.model.get_submodule(path)).__name__
-            for path in paths
-            if self._is(path, (name,))
-        }
+        kinds = {type(self.model.get_submodule(path)).__name__ for path in paths if self._is(path, (name,))}
         if kinds:
             raise _error(
                 f"target_modules {name!r} is no layer that can be adapted "
@@ -323,8 +313,7 @@ class _Selection:
             )
         hint = nearest(name, [*endings(self.able), *PRESETS])
         raise _error(
-            f"target_modules {name!r} matches no module{hint}; "
-            f"linear layers here: {some(endings(self.candidates))}",
+            f"target_modules {name!r} matches no module{hint}; linear layers here: {some(endings(self.candidates))}",
             "unknown_module",
         )
 
@@ -338,8 +327,7 @@ class _Selection:
                 continue
             if self._is(path, names):
                 raise _error(
-                    f"target_modules {target!r}: {path} cannot be adapted, since {reason}; "
-                    "leave it out",
+                    f"target_modules {target!r}: {path} cannot be adapted, since {reason}; leave it out",
                     "not_linear",
                 )
         if not any(self._is(path, names) for path in self.able):

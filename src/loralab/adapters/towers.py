@@ -25,9 +25,7 @@ def tower_of(model: Any, names: list[str], heads: list[str]) -> dict[str, str]:
         outside = [name for name in names if not inside(name, keep)]
         return {name: _part(name, keep) for name in outside}
     towers = _outermost([path for path, m in modules if _has(m, others)])
-    return {
-        name: next(t for t in towers if inside(name, [t])) for name in names if inside(name, towers)
-    }
+    return {name: next(t for t in towers if inside(name, [t])) for name in names if inside(name, towers)}
 
 
 def _configurations(model: Any) -> tuple[Any, list[Any]]:

@@ -231,8 +231,7 @@ def _require_unmerged(module: Any, *_: Any) -> None:
     """
     if module.merged:
         raise AdapterStateError(
-            "load_state_dict would fill in a merged weight, which unmerge() throws away; call "
-            "unmerge() first",
+            "load_state_dict would fill in a merged weight, which unmerge() throws away; call unmerge() first",
             code="merged",
         )
 

@@ -182,9 +182,7 @@ def _as_difference(path: Path) -> Iterator[None]:
         raise CertificateError(f"{path} is no longer what was certified: {error}") from None
 
 
-def _in_fresh_process(
-    path: Path, reference: Reference, base: str | Path | None = None
-) -> Certificate:
+def _in_fresh_process(path: Path, reference: Reference, base: str | Path | None = None) -> Certificate:
     with atomic.explained("a temporary folder ($TMPDIR says where)"):
         temporary = tempfile.TemporaryDirectory()
     with temporary as place:

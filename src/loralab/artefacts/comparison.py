@@ -100,9 +100,7 @@ class Reference:
 
 
 @torch.no_grad()
-def logits_of(
-    model: nn.Module, prompts: Sequence[Sequence[int]], kind: str, tokenizer: Any = None
-) -> Tensor:
+def logits_of(model: nn.Module, prompts: Sequence[Sequence[int]], kind: str, tokenizer: Any = None) -> Tensor:
     """(P, V) in fp32: the last positions of each prompt, or one row a prompt for a classifier.
 
     Args:
@@ -116,9 +114,7 @@ def logits_of(
     return torch.cat(rows)
 
 
-def reference_of(
-    model: nn.Module, prompts: Sequence[Sequence[int]], kind: str, tokenizer: Any = None
-) -> Reference:
+def reference_of(model: nn.Module, prompts: Sequence[Sequence[int]], kind: str, tokenizer: Any = None) -> Reference:
     """All logits of a live model on some prompts."""
     logits = logits_of(model, prompts, kind, tokenizer)
     indices = torch.arange(logits.shape[1]).expand(logits.shape).contiguous()
@@ -132,9 +128,7 @@ def reference_of(
     )
 
 
-def compare(
-    reference: Reference, logits: Tensor, precision: str, device: str = "cpu"
-) -> Certificate:
+def compare(reference: Reference, logits: Tensor, precision: str, device: str = "cpu") -> Certificate:
     """The verdict on logits (P, V), found on a device, that should be those of the reference."""
     values = reference.values.double()
     found = logits.double().gather(1, reference.indices)

@@ -41,9 +41,7 @@ def export(
         CertificateError: what was written does not do what the live model does.
     """
     if to not in TARGETS:
-        raise ConfigError(
-            f"there is no export target {to!r}, only {', '.join(TARGETS)}{nearest(to, TARGETS)}"
-        )
+        raise ConfigError(f"there is no export target {to!r}, only {', '.join(TARGETS)}{nearest(to, TARGETS)}")
     return TARGETS[to](Path(adapter), Path(output), model, precision)
 
 
@@ -90,9 +88,7 @@ def _to_gguf(adapter: Path, output: Path, model: str | None, precision: str | No
     return _proven(live, output, write)
 
 
-def _to_merged(
-    adapter: Path, output: Path, model: str | None, precision: str | None
-) -> Certificate:
+def _to_merged(adapter: Path, output: Path, model: str | None, precision: str | None) -> Certificate:
     return merge(adapter, output, model=model, precision=precision)
 
 

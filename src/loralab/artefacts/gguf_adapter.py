@@ -117,7 +117,5 @@ def _gguf() -> Any:
     try:
         import gguf
     except ImportError:
-        raise ConfigError("a GGUF file needs the package gguf: pip install 'loralab[gguf]'") from (
-            None
-        )
+        raise ConfigError("a GGUF file needs the package gguf: pip install 'loralab[gguf]'") from (None)
     return gguf

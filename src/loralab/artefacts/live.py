@@ -115,9 +115,7 @@ def _copied(own: Given, stored: AdapterFolder) -> Base:
     """Return a copy of a live model, as the adapter's training needs it."""
     record = stored.record.get("base", {})
     copied = Given(copy.deepcopy(own.model), own.tokenizer)
-    return copied.base(
-        record.get("kind") or "", labels=label_names(stored), image_size=record.get("image_size")
-    )
+    return copied.base(record.get("kind") or "", labels=label_names(stored), image_size=record.get("image_size"))
 
 
 def _loaded(name: str, stored: AdapterFolder, precision: str) -> Base:

@@ -117,9 +117,7 @@ def _write_model(live: Live, plain: Any, place: Path, kept: Mapping[str, float])
         live.base.tokenizer.save_pretrained(place)
     for file in place.iterdir():  # safetensors lets only its writer read: a server may be another
         file.chmod((place / "config.json").stat().st_mode)
-    told: dict[str, Any] = {
-        key: record[key] for key in ("task", "tokenizer", "sample") if key in record
-    }
+    told: dict[str, Any] = {key: record[key] for key in ("task", "tokenizer", "sample") if key in record}
     if "seed" in record.get("training", {}):  # tells which rows were held out
         told["training"] = {"seed": record["training"]["seed"]}
     if kept:

@@ -6,42 +6,16 @@ import sys
 import threading
 import warnings
 from types import FrameType
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 from typer.exceptions import Abort, Exit, TyperException
 
-from loralab import __version__
+from loralab.cli.app import app
 from loralab.errors import InputError, LoralabError
 
 INTERRUPTED = 130
 NO_MEMORY = ("can't allocate memory", "out of memory")  # torch says it in a RuntimeError
-app = typer.Typer(
-    name="loralab",
-    help="The laboratory for low-rank adaptation: adapt, train, prove, compare.",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode="rich",
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-
-
-def _show_version(wanted: bool) -> None:
-    if wanted:
-        print(f"loralab {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def _common(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="the version")
-    ] = False,
-    debug: Annotated[bool, typer.Option(help="show the traceback of an error")] = False,
-) -> None:
-    if debug:
-        os.environ["LORALAB_DEBUG"] = "1"
 
 
 def main() -> None:
@@ -60,9 +34,7 @@ def run(arguments: list[str]) -> int:
 
     try:
         train.take_method(arguments)
-        result: Any = typer.main.get_command(app).main(
-            arguments, prog_name="loralab", standalone_mode=False
-        )
+        result: Any = typer.main.get_command(app).main(arguments, prog_name="loralab", standalone_mode=False)
     except (Exception, KeyboardInterrupt) as error:
         return _ended(error)
     if result == INTERRUPTED:  # what typer makes of Ctrl-C

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from loralab.cli import app
-from loralab.cli.train import Json, Model, _print_json, _print_table
+from loralab.cli.app import app
+from loralab.cli.arguments import Json, Model
+from loralab.cli.tables import print_json, print_table
 
 if TYPE_CHECKING:
     from loralab.artefacts.comparison import Certificate
@@ -15,9 +16,7 @@ if TYPE_CHECKING:
 
 AdapterPath = Annotated[Path, typer.Argument(help="an adapter folder")]
 OutputPath = Annotated[Path, typer.Argument(help="a new folder")]
-Precision = Annotated[
-    str | None, typer.Option(help="fp32, bf16 or fp16; that of the training if left out")
-]
+Precision = Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; that of the training if left out")]
 
 
 @app.command()
@@ -33,9 +32,7 @@ def merge(
     """Put an adapter into the base's weights: a full model folder, with its certificate."""
     from loralab.artefacts.merge import merge as run_merge
 
-    certificate = run_merge(
-        adapter, output, model=model, precision=precision, quantize=quantize, force=force
-    )
+    certificate = run_merge(adapter, output, model=model, precision=precision, quantize=quantize, force=force)
     _show_certificate(output, certificate, json_)
 
 
@@ -67,7 +64,7 @@ def check(
 
     verdict = run_check(adapter, target=target, model=model)
     if json_:
-        _print_json({"path": str(adapter), **verdict.to_json()})
+        print_json({"path": str(adapter), **verdict.to_json()})
     else:
         _show_verdict(adapter, verdict)
     if not verdict.as_it_is:
@@ -77,9 +74,7 @@ def check(
 @app.command()
 def verify(
     artefact: Annotated[Path, typer.Argument(help="an adapter folder or a merged model")],
-    base: Annotated[
-        str | None, typer.Option(help="the base of an adapter; the one that it names if left out")
-    ] = None,
+    base: Annotated[str | None, typer.Option(help="the base of an adapter; the one that it names if left out")] = None,
     json_: Json = False,
 ) -> None:
     """Reload an artefact in a fresh process and compare it with its certificate."""
@@ -99,7 +94,7 @@ def inspect(
 
     found = run_inspect(adapter, other)
     if json_:
-        _print_json(found)
+        print_json(found)
     elif other is None:
         _show_summary(found)
     else:
@@ -108,10 +103,10 @@ def inspect(
 
 def _show_certificate(path: Path, certificate: "Certificate", as_json: bool) -> None:
     if as_json:
-        _print_json({"path": str(path), **certificate.to_json()})
+        print_json({"path": str(path), **certificate.to_json()})
         return
     allowed = certificate.tolerance
-    _print_table(
+    print_table(
         f"{path}: {'passed' if certificate.passed else 'FAILED'} in {certificate.precision}",
         [
             ("compared", f"{certificate.prompts} prompts, {certificate.positions} positions"),
@@ -135,7 +130,7 @@ def _show_verdict(adapter: Path, verdict: "Verdict") -> None:
     rows = [("as it is", "yes" if verdict.as_it_is else "no")]
     rows += [(one.what, ways[one.way_out]) for one in verdict.obstacles]
     rows += [("note", note) for note in verdict.notes]
-    _print_table(f"{adapter} for {verdict.target}", rows)
+    print_table(f"{adapter} for {verdict.target}", rows)
 
 
 def _show_summary(summary: dict[str, Any]) -> None:
@@ -152,7 +147,7 @@ def _show_summary(summary: dict[str, Any]) -> None:
     if summary["modules"]:
         ranks = ", ".join(map(str, summary["ranks"]))
         rows.insert(4, ("low-rank updates", f"{len(summary['modules'])}, ranks {ranks}"))
-    _print_table(summary["path"], rows)
+    print_table(summary["path"], rows)
     if summary["modules"]:
         _show_updates(summary["modules"])
     if summary["tensors"]:

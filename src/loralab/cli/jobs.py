@@ -9,8 +9,9 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
+from loralab.cli.arguments import field_names, requested
 from loralab.cli.progress import LINES, duration
-from loralab.cli.train import _print_json, field_names, requested, run_json, show_run
+from loralab.cli.tables import print_json, run_json, show_run
 from loralab.errors import ConfigError, LoralabError, shown
 from loralab.training.jobs import TrainJob, of_job, read_jobs
 
@@ -46,7 +47,7 @@ def _show(found: Sequence[Mapping[str, Any]], as_json: bool) -> None:
     if not world().first:
         return
     if as_json:
-        _print_json({"jobs": found})
+        print_json({"jobs": found})
     for result in found:
         if "error" in result:
             print(f"error: {result['error']}", file=sys.stderr)
@@ -97,9 +98,7 @@ class JobLines:
 
     def __enter__(self) -> "JobLines":
         if sys.stderr.isatty() and not self._console.quiet:
-            self._bars = Progress(
-                BarColumn(30), TextColumn("{task.description}"), console=self._console
-            )
+            self._bars = Progress(BarColumn(30), TextColumn("{task.description}"), console=self._console)
             self._bars.start()
         return self
 
@@ -119,9 +118,7 @@ class JobLines:
     def _step(self, event: dict[str, Any]) -> None:
         name, step, steps = event["job"], event["step"], event["steps"]
         text = f"{name}: step {step}/{steps}  loss {event['loss']:.4f}"
-        text += (
-            f"  {event['tokens_per_second']:.0f} tokens/s  {duration(event['seconds_left'])} left"
-        )
+        text += f"  {event['tokens_per_second']:.0f} tokens/s  {duration(event['seconds_left'])} left"
         if self._bars is not None:
             if name not in self._tasks:
                 self._tasks[name] = self._bars.add_task("", total=steps)

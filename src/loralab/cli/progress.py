@@ -20,9 +20,7 @@ class Bar:
 
     def __enter__(self) -> "Bar":
         if sys.stderr.isatty() and not self._console.quiet:
-            self._bar = Progress(
-                BarColumn(30), TextColumn("{task.description}"), console=self._console
-            )
+            self._bar = Progress(BarColumn(30), TextColumn("{task.description}"), console=self._console)
             self._bar.start()
         return self
 

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from loralab.cli import app
-from loralab.cli.elsewhere import require_ours, require_vllms, serve_by_vllm
+from loralab.cli.app import app
+from loralab.cli.arguments import DEFAULT_MODEL, Json, Model
 from loralab.cli.options import build, with_options
-from loralab.cli.train import DEFAULT_MODEL, Json, Model
+from loralab.cli.vllm import require_ours, require_vllms, serve_by_vllm
 from loralab.errors import ConfigError
 from loralab.serving.settings import Limits, ServeSettings
 
@@ -26,10 +26,7 @@ AllowHost = Annotated[
 ]
 AllowOrigin = Annotated[
     list[str] | None,
-    typer.Option(
-        help="a site whose pages may ask this server, such as https://chat.example.org; may be "
-        "repeated"
-    ),
+    typer.Option(help="a site whose pages may ask this server, such as https://chat.example.org; may be repeated"),
 ]
 
 
@@ -37,36 +34,22 @@ AllowOrigin = Annotated[
 @with_options(ServeSettings, Limits)
 def serve(
     model: Model = None,
-    store: Annotated[
-        Path | None, typer.Option(help="a folder of adapter folders", show_default=False)
-    ] = None,
-    adapter: Annotated[
-        list[str] | None, typer.Option(help="NAME=PATH inside the store; may be repeated")
-    ] = None,
-    pin: Annotated[
-        list[str] | None, typer.Option(help="an adapter that stays in memory; may be repeated")
-    ] = None,
+    store: Annotated[Path | None, typer.Option(help="a folder of adapter folders", show_default=False)] = None,
+    adapter: Annotated[list[str] | None, typer.Option(help="NAME=PATH inside the store; may be repeated")] = None,
+    pin: Annotated[list[str] | None, typer.Option(help="an adapter that stays in memory; may be repeated")] = None,
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 is any that is free", min=0, max=65535)] = 8000,
     allow_host: AllowHost = None,
     allow_origin: AllowOrigin = None,
     keys: Annotated[Path | None, typer.Option(help="TOML file of keys")] = None,
-    no_keys: Annotated[
-        bool, typer.Option("--no-keys", help="let everyone who can reach it ask and load")
-    ] = False,
+    no_keys: Annotated[bool, typer.Option("--no-keys", help="let everyone who can reach it ask and load")] = False,
     engine_name: Annotated[
         str, typer.Option("--engine", help="loralab, or vllm: its server, with what it can serve")
     ] = "loralab",
-    engine_python: Annotated[
-        str | None, typer.Option(help="a Python that has vLLM", show_default=False)
-    ] = None,
+    engine_python: Annotated[str | None, typer.Option(help="a Python that has vLLM", show_default=False)] = None,
     engine_args: Annotated[str, typer.Option(help="arguments of vLLM's own, as one text")] = "",
-    replicas: Annotated[
-        int | None, typer.Option(help="engines behind the address, with --ray", min=1)
-    ] = None,
-    ray: Annotated[
-        str | None, typer.Option(help="a Ray cluster: local, auto, HOST:PORT or ray://HOST:PORT")
-    ] = None,
+    replicas: Annotated[int | None, typer.Option(help="engines behind the address, with --ray", min=1)] = None,
+    ray: Annotated[str | None, typer.Option(help="a Ray cluster: local, auto, HOST:PORT or ray://HOST:PORT")] = None,
     json_: Json = False,
     typed: dict[str, Any] | None = None,
 ) -> None:

@@ -6,19 +6,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from loralab.cli import app
+from loralab.cli.app import app
+from loralab.cli.arguments import DEFAULT_MODEL, Data, Json, Map, Model, Quiet, Resume, mapping_of
 from loralab.cli.options import build, with_options
-from loralab.cli.train import (
-    DEFAULT_MODEL,
-    Data,
-    Json,
-    Map,
-    Model,
-    Quiet,
-    Resume,
-    _mapping,
-    _print_json,
-)
+from loralab.cli.tables import print_json
 from loralab.errors import ConfigError
 from loralab.studies.catalog import STUDIES, require_installed
 from loralab.studies.study import LANGUAGES, Asked
@@ -49,9 +40,7 @@ def study(
     ] = None,
     budget: Annotated[str | None, typer.Option(help="time to spend, as in 20m")] = None,
     resume: Resume = False,
-    skip_invalid: Annotated[
-        bool, typer.Option(help="leave out arms that cannot run on this model")
-    ] = False,
+    skip_invalid: Annotated[bool, typer.Option(help="leave out arms that cannot run on this model")] = False,
     ray: Ray = None,
     lang: Language = "en",
     quiet: Quiet = False,
@@ -67,7 +56,7 @@ def study(
 
     with StudyLines(quiet=quiet or json_) as lines:
         outcome = conduct(
-            name, output_dir=output_dir, asked=asked, mapping=_mapping(map_), budget=budget,
+            name, output_dir=output_dir, asked=asked, mapping=mapping_of(map_), budget=budget,
             resume=resume, skip_invalid=skip_invalid, language=lang, listener=lines, ray=ray,
         )  # fmt: skip
     _show(outcome, lang, json_)
@@ -79,9 +68,7 @@ def recommend(
     model: Model = None,
     data: Data = None,
     map_: Map = None,
-    output_dir: Annotated[
-        Path | None, typer.Option(help="a new folder; none is studies/recommend")
-    ] = None,
+    output_dir: Annotated[Path | None, typer.Option(help="a new folder; none is studies/recommend")] = None,
     budget: Annotated[str, typer.Option(help="time to spend, as in 20m")] = "20m",
     resume: Resume = False,
     ray: Ray = None,
@@ -100,7 +87,7 @@ def recommend(
     with StudyLines(quiet=quiet or json_) as lines:
         outcome = search(
             model=model or DEFAULT_MODEL, data=data, output_dir=output_dir, budget=budget,
-            asked=build(Asked, typed or {}), mapping=_mapping(map_), resume=resume, language=lang,
+            asked=build(Asked, typed or {}), mapping=mapping_of(map_), resume=resume, language=lang,
             listener=lines, ray=ray,
         )  # fmt: skip
     _show(outcome, lang, json_)
@@ -125,7 +112,7 @@ def report(
 def _show(outcome: "Outcome", language: str, as_json: bool) -> None:
     answers = {name: a.sentence.said(language) for name, a in outcome.answers.items()}
     if as_json:
-        _print_json({
+        print_json({
             "folder": str(outcome.folder), "answers": answers, "skipped": dict(outcome.skipped),
             "advice": {name: dict(a.advice) for name, a in outcome.answers.items()},
         })  # fmt: skip

@@ -1,51 +1,43 @@
 """train, plan, evaluate, generate, models, tasks."""
 
 import json
-import shlex
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from loralab.adapters.registry import built_in, method_named, specs
-from loralab.cli import app
-from loralab.cli.options import build, pairs, require_known, with_options
-from loralab.errors import ConfigError, LoralabError, shown
-from loralab.studies.fields import from_toml
+from loralab.adapters.registry import specs
+from loralab.cli.app import app
+from loralab.cli.arguments import (
+    DEFAULT_MODEL,
+    METHODS,
+    NAMES,
+    ConfigFile,
+    Data,
+    Jobs,
+    Json,
+    Map,
+    MethodName,
+    Model,
+    Quiet,
+    Resume,
+    given_fields,
+    mapping_of,
+    method_in,
+    requested,
+)
+from loralab.cli.jobs import train_jobs
+from loralab.cli.options import build, with_options
+from loralab.cli.tables import print_json, print_table, run_json, show_listing, show_run
+from loralab.errors import ConfigError
 from loralab.training.settings import Evaluation, Training
-from loralab.values import read_toml
 
 if TYPE_CHECKING:
     from loralab.training.plan import Plan
-    from loralab.training.run import Run
-
-DEFAULT_MODEL = "smollm2-135m"
-METHODS = [spec.config for spec in built_in().values()]
-NAMES = [*built_in(), *(name for spec in built_in().values() for name in spec.variants)]
-Model = Annotated[
-    str | None, typer.Option(help="short name, folder, GGUF file or hub id", show_default=False)
-]
-Data = Annotated[
-    str | None, typer.Option(help="task name, file, folder or hub id", show_default=False)
-]
-Map = Annotated[
-    str | None,
-    typer.Option("--map", help="rename columns: text=review,label=stars; stars= leaves one out"),
-]
-Json = Annotated[bool, typer.Option("--json", help="one JSON document on standard output")]
-Quiet = Annotated[bool, typer.Option(help="no progress")]
-Resume = Annotated[bool, typer.Option(help="go on from where an earlier start was cut off")]
-ConfigFile = Annotated[Path | None, typer.Option(help="TOML file; what is typed here overrides it")]
-Jobs = Annotated[
-    Path | None, typer.Option(help="TOML file of several trainings, made together on one base")
-]
-MethodName = Annotated[
-    str | None, typer.Option(help=f"one of: {', '.join(NAMES)}", show_default=False)
-]
 
 
 @app.command()
@@ -69,11 +61,10 @@ def train(
             raise ConfigError("give one of --config and --jobs; the latter has the common fields")
         own = {"model": model, "data": data, "method": method, "map": map_}
         common = {**(typed or {}), **{k: v for k, v in own.items() if v is not None}}
-        from loralab.cli.jobs import train_jobs
 
         train_jobs(jobs, output_dir, common, resume=resume, quiet=quiet, as_json=json_)
         return
-    given = _given(config, typed, model=model, data=data, method=method, map=map_)
+    given = given_fields(config, typed, model=model, data=data, method=method, map=map_)
     request = requested(given, config)
     output = output_dir or given.get("output_dir")
     if output is None:
@@ -85,7 +76,7 @@ def train(
         run = run_training(**request, output_dir=output, resume=resume, listener=bar)
     result = run_json(run)
     if result and json_:
-        _print_json(result)
+        print_json(result)
     elif result:
         show_run(result)
 
@@ -102,13 +93,13 @@ def plan(
     typed: dict[str, Any] | None = None,
 ) -> None:
     """Show what train would do and cost; trains nothing."""
-    given = _given(config, typed, model=model, data=data, method=method, map=map_)
+    given = given_fields(config, typed, model=model, data=data, method=method, map=map_)
     request = requested(given, config)
     from loralab.training.plan import plan as make_plan
 
     result = make_plan(**request)
     if json_:
-        _print_json(result.to_json())
+        print_json(result.to_json())
     else:
         _show_plan(result)
 
@@ -133,27 +124,23 @@ def evaluate(
     from loralab import atomic
     from loralab.training.evaluation import evaluate as score
 
-    scores = score(
-        data=data, model=model, adapter=adapter, evaluation=evaluation, mapping=_mapping(map_)
-    )
+    scores = score(data=data, model=model, adapter=adapter, evaluation=evaluation, mapping=mapping_of(map_))
     if predictions is not None:
         lines = (json.dumps(vars(p), ensure_ascii=False) for p in scores.predictions)
         atomic.write_file(predictions, "".join(line + "\n" for line in lines))
     for note in scores.notes:
         print(f"note: {note}", file=sys.stderr)
     if json_:
-        _print_json({"metrics": scores.metrics, "rows": scores.rows, "split": scores.split})
+        print_json({"metrics": scores.metrics, "rows": scores.rows, "split": scores.split})
         return
     which = "of all" if scores.split == "all" else f"of the {scores.split} split"
     title = f"{data}, {scores.rows} rows {which}"
-    _print_table(title, [(name, f"{value:.4f}") for name, value in scores.metrics.items()])
+    print_table(title, [(name, f"{value:.4f}") for name, value in scores.metrics.items()])
 
 
 @app.command()
 def generate(
-    prompt: Annotated[
-        list[str] | None, typer.Argument(help="or one a line on standard input")
-    ] = None,
+    prompt: Annotated[list[str] | None, typer.Argument(help="or one a line on standard input")] = None,
     model: Model = None,
     adapter: Annotated[list[Path] | None, typer.Option(help="may be repeated")] = None,
     base: Annotated[bool, typer.Option(help="also ask the base model")] = True,
@@ -178,7 +165,7 @@ def generate(
         max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, precision=precision,
     )  # fmt: skip
     if json_:
-        _print_json(found)
+        print_json(found)
         return
     from rich.console import Console
     from rich.table import Table
@@ -197,7 +184,7 @@ def models(json_: Json = False) -> None:
     """List the models that can be named after --model, and whether they are here."""
     from loralab.models.catalog import listing
 
-    _show_listing("models; folders, GGUF files and hub ids work too", listing(), json_)
+    show_listing("models; folders, GGUF files and hub ids work too", listing(), json_)
 
 
 @app.command()
@@ -205,54 +192,7 @@ def tasks(json_: Json = False) -> None:
     """List the tasks that can be named after --data, and whether their data is here."""
     from loralab.tasks.catalog import listing
 
-    _show_listing("tasks; files, folders and hub ids work too", listing(), json_)
-
-
-def _given(
-    config: Path | None, typed: Mapping[str, Any] | None, **own: str | None
-) -> dict[str, Any]:
-    """The configuration file, overridden by what was typed."""
-    fields = {*own, "output_dir", *field_names()}
-    stored = from_toml(config, fields) if config is not None else {}
-    return {**stored, **(typed or {}), **{k: v for k, v in own.items() if v is not None}}
-
-
-def requested(given: Mapping[str, Any], config: Path | None = None) -> dict[str, Any]:
-    """What train() and plan() take.
-
-    Args:
-        config: a file that some of it is from, for errors.
-
-    Raises:
-        InputError: a field is missing, unknown, or has a wrong value.
-    """
-    try:
-        return _requested(given)
-    except LoralabError as error:
-        if config is None:
-            raise
-        text = f"with --config {config}: {error}"
-        raise type(error)(text, code=error.code, field=error.field) from None
-
-
-def _requested(given: Mapping[str, Any]) -> dict[str, Any]:
-    if "data" not in given:
-        raise ConfigError("give --data: a task name, a file, a folder or a hub id")
-    for name in ("model", "data", "method", "output_dir"):
-        if not isinstance(given.get(name, ""), str):
-            raise ConfigError(f"{name} must be a text, got {shown(given[name])}")
-    spec, implied = method_named(str(given.get("method", "lora")))
-    given = {**implied, **given}
-    others = [other.config for other in specs().values() if other is not spec]
-    require_known(given, (spec.config, Training), others, spec.name)
-    columns = given.get("map", {})
-    return {
-        "model": given.get("model", DEFAULT_MODEL),
-        "data": given["data"],
-        "method": build(spec.config, given),
-        "training": build(Training, given),
-        "mapping": _mapping(columns) if isinstance(columns, str) else columns,
-    }
+    show_listing("tasks; files, folders and hub ids work too", listing(), json_)
 
 
 def take_method(arguments: Sequence[str]) -> None:
@@ -261,79 +201,14 @@ def take_method(arguments: Sequence[str]) -> None:
         return
     words = [w for word in arguments for w in (word.split("=", 1) if word[:2] == "--" else [word])]
     typed = dict(pairwise(words))
-    name = typed.get("--method") or _method_in(typed.get("--config"))
+    name = typed.get("--method") or method_in(typed.get("--config"))
     found = None if name is None or name.lower() in NAMES else specs().get(name.lower())
     for command in (train, plan):
         command.take_options(*[found.config] if found else [])  # type: ignore[attr-defined]
 
 
-def _method_in(config: str | None) -> str | None:
-    """Return the method of a TOML file; what is wrong with the file is said when it is used."""
-    try:
-        return str(read_toml(Path(config))["method"]) if config else None
-    except (LoralabError, KeyError):
-        return None
-
-
-def field_names() -> set[str]:
-    """The fields of all methods and of Training."""
-    from dataclasses import fields
-
-    configs = (*(spec.config for spec in specs().values()), Training)
-    return {field.name for config in configs for field in fields(config)}
-
-
-def _mapping(text: str | None) -> dict[str, str]:
-    return pairs(text, "map") if text else {}
-
-
-def run_json(run: "Run") -> dict[str, Any]:
-    """A run in JSON; empty in all processes but the first of several."""
-    if run.certificate is None:
-        return {}
-    total = sum(p.numel() for p in run.base.model.parameters())
-    size = sum(f.stat().st_size for f in run.output_dir.glob("adapter_model.safetensors"))
-    return {
-        "output_dir": str(run.output_dir), "stopped": run.stopped, "steps": run.steps,
-        "best_step": run.best_step, "validation": dict(run.scores["validation"].metrics),
-        "validation_rows": run.scores["validation"].rows,
-        "trainable": run.adapter.num_parameters, "total": total, "adapter_bytes": size,
-        "seconds": run.seconds, "tokens": run.tokens, "tokens_per_second": run.tokens_per_second,
-        "peak_bytes": run.peak_bytes, "certificate": run.certificate.to_json(),
-    }  # fmt: skip
-
-
-def show_run(result: Mapping[str, Any]) -> None:
-    """A run as a table, and what can be done next."""
-    proof = result["certificate"]
-    metrics = "  ".join(f"{name} {value:.4f}" for name, value in result["validation"].items())
-    folder, quoted = result["output_dir"], shlex.quote(result["output_dir"])
-    _print_table(
-        f"{folder}: {result['stopped']} after {result['steps']} steps",
-        [
-            ("validation", f"{metrics}  ({result['validation_rows']} rows)"),
-            ("saved weights", f"of step {result['best_step']}"),
-            ("trained", f"{result['trainable']:,} of {result['total']:,} parameters"),
-            ("adapter on disk", f"{result['adapter_bytes'] / 1e6:.1f} MB"),
-            ("time", f"{result['seconds']:.0f} s, {result['tokens_per_second']:.0f} tokens/s"),
-            ("peak memory", f"{result['peak_bytes'] / 1e9:.2f} GB"),
-            ("reloaded", f"passed; max |d logit| {proof['max_logit_difference']:.1e}, "
-             f"mean KL {proof['mean_kl']:.1e}"),
-        ],
-    )  # fmt: skip
-    print("next:")
-    for command in (
-        f"loralab evaluate --adapter {quoted} --data ...",
-        f"loralab generate --adapter {quoted} 'a prompt'",
-        f"loralab merge {quoted} {shlex.quote(folder + '-merged')}",
-    ):
-        print(f"  {command}")
-
-
 def _show_plan(plan: "Plan") -> None:
-    groups = Counter(
-        (m.name.rpartition(".")[2], m.kind, m.shape, m.rank, m.parameters) for m in plan.modules
-    )
+    groups = Counter((m.name.rpartition(".")[2], m.kind, m.shape, m.rank, m.parameters) for m in plan.modules)
     rows = [
         (f"{count} x {name}", f"{kind} {' x '.join(map(str, shape))}, "
          + (f"rank {rank}, " if rank else "in full, ") + f"{parameters:,} each")
@@ -352,31 +227,4 @@ def _show_plan(plan: "Plan") -> None:
         option, peak = next(iter(plan.smaller.items()))
         rows.append(("would lower it most", f"{option}: to {peak / 1e9:.1f} GB"))
     rows += [("note", note) for note in plan.notes]
-    _print_table(f"{plan.model} ({plan.kind}) on {plan.data}", rows)
-
-
-def _show_listing(title: str, entries: list[dict[str, Any]], as_json: bool) -> None:
-    if as_json:
-        _print_json(entries)
-        return
-    rows = [
-        (entry["name"], f"{entry['description']}; {entry['licence']}\n"
-         + ("present" if entry["present"] else f"not here; get it with: {entry['get']}"))
-        for entry in entries
-    ]  # fmt: skip
-    _print_table(title, rows)
-
-
-def _print_table(title: str, rows: Iterable[tuple[str, str]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title=Text(title), show_header=False, title_justify="left")
-    for name, value in rows:
-        table.add_row(Text(name), Text(value))
-    Console().print(table)
-
-
-def _print_json(content: Any) -> None:
-    print(json.dumps(content, indent=2, ensure_ascii=False, default=str))
+    print_table(f"{plan.model} ({plan.kind}) on {plan.data}", rows)

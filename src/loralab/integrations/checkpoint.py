@@ -45,9 +45,7 @@ class CheckpointState:
             model: what the state is filled into, with whatever shells stand around the adapted one.
         """
         prefix = self._prefix(model)
-        about = torch.frombuffer(
-            bytearray(json.dumps(self._about(step)).encode()), dtype=torch.uint8
-        )
+        about = torch.frombuffer(bytearray(json.dumps(self._about(step)).encode()), dtype=torch.uint8)
         tensors = {f"{prefix}{ABOUT}": about}
         for key, tensor in self._own().items():
             tensors[prefix + key] = tensor.detach().cpu().contiguous()
@@ -64,8 +62,7 @@ class CheckpointState:
             "step": step,
             "method": type(adapter.config).__name__,
             "settings": json.loads(json.dumps(asdict(adapter.config))),
-            "base": adapter.base_fingerprint
-            or fingerprint(adapter.model, frozenset(adapter.saved)),
+            "base": adapter.base_fingerprint or fingerprint(adapter.model, frozenset(adapter.saved)),
         }
 
     def _own(self) -> dict[str, Tensor]:
@@ -80,9 +77,7 @@ class CheckpointState:
                 found[key] = tensor
         return found
 
-    def _compare(
-        self, module: nn.Module, state: Mapping[str, Tensor], prefix: str, *_: Any
-    ) -> None:
+    def _compare(self, module: nn.Module, state: Mapping[str, Tensor], prefix: str, *_: Any) -> None:
         """Refuse a state of another adapter or base, and take AdaLoRA's step from it.
 
         Raises:

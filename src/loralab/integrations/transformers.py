@@ -106,9 +106,7 @@ class LoraCallback(TrainerCallback):
         if not args.fp16 and not all(map(learning.finite, gradients)):
             raise learning.not_finite(self.adapter, state.global_step + 1)
 
-    def on_optimizer_step(
-        self, args: Any, state: Any, control: Any, *, optimizer: Any = None, **_: Any
-    ) -> None:
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, *, optimizer: Any = None, **_: Any) -> None:
         """Let AdaLoRA move its ranks; after the third step all that is trained must have moved.
 
         Raises:
@@ -197,9 +195,7 @@ def _require_rates(adapter: Adapter, optimizer: torch.optim.Optimizer) -> None:
     times = getattr(adapter.config, "lora_plus", 1)
     if times == 1:
         return
-    rates = {
-        id(p): g.get("initial_lr", g["lr"]) for g in optimizer.param_groups for p in g["params"]
-    }
+    rates = {id(p): g.get("initial_lr", g["lr"]) for g in optimizer.param_groups for p in g["params"]}
     fast: set[float] = set()
     slow: set[float] = set()
     for name, parameter in learning.trained(adapter).items():

@@ -60,6 +60,5 @@ def how_to_get(entry: Packaged) -> str:
 def listing() -> list[dict[str, Any]]:
     """The short names, and whether their models are here."""
     return [
-        {**asdict(entry), "present": locate(entry) is not None, "get": how_to_get(entry)}
-        for entry in MODELS.values()
+        {**asdict(entry), "present": locate(entry) is not None, "get": how_to_get(entry)} for entry in MODELS.values()
     ]

@@ -15,9 +15,7 @@ from loralab.errors import ModelError, some
 from loralab.models.kinds import class_named
 
 
-def new_modules(
-    name: str, model: Any, report: Mapping[str, Any], *, new_head: bool
-) -> tuple[str, ...]:
+def new_modules(name: str, model: Any, report: Mapping[str, Any], *, new_head: bool) -> tuple[str, ...]:
     """Paths of the modules that the file has nothing for, the outermost of each.
 
     Args:

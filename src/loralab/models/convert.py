@@ -57,9 +57,7 @@ def _write_gguf(file: Path, name: str, own: Path) -> None:
     with tempfile.TemporaryDirectory() as alone:  # nothing that lies beside the file is read
         (Path(alone) / file.name).symlink_to(file.resolve())
         config = AutoConfig.from_pretrained(alone, **options)
-        require_plausible(
-            file.name, file.stat().st_size, lambda: AutoModelForCausalLM.from_config(config)
-        )
+        require_plausible(file.name, file.stat().st_size, lambda: AutoModelForCausalLM.from_config(config))
         tokenizer = AutoTokenizer.from_pretrained(alone, **options)
         model = AutoModelForCausalLM.from_pretrained(alone, dtype=torch.float32, **options)
     _forget_quantization(model)

@@ -142,11 +142,7 @@ class _Head:
 
     def _require_inside(self, extents: list[tuple[int, int]], alignment: Any) -> None:
         """Every tensor lies in the file, and no two in the same place."""
-        if (
-            not isinstance(alignment, int)
-            or not 0 < alignment <= 1 << 20
-            or alignment & alignment - 1
-        ):
+        if not isinstance(alignment, int) or not 0 < alignment <= 1 << 20 or alignment & alignment - 1:
             raise self._error(f"general.alignment is {shown(alignment)}")
         start = -(-(self._size - self._left) // alignment) * alignment
         end = 0
@@ -165,7 +161,5 @@ class _Head:
             end = key.partition(".")[2]
             most = len(blocks) if end == "block_count" else widest
             numbers = value if isinstance(value, list) else [value]
-            if end in (*WIDTHS, "block_count") and any(
-                not isinstance(n, int) or not 0 <= n <= most for n in numbers
-            ):
+            if end in (*WIDTHS, "block_count") and any(not isinstance(n, int) or not 0 <= n <= most for n in numbers):
                 raise self._error(f"{key} is {shown(value)}, and no tensor is that large ({most})")

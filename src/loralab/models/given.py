@@ -86,9 +86,7 @@ class Given:
             )
         return own
 
-    def base(
-        self, kind: str = "", *, labels: Sequence[str] = (), image_size: int | None = None
-    ) -> Base:
+    def base(self, kind: str = "", *, labels: Sequence[str] = (), image_size: int | None = None) -> Base:
         """Return the model as a base: in evaluation mode, with a tokenizer that pads on the right.
 
         Args:
@@ -167,9 +165,7 @@ def given(model: Any, tokenizer: Any) -> Given | None:
             )
         return None
     if not isinstance(model, nn.Module):
-        raise ConfigError(
-            f"model must be {ACCEPTED}, found {shown(model)}", code="not_a_model", field="model"
-        )
+        raise ConfigError(f"model must be {ACCEPTED}, found {shown(model)}", code="not_a_model", field="model")
     if not hasattr(getattr(model, "config", None), "model_type"):
         raise ModelError(
             f"{type(model).__name__} has no config; a live model must be one of transformers (for "
@@ -178,9 +174,7 @@ def given(model: Any, tokenizer: Any) -> Given | None:
             field="model",
         )
     if next(model.parameters(), None) is None:
-        raise ModelError(
-            f"{type(model).__name__} has no parameters", code="no_weights", field="model"
-        )
+        raise ModelError(f"{type(model).__name__} has no parameters", code="no_weights", field="model")
     if tokenizer is None:
         raise ConfigError(
             f"give tokenizer=, the one of {type(model).__name__}: a live model has none",
@@ -249,10 +243,7 @@ def _kind(model: Any, config: Any, name: str) -> str:
 def _require_plain(model: Any, config: Any, kind: str, name: str) -> None:
     """Refuse what could not be rebuilt from its configuration and its weights."""
     require_kind(name, config, kind)
-    if (
-        len(devices := {p.device for p in model.parameters()}) > 1
-        or torch.device("meta") in devices
-    ):
+    if len(devices := {p.device for p in model.parameters()}) > 1 or torch.device("meta") in devices:
         raise ModelError(
             f"{name} is on {some(map(str, devices))}; all of it must be on one device",
             code="several_devices",
@@ -266,8 +257,7 @@ def _require_plain(model: Any, config: Any, kind: str, name: str) -> None:
         )
     if kind == SENTENCES and getattr(model, "pooler", None) is not None:
         raise ModelError(
-            f"{name} has a pooler, which sentences do not use; make it with "
-            "add_pooling_layer=False",
+            f"{name} has a pooler, which sentences do not use; make it with add_pooling_layer=False",
             code="pooler_unused",
             field="model",
         )

@@ -86,10 +86,7 @@ def as_trained(base: Base, stored: Mapping[str, Any], whose: object) -> Base:
     """
     digest = stored.get("digest")
     if digest is not None and digest != tokenizer_digest(base.tokenizer):
-        _warn(
-            f"the tokenizer of {base.name} is not the one that {whose} was trained with, so its "
-            "answers will differ"
-        )
+        _warn(f"the tokenizer of {base.name} is not the one that {whose} was trained with, so its answers will differ")
     changed = changes(base, stored)
     warn_of(changed, base, whose)
     return reworded(base, changed) if changed else base

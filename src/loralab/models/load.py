@@ -248,10 +248,7 @@ def _require_model_folder(name: str, path: Path) -> None:
         raise ModelError(f"{name} is no model folder: it has no config.json")
     if not any(path.glob("*.safetensors")):
         if any(path.glob("*.bin")) or any(path.glob("*.pt")):
-            raise ModelError(
-                f"{name} holds its weights as a pickle, which can run code; "
-                "convert them to safetensors"
-            )
+            raise ModelError(f"{name} holds its weights as a pickle, which can run code; convert them to safetensors")
         raise ModelError(f"{name} holds no weights (*.safetensors)")
     require_folder(name, path)
 

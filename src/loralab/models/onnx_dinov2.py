@@ -46,11 +46,7 @@ def write_folder(file: Path, folder: Path) -> None:
 
 def _tensors(file: Path, nodes: Any, held: dict[str, Tensor]) -> dict[str, Tensor]:
     """The backbone's tensors under the names of Dinov2Model."""
-    found = {
-        name.removeprefix(PREFIX): tensor
-        for name, tensor in held.items()
-        if name.startswith(PREFIX)
-    }
+    found = {name.removeprefix(PREFIX): tensor for name, tensor in held.items() if name.startswith(PREFIX)}
     for node in nodes:
         layer = re.fullmatch(r"/backbone/(encoder/layer\.\d+/.+)/MatMul", node.name)
         constants = [name for name in node.input if name in held]

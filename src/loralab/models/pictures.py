@@ -132,8 +132,7 @@ def _from_file(name: str, file: Path, usual: Pictures) -> Pictures:
     finite = all(map(math.isfinite, (*mean, *std)))
     if len(mean) != usual.channels or len(std) != usual.channels or not all(std) or not finite:
         raise ModelError(
-            f"{name}: {FILE} must give {usual.channels} means and deviations above 0, "
-            f"found {mean} and {std}"
+            f"{name}: {FILE} must give {usual.channels} means and deviations above 0, found {mean} and {std}"
         )
     return Pictures(size=size, mean=mean, std=std)
 

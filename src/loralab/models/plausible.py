@@ -48,9 +48,7 @@ def require_folder(name: str, path: Path) -> None:
         if key == "num_labels" and number > MOST_LABELS:
             raise ModelError(f"{name}: {CONFIG} has {key} {value}; the most is {MOST_LABELS:,}")
         if LAYERS.fullmatch(key) and number > max(tensors, FEW_LAYERS):
-            raise ModelError(
-                f"{name}: {CONFIG} has {key} {value}, and the weights are {tensors} tensors"
-            )
+            raise ModelError(f"{name}: {CONFIG} has {key} {value}, and the weights are {tensors} tensors")
 
 
 def require_weights(name: str, path: Path) -> int:
@@ -79,9 +77,7 @@ def require_plausible(name: str, weights: int, build: Callable[[], Any]) -> None
         model = build()
     size = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
     if size > PER_BYTE * weights + SPARE:
-        raise ModelError(
-            f"{name} describes a model of {size:,} numbers, and its weights have {weights:,} bytes"
-        )
+        raise ModelError(f"{name} describes a model of {size:,} numbers, and its weights have {weights:,} bytes")
 
 
 def _require_small(name: str, path: Path) -> None:

@@ -50,9 +50,7 @@ class QuantizedLinear(nn.Linear):
     are `weight` and nowhere else, so that who splits or moves parameters has all of them.
     """
 
-    def __init__(
-        self, packed: Packed, bias: Tensor | None, shape: tuple[int, int], dtype: torch.dtype
-    ) -> None:
+    def __init__(self, packed: Packed, bias: Tensor | None, shape: tuple[int, int], dtype: torch.dtype) -> None:
         nn.Module.__init__(self)
         self.out_features, self.in_features = shape
         self.compute_dtype = dtype

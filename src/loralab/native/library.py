@@ -151,9 +151,7 @@ def _run(*command: str) -> None:
 
 def _digest(compiler: str) -> str:
     """Of all that the machine code depends on: source, flags, compiler and processor."""
-    version = subprocess.run(
-        [compiler, "--version"], check=True, capture_output=True, timeout=PATIENCE
-    ).stdout
+    version = subprocess.run([compiler, "--version"], check=True, capture_output=True, timeout=PATIENCE).stdout
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
     processor = next((line for line in lines if line.startswith("flags")), platform.processor())

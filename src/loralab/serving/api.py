@@ -158,9 +158,7 @@ def _add_state(app: FastAPI, service: Service) -> None:
 
 async def _models(service: Service, key: Key | None) -> dict[str, Any]:
     engine, entries = service.engine, await service.visible(key)
-    found = shapes.listed(
-        service.base_id, engine.base.kind, engine.context, entries, service.started
-    )
+    found = shapes.listed(service.base_id, engine.base.kind, engine.context, entries, service.started)
     if key is not None and not key.base:
         found["data"] = found["data"][1:]
     return found
@@ -216,9 +214,7 @@ async def _answered(
     param = "prompt" if isinstance(body, CompletionBody) else "messages"
     choices = body.n or 1
     asked = [
-        (ids, body.sampling(service.room(ids, entry, param), choice))
-        for ids in prompts
-        for choice in range(choices)
+        (ids, body.sampling(service.room(ids, entry, param), choice)) for ids in prompts for choice in range(choices)
     ]
     grant = service.admit(key, sum(len(ids) + sampling.max_tokens for ids, sampling in asked))
     try:
@@ -246,9 +242,7 @@ async def _answered(
     return JSONResponse(shape.whole(done), headers=headers)
 
 
-def _submitted(
-    service: Service, asked: Sequence[tuple[Sequence[int], Any]], entry: "Entry | None"
-) -> list[Answer]:
+def _submitted(service: Service, asked: Sequence[tuple[Sequence[int], Any]], entry: "Entry | None") -> list[Answer]:
     """All of them or none."""
     answers: list[Answer] = []
     try:
@@ -262,9 +256,7 @@ def _submitted(
     return answers
 
 
-async def _classified(
-    service: Service, request: Request, body: ClassifyBody, key: Key | None
-) -> Response:
+async def _classified(service: Service, request: Request, body: ClassifyBody, key: Key | None) -> Response:
     entry = await service.model(body.model, key)
     engine = service.engine
     given = body.inputs()
@@ -274,9 +266,7 @@ async def _classified(
     grant = service.admit(key, 0)
     try:
         waiting = await service.aside(lambda: engine.classify(given, adapter=entry))
-        ranked = await guarded(
-            request.receive, _awaited(waiting), service.limits.timeout, cancel=waiting.cancel
-        )
+        ranked = await guarded(request.receive, _awaited(waiting), service.limits.timeout, cancel=waiting.cancel)
     except LoralabError as error:
         raise translated(error, "input") from None
     service.settle(grant, sum(one.tokens for one in ranked))
@@ -302,9 +292,7 @@ def _add_store(app: FastAPI, service: Service) -> None:
         service.require_working()
         body = await service.body(request, LoadBody)
         entry = await _changed(
-            lambda: service.engine.store.load(
-                body.lora_name, body.lora_path, replace=body.load_inplace is not False
-            ),
+            lambda: service.engine.store.load(body.lora_name, body.lora_path, replace=body.load_inplace is not False),
             "lora_path",
         )
         text = f"Success: LoRA adapter '{entry.name}' added successfully."

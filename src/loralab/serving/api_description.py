@@ -81,9 +81,7 @@ def _paths(keys: bool) -> Json:
     state, asked = _told(answers.StoreState), _asked(keys)
     health = _operation(False, "whether the server answers", _told(answers.Health), (503,))
     own = _operation(False, "this document", {JSON: {"schema": {"type": "object"}}})
-    metrics = _operation(
-        keys, "numbers for Prometheus", {TEXT: {"schema": {"type": "string"}}}, (403,)
-    )
+    metrics = _operation(keys, "numbers for Prometheus", {TEXT: {"schema": {"type": "string"}}}, (403,))
     model = _operation(keys, "one model", _told(answers.Model), (404,))
     return {
         "/openapi.json": {"get": own},

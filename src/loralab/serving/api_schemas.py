@@ -224,9 +224,7 @@ class CompletionBody(_Asked):
             room: tokens that an answer may have at most, at least 1.
         """
         asked = DEFAULT_TOKENS if self.max_tokens is None else self.max_tokens
-        return self._sampling(
-            min(asked, room), self.logprobs, choice, continues=True, echo=bool(self.echo)
-        )
+        return self._sampling(min(asked, room), self.logprobs, choice, continues=True, echo=bool(self.echo))
 
 
 class TextPart(Body):
@@ -286,9 +284,7 @@ class ChatBody(_Asked):
     def sampling(self, room: int, choice: int) -> Sampling:
         """How choice number `choice` is drawn; without a length it may fill the `room`."""
         if self.top_logprobs is not None and not self.logprobs:
-            raise ApiError(
-                400, "top_logprobs needs logprobs: true", param="top_logprobs", code="invalid_value"
-            )
+            raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs", code="invalid_value")
         told = (self.top_logprobs or 0) if self.logprobs else None
         limits = [n for n in (self.max_completion_tokens, self.max_tokens) if n is not None]
         return self._sampling(min([*limits, room]), told, choice)
@@ -311,9 +307,7 @@ class Picture(Body):
         try:
             return base64.b64decode(text, validate=True)
         except (binascii.Error, ValueError):
-            raise ApiError(
-                400, "image must be a picture file in base64", param="input", code="invalid_value"
-            ) from None
+            raise ApiError(400, "image must be a picture file in base64", param="input", code="invalid_value") from None
 
 
 class ClassifyBody(_Request):

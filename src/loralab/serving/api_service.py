@@ -236,9 +236,7 @@ class Service:
         if isinstance(prompt, str):
             self.require_fitting(len(prompt), "prompt")
             row = {"text": prompt}
-            prompt = list(
-                await self.aside(lambda: prompt_ids(TEXT, row, self.engine.base.tokenizer))
-            )
+            prompt = list(await self.aside(lambda: prompt_ids(TEXT, row, self.engine.base.tokenizer)))
         size = len(self.engine.base.tokenizer)
         self.require_fitting(len(prompt), "prompt")  # so few numbers are looked at quickly
         if bad := [number for number in prompt if not 0 <= number < size]:
@@ -291,9 +289,7 @@ def about(engine: "Engine") -> About:
     )  # fmt: skip
 
 
-async def read_content(
-    request: Request, most: int, arrive: Callable[[int], None] = lambda size: None
-) -> bytes:
+async def read_content(request: Request, most: int, arrive: Callable[[int], None] = lambda size: None) -> bytes:
     """The body; no more than so many bytes of it are ever kept.
 
     Args:

@@ -79,9 +79,7 @@ class CompletionShape(_Shape):
 
     def whole(self, done: Sequence[Completed]) -> Json:
         """The body of an answer that is not streamed."""
-        choices = [
-            self._choice(i, c.text, self._told(c), c.finished.reason) for i, c in enumerate(done)
-        ]
+        choices = [self._choice(i, c.text, self._told(c), c.finished.reason) for i, c in enumerate(done)]
         return self._body(choices, done)
 
     def _told(self, one: Completed) -> Json | None:
@@ -143,9 +141,7 @@ class ChatShape(_Shape):
         return self.chunk([self._delta(index, {}, reason=end.reason)])
 
     @staticmethod
-    def _delta(
-        index: int, delta: Json, logprobs: Json | None = None, reason: str | None = None
-    ) -> Json:
+    def _delta(index: int, delta: Json, logprobs: Json | None = None, reason: str | None = None) -> Json:
         return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
 
 

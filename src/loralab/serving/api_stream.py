@@ -107,21 +107,15 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(
-        self, gathered: Gathered, shape: Shape, seconds: float, headers: dict[str, str]
-    ) -> None:
-        super().__init__(
-            headers={**headers, "Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-        )
+    def __init__(self, gathered: Gathered, shape: Shape, seconds: float, headers: dict[str, str]) -> None:
+        super().__init__(headers={**headers, "Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._gathered, self._shape, self._seconds = gathered, shape, seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send until the end, or until the client is gone."""
         with contextlib.suppress(ClientGoneError, ApiError):
-            await guarded(
-                receive, self._write(send), self._seconds + GRACE, cancel=self._gathered.cancel
-            )
+            await guarded(receive, self._write(send), self._seconds + GRACE, cancel=self._gathered.cancel)
 
     async def _write(self, send: Send) -> None:
         await send({
@@ -167,9 +161,7 @@ async def guarded(
     """
     task, gone = asyncio.create_task(work), asyncio.create_task(_gone(receive))
     try:
-        done, _ = await asyncio.wait(
-            {task, gone}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED
-        )
+        done, _ = await asyncio.wait({task, gone}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         if task in done:
             return task.result()
         raise ClientGoneError if gone in done else _late(seconds)

@@ -53,9 +53,7 @@ class TokenBytes(dict[int, bytes | None]):
     def decode(self, tokens: Sequence[int], *, special: bool = False) -> str:
         """The text of some tokens; special ones are named only if asked for."""
         return str(
-            self._tokenizer.decode(
-                list(tokens), skip_special_tokens=not special, clean_up_tokenization_spaces=False
-            )
+            self._tokenizer.decode(list(tokens), skip_special_tokens=not special, clean_up_tokenization_spaces=False)
         )
 
     def label(self, token: int, raw: bytes) -> str:

@@ -68,9 +68,7 @@ class Engine:
 
     # -- asking: any thread ---------------------------------------------------------------------
 
-    def submit(
-        self, prompt: Sequence[int], *, adapter: Entry | str | None, sampling: Sampling
-    ) -> Answer:
+    def submit(self, prompt: Sequence[int], *, adapter: Entry | str | None, sampling: Sampling) -> Answer:
         """Ask for an answer to a prompt (token ids); returns at once.
 
         Args:
@@ -88,9 +86,7 @@ class Engine:
         self._enter(live)
         return live.answer
 
-    def classify(
-        self, inputs: Sequence[str | bytes], *, adapter: Entry | str | None
-    ) -> "Future[list[Ranked]]":
+    def classify(self, inputs: Sequence[str | bytes], *, adapter: Entry | str | None) -> "Future[list[Ranked]]":
         """Ask for the classes of texts, or of pictures (the bytes of a file each).
 
         Raises:

@@ -60,9 +60,7 @@ class Entry:
         return None if name is None else (name, self.metrics[name])
 
 
-def describe(
-    name: str, path: Path, fields: Mapping[str, Any], record: Mapping[str, Any], size: int | None
-) -> Entry:
+def describe(name: str, path: Path, fields: Mapping[str, Any], record: Mapping[str, Any], size: int | None) -> Entry:
     """What an adapter folder says of itself, neither loaded nor pinned.
 
     Args:
@@ -79,8 +77,7 @@ def describe(
     digest = record.get("digest", "")
     if record and (record.get("format", FORMAT) != FORMAT or not _is_digest(digest)):
         raise AdapterFileError(
-            f"{path / RECORD} must have format {FORMAT} and a digest, found "
-            f"{record.get('format')!r} and {digest!r}"
+            f"{path / RECORD} must have format {FORMAT} and a digest, found {record.get('format')!r} and {digest!r}"
         )
     base, task, metrics = (section(record, key) for key in ("base", "task", "metrics"))
     labels = task.get("labels")

@@ -58,9 +58,7 @@ def hosts_of(bound: str, allowed: Sequence[str] = ()) -> Hosts:
     """
     for name in allowed:
         if _is_address(name.strip("[]")) is None and not re.fullmatch(NAME, name):
-            raise ConfigError(
-                f"--allow-host expects a name such as lab.example.org, no port, got {name!r}"
-            )
+            raise ConfigError(f"--allow-host expects a name such as lab.example.org, no port, got {name!r}")
     names = {*LOOPBACK, *map(plain, allowed)}
     if bound not in EVERYWHERE:
         names.add(plain(bound))

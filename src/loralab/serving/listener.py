@@ -103,9 +103,7 @@ def open_socket(host: str, port: int) -> socket.socket:
         if opened is not None:
             opened.close()
         reason = getattr(error, "strerror", None) or str(error)
-        raise ConfigError(
-            f"cannot listen on {host} port {port}: {reason}; --port 0 takes a free one"
-        ) from None
+        raise ConfigError(f"cannot listen on {host} port {port}: {reason}; --port 0 takes a free one") from None
     return opened
 
 

@@ -47,9 +47,7 @@ class Listing:
         if name in self.entries:
             return self.entries[name]
         if name in self.refused:
-            raise AdapterFileError(
-                f"{name}: {self.refused[name]}", code="adapter_left_out", field="name"
-            )
+            raise AdapterFileError(f"{name}: {self.refused[name]}", code="adapter_left_out", field="name")
         if name and name in self._alike:
             return self.entries[min(self._alike[name])]
         hint = nearest(name, self.entries)
@@ -144,9 +142,7 @@ def _unfinished(place: Path) -> AdapterFileError | None:
     """Say why a run's folder is no adapter yet; other folders without one need no word."""
     if place.is_symlink() or not (place / CHECKPOINTS).is_dir():
         return None
-    return AdapterFileError(
-        f"the run is not finished: it has no {folder.CONFIG}", code="no_adapter", field="path"
-    )
+    return AdapterFileError(f"the run is not finished: it has no {folder.CONFIG}", code="no_adapter", field="path")
 
 
 def _plain(name: str) -> str:

@@ -145,9 +145,7 @@ class Written(_Common):
         """Note the log-probabilities of the prompt's tokens."""
         for place, own in zip(work.asked, logits.cpu(), strict=True):
             if (number := place + 1 - front) < len(self.prompt):
-                self._judged[number] = likeliest(
-                    own, self.prompt[number], self.sampling.logprobs or 0
-                )
+                self._judged[number] = likeliest(own, self.prompt[number], self.sampling.logprobs or 0)
 
     def _begin(self, row: Row) -> None:
         """The prompt is read: tell it, if it is to be echoed, as its tokens write it."""
@@ -181,12 +179,9 @@ class Written(_Common):
         others = [(other, self.detokenizer.would_add(other), value) for other, value in pairs]
         raw, text = self.detokenizer.add(token, special=special)
         top = tuple(
-            TokenLogprob(token=t, raw=own, text=self.tokens.label(t, own), logprob=value)
-            for t, own, value in others
+            TokenLogprob(token=t, raw=own, text=self.tokens.label(t, own), logprob=value) for t, own, value in others
         )
-        self._explained.append(
-            TokenLogprob(token=token, raw=raw, text=text, logprob=logprob, offset=offset, top=top)
-        )
+        self._explained.append(TokenLogprob(token=token, raw=raw, text=text, logprob=logprob, offset=offset, top=top))
         return text
 
     def _tell(self, *, final: bool = False) -> None:
@@ -194,9 +189,7 @@ class Written(_Common):
         whole = final and not self.writing.stopped
         until = (self._begun or 0) + self.writing.told
         ready = [one for one in self._explained if whole or one.offset < until]
-        self.answer.tell(
-            Piece(text=self._certain, tokens=tuple(self._untold), logprobs=tuple(ready))
-        )
+        self.answer.tell(Piece(text=self._certain, tokens=tuple(self._untold), logprobs=tuple(ready)))
         self._certain, self._untold = "", []
         del self._explained[: len(ready)]
 

@@ -90,9 +90,7 @@ class Nursery:
         except AdapterFileError:
             raise
         except (InputError, AdapterStateError) as error:
-            raise AdapterFileError(
-                f"{stored.path} does not fit {self._base.name}: {error}"
-            ) from None
+            raise AdapterFileError(f"{stored.path} does not fit {self._base.name}: {error}") from None
 
     @torch.no_grad()
     def _made(self, stored: AdapterFolder) -> Loaded:
@@ -172,9 +170,7 @@ class Nursery:
             return  # `fill` says what is wrong
         labels = stored.record["task"].get("labels")
         if isinstance(labels, list) and labels and len(labels) != len(weight):
-            raise AdapterFileError(
-                f"{stored.path} names {len(labels)} labels, and its head has {len(weight)} classes"
-            )
+            raise AdapterFileError(f"{stored.path} names {len(labels)} labels, and its head has {len(weight)} classes")
         if len(weight) != last.out_features:
             last.out_features = len(weight)
             last.weight = nn.Parameter(last.weight.new_empty(weight.shape))
@@ -200,8 +196,7 @@ class Nursery:
         start, limit = learnt_positions(self._model)
         if limit is not None and start + config.tokens >= limit:
             raise AdapterFileError(
-                f"{stored.path} has {config.tokens} tokens in front, and the model has learnt only "
-                f"{limit} positions"
+                f"{stored.path} has {config.tokens} tokens in front, and the model has learnt only {limit} positions"
             )
         found = torch.stack(states(self._model, adapter.modules))
         adapter.modules = {}

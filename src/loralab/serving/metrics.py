@@ -26,9 +26,7 @@ class Metrics:
         self.registry = CollectorRegistry()
         self.registry.register(_State(engine))
         own: dict[str, Any] = {"registry": self.registry}
-        self._answers = Counter(
-            "loralab_requests", "answers by how they ended", (*ADAPTER, "reason"), **own
-        )
+        self._answers = Counter("loralab_requests", "answers by how they ended", (*ADAPTER, "reason"), **own)
         self._tokens = {
             name: Counter(f"loralab_{name}", text, ADAPTER, **own)
             for name, text in (
@@ -46,12 +44,8 @@ class Metrics:
             )
         }
         self._counted: OrderedDict[tuple[str, str], set[str]] = OrderedDict()  # and how they ended
-        self._step = Histogram(
-            "loralab_step_seconds", "one pass of the model", buckets=STEP_SECONDS, **own
-        )
-        self._step_tokens = Histogram(
-            "loralab_step_tokens", "tokens in one pass of the model", buckets=TOKENS, **own
-        )
+        self._step = Histogram("loralab_step_seconds", "one pass of the model", buckets=STEP_SECONDS, **own)
+        self._step_tokens = Histogram("loralab_step_tokens", "tokens in one pass of the model", buckets=TOKENS, **own)
 
     def observe(self, event: Mapping[str, Any]) -> None:
         """Count an event of the engine; called in its thread, so it only adds."""

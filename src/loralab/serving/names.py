@@ -61,8 +61,7 @@ class Names:
         return sorted(
             name
             for name in named
-            if self.place(name) != other.place(name)
-            or (name in self.moved) != (name in other.moved)
+            if self.place(name) != other.place(name) or (name in self.moved) != (name in other.moved)
         )
 
 
@@ -84,9 +83,7 @@ def read_names(root: Path) -> Names:
         and all(isinstance(value, str) for value in [*moved.values(), *removed])
     ):
         return Names(moved=moved, removed=frozenset(removed))
-    raise AdapterFileError(
-        f'{file} must be {{"format": {FORMAT}, "names": {{...}}, "removed": [...]}}'
-    )
+    raise AdapterFileError(f'{file} must be {{"format": {FORMAT}, "names": {{...}}, "removed": [...]}}')
 
 
 def write_names(root: Path, names: Names) -> None:
@@ -112,10 +109,7 @@ def require_name(name: str) -> None:
         raise _wrong(f"a name has 1 to {LONGEST} characters, {shown} has {len(name)}")
     wrong = [c for c in name if unicodedata.category(c)[0] not in "LMN" and c not in "._-"]
     if wrong:
-        raise _wrong(
-            f"a name consists of letters, digits, '.', '_' and '-'; {shown} has "
-            f"{json.dumps(wrong[0])}"
-        )
+        raise _wrong(f"a name consists of letters, digits, '.', '_' and '-'; {shown} has {json.dumps(wrong[0])}")
     if not unicodedata.is_normalized("NFC", name):  # it would look like another name
         raise _wrong(f"a name is written in composed letters (NFC); {shown} has a mark of its own")
     if name.startswith("."):

@@ -49,9 +49,7 @@ def open_engine(
     root = require_store(store)
     base = _base(model, settings)
     nursery = Nursery(base, quantize=settings.quantize)
-    shelf = Store(
-        root, nursery.load, resident=settings.resident, reserved=(base_id(base.name), base.name)
-    )
+    shelf = Store(root, nursery.load, resident=settings.resident, reserved=(base_id(base.name), base.name))
     for name, path in (adapters or {}).items():
         shelf.load(name, str(path))
     for name in pinned:

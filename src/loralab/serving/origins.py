@@ -87,9 +87,7 @@ class Origins:
 
 def _asked_before(headers: Headers, origin: str) -> Response:
     """What a page may send: whatever fields it asks for, as keys stand in one."""
-    fields = [
-        field.strip() for field in headers.get("access-control-request-headers", "").split(",")
-    ]
+    fields = [field.strip() for field in headers.get("access-control-request-headers", "").split(",")]
     allowed = ", ".join(field for field in fields if FIELD.fullmatch(field))
     answer = {
         "Access-Control-Allow-Origin": origin, "Access-Control-Allow-Methods": METHODS,

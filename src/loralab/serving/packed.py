@@ -44,9 +44,7 @@ class Packed:
         """Let go of an adapter."""
         self._bank.drop(key)
 
-    def write(
-        self, request: Hashable, table: Sequence[int], places: Sequence[int], front: Tensor
-    ) -> None:
+    def write(self, request: Hashable, table: Sequence[int], places: Sequence[int], front: Tensor) -> None:
         """Put some of a prefix's keys and values into the cache."""
         self._pool.write(request, table, places, front)
 
@@ -100,9 +98,7 @@ class Cached:
         longer = [{row: tokens} for row, tokens in own.items() if len(tokens) > 1]
         self.groups = [_group(step, part, device) for part in [single, *longer] if part]
 
-    def attended(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
-    ) -> Tensor:
+    def attended(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
         """q (N, H, D), k and v (N, K, D) -> (N, H, D)."""
         keys, values = self.pool.keys[layer], self.pool.values[layer]
         keys[self.block, self.slot] = k.to(keys.dtype)

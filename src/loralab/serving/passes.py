@@ -45,9 +45,7 @@ class Pool:
         self.keys = torch.empty(shape, dtype=first.dtype, device=first.device)
         self.values = torch.empty(shape, dtype=first.dtype, device=first.device)
 
-    def write(
-        self, request: Hashable, table: Sequence[int], places: Sequence[int], front: Tensor
-    ) -> None:
+    def write(self, request: Hashable, table: Sequence[int], places: Sequence[int], front: Tensor) -> None:
         """Put some of a prefix's keys and values (L, 2, H, P, D) into their places."""
         block = torch.tensor([table[place // SIZE] for place in places])
         slot = torch.tensor([place % SIZE for place in places])

@@ -83,9 +83,7 @@ class Replica:
             settings=plan.settings,
         )  # fmt: skip
         keys = None if plan.keys is None else Keys(plan.keys)
-        self._app = build_app(
-            self._engine, keys=keys, limits=plan.limits, hosts=plan.hosts, origins=plan.origins
-        )
+        self._app = build_app(self._engine, keys=keys, limits=plan.limits, hosts=plan.hosts, origins=plan.origins)
         self._name = serve.get_replica_context().replica_id.unique_id.encode()
         self._wanted = serve.get_multiplexed_model_id
 
@@ -276,9 +274,7 @@ def application(plan: Plan, replicas: int, *, threads: int, gpus: int = 0) -> An
         ray_actor_options={"num_cpus": threads, "num_gpus": gpus},
     )  # fmt: skip
     most = replicas * (plan.settings.max_batch + plan.settings.queue)
-    door = serve.deployment(
-        Door, name="Door", max_ongoing_requests=most, ray_actor_options={"num_cpus": 0}
-    )
+    door = serve.deployment(Door, name="Door", max_ongoing_requests=most, ray_actor_options={"num_cpus": 0})
     return door.bind(ready.bind(plan), plan.limits)
 
 
@@ -299,9 +295,7 @@ def app(args: Mapping[str, Any]) -> Any:
         raise ConfigError(f"give {missing[0]}=...")
     hints = get_type_hints(ServeSettings)
     settings: dict[str, Any] = {
-        name: str(value) if hints[name] is str else int(value)
-        for name, value in args.items()
-        if name not in own
+        name: str(value) if hints[name] is str else int(value) for name, value in args.items() if name not in own
     }
     plan = Plan(
         model=str(args["model"]), store=str(args["store"]), settings=ServeSettings(**settings),
@@ -348,10 +342,7 @@ def _require_ready(ray: Any, plan: Plan, replicas: int, threads: int) -> int:
     """Room for all replicas, and their model and store on every machine; GPUs that each takes."""
     found = nodes(ray)
     gpus = 1 if any(node.gpus for node in found) else 0
-    room = {
-        node.id: min(node.cpus // threads, node.gpus) if gpus else node.cpus // threads
-        for node in found
-    }
+    room = {node.id: min(node.cpus // threads, node.gpus) if gpus else node.cpus // threads for node in found}
     if (places := sum(room.values())) < replicas:
         raise ConfigError(
             f"--replicas {replicas}: the cluster has room for {places}, with {threads} processors "

@@ -35,8 +35,7 @@ def choose(logits: Tensor, draws: list[Draws]) -> list[int]:
     """The next token of each row of `readable` logits (m, V)."""
     best = logits.argmax(dim=-1).tolist()
     return [
-        token if own.sampling.greedy else drawn(row, own)
-        for row, token, own in zip(logits, best, draws, strict=True)
+        token if own.sampling.greedy else drawn(row, own) for row, token, own in zip(logits, best, draws, strict=True)
     ]
 
 

@@ -72,9 +72,7 @@ class Scheduler:
         reuse: whether beginnings that other rows left in the cache may be used.
     """
 
-    def __init__(
-        self, blocks: Blocks, *, most_rows: int, step_tokens: int, reuse: bool = True
-    ) -> None:
+    def __init__(self, blocks: Blocks, *, most_rows: int, step_tokens: int, reuse: bool = True) -> None:
         self.blocks = blocks
         self.running: list[Row] = []
         self._most_rows, self._step_tokens = most_rows, step_tokens
@@ -159,9 +157,7 @@ class Scheduler:
         row.blocks, row.done, row.cached = [], 0, 0
         self._wait(row).appendleft(row)
 
-    def _has_room(
-        self, row: Row, tokens: int, chosen: dict[Row, Work], *, push: bool = True
-    ) -> bool:
+    def _has_room(self, row: Row, tokens: int, chosen: dict[Row, Work], *, push: bool = True) -> bool:
         """Take the blocks for so many tokens, pushing out rows that came later if need be."""
         missing = needed(tokens) - len(row.blocks)
         while missing > 0:

@@ -19,21 +19,19 @@ class ServeSettings:
     """What the engine may hold, and how it goes through its work."""
 
     resident: Annotated[int, "adapters kept in memory; the one unused longest makes room"] = 64
-    cache_memory: Annotated[
-        str, "memory for keys and values of answers under way and of prompts seen before"
-    ] = "1GB"
+    cache_memory: Annotated[str, "memory for keys and values of answers under way and of prompts seen before"] = "1GB"
     max_batch: Annotated[int, "answers worked on at the same time"] = 64
     queue: Annotated[int, "answers that may wait; one more is refused"] = 256
     step_tokens: Annotated[int, "tokens that go through the model at once"] = 512
     max_length: Annotated[
         int | None, "longest prompt and answer together, in tokens; none is the model's own limit"
     ] = None
-    precision: Annotated[
-        str, "dtype of the base: fp32, bf16, fp16; auto is bf16 where the machine computes in it"
-    ] = "auto"
-    quantize: Annotated[
-        str, "keep the base's linear layers in few bits: none, nf4, or gguf (as the file has them)"
-    ] = "none"
+    precision: Annotated[str, "dtype of the base: fp32, bf16, fp16; auto is bf16 where the machine computes in it"] = (
+        "auto"
+    )
+    quantize: Annotated[str, "keep the base's linear layers in few bits: none, nf4, or gguf (as the file has them)"] = (
+        "none"
+    )
 
     def __post_init__(self) -> None:
         """Check every value."""
@@ -68,9 +66,7 @@ class Limits:
         float,
         "seconds that a connection may rest between two requests; longer than clients keep it",
     ] = 75.0
-    connections: Annotated[
-        int, "connections at the same time; the one that rests the longest makes room"
-    ] = 512
+    connections: Annotated[int, "connections at the same time; the one that rests the longest makes room"] = 512
     body_bytes: int = 16 * 2**20
     body_seconds: float = 30.0
     inputs: int = 128

@@ -43,9 +43,7 @@ class SharedNames:
             state = _state(file)  # before the content, which is at least as new
             names = read_names(self._root)
         except OSError as error:
-            raise AdapterFileError(
-                f"{file} cannot be read: {error.strerror}", code="unreadable"
-            ) from None
+            raise AdapterFileError(f"{file} cannot be read: {error.strerror}", code="unreadable") from None
         self._state = state
         return names
 

@@ -31,9 +31,7 @@ class Single:
         """A request has ended, or begins anew."""
         self._caches.pop(request, None)
 
-    def write(
-        self, request: Hashable, table: Sequence[int], places: Sequence[int], front: Tensor
-    ) -> None:
+    def write(self, request: Hashable, table: Sequence[int], places: Sequence[int], front: Tensor) -> None:
         """Put some of a prefix's keys and values (L, 2, H, P, D) into a request's cache."""
         cache = self._cache(request, places[0])
         for layer, own in enumerate(front[:, :, :, list(places)]):

@@ -363,9 +363,7 @@ class Store:
         if not self.root.is_dir():
             raise AdapterFileError(f"{self.root} is no folder of adapters")
         if (self.root / folder.CONFIG).exists():
-            raise AdapterFileError(
-                f"{self.root} is an adapter; a store is the folder above it, {self.root.parent}"
-            )
+            raise AdapterFileError(f"{self.root} is an adapter; a store is the folder above it, {self.root.parent}")
         self._names = self._shared.read()
         for place in sorted(self.root.iterdir()):
             hidden = place.name.startswith(".") or place.name.endswith(atomic.PARTIAL)

@@ -110,9 +110,7 @@ def run(asked: Asked, ready: Callable[[], None]) -> int:
         "VLLM_NO_USAGE_STATS": "1", **_environment(asked.python),
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
     }  # fmt: skip
-    child = subprocess.Popen(
-        command(asked), cwd=asked.store, env=environment, stdout=2, start_new_session=True
-    )
+    child = subprocess.Popen(command(asked), cwd=asked.store, env=environment, stdout=2, start_new_session=True)
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         child.send_signal(number)

@@ -87,9 +87,7 @@ class Cluster:
                 "with; OMP_NUM_THREADS=1 asks for one"
             )
         asked = [
-            self._reach.options(scheduling_strategy=cluster.on(node)).remote(
-                ground.to_json(), versions(), self.threads
-            )
+            self._reach.options(scheduling_strategy=cluster.on(node)).remote(ground.to_json(), versions(), self.threads)
             for node in able
         ]
         for node, answer in zip(able, asked, strict=True):

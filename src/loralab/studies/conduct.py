@@ -189,9 +189,7 @@ def _write_config(folder: Path, ground: Ground, advice: Mapping[str, Any]) -> No
     write_config(folder, request)
 
 
-def _one(
-    own: Session, ground: Ground, arms: list[Arm] | None, *, skip_invalid: bool
-) -> InputError | None:
+def _one(own: Session, ground: Ground, arms: list[Arm] | None, *, skip_invalid: bool) -> InputError | None:
     """Run one study; the error if it cannot run at all."""
     try:
         able = own.prepare(ground, arms, skip_invalid=skip_invalid)
@@ -229,10 +227,7 @@ def _own(file: Path, asked: Asked, mapping: Mapping[str, str] | None) -> Work:
         shared["learning_rate"] = rate
     if "model" not in content and asked.model is None:
         raise ConfigError(f"{file} names no model; add one, or give --model")
-    arms = [
-        _arm(shared, dict(zip(compared, row, strict=True)))
-        for row in itertools.product(*compared.values())
-    ]
+    arms = [_arm(shared, dict(zip(compared, row, strict=True))) for row in itertools.product(*compared.values())]
     return replace(ground, study=file.stem, values=()), arms
 
 
@@ -242,11 +237,7 @@ def _arm(shared: Mapping[str, Any], row: Mapping[str, Any]) -> Arm:
 
 
 def _shown(value: Any) -> str:
-    return (
-        "+".join(map(str, value))
-        if isinstance(value, Sequence) and not isinstance(value, str)
-        else str(value)
-    )
+    return "+".join(map(str, value)) if isinstance(value, Sequence) and not isinstance(value, str) else str(value)
 
 
 def _require_place(folder: Path, *, resume: bool) -> None:

@@ -70,14 +70,10 @@ def by_arm(records: Iterable[Record]) -> dict[str, list[Record]]:
 
 def metric_of(records: Iterable[Record]) -> Metric:
     """The metric that decides; accuracy where nothing says."""
-    return Metric(
-        name=next((r.texts["metric"] for r in records if "metric" in r.texts), "accuracy")
-    )
+    return Metric(name=next((r.texts["metric"] for r in records if "metric" in r.texts), "accuracy"))
 
 
-def paired(
-    ours: Sequence[Record], theirs: Sequence[Record], comparisons: int = 1
-) -> Difference | None:
+def paired(ours: Sequence[Record], theirs: Sequence[Record], comparisons: int = 1) -> Difference | None:
     """Ours less theirs over the seeds that both have; None if they have none in common.
 
     An arm of a single cell, such as the base model, stands against every seed of the other.
@@ -122,13 +118,10 @@ def claim(ours: str, theirs: str, found: Difference, metric: Metric) -> Finding:
     else:
         needed = _needed(found)
         sentence = Text(
-            f"Between {ours} and {theirs} there is no difference beyond noise "
-            f"({span}; {needed.en}).",
+            f"Between {ours} and {theirs} there is no difference beyond noise ({span}; {needed.en}).",
             f"{ours} 與 {theirs} 之間沒有超出雜訊的差異（{span}；{needed.zh}）。",
         )
-    return Finding(
-        sentence=sentence, holds=found.holds, effect=found.effect, low=found.low, high=found.high
-    )
+    return Finding(sentence=sentence, holds=found.holds, effect=found.effect, low=found.low, high=found.high)
 
 
 def _needed(found: Difference) -> Text:

@@ -25,9 +25,7 @@ AT_ONCE = 2**19  # numbers worked on together: what stays in the cache takes hal
 
 
 @functools.lru_cache(maxsize=32)
-def hadamard(
-    size: int, dtype: torch.dtype = torch.float32, device: torch.device | None = None
-) -> Tensor:
+def hadamard(size: int, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> Tensor:
     """The Walsh-Hadamard matrix of a power of two in Sylvester's order, entries 1 and -1."""
     found = torch.ones(1, 1, dtype=dtype, device=device)
     while len(found) < size:
@@ -60,9 +58,7 @@ class Fastfood:
         block: N, a power of two of at least d; none is what is quick.
     """
 
-    def __init__(
-        self, small: int, large: int, generator: torch.Generator, block: int | None = None
-    ) -> None:
+    def __init__(self, small: int, large: int, generator: torch.Generator, block: int | None = None) -> None:
         self.small, self.large = small, large
         self.width = power_of_two(small)  # of what comes in, filled up with zeros
         self.block = block or min(max(LEAST, self.width), max(self.width, power_of_two(large)))

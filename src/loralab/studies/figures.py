@@ -33,9 +33,7 @@ def intervals(
     return _figure(name, title, lambda code: _named(rows, code, x, y, chance, percent))
 
 
-def _numbered(
-    rows: Rows, language: str, x: Text, y: Text, log: bool, chance: float | None, percent: bool
-) -> Any:
+def _numbered(rows: Rows, language: str, x: Text, y: Text, log: bool, chance: float | None, percent: bool) -> Any:
     """Arms that are numbers, from left to right."""
     base = alt.Chart(_data(rows))
     axis = _value(alt.Y, y, language, percent)
@@ -44,13 +42,9 @@ def _numbered(
     place = alt.X("x:Q", title=x.said(language), scale=scale,
                   axis=alt.Axis(values=ticks, format="~s"))  # fmt: skip
     return alt.layer(
-        base.mark_rule(strokeWidth=2).encode(
-            x=place, y=axis("low"), y2="high:Q", tooltip=_tip(INTERVAL)
-        ),
+        base.mark_rule(strokeWidth=2).encode(x=place, y=axis("low"), y2="high:Q", tooltip=_tip(INTERVAL)),
         base.mark_line(opacity=0.5).encode(x=place, y=axis("value")),
-        base.mark_point(filled=True, size=70, opacity=1).encode(
-            x=place, y=axis("value"), tooltip=_tip(INTERVAL)
-        ),
+        base.mark_point(filled=True, size=70, opacity=1).encode(x=place, y=axis("value"), tooltip=_tip(INTERVAL)),
         *_across(chance),
     )
 
@@ -62,9 +56,7 @@ def _named(rows: Rows, language: str, x: Text, y: Text, chance: float | None, pe
     axis = _value(alt.X, y, language, percent)
     return alt.layer(
         base.mark_rule(strokeWidth=2).encode(x=axis("low"), x2="high:Q", tooltip=_tip(INTERVAL)),
-        base.mark_point(filled=True, size=70, opacity=1).encode(
-            x=axis("value"), tooltip=_tip(INTERVAL)
-        ),
+        base.mark_point(filled=True, size=70, opacity=1).encode(x=axis("value"), tooltip=_tip(INTERVAL)),
         *_across(chance, upright=True),
     ).properties(height=ROW * len(order))
 
@@ -206,9 +198,7 @@ def _across(level: float | None, *, upright: bool = False) -> list[alt.Chart]:
     """A dashed line across the chart."""
     if level is None:
         return []
-    rule = alt.Chart(alt.InlineData(values=[{"level": level}])).mark_rule(
-        strokeDash=[6, 4], opacity=0.7
-    )
+    rule = alt.Chart(alt.InlineData(values=[{"level": level}])).mark_rule(strokeDash=[6, 4], opacity=0.7)
     return [rule.encode(x="level:Q") if upright else rule.encode(y="level:Q")]
 
 

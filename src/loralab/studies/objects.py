@@ -29,9 +29,7 @@ class Objects:
     data: Mapping[str, Any] | None = None
 
     @staticmethod
-    def of(
-        folder: Path, model: Any, tokenizer: Any, data: Any, mapping: Mapping[str, str] | None
-    ) -> "Objects":
+    def of(folder: Path, model: Any, tokenizer: Any, data: Any, mapping: Mapping[str, str] | None) -> "Objects":
         """Look at what was given; nothing is written.
 
         Raises:

@@ -26,9 +26,7 @@ def question_module(study: str) -> ModuleType:
     return importlib.import_module(f"loralab.studies.questions.{own}")
 
 
-def prepare(
-    ground: Ground, given: Sequence[Arm] | None
-) -> tuple[list[dict[str, Any]], dict[str, str], Facts]:
+def prepare(ground: Ground, given: Sequence[Arm] | None) -> tuple[list[dict[str, Any]], dict[str, str], Facts]:
     """The arms of a study (those given, or the question's own), why some cannot run, and what it
     stands on: the rows and the base that are behind their names now.
 
@@ -67,9 +65,7 @@ def _require_metric(metric: str, base: Base, task: Task) -> None:
     few = evaluate(base.model, base.tokenizer, task, "test", kind=base.kind, limit=2)
     if metric not in few.metrics:
         has = ", ".join(few.metrics)
-        raise ConfigError(
-            f"{task.name} has no metric {metric!r}, only {has}{nearest(metric, few.metrics)}"
-        )
+        raise ConfigError(f"{task.name} has no metric {metric!r}, only {has}{nearest(metric, few.metrics)}")
 
 
 def _invalid(ground: Ground, arm: Arm, base: Base) -> str:

@@ -189,9 +189,7 @@ def apply_command(ground: Ground, advice: Mapping[str, Any], own: Sequence[Recor
 
 def rate_for(advice: Mapping[str, Any], own: Sequence[Record]) -> float | None:
     """The learning rate of the measured arm that is nearest to the advised fields."""
-    rated = [
-        r for r in own if r.rate and r.arm.fields.get("method") == advice.get("method", "lora")
-    ]
+    rated = [r for r in own if r.rate and r.arm.fields.get("method") == advice.get("method", "lora")]
     return nearest_to(advice, rated).rate if rated else None
 
 
@@ -317,9 +315,9 @@ def both(text: Any) -> Markup:
         return Markup.escape(str(text))
     if text.en == text.zh:
         return Markup.escape(text.en)
-    return Markup(
-        '<span class="en" lang="en">{}</span><span class="zh" lang="zh-Hant">{}</span>'
-    ).format(text.en, text.zh)
+    return Markup('<span class="en" lang="en">{}</span><span class="zh" lang="zh-Hant">{}</span>').format(
+        text.en, text.zh
+    )
 
 
 def cell_html(value: Any) -> Markup:

@@ -97,9 +97,7 @@ class Session:
         self._telling = threading.RLock()
         self._cells: dict[str, threading.Lock] = {}  # two arms may share a cell
 
-    def prepare(
-        self, ground: Ground, arms: Sequence[Arm] | None = None, *, skip_invalid: bool = False
-    ) -> list[Arm]:
+    def prepare(self, ground: Ground, arms: Sequence[Arm] | None = None, *, skip_invalid: bool = False) -> list[Arm]:
         """Write the plan of a study; the arms that can run.
 
         Raises:
@@ -139,9 +137,7 @@ class Session:
             if hasattr(question_module(ground.study), "walk"):
                 yield 3 / len(arms)
                 continue
-            yield (1 if arm.plain else ground.seeds) + (
-                search.cells(ground) if needs_search(ground, arm) else 0
-            )
+            yield (1 if arm.plain else ground.seeds) + (search.cells(ground) if needs_search(ground, arm) else 0)
 
     def obtain(self, cell: Cell) -> Record:
         """Read a cell, or run it, or leave it out where the budget ends."""

@@ -47,9 +47,7 @@ def tune(ground: Ground, arm: Arm, obtain: Obtain, each: Each = in_turn) -> Sear
     grid = [rounded(usual(ground, arm) * factor) for factor in factors]
     steps = int(ground.fields["max_steps"])
     first = max(2, steps // 3)
-    found = dict(
-        zip(grid, each(lambda rate: _loss(ground, arm, rate, first, obtain), grid), strict=True)
-    )
+    found = dict(zip(grid, each(lambda rate: _loss(ground, arm, rate, first, obtain), grid), strict=True))
     for _ in range(0 if ground.quick else BEYOND):
         edge = _beyond(found)
         if edge is None:
@@ -61,9 +59,7 @@ def tune(ground: Ground, arm: Arm, obtain: Obtain, each: Each = in_turn) -> Sear
         return Search(rate=None, rates=tuple(sorted(found)), seconds=seconds, at_edge=False)
     best = ranked[0]
     if not ground.quick and len(ranked) > 1:
-        whole = each(
-            lambda rate: _loss(ground, arm, rate, max(3, 2 * steps // 3), obtain), ranked[:2]
-        )
+        whole = each(lambda rate: _loss(ground, arm, rate, max(3, 2 * steps // 3), obtain), ranked[:2])
         final = dict(zip(ranked, whole, strict=False))
         seconds += math.fsum(cost for _, cost in final.values())
         best = min(final, key=lambda rate: final[rate][0])

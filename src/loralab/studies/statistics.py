@@ -110,15 +110,11 @@ def bootstrap_variance(values: Floats, generator: np.random.Generator) -> float:
     """Of the mean, by resampling; unbiased (a bootstrap's own is (n - 1) / n too small)."""
     if np.ptp(values) == 0:
         return 0.0
-    found = stats.bootstrap(
-        (values,), np.mean, n_resamples=DRAWS, method="percentile", rng=generator
-    )
+    found = stats.bootstrap((values,), np.mean, n_resamples=DRAWS, method="percentile", rng=generator)
     return float(found.standard_error) ** 2 * len(values) / (len(values) - 1)
 
 
-def _half_width(
-    of_seeds: float, seeds: int, of_items: float, items: int, comparisons: int
-) -> float:
+def _half_width(of_seeds: float, seeds: int, of_items: float, items: int, comparisons: int) -> float:
     total = of_seeds + of_items
     if not total:
         return 0.0

@@ -72,9 +72,7 @@ def plans(folder: Path) -> dict[str, Plan]:
             )
             for name, entry in stored.items()
         }
-        if wrong := [
-            name for name, (own, arms, _) in found.items() if not own.is_sound(name, arms)
-        ]:
+        if wrong := [name for name, (own, arms, _) in found.items() if not own.is_sound(name, arms)]:
             raise TypeError(f"the fields of {wrong[0]!r} are of other types")
         for ground, arms, _ in found.values():
             for arm in arms:
@@ -114,9 +112,7 @@ def require_same(folder: Path, ground: Ground) -> None:
         return
     was, now = held[0].to_json(), ground.to_json()
     if changed := [f"{k} was {was[k]!r}, now {now[k]!r}" for k in was if was[k] != now[k]]:
-        raise ConfigError(
-            f"{folder} holds the study {ground.study!r} with other settings: {some(changed)}"
-        )
+        raise ConfigError(f"{folder} holds the study {ground.study!r} with other settings: {some(changed)}")
 
 
 def require_same_facts(folder: Path, study: str, facts: Mapping[str, Any]) -> None:
@@ -160,8 +156,7 @@ def locked(folder: Path) -> Iterator[None]:
         except OSError:
             owner = os.read(handle, 20).decode(errors="replace").strip() or "unknown"
             raise OutputError(
-                f"another study works in {folder} (process {owner}); wait for it, or choose "
-                "another --output-dir"
+                f"another study works in {folder} (process {owner}); wait for it, or choose another --output-dir"
             ) from None
         with atomic.explained(folder / LOCK):
             os.ftruncate(handle, 0)
@@ -217,11 +212,7 @@ def _without_none(content: Any) -> Any:
 def _plain(content: Any) -> Any:
     """JSON has no number that is not finite: it becomes null in a series, and is left out else."""
     if isinstance(content, Mapping):
-        return {
-            k: _plain(v)
-            for k, v in content.items()
-            if not (isinstance(v, float) and not math.isfinite(v))
-        }
+        return {k: _plain(v) for k, v in content.items() if not (isinstance(v, float) and not math.isfinite(v))}
     if isinstance(content, list | tuple):
         return [_plain(v) for v in content]
     if isinstance(content, float) and not math.isfinite(content):

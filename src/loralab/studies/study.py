@@ -242,27 +242,19 @@ class Answer:
 class Asked:
     """How a study shall be made; what is left at none is the question's own."""
 
-    model: Annotated[str | None, "short name, folder, GGUF file or hub id; none: by question"] = (
-        None
-    )
+    model: Annotated[str | None, "short name, folder, GGUF file or hub id; none: by question"] = None
     data: Annotated[str | None, "task name, file, folder or hub id; none: by question"] = None
     seeds: Annotated[int | None, "runs of every arm that differ in nothing else; none is 3"] = None
     quick: Annotated[bool, "one seed, fewer steps: an indication only"] = False
     fixed_lr: Annotated[bool, "one learning rate for all arms, instead of tuning each"] = False
-    values: Annotated[
-        tuple[str, ...], "arms to compare, such as ranks 2,4,8; none: by question"
-    ] = ()
+    values: Annotated[tuple[str, ...], "arms to compare, such as ranks 2,4,8; none: by question"] = ()
     steps: Annotated[int | None, "optimiser steps of every run; none: by question"] = None
     batch_size: Annotated[int | None, "rows in one step; none: by question"] = None
     learning_rate: Annotated[float | None, "of all arms, with fixed_lr"] = None
     max_length: Annotated[int | None, "longest row in tokens; none: by question"] = None
-    metric: Annotated[
-        str | None, "what decides, such as loss or macro_f1; none: the task's own"
-    ] = None
+    metric: Annotated[str | None, "what decides, such as loss or macro_f1; none: the task's own"] = None
     precision: Annotated[str, "dtype of the base: auto, fp32, bf16, fp16"] = "auto"
-    test_rows: Annotated[int | None, "test rows that every arm is scored on; none: by question"] = (
-        None
-    )
+    test_rows: Annotated[int | None, "test rows that every arm is scored on; none: by question"] = None
 
     def __post_init__(self) -> None:
         """Check every value."""

@@ -41,9 +41,7 @@ class Subspace(nn.Module):
         ConfigError: SAID has nothing left for theta beside its lambdas.
     """
 
-    def __init__(
-        self, module: nn.Module, size: int, variant: str, generator: torch.Generator
-    ) -> None:
+    def __init__(self, module: nn.Module, size: int, variant: str, generator: torch.Generator) -> None:
         super().__init__()
         self.module = module.requires_grad_(False)
         self.start = moving(module)
@@ -94,11 +92,7 @@ def moving(model: nn.Module) -> dict[str, Tensor]:
         id(p) for module in model.modules() if isinstance(module, nn.Embedding)
         for p in module.parameters(recurse=False)
     }  # fmt: skip
-    return {
-        name: value.detach().clone()
-        for name, value in model.named_parameters()
-        if id(value) not in tables
-    }
+    return {name: value.detach().clone() for name, value in model.named_parameters() if id(value) not in tables}
 
 
 def layers_of(names: Mapping[str, Any]) -> list[int]:
@@ -113,9 +107,7 @@ def fit(subspace: Subspace, base: Base, task: Task, training: Training) -> list[
         LearningError: the loss is not finite.
     """
     assert training.max_steps is not None
-    examples = encode(
-        task, "train", base.tokenizer, kind=base.kind, max_length=training.max_length
-    ).examples
+    examples = encode(task, "train", base.tokenizer, kind=base.kind, max_length=training.max_length).examples
     batches = Batches(
         lengths=tuple(e.length for e in examples), batch_size=training.batch_size,
         seed=training.seed,
@@ -132,9 +124,7 @@ def fit(subspace: Subspace, base: Base, task: Task, training: Training) -> list[
         )  # fmt: skip
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(training, step, training.max_steps)
-        loss, count = answer_loss(
-            subspace, {name: tensor.to(device) for name, tensor in batch.items()}, base.kind
-        )
+        loss, count = answer_loss(subspace, {name: tensor.to(device) for name, tensor in batch.items()}, base.kind)
         if not math.isfinite(loss.item()):
             raise LearningError(f"step {step + 1}: the loss is not finite; lower the learning rate")
         (loss / max(1, count)).backward()

@@ -47,9 +47,7 @@ def suggested(own: Session, ground: Ground) -> list[Arm]:
     assert own.cluster is not None
     for name in ("ray.tune", "optuna"):
         library(name)
-    shapes = own.prepare(
-        ground, [Arm(name=name, fields=fields) for name, fields in SHAPES], skip_invalid=True
-    )
+    shapes = own.prepare(ground, [Arm(name=name, fields=fields) for name, fields in SHAPES], skip_invalid=True)
     known = _known(own.folder, ground)
     left = int(ground.values[0]) - len(known)
     if left > 0:
@@ -133,9 +131,7 @@ def _writer(tune: Any, own: Session) -> Any:
         def __getstate__(self) -> dict[str, Any]:
             return {}  # Tune keeps a copy of its callbacks, which nobody uses
 
-        def on_trial_result(
-            self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **_: Any
-        ) -> None:
+        def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **_: Any) -> None:
             cell, back = Cell.of(result[CELL]), result[BACK]
             assert isinstance(back, Back)
             folder = self.own.folder

@@ -118,9 +118,7 @@ def scored(cell: Cell, run: Run, folder: Path) -> Record:
 def score_on(run: Run, split: str, limit: int | None = None) -> Scores:
     """Scores of a run's model on one split."""
     base = run.base
-    return evaluate(
-        base.model, base.tokenizer, run.task, split, kind=base.kind, batch_size=32, limit=limit
-    )
+    return evaluate(base.model, base.tokenizer, run.task, split, kind=base.kind, batch_size=32, limit=limit)
 
 
 def items_of(scores: Scores, metric: str = "") -> list[float]:

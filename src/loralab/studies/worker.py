@@ -97,9 +97,7 @@ def _prepare(job: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> int
     from loralab.studies.prepare import prepare
 
     given = job.get("arms")
-    arms, invalid, facts = prepare(
-        Ground.of(job["ground"]), None if given is None else [Arm(**arm) for arm in given]
-    )
+    arms, invalid, facts = prepare(Ground.of(job["ground"]), None if given is None else [Arm(**arm) for arm in given])
     tell({"kind": "arms", "arms": arms, "invalid": invalid, "facts": facts})
     return 0
 

@@ -100,9 +100,7 @@ KINDS = (
         learnt=True,
         reason="says whether to learn this, which is not supported yet",
     ),
-    Kind(
-        words=MEDIA, reason="holds more than text, which is not supported yet beside other columns"
-    ),
+    Kind(words=MEDIA, reason="holds more than text, which is not supported yet beside other columns"),
     Kind(
         words="chosen rejected preferred dispreferred preference",
         reason="tells better answers from worse ones; preferences cannot be learnt",
@@ -130,8 +128,7 @@ KINDS = (
         reason="tells how to answer, which is read as a message of the role system only",
     ),
     Kind(
-        words="history previous context contexts passage passages document documents choices "
-        "options",
+        words="history previous context contexts passage passages document documents choices options",
         formats=(*PROMPTED, MESSAGE_FIELD),
         reason="is a part of the question, which would be asked without it",
     ),
@@ -225,9 +222,7 @@ def _keeps_books(words: Sequence[str]) -> bool:
     if not words:
         return False
     return (
-        words[-1] in BOOKKEEPING
-        or "_".join(words) in WHOLE
-        or (len(words) == 2 and words[-1] == "at")  # created_at
+        words[-1] in BOOKKEEPING or "_".join(words) in WHOLE or (len(words) == 2 and words[-1] == "at")  # created_at
     )
 
 

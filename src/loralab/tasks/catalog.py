@@ -44,9 +44,7 @@ class Task:
     digest: str = ""
     notes: tuple[str, ...] = ()
 
-    def encode(
-        self, tokenizer: Any, split: str = "train", max_length: int = 512, *, kind: str = ""
-    ) -> list[Any]:
+    def encode(self, tokenizer: Any, split: str = "train", max_length: int = 512, *, kind: str = "") -> list[Any]:
         """Return the rows of a split as the model sees them (`tasks.encode.Example`).
 
         Each has `input_ids`, `labels` (-100 = not learnt) and `row`, its place in the split. A row
@@ -63,8 +61,7 @@ class Task:
 
         if split not in self.splits:
             raise ConfigError(
-                f"{self.name} has no split {split!r}, only {', '.join(self.splits)}"
-                f"{nearest(str(split), self.splits)}",
+                f"{self.name} has no split {split!r}, only {', '.join(self.splits)}{nearest(str(split), self.splits)}",
                 code="unknown_split",
                 field="split",
             )
@@ -114,8 +111,7 @@ def _find_fashion() -> Path | None:
 def _get_fashion() -> str:
     package, place = "dataset-fashion-mnist", shlex.quote(str(folders()[-1]))
     return (
-        f"apt-get install {package}, or without root: apt-get download {package} && "
-        f"dpkg-deb -x {package}_*.deb {place}"
+        f"apt-get install {package}, or without root: apt-get download {package} && dpkg-deb -x {package}_*.deb {place}"
     )
 
 
@@ -203,9 +199,7 @@ def table_of(data: Any, mapping: Mapping[str, str] | None = None) -> tuple[Table
         named = TASKS[data]
         place = named.locate()
         if place is None:
-            raise DataError(
-                f"the data of {data!r} is not here; get it with: {named.get()}", code="absent_task"
-            )
+            raise DataError(f"the data of {data!r} is not here; get it with: {named.get()}", code="absent_task")
         return named.load(place), named.instruction
     try:
         return read(data, mapping), ""
@@ -256,9 +250,7 @@ def _task(table: Table, seed: int, instruction: str) -> Task:
     return task_of(table, split_rows(table, seed), instruction)
 
 
-def task_of(
-    table: Table, splits: dict[str, list[Row]], instruction: str, labels: tuple[str, ...] = ()
-) -> Task:
+def task_of(table: Table, splits: dict[str, list[Row]], instruction: str, labels: tuple[str, ...] = ()) -> Task:
     """Rows in train, validation and test as a task.
 
     Args:
@@ -285,9 +277,7 @@ def question_of(data_format: str, labels: tuple[str, ...]) -> str:
     return f"Classify the {what}. Answer with one of: {', '.join(labels)}."
 
 
-def content_digest(
-    splits: Mapping[str, list[Row]], labels: tuple[str, ...], instruction: str
-) -> str:
+def content_digest(splits: Mapping[str, list[Row]], labels: tuple[str, ...], instruction: str) -> str:
     """sha256 over all that a task teaches; pictures count by their content."""
     return hashlib.sha256(_json([splits, labels, instruction]).encode()).hexdigest()
 
@@ -311,12 +301,7 @@ def split_rows(table: Table, seed: int) -> dict[str, list[Row]]:
 def _owners(source: str, groups: Mapping[str, list[Row]], missing: list[str]) -> dict[str, str]:
     """Which split each group of equal inputs goes to; train keeps one group of every label."""
     places = sorted(groups)
-    holder = {
-        label: place
-        for place in places
-        for row in groups[place]
-        for label in labels_of(row) or [""]
-    }
+    holder = {label: place for place in places for row in groups[place] for label in labels_of(row) or [""]}
     kept = set(holder.values())
     free = [place for place in places if place not in kept]
     count = min(max(1, round(SHARE * len(places))), len(free) // len(missing))

@@ -108,9 +108,7 @@ def require_columns(source: str, parts: Iterable[Part], mapping: Mapping[str, st
             raise _not_there(source, name, names)
 
 
-def require_fields(
-    source: str, parts: Iterable[Part], seen: Collection[str], mapping: Mapping[str, str]
-) -> None:
+def require_fields(source: str, parts: Iterable[Part], seen: Collection[str], mapping: Mapping[str, str]) -> None:
     """Check that every field of messages that `mapping` leaves out is there.
 
     Args:
@@ -128,8 +126,7 @@ def require_fields(
 
 def _not_there(source: str, name: str, names: Mapping[str, None]) -> DataError:
     return DataError(
-        f"{source} has no {name!r} to leave out ({some(names) or 'nothing else'})"
-        f"{nearest(name, names)}",
+        f"{source} has no {name!r} to leave out ({some(names) or 'nothing else'}){nearest(name, names)}",
         code="unknown_column",
         field=name,
     )
@@ -154,8 +151,7 @@ def checked_mapping(mapping: Mapping[str, str] | None) -> dict[str, str]:
         if own and canonical not in known:
             near = nearest(canonical, known)
             raise DataError(
-                f"--map {canonical}={own}: {canonical!r} is no known column ({', '.join(known)})"
-                f"{near}",
+                f"--map {canonical}={own}: {canonical!r} is no known column ({', '.join(known)}){near}",
                 code="unknown_canonical",
                 field=canonical,
             )
@@ -175,9 +171,7 @@ def _check_renamed(place: str, columns: Sequence[str], renamed: Mapping[str, str
             )
 
 
-def _format(
-    part: Part, mapping: Mapping[str, str], known: Mapping[str, str], free: Sequence[str]
-) -> str:
+def _format(part: Part, mapping: Mapping[str, str], known: Mapping[str, str], free: Sequence[str]) -> str:
     """The first format whose columns are all there."""
     fitting = (name for name, (needed, _) in FORMATS.items() if known.keys() >= set(needed))
     form = next(fitting, None)
@@ -190,9 +184,7 @@ def _format(
     return form
 
 
-def _no_format(
-    part: Part, mapping: Mapping[str, str], known: Mapping[str, str], free: Sequence[str]
-) -> DataError:
+def _no_format(part: Part, mapping: Mapping[str, str], known: Mapping[str, str], free: Sequence[str]) -> DataError:
     columns = columns_of(part.rows)
     separated = inner_name(Path(part.place)).suffix.lower() in (".csv", ".tsv")
     if separated and any(map(str.isdigit, columns)):
@@ -252,22 +244,17 @@ def _check_beside(
         first = next(iter(refused))
         whys = "; ".join(f"{c!r} {why}" for c, why in islice(refused.items(), PROPOSED))
         raise DataError(
-            f"{part.place}: {whys}; remove {_it(refused)}, or say "
-            f"{option(without(mapping, refused))} to train without",
+            f"{part.place}: {whys}; remove {_it(refused)}, or say {option(without(mapping, refused))} to train without",
             code="unsupported_column",
             field=first,
         )
     if form in ALONE:
-        unclear = [
-            c for c, found in filled.items() if not (is_bookkeeping(c, found) or kinds_of(c, form))
-        ]
+        unclear = [c for c, found in filled.items() if not (is_bookkeeping(c, found) or kinds_of(c, form))]
         if unclear:
             raise _question(part, mapping, own, unclear)
 
 
-def _question(
-    part: Part, mapping: Mapping[str, str], own: Mapping[str, str], unclear: Sequence[str]
-) -> DataError:
+def _question(part: Part, mapping: Mapping[str, str], own: Mapping[str, str], unclear: Sequence[str]) -> DataError:
     """Ask what the columns beside a text, or a pair of texts, mean."""
     looked = [profile(column, part.rows) for column in unclear]
     ways = [answers_beside(mapping, own, other) for other in looked[:PROPOSED]]

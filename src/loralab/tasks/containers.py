@@ -133,9 +133,7 @@ def _recognised(place: Path, suffixes: Collection[str]) -> tuple[str | None, Sha
     return (SPLITS.get(name) if _is_readable(place, suffixes) else None), shard
 
 
-def _ordered(
-    folder: Path, split: str, shards: list[Shard], suffixes: Collection[str]
-) -> list[Path]:
+def _ordered(folder: Path, split: str, shards: list[Shard], suffixes: Collection[str]) -> list[Path]:
     """The files of a split in the order of their numbers."""
     whole = [shard for shard in shards if shard.number is None]
     if whole and len(shards) > 1:
@@ -201,8 +199,7 @@ def _no_train(folder: Path, suffixes: Collection[str]) -> DataError:
     inside = sorted(folder.iterdir())
     if any(file.suffix.lower() in PICTURES for file in inside):
         return DataError(
-            f"{folder} holds pictures outside of any class; put them into folders that are named "
-            "after their classes",
+            f"{folder} holds pictures outside of any class; put them into folders that are named after their classes",
             code="pictures_without_class",
         )
     nested = [place for place in inside if place.is_dir() and _holds_train(place, suffixes)]

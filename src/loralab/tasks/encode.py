@@ -400,10 +400,7 @@ def _pairs(task: Task, rows: Sequence[Row], tokenizer: Any, max_length: int) -> 
 def _pictured(task: Task, rows: Sequence[Row], tokenizer: Any, max_length: int) -> Encoded:
     numbers = {label: index for index, label in enumerate(task.labels)}
     return Encoded(
-        examples=[
-            Example(index, (), (numbers[row["label"]],), image=row["image"])
-            for index, row in enumerate(rows)
-        ]
+        examples=[Example(index, (), (numbers[row["label"]],), image=row["image"]) for index, row in enumerate(rows)]
     )
 
 

@@ -95,9 +95,7 @@ def cleaned(part: Part) -> Part:
             code="repeated_column",
             field=twice[0],
         )
-    rows = [
-        (number, {names[key]: value for key, value in row.items()}) for number, row in part.rows
-    ]
+    rows = [(number, {names[key]: value for key, value in row.items()}) for number, row in part.rows]
     return Part(part.split, part.place, part.folder, part.unit, rows)
 
 

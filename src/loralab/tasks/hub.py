@@ -63,6 +63,4 @@ def _loaded(called: str, source: str, load: Callable[[str], Any]) -> tuple[list[
 
 
 def _rows(rows: Any) -> list[Row]:
-    return with_class_names(
-        rows.with_format("arrow")[:].to_pylist(), class_names(rows.features.to_dict())
-    )
+    return with_class_names(rows.with_format("arrow")[:].to_pylist(), class_names(rows.features.to_dict()))

@@ -12,9 +12,7 @@ from loralab.tasks.formats import Row
 
 NUMBER = re.compile(r"[+-]?\d+([.,]\d+)?([eE][+-]?\d+)?")
 WHOLE = re.compile(r"-?(0|[1-9]\d*)(\.0+)?")  # not 007, which is a name
-NO_REGRESSION = (
-    "numbers cannot be learnt yet (regression): write classes instead, such as low and high"
-)
+NO_REGRESSION = "numbers cannot be learnt yet (regression): write classes instead, such as low and high"
 ABSENT = ("nan", "none", "null", "n/a", "na", "<na>", "?")
 TRUTHS = {"false": "0", "true": "1"}
 MANY = 20  # classes that are numbers, without a question
@@ -35,10 +33,7 @@ def settled(source: str, splits: Mapping[str, list[Row]]) -> dict[str, list[Row]
     if not spelt:
         return dict(splits)
     return {
-        split: [
-            {**row, "label": spelt.get(row["label"], row["label"])} if "label" in row else row
-            for row in part
-        ]
+        split: [{**row, "label": spelt.get(row["label"], row["label"])} if "label" in row else row for row in part]
         for split, part in splits.items()
     }
 
@@ -84,11 +79,7 @@ def _spellings(labels: Iterable[str]) -> dict[str, str]:
         wanted = {label: _whole(label) for label in known}
     else:
         bare = {label for label in known if WHOLE.fullmatch(label) and label == _whole(label)}
-        wanted = {
-            label: _whole(label)
-            for label in known
-            if WHOLE.fullmatch(label) and _whole(label) in bare
-        }
+        wanted = {label: _whole(label) for label in known if WHOLE.fullmatch(label) and _whole(label) in bare}
     truths = {label for label in known if label.lower() in ("true", "false")}
     if len({(label.islower(), label.isupper()) for label in truths}) > 1:
         wanted |= {label: label.capitalize() for label in truths}  # as JSON's true is written

@@ -16,9 +16,7 @@ ROLES = ("system", "user", "assistant")
 SHARED = {"human": "user", "gpt": "assistant"}  # what ShareGPT calls them, beside the names above
 
 
-def conversation(
-    place: str, value: Any, mapping: Mapping[str, str], seen: set[str]
-) -> list[dict[str, str]]:
+def conversation(place: str, value: Any, mapping: Mapping[str, str], seen: set[str]) -> list[dict[str, str]]:
     """The messages of a row, each with its role and its text alone.
 
     Args:
@@ -35,10 +33,7 @@ def conversation(
             code="not_messages",
             field="messages",
         )
-    messages = [
-        _message(f"{place}, message {n}", message, mapping, seen)
-        for n, message in enumerate(value, start=1)
-    ]
+    messages = [_message(f"{place}, message {n}", message, mapping, seen) for n, message in enumerate(value, start=1)]
     if len(messages) < 2:
         found = "one message" if messages else "none"
         raise DataError(
@@ -55,13 +50,10 @@ def conversation(
     return messages
 
 
-def _message(
-    place: str, message: Any, mapping: Mapping[str, str], seen: set[str]
-) -> dict[str, str]:
+def _message(place: str, message: Any, mapping: Mapping[str, str], seen: set[str]) -> dict[str, str]:
     if not isinstance(message, dict):
         raise DataError(
-            f"{place}: a message needs a role of {', '.join(ROLES)} and a text as content, found "
-            f"{shown(message)}",
+            f"{place}: a message needs a role of {', '.join(ROLES)} and a text as content, found {shown(message)}",
             code="not_a_message",
             field="messages",
         )
@@ -76,8 +68,7 @@ def _message(
         learnt = role == "assistant"
         if reason := reason_to_refuse(name, [value], MESSAGE_FIELD, learnt=learnt):
             raise DataError(
-                f"{place}: {name!r} {reason}; remove it, or say "
-                f"{option(without(mapping, [full]))} to train without",
+                f"{place}: {name!r} {reason}; remove it, or say {option(without(mapping, [full]))} to train without",
                 code="unsupported_field",
                 field=name,
             )
@@ -142,7 +133,5 @@ def text_in(place: str, what: str, value: Any) -> str:
         value.encode()
     except UnicodeEncodeError as error:  # JSON can spell half of a character: "\ud83d"
         half = value[error.start]
-        raise DataError(
-            f"{place}: {what} holds half a character ({half!a})", code="half_a_character"
-        ) from None
+        raise DataError(f"{place}: {what} holds half a character ({half!a})", code="half_a_character") from None
     return value

@@ -36,14 +36,10 @@ def read_parquet(file: Path) -> Numbered:
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(
-            f"{file} is no readable Parquet file: {error}", code="damaged_file"
-        ) from None
+        raise DataError(f"{file} is no readable Parquet file: {error}", code="damaged_file") from None
     except (KeyError, ImportError, NotImplementedError, TypeError) as error:
         # Arrow's types beyond Python's: a time zone that nobody has, a unit of nanoseconds
-        raise DataError(
-            f"{file} holds values that cannot be read: {error}", code="cannot_read"
-        ) from None
+        raise DataError(f"{file} holds values that cannot be read: {error}", code="cannot_read") from None
     return rows
 
 
@@ -65,7 +61,6 @@ def _batches(file: Path, data: bytes) -> Iterator[Any]:
             yield batch
     if max(claimed, used) > most:
         raise DataError(
-            f"{file} has {len(data):,} bytes and would fill more than {most:,}; "
-            "it is damaged, or was made to",
+            f"{file} has {len(data):,} bytes and would fill more than {most:,}; it is damaged, or was made to",
             code="too_large",
         )

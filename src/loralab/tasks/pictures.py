@@ -124,11 +124,7 @@ def other_files(folder: Path) -> list[str]:
         and not place.name.lower().startswith(("readme", "licen"))
         and place.is_file() and not _is_picture(place)
     ]  # fmt: skip
-    return found + [
-        f"{place.name}/ (no picture in it)"
-        for place in _sub_folders(folder)
-        if not _pictures_in(place)
-    ]
+    return found + [f"{place.name}/ (no picture in it)" for place in _sub_folders(folder) if not _pictures_in(place)]
 
 
 def _classes(folder: Path) -> list[dict[str, Any]]:
@@ -192,9 +188,7 @@ def _decoded(source: Any, origin: str, *, draft: bool = False) -> Any:
     except DataError:
         raise
     except Exception as error:  # its readers raise some ten unrelated kinds on damaged files
-        raise DataError(
-            f"{origin} is no whole picture: {error}", code="damaged_file", field="image"
-        ) from None
+        raise DataError(f"{origin} is no whole picture: {error}", code="damaged_file", field="image") from None
 
 
 def _require_size(size: tuple[int, int], origin: str) -> None:

@@ -67,9 +67,7 @@ def read(source: Any, mapping: Mapping[str, str] | None = None) -> Table:
             return table
         parts, unread = _parts(source)
     except (OSError, RuntimeError) as error:  # a name that is too long, ~ of nobody, no access
-        raise DataError(
-            f"{source[:200]!r} cannot be looked up: {error.args[-1]}", code="no_such_data"
-        ) from None
+        raise DataError(f"{source[:200]!r} cannot be looked up: {error.args[-1]}", code="no_such_data") from None
     return _table(source, [cleaned(part) for part in parts], unread, mapping)
 
 
@@ -84,9 +82,7 @@ def _pictures(source: str, mapping: Mapping[str, str]) -> Table | None:
     if not splits:
         return None
     if mapping:
-        raise DataError(
-            f"--map has no effect on {source}, a folder of pictures", code="no_effect", field="map"
-        )
+        raise DataError(f"--map has no effect on {source}, a folder of pictures", code="no_effect", field="map")
     notes = (*_named("not read", other_files(folder)), *filter(None, [alike(splits)]))
     return Table(source=source, format="image-label", splits=splits, notes=notes)
 
@@ -107,9 +103,7 @@ def _parts(source: str) -> tuple[list[Part], list[str]]:
         return parts, [*unread, *(["the other shards of this file"] if others else [])]
     if _is_hub_id(source):
         return from_hub(source)
-    raise DataError(
-        f"there is no data file, folder or task {source!r}{_nearby(path)}", code="no_such_data"
-    )
+    raise DataError(f"there is no data file, folder or task {source!r}{_nearby(path)}", code="no_such_data")
 
 
 def _from_folder(folder: Path) -> tuple[list[Part], list[str]]:
@@ -120,8 +114,7 @@ def _from_folder(folder: Path) -> tuple[list[Part], list[str]]:
             found, inside = read_file(file, split)
             if len(found) > 1:
                 raise DataError(
-                    f"{file} holds splits itself, and is the {split} file of its folder; say "
-                    "--data and the file alone",
+                    f"{file} holds splits itself, and is the {split} file of its folder; say --data and the file alone",
                     code="two_files",
                     field=split,
                 )
@@ -130,9 +123,7 @@ def _from_folder(folder: Path) -> tuple[list[Part], list[str]]:
     return parts, unread
 
 
-def _table(
-    source: str, parts: list[Part], unread: Iterable[str], mapping: Mapping[str, str]
-) -> Table:
+def _table(source: str, parts: list[Part], unread: Iterable[str], mapping: Mapping[str, str]) -> Table:
     require_columns(source, parts, mapping)
     splits: dict[str, list[Row]] = {}
     formats: dict[str, str] = {}
@@ -147,9 +138,7 @@ def _table(
             splits.setdefault(own.split, []).extend(rows_of(own, columns, seen))
     require_fields(source, parts, seen, mapping)
     if len(set(formats.values())) > 1:
-        raise DataError(
-            f"{source}: the splits have different columns: {formats}", code="splits_differ"
-        )
+        raise DataError(f"{source}: the splits have different columns: {formats}", code="splits_differ")
     if len(parts) == 1 and len(splits) > 1:
         counts = ", ".join(f"{split} {len(rows)}" for split, rows in splits.items())
         notes.append(f"splits as the data has them in a column: {counts}")

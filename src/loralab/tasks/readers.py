@@ -36,9 +36,7 @@ def read_file(file: Path, split: str) -> tuple[list[Part], list[str]]:
     try:
         found, unread = reader(file)
     except OSError as error:
-        raise DataError(
-            f"{file} cannot be read: {error.strerror or error}", code="cannot_read"
-        ) from None
+        raise DataError(f"{file} cannot be read: {error.strerror or error}", code="cannot_read") from None
     return parts_of(str(file), found, split, file.parent), unread
 
 
@@ -52,10 +50,7 @@ def parts_of(place: str, tables: Parts, split: str, folder: Path) -> list[Part]:
     Raises:
         DataError: one has no rows.
     """
-    parts = [
-        Part(own or split, f"{place} ({own})" if own else place, folder, unit, rows)
-        for own, unit, rows in tables
-    ]
+    parts = [Part(own or split, f"{place} ({own})" if own else place, folder, unit, rows) for own, unit, rows in tables]
     require_rows(parts)
     return parts
 
@@ -78,8 +73,7 @@ def _unknown(file: Path) -> DataError:
     suffix = file.suffix.lower()
     remedy = next((said for kinds, said in REMEDIES.items() if suffix in kinds), "")
     return DataError(
-        f"{file}: unknown kind of file {file.suffix!r}; use {', '.join(READERS)}"
-        + (f"; {remedy}" if remedy else ""),
+        f"{file}: unknown kind of file {file.suffix!r}; use {', '.join(READERS)}" + (f"; {remedy}" if remedy else ""),
         code="unknown_kind_of_file",
     )
 
@@ -116,9 +110,7 @@ def _once(pairs: list[tuple[str, Any]]) -> Row:
 
 def _object(place: str, row: Any) -> Row:
     if not isinstance(row, dict):
-        raise DataError(
-            f"{place}: expected an object, found {type(row).__name__}", code="not_an_object"
-        )
+        raise DataError(f"{place}: expected an object, found {type(row).__name__}", code="not_an_object")
     return row
 
 
@@ -132,9 +124,7 @@ def _json(file: Path) -> tuple[Parts, list[str]]:
     except json.JSONDecodeError as error:
         if error.msg == "Extra data" and text.lstrip().startswith("{"):
             return [("", "line", _lines(file, text))], []
-        raise DataError(
-            f"{file}, line {error.lineno}: not JSON ({error.msg})", code="not_json"
-        ) from None
+        raise DataError(f"{file}, line {error.lineno}: not JSON ({error.msg})", code="not_json") from None
     except (ValueError, RecursionError) as error:  # numbers or nesting beyond Python's limits
         raise DataError(f"{file}: not readable as JSON ({error})", code="not_json") from None
     return tables_in(str(file), content)
@@ -157,9 +147,7 @@ def tables_in(place: str, content: Any) -> tuple[Parts, list[str]]:
     if "train" not in own.values():
         raise _no_list(place, content)
     if twice := repeated(own.values()):
-        raise DataError(
-            f"{place} has two {twice[0]} splits: {', '.join(own)}", code="two_files", field=twice[0]
-        )
+        raise DataError(f"{place} has two {twice[0]} splits: {', '.join(own)}", code="two_files", field=twice[0])
     parts: Parts = []
     for name, split in own.items():
         if not isinstance(content[name], list):

@@ -47,9 +47,7 @@ def score_pairs(
     )
 
 
-def _embedded(
-    model: nn.Module, tokenizer: Any, texts: Sequence[Ids], batch_size: int, among: Among | None
-) -> Tensor:
+def _embedded(model: nn.Module, tokenizer: Any, texts: Sequence[Ids], batch_size: int, among: Among | None) -> Tensor:
     """Texts as vectors of length 1, (N, H), in their own order."""
     examples = [Example(index, ids, (index,), second=ids) for index, ids in enumerate(texts)]
     found: dict[int, Tensor] = {}

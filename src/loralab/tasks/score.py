@@ -116,21 +116,15 @@ def evaluate(
         ConfigError: the task is not one to generate for, or `limit` leaves nothing.
     """
     _require_answers(task, kind, generate)
-    rows, encoded, room = scorable(
-        model, tokenizer, task, split, kind=kind, max_length=max_length, limit=limit
-    )
+    rows, encoded, room = scorable(model, tokenizer, task, split, kind=kind, max_length=max_length, limit=limit)
     row_losses: Sequence[float] = ()
     with _evaluating(model):
         if kind == "token-classification":
-            metrics, written = score_tags(
-                model, tokenizer, encoded, rows, task.labels, batch_size, among
-            )
+            metrics, written = score_tags(model, tokenizer, encoded, rows, task.labels, batch_size, among)
         elif kind == "sentence-encoder":
             metrics, written = score_pairs(model, tokenizer, encoded, rows, batch_size, among)
         else:
-            loss, written, row_losses = _answered(
-                model, tokenizer, task, encoded, rows, kind, batch_size, room, among
-            )
+            loss, written, row_losses = _answered(model, tokenizer, task, encoded, rows, kind, batch_size, room, among)
             expected = [answer(row) for row in rows]
             if generate:
                 asked = [prompt_ids(task, row, tokenizer) for row in rows]
@@ -172,9 +166,7 @@ def _answered(
 ) -> tuple[float, list[str], list[float]]:  # fmt: skip
     """Mean loss, the label of each row where there are labels, and the mean loss of each row."""
     if task.labels and kind == "causal-lm":
-        sums, counts, chosen = _ranked(
-            model, tokenizer, task, encoded, rows, batch_size, room, among
-        )
+        sums, counts, chosen = _ranked(model, tokenizer, task, encoded, rows, batch_size, room, among)
     else:
         sums, counts, chosen = _losses(model, tokenizer, encoded, kind, batch_size, among)
     written = [task.labels[index] for index in chosen] if task.labels else [""] * len(rows)
@@ -182,9 +174,7 @@ def _answered(
     return math.fsum(sums) / max(sum(counts), 1), written, own
 
 
-def _by_row(
-    examples: Sequence[Example], sums: Sequence[float], counts: Sequence[int], rows: int
-) -> list[float]:
+def _by_row(examples: Sequence[Example], sums: Sequence[float], counts: Sequence[int], rows: int) -> list[float]:
     """The mean loss of each row over the labels of all its examples."""
     totals, labels = [0.0] * rows, [0] * rows
     for example, total, count in zip(examples, sums, counts, strict=True):
@@ -225,9 +215,7 @@ def generate(
     """
     with _evaluating(model), torch.random.fork_rng():
         torch.manual_seed(seed)
-        return _generate(
-            model, tokenizer, prompts, max_new_tokens, batch_size, temperature=temperature
-        )
+        return _generate(model, tokenizer, prompts, max_new_tokens, batch_size, temperature=temperature)
 
 
 @contextmanager
@@ -253,9 +241,7 @@ def _losses(
     """
     examples, head = encoded.examples, None
     found: dict[int, tuple[float, int, int]] = {}
-    for number, (indices, batch) in enumerate(
-        by_length(model, tokenizer, examples, kind, batch_size, among)
-    ):
+    for number, (indices, batch) in enumerate(by_length(model, tokenizer, examples, kind, batch_size, among)):
         if kind == "causal-lm":
             head = head if number else lone_head(model, batch)  # the first batch is the smallest
             losses, rows, logits = answers(model, batch, head)
@@ -280,9 +266,7 @@ def _ranked(
     batch_size: int, room: int, among: Among | None,
 ) -> tuple[list[float], list[int], list[int]]:  # fmt: skip
     """Each row's summed loss, number of tokens, and the index of its likeliest label."""
-    candidates = [
-        [answer_ids(task, row, tokenizer, label) for label in task.labels] for row in rows
-    ]
+    candidates = [[answer_ids(task, row, tokenizer, label) for label in task.labels] for row in rows]
     require_known(model, tokenizer, candidates[0])
     if len(set(candidates[0])) < len(task.labels):
         raise DataError(
@@ -303,9 +287,7 @@ def _ranked(
     for indices, batch in by_length(model, tokenizer, examples, "causal-lm", batch_size, among):
         found |= zip(indices, _log_likelihood(model, batch).tolist(), strict=True)
     found = merged(found, among)
-    table = torch.tensor([found[index] for index in range(len(examples))]).view(
-        len(rows), len(task.labels)
-    )
+    table = torch.tensor([found[index] for index in range(len(examples))]).view(len(rows), len(task.labels))
     true = [task.labels.index(row["label"]) for row in rows]
     tokens = [len(own[index]) for own, index in zip(candidates, true, strict=True)]
     losses = [-table[row, index].item() for row, index in enumerate(true)]

@@ -78,8 +78,7 @@ def choose(
         if not labels and not learnt.asks:
             labels = _in_order(found)
             notes.append(
-                "the adapter does not name its classes, which are taken to be "
-                f"{', '.join(labels)}, in this order"
+                f"the adapter does not name its classes, which are taken to be {', '.join(labels)}, in this order"
             )
         table, question, more = _in_terms_of(learnt, table, question)
         notes += more
@@ -100,9 +99,7 @@ def _own_task(table: Table, question: str, learnt: Learnt) -> Task | None:
     return task if task.digest == learnt.digest else None
 
 
-def _task(
-    table: Table, question: str, labels: tuple[str, ...], seed: int, split: str, limit: int | None
-) -> Task:
+def _task(table: Table, question: str, labels: tuple[str, ...], seed: int, split: str, limit: int | None) -> Task:
     """The rows in their splits, or all in one, in the order of the source."""
     if split != ALL:
         return catalog.task_of(table, catalog.split_rows(table, seed), question, labels)

@@ -86,16 +86,14 @@ def _rows(
     for values in lines:
         if values and len(values) != len(names):
             raise DataError(
-                f"{file}, line {start + skipped}: {len(values)} fields, the header has "
-                f"{len(names)}",
+                f"{file}, line {start + skipped}: {len(values)} fields, the header has {len(names)}",
                 code="ragged_row",
             )
         for place in padded if values else ():
             values[place] = values[place].strip()
         if values == names:
             raise DataError(
-                f"{file}, line {start + skipped}: the header stands here again, as where files "
-                "were joined; remove it",
+                f"{file}, line {start + skipped}: the header stands here again, as where files were joined; remove it",
                 code="repeated_header",
             )
         if values:

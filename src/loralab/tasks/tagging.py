@@ -27,9 +27,9 @@ def score_tags(
     found: dict[int, tuple[float, list[int]]] = {}
     for indices, batch in by_length(model, tokenizer, encoded.examples, KIND, batch_size, among):
         logits = call(model, batch).float()
-        losses = F.cross_entropy(
-            logits.transpose(1, 2), batch["labels"], reduction="none", ignore_index=IGNORED
-        ).sum(dim=1)
+        losses = F.cross_entropy(logits.transpose(1, 2), batch["labels"], reduction="none", ignore_index=IGNORED).sum(
+            dim=1
+        )
         here, best = batch["labels"] != IGNORED, logits.argmax(dim=-1)
         chosen = [row[own].tolist() for row, own in zip(best, here, strict=True)]
         found |= zip(indices, zip(losses.tolist(), chosen, strict=True), strict=True)

@@ -299,9 +299,7 @@ def _frame(template: str, tokens: Tokens) -> tuple[str, str]:
         return STAND_IN, STAND_IN
     try:
         prompt = render(template, chat[:1], prompt=True, tokens=dict(tokens))
-        before, found, end = render(template, chat, prompt=False, tokens=dict(tokens)).rpartition(
-            STAND_IN
-        )
+        before, found, end = render(template, chat, prompt=False, tokens=dict(tokens)).rpartition(STAND_IN)
     except Exception:  # such as one that wants a system message
         return STAND_IN, STAND_IN
     known = found and before.startswith(prompt)

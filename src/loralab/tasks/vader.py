@@ -59,19 +59,13 @@ def load(task: str, path: Path, get: Callable[[], str]) -> Table:
 
 def _sentiment(means: dict[str, float]) -> list[Row]:
     """Positive or negative."""
-    return [
-        {"text": text, "label": "positive" if mean > 0 else "negative"}
-        for text, mean in means.items()
-    ]
+    return [{"text": text, "label": "positive" if mean > 0 else "negative"} for text, mean in means.items()]
 
 
 def _strength(means: dict[str, float]) -> list[Row]:
     """Strong or mild, whatever the sign: the halves below and above the median."""
     middle = statistics.median(map(abs, means.values()))
-    return [
-        {"text": text, "label": "strong" if abs(mean) > middle else "mild"}
-        for text, mean in means.items()
-    ]
+    return [{"text": text, "label": "strong" if abs(mean) > middle else "mild"} for text, mean in means.items()]
 
 
 def _origins(data: bytes) -> list[Row]:
@@ -88,10 +82,7 @@ def _origins(data: bytes) -> list[Row]:
 def _agreement(spreads: dict[str, float]) -> list[Row]:
     """Whether those who rated a text agree more than they do on the median text of its source."""
     middle = statistics.median(spreads.values())
-    return [
-        {"text": text, "label": "agreed" if spread <= middle else "disputed"}
-        for text, spread in spreads.items()
-    ]
+    return [{"text": text, "label": "agreed" if spread <= middle else "disputed"} for text, spread in spreads.items()]
 
 
 def _clear(data: bytes, source: str) -> dict[str, float]:
@@ -126,9 +117,7 @@ def _checked_bytes(name: str, path: Path, get: Callable[[], str]) -> bytes:
                 file.seek(0)
                 return file.read()
     except OSError as error:
-        raise DataError(
-            f"{path} cannot be read: {error.strerror or error}", code="cannot_read"
-        ) from None
+        raise DataError(f"{path} cannot be read: {error.strerror or error}", code="cannot_read") from None
     raise DataError(
         f"{path} is not the file that {name!r} is made of; remove it, then: {get()}",
         code="damaged_file",

@@ -198,9 +198,7 @@ def _damage(path: Path) -> Iterator[None]:
         yield
     except (LoralabError, KeyError, ValueError, TypeError, RuntimeError) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else error
-        raise AdapterFileError(
-            f"{path} is damaged ({reason}); delete it to go on before it"
-        ) from None
+        raise AdapterFileError(f"{path} is damaged ({reason}); delete it to go on before it") from None
 
 
 def _optimizer_state(tensors: Mapping[str, Tensor], trained: Trained) -> dict[int, dict[str, Any]]:
@@ -226,9 +224,7 @@ def _optimizer_state(tensors: Mapping[str, Tensor], trained: Trained) -> dict[in
     return state
 
 
-def _require_moments(
-    state: Mapping[int, Mapping[str, Any]], optimizer: torch.optim.Optimizer
-) -> None:
+def _require_moments(state: Mapping[int, Mapping[str, Any]], optimizer: torch.optim.Optimizer) -> None:
     """Refuse a state without which the next step would fail, or make no number."""
     needed = NEEDED if isinstance(optimizer, torch.optim.AdamW) else set()
     for index, own in state.items():

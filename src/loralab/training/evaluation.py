@@ -108,8 +108,7 @@ def require_unpacked(own: Given, how: str, precision: str, *stored: AdapterFolde
     for field, value in wanted.items():
         if value:
             raise ConfigError(
-                f"{own.name} is used as it is, and {field} {value} would change it; give the "
-                "model's name in its place",
+                f"{own.name} is used as it is, and {field} {value} would change it; give the model's name in its place",
                 code="live_model",
                 field=field,
             )
@@ -273,9 +272,7 @@ def _adapted(base: Base, stored: AdapterFolder | None) -> Iterator[Base]:
     try:
         adapter = load_adapter(base.model, stored.path)
     except AdapterFileError as error:
-        raise AdapterFileError(
-            f"{error} (base model: {base.name})", code=error.code, field=error.field
-        ) from None
+        raise AdapterFileError(f"{error} (base model: {base.name})", code=error.code, field=error.field) from None
     try:
         yield as_trained(base, stored.record.get("tokenizer", {}), stored.path)
     finally:

@@ -38,9 +38,7 @@ UNKNOWN = (
 )
 
 
-def facts_of(
-    task: Task, digest: str, base: Base, without: frozenset[str] = frozenset()
-) -> dict[str, Any]:
+def facts_of(task: Task, digest: str, base: Base, without: frozenset[str] = frozenset()) -> dict[str, Any]:
     """What is compared when a run goes on.
 
     Args:
@@ -91,10 +89,7 @@ def require_equal(what: str, stored: Facts, facts: Facts) -> None:
     """
     different = [name for name in WORDS if name in stored and stored[name] != facts[name]]
     if different:
-        changes = [
-            f"{WORDS[name]} was {_brief(stored[name])}, now {_brief(facts[name])}"
-            for name in different
-        ]
+        changes = [f"{WORDS[name]} was {_brief(stored[name])}, now {_brief(facts[name])}" for name in different]
         raise ConfigError(
             f"{what} that was begun with something else: {some(changes)}; bring that back, or "
             "begin anew in another folder",

@@ -35,9 +35,7 @@ class Setting:
     peak_bytes: int
 
 
-def fitted(
-    adapter: Adapter, path: Path, examples: Sequence[Example], training: Training
-) -> Training:
+def fitted(adapter: Adapter, path: Path, examples: Sequence[Example], training: Training) -> Training:
     """The training with the quickest pass_tokens and checkpoint_blocks that fit its budget.
 
     Raises:
@@ -141,9 +139,7 @@ def _needs(
     return [(n, none if not n else round(none - n * share + share)) for n in counts]
 
 
-def needed(
-    adapter: Adapter, path: Path, rows: Sequence[Example], training: Training, blocks: int
-) -> int:
+def needed(adapter: Adapter, path: Path, rows: Sequence[Example], training: Training, blocks: int) -> int:
     """Bytes that a step needs with so many blocks recomputed; it leaves the model so."""
     if blocks and not any(b.gradient_checkpointing for b in memory.checkpointed_blocks(path.model)):
         mode = training.gradient_checkpointing

@@ -61,9 +61,7 @@ class Joint:
         around: what is drawn for a job is drawn in this.
     """
 
-    def __init__(
-        self, model: Any, path: Path, around: Callable[[Hashable], AbstractContextManager[Any]]
-    ) -> None:
+    def __init__(self, model: Any, path: Path, around: Callable[[Hashable], AbstractContextManager[Any]]) -> None:
         self.model, self.path, self.around = model.requires_grad_(False), path, around
         self.bank = Bank(model, around)
         self._quicker = known(model) if path.way != "plain" else []
@@ -180,9 +178,7 @@ class Joint:
             states = packed_states(self.model, batch, packing)
         return self._by_heads(parts, spans, states, batch["targets"])
 
-    def _by_heads(
-        self, parts: Sequence[Part], spans: Sequence[Span], states: Tensor, targets: Tensor
-    ) -> list[Tensor]:
+    def _by_heads(self, parts: Sequence[Part], spans: Sequence[Span], states: Tensor, targets: Tensor) -> list[Tensor]:
         """The loss of each part by its job's own head; heads that are the base's run at once."""
         has_loss = targets != IGNORED
         jobs = [
@@ -227,15 +223,10 @@ class Joint:
             owns = [(own.start <= of_row) & (of_row < own.stop) for own in rows]
             return [_summed(logits[own], labels[own]) for own in owns]
         classes = [p.path.model.config.num_labels for p in parts if p.key is not None]
-        return [
-            _summed(logits[own][..., :count], labels[own])
-            for own, count in zip(rows, classes, strict=True)
-        ]
+        return [_summed(logits[own][..., :count], labels[own]) for own, count in zip(rows, classes, strict=True)]
 
     @contextlib.contextmanager
-    def _routed(
-        self, spans: Sequence[Span], parts: Sequence[Part] = (), *, second: bool = False
-    ) -> Iterator[None]:
+    def _routed(self, spans: Sequence[Span], parts: Sequence[Part] = (), *, second: bool = False) -> Iterator[None]:
         self._widths = tuple(_widths(part)[second] for part in parts)
         with self.bank.routed(spans):
             yield
@@ -331,9 +322,7 @@ def _draws(adapter: Adapter) -> bool:
     return any(isinstance(module, nn.Dropout) and module.p for module in own)
 
 
-def _by_frozen_head(
-    head: Any, states: Tensor, targets: Tensor, heres: Sequence[Tensor]
-) -> list[Tensor]:
+def _by_frozen_head(head: Any, states: Tensor, targets: Tensor, heres: Sequence[Tensor]) -> list[Tensor]:
     """The summed loss at each of some sets of places, through one product of the head."""
     where = torch.cat([*heres])
     filling = rounded_up(len(where)) - len(where)
@@ -353,9 +342,7 @@ def token_losses(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Te
 
 class _TokenLosses(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
         losses, gradient = [hidden.new_zeros(0, dtype=torch.float32)], torch.empty_like(hidden)
         for start in range(0, len(hidden), CHUNK):
             chunk = slice(start, start + CHUNK)

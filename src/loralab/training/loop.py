@@ -86,10 +86,7 @@ class Steps:
     def _spread(self, passes: Sequence[list[Example]]) -> list[list[list[Example]]]:
         """Passes whose rows meet: what processes would have side by side is one pass of all."""
         size, together = self.job.world.size, self.job.training.processes or 1
-        whole = [
-            list(itertools.chain(*passes[i : i + together]))
-            for i in range(0, len(passes), together)
-        ]
+        whole = [list(itertools.chain(*passes[i : i + together])) for i in range(0, len(passes), together)]
         return [[rows[rank::size] for rows in whole] for rank in range(size)]
 
     def labelled(self, shares: Sequence[Sequence[Sequence[Example]]]) -> int:
@@ -238,9 +235,7 @@ def _evaluate(job: Job, progress: Progress, record: Record) -> tuple[Progress, b
     })  # fmt: skip
     best = progress.best_metrics
     if not best or is_better(scores.main, scores.metrics, best):
-        found = replace(
-            progress, best_step=progress.step, best_metrics=scores.metrics, worse_in_a_row=0
-        )
+        found = replace(progress, best_step=progress.step, best_metrics=scores.metrics, worse_in_a_row=0)
         return found, True
     worse = progress.worse_in_a_row + 1
     patience = job.training.patience

@@ -23,9 +23,7 @@ from loralab.training.world import world
 ALIKE = ("model", "precision", "quantize", "image_size", "shard_base")
 
 
-def train_many(
-    jobs: Sequence[TrainJob], *, resume: bool = False, listener: Listener | None = None
-) -> list[Outcome]:
+def train_many(jobs: Sequence[TrainJob], *, resume: bool = False, listener: Listener | None = None) -> list[Outcome]:
     """Train several adapters on one frozen base, write the run folder of each and certify it.
 
     A live model's weights stay as they are, and no adapter is put into it: each run has a
@@ -46,9 +44,7 @@ def train_many(
     return [_proven(job.name, outcome) for job, outcome in zip(jobs, outcomes, strict=True)]
 
 
-def run_jobs(
-    jobs: Sequence[TrainJob], *, resume: bool = False, listener: Listener | None = None
-) -> list[Outcome]:
+def run_jobs(jobs: Sequence[TrainJob], *, resume: bool = False, listener: Listener | None = None) -> list[Outcome]:
     """`train_many` without certificates."""
     one = OneBase()
     ready = _prepared(jobs, one, resume=resume)
@@ -74,9 +70,7 @@ def _prepared(jobs: Sequence[TrainJob], one: OneBase, *, resume: bool) -> list[R
     requests = {}
     for job in jobs:
         with _named(job.name):
-            asked = Request.of(
-                job.model, job.data, job.method, job.training, job.mapping, job.tokenizer
-            )
+            asked = Request.of(job.model, job.data, job.method, job.training, job.mapping, job.tokenizer)
             requests[job.name] = preflight.require_place(Path(job.output_dir), asked, resume=resume)
     _require_alike({name: _alike(request) for name, request in requests.items()})
     folders = {job.name: Path(job.output_dir).resolve() for job in jobs}

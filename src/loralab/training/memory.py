@@ -125,9 +125,7 @@ def predicted_peak(adapter: Adapter, path: Path, rows: Sequence[Example], bits: 
     return max(needed_bytes(adapter, path, rows, bits), peak_bytes(device))
 
 
-def needed_bytes(
-    adapter: Adapter, path: Path, rows: Sequence[Example], bits: int = 32, most: int = MEASURED
-) -> int:
+def needed_bytes(adapter: Adapter, path: Path, rows: Sequence[Example], bits: int = 32, most: int = MEASURED) -> int:
     """What is held while training steps run whose largest part these rows are.
 
     What is held now, gradients and the optimiser's state, and what the rows keep for the backward

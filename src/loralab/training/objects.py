@@ -41,9 +41,7 @@ def require_usable(training: Training) -> None:
     usual = Training()
     for name, remedy in UNUSABLE.items():
         if getattr(training, name) != getattr(usual, name):
-            raise ConfigError(
-                f"{name} would change a live model itself; {remedy}", code="live_model", field=name
-            )
+            raise ConfigError(f"{name} would change a live model itself; {remedy}", code="live_model", field=name)
 
 
 def base_for(own: Given, task: Task, image_size: int | None = None) -> Base:

@@ -57,9 +57,7 @@ def _in_8_bits(options: list[dict[str, Any]], rate: float) -> torch.optim.Optimi
     try:
         from bitsandbytes.optim.adamw import AdamW8bit
     except ImportError:
-        raise ConfigError(
-            "optimizer_bits 8 needs bitsandbytes: pip install 'loralab[quant]'"
-        ) from None
+        raise ConfigError("optimizer_bits 8 needs bitsandbytes: pip install 'loralab[quant]'") from None
     optimizer: torch.optim.Optimizer = AdamW8bit(options, lr=rate)
     return optimizer
 

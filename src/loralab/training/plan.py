@@ -126,9 +126,7 @@ def smaller(prepared: Prepared, training: Training, peak: int) -> dict[str, int]
         if path.room > FEW_TOKENS:
             before, path.room = path.room, FEW_TOKENS
             rows = fit.largest_part(path, examples, training)
-            found[f"--pass-tokens {FEW_TOKENS}"] = memory.predicted_peak(
-                adapter, path, rows, training.optimizer_bits
-            )
+            found[f"--pass-tokens {FEW_TOKENS}"] = memory.predicted_peak(adapter, path, rows, training.optimizer_bits)
             path.room = before
         if training.gradient_checkpointing == "off" and blocks:
             rows = fit.largest_part(path, examples, training)

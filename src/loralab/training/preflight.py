@@ -121,9 +121,7 @@ def _ready(
     training = request.training
     facts = facts_of(task, _digest(request, task), base, frozenset(adapter.saved))
     encoded = _encoded(replace(task, digest=facts["data"]), base, training, encoding)
-    memory.checkpoint_gradients(
-        base.model, training.gradient_checkpointing, training.checkpoint_blocks
-    )
+    memory.checkpoint_gradients(base.model, training.gradient_checkpointing, training.checkpoint_blocks)
     batches = Batches(
         lengths=tuple(example.length for example in encoded.examples),
         batch_size=training.batch_size,
@@ -138,9 +136,7 @@ def _ready(
     _require_rows_to_occur(adapter, encoded)
     if training.shard_base and load is None:
         shard_base(base.model, [adapter], world())
-    path = quickest(
-        adapter, base.kind, pad_id=base.tokenizer.pad_token_id or 0, pictures=base.tokenizer
-    )
+    path = quickest(adapter, base.kind, pad_id=base.tokenizer.pad_token_id or 0, pictures=base.tokenizer)
     path.room = training.pass_tokens or path.room
     path.longest = max(len(text) for e in encoded.examples for text in e.texts)
     chosen = training
@@ -185,9 +181,7 @@ def _digest(request: Request, task: Task) -> str:
     return content_digest(task.splits, task.labels, task.instruction)
 
 
-def _encoded(
-    task: Task, base: Base, training: Training, encoding: Callable[..., Encoded]
-) -> Encoded:
+def _encoded(task: Task, base: Base, training: Training, encoding: Callable[..., Encoded]) -> Encoded:
     """The train rows as numbers that the model can take; the validation rows could be scored, too.
 
     The first evaluation is late, and what it would refuse can be known now.
@@ -226,9 +220,7 @@ def load_base(
     """
     kind = models.kind_for(name, task.format)
     dtype = models.parse_dtype(resolve_precision(precision))
-    base = models.load(
-        name, kind=kind, dtype=dtype, labels=task.labels, seed=seed, image_size=image_size
-    )
+    base = models.load(name, kind=kind, dtype=dtype, labels=task.labels, seed=seed, image_size=image_size)
     base.model.to(device or device_here())
     if quantize != "none":
         pack(base.model, quantize, name)
@@ -275,9 +267,7 @@ def require_place(folder: Path, request: Request, *, resume: bool) -> Request:
         atomic.require_free(folder)
         return _in_processes(request, None)
     if not resume:
-        raise OutputError(
-            f"{folder} holds another run; continue it with --resume, or choose another name"
-        )
+        raise OutputError(f"{folder} holds another run; continue it with --resume, or choose another name")
     stored = read_toml(config)
     before = stored.get("processes", 1)
     request = _in_processes(request, before if isinstance(before, int) else 1)

@@ -32,9 +32,7 @@ class Record:
         speaks: off in all processes but one; they write nothing and tell nobody.
     """
 
-    def __init__(
-        self, folder: Path, step: int, listener: Listener | None, *, speaks: bool = True
-    ) -> None:
+    def __init__(self, folder: Path, step: int, listener: Listener | None, *, speaks: bool = True) -> None:
         self.folder, self._speaks = folder, speaks
         self._listener, self._board = listener, None
         if speaks:

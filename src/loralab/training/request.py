@@ -65,9 +65,7 @@ class Request:
         )  # fmt: skip
         spec = spec_of(method)
         if not spec.scales_gradients and training.precision == "fp16":
-            raise ConfigError(
-                f"{spec.name} needs gradients that are not scaled, as fp16 does; use bf16 or fp32"
-            )
+            raise ConfigError(f"{spec.name} needs gradients that are not scaled, as fp16 does; use bf16 or fp32")
         if spec.trains_base and training.quantize != "none":
             raise ConfigError("weights in few bits cannot be trained; leave --quantize out")
         if training.new_tokens and not spec.has("token_rows"):

@@ -129,9 +129,7 @@ class Rounds:
         self, job: Ready, last: Path | None, listener: Listener | None, note: str
     ) -> _Live:  # fmt: skip
         with job.random.drawn():
-            begun = begin(
-                job.request, job.prepared, job.folder, naming(job.name, listener), last, note
-            )
+            begun = begin(job.request, job.prepared, job.folder, naming(job.name, listener), last, note)
         begun.steps.drop_others()  # what was written beyond the common step is made anew
         begun.steps.job.adapter.model.train()
         return _Live(job=job, begun=begun)
@@ -191,10 +189,7 @@ class Rounds:
         """One pass through the model, forward and backward."""
         with self.joint.taken():
             losses = self.joint.losses(group)
-            shares = [
-                loss / made[str(part.key)].labelled
-                for loss, part in zip(losses, group, strict=True)
-            ]
+            shares = [loss / made[str(part.key)].labelled for loss, part in zip(losses, group, strict=True)]
             self._accelerator.backward(torch.stack(shares).sum())
         for part, share in zip(group, torch.stack(shares).tolist(), strict=True):
             step = made[str(part.key)]

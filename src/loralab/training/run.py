@@ -97,9 +97,7 @@ def train(
             return proven(run)
 
 
-def run_request(
-    request: Request, folder: Path, *, resume: bool = False, listener: Listener | None = None
-) -> Run:
+def run_request(request: Request, folder: Path, *, resume: bool = False, listener: Listener | None = None) -> Run:
     """Make a run, which is not certified."""
     here = world()
     request = preflight.require_place(folder, request, resume=resume)
@@ -250,9 +248,7 @@ def _scorer(prepared: Prepared, training: Training, seen: list[Scores]) -> Calla
     return score
 
 
-def _announce(
-    prepared: Prepared, training: Training, progress: Progress, record: Record, note: str
-) -> None:
+def _announce(prepared: Prepared, training: Training, progress: Progress, record: Record, note: str) -> None:
     adapter, encoded = prepared.adapter, prepared.encoded
     total = sum(p.numel() for p in prepared.base.model.parameters())
     record({
@@ -271,8 +267,7 @@ def _announce(
     if training.memory_budget is not None:
         blocks = training.checkpoint_blocks or 0
         notes.append(
-            f"within {training.memory_budget}: passes of {training.pass_tokens} tokens, "
-            f"{blocks} blocks recomputed"
+            f"within {training.memory_budget}: passes of {training.pass_tokens} tokens, {blocks} blocks recomputed"
         )
     if progress.step:
         notes.append(f"going on from step {progress.step}")
@@ -285,9 +280,7 @@ def _rows(what: str, rows: tuple[int, ...], training: Training) -> str:
     return f"{len(rows)} rows {what} in --max-length {training.max_length} (first: {first})"
 
 
-def record_of(
-    request: Request, prepared: Prepared, progress: Progress, scores: Scores
-) -> dict[str, Any]:
+def record_of(request: Request, prepared: Prepared, progress: Progress, scores: Scores) -> dict[str, Any]:
     """What loralab.json says of a run; no times, so that the same run gives the same bytes."""
     base, task = prepared.base, prepared.task
     fields = request.fields()

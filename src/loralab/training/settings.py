@@ -26,26 +26,20 @@ class Training:
     One optimiser step sees batch_size * accumulation_steps rows, and so many for each process.
     """
 
-    learning_rate: Annotated[
-        float | None, "peak learning rate of AdamW; none is the method's usual one"
-    ] = None
+    learning_rate: Annotated[float | None, "peak learning rate of AdamW; none is the method's usual one"] = None
     epochs: Annotated[int, "passes over the training rows, unless max_steps is given"] = 1
     max_steps: Annotated[int | None, "optimiser steps; overrides epochs"] = None
     batch_size: Annotated[int, "rows in one forward pass"] = 8
     accumulation_steps: Annotated[int, "forward passes in one optimiser step"] = 1
     max_length: Annotated[int, "longest row in tokens, prompt and answer together"] = 512
-    precision: Annotated[
-        str, "dtype of the base: fp32, bf16, fp16; auto is bf16 where the machine computes in it"
-    ] = "auto"
-    quantize: Annotated[
-        str, "keep the base's linear layers in few bits: none, nf4, or gguf (as the file has them)"
-    ] = "none"
-    image_size: Annotated[
-        int | None, "pixels of a side, for pictures; none is the model's own size"
-    ] = None
-    gradient_checkpointing: Annotated[
-        str, "recompute activations to save memory: off, on, or reentrant"
-    ] = "off"
+    precision: Annotated[str, "dtype of the base: fp32, bf16, fp16; auto is bf16 where the machine computes in it"] = (
+        "auto"
+    )
+    quantize: Annotated[str, "keep the base's linear layers in few bits: none, nf4, or gguf (as the file has them)"] = (
+        "none"
+    )
+    image_size: Annotated[int | None, "pixels of a side, for pictures; none is the model's own size"] = None
+    gradient_checkpointing: Annotated[str, "recompute activations to save memory: off, on, or reentrant"] = "off"
     checkpoint_blocks: Annotated[
         int | None, "how many blocks gradient_checkpointing recomputes; none is all of them"
     ] = None
@@ -55,12 +49,12 @@ class Training:
     memory_budget: Annotated[
         str | None, "choose the quickest pass_tokens and checkpoint_blocks within it, as in 4GB"
     ] = None
-    processes: Annotated[
-        int | None, "how many share a step, batch_size rows each; none is as many as were started"
-    ] = None
-    shard_base: Annotated[
-        bool, "each process keeps a part of the frozen base only (FSDP2); for several processes"
-    ] = False
+    processes: Annotated[int | None, "how many share a step, batch_size rows each; none is as many as were started"] = (
+        None
+    )
+    shard_base: Annotated[bool, "each process keeps a part of the frozen base only (FSDP2); for several processes"] = (
+        False
+    )
     optimizer_bits: Annotated[
         int, "of AdamW's two moments: 32, or 8 in blocks (for many trained numbers; bitsandbytes)"
     ] = 32
@@ -74,15 +68,9 @@ class Training:
         int | None, "steps between evaluations on the validation rows; none is at the end only"
     ] = None
     evaluation_rows: Annotated[int, "validation rows used at each evaluation"] = 200
-    patience: Annotated[
-        int | None, "stop after so many evaluations without a better score; none is never"
-    ] = None
-    save_every: Annotated[
-        int | None, "steps between checkpoints; none is one a twentieth of the run"
-    ] = None
-    new_tokens: Annotated[
-        tuple[str, ...], "texts that become tokens of their own; their rows are trained (LoRA)"
-    ] = ()
+    patience: Annotated[int | None, "stop after so many evaluations without a better score; none is never"] = None
+    save_every: Annotated[int | None, "steps between checkpoints; none is one a twentieth of the run"] = None
+    new_tokens: Annotated[tuple[str, ...], "texts that become tokens of their own; their rows are trained (LoRA)"] = ()
     seed: Annotated[int, "of the adapter's start, the order of the rows, dropout and splits"] = 0
 
     def __post_init__(self) -> None:
@@ -133,19 +121,13 @@ class Evaluation:
     ] = None
     limit: Annotated[int | None, "score only the first so many rows"] = None
     batch_size: Annotated[int, "rows in one forward pass"] = 16
-    precision: Annotated[
-        str, "dtype of the base: fp32, bf16, fp16; auto is that of the adapter's training"
-    ] = "auto"
-    quantize: Annotated[
-        str, "keep the base in few bits: none, nf4, gguf; auto is as in the adapter's training"
-    ] = "auto"
-    generate: Annotated[
-        bool, "also let the model write its answers: exact match, BLEU, ROUGE-L"
-    ] = False
+    precision: Annotated[str, "dtype of the base: fp32, bf16, fp16; auto is that of the adapter's training"] = "auto"
+    quantize: Annotated[str, "keep the base in few bits: none, nf4, gguf; auto is as in the adapter's training"] = (
+        "auto"
+    )
+    generate: Annotated[bool, "also let the model write its answers: exact match, BLEU, ROUGE-L"] = False
     max_new_tokens: Annotated[int, "longest answer that is generated, in tokens"] = 128
-    seed: Annotated[
-        int | None, "of the splits of data that brings none; none is the adapter's own, or 0"
-    ] = None
+    seed: Annotated[int | None, "of the splits of data that brings none; none is the adapter's own, or 0"] = None
 
     def __post_init__(self) -> None:
         """Check every value."""

@@ -65,9 +65,7 @@ class World:
     def align(self, parameters: Sequence[nn.Parameter]) -> None:
         """Give all processes the first one's numbers."""
         if self.size > 1:
-            _in_one_message(
-                [p.data for p in parameters], functools.partial(distributed.broadcast, src=0)
-            )
+            _in_one_message([p.data for p in parameters], functools.partial(distributed.broadcast, src=0))
 
     def agreed(self, value: T) -> T:
         """The first process's value, in all of them."""

@@ -20,9 +20,7 @@ LORA, ADALORA = "LoRA r=4", "AdaLoRA 6→4"
 PATHS = [f"encoder.layer.{layer}.{module}" for layer in range(3) for module in ("query", "ffn.in")]
 
 
-def test_arms_end_with_the_same_ranks_and_the_same_factor(
-    tiny_bert_folder: Path, noise_file: Path
-) -> None:
+def test_arms_end_with_the_same_ranks_and_the_same_factor(tiny_bert_folder: Path, noise_file: Path) -> None:
     ground = ground_of("adaptive", tiny_bert_folder, noise_file, values=("1", "4", "8"))
     base = base_of(ground)
     found = adaptive.arms(ground, base)
@@ -82,9 +80,7 @@ def test_ranks_left_follow_the_schedule_into_the_file(
     assert {figure.name for figure in answer.figures} == {"adaptive-budget", "adaptive-ranks"}
 
 
-def adalora(
-    right: float, ranks: Sequence[Sequence[int]], *, in_file: int = 24, name: str = ADALORA
-) -> list[Record]:
+def adalora(right: float, ranks: Sequence[Sequence[int]], *, in_file: int = 24, name: str = ADALORA) -> list[Record]:
     """Planted records of AdaLoRA on six modules, one list of final ranks for each seed."""
     scores = [float(row < right * ROWS) for row in range(ROWS)]
     fields = {"target_rank": 4, "rank": 6, "alpha": 24.0, "method": "adalora"}
@@ -108,10 +104,7 @@ def adalora(
 def lora(right: float) -> list[Record]:
     """Planted records of LoRA at the same budget."""
     scores = [float(row < right * ROWS) for row in range(ROWS)]
-    return [
-        replace(r, numbers={**r.numbers, "head_parameters": 10.0})
-        for r in planted(LORA, scores, rank=4)
-    ]
+    return [replace(r, numbers={**r.numbers, "head_parameters": 10.0}) for r in planted(LORA, scores, rank=4)]
 
 
 ALIKE = [[1, 6, 2, 6, 3, 6]] * 3

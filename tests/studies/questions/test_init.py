@@ -111,9 +111,7 @@ def test_a_run_that_was_cut_off_is_watched_from_its_first_step(
 
 
 @pytest.mark.parametrize("rank", [1, 8])
-def test_a_language_model_is_compared_where_it_has_labels(
-    tiny_llama_folder: Path, sums_file: Path, rank: int
-) -> None:
+def test_a_language_model_is_compared_where_it_has_labels(tiny_llama_folder: Path, sums_file: Path, rank: int) -> None:
     ground = ground_of("init", tiny_llama_folder, sums_file)
     found = {}
     for start in ("kaiming", "b_kaiming", "pissa"):
@@ -125,9 +123,7 @@ def test_a_language_model_is_compared_where_it_has_labels(
     assert found["pissa"]["start_logits"] < 1e-4 < found["b_kaiming"]["start_logits"]
 
 
-def started(
-    name: str, share: float, gains: list[float], accuracy: float, **more: float
-) -> list[Record]:
+def started(name: str, share: float, gains: list[float], accuracy: float, **more: float) -> list[Record]:
     """Planted records that know their start; losses of rows stand for a head that is not new."""
     draw = np.random.default_rng(len(name))
     scores = (draw.random(ROWS) < accuracy).astype(float).tolist()

@@ -114,9 +114,7 @@ def test_d90_is_where_it_was_planted() -> None:
     scores = {10: 0.5, 100: 0.6, 1000: 0.79, 10_000: 0.8}
     answer = lowrank.conclude([floor(), *full({"m": torch.eye(4)}), *curve(scores)], GROUND)
     assert "DID: d90 is 1,000 of D = 1,000,000 (0.1 %" in answer.sentence.en
-    never = lowrank.conclude(
-        [floor(), *full({"m": torch.eye(4)}), *curve({10: 0.5, 100: 0.6})], GROUND
-    )
+    never = lowrank.conclude([floor(), *full({"m": torch.eye(4)}), *curve({10: 0.5, 100: 0.6})], GROUND)
     assert "no d up to 100 of D = 1,000,000 reaches 90 %" in never.sentence.en
     first = lowrank.conclude([floor(), *full({"m": torch.eye(4)}), *curve({10: 0.8})], GROUND)
     assert "d90 is at most 10" in first.sentence.en
@@ -152,13 +150,8 @@ def test_phi_is_the_overlap_of_every_pair_of_first_directions() -> None:
     left, right = (torch.linalg.qr(torch.randn(30, k, generator=draw))[0] for k in (4, 9))
     table = overlaps.phi(left, right)
     for i, j in ((1, 1), (2, 9), (4, 3), (4, 9)):
-        assert float(table[i - 1, j - 1]) == pytest.approx(
-            overlap(left[:, :i], right[:, :j]), abs=1e-6
-        )
-    chance = [
-        float(overlaps.phi(*(torch.linalg.qr(torch.randn(30, k))[0] for k in (2, 6)))[1, 5])
-        for _ in range(300)
-    ]
+        assert float(table[i - 1, j - 1]) == pytest.approx(overlap(left[:, :i], right[:, :j]), abs=1e-6)
+    chance = [float(overlaps.phi(*(torch.linalg.qr(torch.randn(30, k))[0] for k in (2, 6)))[1, 5]) for _ in range(300)]
     assert sum(chance) / len(chance) == pytest.approx(6 / 30, abs=0.02)
 
 

@@ -168,10 +168,7 @@ def test_without_a_baseline_nothing_is_compared() -> None:
 
 def test_the_curve_is_the_largest_difference_of_any_step() -> None:
     other = runs("mixed", 2e9, 5.0)
-    bent = [
-        Record(**{**vars(r), "series": {**r.series, "loss": [0.7, 0.65, 0.66, 0.55]}})
-        for r in other
-    ]
+    bent = [Record(**{**vars(r), "series": {**r.series, "loss": [0.7, 0.65, 0.66, 0.55]}}) for r in other]
     found = Savings.of([*runs(BASELINE, 3e9, 10.0), *bent])
     assert found.curve("mixed") == pytest.approx(0.1)
     assert math.isnan(Savings.of(bent).curve("mixed"))

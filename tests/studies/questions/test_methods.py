@@ -75,10 +75,7 @@ def test_sizes_are_solved_for_at_both_budgets(make: tiny.Make) -> None:
             continue
         size = methods.SIZES[own.fields["method"]]
         here = trained_parameters(model, own.fields)
-        near = [
-            trained_parameters(model, {**own.fields, size: max(1, own.fields[size] + step)})
-            for step in (-1, 1)
-        ]
+        near = [trained_parameters(model, {**own.fields, size: max(1, own.fields[size] + step)}) for step in (-1, 1)]
         budget = budgets[own.options["budget"]]
         assert abs(here - budget) <= min(abs(n - budget) for n in near)
         seen.add((own.fields["method"], own.options["budget"]))

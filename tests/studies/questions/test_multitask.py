@@ -63,9 +63,7 @@ def batch_of(rows: int) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def test_every_row_is_answered_by_its_own_adapter(
-    tiny_bert_folder: Path, word_files: Sequence[Path]
-) -> None:
+def test_every_row_is_answered_by_its_own_adapter(tiny_bert_folder: Path, word_files: Sequence[Path]) -> None:
     base = load_base(str(tiny_bert_folder), find(str(word_files[0])), "fp32", 0)
     base.model.eval()
     batch = batch_of(7)
@@ -93,9 +91,7 @@ def test_every_row_is_answered_by_its_own_adapter(
     assert torch.equal(call(base.model, batch), plain)
 
 
-def test_a_routed_adapter_is_the_attached_one(
-    tiny_bert_folder: Path, word_files: Sequence[Path]
-) -> None:
+def test_a_routed_adapter_is_the_attached_one(tiny_bert_folder: Path, word_files: Sequence[Path]) -> None:
     base = load_base(str(tiny_bert_folder), find(str(word_files[0])), "fp32", 0)
     base.model.eval()
     adapters = [trained_by_chance(base, seed, 3, "all-linear") for seed in (0, 1)]

@@ -48,9 +48,7 @@ def test_the_knee_is_at_the_true_rank_of_the_update() -> None:
     assert "knee is at r=4" in answer.sentence.en
 
 
-def test_on_noise_no_rank_is_better(
-    here: Here, tiny_bert_folder: Path, noise_file: Path, tmp_path: Path
-) -> None:
+def test_on_noise_no_rank_is_better(here: Here, tiny_bert_folder: Path, noise_file: Path, tmp_path: Path) -> None:
     ground = ground_of("rank", tiny_bert_folder, noise_file, values=("1", "2", "8"))
     records = here(ground, tmp_path)
     assert len(records) == 1 + 3 * 2

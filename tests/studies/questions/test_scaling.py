@@ -33,9 +33,7 @@ def moving(scaling_: str, rank: int) -> float:
     return 1e-3 if scaling_ == "alpha/r" or rank == 4 else 1e-4
 
 
-def planted(
-    best: Best, *, gain: float = 0.0, seeds: int = 2, lost: tuple[str, float] = ("", 0.0)
-) -> list[Record]:
+def planted(best: Best, *, gain: float = 0.0, seeds: int = 2, lost: tuple[str, float] = ("", 0.0)) -> list[Record]:
     """Losses that are a parabola over log10(rate) around the best one.
 
     `gain` is by how much "none" is more often right; runs of the scaling and rate `lost` diverge.
@@ -160,10 +158,7 @@ def test_one_rate_for_all_is_said_to_be_that_and_advises_nothing() -> None:
 
 
 def test_test_rows_choose_no_rate() -> None:
-    records = [
-        replace(r, numbers={**r.numbers, "score": 1.0}) if r.rate == 1e-2 else r
-        for r in planted(steady)
-    ]
+    records = [replace(r, numbers={**r.numbers, "score": 1.0}) if r.rate == 1e-2 else r for r in planted(steady)]
     assert Sweep.of(records).best(("alpha/r", 4)) == 1e-3
 
 
@@ -181,9 +176,7 @@ def test_every_blank_is_filled_whatever_is_missing() -> None:
         assert all(value.en and value.zh for _, value in answer.blanks)
 
 
-def test_on_noise_no_scaling_is_better(
-    here: Here, tiny_bert_folder: Path, noise_file: Path, tmp_path: Path
-) -> None:
+def test_on_noise_no_scaling_is_better(here: Here, tiny_bert_folder: Path, noise_file: Path, tmp_path: Path) -> None:
     ground = ground_of(
         "scaling", tiny_bert_folder, noise_file, values=("2", "8"), quick=True, seeds=1,
         fixed_lr=False,

@@ -69,9 +69,7 @@ def test_the_reference_arm_is_the_one_that_studies_share() -> None:
 
 
 def test_quick_is_few_arms() -> None:
-    found = targets.arms(
-        Ground(study="targets", model="m", data="d", quick=True), base(tiny.bert())
-    )
+    found = targets.arms(Ground(study="targets", model="m", data="d", quick=True), base(tiny.bert()))
     assert len([a for a in found if a.tuned and a.name != "all-linear r=8"]) <= 7
     assert not any(a.name.startswith(("q ", "k ", "o ")) for a in found)
 
@@ -126,10 +124,7 @@ def test_counting_leaves_the_model_as_it_was() -> None:
     head = sum(p.numel() for p in model.model.classifier.parameters())
     own = Base(**{**vars(model), "kind": "sequence-classification"})
     assert trained_parameters(own, {"method": "linear-probe"}) == 0
-    assert (
-        trained_parameters(own, {"method": "full"})
-        == sum(p.numel() for p in model.model.parameters()) - head
-    )
+    assert trained_parameters(own, {"method": "full"}) == sum(p.numel() for p in model.model.parameters()) - head
     assert {name: id(p) for name, p in model.model.named_parameters()} == before
 
 
@@ -140,19 +135,13 @@ def test_a_size_that_changes_nothing_is_refused() -> None:
 
 def test_the_norm_of_an_update_is_that_of_the_product() -> None:
     A, B = torch.randn(3, 7), torch.randn(5, 3)
-    assert update_norm(A, B, -2.0) == pytest.approx(
-        float((2 * B.double() @ A.double()).norm()), rel=1e-9
-    )
+    assert update_norm(A, B, -2.0) == pytest.approx(float((2 * B.double() @ A.double()).norm()), rel=1e-9)
 
 
 def test_updates_are_measured_against_their_weights() -> None:
     adapter = tiny.fill(attach(tiny.llama(), LoRA(rank=2)))
     rows = {row["type"]: row for row in sizes(adapter)}
-    own = [
-        m
-        for n, m in adapter.modules.items()
-        if n.endswith("k_proj") and isinstance(m, LinearWithLoRA)
-    ]
+    own = [m for n, m in adapter.modules.items() if n.endswith("k_proj") and isinstance(m, LinearWithLoRA)]
     expected = [
         float((m.scaling * m.lora_B @ m.lora_A).detach().norm() / m.base.weight.norm()) for m in own
     ]  # fmt: skip
@@ -239,9 +228,7 @@ def test_the_whole_study_reads_the_updates_of_its_own_reference(
     assert "bert.pooler.dense besides" in answer.method.en
 
 
-def test_updates_say_that_the_reference_is_missing(
-    tiny_bert_folder: Path, noise_file: Path, tmp_path: Path
-) -> None:
+def test_updates_say_that_the_reference_is_missing(tiny_bert_folder: Path, noise_file: Path, tmp_path: Path) -> None:
     cell = Cell(
         measure=MEASURE_UPDATES, ground=ground_of("targets", tiny_bert_folder, noise_file),
         arm=Arm(name="updates"), seed=0,

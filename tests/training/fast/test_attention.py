@@ -30,9 +30,7 @@ def turned(x: Tensor, angles: Any) -> Tensor:
     return x * angles[0][:, None] + torch.cat([-b, a], -1) * angles[1][:, None]
 
 
-def one_by_one(
-    q: Tensor, k: Tensor, v: Tensor, rows: list[int], scale: float, causal: bool, angles: Any
-) -> Tensor:
+def one_by_one(q: Tensor, k: Tensor, v: Tensor, rows: list[int], scale: float, causal: bool, angles: Any) -> Tensor:
     q, k = turned(q, angles), turned(k, angles)
     outputs = []
     for a, b in itertools.pairwise([0, *itertools.accumulate(rows)]):
@@ -81,9 +79,7 @@ def test_no_gradient_crosses_rows(causal: bool) -> None:
 @pytest.mark.parametrize("way", ["one pass", "compiled tiles", "tiles"])
 @pytest.mark.parametrize("rows", [(1,), (35, 40, 2, 60), (300, 7), (128, 128)])
 @pytest.mark.parametrize("rotated", [True, False])
-def test_half_precision(
-    rows: tuple[int, ...], rotated: bool, way: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_half_precision(rows: tuple[int, ...], rotated: bool, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     kernels = native.kernels()
     if way == "tiles":
         monkeypatch.setattr(attention, "kernels_for", lambda x: None)
@@ -103,10 +99,7 @@ def test_half_precision(
     z = one_by_one(*wide, list(rows), 0.25, True, exact_angles)
     exact = [z, *torch.autograd.grad(z.sum(), wide)]
     for a, b in zip(found, exact, strict=True):
-        assert (
-            float((a.detach().double() - b.detach()).norm())
-            <= 0.02 * float(b.detach().norm()) + 1e-6
-        )
+        assert float((a.detach().double() - b.detach()).norm()) <= 0.02 * float(b.detach().norm()) + 1e-6
 
 
 @settings(max_examples=40, deadline=None)

@@ -108,9 +108,7 @@ def test_loss_in_chunks_is_the_loss(rows: int, chunk: int, bias: bool, data: st.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(functions, "CHUNK", chunk)
         found = gradients(lambda h: summed_loss(head, h, labels), hidden)
-    expected = gradients(
-        lambda h: F.cross_entropy(head(h), labels, reduction="sum", ignore_index=-100), hidden
-    )
+    expected = gradients(lambda h: F.cross_entropy(head(h), labels, reduction="sum", ignore_index=-100), hidden)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b)
 
@@ -120,9 +118,7 @@ def test_loss_in_half_precision() -> None:
     labels = torch.tensor([0, 36, -100, 5])
     weight, hidden = noise(37, 16).bfloat16(), noise(4, 16, seed=1).bfloat16()
     found = gradients(lambda h: head_loss(h, weight, None, labels), hidden)
-    exact = gradients(
-        lambda h: F.cross_entropy(h @ weight.double().T, labels, reduction="sum"), hidden.double()
-    )
+    exact = gradients(lambda h: F.cross_entropy(h @ weight.double().T, labels, reduction="sum"), hidden.double())
     close(found, exact, share=0.01)  # the logits are rounded too
 
 

@@ -205,8 +205,7 @@ def test_dropout_of_packed_rows_is_right_on_average() -> None:
     path = quickest(adapter, "causal-lm", pad_id=0)
     adapter.model.train()
     means = [
-        torch.stack([result(p, adapter, RAGGED, seed)[0] for seed in range(30)]).mean()
-        for p in (path, plain(adapter))
+        torch.stack([result(p, adapter, RAGGED, seed)[0] for seed in range(30)]).mean() for p in (path, plain(adapter))
     ]
     torch.testing.assert_close(means[0], means[1], rtol=0.02, atol=0)
 

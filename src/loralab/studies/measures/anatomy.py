@@ -90,9 +90,7 @@ def likeness(told: Mapping[str, Any]) -> Text:
     )
     if told.get("language"):
         other = _said(told["language"])
-        found += Text(
-            f"The language model {WRITER} has {other.en}.", f"語言模型 {WRITER} 則是{other.zh}。"
-        )
+        found += Text(f"The language model {WRITER} has {other.en}.", f"語言模型 {WRITER} 則是{other.zh}。")
     share = 100 * own["convolution_parameters"] / own["parameters"]
     kept = Text("", "")
     if number := own["convolutions"]:

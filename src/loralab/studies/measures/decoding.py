@@ -53,9 +53,7 @@ def writes(base: Base) -> bool:
 
 
 @torch.no_grad()
-def interleaved(
-    base: Base, variants: Sequence[Variant], batches: Sequence[int], *, seconds: float, most: int
-) -> Times:
+def interleaved(base: Base, variants: Sequence[Variant], batches: Sequence[int], *, seconds: float, most: int) -> Times:
     """Times of each variant and batch: at least LEAST trials, at most `most`.
 
     Larger batches for which the seconds would not do, judged by one trial, are left out.
@@ -80,9 +78,7 @@ def inputs_for(base: Base, batch: int) -> dict[str, Tensor]:
     return batch_of(base, (batch, PROMPT if writes(base) else TEXT))
 
 
-def once(
-    base: Base, variant: Variant, batch: int, inputs: Mapping[str, Tensor]
-) -> tuple[float, float]:
+def once(base: Base, variant: Variant, batch: int, inputs: Mapping[str, Tensor]) -> tuple[float, float]:
     """Seconds to read the prompt, and of a token (median); of a pass, twice, where none is written."""
     variant.ready(batch)
     if writes(base):
@@ -103,9 +99,7 @@ def decoded(model: Any, ids: Tensor, tokens: int = TOKENS) -> tuple[float, list[
     for _ in range(tokens):
         begun = time.perf_counter()
         following = out.logits[:, -1:].argmax(dim=-1)
-        out = model(
-            input_ids=following, past_key_values=out.past_key_values, use_cache=True, **options
-        )
+        out = model(input_ids=following, past_key_values=out.past_key_values, use_cache=True, **options)
         spent.append(_since(begun, {"input_ids": ids}))
     return prompt, spent
 

@@ -108,9 +108,7 @@ def _record(
     ]  # fmt: skip
     items, metric = {}, cell.ground.metric
     for variant in (v for v in variants if v.name in scored):
-        scores = evaluate(
-            variant.model, base.tokenizer, task, "test", kind=base.kind, batch_size=32
-        )
+        scores = evaluate(variant.model, base.tokenizer, task, "test", kind=base.kind, batch_size=32)
         metric = metric or scores.main
         items[variant.name] = items_of(scores, metric)
     return Record(
@@ -134,9 +132,7 @@ def named(count: int, loops: bool) -> str:
     return f"{count} adapters, looped" if loops else f"{count} adapters"
 
 
-def several(
-    base: Base, unmerged: Variant, adapter: Any, count: int, loops: bool
-) -> tuple[Variant, float]:
+def several(base: Base, unmerged: Variant, adapter: Any, count: int, loops: bool) -> tuple[Variant, float]:
     """A variant of several adapters, and how far it is from the trained one where all rows take it.
 
     The difference is the largest of the logits, over the largest logit.
@@ -279,7 +275,6 @@ def weight_bytes(model: Any) -> int:
         elif "_packed_params" in module._modules:  # int8: a byte a weight, scale and zero a row
             total += module.out_features * (module.in_features + OF_A_ROW)
     storages = {
-        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
-        for t in (*model.parameters(), *model.buffers())
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (*model.parameters(), *model.buffers())
     }
     return total + sum(size for at, size in storages.items() if at not in packed)

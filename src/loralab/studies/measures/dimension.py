@@ -120,9 +120,7 @@ def smallest(curve: Curve, full: Items, floor: Items) -> float:
     return next((float(d) for d, y in zip(curve, heights, strict=True) if y >= goal), math.inf)
 
 
-def interval(
-    curve: Curve, full: Items, floor: Items, generator: np.random.Generator
-) -> tuple[float, float]:
+def interval(curve: Curve, full: Items, floor: Items, generator: np.random.Generator) -> tuple[float, float]:
     """Where d90 lies in 95 % of draws of the test rows, the same rows for all."""
     count = len(full)
     found = []

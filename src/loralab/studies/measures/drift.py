@@ -83,9 +83,7 @@ def spaced(found: Mapping[str, LinearWithLoRA], most: int | None) -> dict[str, L
     names = list(found)
     if most is None or most >= len(names):
         return dict(found)
-    return {
-        names[i * len(names) // most]: found[names[i * len(names) // most]] for i in range(most)
-    }
+    return {names[i * len(names) // most]: found[names[i * len(names) // most]] for i in range(most)}
 
 
 @torch.no_grad()

@@ -96,9 +96,7 @@ def look(base: Base, task: Task, samples: Sequence[Sequence[int]]) -> Look:
 def reference_to(logits: Tensor) -> Reference:
     """What logits (P, V) are compared with, all of them."""
     indices = torch.arange(logits.shape[1]).expand(logits.shape)
-    return Reference(
-        prompts=[], values=logits, indices=indices, total=logits.double().logsumexp(dim=1)
-    )
+    return Reference(prompts=[], values=logits, indices=indices, total=logits.double().logsumexp(dim=1))
 
 
 def changes(before: Look, after: Look, seen: Certificate) -> dict[str, float]:
@@ -115,9 +113,7 @@ def changes(before: Look, after: Look, seen: Certificate) -> dict[str, float]:
     }  # fmt: skip
 
 
-def round_trip(
-    base: Base, adapter: Adapter, samples: Sequence[Sequence[int]], logits: Tensor
-) -> dict[str, float]:
+def round_trip(base: Base, adapter: Adapter, samples: Sequence[Sequence[int]], logits: Tensor) -> dict[str, float]:
     """Merge, unmerge and merge again, with whether weights and logits came back bit for bit.
 
     The adapter is left merged.

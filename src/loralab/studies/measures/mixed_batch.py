@@ -76,9 +76,7 @@ class Looped:
             if self._rows is None:
                 return y
             if len(inputs[0]) != len(self._rows):
-                raise AdapterStateError(
-                    f"a layer got {len(inputs[0])} rows where the batch has {len(self._rows)} rows"
-                )
+                raise AdapterStateError(f"a layer got {len(inputs[0])} rows where the batch has {len(self._rows)} rows")
             for number in self._rows.unique().tolist():
                 own = (self._rows == number).nonzero()[:, 0].to(y.device)
                 member = members[number]

@@ -66,9 +66,7 @@ def measure(cell: Cell, folder: Path, tell: Tell) -> Record:
     ways, refused = ways_of(base, variants)
     prefix = max((int(own.get("tokens", 0)) for own in variants.values()), default=0)
     shapes = shapes_of(base, prefix)
-    times = interleaved(
-        base, variants, ways, shapes, seconds=float(options["seconds"]), most=int(options["trials"])
-    )
+    times = interleaved(base, variants, ways, shapes, seconds=float(options["seconds"]), most=int(options["trials"]))
     rows = [
         {"variant": way[0], "state": way[1], "batch": shape[0], "length": shape[1], "seconds": own}
         for (way, shape), own in times.items()
@@ -182,9 +180,7 @@ def batch_of(base: Base, shape: Shape) -> dict[str, Tensor]:
     return {"input_ids": ids.to(device), "attention_mask": torch.ones_like(ids).to(device)}
 
 
-def _affordable(
-    base: Base, batches: Mapping[Shape, Mapping[str, Tensor]], ways: int, seconds: float
-) -> list[Shape]:
+def _affordable(base: Base, batches: Mapping[Shape, Mapping[str, Tensor]], ways: int, seconds: float) -> list[Shape]:
     kept: list[Shape] = []
     spent = 0.0
     for (shape, batch), repeats, warm in zip(batches.items(), REPEATS, WARM, strict=False):
@@ -202,14 +198,9 @@ def overhead(ours: Sequence[float], theirs: Sequence[float]) -> Overhead:
     return Overhead(share=float(np.median(ratios)), low=low, high=high)
 
 
-def growth(
-    ours: tuple[Sequence[float], Sequence[float]], theirs: tuple[Sequence[float], Sequence[float]]
-) -> Overhead:
+def growth(ours: tuple[Sequence[float], Sequence[float]], theirs: tuple[Sequence[float], Sequence[float]]) -> Overhead:
     """By how much the overhead of the second shape is larger than that of the first."""
-    small, large = (
-        np.asarray(a, dtype=float) / np.asarray(b, dtype=float)
-        for a, b in zip(ours, theirs, strict=True)
-    )
+    small, large = (np.asarray(a, dtype=float) / np.asarray(b, dtype=float) for a, b in zip(ours, theirs, strict=True))
     low, high = median_interval((large - small).tolist())
     return Overhead(share=float(np.median(large - small)), low=low, high=high)
 

@@ -72,8 +72,6 @@ def in_file(folder: Path) -> tuple[dict[str, int], int]:
     """The rank of each module in a saved adapter, and how many numbers all A and B hold."""
     tensors = read(folder).tensors
     ranks = {
-        key.removeprefix(PREFIX).removesuffix(A): len(tensor)
-        for key, tensor in tensors.items()
-        if key.endswith(A)
+        key.removeprefix(PREFIX).removesuffix(A): len(tensor) for key, tensor in tensors.items() if key.endswith(A)
     }
     return ranks, sum(tensor.numel() for key, tensor in tensors.items() if key.endswith((A, B)))

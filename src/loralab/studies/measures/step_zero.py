@@ -46,9 +46,7 @@ def measure(cell: Cell, folder: Path, tell: Tell) -> Record:
             curves = norms(named(seen, finished.adapter), record.series["grad_norm"])
             record = replace(record, series={**record.series, **curves})
     numbers, changes = start_of(cell)
-    return replace(
-        record, numbers={**record.numbers, **numbers}, items={**record.items, "start": changes}
-    )
+    return replace(record, numbers={**record.numbers, **numbers}, items={**record.items, "start": changes})
 
 
 def norms(seen: Sequence[Mapping[str, float]], whole: Sequence[float]) -> dict[str, list[float]]:
@@ -97,9 +95,7 @@ def start_of(cell: Cell) -> tuple[dict[str, float], list[float]]:
     task = rows_of(ground)
     base = load_base(ground.model, task, "fp32", cell.seed, image_size=training.image_size)
     rows = task.splits["test"][:ROWS]
-    every = encode(
-        task, "test", base.tokenizer, kind=base.kind, max_length=training.max_length, rows=rows
-    ).examples
+    every = encode(task, "test", base.tokenizer, kind=base.kind, max_length=training.max_length, rows=rows).examples
     examples = few_labels(every, base.kind)
     before = outputs(base, examples)
     generator = torch.Generator().manual_seed(cell.seed)
@@ -118,9 +114,7 @@ def few_labels(examples: Sequence[Example], kind: str) -> list[Example]:
     return found
 
 
-def compared(
-    before: Sequence[Outputs], after: Sequence[Outputs]
-) -> tuple[dict[str, float], list[float]]:
+def compared(before: Sequence[Outputs], after: Sequence[Outputs]) -> tuple[dict[str, float], list[float]]:
     """How far two models lie apart on the same batches; of each row, the loss that is gained."""
     pairs = list(zip(before, after, strict=True))
     old, new = (torch.cat([o.losses for o in side]) for side in (before, after))
@@ -157,9 +151,7 @@ def _of_batch(base: Base, batch: Mapping[str, Tensor]) -> Outputs:
     sums = losses.new_zeros(int(rows.max()) + 1).index_add_(0, rows, losses)
     mask = batch.get("attention_mask")
     features = kept[0].flatten(0, -2) if mask is None else kept[0][mask.bool()]
-    return Outputs(
-        losses=sums / rows.bincount().clamp_min(1), logits=logits, features=features.float()
-    )
+    return Outputs(losses=sums / rows.bincount().clamp_min(1), logits=logits, features=features.float())
 
 
 def _logits(base: Base, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:

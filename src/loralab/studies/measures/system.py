@@ -123,9 +123,7 @@ def loaded(cell: Cell, task: Task) -> tuple[Base, float]:
     return base, time.perf_counter() - started
 
 
-def one_after_the_other(
-    cell: Cell, stored: Sequence[Stored]
-) -> tuple[list[Adapter], list[list[Tensor]], list[float]]:
+def one_after_the_other(cell: Cell, stored: Sequence[Stored]) -> tuple[list[Adapter], list[list[Tensor]], list[float]]:
     """Every adapter loaded as users do: what was attached, its answers, the seconds of each load."""
     adapters, answers, seconds = [], [], []
     bases: dict[int, Base] = {}
@@ -153,9 +151,7 @@ def requests(stored: Sequence[Stored], base: Base) -> list[Asked]:
     found = []
     for number, own in enumerate(stored):
         rows = own.task.splits["test"][:COMPARED]
-        encoded = encode(
-            own.task, "test", base.tokenizer, kind=base.kind, max_length=512, rows=rows
-        )
+        encoded = encode(own.task, "test", base.tokenizer, kind=base.kind, max_length=512, rows=rows)
         found += [(number, example) for example in encoded.examples]
     return found
 
@@ -163,9 +159,7 @@ def requests(stored: Sequence[Stored], base: Base) -> list[Asked]:
 @torch.no_grad()
 def outputs(base: Base, examples: Sequence[Example]) -> Tensor:
     """What decides each row's answer: the logits of its classes, or of its first token."""
-    batch = collate(
-        examples, pad_id=base.tokenizer.pad_token_id or 0, kind=base.kind, pictures=base.tokenizer
-    )
+    batch = collate(examples, pad_id=base.tokenizer.pad_token_id or 0, kind=base.kind, pictures=base.tokenizer)
     device = next(base.model.parameters()).device
     batch = {name: tensor.to(device) for name, tensor in batch.items()}
     if base.kind != "causal-lm":

@@ -56,9 +56,7 @@ def finished_run(cell: Cell, runs: Path) -> Path:
         stored = json.loads(file.read_text(encoding="utf-8"))
         rate = stored["cell"]["arm"]["fields"].get("learning_rate")
         fields = REFERENCE if rate is None else {**REFERENCE, "learning_rate": rate}
-        wanted = Cell(
-            measure=MEASURE, ground=cell.ground, arm=Arm(name="", fields=fields), seed=cell.seed
-        )
+        wanted = Cell(measure=MEASURE, ground=cell.ground, arm=Arm(name="", fields=fields), seed=cell.seed)
         record = stored["record"]
         if wanted.digest == file.parent.name and record["status"] == DONE:
             loss = record["numbers"].get("validation_loss", math.inf)

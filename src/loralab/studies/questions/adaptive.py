@@ -61,9 +61,7 @@ def _adaptive(target: int, importance: str) -> Arm:
 
 def _rank(value: str) -> int:
     if not (value.isascii() and value.isdigit() and int(value) > 0):
-        raise ConfigError(
-            f"--values of the study adaptive are final mean ranks, such as 2,4,8; got {value!r}"
-        )
+        raise ConfigError(f"--values of the study adaptive are final mean ranks, such as 2,4,8; got {value!r}")
     return int(value)
 
 
@@ -72,9 +70,7 @@ def conclude(records: Sequence[Record], ground: Ground) -> Answer:
     every, metric = by_arm(records), metric_of(records)
     moved = {name: own for name, own in every.items() if is_adaptive(own[0])}
     if not moved:
-        return Answer(
-            sentence=Text("AdaLoRA has not been measured yet.", "還沒有 AdaLoRA 的結果。")
-        )
+        return Answer(sentence=Text("AdaLoRA has not been measured yet.", "還沒有 AdaLoRA 的結果。"))
     pairs = {n: uniform for n, own in moved.items() if (uniform := _uniform(own[0], every))}
     claims = {}
     for name, uniform in pairs.items():
@@ -148,14 +144,12 @@ def _sentence(name: str, own: Sequence[Record], claims: Mapping[str, Finding]) -
     )
     if _exact(own):
         said = Text(
-            f"Yes: {name} went from {start} ranks to {left}, exactly its target, in the saved file "
-            "too.",
+            f"Yes: {name} went from {start} ranks to {left}, exactly its target, in the saved file too.",
             f"可以：{name} 的 rank 總和從 {start} 降到 {left}，恰好等於目標，存檔也是如此。",
         )
     else:
         said = Text(
-            f"Not as it should: {name} was to end with {target} ranks, has {left}, and its file "
-            f"holds {stored}.",
+            f"Not as it should: {name} was to end with {target} ranks, has {left}, and its file holds {stored}.",
             f"不如預期：{name} 應剩 {target} 個 rank，實際 {left}，存檔中 {stored}。",
         )
     if name in claims:
@@ -188,8 +182,7 @@ def _where(name: str, own: Sequence[Record]) -> Text:
     layers = _means({p: place for p in ranks if (place := place_of(p)[0]) is not None}, ranks)
     high, low = max(modules, key=lambda m: modules[m]), min(modules, key=lambda m: modules[m])
     said = Text(
-        f"{name}, mean final rank: most in {high} ({modules[high]:.1f}), least in {low} "
-        f"({modules[low]:.1f})",
+        f"{name}, mean final rank: most in {high} ({modules[high]:.1f}), least in {low} ({modules[low]:.1f})",
         f"{name} 最終平均 rank：{high} 最多（{modules[high]:.1f}），{low} 最少（{modules[low]:.1f}）",
     )
     if len(layers) > 1:

@@ -39,8 +39,7 @@ def conclude(records: Sequence[Record], ground: Ground) -> Answer:
     score = metric.value(mean_of(found[best], "score"))
     clear = len(beaten) == len(findings)
     sentence = Text(
-        f"{best} has the best score ({score}); it beats {len(beaten)} of {len(findings)} other arms "
-        f"beyond noise.",
+        f"{best} has the best score ({score}); it beats {len(beaten)} of {len(findings)} other arms beyond noise.",
         f"{best} 分數最高（{score}）；其他 {len(findings)} 組中，有 {len(beaten)} 組被它以超出雜訊的幅度勝過。",
     )
     rows = []

@@ -31,8 +31,7 @@ def arms(ground: Ground, base: Base) -> list[Arm]:
     for value in ground.values:
         if value not in CHOICES:
             raise ConfigError(
-                f"--values of the inference study are {', '.join(CHOICES)}; got {value!r}"
-                f"{nearest(value, CHOICES)}"
+                f"--values of the inference study are {', '.join(CHOICES)}; got {value!r}{nearest(value, CHOICES)}"
             )
     wanted, quick = ground.values or CHOICES, int(ground.quick)
     shared: dict[str, Any] = {"batches": list(BATCHES[quick]), "trials": TRIALS[quick]}

@@ -73,9 +73,7 @@ def conclude(records: Sequence[Record], ground: Ground) -> Answer:
     ended, metric = by_arm(records), metric_of(records)
     finals = {}
     if ZERO in ended:
-        finals = {
-            name: claim(name, ZERO, found, metric) for name, found in against(ended, ZERO).items()
-        }
+        finals = {name: claim(name, ZERO, found, metric) for name, found in against(ended, ZERO).items()}
     first = _first(started)
     return Answer(
         sentence=_sentence(started, finals),
@@ -173,9 +171,7 @@ def _sentence(started: Arms, finals: Mapping[str, Finding]) -> Text:
     if KAIMING in finals:
         said.append(_end(finals[KAIMING]))
     if not said:
-        return Text(
-            "Neither B = 0 nor B Kaiming has been measured.", "尚未測量 B = 0 與 B Kaiming。"
-        )
+        return Text("Neither B = 0 nor B Kaiming has been measured.", "尚未測量 B = 0 與 B Kaiming。")
     whole = said[0]
     for text in said[1:]:
         whole = whole + text
@@ -190,9 +186,7 @@ def _end(final: Finding) -> Text:
     return Text("Yet it ends better:", "然而最後反而較好：") + final.sentence
 
 
-def _blanks(
-    started: Arms, ended: Arms, finals: Mapping[str, Finding], metric: Metric
-) -> list[tuple[Text, Text]]:
+def _blanks(started: Arms, ended: Arms, finals: Mapping[str, Finding], metric: Metric) -> list[tuple[Text, Text]]:
     """The source's two experiments, then its three questions."""
     labels = {
         ZERO: Text("Experiment 1: B starts at zero (the usual way)", "實驗 1: B 初始化為零（標準做法）"),
@@ -272,12 +266,9 @@ def _why(started: Arms, finals: Mapping[str, Finding]) -> Text:
     if final.holds and (final.effect or 0) < 0:
         return start + Text("And the final score confirms it.", "最終分數也證實這一點。")
     if final.holds:
-        return start + Text(
-            "In the final score it is not better here.", "但在此最終分數並沒有較好。"
-        )
+        return start + Text("In the final score it is not better here.", "但在此最終分數並沒有較好。")
     return start + Text(
-        "In the final score no advantage is seen beyond noise here: the gain is a start that is safe "
-        "at no cost.",
+        "In the final score no advantage is seen beyond noise here: the gain is a start that is safe at no cost.",
         "在此最終分數看不出超出雜訊的優勢：好處是不花代價就有安全的起點。",
     )
 

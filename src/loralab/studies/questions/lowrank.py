@@ -75,9 +75,7 @@ def _sizes(ground: Ground) -> list[int]:
     """The d that were asked for."""
     wrong = [value for value in ground.values if not value.isdecimal() or int(value) < 1]
     if wrong:
-        raise ConfigError(
-            f"--values of lowrank are numbers of directions d, such as 1000,10000; got {wrong[0]!r}"
-        )
+        raise ConfigError(f"--values of lowrank are numbers of directions d, such as 1000,10000; got {wrong[0]!r}")
     return sorted({int(value) for value in ground.values})
 
 
@@ -178,10 +176,7 @@ def _known(records: Sequence[Record]) -> Text:
     head = HEAD if HEAD in every else BASE
     if head not in every or FULL not in every:
         return NOTHING
-    frozen, full = (
-        metric.value(statistics.fmean(r.numbers["score"] for r in every[name]))
-        for name in (head, FULL)
-    )
+    frozen, full = (metric.value(statistics.fmean(r.numbers["score"] for r in every[name])) for name in (head, FULL))
     what = (
         Text("A linear head fitted to its frozen features scores", "特徵固定、只擬合線性分類頭得")
         if head == HEAD

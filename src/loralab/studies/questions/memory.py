@@ -64,8 +64,7 @@ def _roles(ground: Ground, known: Sequence[str]) -> list[str]:
     for value in ground.values:
         if value not in known:
             raise ConfigError(
-                f"--values of the memory study are {', '.join(known)}; got {value!r}"
-                f"{nearest(value, known)}"
+                f"--values of the memory study are {', '.join(known)}; got {value!r}{nearest(value, known)}"
             )
     if ground.values:
         return list(dict.fromkeys((BASELINE, *ground.values)))

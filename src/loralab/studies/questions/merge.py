@@ -62,9 +62,7 @@ def arms(ground: Ground, base: Base) -> list[Arm]:
         measure = MEASURE_DRIFT if name == "drift" else MEASURE_MERGING
         own = {k: v for k, v in options[name].items() if v is not None}
         own |= {} if name == "drift" else {"compared": COMPARED[ground.quick]}
-        found.append(
-            Arm(name=NAMES[name], options={"measure": measure, **own}, tuned=False, plain=True)
-        )
+        found.append(Arm(name=NAMES[name], options={"measure": measure, **own}, tuned=False, plain=True))
     return found
 
 
@@ -116,8 +114,7 @@ METHOD = Text(
 def _caution(found: Mapping[str, Record]) -> Text:
     """What the numbers stand on."""
     words = Text(
-        "An adapter that was trained for few steps changes the weights little, so rounding takes a "
-        "larger share of it.",
+        "An adapter that was trained for few steps changes the weights little, so rounding takes a larger share of it.",
         "訓練步數少的 adapter 對權重的改變小，捨入所佔的比例就大。",
     )
     slow = found.get("fp16")
@@ -144,19 +141,14 @@ def _finding(record: Record, metric: Metric, family: int) -> Finding:
     )  # fmt: skip
     after, before = states(record.arm.name)
     if math.isnan(found.low):
-        words = Text(
-            f"{after}: one score only, no interval.", f"{after}：只有一個分數，無法估計區間。"
-        )
+        words = Text(f"{after}: one score only, no interval.", f"{after}：只有一個分數，無法估計區間。")
         return Finding(sentence=words, holds=False, effect=found.effect)
     return claim(after, before, found, metric)
 
 
 def _choice(value: str) -> str:
     if value not in NAMES:
-        raise ConfigError(
-            f"--values of the merge study are {', '.join(NAMES)}; got {value!r}"
-            f"{nearest(value, NAMES)}"
-        )
+        raise ConfigError(f"--values of the merge study are {', '.join(NAMES)}; got {value!r}{nearest(value, NAMES)}")
     return value
 
 

@@ -172,23 +172,17 @@ def _chosen(measured: Measured, metric: Metric) -> str | None:
     able = workable(measured.trained, measured.base, metric)
     if not able:
         return None
-    cost = {
-        name: measured.latencies.least(name) if measured.latencies.times else 0.0 for name in able
-    }
+    cost = {name: measured.latencies.least(name) if measured.latencies.times else 0.0 for name in able}
     least = min(cost.values())
     quick = [name for name in able if cost[name] <= least + latencies.SMALL]
     return best_arm({name: measured.trained[name] for name in quick}, metric)
 
 
-def _sentence(
-    measured: Measured, family: Mapping[str, Sequence[Record]], chosen: str | None, metric: Metric
-) -> Text:
+def _sentence(measured: Measured, family: Mapping[str, Sequence[Record]], chosen: str | None, metric: Metric) -> Text:
     parts = Text("", "")
     if len(family) > 1:
         size = compared.parameters_of(family)
-        parts = Text(
-            f"At equal budget (about {size} parameters)", f"參數預算相同（約 {size} 個）時，"
-        )
+        parts = Text(f"At equal budget (about {size} parameters)", f"參數預算相同（約 {size} 個）時，")
         parts += said(standing(family, metric), family, metric)
     times = compared.latency_sentence(measured)
     last = compared.choice_sentence(chosen)
@@ -199,9 +193,7 @@ def _sentence(
     return whole
 
 
-def _findings(
-    measured: Measured, family: Mapping[str, Sequence[Record]], metric: Metric
-) -> list[Finding]:
+def _findings(measured: Measured, family: Mapping[str, Sequence[Record]], metric: Metric) -> list[Finding]:
     """Every method against the base, those of a budget against each other, and latencies."""
     found = []
     for name, own in measured.trained.items():

@@ -66,8 +66,7 @@ def arms(ground: Ground, base: Base) -> list[Arm]:
     if ground.fields.get("learning_rate"):
         fields["learning_rate"] = ground.fields["learning_rate"]
     own = [
-        Arm(name=name, fields=fields, options={"measure": MEASURE_TASK, "task": name}, tuned=False)
-        for name in names
+        Arm(name=name, fields=fields, options={"measure": MEASURE_TASK, "task": name}, tuned=False) for name in names
     ]
     options = {"measure": MEASURE_SYSTEM, "arms": [asdict(arm) for arm in own]}
     return [*own, Arm(name=SYSTEM, options=options, tuned=False, plain=True)]
@@ -85,9 +84,7 @@ def _tasks(ground: Ground, base: Base) -> list[str]:
         return [ground.data, *others[: len(TEN) - 1]]
     for name in ground.values:
         if name not in TASKS and not Path(name).exists():
-            raise ConfigError(
-                f"{name!r} is no task and no file{nearest(name, TASKS)} Tasks: {', '.join(TASKS)}"
-            )
+            raise ConfigError(f"{name!r} is no task and no file{nearest(name, TASKS)} Tasks: {', '.join(TASKS)}")
     if len(set(ground.values)) < 2:
         raise ConfigError("a system of several tasks needs at least two after --values")
     return list(dict.fromkeys(ground.values))
@@ -98,9 +95,7 @@ def conclude(records: Sequence[Record], ground: Ground) -> Answer:
     system = next((r for r in records if r.arm.name == SYSTEM and r.numbers), None)
     tasks = by_arm(r for r in records if r.arm.name != SYSTEM)
     metric = metric_of(records)
-    learnt = [
-        found for name, own in tasks.items() if (found := _learnt(name, own, len(tasks), metric))
-    ]
+    learnt = [found for name, own in tasks.items() if (found := _learnt(name, own, len(tasks), metric))]
     tables = [scores_table(tasks, metric)] if tasks else []
     shown = [_scores(tasks, metric)] if tasks else []
     if system is None:
@@ -207,8 +202,7 @@ def _quicker(rows: int, found: Difference) -> Finding:
     span = f"{low:.2f} … {high:.2f}"
     if not found.holds:
         sentence = Text(
-            f"With {rows} rows, mixing and one adapter after the other take the same time beyond noise "
-            f"(ratio {span}).",
+            f"With {rows} rows, mixing and one adapter after the other take the same time beyond noise (ratio {span}).",
             f"批次 {rows} 筆時，混合批次與逐一切換的時間沒有超出雜訊的差異（比值 {span}）。",
         )
     elif ratio > 1:
@@ -223,9 +217,7 @@ def _quicker(rows: int, found: Difference) -> Finding:
             f"{1 / ratio:.2f} times as long (95 % interval of the speed {span}).",
             f"批次 {rows} 筆時，混合批次比逐一切換慢，時間為 {1 / ratio:.2f} 倍（速度比的 95% 信賴區間 {span}）。",
         )
-    return Finding(
-        sentence=sentence, holds=found.holds, effect=found.effect, low=found.low, high=found.high
-    )
+    return Finding(sentence=sentence, holds=found.holds, effect=found.effect, low=found.low, high=found.high)
 
 
 def _learnt(name: str, own: Sequence[Record], comparisons: int, metric: Metric) -> Finding | None:

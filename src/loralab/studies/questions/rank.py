@@ -100,9 +100,7 @@ def rank_of(name: str) -> int:
 def differences(ranked: Mapping[str, Sequence[Record]]) -> dict[tuple[int, int], Difference]:
     """Every larger rank less every smaller one, as one family of comparisons."""
     names = list(ranked)
-    pairs = [
-        (large, small) for small in range(len(names)) for large in range(small + 1, len(names))
-    ]
+    pairs = [(large, small) for small in range(len(names)) for large in range(small + 1, len(names))]
     found = {}
     for large, small in pairs:
         value = paired(ranked[names[large]], ranked[names[small]], len(pairs))
@@ -168,8 +166,7 @@ def _blank(name: str, own: Sequence[Record], metric: Metric) -> tuple[Text, Text
     size, step = count(mean_of(own, "parameters")), seconds(mean_of(own, "step_seconds"))
     gap = plain(mean_of(own, "gap"))
     return Text(label, label), Text(
-        f"{metric.text.en} {scored(own, metric)}; {size} parameters; {step} a step; "
-        f"test less training loss {gap}",
+        f"{metric.text.en} {scored(own, metric)}; {size} parameters; {step} a step; test less training loss {gap}",
         f"{metric.text.zh} {scored(own, metric)}；參數 {size} 個；每步 {step}；測試減訓練損失 {gap}",
     )
 

@@ -47,20 +47,14 @@ SHAPES: tuple[tuple[str, Mapping[str, Any]], ...] = (
     *((f"pfeiffer, {w}", {"method": "pfeiffer", "width": w}) for w in (16, 64)),
 )  # fmt: skip
 BASE = "base"
-BASE_ARM = Arm(
-    name=BASE, options={"measure": "loralab.studies.trained:untrained"}, tuned=False, plain=True
-)
+BASE_ARM = Arm(name=BASE, options={"measure": "loralab.studies.trained:untrained"}, tuned=False, plain=True)
 
 
 def arms(ground: Ground, base: Base) -> list[Arm]:
     """As many candidates as `ground.values` says, drawn from all that this model can have."""
     number = int(ground.values[0]) if ground.values else ETA ** (ROUNDS - 1)
     able = [(name, fields) for name, fields in SHAPES if _possible(ground, fields, base)]
-    every = [
-        with_factor(ground, Arm(name=name, fields=fields), factor)
-        for name, fields in able
-        for factor in RATES
-    ]
+    every = [with_factor(ground, Arm(name=name, fields=fields), factor) for name, fields in able for factor in RATES]
     certain = [arm for arm in every if arm.name.startswith(FIRST)]
     others = [arm for arm in every if arm not in certain]
     order = np.random.default_rng(0).permutation(len(others))
@@ -68,9 +62,7 @@ def arms(ground: Ground, base: Base) -> list[Arm]:
     return [*chosen, BASE_ARM]
 
 
-def walk(
-    ground: Ground, candidates: Sequence[Arm], obtain: Obtain, each: Each = in_turn
-) -> list[Record]:
+def walk(ground: Ground, candidates: Sequence[Arm], obtain: Obtain, each: Each = in_turn) -> list[Record]:
     """Two rounds of short runs by validation loss, then whole runs with every seed."""
     left = [arm for arm in candidates if arm.name != BASE]
     found: list[Record] = []
@@ -105,9 +97,7 @@ def conclude(records: Sequence[Record], ground: Ground) -> Answer:
         )
     metric = metric_of(records)
     best = best_arm(trained, metric)
-    findings = [
-        claim(best, name, value.turned, metric) for name, value in against(trained, best).items()
-    ]
+    findings = [claim(best, name, value.turned, metric) for name, value in against(trained, best).items()]
     if BASE in finals and (gain := paired(trained[best], finals[BASE])):
         findings.insert(0, claim(best, "base", gain, metric))
     tied = sum(not f.holds for f in findings[1:])
@@ -115,9 +105,7 @@ def conclude(records: Sequence[Record], ground: Ground) -> Answer:
     rows = []
     for name, own in finals.items():
         interval = own_interval(own)
-        rows.append(
-            {"arm": name, "value": interval.mean, "low": interval.low, "high": interval.high}
-        )
+        rows.append({"arm": name, "value": interval.mean, "low": interval.low, "high": interval.high})
     return Answer(
         sentence=Text(
             f"Of {seen} configurations {best} came out best: test {metric.text.en} {score}."
@@ -146,9 +134,7 @@ def conclude(records: Sequence[Record], ground: Ground) -> Answer:
     )  # fmt: skip
 
 
-def plan_for(
-    seconds_per_step: float, overhead: float, budget: float, steps: int, seeds: int
-) -> tuple[int, int]:
+def plan_for(seconds_per_step: float, overhead: float, budget: float, steps: int, seeds: int) -> tuple[int, int]:
     """(candidates, steps) that fit a budget: as many groups of nine as there is time for.
 
     With less time than one group needs, the runs become shorter, down to a quarter.
@@ -203,9 +189,7 @@ def loss_of(record: Record) -> float:
 
 
 def _of_round(arm: Arm, record: Record, number: int) -> Record:
-    return Record(
-        **{**vars(record), "arm": arm, "numbers": {**record.numbers, "round": number + 1}}
-    )
+    return Record(**{**vars(record), "arm": arm, "numbers": {**record.numbers, "round": number + 1}})
 
 
 def _renamed(record: Record, arm: Arm) -> Record:

@@ -189,9 +189,7 @@ def _ends(sweep: Sweep) -> str:
 def _sentence(sweep: Sweep, claims: Claims) -> Text:
     """Whether the score depends on the scaling, each at its best rate."""
     if not claims:
-        return Text(
-            "There is nothing to compare alpha/r with yet.", "還沒有可與 alpha/r 比較的結果。"
-        )
+        return Text("There is nothing to compare alpha/r with yet.", "還沒有可與 alpha/r 比較的結果。")
     clear = [finding for finding in claims.values() if finding.holds]
     if not clear and not _learnt(sweep):
         start, low = sweep.fall()
@@ -206,8 +204,7 @@ def _sentence(sweep: Sweep, claims: Claims) -> Text:
         at = Text(f"at the one learning rate {rate}", f"在同一個學習率 {rate} 下")
     if not clear:
         return Text(
-            f"Not for the score: {at.en}, no other scaling differs from alpha/r beyond noise "
-            f"(r={_ends(sweep)}).",
+            f"Not for the score: {at.en}, no other scaling differs from alpha/r beyond noise (r={_ends(sweep)}).",
             f"就分數而言並非必要：{at.zh}，其他縮放與 alpha/r 沒有超出雜訊的差異（r={_ends(sweep)}）。",
         )
     strongest = max(clear, key=lambda finding: abs(finding.effect or 0))
@@ -232,8 +229,7 @@ def _drift_sentence(sweep: Sweep) -> Text:
     listed = {s: f"{s} ×{drift:.2g}" for s, drift in drifts.items()}
     edges = [s for s in drifts if any(sweep.at_edge((s, rank)) for rank in sweep.ranks)]
     said = Text(
-        f"From r={sweep.ranks[0]} to r={sweep.ranks[-1]} the best rate moves by: "
-        f"{', '.join(listed.values())}",
+        f"From r={sweep.ranks[0]} to r={sweep.ranks[-1]} the best rate moves by: {', '.join(listed.values())}",
         f"從 r={sweep.ranks[0]} 到 r={sweep.ranks[-1]}，最佳學習率的變化：{'、'.join(listed.values())}",
     )
     if not edges:
@@ -261,9 +257,7 @@ def _speed(sweep: Sweep) -> Text:
     for key in sweep.cells:
         if sweep.best(key) is not None:
             steps = sweep.steps_to(key, target)
-            said = (
-                Text("never", "未達到") if steps is None else Text(f"{steps:.0f}", f"{steps:.0f}")
-            )
+            said = Text("never", "未達到") if steps is None else Text(f"{steps:.0f}", f"{steps:.0f}")
             parts.append(Text(f"{named(key)}: {said.en}", f"{named(key)}：{said.zh}"))
     whole = _joined(parts)
     return Text(
@@ -335,9 +329,7 @@ def _table(sweep: Sweep, metric: Metric) -> Table:
             "–" if steps is None else f"{steps:.0f}", plain(mean_of(own, "validation_loss")),
             scored(own, metric) if own else "–", seconds(mean_of(own, "step_seconds")),
         ])  # fmt: skip
-    return Table(
-        title=Text("Each scaling at each rank", "各縮放與 rank"), columns=columns, rows=rows
-    )
+    return Table(title=Text("Each scaling at each rank", "各縮放與 rank"), columns=columns, rows=rows)
 
 
 def _heat(sweep: Sweep) -> Figure:

@@ -56,9 +56,7 @@ def arms(ground: Ground, base: Base) -> list[Arm]:
     """
     chosen = _chosen(ground, base)
     equal_rank = [_arm(name, RANK, targets) for name, targets in chosen.items()]
-    equal_size = _at_budget(
-        base, chosen, {} if ground.quick or ground.values else singles(base.model)
-    )
+    equal_size = _at_budget(base, chosen, {} if ground.quick or ground.values else singles(base.model))
     untrained = {"measure": "loralab.studies.trained:untrained"}
     distinct = {arm.name: arm for arm in (*equal_rank, *equal_size)}
     return [
@@ -75,9 +73,7 @@ def _chosen(ground: Ground, base: Base) -> dict[str, Any]:
             hint = nearest(value, CHOICES)
             raise ConfigError(f"values must be some of {', '.join(CHOICES)}, got {value!r}{hint}")
         if value not in able:
-            raise ConfigError(
-                f"{base.name} has no layers that {value!r} means; it has {', '.join(able)}"
-            )
+            raise ConfigError(f"{base.name} has no layers that {value!r} means; it has {', '.join(able)}")
     if ALL not in able:
         raise ConfigError(f"{base.name} has no linear layers outside its head")
     return {name: able[name] for name in able if name in (*(ground.values or able), ALL)}
@@ -118,9 +114,7 @@ def conclude(records: Sequence[Record], ground: Ground) -> Answer:
     trained = {name: own for name, own in every.items() if name != BASE}
     told = {k: v for r in records if r.arm.name == UPDATES for k, v in r.tables.items()}
     if not trained:
-        nothing = Text(
-            "No choice of layers has been measured yet.", "還沒有任何一種層的選擇有結果。"
-        )
+        nothing = Text("No choice of layers has been measured yet.", "還沒有任何一種層的選擇有結果。")
         return Answer(sentence=nothing, blanks=[(label, nothing) for label in BLANKS])
     by_rank, by_size = _families(records, trained)
     found = workable(trained, every.get(BASE, ()), metric)
@@ -173,9 +167,7 @@ def _sentence(by_rank: Arms, by_size: Arms, value: str | None, metric: Metric) -
     parts = Text("", "")
     if len(by_size) > 1:
         size = count(_budget(by_size))
-        parts = Text(
-            f"At equal budget (about {size} parameters)", f"參數預算相同（約 {size} 個）時，"
-        )
+        parts = Text(f"At equal budget (about {size} parameters)", f"參數預算相同（約 {size} 個）時，")
         parts += said(standing(by_size, metric), by_size, metric)
     if len(by_rank) > 1:
         same = Text(f"At equal rank ({RANK})", f"rank 相同（{RANK}）時，")
@@ -205,9 +197,7 @@ def _findings(by_rank: Arms, by_size: Arms, every: Arms, metric: Metric) -> list
     return found + [f for f in claims(by_rank, metric) if f.sentence.en not in shown]
 
 
-def _blanks(
-    trained: Arms, found: Sequence[str], value: str | None, metric: Metric
-) -> list[tuple[Text, Text]]:
+def _blanks(trained: Arms, found: Sequence[str], value: str | None, metric: Metric) -> list[tuple[Text, Text]]:
     top = standing(trained, metric)
     none = Text("none: no configuration is better than the base model beyond noise",
                 "無：沒有任何配置以超出雜訊的幅度勝過基礎模型")  # fmt: skip
@@ -234,9 +224,7 @@ def _ceiling(top: Standing, trained: Arms, metric: Metric) -> Text:
     if not top.tied:
         return own
     tied = listed(top.tied)
-    return own + Text(
-        f"(not better beyond noise than {tied.en})", f"（並未以超出雜訊的幅度勝過 {tied.zh}）"
-    )
+    return own + Text(f"(not better beyond noise than {tied.en})", f"（並未以超出雜訊的幅度勝過 {tied.zh}）")
 
 
 def _size_table(trained: Arms, by_size: Arms, metric: Metric) -> Table:
@@ -310,8 +298,7 @@ def _source_names(told: Mapping[str, Any]) -> Text:
     if beyond:
         names = listed(beyond)
         found = Text(
-            "The source's None (every linear layer) is its attention + FFN and, on this model, "
-            f"{names.en} besides.",
+            f"The source's None (every linear layer) is its attention + FFN and, on this model, {names.en} besides.",
             f"原題的 None（所有 Linear 層）在這個模型上是 attention + FFN 再加上 {names.zh}。",
         )
     else:
@@ -339,9 +326,7 @@ def _caution(trained: Arms, by_size: Arms) -> Text:
     if not missing:
         return found
     names = listed(sorted(missing))
-    return found + Text(
-        f"Not compared at equal budget: {names.en}.", f"沒有在相同預算下比較的選擇：{names.zh}。"
-    )
+    return found + Text(f"Not compared at equal budget: {names.en}.", f"沒有在相同預算下比較的選擇：{names.zh}。")
 
 
 def _advice(trained: Arms, value: str | None) -> dict[str, Any]:

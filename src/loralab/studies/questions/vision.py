@@ -151,9 +151,7 @@ def _against(every: Arms, lora: Arms, metric: Metric) -> Text:
     return found + Text(f"{en}.", f"{zh}。")
 
 
-def _versus(
-    ours: Sequence[Record], theirs: Sequence[Record] | None, name: str, metric: Metric
-) -> Text:
+def _versus(ours: Sequence[Record], theirs: Sequence[Record] | None, name: str, metric: Metric) -> Text:
     own = paired(ours, theirs, 2) if theirs else None
     if theirs is None or own is None:
         return Text(f"{name} was not measured", f"{name} 沒有結果")
@@ -165,9 +163,7 @@ def _versus(
     size = metric.change(own.effect)
     if not metric.rises:
         word = ("better than", "優於") if own.effect > 0 else ("worse than", "劣於")
-    return Text(
-        f"{size.en} {word[0]} {name} ({score})", f"{word[1]} {name}（{score}），差 {size.zh}"
-    )
+    return Text(f"{size.en} {word[0]} {name} ({score})", f"{word[1]} {name}（{score}），差 {size.zh}")
 
 
 def _layers(lora: Arms, chosen: str | None, metric: Metric) -> Text:
@@ -206,18 +202,14 @@ def _findings(lora: Arms, every: Arms, metric: Metric) -> list[Finding]:
     return [*found, *claims(lora, metric)]
 
 
-def _plan(
-    lora: Arms, every: Arms, findings: Sequence[Finding], metric: Metric, ground: Ground
-) -> Text:
+def _plan(lora: Arms, every: Arms, findings: Sequence[Finding], metric: Metric, ground: Ground) -> Text:
     """The next experiment: what this one leaves open, and what it would take."""
     open_ = [f for f in findings if not f.holds]
     steps = int(ground.fields.get("max_steps", 0))
     first = _next(lora, every, metric)
     plan = Text("1.", "1. ") + first
     if open_:
-        plan += Text(
-            f"2. Settle first: {open_[0].sentence.en}", f"2. 先釐清：{open_[0].sentence.zh}"
-        )
+        plan += Text(f"2. Settle first: {open_[0].sentence.en}", f"2. 先釐清：{open_[0].sentence.zh}")
     number = 3 if open_ else 2
     more = max(100, 4 * steps)
     plan += Text(

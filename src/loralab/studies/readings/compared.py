@@ -168,14 +168,10 @@ def _by_speed(trained: Arms) -> Text:
     ranked = sorted(trained, key=lambda n: mean_of(trained[n], "step_seconds"))
     first, last = trained[ranked[0]], trained[ranked[-1]]
     if mean_of(last, "step_seconds") <= (1 + ALIKE) * mean_of(first, "step_seconds"):
-        return Text(
-            "3. By training speed: all take about as long.", "3. 最後看訓練速度：各方法相近。"
-        )
+        return Text("3. By training speed: all take about as long.", "3. 最後看訓練速度：各方法相近。")
     return Text(
-        f"3. By training speed: {ranked[0]} is fastest ({_speed(first).en}), {ranked[-1]} slowest "
-        f"({_speed(last).en}).",
-        f"3. 最後看訓練速度：{ranked[0]} 最快（{_speed(first).zh}），{ranked[-1]} 最慢"
-        f"（{_speed(last).zh}）。",
+        f"3. By training speed: {ranked[0]} is fastest ({_speed(first).en}), {ranked[-1]} slowest ({_speed(last).en}).",
+        f"3. 最後看訓練速度：{ranked[0]} 最快（{_speed(first).zh}），{ranked[-1]} 最慢（{_speed(last).zh}）。",
     )
 
 
@@ -232,9 +228,7 @@ def _same(times: Latencies, way: tuple[str, str]) -> list[Text | str]:
     return [HOLDS if close else OPEN, numbers]
 
 
-def _slower(
-    times: Latencies, way: tuple[str, str], than: tuple[str, str] | None = None
-) -> list[Text | str]:
+def _slower(times: Latencies, way: tuple[str, str], than: tuple[str, str] | None = None) -> list[Text | str]:
     """Whether a way takes longer than the base; than another variant: at least no less."""
     if not times.shapes:
         return [UNSEEN, "–"]

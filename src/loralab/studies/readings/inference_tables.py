@@ -44,17 +44,14 @@ def _finding(found: Deployed, way: Way, batch: int, own: Overhead) -> Finding:
         sentence_ = Text(
             f"At batch {batch} {name.en} takes {part} {word[0]} for {found.each.en} than "
             f"{control.en} (95 % interval {span}).",
-            f"批次 {batch} 時，{name.zh}{found.each.zh}比{control.zh}{word[1]} {part} 的時間"
-            f"（95% 信賴區間 {span}）。",
+            f"批次 {batch} 時，{name.zh}{found.each.zh}比{control.zh}{word[1]} {part} 的時間（95% 信賴區間 {span}）。",
         )
     else:
         sentence_ = Text(
             f"At batch {batch} {name.en} and {control.en} differ by no more than noise ({shown(own)}).",
             f"批次 {batch} 時，{name.zh}與{control.zh}沒有超出雜訊的差異（{shown(own)}）。",
         )
-    return Finding(
-        sentence=sentence_, holds=told(own), effect=-own.share, low=-own.high, high=-own.low
-    )
+    return Finding(sentence=sentence_, holds=told(own), effect=-own.share, low=-own.high, high=-own.low)
 
 
 def scores(found: Deployed) -> list[Finding]:

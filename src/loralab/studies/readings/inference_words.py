@@ -137,9 +137,7 @@ def compared(own: Overhead | None) -> Text:
     if own is None:
         return MISSING
     if not told(own):
-        return Text(
-            f"no difference beyond noise ({shown(own)})", f"沒有超出雜訊的差異（{shown(own)}）"
-        )
+        return Text(f"no difference beyond noise ({shown(own)})", f"沒有超出雜訊的差異（{shown(own)}）")
     word = ("longer", "多花") if own.share > 0 else ("less", "少花")
     part = f"{100 * abs(own.share):.1f} %"
     return Text(f"{part} {word[0]}", f"{word[1]} {part}")
@@ -170,17 +168,11 @@ def sentence(found: Deployed) -> Text:
             f"Unmerged against the base, {found.each.en} at batch {first}: {words.en}.",
             f"未合併與基礎模型相比，批次 {first} {found.each.zh}：{words.zh}。",
         ))  # fmt: skip
-    quicker = [
-        w for w in found.ways if w[1] not in (MERGED, UNMERGED) and _quicker(found, w, first)
-    ]
+    quicker = [w for w in found.ways if w[1] not in (MERGED, UNMERGED) and _quicker(found, w, first)]
     smaller = [w for w in found.ways if w[0] != "latency"]
     if quicker:
-        names = ", ".join(
-            f"{w[1]} {shown(found.over(w, first))}{_lost(found, w).en}" for w in quicker
-        )
-        names_zh = "、".join(
-            f"{w[1]} {shown(found.over(w, first))}{_lost(found, w).zh}" for w in quicker
-        )
+        names = ", ".join(f"{w[1]} {shown(found.over(w, first))}{_lost(found, w).en}" for w in quicker)
+        names_zh = "、".join(f"{w[1]} {shown(found.over(w, first))}{_lost(found, w).zh}" for w in quicker)
         parts.append(Text(
             f"Quicker than the dense model of the same process at batch {first}: {names}.",
             f"批次 {first} 時比同一行程的稠密模型快的有：{names_zh}。",
@@ -251,9 +243,7 @@ def blanks(found: Deployed) -> list[tuple[Text, Text]]:
     )  # fmt: skip
     if not found.times:
         return [(label, MISSING) for label in labels]
-    return list(
-        zip(labels, (_speed(found), _many(found), _others(found), _view(found)), strict=True)
-    )
+    return list(zip(labels, (_speed(found), _many(found), _others(found), _view(found)), strict=True))
 
 
 def _speed(found: Deployed) -> Text:

@@ -177,19 +177,14 @@ def _finding(name: Text, shape: Shape, own: Overhead) -> Finding:
     span = f"{percent(own.low)} … {percent(own.high)}"
     if not own.holds:
         sentence = Text(
-            f"At {at} a forward pass of {name.en} and one of the base differ by no more than noise "
-            f"({span}).",
+            f"At {at} a forward pass of {name.en} and one of the base differ by no more than noise ({span}).",
             f"批次 × 長度 {at} 時，{name.zh} 與基礎模型的前向傳播時間沒有超出雜訊的差異（{span}）。",
         )
     else:
         word = ("longer", "多花") if own.share > 0 else ("less", "少花")
         size = f"{100 * abs(own.share):.1f} %"
         sentence = Text(
-            f"At {at} a forward pass of {name.en} takes {size} {word[0]} than one of the base "
-            f"(95 % interval {span}).",
-            f"批次 × 長度 {at} 時，{name.zh} 的前向傳播比基礎模型{word[1]} {size} 的時間"
-            f"（95% 信賴區間 {span}）。",
+            f"At {at} a forward pass of {name.en} takes {size} {word[0]} than one of the base (95 % interval {span}).",
+            f"批次 × 長度 {at} 時，{name.zh} 的前向傳播比基礎模型{word[1]} {size} 的時間（95% 信賴區間 {span}）。",
         )
-    return Finding(
-        sentence=sentence, holds=own.holds, effect=-own.share, low=-own.high, high=-own.low
-    )
+    return Finding(sentence=sentence, holds=own.holds, effect=-own.share, low=-own.high, high=-own.low)

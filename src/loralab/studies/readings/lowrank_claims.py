@@ -85,9 +85,7 @@ def spectrum(read: Read) -> Part | None:
     theirs = [shares_of(rows, "random_rank90") for rows in read.spectra]
     found = over_modules(theirs, ours)
     rows = read.modules
-    middle, chance, most = (
-        statistics.median(row[key] for row in rows) for key in ("rank90", "random_rank90", "most")
-    )
+    middle, chance, most = (statistics.median(row[key] for row in rows) for key in ("rank90", "random_rank90", "most"))
     facts = Text(
         f"90 % of the energy of a layer's update lies in {middle:.0f} of {most:.0f} directions (median; a "
         f"random matrix needs {chance:.0f})",
@@ -119,9 +117,7 @@ def dimension(read: Read) -> Part | None:
     if not (read.curves and read.full and read.floor is not None):
         return None
     items = np.asarray([r.items["score"] for r in read.full], dtype=float).mean(axis=0)
-    gain = difference(
-        [items.tolist()], [read.floor.tolist()], generator=np.random.default_rng(SEED)
-    )
+    gain = difference([items.tolist()], [read.floor.tolist()], generator=np.random.default_rng(SEED))
     if not (gain.holds and gain.effect > 0):
         return Part(
             sentence=Text(
@@ -186,9 +182,7 @@ def overlap(read: Read) -> Part | None:
             ours = [[float(row[key]) for row in rows] for rows in tables]
             theirs = [[float(row[f"{key} chance"]) for row in rows] for rows in tables]
             found = over_modules(ours, theirs, 2 * len(SIDES))
-            own, by_chance = (
-                statistics.median(v for values in group for v in values) for group in (ours, theirs)
-            )
+            own, by_chance = (statistics.median(v for values in group for v in values) for group in (ours, theirs))
             level = f"phi(1, {TOP}) = {own:.3f}, chance {by_chance:.3f}"
             level_zh = f"phi(1, {TOP}) = {own:.3f}，隨機水準 {by_chance:.3f}"
             findings.append(said(

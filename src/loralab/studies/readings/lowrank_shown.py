@@ -71,9 +71,7 @@ def order_table(read: Read) -> list[Table]:
     for rank in (SMALL, LARGE):
         own = [row for row in found if row["rank"] == rank]
         keys = ("update", "chance", "inside", "own", "weight", "factor")
-        rows.append(
-            [f"r={rank}", *(plain(statistics.median(row[k] for row in own), 2) for k in keys)]
-        )
+        rows.append([f"r={rank}", *(plain(statistics.median(row[k] for row in own), 2) for k in keys)])
     return [Table(
         title=Text("Amplification (median of modules)", "放大倍數（各模組中位數）"), columns=columns,
         rows=rows,

@@ -115,10 +115,8 @@ def _fp32(record: Record | None) -> Text | None:
         )
     words = ("stays below", "小於") if n["loss_difference"] < EXPECTED else ("exceeds", "超過")
     return Text(
-        f"In fp32 the loss differs by {value} (of {loss}), which {words[0]} the expected 1e-6; "
-        f"{_answers(record).en}.",
-        f"在 fp32 下損失差異 {value}（損失 {loss}），{words[1]}預期的 1e-6；"
-        f"{_answers(record).zh}。",
+        f"In fp32 the loss differs by {value} (of {loss}), which {words[0]} the expected 1e-6; {_answers(record).en}.",
+        f"在 fp32 下損失差異 {value}（損失 {loss}），{words[1]}預期的 1e-6；{_answers(record).zh}。",
     )
 
 
@@ -126,14 +124,8 @@ def _others(found: Mapping[str, Record]) -> Text | None:
     own = {n: r for n, r in found.items() if n not in ("fp32", AGAIN)}
     if not own:
         return None
-    en = "; ".join(
-        f"{name}: loss {tiny(r.numbers['loss_difference'])}, {_answers(r).en}"
-        for name, r in own.items()
-    )
-    zh = "；".join(
-        f"{name}：損失差 {tiny(r.numbers['loss_difference'])}，{_answers(r).zh}"
-        for name, r in own.items()
-    )
+    en = "; ".join(f"{name}: loss {tiny(r.numbers['loss_difference'])}, {_answers(r).en}" for name, r in own.items())
+    zh = "；".join(f"{name}：損失差 {tiny(r.numbers['loss_difference'])}，{_answers(r).zh}" for name, r in own.items())
     return Text(f"In other forms: {en}.", f"其他形式：{zh}。")
 
 
@@ -279,11 +271,7 @@ def drift_table(drifts: Rows, records: Sequence[Record]) -> list[Table]:
     rows: list[list[Any]] = []
     for row in drifts:
         mean = np.mean(row["relative"], axis=0)
-        exact = (
-            Text("0, every bit", "0（逐位元相同）")
-            if row["exact"]
-            else Text("not exact", "不完全相同")
-        )
+        exact = Text("0, every bit", "0（逐位元相同）") if row["exact"] else Text("not exact", "不完全相同")
         rows.append([row["precision"], *(tiny(float(mean[i])) for i in shown),
                      share(float(np.mean(row["changed"]))), tiny(row["kl"]), share(row["top1"]),
                      exact])  # fmt: skip

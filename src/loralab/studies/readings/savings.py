@@ -83,10 +83,7 @@ class Savings:
 
     def _ratio(self, role: str, values: Callable[[Record], list[float]]) -> Ratio | None:
         pairs = self._pairs(role)
-        sides = [
-            [[math.log(v) for v in values(record)] for record in side]
-            for side in zip(*pairs, strict=True)
-        ]
+        sides = [[[math.log(v) for v in values(record)] for record in side] for side in zip(*pairs, strict=True)]
         if not sides or len({len(row) for side in sides for row in side}) > 1:
             return None
         few = len(sides[0]) == 1 and len(sides[0][0]) < FEW
@@ -113,9 +110,7 @@ class Savings:
 
     def at_end(self, role: str) -> float:
         """The same difference at the last step, on average over seeds; it has a sign."""
-        gaps = [
-            own.series["loss"][-1] / base.series["loss"][-1] - 1 for own, base in self._pairs(role)
-        ]
+        gaps = [own.series["loss"][-1] / base.series["loss"][-1] - 1 for own, base in self._pairs(role)]
         return float(np.mean(gaps)) if gaps else math.nan
 
     def keeps(self, role: str) -> bool:

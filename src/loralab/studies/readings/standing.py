@@ -48,9 +48,7 @@ def said(found: Standing, arms: Arms, metric: Metric) -> Text:
     score = metric.value(mean_of(arms[found.best], "score"))
     beaten, tied = listed(found.beaten), listed(found.tied)
     if not found.beaten and not found.tied:
-        return Text(
-            f"only {found.best} has a result ({score}).", f"只有 {found.best} 有結果（{score}）。"
-        )
+        return Text(f"only {found.best} has a result ({score}).", f"只有 {found.best} 有結果（{score}）。")
     if not found.beaten:
         return Text(
             f"no arm is better than another beyond noise (highest mean: {found.best}, {score}).",

@@ -95,9 +95,7 @@ class Sweep:
     def common(self, scaling: str) -> float | None:
         """Of the rates that serve every rank, the one of the lowest mean validation loss."""
         losses = {
-            rate: math.fsum(
-                mean_of(self.cells[scaling, rank][rate], "validation_loss") for rank in self.ranks
-            )
+            rate: math.fsum(mean_of(self.cells[scaling, rank][rate], "validation_loss") for rank in self.ranks)
             for rate in self.shared(scaling)
         }
         return min(losses, key=lambda rate: losses[rate], default=None)
@@ -139,6 +137,4 @@ class Sweep:
 
 def by_loss(records: Sequence[Record]) -> list[Record]:
     """The records with each row's loss as its score, where that was kept: it tells more."""
-    return [
-        replace(r, items={"score": r.items["loss"]}) if r.items.get("loss") else r for r in records
-    ]
+    return [replace(r, items={"score": r.items["loss"]}) if r.items.get("loss") else r for r in records]

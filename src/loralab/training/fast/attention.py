@@ -107,9 +107,7 @@ class Packing:
         return Tile(rows_, slice(begin, begin + width), bounds[0], bounds[1])
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, packing: Packing, scale: float, angles: Angles | None = None
-) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, packing: Packing, scale: float, angles: Angles | None = None) -> Tensor:
     """softmax(scale q k') v within each row: q (N, H, D), k and v (N, K, D) -> (N, H, D).
 
     Args:
@@ -250,9 +248,7 @@ def _softmax_backward(weights: Tensor, d_weights: Tensor) -> Tensor:
     return torch._softmax_backward_data(d_weights, weights, -1, weights.dtype)
 
 
-def _by_head(
-    x: Tensor, heads: int, reach: int, angles: Angles | None = None, scale: float = 1.0
-) -> Tensor:
+def _by_head(x: Tensor, heads: int, reach: int, angles: Angles | None = None, scale: float = 1.0) -> Tensor:
     """Scaled, turned by the angles and sorted by key head: (N, K G, D) -> (K, M G, D)."""
     N, H, D = x.shape
     group, native = H // heads, kernels_for(x)
@@ -271,9 +267,7 @@ def _by_head(
     return out
 
 
-def _by_token(
-    x: Tensor, N: int, reach: int, angles: Angles | None = None, scale: float = 1.0
-) -> Tensor:
+def _by_token(x: Tensor, N: int, reach: int, angles: Angles | None = None, scale: float = 1.0) -> Tensor:
     """The transpose of _by_head: (K, M G, D) -> (N, K G, D)."""
     heads, rows, D = x.shape
     group, native = rows // reach, kernels_for(x)

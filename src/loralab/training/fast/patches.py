@@ -38,11 +38,7 @@ def attention_function(
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **options)
     asked = [name for name in ("sliding_window", "softcap", "s_aux", "position_bias", "head_mask")
              if options.get(name) is not None]  # fmt: skip
-    if (
-        asked
-        or options.get("dropout")
-        or query.shape[:1] + query.shape[2:3] != key.shape[:1] + key.shape[2:3]
-    ):
+    if asked or options.get("dropout") or query.shape[:1] + query.shape[2:3] != key.shape[:1] + key.shape[2:3]:
         raise NotImplementedError(f"packed attention with {asked or 'dropout or a cache'}")
     scale = options.get("scaling") or query.shape[-1] ** -0.5
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
@@ -114,16 +110,11 @@ def _attention_forward(
     packing: Packing | None = None, **options: Any,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     if packing is None:
-        return type(self).forward(
-            self, hidden_states, position_embeddings, attention_mask, past_key_values, **options
-        )
+        return type(self).forward(self, hidden_states, position_embeddings, attention_mask, past_key_values, **options)
     if past_key_values is not None or (self.training and self.attention_dropout):
         raise NotImplementedError("packed attention with dropout or a cache")
     x = hidden_states[0]
-    q, k, v = (
-        y.view(len(x), -1, self.head_dim)
-        for y in together(x, (self.q_proj, self.k_proj, self.v_proj))
-    )
+    q, k, v = (y.view(len(x), -1, self.head_dim) for y in together(x, (self.q_proj, self.k_proj, self.v_proj)))
     cos, sin = (angle[0].contiguous() for angle in position_embeddings)
     out = attend(q, k, v, packing, self.scaling, (cos, sin))
     return self.o_proj(out.view(1, len(x), -1)), None

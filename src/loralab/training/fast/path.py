@@ -122,9 +122,7 @@ class Path:
         packing = Packing((*lengths, *[1] * (size - sum(lengths))), causal=True)
         states = packed_states(self.model, batch, packing)
         here = (batch["targets"] != IGNORED).nonzero()[:, 0]
-        here = F.pad(
-            here, (0, rounded_up(len(here)) - len(here)), value=size - 1
-        )  # no target there
+        here = F.pad(here, (0, rounded_up(len(here)) - len(here)), value=size - 1)  # no target there
         return summed_loss(self.model.get_output_embeddings(), states[here], batch["targets"][here])
 
     @contextlib.contextmanager
@@ -196,9 +194,7 @@ def _result(path: Path, adapter: Adapter, examples: Sequence[Example]) -> tuple[
         return gradient_of(path.loss(examples), adapter)
 
 
-def _plain_result(
-    path: Path, adapter: Adapter, examples: Sequence[Example]
-) -> tuple[Tensor, Tensor]:
+def _plain_result(path: Path, adapter: Adapter, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
     """Of the model as it is: what fails here, fails in every step."""
     try:
         return _result(path, adapter, examples)
@@ -275,9 +271,7 @@ def packed_states(model: Any, batch: Mapping[str, Tensor], packing: Packing) -> 
     return states
 
 
-def difference(
-    model: nn.Module, expected: tuple[Tensor, Tensor], found: tuple[Tensor, Tensor]
-) -> str:
+def difference(model: nn.Module, expected: tuple[Tensor, Tensor], found: tuple[Tensor, Tensor]) -> str:
     """In what a loss and its gradients differ by more than rounding; empty if they do not."""
     dtype = _dtype(model)
     loss = float((expected[0] - found[0]).abs() / expected[0].abs())

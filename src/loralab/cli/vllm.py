@@ -122,13 +122,9 @@ def require_vllms(typed: Mapping[str, Any], keys: Path | None, pin: Any, ours: A
     unheard = [f"--{name.replace('_', '-')}" for name in NOT_VLLMS if name in typed]
     unheard += ["--pin"] if pin else []
     if unheard:
-        raise ConfigError(
-            f"{unheard[0]} is not passed on to vLLM; say it in vLLM's own words with --engine-args"
-        )
+        raise ConfigError(f"{unheard[0]} is not passed on to vLLM; say it in vLLM's own words with --engine-args")
     if ours:
-        raise ConfigError(
-            "--ray, --replicas, --allow-host and --allow-origin are for loralab's own engine"
-        )
+        raise ConfigError("--ray, --replicas, --allow-host and --allow-origin are for loralab's own engine")
     if keys is not None:
         raise ConfigError(
             "--keys is not passed on to vLLM, which knows neither quotas nor adapters of a key; "
