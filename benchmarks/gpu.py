@@ -31,26 +31,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sides import (
-    Figures,
-    Turn,
-    Worker,
-    answering,
-    finish,
-    in_turn,
-    parser,
-    ratios,
-    shown,
-    spread,
-    table,
-    write_rows,
-)
+from sides import Figures, Turn, Worker, answering, finish, in_turn, parser, ratios, shown, spread, table, write_rows
 
 SECONDS = 340  # for everything
 LIMITS = {"agreement": 60, "methods": 90, "tests": 60, "train": 100}  # seconds; of a shape in train
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-         "num_key_value_heads", "vocab_size")  # fmt: skip
+SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+)
 SHAPES = {  # of SmolLM2-135M, Llama 3.2 1B and Llama 3.1 8B
     "tiny": (32, 48, 2, 4, 2, 64),
     "135m": (576, 1536, 30, 9, 3, 49152),
@@ -76,9 +69,13 @@ def language_model(shape: str, dtype: torch.dtype, device: torch.device) -> Any:
 
     sizes = dict(zip(SIZES, SHAPES[shape], strict=True))
     config = LlamaConfig(
-        **sizes, tie_word_embeddings=shape in TIED, bos_token_id=1, eos_token_id=2, pad_token_id=2,
+        **sizes,
+        tie_word_embeddings=shape in TIED,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
         max_position_embeddings=2048,
-    )  # fmt: skip
+    )
     torch.manual_seed(0)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -98,9 +95,13 @@ def tokenizer() -> Any:
     made = Tokenizer(models.WordLevel({n: i for i, n in enumerate(names)}, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
-        tokenizer_object=made, bos_token="<s>", eos_token="</s>", pad_token="</s>",
-        unk_token="<unk>", chat_template=TEMPLATE,
-    )  # fmt: skip
+        tokenizer_object=made,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="</s>",
+        unk_token="<unk>",
+        chat_template=TEMPLATE,
+    )
 
 
 # -- agreement ------------------------------------------------------------------------------------
@@ -171,14 +172,12 @@ class Cost:
 
 
 def compared(
-    expected: tuple[torch.Tensor, torch.Tensor], found: tuple[torch.Tensor, torch.Tensor],
-    dtype: torch.dtype,
-) -> Line:  # fmt: skip
+    expected: tuple[torch.Tensor, torch.Tensor], found: tuple[torch.Tensor, torch.Tensor], dtype: torch.dtype
+) -> Line:
     """Relative differences of a loss and a gradient, and whether rounding explains them."""
     from loralab.training.fast.path import GRADIENT_AGREES, LOSS_AGREES
 
-    (loss, gradient), (own_loss, own) = [[t.cpu().double() for t in pair]
-                                         for pair in (expected, found)]  # fmt: skip
+    (loss, gradient), (own_loss, own) = [[t.cpu().double() for t in pair] for pair in (expected, found)]
     off_loss = float((own_loss - loss).abs() / loss.abs())
     off = float((own - gradient).norm() / gradient.norm())
     agrees = off_loss <= LOSS_AGREES[dtype] and off <= GRADIENT_AGREES[dtype]
@@ -202,14 +201,20 @@ def configurations() -> dict[str, Any]:
     from loralab.adapters import methods as m
 
     return {
-        "lora": m.LoRA(rank=2), "rslora": m.LoRA(rank=2, scaling="alpha/sqrt(r)"),
-        "dora": m.LoRA(rank=2, dora=True), "pissa": m.LoRA(rank=2, init="pissa"),
+        "lora": m.LoRA(rank=2),
+        "rslora": m.LoRA(rank=2, scaling="alpha/sqrt(r)"),
+        "dora": m.LoRA(rank=2, dora=True),
+        "pissa": m.LoRA(rank=2, init="pissa"),
         "embeddings": m.LoRA(rank=2, target_modules=("lm_head", "embed_tokens")),
-        "adalora": m.AdaLoRA(rank=4, target_rank=2), "houlsby": m.Bottleneck(width=4),
+        "adalora": m.AdaLoRA(rank=4, target_rank=2),
+        "houlsby": m.Bottleneck(width=4),
         "parallel": m.Bottleneck(width=4, placement="parallel"),
-        "prefix": m.Prefix(tokens=3, mlp=True), "prompt": m.Prompt(tokens=3), "ia3": m.IA3(),
-        "bitfit": m.BitFit(), "full": m.FullFineTune(),
-    }  # fmt: skip
+        "prefix": m.Prefix(tokens=3, mlp=True),
+        "prompt": m.Prompt(tokens=3),
+        "ia3": m.IA3(),
+        "bitfit": m.BitFit(),
+        "full": m.FullFineTune(),
+    }
 
 
 def methods(device: torch.device, tiny: bool) -> Iterator[Line]:
@@ -270,9 +275,8 @@ def few_steps(config: Any, precision: str, data: Path, folder: Path) -> float:
 
     try:
         run = trained(
-            "tiny", config, data, folder, None,
-            Training(max_steps=3, batch_size=4, max_length=64, precision=precision),
-        )  # fmt: skip
+            "tiny", config, data, folder, None, Training(max_steps=3, batch_size=4, max_length=64, precision=precision)
+        )
     except ConfigError:  # adalora does not train in fp16, and says so
         return float("nan")
     return float(run.scores["validation"].metrics["loss"])
@@ -293,9 +297,8 @@ def trained(shape: str, config: Any, data: Path, folder: Path, listener: Any, tr
         model = language_model(shape, dtype, device_here())
         model = biased(model) if shape == "tiny" else model
         return Base(
-            name=shape, model=model.to(device_here(), dtype), tokenizer=tokenizer(),
-            kind="causal-lm", source=shape,
-        )  # fmt: skip
+            name=shape, model=model.to(device_here(), dtype), tokenizer=tokenizer(), kind="causal-lm", source=shape
+        )
 
     folder.mkdir(parents=True)
     return run_prepared(request, prepare(request, load), folder, listener)
@@ -314,13 +317,29 @@ def tests(device: torch.device, tiny: bool) -> Iterator[Line]:
         return
     picked = ["-k", "test_thin"] if tiny else ["-m", "not slow"]
     for place in places:
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=no",
-                   "-rfE", "-W", "default", *picked, str(place)]  # fmt: skip
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "--tb=no",
+            "-rfE",
+            "-W",
+            "default",
+            *picked,
+            str(place),
+        ]
         done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
         lines = done.stdout.splitlines()
         bad = [li.split(" - ")[0] for li in lines if li.startswith(("FAILED", "ERROR"))]
-        yield {"case": place.relative_to(root).as_posix(), "ok": done.returncode == 0,
-               "summary": lines[-1] if lines else done.stderr[-300:], "failed": bad}  # fmt: skip
+        yield {
+            "case": place.relative_to(root).as_posix(),
+            "ok": done.returncode == 0,
+            "summary": lines[-1] if lines else done.stderr[-300:],
+            "failed": bad,
+        }
 
 
 # -- training steps -------------------------------------------------------------------------------
@@ -343,11 +362,13 @@ def summed_up(counted: Mapping[str, list[Figures]], peer_name: str) -> Line:
     speed = {side: [r["tokens"] / r["seconds"] for r in rows] for side, rows in counted.items()}
     peak = {side: max(r["peak"] for r in rows) for side, rows in counted.items()}
     return {
-        "ok": True, "case": peer_name,
+        "ok": True,
+        "case": peer_name,
         "tokens_per_second": {side: spread(values) for side, values in speed.items()},
         "speed_ratio": ratios(speed["loralab"], speed[peer_name]),
-        "peak_bytes": peak, "memory_ratio": peak["loralab"] / peak[peer_name],
-    }  # fmt: skip
+        "peak_bytes": peak,
+        "memory_ratio": peak["loralab"] / peak[peer_name],
+    }
 
 
 def step_in_turn(side: str, shape: str, data: Path, steps: int, turn: Turn) -> None:
@@ -361,10 +382,21 @@ def step_in_turn(side: str, shape: str, data: Path, steps: int, turn: Turn) -> N
                 turn({"tokens": event["tokens"]})
 
         precision = "bf16" if torch.cuda.is_available() else "fp32"
-        trained(shape, LoRA(), data, data.parent / "ours", listen, Training(
-            max_steps=steps, batch_size=BATCH, max_length=LONGEST, save_every=10_000,
-            evaluation_rows=1, precision=precision,
-        ))  # fmt: skip
+        trained(
+            shape,
+            LoRA(),
+            data,
+            data.parent / "ours",
+            listen,
+            Training(
+                max_steps=steps,
+                batch_size=BATCH,
+                max_length=LONGEST,
+                save_every=10_000,
+                evaluation_rows=1,
+                precision=precision,
+            ),
+        )
     else:
         peer(side, shape, data, steps, turn)
 
@@ -396,22 +428,34 @@ def peer(name: str, shape: str, data: Path, steps: int, turn: Turn) -> None:
     lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(language_model(shape, dtype, device_here()), lora)
     arguments = TrainingArguments(
-        output_dir=str(data.parent / "peer"), max_steps=steps, learning_rate=5e-4, bf16=cuda,
-        use_cpu=not cuda, report_to=[], save_strategy="no", disable_tqdm=True,
-        logging_strategy="no", per_device_train_batch_size=BATCH,
+        output_dir=str(data.parent / "peer"),
+        max_steps=steps,
+        learning_rate=5e-4,
+        bf16=cuda,
+        use_cpu=not cuda,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        logging_strategy="no",
+        per_device_train_batch_size=BATCH,
         use_liger_kernel=name == "liger",
-    )  # fmt: skip
+    )
     Trainer(
-        model=model, train_dataset=rows, callbacks=[Step()], args=arguments,
+        model=model,
+        train_dataset=rows,
+        callbacks=[Step()],
+        args=arguments,
         data_collator=Collate(words, padding=True, label_pad_token_id=-100),
-    ).train()  # fmt: skip
+    ).train()
 
 
 # -- all of it ------------------------------------------------------------------------------------
 
 PARTS: dict[str, Callable[[torch.device, bool], Iterator[Line]]] = {
-    "agreement": agreement, "methods": methods, "tests": tests,
-}  # fmt: skip
+    "agreement": agreement,
+    "methods": methods,
+    "tests": tests,
+}
 
 
 def failed() -> Line:
@@ -467,10 +511,16 @@ def act(part: str, chosen: argparse.Namespace) -> None:
 def rows_of(lines: Sequence[Line]) -> list[list[object]]:
     """The lines as rows of the table."""
     return [
-        [li["part"], li.get("shape", ""), li.get("case", ""), li.get("precision", ""),
-         {True: "ok", False: "FAILED", None: "-"}[li.get("ok")], told(li)]
+        [
+            li["part"],
+            li.get("shape", ""),
+            li.get("case", ""),
+            li.get("precision", ""),
+            {True: "ok", False: "FAILED", None: "-"}[li.get("ok")],
+            told(li),
+        ]
         for li in lines
-    ]  # fmt: skip
+    ]
 
 
 def told(line: Line) -> str:
@@ -484,8 +534,12 @@ def told(line: Line) -> str:
         return str(line["error"]).strip().splitlines()[-1][:120]
     if "summary" in line:
         return str(line["summary"])
-    figures = {"loss off": "loss_difference", "gradient off": "gradient_difference",
-               "ms": "milliseconds", "loss": "loss"}  # fmt: skip
+    figures = {
+        "loss off": "loss_difference",
+        "gradient off": "gradient_difference",
+        "ms": "milliseconds",
+        "loss": "loss",
+    }
     return ", ".join(f"{k} {line[v]:.3g}" for k, v in figures.items() if line.get(v) is not None)
 
 
@@ -496,10 +550,11 @@ def versions(device: str) -> dict[str, str]:
     import loralab
 
     return {
-        "torch": str(torch.__version__), "transformers": str(transformers.__version__),
+        "torch": str(torch.__version__),
+        "transformers": str(transformers.__version__),
         "loralab": loralab.__version__,
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-    }  # fmt: skip
+    }
 
 
 def options() -> argparse.Namespace:
@@ -522,15 +577,13 @@ def main() -> int:
         step_in_turn(side, shape, Path(data), int(steps), answering())
         return 0
     if chosen.device == "cuda" and not torch.cuda.is_available():
-        print("gpu.py: no GPU here; --device cpu --tiny tries the script without one",
-              file=sys.stderr)  # fmt: skip
+        print("gpu.py: no GPU here; --device cpu --tiny tries the script without one", file=sys.stderr)
         return 2
     if chosen.part:
         act(chosen.part, chosen)
         return 0
     shapes = ["tiny"] if chosen.tiny else chosen.shapes
-    parts = [p for part in chosen.parts
-             for p in ([f"train:{s}" for s in shapes] if part == "train" else [part])]  # fmt: skip
+    parts = [p for part in chosen.parts for p in ([f"train:{s}" for s in shapes] if part == "train" else [part])]
     lines: list[Line] = []
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:

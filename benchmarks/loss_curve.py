@@ -26,11 +26,13 @@ RUNS: dict[str, dict[str, Any]] = {
     "loralab, fp32": {"precision": "fp32"},
     "loralab, bf16": {"precision": "bf16"},
     "loralab, bf16, all that saves memory": {
-        "precision": "bf16", "pass_tokens": 256, "gradient_checkpointing": "on",
+        "precision": "bf16",
+        "pass_tokens": 256,
+        "gradient_checkpointing": "on",
         "optimizer_bits": 8,
     },
     "loralab, bf16, NF4 base": {"precision": "bf16", "quantize": "nf4"},
-}  # fmt: skip
+}
 
 
 def ours(data: Path, folder: Path, steps: int, options: dict[str, Any]) -> list[float]:
@@ -44,13 +46,22 @@ def ours(data: Path, folder: Path, steps: int, options: dict[str, Any]) -> list[
             losses.append(event["loss"])
 
     training = loralab.Training(
-        max_steps=steps, batch_size=BATCH, learning_rate=RATE, schedule="constant", warmup=0.0,
-        evaluation_rows=1, **options,
-    )  # fmt: skip
+        max_steps=steps,
+        batch_size=BATCH,
+        learning_rate=RATE,
+        schedule="constant",
+        warmup=0.0,
+        evaluation_rows=1,
+        **options,
+    )
     loralab.train(
-        model="smollm2-135m", data=str(data), output_dir=folder, training=training,
-        method=loralab.LoRA(rank=RANK), listener=listen,
-    )  # fmt: skip
+        model="smollm2-135m",
+        data=str(data),
+        output_dir=folder,
+        training=training,
+        method=loralab.LoRA(rank=RANK),
+        listener=listen,
+    )
     return losses
 
 
@@ -77,15 +88,21 @@ def peer(data: Path, folder: Path, steps: int, options: dict[str, Any]) -> list[
         model=PeftModel.from_pretrained(base.model, folder / "start", is_trainable=True),
         train_dataset=[{"input_ids": list(e.input_ids), "labels": list(e.labels)} for e in order],
         args=TrainingArguments(
-            output_dir=str(folder), max_steps=steps, per_device_train_batch_size=BATCH,
-            learning_rate=RATE, lr_scheduler_type="constant", train_sampling_strategy="sequential",
-            use_cpu=not torch.cuda.is_available(), report_to=[], save_strategy="no",
-            disable_tqdm=True, logging_steps=1, **options,
+            output_dir=str(folder),
+            max_steps=steps,
+            per_device_train_batch_size=BATCH,
+            learning_rate=RATE,
+            lr_scheduler_type="constant",
+            train_sampling_strategy="sequential",
+            use_cpu=not torch.cuda.is_available(),
+            report_to=[],
+            save_strategy="no",
+            disable_tqdm=True,
+            logging_steps=1,
+            **options,
         ),
-        data_collator=DataCollatorForSeq2Seq(
-            base.tokenizer, padding=True, label_pad_token_id=-100
-        ),
-    )  # fmt: skip
+        data_collator=DataCollatorForSeq2Seq(base.tokenizer, padding=True, label_pad_token_id=-100),
+    )
     trainer.train()
     trainer.model.save_pretrained(folder)
     return [line["loss"] for line in trainer.state.log_history if "loss" in line]
@@ -139,10 +156,16 @@ def main() -> None:
         apart = [abs(a - b) for a, b in pairs]
         curve["mean_difference"] = statistics.mean(apart)
         curve["largest_difference"] = max(apart)
-        rows.append([
-            name, f"{curve['losses'][0]:.4f}", f"{curve['losses'][-1]:.4f}",
-            f"{statistics.mean(apart):.4f}", f"{max(apart):.4f}", f"{curve['validation']:.4f}",
-        ])  # fmt: skip
+        rows.append(
+            [
+                name,
+                f"{curve['losses'][0]:.4f}",
+                f"{curve['losses'][-1]:.4f}",
+                f"{statistics.mean(apart):.4f}",
+                f"{max(apart):.4f}",
+                f"{curve['validation']:.4f}",
+            ]
+        )
     head = ("run", "first loss", "last loss", "mean difference", "largest", "validation loss")
     title = f"Loss curves of {chosen.steps} steps against the first line's"
     finish(table(title, head, rows), {"curves": curves}, chosen.json)

@@ -121,9 +121,11 @@ def loads() -> dict[str, Any]:
             first_token(names.pop())  # builds what the others find ready
             cold, warm = zip(*((first_token(own), first_token(own)) for own in names), strict=True)
             found[str(rank)] = {
-                "bytes": engine.store.entry(names[0]).bytes, "cold_ms": cold, "warm_ms": warm,
+                "bytes": engine.store.entry(names[0]).bytes,
+                "cold_ms": cold,
+                "warm_ms": warm,
                 "added_ms": min(cold) - min(warm),
-            }  # fmt: skip
+            }
     return found
 
 
@@ -135,9 +137,13 @@ def write_store(root: Path, count: int) -> None:
     from loralab.adapters.folder import CONFIG, RECORD, TENSORS
 
     config = LlamaConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, vocab_size=50,
-    )  # fmt: skip
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=50,
+    )
     adapter = attach(LlamaForCausalLM(config), LoRA(rank=1, target_modules=["q_proj"]))
     for number in range(min(REAL, count)):
         with torch.no_grad():
@@ -180,46 +186,43 @@ def names() -> dict[str, Any]:
             store = Store(root, lambda f: None)
             real = [f"real-{n:03d}" for n in range(min(REAL, count))]
             found[str(count)] = {
-                "open_s": opening, "list_ms": [1e3 * s for s in seconds(store.entries, 5)],
+                "open_s": opening,
+                "list_ms": [1e3 * s for s in seconds(store.entries, 5)],
                 "cold_ms": [asked(store, name) for name in real],
                 "warm_ms": [asked(store, name) for name in real],
                 "unknown_ms": [1e3 * s for s in seconds(lambda store=store: unknown(store), 3)],
-            }  # fmt: skip
+            }
         finally:
             shutil.rmtree(root)
     return found
 
 
 PARTS: dict[str, Callable[[], dict[str, Any]]] = {
-    "memory": memory, "products": products, "disk": disk, "libraries": libraries,
-    "loads": loads, "store": names,
-}  # fmt: skip
+    "memory": memory,
+    "products": products,
+    "disk": disk,
+    "libraries": libraries,
+    "loads": loads,
+    "store": names,
+}
 
 
 def text_of(found: dict[str, Any]) -> str:
     """All tables."""
     rows = [
         [part, next(iter(found[part])), shown(spread([v / GB for v in own]), 1)]
-        for part in ("memory", "products", "disk", "libraries") if part in found
+        for part in ("memory", "products", "disk", "libraries")
+        if part in found
         for own in found[part].values()
-    ]  # fmt: skip
+    ]
     text = table("This machine, in 10^9", ["what", "unit", "median (range)"], rows)
     if "loads" in found:
         ways = ("cold_ms", "warm_ms")
         rows = [
-            [
-                rank,
-                f"{own['bytes'] / 1e6:.1f} MB",
-                *(shown(spread(own[k]), 0) for k in ways),
-                f"{own['added_ms']:.0f}",
-            ]
+            [rank, f"{own['bytes'] / 1e6:.1f} MB", *(shown(spread(own[k]), 0) for k in ways), f"{own['added_ms']:.0f}"]
             for rank, own in found["loads"].items()
         ]
-        text += "\n" + table(
-            "Cold loads",
-            ["rank", "adapter", "from disk, ms", "resident, ms", "least - least"],
-            rows,
-        )
+        text += "\n" + table("Cold loads", ["rank", "adapter", "from disk, ms", "resident, ms", "least - least"], rows)
     if "store" in found:
         rows = [
             [f"{int(count):,}", *(shown(spread(own[key]), 2) for key in own)] for count, own in found["store"].items()

@@ -28,13 +28,10 @@ CELLS: dict[str, dict[str, Any]] = {
     "both": {"gradient_checkpointing": "on", "pass_tokens": 256},
     "quantize nf4": {"quantize": "nf4"},
     "optimizer_bits 8": {"optimizer_bits": 8},
-    "all": {
-        "quantize": "nf4", "gradient_checkpointing": "on", "pass_tokens": 256,
-        "optimizer_bits": 8,
-    },
+    "all": {"quantize": "nf4", "gradient_checkpointing": "on", "pass_tokens": 256, "optimizer_bits": 8},
     "memory_budget 1.35GB": {"memory_budget": "1.35GB"},
     "precision fp32": {"precision": "fp32"},
-}  # fmt: skip
+}
 PEERS = {"peft + Trainer": False, "peft + Trainer, gradient checkpointing": True}
 
 
@@ -65,13 +62,18 @@ def trained(data: Path, options: dict[str, Any]) -> dict[str, Any]:
             seconds[0] = event["seconds"]
 
     run = loralab.train(
-        model="smollm2-135m", data=str(data), output_dir=data.parent / f"run-{os.getpid()}",
-        training=settings(options), listener=listen,
-    )  # fmt: skip
+        model="smollm2-135m",
+        data=str(data),
+        output_dir=data.parent / f"run-{os.getpid()}",
+        training=settings(options),
+        listener=listen,
+    )
     return {
-        "peak": run.peak_bytes, "tokens_per_second": run.tokens / seconds[0],
-        "seconds": seconds[0], "loss": run.scores["validation"].metrics["loss"],
-    }  # fmt: skip
+        "peak": run.peak_bytes,
+        "tokens_per_second": run.tokens / seconds[0],
+        "seconds": seconds[0],
+        "loss": run.scores["validation"].metrics["loss"],
+    }
 
 
 def peer(data: Path, checkpointing: bool) -> dict[str, Any]:
@@ -90,19 +92,21 @@ def peer(data: Path, checkpointing: bool) -> dict[str, Any]:
     config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     trainer = Trainer(
         model=get_peft_model(base.model, config),
-        train_dataset=[
-            {"input_ids": list(e.input_ids), "labels": list(e.labels)} for e in encoded.examples
-        ],
+        train_dataset=[{"input_ids": list(e.input_ids), "labels": list(e.labels)} for e in encoded.examples],
         args=TrainingArguments(
-            output_dir=str(data.parent / "peer"), num_train_epochs=1, bf16=True, report_to=[],
-            per_device_train_batch_size=BATCH, learning_rate=5e-4, save_strategy="no",
-            use_cpu=not torch.cuda.is_available(), disable_tqdm=True,
+            output_dir=str(data.parent / "peer"),
+            num_train_epochs=1,
+            bf16=True,
+            report_to=[],
+            per_device_train_batch_size=BATCH,
+            learning_rate=5e-4,
+            save_strategy="no",
+            use_cpu=not torch.cuda.is_available(),
+            disable_tqdm=True,
             gradient_checkpointing=checkpointing,
         ),
-        data_collator=DataCollatorForSeq2Seq(
-            base.tokenizer, padding=True, label_pad_token_id=-100
-        ),
-    )  # fmt: skip
+        data_collator=DataCollatorForSeq2Seq(base.tokenizer, padding=True, label_pad_token_id=-100),
+    )
     seconds = trainer.train().metrics["train_runtime"]
     tokens = sum(example.length for example in encoded.examples)
     return {"peak": peak_bytes(device_here()), "tokens_per_second": tokens / seconds}
@@ -128,12 +132,15 @@ def line(name: str, found: dict[str, Any], usual: float) -> list[str]:
     """One row of the table."""
     predicted = found.get("predicted")
     return [
-        name, f"{predicted / 1e9:.2f}" if predicted else "", f"{found['peak'] / 1e9:.2f}",
+        name,
+        f"{predicted / 1e9:.2f}" if predicted else "",
+        f"{found['peak'] / 1e9:.2f}",
         f"{predicted / found['peak'] - 1:+.0%}" if predicted else "",
-        f"{found['peak'] / usual:.2f}", f"{found['tokens_per_second']:,.0f}",
+        f"{found['peak'] / usual:.2f}",
+        f"{found['tokens_per_second']:,.0f}",
         f"{found['predicted_seconds'] / found['seconds'] - 1:+.0%}" if predicted else "",
         f"{found['loss']:.3f}" if "loss" in found else "",
-    ]  # fmt: skip
+    ]
 
 
 def main() -> None:
@@ -157,8 +164,16 @@ def main() -> None:
             for way in ways:
                 cells[name] |= asked(way, name, data)
     usual = next(iter(cells.values()))["peak"]
-    head = ("options", "predicted GB", "measured GB", "off by", "of the first", "tokens/s",
-            "time predicted off by", "validation loss")  # fmt: skip
+    head = (
+        "options",
+        "predicted GB",
+        "measured GB",
+        "off by",
+        "of the first",
+        "tokens/s",
+        "time predicted off by",
+        "validation loss",
+    )
     title = f"Peak memory of a run, SmolLM2-135M, LoRA r=8, batch {BATCH}"
     rows = [line(name, found, usual) for name, found in cells.items()]
     finish(table(title, head, rows), {"cells": cells}, chosen.json)

@@ -53,10 +53,12 @@ def here() -> Machine:
     found = results("machine")
     cores = CORES / found["threads"]  # one core's figures twice are what two can do at most
     return Machine(
-        name=f"{CORES} cores", memory=24e9, kept=6,
+        name=f"{CORES} cores",
+        memory=24e9,
+        kept=6,
         bandwidth=cores * max(found["memory"]["bytes_per_second"]),
         flops=cores * max(found["products"]["flops"]),
-    )  # fmt: skip
+    )
 
 
 def load_line() -> tuple[float, float]:
@@ -102,14 +104,27 @@ def fitting(shape: Shape, machine: Machine) -> tuple[str, int]:
 def bases(machines: Sequence[Machine]) -> tuple[Head, Rows]:
     rows = [
         [
-            s.name, f"{f.parameters(s) / 1e9:.2f}", *(shown(f.base_bytes(s, k) / 1e9)
-            for k in f.LINEAR_BYTES), f"{f.lora_parameters(s):,}", size(f.adapter_bytes(s)),
-            f"{f.adapter_bytes(s) / f.base_bytes(s):.1%}", f"{f.kv_bytes(s) / 1e3:.0f} kB",
+            s.name,
+            f"{f.parameters(s) / 1e9:.2f}",
+            *(shown(f.base_bytes(s, k) / 1e9) for k in f.LINEAR_BYTES),
+            f"{f.lora_parameters(s):,}",
+            size(f.adapter_bytes(s)),
+            f"{f.adapter_bytes(s) / f.base_bytes(s):.1%}",
+            f"{f.kv_bytes(s) / 1e3:.0f} kB",
         ]
         for s in SHAPES.values()
-    ]  # fmt: skip
-    return ("base", "10^9 numbers", "GB bf16", "GB int8", "GB NF4", "LoRA r=8, numbers", "its file",
-            "of the base", "cache of a token"), rows  # fmt: skip
+    ]
+    return (
+        "base",
+        "10^9 numbers",
+        "GB bf16",
+        "GB int8",
+        "GB NF4",
+        "LoRA r=8, numbers",
+        "its file",
+        "of the base",
+        "cache of a token",
+    ), rows
 
 
 def disk(machines: Sequence[Machine]) -> tuple[Head, Rows]:
@@ -121,10 +136,13 @@ def fit(machines: Sequence[Machine]) -> tuple[Head, Rows]:
     rows = []
     for machine in machines:
         cells = [fitting(s, machine) for s in BASES]
-        rows.append([
-            machine.name, size(machine.memory),
-            *(f"{kind}, {min(room, 10**5):,}" if kind else "-" for kind, room in cells),
-        ])  # fmt: skip
+        rows.append(
+            [
+                machine.name,
+                size(machine.memory),
+                *(f"{kind}, {min(room, 10**5):,}" if kind else "-" for kind, room in cells),
+            ]
+        )
     return ("machine", "memory", *(s.name for s in BASES)), rows
 
 
@@ -138,8 +156,7 @@ def decode(machines: Sequence[Machine]) -> tuple[Head, Rows]:
             mark = "" if kind in ("", "bf16") else f" {kind}"
             cells.append(f"{shown(one)} / {shown(many)}{mark}" if kind else "-")
         rows.append([s.name, *cells])
-    return ("base", "GB a step, 1 answer", "32 answers, 32 adapters",
-            *(m.name for m in machines)), rows  # fmt: skip
+    return ("base", "GB a step, 1 answer", "32 answers, 32 adapters", *(m.name for m in machines)), rows
 
 
 def price(machines: Sequence[Machine]) -> tuple[Head, Rows]:
@@ -157,10 +174,8 @@ def price(machines: Sequence[Machine]) -> tuple[Head, Rows]:
 def hits(machines: Sequence[Machine]) -> tuple[Head, Rows]:
     places = (PLACES, 256, 1_000, 10_000)
     rows = [
-        [f"{n:,}", *(" / ".join(f"{f.hit_rate(n, k, s):.0%}" for s in (0.7, 1.0, 1.3))
-                     for k in places)]
-        for n in COUNTS
-    ]  # fmt: skip
+        [f"{n:,}", *(" / ".join(f"{f.hit_rate(n, k, s):.0%}" for s in (0.7, 1.0, 1.3)) for k in places)] for n in COUNTS
+    ]
     return ("adapters", *(f"{k:,} places" for k in places)), rows
 
 
@@ -169,14 +184,26 @@ def waits(machines: Sequence[Machine]) -> tuple[Head, Rows]:
     few, many = (f.hit_rate(n, PLACES, EXPONENT) for n in COUNTS[1:])
     for s in (SMALL, *BASES):
         wait = cold(s)
-        rows.append([
-            s.name, size(f.adapter_bytes(s)), shown(wait), f"{f.needed_hits(wait, 0.05):.0%}",
-            *(shown((1 - own) * wait) for own in (few, many)),
-            *(shown(f.most_requests(wait, own)) for own in (few, many)),
-        ])  # fmt: skip
-    return ("base", "adapter", "cold load, s", "hits for a mean wait of 50 ms",
-            "mean wait, s: 1,000 adapters", "100,000", "requests/s at most: 1,000 adapters",
-            "100,000"), rows  # fmt: skip
+        rows.append(
+            [
+                s.name,
+                size(f.adapter_bytes(s)),
+                shown(wait),
+                f"{f.needed_hits(wait, 0.05):.0%}",
+                *(shown((1 - own) * wait) for own in (few, many)),
+                *(shown(f.most_requests(wait, own)) for own in (few, many)),
+            ]
+        )
+    return (
+        "base",
+        "adapter",
+        "cold load, s",
+        "hits for a mean wait of 50 ms",
+        "mean wait, s: 1,000 adapters",
+        "100,000",
+        "requests/s at most: 1,000 adapters",
+        "100,000",
+    ), rows
 
 
 def routes(machines: Sequence[Machine]) -> tuple[Head, Rows]:
@@ -197,10 +224,15 @@ def training(machines: Sequence[Machine]) -> tuple[Head, Rows]:
         hours = [f.train_hours(1e7, flops, m, share_of(m)) for m in machines]
         fits = [any(g * 1e9 < 0.95 * m.memory for g in sizes) for m in machines]
         cells = [shown(h) if fine else "-" for h, fine in zip(hours, fits, strict=True)]
-        rows.append([s.name, *map(shown, sizes), shown(f.full_bytes(s) / 1e9),
-                     shown(flops / 1e9), *cells])  # fmt: skip
-    return ("base", "GB, LoRA bf16", "GB, LoRA on NF4", "GB, every weight", "GFLOP a token",
-            *(f"hours, {m.name}" for m in machines)), rows  # fmt: skip
+        rows.append([s.name, *map(shown, sizes), shown(f.full_bytes(s) / 1e9), shown(flops / 1e9), *cells])
+    return (
+        "base",
+        "GB, LoRA bf16",
+        "GB, LoRA on NF4",
+        "GB, every weight",
+        "GFLOP a token",
+        *(f"hours, {m.name}" for m in machines),
+    ), rows
 
 
 def many(machines: Sequence[Machine]) -> tuple[Head, Rows]:
@@ -227,8 +259,7 @@ def network(machines: Sequence[Machine]) -> tuple[Head, Rows]:
         for what, count in sent.items():
             times = [shown(count / speed) for speed in LINKS.values()]
             rows.append([s.name, what, size(count), *times, shown(work)])
-    return ("base", "what", "a process and step", *(f"s at {name}" for name in LINKS),
-            "s of computing"), rows  # fmt: skip
+    return ("base", "what", "a process and step", *(f"s at {name}" for name in LINKS), "s of computing"), rows
 
 
 def formulas(machines: Sequence[Machine]) -> tuple[Head, Rows]:
@@ -268,32 +299,43 @@ def checked_sizes() -> Rows:
     loads = results("serve")["loads"]
     held = f.base_bytes(SMALL) + 64 * f.resident_bytes(SMALL, 4, here().kept) + 60e6 + f.LIBRARIES
     return [
-        checked("adapter of rank 4, file", f.adapter_bytes, f.adapter_bytes(SMALL, 4) / 1e6,
-                loads["bytes"] / 1e6, "MB", "serve.py"),
+        checked(
+            "adapter of rank 4, file",
+            f.adapter_bytes,
+            f.adapter_bytes(SMALL, 4) / 1e6,
+            loads["bytes"] / 1e6,
+            "MB",
+            "serve.py",
+        ),
         *(
-            checked(f"serving, 64 resident of rank 4, after {n} loads", f.resident_bytes,
-                    held / 1e9, loads["rss_mb"][n // 100 - 1] / 1e3, "GB", "serve.py")
+            checked(
+                f"serving, 64 resident of rank 4, after {n} loads",
+                f.resident_bytes,
+                held / 1e9,
+                loads["rss_mb"][n // 100 - 1] / 1e3,
+                "GB",
+                "serve.py",
+            )
             for n in (100, 300)
         ),
-    ]  # fmt: skip
+    ]
 
 
 def checked_training() -> Rows:
     cells, groups = results("memory")["cells"], results("scaling")["groups"]
-    peaks = {
-        "usual": f.train_bytes(SMALL, "bf16", 1024, checkpointed=False),
-        "precision fp32": peak_in_fp32(),
-    }
+    peaks = {"usual": f.train_bytes(SMALL, "bf16", 1024, checkpointed=False), "precision fp32": peak_in_fp32()}
     rows = [
-        checked(f"training, peak, {name}", f.train_bytes, own / 1e9, cells[name]["peak"] / 1e9,
-                "GB", "memory.py")
+        checked(f"training, peak, {name}", f.train_bytes, own / 1e9, cells[name]["peak"] / 1e9, "GB", "memory.py")
         for name, own in peaks.items()
-    ]  # fmt: skip
+    ]
     for length in ("256", "2048"):
         flops = f.train_flops(SMALL, length=int(length), labelled=0.4)
         speed = groups["length"][length]["tokens_per_second"]["median"]
-        rows.append(checked(f"training, rows of {length}, tokens/s", f.train_flops,
-                            here().flops / flops, speed, "", "scaling.py"))  # fmt: skip
+        rows.append(
+            checked(
+                f"training, rows of {length}, tokens/s", f.train_flops, here().flops / flops, speed, "", "scaling.py"
+            )
+        )
     return rows
 
 
@@ -318,8 +360,9 @@ def checked_serving() -> Rows:
 def checked_load() -> list[str]:
     cells = list(results("machine")["loads"].values())
     own = f.cold_seconds(cells[1]["bytes"], *load_line())
-    return checked("cold load of rank 16, from ranks 4 and 64", f.cold_seconds, 1e3 * own,
-                   cells[1]["added_ms"], "ms", "machine.py")  # fmt: skip
+    return checked(
+        "cold load of rank 16, from ranks 4 and 64", f.cold_seconds, 1e3 * own, cells[1]["added_ms"], "ms", "machine.py"
+    )
 
 
 def store(machines: Sequence[Machine]) -> tuple[Head, Rows]:
@@ -327,8 +370,14 @@ def store(machines: Sequence[Machine]) -> tuple[Head, Rows]:
         [f"{int(count):,}", *(shown(min(own[key])) for key in own)]
         for count, own in results("machine")["store"].items()
     ]
-    return ("adapters", "opening, s", "listing all, ms", "one that is not in memory, ms",
-            "one in memory, ms", "no such name, ms"), rows  # fmt: skip
+    return (
+        "adapters",
+        "opening, s",
+        "listing all, ms",
+        "one that is not in memory, ms",
+        "one in memory, ms",
+        "no such name, ms",
+    ), rows
 
 
 def this_machine(machines: Sequence[Machine]) -> tuple[Head, Rows]:
@@ -347,19 +396,30 @@ def this_machine(machines: Sequence[Machine]) -> tuple[Head, Rows]:
 
 def assumed(machines: Sequence[Machine]) -> tuple[Head, Rows]:
     rows = [
-        [m.name, size(m.memory), f"{shown(m.bandwidth / 1e9)} GB/s",
-         f"{shown(m.flops / 1e12)} TFLOP/s", shown(m.price)]
+        [m.name, size(m.memory), f"{shown(m.bandwidth / 1e9)} GB/s", f"{shown(m.flops / 1e12)} TFLOP/s", shown(m.price)]
         for m in machines
-    ]  # fmt: skip
+    ]
     return ("machine", "memory", "bandwidth", "bf16", "price of an hour"), rows
 
 
 TABLES: dict[str, Callable[[Sequence[Machine]], tuple[Head, Rows]]] = {
-    "machines": assumed, "bases": bases, "disk": disk, "fit": fit, "decode": decode,
-    "price": price, "hits": hits, "waits": waits, "routes": routes, "store": store,
-    "training": training, "many": many, "network": network, "this machine": this_machine,
-    "checks": checks, "formulas": formulas,
-}  # fmt: skip
+    "machines": assumed,
+    "bases": bases,
+    "disk": disk,
+    "fit": fit,
+    "decode": decode,
+    "price": price,
+    "hits": hits,
+    "waits": waits,
+    "routes": routes,
+    "store": store,
+    "training": training,
+    "many": many,
+    "network": network,
+    "this machine": this_machine,
+    "checks": checks,
+    "formulas": formulas,
+}
 
 
 def markdown(head: Head, rows: Rows) -> str:
@@ -390,9 +450,12 @@ def main() -> None:
     """Print the tables, or put them into a document."""
     options = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     options.add_argument(
-        "--machine", nargs=4, type=float, metavar=("GB", "GB/s", "TFLOP/s", "PRICE"),
+        "--machine",
+        nargs=4,
+        type=float,
+        metavar=("GB", "GB/s", "TFLOP/s", "PRICE"),
         help="one of your own, and the price of an hour",
-    )  # fmt: skip
+    )
     options.add_argument("--only", nargs="+", choices=[*TABLES], default=[*TABLES])
     options.add_argument("--json", type=Path, help="write the tables' cells here too")
     options.add_argument("--update", type=Path, help="put the tables into this document")
@@ -400,8 +463,9 @@ def main() -> None:
     machines = [here(), *ASSUMED]
     if chosen.machine:
         gigabytes, bandwidth, flops, cost = chosen.machine
-        machines.append(Machine(name="yours", memory=gigabytes * 1e9, bandwidth=bandwidth * 1e9,
-                                flops=flops * 1e12, price=cost))  # fmt: skip
+        machines.append(
+            Machine(name="yours", memory=gigabytes * 1e9, bandwidth=bandwidth * 1e9, flops=flops * 1e12, price=cost)
+        )
     if chosen.update:
         text = chosen.update.read_text(encoding="utf-8")
         chosen.update.write_text(updated(text, made(machines)), encoding="utf-8")

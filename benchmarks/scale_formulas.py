@@ -39,25 +39,41 @@ class Shape:
     def linears(self) -> dict[str, tuple[int, int]]:
         """(in, out) of the linear layers of a block."""
         h, f, q, kv = self.hidden, self.inner, self.heads * self.width, self.groups * self.width
-        return {"q": (h, q), "k": (h, kv), "v": (h, kv), "o": (q, h),
-                "gate": (h, f), "up": (h, f), "down": (f, h)}  # fmt: skip
+        return {"q": (h, q), "k": (h, kv), "v": (h, kv), "o": (q, h), "gate": (h, f), "up": (h, f), "down": (f, h)}
 
 
 SHAPES = {
     shape.name: shape
     for shape in (
-        Shape(name="SmolLM2-135M", hidden=576, inner=1536, layers=30, heads=9, groups=3, width=64,
-              words=49152, tied=True),
-        Shape(name="Llama-3.2-1B", hidden=2048, inner=8192, layers=16, heads=32, groups=8,
-              width=64, words=128256, tied=True),
-        Shape(name="Llama-3.1-8B", hidden=4096, inner=14336, layers=32, heads=32, groups=8,
-              width=128, words=128256),
-        Shape(name="Qwen2.5-32B", hidden=5120, inner=27648, layers=64, heads=40, groups=8,
-              width=128, words=152064, biased=True),
-        Shape(name="Llama-3.1-70B", hidden=8192, inner=28672, layers=80, heads=64, groups=8,
-              width=128, words=128256),
+        Shape(
+            name="SmolLM2-135M", hidden=576, inner=1536, layers=30, heads=9, groups=3, width=64, words=49152, tied=True
+        ),
+        Shape(
+            name="Llama-3.2-1B",
+            hidden=2048,
+            inner=8192,
+            layers=16,
+            heads=32,
+            groups=8,
+            width=64,
+            words=128256,
+            tied=True,
+        ),
+        Shape(name="Llama-3.1-8B", hidden=4096, inner=14336, layers=32, heads=32, groups=8, width=128, words=128256),
+        Shape(
+            name="Qwen2.5-32B",
+            hidden=5120,
+            inner=27648,
+            layers=64,
+            heads=40,
+            groups=8,
+            width=128,
+            words=152064,
+            biased=True,
+        ),
+        Shape(name="Llama-3.1-70B", hidden=8192, inner=28672, layers=80, heads=64, groups=8, width=128, words=128256),
     )
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,11 +280,32 @@ def sharded_bytes(shape: Shape, processes: int) -> float:
 
 
 FORMULAS: tuple[Callable[..., Any], ...] = (
-    parameters, base_bytes, lora_parameters, adapter_bytes, merged_bytes, kv_bytes, resident_bytes,
-    room_for_adapters, decode_bytes, decode_ceiling, answer_ceiling, train_flops, train_hours,
-    activation_bytes, checkpointed_bytes, train_bytes, full_bytes, cold_seconds, popularity,
-    hit_rate, needed_hits, most_requests, all_reduce_bytes, all_gather_bytes, sharded_bytes,
-)  # fmt: skip
+    parameters,
+    base_bytes,
+    lora_parameters,
+    adapter_bytes,
+    merged_bytes,
+    kv_bytes,
+    resident_bytes,
+    room_for_adapters,
+    decode_bytes,
+    decode_ceiling,
+    answer_ceiling,
+    train_flops,
+    train_hours,
+    activation_bytes,
+    checkpointed_bytes,
+    train_bytes,
+    full_bytes,
+    cold_seconds,
+    popularity,
+    hit_rate,
+    needed_hits,
+    most_requests,
+    all_reduce_bytes,
+    all_gather_bytes,
+    sharded_bytes,
+)
 
 
 def number_of(formula: Callable[..., Any]) -> str:

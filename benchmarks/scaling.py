@@ -28,8 +28,10 @@ from loralab.training.fast.path import quickest
 Step = Callable[[], None]
 Settings = dict[str, tuple[int, Callable[[], Step]]]  # name -> (tokens, what makes the step)
 SHAPES = {  # hidden, intermediate, layers, heads, key heads: the small ones of the SmolLM2 family
-    "30M": (384, 1024, 12, 6, 2), "135M": (576, 1536, 30, 9, 3), "360M": (960, 2560, 32, 15, 5),
-}  # fmt: skip
+    "30M": (384, 1024, 12, 6, 2),
+    "135M": (576, 1536, 30, 9, 3),
+    "360M": (960, 2560, 32, 15, 5),
+}
 LENGTHS = {length: [length] * (2048 // length) for length in (256, 512, 1024, 2048)}
 
 
@@ -48,10 +50,15 @@ def model(size: str = "135M") -> Any:
     """A Llama of random weights, in the precision that loralab would choose."""
     hidden, inner, layers, heads, key_heads = SHAPES[size]
     config = LlamaConfig(
-        hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=key_heads, vocab_size=49152,
-        tie_word_embeddings=True, max_position_embeddings=4096,
-    )  # fmt: skip
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=key_heads,
+        vocab_size=49152,
+        tie_word_embeddings=True,
+        max_position_embeddings=4096,
+    )
     torch.manual_seed(0)
     made = LlamaForCausalLM(config).to(parse_dtype(resolve_precision("auto")))
     return made.to(device_here()).requires_grad_(False)
@@ -115,25 +122,15 @@ def peer(lengths: list[int]) -> Step:
 def groups(only: list[str], with_peer: bool) -> dict[str, dict[str, tuple[int, Callable[[], Step]]]]:
     """What is compared, by name."""
     found: dict[str, Settings] = {
-        "length": {
-            f"{length}": (2048, lambda s=sizes: ours(s, model()))
-            for length, sizes in LENGTHS.items()
-        },
-        "batch": {
-            f"{n}": (128 * n, lambda n=n: ours([128] * n, model())) for n in (8, 1, 2, 4, 16, 32)
-        },
-        "rank": {
-            f"{r}": (1024, lambda r=r: ours([256] * 4, model(), rank=r))
-            for r in (8, 1, 4, 16, 64, 256)
-        },
-        "model": {
-            size: (1024, lambda size=size: ours([256] * 4, model(size))) for size in SHAPES
-        },
+        "length": {f"{length}": (2048, lambda s=sizes: ours(s, model())) for length, sizes in LENGTHS.items()},
+        "batch": {f"{n}": (128 * n, lambda n=n: ours([128] * n, model())) for n in (8, 1, 2, 4, 16, 32)},
+        "rank": {f"{r}": (1024, lambda r=r: ours([256] * 4, model(), rank=r)) for r in (8, 1, 4, 16, 64, 256)},
+        "model": {size: (1024, lambda size=size: ours([256] * 4, model(size))) for size in SHAPES},
         "adapter": {
             "frozen base": (1024, lambda: floor([256] * 4, model())),
             "LoRA r=8": (1024, lambda: ours([256] * 4, model())),
         },
-    }  # fmt: skip
+    }
     if with_peer:
         found["length, peft"] = {f"{length}": (2048, lambda s=sizes: peer(s)) for length, sizes in LENGTHS.items()}
         only = [*only, *(["length, peft"] if "length" in only else [])]
@@ -154,11 +151,9 @@ def measured(settings: Settings, rounds: int) -> dict[str, Any]:
                 seconds[name].append((time.perf_counter() - started) / tokens)
     first = next(iter(seconds.values()))
     return {
-        name: {
-            "tokens_per_second": spread([1 / v for v in values]), "cost": ratios(values, first),
-        }
+        name: {"tokens_per_second": spread([1 / v for v in values]), "cost": ratios(values, first)}
         for name, values in seconds.items()
-    }  # fmt: skip
+    }
 
 
 def line(group: str, name: str, figures: dict[str, Figures]) -> tuple[str, ...]:

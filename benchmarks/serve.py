@@ -28,10 +28,13 @@ from sides import finish, parser, ratios, shown, spread, table
 SIDES_FILE = Path(__file__).with_name("serve_sides.py")
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 8)
 OWN = {  # ours alone: what is asked, and against what
-    "10 adapters": ("ours", "mixed", 32), "one adapter": ("ours", "one", 32),
-    "one adapter, merged": ("merged", "none", 32), "ranks 1 to 256": ("ours", "ranks", 32),
-    "64 adapters": ("ours", "many", 64), "no adapter, 64": ("ours", "none", 64),
-}  # fmt: skip
+    "10 adapters": ("ours", "mixed", 32),
+    "one adapter": ("ours", "one", 32),
+    "one adapter, merged": ("merged", "none", 32),
+    "ranks 1 to 256": ("ours", "ranks", 32),
+    "64 adapters": ("ours", "many", 64),
+    "no adapter, 64": ("ours", "none", 64),
+}
 
 
 class Side:
@@ -39,9 +42,8 @@ class Side:
 
     def __init__(self, side: str, folder: Path, python: str = sys.executable) -> None:
         self._process = subprocess.Popen(
-            [python, str(SIDES_FILE), side, str(folder)], stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
+            [python, str(SIDES_FILE), side, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         self._read()
 
     def tokens_per_second(self, rows: int, mode: str, seed: int) -> float:
@@ -147,9 +149,8 @@ def cold(folder: Path, count: int) -> dict[str, Any]:
     """What serve_sides.py's `loads` found, in a fresh process."""
     write_thousand(folder, count)
     done = subprocess.run(
-        [sys.executable, str(SIDES_FILE), "loads", str(folder)], check=True, capture_output=True,
-        text=True,
-    )  # fmt: skip
+        [sys.executable, str(SIDES_FILE), "loads", str(folder)], check=True, capture_output=True, text=True
+    )
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
@@ -195,15 +196,17 @@ def main() -> None:
         "one adapter, batch 32": (own["one adapter"], own["one adapter, merged"], "merged"),
         "ranks 1 to 256, batch 32": (own["ranks 1 to 256"], base, "no adapter"),
         "64 adapters, batch 64": (own["64 adapters"], own["no adapter, 64"], "no adapter"),
-    }  # fmt: skip
+    }
     rows = [[what, shown(spread(a), 0), f"{shown(ratios(a, b))} of {of}"] for what, (a, b, of) in pairs.items()]
     text += "\n" + table("Ours alone", ["use", "tokens/s", "ratio"], rows)
     if thousand:
         text += "\n" + loaded(thousand)
     result = {
-        "pairs": chosen.pairs, "alone": own, "loads": thousand,
+        "pairs": chosen.pairs,
+        "alone": own,
+        "loads": thousand,
         "compared": {f"{size} {mode}": sides_ for (size, mode), sides_ in found.items()},
-    }  # fmt: skip
+    }
     finish(text, result, chosen.json)
 
 
@@ -211,10 +214,7 @@ def loaded(thousand: Mapping[str, Any]) -> str:
     """The table of loads."""
     cold_ms, memory = thousand["cold_ms"], thousand["rss_mb"]
     rows = [
-        [
-            "from disk to the first token, beyond a resident one's",
-            f"{shown(spread(cold_ms), 1)} ms",
-        ],
+        ["from disk to the first token, beyond a resident one's", f"{shown(spread(cold_ms), 1)} ms"],
         ["of a resident one", f"{shown(spread(thousand['warm_ms']), 1)} ms"],
         ["bytes of an adapter", f"{thousand['bytes'] / 1e6:.1f} MB"],
         ["loads, evictions", f"{thousand['loads']}, {thousand['evictions']}"],

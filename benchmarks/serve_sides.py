@@ -70,9 +70,12 @@ def peft(folder: Path) -> Batch:
         model.load_adapter(str(folder / "store" / name), adapter_name=name)
     model.eval()
     options: dict[str, Any] = {
-        "max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "pad_token_id": 0,
+        "max_new_tokens": NEW,
+        "min_new_tokens": NEW,
+        "do_sample": False,
+        "pad_token_id": 0,
         "repetition_penalty": 1.0,
-    }  # fmt: skip
+    }
 
     @torch.no_grad()
     def batch(asked: list[list[int]], adapters: list[str | None]) -> int:
@@ -92,17 +95,23 @@ def peft(folder: Path) -> Batch:
 def vllm(folder: Path) -> Batch:
     """vLLM's offline engine with room for all adapters, eager as it runs on a processor."""
     os.environ.update(
-        VLLM_CPU_KVCACHE_SPACE="2", HF_HUB_OFFLINE="1", VLLM_LOGGING_LEVEL="ERROR",
-        VLLM_ENABLE_V1_MULTIPROCESSING="0",
-    )  # fmt: skip
+        VLLM_CPU_KVCACHE_SPACE="2", HF_HUB_OFFLINE="1", VLLM_LOGGING_LEVEL="ERROR", VLLM_ENABLE_V1_MULTIPROCESSING="0"
+    )
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
     model = LLM(
-        model=str(folder / "model"), dtype="bfloat16", enforce_eager=True, enable_lora=True,
-        max_loras=ADAPTERS, max_lora_rank=8, max_cpu_loras=ADAPTERS, max_num_seqs=64,
-        max_model_len=1024, enable_prefix_caching=False,
-    )  # fmt: skip
+        model=str(folder / "model"),
+        dtype="bfloat16",
+        enforce_eager=True,
+        enable_lora=True,
+        max_loras=ADAPTERS,
+        max_lora_rank=8,
+        max_cpu_loras=ADAPTERS,
+        max_num_seqs=64,
+        max_model_len=1024,
+        enable_prefix_caching=False,
+    )
     sampling = SamplingParams(max_tokens=NEW, temperature=0, ignore_eos=True)
 
     def request(name: str | None) -> Any:
@@ -112,9 +121,11 @@ def vllm(folder: Path) -> Batch:
 
     def batch(asked: list[list[int]], adapters: list[str | None]) -> int:
         found = model.generate(
-            [{"prompt_token_ids": own} for own in asked], sampling, use_tqdm=False,
+            [{"prompt_token_ids": own} for own in asked],
+            sampling,
+            use_tqdm=False,
             lora_request=[request(name) for name in adapters],
-        )  # fmt: skip
+        )
         return sum(len(one.outputs[0].token_ids) for one in found)
 
     return batch
@@ -146,11 +157,14 @@ def loads(folder: Path) -> dict[str, Any]:
         if number % 100 == 99:
             memory.append(psutil.Process().memory_info().rss / 1e6)
     return {
-        "adapters": len(every), "bytes": statistics.fmean(e.bytes for e in engine.store.entries()),
+        "adapters": len(every),
+        "bytes": statistics.fmean(e.bytes for e in engine.store.entries()),
         "cold_ms": [1e3 * (a - b) for a, b in zip(cold, warm, strict=True)],
-        "warm_ms": [1e3 * own for own in warm], "rss_mb": memory, "loads": engine.store.loads,
+        "warm_ms": [1e3 * own for own in warm],
+        "rss_mb": memory,
+        "loads": engine.store.loads,
         "evictions": engine.store.evictions,
-    }  # fmt: skip
+    }
 
 
 SIDES = {"ours": ours, "merged": merged, "peft": peft, "vllm": vllm}

@@ -34,9 +34,8 @@ class Worker:
     def __init__(self, file: str, options: Sequence[str], preload: str = "") -> None:
         environment = os.environ | ({"LD_PRELOAD": preload} if preload else {})
         self._process = subprocess.Popen(
-            [sys.executable, file, *options], env=environment, stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
+            [sys.executable, file, *options], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
 
     def read(self) -> Figures:
         """The figures of the step that it has just made."""

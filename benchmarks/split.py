@@ -37,18 +37,18 @@ def child(model: str, folder: Path, adapters: int, *, split: bool) -> None:
             found.append(held())
 
     training = loralab.Training(precision="bf16", max_steps=STEPS, max_length=128, batch_size=2, shard_base=split)
-    common: dict[str, Any] = {
-        "model": model, "data": str(folder / "rows.csv"), "training": training,
-    }  # fmt: skip
+    common: dict[str, Any] = {"model": model, "data": str(folder / "rows.csv"), "training": training}
     if adapters == 1:
         loralab.train(output_dir=folder / "run", listener=listen, **common)
     else:
         ranks = {f"run-{n}": loralab.LoRA(rank=4 + 4 * n) for n in range(adapters)}
         loralab.train_many(
-            [loralab.TrainJob(name=name, output_dir=folder / name, method=method, **common)
-             for name, method in ranks.items()],
+            [
+                loralab.TrainJob(name=name, output_dir=folder / name, method=method, **common)
+                for name, method in ranks.items()
+            ],
             listener=listen,
-        )  # fmt: skip
+        )
     if found:  # events are the first process's
         (folder / "held.json").write_text(json.dumps(max(found)), encoding="ascii")
 
@@ -60,11 +60,25 @@ def measured(model: str, adapters: int, *, split: bool) -> float:
         lines = [f"film {n} was {'good fun' if n % 2 else 'dull'},{n % 2}" for n in range(ROWS)]
         (folder / "rows.csv").write_text("text,label\n" + "\n".join(lines) + "\n", encoding="ascii")
         subprocess.run(
-            [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", __file__,
-             "--child", str(folder), "--model", model, "--adapters", str(adapters),
-             *(["--split"] if split else [])],
-            check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
+            [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--nproc-per-node",
+                "2",
+                __file__,
+                "--child",
+                str(folder),
+                "--model",
+                model,
+                "--adapters",
+                str(adapters),
+                *(["--split"] if split else []),
+            ],
+            check=True,
+            capture_output=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
         found: float = json.loads((folder / "held.json").read_text(encoding="ascii"))
         return found
 

@@ -53,18 +53,25 @@ def peer(folder: Path, steps: int, *, grouped: bool) -> None:
     }
     config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     trainer = Trainer(
-        model=get_peft_model(base.model, config), train_dataset=rows["train"],
+        model=get_peft_model(base.model, config),
+        train_dataset=rows["train"],
         eval_dataset=rows["validation"][:VALIDATION],
         args=TrainingArguments(
-            output_dir=str(folder), max_steps=steps, per_device_train_batch_size=BATCH,
-            learning_rate=RATE, warmup_steps=0.06, bf16=True, report_to=[], save_strategy="no",
-            use_cpu=not torch.cuda.is_available(), disable_tqdm=True, prediction_loss_only=True,
+            output_dir=str(folder),
+            max_steps=steps,
+            per_device_train_batch_size=BATCH,
+            learning_rate=RATE,
+            warmup_steps=0.06,
+            bf16=True,
+            report_to=[],
+            save_strategy="no",
+            use_cpu=not torch.cuda.is_available(),
+            disable_tqdm=True,
+            prediction_loss_only=True,
             **({"train_sampling_strategy": "group_by_length"} if grouped else {}),
         ),
-        data_collator=DataCollatorForSeq2Seq(
-            base.tokenizer, padding=True, label_pad_token_id=-100
-        ),
-    )  # fmt: skip
+        data_collator=DataCollatorForSeq2Seq(base.tokenizer, padding=True, label_pad_token_id=-100),
+    )
     trainer.train()
     trainer.evaluate()
     trainer.model.save_pretrained(folder)
@@ -80,9 +87,14 @@ def scored(folder: Path) -> float:
     base = load("smollm2-135m", kind="causal-lm")
     loralab.load(base.model, folder)
     scores = evaluate(
-        base.model, base.tokenizer, catalog.find(DATA), "validation", kind=base.kind, batch_size=16,
+        base.model,
+        base.tokenizer,
+        catalog.find(DATA),
+        "validation",
+        kind=base.kind,
+        batch_size=16,
         limit=4 * VALIDATION,
-    )  # fmt: skip
+    )
     return scores.metrics["loss"]
 
 
@@ -130,19 +142,21 @@ def main() -> None:
     peak = {side: max(run["peak"] for run in done) for side, done in runs.items()}
     names = {"loralab": "loralab", "peer": "peft + Trainer" + (", grouped" * chosen.grouped)}
     rows = [
-        (names[side], shown(spread(seconds[side]), 1), f"{peak[side] / 1e9:.2f}",
-         f"{losses[side]:.4f}")
+        (names[side], shown(spread(seconds[side]), 1), f"{peak[side] / 1e9:.2f}", f"{losses[side]:.4f}")
         for side in runs
-    ]  # fmt: skip
+    ]
     ratio = ratios(seconds["peer"], seconds["loralab"])
     title = (
         f"A whole run of {chosen.steps} steps of {BATCH} film reviews, SmolLM2-135M, "
         f"{chosen.pairs} pairs; {shown(ratio)} times as fast"
     )
     result = {
-        "seconds": {side: spread(values) for side, values in seconds.items()}, "speed_ratio": ratio,
-        "peak_bytes": peak, "validation_loss": losses, "grouped": chosen.grouped,
-    }  # fmt: skip
+        "seconds": {side: spread(values) for side, values in seconds.items()},
+        "speed_ratio": ratio,
+        "peak_bytes": peak,
+        "validation_loss": losses,
+        "grouped": chosen.grouped,
+    }
     head = ("run", "seconds", "peak GB", "validation loss")
     finish(table(title, head, rows), result, chosen.json)
 

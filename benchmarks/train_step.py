@@ -36,9 +36,10 @@ from sides import (
 
 ROWS, BATCH, LONGEST, WARM_UP = 400, 8, 512, 3
 PEERS = {
-    "trainer": "peft + Trainer", "grouped": "peft + Trainer, grouped by length",
+    "trainer": "peft + Trainer",
+    "grouped": "peft + Trainer, grouped by length",
     "packed": "peft + trl, packed 2 x 512",
-}  # fmt: skip
+}
 
 
 def ours(data: Path, steps: int, turn: Turn) -> None:
@@ -50,12 +51,14 @@ def ours(data: Path, steps: int, turn: Turn) -> None:
             turn({"tokens": event["tokens"]})
 
     loralab.train(
-        model="smollm2-135m", data=str(data), output_dir=data.parent / "ours", listener=listen,
+        model="smollm2-135m",
+        data=str(data),
+        output_dir=data.parent / "ours",
+        listener=listen,
         training=loralab.Training(
-            max_steps=steps, batch_size=BATCH, max_length=LONGEST, save_every=10_000,
-            evaluation_rows=1,
+            max_steps=steps, batch_size=BATCH, max_length=LONGEST, save_every=10_000, evaluation_rows=1
         ),
-    )  # fmt: skip
+    )
 
 
 def encoded(data: Path) -> tuple[Any, list[dict[str, list[int]]]]:
@@ -88,20 +91,28 @@ def peer(name: str, data: Path, steps: int, turn: Turn) -> None:
 
     lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     common: dict[str, Any] = {
-        "output_dir": str(data.parent / "peer"), "max_steps": steps, "learning_rate": 5e-4,
-        "bf16": True, "use_cpu": not torch.cuda.is_available(), "report_to": [],
-        "save_strategy": "no", "disable_tqdm": True, "logging_strategy": "no",
-    }  # fmt: skip
+        "output_dir": str(data.parent / "peer"),
+        "max_steps": steps,
+        "learning_rate": 5e-4,
+        "bf16": True,
+        "use_cpu": not torch.cuda.is_available(),
+        "report_to": [],
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "logging_strategy": "no",
+    }
     if name == "packed":
         _packed(base, rows, lora, common, seen, Step)
         return
     if name == "grouped":
         common["train_sampling_strategy"] = "group_by_length"
     Trainer(
-        model=get_peft_model(base.model, lora), train_dataset=rows, callbacks=[Step()],
+        model=get_peft_model(base.model, lora),
+        train_dataset=rows,
+        callbacks=[Step()],
         args=TrainingArguments(per_device_train_batch_size=BATCH, **common),
         data_collator=Collate(base.tokenizer, padding=True, label_pad_token_id=-100),
-    ).train()  # fmt: skip
+    ).train()
 
 
 def _packed(base: Any, rows: Sequence[Any], lora: Any, common: dict[str, Any], seen: Figures, step: Any) -> None:
@@ -110,13 +121,21 @@ def _packed(base: Any, rows: Sequence[Any], lora: Any, common: dict[str, Any], s
     from trl import SFTConfig, SFTTrainer
 
     arguments = SFTConfig(
-        packing=True, max_length=LONGEST, per_device_train_batch_size=2,
-        gradient_checkpointing=False, num_train_epochs=100, **common,
-    )  # fmt: skip
+        packing=True,
+        max_length=LONGEST,
+        per_device_train_batch_size=2,
+        gradient_checkpointing=False,
+        num_train_epochs=100,
+        **common,
+    )
     trainer = SFTTrainer(
-        model=base.model, args=arguments, train_dataset=Dataset.from_list(list(rows)),
-        peft_config=lora, processing_class=base.tokenizer, callbacks=[step()],
-    )  # fmt: skip
+        model=base.model,
+        args=arguments,
+        train_dataset=Dataset.from_list(list(rows)),
+        peft_config=lora,
+        processing_class=base.tokenizer,
+        callbacks=[step()],
+    )
     inner = trainer.data_collator
 
     def collate(features: list[dict[str, Any]]) -> Any:
@@ -142,13 +161,17 @@ def measure(name: str, texts: str, pairs: int, preload: str) -> dict[str, Any]:
     speed = {side: [r["tokens"] / r["seconds"] for r in rows] for side, rows in counted.items()}
     peak = {side: max(r["peak"] for r in rows) for side, rows in counted.items()}
     return {
-        "peer": name, "texts": texts, "preload": Path(preload).name, "pairs": pairs,
+        "peer": name,
+        "texts": texts,
+        "preload": Path(preload).name,
+        "pairs": pairs,
         "tokens_per_second": {side: spread(values) for side, values in speed.items()},
         "speed_ratio": ratios(speed["loralab"], speed[name]),
         # all counted tokens over all counted seconds: steps of one side are not the other's
         "total_ratio": _overall(counted["loralab"]) / _overall(counted[name]),
-        "peak_bytes": peak, "memory_ratio": peak["loralab"] / peak[name],
-    }  # fmt: skip
+        "peak_bytes": peak,
+        "memory_ratio": peak["loralab"] / peak[name],
+    }
 
 
 def _overall(rows: Sequence[Figures]) -> float:
@@ -174,17 +197,27 @@ def main() -> None:
     found = [measure(name, texts, chosen.pairs, chosen.preload) for texts in chosen.texts for name in chosen.peer]
     rows = [
         [
-            r["texts"], PEERS[r["peer"]] + (" + allocator" if r["preload"] else ""),
+            r["texts"],
+            PEERS[r["peer"]] + (" + allocator" if r["preload"] else ""),
             shown(r["tokens_per_second"]["loralab"], 0),
-            shown(r["tokens_per_second"][r["peer"]], 0), shown(r["speed_ratio"]),
+            shown(r["tokens_per_second"][r["peer"]], 0),
+            shown(r["speed_ratio"]),
             f"{r['total_ratio']:.2f}",
             f"{r['peak_bytes']['loralab'] / 1e9:.2f} : {r['peak_bytes'][r['peer']] / 1e9:.2f}",
             f"{r['memory_ratio']:.2f}",
         ]
         for r in found
-    ]  # fmt: skip
-    head = ("texts", "peer", "loralab, tokens/s", "peer, tokens/s", "ratio of pairs",
-            "ratio of totals", "peak GB", "ratio")  # fmt: skip
+    ]
+    head = (
+        "texts",
+        "peer",
+        "loralab, tokens/s",
+        "peer, tokens/s",
+        "ratio of pairs",
+        "ratio of totals",
+        "peak GB",
+        "ratio",
+    )
     title = f"Training steps, SmolLM2-135M, LoRA r=8, batch {BATCH}, {chosen.pairs} pairs"
     finish(table(title, head, rows), {"results": found}, chosen.json)
 

@@ -72,13 +72,15 @@ def asked(model: str, batch: int, number: int, steps: int, place: Path) -> dict[
     import loralab
 
     return {
-        "model": model, "data": DATA, "task": rows(), "output_dir": place / f"job-{number}",
+        "model": model,
+        "data": DATA,
+        "task": rows(),
+        "output_dir": place / f"job-{number}",
         "method": loralab.LoRA(rank=RANK),
         "training": loralab.Training(
-            max_steps=steps, batch_size=batch, seed=number, precision="bf16", save_every=10_000,
-            evaluation_rows=1,
+            max_steps=steps, batch_size=batch, seed=number, precision="bf16", save_every=10_000, evaluation_rows=1
         ),
-    }  # fmt: skip
+    }
 
 
 def together(model: str, batch: int, jobs: int, steps: int) -> Figures:
@@ -94,8 +96,7 @@ def together(model: str, batch: int, jobs: int, steps: int) -> Figures:
             log = (outcome.output_dir / "train.log").read_text(encoding="utf-8")
             if jobs > 1 and "trained together" not in log:
                 raise SystemExit(f"this was not trained together:\n{log}")
-    return {"tokens": clock.tokens, "seconds": clock.seconds,
-            "whole": time.perf_counter() - started}  # fmt: skip
+    return {"tokens": clock.tokens, "seconds": clock.seconds, "whole": time.perf_counter() - started}
 
 
 def in_turn(model: str, batch: int, jobs: int, steps: int) -> Figures:
@@ -106,14 +107,14 @@ def in_turn(model: str, batch: int, jobs: int, steps: int) -> Figures:
     with tempfile.TemporaryDirectory() as place:
         for number, clock in enumerate(clocks):
             loralab.train(**asked(model, batch, number, steps, Path(place)), listener=clock)
-    return {"tokens": sum(c.tokens for c in clocks), "seconds": sum(c.seconds for c in clocks),
-            "whole": time.perf_counter() - started}  # fmt: skip
+    return {
+        "tokens": sum(c.tokens for c in clocks),
+        "seconds": sum(c.seconds for c in clocks),
+        "whole": time.perf_counter() - started,
+    }
 
 
-WAYS: dict[str, Callable[[str, int, int, int], Figures]] = {
-    "together": together,
-    "in turn": in_turn,
-}
+WAYS: dict[str, Callable[[str, int, int, int], Figures]] = {"together": together, "in turn": in_turn}
 
 
 def peak_of(side: str, model: str, batch: int, jobs: int, steps: int) -> int:
@@ -134,23 +135,32 @@ def measure(model: str, batch: int, jobs: int, steps: int, pairs: int, peak: Map
     speed = {s: [r["tokens"] / r["seconds"] for r in rows] for s, rows in counted.items()}
     whole = {side: [r["whole"] for r in rows] for side, rows in counted.items()}
     return {
-        "model": model, "batch": batch, "jobs": jobs, "steps": steps, "pairs": pairs,
+        "model": model,
+        "batch": batch,
+        "jobs": jobs,
+        "steps": steps,
+        "pairs": pairs,
         "tokens_per_second": {side: spread(values) for side, values in speed.items()},
         "speed_ratio": ratios(speed["together"], speed["in turn"]),
         "whole_ratio": ratios(whole["in turn"], whole["together"]),
-        "peak_bytes": {**peak}, "memory_ratio": peak["together"] / peak["in turn"],
-    }  # fmt: skip
+        "peak_bytes": {**peak},
+        "memory_ratio": peak["together"] / peak["in turn"],
+    }
 
 
 def shown_row(found: dict[str, Any]) -> Sequence[str]:
     """A row of the table."""
     speed, peak = found["tokens_per_second"], found["peak_bytes"]
     return [
-        found["model"], str(found["batch"]), shown(speed["together"], 0),
-        shown(speed["in turn"], 0), shown(found["speed_ratio"]), shown(found["whole_ratio"]),
+        found["model"],
+        str(found["batch"]),
+        shown(speed["together"], 0),
+        shown(speed["in turn"], 0),
+        shown(found["speed_ratio"]),
+        shown(found["whole_ratio"]),
         f"{peak['together'] / 1e9:.2f} : {peak['in turn'] / 1e9:.2f}",
         f"{found['memory_ratio']:.2f}",
-    ]  # fmt: skip
+    ]
 
 
 def main() -> None:
@@ -177,8 +187,16 @@ def main() -> None:
     # first of all: a process counts what its parent held when it was started as its own peak
     peaks = [{side: peak_of(side, *cell, *size) for side in SIDES} for cell in cells]
     found = [measure(*cell, *size, chosen.pairs, peak) for cell, peak in zip(cells, peaks, strict=True)]
-    head = ("model", "batch", "together, tokens/s", "in turn, tokens/s", "ratio of pairs",
-            "whole command", "peak GB", "ratio")  # fmt: skip
+    head = (
+        "model",
+        "batch",
+        "together, tokens/s",
+        "in turn, tokens/s",
+        "ratio of pairs",
+        "whole command",
+        "peak GB",
+        "ratio",
+    )
     title = f"{chosen.jobs} adapters, LoRA r={RANK}, {chosen.steps} steps each, {chosen.pairs} pairs"
     finish(table(title, head, [shown_row(own) for own in found]), {"results": found}, chosen.json)
 

@@ -39,9 +39,12 @@ def main() -> int:
     console.print(f"[bold]2[/] training a LoRA for {options.steps} steps ...")
     training = loralab.Training(max_steps=options.steps, batch_size=16, max_length=128, evaluation_rows=100)
     run = loralab.train(
-        model=MODEL, data=DATA, output_dir=options.output / "adapter", training=training,
+        model=MODEL,
+        data=DATA,
+        output_dir=options.output / "adapter",
+        training=training,
         listener=lambda event: _progress(console, event),
-    )  # fmt: skip
+    )
 
     loralab.certify(run.output_dir, run.base.model, run.sample, kind=run.base.kind)
 
@@ -69,9 +72,13 @@ def _progress(console: Console, event: dict) -> None:
 
 
 def _summary(
-    console: Console, run: "loralab.training.run.Run", base: Scores, adapted: Scores,
-    certificate: "loralab.artefacts.certificate.Certificate", seconds: float,
-) -> None:  # fmt: skip
+    console: Console,
+    run: "loralab.training.run.Run",
+    base: Scores,
+    adapted: Scores,
+    certificate: "loralab.artefacts.certificate.Certificate",
+    seconds: float,
+) -> None:
     table = Table(title="SmolLM2-135M on film reviews it has never seen", show_header=False)
     total = sum(p.numel() for p in run.base.model.parameters())
     trained = run.adapter.num_parameters

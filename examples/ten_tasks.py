@@ -25,10 +25,17 @@ from loralab.tasks.catalog import Task, find
 from loralab.training.jobs import TrainJob
 
 TASKS = (
-    "movie-reviews", "tweets", "amazon-reviews", "nyt-editorials", "movie-reviews-strength",
-    "tweets-strength", "amazon-reviews-strength", "nyt-editorials-strength", "text-source",
+    "movie-reviews",
+    "tweets",
+    "amazon-reviews",
+    "nyt-editorials",
+    "movie-reviews-strength",
+    "tweets-strength",
+    "amazon-reviews-strength",
+    "nyt-editorials-strength",
+    "text-source",
     "rater-agreement",
-)  # fmt: skip
+)
 
 
 def main() -> int:
@@ -53,9 +60,8 @@ def main() -> int:
 
     console.print("[bold]2[/] serving all of them from one process ...")
     engine = open_engine(
-        model=options.model, store=options.output,
-        settings=ServeSettings(max_batch=32, step_tokens=1024),
-    )  # fmt: skip
+        model=options.model, store=options.output, settings=ServeSettings(max_batch=32, step_tokens=1024)
+    )
     engine.start()
     tasks = [find(name) for name in TASKS]
     begun = time.perf_counter()
@@ -88,16 +94,12 @@ def _progress(console: Console, event: dict[str, Any]) -> None:
 def jobs(options: argparse.Namespace) -> list[TrainJob]:
     """One job for each task, alike in all but their data."""
     training = loralab.Training(
-        max_steps=options.steps, batch_size=options.batch_size, max_length=160,
-        evaluation_rows=40,
-    )  # fmt: skip
+        max_steps=options.steps, batch_size=options.batch_size, max_length=160, evaluation_rows=40
+    )
     return [
-        TrainJob(
-            name=name, model=options.model, data=name, output_dir=options.output / name,
-            training=training,
-        )
+        TrainJob(name=name, model=options.model, data=name, output_dir=options.output / name, training=training)
         for name in TASKS
-    ]  # fmt: skip
+    ]
 
 
 def answered(engine: Any, tasks: Sequence[Task], rows: int) -> list[tuple[float, float]]:
@@ -124,9 +126,13 @@ def summary(engine: Any, tasks: Sequence[Task], scores: Sequence[tuple[float, fl
     for task, (right, majority) in zip(tasks, scores, strict=True):
         entry = engine.store.entry(task.name)
         table.add_row(
-            task.name, ", ".join(task.labels), f"{right:.1%}", f"{majority:.1%}",
-            f"{entry.bytes / 1e6:.1f} MB", entry.digest[:12],
-        )  # fmt: skip
+            task.name,
+            ", ".join(task.labels),
+            f"{right:.1%}",
+            f"{majority:.1%}",
+            f"{entry.bytes / 1e6:.1f} MB",
+            entry.digest[:12],
+        )
     return table
 
 

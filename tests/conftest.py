@@ -44,16 +44,20 @@ def tiny_tokenizer(*, chat: bool) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>",
-        unk_token="<unk>",
-    )  # fmt: skip
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>", unk_token="<unk>"
+    )
     fast.chat_template = CHAT if chat else None
     return fast
 
 
 VOCABULARY = 3 + len(WORDS) + 60
-SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-         "num_attention_heads": 4, "vocab_size": VOCABULARY}  # fmt: skip
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": VOCABULARY,
+}
 Saver = Callable[[str, Any, bool], Path]
 
 
@@ -83,9 +87,14 @@ def tiny_llama_folder(save_tiny: Saver) -> Path:
     """Llama with grouped queries and a tied head, chat template, end token = padding."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        **SIZES, num_key_value_heads=2, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2,
-        pad_token_id=2, max_position_embeddings=512,
-    )  # fmt: skip
+        **SIZES,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+        max_position_embeddings=512,
+    )
     return save_tiny("llama", LlamaForCausalLM(config), True)
 
 
@@ -94,9 +103,8 @@ def tiny_gpt2_folder(save_tiny: Saver) -> Path:
     """GPT-2 with its Conv1D layers, no chat template."""
     torch.manual_seed(0)
     config = GPT2Config(
-        n_embd=32, n_layer=2, n_head=4, vocab_size=VOCABULARY, n_positions=256, bos_token_id=1,
-        eos_token_id=2,
-    )  # fmt: skip
+        n_embd=32, n_layer=2, n_head=4, vocab_size=VOCABULARY, n_positions=256, bos_token_id=1, eos_token_id=2
+    )
     return save_tiny("gpt2", GPT2LMHeadModel(config), False)
 
 

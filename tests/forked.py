@@ -25,14 +25,25 @@ PRELOADED = [
     *(
         f"loralab.{name}"
         for name in (
-            "cli.train", "cli.jobs", "cli.artefacts", "cli.study", "cli.serve", "training.many",
-            "artefacts.export", "serving.opening", "serving.api", "serving.listener",
-            "studies.conduct", "studies.report", "studies.worker", "studies.trained",
+            "cli.train",
+            "cli.jobs",
+            "cli.artefacts",
+            "cli.study",
+            "cli.serve",
+            "training.many",
+            "artefacts.export",
+            "serving.opening",
+            "serving.api",
+            "serving.listener",
+            "studies.conduct",
+            "studies.report",
+            "studies.worker",
+            "studies.trained",
             "studies.prepare",
         )
     ),
     *(f"transformers.models.{name}.modeling_{name}" for name in ("llama", "bert", "gpt2")),
-]  # fmt: skip
+]
 PAUSE = 0.005  # seconds between two looks at a process
 
 
@@ -53,9 +64,7 @@ class Subprocess:
         context: of multiprocessing, that starts the processes.
     """
 
-    PIPE, DEVNULL, TimeoutExpired = (
-        subprocess.PIPE, subprocess.DEVNULL, subprocess.TimeoutExpired
-    )  # fmt: skip
+    PIPE, DEVNULL, TimeoutExpired = (subprocess.PIPE, subprocess.DEVNULL, subprocess.TimeoutExpired)
 
     def __init__(self, context: Any = None) -> None:
         self._context = context or forks()
@@ -65,9 +74,15 @@ class Subprocess:
         return Forked(self._context, command, **streams)
 
     def run(
-        self, command: Sequence[str], *, capture_output: bool, text: bool, check: bool,
-        env: Mapping[str, str] | None = None, cwd: Any = None,
-    ) -> SimpleNamespace:  # fmt: skip
+        self,
+        command: Sequence[str],
+        *,
+        capture_output: bool,
+        text: bool,
+        check: bool,
+        env: Mapping[str, str] | None = None,
+        cwd: Any = None,
+    ) -> SimpleNamespace:
         """Wait for the end of one whose output is wanted."""
         assert capture_output
         assert text
@@ -84,10 +99,17 @@ class Forked:
     """What subprocess.Popen is, for such a command."""
 
     def __init__(
-        self, context: Any, command: Sequence[str], *, stdin: Any = None, stdout: Any = None,
-        stderr: Any = None, env: Mapping[str, str] | None = None, cwd: Any = None,
+        self,
+        context: Any,
+        command: Sequence[str],
+        *,
+        stdin: Any = None,
+        stdout: Any = None,
+        stderr: Any = None,
+        env: Mapping[str, str] | None = None,
+        cwd: Any = None,
         text: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         mode = "" if text else "b"
         with contextlib.ExitStack() as stack:
             self.stdin, first = _stream(stdin, "w" + mode, stack)
@@ -95,11 +117,7 @@ class Forked:
             self.stderr, third = _stream(stderr, "r" + mode, stack)
             ours = [s.fileno() for s in (self.stdin, self.stdout, self.stderr) if s]
             shared = ours if context.get_start_method() == "fork" else []
-            place = {
-                "shared": shared,
-                "env": dict(env or os.environ),
-                "cwd": str(cwd or Path.cwd()),
-            }
+            place = {"shared": shared, "env": dict(env or os.environ), "cwd": str(cwd or Path.cwd())}
             self._process = context.Process(
                 target=_be, args=(list(map(str, command[1:])), (first, second, third), place)
             )

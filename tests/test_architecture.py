@@ -36,11 +36,22 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 # third-party names, where restricted
 MAY_INSTALL = {"native": {"torch"}, "adapters": {"torch", "safetensors", "regex"}}
-TORCH_FREE = ["adapters/methods.py", "adapters/registry.py", "adapters/builtin.py",
-              "serving/request.py", "serving/settings.py",
-              "training/settings.py", "errors.py",
-              "serving/keys.py", "atomic.py", "values.py", "cluster.py",
-              "studies/study.py", "studies/catalog.py", "studies/fields.py"]  # fmt: skip
+TORCH_FREE = [
+    "adapters/methods.py",
+    "adapters/registry.py",
+    "adapters/builtin.py",
+    "serving/request.py",
+    "serving/settings.py",
+    "training/settings.py",
+    "errors.py",
+    "serving/keys.py",
+    "atomic.py",
+    "values.py",
+    "cluster.py",
+    "studies/study.py",
+    "studies/catalog.py",
+    "studies/fields.py",
+]
 
 
 def imported(file: Path) -> Iterator[str]:
@@ -75,10 +86,7 @@ def test_configurations_need_the_standard_library_only(file: str) -> None:
 
 
 def test_a_package_holds_a_docstring_and_nothing_else() -> None:
-    for part in (
-        *MAY_IMPORT.keys() - {"cli"},
-        *(f"studies/{own}" for own in ("measures", "readings", "questions")),
-    ):
+    for part in (*MAY_IMPORT.keys() - {"cli"}, *(f"studies/{own}" for own in ("measures", "readings", "questions"))):
         if not (ROOT / part).is_dir():
             continue
         tree = ast.parse((ROOT / part / "__init__.py").read_text(encoding="utf-8"))
@@ -117,10 +125,16 @@ def test_a_method_is_known_by_its_spec_alone() -> None:
     assert found == []
 
 
-@pytest.mark.parametrize("line", [
-    "isinstance(config, LoRA)", "isinstance(a.config, BitFit | FullFineTune)",
-    "issubclass(kind, (IA3, Prompt))", "type(config) is AdaLoRA", "type(config) in (methods.LoRA,)",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "line",
+    [
+        "isinstance(config, LoRA)",
+        "isinstance(a.config, BitFit | FullFineTune)",
+        "issubclass(kind, (IA3, Prompt))",
+        "type(config) is AdaLoRA",
+        "type(config) in (methods.LoRA,)",
+    ],
+)
 def test_telling_methods_apart_is_noticed(line: str) -> None:
     assert list(methods_told_apart(ast.parse(line))) == [1]
 

@@ -77,11 +77,7 @@ def test_no_permission_is_one_error(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("variables", "expected"),
-    [
-        ({"LORALAB_CACHE": "/a"}, "/a"),
-        ({"XDG_CACHE_HOME": "/b"}, "/b/loralab"),
-        ({"HOME": "/c"}, "/c/.cache/loralab"),
-    ],
+    [({"LORALAB_CACHE": "/a"}, "/a"), ({"XDG_CACHE_HOME": "/b"}, "/b/loralab"), ({"HOME": "/c"}, "/c/.cache/loralab")],
 )
 def test_the_cache_is_where_the_user_wants_it(
     variables: dict[str, str], expected: str, monkeypatch: pytest.MonkeyPatch

@@ -20,9 +20,14 @@ def test_a_long_list_is_cut_and_counted() -> None:
 
 @pytest.mark.parametrize(
     ("name", "builtin"),
-    [("ConfigError", ValueError), ("TargetError", ValueError), ("OutputError", OSError),
-     ("AdapterStateError", RuntimeError), ("CertificateError", RuntimeError)],
-)  # fmt: skip
+    [
+        ("ConfigError", ValueError),
+        ("TargetError", ValueError),
+        ("OutputError", OSError),
+        ("AdapterStateError", RuntimeError),
+        ("CertificateError", RuntimeError),
+    ],
+)
 def test_an_error_is_also_what_a_caller_would_catch(name: str, builtin: type) -> None:
     kind = getattr(errors, name)
     assert issubclass(kind, builtin)

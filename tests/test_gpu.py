@@ -62,9 +62,7 @@ def test_a_part_that_takes_too_long_is_stopped_and_keeps_its_lines(gpu: Any, tmp
     out = tmp_path / "0.jsonl"
     out.write_text('{"case": "first", "ok": true}\n{"case": "cut o')
     found = gpu.run_part("agreement", ON_CPU, 0.0, out)
-    assert [(line["case"], line["ok"]) for line in found] == [
-        ("first", True), ("the part itself", False),
-    ]  # fmt: skip
+    assert [(line["case"], line["ok"]) for line in found] == [("first", True), ("the part itself", False)]
 
 
 def test_a_case_that_raises_is_a_line_and_the_others_go_on(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:

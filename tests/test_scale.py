@@ -47,9 +47,8 @@ def shape(**other: Any) -> Any:
 def test_the_tables_of_the_document_are_what_the_command_prints_without_torch() -> None:
     code = "import runpy, sys; runpy.run_path('scale.py', run_name='__main__'); sys.exit('torch' in sys.modules)"
     done = subprocess.run(
-        [sys.executable, "-c", code], check=True, capture_output=True, text=True,
-        cwd=ROOT / "benchmarks",
-    )  # fmt: skip
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT / "benchmarks"
+    )
     found = re.findall(r"^([a-z ]+)\n\n((?:\|.*\n)+)", done.stdout, re.M)
     printed = {name: table.strip() for name, table in found}
     text = DOCUMENT.read_text(encoding="utf-8")
@@ -62,9 +61,13 @@ def test_the_numbers_of_a_base_are_counted_right() -> None:
     model = tiny.llama()
     assert formulas.parameters(shape()) == sum(p.numel() for p in model.parameters())
     assert formulas.base_bytes(shape()) == 2 * formulas.parameters(shape())
-    published = {"Llama-3.2-1B": 1_235_814_400, "Llama-3.1-8B": 8_030_261_248,
-                 "Qwen2.5-32B": 32_763_876_352, "Llama-3.1-70B": 70_553_706_496,
-                 "SmolLM2-135M": 134_515_008}  # fmt: skip
+    published = {
+        "Llama-3.2-1B": 1_235_814_400,
+        "Llama-3.1-8B": 8_030_261_248,
+        "Qwen2.5-32B": 32_763_876_352,
+        "Llama-3.1-70B": 70_553_706_496,
+        "SmolLM2-135M": 134_515_008,
+    }
     assert {n: formulas.parameters(s) for n, s in formulas.SHAPES.items()} == published
 
 
@@ -100,9 +103,14 @@ def test_what_a_pass_keeps_is_predicted() -> None:
         pytest.skip("the formula is for attention in one pass, which needs AVX-512 bf16")
     sizes = {**TINY, "hidden": 64, "width": 16}
     config = LlamaConfig(
-        hidden_size=64, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, vocab_size=50, tie_word_embeddings=True,
-    )  # fmt: skip
+        hidden_size=64,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=50,
+        tie_word_embeddings=True,
+    )
     adapter = attach(LlamaForCausalLM(config).bfloat16(), LoRA(rank=4))
     path = quickest(adapter, "causal-lm", pad_id=0)
     assert path.way == "packed"
@@ -150,8 +158,9 @@ def test_a_ceiling_is_the_tighter_of_two() -> None:
 
 def test_own_machines_and_prices_are_taken(tmp_path: Path, monkeypatch: Any) -> None:
     file = tmp_path / "out.json"
-    monkeypatch.setattr(sys, "argv", ["scale.py", "--machine", "48", "900", "90", "2.5",
-                                      "--only", "price", "--json", str(file)])  # fmt: skip
+    monkeypatch.setattr(
+        sys, "argv", ["scale.py", "--machine", "48", "900", "90", "2.5", "--only", "price", "--json", str(file)]
+    )
     scale.main()
     head, rows = json.loads(file.read_text(encoding="utf-8"))["tables"]["price"]
     assert head[-1] == "yours"

@@ -53,10 +53,12 @@ def test_q2_the_ranks_in_a_loop(tiny_llama_folder: Path, sums_file: Path, tmp_pa
         output = tmp_path / f"output_r{rank}"
         flags = f"--rank {rank} --output_dir {output} --model {tiny_llama_folder}"
         done = Subprocess().run(
-            [sys.executable, "train_lora_basic.py", *flags.split(), "--data", str(sums_file),
-             "--max_steps", "4"],
-            cwd=EXAMPLES, capture_output=True, text=True, check=False,
-        )  # fmt: skip
+            [sys.executable, "train_lora_basic.py", *flags.split(), "--data", str(sums_file), "--max_steps", "4"],
+            cwd=EXAMPLES,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         assert done.returncode == 0, done.stderr
         assert f"rank {rank}:" in done.stdout
         assert (output / "adapter_model.safetensors").is_file()

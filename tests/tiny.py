@@ -23,24 +23,21 @@ IDS = torch.arange(18).view(2, 9) % 50
 def llama() -> Any:
     """Grouped queries, tied embeddings."""
     config = LlamaConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, vocab_size=50, tie_word_embeddings=True,
-    )  # fmt: skip
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=50,
+        tie_word_embeddings=True,
+    )
     torch.manual_seed(0)
     return LlamaForCausalLM(config).eval()
 
 
 def gpt2() -> Any:
     """Conv1D layers, tied embeddings."""
-    config = GPT2Config(
-        n_embd=32,
-        n_layer=3,
-        n_head=4,
-        vocab_size=50,
-        n_positions=32,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
+    config = GPT2Config(n_embd=32, n_layer=3, n_head=4, vocab_size=50, n_positions=32, bos_token_id=1, eos_token_id=2)
     torch.manual_seed(0)
     return GPT2LMHeadModel(config).eval()
 
@@ -48,9 +45,8 @@ def gpt2() -> Any:
 def bert() -> Any:
     """A classifier with a head."""
     config = BertConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        vocab_size=50, num_labels=3,
-    )  # fmt: skip
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=50, num_labels=3
+    )
     torch.manual_seed(0)
     return BertForSequenceClassification(config).eval()
 

@@ -62,10 +62,7 @@ def joined(address: str, cpus: int = 1) -> Iterator[Any]:
             own: dict[str, Any] = {}
             if address == LOCAL:
                 own = {"include_dashboard": False, "num_cpus": max(cpus, os.cpu_count() or 1)}
-            ray.init(
-                address=address, log_to_driver=False, logging_level="ERROR", namespace="loralab",
-                **own,
-            )  # fmt: skip
+            ray.init(address=address, log_to_driver=False, logging_level="ERROR", namespace="loralab", **own)
         except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
             said = " ".join(str(error).split())
             raise ConfigError(f"--ray {address}: no cluster to join: {said:.200}") from None
@@ -103,12 +100,14 @@ def nodes(ray: Any) -> list[Node]:
     """The machines that are alive."""
     return [
         Node(
-            id=found["NodeID"], name=found["NodeName"],
-            cpus=int(found["Resources"].get("CPU", 0)), gpus=int(found["Resources"].get("GPU", 0)),
+            id=found["NodeID"],
+            name=found["NodeName"],
+            cpus=int(found["Resources"].get("CPU", 0)),
+            gpus=int(found["Resources"].get("GPU", 0)),
         )
         for found in ray.nodes()
         if found["Alive"]
-    ]  # fmt: skip
+    ]
 
 
 def on(node: Node) -> Any:

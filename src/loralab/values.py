@@ -33,18 +33,16 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     if value not in choices:
         hint = nearest(str(value)[:80], choices)
         raise ConfigError(
-            f"{name} must be one of {', '.join(choices)}, got {shown(value)}{hint}",
-            code="invalid_choice", field=name,
-        )  # fmt: skip
+            f"{name} must be one of {', '.join(choices)}, got {shown(value)}{hint}", code="invalid_choice", field=name
+        )
 
 
 def check_count(name: str, value: object, least: int = 1) -> None:
     """Refuse what is no whole number of at least `least`."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ConfigError(
-            f"{name} must be a whole number of at least {least}, got {shown(value)}",
-            code="invalid_count", field=name,
-        )  # fmt: skip
+            f"{name} must be a whole number of at least {least}, got {shown(value)}", code="invalid_count", field=name
+        )
 
 
 def configured(kind: type[T], values: Mapping[str, Any]) -> T:
@@ -173,10 +171,7 @@ def read_bytes(file: Path, error: type[InputError], most: int | None = None) -> 
             if not stat.S_ISREG(found.st_mode):
                 raise error(f"{file} cannot be read: it is no file", code="cannot_read")
             if found.st_size > limit:
-                raise error(
-                    f"{file} has {found.st_size:,} bytes; at most {limit:,} are read",
-                    code="too_large",
-                )
+                raise error(f"{file} has {found.st_size:,} bytes; at most {limit:,} are read", code="too_large")
             with open(place, "rb", closefd=False) as handle:
                 return handle.read(found.st_size)
         finally:

@@ -52,16 +52,22 @@ def attached(**options: Any) -> Adapter:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.integers(1, 12), st.integers(1, 12), st.integers(1, 40), st.integers(3, 400),
-    st.floats(0, 0.6), st.floats(0.0, 0.35),
-)  # fmt: skip
+    st.integers(1, 12),
+    st.integers(1, 12),
+    st.integers(1, 40),
+    st.integers(3, 400),
+    st.floats(0, 0.6),
+    st.floats(0.0, 0.35),
+)
 def test_the_budget_falls_from_start_to_target(
     rank: int, target: int, modules: int, total: int, first: float, final: float
 ) -> None:
     config = AdaLoRA(
-        rank=max(rank, target), target_rank=min(rank, target),
-        initial_steps=int(first * total), final_steps=int(final * total),
-    )  # fmt: skip
+        rank=max(rank, target),
+        target_rank=min(rank, target),
+        initial_steps=int(first * total),
+        final_steps=int(final * total),
+    )
     budgets = [budget_at(step, config, modules, total) for step in range(total + 1)]
     assert budgets[0] == config.rank * modules
     assert budgets[total - int(final * total)] == budgets[-1] == config.target_rank * modules
@@ -242,9 +248,15 @@ class Allocating(TrainerCallback):
 def test_in_the_trainer_of_transformers_one_callback_is_enough(tmp_path: Path) -> None:
     rows = [{"input_ids": row, "labels": row} for row in IDS.repeat(20, 1)]
     settings = TrainingArguments(
-        str(tmp_path), max_steps=STEPS, per_device_train_batch_size=2, report_to=[],
-        gradient_accumulation_steps=2, save_strategy="no", use_cpu=True, disable_tqdm=True,
-    )  # fmt: skip
+        str(tmp_path),
+        max_steps=STEPS,
+        per_device_train_batch_size=2,
+        report_to=[],
+        gradient_accumulation_steps=2,
+        save_strategy="no",
+        use_cpu=True,
+        disable_tqdm=True,
+    )
     adapter = attached()
     trainer = Trainer(adapter.model, settings, train_dataset=rows, callbacks=[Allocating(adapter)])
     trainer.train()

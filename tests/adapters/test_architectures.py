@@ -44,70 +44,87 @@ from loralab.adapters.load import load
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 SIZES: dict[str, Any] = {
-    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
     "vocab_size": 64,
-}  # fmt: skip
+}
 GROUPED = {**SIZES, "num_key_value_heads": 2}
 LABELS = {**SIZES, "num_labels": 3, "max_position_embeddings": 64}
 VISION: dict[str, Any] = {
-    "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 28,
-    "patch_size": 14, "num_labels": 3,
-}  # fmt: skip
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "image_size": 28,
+    "patch_size": 14,
+    "num_labels": 3,
+}
 MODELS: dict[str, tuple[Any, Any, str | None]] = {  # name -> class, configuration, peft's task
-    "opt": (OPTForCausalLM, OPTConfig(
-        hidden_size=32, ffn_dim=48, num_hidden_layers=3, num_attention_heads=4, vocab_size=64,
-        max_position_embeddings=64, word_embed_proj_dim=32), "CAUSAL_LM"),
+    "opt": (
+        OPTForCausalLM,
+        OPTConfig(
+            hidden_size=32,
+            ffn_dim=48,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            vocab_size=64,
+            max_position_embeddings=64,
+            word_embed_proj_dim=32,
+        ),
+        "CAUSAL_LM",
+    ),
     "qwen2": (Qwen2ForCausalLM, Qwen2Config(**GROUPED), "CAUSAL_LM"),
-    "gemma2": (Gemma2ForCausalLM, Gemma2Config(**GROUPED, head_dim=8, sliding_window=4),
-               "CAUSAL_LM"),
+    "gemma2": (Gemma2ForCausalLM, Gemma2Config(**GROUPED, head_dim=8, sliding_window=4), "CAUSAL_LM"),
     "mistral": (MistralForCausalLM, MistralConfig(**GROUPED, sliding_window=4), "CAUSAL_LM"),
     "phi3": (Phi3ForCausalLM, Phi3Config(**GROUPED, pad_token_id=0), "CAUSAL_LM"),
     "neox": (GPTNeoXForCausalLM, GPTNeoXConfig(**SIZES, max_position_embeddings=64), "CAUSAL_LM"),
     "roberta": (RobertaForSequenceClassification, RobertaConfig(**LABELS), "SEQ_CLS"),
-    "distilbert": (DistilBertForSequenceClassification, DistilBertConfig(
-        dim=32, hidden_dim=48, n_layers=3, n_heads=4, vocab_size=64, num_labels=3), "SEQ_CLS"),
+    "distilbert": (
+        DistilBertForSequenceClassification,
+        DistilBertConfig(dim=32, hidden_dim=48, n_layers=3, n_heads=4, vocab_size=64, num_labels=3),
+        "SEQ_CLS",
+    ),
     "deberta": (DebertaV2ForSequenceClassification, DebertaV2Config(**LABELS), "SEQ_CLS"),
-    "electra": (ElectraForSequenceClassification, ElectraConfig(**LABELS, embedding_size=32),
-                "SEQ_CLS"),
+    "electra": (ElectraForSequenceClassification, ElectraConfig(**LABELS, embedding_size=32), "SEQ_CLS"),
     "bert-tags": (BertForTokenClassification, BertConfig(**LABELS), "TOKEN_CLS"),
-    "t5": (T5ForConditionalGeneration, T5Config(
-        d_model=32, d_ff=48, num_layers=3, num_heads=4, d_kv=8, vocab_size=64,
-        decoder_start_token_id=0), "SEQ_2_SEQ_LM"),
+    "t5": (
+        T5ForConditionalGeneration,
+        T5Config(d_model=32, d_ff=48, num_layers=3, num_heads=4, d_kv=8, vocab_size=64, decoder_start_token_id=0),
+        "SEQ_2_SEQ_LM",
+    ),
     "vit": (ViTForImageClassification, ViTConfig(**VISION, intermediate_size=48), None),
     "dinov2": (Dinov2ForImageClassification, Dinov2Config(**VISION, mlp_ratio=2), None),
-}  # fmt: skip
-NOT_IN_PEFT = {("distilbert", "all"), ("bert-tags", "all"), ("distilbert", "prefix"),
-               ("distilbert", "prompt"), ("deberta", "prefix")}  # fmt: skip
+}
+NOT_IN_PEFT = {
+    ("distilbert", "all"),
+    ("bert-tags", "all"),
+    ("distilbert", "prefix"),
+    ("distilbert", "prompt"),
+    ("deberta", "prefix"),
+}
 IDS = torch.arange(3, 21).view(2, 9)
 Settings = Callable[[dict[str, Any], list[str], list[str]], Any]
 KINDS: dict[str, Settings] = {  # (common fields, two projections, all linear layers) -> config
     "two": lambda own, two, every: peft.LoraConfig(**own, r=4, target_modules=two),
-    "all": lambda own, two, every: peft.LoraConfig(
-        **own, r=4, target_modules="all-linear", use_rslora=True),
+    "all": lambda own, two, every: peft.LoraConfig(**own, r=4, target_modules="all-linear", use_rslora=True),
     "patterns": lambda own, two, every: peft.LoraConfig(
-        **own, r=4, target_modules=every, rank_pattern={every[0]: 2},
-        alpha_pattern={every[-1]: 3}),
-    "layers": lambda own, two, every: peft.LoraConfig(
-        **own, r=4, target_modules=two, layers_to_transform=[1]),
-    "expression": lambda own, two, every: peft.LoraConfig(
-        **own, r=4, target_modules=rf".*\.[01]\..*({'|'.join(two)})"),
-    "exclude": lambda own, two, every: peft.LoraConfig(
-        **own, r=4, target_modules=every, exclude_modules=[every[0]]),
-    "dora": lambda own, two, every: peft.LoraConfig(
-        **own, r=4, target_modules=two, use_dora=True),
-    "rows": lambda own, two, every: peft.LoraConfig(
-        **own, r=4, target_modules=two, trainable_token_indices=[5, 9]),
-    "head": lambda own, two, every: peft.LoraConfig(
-        **own, r=4, target_modules=[*two, "lm_head"]),
-    "saved": lambda own, two, every: peft.LoraConfig(
-        **own, r=4, target_modules=two, modules_to_save=["lm_head"]),
+        **own, r=4, target_modules=every, rank_pattern={every[0]: 2}, alpha_pattern={every[-1]: 3}
+    ),
+    "layers": lambda own, two, every: peft.LoraConfig(**own, r=4, target_modules=two, layers_to_transform=[1]),
+    "expression": lambda own, two, every: peft.LoraConfig(**own, r=4, target_modules=rf".*\.[01]\..*({'|'.join(two)})"),
+    "exclude": lambda own, two, every: peft.LoraConfig(**own, r=4, target_modules=every, exclude_modules=[every[0]]),
+    "dora": lambda own, two, every: peft.LoraConfig(**own, r=4, target_modules=two, use_dora=True),
+    "rows": lambda own, two, every: peft.LoraConfig(**own, r=4, target_modules=two, trainable_token_indices=[5, 9]),
+    "head": lambda own, two, every: peft.LoraConfig(**own, r=4, target_modules=[*two, "lm_head"]),
+    "saved": lambda own, two, every: peft.LoraConfig(**own, r=4, target_modules=two, modules_to_save=["lm_head"]),
     "adalora": lambda own, two, every: peft.AdaLoraConfig(
-        **own, init_r=4, target_r=2, total_step=10, target_modules=two),
-    "ia3": lambda own, two, every: peft.IA3Config(
-        **own, target_modules=every, feedforward_modules=[every[0]]),
+        **own, init_r=4, target_r=2, total_step=10, target_modules=two
+    ),
+    "ia3": lambda own, two, every: peft.IA3Config(**own, target_modules=every, feedforward_modules=[every[0]]),
     "prefix": lambda own, two, every: peft.PrefixTuningConfig(**own, num_virtual_tokens=5),
     "prompt": lambda own, two, every: peft.PromptTuningConfig(**own, num_virtual_tokens=5),
-}  # fmt: skip
+}
 
 
 def suits(name: str, kind: str) -> bool:
@@ -139,8 +156,20 @@ def layers(model: nn.Module) -> tuple[list[str], list[str]]:
     """Last names of two projections of attention, and of all linear layers in the blocks."""
     paths = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and ".1." in n]
     every = sorted({path.rpartition(".")[2] for path in paths})
-    wanted = ("q_proj", "v_proj", "query", "value", "q_lin", "v_lin", "q", "v", "qkv_proj",
-              "query_key_value", "query_proj", "value_proj")  # fmt: skip
+    wanted = (
+        "q_proj",
+        "v_proj",
+        "query",
+        "value",
+        "q_lin",
+        "v_lin",
+        "q",
+        "v",
+        "qkv_proj",
+        "query_key_value",
+        "query_proj",
+        "value_proj",
+    )
     return [name for name in every if name in wanted], every
 
 

@@ -55,10 +55,9 @@ def test_a_layer_that_stands_in_two_places_is_adapted_in_both() -> None:
     assert model["a"][0] is model["b"][0] is layer  # type: ignore[index]
 
 
-@pytest.mark.parametrize("config", [
-    LoRA(target_modules=["lm_head"]),
-    LoRA(target_modules=["q_proj"], modules_to_save=["lm_head"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "config", [LoRA(target_modules=["lm_head"]), LoRA(target_modules=["q_proj"], modules_to_save=["lm_head"])]
+)
 def test_adapting_a_tied_head_leaves_the_embedding_alone(config: LoRA) -> None:
     model = llama()
     embedding = model.get_input_embeddings().weight
@@ -130,9 +129,15 @@ def test_it_trains_in_transformers_trainer(tmp_path: Path) -> None:
     adapter = attach(model, LoRA(rank=2))
     rows = [{"input_ids": ids, "labels": ids} for ids in IDS]
     arguments = TrainingArguments(
-        output_dir=str(tmp_path), max_steps=3, per_device_train_batch_size=2, use_cpu=True,
-        report_to=[], save_strategy="no", disable_tqdm=True, learning_rate=0.01,
-    )  # fmt: skip
+        output_dir=str(tmp_path),
+        max_steps=3,
+        per_device_train_batch_size=2,
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        learning_rate=0.01,
+    )
     Trainer(model=model, args=arguments, train_dataset=rows).train()
     assert all(module.lora_B.any() for module in adapter.modules.values())
 

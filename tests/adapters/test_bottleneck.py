@@ -31,35 +31,43 @@ REFERENCE = Path(__file__).parent / "reference" / "bottleneck.safetensors"
 
 
 def roberta_large() -> Any:
-    return RobertaForSequenceClassification(RobertaConfig(
-        hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096,
-        vocab_size=50265,
-    ))  # fmt: skip
+    return RobertaForSequenceClassification(
+        RobertaConfig(
+            hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096, vocab_size=50265
+        )
+    )
 
 
 def gpt2_medium() -> Any:
     return GPT2LMHeadModel(GPT2Config(n_embd=1024, n_layer=24, n_head=16))
 
 
-@pytest.mark.parametrize(("make", "options", "expected"), [
-    (gpt2_medium, {"placement": "pfeiffer", "width": 6, "layer_norm": True}, 368_784),
-    (gpt2_medium, {"placement": "pfeiffer", "width": 224, "layer_norm": True}, 11_089_152),
-    (gpt2_medium, {"placement": "houlsby", "width": 112}, 11_064_576),
-    (roberta_large, {"placement": "pfeiffer", "width": 16}, 811_392),
-    (roberta_large, {"placement": "houlsby", "width": 8}, 835_968),
-    (roberta_large, {"placement": "pfeiffer", "width": 64}, 3_171_840),
-    (roberta_large, {"placement": "houlsby", "width": 64}, 6_343_680),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("make", "options", "expected"),
+    [
+        (gpt2_medium, {"placement": "pfeiffer", "width": 6, "layer_norm": True}, 368_784),
+        (gpt2_medium, {"placement": "pfeiffer", "width": 224, "layer_norm": True}, 11_089_152),
+        (gpt2_medium, {"placement": "houlsby", "width": 112}, 11_064_576),
+        (roberta_large, {"placement": "pfeiffer", "width": 16}, 811_392),
+        (roberta_large, {"placement": "houlsby", "width": 8}, 835_968),
+        (roberta_large, {"placement": "pfeiffer", "width": 64}, 3_171_840),
+        (roberta_large, {"placement": "houlsby", "width": 64}, 6_343_680),
+    ],
+)
 def test_parameters_of_the_papers(make: Any, options: dict[str, Any], expected: int) -> None:
     with torch.device("meta"):
         model = make()
     assert attach(model, Bottleneck(**options)).num_parameters == expected
 
 
-@pytest.mark.parametrize(("make", "attention", "ffn"), [
-    (llama, "self_attn.o_proj", "mlp.down_proj"), (gpt2, "attn.c_proj", "mlp.c_proj"),
-    (bert, "attention.output.dense", "output.dense"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("make", "attention", "ffn"),
+    [
+        (llama, "self_attn.o_proj", "mlp.down_proj"),
+        (gpt2, "attn.c_proj", "mlp.c_proj"),
+        (bert, "attention.output.dense", "output.dense"),
+    ],
+)
 def test_the_ends_of_the_sublayers_are_found(make: Any, attention: str, ffn: str) -> None:
     model = make()
     found = blocks(model)
@@ -107,9 +115,14 @@ def test_pfeiffer_in_a_block_that_ends_in_its_residual() -> None:
 def reference_model(name: str) -> Any:
     """The BERT that the stored reference was made with."""
     config = BertConfig(
-        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-        vocab_size=40, num_labels=3, max_position_embeddings=32,
-    )  # fmt: skip
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        vocab_size=40,
+        num_labels=3,
+        max_position_embeddings=32,
+    )
     return BertForSequenceClassification(config)
 
 
@@ -118,16 +131,15 @@ def test_equal_to_the_adapters_library(placement: str) -> None:
     """Logits and gradients that adapters 1.3 gave for these weights (reference/README.md)."""
     stored = safetensors.torch.load_file(REFERENCE)
     model = reference_model(placement)
-    model.load_state_dict(
-        {k.removeprefix("base."): v for k, v in stored.items() if k.startswith("base.")},
-        strict=True,
-    )
-    options = {"houlsby": {"activation": "silu"}, "pfeiffer": {"activation": "relu"},
-               "parallel": {"activation": "relu", "factor": 4.0}}  # fmt: skip
+    model.load_state_dict({k.removeprefix("base."): v for k, v in stored.items() if k.startswith("base.")}, strict=True)
+    options = {
+        "houlsby": {"activation": "silu"},
+        "pfeiffer": {"activation": "relu"},
+        "parallel": {"activation": "relu", "factor": 4.0},
+    }
     adapter = attach(model.eval(), Bottleneck(placement=placement, width=4, **options[placement]))
     own = adapter.named_parameters()
-    part = {k.removeprefix(f"{placement}."): v for k, v in stored.items()
-            if k.startswith(f"{placement}.")}  # fmt: skip
+    part = {k.removeprefix(f"{placement}."): v for k, v in stored.items() if k.startswith(f"{placement}.")}
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(part[f"weight.{name}"])

@@ -54,9 +54,8 @@ def test_it_is_what_peft_makes(how: str, tmp_path: Path, monkeypatch: pytest.Mon
         peft.load_adapter(tmp_path / name, adapter_name=name)
     monkeypatch.setattr(torch, "bernoulli", every_other)
     peft.add_weighted_adapter(
-        list(WEIGHTS), list(WEIGHTS.values()), "mix", combination_type=PEFTS[how], svd_rank=6,
-        density=0.6,
-    )  # fmt: skip
+        list(WEIGHTS), list(WEIGHTS.values()), "mix", combination_type=PEFTS[how], svd_rank=6, density=0.6
+    )
     peft.set_adapter("mix")
     rank = 6 if how == "svd" else None
     found = loralab.combine(model, WEIGHTS, how=how, rank=rank, density=0.6, name="mix")
@@ -109,8 +108,7 @@ def test_layers_that_some_have_not(tmp_path: Path) -> None:
     assert {path.rsplit(".", 1)[1] for path in found.modules} == {"q_proj", "v_proj", "down_proj"}
     adapters = loralab.attached(model)
     for path, module in found.modules.items():
-        own = [w * adapters[n].modules[path].delta() for n, w in WEIGHTS.items()
-               if path in adapters[n].modules]  # fmt: skip
+        own = [w * adapters[n].modules[path].delta() for n, w in WEIGHTS.items() if path in adapters[n].modules]
         assert torch.allclose(module.delta(), sum(own), atol=1e-5)
     found.save(tmp_path / "mix")
     again = llama()
@@ -121,8 +119,11 @@ def test_layers_that_some_have_not(tmp_path: Path) -> None:
 
 def test_dora_adalora_and_pissa_by_their_updates() -> None:
     model = llama()
-    methods = {"a": LoRA(rank=3, dora=True), "b": AdaLoRA(rank=4, target_rank=2, total_steps=9),
-               "c": LoRA(rank=2, init="pissa")}  # fmt: skip
+    methods = {
+        "a": LoRA(rank=3, dora=True),
+        "b": AdaLoRA(rank=4, target_rank=2, total_steps=9),
+        "c": LoRA(rank=2, init="pissa"),
+    }
     for name, method in methods.items():
         adapter = attach(model, method, name=name)
         with torch.no_grad():

@@ -27,26 +27,38 @@ from loralab.errors import AdapterFileError, BaseMismatchWarning, OutputError, T
 
 CONFIGS: dict[str, list[dict[str, Any]]] = {
     "llama": [
-        {}, {"scaling": "alpha/sqrt(r)"}, {"scaling": "none", "rank_pattern": {"q_proj": 3}},
-        {"init": "pissa"}, {"init": "pissa", "scaling": "alpha/sqrt(r)"},
-        {"init": "pissa", "scaling": "none", "alpha": 3}, {"target_modules": "attention"},
-        {"target_modules": "mlp", "layers": [0, 2]}, {"layers": [1]},
-        {"target_modules": r".*\.1\..*(q|v)_proj"}, {"exclude_modules": ["k_proj"]},
+        {},
+        {"scaling": "alpha/sqrt(r)"},
+        {"scaling": "none", "rank_pattern": {"q_proj": 3}},
+        {"init": "pissa"},
+        {"init": "pissa", "scaling": "alpha/sqrt(r)"},
+        {"init": "pissa", "scaling": "none", "alpha": 3},
+        {"target_modules": "attention"},
+        {"target_modules": "mlp", "layers": [0, 2]},
+        {"layers": [1]},
+        {"target_modules": r".*\.1\..*(q|v)_proj"},
+        {"exclude_modules": ["k_proj"]},
         {"rank_pattern": {"q_proj": 2, r"layers\.1\.mlp\.up_proj": 5}, "alpha": 3},
         {"alpha_pattern": {"down_proj": 1, "0.self_attn.q_proj": 40}, "rank": 5},
-        {"modules_to_save": ["lm_head"]}, {"target_modules": ["lm_head", "q_proj"]},
+        {"modules_to_save": ["lm_head"]},
+        {"target_modules": ["lm_head", "q_proj"]},
     ],
     "gpt2": [
-        {}, {"target_modules": ["c_attn"]}, {"target_modules": "attention"},
+        {},
+        {"target_modules": ["c_attn"]},
+        {"target_modules": "attention"},
         {"target_modules": ["c_attn", "mlp.c_proj"], "scaling": "alpha/sqrt(r)"},
         {"rank_pattern": {"c_fc": 3}, "alpha_pattern": {"c_attn": 2}, "layers": [0, 1]},
-        {"init": "pissa"}, {"modules_to_save": ["lm_head"]},
+        {"init": "pissa"},
+        {"modules_to_save": ["lm_head"]},
     ],
     "bert": [
-        {}, {"modules_to_save": ["classifier"]}, {"target_modules": ["query", "value"]},
+        {},
+        {"modules_to_save": ["classifier"]},
+        {"target_modules": ["query", "value"]},
         {"modules_to_save": ["classifier"], "scaling": "alpha/sqrt(r)", "target_modules": "mlp"},
     ],
-}  # fmt: skip
+}
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
@@ -74,26 +86,30 @@ def test_peft_and_we_load_what_we_saved(name: str, options: dict[str, Any], tmp_
 
 PEFT_CONFIGS: dict[str, list[dict[str, Any]]] = {
     "llama": [
-        {"target_modules": "all-linear"}, {"target_modules": ["q_proj", "v_proj"]},
+        {"target_modules": "all-linear"},
+        {"target_modules": ["q_proj", "v_proj"]},
         {"target_modules": ["q_proj"], "use_rslora": True, "layers_to_transform": [0, 2]},
-        {"target_modules": ["q_proj", "up_proj"], "rank_pattern": {"up_proj": 2},
-         "alpha_pattern": {"layers.1.*": 3}},
+        {"target_modules": ["q_proj", "up_proj"], "rank_pattern": {"up_proj": 2}, "alpha_pattern": {"layers.1.*": 3}},
         {"target_modules": r".*\.(q|o)_proj", "exclude_modules": ["k_proj"]},
         {"target_modules": "all-linear", "exclude_modules": ["down_proj"]},
         {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
-        {"target_modules": ["q_proj", "nothing_here"], "layers_to_transform": 1,
-         "layers_pattern": "layers"},
+        {"target_modules": ["q_proj", "nothing_here"], "layers_to_transform": 1, "layers_pattern": "layers"},
     ],
     "gpt2": [
-        {"target_modules": ["c_attn", "c_proj", "c_fc"]}, {"target_modules": "all-linear"},
-        {"target_modules": ["c_attn"], "layers_to_transform": [1], "use_rslora": True,
-         "rank_pattern": {"h.1.attn.c_attn": 3}},
+        {"target_modules": ["c_attn", "c_proj", "c_fc"]},
+        {"target_modules": "all-linear"},
+        {
+            "target_modules": ["c_attn"],
+            "layers_to_transform": [1],
+            "use_rslora": True,
+            "rank_pattern": {"h.1.attn.c_attn": 3},
+        },
     ],
     "bert": [
         {"target_modules": ["query", "value"], "task_type": "SEQ_CLS"},
         {"target_modules": "all-linear", "task_type": "SEQ_CLS", "use_rslora": True},
     ],
-}  # fmt: skip
+}
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # peft's own
@@ -118,10 +134,29 @@ def test_saving_loading_and_saving_again_gives_the_same_bytes(tmp_path: Path) ->
     assert folder.read(tmp_path / "a").digest == folder.read(tmp_path / "b").digest
 
 
-NAMES = st.sampled_from([
-    "weight", "bias", "lora_", "lora_A", "lora_B", "default", "base_layer", "base", "model", "a",
-    "ab", "abc", "0", "10", "modules_to_save", "trained", "layers", "base_model", "q_proj",
-])  # fmt: skip
+NAMES = st.sampled_from(
+    [
+        "weight",
+        "bias",
+        "lora_",
+        "lora_A",
+        "lora_B",
+        "default",
+        "base_layer",
+        "base",
+        "model",
+        "a",
+        "ab",
+        "abc",
+        "0",
+        "10",
+        "modules_to_save",
+        "trained",
+        "layers",
+        "base_model",
+        "q_proj",
+    ]
+)
 
 
 class Nested(nn.Module):
@@ -231,12 +266,17 @@ def damage(saved: Path, how: str) -> None:
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("truncated", "damaged or truncated"), ("empty", "damaged"), ("one bit", "has digest"),
-        ("huge header", "damaged"), ("scaling", "was changed or damaged"), ("no json", "be read"),
-        ("a list", "must hold a JSON object"), ("no tensors", "has no adapter_model"),
+        ("truncated", "damaged or truncated"),
+        ("empty", "damaged"),
+        ("one bit", "has digest"),
+        ("huge header", "damaged"),
+        ("scaling", "was changed or damaged"),
+        ("no json", "be read"),
+        ("a list", "must hold a JSON object"),
+        ("no tensors", "has no adapter_model"),
         ("format", "format 99; this version reads 1"),
     ],
-)  # fmt: skip
+)
 def test_a_damaged_folder_is_refused(saved: Path, how: str, message: str) -> None:
     damage(saved, how)
     with pytest.raises(AdapterFileError, match=message):
@@ -258,14 +298,19 @@ def test_a_pickle_is_refused_unread(saved: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("use_dora", True, "lora_magnitude_vector"), ("bias", "all", "bias 'all'"),
+        ("use_dora", True, "lora_magnitude_vector"),
+        ("bias", "all", "bias 'all'"),
         ("init_lora_weights", "pissa", "changes the base weights"),
-        ("target_parameters", ["x"], "target_parameters"), ("peft_type", "VERA", "'VERA'"),
-        ("trainable_token_indices", [1], "trainable_tokens_delta"), ("r", 0, "rank"),
-        ("layer_replication", [[0, 2]], "layer_replication"), ("lora_bias", True, "lora_bias"),
-        ("something_new", {"a": 1}, "something_new"), ("r", "8", "rank"),
+        ("target_parameters", ["x"], "target_parameters"),
+        ("peft_type", "VERA", "'VERA'"),
+        ("trainable_token_indices", [1], "trainable_tokens_delta"),
+        ("r", 0, "rank"),
+        ("layer_replication", [[0, 2]], "layer_replication"),
+        ("lora_bias", True, "lora_bias"),
+        ("something_new", {"a": 1}, "something_new"),
+        ("r", "8", "rank"),
     ],
-)  # fmt: skip
+)
 def test_what_is_not_understood_or_not_there_is_refused_by_name(
     saved: Path, field: str, value: Any, message: str
 ) -> None:
@@ -319,12 +364,21 @@ def test_a_model_of_other_shapes_is_refused(saved: Path) -> None:
         load(bert(), saved)
 
 
-@pytest.mark.parametrize(("field", "value"), [
-    ("r", 10**30), ("r", 100_000), ("rank_pattern", {"q_proj": 10**9}), ("rank_pattern", [1]),
-    ("trainable_token_indices", {}), ("trainable_token_indices", [[1]]),
-    ("trainable_token_indices", [10**9]),
-    ("target_modules", {"a": 1}), ("alpha_pattern", {"q_proj": "x"}), ("modules_to_save", 5),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("r", 10**30),
+        ("r", 100_000),
+        ("rank_pattern", {"q_proj": 10**9}),
+        ("rank_pattern", [1]),
+        ("trainable_token_indices", {}),
+        ("trainable_token_indices", [[1]]),
+        ("trainable_token_indices", [10**9]),
+        ("target_modules", {"a": 1}),
+        ("alpha_pattern", {"q_proj": "x"}),
+        ("modules_to_save", 5),
+    ],
+)
 def test_numbers_in_a_text_file_allocate_nothing(saved: Path, field: str, value: Any) -> None:
     (saved / folder.RECORD).unlink()
     config = json.loads((saved / folder.CONFIG).read_text())
@@ -401,15 +455,7 @@ def siglip() -> Any:
 
 
 @pytest.mark.parametrize(
-    "target",
-    [
-        None,
-        "attention",
-        ["out_proj"],
-        ["self_attn.out_proj"],
-        ["attention"],
-        ["attention.q", "q_proj"],
-    ],
+    "target", [None, "attention", ["out_proj"], ["self_attn.out_proj"], ["attention"], ["attention.q", "q_proj"]]
 )
 def test_attention_of_torch_beside_a_layer_of_that_name_comes_back(target: Any, tmp_path: Path) -> None:
     torch.manual_seed(0)
@@ -442,12 +488,7 @@ def test_what_could_not_be_read_again_is_not_written() -> None:
     fields = {"peft_type": "LORA", "r": 2, "lora_alpha": 16}
     for target in (["k_proj"], ["q_proj", "k_proj"], "no.such.path", ["lm_head", "q_proj"]):
         with pytest.raises(OutputError) as caught:
-            require_readable(
-                adapter.model,
-                adapter.modules,
-                {**fields, "target_modules": target},
-                adapter.tensors(),
-            )
+            require_readable(adapter.model, adapter.modules, {**fields, "target_modules": target}, adapter.tensors())
         assert caught.value.code == "unreadable"
     right = {**fields, "target_modules": ["q_proj"]}
     require_readable(adapter.model, adapter.modules, right, adapter.tensors())

@@ -58,8 +58,9 @@ def test_gradients_are_those_of_finite_differences(kind: str, masked: bool) -> N
 @given(
     kind=st.sampled_from(["linear", "no bias", "conv1d"]),
     leading=st.lists(st.integers(0, 3), max_size=3),
-    rank=st.integers(1, 7), masked=st.booleans(),
-)  # fmt: skip
+    rank=st.integers(1, 7),
+    masked=st.booleans(),
+)
 def test_fused_equals_plain_on_any_shape(kind: str, leading: list[int], rank: int, masked: bool) -> None:
     base = layer(kind).requires_grad_(False)
     x, A, B = torch.randn(*leading, 5), torch.randn(rank, 5), torch.randn(4, rank)
@@ -76,10 +77,7 @@ def test_fused_equals_plain_in_half_precision(dtype: torch.dtype) -> None:
     assert [t.dtype for t in other] == [dtype, dtype, torch.float32, torch.float32]
     for expected, found in zip(one, other, strict=True):
         torch.testing.assert_close(
-            found.float(),
-            expected.float(),
-            rtol=0.03,
-            atol=0.03 * float(expected.detach().abs().max()),
+            found.float(), expected.float(), rtol=0.03, atol=0.03 * float(expected.detach().abs().max())
         )
 
 
@@ -152,8 +150,9 @@ def test_dropout_draws_the_same_mask_as_the_plain_equation() -> None:
 @settings(max_examples=30, deadline=None)
 @given(
     kinds=st.lists(st.sampled_from(["linear", "no bias", "conv1d"]), min_size=1, max_size=3),
-    ranks=st.lists(st.integers(1, 6), min_size=3, max_size=3), masked=st.booleans(),
-)  # fmt: skip
+    ranks=st.lists(st.integers(1, 6), min_size=3, max_size=3),
+    masked=st.booleans(),
+)
 def test_several_layers_at_once_equal_each_alone(kinds: list[str], ranks: list[int], masked: bool) -> None:
     bases = [layer(kind, 5, 3 + n).requires_grad_(False) for n, kind in enumerate(kinds)]
     x = torch.randn(2, 7, 5)
@@ -188,9 +187,12 @@ def test_several_layers_of_which_one_is_not_used() -> None:
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
-    "rank 1": {"rank": 1}, "pissa": {"rank": 2, "init": "pissa"}, "dora": {"dora": True},
-    "dropout": {"dropout": 0.5}, "unscaled": {"scaling": "none"},
-}  # fmt: skip
+    "rank 1": {"rank": 1},
+    "pissa": {"rank": 2, "init": "pissa"},
+    "dora": {"dora": True},
+    "dropout": {"dropout": 0.5},
+    "unscaled": {"scaling": "none"},
+}
 
 
 @settings(max_examples=30, deadline=None)
@@ -228,8 +230,12 @@ def test_together_a_hook_on_any_layer_is_still_called() -> None:
 
 
 SHAPES: dict[str, tuple[int, ...]] = {
-    "1 axis": (6,), "no rows": (2, 0, 6), "2 axes": (4, 6), "3 axes": (2, 3, 6), "4": (2, 1, 3, 6),
-}  # fmt: skip
+    "1 axis": (6,),
+    "no rows": (2, 0, 6),
+    "2 axes": (4, 6),
+    "3 axes": (2, 3, 6),
+    "4": (2, 1, 3, 6),
+}
 each_kind = pytest.mark.parametrize("kind", ["linear", "no bias", "conv1d"])
 
 
@@ -278,11 +284,15 @@ def test_an_input_that_changed_since_is_noticed(kind: str, options: str) -> None
 def awkward() -> dict[str, Tensor]:
     """Inputs that do not lie row by row in memory."""
     return {
-        "turned": torch.randn(6, 4).T, "axes swapped": torch.randn(3, 2, 6).transpose(0, 1),
-        "channels": torch.randn(2, 6, 3).transpose(1, 2), "steps": torch.randn(4, 12)[:, ::2],
-        "expanded": torch.randn(1, 3, 6).expand(4, 3, 6), "one row": torch.randn(6).expand(4, 6),
-        "channels last": torch.randn(2, 6, 3, 4).permute(0, 2, 3, 1), "part": torch.randn(5, 6)[1:],
-    }  # fmt: skip
+        "turned": torch.randn(6, 4).T,
+        "axes swapped": torch.randn(3, 2, 6).transpose(0, 1),
+        "channels": torch.randn(2, 6, 3).transpose(1, 2),
+        "steps": torch.randn(4, 12)[:, ::2],
+        "expanded": torch.randn(1, 3, 6).expand(4, 3, 6),
+        "one row": torch.randn(6).expand(4, 6),
+        "channels last": torch.randn(2, 6, 3, 4).permute(0, 2, 3, 1),
+        "part": torch.randn(5, 6)[1:],
+    }
 
 
 @pytest.mark.parametrize("name", awkward())
@@ -304,8 +314,9 @@ def test_inputs_that_lie_anyhow_in_memory(name: str, kind: str, options: str) ->
 @each_kind
 def test_second_derivatives_are_those_of_finite_differences(kind: str, masked: bool) -> None:
     bases = [layer(kind, 5, 4).double().requires_grad_(False) for _ in range(2)]
-    x, *factors = (torch.randn(s, dtype=torch.double).requires_grad_()
-                   for s in ((3, 5), (2, 5), (4, 2), (1, 5), (4, 1)))  # fmt: skip
+    x, *factors = (
+        torch.randn(s, dtype=torch.double).requires_grad_() for s in ((3, 5), (2, 5), (4, 2), (1, 5), (4, 1))
+    )
     mask = (torch.rand(3, 5) > 0.4).double() / 0.6 if masked else None
 
     def both(x: Tensor, *factors: Tensor) -> tuple[Tensor, ...]:

@@ -137,9 +137,12 @@ def test_a_place_that_no_adapter_needs_gets_its_module_back(llama: Any) -> None:
 
 def test_gradients_of_a_mixed_batch_are_those_of_each_adapter_alone(llama: Any) -> None:
     methods = {
-        "a": LoRA(rank=4), "b": LoRA(rank=9, alpha=3), "c": Bottleneck(width=4, init_std=0.3),
-        "d": LoRA(rank=2, dora=True), "e": LoRA(rank=3, target_modules=["down_proj"]),
-    }  # fmt: skip
+        "a": LoRA(rank=4),
+        "b": LoRA(rank=9, alpha=3),
+        "c": Bottleneck(width=4, init_std=0.3),
+        "d": LoRA(rank=2, dora=True),
+        "e": LoRA(rank=3, target_modules=["down_proj"]),
+    }
     pairs = {name: adapted(llama, m, n) for n, (name, m) in enumerate(methods.items())}
     ids, model = ids_of(5), copy.deepcopy(llama)
     expected = {}

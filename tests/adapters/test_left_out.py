@@ -198,9 +198,7 @@ def llava(kind: Any = LlavaForConditionalGeneration) -> Any:
 def gemma3() -> Any:
     return Gemma3ForConditionalGeneration(
         Gemma3Config(
-            text_config=Gemma3TextConfig(**TEXT),
-            vision_config=SiglipVisionConfig(**VISION),
-            mm_tokens_per_image=4,
+            text_config=Gemma3TextConfig(**TEXT), vision_config=SiglipVisionConfig(**VISION), mm_tokens_per_image=4
         )
     )
 

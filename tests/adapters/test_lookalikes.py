@@ -100,13 +100,7 @@ def test_naming_a_lookalike_is_an_error(name: str, target: Any) -> None:
     assert not any(type(m).__module__.startswith("loralab") for m in model.modules())
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        IA3(target_modules="all-linear", feedforward_modules=["fine"]),
-        AdaLoRA(),
-    ],
-)
+@pytest.mark.parametrize("config", [IA3(target_modules="all-linear", feedforward_modules=["fine"]), AdaLoRA()])
 def test_other_methods_leave_lookalikes_out_too(config: Any) -> None:
     with pytest.warns(LeftOutWarning, match="odd"):
         adapter = attach(model_with(Scaled(8, 8)), config)

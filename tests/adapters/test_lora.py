@@ -21,10 +21,17 @@ from loralab.errors import ConfigError, TargetError
 def phi() -> Any:
     """qkv_proj with grouped queries: 4 heads of 8, 2 groups."""
     torch.manual_seed(0)
-    return Phi3ForCausalLM(Phi3Config(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, vocab_size=50, pad_token_id=0,
-    )).eval()  # fmt: skip
+    return Phi3ForCausalLM(
+        Phi3Config(
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=50,
+            pad_token_id=0,
+        )
+    ).eval()
 
 
 class Attending(nn.Module):
@@ -58,10 +65,13 @@ class Convolving(nn.Module):
         return out
 
 
-@pytest.mark.parametrize(("make", "name", "rows"), [
-    (gpt2, "c_attn", {"q": (0, 32), "k": (32, 64), "v": (64, 96)}),
-    (phi, "qkv_proj", {"q": (0, 32), "k": (32, 48), "v": (48, 64)}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("make", "name", "rows"),
+    [
+        (gpt2, "c_attn", {"q": (0, 32), "k": (32, 64), "v": (64, 96)}),
+        (phi, "qkv_proj", {"q": (0, 32), "k": (32, 48), "v": (48, 64)}),
+    ],
+)
 def test_a_part_changes_its_own_rows_only(make: Any, name: str, rows: Any, tmp_path: Path) -> None:
     model = make()
     before = logits(model)
@@ -124,8 +134,9 @@ def test_interleaved_projections_have_no_parts() -> None:
         attach(model, LoRA(target_modules=["query_key_value.q"]))
 
 
-@pytest.mark.parametrize("targets", [["attention"], ["attention.q", "attention.v"],
-                                     ["attention.k", "attention.out_proj"]])  # fmt: skip
+@pytest.mark.parametrize(
+    "targets", [["attention"], ["attention.q", "attention.v"], ["attention.k", "attention.out_proj"]]
+)
 def test_attention_that_calls_no_projection_is_adapted(targets: list[str], tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, x = Attending(), torch.randn(2, 5, 16)

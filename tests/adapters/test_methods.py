@@ -11,14 +11,30 @@ from loralab.errors import ConfigError
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("rank", 0), ("rank", -1), ("rank", 2.5), ("rank", True), ("alpha", 0), ("alpha", "x"),
-        ("alpha", float("nan")), ("dropout", 1.0), ("dropout", -0.1), ("init", "kaimign"),
-        ("scaling", "alpha"), ("target_modules", []), ("target_modules", [3]),
-        ("target_modules", "("), ("target_modules", 7), ("layers", [-1]), ("layers", []),
-        ("rank_pattern", {"q_proj": 0}), ("alpha_pattern", {"q_proj": -1}),
-        ("rank_pattern", {"(": 3}), ("modules_to_save", [""]), ("layers_pattern", ["h"]),
+        ("rank", 0),
+        ("rank", -1),
+        ("rank", 2.5),
+        ("rank", True),
+        ("alpha", 0),
+        ("alpha", "x"),
+        ("alpha", float("nan")),
+        ("dropout", 1.0),
+        ("dropout", -0.1),
+        ("init", "kaimign"),
+        ("scaling", "alpha"),
+        ("target_modules", []),
+        ("target_modules", [3]),
+        ("target_modules", "("),
+        ("target_modules", 7),
+        ("layers", [-1]),
+        ("layers", []),
+        ("rank_pattern", {"q_proj": 0}),
+        ("alpha_pattern", {"q_proj": -1}),
+        ("rank_pattern", {"(": 3}),
+        ("modules_to_save", [""]),
+        ("layers_pattern", ["h"]),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_value_is_named(field: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=field if value not in ("(", {"(": 3}) else "expression"):
         LoRA(**{field: value})
@@ -37,10 +53,7 @@ def test_lists_become_tuples_and_a_name_a_list_of_one() -> None:
 
 
 def test_patterns_give_a_module_its_own_rank_and_alpha() -> None:
-    config = LoRA(
-        rank=8, alpha=16, rank_pattern={"q_proj": 4, "layers.0.*v_proj": 2},
-        alpha_pattern={"v_proj": 1},
-    )  # fmt: skip
+    config = LoRA(rank=8, alpha=16, rank_pattern={"q_proj": 4, "layers.0.*v_proj": 2}, alpha_pattern={"v_proj": 1})
     q, v0, v1 = (config.for_module(f"model.layers.{n}") for n in ("0.a.q_proj", "0.a.v_proj", "1.a.v_proj"))
     assert [(c.rank, c.alpha) for c in (q, v0, v1)] == [(4, 16), (2, 1), (8, 1)]
 

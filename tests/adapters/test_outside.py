@@ -185,10 +185,15 @@ def test_a_file_holds_the_fields_of_the_method_and_the_names_of_the_layers(tmp_p
     assert torch.equal(logits(load(llama(), tmp_path / "a").model), logits(adapter.model))
 
 
-@pytest.mark.parametrize("options", [
-    {"layers": [1]}, {"exclude_modules": ["q_proj"], "target_modules": "attention"},
-    {"factor": 0.5, "target_modules": ["up_proj"]}, {"modules_to_save": ["lm_head"]},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"layers": [1]},
+        {"exclude_modules": ["q_proj"], "target_modules": "attention"},
+        {"factor": 0.5, "target_modules": ["up_proj"]},
+        {"modules_to_save": ["lm_head"]},
+    ],
+)
 def test_all_fields_and_nothing_else_is_a_way_to_write_a_configuration(options: dict[str, Any], tmp_path: Path) -> None:
     changed(fields=asdict, parse=lambda fields: Outer(**fields))
     adapter = fill(attach(llama(), Outer(**options)))
@@ -219,10 +224,15 @@ def test_an_option_that_parse_drops_is_refused(tmp_path: Path) -> None:
     assert failing(lambda: folder.read(place)).code == "unknown_option"
 
 
-@pytest.mark.parametrize("parse", [
-    lambda fields: Outer(factor=fields["missing"]), lambda fields: 5, lambda fields: 1 / 0,
-    lambda fields: Outer(nonsense=1),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "parse",
+    [
+        lambda fields: Outer(factor=fields["missing"]),
+        lambda fields: 5,
+        lambda fields: 1 / 0,
+        lambda fields: Outer(nonsense=1),
+    ],
+)
 def test_a_parse_that_fails_is_named(parse: Any, tmp_path: Path) -> None:
     place = rewritten(tmp_path / "a")
     changed(parse=parse)
@@ -231,10 +241,15 @@ def test_a_parse_that_fails_is_named(parse: Any, tmp_path: Path) -> None:
     assert error.code == "plugin_failed"
 
 
-@pytest.mark.parametrize("fields", [
-    lambda config: {"factor": object()}, lambda config: 5, lambda config: config.nothing,
-    lambda config: {"peft_type": "SOMETHING" if config.factor == 1 else "ELSE"},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "fields",
+    [
+        lambda config: {"factor": object()},
+        lambda config: 5,
+        lambda config: config.nothing,
+        lambda config: {"peft_type": "SOMETHING" if config.factor == 1 else "ELSE"},
+    ],
+)
 def test_fields_that_fail_are_named_and_nothing_is_written(fields: Any, tmp_path: Path) -> None:
     changed(fields=fields, peft_type="OUTER")
     adapter = attach(llama(), METHOD)
@@ -286,12 +301,22 @@ class Raising(LinearWithOuter):
         raise RuntimeError("no")
 
 
-@pytest.mark.parametrize(("kind", "code"), [
-    (WithoutBase, "no_base"), (Copied, "no_base"), (Nested, "no_base"), (Frozen, "no_parameters"),
-    (WithoutDelta, "no_delta"), (Transposed, "delta_shape"), (Listed, "delta_shape"),
-    (Raising, "plugin_failed"), (lambda config, layer: 1 / 0, "plugin_failed"),
-    (lambda config, layer: None, "no_module"), (lambda config, layer: layer, "no_base"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "code"),
+    [
+        (WithoutBase, "no_base"),
+        (Copied, "no_base"),
+        (Nested, "no_base"),
+        (Frozen, "no_parameters"),
+        (WithoutDelta, "no_delta"),
+        (Transposed, "delta_shape"),
+        (Listed, "delta_shape"),
+        (Raising, "plugin_failed"),
+        (lambda config, layer: 1 / 0, "plugin_failed"),
+        (lambda config, layer: None, "no_module"),
+        (lambda config, layer: layer, "no_base"),
+    ],
+)
 def test_a_layer_that_cannot_be_used_is_named_and_the_model_is_as_before(kind: Any, code: str) -> None:
     changed(build=lambda config, path, layer: kind(config, layer))
     model = llama()

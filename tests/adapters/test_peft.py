@@ -38,31 +38,22 @@ def configs(name: str) -> dict[str, Any]:
         "rslora": peft.LoraConfig(**lora, target_modules=linear, use_rslora=True, **conv1d),
         "dora": peft.LoraConfig(**lora, target_modules=linear, use_dora=True, **conv1d),
         "embedding": peft.LoraConfig(**lora, target_modules=[EMBEDDING[name], *linear], **conv1d),
-        "rows": peft.LoraConfig(
-            **lora, target_modules=linear, trainable_token_indices=[7, 3, 40], **conv1d
-        ),
+        "rows": peft.LoraConfig(**lora, target_modules=linear, trainable_token_indices=[7, 3, 40], **conv1d),
         "adalora": peft.AdaLoraConfig(
-            task_type=task, init_r=4, target_r=2, lora_alpha=12, total_step=10,
-            target_modules=linear, **conv1d,
+            task_type=task, init_r=4, target_r=2, lora_alpha=12, total_step=10, target_modules=linear, **conv1d
         ),
-        "ia3": peft.IA3Config(
-            task_type=task, target_modules=linear, feedforward_modules=INNER[name], **conv1d
-        ),
-        "ia3-outputs": peft.IA3Config(
-            task_type=task, target_modules=linear, feedforward_modules=[], **conv1d
-        ),
+        "ia3": peft.IA3Config(task_type=task, target_modules=linear, feedforward_modules=INNER[name], **conv1d),
+        "ia3-outputs": peft.IA3Config(task_type=task, target_modules=linear, feedforward_modules=[], **conv1d),
         "prefix": peft.PrefixTuningConfig(task_type=task, num_virtual_tokens=5),
         "prefix-mlp": peft.PrefixTuningConfig(
             task_type=task, num_virtual_tokens=5, prefix_projection=True, encoder_hidden_size=12
         ),
-    }  # fmt: skip
+    }
     found["prompt"] = peft.PromptTuningConfig(task_type=task, num_virtual_tokens=5)
     return found
 
 
-PAIRS = [
-    pytest.param(n, k, id=f"{k}-{n}") for n in MODELS for k in configs(n)
-]  # fmt: skip
+PAIRS = [pytest.param(n, k, id=f"{k}-{n}") for n in MODELS for k in configs(n)]
 
 
 def theirs(name: str, kind: str) -> Any:

@@ -26,8 +26,7 @@ from loralab.adapters.load import load
 from loralab.adapters.methods import Prefix, Prompt
 from loralab.errors import AdapterStateError, ConfigError, TargetError
 
-METHODS = {"prefix": Prefix(tokens=5), "mlp": Prefix(tokens=5, mlp=True, mlp_width=8),
-           "prompt": Prompt(tokens=5)}  # fmt: skip
+METHODS = {"prefix": Prefix(tokens=5), "mlp": Prefix(tokens=5, mlp=True, mlp_width=8), "prompt": Prompt(tokens=5)}
 every_method = pytest.mark.parametrize("method", METHODS)
 decoders = pytest.mark.parametrize("make", [llama, gpt2])
 PROMPTS = [[5, 9, 3], [7, 2, 8, 11, 30, 4], [40]]
@@ -57,9 +56,13 @@ def test_generation_with_a_cache_is_generation_without(make: Any, method: str) -
     model = filled(make, method)
     for prompt in PROMPTS:
         found = model.generate(
-            torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-            max_new_tokens=7, min_new_tokens=7, do_sample=False, pad_token_id=0,
-        )  # fmt: skip
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            max_new_tokens=7,
+            min_new_tokens=7,
+            do_sample=False,
+            pad_token_id=0,
+        )
         assert found[0, len(prompt) :].tolist() == slowly(model, prompt, 7)
 
 
@@ -88,9 +91,8 @@ def test_padding_on_the_left_changes_no_answer(make: Any, method: str) -> None:
         ids[row, longest - len(prompt) :] = torch.tensor(prompt)
         mask[row, longest - len(prompt) :] = 1
     found = model.generate(
-        ids, attention_mask=mask, max_new_tokens=5, min_new_tokens=5, do_sample=False,
-        pad_token_id=0,
-    )  # fmt: skip
+        ids, attention_mask=mask, max_new_tokens=5, min_new_tokens=5, do_sample=False, pad_token_id=0
+    )
     for row, prompt in enumerate(PROMPTS):
         assert found[row, longest:].tolist() == slowly(model, prompt, 5)
 
@@ -138,14 +140,11 @@ def test_grouped_queries_have_a_narrower_prefix() -> None:
     assert adapter.num_parameters == 5 * 3 * 2 * 2 * 8  # tokens, layers, k and v, heads, width
 
 
-@pytest.mark.parametrize(("layers", "width", "tokens", "expected"), [
-    (24, 1024, 5, 245_760), (24, 1024, 10, 491_520),
-])  # fmt: skip
+@pytest.mark.parametrize(("layers", "width", "tokens", "expected"), [(24, 1024, 5, 245_760), (24, 1024, 10, 491_520)])
 def test_parameters_of_the_paper(layers: int, width: int, tokens: int, expected: int) -> None:
     config = LlamaConfig(
-        hidden_size=width, num_hidden_layers=layers, num_attention_heads=16, vocab_size=8,
-        intermediate_size=8,
-    )  # fmt: skip
+        hidden_size=width, num_hidden_layers=layers, num_attention_heads=16, vocab_size=8, intermediate_size=8
+    )
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
     assert attach(model, Prefix(tokens=tokens)).num_parameters == expected
@@ -232,9 +231,14 @@ def test_positions_that_were_never_learnt_are_refused() -> None:
 def test_positions_that_count_from_the_padding(tmp_path: Path) -> None:
     """RoBERTa's first position is 2; peft gets there through the cache."""
     config = RobertaConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        vocab_size=50, num_labels=3, max_position_embeddings=40,
-    )  # fmt: skip
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=50,
+        num_labels=3,
+        max_position_embeddings=40,
+    )
 
     def roberta() -> Any:
         torch.manual_seed(0)
@@ -255,16 +259,25 @@ def test_positions_that_count_from_the_padding(tmp_path: Path) -> None:
 def test_a_window_hides_the_prefix_from_those_far_away(method: str) -> None:
     def windowed() -> Any:
         config = MistralConfig(
-            hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, vocab_size=50, sliding_window=6,
-        )  # fmt: skip
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=50,
+            sliding_window=6,
+        )
         torch.manual_seed(0)
         return MistralForCausalLM(config).eval()
 
     model = filled(windowed, method)
     for prompt in PROMPTS:
         found = model.generate(
-            torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-            max_new_tokens=9, min_new_tokens=9, do_sample=False, pad_token_id=0,
-        )  # fmt: skip
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            max_new_tokens=9,
+            min_new_tokens=9,
+            do_sample=False,
+            pad_token_id=0,
+        )
         assert found[0, len(prompt) :].tolist() == slowly(model, prompt, 9)

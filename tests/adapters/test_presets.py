@@ -46,12 +46,7 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 2,
     "vocab_size": 64,
 }
-MAMBA2: dict[str, Any] = {
-    "mamba_n_heads": 8,
-    "mamba_d_head": 8,
-    "mamba_n_groups": 1,
-    "mamba_d_state": 4,
-}
+MAMBA2: dict[str, Any] = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 4}
 QKVO, GATED = {"q_proj", "k_proj", "v_proj", "o_proj"}, {"gate_proj", "up_proj", "down_proj"}
 # model -> last names that are attention, feed-forward, and of neither
 PLACES: dict[str, tuple[Any, set[str], set[str], set[str]]] = {
@@ -102,9 +97,7 @@ PLACES: dict[str, tuple[Any, set[str], set[str], set[str]]] = {
     "zamba": (
         lambda: ZambaForCausalLM(
             ZambaConfig(
-                **{**SIZES, "num_key_value_heads": 4, "num_hidden_layers": 12},
-                n_mamba_heads=2,
-                mamba_d_state=4,
+                **{**SIZES, "num_key_value_heads": 4, "num_hidden_layers": 12}, n_mamba_heads=2, mamba_d_state=4
             )
         ),
         QKVO,
@@ -228,9 +221,6 @@ class Block(nn.Module):
 def test_a_model_of_ones_own() -> None:
     model = nn.ModuleDict({"blocks": nn.ModuleList(Block() for _ in range(2))})
     places = {name.partition(".0.")[2]: place_of(model, name) for name in linear_names(model)}
-    assert {name for name, place in places.items() if place == "attention"} == {
-        "attn.qkv",
-        "attn.proj",
-    }
+    assert {name for name, place in places.items() if place == "attention"} == {"attn.qkv", "attn.proj"}
     assert places["moe.gate"] == ""
     assert places["widen"] == places["narrow"] == places["moe.experts.0.gate"] == "mlp"

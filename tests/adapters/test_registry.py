@@ -80,11 +80,18 @@ def test_the_public_names_are_these() -> None:
     assert loralab.MethodSpec(config=Outer, name="outer").learning_rate == 1e-3
 
 
-@pytest.mark.parametrize("again", [
-    outer(), outer(config=type("Other", (Outer,), {})), outer(name="other"),
-    outer(name="dora"), outer(name="lora"), outer(name="other", variants={"lora": {}}),
-    outer(name="other", peft_type="LORA"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "again",
+    [
+        outer(),
+        outer(config=type("Other", (Outer,), {})),
+        outer(name="other"),
+        outer(name="dora"),
+        outer(name="lora"),
+        outer(name="other", variants={"lora": {}}),
+        outer(name="other", peft_type="LORA"),
+    ],
+)
 def test_what_is_taken_is_refused(again: Any) -> None:
     register(outer())
     if again.config is not Outer:
@@ -114,15 +121,25 @@ class Clashing(Method):
     model: str = ""
 
 
-@pytest.mark.parametrize(("changes", "code"), [
-    ({"config": Thawed}, "not_frozen"), ({"config": Undecorated}, "not_frozen"),
-    ({"config": object}, "not_frozen"), ({"config": Outer()}, "not_frozen"),
-    ({"config": Unrelated}, "no_targets"), ({"config": Clashing}, "reserved_field"),
-    ({"build": None}, "no_function"), ({"fields": None}, "no_function"),
-    ({"parse": "text"}, "no_function"), ({"learning_rate": 0}, "bad_rate"),
-    ({"learning_rate": "fast"}, "bad_rate"), ({"name": "Two Words"}, "bad_name"),
-    ({"name": ""}, "bad_name"), ({"name": 5}, "bad_name"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "code"),
+    [
+        ({"config": Thawed}, "not_frozen"),
+        ({"config": Undecorated}, "not_frozen"),
+        ({"config": object}, "not_frozen"),
+        ({"config": Outer()}, "not_frozen"),
+        ({"config": Unrelated}, "no_targets"),
+        ({"config": Clashing}, "reserved_field"),
+        ({"build": None}, "no_function"),
+        ({"fields": None}, "no_function"),
+        ({"parse": "text"}, "no_function"),
+        ({"learning_rate": 0}, "bad_rate"),
+        ({"learning_rate": "fast"}, "bad_rate"),
+        ({"name": "Two Words"}, "bad_name"),
+        ({"name": ""}, "bad_name"),
+        ({"name": 5}, "bad_name"),
+    ],
+)
 def test_a_method_that_could_only_fail_later_is_refused(changes: dict[str, Any], code: str) -> None:
     spec = outer(**changes)
     with pytest.raises(ConfigError) as caught:
@@ -147,10 +164,16 @@ def test_the_peft_type_is_what_the_fields_say() -> None:
     assert spec_of_file("OWN_KIND").name == "outer"
 
 
-@pytest.mark.parametrize(("value", "more"), [
-    ("{m}:SPEC", ""), ("{m}:offer", "def offer():\n    return SPEC"), ("{m}", ""),
-    ("{m}", "register(SPEC)"), ("{m}:offer", "def offer():\n    register(SPEC)"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("value", "more"),
+    [
+        ("{m}:SPEC", ""),
+        ("{m}:offer", "def offer():\n    return SPEC"),
+        ("{m}", ""),
+        ("{m}", "register(SPEC)"),
+        ("{m}:offer", "def offer():\n    register(SPEC)"),
+    ],
+)
 def test_an_entry_point_is_loaded_when_a_method_is_asked_for(site: Site, value: str, more: str) -> None:
     module = f"plugin_{len(value)}_{len(more)}"
     content = PLUGIN + more
@@ -161,10 +184,16 @@ def test_an_entry_point_is_loaded_when_a_method_is_asked_for(site: Site, value: 
     assert environment()["LORALAB_METHODS"] == module
 
 
-@pytest.mark.parametrize("content", [
-    "raise RuntimeError('broken')", "import not_there", "def broken(:", "raise SystemExit(3)",
-    "from outside import outer\nfrom loralab import register\nregister(outer(name='lora'))",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "content",
+    [
+        "raise RuntimeError('broken')",
+        "import not_there",
+        "def broken(:",
+        "raise SystemExit(3)",
+        "from outside import outer\nfrom loralab import register\nregister(outer(name='lora'))",
+    ],
+)
 def test_a_plugin_that_fails_is_named_once_and_the_rest_works(site: Site, content: str) -> None:
     module = f"failing_{abs(hash(content))}"
     site(module, content, module)

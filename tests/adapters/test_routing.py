@@ -92,9 +92,14 @@ def test_only_the_acting_one_learns_from_a_routed_batch() -> None:
 
 @pytest.mark.parametrize(
     ("names", "code"),
-    [([], "invalid_names"), ("narrow", "invalid_names"), (["narow"] * 6, "unknown_adapter"),
-     (["prefix"] * 6, "cannot_route"), ([3] * 6, "unknown_adapter")],
-)  # fmt: skip
+    [
+        ([], "invalid_names"),
+        ("narrow", "invalid_names"),
+        (["narow"] * 6, "unknown_adapter"),
+        (["prefix"] * 6, "cannot_route"),
+        ([3] * 6, "unknown_adapter"),
+    ],
+)
 def test_names_that_cannot_be_routed(model: Any, names: Any, code: str) -> None:
     with pytest.raises((AdapterStateError, ConfigError)) as error, loralab.routed(model, names):
         pass

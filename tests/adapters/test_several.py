@@ -22,12 +22,17 @@ from loralab.adapters.adapter import Adapter
 from loralab.errors import AdapterStateError, ConfigError
 
 METHODS: dict[str, Any] = {
-    "narrow": LoRA(rank=2), "wide": LoRA(rank=5, target_modules=["q_proj", "down_proj"]),
-    "dora": LoRA(rank=3, dora=True), "ia3": IA3(), "series": Bottleneck(width=4),
-    "prefix": Prefix(tokens=3), "prompt": Prompt(tokens=2),
+    "narrow": LoRA(rank=2),
+    "wide": LoRA(rank=5, target_modules=["q_proj", "down_proj"]),
+    "dora": LoRA(rank=3, dora=True),
+    "ia3": IA3(),
+    "series": Bottleneck(width=4),
+    "prefix": Prefix(tokens=3),
+    "prompt": Prompt(tokens=2),
     "head": LoRA(rank=2, modules_to_save=["lm_head"]),
-    "embedding": LoRA(rank=2, target_modules=["embed_tokens"]), "full": FullFineTune(),
-}  # fmt: skip
+    "embedding": LoRA(rank=2, target_modules=["embed_tokens"]),
+    "full": FullFineTune(),
+}
 
 
 @torch.no_grad()
@@ -57,9 +62,10 @@ def solo(name: str | None) -> Tensor:
 @settings(max_examples=25, deadline=None)
 @given(
     st.lists(st.sampled_from(list(METHODS)), min_size=2, max_size=5, unique=True),
-    st.lists(st.tuples(st.sampled_from(["activate", "detach", "merge", "block", "base"]),
-                       st.integers(0, 4)), max_size=12),
-)  # fmt: skip
+    st.lists(
+        st.tuples(st.sampled_from(["activate", "detach", "merge", "block", "base"]), st.integers(0, 4)), max_size=12
+    ),
+)
 def test_whatever_is_done_each_answers_as_if_alone(names: list[str], moves: list[tuple[str, int]]) -> None:
     model = llama()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -198,11 +204,16 @@ def test_while_one_is_merged_nothing_else_acts() -> None:
     one.merge()
     merged = logits(model)
     block: list[Callable[[], Any]] = [
-        lambda: loralab.disabled(model).__enter__(), lambda: two.active().__enter__(),
+        lambda: loralab.disabled(model).__enter__(),
+        lambda: two.active().__enter__(),
         lambda: loralab.routed(model, ["narrow", None]).__enter__(),
-        lambda: loralab.combine(model, {"narrow": 1.0}, name="c"), one.activate, two.activate,
-        two.merge, lambda: attach(model, LoRA(), name="third"), lambda: two.save("nowhere"),
-    ]  # fmt: skip
+        lambda: loralab.combine(model, {"narrow": 1.0}, name="c"),
+        one.activate,
+        two.activate,
+        two.merge,
+        lambda: attach(model, LoRA(), name="third"),
+        lambda: two.save("nowhere"),
+    ]
     for act in block:
         _of("merged", act)
     assert torch.equal(logits(model), merged)

@@ -110,10 +110,7 @@ def test_a_file_with_shells_in_its_names_is_read(config: Any, shell: str, tmp_pa
     expected = logits(model)
     tensors = load_file(tmp_path / "a" / TENSORS)
     start = "base_model.model."
-    save_file(
-        {key.replace(start, start + shell): t for key, t in tensors.items()},
-        tmp_path / "a" / TENSORS,
-    )
+    save_file({key.replace(start, start + shell): t for key, t in tensors.items()}, tmp_path / "a" / TENSORS)
     fields = json.loads((tmp_path / "a" / CONFIG).read_text())
     patterns = {
         name: {shell + key if key.startswith("model") else key: value for key, value in fields[name].items()}
@@ -151,9 +148,7 @@ def test_names_select_through_shells() -> None:
         attach(model, LoRA(rank=2, target_modules=["layers.1.mlp.up_porj"]))
 
 
-def test_ddp_of_several_processes_must_come_after_attaching(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_ddp_of_several_processes_must_come_after_attaching(monkeypatch: pytest.MonkeyPatch) -> None:
     model = DistributedDataParallel(llama())
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     with pytest.raises(AdapterStateError) as caught:

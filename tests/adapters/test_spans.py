@@ -18,16 +18,18 @@ ROWS = ((0, 3), (3, 4), (6, 11))  # rows 4 and 5 have no update
 def factors(out: int, ranks: Sequence[int], dtype: torch.dtype) -> list[tuple[Tensor, Tensor, float]]:
     draw = torch.Generator().manual_seed(out)
     return [
-        (torch.randn(r, 32, generator=draw, dtype=dtype).requires_grad_(),
-         torch.randn(out, r, generator=draw, dtype=dtype).requires_grad_(), 0.5 + r)
+        (
+            torch.randn(r, 32, generator=draw, dtype=dtype).requires_grad_(),
+            torch.randn(out, r, generator=draw, dtype=dtype).requires_grad_(),
+            0.5 + r,
+        )
         for r in ranks
-    ]  # fmt: skip
+    ]
 
 
 def meaning(x: Tensor, base: nn.Linear, own: Sequence[tuple[Tensor, Tensor, float]]) -> Tensor:
     y = base(x)
-    parts = [F.pad(s * x[a:b] @ A.T @ B.T, (0, 0, a, len(x) - b))
-             for (a, b), (A, B, s) in zip(ROWS, own, strict=True)]  # fmt: skip
+    parts = [F.pad(s * x[a:b] @ A.T @ B.T, (0, 0, a, len(x) - b)) for (a, b), (A, B, s) in zip(ROWS, own, strict=True)]
     return y + sum(parts)
 
 
@@ -49,8 +51,10 @@ def test_products_and_gradients_are_the_plain_ones_in_float64() -> None:
 
 def test_second_derivatives_are_those_of_finite_differences() -> None:
     bases = [nn.Linear(3, out, dtype=torch.float64).requires_grad_(False) for out in (4, 2)]
-    leaves = [torch.randn(s, dtype=torch.float64).requires_grad_()
-              for s in ((5, 3), (2, 3), (4, 2), (1, 3), (2, 1), (1, 3), (4, 1))]  # fmt: skip
+    leaves = [
+        torch.randn(s, dtype=torch.float64).requires_grad_()
+        for s in ((5, 3), (2, 3), (4, 2), (1, 3), (2, 1), (1, 3), (4, 1))
+    ]
     mask = (torch.rand(2, 3) > 0.3).double() * 2
 
     def call(x: Tensor, A: Tensor, B: Tensor, A2: Tensor, B2: Tensor, A3: Tensor, B3: Tensor) -> Any:

@@ -86,9 +86,7 @@ def test_a_name_that_selects_nothing_is_an_error(options: dict[str, Any], messag
 def test_expressions_exclusions_and_layers() -> None:
     model = llama()
     names = target_names(model, LoRA(target_modules=r".*\.(q|v)_proj", layers=[0, 2]))
-    assert [(layer_number(n), n[-6:]) for n in names] == [
-        (0, "q_proj"), (0, "v_proj"), (2, "q_proj"), (2, "v_proj"),
-    ]  # fmt: skip
+    assert [(layer_number(n), n[-6:]) for n in names] == [(0, "q_proj"), (0, "v_proj"), (2, "q_proj"), (2, "v_proj")]
     assert ends(model, exclude_modules=["down_proj", "q_proj"]) == (LLAMA_ATTENTION | LLAMA_MLP) - {
         "down_proj",
         "q_proj",
@@ -137,10 +135,13 @@ def count(model: Any, **options: Any) -> int:
     [
         (24, 1024, 4, 393_216),  # GPT-2 medium
         (36, 1280, 4, 737_280),  # GPT-2 large
-        (96, 12288, 1, 4_718_592), (96, 12288, 2, 9_437_184), (96, 12288, 4, 18_874_368),
-        (96, 12288, 8, 37_748_736), (96, 12288, 64, 301_989_888),  # GPT-3 175B
+        (96, 12288, 1, 4_718_592),
+        (96, 12288, 2, 9_437_184),
+        (96, 12288, 4, 18_874_368),
+        (96, 12288, 8, 37_748_736),
+        (96, 12288, 64, 301_989_888),  # GPT-3 175B
     ],
-)  # fmt: skip
+)
 def test_parameters_of_the_lora_paper(layers: int, width: int, rank: int, expected: int) -> None:
     with torch.device("meta"):
         model = Projections(layers, width)
@@ -150,9 +151,12 @@ def test_parameters_of_the_lora_paper(layers: int, width: int, rank: int, expect
 @pytest.mark.parametrize(("width", "layers", "expected"), [(768, 12, 294_912), (1024, 24, 786_432)])
 def test_parameters_on_roberta(width: int, layers: int, expected: int) -> None:
     config = RobertaConfig(
-        hidden_size=width, num_hidden_layers=layers, num_attention_heads=width // 64,
-        intermediate_size=4 * width, vocab_size=50265,
-    )  # fmt: skip
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 64,
+        intermediate_size=4 * width,
+        vocab_size=50265,
+    )
     with torch.device("meta"):
         model = RobertaForSequenceClassification(config)
     assert count(model, rank=8, target_modules=["query", "value"]) == expected
@@ -160,9 +164,14 @@ def test_parameters_on_roberta(width: int, layers: int, expected: int) -> None:
 
 def test_parameters_on_llama_3b_with_grouped_queries() -> None:
     config = LlamaConfig(
-        hidden_size=3072, num_hidden_layers=28, num_attention_heads=24, num_key_value_heads=8,
-        intermediate_size=8192, vocab_size=128256, head_dim=128,
-    )  # fmt: skip
+        hidden_size=3072,
+        num_hidden_layers=28,
+        num_attention_heads=24,
+        num_key_value_heads=8,
+        intermediate_size=8192,
+        vocab_size=128256,
+        head_dim=128,
+    )
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
     assert count(model, rank=32, target_modules=["q_proj", "v_proj"]) == 9_175_040
@@ -170,14 +179,18 @@ def test_parameters_on_llama_3b_with_grouped_queries() -> None:
 
 @pytest.mark.parametrize(
     ("rank", "everywhere", "q_and_v"),
-    [(1, 305_280, 57_600), (4, 1_221_120, 230_400), (8, 2_442_240, 460_800),
-     (64, 19_537_920, 3_686_400)],
-)  # fmt: skip
+    [(1, 305_280, 57_600), (4, 1_221_120, 230_400), (8, 2_442_240, 460_800), (64, 19_537_920, 3_686_400)],
+)
 def test_parameters_on_smollm2(rank: int, everywhere: int, q_and_v: int) -> None:
     config = LlamaConfig(
-        hidden_size=576, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
-        intermediate_size=1536, vocab_size=49152, tie_word_embeddings=True,
-    )  # fmt: skip
+        hidden_size=576,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        intermediate_size=1536,
+        vocab_size=49152,
+        tie_word_embeddings=True,
+    )
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
     adapter = attach(model, LoRA(rank=rank))
@@ -214,8 +227,9 @@ def test_parameters_on_a_small_vit_with_a_head_for_100_classes() -> None:
 
 @pytest.mark.parametrize(("rank", "expected"), [(8, 1_327_104), (2, 331_776)])
 def test_parameters_on_deberta_base(rank: int, expected: int) -> None:
-    config = DebertaV2Config(hidden_size=768, num_hidden_layers=12, num_attention_heads=12,
-                             intermediate_size=3072, vocab_size=8)  # fmt: skip
+    config = DebertaV2Config(
+        hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072, vocab_size=8
+    )
     with torch.device("meta"):
         model = DebertaV2Model(config)
     assert count(model, rank=rank, target_modules="all-linear") == expected

@@ -41,9 +41,11 @@ def both_ways(check: Callable[[], None]) -> None:
 
 
 shapes: dict[str, Any] = {
-    "rows": st.integers(1, 70), "width": st.sampled_from([32, 48, 96, 160]),
-    "rank": st.integers(1, 70), "turned": st.booleans(),
-}  # fmt: skip
+    "rows": st.integers(1, 70),
+    "width": st.sampled_from([32, 48, 96, 160]),
+    "rank": st.integers(1, 70),
+    "turned": st.booleans(),
+}
 
 
 @settings(max_examples=60, deadline=None)

@@ -53,9 +53,12 @@ def test_a_weight_that_is_computed_at_each_call_is_adapted_and_not_merged(kind: 
 @pytest.mark.parametrize("kind", COMPUTED)
 @pytest.mark.parametrize(
     "config",
-    [LoRA(rank=2, target_modules=("0",)), AdaLoRA(rank=4, target_rank=2, target_modules=("0",)),
-     IA3(target_modules=("0",), feedforward_modules=("0",))],
-)  # fmt: skip
+    [
+        LoRA(rank=2, target_modules=("0",)),
+        AdaLoRA(rank=4, target_rank=2, target_modules=("0",)),
+        IA3(target_modules=("0",), feedforward_modules=("0",)),
+    ],
+)
 def test_a_linear_layer_with_such_a_weight_is_refused_by_name(kind: str, config: Any) -> None:
     model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)).eval()
     COMPUTED[kind](model[0])

@@ -16,26 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from loralab.adapters.folder import (
-    CONFIG,
-    RECORD,
-    TENSORS,
-    content_digest,
-    read_json,
-    update_record,
-    write_json,
-)
+from loralab.adapters.folder import CONFIG, RECORD, TENSORS, content_digest, read_json, update_record, write_json
 from loralab.artefacts import certificate
 from loralab.artefacts.certificate import REFERENCE, certify, compare_afresh, file_digests, verify
-from loralab.artefacts.comparison import (
-    KEPT,
-    TOLERANCES,
-    Certificate,
-    Reference,
-    compare,
-    logits_of,
-    reference_of,
-)
+from loralab.artefacts.comparison import KEPT, TOLERANCES, Certificate, Reference, compare, logits_of, reference_of
 from loralab.artefacts.live import bring_to_life
 from loralab.artefacts.merge import merge
 from loralab.errors import AdapterFileError, BaseMismatchWarning, CertificateError
@@ -305,9 +289,8 @@ def answered(path: Path, place: Path, device: str) -> Certificate:
 
 @pytest.mark.usefixtures("in_this_process")
 def test_the_reloaded_model_computes_where_the_live_one_did(
-    make_adapter: MakeAdapter, tiny_llama_folder: Path, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    make_adapter: MakeAdapter, tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = make_adapter(tiny_llama_folder)
     live = bring_to_life(path)
     reference_of(live.base.model, PROMPTS, CAUSAL).save(tmp_path / "request")

@@ -8,16 +8,7 @@ import pytest
 
 from loralab.adapters import folder
 from loralab.adapters.folder import RECORD
-from loralab.adapters.methods import (
-    IA3,
-    AdaLoRA,
-    BitFit,
-    Bottleneck,
-    FullFineTune,
-    LoRA,
-    Prefix,
-    Prompt,
-)
+from loralab.adapters.methods import IA3, AdaLoRA, BitFit, Bottleneck, FullFineTune, LoRA, Prefix, Prompt
 from loralab.artefacts.engines import allowed_rank, check
 from loralab.artefacts.export import export
 from loralab.artefacts.prepared import prepare
@@ -124,14 +115,14 @@ def test_the_exit_code_says_whether_it_goes_as_it_is(
 
 
 def test_a_store_is_prepared_once(
-    make_adapter: MakeAdapter, tiny_llama_folder: Path, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    make_adapter: MakeAdapter, tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("LORALAB_CACHE", str(tmp_path / "cache"))
     methods: dict[str, Any] = {
-        "uneven": LoRA(rank=2, rank_pattern={"v_proj": 17}), "prompt": Prompt(tokens=2),
+        "uneven": LoRA(rank=2, rank_pattern={"v_proj": 17}),
+        "prompt": Prompt(tokens=2),
         "plain": LoRA(rank=1),
-    }  # fmt: skip
+    }
     given = {name: make_adapter(tiny_llama_folder, m, name=name) for name, m in methods.items()}
     (tmp_path / "broken").mkdir()
     found = prepare({**given, "broken": tmp_path / "broken"}, str(tiny_llama_folder))

@@ -53,16 +53,19 @@ def test_peft_reads_the_export_and_gives_the_same_logits(
     make_adapter: MakeAdapter, tiny_gpt2_folder: Path, tmp_path: Path
 ) -> None:
     config = LoRA(
-        rank=4, alpha=3, scaling="alpha/sqrt(r)", init="pissa",
-        rank_pattern={"c_fc": 2}, alpha_pattern={r"h\.1\.attn\.c_attn": 9},
-    )  # fmt: skip
+        rank=4,
+        alpha=3,
+        scaling="alpha/sqrt(r)",
+        init="pissa",
+        rank_pattern={"c_fc": 2},
+        alpha_pattern={r"h\.1\.attn\.c_attn": 9},
+    )
     adapter = make_adapter(tiny_gpt2_folder, config)
     export(adapter, tmp_path / "out", to="peft")
     assert read_json(tmp_path / "out" / CONFIG)["base_model_name_or_path"] == str(tiny_gpt2_folder)
     torch.testing.assert_close(
-        logits_in_peft(tiny_gpt2_folder, tmp_path / "out"), live_logits(adapter),
-        rtol=1e-5, atol=1e-5,
-    )  # fmt: skip
+        logits_in_peft(tiny_gpt2_folder, tmp_path / "out"), live_logits(adapter), rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.usefixtures("in_this_process")
@@ -115,9 +118,8 @@ def test_classes_without_names_are_numbered(make_adapter: MakeAdapter, tiny_bert
 @pytest.mark.usefixtures("in_this_process")
 @pytest.mark.parametrize("target", TARGETS)
 def test_an_export_that_differs_is_not_published(
-    make_adapter: MakeAdapter, tiny_llama_folder: Path, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch, target: str,
-) -> None:  # fmt: skip
+    make_adapter: MakeAdapter, tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str
+) -> None:
     adapter = make_adapter(tiny_llama_folder)
     _reload_without_adapter(monkeypatch)
     with pytest.raises(CertificateError, match=r"out\.rejected"):

@@ -105,9 +105,8 @@ def test_a_file_is_asked_for_as_a_folder(tmp_path: Path) -> None:
 
 
 def test_without_the_package_it_says_how_to_get_it(
-    make_adapter: MakeAdapter, tiny_llama_folder: Path, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    make_adapter: MakeAdapter, tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     adapter = make_adapter(tiny_llama_folder)
     missing: Any = None
     monkeypatch.setitem(sys.modules, "gguf", missing)

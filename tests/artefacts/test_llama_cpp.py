@@ -19,10 +19,7 @@ from loralab.models.load import load
 
 LLAMA = os.environ.get("LORALAB_LLAMA_PYTHON", "")
 TEXTS = ("The capital of France is", "Once upon a time there was a", "def add(a, b):\n    return")
-UNEVEN = LoRA(
-    rank=8, rank_pattern={"v_proj": 4, "down_proj": 3},
-    alpha_pattern={r"layers\.3\.self_attn\.q_proj": 7},
-)  # fmt: skip
+UNEVEN = LoRA(rank=8, rank_pattern={"v_proj": 4, "down_proj": 3}, alpha_pattern={r"layers\.3\.self_attn\.q_proj": 7})
 NEW = 24
 # llama.cpp rounds to half precision in places: its base alone differs by up to 9e-3 from ours, and
 # rows of B that are not moved make 0.1
@@ -73,11 +70,11 @@ def unpacked(file: Path, to: Path) -> Path:
 
 
 def theirs(model: Path, adapter: Path | None, prompts: list[list[int]], answer: Path) -> Any:
-    asked = {"model": str(model), "adapter": str(adapter or ""), "prompts": prompts, "new": NEW,
-             "answer": str(answer)}  # fmt: skip
+    asked = {"model": str(model), "adapter": str(adapter or ""), "prompts": prompts, "new": NEW, "answer": str(answer)}
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    subprocess.run([LLAMA, "-c", ASK], input=json.dumps(asked), text=True, check=True,
-                   env=environment, capture_output=True)  # fmt: skip
+    subprocess.run(
+        [LLAMA, "-c", ASK], input=json.dumps(asked), text=True, check=True, env=environment, capture_output=True
+    )
     return json.loads(answer.read_text())
 
 
@@ -111,9 +108,7 @@ def test_llama_cpp_computes_what_our_model_does(tmp_path: Path) -> None:
     with_it = ours(base.model, prompts)
     adapter.detach()
     without = ours(base.model, prompts)
-    for written, expected, other in (
-        (None, without, with_it), (tmp_path / "out" / "adapter.gguf", with_it, without),
-    ):  # fmt: skip
+    for written, expected, other in ((None, without, with_it), (tmp_path / "out" / "adapter.gguf", with_it, without)):
         found = theirs(file, written, prompts, tmp_path / "answer.json")
         for (tokens, first), (own, values), (_, wrong) in zip(found, expected, other, strict=True):
             places = torch.tensor([int(token) for token in first])

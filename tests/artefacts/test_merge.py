@@ -90,9 +90,8 @@ def test_a_merged_model_is_complete_and_proven_by_a_fresh_process(
     ids=["neither", "head", "trained-head", "trained-embedding", "both-trained"],
 )
 def test_tied_embeddings_stay_tied_unless_one_was_adapted(
-    make_adapter: MakeAdapter, tiny_llama_folder: Path, tmp_path: Path,
-    config: LoRA, stays_tied: bool,
-) -> None:  # fmt: skip
+    make_adapter: MakeAdapter, tiny_llama_folder: Path, tmp_path: Path, config: LoRA, stays_tied: bool
+) -> None:
     adapter = make_adapter(tiny_llama_folder, config)
     merge(adapter, tmp_path / "out")
     torch.testing.assert_close(merged_logits(tmp_path / "out", adapter), unmerged_logits(adapter))
@@ -129,9 +128,8 @@ def test_a_classifier_keeps_its_trained_head_and_label_names(
     make_adapter: MakeAdapter, tiny_bert_folder: Path, tmp_path: Path
 ) -> None:
     adapter = make_adapter(
-        tiny_bert_folder, LoRA(rank=2, modules_to_save=["classifier"]),
-        kind=CLASSIFIER, labels=["no", "maybe", "yes"],
-    )  # fmt: skip
+        tiny_bert_folder, LoRA(rank=2, modules_to_save=["classifier"]), kind=CLASSIFIER, labels=["no", "maybe", "yes"]
+    )
     merge(adapter, tmp_path / "out")
     merged: Any = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
     assert merged.config.id2label == {0: "no", 1: "maybe", 2: "yes"}
@@ -145,9 +143,8 @@ def test_a_new_head_that_was_not_trained_comes_back_from_its_seed(
     make_adapter: MakeAdapter, tiny_bert_folder: Path, tmp_path: Path
 ) -> None:
     adapter = make_adapter(
-        tiny_bert_folder, LoRA(rank=2, target_modules=["query"]),
-        kind=CLASSIFIER, labels=["a", "b"], seed=3,
-    )  # fmt: skip
+        tiny_bert_folder, LoRA(rank=2, target_modules=["query"]), kind=CLASSIFIER, labels=["a", "b"], seed=3
+    )
     assert merge(adapter, tmp_path / "out").passed
     trained_on = load(str(tiny_bert_folder), kind=CLASSIFIER, labels=["a", "b"], seed=3).model
     merged: Any = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
@@ -179,9 +176,8 @@ def test_the_precision_of_the_training_is_the_default(
 @pytest.mark.usefixtures("in_this_process")
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_a_merge_that_lost_the_adapter_is_not_published(
-    make_adapter: MakeAdapter, tiny_llama_folder: Path, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch, precision: str,
-) -> None:  # fmt: skip
+    make_adapter: MakeAdapter, tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
     def as_if_nothing_was_trained(adapter: Adapter) -> nn.Module:
         return adapter.detach()
 
@@ -250,9 +246,15 @@ def wide_adapter(place: Path, save: Any, size: float, precision: str = "bf16") -
     """A QLoRA adapter, of an update of some relative size, on a Llama of whole 4-bit blocks."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, vocab_size=100, tie_word_embeddings=True, eos_token_id=2,
-    )  # fmt: skip
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=100,
+        tie_word_embeddings=True,
+        eos_token_id=2,
+    )
     folder = save("wide", LlamaForCausalLM(config), True)
     base = load(str(folder), dtype=torch.bfloat16)
     pack(base.model, "nf4", "")
@@ -261,8 +263,10 @@ def wide_adapter(place: Path, save: Any, size: float, precision: str = "bf16") -
         torch.nn.init.normal_(module.lora_B)
         length = size * module.base.dequantize().norm() / module.delta().norm()
         module.lora_B.data.mul_(length)
-    record = {"base": {"name": str(folder), "kind": CAUSAL, "precision": precision,
-                       "quantize": "nf4"}, "sample": [[5, 6, 7, 8], [9, 10, 11]]}  # fmt: skip
+    record = {
+        "base": {"name": str(folder), "kind": CAUSAL, "precision": precision, "quantize": "nf4"},
+        "sample": [[5, 6, 7, 8], [9, 10, 11]],
+    }
     return adapter.save(place, record)
 
 
@@ -288,19 +292,33 @@ def test_4_bits_again_are_refused_where_they_lose_the_update(tmp_path: Path, sav
     assert len(record["retained"]) == 14
     assert max(record["retained"].values()) < 0.9
     size = sum(f.stat().st_size for f in (tmp_path / "out").glob("*.safetensors"))
-    assert size < 0.6 * sum(p.numel() * 2 for p in LlamaForCausalLM(
-        LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-                    num_attention_heads=4, num_key_value_heads=2, vocab_size=100,
-                    tie_word_embeddings=True)
-    ).parameters())  # fmt: skip
+    assert size < 0.6 * sum(
+        p.numel() * 2
+        for p in LlamaForCausalLM(
+            LlamaConfig(
+                hidden_size=64,
+                intermediate_size=128,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                vocab_size=100,
+                tie_word_embeddings=True,
+            )
+        ).parameters()
+    )
 
 
 def test_what_cannot_be_merged_says_so_before_it_works(tmp_path: Path, save_tiny: Any) -> None:
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, vocab_size=100, eos_token_id=2,
-    )  # fmt: skip
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=100,
+        eos_token_id=2,
+    )
     folder = save_tiny("wide", LlamaForCausalLM(config), True)
     base = load(str(folder))
     for method in (Prefix(), Bottleneck()):

@@ -21,10 +21,13 @@ from loralab.models.kinds import CAUSAL
 
 MakeAdapter = Callable[..., Path]
 UNEVEN = LoRA(
-    rank=4, alpha=3, scaling="alpha/sqrt(r)", rank_pattern={"v_proj": 2, "down_proj": 1},
+    rank=4,
+    alpha=3,
+    scaling="alpha/sqrt(r)",
+    rank_pattern={"v_proj": 2, "down_proj": 1},
     alpha_pattern={r"layers\.1\.self_attn\.q_proj": 9},
     target_modules=["q_proj", "v_proj", "down_proj", "embed_tokens"],
-)  # fmt: skip
+)
 
 
 def test_every_product_stays_and_the_rank_is_one(
@@ -66,9 +69,8 @@ def test_the_export_for_vllm_computes_the_same_by_r_and_alpha_alone(
     theirs: Any = peft.PeftModel.from_pretrained(model, str(tmp_path / "out"))
     sample = live.stored.record["sample"]
     torch.testing.assert_close(
-        logits_of(theirs.eval(), sample, CAUSAL), logits_of(live.base.model, sample, CAUSAL),
-        rtol=1e-5, atol=1e-5,
-    )  # fmt: skip
+        logits_of(theirs.eval(), sample, CAUSAL), logits_of(live.base.model, sample, CAUSAL), rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # peft's own
@@ -76,9 +78,13 @@ def test_the_export_for_vllm_computes_the_same_by_r_and_alpha_alone(
 def test_an_adalora_of_peft_becomes_a_lora(tiny_llama_folder: Path, tmp_path: Path) -> None:
     model: Any = AutoModelForCausalLM.from_pretrained(tiny_llama_folder)
     config = peft.AdaLoraConfig(
-        init_r=3, target_r=2, total_step=10, target_modules=["q_proj", "up_proj"],
-        task_type="CAUSAL_LM", init_lora_weights=False,
-    )  # fmt: skip
+        init_r=3,
+        target_r=2,
+        total_step=10,
+        target_modules=["q_proj", "up_proj"],
+        task_type="CAUSAL_LM",
+        init_lora_weights=False,
+    )
     peft.get_peft_model(model, config).save_pretrained(tmp_path / "theirs")  # type: ignore[arg-type]
     assert export(tmp_path / "theirs", tmp_path / "out", to="vllm").passed
     assert read_json(tmp_path / "out" / CONFIG)["peft_type"] == "LORA"

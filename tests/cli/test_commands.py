@@ -28,9 +28,22 @@ def trained(tiny_llama_folder: Path, sums_file: Path, tmp_path: Path) -> Path:
 
 def arguments(model: Path, data: Path, output: Path, *more: str) -> list[str]:
     return [
-        "train", "--model", str(model), "--data", str(data), "--output-dir", str(output),
-        "--max-steps", "4", "--batch-size", "4", "--rank", "2", "--quiet", *more,
-    ]  # fmt: skip
+        "train",
+        "--model",
+        str(model),
+        "--data",
+        str(data),
+        "--output-dir",
+        str(output),
+        "--max-steps",
+        "4",
+        "--batch-size",
+        "4",
+        "--rank",
+        "2",
+        "--quiet",
+        *more,
+    ]
 
 
 def printed(capsys: pytest.CaptureFixture[str]) -> Any:
@@ -42,12 +55,24 @@ def test_every_command_on_a_run(
     trained: Path, sums_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     capsys.readouterr()
-    assert run(["evaluate", "--data", str(sums_file), "--adapter", str(trained), "--json",
-                "--predictions", str(tmp_path / "p.jsonl")]) == 0  # fmt: skip
+    assert (
+        run(
+            [
+                "evaluate",
+                "--data",
+                str(sums_file),
+                "--adapter",
+                str(trained),
+                "--json",
+                "--predictions",
+                str(tmp_path / "p.jsonl"),
+            ]
+        )
+        == 0
+    )
     assert printed(capsys)["metrics"]["loss"] > 0
     assert len((tmp_path / "p.jsonl").read_text().splitlines()) > 1
-    assert run(["generate", "good film", "--adapter", str(trained), "--max-new-tokens", "3",
-                "--json"]) == 0  # fmt: skip
+    assert run(["generate", "good film", "--adapter", str(trained), "--max-new-tokens", "3", "--json"]) == 0
     assert set(printed(capsys)[0]["answers"]) == {"base", str(trained)}
     assert run(["merge", str(trained), str(tmp_path / "m"), "--json"]) == 0
     assert printed(capsys)["passed"]
@@ -65,9 +90,12 @@ def test_every_command_on_a_run(
 
 
 def test_what_can_be_done_next_can_be_typed(
-    tiny_llama_folder: Path, sums_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    tiny_llama_folder: Path,
+    sums_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     output = tmp_path / "it's $HOME; a run"
     assert run(arguments(tiny_llama_folder, sums_file, output)) == 0
     lines = capsys.readouterr().out.split("next:\n")[1].splitlines()
@@ -77,17 +105,16 @@ def test_what_can_be_done_next_can_be_typed(
     assert commands[2][3] == f"{output}-merged"
     rows: list[tuple[str, str]] = []
     monkeypatch.setattr("loralab.cli.artefacts.print_table", lambda _, found: rows.extend(found))
-    verdict = Verdict(target="vllm", obstacles=(
-        Obstacle(what="x", way_out="export"), Obstacle(what="y", way_out="merge"),
-    ))  # fmt: skip
+    verdict = Verdict(
+        target="vllm", obstacles=(Obstacle(what="x", way_out="export"), Obstacle(what="y", way_out="merge"))
+    )
     artefacts._show_verdict(output, verdict)
     assert shlex.split(rows[1][1])[2] == shlex.split(rows[2][1])[2] == str(output)
 
 
 def test_an_evaluation_says_which_rows_it_scored(
-    trained: Path, tiny_llama_folder: Path, sums_file: Path, tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    trained: Path, tiny_llama_folder: Path, sums_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     other = tmp_path / "other.jsonl"
     other.write_text('{"prompt": "good film 7", "completion": "bad"}\n' * 5)
     capsys.readouterr()
@@ -125,8 +152,7 @@ def test_the_configuration_of_a_run_repeats_it(trained: Path, tmp_path: Path) ->
     assert run(["train", "--config", config, "--output-dir", str(again), "--quiet"]) == 0
     name = "adapter_model.safetensors"
     assert (again / name).read_bytes() == (trained / name).read_bytes()
-    assert run(["train", "--config", config, "--output-dir", str(tmp_path / "other"), "--quiet",
-                "--rank", "3"]) == 0  # fmt: skip
+    assert run(["train", "--config", config, "--output-dir", str(tmp_path / "other"), "--quiet", "--rank", "3"]) == 0
     assert (tmp_path / "other" / name).read_bytes() != (trained / name).read_bytes()
 
 
@@ -134,8 +160,17 @@ def test_flags_become_fields(
     tiny_gpt2_folder: Path, sums_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "run"
-    more = ["--target-modules", "c_attn,c_fc", "--rank-pattern", "c_fc=3", "--layers", "0,1",
-            "--no-by-length", "--modules-to-save", "lm_head"]  # fmt: skip
+    more = [
+        "--target-modules",
+        "c_attn,c_fc",
+        "--rank-pattern",
+        "c_fc=3",
+        "--layers",
+        "0,1",
+        "--no-by-length",
+        "--modules-to-save",
+        "lm_head",
+    ]
     assert run(arguments(tiny_gpt2_folder, sums_file, output, *more)) == 0
     record = json.loads((output / "loralab.json").read_text())
     method, training = record["method"], record["training"]
@@ -178,13 +213,20 @@ BAD = [
 
 @pytest.mark.parametrize(("command", "message"), BAD)
 def test_bad_input_is_one_line_exit_2_and_nothing_written(
-    command: list[str], message: str, tiny_llama_folder: Path, sums_file: Path, tmp_path: Path,
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    command: list[str],
+    message: str,
+    tiny_llama_folder: Path,
+    sums_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     files = {
-        "empty": ("empty.jsonl", ""), "broken": ("broken.jsonl", '{"text": "a"}\n{"text": \n'),
-        "columns": ("columns.csv", "review,stars\na,b\n"), "keys": ("keys.toml", "rnak = 3\n"),
-    }  # fmt: skip
+        "empty": ("empty.jsonl", ""),
+        "broken": ("broken.jsonl", '{"text": "a"}\n{"text": \n'),
+        "columns": ("columns.csv", "review,stars\na,b\n"),
+        "keys": ("keys.toml", "rnak = 3\n"),
+    }
     places = {"data": str(sums_file)}
     for name, (file, content) in files.items():
         (tmp_path / file).write_text(content)
@@ -259,8 +301,7 @@ def test_sigterm_is_ctrl_c(ignored: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    "error",
-    [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")],
+    "error", [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")]
 )
 def test_memory_that_ran_out_is_said_so(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
     assert _ended(error) == 1
@@ -282,9 +323,20 @@ def test_every_command_is_a_function_of_the_same_word() -> None:
 
     words = set(get_command(app).commands) - {"models", "tasks"}  # type: ignore[attr-defined]
     assert words >= {
-        "train", "plan", "evaluate", "generate", "merge", "export", "check", "verify", "inspect",
-        "study", "report", "recommend", "serve",
-    }  # fmt: skip
+        "train",
+        "plan",
+        "evaluate",
+        "generate",
+        "merge",
+        "export",
+        "check",
+        "verify",
+        "inspect",
+        "study",
+        "report",
+        "recommend",
+        "serve",
+    }
     for word in words:
         function = getattr(loralab, word)
         assert inspect.isfunction(function) and function.__name__ == word

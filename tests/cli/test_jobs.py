@@ -52,9 +52,7 @@ def printed(capsys: pytest.CaptureFixture[str]) -> Any:
 def test_each_job_is_a_run_of_its_own(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["train", "--jobs", str(file), "--json"]) == 0
     jobs = printed(capsys)
-    assert [(job["name"], job["steps"]) for job in jobs] == [
-        ("first", 4), ("second", 2), ("third", 4),
-    ]  # fmt: skip
+    assert [(job["name"], job["steps"]) for job in jobs] == [("first", 4), ("second", 2), ("third", 4)]
     assert all(job["certificate"]["passed"] for job in jobs)
     config = tomllib.loads((tmp_path / "runs" / "second" / "config.toml").read_text())
     assert (config["init"], config["seed"], config["rank"]) == ("pissa", 3, 2)
@@ -62,8 +60,7 @@ def test_each_job_is_a_run_of_its_own(file: Path, tmp_path: Path, capsys: pytest
     capsys.readouterr()
     # its config.toml repeats it, by itself
     stored = tmp_path / "runs" / "first" / "config.toml"
-    assert run(["train", "--config", str(stored), "--output-dir", str(tmp_path / "again"),
-                "--json"]) == 0  # fmt: skip
+    assert run(["train", "--config", str(stored), "--output-dir", str(tmp_path / "again"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["validation"]["loss"] == pytest.approx(
         jobs[0]["validation"]["loss"], rel=1e-4
     )
@@ -75,8 +72,7 @@ def test_each_job_is_a_run_of_its_own(file: Path, tmp_path: Path, capsys: pytest
 
 def test_what_is_typed_overrides_what_is_common(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     place = tmp_path / "others"
-    assert run(["train", "--jobs", str(file), "--output-dir", str(place), "--max-steps", "3",
-                "--dropout", "0.1"]) == 0  # fmt: skip
+    assert run(["train", "--jobs", str(file), "--output-dir", str(place), "--max-steps", "3", "--dropout", "0.1"]) == 0
     said = capsys.readouterr()
     assert "first: step 3/3" in said.err
     assert "second: step 2/2" in said.err  # its own field is above both
@@ -105,9 +101,8 @@ def test_what_is_typed_overrides_what_is_common(file: Path, tmp_path: Path, caps
     ],
 )
 def test_what_is_wrong_is_said_before_anything_is_written(
-    file: Path, tmp_path: Path, change: tuple[str, str], message: str,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    file: Path, tmp_path: Path, change: tuple[str, str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     import re
 
     file.write_text(file.read_text().replace(*change))
@@ -128,9 +123,8 @@ def test_a_file_and_a_place_are_needed(file: Path, tmp_path: Path, capsys: pytes
 
 
 def test_a_job_that_fails_is_told_at_the_end_and_the_others_are_saved(
-    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from loralab.training import run as run_module
 
     certify = run_module.certify
@@ -163,8 +157,7 @@ def test_a_jobs_file_is_two_layers(tmp_path: Path) -> None:
 
 def test_bars_stand_below_each_other_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    step = {"kind": "step", "step": 1, "steps": 2, "loss": 1.0, "tokens_per_second": 9.0,
-            "seconds_left": 3.0}  # fmt: skip
+    step = {"kind": "step", "step": 1, "steps": 2, "loss": 1.0, "tokens_per_second": 9.0, "seconds_left": 3.0}
     with JobLines(2) as lines:
         for name in ("a", "b", "a"):
             lines({**step, "job": name})

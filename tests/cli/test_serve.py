@@ -27,9 +27,8 @@ def served(model: Path, *more: str) -> Iterator[tuple[Forked, str]]:
     """A server in a process of its own, and the first line it says."""
     arguments = ["serve", "--model", str(model), "--store", ".", "--port", "0", *more]
     process = Subprocess().Popen(
-        [sys.executable, str(SERVER), *arguments], cwd=TESTS, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+        [sys.executable, str(SERVER), *arguments], cwd=TESTS, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
     assert process.stdout is not None
     try:
         yield process, process.stdout.readline()
@@ -40,10 +39,7 @@ def served(model: Path, *more: str) -> Iterator[tuple[Forked, str]]:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_server_after_the_last_answer(number: int, tiny_llama_folder: Path) -> None:
-    with served(tiny_llama_folder, "--adapter", "sst=a", "--pin", "sst", "--json") as (
-        process,
-        said,
-    ):
+    with served(tiny_llama_folder, "--adapter", "sst=a", "--pin", "sst", "--json") as (process, said):
         ready = json.loads(said)
         assert ready["adapters"] == ["sst"]
         assert ready["model"] == "tiny"
@@ -164,14 +160,42 @@ def test_a_real_adapter_is_served_loaded_and_taken_out(
     tiny_llama_folder: Path, sums_file: Path, tmp_path: Path
 ) -> None:
     store = tmp_path / "store"
-    train = ["train", "--model", str(tiny_llama_folder), "--data", str(sums_file), "--rank", "2",
-             "--max-steps", "4", "--quiet", "--output-dir"]  # fmt: skip
+    train = [
+        "train",
+        "--model",
+        str(tiny_llama_folder),
+        "--data",
+        str(sums_file),
+        "--rank",
+        "2",
+        "--max-steps",
+        "4",
+        "--quiet",
+        "--output-dir",
+    ]
     assert run([*train, str(store / "sums")]) == 0
     process = Subprocess().Popen(
-        [sys.executable, "-m", "loralab", "serve", "--model", str(tiny_llama_folder), "--store",
-         str(store), "--port", "0", "--cache-memory", "10MB", "--precision", "fp32", "--json"],
-        text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "loralab",
+            "serve",
+            "--model",
+            str(tiny_llama_folder),
+            "--store",
+            str(store),
+            "--port",
+            "0",
+            "--cache-memory",
+            "10MB",
+            "--precision",
+            "fp32",
+            "--json",
+        ],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     try:
         assert process.stdout is not None
         ready = json.loads(process.stdout.readline())

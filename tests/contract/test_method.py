@@ -114,14 +114,7 @@ def test_training_moves_every_tensor_and_nothing_else(variant: str, name: str) -
     still = [n for n, p in adapter.named_parameters().items() if torch.equal(p, started[n])]
     # softmax does not see a shift that is the same for all keys; nor these losses other positions
     # AdaLoRA's lambda goes back to zero where it is pruned
-    unseen = (
-        "lora_E",
-        "key.bias",
-        "k_proj.bias",
-        "position_embeddings.weight",
-        "token_type",
-        "pooler",
-    )
+    unseen = ("lora_E", "key.bias", "k_proj.bias", "position_embeddings.weight", "token_type", "pooler")
     assert [n for n in still if not any(end in n for end in unseen)] == []
     frozen = [p for p in adapter.model.parameters() if not p.requires_grad]
     assert all(torch.equal(a, b) for a, b in zip(base, frozen, strict=True))

@@ -132,9 +132,27 @@ def test_it_is_trained_certified_and_merged_from_the_command_line(
     tiny_llama_folder: Path, sums_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output, merged = tmp_path / "run", tmp_path / "merged"
-    common = ["--model", str(tiny_llama_folder), "--data", str(sums_file), "--method", "vera",
-              "--rank", "4", "--d-initial", "0.2", "--no-save-projection", "--max-steps", "4",
-              "--batch-size", "4", "--max-length", "64", "--precision", "fp32"]  # fmt: skip
+    common = [
+        "--model",
+        str(tiny_llama_folder),
+        "--data",
+        str(sums_file),
+        "--method",
+        "vera",
+        "--rank",
+        "4",
+        "--d-initial",
+        "0.2",
+        "--no-save-projection",
+        "--max-steps",
+        "4",
+        "--batch-size",
+        "4",
+        "--max-length",
+        "64",
+        "--precision",
+        "fp32",
+    ]
     assert run(["plan", *common, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["trainable"] > 0
     assert run(["train", *common, "--output-dir", str(output), "--quiet", "--json"]) == 0

@@ -24,9 +24,20 @@ from loralab.training.record import LOG, read_metrics
 RUN_FILES = (folder.TENSORS, folder.CONFIG, folder.RECORD, "config.toml")
 STEPS = 40
 TRAIN = [
-    "--max-steps", STEPS, "--save-every", 3, "--batch-size", 4, "--evaluate-every", 7,
-    "--dropout", 0.2, "--rank", 2, "--quiet",
-]  # fmt: skip
+    "--max-steps",
+    STEPS,
+    "--save-every",
+    3,
+    "--batch-size",
+    4,
+    "--evaluate-every",
+    7,
+    "--dropout",
+    0.2,
+    "--rank",
+    2,
+    "--quiet",
+]
 JOBS = """
 [[job]]
 name = "a"
@@ -153,9 +164,8 @@ class Case:
         return tally
 
     def struck(
-        self, disaster: Disaster, place: Path, more: Sequence[object], draw: random.Random,
-        tally: Tally,
-    ) -> Ended:  # fmt: skip
+        self, disaster: Disaster, place: Path, more: Sequence[object], draw: random.Random, tally: Tally
+    ) -> Ended:
         """Start it and let the disaster come; how it ended."""
         real = draw.random() < 0.06
         self.starved |= disaster.name == "no memory"

@@ -57,9 +57,11 @@ class Victim:
         words = list(map(str, arguments))
         if real:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "loralab", *words], start_new_session=True,
-                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-            )  # fmt: skip
+                [sys.executable, "-m", "loralab", *words],
+                start_new_session=True,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+            )
             source = os.dup(self._process.stderr.fileno())
             self._process.stderr.close()
         else:

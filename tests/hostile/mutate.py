@@ -14,16 +14,74 @@ import tomli_w
 
 HUGE = (0, 1, -1, 255, 2**15, 2**31 - 1, 2**31, 2**32 - 1, 2**53, 2**63 - 1, 2**63, 2**64 - 1)
 STRANGE_BYTES = (
-    b"\0", b"\xff\xfe", b"\xef\xbb\xbf", b"\xc3\x28", b"\xed\xa0\x80", b"\r", b"\n", b'"', b"'",
-    b"{", b"[", b"]", b"}", b",", b"\t", b"\\", b"1e999", b"-", b"NaN", b"9" * 5000, b"\x1b[2J",
-    b"\xe2\x80\xa8", b"\\ud83d", b"../../../../etc/passwd", b"#", b"=", b"[[", b"{{", b"{%",
-)  # fmt: skip
+    b"\0",
+    b"\xff\xfe",
+    b"\xef\xbb\xbf",
+    b"\xc3\x28",
+    b"\xed\xa0\x80",
+    b"\r",
+    b"\n",
+    b'"',
+    b"'",
+    b"{",
+    b"[",
+    b"]",
+    b"}",
+    b",",
+    b"\t",
+    b"\\",
+    b"1e999",
+    b"-",
+    b"NaN",
+    b"9" * 5000,
+    b"\x1b[2J",
+    b"\xe2\x80\xa8",
+    b"\\ud83d",
+    b"../../../../etc/passwd",
+    b"#",
+    b"=",
+    b"[[",
+    b"{{",
+    b"{%",
+)
 STRANGE_TEXTS = (
-    "", " ", "x", "\0", "\n", "../../etc/passwd", "/etc/passwd", "~nobody/x", "C:\\x", "a" * 5000,
-    "\x1b[31m", "\u2028", "(", "(a+)+$", "(a|a)*b", ".*.*.*.*.*.*.*.*.*x", "(?i)x", "a{99999}", "[",
-    "__import__('os')", "NaN", "LORA", "ADALORA", "IA3", "BITFIT", "FULL", "PREFIX_TUNING",
-    "<script>", "{{ x }}", "\ud83d", "中文", "0", "-1", "q_proj", "all-linear", "evil/model",
-)  # fmt: skip
+    "",
+    " ",
+    "x",
+    "\0",
+    "\n",
+    "../../etc/passwd",
+    "/etc/passwd",
+    "~nobody/x",
+    "C:\\x",
+    "a" * 5000,
+    "\x1b[31m",
+    "\u2028",
+    "(",
+    "(a+)+$",
+    "(a|a)*b",
+    ".*.*.*.*.*.*.*.*.*x",
+    "(?i)x",
+    "a{99999}",
+    "[",
+    "__import__('os')",
+    "NaN",
+    "LORA",
+    "ADALORA",
+    "IA3",
+    "BITFIT",
+    "FULL",
+    "PREFIX_TUNING",
+    "<script>",
+    "{{ x }}",
+    "\ud83d",
+    "中文",
+    "0",
+    "-1",
+    "q_proj",
+    "all-linear",
+    "evil/model",
+)
 
 
 def flipped(data: bytes, draw: random.Random) -> bytes:
@@ -73,8 +131,14 @@ def emptied(data: bytes, draw: random.Random) -> bytes:
 
 
 BYTES: tuple[Callable[[bytes, random.Random], bytes], ...] = (
-    flipped, cut, doubled, spliced, inserted, numbered, emptied,
-)  # fmt: skip
+    flipped,
+    cut,
+    doubled,
+    spliced,
+    inserted,
+    numbered,
+    emptied,
+)
 
 
 def some_bytes(data: bytes, draw: random.Random) -> bytes:
@@ -90,11 +154,35 @@ def value(draw: random.Random, *, toml: bool = False) -> Any:
     for _ in range(draw.choice((3, 70, 800))):
         deep = [deep] if draw.random() < 0.5 else {"a": deep}
     choices: list[Any] = [
-        True, False, [], {}, [1], ["x"], {"a": 1}, {"": None}, [None], [[]], 0.5, -1.5, 1e308,
-        float("inf"), float("nan"), deep, draw.choice(HUGE), draw.choice(HUGE), draw.choice(HUGE),
-        -(2**63), 10**9, 10**6, 10**400, draw.choice(STRANGE_TEXTS), draw.choice(STRANGE_TEXTS),
-        ["a" * 100] * 1000, list(range(1000)), None,
-    ]  # fmt: skip
+        True,
+        False,
+        [],
+        {},
+        [1],
+        ["x"],
+        {"a": 1},
+        {"": None},
+        [None],
+        [[]],
+        0.5,
+        -1.5,
+        1e308,
+        float("inf"),
+        float("nan"),
+        deep,
+        draw.choice(HUGE),
+        draw.choice(HUGE),
+        draw.choice(HUGE),
+        -(2**63),
+        10**9,
+        10**6,
+        10**400,
+        draw.choice(STRANGE_TEXTS),
+        draw.choice(STRANGE_TEXTS),
+        ["a" * 100] * 1000,
+        list(range(1000)),
+        None,
+    ]
     found = draw.choice(choices)
     return 1 if toml and found is None else found
 
@@ -171,10 +259,21 @@ def some_lines(data: bytes, draw: random.Random) -> bytes:
 def some_table(data: bytes, draw: random.Random) -> bytes:
     """CSV: quotes without an end, huge fields, many columns, or bytes."""
     place = draw.randrange(len(data))
-    piece = draw.choice((
-        b'"', b'""', b'"' * 3, b"," * 50_000, b"x" * 200_000, b"\r", b'\n"', b"\0", b"a," * 20_000,
-        b"\n" * 1000, b'"\n' * 1000,
-    ))  # fmt: skip
+    piece = draw.choice(
+        (
+            b'"',
+            b'""',
+            b'"' * 3,
+            b"," * 50_000,
+            b"x" * 200_000,
+            b"\r",
+            b'\n"',
+            b"\0",
+            b"a," * 20_000,
+            b"\n" * 1000,
+            b'"\n' * 1000,
+        )
+    )
     return some_bytes(data, draw) if draw.random() < 0.5 else data[:place] + piece + data[place:]
 
 
@@ -254,17 +353,41 @@ def some_picture(data: bytes, draw: random.Random) -> bytes:
 
 
 PIECES = (
-    "{% for i in range(99999) %}", "{% endfor %}", "{{ x * 99999 }}", "{% set x = x ~ x %}",
-    "{% set x = [x, x] %}", "{% macro f(n) %}{{ f(n) }}{{ f(n) }}{% endmacro %}{{ f(1) }}", "{{",
-    "}}", "{%", "%}", "{#", "{{ messages.__class__.__mro__ }}", "{{ messages|map('upper')|join }}",
-    "{{ messages[0].content * 10**9 }}", "{{ raise_exception(1) }}", "{{ 1 / 0 }}", "{{ x.y.z }}",
-    "{{ ''.join(messages) }}", "{% set messages = messages * 9999 %}", "{{ '%9999999d' % 1 }}",
-    "{{ messages|tojson(indent=9999999) }}", "{% include 'x' %}", "{% extends x %}",
-    "{{ messages.append(1) }}", "{{ namespace(a=1).a }}", "{{ cycler(1).next.__globals__ }}",
-    "{% set x = ('a' * 99999)|replace('a', 'b' * 99999) %}", "{{ (" * 200, "{% if %}",
-    "{{ self._TemplateReference__context }}", "{{ strftime_now('%9999999Y') }}", "{{ 9**9**9 }}",
-    "{% for m in messages recursive %}{{ loop(messages) }}{% endfor %}", "{% break %}",
-)  # fmt: skip
+    "{% for i in range(99999) %}",
+    "{% endfor %}",
+    "{{ x * 99999 }}",
+    "{% set x = x ~ x %}",
+    "{% set x = [x, x] %}",
+    "{% macro f(n) %}{{ f(n) }}{{ f(n) }}{% endmacro %}{{ f(1) }}",
+    "{{",
+    "}}",
+    "{%",
+    "%}",
+    "{#",
+    "{{ messages.__class__.__mro__ }}",
+    "{{ messages|map('upper')|join }}",
+    "{{ messages[0].content * 10**9 }}",
+    "{{ raise_exception(1) }}",
+    "{{ 1 / 0 }}",
+    "{{ x.y.z }}",
+    "{{ ''.join(messages) }}",
+    "{% set messages = messages * 9999 %}",
+    "{{ '%9999999d' % 1 }}",
+    "{{ messages|tojson(indent=9999999) }}",
+    "{% include 'x' %}",
+    "{% extends x %}",
+    "{{ messages.append(1) }}",
+    "{{ namespace(a=1).a }}",
+    "{{ cycler(1).next.__globals__ }}",
+    "{% set x = ('a' * 99999)|replace('a', 'b' * 99999) %}",
+    "{{ (" * 200,
+    "{% if %}",
+    "{{ self._TemplateReference__context }}",
+    "{{ strftime_now('%9999999Y') }}",
+    "{{ 9**9**9 }}",
+    "{% for m in messages recursive %}{{ loop(messages) }}{% endfor %}",
+    "{% break %}",
+)
 
 
 def some_template(data: bytes, draw: random.Random) -> bytes:

@@ -52,23 +52,32 @@ Change = Callable[[bytes, random.Random], bytes]
 ROWS: dict[str, list[dict[str, Any]]] = {
     "labels": [{"text": f"text {n}", "label": "ab"[n % 2]} for n in range(12)],
     "chats": [
-        {"messages": [{"role": "user", "content": f"say {n}"},
-                      {"role": "assistant", "content": "yes"}]}
+        {"messages": [{"role": "user", "content": f"say {n}"}, {"role": "assistant", "content": "yes"}]}
         for n in range(12)
     ],
     "tags": [{"tokens": ["a", str(n)], "tags": ["O", "X"]} for n in range(12)],
     "shared": [
-        {"id": n, "system": None, "conversations": [
-            {"from": "human", "value": f"say {n}", "weight": 0},
-            {"from": "gpt", "value": "yes", "weight": 1}]}
+        {
+            "id": n,
+            "system": None,
+            "conversations": [
+                {"from": "human", "value": f"say {n}", "weight": 0},
+                {"from": "gpt", "value": "yes", "weight": 1},
+            ],
+        }
         for n in range(12)
     ],
     "parts": [
-        {"text": f"text {n}", "source": "x", "weight": 1.0, "label": float(n % 2),
-         "split": "train" if n % 4 else "test"}
+        {
+            "text": f"text {n}",
+            "source": "x",
+            "weight": 1.0,
+            "label": float(n % 2),
+            "split": "train" if n % 4 else "test",
+        }
         for n in range(12)
     ],
-}  # fmt: skip
+}
 
 
 def changed(place: Path, draw: random.Random, **changes: Change) -> None:
@@ -84,19 +93,20 @@ def changed(place: Path, draw: random.Random, **changes: Change) -> None:
 def make_adapter(name: str, place: Path) -> None:
     """An adapter of a method, with a record."""
     config = VARIANTS[name]
-    record = {"base": {"name": "x", "kind": "causal-lm", "precision": "fp32", "quantize": "none"},
-              "task": {"name": "t", "format": "text-label", "labels": ["a", "b"]},
-              "tokenizer": {"new_tokens": [], "stop_ids": [2]}, "training": {"seed": 1},
-              "metrics": {"validation": {"accuracy": 0.5}}, "sample": [[1, 2, 3]]}  # fmt: skip
+    record = {
+        "base": {"name": "x", "kind": "causal-lm", "precision": "fp32", "quantize": "none"},
+        "task": {"name": "t", "format": "text-label", "labels": ["a", "b"]},
+        "tokenizer": {"new_tokens": [], "stop_ids": [2]},
+        "training": {"seed": 1},
+        "metrics": {"validation": {"accuracy": 0.5}},
+        "sample": [[1, 2, 3]],
+    }
     fill(attach(gpt2(), config)).save(place, record)
 
 
 def damage_adapter(place: Path, draw: random.Random) -> None:
     """One of its files; mostly with a digest that fits, as an attacker would see to."""
-    changed(
-        place, draw, adapter_config=mutate.some_json, loralab=mutate.some_json,
-        adapter_model=mutate.some_tensors,
-    )  # fmt: skip
+    changed(place, draw, adapter_config=mutate.some_json, loralab=mutate.some_json, adapter_model=mutate.some_tensors)
     if draw.random() < 0.8:
         try:
             record = json.loads((place / folder.RECORD).read_bytes())
@@ -124,9 +134,10 @@ def begun() -> checkpoint.Trained:
     """A run after one step."""
     adapter: Adapter = fill(attach(gpt2(), LoRA(rank=2, target_modules=["c_attn"])))
     trained = checkpoint.Trained(
-        adapter=adapter, optimizer=torch.optim.AdamW(adapter.parameters()),
+        adapter=adapter,
+        optimizer=torch.optim.AdamW(adapter.parameters()),
         scaler=torch.amp.GradScaler("cpu", enabled=False),
-    )  # fmt: skip
+    )
     step(trained)
     return trained
 
@@ -164,9 +175,11 @@ def make_reference(place: Path) -> None:
     """Logits of two prompts."""
     values = torch.randn(2, 5)
     Reference(
-        prompts=[[1, 2], [3]], values=values, indices=torch.arange(5).expand(2, 5).contiguous(),
+        prompts=[[1, 2], [3]],
+        values=values,
+        indices=torch.arange(5).expand(2, 5).contiguous(),
         total=values.logsumexp(1).double(),
-    ).save(place / "certificate.safetensors")  # fmt: skip
+    ).save(place / "certificate.safetensors")
 
 
 # -- settings -----------------------------------------------------------------------------------
@@ -177,18 +190,45 @@ def write_toml(name: str, content: dict[str, Any], place: Path) -> None:
     (place / name).write_text(tomli_w.dumps(content), encoding="utf-8")
 
 
-CONFIG = {"model": "x", "data": "y", "method": "lora", "rank": 4, "alpha": 8.0, "dropout": 0.1,
-          "target_modules": ["q_proj"], "max_steps": 5, "learning_rate": 1e-3, "precision": "fp32",
-          "seed": 1, "map": {"text": "a"}, "layers": [0, 1], "rank_pattern": {"q_proj": 2},
-          "init": "kaiming", "warmup": 0.1, "batch_size": 4, "new_tokens": ["<a>"]}  # fmt: skip
-JOBS = {"output_dir": "out", "model": "x", "job": [
-    {"name": "a", "data": "y", "rank": 4}, {"name": "b", "data": "z", "method": "ia3"},
-]}  # fmt: skip
-KEYS = {"key": [
-    {"name": "ci", "sha256": "9f" * 32, "adapters": ["a"], "base": True, "admin": False,
-     "requests_per_minute": 60, "tokens_per_day": 1000},
-    {"name": "me", "key": "a key of many letters"},
-]}  # fmt: skip
+CONFIG = {
+    "model": "x",
+    "data": "y",
+    "method": "lora",
+    "rank": 4,
+    "alpha": 8.0,
+    "dropout": 0.1,
+    "target_modules": ["q_proj"],
+    "max_steps": 5,
+    "learning_rate": 1e-3,
+    "precision": "fp32",
+    "seed": 1,
+    "map": {"text": "a"},
+    "layers": [0, 1],
+    "rank_pattern": {"q_proj": 2},
+    "init": "kaiming",
+    "warmup": 0.1,
+    "batch_size": 4,
+    "new_tokens": ["<a>"],
+}
+JOBS = {
+    "output_dir": "out",
+    "model": "x",
+    "job": [{"name": "a", "data": "y", "rank": 4}, {"name": "b", "data": "z", "method": "ia3"}],
+}
+KEYS = {
+    "key": [
+        {
+            "name": "ci",
+            "sha256": "9f" * 32,
+            "adapters": ["a"],
+            "base": True,
+            "admin": False,
+            "requests_per_minute": 60,
+            "tokens_per_day": 1000,
+        },
+        {"name": "me", "key": "a key of many letters"},
+    ]
+}
 
 
 def read_config(place: Path) -> None:
@@ -286,10 +326,14 @@ def copied(whole: Path, place: Path) -> None:
 def damage_model(place: Path, draw: random.Random) -> None:
     """One of its files."""
     changed(
-        place, draw, config=mutate.some_json, model=mutate.some_tensors,
-        tokenizer=mutate.some_json, tokenizer_config=mutate.some_json,
+        place,
+        draw,
+        config=mutate.some_json,
+        model=mutate.some_tensors,
+        tokenizer=mutate.some_json,
+        tokenizer_config=mutate.some_json,
         generation_config=mutate.some_json,
-    )  # fmt: skip
+    )
 
 
 def read_model(place: Path) -> None:
@@ -319,11 +363,18 @@ def make_gguf(place: Path) -> None:
     writer.add_token_merges(["w 1", "w 2"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
-    inner = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
-             "q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output",
-             "gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down"}  # fmt: skip
-    outer = {"model.embed_tokens.weight": "token_embd.weight",
-             "model.norm.weight": "output_norm.weight"}  # fmt: skip
+    inner = {
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+        "q_proj": "attn_q",
+        "k_proj": "attn_k",
+        "v_proj": "attn_v",
+        "o_proj": "attn_output",
+        "gate_proj": "ffn_gate",
+        "up_proj": "ffn_up",
+        "down_proj": "ffn_down",
+    }
+    outer = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}
     for name, tensor in model.state_dict().items():
         parts = name.split(".")
         if parts[1] == "layers":
@@ -352,22 +403,40 @@ def read_template(tokenizer: Any, place: Path) -> None:
 def make_study(place: Path) -> None:
     """A study of two ranks with its records."""
     ground = Ground(
-        study="rank", model="x", data="y", seeds=2, fixed_lr=True, rates=(1.0,),
-        fields={"max_steps": 5, "batch_size": 4}, rows={"train": 8, "validation": 4, "test": 4},
+        study="rank",
+        model="x",
+        data="y",
+        seeds=2,
+        fixed_lr=True,
+        rates=(1.0,),
+        fields={"max_steps": 5, "batch_size": 4},
+        rows={"train": 8, "validation": 4, "test": 4},
         values=("1", "2"),
-    )  # fmt: skip
+    )
     arms = [Arm(name=str(r), fields={"method": "lora", "rank": r}) for r in (1, 2)]
     store.add_plan(place, (ground, arms, {}))
 
     def planted(cell: Cell) -> Record:
         score = 0.5 + cell.seed / 10
         record = Record(
-            arm=cell.arm, seed=cell.seed, rate=1e-3, texts={"metric": "accuracy"},
-            numbers={"score": score, "parameters": 9.0, "step_seconds": 0.1, "peak_bytes": 1e9,
-                     "file_bytes": 1e5, "train_loss": 0.5, "validation_loss": 0.5,
-                     "test_loss": 0.5, "gap": 0.0},
-            items={"score": [score] * 4}, series={"loss": [1.0, 0.5]},
-        )  # fmt: skip
+            arm=cell.arm,
+            seed=cell.seed,
+            rate=1e-3,
+            texts={"metric": "accuracy"},
+            numbers={
+                "score": score,
+                "parameters": 9.0,
+                "step_seconds": 0.1,
+                "peak_bytes": 1e9,
+                "file_bytes": 1e5,
+                "train_loss": 0.5,
+                "validation_loss": 0.5,
+                "test_loss": 0.5,
+                "gap": 0.0,
+            },
+            items={"score": [score] * 4},
+            series={"loss": [1.0, 0.5]},
+        )
         store.write(store.place_of(place, cell), cell, record, 0.1)
         return record
 
@@ -381,9 +450,14 @@ def read_study(place: Path) -> None:
 
 def readers(model: Path, tokenizer: Any) -> list[Reader]:
     """All of them."""
-    rows = {".jsonl": mutate.some_lines, ".json": mutate.some_json, ".csv": mutate.some_table,
-            ".tsv": mutate.some_table, ".txt": mutate.some_bytes,
-            ".parquet": mutate.some_footer}  # fmt: skip
+    rows = {
+        ".jsonl": mutate.some_lines,
+        ".json": mutate.some_json,
+        ".csv": mutate.some_table,
+        ".tsv": mutate.some_table,
+        ".txt": mutate.some_bytes,
+        ".parquet": mutate.some_footer,
+    }
     settings: list[tuple[str, dict[str, Any], Callable[[Path], Any]]] = [
         ("config", CONFIG, read_config),
         ("jobs", JOBS, lambda place: _jobs(place / "jobs.toml", None, {})),
@@ -391,37 +465,71 @@ def readers(model: Path, tokenizer: Any) -> list[Reader]:
     ]
     template = tokenizer.chat_template
     return [
-        *(Reader(name=f"adapter {name}", make=partial(make_adapter, name), damage=damage_adapter,
-                 read=read_adapter) for name in VARIANTS),
-        Reader(name="checkpoint", make=make_checkpoint, read=read_checkpoint,
-               damage=partial(changed, state=mutate.some_tensors, progress=mutate.some_json)),
-        Reader(name="metrics.jsonl", make=make_metrics, read=read_metrics,
-               damage=partial(changed, metrics=mutate.some_lines)),
-        Reader(name="certificate.safetensors", make=make_reference,
-               damage=partial(changed, certificate=mutate.some_tensors),
-               read=lambda place: Reference.read(place / "certificate.safetensors")),
-        *(Reader(name=f"{name}.toml", make=partial(write_toml, f"{name}.toml", content),
-                 damage=partial(changed, **{name: mutate.some_toml}), read=read)
-          for name, content, read in settings),
-        Reader(name="store", make=make_store, read=read_store,
-               damage=partial(changed, names=mutate.some_json, adapter_config=mutate.some_json,
-                              loralab=mutate.some_json)),
-        *(Reader(name=suffix, make=partial(make_rows, suffix), read=read_rows,
-                 damage=partial(damage_rows, change)) for suffix, change in rows.items()),
-        Reader(name="pictures", make=make_pictures, read=read_picture,
-               damage=partial(damage_rows, mutate.some_picture)),
-        Reader(name="idx.gz", make=make_idx, read=read_idx,
-               damage=partial(changed, train=mutate.some_bytes)),
-        Reader(name="model folder", make=partial(copied, model), damage=damage_model,
-               read=read_model),
-        Reader(name="gguf", make=make_gguf, damage=partial(changed, model=mutate.some_head),
-               read=lambda place: models.load(str(place / "model.gguf"))),
-        Reader(name="chat template", read=partial(read_template, tokenizer),
-               make=lambda place: write_text(place / "template.jinja", template),
-               damage=partial(changed, template=mutate.some_template)),
-        Reader(name="study", make=make_study, read=read_study,
-               damage=partial(changed, study=mutate.some_toml, record=mutate.some_json)),
-    ]  # fmt: skip
+        *(
+            Reader(name=f"adapter {name}", make=partial(make_adapter, name), damage=damage_adapter, read=read_adapter)
+            for name in VARIANTS
+        ),
+        Reader(
+            name="checkpoint",
+            make=make_checkpoint,
+            read=read_checkpoint,
+            damage=partial(changed, state=mutate.some_tensors, progress=mutate.some_json),
+        ),
+        Reader(
+            name="metrics.jsonl",
+            make=make_metrics,
+            read=read_metrics,
+            damage=partial(changed, metrics=mutate.some_lines),
+        ),
+        Reader(
+            name="certificate.safetensors",
+            make=make_reference,
+            damage=partial(changed, certificate=mutate.some_tensors),
+            read=lambda place: Reference.read(place / "certificate.safetensors"),
+        ),
+        *(
+            Reader(
+                name=f"{name}.toml",
+                make=partial(write_toml, f"{name}.toml", content),
+                damage=partial(changed, **{name: mutate.some_toml}),
+                read=read,
+            )
+            for name, content, read in settings
+        ),
+        Reader(
+            name="store",
+            make=make_store,
+            read=read_store,
+            damage=partial(changed, names=mutate.some_json, adapter_config=mutate.some_json, loralab=mutate.some_json),
+        ),
+        *(
+            Reader(name=suffix, make=partial(make_rows, suffix), read=read_rows, damage=partial(damage_rows, change))
+            for suffix, change in rows.items()
+        ),
+        Reader(
+            name="pictures", make=make_pictures, read=read_picture, damage=partial(damage_rows, mutate.some_picture)
+        ),
+        Reader(name="idx.gz", make=make_idx, read=read_idx, damage=partial(changed, train=mutate.some_bytes)),
+        Reader(name="model folder", make=partial(copied, model), damage=damage_model, read=read_model),
+        Reader(
+            name="gguf",
+            make=make_gguf,
+            damage=partial(changed, model=mutate.some_head),
+            read=lambda place: models.load(str(place / "model.gguf")),
+        ),
+        Reader(
+            name="chat template",
+            read=partial(read_template, tokenizer),
+            make=lambda place: write_text(place / "template.jinja", template),
+            damage=partial(changed, template=mutate.some_template),
+        ),
+        Reader(
+            name="study",
+            make=make_study,
+            read=read_study,
+            damage=partial(changed, study=mutate.some_toml, record=mutate.some_json),
+        ),
+    ]
 
 
 def write_text(file: Path, text: str) -> None:

@@ -77,8 +77,7 @@ class Serve(Case):
     """The names are those before or those after the request that was under way."""
 
     name = "serve"
-    meets = ("killed", "killed in a write", "SIGTERM", "Ctrl-C", "disk full", "no space",
-             "no permission", "no memory")  # fmt: skip
+    meets = ("killed", "killed in a write", "SIGTERM", "Ctrl-C", "disk full", "no space", "no permission", "no memory")
     resume = ()
 
     def __init__(self, ground: Any) -> None:
@@ -95,9 +94,8 @@ class Serve(Case):
         return ["serve", "--model", self.ground.model, "--store", place / "store"]
 
     def struck(
-        self, disaster: Disaster, place: Path, more: Sequence[object], draw: random.Random,
-        tally: Tally,
-    ) -> Ended:  # fmt: skip
+        self, disaster: Disaster, place: Path, more: Sequence[object], draw: random.Random, tally: Tally
+    ) -> Ended:
         if not (place / "store").is_dir():
             self._filled(place)
             self.possible = [{name: name for name in FOLDERS}]

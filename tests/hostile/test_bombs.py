@@ -22,14 +22,7 @@ from loralab.adapters import expressions, folder
 from loralab.adapters.attach import attach
 from loralab.adapters.load import load
 from loralab.adapters.methods import LoRA
-from loralab.errors import (
-    AdapterFileError,
-    ConfigError,
-    DataError,
-    LoralabError,
-    ModelError,
-    one_line,
-)
+from loralab.errors import AdapterFileError, ConfigError, DataError, LoralabError, ModelError, one_line
 from loralab.models import load as models
 from loralab.serving.store import Store
 from loralab.tasks import catalog, fashion
@@ -48,9 +41,12 @@ def refused(path: Path, make: Any, read: Any, room: int = 256 << 20) -> str:
             (place.parent / "said").write_text(str(error), encoding="utf-8")
             raise
 
-    reader = Reader(name="bomb", make=lambda place: (place / "x").touch(),
-                    damage=lambda place, draw: make(place / path.name),
-                    read=lambda at: reading(at) if at.name == "work" else None)  # fmt: skip
+    reader = Reader(
+        name="bomb",
+        make=lambda place: (place / "x").touch(),
+        damage=lambda place, draw: make(place / path.name),
+        read=lambda at: reading(at) if at.name == "work" else None,
+    )
     outcome = trial(reader, path.parent, 1, 0)
     assert (outcome.failures, outcome.errors) == ([], 1)
     assert outcome.peak < room
@@ -59,10 +55,12 @@ def refused(path: Path, make: Any, read: Any, room: int = 256 << 20) -> str:
 
 def test_a_picture_of_gigabytes_is_not_decoded(tmp_path: Path) -> None:
     def make(file: Path) -> None:
-        chunks = [(b"IHDR", struct.pack(">IIBBBBB", 12_000, 12_000, 8, 2, 0, 0, 0)),
-                  (b"IDAT", zlib.compress(bytes(10**6))), (b"IEND", b"")]  # fmt: skip
-        packed = [struct.pack(">I", len(c)) + k + c + struct.pack(">I", zlib.crc32(k + c))
-                  for k, c in chunks]  # fmt: skip
+        chunks = [
+            (b"IHDR", struct.pack(">IIBBBBB", 12_000, 12_000, 8, 2, 0, 0, 0)),
+            (b"IDAT", zlib.compress(bytes(10**6))),
+            (b"IEND", b""),
+        ]
+        packed = [struct.pack(">I", len(c)) + k + c + struct.pack(">I", zlib.crc32(k + c)) for k, c in chunks]
         file.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(packed))
 
     said = refused(tmp_path / "x.png", make, from_file)
@@ -81,8 +79,7 @@ def test_a_run_of_equal_rows_ends_at_a_multiple_of_the_file(tmp_path: Path, monk
 
     def make(file: Path) -> None:
         text = pyarrow.DictionaryArray.from_arrays(
-            pyarrow.array([0] * 40_000, type=pyarrow.int32()),
-            pyarrow.array(["x" * 20_000]),
+            pyarrow.array([0] * 40_000, type=pyarrow.int32()), pyarrow.array(["x" * 20_000])
         )
         table = pyarrow.table({"text": text})
         parquet.write_table(table, file, compression="zstd", store_schema=False)
@@ -130,11 +127,13 @@ def test_the_counts_of_a_gguf_are_not_believed(count: int, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("field", "value", "said"),
     [
-        ("num_hidden_layers", 10**9, "the weights are"), ("num_labels", 10**9, "num_labels"),
-        ("vocab_size", 10**7, "describes"), ("intermediate_size", 10**7, "describes"),
+        ("num_hidden_layers", 10**9, "the weights are"),
+        ("num_labels", 10**9, "num_labels"),
+        ("vocab_size", 10**7, "describes"),
+        ("intermediate_size", 10**7, "describes"),
         ("attn_implementation", "evil/kernel", "code from elsewhere"),
     ],
-)  # fmt: skip
+)
 def test_a_model_is_not_built_for_a_number_in_a_text(
     field: str, value: Any, said: str, tiny_llama_folder: Path, tmp_path: Path
 ) -> None:
@@ -191,8 +190,16 @@ def test_a_store_lists_nothing_outside_of_it(tmp_path: Path) -> None:
     assert Store(root, lambda stored: stored).entries() == []
 
 
-SLOW = ("(a+)+$", "(a|a)*b", "(.*)*x", ".*.*.*.*.*.*.*.*.*.*x", "(a?){40}a{40}", "([a-z]+)*!",
-        "(x+x+)+y", "(.|.)*(.|.)*z")  # fmt: skip
+SLOW = (
+    "(a+)+$",
+    "(a|a)*b",
+    "(.*)*x",
+    ".*.*.*.*.*.*.*.*.*.*x",
+    "(a?){40}a{40}",
+    "([a-z]+)*!",
+    "(x+x+)+y",
+    "(.|.)*(.|.)*z",
+)
 
 
 @pytest.mark.parametrize("pattern", SLOW)
@@ -209,8 +216,24 @@ def test_slow_expressions_match_what_python_says() -> None:
     import re
 
     draw = random.Random(0)
-    pieces = ["a", "b", ".", "[ab]", "[^a]", r"\d", r"\w", "(a|b)", "(?:ab|a)", "^", "$", r"\b",
-              "(?=a)", "(?!b)", "(?<=a)", "(?<!b)"]  # fmt: skip
+    pieces = [
+        "a",
+        "b",
+        ".",
+        "[ab]",
+        "[^a]",
+        r"\d",
+        r"\w",
+        "(a|b)",
+        "(?:ab|a)",
+        "^",
+        "$",
+        r"\b",
+        "(?=a)",
+        "(?!b)",
+        "(?<=a)",
+        "(?<!b)",
+    ]
     repeats = ["", "", "*", "+", "?", "{2}", "{1,3}", "*?"]
     compared = 0
     for _ in range(400):
@@ -233,14 +256,19 @@ def test_slow_expressions_match_what_python_says() -> None:
 CHAT = [{"role": "user", "content": "say\nyes"}, {"role": "assistant", "content": "yes"}]
 BOMBS = (
     "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-    "{{ 'a' * 10**10 }}", "{{ '%0999999999d' % 1 }}", "{{ '{:>999999999}'.format(1) }}",
+    "{{ 'a' * 10**10 }}",
+    "{{ '%0999999999d' % 1 }}",
+    "{{ '{:>999999999}'.format(1) }}",
     "{% set n = namespace(x='a') %}{% for i in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}",
     "{% set n = namespace(x='a') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
     "{% set n = namespace(x='a') %}{% for i in range(60) %}{% set n.x = [n.x, n.x] %}{% endfor %}",
     "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
-    "{{ ('a' * 99999)|replace('a', 'a' * 99999) }}", "{{ messages|tojson(indent=99999999) }}",
-    "{{ ''.__class__.__mro__ }}", "{{ messages.append(1) }}", "{{ 99999**99999 }}",
-)  # fmt: skip
+    "{{ ('a' * 99999)|replace('a', 'a' * 99999) }}",
+    "{{ messages|tojson(indent=99999999) }}",
+    "{{ ''.__class__.__mro__ }}",
+    "{{ messages.append(1) }}",
+    "{{ 99999**99999 }}",
+)
 
 
 @pytest.mark.parametrize("template", BOMBS)
@@ -259,7 +287,7 @@ FAIR = (
     "{% macro x(m) %}[{{ m.role|upper }}]{% endmacro %}{{ messages|map(attribute='role')|join(' ') "
     "}}{{ x(messages[0]) }}{{ '%s-%d' % ('a', 3) }}{{ 'x{}'.format(2) }}{{ 'ab' * 2 }}"
     "{{ messages[1:]|length }}{{ {'a': [1, (2,)]}|tojson(indent=2) }}{{ tools is none }}",
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize("template", FAIR)

@@ -23,9 +23,7 @@ from loralab.serving.metrics import Metrics
 from loralab.serving.settings import Limits
 
 lively_llama_folder, adapters = lives.lively_llama_folder, lives.adapters
-TEXT: dict[str, Any] = {
-    "model": "v0", "prompt": [5, 6, 7], "max_tokens": 4, "temperature": 0, "ignore_eos": True,
-}  # fmt: skip
+TEXT: dict[str, Any] = {"model": "v0", "prompt": [5, 6, 7], "max_tokens": 4, "temperature": 0, "ignore_eos": True}
 PATIENCE = 60.0  # seconds, after which a connection counts as held for ever, on any machine
 
 
@@ -106,10 +104,7 @@ def test_who_does_not_finish_a_request_is_given_up(
 
 
 def test_a_byte_now_and_then_does_not_keep_a_connection(live: Live) -> None:
-    with (
-        socket.create_connection(("127.0.0.1", live.port), timeout=PATIENCE) as client,
-        pytest.raises(ConnectionError),
-    ):
+    with socket.create_connection(("127.0.0.1", live.port), timeout=PATIENCE) as client, pytest.raises(ConnectionError):
         for byte in request("/health", head="X-Long: " + "a" * 3000 + "\r\n"):
             client.sendall(bytes([byte]))
             time.sleep(0.02)
@@ -129,8 +124,7 @@ def test_many_silent_connections_leave_room_for_others(live: Live, neighbours: N
 
 @pytest.mark.parametrize("bite", [0, 1])
 def test_who_does_not_read_is_given_up_and_his_answer_with_him(bite: int, live: Live, neighbours: Neighbours) -> None:
-    body = {**TEXT, "prompt": [[5, 6], [7, 8]], "n": 2, "max_tokens": 450, "stream": True,
-            "logprobs": 20}  # fmt: skip
+    body = {**TEXT, "prompt": [[5, 6], [7, 8]], "n": 2, "max_tokens": 450, "stream": True, "logprobs": 20}
     before = cancelled(live)
     with socket.socket() as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -194,8 +188,7 @@ LARGE: list[tuple[str, Callable[[], bytes], int]] = [
     ("many heads", lambda: request("/health", head="X-A: b\r\n" * 9000), 431),
     ("a long path", lambda: request("/" + "a" * 70_000), 431),
     ("a long body", lambda: completion(prompt="a" * 17 * 2**20), 413),
-    ("a body said to be long", lambda: completion().replace(
-        b"Content-Length: ", b"Content-Length: 99999999"), 413),
+    ("a body said to be long", lambda: completion().replace(b"Content-Length: ", b"Content-Length: 99999999"), 413),
     ("too many numbers", lambda: completion(prompt=[1] * (MOST_VALUES + 2)), 413),
     ("too many lists", lambda: completion(prompt=[[]] * MOST_PARTS), 413),
     ("many numbers", lambda: completion(prompt=[1] * (MOST_VALUES // 4)), 400),
@@ -208,7 +201,7 @@ LARGE: list[tuple[str, Callable[[], bytes], int]] = [
     ("a long conversation", lambda: chat([{"role": "user", "content": "a" * BIG}]), 400),
     ("many inputs", lambda: classes(["a"] * 100_000), 400),
     ("a long input", lambda: classes("a" * BIG), 400),
-]  # fmt: skip
+]
 
 
 def completion(**more: Any) -> bytes:
@@ -223,8 +216,7 @@ def classes(given: Any) -> bytes:
     return request("/v1/classify", {"model": "v0", "input": given})
 
 
-@pytest.mark.parametrize(("make", "status"), [one[1:] for one in LARGE],
-                         ids=[one[0] for one in LARGE])  # fmt: skip
+@pytest.mark.parametrize(("make", "status"), [one[1:] for one in LARGE], ids=[one[0] for one in LARGE])
 def test_what_is_too_large_is_refused_quickly(make: Callable[[], bytes], status: int, live: Live) -> None:
     said, before = make(), memory()
     began = time.monotonic()
@@ -262,9 +254,13 @@ ODD: list[tuple[str, bytes, list[int]]] = [
     ("TLS", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" * 20 + b"\r\n\r\n", [400]),
     ("noise after a request", request("/health") + b"\xff\xfe garbage\r\n\r\n", [200, 400]),
     ("both lengths", request("/v1/completions", TEXT, head=CHUNKED), [400]),
-    ("both lengths, a request in the body", b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
-     b"Content-Type: application/json\r\nContent-Length: %d\r\nTransfer-Encoding: chunked\r\n\r\n"
-     b"0\r\n\r\n" % (5 + len(HIDDEN)) + HIDDEN, [400]),
+    (
+        "both lengths, a request in the body",
+        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+        b"Content-Type: application/json\r\nContent-Length: %d\r\nTransfer-Encoding: chunked\r\n\r\n"
+        b"0\r\n\r\n" % (5 + len(HIDDEN)) + HIDDEN,
+        [400],
+    ),
     ("two lengths", request("/v1/completions", TEXT, head="Content-Length: 3\r\n"), [400]),
     ("no number", request("/v1/completions", head="Content-Length: 1_0\r\n"), [400]),
     ("a signed length", request("/v1/completions", head="Content-Length: +5\r\n"), [400]),
@@ -272,21 +268,28 @@ ODD: list[tuple[str, bytes, list[int]]] = [
     ("a hidden coding", request("/health", head="Transfer-Encoding: xchunked\r\n"), [501]),
     ("a coding before a blank", request("/health", head="Transfer-Encoding : chunked\r\n"), [400]),
     ("a line in a field", request("/health", head="X: a\rTransfer-Encoding: chunked\r\n"), [400]),
-    ("bad chunks", b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: "
-     b"application/json\r\n" + CHUNKED.encode() + b"\r\n-5\r\nabcde\r\n0\r\n\r\n" + HIDDEN, [400]),
-    ("a chunk that is longer", b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type:"
-     b" application/json\r\n" + CHUNKED.encode() + b"\r\n2\r\nabcde\r\n0\r\n\r\n" + HIDDEN, [400]),
+    (
+        "bad chunks",
+        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: "
+        b"application/json\r\n" + CHUNKED.encode() + b"\r\n-5\r\nabcde\r\n0\r\n\r\n" + HIDDEN,
+        [400],
+    ),
+    (
+        "a chunk that is longer",
+        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type:"
+        b" application/json\r\n" + CHUNKED.encode() + b"\r\n2\r\nabcde\r\n0\r\n\r\n" + HIDDEN,
+        [400],
+    ),
     ("two hosts", request("/health", head="Host: localhost\r\n"), [400]),
     ("no host", b"GET /health HTTP/1.1\r\n\r\n", [400]),
     ("no host, old", b"GET /health HTTP/1.0\r\n\r\n", [421]),
     ("a foreign host", request("/health", host="evil.example"), [421]),
     ("a socket", request("/health", head="Connection: Upgrade\r\nUpgrade: websocket\r\n"), [200]),
     ("many at once", request("/health") * 20, [200] * 20),
-]  # fmt: skip
+]
 
 
-@pytest.mark.parametrize(("said", "answers"), [one[1:] for one in ODD],
-                         ids=[one[0] for one in ODD])  # fmt: skip
+@pytest.mark.parametrize(("said", "answers"), [one[1:] for one in ODD], ids=[one[0] for one in ODD])
 def test_what_is_odd_gets_one_answer_and_hides_no_second_request(
     said: bytes, answers: list[int], live: Live, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -307,17 +310,32 @@ def test_what_is_odd_gets_one_answer_and_hides_no_second_request(
 @pytest.mark.parametrize(
     ("bound", "allowed", "good", "bad"),
     [
-        ("127.0.0.1", [], ["localhost", "LOCALHOST:80", "127.0.0.1:8000", "[::1]:8000", "[::1]",
-                           "localhost.:1"],
-         ["evil.example", "localhost.evil.example", "127.0.0.1.evil.example", "", "10.0.0.5", "[",
-          "a b", "localhost:80:80", "localhost/x", "user@localhost", "*", "localhost:x"]),
+        (
+            "127.0.0.1",
+            [],
+            ["localhost", "LOCALHOST:80", "127.0.0.1:8000", "[::1]:8000", "[::1]", "localhost.:1"],
+            [
+                "evil.example",
+                "localhost.evil.example",
+                "127.0.0.1.evil.example",
+                "",
+                "10.0.0.5",
+                "[",
+                "a b",
+                "localhost:80:80",
+                "localhost/x",
+                "user@localhost",
+                "*",
+                "localhost:x",
+            ],
+        ),
         ("::1", [], ["[0:0:0:0:0:0:0:1]:8"], ["[::2]"]),
         ("lab.local", [], ["lab.local:8000", "localhost"], ["local", "10.0.0.5"]),
         ("0.0.0.0", [], ["10.0.0.5:8000", "[fe80::1]:9", "localhost"], ["evil.example"]),
         ("0.0.0.0", ["Lab.example.org"], ["lab.example.org:8000"], ["other.example.org"]),
         ("127.0.0.1", ["*"], ["anything.example"], ["a b", ""]),
     ],
-)  # fmt: skip
+)
 def test_a_server_answers_to_its_own_names_alone(
     bound: str, allowed: list[str], good: list[str], bad: list[str]
 ) -> None:
@@ -328,15 +346,17 @@ def test_a_server_answers_to_its_own_names_alone(
 
 def test_a_page_of_another_site_learns_and_changes_nothing(live: Live) -> None:
     origin = {"Origin": "https://evil.example"}
-    asked = httpx.options(live.where + "/v1/completions", headers={
-        **origin, "Access-Control-Request-Method": "POST",
-        "Access-Control-Request-Headers": "content-type"})  # fmt: skip
+    asked = httpx.options(
+        live.where + "/v1/completions",
+        headers={**origin, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "content-type"},
+    )
     assert asked.status_code == 405
     assert asked.headers["allow"] == "POST"
     load = {"lora_name": "theirs", "lora_path": "v0"}
     for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data", ""):
-        sent = httpx.post(live.where + "/v1/load_lora_adapter", content=json.dumps(load),
-                          headers={**origin, "Content-Type": kind})  # fmt: skip
+        sent = httpx.post(
+            live.where + "/v1/load_lora_adapter", content=json.dumps(load), headers={**origin, "Content-Type": kind}
+        )
         assert sent.status_code == 415
     for response in (asked, sent, httpx.get(live.where + "/v1/models", headers=origin)):
         assert not [name for name in response.headers if name.startswith("access-control")]
@@ -379,11 +399,20 @@ def test_names_that_come_and_go_do_not_fill_the_metrics(live: Live, monkeypatch:
     monkeypatch.setattr("loralab.serving.metrics.MOST", 5)
     counts = Metrics(live.engine)
     for number in range(50):
-        counts.observe({
-            "kind": "finished", "adapter": f"n{number}", "digest": "0" * 64, "reason": "stop",
-            "prompt_tokens": 1, "completion_tokens": 1, "cached_tokens": 0, "seconds": 0.1,
-            "first_token_seconds": None, "queue_seconds": 0.1,
-        })  # fmt: skip
+        counts.observe(
+            {
+                "kind": "finished",
+                "adapter": f"n{number}",
+                "digest": "0" * 64,
+                "reason": "stop",
+                "prompt_tokens": 1,
+                "completion_tokens": 1,
+                "cached_tokens": 0,
+                "seconds": 0.1,
+                "first_token_seconds": None,
+                "queue_seconds": 0.1,
+            }
+        )
     text = counts.text().decode()
     assert 'adapter="n49"' in text
     assert 'adapter="n44"' not in text

@@ -21,9 +21,11 @@ from loralab.training.settings import Training
 
 FILES = ("adapter_model.safetensors", "adapter_config.json", "loralab.json", "config.toml")
 METHODS: dict[str, Method] = {
-    "lora": LoRA(rank=2, dropout=0.3), "adalora": AdaLoRA(rank=2, target_rank=1),
-    "prefix": Prefix(tokens=3), "bottleneck": Bottleneck(width=3, dropout=0.2),
-}  # fmt: skip
+    "lora": LoRA(rank=2, dropout=0.3),
+    "adalora": AdaLoRA(rank=2, target_rank=1),
+    "prefix": Prefix(tokens=3),
+    "bottleneck": Bottleneck(width=3, dropout=0.2),
+}
 TOGETHER = {name: METHODS[name] for name in ("lora", "adalora", "bottleneck")}
 TRAINING = Training(max_steps=3, batch_size=4, max_length=64, precision="fp32", save_every=2)
 
@@ -52,11 +54,15 @@ def test_a_seed_decides_every_byte(name: str, tiny_llama_folder: Path, sums_file
 def jobs(model: Path, data: Path, place: Path, seed: int) -> list[TrainJob]:
     return [
         TrainJob(
-            name=name, model=str(model), data=str(data), method=method, output_dir=place / name,
+            name=name,
+            model=str(model),
+            data=str(data),
+            method=method,
+            output_dir=place / name,
             training=dataclasses.replace(TRAINING, seed=seed + number),
         )
         for number, (name, method) in enumerate(TOGETHER.items())
-    ]  # fmt: skip
+    ]
 
 
 def test_jobs_that_are_trained_together_end_in_the_same_bytes(
@@ -81,8 +87,20 @@ def command(place: Path, *given: str) -> list[str]:
 def test_another_process_that_repeats_a_config_toml_ends_in_the_same_bytes(
     method: str, tiny_llama_folder: Path, sums_file: Path, tmp_path: Path
 ) -> None:
-    wanted = ["--model", str(tiny_llama_folder), "--data", str(sums_file), "--method", method,
-              "--max-steps", "3", "--batch-size", "4", "--seed", "5"]  # fmt: skip
+    wanted = [
+        "--model",
+        str(tiny_llama_folder),
+        "--data",
+        str(sums_file),
+        "--method",
+        method,
+        "--max-steps",
+        "3",
+        "--batch-size",
+        "4",
+        "--seed",
+        "5",
+    ]
     if method == "adalora":
         wanted += ["--rank", "2", "--target-rank", "1"]
     given = {"first": wanted, "again": ["--config", str(tmp_path / "first" / "config.toml")]}

@@ -17,19 +17,34 @@ COUNT = int(os.environ.get("LORALAB_FUZZ", "0"))
 SEED = int(os.environ.get("LORALAB_FUZZ_SEED", "0"))
 MANY = 10_000
 NAMES = (
-    *(f"adapter {name}" for name in VARIANTS), "checkpoint", "metrics.jsonl",
-    "certificate.safetensors", "config.toml", "jobs.toml", "keys.toml", "store", ".jsonl", ".json",
-    ".csv", ".tsv", ".txt", ".parquet", "pictures", "idx.gz", "model folder", "gguf",
-    "chat template", "study",
-)  # fmt: skip
+    *(f"adapter {name}" for name in VARIANTS),
+    "checkpoint",
+    "metrics.jsonl",
+    "certificate.safetensors",
+    "config.toml",
+    "jobs.toml",
+    "keys.toml",
+    "store",
+    ".jsonl",
+    ".json",
+    ".csv",
+    ".tsv",
+    ".txt",
+    ".parquet",
+    "pictures",
+    "idx.gz",
+    "model folder",
+    "gguf",
+    "chat template",
+    "study",
+)
 SLOW_ONES = ("adapter", "checkpoint", "model", "gguf", "study", "store")
 
 
 @pytest.fixture(params=NAMES)
 def outcome_of(
-    request: pytest.FixtureRequest, tiny_llama_folder: Path, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> Any:  # fmt: skip
+    request: pytest.FixtureRequest, tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Any:
     """A function from a number of files and a seed to the outcome of one reader."""
     from transformers import AutoTokenizer
 
@@ -39,8 +54,10 @@ def outcome_of(
 
     def outcome(count: int, seed: int) -> Outcome:
         found = trial(reader, tmp_path, count, seed)
-        print(f"\n{reader.name}: {found.inputs} files, {found.errors} refused, {found.loads} "
-              f"read, {len(found.failures)} failures, {found.peak / 2**20:.0f} MB")  # fmt: skip
+        print(
+            f"\n{reader.name}: {found.inputs} files, {found.errors} refused, {found.loads} "
+            f"read, {len(found.failures)} failures, {found.peak / 2**20:.0f} MB"
+        )
         return found
 
     outcome.name = reader.name  # type: ignore[attr-defined]

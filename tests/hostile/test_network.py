@@ -62,9 +62,8 @@ print("\\n" + json.dumps({"codes": codes, "tried": tried, "asked": asked}))
 def alone(*commands: list[str], **environment: str) -> dict[str, Any]:
     """What became of some commands without a network."""
     done = subprocess.run(
-        [sys.executable, "-c", ALONE, json.dumps(commands)], capture_output=True, text=True,
-        check=False,
-    )  # fmt: skip
+        [sys.executable, "-c", ALONE, json.dumps(commands)], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return {**found, "said": done.stderr}
@@ -78,11 +77,21 @@ def test_a_process_that_trains_scores_and_serves_a_folder_never_leaves_the_machi
     own = ["--model", model, "--data", data]
     found = alone(
         ["train", *own, "--output-dir", place, "--max-steps", "2", "--rank", "2", "--quiet"],
-        ["plan", *own], ["evaluate", "--adapter", place, "--data", data],
-        ["serve", "--model", model, "--store", str(tmp_path / "store"), "--port", str(free_port),
-         "--cache-memory", "5MB"],
+        ["plan", *own],
+        ["evaluate", "--adapter", place, "--data", data],
+        [
+            "serve",
+            "--model",
+            model,
+            "--store",
+            str(tmp_path / "store"),
+            "--port",
+            str(free_port),
+            "--cache-memory",
+            "5MB",
+        ],
         ["plan", "--model", "nobody/nothing", "--data", data],  # a hub id: this one does try
-    )  # fmt: skip
+    )
     assert found["codes"] == [0, 0, 0, 0, 2], found["said"]
     assert found["asked"] == ["sums"]
     assert found["tried"] != []  # or the watch would be blind
@@ -129,16 +138,19 @@ def test_a_folder_is_trained_scored_and_served_without_a_network(
     assert offline != []  # or the watch would be blind
 
 
-@pytest.mark.parametrize("name", ["smolm2-135m", "a/b/c", "./nowhere", "/nowhere/at/all", "..x/y z",
-                                  "http://host.example/model", "~/nothing-here"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    ["smolm2-135m", "a/b/c", "./nowhere", "/nowhere/at/all", "..x/y z", "http://host.example/model", "~/nothing-here"],
+)
 def test_what_is_neither_a_folder_nor_a_hub_id_is_said_without_asking_anyone(
-    name: str, sums_file: Path, tiny_llama_folder: Path, tmp_path: Path, offline: list[str],
+    name: str,
+    sums_file: Path,
+    tiny_llama_folder: Path,
+    tmp_path: Path,
+    offline: list[str],
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    for more in (
-        ["--model", name, "--data", str(sums_file)],
-        ["--model", str(tiny_llama_folder), "--data", name],
-    ):
+) -> None:
+    for more in (["--model", name, "--data", str(sums_file)], ["--model", str(tiny_llama_folder), "--data", name]):
         assert run(["train", *more, "--output-dir", str(tmp_path / "run")]) == 2
         said = capsys.readouterr().err
         assert len(said.splitlines()) == 1
@@ -196,9 +208,10 @@ def test_what_is_named_is_pinned_and_what_is_pinned_is_tested() -> None:
     assert missing == set()
     installed = {plain(d.name): d.version for d in importlib.metadata.distributions() if d.name}
     different = {
-        name: (version, installed[name]) for name, version in versions.items()
+        name: (version, installed[name])
+        for name, version in versions.items()
         if installed.get(name, version).partition("+")[0] != version  # a local build of torch
-    }  # fmt: skip
+    }
     assert different == {}
 
 

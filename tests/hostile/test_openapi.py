@@ -24,31 +24,39 @@ lively_llama_folder, adapters = lives.lively_llama_folder, lives.adapters
 SECRET = "a key for the description"
 TEXT: dict[str, Any] = {"model": "v0", "prompt": "good film", "max_tokens": 3, "logprobs": 2}
 CHAT: dict[str, Any] = {
-    "model": "v1", "messages": [{"role": "user", "content": "good film"}], "max_tokens": 3,
-    "logprobs": True, "top_logprobs": 2,
-}  # fmt: skip
+    "model": "v1",
+    "messages": [{"role": "user", "content": "good film"}],
+    "max_tokens": 3,
+    "logprobs": True,
+    "top_logprobs": 2,
+}
 # the description's own path, what is sent, and the status that must come
 ASKED: list[tuple[str, str, Any, int]] = [
-    ("get", "/health", None, 200), ("get", "/store", None, 200), ("get", "/v1/models", None, 200),
-    ("get", "/openapi.json", None, 200), ("get", "/metrics", None, 200),
-    ("get", "/v1/models/v0", None, 200), ("get", "/v1/models/nobody", None, 404),
-    ("post", "/v1/completions", TEXT, 200), ("post", "/v1/completions", {**TEXT, "n": 0}, 400),
+    ("get", "/health", None, 200),
+    ("get", "/store", None, 200),
+    ("get", "/v1/models", None, 200),
+    ("get", "/openapi.json", None, 200),
+    ("get", "/metrics", None, 200),
+    ("get", "/v1/models/v0", None, 200),
+    ("get", "/v1/models/nobody", None, 404),
+    ("post", "/v1/completions", TEXT, 200),
+    ("post", "/v1/completions", {**TEXT, "n": 0}, 400),
     ("post", "/v1/completions", {**TEXT, "echo": True, "max_tokens": 0}, 200),
     ("post", "/v1/completions", {**TEXT, "model": "base"}, 404),
     ("post", "/v1/completions", {**TEXT, "max_tokens": 10**6}, 200),
     ("post", "/v1/completions", {**TEXT, "prompt": [5] * 64}, 400),
-    ("post", "/v1/chat/completions", CHAT, 200), ("post", "/v1/chat/completions", [], 400),
+    ("post", "/v1/chat/completions", CHAT, 200),
+    ("post", "/v1/chat/completions", [], 400),
     ("post", "/v1/chat/completions", {**CHAT, "model": "x" * 10**6}, 404),
     ("post", "/v1/classify", {"model": "v2", "input": ["good", "bad film"]}, 200),
     ("post", "/v1/classify", {"model": "v2", "input": []}, 400),
     ("post", "/v1/load_lora_adapter", {"lora_name": "w", "lora_path": "v1"}, 200),
     ("post", "/v1/load_lora_adapter", {"lora_name": "w", "lora_path": "../v1"}, 400),
     ("post", "/v1/load_lora_adapter", {"lora_name": "base", "lora_path": "v1"}, 400),
-    ("post", "/v1/load_lora_adapter",
-     {"lora_name": "w", "lora_path": "v1", "load_inplace": False}, 400),
+    ("post", "/v1/load_lora_adapter", {"lora_name": "w", "lora_path": "v1", "load_inplace": False}, 400),
     ("post", "/v1/unload_lora_adapter", {"lora_name": "w"}, 200),
     ("post", "/v1/unload_lora_adapter", {"lora_name": "w"}, 404),
-]  # fmt: skip
+]
 
 
 def all_keys() -> Keys:
@@ -106,9 +114,7 @@ def test_answers_are_as_described(method: str, path: str, body: Any, status: int
 def test_streams_are_as_described(so_far: bool, live: Live) -> None:
     options = {"include_usage": True, "continuous_usage_stats": so_far}
     more = {"stream": True, "stream_options": options}
-    for path, body, chunk in (
-        ("/v1/completions", TEXT, CompletionChunk), ("/v1/chat/completions", CHAT, ChatChunk),
-    ):  # fmt: skip
+    for path, body, chunk in (("/v1/completions", TEXT, CompletionChunk), ("/v1/chat/completions", CHAT, ChatChunk)):
         response = httpx.post(live.where + path, json={**body, **more}, headers={"Authorization": f"Bearer {SECRET}"})
         require_described("post", path, response)
         lines = [line[6:] for line in response.text.split("\n") if line.startswith("data: ")]
@@ -119,8 +125,9 @@ def test_streams_are_as_described(so_far: bool, live: Live) -> None:
 @pytest.mark.parametrize("with_keys", [True, False])
 def test_every_route_is_described_and_nothing_else(with_keys: bool, live: Live) -> None:
     document = description(with_keys=with_keys)
-    told = {(path, method.upper()) for path, own in document["paths"].items()
-            for method in own if method != "parameters"}  # fmt: skip
+    told = {
+        (path, method.upper()) for path, own in document["paths"].items() for method in own if method != "parameters"
+    }
     told.add(("/", "GET"))
     from loralab.serving.api import build_app
 
@@ -159,13 +166,35 @@ def test_whatever_is_allowed_or_forbidden_is_answered_as_described(names: str, l
     file = tmp_path / "openapi.json"
     file.write_text(json.dumps(known(live) if names == "known" else description(with_keys=True)))
     done = subprocess.run(
-        [sys.executable, "-m", "schemathesis.cli", "run", str(file), "--url", live.where,
-         "--header", f"Authorization: Bearer {SECRET}", "--checks", "all",
-         # a request may be as described and still ask for more than the model can take
-         "--exclude-checks", "positive_data_acceptance,ensure_resource_availability",
-         "--max-examples", "40", "--seed", "1", "--request-timeout", "60",
-         "--max-response-time", "60",
-         "--continue-on-failure", "--no-color"],
-        capture_output=True, text=True, check=False, cwd=tmp_path,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "schemathesis.cli",
+            "run",
+            str(file),
+            "--url",
+            live.where,
+            "--header",
+            f"Authorization: Bearer {SECRET}",
+            "--checks",
+            "all",
+            # a request may be as described and still ask for more than the model can take
+            "--exclude-checks",
+            "positive_data_acceptance,ensure_resource_availability",
+            "--max-examples",
+            "40",
+            "--seed",
+            "1",
+            "--request-timeout",
+            "60",
+            "--max-response-time",
+            "60",
+            "--continue-on-failure",
+            "--no-color",
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]

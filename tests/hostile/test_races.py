@@ -38,14 +38,19 @@ def live(lively_llama_folder: Path, adapters: Path) -> Iterator[Live]:
 # -- names that move while a request is read -----------------------------------------------------
 
 ASKED: list[tuple[str, dict[str, Any], str]] = [
-    ("/v1/completions", {"prompt": [[5, 6], [7, 8, 9]], "max_tokens": 6, "temperature": 0,
-                         "ignore_eos": True}, "choices"),
-    ("/v1/completions", {"prompt": "good film", "max_tokens": 6, "temperature": 0,
-                         "ignore_eos": True}, "choices"),
-    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "good film"}],
-                              "max_tokens": 6, "temperature": 0, "ignore_eos": True}, "choices"),
+    (
+        "/v1/completions",
+        {"prompt": [[5, 6], [7, 8, 9]], "max_tokens": 6, "temperature": 0, "ignore_eos": True},
+        "choices",
+    ),
+    ("/v1/completions", {"prompt": "good film", "max_tokens": 6, "temperature": 0, "ignore_eos": True}, "choices"),
+    (
+        "/v1/chat/completions",
+        {"messages": [{"role": "user", "content": "good film"}], "max_tokens": 6, "temperature": 0, "ignore_eos": True},
+        "choices",
+    ),
     ("/v1/classify", {"input": WORDS}, "data"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("path", "body", "part"), ASKED)
@@ -151,9 +156,7 @@ def test_a_folder_that_becomes_a_link_after_the_check_is_not_followed(
         store.load("y", "a")
 
 
-def test_a_folder_that_is_swapped_for_a_link_again_and_again_never_leads_out(
-    outside: tuple[Path, Path],
-) -> None:
+def test_a_folder_that_is_swapped_for_a_link_again_and_again_never_leads_out(outside: tuple[Path, Path]) -> None:
     root, foreign = outside
     own = folder.read(root / "a").digest
     (root / "link").symlink_to(foreign)
@@ -192,17 +195,19 @@ def test_a_pipe_in_the_place_of_a_file_holds_up_nobody(outside: tuple[Path, Path
 
 
 def test_a_key_is_compared_in_constant_time_and_never_shown(
-    lively_llama_folder: Path, adapters: Path, monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    lively_llama_folder: Path,
+    adapters: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     keys = Keys([Key(name=n, sha256=hashlib.sha256(SECRET.encode()).digest()) for n in ("a", "b")])
     compared: list[int] = []
     import hmac
 
     plain: Callable[[bytes, bytes], bool] = hmac.compare_digest
     monkeypatch.setattr(
-        "loralab.serving.keys.hmac.compare_digest",
-        lambda one, two: compared.append(len(one)) or plain(one, two),
+        "loralab.serving.keys.hmac.compare_digest", lambda one, two: compared.append(len(one)) or plain(one, two)
     )
     caplog.set_level(logging.DEBUG)
     said = []

@@ -42,13 +42,23 @@ SEED = int(os.environ.get("LORALAB_REQUESTS_SEED", "1"))
 SECONDS, THREADS, VERSIONS, NAMES, NEW = 600, 12, 10, 5, 5
 MOVING, FIXED = [f"name{n}" for n in range(NAMES)], [f"v{n}" for n in range(VERSIONS)]
 METHODS: list[Method] = [
-    LoRA(rank=1), LoRA(rank=5), LoRA(rank=3, dora=True), IA3(), Prefix(tokens=3, init_std=0.5),
-    Bottleneck(width=3, init_std=0.3), LoRA(rank=2, target_modules=["lm_head"]),
-]  # fmt: skip
+    LoRA(rank=1),
+    LoRA(rank=5),
+    LoRA(rank=3, dora=True),
+    IA3(),
+    Prefix(tokens=3, init_std=0.5),
+    Bottleneck(width=3, init_std=0.3),
+    LoRA(rank=2, target_modules=["lm_head"]),
+]
 GREEDY = {"max_tokens": NEW, "temperature": 0, "ignore_eos": True}
 INPUTS = [["good film"], ["bad", "a fine film"], ["awful film", "great", "poor"]]
-GARBAGE = [b"\xff" * 50 + b"\r\n\r\n", b"GET / HTT", b"", request("/v1/completions", {"a": 1})[:-3],
-           request("/health", host="evil.example")]  # fmt: skip
+GARBAGE = [
+    b"\xff" * 50 + b"\r\n\r\n",
+    b"GET / HTT",
+    b"",
+    request("/v1/completions", {"a": 1})[:-3],
+    request("/health", host="evil.example"),
+]
 
 
 @torch.no_grad()
@@ -56,9 +66,14 @@ def written(base: Base, model: Any, prompt: list[int]) -> str:
     """What a model writes by itself."""
     ids = torch.tensor([prompt])
     out = model.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False,
-        eos_token_id=10**6, pad_token_id=0, repetition_penalty=1.0,
-    )  # fmt: skip
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=NEW,
+        do_sample=False,
+        eos_token_id=10**6,
+        pad_token_id=0,
+        repetition_penalty=1.0,
+    )
     tokens = out[0, len(prompt) :]
     return str(base.tokenizer.decode(tokens, skip_special_tokens=True))
 
@@ -106,13 +121,16 @@ class Crowd:
     def ask(self, seed: int) -> None:
         """One request of some kind."""
         draw = random.Random(f"{SEED} {seed}")
-        names = [
-            self.base,
-            *(f"name{n}" for n in range(NAMES)),
-            *(f"v{n}" for n in range(VERSIONS)),
-        ]
-        kinds = {self.whole: 40, self.stream: 15, self.classes: 20, self.leave: 5, self.bad: 10,
-                 self.garbage: 3, self.look: 7}  # fmt: skip
+        names = [self.base, *(f"name{n}" for n in range(NAMES)), *(f"v{n}" for n in range(VERSIONS))]
+        kinds = {
+            self.whole: 40,
+            self.stream: 15,
+            self.classes: 20,
+            self.leave: 5,
+            self.bad: 10,
+            self.garbage: 3,
+            self.look: 7,
+        }
         kind = draw.choices(list(kinds), list(kinds.values()))[0]
         began = time.monotonic()
         try:
@@ -204,10 +222,15 @@ class Crowd:
 
     def bad(self, draw: random.Random, model: str) -> str:
         number, body = self._body(draw, model)
-        change, status = draw.choice([
-            ({"max_tokens": 0}, 400), ({"prompt": []}, 400), ({"temprature": 1}, 400),
-            ({"model": f"nobody{number}"}, 404), ({"prompt": [5] * 512}, 400),
-        ])  # fmt: skip
+        change, status = draw.choice(
+            [
+                ({"max_tokens": 0}, 400),
+                ({"prompt": []}, 400),
+                ({"temprature": 1}, 400),
+                ({"model": f"nobody{number}"}, 404),
+                ({"prompt": [5] * 512}, 400),
+            ]
+        )
         given: dict[str, Any] = {**body, "model": f"v{number}", **change}
         assert self.client.post("/v1/completions", json=given).status_code == status
         return str(status)
@@ -260,13 +283,28 @@ def store(lively_llama_folder: Path, tmp_path: Path) -> Path:
 @contextlib.contextmanager
 def served(model: Path, store: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """The command itself, in a process of its own."""
-    given = ["--model", str(model), "--store", str(store), "--port", "0", "--precision", "fp32",
-             "--cache-memory", "2MB", "--resident", "4", "--max-batch", "5", "--queue", "4",
-             "--json"]  # fmt: skip
+    given = [
+        "--model",
+        str(model),
+        "--store",
+        str(store),
+        "--port",
+        "0",
+        "--precision",
+        "fp32",
+        "--cache-memory",
+        "2MB",
+        "--resident",
+        "4",
+        "--max-batch",
+        "5",
+        "--queue",
+        "4",
+        "--json",
+    ]
     process = subprocess.Popen(
-        [sys.executable, "-m", "loralab", "serve", *given], text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )  # fmt: skip
+        [sys.executable, "-m", "loralab", "serve", *given], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
     try:
         assert process.stdout is not None
         yield process, json.loads(process.stdout.readline())["url"]
@@ -287,10 +325,7 @@ def test_no_request_is_lost_or_crossed(lively_llama_folder: Path, store: Path) -
     expected = Expected(lively_llama_folder, store)
     distinct = {tuple(texts) for texts in expected.texts.values()}
     assert len(distinct) == len(expected.texts)  # or a mistake would not be noticed
-    with (
-        served(lively_llama_folder, store) as (process, where),
-        httpx.Client(base_url=where, timeout=60) as client,
-    ):
+    with served(lively_llama_folder, store) as (process, where), httpx.Client(base_url=where, timeout=60) as client:
         crowd, watch = Crowd(where, expected, client), psutil.Process(process.pid)
         others = [threading.Thread(target=work) for work in (crowd.move, crowd.hang)]
         for other in others:
@@ -310,12 +345,22 @@ def test_no_request_is_lost_or_crossed(lively_llama_folder: Path, store: Path) -
                 other.join()
         seconds, asked = time.monotonic() - began, sum(crowd.came.values())
         took = sorted(crowd.took)
-        print(json.dumps({
-            "requests": asked, "seconds": round(seconds, 1), "answered": crowd.accepted,
-            "kinds": dict(sorted(crowd.came.items())), "megabytes": [s // 2**20 for s in sizes],
-            "median": round(took[len(took) // 2], 4), "p99": round(took[len(took) * 99 // 100], 4),
-            "slowest": round(took[-1], 3), "evictions": counted(where, "loralab_evictions_total"),
-        }, indent=1))  # fmt: skip
+        print(
+            json.dumps(
+                {
+                    "requests": asked,
+                    "seconds": round(seconds, 1),
+                    "answered": crowd.accepted,
+                    "kinds": dict(sorted(crowd.came.items())),
+                    "megabytes": [s // 2**20 for s in sizes],
+                    "median": round(took[len(took) // 2], 4),
+                    "p99": round(took[len(took) * 99 // 100], 4),
+                    "slowest": round(took[-1], 3),
+                    "evictions": counted(where, "loralab_evictions_total"),
+                },
+                indent=1,
+            )
+        )
         assert crowd.wrong == []
         end = time.monotonic() + 30
         while counted(where, "loralab_running") + counted(where, "loralab_waiting"):

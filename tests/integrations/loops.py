@@ -56,11 +56,18 @@ class Trained:
 def arguments(output: Path, **options: Any) -> TrainingArguments:
     return TrainingArguments(
         **{
-            "output_dir": str(output), "max_steps": 6, "per_device_train_batch_size": 2,
-            "use_cpu": True, "report_to": [], "save_steps": 2, "disable_tqdm": True,
-            "learning_rate": 0.01, "logging_steps": 1, **options,
+            "output_dir": str(output),
+            "max_steps": 6,
+            "per_device_train_batch_size": 2,
+            "use_cpu": True,
+            "report_to": [],
+            "save_steps": 2,
+            "disable_tqdm": True,
+            "learning_rate": 0.01,
+            "logging_steps": 1,
+            **options,
         }
-    )  # fmt: skip
+    )
 
 
 def adapted(method: Method, shell: Any = None) -> Adapter:
@@ -70,10 +77,17 @@ def adapted(method: Method, shell: Any = None) -> Adapter:
 
 
 def train(
-    output: Path, method: Method, *, resume: Path | None = None, certify: bool = False,
-    rows: Any = ROWS, model: Any = None, shell: Any = None,
-    callbacks: tuple[TrainerCallback, ...] = (), **options: Any,
-) -> Trained:  # fmt: skip
+    output: Path,
+    method: Method,
+    *,
+    resume: Path | None = None,
+    certify: bool = False,
+    rows: Any = ROWS,
+    model: Any = None,
+    shell: Any = None,
+    callbacks: tuple[TrainerCallback, ...] = (),
+    **options: Any,
+) -> Trained:
     adapter = adapted(method, shell)
     callback = LoraCallback(adapter, certify=certify)
     trainer = Trainer(

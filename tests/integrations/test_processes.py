@@ -25,15 +25,16 @@ def in_two(script: str, plan: list[dict[str, Any]], folder: Path) -> None:
     file.write_text(json.dumps(plan))
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    own = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-           "MASTER_PORT": str(port)}  # fmt: skip
+    own = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     running = [
         Subprocess().Popen(
-            [sys.executable, str(SCRIPTS / script), str(file)], text=True, stderr=subprocess.PIPE,
+            [sys.executable, str(SCRIPTS / script), str(file)],
+            text=True,
+            stderr=subprocess.PIPE,
             env={**os.environ, **own, "RANK": rank, "LOCAL_RANK": rank},
         )
         for rank in ("0", "1")
-    ]  # fmt: skip
+    ]
     said = [process.communicate()[1] for process in running]
     assert [process.returncode for process in running] == [0, 0], said
 
@@ -50,14 +51,16 @@ def test_trainer_in_two_processes_equals_one_with_the_doubled_batch(tmp_path: Pa
     names = ("plain", "dora", "adalora", "head")
     options = {"per_device_train_batch_size": 2, "weight_decay": 0.0}
     plan = [
-        {"output": str(tmp_path / f"{name}-2"), "method": name, "certify": name == "plain",
-         **options}
-        for name in names
-    ]  # fmt: skip
-    plan.append({
-        "output": str(tmp_path / "again-2"), "method": "adalora",
-        "resume": str(tmp_path / "adalora-2/checkpoint-2"), **options,
-    })  # fmt: skip
+        {"output": str(tmp_path / f"{name}-2"), "method": name, "certify": name == "plain", **options} for name in names
+    ]
+    plan.append(
+        {
+            "output": str(tmp_path / "again-2"),
+            "method": "adalora",
+            "resume": str(tmp_path / "adalora-2/checkpoint-2"),
+            **options,
+        }
+    )
     in_two("loops.py", plan, tmp_path)
     options["per_device_train_batch_size"] = 4
     for name in names:

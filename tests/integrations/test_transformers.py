@@ -14,13 +14,7 @@ from integrations.loops import CHECKPOINTING, METHODS, ROWS, TEXTS, adapted, arg
 from peft import PeftModel
 from safetensors.torch import load_file
 from tiny import IDS, bert, llama, logits
-from transformers import (
-    AutoModelForCausalLM,
-    BertForSequenceClassification,
-    LlamaForCausalLM,
-    Trainer,
-    TrainerCallback,
-)
+from transformers import AutoModelForCausalLM, BertForSequenceClassification, LlamaForCausalLM, Trainer, TrainerCallback
 
 import loralab
 from loralab.adapters.adapter import Adapter
@@ -57,9 +51,14 @@ def close(one: Adapter, other: Adapter) -> None:
 def test_training_is_that_of_a_plain_loop(name: str, tmp_path: Path) -> None:
     method = METHODS[name]
     found = train(
-        tmp_path, method, per_device_train_batch_size=8, lr_scheduler_type="constant",
-        weight_decay=0.0, max_grad_norm=0.0, save_strategy="no",
-    )  # fmt: skip
+        tmp_path,
+        method,
+        per_device_train_batch_size=8,
+        lr_scheduler_type="constant",
+        weight_decay=0.0,
+        max_grad_norm=0.0,
+        save_strategy="no",
+    )
     plain = adapted(method)
     if plain.budget is not None:
         plain.budget.plan(6)
@@ -88,8 +87,7 @@ def test_accumulated_steps_are_those_of_the_whole_batch(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "at"),
-    [("lora", 2), ("adalora", 2), ("adalora", 4), ("prefix", 4), ("head", 2), ("probe", 4)],
+    ("name", "at"), [("lora", 2), ("adalora", 2), ("adalora", 4), ("prefix", 4), ("head", 2), ("probe", 4)]
 )
 def test_a_resumed_run_ends_in_the_same_bytes(name: str, at: int, tmp_path: Path) -> None:
     whole = train(tmp_path / "whole", METHODS[name])
@@ -128,9 +126,14 @@ class Prefer(TrainerCallback):
 def test_the_best_weights_are_those_at_the_end(name: str, tmp_path: Path) -> None:
     best = Prefer()
     found = train(
-        tmp_path, METHODS[name], callbacks=(best,), load_best_model_at_end=True,
-        eval_strategy="steps", eval_steps=2, metric_for_best_model="loss",
-    )  # fmt: skip
+        tmp_path,
+        METHODS[name],
+        callbacks=(best,),
+        load_best_model_at_end=True,
+        eval_strategy="steps",
+        eval_steps=2,
+        metric_for_best_model="loss",
+    )
     assert found.trainer.state.best_global_step == 4
     state = found.model.state_dict()
     assert all(torch.equal(tensor, best.expected[key]) for key, tensor in state.items())
@@ -164,9 +167,11 @@ def test_no_checkpoint_passes_for_the_plain_model(named: bool, loader: Any, tmp_
     adapter = adapted(METHODS["plain"])
     adapter.model.config._name_or_path = str(base) if named else ""
     trainer = Trainer(
-        model=adapter.model, args=arguments(tmp_path / "run"), train_dataset=ROWS,
+        model=adapter.model,
+        args=arguments(tmp_path / "run"),
+        train_dataset=ROWS,
         callbacks=[LoraCallback(adapter, certify=False)],
-    )  # fmt: skip
+    )
     trainer.train()
     folder = tmp_path / "run/checkpoint-6"
     if named:  # the base that the folder names, and the adapter in it by peft
@@ -230,15 +235,15 @@ def test_the_certificate_is_on_the_base_that_the_model_came_from(tmp_path: Path)
         "llama": (LlamaForCausalLM.from_pretrained(tmp_path / "llama"), ROWS, []),
         "bert": (
             BertForSequenceClassification.from_pretrained(tmp_path / "bert", num_labels=3),
-            labelled, ["classifier"],
+            labelled,
+            ["classifier"],
         ),
-    }  # fmt: skip
+    }
     for name, (model, rows, saved) in models.items():
         callback = LoraCallback(loralab.attach(model, LoRA(rank=2, modules_to_save=saved)))
         Trainer(
-            model=model, args=arguments(tmp_path / "run", save_strategy="no"), train_dataset=rows,
-            callbacks=[callback],
-        ).train()  # fmt: skip
+            model=model, args=arguments(tmp_path / "run", save_strategy="no"), train_dataset=rows, callbacks=[callback]
+        ).train()
         assert callback.certificate is not None and callback.certificate.passed, name
         record = json.loads((tmp_path / "run" / RECORD).read_text())
         assert record["base"]["name"] == str(tmp_path / name) and "live" not in record["base"]
@@ -253,9 +258,11 @@ def test_a_base_that_is_not_the_one_it_names_is_not_certified(tmp_path: Path) ->
     adapter = adapted(METHODS["plain"])
     adapter.model.config._name_or_path = str(base)
     trainer = Trainer(
-        model=adapter.model, args=arguments(tmp_path / "run", save_strategy="no"),
-        train_dataset=ROWS, callbacks=[LoraCallback(adapter)],
-    )  # fmt: skip
+        model=adapter.model,
+        args=arguments(tmp_path / "run", save_strategy="no"),
+        train_dataset=ROWS,
+        callbacks=[LoraCallback(adapter)],
+    )
     with pytest.raises(LoralabError):
         trainer.train()
 
@@ -272,9 +279,8 @@ def test_what_cannot_be_certified_is_said_before_training(tmp_path: Path) -> Non
     adapter = loralab.attach(Toy(), LoRA(rank=2, target_modules=["up"]))
     callback = LoraCallback(adapter)
     trainer = Trainer(
-        model=adapter.model, args=arguments(tmp_path, save_strategy="no"), train_dataset=ROWS,
-        callbacks=[callback],
-    )  # fmt: skip
+        model=adapter.model, args=arguments(tmp_path, save_strategy="no"), train_dataset=ROWS, callbacks=[callback]
+    )
     trainer.train()
     assert len(callback.notes) == 1 and callback.certificate is None
     assert (tmp_path / TENSORS).exists()
@@ -314,9 +320,12 @@ def test_an_optimizer_that_holds_less_is_refused(tmp_path: Path) -> None:
     adapter = adapted(METHODS["plain"])
     optimizer = torch.optim.AdamW(adapter.parameters()[1:], lr=0.01)
     trainer = Trainer(
-        model=adapter.model, args=arguments(tmp_path), train_dataset=ROWS,
-        optimizers=(optimizer, None), callbacks=[LoraCallback(adapter)],
-    )  # fmt: skip
+        model=adapter.model,
+        args=arguments(tmp_path),
+        train_dataset=ROWS,
+        optimizers=(optimizer, None),
+        callbacks=[LoraCallback(adapter)],
+    )
     with pytest.raises(LearningError) as caught:
         trainer.train()
     assert caught.value.code == "optimizer_lacks"
@@ -326,9 +335,8 @@ def test_a_merged_adapter_is_not_trained(tmp_path: Path) -> None:
     adapter = adapted(METHODS["plain"])
     adapter.merge()
     trainer = Trainer(
-        model=adapter.model, args=arguments(tmp_path), train_dataset=ROWS,
-        callbacks=[LoraCallback(adapter)],
-    )  # fmt: skip
+        model=adapter.model, args=arguments(tmp_path), train_dataset=ROWS, callbacks=[LoraCallback(adapter)]
+    )
     with pytest.raises(AdapterStateError) as caught:
         trainer.train()
     assert caught.value.code == "merged"
@@ -349,10 +357,12 @@ def test_rates_of_lora_plus_are_the_optimizers(tmp_path: Path) -> None:
         for end, rate in (("lora_A", 0.001), ("lora_B", 0.008))
     ]
     Trainer(
-        model=adapter.model, args=arguments(tmp_path), train_dataset=ROWS,
+        model=adapter.model,
+        args=arguments(tmp_path),
+        train_dataset=ROWS,
         optimizers=(torch.optim.AdamW(groups), None),
         callbacks=[LoraCallback(adapter, certify=False)],
-    ).train()  # fmt: skip
+    ).train()
 
 
 class Break(TrainerCallback):
@@ -379,15 +389,19 @@ def test_runs_that_cannot_learn_stop_after_their_first_steps(tmp_path: Path) -> 
 
     found = {}
     for event, what in {
-        "on_step_end": later, "on_pre_optimizer_step": drop, "on_optimizer_step": rest,
+        "on_step_end": later,
+        "on_pre_optimizer_step": drop,
+        "on_optimizer_step": rest,
         "on_substep_end": spoil,
-    }.items():  # fmt: skip
+    }.items():
         adapter = adapted(METHODS["plain"])
         place = "on_pre_optimizer_step" if what is spoil else event
         trainer = Trainer(
-            model=adapter.model, args=arguments(tmp_path, save_strategy="no"), train_dataset=ROWS,
+            model=adapter.model,
+            args=arguments(tmp_path, save_strategy="no"),
+            train_dataset=ROWS,
             callbacks=[Break(place, what), LoraCallback(adapter, certify=False)],
-        )  # fmt: skip
+        )
         with pytest.raises(LearningError) as caught:
             trainer.train()
         found[what] = (caught.value.code, trainer.state.global_step)

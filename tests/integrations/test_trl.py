@@ -21,9 +21,15 @@ METHODS: dict[str, Method] = {
     "adalora": AdaLoRA(rank=4, target_rank=2, initial_steps=1, final_steps=2),
 }
 OPTIONS: dict[str, Any] = {
-    "max_steps": 4, "use_cpu": True, "bf16": False, "report_to": [], "save_steps": 2,
-    "disable_tqdm": True, "learning_rate": 0.01, "per_device_train_batch_size": 2,
-}  # fmt: skip
+    "max_steps": 4,
+    "use_cpu": True,
+    "bf16": False,
+    "report_to": [],
+    "save_steps": 2,
+    "disable_tqdm": True,
+    "learning_rate": 0.01,
+    "per_device_train_batch_size": 2,
+}
 
 
 def reference(adapter: Adapter) -> Any:
@@ -56,8 +62,7 @@ def tokenizer(folder: Path) -> Any:
 def rows(*columns: str) -> Any:
     from datasets import Dataset
 
-    texts = {"prompt": "what is {}", "completion": " good film {}", "chosen": " good {}",
-             "rejected": " bad film {}"}  # fmt: skip
+    texts = {"prompt": "what is {}", "completion": " good film {}", "chosen": " good {}", "rejected": " bad film {}"}
     return Dataset.from_list([{c: texts[c].format(n) for c in columns} for n in range(8)])
 
 
@@ -67,10 +72,12 @@ def tuned(
     adapter = attached(folder, method)
     callback = LoraCallback(adapter, certify=certify)
     trainer = trl.SFTTrainer(
-        model=adapter.model, args=trl.SFTConfig(output_dir=str(output), **OPTIONS),
-        train_dataset=rows("prompt", "completion"), processing_class=tokenizer(folder),
+        model=adapter.model,
+        args=trl.SFTConfig(output_dir=str(output), **OPTIONS),
+        train_dataset=rows("prompt", "completion"),
+        processing_class=tokenizer(folder),
         callbacks=[callback],
-    )  # fmt: skip
+    )
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     return adapter, callback
 
@@ -88,11 +95,13 @@ def test_sft_resumes_in_the_same_bytes_and_is_certified(name: str, tiny_llama_fo
 
 def preferred(folder: Path, output: Path, adapter: Adapter, model: Any) -> None:
     trl.DPOTrainer(
-        model=adapter.model, ref_model=model,
+        model=adapter.model,
+        ref_model=model,
         args=trl.DPOConfig(output_dir=str(output), **OPTIONS),
-        train_dataset=rows("prompt", "chosen", "rejected"), processing_class=tokenizer(folder),
+        train_dataset=rows("prompt", "chosen", "rejected"),
+        processing_class=tokenizer(folder),
         callbacks=[LoraCallback(adapter)],
-    ).train()  # fmt: skip
+    ).train()
 
 
 def test_the_reference_of_dpo_is_the_base_without_the_adapter(tiny_llama_folder: Path, tmp_path: Path) -> None:

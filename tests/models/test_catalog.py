@@ -20,9 +20,15 @@ def packaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Packaged:
     monkeypatch.syspath_prepend(tmp_path)
     importlib.invalidate_caches()
     return Packaged(
-        name="mine", package="assets-of-mine==1.0", module="assets_of_mine", file="model.gguf",
-        kind="causal-lm", parameters=1, licence="MIT", description="",
-    )  # fmt: skip
+        name="mine",
+        package="assets-of-mine==1.0",
+        module="assets_of_mine",
+        file="model.gguf",
+        kind="causal-lm",
+        parameters=1,
+        licence="MIT",
+        description="",
+    )
 
 
 def test_a_package_is_found_and_not_imported(packaged: Packaged) -> None:

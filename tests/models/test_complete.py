@@ -37,33 +37,54 @@ from loralab.models.kinds import CLASSIFIER, SENTENCES
 from loralab.models.load import kind_for, load, natural_kind
 
 SIZES: dict[str, Any] = {
-    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "vocab_size": 101, "max_position_embeddings": 64, "pad_token_id": 2,
-}  # fmt: skip
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 101,
+    "max_position_embeddings": 64,
+    "pad_token_id": 2,
+}
 T5_SIZES: dict[str, Any] = {
-    "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "vocab_size": 101,
-    "pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 0,
-}  # fmt: skip
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 48,
+    "num_layers": 2,
+    "num_heads": 4,
+    "vocab_size": 101,
+    "pad_token_id": 0,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 0,
+}
 BART_SIZES: dict[str, Any] = {
-    "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "vocab_size": 101,
-    "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-    "decoder_start_token_id": 2, "forced_eos_token_id": 2,
-}  # fmt: skip
+    "d_model": 32,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "vocab_size": 101,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 2,
+    "forced_eos_token_id": 2,
+}
 FAMILIES: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
     "roberta": (lambda: RobertaForMaskedLM(RobertaConfig(**SIZES)), ("classifier",)),
     "ernie": (lambda: ErnieForMaskedLM(ErnieConfig(**SIZES)), ("ernie.pooler", "classifier")),
     "bert": (lambda: BertForMaskedLM(BertConfig(**SIZES)), ("bert.pooler", "classifier")),
     "distilbert": (
-        lambda: DistilBertForMaskedLM(DistilBertConfig(
-            dim=32, hidden_dim=48, n_layers=2, n_heads=4, vocab_size=101, pad_token_id=2
-        )), ("pre_classifier", "classifier"),
+        lambda: DistilBertForMaskedLM(
+            DistilBertConfig(dim=32, hidden_dim=48, n_layers=2, n_heads=4, vocab_size=101, pad_token_id=2)
+        ),
+        ("pre_classifier", "classifier"),
     ),
     "t5": (lambda: T5ForConditionalGeneration(T5Config(**T5_SIZES)), ("classification_head",)),
-    "bart": (
-        lambda: BartForConditionalGeneration(BartConfig(**BART_SIZES)), ("classification_head",)
-    ),
-}  # fmt: skip
+    "bart": (lambda: BartForConditionalGeneration(BartConfig(**BART_SIZES)), ("classification_head",)),
+}
 
 
 def ended(folder: Path) -> None:
@@ -175,8 +196,9 @@ def test_an_encoder_decoder_needs_a_tokenizer_that_ends_a_text(
 
 def test_batch_norms_go_by_the_statistics_of_the_base_in_training_too(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    config = LevitConfig(image_size=64, hidden_sizes=[16] * 3, num_attention_heads=[2] * 3,
-                         depths=[1] * 3, key_dim=[8] * 3)  # fmt: skip
+    config = LevitConfig(
+        image_size=64, hidden_sizes=[16] * 3, num_attention_heads=[2] * 3, depths=[1] * 3, key_dim=[8] * 3
+    )
     LevitForImageClassification(config).save_pretrained(tmp_path)
     model = load(str(tmp_path)).model
     pixels = torch.randn(2, 3, 64, 64)

@@ -24,9 +24,10 @@ def base(tiny_llama_folder: Path) -> Base:
 
 def stored_of(base: Base) -> dict[str, Any]:
     return {
-        "chat_template": template_of(base.tokenizer), "eos_token": base.tokenizer.eos_token,
+        "chat_template": template_of(base.tokenizer),
+        "eos_token": base.tokenizer.eos_token,
         "digest": tokenizer_digest(base.tokenizer),
-    }  # fmt: skip
+    }
 
 
 def said(base: Base, stored: Mapping[str, Any]) -> tuple[Base, list[str]]:
@@ -89,8 +90,7 @@ def test_a_digest_tells_vocabularies_and_ways_of_cutting_apart(tiny_llama_folder
         known["10"], known["11"] = known["11"], known["10"]
 
     def by_characters(content: Any) -> None:
-        content["pre_tokenizer"] = {"type": "Split", "pattern": {"String": ""},
-                                    "behavior": "Isolated", "invert": False}  # fmt: skip
+        content["pre_tokenizer"] = {"type": "Split", "pattern": {"String": ""}, "behavior": "Isolated", "invert": False}
 
     def alone(content: Any) -> None:
         content["added_tokens"][-1]["single_word"] = True
@@ -106,8 +106,11 @@ def test_a_digest_tells_vocabularies_and_ways_of_cutting_apart(tiny_llama_folder
 
 
 def test_a_digest_of_how_pictures_are_read() -> None:
-    found = {tokenizer_digest(Pictures(size=28)), tokenizer_digest(Pictures(size=56)),
-             tokenizer_digest(Pictures(size=28, mean=(0.5, 0.5, 0.5)))}  # fmt: skip
+    found = {
+        tokenizer_digest(Pictures(size=28)),
+        tokenizer_digest(Pictures(size=56)),
+        tokenizer_digest(Pictures(size=28, mean=(0.5, 0.5, 0.5))),
+    }
     assert len(found) == 3
 
 

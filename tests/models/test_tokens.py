@@ -8,9 +8,7 @@ from loralab.models.load import load
 from loralab.models.tokens import add_tokens
 
 
-def test_a_new_token_begins_as_the_mean_of_its_pieces_and_other_new_rows_as_nothing(
-    tiny_llama_folder: Path,
-) -> None:
+def test_a_new_token_begins_as_the_mean_of_its_pieces_and_other_new_rows_as_nothing(tiny_llama_folder: Path) -> None:
     tables = []
     for _ in range(2):
         base = load(str(tiny_llama_folder))

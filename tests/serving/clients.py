@@ -138,9 +138,7 @@ def loads_and_unloads(place: Place) -> None:
 def refuses_to_load_nothing(place: Place) -> None:
     body = {"lora_name": SPARE, "lora_path": "nowhere-at-all"}
     assert httpx.post(f"{place.url}/v1/load_lora_adapter", json=body, timeout=60).status_code >= 400
-    assert httpx.post(
-        f"{place.url}/v1/unload_lora_adapter", json={"lora_name": SPARE}, timeout=60
-    ).status_code == 404  # fmt: skip
+    assert httpx.post(f"{place.url}/v1/unload_lora_adapter", json={"lora_name": SPARE}, timeout=60).status_code == 404
 
 
 def keeps_adapters_apart(place: Place) -> None:
@@ -151,12 +149,12 @@ def keeps_adapters_apart(place: Place) -> None:
     async def ask() -> list[tuple[str, str]]:
         url = f"{place.url}/v1"
         async with openai.AsyncOpenAI(base_url=url, api_key="none", timeout=120) as client:
-            found = await asyncio.gather(*(
-                client.completions.create(
-                    model=name, prompt=place.prompt, max_tokens=8, temperature=0
+            found = await asyncio.gather(
+                *(
+                    client.completions.create(model=name, prompt=place.prompt, max_tokens=8, temperature=0)
+                    for name in names * 3
                 )
-                for name in names * 3
-            ))  # fmt: skip
+            )
             return [(one.model, one.choices[0].text) for one in found]
 
     for name, text in asyncio.run(ask()):
@@ -164,11 +162,19 @@ def keeps_adapters_apart(place: Place) -> None:
 
 
 CHECKS: tuple[Callable[[Place], None], ...] = (
-    lists_the_base_and_its_adapters, writes_greedily, counts_tokens, chats,
-    streams_what_it_says_whole, stops_before_a_text, tells_logprobs,
-    answers_404_for_an_unknown_model, refuses_what_is_no_request, loads_and_unloads,
-    refuses_to_load_nothing, keeps_adapters_apart,
-)  # fmt: skip
+    lists_the_base_and_its_adapters,
+    writes_greedily,
+    counts_tokens,
+    chats,
+    streams_what_it_says_whole,
+    stops_before_a_text,
+    tells_logprobs,
+    answers_404_for_an_unknown_model,
+    refuses_what_is_no_request,
+    loads_and_unloads,
+    refuses_to_load_nothing,
+    keeps_adapters_apart,
+)
 
 
 def tokens_of(place: Place, name: str, prompt: list[int], most: int) -> list[str]:

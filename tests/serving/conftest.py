@@ -21,13 +21,17 @@ from loralab.serving.opening import open_engine
 from loralab.serving.settings import ServeSettings
 
 KINDS: dict[str, Any] = {
-    "lora": LoRA(rank=4), "wide": LoRA(rank=24, target_modules=["q_proj", "v_proj"]),
-    "dora": LoRA(rank=3, dora=True), "ia3": IA3(), "houlsby": Bottleneck(width=4, init_std=0.3),
+    "lora": LoRA(rank=4),
+    "wide": LoRA(rank=24, target_modules=["q_proj", "v_proj"]),
+    "dora": LoRA(rank=3, dora=True),
+    "ia3": IA3(),
+    "houlsby": Bottleneck(width=4, init_std=0.3),
     "pfeiffer": Bottleneck(width=4, placement="pfeiffer", init_std=0.3),
-    "prefix": Prefix(tokens=5, init_std=0.5), "prompt": Prompt(tokens=3),
+    "prefix": Prefix(tokens=5, init_std=0.5),
+    "prompt": Prompt(tokens=3),
     "head": LoRA(rank=2, target_modules=["lm_head"]),
     "embedding": LoRA(rank=2, target_modules=["embed_tokens"]),
-}  # fmt: skip
+}
 
 
 @dataclass
@@ -62,9 +66,14 @@ def lively_llama_folder(save_tiny: Saver) -> Path:
     """A Llama of large weights: what an adapter changes is seen in the words that it writes."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        **SIZES, num_key_value_heads=2, bos_token_id=1, eos_token_id=2, pad_token_id=2,
-        max_position_embeddings=512, initializer_range=0.3,
-    )  # fmt: skip
+        **SIZES,
+        num_key_value_heads=2,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+        max_position_embeddings=512,
+        initializer_range=0.3,
+    )
     return save_tiny("lively", LlamaForCausalLM(config), True)
 
 
@@ -85,10 +94,7 @@ def opened(world: World) -> Iterator[Callable[..., Engine]]:
 
     def open_it(store: Path | None = None, **settings: Any) -> Engine:
         options = {"precision": "fp32", "cache_memory": "2MB", **settings}
-        engine = open_engine(
-            model=str(world.folder), store=store or world.store,
-            settings=ServeSettings(**options),
-        )  # fmt: skip
+        engine = open_engine(model=str(world.folder), store=store or world.store, settings=ServeSettings(**options))
         engines.append(engine)
         return engine
 

@@ -14,14 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from loralab.errors import (
-    AdapterFileError,
-    AdapterNotFoundError,
-    ConfigError,
-    DataError,
-    QueueFullError,
-    nearest,
-)
+from loralab.errors import AdapterFileError, AdapterNotFoundError, ConfigError, DataError, QueueFullError, nearest
 from loralab.serving.request import Answer, Finished, Piece, Ranked, Sampling, TokenLogprob
 
 
@@ -133,9 +126,12 @@ class FakeEngine:
         self.asked.append((tuple(prompt), sampling))
         gone = threading.Event()
         answer = Answer(
-            id=uuid.uuid4().hex, adapter=entry and entry.name, digest=entry and entry.digest,
-            cancel=gone.set, warning=self.warning,
-        )  # fmt: skip
+            id=uuid.uuid4().hex,
+            adapter=entry and entry.name,
+            digest=entry and entry.digest,
+            cancel=gone.set,
+            warning=self.warning,
+        )
         thread = threading.Thread(target=self._write, args=(answer, len(prompt), sampling, gone))
         self._threads.append(thread)
         thread.start()
@@ -180,12 +176,20 @@ class FakeEngine:
     def _report(self, answer: Answer, reason: str, prompt: int, count: int, took: float) -> None:
         assert self.observe is not None
         self.observe({"kind": "step", "running": 1, "waiting": 0, "tokens": count, "seconds": took})
-        self.observe({
-            "kind": "finished", "adapter": answer.adapter, "digest": answer.digest,
-            "reason": reason, "prompt_tokens": prompt, "completion_tokens": count,
-            "cached_tokens": 0, "seconds": took, "first_token_seconds": None if not count else 0.01,
-            "queue_seconds": 0.001,
-        })  # fmt: skip
+        self.observe(
+            {
+                "kind": "finished",
+                "adapter": answer.adapter,
+                "digest": answer.digest,
+                "reason": reason,
+                "prompt_tokens": prompt,
+                "completion_tokens": count,
+                "cached_tokens": 0,
+                "seconds": took,
+                "first_token_seconds": None if not count else 0.01,
+                "queue_seconds": 0.001,
+            }
+        )
 
 
 def explained(word: str, offset: int, sampling: Sampling) -> tuple[TokenLogprob, ...]:
@@ -195,8 +199,4 @@ def explained(word: str, offset: int, sampling: Sampling) -> tuple[TokenLogprob,
         TokenLogprob(token=token, raw=text.encode(), text=text, logprob=logprob)
         for token, text, logprob in ((1, word, -0.5), (2, " other", float("-inf")))
     )[: sampling.logprobs]
-    return (
-        TokenLogprob(
-            token=1, raw=word.encode(), text=word, logprob=-0.5, offset=offset, top=top
-        ),
-    )  # fmt: skip
+    return (TokenLogprob(token=1, raw=word.encode(), text=word, logprob=-0.5, offset=offset, top=top),)

@@ -30,9 +30,15 @@ def talk(app: Any, work: Callable[[httpx.AsyncClient], Coroutine[Any, Any, Any]]
 
 
 def post(
-    engine: FakeEngine, path: str, body: Any, *, keys: Keys | None = None, key: str | None = None,
-    limits: Limits | None = None, **more: Any,
-) -> httpx.Response:  # fmt: skip
+    engine: FakeEngine,
+    path: str,
+    body: Any,
+    *,
+    keys: Keys | None = None,
+    key: str | None = None,
+    limits: Limits | None = None,
+    **more: Any,
+) -> httpx.Response:
     """One request."""
     app = build_app(engine, keys=keys, limits=limits)  # type: ignore[arg-type]
     given = {"json": body, **more} if body is not None else more

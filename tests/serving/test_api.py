@@ -24,11 +24,19 @@ def keys() -> Keys:
     def digest(secret: str) -> bytes:
         return hashlib.sha256(secret.encode()).digest()
 
-    return Keys([
-        Key(name="all", sha256=digest(SECRET), admin=True),
-        Key(name="narrow", sha256=digest(NARROW), adapters=("sst",), base=False,
-            requests_per_minute=3, tokens_per_day=40),
-    ])  # fmt: skip
+    return Keys(
+        [
+            Key(name="all", sha256=digest(SECRET), admin=True),
+            Key(
+                name="narrow",
+                sha256=digest(NARROW),
+                adapters=("sst",),
+                base=False,
+                requests_per_minute=3,
+                tokens_per_day=40,
+            ),
+        ]
+    )
 
 
 # -- the openai client ---------------------------------------------------------------------------
@@ -39,9 +47,16 @@ def test_the_openai_client_works_unchanged(engine: FakeEngine, serve: Serve) -> 
         assert [model.id for model in client.models.list()] == ["tiny", "news", "sst"]
         assert client.models.retrieve("sst").id == "sst"
         chat = client.chat.completions.create(
-            model="sst", messages=[{"role": "user", "content": "good film"}], max_tokens=3,
-            logprobs=True, top_logprobs=2, seed=1, n=2, stop=["x"], presence_penalty=0,
-        )  # fmt: skip
+            model="sst",
+            messages=[{"role": "user", "content": "good film"}],
+            max_tokens=3,
+            logprobs=True,
+            top_logprobs=2,
+            seed=1,
+            n=2,
+            stop=["x"],
+            presence_penalty=0,
+        )
         assert [choice.message.content for choice in chat.choices] == ["sst 0 1"] * 2
         assert chat.usage is not None
         assert chat.usage.completion_tokens == 6
@@ -62,9 +77,12 @@ def test_the_openai_client_works_unchanged(engine: FakeEngine, serve: Serve) -> 
 def test_the_openai_client_streams(engine: FakeEngine, serve: Serve) -> None:
     with openai.OpenAI(base_url=serve(engine) + "/v1", api_key="none") as client:
         stream = client.chat.completions.create(
-            model=digest_of("sst"), messages=[{"role": "user", "content": "good film"}],
-            max_tokens=3, stream=True, stream_options={"include_usage": True},
-        )  # fmt: skip
+            model=digest_of("sst"),
+            messages=[{"role": "user", "content": "good film"}],
+            max_tokens=3,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
         chunks = list(stream)
         assert chunks[0].choices[0].delta.role == "assistant"
         text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
@@ -81,12 +99,14 @@ def test_the_asynchronous_openai_client(engine: FakeEngine, serve: Serve) -> Non
 
     async def ask() -> list[str | None]:
         async with openai.AsyncOpenAI(base_url=where, api_key="none") as client:
-            found = await asyncio.gather(*(
-                client.chat.completions.create(
-                    model=name, messages=[{"role": "user", "content": "good"}], max_tokens=2
+            found = await asyncio.gather(
+                *(
+                    client.chat.completions.create(
+                        model=name, messages=[{"role": "user", "content": "good"}], max_tokens=2
+                    )
+                    for name in ("sst", "news", "tiny") * 5
                 )
-                for name in ("sst", "news", "tiny") * 5
-            ))  # fmt: skip
+            )
             return [one.choices[0].message.content for one in found]
 
     assert asyncio.run(ask()) == ["sst 0", "news 0", "base 0"] * 5
@@ -205,11 +225,13 @@ def test_every_chunk_tells_the_usage_so_far(
 @pytest.mark.parametrize(("path", "body"), PATHS)
 def test_usage_in_a_stream_is_told_as_it_was_asked_for(path: str, body: dict[str, Any], engine: FakeEngine) -> None:
     for options, expected in (
-        (None, "none"), ({}, "none"), ({"continuous_usage_stats": False}, "none"),
+        (None, "none"),
+        ({}, "none"),
+        ({"continuous_usage_stats": False}, "none"),
         ({"include_usage": False, "continuous_usage_stats": True}, "none"),
         ({"include_usage": True}, "last"),
         ({"include_usage": True, "continuous_usage_stats": False}, "last"),
-    ):  # fmt: skip
+    ):
         asked = {**body, "stream": True, "stream_options": options}
         chunks = events(post(engine, path, asked))
         if expected == "none":

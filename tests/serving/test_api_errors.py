@@ -54,22 +54,32 @@ WRONG: list[tuple[str, dict[str, Any], str | None, str]] = [
     ("chat/completions", {"messages": []}, "messages", "at least 1"),
     ("chat/completions", {"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role", ""),
     ("chat/completions", {"messages": [{"role": "user"}]}, "messages.0.content", "missing"),
-    ("chat/completions",
-     {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
-     "messages.0.content.0", ""),
+    (
+        "chat/completions",
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+        "messages.0.content.0",
+        "",
+    ),
     ("chat/completions", {"top_logprobs": 3}, "top_logprobs", "logprobs"),
     ("chat/completions", {"tools": [{"type": "function"}]}, "tools", "not supported"),
     ("chat/completions", {"response_format": {"type": "json_object"}}, "response_format", "text"),
-    ("chat/completions", {"max_completion_tokens": 0}, "max_completion_tokens",
-     "max_completion_tokens must be at least 1"),
+    (
+        "chat/completions",
+        {"max_completion_tokens": 0},
+        "max_completion_tokens",
+        "max_completion_tokens must be at least 1",
+    ),
     ("chat/completions", {"max_tokens": 0, "max_completion_tokens": 3}, "max_tokens", "at least 1"),
     ("chat/completions", {"logprobs": True, "top_logprobs": 21}, "top_logprobs", "20"),
-    ("chat/completions", {"messages": [{"role": "user", "content": "good " * 80}]}, "messages",
-     "at most 64"),
+    ("chat/completions", {"messages": [{"role": "user", "content": "good " * 80}]}, "messages", "at most 64"),
     ("chat/completions", {"logprobs": True, "top_logprobs": -1}, "top_logprobs", "from 0"),
-    ("chat/completions", {"stream_options": {"continuous_usage_stats": 1}},
-     "stream_options.continuous_usage_stats", "boolean"),
-]  # fmt: skip
+    (
+        "chat/completions",
+        {"stream_options": {"continuous_usage_stats": 1}},
+        "stream_options.continuous_usage_stats",
+        "boolean",
+    ),
+]
 
 
 @pytest.mark.parametrize(("path", "change", "param", "message"), WRONG)
@@ -117,10 +127,19 @@ def test_a_prompt_that_leaves_no_room_says_so_as_other_servers_do(engine: FakeEn
 
 def test_neutral_values_and_names_of_users_have_no_effect(engine: FakeEngine) -> None:
     more = {
-        "best_of": 1, "presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": None,
-        "user": "me", "store": False, "metadata": {"a": "b"}, "service_tier": "auto",
-        "echo": False, "suffix": None, "n": 1, "stream_options": None,
-    }  # fmt: skip
+        "best_of": 1,
+        "presence_penalty": 0,
+        "frequency_penalty": 0.0,
+        "logit_bias": None,
+        "user": "me",
+        "store": False,
+        "metadata": {"a": "b"},
+        "service_tier": "auto",
+        "echo": False,
+        "suffix": None,
+        "n": 1,
+        "stream_options": None,
+    }
     assert post(engine, "/v1/completions", {**TEXT, **more}).status_code == 200
 
 
@@ -222,10 +241,7 @@ def test_a_dead_engine_and_a_server_that_stops(engine: FakeEngine) -> None:
     app = build_app(engine, keys=None)  # type: ignore[arg-type]
     assert talk(app, lambda client: client.get("/health")).json() == {"status": "ok"}
     app.state.service.stopping = True
-    for work in (
-        lambda client: client.get("/health"),
-        lambda client: client.post("/v1/completions", json=TEXT),
-    ):
+    for work in (lambda client: client.get("/health"), lambda client: client.post("/v1/completions", json=TEXT)):
         assert error_of(talk(app, work), 503)["code"] == "stopping"
     engine.healthy, app.state.service.stopping = False, False
     assert error_of(talk(app, lambda client: client.get("/health")), 503)["code"] == "engine_dead"

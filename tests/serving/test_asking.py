@@ -17,10 +17,22 @@ def test_without_a_template_a_prompt_ends_in_white_space_as_in_training() -> Non
     model = SimpleNamespace(get_input_embeddings=lambda: nn.Embedding(len(tokenizer), 1))
     base = Base(name="b", model=model, tokenizer=tokenizer, kind="causal-lm", source="b")
     entry = Entry(
-        name="a", digest="d", method="LORA", rank=1, bytes=1, task=None, labels=(), metrics={},
-        base=None, kind=None, front=0, loaded=False, pinned=False, path=Path(),
+        name="a",
+        digest="d",
+        method="LORA",
+        rank=1,
+        bytes=1,
+        task=None,
+        labels=(),
+        metrics={},
+        base=None,
+        kind=None,
+        front=0,
+        loaded=False,
+        pinned=False,
+        path=Path(),
         form="prompt-completion",
-    )  # fmt: skip
+    )
     asking = Asking(base, 512)
     for text, warned in (("the river", True), ("the river\n", False), ("the river ", False)):
         live = asking.writing(tokenizer(text)["input_ids"], entry, Sampling())

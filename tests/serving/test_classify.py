@@ -10,12 +10,7 @@ import pytest
 import torch
 from conftest import Saver
 from PIL import Image
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    Dinov2Config,
-    Dinov2Model,
-)
+from transformers import BertConfig, BertForSequenceClassification, Dinov2Config, Dinov2Model
 
 from loralab.adapters.methods import LoRA, Method, Prefix
 from loralab.errors import AdapterNotFoundError, ConfigError, DataError, ModelError
@@ -61,9 +56,12 @@ def taught(model: Path, folder: Path, methods: dict[str, Method]) -> Taught:
     store = folder / "store"
     for name, method in methods.items():
         train(
-            model=str(model), data=str(files[name.split("-")[0]]), output_dir=store / name,
-            method=method, training=Training(max_steps=3, learning_rate=0.05, precision="fp32"),
-        )  # fmt: skip
+            model=str(model),
+            data=str(files[name.split("-")[0]]),
+            output_dir=store / name,
+            method=method,
+            training=Training(max_steps=3, learning_rate=0.05, precision="fp32"),
+        )
     settings = ServeSettings(precision="fp32", cache_memory="4MB", max_batch=5)
     engine = open_engine(model=str(model), store=store, settings=settings)
     return Taught(engine=engine, store=store, files=files)
@@ -71,9 +69,7 @@ def taught(model: Path, folder: Path, methods: dict[str, Method]) -> Taught:
 
 @pytest.fixture(scope="module")
 def language(tiny_llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Taught]:
-    methods: dict[str, Method] = {
-        "two": LoRA(rank=2), "three": LoRA(rank=3), "two-prefix": Prefix(tokens=4)
-    }  # fmt: skip
+    methods: dict[str, Method] = {"two": LoRA(rank=2), "three": LoRA(rank=3), "two-prefix": Prefix(tokens=4)}
     made = taught(tiny_llama_folder, tmp_path_factory.mktemp("language"), methods)
     yield made
     made.engine.stop()
@@ -92,9 +88,10 @@ def test_classes_are_those_of_an_evaluation(side: str, request: pytest.FixtureRe
     made: Taught = request.getfixturevalue(side)
     for name in sorted(path.name for path in made.store.iterdir() if path.is_dir()):
         scores = evaluate(
-            data=str(made.files[name.split("-")[0]]), adapter=made.store / name,
+            data=str(made.files[name.split("-")[0]]),
+            adapter=made.store / name,
             evaluation=Evaluation(split="train", limit=12, precision="fp32"),
-        )  # fmt: skip
+        )
         texts = [own.prompt for own in scores.predictions]
         found = made.classes(name, texts)
         assert [own.label for own in found] == [own.answer for own in scores.predictions]
@@ -160,9 +157,12 @@ def test_pictures_are_put_into_classes(save_tiny: Saver, tmp_path: Path) -> None
             Image.new("RGB", (28, 28), shade).save(tmp_path / "data" / label / f"{n}.png")
     store = tmp_path / "store"
     train(
-        model=str(model), data=str(tmp_path / "data"), output_dir=store / "colours",
-        method=LoRA(rank=2), training=Training(max_steps=20, learning_rate=0.01, precision="fp32"),
-    )  # fmt: skip
+        model=str(model),
+        data=str(tmp_path / "data"),
+        output_dir=store / "colours",
+        method=LoRA(rank=2),
+        training=Training(max_steps=20, learning_rate=0.01, precision="fp32"),
+    )
     settings = ServeSettings(precision="fp32")
     engine = open_engine(model=str(model), store=store, settings=settings)
     pictures = [picture((200, 3, 3)), picture((3, 3, 200))]
@@ -181,9 +181,14 @@ def picture(colour: tuple[int, int, int]) -> bytes:
 
 def test_a_token_that_the_encoder_has_no_row_for_is_named(save_tiny: Saver) -> None:
     config = BertConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
-        vocab_size=90, id2label={0: "good", 1: "bad"}, label2id={"good": 0, "bad": 1},
-    )  # fmt: skip
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        vocab_size=90,
+        id2label={0: "good", 1: "bad"},
+        label2id={"good": 0, "bad": 1},
+    )
     base = load(str(save_tiny("odd", BertForSequenceClassification(config), False)))
     base.tokenizer.add_tokens(["<odd>"])
     asking = Asking(base, context=64)

@@ -27,13 +27,17 @@ from loralab.serving.settings import ServeSettings
 VLLM = os.environ.get("LORALAB_VLLM_PYTHON", "")
 PROMPT = "The capital of France is"
 UNEVEN = LoRA(
-    rank=8, scaling="alpha/sqrt(r)", rank_pattern={"v_proj": 24, "down_proj": 3},
+    rank=8,
+    scaling="alpha/sqrt(r)",
+    rank_pattern={"v_proj": 24, "down_proj": 3},
     alpha_pattern={r"layers\.3\.self_attn\.q_proj": 7},
-)  # fmt: skip
+)
 SMOL = {
-    "plain": LoRA(rank=4), "uneven": UNEVEN, "head": LoRA(rank=2, target_modules=["lm_head"]),
+    "plain": LoRA(rank=4),
+    "uneven": UNEVEN,
+    "head": LoRA(rank=2, target_modules=["lm_head"]),
     "embedding": LoRA(rank=2, target_modules=["embed_tokens"]),
-}  # fmt: skip
+}
 
 
 @contextmanager
@@ -62,8 +66,7 @@ def ours(lively_llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
     settings = ServeSettings(precision="fp32", cache_memory="2MB")
     engine = open_engine(model=str(lively_llama_folder), store=store, settings=settings)
     with listening(engine) as url:
-        yield Place(url=url, base=lively_llama_folder.name, adapters=("one", "two"),
-                    prompt="say what the film is")  # fmt: skip
+        yield Place(url=url, base=lively_llama_folder.name, adapters=("one", "two"), prompt="say what the film is")
 
 
 @pytest.mark.parametrize("check", CHECKS)
@@ -89,16 +92,27 @@ def write_store(model: str, methods: dict[str, Any], store: Path, size: float) -
 def served(store: Path, *more: str) -> Iterator[Place]:
     """`loralab serve` in a process of its own, until it was told to end and ended well."""
     command = [
-        sys.executable, "-m", "loralab", "serve", "--store", str(store), "--port", "0", "--json",
-        "--precision", "fp32", "--max-length", "1024", *more,
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "loralab",
+        "serve",
+        "--store",
+        str(store),
+        "--port",
+        "0",
+        "--json",
+        "--precision",
+        "fp32",
+        "--max-length",
+        "1024",
+        *more,
+    ]
     environment = {"VLLM_CPU_KVCACHE_SPACE": "2", "HF_HUB_OFFLINE": "1", **os.environ}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     assert process.stdout is not None
     try:
         ready = json.loads(process.stdout.readline())
-        yield Place(url=ready["url"], base=ready["model"], adapters=tuple(ready["adapters"]),
-                    prompt=PROMPT)  # fmt: skip
+        yield Place(url=ready["url"], base=ready["model"], adapters=tuple(ready["adapters"]), prompt=PROMPT)
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
     finally:
@@ -111,9 +125,10 @@ def served(store: Path, *more: str) -> Iterator[Place]:
 def test_vllm_serves_the_same_clients_and_says_the_same(tmp_path: Path) -> None:
     store = tmp_path / "store"
     write_store("smollm2-135m", SMOL, store, 0.02)
-    prompts = [load("smollm2-135m").tokenizer(text)["input_ids"] for text in (
-        PROMPT, "Once upon a time there was a", "Water boils at a temperature of",
-    )]  # fmt: skip
+    prompts = [
+        load("smollm2-135m").tokenizer(text)["input_ids"]
+        for text in (PROMPT, "Once upon a time there was a", "Water boils at a temperature of")
+    ]
     found = {}
     further = ("--engine", "vllm", "--engine-python", VLLM, "--engine-args", "--enforce-eager")
     for engine, more in {"loralab": (), "vllm": further}.items():

@@ -14,12 +14,7 @@ import torch
 from serving.conftest import KINDS, World, write_adapter
 
 from loralab.adapters.methods import LoRA
-from loralab.errors import (
-    AdapterNotFoundError,
-    DataError,
-    QueueFullError,
-    RunError,
-)
+from loralab.errors import AdapterNotFoundError, DataError, QueueFullError, RunError
 from loralab.serving.engine import Engine
 from loralab.serving.request import Finished, Piece, Sampling
 
@@ -38,9 +33,14 @@ def alone(model: Any, prompt: Sequence[int], new: int = NEW) -> tuple[int, ...]:
     """What transformers' own generate writes."""
     ids = torch.tensor([list(prompt)])
     out = model.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False,
-        eos_token_id=10**6, pad_token_id=0, repetition_penalty=1.0,
-    )  # fmt: skip
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=new,
+        do_sample=False,
+        eos_token_id=10**6,
+        pad_token_id=0,
+        repetition_penalty=1.0,
+    )
     return tuple(out[0, ids.shape[1] :].tolist())
 
 
@@ -171,9 +171,8 @@ def test_stops_texts_and_seeds(world: World, opened: Open) -> None:
     whole = engine.generate([prompt], adapters=["lora"], sampling=GREEDY)[0]
     word = whole.text.split()[2]
     stopped = engine.generate(
-        [prompt], adapters=["lora"],
-        sampling=Sampling(max_tokens=NEW, temperature=0, ignore_eos=True, stop=(word,)),
-    )[0]  # fmt: skip
+        [prompt], adapters=["lora"], sampling=Sampling(max_tokens=NEW, temperature=0, ignore_eos=True, stop=(word,))
+    )[0]
     assert stopped.finished.reason == "stop"
     assert stopped.text == whole.text[: whole.text.index(word)]
     drawn = Sampling(max_tokens=20, temperature=1.0, seed=4, ignore_eos=True)

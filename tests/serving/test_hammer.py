@@ -20,10 +20,15 @@ from loralab.serving.request import Sampling
 
 REQUESTS, THREADS, NEW = 3000, 16, 5
 METHODS = [
-    LoRA(rank=1), LoRA(rank=17), LoRA(rank=4, dora=True), IA3(), Prefix(tokens=3, init_std=0.5),
-    Bottleneck(width=3, init_std=0.3), LoRA(rank=2, target_modules=["lm_head"]),
+    LoRA(rank=1),
+    LoRA(rank=17),
+    LoRA(rank=4, dora=True),
+    IA3(),
+    Prefix(tokens=3, init_std=0.5),
+    Bottleneck(width=3, init_std=0.3),
+    LoRA(rank=2, target_modules=["lm_head"]),
     LoRA(rank=64, target_modules=["v_proj"]),
-]  # fmt: skip
+]
 GREEDY = Sampling(max_tokens=NEW, temperature=0, ignore_eos=True)
 
 
@@ -41,9 +46,14 @@ def versions(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def written(model: Any, prompt: list[int]) -> tuple[int, ...]:
     ids = torch.tensor([prompt])
     out = model.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False,
-        eos_token_id=10**6, pad_token_id=0, repetition_penalty=1.0,
-    )  # fmt: skip
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=NEW,
+        do_sample=False,
+        eos_token_id=10**6,
+        pad_token_id=0,
+        repetition_penalty=1.0,
+    )
     return tuple(out[0, len(prompt) :].tolist())
 
 

@@ -129,12 +129,10 @@ def test_a_file_of_keys(tmp_path: Path) -> None:
         ("[[key]]\nname = 'a'\nkey = '0123456789abcdef'\nadmin = 1", "true or false"),
         ("[[key]]\nname = 'a'\nkey = '0123456789abcdef'\ntokens_per_day = 0", "above 0"),
         ("[[key]]\nname = 'a'\nkey = '0123456789abcdef'\ntokens_per_day = true", "above 0"),
-        ("[[key]]\nname='a'\nkey='0123456789abcdef'\n[[key]]\nname='a'\nkey='0123456789abcdeg'",
-         "same name"),
-        ("[[key]]\nname='a'\nkey='0123456789abcdef'\n[[key]]\nname='b'\nkey='0123456789abcdef'",
-         "same key"),
+        ("[[key]]\nname='a'\nkey='0123456789abcdef'\n[[key]]\nname='a'\nkey='0123456789abcdeg'", "same name"),
+        ("[[key]]\nname='a'\nkey='0123456789abcdef'\n[[key]]\nname='b'\nkey='0123456789abcdef'", "same key"),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_file_is_refused_and_shows_no_key(content: str, message: str, tmp_path: Path) -> None:
     file = tmp_path / "keys.toml"
     file.write_text(content)

@@ -41,10 +41,15 @@ def answered(
     answer = Answer(id="", adapter=None, digest=None, cancel=lambda: None)
     row = Row(number=0, key=None, tokens=[1])
     live = Written(
-        adapter=None, digest=None, prompt=tuple(prompt), stops=frozenset([size - 1]), tokens=known,
-        answer=answer, rows=[row],
+        adapter=None,
+        digest=None,
+        prompt=tuple(prompt),
+        stops=frozenset([size - 1]),
+        tokens=known,
+        answer=answer,
+        rows=[row],
         sampling=Sampling(max_tokens=len(ids) + end, temperature=0, **options),
-    )  # fmt: skip
+    )
     draw = torch.Generator().manual_seed(len(ids))
     for token in [*ids, *([size - 1] if end else [])]:
         logits = torch.randn(size, generator=draw)
@@ -158,9 +163,15 @@ def test_of_tokens_with_one_text_the_likeliest_keeps_it() -> None:
     answer = Answer(id="", adapter=None, digest=None, cancel=lambda: None)
     row = Row(number=0, key=None, tokens=[1])
     live = Written(
-        adapter=None, digest=None, prompt=(1,), stops=frozenset(), tokens=known, answer=answer,
-        rows=[row], sampling=Sampling(max_tokens=1, temperature=0, logprobs=4),
-    )  # fmt: skip
+        adapter=None,
+        digest=None,
+        prompt=(1,),
+        stops=frozenset(),
+        tokens=known,
+        answer=answer,
+        rows=[row],
+        sampling=Sampling(max_tokens=1, temperature=0, logprobs=4),
+    )
     logits = torch.zeros(len(tokenizer))
     logits[byte], logits[letter], logits[half], logits[2] = 5, 4, 3, 2
     live.accept(row, logits, other)
@@ -176,10 +187,15 @@ def echoed(family: str, prompt: list[int], ids: list[int], **options: Any) -> li
     answer = Answer(id="", adapter=None, digest=None, cancel=lambda: None)
     row = Row(number=0, key=None, tokens=[*prompt], scored=1, continued=bool(ids))
     live = Written(
-        adapter=None, digest=None, prompt=tuple(prompt), stops=frozenset(ids[-1:]), tokens=known,
-        answer=answer, rows=[row],
+        adapter=None,
+        digest=None,
+        prompt=tuple(prompt),
+        stops=frozenset(ids[-1:]),
+        tokens=known,
+        answer=answer,
+        rows=[row],
         sampling=Sampling(max_tokens=len(ids), temperature=0, echo=True, **options),
-    )  # fmt: skip
+    )
     logits = torch.randn(len(prompt), size, generator=torch.Generator().manual_seed(1))
     for start, stop in itertools.pairwise((0, len(prompt) // 2, len(prompt))):
         work, row.done = Work(row, start, stop), stop
@@ -235,10 +251,7 @@ def test_a_row_that_begins_anew_counts_once() -> None:
     logits = torch.randn(6, 9, generator=torch.Generator().manual_seed(0))
 
     def scored(*cuts: tuple[int, int]) -> float:
-        live = Scored(
-            adapter=None, digest=None, labels=["a"], asked=[2], firsts=(), rows=[row],
-            future=Future(),
-        )  # fmt: skip
+        live = Scored(adapter=None, digest=None, labels=["a"], asked=[2], firsts=(), rows=[row], future=Future())
         for start, stop in cuts:
             work = Work(row, start, stop)
             live.take(row, work, logits[list(work.asked)])

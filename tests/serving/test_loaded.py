@@ -18,17 +18,7 @@ from loralab.adapters import folder
 from loralab.adapters.attach import attach
 from loralab.adapters.grouped import Bank, Span
 from loralab.adapters.load import load
-from loralab.adapters.methods import (
-    IA3,
-    AdaLoRA,
-    BitFit,
-    Bottleneck,
-    FullFineTune,
-    LinearProbe,
-    LoRA,
-    Prefix,
-    Prompt,
-)
+from loralab.adapters.methods import IA3, AdaLoRA, BitFit, Bottleneck, FullFineTune, LinearProbe, LoRA, Prefix, Prompt
 from loralab.errors import AdapterFileError
 from loralab.models.load import Base
 from loralab.serving.loaded import Loaded, Nursery
@@ -36,22 +26,32 @@ from loralab.serving.loaded import Loaded, Nursery
 KINDS = {"llama": "causal-lm", "gpt2": "causal-lm", "bert": "sequence-classification"}
 HEAD = ("classifier",)
 CASES: list[tuple[str, Any]] = [
-    ("llama", LoRA()), ("llama", LoRA(scaling="alpha/sqrt(r)", target_modules="attention")),
+    ("llama", LoRA()),
+    ("llama", LoRA(scaling="alpha/sqrt(r)", target_modules="attention")),
     ("llama", LoRA(rank=4, rank_pattern={"q_proj": 2}, alpha_pattern={"down_proj": 3})),
-    ("llama", LoRA(init="pissa", rank=3)), ("llama", LoRA(dora=True)),
+    ("llama", LoRA(init="pissa", rank=3)),
+    ("llama", LoRA(dora=True)),
     ("llama", LoRA(layers=(1,), exclude_modules=["k_proj"])),
     ("llama", LoRA(target_modules=["lm_head", "embed_tokens", "q_proj"])),
-    ("llama", LoRA(modules_to_save=("lm_head",))), ("llama", LoRA(token_rows=(3, 7))),
-    ("llama", AdaLoRA(rank=4, target_rank=2, total_steps=10)), ("llama", IA3()),
-    ("llama", Bottleneck(width=4)), ("llama", Bottleneck(width=4, placement="pfeiffer")),
+    ("llama", LoRA(modules_to_save=("lm_head",))),
+    ("llama", LoRA(token_rows=(3, 7))),
+    ("llama", AdaLoRA(rank=4, target_rank=2, total_steps=10)),
+    ("llama", IA3()),
+    ("llama", Bottleneck(width=4)),
+    ("llama", Bottleneck(width=4, placement="pfeiffer")),
     ("llama", Bottleneck(width=4, placement="parallel", layer_norm=True)),
-    ("gpt2", LoRA(target_modules=["c_attn.q", "c_attn.v"])), ("gpt2", LoRA(dora=True, rank=3)),
-    ("gpt2", BitFit()), ("gpt2", IA3()), ("gpt2", LinearProbe(modules_to_save=("lm_head",))),
-    ("bert", LoRA(modules_to_save=HEAD)), ("bert", BitFit(modules_to_save=HEAD)),
-    ("bert", LinearProbe()), ("bert", IA3(modules_to_save=HEAD)),
+    ("gpt2", LoRA(target_modules=["c_attn.q", "c_attn.v"])),
+    ("gpt2", LoRA(dora=True, rank=3)),
+    ("gpt2", BitFit()),
+    ("gpt2", IA3()),
+    ("gpt2", LinearProbe(modules_to_save=("lm_head",))),
+    ("bert", LoRA(modules_to_save=HEAD)),
+    ("bert", BitFit(modules_to_save=HEAD)),
+    ("bert", LinearProbe()),
+    ("bert", IA3(modules_to_save=HEAD)),
     ("bert", Bottleneck(width=4, placement="pfeiffer", modules_to_save=HEAD)),
     ("bert", Bottleneck(width=4, placement="houlsby")),
-]  # fmt: skip
+]
 
 
 def base_of(name: str, model: Any = None) -> Base:
@@ -193,14 +193,15 @@ def test_a_head_of_other_labels_than_named_is_refused(tmp_path: Path) -> None:
 
 PEFT = {
     "lora": LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False),
-    "rslora": LoraConfig(r=4, target_modules=["q_proj", "nothing"], use_rslora=True,
-                         init_lora_weights=False, rank_pattern={"q_proj": 3}),
+    "rslora": LoraConfig(
+        r=4, target_modules=["q_proj", "nothing"], use_rslora=True, init_lora_weights=False, rank_pattern={"q_proj": 3}
+    ),
     "dora": LoraConfig(r=4, target_modules=["q_proj"], use_dora=True, init_lora_weights=False),
-    "head": LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"],
-                       init_lora_weights=False),
-    "ia3": IA3Config(target_modules=["k_proj", "v_proj", "down_proj"],
-                     feedforward_modules=["down_proj"], init_ia3_weights=False),
-}  # fmt: skip
+    "head": LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"], init_lora_weights=False),
+    "ia3": IA3Config(
+        target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"], init_ia3_weights=False
+    ),
+}
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # peft's own
@@ -216,10 +217,13 @@ def test_what_peft_wrote_is_served(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # peft's own
-@pytest.mark.parametrize("config", [
-    PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
-    PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "config",
+    [
+        PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+        PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+    ],
+)
 def test_a_prefix_of_peft_is_served(config: Any, tmp_path: Path) -> None:
     get_peft_model(llama(), config).save_pretrained(tmp_path / "a")
     loaded = Nursery(base_of("llama")).load(folder.read(tmp_path / "a"))
@@ -276,11 +280,14 @@ def test_the_fingerprint_is_worked_out_once(tmp_path: Path, monkeypatch: pytest.
     assert len(calls) == 1
 
 
-@pytest.mark.parametrize(("name", "method", "message"), [
-    ("llama", FullFineTune(), "serve it as a base of its own"),
-    ("bert", Prompt(tokens=3), "only a causal model can keep in its cache"),
-    ("bert", Prefix(tokens=3), "only a causal model can keep in its cache"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "method", "message"),
+    [
+        ("llama", FullFineTune(), "serve it as a base of its own"),
+        ("bert", Prompt(tokens=3), "only a causal model can keep in its cache"),
+        ("bert", Prefix(tokens=3), "only a causal model can keep in its cache"),
+    ],
+)
 def test_what_cannot_be_served_says_why(name: str, method: Any, message: str, tmp_path: Path) -> None:
     assert message in refusal(base_of(name), save(name, method, tmp_path / "a"))
 
@@ -309,10 +316,10 @@ def test_new_tokens_and_other_packings_are_refused(tmp_path: Path) -> None:
 KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 
 
-@pytest.mark.parametrize(("shape", "message"), [
-    ((3, 32), r"misshapen.*\(3, 32\)"), ((2, 31), "misshapen"), ((2, 32, 1), "misshapen"),
-    (None, "missing"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [((3, 32), r"misshapen.*\(3, 32\)"), ((2, 31), "misshapen"), ((2, 32, 1), "misshapen"), (None, "missing")],
+)
 def test_tensors_that_do_not_fit_are_refused(shape: tuple[int, ...] | None, message: str, tmp_path: Path) -> None:
     place = save("llama", LoRA(rank=2), tmp_path / "a")
     tensors = safetensors.torch.load_file(place / folder.TENSORS)
@@ -339,11 +346,17 @@ def test_a_prefix_beyond_the_positions_is_refused(tmp_path: Path) -> None:
             Nursery(base_of("gpt2")).load(folder.read(place))
 
 
-@pytest.mark.parametrize("record", [
-    {"base": 5, "task": [], "tokenizer": "x"}, {"base": {"kind": ["causal-lm"]}},
-    {"base": {"fingerprint": {}}}, {"base": {"quantize": []}}, {"tokenizer": {"new_tokens": 5}},
-    {"task": {"labels": 5}},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"base": 5, "task": [], "tokenizer": "x"},
+        {"base": {"kind": ["causal-lm"]}},
+        {"base": {"fingerprint": {}}},
+        {"base": {"quantize": []}},
+        {"tokenizer": {"new_tokens": 5}},
+        {"task": {"labels": 5}},
+    ],
+)
 def test_records_of_odd_shape_raise_nothing_else(record: dict[str, Any], tmp_path: Path) -> None:
     place = save("bert", LoRA(modules_to_save=HEAD), tmp_path / "a")
     own = json.loads((place / folder.RECORD).read_text())
@@ -362,10 +375,16 @@ def tensors_alive() -> int:
     return sum(issubclass(type(thing), Tensor) for thing in gc.get_objects())
 
 
-@pytest.mark.parametrize(("method", "times"), [
-    (LoRA(rank=2), 200), (LoRA(rank=2, dora=True, modules_to_save=("lm_head",)), 40),
-    (IA3(), 40), (Prefix(tokens=3), 40), (Prompt(tokens=3), 10),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("method", "times"),
+    [
+        (LoRA(rank=2), 200),
+        (LoRA(rank=2, dora=True, modules_to_save=("lm_head",)), 40),
+        (IA3(), 40),
+        (Prefix(tokens=3), 40),
+        (Prompt(tokens=3), 10),
+    ],
+)
 def test_what_is_dropped_leaves_nothing_and_the_base_is_untouched(method: Any, times: int, tmp_path: Path) -> None:
     place = save("llama", method, tmp_path / "a")
     base = base_of("llama")

@@ -16,20 +16,58 @@ FIRST, LAST = {"role": "user", "content": "good film"}, {"role": "user", "conten
 SAID = {"role": "assistant", "content": "positive"}
 # assistant turns as clients write them
 ECHOED: list[dict[str, Any]] = [
-    {"content": "positive", "refusal": None, "role": "assistant", "annotations": None,
-     "audio": None, "function_call": None, "tool_calls": None},
+    {
+        "content": "positive",
+        "refusal": None,
+        "role": "assistant",
+        "annotations": None,
+        "audio": None,
+        "function_call": None,
+        "tool_calls": None,
+    },
     {"role": "assistant", "content": "positive", "tool_calls": [], "function_call": None},
-    {"role": "assistant", "content": "positive", "tool_calls": None, "function_call": None,
-     "provider_specific_fields": {"refusal": None}, "annotations": [], "images": []},
-    {"role": "assistant", "content": [{"type": "text", "text": "positive", "annotations": [],
-                                       "id": "lc_1", "cache_control": {"type": "ephemeral"}}]},
+    {
+        "role": "assistant",
+        "content": "positive",
+        "tool_calls": None,
+        "function_call": None,
+        "provider_specific_fields": {"refusal": None},
+        "annotations": [],
+        "images": [],
+    },
+    {
+        "role": "assistant",
+        "content": [
+            {
+                "type": "text",
+                "text": "positive",
+                "annotations": [],
+                "id": "lc_1",
+                "cache_control": {"type": "ephemeral"},
+            }
+        ],
+    },
     {"role": "assistant", "content": "positive", "reasoning_content": "it is praise"},
-    {"role": "assistant", "content": "positive", "reasoning": "praise", "reasoning_details": [{}],
-     "thinking_blocks": [{"type": "thinking"}], "extra_content": {}},
-    {"role": "assistant", "content": "positive", "name": "bot", "id": "msg_1", "metadata": {},
-     "timestamp": 1790000000, "cache_control": {"type": "ephemeral"}, "refusal": ""},
+    {
+        "role": "assistant",
+        "content": "positive",
+        "reasoning": "praise",
+        "reasoning_details": [{}],
+        "thinking_blocks": [{"type": "thinking"}],
+        "extra_content": {},
+    },
+    {
+        "role": "assistant",
+        "content": "positive",
+        "name": "bot",
+        "id": "msg_1",
+        "metadata": {},
+        "timestamp": 1790000000,
+        "cache_control": {"type": "ephemeral"},
+        "refusal": "",
+    },
     {"role": "assistant", "content": "positive", "prefix": False, "partial": False},
-]  # fmt: skip
+]
 EMPTY: list[dict[str, Any]] = [
     {"role": "assistant", "content": None, "tool_calls": []},
     {"role": "assistant", "content": None, "tool_calls": None, "refusal": None, "audio": None},
@@ -55,15 +93,11 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"role": "system", "content": None}, "content"),
     ({"role": "assistant"}, "content"),
     ({"role": "user", "content": "x", "contnet": "y"}, "contnet"),
-    ({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "u"}}]},
-     "content.0.type"),
-    ({"role": "user", "content": [{"type": "text", "text": "x"}, {"type": "file"}]},
-     "content.1.type"),
-    ({"role": "user", "content": [{"type": "text", "text": "x", "annotations": [{}]}]},
-     "content.0.annotations"),
-    ({"role": "user", "content": [{"type": "text", "text": "x", "citations": []}]},
-     "content.0.citations"),
-]  # fmt: skip
+    ({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "u"}}]}, "content.0.type"),
+    ({"role": "user", "content": [{"type": "text", "text": "x"}, {"type": "file"}]}, "content.1.type"),
+    ({"role": "user", "content": [{"type": "text", "text": "x", "annotations": [{}]}]}, "content.0.annotations"),
+    ({"role": "user", "content": [{"type": "text", "text": "x", "citations": []}]}, "content.0.citations"),
+]
 
 
 def asked(engine: FakeEngine, *turns: Any) -> tuple[int, ...]:

@@ -45,11 +45,13 @@ def test_a_page_that_is_listed_may_ask_beforehand(path: str, engine: FakeEngine)
 @pytest.mark.parametrize(
     ("method", "path", "body", "status"),
     [
-        ("GET", "/v1/models", None, 200), ("POST", "/v1/chat/completions", CHAT, 200),
+        ("GET", "/v1/models", None, 200),
+        ("POST", "/v1/chat/completions", CHAT, 200),
         ("POST", "/v1/completions", {**TEXT, "stream": True}, 200),
-        ("POST", "/v1/completions", {**TEXT, "n": 0}, 400), ("GET", "/nowhere", None, 404),
+        ("POST", "/v1/completions", {**TEXT, "n": 0}, 400),
+        ("GET", "/nowhere", None, 404),
     ],
-)  # fmt: skip
+)
 def test_a_page_that_is_listed_reads_answers_and_errors(
     method: str, path: str, body: Any, status: int, engine: FakeEngine
 ) -> None:
@@ -60,10 +62,20 @@ def test_a_page_that_is_listed_reads_answers_and_errors(
     assert "Origin" in answer.headers["vary"]
 
 
-@pytest.mark.parametrize("origin", [
-    OTHER, "null", "http://chat.example.org", "https://chat.example.org:8443",
-    "https://chat.example.org.evil.example", "https://x.chat.example.org", PAGE + "/", "", "*",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "origin",
+    [
+        OTHER,
+        "null",
+        "http://chat.example.org",
+        "https://chat.example.org:8443",
+        "https://chat.example.org.evil.example",
+        "https://x.chat.example.org",
+        PAGE + "/",
+        "",
+        "*",
+    ],
+)
 @pytest.mark.parametrize("origins", [(PAGE,), ()])
 def test_any_other_page_gets_no_header_of_these(origin: str, origins: Any, engine: FakeEngine) -> None:
     own = {"Origin": origin}
@@ -96,14 +108,34 @@ def test_any_origin_needs_keys(engine: FakeEngine) -> None:
 
 
 def test_origins_are_compared_as_browsers_write_them() -> None:
-    given = ["https://Chat.example.org/", "http://localhost:3000", "https://a.example:443",
-             "http://[::1]:8080", "tauri://localhost", "http://b.example:80"]  # fmt: skip
+    given = [
+        "https://Chat.example.org/",
+        "http://localhost:3000",
+        "https://a.example:443",
+        "http://[::1]:8080",
+        "tauri://localhost",
+        "http://b.example:80",
+    ]
     assert origins_of(given, with_keys=False) == {
-        "https://chat.example.org", "http://localhost:3000", "https://a.example",
-        "http://[::1]:8080", "tauri://localhost", "http://b.example",
-    }  # fmt: skip
-    bad = ["chat.example.org", "https://", "https://a/b", "https://u@a", "null", "",
-           "https://*.example.org", "https://a b", "https://a:x", "https://a?b"]  # fmt: skip
+        "https://chat.example.org",
+        "http://localhost:3000",
+        "https://a.example",
+        "http://[::1]:8080",
+        "tauri://localhost",
+        "http://b.example",
+    }
+    bad = [
+        "chat.example.org",
+        "https://",
+        "https://a/b",
+        "https://u@a",
+        "null",
+        "",
+        "https://*.example.org",
+        "https://a b",
+        "https://a:x",
+        "https://a?b",
+    ]
     for wrong in bad:
         with pytest.raises(ConfigError) as error:
             origins_of([wrong], with_keys=True)
@@ -114,9 +146,20 @@ def test_origins_are_compared_as_browsers_write_them() -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["/", "/health", "/metrics", "/store", "/v1/models", "/v1/models/sst", "/openapi.json",
-             "/v1/models/nobody", "/nowhere", "/v1/completions"],
-)  # fmt: skip
+    "path",
+    [
+        "/",
+        "/health",
+        "/metrics",
+        "/store",
+        "/v1/models",
+        "/v1/models/sst",
+        "/openapi.json",
+        "/v1/models/nobody",
+        "/nowhere",
+        "/v1/completions",
+    ],
+)
 def test_head_is_get_without_a_body(path: str, engine: FakeEngine, serve: Serve) -> None:
     with httpx.Client(base_url=serve(engine)) as client:
         answers = [client.request(method, path) for method in ("GET", "HEAD", "GET")]

@@ -30,12 +30,26 @@ def shown(where: str, tmp_path: Path, **query: Any) -> tuple[str, set[str]]:
     log = tmp_path / "net.json"
     address = f"{where}/?{urlencode({'lang': 'en', **query})}"
     done = subprocess.run(
-        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
-         "--disable-background-networking", "--disable-component-update", "--disable-sync",
-         f"--user-data-dir={tmp_path / 'profile'}", f"--log-net-log={log}",
-         "--virtual-time-budget=5000", "--dump-dom", address],
-        capture_output=True, text=True, timeout=90, check=True,
-    )  # fmt: skip
+        [
+            CHROMIUM,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--no-first-run",
+            "--disable-background-networking",
+            "--disable-component-update",
+            "--disable-sync",
+            f"--user-data-dir={tmp_path / 'profile'}",
+            f"--log-net-log={log}",
+            "--virtual-time-budget=5000",
+            "--dump-dom",
+            address,
+        ],
+        capture_output=True,
+        text=True,
+        timeout=90,
+        check=True,
+    )
     return done.stdout, hosts(log)
 
 
@@ -92,9 +106,8 @@ def test_the_server_lets_nothing_else_into_the_page(engine: FakeEngine, serve: S
 @pytest.mark.parametrize("mode", ["chat", "text"])
 def test_answers_stream_into_their_columns(mode: str, engine: FakeEngine, serve: Serve, tmp_path: Path) -> None:
     page, asked = shown(
-        serve(engine), tmp_path, models="tiny,sst,news", prompt="good film", mode=mode,
-        max_tokens=5, autorun=1,
-    )  # fmt: skip
+        serve(engine), tmp_path, models="tiny,sst,news", prompt="good film", mode=mode, max_tokens=5, autorun=1
+    )
     for name, word in (("", "base"), ("sst", "sst"), ("news", "news")):
         assert f'<div class="text">{word} 0 1 2 3</div>' in column(page, name)
         assert "First token" in column(page, name)
@@ -110,10 +123,7 @@ def test_tokens_are_counted_and_not_pieces(mode: str, engine: FakeEngine, serve:
     engine.tokens_a_piece = 3
     for held, expected in ((None, "15…"), (2, "6")):
         engine.held_after = held
-        page, _ = shown(
-            serve(engine), tmp_path, models="sst", prompt="good film", mode=mode, max_tokens=5,
-            autorun=1,
-        )  # fmt: skip
+        page, _ = shown(serve(engine), tmp_path, models="sst", prompt="good film", mode=mode, max_tokens=5, autorun=1)
         assert ("text waiting" in column(page, "sst")) == (held is not None)
         numbers = re.findall(r"<dd[^>]*>([^<]*)</dd>", column(page, "sst"))
         assert numbers[-1] == expected
@@ -138,10 +148,7 @@ def test_an_error_stands_in_the_column_it_belongs_to(engine: FakeEngine, serve: 
     engine.submit = fails_for_news  # type: ignore[method-assign]
     engine.store.load("<b>bold</b>", "x")
     engine.max_waiting = 9
-    page, _ = shown(
-        serve(engine), tmp_path, models="news,<b>bold</b>", prompt="good film", max_tokens=3,
-        autorun=1,
-    )  # fmt: skip
+    page, _ = shown(serve(engine), tmp_path, models="news,<b>bold</b>", prompt="good film", max_tokens=3, autorun=1)
     assert '<p class="error"' in column(page, "news")
     assert "no longer finite" in column(page, "news")
     assert '<p class="error"' not in column(page, "&lt;b&gt;bold&lt;/b&gt;")

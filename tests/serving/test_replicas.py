@@ -26,11 +26,14 @@ from loralab.serving.settings import Limits, ServeSettings
 pytestmark = [  # Ray leaves files and processes to the garbage collector
     pytest.mark.filterwarnings(f"ignore::{name}")
     for name in (
-        "ResourceWarning", "DeprecationWarning", "FutureWarning", "UserWarning",
+        "ResourceWarning",
+        "DeprecationWarning",
+        "FutureWarning",
+        "UserWarning",
         "pytest.PytestUnraisableExceptionWarning",
         "pytest.PytestUnhandledThreadExceptionWarning",
     )
-]  # fmt: skip
+]
 NAMES = ("lora", "dora", "houlsby", "prefix", "ia3", "wide")
 FRESH = ("pfeiffer", "prompt", "head", "embedding")  # of no other test: nobody holds them yet
 SETTINGS = ServeSettings(precision="fp32", cache_memory="2MB")
@@ -38,16 +41,14 @@ SETTINGS = ServeSettings(precision="fp32", cache_memory="2MB")
 
 def body(name: str, number: int = 0, **more: Any) -> dict[str, Any]:
     prompt = [3 + (7 * number + k) % 80 for k in range(6)]
-    return {"model": name, "prompt": prompt, "max_tokens": 6, "temperature": 0,
-            "ignore_eos": True, **more}  # fmt: skip
+    return {"model": name, "prompt": prompt, "max_tokens": 6, "temperature": 0, "ignore_eos": True, **more}
 
 
 # -- without a cluster ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("content", "name"),
-    [(b'{"model": "a"}', "a"), (b"[]", ""), (b"{", ""), (b'{"model": 3}', ""), (b"", "")],
+    ("content", "name"), [(b'{"model": "a"}', "a"), (b"[]", ""), (b"{", ""), (b'{"model": 3}', ""), (b"", "")]
 )
 def test_the_model_of_a_body(content: bytes, name: str) -> None:
     assert model_in(content) == name
@@ -60,8 +61,7 @@ def test_quotas_that_replicas_would_count_alone_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("args", "said"),
-    [({"model": "m"}, "give store"), ({"model": "m", "store": "s", "residents": 3}, "resident")],
+    ("args", "said"), [({"model": "m"}, "give store"), ({"model": "m", "store": "s", "residents": 3}, "resident")]
 )
 def test_wrong_arguments_of_serve_run_are_refused(args: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
@@ -72,20 +72,24 @@ def said(status: int, code: str | None = None) -> list[Any]:
     """An answer as messages."""
     content = b"Success" if code is None else json.dumps({"error": {"code": code}}).encode()
     start = {"type": "http.response.start", "status": status, "headers": []}
-    return [start, {"type": "http.response.body", "body": content[:3]},
-            {"type": "http.response.body", "body": content[3:]}]  # fmt: skip
+    return [
+        start,
+        {"type": "http.response.body", "body": content[:3]},
+        {"type": "http.response.body", "body": content[3:]},
+    ]
 
 
 @pytest.mark.parametrize(
     ("others", "status"),
     [
-        ([], 200), ([said(200), said(200)], 200),
+        ([], 200),
+        ([said(200), said(200)], 200),
         ([said(200), said(404, "model_not_found")], 200),  # a shared store: it is gone already
         ([said(400, "name_taken"), said(200)], 200),
         ([said(400, "invalid_value"), said(200)], 400),
         ([said(404, "model_not_found"), said(500, "cannot_write"), said(429, "queue_full")], 500),
     ],
-)  # fmt: skip
+)
 def test_replicas_that_find_a_change_done_do_not_refuse_it(others: list[Any], status: int) -> None:
     assert outcome(said(200), others)[0]["status"] == status
 
@@ -229,8 +233,23 @@ def test_a_replica_that_dies_leaves_no_request_without_an_answer(where: str) -> 
 def test_a_store_that_a_node_lacks_is_refused(world: World, tmp_path: Path) -> None:
     pytest.importorskip("ray")
     done = subprocess.run(
-        [sys.executable, "-m", "loralab", "serve", "--model", world.folder, "--ray", "local",
-         "--store", tmp_path / "none", "--port", "0"], check=False, capture_output=True, text=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "loralab",
+            "serve",
+            "--model",
+            world.folder,
+            "--ray",
+            "local",
+            "--store",
+            tmp_path / "none",
+            "--port",
+            "0",
+        ],
+        check=False,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 2, done.stderr
     assert re.search("error: node .*: there is no store", done.stderr)

@@ -49,8 +49,10 @@ def test_what_is_left_by_top_k_and_top_p(top_k: int, top_p: float, temperature: 
 
 @given(
     st.lists(st.integers(-576, 576).map(lambda n: n / 64), min_size=1, max_size=40),
-    st.integers(0, 50), st.floats(0.01, 1.0), st.floats(0.05, 20),
-)  # fmt: skip
+    st.integers(0, 50),
+    st.floats(0.01, 1.0),
+    st.floats(0.05, 20),
+)
 def test_the_same_is_left_as_by_sorting_all(logits: list[float], top_k: int, top_p: float, temperature: float) -> None:
     row = torch.tensor(logits)
     order = sorted(range(len(row)), key=lambda n: -row[n])[: top_k or None]
@@ -105,10 +107,19 @@ def test_log_probabilities() -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("max_tokens", 0), ("temperature", -1), ("temperature", float("nan")), ("top_p", 0),
-     ("top_p", 1.5), ("top_k", -1), ("logprobs", 21), ("stop", ("",)), ("seed", -1),
-     ("max_tokens", True)],
-)  # fmt: skip
+    [
+        ("max_tokens", 0),
+        ("temperature", -1),
+        ("temperature", float("nan")),
+        ("top_p", 0),
+        ("top_p", 1.5),
+        ("top_k", -1),
+        ("logprobs", 21),
+        ("stop", ("",)),
+        ("seed", -1),
+        ("max_tokens", True),
+    ],
+)
 def test_values_out_of_range_are_refused(field: str, value: object) -> None:
     with pytest.raises(ConfigError, match=field):
         Sampling(**{field: value})  # type: ignore[arg-type]

@@ -105,10 +105,13 @@ def test_where_nothing_may_be_reused_nothing_is() -> None:
 
 @settings(max_examples=80, deadline=None)
 @given(
-    lengths=st.lists(st.tuples(st.integers(1, 60), st.integers(1, 30), st.sampled_from("abc")),
-                     min_size=1, max_size=12),
-    blocks=st.integers(6, 20), rows=st.integers(1, 6), tokens=st.integers(1, 40),
-)  # fmt: skip
+    lengths=st.lists(
+        st.tuples(st.integers(1, 60), st.integers(1, 30), st.sampled_from("abc")), min_size=1, max_size=12
+    ),
+    blocks=st.integers(6, 20),
+    rows=st.integers(1, 6),
+    tokens=st.integers(1, 40),
+)
 def test_all_rows_end_however_little_room_there_is(
     lengths: list[tuple[int, int, str]], blocks: int, rows: int, tokens: int
 ) -> None:

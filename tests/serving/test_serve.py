@@ -34,10 +34,7 @@ def test_it_serves_until_a_signal(opened: list[dict[str, Any]], tiny_llama_folde
         told.append((list(found.adapters), where, with_keys))
         signal.raise_signal(signal.SIGTERM)
 
-    serve(
-        model=str(tiny_llama_folder), store=tmp_path, adapters={"sst": "a"}, pinned=["sst"], port=0,
-        ready=ready,
-    )  # fmt: skip
+    serve(model=str(tiny_llama_folder), store=tmp_path, adapters={"sst": "a"}, pinned=["sst"], port=0, ready=ready)
     ((adapters, where, with_keys),) = told
     assert (adapters, with_keys) == (["sst"], False)
     assert opened[0]["store"] == tmp_path.resolve()

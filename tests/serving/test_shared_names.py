@@ -45,9 +45,8 @@ class Server:
 
     def __init__(self, place: Path) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-c", SERVER, str(place)], text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        )  # fmt: skip
+            [sys.executable, "-c", SERVER, str(place)], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
 
     def hear(self) -> str:
         assert self.process.stdout is not None
@@ -164,9 +163,8 @@ def test_a_server_that_is_killed_while_it_writes_holds_up_nobody(root: Path) -> 
         "import json, os, sys\nfrom pathlib import Path\nPath.replace = lambda self, target: os.kill(os.getpid(), 9)",
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, str(root)], input='[["y", "b"]]\n', text=True,
-        capture_output=True, check=False,
-    )  # fmt: skip
+        [sys.executable, "-c", code, str(root)], input='[["y", "b"]]\n', text=True, capture_output=True, check=False
+    )
     assert done.returncode == -signal.SIGKILL
     store = Store(root, number_of)
     assert set(known(store)) == {"a", "b", "x"}
@@ -213,9 +211,7 @@ def test_a_store_that_cannot_be_written_refuses_new_names_and_serves_its_own(
     assert reader.entry("x").path == root / "b"
 
 
-def test_names_that_are_damaged_meanwhile_change_nothing_and_cannot_be_changed(
-    root: Path,
-) -> None:
+def test_names_that_are_damaged_meanwhile_change_nothing_and_cannot_be_changed(root: Path) -> None:
     store = Store(root, number_of)
     store.load("x", "a")
     whole = (root / NAMES).read_text()

@@ -162,20 +162,30 @@ def test_what_the_base_is_called_names_no_adapter(root: Path) -> None:
     assert used(store, "x").value == 5  # under another name it is served
 
 
-@pytest.mark.parametrize(("name", "path", "field"), [
-    ("a b", "a", "name"), ("", "a", "name"), ("base", "a", "name"), ("x", "../a", "path"),
-    ("x", "nowhere", "path"), ("x", "", "path"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "path", "field"),
+    [
+        ("a b", "a", "name"),
+        ("", "a", "name"),
+        ("base", "a", "name"),
+        ("x", "../a", "path"),
+        ("x", "nowhere", "path"),
+        ("x", "", "path"),
+    ],
+)
 def test_an_error_says_which_of_the_two_is_wrong(root: Path, name: str, path: str, field: str) -> None:
     with pytest.raises(LoralabError) as error:
         Store(root, number_of).load(name, path)
     assert error.value.field == field and error.value.code
 
 
-@pytest.mark.parametrize("content", [
-    {"task": 5, "base": [], "metrics": {"validation": 1}},
-    {"task": {"labels": 9, "name": {}}, "metrics": {"validation": {"a": 10**400, "b": "x"}}},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"task": 5, "base": [], "metrics": {"validation": 1}},
+        {"task": {"labels": 9, "name": {}}, "metrics": {"validation": {"a": 10**400, "b": "x"}}},
+    ],
+)
 def test_a_record_of_odd_shape_tells_nothing(root: Path, content: dict[str, Any]) -> None:
     write(root / "a", 1, **content)
     found = Store(root, number_of).entry("a")
@@ -202,9 +212,26 @@ def test_names_of_any_script_are_good(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["", ".", "..", ".x", "a/b", "a\\b", "a b", "a\n", "a\0", "x" * 129, "f" * 64,
-             "F" * 64, "a\u202eb", "e\u0301te\u0301", "\ud800", "../../etc"],
-)  # fmt: skip
+    "name",
+    [
+        "",
+        ".",
+        "..",
+        ".x",
+        "a/b",
+        "a\\b",
+        "a b",
+        "a\n",
+        "a\0",
+        "x" * 129,
+        "f" * 64,
+        "F" * 64,
+        "a\u202eb",
+        "e\u0301te\u0301",
+        "\ud800",
+        "../../etc",
+    ],
+)
 def test_bad_names_are_refused_and_nothing_changes(root: Path, name: str) -> None:
     store = Store(root, number_of)
     before = store.entries()
@@ -220,9 +247,7 @@ def test_a_name_moves_and_so_it_stays_after_a_restart(root: Path) -> None:
     assert entry.loaded and entry.digest != first and entry.path == root / "runs" / "c"
     assert used(store, "a").value == 3
     store.load("新", root / "b")
-    assert json.loads((root / NAMES).read_text()) == {
-        "format": 1, "names": {"a": "runs/c", "新": "b"}, "removed": [],
-    }  # fmt: skip
+    assert json.loads((root / NAMES).read_text()) == {"format": 1, "names": {"a": "runs/c", "新": "b"}, "removed": []}
     again = Store(root, number_of)
     assert [(e.name, e.digest) for e in again.entries()] == [(e.name, e.digest) for e in store.entries()]
     again.load("a", "a")  # home again: nothing is left to be written down
@@ -269,8 +294,10 @@ def test_content_is_found_where_it_still_lies(root: Path) -> None:
 # -- paths --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", ["..", "../out", "a/../../out", "link", "files", "loop", "a\0b",
-                                  ".", "", "nowhere", "notes.txt", "/", "/etc"])  # fmt: skip
+@pytest.mark.parametrize(
+    "path",
+    ["..", "../out", "a/../../out", "link", "files", "loop", "a\0b", ".", "", "nowhere", "notes.txt", "/", "/etc"],
+)
 def test_nothing_outside_the_store_is_read(tmp_path: Path, path: str) -> None:
     root = tmp_path / "root"
     write(root / "a", 1)
@@ -650,10 +677,9 @@ def test_it_does_what_a_simple_model_does(tmp_path: Path, monkeypatch: pytest.Mo
     run_state_machine_as_test(
         Against,
         settings=settings(
-            max_examples=40, stateful_step_count=30, deadline=None,
-            suppress_health_check=list(HealthCheck),
+            max_examples=40, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
         ),
-    )  # fmt: skip
+    )
 
 
 @settings(max_examples=60, deadline=None)

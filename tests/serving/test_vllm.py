@@ -55,8 +55,7 @@ def fake(tmp_path: Path) -> MakeFake:
 
 def asked(python: str, store: Path, **more: Any) -> Asked:
     options = {"adapters": {}, "rank": 8, "settings": ServeSettings(), **more}
-    return Asked(python=python, source="model", name="base", store=store, host="127.0.0.1",
-                 port=free_port(), **options)  # fmt: skip
+    return Asked(python=python, source="model", name="base", store=store, host="127.0.0.1", port=free_port(), **options)
 
 
 def free_port() -> int:
@@ -67,15 +66,34 @@ def free_port() -> int:
 
 
 def test_the_store_is_handed_over_and_the_exit_code_passed_on(
-    world: World, fake: MakeFake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    world: World, fake: MakeFake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("LORALAB_CACHE", str(tmp_path / "cache"))
-    assert command_line([
-        "serve", "--engine", "vllm", "--engine-python", fake(), "--model", str(world.folder),
-        "--store", str(world.store), "--port", "0", "--json", "--engine-args", "--enforce-eager",
-        "--precision", "fp32", "--max-length", "64",
-    ]) == 7  # fmt: skip
+    assert (
+        command_line(
+            [
+                "serve",
+                "--engine",
+                "vllm",
+                "--engine-python",
+                fake(),
+                "--model",
+                str(world.folder),
+                "--store",
+                str(world.store),
+                "--port",
+                "0",
+                "--json",
+                "--engine-args",
+                "--enforce-eager",
+                "--precision",
+                "fp32",
+                "--max-length",
+                "64",
+            ]
+        )
+        == 7
+    )
     printed = capsys.readouterr()
     ready = json.loads(printed.out)
     assert ready["adapters"] == ["embedding", "head", "lora", "wide"]

@@ -39,22 +39,38 @@ from loralab.serving.ways import Ways, pass_of
 WIDE = {**SIZES, "hidden_size": 64, "num_attention_heads": 2, "initializer_range": 0.2}
 IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
 MODELS: dict[str, Any] = {
-    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=128,
-                                               vocab_size=SIZES["vocab_size"], **IDS)),
+    "gpt2": lambda: GPT2LMHeadModel(
+        GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=128, vocab_size=SIZES["vocab_size"], **IDS)
+    ),
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**WIDE, **IDS, num_key_value_heads=1)),
-    "mistral": lambda: MistralForCausalLM(
-        MistralConfig(**WIDE, **IDS, num_key_value_heads=1, sliding_window=8)),
-    "opt": lambda: OPTForCausalLM(OPTConfig(
-        hidden_size=64, ffn_dim=64, num_hidden_layers=2, num_attention_heads=2,
-        vocab_size=SIZES["vocab_size"], word_embed_proj_dim=64, max_position_embeddings=128,
-        **IDS)),
-    "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(
-        **WIDE, **IDS, num_key_value_heads=1, head_dim=32, sliding_window=8)),
-    "bloom": lambda: BloomForCausalLM(BloomConfig(hidden_size=64, n_layer=2, n_head=2, **IDS,
-                                                  vocab_size=SIZES["vocab_size"])),
-}  # fmt: skip
-TAKEN = {"gpt2": "packed", "qwen2": "packed", "mistral": "packed", "opt": "packed",
-         "gemma2": "one by one", "bloom": "one by one"}  # fmt: skip
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**WIDE, **IDS, num_key_value_heads=1, sliding_window=8)),
+    "opt": lambda: OPTForCausalLM(
+        OPTConfig(
+            hidden_size=64,
+            ffn_dim=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            vocab_size=SIZES["vocab_size"],
+            word_embed_proj_dim=64,
+            max_position_embeddings=128,
+            **IDS,
+        )
+    ),
+    "gemma2": lambda: Gemma2ForCausalLM(
+        Gemma2Config(**WIDE, **IDS, num_key_value_heads=1, head_dim=32, sliding_window=8)
+    ),
+    "bloom": lambda: BloomForCausalLM(
+        BloomConfig(hidden_size=64, n_layer=2, n_head=2, **IDS, vocab_size=SIZES["vocab_size"])
+    ),
+}
+TAKEN = {
+    "gpt2": "packed",
+    "qwen2": "packed",
+    "mistral": "packed",
+    "opt": "packed",
+    "gemma2": "one by one",
+    "bloom": "one by one",
+}
 needs_dots = pytest.mark.skipif(
     kernels() is None or not kernels().dots,  # type: ignore[union-attr]
     reason="no AVX-512 BF16, or no C compiler",
@@ -75,22 +91,19 @@ def test_any_causal_model_is_served(name: str, save_tiny: Saver, tmp_path: Path)
     for seed, (own, method) in enumerate(methods.items()):
         write_adapter(base.model, method, tmp_path / own, seed)
     engine = open_engine(
-        model=str(folder), store=tmp_path,
-        settings=ServeSettings(precision="fp32", cache_memory="1MB", step_tokens=9),
-    )  # fmt: skip
+        model=str(folder), store=tmp_path, settings=ServeSettings(precision="fp32", cache_memory="1MB", step_tokens=9)
+    )
     assert engine._model.names[-1] == TAKEN[name], engine._model.refused
     asked = [[5, 6, 7], list(range(3, 25)), [9]]
     names = [None, *methods]
     jobs = [(own, prompt) for own in names for prompt in asked]
     found = engine.generate(
-        [prompt for _, prompt in jobs], adapters=[own for own, _ in jobs],
+        [prompt for _, prompt in jobs],
+        adapters=[own for own, _ in jobs],
         sampling=Sampling(max_tokens=5, temperature=0, ignore_eos=True),
-    )  # fmt: skip
+    )
     for (own, prompt), answer in zip(jobs, found, strict=True):
-        assert answer.tokens == generated(str(folder), own and tmp_path / own, prompt), (
-            own,
-            prompt,
-        )
+        assert answer.tokens == generated(str(folder), own and tmp_path / own, prompt), (own, prompt)
 
 
 @torch.no_grad()
@@ -100,9 +113,14 @@ def generated(folder: str, adapter: Any, prompt: list[int]) -> tuple[int, ...]:
         load_adapter(model, adapter)
     ids = torch.tensor([prompt])
     out = model.eval().generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False,
-        eos_token_id=10**6, pad_token_id=0, repetition_penalty=1.0,
-    )  # fmt: skip
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=5,
+        do_sample=False,
+        eos_token_id=10**6,
+        pad_token_id=0,
+        repetition_penalty=1.0,
+    )
     return tuple(out[0, len(prompt) :].tolist())
 
 
@@ -117,8 +135,13 @@ def llama(**options: Any) -> Any:
 def test_the_compiled_step_is_the_model(rows: int, tmp_path: Path) -> None:
     """Every token of ragged rows in pieces, some with adapters of many kinds and ranks."""
     model = llama()
-    methods = [LoRA(rank=1), LoRA(rank=7, dora=True), IA3(), LoRA(rank=33, alpha=3.0),
-               LoRA(rank=64, target_modules=["v_proj", "down_proj"])]  # fmt: skip
+    methods = [
+        LoRA(rank=1),
+        LoRA(rank=7, dora=True),
+        IA3(),
+        LoRA(rank=33, alpha=3.0),
+        LoRA(rank=64, target_modules=["v_proj", "down_proj"]),
+    ]
     pool = Pool(model, 256)
     compiled, solo = Compiled(model, pool), [model]
     for number, method in enumerate(methods):
@@ -135,8 +158,15 @@ def test_the_compiled_step_is_the_model(rows: int, tmp_path: Path) -> None:
         length = int(torch.randint(1, 40, (1,), generator=draw))
         tokens = torch.randint(3, 90, (length,), generator=draw).tolist()
         key = number % (len(methods) + 1) - 1
-        lively.append(Row(number=number, key=None if key < 0 else key, tokens=tokens,  # type: ignore[arg-type]
-                          blocks=list(range(number * 4, number * 4 + 4)), scored=1))  # fmt: skip
+        lively.append(
+            Row(
+                number=number,
+                key=None if key < 0 else key,
+                tokens=tokens,  # type: ignore[arg-type]
+                blocks=list(range(number * 4, number * 4 + 4)),
+                scored=1,
+            )
+        )
     lively.sort(key=lambda row: -1 if row.key is None else row.key)
     found: dict[int, list[torch.Tensor]] = {row.number: [] for row in lively}
     while works := [Work(r, r.done, min(r.done + 17, len(r.tokens))) for r in lively if r.left]:

@@ -30,10 +30,12 @@ def mixed(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Adapters of the base's template, of their own, of none, and of one that is broken."""
     store = tmp_path_factory.mktemp("mixed")
     stored: dict[str, dict[str, Any]] = {
-        "same": {"chat_template": CHAT, "eos_token": "</s>"}, "silent": {},
-        "own": {"chat_template": OWN, "eos_token": "."}, "plain": {"chat_template": None},
+        "same": {"chat_template": CHAT, "eos_token": "</s>"},
+        "silent": {},
+        "own": {"chat_template": OWN, "eos_token": "."},
+        "plain": {"chat_template": None},
         "broken": {"chat_template": "{% for %}"},
-    }  # fmt: skip
+    }
     for seed, (name, tokenizer) in enumerate(stored.items()):
         write_adapter(world.base.model, LoRA(rank=2), store / name, seed, tokenizer=tokenizer)
     return store
@@ -49,9 +51,8 @@ def engine(world: World, mixed: Path) -> Iterator[Engine]:
 
 @pytest.mark.parametrize(
     ("name", "template", "stops"),
-    [("same", CHAT, {"</s>"}), ("silent", CHAT, {"</s>"}), ("own", OWN, {"."}),
-     ("plain", None, {"</s>"})],
-)  # fmt: skip
+    [("same", CHAT, {"</s>"}), ("silent", CHAT, {"</s>"}), ("own", OWN, {"."}), ("plain", None, {"</s>"})],
+)
 @pytest.mark.filterwarnings("ignore::loralab.errors.BaseMismatchWarning")
 def test_a_chat_is_written_and_ended_as_in_training(
     engine: Engine, name: str, template: str | None, stops: set[str]

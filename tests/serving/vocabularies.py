@@ -9,9 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 SPECIAL = ["<unk>", "<s>", "</s>"]
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
-TEXTS = [
-    "the river and the stone", "a garden in the winter, music", "你好 世界 你好", "été naïve 😀",
-] * 20  # fmt: skip
+TEXTS = ["the river and the stone", "a garden in the winter, music", "你好 世界 你好", "été naïve 😀"] * 20
 
 
 def _fast(tokenizer: Tokenizer, **more: Any) -> PreTrainedTokenizerFast:
@@ -123,8 +121,15 @@ class Opaque(OwnBytes):
 
 
 FAMILIES: dict[str, Callable[[], Any]] = {
-    "byte level": byte_level, "tiktoken": digits, "crossing": crossing, "llama": sentencepiece,
-    "gemma": gemma, "unigram": unigram, "wordpiece": wordpiece, "suffixed": suffixed,
-    "bytes": OwnBytes, "opaque": Opaque,
-}  # fmt: skip
+    "byte level": byte_level,
+    "tiktoken": digits,
+    "crossing": crossing,
+    "llama": sentencepiece,
+    "gemma": gemma,
+    "unigram": unigram,
+    "wordpiece": wordpiece,
+    "suffixed": suffixed,
+    "bytes": OwnBytes,
+    "opaque": Opaque,
+}
 WRITES_EVERYTHING = ("byte level", "tiktoken", "crossing", "llama", "gemma", "bytes", "opaque")

@@ -56,8 +56,13 @@ def ground_of(study: str, model: Path, data: Path, **changes: object) -> Ground:
     """A tiny ground."""
     fields = {"max_steps": 6, "batch_size": 8, "precision": "fp32", "max_length": 64}
     fields |= changes.pop("fields", {})  # type: ignore[arg-type]
-    given = {"seeds": 2, "rows": {"train": 48, "validation": 20, "test": 40}, "fixed_lr": True,
-             "rates": (1.0, 4.0), **changes}  # fmt: skip
+    given = {
+        "seeds": 2,
+        "rows": {"train": 48, "validation": 20, "test": 40},
+        "fixed_lr": True,
+        "rates": (1.0, 4.0),
+        **changes,
+    }
     return Ground(study=study, model=str(model), data=str(data), fields=fields, **given)
 
 
@@ -66,12 +71,23 @@ def planted(name: str, scores: Sequence[float], seeds: int = 3, **fields: object
     draw = random.Random(name)
     return [
         Record(
-            arm=Arm(name=name, fields={"method": "lora", **fields}), seed=seed, rate=1e-3,
-            numbers={"score": sum(scores) / len(scores), "parameters": 100.0, "step_seconds": 0.1,
-                     "peak_bytes": 1e9, "file_bytes": 1e5, "train_loss": 0.5,
-                     "validation_loss": 0.5, "test_loss": 0.5, "gap": 0.0},
+            arm=Arm(name=name, fields={"method": "lora", **fields}),
+            seed=seed,
+            rate=1e-3,
+            numbers={
+                "score": sum(scores) / len(scores),
+                "parameters": 100.0,
+                "step_seconds": 0.1,
+                "peak_bytes": 1e9,
+                "file_bytes": 1e5,
+                "train_loss": 0.5,
+                "validation_loss": 0.5,
+                "test_loss": 0.5,
+                "gap": 0.0,
+            },
             items={"score": [s + draw.gauss(0, 0.01) for s in scores]},
-            texts={"metric": "accuracy"}, series={"loss": [1.0, 0.5]},
+            texts={"metric": "accuracy"},
+            series={"loss": [1.0, 0.5]},
         )
         for seed in range(seeds)
-    ]  # fmt: skip
+    ]

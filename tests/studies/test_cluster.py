@@ -121,9 +121,11 @@ def own_study(folder: Path, model: Path, data: Path, steps: int = 6) -> Path:
 
 def start(*arguments: object) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "loralab", *map(str, arguments)], text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+        [sys.executable, "-m", "loralab", *map(str, arguments)],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 def ended_well(*arguments: object) -> str:
@@ -206,9 +208,12 @@ def test_a_node_that_cannot_read_the_data_is_named(
     study.write_text(text, encoding="utf-8")
     (tmp_path / "noise.csv").write_bytes(noise_file.read_bytes())
     done = subprocess.run(
-        [sys.executable, "-m", "loralab", "study", study, "--ray", machines.address,
-         "--output-dir", "out"], cwd=tmp_path, check=False, capture_output=True, text=True,
-    )  # fmt: skip
+        [sys.executable, "-m", "loralab", "study", study, "--ray", machines.address, "--output-dir", "out"],
+        cwd=tmp_path,
+        check=False,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 2, done.stderr
     assert "error: node " in done.stderr
     assert "noise.csv" in done.stderr
@@ -230,10 +235,26 @@ def test_optuna_proposes_what_is_recommended_and_goes_on_where_it_was(
     pytest.importorskip("optuna")
     folder = tmp_path / "found"
     given = [
-        "recommend", "--model", tiny_bert_folder, "--data", noise_file, "--output-dir", folder,
-        "--steps", 9, "--batch-size", 4, "--test-rows", 16, "--precision", "fp32", "--ray", "local",
-        "--budget", "4m",
-    ]  # fmt: skip
+        "recommend",
+        "--model",
+        tiny_bert_folder,
+        "--data",
+        noise_file,
+        "--output-dir",
+        folder,
+        "--steps",
+        9,
+        "--batch-size",
+        4,
+        "--test-rows",
+        16,
+        "--precision",
+        "fp32",
+        "--ray",
+        "local",
+        "--budget",
+        "4m",
+    ]
     running = start(*given)
     wait_for(folder, 5)
     running.kill()

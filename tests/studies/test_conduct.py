@@ -193,9 +193,8 @@ def test_recommend_ends_in_a_configuration_that_trains(
     monkeypatch.setattr("loralab.studies.questions.recommend.plan_for", lambda *_: (9, 9))
     asked = Asked(steps=9, batch_size=4, test_rows=16, precision="fp32")
     found = recommend(
-        model=str(tiny_bert_folder), data=str(noise_file), output_dir=tmp_path / "r",
-        budget="10m", asked=asked,
-    )  # fmt: skip
+        model=str(tiny_bert_folder), data=str(noise_file), output_dir=tmp_path / "r", budget="10m", asked=asked
+    )
     config = tomllib.loads((tmp_path / "r" / "config.toml").read_text(encoding="utf-8"))
     assert config["model"] == str(tiny_bert_folder)
     assert found.answers["recommend"].advice["method"] in ("lora", "rslora", "dora", "pfeiffer")
@@ -209,8 +208,10 @@ def test_a_study_of_objects_finds_them_in_its_folder(
     model = AutoModelForCausalLM.from_pretrained(tiny_llama_folder)
     rows = [json.loads(line) for line in sums_file.read_text(encoding="utf-8").splitlines()]
     objects: dict[str, Any] = {
-        "model": model, "tokenizer": AutoTokenizer.from_pretrained(tiny_llama_folder), "data": rows,
-    }  # fmt: skip
+        "model": model,
+        "tokenizer": AutoTokenizer.from_pretrained(tiny_llama_folder),
+        "data": rows,
+    }
     grounds: list[Ground] = []
 
     def told(own: Session, job: dict[str, Any]) -> Any:
@@ -241,8 +242,7 @@ def test_a_study_of_objects_finds_them_in_its_folder(
 
 
 @pytest.mark.parametrize(
-    ("wanted", "code"),
-    [({"tokenizer": None}, "no_tokenizer"), ({"data": []}, "empty"), ({"model": 7}, "not_a_model")],
+    ("wanted", "code"), [({"tokenizer": None}, "no_tokenizer"), ({"data": []}, "empty"), ({"model": 7}, "not_a_model")]
 )
 def test_objects_that_cannot_be_studied_are_refused_before_anything_is_written(
     tmp_path: Path, tiny_llama_folder: Path, wanted: dict[str, Any], code: str
@@ -251,8 +251,9 @@ def test_objects_that_cannot_be_studied_are_refused_before_anything_is_written(
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama_folder)
     for begin in (lambda **own: study("rank", **own), recommend):
         with pytest.raises(InputError) as refused:
-            begin(output_dir=tmp_path / "out", **{
-                "model": model, "tokenizer": tokenizer, "data": [{"text": "a"}] * 9, **wanted,
-            })  # fmt: skip
+            begin(
+                output_dir=tmp_path / "out",
+                **{"model": model, "tokenizer": tokenizer, "data": [{"text": "a"}] * 9, **wanted},
+            )
         assert refused.value.code == code
     assert not (tmp_path / "out").exists()

@@ -33,8 +33,7 @@ def test_the_fast_transform_is_the_matrix(size: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("small", "large", "block"),
-    [(5, 50, 64), (5, 50, 8), (1, 7, 8), (64, 100, 64), (33, 200, None)],
+    ("small", "large", "block"), [(5, 50, 64), (5, 50, 8), (1, 7, 8), (64, 100, 64), (33, 200, None)]
 )
 def test_it_is_the_product_of_its_matrices(small: int, large: int, block: int | None) -> None:
     draw = torch.Generator().manual_seed(0)

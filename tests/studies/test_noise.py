@@ -17,9 +17,8 @@ def test_no_arm_is_better_at_guessing_coins(
     study: str, here: Here, tiny_bert_folder: Path, noise_file: Path, tmp_path: Path
 ) -> None:
     ground = ground_of(
-        study, tiny_bert_folder, noise_file, seeds=1, quick=True,
-        fields={"max_steps": 12, "learning_rate": 3e-3},
-    )  # fmt: skip
+        study, tiny_bert_folder, noise_file, seeds=1, quick=True, fields={"max_steps": 12, "learning_rate": 3e-3}
+    )
     records = here(ground, tmp_path)
     assert len(by_arm(records)) > 1
     answer = question_module(study).conclude(records, ground)

@@ -14,14 +14,7 @@ from loralab.studies import catalog, figures, store
 from loralab.studies.catalog import STUDIES
 from loralab.studies.conduct import report
 from loralab.studies.questions import grid
-from loralab.studies.report import (
-    apply_command,
-    both,
-    markdown_table,
-    page,
-    repeat_command,
-    section,
-)
+from loralab.studies.report import apply_command, both, markdown_table, page, repeat_command, section
 from loralab.studies.study import Asked, Cell, Ground, Table, Text
 
 
@@ -44,16 +37,26 @@ def asked_by(command: str) -> tuple[str, Asked, dict[str, str]]:
     return words[2], Asked(**given), mapping
 
 
-WRITTEN: dict[str, Any] = {"learning_rate": float, "precision": str, "metric": str,
-                           "model": str, "data": str}  # fmt: skip
+WRITTEN: dict[str, Any] = {"learning_rate": float, "precision": str, "metric": str, "model": str, "data": str}
 
 
 @pytest.mark.parametrize("name", STUDIES)
-@pytest.mark.parametrize("own", [
-    {}, {"quick": True, "test_rows": 40, "steps": 12, "batch_size": 4},
-    {"seeds": 2, "fixed_lr": True, "learning_rate": 3e-4, "max_length": 96, "precision": "fp32",
-     "values": ("2", "4"), "metric": "loss"},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "own",
+    [
+        {},
+        {"quick": True, "test_rows": 40, "steps": 12, "batch_size": 4},
+        {
+            "seeds": 2,
+            "fixed_lr": True,
+            "learning_rate": 3e-4,
+            "max_length": 96,
+            "precision": "fp32",
+            "values": ("2", "4"),
+            "metric": "loss",
+        },
+    ],
+)
 def test_the_command_that_repeats_a_study_asks_for_the_same(name: str, own: dict[str, Any]) -> None:
     asked = catalog.ground(name, Asked(model="m", data="d", **own), {"text": "review"})
     again, found, mapping = asked_by(repeat_command(asked))
@@ -169,17 +172,21 @@ def test_every_kind_of_chart_is_drawn_in_both_languages() -> None:
     import vl_convert
 
     text = Text("name", "名稱")
-    rows = [{"arm": a, "x": i, "y": i + 1, "value": i, "low": i - 1, "high": i + 1, "group": a}
-            for a in ("p", "q") for i in (1, 2, 4)]  # fmt: skip
+    rows = [
+        {"arm": a, "x": i, "y": i + 1, "value": i, "low": i - 1, "high": i + 1, "group": a}
+        for a in ("p", "q")
+        for i in (1, 2, 4)
+    ]
     charts = [
         figures.intervals("i", text, rows, x=text, y=text, log=True, chance=1.5),
-        figures.intervals("n", text, [{k: v for k, v in r.items() if k != "x"} for r in rows],
-                          x=text, y=text, percent=True),
+        figures.intervals(
+            "n", text, [{k: v for k, v in r.items() if k != "x"} for r in rows], x=text, y=text, percent=True
+        ),
         figures.lines("l", text, rows, x=text, y=text, arm=text, log_x=True, band=True),
         figures.bars("b", text, rows, x=text, y=text, group=text),
         figures.heat("h", text, rows, x=text, y=text, value=text),
         figures.scatter("s", text, rows, x=text, y=text),
-    ]  # fmt: skip
+    ]
     for chart in charts:
         assert "名稱" in vl_convert.vegalite_to_svg(dict(chart.specs["zh-TW"]))
         assert "name" in vl_convert.vegalite_to_svg(dict(chart.specs["en"]))

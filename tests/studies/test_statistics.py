@@ -100,9 +100,8 @@ def test_the_same_generator_gives_the_same_interval() -> None:
 
 def one(effect: float, half: float) -> Difference:
     return Difference(
-        effect=effect, low=effect - half, high=effect + half, seeds=3, items=10,
-        seeds_needed=None, rows_needed=None,
-    )  # fmt: skip
+        effect=effect, low=effect - half, high=effect + half, seeds=3, items=10, seeds_needed=None, rows_needed=None
+    )
 
 
 def test_the_knee_is_the_first_value_that_nothing_larger_beats() -> None:

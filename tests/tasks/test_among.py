@@ -21,9 +21,11 @@ from loralab.tasks.score import Scores, evaluate
 
 TEXTS = ["good film", "awful", "a poor poor film .", "fine", "bad bad bad", "great review", "a b"]
 MODELS = {
-    "causal-lm": AutoModelForCausalLM, "sequence-classification": Classifier,
-    "token-classification": Tagger, "sentence-encoder": AutoModel,
-}  # fmt: skip
+    "causal-lm": AutoModelForCausalLM,
+    "sequence-classification": Classifier,
+    "token-classification": Tagger,
+    "sentence-encoder": AutoModel,
+}
 
 
 class Threads:
@@ -64,15 +66,16 @@ def rows_for(form: str) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("kind", "form"),
     [
-        ("causal-lm", "prompt-completion"), ("causal-lm", "text-label"),
-        ("sequence-classification", "text-label"), ("token-classification", "tokens-tags"),
+        ("causal-lm", "prompt-completion"),
+        ("causal-lm", "text-label"),
+        ("sequence-classification", "text-label"),
+        ("token-classification", "tokens-tags"),
         ("sentence-encoder", "pair"),
     ],
-)  # fmt: skip
+)
 def test_scores_of_several_are_those_of_one(
-    kind: str, form: str, size: int, tiny_llama_folder: Path, tiny_bert_folder: Path,
-    task_of: Callable[..., Task],
-) -> None:  # fmt: skip
+    kind: str, form: str, size: int, tiny_llama_folder: Path, tiny_bert_folder: Path, task_of: Callable[..., Task]
+) -> None:
     folder = tiny_llama_folder if kind == "causal-lm" else tiny_bert_folder
     more = {"labels": ("O", "B-N")} if form == "tokens-tags" else {}
     task = task_of(form, rows_for(form), **more)

@@ -96,10 +96,7 @@ def test_collate_gives_a_classifier_one_class_a_row() -> None:
 
 
 @settings(max_examples=50, deadline=None)
-@given(
-    lengths=st.lists(st.integers(1, 60), min_size=1, max_size=30), room=st.integers(1, 80),
-    pads=st.booleans(),
-)  # fmt: skip
+@given(lengths=st.lists(st.integers(1, 60), min_size=1, max_size=30), room=st.integers(1, 80), pads=st.booleans())
 def test_parts_hold_every_row_once_within_the_room(lengths: list[int], room: int, pads: bool) -> None:
     rows = [Example(n, (1,) * length, (1,) * length) for n, length in enumerate(lengths)]
     found = parts(rows, room, pads=pads)

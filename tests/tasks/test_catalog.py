@@ -29,11 +29,7 @@ def keys(rows: list[Row]) -> list[str]:
 
 
 rows_with_twins = st.lists(
-    st.builds(
-        lambda n, label: {"text": f"t{n}", "label": label},
-        st.integers(0, 30),
-        st.sampled_from("abc"),
-    ),
+    st.builds(lambda n, label: {"text": f"t{n}", "label": label}, st.integers(0, 30), st.sampled_from("abc")),
     min_size=20,
     max_size=60,
 ).filter(lambda rows: len({row["text"] for row in rows}) >= 10)

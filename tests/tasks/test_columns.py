@@ -224,10 +224,7 @@ def test_a_column_beside_a_text_is_asked_about(name: str, tmp_path: Path) -> Non
 
 def test_texts_are_no_labels_and_numbers_are_no_answers(tmp_path: Path) -> None:
     long = [{"text": f"text {n}", "summary": f"another text {n}"} for n in range(30)]
-    assert [sorted(m) for m in proposed(refused_rows(tmp_path, long))] == [
-        ["completion", "prompt"],
-        ["summary"],
-    ]
+    assert [sorted(m) for m in proposed(refused_rows(tmp_path, long))] == [["completion", "prompt"], ["summary"]]
     stars = [{"text": f"text {n}", "stars": n % 5} for n in range(30)]
     assert [sorted(m) for m in proposed(refused_rows(tmp_path, stars))] == [["label"], ["stars"]]
     score = [{"text": f"text {n}", "score": n / 7} for n in range(30)]
@@ -351,11 +348,7 @@ def test_a_column_may_be_in_some_split_files_only(tmp_path: Path) -> None:
 def test_a_column_of_splits_makes_them(tmp_path: Path) -> None:
     rows = [CLASSED | {"split": split} for split in ("train", "dev", "Test", "train")]
     found = table(tmp_path, rows)
-    assert {name: len(part) for name, part in found.splits.items()} == {
-        "train": 2,
-        "validation": 1,
-        "test": 1,
-    }
+    assert {name: len(part) for name, part in found.splits.items()} == {"train": 2, "validation": 1, "test": 1}
     assert found.splits["train"] == [CLASSED] * 2 and "train 2" in found.notes[0]
     renamed = [{"part": row.pop("split"), **row} for row in rows]
     error = refused_rows(tmp_path, renamed)

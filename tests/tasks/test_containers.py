@@ -262,8 +262,7 @@ def test_a_table_is_no_plain_text(content: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content",
-    ["{\n  a set of words\n}\n", "text, label and more\nanother, line\n", "text\nlabel\n"],
+    "content", ["{\n  a set of words\n}\n", "text, label and more\nanother, line\n", "text\nlabel\n"]
 )
 def test_plain_text_may_look_a_little_like_one(content: str, tmp_path: Path) -> None:
     found = read(written(tmp_path, content, "a.txt"))

@@ -18,8 +18,7 @@ def turns(answers: int) -> list[dict[str, str]]:
     """A conversation with some answers in its history."""
     found = [{"role": "user", "content": "good film"}]
     for number in range(answers):
-        found += [{"role": "assistant", "content": f"positive {number}"},
-                  {"role": "user", "content": "bad film"}]  # fmt: skip
+        found += [{"role": "assistant", "content": f"positive {number}"}, {"role": "user", "content": "bad film"}]
     return found
 
 

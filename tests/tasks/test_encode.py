@@ -9,17 +9,7 @@ from hypothesis import strategies as st
 
 from loralab.errors import ConfigError, DataError
 from loralab.tasks.catalog import Task
-from loralab.tasks.encode import (
-    IGNORED,
-    Example,
-    answer_ids,
-    answers,
-    chat_ids,
-    encode,
-    prompts,
-    round_trip,
-    stop_ids,
-)
+from loralab.tasks.encode import IGNORED, Example, answer_ids, answers, chat_ids, encode, prompts, round_trip, stop_ids
 from loralab.tasks.formats import Row
 
 TaskOf = Callable[..., Task]
@@ -300,9 +290,8 @@ def test_pieces_of_a_text_predict_each_token_but_the_first_once(
 def test_a_classifier_reads_text_and_class_and_reports_what_is_cut(plain_tokenizer: Any, task_of: TaskOf) -> None:
     rows = [*LABELLED, {"text": "good " * 9, "label": "good"}]
     encoded = encode(
-        task_of("text-label", rows), "train", plain_tokenizer, kind="sequence-classification",
-        max_length=4,
-    )  # fmt: skip
+        task_of("text-label", rows), "train", plain_tokenizer, kind="sequence-classification", max_length=4
+    )
     assert [example.labels for example in encoded.examples] == [(1,), (0,), (1,)]
     assert encoded.shortened == (2,) and len(encoded.examples[2].input_ids) == 4
 
@@ -324,8 +313,11 @@ def test_a_wrong_option_is_refused(wrong: dict[str, Any], chat_tokenizer: Any, t
 def test_a_tokenizer_without_an_end_is_refused(chat_tokenizer: Any, task_of: TaskOf) -> None:
     chat_tokenizer.eos_token = None
     task = task_of("prompt-completion", [PAIR])
-    for check in (lambda: only(task, chat_tokenizer), lambda: round_trip(task, chat_tokenizer),
-                  lambda: stop_ids(chat_tokenizer)):  # fmt: skip
+    for check in (
+        lambda: only(task, chat_tokenizer),
+        lambda: round_trip(task, chat_tokenizer),
+        lambda: stop_ids(chat_tokenizer),
+    ):
         with pytest.raises(DataError, match="no end-of-text token"):
             check()
 

@@ -31,25 +31,26 @@ from loralab.models.pictures import Pictures
 from loralab.tasks import forward
 from loralab.tasks.batches import collate
 from loralab.tasks.encode import IGNORED, Example
-from loralab.tasks.forward import (
-    SHARPNESS,
-    answer_loss,
-    embed,
-    places,
-    require_known,
-    require_places,
-)
+from loralab.tasks.forward import SHARPNESS, answer_loss, embed, places, require_known, require_places
 from loralab.tasks.metrics import entities, entity_f1
 from loralab.tasks.pictures import from_levels
 
 BERT: dict[str, Any] = {
-    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "vocab_size": 40, "num_labels": 3,
-}  # fmt: skip
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "vocab_size": 40,
+    "num_labels": 3,
+}
 VISION: dict[str, Any] = {
-    "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28,
-    "patch_size": 14, "num_labels": 3,
-}  # fmt: skip
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+    "num_labels": 3,
+}
 PICTURES = Pictures(size=28)
 
 
@@ -72,10 +73,13 @@ def test_tags_are_learnt_on_the_first_piece_of_each_word() -> None:
     torch.testing.assert_close(loss.double(), want, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("kind", "config"), [
-    (Dinov2ForImageClassification, Dinov2Config(mlp_ratio=2, **VISION)),
-    (ViTForImageClassification, ViTConfig(intermediate_size=24, **VISION)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        (Dinov2ForImageClassification, Dinov2Config(mlp_ratio=2, **VISION)),
+        (ViTForImageClassification, ViTConfig(intermediate_size=24, **VISION)),
+    ],
+)
 def test_pictures_have_one_label_each(kind: Any, config: Any) -> None:
     import numpy
 
@@ -92,10 +96,7 @@ def test_pictures_have_one_label_each(kind: Any, config: Any) -> None:
 
 def test_pairs_are_told_apart_within_the_batch() -> None:
     model = seeded(BertModel, BertConfig(**BERT))
-    rows = [
-        Example(0, (1, 5, 6), (0,), second=(1, 7)),
-        Example(1, (1, 9), (1,), second=(1, 8, 3, 4)),
-    ]
+    rows = [Example(0, (1, 5, 6), (0,), second=(1, 7)), Example(1, (1, 9), (1,), second=(1, 8, 3, 4))]
     batch = collate(rows, pad_id=0, kind="sentence-encoder")
     loss, count = answer_loss(model, batch, "sentence-encoder")
 
@@ -116,11 +117,10 @@ def test_the_two_texts_of_a_classified_pair_are_told_apart() -> None:
     plain = Example(0, (1, 5, 2, 6, 2), (1,))
     typed = Example(0, (1, 5, 2, 6, 2), (1,), token_types=(0, 0, 0, 1, 1))
     losses = [
-        answer_loss(model, collate([row], pad_id=0, kind="sequence-classification"),
-                    "sequence-classification")[0] for row in (plain, typed)
-    ]  # fmt: skip
-    logits = model(torch.tensor([typed.input_ids]),
-                   token_type_ids=torch.tensor([typed.token_types])).logits  # fmt: skip
+        answer_loss(model, collate([row], pad_id=0, kind="sequence-classification"), "sequence-classification")[0]
+        for row in (plain, typed)
+    ]
+    logits = model(torch.tensor([typed.input_ids]), token_type_ids=torch.tensor([typed.token_types])).logits
     want = F.cross_entropy(logits, torch.tensor([1]))
     torch.testing.assert_close(losses[1].double(), want, rtol=1e-5, atol=1e-6)
     assert losses[0] != losses[1]
@@ -151,9 +151,15 @@ def test_groups_to_be_scored_hold_everything_once_and_few_tokens(lengths: list[i
 
 
 LLAMA: dict[str, Any] = {
-    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "num_key_value_heads": 1, "vocab_size": 40, "head_dim": 8, "pad_token_id": 0,
-}  # fmt: skip
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": 40,
+    "head_dim": 8,
+    "pad_token_id": 0,
+}
 
 
 @pytest.mark.parametrize(
@@ -169,8 +175,7 @@ def test_logits_in_chunks_are_the_logits(kind: Any, config: Any, alone: bool, mo
     model = seeded(kind, config)
     rows = [(5, 6, 7, 8, 9, 3), (4, 3, 2), (9, 9)]
     labels = [(IGNORED, 6, 7, 8, 9, 3), (IGNORED, IGNORED, 2), (IGNORED, IGNORED)]
-    batch = collate([Example(0, *pair) for pair in zip(rows, labels, strict=True)], pad_id=0,
-                    kind="causal-lm")  # fmt: skip
+    batch = collate([Example(0, *pair) for pair in zip(rows, labels, strict=True)], pad_id=0, kind="causal-lm")
     head = forward.lone_head(model, batch)
     assert (head is not None) == alone
     with torch.no_grad():

@@ -43,9 +43,10 @@ def test_a_list_a_dataset_and_a_file_are_one_task(tmp_path: Path, rows: list[Any
     assert listed.digest == dataset.digest == file.digest
     assert (listed.format, listed.labels, listed.notes) == (file.format, file.labels, file.notes)
     assert {name: len(own) for name, own in listed.splits.items()} == {
-        "train": len(rows) - 2 * round(len(rows) / 10), "validation": round(len(rows) / 10),
+        "train": len(rows) - 2 * round(len(rows) / 10),
+        "validation": round(len(rows) / 10),
         "test": round(len(rows) / 10),
-    }  # fmt: skip
+    }
     assert json.dumps(rows) == before
     assert read(rows, mapping, seed=1).splits != listed.splits
     assert read(list(reversed(rows)), mapping).splits == listed.splits

@@ -24,11 +24,7 @@ def test_label_metrics_equal_scikit_learns(pairs: list[tuple[str, str]]) -> None
     assert ours == pytest.approx(theirs, abs=1e-12)
 
 
-TEXTS = [
-    "the film is good, and long enough",
-    "這部電影很好看，值得一看",
-    "이 영화는 정말 좋아요 그렇죠",
-]
+TEXTS = ["the film is good, and long enough", "這部電影很好看，值得一看", "이 영화는 정말 좋아요 그렇죠"]
 
 
 @pytest.mark.parametrize("text", TEXTS)

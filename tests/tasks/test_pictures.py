@@ -148,8 +148,7 @@ def test_a_picture_that_vanishes_later_is_named(draw: Draw) -> None:
 
 
 def test_equal_content_is_an_equal_picture(draw: Draw) -> None:
-    one, twin, other = (from_file(draw(name, seed)) for name, seed in
-                        (("1.png", 0), ("2.png", 0), ("3.png", 1)))  # fmt: skip
+    one, twin, other = (from_file(draw(name, seed)) for name, seed in (("1.png", 0), ("2.png", 0), ("3.png", 1)))
     assert one == twin != other and len({one, twin, other}) == 2
     assert str(one) == str(twin) and len(one.digest) == 64
     grey = numpy.zeros((2, 8), numpy.uint8)

@@ -73,8 +73,7 @@ def test_any_text_survives_a_file(rows: list[dict[str, str]], suffix: str, write
 @pytest.mark.parametrize(
     ("row", "form"),
     [
-        ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
-         "messages"),
+        ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}, "messages"),
         ({"prompt": "a", "completion": "b"}, "prompt-completion"),
         ({"instruction": "a", "input": "b", "output": "c"}, "instruction"),
         ({"instruction": "a", "output": "c"}, "instruction"),
@@ -82,7 +81,7 @@ def test_any_text_survives_a_file(rows: list[dict[str, str]], suffix: str, write
         ({"text": "a", "label": "c"}, "text-label"),
         ({"text": "a"}, "text"),
     ],
-)  # fmt: skip
+)
 def test_columns_are_recognised_and_others_left_aside(row: dict[str, Any], form: str, write: Write) -> None:
     table = read(write("a.jsonl", json.dumps(row | {"url": "x"})))
     assert (table.format, table.splits["train"]) == (form, [row])
@@ -126,8 +125,10 @@ def test_a_folder_brings_its_splits(write: Write, tmp_path: Path) -> None:
         write(name, json.dumps({"text": name}) if name == "dev.jsonl" else f"text\n{name}\n")
     splits = read(str(tmp_path)).splits
     assert {split: rows[0]["text"] for split, rows in splits.items()} == {
-        "train": "train.csv", "validation": "dev.jsonl", "test": "test.tsv",
-    }  # fmt: skip
+        "train": "train.csv",
+        "validation": "dev.jsonl",
+        "test": "test.tsv",
+    }
 
 
 @pytest.mark.parametrize(
@@ -164,7 +165,7 @@ def test_a_folder_brings_its_splits(write: Write, tmp_path: Path) -> None:
         ("a.jsonl", '{"tokens": ["a"], "tags": [0.5]}', "must be text or a whole number"),
         ("a.jsonl", '{"tokens": "a", "tags": ["O"]}', "'tokens' must be a list, found str"),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_file_says_where(name: str, content: str | bytes, said: str, write: Write) -> None:
     assert said in refused(write(name, content))
 
@@ -263,10 +264,8 @@ def test_a_hub_data_set_names_tags_and_keeps_pictures_encoded(monkeypatch: pytes
     names = datasets.ClassLabel(names=["O", "B-A"])
     tagged = datasets.Dataset.from_dict(
         {"tokens": [["a", "b"]], "tags": [[0, 1]]},
-        features=datasets.Features({
-            "tokens": datasets.List(datasets.Value("string")), "tags": datasets.List(names),
-        }),
-    )  # fmt: skip
+        features=datasets.Features({"tokens": datasets.List(datasets.Value("string")), "tags": datasets.List(names)}),
+    )
     Image.new("RGB", (8, 8), "red").save(file := tmp_path / "red.png")
     pictured = datasets.Dataset.from_dict(
         {"image": [{"bytes": file.read_bytes(), "path": None}], "label": ["x"]},

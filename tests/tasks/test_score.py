@@ -15,15 +15,7 @@ from transformers import BertForSequenceClassification, PreTrainedModel
 from loralab.errors import ConfigError, DataError
 from loralab.tasks.batches import collate
 from loralab.tasks.catalog import Task
-from loralab.tasks.encode import (
-    IGNORED,
-    Example,
-    answer_ids,
-    chat_ids,
-    encode,
-    prompt_ids,
-    stop_ids,
-)
+from loralab.tasks.encode import IGNORED, Example, answer_ids, chat_ids, encode, prompt_ids, stop_ids
 from loralab.tasks.score import Scores, answer_loss, evaluate, generate
 
 TaskOf = Callable[..., Task]
@@ -31,10 +23,7 @@ TEXTS = ["good film", "awful", "a poor poor film .", "fine", "bad bad bad", "gre
 
 
 def labelled(task_of: TaskOf, *labels: str) -> Task:
-    return task_of(
-        "text-label",
-        [{"text": text, "label": labels[n % len(labels)]} for n, text in enumerate(TEXTS)],
-    )
+    return task_of("text-label", [{"text": text, "label": labels[n % len(labels)]} for n, text in enumerate(TEXTS)])
 
 
 def sums(task_of: TaskOf) -> Task:
@@ -90,9 +79,8 @@ def examples_of(draw: st.DataObject, rows: int) -> list[Example]:
 def plain_loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     return F.cross_entropy(
-        logits[:, :-1].flatten(0, 1).double(), batch["labels"][:, 1:].flatten(),
-        ignore_index=IGNORED, reduction="sum",
-    )  # fmt: skip
+        logits[:, :-1].flatten(0, 1).double(), batch["labels"][:, 1:].flatten(), ignore_index=IGNORED, reduction="sum"
+    )
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -149,9 +137,8 @@ def log_probability(model: Any, prompt: tuple[int, ...], own: tuple[int, ...]) -
 )
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_the_answer_is_the_likeliest_label_and_the_loss_the_true_ones(
-    labels: tuple[str, ...], end_counts: bool, batch_size: int, llama: Any, chat_tokenizer: Any,
-    task_of: TaskOf,
-) -> None:  # fmt: skip
+    labels: tuple[str, ...], end_counts: bool, batch_size: int, llama: Any, chat_tokenizer: Any, task_of: TaskOf
+) -> None:
     task = labelled(task_of, *labels)
     scores = evaluate(llama, chat_tokenizer, task, kind="causal-lm", batch_size=batch_size)
     loss, tokens = 0.0, 0
@@ -199,9 +186,8 @@ def test_a_row_of_several_examples_is_scored_once_over_all_its_labels(
     chats = (("good film", "yes"), ("a film", "no", "is this good", "yes yes", "bad ?", "no"))
     rows = [{"messages": [{"role": roles[i % 2], "content": c} for i, c in enumerate(chat)]} for chat in chats]
     scores = evaluate(
-        llama, chat_tokenizer, task_of("messages", rows), kind="causal-lm", generate=True,
-        max_new_tokens=2,
-    )  # fmt: skip
+        llama, chat_tokenizer, task_of("messages", rows), kind="causal-lm", generate=True, max_new_tokens=2
+    )
     assert scores.rows == len(scores.row_losses) == len(scores.predictions) == 2
     losses, tokens = [], []
     for row in rows:
@@ -272,9 +258,7 @@ def test_limit_takes_the_first_rows(llama: Any, chat_tokenizer: Any, task_of: Ta
     task = labelled(task_of, "good", "bad")
     few = evaluate(llama, chat_tokenizer, task, kind="causal-lm", limit=2)
     assert few.rows == 2
-    assert few.predictions == evaluate(
-        llama, chat_tokenizer, task, kind="causal-lm"
-    ).predictions[:2]  # fmt: skip
+    assert few.predictions == evaluate(llama, chat_tokenizer, task, kind="causal-lm").predictions[:2]
 
 
 def test_each_module_gets_its_own_mode_back(llama: Any, chat_tokenizer: Any, task_of: TaskOf) -> None:
@@ -365,10 +349,7 @@ def test_batched_generation_equals_one_token_at_a_time(name: str, chat_tokenizer
 def test_the_models_own_generation_settings_do_not_interfere(llama: Any, chat_tokenizer: Any) -> None:
     asked = [chat_ids(chat_tokenizer, "good")]
     drawn = {"temperature": 1.0, "seed": 4, "max_new_tokens": 6}
-    plain, sampled = (
-        generate(llama, chat_tokenizer, asked),
-        generate(llama, chat_tokenizer, asked, **drawn),
-    )
+    plain, sampled = (generate(llama, chat_tokenizer, asked), generate(llama, chat_tokenizer, asked, **drawn))
     own = llama.generation_config
     own.do_sample, own.temperature, own.top_p, own.top_k = True, 0.3, 0.1, 1
     own.repetition_penalty = 5.0

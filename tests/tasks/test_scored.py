@@ -14,8 +14,7 @@ LABELS = ("good", "bad", "neutral")  # in no order of their own
 
 
 def write_csv(file: Path, labels: list[str], count: int, start: int = 0) -> str:
-    rows = [f"film {n} is {labels[n % len(labels)]},{labels[n % len(labels)]}"
-            for n in range(start, start + count)]  # fmt: skip
+    rows = [f"film {n} is {labels[n % len(labels)]},{labels[n % len(labels)]}" for n in range(start, start + count)]
     file.write_text("text,label\n" + "\n".join(rows) + "\n", encoding="utf-8")
     return str(file)
 
@@ -23,8 +22,14 @@ def write_csv(file: Path, labels: list[str], count: int, start: int = 0) -> str:
 def learnt_of(data: str, seed: int = 0, **fields: Any) -> Learnt:
     """What the record of a run on some data says."""
     task = find(data, seed=seed)
-    found = {"source": task.name, "format": task.format, "labels": task.labels,
-             "instruction": task.instruction, "digest": task.digest, "seed": seed}  # fmt: skip
+    found = {
+        "source": task.name,
+        "format": task.format,
+        "labels": task.labels,
+        "instruction": task.instruction,
+        "digest": task.digest,
+        "seed": seed,
+    }
     return Learnt(**{**found, **fields})
 
 
@@ -175,9 +180,7 @@ def test_an_adapter_without_classes_is_scored_on_those_of_the_data(tmp_path: Pat
         choose(write_csv(tmp_path / "one.csv", ["x"], 12), Learnt())
 
 
-def test_classes_that_an_adapter_does_not_name_are_those_of_the_data_in_order(
-    tmp_path: Path,
-) -> None:
+def test_classes_that_an_adapter_does_not_name_are_those_of_the_data_in_order(tmp_path: Path) -> None:
     numbers = [str(n) for n in range(12)]
     task, _ = choose(write_csv(tmp_path / "a.csv", numbers[::-1], 24), Learnt(asks=False))
     assert task.labels == tuple(numbers)

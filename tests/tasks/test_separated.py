@@ -34,10 +34,7 @@ fields = st.text(st.sampled_from(',;\t"\n ab'), min_size=1).filter(str.strip)
 
 
 @settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    rows=st.lists(st.tuples(fields, fields), min_size=1, max_size=4),
-    delimiter=st.sampled_from(",;\t"),
-)
+@given(rows=st.lists(st.tuples(fields, fields), min_size=1, max_size=4), delimiter=st.sampled_from(",;\t"))
 def test_any_field_survives_any_delimiter(rows: list[tuple[str, str]], delimiter: str, tmp_path: Path) -> None:
     table = io.StringIO()
     writer = csv.writer(table, delimiter=delimiter)

@@ -55,16 +55,11 @@ TEMPLATES = {
     "default system": each(
         "{{ " + MESSAGE + " }}",
         HEADER,
-        "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\nBe kind.<|im_end|>\n' }}"
-        "{% endif %}",
+        "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\nBe kind.<|im_end|>\n' }}{% endif %}",
     ),
     "empty thought, written": each(THINKER, HEADER, LAST_ASKED),
-    "empty thought, asked with": each(
-        THINKER, HEADER + "<think>\n\n</think>\n\n", LAST_ASKED
-    ),
-    "empty thought, asked with alone": each(
-        "{{ " + MESSAGE + " }}", HEADER + "<think>\n\n</think>\n\n"
-    ),
+    "empty thought, asked with": each(THINKER, HEADER + "<think>\n\n</think>\n\n", LAST_ASKED),
+    "empty thought, asked with alone": each("{{ " + MESSAGE + " }}", HEADER + "<think>\n\n</think>\n\n"),
     "thought opened": each(THINKER, HEADER + "<think>\n", LAST_ASKED),
     "thought opened and cut": each(ROLE_OR_CUT, HEADER + "<think>\n"),
     "thought opened in all": each(
@@ -112,14 +107,13 @@ TEMPLATES = {
     "blank lines in a thought": each(
         "{% if m.role == 'assistant' and loop.last %}{{ '<|im_start|>assistant\n<think>\n\n' + "
         "m.content.strip() + '\n<|im_end|>\n' }}{% else %}{{ '<|im_start|>' + m.role + '\n' + "
-        + CUT + ".strip() + '\n<|im_end|>\n' }}{% endif %}",
+        + CUT
+        + ".strip() + '\n<|im_end|>\n' }}{% endif %}",
         HEADER + "<think>\n\n",
     ),
-    "a line more": each(
-        "{{ '<|' + m.role + '|>' + m.content + '<|im_end|>' }}", "<|assistant|>\n"
-    ),
+    "a line more": each("{{ '<|' + m.role + '|>' + m.content + '<|im_end|>' }}", "<|assistant|>\n"),
     "no opening": each("{{ " + MESSAGE + " }}", ""),
-}  # fmt: skip
+}
 PLAIN, THOUGHT = "answer {}", "<think>\nreason {}\n</think>\n\nanswer {}"
 EMPTY, BARE = "<think>\n\n</think>\n\nanswer {}", "reason {}\n</think>\n\nanswer {}"
 REFUSED = {  # all other answers are learnt
@@ -169,9 +163,14 @@ def cases() -> list[tuple[str, str, int, bool]]:
 
 @pytest.mark.parametrize(("name", "answer", "turns", "system"), cases())
 def test_an_answer_is_learnt_once_after_what_generation_is_shown_and_with_at_most_one_thought(
-    name: str, answer: str, turns: int, system: bool, bytes_tokenizer: Any, task_of: TaskOf,
+    name: str,
+    answer: str,
+    turns: int,
+    system: bool,
+    bytes_tokenizer: Any,
+    task_of: TaskOf,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.setattr(bytes_tokenizer, "chat_template", TEMPLATES[name])
     row = conversation(answer, turns, system)
     task = task_of("messages", [row])

@@ -27,9 +27,12 @@ def job(model: str, data: str, output: str, variant: str, options: dict[str, Any
     method: Method = replace(VARIANTS[variant], **options)
     settings = {"precision": "fp32", "max_steps": 6, "max_length": 64, "learning_rate": 0.01}
     return {
-        "model": model, "data": data, "output_dir": Path(output), "method": method,
+        "model": model,
+        "data": data,
+        "output_dir": Path(output),
+        "method": method,
         "training": loralab.Training(**{**settings, **training}),
-    }  # fmt: skip
+    }
 
 
 def stopping(step: int) -> Any:

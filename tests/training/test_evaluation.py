@@ -67,9 +67,8 @@ def write_rows(file: Path, labels: str, count: int, start: int = 0) -> str:
 
 @pytest.fixture
 def classifier(
-    tiny_train: Train, tiny_bert_folder: Path, tiny_llama_folder: Path, tmp_path: Path,
-    request: pytest.FixtureRequest,
-) -> Run:  # fmt: skip
+    tiny_train: Train, tiny_bert_folder: Path, tiny_llama_folder: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> Run:
     """A run on three classes, of an encoder or a language model."""
     data = write_rows(tmp_path / "train.csv", "abc", 90)
     model = {"encoder": tiny_bert_folder, "language": tiny_llama_folder}[request.param]
@@ -124,8 +123,9 @@ def test_an_adapter_is_asked_the_question_of_its_training(classifier: Run, tmp_p
 def change_template(folder: Path) -> None:
     """What a new revision of a base may bring."""
     file = folder / "chat_template.jinja"
-    file.write_text("{% for m in messages %}{{ m['content'] }} no </s>{% endfor %}"
-                    "{% if add_generation_prompt %}yes{% endif %}")  # fmt: skip
+    file.write_text(
+        "{% for m in messages %}{{ m['content'] }} no </s>{% endfor %}{% if add_generation_prompt %}yes{% endif %}"
+    )
 
 
 def test_the_template_of_the_training_outlives_that_of_the_base(

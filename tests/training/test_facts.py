@@ -173,11 +173,8 @@ def test_a_start_that_was_cut_off_before_its_record_is_a_new_one(start: Train, p
 
 def test_another_part_of_the_rows_is_other_data(place: Path) -> None:
     task = find(str(place / "rows.csv"))
-    parts = [replace(task, splits={**task.splits, "train": task.splits["train"][k::2]})
-             for k in (0, 1)]  # fmt: skip
-    options: dict[str, Any] = {
-        "model": str(place / "model"), "output_dir": place / "run",
-    }  # fmt: skip
+    parts = [replace(task, splits={**task.splits, "train": task.splits["train"][k::2]}) for k in (0, 1)]
+    options: dict[str, Any] = {"model": str(place / "model"), "output_dir": place / "run"}
     with pytest.raises(Killed):
         train(**options, data=parts[0], listener=kill)
     with pytest.raises(ConfigError) as error:

@@ -13,10 +13,28 @@ FILES = ("adapter_model.safetensors", "adapter_config.json", "loralab.json", "co
 
 def command(model: Path, data: Path, output: Path) -> list[object]:
     return [
-        "train", "--model", model, "--data", data, "--output-dir", output, "--max-steps", 40,
-        "--save-every", 3, "--batch-size", 4, "--evaluate-every", 7, "--dropout", 0.2, "--rank", 2,
-        "--quiet", "--resume",
-    ]  # fmt: skip
+        "train",
+        "--model",
+        model,
+        "--data",
+        data,
+        "--output-dir",
+        output,
+        "--max-steps",
+        40,
+        "--save-every",
+        3,
+        "--batch-size",
+        4,
+        "--evaluate-every",
+        7,
+        "--dropout",
+        0.2,
+        "--rank",
+        2,
+        "--quiet",
+        "--resume",
+    ]
 
 
 def run_killed(call: list[object], kills: int, longest: float, draw: random.Random) -> int:

@@ -38,18 +38,26 @@ from loralab.training.settings import Evaluation, Training
 
 WORDS = ["good", "bad", "fine", "poor", "great", "awful"]
 SETTINGS: dict[str, Any] = {
-    "precision": "fp32", "batch_size": 8, "max_length": 32, "max_steps": 60,
-    "learning_rate": 5e-3, "evaluation_rows": 50,
-}  # fmt: skip
+    "precision": "fp32",
+    "batch_size": 8,
+    "max_length": 32,
+    "max_steps": 60,
+    "learning_rate": 5e-3,
+    "evaluation_rows": 50,
+}
 
 
 @pytest.fixture(scope="module")
 def encoder(save_tiny: Any) -> Path:
     torch.manual_seed(0)
     config = BertConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        vocab_size=101, max_position_embeddings=64,
-    )  # fmt: skip
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=101,
+        max_position_embeddings=64,
+    )
     found: Path = save_tiny("bert-kinds", BertModel(config), False)
     return found
 
@@ -57,8 +65,9 @@ def encoder(save_tiny: Any) -> Path:
 @pytest.fixture(scope="module")
 def vision(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
-    config = Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, mlp_ratio=2,
-                          image_size=28, patch_size=14)  # fmt: skip
+    config = Dinov2Config(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, mlp_ratio=2, image_size=28, patch_size=14
+    )
     folder = tmp_path_factory.mktemp("vision")
     Dinov2Model(config).save_pretrained(folder)
     return folder
@@ -132,8 +141,9 @@ def test_pictures_are_classified(method: Any, vision: Path, pictures: Path, tmp_
     assert run.scores["validation"].metrics["accuracy"] > 0.9
     reloaded_equal(run)
     if isinstance(method, LoRA):
-        certificate = certify(run.output_dir, run.base.model, run.sample, kind=run.base.kind,
-                              tokenizer=run.base.tokenizer)  # fmt: skip
+        certificate = certify(
+            run.output_dir, run.base.model, run.sample, kind=run.base.kind, tokenizer=run.base.tokenizer
+        )
         assert certificate.max_logit_difference == 0
         assert merge(run.output_dir, tmp_path / "merged").passed
 
@@ -179,8 +189,7 @@ def test_partners_are_found(encoder: Path, paired: Path, tmp_path: Path) -> None
     from loralab.tasks.catalog import find
     from loralab.tasks.score import evaluate as score
 
-    before = score(fresh.model, fresh.tokenizer, find(str(paired)), "validation",
-                   kind="sentence-encoder")  # fmt: skip
+    before = score(fresh.model, fresh.tokenizer, find(str(paired)), "validation", kind="sentence-encoder")
     assert run.scores["validation"].metrics["loss"] < before.metrics["loss"]
     reloaded_equal(run)
 
@@ -188,19 +197,23 @@ def test_partners_are_found(encoder: Path, paired: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize("data", ["tagged", "pictures", "paired"])
 def test_a_plan_for_every_kind(data: str, encoder: Path, vision: Path, request: pytest.FixtureRequest) -> None:
     model = vision if data == "pictures" else encoder
-    made = plan(model=str(model), data=str(request.getfixturevalue(data)), method=LoRA(rank=2),
-                training=Training(**SETTINGS))  # fmt: skip
+    made = plan(
+        model=str(model), data=str(request.getfixturevalue(data)), method=LoRA(rank=2), training=Training(**SETTINGS)
+    )
     assert made.peak_bytes > 0
     assert made.seconds > 0
     assert made.tokens_per_step >= SETTINGS["batch_size"] * 0.9
 
 
 def test_what_a_model_cannot_learn_from_is_refused(
-    tiny_llama_folder: Path, encoder: Path, vision: Path, pictures: Path, paired: Path,
-    sums: Path, tmp_path: Path,
-) -> None:  # fmt: skip
-    for model, data in ((tiny_llama_folder, pictures), (encoder, pictures), (vision, sums),
-                        (tiny_llama_folder, paired)):  # fmt: skip
+    tiny_llama_folder: Path, encoder: Path, vision: Path, pictures: Path, paired: Path, sums: Path, tmp_path: Path
+) -> None:
+    for model, data in (
+        (tiny_llama_folder, pictures),
+        (encoder, pictures),
+        (vision, sums),
+        (tiny_llama_folder, paired),
+    ):
         with pytest.raises(ModelError):
             started(model, data, tmp_path / "run")
         assert not (tmp_path / "run").exists()
@@ -217,22 +230,39 @@ def ended_folder(save_tiny: Any, name: str, model: Any) -> Path:
 
 
 FAMILIES: dict[str, Any] = {
-    "ernie": lambda: ErnieForMaskedLM(ErnieConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
-        vocab_size=101, max_position_embeddings=64, pad_token_id=0,
-    )),
-    "xlnet": lambda: XLNetLMHeadModel(XLNetConfig(
-        vocab_size=101, d_model=32, n_layer=1, n_head=4, d_inner=48, pad_token_id=0,
-    )),
-    "t5": lambda: T5ForConditionalGeneration(T5Config(
-        vocab_size=101, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4, pad_token_id=0,
-        eos_token_id=2, decoder_start_token_id=0,
-    )),
-}  # fmt: skip
+    "ernie": lambda: ErnieForMaskedLM(
+        ErnieConfig(
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            vocab_size=101,
+            max_position_embeddings=64,
+            pad_token_id=0,
+        )
+    ),
+    "xlnet": lambda: XLNetLMHeadModel(
+        XLNetConfig(vocab_size=101, d_model=32, n_layer=1, n_head=4, d_inner=48, pad_token_id=0)
+    ),
+    "t5": lambda: T5ForConditionalGeneration(
+        T5Config(
+            vocab_size=101,
+            d_model=32,
+            d_kv=8,
+            d_ff=48,
+            num_layers=1,
+            num_heads=4,
+            pad_token_id=0,
+            eos_token_id=2,
+            decoder_start_token_id=0,
+        )
+    ),
+}
 NEW = {
-    "ernie": {"classifier", "ernie.pooler"}, "xlnet": {"logits_proj", "sequence_summary"},
+    "ernie": {"classifier", "ernie.pooler"},
+    "xlnet": {"logits_proj", "sequence_summary"},
     "t5": {"classification_head"},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -245,9 +275,9 @@ def test_all_that_is_new_in_a_classifier_is_trained_and_kept(
     assert run.base.kind == "sequence-classification"
     assert set(run.adapter.saved) == NEW[family]
     for name, saved in run.adapter.saved.items():
-        assert any(not torch.equal(a, b) for a, b in zip(
-            saved.trained.parameters(), saved.base.parameters(), strict=True
-        )), name  # fmt: skip
+        assert any(
+            not torch.equal(a, b) for a, b in zip(saved.trained.parameters(), saved.base.parameters(), strict=True)
+        ), name
     reloaded_equal(run)
     evaluated = evaluate(data=str(labelled), adapter=run.output_dir, evaluation=Evaluation(limit=3))
     assert evaluated.rows == 3

@@ -32,9 +32,8 @@ def test_accumulation_equals_the_big_batch_on_unequal_lengths(tiny_train: Train,
     runs = {8: big}
     for size in (4, 2, 1):
         runs[size] = tiny_train(
-            f"small{size}", batch_size=size, accumulation_steps=8 // size, max_steps=1,
-            by_length=by_length,
-        )  # fmt: skip
+            f"small{size}", batch_size=size, accumulation_steps=8 // size, max_steps=1, by_length=by_length
+        )
     losses = {s: read_metrics(r.output_dir)[0]["loss"] for s, r in runs.items()}
     norms = {s: read_metrics(r.output_dir)[0]["grad_norm"] for s, r in runs.items()}
     for size in (4, 2, 1):

@@ -30,8 +30,13 @@ from loralab.training.rounds import FAILED
 from loralab.training.run import Run, run_request
 from loralab.training.settings import Training
 
-SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-         "num_attention_heads": 4, "vocab_size": 101}  # fmt: skip
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 101,
+}
 Made = Callable[..., TrainJob]
 
 
@@ -45,11 +50,15 @@ def job(tiny_llama_folder: Path, sums: Path, tmp_path: Path) -> Made:
         settings = {"precision": "fp32", "batch_size": 4, "max_steps": 6, "max_length": 64} | wanted
         return TrainJob(
             **{
-                "name": name, "model": str(tiny_llama_folder), "data": str(sums),
-                "method": LoRA(rank=2), "output_dir": tmp_path / place / name,
-                "training": Training(**settings), **arguments,
+                "name": name,
+                "model": str(tiny_llama_folder),
+                "data": str(sums),
+                "method": LoRA(rank=2),
+                "output_dir": tmp_path / place / name,
+                "training": Training(**settings),
+                **arguments,
             }
-        )  # fmt: skip
+        )
 
     return make
 
@@ -116,9 +125,8 @@ def test_classifiers_with_different_classes(
 ) -> None:
     torch.manual_seed(0)
     config = BertConfig(
-        **SIZES, max_position_embeddings=128, hidden_dropout_prob=dropout,
-        attention_probs_dropout_prob=dropout,
-    )  # fmt: skip
+        **SIZES, max_position_embeddings=128, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout
+    )
     model = str(save_tiny("dropping", BertModel(config), False))
     three = tmp_path / "three.csv"
     rows = [f"{n} good film {'the of ' * (n % 4)},{'abc'[n % 3]}" for n in range(45)]
@@ -144,11 +152,9 @@ def of_kind(tmp_path: Path, save_tiny: Any, tiny_gpt2_folder: Path, sums: Path) 
         if kind == "image-classification":
             return _vision(tmp_path), _pictures(tmp_path)
         if kind == "token-classification":
-            rows = [{"tokens": [str(n), *["good"] * (n % 9)], "tags": ["B-N", *["O"] * (n % 9)]}
-                    for n in range(50)]  # fmt: skip
+            rows = [{"tokens": [str(n), *["good"] * (n % 9)], "tags": ["B-N", *["O"] * (n % 9)]} for n in range(50)]
         else:
-            rows = [{"text_a": f"{n} good {'film ' * (n % 12)}", "text_b": f"a {n}"}
-                    for n in range(50)]  # fmt: skip
+            rows = [{"text_a": f"{n} good {'film ' * (n % 12)}", "text_b": f"a {n}"} for n in range(50)]
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
         torch.manual_seed(0)
         config = BertConfig(**SIZES, max_position_embeddings=128)
@@ -159,8 +165,9 @@ def of_kind(tmp_path: Path, save_tiny: Any, tiny_gpt2_folder: Path, sums: Path) 
 
 def _vision(place: Path) -> Path:
     torch.manual_seed(0)
-    config = Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, mlp_ratio=2,
-                          image_size=28, patch_size=14)  # fmt: skip
+    config = Dinov2Config(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, mlp_ratio=2, image_size=28, patch_size=14
+    )
     Dinov2Model(config).save_pretrained(place / "vision")
     return place / "vision"
 
@@ -180,9 +187,10 @@ def test_every_kind_of_model(job: Made, of_kind: Any, kind: str, tmp_path: Path)
     model, data = of_kind(kind)
     wanted = {"model": str(model), "data": str(data)}
     jobs = [
-        job("a", **wanted), job("b", seed=1, batch_size=2, **wanted),
+        job("a", **wanted),
+        job("b", seed=1, batch_size=2, **wanted),
         job("c", seed=2, batch_size=3, method=LoRA(rank=2, dropout=0.2), **wanted),
-    ]  # fmt: skip
+    ]
     for run, own in zip(runs(run_jobs(jobs)), jobs, strict=True):
         assert run.base.kind == kind
         assert "trained together" in note_of(run), note_of(run)
@@ -219,9 +227,18 @@ def mixed(job: Made, place: str) -> list[TrainJob]:
     ]
 
 
-@pytest.mark.parametrize("stop_at", [("a", "step", 1), ("b", "step", 3), ("a", "checkpoint", 4),
-                                     ("c", "checkpoint", 4), ("c", "step", 7), ("b", "end", 3),
-                                     ("p", "step", 2)])  # fmt: skip
+@pytest.mark.parametrize(
+    "stop_at",
+    [
+        ("a", "step", 1),
+        ("b", "step", 3),
+        ("a", "checkpoint", 4),
+        ("c", "checkpoint", 4),
+        ("c", "step", 7),
+        ("b", "end", 3),
+        ("p", "step", 2),
+    ],
+)
 def test_killed_jobs_resume_in_the_same_bytes(job: Made, stop_at: tuple[str, str, int]) -> None:
     whole = runs(run_jobs(mixed(job, "whole")))
 
@@ -254,8 +271,7 @@ def test_jobs_go_on_with_the_rows_that_they_were_begun_with(job: Made, sums: Pat
 
 def test_jobs_on_parts_of_the_same_rows_each_learn_from_their_own(job: Made, sums: Path, tmp_path: Path) -> None:
     task = find(str(sums))
-    parts = [replace(task, splits={**task.splits, "train": task.splits["train"][k::2]})
-             for k in (0, 1)]  # fmt: skip
+    parts = [replace(task, splits={**task.splits, "train": task.splits["train"][k::2]}) for k in (0, 1)]
     jobs = [replace(job(name), data=part) for name, part in zip("ab", parts, strict=True)]
     for run, own in zip(runs(run_jobs(jobs)), jobs, strict=True):
         assert_same(run, alone(own, tmp_path / "alone"))
@@ -379,14 +395,15 @@ def test_what_cannot_share_a_batch_is_trained_by_itself(job: Made, tmp_path: Pat
     rows = [f'{{"prompt": "{n} <x> good", "completion": "fine"}}\n' for n in range(30)]
     data.write_text("".join(rows))
     jobs = [
-        job("a"), job("prefix", method=Prefix(tokens=2)), job("b"),
+        job("a"),
+        job("prefix", method=Prefix(tokens=2)),
+        job("b"),
         job("recomputes", gradient_checkpointing="on"),
         job("dora", method=LoRA(rank=2, dora=True, dropout=0.2)),
         job("tokens", new_tokens=("<x>",), data=str(data)),
-    ]  # fmt: skip
+    ]
     found = runs(run_jobs(jobs))
-    reasons = ["trained together", "in front of a row", "trained together", "recomputes",
-               "DoRA", "new tokens"]  # fmt: skip
+    reasons = ["trained together", "in front of a row", "trained together", "recomputes", "DoRA", "new tokens"]
     for run, own, reason in zip(found, jobs, reasons, strict=True):
         assert reason in note_of(run)
         assert_same(run, alone(own, tmp_path / "alone"))

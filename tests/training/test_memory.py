@@ -51,12 +51,14 @@ def curve(run: Run) -> list[float]:
 @pytest.mark.parametrize(
     "options",
     [
-        {"pass_tokens": 8}, {"pass_tokens": 8, "gradient_checkpointing": "on"},
+        {"pass_tokens": 8},
+        {"pass_tokens": 8, "gradient_checkpointing": "on"},
         {"gradient_checkpointing": "on", "checkpoint_blocks": 1},
         {"gradient_checkpointing": "reentrant", "checkpoint_blocks": 1},
-        {"memory_budget": "50GB"}, {"batch_size": 2, "accumulation_steps": 2, "pass_tokens": 16},
+        {"memory_budget": "50GB"},
+        {"batch_size": 2, "accumulation_steps": 2, "pass_tokens": 16},
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_what_saves_memory_changes_a_run_by_rounding_alone(
     tiny_train: Train, options: dict[str, Any], precision: str
@@ -94,9 +96,7 @@ def test_what_bends_upwards_is_carried_on_as_a_parabola() -> None:
     assert memory._extended((10, 20), (105, 205), 100) == 1005
 
 
-def test_the_largest_part_is_not_that_of_the_longest_rows(
-    prepared: tuple[Adapter, Quickest],
-) -> None:
+def test_the_largest_part_is_not_that_of_the_longest_rows(prepared: tuple[Adapter, Quickest]) -> None:
     _, path = prepared
     rows = [Example(0, (3,) * n, (3,) * n) for n in (700, 700, 700, 500, 500, 500)]
     part = fit.largest_part(path, rows, Training(batch_size=3))
@@ -121,9 +121,7 @@ def test_a_class_that_cannot_recompute_has_no_blocks_for_it(
     memory.checkpoint_gradients(model, "off")
 
 
-def test_fewer_tokens_at_once_and_recomputed_blocks_keep_less(
-    prepared: tuple[Adapter, Quickest],
-) -> None:
+def test_fewer_tokens_at_once_and_recomputed_blocks_keep_less(prepared: tuple[Adapter, Quickest]) -> None:
     adapter, path = prepared
     training = Training(batch_size=40)
     adapter.model.train()
@@ -214,9 +212,10 @@ def test_a_run_with_a_budget_goes_on_as_it_began(tiny_train: Train, monkeypatch:
 def test_8_bit_moments_learn_the_same_and_resume_in_the_same_bytes(tiny_train: Train, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     options: dict[str, Any] = {
-        "learning_rate": 0.01, "method": LoRA(rank=128, target_modules=["down_proj"]),
+        "learning_rate": 0.01,
+        "method": LoRA(rank=128, target_modules=["down_proj"]),
         "save_every": 3,
-    }  # fmt: skip
+    }
     usual = tiny_train("usual", **options)
     few = tiny_train("few", optimizer_bits=8, **options)
     assert curve(few) == pytest.approx(curve(usual), rel=0.02)
@@ -234,10 +233,7 @@ def test_8_bit_moments_learn_the_same_and_resume_in_the_same_bytes(tiny_train: T
     assert (tmp_path / "killed" / TENSORS).read_bytes() == (few.output_dir / TENSORS).read_bytes()
 
 
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [("4GB", 4 * 10**9), (" 1.5 gb", 15 * 10**8), ("800MB", 8 * 10**8)],
-)
+@pytest.mark.parametrize(("text", "size"), [("4GB", 4 * 10**9), (" 1.5 gb", 15 * 10**8), ("800MB", 8 * 10**8)])
 def test_sizes_are_read(text: str, size: int) -> None:
     assert parse_bytes("memory_budget", text) == size
 

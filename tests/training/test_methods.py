@@ -23,16 +23,22 @@ from loralab.training.settings import Evaluation, Training
 KINDS: dict[str, Any] = {
     **{name: spec.config() for name, spec in built_in().items()},
     "adalora": AdaLoRA(rank=4, target_rank=2),
-    "dora": LoRA(rank=2, dora=True), "pissa": LoRA(rank=2, init="pissa"),
-    "lora+": LoRA(rank=2, lora_plus=8), "parallel": Bottleneck(placement="parallel", width=4),
+    "dora": LoRA(rank=2, dora=True),
+    "pissa": LoRA(rank=2, init="pissa"),
+    "lora+": LoRA(rank=2, lora_plus=8),
+    "parallel": Bottleneck(placement="parallel", width=4),
     "prefix-mlp": Prefix(tokens=4, mlp=True, mlp_width=8),
-}  # fmt: skip
+}
 ON_LLAMA = [name for name in KINDS if name not in ("bitfit",)]
 ON_BERT = list(KINDS)
 SETTINGS: dict[str, Any] = {
-    "precision": "fp32", "batch_size": 4, "max_length": 64, "max_steps": 10, "save_every": 2,
+    "precision": "fp32",
+    "batch_size": 4,
+    "max_length": 64,
+    "max_steps": 10,
+    "save_every": 2,
     "evaluation_rows": 4,
-}  # fmt: skip
+}
 
 
 class Killed(BaseException):
@@ -83,9 +89,12 @@ def test_on_a_classifier(kind: str, tiny_bert_folder: Path, labelled: Path, tmp_
 
 def test_adalora_ends_at_its_target(tiny_llama_folder: Path, sums: Path, tmp_path: Path) -> None:
     run = train(
-        model=str(tiny_llama_folder), data=str(sums), method=KINDS["adalora"],
-        output_dir=tmp_path / "run", training=Training(**SETTINGS),
-    )  # fmt: skip
+        model=str(tiny_llama_folder),
+        data=str(sums),
+        method=KINDS["adalora"],
+        output_dir=tmp_path / "run",
+        training=Training(**SETTINGS),
+    )
     assert run.adapter.budget is not None
     assert sum(run.adapter.budget.ranks.values()) == 2 * len(run.adapter.modules)
     stored = folder.read(run.output_dir)
@@ -96,26 +105,29 @@ def test_adalora_ends_at_its_target(tiny_llama_folder: Path, sums: Path, tmp_pat
 @pytest.mark.parametrize("kind", ["lora", "prefix", "bottleneck"])
 def test_a_fresh_process_gives_the_same_logits(kind: str, tiny_llama_folder: Path, sums: Path, tmp_path: Path) -> None:
     run = train(
-        model=str(tiny_llama_folder), data=str(sums), method=KINDS[kind],
-        output_dir=tmp_path / "run", training=Training(**{**SETTINGS, "max_steps": 3}),
-    )  # fmt: skip
+        model=str(tiny_llama_folder),
+        data=str(sums),
+        method=KINDS[kind],
+        output_dir=tmp_path / "run",
+        training=Training(**{**SETTINGS, "max_steps": 3}),
+    )
     assert run.certificate is not None and run.certificate.max_logit_difference == 0
 
 
 @pytest.mark.parametrize("kind", ON_LLAMA)
 def test_the_plan_counts_what_is_trained(kind: str, tiny_llama_folder: Path, sums: Path) -> None:
-    made = plan(
-        model=str(tiny_llama_folder), data=str(sums), method=KINDS[kind],
-        training=Training(**SETTINGS),
-    )  # fmt: skip
+    made = plan(model=str(tiny_llama_folder), data=str(sums), method=KINDS[kind], training=Training(**SETTINGS))
     assert sum(module.parameters for module in made.modules) == made.trainable > 0
 
 
 def test_the_usual_rate_is_written_down(tiny_llama_folder: Path, sums: Path, tmp_path: Path) -> None:
     train(
-        model=str(tiny_llama_folder), data=str(sums), method=Prefix(tokens=2),
-        output_dir=tmp_path / "run", training=Training(**{**SETTINGS, "max_steps": 1}),
-    )  # fmt: skip
+        model=str(tiny_llama_folder),
+        data=str(sums),
+        method=Prefix(tokens=2),
+        output_dir=tmp_path / "run",
+        training=Training(**{**SETTINGS, "max_steps": 1}),
+    )
     text = (tmp_path / "run" / "config.toml").read_text()
     assert "learning_rate = 0.01" in text
     assert 'method = "prefix"' in text
@@ -134,9 +146,12 @@ class TestNewTokens:
         rows = [{"prompt": f"<tool> {n} good", "completion": "</tool> bad"} for n in range(40)]
         data.write_text("".join(json.dumps(row) + "\n" for row in rows))
         return train(
-            model=str(model), data=str(data), method=LoRA(rank=2), output_dir=place / "run",
+            model=str(model),
+            data=str(data),
+            method=LoRA(rank=2),
+            output_dir=place / "run",
             training=Training(**{**SETTINGS, "max_steps": 4}, **options),
-        )  # fmt: skip
+        )
 
     tokens = ("<tool>", "</tool>")
 
@@ -168,9 +183,12 @@ def test_a_packed_base_is_packed_again_on_loading(
     how: str, tiny_llama_folder: Path, sums: Path, tmp_path: Path
 ) -> None:
     run = train(
-        model=str(tiny_llama_folder), data=str(sums), method=LoRA(rank=2),
-        output_dir=tmp_path / "run", training=Training(**SETTINGS, quantize=how),
-    )  # fmt: skip
+        model=str(tiny_llama_folder),
+        data=str(sums),
+        method=LoRA(rank=2),
+        output_dir=tmp_path / "run",
+        training=Training(**SETTINGS, quantize=how),
+    )
     live = bring_to_life(run.output_dir)
     want = logits_of(run.base.model, run.sample, run.base.kind)
     assert torch.equal(logits_of(live.base.model, run.sample, run.base.kind), want)
@@ -178,9 +196,12 @@ def test_a_packed_base_is_packed_again_on_loading(
     assert plain.stored.record["base"]["quantize"] == how
     with pytest.raises(ConfigError, match="few bits cannot be trained"):
         train(
-            model=str(tiny_llama_folder), data=str(sums), method=FullFineTune(),
-            output_dir=tmp_path / "full", training=Training(**SETTINGS, quantize=how),
-        )  # fmt: skip
+            model=str(tiny_llama_folder),
+            data=str(sums),
+            method=FullFineTune(),
+            output_dir=tmp_path / "full",
+            training=Training(**SETTINGS, quantize=how),
+        )
     fresh = bring_to_life(run.output_dir)
     assert load is not None
     assert fresh.base.model is not live.base.model

@@ -24,14 +24,7 @@ from loralab.adapters.folder import RECORD, TENSORS
 from loralab.adapters.methods import LoRA
 from loralab.artefacts.certificate import verify
 from loralab.artefacts.export import export
-from loralab.errors import (
-    AdapterFileError,
-    AdapterStateError,
-    ConfigError,
-    DataError,
-    LoralabError,
-    ModelError,
-)
+from loralab.errors import AdapterFileError, AdapterStateError, ConfigError, DataError, LoralabError, ModelError
 from loralab.tasks.given import read
 from loralab.training import run as run_module
 from loralab.training.evaluation import evaluate, generate
@@ -45,8 +38,12 @@ from loralab.training.settings import Evaluation, Training
 
 Train = Callable[..., Run]
 SETTINGS: dict[str, Any] = {
-    "precision": "fp32", "batch_size": 4, "max_steps": 3, "max_length": 64, "learning_rate": 0.01,
-}  # fmt: skip
+    "precision": "fp32",
+    "batch_size": 4,
+    "max_steps": 3,
+    "max_length": 64,
+    "learning_rate": 0.01,
+}
 
 
 class Killed(BaseException):
@@ -266,8 +263,13 @@ def test_a_live_model_of_another_kind_or_dtype_is_refused(
             start("run", model=model, tokenizer=tokenizer, precision="auto", **wanted)
         return error.value.code, error.value.field
 
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
-             "num_attention_heads": 2, "vocab_size": 128}  # fmt: skip
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": 128,
+    }
     three = BertForSequenceClassification(BertConfig(**sizes, num_labels=3))
     assert refused(three, data=str(labelled)) == ("other_labels", "model")
     assert refused(three) == ("format_unsuited", "data")
@@ -284,9 +286,8 @@ def test_a_live_classifier_trains_as_its_folder_does(
 ) -> None:
     torch.manual_seed(0)
     config = BertConfig(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-        vocab_size=128, num_labels=2,
-    )  # fmt: skip
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=128, num_labels=2
+    )
     model = BertForSequenceClassification(config)
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
@@ -297,9 +298,8 @@ def test_a_live_classifier_trains_as_its_folder_does(
 
 
 def test_an_adapter_of_a_live_model_is_verified_with_a_base_by_name(
-    start: Train, live: Any, tokenizer: Any, tiny_llama_folder: Path, tiny_gpt2_folder: Path,
-    tmp_path: Path,
-) -> None:  # fmt: skip
+    start: Train, live: Any, tokenizer: Any, tiny_llama_folder: Path, tiny_gpt2_folder: Path, tmp_path: Path
+) -> None:
     path = start("live", model=live, tokenizer=tokenizer).output_dir
     with pytest.raises(AdapterFileError) as refused:
         verify(path)
@@ -323,10 +323,17 @@ def test_jobs_share_the_weights_of_a_live_model_which_gets_no_adapter(
     settings = Training(**SETTINGS)
     before = state(live)
     jobs = [
-        TrainJob(name=name, model=live, tokenizer=tokenizer, data=rows, output_dir=tmp_path / name,
-                 method=LoRA(rank=rank), training=settings)
+        TrainJob(
+            name=name,
+            model=live,
+            tokenizer=tokenizer,
+            data=rows,
+            output_dir=tmp_path / name,
+            method=LoRA(rank=rank),
+            training=settings,
+        )
         for name, rank in (("a", 2), ("b", 3))
-    ]  # fmt: skip
+    ]
     first, second = train_many(jobs)
     assert isinstance(first, Run) and isinstance(second, Run)
     for run in (first, second):
@@ -345,11 +352,9 @@ def test_evaluate_and_generate_on_objects_give_what_they_give_by_name(
     how = Evaluation(precision="fp32")
     own = {"model": live, "tokenizer": tokenizer}
     pairs = [
-        (evaluate(data=rows, evaluation=how, **own),
-         evaluate(data=str(sums), evaluation=how, model=name)),
-        (evaluate(data=read(rows), adapter=run.output_dir, **own),
-         evaluate(data=str(sums), adapter=run.output_dir)),
-    ]  # fmt: skip
+        (evaluate(data=rows, evaluation=how, **own), evaluate(data=str(sums), evaluation=how, model=name)),
+        (evaluate(data=read(rows), adapter=run.output_dir, **own), evaluate(data=str(sums), adapter=run.output_dir)),
+    ]
     for ours, theirs in pairs:
         assert (ours.metrics, ours.rows, ours.split) == (theirs.metrics, theirs.rows, theirs.split)
     assert pairs[0][0].metrics != pairs[1][0].metrics
@@ -374,10 +379,7 @@ def test_an_adapted_live_model_is_scored_as_it_is(live: Any, tokenizer: Any, row
 
 @pytest.mark.parametrize(
     ("settings", "code", "field"),
-    [
-        ({"precision": "bf16"}, "precision_differs", "precision"),
-        ({"quantize": "nf4"}, "live_model", "quantize"),
-    ],
+    [({"precision": "bf16"}, "precision_differs", "precision"), ({"quantize": "nf4"}, "live_model", "quantize")],
 )
 def test_an_evaluation_does_not_change_a_live_model(
     live: Any, tokenizer: Any, rows: list[Any], settings: Any, code: str, field: str

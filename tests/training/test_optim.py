@@ -46,6 +46,4 @@ def test_lora_plus_gives_b_a_faster_rate_in_every_step() -> None:
     set_learning_rate(optimizer, 1e-3)
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     found = {name: rates[id(parameter)] for name, parameter in parameters.items()}
-    assert found == {
-        "q.lora_A": 1e-3, "q.lora_B": 16e-3, "q.magnitude": 1e-3, "head.weight": 1e-3,
-    }  # fmt: skip
+    assert found == {"q.lora_A": 1e-3, "q.lora_B": 16e-3, "q.magnitude": 1e-3, "head.weight": 1e-3}

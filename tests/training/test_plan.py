@@ -25,26 +25,41 @@ from loralab.training.plan import PlannedModule, _in_full, plan
 from loralab.training.settings import Training
 
 SIZES: dict[str, Any] = {
-    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4,
-    "vocab_size": 101, "pad_token_id": 2, "max_position_embeddings": 64,
-}  # fmt: skip
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "vocab_size": 101,
+    "pad_token_id": 2,
+    "max_position_embeddings": 64,
+}
 COMPOSITE: dict[str, Any] = {
     "roberta": lambda: RobertaForMaskedLM(RobertaConfig(**SIZES)),
     "electra": lambda: ElectraForMaskedLM(ElectraConfig(**SIZES, embedding_size=16)),
     "mpnet": lambda: MPNetForMaskedLM(MPNetConfig(**SIZES)),
-    "funnel": lambda: FunnelForMaskedLM(FunnelConfig(
-        vocab_size=101, block_sizes=[1], num_decoder_layers=1, d_model=32, n_head=4, d_head=8,
-        d_inner=48, pad_token_id=2,
-    )),
-}  # fmt: skip
+    "funnel": lambda: FunnelForMaskedLM(
+        FunnelConfig(
+            vocab_size=101,
+            block_sizes=[1],
+            num_decoder_layers=1,
+            d_model=32,
+            n_head=4,
+            d_head=8,
+            d_inner=48,
+            pad_token_id=2,
+        )
+    ),
+}
 TRAINING = Training(precision="fp32", batch_size=4, max_steps=6, max_length=64)
 
 
 def test_it_lists_what_would_be_trained(tiny_llama_folder: Path, sums: Path) -> None:
     found = plan(
-        model=str(tiny_llama_folder), data=str(sums), training=TRAINING,
+        model=str(tiny_llama_folder),
+        data=str(sums),
+        training=TRAINING,
         method=LoRA(rank=2, modules_to_save=["lm_head"]),
-    )  # fmt: skip
+    )
     assert found.trainable == sum(module.parameters for module in found.modules)
     assert [m.rank for m in found.modules] == [2] * 14 + [None]
     assert found.steps == 6
@@ -57,10 +72,13 @@ def test_longer_batches_need_more_memory(tiny_llama_folder: Path, sums: Path, mo
     monkeypatch.setattr(memory, "peak_bytes", lambda device: 0)  # that of earlier tests
     monkeypatch.setattr(memory, "held_bytes", lambda device: 0)
     sizes = [
-        plan(model=str(tiny_llama_folder), data=str(sums),
-             training=Training(precision="fp32", batch_size=size, max_steps=1)).peak_bytes
+        plan(
+            model=str(tiny_llama_folder),
+            data=str(sums),
+            training=Training(precision="fp32", batch_size=size, max_steps=1),
+        ).peak_bytes
         for size in (1, 40)
-    ]  # fmt: skip
+    ]
     assert sizes[1] > sizes[0]
 
 
@@ -83,10 +101,7 @@ def test_what_would_lower_the_peak_is_said_the_best_first(
 
 def test_what_train_would_refuse_it_refuses(tiny_llama_folder: Path, sums: Path) -> None:
     with pytest.raises(TargetError, match="did you mean q_proj"):
-        plan(
-            model=str(tiny_llama_folder), data=str(sums), method=LoRA(target_modules=["q_porj"]),
-            training=TRAINING,
-        )  # fmt: skip
+        plan(model=str(tiny_llama_folder), data=str(sums), method=LoRA(target_modules=["q_porj"]), training=TRAINING)
 
 
 @pytest.mark.parametrize("family", COMPOSITE)
@@ -126,9 +141,7 @@ def test_a_module_of_layers_and_numbers_of_its_own_names_both() -> None:
     both = _Bare()
     both.add_module("norm", nn.LayerNorm(4))
     both.add_module("act", nn.GELU())
-    assert [(m.name, m.shape, m.parameters) for m in planned(both)] == [
-        ("head", (2, 3), 9), ("head.norm", (4,), 8),
-    ]  # fmt: skip
+    assert [(m.name, m.shape, m.parameters) for m in planned(both)] == [("head", (2, 3), 9), ("head.norm", (4,), 8)]
 
 
 def test_a_tensor_that_two_layers_share_is_counted_once() -> None:

@@ -67,8 +67,7 @@ def test_rows_beyond_the_places_of_the_model_are_refused(
     rows = [GOOD] * 5 + [row]
     if name == "tiny_bert_folder":
         rows = [{"text": text, "label": label} for text, label in ((long, "yes"), ("bad", "no"))]
-    data = folder(train=rows, **({"validation": rows[1:], "test": rows[1:]} if "text" in rows[0]
-                                 else {}))  # fmt: skip
+    data = folder(train=rows, **({"validation": rows[1:], "test": rows[1:]} if "text" in rows[0] else {}))
     error = refused(request.getfixturevalue(name), data, tmp_path / "run", DataError)
     assert (error.code, error.field) == ("row_beyond_places", "max_length")
 
@@ -97,6 +96,5 @@ def test_prompts_in_a_chat_template_are_said_to_be_and_messages_are_not(
 
     assert len(notes("chat")) == 1
     assert not notes("plain", model=str(tiny_gpt2_folder))
-    chat = {"messages": [{"role": "user", "content": "good film"},
-                         {"role": "assistant", "content": "yes"}]}  # fmt: skip
+    chat = {"messages": [{"role": "user", "content": "good film"}, {"role": "assistant", "content": "yes"}]}
     assert not notes("messages", data=str(folder(**dict.fromkeys(SPLITS, [chat] * 5))))

@@ -40,8 +40,16 @@ def test_the_loss_falls_and_the_folder_holds_the_run(tiny_train: Train) -> None:
     assert len(losses) == 30
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
     names = {path.name for path in run.output_dir.iterdir()}
-    assert names >= {"adapter_config.json", TENSORS, RECORD, "config.toml", "metrics.jsonl",
-                     "train.log", "checkpoints", "tensorboard"}  # fmt: skip
+    assert names >= {
+        "adapter_config.json",
+        TENSORS,
+        RECORD,
+        "config.toml",
+        "metrics.jsonl",
+        "train.log",
+        "checkpoints",
+        "tensorboard",
+    }
 
 
 def test_the_saved_adapter_is_the_live_one(tiny_train: Train, tiny_llama_folder: Path) -> None:
@@ -202,9 +210,7 @@ def test_what_a_crash_cut_off_in_the_logs_stands_alone(tiny_train: Train, tmp_pa
         with (tmp_path / "cut" / name).open("ab") as file:
             file.write(b'{"kind": "step", "st\xff')
     run = tiny_train("cut", resume=True, save_every=2)
-    assert [e["step"] for e in read_metrics(run.output_dir) if e["kind"] == "step"] == [
-        1, 2, 3, 4, 5, 6,
-    ]  # fmt: skip
+    assert [e["step"] for e in read_metrics(run.output_dir) if e["kind"] == "step"] == [1, 2, 3, 4, 5, 6]
     lines = (run.output_dir / "train.log").read_bytes().splitlines()
     assert b'{"kind": "step", "st\xff' in lines
     assert files_of(run) == files_of(tiny_train("whole", save_every=2))

@@ -9,15 +9,31 @@ from loralab.training.settings import Evaluation, Training
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("learning_rate", 0.0), ("learning_rate", float("nan")), ("epochs", 0), ("max_steps", 0),
-        ("batch_size", -1), ("batch_size", 2.5), ("accumulation_steps", 0), ("max_length", 1),
-        ("precision", "fp8"), ("schedule", "linaer"), ("warmup", 1.0), ("weight_decay", -1.0),
-        ("max_grad_norm", float("inf")), ("loss_on", "answers"), ("patience", 0),
-        ("gradient_checkpointing", "yes"), ("save_every", 0), ("evaluate_every", 0),
-        ("pass_tokens", 0), ("checkpoint_blocks", 0), ("checkpoint_blocks", 2),
-        ("optimizer_bits", 16), ("memory_budget", "4"),
+        ("learning_rate", 0.0),
+        ("learning_rate", float("nan")),
+        ("epochs", 0),
+        ("max_steps", 0),
+        ("batch_size", -1),
+        ("batch_size", 2.5),
+        ("accumulation_steps", 0),
+        ("max_length", 1),
+        ("precision", "fp8"),
+        ("schedule", "linaer"),
+        ("warmup", 1.0),
+        ("weight_decay", -1.0),
+        ("max_grad_norm", float("inf")),
+        ("loss_on", "answers"),
+        ("patience", 0),
+        ("gradient_checkpointing", "yes"),
+        ("save_every", 0),
+        ("evaluate_every", 0),
+        ("pass_tokens", 0),
+        ("checkpoint_blocks", 0),
+        ("checkpoint_blocks", 2),
+        ("optimizer_bits", 16),
+        ("memory_budget", "4"),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_value_is_named(name: str, value: object) -> None:
     with pytest.raises(ConfigError, match=name):
         Training(**{name: value})  # type: ignore[arg-type]

@@ -28,9 +28,17 @@ from loralab.training.world import OTHERS, World, world
 SCRIPT, TESTS = Path(__file__).with_name("in_processes.py"), Path(__file__).parents[1]
 WEIGHTS = "adapter_model.safetensors"
 COMMAND = (
-    sys.executable, "-m", "torch.distributed.run", "--nnodes", "1", "--rdzv-backend", "c10d",
-    "--rdzv-endpoint", "localhost:0", "--nproc-per-node",
-)  # fmt: skip
+    sys.executable,
+    "-m",
+    "torch.distributed.run",
+    "--nnodes",
+    "1",
+    "--rdzv-backend",
+    "c10d",
+    "--rdzv-endpoint",
+    "localhost:0",
+    "--nproc-per-node",
+)
 Plan = list[dict[str, Any]]
 
 
@@ -40,16 +48,16 @@ def in_processes(count: int, plan: Plan, folder: Path) -> None:
     file.write_text(json.dumps(plan))
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    own = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1",
-           "MASTER_PORT": port}  # fmt: skip
+    own = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     running = [
         Subprocess().Popen(
-            [sys.executable, str(SCRIPT), str(file)], text=True, stderr=subprocess.PIPE,
-            env={**os.environ, **{k: str(v) for k, v in own.items()}, "RANK": str(rank),
-                 "LOCAL_RANK": str(rank)},
+            [sys.executable, str(SCRIPT), str(file)],
+            text=True,
+            stderr=subprocess.PIPE,
+            env={**os.environ, **{k: str(v) for k, v in own.items()}, "RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
         for rank in range(count)
-    ]  # fmt: skip
+    ]
     said = [process.communicate()[1] for process in running]
     assert [process.returncode for process in running] == [0] * count, said
 
@@ -60,10 +68,12 @@ def by_torchrun(count: int, plan: Plan, folder: Path) -> None:
     file.write_text(json.dumps(plan))
     path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [*COMMAND, str(count), str(SCRIPT), str(file)], check=False, capture_output=True,
+        [*COMMAND, str(count), str(SCRIPT), str(file)],
+        check=False,
+        capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": path},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr[-4000:]
 
 
@@ -91,17 +101,26 @@ def require_equal(one: Path, other: Path, name: str = "", atol: float = 2e-5) ->
 
 def plans(places: Sequence[Path], model: Path, data: Path, sizes: Sequence[int], **more: Any) -> list[dict[str, Any]]:
     return [
-        {"model": str(model), "data": str(data), "output": str(place), "batch_size": size,
-         "variant": "lora", "options": {}, **more}
+        {
+            "model": str(model),
+            "data": str(data),
+            "output": str(place),
+            "batch_size": size,
+            "variant": "lora",
+            "options": {},
+            **more,
+        }
         for place, size in zip(places, sizes, strict=True)
-    ]  # fmt: skip
+    ]
 
 
 def test_two_processes_equal_one_with_the_doubled_batch(tiny_llama_folder: Path, sums: Path, tmp_path: Path) -> None:
     """Plain, with the base split, several jobs; and what two began is ended by one."""
     runs: dict[str, dict[str, Any]] = {
-        "plain": {}, "split": {"shard_base": True, "most_whole": 1}, "stopped": {"stop_at": 3},
-    }  # fmt: skip
+        "plain": {},
+        "split": {"shard_base": True, "most_whole": 1},
+        "stopped": {"stop_at": 3},
+    }
     runs["recomputed"] = {"shard_base": True, "gradient_checkpointing": "on"}
     runs["budget"] = {"shard_base": True, "memory_budget": "20GB"}
     few_bits = {"quantize": "nf4"}
@@ -147,10 +166,12 @@ def test_encoders_in_two_processes(tiny_bert_folder: Path, labelled: Path, pairs
     rates = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     (model / "config.json").write_text(json.dumps(config | rates))
     runs: dict[str, tuple[Path, dict[str, Any]]] = {
-        "classes": (labelled, {}), "biases": (labelled, {"variant": "bitfit"}),
-        "pairs": (pairs, {}), "split-pairs": (pairs, {"shard_base": True, "most_whole": 1}),
+        "classes": (labelled, {}),
+        "biases": (labelled, {"variant": "bitfit"}),
+        "pairs": (pairs, {}),
+        "split-pairs": (pairs, {"shard_base": True, "most_whole": 1}),
         "stopped": (pairs, {"stop_at": 2}),
-    }  # fmt: skip
+    }
     two: Plan = []
     one: Plan = []
     for name, (data, more) in runs.items():
@@ -207,9 +228,7 @@ def test_a_single_process_shares_with_nobody() -> None:
     assert parameter.grad is None
 
 
-def test_each_process_gets_the_random_numbers_of_its_own_gpu_back(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_each_process_gets_the_random_numbers_of_its_own_gpu_back(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[torch.Tensor] = []
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -196,8 +196,7 @@ def fields(config: AdaLoRA, modules: Mapping[str, Any], paths: list[str]) -> dic
     left = {name: module for name, module in modules.items() if bool(module.kept.any())}
     ranks = [len(module.tensors()["lora_A.weight"]) for module in left.values()]
     usual = statistics.mode(ranks)
-    shown = LoRA(rank=usual, alpha=usual, dropout=config.dropout,
-                 modules_to_save=config.modules_to_save)  # fmt: skip
+    shown = LoRA(rank=usual, alpha=usual, dropout=config.dropout, modules_to_save=config.modules_to_save)
     return lora_fields(shown, left, paths, factor=1.0)
 
 
@@ -223,10 +222,13 @@ def parse(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[LoR
         raise AdapterFileError("every module of this AdaLoRA file has rank 0: it holds nothing")
     patterns = {re.escape(name): rank for name, rank in sorted(ranks.items(), key=_longest)}
     config = LoRA(
-        rank=max(ranks.values()), alpha=max(ranks.values()), rank_pattern=patterns,
-        alpha_pattern=dict(patterns), target_modules="|".join(map(re.escape, ranks)),
+        rank=max(ranks.values()),
+        alpha=max(ranks.values()),
+        rank_pattern=patterns,
+        alpha_pattern=dict(patterns),
+        target_modules="|".join(map(re.escape, ranks)),
         modules_to_save=tuple(fields.get("modules_to_save") or ()),
-    )  # fmt: skip
+    )
     return config, found
 
 

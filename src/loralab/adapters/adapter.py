@@ -14,13 +14,7 @@ from loralab.adapters.checkpoints import keep_gradients
 from loralab.adapters.fast_path import disable_fast_path
 from loralab.adapters.fingerprint import base_paths, dtype_name, fingerprint
 from loralab.adapters.folder import write
-from loralab.adapters.model_folder import (
-    keeping_record,
-    require_no_adapter,
-    require_no_model,
-    saving_adapters,
-    untied,
-)
+from loralab.adapters.model_folder import keeping_record, require_no_adapter, require_no_model, saving_adapters, untied
 from loralab.adapters.outside import fields_of, pack
 from loralab.adapters.peft_fields import task_type
 from loralab.adapters.present import require_readable
@@ -292,13 +286,7 @@ class Adapter:
         for parameter in self._trains:
             parameter.requires_grad_(on)
 
-    def save(
-        self,
-        folder: str | Path,
-        record: Mapping[str, Any] | None = None,
-        *,
-        overwrite: bool = False,
-    ) -> Path:
+    def save(self, folder: str | Path, record: Mapping[str, Any] | None = None, *, overwrite: bool = False) -> Path:
         """Write the adapter folder that `load` reads, and peft where it has the method.
 
         Where FSDP has split the adapter, all processes must call it, and the first one writes.
@@ -327,9 +315,10 @@ class Adapter:
             fields: dict[str, Any] = {
                 "task_type": task_type(record["base"], headed=headed),
                 "base_model_name_or_path": record["base"].get("name"),
-                "revision": None, "inference_mode": True,
+                "revision": None,
+                "inference_mode": True,
                 **fields_of(self.spec, self.config, modules, base_paths(self.model)),
-            }  # fmt: skip
+            }
             tensors = self.tensors()
             if not writing:
                 return Path(folder)

@@ -24,11 +24,7 @@ from loralab.errors import AdapterStateError, LeftOutWarning
 
 
 def attach(
-    model: nn.Module,
-    config: AnyMethod,
-    *,
-    name: str = "default",
-    generator: torch.Generator | None = None,
+    model: nn.Module, config: AnyMethod, *, name: str = "default", generator: torch.Generator | None = None
 ) -> Adapter:
     """Put an adapter into the model, in place: the base is frozen, only the adapter trains.
 
@@ -55,11 +51,7 @@ def attach(
 
 
 def put_into(
-    model: nn.Module,
-    config: AnyMethod,
-    generator: torch.Generator | None = None,
-    *,
-    name: str = "default",
+    model: nn.Module, config: AnyMethod, generator: torch.Generator | None = None, *, name: str = "default"
 ) -> Adapter:
     """`attach` without its warning."""
     given, model = model, unwrapped(model)
@@ -79,10 +71,10 @@ def _decided(model: nn.Module, config: AnyMethod, generator: torch.Generator | N
     """Make an adapter of the base without changing it, so that an error leaves it as it was."""
     if any(isinstance(module, Wrapper | TrainedInFull) for module in model.modules()):
         raise AdapterStateError(
-            f"this {type(model).__name__} is part of a model with an adapter, or holds one; "
-            "attach to that model",
-            code="part_of_adapted", field="model",
-        )  # fmt: skip
+            f"this {type(model).__name__} is part of a model with an adapter, or holds one; attach to that model",
+            code="part_of_adapted",
+            field="model",
+        )
     own, modules, saved = wrappers_for(model, config, generator)
     require_weights(model, {name: model.get_submodule(name) for name in (*modules, *saved)})
     reasons = left_out(model, own, list(modules))

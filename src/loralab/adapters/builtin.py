@@ -8,17 +8,7 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
-from loralab.adapters.methods import (
-    IA3,
-    AdaLoRA,
-    BitFit,
-    Bottleneck,
-    FullFineTune,
-    LinearProbe,
-    LoRA,
-    Prefix,
-    Prompt,
-)
+from loralab.adapters.methods import IA3, AdaLoRA, BitFit, Bottleneck, FullFineTune, LinearProbe, LoRA, Prefix, Prompt
 from loralab.adapters.registry import MethodSpec
 
 
@@ -113,14 +103,7 @@ BUILT_IN = (
         front=_late("prompt", "states"),
         **_in_file("prompt"),
     ),
-    MethodSpec(
-        config=IA3,
-        name="ia3",
-        peft_type="IA3",
-        in_peft=True,
-        learning_rate=1e-2,
-        **_in_file("ia3"),
-    ),
+    MethodSpec(config=IA3, name="ia3", peft_type="IA3", in_peft=True, learning_rate=1e-2, **_in_file("ia3")),
     MethodSpec(
         config=BitFit,
         name="bitfit",

@@ -59,10 +59,11 @@ def combine(
     layers = _layers(adapters, weights)
     ranks = {len(m.factors()[0]) for found in layers.values() for m, _ in found}
     by_factors = (
-        how != "svd" and len(ranks) == 1 and rank in (None, *ranks)
-        and not any(getattr(m, "magnitude", None) is not None
-                    for found in layers.values() for m, _ in found)
-    )  # fmt: skip
+        how != "svd"
+        and len(ranks) == 1
+        and rank in (None, *ranks)
+        and not any(getattr(m, "magnitude", None) is not None for found in layers.values() for m, _ in found)
+    )
     mix = _Mix(how, density, torch.Generator().manual_seed(seed))
     wanted = None if by_factors else rank or max(ranks)
     return _attached(model, {p: _finite(p, mix, found, wanted) for p, found in layers.items()}, name)
@@ -91,10 +92,7 @@ class _Mix:
         scales = [scaling * weight for _, _, scaling, weight in parts]
         roots = torch.tensor([math.sqrt(abs(scale)) for scale in scales])
         signs = torch.tensor([1.0 if scale >= 0 else -1.0 for scale in scales])
-        return (
-            self.combined([A for A, *_ in parts], roots * signs),
-            self.combined([B for _, B, *_ in parts], roots),
-        )
+        return (self.combined([A for A, *_ in parts], roots * signs), self.combined([B for _, B, *_ in parts], roots))
 
     def update(self, found: Sequence[tuple[Any, float]], rank: int) -> Factors:
         """The updates B A, cut to a rank."""
@@ -146,15 +144,17 @@ def _layers(adapters: AdapterSet, weights: Mapping[str, float]) -> dict[str, lis
     for name, weight in weights.items():
         adapter = adapters.find(name)
         odd = [
-            path for path, module in adapter.modules.items() if not hasattr(module, "lora_A")
-            or not hasattr(module, "factors") or not hasattr(module, "out_features")
-        ]  # fmt: skip
+            path
+            for path, module in adapter.modules.items()
+            if not hasattr(module, "lora_A") or not hasattr(module, "factors") or not hasattr(module, "out_features")
+        ]
         if odd or adapter.saved or not adapter.modules:
             raise AdapterStateError(
                 f"adapter {name!r} is not a low-rank update of linear layers alone "
                 f"({some([*odd, *adapter.saved])}), so it cannot be combined",
-                code="no_delta", field=name,
-            )  # fmt: skip
+                code="no_delta",
+                field=name,
+            )
         for path, module in adapter.modules.items():
             found.setdefault(path, []).append((module, float(weight)))
     return found
@@ -166,15 +166,15 @@ def _require_options(weights: Mapping[str, float], how: str, rank: int | None, d
         check_count("rank", rank)
     if not 0 < density <= 1:
         raise ConfigError(
-            f"density must be above 0 and at most 1, got {density!r}",
-            code="out_of_range", field="density",
-        )  # fmt: skip
+            f"density must be above 0 and at most 1, got {density!r}", code="out_of_range", field="density"
+        )
     bad = [n for n, w in weights.items() if isinstance(w, bool) or not _is_finite(w)]
     if bad or not weights:
         raise ConfigError(
             f"weights must give finite numbers by adapter, got {dict(weights)!r}",
-            code="invalid_weights", field=bad[0] if bad else "weights",
-        )  # fmt: skip
+            code="invalid_weights",
+            field=bad[0] if bad else "weights",
+        )
 
 
 def _is_finite(value: Any) -> bool:
@@ -187,9 +187,12 @@ def _attached(model: nn.Module, factors: Mapping[str, Factors], name: str) -> Ad
     widest = max(ranks.values())
     own = {p.replace(".", r"\."): r for p, r in ranks.items() if r != widest}
     config = LoRA(
-        rank=widest, alpha=float(widest), target_modules=tuple(factors), rank_pattern=own,
+        rank=widest,
+        alpha=float(widest),
+        target_modules=tuple(factors),
+        rank_pattern=own,
         alpha_pattern={path: float(rank) for path, rank in own.items()},
-    )  # fmt: skip
+    )
     adapter = put_into(model, config, name=name)
     for path, (A, B) in factors.items():
         module = adapter.modules[path]

@@ -16,9 +16,7 @@ from loralab.adapters.methods import LoRA
 from loralab.adapters.wrapper import Wrapper, wide
 from loralab.errors import ConfigError
 
-_CONVOLVE: dict[type[nn.Module], Any] = {
-    nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d,
-}  # fmt: skip
+_CONVOLVE: dict[type[nn.Module], Any] = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
 
 
 class ConvWithLoRA(Wrapper):

@@ -36,8 +36,9 @@ def matches(pattern: str, text: str) -> bool:
     except TimeoutError:
         raise ConfigError(
             f"the expression {shown(pattern)} takes too long to match; write a simpler one",
-            code="expression_too_slow", field="target_modules",
-        ) from None  # fmt: skip
+            code="expression_too_slow",
+            field="target_modules",
+        ) from None
 
 
 @lru_cache(maxsize=1024)
@@ -52,8 +53,9 @@ def _compiled(pattern: str) -> Any:
     if len(pattern) > MAX_LENGTH or math.prod(filter(None, counts)) > MAX_REPEATS:
         raise ConfigError(
             f"the expression {shown(pattern)} is too large; write a simpler one",
-            code="expression_too_large", field="target_modules",
-        )  # fmt: skip
+            code="expression_too_large",
+            field="target_modules",
+        )
     try:
         re.compile(pattern)
         if re.search(r"\{[^\d,}]", pattern):  # approximate matching, in that package alone
@@ -61,6 +63,5 @@ def _compiled(pattern: str) -> Any:
         return regex.compile(pattern, regex.VERSION0)
     except (re.error, regex.error, RecursionError, OverflowError, MemoryError) as error:
         raise ConfigError(
-            f"{shown(pattern)} is not a regular expression: {error}",
-            code="invalid_expression", field="target_modules",
-        ) from None  # fmt: skip
+            f"{shown(pattern)} is not a regular expression: {error}", code="invalid_expression", field="target_modules"
+        ) from None

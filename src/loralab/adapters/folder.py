@@ -32,9 +32,17 @@ TENSORS = "adapter_model.safetensors"
 RECORD = "loralab.json"
 LARGEST_HEADER = 1 << 24  # bytes of names and shapes; each tensor takes a hundred times its entry
 KINDS = {
-    "torch.float64", "torch.float32", "torch.float16", "torch.bfloat16", "torch.int64",
-    "torch.int32", "torch.int16", "torch.int8", "torch.uint8", "torch.bool",
-}  # fmt: skip
+    "torch.float64",
+    "torch.float32",
+    "torch.float16",
+    "torch.bfloat16",
+    "torch.int64",
+    "torch.int32",
+    "torch.int16",
+    "torch.int8",
+    "torch.uint8",
+    "torch.bool",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,12 +133,7 @@ def read(path: str | Path, *, files: Mapping[str, bytes] | None = None) -> Adapt
     if broken := _broken(own):
         raise AdapterFileError(f"{path} holds numbers that are not finite: {some(broken)}")
     return AdapterFolder(
-        path=path,
-        config=config,
-        fields=fields,
-        tensors=dict(own),
-        record=sound(record),
-        digest=digest,
+        path=path, config=config, fields=fields, tensors=dict(own), record=sound(record), digest=digest
     )
 
 

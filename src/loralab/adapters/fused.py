@@ -137,9 +137,14 @@ class _LinearsWithUpdates(torch.autograd.Function):
 
 
 def _followed_gradients(
-    x: Tensor, mask: Tensor | None, dys: Sequence[Tensor], weights: Sequence[Tensor],
-    As: Sequence[Tensor], Bs: Sequence[Tensor], layouts: Sequence[Layout],
-) -> tuple[Tensor | None, ...]:  # fmt: skip
+    x: Tensor,
+    mask: Tensor | None,
+    dys: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    As: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+    layouts: Sequence[Layout],
+) -> tuple[Tensor | None, ...]:
     """All gradients by operations that autograd records, one layer after the other."""
     drop = None if mask is None else flat_rows(mask)
     through_update: list[Tensor] = []
@@ -176,9 +181,13 @@ def followed_gradients(
 
 
 def _input_gradient(
-    dys: Sequence[Tensor], weights: Sequence[Tensor], layouts: Sequence[Layout],
-    G: Tensor, A: Tensor, mask: Tensor | None,
-) -> Tensor:  # fmt: skip
+    dys: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    layouts: Sequence[Layout],
+    G: Tensor,
+    A: Tensor,
+    mask: Tensor | None,
+) -> Tensor:
     """dx (N, I): the sum over all layers of dy W, plus what came through the updates."""
     dx = through_bases(dys, weights, layouts)
     add_through_update(dx, G, A, None if mask is None else flat_rows(mask))

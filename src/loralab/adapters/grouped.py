@@ -59,9 +59,8 @@ class Bank:
     """
 
     def __init__(
-        self, model: nn.Module,
-        around: Callable[[Hashable], AbstractContextManager[Any]] | None = None,
-    ) -> None:  # fmt: skip
+        self, model: nn.Module, around: Callable[[Hashable], AbstractContextManager[Any]] | None = None
+    ) -> None:
         self.model = model
         self.spans: tuple[Span, ...] = ()
         self.around = around or (lambda key: contextlib.nullcontext())

@@ -23,9 +23,7 @@ from loralab.adapters.presets import in_attention
 from loralab.adapters.wrapper import Wrapper, wide
 from loralab.errors import TargetError
 
-KEYS_AND_VALUES = (
-    "k_proj", "v_proj", "key", "value", "c_attn", "qkv", "qkv_proj", "query_key_value", "Wqkv",
-)  # fmt: skip
+KEYS_AND_VALUES = ("k_proj", "v_proj", "key", "value", "c_attn", "qkv", "qkv_proj", "query_key_value", "Wqkv")
 NOTHING = r"(?!)"  # an expression that matches no path
 
 
@@ -83,11 +81,14 @@ def fields(config: IA3, modules: Mapping[str, Any], paths: list[str]) -> dict[st
     plain = isinstance(chosen, list) and told == set(inner)
     feedforward = ends if plain else "|".join(re.escape(name) for name in inner)
     return {
-        "peft_type": "IA3", "target_modules": chosen, "feedforward_modules": feedforward,
+        "peft_type": "IA3",
+        "target_modules": chosen,
+        "feedforward_modules": feedforward,
         "fan_in_fan_out": all(is_conv1d(module.original) for module in modules.values()),
-        "init_ia3_weights": True, "exclude_modules": None,
+        "init_ia3_weights": True,
+        "exclude_modules": None,
         "modules_to_save": list(config.modules_to_save) or None,
-    }  # fmt: skip
+    }
 
 
 def parse(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[IA3, Mapping[str, Tensor]]:

@@ -11,14 +11,7 @@ from loralab.adapters.methods import Method
 from loralab.adapters.paths import inside, layer_number, selected_by
 from loralab.adapters.presets import MLP, place_of
 from loralab.adapters.shells import plain_paths
-from loralab.adapters.targets import (
-    in_preset,
-    linear_names,
-    outer_names,
-    preset_of,
-    saved_names,
-    unable_names,
-)
+from loralab.adapters.targets import in_preset, linear_names, outer_names, preset_of, saved_names, unable_names
 from loralab.adapters.towers import tower_of
 from loralab.errors import some
 

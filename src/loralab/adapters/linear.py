@@ -41,11 +41,7 @@ class LinearWithLoRA(Wrapper):
     """
 
     def __init__(
-        self,
-        base: nn.Module,
-        config: LoRA,
-        generator: torch.Generator | None = None,
-        parts: Sequence[Rows] = (),
+        self, base: nn.Module, config: LoRA, generator: torch.Generator | None = None, parts: Sequence[Rows] = ()
     ) -> None:
         super().__init__(base)
         if not is_linear(base):

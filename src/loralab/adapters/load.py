@@ -16,13 +16,7 @@ from loralab.adapters.peft_fields import PREFIX
 from loralab.adapters.present import present_in, without_shells
 from loralab.adapters.several import AdapterSet, adapters_of
 from loralab.adapters.shells import plain_paths, unwrapped
-from loralab.errors import (
-    AdapterFileError,
-    BaseMismatchWarning,
-    ConfigError,
-    TargetError,
-    some,
-)
+from loralab.errors import AdapterFileError, BaseMismatchWarning, ConfigError, TargetError, some
 
 
 def load(model: nn.Module, path: str | Path, *, name: str = "default") -> Adapter:
@@ -67,8 +61,9 @@ def _make_room(model: Any, stored: AdapterFolder) -> None:
         raise AdapterFileError(
             f"{stored.path} brings new tokens, for which the embedding would have to be replaced; "
             "load it before the other adapters",
-            code="new_tokens", field="path",
-        )  # fmt: skip
+            code="new_tokens",
+            field="path",
+        )
     if rows and max(rows) >= known + len(rows):
         raise AdapterFileError(
             f"{stored.path} trains the row of token {max(rows)}, but the model has {known} tokens "
@@ -87,10 +82,7 @@ def fill(adapter: Adapter, stored: AdapterFolder) -> None:
     """
     own = adapter.tensors()
     _drop_base_embeddings(adapter, stored)
-    missing, extra = (
-        sorted(own.keys() - stored.tensors.keys()),
-        sorted(stored.tensors.keys() - own.keys()),
-    )
+    missing, extra = (sorted(own.keys() - stored.tensors.keys()), sorted(stored.tensors.keys() - own.keys()))
     misshapen = [
         f"{key} is {tuple(stored.tensors[key].shape)}, expected {tuple(own[key].shape)}"
         for key in sorted(own.keys() & stored.tensors.keys())

@@ -70,15 +70,23 @@ def lora_fields(
     flat = _with_patterns(config, actual)
     targets, layers = selecting_fields(list(modules), list(paths))
     return {
-        "peft_type": "LORA", "r": flat.rank, "lora_alpha": _whole(flat.alpha),
-        "lora_dropout": flat.dropout, "target_modules": targets, "exclude_modules": None,
-        "layers_to_transform": layers, "layers_pattern": None,
-        "use_rslora": flat.scaling == "alpha/sqrt(r)", "use_dora": flat.dora, "bias": "none",
+        "peft_type": "LORA",
+        "r": flat.rank,
+        "lora_alpha": _whole(flat.alpha),
+        "lora_dropout": flat.dropout,
+        "target_modules": targets,
+        "exclude_modules": None,
+        "layers_to_transform": layers,
+        "layers_pattern": None,
+        "use_rslora": flat.scaling == "alpha/sqrt(r)",
+        "use_dora": flat.dora,
+        "bias": "none",
         "fan_in_fan_out": all(is_conv1d(module.original) for module in modules.values()),
-        "init_lora_weights": True, "rank_pattern": dict(flat.rank_pattern),
+        "init_lora_weights": True,
+        "rank_pattern": dict(flat.rank_pattern),
         "alpha_pattern": {name: _whole(alpha) for name, alpha in flat.alpha_pattern.items()},
         "modules_to_save": list(flat.modules_to_save) or None,
-    }  # fmt: skip
+    }
 
 
 def parse(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[LoRA, Mapping[str, Tensor]]:
@@ -96,10 +104,21 @@ def parse(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[LoR
         )
     if fields.get("bias", "none") != "none":
         raise AdapterFileError(f"bias {fields['bias']!r} is not supported, only 'none'")
-    refuse_unknown(fields, {
-        "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern",
-        "alpha_pattern", "init_lora_weights", "bias", "trainable_token_indices",
-    })  # fmt: skip
+    refuse_unknown(
+        fields,
+        {
+            "r",
+            "lora_alpha",
+            "lora_dropout",
+            "use_rslora",
+            "use_dora",
+            "rank_pattern",
+            "alpha_pattern",
+            "init_lora_weights",
+            "bias",
+            "trainable_token_indices",
+        },
+    )
     config = LoRA(
         rank=fields.get("r", 8),
         alpha=fields.get("lora_alpha", 8),
@@ -129,15 +148,23 @@ def plain(config: LoRA) -> LoRA:
     ranks = {pattern: width * rank for pattern, rank in config.rank_pattern.items()}
     if config.scaling == "none":
         return replace(
-            config, init="kaiming", scaling="alpha/r", rank=width * config.rank,
-            alpha=width * config.rank, rank_pattern=ranks, alpha_pattern=dict(ranks),
-        )  # fmt: skip
+            config,
+            init="kaiming",
+            scaling="alpha/r",
+            rank=width * config.rank,
+            alpha=width * config.rank,
+            rank_pattern=ranks,
+            alpha_pattern=dict(ranks),
+        )
     stretch = width if config.scaling == "alpha/r" else math.sqrt(width)
     return replace(
-        config, init="kaiming", rank=width * config.rank, alpha=stretch * config.alpha,
+        config,
+        init="kaiming",
+        rank=width * config.rank,
+        alpha=stretch * config.alpha,
         rank_pattern=ranks,
         alpha_pattern={pattern: stretch * alpha for pattern, alpha in config.alpha_pattern.items()},
-    )  # fmt: skip
+    )
 
 
 def _as_peft_computes(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -205,9 +232,10 @@ def _with_patterns(config: LoRA, actual: Mapping[str, Actual]) -> LoRA:
     # the longest first: the first that matches decides
     ordered = sorted(ranks, key=len, reverse=True)
     found = replace(
-        config, rank_pattern={key: ranks[key] for key in ordered},
+        config,
+        rank_pattern={key: ranks[key] for key in ordered},
         alpha_pattern=dict(sorted(alphas.items(), key=lambda item: -len(item[0]))),
-    )  # fmt: skip
+    )
     wrong = [name for name, own in actual.items() if not _gives(found, name, own)]
     if wrong:
         raise ConfigError(f"peft's patterns cannot tell the rank of {wrong[0]!r} from another's")

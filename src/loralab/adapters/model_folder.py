@@ -99,9 +99,7 @@ def require_no_model(folder: Path) -> None:
         (folder / STATE).unlink()
     if any(any(folder.glob(pattern)) for pattern in WEIGHTS):
         raise OutputError(
-            f"{folder} holds a whole model; save the adapter elsewhere",
-            code="folder_taken",
-            field="save_directory",
+            f"{folder} holds a whole model; save the adapter elsewhere", code="folder_taken", field="save_directory"
         )
 
 
@@ -134,9 +132,7 @@ def require_no_adapter(folder: Path) -> None:
     """A merged model must not stand beside an adapter, which would be added once more."""
     if (folder / CONFIG).exists():
         raise OutputError(
-            f"{folder} holds an adapter; save the merged model elsewhere",
-            code="folder_taken",
-            field="save_directory",
+            f"{folder} holds an adapter; save the merged model elsewhere", code="folder_taken", field="save_directory"
         )
 
 

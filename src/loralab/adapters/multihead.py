@@ -70,9 +70,11 @@ class MultiheadAttentionWithLoRA(Wrapper):
             else:
                 out_A[: self.rank], out_B[:, : self.rank] = self.out_A, self.out_B
         return {
-            "lora_A.weight": A, "lora_B.weight": B,
-            "base_layer.out_proj.lora_A.weight": out_A, "base_layer.out_proj.lora_B.weight": out_B,
-        }  # fmt: skip
+            "lora_A.weight": A,
+            "lora_B.weight": B,
+            "base_layer.out_proj.lora_A.weight": out_A,
+            "base_layer.out_proj.lora_B.weight": out_B,
+        }
 
     @torch.no_grad()
     def merge_weights(self) -> None:

@@ -14,13 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from loralab.adapters.bases import dense_weight, is_conv1d, is_quantized, linear_shape, looks_linear
-from loralab.adapters.peft_fields import (
-    PREFIX,
-    SELECTING,
-    refuse_unknown,
-    selecting_fields,
-    targeted,
-)
+from loralab.adapters.peft_fields import PREFIX, SELECTING, refuse_unknown, selecting_fields, targeted
 from loralab.adapters.registry import MethodSpec, is_outside, spec_of_file
 from loralab.adapters.targets import target_names
 from loralab.adapters.wrapper import Wrapper, wide
@@ -28,13 +22,7 @@ from loralab.errors import AdapterFileError, AdapterStateError, ConfigError, Lor
 
 Modules = Mapping[str, Any]
 HALF = (torch.bfloat16, torch.float16)
-OF_EVERY_METHOD = SELECTING | {
-    "peft_type",
-    "task_type",
-    "base_model_name_or_path",
-    "revision",
-    "inference_mode",
-}
+OF_EVERY_METHOD = SELECTING | {"peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode"}
 
 
 class WrappedLayer(Wrapper):
@@ -113,13 +101,15 @@ class WrappedLayer(Wrapper):
             raise AdapterStateError(
                 f"method {self.method!r}: delta() must be {shape}, as the weight "
                 f"(out_features, in_features), got {got}",
-                code="delta_shape", field=self.method,
-            )  # fmt: skip
+                code="delta_shape",
+                field=self.method,
+            )
         if not found.is_meta and not found.isfinite().all():
             raise AdapterStateError(
                 f"method {self.method!r}: delta() holds numbers that are not finite",
-                code="delta_not_finite", field=self.method,
-            )  # fmt: skip
+                code="delta_not_finite",
+                field=self.method,
+            )
         return found
 
     def merged_tensors(self) -> dict[str, Tensor]:
@@ -127,9 +117,8 @@ class WrappedLayer(Wrapper):
         update = self.delta()
         if update is None:
             raise AdapterStateError(
-                f"{self.method} cannot be merged: its delta() is None", code="cannot_merge",
-                field=self.method,
-            )  # fmt: skip
+                f"{self.method} cannot be merged: its delta() is None", code="cannot_merge", field=self.method
+            )
         weight = dense_weight(self.base) if is_quantized(self.base) else self.base.weight
         if is_conv1d(self.base):
             update = update.T
@@ -199,15 +188,14 @@ def parse(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[Any
     except Exception as error:
         text = str(error) if isinstance(error, LoralabError) else _said(error)
         raise AdapterFileError(
-            f"method {spec.name!r} cannot read this file: {text}",
-            code="plugin_failed", field=spec.name,
-        ) from error  # fmt: skip
+            f"method {spec.name!r} cannot read this file: {text}", code="plugin_failed", field=spec.name
+        ) from error
     if type(config) is not spec.config:
         raise AdapterFileError(
-            f"method {spec.name!r}: parse must return {spec.config.__name__}, got "
-            f"{type(config).__name__}",
-            code="plugin_failed", field=spec.name,
-        )  # fmt: skip
+            f"method {spec.name!r}: parse must return {spec.config.__name__}, got {type(config).__name__}",
+            code="plugin_failed",
+            field=spec.name,
+        )
     _require_understood(spec, config, fields)
     return replace(config, **targeted(fields)), tensors
 
@@ -303,9 +291,8 @@ def _require_understood(spec: MethodSpec, config: Any, fields: Mapping[str, Any]
     lost = [f"{name}={fields[name]!r}" for name in own.keys() & fields.keys() - SELECTING if fields[name] != own[name]]
     if lost:
         raise AdapterFileError(
-            f"method {spec.name!r} does not support {some(sorted(lost))}",
-            code="unknown_option", field=spec.name,
-        )  # fmt: skip
+            f"method {spec.name!r} does not support {some(sorted(lost))}", code="unknown_option", field=spec.name
+        )
 
 
 def _said(error: Exception) -> str:

@@ -30,15 +30,26 @@ CLASSES = {  # what the name of a model's class says of it
 
 # fields that do not change what the tensors compute
 _INERT = {
-    "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "peft_type",
-    "task_type", "fan_in_fan_out", "peft_version", "megatron_core", "qalora_group_size",
-    "eva_config", "ensure_weight_tying", "low_cpu_mem_usage", "runtime_config", "lora_ga_config",
-    "corda_config", "loftq_config", "monteclora_config",
-}  # fmt: skip
-SELECTING = {
-    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
-    "modules_to_save",
-}  # fmt: skip
+    "auto_mapping",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+    "peft_type",
+    "task_type",
+    "fan_in_fan_out",
+    "peft_version",
+    "megatron_core",
+    "qalora_group_size",
+    "eva_config",
+    "ensure_weight_tying",
+    "low_cpu_mem_usage",
+    "runtime_config",
+    "lora_ga_config",
+    "corda_config",
+    "loftq_config",
+    "monteclora_config",
+}
+SELECTING = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"}
 
 
 def task_type(base: Mapping[str, Any], *, headed: bool) -> str | None:

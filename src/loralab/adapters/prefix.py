@@ -25,11 +25,20 @@ CANNOT_MERGE = "a prefix cannot be merged: it is keys and values of its own, whi
 CANNOT_SHARE = "a prefix stands in front of a row, not in a module"
 MASK = "attention_mask"
 PEFT_FIELDS = {
-    "num_virtual_tokens", "num_layers", "num_attention_heads", "token_dim",
-    "num_transformer_submodules", "prefix_projection", "encoder_hidden_size", "init_weights",
-    "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path",
-    "tokenizer_kwargs", "prompt_tuning_init_state_dict_path",
-}  # fmt: skip
+    "num_virtual_tokens",
+    "num_layers",
+    "num_attention_heads",
+    "token_dim",
+    "num_transformer_submodules",
+    "prefix_projection",
+    "encoder_hidden_size",
+    "init_weights",
+    "prompt_tuning_init",
+    "prompt_tuning_init_text",
+    "tokenizer_name_or_path",
+    "tokenizer_kwargs",
+    "prompt_tuning_init_state_dict_path",
+}
 
 
 class Table(nn.Module):
@@ -40,8 +49,7 @@ class Table(nn.Module):
         self.tokens, self.shape = config.tokens, shape
         layers, heads, width = shape
         numbers = layers * 2 * heads * width
-        drawn = torch.randn(config.tokens, heads * width if config.mlp else numbers,
-                            generator=generator)  # fmt: skip
+        drawn = torch.randn(config.tokens, heads * width if config.mlp else numbers, generator=generator)
         self.weight = nn.Parameter(config.init_std * drawn)
         self.down = nn.Linear(heads * width, config.mlp_width) if config.mlp else None
         self.up = nn.Linear(config.mlp_width, numbers) if config.mlp else None
@@ -196,12 +204,16 @@ def fields(config: Prefix, modules: Mapping[str, Any], paths: list[str]) -> dict
     """adapter_config.json: peft's PREFIX_TUNING, without the network."""
     layers, heads, width = next(iter(modules.values())).table.shape
     return {
-        "peft_type": "PREFIX_TUNING", "num_virtual_tokens": config.tokens,
-        "num_layers": layers, "num_attention_heads": heads, "token_dim": heads * width,
-        "num_transformer_submodules": 1, "prefix_projection": False,
+        "peft_type": "PREFIX_TUNING",
+        "num_virtual_tokens": config.tokens,
+        "num_layers": layers,
+        "num_attention_heads": heads,
+        "token_dim": heads * width,
+        "num_transformer_submodules": 1,
+        "prefix_projection": False,
         "encoder_hidden_size": heads * width,
         "modules_to_save": list(config.modules_to_save) or None,
-    }  # fmt: skip
+    }
 
 
 def window_of(attention: Any) -> int | None:

@@ -85,10 +85,7 @@ def without_shells(stored: AdapterFolder, model: nn.Module) -> AdapterFolder:
 
 
 def require_readable(
-    model: nn.Module,
-    modules: Mapping[str, Any],
-    fields: Mapping[str, Any],
-    tensors: Mapping[str, Tensor],
+    model: nn.Module, modules: Mapping[str, Any], fields: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> None:
     """What is about to be written must select the very modules that it comes from.
 
@@ -104,12 +101,7 @@ def require_readable(
         return
     base: Any = _without_adapter(model)
     stored = AdapterFolder(
-        path=Path("adapter"),
-        config=config,
-        fields=dict(fields),
-        tensors=dict(own),
-        record={},
-        digest="",
+        path=Path("adapter"), config=config, fields=dict(fields), tensors=dict(own), record={}, digest=""
     )
     written = {name for name, m in modules.items() if m.tensors() and not isinstance(m, TrainedRows)}
     plain = plain_paths(base)

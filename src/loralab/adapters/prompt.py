@@ -22,14 +22,7 @@ from loralab.adapters.eager import is_plain_tensor
 from loralab.adapters.methods import Prompt
 from loralab.adapters.peft_fields import refuse_unknown
 from loralab.adapters.positions import behind, by_name, entrance
-from loralab.adapters.prefix import (
-    CANNOT_MERGE,
-    CANNOT_SHARE,
-    PEFT_FIELDS,
-    AttentionWithPrefix,
-    Front,
-    attention_names,
-)
+from loralab.adapters.prefix import CANNOT_MERGE, CANNOT_SHARE, PEFT_FIELDS, AttentionWithPrefix, Front, attention_names
 from loralab.adapters.wrapper import Wrapper
 from loralab.errors import AdapterStateError, TargetError
 
@@ -113,15 +106,9 @@ def watch(model: Any, modules: Mapping[str, Any]) -> list[Any]:
     if isinstance(first, Keeper):
         inner = getattr(model, "base_model", model)
         hook = InFront(table, keeps="ForSequenceClassification" in type(model).__name__)
-        return [
-            inner.register_forward_pre_hook(hook, with_kwargs=True),
-            inner.register_forward_hook(hook.after),
-        ]
+        return [inner.register_forward_pre_hook(hook, with_kwargs=True), inner.register_forward_hook(hook.after)]
     inner = entrance(model, modules)
-    return [
-        behind(inner, table),
-        inner.register_forward_pre_hook(Prepare(table), with_kwargs=True),
-    ]
+    return [behind(inner, table), inner.register_forward_pre_hook(Prepare(table), with_kwargs=True)]
 
 
 class Prepare:
@@ -209,12 +196,15 @@ def fields(config: Prompt, modules: Mapping[str, Any], paths: list[str]) -> dict
     """adapter_config.json: peft's PROMPT_TUNING."""
     table: Embeddings = next(iter(modules.values())).table
     return {
-        "peft_type": "PROMPT_TUNING", "num_virtual_tokens": config.tokens,
-        "token_dim": table.weight.shape[1], "num_layers": table.layers,
-        "num_attention_heads": None, "num_transformer_submodules": 1,
+        "peft_type": "PROMPT_TUNING",
+        "num_virtual_tokens": config.tokens,
+        "token_dim": table.weight.shape[1],
+        "num_layers": table.layers,
+        "num_attention_heads": None,
+        "num_transformer_submodules": 1,
         "prompt_tuning_init": "RANDOM",
         "modules_to_save": list(config.modules_to_save) or None,
-    }  # fmt: skip
+    }
 
 
 def parse(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[Prompt, Mapping[str, Tensor]]:

@@ -12,22 +12,22 @@ FORMAT = 1
 Kind = type | tuple[type, ...]  # a type, or what a list holds
 SECTIONS: dict[str, dict[str, Kind]] = {
     "base": {
-        "name": str, "kind": str, "precision": str, "quantize": str, "dtype": str,
-        "fingerprint": str, "image_size": int,
+        "name": str,
+        "kind": str,
+        "precision": str,
+        "quantize": str,
+        "dtype": str,
+        "fingerprint": str,
+        "image_size": int,
     },
-    "task": {
-        "name": str, "format": str, "instruction": str, "labels": (str, int), "digest": str,
-    },
-    "tokenizer": {
-        "new_tokens": (str,), "stop_ids": (int,), "chat_template": str, "eos_token": str,
-        "digest": str,
-    },
+    "task": {"name": str, "format": str, "instruction": str, "labels": (str, int), "digest": str},
+    "tokenizer": {"new_tokens": (str,), "stop_ids": (int,), "chat_template": str, "eos_token": str, "digest": str},
     "training": {"seed": int},
     "metrics": {},
     "method": {},
     "certificate": {},
     "versions": {},
-}  # fmt: skip
+}
 LARGEST = 1 << 63  # of a whole number
 
 

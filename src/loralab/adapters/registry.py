@@ -146,8 +146,9 @@ def spec_of(config: Any) -> MethodSpec:
         raise ConfigError(
             f"{type(config).__name__} is no registered method; loralab.register(MethodSpec(config="
             f"{type(config).__name__}, ...)) makes it one",
-            code="unknown_method", field="method",
-        )  # fmt: skip
+            code="unknown_method",
+            field="method",
+        )
     return found
 
 
@@ -163,8 +164,9 @@ def method_named(name: str) -> tuple[MethodSpec, dict[str, Any]]:
         choices = names()
         raise ConfigError(
             f"--method must be one of {', '.join(choices)}, got {name!r}{nearest(wanted, choices)}",
-            code="unknown_method", field="method",
-        )  # fmt: skip
+            code="unknown_method",
+            field="method",
+        )
     return spec, dict(spec.variants.get(wanted, {}))
 
 
@@ -189,8 +191,9 @@ def spec_of_file(kind: Any, where: str = "") -> MethodSpec:
         raise AdapterFileError(
             f"{where}peft_type {kind!r} is not supported, only {', '.join(known)}"
             f"{nearest(str(kind), known)} (one of another package needs the entry point {GROUP!r})",
-            code="unknown_method", field="peft_type",
-        )  # fmt: skip
+            code="unknown_method",
+            field="peft_type",
+        )
     return found
 
 
@@ -200,10 +203,7 @@ def environment() -> dict[str, str]:
     outside.discard("__main__")  # a script cannot be imported again without running it
     if not outside:
         return {}
-    return {
-        MODULES: ",".join(sorted(outside)),
-        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-    }
+    return {MODULES: ",".join(sorted(outside)), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
 
 
 def _first(wanted: Callable[[MethodSpec], bool]) -> MethodSpec | None:
@@ -226,8 +226,9 @@ def _add(spec: MethodSpec) -> None:
     if twice:
         raise ConfigError(
             f"method {spec.name!r}: {twice[0]} is registered already; choose another",
-            code="method_taken", field=spec.name,
-        )  # fmt: skip
+            code="method_taken",
+            field=spec.name,
+        )
     _SPECS[spec.name] = spec
 
 

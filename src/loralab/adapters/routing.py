@@ -26,8 +26,9 @@ def routed(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
     if isinstance(names, str) or not names:
         raise ConfigError(
             f"routed() needs a name or None for each row of the batch, got {names!r}",
-            code="invalid_names", field="names",
-        )  # fmt: skip
+            code="invalid_names",
+            field="names",
+        )
     chosen = {name: adapters.find(name) for name in names if name is not None}
     for name, adapter in chosen.items():
         if reason := cannot_share({**adapter.modules, **adapter.saved}):
@@ -60,5 +61,6 @@ class _RowCount:
         if rows is not None and rows != self.count:
             raise AdapterStateError(
                 f"routed() was given {self.count} names, and the batch has {rows} rows",
-                code="rows_differ", field="names",
-            )  # fmt: skip
+                code="rows_differ",
+                field="names",
+            )

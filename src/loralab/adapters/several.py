@@ -42,9 +42,8 @@ class AdapterSet:
         """
         if not isinstance(name, str) or not name.strip():
             raise ConfigError(
-                f"an adapter's name must be text that is not blank, got {name!r}",
-                code="invalid_name", field="name",
-            )  # fmt: skip
+                f"an adapter's name must be text that is not blank, got {name!r}", code="invalid_name", field="name"
+            )
         if name in self.members:
             raise AdapterStateError(
                 f"the model has an adapter {name!r} already; detach() it, or attach this one under another name=",
@@ -75,9 +74,8 @@ class AdapterSet:
             known = ", ".join(map(repr, self.members))
             hint = nearest(name, self.members) if isinstance(name, str) else ""
             raise AdapterStateError(
-                f"the model has no adapter {name!r}, only {known}{hint}",
-                code="unknown_adapter", field="name",
-            )  # fmt: skip
+                f"the model has no adapter {name!r}, only {known}{hint}", code="unknown_adapter", field="name"
+            )
         return self.members[name]
 
     def add(self, adapter: "Adapter") -> None:

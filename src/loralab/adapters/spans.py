@@ -110,9 +110,11 @@ class _LinearsBySpan(torch.autograd.Function):
         parts, layouts, needed = ctx.parts, ctx.layouts, ctx.needs_input_grad
         count, size = len(layouts), len(parts)
         weights, As, Bs, lows = (
-            rest[:count], rest[count : count + size], rest[count + size : count + 2 * size],
+            rest[:count],
+            rest[count : count + size],
+            rest[count + size : count + 2 * size],
             rest[count + 2 * size :],
-        )  # fmt: skip
+        )
         flat, dflat = flat_rows(x), [flat_rows(dy).contiguous() for dy in dys]
         if is_followed(dys):
             return _followed(x, flat, dflat, weights, As, Bs, ctx)
@@ -138,9 +140,14 @@ class _LinearsBySpan(torch.autograd.Function):
 
 
 def _followed(
-    x: Tensor, flat: Tensor, dys: Sequence[Tensor], weights: Sequence[Tensor],
-    As: Sequence[Tensor], Bs: Sequence[Tensor], ctx: Any,
-) -> tuple[Tensor | None, ...]:  # fmt: skip
+    x: Tensor,
+    flat: Tensor,
+    dys: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    As: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+    ctx: Any,
+) -> tuple[Tensor | None, ...]:
     """All gradients by operations that autograd records, one update after the other."""
     total = followed_through_bases(dys, weights, ctx.layouts)
     gradients: list[Tensor] = []

@@ -80,15 +80,18 @@ def describe(path: str | Path) -> dict[str, Any]:
     base = stored.record.get("base", {})
     pairs = factors(stored)
     return {
-        "path": str(path), "method": type(stored.config).__name__, "digest": stored.digest,
-        "base": base.get("name") or "not named", "fingerprint": base.get("fingerprint"),
+        "path": str(path),
+        "method": type(stored.config).__name__,
+        "digest": stored.digest,
+        "base": base.get("name") or "not named",
+        "fingerprint": base.get("fingerprint"),
         "parameters": sum(tensor.numel() for tensor in stored.tensors.values()),
         "ranks": sorted({len(A) for A, _, _ in pairs.values()}),
         "saved": list(stored.config.modules_to_save),
         "modules": [_described(stored.path, name, *pair) for name, pair in pairs.items()],
         "tensors": _tensors(stored),
         "metrics": stored.record.get("metrics", {}),
-    }  # fmt: skip
+    }
 
 
 def compare(one: str | Path, other: str | Path) -> list[dict[str, Any]]:
@@ -105,10 +108,14 @@ def compare(one: str | Path, other: str | Path) -> list[dict[str, Any]]:
     for name in shared:
         (A1, B1, _), (A2, B2, _) = first[name], second[name]
         left, right = right_directions(A1, B1), right_directions(A2, B2)
-        rows.append({
-            "name": name, "ranks": [len(A1), len(A2)], "overlap": overlap(left, right),
-            "chance": chance_overlap(left.shape[1], right.shape[1], A1.shape[1]),
-        })  # fmt: skip
+        rows.append(
+            {
+                "name": name,
+                "ranks": [len(A1), len(A2)],
+                "overlap": overlap(left, right),
+                "chance": chance_overlap(left.shape[1], right.shape[1], A1.shape[1]),
+            }
+        )
     return rows
 
 
@@ -140,11 +147,10 @@ def _tensors(stored: AdapterFolder) -> list[dict[str, Any]]:
     """Shape and norm of everything that is no low-rank update."""
     low_rank = (".lora_A.weight", ".lora_B.weight")
     return [
-        {"name": key.removeprefix(PREFIX), "shape": list(tensor.shape),
-         "norm": float(tensor.double().norm())}
+        {"name": key.removeprefix(PREFIX), "shape": list(tensor.shape), "norm": float(tensor.double().norm())}
         for key, tensor in sorted(stored.tensors.items())
         if not (key.endswith(low_rank) and spec_of(stored.config).low_rank)
-    ]  # fmt: skip
+    ]
 
 
 def _described(path: Path, name: str, A: Tensor, B: Tensor, factor: float) -> dict[str, Any]:
@@ -152,11 +158,14 @@ def _described(path: Path, name: str, A: Tensor, B: Tensor, factor: float) -> di
     if not values.max() < LARGEST:
         raise AdapterFileError(f"{path}: the update of {name} is too large ({values.max():.1e})")
     return {
-        "name": name, "rank": len(A), "norm": float(values.square().sum().sqrt()),
+        "name": name,
+        "rank": len(A),
+        "norm": float(values.square().sum().sqrt()),
         "singular_values": [float(value) for value in values],
-        "effective_rank": effective_rank(values), "stable_rank": stable_rank(values),
+        "effective_rank": effective_rank(values),
+        "stable_rank": stable_rank(values),
         "rank_at_90": energy_rank(values),
-    }  # fmt: skip
+    }
 
 
 def _core(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:

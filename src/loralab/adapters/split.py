@@ -55,8 +55,9 @@ def require_whole(tensors: Iterable[Tensor | None], what: str, remedy: str) -> N
     if any(map(is_split, tensors)):
         raise AdapterStateError(
             f"{what} needs whole tensors, and FSDP has split them over the processes; {remedy}",
-            code="split_by_fsdp", field="model",
-        )  # fmt: skip
+            code="split_by_fsdp",
+            field="model",
+        )
 
 
 def _own_modules(wrapper: nn.Module) -> Iterator[nn.Module]:

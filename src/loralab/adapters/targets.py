@@ -41,10 +41,7 @@ class Block:
 
 
 def target_names(
-    model: nn.Module,
-    config: Method,
-    others: Sequence[str] = (),
-    implied: Sequence[str] = (),
+    model: nn.Module, config: Method, others: Sequence[str] = (), implied: Sequence[str] = ()
 ) -> list[str]:
     """Paths of the modules that `config` adapts, in the model's order.
 
@@ -105,9 +102,7 @@ def saved_names(model: nn.Module, config: Any) -> list[str]:
         if not matched:
             hint = nearest(wanted, endings(names))
             raise TargetError(
-                f"modules_to_save {wanted!r} matches no module{hint}",
-                code="unknown_module",
-                field="modules_to_save",
+                f"modules_to_save {wanted!r} matches no module{hint}", code="unknown_module", field="modules_to_save"
             )
         found += [name for name in matched if not inside(name, found)]
     return list(dict.fromkeys(found))
@@ -156,9 +151,7 @@ def blocks(model: nn.Module) -> list[Block]:
         rest = [name for name in names if places[name] == MLP]
         if any(re.search(r"\.\d+\.", name[len(path) :]) for name in rest):
             raise TargetError(
-                f"{path} holds several experts; this method does not suit them",
-                code="experts",
-                field="method",
+                f"{path} holds several experts; this method does not suit them", code="experts", field="method"
             )
         if attention and rest:
             width, _ = linear_shape(model.get_submodule(rest[-1]))
@@ -186,11 +179,7 @@ def require_layers(names: Iterable[str], layers: Sequence[int] | None) -> None:
     for layer in layers:
         if layer not in present:
             have = f"{present[0]} to {present[-1]}" if present else "none"
-            raise TargetError(
-                f"layers: there is no layer {layer} (here: {have})",
-                code="unknown_layer",
-                field="layers",
-            )
+            raise TargetError(f"layers: there is no layer {layer} (here: {have})", code="unknown_layer", field="layers")
 
 
 class _Selection:
@@ -240,18 +229,10 @@ class _Selection:
             one = wanted if isinstance(excluded, str) else (wanted,)
             if not any(self._is(name, one) for name in known):
                 hint = nearest(wanted, endings(names))
-                raise _error(
-                    f"exclude_modules {wanted!r} excludes nothing{hint}",
-                    "unknown_module",
-                    "exclude_modules",
-                )
+                raise _error(f"exclude_modules {wanted!r} excludes nothing{hint}", "unknown_module", "exclude_modules")
         kept = [name for name in names if not self._is(name, excluded)]
         if not kept:
-            raise _error(
-                f"exclude_modules {excluded!r} excludes every target",
-                "nothing_to_adapt",
-                "exclude_modules",
-            )
+            raise _error(f"exclude_modules {excluded!r} excludes every target", "nothing_to_adapt", "exclude_modules")
         return kept
 
     def in_layers(self, names: list[str]) -> list[str]:
@@ -261,11 +242,7 @@ class _Selection:
             for pattern in getattr(self.config, field, ()):
                 if not any(matches_pattern(self.plain(name), pattern) for name in names):
                     hint = nearest(pattern, endings(names))
-                    raise _error(
-                        f"{field} {pattern!r} matches no adapted module{hint}",
-                        "unknown_module",
-                        field,
-                    )
+                    raise _error(f"{field} {pattern!r} matches no adapted module{hint}", "unknown_module", field)
         return names
 
     def _numbered(self, names: list[str]) -> list[str]:
@@ -278,9 +255,7 @@ class _Selection:
             if layer not in present:
                 have = f"{present[0]} to {present[-1]}" if present else "none"
                 raise _error(
-                    f"layers: there is no layer {layer} among the targets (here: {have})",
-                    "unknown_layer",
-                    "layers",
+                    f"layers: there is no layer {layer} among the targets (here: {have})", "unknown_layer", "layers"
                 )
         return [name for name in names if numbered[name] in layers]
 
@@ -327,8 +302,7 @@ class _Selection:
                 continue
             if self._is(path, names):
                 raise _error(
-                    f"target_modules {target!r}: {path} cannot be adapted, since {reason}; leave it out",
-                    "not_linear",
+                    f"target_modules {target!r}: {path} cannot be adapted, since {reason}; leave it out", "not_linear"
                 )
         if not any(self._is(path, names) for path in self.able):
             self._require_no_stacked(

@@ -33,8 +33,9 @@ class Wrapper(nn.Module):
         if any(parameter.is_complex() for parameter in base.parameters()):
             raise ConfigError(
                 f"{type(base).__name__} has complex weights; only real ones are adapted",
-                code="complex_weight", field="target_modules",
-            )  # fmt: skip
+                code="complex_weight",
+                field="target_modules",
+            )
         self.base: Any = base.requires_grad_(False)
         # whether the base holds the update. A bool of its own: torch.compile has no guard on
         # whether a dict is empty, and would go on adding the update to the merged weight

@@ -27,24 +27,10 @@ from loralab.adapters import folder, registry
 from loralab.adapters.folder import RECORD, read_json
 from loralab.adapters.record import sound
 from loralab.artefacts import gguf_adapter
-from loralab.artefacts.comparison import (
-    KEPT,
-    Certificate,
-    Reference,
-    compare,
-    logits_of,
-    reference_of,
-)
+from loralab.artefacts.comparison import KEPT, Certificate, Reference, compare, logits_of, reference_of
 from loralab.artefacts.live import bring_to_life, on_base
 from loralab.artefacts.temporary import TEMPORARY
-from loralab.errors import (
-    AdapterFileError,
-    BaseMismatchWarning,
-    CertificateError,
-    ConfigError,
-    LoralabError,
-    some,
-)
+from loralab.errors import AdapterFileError, BaseMismatchWarning, CertificateError, ConfigError, LoralabError, some
 from loralab.models import load as models
 from loralab.models.device import device_here
 from loralab.models.load import Base
@@ -53,9 +39,14 @@ REFERENCE = "certificate.safetensors"
 
 
 def certify(
-    artefact: str | Path, model: nn.Module, prompts: Sequence[Sequence[int]], *, kind: str,
-    tokenizer: Any = None, base: str | Path | None = None,
-) -> Certificate:  # fmt: skip
+    artefact: str | Path,
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    *,
+    kind: str,
+    tokenizer: Any = None,
+    base: str | Path | None = None,
+) -> Certificate:
     """Reload an artefact in a fresh process and compare it with the live model.
 
     The certificate is written into the artefact, passed or not.
@@ -129,11 +120,7 @@ def verify(artefact: str | Path, *, base: str | Path | None = None) -> Certifica
 def _require_base(path: Path, record: Mapping[str, Any], base: str | Path | None) -> None:
     """Refuse an adapter whose base has no folder, and a base for what needs none."""
     if base is not None and not (path / folder.CONFIG).is_file():
-        raise ConfigError(
-            f"{path} is no adapter folder; it is verified without --base",
-            code="no_effect",
-            field="base",
-        )
+        raise ConfigError(f"{path} is no adapter folder; it is verified without --base", code="no_effect", field="base")
     if base is not None:
         models.resolve(str(base))
     elif record.get("kind") != "model" and sound(record).get("base", {}).get("live"):

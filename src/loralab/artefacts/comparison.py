@@ -93,10 +93,7 @@ class Reference:
             raise AdapterFileError(f"{file} is damaged: its tensors do not fit each other")
         if not whole or any(t.ndim != 1 for t in prompts):
             raise AdapterFileError(f"{file} is damaged: prompts and indices must be whole numbers")
-        return Reference(
-            prompts=[t.tolist() for t in prompts], values=values, indices=indices.long(),
-            total=total,
-        )  # fmt: skip
+        return Reference(prompts=[t.tolist() for t in prompts], values=values, indices=indices.long(), total=total)
 
 
 @torch.no_grad()
@@ -148,10 +145,17 @@ def compare(reference: Reference, logits: Tensor, precision: str, device: str = 
         and agreement >= tolerance["top1_agreement"]
     )
     return Certificate(
-        max_logit_difference=difference, relative_difference=relative, mean_kl=kl,
-        top1_agreement=agreement, precision=precision, prompts=len(reference.prompts),
-        positions=len(values), tolerance=dict(tolerance), passed=passed, device=device,
-    )  # fmt: skip
+        max_logit_difference=difference,
+        relative_difference=relative,
+        mean_kl=kl,
+        top1_agreement=agreement,
+        precision=precision,
+        prompts=len(reference.prompts),
+        positions=len(values),
+        tolerance=dict(tolerance),
+        passed=passed,
+        device=device,
+    )
 
 
 def _kl(p_log: Tensor, q_log: Tensor) -> float:

@@ -27,10 +27,8 @@ EXPORT, MERGE, NONE = "export", "merge", "none"
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM's --max-lora-rank may be, but for 1
 USUAL_RANK = 16  # of vLLM, where nothing is said
 # language models of vLLM 0.32 that take no adapters, and those that take them on the embedding
-WITHOUT_LORA = ("GPT2LMHeadModel", "GPTJForCausalLM", "BloomForCausalLM", "FalconForCausalLM",
-                "StableLmForCausalLM")  # fmt: skip
-EMBEDDING = ("LlamaForCausalLM", "MistralForCausalLM", "MixtralForCausalLM", "Qwen3ForCausalLM",
-             "GraniteForCausalLM")  # fmt: skip
+WITHOUT_LORA = ("GPT2LMHeadModel", "GPTJForCausalLM", "BloomForCausalLM", "FalconForCausalLM", "StableLmForCausalLM")
+EMBEDDING = ("LlamaForCausalLM", "MistralForCausalLM", "MixtralForCausalLM", "Qwen3ForCausalLM", "GraniteForCausalLM")
 OUT_B = "base_layer.out_proj.lora_B.weight"
 
 
@@ -173,8 +171,7 @@ def _vllm_base(stored: AdapterFolder, facts: Facts) -> list[Obstacle]:
         found.append(Obstacle(what=f"vLLM adapts no {facts.architecture}", way_out=MERGE))
     kind = stored.record.get("base", {}).get("kind") or CAUSAL
     if kind != CAUSAL:
-        found.append(Obstacle(what=f"the base is of kind {kind}, and no language model",
-                              way_out=NONE))  # fmt: skip
+        found.append(Obstacle(what=f"the base is of kind {kind}, and no language model", way_out=NONE))
     return found
 
 
@@ -281,8 +278,4 @@ def _facts_of(stored: AdapterFolder, model: str | None) -> Facts:
         return Facts(architecture=record.get("architecture"))
 
 
-ENGINES: dict[str, Callable[[AdapterFolder, Facts], Verdict]] = {
-    "vllm": _vllm,
-    "gguf": _gguf,
-    "peft": _peft,
-}
+ENGINES: dict[str, Callable[[AdapterFolder, Facts], Verdict]] = {"vllm": _vllm, "gguf": _gguf, "peft": _peft}

@@ -23,12 +23,7 @@ Record = dict[str, Any]
 
 
 def export(
-    adapter: str | Path,
-    output: str | Path,
-    *,
-    to: str,
-    model: str | None = None,
-    precision: str | None = None,
+    adapter: str | Path, output: str | Path, *, to: str, model: str | None = None, precision: str | None = None
 ) -> Certificate:
     """Write an adapter in another form to a new folder, and prove it in a fresh process.
 
@@ -98,9 +93,10 @@ def _proven(live: Live, output: Path, write: Callable[[Path, Record], object]) -
     reference = reference_of(base.model, sample_of(stored, base), base.kind, base.tokenizer)
     record = {k: v for k, v in stored.items() if k not in ("format", "digest", "certificate")}
     record["base"] = {
-        **{k: v for k, v in stored.get("base", {}).items() if k != "live"}, **base.recorded,
+        **{k: v for k, v in stored.get("base", {}).items() if k != "live"},
+        **base.recorded,
         "precision": live.precision,
-    }  # fmt: skip
+    }
     with unproved(output) as rejected:
         write(rejected, record)
         certificate = compare_afresh(rejected, reference)

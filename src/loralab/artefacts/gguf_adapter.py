@@ -21,9 +21,11 @@ from loralab.models.gguf_blocks import LAYERS, row_order
 
 FILE = "adapter.gguf"
 FAMILIES = {  # transformers' architecture -> llama.cpp's
-    "LlamaForCausalLM": "llama", "MistralForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2",
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "llama",
+    "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
-}  # fmt: skip
+}
 _HEAD = ("lm_head", "output.weight")
 
 
@@ -90,10 +92,13 @@ def read(file: Path, config: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def _fields(ranks: Mapping[str, int], alpha: float) -> dict[str, Any]:
     rank = max(ranks.values())
     return {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": alpha,
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": rank,
+        "lora_alpha": alpha,
         "target_modules": sorted(ranks),
         "rank_pattern": {re.escape(path): own for path, own in ranks.items() if own != rank},
-    }  # fmt: skip
+    }
 
 
 def _their_name(path: str) -> str:

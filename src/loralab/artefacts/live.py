@@ -42,12 +42,7 @@ class Live:
 
 
 def bring_to_life(
-    path: str | Path,
-    *,
-    model: Any = None,
-    tokenizer: Any = None,
-    precision: str | None = None,
-    device: str = "cpu",
+    path: str | Path, *, model: Any = None, tokenizer: Any = None, precision: str | None = None, device: str = "cpu"
 ) -> Live:
     """Load an adapter folder onto its base, which is asked as it was in the adapter's training.
 
@@ -69,9 +64,7 @@ def bring_to_life(
         name = name or read_json(Path(path) / folder.CONFIG).get("base_model_name_or_path")
     if name is None or name == "":
         raise AdapterFileError(
-            f"{path} does not name its base model; give it with --model",
-            code="base_needed",
-            field="model",
+            f"{path} does not name its base model; give it with --model", code="base_needed", field="model"
         )
     name = str(name) if isinstance(name, Path) else name
     own = given(name, tokenizer)
@@ -103,9 +96,11 @@ def on_base(path: str | Path, base: str | Path, *, device: str = "cpu") -> Live:
     kind, precision = (stored.record["base"][name] for name in ("kind", "precision"))
     labels = len(label_names(stored)) if kind in HEADS else 0
     model = LOADERS[kind].from_pretrained(
-        str(base), dtype=models.parse_dtype(precision), use_safetensors=True,
+        str(base),
+        dtype=models.parse_dtype(precision),
+        use_safetensors=True,
         **({"num_labels": labels} if labels else {}),
-    )  # fmt: skip
+    )
     adapter = load_adapter(model.to(device).eval(), path)
     whole = Base(name=str(base), model=model, tokenizer=None, kind=kind, source=str(base))
     return Live(base=whole, adapter=adapter, stored=stored, precision=precision)
@@ -125,9 +120,13 @@ def _loaded(name: str, stored: AdapterFolder, precision: str) -> Base:
     # whatever is new in the base and not in the folder, such as a pooler, starts as in training
     seed = stored.record.get("training", {}).get("seed", 0)
     return models.load(
-        name, kind=kind, dtype=models.parse_dtype(precision), labels=label_names(stored),
-        seed=seed, image_size=record.get("image_size"),
-    )  # fmt: skip
+        name,
+        kind=kind,
+        dtype=models.parse_dtype(precision),
+        labels=label_names(stored),
+        seed=seed,
+        image_size=record.get("image_size"),
+    )
 
 
 def label_names(stored: AdapterFolder) -> list[str]:

@@ -127,9 +127,14 @@ def _write_model(live: Live, plain: Any, place: Path, kept: Mapping[str, float])
         **live.base.recorded,
     }
     content: dict[str, Any] = {
-        "format": FORMAT, "kind": "model", "precision": live.precision, "base": base,
-        "adapter": live.stored.digest, **told, "files": file_digests(place),
-    }  # fmt: skip
+        "format": FORMAT,
+        "kind": "model",
+        "precision": live.precision,
+        "base": base,
+        "adapter": live.stored.digest,
+        **told,
+        "files": file_digests(place),
+    }
     write_json(place / RECORD, content)
 
 

@@ -17,10 +17,14 @@ from loralab.models.quantize import HEADS, QuantizedLinear, quantize, retained
 
 LEAST = 0.9  # of an update that must survive
 NF4_CONFIG = {
-    "quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4",
-    "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": "bfloat16",
-    "bnb_4bit_quant_storage": "uint8", "llm_int8_skip_modules": list(HEADS),
-}  # fmt: skip
+    "quant_method": "bitsandbytes",
+    "load_in_4bit": True,
+    "bnb_4bit_quant_type": "nf4",
+    "bnb_4bit_use_double_quant": True,
+    "bnb_4bit_compute_dtype": "bfloat16",
+    "bnb_4bit_quant_storage": "uint8",
+    "llm_int8_skip_modules": list(HEADS),
+}
 
 
 def retention(adapter: Adapter) -> dict[str, float]:

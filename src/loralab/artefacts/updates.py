@@ -110,9 +110,18 @@ def _fields(stored: AdapterFolder, rank: int, alpha: float) -> dict[str, Any]:
     if stored.fields.get("peft_type") != "LORA":
         told = {**told, **dict.fromkeys(SELECTING), "target_modules": stored.config.target_modules}
     return {
-        **told, "peft_type": "LORA", "r": rank, "bias": "none", "use_rslora": False,
-        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha, "use_dora": False,
-        "lora_dropout": stored.config.dropout, "init_lora_weights": True, "rank_pattern": {},
-        "alpha_pattern": {}, "modules_to_save": None, "inference_mode": True,
+        **told,
+        "peft_type": "LORA",
+        "r": rank,
+        "bias": "none",
+        "use_rslora": False,
+        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
+        "use_dora": False,
+        "lora_dropout": stored.config.dropout,
+        "init_lora_weights": True,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "modules_to_save": None,
+        "inference_mode": True,
         "fan_in_fan_out": bool(told["fan_in_fan_out"]),
-    }  # fmt: skip
+    }

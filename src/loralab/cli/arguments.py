@@ -19,8 +19,7 @@ NAMES = [*built_in(), *(name for spec in built_in().values() for name in spec.va
 Model = Annotated[str | None, typer.Option(help="short name, folder, GGUF file or hub id", show_default=False)]
 Data = Annotated[str | None, typer.Option(help="task name, file, folder or hub id", show_default=False)]
 Map = Annotated[
-    str | None,
-    typer.Option("--map", help="rename columns: text=review,label=stars; stars= leaves one out"),
+    str | None, typer.Option("--map", help="rename columns: text=review,label=stars; stars= leaves one out")
 ]
 Json = Annotated[bool, typer.Option("--json", help="one JSON document on standard output")]
 Quiet = Annotated[bool, typer.Option(help="no progress")]

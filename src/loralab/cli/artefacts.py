@@ -111,13 +111,11 @@ def _show_certificate(path: Path, certificate: "Certificate", as_json: bool) -> 
         [
             ("compared", f"{certificate.prompts} prompts, {certificate.positions} positions"),
             ("max |d logit|", f"{certificate.max_logit_difference:.2e}"),
-            ("relative", f"{certificate.relative_difference:.2e}  "
-             f"(at most {allowed['relative_difference']:.1e})"),
+            ("relative", f"{certificate.relative_difference:.2e}  (at most {allowed['relative_difference']:.1e})"),
             ("mean KL", f"{certificate.mean_kl:.2e} nats  (at most {allowed['mean_kl']:.1e})"),
-            ("same top answer", f"{certificate.top1_agreement:.1%}  "
-             f"(at least {allowed['top1_agreement']:.0%})"),
+            ("same top answer", f"{certificate.top1_agreement:.1%}  (at least {allowed['top1_agreement']:.0%})"),
         ],
-    )  # fmt: skip
+    )
 
 
 def _show_verdict(adapter: Path, verdict: "Verdict") -> None:
@@ -166,9 +164,13 @@ def _show_updates(modules: list[dict[str, Any]]) -> None:
     for row in modules:
         values = " ".join(f"{value:.3f}" for value in row["singular_values"][:4])
         table.add_row(
-            row["name"], str(row["rank"]), f"{row['norm']:.4f}", values,
-            f"{row['effective_rank']:.2f}", str(row["rank_at_90"]),
-        )  # fmt: skip
+            row["name"],
+            str(row["rank"]),
+            f"{row['norm']:.4f}",
+            values,
+            f"{row['effective_rank']:.2f}",
+            str(row["rank_at_90"]),
+        )
     Console().print(table)
 
 
@@ -179,7 +181,6 @@ def _show_overlap(rows: list[dict[str, Any]]) -> None:
     table = Table("module", "ranks", "overlap of inputs", "chance", title="subspace overlap (phi)")
     for row in rows:
         table.add_row(
-            row["name"], f"{row['ranks'][0]}, {row['ranks'][1]}",
-            f"{row['overlap']:.3f}", f"{row['chance']:.3f}",
-        )  # fmt: skip
+            row["name"], f"{row['ranks'][0]}, {row['ranks'][1]}", f"{row['overlap']:.3f}", f"{row['chance']:.3f}"
+        )
     Console().print(table)

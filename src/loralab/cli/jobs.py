@@ -20,9 +20,8 @@ if TYPE_CHECKING:
 
 
 def train_jobs(
-    file: Path, output_dir: Path | None, typed: Mapping[str, Any], *, resume: bool, quiet: bool,
-    as_json: bool,
-) -> None:  # fmt: skip
+    file: Path, output_dir: Path | None, typed: Mapping[str, Any], *, resume: bool, quiet: bool, as_json: bool
+) -> None:
     """Train the jobs of a file together, prove what was saved and show it.
 
     Raises:

@@ -88,9 +88,8 @@ def pairs(text: str, name: str, kind: Callable[[str], Any] = str) -> dict[str, A
             amount = kind(value)
         except ValueError:
             raise ConfigError(
-                f"{_flag(name)} expects name=value pairs, got {part!r}", code="not_pairs",
-                field=name,
-            ) from None  # fmt: skip
+                f"{_flag(name)} expects name=value pairs, got {part!r}", code="not_pairs", field=name
+            ) from None
         if key in found:
             raise ConfigError(f"{_flag(name)} gives {key} twice", code="given_twice", field=name)
         found[key] = amount

@@ -21,8 +21,7 @@ if TYPE_CHECKING:
 SHOWN = 12  # adapters that are named at the start
 INSTALL = "pip install 'loralab[serve]'"
 AllowHost = Annotated[
-    list[str] | None,
-    typer.Option(help="a further name of this server, as clients write it; may be repeated"),
+    list[str] | None, typer.Option(help="a further name of this server, as clients write it; may be repeated")
 ]
 AllowOrigin = Annotated[
     list[str] | None,
@@ -61,9 +60,12 @@ def serve(
     from loralab.serving.serve import keys_for, rules_for, serve_by
 
     asked: dict[str, Any] = {
-        "model": model or DEFAULT_MODEL, "store": store.resolve(), "settings": settings,
-        "adapters": _named(adapter or []), "pinned": pin or [],
-    }  # fmt: skip
+        "model": model or DEFAULT_MODEL,
+        "store": store.resolve(),
+        "settings": settings,
+        "adapters": _named(adapter or []),
+        "pinned": pin or [],
+    }
     if engine_name == "vllm":
         require_vllms(typed or {}, keys, pin, ray or replicas or allow_host or allow_origin)
         keys_for(host, None, no_keys=no_keys)
@@ -104,9 +106,8 @@ def _require_extra() -> None:
 
 
 def _serve_replicas(
-    plan: dict[str, Any], count: int, ray: str | None, host: str, port: int, keys: "Keys | None",
-    as_json: bool,
-) -> None:  # fmt: skip
+    plan: dict[str, Any], count: int, ray: str | None, host: str, port: int, keys: "Keys | None", as_json: bool
+) -> None:
     """On a Ray cluster, until a signal ends it."""
     if ray is None:
         raise ConfigError("--replicas needs --ray: local, or the address of a Ray cluster")

@@ -19,11 +19,7 @@ if TYPE_CHECKING:
 
 Ray = Annotated[
     str | None,
-    typer.Option(
-        "--ray",
-        help="train on a Ray cluster: local, auto, HOST:PORT or ray://HOST:PORT",
-        show_default=False,
-    ),
+    typer.Option("--ray", help="train on a Ray cluster: local, auto, HOST:PORT or ray://HOST:PORT", show_default=False),
 ]
 Language = Annotated[str, typer.Option("--lang", help=f"of the page: {' or '.join(LANGUAGES)}")]
 
@@ -56,9 +52,17 @@ def study(
 
     with StudyLines(quiet=quiet or json_) as lines:
         outcome = conduct(
-            name, output_dir=output_dir, asked=asked, mapping=mapping_of(map_), budget=budget,
-            resume=resume, skip_invalid=skip_invalid, language=lang, listener=lines, ray=ray,
-        )  # fmt: skip
+            name,
+            output_dir=output_dir,
+            asked=asked,
+            mapping=mapping_of(map_),
+            budget=budget,
+            resume=resume,
+            skip_invalid=skip_invalid,
+            language=lang,
+            listener=lines,
+            ray=ray,
+        )
     _show(outcome, lang, json_)
 
 
@@ -86,10 +90,17 @@ def recommend(
 
     with StudyLines(quiet=quiet or json_) as lines:
         outcome = search(
-            model=model or DEFAULT_MODEL, data=data, output_dir=output_dir, budget=budget,
-            asked=build(Asked, typed or {}), mapping=mapping_of(map_), resume=resume, language=lang,
-            listener=lines, ray=ray,
-        )  # fmt: skip
+            model=model or DEFAULT_MODEL,
+            data=data,
+            output_dir=output_dir,
+            budget=budget,
+            asked=build(Asked, typed or {}),
+            mapping=mapping_of(map_),
+            resume=resume,
+            language=lang,
+            listener=lines,
+            ray=ray,
+        )
     _show(outcome, lang, json_)
     if not json_:
         config = shlex.quote(str(outcome.folder / "config.toml"))
@@ -98,9 +109,7 @@ def recommend(
 
 @app.command()
 def report(
-    folder: Annotated[Path, typer.Argument(help="a study folder")],
-    lang: Language = "en",
-    json_: Json = False,
+    folder: Annotated[Path, typer.Argument(help="a study folder")], lang: Language = "en", json_: Json = False
 ) -> None:
     """Write the page of a study folder again; trains nothing."""
     _require_ready(lang)
@@ -112,10 +121,14 @@ def report(
 def _show(outcome: "Outcome", language: str, as_json: bool) -> None:
     answers = {name: a.sentence.said(language) for name, a in outcome.answers.items()}
     if as_json:
-        print_json({
-            "folder": str(outcome.folder), "answers": answers, "skipped": dict(outcome.skipped),
-            "advice": {name: dict(a.advice) for name, a in outcome.answers.items()},
-        })  # fmt: skip
+        print_json(
+            {
+                "folder": str(outcome.folder),
+                "answers": answers,
+                "skipped": dict(outcome.skipped),
+                "advice": {name: dict(a.advice) for name, a in outcome.answers.items()},
+            }
+        )
         return
     for name, sentence in answers.items():
         number = STUDIES[name].number + " " if name in STUDIES else ""

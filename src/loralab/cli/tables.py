@@ -16,13 +16,23 @@ def run_json(run: "Run") -> dict[str, Any]:
     total = sum(p.numel() for p in run.base.model.parameters())
     size = sum(f.stat().st_size for f in run.output_dir.glob("adapter_model.safetensors"))
     return {
-        "output_dir": str(run.output_dir), "kind": run.base.kind, "stopped": run.stopped, "steps": run.steps,
-        "best_step": run.best_step, "validation": dict(run.scores["validation"].metrics),
+        "output_dir": str(run.output_dir),
+        "kind": run.base.kind,
+        "stopped": run.stopped,
+        "steps": run.steps,
+        "best_step": run.best_step,
+        "validation": dict(run.scores["validation"].metrics),
         "validation_rows": run.scores["validation"].rows,
-        "merges": run.adapter.can_merge, "trainable": run.adapter.num_parameters, "total": total, "adapter_bytes": size,
-        "seconds": run.seconds, "tokens": run.tokens, "tokens_per_second": run.tokens_per_second,
-        "peak_bytes": run.peak_bytes, "certificate": run.certificate.to_json(),
-    }  # fmt: skip
+        "merges": run.adapter.can_merge,
+        "trainable": run.adapter.num_parameters,
+        "total": total,
+        "adapter_bytes": size,
+        "seconds": run.seconds,
+        "tokens": run.tokens,
+        "tokens_per_second": run.tokens_per_second,
+        "peak_bytes": run.peak_bytes,
+        "certificate": run.certificate.to_json(),
+    }
 
 
 def show_run(result: Mapping[str, Any]) -> None:
@@ -41,10 +51,9 @@ def show_run(result: Mapping[str, Any]) -> None:
             ("adapter on disk", f"{result['adapter_bytes'] / 1e6:.1f} MB"),
             ("time", f"{result['seconds']:.0f} s, {result['tokens_per_second']:.0f} tokens/s"),
             ("peak memory", f"{result['peak_bytes'] / 1e9:.2f} GB"),
-            ("reloaded", f"passed; max |d logit| {proof['max_logit_difference']:.1e}, "
-             f"mean KL {proof['mean_kl']:.1e}"),
+            ("reloaded", f"passed; max |d logit| {proof['max_logit_difference']:.1e}, mean KL {proof['mean_kl']:.1e}"),
         ],
-    )  # fmt: skip
+    )
     commands = [f"evaluate --adapter {quoted} --data ..."]
     if result["kind"] == CAUSAL:
         commands.append(f"generate --adapter {quoted} 'a prompt'")
@@ -58,10 +67,13 @@ def show_listing(title: str, entries: list[dict[str, Any]], as_json: bool) -> No
         print_json(entries)
         return
     rows = [
-        (entry["name"], f"{entry['description']}; {entry['licence']}\n"
-         + ("present" if entry["present"] else f"not here; get it with: {entry['get']}"))
+        (
+            entry["name"],
+            f"{entry['description']}; {entry['licence']}\n"
+            + ("present" if entry["present"] else f"not here; get it with: {entry['get']}"),
+        )
         for entry in entries
-    ]  # fmt: skip
+    ]
     print_table(title, rows)
 
 

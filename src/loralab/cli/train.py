@@ -161,9 +161,16 @@ def generate(
     from loralab.training.evaluation import generate as answer
 
     found = answer(
-        prompts=prompts, model=model, adapters=adapters, with_base=base, system=system,
-        max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, precision=precision,
-    )  # fmt: skip
+        prompts=prompts,
+        model=model,
+        adapters=adapters,
+        with_base=base,
+        system=system,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        precision=precision,
+    )
     if json_:
         print_json(found)
         return
@@ -210,19 +217,25 @@ def take_method(arguments: Sequence[str]) -> None:
 def _show_plan(plan: "Plan") -> None:
     groups = Counter((m.name.rpartition(".")[2], m.kind, m.shape, m.rank, m.parameters) for m in plan.modules)
     rows = [
-        (f"{count} x {name}", f"{kind} {' x '.join(map(str, shape))}, "
-         + (f"rank {rank}, " if rank else "in full, ") + f"{parameters:,} each")
+        (
+            f"{count} x {name}",
+            f"{kind} {' x '.join(map(str, shape))}, "
+            + (f"rank {rank}, " if rank else "in full, ")
+            + f"{parameters:,} each",
+        )
         for (name, kind, shape, rank, parameters), count in groups.items()
-    ]  # fmt: skip
+    ]
     rows += [
         ("trained", f"{plan.trainable:,} of {plan.total:,} parameters ({plan.share:.2%})"),
-        ("rows", f"{plan.rows:,}, longest {plan.longest_row} tokens"
-         + (f"; {plan.dropped} left out, {plan.shortened} cut" if plan.dropped or plan.shortened
-            else "")),
+        (
+            "rows",
+            f"{plan.rows:,}, longest {plan.longest_row} tokens"
+            + (f"; {plan.dropped} left out, {plan.shortened} cut" if plan.dropped or plan.shortened else ""),
+        ),
         ("steps", f"{plan.steps:,} of about {plan.tokens_per_step:,} tokens, {plan.precision}"),
         ("memory, predicted", f"{plan.peak_bytes / 1e9:.1f} GB"),
         ("time, predicted", f"{plan.seconds / 60:.1f} min"),
-    ]  # fmt: skip
+    ]
     if plan.smaller:
         option, peak = next(iter(plan.smaller.items()))
         rows.append(("would lower it most", f"{option}: to {peak / 1e9:.1f} GB"))

@@ -38,9 +38,8 @@ def require_ours(engine: str, python: str | None, arguments: str) -> None:
 
 
 def serve_by_vllm(
-    asked: Mapping[str, Any], host: str, port: int, python: str | None, arguments: str,
-    as_json: bool,
-) -> int:  # fmt: skip
+    asked: Mapping[str, Any], host: str, port: int, python: str | None, arguments: str, as_json: bool
+) -> int:
     """Serve a store by vLLM until it ends; its exit code.
 
     Args:
@@ -77,10 +76,17 @@ def serve_by_vllm(
     with open_socket(host, port) as opened:
         where, port = address(opened), opened.getsockname()[1]
     run_as = Asked(
-        python=found, source=models.resolve(model), name=shown, adapters=prepared.ready,
-        rank=prepared.rank, store=store.resolve(), host=host, port=port, settings=settings,
+        python=found,
+        source=models.resolve(model),
+        name=shown,
+        adapters=prepared.ready,
+        rank=prepared.rank,
+        store=store.resolve(),
+        host=host,
+        port=port,
+        settings=settings,
         further=further,
-    )  # fmt: skip
+    )
     left_out = {**shelf.refused, **prepared.refused}
     for name, reason in left_out.items():
         print(f"left out: {name}: {reason}", file=sys.stderr)
@@ -107,7 +113,7 @@ def say_differing(entries: Sequence["Entry"], source: str, shown: str) -> None:
                 f"warning: vLLM asks {entry.name} with {text} of {shown}, not with the one that it "
                 "was trained with; --engine-args '--chat-template FILE' names one for all",
                 file=sys.stderr,
-            )  # fmt: skip
+            )
 
 
 def require_vllms(typed: Mapping[str, Any], keys: Path | None, pin: Any, ours: Any) -> None:

@@ -94,9 +94,8 @@ class CheckpointState:
         _require_same(before, self._about(before["step"]))
         if wrong:
             raise AdapterStateError(
-                f"the checkpoint is of another adapter: {some(sorted(wrong))}",
-                code="other_adapter", field=min(wrong),
-            )  # fmt: skip
+                f"the checkpoint is of another adapter: {some(sorted(wrong))}", code="other_adapter", field=min(wrong)
+            )
         self.step = before["step"]
         if self.adapter.budget is not None:
             self.adapter.budget.done.fill_(before["step"])
@@ -117,11 +116,13 @@ def _require_same(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         changes = [f"{n} was {settings.get(n)!r}, now {here.get(n)!r}" for n in changed]
         raise AdapterStateError(
             f"the checkpoint is of an adapter with other settings: {some(changes)}",
-            code="other_settings", field=changed[0],
-        )  # fmt: skip
+            code="other_settings",
+            field=changed[0],
+        )
     if before["base"] != now["base"]:
         raise AdapterStateError(
             f"the checkpoint is of an adapter on another base: its fingerprint was "
             f"{before['base']}, here it is {now['base']}",
-            code="other_base", field="model",
-        )  # fmt: skip
+            code="other_base",
+            field="model",
+        )

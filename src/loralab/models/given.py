@@ -122,11 +122,7 @@ class Given:
         if kind == VISION:
             return self._pictures(config, image_size)
         if image_size is not None:
-            raise ConfigError(
-                f"image_size has no effect: {self.name} reads text",
-                code="no_effect",
-                field="image_size",
-            )
+            raise ConfigError(f"image_size has no effect: {self.name} reads text", code="no_effect", field="image_size")
         if not (callable(self.tokenizer) and hasattr(self.tokenizer, "pad_token_id")):
             raise _no_tokenizer(self.tokenizer, "a tokenizer of transformers")
         tokenizer = copy.deepcopy(self.tokenizer)
@@ -159,9 +155,7 @@ def given(model: Any, tokenizer: Any) -> Given | None:
     if isinstance(model, str):
         if tokenizer is not None:
             raise ConfigError(
-                f"tokenizer has no effect: {model} is loaded with its own",
-                code="no_effect",
-                field="tokenizer",
+                f"tokenizer has no effect: {model} is loaded with its own", code="no_effect", field="tokenizer"
             )
         return None
     if not isinstance(model, nn.Module):
@@ -215,9 +209,13 @@ def unchanged(own: Given | None, *, on_error_alone: bool = False) -> Iterator[No
 
 INPUT_HOOKS = "_require_grads_hooks"  # that recomputation of activations has put in
 MODES = (  # of a module, in its own dictionary
-    "training", "train", "gradient_checkpointing", "_gradient_checkpointing_func",
-    "_require_grads_hook", INPUT_HOOKS,
-)  # fmt: skip
+    "training",
+    "train",
+    "gradient_checkpointing",
+    "_gradient_checkpointing_func",
+    "_require_grads_hook",
+    INPUT_HOOKS,
+)
 
 
 def _modes(module: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -277,8 +275,4 @@ def _require_words(tokenizer: Any) -> None:
 
 
 def _no_tokenizer(found: Any, wanted: str) -> ConfigError:
-    return ConfigError(
-        f"tokenizer must be {wanted}, found {shown(found)}",
-        code="not_a_tokenizer",
-        field="tokenizer",
-    )
+    return ConfigError(f"tokenizer must be {wanted}, found {shown(found)}", code="not_a_tokenizer", field="tokenizer")

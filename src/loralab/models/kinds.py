@@ -28,19 +28,21 @@ TAGGER, VISION, SENTENCES = "token-classification", "image-classification", "sen
 KINDS = (CAUSAL, CLASSIFIER, TAGGER, VISION, SENTENCES)
 SEQ2SEQ = "seq2seq"  # what an encoder-decoder is by itself; it can become a classifier
 # kinds that end in classes, and how transformers calls a model that has such a head
-HEADS = {CLASSIFIER: "ForSequenceClassification", TAGGER: "ForTokenClassification",
-          VISION: "ForImageClassification"}  # fmt: skip
+HEADS = {CLASSIFIER: "ForSequenceClassification", TAGGER: "ForTokenClassification", VISION: "ForImageClassification"}
 LOADERS: dict[str, Any] = {
-    CAUSAL: AutoModelForCausalLM, CLASSIFIER: AutoModelForSequenceClassification,
-    TAGGER: AutoModelForTokenClassification, VISION: AutoModelForImageClassification,
+    CAUSAL: AutoModelForCausalLM,
+    CLASSIFIER: AutoModelForSequenceClassification,
+    TAGGER: AutoModelForTokenClassification,
+    VISION: AutoModelForImageClassification,
     SENTENCES: AutoModel,
-}  # fmt: skip
+}
 SUPPORTED = "supported are language models, encoders of text, and vision models that classify"
 _OTHER_SENSES = re.compile("vision|visual|image|video|audio|speech|acoustic|sound|codec|vq")
 _INPUTS = {
     "pixel_values": "pictures, and has no class in transformers that classifies them",
-    "input_features": "sound and not text", "input_values": "sound and not text",
-}  # fmt: skip
+    "input_features": "sound and not text",
+    "input_values": "sound and not text",
+}
 
 
 def kind_of(config: Any) -> str:
@@ -88,27 +90,29 @@ def require_kind(name: str, config: Any, kind: str) -> None:
     who, own = f"{name} is {class_named(config)}", kind_of(config)
     if (kind == VISION) != (own == VISION):
         raise ModelError(
-            f"{name} is {said(own)} ({config.model_type}), it cannot do {kind}",
-            code="kind_unsupported", field="model",
-        )  # fmt: skip
+            f"{name} is {said(own)} ({config.model_type}), it cannot do {kind}", code="kind_unsupported", field="model"
+        )
     if own == SEQ2SEQ and kind not in HEADS:
         raise ModelError(
             f"{who}, an encoder-decoder: the kind {SEQ2SEQ} is not supported yet; take a language "
             f"model such as smollm2-135m{_for_classes(config)}",
-            code="seq2seq_unsupported", field="model",
-        )  # fmt: skip
+            code="seq2seq_unsupported",
+            field="model",
+        )
     if class_for(config, kind) is None:
         raise ModelError(
             f"{who}: transformers has no model of kind {kind} for {config.model_type}; {SUPPORTED}",
-            code="kind_unsupported", field="model",
-        )  # fmt: skip
+            code="kind_unsupported",
+            field="model",
+        )
     if kind == CAUSAL and not _looks_back(config):
         raise ModelError(
             f"{who}, which sees the tokens after each one as well: as a language model it would "
             f"read what it shall predict; take a decoder such as smollm2-135m"
             f"{_for_classes(config)}",
-            code="not_causal", field="model",
-        )  # fmt: skip
+            code="not_causal",
+            field="model",
+        )
 
 
 def require_text_or_pictures(name: str, config: Any) -> None:
@@ -127,16 +131,16 @@ def require_text_or_pictures(name: str, config: Any) -> None:
     if parts or hasattr(config, "text_config"):
         named = ", ".join(key.removesuffix("_config") for key in parts) or "something else"
         raise ModelError(
-            f"{who}, a model of text with {named}: models of more than one input are not "
-            f"supported yet; {SUPPORTED}", code="multimodal_unsupported", field="model",
-        )  # fmt: skip
+            f"{who}, a model of text with {named}: models of more than one input are not supported yet; {SUPPORTED}",
+            code="multimodal_unsupported",
+            field="model",
+        )
     read = getattr(class_for(config, SENTENCES), "main_input_name", "input_ids")
     if read != "input_ids":
         what = _INPUTS.get(read, f"{read} and not text")
         raise ModelError(
-            f"{who}, which reads {what}: not supported; {SUPPORTED}",
-            code="input_unsupported", field="model",
-        )  # fmt: skip
+            f"{who}, which reads {what}: not supported; {SUPPORTED}", code="input_unsupported", field="model"
+        )
 
 
 def is_writer(config: Any) -> bool:
@@ -159,8 +163,11 @@ def head_options(name: str, config: Any, kind: str, labels: Sequence[str]) -> di
         ModelError: the model's head has other classes.
     """
     names = dict(enumerate(labels))
-    options = {"num_labels": len(names), "id2label": names,
-               "label2id": {label: index for index, label in names.items()}}  # fmt: skip
+    options = {
+        "num_labels": len(names),
+        "id2label": names,
+        "label2id": {label: index for index, label in names.items()},
+    }
     if not names or not has_head(config, kind):
         return options if names else {}
     # a few families count their classes without naming them
@@ -172,8 +179,9 @@ def head_options(name: str, config: Any, kind: str, labels: Sequence[str]) -> di
     raise ModelError(
         f"{name} has a classification head for {some(own.values())}; the labels here are "
         f"{some(labels)}, and must be the same in the same order",
-        code="other_labels", field="model",
-    )  # fmt: skip
+        code="other_labels",
+        field="model",
+    )
 
 
 def _unnamed(names: Mapping[int, str]) -> bool:

@@ -114,19 +114,20 @@ def load(
     require_precision(name, config, dtype)
     options = _options(name, config, kind, labels)
     with _explained(name, source), torch.random.fork_rng():
-        if Path(source).is_dir():
-            weights = require_weights(name, Path(source))
-            require_plausible(name, weights, lambda: LOADERS[kind].from_config(config))
-            if kind != VISION:
-                _require_tokenizer(name, Path(source))
+        _require_whole(name, Path(source), config, kind)
         torch.manual_seed(seed)
         tokenizer = _reader(name, source, config, kind, image_size)
         if kind != VISION:
             require_use(name, tokenizer, config, kind)
         model, report = LOADERS[kind].from_pretrained(
-            source, dtype=dtype, use_safetensors=True, output_loading_info=True,
-            trust_remote_code=False, ignore_mismatched_sizes=True, **options,
-        )  # fmt: skip
+            source,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,
+            **options,
+        )
     cast(model, dtype)
     new_head = kind in HEADS and not has_head(config, kind)
     new = new_modules(name, model, report, new_head=new_head)
@@ -224,9 +225,8 @@ def resolve(name: str) -> str:
     beside = path.parent.iterdir() if path.parent.is_dir() else ()
     hint = nearest(name, [*MODELS, *(str(p) for p in beside if _is_model(p))])
     raise ModelError(
-        f"there is no model {name!r}{hint}; short names: {', '.join(MODELS)}",
-        code="unknown_model", field="model",
-    )  # fmt: skip
+        f"there is no model {name!r}{hint}; short names: {', '.join(MODELS)}", code="unknown_model", field="model"
+    )
 
 
 def _is_model(path: Path) -> bool:
@@ -251,6 +251,15 @@ def _require_model_folder(name: str, path: Path) -> None:
             raise ModelError(f"{name} holds its weights as a pickle, which can run code; convert them to safetensors")
         raise ModelError(f"{name} holds no weights (*.safetensors)")
     require_folder(name, path)
+
+
+def _require_whole(name: str, path: Path, config: Any, kind: str) -> None:
+    """Look at the files of a folder before they are read."""
+    if not path.is_dir():
+        return
+    require_plausible(name, require_weights(name, path), lambda: LOADERS[kind].from_config(config))
+    if kind != VISION:
+        _require_tokenizer(name, path)
 
 
 def has_tokenizer(source: str | Path) -> bool:
@@ -332,8 +341,9 @@ def require_use(name: str, tokenizer: Any, config: Any, kind: str) -> None:
         raise ModelError(
             f"{name}: {config.model_type} classifies by the end token of a text "
             f"(eos_token_id {config.eos_token_id}), and its tokenizer adds none, or pads with it",
-            code="tokenizer_unsuited", field="model",
-        )  # fmt: skip
+            code="tokenizer_unsuited",
+            field="model",
+        )
 
 
 def pad_on_the_right(model: Any, tokenizer: Any) -> None:

@@ -83,8 +83,13 @@ def _config(tensors: dict[str, Tensor]) -> dict[str, Any]:
     layers = {name.split(".")[2] for name in tensors if name.startswith("encoder.layer.")}
     inner = len(tensors["encoder.layer.0.mlp.fc1.bias"])
     return {
-        "model_type": "dinov2", "architectures": ["Dinov2Model"], "hidden_size": width,
-        "num_hidden_layers": len(layers), "num_attention_heads": width // HEAD_WIDTH,
-        "mlp_ratio": inner // width, "num_channels": channels, "patch_size": patch,
+        "model_type": "dinov2",
+        "architectures": ["Dinov2Model"],
+        "hidden_size": width,
+        "num_hidden_layers": len(layers),
+        "num_attention_heads": width // HEAD_WIDTH,
+        "mlp_ratio": inner // width,
+        "num_channels": channels,
+        "patch_size": patch,
         "image_size": patch * math.isqrt(places - 1),
-    }  # fmt: skip
+    }

@@ -71,12 +71,18 @@ class Pictures:
         """Write preprocessor_config.json."""
         content = {
             "image_processor_type": "BitImageProcessor",
-            "do_resize": True, "size": {"shortest_edge": self.size}, "resample": BICUBIC,
-            "do_center_crop": True, "crop_size": {"height": self.size, "width": self.size},
-            "do_rescale": True, "rescale_factor": 1 / LARGEST,
-            "do_normalize": True, "image_mean": list(self.mean), "image_std": list(self.std),
+            "do_resize": True,
+            "size": {"shortest_edge": self.size},
+            "resample": BICUBIC,
+            "do_center_crop": True,
+            "crop_size": {"height": self.size, "width": self.size},
+            "do_rescale": True,
+            "rescale_factor": 1 / LARGEST,
+            "do_normalize": True,
+            "image_mean": list(self.mean),
+            "image_std": list(self.std),
             "do_convert_rgb": self.channels == 3,
-        }  # fmt: skip
+        }
         atomic.write_file(Path(folder) / FILE, json.dumps(content, indent=2) + "\n")
 
 

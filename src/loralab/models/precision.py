@@ -22,8 +22,9 @@ def require_precision(name: str, config: Any, dtype: torch.dtype) -> None:
     if config.model_type in _FP32_ALONE and dtype != torch.float32:
         raise ModelError(
             f"{name} ({config.model_type}) computes in fp32 alone; say --precision fp32",
-            code="precision_unsupported", field="precision",
-        )  # fmt: skip
+            code="precision_unsupported",
+            field="precision",
+        )
 
 
 def cast(model: Any, dtype: torch.dtype) -> None:

@@ -113,9 +113,8 @@ class NF4:
         bnb = _bitsandbytes()
         self._dequantize = bnb.dequantize_4bit
         self.data, self.state = bnb.quantize_4bit(
-            weight.detach().contiguous(), blocksize=BLOCK, compress_statistics=double,
-            quant_type="nf4",
-        )  # fmt: skip
+            weight.detach().contiguous(), blocksize=BLOCK, compress_statistics=double, quant_type="nf4"
+        )
 
     def dequantize(self) -> Tensor:
         """The weight, (O, I), in the dtype that it had."""

@@ -22,23 +22,31 @@ from torch import Tensor
 from loralab.atomic import cache_folder
 
 SOURCES = tuple(sorted(Path(__file__).parent.glob("*.[ch]")))
-FLAGS = (
-    "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fno-strict-aliasing",
-    "-fopenmp", "-fPIC",
-)  # fmt: skip
+FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fno-strict-aliasing", "-fopenmp", "-fPIC")
 PATIENCE = 60  # seconds a compiler may take
 # pointer, long, float; every function ends with the number of threads, an int
 SIGNATURES = {
-    "rms_norm": "ppppllf", "rms_norm_backward": "pppppll", "swiglu": "pppl",
-    "swiglu_backward": "pppppl", "rotate_in": "pppplllllf", "rotate_out": "pppplllllf",
-    "heads_first": "ppllll", "heads_last": "ppllll", "softmax": "pppllll",
-    "softmax_backward": "ppll", "cross_entropy": "pppll",
-}  # fmt: skip
+    "rms_norm": "ppppllf",
+    "rms_norm_backward": "pppppll",
+    "swiglu": "pppl",
+    "swiglu_backward": "pppppl",
+    "rotate_in": "pppplllllf",
+    "rotate_out": "pppplllllf",
+    "heads_first": "ppllll",
+    "heads_last": "ppllll",
+    "softmax": "pppllll",
+    "softmax_backward": "ppll",
+    "cross_entropy": "pppll",
+}
 DOTS = {  # of the files that need the processor's own dot products
-    "attention": "pppppppplllllf", "attention_backward": "pppppppppppppplllllf",
-    "low_down": "ppplllllllf", "low_up": "ppplllllll", "low_outer": "ppplllllll",
-    "low_many": "lpl", "llama_step": "pp",
-}  # fmt: skip
+    "attention": "pppppppplllllf",
+    "attention_backward": "pppppppppppppplllllf",
+    "low_down": "ppplllllllf",
+    "low_up": "ppplllllll",
+    "low_outer": "ppplllllll",
+    "low_many": "lpl",
+    "llama_step": "pp",
+}
 C_TYPES = {"p": ctypes.c_void_p, "l": ctypes.c_long, "f": ctypes.c_float}
 
 
@@ -86,11 +94,18 @@ class Kernels:
         """Run one of lowrank.c's for many products that do not write to the same place."""
         rows = [
             _Thin(
-                x.data_ptr(), M.data_ptr(), low.data_ptr(), *x.shape, M.shape[0], *M.stride(),
-                low.shape[1], start, scale,
+                x.data_ptr(),
+                M.data_ptr(),
+                low.data_ptr(),
+                *x.shape,
+                M.shape[0],
+                *M.stride(),
+                low.shape[1],
+                start,
+                scale,
             )
             for x, M, low, start, scale in products
-        ]  # fmt: skip
+        ]
         found = (_Thin * len(rows))(*rows)
         number = ("down", "up", "outer").index(kind)
         address = ctypes.addressof(found)
@@ -104,9 +119,18 @@ class Kernels:
         """Run one of lowrank.c's: x (N, W) dense, M (R, W) of any strides, low (N, R or more)."""
         n, width = x.shape
         self._functions[name](
-            x.data_ptr(), M.data_ptr(), low.data_ptr(), n, width, M.shape[0], *M.stride(),
-            low.shape[1], start, *scale, torch.get_num_threads(),
-        )  # fmt: skip
+            x.data_ptr(),
+            M.data_ptr(),
+            low.data_ptr(),
+            n,
+            width,
+            M.shape[0],
+            *M.stride(),
+            low.shape[1],
+            start,
+            *scale,
+            torch.get_num_threads(),
+        )
 
 
 def kernels_for(x: Tensor) -> Kernels | None:

@@ -18,13 +18,7 @@ from loralab.errors import LoralabError
 from loralab.serving import api_shapes as shapes
 from loralab.serving.api_description import description
 from loralab.serving.api_errors import LONGEST, ApiError, translated
-from loralab.serving.api_schemas import (
-    ChatBody,
-    ClassifyBody,
-    CompletionBody,
-    LoadBody,
-    UnloadBody,
-)
+from loralab.serving.api_schemas import ChatBody, ClassifyBody, CompletionBody, LoadBody, UnloadBody
 from loralab.serving.api_service import Service
 from loralab.serving.api_shapes import ChatShape, CompletionShape
 from loralab.serving.api_stream import ClientGoneError, EventStream, Gathered, guarded
@@ -48,15 +42,20 @@ PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; "
     "script-src 'unsafe-inline'; connect-src 'self'; img-src data: blob:; base-uri 'none'; "
     "form-action 'none'; frame-ancestors 'none'",
-    "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
-}  # fmt: skip
+}
 
 
 def build_app(
-    engine: "Engine", *, keys: Keys | None, limits: Limits | None = None,
-    hosts: Hosts | None = None, origins: frozenset[str] = frozenset(),
-) -> FastAPI:  # fmt: skip
+    engine: "Engine",
+    *,
+    keys: Keys | None,
+    limits: Limits | None = None,
+    hosts: Hosts | None = None,
+    origins: frozenset[str] = frozenset(),
+) -> FastAPI:
     """The application around an engine that runs; `app.state.service` is what it is made of.
 
     Args:
@@ -135,10 +134,13 @@ def _add_state(app: FastAPI, service: Service) -> None:
     async def store(request: Request) -> Response:
         entries = await service.visible(service.key(request))
         state = {
-            "running": engine.running, "waiting": engine.waiting, "context": engine.context,
-            "max_waiting": engine.max_waiting, "healthy": engine.healthy,
+            "running": engine.running,
+            "waiting": engine.waiting,
+            "context": engine.context,
+            "max_waiting": engine.max_waiting,
+            "healthy": engine.healthy,
             "evictions": engine.store.evictions,
-        }  # fmt: skip
+        }
         base = {"name": service.base_id, "kind": engine.base.kind}
         adapters = [shapes.described(entry) for entry in entries]
         return JSONResponse({"base": base, "engine": state, "adapters": adapters})
@@ -327,9 +329,11 @@ async def _writer(service: Service, name: str, key: Key | None) -> "Entry | None
 def _require_some(service: Service, count: int, param: str) -> None:
     if not 1 <= count <= service.limits.inputs:
         raise ApiError(
-            400, f"{param}: from 1 to {service.limits.inputs} in one request, got {count}",
-            param=param, code="invalid_value",
-        )  # fmt: skip
+            400,
+            f"{param}: from 1 to {service.limits.inputs} in one request, got {count}",
+            param=param,
+            code="invalid_value",
+        )
 
 
 def _digest(digest: str | None) -> dict[str, str]:

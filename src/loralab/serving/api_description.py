@@ -31,18 +31,32 @@ ANYTIME = (400, 408, 421, 431)  # before a path is looked at: the head of a requ
 BODY = (413, 415)
 ASKED = (404, *BODY, 429, 500, 503, 504)
 MEANINGS = {
-    400: "the request is wrong; `param` is the field", 401: "no valid key",
-    403: "the key may not do this", 404: "there is no such model",
-    408: "the request took too long to arrive", 413: "the body is too large",
-    415: "the body is not application/json", 421: "the Host header names another server",
-    429: "the queue is full, or a quota is used up", 431: "the head of the request is too large",
-    500: "the answer failed inside the engine", 503: "the server stops, or its engine has stopped",
+    400: "the request is wrong; `param` is the field",
+    401: "no valid key",
+    403: "the key may not do this",
+    404: "there is no such model",
+    408: "the request took too long to arrive",
+    413: "the body is too large",
+    415: "the body is not application/json",
+    421: "the Host header names another server",
+    429: "the queue is full, or a quota is used up",
+    431: "the head of the request is too large",
+    500: "the answer failed inside the engine",
+    503: "the server stops, or its engine has stopped",
     504: "the answer took too long",
-}  # fmt: skip
+}
 SHOWN: tuple[type[BaseModel], ...] = (
-    answers.Error, answers.Completion, answers.CompletionChunk, answers.Chat, answers.ChatChunk,
-    answers.Classification, answers.Model, answers.Models, answers.Health, answers.StoreState,
-)  # fmt: skip
+    answers.Error,
+    answers.Completion,
+    answers.CompletionChunk,
+    answers.Chat,
+    answers.ChatChunk,
+    answers.Classification,
+    answers.Model,
+    answers.Models,
+    answers.Health,
+    answers.StoreState,
+)
 TAKEN: tuple[type[Body], ...] = (CompletionBody, ChatBody, ClassifyBody, LoadBody, UnloadBody)
 DIGEST = {
     "X-Loralab-Digest": {
@@ -51,10 +65,8 @@ DIGEST = {
     }
 }
 WARNING = {
-    "X-Loralab-Warning": {
-        "description": "why the answer may not be what was meant", "schema": {"type": "string"}
-    }
-}  # fmt: skip
+    "X-Loralab-Warning": {"description": "why the answer may not be what was meant", "schema": {"type": "string"}}
+}
 
 
 @functools.cache
@@ -99,31 +111,36 @@ def _asked(keys: bool) -> Json:
     text: Json = {TEXT: {"schema": {"type": "string"}}}
     return {
         "/v1/completions": _operation(
-            keys, "continue texts", _told(answers.Completion, answers.CompletionChunk),
-            ASKED, CompletionBody, DIGEST | WARNING,
+            keys,
+            "continue texts",
+            _told(answers.Completion, answers.CompletionChunk),
+            ASKED,
+            CompletionBody,
+            DIGEST | WARNING,
         ),
         "/v1/chat/completions": _operation(
-            keys, "answer a conversation", _told(answers.Chat, answers.ChatChunk),
-            ASKED, ChatBody, DIGEST | WARNING,
+            keys, "answer a conversation", _told(answers.Chat, answers.ChatChunk), ASKED, ChatBody, DIGEST | WARNING
         ),
         "/v1/classify": _operation(
-            keys, "put inputs into classes", _told(answers.Classification), ASKED,
-            ClassifyBody, DIGEST,
+            keys, "put inputs into classes", _told(answers.Classification), ASKED, ClassifyBody, DIGEST
         ),
         "/v1/load_lora_adapter": _operation(
-            keys, "give a name to an adapter of the store", text, (403, *BODY, 429, 500, 503),
-            LoadBody, DIGEST,
+            keys, "give a name to an adapter of the store", text, (403, *BODY, 429, 500, 503), LoadBody, DIGEST
         ),
         "/v1/unload_lora_adapter": _operation(
             keys, "take a name away", text, (403, 404, *BODY, 429, 500), UnloadBody, DIGEST
         ),
-    }  # fmt: skip
+    }
 
 
 def _operation(
-    keys: bool, summary: str, content: Json, errors: Iterable[int] = (),
-    body: type[BaseModel] | None = None, headers: Json | None = None,
-) -> Json:  # fmt: skip
+    keys: bool,
+    summary: str,
+    content: Json,
+    errors: Iterable[int] = (),
+    body: type[BaseModel] | None = None,
+    headers: Json | None = None,
+) -> Json:
     """One operation; without keys no answer is about them."""
     known = {*ANYTIME, *errors, *((401,) if keys else ())} - (set() if keys else {403})
     found: Json = {
@@ -155,18 +172,14 @@ def _event(chunk: type[BaseModel]) -> Json:
     piece = {"type": "string", "contentMediaType": JSON, "contentSchema": several}
     data = {"anyOf": [{"const": "[DONE]"}, piece]}
     text = "with `stream`; an error on the way is an event too, and the last one is [DONE]"
-    return {
-        "type": "object", "description": text, "required": ["data"], "properties": {"data": data},
-    }  # fmt: skip
+    return {"type": "object", "description": text, "required": ["data"], "properties": {"data": data}}
 
 
 def _error(status: int) -> Json:
     headers: Json = {}
     text = {"schema": {"type": "string"}}
     if status in (429, 503):
-        headers["Retry-After"] = {
-            "description": "seconds", "required": status == 429, "schema": {"type": "integer"}
-        }  # fmt: skip
+        headers["Retry-After"] = {"description": "seconds", "required": status == 429, "schema": {"type": "integer"}}
     if status == 401:
         headers["WWW-Authenticate"] = {"required": True, **text}
     content = {JSON: {"schema": _reference(answers.Error)}}
@@ -181,9 +194,7 @@ def _schemas() -> Json:
     """All that is referred to; a body may also hold what has no effect (api_schemas.py)."""
     shown: list[Any] = [(model, "serialization") for model in SHOWN]
     taken: list[Any] = [(model, "validation") for model in TAKEN]
-    _, found = models_json_schema(
-        [*shown, *taken], ref_template="#/components/schemas/{model}"
-    )  # fmt: skip
+    _, found = models_json_schema([*shown, *taken], ref_template="#/components/schemas/{model}")
     schemas: Json = found["$defs"]
     bodies: tuple[type[Body], ...] = (*TAKEN, Message, TextPart)
     for model in bodies:

@@ -5,20 +5,20 @@ from typing import Any
 
 from fastapi.responses import JSONResponse
 
-from loralab.errors import (
-    AdapterNotFoundError,
-    InputError,
-    LoralabError,
-    OutputError,
-    QueueFullError,
-)
+from loralab.errors import AdapterNotFoundError, InputError, LoralabError, OutputError, QueueFullError
 
 OTHERS = "invalid_request_error"
 TYPES = {
-    401: "authentication_error", 403: "permission_error", 404: "not_found_error",
-    408: "timeout_error", 429: "rate_limit_error", 500: "server_error", 501: "server_error",
-    503: "server_error", 504: "timeout_error",
-}  # fmt: skip
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    429: "rate_limit_error",
+    500: "server_error",
+    501: "server_error",
+    503: "server_error",
+    504: "timeout_error",
+}
 LONGEST = 100  # characters of a name that somebody made up, where it is repeated
 RETRY_SECONDS = 1  # after a full queue: a place is free after a few steps
 

@@ -6,14 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from loralab.errors import ConfigError, nearest, shown
@@ -22,28 +15,64 @@ from loralab.serving.request import MOST_LOGPROBS, MOST_STOPS, Sampling
 
 # fields of OpenAI's that are not supported: the values that mean "as usual", beside null
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "best_of": (1,), "presence_penalty": (0,), "frequency_penalty": (0,),
-    "repetition_penalty": (1,), "min_p": (0,), "min_tokens": (0,), "length_penalty": (1,),
-    "use_beam_search": (False,), "skip_special_tokens": (True,), "logit_bias": ({},),
-    "echo": (False,), "suffix": ("",), "store": (False,), "service_tier": ("auto", "default"),
-    "response_format": ({"type": "text"},), "tools": ([],), "tool_choice": ("none", "auto"),
-    "functions": ([],), "function_call": ("none", "auto"), "parallel_tool_calls": (True, False),
-    "modalities": (["text"],), "audio": (), "prediction": (), "reasoning_effort": ("none",),
-    "verbosity": ("medium",), "web_search_options": (), "stop_token_ids": ([],),
-    "prompt_logprobs": (), "return_tokens_as_token_ids": (False,),
-}  # fmt: skip
+    "best_of": (1,),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "repetition_penalty": (1,),
+    "min_p": (0,),
+    "min_tokens": (0,),
+    "length_penalty": (1,),
+    "use_beam_search": (False,),
+    "skip_special_tokens": (True,),
+    "logit_bias": ({},),
+    "echo": (False,),
+    "suffix": ("",),
+    "store": (False,),
+    "service_tier": ("auto", "default"),
+    "response_format": ({"type": "text"},),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "reasoning_effort": ("none",),
+    "verbosity": ("medium",),
+    "web_search_options": (),
+    "stop_token_ids": ([],),
+    "prompt_logprobs": (),
+    "return_tokens_as_token_ids": (False,),
+}
 # fields that say something about the client and nothing about the answer
 FREE = ("user", "metadata", "safety_identifier", "prompt_cache_key")
 # of a message, as clients send back what this server, or another one, answered
 MESSAGE_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "tool_calls": ([],), "tool_call_id": (), "function_call": (), "refusal": ("",), "audio": (),
-    "annotations": ([],), "images": ([],), "prefix": (False,), "partial": (False,),
-}  # fmt: skip
+    "tool_calls": ([],),
+    "tool_call_id": (),
+    "function_call": (),
+    "refusal": ("",),
+    "audio": (),
+    "annotations": ([],),
+    "images": ([],),
+    "prefix": (False,),
+    "partial": (False,),
+}
 # what a model thought is not repeated to it: templates drop it from earlier turns
 MESSAGE_FREE = (
-    "id", "name", "cache_control", "reasoning", "reasoning_content", "reasoning_details",
-    "thinking_blocks", "provider_specific_fields", "extra_content", "metadata", "timestamp",
-)  # fmt: skip
+    "id",
+    "name",
+    "cache_control",
+    "reasoning",
+    "reasoning_content",
+    "reasoning_details",
+    "thinking_blocks",
+    "provider_specific_fields",
+    "extra_content",
+    "metadata",
+    "timestamp",
+)
 Role = Literal["system", "developer", "user", "assistant"]
 INSTEAD = {"tool_calls", "function_call", "refusal", "audio", "reasoning", "reasoning_content"}
 MOST_CHOICES = 16
@@ -184,9 +213,8 @@ class _Asked(_Request):
         return bool(options.continuous_usage_stats) and options.include_usage is not False
 
     def _sampling(
-        self, max_tokens: int, logprobs: int | None, choice: int, *, continues: bool = False,
-        echo: bool = False,
-    ) -> Sampling:  # fmt: skip
+        self, max_tokens: int, logprobs: int | None, choice: int, *, continues: bool = False, echo: bool = False
+    ) -> Sampling:
         """How a choice is drawn: with a seed of its own, so that choices differ."""
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         try:
@@ -196,9 +224,12 @@ class _Asked(_Request):
                 top_k=max(0, self.top_k or 0),  # -1 is how others write "all"
                 top_p=1.0 if self.top_p is None else self.top_p,
                 seed=None if self.seed is None else self.seed + choice,
-                stop=stop, logprobs=logprobs, ignore_eos=bool(self.ignore_eos),
-                continues=continues, echo=echo,
-            )  # fmt: skip
+                stop=stop,
+                logprobs=logprobs,
+                ignore_eos=bool(self.ignore_eos),
+                continues=continues,
+                echo=echo,
+            )
         except ConfigError as error:
             raise translated(error, fields=self._fields) from None
 

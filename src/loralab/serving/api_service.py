@@ -77,10 +77,7 @@ class Service:
         scheme, _, secret = request.headers.get("authorization", "").partition(" ")
         found = self.keys.find(secret.strip() if scheme.lower() == "bearer" else None)
         if found is None:
-            raise ApiError(
-                401, "this server needs a valid key: Authorization: Bearer ...",
-                code="invalid_api_key",
-            )  # fmt: skip
+            raise ApiError(401, "this server needs a valid key: Authorization: Bearer ...", code="invalid_api_key")
         return found
 
     def require_admin(self, key: Key | None) -> None:
@@ -129,9 +126,11 @@ class Service:
             self._arriving += size
             if self._arriving > self.limits.bodies_bytes and own > SMALL:
                 raise ApiError(
-                    429, "too many long requests arrive at once; ask again later", code="busy",
+                    429,
+                    "too many long requests arrive at once; ask again later",
+                    code="busy",
                     retry_after=RETRY_SECONDS,
-                )  # fmt: skip
+                )
 
         try:
             return await read_content(request, self.limits.body_bytes, arrive)
@@ -157,10 +156,7 @@ class Service:
             return entry
         names = [entry.name for entry in await self.visible(key)]
         hint = nearest(name, [self.base_id, *names] if key is None or key.base else names)
-        raise ApiError(
-            404, f"there is no model {name[:LONGEST]!r}{hint}", param="model",
-            code="model_not_found",
-        )  # fmt: skip
+        raise ApiError(404, f"there is no model {name[:LONGEST]!r}{hint}", param="model", code="model_not_found")
 
     async def have_tokenizer(self, entry: "Entry | None") -> None:
         """Have an adapter's tokenizer ready before the event loop needs it.
@@ -223,9 +219,12 @@ class Service:
         most = CHARACTERS * self.engine.context
         if characters > most:
             raise ApiError(
-                400, f"{param} has {characters} characters; at most {most} are read here, as the "
-                f"model takes {self.engine.context} tokens", param=param, code="invalid_value",
-            )  # fmt: skip
+                400,
+                f"{param} has {characters} characters; at most {most} are read here, as the "
+                f"model takes {self.engine.context} tokens",
+                param=param,
+                code="invalid_value",
+            )
 
     async def text_ids(self, prompt: str | list[int]) -> Sequence[int]:
         """The tokens of a plain prompt.
@@ -241,9 +240,8 @@ class Service:
         self.require_fitting(len(prompt), "prompt")  # so few numbers are looked at quickly
         if bad := [number for number in prompt if not 0 <= number < size]:
             raise ApiError(
-                400, f"prompt: {bad[0]} is no token; they go from 0 to {size - 1}",
-                param="prompt", code="invalid_value",
-            )  # fmt: skip
+                400, f"prompt: {bad[0]} is no token; they go from 0 to {size - 1}", param="prompt", code="invalid_value"
+            )
         if not prompt:
             raise ApiError(400, "prompt is empty", param="prompt", code="invalid_value")
         return prompt
@@ -269,10 +267,12 @@ class Service:
         if left < 1:
             before = f" and the adapter's prefix {front}" if front else ""
             raise ApiError(
-                400, f"{param}: it has {len(ids)} tokens{before}, and at most "
-                f"{self.engine.context} fit with at least one of the answer", param=param,
+                400,
+                f"{param}: it has {len(ids)} tokens{before}, and at most "
+                f"{self.engine.context} fit with at least one of the answer",
+                param=param,
                 code="context_length_exceeded",
-            )  # fmt: skip
+            )
         return left
 
     async def aside(self, work: Callable[[], Result]) -> Result:
@@ -283,10 +283,12 @@ class Service:
 def about(engine: "Engine") -> About:
     """What an engine serves."""
     return About(
-        base=base_id(engine.base.name), kind=engine.base.kind,
+        base=base_id(engine.base.name),
+        kind=engine.base.kind,
         adapters=tuple(entry.name for entry in engine.store.entries()),
-        refused=dict(getattr(engine.store, "refused", {})), slower=engine.slower,
-    )  # fmt: skip
+        refused=dict(getattr(engine.store, "refused", {})),
+        slower=engine.slower,
+    )
 
 
 async def read_content(request: Request, most: int, arrive: Callable[[int], None] = lambda size: None) -> bytes:

@@ -27,13 +27,22 @@ class _Shape:
     """
 
     def __init__(
-        self, answers: Sequence[Answer], *, model: str, choices: int, usage: bool,
-        prompt_tokens: int | None = None, logprobs: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        answers: Sequence[Answer],
+        *,
+        model: str,
+        choices: int,
+        usage: bool,
+        prompt_tokens: int | None = None,
+        logprobs: bool = False,
+    ) -> None:
         self._head = {
-            "id": self.prefix + uuid.uuid4().hex, "object": self.whole_object,
-            "created": int(time.time()), "model": model, "adapter": adapter_of(answers[0]),
-        }  # fmt: skip
+            "id": self.prefix + uuid.uuid4().hex,
+            "object": self.whole_object,
+            "created": int(time.time()),
+            "model": model,
+            "adapter": adapter_of(answers[0]),
+        }
         self._choices, self._usage, self._prompt_tokens = choices, usage, prompt_tokens
         self._logprobs = logprobs
         self._written = [0] * len(answers)  # tokens of each answer so far
@@ -63,9 +72,7 @@ class _Shape:
         prompt = sum(end.prompt_tokens for end in asked)
         completion = sum(end.completion_tokens for end in ends)
         cached = sum(end.cached_tokens for end in asked)
-        return {
-            **_counted(prompt, completion), "prompt_tokens_details": {"cached_tokens": cached},
-        }  # fmt: skip
+        return {**_counted(prompt, completion), "prompt_tokens_details": {"cached_tokens": cached}}
 
     def _body(self, choices: list[Json], done: Sequence[Completed]) -> Json:
         usage = self.usage([c.finished for c in done])
@@ -116,10 +123,11 @@ class ChatShape(_Shape):
             {
                 "index": index,
                 "message": {"role": "assistant", "content": one.text, "refusal": None},
-                "logprobs": self._told(one), "finish_reason": one.finished.reason,
+                "logprobs": self._told(one),
+                "finish_reason": one.finished.reason,
             }
             for index, one in enumerate(done)
-        ]  # fmt: skip
+        ]
         return self._body(choices, done)
 
     def _told(self, one: Completed) -> Json | None:
@@ -162,18 +170,23 @@ def classified(model: str, entry: Any, ranked: Sequence[Ranked], classes: Sequen
     """/v1/classify: `probs` in the order of the classes, `probabilities` by name."""
     tokens = sum(one.tokens for one in ranked)
     return {
-        "id": "classify-" + uuid.uuid4().hex, "object": "list", "created": int(time.time()),
-        "model": model, "adapter": None if entry is None else identity(entry),
+        "id": "classify-" + uuid.uuid4().hex,
+        "object": "list",
+        "created": int(time.time()),
+        "model": model,
+        "adapter": None if entry is None else identity(entry),
         "data": [
             {
-                "index": index, "label": one.label,
+                "index": index,
+                "label": one.label,
                 "probs": [one.probabilities[name] for name in _ordered(classes, one)],
-                "probabilities": one.probabilities, "num_classes": len(one.probabilities),
+                "probabilities": one.probabilities,
+                "num_classes": len(one.probabilities),
             }
             for index, one in enumerate(ranked)
         ],
         "usage": _counted(tokens, 0),
-    }  # fmt: skip
+    }
 
 
 def identity(entry: Any) -> Json:
@@ -184,34 +197,44 @@ def identity(entry: Any) -> Json:
 def described(entry: Any) -> Json:
     """All that is known of an adapter of the store."""
     return {
-        **identity(entry), "method": entry.method, "rank": entry.rank, "bytes": entry.bytes,
-        "task": entry.task, "labels": list(entry.labels), "metrics": dict(entry.metrics),
+        **identity(entry),
+        "method": entry.method,
+        "rank": entry.rank,
+        "bytes": entry.bytes,
+        "task": entry.task,
+        "labels": list(entry.labels),
+        "metrics": dict(entry.metrics),
         "score": entry.score and dict(zip(("metric", "value"), entry.score, strict=True)),
-        "base": entry.base, "loaded": entry.loaded, "pinned": entry.pinned,
-    }  # fmt: skip
+        "base": entry.base,
+        "loaded": entry.loaded,
+        "pinned": entry.pinned,
+    }
 
 
 def listed(base: str, kind: str, context: int, entries: Iterable[Any], created: int) -> Json:
     """/v1/models: the base, then the adapters."""
     common = {"object": "model", "created": created, "owned_by": OWNER}
     models: list[Json] = [
-        {"id": base, **common, "root": base, "parent": None, "digest": None, "kind": kind,
-         "max_model_len": context}
-    ]  # fmt: skip
+        {"id": base, **common, "root": base, "parent": None, "digest": None, "kind": kind, "max_model_len": context}
+    ]
     for entry in entries:
         own = {key: value for key, value in described(entry).items() if key not in ("name", "base")}
         models.append(
-            {"id": entry.name, **common, "root": entry.path.name, "parent": base, "kind": kind,
-             "max_model_len": context, **own}
-        )  # fmt: skip
+            {
+                "id": entry.name,
+                **common,
+                "root": entry.path.name,
+                "parent": base,
+                "kind": kind,
+                "max_model_len": context,
+                **own,
+            }
+        )
     return {"object": "list", "data": models}
 
 
 def _counted(prompt: int, completion: int) -> Json:
-    return {
-        "prompt_tokens": prompt, "completion_tokens": completion,
-        "total_tokens": prompt + completion,
-    }  # fmt: skip
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
 def _listed(told: Sequence[TokenLogprob]) -> Json:
@@ -220,7 +243,7 @@ def _listed(told: Sequence[TokenLogprob]) -> Json:
         "token_logprobs": [_finite(one.logprob) for one in told],
         "top_logprobs": [_likeliest(one) for one in told],
         "text_offset": [one.offset for one in told],
-    }  # fmt: skip
+    }
 
 
 def _likeliest(one: TokenLogprob) -> Json | None:
@@ -234,12 +257,11 @@ def _likeliest(one: TokenLogprob) -> Json | None:
 def _spoken(told: Sequence[TokenLogprob]) -> Json:
     return {
         "content": [
-            {**_token(one.text, one),
-             "top_logprobs": [_token(name, other) for name, other in _named(one)]}
+            {**_token(one.text, one), "top_logprobs": [_token(name, other) for name, other in _named(one)]}
             for one in told
         ],
         "refusal": None,
-    }  # fmt: skip
+    }
 
 
 def _token(name: str, one: TokenLogprob) -> Json:

@@ -16,15 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from loralab.serving.api_errors import ApiError
 from loralab.serving.api_shapes import Shape
-from loralab.serving.request import (
-    CANCELLED,
-    FAILED,
-    Answer,
-    Completed,
-    Event,
-    Finished,
-    Piece,
-)
+from loralab.serving.request import CANCELLED, FAILED, Answer, Completed, Event, Finished, Piece
 
 Result = TypeVar("Result")
 GRACE = 5.0  # seconds for a client to read the end of a stream that took too long
@@ -118,9 +110,7 @@ class EventStream(Response):
             await guarded(receive, self._write(send), self._seconds + GRACE, cancel=self._gathered.cancel)
 
     async def _write(self, send: Send) -> None:
-        await send({
-            "type": "http.response.start", "status": 200, "headers": self.raw_headers,
-        })  # fmt: skip
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         try:
             async with asyncio.timeout(self._seconds):
                 async for chunk in self._chunks():
@@ -145,11 +135,7 @@ class EventStream(Response):
 
 
 async def guarded(
-    receive: Receive,
-    work: Coroutine[Any, Any, Result],
-    seconds: float,
-    *,
-    cancel: Callable[[], Any],
+    receive: Receive, work: Coroutine[Any, Any, Result], seconds: float, *, cancel: Callable[[], Any]
 ) -> Result:
     """The result of some work, unless it takes too long or the client leaves.
 

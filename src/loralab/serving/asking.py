@@ -60,22 +60,33 @@ class Asking:
 
         name = named(entry)
         answer = Answer(
-            id=uuid.uuid4().hex, adapter=name, digest=digest, cancel=cancel,
+            id=uuid.uuid4().hex,
+            adapter=name,
+            digest=digest,
+            cancel=cancel,
             warning="" if self._as_trained(prompt, entry) else UNLIKE_TRAINING,
-        )  # fmt: skip
+        )
         live = Written(
-            adapter=name, digest=digest, prompt=tuple(prompt), sampling=sampling,
-            stops=self.wordings.of(entry).stops, tokens=self._tokens, answer=answer,
+            adapter=name,
+            digest=digest,
+            prompt=tuple(prompt),
+            sampling=sampling,
+            stops=self.wordings.of(entry).stops,
+            tokens=self._tokens,
+            answer=answer,
             rows=[self._row(tokens, entry, sampling)],
-        )  # fmt: skip
+        )
         return live
 
     def _row(self, tokens: list[int], entry: Entry | None, sampling: Sampling) -> Row:
         explained = sampling.echo and sampling.logprobs is not None
         return Row(
-            number=next(self._numbers), key=digest_of(entry), tokens=tokens,
-            scored=front_of(entry) + 1 if explained else None, continued=sampling.max_tokens > 0,
-        )  # fmt: skip
+            number=next(self._numbers),
+            key=digest_of(entry),
+            tokens=tokens,
+            scored=front_of(entry) + 1 if explained else None,
+            continued=sampling.max_tokens > 0,
+        )
 
     def _as_trained(self, prompt: Sequence[int], entry: Entry | None) -> bool:
         """Whether a prompt ends as those that the adapter has learnt to answer."""
@@ -104,9 +115,13 @@ class Asking:
             return self._scored([str(text) for text in inputs], entry, task)
         examples = [self._example(number, value) for number, value in enumerate(inputs)]
         return Seen(
-            adapter=named(entry), digest=digest_of(entry), labels=task.labels,
-            examples=examples, numbers=[next(self._numbers) for _ in examples], future=Future(),
-        )  # fmt: skip
+            adapter=named(entry),
+            digest=digest_of(entry),
+            labels=task.labels,
+            examples=examples,
+            numbers=[next(self._numbers) for _ in examples],
+            future=Future(),
+        )
 
     def _scored(self, texts: Sequence[str], entry: Entry | None, task: Task) -> Scored:
         tokenizer, front = self.wordings.of(entry).tokenizer, list(range(-front_of(entry), 0))
@@ -124,16 +139,23 @@ class Asking:
             rows.append((prompt, ends))
         made = [
             Row(
-                number=next(self._numbers), key=digest, tokens=[*front, *prompt, *end],
+                number=next(self._numbers),
+                key=digest,
+                tokens=[*front, *prompt, *end],
                 scored=None if single else len(front) + len(prompt),
             )
             for prompt, ends in rows
             for end in ([()] if single else ends)
-        ]  # fmt: skip
+        ]
         return Scored(
-            adapter=named(entry), digest=digest, labels=task.labels, asked=asked,
-            firsts=firsts if single else (), rows=made, future=Future(),
-        )  # fmt: skip
+            adapter=named(entry),
+            digest=digest,
+            labels=task.labels,
+            asked=asked,
+            firsts=firsts if single else (),
+            rows=made,
+            future=Future(),
+        )
 
     def _example(self, number: int, value: str | bytes) -> Example:
         if isinstance(value, bytes):
@@ -142,8 +164,9 @@ class Asking:
         if len(ids) > self._context:
             raise DataError(
                 f"input {number} has {len(ids)} tokens, and the model can take {self._context}",
-                code="context_length_exceeded", field="input",
-            )  # fmt: skip
+                code="context_length_exceeded",
+                field="input",
+            )
         require_known(self._base.model, self._base.tokenizer, [ids])
         return Example(number, ids, (0,))
 
@@ -174,8 +197,9 @@ class Asking:
             raise DataError(
                 f"the prompt has {len(prompt)} tokens and asks for {more} more, and the model can "
                 f"take {self._context} in all",
-                code="context_length_exceeded", field="prompt",
-            )  # fmt: skip
+                code="context_length_exceeded",
+                field="prompt",
+            )
 
 
 def front_of(entry: Entry | None) -> int:
@@ -199,6 +223,9 @@ def _task_of(entry: Entry) -> Task:
     if entry.form == "pair-label":
         raise DataError(f"{entry.name} compares two texts, which is not served")
     return Task(
-        name=entry.name, format=entry.form or "text-label", splits={}, labels=entry.labels,
+        name=entry.name,
+        format=entry.form or "text-label",
+        splits={},
+        labels=entry.labels,
         instruction=entry.instruction or "",
-    )  # fmt: skip
+    )

@@ -18,9 +18,14 @@ from loralab.native.library import kernels_for
 from loralab.serving.passes import Pass, Pool
 
 PROJECTIONS = (
-    "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
-    "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
-)  # fmt: skip
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+)
 LLAMA_LIKE = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
 _COUNTS = ("layers", "h", "f", "heads", "groups", "d", "vocabulary")
 _BATCH = ("x", "cos", "sin", "place", "request", "tables", "span", "adapters", "asked", "logits")
@@ -29,10 +34,11 @@ _BATCH = ("x", "cos", "sin", "place", "request", "tables", "span", "adapters", "
 class _Model(ctypes.Structure):
     _fields_ = [
         *[(name, ctypes.c_int64) for name in _COUNTS],
-        ("eps", ctypes.c_double), ("scale", ctypes.c_double),
+        ("eps", ctypes.c_double),
+        ("scale", ctypes.c_double),
         *[(name, ctypes.c_void_p) for name in ("weights", "final_norm", "head", "keys", "values")],
         ("blocks", ctypes.c_int64),
-    ]  # fmt: skip
+    ]
 
 
 class _Batch(ctypes.Structure):
@@ -43,10 +49,7 @@ class _Batch(ctypes.Structure):
 
 
 class _Update(ctypes.Structure):
-    _fields_ = [
-        *[(name, ctypes.c_void_p) for name in ("a", "b", "ratio", "after", "before")],
-        ("r", ctypes.c_int64),
-    ]
+    _fields_ = [*[(name, ctypes.c_void_p) for name in ("a", "b", "ratio", "after", "before")], ("r", ctypes.c_int64)]
 
 
 class Compiled:
@@ -60,13 +63,22 @@ class Compiled:
         attention = inner.layers[0].self_attn
         self._head = model.get_output_embeddings().weight
         self._structure = _Model(
-            layers=len(inner.layers), h=config.hidden_size, f=config.intermediate_size,
-            heads=config.num_attention_heads, groups=config.num_key_value_heads,
-            d=attention.head_dim, vocabulary=len(self._head), eps=inner.norm.variance_epsilon,
-            scale=attention.scaling, weights=self._weights.data_ptr(),
-            final_norm=inner.norm.weight.data_ptr(), head=self._head.data_ptr(),
-            keys=pool.keys.data_ptr(), values=pool.values.data_ptr(), blocks=pool.keys.shape[1],
-        )  # fmt: skip
+            layers=len(inner.layers),
+            h=config.hidden_size,
+            f=config.intermediate_size,
+            heads=config.num_attention_heads,
+            groups=config.num_key_value_heads,
+            d=attention.head_dim,
+            vocabulary=len(self._head),
+            eps=inner.norm.variance_epsilon,
+            scale=attention.scaling,
+            weights=self._weights.data_ptr(),
+            final_norm=inner.norm.weight.data_ptr(),
+            head=self._head.data_ptr(),
+            keys=pool.keys.data_ptr(),
+            values=pool.values.data_ptr(),
+            blocks=pool.keys.shape[1],
+        )
 
     def put(self, key: Hashable, adapter: Adapter) -> bool:
         """Take an adapter in; False if it has something that this way does not know."""
@@ -102,15 +114,24 @@ class Compiled:
         spans = [(s.start, s.stop, number.get(s.key, -1)) for s in step.spans]
         out = torch.empty(len(step.asked), self._structure.vocabulary)
         tensors: Mapping[str, Tensor] = {
-            "x": x, "cos": cos, "sin": sin, "place": place.int(), "tables": tables,
-            "request": torch.tensor(step.rows).int(), "span": torch.tensor(spans),
+            "x": x,
+            "cos": cos,
+            "sin": sin,
+            "place": place.int(),
+            "tables": tables,
+            "request": torch.tensor(step.rows).int(),
+            "span": torch.tensor(spans),
             "adapters": torch.tensor([ctypes.addressof(self._adapters[key][0]) for key in keys]),
-            "asked": torch.tensor(step.asked), "logits": out,
-        }  # fmt: skip
+            "asked": torch.tensor(step.asked),
+            "logits": out,
+        }
         batch = _Batch(
-            n=n, spans=len(spans), width=width, m=len(step.asked),
+            n=n,
+            spans=len(spans),
+            width=width,
+            m=len(step.asked),
             **{name: tensor.data_ptr() for name, tensor in tensors.items()},
-        )  # fmt: skip
+        )
         native = kernels_for(x)
         assert native is not None
         native.addressed("llama_step", ctypes.addressof(self._structure), ctypes.addressof(batch))
@@ -204,8 +225,17 @@ def _addresses(layer: Any) -> list[int]:
     own, mlp = layer.self_attn, layer.mlp
     q, k, v = own.q_proj, own.k_proj, own.v_proj
     tensors = (
-        layer.input_layernorm.weight, q.weight, k.weight, v.weight, q.bias, k.bias, v.bias,
-        own.o_proj.weight, layer.post_attention_layernorm.weight, mlp.gate_proj.weight,
-        mlp.up_proj.weight, mlp.down_proj.weight,
-    )  # fmt: skip
+        layer.input_layernorm.weight,
+        q.weight,
+        k.weight,
+        v.weight,
+        q.bias,
+        k.bias,
+        v.bias,
+        own.o_proj.weight,
+        layer.post_attention_layernorm.weight,
+        mlp.gate_proj.weight,
+        mlp.up_proj.weight,
+        mlp.down_proj.weight,
+    )
     return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]

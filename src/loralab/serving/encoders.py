@@ -38,9 +38,11 @@ class Encoders:
         """
         base = self._base
         batch = collate(
-            [example for _, example in inputs], kind=base.kind, pictures=base.tokenizer,
+            [example for _, example in inputs],
+            kind=base.kind,
+            pictures=base.tokenizer,
             pad_id=getattr(base.tokenizer, "pad_token_id", 0) or 0,
-        )  # fmt: skip
+        )
         device = next(base.model.parameters()).device
         batch = {name: tensor.to(device) for name, tensor in batch.items()}
         with self._bank.routed(spans_of([key for key, _ in inputs])):

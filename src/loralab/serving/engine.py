@@ -43,9 +43,16 @@ class Engine:
     """
 
     def __init__(
-        self, base: Base, store: Store, settings: ServeSettings, *, model: Any,
-        scheduler: Scheduler | None, context: int, asking: Asking,
-    ) -> None:  # fmt: skip
+        self,
+        base: Base,
+        store: Store,
+        settings: ServeSettings,
+        *,
+        model: Any,
+        scheduler: Scheduler | None,
+        context: int,
+        asking: Asking,
+    ) -> None:
         self.base, self.store, self.context = base, store, context
         self.max_waiting = settings.queue
         self.observe: Observer | None = None
@@ -107,9 +114,8 @@ class Engine:
         return self._asking.wordings.of(entry).tokenizer
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], *, adapters: Sequence[str | None],
-        sampling: Sampling,
-    ) -> list[Completed]:  # fmt: skip
+        self, prompts: Sequence[Sequence[int]], *, adapters: Sequence[str | None], sampling: Sampling
+    ) -> list[Completed]:
         """Answers to some prompts, each by its adapter; for callers without HTTP."""
         pairs = zip(prompts, adapters, strict=True)
         answers = [self.submit(p, adapter=a, sampling=sampling) for p, a in pairs]
@@ -170,10 +176,15 @@ class Engine:
             tokens = sum(work.stop - work.start for work in works)
             self._work(works)
         if tokens and self.observe is not None:
-            self.observe({
-                "kind": "step", "running": self.running, "waiting": self.waiting,
-                "tokens": tokens, "seconds": time.perf_counter() - started,
-            })  # fmt: skip
+            self.observe(
+                {
+                    "kind": "step",
+                    "running": self.running,
+                    "waiting": self.waiting,
+                    "tokens": tokens,
+                    "seconds": time.perf_counter() - started,
+                }
+            )
         return bool(tokens)
 
     def _run(self) -> None:
@@ -297,14 +308,20 @@ class Engine:
         if self.observe is None or live.finished is None:
             return
         now, begun = time.perf_counter(), live.begun or time.perf_counter()
-        self.observe({
-            "kind": "finished", "adapter": live.adapter, "digest": live.digest,
-            "reason": live.finished.reason, "prompt_tokens": live.finished.prompt_tokens,
-            "completion_tokens": live.finished.completion_tokens,
-            "cached_tokens": live.finished.cached_tokens, "seconds": now - live.arrived,
-            "first_token_seconds": (live.first or now) - live.arrived,
-            "queue_seconds": begun - live.arrived,
-        })  # fmt: skip
+        self.observe(
+            {
+                "kind": "finished",
+                "adapter": live.adapter,
+                "digest": live.digest,
+                "reason": live.finished.reason,
+                "prompt_tokens": live.finished.prompt_tokens,
+                "completion_tokens": live.finished.completion_tokens,
+                "cached_tokens": live.finished.cached_tokens,
+                "seconds": now - live.arrived,
+                "first_token_seconds": (live.first or now) - live.arrived,
+                "queue_seconds": begun - live.arrived,
+            }
+        )
 
     def _drop_cancelled(self) -> None:
         for live in {id(live): live for live in self._live.values() if live.gone}.values():

@@ -82,17 +82,24 @@ def describe(name: str, path: Path, fields: Mapping[str, Any], record: Mapping[s
     base, task, metrics = (section(record, key) for key in ("base", "task", "metrics"))
     labels = task.get("labels")
     return Entry(
-        name=name, digest=digest, method=method_of(fields, record), rank=_count(fields.get("r")),
-        bytes=size, task=_text(task.get("name")),
+        name=name,
+        digest=digest,
+        method=method_of(fields, record),
+        rank=_count(fields.get("r")),
+        bytes=size,
+        task=_text(task.get("name")),
         labels=tuple(map(str, labels)) if isinstance(labels, list) else (),
         metrics=_numbers(section(metrics, "validation")),
         base=_text(base.get("name")) or _text(fields.get("base_model_name_or_path")),
         kind=_text(base.get("kind")) or _kind(fields.get("task_type")),
         front=(_count(fields.get("num_virtual_tokens")) or 0) if spec.front else 0,
-        loaded=False, pinned=False, path=path,
-        form=_text(task.get("format")), instruction=_text(task.get("instruction")),
+        loaded=False,
+        pinned=False,
+        path=path,
+        form=_text(task.get("format")),
+        instruction=_text(task.get("instruction")),
         wording=_wording(section(record, "tokenizer")),
-    )  # fmt: skip
+    )
 
 
 def method_of(fields: Mapping[str, Any], record: Mapping[str, Any]) -> str:
@@ -110,10 +117,12 @@ def method_of(fields: Mapping[str, Any], record: Mapping[str, Any]) -> str:
         spec = spec_of_file(fields["peft_type"])
         init = str(fields.get("init_lora_weights"))
         own = {
-            **fields, "dora": fields.get("use_dora"), "mlp": fields.get("prefix_projection"),
+            **fields,
+            "dora": fields.get("use_dora"),
+            "mlp": fields.get("prefix_projection"),
             "scaling": "alpha/sqrt(r)" if fields.get("use_rslora") else None,
             "init": "pissa" if init.startswith("pissa") else None,
-        }  # fmt: skip
+        }
     given = {**options, **own}
     return next(
         (

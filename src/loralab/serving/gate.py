@@ -94,9 +94,11 @@ class Gate:
         host = headers.get("host", "")
         if not self._hosts.knows(host):
             return ApiError(
-                421, f"this server is not {host[:SHOWN]!r}; it is {some(sorted(self._hosts.names))}"
-                "; start it with --allow-host to give it another name", code="unknown_host",
-            )  # fmt: skip
+                421,
+                f"this server is not {host[:SHOWN]!r}; it is {some(sorted(self._hosts.names))}"
+                "; start it with --allow-host to give it another name",
+                code="unknown_host",
+            )
         if "transfer-encoding" in headers and "content-length" in headers:
             # a proxy in front may read it the other way, and take the rest for a new request
             return ApiError(400, "give Content-Length or Transfer-Encoding, not both")

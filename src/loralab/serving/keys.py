@@ -172,11 +172,15 @@ def read(path: str | Path) -> Keys:
 
 
 _KINDS: dict[str, tuple[type, str]] = {
-    "name": (str, "a text"), "key": (str, "a text"), "sha256": (str, "64 hexadecimal digits"),
-    "adapters": (list, 'a list of names, or ["*"]'), "base": (bool, "true or false"),
-    "admin": (bool, "true or false"), "requests_per_minute": (int, "a whole number above 0"),
+    "name": (str, "a text"),
+    "key": (str, "a text"),
+    "sha256": (str, "64 hexadecimal digits"),
+    "adapters": (list, 'a list of names, or ["*"]'),
+    "base": (bool, "true or false"),
+    "admin": (bool, "true or false"),
+    "requests_per_minute": (int, "a whole number above 0"),
     "tokens_per_day": (int, "a whole number above 0"),
-}  # fmt: skip
+}
 
 
 def _key(entry: Mapping[str, Any], where: str) -> Key:

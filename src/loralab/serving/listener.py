@@ -36,12 +36,18 @@ class Listener(uvicorn.Server):
         self._service = app.state.service
         super().__init__(
             uvicorn.Config(
-                app, http=Connection, log_config=None, access_log=False, lifespan="off", ws="none",
-                proxy_headers=False, server_header=False,
+                app,
+                http=Connection,
+                log_config=None,
+                access_log=False,
+                lifespan="off",
+                ws="none",
+                proxy_headers=False,
+                server_header=False,
                 timeout_keep_alive=self._service.limits.keep_alive,
                 timeout_graceful_shutdown=math.ceil(2 * self._service.limits.timeout),
             )
-        )  # fmt: skip
+        )
         self._opened, self._ready = opened, ready
 
     def listen(self) -> None:

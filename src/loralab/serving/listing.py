@@ -7,13 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from loralab.adapters import folder
-from loralab.errors import (
-    AdapterFileError,
-    AdapterNotFoundError,
-    ConfigError,
-    InputError,
-    nearest,
-)
+from loralab.errors import AdapterFileError, AdapterNotFoundError, ConfigError, InputError, nearest
 from loralab.serving.entries import Entry, describe
 from loralab.serving.names import BASE, adapter_inside, require_name
 from loralab.serving.reading import glance
@@ -87,9 +81,8 @@ class Listing:
         seen = self._folders.get(digest)
         if not named and seen is None:
             raise AdapterNotFoundError(
-                f"the store has no adapter with the digest {digest[:64]!r}",
-                code="unknown_adapter", field="name",
-            )  # fmt: skip
+                f"the store has no adapter with the digest {digest[:64]!r}", code="unknown_adapter", field="name"
+            )
         return list(dict.fromkeys([*named, *([seen] if seen else [])]))
 
     def described(self, name: str, path: str | Path | None, *, named: bool) -> Described:
@@ -121,8 +114,9 @@ class Listing:
             raise ConfigError(
                 f"{name} is what the base is called here; give the adapter another name, such as "
                 f"my-{name} (--adapter my-{name}={name} at the start)",
-                code="reserved_name", field="name",
-            )  # fmt: skip
+                code="reserved_name",
+                field="name",
+            )
 
     def require_free(self, name: str) -> None:
         """Refuse a name that stands for an adapter.
@@ -134,8 +128,9 @@ class Listing:
             raise ConfigError(
                 f"{name} stands for the folder {known.path.name} already; with load_inplace true "
                 "it moves, or choose another name",
-                code="name_taken", field="name",
-            )  # fmt: skip
+                code="name_taken",
+                field="name",
+            )
 
 
 def _unfinished(place: Path) -> AdapterFileError | None:

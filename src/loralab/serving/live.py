@@ -11,17 +11,7 @@ from torch import Tensor
 
 from loralab.errors import LoralabError, RunError
 from loralab.serving.detokenize import IncrementalDetokenizer, TokenBytes
-from loralab.serving.request import (
-    CANCELLED,
-    LENGTH,
-    STOP,
-    Answer,
-    Finished,
-    Piece,
-    Ranked,
-    Sampling,
-    TokenLogprob,
-)
+from loralab.serving.request import CANCELLED, LENGTH, STOP, Answer, Finished, Piece, Ranked, Sampling, TokenLogprob
 from loralab.serving.sampling import Draws, likeliest
 from loralab.serving.scheduler import Row, Work
 from loralab.serving.text import Writing
@@ -136,9 +126,12 @@ class Written(_Common):
         front = 0 if self.front is None else self.front.shape[3]
         cached = max((row.cached for row in self.rows), default=0)
         self.finished = Finished(
-            reason=reason, prompt_tokens=len(self.prompt), completion_tokens=self._count,
-            cached_tokens=max(0, min(cached - front, len(self.prompt))), error=error,
-        )  # fmt: skip
+            reason=reason,
+            prompt_tokens=len(self.prompt),
+            completion_tokens=self._count,
+            cached_tokens=max(0, min(cached - front, len(self.prompt))),
+            error=error,
+        )
         self.answer.tell(self.finished)
 
     def _judge(self, front: int, work: Work, logits: Tensor) -> None:
@@ -154,12 +147,13 @@ class Written(_Common):
             explained = self.sampling.logprobs is not None
             texts = [
                 self._spelt(
-                    token, self._judged.get(place, (None, [])) if explained else None,
+                    token,
+                    self._judged.get(place, (None, [])) if explained else None,
                     # of special tokens only the start was not asked for
                     special=place > 0 or token != self.tokens.start,
                 )
                 for place, token in enumerate(self.prompt)
-            ]  # fmt: skip
+            ]
             self.answer.tell(Piece(text="".join(texts), tokens=(), logprobs=(*self._explained,)))
             self._explained = []
         self._begun = self.detokenizer.length

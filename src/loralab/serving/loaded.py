@@ -105,10 +105,14 @@ class Nursery:
         tensors += [b for module in adapter.modules.values() for b in module.own_buffers().values()]
         tensors += [] if front is None else [front]
         return Loaded(
-            digest=stored.digest, adapter=adapter, front=front,
-            front_tokens=0 if front is None else front.shape[3], record=stored.record,
-            bytes=sum(t.numel() * t.element_size() for t in tensors), kind=self._base.kind,
-        )  # fmt: skip
+            digest=stored.digest,
+            adapter=adapter,
+            front=front,
+            front_tokens=0 if front is None else front.shape[3],
+            record=stored.record,
+            bytes=sum(t.numel() * t.element_size() for t in tensors),
+            kind=self._base.kind,
+        )
 
     def _empty(self, stored: AdapterFolder) -> Adapter:
         """An adapter of a folder's configuration, to be filled."""

@@ -149,7 +149,6 @@ def adapter_inside(root: Path, path: str | Path) -> Path:
         raise AdapterFileError(f"{path} lies outside the store", code="outside_store", field="path")
     if place == root or not known:
         raise AdapterFileError(
-            f"{path} is no adapter folder: it has no {folder.CONFIG}", code="no_adapter",
-            field="path",
-        )  # fmt: skip
+            f"{path} is no adapter folder: it has no {folder.CONFIG}", code="no_adapter", field="path"
+        )
     return place

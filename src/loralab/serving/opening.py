@@ -66,9 +66,8 @@ def require_store(store: str | Path) -> Path:
     root = Path(store)
     if not root.is_dir():
         raise ConfigError(
-            f"there is no store at {root}; give a folder with adapters in it",
-            code="no_store", field="store",
-        )  # fmt: skip
+            f"there is no store at {root}; give a folder with adapters in it", code="no_store", field="store"
+        )
     return root
 
 
@@ -77,9 +76,8 @@ def engine_for(base: Base, store: Store, settings: ServeSettings) -> Engine:
     context = min(context_length(base.model), settings.max_length or 2**31)
     if base.kind != "causal-lm":
         return Engine(
-            base, store, settings, model=Encoders(base), scheduler=None, context=context,
-            asking=Asking(base, context),
-        )  # fmt: skip
+            base, store, settings, model=Encoders(base), scheduler=None, context=context, asking=Asking(base, context)
+        )
     least = sum(map(needed, PROBE))
     count = settings.cache_bytes // block_bytes(base.model)
     if count < least:
@@ -90,13 +88,9 @@ def engine_for(base: Base, store: Store, settings: ServeSettings) -> Engine:
     context = min(context, count * SIZE)
     ways = Ways(base.model, count)
     scheduler = Scheduler(
-        Blocks(count), most_rows=settings.max_batch, step_tokens=settings.step_tokens,
-        reuse=ways.reuse,
-    )  # fmt: skip
-    return Engine(
-        base, store, settings, model=ways, scheduler=scheduler, context=context,
-        asking=Asking(base, context),
-    )  # fmt: skip
+        Blocks(count), most_rows=settings.max_batch, step_tokens=settings.step_tokens, reuse=ways.reuse
+    )
+    return Engine(base, store, settings, model=ways, scheduler=scheduler, context=context, asking=Asking(base, context))
 
 
 def _base(name: str, settings: ServeSettings) -> Base:

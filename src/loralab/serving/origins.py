@@ -40,16 +40,18 @@ def _origin(text: str, with_keys: bool) -> str:
         return text
     if text == ANY:
         raise ConfigError(
-            "--allow-origin '*' without --keys would let every web page ask and load; list the "
-            "origins, or give --keys", code="any_origin_without_keys", field="allow_origin",
-        )  # fmt: skip
+            "--allow-origin '*' without --keys would let every web page ask and load; list the origins, or give --keys",
+            code="any_origin_without_keys",
+            field="allow_origin",
+        )
     found = ORIGIN.fullmatch(text.lower().removesuffix("/"))
     if found is None:
         raise ConfigError(
             "--allow-origin expects an origin such as https://chat.example.org or "
             f"http://localhost:3000, no path, got {text!r}",
-            code="invalid_origin", field="allow_origin",
-        )  # fmt: skip
+            code="invalid_origin",
+            field="allow_origin",
+        )
     scheme, host, port = found.groups()
     usual = port is None or port == USUAL_PORTS.get(scheme)
     return f"{scheme}://{host}" if usual else f"{scheme}://{host}:{port}"
@@ -90,10 +92,9 @@ def _asked_before(headers: Headers, origin: str) -> Response:
     fields = [field.strip() for field in headers.get("access-control-request-headers", "").split(",")]
     allowed = ", ".join(field for field in fields if FIELD.fullmatch(field))
     answer = {
-        "Access-Control-Allow-Origin": origin, "Access-Control-Allow-Methods": METHODS,
-        "Access-Control-Max-Age": SECONDS, "Vary": "Origin, Access-Control-Request-Headers",
-    }  # fmt: skip
-    return Response(
-        status_code=204,
-        headers=answer | ({"Access-Control-Allow-Headers": allowed} if allowed else {}),
-    )
+        "Access-Control-Allow-Origin": origin,
+        "Access-Control-Allow-Methods": METHODS,
+        "Access-Control-Max-Age": SECONDS,
+        "Vary": "Origin, Access-Control-Request-Headers",
+    }
+    return Response(status_code=204, headers=answer | ({"Access-Control-Allow-Headers": allowed} if allowed else {}))

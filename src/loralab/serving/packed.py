@@ -60,9 +60,12 @@ class Packed:
             with self._bank.routed(step.spans):
                 # a mask of four axes is passed on as it is: none is made that nobody reads
                 states = self._model.base_model(
-                    input_ids=ids, attention_mask=ids.new_zeros(1, 1, 1, 1), use_cache=False,
-                    cached=Cached(step, self._pool), **options,
-                ).last_hidden_state  # fmt: skip
+                    input_ids=ids,
+                    attention_mask=ids.new_zeros(1, 1, 1, 1),
+                    use_cache=False,
+                    cached=Cached(step, self._pool),
+                    **options,
+                ).last_hidden_state
             if not step.asked:
                 return states.new_empty(0, 0)
             keys = [span.key for span in step.spans for _ in range(span.stop - span.start)]
@@ -114,18 +117,26 @@ class Cached:
             if window is not None:
                 seen &= place > group.places[..., None] - window
             found = F.scaled_dot_product_attention(
-                q[group.tokens].transpose(1, 2), own_k.transpose(1, 2).to(q.dtype),
-                own_v.transpose(1, 2).to(q.dtype), attn_mask=seen[:, None], scale=scale,
+                q[group.tokens].transpose(1, 2),
+                own_k.transpose(1, 2).to(q.dtype),
+                own_v.transpose(1, 2).to(q.dtype),
+                attn_mask=seen[:, None],
+                scale=scale,
                 enable_gqa=q.shape[1] != k.shape[1],
-            )  # fmt: skip
+            )
             out[group.tokens] = found.transpose(1, 2)
         return out
 
 
 def attend(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-    cached: Cached | None = None, **options: Any,
-) -> tuple[Tensor, None]:  # fmt: skip
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    cached: Cached | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
     """What transformers' attention modules call: query (1, H, N, D) -> (1, N, H, D).
 
     Raises:

@@ -38,8 +38,20 @@ APP = "loralab"
 CHANGES = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
 DONE = ("model_not_found", "name_taken")  # refusals of a change that has been made already
 HEADER = b"x-loralab-replica"
-KEPT = ("type", "asgi", "http_version", "method", "scheme", "path", "raw_path", "query_string",
-        "headers", "client", "server", "root_path")  # fmt: skip
+KEPT = (
+    "type",
+    "asgi",
+    "http_version",
+    "method",
+    "scheme",
+    "path",
+    "raw_path",
+    "query_string",
+    "headers",
+    "client",
+    "server",
+    "root_path",
+)
 TRIES = 4  # replicas that may die under one request
 LOST = ApiError(503, "the replica was lost; ask again", code="replica_lost", retry_after=1)
 
@@ -63,8 +75,9 @@ class Plan:
         if self.limits.connections != Limits().connections:
             raise ConfigError(
                 "--connections has no effect with --replicas: Ray's proxy holds the connections",
-                code="no_effect", field="connections",
-            )  # fmt: skip
+                code="no_effect",
+                field="connections",
+            )
         for key in self.keys or ():
             if key.requests_per_minute is not None or key.tokens_per_day is not None:
                 raise ConfigError(
@@ -79,9 +92,8 @@ class Replica:
     def __init__(self, plan: Plan) -> None:
         serve = library("ray.serve")
         self._engine = open_engine(
-            model=plan.model, store=plan.store, adapters=plan.adapters, pinned=plan.pinned,
-            settings=plan.settings,
-        )  # fmt: skip
+            model=plan.model, store=plan.store, adapters=plan.adapters, pinned=plan.pinned, settings=plan.settings
+        )
         keys = None if plan.keys is None else Keys(plan.keys)
         self._app = build_app(self._engine, keys=keys, limits=plan.limits, hosts=plan.hosts, origins=plan.origins)
         self._name = serve.get_replica_context().replica_id.unique_id.encode()
@@ -268,11 +280,15 @@ def application(plan: Plan, replicas: int, *, threads: int, gpus: int = 0) -> An
     """
     serve = library("ray.serve")
     ready = serve.deployment(
-        Replica, name="Replica", num_replicas=replicas,
-        max_ongoing_requests=plan.settings.max_batch, health_check_period_s=2,
-        graceful_shutdown_timeout_s=plan.limits.timeout, max_constructor_retry_count=2,
+        Replica,
+        name="Replica",
+        num_replicas=replicas,
+        max_ongoing_requests=plan.settings.max_batch,
+        health_check_period_s=2,
+        graceful_shutdown_timeout_s=plan.limits.timeout,
+        max_constructor_retry_count=2,
         ray_actor_options={"num_cpus": threads, "num_gpus": gpus},
-    )  # fmt: skip
+    )
     most = replicas * (plan.settings.max_batch + plan.settings.queue)
     door = serve.deployment(Door, name="Door", max_ongoing_requests=most, ray_actor_options={"num_cpus": 0})
     return door.bind(ready.bind(plan), plan.limits)
@@ -298,9 +314,11 @@ def app(args: Mapping[str, Any]) -> Any:
         name: str(value) if hints[name] is str else int(value) for name, value in args.items() if name not in own
     }
     plan = Plan(
-        model=str(args["model"]), store=str(args["store"]), settings=ServeSettings(**settings),
+        model=str(args["model"]),
+        store=str(args["store"]),
+        settings=ServeSettings(**settings),
         limits=Limits(timeout=float(args.get("timeout", Limits().timeout))),
-    )  # fmt: skip
+    )
     numbers = {name: int(args.get(name, least)) for name, least in (("threads", 1), ("gpus", 0))}
     return application(plan, int(args.get("replicas", 1)), **numbers)
 
@@ -323,10 +341,7 @@ def running(plan: Plan, replicas: int, address: str, host: str, port: int) -> It
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
         serve.start(proxy_location="HeadOnly", http_options=options, logging_config=quiet)
         try:
-            handle = serve.run(
-                application(plan, replicas, threads=threads, gpus=gpus), name=APP,
-                logging_config=quiet,
-            )  # fmt: skip
+            handle = serve.run(application(plan, replicas, threads=threads, gpus=gpus), name=APP, logging_config=quiet)
             yield handle.about.remote().result()
         except RuntimeError as error:
             said = " ".join(str(error).split())

@@ -123,8 +123,10 @@ class Completed:
             text="".join(piece.text for piece in pieces),
             tokens=tuple(token for piece in pieces for token in piece.tokens),
             logprobs=tuple(chosen for piece in pieces for chosen in piece.logprobs),
-            finished=finished, adapter=answer.adapter, digest=answer.digest,
-        )  # fmt: skip
+            finished=finished,
+            adapter=answer.adapter,
+            digest=answer.digest,
+        )
 
 
 Event = Piece | Finished

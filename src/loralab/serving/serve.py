@@ -52,16 +52,18 @@ def serve(
     known = keys_for(host, keys, no_keys=no_keys)
     rules = rules_for(host, known, limits or Limits(), allow_hosts, allow_origins)
     asked: dict[str, Any] = {
-        "model": model, "store": Path(store).resolve(), "adapters": adapters, "pinned": pinned,
+        "model": model,
+        "store": Path(store).resolve(),
+        "adapters": adapters,
+        "pinned": pinned,
         "settings": settings or ServeSettings(),
-    }  # fmt: skip
+    }
     serve_by(asked, host, port, known, rules, ready or (lambda *_: None))
 
 
 def serve_by(
-    asked: Mapping[str, Any], host: str, port: int, keys: Keys | None, rules: Mapping[str, Any],
-    ready: Ready,
-) -> None:  # fmt: skip
+    asked: Mapping[str, Any], host: str, port: int, keys: Keys | None, rules: Mapping[str, Any], ready: Ready
+) -> None:
     """Listen, open the engine that is asked for, and answer until a signal.
 
     Args:

@@ -63,8 +63,7 @@ class Limits:
 
     timeout: Annotated[float, "seconds that an answer may take"] = 300.0
     keep_alive: Annotated[
-        float,
-        "seconds that a connection may rest between two requests; longer than clients keep it",
+        float, "seconds that a connection may rest between two requests; longer than clients keep it"
     ] = 75.0
     connections: Annotated[int, "connections at the same time; the one that rests the longest makes room"] = 512
     body_bytes: int = 16 * 2**20
@@ -80,8 +79,7 @@ class Limits:
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise ConfigError(
-                    f"{name} must be a number of seconds above 0, got {value}",
-                    code="invalid_seconds", field=name,
-                )  # fmt: skip
+                    f"{name} must be a number of seconds above 0, got {value}", code="invalid_seconds", field=name
+                )
         for name in ("body_bytes", "inputs", "connections", "bodies_bytes"):
             check_count(name, getattr(self, name))

@@ -67,9 +67,8 @@ class Store:
     """
 
     def __init__(
-        self, root: Path, load: Callable[[AdapterFolder], Any], *, resident: int = 64,
-        reserved: Iterable[str] = (),
-    ) -> None:  # fmt: skip
+        self, root: Path, load: Callable[[AdapterFolder], Any], *, resident: int = 64, reserved: Iterable[str] = ()
+    ) -> None:
         self.root = Path(root).resolve()
         self.resident = resident
         self.loads = self.evictions = 0

@@ -85,12 +85,29 @@ def command(asked: Asked) -> list[str]:
     settings = asked.settings
     together = min(len(asked.adapters) + SPARE, TOGETHER)
     found = [
-        asked.python, "-m", "vllm.entrypoints.openai.api_server", "--model", asked.source,
-        "--served-model-name", asked.name, "--host", asked.host, "--port", str(asked.port),
-        "--dtype", DTYPES[settings.precision], "--max-num-seqs", str(settings.max_batch),
-        "--enable-lora", "--max-lora-rank", str(asked.rank), "--max-loras", str(together),
-        "--max-cpu-loras", str(max(settings.resident, together)),
-    ]  # fmt: skip
+        asked.python,
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        asked.source,
+        "--served-model-name",
+        asked.name,
+        "--host",
+        asked.host,
+        "--port",
+        str(asked.port),
+        "--dtype",
+        DTYPES[settings.precision],
+        "--max-num-seqs",
+        str(settings.max_batch),
+        "--enable-lora",
+        "--max-lora-rank",
+        str(asked.rank),
+        "--max-loras",
+        str(together),
+        "--max-cpu-loras",
+        str(max(settings.resident, together)),
+    ]
     if settings.max_length is not None:
         found += ["--max-model-len", str(settings.max_length)]
     if asked.adapters:
@@ -106,10 +123,7 @@ def run(asked: Asked, ready: Callable[[], None]) -> int:
     Args:
         ready: called once it answers.
     """
-    environment = {
-        "VLLM_NO_USAGE_STATS": "1", **_environment(asked.python),
-        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
-    }  # fmt: skip
+    environment = {"VLLM_NO_USAGE_STATS": "1", **_environment(asked.python), "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
     child = subprocess.Popen(command(asked), cwd=asked.store, env=environment, stdout=2, start_new_session=True)
 
     def pass_on(number: int, frame: FrameType | None) -> None:

@@ -49,9 +49,7 @@ class Ways:
             self.refused["compiled"] = self._compile(model, pool)
         self.refused = {name: reason for name, reason in self.refused.items() if reason}
         self.reuse = isinstance(self._rest, Packed)
-        self.names = [
-            *(["compiled"] if self._quick else []), "packed" if self.reuse else "one by one"
-        ]  # fmt: skip
+        self.names = [*(["compiled"] if self._quick else []), "packed" if self.reuse else "one by one"]
 
     def prepare(self, key: Hashable, loaded: Any) -> None:
         """Work out what an adapter amounts to; may run beside a step."""
@@ -131,9 +129,14 @@ def pass_of(works: Sequence[Work]) -> Pass:
         rows += [number] * (work.stop - work.start)
         keys += [work.row.key] * (work.stop - work.start)
     return Pass(
-        requests=[work.row.number for work in works], ids=ids, places=places, rows=rows,
-        tables=[work.row.blocks for work in works], spans=spans_of(keys), asked=asked,
-    )  # fmt: skip
+        requests=[work.row.number for work in works],
+        ids=ids,
+        places=places,
+        rows=rows,
+        tables=[work.row.blocks for work in works],
+        spans=spans_of(keys),
+        asked=asked,
+    )
 
 
 @torch.no_grad()
@@ -149,8 +152,7 @@ def _difference(model: Any, logits: Any, pool: Pool) -> str:
         rows.append(Row(number=number, key=None, tokens=tokens, blocks=room, scored=1))
     found: list[list[Tensor]] = [[] for _ in rows]
     try:
-        while works := [Work(r, r.done, min(r.done + PIECE, len(r.tokens)))
-                        for r in rows if r.left]:  # fmt: skip
+        while works := [Work(r, r.done, min(r.done + PIECE, len(r.tokens))) for r in rows if r.left]:
             parts = logits(pass_of(works)).split([len(work.asked) for work in works])
             for work, part in zip(works, parts, strict=True):
                 found[work.row.number].append(part)

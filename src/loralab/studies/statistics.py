@@ -134,10 +134,7 @@ def _needed(effect: float, variance: float, count: int, other: float) -> int | N
 
 
 def knee(
-    values: Sequence[float],
-    scores: Sequence[float],
-    better: Mapping[tuple[int, int], Difference],
-    worth: float = WORTH,
+    values: Sequence[float], scores: Sequence[float], better: Mapping[tuple[int, int], Difference], worth: float = WORTH
 ) -> int:
     """The index of the smallest value that no larger one beats.
 

@@ -65,11 +65,7 @@ def plans(folder: Path) -> dict[str, Plan]:
     try:
         stored = read_toml(file, OutputError)["studies"]
         found = {
-            name: (
-                Ground.of(entry["ground"]),
-                [Arm(**arm) for arm in entry["arms"]],
-                dict(entry.get("invalid", {})),
-            )
+            name: (Ground.of(entry["ground"]), [Arm(**arm) for arm in entry["arms"]], dict(entry.get("invalid", {})))
             for name, entry in stored.items()
         }
         if wrong := [name for name, (own, arms, _) in found.items() if not own.is_sound(name, arms)]:

@@ -19,15 +19,7 @@ from loralab.errors import ConfigError
 from loralab.studies import store
 from loralab.studies.away import Back, measure_here
 from loralab.studies.cluster import RETRIES, Cluster, received
-from loralab.studies.questions.recommend import (
-    BASE_ARM,
-    FIRST,
-    RATES,
-    SHAPES,
-    first_round,
-    loss_of,
-    with_factor,
-)
+from loralab.studies.questions.recommend import BASE_ARM, FIRST, RATES, SHAPES, first_round, loss_of, with_factor
 from loralab.studies.runner import Session
 from loralab.studies.search import SEARCH, usual
 from loralab.studies.study import Arm, Cell, Ground, Record
@@ -66,8 +58,7 @@ def _search(
     os.environ |= {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_AIR_NEW_OUTPUT": "0"}
     tune = library("ray.tune")
     trial = tune.with_resources(
-        tune.with_parameters(_tried, ground=ground.to_json(), threads=cluster.threads),
-        cluster.resources,
+        tune.with_parameters(_tried, ground=ground.to_json(), threads=cluster.threads), cluster.resources
     )
     seconds = own.deadline - time.monotonic()
     with tempfile.TemporaryDirectory(prefix="loralab-tune-") as folder:

@@ -43,10 +43,7 @@ class Kind:
 MEDIA = "image images picture pictures photo photos pixel audio audios speech video videos"
 MEDIA += " attachment attachments"
 KINDS = (
-    Kind(
-        words="tool tools toolcalls function functions",
-        reason="tells of tools, which are not supported yet",
-    ),
+    Kind(words="tool tools toolcalls function functions", reason="tells of tools, which are not supported yet"),
     Kind(
         words="reasoning reason thinking think thought thoughts rationale cot scratchpad monologue",
         formats=GENERATIVE,
@@ -112,11 +109,7 @@ KINDS = (
         neutral=("true",),
         reason="judges the answers, which would all be learnt as if they were good",
     ),
-    Kind(
-        words="score scores",
-        formats=LABELLED,
-        reason="stands beside the label, and only the label would be learnt",
-    ),
+    Kind(words="score scores", formats=LABELLED, reason="stands beside the label, and only the label would be learnt"),
     Kind(
         words="system sys sysprompt preamble",
         formats=(*PROMPTED, *ALONE),

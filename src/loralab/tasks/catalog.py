@@ -99,9 +99,14 @@ def _get_rated() -> str:
 def _rated(name: str, description: str, licence: str, rows: int, instruction: str) -> NamedTask:
     """One of the tasks of the archive of rated texts."""
     return NamedTask(
-        description=description, licence=licence, rows=rows, instruction=instruction,
-        locate=_find_rated, load=lambda path: vader.load(name, path, _get_rated), get=_get_rated,
-    )  # fmt: skip
+        description=description,
+        licence=licence,
+        rows=rows,
+        instruction=instruction,
+        locate=_find_rated,
+        load=lambda path: vader.load(name, path, _get_rated),
+        get=_get_rated,
+    )
 
 
 def _find_fashion() -> Path | None:
@@ -125,45 +130,50 @@ MIT = "MIT; texts from {}"
 KINDS = {  # of rated texts: what they are, where from, how many have a feeling, what one is
     "movie-reviews": ("film review snippets", "Rotten Tomatoes", 10041, "film review"),
     "tweets": ("tweets", "Twitter", 3362, "tweet"),
-    "amazon-reviews": ("sentences of product reviews", "Amazon", 2935,
-                       "sentence of a product review"),
-    "nyt-editorials": ("sentences of newspaper editorials", "the New York Times", 2751,
-                       "sentence of a newspaper"),
-}  # fmt: skip
+    "amazon-reviews": ("sentences of product reviews", "Amazon", 2935, "sentence of a product review"),
+    "nyt-editorials": ("sentences of newspaper editorials", "the New York Times", 2751, "sentence of a newspaper"),
+}
 TASKS: dict[str, NamedTask] = {
     **{
         name: _rated(
-            name, f"{what}, positive or negative (VADER's ground truth)", MIT.format(owner), rows,
-            SENTIMENT.format(one),
+            name, f"{what}, positive or negative (VADER's ground truth)", MIT.format(owner), rows, SENTIMENT.format(one)
         )
         for name, (what, owner, rows, one) in KINDS.items()
     },
     **{
         name + vader.STRENGTH: _rated(
-            name + vader.STRENGTH, f"{what}, strong or mild in feeling (VADER)", MIT.format(owner),
-            rows, FORCE.format(one),
+            name + vader.STRENGTH,
+            f"{what}, strong or mild in feeling (VADER)",
+            MIT.format(owner),
+            rows,
+            FORCE.format(one),
         )
         for name, (what, owner, rows, one) in KINDS.items()
     },
     vader.ORIGIN: _rated(
-        vader.ORIGIN, "where a text is from: film, newspaper, product, tweet (VADER)",
-        MIT.format("all four"), 14788,
+        vader.ORIGIN,
+        "where a text is from: film, newspaper, product, tweet (VADER)",
+        MIT.format("all four"),
+        14788,
         "Where is this text from: film, newspaper, product or tweet? Answer with one word.",
     ),
     vader.AGREEMENT: _rated(
-        vader.AGREEMENT, "whether those who rated a text's feeling agreed or disputed (VADER)",
-        MIT.format("all four"), 23619,
-        "Would people agree on the feeling of this text, or is it disputed? "
-        "Answer agreed or disputed.",
+        vader.AGREEMENT,
+        "whether those who rated a text's feeling agreed or disputed (VADER)",
+        MIT.format("all four"),
+        23619,
+        "Would people agree on the feeling of this text, or is it disputed? Answer agreed or disputed.",
     ),
     "fashion-mnist": NamedTask(
         description="70,000 pictures of clothes in ten classes, 28 x 28 grey levels (Zalando)",
         licence="MIT",
         rows=70000,
         instruction="",
-        locate=_find_fashion, load=_fashion, get=_get_fashion,
+        locate=_find_fashion,
+        load=_fashion,
+        get=_get_fashion,
     ),
-}  # fmt: skip
+}
 
 
 def find(data: Any, *, mapping: Mapping[str, str] | None = None, seed: int = 0) -> Task:
@@ -213,9 +223,7 @@ def table_of(data: Any, mapping: Mapping[str, str] | None = None) -> tuple[Table
 def _require_no_mapping(name: str, mapping: Mapping[str, str] | None) -> None:
     if mapping:
         raise DataError(
-            f"--map has no effect on the task {name!r}, whose columns are known",
-            code="no_effect",
-            field="map",
+            f"--map has no effect on the task {name!r}, whose columns are known", code="no_effect", field="map"
         )
 
 
@@ -223,12 +231,15 @@ def listing() -> list[dict[str, Any]]:
     """The named tasks, and whether their data is here."""
     return [
         {
-            "name": name, "description": task.description, "rows": task.rows,
-            "present": task.locate() is not None, "get": task.get(),
+            "name": name,
+            "description": task.description,
+            "rows": task.rows,
+            "present": task.locate() is not None,
+            "get": task.get(),
             "licence": task.licence,
         }
         for name, task in TASKS.items()
-    ]  # fmt: skip
+    ]
 
 
 def folders() -> list[Path]:
@@ -265,10 +276,15 @@ def task_of(table: Table, splits: dict[str, list[Row]], instruction: str, labels
         instruction = instruction or question_of(table.format, labels)
     inputs = {input_text(row) for row in splits["train"]}
     return Task(
-        name=table.source, format=table.format, splits=splits, labels=labels,
-        instruction=instruction, leaked=sum(input_text(row) in inputs for row in splits["test"]),
-        digest=content_digest(splits, labels, instruction), notes=table.notes,
-    )  # fmt: skip
+        name=table.source,
+        format=table.format,
+        splits=splits,
+        labels=labels,
+        instruction=instruction,
+        leaked=sum(input_text(row) in inputs for row in splits["test"]),
+        digest=content_digest(splits, labels, instruction),
+        notes=table.notes,
+    )
 
 
 def question_of(data_format: str, labels: tuple[str, ...]) -> str:

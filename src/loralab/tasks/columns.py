@@ -13,25 +13,9 @@ from typing import Any
 
 from loralab.errors import DataError, nearest, shown, some
 from loralab.tasks.advice import answers_beside, mappings_for, option, profile, without
-from loralab.tasks.beside import (
-    ALONE,
-    are_truths,
-    is_bookkeeping,
-    kinds_of,
-    reason_to_refuse,
-    word_set,
-    words_of,
-)
+from loralab.tasks.beside import ALONE, are_truths, is_bookkeeping, kinds_of, reason_to_refuse, word_set, words_of
 from loralab.tasks.encodings import inner_name
-from loralab.tasks.formats import (
-    FORMATS,
-    IN_MESSAGES,
-    SPLITS,
-    Part,
-    columns_of,
-    is_conversation,
-    is_empty,
-)
+from loralab.tasks.formats import FORMATS, IN_MESSAGES, SPLITS, Part, columns_of, is_conversation, is_empty
 from loralab.tasks.labels import NO_REGRESSION
 
 SPLIT = "split"

@@ -159,9 +159,7 @@ def _numbered(folder: Path, split: str, shards: list[Shard]) -> list[Path]:
     if len(counts) > 1 or len(set(numbers)) < len(numbers):
         names = some(shard.file.name for shard in shards)
         raise DataError(
-            f"{folder} has several {split} files that are not shards of one: {names}",
-            code="two_files",
-            field=split,
+            f"{folder} has several {split} files that are not shards of one: {names}", code="two_files", field=split
         )
     count = counts.pop()
     if numbers and (count is not None or numbers[0] in (0, 1)):
@@ -208,10 +206,7 @@ def _no_train(folder: Path, suffixes: Collection[str]) -> DataError:
     if nested or len(readable) == 1:
         remedy = "; say --data " + shlex.quote(str(nested[0] if nested else readable[0]))
     names = some(file.name for file in inside) or "nothing"
-    return DataError(
-        f"{folder} holds no train file ({', '.join(suffixes)}); found: {names}{remedy}",
-        code="no_train",
-    )
+    return DataError(f"{folder} holds no train file ({', '.join(suffixes)}); found: {names}{remedy}", code="no_train")
 
 
 def _holds_train(folder: Path, suffixes: Collection[str]) -> bool:

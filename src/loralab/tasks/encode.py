@@ -21,8 +21,7 @@ from loralab.tasks.turns import common, last_turn, turns, write
 IGNORED = -100
 Ids = tuple[int, ...]
 Conversation = list[dict[str, str]]
-OWN_KINDS = {"image-label": "image-classification", "tokens-tags": "token-classification",
-             "pair": "sentence-encoder"}  # fmt: skip
+OWN_KINDS = {"image-label": "image-classification", "tokens-tags": "token-classification", "pair": "sentence-encoder"}
 SUITED: dict[str, tuple[str, ...]] = {  # kind of model -> formats that it learns from
     "causal-lm": tuple(form for form in FORMATS if form not in OWN_KINDS),
     "sequence-classification": LABELLED,
@@ -142,9 +141,7 @@ def require_suited(task: Task, kind: str) -> None:
     """
     if kind not in SUITED:
         raise ConfigError(
-            f"unknown kind of model {kind!r} ({some(SUITED)}){nearest(kind, SUITED)}",
-            code="unknown_kind",
-            field="kind",
+            f"unknown kind of model {kind!r} ({some(SUITED)}){nearest(kind, SUITED)}", code="unknown_kind", field="kind"
         )
     if task.format not in SUITED[kind]:
         columns = " or ".join(", ".join(FORMATS[form][0]) for form in SUITED[kind])
@@ -238,10 +235,7 @@ def messages(task: Task, row: Row) -> Conversation:
     """A row as a conversation that ends in the answer."""
     if task.format == "messages":
         return list(row["messages"])
-    return [
-        {"role": "user", "content": _question(task, row)},
-        {"role": "assistant", "content": answer(row)},
-    ]
+    return [{"role": "user", "content": _question(task, row)}, {"role": "assistant", "content": answer(row)}]
 
 
 def _question(task: Task, row: Row) -> str:
@@ -305,9 +299,11 @@ class _Answered:
         if self.lost:
             note += f"; {self.lost:,} of them do not fit in {self.max_length} tokens"
         return Encoded(
-            examples=self.examples, dropped=tuple(self.dropped), shortened=tuple(self.shortened),
+            examples=self.examples,
+            dropped=tuple(self.dropped),
+            shortened=tuple(self.shortened),
             notes=(note,) if self.cut_up else (),
-        )  # fmt: skip
+        )
 
 
 @contextmanager
@@ -323,9 +319,7 @@ def _placed(task: Task, split: str, index: int) -> Iterator[None]:
 def _require_eos(tokenizer: Any) -> None:
     if tokenizer.eos_token_id is None:
         raise DataError(
-            "the tokenizer has no end-of-text token; a model would never stop",
-            code="no_end_of_text",
-            field="tokenizer",
+            "the tokenizer has no end-of-text token; a model would never stop", code="no_end_of_text", field="tokenizer"
         )
 
 
@@ -339,9 +333,7 @@ def _texts(rows: Sequence[Row], tokenizer: Any, max_length: int) -> Encoded:
             examples.append(Example(index, piece, piece))
     if not examples:
         raise DataError(
-            "every text is empty once it is tokenised; there is nothing to predict",
-            code="missing_value",
-            field="text",
+            "every text is empty once it is tokenised; there is nothing to predict", code="missing_value", field="text"
         )
     return Encoded(examples=examples)
 
@@ -405,6 +397,8 @@ def _pictured(task: Task, rows: Sequence[Row], tokenizer: Any, max_length: int) 
 
 
 _ENCODERS = {
-    "sequence-classification": _classified, "token-classification": _tagged,
-    "sentence-encoder": _pairs, "image-classification": _pictured,
-}  # fmt: skip
+    "sequence-classification": _classified,
+    "token-classification": _tagged,
+    "sentence-encoder": _pairs,
+    "image-classification": _pictured,
+}

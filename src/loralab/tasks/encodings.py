@@ -49,8 +49,7 @@ def text_of(file: Path) -> str:
     if marked is None and (found := _unmarked(data)):
         command = _convert(file, found)
         raise DataError(
-            f"{file}, line 1: {found} without a byte order mark; convert it: {command}",
-            code="unknown_encoding",
+            f"{file}, line 1: {found} without a byte order mark; convert it: {command}", code="unknown_encoding"
         )
     try:
         return data.decode(marked or "utf-8-sig")

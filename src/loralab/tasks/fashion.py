@@ -16,21 +16,16 @@ from loralab.tasks.formats import Row
 from loralab.tasks.pictures import from_levels
 from loralab.values import read_bytes
 
-CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker",
-           "Bag", "Ankle boot")  # fmt: skip
+CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 INSTALLED = Path("/usr/share/datasets/fashion-mnist")  # by Debian's package
 PLACES = ("fashion-mnist", "usr/share/datasets/fashion-mnist")  # in a folder of assets
 PARTS = {"train": "train", "test": "t10k"}
 DIGESTS = {
-    "t10k-images-idx3-ubyte.gz":
-        "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
-    "t10k-labels-idx1-ubyte.gz":
-        "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
-    "train-images-idx3-ubyte.gz":
-        "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
-    "train-labels-idx1-ubyte.gz":
-        "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
-}  # fmt: skip
+    "t10k-images-idx3-ubyte.gz": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+    "t10k-labels-idx1-ubyte.gz": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+    "train-images-idx3-ubyte.gz": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+    "train-labels-idx1-ubyte.gz": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+}
 LARGEST = 48_000_000  # bytes; the pictures of train are 47,040,016
 UNSIGNED_BYTE = 8  # how an idx file names its type
 
@@ -75,10 +70,7 @@ def read_idx(file: Path) -> tuple[tuple[int, ...], bytes]:
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(f"{file} cannot be read: {error}", code="damaged_file") from None
     if hashlib.sha256(data).hexdigest() != DIGESTS[file.name]:
-        raise DataError(
-            f"{file} is not the file that Fashion-MNIST is made of; install it anew",
-            code="damaged_file",
-        )
+        raise DataError(f"{file} is not the file that Fashion-MNIST is made of; install it anew", code="damaged_file")
     dimensions = data[3]
     start = 4 + 4 * dimensions
     shape = tuple(int.from_bytes(data[at : at + 4], "big") for at in range(4, start, 4))

@@ -83,17 +83,14 @@ def cleaned(part: Part) -> Part:
     columns = columns_of(part.rows)
     if len(columns) > MOST_COLUMNS:
         raise DataError(
-            f"{part.place} has {len(columns):,} columns; at most {MOST_COLUMNS:,} are read",
-            code="too_many_columns",
+            f"{part.place} has {len(columns):,} columns; at most {MOST_COLUMNS:,} are read", code="too_many_columns"
         )
     names = {column: clean(column) for column in columns}
     if all(name == column for column, name in names.items()):
         return part
     if twice := repeated(names.values()):
         raise DataError(
-            f"{part.place}: {some(twice)} names two columns, spaces aside",
-            code="repeated_column",
-            field=twice[0],
+            f"{part.place}: {some(twice)} names two columns, spaces aside", code="repeated_column", field=twice[0]
         )
     rows = [(number, {names[key]: value for key, value in row.items()}) for number, row in part.rows]
     return Part(part.split, part.place, part.folder, part.unit, rows)

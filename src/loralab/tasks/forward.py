@@ -173,8 +173,9 @@ def require_known(model: nn.Module, tokenizer: Any, texts: Iterable[Ids]) -> Non
         f"the tokenizer has tokens that the model has no row for: {some(named)}, and the rows of "
         f"its embedding go from 0 to {rows - 1}; take them out of the texts or the tokenizer, or "
         f"save the model with more rows: model.resize_token_embeddings({strange[-1] + 1})",
-        code="token_without_row", field="tokenizer",
-    )  # fmt: skip
+        code="token_without_row",
+        field="tokenizer",
+    )
 
 
 def require_places(model: nn.Module, examples: Iterable[Example]) -> None:
@@ -189,8 +190,9 @@ def require_places(model: nn.Module, examples: Iterable[Example]) -> None:
     raise DataError(
         f"{sum(length > room for length in lengths)} rows are longer than {room} tokens, all that "
         f"the model has places for (the longest has {max(lengths)}); say --max-length {room}",
-        code="row_beyond_places", field="max_length",
-    )  # fmt: skip
+        code="row_beyond_places",
+        field="max_length",
+    )
 
 
 def places(model: nn.Module) -> int | None:
@@ -230,9 +232,13 @@ class Among(Protocol):
 
 
 def by_length(
-    model: nn.Module, tokenizer: Any, examples: Sequence[Example], kind: str, batch_size: int,
+    model: nn.Module,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    kind: str,
+    batch_size: int,
     among: Among | None = None,
-) -> Iterator[tuple[list[int], dict[str, Tensor]]]:  # fmt: skip
+) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
     """Batches of similar length where the model is, with the indices of their examples.
 
     Of long texts fewer than `batch_size` go together, so that scoring needs no more memory than

@@ -44,9 +44,7 @@ def from_memory(data: Any) -> tuple[list[Part], list[str]]:
 
 def _unknown(data: Any, hint: str) -> DataError:
     return DataError(
-        f"data must be {ACCEPTED}, found {type(data).__name__}{hint}",
-        code="unknown_kind_of_data",
-        field="data",
+        f"data must be {ACCEPTED}, found {type(data).__name__}{hint}", code="unknown_kind_of_data", field="data"
     )
 
 
@@ -84,9 +82,7 @@ def _plain(value: Any) -> Any:
 def _name(key: Any) -> str:
     if not isinstance(key, str):
         raise DataError(
-            f"{MEMORY}: the name of a column must be text, found {shown(key)}",
-            code="not_a_name",
-            field=shown(key),
+            f"{MEMORY}: the name of a column must be text, found {shown(key)}", code="not_a_name", field=shown(key)
         )
     return key
 

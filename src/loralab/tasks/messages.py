@@ -29,17 +29,13 @@ def conversation(place: str, value: Any, mapping: Mapping[str, str], seen: set[s
     """
     if not isinstance(value, list):
         raise DataError(
-            f"{place}: 'messages' must be a list, found {type(value).__name__}",
-            code="not_messages",
-            field="messages",
+            f"{place}: 'messages' must be a list, found {type(value).__name__}", code="not_messages", field="messages"
         )
     messages = [_message(f"{place}, message {n}", message, mapping, seen) for n, message in enumerate(value, start=1)]
     if len(messages) < 2:
         found = "one message" if messages else "none"
         raise DataError(
-            f"{place}: a conversation needs a question and an answer, found {found}",
-            code="no_answer",
-            field="messages",
+            f"{place}: a conversation needs a question and an answer, found {found}", code="no_answer", field="messages"
         )
     if messages[-1]["role"] != "assistant":
         raise DataError(
@@ -99,11 +95,7 @@ def _content(place: str, name: str, value: Any) -> str:
         found = f"{len(value)} parts ({kinds}); join texts into one, others are not supported yet"
     else:
         found = "null" if value is None else shown(value)
-    raise DataError(
-        f"{place}: a message needs a text as {name}, found {found}",
-        code="not_text",
-        field=name,
-    )
+    raise DataError(f"{place}: a message needs a text as {name}, found {found}", code="not_text", field=name)
 
 
 def _is_text(part: Any) -> bool:
@@ -125,10 +117,7 @@ def text_in(place: str, what: str, value: Any) -> str:
     """
     if not isinstance(value, str):
         remedy = "; a conversation is read whole from 'messages'" if is_conversation(value) else ""
-        raise DataError(
-            f"{place}: {what} must be text, found {type(value).__name__}{remedy}",
-            code="not_text",
-        )
+        raise DataError(f"{place}: {what} must be text, found {type(value).__name__}{remedy}", code="not_text")
     try:
         value.encode()
     except UnicodeEncodeError as error:  # JSON can spell half of a character: "\ud83d"

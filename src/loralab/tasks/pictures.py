@@ -105,9 +105,7 @@ def folder_of_pictures(folder: Path, splits: Mapping[str, str]) -> dict[str, lis
         split = splits[place.name.lower()]
         if split in found:
             raise DataError(
-                f"{folder} has two {split} folders; one of them is {place.name}",
-                code="two_files",
-                field=split,
+                f"{folder} has two {split} folders; one of them is {place.name}", code="two_files", field=split
             )
         found[split] = _classes(place)
     if "train" not in found:
@@ -122,8 +120,9 @@ def other_files(folder: Path) -> list[str]:
         for place in sorted(folder.rglob("*"))
         if not any(part.startswith(".") for part in place.relative_to(folder).parts)
         and not place.name.lower().startswith(("readme", "licen"))
-        and place.is_file() and not _is_picture(place)
-    ]  # fmt: skip
+        and place.is_file()
+        and not _is_picture(place)
+    ]
     return found + [f"{place.name}/ (no picture in it)" for place in _sub_folders(folder) if not _pictures_in(place)]
 
 
@@ -131,8 +130,7 @@ def _classes(folder: Path) -> list[dict[str, Any]]:
     loose = sorted(file.name for file in folder.iterdir() if _is_picture(file))
     if loose:
         raise DataError(
-            f"{folder / loose[0]} is in no folder of a class, and has no label",
-            code="pictures_without_class",
+            f"{folder / loose[0]} is in no folder of a class, and has no label", code="pictures_without_class"
         )
     return [
         {"image": from_file(file), "label": place.name}
@@ -181,9 +179,7 @@ def _decoded(source: Any, origin: str, *, draft: bool = False) -> Any:
             return _plain(ImageOps.exif_transpose(image))
     except UnidentifiedImageError:  # whose own text is an address in memory
         raise DataError(
-            f"{origin} is no picture that can be read ({', '.join(PICTURES)})",
-            code="not_a_picture",
-            field="image",
+            f"{origin} is no picture that can be read ({', '.join(PICTURES)})", code="not_a_picture", field="image"
         ) from None
     except DataError:
         raise

@@ -12,14 +12,7 @@ from typing import Any
 
 from loralab.errors import DataError, nearest, some
 from loralab.tasks.advice import option, without
-from loralab.tasks.columns import (
-    Columns,
-    checked_mapping,
-    choose,
-    require_columns,
-    require_fields,
-    split_named,
-)
+from loralab.tasks.columns import Columns, checked_mapping, choose, require_columns, require_fields, split_named
 from loralab.tasks.containers import is_saved, list_folder, shard_of
 from loralab.tasks.formats import IN_MESSAGES, MOST_NAMED, SPLITS, Part, Row, cleaned
 from loralab.tasks.hub import from_hub, from_saved
@@ -178,9 +171,7 @@ def _by_split(part: Part, columns: Columns, *, alone: bool) -> list[Part]:
         return [part]
     if "train" not in found:
         raise DataError(
-            f"{part.place}: {column!r} says {', '.join(sorted(found))} and never train",
-            code="no_train",
-            field=column,
+            f"{part.place}: {column!r} says {', '.join(sorted(found))} and never train", code="no_train", field=column
         )
     return [replace(part, split=split, rows=rows) for split, rows in found.items()]
 

@@ -63,10 +63,7 @@ def require_rows(parts: Iterable[Part]) -> None:
     """
     for part in parts:
         if not part.rows:
-            raise DataError(
-                f"{part.place} is empty: {part.unit} 1 was expected to hold the first row",
-                code="empty",
-            )
+            raise DataError(f"{part.place} is empty: {part.unit} 1 was expected to hold the first row", code="empty")
 
 
 def _unknown(file: Path) -> DataError:
@@ -170,10 +167,7 @@ def _no_list(place: str, found: Any) -> DataError:
     if isinstance(found, dict):
         inside = some(f"{name!r} ({type(value).__name__})" for name, value in found.items())
         remedy = f' with {inside}; rows are read under "train" (and "test"), or under "data"'
-    return DataError(
-        f"{place}: expected a list of objects, found {type(found).__name__}{remedy}",
-        code="not_a_list",
-    )
+    return DataError(f"{place}: expected a list of objects, found {type(found).__name__}{remedy}", code="not_a_list")
 
 
 def _separated(delimiter: str) -> Callable[[Path], tuple[Parts, list[str]]]:

@@ -15,9 +15,8 @@ KIND = "sentence-encoder"
 
 
 def score_pairs(
-    model: nn.Module, tokenizer: Any, encoded: Encoded, rows: Sequence[Row], batch_size: int,
-    among: Among | None = None,
-) -> tuple[dict[str, float], list[str]]:  # fmt: skip
+    model: nn.Module, tokenizer: Any, encoded: Encoded, rows: Sequence[Row], batch_size: int, among: Among | None = None
+) -> tuple[dict[str, float], list[str]]:
     """loss, accuracy (the partner comes first) and mrr; and the text that came first.
 
     Candidates are the different second texts of all rows, so nothing depends on the batch size.
@@ -41,10 +40,7 @@ def score_pairs(
         best += scores.argmax(dim=1).tolist()
     right = sum(index == own for index, own in zip(best, true.tolist(), strict=True))
     metrics = {"loss": loss, "accuracy": right, "mrr": reciprocal}
-    return (
-        {name: value / len(rows) for name, value in metrics.items()},
-        [names[partners[index]] for index in best],
-    )
+    return ({name: value / len(rows) for name, value in metrics.items()}, [names[partners[index]] for index in best])
 
 
 def _embedded(model: nn.Module, tokenizer: Any, texts: Sequence[Ids], batch_size: int, among: Among | None) -> Tensor:

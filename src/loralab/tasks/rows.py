@@ -40,9 +40,7 @@ def _check_filled(part: Part, rows: Numbered, required: Sequence[str]) -> None:
         if empty := [number for number, row in rows if is_empty(row[column])]:
             places = f"{part.unit} {some(map(str, empty), 5)}"
             raise DataError(
-                f"{part.place}: {column!r} is missing or empty in {places}",
-                code="missing_value",
-                field=column,
+                f"{part.place}: {column!r} is missing or empty in {places}", code="missing_value", field=column
             )
 
 
@@ -90,15 +88,11 @@ def _tagged(place: str, row: Row) -> Row:
     tags = [_label(place, tag) for tag in row["tags"]]
     if len(tokens) != len(tags):
         raise DataError(
-            f"{place}: {len(tokens)} tokens and {len(tags)} tags; one tag a token",
-            code="lengths_differ",
-            field="tags",
+            f"{place}: {len(tokens)} tokens and {len(tags)} tags; one tag a token", code="lengths_differ", field="tags"
         )
     if empty := [n for n, text in enumerate((*tokens, *tags)) if not text.strip()]:
         raise DataError(
-            f"{place}: token {empty[0] % len(tokens) + 1} is empty, or its tag is",
-            code="missing_value",
-            field="tokens",
+            f"{place}: token {empty[0] % len(tokens) + 1} is empty, or its tag is", code="missing_value", field="tokens"
         )
     return {"tokens": tokens, "tags": tags}
 

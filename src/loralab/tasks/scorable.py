@@ -12,9 +12,15 @@ from loralab.tasks.forward import places, require_known
 
 
 def scorable(
-    model: nn.Module, tokenizer: Any, task: Task, split: str, *, kind: str,
-    max_length: int | None = None, limit: int | None = None,
-) -> tuple[list[Row], Encoded, int]:  # fmt: skip
+    model: nn.Module,
+    tokenizer: Any,
+    task: Task,
+    split: str,
+    *,
+    kind: str,
+    max_length: int | None = None,
+    limit: int | None = None,
+) -> tuple[list[Row], Encoded, int]:
     """The rows that would be scored, as numbers too, and the most tokens that one may have.
 
     Raises:

@@ -12,27 +12,9 @@ from torch.nn import functional as F
 
 from loralab.errors import ConfigError, DataError, some
 from loralab.tasks.catalog import Task
-from loralab.tasks.encode import (
-    IGNORED,
-    Encoded,
-    Example,
-    answer,
-    answer_ids,
-    prompt_ids,
-    stop_ids,
-    written_answer,
-)
+from loralab.tasks.encode import IGNORED, Encoded, Example, answer, answer_ids, prompt_ids, stop_ids, written_answer
 from loralab.tasks.formats import Row
-from loralab.tasks.forward import (
-    Among,
-    answer_loss,
-    answers,
-    by_length,
-    call,
-    lone_head,
-    merged,
-    require_known,
-)
+from loralab.tasks.forward import Among, answer_loss, answers, by_length, call, lone_head, merged, require_known
 from loralab.tasks.metrics import label_metrics, text_metrics
 from loralab.tasks.retrieval import score_pairs
 from loralab.tasks.scorable import context_length, scorable
@@ -135,18 +117,20 @@ def evaluate(
 
 
 def _scores(
-    metrics: dict[str, float], rows: Sequence[Row], written: Sequence[str],
-    row_losses: Sequence[float], notes: tuple[str, ...],
-) -> Scores:  # fmt: skip
+    metrics: dict[str, float],
+    rows: Sequence[Row],
+    written: Sequence[str],
+    row_losses: Sequence[float],
+    notes: tuple[str, ...],
+) -> Scores:
     predictions = tuple(
         Prediction(row=i, prompt=_shown(row), expected=answer(row), answer=a)
         for i, (row, a) in enumerate(zip(rows, written, strict=True))
     )
     main = next(name for name in MAIN_METRICS if name in metrics)
     return Scores(
-        metrics=metrics, rows=len(rows), predictions=predictions, main=main,
-        row_losses=tuple(row_losses), notes=notes,
-    )  # fmt: skip
+        metrics=metrics, rows=len(rows), predictions=predictions, main=main, row_losses=tuple(row_losses), notes=notes
+    )
 
 
 def _require_answers(task: Task, kind: str, generate: bool) -> None:
@@ -161,9 +145,16 @@ def _require_answers(task: Task, kind: str, generate: bool) -> None:
 
 
 def _answered(
-    model: nn.Module, tokenizer: Any, task: Task, encoded: Encoded, rows: Sequence[Row], kind: str,
-    batch_size: int, room: int, among: Among | None,
-) -> tuple[float, list[str], list[float]]:  # fmt: skip
+    model: nn.Module,
+    tokenizer: Any,
+    task: Task,
+    encoded: Encoded,
+    rows: Sequence[Row],
+    kind: str,
+    batch_size: int,
+    room: int,
+    among: Among | None,
+) -> tuple[float, list[str], list[float]]:
     """Mean loss, the label of each row where there are labels, and the mean loss of each row."""
     if task.labels and kind == "causal-lm":
         sums, counts, chosen = _ranked(model, tokenizer, task, encoded, rows, batch_size, room, among)
@@ -184,9 +175,8 @@ def _by_row(examples: Sequence[Example], sums: Sequence[float], counts: Sequence
 
 
 def _metrics(
-    task: Task, kind: str, expected: Sequence[str], written: Sequence[str], loss: float, *,
-    generated: bool,
-) -> dict[str, float]:  # fmt: skip
+    task: Task, kind: str, expected: Sequence[str], written: Sequence[str], loss: float, *, generated: bool
+) -> dict[str, float]:
     metrics = {"loss": loss}
     if kind == "causal-lm":
         metrics["perplexity"] = math.exp(min(loss, 700))
@@ -232,9 +222,14 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _losses(
-    model: nn.Module, tokenizer: Any, encoded: Encoded, kind: str, batch_size: int,
-    among: Among | None, choices: Sequence[int] = (),
-) -> tuple[list[float], list[int], list[int]]:  # fmt: skip
+    model: nn.Module,
+    tokenizer: Any,
+    encoded: Encoded,
+    kind: str,
+    batch_size: int,
+    among: Among | None,
+    choices: Sequence[int] = (),
+) -> tuple[list[float], list[int], list[int]]:
     """Each example's summed loss, number of labels, and the class or the choice preferred.
 
     `choices` are tokens that may begin the answer of a language model.
@@ -262,9 +257,15 @@ def _losses(
 
 
 def _ranked(
-    model: nn.Module, tokenizer: Any, task: Task, encoded: Encoded, rows: Sequence[Row],
-    batch_size: int, room: int, among: Among | None,
-) -> tuple[list[float], list[int], list[int]]:  # fmt: skip
+    model: nn.Module,
+    tokenizer: Any,
+    task: Task,
+    encoded: Encoded,
+    rows: Sequence[Row],
+    batch_size: int,
+    room: int,
+    among: Among | None,
+) -> tuple[list[float], list[int], list[int]]:
     """Each row's summed loss, number of tokens, and the index of its likeliest label."""
     candidates = [[answer_ids(task, row, tokenizer, label) for label in task.labels] for row in rows]
     require_known(model, tokenizer, candidates[0])
@@ -302,9 +303,13 @@ def _log_likelihood(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
 
 
 def _generate(
-    model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int,
-    batch_size: int, temperature: float = 0.0,
-) -> list[str]:  # fmt: skip
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    batch_size: int,
+    temperature: float = 0.0,
+) -> list[str]:
     """Left-padded batches of similar length through the model's own generate()."""
     stops, texts = list(stop_ids(tokenizer)), [""] * len(prompts)
     pad = tokenizer.pad_token_id or 0
@@ -320,9 +325,13 @@ def _generate(
         indices = order[start : start + batch_size]
         ids, mask = _left_padded([prompts[i] for i in indices], pad)
         written = model.generate(
-            input_ids=ids.to(device), attention_mask=mask.to(device), eos_token_id=stops,
-            pad_token_id=pad, max_new_tokens=max_new_tokens, **options,
-        )[:, ids.shape[1] :].tolist()  # fmt: skip
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            eos_token_id=stops,
+            pad_token_id=pad,
+            max_new_tokens=max_new_tokens,
+            **options,
+        )[:, ids.shape[1] :].tolist()
         for index, tokens in zip(indices, written, strict=True):
             end = next((i for i, token in enumerate(tokens) if token in stops), len(tokens))
             texts[index] = tokenizer.decode(tokens[:end], skip_special_tokens=True)

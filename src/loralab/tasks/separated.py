@@ -60,15 +60,12 @@ def _reader(text: str, delimiter: str, *, spaced: bool = False) -> Any:
 def _names(file: Path, line: int, header: list[str]) -> list[str]:
     if len(header) > MOST_COLUMNS:
         raise DataError(
-            f"{file}, line {line}: {len(header):,} columns; at most {MOST_COLUMNS:,} are read",
-            code="too_many_columns",
+            f"{file}, line {line}: {len(header):,} columns; at most {MOST_COLUMNS:,} are read", code="too_many_columns"
         )
     names = [clean(name) or f"{UNNAMED}{place}" for place, name in enumerate(header)]
     if twice := repeated(names):
         raise DataError(
-            f"{file}, line {line}: the header names {some(twice)} twice",
-            code="repeated_column",
-            field=twice[0],
+            f"{file}, line {line}: the header names {some(twice)} twice", code="repeated_column", field=twice[0]
         )
     if len(names) == 1 and "|" in names[0]:
         raise DataError(
@@ -86,8 +83,7 @@ def _rows(
     for values in lines:
         if values and len(values) != len(names):
             raise DataError(
-                f"{file}, line {start + skipped}: {len(values)} fields, the header has {len(names)}",
-                code="ragged_row",
+                f"{file}, line {start + skipped}: {len(values)} fields, the header has {len(names)}", code="ragged_row"
             )
         for place in padded if values else ():
             values[place] = values[place].strip()

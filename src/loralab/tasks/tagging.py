@@ -17,9 +17,14 @@ KIND = "token-classification"
 
 
 def score_tags(
-    model: nn.Module, tokenizer: Any, encoded: Encoded, rows: Sequence[Row],
-    labels: Sequence[str], batch_size: int, among: Among | None = None,
-) -> tuple[dict[str, float], list[str]]:  # fmt: skip
+    model: nn.Module,
+    tokenizer: Any,
+    encoded: Encoded,
+    rows: Sequence[Row],
+    labels: Sequence[str],
+    batch_size: int,
+    among: Among | None = None,
+) -> tuple[dict[str, float], list[str]]:
     """Metrics over all words, and the tags of each row joined by spaces.
 
     A word beyond the model's context is answered with the first label, and has no loss.

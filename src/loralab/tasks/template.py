@@ -30,15 +30,7 @@ LEAST, TIMES = 1 << 20, 16  # characters that any conversation may become; times
 LONGEST = 1 << 20  # characters of a template
 STEP = 8  # characters that a step of a loop, a call and an element count as
 WIDEST = 1000  # of a field, in a filter or a format
-FORBIDDEN_FILTERS = (
-    "center",
-    "wordwrap",
-    "urlize",
-    "xmlattr",
-    "pprint",
-    "striptags",
-    "forceescape",
-)
+FORBIDDEN_FILTERS = ("center", "wordwrap", "urlize", "xmlattr", "pprint", "striptags", "forceescape")
 WIDE = re.compile(r"%[^%a-zA-Z]*(\d{4}|\*)|\{[^{}]*(\d{4}|:[^{}]*\{)")  # fields of a format
 PADDING = ("center", "ljust", "rjust", "zfill")
 FORBIDDEN_METHODS = ("encode", "translate", "maketrans", "expandtabs")
@@ -269,16 +261,17 @@ class _Bounded(ImmutableSandboxedEnvironment):
 
     def __init__(self, length: int) -> None:
         super().__init__(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols],
-            optimized=False, finalize=_written,
-        )  # fmt: skip
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=[_Generation, loopcontrols],
+            optimized=False,
+            finalize=_written,
+        )
         self._length = length
         self.filters["tojson"] = _to_json
         kept = {n: f for n, f in self.filters.items() if n not in FORBIDDEN_FILTERS}
         self.filters = {name: _limited(name, own) for name, own in kept.items()}
-        self.filters |= {
-            "_counted": _counted, "_concatenated": _concatenated, "_weighed": _weighed,
-        }  # fmt: skip
+        self.filters |= {"_counted": _counted, "_concatenated": _concatenated, "_weighed": _weighed}
         self.globals |= {"raise_exception": _refuse, "dict": _dict}
         del self.globals["lipsum"]
 
@@ -318,9 +311,8 @@ def _written(value: Any) -> Any:
 
 
 def _to_json(
-    x: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None,
-    sort_keys: bool = False,
-) -> str:  # fmt: skip
+    x: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+) -> str:
     return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 

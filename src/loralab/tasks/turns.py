@@ -88,9 +88,7 @@ def write(tokenizer: Any, chat: Chat, *, prompt: bool = False, now: datetime | N
     except Exception as error:  # jinja's own errors, and whatever a template raises
         what = f"the row {chat[0]['content'][:QUOTED]!r}" if chat else "an answer to nothing"
         raise DataError(
-            f"the chat template refuses {what}: {error}",
-            code="template_refuses_row",
-            field="chat_template",
+            f"the chat template refuses {what}: {error}", code="template_refuses_row", field="chat_template"
         ) from None
 
 
@@ -178,8 +176,9 @@ class _Answer:
                 f"the chat template begins every answer with a thought ({opening}), and the "
                 f"answer {self._quoted()} does not end it with {last}: give each answer a thought "
                 f"({first} ... {last}, it may be empty), or take the thought out of the template",
-                code="thought_left_open", field="chat_template",
-            )  # fmt: skip
+                code="thought_left_open",
+                field="chat_template",
+            )
         if not own.startswith(first):
             return self.text
         rest, space = own[len(first) :], _space_after(self.prompt)
@@ -210,8 +209,9 @@ class _Answer:
                 f"the chat template opens an answer with {missing[-80:]!r} when it asks for one, "
                 f"and not where there is one, such as {self._quoted()}; begin the answers with it, "
                 "or let the template write the same in both places",
-                code="prompt_not_continued", field="chat_template",
-            )  # fmt: skip
+                code="prompt_not_continued",
+                field="chat_template",
+            )
         space, asked = _space_after(before), _space_after(self.prompt)
         return (space[len(asked) :] if space.startswith(asked) else "") + self.text
 
@@ -247,15 +247,17 @@ class _Answer:
             f"the chat template writes a thought of its own ({first} ... {last}) in front of an "
             f"answer, and the answer {self._quoted()} brings another; take it out of the answers, "
             "or out of the template",
-            code="second_thought", field="chat_template",
-        )  # fmt: skip
+            code="second_thought",
+            field="chat_template",
+        )
 
     def _refuse_changed(self) -> NoReturn:
         raise DataError(
             f"the chat template does not write the answer {self._quoted()} as it is after its "
             "prompt; it cannot be learnt with this tokenizer",
-            code="answer_not_written", field="chat_template",
-        )  # fmt: skip
+            code="answer_not_written",
+            field="chat_template",
+        )
 
     def _quoted(self) -> str:
         return repr(self.text[:QUOTED])

@@ -118,7 +118,4 @@ def _checked_bytes(name: str, path: Path, get: Callable[[], str]) -> bytes:
                 return file.read()
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}", code="cannot_read") from None
-    raise DataError(
-        f"{path} is not the file that {name!r} is made of; remove it, then: {get()}",
-        code="damaged_file",
-    )
+    raise DataError(f"{path} is not the file that {name!r} is made of; remove it, then: {get()}", code="damaged_file")

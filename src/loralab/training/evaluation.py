@@ -60,25 +60,35 @@ def evaluate(
     record = _record(stored, name, own)
     learnt = _learnt(record, name, own) if adapter is not None or record else None
     task, split = choose(
-        data, learnt, mapping=mapping, seed=evaluation.seed, split=evaluation.split,
-        limit=evaluation.limit,
-    )  # fmt: skip
+        data, learnt, mapping=mapping, seed=evaluation.seed, split=evaluation.split, limit=evaluation.limit
+    )
     seed = learnt.seed if learnt is not None else evaluation.seed or 0
     size = record.get("base", {}).get("image_size")
     with unchanged(own), _scored(name, own, task, stored, evaluation, seed, size) as base:
         scores = score.evaluate(
-            base.model, base.tokenizer, task, split, kind=base.kind,
-            batch_size=evaluation.batch_size, limit=evaluation.limit, generate=evaluation.generate,
+            base.model,
+            base.tokenizer,
+            task,
+            split,
+            kind=base.kind,
+            batch_size=evaluation.batch_size,
+            limit=evaluation.limit,
+            generate=evaluation.generate,
             max_new_tokens=evaluation.max_new_tokens,
-        )  # fmt: skip
+        )
     return replace(scores, split=split)
 
 
 @contextmanager
 def _scored(
-    name: str, own: Given | None, task: Task, stored: AdapterFolder | None,
-    evaluation: Evaluation, seed: int, size: int | None,
-) -> Iterator[Base]:  # fmt: skip
+    name: str,
+    own: Given | None,
+    task: Task,
+    stored: AdapterFolder | None,
+    evaluation: Evaluation,
+    seed: int,
+    size: int | None,
+) -> Iterator[Base]:
     """A base for the rows of a task, for a while with an adapter in it.
 
     Args:
@@ -181,9 +191,8 @@ def generate(
             with _adapted(base, folder_of) as asked:
                 ids = [chat_ids(asked.tokenizer, prompt, system=system) for prompt in prompts]
                 texts = score.generate(
-                    asked.model, asked.tokenizer, ids, max_new_tokens=max_new_tokens,
-                    temperature=temperature, seed=seed,
-                )  # fmt: skip
+                    asked.model, asked.tokenizer, ids, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
+                )
             for entry, text in zip(found, texts, strict=True):
                 entry["answers"][who] = text
     return found

@@ -64,9 +64,11 @@ def fitted(adapter: Adapter, path: Path, examples: Sequence[Example], training: 
     if best.blocks and mode == "off":
         mode = "on"
     return replace(
-        training, pass_tokens=best.room, gradient_checkpointing=mode if best.blocks else "off",
+        training,
+        pass_tokens=best.room,
+        gradient_checkpointing=mode if best.blocks else "off",
         checkpoint_blocks=best.blocks or None,
-    )  # fmt: skip
+    )
 
 
 def settings(
@@ -86,9 +88,8 @@ def settings(
 
 
 def _quickest(
-    adapter: Adapter, path: Path, examples: Sequence[Example], training: Training,
-    fit: Sequence[Setting],
-) -> Setting:  # fmt: skip
+    adapter: Adapter, path: Path, examples: Sequence[Example], training: Training, fit: Sequence[Setting]
+) -> Setting:
     """The one of least time for a token; at each room the fewest recomputed blocks are tried."""
     seconds = {}
     with memory.trying(path):

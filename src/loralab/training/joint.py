@@ -26,15 +26,7 @@ from loralab.tasks.forward import call, embed, labelled, partner_losses, second_
 from loralab.training.fast.attention import Packing
 from loralab.training.fast.functions import CHUNK, loss_and_gradient
 from loralab.training.fast.patches import attention_function, known, patched
-from loralab.training.fast.path import (
-    Path,
-    difference,
-    gradient_of,
-    noise,
-    on_device,
-    packed_states,
-    rounded_up,
-)
+from loralab.training.fast.path import Path, difference, gradient_of, noise, on_device, packed_states, rounded_up
 from loralab.training.loss import is_plain_head, summed_loss
 
 PICTURES = 16  # that go through the model at once, unless one job has more
@@ -258,9 +250,16 @@ class Joint:
         return mask
 
     def _attention(
-        self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
-        dropout: float = 0.0, scaling: float | None = None, **options: Any,
-    ) -> tuple[Tensor, None]:  # fmt: skip
+        self,
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        **options: Any,
+    ) -> tuple[Tensor, None]:
         """What transformers' attention modules call: query (B, H, L, D) -> (B, L, H, D)."""
         if not dropout:
             return attention_function(module, query, key, value, mask, scaling=scaling, **options)

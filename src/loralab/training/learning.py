@@ -26,36 +26,41 @@ def require_trainable(adapter: Adapter, model: nn.Module, optimizer: torch.optim
     if adapter.merged:
         raise AdapterStateError(
             "the adapter is merged, so its update would be learnt and not used; call unmerge()",
-            code="merged", field="adapter",
-        )  # fmt: skip
+            code="merged",
+            field="adapter",
+        )
     named = {n: p for n, p in adapter.named_parameters().items() if p.requires_grad and p.numel()}
     if not named:
         raise LearningError(
             "no parameter of the adapter requires a gradient, so nothing would be learnt; of "
             "several adapters the active one trains",
-            code="nothing_trains", field="adapter",
-        )  # fmt: skip
+            code="nothing_trains",
+            field="adapter",
+        )
     others = {id(p): name for name, p in model.named_parameters()}
     if outside := [name for name, p in named.items() if id(p) not in others]:
         raise AdapterStateError(
             f"the trained model does not hold the adapter's {some(outside)}; give the trainer the "
             "model that the adapter is attached to, and no copy of it",
-            code="other_model", field="model",
-        )  # fmt: skip
+            code="other_model",
+            field="model",
+        )
     held = {id(p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
     if missing := [name for name, p in named.items() if id(p) not in held]:
         raise LearningError(
             f"the optimizer does not hold the adapter's {some(missing)}; make it after attach, "
             "from adapter.parameters()",
-            code="optimizer_lacks", field="optimizer",
-        )  # fmt: skip
+            code="optimizer_lacks",
+            field="optimizer",
+        )
     if extra := held - {id(p) for p in named.values()}:
         names = sorted(others.get(number, "a tensor outside the model") for number in extra)
         raise LearningError(
             f"the optimizer also holds {some(names)}, which no adapter folder would hold; freeze "
             "it, or name its module in modules_to_save",
-            code="optimizer_holds_more", field="optimizer",
-        )  # fmt: skip
+            code="optimizer_holds_more",
+            field="optimizer",
+        )
 
 
 def require_gradients(adapter: Adapter) -> None:
@@ -68,9 +73,8 @@ def require_gradients(adapter: Adapter) -> None:
     without = [name for name, parameter in named.items() if parameter.grad is None]
     if without and not _may_miss(adapter, without):
         raise LearningError(
-            f"no gradient reaches {some(without)}; nothing would be learnt there",
-            code="no_gradient", field=without[0],
-        )  # fmt: skip
+            f"no gradient reaches {some(without)}; nothing would be learnt there", code="no_gradient", field=without[0]
+        )
 
 
 def not_finite(adapter: Adapter, step: int) -> LearningError:
@@ -80,8 +84,9 @@ def not_finite(adapter: Adapter, step: int) -> LearningError:
     return LearningError(
         f"step {step}: the gradient is not finite in {some(bad) or 'its norm'}; "
         "lower the learning rate or use --precision fp32",
-        code="gradient_not_finite", field=bad[0] if bad else None,
-    )  # fmt: skip
+        code="gradient_not_finite",
+        field=bad[0] if bad else None,
+    )
 
 
 def start_of(adapter: Adapter) -> dict[str, Tensor]:
@@ -102,9 +107,8 @@ def require_moved(adapter: Adapter, started: Mapping[str, Tensor]) -> None:
     ]
     if still and not _may_miss(adapter, still):
         raise LearningError(
-            f"after {SECOND_LOOK} steps these have not moved: {some(still)}",
-            code="not_moved", field=still[0],
-        )  # fmt: skip
+            f"after {SECOND_LOOK} steps these have not moved: {some(still)}", code="not_moved", field=still[0]
+        )
 
 
 def trained(adapter: Adapter) -> dict[str, nn.Parameter]:

@@ -229,10 +229,15 @@ def _update(job: Job, trained: Trained) -> None:
 
 def _evaluate(job: Job, progress: Progress, record: Record) -> tuple[Progress, bool]:
     scores = job.world.agreed(job.evaluate())
-    record({
-        "kind": "evaluation", "step": progress.step, "split": "validation",
-        "metrics": scores.metrics, "rows": scores.rows,
-    })  # fmt: skip
+    record(
+        {
+            "kind": "evaluation",
+            "step": progress.step,
+            "split": "validation",
+            "metrics": scores.metrics,
+            "rows": scores.rows,
+        }
+    )
     best = progress.best_metrics
     if not best or is_better(scores.main, scores.metrics, best):
         found = replace(progress, best_step=progress.step, best_metrics=scores.metrics, worse_in_a_row=0)
@@ -305,10 +310,15 @@ class _Clock:
         done = progress.step - self._first.step
         tokens = progress.tokens - self._first.tokens
         return {
-            "kind": "step", "step": progress.step, "steps": self._steps, **fields,
-            "tokens": progress.tokens, "tokens_per_second": tokens / seconds,
-            "seconds": seconds, "seconds_left": seconds / done * (self._steps - progress.step),
-        }  # fmt: skip
+            "kind": "step",
+            "step": progress.step,
+            "steps": self._steps,
+            **fields,
+            "tokens": progress.tokens,
+            "tokens_per_second": tokens / seconds,
+            "seconds": seconds,
+            "seconds_left": seconds / done * (self._steps - progress.step),
+        }
 
 
 @contextlib.contextmanager

@@ -82,10 +82,15 @@ def _prepared(jobs: Sequence[TrainJob], one: OneBase, *, resume: bool) -> list[R
             prepared = preflight.prepare(requests[job.name], one, one.encoded)
             prepared = preflight.compared(Path(job.output_dir), prepared)
         request = replace(requests[job.name], training=prepared.training)
-        ready.append(Ready(
-            name=job.name, folder=Path(job.output_dir), request=request, prepared=prepared,
-            random=Random(own_seed(prepared.training.seed)),
-        ))  # fmt: skip
+        ready.append(
+            Ready(
+                name=job.name,
+                folder=Path(job.output_dir),
+                request=request,
+                prepared=prepared,
+                random=Random(own_seed(prepared.training.seed)),
+            )
+        )
     _require_alike({job.name: {"kind of model": job.prepared.base.kind} for job in ready})
     return ready
 

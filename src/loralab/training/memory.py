@@ -43,9 +43,10 @@ def checkpoint_gradients(model: nn.Module, mode: str, blocks: int | None = None)
         return
     if not _can_recompute(model):
         raise ConfigError(
-            f"{type(model).__name__} cannot recompute activations; leave --gradient-checkpointing "
-            "out", code="checkpointing_unsupported", field="gradient_checkpointing",
-        )  # fmt: skip
+            f"{type(model).__name__} cannot recompute activations; leave --gradient-checkpointing out",
+            code="checkpointing_unsupported",
+            field="gradient_checkpointing",
+        )
     options = {"use_reentrant": mode == "reentrant"}
     newer = getattr(model, "activation_checkpointing_enable", None)  # transformers 5.20 renamed it
     if newer is not None:
@@ -185,10 +186,15 @@ def _cut(rows: Sequence[Example], share: float) -> list[Example]:
     for row in rows:
         n, m = (max(2, round(len(ids) * share)) for ids in (row.input_ids, row.second))
         labels = row.labels[-n:] if len(row.labels) == len(row.input_ids) else row.labels
-        short.append(replace(
-            row, input_ids=row.input_ids[-n:], labels=labels, second=row.second[-m:],
-            token_types=row.token_types[-n:],
-        ))  # fmt: skip
+        short.append(
+            replace(
+                row,
+                input_ids=row.input_ids[-n:],
+                labels=labels,
+                second=row.second[-m:],
+                token_types=row.token_types[-n:],
+            )
+        )
     return short
 
 

@@ -32,10 +32,9 @@ def optimizer_for(
         ratio = 1.0 if ratio_of is None else ratio_of(method, name)
         groups.setdefault((parameter.ndim > 1, ratio), []).append(parameter)
     options = [
-        {"params": members, "weight_decay": training.weight_decay if decays else 0.0,
-         "ratio": ratio}
+        {"params": members, "weight_decay": training.weight_decay if decays else 0.0, "ratio": ratio}
         for (decays, ratio), members in sorted(groups.items(), key=_order)
-    ]  # fmt: skip
+    ]
     rate = training.learning_rate or usual_rate(method)
     if training.optimizer_bits == 8:
         return _in_8_bits(options, rate)

@@ -105,16 +105,25 @@ def _planned(request: Request, prepared: Prepared) -> Plan:
     peak = memory.predicted_peak(adapter, prepared.path, rows, training.optimizer_bits)
     options = smaller(prepared, training, peak)  # before timing, which leaves freed memory behind
     return Plan(
-        model=model, data=data, kind=prepared.base.kind, precision=training.precision,
-        modules=_modules(prepared), trainable=adapter.num_parameters,
+        model=model,
+        data=data,
+        kind=prepared.base.kind,
+        precision=training.precision,
+        modules=_modules(prepared),
+        trainable=adapter.num_parameters,
         total=sum(p.numel() for p in prepared.base.model.parameters()),
-        rows=len(encoded.examples), dropped=len(encoded.dropped),
-        shortened=len(encoded.shortened), steps=prepared.steps,
-        tokens_per_step=_tokens_per_step(prepared), longest_row=max(lengths),
-        peak_bytes=peak, smaller=options,
+        rows=len(encoded.examples),
+        dropped=len(encoded.dropped),
+        shortened=len(encoded.shortened),
+        steps=prepared.steps,
+        tokens_per_step=_tokens_per_step(prepared),
+        longest_row=max(lengths),
+        peak_bytes=peak,
+        smaller=options,
         available_bytes=memory.available_bytes(device_here()),
-        seconds=_seconds(prepared), notes=(*prepared.notes, *memory.caveats(device_here())),
-    )  # fmt: skip
+        seconds=_seconds(prepared),
+        notes=(*prepared.notes, *memory.caveats(device_here())),
+    )
 
 
 def smaller(prepared: Prepared, training: Training, peak: int) -> dict[str, int]:
@@ -158,10 +167,15 @@ def _modules(prepared: Prepared) -> tuple[PlannedModule, ...]:
         own = {id(p): p.numel() for p in m.trained().values() if id(p) not in seen}
         seen |= own.keys()
         rank = getattr(m, "rank", None)
-        adapted.append(PlannedModule(
-            name=name, kind=type(m.base).__name__, shape=_shape(m.base),
-            rank=rank if isinstance(rank, int) else None, parameters=sum(own.values()),
-        ))  # fmt: skip
+        adapted.append(
+            PlannedModule(
+                name=name,
+                kind=type(m.base).__name__,
+                shape=_shape(m.base),
+                rank=rank if isinstance(rank, int) else None,
+                parameters=sum(own.values()),
+            )
+        )
     return (*adapted, *(each for name, m in adapter.saved.items() for each in _in_full(name, m)))
 
 
@@ -174,9 +188,12 @@ def _in_full(name: str, module: TrainedInFull) -> Iterator[PlannedModule]:
         seen |= own.keys()
         if counts:
             yield PlannedModule(
-                name=f"{name}.{path}" if path else name, kind=type(layer).__name__,
-                shape=_shape(layer), rank=None, parameters=sum(counts),
-            )  # fmt: skip
+                name=f"{name}.{path}" if path else name,
+                kind=type(layer).__name__,
+                shape=_shape(layer),
+                rank=None,
+                parameters=sum(counts),
+            )
 
 
 def _shape(base: Any) -> tuple[int, ...]:

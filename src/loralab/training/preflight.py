@@ -35,10 +35,7 @@ from loralab.training.facts import Facts, facts_of, keep_facts, require_same
 from loralab.training.fast.path import Path as Quickest
 from loralab.training.fast.path import quickest
 from loralab.training.fit import fitted
-from loralab.training.objects import (
-    base_for,
-    taken_out,
-)
+from loralab.training.objects import base_for, taken_out
 from loralab.training.request import Request
 from loralab.training.settings import Training
 from loralab.training.shard import require_shardable, shard_base
@@ -89,15 +86,17 @@ def load_for(request: Request, task: Task, device: torch.device | None = None) -
     if request.given is not None:
         return base_for(request.given, task, training.image_size)
     return load_base(
-        request.model, task, training.precision, training.seed, quantize=training.quantize,
-        image_size=training.image_size, device=device,
-    )  # fmt: skip
+        request.model,
+        task,
+        training.precision,
+        training.seed,
+        quantize=training.quantize,
+        image_size=training.image_size,
+        device=device,
+    )
 
 
-def prepare(
-    request: Request, load: Loader | None = None,
-    encoding: Callable[..., Encoded] = encode.encode,
-) -> Prepared:  # fmt: skip
+def prepare(request: Request, load: Loader | None = None, encoding: Callable[..., Encoded] = encode.encode) -> Prepared:
     """Load, attach and encode; raises whatever is wrong with the input, and writes nothing.
 
     Args:
@@ -114,9 +113,8 @@ def prepare(
 
 
 def _ready(
-    request: Request, task: Task, base: Base, adapter: Adapter, load: Loader | None,
-    encoding: Callable[..., Encoded],
-) -> Prepared:  # fmt: skip
+    request: Request, task: Task, base: Base, adapter: Adapter, load: Loader | None, encoding: Callable[..., Encoded]
+) -> Prepared:
     """Encode the rows, and find the quickest way that agrees with the plain one."""
     training = request.training
     facts = facts_of(task, _digest(request, task), base, frozenset(adapter.saved))
@@ -126,8 +124,9 @@ def _ready(
         lengths=tuple(example.length for example in encoded.examples),
         batch_size=training.batch_size,
         accumulation_steps=training.accumulation_steps * (training.processes or 1),
-        seed=training.seed, by_length=training.by_length,
-    )  # fmt: skip
+        seed=training.seed,
+        by_length=training.by_length,
+    )
     steps = training.max_steps or training.epochs * batches.steps_per_epoch
     if training.shard_base:
         require_shardable(base.model, world())
@@ -147,10 +146,17 @@ def _ready(
         mode, blocks = chosen.gradient_checkpointing, chosen.checkpoint_blocks
         memory.checkpoint_gradients(base.model, mode, blocks)
     return Prepared(
-        base=base, task=task, adapter=adapter, encoded=encoded, batches=batches, path=path,
-        steps=steps, training=chosen,
-        sample=tuple(sample_inputs(task, base.tokenizer, kind=base.kind)), facts=facts,
-    )  # fmt: skip
+        base=base,
+        task=task,
+        adapter=adapter,
+        encoded=encoded,
+        batches=batches,
+        path=path,
+        steps=steps,
+        training=chosen,
+        sample=tuple(sample_inputs(task, base.tokenizer, kind=base.kind)),
+        facts=facts,
+    )
 
 
 def compared(folder: Path, prepared: Prepared) -> Prepared:
@@ -189,15 +195,11 @@ def _encoded(task: Task, base: Base, training: Training, encoding: Callable[...,
     if base.kind == "causal-lm":
         encode.round_trip(task, base.tokenizer)
     encoded = encoding(
-        task, "train", base.tokenizer, kind=base.kind, max_length=training.max_length,
-        loss_on=training.loss_on,
-    )  # fmt: skip
+        task, "train", base.tokenizer, kind=base.kind, max_length=training.max_length, loss_on=training.loss_on
+    )
     require_places(base.model, encoded.examples)
     require_known(base.model, base.tokenizer, (ids for e in encoded.examples for ids in e.texts))
-    scorable(
-        base.model, base.tokenizer, task, "validation", kind=base.kind,
-        limit=training.evaluation_rows,
-    )  # fmt: skip
+    scorable(base.model, base.tokenizer, task, "validation", kind=base.kind, limit=training.evaluation_rows)
     return encoded
 
 
@@ -207,9 +209,15 @@ def _own_base(request: Request, task: Task) -> Base:
 
 
 def load_base(
-    name: str, task: Task, precision: str, seed: int, *, quantize: str = "none",
-    image_size: int | None = None, device: torch.device | None = None,
-) -> Base:  # fmt: skip
+    name: str,
+    task: Task,
+    precision: str,
+    seed: int,
+    *,
+    quantize: str = "none",
+    image_size: int | None = None,
+    device: torch.device | None = None,
+) -> Base:
     """The model for a task, of the kind that its rows ask for, on the device, packed if asked to.
 
     Args:
@@ -279,9 +287,7 @@ def require_place(folder: Path, request: Request, *, resume: bool) -> Request:
     if different:
         changes = [f"{k} was {stored.get(k)!r}, now {asked.get(k)!r}" for k in different]
         raise ConfigError(
-            f"{folder} holds a run with other settings: {some(changes)}",
-            code="other_settings",
-            field=different[0],
+            f"{folder} holds a run with other settings: {some(changes)}", code="other_settings", field=different[0]
         )
     return request
 

@@ -59,10 +59,9 @@ class Request:
             require_usable(training)
         training = replace(
             training,
-            precision=own.precision(training.precision) if own
-            else resolve_precision(training.precision),
+            precision=own.precision(training.precision) if own else resolve_precision(training.precision),
             learning_rate=training.learning_rate or usual_rate(method),
-        )  # fmt: skip
+        )
         spec = spec_of(method)
         if not spec.scales_gradients and training.precision == "fp16":
             raise ConfigError(f"{spec.name} needs gradients that are not scaled, as fp16 does; use bf16 or fp32")
@@ -72,9 +71,14 @@ class Request:
             raise ConfigError("new_tokens are trained by LoRA only")
         task = None if isinstance(data, str) else read(data, mapping, seed=training.seed)
         return Request(
-            model=own.name if own else model, data=data if task is None else name_of(data, task),
-            method=method, training=training, mapping=mapping or {}, task=task, given=own,
-        )  # fmt: skip
+            model=own.name if own else model,
+            data=data if task is None else name_of(data, task),
+            method=method,
+            training=training,
+            mapping=mapping or {},
+            task=task,
+            given=own,
+        )
 
     def fields(self) -> dict[str, Any]:
         """Flat, as config.toml holds it; what is unset is left out."""

@@ -125,9 +125,7 @@ class Rounds:
                     raise KeyboardInterrupt
         return self.outcomes
 
-    def _begun(
-        self, job: Ready, last: Path | None, listener: Listener | None, note: str
-    ) -> _Live:  # fmt: skip
+    def _begun(self, job: Ready, last: Path | None, listener: Listener | None, note: str) -> _Live:
         with job.random.drawn():
             begun = begin(job.request, job.prepared, job.folder, naming(job.name, listener), last, note)
         begun.steps.drop_others()  # what was written beyond the common step is made anew
@@ -172,7 +170,7 @@ class Rounds:
 
     def _passes(
         self, lives: Sequence[_Live], shares: Mapping[str, list[list[list[Example]]]], rank: int
-    ) -> list[list[Part]]:  # fmt: skip
+    ) -> list[list[Part]]:
         """What goes through the model at once in one process, one after the other."""
         parts = {live.name: shares[live.name][rank] for live in lives}
         passes: list[list[Part]] = []

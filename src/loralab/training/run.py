@@ -130,9 +130,8 @@ def proven(run: Run) -> Run:
         return run
     with base_folder(base) as copied:
         certificate = certify(
-            run.output_dir, base.model, run.sample, kind=base.kind, tokenizer=base.tokenizer,
-            base=copied,
-        )  # fmt: skip
+            run.output_dir, base.model, run.sample, kind=base.kind, tokenizer=base.tokenizer, base=copied
+        )
     return replace(run, certificate=certificate)
 
 
@@ -154,10 +153,7 @@ class Begun:
     tokens: int
 
 
-def run_prepared(
-    request: Request, prepared: Prepared, folder: Path, listener: Listener | None,
-    note: str = "",
-) -> Run:  # fmt: skip
+def run_prepared(request: Request, prepared: Prepared, folder: Path, listener: Listener | None, note: str = "") -> Run:
     """All steps of a run, and its folder; torch's random numbers are the run's own.
 
     Args:
@@ -170,9 +166,8 @@ def run_prepared(
 
 
 def begin(
-    request: Request, prepared: Prepared, folder: Path, listener: Listener | None,
-    last: Path | None, note: str = "",
-) -> Begun:  # fmt: skip
+    request: Request, prepared: Prepared, folder: Path, listener: Listener | None, last: Path | None, note: str = ""
+) -> Begun:
     """A run as it stands at a checkpoint, or at its start."""
     adapter, training, here = prepared.adapter, request.training, world()
     here.align(adapter.parameters())
@@ -191,9 +186,14 @@ def begin(
     seen: list[Scores] = []
     job = _job(request, prepared, folder, _scorer(prepared, training, seen))
     return Begun(
-        request=request, prepared=prepared, folder=folder, seen=seen, since=since,
-        steps=Steps(job, trained, progress, record), tokens=progress.tokens,
-    )  # fmt: skip
+        request=request,
+        prepared=prepared,
+        folder=folder,
+        seen=seen,
+        since=since,
+        steps=Steps(job, trained, progress, record),
+        tokens=progress.tokens,
+    )
 
 
 def finish(begun: Begun) -> Run:
@@ -215,21 +215,35 @@ def finish(begun: Begun) -> Run:
     record({"kind": "end", "step": progress.step, "text": f"saved in {folder}"})
     record.close()
     return Run(
-        output_dir=folder, base=base, adapter=adapter, task=prepared.task,
-        sample=prepared.sample, scores={"validation": scores}, steps=progress.step,
-        best_step=best, stopped="early stop" if progress.stopped_early else "finished",
-        tokens=progress.tokens, seconds=seconds,
+        output_dir=folder,
+        base=base,
+        adapter=adapter,
+        task=prepared.task,
+        sample=prepared.sample,
+        scores={"validation": scores},
+        steps=progress.step,
+        best_step=best,
+        stopped="early stop" if progress.stopped_early else "finished",
+        tokens=progress.tokens,
+        seconds=seconds,
         tokens_per_second=(progress.tokens - begun.tokens) / seconds,
         peak_bytes=memory.peak_bytes(device_here()),
-    )  # fmt: skip
+    )
 
 
 def _job(request: Request, prepared: Prepared, folder: Path, score: Callable[[], Scores]) -> Job:
     return Job(
-        adapter=prepared.adapter, path=prepared.path, examples=prepared.encoded.examples,
-        batches=prepared.batches, steps=prepared.steps, training=request.training, folder=folder,
-        evaluate=score, world=world(), sharded=request.training.shard_base,
-    )  # fmt: skip
+        adapter=prepared.adapter,
+        path=prepared.path,
+        examples=prepared.encoded.examples,
+        batches=prepared.batches,
+        steps=prepared.steps,
+        training=request.training,
+        folder=folder,
+        evaluate=score,
+        world=world(),
+        sharded=request.training.shard_base,
+    )
 
 
 def _scorer(prepared: Prepared, training: Training, seen: list[Scores]) -> Callable[[], Scores]:
@@ -238,10 +252,15 @@ def _scorer(prepared: Prepared, training: Training, seen: list[Scores]) -> Calla
 
     def score() -> Scores:
         scores = evaluate(
-            base.model, base.tokenizer, prepared.task, "validation", kind=base.kind,
-            batch_size=max(16, training.batch_size), limit=training.evaluation_rows,
+            base.model,
+            base.tokenizer,
+            prepared.task,
+            "validation",
+            kind=base.kind,
+            batch_size=max(16, training.batch_size),
+            limit=training.evaluation_rows,
             among=world() if world().size > 1 else None,
-        )  # fmt: skip
+        )
         seen.append(scores)
         return scores
 
@@ -251,12 +270,18 @@ def _scorer(prepared: Prepared, training: Training, seen: list[Scores]) -> Calla
 def _announce(prepared: Prepared, training: Training, progress: Progress, record: Record, note: str) -> None:
     adapter, encoded = prepared.adapter, prepared.encoded
     total = sum(p.numel() for p in prepared.base.model.parameters())
-    record({
-        "kind": "plan", "step": progress.step, "steps": prepared.steps,
-        "trainable": adapter.num_parameters, "total": total, "rows": len(encoded.examples),
-        "text": f"{adapter.num_parameters:,} of {total:,} parameters in {len(adapter.modules)} "
-        f"modules, {len(encoded.examples):,} rows, {prepared.steps} steps, {training.precision}",
-    })  # fmt: skip
+    record(
+        {
+            "kind": "plan",
+            "step": progress.step,
+            "steps": prepared.steps,
+            "trainable": adapter.num_parameters,
+            "total": total,
+            "rows": len(encoded.examples),
+            "text": f"{adapter.num_parameters:,} of {total:,} parameters in {len(adapter.modules)} "
+            f"modules, {len(encoded.examples):,} rows, {prepared.steps} steps, {training.precision}",
+        }
+    )
     notes = [*([note] if note else []), *prepared.notes]
     if encoded.dropped:
         notes.append(_rows("left out, their answer does not fit", encoded.dropped, training))
@@ -286,13 +311,17 @@ def record_of(request: Request, prepared: Prepared, progress: Progress, scores: 
     fields = request.fields()
     return {
         "base": {
-            **base.recorded, "precision": request.training.precision,
+            **base.recorded,
+            "precision": request.training.precision,
             "quantize": request.training.quantize,
             "image_size": getattr(base.tokenizer, "size", None),
         },
         "task": {
-            "name": task.name, "format": task.format, "labels": list(task.labels),
-            "instruction": task.instruction, "digest": task.digest,
+            "name": task.name,
+            "format": task.format,
+            "labels": list(task.labels),
+            "instruction": task.instruction,
+            "digest": task.digest,
             "rows": {split: len(rows) for split, rows in task.splits.items()},
         },
         "tokenizer": {
@@ -308,4 +337,4 @@ def record_of(request: Request, prepared: Prepared, progress: Progress, scores: 
         "metrics": {"validation": dict(scores.metrics)},
         "versions": preflight.versions(),
         "sample": [list(prompt) for prompt in prepared.sample],
-    }  # fmt: skip
+    }

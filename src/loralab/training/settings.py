@@ -78,9 +78,15 @@ class Training:
         for name in ("epochs", "batch_size", "accumulation_steps", "evaluation_rows"):
             check_count(name, getattr(self, name))
         for name in (
-            "max_steps", "evaluate_every", "patience", "save_every", "image_size",
-            "checkpoint_blocks", "pass_tokens", "processes",
-        ):  # fmt: skip
+            "max_steps",
+            "evaluate_every",
+            "patience",
+            "save_every",
+            "image_size",
+            "checkpoint_blocks",
+            "pass_tokens",
+            "processes",
+        ):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name))
         check_count("max_length", self.max_length, 2)

@@ -32,9 +32,14 @@ def our_name(name: str, placement: str) -> str:
 def main(path: str) -> None:
     torch.manual_seed(0)
     config = BertConfig(
-        hidden_size=SIZE, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-        vocab_size=40, num_labels=3, max_position_embeddings=32,
-    )  # fmt: skip
+        hidden_size=SIZE,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        vocab_size=40,
+        num_labels=3,
+        max_position_embeddings=32,
+    )
     model = BertForSequenceClassification(config).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)

@@ -35,9 +35,7 @@ def test_arms_end_with_the_same_ranks_and_the_same_factor(tiny_bert_folder: Path
         totals.setdefault(rank, set()).add((rank * len(adapter.modules), module.scaling))
         adapter.detach()
     assert all(len(pairs) == 1 for pairs in totals.values())
-    assert [arm.name for arm in adaptive.arms(replace(ground, quick=True, values=()), base)] == [
-        LORA, ADALORA,
-    ]  # fmt: skip
+    assert [arm.name for arm in adaptive.arms(replace(ground, quick=True, values=()), base)] == [LORA, ADALORA]
     for wrong in ("0", "x", "4.5", "-1"):
         with pytest.raises(ConfigError, match="final mean ranks"):
             adaptive.arms(replace(ground, values=(wrong,)), base)
@@ -56,8 +54,13 @@ def cubic(step: int, modules: int, steps: int) -> int:
 def test_ranks_left_follow_the_schedule_into_the_file(
     here: Here, tiny_bert_folder: Path, noise_file: Path, tmp_path: Path
 ) -> None:
-    ground = ground_of("adaptive", tiny_bert_folder, noise_file, fields={"max_steps": 20},
-                       rows={"train": 160, "validation": 20, "test": 40})  # fmt: skip
+    ground = ground_of(
+        "adaptive",
+        tiny_bert_folder,
+        noise_file,
+        fields={"max_steps": 20},
+        rows={"train": 160, "validation": 20, "test": 40},
+    )
     records = here(ground, tmp_path)
     moved = [r for r in records if adaptive.is_adaptive(r)]
     assert len(moved) == 2 * 3
@@ -85,19 +88,31 @@ def adalora(right: float, ranks: Sequence[Sequence[int]], *, in_file: int = 24, 
     scores = [float(row < right * ROWS) for row in range(ROWS)]
     fields = {"target_rank": 4, "rank": 6, "alpha": 24.0, "method": "adalora"}
     numbers = {
-        "ranks_start": 36.0, "ranks_left": 24.0, "ranks_target": 24.0, "ranks_in_file": in_file,
-        "ranks_differ": 0.0, "modules": 6.0, "steps": 20.0, "steps_above": 12.0,
-        "head_parameters": 10.0, "stored_parameters": 80.0, "parameters": 130.0,
+        "ranks_start": 36.0,
+        "ranks_left": 24.0,
+        "ranks_target": 24.0,
+        "ranks_in_file": in_file,
+        "ranks_differ": 0.0,
+        "modules": 6.0,
+        "steps": 20.0,
+        "steps_above": 12.0,
+        "head_parameters": 10.0,
+        "stored_parameters": 80.0,
+        "parameters": 130.0,
         "step_seconds": 0.12,
-    }  # fmt: skip
+    }
     found = []
     for record in planted(name, scores, seeds=len(ranks)):
         rows = [{"module": m, "rank": r} for m, r in zip(PATHS, ranks[record.seed], strict=True)]
-        found.append(replace(
-            record, arm=replace(record.arm, fields=fields),
-            numbers={**record.numbers, **numbers}, tables={"ranks": rows},
-            series={"loss": [0.7, 0.6], "budget": [36.0, 24.0], "schedule": [36.0, 24.0]},
-        ))  # fmt: skip
+        found.append(
+            replace(
+                record,
+                arm=replace(record.arm, fields=fields),
+                numbers={**record.numbers, **numbers},
+                tables={"ranks": rows},
+                series={"loss": [0.7, 0.6], "budget": [36.0, 24.0], "schedule": [36.0, 24.0]},
+            )
+        )
     return found
 
 
@@ -146,9 +161,7 @@ def test_a_budget_that_was_missed_is_said() -> None:
 
 
 def test_paths_are_read_as_layer_and_module() -> None:
-    assert adaptive.place_of("bert.encoder.layer.11.attention.self.query") == (
-        11, "attention.self.query",
-    )  # fmt: skip
+    assert adaptive.place_of("bert.encoder.layer.11.attention.self.query") == (11, "attention.self.query")
     assert adaptive.place_of("0.weight") == (0, "weight")
     assert adaptive.place_of("bert.pooler.dense") == (None, "bert.pooler.dense")
 

@@ -186,30 +186,46 @@ def test_arms_and_values() -> None:
 
 
 def timed(
-    arm: str, control: str, factors: dict[str, tuple[float, float]], *, noise: float = 0.002,
-    trials: int = 12, items: dict[str, list[float]] | None = None, **numbers: float,
-) -> Record:  # fmt: skip
+    arm: str,
+    control: str,
+    factors: dict[str, tuple[float, float]],
+    *,
+    noise: float = 0.002,
+    trials: int = 12,
+    items: dict[str, list[float]] | None = None,
+    **numbers: float,
+) -> Record:
     """A record of variants that take so many times the control's 40 and 80 ms."""
     draw = random.Random(arm)
     rows = [
-        {"variant": name, "batch": batch, "control": control,
-         "seconds": [scale * factor * (1 + draw.gauss(0, noise)) for _ in range(trials)],
-         "prompt": [0.1] * trials}
+        {
+            "variant": name,
+            "batch": batch,
+            "control": control,
+            "seconds": [scale * factor * (1 + draw.gauss(0, noise)) for _ in range(trials)],
+            "prompt": [0.1] * trials,
+        }
         for name, both in {control: (1.0, 1.0), **factors}.items()
         for batch, scale, factor in zip((1, 8), (0.04, 0.08), both, strict=True)
-    ]  # fmt: skip
+    ]
     weights = [{"variant": name, "bytes": 2.7e8, "working": None} for name in (control, *factors)]
     return Record(
-        arm=Arm(name=arm, plain=True), seed=0, items=items or {}, numbers=numbers,
+        arm=Arm(name=arm, plain=True),
+        seed=0,
+        items=items or {},
+        numbers=numbers,
         tables={"latency": rows, "weights": weights, "refused": []},
         texts={"metric": "accuracy", "unit": "token"},
-    )  # fmt: skip
+    )
 
 
 ADAPTERS = {
-    "merged": (1.0, 1.0), "unmerged": (1.4, 1.2), "2 adapters": (1.6, 1.3),
-    "8 adapters": (1.6, 1.3), "64 adapters": (1.6, 1.3),
-}  # fmt: skip
+    "merged": (1.0, 1.0),
+    "unmerged": (1.4, 1.2),
+    "2 adapters": (1.6, 1.3),
+    "8 adapters": (1.6, 1.3),
+    "64 adapters": (1.6, 1.3),
+}
 USED = timed("latency", "base", ADAPTERS, switch_seconds=0.32, adapter_bytes=9.8e6)
 
 
@@ -233,8 +249,9 @@ def test_merged_is_as_quick_and_unmerged_is_slower() -> None:
 
 def test_smaller_models_stand_against_their_own_control() -> None:
     quick = timed("int8", "dense", {"int8": (0.5, 0.6)}, items={"dense": RIGHT, "int8": RIGHT})
-    zeros = timed("50 % zeros", "dense", {"50 % zeros": (1.0, 1.0)}, sparse_ratio=7.0,
-                  items={"dense": RIGHT, "50 % zeros": WRONG})  # fmt: skip
+    zeros = timed(
+        "50 % zeros", "dense", {"50 % zeros": (1.0, 1.0)}, sparse_ratio=7.0, items={"dense": RIGHT, "50 % zeros": WRONG}
+    )
     answer = inference.conclude([USED, quick, zeros], GROUND)
     held = {f.sentence.en for f in answer.findings if f.holds}
     assert any("int8 takes 50." in w or "int8 takes 49." in w for w in held)
@@ -262,9 +279,14 @@ def test_few_trials_claim_nothing() -> None:
 
 @pytest.mark.parametrize("kind", ["llama", "bert"])
 def test_a_tiny_study_runs_to_its_end(
-    kind: str, here: Here, tiny_llama_folder: Path, tiny_bert_folder: Path, noise_file: Path,
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    kind: str,
+    here: Here,
+    tiny_llama_folder: Path,
+    tiny_bert_folder: Path,
+    noise_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(inference, "SECONDS", ((0.1, 0.1), (0.1, 0.1)))
     monkeypatch.setattr(inference, "TRIALS", (6, 6))
     folder = tiny_llama_folder if kind == "llama" else tiny_bert_folder

@@ -94,9 +94,7 @@ def test_zero_b_is_the_base_model_and_moves_b_alone(
     assert not any(finding.holds for finding in answer.findings)
     assert "no advantage is seen" in answer.blanks[3][1].en
     assert len(answer.blanks) == 5
-    assert {figure.name for figure in answer.figures} == {
-        "init-first-losses", "init-step-0", "init-gradients",
-    }  # fmt: skip
+    assert {figure.name for figure in answer.figures} == {"init-first-losses", "init-step-0", "init-gradients"}
 
 
 def test_a_run_that_was_cut_off_is_watched_from_its_first_step(
@@ -128,24 +126,33 @@ def started(name: str, share: float, gains: list[float], accuracy: float, **more
     draw = np.random.default_rng(len(name))
     scores = (draw.random(ROWS) < accuracy).astype(float).tolist()
     start: Mapping[str, float] = {
-        "start_logits": share, "start_features": share / 2, "start_kl": share, "base_loss": 2.0,
-        "start_loss": 2.0 - float(np.mean(gains)), "start_equal": float(share == 0),
-        "head_parameters": 0.0, **more,
-    }  # fmt: skip
+        "start_logits": share,
+        "start_features": share / 2,
+        "start_kl": share,
+        "base_loss": 2.0,
+        "start_loss": 2.0 - float(np.mean(gains)),
+        "start_equal": float(share == 0),
+        "head_parameters": 0.0,
+        **more,
+    }
     return [
-        replace(r, numbers={**r.numbers, **start}, items={**r.items, "start": gains},
-                series={"loss": [2.0, 1.5, 1.0], "gradient_A": [0.0, 1.0, 1.0],
-                        "gradient_B": [1.0, 1.0, 1.0]})
+        replace(
+            r,
+            numbers={**r.numbers, **start},
+            items={**r.items, "start": gains},
+            series={"loss": [2.0, 1.5, 1.0], "gradient_A": [0.0, 1.0, 1.0], "gradient_B": [1.0, 1.0, 1.0]},
+        )
         for r in planted(name, scores)
-    ]  # fmt: skip
+    ]
 
 
 def test_damage_that_is_there_is_claimed() -> None:
     lost = (-0.5 - 0.1 * np.random.default_rng(0).random(ROWS)).tolist()
     records = [
-        *started("B = 0", 0.0, [0.0] * ROWS, 0.9), *started("B Kaiming", 0.8, lost, 0.55),
+        *started("B = 0", 0.0, [0.0] * ROWS, 0.9),
+        *started("B Kaiming", 0.8, lost, 0.55),
         *started("PiSSA", 1e-7, [0.0] * ROWS, 0.9),
-    ]  # fmt: skip
+    ]
     answer = init.conclude(records, GROUND)
     claims = [finding.sentence.en for finding in answer.findings if finding.holds]
     assert any(said.startswith("B Kaiming (step 0) is worse than base by 0.5") for said in claims)
@@ -160,9 +167,7 @@ def test_damage_that_is_there_is_claimed() -> None:
 
 
 def test_a_start_that_ends_better_is_not_talked_down() -> None:
-    records = [
-        *started("B = 0", 0.0, [0.0] * ROWS, 0.55), *started("B Kaiming", 0.8, [0.0] * ROWS, 0.95),
-    ]  # fmt: skip
+    records = [*started("B = 0", 0.0, [0.0] * ROWS, 0.55), *started("B Kaiming", 0.8, [0.0] * ROWS, 0.95)]
     answer = init.conclude(records, GROUND)
     assert "Yet it ends better" in answer.sentence.en
     assert "not better here" in answer.blanks[3][1].en

@@ -37,12 +37,18 @@ def full(matrices: Mapping[str, torch.Tensor], score: float = 0.8) -> list[Recor
     for name, change in matrices.items():
         draw = torch.randn(*change.shape, generator=torch.Generator().manual_seed(1))
         random_ = spectra.of_values(spectra.values_of(draw))
-        tables.append({
-            "name": name, "layer": 0, "module": name, "shape": list(change.shape),
-            "most": min(change.shape), "relative": 0.01,
-            **spectra.of_values(spectra.values_of(change)),
-            **{f"random_{k}": v for k, v in random_.items()},
-        })  # fmt: skip
+        tables.append(
+            {
+                "name": name,
+                "layer": 0,
+                "module": name,
+                "shape": list(change.shape),
+                "most": min(change.shape),
+                "relative": 0.01,
+                **spectra.of_values(spectra.values_of(change)),
+                **{f"random_{k}": v for k, v in random_.items()},
+            }
+        )
     (record,) = planted("full", rows_at(score, "full"), seeds=1)
     return [Record(**{**vars(record), "tables": {"modules": tables}})]
 
@@ -50,18 +56,25 @@ def full(matrices: Mapping[str, torch.Tensor], score: float = 0.8) -> list[Recor
 def floor(score: float = 0.5) -> Record:
     items = rows_at(score, "base")
     return Record(
-        arm=Arm(name="base"), seed=0, numbers={"score": score}, texts={"metric": "accuracy"},
+        arm=Arm(name="base"),
+        seed=0,
+        numbers={"score": score},
+        texts={"metric": "accuracy"},
         items={"score": items, "majority": items},
-    )  # fmt: skip
+    )
 
 
 def curve(scores: Mapping[int, float], variant: str = "did") -> list[Record]:
     return [
-        Record(arm=Arm(name=f"{variant} {d}", options={"variant": variant, "d": d}), seed=0,
-               numbers={"score": y, "large": 1_000_000}, items={"score": rows_at(y, str(d))},
-               texts={"metric": "accuracy"})
+        Record(
+            arm=Arm(name=f"{variant} {d}", options={"variant": variant, "d": d}),
+            seed=0,
+            numbers={"score": y, "large": 1_000_000},
+            items={"score": rows_at(y, str(d))},
+            texts={"metric": "accuracy"},
+        )
         for d, y in scores.items()
-    ]  # fmt: skip
+    ]
 
 
 def pair_record(draw: torch.Generator, shared: float) -> Record:
@@ -79,17 +92,12 @@ def pair_record(draw: torch.Generator, shared: float) -> Record:
         for name, rank in (("small", 8), ("large", 64))
         for m in pairs[name]
     ]
-    tables = {"phi": overlaps.overlaps(pairs), "modules": overlaps.top_overlaps(pairs),
-              "amplification": amplification}  # fmt: skip
+    tables = {"phi": overlaps.overlaps(pairs), "modules": overlaps.top_overlaps(pairs), "amplification": amplification}
     return Record(arm=Arm(name=lowrank.PAIRS), seed=0, tables=tables)
 
 
 def english(answer: Any) -> str:
-    texts = [
-        answer.sentence,
-        *(f.sentence for f in answer.findings),
-        *(t for _, t in answer.blanks),
-    ]
+    texts = [answer.sentence, *(f.sentence for f in answer.findings), *(t for _, t in answer.blanks)]
     assert all(text.en and text.zh for text in texts)
     return " ".join(text.en for text in texts)
 
@@ -178,9 +186,10 @@ def test_nothing_measured_is_said_and_every_blank_has_its_label() -> None:
     answer = lowrank.conclude([], GROUND)
     assert "Nothing has been measured" in answer.sentence.en
     assert [zh.zh for zh, _ in answer.blanks] == [
-        "預訓練模型已經學到了什麼？", "微調時我們真正在改變什麼？",
+        "預訓練模型已經學到了什麼？",
+        "微調時我們真正在改變什麼？",
         '"內在維度" (intrinsic dimensionality) 是什麼意思？',
-    ]  # fmt: skip
+    ]
     alone = lowrank.conclude(planted("linear head", [1.0, 0.0, 1.0]), GROUND)
     assert "Neither the spectrum nor" in english(alone)
 
@@ -190,8 +199,7 @@ def test_it_runs_on_a_tiny_model(
     here: Here, tiny_bert_folder: Path, noise_file: Path, tmp_path: Path, seeds: int
 ) -> None:
     values = ("10", "60")
-    ground = ground_of("lowrank", tiny_bert_folder, noise_file, values=values, seeds=seeds,
-                       quick=seeds == 1)  # fmt: skip
+    ground = ground_of("lowrank", tiny_bert_folder, noise_file, values=values, seeds=seeds, quick=seeds == 1)
     records = here(ground, tmp_path)
     assert {r.status for r in records} <= {"done", "diverged"}
     answer = lowrank.conclude(records, ground)

@@ -31,24 +31,35 @@ def base() -> Base:
 
 
 def runs(
-    role: str, peak: float, step: float, *, curve: float = 0.0, loading: float = 1.2e9,
-    seeds: int = 3, **fields: Any,
-) -> list[Record]:  # fmt: skip
+    role: str, peak: float, step: float, *, curve: float = 0.0, loading: float = 1.2e9, seeds: int = 3, **fields: Any
+) -> list[Record]:
     """An arm's records, whose peaks and times scatter by half a per cent."""
-    own = Arm(name=role, fields={"method": "lora", "rank": 8, "save_every": 4,
-                                 "pass_tokens": memory.WHOLE, **fields},
-              options={"role": role}, tuned=False)  # fmt: skip
+    own = Arm(
+        name=role,
+        fields={"method": "lora", "rank": 8, "save_every": 4, "pass_tokens": memory.WHOLE, **fields},
+        options={"role": role},
+        tuned=False,
+    )
     found, draw = [], random.Random(f"{role}/7")
     for seed in range(seeds):
         wobble = 1 + draw.gauss(0, 0.005)
         steps = [step * (1 + draw.gauss(0, 0.005)) for _ in range(3)]
         high = max(loading, peak * wobble)
-        found.append(Record(
-            arm=own, seed=seed,
-            numbers={"peak_bytes": high, "loading_bytes": loading, "held_bytes": 9e8,
-                     "steps_bytes": peak * wobble, "start_bytes": 4e8, "step_seconds": steps[1]},
-            series={"loss": [value * (1 + curve) for value in CURVE], "step_seconds": steps},
-        ))  # fmt: skip
+        found.append(
+            Record(
+                arm=own,
+                seed=seed,
+                numbers={
+                    "peak_bytes": high,
+                    "loading_bytes": loading,
+                    "held_bytes": 9e8,
+                    "steps_bytes": peak * wobble,
+                    "start_bytes": 4e8,
+                    "step_seconds": steps[1],
+                },
+                series={"loss": [value * (1 + curve) for value in CURVE], "step_seconds": steps},
+            )
+        )
     return found
 
 
@@ -111,17 +122,17 @@ def test_the_peak_is_counted_anew() -> None:
 def test_nothing_measured_says_so() -> None:
     answer = memory.conclude([], GROUND)
     assert "yet" in answer.sentence.en
-    assert [label.zh for label, _ in answer.blanks] == [
-        "基準", "+ 梯度累積", "+ 混合精度", "+ Checkpoint"
-    ]  # fmt: skip
+    assert [label.zh for label, _ in answer.blanks] == ["基準", "+ 梯度累積", "+ 混合精度", "+ Checkpoint"]
     assert not answer.advice
 
 
 def test_savings_are_claimed_and_what_is_none_is_not() -> None:
     records = [
-        *runs(BASELINE, 3e9, 10.0), *runs("accumulation", 2e9, 12.0),
-        *runs("checkpoint", 3.001e9, 10.01), *runs("mixed", 1.9e9, 5.0, precision="bf16"),
-    ]  # fmt: skip
+        *runs(BASELINE, 3e9, 10.0),
+        *runs("accumulation", 2e9, 12.0),
+        *runs("checkpoint", 3.001e9, 10.01),
+        *runs("mixed", 1.9e9, 5.0, precision="bf16"),
+    ]
     answer = memory.conclude(records, GROUND)
     held = {f.sentence.en for f in answer.findings if f.holds}
     assert len(held) == 4
@@ -149,9 +160,10 @@ def test_another_curve_is_no_saving() -> None:
 
 def test_the_floor_is_named_and_the_quickest_there_is_advised() -> None:
     records = [
-        *runs(BASELINE, 3e9, 10.0), *runs("together", 0.8e9, 8.0, precision="bf16"),
+        *runs(BASELINE, 3e9, 10.0),
+        *runs("together", 0.8e9, 8.0, precision="bf16"),
         *runs("mixed", 1.1e9, 5.0, precision="bf16", batch_size=16),
-    ]  # fmt: skip
+    ]
     answer = memory.conclude(records, GROUND)
     assert "loading the model is the peak" in answer.sentence.en
     assert answer.advice == {"precision": "bf16", "batch_size": 16}
@@ -181,9 +193,8 @@ def test_diverged_runs_are_left_out() -> None:
 
 @pytest.mark.parametrize("kind", ["llama", "bert"])
 def test_a_tiny_study_runs_and_rounding_keeps_the_curve(
-    kind: str, here: Here, tiny_llama_folder: Path, tiny_bert_folder: Path, noise_file: Path,
-    tmp_path: Path,
-) -> None:  # fmt: skip
+    kind: str, here: Here, tiny_llama_folder: Path, tiny_bert_folder: Path, noise_file: Path, tmp_path: Path
+) -> None:
     folder = tiny_llama_folder if kind == "llama" else tiny_bert_folder
     ground = ground_of("memory", folder, noise_file, seeds=1, fields={"max_steps": 4})
     records = here(ground, tmp_path)

@@ -28,25 +28,47 @@ def base(model: Any) -> Base:
 
 def record(name: str, difference: float = 1e-8, changed: int = 0, **numbers: float) -> Record:
     after = [0.0] * changed + RIGHT[changed:]
-    own = {"loss_before": 0.6, "loss_after": 0.6 + difference, "loss_difference": difference,
-           "logit_difference": 1e-5, "relative": 1e-6, "kl": 1e-9, "top1": 1.0, "positions": 64.0,
-           "changed": float(changed), "rows": 40.0, "moved": 0.9, "noise": 1e-5, "effect_kl": 0.1,
-           "restored": 1.0, "same_logits": 1.0, "merge_seconds": 0.3,
-           "unmerge_seconds": 1e-3}  # fmt: skip
+    own = {
+        "loss_before": 0.6,
+        "loss_after": 0.6 + difference,
+        "loss_difference": difference,
+        "logit_difference": 1e-5,
+        "relative": 1e-6,
+        "kl": 1e-9,
+        "top1": 1.0,
+        "positions": 64.0,
+        "changed": float(changed),
+        "rows": 40.0,
+        "moved": 0.9,
+        "noise": 1e-5,
+        "effect_kl": 0.1,
+        "restored": 1.0,
+        "same_logits": 1.0,
+        "merge_seconds": 0.3,
+        "unmerge_seconds": 1e-3,
+    }
     return Record(
-        arm=Arm(name=name, plain=True), seed=0, numbers={**own, **numbers},
-        items={merging.BEFORE: RIGHT, merging.AFTER: after}, texts={"metric": "accuracy"},
-    )  # fmt: skip
+        arm=Arm(name=name, plain=True),
+        seed=0,
+        numbers={**own, **numbers},
+        items={merging.BEFORE: RIGHT, merging.AFTER: after},
+        texts={"metric": "accuracy"},
+    )
 
 
 def drifted(exact: bool = True) -> Record:
     rows = [
-        {"precision": name, "exact": exact, "changed": [0.1] * 8, "kl": 1e-6, "top1": 1.0,
-         "relative": [[size * n * (1 + m / 10) for n in drift.NOTED] for m in range(8)]}
+        {
+            "precision": name,
+            "exact": exact,
+            "changed": [0.1] * 8,
+            "kl": 1e-6,
+            "top1": 1.0,
+            "relative": [[size * n * (1 + m / 10) for n in drift.NOTED] for m in range(8)],
+        }
         for name, size in (("fp32", 1e-10), ("bf16", 1e-4))
-    ]  # fmt: skip
-    return Record(arm=Arm(name=DRIFT), seed=0, tables={"drift": rows},
-                  numbers={"merges": 100, "modules": 8, "of": 8})  # fmt: skip
+    ]
+    return Record(arm=Arm(name=DRIFT), seed=0, tables={"drift": rows}, numbers={"merges": 100, "modules": 8, "of": 8})
 
 
 @pytest.mark.parametrize("make", [tiny.llama, tiny.gpt2, tiny.bert], ids=["llama", "gpt2", "bert"])
@@ -177,8 +199,10 @@ def test_drift_and_packing_are_told() -> None:
 def test_a_change_of_the_loss_is_claimed_and_rounding_is_not() -> None:
     def lost(name: str, by: float) -> Record:
         own, losses = record(name, by), [0.5 + i / 100 for i in range(40)]
-        items = {"before loss": [-x for x in losses],
-                 "after loss": [-x - by * (1 + i / 40) for i, x in enumerate(losses)]}  # fmt: skip
+        items = {
+            "before loss": [-x for x in losses],
+            "after loss": [-x - by * (1 + i / 40) for i, x in enumerate(losses)],
+        }
         return Record(**{**vars(own), "items": {**own.items, **items}})
 
     findings = merge.conclude([lost("fp32", 1e-8), lost("NF4", 0.5)], GROUND).findings
@@ -196,12 +220,10 @@ def test_one_score_for_all_rows_claims_nothing() -> None:
 
 @pytest.mark.parametrize("kind", ["llama", "bert"])
 def test_a_tiny_study_runs_to_its_end(
-    kind: str, here: Here, tiny_llama_folder: Path, tiny_bert_folder: Path, noise_file: Path,
-    tmp_path: Path,
-) -> None:  # fmt: skip
+    kind: str, here: Here, tiny_llama_folder: Path, tiny_bert_folder: Path, noise_file: Path, tmp_path: Path
+) -> None:
     folder = tiny_llama_folder if kind == "llama" else tiny_bert_folder
-    ground = ground_of("merge", folder, noise_file, quick=True, seeds=1,
-                       fields={"learning_rate": 0.02})  # fmt: skip
+    ground = ground_of("merge", folder, noise_file, quick=True, seeds=1, fields={"learning_rate": 0.02})
     records = here(ground, tmp_path)
     assert {r.arm.name: r.reason for r in records if r.reason} == {}
     found = {r.arm.name: r.numbers for r in records}

@@ -43,32 +43,40 @@ def timed(ways: dict[tuple[str, str], tuple[float, float]], noise: float = 0.001
     """A record of passes that take so many times a base of 10 and 200 ms."""
     draw = random.Random(0)
     rows = [
-        {"variant": name, "state": state, "batch": batch, "length": length,
-         "seconds": [scale * factor * (1 + draw.gauss(0, noise)) for _ in range(12)]}
+        {
+            "variant": name,
+            "state": state,
+            "batch": batch,
+            "length": length,
+            "seconds": [scale * factor * (1 + draw.gauss(0, noise)) for _ in range(12)],
+        }
         for (name, state), factors in {("base", "base"): (1.0, 1.0), **ways}.items()
         for factor, scale, (batch, length) in zip(factors, (0.01, 0.2), SHAPES, strict=True)
-    ]  # fmt: skip
+    ]
     return Record(arm=Arm(name=LATENCY), seed=0, tables={"passes": rows, "refused": []})
 
 
 WAYS = {
-    ("lora r=8", "merged"): (1.0, 1.0), ("lora r=8", "unmerged"): (1.3, 1.05),
-    ("houlsby w=4", "unmerged"): (1.25, 1.03), ("pfeiffer w=8", "unmerged"): (1.15, 1.02),
+    ("lora r=8", "merged"): (1.0, 1.0),
+    ("lora r=8", "unmerged"): (1.3, 1.05),
+    ("houlsby w=4", "unmerged"): (1.25, 1.03),
+    ("pfeiffer w=8", "unmerged"): (1.15, 1.02),
     ("prefix p=9", "unmerged"): (1.1, 1.1),
-}  # fmt: skip
+}
 TRAINED = [
-    *planted("base", POOR, seeds=1), *arm("lora r=8", GOOD, None, rank=8),
-    *arm("houlsby w=4", GOOD), *arm("prefix p=9", POOR), *arm("prefix p=2", GOOD, "r=2"),
-]  # fmt: skip
+    *planted("base", POOR, seeds=1),
+    *arm("lora r=8", GOOD, None, rank=8),
+    *arm("houlsby w=4", GOOD),
+    *arm("prefix p=9", POOR),
+    *arm("prefix p=2", GOOD, "r=2"),
+]
 
 
 @pytest.mark.parametrize("make", [tiny.llama, tiny.bert], ids=["llama", "bert"])
 def test_sizes_are_solved_for_at_both_budgets(make: tiny.Make) -> None:
     model = base(make())
     found = {a.name: a for a in methods.arms(GROUND, model)}
-    budgets = {
-        f"r={r}": trained_parameters(model, {"method": "lora", "rank": r}) for r in (8, 2)
-    }  # fmt: skip
+    budgets = {f"r={r}": trained_parameters(model, {"method": "lora", "rank": r}) for r in (8, 2)}
     seen = set()
     for own in found.values():
         if "budget" not in own.options or own.fields["method"] == "prefix-mlp":
@@ -143,10 +151,8 @@ def test_an_overhead_is_that_of_its_own_trial() -> None:
 
 def test_the_source_s_table_is_filled() -> None:
     answer = methods.conclude([*TRAINED, timed(WAYS)], GROUND)
-    assert [label.zh for label, _ in answer.blanks] == [
-        "LoRA", "Adapter", "Prefix-tuning", "你的選擇標準"]  # fmt: skip
-    assert [c.zh for c in answer.tables[0].columns] == [
-        "方法", "參數量", "推論延遲", "訓練速度", "效能"]  # fmt: skip
+    assert [label.zh for label, _ in answer.blanks] == ["LoRA", "Adapter", "Prefix-tuning", "你的選擇標準"]
+    assert [c.zh for c in answer.tables[0].columns] == ["方法", "參數量", "推論延遲", "訓練速度", "效能"]
     assert answer.blanks[2][1].en.startswith("prefix p=2")  # the better of two lengths
     assert "merged 10 ms" in answer.blanks[0][1].en
     assert "lora r=8, merged: nothing beyond noise" in answer.sentence.en
@@ -246,9 +252,8 @@ def test_shapes_leave_room_for_a_prefix() -> None:
 
 
 def test_the_whole_study_on_a_tiny_encoder(
-    here: Here, tiny_bert_folder: Path, noise_file: Path, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    here: Here, tiny_bert_folder: Path, noise_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(methods, "SECONDS", (0, 0))
     ground = ground_of("methods", tiny_bert_folder, noise_file, seeds=1, quick=True)
     records = here(ground, tmp_path)

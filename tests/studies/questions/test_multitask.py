@@ -36,8 +36,7 @@ def word_files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     files = []
     for name, words in (("two", "good bad"), ("three", "good bad fine"), ("other", "poor great")):
         choices = words.split()
-        lines = [f"{n} {choices[n % len(choices)]} {n % 7},{choices[n % len(choices)]}"
-                 for n in range(58)]  # fmt: skip
+        lines = [f"{n} {choices[n % len(choices)]} {n % 7},{choices[n % len(choices)]}" for n in range(58)]
         files.append(folder / f"{name}.csv")
         files[-1].write_text("text,label\n" + "\n".join(lines) + "\n", encoding="utf-8")
     return files
@@ -130,18 +129,29 @@ def system(same: float = 1.0, furthest: float = 1e-6, ratio: float = 3.0) -> Rec
         series[f"in turn {rows}"] = [0.01 * ratio * math.exp(draw.gauss(0, 0.02)) for _ in range(9)]
         series[f"base alone {rows}"] = [0.009] * 9
     numbers = {
-        "adapters": 10, "adapter_bytes": 1e6, "model_bytes": 1e8, "model_seconds": 0.5,
-        "cold_seconds": 0.02, "warm_seconds": 1e-3, "furthest": furthest, "largest": 3.0,
-        "same": same, "compared": 80,
-    }  # fmt: skip
+        "adapters": 10,
+        "adapter_bytes": 1e6,
+        "model_bytes": 1e8,
+        "model_seconds": 0.5,
+        "cold_seconds": 0.02,
+        "warm_seconds": 1e-3,
+        "furthest": furthest,
+        "largest": 3.0,
+        "same": same,
+        "compared": 80,
+    }
     return Record(arm=Arm(name="system"), seed=0, numbers=numbers, series=series)
 
 
 def learnt(name: str, score: float) -> list[Record]:
     rows = [float(n < score * 200) for n in range(200)]
     found = planted(name, rows, seeds=1)
-    return [Record(**{**vars(r), "items": {**r.items, "majority": [1.0, 0.0] * 100},
-                      "numbers": {**r.numbers, "majority": 0.5}}) for r in found]  # fmt: skip
+    return [
+        Record(
+            **{**vars(r), "items": {**r.items, "majority": [1.0, 0.0] * 100}, "numbers": {**r.numbers, "majority": 0.5}}
+        )
+        for r in found
+    ]
 
 
 def test_bytes_speed_and_equality_are_said() -> None:
@@ -152,9 +162,11 @@ def test_bytes_speed_and_equality_are_said() -> None:
     assert "answer all 80 rows as one adapter after the other" in answer.sentence.en
     assert "3.1 times as fast" in answer.sentence.en
     assert [zh.zh for zh, _ in answer.blanks] == [
-        "1. 如何儲存 10 個 adapter？", "2. 如何動態載入不同 adapter？",
-        "3. 如何實現 batching（同一 batch 不同 adapter）？", "你的設計",
-    ]  # fmt: skip
+        "1. 如何儲存 10 個 adapter？",
+        "2. 如何動態載入不同 adapter？",
+        "3. 如何實現 batching（同一 batch 不同 adapter）？",
+        "你的設計",
+    ]
     assert "mix requests" in answer.blanks[-1][1].en
     assert "1 of 2 adapters beat" in answer.blanks[-1][1].en
     assert all(text.en and text.zh for _, text in answer.blanks)
@@ -178,16 +190,19 @@ def test_what_is_missing_is_said() -> None:
 
 @pytest.mark.parametrize("gone", [False, True])
 def test_it_runs_on_tiny_models_and_own_files(
-    here: Here, tiny_bert_folder: Path, word_files: Sequence[Path], tmp_path: Path, gone: bool,
+    here: Here,
+    tiny_bert_folder: Path,
+    word_files: Sequence[Path],
+    tmp_path: Path,
+    gone: bool,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     if gone:  # the adapters of the tasks' own cells: the system trains them itself
         monkeypatch.setattr("loralab.studies.measures.system.TENSORS", "no such file")
         word_files = word_files[:2]
     values = tuple(str(file) for file in word_files)
     rows = {"train": 32, "validation": 5, "test": 5}
-    ground = ground_of("multitask", tiny_bert_folder, word_files[0], values=values, seeds=1,
-                       quick=True, rows=rows)  # fmt: skip
+    ground = ground_of("multitask", tiny_bert_folder, word_files[0], values=values, seeds=1, quick=True, rows=rows)
     if gone:
         monkeypatch.setattr("loralab.studies.measures.system.folder_bytes", lambda folder: 1)
     records = here(ground, tmp_path)
@@ -203,9 +218,16 @@ def test_causal_models_are_routed_as_well(
     here: Here, tiny_llama_folder: Path, word_files: Sequence[Path], tmp_path: Path
 ) -> None:
     values = tuple(str(file) for file in word_files)
-    ground = ground_of("multitask", tiny_llama_folder, word_files[0], values=values, seeds=1,
-                       quick=True, rows={"train": 16, "validation": 5, "test": 5},
-                       fields={"max_steps": 2, "max_length": 128})  # fmt: skip
+    ground = ground_of(
+        "multitask",
+        tiny_llama_folder,
+        word_files[0],
+        values=values,
+        seeds=1,
+        quick=True,
+        rows={"train": 16, "validation": 5, "test": 5},
+        fields={"max_steps": 2, "max_length": 128},
+    )
     records = here(ground, tmp_path)
     assert records[-1].status == "done", records[-1].reason
     assert multitask.alike(records[-1])

@@ -35,10 +35,12 @@ def fitted(width: int, seed: int) -> Record:
     with torch.no_grad():
         items = -(layer(x) - base(x) - x @ update.T).square().mean(dim=1)
     return Record(
-        arm=Arm(name=f"r={width}", fields={"rank": width}), seed=seed,
-        numbers={"score": -float(items.mean())}, items={"score": items.tolist()},
+        arm=Arm(name=f"r={width}", fields={"rank": width}),
+        seed=seed,
+        numbers={"score": -float(items.mean())},
+        items={"score": items.tolist()},
         texts={"metric": "loss"},
-    )  # fmt: skip
+    )
 
 
 def test_the_knee_is_at_the_true_rank_of_the_update() -> None:

@@ -49,17 +49,21 @@ def planted(best: Best, *, gain: float = 0.0, seeds: int = 2, lost: tuple[str, f
                     scores = (np.arange(ROWS) < right * ROWS).astype(float)
                     rows = loss + draw.normal(0, 0.05, ROWS)
                     gone = (name, rate) == lost
-                    found.append(Record(
-                        arm=Arm(name=f"{name}, r={rank}, {rate}", fields={
-                            "method": "lora", "scaling": name, "rank": rank, "learning_rate": rate,
-                        }),
-                        seed=seed, status=DIVERGED if gone else "done", rate=rate,
-                        numbers={"validation_loss": loss, "score": float(scores.mean()),
-                                 "step_seconds": 0.1},
-                        items={"score": scores.tolist(), "loss": (-rows).tolist()},
-                        series={"loss": np.linspace(1.0, loss, 40).tolist()},
-                        texts={"metric": "accuracy"},
-                    ))  # fmt: skip
+                    found.append(
+                        Record(
+                            arm=Arm(
+                                name=f"{name}, r={rank}, {rate}",
+                                fields={"method": "lora", "scaling": name, "rank": rank, "learning_rate": rate},
+                            ),
+                            seed=seed,
+                            status=DIVERGED if gone else "done",
+                            rate=rate,
+                            numbers={"validation_loss": loss, "score": float(scores.mean()), "step_seconds": 0.1},
+                            items={"score": scores.tolist(), "loss": (-rows).tolist()},
+                            series={"loss": np.linspace(1.0, loss, 40).tolist()},
+                            texts={"metric": "accuracy"},
+                        )
+                    )
     return found
 
 
@@ -88,9 +92,7 @@ def test_the_grid_is_whole_and_no_rate_is_searched(
 def test_values_are_ranks_and_scalings(tiny_bert_folder: Path, noise_file: Path) -> None:
     ground = ground_of("scaling", tiny_bert_folder, noise_file, values=("16", "none", "2"))
     found = scaling.arms(ground, base_of(ground))
-    assert [(arm.fields["scaling"], arm.fields["rank"]) for arm in found] == [
-        ("none", 2), ("none", 16),
-    ]  # fmt: skip
+    assert [(arm.fields["scaling"], arm.fields["rank"]) for arm in found] == [("none", 2), ("none", 16)]
     assert found[0].fields["learning_rate"] == 5e-4  # fixed: one for all
     for wrong in ("0", "-4", "alpha/rr", "2.5"):
         with pytest.raises(ConfigError, match="ranks, such as"):
@@ -133,8 +135,7 @@ def test_runs_that_diverged_are_counted_and_never_chosen() -> None:
     assert "none: 4 of 12 runs diverged" in answer.blanks[0][1].en
     (rows,) = answer.figures[0].specs["en"]["datasets"].values()
     empty = [row for row in rows if row["value"] is None]
-    assert {(row["x"], row["y"]) for row in empty} == {("1.0e-03", "none, r=4"),
-                                                       ("1.0e-03", "none, r=64")}  # fmt: skip
+    assert {(row["x"], row["y"]) for row in empty} == {("1.0e-03", "none, r=4"), ("1.0e-03", "none, r=64")}
 
 
 def test_the_target_is_halfway_and_reached_as_counted_by_hand() -> None:
@@ -177,10 +178,7 @@ def test_every_blank_is_filled_whatever_is_missing() -> None:
 
 
 def test_on_noise_no_scaling_is_better(here: Here, tiny_bert_folder: Path, noise_file: Path, tmp_path: Path) -> None:
-    ground = ground_of(
-        "scaling", tiny_bert_folder, noise_file, values=("2", "8"), quick=True, seeds=1,
-        fixed_lr=False,
-    )  # fmt: skip
+    ground = ground_of("scaling", tiny_bert_folder, noise_file, values=("2", "8"), quick=True, seeds=1, fixed_lr=False)
     records = here(ground, tmp_path)
     assert len(records) == 18
     assert all(record.items["loss"] for record in records if record.status == "done")
@@ -188,6 +186,4 @@ def test_on_noise_no_scaling_is_better(here: Here, tiny_bert_folder: Path, noise
     assert not any(finding.holds for finding in answer.findings if "point" in finding.sentence.en)
     assert "too short to tell" in answer.sentence.en  # six steps, and nothing that could be learnt
     assert answer.advice == {}
-    assert [figure.name for figure in answer.figures] == [
-        "scaling-losses", "scaling-rates", "scaling-curves",
-    ]  # fmt: skip
+    assert [figure.name for figure in answer.figures] == ["scaling-losses", "scaling-rates", "scaling-curves"]

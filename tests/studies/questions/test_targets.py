@@ -15,13 +15,7 @@ from loralab.models.load import Base
 from loralab.studies.budgets import largest_rank, solved, trained_parameters
 from loralab.studies.evidence import Metric
 from loralab.studies.measures.updates import MEASURE_UPDATES, measure, sizes, update_norm
-from loralab.studies.places import (
-    choices,
-    layout,
-    outside,
-    projections,
-    source_reaches_mlp,
-)
+from loralab.studies.places import choices, layout, outside, projections, source_reaches_mlp
 from loralab.studies.prepare import prepare
 from loralab.studies.questions import targets
 from loralab.studies.readings.standing import best_value
@@ -52,8 +46,9 @@ def test_ranks_are_solved_for_and_not_copied(make: tiny.Make) -> None:
     reference = trained_parameters(model, {"method": "lora", "rank": 8})
     most = min(
         trained_parameters(model, {**a.fields, "rank": largest_rank(model, a.fields)})
-        for a in sized if a.name.endswith(" r=8")
-    )  # fmt: skip
+        for a in sized
+        if a.name.endswith(" r=8")
+    )
     budget = min(reference, most)
     choices_at = {targets.choice_of(n) for n, c in counts.items() if abs(c / budget - 1) <= 0.1}
     assert choices_at == set(targets.CHOICES)
@@ -77,10 +72,7 @@ def test_quick_is_few_arms() -> None:
 def test_values_choose_and_wrong_ones_are_refused() -> None:
     model = base(tiny.llama())
     chosen = Ground(study="targets", model="m", data="d", values=("mlp",))
-    assert {targets.choice_of(a.name) for a in targets.arms(chosen, model) if a.tuned} == {
-        "mlp",
-        "all-linear",
-    }
+    assert {targets.choice_of(a.name) for a in targets.arms(chosen, model) if a.tuned} == {"mlp", "all-linear"}
     with pytest.raises(ConfigError, match="did you mean attention"):
         targets.arms(Ground(study="targets", model="m", data="d", values=("atention",)), model)
 
@@ -104,11 +96,15 @@ def test_the_layout_divides_all_linear_layers() -> None:
 
 @pytest.mark.parametrize(
     ("fields", "size"),
-    [({"method": "lora"}, "rank"),
-     ({"method": "lora", "target_modules": ["q_proj", "v_proj"]}, "rank"),
-     ({"method": "houlsby"}, "width"), ({"method": "pfeiffer"}, "width"),
-     ({"method": "prefix"}, "tokens"), ({"method": "dora"}, "rank")],
-)  # fmt: skip
+    [
+        ({"method": "lora"}, "rank"),
+        ({"method": "lora", "target_modules": ["q_proj", "v_proj"]}, "rank"),
+        ({"method": "houlsby"}, "width"),
+        ({"method": "pfeiffer"}, "width"),
+        ({"method": "prefix"}, "tokens"),
+        ({"method": "dora"}, "rank"),
+    ],
+)
 def test_no_other_size_comes_nearer_to_a_budget(fields: dict[str, object], size: str) -> None:
     model = base(tiny.llama())
     for budget in (1, 900, 4321):
@@ -142,27 +138,25 @@ def test_updates_are_measured_against_their_weights() -> None:
     adapter = tiny.fill(attach(tiny.llama(), LoRA(rank=2)))
     rows = {row["type"]: row for row in sizes(adapter)}
     own = [m for n, m in adapter.modules.items() if n.endswith("k_proj") and isinstance(m, LinearWithLoRA)]
-    expected = [
-        float((m.scaling * m.lora_B @ m.lora_A).detach().norm() / m.base.weight.norm()) for m in own
-    ]  # fmt: skip
+    expected = [float((m.scaling * m.lora_B @ m.lora_A).detach().norm() / m.base.weight.norm()) for m in own]
     assert rows["self_attn.k_proj"]["ratio"] == pytest.approx(sum(expected) / 3, rel=1e-5)
     assert sum(row["share"] for row in rows.values()) == pytest.approx(1)
 
 
 def test_a_planted_order_fills_the_blanks() -> None:
     records = [
-        *arm("base", POOR, 0), *arm("q+v r=8", FAIR, 100, 0.2),
-        *arm("attention r=8", GOOD, 200, 0.1), *arm("mlp r=8", POOR, 300),
-        *arm("all-linear r=8", GOOD, 400, 0.3), *arm("q+v r=32", GOOD, 400, 0.2),
-        *arm("attention r=16", GOOD, 400, 0.2), *arm("mlp r=11", POOR, 410, 0.01),
-    ]  # fmt: skip
+        *arm("base", POOR, 0),
+        *arm("q+v r=8", FAIR, 100, 0.2),
+        *arm("attention r=8", GOOD, 200, 0.1),
+        *arm("mlp r=8", POOR, 300),
+        *arm("all-linear r=8", GOOD, 400, 0.3),
+        *arm("q+v r=32", GOOD, 400, 0.2),
+        *arm("attention r=16", GOOD, 400, 0.2),
+        *arm("mlp r=11", POOR, 410, 0.01),
+    ]
     answer = targets.conclude(records, GROUND)
     blanks = [text.en for _, text in answer.blanks]
-    assert [label.zh for label, _ in answer.blanks] == [
-        "最小可行配置",
-        "最佳性價比配置",
-        "效能天花板",
-    ]
+    assert [label.zh for label, _ in answer.blanks] == ["最小可行配置", "最佳性價比配置", "效能天花板"]
     assert blanks[0].startswith("q+v r=8: 100 parameters")
     assert blanks[1].startswith("attention r=8")  # 7 % more gain for twice the size
     assert "about 400 parameters" in answer.sentence.en
@@ -192,8 +186,13 @@ def test_on_noise_nothing_is_claimed() -> None:
 
 def test_an_arm_that_failed_moves_no_other_into_its_family() -> None:
     failed = Record(arm=Arm(name="mlp r=11"), seed=0, status=FAILED, reason="lost")
-    records = [*arm("mlp r=8", GOOD, 300), *arm("all-linear r=8", GOOD, 400),
-               *arm("q+v r=32", POOR, 400), *arm("q+v r=8", POOR, 100), failed]  # fmt: skip
+    records = [
+        *arm("mlp r=8", GOOD, 300),
+        *arm("all-linear r=8", GOOD, 400),
+        *arm("q+v r=32", POOR, 400),
+        *arm("q+v r=8", POOR, 100),
+        failed,
+    ]
     by_rank, by_size = targets._families(records, {r.arm.name: [r] for r in records if r.items})
     assert set(by_size) == {"all-linear r=8", "q+v r=32"}
     assert set(by_rank) == {"mlp r=8", "all-linear r=8", "q+v r=8"}
@@ -218,10 +217,7 @@ def test_the_whole_study_reads_the_updates_of_its_own_reference(
     records = here(ground, tmp_path)
     told = next(r for r in records if r.arm.name == targets.UPDATES)
     assert told.reason == ""
-    assert {row["type"] for row in told.tables["updates"]} >= {
-        "attention.self.query",
-        "output.dense",
-    }
+    assert {row["type"] for row in told.tables["updates"]} >= {"attention.self.query", "output.dense"}
     assert all(row["ratio"] > 0 for row in told.tables["updates"])
     answer = targets.conclude(records, ground)
     assert [f.name for f in answer.figures] == ["targets", "importance"]
@@ -230,9 +226,11 @@ def test_the_whole_study_reads_the_updates_of_its_own_reference(
 
 def test_updates_say_that_the_reference_is_missing(tiny_bert_folder: Path, noise_file: Path, tmp_path: Path) -> None:
     cell = Cell(
-        measure=MEASURE_UPDATES, ground=ground_of("targets", tiny_bert_folder, noise_file),
-        arm=Arm(name="updates"), seed=0,
-    )  # fmt: skip
+        measure=MEASURE_UPDATES,
+        ground=ground_of("targets", tiny_bert_folder, noise_file),
+        arm=Arm(name="updates"),
+        seed=0,
+    )
     with pytest.raises(RunError, match="has no result") as raised:
         measure(cell, tmp_path / "runs" / "x", lambda event: None)
     assert not isinstance(raised.value, LearningError)  # nothing has diverged

@@ -19,8 +19,14 @@ from loralab.studies.study import Arm, Ground, Record
 
 GROUND = Ground(study="vision", model="m", data="d", fields={"max_steps": 24})
 GOOD, MIDDLE, POOR = [1] * 90 + [0] * 10, [1] * 75 + [0] * 25, [1, 0] * 50
-CONFIG = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "mlp_ratio": 2,
-          "image_size": 28, "patch_size": 14}  # fmt: skip
+CONFIG = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "mlp_ratio": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
 
 
 @pytest.fixture(scope="module")
@@ -59,10 +65,9 @@ def arm(name: str, scores: list[int], parameters: int = 100) -> list[Record]:
         fields["target_modules"] = ["q_proj", "v_proj"]
     numbers = {"parameters": parameters + 10, "head_parameters": 10}
     return [
-        Record(**{**vars(r), "arm": Arm(name=name, fields=fields),
-                  "numbers": {**r.numbers, **numbers}})
+        Record(**{**vars(r), "arm": Arm(name=name, fields=fields), "numbers": {**r.numbers, **numbers}})
         for r in planted(name, scores)
-    ]  # fmt: skip
+    ]
 
 
 def test_arms_are_probe_choices_and_full() -> None:
@@ -71,15 +76,13 @@ def test_arms_are_probe_choices_and_full() -> None:
     assert names == ["linear-probe", *every, "full"]
     quick = Ground(study="vision", model="m", data="d", quick=True)
     found = {a.name: a for a in vision.arms(quick, seen())}
-    assert [n for n, a in found.items() if a.tuned] == [
-        "linear-probe", "q+v r=8", "all-linear r=8", "full"]  # fmt: skip
+    assert [n for n, a in found.items() if a.tuned] == ["linear-probe", "q+v r=8", "all-linear r=8", "full"]
     assert found["all-linear r=8"].fields == {"method": "lora", "rank": 8}
     assert projections(model()) is not None
 
 
 def test_text_models_and_unknown_choices_are_refused() -> None:
-    text = Base(name="t", model=tiny.bert(), tokenizer=None, kind="sequence-classification",
-                source="")  # fmt: skip
+    text = Base(name="t", model=tiny.bert(), tokenizer=None, kind="sequence-classification", source="")
     with pytest.raises(ConfigError, match="needs a vision model"):
         vision.arms(GROUND, text)
     wrong = Ground(study="vision", model="m", data="d", values=("q,v",))
@@ -100,15 +103,18 @@ def test_the_model_is_counted() -> None:
 
 
 def test_a_planted_order_is_claimed() -> None:
-    records = [*arm("linear-probe", POOR, 0), *arm("q+v r=8", GOOD, 100),
-               *arm("all-linear r=8", GOOD, 400), *arm("full", MIDDLE, 9000)]  # fmt: skip
+    records = [
+        *arm("linear-probe", POOR, 0),
+        *arm("q+v r=8", GOOD, 100),
+        *arm("all-linear r=8", GOOD, 400),
+        *arm("full", MIDDLE, 9000),
+    ]
     answer = vision.conclude(records, GROUND)
     assert "above linear-probe (50.0 %)" in answer.sentence.en
     assert "above full (75.0 %)" in answer.sentence.en
     assert "Take q+v r=8: 100 parameters" in answer.sentence.en  # no worse, and smaller
     assert answer.advice == {"target_modules": ["q_proj", "v_proj"], "rank": 8}
-    assert [label.zh for label, _ in answer.blanks][1:] == [
-        "哪些層應該使用 LoRA", "效能會如何", "實驗計畫"]  # fmt: skip
+    assert [label.zh for label, _ in answer.blanks][1:] == ["哪些層應該使用 LoRA", "效能會如何", "實驗計畫"]
     assert all(text.en and text.zh for _, text in answer.blanks)
     assert any(f.holds for f in answer.findings)
 

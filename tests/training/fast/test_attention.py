@@ -42,9 +42,13 @@ def one_by_one(q: Tensor, k: Tensor, v: Tensor, rows: list[int], scale: float, c
 
 @settings(max_examples=60, deadline=None)
 @given(
-    rows=lengths, heads=st.integers(1, 3), groups=st.integers(1, 3), causal=st.booleans(),
-    rotated=st.booleans(), kept=st.booleans(),
-)  # fmt: skip
+    rows=lengths,
+    heads=st.integers(1, 3),
+    groups=st.integers(1, 3),
+    causal=st.booleans(),
+    rotated=st.booleans(),
+    kept=st.booleans(),
+)
 def test_it_equals_each_row_alone(
     rows: list[int], heads: int, groups: int, causal: bool, rotated: bool, kept: bool
 ) -> None:
@@ -104,9 +108,13 @@ def test_half_precision(rows: tuple[int, ...], rotated: bool, way: str, monkeypa
 
 @settings(max_examples=40, deadline=None)
 @given(
-    rows=lengths, heads=st.integers(1, 2), groups=st.integers(1, 3), causal=st.booleans(),
-    size=st.sampled_from([16, 32, 48, 80]), rotated=st.booleans(),
-)  # fmt: skip
+    rows=lengths,
+    heads=st.integers(1, 2),
+    groups=st.integers(1, 3),
+    causal=st.booleans(),
+    size=st.sampled_from([16, 32, 48, 80]),
+    rotated=st.booleans(),
+)
 def test_one_pass_over_rows_of_any_length(
     rows: list[int], heads: int, groups: int, causal: bool, size: int, rotated: bool
 ) -> None:

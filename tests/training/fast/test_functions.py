@@ -79,8 +79,7 @@ def test_half_precision_is_the_exact_result_rounded(shape: tuple[int, ...]) -> N
     x, u, w = noise(*shape), noise(*shape, seed=1) * 4, noise(shape[-1], seed=2)
     x, u, w = (t.bfloat16().double() for t in (x, u, w))
     h = [t.bfloat16() for t in (x, u, w)]
-    close(gradients(lambda x: rms_norm(x, h[2], 1e-6), h[0]),
-          gradients(lambda x: plain_norm(x, w, 1e-6), x))  # fmt: skip
+    close(gradients(lambda x: rms_norm(x, h[2], 1e-6), h[0]), gradients(lambda x: plain_norm(x, w, 1e-6), x))
     close(gradients(swiglu, h[1], h[0]), gradients(lambda g, v: F.silu(g) * v, u, x))
 
 
@@ -100,8 +99,7 @@ def test_numbers_that_are_not_finite_stay_so(extreme: float) -> None:
 @settings(max_examples=25, deadline=None)
 @given(rows=st.integers(0, 30), chunk=st.integers(1, 40), bias=st.booleans(), data=st.data())
 def test_loss_in_chunks_is_the_loss(rows: int, chunk: int, bias: bool, data: st.DataObject) -> None:
-    labels = torch.tensor(data.draw(st.lists(st.integers(-1, 10), min_size=rows, max_size=rows)),
-                          dtype=torch.long)  # fmt: skip
+    labels = torch.tensor(data.draw(st.lists(st.integers(-1, 10), min_size=rows, max_size=rows)), dtype=torch.long)
     labels[labels < 0] = -100
     head = torch.nn.Linear(6, 11, bias=bias).requires_grad_(False)
     hidden = noise(rows, 6, dtype=torch.float32)

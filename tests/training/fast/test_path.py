@@ -44,9 +44,14 @@ from loralab.training.fast.path import Path, quickest
 from loralab.training.memory import checkpoint_gradients
 
 SIZES = {
-    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "vocab_size": 50, "pad_token_id": 0,
-}  # fmt: skip
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 50,
+    "pad_token_id": 0,
+}
 
 
 def made(kind: Any, config: Any) -> Callable[[], Any]:
@@ -64,11 +69,19 @@ MODELS: dict[str, Callable[[], Any]] = {
     "qwen2": made(Qwen2ForCausalLM, Qwen2Config(**SIZES)),
     "qwen3": made(Qwen3ForCausalLM, Qwen3Config(**SIZES, head_dim=8)),
     "phi3": made(Phi3ForCausalLM, Phi3Config(**SIZES)),
-    "opt": made(OPTForCausalLM, OPTConfig(
-        hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=50,
-        word_embed_proj_dim=32, dropout=0.0,
-    )),
-}  # fmt: skip
+    "opt": made(
+        OPTForCausalLM,
+        OPTConfig(
+            hidden_size=32,
+            ffn_dim=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            vocab_size=50,
+            word_embed_proj_dim=32,
+            dropout=0.0,
+        ),
+    ),
+}
 NOT_PACKED: dict[str, Callable[[], Any]] = {
     "windowed mistral": made(MistralForCausalLM, MistralConfig(**SIZES, sliding_window=4)),
     "gpt2": gpt2,  # drops attention weights out while it trains
@@ -155,11 +168,17 @@ def test_every_method(variant: str) -> None:
     assert_same(result(path, adapter, RAGGED), result(plain(adapter), adapter, RAGGED))
 
 
-@pytest.mark.parametrize("options", [
-    {"target_modules": ["q_proj", "lm_head"]}, {"target_modules": ["v_proj"]},
-    {"modules_to_save": ["lm_head"]}, {"target_modules": ["embed_tokens", "k_proj", "up_proj"]},
-    {"token_rows": [3, 7]}, {"rank_pattern": {"q_proj": 5}, "alpha_pattern": {"k_proj": 1.0}},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"target_modules": ["v_proj"]},
+        {"modules_to_save": ["lm_head"]},
+        {"target_modules": ["embed_tokens", "k_proj", "up_proj"]},
+        {"token_rows": [3, 7]},
+        {"rank_pattern": {"q_proj": 5}, "alpha_pattern": {"k_proj": 1.0}},
+    ],
+)
 @pytest.mark.parametrize("model", ["llama", "untied"])
 def test_heads_and_embeddings_that_are_adapted(model: str, options: dict[str, Any]) -> None:
     adapter = adapted(MODELS[model](), LoRA(rank=2, **options))
@@ -169,10 +188,7 @@ def test_heads_and_embeddings_that_are_adapted(model: str, options: dict[str, An
 
 
 @settings(max_examples=20, deadline=None)
-@given(
-    lengths=st.lists(st.integers(1, 60), min_size=1, max_size=7), room=st.integers(16, 200),
-    data=st.data(),
-)  # fmt: skip
+@given(lengths=st.lists(st.integers(1, 60), min_size=1, max_size=7), room=st.integers(16, 200), data=st.data())
 def test_any_rows_in_any_room(lengths: list[int], room: int, data: st.DataObject) -> None:
     answers = data.draw(st.lists(st.integers(0, 60), min_size=len(lengths), max_size=len(lengths)))
     adapter, examples = adapted(llama()), rows(lengths, answers)
@@ -313,10 +329,8 @@ def test_a_forward_that_somebody_replaced_is_left_alone() -> None:
 def test_a_language_model_that_sees_what_it_shall_predict_is_refused(name: str) -> None:
     seen: dict[str, Callable[[], Any]] = {
         "bert": made(BertLMHeadModel, BertConfig(**SIZES, is_decoder=False)),
-        "xlnet": made(XLNetLMHeadModel, XLNetConfig(
-            d_model=32, n_layer=1, n_head=4, d_inner=48, vocab_size=50
-        )),
-    }  # fmt: skip
+        "xlnet": made(XLNetLMHeadModel, XLNetConfig(d_model=32, n_layer=1, n_head=4, d_inner=48, vocab_size=50)),
+    }
     with pytest.raises(ModelError) as error:
         quickest(adapted(seen[name]()), "causal-lm", pad_id=0)
     assert (error.value.code, error.value.field) == ("not_causal", "model")
@@ -381,10 +395,18 @@ def test_a_model_for_fp32_alone_says_so() -> None:
 
 
 def test_a_vision_model_is_tried_before_it_is_trained() -> None:
-    model = made(ViTForImageClassification, ViTConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
-        image_size=28, patch_size=14, num_labels=3,
-    ))()  # fmt: skip
+    model = made(
+        ViTForImageClassification,
+        ViTConfig(
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            image_size=28,
+            patch_size=14,
+            num_labels=3,
+        ),
+    )()
     adapter = attach(model, LoRA(rank=2))
     fits, other = Pictures(size=28), Pictures(size=28, mean=(0.5,), std=(0.5,))
     assert quickest(adapter, "image-classification", pad_id=0, pictures=fits).way == "plain"

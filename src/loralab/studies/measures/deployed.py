@@ -22,14 +22,7 @@ from loralab.models.device import device_here
 from loralab.models.load import Base
 from loralab.models.quantize import QuantizedLinear, linear_layers, quantize
 from loralab.studies.measures.carried import adapter_folder, base_for, put_on
-from loralab.studies.measures.decoding import (
-    Times,
-    Variant,
-    inputs_for,
-    interleaved,
-    working_bytes,
-    writes,
-)
+from loralab.studies.measures.decoding import Times, Variant, inputs_for, interleaved, working_bytes, writes
 from loralab.studies.measures.mixed_batch import Banked, Looped, as_large
 from loralab.studies.study import Cell, Record
 from loralab.studies.trained import Tell, items_of

@@ -157,10 +157,7 @@ def rounding(adapter: Adapter) -> dict[str, float]:
         count += before.numel()
         length = float((exact - before).norm())
         noise.append(float((rounded - exact).norm()) / length if length else 0.0)
-    return {
-        "moved": moved / count if count else 0.0,
-        "noise": float(np.median(noise)) if noise else 0.0,
-    }
+    return {"moved": moved / count if count else 0.0, "noise": float(np.median(noise)) if noise else 0.0}
 
 
 def weight_digests(model: nn.Module) -> Mapping[str, str]:

@@ -5,16 +5,7 @@ from collections.abc import Sequence
 from loralab.errors import ConfigError
 from loralab.models.load import Base
 from loralab.studies import figures
-from loralab.studies.evidence import (
-    against,
-    best_arm,
-    by_arm,
-    claim,
-    mean_of,
-    metric_of,
-    own_interval,
-    scores_table,
-)
+from loralab.studies.evidence import against, best_arm, by_arm, claim, mean_of, metric_of, own_interval, scores_table
 from loralab.studies.study import Answer, Arm, Ground, Record, Text
 from loralab.studies.trained import MEASURE
 

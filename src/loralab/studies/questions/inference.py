@@ -8,11 +8,7 @@ from loralab.models.load import Base
 from loralab.studies.measures.carried import REFERENCE
 from loralab.studies.measures.deployed import MEASURE_ADAPTERS, MEASURE_SMALLER
 from loralab.studies.readings.inference_tables import figures_of, findings, scores, tables_of
-from loralab.studies.readings.inference_words import (
-    Deployed,
-    blanks,
-    sentence,
-)
+from loralab.studies.readings.inference_words import Deployed, blanks, sentence
 from loralab.studies.study import Answer, Arm, Ground, Record, Text
 from loralab.studies.trained import MEASURE
 
@@ -44,12 +40,7 @@ def arms(ground: Ground, base: Base) -> list[Arm]:
         found.append(Arm(name="latency", options=options, tuned=False, plain=True))
     for how, name in SMALLER.items():
         if how in wanted:
-            options = {
-                **shared,
-                "measure": MEASURE_SMALLER,
-                "seconds": SECONDS[quick][1],
-                "how": how,
-            }
+            options = {**shared, "measure": MEASURE_SMALLER, "seconds": SECONDS[quick][1], "how": how}
             found.append(Arm(name=name, options=options, tuned=False, plain=True))
     return found
 

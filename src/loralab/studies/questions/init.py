@@ -22,17 +22,7 @@ from loralab.studies.evidence import (
 from loralab.studies.measures.step_zero import MEASURE_START
 from loralab.studies.measures.watch import mean_of_steps
 from loralab.studies.statistics import difference
-from loralab.studies.study import (
-    DIVERGED,
-    Answer,
-    Arm,
-    Figure,
-    Finding,
-    Ground,
-    Record,
-    Table,
-    Text,
-)
+from loralab.studies.study import DIVERGED, Answer, Arm, Figure, Finding, Ground, Record, Table, Text
 from loralab.values import check_choice
 
 __all__ = ["MEASURE", "arms", "conclude"]

@@ -12,14 +12,7 @@ from loralab.studies.measures.dimension import MEASURE_DIMENSION, MEASURE_FLOOR
 from loralab.studies.measures.frozen import KINDS, MEASURE_FROZEN
 from loralab.studies.measures.overlaps import LARGE, MEASURE_OVERLAPS, SMALL
 from loralab.studies.measures.spectra import MEASURE_FULL
-from loralab.studies.readings.lowrank_claims import (
-    Read,
-    amplified,
-    dimension,
-    order,
-    overlap,
-    spectrum,
-)
+from loralab.studies.readings.lowrank_claims import Read, amplified, dimension, order, overlap, spectrum
 from loralab.studies.readings.lowrank_shown import (
     curve_figure,
     dimension_table,
@@ -86,8 +79,7 @@ def conclude(records: Sequence[Record], ground: Ground) -> Answer:
     every, metric = by_arm(records), metric_of(records)
     if not parts and not every:
         return Answer(
-            sentence=Text("Nothing has been measured yet.", "還沒有任何量測結果。"),
-            blanks=_blanks(read, records),
+            sentence=Text("Nothing has been measured yet.", "還沒有任何量測結果。"), blanks=_blanks(read, records)
         )
     sentence = Text("", "")
     for number, part in enumerate(parts):
@@ -149,19 +141,10 @@ def _blanks(
 ) -> list[tuple[Text, Text]]:  # fmt: skip
     """The source's three directions to think in, by numbers."""
     return [
+        (Text("What has a pre-trained model learnt already?", "預訓練模型已經學到了什麼？"), _known(records)),
+        (Text("What does fine-tuning really change?", "微調時我們真正在改變什麼？"), _changed(read)),
         (
-            Text("What has a pre-trained model learnt already?", "預訓練模型已經學到了什麼？"),
-            _known(records),
-        ),
-        (
-            Text("What does fine-tuning really change?", "微調時我們真正在改變什麼？"),
-            _changed(read),
-        ),
-        (
-            Text(
-                'What does "intrinsic dimensionality" mean?',
-                '"內在維度" (intrinsic dimensionality) 是什麼意思？',
-            ),
+            Text('What does "intrinsic dimensionality" mean?', '"內在維度" (intrinsic dimensionality) 是什麼意思？'),
             _meaning(read),
         ),
     ]
@@ -182,10 +165,7 @@ def _known(records: Sequence[Record]) -> Text:
         if head == HEAD
         else Text("The model as it is scores", "未經訓練的模型得")
     )
-    found = Text(
-        f"{what.en} {frozen}; training every weight, {full}.",
-        f"{what.zh} {frozen}；訓練所有權重得 {full}。",
-    )
+    found = Text(f"{what.en} {frozen}; training every weight, {full}.", f"{what.zh} {frozen}；訓練所有權重得 {full}。")
     own = [r for r in records if r.arm.name in (head, FULL)]
     return found + _against_full(own)[-1].sentence
 

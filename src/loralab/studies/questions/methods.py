@@ -8,16 +8,7 @@ from loralab.errors import ConfigError, InputError, nearest
 from loralab.models.load import Base
 from loralab.studies import figures
 from loralab.studies.budgets import Fields, solved, trained_parameters
-from loralab.studies.evidence import (
-    Metric,
-    best_arm,
-    by_arm,
-    claim,
-    metric_of,
-    own_interval,
-    paired,
-    scores_table,
-)
+from loralab.studies.evidence import Metric, best_arm, by_arm, claim, metric_of, own_interval, paired, scores_table
 from loralab.studies.measures.passes import MEASURE_PASSES
 from loralab.studies.readings import compared, latencies
 from loralab.studies.readings.compared import BASE, LATENCY, SOURCE, Measured

@@ -24,14 +24,7 @@ from loralab.studies.evidence import (
     seconds,
     size,
 )
-from loralab.studies.measures.system import (
-    ALONE,
-    MEASURE_SYSTEM,
-    MEASURE_TASK,
-    MIXED,
-    SIZES,
-    TURN,
-)
+from loralab.studies.measures.system import ALONE, MEASURE_SYSTEM, MEASURE_TASK, MIXED, SIZES, TURN
 from loralab.studies.statistics import Difference, difference
 from loralab.studies.study import Answer, Arm, Figure, Finding, Ground, Record, Table, Text
 from loralab.tasks.catalog import TASKS
@@ -236,10 +229,7 @@ def _blanks(system: Record | None, learnt: Sequence[Finding]) -> list[tuple[Text
     labels = (
         Text("1. How should 10 adapters be stored?", "1. 如何儲存 10 個 adapter？"),
         Text("2. How can adapters be loaded dynamically?", "2. 如何動態載入不同 adapter？"),
-        Text(
-            "3. How can one batch hold different adapters?",
-            "3. 如何實現 batching（同一 batch 不同 adapter）？",
-        ),
+        Text("3. How can one batch hold different adapters?", "3. 如何實現 batching（同一 batch 不同 adapter）？"),
         Text("Your design", "你的設計"),
     )
     if system is None:

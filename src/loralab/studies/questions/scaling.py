@@ -8,16 +8,7 @@ from loralab.adapters.methods import SCALINGS, LoRA
 from loralab.errors import ConfigError, nearest
 from loralab.models.load import Base
 from loralab.studies import figures
-from loralab.studies.evidence import (
-    Metric,
-    claim,
-    mean_of,
-    metric_of,
-    paired,
-    plain,
-    scored,
-    seconds,
-)
+from loralab.studies.evidence import Metric, claim, mean_of, metric_of, paired, plain, scored, seconds
 from loralab.studies.readings.sweep import Key, Sweep
 from loralab.studies.search import rounded
 from loralab.studies.statistics import smoothed
@@ -271,12 +262,7 @@ def _final(sweep: Sweep, metric: Metric) -> Text:
     for key in sweep.cells:
         if own := sweep.at_best(key):
             score, rate = metric.value(mean_of(own, "score")), sweep.best(key)
-            parts.append(
-                Text(
-                    f"{named(key)}: {score} at {rate:.1e}",
-                    f"{named(key)}：{score}，學習率 {rate:.1e}",
-                )
-            )
+            parts.append(Text(f"{named(key)}: {score} at {rate:.1e}", f"{named(key)}：{score}，學習率 {rate:.1e}"))
     whole = _joined(parts)
     return Text(f"test {metric.text.en} {whole.en}", f"測試{metric.text.zh} {whole.zh}")
 

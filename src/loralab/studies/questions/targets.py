@@ -203,11 +203,7 @@ def _blanks(trained: Arms, found: Sequence[str], value: str | None, metric: Metr
                 "無：沒有任何配置以超出雜訊的幅度勝過基礎模型")  # fmt: skip
     smallest = _described(fewest(trained, found), trained, metric) if found else none
     best_value = _described(value, trained, metric) if value else none
-    return [
-        (BLANKS[0], smallest),
-        (BLANKS[1], best_value),
-        (BLANKS[2], _ceiling(top, trained, metric)),
-    ]
+    return [(BLANKS[0], smallest), (BLANKS[1], best_value), (BLANKS[2], _ceiling(top, trained, metric))]
 
 
 def _described(name: str, trained: Arms, metric: Metric) -> Text:

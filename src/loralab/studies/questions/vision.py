@@ -23,15 +23,7 @@ from loralab.studies.evidence import (
 from loralab.studies.measures.anatomy import MEASURE_ANATOMY, anatomy_table, likeness
 from loralab.studies.measures.updates import REFERENCE
 from loralab.studies.places import CHOICES, choices
-from loralab.studies.readings.standing import (
-    beats,
-    claims,
-    fewest,
-    parameters,
-    said,
-    standing,
-    workable,
-)
+from loralab.studies.readings.standing import beats, claims, fewest, parameters, said, standing, workable
 from loralab.studies.study import Answer, Arm, Finding, Ground, Record, Text
 from loralab.studies.trained import MEASURE
 from loralab.training.optim import usual_rate

@@ -290,10 +290,7 @@ def _many(found: Deployed) -> Text:
     if not ways:
         return MISSING
     parts = [(way[1], _at(found, way)) for way in ways]
-    words = Text(
-        "; ".join(f"{name}: {w.en}" for name, w in parts),
-        "；".join(f"{name}：{w.zh}" for name, w in parts),
-    )
+    words = Text("; ".join(f"{name}: {w.en}" for name, w in parts), "；".join(f"{name}：{w.zh}" for name, w in parts))
     best = max(ways, key=lambda w: (len(found.times[w]), "looped" not in w[1], _count(w)))
     largest = max(found.times[best])
     gain = largest * found.middle(found.named(UNMERGED), 1) / found.middle(best, largest)

@@ -6,16 +6,7 @@ from dataclasses import dataclass
 
 from loralab.studies import figures
 from loralab.studies.evidence import seconds
-from loralab.studies.measures.passes import (
-    MERGED,
-    PLAIN,
-    UNMERGED,
-    Overhead,
-    Shape,
-    Way,
-    growth,
-    overhead,
-)
+from loralab.studies.measures.passes import MERGED, PLAIN, UNMERGED, Overhead, Shape, Way, growth, overhead
 from loralab.studies.study import Figure, Finding, Record, Table, Text
 
 SMALL = 0.01  # of a pass: a difference below it is none that anyone would feel

@@ -9,15 +9,7 @@ from typing import Any
 import numpy as np
 
 from loralab.studies.evidence import SEED, count
-from loralab.studies.measures.dimension import (
-    SHARE,
-    Curve,
-    Items,
-    curve_of,
-    floor_of,
-    interval,
-    smallest,
-)
+from loralab.studies.measures.dimension import SHARE, Curve, Items, curve_of, floor_of, interval, smallest
 from loralab.studies.measures.overlaps import LARGE, RANKS, SEEDS, SIDES, SMALL, TOP, logs
 from loralab.studies.measures.spectra import shares_of
 from loralab.studies.statistics import Difference, difference
@@ -200,8 +192,7 @@ def _shared(findings: Sequence[Finding]) -> Text:
     above = [f for f in findings if f.holds and (f.effect or 0) > 0]
     if not above:
         return Text(
-            "Directions of two LoRA runs overlap no more than chance.",
-            "兩次 LoRA 訓練的方向重疊不高於隨機水準。",
+            "Directions of two LoRA runs overlap no more than chance.", "兩次 LoRA 訓練的方向重疊不高於隨機水準。"
         )
     best = max(above, key=lambda f: f.effect or 0.0)
     return best.sentence

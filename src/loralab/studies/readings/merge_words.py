@@ -67,10 +67,7 @@ def _answers(record: Record) -> Text:
     n = record.numbers
     top = share(n["top1"])
     if "changed" not in n:
-        return Text(
-            f"the likeliest token is the same at {top} of positions",
-            f"最可能的 token 有 {top} 相同",
-        )
+        return Text(f"the likeliest token is the same at {top} of positions", f"最可能的 token 有 {top} 相同")
     changed, rows = int(n["changed"]), int(n["rows"])
     return Text(
         f"{changed} of {rows} answers change, the likeliest token is the same at {top} of positions",

@@ -162,8 +162,7 @@ def sentence(found: Savings) -> Text:
     best = found.cheapest()
     if best is None:
         return Text(
-            "The baseline has not been measured, so no saving can be told.",
-            "基準尚未測量，因此無法得知節省了多少。",
+            "The baseline has not been measured, so no saving can be told.", "基準尚未測量，因此無法得知節省了多少。"
         )
     once = Text("Measured once: ", "（各測一次）") if found.seeds == 1 else Text("", "")
     told = found.memory(best)

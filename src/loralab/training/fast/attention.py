@@ -134,15 +134,18 @@ def _in_one_pass(q: Tensor, k: Tensor, v: Tensor, angles: Angles | None) -> bool
 class _AttendInOnePass(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None,
-        packing: Packing, scale: float,
-    ) -> Tensor:  # fmt: skip
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cos: Tensor | None,
+        sin: Tensor | None,
+        packing: Packing,
+        scale: float,
+    ) -> Tensor:
         q, k, v = (t.contiguous() for t in (q, k, v))
         out, logs = torch.empty_like(q), q.new_empty(q.shape[1::-1], dtype=torch.float32)
-        ctx.sizes = (
-            len(packing.lengths), q.shape[1], q.shape[1] // k.shape[1], q.shape[2],
-            int(packing.causal), scale,
-        )  # fmt: skip
+        ctx.sizes = (len(packing.lengths), q.shape[1], q.shape[1] // k.shape[1], q.shape[2], int(packing.causal), scale)
         _compiled(q)("attention", q, k, v, cos, sin, packing.starts, out, logs, *ctx.sizes)
         ctx.save_for_backward(q, k, v, cos, sin, out, logs)
         ctx.packing = packing
@@ -155,9 +158,22 @@ class _AttendInOnePass(torch.autograd.Function):
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         each = torch.empty_like(q), torch.empty_like(q)  # of keys and values, by query head
         _compiled(q)(
-            "attention_backward", q, k, v, cos, sin, ctx.packing.starts, out, logs,
-            d_out.contiguous(), dq, dk, dv, *each, *ctx.sizes,
-        )  # fmt: skip
+            "attention_backward",
+            q,
+            k,
+            v,
+            cos,
+            sin,
+            ctx.packing.starts,
+            out,
+            logs,
+            d_out.contiguous(),
+            dq,
+            dk,
+            dv,
+            *each,
+            *ctx.sizes,
+        )
         return dq, dk, dv, None, None, None, None
 
 
@@ -170,9 +186,15 @@ def _compiled(x: Tensor) -> Kernels:
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None,
-        packing: Packing, scale: float,
-    ) -> Tensor:  # fmt: skip
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cos: Tensor | None,
+        sin: Tensor | None,
+        packing: Packing,
+        scale: float,
+    ) -> Tensor:
         angles = None if cos is None or sin is None else (cos, sin)
         (N, heads), reach = k.shape[:2], packing.reach
         q = _by_head(q, heads, reach, angles, scale)  # (K, M G, D)
@@ -210,8 +232,12 @@ class _Attend(torch.autograd.Function):
         return (
             _by_token(dq, N, reach, angles, ctx.scale),
             _by_token(dk.to(k.dtype), N, reach, angles),
-            _by_token(dv.to(v.dtype), N, reach), None, None, None, None,
-        )  # fmt: skip
+            _by_token(dv.to(v.dtype), N, reach),
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 def _rounded(size: int, step: int) -> int:

@@ -26,9 +26,14 @@ Forward = Callable[..., Any]
 
 
 def attention_function(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-    packing: Packing | None = None, **options: Any,
-) -> tuple[Tensor, None]:  # fmt: skip
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    packing: Packing | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
     """What transformers' attention modules call: query (B, H, L, D) -> (B, L, H, D).
 
     Raises:
@@ -36,8 +41,11 @@ def attention_function(
     """
     if packing is None:
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **options)
-    asked = [name for name in ("sliding_window", "softcap", "s_aux", "position_bias", "head_mask")
-             if options.get(name) is not None]  # fmt: skip
+    asked = [
+        name
+        for name in ("sliding_window", "softcap", "s_aux", "position_bias", "head_mask")
+        if options.get(name) is not None
+    ]
     if asked or options.get("dropout") or query.shape[:1] + query.shape[2:3] != key.shape[:1] + key.shape[2:3]:
         raise NotImplementedError(f"packed attention with {asked or 'dropout or a cache'}")
     scale = options.get("scaling") or query.shape[-1] ** -0.5
@@ -105,10 +113,14 @@ def _gated_forward(self: Any, x: Tensor) -> Tensor:
 
 
 def _attention_forward(
-    self: Any, hidden_states: Tensor, position_embeddings: Any = None,
-    attention_mask: Tensor | None = None, past_key_values: Any = None,
-    packing: Packing | None = None, **options: Any,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    self: Any,
+    hidden_states: Tensor,
+    position_embeddings: Any = None,
+    attention_mask: Tensor | None = None,
+    past_key_values: Any = None,
+    packing: Packing | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:
     if packing is None:
         return type(self).forward(self, hidden_states, position_embeddings, attention_mask, past_key_values, **options)
     if past_key_values is not None or (self.training and self.attention_dropout):

@@ -111,9 +111,12 @@ class Path:
     def batch(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         """Padded tensors, where the model is."""
         batch = collate(
-            examples, pad_id=self.pad_id, kind=self.kind, pictures=self.pictures,
+            examples,
+            pad_id=self.pad_id,
+            kind=self.kind,
+            pictures=self.pictures,
             longest=0 if self.way == "plain" else self.longest,
-        )  # fmt: skip
+        )
         return on_device(batch, self.model)
 
     def _packed_loss(self, lengths: list[int], examples: Sequence[Example]) -> Tensor:
@@ -207,8 +210,9 @@ def _plain_result(path: Path, adapter: Adapter, examples: Sequence[Example]) -> 
         raise ModelError(
             f"{type(path.model).__name__} cannot be trained with {type(adapter.config).__name__} "
             f"here: a trial step ends in {type(error).__name__}: {error}{hint}",
-            code="model_cannot_train", field="model",
-        ) from error  # fmt: skip
+            code="model_cannot_train",
+            field="model",
+        ) from error
 
 
 def _works_in_fp32(path: Path, adapter: Adapter, examples: Sequence[Example]) -> str:
@@ -240,8 +244,9 @@ def require_causal(path: Path, example: Example) -> None:
             f"{type(path.model).__name__} sees the tokens after each one as well: as a language "
             "model it would read what it shall predict; take a decoder such as smollm2-135m, or "
             "train it as a classifier on text, label",
-            code="not_causal", field="model",
-        )  # fmt: skip
+            code="not_causal",
+            field="model",
+        )
 
 
 def gradient_of(loss: Tensor, adapter: Adapter) -> tuple[Tensor, Tensor]:
@@ -253,8 +258,9 @@ def gradient_of(loss: Tensor, adapter: Adapter) -> tuple[Tensor, Tensor]:
     if not loss.requires_grad:
         raise ModelError(
             f"no gradient reaches any layer of {type(adapter.model).__name__} that is adapted",
-            code="no_gradient", field="model",
-        )  # fmt: skip
+            code="no_gradient",
+            field="model",
+        )
     found = torch.autograd.grad(loss, adapter.parameters(), allow_unused=True)
     pairs = zip(found, adapter.parameters(), strict=True)
     flat = [(torch.zeros_like(p) if g is None else g).flatten().float() for g, p in pairs]
@@ -265,9 +271,12 @@ def packed_states(model: Any, batch: Mapping[str, Tensor], packing: Packing) -> 
     """The last hidden states of packed rows, (N, H)."""
     # a mask of four axes is passed on as it is: none is made that nobody reads
     states: Tensor = model.base_model(
-        input_ids=batch["input_ids"], position_ids=batch["position_ids"], packing=packing,
-        attention_mask=batch["input_ids"].new_zeros(1, 1, 1, 1), use_cache=False,
-    ).last_hidden_state[0]  # fmt: skip
+        input_ids=batch["input_ids"],
+        position_ids=batch["position_ids"],
+        packing=packing,
+        attention_mask=batch["input_ids"].new_zeros(1, 1, 1, 1),
+        use_cache=False,
+    ).last_hidden_state[0]
     return states
 
 
