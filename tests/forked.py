@@ -6,6 +6,7 @@ and the streams that it was given.
 """
 
 import contextlib
+import importlib
 import multiprocessing
 import os
 import runpy
@@ -163,6 +164,13 @@ class Forked:
         return said[0], said[1]
 
 
+def fork_what_it_starts() -> None:
+    """Fork from this process whatever a certificate or a study starts in it."""
+    for name in ("loralab.artefacts.certificate", "loralab.studies.forked"):
+        module: Any = importlib.import_module(name)
+        module.subprocess = Subprocess(multiprocessing.get_context("fork"))
+
+
 def _stream(asked: Any, mode: str, stack: contextlib.ExitStack) -> tuple[IO[Any] | None, Any]:
     """Our end of a stream, if any, and the child's, which is closed here once it is handed over."""
     if asked == subprocess.PIPE:
@@ -191,6 +199,7 @@ def _be(arguments: list[str], streams: Sequence[Any], place: dict[str, Any]) -> 
     sys.path[:0] = filter(None, place["env"].get("PYTHONPATH", "").split(os.pathsep))
     if threads := place["env"].get("OMP_NUM_THREADS"):
         sys.modules["torch"].set_num_threads(int(threads))
+    fork_what_it_starts()
     warnings.filterwarnings("ignore", "'loralab.* found in sys.modules", RuntimeWarning)
     if arguments[0] == "-m":
         sys.argv = arguments[1:]

@@ -8,7 +8,6 @@ import contextlib
 import ctypes
 import importlib
 import itertools
-import multiprocessing
 import os
 import random
 import resource
@@ -24,7 +23,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from forked import Subprocess, forks
+from forked import fork_what_it_starts, forks
 
 WRITES_ANYWHERE = (1, 2)  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
 DROP, CAPABILITIES = 24, 0x20080522  # PR_CAPBSET_DROP, version 3 of capset
@@ -123,9 +122,7 @@ def _be(arguments: list[str], end: Connection, fatal: int) -> None:
     with open(os.devnull, "w") as nowhere:  # noqa: PTH123
         os.dup2(nowhere.fileno(), 1)
     _obey()
-    for name in ("loralab.artefacts.certificate", "loralab.studies.forked"):
-        module: Any = importlib.import_module(name)
-        module.subprocess = Subprocess(multiprocessing.get_context("fork"))
+    fork_what_it_starts()
     if fatal:
         _die_before(fatal)
     sys.argv = ["loralab", *arguments]

@@ -118,7 +118,7 @@ def test_two_processes_equal_one_with_the_doubled_batch(tiny_llama_folder: Path,
     """Plain, with the base split, several jobs; and what two began is ended by one."""
     runs: dict[str, dict[str, Any]] = {
         "plain": {},
-        "split": {"shard_base": True, "most_whole": 1},
+        "split": {"shard_base": True, "most_whole": 1, "certify": True},
         "stopped": {"stop_at": 3},
     }
     runs["recomputed"] = {"shard_base": True, "gradient_checkpointing": "on"}
