@@ -45,7 +45,7 @@ _WHERE = {
     "verify": "artefacts.certificate",
     "inspect": "artefacts.inspect",
     "serve": "serving.serve",
-    "Asked": "studies.study",
+    "StudyOptions": "studies.study",
     "study": "studies.conduct",
     "report": "studies.conduct",
     "recommend": "studies.conduct",

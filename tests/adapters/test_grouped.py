@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from loralab.adapters.adapter import Adapter
 from loralab.adapters.attach import attach
-from loralab.adapters.grouped import Bank, Grouped, Span, together
+from loralab.adapters.grouped import Bank, RoutedModule, Span, together
 from loralab.adapters.methods import IA3, BitFit, Bottleneck, FullFineTune, LoRA, Prefix
 from loralab.errors import AdapterStateError
 
@@ -128,11 +128,11 @@ def test_a_place_that_no_adapter_needs_gets_its_module_back(llama: Any) -> None:
     bank = Bank(model)
     bank.put("a", adapted(llama, LoRA(target_modules=["q_proj"]), 0)[1])
     bank.put("b", adapted(llama, LoRA(target_modules=["q_proj", "v_proj"]), 1)[1])
-    assert sum(isinstance(m, Grouped) for m in model.modules()) == 4
+    assert sum(isinstance(m, RoutedModule) for m in model.modules()) == 4
     bank.drop("b")
-    assert sum(isinstance(m, Grouped) for m in model.modules()) == 2
+    assert sum(isinstance(m, RoutedModule) for m in model.modules()) == 2
     bank.drop("a")
-    assert not any(isinstance(m, Grouped) for m in model.modules())
+    assert not any(isinstance(m, RoutedModule) for m in model.modules())
 
 
 def test_gradients_of_a_mixed_batch_are_those_of_each_adapter_alone(llama: Any) -> None:

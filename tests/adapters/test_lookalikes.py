@@ -41,7 +41,7 @@ class Router(nn.Linear):
         return scores.softmax(-1), scores
 
 
-class Grouped(nn.Linear):
+class RoutedModule(nn.Linear):
     """Wants an axis of groups."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ MADE: dict[str, Any] = {
     "scaled": lambda: Scaled(8, 8),
     "clipped": lambda: Clipped(8, 8),
     "router": lambda: Router(8, 8),
-    "grouped": lambda: Grouped(8, 8),
+    "grouped": lambda: RoutedModule(8, 8),
     "own forward": lambda: bound(None),
     "weight norm": lambda: parametrizations.weight_norm(nn.Linear(8, 8)),
     "spectral norm": lambda: parametrizations.spectral_norm(nn.Linear(8, 8)),

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from loralab.adapters.spans import Updates, linears_by_span, stacked_update
 from loralab.adapters.thin import each
-from loralab.native.library import Thin
+from loralab.native.library import SkinnyGemm
 
 ROWS = ((0, 3), (3, 4), (6, 11))  # rows 4 and 5 have no update
 
@@ -91,14 +91,14 @@ def test_many_thin_products_are_each_of_them(kind: str) -> None:
     """In bfloat16, where compiled functions take many at once; more of them than threads."""
     draw = torch.Generator().manual_seed(3)
 
-    def made() -> list[Thin]:
+    def made() -> list[SkinnyGemm]:
         draw.manual_seed(3)
         found = []
         for n, r in ((1, 1), (7, 8), (20, 3), (16, 16)):
             x = torch.randn(n, 64, generator=draw).bfloat16()
             M = torch.randn(r, 64, generator=draw)
             low = torch.randn(n, r, generator=draw).bfloat16()
-            found.append(Thin(x, M, low, 0, 0.5))
+            found.append(SkinnyGemm(x, M, low, 0, 0.5))
         return found
 
     products, alone = made(), made()

@@ -20,7 +20,7 @@ from loralab.adapters.folder import CONFIG, RECORD, TENSORS, content_digest, rea
 from loralab.artefacts import certificate
 from loralab.artefacts.certificate import REFERENCE, certify, compare_afresh, file_digests, verify
 from loralab.artefacts.comparison import KEPT, TOLERANCES, Certificate, Reference, compare, logits_of, reference_of
-from loralab.artefacts.live import bring_to_life
+from loralab.artefacts.live import load_with_base
 from loralab.artefacts.merge import merge
 from loralab.errors import AdapterFileError, BaseMismatchWarning, CertificateError
 from loralab.models.kinds import CAUSAL, CLASSIFIER
@@ -44,7 +44,7 @@ def random_logits(seed: int, rows: int = 7, scale: float = 5.0) -> torch.Tensor:
 
 def certified(make_adapter: MakeAdapter, base: Path) -> Path:
     path = make_adapter(base)
-    live = bring_to_life(path)
+    live = load_with_base(path)
     certify(path, live.base.model, live.stored.record["sample"], kind=CAUSAL)
     return path
 
@@ -126,7 +126,7 @@ def test_the_last_positions_count_and_a_classifier_has_one_row(tiny_llama_folder
 @pytest.mark.interpreter
 def test_a_fresh_process_finds_the_adapter_as_it_was(make_adapter: MakeAdapter, tiny_llama_folder: Path) -> None:
     path = make_adapter(tiny_llama_folder)
-    live = bring_to_life(path)
+    live = load_with_base(path)
     prompts = live.stored.record["sample"]
     found = certify(path, live.base.model, prompts, kind=CAUSAL)
     assert found.max_logit_difference == 0
@@ -136,7 +136,7 @@ def test_a_fresh_process_finds_the_adapter_as_it_was(make_adapter: MakeAdapter, 
     stored = read_json(path / RECORD)["certificate"]
     assert {key: stored[key] for key in found.to_json()} == found.to_json()
     assert (path / REFERENCE).stat().st_size < 100_000
-    bring_to_life(path)  # the certificate does not change what the folder is
+    load_with_base(path)  # the certificate does not change what the folder is
 
 
 @pytest.mark.usefixtures("in_this_process")
@@ -250,7 +250,7 @@ def test_a_process_that_fails_says_why_in_one_line(
 ) -> None:
     base = shutil.copytree(tiny_llama_folder, tmp_path / "base")
     path = make_adapter(base)
-    live: Any = bring_to_life(path).base.model
+    live: Any = load_with_base(path).base.model
     shutil.rmtree(base)
     with pytest.raises(CertificateError, match=f"there is no model '{base}'") as found:
         certify(path, live, PROMPTS, kind=CAUSAL)
@@ -277,7 +277,7 @@ def test_a_certificate_says_nothing_twice(make_adapter: MakeAdapter, tiny_llama_
     path = make_adapter(tiny_llama_folder)
     update_record(path, tokenizer={"chat_template": "another"})
     with pytest.warns(BaseMismatchWarning):
-        live = bring_to_life(path)
+        live = load_with_base(path)
     certify(path, live.base.model, PROMPTS, kind=CAUSAL)  # warnings are errors here
 
 
@@ -292,7 +292,7 @@ def test_the_reloaded_model_computes_where_the_live_one_did(
     make_adapter: MakeAdapter, tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = make_adapter(tiny_llama_folder)
-    live = bring_to_life(path)
+    live = load_with_base(path)
     reference_of(live.base.model, PROMPTS, CAUSAL).save(tmp_path / "request")
     moved: list[str] = []
     to = nn.Module.to
@@ -324,7 +324,7 @@ def test_the_device_of_the_live_model_goes_to_the_fresh_process(
         logits = logits_of(live.base.model, reference.prompts, CAUSAL)
         return certificate.compare(reference, logits, "fp32", reference.device)
 
-    live = bring_to_life(path)
+    live = load_with_base(path)
     monkeypatch.setattr(certificate, "_in_fresh_process", compare)
     on_card = replace(reference_of(live.base.model, PROMPTS, CAUSAL), device="card")
     compare_afresh(path, on_card)

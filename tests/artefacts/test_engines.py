@@ -46,7 +46,7 @@ def test_what_stands_in_the_way(make_adapter: MakeAdapter, tiny_llama_folder: Pa
     adapter = make_adapter(tiny_llama_folder, method)
     for target, ways in zip(("vllm", "gguf", "peft"), expected, strict=True):
         verdict = check(adapter, target=target)
-        assert [one.way_out for one in verdict.obstacles] == ways, target
+        assert [one.remedy for one in verdict.obstacles] == ways, target
         assert verdict.as_it_is == (not ways)
 
 
@@ -72,7 +72,7 @@ def test_a_packed_base_is_another_base(make_adapter: MakeAdapter, tiny_llama_fol
         folder.update_record(adapter, base=base)
         for target, ways in (("vllm", at_vllm), ("gguf", at_llama)):
             found = check(adapter, target=target)
-            assert [one.way_out for one in found.obstacles] == ways, (how, target)
+            assert [one.remedy for one in found.obstacles] == ways, (how, target)
 
 
 def test_a_rank_that_vllm_must_be_told_of(make_adapter: MakeAdapter, tiny_llama_folder: Path) -> None:
@@ -110,7 +110,7 @@ def test_the_exit_code_says_whether_it_goes_as_it_is(
     assert run(["check", str(plain), "--for", "vllm"]) == 0
     assert "--max-lora-rank 32" in capsys.readouterr().out
     assert run(["check", str(uneven), "--for", "vllm", "--json"]) == 1
-    assert '"way_out": "export"' in capsys.readouterr().out
+    assert '"remedy": "export"' in capsys.readouterr().out
     assert run(["check", str(uneven), "--for", "ollama"]) == 2
 
 

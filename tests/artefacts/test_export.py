@@ -15,7 +15,7 @@ from loralab.adapters.methods import LoRA
 from loralab.artefacts.certificate import REFERENCE, certify, verify
 from loralab.artefacts.comparison import logits_of
 from loralab.artefacts.export import TARGETS, export
-from loralab.artefacts.live import bring_to_life, label_names
+from loralab.artefacts.live import label_names, load_with_base
 from loralab.errors import AdapterFileError, CertificateError, ConfigError, OutputError
 from loralab.models.kinds import CAUSAL, CLASSIFIER
 
@@ -23,7 +23,7 @@ MakeAdapter = Callable[..., Path]
 
 
 def live_logits(adapter: Path) -> torch.Tensor:
-    live = bring_to_life(adapter)
+    live = load_with_base(adapter)
     return logits_of(live.base.model, live.stored.record["sample"], CAUSAL)
 
 
@@ -73,7 +73,7 @@ def test_an_old_certificate_is_not_taken_along(
     make_adapter: MakeAdapter, tiny_llama_folder: Path, tmp_path: Path
 ) -> None:
     adapter = make_adapter(tiny_llama_folder)
-    live = bring_to_life(adapter)
+    live = load_with_base(adapter)
     certify(adapter, live.base.model, [[5, 6]], kind=CAUSAL)
     found = export(adapter, tmp_path / "out", to="peft")
     assert found.prompts == len(live.stored.record["sample"])
@@ -112,7 +112,7 @@ def test_classes_without_names_are_numbered(make_adapter: MakeAdapter, tiny_bert
     assert label_names(folder.read(adapter)) == ["a", "b", "c"]
     (adapter / RECORD).unlink()
     assert label_names(folder.read(adapter)) == ["LABEL_0", "LABEL_1", "LABEL_2"]
-    assert bring_to_life(adapter, model=str(tiny_bert_folder)).base.model.config.num_labels == 3
+    assert load_with_base(adapter, model=str(tiny_bert_folder)).base.model.config.num_labels == 3
 
 
 @pytest.mark.usefixtures("in_this_process")

@@ -18,7 +18,7 @@ from loralab.adapters.methods import LoRA
 from loralab.artefacts import gguf_adapter
 from loralab.artefacts.certificate import verify
 from loralab.artefacts.export import export
-from loralab.artefacts.live import bring_to_life
+from loralab.artefacts.live import load_with_base
 from loralab.artefacts.updates import updates
 from loralab.errors import CertificateError, ConfigError
 from loralab.models.load import configuration
@@ -52,7 +52,7 @@ def test_llama_cpp_adds_the_update_to_the_rows_as_it_has_them(
     found = added(tmp_path / "out" / "adapter.gguf")
     assert len(found) == 2 * 7
     heads = {"q_proj": SIZES["num_attention_heads"], "k_proj": 2}
-    for path, layer in bring_to_life(adapter).adapter.modules.items():
+    for path, layer in load_with_base(adapter).adapter.modules.items():
         delta, end = layer.delta(), path.rpartition(".")[2]
         expected = moved(delta, heads[end]) if end in heads else delta
         name = gguf_adapter._their_name(path)

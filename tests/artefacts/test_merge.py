@@ -24,7 +24,7 @@ from loralab.adapters.methods import Bottleneck, LoRA, Prefix
 from loralab.artefacts.certificate import verify
 from loralab.artefacts.comparison import logits_of
 from loralab.artefacts.export import export
-from loralab.artefacts.live import bring_to_life
+from loralab.artefacts.live import load_with_base
 from loralab.artefacts.merge import merge
 from loralab.errors import (
     AdapterFileError,
@@ -43,7 +43,7 @@ MakeAdapter = Callable[..., Path]
 
 
 def unmerged_logits(adapter: Path) -> torch.Tensor:
-    live = bring_to_life(adapter)
+    live = load_with_base(adapter)
     return logits_of(live.base.model, live.stored.record["sample"], live.base.kind)
 
 
@@ -133,7 +133,7 @@ def test_a_classifier_keeps_its_trained_head_and_label_names(
     merge(adapter, tmp_path / "out")
     merged: Any = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
     assert merged.config.id2label == {0: "no", 1: "maybe", 2: "yes"}
-    trained = bring_to_life(adapter).base.model.classifier.trained.weight
+    trained = load_with_base(adapter).base.model.classifier.trained.weight
     assert torch.equal(merged.classifier.weight, trained)
     torch.testing.assert_close(merged_logits(tmp_path / "out", adapter, CLASSIFIER), unmerged_logits(adapter))
 

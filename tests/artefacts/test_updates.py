@@ -15,7 +15,7 @@ from loralab.adapters.methods import LoRA
 from loralab.artefacts.certificate import verify
 from loralab.artefacts.comparison import logits_of
 from loralab.artefacts.export import export
-from loralab.artefacts.live import bring_to_life
+from loralab.artefacts.live import load_with_base
 from loralab.artefacts.updates import is_uniform, uniform, updates
 from loralab.models.kinds import CAUSAL
 
@@ -65,7 +65,7 @@ def test_the_export_for_vllm_computes_the_same_by_r_and_alpha_alone(
     fields = read_json(tmp_path / "out" / CONFIG)
     assert (fields["r"], fields["rank_pattern"], fields["alpha_pattern"]) == (4, {}, {})
     assert fields["use_rslora"] is False
-    live, model = bring_to_life(adapter), AutoModelForCausalLM.from_pretrained(tiny_llama_folder)
+    live, model = load_with_base(adapter), AutoModelForCausalLM.from_pretrained(tiny_llama_folder)
     theirs: Any = peft.PeftModel.from_pretrained(model, str(tmp_path / "out"))
     sample = live.stored.record["sample"]
     torch.testing.assert_close(

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import loralab
-from loralab.artefacts.engines import Obstacle, Verdict
+from loralab.artefacts.engines import Incompatibility, Verdict
 from loralab.cli import _as_interrupt, _ended, _thread_ended, artefacts, run
 from loralab.cli.options import pairs
 from loralab.errors import ConfigError
@@ -106,7 +106,7 @@ def test_what_can_be_done_next_can_be_typed(
     rows: list[tuple[str, str]] = []
     monkeypatch.setattr("loralab.cli.artefacts.print_table", lambda _, found: rows.extend(found))
     verdict = Verdict(
-        target="vllm", obstacles=(Obstacle(what="x", way_out="export"), Obstacle(what="y", way_out="merge"))
+        target="vllm", obstacles=(Incompatibility(what="x", remedy="export"), Incompatibility(what="y", remedy="merge"))
     )
     artefacts._show_verdict(output, verdict)
     assert shlex.split(rows[1][1])[2] == shlex.split(rows[2][1])[2] == str(output)

@@ -20,7 +20,7 @@ from loralab.artefacts import certificate
 from loralab.cli import run
 from loralab.errors import ConfigError
 from loralab.models.load import Base
-from loralab.serving.loaded import Nursery
+from loralab.serving.loaded import AdapterLoader
 from loralab.studies.questions.methods import arms
 from loralab.studies.study import Ground
 
@@ -111,7 +111,7 @@ def test_it_is_served_beside_others(tmp_path: Path) -> None:
         places.append(adapter.save(tmp_path / str(seed), {"base": {"kind": "causal-lm"}}))
     expected = [logits(load(llama(), place).model) for place in places]
     base = Base(name="tiny", model=llama(), tokenizer=None, kind="causal-lm", source="")
-    nursery, bank = Nursery(base), Bank(base.model)
+    nursery, bank = AdapterLoader(base), Bank(base.model)
     for name, place in zip("ab", places, strict=True):
         bank.put(name, nursery.load(folder.read(place)).adapter)
     with bank.routed([Span("b", 0, 1), Span("a", 1, 2)]):

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from loralab.errors import AdapterFileError, AdapterNotFoundError, ConfigError, DataError, QueueFullError, nearest
-from loralab.serving.request import Answer, Finished, Piece, Ranked, Sampling, TokenLogprob
+from loralab.serving.request import Answer, Delta, Finished, Ranked, Sampling, TokenLogprob
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +162,7 @@ class FakeEngine:
                 break
             count += self.tokens_a_piece
             told = explained(word, offset, sampling)
-            answer.tell(Piece(text=word, tokens=(count,) * self.tokens_a_piece, logprobs=told))
+            answer.tell(Delta(text=word, tokens=(count,) * self.tokens_a_piece, logprobs=told))
             offset += len(word)
             if self.fail:
                 reason = "error"

@@ -7,8 +7,8 @@ from serving.vocabularies import byte_level
 from torch import nn
 
 from loralab.models.load import Base
-from loralab.serving.asking import Asking
-from loralab.serving.entries import Entry
+from loralab.serving.asking import RequestBuilder
+from loralab.serving.entries import AdapterInfo
 from loralab.serving.request import Sampling
 
 
@@ -16,7 +16,7 @@ def test_without_a_template_a_prompt_ends_in_white_space_as_in_training() -> Non
     tokenizer = byte_level()
     model = SimpleNamespace(get_input_embeddings=lambda: nn.Embedding(len(tokenizer), 1))
     base = Base(name="b", model=model, tokenizer=tokenizer, kind="causal-lm", source="b")
-    entry = Entry(
+    entry = AdapterInfo(
         name="a",
         digest="d",
         method="LORA",
@@ -33,7 +33,7 @@ def test_without_a_template_a_prompt_ends_in_white_space_as_in_training() -> Non
         path=Path(),
         form="prompt-completion",
     )
-    asking = Asking(base, 512)
+    asking = RequestBuilder(base, 512)
     for text, warned in (("the river", True), ("the river\n", False), ("the river ", False)):
         live = asking.writing(tokenizer(text)["input_ids"], entry, Sampling())
         assert bool(live.answer.warning) == warned, text

@@ -4,13 +4,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from loralab.serving.blocks import SIZE, Blocks, names, needed
+from loralab.serving.blocks import SIZE, BlockManager, names, needed
 
 WORDS = list(range(100))
 
 
 def test_a_beginning_is_found_again_by_the_same_adapter_only() -> None:
-    blocks, tokens = Blocks(8), WORDS[:40]
+    blocks, tokens = BlockManager(8), WORDS[:40]
     own = blocks.take(needed(40))
     assert own is not None
     blocks.keep("a", tokens, own)
@@ -22,7 +22,7 @@ def test_a_beginning_is_found_again_by_the_same_adapter_only() -> None:
 
 
 def test_what_has_rested_longest_is_forgotten_first_and_an_end_before_its_start() -> None:
-    blocks = Blocks(4)
+    blocks = BlockManager(4)
     first = blocks.take(2)
     assert first is not None
     blocks.keep("a", WORDS[:32], first)
@@ -37,7 +37,7 @@ def test_what_has_rested_longest_is_forgotten_first_and_an_end_before_its_start(
 
 
 def test_there_are_no_more_than_there_are() -> None:
-    blocks = Blocks(3)
+    blocks = BlockManager(3)
     assert blocks.take(4) is None
     assert blocks.free == 3
     assert sorted(blocks.take(3) or []) == [0, 1, 2]
@@ -57,7 +57,7 @@ class Requests(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.blocks = Blocks(6)
+        self.blocks = BlockManager(6)
         self.live: list[tuple[str, list[int], list[int]]] = []
         self.content: dict[int, tuple[str, tuple[int, ...]]] = {}
 

@@ -16,7 +16,7 @@ from serving.conftest import KINDS, World, write_adapter
 from loralab.adapters.methods import LoRA
 from loralab.errors import AdapterNotFoundError, DataError, QueueFullError, RunError
 from loralab.serving.engine import Engine
-from loralab.serving.request import Finished, Piece, Sampling
+from loralab.serving.request import Delta, Finished, Sampling
 
 NEW = 6
 Open = Callable[..., Engine]
@@ -262,7 +262,7 @@ def test_pieces_are_the_whole(opened: Open) -> None:
     answer = engine.submit([4, 5, 6], adapter="lora", sampling=GREEDY)
     engine.run_until_idle()
     events = list(answer)
-    pieces = [event for event in events if isinstance(event, Piece)]
+    pieces = [event for event in events if isinstance(event, Delta)]
     assert isinstance(events[-1], Finished)
     assert sum(len(piece.tokens) for piece in pieces) == NEW
     assert len(pieces) > 1

@@ -14,7 +14,7 @@ from serving.vocabularies import FAMILIES
 
 from loralab.serving.api_shapes import ChatShape, CompletionShape
 from loralab.serving.detokenize import TokenBytes
-from loralab.serving.live import Scored, Written
+from loralab.serving.live import Generation, LabelScoring
 from loralab.serving.request import Answer, Completed, Event, Finished, Sampling
 from loralab.serving.scheduler import Row, Work
 
@@ -40,7 +40,7 @@ def answered(
     size = len(tokenizer) + 1
     answer = Answer(id="", adapter=None, digest=None, cancel=lambda: None)
     row = Row(number=0, key=None, tokens=[1])
-    live = Written(
+    live = Generation(
         adapter=None,
         digest=None,
         prompt=tuple(prompt),
@@ -162,7 +162,7 @@ def test_of_tokens_with_one_text_the_likeliest_keeps_it() -> None:
     half = tokenizer.convert_tokens_to_ids("<0xE5>")
     answer = Answer(id="", adapter=None, digest=None, cancel=lambda: None)
     row = Row(number=0, key=None, tokens=[1])
-    live = Written(
+    live = Generation(
         adapter=None,
         digest=None,
         prompt=(1,),
@@ -186,7 +186,7 @@ def echoed(family: str, prompt: list[int], ids: list[int], **options: Any) -> li
     size = len(tokenizer) + 1
     answer = Answer(id="", adapter=None, digest=None, cancel=lambda: None)
     row = Row(number=0, key=None, tokens=[*prompt], scored=1, continued=bool(ids))
-    live = Written(
+    live = Generation(
         adapter=None,
         digest=None,
         prompt=tuple(prompt),
@@ -251,7 +251,7 @@ def test_a_row_that_begins_anew_counts_once() -> None:
     logits = torch.randn(6, 9, generator=torch.Generator().manual_seed(0))
 
     def scored(*cuts: tuple[int, int]) -> float:
-        live = Scored(adapter=None, digest=None, labels=["a"], asked=[2], firsts=(), rows=[row], future=Future())
+        live = LabelScoring(adapter=None, digest=None, labels=["a"], asked=[2], firsts=(), rows=[row], future=Future())
         for start, stop in cuts:
             work = Work(row, start, stop)
             live.take(row, work, logits[list(work.asked)])

@@ -21,7 +21,7 @@ from loralab.adapters.load import load
 from loralab.adapters.methods import IA3, AdaLoRA, BitFit, Bottleneck, FullFineTune, LinearProbe, LoRA, Prefix, Prompt
 from loralab.errors import AdapterFileError
 from loralab.models.load import Base
-from loralab.serving.loaded import Loaded, Nursery
+from loralab.serving.loaded import AdapterLoader, Loaded
 
 KINDS = {"llama": "causal-lm", "gpt2": "causal-lm", "bert": "sequence-classification"}
 HEAD = ("classifier",)
@@ -92,7 +92,7 @@ def test_in_a_bank_it_answers_as_alone(name: str, method: Any, tmp_path: Path) -
     base = base_of(name)
     before = state(base.model)
     modules = [type(module) for module in base.model.modules()]
-    plain, nursery = logits(base.model), Nursery(base)
+    plain, nursery = logits(base.model), AdapterLoader(base)
     expected = alone(name, place)
     for _ in range(2):  # the second time from what is remembered of the first
         found = nursery.load(folder.read(place))
@@ -106,7 +106,7 @@ def test_in_a_bank_it_answers_as_alone(name: str, method: Any, tmp_path: Path) -
 
 def test_adapters_of_one_configuration_share_nothing_but_the_base(tmp_path: Path) -> None:
     base = base_of("llama")
-    nursery = Nursery(base)
+    nursery = AdapterLoader(base)
     places = [save("llama", LoRA(dora=True, rank=3), tmp_path / str(n), seed=n) for n in range(3)]
     made = [nursery.load(folder.read(place)) for place in places]
     bank = Bank(base.model)
@@ -125,7 +125,7 @@ def test_adapters_of_one_configuration_share_nothing_but_the_base(tmp_path: Path
 def test_a_prefix_is_its_keys_and_values(name: str, method: Any, dtype: torch.dtype, tmp_path: Path) -> None:
     place = save(name, method, tmp_path / "a")
     base = base_of(name, MODELS[name]().to(dtype))
-    plain, loaded = logits(base.model), Nursery(base).load(folder.read(place))
+    plain, loaded = logits(base.model), AdapterLoader(base).load(folder.read(place))
     model = MODELS[name]().to(dtype)
     adapter = load(model, place)
     expected = logits(model)  # a prompt's keys and values are recorded here
@@ -144,7 +144,7 @@ def test_a_prefix_in_the_cache_is_the_adapter(method: Any, tmp_path: Path) -> No
 
     place = save("llama", method, tmp_path / "a")
     base = base_of("llama")
-    front = Nursery(base).load(folder.read(place)).front
+    front = AdapterLoader(base).load(folder.read(place)).front
     assert front is not None
     cache = DynamicCache()
     for layer, (keys, values) in enumerate(front):
@@ -176,7 +176,7 @@ def test_every_adapter_brings_a_head_of_its_own_size(method: Any, classes: int, 
     model = three_to(classes)
     load(model, place)
     base = base_of("bert")
-    nursery = Nursery(base)
+    nursery = AdapterLoader(base)
     found = served(base, nursery.load(folder.read(place)))
     assert found.shape[-1] == classes
     assert torch.allclose(found, logits(model), atol=1e-6)
@@ -186,7 +186,7 @@ def test_every_adapter_brings_a_head_of_its_own_size(method: Any, classes: int, 
 def test_a_head_of_other_labels_than_named_is_refused(tmp_path: Path) -> None:
     place = save("bert", LinearProbe(), tmp_path / "a", task={"labels": ["a", "b"]})
     with pytest.raises(AdapterFileError, match="names 2 labels, and its head has 3 classes"):
-        Nursery(base_of("bert")).load(folder.read(place))
+        AdapterLoader(base_of("bert")).load(folder.read(place))
 
 
 # -- folders of another tool --------------------------------------------------------------------
@@ -210,7 +210,7 @@ def test_what_peft_wrote_is_served(kind: str, tmp_path: Path) -> None:
     theirs = get_peft_model(llama(), copy.deepcopy(PEFT[kind]))
     theirs.save_pretrained(tmp_path / "a")
     base = base_of("llama")
-    found = served(base, Nursery(base).load(folder.read(tmp_path / "a")))
+    found = served(base, AdapterLoader(base).load(folder.read(tmp_path / "a")))
     with torch.no_grad():
         expected = theirs.eval()(IDS).logits
     assert torch.allclose(found, expected, atol=2e-6)
@@ -226,7 +226,7 @@ def test_what_peft_wrote_is_served(kind: str, tmp_path: Path) -> None:
 )
 def test_a_prefix_of_peft_is_served(config: Any, tmp_path: Path) -> None:
     get_peft_model(llama(), config).save_pretrained(tmp_path / "a")
-    loaded = Nursery(base_of("llama")).load(folder.read(tmp_path / "a"))
+    loaded = AdapterLoader(base_of("llama")).load(folder.read(tmp_path / "a"))
     assert loaded.front is not None and loaded.front.shape == (3, 2, 2, 4, 8)
 
 
@@ -243,7 +243,7 @@ def changed(place: Path, **record: Any) -> Path:
 
 def refusal(base: Base, place: Path, **options: Any) -> str:
     before = state(base.model)
-    nursery = Nursery(base, **options)
+    nursery = AdapterLoader(base, **options)
     good = save("llama" if base.kind == "causal-lm" else "bert", LoRA(rank=2), place.parent / "ok")
     with pytest.raises(AdapterFileError) as error:
         nursery.load(folder.read(place))
@@ -258,14 +258,14 @@ def test_another_base_is_refused(tmp_path: Path) -> None:
     other = llama()
     nn.init.normal_(other.model.layers[0].mlp.up_proj.weight)
     with pytest.raises(AdapterFileError, match=r"fingerprint [0-9a-f]{16}; this model has"):
-        Nursery(base_of("llama", other)).load(folder.read(place))
+        AdapterLoader(base_of("llama", other)).load(folder.read(place))
     changed(place, base={"dtype": "float16"})  # rounds its own way: not to be compared
-    Nursery(base_of("llama", other)).load(folder.read(place))
+    AdapterLoader(base_of("llama", other)).load(folder.read(place))
 
 
 def test_the_base_in_another_dtype_is_the_same(tmp_path: Path) -> None:
     place = save("llama", LoRA(rank=2), tmp_path / "a")
-    Nursery(base_of("llama", llama().to(torch.bfloat16))).load(folder.read(place))
+    AdapterLoader(base_of("llama", llama().to(torch.bfloat16))).load(folder.read(place))
 
 
 def test_the_fingerprint_is_worked_out_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,7 +274,7 @@ def test_the_fingerprint_is_worked_out_once(tmp_path: Path, monkeypatch: pytest.
     places = [save("llama", LoRA(rank=n), tmp_path / str(n)) for n in (2, 3)]
     calls, plain = [], loaded.fingerprint
     monkeypatch.setattr(loaded, "fingerprint", lambda *given: calls.append(1) or plain(*given))
-    nursery = Nursery(base_of("llama"))
+    nursery = AdapterLoader(base_of("llama"))
     for place in places * 2:
         nursery.load(folder.read(place))
     assert len(calls) == 1
@@ -328,7 +328,7 @@ def test_tensors_that_do_not_fit_are_refused(shape: tuple[int, ...] | None, mess
         tensors[KEY] = torch.zeros(shape)
     safetensors.torch.save_file(tensors, place / folder.TENSORS)
     (place / folder.RECORD).unlink()
-    nursery = Nursery(base_of("llama"))
+    nursery = AdapterLoader(base_of("llama"))
     for _ in range(2):
         with pytest.raises(AdapterFileError, match=message):
             nursery.load(folder.read(place))
@@ -343,7 +343,7 @@ def test_a_prefix_beyond_the_positions_is_refused(tmp_path: Path) -> None:
     for method in (Prefix(tokens=40), Prompt(tokens=40)):
         place = save("gpt2", method, tmp_path / type(method).__name__)
         with pytest.raises(AdapterFileError, match="learnt only 32 positions"):
-            Nursery(base_of("gpt2")).load(folder.read(place))
+            AdapterLoader(base_of("gpt2")).load(folder.read(place))
 
 
 @pytest.mark.parametrize(
@@ -362,7 +362,7 @@ def test_records_of_odd_shape_raise_nothing_else(record: dict[str, Any], tmp_pat
     own = json.loads((place / folder.RECORD).read_text())
     (place / folder.RECORD).write_text(json.dumps({**own, **record}))
     try:
-        Nursery(base_of("bert")).load(folder.read(place))
+        AdapterLoader(base_of("bert")).load(folder.read(place))
     except AdapterFileError as error:
         assert str(place) in str(error)
 
@@ -388,7 +388,7 @@ def tensors_alive() -> int:
 def test_what_is_dropped_leaves_nothing_and_the_base_is_untouched(method: Any, times: int, tmp_path: Path) -> None:
     place = save("llama", method, tmp_path / "a")
     base = base_of("llama")
-    before, nursery = state(base.model), Nursery(base)
+    before, nursery = state(base.model), AdapterLoader(base)
     bank = Bank(base.model)
     counts = []
     for number in range(times):
@@ -406,7 +406,7 @@ def test_what_is_dropped_leaves_nothing_and_the_base_is_untouched(method: Any, t
 
 def test_what_is_loaded_does_not_change_with_the_file(tmp_path: Path) -> None:
     place = save("llama", LoRA(rank=2), tmp_path / "a")
-    loaded = Nursery(base_of("llama")).load(folder.read(place))
+    loaded = AdapterLoader(base_of("llama")).load(folder.read(place))
     before = [p.clone() for p in loaded.adapter.parameters()]
     size = (place / folder.TENSORS).stat().st_size
     with (place / folder.TENSORS).open("r+b") as file:  # in place, as no careful writer does
@@ -416,7 +416,7 @@ def test_what_is_loaded_does_not_change_with_the_file(tmp_path: Path) -> None:
 
 def test_the_weights_of_the_base_are_shared() -> None:
     base = base_of("llama")
-    nursery = Nursery(base)
+    nursery = AdapterLoader(base)
     own = {id(parameter) for parameter in base.model.parameters()}
     assert {id(parameter) for parameter in nursery._model.parameters()} == own
     assert nursery._model.lm_head.weight is nursery._model.model.embed_tokens.weight
@@ -429,7 +429,7 @@ def test_many_threads_load_at_once(tmp_path: Path) -> None:
     places = [save("gpt2", m, tmp_path / str(n), seed=n) for n, m in enumerate(methods)]
     expected = [alone("gpt2", place) for place in places]
     base = base_of("gpt2", gpt2())
-    nursery = Nursery(base)
+    nursery = AdapterLoader(base)
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda place: nursery.load(folder.read(place)), places * 3))
     for number, loaded in enumerate(found):

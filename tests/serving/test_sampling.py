@@ -7,14 +7,14 @@ from hypothesis import strategies as st
 
 from loralab.errors import ConfigError
 from loralab.serving.request import Sampling
-from loralab.serving.sampling import Draws, choose, filtered, likeliest, readable
+from loralab.serving.sampling import SamplerState, choose, filtered, likeliest, readable
 
 ROW = torch.tensor([1.0, 3.0, 2.0, 0.5, -1.0])
 
 
 def test_greedy_takes_the_likeliest() -> None:
     logits = torch.randn(6, 30)
-    draws = [Draws(Sampling(temperature=0)) for _ in range(6)]
+    draws = [SamplerState(Sampling(temperature=0)) for _ in range(6)]
     assert choose(logits, draws) == logits.argmax(dim=-1).tolist()
 
 
@@ -22,8 +22,8 @@ def test_a_seed_gives_the_same_tokens_whoever_else_is_in_the_batch() -> None:
     logits = torch.randn(40, 30)
 
     def drawn(others: int) -> list[int]:
-        own = Draws(Sampling(seed=7))
-        crowd = [Draws(Sampling(seed=n)) for n in range(others)]
+        own = SamplerState(Sampling(seed=7))
+        crowd = [SamplerState(Sampling(seed=n)) for n in range(others)]
         return [choose(torch.stack([row] * (others + 1)), [*crowd, own])[-1] for row in logits]
 
     assert drawn(0) == drawn(3)
@@ -67,7 +67,7 @@ def test_the_same_is_left_as_by_sorting_all(logits: list[float], top_k: int, top
 
 
 def test_frequencies_are_the_probabilities() -> None:
-    own = Draws(Sampling(seed=1, temperature=0.8))
+    own = SamplerState(Sampling(seed=1, temperature=0.8))
     expected = filtered(ROW, own.sampling)
     counts = torch.zeros(5)
     for _ in range(4000):
@@ -78,7 +78,7 @@ def test_frequencies_are_the_probabilities() -> None:
 def test_nothing_is_sorted_where_nothing_is_left_out() -> None:
     """A top_p that leaves out nothing gives the same tokens as none."""
     logits = torch.randn(60, 200, generator=torch.Generator().manual_seed(0))
-    plain, sorted_ = Draws(Sampling(seed=3)), Draws(Sampling(seed=3, top_k=200))
+    plain, sorted_ = SamplerState(Sampling(seed=3)), SamplerState(Sampling(seed=3, top_k=200))
     assert [choose(row[None], [plain]) for row in logits] == [choose(row[None], [sorted_]) for row in logits]
 
 
@@ -92,7 +92,7 @@ def test_rows_are_moved_together_and_only_if_they_are_read(monkeypatch: pytest.M
         ([Sampling(temperature=0)] * 7 + [Sampling(temperature=0, logprobs=1)], [(8, 30)]),
     ):
         moved.clear()
-        draws = [Draws(sampling) for sampling in crowd]
+        draws = [SamplerState(sampling) for sampling in crowd]
         assert len(choose(readable(logits, draws), draws)) == 8
         assert moved == expected
 

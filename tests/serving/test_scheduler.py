@@ -5,12 +5,12 @@ import random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loralab.serving.blocks import Blocks
+from loralab.serving.blocks import BlockManager
 from loralab.serving.scheduler import Row, Scheduler, Work
 
 
 def scheduler(blocks: int = 64, rows: int = 8, tokens: int = 32, *, reuse: bool = True) -> Scheduler:
-    return Scheduler(Blocks(blocks), most_rows=rows, step_tokens=tokens, reuse=reuse)
+    return Scheduler(BlockManager(blocks), most_rows=rows, step_tokens=tokens, reuse=reuse)
 
 
 def row(number: int, length: int = 5, key: str | None = None) -> Row:

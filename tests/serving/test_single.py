@@ -8,7 +8,7 @@ from tiny import llama
 
 from loralab.adapters.grouped import Bank
 from loralab.serving.scheduler import Row, Work
-from loralab.serving.single import Single
+from loralab.serving.single import SequentialRunner
 from loralab.serving.ways import pass_of
 
 
@@ -16,7 +16,7 @@ def test_a_piece_of_which_nothing_is_asked_is_read_all_the_same() -> None:
     model = llama()
     tokens = list(range(3, 20))
     row = Row(number=0, key=None, tokens=tokens)
-    single = Single(model, Bank(model))
+    single = SequentialRunner(model, Bank(model))
 
     def read(cuts: Sequence[int]) -> list[int]:
         parts = [single.logits(pass_of([Work(row, start, stop)])) for start, stop in itertools.pairwise(cuts)]

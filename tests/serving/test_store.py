@@ -28,7 +28,7 @@ from loralab.errors import (
     QueueFullError,
 )
 from loralab.serving.names import NAMES, require_name
-from loralab.serving.store import Held, Store
+from loralab.serving.store import CachedAdapter, Store
 
 KEY = "base_model.model.layer.lora_{}.weight"
 FIELDS: dict[str, Any] = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["layer"]}
@@ -66,7 +66,7 @@ def names(store: Store) -> list[str]:
     return [entry.name for entry in store.entries()]
 
 
-def used(store: Store, name: str) -> Held:
+def used(store: Store, name: str) -> CachedAdapter:
     held = store.acquire(store.entry(name).digest)
     assert held is not None
     return held
@@ -526,7 +526,7 @@ def test_one_that_waited_for_a_load_that_failed_tries_itself(root: Path) -> None
     store = Store(root, first_fails)
     found = run(*[lambda: used(store, "a")] * 3)
     assert sum(isinstance(one, AdapterFileError) for one in found) == 1
-    assert len({id(one) for one in found if isinstance(one, Held)}) == 1 and store.loads == 1
+    assert len({id(one) for one in found if isinstance(one, CachedAdapter)}) == 1 and store.loads == 1
 
 
 def test_many_threads_leave_nothing_in_use_and_no_place_too_many(tmp_path: Path) -> None:

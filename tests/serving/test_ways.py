@@ -28,13 +28,13 @@ from loralab.adapters.load import load as load_adapter
 from loralab.adapters.methods import IA3, BitFit, LoRA, Method, Prefix
 from loralab.models.load import load as load_base
 from loralab.native.library import kernels
-from loralab.serving.compiled import Compiled, suits
+from loralab.serving.compiled import NativeRunner, suits
 from loralab.serving.opening import open_engine
-from loralab.serving.passes import Pool
+from loralab.serving.passes import KVCache
 from loralab.serving.request import Sampling
 from loralab.serving.scheduler import Row, Work
 from loralab.serving.settings import ServeSettings
-from loralab.serving.ways import Ways, pass_of
+from loralab.serving.ways import ModelRunner, pass_of
 
 WIDE = {**SIZES, "hidden_size": 64, "num_attention_heads": 2, "initializer_range": 0.2}
 IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
@@ -142,8 +142,8 @@ def test_the_compiled_step_is_the_model(rows: int, tmp_path: Path) -> None:
         LoRA(rank=33, alpha=3.0),
         LoRA(rank=64, target_modules=["v_proj", "down_proj"]),
     ]
-    pool = Pool(model, 256)
-    compiled, solo = Compiled(model, pool), [model]
+    pool = KVCache(model, 256)
+    compiled, solo = NativeRunner(model, pool), [model]
     for number, method in enumerate(methods):
         folder = write_adapter(model.float(), method, tmp_path / str(number), number)
         own = llama()
@@ -151,7 +151,7 @@ def test_the_compiled_step_is_the_model(rows: int, tmp_path: Path) -> None:
         solo.append(own)
         assert compiled.put(number, adapter)
     model.bfloat16()
-    compiled = _again(model, pool, tmp_path, len(methods))
+    compiled = clone_layout(model, pool, tmp_path, len(methods))
     draw = torch.Generator().manual_seed(rows)
     lively = []
     for number in range(rows):
@@ -184,9 +184,9 @@ def test_the_compiled_step_is_the_model(rows: int, tmp_path: Path) -> None:
             assert float(off.median()) < 0.05, (row.key, off)
 
 
-def _again(model: Any, pool: Pool, folder: Path, count: int) -> Compiled:
+def clone_layout(model: Any, pool: KVCache, folder: Path, count: int) -> NativeRunner:
     """Compiled on the bfloat16 weights, which are other tensors than before."""
-    compiled = Compiled(model, pool)
+    compiled = NativeRunner(model, pool)
     for number in range(count):
         own = llama()
         assert compiled.put(number, load_adapter(own, folder / str(number)))
@@ -207,10 +207,10 @@ def test_what_a_model_has_beyond_is_noticed() -> None:
 @needs_dots
 def test_a_compiled_step_that_is_wrong_is_not_taken(monkeypatch: Any) -> None:
     model = llama()
-    assert Ways(model, 32).names == ["compiled", "packed"]
-    whole = Compiled.logits
-    monkeypatch.setattr(Compiled, "logits", lambda self, step: whole(self, step).roll(1, dims=1))
-    ways = Ways(model, 32)
+    assert ModelRunner(model, 32).names == ["compiled", "packed"]
+    whole = NativeRunner.logits
+    monkeypatch.setattr(NativeRunner, "logits", lambda self, step: whole(self, step).roll(1, dims=1))
+    ways = ModelRunner(model, 32)
     assert ways.names == ["packed"]
     assert "differ by" in ways.refused["compiled"]
 
@@ -218,10 +218,10 @@ def test_a_compiled_step_that_is_wrong_is_not_taken(monkeypatch: Any) -> None:
 def test_numbers_of_a_request_that_went_wrong_do_not_spread() -> None:
     """A block that held no numbers serves the next request as a fresh one would."""
     model = llama().float()
-    ways = Ways(model, 32)
+    ways = ModelRunner(model, 32)
     row = Row(number=0, key=None, tokens=[5, 6, 7], blocks=[0])
     expected = ways.logits([Work(row, 0, 3)])[0]
-    pool: Pool = ways._rest._pool  # type: ignore[union-attr]
+    pool: KVCache = ways._rest._pool  # type: ignore[union-attr]
     pool.keys[:, 0] = torch.nan
     pool.values[:, 0] = torch.inf
     assert torch.equal(ways.logits([Work(row, 0, 3)])[0], expected)

@@ -20,7 +20,7 @@ from loralab.studies.fields import configured
 from loralab.studies.prepare import prepare, question_module
 from loralab.studies.questions.recommend import plan_for
 from loralab.studies.runner import Session
-from loralab.studies.study import Arm, Asked, Ground, parse_seconds
+from loralab.studies.study import Arm, Ground, StudyOptions, parse_seconds
 from loralab.tasks.catalog import find
 
 
@@ -58,7 +58,7 @@ def test_a_grid_is_every_combination_and_a_list_in_a_list_is_one_value(tmp_path:
         "model = 'm'\nrank = [2, 4]\ntarget_modules = ['attention', ['q', 'v']]\nalpha = 8\n"
         "learning_rate = [1e-3]\nsteps = 7\n",
     )
-    ground, arms = _own(file, Asked(), None)
+    ground, arms = _own(file, StudyOptions(), None)
     assert arms is not None
     assert [arm.name for arm in arms][:2] == [
         "rank=2, target_modules=attention, learning_rate=0.001",
@@ -122,14 +122,14 @@ def test_a_study_goes_on_with_the_rows_and_the_base_that_it_was_begun_with(
 
 
 def test_a_model_or_data_that_is_not_there_is_refused_before_a_run(tmp_path: Path) -> None:
-    for asked in (Asked(model="minilm-l7"), Asked(data="movie-review", model="minilm-l6")):
+    for asked in (StudyOptions(model="minilm-l7"), StudyOptions(data="movie-review", model="minilm-l6")):
         with pytest.raises(InputError, match="did you mean"):
             study("rank", asked=asked, output_dir=tmp_path / "out")
         assert not (tmp_path / "out").exists()
 
 
 def test_a_metric_that_the_task_lacks_is_refused(tmp_path: Path, tiny_bert_folder: Path, noise_file: Path) -> None:
-    asked = Asked(model=str(tiny_bert_folder), data=str(noise_file), metric="acuracy")
+    asked = StudyOptions(model=str(tiny_bert_folder), data=str(noise_file), metric="acuracy")
     with pytest.raises(ConfigError, match=r"only loss, accuracy.*did you mean accuracy"):
         study("rank", asked=asked, output_dir=tmp_path / "out")
 
@@ -153,11 +153,11 @@ def test_budgets_are_read() -> None:
 
 def test_settings_that_exclude_each_other_are_refused() -> None:
     with pytest.raises(ConfigError, match="quick is one seed"):
-        Asked(quick=True, seeds=3)
+        StudyOptions(quick=True, seeds=3)
     with pytest.raises(ConfigError, match="fixed-lr"):
-        Asked(learning_rate=1e-3)
+        StudyOptions(learning_rate=1e-3)
     with pytest.raises(ConfigError, match="no effect on recommend"):
-        recommend(model="m", data="d", asked=Asked(fixed_lr=True))
+        recommend(model="m", data="d", asked=StudyOptions(fixed_lr=True))
 
 
 def test_an_unknown_field_of_an_arm_names_the_nearest() -> None:
@@ -170,7 +170,7 @@ def test_an_unknown_field_of_an_arm_names_the_nearest() -> None:
 @pytest.mark.parametrize("name", catalog.STUDIES)
 def test_every_question_has_a_file_that_answers_even_nothing(name: str) -> None:
     module = question_module(name)
-    ground = catalog.ground(name, Asked(quick=True))
+    ground = catalog.ground(name, StudyOptions(quick=True))
     answer = module.conclude([], ground)
     assert answer.sentence.en
     assert answer.sentence.zh
@@ -191,7 +191,7 @@ def test_recommend_ends_in_a_configuration_that_trains(
     import tomllib
 
     monkeypatch.setattr("loralab.studies.questions.recommend.plan_for", lambda *_: (9, 9))
-    asked = Asked(steps=9, batch_size=4, test_rows=16, precision="fp32")
+    asked = StudyOptions(steps=9, batch_size=4, test_rows=16, precision="fp32")
     found = recommend(
         model=str(tiny_bert_folder), data=str(noise_file), output_dir=tmp_path / "r", budget="10m", asked=asked
     )

@@ -15,10 +15,10 @@ from loralab.studies.catalog import STUDIES
 from loralab.studies.conduct import report
 from loralab.studies.questions import grid
 from loralab.studies.report import apply_command, both, markdown_table, page, repeat_command, section
-from loralab.studies.study import Asked, Cell, Ground, Table, Text
+from loralab.studies.study import Cell, Ground, StudyOptions, Table, Text
 
 
-def asked_by(command: str) -> tuple[str, Asked, dict[str, str]]:
+def asked_by(command: str) -> tuple[str, StudyOptions, dict[str, str]]:
     """What a command asks for, flag by flag."""
     words = shlex.split(command)
     given: dict[str, Any] = {}
@@ -34,7 +34,7 @@ def asked_by(command: str) -> tuple[str, Asked, dict[str, str]]:
             given[name] = tuple(next(flags).split(","))
         else:
             given[name] = WRITTEN.get(name, int)(next(flags))
-    return words[2], Asked(**given), mapping
+    return words[2], StudyOptions(**given), mapping
 
 
 WRITTEN: dict[str, Any] = {"learning_rate": float, "precision": str, "metric": str, "model": str, "data": str}
@@ -58,7 +58,7 @@ WRITTEN: dict[str, Any] = {"learning_rate": float, "precision": str, "metric": s
     ],
 )
 def test_the_command_that_repeats_a_study_asks_for_the_same(name: str, own: dict[str, Any]) -> None:
-    asked = catalog.ground(name, Asked(model="m", data="d", **own), {"text": "review"})
+    asked = catalog.ground(name, StudyOptions(model="m", data="d", **own), {"text": "review"})
     again, found, mapping = asked_by(repeat_command(asked))
     assert again == name
     assert catalog.ground(name, found, mapping) == asked

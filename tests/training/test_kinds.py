@@ -26,7 +26,7 @@ from transformers import (
 from loralab.adapters.methods import BitFit, Bottleneck, FullFineTune, LinearProbe, LoRA
 from loralab.artefacts.certificate import certify
 from loralab.artefacts.comparison import logits_of
-from loralab.artefacts.live import bring_to_life
+from loralab.artefacts.live import load_with_base
 from loralab.artefacts.merge import merge
 from loralab.errors import DataError, InputError, ModelError
 from loralab.models.load import load
@@ -114,7 +114,7 @@ def started(model: Path, data: Path, place: Path, method: Any = None, **more: An
 
 
 def reloaded_equal(run: Run) -> None:
-    base, live = run.base, bring_to_life(run.output_dir)
+    base, live = run.base, load_with_base(run.output_dir)
     want = logits_of(base.model, run.sample, base.kind, base.tokenizer)
     found = logits_of(live.base.model, run.sample, base.kind, live.base.tokenizer)
     assert torch.equal(found, want)
@@ -176,7 +176,7 @@ def test_words_of_some_tags_are_scored_against_all(encoder: Path, tagged: Path, 
 
 def test_the_size_of_pictures_is_kept(vision: Path, pictures: Path, tmp_path: Path) -> None:
     run = started(vision, pictures, tmp_path / "run", max_steps=3, image_size=42)
-    live = bring_to_life(run.output_dir)
+    live = load_with_base(run.output_dir)
     assert live.base.tokenizer.size == 42
     with pytest.raises(InputError, match="multiple of 14"):
         started(vision, pictures, tmp_path / "other", image_size=30)

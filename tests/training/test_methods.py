@@ -12,7 +12,7 @@ from loralab.adapters.load import load
 from loralab.adapters.methods import AdaLoRA, Bottleneck, FullFineTune, LoRA, Prefix
 from loralab.adapters.registry import built_in
 from loralab.artefacts.comparison import logits_of
-from loralab.artefacts.live import bring_to_life
+from loralab.artefacts.live import load_with_base
 from loralab.errors import ConfigError
 from loralab.training.evaluation import evaluate, generate
 from loralab.training.plan import plan
@@ -68,7 +68,7 @@ def check_method(method: Any, model: Path, data: Path, place: Path) -> Run:
     with pytest.raises(Killed):
         start("cut", listener=kill_at(5))
     assert files(start("cut", resume=True)) == files(run)
-    live = bring_to_life(run.output_dir)
+    live = load_with_base(run.output_dir)
     sample = run.sample
     want = logits_of(run.base.model, sample, run.base.kind)
     assert torch.equal(logits_of(live.base.model, sample, run.base.kind), want)
@@ -160,7 +160,7 @@ class TestNewTokens:
         ids = run.base.tokenizer.convert_tokens_to_ids(list(self.tokens))
         stored = folder.read(run.output_dir)
         assert stored.config.token_rows == tuple(ids)
-        live = bring_to_life(run.output_dir)
+        live = load_with_base(run.output_dir)
         assert live.base.tokenizer.convert_tokens_to_ids(list(self.tokens)) == ids
         sample = run.sample
         assert ids[0] in {number for prompt in sample for number in prompt}
@@ -189,10 +189,10 @@ def test_a_packed_base_is_packed_again_on_loading(
         output_dir=tmp_path / "run",
         training=Training(**SETTINGS, quantize=how),
     )
-    live = bring_to_life(run.output_dir)
+    live = load_with_base(run.output_dir)
     want = logits_of(run.base.model, run.sample, run.base.kind)
     assert torch.equal(logits_of(live.base.model, run.sample, run.base.kind), want)
-    plain = bring_to_life(run.output_dir, model=str(tiny_llama_folder))
+    plain = load_with_base(run.output_dir, model=str(tiny_llama_folder))
     assert plain.stored.record["base"]["quantize"] == how
     with pytest.raises(ConfigError, match="few bits cannot be trained"):
         train(
@@ -202,6 +202,6 @@ def test_a_packed_base_is_packed_again_on_loading(
             output_dir=tmp_path / "full",
             training=Training(**SETTINGS, quantize=how),
         )
-    fresh = bring_to_life(run.output_dir)
+    fresh = load_with_base(run.output_dir)
     assert load is not None
     assert fresh.base.model is not live.base.model

@@ -107,8 +107,8 @@ class BeforeLastNorm(_WithNetwork):
         return out
 
 
-class Entrance(Wrapper):
-    """The first layer of a feed-forward network; remembers what goes in, for `Beside`."""
+class SaveInput(Wrapper):
+    """The first layer of a feed-forward network; remembers what goes in, for `ParallelAdapter`."""
 
     cannot_merge = CANNOT_MERGE
 
@@ -126,10 +126,10 @@ class Entrance(Wrapper):
         return y
 
 
-class Beside(_WithNetwork):
+class ParallelAdapter(_WithNetwork):
     """Parallel: the last layer of a feed-forward network, plus network(what went into it)."""
 
-    def __init__(self, base: nn.Module, network: Network, entrance: Entrance) -> None:
+    def __init__(self, base: nn.Module, network: Network, entrance: SaveInput) -> None:
         super().__init__(base, network)
         self._entrance = (entrance,)  # in a tuple: it is a module of the model, not of this one
 
@@ -174,8 +174,8 @@ def _pfeiffer(model: nn.Module, block: Block, network: Any) -> dict[str, Wrapper
 
 
 def _parallel(model: nn.Module, block: Block, network: Any) -> dict[str, Wrapper]:
-    entrance = Entrance(model.get_submodule(block.ffn_in))
-    beside = Beside(model.get_submodule(block.ffn_out), network(), entrance)
+    entrance = SaveInput(model.get_submodule(block.ffn_in))
+    beside = ParallelAdapter(model.get_submodule(block.ffn_out), network(), entrance)
     return {block.ffn_in: entrance, block.ffn_out: beside}
 
 

@@ -64,7 +64,7 @@ class Bank:
         self.model = model
         self.spans: tuple[Span, ...] = ()
         self.around = around or (lambda key: contextlib.nullcontext())
-        self._places: dict[str, Grouped] = {}
+        self._places: dict[str, RoutedModule] = {}
         self._disabled: list[DisabledFastPath] = []
 
     def put(self, key: Hashable, adapter: Adapter) -> None:
@@ -136,8 +136,8 @@ class Bank:
         finally:
             self.spans = before
 
-    def _place(self, path: str) -> "Grouped":
-        place = Grouped(self.model.get_submodule(path), self)
+    def _place(self, path: str) -> "RoutedModule":
+        place = RoutedModule(self.model.get_submodule(path), self)
         place.train(place.base.training)
         return place
 
@@ -148,7 +148,7 @@ class Bank:
         self._disabled = disable_fast_path(self.model)
 
 
-class Grouped(Wrapper):
+class RoutedModule(Wrapper):
     """A module of the base, and what each adapter has in its place."""
 
     cannot_merge = "several adapters share this module; merge one of them on a model of its own"
@@ -174,7 +174,7 @@ class Grouped(Wrapper):
         self.members.pop(key, None)
         self._stacked = ((), [])
 
-    def updated(self, x: Tensor, layers: Sequence["Grouped"]) -> tuple[Tensor, ...] | None:
+    def updated(self, x: Tensor, layers: Sequence["RoutedModule"]) -> tuple[Tensor, ...] | None:
         """Layers that read the same input, where all updates are plain low-rank ones."""
         bank = self._bank[0]
         spans, rows = bank.spans, _rows(x, bank.spans)
@@ -249,7 +249,7 @@ def together(x: Tensor, layers: Sequence[nn.Module]) -> list[Tensor]:
     Semantics:
         [layer(x) for layer in layers]
     """
-    grouped = [layer for layer in layers if isinstance(layer, Grouped)]
+    grouped = [layer for layer in layers if isinstance(layer, RoutedModule)]
     if len(grouped) == len(layers):
         keys = {span.key for span in grouped[0]._bank[0].spans}
         members = [m for layer in grouped for key, m in layer.members.items() if key in keys]

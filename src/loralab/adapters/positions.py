@@ -16,7 +16,7 @@ from loralab.errors import AdapterStateError, TargetError
 CACHES = ("past_key_values", "layer_past", "past_key_value")  # what models call their cache
 
 
-class Behind:
+class ShiftPositions:
     """A hook before a model without its head: moves all positions on by the table's length.
 
     Args:
@@ -54,7 +54,7 @@ class Behind:
 def behind(inner: nn.Module, table: Any) -> Any:
     """Register the hook at a model's entrance; returns its handle."""
     start, limit = learnt_positions(inner)
-    return inner.register_forward_pre_hook(Behind(table, start, limit), with_kwargs=True)
+    return inner.register_forward_pre_hook(ShiftPositions(table, start, limit), with_kwargs=True)
 
 
 def entrance(model: nn.Module, paths: Iterable[str]) -> nn.Module:

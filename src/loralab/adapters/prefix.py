@@ -65,9 +65,9 @@ class Table(nn.Module):
         out: Tensor = self.up(torch.tanh(self.down(self.weight)))
         return out
 
-    def front(self, layer: int, cache: Any) -> "Front":
+    def front(self, layer: int, cache: Any) -> "PrefixCache":
         """The prefix of one layer before a cache."""
-        return Front(cache, self.of(layer))
+        return PrefixCache(cache, self.of(layer))
 
     def of(self, layer: int) -> Tensor:
         """Keys and values of one layer, (2, H, P, D)."""
@@ -111,12 +111,12 @@ class AttentionWithPrefix(Wrapper):
         given = bound.arguments
         front = self.table.front(self.layer, given.get(self._cache))
         given[self._cache] = front
-        if isinstance(front, Front):
+        if isinstance(front, PrefixCache):
             x = next(value for value in given.values() if isinstance(value, Tensor))
             given[MASK] = self._mask(given.get(MASK), x, front)
         return self.base(**by_name(bound))
 
-    def _mask(self, mask: Tensor | None, x: Tensor, front: "Front") -> Tensor | None:
+    def _mask(self, mask: Tensor | None, x: Tensor, front: "PrefixCache") -> Tensor | None:
         """The mask with the prefix in it; None stays none where nothing is hidden.
 
         The prefix is visible to all queries, but for those that have it out of their window.
@@ -146,7 +146,7 @@ class AttentionWithPrefix(Wrapper):
         return 0 if self._window is None else max(0, place - self._window + 1)
 
 
-class Front:
+class PrefixCache:
     """What an attention module takes for its cache: the real one, if any, with a prefix.
 
     `own` are keys and values (2, H, P, D).

@@ -3,7 +3,7 @@
 Source: Lester et al. 2021, arXiv:2104.08691, section 2. In a causal model the prompt's states do
 not depend on what follows: one pass over the prompt alone gives its keys and values in every
 layer, and they are a prefix (prefix.py). So the input keeps its length, for users and for
-generation. A model that reads in both directions really gets a longer input (`InFront`).
+generation. A model that reads in both directions really gets a longer input (`PrependPrompt`).
 Step 0 is not the base model. Axes: P tokens, E width of the embedding.
 """
 
@@ -22,7 +22,14 @@ from loralab.adapters.eager import is_plain_tensor
 from loralab.adapters.methods import Prompt
 from loralab.adapters.peft_fields import refuse_unknown
 from loralab.adapters.positions import behind, by_name, entrance
-from loralab.adapters.prefix import CANNOT_MERGE, CANNOT_SHARE, PEFT_FIELDS, AttentionWithPrefix, Front, attention_names
+from loralab.adapters.prefix import (
+    CANNOT_MERGE,
+    CANNOT_SHARE,
+    PEFT_FIELDS,
+    AttentionWithPrefix,
+    PrefixCache,
+    attention_names,
+)
 from loralab.adapters.wrapper import Wrapper
 from loralab.errors import AdapterStateError, TargetError
 
@@ -41,7 +48,7 @@ class Embeddings(nn.Module):
 
     def front(self, layer: int, cache: Any) -> Any:
         """The prompt's keys and values before a cache; while they are recorded, a recorder."""
-        return self if self.recording else Front(cache, self.states[layer])
+        return self if self.recording else PrefixCache(cache, self.states[layer])
 
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Record one layer's keys and values (1, H, P, D)."""
@@ -95,7 +102,7 @@ def build(model: Any, config: Prompt, generator: torch.Generator | None) -> dict
     table = Embeddings(start, len(names) or model.config.num_hidden_layers)
     if not names:
         path = next(name for name, module in model.named_modules() if module is embedding)
-        return {path: Keeper(embedding, table)}
+        return {path: PromptHolder(embedding, table)}
     return {name: AttentionWithPrefix(model.get_submodule(name), table, layer) for layer, name in enumerate(names)}
 
 
@@ -103,9 +110,9 @@ def watch(model: Any, modules: Mapping[str, Any]) -> list[Any]:
     """Work out the prompt's keys and values before each forward pass, and move the positions."""
     first = next(iter(modules.values()))
     table: Embeddings = first.table
-    if isinstance(first, Keeper):
+    if isinstance(first, PromptHolder):
         inner = getattr(model, "base_model", model)
-        hook = InFront(table, keeps="ForSequenceClassification" in type(model).__name__)
+        hook = PrependPrompt(table, keeps="ForSequenceClassification" in type(model).__name__)
         return [inner.register_forward_pre_hook(hook, with_kwargs=True), inner.register_forward_hook(hook.after)]
     inner = entrance(model, modules)
     return [behind(inner, table), inner.register_forward_pre_hook(Prepare(table), with_kwargs=True)]
@@ -129,7 +136,7 @@ class Prepare:
             self.table.record(module)
 
 
-class Keeper(Wrapper):
+class PromptHolder(Wrapper):
     """The embedding of a model that reads in both directions: keeps the prompt for the hook."""
 
     cannot_merge = CANNOT_MERGE
@@ -145,7 +152,7 @@ class Keeper(Wrapper):
         return out
 
 
-class InFront:
+class PrependPrompt:
     """Hooks around a model without its head: the prompt goes in before the words.
 
     Args:

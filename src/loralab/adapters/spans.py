@@ -24,7 +24,7 @@ from loralab.adapters.fused import (
     through_bases,
 )
 from loralab.adapters.thin import each
-from loralab.native.library import Thin
+from loralab.native.library import SkinnyGemm
 
 Factors = tuple[Tensor, Tensor, float]  # A (R, I), B (O, R) and what B A is multiplied by
 
@@ -97,9 +97,9 @@ class _LinearsBySpan(torch.autograd.Function):
         outputs = [base_output(x, w, b, own) for w, b, own in zip(weights, biases, layouts, strict=True)]
         lows = [flat.new_empty(p.stop - p.start, A.shape[0]) for p, A in zip(parts, As, strict=True)]
         whole = list(zip(parts, As, Bs, lows, strict=True))
-        each("down", [Thin(_input(flat, p), A, low, 0, p.scaling) for p, A, _, low in whole])
+        each("down", [SkinnyGemm(_input(flat, p), A, low, 0, p.scaling) for p, A, _, low in whole])
         outs = [flat_rows(y) for y in outputs]
-        each("up", [Thin(outs[p.layer][p.start : p.stop], B.T, low) for p, _, B, low in whole])
+        each("up", [SkinnyGemm(outs[p.layer][p.start : p.stop], B.T, low) for p, _, B, low in whole])
         ctx.save_for_backward(x, *weights, *As, *Bs, *lows)
         ctx.parts, ctx.layouts = parts, layouts
         return tuple(outputs)
@@ -123,11 +123,11 @@ class _LinearsBySpan(torch.autograd.Function):
         own = [dflat[p.layer][p.start : p.stop] for p in parts]
         Gs = [dy.new_empty(dy.shape[0], A.shape[0]) for dy, A in zip(own, As, strict=True)]
         scaled = zip(parts, own, Bs, Gs, strict=True)
-        each("down", [Thin(dy, B.T, G, 0, p.scaling) for p, dy, B, G in scaled])
+        each("down", [SkinnyGemm(dy, B.T, G, 0, p.scaling) for p, dy, B, G in scaled])
         dAs, dBs = ([torch.empty_like(t, dtype=_wide(t)) for t in of] for of in (As, Bs))
         inputs = [_input(flat, part) for part in parts]
-        each("outer", [Thin(rows, dA, G) for rows, dA, G in zip(inputs, dAs, Gs, strict=True)])
-        each("outer", [Thin(dy, dB.T, low) for dy, dB, low in zip(own, dBs, lows, strict=True)])
+        each("outer", [SkinnyGemm(rows, dA, G) for rows, dA, G in zip(inputs, dAs, Gs, strict=True)])
+        each("outer", [SkinnyGemm(dy, dB.T, low) for dy, dB, low in zip(own, dBs, lows, strict=True)])
         if dx is not None:
             _through_updates(dx, [(p, G, A) for (p, A, _, _), G in zip(whole, Gs, strict=True)])
             dx = dx.view(x.shape)
@@ -163,7 +163,7 @@ def _through_updates(dx: Tensor, parts: Sequence[tuple[_Part, Tensor, Tensor]]) 
     """dx += D(G A) of every part; those of different layers share rows."""
     for layer in dict.fromkeys(part.layer for part, _, _ in parts):
         here = [(dx[p.start : p.stop], p, G, A) for p, G, A in parts if p.layer == layer]
-        each("up", [Thin(rows, A, G) for rows, p, G, A in here if p.mask is None])
+        each("up", [SkinnyGemm(rows, A, G) for rows, p, G, A in here if p.mask is None])
         for rows, p, G, A in here:
             if p.mask is not None:
                 add_through_update(rows, G, A, p.mask)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from loralab.native.library import Kernels, Thin, kernels_for
+from loralab.native.library import Kernels, SkinnyGemm, kernels_for
 
 MOST = 64  # ranks up to which it pays
 STEP = 32  # what a width must be a multiple of
@@ -55,7 +55,7 @@ def outer(x: Tensor, low: Tensor, start: int, rank: int, turned: bool = False) -
     return found
 
 
-def each(kind: str, products: Sequence[Thin]) -> None:
+def each(kind: str, products: Sequence[SkinnyGemm]) -> None:
     """Many products that do not write to the same place: "down" into low, "up" into x, "outer"
     into M, as the functions of these names do it."""
     natives = [_native(p.x, p.M.shape[0], p.M.dtype) for p in products]

@@ -28,7 +28,7 @@ from loralab.adapters.folder import RECORD, read_json
 from loralab.adapters.record import sound
 from loralab.artefacts import gguf_adapter
 from loralab.artefacts.comparison import KEPT, Certificate, Reference, compare, logits_of, reference_of
-from loralab.artefacts.live import bring_to_life, on_base
+from loralab.artefacts.live import load_with_base, on_base
 from loralab.artefacts.temporary import TEMPORARY
 from loralab.errors import AdapterFileError, BaseMismatchWarning, CertificateError, ConfigError, LoralabError, some
 from loralab.models import load as models
@@ -204,11 +204,11 @@ def _reload(path: Path, device: str, base: str | None) -> tuple[Base, str]:
     """
     if (path / gguf_adapter.FILE).is_file():
         with tempfile.TemporaryDirectory() as place:
-            live = bring_to_life(_unpacked(path, Path(place) / "adapter"), device=device)
+            live = load_with_base(_unpacked(path, Path(place) / "adapter"), device=device)
         return live.base, live.precision
     if (path / folder.CONFIG).is_file():
         if base is None or models.has_tokenizer(base):
-            live = bring_to_life(path, model=base, device=device)
+            live = load_with_base(path, model=base, device=device)
         else:
             live = on_base(path, base, device=device)
         return live.base, live.precision

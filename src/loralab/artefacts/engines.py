@@ -16,7 +16,7 @@ from loralab.adapters.folder import AdapterFolder
 from loralab.adapters.multihead import MultiheadAttentionWithLoRA
 from loralab.adapters.registry import spec_of, spec_of_file
 from loralab.artefacts.gguf_adapter import FAMILIES
-from loralab.artefacts.live import bring_to_life
+from loralab.artefacts.live import load_with_base
 from loralab.artefacts.updates import ENDINGS, Update, is_uniform, updates
 from loralab.errors import ConfigError, ModelError, nearest, some
 from loralab.models import load as models
@@ -33,15 +33,15 @@ OUT_B = "base_layer.out_proj.lora_B.weight"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Obstacle:
+class Incompatibility:
     """What an engine would refuse or leave out.
 
-    `way_out` is "export" (`loralab export` writes what it takes), "merge" (a merged model has
+    `remedy` is "export" (`loralab export` writes what it takes), "merge" (a merged model has
     it), or "none".
     """
 
     what: str
-    way_out: str
+    remedy: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ class Verdict:
     """All that stands between an adapter and an engine; `notes` are no obstacles."""
 
     target: str
-    obstacles: tuple[Obstacle, ...]
+    obstacles: tuple[Incompatibility, ...]
     notes: tuple[str, ...] = ()
 
     @property
@@ -60,7 +60,7 @@ class Verdict:
     @property
     def lasting(self) -> list[str]:
         """What an export cannot take away either."""
-        return [one.what for one in self.obstacles if one.way_out != EXPORT]
+        return [one.what for one in self.obstacles if one.remedy != EXPORT]
 
     def to_json(self) -> dict[str, Any]:
         """All of it."""
@@ -68,7 +68,7 @@ class Verdict:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Facts:
+class BaseInfo:
     """What is known of a base from its configuration alone; None is not known."""
 
     architecture: str | None = None
@@ -93,7 +93,7 @@ def check(adapter: str | Path, *, target: str, model: str | None = None) -> Verd
     return _checked(folder.read(adapter), target, model)
 
 
-def judge(stored: AdapterFolder, target: str, facts: Facts) -> Verdict:
+def judge(stored: AdapterFolder, target: str, facts: BaseInfo) -> Verdict:
     """The verdict on a folder that was read, for a base that is known."""
     return ENGINES[target](stored, facts)
 
@@ -107,14 +107,14 @@ def require(adapter: str | Path, target: str, model: str | None) -> AdapterFolde
     stored = folder.read(adapter)
     verdict = _checked(stored, target, model)
     if lasting := verdict.lasting:
-        merged = any(one.way_out == MERGE for one in verdict.obstacles)
-        blocked = any(one.way_out == NONE for one in verdict.obstacles)
+        merged = any(one.remedy == MERGE for one in verdict.obstacles)
+        blocked = any(one.remedy == NONE for one in verdict.obstacles)
         way = "; `loralab merge` writes a model that has it" if merged and not blocked else ""
         raise ConfigError(f"{adapter} cannot be written for {target}: {some(lasting)}{way}")
     return stored
 
 
-def facts(name: str) -> Facts:
+def facts(name: str) -> BaseInfo:
     """What a base is, without its weights.
 
     Raises:
@@ -122,7 +122,7 @@ def facts(name: str) -> Facts:
     """
     config = models.configuration(name)
     own = (config.architectures or [None])[0]
-    return Facts(architecture=own, tied=bool(getattr(config, "tie_word_embeddings", False)))
+    return BaseInfo(architecture=own, tied=bool(getattr(config, "tie_word_embeddings", False)))
 
 
 def allowed_rank(rank: int) -> int:
@@ -143,17 +143,17 @@ def differs_in_peft(adapter: Adapter) -> list[str]:
     return reasons
 
 
-def _vllm(stored: AdapterFolder, facts: Facts) -> Verdict:
+def _vllm(stored: AdapterFolder, facts: BaseInfo) -> Verdict:
     found = [*_beyond_updates(stored, "vLLM"), *_vllm_base(stored, facts)]
     own = updates(stored)
     rank = max((one.rank for one in own), default=0)
     if rank > RANKS[-1]:
-        found.append(Obstacle(what=f"rank {rank}; vLLM's largest is {RANKS[-1]}", way_out=MERGE))
+        found.append(Incompatibility(what=f"rank {rank}; vLLM's largest is {RANKS[-1]}", remedy=MERGE))
     if own and _embedding(own) and facts.architecture not in EMBEDDING:
         base = facts.architecture or "a base that is not known here"
-        found.append(Obstacle(what=f"an embedding or head of {base} is updated", way_out=MERGE))
+        found.append(Incompatibility(what=f"an embedding or head of {base} is updated", remedy=MERGE))
     if own and not is_uniform(stored):
-        found.append(Obstacle(what=_uneven(stored), way_out=EXPORT))
+        found.append(Incompatibility(what=_uneven(stored), remedy=EXPORT))
     notes = []
     if USUAL_RANK < rank <= RANKS[-1]:
         notes.append(f"rank {rank}: start vLLM with --max-lora-rank {allowed_rank(rank)}")
@@ -162,33 +162,33 @@ def _vllm(stored: AdapterFolder, facts: Facts) -> Verdict:
     return Verdict(target="vllm", obstacles=tuple(found), notes=tuple(notes))
 
 
-def _vllm_base(stored: AdapterFolder, facts: Facts) -> list[Obstacle]:
+def _vllm_base(stored: AdapterFolder, facts: BaseInfo) -> list[Incompatibility]:
     found = []
     if how := _packed(stored, ("nf4", "gguf")):
         what = f"trained on a base packed as {how}, which vLLM's base is not"
-        found.append(Obstacle(what=what, way_out=MERGE))
+        found.append(Incompatibility(what=what, remedy=MERGE))
     if facts.architecture in WITHOUT_LORA:
-        found.append(Obstacle(what=f"vLLM adapts no {facts.architecture}", way_out=MERGE))
+        found.append(Incompatibility(what=f"vLLM adapts no {facts.architecture}", remedy=MERGE))
     kind = stored.record.get("base", {}).get("kind") or CAUSAL
     if kind != CAUSAL:
-        found.append(Obstacle(what=f"the base is of kind {kind}, and no language model", way_out=NONE))
+        found.append(Incompatibility(what=f"the base is of kind {kind}, and no language model", remedy=NONE))
     return found
 
 
-def _gguf(stored: AdapterFolder, facts: Facts) -> Verdict:
+def _gguf(stored: AdapterFolder, facts: BaseInfo) -> Verdict:
     found = _beyond_updates(stored, "llama.cpp")
     if how := _packed(stored, ("nf4",)):
         what = f"trained on a base packed as {how}, which llama.cpp's base is not"
-        found.append(Obstacle(what=what, way_out=MERGE))
+        found.append(Incompatibility(what=what, remedy=MERGE))
     if facts.architecture and facts.architecture not in FAMILIES:
         what = f"the rows of {facts.architecture} in a GGUF file are not known here"
-        found.append(Obstacle(what=f"{what}, only those of {some(FAMILIES)}", way_out=MERGE))
+        found.append(Incompatibility(what=f"{what}, only those of {some(FAMILIES)}", remedy=MERGE))
     own = updates(stored)
     if any(one.ending == ".lora_embedding_A" for one in own):
-        found.append(Obstacle(what="the embedding is updated", way_out=MERGE))
+        found.append(Incompatibility(what="the embedding is updated", remedy=MERGE))
     if any(one.path == "lm_head" for one in own) and facts.tied is not False:
         what = "the head is updated, which has no weight of its own in llama.cpp if it is tied"
-        found.append(Obstacle(what=what, way_out=MERGE))
+        found.append(Incompatibility(what=what, remedy=MERGE))
     found += _strange(own)
     notes = ["llama.cpp reads a file: `loralab export --to gguf` writes it"] if not found else []
     if not facts.architecture:
@@ -196,35 +196,35 @@ def _gguf(stored: AdapterFolder, facts: Facts) -> Verdict:
     return Verdict(target="gguf", obstacles=tuple(found), notes=tuple(notes))
 
 
-def _strange(own: Iterable[Update]) -> list[Obstacle]:
+def _strange(own: Iterable[Update]) -> list[Incompatibility]:
     """Layers that have no name in a GGUF file."""
     names = [one.path for one in own if one.ending == ".lora_A.weight" and one.path != "lm_head"]
     known = tuple(f".{name}" for name in LAYERS.values())
     if strange := [name for name in names if not name.endswith(known)]:
-        return [Obstacle(what=f"no name in a GGUF file for {some(strange, 3)}", way_out=MERGE)]
+        return [Incompatibility(what=f"no name in a GGUF file for {some(strange, 3)}", remedy=MERGE)]
     return []
 
 
-def _peft(stored: AdapterFolder, facts: Facts) -> Verdict:
+def _peft(stored: AdapterFolder, facts: BaseInfo) -> Verdict:
     kind = stored.fields.get("peft_type")
     if not spec_of_file(kind).in_peft:
         what = f"peft has no method {kind}"
-        return Verdict(target="peft", obstacles=(Obstacle(what=what, way_out=_way(stored)),))
+        return Verdict(target="peft", obstacles=(Incompatibility(what=what, remedy=_way(stored)),))
     others = any(tensor.ndim > 2 or ".base_layer." in key for key, tensor in stored.tensors.items())
     if not (others and spec_of(stored.config).low_rank):
         return Verdict(target="peft", obstacles=())
-    reasons = differs_in_peft(bring_to_life(stored.path).adapter)
-    found = tuple(Obstacle(what=reason, way_out=MERGE) for reason in reasons)
+    reasons = differs_in_peft(load_with_base(stored.path).adapter)
+    found = tuple(Incompatibility(what=reason, remedy=MERGE) for reason in reasons)
     return Verdict(target="peft", obstacles=found)
 
 
-def _beyond_updates(stored: AdapterFolder, engine: str) -> list[Obstacle]:
+def _beyond_updates(stored: AdapterFolder, engine: str) -> list[Incompatibility]:
     """What is there beside low-rank updates of linear layers and embeddings."""
     config = stored.config
     if not spec_of(config).low_rank:
         kind = type(config).__name__
         what = f"the method is {kind}, and {engine} reads low-rank updates alone"
-        return [Obstacle(what=what, way_out=_way(stored))]
+        return [Incompatibility(what=what, remedy=_way(stored))]
     found = []
     if config.dora:
         found.append("DoRA's lengths of rows")
@@ -238,7 +238,7 @@ def _beyond_updates(stored: AdapterFolder, engine: str) -> list[Obstacle]:
         found.append("updates of convolutions")
     if any(".base_layer." in key for key in layers):
         found.append("updates of nn.MultiheadAttention")
-    return [Obstacle(what=f"{what}: {engine} does not read them", way_out=MERGE) for what in found]
+    return [Incompatibility(what=f"{what}: {engine} does not read them", remedy=MERGE) for what in found]
 
 
 def _way(stored: AdapterFolder) -> str:
@@ -266,16 +266,16 @@ def _checked(stored: AdapterFolder, target: str, model: str | None) -> Verdict:
     return judge(stored, target, _facts_of(stored, model))
 
 
-def _facts_of(stored: AdapterFolder, model: str | None) -> Facts:
+def _facts_of(stored: AdapterFolder, model: str | None) -> BaseInfo:
     """The base that was given, or that the folder names where it can be found."""
     if model:
         return facts(model)
     record = stored.record.get("base", {})
     name = record.get("name") or stored.fields.get("base_model_name_or_path")
     try:
-        return facts(str(name)) if name else Facts()
+        return facts(str(name)) if name else BaseInfo()
     except ModelError:
-        return Facts(architecture=record.get("architecture"))
+        return BaseInfo(architecture=record.get("architecture"))
 
 
-ENGINES: dict[str, Callable[[AdapterFolder, Facts], Verdict]] = {"vllm": _vllm, "gguf": _gguf, "peft": _peft}
+ENGINES: dict[str, Callable[[AdapterFolder, BaseInfo], Verdict]] = {"vllm": _vllm, "gguf": _gguf, "peft": _peft}

@@ -13,7 +13,7 @@ from loralab.artefacts import gguf_adapter
 from loralab.artefacts.certificate import compare_afresh, file_digests
 from loralab.artefacts.comparison import Certificate, reference_of
 from loralab.artefacts.engines import differs_in_peft, require
-from loralab.artefacts.live import Live, bring_to_life, sample_of
+from loralab.artefacts.live import LoadedAdapter, load_with_base, sample_of
 from loralab.artefacts.merge import merge, unproved
 from loralab.artefacts.updates import uniform
 from loralab.errors import CertificateError, ConfigError, nearest, some
@@ -46,7 +46,7 @@ def _to_peft(adapter: Path, output: Path, model: str | None, precision: str | No
     kind = read_json(adapter / CONFIG).get("peft_type") if (adapter / CONFIG).is_file() else None
     if kind is not None and not spec_of_file(kind).in_peft:
         raise ConfigError(f"peft has no method {kind}, so {adapter} cannot be written for it")
-    live = bring_to_life(adapter, model=model, precision=precision)
+    live = load_with_base(adapter, model=model, precision=precision)
     if reasons := differs_in_peft(live.adapter):
         raise ConfigError(f"peft cannot express {adapter}: {some(reasons)}")
     return _proven(live, output, live.adapter.save)
@@ -56,7 +56,7 @@ def _to_vllm(adapter: Path, output: Path, model: str | None, precision: str | No
     """peft's files once more, with one rank and one alpha for all modules."""
     atomic.require_free(output)
     fields, tensors = uniform(require(adapter, "vllm", model))
-    live = bring_to_life(adapter, model=model, precision=precision)
+    live = load_with_base(adapter, model=model, precision=precision)
     fields["base_model_name_or_path"] = live.base.name
     return _proven(live, output, lambda place, record: folder.write(place, fields, tensors, record))
 
@@ -70,7 +70,7 @@ def _to_gguf(adapter: Path, output: Path, model: str | None, precision: str | No
         )
     atomic.require_free(output)
     stored = require(adapter, "gguf", model)
-    live = bring_to_life(adapter, model=model, precision=precision)
+    live = load_with_base(adapter, model=model, precision=precision)
     config = configuration(live.base.name)
 
     def write(place: Path, record: Record) -> None:
@@ -87,7 +87,7 @@ def _to_merged(adapter: Path, output: Path, model: str | None, precision: str | 
     return merge(adapter, output, model=model, precision=precision)
 
 
-def _proven(live: Live, output: Path, write: Callable[[Path, Record], object]) -> Certificate:
+def _proven(live: LoadedAdapter, output: Path, write: Callable[[Path, Record], object]) -> Certificate:
     """Write a folder, compare it in a fresh process, and give it its name if it passed."""
     base, stored = live.base, live.stored.record
     reference = reference_of(base.model, sample_of(stored, base), base.kind, base.tokenizer)

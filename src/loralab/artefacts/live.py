@@ -32,7 +32,7 @@ _SENTENCES = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Live:
+class LoadedAdapter:
     """A base model with an adapter in it."""
 
     base: Base
@@ -41,9 +41,9 @@ class Live:
     precision: str
 
 
-def bring_to_life(
+def load_with_base(
     path: str | Path, *, model: Any = None, tokenizer: Any = None, precision: str | None = None, device: str = "cpu"
-) -> Live:
+) -> LoadedAdapter:
     """Load an adapter folder onto its base, which is asked as it was in the adapter's training.
 
     Args:
@@ -81,10 +81,10 @@ def bring_to_life(
     add_tokens(base, prompts.get("new_tokens", ()))
     adapter = load_adapter(base.model, path)
     base = as_trained(base, prompts, path)
-    return Live(base=base, adapter=adapter, stored=stored, precision=precision)
+    return LoadedAdapter(base=base, adapter=adapter, stored=stored, precision=precision)
 
 
-def on_base(path: str | Path, base: str | Path, *, device: str = "cpu") -> Live:
+def on_base(path: str | Path, base: str | Path, *, device: str = "cpu") -> LoadedAdapter:
     """Load an adapter folder onto a base as transformers alone reads it, without a tokenizer.
 
     The base's kind and precision are those that the adapter's record names.
@@ -103,7 +103,7 @@ def on_base(path: str | Path, base: str | Path, *, device: str = "cpu") -> Live:
     )
     adapter = load_adapter(model.to(device).eval(), path)
     whole = Base(name=str(base), model=model, tokenizer=None, kind=kind, source=str(base))
-    return Live(base=whole, adapter=adapter, stored=stored, precision=precision)
+    return LoadedAdapter(base=whole, adapter=adapter, stored=stored, precision=precision)
 
 
 def _copied(own: Given, stored: AdapterFolder) -> Base:

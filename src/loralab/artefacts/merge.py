@@ -15,7 +15,7 @@ from loralab.adapters.record import FORMAT
 from loralab.artefacts import requantize
 from loralab.artefacts.certificate import compare_afresh, file_digests
 from loralab.artefacts.comparison import Certificate, reference_of
-from loralab.artefacts.live import Live, bring_to_life, sample_of
+from loralab.artefacts.live import LoadedAdapter, load_with_base, sample_of
 from loralab.errors import CertificateError, ConfigError
 from loralab.models.load import quiet
 from loralab.models.quantize import dequantize
@@ -56,7 +56,7 @@ def merge(
     atomic.require_free(output)
     check_choice("quantize", quantize, ("none", "nf4"))
     packs = quantize == "nf4"
-    live = bring_to_life(adapter, model=model, tokenizer=tokenizer, precision=precision)
+    live = load_with_base(adapter, model=model, tokenizer=tokenizer, precision=precision)
     if reason := live.adapter.reason_not_to_merge():
         raise ConfigError(f"{adapter}: {reason}")
     base = live.base
@@ -106,7 +106,7 @@ def unproved(output: Path) -> Iterator[Path]:
             raise
 
 
-def _write_model(live: Live, plain: Any, place: Path, kept: Mapping[str, float]) -> None:
+def _write_model(live: LoadedAdapter, plain: Any, place: Path, kept: Mapping[str, float]) -> None:
     _untie(plain)
     record = live.stored.record
     stops = record.get("tokenizer", {}).get("stop_ids")

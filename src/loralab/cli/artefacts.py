@@ -126,7 +126,7 @@ def _show_verdict(adapter: Path, verdict: "Verdict") -> None:
         "none": "none; loralab serve has it",
     }
     rows = [("as it is", "yes" if verdict.as_it_is else "no")]
-    rows += [(one.what, ways[one.way_out]) for one in verdict.obstacles]
+    rows += [(one.what, ways[one.remedy]) for one in verdict.obstacles]
     rows += [("note", note) for note in verdict.notes]
     print_table(f"{adapter} for {verdict.target}", rows)
 

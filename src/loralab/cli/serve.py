@@ -15,7 +15,7 @@ from loralab.errors import ConfigError
 from loralab.serving.settings import Limits, ServeSettings
 
 if TYPE_CHECKING:
-    from loralab.serving.api_service import About
+    from loralab.serving.api_service import ServerInfo
     from loralab.serving.keys import Keys
 
 SHOWN = 12  # adapters that are named at the start
@@ -122,7 +122,7 @@ def _serve_replicas(
         until_told()
 
 
-def _say_ready(found: "About", where: str, with_keys: bool, as_json: bool) -> None:
+def _say_ready(found: "ServerInfo", where: str, with_keys: bool, as_json: bool) -> None:
     """One line for machines, or a few for people."""
     base, adapters = found.base, list(found.adapters)
     if as_json:

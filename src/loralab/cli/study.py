@@ -12,7 +12,7 @@ from loralab.cli.options import build, with_options
 from loralab.cli.tables import print_json
 from loralab.errors import ConfigError
 from loralab.studies.catalog import STUDIES, require_installed
-from loralab.studies.study import LANGUAGES, Asked
+from loralab.studies.study import LANGUAGES, StudyOptions
 
 if TYPE_CHECKING:
     from loralab.studies.conduct import Outcome
@@ -25,7 +25,7 @@ Language = Annotated[str, typer.Option("--lang", help=f"of the page: {' or '.joi
 
 
 @app.command()
-@with_options(Asked)
+@with_options(StudyOptions)
 def study(
     name: Annotated[str, typer.Argument(help=f"{', '.join(STUDIES)}, all, or a .toml file")],
     model: Model = None,
@@ -46,7 +46,7 @@ def study(
     """Answer a question by fair measurement on a model and data, as a report."""
     _require_ready(lang)
     given = {**(typed or {}), **{k: v for k, v in (("model", model), ("data", data)) if v}}
-    asked = build(Asked, given)
+    asked = build(StudyOptions, given)
     from loralab.cli.progress import StudyLines
     from loralab.studies.conduct import study as conduct
 
@@ -67,7 +67,7 @@ def study(
 
 
 @app.command()
-@with_options(Asked)
+@with_options(StudyOptions)
 def recommend(
     model: Model = None,
     data: Data = None,
@@ -94,7 +94,7 @@ def recommend(
             data=data,
             output_dir=output_dir,
             budget=budget,
-            asked=build(Asked, typed or {}),
+            asked=build(StudyOptions, typed or {}),
             mapping=mapping_of(map_),
             resume=resume,
             language=lang,

@@ -11,7 +11,7 @@ from loralab.errors import ConfigError
 from loralab.values import check_choice
 
 if TYPE_CHECKING:
-    from loralab.serving.store import Entry
+    from loralab.serving.store import AdapterInfo
 
 ENGINES = ("loralab", "vllm")
 NOT_VLLMS = (
@@ -97,7 +97,7 @@ def serve_by_vllm(
     return run(run_as, lambda: _say_ready(ready, as_json))
 
 
-def say_differing(entries: Sequence["Entry"], source: str, shown: str) -> None:
+def say_differing(entries: Sequence["AdapterInfo"], source: str, shown: str) -> None:
     """Name the adapters that were trained with another chat template than vLLM will ask with."""
     from transformers import AutoTokenizer
 

@@ -50,7 +50,7 @@ DOTS = {  # of the files that need the processor's own dot products
 C_TYPES = {"p": ctypes.c_void_p, "l": ctypes.c_long, "f": ctypes.c_float}
 
 
-class Thin(NamedTuple):
+class SkinnyGemm(NamedTuple):
     """One of lowrank.c's products: x (N, W) dense, M (R, W) of any strides, low (N, R or more)."""
 
     x: Tensor
@@ -90,7 +90,7 @@ class Kernels:
         plain = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
         self._functions[name](*plain, torch.get_num_threads())
 
-    def thin_many(self, kind: str, products: Sequence[Thin]) -> None:
+    def thin_many(self, kind: str, products: Sequence[SkinnyGemm]) -> None:
         """Run one of lowrank.c's for many products that do not write to the same place."""
         rows = [
             _Thin(

@@ -17,7 +17,7 @@ from starlette.requests import ClientDisconnect
 from loralab.errors import LoralabError
 from loralab.serving import api_shapes as shapes
 from loralab.serving.api_description import description
-from loralab.serving.api_errors import LONGEST, ApiError, translated
+from loralab.serving.api_errors import LONGEST, ApiError, to_api_error
 from loralab.serving.api_schemas import ChatBody, ClassifyBody, CompletionBody, LoadBody, UnloadBody
 from loralab.serving.api_service import Service
 from loralab.serving.api_shapes import ChatShape, CompletionShape
@@ -31,7 +31,7 @@ from loralab.serving.settings import Limits
 
 if TYPE_CHECKING:
     from loralab.serving.engine import Engine
-    from loralab.serving.store import Entry
+    from loralab.serving.store import AdapterInfo
 
 PAGE = Path(__file__).with_name("page.html")
 DIGEST_HEADER, WARNING_HEADER = "X-Loralab-Digest", "X-Loralab-Warning"
@@ -86,7 +86,7 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(LoralabError)
     async def _loralab(_: Request, error: LoralabError) -> Response:
-        return translated(error).response()
+        return to_api_error(error).response()
 
     @app.exception_handler(ClientGoneError)
     @app.exception_handler(ClientDisconnect)
@@ -188,7 +188,7 @@ def _add_asking(app: FastAPI, service: Service) -> None:
             turns = [message.turn() for message in body.messages]
             ids = await service.chat_ids(turns, entry)
         except LoralabError as error:
-            raise translated(error, "messages") from None
+            raise to_api_error(error, "messages") from None
         return await _answered(service, request, body, entry, key, [ids])
 
     @app.post("/v1/classify")
@@ -208,7 +208,7 @@ async def _answered(
     service: Service,
     request: Request,
     body: CompletionBody | ChatBody,
-    entry: "Entry | None",
+    entry: "AdapterInfo | None",
     key: Key | None,
     prompts: Sequence[Sequence[int]],
 ) -> Response:
@@ -223,7 +223,7 @@ async def _answered(
         answers = _submitted(service, asked, entry)
     except LoralabError as error:
         service.settle(grant, 0)
-        raise translated(error, param) from None
+        raise to_api_error(error, param) from None
     gathered = Gathered(answers, lambda tokens: service.settle(grant, tokens))
     make = CompletionShape if isinstance(body, CompletionBody) else ChatShape
     read = sum(map(len, prompts)) if body.with_usage_so_far else None
@@ -244,7 +244,9 @@ async def _answered(
     return JSONResponse(shape.whole(done), headers=headers)
 
 
-def _submitted(service: Service, asked: Sequence[tuple[Sequence[int], Any]], entry: "Entry | None") -> list[Answer]:
+def _submitted(
+    service: Service, asked: Sequence[tuple[Sequence[int], Any]], entry: "AdapterInfo | None"
+) -> list[Answer]:
     """All of them or none."""
     answers: list[Answer] = []
     try:
@@ -270,7 +272,7 @@ async def _classified(service: Service, request: Request, body: ClassifyBody, ke
         waiting = await service.aside(lambda: engine.classify(given, adapter=entry))
         ranked = await guarded(request.receive, _awaited(waiting), service.limits.timeout, cancel=waiting.cancel)
     except LoralabError as error:
-        raise translated(error, "input") from None
+        raise to_api_error(error, "input") from None
     service.settle(grant, sum(one.tokens for one in ranked))
     labels = () if entry is None else entry.labels
     digest = None if entry is None else entry.digest
@@ -309,15 +311,15 @@ def _add_store(app: FastAPI, service: Service) -> None:
         return PlainTextResponse(text, headers=_digest(entry.digest))
 
 
-async def _changed(work: Callable[[], "Entry"], param: str) -> "Entry":
+async def _changed(work: Callable[[], "AdapterInfo"], param: str) -> "AdapterInfo":
     """In a thread: reading an adapter takes a while."""
     try:
         return await asyncio.to_thread(work)
     except LoralabError as error:
-        raise translated(error, param, fields=STORE_FIELDS) from None
+        raise to_api_error(error, param, fields=STORE_FIELDS) from None
 
 
-async def _writer(service: Service, name: str, key: Key | None) -> "Entry | None":
+async def _writer(service: Service, name: str, key: Key | None) -> "AdapterInfo | None":
     """The adapter that is asked to write; None is the base."""
     entry = await service.model(name, key)
     if service.engine.base.kind != "causal-lm":

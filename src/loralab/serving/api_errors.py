@@ -58,7 +58,7 @@ class ApiError(Exception):
         return JSONResponse(self.body(), self.status, headers=headers)
 
 
-def translated(error: LoralabError, param: str | None = None, *, fields: Mapping[str, str] | None = None) -> ApiError:
+def to_api_error(error: LoralabError, param: str | None = None, *, fields: Mapping[str, str] | None = None) -> ApiError:
     """One of loralab's own errors as an answer.
 
     Args:

@@ -10,7 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic_core import PydanticCustomError
 
 from loralab.errors import ConfigError, nearest, shown
-from loralab.serving.api_errors import LONGEST, ApiError, invalid, translated
+from loralab.serving.api_errors import LONGEST, ApiError, invalid, to_api_error
 from loralab.serving.request import MOST_LOGPROBS, MOST_STOPS, Sampling
 
 # fields of OpenAI's that are not supported: the values that mean "as usual", beside null
@@ -231,7 +231,7 @@ class _Asked(_Request):
                 echo=echo,
             )
         except ConfigError as error:
-            raise translated(error, fields=self._fields) from None
+            raise to_api_error(error, fields=self._fields) from None
 
 
 class CompletionBody(_Asked):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 from fastapi import Request
 
 from loralab.errors import AdapterNotFoundError, LoralabError, nearest
-from loralab.serving.api_errors import LONGEST, RETRY_SECONDS, ApiError, translated
+from loralab.serving.api_errors import LONGEST, RETRY_SECONDS, ApiError, to_api_error
 from loralab.serving.api_schemas import Body, parsed
 from loralab.serving.keys import Grant, Key, Keys
 from loralab.serving.metrics import Metrics
@@ -22,7 +22,7 @@ from loralab.tasks.segments import opening
 
 if TYPE_CHECKING:
     from loralab.serving.engine import Engine
-    from loralab.serving.store import Entry
+    from loralab.serving.store import AdapterInfo
 
 Kind = TypeVar("Kind", bound=Body)
 Result = TypeVar("Result")
@@ -34,7 +34,7 @@ TEXT = Task(name="text", format="text", splits={})
 
 
 @dataclass(frozen=True, kw_only=True)
-class About:
+class ServerInfo:
     """What a server serves, for whoever started it.
 
     `refused` are the adapters that it left out, `slower` the quicker ways of computing a step that
@@ -137,12 +137,12 @@ class Service:
         finally:
             self._arriving -= own
 
-    async def visible(self, key: Key | None) -> list["Entry"]:
+    async def visible(self, key: Key | None) -> list["AdapterInfo"]:
         """The adapters of the store that a key may use."""
         entries = await self._looked_up("", self.engine.store.entries)
         return [entry for entry in entries if key is None or key.may_use(entry.name)]
 
-    async def model(self, name: str, key: Key | None) -> "Entry | None":
+    async def model(self, name: str, key: Key | None) -> "AdapterInfo | None":
         """The adapter of this name or digest; None is the base.
 
         Raises:
@@ -158,7 +158,7 @@ class Service:
         hint = nearest(name, [self.base_id, *names] if key is None or key.base else names)
         raise ApiError(404, f"there is no model {name[:LONGEST]!r}{hint}", param="model", code="model_not_found")
 
-    async def have_tokenizer(self, entry: "Entry | None") -> None:
+    async def have_tokenizer(self, entry: "AdapterInfo | None") -> None:
         """Have an adapter's tokenizer ready before the event loop needs it.
 
         Raises:
@@ -169,10 +169,10 @@ class Service:
         try:
             await self.aside(lambda: self.engine.tokenizer(entry))
         except LoralabError as error:
-            raise translated(error, "model") from None
+            raise to_api_error(error, "model") from None
         self._worded.add(entry.digest)
 
-    async def _entry(self, name: str, key: Key | None) -> "Entry | None":
+    async def _entry(self, name: str, key: Key | None) -> "AdapterInfo | None":
         """The adapter that a key may use; what it may not use is not even looked at."""
         if key is None or key.may_use(name):
             try:
@@ -180,7 +180,7 @@ class Service:
             except AdapterNotFoundError:
                 return None
             except LoralabError as error:  # it is there, and damaged
-                raise translated(error, "model") from None
+                raise to_api_error(error, "model") from None
             if key is None or key.may_use(entry.name):
                 return entry
         # by its digest: a name of the same adapter may be allowed
@@ -246,7 +246,7 @@ class Service:
             raise ApiError(400, "prompt is empty", param="prompt", code="invalid_value")
         return prompt
 
-    async def chat_ids(self, turns: list[dict[str, str]], entry: "Entry | None") -> Sequence[int]:
+    async def chat_ids(self, turns: list[dict[str, str]], entry: "AdapterInfo | None") -> Sequence[int]:
         """The tokens of a conversation and the opening of its next turn, as in training.
 
         Raises:
@@ -256,7 +256,7 @@ class Service:
         self.require_fitting(sum(1 + len(turn["content"]) for turn in turns), "messages")
         return await self.aside(lambda: opening(self.engine.tokenizer(entry), turns))
 
-    def room(self, ids: Sequence[int], entry: "Entry | None", param: str) -> int:
+    def room(self, ids: Sequence[int], entry: "AdapterInfo | None", param: str) -> int:
         """Tokens that an answer to a prompt can have.
 
         Raises:
@@ -280,9 +280,9 @@ class Service:
         return await asyncio.get_running_loop().run_in_executor(self._aside, work)
 
 
-def about(engine: "Engine") -> About:
+def about(engine: "Engine") -> ServerInfo:
     """What an engine serves."""
-    return About(
+    return ServerInfo(
         base=base_id(engine.base.name),
         kind=engine.base.kind,
         adapters=tuple(entry.name for entry in engine.store.entries()),

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from loralab.serving.detokenize import escaped
-from loralab.serving.request import Answer, Completed, Finished, Piece, Ranked, TokenLogprob
+from loralab.serving.request import Answer, Completed, Delta, Finished, Ranked, TokenLogprob
 
 Json = dict[str, Any]
 OWNER = "loralab"
@@ -96,7 +96,7 @@ class CompletionShape(_Shape):
         """Nothing: a completion has no role to tell."""
         return None
 
-    def piece(self, index: int, piece: Piece) -> Json:
+    def piece(self, index: int, piece: Delta) -> Json:
         """More text."""
         self._written[index] += len(piece.tokens)
         told = _listed(piece.logprobs) if piece.logprobs else None
@@ -137,7 +137,7 @@ class ChatShape(_Shape):
         """Whose turn it is."""
         return self.chunk([self._delta(index, {"role": "assistant", "content": ""})])
 
-    def piece(self, index: int, piece: Piece) -> Json:
+    def piece(self, index: int, piece: Delta) -> Json:
         """More text."""
         self._written[index] += len(piece.tokens)
         told = _spoken(piece.logprobs) if piece.logprobs else None

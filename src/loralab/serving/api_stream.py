@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from loralab.serving.api_errors import ApiError
 from loralab.serving.api_shapes import Shape
-from loralab.serving.request import CANCELLED, FAILED, Answer, Completed, Event, Finished, Piece
+from loralab.serving.request import CANCELLED, FAILED, Answer, Completed, Delta, Event, Finished
 
 Result = TypeVar("Result")
 GRACE = 5.0  # seconds for a client to read the end of a stream that took too long
@@ -59,9 +59,9 @@ class Gathered:
 
     async def completed(self) -> list[Completed]:
         """All answers, whole."""
-        pieces: list[list[Piece]] = [[] for _ in self.answers]
+        pieces: list[list[Delta]] = [[] for _ in self.answers]
         async for index, event in self.events():
-            if isinstance(event, Piece):
+            if isinstance(event, Delta):
                 pieces[index].append(event)
         whole = zip(self.answers, pieces, self.ends(), strict=True)
         return [Completed.of(answer, own, end) for answer, own, end in whole]

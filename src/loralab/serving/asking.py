@@ -8,8 +8,8 @@ from concurrent.futures import Future
 from loralab.errors import ConfigError, DataError
 from loralab.models.load import Base
 from loralab.serving.detokenize import TokenBytes
-from loralab.serving.entries import Entry
-from loralab.serving.live import Scored, Seen, Written
+from loralab.serving.entries import AdapterInfo
+from loralab.serving.live import EncoderRequest, Generation, LabelScoring
 from loralab.serving.request import Answer, Sampling
 from loralab.serving.scheduler import Row
 from loralab.serving.wording import Wordings
@@ -25,7 +25,7 @@ UNLIKE_TRAINING = (
 VISION, CLASSIFIER = "image-classification", "sequence-classification"
 
 
-class Asking:
+class RequestBuilder:
     """Makes live requests for one base.
 
     Args:
@@ -41,7 +41,7 @@ class Asking:
         self._tokens = TokenBytes(base.tokenizer)
         self._numbers = itertools.count()  # of rows and inputs
 
-    def writing(self, prompt: Sequence[int], entry: Entry | None, sampling: Sampling) -> Written:
+    def writing(self, prompt: Sequence[int], entry: AdapterInfo | None, sampling: Sampling) -> Generation:
         """A text to write after a prompt.
 
         Raises:
@@ -53,7 +53,7 @@ class Asking:
         self._require(prompt, front_of(entry) + sampling.max_tokens)
         digest = digest_of(entry)
         tokens = [*range(-front_of(entry), 0), *prompt]
-        live: Written
+        live: Generation
 
         def cancel() -> None:
             live.cancelled = True
@@ -66,7 +66,7 @@ class Asking:
             cancel=cancel,
             warning="" if self._as_trained(prompt, entry) else UNLIKE_TRAINING,
         )
-        live = Written(
+        live = Generation(
             adapter=name,
             digest=digest,
             prompt=tuple(prompt),
@@ -78,7 +78,7 @@ class Asking:
         )
         return live
 
-    def _row(self, tokens: list[int], entry: Entry | None, sampling: Sampling) -> Row:
+    def _row(self, tokens: list[int], entry: AdapterInfo | None, sampling: Sampling) -> Row:
         explained = sampling.echo and sampling.logprobs is not None
         return Row(
             number=next(self._numbers),
@@ -88,7 +88,7 @@ class Asking:
             continued=sampling.max_tokens > 0,
         )
 
-    def _as_trained(self, prompt: Sequence[int], entry: Entry | None) -> bool:
+    def _as_trained(self, prompt: Sequence[int], entry: AdapterInfo | None) -> bool:
         """Whether a prompt ends as those that the adapter has learnt to answer."""
         if entry is None or entry.form in (None, "text"):
             return True
@@ -97,7 +97,7 @@ class Asking:
             return tuple(prompt[len(prompt) - len(wording.opening) :]) == wording.opening
         return self._tokens.decode(prompt[-1:])[-1:].isspace() or not wording.opening
 
-    def classifying(self, inputs: Sequence[str | bytes], entry: Entry | None) -> Scored | Seen:
+    def classifying(self, inputs: Sequence[str | bytes], entry: AdapterInfo | None) -> LabelScoring | EncoderRequest:
         """Inputs to put into classes.
 
         Raises:
@@ -114,7 +114,7 @@ class Asking:
         if self._base.kind == "causal-lm":
             return self._scored([str(text) for text in inputs], entry, task)
         examples = [self._example(number, value) for number, value in enumerate(inputs)]
-        return Seen(
+        return EncoderRequest(
             adapter=named(entry),
             digest=digest_of(entry),
             labels=task.labels,
@@ -123,7 +123,7 @@ class Asking:
             future=Future(),
         )
 
-    def _scored(self, texts: Sequence[str], entry: Entry | None, task: Task) -> Scored:
+    def _scored(self, texts: Sequence[str], entry: AdapterInfo | None, task: Task) -> LabelScoring:
         tokenizer, front = self.wordings.of(entry).tokenizer, list(range(-front_of(entry), 0))
         digest = digest_of(entry)
         rows, asked, single, firsts = [], [], True, []
@@ -147,7 +147,7 @@ class Asking:
             for prompt, ends in rows
             for end in ([()] if single else ends)
         ]
-        return Scored(
+        return LabelScoring(
             adapter=named(entry),
             digest=digest,
             labels=task.labels,
@@ -170,7 +170,7 @@ class Asking:
         require_known(self._base.model, self._base.tokenizer, [ids])
         return Example(number, ids, (0,))
 
-    def _task(self, entry: Entry | None) -> Task:
+    def _task(self, entry: AdapterInfo | None) -> Task:
         """What the adapter, or the base's own head, was taught to tell apart."""
         if entry is None:
             return Task(name=self._base.name, format="text-label", splits={}, labels=self._own())
@@ -202,22 +202,22 @@ class Asking:
             )
 
 
-def front_of(entry: Entry | None) -> int:
+def front_of(entry: AdapterInfo | None) -> int:
     """Places that an adapter's prefix takes before every prompt."""
     return 0 if entry is None else entry.front
 
 
-def named(entry: Entry | None) -> str | None:
+def named(entry: AdapterInfo | None) -> str | None:
     """The adapter's name."""
     return None if entry is None else entry.name
 
 
-def digest_of(entry: Entry | None) -> str | None:
+def digest_of(entry: AdapterInfo | None) -> str | None:
     """What the name stands for now."""
     return None if entry is None else entry.digest
 
 
-def _task_of(entry: Entry) -> Task:
+def _task_of(entry: AdapterInfo) -> Task:
     if not entry.labels:
         raise DataError(f"{entry.name} was not trained to tell classes apart; it has no labels")
     if entry.form == "pair-label":

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 SIZE = 16  # places in a block
 
 
-class Blocks:
+class BlockManager:
     """`count` blocks, counted references, and those that are free but still known."""
 
     def __init__(self, count: int) -> None:

@@ -15,7 +15,7 @@ from loralab.adapters.adapter import Adapter
 from loralab.adapters.ia3 import LinearWithIA3
 from loralab.adapters.linear import LinearWithLoRA
 from loralab.native.library import kernels_for
-from loralab.serving.passes import Pass, Pool
+from loralab.serving.passes import ForwardBatch, KVCache
 
 PROJECTIONS = (
     "self_attn.q_proj",
@@ -52,10 +52,10 @@ class _Update(ctypes.Structure):
     _fields_ = [*[(name, ctypes.c_void_p) for name in ("a", "b", "ratio", "after", "before")], ("r", ctypes.c_int64)]
 
 
-class Compiled:
+class NativeRunner:
     """A Llama-shaped model as one function of a pass."""
 
-    def __init__(self, model: Any, pool: Pool) -> None:
+    def __init__(self, model: Any, pool: KVCache) -> None:
         self._model, self._pool = model, pool
         self._adapters: dict[Hashable, tuple[Any, list[Tensor]]] = {}
         config, inner = model.config, model.model
@@ -101,7 +101,7 @@ class Compiled:
         self._adapters.pop(key, None)
 
     @torch.no_grad()
-    def logits(self, step: Pass) -> Tensor:
+    def logits(self, step: ForwardBatch) -> Tensor:
         """What the model says to the tokens that are asked, (m, V) in fp32."""
         inner, n = self._model.model, len(step.ids)
         x = inner.embed_tokens(torch.tensor(step.ids))

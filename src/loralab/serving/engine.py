@@ -18,9 +18,9 @@ import torch
 
 from loralab.errors import QueueFullError
 from loralab.models.load import Base
-from loralab.serving.asking import Asking
-from loralab.serving.entries import Entry
-from loralab.serving.live import Live, Scored, Seen, Written, error_of
+from loralab.serving.asking import RequestBuilder
+from loralab.serving.entries import AdapterInfo
+from loralab.serving.live import EncoderRequest, Generation, LabelScoring, LoadedAdapter, error_of
 from loralab.serving.request import CANCELLED, FAILED, Answer, Completed, Ranked, Sampling
 from loralab.serving.sampling import choose, readable
 from loralab.serving.scheduler import Row, Scheduler, Work
@@ -51,7 +51,7 @@ class Engine:
         model: Any,
         scheduler: Scheduler | None,
         context: int,
-        asking: Asking,
+        asking: RequestBuilder,
     ) -> None:
         self.base, self.store, self.context = base, store, context
         self.max_waiting = settings.queue
@@ -60,10 +60,10 @@ class Engine:
         self._model, self._scheduler, self._asking = model, scheduler, asking
         self._most = settings.max_batch
         self._lock = threading.Condition()
-        self._arrived: list[Live] = []  # need an adapter brought into memory
-        self._ready: deque[Live] = deque()  # have it
-        self._live: dict[int, Live] = {}  # by the numbers of their rows
-        self._seen: deque[Seen] = deque()  # inputs for an encoder
+        self._arrived: list[LoadedAdapter] = []  # need an adapter brought into memory
+        self._ready: deque[LoadedAdapter] = deque()  # have it
+        self._live: dict[int, LoadedAdapter] = {}  # by the numbers of their rows
+        self._seen: deque[EncoderRequest] = deque()  # inputs for an encoder
         self._users: dict[str, int] = {}  # live requests of each adapter that the model has
         self._closing = False
         self._threads: list[threading.Thread] = []
@@ -75,7 +75,7 @@ class Engine:
 
     # -- asking: any thread ---------------------------------------------------------------------
 
-    def submit(self, prompt: Sequence[int], *, adapter: Entry | str | None, sampling: Sampling) -> Answer:
+    def submit(self, prompt: Sequence[int], *, adapter: AdapterInfo | str | None, sampling: Sampling) -> Answer:
         """Ask for an answer to a prompt (token ids); returns at once.
 
         Args:
@@ -93,7 +93,7 @@ class Engine:
         self._enter(live)
         return live.answer
 
-    def classify(self, inputs: Sequence[str | bytes], *, adapter: Entry | str | None) -> "Future[list[Ranked]]":
+    def classify(self, inputs: Sequence[str | bytes], *, adapter: AdapterInfo | str | None) -> "Future[list[Ranked]]":
         """Ask for the classes of texts, or of pictures (the bytes of a file each).
 
         Raises:
@@ -105,7 +105,7 @@ class Engine:
         self._enter(live)
         return live.future
 
-    def tokenizer(self, entry: Entry | None) -> Any:
+    def tokenizer(self, entry: AdapterInfo | None) -> Any:
         """Return the tokenizer with the chat template that an adapter was trained with.
 
         Raises:
@@ -211,7 +211,7 @@ class Engine:
 
     # -- letting in and out ---------------------------------------------------------------------
 
-    def _enter(self, live: Live) -> None:
+    def _enter(self, live: LoadedAdapter) -> None:
         with self._lock:
             if self._closing:
                 raise QueueFullError("the server is closing; ask another one")
@@ -255,7 +255,7 @@ class Engine:
                 self._over(live, FAILED, error_of(error))
             self._ready.popleft()
 
-    def _join(self, live: Live) -> None:
+    def _join(self, live: LoadedAdapter) -> None:
         digest = live.digest
         if digest is not None:
             if digest not in self._users:
@@ -265,7 +265,7 @@ class Engine:
             self._users[digest] += 1
         live.begun = time.perf_counter()
         live.joined = True
-        if isinstance(live, Seen):
+        if isinstance(live, EncoderRequest):
             self._seen.append(live)
             self._live |= dict.fromkeys(live.numbers, live)
             return
@@ -281,7 +281,7 @@ class Engine:
                 self._model.drop(digest)
                 del self._users[digest]
 
-    def _over(self, live: Live, reason: str, error: str = "") -> None:
+    def _over(self, live: LoadedAdapter, reason: str, error: str = "") -> None:
         """A request has ended, one way or another."""
         if live.finished is None:
             live.end(reason, error)
@@ -290,7 +290,7 @@ class Engine:
             if self._scheduler is not None:
                 self._scheduler.remove(row)
                 self._model.forget(row)
-        if isinstance(live, Seen):
+        if isinstance(live, EncoderRequest):
             for number in live.numbers:
                 self._live.pop(number, None)
             with contextlib.suppress(ValueError):
@@ -304,7 +304,7 @@ class Engine:
             self._lock.notify_all()
         self._report(live)
 
-    def _report(self, live: Live) -> None:
+    def _report(self, live: LoadedAdapter) -> None:
         if self.observe is None or live.finished is None:
             return
         now, begun = time.perf_counter(), live.begun or time.perf_counter()
@@ -327,7 +327,7 @@ class Engine:
         for live in {id(live): live for live in self._live.values() if live.gone}.values():
             self._over(live, CANCELLED)
 
-    def _everyone(self) -> list[Live]:
+    def _everyone(self) -> list[LoadedAdapter]:
         found = [*self._arrived, *self._ready, *self._live.values()]
         return list({id(live): live for live in found}.values())
 
@@ -359,12 +359,12 @@ class Engine:
         told = []
         for (_, own), found in zip(pairs, logits, strict=True):
             live = self._live[own.row.number]
-            if isinstance(live, Scored):
+            if isinstance(live, LabelScoring):
                 if live.take(own.row, own, found):
                     self._scheduler.remove(own.row)
                     if live.accept():
                         self._over(live, "")
-            elif isinstance(live, Written) and live.read(own.row, own, found):
+            elif isinstance(live, Generation) and live.read(own.row, own, found):
                 told.append((live, own.row, found[-1]))
             elif live.finished is not None:
                 self._over(live, "")
@@ -390,7 +390,7 @@ class Engine:
 
     def _classify_some(self) -> int:
         """Put some inputs into classes, taking turns between requests; tokens that were read."""
-        chosen: list[tuple[Seen, int]] = []
+        chosen: list[tuple[EncoderRequest, int]] = []
         turns = [self._turns(live) for live in self._seen]
         for group in itertools.zip_longest(*turns):
             chosen += [one for one in group if one is not None]
@@ -400,10 +400,10 @@ class Engine:
         self._classified(sorted(chosen, key=lambda pair: pair[0].digest or ""))
         return sum(max(1, len(live.examples[n].input_ids)) for live, n in chosen)
 
-    def _turns(self, live: Seen) -> Iterator[tuple[Seen, int]]:
+    def _turns(self, live: EncoderRequest) -> Iterator[tuple[EncoderRequest, int]]:
         return ((live, n) for n in range(len(live.examples)) if n not in live.found)
 
-    def _classified(self, chosen: Sequence[tuple[Seen, int]]) -> None:
+    def _classified(self, chosen: Sequence[tuple[EncoderRequest, int]]) -> None:
         try:
             pairs = [(live.digest, live.examples[n]) for live, n in chosen]
             logits = self._model.logits(pairs)

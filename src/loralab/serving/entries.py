@@ -21,7 +21,7 @@ WORDING = ("chat_template", "eos_token")  # of a tokenizer, that an adapter may 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Entry:
+class AdapterInfo:
     """An adapter as the store lists it.
 
     Attributes:
@@ -60,7 +60,9 @@ class Entry:
         return None if name is None else (name, self.metrics[name])
 
 
-def describe(name: str, path: Path, fields: Mapping[str, Any], record: Mapping[str, Any], size: int | None) -> Entry:
+def describe(
+    name: str, path: Path, fields: Mapping[str, Any], record: Mapping[str, Any], size: int | None
+) -> AdapterInfo:
     """What an adapter folder says of itself, neither loaded nor pinned.
 
     Args:
@@ -81,7 +83,7 @@ def describe(name: str, path: Path, fields: Mapping[str, Any], record: Mapping[s
         )
     base, task, metrics = (section(record, key) for key in ("base", "task", "metrics"))
     labels = task.get("labels")
-    return Entry(
+    return AdapterInfo(
         name=name,
         digest=digest,
         method=method_of(fields, record),

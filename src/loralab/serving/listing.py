@@ -8,12 +8,12 @@ from pathlib import Path
 
 from loralab.adapters import folder
 from loralab.errors import AdapterFileError, AdapterNotFoundError, ConfigError, InputError, nearest
-from loralab.serving.entries import Entry, describe
+from loralab.serving.entries import AdapterInfo, describe
 from loralab.serving.names import BASE, adapter_inside, require_name
 from loralab.serving.reading import glance
 
 CHECKPOINTS = "checkpoints"  # of a run
-Described = Entry | InputError | OSError | None  # an adapter, why it cannot be used, or no adapter
+Described = AdapterInfo | InputError | OSError | None  # an adapter, why it cannot be used, or no adapter
 
 
 class Listing:
@@ -26,12 +26,12 @@ class Listing:
     def __init__(self, root: Path, reserved: Iterable[str]) -> None:
         self._root = root
         self._reserved = {BASE, *reserved}
-        self.entries: dict[str, Entry] = {}
+        self.entries: dict[str, AdapterInfo] = {}
         self.refused: dict[str, str] = {}
         self._alike: dict[str, set[str]] = {}  # digest -> the names of its entries
         self._folders: dict[str, Path] = {}  # digest -> where it was last seen
 
-    def found(self, name: str) -> Entry:
+    def found(self, name: str) -> AdapterInfo:
         """Return the adapter of a name, or of a digest.
 
         Raises:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from loralab.errors import LoralabError, RunError
 from loralab.serving.detokenize import IncrementalDetokenizer, TokenBytes
-from loralab.serving.request import CANCELLED, LENGTH, STOP, Answer, Finished, Piece, Ranked, Sampling, TokenLogprob
-from loralab.serving.sampling import Draws, likeliest
+from loralab.serving.request import CANCELLED, LENGTH, STOP, Answer, Delta, Finished, Ranked, Sampling, TokenLogprob
+from loralab.serving.sampling import SamplerState, likeliest
 from loralab.serving.scheduler import Row, Work
 from loralab.serving.text import Writing
 
@@ -52,7 +52,7 @@ class _Common:
 
 
 @dataclass(eq=False, kw_only=True)
-class Written(_Common):
+class Generation(_Common):
     """A text that is written token by token."""
 
     prompt: tuple[int, ...]
@@ -62,7 +62,7 @@ class Written(_Common):
     answer: Answer
     writing: Writing = field(init=False)
     detokenizer: IncrementalDetokenizer = field(init=False)
-    draws: Draws = field(init=False)
+    draws: SamplerState = field(init=False)
     _judged: dict[int, Judged] = field(default_factory=dict)  # tokens of the prompt, by place
     _begun: int | None = None  # characters of the prompt in the text; None: it was not read yet
     _certain: str = ""  # text that was not told yet
@@ -74,7 +74,7 @@ class Written(_Common):
         self.writing = Writing(self.sampling.stop)
         before = self.prompt if self.sampling.continues and not self.sampling.echo else ()
         self.detokenizer = IncrementalDetokenizer(self.tokens, before)
-        self.draws = Draws(self.sampling)
+        self.draws = SamplerState(self.sampling)
 
     @property
     def gone(self) -> bool:
@@ -154,7 +154,7 @@ class Written(_Common):
                 )
                 for place, token in enumerate(self.prompt)
             ]
-            self.answer.tell(Piece(text="".join(texts), tokens=(), logprobs=(*self._explained,)))
+            self.answer.tell(Delta(text="".join(texts), tokens=(), logprobs=(*self._explained,)))
             self._explained = []
         self._begun = self.detokenizer.length
         if not self.sampling.max_tokens:
@@ -183,7 +183,7 @@ class Written(_Common):
         whole = final and not self.writing.stopped
         until = (self._begun or 0) + self.writing.told
         ready = [one for one in self._explained if whole or one.offset < until]
-        self.answer.tell(Piece(text=self._certain, tokens=tuple(self._untold), logprobs=tuple(ready)))
+        self.answer.tell(Delta(text=self._certain, tokens=tuple(self._untold), logprobs=tuple(ready)))
         self._certain, self._untold = "", []
         del self._explained[: len(ready)]
 
@@ -215,7 +215,7 @@ class _Classes(_Common):
 
 
 @dataclass(eq=False, kw_only=True)
-class Scored(_Classes):
+class LabelScoring(_Classes):
     """Texts whose labels are ranked by a language model.
 
     A label's score is the summed log-probability of its tokens and the end of the answer, which
@@ -262,7 +262,7 @@ class Scored(_Classes):
 
 
 @dataclass(eq=False, kw_only=True)
-class Seen(_Classes):
+class EncoderRequest(_Classes):
     """Inputs that an encoder puts into classes, in one pass each; `numbers` are their own."""
 
     examples: Sequence[Any]
@@ -281,7 +281,7 @@ class Seen(_Classes):
         return self.finished is not None
 
 
-Live = Written | Scored | Seen
+LoadedAdapter = Generation | LabelScoring | EncoderRequest
 
 
 def ranking(labels: Sequence[str], chances: Sequence[float], tokens: int) -> Ranked:

@@ -59,7 +59,7 @@ class Loaded:
     kind: str
 
 
-class Nursery:
+class AdapterLoader:
     """Makes adapters for one base.
 
     Args:
@@ -120,12 +120,12 @@ class Nursery:
         if key in self._known:
             self._known.move_to_end(key)
             config, known = self._known[key]
-            modules: dict[str, Any] = {name: _again(layer) for name, layer in known.items()}
+            modules: dict[str, Any] = {name: clone_layout(layer) for name, layer in known.items()}
             return Adapter(self._model, config, modules, {})
         own, modules, saved = wrappers_for(self._model, present_in(self._model, stored))
         plain = {n: m for n, m in modules.items() if isinstance(m, LinearWithLoRA)}
         if not saved and not stored.config.modules_to_save and len(plain) == len(modules):
-            self._known[key] = own, {name: _again(m, "meta") for name, m in plain.items()}
+            self._known[key] = own, {name: clone_layout(m, "meta") for name, m in plain.items()}
             if len(self._known) > KEPT:
                 self._known.popitem(last=False)
         return Adapter(self._model, own, modules, saved)
@@ -208,7 +208,7 @@ class Nursery:
         return found.to(dtype).contiguous()
 
 
-def _again(module: LinearWithLoRA, device: str | None = None) -> LinearWithLoRA:
+def clone_layout(module: LinearWithLoRA, device: str | None = None) -> LinearWithLoRA:
     """Another update of the same layer and shape, its numbers still to be filled in.
 
     To make it anew would draw numbers that nobody needs, and cost ten times as much.

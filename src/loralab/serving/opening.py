@@ -10,17 +10,17 @@ from loralab.models import load as models
 from loralab.models.device import device_here, resolve_precision
 from loralab.models.load import Base
 from loralab.models.quantize import quantize as pack
-from loralab.serving.asking import Asking
-from loralab.serving.blocks import SIZE, Blocks, needed
+from loralab.serving.asking import RequestBuilder
+from loralab.serving.blocks import SIZE, BlockManager, needed
 from loralab.serving.encoders import Encoders
 from loralab.serving.engine import Engine
-from loralab.serving.loaded import Nursery
+from loralab.serving.loaded import AdapterLoader
 from loralab.serving.names import base_id
 from loralab.serving.passes import block_bytes
 from loralab.serving.scheduler import Scheduler
 from loralab.serving.settings import ServeSettings
 from loralab.serving.store import Store
-from loralab.serving.ways import PROBE, Ways
+from loralab.serving.ways import PROBE, ModelRunner
 from loralab.tasks.score import context_length
 
 SERVED = ("causal-lm", "sequence-classification", "image-classification")
@@ -48,7 +48,7 @@ def open_engine(
     settings = settings or ServeSettings()
     root = require_store(store)
     base = _base(model, settings)
-    nursery = Nursery(base, quantize=settings.quantize)
+    nursery = AdapterLoader(base, quantize=settings.quantize)
     shelf = Store(root, nursery.load, resident=settings.resident, reserved=(base_id(base.name), base.name))
     for name, path in (adapters or {}).items():
         shelf.load(name, str(path))
@@ -76,7 +76,13 @@ def engine_for(base: Base, store: Store, settings: ServeSettings) -> Engine:
     context = min(context_length(base.model), settings.max_length or 2**31)
     if base.kind != "causal-lm":
         return Engine(
-            base, store, settings, model=Encoders(base), scheduler=None, context=context, asking=Asking(base, context)
+            base,
+            store,
+            settings,
+            model=Encoders(base),
+            scheduler=None,
+            context=context,
+            asking=RequestBuilder(base, context),
         )
     least = sum(map(needed, PROBE))
     count = settings.cache_bytes // block_bytes(base.model)
@@ -86,11 +92,13 @@ def engine_for(base: Base, store: Store, settings: ServeSettings) -> Engine:
             f"{least * block_bytes(base.model) / 1e6:.0f}MB are needed"
         )
     context = min(context, count * SIZE)
-    ways = Ways(base.model, count)
+    ways = ModelRunner(base.model, count)
     scheduler = Scheduler(
-        Blocks(count), most_rows=settings.max_batch, step_tokens=settings.step_tokens, reuse=ways.reuse
+        BlockManager(count), most_rows=settings.max_batch, step_tokens=settings.step_tokens, reuse=ways.reuse
     )
-    return Engine(base, store, settings, model=ways, scheduler=scheduler, context=context, asking=Asking(base, context))
+    return Engine(
+        base, store, settings, model=ways, scheduler=scheduler, context=context, asking=RequestBuilder(base, context)
+    )
 
 
 def _base(name: str, settings: ServeSettings) -> Base:

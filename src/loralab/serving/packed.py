@@ -21,16 +21,16 @@ from loralab.adapters.adapter import Adapter
 from loralab.adapters.grouped import Bank, spans_of
 from loralab.adapters.prefix import window_of
 from loralab.serving.blocks import SIZE
-from loralab.serving.passes import Pass, Pool
+from loralab.serving.passes import ForwardBatch, KVCache
 
 NAME = "loralab-serving"  # of our attention in transformers' table
 UNKNOWN = ("softcap", "s_aux", "position_bias", "head_mask")
 
 
-class Packed:
+class PackedRunner:
     """A causal model as one function of a pass."""
 
-    def __init__(self, model: Any, pool: Pool, bank: Bank) -> None:
+    def __init__(self, model: Any, pool: KVCache, bank: Bank) -> None:
         self._model, self._pool, self._bank = model, pool, bank
         ALL_ATTENTION_FUNCTIONS.register(NAME, attend)
         ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, sdpa_mask)
@@ -49,7 +49,7 @@ class Packed:
         self._pool.write(request, table, places, front)
 
     @torch.no_grad()
-    def logits(self, step: Pass) -> Tensor:
+    def logits(self, step: ForwardBatch) -> Tensor:
         """What the model says to the tokens that are asked, (m, V) in fp32."""
         device = self._pool.keys.device
         ids, places = (torch.tensor([own], device=device) for own in (step.ids, step.places))
@@ -88,7 +88,7 @@ class _Group:
 class Cached:
     """Where the tokens of a pass find and put keys and values."""
 
-    def __init__(self, step: Pass, pool: Pool) -> None:
+    def __init__(self, step: ForwardBatch, pool: KVCache) -> None:
         self.pool = pool
         device = pool.keys.device
         blocks = [step.tables[r][p // SIZE] for r, p in zip(step.rows, step.places, strict=True)]
@@ -153,7 +153,7 @@ def attend(
     return cached.attended(module.layer_idx, q, k, v, scale, window)[None], None
 
 
-def _group(step: Pass, rows: dict[int, list[int]], device: torch.device) -> _Group:
+def _group(step: ForwardBatch, rows: dict[int, list[int]], device: torch.device) -> _Group:
     """Requests with equally many tokens; tables are filled up to the longest."""
     tokens = torch.tensor(list(rows.values()), device=device)
     longest = 1 + max(step.places[own[-1]] for own in rows.values())

@@ -12,7 +12,7 @@ from loralab.serving.blocks import SIZE
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pass:
+class ForwardBatch:
     """Tokens of some requests, those of one adapter together.
 
     Attributes:
@@ -34,7 +34,7 @@ class Pass:
     asked: Sequence[int]
 
 
-class Pool:
+class KVCache:
     """The memory for keys and values of all requests: (L, blocks, SIZE, groups, d) each."""
 
     def __init__(self, model: nn.Module, blocks: int) -> None:

@@ -34,7 +34,7 @@ class Read:
 
 
 @dataclass(frozen=True)
-class Glance:
+class AdapterMetadata:
     """The small files of a folder, and the size of the large one in bytes; None: it has none."""
 
     fields: dict[str, Any]
@@ -59,7 +59,7 @@ def read_folder(root: Path, path: Path) -> Read:
     return Read(folder.read(path, files=files), tuple(state), size)
 
 
-def glance(root: Path, path: Path) -> Glance:
+def glance(root: Path, path: Path) -> AdapterMetadata:
     """What the small files of a folder in a root say; no tensor is read.
 
     Raises:
@@ -73,7 +73,7 @@ def glance(root: Path, path: Path) -> Glance:
                 found[name] = parse_json(path / name, content, AdapterFileError, large=True)
     with opened(root, path / TENSORS) as file:
         size = None if file is None else os.fstat(file).st_size
-    return Glance(found.get(CONFIG, {}), found.get(RECORD, {}), size)
+    return AdapterMetadata(found.get(CONFIG, {}), found.get(RECORD, {}), size)
 
 
 def read_one(root: Path, digest: str, folders: Sequence[Path]) -> Read:

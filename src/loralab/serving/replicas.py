@@ -27,7 +27,7 @@ from loralab.errors import ConfigError, LoralabError, RunError, nearest
 from loralab.models.load import natural_kind
 from loralab.serving.api import build_app
 from loralab.serving.api_errors import ApiError
-from loralab.serving.api_service import About, about, read_content
+from loralab.serving.api_service import ServerInfo, about, read_content
 from loralab.serving.api_stream import GRACE
 from loralab.serving.gate import Hosts
 from loralab.serving.keys import Key, Keys
@@ -119,7 +119,7 @@ class Replica:
         """As `answer`, whole: for what all replicas must do."""
         return [message async for message in asked(self._app, scope, body)]
 
-    async def about(self) -> About:
+    async def about(self) -> ServerInfo:
         """What is served here."""
         return about(self._engine)
 
@@ -139,7 +139,7 @@ class Replica:
             engine.stop(drain=False)
 
 
-class Door:
+class Router:
     """Hands every request to a replica, and what that sends to the client."""
 
     def __init__(self, replicas: Any, limits: Limits) -> None:
@@ -161,9 +161,9 @@ class Door:
             return await self._everywhere(scope, body)
         return await self._somewhere(scope, body)
 
-    async def about(self) -> About:
+    async def about(self) -> ServerInfo:
         """What the replicas serve."""
-        found: About = await self._replicas.about.remote()
+        found: ServerInfo = await self._replicas.about.remote()
         return found
 
     async def _somewhere(self, scope: Scope, body: bytes) -> Response:
@@ -173,7 +173,7 @@ class Door:
             messages = handle.answer.remote(scope, body)
             try:
                 async with asyncio.timeout(self._limits.timeout + 2 * GRACE):
-                    return Passed(await anext(messages), messages, self._died)
+                    return ProxiedResponse(await anext(messages), messages, self._died)
             except self._died:
                 continue
             except TimeoutError:
@@ -196,7 +196,7 @@ class Door:
         return whole
 
 
-class Passed(Response):
+class ProxiedResponse(Response):
     """What a replica sends, as it comes."""
 
     def __init__(self, start: Message, rest: Any, died: type[Exception]) -> None:
@@ -290,7 +290,7 @@ def application(plan: Plan, replicas: int, *, threads: int, gpus: int = 0) -> An
         ray_actor_options={"num_cpus": threads, "num_gpus": gpus},
     )
     most = replicas * (plan.settings.max_batch + plan.settings.queue)
-    door = serve.deployment(Door, name="Door", max_ongoing_requests=most, ray_actor_options={"num_cpus": 0})
+    door = serve.deployment(Router, name="Router", max_ongoing_requests=most, ray_actor_options={"num_cpus": 0})
     return door.bind(ready.bind(plan), plan.limits)
 
 
@@ -324,7 +324,7 @@ def app(args: Mapping[str, Any]) -> Any:
 
 
 @contextlib.contextmanager
-def running(plan: Plan, replicas: int, address: str, host: str, port: int) -> Iterator[About]:
+def running(plan: Plan, replicas: int, address: str, host: str, port: int) -> Iterator[ServerInfo]:
     """The application at an address of the cluster's head, until the block ends.
 
     Raises:

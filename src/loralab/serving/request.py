@@ -77,7 +77,7 @@ class TokenLogprob:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Piece:
+class Delta:
     """More of an answer: text that can no longer change, and the tokens since the last piece."""
 
     text: str
@@ -117,7 +117,7 @@ class Completed:
     digest: str | None
 
     @staticmethod
-    def of(answer: "Answer", pieces: Sequence[Piece], finished: Finished) -> "Completed":
+    def of(answer: "Answer", pieces: Sequence[Delta], finished: Finished) -> "Completed":
         """The pieces of an answer, put together."""
         return Completed(
             text="".join(piece.text for piece in pieces),
@@ -129,7 +129,7 @@ class Completed:
         )
 
 
-Event = Piece | Finished
+Event = Delta | Finished
 
 
 @dataclass(kw_only=True)
@@ -180,7 +180,7 @@ class Answer:
         Raises:
             RunError: the answer failed.
         """
-        pieces: list[Piece] = []
+        pieces: list[Delta] = []
         end: Any = None
         for event in self:
             if isinstance(event, Finished):

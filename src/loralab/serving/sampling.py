@@ -9,7 +9,7 @@ from loralab.serving.request import Sampling
 
 
 @dataclass(eq=False)
-class Draws:
+class SamplerState:
     """What a request needs to go on drawing: its settings and its generator."""
 
     sampling: Sampling
@@ -22,7 +22,7 @@ class Draws:
             self.generator.manual_seed(self.sampling.seed)
 
 
-def readable(logits: Tensor, draws: list[Draws]) -> Tensor:
+def readable(logits: Tensor, draws: list[SamplerState]) -> Tensor:
     """Logits (m, V), on the processor if more of any row is needed than its likeliest token.
 
     All rows at once: on an accelerator each transfer waits for all that was asked before.
@@ -31,7 +31,7 @@ def readable(logits: Tensor, draws: list[Draws]) -> Tensor:
     return logits if greedy else logits.cpu()
 
 
-def choose(logits: Tensor, draws: list[Draws]) -> list[int]:
+def choose(logits: Tensor, draws: list[SamplerState]) -> list[int]:
     """The next token of each row of `readable` logits (m, V)."""
     best = logits.argmax(dim=-1).tolist()
     return [
@@ -39,7 +39,7 @@ def choose(logits: Tensor, draws: list[Draws]) -> list[int]:
     ]
 
 
-def drawn(row: Tensor, own: Draws) -> int:
+def drawn(row: Tensor, own: SamplerState) -> int:
     """One token from the probabilities that are left by temperature, top_k and top_p."""
     chances = filtered(row, own.sampling)
     return int(torch.multinomial(chances, 1, generator=own.generator))

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from loralab.serving.blocks import SIZE, Blocks, needed
+from loralab.serving.blocks import SIZE, BlockManager, needed
 
 
 @dataclass(eq=False, kw_only=True)
@@ -72,7 +72,7 @@ class Scheduler:
         reuse: whether beginnings that other rows left in the cache may be used.
     """
 
-    def __init__(self, blocks: Blocks, *, most_rows: int, step_tokens: int, reuse: bool = True) -> None:
+    def __init__(self, blocks: BlockManager, *, most_rows: int, step_tokens: int, reuse: bool = True) -> None:
         self.blocks = blocks
         self.running: list[Row] = []
         self._most_rows, self._step_tokens = most_rows, step_tokens

@@ -6,14 +6,14 @@ from typing import Any
 
 from loralab.errors import ConfigError
 from loralab.serving.api import build_app
-from loralab.serving.api_service import About, about
+from loralab.serving.api_service import ServerInfo, about
 from loralab.serving.gate import hosts_of
 from loralab.serving.keys import Keys, read
 from loralab.serving.listener import Listener, address, is_loopback, open_socket
 from loralab.serving.origins import origins_of
 from loralab.serving.settings import Limits, ServeSettings
 
-Ready = Callable[[About, str, bool], None]
+PreparedJob = Callable[[ServerInfo, str, bool], None]
 
 
 def serve(
@@ -30,7 +30,7 @@ def serve(
     allow_origins: Sequence[str] = (),
     settings: ServeSettings | None = None,
     limits: Limits | None = None,
-    ready: Ready | None = None,
+    ready: PreparedJob | None = None,
 ) -> None:
     """Serve a base and its adapters over HTTP, as OpenAI's API; blocks until a signal ends it.
 
@@ -62,7 +62,7 @@ def serve(
 
 
 def serve_by(
-    asked: Mapping[str, Any], host: str, port: int, keys: Keys | None, rules: Mapping[str, Any], ready: Ready
+    asked: Mapping[str, Any], host: str, port: int, keys: Keys | None, rules: Mapping[str, Any], ready: PreparedJob
 ) -> None:
     """Listen, open the engine that is asked for, and answer until a signal.
 

@@ -9,10 +9,10 @@ from transformers import DynamicCache
 
 from loralab.adapters.adapter import Adapter
 from loralab.adapters.grouped import Bank, Span
-from loralab.serving.passes import Pass
+from loralab.serving.passes import ForwardBatch
 
 
-class Single:
+class SequentialRunner:
     """A causal model as a function of a pass, one request after the other."""
 
     def __init__(self, model: Any, bank: Bank) -> None:
@@ -38,7 +38,7 @@ class Single:
             cache.update(own[:1], own[1:], layer)
 
     @torch.no_grad()
-    def logits(self, step: Pass) -> Tensor:
+    def logits(self, step: ForwardBatch) -> Tensor:
         """What the model says to the tokens that are asked, (m, V) in fp32."""
         device = next(self._model.parameters()).device
         keys = [span.key for span in step.spans for _ in range(span.stop - span.start)]

@@ -22,17 +22,17 @@ from loralab import atomic
 from loralab.adapters import folder
 from loralab.adapters.folder import AdapterFolder
 from loralab.errors import AdapterFileError, AdapterStateError, QueueFullError
-from loralab.serving.entries import Entry, describe
+from loralab.serving.entries import AdapterInfo, describe
 from loralab.serving.listing import Described, Listing
 from loralab.serving.names import Names, adapter_inside
 from loralab.serving.reading import Read, read_folder, read_one, state_of
 from loralab.serving.shared_names import SharedNames
 
-__all__ = ["Entry", "Held", "Store"]
+__all__ = ["AdapterInfo", "CachedAdapter", "Store"]
 
 
 @dataclass(frozen=True, eq=False)
-class Held:
+class CachedAdapter:
     """A loaded adapter: what `load` made of it, and the bytes that it takes."""
 
     digest: str
@@ -41,10 +41,10 @@ class Held:
 
 
 @dataclass(eq=False)
-class _Place:
+class _Slot:
     """A place in memory; `held` is None while it is being filled."""
 
-    held: Held | None = None
+    held: CachedAdapter | None = None
     users: int = 0
     failed: bool = False
 
@@ -78,7 +78,7 @@ class Store:
         self._reading = threading.Lock()  # one folder without a digest at a time
         self._listing = Listing(self.root, reserved)
         self._pinned: frozenset[str] = frozenset()
-        self._places: OrderedDict[str, _Place] = OrderedDict()  # the least recently used first
+        self._places: OrderedDict[str, _Slot] = OrderedDict()  # the least recently used first
         self._names = Names()  # as the entries follow them
         self._shared = SharedNames(self.root)
         self._open()
@@ -90,14 +90,14 @@ class Store:
 
     # -- names ----------------------------------------------------------------------------------
 
-    def entries(self) -> list[Entry]:
+    def entries(self) -> list[AdapterInfo]:
         """All adapters that can be used, by name."""
         self._look()
         with self._changed:
             entries = self._listing.entries
             return [self._seen(entries[name]) for name in sorted(entries)]
 
-    def entry(self, name: str) -> Entry:
+    def entry(self, name: str) -> AdapterInfo:
         """The adapter of a name, or of a digest.
 
         Raises:
@@ -118,7 +118,7 @@ class Store:
             known = self._listing.entries.get(name)
         return (known is None or bool(known.digest)) and not self._shared.stale()
 
-    def load(self, name: str, path: str | Path, *, replace: bool = True) -> Entry:
+    def load(self, name: str, path: str | Path, *, replace: bool = True) -> AdapterInfo:
         """Point a name at a folder, once that has been read and brought into memory.
 
         Args:
@@ -154,7 +154,7 @@ class Store:
         with self._changed:
             return self._seen(entry)
 
-    def unload(self, name: str) -> Entry:
+    def unload(self, name: str) -> AdapterInfo:
         """Forget a name, for good; its memory is freed once no request uses it, its folder stays.
 
         Raises:
@@ -174,7 +174,7 @@ class Store:
             self._stand(gone.name, None)
         return gone
 
-    def pin(self, name: str, pinned: bool = True) -> Entry:
+    def pin(self, name: str, pinned: bool = True) -> AdapterInfo:
         """Keep an adapter in memory once it is there, or let it make room for others again.
 
         Raises:
@@ -188,7 +188,7 @@ class Store:
 
     # -- memory ---------------------------------------------------------------------------------
 
-    def acquire(self, digest: str) -> Held | None:
+    def acquire(self, digest: str) -> CachedAdapter | None:
         """An adapter to use until `release`; None where every place is pinned or in use.
 
         A digest that had a name is found even if the name has moved on: a request that waited
@@ -200,7 +200,7 @@ class Store:
         """
         return self._acquired(digest)
 
-    def release(self, held: Held) -> None:
+    def release(self, held: CachedAdapter) -> None:
         """One user less.
 
         Raises:
@@ -220,7 +220,7 @@ class Store:
             place = self._places.get(digest)
             return place is not None and place.held is not None
 
-    def _acquired(self, digest: str, read: Read | None = None) -> Held | None:
+    def _acquired(self, digest: str, read: Read | None = None) -> CachedAdapter | None:
         """`acquire`, of a folder that has perhaps been read already."""
         with self._changed:
             while (place := self._places.get(digest)) is not None:
@@ -233,7 +233,7 @@ class Store:
             folders = [] if read else self._listing.folders_of(digest)
             if len(self._places) - len(self._idle()) >= self.resident:
                 return None
-            place = self._places[digest] = _Place(users=1)
+            place = self._places[digest] = _Slot(users=1)
         try:
             read = read or read_one(self.root, digest, folders)
             held = self._brought(read)
@@ -242,16 +242,16 @@ class Store:
             raise
         return self._settle_in(held, place)
 
-    def _brought(self, read: Read) -> Held:
+    def _brought(self, read: Read) -> CachedAdapter:
         """What was read, in memory; no lock is held."""
         stored = read.stored
         size = sum(tensor.numel() * tensor.element_size() for tensor in stored.tensors.values())
         value = self._load(stored)
         if state_of(stored.path) != read.state:
             raise AdapterFileError(f"{stored.path} was changed on disk meanwhile; load it again")
-        return Held(stored.digest, value, int(getattr(value, "bytes", size)))
+        return CachedAdapter(stored.digest, value, int(getattr(value, "bytes", size)))
 
-    def _settle_in(self, held: Held, place: _Place) -> Held | None:
+    def _settle_in(self, held: CachedAdapter, place: _Slot) -> CachedAdapter | None:
         """Put what was loaded into its place; None if others took all room in the meantime."""
         with self._changed:
             if self._in_memory() >= self.resident:
@@ -267,7 +267,7 @@ class Store:
             self._changed.notify_all()
         return held
 
-    def _give_up(self, digest: str, place: _Place) -> None:
+    def _give_up(self, digest: str, place: _Slot) -> None:
         with self._changed:
             place.failed = True
             del self._places[digest]
@@ -275,7 +275,7 @@ class Store:
 
     # -- with the lock held ---------------------------------------------------------------------
 
-    def _seen(self, entry: Entry) -> Entry:
+    def _seen(self, entry: AdapterInfo) -> AdapterInfo:
         place = self._places.get(entry.digest)
         loaded = place is not None and place.held is not None
         return dataclasses.replace(entry, loaded=loaded, pinned=entry.name in self._pinned)
@@ -296,7 +296,7 @@ class Store:
 
     # -- the folder -----------------------------------------------------------------------------
 
-    def _point(self, entry: Entry, *, replace: bool) -> None:
+    def _point(self, entry: AdapterInfo, *, replace: bool) -> None:
         """Give an adapter its name, on disk first."""
         name = entry.name
 
@@ -333,12 +333,12 @@ class Store:
         with self._changed:
             before = self._listing.entries.get(name)
             self._listing.stand(name, entry)
-            if not isinstance(entry, Entry):
+            if not isinstance(entry, AdapterInfo):
                 self._pinned -= {name}
             if before is not None:
                 self._drop_unnamed(before.digest)
 
-    def _settled(self, entry: Entry) -> Entry:
+    def _settled(self, entry: AdapterInfo) -> AdapterInfo:
         """The entry of a folder that another tool wrote, with its digest, which is read once."""
         with self._reading:
             with self._changed:

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from loralab.adapters.grouped import Bank, spans_of
-from loralab.serving.blocks import Blocks, needed
-from loralab.serving.compiled import Compiled, suits
-from loralab.serving.packed import Packed
-from loralab.serving.passes import Pass, Pool
+from loralab.serving.blocks import BlockManager, needed
+from loralab.serving.compiled import NativeRunner, suits
+from loralab.serving.packed import PackedRunner
+from loralab.serving.passes import ForwardBatch, KVCache
 from loralab.serving.scheduler import Row, Work
-from loralab.serving.single import Single
+from loralab.serving.single import SequentialRunner
 
 AGREES = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.03}
 MOST = 0.75  # of the tokens must agree where few bits are kept
@@ -25,7 +25,7 @@ PROBE = (21, 1, 6, 34)  # tokens of the rows that are compared
 PIECE = 13  # tokens of them that go through at once
 
 
-class Ways:
+class ModelRunner:
     """A causal model and adapters as a function of some work.
 
     Attributes:
@@ -36,19 +36,19 @@ class Ways:
 
     def __init__(self, model: Any, blocks: int) -> None:
         self.refused: dict[str, str] = {}
-        pool, bank = Pool(model, blocks), Bank(model)
-        self._quick: Compiled | None = None
-        self._rest: Packed | Single = Single(model, bank)
+        pool, bank = KVCache(model, blocks), Bank(model)
+        self._quick: NativeRunner | None = None
+        self._rest: PackedRunner | SequentialRunner = SequentialRunner(model, bank)
         self._compiled: set[Hashable] = set()
         self._fronts: set[Hashable] = set()
-        packed = Packed(model, pool, bank)
+        packed = PackedRunner(model, pool, bank)
         if problem := _difference(model, packed.logits, pool):
             self.refused["packed"] = problem
         else:
             self._rest = packed
             self.refused["compiled"] = self._compile(model, pool)
         self.refused = {name: reason for name, reason in self.refused.items() if reason}
-        self.reuse = isinstance(self._rest, Packed)
+        self.reuse = isinstance(self._rest, PackedRunner)
         self.names = [*(["compiled"] if self._quick else []), "packed" if self.reuse else "one by one"]
 
     def prepare(self, key: Hashable, loaded: Any) -> None:
@@ -88,7 +88,7 @@ class Ways:
 
     def forget(self, row: Row) -> None:
         """A request has ended."""
-        if isinstance(self._rest, Single):
+        if isinstance(self._rest, SequentialRunner):
             self._rest.forget(row.number)
 
     def logits(self, works: Sequence[Work]) -> list[Tensor]:
@@ -107,17 +107,17 @@ class Ways:
         plain = key is None or key in self._fronts
         return self._quick is not None and (plain or key in self._compiled)
 
-    def _compile(self, model: Any, pool: Pool) -> str:
+    def _compile(self, model: Any, pool: KVCache) -> str:
         if reason := suits(model):
             return reason
-        quick = Compiled(model, pool)
+        quick = NativeRunner(model, pool)
         problem = _difference(model, quick.logits, pool)
         if not problem:
             self._quick = quick
         return problem
 
 
-def pass_of(works: Sequence[Work]) -> Pass:
+def pass_of(works: Sequence[Work]) -> ForwardBatch:
     """Some work as the input of a model."""
     ids: list[int] = []
     places: list[int] = []
@@ -128,7 +128,7 @@ def pass_of(works: Sequence[Work]) -> Pass:
         places += range(work.start, work.stop)
         rows += [number] * (work.stop - work.start)
         keys += [work.row.key] * (work.stop - work.start)
-    return Pass(
+    return ForwardBatch(
         requests=[work.row.number for work in works],
         ids=ids,
         places=places,
@@ -140,11 +140,11 @@ def pass_of(works: Sequence[Work]) -> Pass:
 
 
 @torch.no_grad()
-def _difference(model: Any, logits: Any, pool: Pool) -> str:
+def _difference(model: Any, logits: Any, pool: KVCache) -> str:
     """In what a way differs from the model by more than rounding; empty if it does not."""
     draw = torch.Generator().manual_seed(0)
     words = min(model.config.get_text_config().vocab_size, 1000)
-    blocks, rows = Blocks(pool.keys.shape[1]), []
+    blocks, rows = BlockManager(pool.keys.shape[1]), []
     for number, length in enumerate(PROBE):
         tokens = torch.randint(words, (length,), generator=draw).tolist()
         room = blocks.take(needed(length))

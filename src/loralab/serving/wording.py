@@ -7,7 +7,7 @@ from typing import Any
 
 from loralab.models.identity import changes, reworded, warn_of
 from loralab.models.load import Base
-from loralab.serving.entries import Entry
+from loralab.serving.entries import AdapterInfo
 from loralab.tasks.encode import chat_ids, stop_ids
 
 
@@ -38,7 +38,7 @@ class Wordings:
         self._told: set[str] = set()  # digests of the adapters whose wording was said to differ
         self._lock = threading.Lock()
 
-    def of(self, entry: Entry | None) -> Wording:
+    def of(self, entry: AdapterInfo | None) -> Wording:
         """Return the wording that an adapter was trained with; None is the base.
 
         One that differs from the base's own is a BaseMismatchWarning, once for each adapter.

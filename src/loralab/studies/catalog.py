@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from loralab.errors import ConfigError, nearest
-from loralab.studies.study import Asked, Ground, Text
+from loralab.studies.study import Ground, StudyOptions, Text
 
 NEEDED = ("scipy", "altair", "vl_convert", "jinja2")
 RECOMMEND = "recommend"  # a search, not one of the questions
@@ -138,13 +138,13 @@ def question(name: str) -> Question:
     return STUDIES[name]
 
 
-def search_ground(asked: Asked, mapping: Mapping[str, str] | None = None) -> Ground:
+def search_ground(asked: StudyOptions, mapping: Mapping[str, str] | None = None) -> Ground:
     """What all configurations share of which one shall be recommended; one seed unless asked."""
     found = ground("rank", asked, mapping)
     return replace(found, study=RECOMMEND, seeds=asked.seeds or 1, rates=(), values=())
 
 
-def ground(name: str, asked: Asked, mapping: Mapping[str, str] | None = None) -> Ground:
+def ground(name: str, asked: StudyOptions, mapping: Mapping[str, str] | None = None) -> Ground:
     """What all arms of a study share, with whatever was left open filled in.
 
     Raises:

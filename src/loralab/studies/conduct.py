@@ -15,7 +15,7 @@ from loralab.studies.cluster import open_cluster
 from loralab.studies.fields import configured, from_toml, known
 from loralab.studies.objects import FOLDER, Objects
 from loralab.studies.runner import Listener, Session, session
-from loralab.studies.study import FAILED, Answer, Arm, Asked, Cell, Ground, parse_seconds
+from loralab.studies.study import FAILED, Answer, Arm, Cell, Ground, StudyOptions, parse_seconds
 from loralab.studies.trained import MEASURE
 from loralab.training.preflight import write_config
 from loralab.training.request import Request
@@ -40,7 +40,7 @@ def study(
     model: Any = None,
     tokenizer: Any = None,
     data: Any = None,
-    asked: Asked | None = None,
+    asked: StudyOptions | None = None,
     mapping: Mapping[str, str] | None = None,
     budget: str | None = None,
     resume: bool = False,
@@ -68,7 +68,7 @@ def study(
     """
     folder = Path(output_dir) if output_dir is not None else Path("studies") / Path(name).stem
     objects = Objects.of(folder, model, tokenizer, data, mapping)
-    asked = objects.named_in(asked or Asked(), model, data)
+    asked = objects.named_in(asked or StudyOptions(), model, data)
     work = _work(name, asked, mapping if objects.data is None else None)
     seconds = parse_seconds(budget) if budget is not None else None
     _require_place(folder, resume=resume)
@@ -103,7 +103,7 @@ def recommend(
     tokenizer: Any = None,
     output_dir: str | Path | None = None,
     budget: str = "20m",
-    asked: Asked | None = None,
+    asked: StudyOptions | None = None,
     mapping: Mapping[str, str] | None = None,
     resume: bool = False,
     language: str = "en",
@@ -128,7 +128,7 @@ def recommend(
     seconds = parse_seconds(budget)
     objects = Objects.of(folder, model, tokenizer, data, mapping)
     mapping = mapping if objects.data is None else None
-    asked = objects.named_in(asked or Asked(), model, data)
+    asked = objects.named_in(asked or StudyOptions(), model, data)
     if asked.values or asked.fixed_lr:
         raise ConfigError("--values and --fixed-lr have no effect on recommend, which chooses both")
     _require_place(folder, resume=resume)
@@ -199,29 +199,29 @@ def _one(own: Session, ground: Ground, arms: list[Arm] | None, *, skip_invalid: 
     return None
 
 
-def _work(name: str, asked: Asked, mapping: Mapping[str, str] | None) -> list[Work]:
+def _work(name: str, asked: StudyOptions, mapping: Mapping[str, str] | None) -> list[Work]:
     if name.endswith(".toml"):
         return [_own(Path(name), asked, mapping)]
     names = list(catalog.STUDIES) if name == ALL else [name]
     return [(catalog.ground(one, asked, mapping), None) for one in names]
 
 
-def _own(file: Path, asked: Asked, mapping: Mapping[str, str] | None) -> Work:
+def _own(file: Path, asked: StudyOptions, mapping: Mapping[str, str] | None) -> Work:
     """A grid of the user's own: every list in the file is compared.
 
     Raises:
         ConfigError: the file cannot be read, or has a key that nothing knows.
     """
-    settings = {field.name for field in fields(Asked)} - {"values"}
+    settings = {field.name for field in fields(StudyOptions)} - {"values"}
     content = from_toml(file, {*known(), *settings, "map"})
     compared = {k: v for k, v in content.items() if isinstance(v, list) and k in known()}
     if not compared:
         raise ConfigError(f"{file} compares nothing: give at least one field of train as a list")
-    given = {f.name: getattr(asked, f.name) for f in fields(Asked)}
+    given = {f.name: getattr(asked, f.name) for f in fields(StudyOptions)}
     own = {k: v for k, v in content.items() if k in settings and k not in compared}
     rate = own.pop("learning_rate", None)
-    typed = {k: v for k, v in given.items() if v != getattr(Asked(), k)}
-    ground = catalog.ground("rank", Asked(**{**own, **typed}), content.get("map", mapping))
+    typed = {k: v for k, v in given.items() if v != getattr(StudyOptions(), k)}
+    ground = catalog.ground("rank", StudyOptions(**{**own, **typed}), content.get("map", mapping))
     shared = {k: v for k, v in content.items() if k in known() - settings and k not in compared}
     if rate is not None:
         shared["learning_rate"] = rate

@@ -13,7 +13,7 @@ from loralab import atomic
 from loralab.artefacts.temporary import write_base
 from loralab.errors import AdapterStateError, DataError
 from loralab.models.given import Given, given, unchanged
-from loralab.studies.study import Asked
+from loralab.studies.study import StudyOptions
 from loralab.tasks import catalog
 from loralab.tasks.catalog import LABELLED, Task
 
@@ -41,7 +41,7 @@ class Objects:
         named = data is None or isinstance(data, str | Path)
         return Objects(folder / FOLDER, own, None if named else _rows(data, mapping))
 
-    def named_in(self, asked: Asked, model: Any, data: Any) -> Asked:
+    def named_in(self, asked: StudyOptions, model: Any, data: Any) -> StudyOptions:
         """Return what a study is asked, with names alone."""
         if model is not None:
             asked = replace(asked, model=str(self._model if self.model else model))

@@ -239,7 +239,7 @@ class Answer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
+class StudyOptions:
     """How a study shall be made; what is left at none is the question's own."""
 
     model: Annotated[str | None, "short name, folder, GGUF file or hub id; none: by question"] = None

@@ -21,7 +21,7 @@ from loralab.values import read_json
 
 FILE = "run.json"
 LONG, HEX = 60, re.compile("[0-9a-f]{64}")  # characters; a sha256
-Facts = Mapping[str, Any]
+BaseInfo = Mapping[str, Any]
 WORDS = {  # how an error calls them
     "data": "data: digest",
     "labels": "labels",
@@ -58,7 +58,7 @@ def facts_of(task: Task, digest: str, base: Base, without: frozenset[str] = froz
     }
 
 
-def require_same(folder: Path, facts: Facts, *, begun: bool) -> str:
+def require_same(folder: Path, facts: BaseInfo, *, begun: bool) -> str:
     """What a run goes on with must be what it was begun with.
 
     Args:
@@ -78,7 +78,7 @@ def require_same(folder: Path, facts: Facts, *, begun: bool) -> str:
     return ""
 
 
-def require_equal(what: str, stored: Facts, facts: Facts) -> None:
+def require_equal(what: str, stored: BaseInfo, facts: BaseInfo) -> None:
     """What is there now must be what was stored; what was not stored is not compared.
 
     Args:
@@ -98,7 +98,7 @@ def require_equal(what: str, stored: Facts, facts: Facts) -> None:
         )
 
 
-def keep_facts(folder: Path, facts: Facts) -> None:
+def keep_facts(folder: Path, facts: BaseInfo) -> None:
     """Keep them for those who go on; what is there already stays."""
     if not (folder / FILE).is_file():
         atomic.write_file(folder / FILE, json.dumps(facts, indent=2) + "\n")

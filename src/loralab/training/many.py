@@ -15,7 +15,7 @@ from loralab.training.jobs import TrainJob, of_job, require_names
 from loralab.training.joint import Joint, tried
 from loralab.training.record import Listener
 from loralab.training.request import Request
-from loralab.training.rounds import FAILED, Outcome, Random, Ready, Rounds, naming
+from loralab.training.rounds import FAILED, Outcome, PreparedJob, Random, Rounds, naming
 from loralab.training.run import own_seed, proven, run_prepared
 from loralab.training.shared import OneBase, mixes_rows
 from loralab.training.world import world
@@ -62,7 +62,7 @@ def run_jobs(jobs: Sequence[TrainJob], *, resume: bool = False, listener: Listen
     return [outcomes[name] for name in order]
 
 
-def _prepared(jobs: Sequence[TrainJob], one: OneBase, *, resume: bool) -> list[Ready]:
+def _prepared(jobs: Sequence[TrainJob], one: OneBase, *, resume: bool) -> list[PreparedJob]:
     """All jobs loaded, attached and encoded; nothing is written."""
     if not jobs:
         raise ConfigError("there is no job to train")
@@ -83,7 +83,7 @@ def _prepared(jobs: Sequence[TrainJob], one: OneBase, *, resume: bool) -> list[R
             prepared = preflight.compared(Path(job.output_dir), prepared)
         request = replace(requests[job.name], training=prepared.training)
         ready.append(
-            Ready(
+            PreparedJob(
                 name=job.name,
                 folder=Path(job.output_dir),
                 request=request,
@@ -95,7 +95,7 @@ def _prepared(jobs: Sequence[TrainJob], one: OneBase, *, resume: bool) -> list[R
     return ready
 
 
-def _write_configs(ready: Sequence[Ready]) -> None:
+def _write_configs(ready: Sequence[PreparedJob]) -> None:
     world().wait()  # all have seen the folders as they were
     for job in ready if world().first else ():
         preflight.write_config(job.folder, job.request, job.prepared)
@@ -123,7 +123,7 @@ def _require_alike(found: Mapping[str, Mapping[str, Any]]) -> None:
                 )
 
 
-def _sorted_out(ready: Sequence[Ready], one: OneBase) -> tuple[Joint | None, dict[str, str]]:
+def _sorted_out(ready: Sequence[PreparedJob], one: OneBase) -> tuple[Joint | None, dict[str, str]]:
     """The model for all jobs that can share their batches, and why the others cannot."""
     alone = {job.name: reason for job in ready if (reason := _own_reason(job, one))}
     rest = [job for job in ready if job.name not in alone]
@@ -147,7 +147,7 @@ def _sorted_out(ready: Sequence[Ready], one: OneBase) -> tuple[Joint | None, dic
     return joint, alone | dict.fromkeys(failed, "it failed beside the others")
 
 
-def _own_reason(job: Ready, one: OneBase) -> str:
+def _own_reason(job: PreparedJob, one: OneBase) -> str:
     """Why a job cannot share a batch, whatever the others are; empty if it can."""
     method, training, base = job.request.method, job.prepared.training, job.prepared.base
     adapter = job.prepared.adapter
@@ -164,7 +164,7 @@ def _own_reason(job: Ready, one: OneBase) -> str:
     return reason or next((reason for reason, holds in reasons.items() if holds), "")
 
 
-def _joined(job: Ready, joint: Joint) -> str:
+def _joined(job: PreparedJob, joint: Joint) -> str:
     """Put a job in; why it cannot be, or an empty text."""
     path, adapter = job.prepared.path, job.prepared.adapter
     if path.way != joint.path.way:
@@ -178,15 +178,15 @@ def _joined(job: Ready, joint: Joint) -> str:
     return problem
 
 
-def _deferred(job: Ready) -> Callable[[], Ready]:
+def _deferred(job: PreparedJob) -> Callable[[], PreparedJob]:
     """A job that waits for the others; its base is read anew where theirs is split."""
     if not job.request.training.shard_base:
         return lambda: job
     name, folder, request, random = job.name, job.folder, job.request, job.random
 
-    def again() -> Ready:
+    def again() -> PreparedJob:
         prepared = preflight.prepare(request)
-        return Ready(name=name, folder=folder, request=request, prepared=prepared, random=random)
+        return PreparedJob(name=name, folder=folder, request=request, prepared=prepared, random=random)
 
     return again
 
@@ -201,7 +201,7 @@ def _proven(name: str, outcome: Outcome) -> Outcome:
         return of_job(name, error)
 
 
-def _trained_alone(job: Ready, reason: str, listener: Listener | None) -> Outcome:
+def _trained_alone(job: PreparedJob, reason: str, listener: Listener | None) -> Outcome:
     note = f"trained by itself: {reason}" if reason else ""
     torch.manual_seed(own_seed(job.request.training.seed))
     try:

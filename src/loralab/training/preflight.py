@@ -31,7 +31,7 @@ from loralab.tasks.forward import require_known, require_places
 from loralab.tasks.samples import sample_inputs
 from loralab.tasks.scorable import scorable
 from loralab.training import checkpoint, memory
-from loralab.training.facts import Facts, facts_of, keep_facts, require_same
+from loralab.training.facts import BaseInfo, facts_of, keep_facts, require_same
 from loralab.training.fast.path import Path as Quickest
 from loralab.training.fast.path import quickest
 from loralab.training.fit import fitted
@@ -67,7 +67,7 @@ class Prepared:
     steps: int
     training: Training
     sample: tuple[tuple[int, ...], ...]
-    facts: Facts
+    facts: BaseInfo
     unsure: str = ""
 
     @property

@@ -26,7 +26,7 @@ from loralab.training.loop import Steps, interruptible
 from loralab.training.preflight import Prepared
 from loralab.training.record import Event, Listener
 from loralab.training.request import Request
-from loralab.training.run import Begun, Run, begin, finish
+from loralab.training.run import ActiveRun, Run, begin, finish
 from loralab.training.shard import shard_base
 from loralab.training.world import world
 
@@ -35,7 +35,7 @@ Outcome = Run | LoralabError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ready:
+class PreparedJob:
     """A job that can begin."""
 
     name: str
@@ -66,11 +66,11 @@ class Random:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Live:
+class _ActiveJob:
     """A job among the others."""
 
-    job: Ready
-    begun: Begun
+    job: PreparedJob
+    begun: ActiveRun
 
     @property
     def name(self) -> str:
@@ -98,7 +98,7 @@ class _Step:
 class Rounds:
     """Jobs that make their steps together, until each has come to its end."""
 
-    def __init__(self, jobs: Sequence[Ready], joint: Joint, listener: Listener | None) -> None:
+    def __init__(self, jobs: Sequence[PreparedJob], joint: Joint, listener: Listener | None) -> None:
         self.joint, self.outcomes = joint, dict[str, Outcome]()
         self._accelerator, self._world = Accelerator(mixed_precision="no"), world()
         self._sharded = jobs[0].request.training.shard_base  # and so of all of them
@@ -125,12 +125,12 @@ class Rounds:
                     raise KeyboardInterrupt
         return self.outcomes
 
-    def _begun(self, job: Ready, last: Path | None, listener: Listener | None, note: str) -> _Live:
+    def _begun(self, job: PreparedJob, last: Path | None, listener: Listener | None, note: str) -> _ActiveJob:
         with job.random.drawn():
             begun = begin(job.request, job.prepared, job.folder, naming(job.name, listener), last, note)
         begun.steps.drop_others()  # what was written beyond the common step is made anew
         begun.steps.job.adapter.model.train()
-        return _Live(job=job, begun=begun)
+        return _ActiveJob(job=job, begun=begun)
 
     def _round(self) -> None:
         """One step of every job, or the end of those that cannot make theirs."""
@@ -146,13 +146,13 @@ class Rounds:
             made = self._one_by_one()
         self._finish_round(made)
 
-    def _together(self) -> tuple[dict[str, _Step], list[_Live]]:
+    def _together(self) -> tuple[dict[str, _Step], list[_ActiveJob]]:
         """The gradients of all jobs, clipped; and the jobs whose numbers are not good."""
         made = self._gradients(self.active)
         bad = [live for live in self.active if not self._clipped(live, made[live.name])]
         return made, bad
 
-    def _gradients(self, lives: Sequence[_Live]) -> dict[str, _Step]:
+    def _gradients(self, lives: Sequence[_ActiveJob]) -> dict[str, _Step]:
         """Those of one step of some jobs, over all processes."""
         shares = {live.name: live.steps.shares() for live in lives}
         made = {live.name: _Step(live.steps.labelled(shares[live.name])) for live in lives}
@@ -169,7 +169,7 @@ class Rounds:
         return made
 
     def _passes(
-        self, lives: Sequence[_Live], shares: Mapping[str, list[list[list[Example]]]], rank: int
+        self, lives: Sequence[_ActiveJob], shares: Mapping[str, list[list[list[Example]]]], rank: int
     ) -> list[list[Part]]:
         """What goes through the model at once in one process, one after the other."""
         parts = {live.name: shares[live.name][rank] for live in lives}
@@ -199,7 +199,7 @@ class Rounds:
         with self.joint.taken():
             self._accelerator.backward(0 * torch.stack(self.joint.losses(group)).sum())
 
-    def _clipped(self, live: _Live, step: _Step) -> bool:
+    def _clipped(self, live: _ActiveJob, step: _Step) -> bool:
         if not math.isfinite(step.loss):
             return False
         try:
@@ -208,7 +208,7 @@ class Rounds:
             return False
         return True
 
-    def _errors_alone(self, bad: Sequence[_Live]) -> dict[str, LoralabError]:
+    def _errors_alone(self, bad: Sequence[_ActiveJob]) -> dict[str, LoralabError]:
         """Which of some jobs fail by themselves: what is not finite may come from a neighbour."""
         errors: dict[str, LoralabError] = {}
         for live in bad:
@@ -222,7 +222,7 @@ class Rounds:
         """The gradients of all jobs, each without the others."""
         return {live.name: self._alone(live) for live in self.active}
 
-    def _alone(self, live: _Live) -> _Step:
+    def _alone(self, live: _ActiveJob) -> _Step:
         step = self._gradients([live])[live.name]
         with live.random.drawn():
             live.steps.require_finite(step.loss, next(filter(None, live.steps.shares())))
@@ -280,7 +280,7 @@ class Rounds:
             except LoralabError as error:
                 self._leave(live, of_job(live.name, error), f"ended: {error}")
 
-    def _leave(self, live: _Live, error: LoralabError, text: str) -> None:
+    def _leave(self, live: _ActiveJob, error: LoralabError, text: str) -> None:
         record = live.steps.record
         with contextlib.suppress(OutputError):  # where it ended because nothing can be written
             record({"kind": "note", "step": live.steps.progress.step, "text": text})

@@ -141,7 +141,7 @@ def own_seed(seed: int) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Begun:
+class ActiveRun:
     """A run whose steps can be made; `seen` are the scores of its evaluations."""
 
     request: Request
@@ -167,7 +167,7 @@ def run_prepared(request: Request, prepared: Prepared, folder: Path, listener: L
 
 def begin(
     request: Request, prepared: Prepared, folder: Path, listener: Listener | None, last: Path | None, note: str = ""
-) -> Begun:
+) -> ActiveRun:
     """A run as it stands at a checkpoint, or at its start."""
     adapter, training, here = prepared.adapter, request.training, world()
     here.align(adapter.parameters())
@@ -185,7 +185,7 @@ def begin(
     since = time.perf_counter()
     seen: list[Scores] = []
     job = _job(request, prepared, folder, _scorer(prepared, training, seen))
-    return Begun(
+    return ActiveRun(
         request=request,
         prepared=prepared,
         folder=folder,
@@ -196,7 +196,7 @@ def begin(
     )
 
 
-def finish(begun: Begun) -> Run:
+def finish(begun: ActiveRun) -> Run:
     """Save the best weights of a run that has made its steps."""
     request, prepared, folder, seen = begun.request, begun.prepared, begun.folder, begun.seen
     base, adapter = prepared.base, prepared.adapter

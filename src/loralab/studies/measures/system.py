@@ -35,7 +35,7 @@ WAYS = MIXED, TURN, ALONE = ("mixed", "in turn", "base alone")
 REPEATS = (25, 9)  # thorough, quick
 COMPARED = 8  # test rows of each task whose answers are compared
 LOADS = 3
-Asked = tuple[int, Example]  # the adapter's number, and what it is asked
+StudyOptions = tuple[int, Example]  # the adapter's number, and what it is asked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +146,7 @@ def one_after_the_other(cell: Cell, stored: Sequence[Stored]) -> tuple[list[Adap
     return adapters, answers, seconds
 
 
-def requests(stored: Sequence[Stored], base: Base) -> list[Asked]:
+def requests(stored: Sequence[Stored], base: Base) -> list[StudyOptions]:
     """The first test rows of every task, each with the number of its adapter."""
     found = []
     for number, own in enumerate(stored):
@@ -170,7 +170,7 @@ def outputs(base: Base, examples: Sequence[Example]) -> Tensor:
 
 
 def compared(
-    base: Base, mixed: Mixed, asked: Sequence[Asked], expected: Sequence[Sequence[Tensor]]
+    base: Base, mixed: Mixed, asked: Sequence[StudyOptions], expected: Sequence[Sequence[Tensor]]
 ) -> dict[str, float]:
     """How far the answers of mixed batches are from those of one adapter after the other."""
     position = [0] * len(expected)
@@ -195,7 +195,7 @@ def compared(
 
 
 def timed(
-    cell: Cell, task: Task, base: Base, mixed: Mixed, asked: Sequence[Asked],
+    cell: Cell, task: Task, base: Base, mixed: Mixed, asked: Sequence[StudyOptions],
     adapters: Sequence[Adapter],
 ) -> tuple[dict[str, list[float]], float]:  # fmt: skip
     """Seconds of a batch in each of the ways, in turn so that all meet the same machine."""
@@ -220,7 +220,7 @@ def timed(
 
 
 def _ways(
-    batch: Sequence[Asked], base: Base, mixed: Mixed, own: Base, adapter: Adapter,
+    batch: Sequence[StudyOptions], base: Base, mixed: Mixed, own: Base, adapter: Adapter,
     adapters: Sequence[Adapter],
 ) -> Mapping[str, Callable[[], Any]]:  # fmt: skip
     """What is done to answer a batch, in each of the ways."""
@@ -245,7 +245,7 @@ def _ways(
     return {MIXED: at_once, TURN: in_turn, ALONE: alone}
 
 
-def interleaved(asked: Sequence[Asked], adapters: int) -> list[Asked]:
+def interleaved(asked: Sequence[StudyOptions], adapters: int) -> list[StudyOptions]:
     """One row for each adapter in turn, so that every batch meets as many as it can."""
     queues = [[a for a in asked if a[0] == number] for number in range(adapters)]
     rounds = itertools.zip_longest(*queues)

@@ -16,7 +16,7 @@ from torch import Tensor
 from loralab.adapters.adapter import Adapter
 from loralab.adapters.bases import dense_weight
 from loralab.adapters.linear import LinearWithLoRA
-from loralab.artefacts.live import bring_to_life
+from loralab.artefacts.live import load_with_base
 from loralab.errors import RunError
 from loralab.studies import figures
 from loralab.studies.places import layout, source_reaches_mlp, type_of
@@ -38,7 +38,7 @@ def measure(cell: Cell, folder: Path, tell: Tell) -> Record:
     run = finished_run(cell, folder.parent)
     if not run.is_dir():  # a large adapter is scored, not kept
         return Record(arm=cell.arm, seed=cell.seed, tables=_described(base_of(cell.ground).model))
-    live = bring_to_life(run, precision="fp32")
+    live = load_with_base(run, precision="fp32")
     moved = sizes(live.adapter)
     live.adapter.detach()
     tables = {**_described(live.base.model), "updates": moved}

@@ -14,13 +14,13 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from loralab.adapters.adapter import Adapter
 
 Look = Callable[[nn.Parameter], float | None]
-Seen = list[dict[int, float]]  # step -> id of a tensor -> what was seen of it
+EncoderRequest = list[dict[int, float]]  # step -> id of a tensor -> what was seen of it
 
 
 @contextmanager
-def watched(look: Look) -> Iterator[Seen]:
+def watched(look: Look) -> Iterator[EncoderRequest]:
     """What `look` sees of every trained tensor before each step taken inside; None is left out."""
-    seen: Seen = []
+    seen: EncoderRequest = []
 
     def note(optimizer: torch.optim.Optimizer, *given: Any) -> None:
         every = [p for group in optimizer.param_groups for p in group["params"]]
@@ -34,7 +34,7 @@ def watched(look: Look) -> Iterator[Seen]:
         handle.remove()
 
 
-def named(seen: Seen, adapter: Adapter) -> list[dict[str, float]]:
+def named(seen: EncoderRequest, adapter: Adapter) -> list[dict[str, float]]:
     """The same by the names of the tensors, which must all be alive still."""
     names = {id(parameter): name for name, parameter in adapter.named_parameters().items()}
     return [{names[key]: value for key, value in step.items()} for step in seen]
