@@ -68,7 +68,7 @@ def _check_types(kind: type, values: Mapping[str, Any]) -> None:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value is of an annotated type; a list counts as a tuple."""
+    """Tell whether a value is of an annotated type; a list counts as a tuple."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         return any(_fits(value, one) for one in inner)
@@ -244,7 +244,7 @@ def read_toml(file: Path, error: type[InputError] = ConfigError) -> dict[str, An
 
 
 def nests_deeper(content: Any, most: int = DEEPEST) -> bool:
-    """Whether lists and objects lie in each other more than `most` deep.
+    """Tell whether lists and objects lie in each other more than `most` deep.
 
     What writes, copies or shows such a value calls itself at every level, and would fail anywhere.
     """

@@ -222,6 +222,28 @@ def test_while_one_is_merged_nothing_else_acts() -> None:
     _of("others_attached", two.merge_and_detach)
 
 
+def test_unmerge_lets_the_one_act_that_did_before() -> None:
+    model = llama()
+    one, two = filled(model, "narrow"), filled(model, "wide")
+    for module in two.modules.values():  # layer by layer, which merge() need not know of
+        module.merge_weights()
+    two.unmerge()
+    assert torch.equal(logits(model), solo("wide"))
+    one.merge()
+    one.unmerge()
+    assert torch.equal(logits(model), solo("wide"))
+    one.activate()
+    for module in one.modules.values():
+        module.merge_weights()
+    one.unmerge()
+    assert torch.equal(logits(model), solo("narrow"))
+    with loralab.disabled(model):
+        two.merge()
+        two.unmerge()
+        assert torch.equal(logits(model), solo(None))
+    assert torch.equal(logits(model), solo("narrow"))
+
+
 def test_names_that_cannot_be() -> None:
     model = llama()
     _of("no_adapter", lambda: loralab.disabled(model).__enter__())

@@ -53,7 +53,7 @@ class Adapter:
         self.saved = dict(saved)
         self._hooks: list[Any] = []
         self._set: AdapterSet | None = None  # that it belongs to while it is attached
-        self._before_merge: Adapter | None = None  # which one acted
+        self._before_merge: Adapter | None = self  # acts again after unmerge(); None is the base
         self._trains = self.parameters()
         self.given: nn.Module = model  # as the user has it, with shells around it
         self.left_out: Mapping[str, str] = {}
@@ -97,12 +97,12 @@ class Adapter:
 
     @property
     def merged(self) -> bool:
-        """Whether the base weights hold the update at present."""
+        """Tell whether the base weights hold the update at present."""
         return any(module.merged for module in self.modules.values())
 
     @property
     def can_merge(self) -> bool:
-        """Whether the base weights can hold what was learnt."""
+        """Tell whether the base weights can hold what was learnt."""
         return not self.reason_not_to_merge()
 
     def step(self) -> None:
@@ -190,8 +190,9 @@ class Adapter:
         own = self._attached()
         for module in self.modules.values():
             module.unmerge_weights()
-        if self._before_merge is None or self._before_merge in own.members.values():
-            own.switch(self._before_merge)
+        before, self._before_merge = self._before_merge, self
+        if before is None or before in own.members.values():
+            own.switch(before)
 
     def activate(self) -> None:
         """Let this adapter answer from now on.

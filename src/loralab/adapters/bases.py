@@ -14,7 +14,7 @@ from loralab.adapters.lookalikes import why_not_linear, why_output_differs
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether this is transformers' Conv1D: a linear layer that stores its weight as (I, O)."""
+    """Tell whether this is transformers' Conv1D: a linear layer that stores its weight as (I, O)."""
     kind = type(module)
     return kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")
 
@@ -42,7 +42,7 @@ def why_not_merged(module: nn.Module) -> str:
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Whether a linear layer keeps its weight in another form than (O, I) of floating point."""
+    """Tell whether a linear layer keeps its weight in another form than (O, I) of floating point."""
     weight: Any = getattr(module, "weight", None)
     return isinstance(module, nn.Linear) and not weight.is_floating_point()
 

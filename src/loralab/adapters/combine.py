@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from loralab.adapters.adalora import LinearWithAdaLoRA
 from loralab.adapters.adapter import Adapter
 from loralab.adapters.attach import put_into
+from loralab.adapters.linear import LinearWithLoRA
 from loralab.adapters.methods import LoRA
 from loralab.adapters.several import AdapterSet, require_adapters
 from loralab.adapters.spectrum import decomposed
@@ -143,11 +145,8 @@ def _layers(adapters: AdapterSet, weights: Mapping[str, float]) -> dict[str, lis
     found: dict[str, list[tuple[Any, float]]] = {}
     for name, weight in weights.items():
         adapter = adapters.find(name)
-        odd = [
-            path
-            for path, module in adapter.modules.items()
-            if not hasattr(module, "lora_A") or not hasattr(module, "factors") or not hasattr(module, "out_features")
-        ]
+        linear = (LinearWithLoRA, LinearWithAdaLoRA)
+        odd = [path for path, module in adapter.modules.items() if not isinstance(module, linear)]
         if odd or adapter.saved or not adapter.modules:
             raise AdapterStateError(
                 f"adapter {name!r} is not a low-rank update of linear layers alone "

@@ -122,5 +122,5 @@ def selecting_fields(names: list[str], paths: list[str]) -> tuple[list[str] | st
 
 
 def _counted(names: Iterable[str]) -> bool:
-    """Whether peft finds the layer number of each path: it wants two names in front of it."""
+    """Tell whether peft finds the layer number of each path: it wants two names in front of it."""
     return all(name.split(".")[1:2] and not name.split(".")[1].isdigit() for name in names)

@@ -54,7 +54,7 @@ class Verdict:
 
     @property
     def as_it_is(self) -> bool:
-        """Whether nothing does."""
+        """Tell whether nothing does."""
         return not self.obstacles
 
     @property

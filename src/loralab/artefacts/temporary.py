@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from loralab import atomic
 from loralab.adapters.several import adapters_of, disabled
@@ -26,18 +27,18 @@ def base_folder(base: Base) -> Iterator[Path | None]:
     with atomic.explained("a temporary folder ($TMPDIR says where)"):
         temporary = tempfile.TemporaryDirectory(prefix="loralab-base-")
     with temporary as place:
-        write_base(base, Path(place))
+        write_base(base.model, Path(place), base.tokenizer)
         yield Path(place)
 
 
-def write_base(base: Base, place: Path) -> None:
-    """Write a live base to a folder, without the adapter in it.
+def write_base(model: Any, place: Path, tokenizer: Any = None) -> None:
+    """Write a live base to a folder, without the adapters in it.
 
     Raises:
         OutputError: it cannot be written.
     """
-    alone = disabled(base.model) if adapters_of(base.model) else contextlib.nullcontext()
+    alone = disabled(model) if adapters_of(model) else contextlib.nullcontext()
     with atomic.explained(place), alone, quiet():
-        # the class's own method: the one on an adapted model writes the adapter
-        type(base.model).save_pretrained(base.model, place)
-        base.tokenizer.save_pretrained(place)
+        model.save_pretrained(place)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(place)

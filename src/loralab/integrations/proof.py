@@ -16,9 +16,9 @@ from torch import nn
 from loralab.adapters.adapter import Adapter
 from loralab.adapters.bases import is_quantized
 from loralab.adapters.fingerprint import dtype_name
-from loralab.adapters.several import disabled
 from loralab.artefacts.certificate import certify
 from loralab.artefacts.comparison import Certificate
+from loralab.artefacts.temporary import write_base
 from loralab.models.kinds import CAUSAL, CLASSIFIER, HEADS, SENTENCES, TAGGER, class_for
 from loralab.tasks.samples import SAMPLES, TOKENS
 
@@ -111,9 +111,7 @@ def _base(adapter: Adapter) -> Iterator[str]:
         yield named
         return
     with tempfile.TemporaryDirectory() as place:
-        with disabled(adapter.model):
-            write: Any = adapter.model
-            write.save_pretrained(place)
+        write_base(adapter.model, Path(place))
         yield place
 
 

@@ -1,4 +1,4 @@
-"""Whether a loaded model has all that its folder promises, and which of its modules are new.
+"""Tell whether a loaded model has all that its folder promises, and which of its modules are new.
 
 A folder is measured by the class that it was saved from: what that class has must be in the file.
 Beyond it only a head may be new, and a pooler: never a further part of the backbone.

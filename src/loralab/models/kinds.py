@@ -144,12 +144,12 @@ def require_text_or_pictures(name: str, config: Any) -> None:
 
 
 def is_writer(config: Any) -> bool:
-    """Whether the class that was saved is its family's language model."""
+    """Tell whether the class that was saved is its family's language model."""
     return class_named(config) == getattr(class_for(config, CAUSAL), "__name__", None)
 
 
 def has_head(config: Any, kind: str) -> bool:
-    """Whether a model ends in the classes of a kind already."""
+    """Tell whether a model ends in the classes of a kind already."""
     return any(name.endswith(HEADS[kind]) for name in config.architectures or [])
 
 
@@ -197,7 +197,7 @@ def _part_names(config: Any) -> Iterator[str]:
 
 
 def _looks_back(config: Any) -> bool:
-    """Whether each token sees those before it alone, of families that can do both."""
+    """Tell whether each token sees those before it alone, of families that can do both."""
     if config.model_type in (*MODEL_FOR_MASKED_LM_MAPPING_NAMES, "xlnet", "bert-generation"):
         names = ("is_decoder", "causal")
         named = any(getattr(config, name, False) for name in names)

@@ -1,4 +1,4 @@
-"""Whether a model folder is what its configuration says, before it is built for it.
+"""Tell whether a model folder is what its configuration says, before it is built for it.
 
 What builds a model believes config.json: a thousand million layers, a vocabulary of terabytes. The
 weights are the measure: nothing may be built that is many times as large as what fills it.

@@ -200,7 +200,7 @@ class _Asked(_Request):
 
     @property
     def with_usage(self) -> bool:
-        """Whether a stream ends with what it took."""
+        """Tell whether a stream ends with what it took."""
         options = self.stream_options or StreamOptions()
         if options.include_usage is None:
             return self.with_usage_so_far
@@ -208,7 +208,7 @@ class _Asked(_Request):
 
     @property
     def with_usage_so_far(self) -> bool:
-        """Whether every chunk of a stream tells what was used."""
+        """Tell whether every chunk of a stream tells what was used."""
         options = self.stream_options or StreamOptions()
         return bool(options.continuous_usage_stats) and options.include_usage is not False
 

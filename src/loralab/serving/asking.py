@@ -89,7 +89,7 @@ class RequestBuilder:
         )
 
     def _as_trained(self, prompt: Sequence[int], entry: AdapterInfo | None) -> bool:
-        """Whether a prompt ends as those that the adapter has learnt to answer."""
+        """Tell whether a prompt ends as those that the adapter has learnt to answer."""
         if entry is None or entry.form in (None, "text"):
             return True
         wording = self.wordings.of(entry)

@@ -169,7 +169,7 @@ def _unusual(model: Any) -> Iterator[str]:
 
 
 def takes(adapter: Adapter) -> bool:
-    """Whether all that an adapter changes is among what the compiled step knows."""
+    """Tell whether all that an adapter changes is among what the compiled step knows."""
     return not adapter.saved and all(_known(p, m) for p, m in adapter.modules.items())
 
 

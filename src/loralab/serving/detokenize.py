@@ -104,7 +104,7 @@ class IncrementalDetokenizer:
 
     @property
     def incomplete(self) -> bool:
-        """Whether a part of a character waits for the rest."""
+        """Tell whether a part of a character waits for the rest."""
         return bool(self._pending or self._utf8.getstate()[0])
 
     def add(self, token: int, *, special: bool = False) -> tuple[bytes, str]:

@@ -137,7 +137,7 @@ def method_of(fields: Mapping[str, Any], record: Mapping[str, Any]) -> str:
 
 
 def _is_so(value: Any, wanted: Any) -> bool:
-    """Whether an option makes a variant: the papers' own factor, or any other but 1."""
+    """Tell whether an option makes a variant: the papers' own factor, or any other but 1."""
     if isinstance(wanted, float):
         return isinstance(value, int | float) and value != 1
     return bool(value == wanted)

@@ -37,7 +37,7 @@ class Hosts:
     addresses: bool = False
 
     def knows(self, header: str) -> bool:
-        """Whether a Host header names this server."""
+        """Tell whether a Host header names this server."""
         found = HOST.fullmatch(header)
         if found is None:
             return False

@@ -43,14 +43,14 @@ class Key:
     tokens_per_day: int | None = None
 
     def may_use(self, adapter: str | None) -> bool:
-        """Whether it may ask this adapter; None is the base."""
+        """Tell whether it may ask this adapter; None is the base."""
         if adapter is None:
             return self.base
         return self.sees_all or adapter in self.adapters
 
     @property
     def sees_all(self) -> bool:
-        """Whether it may use every adapter, those of tomorrow too."""
+        """Tell whether it may use every adapter, those of tomorrow too."""
         return "*" in self.adapters
 
 

@@ -78,7 +78,7 @@ class Generation(_Common):
 
     @property
     def gone(self) -> bool:
-        """Whether nobody waits for it any more."""
+        """Tell whether nobody waits for it any more."""
         return self.cancelled
 
     def read(self, row: Row, work: Work, logits: Tensor) -> bool:
@@ -197,7 +197,7 @@ class _Classes(_Common):
 
     @property
     def gone(self) -> bool:
-        """Whether nobody waits for it any more."""
+        """Tell whether nobody waits for it any more."""
         return self.cancelled or self.future.cancelled()
 
     def _give(self, ranked: Sequence[Ranked], tokens: int) -> None:

@@ -51,7 +51,7 @@ class Sampling:
 
     @property
     def greedy(self) -> bool:
-        """Whether nothing is drawn."""
+        """Tell whether nothing is drawn."""
         return self.temperature == 0
 
 

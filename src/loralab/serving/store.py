@@ -215,7 +215,7 @@ class Store:
             self._drop_unnamed(held.digest)
 
     def holds(self, digest: str) -> bool:
-        """Whether it is in memory."""
+        """Tell whether it is in memory."""
         with self._changed:
             place = self._places.get(digest)
             return place is not None and place.held is not None

@@ -183,7 +183,7 @@ def open_cluster(address: str | None) -> Iterator[Cluster | None]:
 
 
 def goes_away(cell: Cell) -> bool:
-    """Whether another machine can measure a cell: it needs nothing of others, and times nothing."""
+    """Tell whether another machine can measure a cell: it needs nothing of others, and times nothing."""
     return cell.measure.partition(":")[0].rpartition(".")[2] not in AT_HOME
 
 

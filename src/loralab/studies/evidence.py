@@ -39,7 +39,7 @@ class Metric:
 
     @property
     def rises(self) -> bool:
-        """Whether larger is better."""
+        """Tell whether larger is better."""
         return self.name not in FALLING
 
     def value(self, score: float) -> str:

@@ -63,7 +63,7 @@ class Objects:
                 base = self.model.base()
                 atomic.remove_folder(self._model)
                 with atomic.new_folder(self._model) as place:
-                    write_base(base, place)
+                    write_base(base.model, place, base.tokenizer)
 
     @property
     def _model(self) -> Path:

@@ -94,6 +94,6 @@ def outside(rows: list[Mapping[str, Any]]) -> list[str]:
 
 
 def source_reaches_mlp(model: nn.Module) -> bool:
-    """Whether the source's names for attention also end paths of feed-forward layers."""
+    """Tell whether the source's names for attention also end paths of feed-forward layers."""
     named = [n for n in linear_names(model) if any(ends_with(n, end) for end in SOURCE)]
     return any(in_attention(n) for n in named) and any(not in_attention(n) for n in named)

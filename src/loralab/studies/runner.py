@@ -243,7 +243,7 @@ def session(
 
 
 def needs_search(ground: Ground, arm: Arm) -> bool:
-    """Whether the learning rate of an arm is searched for."""
+    """Tell whether the learning rate of an arm is searched for."""
     return arm.tuned and not ground.fixed_lr and "learning_rate" not in arm.fields
 
 

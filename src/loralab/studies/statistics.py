@@ -50,7 +50,7 @@ class Difference:
 
     @property
     def holds(self) -> bool:
-        """Whether the interval excludes zero; with no interval nothing is claimed."""
+        """Tell whether the interval excludes zero; with no interval nothing is claimed."""
         return math.isfinite(self.low) and (self.low > 0 or self.high < 0)
 
     @property

@@ -52,7 +52,7 @@ class Arm:
 
     @property
     def is_sound(self) -> bool:
-        """Whether every field is of its type; what a file says may not be."""
+        """Tell whether every field is of its type; what a file says may not be."""
         flags = isinstance(self.tuned, bool) and isinstance(self.plain, bool)
         tables = isinstance(self.fields, dict) and isinstance(self.options, dict)
         return isinstance(self.name, str) and flags and tables
@@ -85,7 +85,7 @@ class Ground:
         return {**asdict(self), "values": list(self.values), "rates": list(self.rates)}
 
     def is_sound(self, name: str, arms: Sequence[Arm]) -> bool:
-        """Whether every field of this study and of its arms is of its type; a file may err."""
+        """Tell whether every field of this study and of its arms is of its type; a file may err."""
         texts = (self.study, self.model, self.data, self.metric, *self.values)
         tables = (self.mapping, self.fields, self.rows)
         return (
@@ -167,7 +167,7 @@ class Record:
 
     @property
     def is_sound(self) -> bool:
-        """Whether every field is of its type; what a file says may not be."""
+        """Tell whether every field is of its type; what a file says may not be."""
         held = (self.numbers, self.series, self.items, self.tables, self.texts)
         if not all(isinstance(table, dict) for table in held) or not isinstance(self.reason, str):
             return False

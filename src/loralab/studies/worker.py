@@ -103,7 +103,7 @@ def _prepare(job: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> int
 
 
 def _reach(job: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> int:
-    """Whether the model and the data of a study can be read here."""
+    """Tell whether the model and the data of a study can be read here."""
     from loralab.models.load import natural_kind
     from loralab.studies.trained import rows_of
 

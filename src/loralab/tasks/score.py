@@ -61,7 +61,7 @@ class Scores:
     split: str = ""
 
     def better(self, other: "Scores") -> bool:
-        """Whether these scores beat others by the main metric."""
+        """Tell whether these scores beat others by the main metric."""
         ours, theirs = self.metrics[self.main], other.metrics[self.main]
         return ours < theirs if self.main == "loss" else ours > theirs
 

@@ -69,7 +69,7 @@ class Steps:
 
     @property
     def over(self) -> bool:
-        """Whether there is no next step."""
+        """Tell whether there is no next step."""
         return self.progress.step >= self.job.steps or self.progress.stopped_early
 
     def shares(self) -> list[list[list[Example]]]:
@@ -249,7 +249,7 @@ def _evaluate(job: Job, progress: Progress, record: Record) -> tuple[Progress, b
 
 
 def is_better(main: str, new: Mapping[str, float], old: Mapping[str, float]) -> bool:
-    """Whether new scores beat old ones: by the main metric, and by the loss where that ties."""
+    """Tell whether new scores beat old ones: by the main metric, and by the loss where that ties."""
     if main != "loss" and new[main] != old[main]:
         return new[main] > old[main]
     return new["loss"] < old["loss"]

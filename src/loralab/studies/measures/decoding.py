@@ -48,7 +48,7 @@ Times = dict[tuple[str, int], Timed]
 
 
 def writes(base: Base) -> bool:
-    """Whether a model is timed by the token."""
+    """Tell whether a model is timed by the token."""
     return base.kind == "causal-lm" and "past_key_values" in accepted(base.model)
 
 

@@ -127,7 +127,7 @@ def adapters_like(own: Factors) -> list[Factors]:
 
 
 def _put_back(module: LinearWithLoRA, three: Sequence[Factors]) -> bool:
-    """Whether the weight is the same, bit for bit, after merges and unmerges of three adapters."""
+    """Tell whether the weight is the same, bit for bit, after merges and unmerges of three adapters."""
     before = module.base.weight.detach().clone()
     for number in range(1, MERGES + 1):
         _fill(module, three[number % len(three)])

@@ -50,7 +50,7 @@ class Overhead:
 
     @property
     def holds(self) -> bool:
-        """Whether the interval excludes no difference."""
+        """Tell whether the interval excludes no difference."""
         return math.isfinite(self.low) and (self.low > 0 or self.high < 0)
 
 

@@ -66,7 +66,7 @@ def _rank(value: str) -> int:
 
 
 def conclude(records: Sequence[Record], ground: Ground) -> Answer:
-    """Whether moving ranks pays at the same final budget, where they went, what it costs."""
+    """Tell whether moving ranks pays at the same final budget, where they went, what it costs."""
     every, metric = by_arm(records), metric_of(records)
     moved = {name: own for name, own in every.items() if is_adaptive(own[0])}
     if not moved:
@@ -116,7 +116,7 @@ def conclude(records: Sequence[Record], ground: Ground) -> Answer:
 
 
 def is_adaptive(record: Record) -> bool:
-    """Whether an arm is AdaLoRA's."""
+    """Tell whether an arm is AdaLoRA's."""
     return record.arm.fields.get("method") == "adalora"
 
 
@@ -130,7 +130,7 @@ def _uniform(record: Record, every: Arms) -> str | None:
 
 
 def _exact(own: Sequence[Record]) -> bool:
-    """Whether every run ended at its target, and the file holds just these ranks."""
+    """Tell whether every run ended at its target, and the file holds just these ranks."""
     return all(
         r.numbers["ranks_left"] == r.numbers["ranks_target"] == r.numbers["ranks_in_file"]
         and not r.numbers["ranks_differ"]

@@ -134,7 +134,7 @@ def _caution(found: Mapping[str, Record]) -> Text:
 
 
 def _finding(record: Record, metric: Metric, family: int) -> Finding:
-    """Whether the score changed, row by row."""
+    """Tell whether the score changed, row by row."""
     found = difference(
         [record.items[AFTER]], [record.items[BEFORE]],
         generator=np.random.default_rng(SEED), comparisons=family,
@@ -153,7 +153,7 @@ def _choice(value: str) -> str:
 
 
 def _has_fp16() -> bool:
-    """Whether the machine multiplies in fp16."""
+    """Tell whether the machine multiplies in fp16."""
     if torch.cuda.is_available():
         return True
     abilities = torch.cpu.get_capabilities()

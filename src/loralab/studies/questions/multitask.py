@@ -141,7 +141,7 @@ def speedups(system: Record) -> dict[int, Difference]:
 
 
 def alike(system: Record) -> bool:
-    """Whether mixed batches answer as one adapter after the other does."""
+    """Tell whether mixed batches answer as one adapter after the other does."""
     numbers = system.numbers
     close = numbers["furthest"] <= ALIKE * max(1.0, numbers["largest"])
     return close and numbers["same"] == 1.0

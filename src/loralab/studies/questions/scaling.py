@@ -178,7 +178,7 @@ def _ends(sweep: Sweep) -> str:
 
 
 def _sentence(sweep: Sweep, claims: Claims) -> Text:
-    """Whether the score depends on the scaling, each at its best rate."""
+    """Tell whether the score depends on the scaling, each at its best rate."""
     if not claims:
         return Text("There is nothing to compare alpha/r with yet.", "還沒有可與 alpha/r 比較的結果。")
     clear = [finding for finding in claims.values() if finding.holds]
@@ -207,7 +207,7 @@ def _sentence(sweep: Sweep, claims: Claims) -> Text:
 
 
 def _learnt(sweep: Sweep) -> bool:
-    """Whether any run learnt enough for scores to tell scalings apart."""
+    """Tell whether any run learnt enough for scores to tell scalings apart."""
     start, low = sweep.fall()
     return low <= (1 - LEARNT) * start
 

@@ -74,7 +74,7 @@ def _full(ground: Ground) -> Arm:
 
 
 def conclude(records: Sequence[Record], ground: Ground) -> Answer:
-    """Whether LoRA beats the probe, which layers it needs, and how far the full fine-tune is."""
+    """Tell whether LoRA beats the probe, which layers it needs, and how far the full fine-tune is."""
     every, metric = by_arm(records), metric_of(records)
     told = {k: v for r in records if r.arm.name == ANATOMY for k, v in r.tables.items()}
     lora = {name: own for name, own in every.items() if name not in (PROBE, FULL)}

@@ -229,7 +229,7 @@ def _same(times: Latencies, way: tuple[str, str]) -> list[Text | str]:
 
 
 def _slower(times: Latencies, way: tuple[str, str], than: tuple[str, str] | None = None) -> list[Text | str]:
-    """Whether a way takes longer than the base; than another variant: at least no less."""
+    """Tell whether a way takes longer than the base; than another variant: at least no less."""
     if not times.shapes:
         return [UNSEEN, "–"]
     own = times.over(way, times.shapes[0], *(() if than is None else (than,)))

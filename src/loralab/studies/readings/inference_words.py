@@ -119,7 +119,7 @@ class Deployed:
 
 
 def told(own: Overhead) -> bool:
-    """Whether there is a difference beyond noise, and one that anyone would feel."""
+    """Tell whether there is a difference beyond noise, and one that anyone would feel."""
     return own.holds and abs(own.share) >= LEAST
 
 

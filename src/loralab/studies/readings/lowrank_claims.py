@@ -70,7 +70,7 @@ def over_modules(
 
 
 def spectrum(read: Read) -> Part | None:
-    """Whether the update needs fewer directions than a random matrix, and whether few."""
+    """Tell whether the update needs fewer directions than a random matrix, and whether few."""
     if not read.spectra:
         return None
     ours = [shares_of(rows) for rows in read.spectra]
@@ -163,7 +163,7 @@ def _ends(low: float, high: float, largest: int) -> str:
 
 
 def overlap(read: Read) -> Part | None:
-    """Whether the strongest direction of one update is among the first of another, on both sides."""
+    """Tell whether the strongest direction of one update is among the first of another, on both sides."""
     if not read.pairs:
         return None
     tables = [r.tables["modules"] for r in read.pairs]

@@ -169,7 +169,7 @@ def states(arm: str) -> tuple[str, str]:
 
 
 def loss_finding(record: Record, family: int) -> Finding | None:
-    """Whether the loss changed, row by row; None where rows have no losses of their own."""
+    """Tell whether the loss changed, row by row; None where rows have no losses of their own."""
     now, was = (record.items.get(f"{name} loss", ()) for name in (AFTER, BEFORE))
     if len(now) < 2:
         return None

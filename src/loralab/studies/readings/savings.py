@@ -39,7 +39,7 @@ class Ratio:
 
     @property
     def holds(self) -> bool:
-        """Whether the interval excludes one."""
+        """Tell whether the interval excludes one."""
         return math.isfinite(self.low) and (self.low > 1 or self.high < 1)
 
 
@@ -114,7 +114,7 @@ class Savings:
         return float(np.mean(gaps)) if gaps else math.nan
 
     def keeps(self, role: str) -> bool:
-        """Whether an arm's losses are the baseline's."""
+        """Tell whether an arm's losses are the baseline's."""
         return role == BASELINE or self.curve(role) <= CLOSE
 
     def at_floor(self) -> list[str]:

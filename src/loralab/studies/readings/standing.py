@@ -84,7 +84,7 @@ def workable(arms: Arms, base: Sequence[Record], metric: Metric) -> list[str]:
 
 
 def beats(ours: Sequence[Record], theirs: Sequence[Record]) -> bool:
-    """Whether ours is better beyond noise."""
+    """Tell whether ours is better beyond noise."""
     own = paired(ours, theirs)
     return own is not None and own.holds and own.effect > 0
 

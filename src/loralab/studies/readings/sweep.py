@@ -66,7 +66,7 @@ class Sweep:
         return () if rate is None else self.cells[key][rate]
 
     def at_edge(self, key: Key) -> bool:
-        """Whether the best rate is the lowest or the highest tried: a better one may lie beyond."""
+        """Tell whether the best rate is the lowest or the highest tried: a better one may lie beyond."""
         return len(self.rates) > 1 and self.best(key) in (self.rates[0], self.rates[-1])
 
     def as_good(self, key: Key) -> list[float]:
