@@ -4,7 +4,9 @@ Each runs on three kinds of model in the variants below. A pair that cannot be i
 the word of the error that says so.
 """
 
-from collections.abc import Iterator
+import copy
+import io
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,9 +21,11 @@ from loralab.adapters.attach import attach
 from loralab.adapters.folder import CONFIG, TENSORS, read
 from loralab.adapters.load import load
 from loralab.adapters.registry import built_in
+from loralab.adapters.several import attached as attached_to
 from loralab.errors import AdapterStateError, TargetError
 
 VARIANTS = {**BUILT_IN, "vera": vera_plugin().VeRA(rank=4), "outer": Outer(factor=0.5)}
+Copy = Callable[[nn.Module], nn.Module]
 REFUSED = {("bitfit", "llama"): "no biases"}
 MOVES_AT_ONCE = {"prefix", "prompt", "prefix-mlp"}  # step 0 is not the base model
 CANNOT_MERGE = {"bottleneck", "pfeiffer", "parallel", "prefix", "prompt", "prefix-mlp"}
@@ -197,6 +201,29 @@ def test_going_on_from_a_state_ends_in_the_same_bits(variant: str, name: str) ->
         if step == 5:
             half.load_state({name: t.clone() for name, t in adapter.state().items()})
     pairs = zip(adapter.state().items(), half.state().items(), strict=True)
+    assert all(a == b and torch.equal(one, two) for (a, one), (b, two) in pairs)
+
+
+def pickled(model: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    found: nn.Module = torch.load(file, weights_only=False)
+    return found
+
+
+@every_pair
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
+def test_a_copy_of_the_model_trains_on_as_the_model_does(variant: str, name: str, copied: Copy) -> None:
+    adapter = attached(variant, name)
+    train(adapter, steps=3)
+    live = logits(adapter.model)
+    other = attached_to(copied(adapter.model))["default"]
+    assert torch.equal(logits(other.model), live)
+    train(other, steps=1)
+    assert torch.equal(logits(adapter.model), live)
+    train(adapter, steps=1)
+    pairs = zip(adapter.state().items(), other.state().items(), strict=True)
     assert all(a == b and torch.equal(one, two) for (a, one), (b, two) in pairs)
 
 
