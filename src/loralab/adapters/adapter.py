@@ -152,6 +152,9 @@ class Adapter:
     def merge(self) -> None:
         """Put the update into the base weights; `unmerge` restores them bit for bit.
 
+        Until then `model.state_dict()` holds merged weights, and says so under keys that end in
+        `.merged`: an unmerged model refuses it, as it would add the update once more.
+
         Raises:
             AdapterStateError: already merged, the method cannot be merged, a merged weight would
                 not be finite, a hook changes what a layer gives, or FSDP has split the weights.
