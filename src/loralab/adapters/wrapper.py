@@ -16,7 +16,6 @@ from loralab.adapters.bases import as_linear, compute_dtype, dense_weight, is_qu
 from loralab.adapters.effective import effective
 from loralab.errors import AdapterStateError, ConfigError
 
-
 MERGED = "merged"  # in the state_dict of a merged module, which no unmerged one may take
 
 
