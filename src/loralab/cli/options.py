@@ -9,6 +9,7 @@ import re
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
@@ -40,6 +41,8 @@ def with_options(*configs: Config) -> Callable[[Callable[..., None]], Callable[.
             command(**mine, typed={name: _parsed(name, v, used) for name, v in typed.items()})
 
         def take_options(*more: Config) -> None:
+            if hasattr(run, "__signature__") and used == [*more, *configs]:
+                return
             used[:] = [*more, *configs]
             names = dict.fromkeys(f.name for config in more for f in fields(config))
             names |= dict.fromkeys(name for config in configs for name in _told(config))
@@ -98,14 +101,18 @@ def pairs(text: str, name: str, kind: Callable[[str], Any] = str) -> dict[str, A
 
 def _told(config: Config) -> list[str]:
     """Fields that have a text."""
-    hints = get_type_hints(config, include_extras=True)
-    return [f.name for f in fields(config) if get_origin(hints[f.name]) is Annotated]
+    return [f.name for f in fields(config) if get_origin(_hints(config)[f.name]) is Annotated]
+
+
+@cache  # to evaluate them takes a good part of the time of --help
+def _hints(config: Config) -> dict[str, Any]:
+    return get_type_hints(config, include_extras=True)
 
 
 def _parameter(name: str, configs: Sequence[Config]) -> inspect.Parameter:
     """One option for the field of this name, explained as by the first class that has it."""
     owners = [config for config in configs if _has(config, name)]
-    hint = get_type_hints(owners[0], include_extras=True)[name]
+    hint = _hints(owners[0])[name]
     plain, *notes = get_args(hint) if get_origin(hint) is Annotated else (hint, "")
     shown = _defaults_text(name, owners)
     text = f"{notes[0]}  [dim]{shown}[/]" if shown else str(notes[0])
