@@ -54,6 +54,7 @@ class Adapter:
         self._hooks: list[Any] = []
         self._set: AdapterSet | None = None  # that it belongs to while it is attached
         self._before_merge: Adapter | None = self  # acts again after unmerge(); None is the base
+        self.acted_before: Adapter | None = None  # when this one was attached
         self._trains = self.parameters()
         self.given: nn.Module = model  # as the user has it, with shells around it
         self.left_out: Mapping[str, str] = {}

@@ -42,7 +42,7 @@ def merge(
 
     Args:
         model: the base; None is the one that the adapter names. Of a live model with its
-            `tokenizer` a copy is merged.
+            `tokenizer` a copy is merged, without the adapters that are in it.
         precision: of the written weights: fp32, bf16, fp16; None is that of the training, and of
             a live model its own.
         quantize: "nf4" packs the merged weights again; a 4-bit base is otherwise left unpacked.

@@ -9,7 +9,7 @@ import re
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
@@ -19,6 +19,7 @@ from loralab.errors import ConfigError, some
 from loralab.values import configured, split_pair, split_parts
 
 Config = type[Any]
+_hints: Any = cache(partial(get_type_hints, include_extras=True))  # a good part of the time of --help
 
 
 def with_options(*configs: Config) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -101,18 +102,14 @@ def pairs(text: str, name: str, kind: Callable[[str], Any] = str) -> dict[str, A
 
 def _told(config: Config) -> list[str]:
     """Fields that have a text."""
-    return [f.name for f in fields(config) if get_origin(_hints(config)[f.name]) is Annotated]
-
-
-@cache  # to evaluate them takes a good part of the time of --help
-def _hints(config: Config) -> dict[str, Any]:
-    return get_type_hints(config, include_extras=True)
+    hints: dict[str, Any] = _hints(config)
+    return [f.name for f in fields(config) if get_origin(hints[f.name]) is Annotated]
 
 
 def _parameter(name: str, configs: Sequence[Config]) -> inspect.Parameter:
     """One option for the field of this name, explained as by the first class that has it."""
     owners = [config for config in configs if _has(config, name)]
-    hint = _hints(owners[0])[name]
+    hint: Any = _hints(owners[0])[name]
     plain, *notes = get_args(hint) if get_origin(hint) is Annotated else (hint, "")
     shown = _defaults_text(name, owners)
     text = f"{notes[0]}  [dim]{shown}[/]" if shown else str(notes[0])
