@@ -259,3 +259,37 @@ def test_a_bf16_base_trains_in_fp32_beside_it(variant: str, name: str) -> None:
     train(adapter, steps=3)
     assert logits(model).dtype == torch.bfloat16
     assert logits(model).isfinite().all()
+
+
+@every_pair
+def test_it_is_merged_until_it_is_unmerged_and_a_copy_too(variant: str, name: str, tmp_path: Path) -> None:
+    if variant in CANNOT_MERGE:
+        pytest.skip("cannot be merged")
+    adapter = attached(variant, name)
+    with pytest.raises(AdapterStateError):
+        adapter.unmerge()
+    fill(adapter)
+    live = logits(adapter.model)
+    adapter.merge()
+    for one in (adapter, attached_to(copy.deepcopy(adapter.model))["default"]):
+        assert one.merged
+        for refused in (one.merge, one.activate):
+            with pytest.raises(AdapterStateError):
+                refused()
+        one.model.save_pretrained(tmp_path / "plain")  # type: ignore[operator]
+        plain = type(one.model).from_pretrained(tmp_path / "plain").eval()  # type: ignore[attr-defined]
+        torch.testing.assert_close(logits(plain), live, rtol=1e-4, atol=1e-5)
+        one.unmerge()
+        assert not one.merged
+
+
+@every_pair
+def test_a_copy_has_the_adapters_that_wait(variant: str, name: str) -> None:
+    adapter = attached(variant, name)
+    live = logits(fill(adapter).model)
+    attach(adapter.model, VARIANTS["full"], name="other")
+    for copied in (copy.deepcopy, pickled):
+        waiting = attached_to(copied(adapter.model))["default"]
+        assert not any(p.requires_grad for p in waiting.parameters())
+        waiting.activate()
+        assert torch.equal(logits(waiting.model), live)

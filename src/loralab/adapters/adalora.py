@@ -159,7 +159,9 @@ class LinearWithAdaLoRA(Wrapper):
             if name in self._hooks:
                 self._hooks.pop(name).remove()
             if weight:
-                self._hooks[name] = parameter.register_post_accumulate_grad_hook(add)
+                learns = parameter.requires_grad  # not while another adapter acts
+                self._hooks[name] = parameter.requires_grad_().register_post_accumulate_grad_hook(add)
+                parameter.requires_grad_(learns)
 
     def refreshed(self) -> None:
         """The weights were set from outside."""
