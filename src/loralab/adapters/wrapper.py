@@ -121,7 +121,7 @@ class Wrapper(nn.Module):
             AdapterStateError: already merged, cannot be merged, or the sum overflows the dtype.
         """
         if self.merged:
-            raise AdapterStateError("already merged; call unmerge_weights() first")
+            raise AdapterStateError("already merged; call unmerge_weights() first", code="merged")
         if self.cannot_merge:
             raise AdapterStateError(self.cannot_merge, code="cannot_merge")
         with without_autocast(next(self.base.parameters()).device):
@@ -142,7 +142,7 @@ class Wrapper(nn.Module):
             AdapterStateError: not merged.
         """
         if not self.merged:
-            raise AdapterStateError("not merged")
+            raise AdapterStateError("not merged", code="not_merged")
         if self._packed:
             self.base = self._packed[0]
         for name, original in self._unmerged.items():
