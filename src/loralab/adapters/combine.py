@@ -11,10 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loralab.adapters.adalora import LinearWithAdaLoRA
 from loralab.adapters.adapter import Adapter
 from loralab.adapters.attach import put_into
-from loralab.adapters.linear import LinearWithLoRA
 from loralab.adapters.methods import LoRA
 from loralab.adapters.several import AdapterSet, require_adapters
 from loralab.adapters.spectrum import decomposed
@@ -52,19 +50,20 @@ def combine(
 
     Raises:
         ConfigError: an option is wrong, or a weight is not finite.
-        AdapterStateError: a name is unknown or taken, an adapter is merged or is not a low-rank
-            update of linear layers, or the result is not finite.
+        AdapterStateError: a name is unknown or taken, an adapter is merged or is more than
+            low-rank updates of linear layers, convolutions and embeddings, or the result is not finite.
     """
     adapters = require_adapters(model)
     adapters.require_free(name)
     _require_options(weights, how, rank, density)
+    check_count("seed", seed, least=0)
     layers = _layers(adapters, weights)
     ranks = {len(m.factors()[0]) for found in layers.values() for m, _ in found}
     by_factors = (
         how != "svd"
         and len(ranks) == 1
         and rank in (None, *ranks)
-        and not any(getattr(m, "magnitude", None) is not None for found in layers.values() for m, _ in found)
+        and not any(_rescales(m) for found in layers.values() for m, _ in found)
     )
     mix = _Mix(how, density, torch.Generator().manual_seed(seed))
     wanted = None if by_factors else rank or max(ranks)
@@ -98,9 +97,7 @@ class _Mix:
 
     def update(self, found: Sequence[tuple[Any, float]], rank: int) -> Factors:
         """The updates B A, cut to a rank."""
-        plain = self.how in ("linear", "svd") and not any(
-            getattr(module, "magnitude", None) is not None for module, _ in found
-        )
+        plain = self.how in ("linear", "svd") and not any(_rescales(module) for module, _ in found)
         if plain:  # without a matrix of the weight's size
             parts = [(*module.factors(), weight) for module, weight in found]
             A = torch.cat([A for A, *_ in parts])
@@ -109,9 +106,9 @@ class _Mix:
             right = right.T
         else:
             weights = torch.tensor([weight for _, weight in found])
-            total = self.combined([module.delta() for module, _ in found], weights)
+            total = self.combined([_update(module) for module, _ in found], weights)
             left, values, right = torch.linalg.svd(total, full_matrices=False)
-        dtype = found[0][0].lora_A.dtype
+        dtype = found[0][0].factors()[0].dtype
         return right[:rank].to(dtype), (left[:, :rank] * values[:rank]).to(dtype)
 
     def combined(self, tensors: Sequence[Tensor], weights: Tensor) -> Tensor:
@@ -140,17 +137,30 @@ class _Mix:
         return tensor * mask.view_as(tensor)
 
 
+def _rescales(module: Any) -> bool:
+    """Tell if a layer's update is more than B A, as that of DoRA."""
+    return getattr(module, "magnitude", None) is not None
+
+
+def _update(module: Any) -> Tensor:
+    """The whole update as a matrix, as B A is."""
+    if _rescales(module):
+        whole: Tensor = module.delta()
+        return whole
+    A, B, scaling = module.factors()
+    return scaling * (B @ A)
+
+
 def _layers(adapters: AdapterSet, weights: Mapping[str, float]) -> dict[str, list[tuple[Any, float]]]:
     """Return path -> the layers there and their weights, of all adapters that have one."""
     found: dict[str, list[tuple[Any, float]]] = {}
     for name, weight in weights.items():
         adapter = adapters.find(name)
-        linear = (LinearWithLoRA, LinearWithAdaLoRA)
-        odd = [path for path, module in adapter.modules.items() if not isinstance(module, linear)]
+        odd = [path for path, module in adapter.modules.items() if not hasattr(type(module), "factors")]
         if odd or adapter.saved or not adapter.modules:
             raise AdapterStateError(
-                f"adapter {name!r} is not a low-rank update of linear layers alone "
-                f"({some([*odd, *adapter.saved])}), so it cannot be combined",
+                f"adapter {name!r} is more than low-rank updates of linear layers, convolutions and embeddings "
+                f"({some([*odd, *adapter.saved])}), so it cannot be combined; leave it out, or route rows to it",
                 code="no_delta",
                 field=name,
             )
@@ -167,10 +177,11 @@ def _require_options(weights: Mapping[str, float], how: str, rank: int | None, d
         raise ConfigError(
             f"density must be above 0 and at most 1, got {density!r}", code="out_of_range", field="density"
         )
-    bad = [n for n, w in weights.items() if isinstance(w, bool) or not _is_finite(w)]
-    if bad or not weights:
+    numbers = weights.items() if isinstance(weights, Mapping) else ()
+    bad = [n for n, w in numbers if isinstance(w, bool) or not _is_finite(w)]
+    if bad or not numbers:
         raise ConfigError(
-            f"weights must give finite numbers by adapter, got {dict(weights)!r}",
+            f"weights must give finite numbers by adapter, got {weights!r}",
             code="invalid_weights",
             field=bad[0] if bad else "weights",
         )
@@ -195,7 +206,7 @@ def _attached(model: nn.Module, factors: Mapping[str, Factors], name: str) -> Ad
     adapter = put_into(model, config, name=name)
     for path, (A, B) in factors.items():
         module = adapter.modules[path]
-        module.lora_A.copy_(A)
-        module.lora_B.copy_(B)
+        for own, values in zip(module.trained().values(), (A, B), strict=True):
+            own.copy_(values.view_as(own))
         module.refreshed()
     return adapter

@@ -18,11 +18,13 @@ from torch.nn import functional as F
 from loralab.adapters.methods import Prefix
 from loralab.adapters.peft_fields import refuse_unknown
 from loralab.adapters.positions import CACHES, behind, by_name, cache_name, entrance
+from loralab.adapters.split import require_whole
 from loralab.adapters.wrapper import Wrapper
 from loralab.errors import ConfigError, TargetError
 
 CANNOT_MERGE = "a prefix cannot be merged: it is keys and values of its own, which no weight of the base can hold"
 CANNOT_SHARE = "a prefix stands in front of a row, not in a module"
+IGNORE = "split the base alone: fully_shard(..., ignored_params=set(adapter.parameters()))"
 MASK = "attention_mask"
 PEFT_FIELDS = {
     "num_virtual_tokens",
@@ -106,7 +108,12 @@ class AttentionWithPrefix(Wrapper):
         self._window = window_of(base)
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
-        """What the attention returns."""
+        """What the attention returns.
+
+        Raises:
+            AdapterStateError: FSDP has split the prefix, which it puts together for one layer alone.
+        """
+        require_whole([self.table.weight], "a prefix", IGNORE)
         bound = self._signature.bind(*inputs, **named)
         given = bound.arguments
         front = self.table.front(self.layer, given.get(self._cache))

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from loralab.adapters import folder
 from loralab.adapters.adapter import Adapter
 from loralab.adapters.conv import ConvWithLoRA
@@ -75,12 +77,13 @@ class BaseInfo:
     tied: bool | None = None
 
 
-def check(adapter: str | Path, *, target: str, model: str | None = None) -> Verdict:
+def check(adapter: str | Path, *, target: str, model: Any = None) -> Verdict:
     """What an engine would refuse or ignore of an adapter. Nothing is written.
 
     Args:
         target: "vllm", "gguf" (llama.cpp) or "peft".
-        model: the base; None is the one that the adapter names, if it can be found.
+        model: the base, by name or live; None is the one that the adapter names, if it can be
+            found.
 
     Raises:
         ConfigError: there is no such target.
@@ -98,7 +101,7 @@ def judge(stored: AdapterFolder, target: str, facts: BaseInfo) -> Verdict:
     return ENGINES[target](stored, facts)
 
 
-def require(adapter: str | Path, target: str, model: str | None) -> AdapterFolder:
+def require(adapter: str | Path, target: str, model: Any) -> AdapterFolder:
     """The folder, if `export` can write it for an engine.
 
     Raises:
@@ -114,14 +117,15 @@ def require(adapter: str | Path, target: str, model: str | None) -> AdapterFolde
     return stored
 
 
-def facts(name: str) -> BaseInfo:
-    """What a base is, without its weights.
+def facts(model: Any) -> BaseInfo:
+    """What a base is, a live one or one by name, without its weights.
 
     Raises:
         ModelError: it does not exist.
     """
-    config = models.configuration(name)
-    own = (config.architectures or [None])[0]
+    live = isinstance(model, nn.Module)
+    config: Any = model.config if live else models.configuration(model)
+    own = type(model).__name__ if live else (config.architectures or [None])[0]
     return BaseInfo(architecture=own, tied=bool(getattr(config, "tie_word_embeddings", False)))
 
 
@@ -262,13 +266,13 @@ def _uneven(stored: AdapterFolder) -> str:
     return "ranks or scales differ between modules, which older versions of vLLM do not read"
 
 
-def _checked(stored: AdapterFolder, target: str, model: str | None) -> Verdict:
+def _checked(stored: AdapterFolder, target: str, model: Any) -> Verdict:
     return judge(stored, target, _facts_of(stored, model))
 
 
-def _facts_of(stored: AdapterFolder, model: str | None) -> BaseInfo:
+def _facts_of(stored: AdapterFolder, model: Any) -> BaseInfo:
     """The base that was given, or that the folder names where it can be found."""
-    if model:
+    if model is not None and model != "":
         return facts(model)
     record = stored.record.get("base", {})
     name = record.get("name") or stored.fields.get("base_model_name_or_path")

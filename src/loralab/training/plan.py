@@ -80,6 +80,7 @@ def plan(
     method: AnyMethod | None = None,
     training: Training | None = None,
     mapping: Mapping[str, str] | None = None,
+    name: str = "default",
 ) -> Plan:
     """What `train` would do with the same arguments: loads and probes, trains and writes nothing.
 
@@ -88,7 +89,7 @@ def plan(
     Raises:
         InputError: something given is wrong.
     """
-    request = Request.of(model, data, method, training, mapping, tokenizer)
+    request = Request.of(model, data, method, training, mapping, tokenizer, name)
     with unchanged(request.given):
         prepared = preflight.prepare(request)
         with taken_out(prepared.base, prepared.adapter):
