@@ -1,8 +1,9 @@
 """Tiny models with tokenizers, saved as folders: real formats, random weights, milliseconds."""
 
+import gc
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,15 @@ SIZES = {
     "vocab_size": VOCABULARY,
 }
 Saver = Callable[[str, Any, bool], Path]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Import the tests without a search for garbage, and keep what they import out of every later one."""
+    gc.disable()
+    yield
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)

@@ -6,6 +6,7 @@ and the streams that it was given.
 """
 
 import contextlib
+import gc
 import importlib
 import multiprocessing
 import os
@@ -185,6 +186,7 @@ def _stream(asked: Any, mode: str, stack: contextlib.ExitStack) -> tuple[IO[Any]
 
 def _be(arguments: list[str], streams: Sequence[Any], place: dict[str, Any]) -> None:
     """The forked process: from here on Python with these arguments."""
+    gc.freeze()  # what was imported stays: no look at it, and no copies of its pages
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by what a shell left behind
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     nowhere = os.open(os.devnull, os.O_RDWR)
