@@ -20,12 +20,12 @@ Make = Callable[[], Any]
 IDS = torch.arange(18).view(2, 9) % 50
 
 
-def llama() -> Any:
+def llama(layers: int = 3) -> Any:
     """Grouped queries, tied embeddings."""
     config = LlamaConfig(
         hidden_size=32,
         intermediate_size=48,
-        num_hidden_layers=3,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         vocab_size=50,
