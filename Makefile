@@ -35,7 +35,7 @@ types:
 	$(BIN)/mypy
 
 behaviour:
-	$(BIN)/python -m pytest -q -n 2 -m "not slow"
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow"
 
 test-slow: setup
 	$(BIN)/python -m pytest -q -m slow
