@@ -3,8 +3,10 @@
 import gc
 import json
 import os
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,6 +29,8 @@ from loralab.studies import forked as study_worker
 THREADS = os.environ.get("LORALAB_TEST_THREADS", "1")  # more spin, and starve what runs beside
 torch.set_num_threads(int(THREADS))
 os.environ["OMP_NUM_THREADS"] = THREADS  # of processes that tests start
+for devices in (torch.cuda, torch.mtia, torch.xpu):  # each manual_seed() writes down the stack for one that may come
+    devices.traceback = SimpleNamespace(**{**vars(traceback), "format_stack": list})
 
 CHAT = (
     "{% for m in messages %}<s>{{ m['role'] }} {{ m['content'] }}</s>\n{% endfor %}"
