@@ -45,7 +45,8 @@ PRELOADED = [
         )
     ),
     *(f"transformers.models.{name}.modeling_{name}" for name in ("llama", "bert", "gpt2")),
-    *("torch.utils.tensorboard", "pyarrow.parquet", "pandas", "altair"),  # of a run, of a report
+    *("transformers.trainer", "torch.utils.tensorboard"),  # of a run
+    *("pyarrow.parquet", "pandas", "altair"),  # of a report
 ]
 PAUSE = 0.005  # seconds between two looks at a process
 
