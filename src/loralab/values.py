@@ -15,7 +15,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from loralab.errors import ConfigError, InputError, nearest, shown
+from loralab.errors import ConfigError, InputError, format_value, nearest
 
 T = TypeVar("T")
 
@@ -33,7 +33,9 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     if value not in choices:
         hint = nearest(str(value)[:80], choices)
         raise ConfigError(
-            f"{name} must be one of {', '.join(choices)}, got {shown(value)}{hint}", code="invalid_choice", field=name
+            f"{name} must be one of {', '.join(choices)}, got {format_value(value)}{hint}",
+            code="invalid_choice",
+            field=name,
         )
 
 
@@ -41,11 +43,13 @@ def check_count(name: str, value: object, least: int = 1) -> None:
     """Refuse what is no whole number of at least `least`."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ConfigError(
-            f"{name} must be a whole number of at least {least}, got {shown(value)}", code="invalid_count", field=name
+            f"{name} must be a whole number of at least {least}, got {format_value(value)}",
+            code="invalid_count",
+            field=name,
         )
 
 
-def configured(kind: type[T], values: Mapping[str, Any]) -> T:
+def build_config(kind: type[T], values: Mapping[str, Any]) -> T:
     """A dataclass of settings from values of a file, each of the type of its field.
 
     Raises:
@@ -64,11 +68,11 @@ def _check_types(kind: type, values: Mapping[str, Any]) -> None:
     hints = get_type_hints(kind)
     for name, value in values.items():
         if name in hints and not _fits(value, hints[name]):
-            raise ConfigError(f"{name} must be {_said(hints[name])}, got {shown(value)}")
+            raise ConfigError(f"{name} must be {_said(hints[name])}, got {format_value(value)}")
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Tell whether a value is of an annotated type; a list counts as a tuple."""
+    """Return whether a value is of an annotated type; a list counts as a tuple."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         return any(_fits(value, one) for one in inner)
@@ -244,7 +248,7 @@ def read_toml(file: Path, error: type[InputError] = ConfigError) -> dict[str, An
 
 
 def nests_deeper(content: Any, most: int = DEEPEST) -> bool:
-    """Tell whether lists and objects lie in each other more than `most` deep.
+    """Return whether lists and objects lie in each other more than `most` deep.
 
     What writes, copies or shows such a value calls itself at every level, and would fail anywhere.
     """

@@ -15,10 +15,10 @@ from transformers import BertConfig, BertForSequenceClassification, Dinov2Config
 from loralab.adapters.methods import LoRA, Method, Prefix
 from loralab.errors import AdapterNotFoundError, ConfigError, DataError, ModelError
 from loralab.models.load import load
-from loralab.serving.asking import RequestBuilder
 from loralab.serving.engine import Engine
 from loralab.serving.opening import open_engine
 from loralab.serving.request import Ranked, Sampling
+from loralab.serving.request_builder import RequestBuilder
 from loralab.serving.settings import ServeSettings
 from loralab.training.evaluation import evaluate
 from loralab.training.run import train
@@ -191,8 +191,8 @@ def test_a_token_that_the_encoder_has_no_row_for_is_named(save_tiny: Saver) -> N
     )
     base = load(str(save_tiny("odd", BertForSequenceClassification(config), False)))
     base.tokenizer.add_tokens(["<odd>"])
-    asking = RequestBuilder(base, context=64)
-    assert asking.classifying(["good film"], None)
+    builder = RequestBuilder(base, context=64)
+    assert builder.classification(["good film"], None)
     with pytest.raises(ModelError) as caught:
-        asking.classifying(["good <odd> film"], None)
+        builder.classification(["good <odd> film"], None)
     assert caught.value.code == "token_without_row" and "<odd>" in str(caught.value)

@@ -292,7 +292,7 @@ def test_what_dies_dies_alone(opened: Open, solo: Any, monkeypatch: Any) -> None
     healthy = ways.logits
 
     def fragile(works: Any) -> Any:
-        if any(99 in work.row.tokens for work in works):
+        if any(99 in work.sequence.tokens for work in works):
             raise RuntimeError("out of something")
         return healthy(works)
 

@@ -84,7 +84,7 @@ def test_opening_reads_no_tensors_and_tells_all(root: Path, monkeypatch: pytest.
     found = store.entry("a")
     assert (found.digest, found.method, found.rank, found.task) == (digest, "lora", 2, "sst")
     assert found.labels == ("bad", "good") and found.metrics == {"accuracy": 0.5}
-    assert (found.base, found.kind, found.front) == ("tiny", "causal-lm", 0)
+    assert (found.base, found.kind, found.prefix_tokens) == ("tiny", "causal-lm", 0)
     assert found.bytes == (root / "a" / folder.TENSORS).stat().st_size
     assert found.path == root / "a" and not found.loaded and not found.pinned
     assert store.entry(digest) == found

@@ -59,7 +59,7 @@ def test_a_chat_is_written_and_ended_as_in_training(
 ) -> None:
     tokenizer = engine.tokenizer(engine.store.entry(name))
     assert tokenizer.chat_template == template
-    live = engine._asking.writing([5], engine.store.entry(name), Sampling())
+    live = engine._builder.generation([5], engine.store.entry(name), Sampling())
     assert set(engine.base.tokenizer.convert_ids_to_tokens(sorted(live.stops))) >= stops
     assert engine.base.tokenizer.chat_template == CHAT
 

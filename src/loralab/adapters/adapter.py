@@ -25,7 +25,7 @@ from loralab.adapters.split import put_together, require_whole, writes
 from loralab.adapters.subset import TrainedInFull
 from loralab.adapters.targets import HEADS
 from loralab.adapters.wrapper import Wrapper, replace_modules
-from loralab.errors import AdapterStateError, some
+from loralab.errors import AdapterStateError, join_limited
 
 
 class Adapter:
@@ -97,12 +97,12 @@ class Adapter:
 
     @property
     def merged(self) -> bool:
-        """Tell whether the base weights hold the update at present."""
+        """Return whether the base weights hold the update at present."""
         return any(module.merged for module in self.modules.values())
 
     @property
     def can_merge(self) -> bool:
-        """Tell whether the base weights can hold what was learnt."""
+        """Return whether the base weights can hold what was learnt."""
         return not self.reason_not_to_merge()
 
     def step(self) -> None:
@@ -143,7 +143,7 @@ class Adapter:
         wrong = list(own.keys() ^ state.keys())
         wrong += [n for n in own.keys() & state.keys() if own[n].shape != state[n].shape]
         if wrong:
-            raise AdapterStateError(f"the state is of another adapter: {some(sorted(wrong))}")
+            raise AdapterStateError(f"the state is of another adapter: {join_limited(sorted(wrong))}")
         for name, tensor in own.items():
             tensor.copy_(state[name])
         for module in self.modules.values():
@@ -238,7 +238,7 @@ class Adapter:
         own = self._attached()
         if others := [name for name in own.members if name != self.name]:
             raise AdapterStateError(
-                f"the model has other adapters: {some(others)}; detach() them first, as their base is given up",
+                f"the model has other adapters: {join_limited(others)}; detach() them first, as their base is given up",
                 code="others_attached",
             )
         if not self.merged:

@@ -14,13 +14,13 @@ from loralab.adapters.lookalikes import why_not_linear, why_output_differs
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Tell whether this is transformers' Conv1D: a linear layer that stores its weight as (I, O)."""
+    """Return whether this is transformers' Conv1D: a linear layer that stores its weight as (I, O)."""
     kind = type(module)
     return kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")
 
 
 def looks_linear(module: nn.Module) -> bool:
-    """Tell whether a module is of a linear class, whatever it computes.
+    """Return whether a module is of a linear class, whatever it computes.
 
     nn.MultiheadAttention reads its out_proj's weight without calling the layer, so an update
     there would never act: that layer does not count.
@@ -31,7 +31,7 @@ def looks_linear(module: nn.Module) -> bool:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Tell whether LinearWithLoRA can wrap this module: it computes x W' + b."""
+    """Return whether LinearWithLoRA can wrap this module: it computes x W' + b."""
     return looks_linear(module) and not why_not_linear(module, transposed=is_conv1d(module))
 
 
@@ -42,7 +42,7 @@ def why_not_merged(module: nn.Module) -> str:
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Tell whether a linear layer keeps its weight in another form than (O, I) of floating point."""
+    """Return whether a linear layer keeps its weight in another form than (O, I) of floating point."""
     weight: Any = getattr(module, "weight", None)
     return isinstance(module, nn.Linear) and not weight.is_floating_point()
 

@@ -18,7 +18,7 @@ from loralab.adapters.linear import LinearWithLoRA
 from loralab.adapters.methods import LoRA
 from loralab.adapters.several import AdapterSet, require_adapters
 from loralab.adapters.spectrum import decomposed
-from loralab.errors import AdapterStateError, ConfigError, some
+from loralab.errors import AdapterStateError, ConfigError, join_limited
 from loralab.values import check_choice, check_count
 
 HOWS = ("linear", "svd", "ties", "dare")
@@ -150,7 +150,7 @@ def _layers(adapters: AdapterSet, weights: Mapping[str, float]) -> dict[str, lis
         if odd or adapter.saved or not adapter.modules:
             raise AdapterStateError(
                 f"adapter {name!r} is not a low-rank update of linear layers alone "
-                f"({some([*odd, *adapter.saved])}), so it cannot be combined",
+                f"({join_limited([*odd, *adapter.saved])}), so it cannot be combined",
                 code="no_delta",
                 field=name,
             )

@@ -25,7 +25,7 @@ from loralab import atomic, values
 from loralab.adapters.outside import parse
 from loralab.adapters.record import FORMAT, sound
 from loralab.adapters.registry import spec_of
-from loralab.errors import AdapterFileError, OutputError, nearest, shown, some
+from loralab.errors import AdapterFileError, OutputError, format_value, join_limited, nearest
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
@@ -113,7 +113,9 @@ def read(path: str | Path, *, files: Mapping[str, bytes] | None = None) -> Adapt
     if RECORD in files:
         record = values.parse_json(path / RECORD, files[RECORD], AdapterFileError, large=True)
     if record.get("format", FORMAT) != FORMAT:
-        raise AdapterFileError(f"{path / RECORD} has format {shown(record['format'])}; this version reads {FORMAT}")
+        raise AdapterFileError(
+            f"{path / RECORD} has format {format_value(record['format'])}; this version reads {FORMAT}"
+        )
     tensors = _tensors(path, files.get(TENSORS))
     digest = content_digest(fields, tensors)
     if record and record.get("digest") != digest:
@@ -131,7 +133,7 @@ def read(path: str | Path, *, files: Mapping[str, bytes] | None = None) -> Adapt
         raise AdapterFileError(f"{path / TENSORS} does not fit its configuration: {error}") from None
     _require_plausible(path, config, own)
     if broken := _broken(own):
-        raise AdapterFileError(f"{path} holds numbers that are not finite: {some(broken)}")
+        raise AdapterFileError(f"{path} holds numbers that are not finite: {join_limited(broken)}")
     return AdapterFolder(
         path=path, config=config, fields=fields, tensors=dict(own), record=sound(record), digest=digest
     )
@@ -207,7 +209,7 @@ def _parsed(file: Path, data: bytes) -> dict[str, Tensor]:
     except (SafetensorError, ValueError, RuntimeError, MemoryError) as error:
         raise AdapterFileError(f"{file} is damaged or truncated: {error}") from None
     if strange := sorted({str(t.dtype) for t in tensors.values()} - KINDS):
-        raise AdapterFileError(f"{file} holds numbers of the kind {some(strange)}, unknown here")
+        raise AdapterFileError(f"{file} holds numbers of the kind {join_limited(strange)}, unknown here")
     return tensors
 
 

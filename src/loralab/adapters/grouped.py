@@ -270,7 +270,7 @@ def cannot_share(modules: Mapping[str, nn.Module]) -> str:
 
 
 def _drops(member: Any) -> bool:
-    """Tell whether a member, or none, draws dropout now."""
+    """Return whether a member, or none, draws dropout now."""
     dropout = getattr(member, "dropout", None)
     return isinstance(dropout, nn.Dropout) and bool(member.training and dropout.p)
 

@@ -13,7 +13,7 @@ from loralab.adapters.presets import MLP, place_of
 from loralab.adapters.shells import plain_paths
 from loralab.adapters.targets import in_preset, linear_names, outer_names, preset_of, saved_names, unable_names
 from loralab.adapters.towers import tower_of
-from loralab.errors import some
+from loralab.errors import join_limited
 
 TOWER = "part of a tower, not of the language model"
 NEITHER = "part of neither attention nor the feed-forward network"
@@ -73,7 +73,7 @@ def described(model: nn.Module, reasons: Mapping[str, str]) -> str:
         listed = [f"{n} x {end}" if n > 1 else end for end, n in counted.items()]
         share = share_of(model, names) if all(name in stacked for name in names) else 0.0
         weight = f", {share:.0%} of the weights" if share else ""
-        parts.append(f"{some(listed, KINDS)} ({why}{weight})")
+        parts.append(f"{join_limited(listed, KINDS)} ({why}{weight})")
     return f"not adapted: {'; '.join(parts)}" if parts else ""
 
 

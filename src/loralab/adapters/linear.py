@@ -247,12 +247,12 @@ def together(x: Tensor, layers: Sequence[nn.Module]) -> list[Tensor]:
 
 
 def is_plain(layer: nn.Module) -> TypeGuard[LinearWithLoRA]:
-    """Tell whether W0 x + (alpha / r) B A x is all that the layer does."""
+    """Return whether W0 x + (alpha / r) B A x is all that the layer does."""
     return type(layer) is LinearWithLoRA and not layer.merged and layer.magnitude is None and not is_hooked(layer)
 
 
 def _one_for_all(layer: LinearWithLoRA, x: Tensor) -> bool:
-    """Tell whether the updates of several such layers get the very same input."""
+    """Return whether the updates of several such layers get the very same input."""
     return not (layer.training and layer.dropout.p) and can_fuse(layer.base, x)
 
 

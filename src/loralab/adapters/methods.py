@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, TypeVar
 
 from loralab.adapters.expressions import check_expression, matches
-from loralab.errors import ConfigError, shown
+from loralab.errors import ConfigError, format_value
 from loralab.values import check_choice, check_count
 
 INITS = ("kaiming", "gaussian", "orthogonal", "b_kaiming", "pissa")
@@ -293,11 +293,11 @@ def _names(field_name: str, value: object) -> Names:
         check_expression(value)
         return value
     if not isinstance(value, list | tuple | set | frozenset):
-        raise ConfigError(f"{field_name} must be a list of names, got {shown(value)}")
+        raise ConfigError(f"{field_name} must be a list of names, got {format_value(value)}")
     names = tuple(sorted(value) if isinstance(value, set | frozenset) else value)
     for name in names:
         if not isinstance(name, str) or not name:
-            raise ConfigError(f"{field_name} must hold names, got {shown(name)}")
+            raise ConfigError(f"{field_name} must hold names, got {format_value(name)}")
     if not names and field_name == "target_modules":
         raise ConfigError("target_modules is empty; name at least one module, or use all-linear")
     return names
@@ -309,7 +309,7 @@ def _tuple(field_name: str, value: object) -> Names:
 
 def _check_positive(name: str, value: object) -> None:
     if not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ConfigError(f"{name} must be a positive number, got {shown(value)}")
+        raise ConfigError(f"{name} must be a positive number, got {format_value(value)}")
 
 
 def _check_share(name: str, value: float) -> None:
@@ -322,5 +322,5 @@ def _checked_layers(layers: Any) -> tuple[int, ...] | None:
         return None
     found = tuple(layers)
     if not found or any(not isinstance(n, int) or isinstance(n, bool) or n < 0 for n in found):
-        raise ConfigError(f"layers must be numbers counted from 0, got {shown(found)}")
+        raise ConfigError(f"layers must be numbers counted from 0, got {format_value(found)}")
     return found

@@ -104,7 +104,7 @@ def require_no_model(folder: Path) -> None:
 
 
 def holds_state(folder: Path) -> bool:
-    """Tell whether the weights in a folder are the state of an adapter, and no whole model."""
+    """Return whether the weights in a folder are the state of an adapter, and no whole model."""
     try:
         with safe_open(folder / STATE, "pt") as file:
             return bool(file.metadata() == STATE_METADATA)

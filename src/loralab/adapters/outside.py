@@ -18,7 +18,7 @@ from loralab.adapters.peft_fields import PREFIX, SELECTING, refuse_unknown, sele
 from loralab.adapters.registry import MethodSpec, is_outside, spec_of_file
 from loralab.adapters.targets import target_names
 from loralab.adapters.wrapper import Wrapper, wide
-from loralab.errors import AdapterFileError, AdapterStateError, ConfigError, LoralabError, some
+from loralab.errors import AdapterFileError, AdapterStateError, ConfigError, LoralabError, join_limited
 
 Modules = Mapping[str, Any]
 HALF = (torch.bfloat16, torch.float16)
@@ -291,7 +291,9 @@ def _require_understood(spec: MethodSpec, config: Any, fields: Mapping[str, Any]
     lost = [f"{name}={fields[name]!r}" for name in own.keys() & fields.keys() - SELECTING if fields[name] != own[name]]
     if lost:
         raise AdapterFileError(
-            f"method {spec.name!r} does not support {some(sorted(lost))}", code="unknown_option", field=spec.name
+            f"method {spec.name!r} does not support {join_limited(sorted(lost))}",
+            code="unknown_option",
+            field=spec.name,
         )
 
 

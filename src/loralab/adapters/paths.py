@@ -11,24 +11,24 @@ from loralab.adapters.methods import Names
 
 
 def ends_with(path: str, wanted: str) -> bool:
-    """Tell whether `wanted` is the path or its end, cut at a dot."""
+    """Return whether `wanted` is the path or its end, cut at a dot."""
     return path == wanted or path.endswith("." + wanted)
 
 
 def inside(path: str, parents: Iterable[str]) -> bool:
-    """Tell whether a path is one of some paths, or leads through one."""
+    """Return whether a path is one of some paths, or leads through one."""
     return any(path == parent or path.startswith(parent + ".") for parent in parents)
 
 
 def selected_by(path: str, names: Names) -> bool:
-    """Tell whether names, or an expression for the whole path, select a path; None selects none."""
+    """Return whether names, or an expression for the whole path, select a path; None selects none."""
     if isinstance(names, str):
         return matches(names, path)
     return any(ends_with(path, name) for name in names or ())
 
 
 def matches_pattern(path: str, pattern: str) -> bool:
-    """Tell whether a key of rank_pattern or alpha_pattern means this path."""
+    """Return whether a key of rank_pattern or alpha_pattern means this path."""
     return matches(rf"(.*\.)?({pattern})", path)
 
 

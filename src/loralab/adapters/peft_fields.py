@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from loralab.adapters.paths import ends_with, layer_number
-from loralab.errors import AdapterFileError, some
+from loralab.errors import AdapterFileError, join_limited
 
 PREFIX = "base_model.model."  # of every key, but for a prompt or prefix
 Config = TypeVar("Config")
@@ -72,7 +72,7 @@ def refuse_unknown(fields: Mapping[str, Any], known: set[str]) -> None:
     understood = known | _INERT | SELECTING
     unknown = [key for key, value in fields.items() if value and key not in understood]
     if unknown:
-        raise AdapterFileError(f"these options are not supported: {some(sorted(unknown))}")
+        raise AdapterFileError(f"these options are not supported: {join_limited(sorted(unknown))}")
 
 
 def targeted(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -122,5 +122,5 @@ def selecting_fields(names: list[str], paths: list[str]) -> tuple[list[str] | st
 
 
 def _counted(names: Iterable[str]) -> bool:
-    """Tell whether peft finds the layer number of each path: it wants two names in front of it."""
+    """Return whether peft finds the layer number of each path: it wants two names in front of it."""
     return all(name.split(".")[1:2] and not name.split(".")[1].isdigit() for name in names)

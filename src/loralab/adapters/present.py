@@ -19,7 +19,7 @@ from loralab.adapters.shells import INNER, plain_paths
 from loralab.adapters.subset import TrainedInFull
 from loralab.adapters.targets import target_names
 from loralab.adapters.wrapper import Wrapper
-from loralab.errors import AdapterFileError, LoralabError, OutputError, some
+from loralab.errors import AdapterFileError, LoralabError, OutputError, join_limited
 
 
 def present_in(model: nn.Module, stored: AdapterFolder) -> Any:
@@ -47,7 +47,7 @@ def present_in(model: nn.Module, stored: AdapterFolder) -> Any:
     if isinstance(targets, tuple) and not (targets := found(targets)):
         raise AdapterFileError(
             f"{path} does not fit {type(model).__name__}, which has none of its target modules "
-            f"{some(config.target_modules or ())}",
+            f"{join_limited(config.target_modules or ())}",
             code="other_base",
             field="target_modules",
         )
@@ -112,7 +112,7 @@ def require_readable(
     except LoralabError as error:
         raise _unreadable(str(error)) from None
     if selected != written:
-        raise _unreadable(f"its names select other modules: {some(sorted(selected ^ written))}")
+        raise _unreadable(f"its names select other modules: {join_limited(sorted(selected ^ written))}")
 
 
 def _unreadable(reason: str) -> OutputError:

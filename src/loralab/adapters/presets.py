@@ -40,7 +40,7 @@ def place_of(model: nn.Module, path: str) -> str:
 
 
 def in_attention(path: str) -> bool:
-    """Tell whether a path leads through attention, by its names alone."""
+    """Return whether a path leads through attention, by its names alone."""
     said = (_by_name(part, leaf=False) for part in reversed(path.split(".")))
     return next((place for place in said if place is not None), "") == ATTENTION
 

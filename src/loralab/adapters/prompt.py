@@ -234,7 +234,7 @@ def _causal_attention(model: nn.Module) -> list[str]:
 
 
 def _reentrant(model: nn.Module) -> bool:
-    """Tell whether some block recomputes in the way that needs all tensors as inputs."""
+    """Return whether some block recomputes in the way that needs all tensors as inputs."""
     for module in model.modules():
         call = getattr(module, "_gradient_checkpointing_func", None)
         if call is not None and getattr(module, "gradient_checkpointing", False):

@@ -54,7 +54,7 @@ def sound(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is(value: Any, kind: Kind) -> bool:
-    """Tell whether a value is of a type, or a list of some; whole numbers count from 0."""
+    """Return whether a value is of a type, or a list of some; whole numbers count from 0."""
     if isinstance(kind, tuple):
         return isinstance(value, list) and all(_is_one(one, kind) for one in value)
     return _is_one(value, (kind,))

@@ -98,7 +98,7 @@ class MethodSpec:
     cannot_serve: str = ""
 
     def has(self, name: str) -> bool:
-        """Tell whether the configuration has a field."""
+        """Return whether the configuration has a field."""
         return any(own.name == name for own in fields(self.config))
 
 
@@ -131,7 +131,7 @@ def built_in() -> dict[str, MethodSpec]:
 
 
 def is_outside(spec: MethodSpec) -> bool:
-    """Tell whether another package brought a method."""
+    """Return whether another package brought a method."""
     return not spec.config.__module__.startswith("loralab.")
 
 

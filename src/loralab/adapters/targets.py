@@ -22,7 +22,7 @@ from loralab.adapters.presets import ATTENTION, MLP, place_of
 from loralab.adapters.reads import read_uncalled
 from loralab.adapters.shells import plain_paths, unwrapped
 from loralab.adapters.towers import tower_of
-from loralab.errors import TargetError, nearest, some
+from loralab.errors import TargetError, join_limited, nearest
 
 HEADS = ("lm_head", "classifier", "score", "qa_outputs")
 ASIDE = ("contact_head",)  # heads of another task that stand within a model (ESM)
@@ -78,7 +78,7 @@ def preset_of(config: Method) -> str:
 
 
 def in_preset(model: nn.Module, preset: str, path: str) -> bool:
-    """Tell whether a preset means a layer, wherever heads and towers are."""
+    """Return whether a preset means a layer, wherever heads and towers are."""
     return preset == "all-linear" or place_of(model, path) == preset
 
 
@@ -197,7 +197,7 @@ class _Selection:
         self.unable = unable_names(model)
 
     def _is(self, path: str, names: Names) -> bool:
-        """Tell whether names select a path, written with the shells around modules or without."""
+        """Return whether names select a path, written with the shells around modules or without."""
         return is_selected(self.plain(path), names) or is_selected(path, names)
 
     def chosen(self) -> list[str]:
@@ -269,7 +269,7 @@ class _Selection:
             self._require_no_stacked(preset, [path for path in stacked if in_preset(self.model, preset, path)])
             raise _error(
                 f"target_modules {preset!r} finds nothing in {type(self.model).__name__}; "
-                f"name the layers instead: {some(endings(names))}",
+                f"name the layers instead: {join_limited(endings(names))}",
                 "empty_preset",
             )
         return chosen
@@ -283,12 +283,13 @@ class _Selection:
         if kinds:
             raise _error(
                 f"target_modules {name!r} is no layer that can be adapted "
-                f"({some(sorted(kinds))}){nearest(name, endings(self.candidates))}",
+                f"({join_limited(sorted(kinds))}){nearest(name, endings(self.candidates))}",
                 "not_adaptable",
             )
         hint = nearest(name, [*endings(self.able), *PRESETS])
         raise _error(
-            f"target_modules {name!r} matches no module{hint}; linear layers here: {some(endings(self.candidates))}",
+            f"target_modules {name!r} matches no module{hint}; linear layers here: "
+            f"{join_limited(endings(self.candidates))}",
             "unknown_module",
         )
 
@@ -319,10 +320,10 @@ class _Selection:
         if paths:
             kind = type(self.model.get_submodule(paths[0])).__name__
             raise _error(
-                f"target_modules {target!r} means {some(paths, 1)}: {kind} keeps several matrices "
+                f"target_modules {target!r} means {join_limited(paths, 1)}: {kind} keeps several matrices "
                 f"in one parameter. They are {share_of(self.model, paths):.0%} of the weights of "
                 f"{type(self.model).__name__} and are not adapted; layers that can be: "
-                f"{some(endings(self.candidates))}",
+                f"{join_limited(endings(self.candidates))}",
                 "stacked_weights",
             )
 
@@ -334,7 +335,7 @@ def _error(message: str, code: str, field: str = "target_modules") -> TargetErro
 def _why_none(model: nn.Module) -> str:
     """What it has instead."""
     reasons = dict.fromkeys(unable_names(model).values())
-    return f": {some(reasons, 3)}" if reasons else ""
+    return f": {join_limited(reasons, 3)}" if reasons else ""
 
 
 def _looking_linear(model: nn.Module) -> dict[str, nn.Module]:

@@ -30,7 +30,14 @@ from loralab.artefacts import gguf_adapter
 from loralab.artefacts.comparison import KEPT, Certificate, Reference, compare, logits_of, reference_of
 from loralab.artefacts.live import load_with_base, on_base
 from loralab.artefacts.temporary import TEMPORARY
-from loralab.errors import AdapterFileError, BaseMismatchWarning, CertificateError, ConfigError, LoralabError, some
+from loralab.errors import (
+    AdapterFileError,
+    BaseMismatchWarning,
+    CertificateError,
+    ConfigError,
+    LoralabError,
+    join_limited,
+)
 from loralab.models import load as models
 from loralab.models.device import device_here
 from loralab.models.load import Base
@@ -109,7 +116,7 @@ def verify(artefact: str | Path, *, base: str | Path | None = None) -> Certifica
     with _as_difference(path):
         changed = _changed_files(path, record)
         if changed:
-            raise CertificateError(f"{path}: changed since it was certified: {some(changed)}")
+            raise CertificateError(f"{path}: changed since it was certified: {join_limited(changed)}")
         reference = replace(Reference.read(path / REFERENCE), device=_device_of(stored))
         certificate = _in_fresh_process(path, reference, base)
     if not certificate.passed:

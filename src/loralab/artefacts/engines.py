@@ -18,7 +18,7 @@ from loralab.adapters.registry import spec_of, spec_of_file
 from loralab.artefacts.gguf_adapter import FAMILIES
 from loralab.artefacts.live import load_with_base
 from loralab.artefacts.updates import ENDINGS, Update, is_uniform, updates
-from loralab.errors import ConfigError, ModelError, nearest, some
+from loralab.errors import ConfigError, ModelError, join_limited, nearest
 from loralab.models import load as models
 from loralab.models.gguf_blocks import LAYERS
 from loralab.models.kinds import CAUSAL
@@ -54,7 +54,7 @@ class Verdict:
 
     @property
     def as_it_is(self) -> bool:
-        """Tell whether nothing does."""
+        """Return whether nothing does."""
         return not self.obstacles
 
     @property
@@ -110,7 +110,7 @@ def require(adapter: str | Path, target: str, model: str | None) -> AdapterFolde
         merged = any(one.remedy == MERGE for one in verdict.obstacles)
         blocked = any(one.remedy == NONE for one in verdict.obstacles)
         way = "; `loralab merge` writes a model that has it" if merged and not blocked else ""
-        raise ConfigError(f"{adapter} cannot be written for {target}: {some(lasting)}{way}")
+        raise ConfigError(f"{adapter} cannot be written for {target}: {join_limited(lasting)}{way}")
     return stored
 
 
@@ -182,7 +182,7 @@ def _gguf(stored: AdapterFolder, facts: BaseInfo) -> Verdict:
         found.append(Incompatibility(what=what, remedy=MERGE))
     if facts.architecture and facts.architecture not in FAMILIES:
         what = f"the rows of {facts.architecture} in a GGUF file are not known here"
-        found.append(Incompatibility(what=f"{what}, only those of {some(FAMILIES)}", remedy=MERGE))
+        found.append(Incompatibility(what=f"{what}, only those of {join_limited(FAMILIES)}", remedy=MERGE))
     own = updates(stored)
     if any(one.ending == ".lora_embedding_A" for one in own):
         found.append(Incompatibility(what="the embedding is updated", remedy=MERGE))
@@ -201,7 +201,7 @@ def _strange(own: Iterable[Update]) -> list[Incompatibility]:
     names = [one.path for one in own if one.ending == ".lora_A.weight" and one.path != "lm_head"]
     known = tuple(f".{name}" for name in LAYERS.values())
     if strange := [name for name in names if not name.endswith(known)]:
-        return [Incompatibility(what=f"no name in a GGUF file for {some(strange, 3)}", remedy=MERGE)]
+        return [Incompatibility(what=f"no name in a GGUF file for {join_limited(strange, 3)}", remedy=MERGE)]
     return []
 
 
@@ -229,7 +229,7 @@ def _beyond_updates(stored: AdapterFolder, engine: str) -> list[Incompatibility]
     if config.dora:
         found.append("DoRA's lengths of rows")
     if config.modules_to_save:
-        found.append(f"modules trained in full ({some(config.modules_to_save)})")
+        found.append(f"modules trained in full ({join_limited(config.modules_to_save)})")
     if config.token_rows:
         found.append(f"{len(config.token_rows)} trained rows of the embedding")
     low_rank = (*ENDINGS, *ENDINGS.values())

@@ -16,7 +16,7 @@ from loralab.artefacts.engines import differs_in_peft, require
 from loralab.artefacts.live import LoadedAdapter, load_with_base, sample_of
 from loralab.artefacts.merge import merge, unproved
 from loralab.artefacts.updates import uniform
-from loralab.errors import CertificateError, ConfigError, nearest, some
+from loralab.errors import CertificateError, ConfigError, join_limited, nearest
 from loralab.models.load import configuration
 
 Record = dict[str, Any]
@@ -48,7 +48,7 @@ def _to_peft(adapter: Path, output: Path, model: str | None, precision: str | No
         raise ConfigError(f"peft has no method {kind}, so {adapter} cannot be written for it")
     live = load_with_base(adapter, model=model, precision=precision)
     if reasons := differs_in_peft(live.adapter):
-        raise ConfigError(f"peft cannot express {adapter}: {some(reasons)}")
+        raise ConfigError(f"peft cannot express {adapter}: {join_limited(reasons)}")
     return _proven(live, output, live.adapter.save)
 
 

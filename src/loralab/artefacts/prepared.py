@@ -11,7 +11,7 @@ from loralab.adapters.folder import CONFIG, AdapterFolder
 from loralab.artefacts.engines import RANKS, allowed_rank, facts, judge
 from loralab.artefacts.updates import uniform, updates
 from loralab.atomic import cache_folder
-from loralab.errors import InputError, some
+from loralab.errors import InputError, join_limited
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ def prepare(adapters: Mapping[str, Path], model: str) -> Prepared:
             refused[name] = str(error)
             continue
         if lasting := judge(stored, "vllm", base).lasting:
-            refused[name] = some(lasting)
+            refused[name] = join_limited(lasting)
             continue
         ready[name] = _written(stored)
         largest = max(largest, *(one.rank for one in updates(stored)))

@@ -67,7 +67,7 @@ def updates(stored: AdapterFolder) -> list[Update]:
 
 
 def is_uniform(stored: AdapterFolder) -> bool:
-    """Tell whether `r` and `lora_alpha` alone say what every update is, under peft's LORA."""
+    """Return whether `r` and `lora_alpha` alone say what every update is, under peft's LORA."""
     found = updates(stored)
     alike = {(one.rank, one.factor) for one in found}
     named = stored.fields.get("peft_type") == "LORA" and stored.fields.get("r", 8) == max(

@@ -8,7 +8,7 @@ import typer
 
 from loralab.adapters.registry import built_in, method_named, specs
 from loralab.cli.options import build, pairs, require_known
-from loralab.errors import ConfigError, LoralabError, shown
+from loralab.errors import ConfigError, LoralabError, format_value
 from loralab.studies.fields import from_toml
 from loralab.training.settings import Training
 from loralab.values import read_toml
@@ -59,7 +59,7 @@ def _requested(given: Mapping[str, Any]) -> dict[str, Any]:
         raise ConfigError("give --data: a task name, a file, a folder or a hub id")
     for name in ("model", "data", "method", "output_dir"):
         if not isinstance(given.get(name, ""), str):
-            raise ConfigError(f"{name} must be a text, got {shown(given[name])}")
+            raise ConfigError(f"{name} must be a text, got {format_value(given[name])}")
     spec, implied = method_named(str(given.get("method", "lora")))
     given = {**implied, **given}
     others = [other.config for other in specs().values() if other is not spec]

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from loralab.cli.arguments import field_names, requested
 from loralab.cli.progress import LINES, duration
 from loralab.cli.tables import print_json, run_json, show_run
-from loralab.errors import ConfigError, LoralabError, shown
+from loralab.errors import ConfigError, LoralabError, format_value
 from loralab.training.jobs import TrainJob, of_job, read_jobs
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def _jobs(file: Path, output_dir: Path | None, typed: Mapping[str, Any]) -> list
     if parent is None:
         raise ConfigError(f"give --output-dir or, in {file}, output_dir: the folder of all jobs")
     if not isinstance(parent, str | Path):
-        raise ConfigError(f"{file}: output_dir must be a text, got {shown(parent)}")
+        raise ConfigError(f"{file}: output_dir must be a text, got {format_value(parent)}")
     common.pop("output_dir", None)
     jobs = []
     for name, given in own.items():

@@ -14,8 +14,8 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 import typer
 
-from loralab.errors import ConfigError, some
-from loralab.values import configured, split_pair, split_parts
+from loralab.errors import ConfigError, join_limited
+from loralab.values import build_config, split_pair, split_parts
 
 Config = type[Any]
 
@@ -58,7 +58,7 @@ def with_options(*configs: Config) -> Callable[[Callable[..., None]], Callable[.
 def build(config: Config, values: Mapping[str, Any]) -> Any:
     """A configuration from the values that are its fields."""
     names = {f.name for f in fields(config)}
-    return configured(config, {name: value for name, value in values.items() if name in names})
+    return build_config(config, {name: value for name, value in values.items() if name in names})
 
 
 def require_known(values: Iterable[str], configs: tuple[Config, ...], others: Any, of: str) -> None:
@@ -71,7 +71,7 @@ def require_known(values: Iterable[str], configs: tuple[Config, ...], others: An
     foreign = {f.name for config in others for f in fields(config)} - names
     for name in values:
         if name in foreign:
-            own = some(map(_flag, sorted(f.name for f in fields(configs[0]))), 20)
+            own = join_limited(map(_flag, sorted(f.name for f in fields(configs[0]))), 20)
             raise ConfigError(f"{_flag(name)} is no option of {of}, which has {own}")
 
 

@@ -112,9 +112,9 @@ def _serve_replicas(
     if ray is None:
         raise ConfigError("--replicas needs --ray: local, or the address of a Ray cluster")
     from loralab.serving.listener import address, open_socket, until_told
-    from loralab.serving.replicas import Plan, running
+    from loralab.serving.replicas import ReplicaPlan, running
 
-    own = Plan(**plan, keys=None if keys is None else keys.keys)
+    own = ReplicaPlan(**plan, keys=None if keys is None else keys.keys)
     with open_socket(host, port) as opened:  # it is free; Ray opens it itself
         where = address(opened)
     with running(own, count, ray, host, int(where.rpartition(":")[2])) as found:

@@ -62,7 +62,7 @@ def serve_by_vllm(
     from loralab.serving.listener import address, open_socket
     from loralab.serving.names import base_id
     from loralab.serving.store import Store
-    from loralab.serving.vllm import Asked, run
+    from loralab.serving.vllm import VllmOptions, run
 
     if (kind := models.natural_kind(model)) != CAUSAL:
         raise ConfigError(f"{model} is a model of kind {kind}; vLLM is given language models alone")
@@ -75,7 +75,7 @@ def serve_by_vllm(
     prepared = prepare({entry.name: entry.path for entry in shelf.entries()}, model)
     with open_socket(host, port) as opened:
         where, port = address(opened), opened.getsockname()[1]
-    run_as = Asked(
+    run_as = VllmOptions(
         python=found,
         source=models.resolve(model),
         name=shown,

@@ -21,7 +21,7 @@ from loralab import atomic
 from loralab.adapters.adapter import Adapter
 from loralab.adapters.fingerprint import fingerprint
 from loralab.adapters.model_folder import STATE, STATE_METADATA
-from loralab.errors import AdapterStateError, some
+from loralab.errors import AdapterStateError, join_limited
 
 ABOUT = "loralab.json"  # the entry of bytes; no module has a dot in its name
 
@@ -94,7 +94,9 @@ class CheckpointState:
         _require_same(before, self._about(before["step"]))
         if wrong:
             raise AdapterStateError(
-                f"the checkpoint is of another adapter: {some(sorted(wrong))}", code="other_adapter", field=min(wrong)
+                f"the checkpoint is of another adapter: {join_limited(sorted(wrong))}",
+                code="other_adapter",
+                field=min(wrong),
             )
         self.step = before["step"]
         if self.adapter.budget is not None:
@@ -115,7 +117,7 @@ def _require_same(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     if changed := [name for name in names if settings.get(name) != here.get(name)]:
         changes = [f"{n} was {settings.get(n)!r}, now {here.get(n)!r}" for n in changed]
         raise AdapterStateError(
-            f"the checkpoint is of an adapter with other settings: {some(changes)}",
+            f"the checkpoint is of an adapter with other settings: {join_limited(changes)}",
             code="other_settings",
             field=changed[0],
         )

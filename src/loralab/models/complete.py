@@ -1,4 +1,4 @@
-"""Tell whether a loaded model has all that its folder promises, and which of its modules are new.
+"""Return whether a loaded model has all that its folder promises, and which of its modules are new.
 
 A folder is measured by the class that it was saved from: what that class has must be in the file.
 Beyond it only a head may be new, and a pooler: never a further part of the backbone.
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import transformers
 
-from loralab.errors import ModelError, some
+from loralab.errors import ModelError, join_limited
 from loralab.models.kinds import class_named
 
 
@@ -30,7 +30,7 @@ def new_modules(name: str, model: Any, report: Mapping[str, Any], *, new_head: b
     lost = sorted(key for key in missing if own is None or _is_owed(model, key, own))
     if lost:
         raise ModelError(
-            f"{name} is incomplete for {type(model).__name__}: it lacks {some(lost, 3)}",
+            f"{name} is incomplete for {type(model).__name__}: it lacks {join_limited(lost, 3)}",
             code="model_incomplete",
             field="model",
         )
@@ -38,7 +38,7 @@ def new_modules(name: str, model: Any, report: Mapping[str, Any], *, new_head: b
     if bad:
         shapes = [f"{key} is {tuple(a)}, expected {tuple(b)}" for key, a, b in bad]
         raise ModelError(
-            f"{name} does not fit its config.json: {some(shapes, 3)}", code="model_misshapen", field="model"
+            f"{name} does not fit its config.json: {join_limited(shapes, 3)}", code="model_misshapen", field="model"
         )
     new = missing | {key for key, *_ in misshapen}
     return _outermost(model, new) if new else ()

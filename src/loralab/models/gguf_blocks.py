@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loralab.errors import ModelError, some
+from loralab.errors import ModelError, join_limited
 from loralab.models.gguf_header import require_sound
 
 BLOCK = 32
@@ -123,7 +123,7 @@ def linear_tensors(file: Path, config: Any) -> dict[str, Blocks]:
     if family not in ("llama", "qwen2", "qwen3", "smollm3"):
         raise ModelError(
             f"{file.name} is of the architecture {family!r}; its blocks can be kept only for "
-            f"{some(['llama', 'qwen2', 'qwen3', 'smollm3'])}"
+            f"{join_limited(['llama', 'qwen2', 'qwen3', 'smollm3'])}"
         )
     found = {}
     for tensor in reader.tensors:

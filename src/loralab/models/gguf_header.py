@@ -10,7 +10,7 @@ import struct
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from loralab.errors import ModelError, shown
+from loralab.errors import ModelError, format_value
 
 VERSIONS = (2, 3)
 STRING, ARRAY, ALIGNMENT = 8, 9, 32
@@ -114,7 +114,7 @@ class _Head:
         except UnicodeDecodeError:
             raise self._error(f"the name of a {what} is no UTF-8") from None
         if name in others:
-            raise self._error(f"{what} {shown(name)} stands in it twice")
+            raise self._error(f"{what} {format_value(name)} stands in it twice")
         return name
 
     def _value(self, key: str, kind: int) -> Any:
@@ -125,7 +125,7 @@ class _Head:
             self._skip(self._unpack("Q")[0])
             return None
         if kind != ARRAY:
-            raise self._error(f"field {shown(key)} is of the unknown type {kind}")
+            raise self._error(f"field {format_value(key)} is of the unknown type {kind}")
         kind, count = self._unpack("IQ")
         self._elements += count
         if self._elements > MOST_ELEMENTS:
@@ -135,7 +135,7 @@ class _Head:
                 self._skip(self._unpack("Q")[0])
             return count
         if kind not in SCALARS:
-            raise self._error(f"field {shown(key)} is an array of the type {kind}")
+            raise self._error(f"field {format_value(key)} is an array of the type {kind}")
         return list(self._unpack(f"{count}{SCALARS[kind]}"))
 
     def _tensor(self, shapes: dict[str, tuple[int, ...]]) -> tuple[int, int]:
@@ -145,22 +145,22 @@ class _Head:
         name = self._name_of("tensor", shapes)
         (axes,) = self._unpack("I")
         if not 0 < axes <= MOST_AXES:
-            raise self._error(f"tensor {shown(name)} has {axes} axes")
+            raise self._error(f"tensor {format_value(name)} has {axes} axes")
         shapes[name] = self._unpack(f"{axes}Q")
         kind, offset = self._unpack("IQ")
         sizes = {int(known): size for known, size in GGML_QUANT_SIZES.items()}
         if kind not in sizes:
-            raise self._error(f"tensor {shown(name)} has the unknown format {kind}")
+            raise self._error(f"tensor {format_value(name)} has the unknown format {kind}")
         block, size = sizes[kind]
         count = math.prod(shapes[name])
         if not count or shapes[name][0] % block:
-            raise self._error(f"tensor {shown(name)} has the shape {shapes[name]}")
+            raise self._error(f"tensor {format_value(name)} has the shape {shapes[name]}")
         return offset, count // block * size
 
     def _require_inside(self, extents: list[tuple[int, int]], alignment: Any) -> None:
         """Every tensor lies in the file, and no two in the same place."""
         if not isinstance(alignment, int) or not 0 < alignment <= 1 << 20 or alignment & alignment - 1:
-            raise self._error(f"general.alignment is {shown(alignment)}")
+            raise self._error(f"general.alignment is {format_value(alignment)}")
         start = -(-(self._size - self._left) // alignment) * alignment
         end = 0
         for offset, size in sorted(extents):
@@ -179,4 +179,4 @@ class _Head:
             most = len(blocks) if end == "block_count" else widest
             numbers = value if isinstance(value, list) else [value]
             if end in (*WIDTHS, "block_count") and any(not isinstance(n, int) or not 0 <= n <= most for n in numbers):
-                raise self._error(f"{key} is {shown(value)}, and no tensor is that large ({most})")
+                raise self._error(f"{key} is {format_value(value)}, and no tensor is that large ({most})")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from loralab.errors import ConfigError, ModelError, shown, some
+from loralab.errors import ConfigError, ModelError, format_value, join_limited
 from loralab.models import pictures
 from loralab.models.kinds import (
     CAUSAL,
@@ -159,7 +159,7 @@ def given(model: Any, tokenizer: Any) -> Given | None:
             )
         return None
     if not isinstance(model, nn.Module):
-        raise ConfigError(f"model must be {ACCEPTED}, found {shown(model)}", code="not_a_model", field="model")
+        raise ConfigError(f"model must be {ACCEPTED}, found {format_value(model)}", code="not_a_model", field="model")
     if not hasattr(getattr(model, "config", None), "model_type"):
         raise ModelError(
             f"{type(model).__name__} has no config; a live model must be one of transformers (for "
@@ -243,7 +243,7 @@ def _require_plain(model: Any, config: Any, kind: str, name: str) -> None:
     require_kind(name, config, kind)
     if len(devices := {p.device for p in model.parameters()}) > 1 or torch.device("meta") in devices:
         raise ModelError(
-            f"{name} is on {some(map(str, devices))}; all of it must be on one device",
+            f"{name} is on {join_limited(map(str, devices))}; all of it must be on one device",
             code="several_devices",
             field="model",
         )
@@ -275,4 +275,6 @@ def _require_words(tokenizer: Any) -> None:
 
 
 def _no_tokenizer(found: Any, wanted: str) -> ConfigError:
-    return ConfigError(f"tokenizer must be {wanted}, found {shown(found)}", code="not_a_tokenizer", field="tokenizer")
+    return ConfigError(
+        f"tokenizer must be {wanted}, found {format_value(found)}", code="not_a_tokenizer", field="tokenizer"
+    )

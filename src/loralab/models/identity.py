@@ -14,7 +14,7 @@ from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
 
-from loralab.errors import BaseMismatchWarning, ModelError, shown
+from loralab.errors import BaseMismatchWarning, ModelError, format_value
 from loralab.models.kinds import VISION
 from loralab.models.load import Base
 from loralab.values import read_json
@@ -120,7 +120,7 @@ def changes(base: Base, stored: Mapping[str, Any]) -> dict[str, tuple[Any, str]]
         found["chat_template"] = trained, "the chat template"
     end, own = stored.get("eos_token"), base.tokenizer.eos_token
     if end is not None and end != own and end in base.tokenizer.get_vocab():
-        found["eos_token"] = end, f"the end of text ({shown(own)}, then {shown(end)})"
+        found["eos_token"] = end, f"the end of text ({format_value(own)}, then {format_value(end)})"
     return found
 
 

@@ -21,7 +21,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
-from loralab.errors import ModelError, some
+from loralab.errors import ModelError, join_limited
 
 CAUSAL, CLASSIFIER = "causal-lm", "sequence-classification"
 TAGGER, VISION, SENTENCES = "token-classification", "image-classification", "sentence-encoder"
@@ -144,12 +144,12 @@ def require_text_or_pictures(name: str, config: Any) -> None:
 
 
 def is_writer(config: Any) -> bool:
-    """Tell whether the class that was saved is its family's language model."""
+    """Return whether the class that was saved is its family's language model."""
     return class_named(config) == getattr(class_for(config, CAUSAL), "__name__", None)
 
 
 def has_head(config: Any, kind: str) -> bool:
-    """Tell whether a model ends in the classes of a kind already."""
+    """Return whether a model ends in the classes of a kind already."""
     return any(name.endswith(HEADS[kind]) for name in config.architectures or [])
 
 
@@ -177,8 +177,8 @@ def head_options(name: str, config: Any, kind: str, labels: Sequence[str]) -> di
     if _unnamed(own) and len(names) == len(own):
         return options
     raise ModelError(
-        f"{name} has a classification head for {some(own.values())}; the labels here are "
-        f"{some(labels)}, and must be the same in the same order",
+        f"{name} has a classification head for {join_limited(own.values())}; the labels here are "
+        f"{join_limited(labels)}, and must be the same in the same order",
         code="other_labels",
         field="model",
     )
@@ -197,7 +197,7 @@ def _part_names(config: Any) -> Iterator[str]:
 
 
 def _looks_back(config: Any) -> bool:
-    """Tell whether each token sees those before it alone, of families that can do both."""
+    """Return whether each token sees those before it alone, of families that can do both."""
     if config.model_type in (*MODEL_FOR_MASKED_LM_MAPPING_NAMES, "xlnet", "bert-generation"):
         names = ("is_decoder", "causal")
         named = any(getattr(config, name, False) for name in names)

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging
 
-from loralab.errors import ConfigError, LoralabError, ModelError, nearest, shown, some
+from loralab.errors import ConfigError, LoralabError, ModelError, format_value, join_limited, nearest
 from loralab.models import pictures
 from loralab.models.catalog import MODELS, how_to_get, locate
 from loralab.models.complete import new_modules
@@ -104,7 +104,7 @@ def load(
         ConfigError: the kind is unknown, or the model cannot take pictures of that size.
     """
     if kind is not None and kind not in KINDS:
-        raise ConfigError(f"unknown kind of model {kind!r} ({some(KINDS)}){nearest(kind, KINDS)}")
+        raise ConfigError(f"unknown kind of model {kind!r} ({join_limited(KINDS)}){nearest(kind, KINDS)}")
     source = resolve(name)
     config = _config(name, source)
     kind = kind or kind_of(config)
@@ -136,8 +136,8 @@ def load(
     else:
         pad_on_the_right(model, tokenizer)
     keep_statistics(model.eval())
-    shown = str(Path(name).resolve()) if name not in MODELS and Path(name).exists() else name
-    return Base(name=shown, model=model, tokenizer=tokenizer, kind=kind, source=source, new=new)
+    format_value = str(Path(name).resolve()) if name not in MODELS and Path(name).exists() else name
+    return Base(name=format_value, model=model, tokenizer=tokenizer, kind=kind, source=source, new=new)
 
 
 def natural_kind(name: str) -> str:
@@ -263,7 +263,7 @@ def _require_whole(name: str, path: Path, config: Any, kind: str) -> None:
 
 
 def has_tokenizer(source: str | Path) -> bool:
-    """Tell whether a folder holds a tokenizer; a hub id is taken to have one."""
+    """Return whether a folder holds a tokenizer; a hub id is taken to have one."""
     path = Path(source)
     kinds = ("tokenizer*", "vocab*", "*.model", "preprocessor_config.json")
     return not path.is_dir() or any(any(path.glob(kind)) for kind in kinds)
@@ -294,7 +294,7 @@ def _config(name: str, source: str) -> Any:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     named = config.architectures or []
     if not isinstance(named, list) or not all(isinstance(one, str) for one in named):
-        raise ModelError(f"{name}: architectures must be a list of names, found {shown(named)}")
+        raise ModelError(f"{name}: architectures must be a list of names, found {format_value(named)}")
     return config
 
 
@@ -332,7 +332,7 @@ def require_use(name: str, tokenizer: Any, config: Any, kind: str) -> None:
     if not isinstance(tokenizer.model_max_length, int | float):
         raise ModelError(
             f"{name}: tokenizer_config.json has model_max_length "
-            f"{shown(tokenizer.model_max_length)}, which is no number"
+            f"{format_value(tokenizer.model_max_length)}, which is no number"
         )
     last = tokenizer("a", verbose=False)["input_ids"][-1:]
     # the classes of an encoder-decoder are read off the one end token that each text has

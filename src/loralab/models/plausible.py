@@ -1,4 +1,4 @@
-"""Tell whether a model folder is what its configuration says, before it is built for it.
+"""Return whether a model folder is what its configuration says, before it is built for it.
 
 What builds a model believes config.json: a thousand million layers, a vocabulary of terabytes. The
 weights are the measure: nothing may be built that is many times as large as what fills it.
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from loralab.errors import ModelError, shown
+from loralab.errors import ModelError, format_value
 from loralab.values import memory, read_json
 
 CONFIG, INDEX, ADAPTER = "config.json", "model.safetensors.index.json", "adapter_config.json"
@@ -43,7 +43,7 @@ def require_folder(name: str, path: Path) -> None:
     tensors = MOST_LAYERS if None in counts else sum(filter(None, counts))
     for key, value in _fields(config):
         if "attn_implementation" in key and "/" in str(value):
-            raise ModelError(f"{name}: {CONFIG} asks for code from elsewhere: {key} {shown(value)}")
+            raise ModelError(f"{name}: {CONFIG} asks for code from elsewhere: {key} {format_value(value)}")
         number = value if type(value) is int else 0
         if key == "num_labels" and number > MOST_LABELS:
             raise ModelError(f"{name}: {CONFIG} has {key} {value}; the most is {MOST_LABELS:,}")

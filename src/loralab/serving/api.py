@@ -17,7 +17,7 @@ from starlette.requests import ClientDisconnect
 from loralab.errors import LoralabError
 from loralab.serving import api_shapes as shapes
 from loralab.serving.api_description import description
-from loralab.serving.api_errors import LONGEST, ApiError, to_api_error
+from loralab.serving.api_errors import MAX_ECHOED_CHARACTERS, ApiError, to_api_error
 from loralab.serving.api_schemas import ChatBody, ClassifyBody, CompletionBody, LoadBody, UnloadBody
 from loralab.serving.api_service import Service
 from loralab.serving.api_shapes import ChatShape, CompletionShape
@@ -56,7 +56,7 @@ def build_app(
     hosts: Hosts | None = None,
     origins: frozenset[str] = frozenset(),
 ) -> FastAPI:
-    """The application around an engine that runs; `app.state.service` is what it is made of.
+    """Return the application around an engine that runs; `app.state.service` is what it is made of.
 
     Args:
         keys: None leaves everything open.
@@ -95,7 +95,7 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def _routing(request: Request, error: HTTPException) -> Response:
-        where = f"{request.method} {request.scope['path'][:LONGEST]}"
+        where = f"{request.method} {request.scope['path'][:MAX_ECHOED_CHARACTERS]}"
         allow = (error.headers or {}).get("Allow")
         allow = "GET, HEAD" if allow == "GET" else allow
         return ApiError(error.status_code, f"{where}: {error.detail}", allow=allow).response()
@@ -106,7 +106,7 @@ def _add_errors(app: FastAPI) -> None:
 
 
 def _add_state(app: FastAPI, service: Service) -> None:
-    """What is here, and how it does."""
+    """Add the routes that report on the server."""
     engine = service.engine
 
     @app.get("/", include_in_schema=False)
@@ -198,7 +198,7 @@ def _add_asking(app: FastAPI, service: Service) -> None:
 
 
 def _asker(service: Service, request: Request) -> Key | None:
-    """The key of a request to an engine that works."""
+    """Return the key of a request to an engine that works."""
     key = service.key(request)
     service.require_working()
     return key
@@ -212,7 +212,7 @@ async def _answered(
     key: Key | None,
     prompts: Sequence[Sequence[int]],
 ) -> Response:
-    """The answers to some prompts, `n` each, whole or as a stream."""
+    """Return the answers to some prompts, `n` each, whole or as a stream."""
     param = "prompt" if isinstance(body, CompletionBody) else "messages"
     choices = body.n or 1
     asked = [
@@ -247,7 +247,7 @@ async def _answered(
 def _submitted(
     service: Service, asked: Sequence[tuple[Sequence[int], Any]], entry: "AdapterInfo | None"
 ) -> list[Answer]:
-    """All of them or none."""
+    """Return all of them or none."""
     answers: list[Answer] = []
     try:
         for ids, sampling in asked:
@@ -269,7 +269,7 @@ async def _classified(service: Service, request: Request, body: ClassifyBody, ke
         service.require_fitting(len(text), "input")
     grant = service.admit(key, 0)
     try:
-        waiting = await service.aside(lambda: engine.classify(given, adapter=entry))
+        waiting = await service.run_in_tokenizer_thread(lambda: engine.classify(given, adapter=entry))
         ranked = await guarded(request.receive, _awaited(waiting), service.limits.timeout, cancel=waiting.cancel)
     except LoralabError as error:
         raise to_api_error(error, "input") from None
@@ -320,7 +320,7 @@ async def _changed(work: Callable[[], "AdapterInfo"], param: str) -> "AdapterInf
 
 
 async def _writer(service: Service, name: str, key: Key | None) -> "AdapterInfo | None":
-    """The adapter that is asked to write; None is the base."""
+    """Return the adapter that is asked to write; None is the base."""
     entry = await service.model(name, key)
     if service.engine.base.kind != "causal-lm":
         raise ApiError(400, f"{name} writes no text; ask /v1/classify", param="model")

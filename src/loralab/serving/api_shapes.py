@@ -17,7 +17,7 @@ IMPOSSIBLE = -9999.0
 
 
 class _Shape:
-    """What all answers to one request share.
+    """Content that all answers to one request share.
 
     Args:
         choices: answers to each prompt.
@@ -52,7 +52,7 @@ class _Shape:
     prefix = whole_object = chunk_object = ""
 
     def chunk(self, choices: list[Json]) -> Json:
-        """One piece of a stream."""
+        """Return one piece of a stream."""
         usage = {"usage": self._usage_so_far()} if self._usage else {}
         once, self._once = self._once, {}
         return {**self._head, **once, "object": self.chunk_object, "choices": choices, **usage}
@@ -63,7 +63,7 @@ class _Shape:
         return _counted(self._prompt_tokens, sum(self._written))
 
     def final(self, ends: Sequence[Finished]) -> Json | None:
-        """The last piece: what it took, if the client asked for it."""
+        """Return the last piece: what it took, if the client asked for it."""
         return {**self.chunk([]), "usage": self.usage(ends)} if self._usage else None
 
     def usage(self, ends: Sequence[Finished]) -> Json:
@@ -85,7 +85,7 @@ class CompletionShape(_Shape):
     prefix, whole_object, chunk_object = "cmpl-", "text_completion", "text_completion"
 
     def whole(self, done: Sequence[Completed]) -> Json:
-        """The body of an answer that is not streamed."""
+        """Return the body of an answer that is not streamed."""
         choices = [self._choice(i, c.text, self._told(c), c.finished.reason) for i, c in enumerate(done)]
         return self._body(choices, done)
 
@@ -118,7 +118,7 @@ class ChatShape(_Shape):
     prefix, whole_object, chunk_object = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
     def whole(self, done: Sequence[Completed]) -> Json:
-        """The body of an answer that is not streamed."""
+        """Return the body of an answer that is not streamed."""
         choices = [
             {
                 "index": index,
@@ -195,7 +195,7 @@ def identity(entry: Any) -> Json:
 
 
 def described(entry: Any) -> Json:
-    """All that is known of an adapter of the store."""
+    """Return all that is known of an adapter of the store."""
     return {
         **identity(entry),
         "method": entry.method,
@@ -247,7 +247,7 @@ def _listed(told: Sequence[TokenLogprob]) -> Json:
 
 
 def _likeliest(one: TokenLogprob) -> Json | None:
-    """The likeliest tokens and the one that stands there; nothing is before a prompt's first."""
+    """Return the likeliest tokens and the one that stands there; nothing is before a prompt's first."""
     if one.logprob is None:
         return None
     likely = {name: _finite(other.logprob) for name, other in _named(one)}
@@ -269,7 +269,7 @@ def _token(name: str, one: TokenLogprob) -> Json:
 
 
 def _named(chosen: TokenLogprob) -> list[tuple[str, TokenLogprob]]:
-    """The likeliest tokens under different names, though several may have the same text.
+    """Return the likeliest tokens under different names, though several may have the same text.
 
     The one that was chosen is called by its text, of the others the likeliest.
     """

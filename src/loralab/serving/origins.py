@@ -1,4 +1,4 @@
-"""Pages of other sites that may ask this server and read its answers (CORS): none, unless listed.
+"""CORS: pages of other sites may use this server only if they are listed.
 
 A browser asks before it lets a page send JSON to another site, and shows the page an answer only
 where that names the page's origin. So a page that is not listed gets no header of these at all.
@@ -88,7 +88,7 @@ class Origins:
 
 
 def _asked_before(headers: Headers, origin: str) -> Response:
-    """What a page may send: whatever fields it asks for, as keys stand in one."""
+    """Answer a preflight request: any header may be sent, as keys are sent in one."""
     fields = [field.strip() for field in headers.get("access-control-request-headers", "").split(",")]
     allowed = ", ".join(field for field in fields if FIELD.fullmatch(field))
     answer = {

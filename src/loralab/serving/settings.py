@@ -1,4 +1,4 @@
-"""How adapters are served, and what one request may ask: frozen configurations.
+"""Settings of the server and limits of a request: frozen configurations.
 
 Standard library only: the command line builds its flags and its help from these classes.
 """
@@ -16,7 +16,7 @@ QUANTIZERS = ("none", "nf4", "gguf")
 
 @dataclass(frozen=True, kw_only=True)
 class ServeSettings:
-    """What the engine may hold, and how it goes through its work."""
+    """Capacity and precision of the engine."""
 
     resident: Annotated[int, "adapters kept in memory; the one unused longest makes room"] = 64
     cache_memory: Annotated[str, "memory for keys and values of answers under way and of prompts seen before"] = "1GB"
@@ -52,7 +52,7 @@ class ServeSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What one request may take, and what a connection.
+    """Limits of one request and of one connection.
 
     Fields with a text are options of the command line. `timeout` includes the time in the queue;
     `body_seconds` are for the body of a request to arrive; `inputs` are the prompts, or texts to

@@ -7,13 +7,13 @@ from typing import Any
 
 from loralab.models.identity import changes, reworded, warn_of
 from loralab.models.load import Base
-from loralab.serving.entries import AdapterInfo
+from loralab.serving.adapter_info import AdapterInfo
 from loralab.tasks.encode import chat_ids, stop_ids
 
 
 @dataclass(frozen=True)
 class Wording:
-    """How prompts are written and where answers end.
+    """Tokenizer of an adapter, and the tokens that end its answers.
 
     Attributes:
         stops: ids that end an answer; none where the base writes no text.

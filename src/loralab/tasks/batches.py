@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loralab.errors import ConfigError, some
+from loralab.errors import ConfigError, join_limited
 from loralab.tasks.encode import IGNORED, SUITED, Example, Ids
 
 POOL = 50  # effective batches that are sorted by length together
@@ -98,7 +98,7 @@ def collate(
         DataError: a picture cannot be read any more.
     """
     if kind not in SUITED:
-        raise ConfigError(f"unknown kind of model {kind!r} ({some(SUITED)})")
+        raise ConfigError(f"unknown kind of model {kind!r} ({join_limited(SUITED)})")
     if kind == "image-classification":
         pixels = [pictures.pixels(example.image.open()) for example in examples]
         return {"pixel_values": torch.stack(pixels), "labels": _classes(examples)}

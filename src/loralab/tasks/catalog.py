@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loralab.errors import ConfigError, DataError, nearest, some
+from loralab.errors import ConfigError, DataError, join_limited, nearest
 from loralab.tasks import fashion, vader
 from loralab.tasks.formats import Row
 from loralab.tasks.read import Table, read
@@ -357,7 +357,7 @@ def _labels(source: str, splits: Mapping[str, list[Row]]) -> tuple[str, ...]:
             if strange := [label for label in labels_of(row) if label not in known]:
                 raise DataError(
                     f"{source}: label {strange[0]!r} is only in the {name} split (row {number}); "
-                    f"it cannot be learnt from train, which has {some(labels)}",
+                    f"it cannot be learnt from train, which has {join_limited(labels)}",
                     code="unknown_label",
                     field="label",
                 )

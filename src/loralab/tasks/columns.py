@@ -11,7 +11,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from loralab.errors import DataError, nearest, shown, some
+from loralab.errors import DataError, format_value, join_limited, nearest
 from loralab.tasks.advice import answers_beside, mappings_for, option, profile, without
 from loralab.tasks.beside import ALONE, are_truths, is_bookkeeping, kinds_of, reason_to_refuse, word_set, words_of
 from loralab.tasks.encodings import inner_name
@@ -110,7 +110,7 @@ def require_fields(source: str, parts: Iterable[Part], seen: Collection[str], ma
 
 def _not_there(source: str, name: str, names: Mapping[str, None]) -> DataError:
     return DataError(
-        f"{source} has no {name!r} to leave out ({some(names) or 'nothing else'}){nearest(name, names)}",
+        f"{source} has no {name!r} to leave out ({join_limited(names) or 'nothing else'}){nearest(name, names)}",
         code="unknown_column",
         field=name,
     )
@@ -127,7 +127,7 @@ def checked_mapping(mapping: Mapping[str, str] | None) -> dict[str, str]:
     for canonical, own in found.items():
         if not isinstance(canonical, str) or not isinstance(own, str) or not canonical:
             raise DataError(
-                f"a mapping has names on both sides, got {shown(canonical)}={shown(own)}; an "
+                f"a mapping has names on both sides, got {format_value(canonical)}={format_value(own)}; an "
                 "empty text leaves a column out",
                 code="wrong_mapping",
                 field="map",
@@ -149,7 +149,7 @@ def _check_renamed(place: str, columns: Sequence[str], renamed: Mapping[str, str
     for canonical, own in renamed.items():
         if own not in columns:
             raise DataError(
-                f"{place} has no column {own!r} to map ({some(columns)}){nearest(own, columns)}",
+                f"{place} has no column {own!r} to map ({join_limited(columns)}){nearest(own, columns)}",
                 code="unknown_column",
                 field=canonical,
             )
@@ -173,7 +173,7 @@ def _no_format(part: Part, mapping: Mapping[str, str], known: Mapping[str, str],
     separated = inner_name(Path(part.place)).suffix.lower() in (".csv", ".tsv")
     if separated and any(map(str.isdigit, columns)):
         return DataError(
-            f"{part.place}: line 1 seems to be a row ({some(map(shown, columns), 3)}); put a line "
+            f"{part.place}: line 1 seems to be a row ({join_limited(map(format_value, columns), 3)}); put a line "
             "with the names of the columns above it, such as text and label",
             code="no_header",
         )
@@ -188,7 +188,7 @@ def _no_format(part: Part, mapping: Mapping[str, str], known: Mapping[str, str],
     said = " or ".join(islice(tried, PROPOSED))
     forms = " | ".join(", ".join(needed) for needed, _ in FORMATS.values())
     return DataError(
-        f"{part.place}: {reason}the columns {some(columns)} fit no format ({forms})"
+        f"{part.place}: {reason}the columns {join_limited(columns)} fit no format ({forms})"
         + (f"; say which is which, such as {said}" if said else "; rename them"),
         code="no_format",
         field=free[0] if free else None,
@@ -248,7 +248,7 @@ def _question(part: Part, mapping: Mapping[str, str], own: Mapping[str, str], un
     amounts = [other.name for other in looked if other.kind == "amount"]
     hint = f" {amounts[0]!r} holds numbers; {NO_REGRESSION};" if amounts else ""
     return DataError(
-        f"{part.place}: what is {some(map(repr, unclear))} beside {' and '.join(own.values())}?"
+        f"{part.place}: what is {join_limited(map(repr, unclear))} beside {' and '.join(own.values())}?"
         f"{hint} say {' or '.join([*filter(None, ways), leave])}",
         code="unclear_column",
         field=unclear[0],
@@ -272,7 +272,7 @@ def _split_column(part: Part, mapping: Mapping[str, str], known: Mapping[str, st
     if wrong := [(number, value) for number, value in values if not split_named(value)]:
         number, value = wrong[0]
         raise DataError(
-            f"{part.place}, {part.unit} {number}: {column!r} is {shown(value)}, and no split "
+            f"{part.place}, {part.unit} {number}: {column!r} is {format_value(value)}, and no split "
             f"({', '.join(SPLITS)}); correct it, or say {option(without(mapping, [column]))} to "
             "leave the column out",
             code="unknown_split",

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
-from loralab.errors import DataError, some
+from loralab.errors import DataError, join_limited
 from loralab.tasks.encodings import inner_name
 from loralab.tasks.formats import MOST_NAMED, SPLITS
 from loralab.tasks.pictures import PICTURES
@@ -157,7 +157,7 @@ def _numbered(folder: Path, split: str, shards: list[Shard]) -> list[Path]:
     counts = {shard.count for shard in shards}
     numbers = sorted(shard.number for shard in shards if shard.number is not None)
     if len(counts) > 1 or len(set(numbers)) < len(numbers):
-        names = some(shard.file.name for shard in shards)
+        names = join_limited(shard.file.name for shard in shards)
         raise DataError(
             f"{folder} has several {split} files that are not shards of one: {names}", code="two_files", field=split
         )
@@ -169,7 +169,7 @@ def _numbered(folder: Path, split: str, shards: list[Shard]) -> list[Path]:
         if missing := list(islice((n for n in wanted if n not in there), MOST_NAMED)):
             raise DataError(
                 f"{folder}: of the {len(wanted)} shards of {split}, {len(numbers)} are there; "
-                f"missing: {some(map(str, missing))}",
+                f"missing: {join_limited(map(str, missing))}",
                 code="missing_shard",
                 field=split,
             )
@@ -205,7 +205,7 @@ def _no_train(folder: Path, suffixes: Collection[str]) -> DataError:
     remedy = ""
     if nested or len(readable) == 1:
         remedy = "; say --data " + shlex.quote(str(nested[0] if nested else readable[0]))
-    names = some(file.name for file in inside) or "nothing"
+    names = join_limited(file.name for file in inside) or "nothing"
     return DataError(f"{folder} holds no train file ({', '.join(suffixes)}); found: {names}{remedy}", code="no_train")
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from loralab.errors import ConfigError, DataError, nearest, shown, some
+from loralab.errors import ConfigError, DataError, format_value, join_limited, nearest
 from loralab.tasks.catalog import LABELLED, Task
 from loralab.tasks.formats import FORMATS, Row
 from loralab.tasks.segments import Segment, ended, opening, samples, token_ids
@@ -110,7 +110,7 @@ def encode(
     if not found.examples:
         raise DataError(
             f"{task.name}: the answers of all {len(found.dropped)} {split} rows are cut off at "
-            f"{max_length} tokens (rows {some((str(i + 1) for i in found.dropped), 5)}); "
+            f"{max_length} tokens (rows {join_limited((str(i + 1) for i in found.dropped), 5)}); "
             f"the longest needs --max-length {found.longest}",
             code="answers_cut_off",
             field="max_length",
@@ -126,7 +126,7 @@ def require_tokenizer(tokenizer: Any) -> None:
     """
     if not (hasattr(tokenizer, "eos_token_id") and hasattr(tokenizer, "pad_token_id")):
         raise ConfigError(
-            f"tokenizer must be a tokenizer of transformers, found {shown(tokenizer)}",
+            f"tokenizer must be a tokenizer of transformers, found {format_value(tokenizer)}",
             code="not_a_tokenizer",
             field="tokenizer",
         )
@@ -141,7 +141,9 @@ def require_suited(task: Task, kind: str) -> None:
     """
     if kind not in SUITED:
         raise ConfigError(
-            f"unknown kind of model {kind!r} ({some(SUITED)}){nearest(kind, SUITED)}", code="unknown_kind", field="kind"
+            f"unknown kind of model {kind!r} ({join_limited(SUITED)}){nearest(kind, SUITED)}",
+            code="unknown_kind",
+            field="kind",
         )
     if task.format not in SUITED[kind]:
         columns = " or ".join(", ".join(FORMATS[form][0]) for form in SUITED[kind])

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loralab.errors import DataError, some
+from loralab.errors import DataError, join_limited
 
 Row = dict[str, Any]
 Numbered = list[tuple[int, Row]]  # line number (or row number) in the file, fields
@@ -90,7 +90,9 @@ def cleaned(part: Part) -> Part:
         return part
     if twice := repeated(names.values()):
         raise DataError(
-            f"{part.place}: {some(twice)} names two columns, spaces aside", code="repeated_column", field=twice[0]
+            f"{part.place}: {join_limited(twice)} names two columns, spaces aside",
+            code="repeated_column",
+            field=twice[0],
         )
     rows = [(number, {names[key]: value for key, value in row.items()}) for number, row in part.rows]
     return Part(part.split, part.place, part.folder, part.unit, rows)

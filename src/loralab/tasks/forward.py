@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from loralab.errors import DataError, ModelError, some
+from loralab.errors import DataError, ModelError, join_limited
 from loralab.tasks.batches import collate
 from loralab.tasks.encode import IGNORED, Example, Ids
 
@@ -170,7 +170,7 @@ def require_known(model: nn.Module, tokenizer: Any, texts: Iterable[Ids]) -> Non
     strange = sorted({number for ids in texts for number in ids if number >= rows})
     named = [f"{tokenizer.convert_ids_to_tokens(number)!r} ({number})" for number in strange]
     raise ModelError(
-        f"the tokenizer has tokens that the model has no row for: {some(named)}, and the rows of "
+        f"the tokenizer has tokens that the model has no row for: {join_limited(named)}, and the rows of "
         f"its embedding go from 0 to {rows - 1}; take them out of the texts or the tokenizer, or "
         f"save the model with more rows: model.resize_token_embeddings({strange[-1] + 1})",
         code="token_without_row",

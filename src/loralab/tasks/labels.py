@@ -7,7 +7,7 @@ all splits of a source, so that a class does not come apart.
 import re
 from collections.abc import Iterable, Mapping
 
-from loralab.errors import DataError, some
+from loralab.errors import DataError, join_limited
 from loralab.tasks.formats import Row
 
 NUMBER = re.compile(r"[+-]?\d+([.,]\d+)?([eE][+-]?\d+)?")
@@ -49,14 +49,14 @@ def alike(splits: Mapping[str, list[Row]]) -> str:
         folded = label.casefold()
         groups.setdefault(TRUTHS.get(folded, folded), []).append(label)
     pairs = [" and ".join(map(repr, group)) for group in groups.values() if len(group) > 1]
-    return f"labels that are written alike and stay two classes: {some(pairs)}" if pairs else ""
+    return f"labels that are written alike and stay two classes: {join_limited(pairs)}" if pairs else ""
 
 
 def absent(splits: Mapping[str, list[Row]]) -> str:
     """A note that names classes that may stand for a missing label; "" if none do."""
     labels = {row["label"] for part in splits.values() for row in part if "label" in row}
     names = [repr(label) for label in sorted(labels) if label.casefold() in ABSENT]
-    return f"classes that may stand for a missing label: {some(names)}" if names else ""
+    return f"classes that may stand for a missing label: {join_limited(names)}" if names else ""
 
 
 def amount(value: object) -> float | None:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from loralab.errors import DataError, shown
+from loralab.errors import DataError, format_value
 from loralab.tasks.formats import Part
 from loralab.tasks.hub import from_dataset
 from loralab.tasks.readers import parts_of, require_rows, tables_in
@@ -82,7 +82,9 @@ def _plain(value: Any) -> Any:
 def _name(key: Any) -> str:
     if not isinstance(key, str):
         raise DataError(
-            f"{MEMORY}: the name of a column must be text, found {shown(key)}", code="not_a_name", field=shown(key)
+            f"{MEMORY}: the name of a column must be text, found {format_value(key)}",
+            code="not_a_name",
+            field=format_value(key),
         )
     return key
 

@@ -7,7 +7,7 @@ effect and are counted, so that they can be named.
 from collections.abc import Mapping
 from typing import Any
 
-from loralab.errors import DataError, nearest, shown, some
+from loralab.errors import DataError, format_value, join_limited, nearest
 from loralab.tasks.advice import option, without
 from loralab.tasks.beside import MESSAGE_FIELD, reason_to_refuse
 from loralab.tasks.formats import IN_MESSAGES, is_conversation, is_empty
@@ -49,7 +49,8 @@ def conversation(place: str, value: Any, mapping: Mapping[str, str], seen: set[s
 def _message(place: str, message: Any, mapping: Mapping[str, str], seen: set[str]) -> dict[str, str]:
     if not isinstance(message, dict):
         raise DataError(
-            f"{place}: a message needs a role of {', '.join(ROLES)} and a text as content, found {shown(message)}",
+            f"{place}: a message needs a role of {', '.join(ROLES)} and a text as content, "
+            f"found {format_value(message)}",
             code="not_a_message",
             field="messages",
         )
@@ -76,7 +77,7 @@ def _role(place: str, value: Any, *, shared: bool) -> str:
     if not isinstance(value, str) or value not in known:
         near = nearest(value, known) if isinstance(value, str) else ""
         raise DataError(
-            f"{place}: a message needs a role of {', '.join(known)}, found {shown(value)}{near}; "
+            f"{place}: a message needs a role of {', '.join(known)}, found {format_value(value)}{near}; "
             "other roles are not supported yet",
             code="unsupported_role",
             field="role",
@@ -91,10 +92,10 @@ def _content(place: str, name: str, value: Any) -> str:
     if isinstance(value, str) and value.strip():
         return text_in(place, "a message", value)
     if isinstance(value, list) and value:
-        kinds = some(dict.fromkeys(str(_kind(part)) for part in value))
+        kinds = join_limited(dict.fromkeys(str(_kind(part)) for part in value))
         found = f"{len(value)} parts ({kinds}); join texts into one, others are not supported yet"
     else:
-        found = "null" if value is None else shown(value)
+        found = "null" if value is None else format_value(value)
     raise DataError(f"{place}: a message needs a text as {name}, found {found}", code="not_text", field=name)
 
 

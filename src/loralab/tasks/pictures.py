@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loralab.errors import DataError, some
+from loralab.errors import DataError, join_limited
 from loralab.values import read_bytes
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
@@ -95,8 +95,8 @@ def folder_of_pictures(folder: Path, splits: Mapping[str, str]) -> dict[str, lis
     others += sorted(file.name for file in folder.iterdir() if _is_picture(file))
     if others:
         raise DataError(
-            f"{folder} has folders of a split ({some(place.name for place in named)}), and beside "
-            f"them pictures that are of none ({some(others)}); move them away, or into a split",
+            f"{folder} has folders of a split ({join_limited(place.name for place in named)}), and beside "
+            f"them pictures that are of none ({join_limited(others)}); move them away, or into a split",
             code="splits_and_classes",
             field=others[0],
         )

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from loralab.errors import DataError, nearest, some
+from loralab.errors import DataError, join_limited, nearest
 from loralab.tasks.advice import option, without
 from loralab.tasks.columns import Columns, checked_mapping, choose, require_columns, require_fields, split_named
 from loralab.tasks.containers import is_saved, list_folder, shard_of
@@ -179,7 +179,7 @@ def _by_split(part: Part, columns: Columns, *, alone: bool) -> list[Part]:
 def _named(what: str, names: Iterable[str]) -> tuple[str, ...]:
     """A note of some names, none if there are none."""
     listed = list(names)
-    return (f"{what}: {some(listed, MOST_NAMED)}",) if listed else ()
+    return (f"{what}: {join_limited(listed, MOST_NAMED)}",) if listed else ()
 
 
 def _is_hub_id(source: str) -> bool:

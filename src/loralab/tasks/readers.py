@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from loralab.errors import DataError, some
+from loralab.errors import DataError, join_limited
 from loralab.tasks.encodings import PACKED, inner_name, text_of
 from loralab.tasks.formats import FORMATS, SPLITS, Numbered, Part, Row, is_empty, repeated
 from loralab.tasks.parquet import read_parquet
@@ -165,7 +165,7 @@ def _names(content: Mapping[str, Any], read: Any) -> list[str]:
 def _no_list(place: str, found: Any) -> DataError:
     remedy = ""
     if isinstance(found, dict):
-        inside = some(f"{name!r} ({type(value).__name__})" for name, value in found.items())
+        inside = join_limited(f"{name!r} ({type(value).__name__})" for name, value in found.items())
         remedy = f' with {inside}; rows are read under "train" (and "test"), or under "data"'
     return DataError(f"{place}: expected a list of objects, found {type(found).__name__}{remedy}", code="not_a_list")
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from loralab.errors import DataError, shown, some
+from loralab.errors import DataError, format_value, join_limited
 from loralab.tasks.columns import Columns
 from loralab.tasks.formats import FORMATS, Numbered, Part, Row, is_empty
 from loralab.tasks.labels import NO_REGRESSION
@@ -38,7 +38,7 @@ def rows_of(part: Part, columns: Columns, seen: set[str]) -> list[Row]:
 def _check_filled(part: Part, rows: Numbered, required: Sequence[str]) -> None:
     for column in required:
         if empty := [number for number, row in rows if is_empty(row[column])]:
-            places = f"{part.unit} {some(map(str, empty), 5)}"
+            places = f"{part.unit} {join_limited(map(str, empty), 5)}"
             raise DataError(
                 f"{part.place}: {column!r} is missing or empty in {places}", code="missing_value", field=column
             )
@@ -68,7 +68,7 @@ def _picture(place: str, value: Any, folder: Path) -> Picture:
     if isinstance(value, str) and value.strip():
         return from_file(folder / value, place)
     raise DataError(
-        f"{place}: 'image' must be the path of a picture or its bytes, found {shown(value)}",
+        f"{place}: 'image' must be the path of a picture or its bytes, found {format_value(value)}",
         code="not_a_picture",
         field="image",
     )
@@ -108,7 +108,7 @@ def _label(place: str, value: Any) -> str:
     elif isinstance(value, list):
         remedy = "; several labels a row cannot be learnt yet"
     raise DataError(
-        f"{place}: a label must be text or a whole number, found {shown(value)}{remedy}",
+        f"{place}: a label must be text or a whole number, found {format_value(value)}{remedy}",
         code="label_is_a_number" if isinstance(value, float) else "not_a_label",
         field="label",
     )

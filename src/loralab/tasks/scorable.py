@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-from loralab.errors import ConfigError, DataError, nearest, some
+from loralab.errors import ConfigError, DataError, join_limited, nearest
 from loralab.tasks.catalog import Task
 from loralab.tasks.encode import Encoded, encode
 from loralab.tasks.formats import Row
@@ -45,7 +45,7 @@ def _chosen(task: Task, split: str, limit: int | None) -> list[Row]:
     """The first `limit` rows of a split."""
     if split not in task.splits:
         near = nearest(split, task.splits)
-        raise ConfigError(f"no split {split!r}; there are {some(task.splits)}{near}")
+        raise ConfigError(f"no split {split!r}; there are {join_limited(task.splits)}{near}")
     if limit is not None and limit < 1:
         raise ConfigError(f"limit must be at least 1, got {limit}")
     if not task.splits[split]:
@@ -57,7 +57,7 @@ def _require_whole(task: Task, split: str, encoded: Encoded, room: int, kind: st
     """Nothing is silently left out of a score; a classifier reads what fits, as in training."""
     lost = sorted({*encoded.dropped, *encoded.shortened})
     if lost and kind == "causal-lm":
-        numbers = some((str(row + 1) for row in lost), 5)
+        numbers = join_limited((str(row + 1) for row in lost), 5)
         raise DataError(
             f"{task.name}: {len(lost)} {split} rows are longer than {room} tokens, all that the "
             f"model can take (rows {numbers}); shorten or remove them"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from loralab.errors import ConfigError, DataError, some
+from loralab.errors import ConfigError, DataError, join_limited
 from loralab.tasks.catalog import Task
 from loralab.tasks.encode import IGNORED, Encoded, Example, answer, answer_ids, prompt_ids, stop_ids, written_answer
 from loralab.tasks.formats import Row
@@ -61,7 +61,7 @@ class Scores:
     split: str = ""
 
     def better(self, other: "Scores") -> bool:
-        """Tell whether these scores beat others by the main metric."""
+        """Return whether these scores beat others by the main metric."""
         ours, theirs = self.metrics[self.main], other.metrics[self.main]
         return ours < theirs if self.main == "loss" else ours > theirs
 
@@ -271,7 +271,7 @@ def _ranked(
     require_known(model, tokenizer, candidates[0])
     if len(set(candidates[0])) < len(task.labels):
         raise DataError(
-            f"{task.name}: the tokenizer writes some of the labels {some(task.labels)} with the "
+            f"{task.name}: the tokenizer writes some of the labels {join_limited(task.labels)} with the "
             "same tokens; rename them"
         )
     if all(own == candidates[0] and {len(ids) for ids in own} == {2} for own in candidates):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from loralab.errors import DataError, nearest, shown, some
+from loralab.errors import DataError, format_value, join_limited, nearest
 from loralab.tasks import catalog
 from loralab.tasks.catalog import Task, labels_of
 from loralab.tasks.formats import Row
@@ -132,7 +132,7 @@ def _in_terms_of(learnt: Learnt, table: Table, question: str) -> tuple[Table, st
     if classes < len(learnt.labels):
         notes.append(
             f"{table.source} shows {classes} of the adapter's {len(learnt.labels)} classes, and is "
-            f"scored against all of them: {some(learnt.labels)}"
+            f"scored against all of them: {join_limited(learnt.labels)}"
         )
     if learnt.format == table.format and learnt.instruction:
         usual = question or catalog.question_of(table.format, learnt.labels)
@@ -161,7 +161,7 @@ def _renamed(table: Table, labels: Sequence[str]) -> Table:
     if unknown := [one for one in _labels_in(table) if not {one, _plain(one)} & names.keys()]:
         raise DataError(
             f"{table.source} has labels that the adapter was not trained on: "
-            f"{some(map(shown, unknown))}; it tells apart {some(labels)}"
+            f"{join_limited(map(format_value, unknown))}; it tells apart {join_limited(labels)}"
             f"{nearest(unknown[0], labels)}",
             code="unknown_labels",
             field="tags" if table.format == "tokens-tags" else "label",

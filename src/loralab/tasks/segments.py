@@ -40,7 +40,7 @@ def samples(tokenizer: Any, chat: Chat) -> list[list[Segment]]:
 
 
 def _continues(every: Sequence[Turn]) -> bool:
-    """Tell whether each prompt begins with the one before it and its answer."""
+    """Return whether each prompt begins with the one before it and its answer."""
     return all(b.prompt.startswith(a.prompt + a.target.rstrip()) for a, b in pairwise(every))
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from loralab.errors import DataError, some
+from loralab.errors import DataError, join_limited
 from loralab.tasks.formats import MOST_COLUMNS, Numbered, clean, repeated
 
 DELIMITERS = {",": "a comma", ";": "a semicolon", "\t": "a tab"}
@@ -65,7 +65,7 @@ def _names(file: Path, line: int, header: list[str]) -> list[str]:
     names = [clean(name) or f"{UNNAMED}{place}" for place, name in enumerate(header)]
     if twice := repeated(names):
         raise DataError(
-            f"{file}, line {line}: the header names {some(twice)} twice", code="repeated_column", field=twice[0]
+            f"{file}, line {line}: the header names {join_limited(twice)} twice", code="repeated_column", field=twice[0]
         )
     if len(names) == 1 and "|" in names[0]:
         raise DataError(

@@ -121,7 +121,7 @@ class _Answer:
         return self._put_together("")
 
     def _is_held(self, target: str) -> bool:
-        """Tell whether a target holds the answer as it is, but for the space around thoughts."""
+        """Return whether a target holds the answer as it is, but for the space around thoughts."""
         shown, (lead, end) = self._shown(), _usual_frame(self.tokenizer)
         usual = target.startswith(lead) and target.endswith(end)
         if usual and target[len(lead) : len(target) - len(end)].strip() == self.text.strip():
@@ -318,7 +318,7 @@ def _thought_at_the_end(prompt: str) -> tuple[str, str, bool]:
 
 
 def _has_one_thought(before: str, answer: str) -> bool:
-    """Tell whether what a template writes before an answer leaves no thought open, and none is doubled.
+    """Return whether what a template writes before an answer leaves no thought open, and none is doubled.
 
     Both are tight.
     """

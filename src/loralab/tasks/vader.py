@@ -80,7 +80,7 @@ def _origins(data: bytes) -> list[Row]:
 
 
 def _agreement(spreads: dict[str, float]) -> list[Row]:
-    """Tell whether those who rated a text agree more than they do on the median text of its source."""
+    """Return whether those who rated a text agree more than they do on the median text of its source."""
     middle = statistics.median(spreads.values())
     return [{"text": text, "label": "agreed" if spread <= middle else "disputed"} for text, spread in spreads.items()]
 

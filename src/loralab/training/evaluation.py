@@ -12,7 +12,7 @@ from loralab.adapters import folder
 from loralab.adapters.folder import AdapterFolder
 from loralab.adapters.load import load as load_adapter
 from loralab.adapters.record import sound
-from loralab.errors import AdapterFileError, ConfigError, some
+from loralab.errors import AdapterFileError, ConfigError, join_limited
 from loralab.models import load as models
 from loralab.models.device import device_here, resolve_precision
 from loralab.models.given import Given, given, unchanged
@@ -114,7 +114,7 @@ def require_unpacked(own: Given, how: str, precision: str, *stored: AdapterFolde
         ConfigError: it would be packed, cast or get new tokens.
     """
     own.precision(precision)
-    wanted = {"quantize": how if how != "none" else "", "new_tokens": some(new_tokens(*stored))}
+    wanted = {"quantize": how if how != "none" else "", "new_tokens": join_limited(new_tokens(*stored))}
     for field, value in wanted.items():
         if value:
             raise ConfigError(

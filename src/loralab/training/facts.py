@@ -13,7 +13,7 @@ from typing import Any
 
 from loralab import atomic
 from loralab.adapters.fingerprint import fingerprint
-from loralab.errors import ConfigError, OutputError, shown, some
+from loralab.errors import ConfigError, OutputError, format_value, join_limited
 from loralab.models.identity import config_digest, template_of, tokenizer_digest
 from loralab.models.load import Base
 from loralab.tasks.catalog import Task
@@ -91,7 +91,7 @@ def require_equal(what: str, stored: BaseInfo, facts: BaseInfo) -> None:
     if different:
         changes = [f"{WORDS[name]} was {_brief(stored[name])}, now {_brief(facts[name])}" for name in different]
         raise ConfigError(
-            f"{what} that was begun with something else: {some(changes)}; bring that back, or "
+            f"{what} that was begun with something else: {join_limited(changes)}; bring that back, or "
             "begin anew in another folder",
             code="other_run",
             field=different[0],
@@ -107,7 +107,7 @@ def keep_facts(folder: Path, facts: BaseInfo) -> None:
 def _brief(value: Any) -> str:
     """A value as an error quotes it; long texts may differ where they are not shown."""
     if not isinstance(value, str) or len(value) <= LONG:
-        return shown(value)
+        return format_value(value)
     if HEX.fullmatch(value):
         return value[:16]
-    return f"{shown(value)} (digest {hashlib.sha256(value.encode()).hexdigest()[:8]})"
+    return f"{format_value(value)} (digest {hashlib.sha256(value.encode()).hexdigest()[:8]})"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from loralab.adapters.methods import AnyMethod
-from loralab.errors import ConfigError, LoralabError, nearest, some
+from loralab.errors import ConfigError, LoralabError, join_limited, nearest
 from loralab.training.settings import Training
 from loralab.values import read_toml
 
@@ -80,7 +80,7 @@ def require_names(names: Sequence[str], where: str = "") -> None:
             )
     folded = [name.casefold() for name in names]
     if twice := [name for name, own in zip(names, folded, strict=True) if folded.count(own) > 1]:
-        raise ConfigError(f"{where}names of jobs must differ, got {some(twice)}")
+        raise ConfigError(f"{where}names of jobs must differ, got {join_limited(twice)}")
 
 
 def of_job(name: str, error: LoralabError) -> LoralabError:

@@ -145,7 +145,7 @@ class Joint:
         return self.path.size([example for part in parts for example in part.examples])
 
     def _differ(self, parts: Sequence[Part]) -> bool:
-        """Tell whether an adapter would draw its dropout in another shape than alone."""
+        """Return whether an adapter would draw its dropout in another shape than alone."""
         return any(self._masks[p.key] for p in parts) and len({_widths(p) for p in parts}) > 1
 
     def _packed_losses(self, parts: Sequence[Part]) -> list[Tensor]:
@@ -315,7 +315,7 @@ def _widths(part: Part) -> tuple[int, int]:
 
 
 def _draws(adapter: Adapter) -> bool:
-    """Tell whether an adapter drops out numbers of its own, beside those of the base."""
+    """Return whether an adapter drops out numbers of its own, beside those of the base."""
     bases = {m for w in adapter.modules.values() for m in w.base.modules()}
     own = {m for w in adapter.modules.values() for m in w.modules()} - bases
     return any(isinstance(module, nn.Dropout) and module.p for module in own)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from loralab.adapters.adapter import Adapter
-from loralab.errors import AdapterStateError, LearningError, some
+from loralab.errors import AdapterStateError, LearningError, join_limited
 
 FIRST_LOOK, SECOND_LOOK = 1, 3  # steps after which gradients, and then weights, are checked
 # a random A has no gradient before B has moved; lambda can be pruned; a token's row waits for it
@@ -40,7 +40,7 @@ def require_trainable(adapter: Adapter, model: nn.Module, optimizer: torch.optim
     others = {id(p): name for name, p in model.named_parameters()}
     if outside := [name for name, p in named.items() if id(p) not in others]:
         raise AdapterStateError(
-            f"the trained model does not hold the adapter's {some(outside)}; give the trainer the "
+            f"the trained model does not hold the adapter's {join_limited(outside)}; give the trainer the "
             "model that the adapter is attached to, and no copy of it",
             code="other_model",
             field="model",
@@ -48,7 +48,7 @@ def require_trainable(adapter: Adapter, model: nn.Module, optimizer: torch.optim
     held = {id(p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
     if missing := [name for name, p in named.items() if id(p) not in held]:
         raise LearningError(
-            f"the optimizer does not hold the adapter's {some(missing)}; make it after attach, "
+            f"the optimizer does not hold the adapter's {join_limited(missing)}; make it after attach, "
             "from adapter.parameters()",
             code="optimizer_lacks",
             field="optimizer",
@@ -56,7 +56,7 @@ def require_trainable(adapter: Adapter, model: nn.Module, optimizer: torch.optim
     if extra := held - {id(p) for p in named.values()}:
         names = sorted(others.get(number, "a tensor outside the model") for number in extra)
         raise LearningError(
-            f"the optimizer also holds {some(names)}, which no adapter folder would hold; freeze "
+            f"the optimizer also holds {join_limited(names)}, which no adapter folder would hold; freeze "
             "it, or name its module in modules_to_save",
             code="optimizer_holds_more",
             field="optimizer",
@@ -73,7 +73,9 @@ def require_gradients(adapter: Adapter) -> None:
     without = [name for name, parameter in named.items() if parameter.grad is None]
     if without and not _may_miss(adapter, without):
         raise LearningError(
-            f"no gradient reaches {some(without)}; nothing would be learnt there", code="no_gradient", field=without[0]
+            f"no gradient reaches {join_limited(without)}; nothing would be learnt there",
+            code="no_gradient",
+            field=without[0],
         )
 
 
@@ -82,7 +84,7 @@ def not_finite(adapter: Adapter, step: int) -> LearningError:
     named = adapter.named_parameters()
     bad = [n for n, p in named.items() if p.grad is not None and not finite(p.grad)]
     return LearningError(
-        f"step {step}: the gradient is not finite in {some(bad) or 'its norm'}; "
+        f"step {step}: the gradient is not finite in {join_limited(bad) or 'its norm'}; "
         "lower the learning rate or use --precision fp32",
         code="gradient_not_finite",
         field=bad[0] if bad else None,
@@ -107,7 +109,7 @@ def require_moved(adapter: Adapter, started: Mapping[str, Tensor]) -> None:
     ]
     if still and not _may_miss(adapter, still):
         raise LearningError(
-            f"after {SECOND_LOOK} steps these have not moved: {some(still)}", code="not_moved", field=still[0]
+            f"after {SECOND_LOOK} steps these have not moved: {join_limited(still)}", code="not_moved", field=still[0]
         )
 
 
@@ -117,7 +119,7 @@ def trained(adapter: Adapter) -> dict[str, nn.Parameter]:
 
 
 def finite(tensor: Tensor) -> bool:
-    """Tell whether all numbers are finite."""
+    """Return whether all numbers are finite."""
     return bool(tensor.isfinite().all())
 
 

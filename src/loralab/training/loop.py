@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from loralab.adapters.adapter import Adapter
-from loralab.errors import LearningError, some
+from loralab.errors import LearningError, join_limited
 from loralab.tasks.batches import Batches
 from loralab.tasks.encode import IGNORED, Example
 from loralab.tasks.forward import answer_loss
@@ -69,7 +69,7 @@ class Steps:
 
     @property
     def over(self) -> bool:
-        """Tell whether there is no next step."""
+        """Return whether there is no next step."""
         return self.progress.step >= self.job.steps or self.progress.stopped_early
 
     def shares(self) -> list[list[list[Example]]]:
@@ -249,7 +249,7 @@ def _evaluate(job: Job, progress: Progress, record: Record) -> tuple[Progress, b
 
 
 def is_better(main: str, new: Mapping[str, float], old: Mapping[str, float]) -> bool:
-    """Tell whether new scores beat old ones: by the main metric, and by the loss where that ties."""
+    """Return whether new scores beat old ones: by the main metric, and by the loss where that ties."""
     if main != "loss" and new[main] != old[main]:
         return new[main] > old[main]
     return new["loss"] < old["loss"]
@@ -290,7 +290,7 @@ def _blame_forward(job: Job, parts: Sequence[Sequence[Example]], number: int) ->
     for hook in hooks:
         hook.remove()
     where = found[0] if found else "the loss"
-    weights = f" (weights not finite: {some(bad)})" if bad else ""
+    weights = f" (weights not finite: {join_limited(bad)})" if bad else ""
     return (
         f"step {number + 1}: the loss is not finite; the first output that is not: {where}{weights}"
         "; lower the learning rate or use --precision fp32; the last good checkpoint is kept"

@@ -17,7 +17,7 @@ from loralab.adapters.attach import put_into
 from loralab.adapters.methods import AnyMethod
 from loralab.adapters.paths import ends_with, inside
 from loralab.adapters.targets import HEADS
-from loralab.errors import ConfigError, OutputError, some
+from loralab.errors import ConfigError, OutputError, join_limited
 from loralab.models import load as models
 from loralab.models.device import device_here, resolve_precision
 from loralab.models.load import Base
@@ -246,7 +246,7 @@ def with_head(method: AnyMethod, base: Base) -> AnyMethod:
 
 
 def _is_alone(name: str, model: nn.Module, heads: Sequence[str]) -> bool:
-    """Tell whether a new module is no head already, and its name means no other (as in peft)."""
+    """Return whether a new module is no head already, and its name means no other (as in peft)."""
     paths = [path for path, _ in model.named_modules() if ends_with(path, name)]
     return paths == [name] and not inside(name, heads)
 
@@ -256,7 +256,7 @@ def _require_rows_to_occur(adapter: Adapter, encoded: Encoded) -> None:
     rows = set(getattr(adapter.config, "token_rows", ()))
     seen = rows & {number for example in encoded.examples for number in example.input_ids}
     if missing := sorted(rows - seen):
-        raise ConfigError(f"token_rows {some(map(str, missing))}: no training row has these tokens")
+        raise ConfigError(f"token_rows {join_limited(map(str, missing))}: no training row has these tokens")
 
 
 def require_place(folder: Path, request: Request, *, resume: bool) -> Request:
@@ -287,7 +287,9 @@ def require_place(folder: Path, request: Request, *, resume: bool) -> Request:
     if different:
         changes = [f"{k} was {stored.get(k)!r}, now {asked.get(k)!r}" for k in different]
         raise ConfigError(
-            f"{folder} holds a run with other settings: {some(changes)}", code="other_settings", field=different[0]
+            f"{folder} holds a run with other settings: {join_limited(changes)}",
+            code="other_settings",
+            field=different[0],
         )
     return request
 

@@ -58,7 +58,7 @@ class OneBase:
         return self._encoded[key]
 
     def holds(self, adapter: Adapter) -> bool:
-        """Tell whether the model of an adapter stands on these weights, but for what it replaces."""
+        """Return whether the model of an adapter stands on these weights, but for what it replaces."""
         if self.bare is None:
             return False
         ours = _tensors(self.bare.model)
@@ -68,7 +68,7 @@ class OneBase:
 
 
 def mixes_rows(model: nn.Module) -> bool:
-    """Tell whether a batch's rows change each other's outputs, and the model's own statistics."""
+    """Return whether a batch's rows change each other's outputs, and the model's own statistics."""
     return any(isinstance(module, _BatchNorm) for module in model.modules())
 
 

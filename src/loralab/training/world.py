@@ -37,7 +37,7 @@ class World:
 
     @property
     def first(self) -> bool:
-        """Tell whether this process is the one that writes and speaks."""
+        """Return whether this process is the one that writes and speaks."""
         return self.rank == 0
 
     def share(self, parts: Sequence[T], rank: int) -> list[T]:

@@ -122,7 +122,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, packing: Packing, scale: float, angl
 
 
 def _in_one_pass(q: Tensor, k: Tensor, v: Tensor, angles: Angles | None) -> bool:
-    """Tell whether native/attention.c can do it; values may be narrower than keys in some models."""
+    """Return whether native/attention.c can do it; values may be narrower than keys in some models."""
     native = kernels_for(q)
     if native is None or not native.dots:
         return False

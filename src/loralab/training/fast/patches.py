@@ -134,7 +134,7 @@ def _attention_forward(
 
 @torch.no_grad()
 def _agrees(module: Any, forward: Forward) -> bool:
-    """Tell whether a forward gives what the module's own gives, on noise of two sizes."""
+    """Return whether a forward gives what the module's own gives, on noise of two sizes."""
     frozen = (p for p in module.parameters() if not p.requires_grad and p.is_floating_point())
     weight = next(frozen, None)
     if weight is None or weight.is_meta:

@@ -65,7 +65,7 @@ class Path:
 
     @property
     def meets(self) -> bool:
-        """Tell whether the rows of a pass are compared with each other, those of all processes."""
+        """Return whether the rows of a pass are compared with each other, those of all processes."""
         return self.kind == "sentence-encoder"
 
     def parts(self, examples: Sequence[Example]) -> list[list[Example]]:

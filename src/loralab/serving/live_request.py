@@ -1,4 +1,4 @@
-"""Requests on their way: what the engine does with the logits of their rows."""
+"""Live requests: they take the logits of their sequences and produce the answers."""
 
 import time
 from collections.abc import Sequence
@@ -13,16 +13,16 @@ from loralab.errors import LoralabError, RunError
 from loralab.serving.detokenize import IncrementalDetokenizer, TokenBytes
 from loralab.serving.request import CANCELLED, LENGTH, STOP, Answer, Delta, Finished, Ranked, Sampling, TokenLogprob
 from loralab.serving.sampling import SamplerState, likeliest
-from loralab.serving.scheduler import Row, Work
-from loralab.serving.text import Writing
+from loralab.serving.scheduler import Chunk, TokenSequence
+from loralab.serving.stop_strings import StopStringFilter
 
 Judged = tuple[float | None, Sequence[tuple[int, float]]]
 """The log-probability of a token, and the likeliest in its place with theirs."""
 
 
 @dataclass(eq=False, kw_only=True)
-class _Common:
-    """What every request has between its arrival and its end.
+class _Request:
+    """State of every request between its arrival and its end.
 
     Attributes:
         adapter: the name that was asked for; `digest` what it stood for then.
@@ -35,7 +35,7 @@ class _Common:
 
     adapter: str | None
     digest: str | None
-    rows: list[Row] = field(default_factory=list)
+    sequences: list[TokenSequence] = field(default_factory=list)
     held: Any = None
     cancelled: bool = False
     error: str = ""
@@ -46,13 +46,13 @@ class _Common:
     finished: Finished | None = None
 
     @property
-    def front(self) -> Tensor | None:
+    def prefix_kv(self) -> Tensor | None:
         """The keys and values of a prefix, if the adapter has one."""
-        return None if self.held is None else self.held.value.front
+        return None if self.held is None else self.held.value.prefix_kv
 
 
 @dataclass(eq=False, kw_only=True)
-class Generation(_Common):
+class Generation(_Request):
     """A text that is written token by token."""
 
     prompt: tuple[int, ...]
@@ -60,7 +60,7 @@ class Generation(_Common):
     stops: frozenset[int]
     tokens: TokenBytes
     answer: Answer
-    writing: Writing = field(init=False)
+    writing: StopStringFilter = field(init=False)
     detokenizer: IncrementalDetokenizer = field(init=False)
     draws: SamplerState = field(init=False)
     _judged: dict[int, Judged] = field(default_factory=dict)  # tokens of the prompt, by place
@@ -71,28 +71,28 @@ class Generation(_Common):
     _count: int = 0
 
     def __post_init__(self) -> None:
-        self.writing = Writing(self.sampling.stop)
+        self.writing = StopStringFilter(self.sampling.stop)
         before = self.prompt if self.sampling.continues and not self.sampling.echo else ()
         self.detokenizer = IncrementalDetokenizer(self.tokens, before)
         self.draws = SamplerState(self.sampling)
 
     @property
     def gone(self) -> bool:
-        """Tell whether nobody waits for it any more."""
+        """Return whether nobody waits for it any more."""
         return self.cancelled
 
-    def read(self, row: Row, work: Work, logits: Tensor) -> bool:
-        """Some work is done, with the logits that it asked for; whether a next token is due."""
-        if row.scored is not None:
-            self._judge(row.scored - 1, work, logits)
-        if row.left:
+    def read(self, sequence: TokenSequence, chunk: Chunk, logits: Tensor) -> bool:
+        """Take the logits of a computed chunk; return whether a next token is due."""
+        if sequence.scored is not None:
+            self._judge(sequence.scored - 1, chunk, logits)
+        if sequence.left:
             return False
         if self._begun is None:
-            self._begin(row)
+            self._begin(sequence)
         return self.finished is None
 
-    def accept(self, row: Row, logits: Tensor, token: int) -> bool:
-        """One more token; whether it was the last."""
+    def accept(self, sequence: TokenSequence, logits: Tensor, token: int) -> bool:
+        """Return one more token; whether it was the last."""
         self.first = self.first or time.perf_counter()
         self._count += 1
         if token in self.stops and not self.sampling.ignore_eos:
@@ -100,7 +100,7 @@ class Generation(_Common):
                 self._written(token, logits)
             self.end(STOP)
             return True
-        row.tokens.append(token)
+        sequence.tokens.append(token)
         self._untold.append(token)
         self._certain += self.writing.add(self._written(token, logits))
         # whoever is told of tokens gets the parts of a character together
@@ -123,26 +123,26 @@ class Generation(_Common):
             self._tell(final=True)
         if self.writing.stopped and reason == LENGTH:  # the rest held a stop text
             reason = STOP
-        front = 0 if self.front is None else self.front.shape[3]
-        cached = max((row.cached for row in self.rows), default=0)
+        prefix_tokens = 0 if self.prefix_kv is None else self.prefix_kv.shape[3]
+        cached = max((sequence.cached for sequence in self.sequences), default=0)
         self.finished = Finished(
             reason=reason,
             prompt_tokens=len(self.prompt),
             completion_tokens=self._count,
-            cached_tokens=max(0, min(cached - front, len(self.prompt))),
+            cached_tokens=max(0, min(cached - prefix_tokens, len(self.prompt))),
             error=error,
         )
         self.answer.tell(self.finished)
 
-    def _judge(self, front: int, work: Work, logits: Tensor) -> None:
+    def _judge(self, prefix_tokens: int, chunk: Chunk, logits: Tensor) -> None:
         """Note the log-probabilities of the prompt's tokens."""
-        for place, own in zip(work.asked, logits.cpu(), strict=True):
-            if (number := place + 1 - front) < len(self.prompt):
+        for position, own in zip(chunk.logit_positions, logits.cpu(), strict=True):
+            if (number := position + 1 - prefix_tokens) < len(self.prompt):
                 self._judged[number] = likeliest(own, self.prompt[number], self.sampling.logprobs or 0)
 
-    def _begin(self, row: Row) -> None:
+    def _begin(self, sequence: TokenSequence) -> None:
         """The prompt is read: tell it, if it is to be echoed, as its tokens write it."""
-        row.scored = None
+        sequence.scored = None
         if self.sampling.echo:
             explained = self.sampling.logprobs is not None
             texts = [
@@ -161,12 +161,12 @@ class Generation(_Common):
             self.end(LENGTH)
 
     def _written(self, token: int, logits: Tensor) -> str:
-        """The text that a token of the answer adds; explained, if that was asked for."""
+        """Return the text that a token of the answer adds; explained, if that was asked for."""
         count = self.sampling.logprobs
         return self._spelt(token, None if count is None else likeliest(logits, token, count))
 
     def _spelt(self, token: int, judged: Judged | None, *, special: bool = False) -> str:
-        """The text that a token adds; what is known of its probability is kept."""
+        """Return the text that a token adds; what is known of its probability is kept."""
         if judged is None:
             return self.detokenizer.add(token, special=special)[1]
         (logprob, pairs), offset = judged, self.detokenizer.length
@@ -189,7 +189,7 @@ class Generation(_Common):
 
 
 @dataclass(eq=False, kw_only=True)
-class _Classes(_Common):
+class _Classes(_Request):
     """Inputs that are put into classes; whoever waits has a future of their rankings."""
 
     labels: Sequence[str]
@@ -197,7 +197,7 @@ class _Classes(_Common):
 
     @property
     def gone(self) -> bool:
-        """Tell whether nobody waits for it any more."""
+        """Return whether nobody waits for it any more."""
         return self.cancelled or self.future.cancelled()
 
     def _give(self, ranked: Sequence[Ranked], tokens: int) -> None:
@@ -211,7 +211,7 @@ class _Classes(_Common):
         if reason == CANCELLED:
             self.future.cancel()
         elif not self.future.done():
-            self.future.set_exception(RunError(error))
+            self.future.set_exception(RunError(error, code="engine_error"))
 
 
 @dataclass(eq=False, kw_only=True)
@@ -227,37 +227,37 @@ class LabelScoring(_Classes):
         firsts: the labels' tokens, where each has a single one; else empty.
     """
 
-    asked: Sequence[int]
+    prompt_tokens: Sequence[int]
     firsts: Sequence[int]
     sums: dict[int, list[float]] = field(default_factory=dict)
     read: int = 0
 
-    def take(self, row: Row, work: Work, logits: Tensor) -> bool:
+    def take(self, sequence: TokenSequence, chunk: Chunk, logits: Tensor) -> bool:
         """Note the log-probabilities that this work tells; whether the row has ended."""
         chances = logits.double().log_softmax(dim=-1)
-        own = self.sums.setdefault(row.number, [0.0])
+        own = self.sums.setdefault(sequence.number, [0.0])
         if len(chances) and self.firsts:
-            self.sums[row.number] = chances[-1, list(self.firsts)].tolist()
+            self.sums[sequence.number] = chances[-1, list(self.firsts)].tolist()
         elif len(chances):
-            following = [row.tokens[i + 1] for i in work.asked]
-            if work.asked.start == row.asked:  # it may have begun anew
+            following = [sequence.tokens[i + 1] for i in chunk.logit_positions]
+            if chunk.logit_positions.start == sequence.first_logit_position:  # it may have begun anew
                 own[0] = 0.0
             own[0] += float(chances[torch.arange(len(following)), following].sum())
-        return row.left == 0
+        return sequence.left == 0
 
     def accept(self) -> bool:
-        """A row has ended and was read; whether it was the last."""
+        """Count a finished sequence; return whether it was the last."""
         self.read += 1
-        if self.read == len(self.rows):
-            self._give(self._ranked(), sum(self.asked))
+        if self.read == len(self.sequences):
+            self._give(self._ranked(), sum(self.prompt_tokens))
         return self.finished is not None
 
     def _ranked(self) -> list[Ranked]:
         found, size = [], 1 if self.firsts else len(self.labels)
-        for number, tokens in enumerate(self.asked):
-            rows = self.rows[number * size : (number + 1) * size]
-            scores = torch.tensor([score for row in rows for score in self.sums[row.number]])
-            found.append(ranking(self.labels, scores.softmax(dim=0).tolist(), tokens))
+        for number, tokens in enumerate(self.prompt_tokens):
+            sequences = self.sequences[number * size : (number + 1) * size]
+            scores = torch.tensor([score for sequence in sequences for score in self.sums[sequence.number]])
+            found.append(rank_labels(self.labels, scores.softmax(dim=0).tolist(), tokens))
         return found
 
 
@@ -270,28 +270,28 @@ class EncoderRequest(_Classes):
     found: dict[int, Ranked] = field(default_factory=dict)
 
     def accept(self, number: int, logits: Tensor) -> bool:
-        """The logits of one input, (classes,); whether it was the last."""
+        """Return the logits of one input, (classes,); whether it was the last."""
         self.first = self.first or time.perf_counter()
         own = logits[: len(self.labels)].double().softmax(dim=0).tolist()
         tokens = len(self.examples[number].input_ids)
-        self.found[number] = ranking(self.labels, own, tokens)
+        self.found[number] = rank_labels(self.labels, own, tokens)
         if len(self.found) == len(self.examples):
             ranked = [self.found[n] for n in range(len(self.examples))]
             self._give(ranked, sum(one.tokens for one in ranked))
         return self.finished is not None
 
 
-LoadedAdapter = Generation | LabelScoring | EncoderRequest
+LiveRequest = Generation | LabelScoring | EncoderRequest
 
 
-def ranking(labels: Sequence[str], chances: Sequence[float], tokens: int) -> Ranked:
+def rank_labels(labels: Sequence[str], chances: Sequence[float], tokens: int) -> Ranked:
     """Labels with their probabilities, the likeliest first."""
     pairs = sorted(zip(labels, chances, strict=True), key=lambda pair: -pair[1])
     return Ranked(label=pairs[0][0], probabilities=dict(pairs), tokens=tokens)
 
 
-def error_of(error: BaseException) -> str:
-    """What whoever asked is told of an error."""
+def message_of(error: BaseException) -> str:
+    """Return the message of an error for the client."""
     if isinstance(error, LoralabError):
         return str(error)
     return f"the request failed inside the engine: {type(error).__name__}: {error}"

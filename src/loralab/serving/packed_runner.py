@@ -1,4 +1,4 @@
-"""Models of transformers whose attention can be replaced: all tokens of a step in one row.
+"""Runner for transformers models with replaceable attention: all tokens of a step in one row.
 
 The model's own modules run on (1, N) tokens of many requests. Only attention knows of requests: it
 puts keys and values into their blocks, and lets every token see what its request has there. The
@@ -20,11 +20,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from loralab.adapters.adapter import Adapter
 from loralab.adapters.grouped import Bank, spans_of
 from loralab.adapters.prefix import window_of
-from loralab.serving.blocks import SIZE
-from loralab.serving.passes import ForwardBatch, KVCache
+from loralab.serving.blocks import BLOCK_SIZE
+from loralab.serving.kv_cache import ForwardBatch, KVCache
 
 NAME = "loralab-serving"  # of our attention in transformers' table
-UNKNOWN = ("softcap", "s_aux", "position_bias", "head_mask")
+UNSUPPORTED_ARGUMENTS = ("softcap", "s_aux", "position_bias", "head_mask")
 
 
 class PackedRunner:
@@ -44,13 +44,13 @@ class PackedRunner:
         """Let go of an adapter."""
         self._bank.drop(key)
 
-    def write(self, request: Hashable, table: Sequence[int], places: Sequence[int], front: Tensor) -> None:
+    def write(self, request: Hashable, table: Sequence[int], places: Sequence[int], prefix_kv: Tensor) -> None:
         """Put some of a prefix's keys and values into the cache."""
-        self._pool.write(request, table, places, front)
+        self._pool.write(request, table, places, prefix_kv)
 
     @torch.no_grad()
     def logits(self, step: ForwardBatch) -> Tensor:
-        """What the model says to the tokens that are asked, (m, V) in fp32."""
+        """Return the logits at the requested positions, (m, V) in fp32."""
         device = self._pool.keys.device
         ids, places = (torch.tensor([own], device=device) for own in (step.ids, step.places))
         options = {"position_ids": places} if self._places else {}
@@ -63,14 +63,14 @@ class PackedRunner:
                     input_ids=ids,
                     attention_mask=ids.new_zeros(1, 1, 1, 1),
                     use_cache=False,
-                    cached=Cached(step, self._pool),
+                    cached=CacheSlots(step, self._pool),
                     **options,
                 ).last_hidden_state
-            if not step.asked:
+            if not step.logit_positions:
                 return states.new_empty(0, 0)
             keys = [span.key for span in step.spans for _ in range(span.stop - span.start)]
-            with self._bank.routed(spans_of([keys[i] for i in step.asked])):
-                own = states[:, list(step.asked)]
+            with self._bank.routed(spans_of([keys[i] for i in step.logit_positions])):
+                own = states[:, list(step.logit_positions)]
                 return self._model.get_output_embeddings()(own)[0].float()
         finally:
             config._attn_implementation = before
@@ -85,15 +85,15 @@ class _Group:
     places: Tensor  # (B, Q)
 
 
-class Cached:
+class CacheSlots:
     """Where the tokens of a pass find and put keys and values."""
 
     def __init__(self, step: ForwardBatch, pool: KVCache) -> None:
         self.pool = pool
         device = pool.keys.device
-        blocks = [step.tables[r][p // SIZE] for r, p in zip(step.rows, step.places, strict=True)]
+        blocks = [step.tables[r][p // BLOCK_SIZE] for r, p in zip(step.rows, step.places, strict=True)]
         self.block = torch.tensor(blocks, device=device)
-        self.slot = torch.tensor([p % SIZE for p in step.places], device=device)
+        self.slot = torch.tensor([p % BLOCK_SIZE for p in step.places], device=device)
         own: dict[int, list[int]] = {}
         for token, row in enumerate(step.rows):
             own.setdefault(row, []).append(token)
@@ -134,15 +134,15 @@ def attend(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    cached: Cached | None = None,
+    cached: CacheSlots | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers' attention modules call: query (1, H, N, D) -> (1, N, H, D).
+    """Attention function for transformers: query (1, H, N, D) -> (1, N, H, D).
 
     Raises:
         NotImplementedError: the model asks for what is not known here, or passes nothing on.
     """
-    asked = [name for name in UNKNOWN if options.get(name) is not None]
+    asked = [name for name in UNSUPPORTED_ARGUMENTS if options.get(name) is not None]
     if cached is None or asked or query.shape[2] != key.shape[2] or options.get("dropout"):
         raise NotImplementedError(f"attention with {asked or 'a cache or a way of its own'}")
     scale = options.get("scaling") or query.shape[-1] ** -0.5
@@ -157,7 +157,7 @@ def _group(step: ForwardBatch, rows: dict[int, list[int]], device: torch.device)
     """Requests with equally many tokens; tables are filled up to the longest."""
     tokens = torch.tensor(list(rows.values()), device=device)
     longest = 1 + max(step.places[own[-1]] for own in rows.values())
-    width = -(-longest // SIZE)
+    width = -(-longest // BLOCK_SIZE)
     tables = [list(step.tables[row][:width]) for row in rows]
     tables = [[*table, *[table[0]] * (width - len(table))] for table in tables]
     places = torch.tensor(step.places, device=device)[tokens]

@@ -1,4 +1,4 @@
-"""One pass of a model over tokens of many requests: what goes in, and where keys and values lie."""
+"""Input of one forward pass over many requests, and the cache of keys and values."""
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from loralab.adapters.grouped import Span
-from loralab.serving.blocks import SIZE
+from loralab.serving.blocks import BLOCK_SIZE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class ForwardBatch:
     rows: Sequence[int]
     tables: Sequence[Sequence[int]]
     spans: Sequence[Span]
-    asked: Sequence[int]
+    logit_positions: Sequence[int]
 
 
 class KVCache:
@@ -40,16 +40,16 @@ class KVCache:
     def __init__(self, model: nn.Module, blocks: int) -> None:
         first = next(p for p in model.parameters() if p.is_floating_point())
         layers, groups, width = cache_shape(model)
-        shape = (layers, blocks, SIZE, groups, width)
+        shape = (layers, blocks, BLOCK_SIZE, groups, width)
         # not cleared: pages that no request has used yet take no memory
         self.keys = torch.empty(shape, dtype=first.dtype, device=first.device)
         self.values = torch.empty(shape, dtype=first.dtype, device=first.device)
 
-    def write(self, request: Hashable, table: Sequence[int], places: Sequence[int], front: Tensor) -> None:
+    def write(self, request: Hashable, table: Sequence[int], places: Sequence[int], prefix_kv: Tensor) -> None:
         """Put some of a prefix's keys and values (L, 2, H, P, D) into their places."""
-        block = torch.tensor([table[place // SIZE] for place in places])
-        slot = torch.tensor([place % SIZE for place in places])
-        own = front[:, :, :, list(places)].to(self.keys)  # (L, 2, H, places, D)
+        block = torch.tensor([table[place // BLOCK_SIZE] for place in places])
+        slot = torch.tensor([place % BLOCK_SIZE for place in places])
+        own = prefix_kv[:, :, :, list(places)].to(self.keys)  # (L, 2, H, places, D)
         self.keys[:, block, slot] = own[:, 0].transpose(1, 2)
         self.values[:, block, slot] = own[:, 1].transpose(1, 2)
 
@@ -63,7 +63,7 @@ def cache_shape(model: Any) -> tuple[int, int, int]:
 
 
 def block_bytes(model: nn.Module) -> int:
-    """What the keys and values of one block take."""
+    """Return the bytes that the keys and values of one block take."""
     layers, groups, width = cache_shape(model)
     first = next(p for p in model.parameters() if p.is_floating_point())
-    return 2 * layers * SIZE * groups * width * first.element_size()
+    return 2 * layers * BLOCK_SIZE * groups * width * first.element_size()

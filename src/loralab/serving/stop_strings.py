@@ -1,9 +1,9 @@
-"""A text as it comes: nothing is told that a stop text could still take back."""
+"""Cut an answer at its stop strings; nothing is sent that a stop string could still take back."""
 
 from collections.abc import Sequence
 
 
-class Writing:
+class StopStringFilter:
     """The text of one answer.
 
     Args:
@@ -21,12 +21,12 @@ class Writing:
         self.stopped = False
 
     def add(self, text: str) -> str:
-        """The text that is certain now and was not told yet."""
+        """Return the text that is certain now and was not told yet."""
         self._text += text
         return self._certain(final=False)
 
     def end(self, text: str) -> str:
-        """What is left to tell with the last of the text."""
+        """Return the rest of the text once it is complete."""
         self._text += text
         return self._certain(final=True)
 
@@ -45,6 +45,6 @@ class Writing:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """How much of the end of a text could be the beginning of a stop text."""
+    """Return how many characters at the end of a text could begin a stop string."""
     most = min(len(text), len(stop) - 1)
     return next((n for n in range(most, 0, -1) if text.endswith(stop[:n])), 0)

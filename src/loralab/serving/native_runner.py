@@ -1,7 +1,7 @@
 """Llama-shaped models in bfloat16 on the processor: a whole step in one call of native/serve.c.
 
 The weights stay where torch has them. LoRA of any rank, DoRA and (IA)3 on the seven projections
-are part of the step; requests of other adapters go through serving/packed.py.
+are part of the step; requests of other adapters go through serving/packed_runner.py.
 """
 
 import ctypes
@@ -15,7 +15,7 @@ from loralab.adapters.adapter import Adapter
 from loralab.adapters.ia3 import LinearWithIA3
 from loralab.adapters.linear import LinearWithLoRA
 from loralab.native.library import kernels_for
-from loralab.serving.passes import ForwardBatch, KVCache
+from loralab.serving.kv_cache import ForwardBatch, KVCache
 
 PROJECTIONS = (
     "self_attn.q_proj",
@@ -82,7 +82,7 @@ class NativeRunner:
 
     def put(self, key: Hashable, adapter: Adapter) -> bool:
         """Take an adapter in; False if it has something that this way does not know."""
-        if not takes(adapter):
+        if not supports_adapter(adapter):
             return False
         table = (_Update * (self._structure.layers * len(PROJECTIONS)))()
         kept: list[Tensor] = []
@@ -102,7 +102,7 @@ class NativeRunner:
 
     @torch.no_grad()
     def logits(self, step: ForwardBatch) -> Tensor:
-        """What the model says to the tokens that are asked, (m, V) in fp32."""
+        """Return the logits at the requested positions, (m, V) in fp32."""
         inner, n = self._model.model, len(step.ids)
         x = inner.embed_tokens(torch.tensor(step.ids))
         place = torch.tensor(step.places)
@@ -112,7 +112,7 @@ class NativeRunner:
         keys = list(dict.fromkeys(s.key for s in step.spans if s.key in self._adapters))
         number = {key: i for i, key in enumerate(keys)}
         spans = [(s.start, s.stop, number.get(s.key, -1)) for s in step.spans]
-        out = torch.empty(len(step.asked), self._structure.vocabulary)
+        out = torch.empty(len(step.logit_positions), self._structure.vocabulary)
         tensors: Mapping[str, Tensor] = {
             "x": x,
             "cos": cos,
@@ -122,14 +122,14 @@ class NativeRunner:
             "request": torch.tensor(step.rows).int(),
             "span": torch.tensor(spans),
             "adapters": torch.tensor([ctypes.addressof(self._adapters[key][0]) for key in keys]),
-            "asked": torch.tensor(step.asked),
+            "asked": torch.tensor(step.logit_positions),
             "logits": out,
         }
         batch = _Batch(
             n=n,
             spans=len(spans),
             width=width,
-            m=len(step.asked),
+            m=len(step.logit_positions),
             **{name: tensor.data_ptr() for name, tensor in tensors.items()},
         )
         native = kernels_for(x)
@@ -138,7 +138,7 @@ class NativeRunner:
         return out
 
 
-def suits(model: Any) -> str:
+def unsupported_reason(model: Any) -> str:
     """Why a model cannot be compiled; empty if it looks as if it could."""
     native = kernels_for(next(model.parameters()))
     if native is None or not native.dots:
@@ -149,7 +149,7 @@ def suits(model: Any) -> str:
 
 
 def _unusual(model: Any) -> Iterator[str]:
-    """What in a Llama-like model the compiled step does not know."""
+    """Yield the features of a Llama-like model that the native step does not support."""
     config, layer = model.config, model.model.layers[0]
     kinds = getattr(config, "layer_types", None) or []
     window = getattr(config, "sliding_window", None)
@@ -168,8 +168,8 @@ def _unusual(model: Any) -> Iterator[str]:
         yield f"its sizes {sizes} are uneven"
 
 
-def takes(adapter: Adapter) -> bool:
-    """Tell whether all that an adapter changes is among what the compiled step knows."""
+def supports_adapter(adapter: Adapter) -> bool:
+    """Return whether all that an adapter changes is among what the compiled step knows."""
     return not adapter.saved and all(_known(p, m) for p, m in adapter.modules.items())
 
 
@@ -192,7 +192,7 @@ def _layer_and_name(path: str) -> Any:
 
 @torch.no_grad()
 def _updates_of(modules: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """What serve.c reads of each module; all that have one shape are made at once."""
+    """Yield the tensors that serve.c reads of each module; those of one shape are made at once."""
     alike: dict[tuple[int, ...], list[tuple[str, Tensor, Tensor, float]]] = {}
     for path, module in modules.items():
         if isinstance(module, LinearWithIA3):
@@ -221,7 +221,7 @@ def _pairs(B: Tensor) -> Tensor:
 
 
 def _addresses(layer: Any) -> list[int]:
-    """The weights of a layer in the order of serve.c; 0 is none."""
+    """Return the weights of a layer in the order of serve.c; 0 is none."""
     own, mlp = layer.self_attn, layer.mlp
     q, k, v = own.q_proj, own.k_proj, own.v_proj
     tensors = (

@@ -1,4 +1,4 @@
-"""Models whose attention cannot be replaced: each request through the model's own cache."""
+"""Runner for models whose attention cannot be replaced: each request through the model's own cache."""
 
 from collections.abc import Hashable, Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from transformers import DynamicCache
 
 from loralab.adapters.adapter import Adapter
 from loralab.adapters.grouped import Bank, Span
-from loralab.serving.passes import ForwardBatch
+from loralab.serving.kv_cache import ForwardBatch
 
 
 class SequentialRunner:
@@ -31,15 +31,15 @@ class SequentialRunner:
         """A request has ended, or begins anew."""
         self._caches.pop(request, None)
 
-    def write(self, request: Hashable, table: Sequence[int], places: Sequence[int], front: Tensor) -> None:
+    def write(self, request: Hashable, table: Sequence[int], places: Sequence[int], prefix_kv: Tensor) -> None:
         """Put some of a prefix's keys and values (L, 2, H, P, D) into a request's cache."""
         cache = self._cache(request, places[0])
-        for layer, own in enumerate(front[:, :, :, list(places)]):
+        for layer, own in enumerate(prefix_kv[:, :, :, list(places)]):
             cache.update(own[:1], own[1:], layer)
 
     @torch.no_grad()
     def logits(self, step: ForwardBatch) -> Tensor:
-        """What the model says to the tokens that are asked, (m, V) in fp32."""
+        """Return the logits at the requested positions, (m, V) in fp32."""
         device = next(self._model.parameters()).device
         keys = [span.key for span in step.spans for _ in range(span.stop - span.start)]
         found: dict[int, Tensor] = {}
@@ -50,12 +50,12 @@ class SequentialRunner:
             with self._bank.routed([Span(keys[own[0]], 0, len(own))]):
                 out = self._model(input_ids=ids, past_key_values=cache, use_cache=True).logits[0]
             found |= {token: out[i] for i, token in enumerate(own)}
-        if not step.asked:  # the first pieces of a long prompt
+        if not step.logit_positions:  # the first pieces of a long prompt
             return torch.empty(0, 0)
-        return torch.stack([found[token] for token in step.asked]).float()
+        return torch.stack([found[token] for token in step.logit_positions]).float()
 
     def _cache(self, request: Hashable, place: int) -> Any:
-        """The cache of a request that has so many places filled."""
+        """Return the cache of a request that has so many places filled."""
         if place == 0:
             self._caches[request] = DynamicCache()
         return self._caches[request]

@@ -7,9 +7,9 @@ from serving.vocabularies import byte_level
 from torch import nn
 
 from loralab.models.load import Base
-from loralab.serving.asking import RequestBuilder
-from loralab.serving.entries import AdapterInfo
+from loralab.serving.adapter_info import AdapterInfo
 from loralab.serving.request import Sampling
+from loralab.serving.request_builder import RequestBuilder
 
 
 def test_without_a_template_a_prompt_ends_in_white_space_as_in_training() -> None:
@@ -27,13 +27,13 @@ def test_without_a_template_a_prompt_ends_in_white_space_as_in_training() -> Non
         metrics={},
         base=None,
         kind=None,
-        front=0,
+        prefix_tokens=0,
         loaded=False,
         pinned=False,
         path=Path(),
         form="prompt-completion",
     )
-    asking = RequestBuilder(base, 512)
+    builder = RequestBuilder(base, 512)
     for text, warned in (("the river", True), ("the river\n", False), ("the river ", False)):
-        live = asking.writing(tokenizer(text)["input_ids"], entry, Sampling())
+        live = builder.generation(tokenizer(text)["input_ids"], entry, Sampling())
         assert bool(live.answer.warning) == warned, text

@@ -14,9 +14,9 @@ from serving.vocabularies import FAMILIES
 
 from loralab.serving.api_shapes import ChatShape, CompletionShape
 from loralab.serving.detokenize import TokenBytes
-from loralab.serving.live import Generation, LabelScoring
+from loralab.serving.live_request import Generation, LabelScoring
 from loralab.serving.request import Answer, Completed, Event, Finished, Sampling
-from loralab.serving.scheduler import Row, Work
+from loralab.serving.scheduler import Chunk, TokenSequence
 
 TEXT = st.text(st.one_of(st.sampled_from("the river 天空été😀�"), st.characters(codec="utf-8")))
 FEW = ("byte level", "crossing", "llama", "wordpiece", "opaque")
@@ -39,7 +39,7 @@ def answered(
     tokenizer, known = vocabulary(family)
     size = len(tokenizer) + 1
     answer = Answer(id="", adapter=None, digest=None, cancel=lambda: None)
-    row = Row(number=0, key=None, tokens=[1])
+    row = TokenSequence(number=0, key=None, tokens=[1])
     live = Generation(
         adapter=None,
         digest=None,
@@ -47,7 +47,7 @@ def answered(
         stops=frozenset([size - 1]),
         tokens=known,
         answer=answer,
-        rows=[row],
+        sequences=[row],
         sampling=Sampling(max_tokens=len(ids) + end, temperature=0, **options),
     )
     draw = torch.Generator().manual_seed(len(ids))
@@ -161,7 +161,7 @@ def test_of_tokens_with_one_text_the_likeliest_keeps_it() -> None:
     other = tokenizer.convert_tokens_to_ids("<0x66>")
     half = tokenizer.convert_tokens_to_ids("<0xE5>")
     answer = Answer(id="", adapter=None, digest=None, cancel=lambda: None)
-    row = Row(number=0, key=None, tokens=[1])
+    row = TokenSequence(number=0, key=None, tokens=[1])
     live = Generation(
         adapter=None,
         digest=None,
@@ -169,7 +169,7 @@ def test_of_tokens_with_one_text_the_likeliest_keeps_it() -> None:
         stops=frozenset(),
         tokens=known,
         answer=answer,
-        rows=[row],
+        sequences=[row],
         sampling=Sampling(max_tokens=1, temperature=0, logprobs=4),
     )
     logits = torch.zeros(len(tokenizer))
@@ -185,7 +185,7 @@ def echoed(family: str, prompt: list[int], ids: list[int], **options: Any) -> li
     tokenizer, known = vocabulary(family)
     size = len(tokenizer) + 1
     answer = Answer(id="", adapter=None, digest=None, cancel=lambda: None)
-    row = Row(number=0, key=None, tokens=[*prompt], scored=1, continued=bool(ids))
+    row = TokenSequence(number=0, key=None, tokens=[*prompt], scored=1, continued=bool(ids))
     live = Generation(
         adapter=None,
         digest=None,
@@ -193,13 +193,13 @@ def echoed(family: str, prompt: list[int], ids: list[int], **options: Any) -> li
         stops=frozenset(ids[-1:]),
         tokens=known,
         answer=answer,
-        rows=[row],
+        sequences=[row],
         sampling=Sampling(max_tokens=len(ids), temperature=0, echo=True, **options),
     )
     logits = torch.randn(len(prompt), size, generator=torch.Generator().manual_seed(1))
     for start, stop in itertools.pairwise((0, len(prompt) // 2, len(prompt))):
-        work, row.done = Work(row, start, stop), stop
-        due = live.read(row, work, logits[list(work.asked)])
+        work, row.done = Chunk(row, start, stop), stop
+        due = live.read(row, work, logits[list(work.logit_positions)])
     assert due == bool(ids)
     for token in ids:
         live.accept(row, logits[0], token)
@@ -247,14 +247,16 @@ def test_an_echo_may_be_all_that_is_told() -> None:
 
 def test_a_row_that_begins_anew_counts_once() -> None:
     """As rows do that are pushed out of the cache in the middle of a label."""
-    row = Row(number=0, key=None, tokens=[1, 2, 3, 4, 5, 6], scored=2)
+    row = TokenSequence(number=0, key=None, tokens=[1, 2, 3, 4, 5, 6], scored=2)
     logits = torch.randn(6, 9, generator=torch.Generator().manual_seed(0))
 
     def scored(*cuts: tuple[int, int]) -> float:
-        live = LabelScoring(adapter=None, digest=None, labels=["a"], asked=[2], firsts=(), rows=[row], future=Future())
+        live = LabelScoring(
+            adapter=None, digest=None, labels=["a"], prompt_tokens=[2], firsts=(), sequences=[row], future=Future()
+        )
         for start, stop in cuts:
-            work = Work(row, start, stop)
-            live.take(row, work, logits[list(work.asked)])
+            work = Chunk(row, start, stop)
+            live.take(row, work, logits[list(work.logit_positions)])
         return live.sums[0][0]
 
     expected = logits.double().log_softmax(-1)[range(1, 5), [3, 4, 5, 6]].sum()

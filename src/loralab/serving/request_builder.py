@@ -1,4 +1,4 @@
-"""What is asked, as the live requests that the engine runs; all that is wrong is said here."""
+"""Build live requests for the engine; every error in the input is raised here."""
 
 import itertools
 import uuid
@@ -7,11 +7,11 @@ from concurrent.futures import Future
 
 from loralab.errors import ConfigError, DataError
 from loralab.models.load import Base
+from loralab.serving.adapter_info import AdapterInfo
 from loralab.serving.detokenize import TokenBytes
-from loralab.serving.entries import AdapterInfo
-from loralab.serving.live import EncoderRequest, Generation, LabelScoring
+from loralab.serving.live_request import EncoderRequest, Generation, LabelScoring
 from loralab.serving.request import Answer, Sampling
-from loralab.serving.scheduler import Row
+from loralab.serving.scheduler import TokenSequence
 from loralab.serving.wording import Wordings
 from loralab.tasks.catalog import Task
 from loralab.tasks.encode import Example, answer_ids, prompt_ids
@@ -41,24 +41,24 @@ class RequestBuilder:
         self._tokens = TokenBytes(base.tokenizer)
         self._numbers = itertools.count()  # of rows and inputs
 
-    def writing(self, prompt: Sequence[int], entry: AdapterInfo | None, sampling: Sampling) -> Generation:
-        """A text to write after a prompt.
+    def generation(self, prompt: Sequence[int], entry: AdapterInfo | None, sampling: Sampling) -> Generation:
+        """Return a text to write after a prompt.
 
         Raises:
             ConfigError: the base writes no text.
             DataError: the prompt is empty, has unknown tokens, or leaves no room for an answer.
         """
         if self._base.kind != "causal-lm":
-            raise ConfigError(f"{self._base.name} writes no text; it puts inputs into classes")
-        self._require(prompt, front_of(entry) + sampling.max_tokens)
+            raise ConfigError(f"{self._base.name} writes no text; it puts inputs into classes", code="not_generative")
+        self._require_fitting(prompt, prefix_tokens_of(entry) + sampling.max_tokens)
         digest = digest_of(entry)
-        tokens = [*range(-front_of(entry), 0), *prompt]
+        tokens = [*range(-prefix_tokens_of(entry), 0), *prompt]
         live: Generation
 
         def cancel() -> None:
             live.cancelled = True
 
-        name = named(entry)
+        name = name_of(entry)
         answer = Answer(
             id=uuid.uuid4().hex,
             adapter=name,
@@ -74,22 +74,22 @@ class RequestBuilder:
             stops=self.wordings.of(entry).stops,
             tokens=self._tokens,
             answer=answer,
-            rows=[self._row(tokens, entry, sampling)],
+            sequences=[self._sequence(tokens, entry, sampling)],
         )
         return live
 
-    def _row(self, tokens: list[int], entry: AdapterInfo | None, sampling: Sampling) -> Row:
+    def _sequence(self, tokens: list[int], entry: AdapterInfo | None, sampling: Sampling) -> TokenSequence:
         explained = sampling.echo and sampling.logprobs is not None
-        return Row(
+        return TokenSequence(
             number=next(self._numbers),
             key=digest_of(entry),
             tokens=tokens,
-            scored=front_of(entry) + 1 if explained else None,
+            scored=prefix_tokens_of(entry) + 1 if explained else None,
             continued=sampling.max_tokens > 0,
         )
 
     def _as_trained(self, prompt: Sequence[int], entry: AdapterInfo | None) -> bool:
-        """Tell whether a prompt ends as those that the adapter has learnt to answer."""
+        """Return whether a prompt ends as those that the adapter has learnt to answer."""
         if entry is None or entry.form in (None, "text"):
             return True
         wording = self.wordings.of(entry)
@@ -97,25 +97,25 @@ class RequestBuilder:
             return tuple(prompt[len(prompt) - len(wording.opening) :]) == wording.opening
         return self._tokens.decode(prompt[-1:])[-1:].isspace() or not wording.opening
 
-    def classifying(self, inputs: Sequence[str | bytes], entry: AdapterInfo | None) -> LabelScoring | EncoderRequest:
+    def classification(self, inputs: Sequence[str | bytes], entry: AdapterInfo | None) -> LabelScoring | EncoderRequest:
         """Inputs to put into classes.
 
         Raises:
             DataError: no labels are known, or an input is too long or of another kind.
         """
         if not inputs:
-            raise DataError("there is no input to put into classes")
+            raise DataError("there is no input to put into classes", code="invalid_value", field="input")
         task = self._task(entry)
         wanted = bytes if self._base.kind == VISION else str
         for number, value in enumerate(inputs):
             if not isinstance(value, wanted):
                 what = "pictures" if wanted is bytes else "texts"
-                raise DataError(f"input {number}: {self._base.name} takes {what}")
+                raise DataError(f"input {number}: {self._base.name} takes {what}", code="invalid_value", field="input")
         if self._base.kind == "causal-lm":
-            return self._scored([str(text) for text in inputs], entry, task)
+            return self._label_scoring([str(text) for text in inputs], entry, task)
         examples = [self._example(number, value) for number, value in enumerate(inputs)]
         return EncoderRequest(
-            adapter=named(entry),
+            adapter=name_of(entry),
             digest=digest_of(entry),
             labels=task.labels,
             examples=examples,
@@ -123,37 +123,37 @@ class RequestBuilder:
             future=Future(),
         )
 
-    def _scored(self, texts: Sequence[str], entry: AdapterInfo | None, task: Task) -> LabelScoring:
-        tokenizer, front = self.wordings.of(entry).tokenizer, list(range(-front_of(entry), 0))
+    def _label_scoring(self, texts: Sequence[str], entry: AdapterInfo | None, task: Task) -> LabelScoring:
+        tokenizer, prefix = self.wordings.of(entry).tokenizer, list(range(-prefix_tokens_of(entry), 0))
         digest = digest_of(entry)
-        rows, asked, single, firsts = [], [], True, []
+        rows, prompt_tokens, single, firsts = [], [], True, []
         for text in texts:
             row = {"text": text, "label": task.labels[0]}
             prompt = prompt_ids(task, row, tokenizer)
             ends = [answer_ids(task, row, tokenizer, label) for label in task.labels]
-            self._require(prompt, len(front) + max(map(len, ends)))
+            self._require_fitting(prompt, len(prefix) + max(map(len, ends)))
             require_known(self._base.model, tokenizer, ends)
-            asked.append(len(prompt))
+            prompt_tokens.append(len(prompt))
             single = single and all(len(end) == 2 for end in ends)  # one token and the end
             firsts = [end[0] for end in ends]
             rows.append((prompt, ends))
         made = [
-            Row(
+            TokenSequence(
                 number=next(self._numbers),
                 key=digest,
-                tokens=[*front, *prompt, *end],
-                scored=None if single else len(front) + len(prompt),
+                tokens=[*prefix, *prompt, *end],
+                scored=None if single else len(prefix) + len(prompt),
             )
             for prompt, ends in rows
             for end in ([()] if single else ends)
         ]
         return LabelScoring(
-            adapter=named(entry),
+            adapter=name_of(entry),
             digest=digest,
             labels=task.labels,
-            asked=asked,
+            prompt_tokens=prompt_tokens,
             firsts=firsts if single else (),
-            rows=made,
+            sequences=made,
             future=Future(),
         )
 
@@ -171,28 +171,28 @@ class RequestBuilder:
         return Example(number, ids, (0,))
 
     def _task(self, entry: AdapterInfo | None) -> Task:
-        """What the adapter, or the base's own head, was taught to tell apart."""
+        """Return the classes that the adapter, or the base's own head, was trained on."""
         if entry is None:
-            return Task(name=self._base.name, format="text-label", splits={}, labels=self._own())
+            return Task(name=self._base.name, format="text-label", splits={}, labels=self._base_labels())
         return _task_of(entry)
 
-    def _own(self) -> tuple[str, ...]:
+    def _base_labels(self) -> tuple[str, ...]:
         config = self._base.model.config
-        named = getattr(config, "id2label", None) or {}
+        name_of = getattr(config, "id2label", None) or {}
         if self._base.kind == "causal-lm" or not getattr(config, "architectures", None):
-            named = {}
+            name_of = {}
         if not any("Classification" in name for name in config.architectures or ()):
-            named = {}
-        if not named:
-            raise DataError(f"{self._base.name} alone knows no classes; name an adapter that does")
-        return tuple(str(named[number]) for number in sorted(named))
+            name_of = {}
+        if not name_of:
+            raise DataError(f"{self._base.name} alone knows no classes; name an adapter that does", code="no_labels")
+        return tuple(str(name_of[number]) for number in sorted(name_of))
 
-    def _require(self, prompt: Sequence[int], more: int) -> None:
+    def _require_fitting(self, prompt: Sequence[int], more: int) -> None:
         if not prompt:
-            raise DataError("the prompt is empty")
+            raise DataError("the prompt is empty", code="invalid_value", field="prompt")
         known = self._base.model.get_input_embeddings().weight.shape[0]
         if strange := next((t for t in prompt if not 0 <= t < known), None):
-            raise DataError(f"token {strange} is not one of the model's {known}")
+            raise DataError(f"token {strange} is not one of the model's {known}", code="invalid_value", field="prompt")
         if len(prompt) + more > self._context:
             raise DataError(
                 f"the prompt has {len(prompt)} tokens and asks for {more} more, and the model can "
@@ -202,26 +202,26 @@ class RequestBuilder:
             )
 
 
-def front_of(entry: AdapterInfo | None) -> int:
-    """Places that an adapter's prefix takes before every prompt."""
-    return 0 if entry is None else entry.front
+def prefix_tokens_of(entry: AdapterInfo | None) -> int:
+    """Return the positions that an adapter's prefix takes before every prompt."""
+    return 0 if entry is None else entry.prefix_tokens
 
 
-def named(entry: AdapterInfo | None) -> str | None:
-    """The adapter's name."""
+def name_of(entry: AdapterInfo | None) -> str | None:
+    """Return the adapter's name."""
     return None if entry is None else entry.name
 
 
 def digest_of(entry: AdapterInfo | None) -> str | None:
-    """What the name stands for now."""
+    """Return the digest that the name stands for now."""
     return None if entry is None else entry.digest
 
 
 def _task_of(entry: AdapterInfo) -> Task:
     if not entry.labels:
-        raise DataError(f"{entry.name} was not trained to tell classes apart; it has no labels")
+        raise DataError(f"{entry.name} was not trained to tell classes apart; it has no labels", code="no_labels")
     if entry.form == "pair-label":
-        raise DataError(f"{entry.name} compares two texts, which is not served")
+        raise DataError(f"{entry.name} compares two texts, which is not served", code="unserved_format")
     return Task(
         name=entry.name,
         format=entry.form or "text-label",

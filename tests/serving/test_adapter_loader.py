@@ -1,4 +1,4 @@
-"""The nursery: an adapter made for a batch answers as one that is loaded alone, or is refused."""
+"""The loader: an adapter made for a batch answers as one that is loaded alone, or is refused."""
 
 import copy
 import gc
@@ -21,7 +21,7 @@ from loralab.adapters.load import load
 from loralab.adapters.methods import IA3, AdaLoRA, BitFit, Bottleneck, FullFineTune, LinearProbe, LoRA, Prefix, Prompt
 from loralab.errors import AdapterFileError
 from loralab.models.load import Base
-from loralab.serving.loaded import AdapterLoader, Loaded
+from loralab.serving.adapter_loader import AdapterLoader, ServableAdapter
 
 KINDS = {"llama": "causal-lm", "gpt2": "causal-lm", "bert": "sequence-classification"}
 HEAD = ("classifier",)
@@ -66,7 +66,7 @@ def save(name: str, method: Any, place: Path, seed: int = 1, **record: Any) -> P
     return made.save(place, {"base": base, **record}, overwrite=True)
 
 
-def served(base: Base, loaded: Loaded) -> Tensor:
+def served(base: Base, loaded: ServableAdapter) -> Tensor:
     """Logits of the base with an adapter in a bank, between rows of the base alone."""
     bank = Bank(base.model)
     bank.put("a", loaded.adapter)
@@ -92,11 +92,11 @@ def test_in_a_bank_it_answers_as_alone(name: str, method: Any, tmp_path: Path) -
     base = base_of(name)
     before = state(base.model)
     modules = [type(module) for module in base.model.modules()]
-    plain, nursery = logits(base.model), AdapterLoader(base)
+    plain, loader = logits(base.model), AdapterLoader(base)
     expected = alone(name, place)
     for _ in range(2):  # the second time from what is remembered of the first
-        found = nursery.load(folder.read(place))
-        assert found.front is None and found.front_tokens == 0 and found.bytes > 0
+        found = loader.load(folder.read(place))
+        assert found.prefix_kv is None and found.prefix_tokens == 0 and found.bytes > 0
         assert torch.allclose(served(base, found), expected, atol=1e-6)
     assert not torch.allclose(plain, expected, atol=1e-3)
     assert torch.equal(logits(base.model), plain)
@@ -106,9 +106,9 @@ def test_in_a_bank_it_answers_as_alone(name: str, method: Any, tmp_path: Path) -
 
 def test_adapters_of_one_configuration_share_nothing_but_the_base(tmp_path: Path) -> None:
     base = base_of("llama")
-    nursery = AdapterLoader(base)
+    loader = AdapterLoader(base)
     places = [save("llama", LoRA(dora=True, rank=3), tmp_path / str(n), seed=n) for n in range(3)]
-    made = [nursery.load(folder.read(place)) for place in places]
+    made = [loader.load(folder.read(place)) for place in places]
     bank = Bank(base.model)
     for number, loaded in enumerate(made):
         bank.put(number, loaded.adapter)
@@ -132,9 +132,9 @@ def test_a_prefix_is_its_keys_and_values(name: str, method: Any, dtype: torch.dt
     table = next(iter(adapter.modules.values())).table
     layers = range(len(adapter.modules))
     own = [table.of(n) if isinstance(method, Prefix) else table.states[n] for n in layers]
-    assert loaded.front is not None and loaded.front.dtype == dtype
-    assert torch.equal(loaded.front, torch.stack(own).detach().to(dtype))
-    assert loaded.front_tokens == method.tokens and not loaded.adapter.modules
+    assert loaded.prefix_kv is not None and loaded.prefix_kv.dtype == dtype
+    assert torch.equal(loaded.prefix_kv, torch.stack(own).detach().to(dtype))
+    assert loaded.prefix_tokens == method.tokens and not loaded.adapter.modules
     assert not torch.equal(plain, expected) and torch.equal(logits(base.model), plain)
 
 
@@ -144,10 +144,10 @@ def test_a_prefix_in_the_cache_is_the_adapter(method: Any, tmp_path: Path) -> No
 
     place = save("llama", method, tmp_path / "a")
     base = base_of("llama")
-    front = AdapterLoader(base).load(folder.read(place)).front
-    assert front is not None
+    prefix_kv = AdapterLoader(base).load(folder.read(place)).prefix_kv
+    assert prefix_kv is not None
     cache = DynamicCache()
-    for layer, (keys, values) in enumerate(front):
+    for layer, (keys, values) in enumerate(prefix_kv):
         cache.update(keys[None].expand(2, *keys.shape), values[None].expand(2, *values.shape), layer)
     with torch.no_grad():
         found = base.model(IDS, past_key_values=cache).logits
@@ -176,8 +176,8 @@ def test_every_adapter_brings_a_head_of_its_own_size(method: Any, classes: int, 
     model = three_to(classes)
     load(model, place)
     base = base_of("bert")
-    nursery = AdapterLoader(base)
-    found = served(base, nursery.load(folder.read(place)))
+    loader = AdapterLoader(base)
+    found = served(base, loader.load(folder.read(place)))
     assert found.shape[-1] == classes
     assert torch.allclose(found, logits(model), atol=1e-6)
     assert logits(base.model).shape[-1] == 3
@@ -227,7 +227,7 @@ def test_what_peft_wrote_is_served(kind: str, tmp_path: Path) -> None:
 def test_a_prefix_of_peft_is_served(config: Any, tmp_path: Path) -> None:
     get_peft_model(llama(), config).save_pretrained(tmp_path / "a")
     loaded = AdapterLoader(base_of("llama")).load(folder.read(tmp_path / "a"))
-    assert loaded.front is not None and loaded.front.shape == (3, 2, 2, 4, 8)
+    assert loaded.prefix_kv is not None and loaded.prefix_kv.shape == (3, 2, 2, 4, 8)
 
 
 # -- refused ------------------------------------------------------------------------------------
@@ -243,13 +243,13 @@ def changed(place: Path, **record: Any) -> Path:
 
 def refusal(base: Base, place: Path, **options: Any) -> str:
     before = state(base.model)
-    nursery = AdapterLoader(base, **options)
+    loader = AdapterLoader(base, **options)
     good = save("llama" if base.kind == "causal-lm" else "bert", LoRA(rank=2), place.parent / "ok")
     with pytest.raises(AdapterFileError) as error:
-        nursery.load(folder.read(place))
+        loader.load(folder.read(place))
     assert all(torch.equal(before[n], tensor) for n, tensor in base.model.state_dict().items())
     if not options:
-        nursery.load(folder.read(good))  # and goes on
+        loader.load(folder.read(good))  # and goes on
     return str(error.value)
 
 
@@ -269,14 +269,14 @@ def test_the_base_in_another_dtype_is_the_same(tmp_path: Path) -> None:
 
 
 def test_the_fingerprint_is_worked_out_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from loralab.serving import loaded
+    from loralab.serving import adapter_loader
 
     places = [save("llama", LoRA(rank=n), tmp_path / str(n)) for n in (2, 3)]
-    calls, plain = [], loaded.fingerprint
-    monkeypatch.setattr(loaded, "fingerprint", lambda *given: calls.append(1) or plain(*given))
-    nursery = AdapterLoader(base_of("llama"))
+    calls, plain = [], adapter_loader.fingerprint
+    monkeypatch.setattr(adapter_loader, "fingerprint", lambda *given: calls.append(1) or plain(*given))
+    loader = AdapterLoader(base_of("llama"))
     for place in places * 2:
-        nursery.load(folder.read(place))
+        loader.load(folder.read(place))
     assert len(calls) == 1
 
 
@@ -328,10 +328,10 @@ def test_tensors_that_do_not_fit_are_refused(shape: tuple[int, ...] | None, mess
         tensors[KEY] = torch.zeros(shape)
     safetensors.torch.save_file(tensors, place / folder.TENSORS)
     (place / folder.RECORD).unlink()
-    nursery = AdapterLoader(base_of("llama"))
+    loader = AdapterLoader(base_of("llama"))
     for _ in range(2):
         with pytest.raises(AdapterFileError, match=message):
-            nursery.load(folder.read(place))
+            loader.load(folder.read(place))
 
 
 def test_an_adapter_of_another_architecture_is_refused(tmp_path: Path) -> None:
@@ -388,18 +388,18 @@ def tensors_alive() -> int:
 def test_what_is_dropped_leaves_nothing_and_the_base_is_untouched(method: Any, times: int, tmp_path: Path) -> None:
     place = save("llama", method, tmp_path / "a")
     base = base_of("llama")
-    before, nursery = state(base.model), AdapterLoader(base)
+    before, loader = state(base.model), AdapterLoader(base)
     bank = Bank(base.model)
     counts = []
     for number in range(times):
-        loaded = nursery.load(folder.read(place))
+        loaded = loader.load(folder.read(place))
         bank.put(loaded.digest, loaded.adapter)
         bank.drop(loaded.digest)
         del loaded
         if number in (2, times - 1):
             counts.append(tensors_alive())
     assert counts[0] == counts[1]
-    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in nursery._model.modules()]
+    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in loader._model.modules()]
     assert not any(hooks)
     assert all(torch.equal(before[n], tensor) for n, tensor in base.model.state_dict().items())
 
@@ -416,10 +416,10 @@ def test_what_is_loaded_does_not_change_with_the_file(tmp_path: Path) -> None:
 
 def test_the_weights_of_the_base_are_shared() -> None:
     base = base_of("llama")
-    nursery = AdapterLoader(base)
+    loader = AdapterLoader(base)
     own = {id(parameter) for parameter in base.model.parameters()}
-    assert {id(parameter) for parameter in nursery._model.parameters()} == own
-    assert nursery._model.lm_head.weight is nursery._model.model.embed_tokens.weight
+    assert {id(parameter) for parameter in loader._model.parameters()} == own
+    assert loader._model.lm_head.weight is loader._model.model.embed_tokens.weight
 
 
 def test_many_threads_load_at_once(tmp_path: Path) -> None:
@@ -429,9 +429,9 @@ def test_many_threads_load_at_once(tmp_path: Path) -> None:
     places = [save("gpt2", m, tmp_path / str(n), seed=n) for n, m in enumerate(methods)]
     expected = [alone("gpt2", place) for place in places]
     base = base_of("gpt2", gpt2())
-    nursery = AdapterLoader(base)
+    loader = AdapterLoader(base)
     with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda place: nursery.load(folder.read(place)), places * 3))
+        found = list(pool.map(lambda place: loader.load(folder.read(place)), places * 3))
     for number, loaded in enumerate(found):
-        if loaded.front is None:
+        if loaded.prefix_kv is None:
             assert torch.allclose(served(base, loaded), expected[number % 4], atol=1e-6)

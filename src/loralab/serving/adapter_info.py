@@ -1,4 +1,4 @@
-"""What the small files of an adapter folder say of it.
+"""Read what the small files of an adapter folder say about it.
 
 No tensor is read here: a store of a thousand adapters opens in a moment.
 """
@@ -30,7 +30,7 @@ class AdapterInfo:
         bytes: of the tensors on disk.
         metrics: of the validation.
         kind: of the base, one of models.kinds.KINDS.
-        front: tokens that stand before every input.
+        prefix_tokens: tokens that stand before every input.
         form: of the rows that it was trained on; `instruction` is what stood before them.
         wording: chat template and end of text of the tokenizer in training, as far as known.
     """
@@ -45,7 +45,7 @@ class AdapterInfo:
     metrics: Mapping[str, float]
     base: str | None
     kind: str | None
-    front: int
+    prefix_tokens: int
     loaded: bool
     pinned: bool
     path: Path
@@ -63,7 +63,7 @@ class AdapterInfo:
 def describe(
     name: str, path: Path, fields: Mapping[str, Any], record: Mapping[str, Any], size: int | None
 ) -> AdapterInfo:
-    """What an adapter folder says of itself, neither loaded nor pinned.
+    """Build the store's entry for an adapter folder, neither loaded nor pinned.
 
     Args:
         fields: the content of adapter_config.json; `record` that of loralab.json.
@@ -73,13 +73,15 @@ def describe(
         AdapterFileError: the tensors are missing, or the method is not known.
     """
     if size is None:
-        raise AdapterFileError(f"{path} has no {TENSORS}")
+        raise AdapterFileError(f"{path} has no {TENSORS}", code="no_tensors", field="path")
     kind = fields.get("peft_type")
     spec = spec_of_file(kind, f"{path / CONFIG}: ")
     digest = record.get("digest", "")
     if record and (record.get("format", FORMAT) != FORMAT or not _is_digest(digest)):
         raise AdapterFileError(
-            f"{path / RECORD} must have format {FORMAT} and a digest, found {record.get('format')!r} and {digest!r}"
+            f"{path / RECORD} must have format {FORMAT} and a digest, found {record.get('format')!r} and {digest!r}",
+            code="unknown_format",
+            field="format",
         )
     base, task, metrics = (section(record, key) for key in ("base", "task", "metrics"))
     labels = task.get("labels")
@@ -94,7 +96,7 @@ def describe(
         metrics=_numbers(section(metrics, "validation")),
         base=_text(base.get("name")) or _text(fields.get("base_model_name_or_path")),
         kind=_text(base.get("kind")) or _kind(fields.get("task_type")),
-        front=(_count(fields.get("num_virtual_tokens")) or 0) if spec.front else 0,
+        prefix_tokens=(_count(fields.get("num_virtual_tokens")) or 0) if spec.front else 0,
         loaded=False,
         pinned=False,
         path=path,
@@ -105,7 +107,7 @@ def describe(
 
 
 def method_of(fields: Mapping[str, Any], record: Mapping[str, Any]) -> str:
-    """The name that --method has for how an adapter was trained.
+    """Return the name that --method has for how an adapter was trained.
 
     loralab.json knows the options; where another tool wrote the folder, adapter_config.json says
     what is left of them.
@@ -137,14 +139,14 @@ def method_of(fields: Mapping[str, Any], record: Mapping[str, Any]) -> str:
 
 
 def _is_so(value: Any, wanted: Any) -> bool:
-    """Tell whether an option makes a variant: the papers' own factor, or any other but 1."""
+    """Return whether an option makes a variant: the papers' own factor, or any other but 1."""
     if isinstance(wanted, float):
         return isinstance(value, int | float) and value != 1
     return bool(value == wanted)
 
 
 def section(record: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """A part of a record that should be an object; an empty one where it is none."""
+    """Return a part of a record that should be an object; an empty one where it is none."""
     found = record.get(name)
     return found if isinstance(found, dict) else {}
 

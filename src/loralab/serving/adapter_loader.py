@@ -1,4 +1,4 @@
-"""A folder that was read -> an adapter whose modules can stand in the engine's model.
+"""Turn an adapter folder that was read into an adapter that the engine can run.
 
 All is made around a second structure on the same weights, in which nothing is ever replaced: so
 adapters can be made while the engine computes. Strict where `adapters.load` only warns, since a
@@ -31,20 +31,20 @@ from loralab.adapters.targets import head_names
 from loralab.errors import AdapterFileError, AdapterStateError, InputError
 from loralab.models.kinds import CAUSAL, CLASSIFIER, TAGGER, VISION
 from loralab.models.load import Base
-from loralab.serving.entries import section
+from loralab.serving.adapter_info import section
 
-KEPT = 8  # configurations whose layers are remembered
+MAX_REMEMBERED_LAYOUTS = 8  # configurations whose layers are remembered
 Layers = dict[str, LinearWithLoRA]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Loaded:
+class ServableAdapter:
     """An adapter in memory, attached to nothing.
 
     Attributes:
         adapter: its modules and the modules that it trained in full; without those of a prefix.
-        front: keys and values (L, 2, H, P, D) of a prefix or prompt, in the base's dtype.
-        front_tokens: P.
+        prefix_kv: keys and values (L, 2, H, P, D) of a prefix or prompt, in the base's dtype.
+        prefix_tokens: P.
         record: what loralab.json says.
         bytes: of its own tensors.
         kind: of the base, one of models.kinds.KINDS.
@@ -52,8 +52,8 @@ class Loaded:
 
     digest: str
     adapter: Adapter
-    front: Tensor | None
-    front_tokens: int
+    prefix_kv: Tensor | None
+    prefix_tokens: int
     record: dict[str, Any]
     bytes: int
     kind: str
@@ -77,7 +77,7 @@ class AdapterLoader:
         self._known: OrderedDict[str, tuple[Any, Layers]] = OrderedDict()
         self._lock = threading.Lock()
 
-    def load(self, stored: AdapterFolder) -> Loaded:
+    def load(self, stored: AdapterFolder) -> ServableAdapter:
         """Make the adapter that a folder holds; nothing of the folder's memory is kept.
 
         Raises:
@@ -90,32 +90,36 @@ class AdapterLoader:
         except AdapterFileError:
             raise
         except (InputError, AdapterStateError) as error:
-            raise AdapterFileError(f"{stored.path} does not fit {self._base.name}: {error}") from None
+            raise AdapterFileError(
+                f"{stored.path} does not fit {self._base.name}: {error}",
+                code=error.code or "does_not_fit",
+                field=error.field,
+            ) from None
 
     @torch.no_grad()
-    def _made(self, stored: AdapterFolder) -> Loaded:
+    def _made(self, stored: AdapterFolder) -> ServableAdapter:
         self._require_servable(stored)
         adapter = self._empty(stored)
         for name, saved in adapter.saved.items():
             self._fit_head(name, saved, stored)
         fill(adapter, stored)
         self._compare_base(stored, adapter)
-        front = self._front(adapter, stored)
+        prefix_kv = self._prefix_kv(adapter, stored)
         tensors = [parameter.requires_grad_(False) for parameter in adapter.parameters()]
         tensors += [b for module in adapter.modules.values() for b in module.own_buffers().values()]
-        tensors += [] if front is None else [front]
-        return Loaded(
+        tensors += [] if prefix_kv is None else [prefix_kv]
+        return ServableAdapter(
             digest=stored.digest,
             adapter=adapter,
-            front=front,
-            front_tokens=0 if front is None else front.shape[3],
+            prefix_kv=prefix_kv,
+            prefix_tokens=0 if prefix_kv is None else prefix_kv.shape[3],
             record=stored.record,
             bytes=sum(t.numel() * t.element_size() for t in tensors),
             kind=self._base.kind,
         )
 
     def _empty(self, stored: AdapterFolder) -> Adapter:
-        """An adapter of a folder's configuration, to be filled."""
+        """Return an adapter of a folder's configuration, to be filled."""
         key = repr(stored.config)
         if key in self._known:
             self._known.move_to_end(key)
@@ -126,12 +130,12 @@ class AdapterLoader:
         plain = {n: m for n, m in modules.items() if isinstance(m, LinearWithLoRA)}
         if not saved and not stored.config.modules_to_save and len(plain) == len(modules):
             self._known[key] = own, {name: clone_layout(m, "meta") for name, m in plain.items()}
-            if len(self._known) > KEPT:
+            if len(self._known) > MAX_REMEMBERED_LAYOUTS:
                 self._known.popitem(last=False)
         return Adapter(self._model, own, modules, saved)
 
     def _require_servable(self, stored: AdapterFolder) -> None:
-        """What needs no model to be seen."""
+        """Refuse what cannot be served; needs no model."""
         path, kind = stored.path, self._base.kind
         base, tokenizer = stored.record["base"], stored.record["tokenizer"]
         trained = base.get("kind")
@@ -139,21 +143,27 @@ class AdapterLoader:
         if trained is None and kind in TASK_TYPES and task in TASK_TYPES.values():
             trained = next(own for own, name in TASK_TYPES.items() if name == task)
         if trained not in (None, kind):
-            raise AdapterFileError(f"{path} is for a {trained} model; {self._base.name} is {kind}")
+            raise AdapterFileError(
+                f"{path} is for a {trained} model; {self._base.name} is {kind}", code="other_kind", field="kind"
+            )
         packed = base.get("quantize", self._quantize)
         if packed != self._quantize:
             raise AdapterFileError(
                 f"{path} was trained on a base with quantize {packed!r}, and this one has "
-                f"{self._quantize!r}; serve it with --quantize {packed}"
+                f"{self._quantize!r}; serve it with --quantize {packed}",
+                code="other_quantize",
+                field="quantize",
             )
         rows = getattr(stored.config, "token_rows", ())
         if tokenizer.get("new_tokens") or (rows and max(rows) >= self._words()):
             raise AdapterFileError(
                 f"{path} brings new tokens, which other adapters' answers would see too; merge it, "
-                "and serve it as a base of its own"
+                "and serve it as a base of its own",
+                code="new_tokens",
+                field="token_rows",
             )
         if reason := _cannot_serve(stored.config, kind):
-            raise AdapterFileError(f"{path} {reason}")
+            raise AdapterFileError(f"{path} {reason}", code="not_servable", field="peft_type")
 
     def _words(self) -> int:
         return len(self._model.get_input_embeddings().weight)
@@ -174,7 +184,11 @@ class AdapterLoader:
             return  # `fill` says what is wrong
         labels = stored.record["task"].get("labels")
         if isinstance(labels, list) and labels and len(labels) != len(weight):
-            raise AdapterFileError(f"{stored.path} names {len(labels)} labels, and its head has {len(weight)} classes")
+            raise AdapterFileError(
+                f"{stored.path} names {len(labels)} labels, and its head has {len(weight)} classes",
+                code="label_count",
+                field="labels",
+            )
         if len(weight) != last.out_features:
             last.out_features = len(weight)
             last.weight = nn.Parameter(last.weight.new_empty(weight.shape))
@@ -190,17 +204,19 @@ class AdapterLoader:
             return self._fingerprints[without]
 
         if problem := base_problem(stored, self._dtype, here):
-            raise AdapterFileError(f"{problem}, so its answers would differ")
+            raise AdapterFileError(f"{problem}, so its answers would differ", code="other_base", field="base")
 
-    def _front(self, adapter: Adapter, stored: AdapterFolder) -> Tensor | None:
-        """The keys and values of a prefix or prompt, whose modules are not needed any more."""
+    def _prefix_kv(self, adapter: Adapter, stored: AdapterFolder) -> Tensor | None:
+        """Return the keys and values of a prefix or prompt, whose modules are not needed any more."""
         config, states = adapter.config, adapter.spec.front
         if states is None:
             return None
         start, limit = learnt_positions(self._model)
         if limit is not None and start + config.tokens >= limit:
             raise AdapterFileError(
-                f"{stored.path} has {config.tokens} tokens in front, and the model has learnt only {limit} positions"
+                f"{stored.path} has {config.tokens} tokens in front, and the model has learnt only {limit} positions",
+                code="too_many_positions",
+                field="tokens",
             )
         found = torch.stack(states(self._model, adapter.modules))
         adapter.modules = {}
@@ -239,6 +255,6 @@ def _cannot_serve(config: Any, kind: str) -> str:
 
 
 def _sound(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A record whose parts are objects where they should be."""
+    """Return a record whose parts are objects where they should be."""
     parts = {name: section(record, name) for name in ("base", "task", "tokenizer")}
     return {**record, **parts}

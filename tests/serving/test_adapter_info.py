@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from loralab.adapters.registry import built_in, method_named, names
-from loralab.serving.entries import describe, method_of
+from loralab.serving.adapter_info import describe, method_of
 from loralab.training.settings import Training
 
 PEFT: list[tuple[dict[str, Any], str]] = [

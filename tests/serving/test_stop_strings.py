@@ -8,12 +8,12 @@ from hypothesis import strategies as st
 from serving.vocabularies import Opaque, OwnBytes
 
 from loralab.serving.detokenize import IncrementalDetokenizer, TokenBytes
-from loralab.serving.text import Writing
+from loralab.serving.stop_strings import StopStringFilter
 
 
-def told(text: str, stops: tuple[str, ...] = ()) -> tuple[list[str], Writing]:
+def told(text: str, stops: tuple[str, ...] = ()) -> tuple[list[str], StopStringFilter]:
     """The pieces of a text whose tokens are bytes: most characters take several."""
-    writing, parts = Writing(stops), []
+    writing, parts = StopStringFilter(stops), []
     detokenizer = IncrementalDetokenizer(TokenBytes(Opaque()))
     for token in text.encode():
         parts.append(writing.add(detokenizer.add(token)[1]))
@@ -49,7 +49,7 @@ def test_a_stop_text_and_what_follows_is_never_told(text: str, stops: list[str])
 
 
 def test_half_a_stop_text_is_held_back_until_it_is_clear() -> None:
-    writing = Writing(("END",))
+    writing = StopStringFilter(("END",))
     assert [writing.add(c) for c in "xENx"] == ["x", "", "", "ENx"]
 
 

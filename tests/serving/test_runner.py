@@ -28,13 +28,13 @@ from loralab.adapters.load import load as load_adapter
 from loralab.adapters.methods import IA3, BitFit, LoRA, Method, Prefix
 from loralab.models.load import load as load_base
 from loralab.native.library import kernels
-from loralab.serving.compiled import NativeRunner, suits
+from loralab.serving.kv_cache import KVCache
+from loralab.serving.native_runner import NativeRunner, unsupported_reason
 from loralab.serving.opening import open_engine
-from loralab.serving.passes import KVCache
 from loralab.serving.request import Sampling
-from loralab.serving.scheduler import Row, Work
+from loralab.serving.runner import ModelRunner, batch_of
+from loralab.serving.scheduler import Chunk, TokenSequence
 from loralab.serving.settings import ServeSettings
-from loralab.serving.ways import ModelRunner, pass_of
 
 WIDE = {**SIZES, "hidden_size": 64, "num_attention_heads": 2, "initializer_range": 0.2}
 IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
@@ -159,7 +159,7 @@ def test_the_compiled_step_is_the_model(rows: int, tmp_path: Path) -> None:
         tokens = torch.randint(3, 90, (length,), generator=draw).tolist()
         key = number % (len(methods) + 1) - 1
         lively.append(
-            Row(
+            TokenSequence(
                 number=number,
                 key=None if key < 0 else key,
                 tokens=tokens,  # type: ignore[arg-type]
@@ -169,11 +169,11 @@ def test_the_compiled_step_is_the_model(rows: int, tmp_path: Path) -> None:
         )
     lively.sort(key=lambda row: -1 if row.key is None else row.key)
     found: dict[int, list[torch.Tensor]] = {row.number: [] for row in lively}
-    while works := [Work(r, r.done, min(r.done + 17, len(r.tokens))) for r in lively if r.left]:
-        out = compiled.logits(pass_of(works)).split([len(work.asked) for work in works])
+    while works := [Chunk(r, r.done, min(r.done + 17, len(r.tokens))) for r in lively if r.left]:
+        out = compiled.logits(batch_of(works)).split([len(work.logit_positions) for work in works])
         for work, part in zip(works, out, strict=True):
-            found[work.row.number].append(part)
-            work.row.done = work.stop
+            found[work.sequence.number].append(part)
+            work.sequence.done = work.stop
     for row in lively:
         own = solo[0 if row.key is None else 1 + int(row.key)]
         with torch.no_grad():
@@ -195,13 +195,13 @@ def clone_layout(model: Any, pool: KVCache, folder: Path, count: int) -> NativeR
 
 @needs_dots
 def test_what_a_model_has_beyond_is_noticed() -> None:
-    assert suits(llama()) == ""
-    assert "AVX-512" in suits(llama().float())
-    assert "uneven" in suits(llama(hidden_size=36))
-    assert "activation" in suits(llama(hidden_act="gelu"))
-    assert "biases" in suits(llama(mlp_bias=True))
-    assert "window" in suits(MistralForCausalLM(MistralConfig(**WIDE, num_key_value_heads=1)).bfloat16())
-    assert "GPT2LMHeadModel" in suits(MODELS["gpt2"]().bfloat16())
+    assert unsupported_reason(llama()) == ""
+    assert "AVX-512" in unsupported_reason(llama().float())
+    assert "uneven" in unsupported_reason(llama(hidden_size=36))
+    assert "activation" in unsupported_reason(llama(hidden_act="gelu"))
+    assert "biases" in unsupported_reason(llama(mlp_bias=True))
+    assert "window" in unsupported_reason(MistralForCausalLM(MistralConfig(**WIDE, num_key_value_heads=1)).bfloat16())
+    assert "GPT2LMHeadModel" in unsupported_reason(MODELS["gpt2"]().bfloat16())
 
 
 @needs_dots
@@ -219,9 +219,9 @@ def test_numbers_of_a_request_that_went_wrong_do_not_spread() -> None:
     """A block that held no numbers serves the next request as a fresh one would."""
     model = llama().float()
     ways = ModelRunner(model, 32)
-    row = Row(number=0, key=None, tokens=[5, 6, 7], blocks=[0])
-    expected = ways.logits([Work(row, 0, 3)])[0]
-    pool: KVCache = ways._rest._pool  # type: ignore[union-attr]
+    row = TokenSequence(number=0, key=None, tokens=[5, 6, 7], blocks=[0])
+    expected = ways.logits([Chunk(row, 0, 3)])[0]
+    pool: KVCache = ways._fallback._pool  # type: ignore[union-attr]
     pool.keys[:, 0] = torch.nan
     pool.values[:, 0] = torch.inf
-    assert torch.equal(ways.logits([Work(row, 0, 3)])[0], expected)
+    assert torch.equal(ways.logits([Chunk(row, 0, 3)])[0], expected)

@@ -7,19 +7,19 @@ import torch
 from tiny import llama
 
 from loralab.adapters.grouped import Bank
-from loralab.serving.scheduler import Row, Work
-from loralab.serving.single import SequentialRunner
-from loralab.serving.ways import pass_of
+from loralab.serving.runner import batch_of
+from loralab.serving.scheduler import Chunk, TokenSequence
+from loralab.serving.sequential_runner import SequentialRunner
 
 
 def test_a_piece_of_which_nothing_is_asked_is_read_all_the_same() -> None:
     model = llama()
     tokens = list(range(3, 20))
-    row = Row(number=0, key=None, tokens=tokens)
+    row = TokenSequence(number=0, key=None, tokens=tokens)
     single = SequentialRunner(model, Bank(model))
 
     def read(cuts: Sequence[int]) -> list[int]:
-        parts = [single.logits(pass_of([Work(row, start, stop)])) for start, stop in itertools.pairwise(cuts)]
+        parts = [single.logits(batch_of([Chunk(row, start, stop)])) for start, stop in itertools.pairwise(cuts)]
         last = parts[-1]
         with torch.no_grad():
             expected = model(input_ids=torch.tensor([tokens])).logits[0, -1]
