@@ -161,7 +161,7 @@ def read_checkpoint(place: Path) -> None:
     trained = begun()
     checkpoint.restore(path, trained, World())
     checkpoint.restore_weights(path, trained.adapter)
-    checkpoint.side_by_side({place: 2})
+    checkpoint.last_common_steps({place: 2})
     step(trained)
 
 

@@ -185,8 +185,9 @@ def test_every_adapter_brings_a_head_of_its_own_size(method: Any, classes: int, 
 
 def test_a_head_of_other_labels_than_named_is_refused(tmp_path: Path) -> None:
     place = save("bert", LinearProbe(), tmp_path / "a", task={"labels": ["a", "b"]})
-    with pytest.raises(AdapterFileError, match="names 2 labels, and its head has 3 classes"):
+    with pytest.raises(AdapterFileError) as error:
         AdapterLoader(base_of("bert")).load(folder.read(place))
+    assert (error.value.code, error.value.field) == ("label_count", "labels")
 
 
 # -- folders of another tool --------------------------------------------------------------------
@@ -257,8 +258,9 @@ def test_another_base_is_refused(tmp_path: Path) -> None:
     place = save("llama", LoRA(rank=2), tmp_path / "a")
     other = llama()
     nn.init.normal_(other.model.layers[0].mlp.up_proj.weight)
-    with pytest.raises(AdapterFileError, match=r"fingerprint [0-9a-f]{16}; this model has"):
+    with pytest.raises(AdapterFileError) as error:
         AdapterLoader(base_of("llama", other)).load(folder.read(place))
+    assert (error.value.code, error.value.field) == ("other_base", "base")
     changed(place, base={"dtype": "float16"})  # rounds its own way: not to be compared
     AdapterLoader(base_of("llama", other)).load(folder.read(place))
 
@@ -342,8 +344,9 @@ def test_an_adapter_of_another_architecture_is_refused(tmp_path: Path) -> None:
 def test_a_prefix_beyond_the_positions_is_refused(tmp_path: Path) -> None:
     for method in (Prefix(tokens=40), Prompt(tokens=40)):
         place = save("gpt2", method, tmp_path / type(method).__name__)
-        with pytest.raises(AdapterFileError, match="learnt only 32 positions"):
+        with pytest.raises(AdapterFileError) as error:
             AdapterLoader(base_of("gpt2")).load(folder.read(place))
+        assert (error.value.code, error.value.field) == ("too_many_positions", "tokens")
 
 
 @pytest.mark.parametrize(

@@ -56,8 +56,9 @@ def test_the_model_of_a_body(content: bytes, name: str) -> None:
 
 def test_quotas_that_replicas_would_count_alone_are_refused() -> None:
     key = Key(name="ci", sha256=b"0" * 32, requests_per_minute=3)
-    with pytest.raises(ConfigError, match="key ci has a quota"):
+    with pytest.raises(ConfigError) as error:
         ReplicaPlan(model="m", store="s", keys=(key,))
+    assert (error.value.code, error.value.field) == ("quota_with_replicas", "keys")
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ class OneOf:
     def __init__(self, threads: Threads, rank: int) -> None:
         self._threads, self.rank, self.size = threads, rank, threads.size
 
-    def gathered(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         self._threads.values[self.rank] = value
         self._threads.barrier.wait()
         found = list(self._threads.values)

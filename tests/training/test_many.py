@@ -307,7 +307,7 @@ def test_a_job_that_diverges_leaves_the_others_alone(
 
 def ill_after(monkeypatch: pytest.MonkeyPatch, name: str, step: int) -> None:
     """Make the weights of one job not finite after some steps."""
-    look = rounds_module.Steps.look
+    look = rounds_module.Steps.evaluate_if_due
 
     def spoiling(steps: Any) -> bool:
         due = look(steps)
@@ -316,7 +316,7 @@ def ill_after(monkeypatch: pytest.MonkeyPatch, name: str, step: int) -> None:
                 steps.job.adapter.parameters()[0].fill_(float("nan"))
         return due
 
-    monkeypatch.setattr(rounds_module.Steps, "look", spoiling)
+    monkeypatch.setattr(rounds_module.Steps, "evaluate_if_due", spoiling)
 
 
 def test_a_gradient_that_is_not_finite_is_its_jobs_alone(

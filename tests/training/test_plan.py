@@ -87,7 +87,7 @@ def test_what_would_lower_the_peak_is_said_the_best_first(
 ) -> None:
     monkeypatch.setattr(memory, "peak_bytes", lambda device: 0)
     monkeypatch.setattr(memory, "held_bytes", lambda device: 10**6)
-    monkeypatch.setattr(memory, "WORKSPACE", 0)
+    monkeypatch.setattr(memory, "WORKSPACE_BYTES", 0)
     settings = {"precision": "fp32", "batch_size": 60, "max_steps": 1}
     found = plan(model=str(tiny_llama_folder), data=str(sums), training=Training(**settings))
     assert {"--gradient-checkpointing on", "--pass-tokens 256"} <= found.smaller.keys()

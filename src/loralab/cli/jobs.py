@@ -43,7 +43,7 @@ def _show(found: Sequence[Mapping[str, Any]], as_json: bool) -> None:
     """All jobs' results; nothing, where another process shows them."""
     from loralab.training.world import world
 
-    if not world().first:
+    if not world().is_main:
         return
     if as_json:
         print_json({"jobs": found})

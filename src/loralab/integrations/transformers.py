@@ -111,7 +111,7 @@ class LoraCallback(TrainerCallback):
             return
         learning.require_gradients(self.adapter)
         gradients = (p.grad for p in self.adapter.parameters() if p.grad is not None)
-        if not args.fp16 and not all(map(learning.finite, gradients)):
+        if not args.fp16 and not all(map(learning.is_finite, gradients)):
             raise learning.not_finite(self.adapter, state.global_step + 1)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, *, optimizer: Any = None, **_: Any) -> None:

@@ -117,7 +117,7 @@ def require_same_facts(folder: Path, study: str, facts: Mapping[str, Any]) -> No
     Raises:
         ConfigError: something else is behind a name by now.
     """
-    from loralab.training.facts import require_equal
+    from loralab.training.run_facts import require_equal
 
     if (stored := _facts(folder).get(study)) is not None:
         require_equal(f"{folder} holds the study {study!r}", stored, facts)

@@ -219,7 +219,7 @@ def _rows(model: Any) -> int | None:
     return min(filter(None, sizes), default=None)
 
 
-class Among(Protocol):
+class ProcessGroup(Protocol):
     """Several processes that score the same rows together: this one is `rank` of `size`."""
 
     @property
@@ -227,7 +227,7 @@ class Among(Protocol):
     @property
     def size(self) -> int: ...
 
-    def gathered(self, value: T) -> list[T]:
+    def all_gather(self, value: T) -> list[T]:
         """Each process's value, in all of them."""
 
 
@@ -237,7 +237,7 @@ def by_length(
     examples: Sequence[Example],
     kind: str,
     batch_size: int,
-    among: Among | None = None,
+    among: ProcessGroup | None = None,
 ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
     """Batches of similar length where the model is, with the indices of their examples.
 
@@ -257,11 +257,11 @@ def by_length(
         yield indices, {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-def merged(found: dict[int, T], among: Among | None) -> dict[int, T]:
+def merged(found: dict[int, T], among: ProcessGroup | None) -> dict[int, T]:
     """What all processes found, by the index of the example."""
     if among is None:
         return found
-    return {index: value for own in among.gathered(found) for index, value in own.items()}
+    return {index: value for own in among.all_gather(found) for index, value in own.items()}
 
 
 def _groups(lengths: Sequence[int], most: int, room: int) -> list[list[int]]:

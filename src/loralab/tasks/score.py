@@ -14,7 +14,7 @@ from loralab.errors import ConfigError, DataError, join_limited
 from loralab.tasks.catalog import Task
 from loralab.tasks.encode import IGNORED, Encoded, Example, answer, answer_ids, prompt_ids, stop_ids, written_answer
 from loralab.tasks.formats import Row
-from loralab.tasks.forward import Among, answer_loss, answers, by_length, call, lone_head, merged, require_known
+from loralab.tasks.forward import ProcessGroup, answer_loss, answers, by_length, call, lone_head, merged, require_known
 from loralab.tasks.metrics import label_metrics, text_metrics
 from loralab.tasks.retrieval import score_pairs
 from loralab.tasks.scorable import context_length, scorable
@@ -78,7 +78,7 @@ def evaluate(
     limit: int | None = None,
     generate: bool = False,
     max_new_tokens: int = 128,
-    among: Among | None = None,
+    among: ProcessGroup | None = None,
 ) -> Scores:
     """Score a model on the first `limit` rows of a split; its training mode is kept.
 
@@ -153,7 +153,7 @@ def _answered(
     kind: str,
     batch_size: int,
     room: int,
-    among: Among | None,
+    among: ProcessGroup | None,
 ) -> tuple[float, list[str], list[float]]:
     """Mean loss, the label of each row where there are labels, and the mean loss of each row."""
     if task.labels and kind == "causal-lm":
@@ -227,7 +227,7 @@ def _losses(
     encoded: Encoded,
     kind: str,
     batch_size: int,
-    among: Among | None,
+    among: ProcessGroup | None,
     choices: Sequence[int] = (),
 ) -> tuple[list[float], list[int], list[int]]:
     """Each example's summed loss, number of labels, and the class or the choice preferred.
@@ -264,7 +264,7 @@ def _ranked(
     rows: Sequence[Row],
     batch_size: int,
     room: int,
-    among: Among | None,
+    among: ProcessGroup | None,
 ) -> tuple[list[float], list[int], list[int]]:
     """Each row's summed loss, number of tokens, and the index of its likeliest label."""
     candidates = [[answer_ids(task, row, tokenizer, label) for label in task.labels] for row in rows]

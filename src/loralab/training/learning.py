@@ -13,7 +13,7 @@ from loralab.errors import AdapterStateError, LearningError, join_limited
 
 FIRST_LOOK, SECOND_LOOK = 1, 3  # steps after which gradients, and then weights, are checked
 # a random A has no gradient before B has moved; lambda can be pruned; a token's row waits for it
-MAY_REST = (".lora_A", ".out_A", ".lora_E", ".trainable_tokens_delta")
+NO_EARLY_GRADIENT = (".lora_A", ".out_A", ".lora_E", ".trainable_tokens_delta")
 
 
 def require_trainable(adapter: Adapter, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -82,7 +82,7 @@ def require_gradients(adapter: Adapter) -> None:
 def not_finite(adapter: Adapter, step: int) -> LearningError:
     """Return the error of a step, counted from 1, whose gradient is not finite."""
     named = adapter.named_parameters()
-    bad = [n for n, p in named.items() if p.grad is not None and not finite(p.grad)]
+    bad = [n for n, p in named.items() if p.grad is not None and not is_finite(p.grad)]
     return LearningError(
         f"step {step}: the gradient is not finite in {join_limited(bad) or 'its norm'}; "
         "lower the learning rate or use --precision fp32",
@@ -105,7 +105,7 @@ def require_moved(adapter: Adapter, started: Mapping[str, Tensor]) -> None:
     still = [
         name
         for name, parameter in trained(adapter).items()
-        if not name.endswith(MAY_REST) and torch.equal(parameter, started[name])
+        if not name.endswith(NO_EARLY_GRADIENT) and torch.equal(parameter, started[name])
     ]
     if still and not _may_miss(adapter, still):
         raise LearningError(
@@ -118,7 +118,7 @@ def trained(adapter: Adapter) -> dict[str, nn.Parameter]:
     return {name: p for name, p in adapter.named_parameters().items() if p.requires_grad}
 
 
-def finite(tensor: Tensor) -> bool:
+def is_finite(tensor: Tensor) -> bool:
     """Return whether all numbers are finite."""
     return bool(tensor.isfinite().all())
 

@@ -1,4 +1,4 @@
-"""How to train and how to evaluate: frozen configurations.
+"""Settings of training and evaluation: frozen configurations.
 
 Standard library only: the command line builds its flags and its help from these classes.
 """
@@ -21,7 +21,7 @@ SPLITS = ("train", "validation", "test", "all")
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """How an adapter is trained.
+    """Training settings.
 
     One optimiser step sees batch_size * accumulation_steps rows, and so many for each process.
     """
@@ -93,13 +93,15 @@ class Training:
         object.__setattr__(self, "new_tokens", tuple(self.new_tokens))
         rate = self.learning_rate
         if rate is not None and not (math.isfinite(rate) and rate > 0):
-            raise ConfigError(f"learning_rate must be above 0, got {rate}")
+            raise ConfigError(f"learning_rate must be above 0, got {rate}", code="invalid_value", field="learning_rate")
         if not 0 <= self.warmup < 1:
-            raise ConfigError(f"warmup must be at least 0 and below 1, got {self.warmup}")
+            raise ConfigError(
+                f"warmup must be at least 0 and below 1, got {self.warmup}", code="invalid_value", field="warmup"
+            )
         for name in ("weight_decay", "max_grad_norm"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
-                raise ConfigError(f"{name} must be 0 or more, got {value}")
+                raise ConfigError(f"{name} must be 0 or more, got {value}", code="invalid_value", field=name)
         check_choice("precision", self.precision, PRECISIONS)
         check_choice("quantize", self.quantize, QUANTIZERS)
         check_choice("schedule", self.schedule, SCHEDULES)
@@ -109,16 +111,24 @@ class Training:
 
     def _check_memory(self) -> None:
         if self.optimizer_bits not in OPTIMIZER_BITS:
-            raise ConfigError(f"optimizer_bits must be 32 or 8, got {self.optimizer_bits!r}")
+            raise ConfigError(
+                f"optimizer_bits must be 32 or 8, got {self.optimizer_bits!r}",
+                code="invalid_value",
+                field="optimizer_bits",
+            )
         if self.memory_budget is not None:
             parse_bytes("memory_budget", self.memory_budget)
         if self.checkpoint_blocks is not None and self.gradient_checkpointing == "off":
-            raise ConfigError("checkpoint_blocks needs gradient_checkpointing to be on")
+            raise ConfigError(
+                "checkpoint_blocks needs gradient_checkpointing to be on",
+                code="needs_checkpointing",
+                field="checkpoint_blocks",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """How a model is scored."""
+    """Evaluation settings."""
 
     split: Annotated[
         str | None,

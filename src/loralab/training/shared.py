@@ -14,7 +14,7 @@ from loralab.adapters.fingerprint import base_tensors
 from loralab.models.load import Base
 from loralab.tasks.catalog import Task
 from loralab.tasks.encode import Encoded, encode
-from loralab.training.preflight import HEADED, load_for
+from loralab.training.preflight import HEADED_KINDS, load_for
 from loralab.training.request import Request
 
 
@@ -31,7 +31,7 @@ class OneBase:
         self._encoded: dict[tuple[object, ...], Encoded] = {}
 
     def __call__(self, request: Request, task: Task) -> Base:
-        """The model for one more job.
+        """Return the model for one more job.
 
         Raises:
             ModelError: there is no such model, or it cannot learn from such rows.
@@ -39,7 +39,7 @@ class OneBase:
         if request.training.new_tokens:  # more rows, in the model and in its tokenizer
             return load_for(request, task)
         head = (task.format, task.labels, request.training.seed)
-        if self.bare is not None and (self.bare.kind not in HEADED or self._head == head):
+        if self.bare is not None and (self.bare.kind not in HEADED_KINDS or self._head == head):
             return replace(self.bare, model=shared_copy(self.bare.model))
         base = load_for(request, task)
         if self.bare is None:

@@ -1,4 +1,4 @@
-"""How the loss of a step is computed: the quickest way that gives what the plain way gives.
+"""Forward path of a step: the fastest mode whose loss and gradients equal the plain model's.
 
 Before a run each way is tried on a few rows of noise, and its loss and gradients are compared
 with those of the untouched model. The first that agrees is taken; a model that none suits is
@@ -21,30 +21,30 @@ from loralab.tasks.batches import collate, pack, parts
 from loralab.tasks.encode import IGNORED, Example
 from loralab.tasks.forward import answer_loss, call, embed_pairs, partner_losses
 from loralab.training.fast.attention import Packing
-from loralab.training.fast.patches import Forward, known, patched
+from loralab.training.fast.patches import Forward, known_modules, patched
 from loralab.training.loss import summed_loss
 from loralab.training.world import World
 
-WAYS = ("packed", "patched", "plain")
-ROOM = {"cpu": 1024, "cuda": 16384}  # tokens in one pass, where that makes no difference
-PROBE = (7, 1, 5, 12)  # tokens of the rows that are compared
-COMMON = 1000  # ids of them, of a model that counts none too
-LOSS_AGREES = {torch.float32: 1e-4, torch.bfloat16: 0.03, torch.float16: 0.01}
-GRADIENT_AGREES = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.1}
+MODES = ("packed", "patched", "plain")
+MAX_TOKENS = {"cpu": 1024, "cuda": 16384}  # tokens in one pass, where that makes no difference
+PROBE_LENGTHS = (7, 1, 5, 12)  # tokens of the rows that are compared
+PROBE_VOCABULARY = 1000  # ids of them, of a model that counts none too
+LOSS_TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.03, torch.float16: 0.01}
+GRADIENT_TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.1}
 # how far other tokens may move the logits of earlier ones, of how far they move their own: experts
 # whose rows change their places round otherwise
-LOOKS_AHEAD = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.01}
-CUT = ("causal-lm", "sequence-classification", "token-classification")  # rows do not meet
+LOOKAHEAD_TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.01}
+CUTTABLE_KINDS = ("causal-lm", "sequence-classification", "token-classification")  # rows do not meet
 
 
 @dataclass
-class Path:
+class ForwardPath:
     """A model with an adapter, and how the loss of some examples comes out of it.
 
     Attributes:
-        way: "packed": rows without padding, quick modules, no logits kept; "patched": padded rows
+        mode: "packed": rows without padding, quick modules, no logits kept; "patched": padded rows
             and quick modules; "plain": the model as it is.
-        room: tokens that go through the model at once; more rows are cut into parts.
+        max_tokens: tokens that go through the model at once; more rows are cut into parts.
         longest: tokens of the longest text that the model will meet; shorter ones may be padded
             to one of few lengths.
         refused: ways that were tried first, and why they were not taken.
@@ -56,29 +56,29 @@ class Path:
     kind: str
     pad_id: int
     pictures: Any = None
-    way: str = "plain"
-    room: int = ROOM["cpu"]
+    mode: str = "plain"
+    max_tokens: int = MAX_TOKENS["cpu"]
     longest: int = 0
     refused: dict[str, str] = field(default_factory=dict)
     quicker: Sequence[tuple[nn.Module, Forward]] = ()
     world: World = field(default_factory=World)
 
     @property
-    def meets(self) -> bool:
+    def in_batch_negatives(self) -> bool:
         """Return whether the rows of a pass are compared with each other, those of all processes."""
         return self.kind == "sentence-encoder"
 
-    def parts(self, examples: Sequence[Example]) -> list[list[Example]]:
-        """The examples of one pass, cut where that changes nothing but memory."""
-        if self.kind not in CUT or self.way == "plain":
+    def micro_batches(self, examples: Sequence[Example]) -> list[list[Example]]:
+        """Return the examples of one pass, cut where that changes nothing but memory."""
+        if self.kind not in CUTTABLE_KINDS or self.mode == "plain":
             return [list(examples)]
-        return parts(examples, self.room, pads=self.way != "packed")
+        return parts(examples, self.max_tokens, pads=self.mode != "packed")
 
     def loss(self, examples: Sequence[Example]) -> Tensor:
-        """The summed cross-entropy of some examples, () in fp32."""
-        if self.meets and self.world.size > 1:
+        """Return the summed cross-entropy of some examples, () in fp32."""
+        if self.in_batch_negatives and self.world.size > 1:
             return self.shared_loss(examples)
-        if self.way == "packed":
+        if self.mode == "packed":
             return self._packed_loss([len(example.input_ids) for example in examples], examples)
         return answer_loss(self.model, self.batch(examples), self.kind)[0]
 
@@ -94,7 +94,7 @@ class Path:
             counted: False, if it has none and these only stand in for them.
         """
         own = [t if counted else t[:0] for t in embed_pairs(self.model, self.batch(examples))]
-        pairs = self.world.gathered([t.detach().cpu() for t in own])
+        pairs = self.world.all_gather([t.detach().cpu() for t in own])
         start = sum(len(first) for first, _ in pairs[: self.world.rank])
         both = [[t.to(own[0].device) for t in pair] for pair in pairs]
         both[self.world.rank] = own
@@ -106,7 +106,7 @@ class Path:
     def size(self, examples: Sequence[Example]) -> int:
         """Tokens that the model meets, padding included; of pictures, their number."""
         lengths = [example.length for example in examples]
-        return sum(lengths) if self.way == "packed" else len(lengths) * max(lengths)
+        return sum(lengths) if self.mode == "packed" else len(lengths) * max(lengths)
 
     def batch(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         """Padded tensors, where the model is."""
@@ -115,7 +115,7 @@ class Path:
             pad_id=self.pad_id,
             kind=self.kind,
             pictures=self.pictures,
-            longest=0 if self.way == "plain" else self.longest,
+            longest=0 if self.mode == "plain" else self.longest,
         )
         return on_device(batch, self.model)
 
@@ -129,15 +129,15 @@ class Path:
         return summed_loss(self.model.get_output_embeddings(), states[here], batch["targets"][here])
 
     @contextlib.contextmanager
-    def taken(self) -> Iterator[None]:
-        """The model as this way needs it."""
-        plain = self.way == "plain"
+    def activated(self) -> Iterator[None]:
+        """Patch the model as this mode needs it."""
+        plain = self.mode == "plain"
         with contextlib.nullcontext() if plain else patched(self.model, self.quicker):
             yield
 
 
 def rounded_up(size: int) -> int:
-    """The next of sixteen sizes between powers of two, at least 16.
+    """Return the next of sixteen sizes between powers of two, at least 16.
 
     A matrix library builds a kernel for each new shape, and keeps them: few shapes save more time
     and memory than the padding costs.
@@ -146,49 +146,49 @@ def rounded_up(size: int) -> int:
     return -(-size // step) * step
 
 
-def room_on(device: torch.device) -> int:
+def max_tokens_on(device: torch.device) -> int:
     """Tokens that go through a model at once on a device, where nothing else is asked for."""
-    return ROOM.get(device.type, ROOM["cuda"])
+    return MAX_TOKENS.get(device.type, MAX_TOKENS["cuda"])
 
 
-def quickest(adapter: Adapter, kind: str, *, pad_id: int, pictures: Any = None) -> Path:
-    """The quickest way for this model and adapter that agrees with the plain one.
+def fastest_path(adapter: Adapter, kind: str, *, pad_id: int, pictures: Any = None) -> ForwardPath:
+    """Return the fastest path for this model and adapter that agrees with the plain one.
 
     Raises:
         ModelError: the plain way does not work, or reads what it shall predict.
     """
     model = adapter.model
     device = next(model.parameters()).device
-    path = Path(model, kind, pad_id, pictures, room=room_on(device))
+    path = ForwardPath(model, kind, pad_id, pictures, max_tokens=max_tokens_on(device))
     examples, training = noise(model, kind), model.training
     with torch.random.fork_rng(), contextlib.ExitStack() as stack:
         stack.callback(model.train, training)
         expected = _plain_result(path, adapter, examples)
         if kind == "image-classification":
             return path
-        path.quicker = known(model)
+        path.quicker = known_modules(model)
         if kind == "causal-lm":
             require_causal(path, examples[-1])
-        for way in WAYS[:-1]:
-            path.way = way
-            if way == "packed" and (kind != "causal-lm" or device.type != "cpu"):
+        for mode in MODES[:-1]:
+            path.mode = mode
+            if mode == "packed" and (kind != "causal-lm" or device.type != "cpu"):
                 continue  # a GPU has padded kernels that are quicker than tiles
             try:
                 found = _result(path, adapter, examples)
             except Exception as error:  # a structure that the quick forwards do not know
-                path.refused[way] = f"{type(error).__name__}: {error}"
+                path.refused[mode] = f"{type(error).__name__}: {error}"
                 continue
             problem = difference(model, expected, found)
             if not problem:
                 return path
-            path.refused[way] = problem
-    path.way = "plain"
+            path.refused[mode] = problem
+    path.mode = "plain"
     return path
 
 
-def _result(path: Path, adapter: Adapter, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
+def _result(path: ForwardPath, adapter: Adapter, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
     """Loss and gradients on some examples, without dropout; what training mode refuses raises."""
-    with path.taken():
+    with path.activated():
         path.model.train()
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # reentrant checkpointing without gradients
@@ -197,7 +197,7 @@ def _result(path: Path, adapter: Adapter, examples: Sequence[Example]) -> tuple[
         return gradient_of(path.loss(examples), adapter)
 
 
-def _plain_result(path: Path, adapter: Adapter, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
+def _plain_result(path: ForwardPath, adapter: Adapter, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
     """Of the model as it is: what fails here, fails in every step."""
     try:
         return _result(path, adapter, examples)
@@ -215,8 +215,8 @@ def _plain_result(path: Path, adapter: Adapter, examples: Sequence[Example]) -> 
         ) from error
 
 
-def _works_in_fp32(path: Path, adapter: Adapter, examples: Sequence[Example]) -> str:
-    """A remedy that has been tried, on a model that nobody will use any more."""
+def _works_in_fp32(path: ForwardPath, adapter: Adapter, examples: Sequence[Example]) -> str:
+    """Return a remedy that has been tried, on a model that nobody will use any more."""
     if _dtype(path.model) == torch.float32:
         return ""
     try:
@@ -228,7 +228,7 @@ def _works_in_fp32(path: Path, adapter: Adapter, examples: Sequence[Example]) ->
 
 
 @torch.no_grad()
-def require_causal(path: Path, example: Example) -> None:
+def require_causal(path: ForwardPath, example: Example) -> None:
     """A language model whose tokens see those after them would read what it shall predict.
 
     Raises:
@@ -239,7 +239,7 @@ def require_causal(path: Path, example: Example) -> None:
     path.model.eval()
     one, two = (call(path.model, path.batch([row]))[0].float() for row in (example, other))
     moved = (one - two).norm(dim=1)  # (L,)
-    if moved[:half].max() > LOOKS_AHEAD[_dtype(path.model)] * moved[half:].max():
+    if moved[:half].max() > LOOKAHEAD_TOLERANCES[_dtype(path.model)] * moved[half:].max():
         raise ModelError(
             f"{type(path.model).__name__} sees the tokens after each one as well: as a language "
             "model it would read what it shall predict; take a decoder such as smollm2-135m, or "
@@ -250,7 +250,7 @@ def require_causal(path: Path, example: Example) -> None:
 
 
 def gradient_of(loss: Tensor, adapter: Adapter) -> tuple[Tensor, Tensor]:
-    """A loss, and its gradient by everything that is trained as one vector; none is kept.
+    """Return a loss, and its gradient by everything that is trained as one vector; none is kept.
 
     Raises:
         ModelError: the loss does not depend on it.
@@ -268,7 +268,7 @@ def gradient_of(loss: Tensor, adapter: Adapter) -> tuple[Tensor, Tensor]:
 
 
 def packed_states(model: Any, batch: Mapping[str, Tensor], packing: Packing) -> Tensor:
-    """The last hidden states of packed rows, (N, H)."""
+    """Return the last hidden states of packed rows, (N, H)."""
     # a mask of four axes is passed on as it is: none is made that nobody reads
     states: Tensor = model.base_model(
         input_ids=batch["input_ids"],
@@ -284,10 +284,10 @@ def difference(model: nn.Module, expected: tuple[Tensor, Tensor], found: tuple[T
     """In what a loss and its gradients differ by more than rounding; empty if they do not."""
     dtype = _dtype(model)
     loss = float((expected[0] - found[0]).abs() / expected[0].abs())
-    if not loss <= LOSS_AGREES[dtype]:
+    if not loss <= LOSS_TOLERANCES[dtype]:
         return f"its loss differs by {loss:.2g} of the loss"
     gradient = float((expected[1] - found[1]).norm() / expected[1].norm())
-    if not gradient <= GRADIENT_AGREES[dtype]:
+    if not gradient <= GRADIENT_TOLERANCES[dtype]:
         return f"its gradient differs by {gradient:.2g} of its length"
     return ""
 
@@ -311,9 +311,9 @@ def noise(model: Any, kind: str) -> list[Example]:
         return [Example(number, (), (0,), image=_Grey()) for number in range(2)]
     draw = torch.Generator().manual_seed(0)
     config = model.config.get_text_config()
-    words = min(getattr(config, "vocab_size", COMMON), COMMON)
+    words = min(getattr(config, "vocab_size", PROBE_VOCABULARY), PROBE_VOCABULARY)
     rows = []
-    for number, length in enumerate(PROBE):
+    for number, length in enumerate(PROBE_LENGTHS):
         ids = tuple(torch.randint(words, (length,), generator=draw).tolist())
         labels = tuple(IGNORED if i < length // 2 else token for i, token in enumerate(ids))
         if kind == "sequence-classification":
@@ -335,6 +335,6 @@ def _ended(ids: tuple[int, ...], config: Any) -> tuple[int, ...]:
 
 
 def on_device(batch: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """The tensors where the model is."""
+    """Return the tensors where the model is."""
     device = next(model.parameters()).device
     return {name: tensor.to(device) for name, tensor in batch.items()}

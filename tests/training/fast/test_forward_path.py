@@ -40,7 +40,7 @@ from loralab.adapters.methods import LoRA
 from loralab.errors import ModelError
 from loralab.models.pictures import Pictures
 from loralab.tasks.encode import IGNORED, Example
-from loralab.training.fast.path import Path, quickest
+from loralab.training.fast.forward_path import ForwardPath, fastest_path
 from loralab.training.memory import checkpoint_gradients
 
 SIZES = {
@@ -108,14 +108,14 @@ def adapted(model: Any, method: Any = None) -> Adapter:
     return fill(attach(model, method or LoRA(rank=2), generator=draw))
 
 
-def result(path: Path, adapter: Adapter, examples: list[Example], seed: int = 0) -> list[Tensor]:
+def result(path: ForwardPath, adapter: Adapter, examples: list[Example], seed: int = 0) -> list[Tensor]:
     """Loss and gradients, as the loop would get them."""
     torch.manual_seed(seed)
     total = torch.zeros(())
     for parameter in adapter.parameters():
         parameter.grad = None
-    with path.taken():
-        for part in path.parts(examples):
+    with path.activated():
+        for part in path.micro_batches(examples):
             loss = path.loss(part)
             total += loss.detach()
             if loss.requires_grad:
@@ -124,8 +124,8 @@ def result(path: Path, adapter: Adapter, examples: list[Example], seed: int = 0)
     return [total, *gradients]
 
 
-def plain(adapter: Adapter, kind: str = "causal-lm") -> Path:
-    return Path(adapter.model, kind, pad_id=0)
+def plain(adapter: Adapter, kind: str = "causal-lm") -> ForwardPath:
+    return ForwardPath(adapter.model, kind, pad_id=0)
 
 
 def assert_same(found: list[Tensor], expected: list[Tensor]) -> None:
@@ -137,8 +137,8 @@ def assert_same(found: list[Tensor], expected: list[Tensor]) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_packed_rows_give_loss_and_gradients_of_padded_ones(name: str) -> None:
     adapter = adapted(MODELS[name]())
-    path = quickest(adapter, "causal-lm", pad_id=0)
-    assert path.way == "packed", path.refused
+    path = fastest_path(adapter, "causal-lm", pad_id=0)
+    assert path.mode == "packed", path.refused
     adapter.model.train()
     assert_same(result(path, adapter, RAGGED), result(plain(adapter), adapter, RAGGED))
 
@@ -146,8 +146,8 @@ def test_packed_rows_give_loss_and_gradients_of_padded_ones(name: str) -> None:
 @pytest.mark.parametrize("name", NOT_PACKED)
 def test_a_model_that_cannot_be_packed_is_found_out(name: str) -> None:
     adapter = adapted(NOT_PACKED[name]())
-    path = quickest(adapter, "causal-lm", pad_id=0)
-    assert path.way == "patched"
+    path = fastest_path(adapter, "causal-lm", pad_id=0)
+    assert path.mode == "patched"
     assert path.refused["packed"]
     adapter.model.eval()
     assert_same(result(path, adapter, RAGGED), result(plain(adapter), adapter, RAGGED))
@@ -161,9 +161,9 @@ def test_every_method(variant: str) -> None:
     if adapter.budget is not None:  # its regulariser would be in the first gradient only
         for module in adapter.modules.values():
             module.regularise(0.0)
-    path = quickest(adapter, "causal-lm", pad_id=0)
+    path = fastest_path(adapter, "causal-lm", pad_id=0)
     expected = "patched" if variant.startswith(("prefix", "prompt")) else "packed"
-    assert path.way == expected, path.refused
+    assert path.mode == expected, path.refused
     adapter.model.eval()
     assert_same(result(path, adapter, RAGGED), result(plain(adapter), adapter, RAGGED))
 
@@ -182,8 +182,8 @@ def test_every_method(variant: str) -> None:
 @pytest.mark.parametrize("model", ["llama", "untied"])
 def test_heads_and_embeddings_that_are_adapted(model: str, options: dict[str, Any]) -> None:
     adapter = adapted(MODELS[model](), LoRA(rank=2, **options))
-    path = quickest(adapter, "causal-lm", pad_id=0)
-    assert path.way == "packed", path.refused
+    path = fastest_path(adapter, "causal-lm", pad_id=0)
+    assert path.mode == "packed", path.refused
     assert_same(result(path, adapter, RAGGED), result(plain(adapter), adapter, RAGGED))
 
 
@@ -192,24 +192,24 @@ def test_heads_and_embeddings_that_are_adapted(model: str, options: dict[str, An
 def test_any_rows_in_any_room(lengths: list[int], room: int, data: st.DataObject) -> None:
     answers = data.draw(st.lists(st.integers(0, 60), min_size=len(lengths), max_size=len(lengths)))
     adapter, examples = adapted(llama()), rows(lengths, answers)
-    path = quickest(adapter, "causal-lm", pad_id=0)
-    path.room = room
-    assert sorted(e.row for part in path.parts(examples) for e in part) == list(range(len(lengths)))
+    path = fastest_path(adapter, "causal-lm", pad_id=0)
+    path.max_tokens = room
+    assert sorted(e.row for part in path.micro_batches(examples) for e in part) == list(range(len(lengths)))
     assert_same(result(path, adapter, examples), result(plain(adapter), adapter, examples))
 
 
 def test_rows_without_any_label_have_no_loss_and_no_gradient() -> None:
     adapter = adapted(llama())
-    path = quickest(adapter, "causal-lm", pad_id=0)
+    path = fastest_path(adapter, "causal-lm", pad_id=0)
     for tensor in result(path, adapter, rows([5, 1, 9], [0, 0, 0])):
         assert tensor.count_nonzero() == 0
 
 
 def test_dropout_draws_the_same_masks_where_rows_stay_padded() -> None:
     adapter = adapted(llama(), LoRA(rank=2, dropout=0.4))
-    path = quickest(adapter, "causal-lm", pad_id=0)
-    assert path.way == "packed", path.refused
-    path.way = "patched"
+    path = fastest_path(adapter, "causal-lm", pad_id=0)
+    assert path.mode == "packed", path.refused
+    path.mode = "patched"
     adapter.model.train()
     one, other = (result(p, adapter, RAGGED, seed=5) for p in (path, plain(adapter)))
     assert_same(one, other)
@@ -218,7 +218,7 @@ def test_dropout_draws_the_same_masks_where_rows_stay_padded() -> None:
 
 def test_dropout_of_packed_rows_is_right_on_average() -> None:
     adapter = adapted(llama(), LoRA(rank=2, dropout=0.3))
-    path = quickest(adapter, "causal-lm", pad_id=0)
+    path = fastest_path(adapter, "causal-lm", pad_id=0)
     adapter.model.train()
     means = [
         torch.stack([result(p, adapter, RAGGED, seed)[0] for seed in range(30)]).mean() for p in (path, plain(adapter))
@@ -232,8 +232,8 @@ def test_recomputed_activations_are_packed_too(reentrant: bool) -> None:
     model: Any = adapter.model
     expected = result(plain(adapter), adapter, RAGGED)
     checkpoint_gradients(model, "reentrant" if reentrant else "on")
-    path = quickest(adapter, "causal-lm", pad_id=0)
-    assert path.way == "packed", path.refused
+    path = fastest_path(adapter, "causal-lm", pad_id=0)
+    assert path.mode == "packed", path.refused
     model.train()
     assert_same(result(path, adapter, RAGGED), expected)
 
@@ -241,8 +241,8 @@ def test_recomputed_activations_are_packed_too(reentrant: bool) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_agrees_too(dtype: torch.dtype) -> None:
     adapter = adapted(llama().to(dtype))
-    path = quickest(adapter, "causal-lm", pad_id=0)
-    assert path.way == "packed", path.refused
+    path = fastest_path(adapter, "causal-lm", pad_id=0)
+    assert path.mode == "packed", path.refused
 
 
 def test_in_bfloat16_it_is_no_further_from_the_truth_than_the_plain_way() -> None:
@@ -251,8 +251,8 @@ def test_in_bfloat16_it_is_no_further_from_the_truth_than_the_plain_way() -> Non
     exact = adapted(make().double())
     truth = result(plain(exact), exact, RAGGED)
     adapter = adapted(make().bfloat16())
-    path = quickest(adapter, "causal-lm", pad_id=0)
-    assert path.way == "packed", path.refused
+    path = fastest_path(adapter, "causal-lm", pad_id=0)
+    assert path.mode == "packed", path.refused
 
     def apart(found: list[Tensor]) -> float:
         flat = [torch.cat([t.double().flatten() for t in g[1:]]) for g in (found, truth)]
@@ -265,9 +265,9 @@ def test_in_bfloat16_it_is_no_further_from_the_truth_than_the_plain_way() -> Non
 @pytest.mark.parametrize(("kind", "labels"), [("sequence-classification", 1)])
 def test_a_classifier_keeps_padded_rows(kind: str, labels: int) -> None:
     adapter = adapted(bert(), LoRA(rank=2, modules_to_save=["classifier"]))
-    path = quickest(adapter, kind, pad_id=0)
-    assert path.way == "patched", path.refused
-    path.room = 24
+    path = fastest_path(adapter, kind, pad_id=0)
+    assert path.mode == "patched", path.refused
+    path.max_tokens = 24
     examples = [Example(e.row, e.input_ids, (e.row % 3,)) for e in RAGGED]
     adapter.model.eval()
     assert_same(result(path, adapter, examples), result(plain(adapter, kind), adapter, examples))
@@ -276,8 +276,8 @@ def test_a_classifier_keeps_padded_rows(kind: str, labels: int) -> None:
 def test_afterwards_the_model_is_as_it_was() -> None:
     adapter = adapted(llama())
     model: Any = adapter.model.train()
-    path = quickest(adapter, "causal-lm", pad_id=0)
-    with contextlib.suppress(RuntimeError), path.taken():
+    path = fastest_path(adapter, "causal-lm", pad_id=0)
+    with contextlib.suppress(RuntimeError), path.activated():
         assert any("forward" in m.__dict__ for m in model.modules())
         raise RuntimeError
     assert not any("forward" in m.__dict__ for m in model.modules())
@@ -293,8 +293,8 @@ def test_a_norm_of_another_kind_keeps_its_own_forward() -> None:
 
     model = llama()
     model.model.norm.__class__ = WrongRMSNorm
-    path = quickest(adapted(model), "causal-lm", pad_id=0)
-    assert path.way == "packed", path.refused
+    path = fastest_path(adapted(model), "causal-lm", pad_id=0)
+    assert path.mode == "packed", path.refused
     assert model.model.norm not in [module for module, _ in path.quicker]
 
 
@@ -306,8 +306,8 @@ def test_an_attention_that_is_not_what_its_name_says_is_refused() -> None:
 
     model = llama()
     model.model.layers[0].self_attn.__class__ = LlamaAttention
-    path = quickest(adapted(model), "causal-lm", pad_id=0)
-    assert path.way != "packed"
+    path = fastest_path(adapted(model), "causal-lm", pad_id=0)
+    assert path.mode != "packed"
     assert "differs" in path.refused["packed"]
 
 
@@ -317,7 +317,7 @@ def test_a_forward_that_somebody_replaced_is_left_alone() -> None:
     own = mlp.forward
     mlp.forward = lambda x: (calls.append(1), own(x))[1]  # type: ignore[assignment,method-assign]
     adapter = adapted(model)
-    path = quickest(adapter, "causal-lm", pad_id=0)
+    path = fastest_path(adapter, "causal-lm", pad_id=0)
     assert mlp not in [module for module, _ in path.quicker]
     calls.clear()
     result(path, adapter, RAGGED)
@@ -332,13 +332,13 @@ def test_a_language_model_that_sees_what_it_shall_predict_is_refused(name: str) 
         "xlnet": made(XLNetLMHeadModel, XLNetConfig(d_model=32, n_layer=1, n_head=4, d_inner=48, vocab_size=50)),
     }
     with pytest.raises(ModelError) as error:
-        quickest(adapted(seen[name]()), "causal-lm", pad_id=0)
+        fastest_path(adapted(seen[name]()), "causal-lm", pad_id=0)
     assert (error.value.code, error.value.field) == ("not_causal", "model")
 
 
 def test_a_decoder_of_an_encoder_family_is_a_language_model() -> None:
     decoder = made(BertLMHeadModel, BertConfig(**SIZES, is_decoder=True))()
-    quickest(adapted(decoder), "causal-lm", pad_id=0)
+    fastest_path(adapted(decoder), "causal-lm", pad_id=0)
 
 
 def test_a_step_that_fails_is_one_error_that_names_the_class() -> None:
@@ -349,7 +349,7 @@ def test_a_step_that_fails_is_one_error_that_names_the_class() -> None:
     model = llama()
     model.__class__ = Broken
     with pytest.raises(ModelError) as error:
-        quickest(adapted(model), "causal-lm", pad_id=0)
+        fastest_path(adapted(model), "causal-lm", pad_id=0)
     assert (error.value.code, error.value.field) == ("model_cannot_train", "model")
     for part in ("Broken", "LoRA", "no such step"):
         assert part in str(error.value)
@@ -364,7 +364,7 @@ def test_a_model_that_lets_no_gradient_through_is_refused() -> None:
     model = llama()
     model.__class__ = Cut
     with pytest.raises(ModelError) as error:
-        quickest(adapted(model), "causal-lm", pad_id=0)
+        fastest_path(adapted(model), "causal-lm", pad_id=0)
     assert error.value.code == "no_gradient"
 
 
@@ -376,7 +376,7 @@ def test_memory_that_runs_out_is_not_blamed_on_the_model() -> None:
     model = llama()
     model.__class__ = Hungry
     with pytest.raises(RuntimeError, match="allocate"):
-        quickest(adapted(model), "causal-lm", pad_id=0)
+        fastest_path(adapted(model), "causal-lm", pad_id=0)
 
 
 def test_a_model_for_fp32_alone_says_so() -> None:
@@ -389,7 +389,7 @@ def test_a_model_for_fp32_alone_says_so() -> None:
     model = llama().bfloat16()
     model.__class__ = Exact
     with pytest.raises(ModelError) as error:
-        quickest(adapted(model), "causal-lm", pad_id=0)
+        fastest_path(adapted(model), "causal-lm", pad_id=0)
     assert error.value.code == "model_cannot_train"
     assert "--precision fp32" in str(error.value)
 
@@ -409,7 +409,7 @@ def test_a_vision_model_is_tried_before_it_is_trained() -> None:
     )()
     adapter = attach(model, LoRA(rank=2))
     fits, other = Pictures(size=28), Pictures(size=28, mean=(0.5,), std=(0.5,))
-    assert quickest(adapter, "image-classification", pad_id=0, pictures=fits).way == "plain"
+    assert fastest_path(adapter, "image-classification", pad_id=0, pictures=fits).mode == "plain"
     with pytest.raises(ModelError) as error:
-        quickest(adapter, "image-classification", pad_id=0, pictures=other)
+        fastest_path(adapter, "image-classification", pad_id=0, pictures=other)
     assert error.value.code == "model_cannot_train"

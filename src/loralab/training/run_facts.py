@@ -1,4 +1,4 @@
-"""What a run stands on beside its settings: rows, base and tokenizer, which a name does not fix.
+"""Facts of a run beside its settings: rows, base and tokenizer, which a name does not fix.
 
 config.toml holds names, and another content may stand behind the same name by the time that a run
 goes on. So `run.json` beside it holds what was there when the run began, and is compared.
@@ -19,10 +19,10 @@ from loralab.models.load import Base
 from loralab.tasks.catalog import Task
 from loralab.values import read_json
 
-FILE = "run.json"
+FACTS_FILE = "run.json"
 LONG, HEX = 60, re.compile("[0-9a-f]{64}")  # characters; a sha256
-BaseInfo = Mapping[str, Any]
-WORDS = {  # how an error calls them
+RunFacts = Mapping[str, Any]
+FACT_NAMES = {  # how an error calls them
     "data": "data: digest",
     "labels": "labels",
     "instruction": "instruction",
@@ -39,7 +39,7 @@ UNKNOWN = (
 
 
 def facts_of(task: Task, digest: str, base: Base, without: frozenset[str] = frozenset()) -> dict[str, Any]:
-    """What is compared when a run goes on.
+    """Return the facts that are compared when a run is resumed.
 
     Args:
         digest: of the task's rows.
@@ -58,8 +58,8 @@ def facts_of(task: Task, digest: str, base: Base, without: frozenset[str] = froz
     }
 
 
-def require_same(folder: Path, facts: BaseInfo, *, begun: bool) -> str:
-    """What a run goes on with must be what it was begun with.
+def require_same(folder: Path, facts: RunFacts, *, begun: bool) -> str:
+    """Require the facts of a resumed run to equal those of its start.
 
     Args:
         begun: whether steps were made already.
@@ -71,15 +71,15 @@ def require_same(folder: Path, facts: BaseInfo, *, begun: bool) -> str:
         ConfigError: the data, the base, the tokenizer or the question is another one.
         OutputError: run.json is damaged.
     """
-    file = folder / FILE
+    file = folder / FACTS_FILE
     if not file.is_file():
         return UNKNOWN if begun else ""
     require_equal(f"{folder} holds a run", read_json(file, OutputError), facts)
     return ""
 
 
-def require_equal(what: str, stored: BaseInfo, facts: BaseInfo) -> None:
-    """What is there now must be what was stored; what was not stored is not compared.
+def require_equal(what: str, stored: RunFacts, facts: RunFacts) -> None:
+    """Require facts to equal the stored ones; what was not stored is not compared.
 
     Args:
         what: "FOLDER holds a run", for the error.
@@ -87,9 +87,9 @@ def require_equal(what: str, stored: BaseInfo, facts: BaseInfo) -> None:
     Raises:
         ConfigError: something differs.
     """
-    different = [name for name in WORDS if name in stored and stored[name] != facts[name]]
+    different = [name for name in FACT_NAMES if name in stored and stored[name] != facts[name]]
     if different:
-        changes = [f"{WORDS[name]} was {_brief(stored[name])}, now {_brief(facts[name])}" for name in different]
+        changes = [f"{FACT_NAMES[name]} was {_brief(stored[name])}, now {_brief(facts[name])}" for name in different]
         raise ConfigError(
             f"{what} that was begun with something else: {join_limited(changes)}; bring that back, or "
             "begin anew in another folder",
@@ -98,14 +98,14 @@ def require_equal(what: str, stored: BaseInfo, facts: BaseInfo) -> None:
         )
 
 
-def keep_facts(folder: Path, facts: BaseInfo) -> None:
+def write_facts(folder: Path, facts: RunFacts) -> None:
     """Keep them for those who go on; what is there already stays."""
-    if not (folder / FILE).is_file():
-        atomic.write_file(folder / FILE, json.dumps(facts, indent=2) + "\n")
+    if not (folder / FACTS_FILE).is_file():
+        atomic.write_file(folder / FACTS_FILE, json.dumps(facts, indent=2) + "\n")
 
 
 def _brief(value: Any) -> str:
-    """A value as an error quotes it; long texts may differ where they are not shown."""
+    """Return a value as an error quotes it; long texts may differ where they are not shown."""
     if not isinstance(value, str) or len(value) <= LONG:
         return format_value(value)
     if HEX.fullmatch(value):

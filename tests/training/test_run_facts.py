@@ -15,9 +15,9 @@ from loralab.adapters.folder import RECORD, TENSORS
 from loralab.errors import ConfigError, OutputError
 from loralab.tasks import catalog
 from loralab.tasks.catalog import find
-from loralab.training.facts import FILE
 from loralab.training.record import Event
 from loralab.training.run import Run, train
+from loralab.training.run_facts import FACTS_FILE
 
 Train = Callable[..., Run]
 WORDS = ["good", "bad", "fine", "poor", "great", "awful"]
@@ -84,7 +84,7 @@ def edit_json(file: Path, **fields: Any) -> None:
 def test_other_rows_behind_the_same_path(start: Train, place: Path) -> None:
     write_rows(place / "rows.csv", WORDS[:3])
     text = refused(start, place, field="data")
-    assert json.loads((place / "run" / FILE).read_text())["data"][:16] in text
+    assert json.loads((place / "run" / FACTS_FILE).read_text())["data"][:16] in text
 
 
 @pytest.mark.usefixtures("killed")
@@ -140,7 +140,7 @@ def test_what_only_looks_different_goes_on(start: Train, place: Path) -> None:
     (place / "rows.csv").write_text("\n".join([lines[0], *reversed(lines[1:])]) + "\n")
     edit_json(place / "model" / "config.json", transformers_version="0.0", dtype="float32")
     resumed, whole = start(resume=True), start("whole")
-    for name in (TENSORS, RECORD, FILE):
+    for name in (TENSORS, RECORD, FACTS_FILE):
         assert (resumed.output_dir / name).read_bytes() == (whole.output_dir / name).read_bytes()
 
 
@@ -150,10 +150,10 @@ def notes(events: list[Event]) -> list[str]:
 
 @pytest.mark.usefixtures("killed")
 def test_a_run_of_before_goes_on_and_says_that_it_could_not_compare(start: Train, place: Path) -> None:
-    (place / "run" / FILE).unlink()
+    (place / "run" / FACTS_FILE).unlink()
     events: list[Event] = []
     start(resume=True, listener=events.append)
-    assert sum(FILE in note for note in notes(events)) == 1
+    assert sum(FACTS_FILE in note for note in notes(events)) == 1
     write_rows(place / "rows.csv", WORDS[:3])
     refused(start, place, field="data")  # what it went on with is known from then on
 
@@ -164,11 +164,11 @@ def test_a_start_that_was_cut_off_before_its_record_is_a_new_one(start: Train, p
 
     with pytest.raises(Killed):
         start(listener=at_once)
-    (place / "run" / FILE).unlink()
+    (place / "run" / FACTS_FILE).unlink()
     events: list[Event] = []
     start(resume=True, listener=events.append)
-    assert not any(FILE in note for note in notes(events))
-    assert (place / "run" / FILE).is_file()
+    assert not any(FACTS_FILE in note for note in notes(events))
+    assert (place / "run" / FACTS_FILE).is_file()
 
 
 def test_another_part_of_the_rows_is_other_data(place: Path) -> None:
@@ -192,7 +192,7 @@ def test_a_changed_setting_has_a_code(start: Train) -> None:
 
 @pytest.mark.usefixtures("killed")
 def test_a_record_that_is_damaged_is_one_error(start: Train, place: Path) -> None:
-    file = place / "run" / FILE
+    file = place / "run" / FACTS_FILE
     for content in ("{", "[]", '{"data": "\\ud83d"}'):
         file.write_text(content)
         with pytest.raises(OutputError):
