@@ -62,7 +62,7 @@ class Adapter:
         self.budget = self.spec.budget(modules, config) if self.spec.budget else None
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy belongs to the copied model; what stands around that is not copied along."""
+        """Return a copy belongs to the copied model; what stands around that is not copied along."""
         return {**self.__dict__, "given": self.model}
 
     @property
@@ -92,7 +92,7 @@ class Adapter:
 
     @property
     def num_parameters(self) -> int:
-        """How many numbers are trained, modules trained in full included."""
+        """Return how many numbers are trained, modules trained in full included."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     @property
@@ -119,7 +119,7 @@ class Adapter:
             self.budget.step()
 
     def state(self) -> dict[str, Tensor]:
-        """All that must be kept to go on training: trained tensors and the modules' buffers."""
+        """Return all that must be kept to go on training: trained tensors and the modules' buffers."""
         state: dict[str, Tensor] = dict(self.named_parameters())
         seen: set[int] = set()
         for name, module in self.modules.items():
@@ -143,7 +143,11 @@ class Adapter:
         wrong = list(own.keys() ^ state.keys())
         wrong += [n for n in own.keys() & state.keys() if own[n].shape != state[n].shape]
         if wrong:
-            raise AdapterStateError(f"the state is of another adapter: {join_limited(sorted(wrong))}")
+            raise AdapterStateError(
+                f"the state is of another adapter: {join_limited(sorted(wrong))}",
+                code="other_adapter",
+                field=min(wrong),
+            )
         for name, tensor in own.items():
             tensor.copy_(state[name])
         for module in self.modules.values():
@@ -327,7 +331,7 @@ class Adapter:
             return write(folder, fields, tensors, record, overwrite=overwrite)
 
     def tensors(self) -> dict[str, Tensor]:
-        """What is saved, under peft's keys; PiSSA with its start taken out, as plain LoRA."""
+        """Return the tensors to save, under peft's keys; PiSSA as plain LoRA, with its start taken out."""
         plain = plain_paths(self.model)
         with put_together(self._wrappers()):
             tensors = pack(self.spec, {plain(name): m for name, m in self.modules.items()})
@@ -346,7 +350,7 @@ class Adapter:
         return ""
 
     def _save_model(self, folder: Path, options: Mapping[str, Any]) -> Any:
-        """What `model.save_pretrained` writes: the adapter, or merged the plain model."""
+        """Write what `model.save_pretrained` should: the adapter, or once merged the plain model."""
         if not self.merged:
             remedy = "call adapter.save in all processes"
             require_whole(self.parameters(), "save_pretrained", remedy)
@@ -378,7 +382,7 @@ def _described(model: nn.Module) -> dict[str, Any]:
 
 
 def _finished(wrapper: Any) -> nn.Module:
-    """What a merged wrapper amounts to, without changing it."""
+    """Return the module that a merged wrapper leaves, without changing the wrapper."""
     if isinstance(wrapper, TrainedInFull):
         return copy.deepcopy(wrapper.trained).to(wrapper.dtype)
     plain: nn.Module = wrapper.finished()

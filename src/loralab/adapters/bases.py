@@ -54,7 +54,7 @@ def linear_shape(base: Any) -> tuple[int, int]:
 
 @torch.no_grad()
 def dense_weight(base: Any) -> Tensor:
-    """The weight of a linear layer as (O, I), dequantised where it must be.
+    """Return the weight of a linear layer as (O, I), dequantised where it must be.
 
     A quantised layer without `dequantize` is asked for its response to unit vectors.
     """
@@ -70,7 +70,7 @@ def dense_weight(base: Any) -> Tensor:
 
 
 def compute_dtype(base: Any) -> torch.dtype:
-    """The dtype that a layer computes in: of its weight, or what a quantised one says."""
+    """Return the dtype that a layer computes in: of its weight, or what a quantised one says."""
     weight = getattr(base, "weight", None)
     if isinstance(weight, Tensor) and weight.is_floating_point():
         return weight.dtype
@@ -79,7 +79,7 @@ def compute_dtype(base: Any) -> torch.dtype:
 
 
 def shared_copy(model: Any) -> Any:
-    """The same structure around the very same weights: it costs no memory to speak of.
+    """Return the same structure around the very same weights: it costs no memory to speak of.
 
     What a model writes to itself, the statistics of batch norms, is the copy's own.
     """
@@ -91,7 +91,7 @@ def shared_copy(model: Any) -> Any:
 
 
 def as_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    """A frozen nn.Linear around a weight (O, I) and a bias."""
+    """Return a frozen nn.Linear around a weight (O, I) and a bias."""
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     layer.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
     if bias is not None:

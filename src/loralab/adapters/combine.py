@@ -17,7 +17,7 @@ from loralab.adapters.attach import put_into
 from loralab.adapters.linear import LinearWithLoRA
 from loralab.adapters.methods import LoRA
 from loralab.adapters.several import AdapterSet, require_adapters
-from loralab.adapters.spectrum import decomposed
+from loralab.adapters.spectrum import decompose
 from loralab.errors import AdapterStateError, ConfigError, join_limited
 from loralab.values import check_choice, check_count
 
@@ -89,7 +89,7 @@ class _Mix:
         self.how, self.density, self._draw = how, density, draw
 
     def factors(self, found: Sequence[tuple[Any, float]]) -> Factors:
-        """A and B for themselves, each with the root of weight and scaling, the sign in A."""
+        """Return a and B for themselves, each with the root of weight and scaling, the sign in A."""
         parts = [(*module.factors(), weight) for module, weight in found]
         scales = [scaling * weight for _, _, scaling, weight in parts]
         roots = torch.tensor([math.sqrt(abs(scale)) for scale in scales])
@@ -97,7 +97,7 @@ class _Mix:
         return (self.combined([A for A, *_ in parts], roots * signs), self.combined([B for _, B, *_ in parts], roots))
 
     def update(self, found: Sequence[tuple[Any, float]], rank: int) -> Factors:
-        """The updates B A, cut to a rank."""
+        """Return the updates B A, cut to a rank."""
         plain = self.how in ("linear", "svd") and not any(
             getattr(module, "magnitude", None) is not None for module, _ in found
         )
@@ -105,7 +105,7 @@ class _Mix:
             parts = [(*module.factors(), weight) for module, weight in found]
             A = torch.cat([A for A, *_ in parts])
             B = torch.cat([B * (scaling * weight) for _, B, scaling, weight in parts], dim=1)
-            left, values, right = decomposed(A, B)
+            left, values, right = decompose(A, B)
             right = right.T
         else:
             weights = torch.tensor([weight for _, weight in found])

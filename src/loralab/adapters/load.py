@@ -67,7 +67,9 @@ def _make_room(model: Any, stored: AdapterFolder) -> None:
     if rows and max(rows) >= known + len(rows):
         raise AdapterFileError(
             f"{stored.path} trains the row of token {max(rows)}, but the model has {known} tokens "
-            f"and {len(rows)} new ones would not reach it"
+            f"and {len(rows)} new ones would not reach it",
+            code="missing_tokens",
+            field="token_rows",
         )
     if rows and max(rows) >= known:
         model.resize_token_embeddings(max(rows) + 1, mean_resizing=False)
@@ -92,7 +94,11 @@ def fill(adapter: Adapter, stored: AdapterFolder) -> None:
     problems += [f"not in this model: {join_limited(extra)}"] if extra else []
     problems += [f"misshapen: {join_limited(misshapen)}"] if misshapen else []
     if problems:
-        raise AdapterFileError(f"{stored.path} does not fit {type(adapter.model).__name__}; " + "; ".join(problems))
+        raise AdapterFileError(
+            f"{stored.path} does not fit {type(adapter.model).__name__}; " + "; ".join(problems),
+            code="does_not_fit",
+            field="path",
+        )
     torch._foreach_copy_(list(own.values()), [stored.tensors[key] for key in own])
 
 

@@ -56,7 +56,7 @@ def _forward_is_plain(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def _differs(module: Any, call: Callable[[Tensor], Any], transposed: bool) -> str:
-    """What the layer gives for a few numbers, against x W' + b; on "meta" the shape alone."""
+    """Compare the layer's output for a few numbers with x W' + b; on "meta" the shape alone."""
     weight: Tensor = module.weight.T if transposed else module.weight
     offloaded = weight.is_meta and "forward" in module.__dict__
     if not weight.is_floating_point() or offloaded or weight.dtype not in TOLERANCES:

@@ -1,4 +1,4 @@
-"""What can be trained: one frozen configuration per method.
+"""Configurations of all methods: one frozen dataclass each.
 
 Standard library only: the command line builds its flags and its help from these classes.
 """
@@ -52,7 +52,7 @@ class Method:
         object.__setattr__(self, "modules_to_save", _tuple("modules_to_save", self.modules_to_save))
         object.__setattr__(self, "layers", _checked_layers(self.layers))
         if self.layers is None and self.layers_pattern:
-            raise ConfigError("layers_pattern has no effect without layers")
+            raise ConfigError("layers_pattern has no effect without layers", code="no_effect", field="layers_pattern")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,17 +93,23 @@ class LoRA(Method):
             check_expression(pattern)
         object.__setattr__(self, "token_rows", tuple(self.token_rows))
         if len(set(self.token_rows)) < len(self.token_rows):
-            raise ConfigError(f"token_rows names a row twice: {list(self.token_rows)}")
+            raise ConfigError(
+                f"token_rows names a row twice: {list(self.token_rows)}", code="repeated_row", field="token_rows"
+            )
         for row in self.token_rows:
             check_count("token_rows", row, least=0)
         check_choice("init", self.init, INITS)
         check_choice("scaling", self.scaling, SCALINGS)
         if self.dora and self.init == "pissa":
-            raise ConfigError("dora starts from W0 itself and pissa from a part of it; choose one")
+            raise ConfigError(
+                "dora starts from W0 itself and pissa from a part of it; choose one",
+                code="dora_and_pissa",
+                field="init",
+            )
 
     @property
     def factor(self) -> float:
-        """What the update B A x is multiplied by."""
+        """Return the factor that the update B A x is multiplied by."""
         if self.scaling == "none":
             return 1.0
         return self.alpha / (self.rank if self.scaling == "alpha/r" else math.sqrt(self.rank))
@@ -151,10 +157,16 @@ class AdaLoRA(Method):
         for name in ("dropout", "beta1", "beta2"):
             _check_share(name, getattr(self, name))
         if not 0 <= self.orthogonality < math.inf:
-            raise ConfigError(f"orthogonality must be 0 or more, got {self.orthogonality}")
+            raise ConfigError(
+                f"orthogonality must be 0 or more, got {self.orthogonality}",
+                code="invalid_value",
+                field="orthogonality",
+            )
         if self.target_rank > self.rank:
             raise ConfigError(
-                f"target_rank ({self.target_rank}) must be at most the rank that training starts with ({self.rank})"
+                f"target_rank ({self.target_rank}) must be at most the rank that training starts with ({self.rank})",
+                code="invalid_value",
+                field="target_rank",
             )
         check_choice("importance", self.importance, IMPORTANCES)
 
@@ -197,7 +209,9 @@ class Bottleneck(InBlocks):
         check_choice("placement", self.placement, PLACEMENTS)
         check_choice("activation", self.activation, ACTIVATIONS)
         if not 0 <= self.init_std < math.inf:
-            raise ConfigError(f"init_std must be 0 or more, got {self.init_std}")
+            raise ConfigError(
+                f"init_std must be 0 or more, got {self.init_std}", code="invalid_value", field="init_std"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,7 +288,7 @@ AnyMethod = Method | Bottleneck | Prefix | Prompt | BitFit | FullFineTune | Line
 
 
 def first_match(name: str, patterns: Mapping[str, T], default: T) -> T:
-    """The value of the first pattern that ends the module path `name`, as peft decides it."""
+    """Return the value of the first pattern that ends the module path `name`, as peft decides it."""
     for pattern, value in patterns.items():
         if matches(rf"(.*\.)?({pattern})", name):
             return value
@@ -282,7 +296,7 @@ def first_match(name: str, patterns: Mapping[str, T], default: T) -> T:
 
 
 def _names(field_name: str, value: object) -> Names:
-    """One plain name, or any list of names, as a tuple; presets and expressions stay strings."""
+    """Return one plain name, or any list of names, as a tuple; presets and expressions stay strings."""
     if value is None:
         return None
     if isinstance(value, str):
@@ -293,13 +307,19 @@ def _names(field_name: str, value: object) -> Names:
         check_expression(value)
         return value
     if not isinstance(value, list | tuple | set | frozenset):
-        raise ConfigError(f"{field_name} must be a list of names, got {format_value(value)}")
+        raise ConfigError(
+            f"{field_name} must be a list of names, got {format_value(value)}", code="invalid_value", field=field_name
+        )
     names = tuple(sorted(value) if isinstance(value, set | frozenset) else value)
     for name in names:
         if not isinstance(name, str) or not name:
-            raise ConfigError(f"{field_name} must hold names, got {format_value(name)}")
+            raise ConfigError(
+                f"{field_name} must hold names, got {format_value(name)}", code="invalid_value", field=field_name
+            )
     if not names and field_name == "target_modules":
-        raise ConfigError("target_modules is empty; name at least one module, or use all-linear")
+        raise ConfigError(
+            "target_modules is empty; name at least one module, or use all-linear", code="empty", field="target_modules"
+        )
     return names
 
 
@@ -309,12 +329,14 @@ def _tuple(field_name: str, value: object) -> Names:
 
 def _check_positive(name: str, value: object) -> None:
     if not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ConfigError(f"{name} must be a positive number, got {format_value(value)}")
+        raise ConfigError(
+            f"{name} must be a positive number, got {format_value(value)}", code="invalid_value", field=name
+        )
 
 
 def _check_share(name: str, value: float) -> None:
     if not 0 <= value < 1:
-        raise ConfigError(f"{name} must be at least 0 and below 1, got {value}")
+        raise ConfigError(f"{name} must be at least 0 and below 1, got {value}", code="invalid_value", field=name)
 
 
 def _checked_layers(layers: Any) -> tuple[int, ...] | None:
@@ -322,5 +344,7 @@ def _checked_layers(layers: Any) -> tuple[int, ...] | None:
         return None
     found = tuple(layers)
     if not found or any(not isinstance(n, int) or isinstance(n, bool) or n < 0 for n in found):
-        raise ConfigError(f"layers must be numbers counted from 0, got {format_value(found)}")
+        raise ConfigError(
+            f"layers must be numbers counted from 0, got {format_value(found)}", code="invalid_value", field="layers"
+        )
     return found

@@ -1,4 +1,4 @@
-"""What an adapted model's own `save_pretrained` writes, as transformers' Trainer calls it too.
+"""Folder that an adapted model's own `save_pretrained` writes, as transformers' Trainer calls it too.
 
 The method of the class would write the wrappers' tensors (`q_proj.base.weight`) under the plain
 model's name: whoever reads that draws the adapted layers at random. So as long as an adapter is

@@ -33,7 +33,7 @@ def matches_pattern(path: str, pattern: str) -> bool:
 
 
 def layer_number(path: str, patterns: Sequence[str] = ()) -> int | None:
-    """The first number in a path, which is its block (later ones are experts); None outside."""
+    """Return the first number in a path, which is its block (later ones are experts); None outside."""
     for pattern in map(re.escape, patterns) if patterns else (r"[^.]+",):
         if found := re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", path):
             return int(found[1])
@@ -41,5 +41,5 @@ def layer_number(path: str, patterns: Sequence[str] = ()) -> int | None:
 
 
 def endings(paths: Iterable[str]) -> list[str]:
-    """The last name of each path, each once."""
+    """Return the last name of each path, each once."""
     return list(dict.fromkeys(path.rpartition(".")[2] for path in paths))

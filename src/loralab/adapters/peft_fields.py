@@ -1,4 +1,4 @@
-"""What peft's configuration files of all methods have in common: which modules, and the rest.
+"""Fields that peft's configuration files of all methods share.
 
 Standard rules of peft: a name must end a module's path at a dot, a string must match the whole
 path as a regular expression, layers are counted by the first number behind two names.
@@ -72,11 +72,15 @@ def refuse_unknown(fields: Mapping[str, Any], known: set[str]) -> None:
     understood = known | _INERT | SELECTING
     unknown = [key for key, value in fields.items() if value and key not in understood]
     if unknown:
-        raise AdapterFileError(f"these options are not supported: {join_limited(sorted(unknown))}")
+        raise AdapterFileError(
+            f"these options are not supported: {join_limited(sorted(unknown))}",
+            code="unsupported_option",
+            field=min(unknown),
+        )
 
 
 def targeted(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of `Method`."""
+    """Return the fields of `Method`."""
     layers = fields.get("layers_to_transform")
     pattern = fields.get("layers_pattern") or ()
     return {
@@ -89,7 +93,7 @@ def targeted(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def own_config(kind: type[Config], fields: Mapping[str, Any]) -> Config:
-    """A configuration of a method that peft does not have, whose fields are the file's.
+    """Return a configuration of a method that peft does not have, whose fields are the file's.
 
     Raises:
         AdapterFileError: a field that this version does not know.

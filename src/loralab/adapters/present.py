@@ -23,7 +23,7 @@ from loralab.errors import AdapterFileError, LoralabError, OutputError, join_lim
 
 
 def present_in(model: nn.Module, stored: AdapterFolder) -> Any:
-    """A folder's configuration without the names that select nothing in a model.
+    """Return a folder's configuration without the names that select nothing in a model.
 
     peft writes such; the tensors decide what is there.
 
@@ -59,7 +59,7 @@ def present_in(model: nn.Module, stored: AdapterFolder) -> Any:
 
 
 def without_shells(stored: AdapterFolder, model: nn.Module) -> AdapterFolder:
-    """A folder whose names lead through torch.compile or DDP, with names that do not."""
+    """Return a folder whose names lead through torch.compile or DDP, with names that do not."""
     dropped = set(INNER) if "module" in dict(model.named_children()) else {"module", *INNER}
     keys = [key for key in stored.tensors if dropped & set(_shelled(key))]
     if not keys:
@@ -87,7 +87,7 @@ def without_shells(stored: AdapterFolder, model: nn.Module) -> AdapterFolder:
 def require_readable(
     model: nn.Module, modules: Mapping[str, Any], fields: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> None:
-    """What is about to be written must select the very modules that it comes from.
+    """Require that what is about to be written selects the very modules that it comes from.
 
     Args:
         model: with the adapter in it.
@@ -124,7 +124,7 @@ def _unreadable(reason: str) -> OutputError:
 
 
 def _without_adapter(model: nn.Module) -> nn.Module:
-    """The same modules in new shells, with the base's in the place of the adapter's."""
+    """Return the same modules in new shells, with the base's in the place of the adapter's."""
     copies: dict[int, nn.Module] = {}
 
     def copied(module: Any) -> nn.Module:
@@ -141,7 +141,7 @@ def _without_adapter(model: nn.Module) -> nn.Module:
 
 
 def _shelled(key: str) -> list[str]:
-    """The parts of a tensor's name that may stand for a shell: "module" only as the first."""
+    """Return the parts of a tensor's name that may stand for a shell: "module" only as the first."""
     parts = key.removeprefix(PREFIX).removeprefix("base_model.").split(".")
     return [part for number, part in enumerate(parts) if part != "module" or number == 0]
 
@@ -168,7 +168,7 @@ def _saved_by_ending(names: Iterable[str], config: Any, tensors: Mapping[str, Te
 
 
 def _excluded(model: nn.Module, config: Method) -> Names:
-    """What of exclude_modules takes a target away."""
+    """Return the entries of exclude_modules that remove a target."""
     excluded = config.exclude_modules
     if excluded is None:
         return None

@@ -60,7 +60,7 @@ class MethodSpec:
         complete: the configuration with what only the model can tell.
         budget: moves ranks after each step, from the modules and the configuration.
         rate_ratio: of a parameter's learning rate to the others', by configuration and name.
-        front: keys and values that stand in front of a row's own, by layer (2, H, P, D).
+        prefix_kv: keys and values that stand in front of a row's own, by layer (2, H, P, D).
         low_rank: a file holds low-rank updates alone, peft's LORA.
         trains_base: trains copies of weights that the base has.
         own_pass: runs the model once more for itself.
@@ -90,7 +90,7 @@ class MethodSpec:
     complete: Callable[[Any, Any], Any] | None = None
     budget: Callable[[Modules, Any], Any] | None = None
     rate_ratio: Callable[[Any, str], float] | None = None
-    front: Callable[[Any, Modules], list[Any]] | None = None
+    prefix_kv: Callable[[Any, Modules], list[Any]] | None = None
     low_rank: bool = False
     trains_base: bool = False
     own_pass: bool = False

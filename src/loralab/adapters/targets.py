@@ -25,7 +25,7 @@ from loralab.adapters.towers import tower_of
 from loralab.errors import TargetError, join_limited, nearest
 
 HEADS = ("lm_head", "classifier", "score", "qa_outputs")
-ASIDE = ("contact_head",)  # heads of another task that stand within a model (ESM)
+SIDE_HEADS = ("contact_head",)  # heads of another task that stand within a model (ESM)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,7 @@ def target_names(
 
 
 def preset_of(config: Method) -> str:
-    """The preset that a configuration names, or leaves to us; empty for names and expressions."""
+    """Return the preset that a configuration names, or leaves to us; empty for names and expressions."""
     target = config.target_modules
     if target is None:
         return "all-linear"
@@ -84,7 +84,7 @@ def in_preset(model: nn.Module, preset: str, path: str) -> bool:
 
 def outer_names(model: nn.Module) -> list[str]:
     """Paths of the heads, which presets leave alone."""
-    aside = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in ASIDE]
+    aside = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in SIDE_HEADS]
     return [*head_names(model), *aside]
 
 
@@ -132,7 +132,7 @@ def head_names(model: nn.Module) -> list[str]:
 
 
 def blocks(model: nn.Module) -> list[Block]:
-    """The numbered blocks of a transformer, told by their linear layers.
+    """Return the numbered blocks of a transformer, told by their linear layers.
 
     Within a block, the last linear layer under an attention module leads out of attention, the
     first and the last of the feed-forward network lead into and out of it.
@@ -166,7 +166,11 @@ def blocks(model: nn.Module) -> list[Block]:
                 )
             )
     if not found_blocks:
-        raise TargetError(f"{type(model).__name__} has no numbered blocks of attention and feed-forward layers")
+        raise TargetError(
+            f"{type(model).__name__} has no numbered blocks of attention and feed-forward layers",
+            code="no_blocks",
+            field="target_modules",
+        )
     return found_blocks
 
 
@@ -183,7 +187,7 @@ def require_layers(names: Iterable[str], layers: Sequence[int] | None) -> None:
 
 
 class _Selection:
-    """What a configuration means of some layers.
+    """Layers that a configuration selects.
 
     Args:
         candidates: what presets, names and expressions may mean.
@@ -333,7 +337,7 @@ def _error(message: str, code: str, field: str = "target_modules") -> TargetErro
 
 
 def _why_none(model: nn.Module) -> str:
-    """What it has instead."""
+    """Describe what the model has instead."""
     reasons = dict.fromkeys(unable_names(model).values())
     return f": {join_limited(reasons, 3)}" if reasons else ""
 

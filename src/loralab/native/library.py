@@ -90,7 +90,7 @@ class Kernels:
         plain = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
         self._functions[name](*plain, torch.get_num_threads())
 
-    def thin_many(self, kind: str, products: Sequence[SkinnyGemm]) -> None:
+    def skinny_gemms(self, kind: str, products: Sequence[SkinnyGemm]) -> None:
         """Run one of lowrank.c's for many products that do not write to the same place."""
         rows = [
             _Thin(
@@ -115,7 +115,7 @@ class Kernels:
         """Run one of the functions on structures of the caller's."""
         self._functions[name](*addresses, torch.get_num_threads())
 
-    def thin(self, name: str, x: Tensor, M: Tensor, low: Tensor, start: int, *scale: float) -> None:
+    def skinny_gemm(self, name: str, x: Tensor, M: Tensor, low: Tensor, start: int, *scale: float) -> None:
         """Run one of lowrank.c's: x (N, W) dense, M (R, W) of any strides, low (N, R or more)."""
         n, width = x.shape
         self._functions[name](

@@ -96,7 +96,7 @@ def describe(
         metrics=_numbers(section(metrics, "validation")),
         base=_text(base.get("name")) or _text(fields.get("base_model_name_or_path")),
         kind=_text(base.get("kind")) or _kind(fields.get("task_type")),
-        prefix_tokens=(_count(fields.get("num_virtual_tokens")) or 0) if spec.front else 0,
+        prefix_tokens=(_count(fields.get("num_virtual_tokens")) or 0) if spec.prefix_kv else 0,
         loaded=False,
         pinned=False,
         path=path,

@@ -208,7 +208,7 @@ class AdapterLoader:
 
     def _prefix_kv(self, adapter: Adapter, stored: AdapterFolder) -> Tensor | None:
         """Return the keys and values of a prefix or prompt, whose modules are not needed any more."""
-        config, states = adapter.config, adapter.spec.front
+        config, states = adapter.config, adapter.spec.prefix_kv
         if states is None:
             return None
         start, limit = learnt_positions(self._model)
@@ -246,7 +246,7 @@ def _cannot_serve(config: Any, kind: str) -> str:
     spec = spec_of(config)
     if spec.cannot_serve:
         return spec.cannot_serve
-    if spec.front is not None and kind != CAUSAL:
+    if spec.prefix_kv is not None and kind != CAUSAL:
         return (
             "has tokens in front of the input, which only a causal model can keep in its cache; "
             "serve it as a base of its own"

@@ -1,4 +1,4 @@
-"""The thin products of a low-rank update: N rows of a wide matrix against R of a small one.
+"""Skinny products of a low-rank update: N rows of a wide matrix against R of a small one.
 
 A matrix library is at a tenth of its speed where one side is 8 wide. native/lowrank.c reads the
 small matrix in float32 where it lies and makes no copies; torch's own products serve everywhere
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from loralab.native.library import Kernels, SkinnyGemm, kernels_for
 
-MOST = 64  # ranks up to which it pays
-STEP = 32  # what a width must be a multiple of
+MAX_NATIVE_RANK = 64  # ranks up to which it pays
+WIDTH_MULTIPLE = 32  # what a width must be a multiple of
 
 
 def down(xs: Sequence[Tensor], matrices: Sequence[Tensor], scale: float) -> Tensor:
@@ -28,7 +28,7 @@ def down(xs: Sequence[Tensor], matrices: Sequence[Tensor], scale: float) -> Tens
     start = 0
     for found, (x, M) in zip(native, pairs, strict=True):
         assert found is not None
-        found.thin("low_down", x, M, low, start, scale)
+        found.skinny_gemm("low_down", x, M, low, start, scale)
         start += M.shape[0]
     return low
 
@@ -36,7 +36,7 @@ def down(xs: Sequence[Tensor], matrices: Sequence[Tensor], scale: float) -> Tens
 def up(y: Tensor, low: Tensor, M: Tensor, start: int = 0) -> None:
     """y += low M in place: y (N, W), M (R, W), the R columns of `low` from `start` on."""
     if native := _native(y, M.shape[0], M.dtype):
-        native.thin("low_up", y, M, low, start)
+        native.skinny_gemm("low_up", y, M, low, start)
     else:
         y.addmm_(low[:, start : start + M.shape[0]], M.to(y.dtype))
 
@@ -51,17 +51,17 @@ def outer(x: Tensor, low: Tensor, start: int, rank: int, turned: bool = False) -
         part = low[:, start : start + rank]
         return x.T @ part if turned else part.T @ x
     found = torch.empty((x.shape[1], rank) if turned else (rank, x.shape[1]))
-    native.thin("low_outer", x, found.T if turned else found, low, start)
+    native.skinny_gemm("low_outer", x, found.T if turned else found, low, start)
     return found
 
 
-def each(kind: str, products: Sequence[SkinnyGemm]) -> None:
-    """Many products that do not write to the same place: "down" into low, "up" into x, "outer"
+def batched(kind: str, products: Sequence[SkinnyGemm]) -> None:
+    """Compute many products that do not write to the same place: "down" into low, "up" into x, "outer"
     into M, as the functions of these names do it."""
     natives = [_native(p.x, p.M.shape[0], p.M.dtype) for p in products]
     native = natives[0] if products and all(natives) else None
     if native is not None and len(products) >= torch.get_num_threads():
-        native.thin_many(kind, products)
+        native.skinny_gemms(kind, products)
         return
     for x, M, low, start, scale in products:
         if kind == "down":
@@ -73,7 +73,7 @@ def each(kind: str, products: Sequence[SkinnyGemm]) -> None:
 
 
 def _native(x: Tensor, rank: int, dtype: torch.dtype) -> Kernels | None:
-    """The compiled functions, where they suit x (N, W) and a small matrix of R rows."""
+    """Return the compiled functions, where they suit x (N, W) and a small matrix of R rows."""
     found = kernels_for(x)
-    suits = 0 < rank <= MOST and x.shape[1] % STEP == 0 and dtype == torch.float32
+    suits = 0 < rank <= MAX_NATIVE_RANK and x.shape[1] % WIDTH_MULTIPLE == 0 and dtype == torch.float32
     return found if found is not None and found.dots and suits and x.is_contiguous() else None

@@ -1,4 +1,4 @@
-"""A and B at step 0: pure functions (weight, rank, factor, generator) -> A (R, I), B (O, R).
+"""Initial factors of a low-rank update.
 
 Sources: Kaiming with a = sqrt(5) is what the LoRA paper's code does, Gaussian what its text
 says (arXiv:2106.09685, section 4.1); PiSSA is arXiv:2404.02948, equations 2 to 4.
@@ -16,19 +16,19 @@ Start = Callable[[Tensor, int, float, torch.Generator | None], tuple[Tensor, Ten
 
 
 def kaiming(weight: Tensor, rank: int, factor: float, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-    """A uniform in +-1/sqrt(I), B zero: step 0 is the base model."""
+    """Return a uniform in +-1/sqrt(I), B zero: step 0 is the base model."""
     a, b = _zeros(weight, rank)
     return nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator), b
 
 
 def gaussian(weight: Tensor, rank: int, factor: float, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-    """A normal with deviation 1 / rank, B zero."""
+    """Return a normal with deviation 1 / rank, B zero."""
     a, b = _zeros(weight, rank)
     return nn.init.normal_(a, std=1 / rank, generator=generator), b
 
 
 def orthogonal(weight: Tensor, rank: int, factor: float, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-    """A with orthonormal rows (columns, where rank exceeds I), B zero.
+    """Return a with orthonormal rows (columns, where rank exceeds I), B zero.
 
     peft calls another start by this name: there both factors are non-zero and B A is zero.
     """
@@ -43,7 +43,7 @@ def b_kaiming(weight: Tensor, rank: int, factor: float, generator: torch.Generat
 
 
 def pissa(weight: Tensor, rank: int, factor: float, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-    """The principal part of the weight, so that factor * B A is its best rank-R approximation.
+    """Return the principal part of the weight, so that factor * B A is its best rank-R approximation.
 
     The layer subtracts this start again (see `LinearWithLoRA`): step 0 is the base model.
     """
@@ -52,7 +52,7 @@ def pissa(weight: Tensor, rank: int, factor: float, generator: torch.Generator |
     return root[:, None] * right[:rank], left[:, :rank] * root
 
 
-STARTS: dict[str, Start] = {
+INITS: dict[str, Start] = {
     "kaiming": kaiming,
     "gaussian": gaussian,
     "orthogonal": orthogonal,

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from loralab.adapters import thin
+from loralab.adapters import skinny
 from loralab.native.library import kernels
 
 ROUNDING = 2.0**-8  # of bfloat16
@@ -36,7 +36,7 @@ def both_ways(check: Callable[[], None]) -> None:
     """With the compiled functions, where there are some, and without."""
     check()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(thin, "kernels_for", lambda x: None)
+        patch.setattr(skinny, "kernels_for", lambda x: None)
         check()
 
 
@@ -56,7 +56,7 @@ def test_down(rows: int, width: int, rank: int, turned: bool) -> None:
     exact = 0.5 * wide(x) @ wide(M).T
 
     def check() -> None:
-        low = thin.down([x, x], [M, M[:1]], 0.5)
+        low = skinny.down([x, x], [M, M[:1]], 0.5)
         assert low.dtype == x.dtype
         assert close(low[:, :rank], exact)
         assert close(low[:, rank:], exact[:, :1])
@@ -73,7 +73,7 @@ def test_up(rows: int, width: int, rank: int, turned: bool) -> None:
 
     def check() -> None:
         found = y.clone()
-        thin.up(found, low, M, start=2)
+        skinny.up(found, low, M, start=2)
         assert close(found, exact)
 
     both_ways(check)
@@ -86,7 +86,7 @@ def test_outer(rows: int, width: int, rank: int, turned: bool) -> None:
     exact = wide(low[:, 1 : rank + 1]).T @ wide(x)
 
     def check() -> None:
-        found = thin.outer(x, low, 1, rank, turned=turned)
+        found = skinny.outer(x, low, 1, rank, turned=turned)
         assert close(found, exact.T if turned else exact)
 
     both_ways(check)
@@ -97,12 +97,12 @@ def test_what_is_not_finite_stays_visible() -> None:
     for bad in (torch.nan, torch.inf):
         x = torch.ones(40, 64, dtype=torch.bfloat16)
         x[33, 5] = bad
-        assert not thin.down([x], [torch.ones(8, 64)], 1.0)[33].isfinite().any()
+        assert not skinny.down([x], [torch.ones(8, 64)], 1.0)[33].isfinite().any()
         low = torch.ones(40, 8, dtype=torch.bfloat16)
-        assert not thin.outer(x, low, 0, 8)[:, 5].isfinite().any()
+        assert not skinny.outer(x, low, 0, 8)[:, 5].isfinite().any()
         y = torch.zeros(40, 64, dtype=torch.bfloat16)
         low[7, 3] = bad
-        thin.up(y, low, torch.ones(8, 64))
+        skinny.up(y, low, torch.ones(8, 64))
         assert not y[7].isfinite().any()
         assert y[8].isfinite().all()
 
@@ -111,6 +111,6 @@ def test_what_is_not_finite_stays_visible() -> None:
 def test_the_same_bytes_twice() -> None:
     x, M = noise(201, 576).bfloat16(), noise(8, 576)
     for _ in range(3):
-        low = thin.down([x], [M], 2.0)
-        assert torch.equal(low, thin.down([x], [M], 2.0))
-        assert torch.equal(thin.outer(x, low, 0, 8), thin.outer(x, low, 0, 8))
+        low = skinny.down([x], [M], 2.0)
+        assert torch.equal(low, skinny.down([x], [M], 2.0))
+        assert torch.equal(skinny.outer(x, low, 0, 8), skinny.outer(x, low, 0, 8))
