@@ -43,12 +43,12 @@ class LoralabError(Exception):
         self.field = field
 
     def __str__(self) -> str:
-        """One line: what a message quotes of a file can neither break it nor steer a terminal."""
+        """Return one line: what a message quotes of a file can neither break it nor steer a terminal."""
         return one_line(super().__str__())
 
 
 class InputError(LoralabError):
-    """What was given is wrong; nothing has been written."""
+    """The input is wrong; nothing has been written."""
 
 
 class ConfigError(InputError, ValueError):
@@ -112,7 +112,7 @@ class PluginWarning(UserWarning):
 
 
 def nearest(name: str, choices: Iterable[str], count: int = 3) -> str:
-    """The closest valid names as a phrase for the end of a message; "" if none is close.
+    """Return the closest valid names as a phrase for the end of a message; "" if none is close.
 
     >>> nearest("q_porj", ["q_proj", "k_proj", "down_proj"])
     '; did you mean q_proj, k_proj?'
@@ -125,7 +125,7 @@ def nearest(name: str, choices: Iterable[str], count: int = 3) -> str:
 
 
 def join_limited(names: Iterable[str], count: int = 8) -> str:
-    """The first names of a long list, and how many there are beyond them."""
+    """Return the first names of a long list, and how many there are beyond them."""
     listed = list(names)
     rest = f" and {len(listed) - count} more" if len(listed) > count else ""
     return ", ".join(listed[:count]) + rest
@@ -150,7 +150,7 @@ def _printable(character: str) -> str:
 
 
 def format_value(value: Any) -> str:
-    """A value of a file as a message may quote it, however long or deeply nested it is."""
+    """Return a value of a file as a message may quote it, however long or deeply nested it is."""
     return _SHORT.repr(value)[:100]
 
 

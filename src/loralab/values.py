@@ -1,4 +1,4 @@
-"""Values that people write, in options and in files: read, or refused in one sentence.
+"""Parse and validate user-supplied values.
 
 Standard library only.
 """
@@ -50,7 +50,7 @@ def check_count(name: str, value: object, least: int = 1) -> None:
 
 
 def build_config(kind: type[T], values: Mapping[str, Any]) -> T:
-    """A dataclass of settings from values of a file, each of the type of its field.
+    """Return a dataclass of settings from values of a file, each of the type of its field.
 
     Raises:
         ConfigError: one is not, or the settings refuse it.
@@ -68,7 +68,9 @@ def _check_types(kind: type, values: Mapping[str, Any]) -> None:
     hints = get_type_hints(kind)
     for name, value in values.items():
         if name in hints and not _fits(value, hints[name]):
-            raise ConfigError(f"{name} must be {_said(hints[name])}, got {format_value(value)}")
+            raise ConfigError(
+                f"{name} must be {_said(hints[name])}, got {format_value(value)}", code="invalid_type", field=name
+            )
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -86,7 +88,7 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _said(hint: Any) -> str:
-    """A type in words."""
+    """Return a type in words."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         return " or ".join(_said(one) for one in inner if one is not NoneType)
@@ -108,7 +110,7 @@ def parse_bytes(name: str, text: str) -> int:
     except ValueError:
         amount = math.nan
     if unit not in UNITS or not (math.isfinite(amount) and amount > 0):
-        raise ConfigError(f"{name} must be like 4GB or 800MB, got {text!r}")
+        raise ConfigError(f"{name} must be like 4GB or 800MB, got {text!r}", code="invalid_size", field=name)
     return int(amount * UNITS[unit])
 
 
@@ -127,7 +129,7 @@ def joinable(name: str) -> bool:
 
 
 def split_parts(text: str) -> list[str]:
-    r"""The parts of `a=1,b=2`; `\,` separates none."""
+    r"""Return the parts of `a=1,b=2`; `\,` separates none."""
     return re.split(r"(?<!\\),", text)
 
 
@@ -158,7 +160,7 @@ def memory() -> int:
 
 
 def read_bytes(file: Path, error: type[InputError], most: int | None = None) -> bytes:
-    """All of a regular file; a pipe or a device might never end.
+    """Return all of a regular file; a pipe or a device might never end.
 
     Args:
         error: what is raised.
@@ -190,7 +192,7 @@ def read_bytes(file: Path, error: type[InputError], most: int | None = None) -> 
 
 
 def read_json(file: Path, error: type[InputError], *, large: bool = False) -> dict[str, Any]:
-    """The JSON object in a file of settings or records.
+    """Return the JSON object in a file of settings or records.
 
     Args:
         error: what is raised.
@@ -209,23 +211,23 @@ def parse_json(file: Path, data: bytes, error: type[InputError], *, large: bool 
         InputError: it is something else; of the kind `error`.
     """
     if len(data) > LARGEST_JSON:
-        raise error(f"{file} has {len(data):,} bytes; at most {LARGEST_JSON:,} are read")
+        raise error(f"{file} has {len(data):,} bytes; at most {LARGEST_JSON:,} are read", code="file_too_large")
     try:
         content = json.loads(data.decode())
     except (ValueError, RecursionError) as reason:  # no JSON, no UTF-8; too many digits or brackets
-        raise error(f"{file} cannot be read: {reason}") from None
+        raise error(f"{file} cannot be read: {reason}", code="invalid_json") from None
     if not isinstance(content, dict):
-        raise error(f"{file} must hold a JSON object, found {type(content).__name__}")
+        raise error(f"{file} must hold a JSON object, found {type(content).__name__}", code="not_an_object")
     _require_plain(file, content, error, large=large)
     try:
         json.dumps(content, ensure_ascii=False).encode()
     except UnicodeEncodeError:  # JSON can spell half of a character, and nothing could write it
-        raise error(f"{file} holds half a character (such as \\ud83d)") from None
+        raise error(f"{file} holds half a character (such as \\ud83d)", code="half_character") from None
     return content
 
 
 def read_toml(file: Path, error: type[InputError] = ConfigError) -> dict[str, Any]:
-    """The content of a file.
+    """Return the content of a file.
 
     Raises:
         InputError: it cannot be read, or is no TOML; of the kind `error`.
@@ -234,10 +236,10 @@ def read_toml(file: Path, error: type[InputError] = ConfigError) -> dict[str, An
     try:
         text = data.decode()
     except UnicodeDecodeError as reason:
-        raise error(f"{file} cannot be read: {reason}") from None
+        raise error(f"{file} cannot be read: {reason}", code="unreadable") from None
     # the parser's time grows with the square of a key's parts
     if any(part.count(".") > MOST_PARTS for part in re.split(r"[=,\n]", text)):
-        raise error(f"{file} has a key of more than {MOST_PARTS} parts")
+        raise error(f"{file} has a key of more than {MOST_PARTS} parts", code="key_too_long")
     try:
         content = tomllib.loads(text)
     except (ValueError, RecursionError) as reason:  # too many digits or brackets, too
@@ -256,7 +258,7 @@ def nests_deeper(content: Any, most: int = DEEPEST) -> bool:
 
 
 def _levels(content: Any) -> Iterator[list[Any]]:
-    """All values at depth 0, 1, ... as long as there are lists or objects among them."""
+    """Yield all values at depth 0, 1, ... as long as there are lists or objects among them."""
     level = [content]
     while level:
         yield level
@@ -268,9 +270,9 @@ def _require_plain(file: Path, content: Any, error: type[InputError], *, large: 
     """No nesting that no file of ours has, and no number that no field can hold."""
     for depth, level in enumerate(_levels(content)):
         if depth > DEEPEST:
-            raise error(f"{file} is nested more than {DEEPEST} deep")
+            raise error(f"{file} is nested more than {DEEPEST} deep", code="nested_too_deep")
         if not large and any(type(value) is int and abs(value) > LARGEST_WHOLE for value in level):
-            raise error(f"{file} holds a whole number beyond 64 bits")
+            raise error(f"{file} holds a whole number beyond 64 bits", code="number_too_large")
 
 
 def _holds(value: Any) -> bool:

@@ -19,8 +19,16 @@ from torch import nn
 from loralab.adapters.folder import CONFIG, RECORD, TENSORS, content_digest, read_json, update_record, write_json
 from loralab.artefacts import certificate
 from loralab.artefacts.certificate import REFERENCE, certify, compare_afresh, file_digests, verify
-from loralab.artefacts.comparison import KEPT, TOLERANCES, Certificate, Reference, compare, logits_of, reference_of
-from loralab.artefacts.live import load_with_base
+from loralab.artefacts.comparison import (
+    STORED_LOGITS,
+    TOLERANCES,
+    Certificate,
+    Reference,
+    compare,
+    logits_of,
+    reference_of,
+)
+from loralab.artefacts.loaded_adapter import load_with_base
 from loralab.artefacts.merge import merge
 from loralab.errors import AdapterFileError, BaseMismatchWarning, CertificateError
 from loralab.models.kinds import CAUSAL, CLASSIFIER
@@ -72,7 +80,7 @@ def perturb(file: Path, part: str) -> None:
 def test_equal_logits_pass_in_full_and_from_the_short_form(seed: int, precision: str, short: bool) -> None:
     logits = random_logits(seed, scale=20.0)
     reference = reference_for(logits)
-    found = compare(reference.smaller(KEPT) if short else reference, logits, precision)
+    found = compare(reference.smaller(STORED_LOGITS) if short else reference, logits, precision)
     assert found.passed
     assert found.max_logit_difference == 0
     assert found.mean_kl < 1e-9
@@ -105,7 +113,7 @@ def test_a_constant_added_to_all_logits_is_a_difference() -> None:
 
 
 def test_a_reference_reads_back_as_it_was_written(tmp_path: Path) -> None:
-    reference = reference_for(random_logits(0)).smaller(KEPT)
+    reference = reference_for(random_logits(0)).smaller(STORED_LOGITS)
     reference.save(tmp_path / REFERENCE)
     again = Reference.read(tmp_path / REFERENCE)
     assert again.prompts == reference.prompts
@@ -283,7 +291,7 @@ def test_a_certificate_says_nothing_twice(make_adapter: MakeAdapter, tiny_llama_
 
 def answered(path: Path, place: Path, device: str) -> Certificate:
     """What the fresh process would write."""
-    certificate._main(str(path), str(place / "request"), str(place / "answer"), device)
+    certificate._compare_and_write(str(path), str(place / "request"), str(place / "answer"), device)
     return certificate._read_answer(place / "answer")
 
 

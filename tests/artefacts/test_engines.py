@@ -11,7 +11,7 @@ from loralab.adapters.folder import RECORD
 from loralab.adapters.methods import IA3, AdaLoRA, BitFit, Bottleneck, FullFineTune, LoRA, Prefix, Prompt
 from loralab.artefacts.engines import allowed_rank, check
 from loralab.artefacts.export import export
-from loralab.artefacts.prepared import prepare
+from loralab.artefacts.export_copies import prepare
 from loralab.cli import run
 from loralab.errors import AdapterFileError, ConfigError, ModelError
 from loralab.models.kinds import CLASSIFIER

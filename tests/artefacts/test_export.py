@@ -15,7 +15,7 @@ from loralab.adapters.methods import LoRA
 from loralab.artefacts.certificate import REFERENCE, certify, verify
 from loralab.artefacts.comparison import logits_of
 from loralab.artefacts.export import TARGETS, export
-from loralab.artefacts.live import label_names, load_with_base
+from loralab.artefacts.loaded_adapter import label_names, load_with_base
 from loralab.errors import AdapterFileError, CertificateError, ConfigError, OutputError
 from loralab.models.kinds import CAUSAL, CLASSIFIER
 

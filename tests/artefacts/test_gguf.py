@@ -18,7 +18,7 @@ from loralab.adapters.methods import LoRA
 from loralab.artefacts import gguf_adapter
 from loralab.artefacts.certificate import verify
 from loralab.artefacts.export import export
-from loralab.artefacts.live import load_with_base
+from loralab.artefacts.loaded_adapter import load_with_base
 from loralab.artefacts.updates import updates
 from loralab.errors import CertificateError, ConfigError
 from loralab.models.load import configuration

@@ -24,7 +24,7 @@ from loralab.adapters.methods import Bottleneck, LoRA, Prefix
 from loralab.artefacts.certificate import verify
 from loralab.artefacts.comparison import logits_of
 from loralab.artefacts.export import export
-from loralab.artefacts.live import load_with_base
+from loralab.artefacts.loaded_adapter import load_with_base
 from loralab.artefacts.merge import merge
 from loralab.errors import (
     AdapterFileError,

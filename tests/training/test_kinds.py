@@ -26,7 +26,7 @@ from transformers import (
 from loralab.adapters.methods import BitFit, Bottleneck, FullFineTune, LinearProbe, LoRA
 from loralab.artefacts.certificate import certify
 from loralab.artefacts.comparison import logits_of
-from loralab.artefacts.live import load_with_base
+from loralab.artefacts.loaded_adapter import load_with_base
 from loralab.artefacts.merge import merge
 from loralab.errors import DataError, InputError, ModelError
 from loralab.models.load import load

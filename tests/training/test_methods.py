@@ -12,7 +12,7 @@ from loralab.adapters.load import load
 from loralab.adapters.methods import AdaLoRA, Bottleneck, FullFineTune, LoRA, Prefix
 from loralab.adapters.registry import built_in
 from loralab.artefacts.comparison import logits_of
-from loralab.artefacts.live import load_with_base
+from loralab.artefacts.loaded_adapter import load_with_base
 from loralab.errors import ConfigError
 from loralab.training.evaluation import evaluate, generate
 from loralab.training.plan import plan

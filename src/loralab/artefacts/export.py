@@ -1,4 +1,4 @@
-"""What an adapter can be turned into, each with its certificate."""
+"""Export an adapter to another format, with its certificate."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +13,8 @@ from loralab.artefacts import gguf_adapter
 from loralab.artefacts.certificate import compare_afresh, file_digests
 from loralab.artefacts.comparison import Certificate, reference_of
 from loralab.artefacts.engines import differs_in_peft, require
-from loralab.artefacts.live import LoadedAdapter, load_with_base, sample_of
-from loralab.artefacts.merge import merge, unproved
+from loralab.artefacts.loaded_adapter import LoadedAdapter, load_with_base, sample_of
+from loralab.artefacts.merge import merge, proven_output
 from loralab.artefacts.updates import uniform
 from loralab.errors import CertificateError, ConfigError, join_limited, nearest
 from loralab.models.load import configuration
@@ -36,7 +36,11 @@ def export(
         CertificateError: what was written does not do what the live model does.
     """
     if to not in TARGETS:
-        raise ConfigError(f"there is no export target {to!r}, only {', '.join(TARGETS)}{nearest(to, TARGETS)}")
+        raise ConfigError(
+            f"there is no export target {to!r}, only {', '.join(TARGETS)}{nearest(to, TARGETS)}",
+            code="unknown_target",
+            field="to",
+        )
     return TARGETS[to](Path(adapter), Path(output), model, precision)
 
 
@@ -45,11 +49,15 @@ def _to_peft(adapter: Path, output: Path, model: str | None, precision: str | No
     atomic.require_free(output)
     kind = read_json(adapter / CONFIG).get("peft_type") if (adapter / CONFIG).is_file() else None
     if kind is not None and not spec_of_file(kind).in_peft:
-        raise ConfigError(f"peft has no method {kind}, so {adapter} cannot be written for it")
+        raise ConfigError(
+            f"peft has no method {kind}, so {adapter} cannot be written for it", code="not_in_peft", field="method"
+        )
     live = load_with_base(adapter, model=model, precision=precision)
     if reasons := differs_in_peft(live.adapter):
-        raise ConfigError(f"peft cannot express {adapter}: {join_limited(reasons)}")
-    return _proven(live, output, live.adapter.save)
+        raise ConfigError(
+            f"peft cannot express {adapter}: {join_limited(reasons)}", code="not_in_peft", field="adapter"
+        )
+    return _certified(live, output, live.adapter.save)
 
 
 def _to_vllm(adapter: Path, output: Path, model: str | None, precision: str | None) -> Certificate:
@@ -58,15 +66,17 @@ def _to_vllm(adapter: Path, output: Path, model: str | None, precision: str | No
     fields, tensors = uniform(require(adapter, "vllm", model))
     live = load_with_base(adapter, model=model, precision=precision)
     fields["base_model_name_or_path"] = live.base.name
-    return _proven(live, output, lambda place, record: folder.write(place, fields, tensors, record))
+    return _certified(live, output, lambda place, record: folder.write(place, fields, tensors, record))
 
 
 def _to_gguf(adapter: Path, output: Path, model: str | None, precision: str | None) -> Certificate:
-    """A folder with adapter.gguf, its record and its certificate."""
+    """Return a folder with adapter.gguf, its record and its certificate."""
     if output.suffix == ".gguf":
         raise ConfigError(
             f"{output} would be a folder, with {gguf_adapter.FILE} and its certificate in it; "
-            f"name it {output.with_suffix('')}"
+            f"name it {output.with_suffix('')}",
+            code="output_is_folder",
+            field="output",
         )
     atomic.require_free(output)
     stored = require(adapter, "gguf", model)
@@ -80,14 +90,14 @@ def _to_gguf(adapter: Path, output: Path, model: str | None, precision: str | No
             content["files"] = file_digests(partial)
             folder.write_json(partial / RECORD, content)
 
-    return _proven(live, output, write)
+    return _certified(live, output, write)
 
 
 def _to_merged(adapter: Path, output: Path, model: str | None, precision: str | None) -> Certificate:
     return merge(adapter, output, model=model, precision=precision)
 
 
-def _proven(live: LoadedAdapter, output: Path, write: Callable[[Path, Record], object]) -> Certificate:
+def _certified(live: LoadedAdapter, output: Path, write: Callable[[Path, Record], object]) -> Certificate:
     """Write a folder, compare it in a fresh process, and give it its name if it passed."""
     base, stored = live.base, live.stored.record
     reference = reference_of(base.model, sample_of(stored, base), base.kind, base.tokenizer)
@@ -97,11 +107,13 @@ def _proven(live: LoadedAdapter, output: Path, write: Callable[[Path, Record], o
         **base.recorded,
         "precision": live.precision,
     }
-    with unproved(output) as rejected:
+    with proven_output(output) as rejected:
         write(rejected, record)
         certificate = compare_afresh(rejected, reference)
         if not certificate.passed:
-            raise CertificateError(f"the exported adapter differs; it is left in {rejected}")
+            raise CertificateError(
+                f"the exported adapter differs; it is left in {rejected}", code="not_equal", field="artefact"
+            )
     return certificate
 
 

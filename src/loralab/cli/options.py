@@ -56,7 +56,7 @@ def with_options(*configs: Config) -> Callable[[Callable[..., None]], Callable[.
 
 
 def build(config: Config, values: Mapping[str, Any]) -> Any:
-    """A configuration from the values that are its fields."""
+    """Return a configuration from the values that are its fields."""
     names = {f.name for f in fields(config)}
     return build_config(config, {name: value for name, value in values.items() if name in names})
 
@@ -72,7 +72,7 @@ def require_known(values: Iterable[str], configs: tuple[Config, ...], others: An
     for name in values:
         if name in foreign:
             own = join_limited(map(_flag, sorted(f.name for f in fields(configs[0]))), 20)
-            raise ConfigError(f"{_flag(name)} is no option of {of}, which has {own}")
+            raise ConfigError(f"{_flag(name)} is no option of {of}, which has {own}", code="no_option", field=name)
 
 
 def pairs(text: str, name: str, kind: Callable[[str], Any] = str) -> dict[str, Any]:
@@ -103,7 +103,7 @@ def _told(config: Config) -> list[str]:
 
 
 def _parameter(name: str, configs: Sequence[Config]) -> inspect.Parameter:
-    """One option for the field of this name, explained as by the first class that has it."""
+    """Return one option for the field of this name, explained as by the first class that has it."""
     owners = [config for config in configs if _has(config, name)]
     hint = get_type_hints(owners[0], include_extras=True)[name]
     plain, *notes = get_args(hint) if get_origin(hint) is Annotated else (hint, "")
@@ -118,7 +118,7 @@ def _parameter(name: str, configs: Sequence[Config]) -> inspect.Parameter:
 
 
 def _accepted(kind: Any) -> type:
-    """What the command line parses itself; everything else arrives as text."""
+    """Return the type that the command line parses itself; everything else arrives as text."""
     if get_origin(kind) in (Union, types.UnionType):
         kind = next(option for option in get_args(kind) if option is not type(None))
     return kind if kind in (int, float, bool, Path) else str
@@ -149,7 +149,9 @@ def _listed(name: str, value: str, options: tuple[Any, ...]) -> Any:
     try:
         return tuple(inner(part.strip()) for part in value.split(","))
     except ValueError:
-        raise ConfigError(f"{_flag(name)} expects {inner.__name__}s, got {value!r}") from None
+        raise ConfigError(
+            f"{_flag(name)} expects {inner.__name__}s, got {value!r}", code="invalid_value", field=name
+        ) from None
 
 
 def _has(config: Config, name: str) -> bool:
@@ -157,7 +159,7 @@ def _has(config: Config, name: str) -> bool:
 
 
 def _defaults_text(name: str, owners: list[Config]) -> str:
-    """The default, or the defaults of each method where they differ."""
+    """Return the default, or the defaults of each method where they differ."""
     found = {}
     for config in owners:
         field = next(f for f in fields(config) if f.name == name)

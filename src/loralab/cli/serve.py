@@ -55,7 +55,7 @@ def serve(
     """Serve a base and its adapters over HTTP, as OpenAI's API, with a page to try them."""
     settings, limits = build(ServeSettings, typed or {}), build(Limits, typed or {})
     if store is None:
-        raise ConfigError("give --store, a folder of adapter folders")
+        raise ConfigError("give --store, a folder of adapter folders", code="missing_option", field="store")
     _require_extra()
     from loralab.serving.serve import keys_for, rules_for, serve_by
 
@@ -86,9 +86,9 @@ def _named(given: list[str]) -> dict[str, str | Path]:
     for text in given:
         name, equals, path = text.partition("=")
         if not (name and equals and path):
-            raise ConfigError(f"--adapter expects NAME=PATH, got {text!r}")
+            raise ConfigError(f"--adapter expects NAME=PATH, got {text!r}", code="invalid_value", field="adapter")
         if name in found:
-            raise ConfigError(f"--adapter names {name} twice")
+            raise ConfigError(f"--adapter names {name} twice", code="repeated_name", field="adapter")
         found[name] = path
     return found
 
@@ -99,7 +99,9 @@ def _require_extra() -> None:
         import prometheus_client
         import uvicorn
     except ImportError as error:
-        raise ConfigError(f"serve needs {error.name}; get it with: {INSTALL}") from None
+        raise ConfigError(
+            f"serve needs {error.name}; get it with: {INSTALL}", code="not_installed", field="serve"
+        ) from None
     assert fastapi
     assert prometheus_client
     assert uvicorn
@@ -110,7 +112,9 @@ def _serve_replicas(
 ) -> None:
     """On a Ray cluster, until a signal ends it."""
     if ray is None:
-        raise ConfigError("--replicas needs --ray: local, or the address of a Ray cluster")
+        raise ConfigError(
+            "--replicas needs --ray: local, or the address of a Ray cluster", code="missing_option", field="ray"
+        )
     from loralab.serving.listener import address, open_socket, until_told
     from loralab.serving.replicas import ReplicaPlan, running
 
@@ -140,7 +144,7 @@ def _say_ready(found: "ServerInfo", where: str, with_keys: bool, as_json: bool) 
 
 
 def _example(kind: str, where: str, model: str, with_keys: bool) -> str:
-    """A command that asks something."""
+    """Return a command that asks something."""
     key = " -H 'Authorization: Bearer KEY'" if with_keys else ""
     path, body = "chat/completions", {"messages": [{"role": "user", "content": "Hello"}]}
     if kind != "causal-lm":

@@ -58,7 +58,11 @@ def train(
     """Train an adapter on data, or several at once, and prove what was saved."""
     if jobs is not None:
         if config is not None:
-            raise ConfigError("give one of --config and --jobs; the latter has the common fields")
+            raise ConfigError(
+                "give one of --config and --jobs; the latter has the common fields",
+                code="config_and_jobs",
+                field="jobs",
+            )
         own = {"model": model, "data": data, "method": method, "map": map_}
         common = {**(typed or {}), **{k: v for k, v in own.items() if v is not None}}
 
@@ -68,7 +72,7 @@ def train(
     request = requested(given, config)
     output = output_dir or given.get("output_dir")
     if output is None:
-        raise ConfigError("give --output-dir, a new folder for the run")
+        raise ConfigError("give --output-dir, a new folder for the run", code="missing_option", field="output_dir")
     from loralab.cli.progress import Bar
     from loralab.training.run import train as run_training
 
@@ -117,7 +121,7 @@ def evaluate(
 ) -> None:
     """Score a model, with or without an adapter, on data."""
     if data is None:
-        raise ConfigError("give --data: a task name, a file, a folder or a hub id")
+        raise ConfigError("give --data: a task name, a file, a folder or a hub id", code="missing_option", field="data")
     if model is None and adapter is None:
         model = DEFAULT_MODEL
     evaluation = build(Evaluation, typed or {})

@@ -34,7 +34,7 @@ def require_ours(engine: str, python: str | None, arguments: str) -> None:
     check_choice("engine", engine, ENGINES)
     for flag, given in (("--engine-python", python), ("--engine-args", arguments)):
         if given:
-            raise ConfigError(f"{flag} has no effect with --engine {engine}")
+            raise ConfigError(f"{flag} has no effect with --engine {engine}", code="no_effect", field=flag)
 
 
 def serve_by_vllm(
@@ -54,9 +54,9 @@ def serve_by_vllm(
     try:
         further = shlex.split(arguments)
     except ValueError as error:
-        raise ConfigError(f"--engine-args {arguments!r}: {error}") from None
+        raise ConfigError(f"--engine-args {arguments!r}: {error}", code="invalid_value", field="engine_args") from None
     found = find_python(python)
-    from loralab.artefacts.prepared import prepare
+    from loralab.artefacts.export_copies import prepare
     from loralab.models import load as models
     from loralab.models.kinds import CAUSAL
     from loralab.serving.listener import address, open_socket
@@ -65,9 +65,15 @@ def serve_by_vllm(
     from loralab.serving.vllm import VllmOptions, run
 
     if (kind := models.natural_kind(model)) != CAUSAL:
-        raise ConfigError(f"{model} is a model of kind {kind}; vLLM is given language models alone")
+        raise ConfigError(
+            f"{model} is a model of kind {kind}; vLLM is given language models alone",
+            code="unserved_kind",
+            field="model",
+        )
     if not store.is_dir():
-        raise ConfigError(f"there is no store at {store}; give a folder with adapters in it")
+        raise ConfigError(
+            f"there is no store at {store}; give a folder with adapters in it", code="no_store", field="store"
+        )
     shown = base_id(str(Path(model).resolve()) if Path(model).is_dir() else model)
     shelf = Store(store, lambda stored: None, resident=settings.resident, reserved=(shown,))
     for name, path in asked["adapters"].items():
@@ -101,14 +107,14 @@ def say_differing(entries: Sequence["AdapterInfo"], source: str, shown: str) -> 
     """Name the adapters that were trained with another chat template than vLLM will ask with."""
     from transformers import AutoTokenizer
 
-    from loralab.models.identity import changes
+    from loralab.models.identity import tokenizer_changes
     from loralab.models.kinds import CAUSAL
     from loralab.models.load import Base
 
     tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     base = Base(name=shown, model=None, tokenizer=tokenizer, kind=CAUSAL, source=source)
     for entry in entries:
-        for _, text in changes(base, dict(entry.wording)).values():
+        for _, text in tokenizer_changes(base, dict(entry.wording)).values():
             print(
                 f"warning: vLLM asks {entry.name} with {text} of {shown}, not with the one that it "
                 "was trained with; --engine-args '--chat-template FILE' names one for all",
@@ -128,13 +134,23 @@ def require_vllms(typed: Mapping[str, Any], keys: Path | None, pin: Any, ours: A
     unheard = [f"--{name.replace('_', '-')}" for name in NOT_VLLMS if name in typed]
     unheard += ["--pin"] if pin else []
     if unheard:
-        raise ConfigError(f"{unheard[0]} is not passed on to vLLM; say it in vLLM's own words with --engine-args")
+        raise ConfigError(
+            f"{unheard[0]} is not passed on to vLLM; say it in vLLM's own words with --engine-args",
+            code="not_passed_on",
+            field=unheard[0],
+        )
     if ours:
-        raise ConfigError("--ray, --replicas, --allow-host and --allow-origin are for loralab's own engine")
+        raise ConfigError(
+            "--ray, --replicas, --allow-host and --allow-origin are for loralab's own engine",
+            code="not_passed_on",
+            field="engine",
+        )
     if keys is not None:
         raise ConfigError(
             "--keys is not passed on to vLLM, which knows neither quotas nor adapters of a key; "
-            "--engine-args '--api-key ...' asks every client for one"
+            "--engine-args '--api-key ...' asks every client for one",
+            code="not_passed_on",
+            field="keys",
         )
 
 

@@ -1,4 +1,4 @@
-"""What a checkpoint of transformers' Trainer holds beside the adapter folder, to go on from it.
+"""State of a checkpoint of transformers' Trainer beside the adapter folder, for resuming.
 
 Trainer fills in `model.safetensors` with `load_state_dict(..., strict=False)` when it resumes, and
 when it goes back to the best weights. The file holds the adapter's tensors alone, under the names

@@ -18,7 +18,7 @@ from loralab.adapters.bases import is_quantized
 from loralab.adapters.fingerprint import dtype_name
 from loralab.artefacts.certificate import certify
 from loralab.artefacts.comparison import Certificate
-from loralab.artefacts.temporary import write_base
+from loralab.artefacts.temporary_base import write_base
 from loralab.models.kinds import CAUSAL, CLASSIFIER, HEADS, SENTENCES, TAGGER, class_for
 from loralab.tasks.samples import SAMPLES, TOKENS
 

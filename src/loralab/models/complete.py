@@ -63,7 +63,7 @@ def _is_owed(model: Any, key: str, own: Set[str]) -> bool:
 
 
 def _bare(model: Any, key: str) -> str:
-    """A key without the backbone's name, which heads of several kinds share."""
+    """Return a key without the backbone's name, which heads of several kinds share."""
     return key.removeprefix(f"{model.base_model_prefix}.")
 
 
@@ -72,7 +72,7 @@ def _in_backbone(model: Any, key: str) -> bool:
 
 
 def _outermost(model: Any, new: Set[str]) -> tuple[str, ...]:
-    """The modules whose tensors are all new and that stand in no other such module."""
+    """Return the modules whose tensors are all new and that stand in no other such module."""
     found: list[str] = []
     for path, module in model.named_modules():
         keys = {f"{path}.{key}" for key in module.state_dict()}

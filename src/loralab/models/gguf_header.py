@@ -27,10 +27,10 @@ SCALARS = {  # kinds of numbers, as struct calls them
     11: "q",
     12: "d",
 }
-MOST_ELEMENTS = 1 << 21  # of all arrays: a vocabulary of 250,000 with its merges has 1.3 million
-MOST_TENSORS = 100_000
-MOST_AXES = 4
-LONGEST_NAME = 1 << 16  # bytes
+MAX_ELEMENTS = 1 << 21  # of all arrays: a vocabulary of 250,000 with its merges has 1.3 million
+MAX_TENSORS = 100_000
+MAX_AXES = 4
+MAX_NAME_BYTES = 1 << 16  # bytes
 WIDTHS = (  # fields that are sizes of tensors
     "embedding_length",
     "feed_forward_length",
@@ -72,7 +72,7 @@ class _Head:
         magic, version, tensors, fields = self._unpack("4sIQQ")
         if magic != b"GGUF" or version not in VERSIONS:
             raise self._error(f"it is no GGUF file of version {VERSIONS[0]} or {VERSIONS[1]}")
-        if tensors > MOST_TENSORS or fields > self._left:
+        if tensors > MAX_TENSORS or fields > self._left:
             raise self._error(f"it claims {tensors:,} tensors and {fields:,} fields")
         found: dict[str, Any] = {}
         for _ in range(fields):
@@ -86,10 +86,10 @@ class _Head:
             raise self._error("it does not say how many blocks it has")
 
     def _error(self, reason: str) -> ModelError:
-        return ModelError(f"{self._name} cannot be read: {reason}")
+        return ModelError(f"{self._name} cannot be read: {reason}", code="damaged", field="model")
 
     def _bytes(self, count: int) -> bytes:
-        """The next bytes; none are asked for that the file does not have."""
+        """Return the next bytes; none are asked for that the file does not have."""
         if count > self._left:
             raise self._error(f"it ends before {count:,} bytes that it announces")
         self._left -= count
@@ -105,9 +105,9 @@ class _Head:
         return struct.unpack("<" + layout, self._bytes(struct.calcsize("<" + layout)))
 
     def _name_of(self, what: str, others: dict[str, Any]) -> str:
-        """A key, or the name of a tensor."""
+        """Return a key, or the name of a tensor."""
         (length,) = self._unpack("Q")
-        if length > LONGEST_NAME:
+        if length > MAX_NAME_BYTES:
             raise self._error(f"the name of a {what} has {length:,} bytes")
         try:
             name = self._bytes(length).decode()
@@ -118,7 +118,7 @@ class _Head:
         return name
 
     def _value(self, key: str, kind: int) -> Any:
-        """A number; a text only where it is short; of an array its numbers, where they are few."""
+        """Return a number; a text only where it is short; of an array its numbers, where they are few."""
         if kind in SCALARS:
             return self._unpack(SCALARS[kind])[0]
         if kind == STRING:
@@ -128,8 +128,8 @@ class _Head:
             raise self._error(f"field {format_value(key)} is of the unknown type {kind}")
         kind, count = self._unpack("IQ")
         self._elements += count
-        if self._elements > MOST_ELEMENTS:
-            raise self._error(f"its arrays have more than {MOST_ELEMENTS:,} elements")
+        if self._elements > MAX_ELEMENTS:
+            raise self._error(f"its arrays have more than {MAX_ELEMENTS:,} elements")
         if kind == STRING:
             for _ in range(count):
                 self._skip(self._unpack("Q")[0])
@@ -144,7 +144,7 @@ class _Head:
 
         name = self._name_of("tensor", shapes)
         (axes,) = self._unpack("I")
-        if not 0 < axes <= MOST_AXES:
+        if not 0 < axes <= MAX_AXES:
             raise self._error(f"tensor {format_value(name)} has {axes} axes")
         shapes[name] = self._unpack(f"{axes}Q")
         kind, offset = self._unpack("IQ")

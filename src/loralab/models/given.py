@@ -179,7 +179,7 @@ def given(model: Any, tokenizer: Any) -> Given | None:
 
 
 @contextlib.contextmanager
-def unchanged(own: Given | None, *, on_error_alone: bool = False) -> Iterator[None]:
+def restored_after(own: Given | None, *, on_error_alone: bool = False) -> Iterator[None]:
     """Leave a live model after a block as it was before: device, modes, padding."""
     if own is None:
         yield

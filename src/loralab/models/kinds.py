@@ -46,7 +46,7 @@ _INPUTS = {
 
 
 def kind_of(config: Any) -> str:
-    """The kind of a model that nobody has asked to be another one; SEQ2SEQ is in no KINDS."""
+    """Return the kind of a model that nobody has asked to be another one; SEQ2SEQ is in no KINDS."""
     for kind in (CLASSIFIER, TAGGER):
         if has_head(config, kind):
             return kind
@@ -58,19 +58,19 @@ def kind_of(config: Any) -> str:
     return CAUSAL if decoder and _looks_back(config) else CLASSIFIER
 
 
-def said(kind: str) -> str:
-    """A kind in words."""
+def describe_kind(kind: str) -> str:
+    """Return a kind in words."""
     names = {CAUSAL: "a language model", VISION: "a vision model", SEQ2SEQ: "an encoder-decoder"}
     return names.get(kind, "an encoder of text")
 
 
 def class_named(config: Any) -> str:
-    """The class that a folder was saved from, as its configuration says it."""
+    """Return the class that a folder was saved from, as its configuration says it."""
     return str((config.architectures or [type(config).__name__])[0])
 
 
 def class_for(config: Any, kind: str) -> Any:
-    """The class that a model becomes; None where transformers has none of this kind for it."""
+    """Return the class that a model becomes; None where transformers has none of this kind for it."""
     # transformers lets nobody ask in public; auto classes have had this name since version 4
     mapping = LOADERS[kind]._model_mapping
     if type(config) not in mapping:
@@ -90,7 +90,9 @@ def require_kind(name: str, config: Any, kind: str) -> None:
     who, own = f"{name} is {class_named(config)}", kind_of(config)
     if (kind == VISION) != (own == VISION):
         raise ModelError(
-            f"{name} is {said(own)} ({config.model_type}), it cannot do {kind}", code="kind_unsupported", field="model"
+            f"{name} is {describe_kind(own)} ({config.model_type}), it cannot do {kind}",
+            code="kind_unsupported",
+            field="model",
         )
     if own == SEQ2SEQ and kind not in HEADS:
         raise ModelError(
@@ -154,7 +156,7 @@ def has_head(config: Any, kind: str) -> bool:
 
 
 def head_options(name: str, config: Any, kind: str, labels: Sequence[str]) -> dict[str, Any]:
-    """What from_pretrained must know of the classes; a head that is there keeps its own.
+    """Return the options of from_pretrained for the classes; a head that is there keeps its own.
 
     Args:
         labels: class names of the data; none if it has none.
@@ -189,7 +191,7 @@ def _unnamed(names: Mapping[int, str]) -> bool:
 
 
 def _part_names(config: Any) -> Iterator[str]:
-    """The fields that hold the configuration of a part, and those of its own parts."""
+    """Yield the fields that hold the configuration of a part, and those of its own parts."""
     for key in getattr(config, "sub_configs", {}):
         if (part := getattr(config, key, None)) is not None:
             yield key

@@ -35,13 +35,13 @@ from loralab.models.kinds import (
     TAGGER,
     VISION,
     class_for,
+    describe_kind,
     has_head,
     head_options,
     is_writer,
     kind_of,
     require_kind,
     require_text_or_pictures,
-    said,
 )
 from loralab.models.plausible import require_folder, require_plausible, require_weights
 from loralab.models.precision import cast, keep_statistics, require_precision
@@ -104,13 +104,19 @@ def load(
         ConfigError: the kind is unknown, or the model cannot take pictures of that size.
     """
     if kind is not None and kind not in KINDS:
-        raise ConfigError(f"unknown kind of model {kind!r} ({join_limited(KINDS)}){nearest(kind, KINDS)}")
+        raise ConfigError(
+            f"unknown kind of model {kind!r} ({join_limited(KINDS)}){nearest(kind, KINDS)}",
+            code="unknown_kind",
+            field="kind",
+        )
     source = resolve(name)
     config = _config(name, source)
     kind = kind or kind_of(config)
     require_kind(name, config, kind)
     if image_size is not None and kind != VISION:
-        raise ConfigError(f"image_size has no effect: {name} is {said(kind)}")
+        raise ConfigError(
+            f"image_size has no effect: {name} is {describe_kind(kind)}", code="no_effect", field="image_size"
+        )
     require_precision(name, config, dtype)
     options = _options(name, config, kind, labels)
     with _explained(name, source), torch.random.fork_rng():
@@ -141,7 +147,7 @@ def load(
 
 
 def natural_kind(name: str) -> str:
-    """What a model is, from its configuration alone: a classifier if it is an encoder.
+    """Return the kind of a model from its configuration alone: a classifier if it is an encoder.
 
     Raises:
         ModelError: it does not exist, has no readable configuration, or reads what nothing here
@@ -162,7 +168,7 @@ def configuration(name: str) -> Any:
 
 
 def kind_for(name: str, data_format: str) -> str:
-    """What a model becomes for data of a format (tasks/formats.py names them).
+    """Return the kind of a model for data of a format (tasks/formats.py names them).
 
     Raises:
         ModelError: it does not exist, or cannot learn from such data.
@@ -174,7 +180,7 @@ def kind_for(name: str, data_format: str) -> str:
         wanted = "text: take a language model or an encoder"
         if data_format == "image-label":
             wanted = "pictures: take a vision model, such as dinov2-s"
-        raise _unsuited(f"{name} is {said(natural)}, and the data is {wanted}")
+        raise _unsuited(f"{name} is {describe_kind(natural)}, and the data is {wanted}")
     if data_format == "tokens-tags":
         if class_for(config, TAGGER) is None:
             raise _unsuited(f"{name} ({config.model_type}) cannot tag words; take minilm-l6")
@@ -182,7 +188,7 @@ def kind_for(name: str, data_format: str) -> str:
     if data_format == "pair":
         if natural == CAUSAL:
             raise _unsuited(
-                f"{name} is {said(natural)}; text_a, text_b without a label trains an encoder of "
+                f"{name} is {describe_kind(natural)}; text_a, text_b without a label trains an encoder of "
                 "sentences: take minilm-l6, or say --map prompt=text_a,completion=text_b"
             )
         return SENTENCES
@@ -197,7 +203,7 @@ def _unsuited(message: str) -> ModelError:
 
 
 def resolve(name: str) -> str:
-    """The folder or hub id that transformers reads; a GGUF file is converted on the way.
+    """Return the folder or hub id that transformers reads; a GGUF file is converted on the way.
 
     Raises:
         ModelError: there is no such model, or its package is not installed.
@@ -205,15 +211,23 @@ def resolve(name: str) -> str:
     if name in MODELS:
         found = locate(MODELS[name])
         if found is None:
-            raise ModelError(f"{name} is not installed; get it with: {how_to_get(MODELS[name])}")
+            raise ModelError(
+                f"{name} is not installed; get it with: {how_to_get(MODELS[name])}", code="not_installed", field="model"
+            )
         with _explained(name, str(found)):
             return str(converted(found, name) if found.suffix in NEEDS else found)
     path = Path(name).expanduser()
     if not name:
-        raise ModelError(f"the name of the model is empty; short names: {', '.join(MODELS)}")
+        raise ModelError(
+            f"the name of the model is empty; short names: {', '.join(MODELS)}", code="empty_name", field="model"
+        )
     if path.is_file():
         if path.suffix != ".gguf":
-            raise ModelError(f"{name} is a file, but not .gguf; a model is a folder or a GGUF file")
+            raise ModelError(
+                f"{name} is a file, but not .gguf; a model is a folder or a GGUF file",
+                code="not_a_model",
+                field="model",
+            )
         with _explained(str(path), str(path)):
             return str(converted(path, path.stem))
     if path.is_dir():
@@ -234,7 +248,7 @@ def _is_model(path: Path) -> bool:
 
 
 def parse_dtype(precision: str) -> torch.dtype:
-    """The dtype behind fp32, bf16 or fp16.
+    """Return the dtype behind fp32, bf16 or fp16.
 
     Raises:
         ConfigError: another word.
@@ -245,11 +259,15 @@ def parse_dtype(precision: str) -> torch.dtype:
 
 def _require_model_folder(name: str, path: Path) -> None:
     if not (path / "config.json").is_file():
-        raise ModelError(f"{name} is no model folder: it has no config.json")
+        raise ModelError(f"{name} is no model folder: it has no config.json", code="no_config", field="model")
     if not any(path.glob("*.safetensors")):
         if any(path.glob("*.bin")) or any(path.glob("*.pt")):
-            raise ModelError(f"{name} holds its weights as a pickle, which can run code; convert them to safetensors")
-        raise ModelError(f"{name} holds no weights (*.safetensors)")
+            raise ModelError(
+                f"{name} holds its weights as a pickle, which can run code; convert them to safetensors",
+                code="pickle",
+                field="model",
+            )
+        raise ModelError(f"{name} holds no weights (*.safetensors)", code="no_weights", field="model")
     require_folder(name, path)
 
 
@@ -271,7 +289,7 @@ def has_tokenizer(source: str | Path) -> bool:
 
 def _require_tokenizer(name: str, path: Path) -> None:
     if not has_tokenizer(path):
-        raise ModelError(f"{name} holds no tokenizer (tokenizer.json)")
+        raise ModelError(f"{name} holds no tokenizer (tokenizer.json)", code="no_tokenizer", field="model")
 
 
 def _require_on_hub(name: str) -> None:
@@ -281,11 +299,15 @@ def _require_on_hub(name: str) -> None:
     try:
         huggingface_hub.model_info(name, timeout=10)
     except RepositoryNotFoundError:
-        raise ModelError(f"there is neither a folder nor a model {name!r} on the hub") from None
+        raise ModelError(
+            f"there is neither a folder nor a model {name!r} on the hub", code="no_such_model", field="model"
+        ) from None
     except Exception as error:  # the client's own, the HTTP library's, the system's
         raise ModelError(
             f"there is no folder {name!r}, and the model hub cannot be asked for it "
-            f"({type(error).__name__}); short names: {', '.join(MODELS)}"
+            f"({type(error).__name__}); short names: {', '.join(MODELS)}",
+            code="no_such_model",
+            field="model",
         ) from error
 
 
@@ -294,12 +316,16 @@ def _config(name: str, source: str) -> Any:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     named = config.architectures or []
     if not isinstance(named, list) or not all(isinstance(one, str) for one in named):
-        raise ModelError(f"{name}: architectures must be a list of names, found {format_value(named)}")
+        raise ModelError(
+            f"{name}: architectures must be a list of names, found {format_value(named)}",
+            code="invalid_config",
+            field="architectures",
+        )
     return config
 
 
 def _reader(name: str, source: str, config: Any, kind: str, image_size: int | None) -> Any:
-    """The tokenizer, or what stands in its place for pictures."""
+    """Return the tokenizer, or what stands in its place for pictures."""
     if kind == VISION:
         return pictures.read(name, source, config, image_size)
     # byte-level tokenizers take words one by one only if each may begin with a space
@@ -308,7 +334,7 @@ def _reader(name: str, source: str, config: Any, kind: str, image_size: int | No
 
 
 def _options(name: str, config: Any, kind: str, labels: Sequence[str]) -> Options:
-    """What from_pretrained must know beyond the source."""
+    """Return the options of from_pretrained beyond the source."""
     if kind in HEADS:
         return head_options(name, config, kind, labels)
     if kind == SENTENCES:  # sentences are the mean of their tokens: a pooler would stay unused
@@ -324,7 +350,9 @@ def require_size(name: str, model: Any, size: int) -> None:
     fits = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
     if own in (None, size) or fits or model.config.model_type in _FREE_SIZES:
         return
-    raise ConfigError(f"{name} takes pictures of {own} pixels alone, got image_size {size}")
+    raise ConfigError(
+        f"{name} takes pictures of {own} pixels alone, got image_size {size}", code="invalid_value", field="image_size"
+    )
 
 
 def require_use(name: str, tokenizer: Any, config: Any, kind: str) -> None:
@@ -332,7 +360,9 @@ def require_use(name: str, tokenizer: Any, config: Any, kind: str) -> None:
     if not isinstance(tokenizer.model_max_length, int | float):
         raise ModelError(
             f"{name}: tokenizer_config.json has model_max_length "
-            f"{format_value(tokenizer.model_max_length)}, which is no number"
+            f"{format_value(tokenizer.model_max_length)}, which is no number",
+            code="invalid_config",
+            field="model_max_length",
         )
     last = tokenizer("a", verbose=False)["input_ids"][-1:]
     # the classes of an encoder-decoder are read off the one end token that each text has
@@ -360,7 +390,7 @@ def pad_on_the_right(model: Any, tokenizer: Any) -> None:
 
 
 def _rows(model: Any) -> int | None:
-    """Those of the embedding; None where tokens are not looked up in one table (Canine)."""
+    """Return the rows of the embedding; None where tokens are not looked up in one table (Canine)."""
     try:
         return len(model.get_input_embeddings().weight)
     except (NotImplementedError, AttributeError):
@@ -391,9 +421,11 @@ def _explained(name: str, source: str) -> Iterator[None]:
     except LoralabError:
         raise
     except SafetensorError as error:
-        raise ModelError(f"{name}: the weights are damaged or truncated ({error})") from error
+        raise ModelError(
+            f"{name}: the weights are damaged or truncated ({error})", code="damaged", field="model"
+        ) from error
     except Exception as error:  # its readers raise some ten unrelated kinds
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = lines[0] if lines else type(error).__name__
         place = "" if source in (name, str(Path(name).expanduser())) else f" from {source}"
-        raise ModelError(f"{name} cannot be read{place}: {reason}") from error
+        raise ModelError(f"{name} cannot be read{place}: {reason}", code="unreadable", field="model") from error

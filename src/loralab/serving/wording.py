@@ -5,7 +5,7 @@ import threading
 from dataclasses import dataclass
 from typing import Any
 
-from loralab.models.identity import changes, reworded, warn_of
+from loralab.models.identity import tokenizer_changes, warn_of, with_tokenizer_changes
 from loralab.models.load import Base
 from loralab.serving.adapter_info import AdapterInfo
 from loralab.tasks.encode import chat_ids, stop_ids
@@ -48,12 +48,12 @@ class Wordings:
         """
         if entry is None or not entry.wording:
             return self._own
-        changed = changes(self._base, dict(entry.wording))
+        changed = tokenizer_changes(self._base, dict(entry.wording))
         if not changed:
             return self._own
         with self._lock:
             if entry.wording not in self._known:
-                self._known[entry.wording] = _wording(reworded(self._base, changed))
+                self._known[entry.wording] = _wording(with_tokenizer_changes(self._base, changed))
             if entry.digest not in self._told:
                 self._told.add(entry.digest)
                 warn_of(changed, self._base, entry.name)

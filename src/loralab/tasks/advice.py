@@ -72,7 +72,7 @@ def _kind(values: Sequence[Any]) -> str:
 
 
 def option(mapping: Mapping[str, str]) -> str:
-    """The mapping as one option to type, or as Python where a name in it cannot be typed."""
+    """Return the mapping as one option to type, or as Python where a name in it cannot be typed."""
     pairs = {name: own for name, own in mapping.items() if own and name != own}
     pairs |= {name: own for name, own in mapping.items() if not own}
     if all(joinable(name) for pair in pairs.items() for name in pair if name):
@@ -81,13 +81,13 @@ def option(mapping: Mapping[str, str]) -> str:
 
 
 def without(mapping: Mapping[str, str], columns: Iterable[str]) -> dict[str, str]:
-    """The mapping that leaves some columns out as well."""
+    """Return the mapping that leaves some columns out as well."""
     left_out = dict.fromkeys(columns, "")
     return {name: own for name, own in mapping.items() if own not in left_out} | left_out
 
 
 def answers_beside(mapping: Mapping[str, str], texts: Mapping[str, str], other: Profile) -> str:
-    """How a column could be the answer to a text, or to a pair of texts, that has none.
+    """Describe how a column could be the answer to a text, or to a pair of texts, that has none.
 
     Args:
         mapping: what the user has typed already.
@@ -131,7 +131,7 @@ def _answers(free: Sequence[Profile]) -> bool:
 
 
 def _assigned(form: str, known: Mapping[str, str], free: Sequence[Profile]) -> dict[str, str]:
-    """A column for each that the format lacks, none where one cannot be had."""
+    """Return a column for each that the format lacks, none where one cannot be had."""
     needed, _ = FORMATS[form]
     missing = [column for column in needed if column not in known]
     taken = {known[column] for column in needed if column in known}
@@ -156,7 +156,7 @@ def _fits(column: str, other: Profile) -> bool:
 
 
 def _distance(column: str, other: Profile) -> tuple[bool, float]:
-    """How ill a column fits: labels are few and short, answers are named so, inputs are long."""
+    """Return how badly a column fits: labels are few and short, answers are named so, inputs are long."""
     answer = bool(ANSWERS & set(words_of(other.name)))
     if column == "label":
         return False, other.different + other.length

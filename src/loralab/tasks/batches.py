@@ -37,7 +37,9 @@ class Batches:
         if not self.lengths or self.batch_size < 1 or self.accumulation_steps < 1:
             raise ConfigError(
                 f"batches need rows and sizes of at least 1, got {len(self.lengths)} rows, "
-                f"batch_size {self.batch_size}, accumulation_steps {self.accumulation_steps}"
+                f"batch_size {self.batch_size}, accumulation_steps {self.accumulation_steps}",
+                code="invalid_value",
+                field="batch_size",
             )
 
     @property
@@ -51,7 +53,7 @@ class Batches:
         return -(-len(self.lengths) // self.effective)
 
     def step(self, number: int) -> list[list[int]]:
-        """The micro-batches of step `number`, counted from 0 through all epochs."""
+        """Return the micro-batches of step `number`, counted from 0 through all epochs."""
         epoch, position = divmod(number, self.steps_per_epoch)
         rows = _order(self.lengths, self.effective, self.seed, self.by_length, epoch)[position]
         size = self.batch_size
@@ -62,7 +64,7 @@ class Batches:
 def _order(
     lengths: tuple[int, ...], effective: int, seed: int, by_length: bool, epoch: int
 ) -> tuple[tuple[int, ...], ...]:
-    """The effective batches of one epoch."""
+    """Return the effective batches of one epoch."""
     draw = random.Random(f"{seed}/{epoch}")
     rows = list(range(len(lengths)))
     draw.shuffle(rows)
@@ -82,7 +84,7 @@ def _order(
 def collate(
     examples: Sequence[Example], *, pad_id: int, kind: str, pictures: Any = None, longest: int = 0
 ) -> dict[str, Tensor]:
-    """What a model of this kind is called with, and the labels.
+    """Build the inputs of a model of this kind, and the labels.
 
     input_ids and attention_mask (B, L), padded on the right, with token_type_ids (B, L) where the
     examples have them; second_input_ids and second_attention_mask (B, L') of pairs; pixel_values
@@ -98,7 +100,7 @@ def collate(
         DataError: a picture cannot be read any more.
     """
     if kind not in SUITED:
-        raise ConfigError(f"unknown kind of model {kind!r} ({join_limited(SUITED)})")
+        raise ConfigError(f"unknown kind of model {kind!r} ({join_limited(SUITED)})", code="unknown_kind", field="kind")
     if kind == "image-classification":
         pixels = [pictures.pixels(example.image.open()) for example in examples]
         return {"pixel_values": torch.stack(pixels), "labels": _classes(examples)}

@@ -139,7 +139,7 @@ KINDS = (
 
 
 def word_set(text: str) -> frozenset[str]:
-    """The words of a text."""
+    """Return the words of a text."""
     return frozenset(text.split())
 
 
@@ -175,7 +175,7 @@ def reason_to_refuse(name: str, values: Iterable[Any], form: str, *, learnt: boo
 
 @lru_cache(maxsize=1024)  # asked for every field of every message
 def kinds_of(name: str, form: str) -> tuple[Kind, ...]:
-    """The kinds that a field is of, beside such rows; `loss_mask` is of two that contradict."""
+    """Return the kinds that a field is of, beside such rows; `loss_mask` is of two that contradict."""
     words = words_of(name)
     if _keeps_books(words) and not (word_set(MEDIA) & set(words) and words[-1] in PLACES):
         return ()
@@ -206,7 +206,7 @@ def are_truths(values: Iterable[Any]) -> bool:
 
 
 def words_of(name: str) -> list[str]:
-    """The words of a name, in small letters: "toolCalls" -> tool, calls."""
+    """Return the words of a name, in small letters: "toolCalls" -> tool, calls."""
     apart = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name)
     return [word for word in re.split(r"[\W_]+", apart.lower()) if word]
 
@@ -220,7 +220,7 @@ def _keeps_books(words: Sequence[str]) -> bool:
 
 
 def _small(value: Any) -> str:
-    """A value as it is compared: 1.0 is 1, TRUE is true."""
+    """Return a value as it is compared: 1.0 is 1, TRUE is true."""
     if isinstance(value, dict | list):
         return "..."  # may be nested too deep to be written
     return str(value).strip().lower().removesuffix(".0")

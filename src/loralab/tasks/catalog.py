@@ -27,7 +27,7 @@ OUTSIDE = "O"  # how tags of words say that there is nothing
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What a model shall learn: rows in train, validation and test.
+    """Task to learn: rows in train, validation and test.
 
     `labels` are the sorted class names or tags ("O" first), empty where there are none;
     `instruction` is what a language model is told before a text to classify; `leaked` counts the
@@ -97,7 +97,7 @@ def _get_rated() -> str:
 
 
 def _rated(name: str, description: str, licence: str, rows: int, instruction: str) -> NamedTask:
-    """One of the tasks of the archive of rated texts."""
+    """Return one of the tasks of the archive of rated texts."""
     return NamedTask(
         description=description,
         licence=licence,
@@ -177,7 +177,7 @@ TASKS: dict[str, NamedTask] = {
 
 
 def find(data: Any, *, mapping: Mapping[str, str] | None = None, seed: int = 0) -> Task:
-    """The task behind a task name, a file, a folder or a hub id, or of rows in memory.
+    """Return the task behind a task name, a file, a folder or a hub id, or of rows in memory.
 
     Args:
         mapping: canonical column -> the file's own, or a column of the file -> "" to leave it out,
@@ -192,7 +192,7 @@ def find(data: Any, *, mapping: Mapping[str, str] | None = None, seed: int = 0) 
 
 
 def table_of(data: Any, mapping: Mapping[str, str] | None = None) -> tuple[Table, str]:
-    """The rows behind a name or in an object (`given.read` lists them), and a task's question.
+    """Return the rows behind a name or in an object (`given.read` lists them), and a task's question.
 
     Raises:
         DataError: it does not exist, or cannot be read.
@@ -228,7 +228,7 @@ def _require_no_mapping(name: str, mapping: Mapping[str, str] | None) -> None:
 
 
 def listing() -> list[dict[str, Any]]:
-    """The named tasks, and whether their data is here."""
+    """Return the named tasks, and whether their data is here."""
     return [
         {
             "name": name,
@@ -250,7 +250,7 @@ def folders() -> list[Path]:
 
 
 def input_text(row: Row) -> str:
-    """What a row asks, without the answer."""
+    """Return what a row asks, without the answer."""
     if "messages" in row:
         return json.dumps(row["messages"][:-1], ensure_ascii=False)
     answer = ("label", "completion", "output", "tags")
@@ -288,7 +288,7 @@ def task_of(table: Table, splits: dict[str, list[Row]], instruction: str, labels
 
 
 def question_of(data_format: str, labels: tuple[str, ...]) -> str:
-    """What a language model is told before a text, or two, to classify."""
+    """Return the instruction of a language model before a text, or two, to classify."""
     what = "text" if data_format == "text-label" else "pair of texts"
     return f"Classify the {what}. Answer with one of: {', '.join(labels)}."
 
@@ -299,7 +299,7 @@ def content_digest(splits: Mapping[str, list[Row]], labels: tuple[str, ...], ins
 
 
 def split_rows(table: Table, seed: int) -> dict[str, list[Row]]:
-    """The given splits; what is missing is taken from train, by the hash of each input."""
+    """Return the given splits; what is missing is taken from train, by the hash of each input."""
     given = table.splits
     missing = [name for name in ("validation", "test") if name not in given]
     parts = dict(given)
@@ -334,7 +334,7 @@ def _owners(source: str, groups: Mapping[str, list[Row]], missing: list[str]) ->
 
 
 def labels_of(row: Row) -> list[str]:
-    """The classes that a row shows: one, those of its words, or none."""
+    """Return the classes that a row shows: one, those of its words, or none."""
     return [row["label"]] if "label" in row else list(row.get("tags", ()))
 
 
@@ -349,7 +349,7 @@ def place_of(row: Row, seed: int) -> str:
 
 
 def _labels(source: str, splits: Mapping[str, list[Row]]) -> tuple[str, ...]:
-    """The sorted labels of train, "O" first among tags; none where rows have none."""
+    """Return the sorted labels of train, "O" first among tags; none where rows have none."""
     known = {label for row in splits["train"] for label in labels_of(row)}
     labels = sorted(known, key=lambda label: (label != OUTSIDE or not _tagged(splits), label))
     for name in ("validation", "test"):

@@ -26,7 +26,7 @@ PROPOSED = 3  # mappings in a message
 
 @dataclass(frozen=True, kw_only=True)
 class Columns:
-    """How the rows of a part are read.
+    """Reading of the rows of a part.
 
     Args:
         mapping: what the user has typed.
@@ -117,7 +117,7 @@ def _not_there(source: str, name: str, names: Mapping[str, None]) -> DataError:
 
 
 def checked_mapping(mapping: Mapping[str, str] | None) -> dict[str, str]:
-    """The mapping, whose left sides are canonical where its right sides are not empty.
+    """Return the mapping, whose left sides are canonical where its right sides are not empty.
 
     Raises:
         DataError: it is not of this form.
@@ -156,7 +156,7 @@ def _check_renamed(place: str, columns: Sequence[str], renamed: Mapping[str, str
 
 
 def _format(part: Part, mapping: Mapping[str, str], known: Mapping[str, str], free: Sequence[str]) -> str:
-    """The first format whose columns are all there."""
+    """Return the first format whose columns are all there."""
     fitting = (name for name, (needed, _) in FORMATS.items() if known.keys() >= set(needed))
     form = next(fitting, None)
     if form in (None, "text") and SHAREGPT in known:
@@ -260,7 +260,7 @@ def _it(columns: Collection[str]) -> str:
 
 
 def _split_column(part: Part, mapping: Mapping[str, str], known: Mapping[str, str]) -> str | None:
-    """The column that says which split a row belongs to, if there is one.
+    """Return the column that says which split a row belongs to, if there is one.
 
     Raises:
         DataError: one of its values is no split.
@@ -282,5 +282,5 @@ def _split_column(part: Part, mapping: Mapping[str, str], known: Mapping[str, st
 
 
 def split_named(value: Any) -> str | None:
-    """The split that a value names, if it does."""
+    """Return the split that a value names, if it does."""
     return SPLITS.get(value.strip().lower()) if isinstance(value, str) else None

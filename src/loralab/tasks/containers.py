@@ -1,4 +1,4 @@
-"""What a folder of data holds: a file for each split, shards of one, a clone of a hub data set.
+"""Folders of data: a file for each split, shards of one, a clone of a hub data set.
 
 A split is a file that is named after it (train.csv), its shards (train-00000-of-00002.parquet), or
 a folder of that name with files in it. A clone of a hub data set keeps them in its folder data/.
@@ -76,7 +76,7 @@ def is_saved(folder: Path) -> bool:
 
 
 def list_folder(folder: Path, suffixes: Collection[str]) -> Listing:
-    """The files of a folder by split.
+    """Return the files of a folder by split.
 
     Args:
         suffixes: kinds of files that can be read.
@@ -115,7 +115,7 @@ def _listed(folder: Path, suffixes: Collection[str]) -> Listing:
 
 
 def shard_of(file: Path) -> tuple[str, Shard]:
-    """The split's name as the file has it, and which shard it is."""
+    """Return the split's name as the file has it, and which shard it is."""
     stem = inner_name(file).stem.lower()
     found = SHARD.fullmatch(stem)
     if stem in SPLITS or not found:
@@ -125,7 +125,7 @@ def shard_of(file: Path) -> tuple[str, Shard]:
 
 
 def _recognised(place: Path, suffixes: Collection[str]) -> tuple[str | None, Shard]:
-    """The split that a file or folder belongs to, if it belongs to one."""
+    """Return the split that a file or folder belongs to, if it belongs to one."""
     if place.is_dir():
         read = _files_in(place, suffixes)
         return (SPLITS.get(place.name.lower()) if read else None), Shard(place)
@@ -134,7 +134,7 @@ def _recognised(place: Path, suffixes: Collection[str]) -> tuple[str | None, Sha
 
 
 def _ordered(folder: Path, split: str, shards: list[Shard], suffixes: Collection[str]) -> list[Path]:
-    """The files of a split in the order of their numbers."""
+    """Return the files of a split in the order of their numbers."""
     whole = [shard for shard in shards if shard.number is None]
     if whole and len(shards) > 1:
         names = ", ".join(shard.file.name for shard in shards)
@@ -145,7 +145,7 @@ def _ordered(folder: Path, split: str, shards: list[Shard], suffixes: Collection
 
 
 def _in_order(folder: Path, split: str, files: list[Path]) -> list[Path]:
-    """The files of a split's own folder, which may have any names."""
+    """Return the files of a split's own folder, which may have any names."""
     found = [shard_of(file) for file in files]
     if len({name for name, _ in found}) == 1 and all(s.number is not None for _, s in found):
         return _numbered(folder, split, [shard for _, shard in found])

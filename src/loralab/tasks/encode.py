@@ -82,7 +82,7 @@ def encode(
     loss_on: str = "answer",
     rows: Sequence[Row] | None = None,
 ) -> Encoded:
-    """The rows of a split as examples of at most `max_length` tokens; pictures as they are.
+    """Return the rows of a split as examples of at most `max_length` tokens; pictures as they are.
 
     A row whose answer does not fit at all is dropped, one whose answer does not fit whole is
     shortened; both are reported. Plain texts are cut into consecutive pieces instead.
@@ -158,25 +158,25 @@ def require_suited(task: Task, kind: str) -> None:
 
 
 def prompts(task: Task, split: str, tokenizer: Any) -> list[Ids]:
-    """What the model sees of each row before it answers."""
+    """Return what the model sees of each row before it answers."""
     return [prompt_ids(task, row, tokenizer) for row in task.splits[split]]
 
 
 def prompt_ids(task: Task, row: Row, tokenizer: Any) -> Ids:
-    """What the model sees of one row before it answers: all of it, for a plain text."""
+    """Return what the model sees of one row before it answers: all of it, for a plain text."""
     if task.format == "text":
         return token_ids(tokenizer, row["text"], special=True)
     return opening(tokenizer, messages(task, row)[:-1])
 
 
 def chat_ids(tokenizer: Any, prompt: str, *, system: str | None = None) -> Ids:
-    """A question that is no row, as `generate` asks it."""
+    """Return a question that is no row, as `generate` asks it."""
     first = [{"role": "system", "content": system}] if system else []
     return opening(tokenizer, [*first, {"role": "user", "content": prompt}])
 
 
 def answer(row: Row) -> str:
-    """The reference answer of a row: tags are joined by spaces."""
+    """Return the reference answer of a row: tags are joined by spaces."""
     if "messages" in row:
         return str(row["messages"][-1]["content"])
     if "tags" in row:
@@ -186,18 +186,18 @@ def answer(row: Row) -> str:
 
 
 def answers(task: Task, split: str) -> list[str]:
-    """The reference answers of a split."""
+    """Return the reference answers of a split."""
     return [answer(row) for row in task.splits[split]]
 
 
 def answer_ids(task: Task, row: Row, tokenizer: Any, text: str) -> Ids:
-    """The tokens of an answer as they stand after the row's prompt, end token included."""
+    """Return the tokens of an answer as they stand after the row's prompt, end token included."""
     chat = [*messages(task, row)[:-1], {"role": "assistant", "content": text}]
     return ended(tokenizer, last_turn(tokenizer, chat).target)
 
 
 def written_answer(task: Task, row: Row, tokenizer: Any) -> str:
-    """The reference answer of a row as it is written after the row's prompt.
+    """Return the reference answer of a row as it is written after the row's prompt.
 
     That may have the beginning of a thought already, or the template one of its own.
     """
@@ -210,7 +210,7 @@ def written_answer(task: Task, row: Row, tokenizer: Any) -> str:
 
 
 def stop_ids(tokenizer: Any) -> Ids:
-    """The ids that end an answer: the end of text, and the template's end of turn."""
+    """Return the ids that end an answer: the end of text, and the template's end of turn."""
     _require_eos(tokenizer)
     stops = [tokenizer.eos_token_id]
     if tokenizer.chat_template:
@@ -234,7 +234,7 @@ def round_trip(task: Task, tokenizer: Any) -> None:
 
 
 def messages(task: Task, row: Row) -> Conversation:
-    """A row as a conversation that ends in the answer."""
+    """Return a row as a conversation that ends in the answer."""
     if task.format == "messages":
         return list(row["messages"])
     return [{"role": "user", "content": _question(task, row)}, {"role": "assistant", "content": answer(row)}]
@@ -293,7 +293,7 @@ class _Answered:
             self.lost += len(samples) - kept
 
     def encoded(self) -> Encoded:
-        """All of it; a note counts what was cut up."""
+        """Return all of it; a note counts what was cut up."""
         note = (
             f"{self.cut_up:,} conversations of {self.answers:,} answers: each answer is a sample "
             "of its own, as the chat template writes earlier turns in another way"

@@ -31,12 +31,12 @@ BINARY = {  # first bytes -> a file of another kind than its name says
 
 
 def inner_name(file: Path) -> Path:
-    """The name without .gz, whose suffix says how to read the content."""
+    """Return the name without .gz, whose suffix says how to read the content."""
     return file.with_suffix("") if file.suffix.lower() == PACKED else file
 
 
 def text_of(file: Path) -> str:
-    """The content of a text file, packed or not.
+    """Return the content of a text file, packed or not.
 
     Raises:
         DataError: it cannot be read or unpacked, or its encoding is not known.
@@ -90,7 +90,7 @@ def _content(file: Path) -> bytes:
 
 
 def _unmarked(data: bytes) -> str:
-    """The kind of UTF-16 that a text in Latin letters seems to be, as iconv names it."""
+    """Return the kind of UTF-16 that a text in Latin letters seems to be, as iconv names it."""
     if len(data) < 4 or data[:4].count(0) != 2:
         return ""
     if data[1] == data[3] == 0:
@@ -99,7 +99,7 @@ def _unmarked(data: bytes) -> str:
 
 
 def _convert(file: Path, encoding: str) -> str:
-    """The command that writes the file anew in UTF-8, beside it."""
+    """Return the command that writes the file anew in UTF-8, beside it."""
     inner = inner_name(file)
     new = shlex.quote(str(inner.with_name(f"{inner.stem}-utf8{inner.suffix}")))
     old = shlex.quote(str(file))

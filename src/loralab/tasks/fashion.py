@@ -31,13 +31,13 @@ UNSIGNED_BYTE = 8  # how an idx file names its type
 
 
 def locate(folders: list[Path]) -> Path | None:
-    """The folder of the four files: in one of some folders, or where Debian puts it."""
+    """Return the folder of the four files: in one of some folders, or where Debian puts it."""
     places = [*(folder / place for folder in folders for place in PLACES), INSTALLED]
     return next((p for p in places if all((p / name).is_file() for name in DIGESTS)), None)
 
 
 def read(folder: Path) -> dict[str, list[Row]]:
-    """The rows of train and test.
+    """Return the rows of train and test.
 
     Raises:
         DataError: a file is damaged, or another one.

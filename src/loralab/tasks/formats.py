@@ -65,17 +65,17 @@ class Part:
 
 
 def columns_of(rows: Numbered) -> list[str]:
-    """The fields that any of the rows has, in order of appearance."""
+    """Return the fields that any of the rows has, in order of appearance."""
     return list(dict.fromkeys(key for _, row in rows for key in row))
 
 
 def clean(name: str) -> str:
-    """The name of a column without spaces around it and without a byte order mark."""
+    """Return the name of a column without spaces around it and without a byte order mark."""
     return name.replace("\ufeff", "").strip()
 
 
 def cleaned(part: Part) -> Part:
-    """The part with clean names of columns.
+    """Return the part with clean names of columns.
 
     Raises:
         DataError: two columns then have one name, or there are too many.
@@ -99,7 +99,7 @@ def cleaned(part: Part) -> Part:
 
 
 def repeated(names: Iterable[str]) -> list[str]:
-    """The names that occur more than once, sorted."""
+    """Return the names that occur more than once, sorted."""
     return sorted(name for name, count in Counter(names).items() if count > 1)
 
 

@@ -1,4 +1,4 @@
-"""What each kind of model is called with, and the loss of its answers."""
+"""Forward pass of each kind of model, and the loss of its answers."""
 
 import contextlib
 import inspect
@@ -23,7 +23,7 @@ SHARPNESS = 20.0  # of cosines as logits: that of sentence-transformers' ranking
 
 
 def answer_loss(model: nn.Module, batch: Mapping[str, Tensor], kind: str) -> tuple[Tensor, int]:
-    """The summed cross-entropy in fp32 and how many labels it sums over; differentiable.
+    """Return the summed cross-entropy in fp32 and how many labels it sums over; differentiable.
 
     Logits of a causal model are computed only where some row has a label, if the model can. An
     encoder of sentences must find the partner of each first text among all second texts of the
@@ -45,12 +45,12 @@ def answer_loss(model: nn.Module, batch: Mapping[str, Tensor], kind: str) -> tup
 
 
 def call(model: nn.Module, batch: Mapping[str, Tensor], **options: Any) -> Tensor:
-    """The logits of a batch."""
+    """Return the logits of a batch."""
     return run(model, batch, **options).logits
 
 
 def run(model: nn.Module, batch: Mapping[str, Tensor], **options: Any) -> Any:
-    """All that a model puts out for a batch."""
+    """Return all that a model puts out for a batch."""
     known = accepted(model)
     if "use_cache" in known:
         options["use_cache"] = False  # no keys and values are kept that nobody reads
@@ -65,7 +65,7 @@ def run(model: nn.Module, batch: Mapping[str, Tensor], **options: Any) -> Any:
 
 
 def embed(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """The mean of each text's last hidden states, in fp32 and of length 1: (B, H)."""
+    """Return the mean of each text's last hidden states, in fp32 and of length 1: (B, H)."""
     states = run(model, batch).last_hidden_state.float()
     mask = batch["attention_mask"][..., None].float()
     mean = (states * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
@@ -73,18 +73,18 @@ def embed(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
 
 
 def embed_pairs(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """The first and the second texts of a batch of pairs, each (B, H)."""
+    """Return the first and the second texts of a batch of pairs, each (B, H)."""
     return embed(model, batch), embed(model, second_of(batch))
 
 
 def partner_losses(first: Tensor, second: Tensor) -> Tensor:
-    """How badly each first text (B, H) finds its partner among all second ones (B, H): (B,)."""
+    """Return the loss of each first text (B, H) in finding its partner among all second ones (B, H): (B,)."""
     partners = torch.arange(len(first), device=first.device)
     return F.cross_entropy(SHARPNESS * first @ second.T, partners, reduction="none")
 
 
 def second_of(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The second texts of a batch of pairs as a batch of their own."""
+    """Return the second texts of a batch of pairs as a batch of their own."""
     return {name: batch[f"second_{name}"] for name in ("input_ids", "attention_mask")}
 
 
@@ -98,7 +98,7 @@ def labelled(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Ten
 
 
 def lone_head(model: Any, batch: Mapping[str, Tensor]) -> nn.Module | None:
-    """The output head, if a causal model's logits are what it makes of the last hidden states.
+    """Return the output head, if a causal model's logits are what it makes of the last hidden states.
 
     Tried on a batch, and bit for bit: some models scale or cap their logits afterwards.
     """
@@ -130,12 +130,12 @@ def answers(
 
 
 def _targets(batch: Mapping[str, Tensor]) -> Tensor:
-    """The label that each position predicts, (B, L); nothing follows the last."""
+    """Return the label that each position predicts, (B, L); nothing follows the last."""
     return F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
 
 
 def _columns(targets: Tensor) -> Tensor:
-    """The positions that predict a label in some row; at least one."""
+    """Return the positions that predict a label in some row; at least one."""
     columns = (targets != IGNORED).any(dim=0).nonzero()[:, 0]
     return columns if len(columns) else columns.new_zeros(1)
 
@@ -147,13 +147,13 @@ def _logits(model: nn.Module, batch: Mapping[str, Tensor], columns: Tensor) -> T
 
 
 def token_losses(chunks: Iterable[Tensor], labels: Tensor) -> Tensor:
-    """The cross-entropy of logits that come in chunks of (CHUNK, V), (M,) in fp32."""
+    """Return the cross-entropy of logits that come in chunks of (CHUNK, V), (M,) in fp32."""
     parts = zip(chunks, labels.split(CHUNK), strict=True)
     return torch.cat([F.cross_entropy(z.float(), own, reduction="none") for z, own in parts])
 
 
 def accepted(model: nn.Module) -> frozenset[str]:
-    """The names that a model can be called with."""
+    """Return the names that a model can be called with."""
     return frozenset(inspect.signature(getattr(model, "module", model).forward).parameters)
 
 
@@ -196,7 +196,7 @@ def require_places(model: nn.Module, examples: Iterable[Example]) -> None:
 
 
 def places(model: nn.Module) -> int | None:
-    """The tokens that a model has places for; None if it does not say."""
+    """Return the tokens that a model has places for; None if it does not say."""
     stated = int(getattr(getattr(model, "config", None), "max_position_embeddings", 0) or 0)
     if stated <= 0:  # XLNet's -1 is no limit
         return None
@@ -208,7 +208,7 @@ def places(model: nn.Module) -> int | None:
 
 
 def _rows(model: Any) -> int | None:
-    """Those of the embedding, or of the output head where it has fewer; None if nothing says."""
+    """Return the rows of the embedding, or of the output head where it has fewer; None if nothing says."""
     finders = ("get_input_embeddings", "get_output_embeddings")
     tables = []
     for name in finders:
@@ -228,7 +228,7 @@ class ProcessGroup(Protocol):
     def size(self) -> int: ...
 
     def all_gather(self, value: T) -> list[T]:
-        """Each process's value, in all of them."""
+        """Return the values of all processes, in every process."""
 
 
 def by_length(
@@ -258,14 +258,14 @@ def by_length(
 
 
 def merged(found: dict[int, T], among: ProcessGroup | None) -> dict[int, T]:
-    """What all processes found, by the index of the example."""
+    """Merge the results of all processes, by the index of the example."""
     if among is None:
         return found
     return {index: value for own in among.all_gather(found) for index, value in own.items()}
 
 
 def _groups(lengths: Sequence[int], most: int, room: int) -> list[list[int]]:
-    """The indices of all lengths, sorted, in groups that hold few of them and few tokens."""
+    """Return the indices of all lengths, sorted, in groups that hold few of them and few tokens."""
     groups: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: lengths[i]):
         size = len(groups[-1]) if groups else most  # the one that is added is the longest

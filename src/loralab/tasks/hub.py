@@ -13,7 +13,7 @@ from loralab.tasks.formats import SPLITS, Part, Row
 
 
 def from_hub(source: str) -> tuple[list[Part], list[str]]:
-    """The splits of a data set, and the names of those that are not read.
+    """Return the splits of a data set, and the names of those that are not read.
 
     Raises:
         DataError: it cannot be had, or has no train split.
@@ -24,7 +24,7 @@ def from_hub(source: str) -> tuple[list[Part], list[str]]:
 
 
 def from_saved(folder: Path) -> tuple[list[Part], list[str]]:
-    """The same of a folder; one that holds a single split is all train.
+    """Return the same of a folder; one that holds a single split is all train.
 
     Raises:
         DataError: it is damaged, or has no train split.

@@ -21,7 +21,7 @@ FILLED = 0.5  # of the numbers from the least to the greatest, where they count 
 
 
 def settled(source: str, splits: Mapping[str, list[Row]]) -> dict[str, list[Row]]:
-    """The rows with one spelling for each label.
+    """Return the rows with one spelling for each label.
 
     Raises:
         DataError: the labels are amounts, which are not classes.
@@ -39,7 +39,7 @@ def settled(source: str, splits: Mapping[str, list[Row]]) -> dict[str, list[Row]
 
 
 def alike(splits: Mapping[str, list[Row]]) -> str:
-    """A note that names labels that seem to be one class; "" if none do.
+    """Return a note that names labels that seem to be one class; "" if none do.
 
     They differ in small and capital letters alone, or are truth values beside 0 and 1.
     """
@@ -53,14 +53,14 @@ def alike(splits: Mapping[str, list[Row]]) -> str:
 
 
 def absent(splits: Mapping[str, list[Row]]) -> str:
-    """A note that names classes that may stand for a missing label; "" if none do."""
+    """Return a note that names classes that may stand for a missing label; "" if none do."""
     labels = {row["label"] for part in splits.values() for row in part if "label" in row}
     names = [repr(label) for label in sorted(labels) if label.casefold() in ABSENT]
     return f"classes that may stand for a missing label: {join_limited(names)}" if names else ""
 
 
 def amount(value: object) -> float | None:
-    """The number that a value is or spells; truth values are none."""
+    """Return the number that a value is or spells; truth values are none."""
     if isinstance(value, bool):
         return None
     text = str(value).strip()
@@ -73,7 +73,7 @@ def amount(value: object) -> float | None:
 
 
 def _spellings(labels: Iterable[str]) -> dict[str, str]:
-    """How to write those labels that have more than one spelling."""
+    """Describe how to write those labels that have more than one spelling."""
     known = set(labels)
     if known and all(WHOLE.fullmatch(label) for label in known):
         wanted = {label: _whole(label) for label in known}

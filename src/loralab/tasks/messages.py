@@ -17,7 +17,7 @@ SHARED = {"human": "user", "gpt": "assistant"}  # what ShareGPT calls them, besi
 
 
 def conversation(place: str, value: Any, mapping: Mapping[str, str], seen: set[str]) -> list[dict[str, str]]:
-    """The messages of a row, each with its role and its text alone.
+    """Return the messages of a row, each with its role and its text alone.
 
     Args:
         place: where the row stands, for errors.
@@ -86,7 +86,7 @@ def _role(place: str, value: Any, *, shared: bool) -> str:
 
 
 def _content(place: str, name: str, value: Any) -> str:
-    """The text of a message; one part of text is that text."""
+    """Return the text of a message; one part of text is that text."""
     if isinstance(value, list) and len(value) == 1 and _is_text(value[0]):
         value = value[0]["text"]
     if isinstance(value, str) and value.strip():
@@ -111,7 +111,7 @@ def _kind(part: Any) -> Any:
 
 
 def text_in(place: str, what: str, value: Any) -> str:
-    """A value that must be a text that can be written.
+    """Return a value that must be a text that can be written.
 
     Raises:
         DataError: it is something else, or holds half a character.

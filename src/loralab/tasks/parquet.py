@@ -19,7 +19,7 @@ LEAST, TIMES = 1 << 30, 200  # bytes that a small file may fill; beyond, for eac
 
 
 def read_parquet(file: Path) -> Numbered:
-    """The rows of a file, counted from 1.
+    """Return the rows of a file, counted from 1.
 
     Raises:
         DataError: it is no Parquet file, is damaged, would fill far more memory than its size, or
@@ -44,7 +44,7 @@ def read_parquet(file: Path) -> Numbered:
 
 
 def _batches(file: Path, data: bytes) -> Iterator[Any]:
-    """The rows in portions, as long as they stay within what the file can mean."""
+    """Yield the rows in portions, as long as they stay within what the file can mean."""
     import pyarrow
     from pyarrow import parquet
 

@@ -35,7 +35,7 @@ class Picture:
         return f"picture {self.digest}"
 
     def open(self) -> Any:
-        """The decoded Pillow image, upright, in RGB or grey levels.
+        """Return the decoded Pillow image, upright, in RGB or grey levels.
 
         Raises:
             DataError: it cannot be read.
@@ -44,7 +44,7 @@ class Picture:
 
 
 def from_file(file: Path, place: str = "") -> Picture:
-    """A picture in a file, read once to see that it is whole.
+    """Return a picture in a file, read once to see that it is whole.
 
     Raises:
         DataError: it is not there, or not a whole picture; `place` is where it is named.
@@ -60,7 +60,7 @@ def from_file(file: Path, place: str = "") -> Picture:
 
 
 def from_bytes(data: bytes, origin: str) -> Picture:
-    """A picture that is stored in a row.
+    """Return a picture that is stored in a row.
 
     Raises:
         DataError: it is not a whole picture.
@@ -70,14 +70,14 @@ def from_bytes(data: bytes, origin: str) -> Picture:
 
 
 def from_levels(levels: Any, origin: str) -> Picture:
-    """A picture of (height, width) uint8 grey levels."""
+    """Return a picture of (height, width) uint8 grey levels."""
     size = "x".join(map(str, levels.shape))
     digest = hashlib.sha256(size.encode() + levels.tobytes()).hexdigest()
     return Picture(digest, levels, origin)
 
 
 def folder_of_pictures(folder: Path, splits: Mapping[str, str]) -> dict[str, list[dict[str, Any]]]:
-    """The rows of each split of a folder; none if no folder in it holds pictures.
+    """Return the rows of each split of a folder; none if no folder in it holds pictures.
 
     A sub-folder is a class. Where sub-folders are named as `splits` are and hold folders
     themselves, each is a split, and the folders in it are the classes.
@@ -114,7 +114,7 @@ def folder_of_pictures(folder: Path, splits: Mapping[str, str]) -> dict[str, lis
 
 
 def other_files(folder: Path) -> list[str]:
-    """The files beside the pictures that are not read, and the folders without any picture."""
+    """Return the files beside the pictures that are not read, and the folders without any picture."""
     found = [
         str(place.relative_to(folder))
         for place in sorted(folder.rglob("*"))

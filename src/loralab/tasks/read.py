@@ -65,7 +65,7 @@ def read(source: Any, mapping: Mapping[str, str] | None = None) -> Table:
 
 
 def _pictures(source: str, mapping: Mapping[str, str]) -> Table | None:
-    """The rows of each split if the source is a folder of pictures and not of split files."""
+    """Return the rows of each split if the source is a folder of pictures and not of split files."""
     folder = Path(source).expanduser()
     if not source.strip() or not folder.is_dir():
         return None
@@ -85,7 +85,7 @@ def _names_train(file: Path) -> bool:
 
 
 def _parts(source: str) -> tuple[list[Part], list[str]]:
-    """The parts of a source, and the names of what in it is not read."""
+    """Return the parts of a source, and the names of what in it is not read."""
     path = Path(source).expanduser()
     if source.strip() and path.is_dir():
         return from_saved(path) if is_saved(path) else _from_folder(path)
@@ -150,7 +150,7 @@ def _table(source: str, parts: list[Part], unread: Iterable[str], mapping: Mappi
 
 
 def _by_split(part: Part, columns: Columns, *, alone: bool) -> list[Part]:
-    """The part, cut by the column that says the splits where no file does."""
+    """Return the part, cut by the column that says the splits where no file does."""
     column = columns.split
     if column is None:
         return [part]
@@ -177,7 +177,7 @@ def _by_split(part: Part, columns: Columns, *, alone: bool) -> list[Part]:
 
 
 def _named(what: str, names: Iterable[str]) -> tuple[str, ...]:
-    """A note of some names, none if there are none."""
+    """Return a note of some names, none if there are none."""
     listed = list(names)
     return (f"{what}: {join_limited(listed, MOST_NAMED)}",) if listed else ()
 

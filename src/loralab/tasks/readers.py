@@ -22,7 +22,7 @@ REMEDIES = {
 
 
 def read_file(file: Path, split: str) -> tuple[list[Part], list[str]]:
-    """The rows of a file as they are, and the names of what in it is not read.
+    """Return the rows of a file as they are, and the names of what in it is not read.
 
     Args:
         split: that the file is, unless it holds several itself.
@@ -97,7 +97,7 @@ def _lines(file: Path, text: str) -> Numbered:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> Row:
-    """An object, unless a key stands twice: the parser would drop the first without a word."""
+    """Return an object, unless a key stands twice: the parser would drop the first without a word."""
     found = dict(pairs)
     if len(found) < len(pairs):
         name = repeated(name for name, _ in pairs)[0]
@@ -112,7 +112,7 @@ def _object(place: str, row: Any) -> Row:
 
 
 def _json(file: Path) -> tuple[Parts, list[str]]:
-    """A list of objects, itself or under "data"; such lists by split; or JSON lines."""
+    """Return a list of objects, itself or under "data"; such lists by split; or JSON lines."""
     text = text_of(file)
     if not text.strip():
         return [("", "row", [])], []
@@ -158,7 +158,7 @@ def _listed(place: str, rows: list[Any]) -> Numbered:
 
 
 def _names(content: Mapping[str, Any], read: Any) -> list[str]:
-    """What else an object holds."""
+    """Name what else an object holds."""
     return [name for name, value in content.items() if name not in read and not is_empty(value)]
 
 

@@ -17,7 +17,7 @@ from loralab.tasks.pictures import Picture, from_bytes, from_file
 
 
 def rows_of(part: Part, columns: Columns, seen: set[str]) -> list[Row]:
-    """The rows with the columns of their format alone.
+    """Return the rows with the columns of their format alone.
 
     Args:
         seen: gets the fields of messages that have no effect.
@@ -75,7 +75,7 @@ def _picture(place: str, value: Any, folder: Path) -> Picture:
 
 
 def _tagged(place: str, row: Row) -> Row:
-    """A list of words, and a tag for each."""
+    """Return a list of words, and a tag for each."""
     for column, value in row.items():
         if not isinstance(value, list):
             raise DataError(

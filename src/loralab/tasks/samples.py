@@ -21,7 +21,7 @@ POSITIONS = 16  # at the end of each text
 
 
 def sample_inputs(task: Task, tokenizer: Any, *, kind: str, split: str = "validation") -> list[Ids]:
-    """The first inputs of a split, texts cut to their last tokens, pictures made small.
+    """Return the first inputs of a split, texts cut to their last tokens, pictures made small.
 
     Raises:
         DataError: the format does not suit the model.
@@ -43,7 +43,7 @@ def patterns() -> list[Ids]:
 
 
 def sample_batch(sample: Sequence[int], *, kind: str, tokenizer: Any) -> dict[str, Tensor]:
-    """One sample as a batch of one row."""
+    """Return one sample as a batch of one row."""
     if kind == VISION:
         from PIL import Image
 
@@ -55,7 +55,7 @@ def sample_batch(sample: Sequence[int], *, kind: str, tokenizer: Any) -> dict[st
 
 @torch.no_grad()
 def outputs(model: nn.Module, sample: Sequence[int], *, kind: str, tokenizer: Any) -> Tensor:
-    """What a model in evaluation mode says to a sample, (P, V) in fp32 on the processor.
+    """Return the outputs of a model in evaluation mode for a sample, (P, V) in fp32 on the processor.
 
     Logits of the last positions of a text, or of the classes in one row; the vector of a sentence
     in one row.

@@ -21,7 +21,7 @@ def scorable(
     max_length: int | None = None,
     limit: int | None = None,
 ) -> tuple[list[Row], Encoded, int]:
-    """The rows that would be scored, as numbers too, and the most tokens that one may have.
+    """Return the rows that would be scored, as numbers too, and the most tokens that one may have.
 
     Raises:
         InputError: `evaluate` could not score them.
@@ -37,19 +37,21 @@ def scorable(
 
 
 def context_length(model: nn.Module) -> int:
-    """How many tokens a model can take; 2048 if it does not say."""
+    """Return how many tokens a model can take; 2048 if it does not say."""
     return places(model) or 2048
 
 
 def _chosen(task: Task, split: str, limit: int | None) -> list[Row]:
-    """The first `limit` rows of a split."""
+    """Return the first `limit` rows of a split."""
     if split not in task.splits:
         near = nearest(split, task.splits)
-        raise ConfigError(f"no split {split!r}; there are {join_limited(task.splits)}{near}")
+        raise ConfigError(
+            f"no split {split!r}; there are {join_limited(task.splits)}{near}", code="unknown_split", field="split"
+        )
     if limit is not None and limit < 1:
-        raise ConfigError(f"limit must be at least 1, got {limit}")
+        raise ConfigError(f"limit must be at least 1, got {limit}", code="invalid_value", field="limit")
     if not task.splits[split]:
-        raise DataError(f"{task.name} has no rows in its {split} split")
+        raise DataError(f"{task.name} has no rows in its {split} split", code="no_rows", field=split)
     return task.splits[split][:limit]
 
 
@@ -60,5 +62,7 @@ def _require_whole(task: Task, split: str, encoded: Encoded, room: int, kind: st
         numbers = join_limited((str(row + 1) for row in lost), 5)
         raise DataError(
             f"{task.name}: {len(lost)} {split} rows are longer than {room} tokens, all that the "
-            f"model can take (rows {numbers}); shorten or remove them"
+            f"model can take (rows {numbers}); shorten or remove them",
+            code="too_long",
+            field="max_length",
         )

@@ -31,7 +31,7 @@ SAMPLED = GREEDY | {"do_sample": True, "top_k": 0, "top_p": 1.0}
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """What was asked, expected and answered; the answer of a text without labels is empty."""
+    """Question, expected answer and answer; the answer of a text without labels is empty."""
 
     row: int
     prompt: str
@@ -138,10 +138,12 @@ def _require_answers(task: Task, kind: str, generate: bool) -> None:
     if not generate:
         return
     if kind not in TEXT_KINDS:
-        raise ConfigError(f"{kind} models write no text; there is no answer to generate")
+        raise ConfigError(
+            f"{kind} models write no text; there is no answer to generate", code="not_generative", field="model"
+        )
     if task.labels or task.format == "text":
         what = "labels, which are ranked" if task.labels else "plain texts"
-        raise ConfigError(f"{task.name} has {what}; there is no answer to generate")
+        raise ConfigError(f"{task.name} has {what}; there is no answer to generate", code="no_answer", field="data")
 
 
 def _answered(
@@ -166,7 +168,7 @@ def _answered(
 
 
 def _by_row(examples: Sequence[Example], sums: Sequence[float], counts: Sequence[int], rows: int) -> list[float]:
-    """The mean loss of each row over the labels of all its examples."""
+    """Return the mean loss of each row over the labels of all its examples."""
     totals, labels = [0.0] * rows, [0] * rows
     for example, total, count in zip(examples, sums, counts, strict=True):
         totals[example.row] += total
@@ -198,7 +200,7 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
 ) -> list[str]:
-    """The answers to some prompts (token ids): greedy at temperature 0, else sampled.
+    """Return the answers to some prompts (token ids): greedy at temperature 0, else sampled.
 
     Raises:
         DataError: a prompt is empty, or leaves less than `max_new_tokens` of the model's context.
@@ -230,7 +232,7 @@ def _losses(
     among: ProcessGroup | None,
     choices: Sequence[int] = (),
 ) -> tuple[list[float], list[int], list[int]]:
-    """Each example's summed loss, number of labels, and the class or the choice preferred.
+    """Return each example's summed loss, number of labels, and the class or the choice preferred.
 
     `choices` are tokens that may begin the answer of a language model.
     """
@@ -266,13 +268,15 @@ def _ranked(
     room: int,
     among: ProcessGroup | None,
 ) -> tuple[list[float], list[int], list[int]]:
-    """Each row's summed loss, number of tokens, and the index of its likeliest label."""
+    """Return each row's summed loss, number of tokens, and the index of its likeliest label."""
     candidates = [[answer_ids(task, row, tokenizer, label) for label in task.labels] for row in rows]
     require_known(model, tokenizer, candidates[0])
     if len(set(candidates[0])) < len(task.labels):
         raise DataError(
             f"{task.name}: the tokenizer writes some of the labels {join_limited(task.labels)} with the "
-            "same tokens; rename them"
+            "same tokens; rename them",
+            code="ambiguous_labels",
+            field="labels",
         )
     if all(own == candidates[0] and {len(ids) for ids in own} == {2} for own in candidates):
         firsts = [ids[0] for ids in candidates[0]]  # one token and the end
@@ -316,7 +320,7 @@ def _generate(
     device = next(model.parameters()).device
     options = SAMPLED | {"temperature": temperature} if temperature else GREEDY
     if not all(prompts):
-        raise DataError(f"prompt {list(map(bool, prompts)).index(False) + 1} is empty")
+        raise DataError(f"prompt {list(map(bool, prompts)).index(False) + 1} is empty", code="empty", field="prompt")
     longest = max(map(len, prompts), default=0)
     _require_room("the longest prompt", longest + max_new_tokens, context_length(model))
     require_known(model, tokenizer, map(tuple, prompts))
@@ -352,12 +356,14 @@ def _require_room(what: str, needed: int, room: int) -> None:
     if needed > room:
         raise DataError(
             f"{what} needs {needed} tokens with its answer, and the model can take {room}; "
-            "shorten it, or ask for fewer new tokens"
+            "shorten it, or ask for fewer new tokens",
+            code="too_long",
+            field="prompt",
         )
 
 
 def _shown(row: Mapping[str, Any]) -> str:
-    """What a reader of the predictions is shown of a row."""
+    """Return what a reader of the predictions is shown of a row."""
     if "image" in row:
         return str(row["image"].origin)
     if "tokens" in row:

@@ -24,7 +24,7 @@ WHOLE = re.compile(r"(-?(?:0|[1-9]\d*))(?:\.0+)?")  # 1 and 1.0, but not 01
 
 @dataclass(frozen=True, kw_only=True)
 class Learnt:
-    """What an adapter was trained on, as its record says; empty where it does not say.
+    """Training data of an adapter, as its record says; empty where it does not say.
 
     `source` is the data's name, `digest` that of its task, `seed` that of its splits. `asks` tells
     whether the model reads the question before a text to classify.
@@ -48,7 +48,7 @@ def choose(
     split: str | None = None,
     limit: int | None = None,
 ) -> tuple[Task, str]:
-    """The task to score on, and which of its splits.
+    """Return the task to score on, and which of its splits.
 
     Args:
         data: a name or an object, as `given.read` takes them.
@@ -89,7 +89,7 @@ def choose(
 
 
 def _own_task(table: Table, question: str, learnt: Learnt) -> Task | None:
-    """The task of the training, if these are its rows."""
+    """Return the task of the training, if these are its rows."""
     if not learnt.digest:
         return None
     try:
@@ -100,7 +100,7 @@ def _own_task(table: Table, question: str, learnt: Learnt) -> Task | None:
 
 
 def _task(table: Table, question: str, labels: tuple[str, ...], seed: int, split: str, limit: int | None) -> Task:
-    """The rows in their splits, or all in one, in the order of the source."""
+    """Return the rows in their splits, or all in one, in the order of the source."""
     if split != ALL:
         return catalog.task_of(table, catalog.split_rows(table, seed), question, labels)
     rows = [row for own in table.splits.values() for row in own]
@@ -112,7 +112,7 @@ def _task(table: Table, question: str, labels: tuple[str, ...], seed: int, split
 
 
 def _labels_in(table: Table) -> list[str]:
-    """The classes that rows show, in the order in which they first do."""
+    """Return the classes that rows show, in the order in which they first do."""
     rows = [row for own in table.splits.values() for row in own]
     return list(dict.fromkeys(label for row in rows for label in labels_of(row)))
 
@@ -143,7 +143,7 @@ def _in_terms_of(learnt: Learnt, table: Table, question: str) -> tuple[Table, st
 
 
 def _renamed(table: Table, labels: Sequence[str]) -> Table:
-    """The rows with their labels as the adapter writes them: 1, 1.0 and "1" are one class.
+    """Return the rows with their labels as the adapter writes them: 1, 1.0 and "1" are one class.
 
     Raises:
         DataError: one is none of the adapter's.
@@ -171,7 +171,7 @@ def _renamed(table: Table, labels: Sequence[str]) -> Table:
 
 
 def _plain(label: str) -> str:
-    """A label without what only says that it was a number."""
+    """Return a label without what only says that it was a number."""
     whole = WHOLE.fullmatch(label)
     return whole[1] if whole else label
 

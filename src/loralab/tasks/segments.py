@@ -22,7 +22,7 @@ class Segment:
 
 
 def samples(tokenizer: Any, chat: Chat) -> list[list[Segment]]:
-    """A conversation as one sample of all answers, or as one sample an answer.
+    """Return a conversation as one sample of all answers, or as one sample an answer.
 
     The latter where the pieces are not what generation will see before the last answer: if the
     template writes earlier answers in another way, or the tokens of an answer and of what follows
@@ -55,7 +55,7 @@ def _in_a_row(tokenizer: Any, every: Sequence[Turn]) -> list[Segment]:
 
 
 def opening(tokenizer: Any, chat: Chat) -> Tokens:
-    """A conversation and the opening of its next answer, as training shows them."""
+    """Return a conversation and the opening of its next answer, as training shows them."""
     if tokenizer.chat_template:
         return token_ids(tokenizer, write(tokenizer, chat, prompt=True), special=True)
     every = turns(tokenizer, [*chat, {"role": "assistant", "content": ""}])
@@ -63,7 +63,7 @@ def opening(tokenizer: Any, chat: Chat) -> Tokens:
 
 
 def ended(tokenizer: Any, text: str) -> Tokens:
-    """The tokens of an answer up to its end of turn; the end of text if the template has none."""
+    """Return the tokens of an answer up to its end of turn; the end of text if the template has none."""
     ends = {tokenizer.eos_token_id}
     if tokenizer.chat_template:
         named = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}

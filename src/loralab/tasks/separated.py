@@ -21,7 +21,7 @@ DIRECTIVE = re.compile(r'"?sep=([,;\t])"?\r?\n')  # Excel's first line, where it
 
 
 def read_separated(file: Path, text: str, own: str) -> Numbered:
-    """The rows under a header, each with the line that it begins on.
+    """Return the rows under a header, each with the line that it begins on.
 
     Args:
         own: the delimiter that the name of the file promises.
@@ -52,7 +52,7 @@ def read_separated(file: Path, text: str, own: str) -> Numbered:
 
 
 def _reader(text: str, delimiter: str, *, spaced: bool = False) -> Any:
-    """A csv reader, whose type has no public name."""
+    """Return a csv reader, whose type has no public name."""
     source = io.StringIO(text, newline="")
     return csv.reader(source, delimiter=delimiter, strict=True, skipinitialspace=spaced)
 
@@ -98,7 +98,7 @@ def _rows(
 
 
 def _delimiter(file: Path, text: str, own: str) -> str:
-    """The one delimiter of the header line, quoted names aside; tabs are what .tsv promises."""
+    """Return the one delimiter of the header line, quoted names aside; tabs are what .tsv promises."""
     found = {sign for sign in _unquoted_header(text) if sign in DELIMITERS}
     if not found or (own in found and own == "\t"):
         return own

@@ -41,7 +41,7 @@ class _TooMuchError(jinja2.TemplateRuntimeError):
 
 
 class _Allowance(threading.local):
-    """What the template that runs in this thread may still use."""
+    """Budget of the template that runs in this thread."""
 
     characters = most = LEAST
     until = float("inf")
@@ -95,7 +95,7 @@ def _compiled(template: str) -> jinja2.Template:
 
 
 def _weighed(value: Any) -> Any:
-    """The value, if all that it holds is no more than the allowance; what is held twice counts so.
+    """Return the value, if all that it holds is no more than the allowance; what is held twice counts so.
 
     So nothing is ever made that could not be written, compared or copied in the same time.
     """
@@ -111,7 +111,7 @@ def _weighed(value: Any) -> Any:
 
 
 def _parts(value: Any) -> Iterator[Any]:
-    """A value and all that it holds."""
+    """Yield a value and all that it holds."""
     left = [iter((value,))]
     while left:
         for part in left[-1]:
@@ -172,7 +172,7 @@ def _require_joined(between: str, parts: Any) -> None:
 
 
 def _limited(name: str, filtered: Callable[..., Any]) -> Callable[..., Any]:
-    """A filter whose arguments and whose result are weighed."""
+    """Return a filter whose arguments and whose result are weighed."""
 
     @functools.wraps(filtered)
     def bounded(*args: Any, **kwargs: Any) -> Any:
@@ -245,7 +245,7 @@ class _Generation(Extension):
     tags = {"generation"}  # noqa: RUF012 (an instance variable to jinja)
 
     def parse(self, parser: Any) -> nodes.Node:
-        """The block as it is, in a scope of its own."""
+        """Return the block as it is, in a scope of its own."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return nodes.CallBlock(self.call_method("_as_it_is"), [], [], body).set_lineno(line)
@@ -281,12 +281,12 @@ class _Bounded(ImmutableSandboxedEnvironment):
         return tree
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        """One operation that can make something large."""
+        """Return one operation that can make something large."""
         _require_room(operator, left, right)
         return _weighed(super().call_binop(context, operator, left, right))
 
     def call(self, context: Any, obj: Any, *args: Any, **kwargs: Any) -> Any:
-        """A macro, a function or a method."""
+        """Return a macro, a function or a method."""
         writes = isinstance(obj, Macro | BlockReference | LoopContext)
         _allowance.spend(STEP + self._length * writes)
         method = getattr(obj, "__wrapped__", obj)
@@ -304,7 +304,7 @@ class _Bounded(ImmutableSandboxedEnvironment):
 
 
 def _written(value: Any) -> Any:
-    """What is about to be written, counted."""
+    """Count what is about to be written."""
     text = value if isinstance(value, Markup) else str(_weighed(value))
     _allowance.spend(len(text))
     return text

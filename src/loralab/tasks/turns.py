@@ -48,7 +48,7 @@ class Turn:
 
 
 def turns(tokenizer: Any, chat: Chat) -> list[Turn]:
-    """Every answer of a conversation, in order.
+    """Return every answer of a conversation, in order.
 
     Raises:
         DataError: the chat template refuses the conversation, or an answer cannot be learnt.
@@ -58,7 +58,7 @@ def turns(tokenizer: Any, chat: Chat) -> list[Turn]:
 
 
 def last_turn(tokenizer: Any, chat: Chat) -> Turn:
-    """The answer that ends a conversation.
+    """Return the answer that ends a conversation.
 
     Raises:
         DataError: the chat template refuses the conversation, or the answer cannot be learnt.
@@ -72,7 +72,7 @@ def last_turn(tokenizer: Any, chat: Chat) -> Turn:
 
 
 def write(tokenizer: Any, chat: Chat, *, prompt: bool = False, now: datetime | None = None) -> str:
-    """A conversation as text; `prompt` opens the next answer.
+    """Return a conversation as text; `prompt` opens the next answer.
 
     Without `prompt` none is opened, also where the template always does.
 
@@ -93,7 +93,7 @@ def write(tokenizer: Any, chat: Chat, *, prompt: bool = False, now: datetime | N
 
 
 def common(one: Sequence[object], other: Sequence[object]) -> int:
-    """How much two sequences have in common at their start."""
+    """Return how many elements two sequences share at their start."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
 
@@ -112,7 +112,7 @@ class _Answer:
         return self.chat[-1]["content"]
 
     def target(self, whole: str) -> str:
-        """What must follow the prompt; `whole` is the conversation as the template writes it."""
+        """Return what must follow the prompt; `whole` is the conversation as the template writes it."""
         if whole.startswith(self.prompt):
             target = whole[len(self.prompt) :]
             if self._is_held(target):
@@ -133,23 +133,23 @@ class _Answer:
         return bool(found) and _has_one_thought(before, answer)
 
     def _shown(self) -> str:
-        """The thought that the prompt ends in, which a model would go on with; or none."""
+        """Return the thought that the prompt ends in, which a model would go on with; or none."""
         first, last, ended = _thought_at_the_end(self.prompt)
         return first + last * ended
 
     def _markup(self, shown: str) -> str:
-        """All that the template writes of an answer, but the answer."""
+        """Return all that the template writes of an answer, but the answer."""
         before, _, after = self._around()
         return _tight(shown + before.removeprefix(self.prompt) + after)
 
     def _around(self) -> tuple[str, str, str]:
-        """The whole before the answer, a stand-in for it or nothing, and the whole after it."""
+        """Return the whole before the answer, a stand-in for it or nothing, and the whole after it."""
         stand_in = {"role": "assistant", "content": STAND_IN}
         whole = write(self.tokenizer, [*self.chat[:-1], stand_in], now=self.now)
         return whole.rpartition(STAND_IN)
 
     def _put_together(self, target: str) -> str:
-        """The answer, without what the prompt has of it, and the end of turn.
+        """Return the answer, without what the prompt has of it, and the end of turn.
 
         Args:
             target: what the template writes after the prompt, if it does.
@@ -216,14 +216,14 @@ class _Answer:
         return (space[len(asked) :] if space.startswith(asked) else "") + self.text
 
     def _opening_that_is_not_in(self, before: str) -> str:
-        """The end of the prompt's opening that `before`, which leads to an answer, lacks."""
+        """Return the end of the prompt's opening that `before`, which leads to an answer, lacks."""
         opening = self._opening()
         lengths = range(len(opening), -1, -1)
         both = next(n for n in lengths if before.rstrip().endswith(opening[:n].rstrip()))
         return opening[both:].strip()
 
     def _opening(self) -> str:
-        """All that the template writes to open the answer."""
+        """Return all that the template writes to open the answer."""
         asked = write(self.tokenizer, self.chat[:-1], now=self.now)
         return self.prompt[common(self.prompt, asked) :]
 
@@ -264,7 +264,7 @@ class _Answer:
 
 
 def _usual_frame(tokenizer: Any) -> tuple[str, str]:
-    """What a template writes after the prompt of a first answer, before it and behind it.
+    """Return what a template writes after the prompt of a first answer, before it and behind it.
 
     Where that is not known it is what no answer stands between.
     """
@@ -278,7 +278,7 @@ def _texts(tokens: Mapping[str, Any]) -> Tokens:
 
 @functools.lru_cache(maxsize=16)
 def _needless_opening(template: str, tokens: Tokens) -> str:
-    """The opening of an answer that a template writes whether one is asked for or not; or "".
+    """Return the opening of an answer that a template writes whether one is asked for or not; or "".
 
     Such a template writes it and nothing else where there is no message.
     """
@@ -309,7 +309,7 @@ def _frame(template: str, tokens: Tokens) -> tuple[str, str]:
 
 
 def _thought_at_the_end(prompt: str) -> tuple[str, str, bool]:
-    """The marks of the thought that a prompt ends in, and whether it is ended; else empty ones."""
+    """Return the marks of the thought that a prompt ends in, and whether it is ended; else empty ones."""
     text = prompt.rstrip()
     for first, last in THOUGHTS:
         if text.endswith((first, last)):

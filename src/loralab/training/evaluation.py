@@ -15,7 +15,7 @@ from loralab.adapters.record import sound
 from loralab.errors import AdapterFileError, ConfigError, join_limited
 from loralab.models import load as models
 from loralab.models.device import device_here, resolve_precision
-from loralab.models.given import Given, given, unchanged
+from loralab.models.given import Given, given, restored_after
 from loralab.models.identity import as_trained
 from loralab.models.load import Base
 from loralab.models.quantize import quantize as pack
@@ -64,7 +64,7 @@ def evaluate(
     )
     seed = learnt.seed if learnt is not None else evaluation.seed or 0
     size = record.get("base", {}).get("image_size")
-    with unchanged(own), _scored(name, own, task, stored, evaluation, seed, size) as base:
+    with restored_after(own), _scored(name, own, task, stored, evaluation, seed, size) as base:
         scores = score.evaluate(
             base.model,
             base.tokenizer,
@@ -189,7 +189,7 @@ def generate(
     own = given(name, tokenizer)
     found: list[dict[str, Any]] = [{"prompt": prompt, "answers": {}} for prompt in prompts]
     answering: list[tuple[str, AdapterFolder | None]] = [("base", None)] if with_base else []
-    with unchanged(own):
+    with restored_after(own):
         base = _asked(name, own, stored, precision)
         for who, folder_of in [*answering, *zip(map(str, adapters), stored, strict=True)]:
             with _adapted(base, folder_of) as asked:

@@ -12,7 +12,7 @@ from loralab.adapters.bases import is_linear, linear_shape
 from loralab.adapters.methods import AnyMethod
 from loralab.adapters.subset import TrainedInFull
 from loralab.models.device import device_here
-from loralab.models.given import unchanged
+from loralab.models.given import restored_after
 from loralab.training import fit, memory, preflight
 from loralab.training.objects import detached_after
 from loralab.training.preflight import PreparedRun
@@ -89,7 +89,7 @@ def plan(
         InputError: something given is wrong.
     """
     request = Request.of(model, data, method, training, mapping, tokenizer)
-    with unchanged(request.given):
+    with restored_after(request.given):
         prepared = preflight.prepare(request)
         with detached_after(prepared.base, prepared.adapter):
             return _planned(request, prepared)

@@ -12,9 +12,9 @@ from loralab.adapters.adapter import Adapter
 from loralab.adapters.methods import AnyMethod
 from loralab.artefacts.certificate import certify
 from loralab.artefacts.comparison import Certificate, reference_of
-from loralab.artefacts.temporary import base_folder
+from loralab.artefacts.temporary_base import base_folder
 from loralab.models.device import device_here
-from loralab.models.given import unchanged
+from loralab.models.given import restored_after
 from loralab.models.load import Base
 from loralab.tasks import encode
 from loralab.tasks.catalog import Task
@@ -91,7 +91,7 @@ def train(
         CertificateError: the saved adapter does not do what the live one does.
     """
     request = Request.of(model, data, method, training, mapping, tokenizer)
-    with unchanged(request.given, on_error_alone=True):
+    with restored_after(request.given, on_error_alone=True):
         run = run_request(request, Path(output_dir), resume=resume, listener=listener)
         with detached_after(run.base, run.adapter, on_error_alone=True):
             return certified(run)

@@ -1,4 +1,4 @@
-"""Adapters as vLLM takes them, made once and kept in the cache under their content's digest."""
+"""Copies of adapters as vLLM reads them, made once and cached under their content's digest."""
 
 import os
 import shutil
@@ -8,14 +8,14 @@ from pathlib import Path
 
 from loralab.adapters import folder
 from loralab.adapters.folder import CONFIG, AdapterFolder
-from loralab.artefacts.engines import RANKS, allowed_rank, facts, judge
+from loralab.artefacts.engines import VLLM_RANKS, allowed_rank, base_info, check_folder
 from loralab.artefacts.updates import uniform, updates
 from loralab.atomic import cache_folder
 from loralab.errors import InputError, join_limited
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prepared:
+class ExportCopies:
     """Which folder stands for which name, why others are left out, and the rank that holds all."""
 
     ready: Mapping[str, Path]
@@ -23,7 +23,7 @@ class Prepared:
     rank: int
 
 
-def prepare(adapters: Mapping[str, Path], model: str) -> Prepared:
+def prepare(adapters: Mapping[str, Path], model: str) -> ExportCopies:
     """Write what vLLM can serve of some adapter folders; the folders themselves stay as they are.
 
     Args:
@@ -34,24 +34,24 @@ def prepare(adapters: Mapping[str, Path], model: str) -> Prepared:
         ModelError: there is no such base.
         OutputError: the cache cannot be written.
     """
-    ready, refused, largest = {}, {}, RANKS[0]
-    base = facts(model)
+    ready, refused, largest = {}, {}, VLLM_RANKS[0]
+    base = base_info(model)
     for name, path in adapters.items():
         try:
             stored = folder.read(path)
         except InputError as error:
             refused[name] = str(error)
             continue
-        if lasting := judge(stored, "vllm", base).lasting:
+        if lasting := check_folder(stored, "vllm", base).lasting:
             refused[name] = join_limited(lasting)
             continue
         ready[name] = _written(stored)
         largest = max(largest, *(one.rank for one in updates(stored)))
-    return Prepared(ready=ready, refused=refused, rank=allowed_rank(largest))
+    return ExportCopies(ready=ready, refused=refused, rank=allowed_rank(largest))
 
 
 def _written(stored: AdapterFolder) -> Path:
-    """The folder in the cache; two processes may write at once, the first to finish is kept."""
+    """Return the folder in the cache; two processes may write at once, the first to finish is kept."""
     place = cache_folder() / "vllm" / stored.digest[:32]
     if (place / CONFIG).is_file():
         return place

@@ -1,4 +1,4 @@
-"""An adapter folder brought to life: the base that it names, and the adapter in it."""
+"""Load an adapter folder together with the base that it names."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -33,7 +33,7 @@ _SENTENCES = (
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedAdapter:
-    """A base model with an adapter in it."""
+    """Base model with an adapter in it."""
 
     base: Base
     adapter: Adapter
@@ -130,7 +130,7 @@ def _loaded(name: str, stored: AdapterFolder, precision: str) -> Base:
 
 
 def label_names(stored: AdapterFolder) -> list[str]:
-    """The classes of a trained head: as recorded, or numbered where another tool wrote it."""
+    """Return the classes of a trained head: as recorded, or numbered where another tool wrote it."""
     if labels := stored.record.get("task", {}).get("labels"):
         return [str(label) for label in labels]
     heads = [
@@ -142,7 +142,7 @@ def label_names(stored: AdapterFolder) -> list[str]:
 
 
 def sample_of(record: Mapping[str, Any], base: Base) -> list[list[int]]:
-    """The task's own inputs that a run recorded, or some sentences."""
+    """Return the task's own inputs that a run recorded, or some sentences."""
     if sample := record.get("sample"):
         return [list(ids) for ids in sample]
     if base.kind == VISION:
