@@ -51,7 +51,7 @@ def joined(address: str, cpus: int = 1) -> Iterator[Any]:
     Args:
         address: "local" starts a cluster on this machine and ends it again; "auto" is the one
             that this machine belongs to; HOST:PORT of a head; ray://HOST:PORT from outside.
-        cpus: that a cluster on this machine shall have at least, be they shared.
+        cpus: that a cluster on this machine should have at least, be they shared.
 
     Raises:
         ConfigError: Ray is not installed, or no cluster answers there.
@@ -80,7 +80,7 @@ def require_reachable(address: str) -> None:
     """Something must listen at an address, found out in seconds: Ray itself waits for minutes.
 
     Raises:
-        ConfigError: nothing does, or it is no address.
+        ConfigError: nothing does, or it is not an address.
     """
     if address in (LOCAL, AUTO):
         return

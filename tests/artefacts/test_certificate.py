@@ -33,7 +33,7 @@ from loralab.artefacts.merge import merge
 from loralab.errors import AdapterFileError, BaseMismatchWarning, CertificateError
 from loralab.models.kinds import CAUSAL, CLASSIFIER
 from loralab.models.load import load
-from loralab.tasks.samples import POSITIONS
+from loralab.tasks.samples import MAX_POSITIONS
 
 MakeAdapter = Callable[..., Path]
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11]]
@@ -125,7 +125,7 @@ def test_the_last_positions_count_and_a_classifier_has_one_row(tiny_llama_folder
     prompts = [[5] * 3, [6] * 40]
     causal = load(str(tiny_llama_folder)).model
     rows = logits_of(causal.train(), prompts, CAUSAL)
-    assert rows.shape == (3 + POSITIONS, causal.config.vocab_size)
+    assert rows.shape == (3 + MAX_POSITIONS, causal.config.vocab_size)
     assert causal.training
     classifier = load(str(tiny_bert_folder), labels=["a", "b", "c"]).model
     assert logits_of(classifier, prompts, CLASSIFIER).shape == (2, 3)
@@ -139,7 +139,7 @@ def test_a_fresh_process_finds_the_adapter_as_it_was(make_adapter: MakeAdapter, 
     found = certify(path, live.base.model, prompts, kind=CAUSAL)
     assert found.max_logit_difference == 0
     assert found.prompts == len(prompts)
-    assert found.positions == sum(min(len(ids), POSITIONS) for ids in prompts)
+    assert found.positions == sum(min(len(ids), MAX_POSITIONS) for ids in prompts)
     assert verify(path) == found
     stored = read_json(path / RECORD)["certificate"]
     assert {key: stored[key] for key in found.to_json()} == found.to_json()

@@ -75,7 +75,7 @@ def test_a_format_that_runs_a_program_is_no_picture(tmp_path: Path) -> None:
 
 
 def test_a_run_of_equal_rows_ends_at_a_multiple_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loralab.tasks.parquet.LEAST", 64 << 20)
+    monkeypatch.setattr("loralab.tasks.parquet.MIN_PLAIN_BYTES", 64 << 20)
 
     def make(file: Path) -> None:
         text = pyarrow.DictionaryArray.from_arrays(

@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from loralab.errors import DataError
 from loralab.tasks.catalog import TASKS, Task, _task, find, folders, input_text, listing
 from loralab.tasks.formats import Row
-from loralab.tasks.read import Table
+from loralab.tasks.read import DataTable
 
 SPLITS = ("train", "validation", "test")
 
 
 def task_from(rows: list[Row], seed: int = 0, form: str = "text-label", **given: list[Row]) -> Task:
-    return _task(Table(source="rows", format=form, splits={"train": rows} | given), seed, "")
+    return _task(DataTable(source="rows", format=form, splits={"train": rows} | given), seed, "")
 
 
 def labelled(count: int, labels: str = "ab") -> list[Row]:

@@ -40,7 +40,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_task_keeps_its_test_rows_and_takes_validation_from_train(folder: Path) -> None:
     task = find("fashion-mnist")
     assert {split: len(rows) for split, rows in task.splits.items()} == {"train": 54, "validation": 6, "test": 20}
-    assert task.labels == tuple(sorted(fashion.CLASSES)) and task.format == "image-label"
+    assert task.labels == tuple(sorted(fashion.FASHION_CLASSES)) and task.format == "image-label"
     row = task.splits["test"][3]
     assert row["label"] == "Dress" and "t10k" in row["image"].origin
     assert row["image"].open().size == (28, 28) and row["image"].open().mode == "L"
@@ -78,4 +78,4 @@ def test_fashion_mnist_is_whole_and_balanced() -> None:
     task = find("fashion-mnist")
     assert [len(task.splits[name]) for name in ("train", "validation", "test")] == [54000, 6000, 10000]
     labels = [row["label"] for row in task.splits["test"]]
-    assert {labels.count(name) for name in fashion.CLASSES} == {1000}
+    assert {labels.count(name) for name in fashion.FASHION_CLASSES} == {1000}

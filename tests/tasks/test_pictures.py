@@ -15,7 +15,7 @@ from loralab.errors import DataError
 from loralab.tasks import pictures
 from loralab.tasks.catalog import find
 from loralab.tasks.pictures import from_bytes, from_file, from_levels
-from loralab.tasks.read import Table, read
+from loralab.tasks.read import DataTable, read
 
 Draw = Callable[..., Path]
 SIZE = (24, 16)
@@ -41,7 +41,7 @@ def refused(source: Path) -> str:
     return str(caught.value)
 
 
-def shown(table: Table, split: str = "train") -> list[tuple[str, str]]:
+def shown(table: DataTable, split: str = "train") -> list[tuple[str, str]]:
     return [(Path(row["image"].origin).name, row["label"]) for row in table.splits[split]]
 
 

@@ -297,7 +297,7 @@ class Adapter:
         Where FSDP has split the adapter, all processes must call it, and the first one writes.
 
         Args:
-            record: what else loralab.json shall say, such as {"base": {"name": ...}}.
+            record: what else loralab.json should say, such as {"base": {"name": ...}}.
             overwrite: replace an adapter that stands in the folder.
 
         Raises:

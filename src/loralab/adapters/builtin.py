@@ -37,7 +37,7 @@ BUILT_IN = (
         low_rank=True,
         learning_rate=5e-4,
         sizes=("rank",),
-        targets=_late("lora", "chosen"),
+        targets=_late("lora", "selected_modules"),
         rate_ratio=_late("lora", "rate_ratio"),
         **_in_file("lora"),
         variants={

@@ -10,7 +10,7 @@ from loralab.adapters.bases import looks_linear
 
 EXPERTS = "experts kept as one parameter of all"
 STACKED = "matrices kept as one parameter"
-MIN_SHARE = 0.01  # share of the weights from which matrices that are no experts are worth a word
+MIN_SHARE = 0.01  # share of the weights from which matrices that are not experts are worth a word
 
 
 def stacked_weights(model: nn.Module) -> dict[str, str]:

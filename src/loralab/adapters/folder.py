@@ -5,7 +5,7 @@
     loralab.json                format, content digest, base model, task, training, certificate
 
 Every file is written under a temporary name and renamed, `loralab.json` first: its digest covers
-the other two, and a folder without a configuration is no adapter, so one that was interrupted
+the other two, and a folder without a configuration is not an adapter, so one that was interrupted
 between them is noticed, new or overwritten. Never a pickle.
 """
 
@@ -112,7 +112,7 @@ def read(path: str | Path, *, files: Mapping[str, bytes] | None = None) -> Adapt
     files = _files(path) if files is None else files
     if CONFIG not in files:
         raise AdapterFileError(
-            f"{path} is no adapter folder: it has no {CONFIG}{_near(path)}", code="no_adapter", field="path"
+            f"{path} is not an adapter folder: it has no {CONFIG}{_near(path)}", code="no_adapter", field="path"
         )
     fields = values.parse_json(path / CONFIG, files[CONFIG], AdapterFileError)
     record: dict[str, Any] = {}

@@ -37,7 +37,7 @@ class LinearWithLoRA(Wrapper):
             in a fused projection; none is one update for all rows.
 
     Raises:
-        ConfigError: the rank exceeds min(I, O) for PiSSA, or the base is no linear layer.
+        ConfigError: the rank exceeds min(I, O) for PiSSA, or the base is not a linear layer.
     """
 
     def __init__(

@@ -25,7 +25,7 @@ TOLERANCES = {  # relative, of what a dtype rounds
 
 
 def why_not_linear(module: nn.Module, *, transposed: bool = False) -> str:
-    """Why a layer of a linear class is no linear map of its own weight; empty if it is one.
+    """Why a layer of a linear class is not a linear map of its own weight; empty if it is one.
 
     Args:
         transposed: the weight is stored as (I, O).

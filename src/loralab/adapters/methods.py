@@ -65,15 +65,13 @@ class LoRA(Method):
 
     rank: Annotated[int, "width r of the update"] = 8
     alpha: Annotated[float, "numerator of the scaling alpha / r"] = 16.0
-    dropout: Annotated[float, "share of the update's inputs set to zero, in training"] = 0.0
+    dropout: Annotated[float, "dropout on the update's input, in training"] = 0.0
     init: Annotated[str, f"A and B at step 0: {', '.join(INITS)}"] = "kaiming"
     scaling: Annotated[str, f"factor of the update: {', '.join(SCALINGS)}"] = "alpha/r"
-    dora: Annotated[bool, "train the length of each row of the weight apart (DoRA)"] = False
+    dora: Annotated[bool, "train the length of each weight row separately (DoRA)"] = False
     lora_plus: Annotated[float, "learning rate of B, as a multiple of that of A (LoRA+)"] = 1.0
-    rank_pattern: Annotated[Mapping[str, int], "module name or pattern -> its own rank"] = field(default_factory=dict)
-    alpha_pattern: Annotated[Mapping[str, float], "module name or pattern -> its own alpha"] = field(
-        default_factory=dict
-    )
+    rank_pattern: Annotated[Mapping[str, int], "module name or pattern -> rank"] = field(default_factory=dict)
+    alpha_pattern: Annotated[Mapping[str, float], "module name or pattern -> alpha"] = field(default_factory=dict)
     token_rows: Annotated[
         tuple[int, ...], "token ids whose embedding rows are trained and saved, such as new tokens"
     ] = ()
@@ -135,10 +133,10 @@ class AdaLoRA(Method):
     rank: Annotated[int, "rank of every module at the start"] = 12
     target_rank: Annotated[int, "mean rank of the modules at the end"] = 8
     alpha: Annotated[float, "numerator of the scaling alpha / rank"] = 24.0
-    dropout: Annotated[float, "share of the update's inputs set to zero, in training"] = 0.0
-    total_steps: Annotated[int | None, "optimiser steps of the whole run; train() knows them"] = None
-    initial_steps: Annotated[int | None, "steps before pruning; none is a tenth of all"] = None
-    final_steps: Annotated[int | None, "steps after pruning; none is three tenths of all"] = None
+    dropout: Annotated[float, "dropout on the update's input, in training"] = 0.0
+    total_steps: Annotated[int | None, "optimiser steps of the whole run; train() fills it in"] = None
+    initial_steps: Annotated[int | None, "steps before pruning (default: a tenth of all)"] = None
+    final_steps: Annotated[int | None, "steps after pruning (default: three tenths of all)"] = None
     interval: Annotated[int, "steps between two prunings"] = 1
     beta1: Annotated[float, "smoothing of the sensitivity"] = 0.85
     beta2: Annotated[float, "smoothing of the uncertainty"] = 0.85
@@ -195,10 +193,10 @@ class Bottleneck(InBlocks):
     width: Annotated[int, "width of the bottleneck"] = 32
     placement: Annotated[str, f"where: {', '.join(PLACEMENTS)}"] = "houlsby"
     activation: Annotated[str, f"between down and up: {', '.join(ACTIVATIONS)}"] = "relu"
-    factor: Annotated[float, "what up's output is multiplied by"] = 1.0
+    factor: Annotated[float, "scale of the output of up"] = 1.0
     layer_norm: Annotated[bool, "normalise the input of down"] = False
-    init_std: Annotated[float, "deviation of up at the start; 0 starts at the base model"] = 0.0
-    dropout: Annotated[float, "share of up's outputs set to zero, in training"] = 0.0
+    init_std: Annotated[float, "initial standard deviation of up; 0 starts at the base model"] = 0.0
+    dropout: Annotated[float, "dropout on the output of up, in training"] = 0.0
 
     def __post_init__(self) -> None:
         """Check every value."""
@@ -218,10 +216,10 @@ class Bottleneck(InBlocks):
 class Prefix:
     """Trained keys and values in front of every layer's own (arXiv:2101.00190)."""
 
-    tokens: Annotated[int, "length of the prefix"] = 16
+    tokens: Annotated[int, "prefix length in tokens"] = 16
     mlp: Annotated[bool, "train the prefix through a small network, dropped at the end"] = False
     mlp_width: Annotated[int, "hidden width of that network"] = 512
-    init_std: Annotated[float, "deviation of the prefix at the start"] = 0.02
+    init_std: Annotated[float, "initial standard deviation of the prefix"] = 0.02
     modules_to_save: Saved = ()
 
     def __post_init__(self) -> None:
@@ -236,7 +234,7 @@ class Prefix:
 class Prompt:
     """Trained embeddings in front of the input (prompt tuning, arXiv:2104.08691)."""
 
-    tokens: Annotated[int, "length of the prompt"] = 16
+    tokens: Annotated[int, "prompt length in tokens"] = 16
     modules_to_save: Saved = ()
 
     def __post_init__(self) -> None:
@@ -253,8 +251,8 @@ class IA3(Method):
     feed-forward network; `feedforward_modules` are those of them whose *input* is rescaled.
     """
 
-    target_modules: Annotated[Names, "names or a regular expression; none: keys, values, FFN"] = None
-    feedforward_modules: Annotated[Names, "targets whose input is rescaled; none: the FFN's"] = None
+    target_modules: Annotated[Names, "names or a regular expression (default: keys, values, FFN)"] = None
+    feedforward_modules: Annotated[Names, "targets whose input is rescaled (default: the FFN's)"] = None
 
     def __post_init__(self) -> None:
         """Check every value."""
@@ -277,7 +275,7 @@ class FullFineTune(InBlocks):
 class LinearProbe:
     """Train the head alone, on frozen features."""
 
-    modules_to_save: Annotated[tuple[str, ...], "the head; none: found by its usual names"] = ()
+    modules_to_save: Annotated[tuple[str, ...], "the head (default: found by its usual names)"] = ()
 
     def __post_init__(self) -> None:
         """Turn a list into a tuple."""

@@ -62,7 +62,7 @@ def shift_positions_behind(inner: nn.Module, table: Any) -> Any:
 def innermost_with_positions(model: nn.Module, paths: Iterable[str]) -> nn.Module:
     """Return the innermost module that turns ids and positions into what some modules see.
 
-    A head may call it without the models around it (OPT), so these are no place for a hook.
+    A head may call it without the models around it (OPT), so no hook can be placed on these.
 
     Raises:
         TargetError: none takes positions.

@@ -19,7 +19,7 @@ CLASSES = {  # how the name of a class ends
 }
 FEED_FORWARD = {"mlp", "mlps", "ffn", "ffns", "ff", "ffw", "moe", "expert", "experts"}
 MIXERS = {"mamba", "mixer", "ssm", "conv", "recurrent", "lstm", "mlstm", "slstm", "altup", "laurel"}
-NON_NETWORK_LAYERS = ("shared_expert_gate", "linear")  # layers of a block that are no part of its networks
+NON_NETWORK_LAYERS = ("shared_expert_gate", "linear")  # layers of a block that are not part of its networks
 WITHIN_BLOCK = re.compile(r"(?:.*?\.)?\d+\.(.+)")
 
 

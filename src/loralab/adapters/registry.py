@@ -144,7 +144,7 @@ def spec_of(config: Any) -> MethodSpec:
     found = _first(lambda spec: spec.config is type(config))
     if found is None:
         raise ConfigError(
-            f"{type(config).__name__} is no registered method; loralab.register(MethodSpec(config="
+            f"{type(config).__name__} is not a registered method; loralab.register(MethodSpec(config="
             f"{type(config).__name__}, ...)) makes it one",
             code="unknown_method",
             field="method",

@@ -37,7 +37,7 @@ class AdapterSet:
         """Refuse a name that cannot be given to a further adapter.
 
         Raises:
-            ConfigError: it is no text, or empty.
+            ConfigError: it is not a text, or empty.
             AdapterStateError: an adapter has it.
         """
         if not isinstance(name, str) or not name.strip():

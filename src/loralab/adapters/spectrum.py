@@ -150,7 +150,7 @@ def factors_of(stored: AdapterFolder) -> dict[str, tuple[Tensor, Tensor, float]]
 
 
 def _tensors(stored: AdapterFolder) -> list[dict[str, Any]]:
-    """Shape and norm of everything that is no low-rank update."""
+    """Shape and norm of everything that is not a low-rank update."""
     low_rank = (".lora_A.weight", ".lora_B.weight")
     return [
         {"name": key.removeprefix(PREFIX), "shape": list(tensor.shape), "norm": float(tensor.double().norm())}

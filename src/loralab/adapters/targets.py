@@ -286,7 +286,7 @@ class _Selection:
         kinds = {type(self.model.get_submodule(path)).__name__ for path in paths if self._is(path, (name,))}
         if kinds:
             raise _error(
-                f"target_modules {name!r} is no layer that can be adapted "
+                f"target_modules {name!r} is not a layer that can be adapted "
                 f"({join_limited(sorted(kinds))}){nearest(name, endings(self.candidates))}",
                 "not_adaptable",
             )

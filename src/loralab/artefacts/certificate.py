@@ -133,7 +133,9 @@ def verify(artefact: str | Path, *, base: str | Path | None = None) -> Certifica
 def _require_base(path: Path, record: Mapping[str, Any], base: str | Path | None) -> None:
     """Refuse an adapter whose base has no folder, and a base for what needs none."""
     if base is not None and not (path / folder.CONFIG).is_file():
-        raise ConfigError(f"{path} is no adapter folder; it is verified without --base", code="no_effect", field="base")
+        raise ConfigError(
+            f"{path} is not an adapter folder; it is verified without --base", code="no_effect", field="base"
+        )
     if base is not None:
         models.resolve(str(base))
     elif record.get("kind") != "model" and sound(record).get("base", {}).get("live"):

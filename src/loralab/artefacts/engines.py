@@ -52,7 +52,7 @@ class Incompatibility:
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """All that stands between an adapter and an engine; `notes` are no obstacles."""
+    """All that stands between an adapter and an engine; `notes` are not obstacles."""
 
     target: str
     obstacles: tuple[Incompatibility, ...]

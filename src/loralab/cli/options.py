@@ -42,7 +42,7 @@ def with_options(*configs: Config) -> Callable[[Callable[..., None]], Callable[.
         def take_options(*more: Config) -> None:
             used[:] = [*more, *configs]
             names = dict.fromkeys(f.name for config in more for f in fields(config))
-            names |= dict.fromkeys(name for config in configs for name in _told(config))
+            names |= dict.fromkeys(name for config in configs for name in _option_names(config))
             added = [_parameter(name, used) for name in names if name not in taken]
             run.__signature__ = inspect.Signature([*own, *added])  # type: ignore[attr-defined]
             run.__annotations__ = {p.name: p.annotation for p in (*own, *added)}
@@ -72,7 +72,7 @@ def require_known(values: Iterable[str], configs: tuple[Config, ...], others: An
     for name in values:
         if name in foreign:
             own = join_limited(map(_flag, sorted(f.name for f in fields(configs[0]))), 20)
-            raise ConfigError(f"{_flag(name)} is no option of {of}, which has {own}", code="no_option", field=name)
+            raise ConfigError(f"{_flag(name)} is not an option of {of}, which has {own}", code="no_option", field=name)
 
 
 def pairs(text: str, name: str, kind: Callable[[str], Any] = str) -> dict[str, Any]:
@@ -96,7 +96,7 @@ def pairs(text: str, name: str, kind: Callable[[str], Any] = str) -> dict[str, A
     return found
 
 
-def _told(config: Config) -> list[str]:
+def _option_names(config: Config) -> list[str]:
     """Fields that have a text."""
     hints = get_type_hints(config, include_extras=True)
     return [f.name for f in fields(config) if get_origin(hints[f.name]) is Annotated]

@@ -18,14 +18,11 @@ if TYPE_CHECKING:
     from loralab.serving.api_service import ServerInfo
     from loralab.serving.keys import Keys
 
-SHOWN = 12  # adapters that are named at the start
+MAX_LISTED_ADAPTERS = 12  # adapters that are named at the start
 INSTALL = "pip install 'loralab[serve]'"
-AllowHost = Annotated[
-    list[str] | None, typer.Option(help="a further name of this server, as clients write it; may be repeated")
-]
+AllowHost = Annotated[list[str] | None, typer.Option(help="extra allowed host name; may be repeated")]
 AllowOrigin = Annotated[
-    list[str] | None,
-    typer.Option(help="a site whose pages may ask this server, such as https://chat.example.org; may be repeated"),
+    list[str] | None, typer.Option(help="allowed CORS origin such as https://chat.example.org; may be repeated")
 ]
 
 
@@ -37,17 +34,17 @@ def serve(
     adapter: Annotated[list[str] | None, typer.Option(help="NAME=PATH inside the store; may be repeated")] = None,
     pin: Annotated[list[str] | None, typer.Option(help="an adapter that stays in memory; may be repeated")] = None,
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="0 is any that is free", min=0, max=65535)] = 8000,
+    port: Annotated[int, typer.Option(help="port; 0 takes a free one", min=0, max=65535)] = 8000,
     allow_host: AllowHost = None,
     allow_origin: AllowOrigin = None,
-    keys: Annotated[Path | None, typer.Option(help="TOML file of keys")] = None,
-    no_keys: Annotated[bool, typer.Option("--no-keys", help="let everyone who can reach it ask and load")] = False,
-    engine_name: Annotated[
-        str, typer.Option("--engine", help="loralab, or vllm: its server, with what it can serve")
-    ] = "loralab",
-    engine_python: Annotated[str | None, typer.Option(help="a Python that has vLLM", show_default=False)] = None,
-    engine_args: Annotated[str, typer.Option(help="arguments of vLLM's own, as one text")] = "",
-    replicas: Annotated[int | None, typer.Option(help="engines behind the address, with --ray", min=1)] = None,
+    keys: Annotated[Path | None, typer.Option(help="TOML file of API keys")] = None,
+    no_keys: Annotated[bool, typer.Option("--no-keys", help="serve without API keys on any address")] = False,
+    engine_name: Annotated[str, typer.Option("--engine", help="loralab or vllm")] = "loralab",
+    engine_python: Annotated[
+        str | None, typer.Option(help="Python interpreter with vLLM installed", show_default=False)
+    ] = None,
+    engine_args: Annotated[str, typer.Option(help="extra arguments for vLLM, as one string")] = "",
+    replicas: Annotated[int | None, typer.Option(help="number of engines, with --ray", min=1)] = None,
     ray: Annotated[str | None, typer.Option(help="a Ray cluster: local, auto, HOST:PORT or ray://HOST:PORT")] = None,
     json_: Json = False,
     typed: dict[str, Any] | None = None,
@@ -133,9 +130,9 @@ def _say_ready(found: "ServerInfo", where: str, with_keys: bool, as_json: bool) 
         ready = {"url": where, "model": base, "kind": found.kind, "adapters": adapters}
         print(json.dumps(ready, ensure_ascii=False), flush=True)
         return
-    more = f" and {len(adapters) - SHOWN} more" if len(adapters) > SHOWN else ""
+    more = f" and {len(adapters) - MAX_LISTED_ADAPTERS} more" if len(adapters) > MAX_LISTED_ADAPTERS else ""
     print(f"{base} at {where}, a page to try it, and {where}/v1 for clients of OpenAI's API")
-    print(f"adapters: {', '.join(adapters[:SHOWN]) or 'none yet'}{more}")
+    print(f"adapters: {', '.join(adapters[:MAX_LISTED_ADAPTERS]) or 'none yet'}{more}")
     for name, reason in found.refused.items():
         print(f"left out: {name}: {reason}")
     for way, reason in found.slower.items():

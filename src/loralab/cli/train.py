@@ -144,7 +144,7 @@ def evaluate(
 
 @app.command()
 def generate(
-    prompt: Annotated[list[str] | None, typer.Argument(help="or one a line on standard input")] = None,
+    prompt: Annotated[list[str] | None, typer.Argument(help="prompts; or one a line on standard input")] = None,
     model: Model = None,
     adapter: Annotated[list[Path] | None, typer.Option(help="may be repeated")] = None,
     base: Annotated[bool, typer.Option(help="also ask the base model")] = True,

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from loralab.serving.store import AdapterInfo
 
 ENGINES = ("loralab", "vllm")
-NOT_VLLMS = (
+OWN_ENGINE_OPTIONS = (
     "cache_memory",
     "queue",
     "step_tokens",
@@ -72,7 +72,7 @@ def serve_by_vllm(
         )
     if not store.is_dir():
         raise ConfigError(
-            f"there is no store at {store}; give a folder with adapters in it", code="no_store", field="store"
+            f"there is no store at {store}; give a folder that contains adapters", code="no_store", field="store"
         )
     shown = base_id(str(Path(model).resolve()) if Path(model).is_dir() else model)
     shelf = Store(store, lambda stored: None, resident=settings.resident, reserved=(shown,))
@@ -131,7 +131,7 @@ def require_vllms(typed: Mapping[str, Any], keys: Path | None, pin: Any, ours: A
     Raises:
         ConfigError: an option would have no effect.
     """
-    unheard = [f"--{name.replace('_', '-')}" for name in NOT_VLLMS if name in typed]
+    unheard = [f"--{name.replace('_', '-')}" for name in OWN_ENGINE_OPTIONS if name in typed]
     unheard += ["--pin"] if pin else []
     if unheard:
         raise ConfigError(

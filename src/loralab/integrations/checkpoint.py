@@ -23,7 +23,7 @@ from loralab.adapters.fingerprint import fingerprint
 from loralab.adapters.model_folder import STATE, STATE_METADATA
 from loralab.errors import AdapterStateError, join_limited
 
-ABOUT = "loralab.json"  # the entry of bytes; no module has a dot in its name
+RECORD_ENTRY = "loralab.json"  # the entry of bytes; no module has a dot in its name
 
 
 class CheckpointState:
@@ -46,7 +46,7 @@ class CheckpointState:
         """
         prefix = self._prefix(model)
         about = torch.frombuffer(bytearray(json.dumps(self._about(step)).encode()), dtype=torch.uint8)
-        tensors = {f"{prefix}{ABOUT}": about}
+        tensors = {f"{prefix}{RECORD_ENTRY}": about}
         for key, tensor in self._own().items():
             tensors[prefix + key] = tensor.detach().cpu().contiguous()
         atomic.write_file(folder / STATE, safetensors.torch.save(tensors, STATE_METADATA))
@@ -83,11 +83,11 @@ class CheckpointState:
         Raises:
             AdapterStateError: names what differs.
         """
-        if (stored := state.get(prefix + ABOUT)) is None:
+        if (stored := state.get(prefix + RECORD_ENTRY)) is None:
             return
         own = self._own()
         held = {k.removeprefix(prefix): t.shape for k, t in state.items() if k.startswith(prefix)}
-        held.pop(ABOUT)
+        held.pop(RECORD_ENTRY)
         shapes = {key: tensor.shape for key, tensor in own.items()}
         wrong = {k for k in held.keys() | shapes.keys() if held.get(k) != shapes.get(k)}
         before = json.loads(bytes(stored.tolist()))
@@ -104,8 +104,8 @@ class CheckpointState:
 
     def _forget_base(self, module: nn.Module, keys: Any) -> None:
         """Report none of the base's keys as missing from a state that is the adapter's alone."""
-        for mark in [key for key in keys.unexpected_keys if key.endswith(ABOUT)]:
-            prefix = mark.removesuffix(ABOUT)
+        for mark in [key for key in keys.unexpected_keys if key.endswith(RECORD_ENTRY)]:
+            prefix = mark.removesuffix(RECORD_ENTRY)
             keys.unexpected_keys.remove(mark)
             keys.missing_keys[:] = [k for k in keys.missing_keys if not k.startswith(prefix)]
 

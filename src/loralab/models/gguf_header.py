@@ -71,7 +71,7 @@ class _Head:
         """All of it."""
         magic, version, tensors, fields = self._unpack("4sIQQ")
         if magic != b"GGUF" or version not in VERSIONS:
-            raise self._error(f"it is no GGUF file of version {VERSIONS[0]} or {VERSIONS[1]}")
+            raise self._error(f"it is not a GGUF file of version {VERSIONS[0]} or {VERSIONS[1]}")
         if tensors > MAX_TENSORS or fields > self._left:
             raise self._error(f"it claims {tensors:,} tensors and {fields:,} fields")
         found: dict[str, Any] = {}
@@ -112,7 +112,7 @@ class _Head:
         try:
             name = self._bytes(length).decode()
         except UnicodeDecodeError:
-            raise self._error(f"the name of a {what} is no UTF-8") from None
+            raise self._error(f"the name of a {what} is not UTF-8") from None
         if name in others:
             raise self._error(f"{what} {format_value(name)} stands in it twice")
         return name

@@ -149,7 +149,7 @@ def given(model: Any, tokenizer: Any) -> Given | None:
     """Return a live model with its tokenizer; None where the model is a name.
 
     Raises:
-        ConfigError: it is no model, or the tokenizer is missing or has no effect.
+        ConfigError: it is not a model, or the tokenizer is missing or has no effect.
         ModelError: it is a module without a configuration.
     """
     if isinstance(model, str):

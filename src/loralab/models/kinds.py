@@ -83,8 +83,8 @@ def require_kind(name: str, config: Any, kind: str) -> None:
     """Refuse a model that cannot be of a kind, or that reads what nothing here gives it.
 
     Raises:
-        ModelError: it reads sound, or text and pictures at once; it is no model of this kind, or
-            attends to what it shall predict.
+        ModelError: it reads sound, or text and pictures at once; it is not a model of this kind, or
+            attends to what it should predict.
     """
     require_text_or_pictures(name, config)
     who, own = f"{name} is {class_named(config)}", kind_of(config)
@@ -110,7 +110,7 @@ def require_kind(name: str, config: Any, kind: str) -> None:
     if kind == CAUSAL and not _looks_back(config):
         raise ModelError(
             f"{who}, which sees the tokens after each one as well: as a language model it would "
-            f"read what it shall predict; take a decoder such as smollm2-135m"
+            f"read what it should predict; take a decoder such as smollm2-135m"
             f"{_for_classes(config)}",
             code="not_causal",
             field="model",

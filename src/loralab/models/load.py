@@ -259,7 +259,7 @@ def parse_dtype(precision: str) -> torch.dtype:
 
 def _require_model_folder(name: str, path: Path) -> None:
     if not (path / "config.json").is_file():
-        raise ModelError(f"{name} is no model folder: it has no config.json", code="no_config", field="model")
+        raise ModelError(f"{name} is not a model folder: it has no config.json", code="no_config", field="model")
     if not any(path.glob("*.safetensors")):
         if any(path.glob("*.bin")) or any(path.glob("*.pt")):
             raise ModelError(
@@ -360,7 +360,7 @@ def require_use(name: str, tokenizer: Any, config: Any, kind: str) -> None:
     if not isinstance(tokenizer.model_max_length, int | float):
         raise ModelError(
             f"{name}: tokenizer_config.json has model_max_length "
-            f"{format_value(tokenizer.model_max_length)}, which is no number",
+            f"{format_value(tokenizer.model_max_length)}, which is not a number",
             code="invalid_config",
             field="model_max_length",
         )

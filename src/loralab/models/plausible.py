@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from loralab.errors import ModelError, format_value
-from loralab.values import memory, read_json
+from loralab.values import memory_bytes, read_json
 
 CONFIG, INDEX, ADAPTER = "config.json", "model.safetensors.index.json", "adapter_config.json"
 LAYERS = re.compile(r"(?!max_|min_).*(layers?|depths?|blocks)")  # of counts, not of limits
@@ -101,9 +101,9 @@ def require_plausible(name: str, weights: int, build: Callable[[], Any]) -> None
 def _require_small(name: str, path: Path) -> None:
     """Tokenizers and settings are held whole, several times over."""
     for file in path.glob("*.json"):
-        if not file.is_file() or file.stat().st_size > memory() // 16:
+        if not file.is_file() or file.stat().st_size > memory_bytes() // 16:
             raise ModelError(
-                f"{name}: {file.name} is no file, or does not fit into memory", code="unreadable", field=file.name
+                f"{name}: {file.name} is not a file, or does not fit into memory", code="unreadable", field=file.name
             )
 
 

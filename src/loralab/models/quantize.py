@@ -82,7 +82,7 @@ class QuantizedLinear(nn.Linear):
         return f"{self.in_features}, {self.out_features}, {self.bits_per_weight:.3f} bits"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        """Move, but never cast: the bytes are no numbers."""
+        """Move, but never cast: the bytes are not numbers."""
         device = fn(torch.empty(0, dtype=torch.uint8, device=self.weight.device)).device
         self._hold(self.packed.to(device))
         if self.bias is not None:

@@ -323,7 +323,7 @@ async def _writer(service: Service, name: str, key: Key | None) -> "AdapterInfo 
     """Return the adapter that is asked to write; None is the base."""
     entry = await service.model(name, key)
     if service.engine.base.kind != "causal-lm":
-        raise ApiError(400, f"{name} writes no text; ask /v1/classify", param="model")
+        raise ApiError(400, f"{name} does not generate text; use /v1/classify", param="model")
     await service.have_tokenizer(entry)
     return entry
 

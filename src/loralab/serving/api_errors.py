@@ -84,7 +84,7 @@ def to_api_error(error: LoralabError, param: str | None = None, *, fields: Mappi
 
 def invalid(problem: Mapping[str, Any]) -> ApiError:
     """Return the first problem that pydantic found; `param` is the path of its field."""
-    # parts of a path that name a branch of a union are no fields of the client's
+    # parts of a path that name a branch of a union are not fields of the client's
     parts = [part for part in problem["loc"] if isinstance(part, int) or part.isidentifier()]
     named = ".".join(str(part)[:MAX_ECHOED_CHARACTERS] for part in parts)
     where = named.removesuffix(".str").removesuffix(".list")

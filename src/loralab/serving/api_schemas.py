@@ -377,7 +377,7 @@ def parsed(kind: type[Kind], content: bytes) -> Kind:
     """Return the body of a request.
 
     Raises:
-        ApiError: it is no JSON, holds a field that is not known or supported, or a wrong value.
+        ApiError: it is not JSON, holds a field that is not known or supported, or a wrong value.
     """
     _require_few(content)
     try:
@@ -386,7 +386,7 @@ def parsed(kind: type[Kind], content: bytes) -> Kind:
         if "\\ud" in text or "\\uD" in text:  # half a surrogate pair: nothing could write it
             json.dumps(given, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
-        raise ApiError(400, f"the body is no JSON: {error}", code="invalid_json") from None
+        raise ApiError(400, f"the body is not JSON: {error}", code="invalid_json") from None
     if not isinstance(given, dict):
         raise ApiError(400, "the body must be a JSON object", code="invalid_json")
     try:
@@ -409,4 +409,4 @@ def _deepest(problems: Sequence[Any]) -> Any:
 
 
 def _no_constant(name: str) -> float:
-    raise ValueError(f"{name} is no number in JSON")
+    raise ValueError(f"{name} is not a number in JSON")

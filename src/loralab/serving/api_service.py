@@ -232,7 +232,7 @@ class Service:
         """Return the tokens of a plain prompt.
 
         Raises:
-            ApiError: 400, it is empty, or a number is no token.
+            ApiError: 400, it is empty, or a number is not a token.
         """
         if isinstance(prompt, str):
             self.require_fitting(len(prompt), "prompt")
@@ -242,7 +242,10 @@ class Service:
         self.require_fitting(len(prompt), "prompt")  # so few numbers are looked at quickly
         if bad := [number for number in prompt if not 0 <= number < size]:
             raise ApiError(
-                400, f"prompt: {bad[0]} is no token; they go from 0 to {size - 1}", param="prompt", code="invalid_value"
+                400,
+                f"prompt: {bad[0]} is not a token; they go from 0 to {size - 1}",
+                param="prompt",
+                code="invalid_value",
             )
         if not prompt:
             raise ApiError(400, "prompt is empty", param="prompt", code="invalid_value")

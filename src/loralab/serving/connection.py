@@ -83,10 +83,10 @@ class Connection(H11Protocol):
         self._behind = _cancelled(self._behind)
 
     def send_400_response(self, msg: str) -> None:
-        """Refuse what is no request, in the shape of all errors; called while h11's is handled."""
+        """Refuse what is not a request, in the shape of all errors; called while h11's is handled."""
         error = sys.exception()
         status = getattr(error, "error_status_hint", 400)
-        self._refuse(status, MESSAGES.get(status, f"this is no HTTP request: {error}"))
+        self._refuse(status, MESSAGES.get(status, f"this is not an HTTP request: {error}"))
 
     # -- waiting for a head ---------------------------------------------------------------------
 

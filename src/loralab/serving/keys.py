@@ -160,7 +160,7 @@ def read(path: str | Path) -> Keys:
             raise ConfigError(f"--keys {error}", code=error.code, field="keys") from None
         # the parser's own message may quote what it read
         line = f" ({error.field})" if error.field else ""
-        raise ConfigError(f"--keys {path} is no TOML{line}", code="invalid_toml", field="keys") from None
+        raise ConfigError(f"--keys {path} is not TOML{line}", code="invalid_toml", field="keys") from None
     entries = content.pop("key", None)
     if content or not isinstance(entries, list) or not entries:
         raise ConfigError(f"--keys {path} must hold [[key]] tables and nothing else", code="not_keys", field="keys")

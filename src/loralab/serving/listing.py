@@ -134,7 +134,7 @@ class AdapterListing:
 
 
 def _unfinished(place: Path) -> AdapterFileError | None:
-    """Say why a run's folder is no adapter yet; other folders without one need no word."""
+    """Say why a run's folder is not an adapter yet; other folders without one need no word."""
     if place.is_symlink() or not (place / CHECKPOINTS).is_dir():
         return None
     return AdapterFileError(f"the run is not finished: it has no {folder.CONFIG}", code="no_adapter", field="path")

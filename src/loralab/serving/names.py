@@ -147,12 +147,12 @@ def adapter_inside(root: Path, path: str | Path) -> Path:
         known = (place / folder.CONFIG).is_file()
     except (OSError, ValueError, RuntimeError) as error:  # a loop of links, a zero byte
         raise AdapterFileError(
-            f"{str(path)!r} is no place for an adapter: {error}", code="no_adapter", field="path"
+            f"{str(path)!r} is not a place for an adapter: {error}", code="no_adapter", field="path"
         ) from None
     if not all(found.is_relative_to(root) for found in (place, *files)):
         raise AdapterFileError(f"{path} lies outside the store", code="outside_store", field="path")
     if place == root or not known:
         raise AdapterFileError(
-            f"{path} is no adapter folder: it has no {folder.CONFIG}", code="no_adapter", field="path"
+            f"{path} is not an adapter folder: it has no {folder.CONFIG}", code="no_adapter", field="path"
         )
     return place

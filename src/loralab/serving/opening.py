@@ -66,7 +66,7 @@ def require_store(store: str | Path) -> Path:
     root = Path(store)
     if not root.is_dir():
         raise ConfigError(
-            f"there is no store at {root}; give a folder with adapters in it", code="no_store", field="store"
+            f"there is no store at {root}; give a folder that contains adapters", code="no_store", field="store"
         )
     return root
 

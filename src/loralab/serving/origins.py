@@ -30,7 +30,7 @@ def origins_of(allowed: Sequence[str], *, with_keys: bool) -> frozenset[str]:
             somebody on this machine looks at could ask and load.
 
     Raises:
-        ConfigError: one is no origin, or is "*" without keys.
+        ConfigError: one is not an origin, or is "*" without keys.
     """
     return frozenset(_origin(text, with_keys) for text in allowed)
 

@@ -110,7 +110,7 @@ class CacheSlots:
         for group in self.groups:
             own_k, own_v = keys[group.tables].flatten(1, 2), values[group.tables].flatten(1, 2)
             place = torch.arange(own_k.shape[1], device=q.device)
-            # what an earlier request left there has no weight, but 0 times infinity is no number
+            # what an earlier request left there has no weight, but 0 times infinity is not a number
             beyond = (place > group.places[:, -1:])[..., None, None]
             own_k, own_v = own_k.masked_fill_(beyond, 0), own_v.masked_fill_(beyond, 0)
             seen = place <= group.places[..., None]  # (B, Q, T)

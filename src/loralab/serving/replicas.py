@@ -309,7 +309,7 @@ def app(args: Mapping[str, Any]) -> Any:
     known = own | {each.name for each in fields(ServeSettings)}
     if unknown := [name for name in args if name not in known]:
         raise ConfigError(
-            f"{unknown[0]} is no argument{nearest(unknown[0], known)}", code="unknown_argument", field=unknown[0]
+            f"{unknown[0]} is not an argument{nearest(unknown[0], known)}", code="unknown_argument", field=unknown[0]
         )
     if missing := [name for name in ("model", "store") if name not in args]:
         raise ConfigError(f"give {missing[0]}=...", code="missing_argument", field=missing[0])

@@ -49,7 +49,7 @@ class RequestBuilder:
             DataError: the prompt is empty, has unknown tokens, or leaves no room for an answer.
         """
         if self._base.kind != "causal-lm":
-            raise ConfigError(f"{self._base.name} writes no text; it puts inputs into classes", code="not_generative")
+            raise ConfigError(f"{self._base.name} does not generate text; it classifies", code="not_generative")
         self._require_fitting(prompt, prefix_tokens_of(entry) + sampling.max_tokens)
         digest = digest_of(entry)
         tokens = [*range(-prefix_tokens_of(entry), 0), *prompt]

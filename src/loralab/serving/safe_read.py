@@ -114,7 +114,7 @@ def open_inside(root: Path, path: Path) -> Iterator[int | None]:
     place is then opened without following any.
 
     Raises:
-        AdapterFileError: it lies outside, is no ordinary file, or cannot be opened.
+        AdapterFileError: it lies outside, is not an ordinary file, or cannot be opened.
     """
     try:
         place = path.resolve()
@@ -132,7 +132,7 @@ def open_inside(root: Path, path: Path) -> Iterator[int | None]:
                 f"{path} cannot be opened: {error.strerror}", code="unreadable", field="path"
             ) from None
         if file is not None and not stat.S_ISREG(os.fstat(file).st_mode):
-            raise AdapterFileError(f"{path} is no file", code="not_a_file", field="path")
+            raise AdapterFileError(f"{path} is not a file", code="not_a_file", field="path")
         yield file
 
 

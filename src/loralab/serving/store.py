@@ -63,7 +63,7 @@ class Store:
         loads: how often an adapter came into memory; `evictions` how often one made room.
 
     Raises:
-        AdapterFileError: `root` is no folder of adapters, or its names.json is damaged.
+        AdapterFileError: `root` is not a folder of adapters, or its names.json is damaged.
     """
 
     def __init__(
@@ -362,7 +362,7 @@ class Store:
     def _open(self) -> None:
         """Take in the folders of the root, and the names that names.json moved."""
         if not self.root.is_dir():
-            raise AdapterFileError(f"{self.root} is no folder of adapters", code="no_store", field="store")
+            raise AdapterFileError(f"{self.root} is not a folder of adapters", code="no_store", field="store")
         if (self.root / folder.CONFIG).exists():
             raise AdapterFileError(
                 f"{self.root} is an adapter; a store is the folder above it, {self.root.parent}",

@@ -74,7 +74,7 @@ def find_python(given: str | None) -> str:
         return sys.executable
     found = shutil.which(given)
     if found is None:
-        raise ConfigError(f"--engine-python {given} is no program", code="no_program", field="engine_python")
+        raise ConfigError(f"--engine-python {given} is not a program", code="no_program", field="engine_python")
     if subprocess.run([found, "-c", HAS_VLLM], check=False, env=_environment(found)).returncode:
         raise ConfigError(f"--engine-python {given} has no vLLM; {INSTALL}", code="no_vllm", field="engine_python")
     return str(Path(found).absolute())  # not resolved: a link is how an environment is named

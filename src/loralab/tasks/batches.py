@@ -16,7 +16,7 @@ from torch import Tensor
 from loralab.errors import ConfigError, join_limited
 from loralab.tasks.encode import IGNORED, SUITED, Example, Ids
 
-POOL = 50  # effective batches that are sorted by length together
+POOL_BATCHES = 50  # effective batches that are sorted by length together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +69,7 @@ def _order(
     rows = list(range(len(lengths)))
     draw.shuffle(rows)
     if by_length:
-        pool = POOL * effective
+        pool = POOL_BATCHES * effective
         pools = [rows[start : start + pool] for start in range(0, len(rows), pool)]
         rows = [row for part in pools for row in sorted(part, key=lambda r: lengths[r])]
     batches = [tuple(rows[start : start + effective]) for start in range(0, len(rows), effective)]
@@ -138,7 +138,7 @@ def pack(examples: Sequence[Example], *, size: int = 0, pad_id: int = 0) -> dict
     }
 
 
-def parts(examples: Sequence[Example], room: int, *, pads: bool) -> list[list[Example]]:
+def micro_batches(examples: Sequence[Example], room: int, *, pads: bool) -> list[list[Example]]:
     """Groups of at most `room` tokens, of similar size; a longer row has a group of its own.
 
     Args:

@@ -18,11 +18,11 @@ from typing import Any
 from loralab.errors import ConfigError, DataError, join_limited, nearest
 from loralab.tasks import fashion, vader
 from loralab.tasks.formats import Row
-from loralab.tasks.read import Table, read
+from loralab.tasks.read import DataTable, read
 
-SHARE = 0.1  # of the rows for validation, and as many for the test
+HELD_OUT_SHARE = 0.1  # of the rows for validation, and as many for the test
 LABELLED = ("text-label", "pair-label")
-OUTSIDE = "O"  # how tags of words say that there is nothing
+OUTSIDE_TAG = "O"  # how tags of words say that there is nothing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +83,7 @@ class NamedTask:
     rows: int
     instruction: str
     locate: Callable[[], Path | None]
-    load: Callable[[Path], Table]
+    load: Callable[[Path], DataTable]
     get: Callable[[], str]
 
 
@@ -120,14 +120,14 @@ def _get_fashion() -> str:
     )
 
 
-def _fashion(path: Path) -> Table:
-    return Table(source="fashion-mnist", format="image-label", splits=fashion.read(path))
+def _fashion(path: Path) -> DataTable:
+    return DataTable(source="fashion-mnist", format="image-label", splits=fashion.read(path))
 
 
 SENTIMENT = "Is this {} positive or negative? Answer with one word."
 FORCE = "Is the feeling in this {} strong or mild? Answer with one word."
 MIT = "MIT; texts from {}"
-KINDS = {  # of rated texts: what they are, where from, how many have a feeling, what one is
+RATED_TEXTS = {  # of rated texts: what they are, where from, how many have a feeling, what one is
     "movie-reviews": ("film review snippets", "Rotten Tomatoes", 10041, "film review"),
     "tweets": ("tweets", "Twitter", 3362, "tweet"),
     "amazon-reviews": ("sentences of product reviews", "Amazon", 2935, "sentence of a product review"),
@@ -138,7 +138,7 @@ TASKS: dict[str, NamedTask] = {
         name: _rated(
             name, f"{what}, positive or negative (VADER's ground truth)", MIT.format(owner), rows, SENTIMENT.format(one)
         )
-        for name, (what, owner, rows, one) in KINDS.items()
+        for name, (what, owner, rows, one) in RATED_TEXTS.items()
     },
     **{
         name + vader.STRENGTH: _rated(
@@ -148,7 +148,7 @@ TASKS: dict[str, NamedTask] = {
             rows,
             FORCE.format(one),
         )
-        for name, (what, owner, rows, one) in KINDS.items()
+        for name, (what, owner, rows, one) in RATED_TEXTS.items()
     },
     vader.ORIGIN: _rated(
         vader.ORIGIN,
@@ -191,7 +191,7 @@ def find(data: Any, *, mapping: Mapping[str, str] | None = None, seed: int = 0) 
     return _task(table, seed, instruction)
 
 
-def table_of(data: Any, mapping: Mapping[str, str] | None = None) -> tuple[Table, str]:
+def table_of(data: Any, mapping: Mapping[str, str] | None = None) -> tuple[DataTable, str]:
     """Return the rows behind a name or in an object (`given.read` lists them), and a task's question.
 
     Raises:
@@ -199,7 +199,7 @@ def table_of(data: Any, mapping: Mapping[str, str] | None = None) -> tuple[Table
     """
     if isinstance(data, Task):
         _require_no_mapping(data.name, mapping)
-        table = Table(source=data.name, format=data.format, splits=data.splits, notes=data.notes)
+        table = DataTable(source=data.name, format=data.format, splits=data.splits, notes=data.notes)
         return table, data.instruction
     if not isinstance(data, str | Path):
         return read(data, mapping), ""
@@ -215,7 +215,7 @@ def table_of(data: Any, mapping: Mapping[str, str] | None = None) -> tuple[Table
         return read(data, mapping), ""
     except DataError as error:
         near = nearest(data, TASKS)
-        if error.code != "no_such_data" or not near:  # a file with a bad row is no misspelt task
+        if error.code != "no_such_data" or not near:  # a file with a bad row is not a misspelt task
             raise
         raise DataError(f"{error}{near}", code=error.code) from None
 
@@ -257,11 +257,11 @@ def input_text(row: Row) -> str:
     return "\x1f".join(str(value) for column, value in row.items() if column not in answer)
 
 
-def _task(table: Table, seed: int, instruction: str) -> Task:
+def _task(table: DataTable, seed: int, instruction: str) -> Task:
     return task_of(table, split_rows(table, seed), instruction)
 
 
-def task_of(table: Table, splits: dict[str, list[Row]], instruction: str, labels: tuple[str, ...] = ()) -> Task:
+def task_of(table: DataTable, splits: dict[str, list[Row]], instruction: str, labels: tuple[str, ...] = ()) -> Task:
     """Rows in train, validation and test as a task.
 
     Args:
@@ -298,7 +298,7 @@ def content_digest(splits: Mapping[str, list[Row]], labels: tuple[str, ...], ins
     return hashlib.sha256(_json([splits, labels, instruction]).encode()).hexdigest()
 
 
-def split_rows(table: Table, seed: int) -> dict[str, list[Row]]:
+def split_rows(table: DataTable, seed: int) -> dict[str, list[Row]]:
     """Return the given splits; what is missing is taken from train, by the hash of each input."""
     given = table.splits
     missing = [name for name in ("validation", "test") if name not in given]
@@ -320,7 +320,7 @@ def _owners(source: str, groups: Mapping[str, list[Row]], missing: list[str]) ->
     holder = {label: place for place in places for row in groups[place] for label in labels_of(row) or [""]}
     kept = set(holder.values())
     free = [place for place in places if place not in kept]
-    count = min(max(1, round(SHARE * len(places))), len(free) // len(missing))
+    count = min(max(1, round(HELD_OUT_SHARE * len(places))), len(free) // len(missing))
     if not count:
         raise DataError(
             f"{source} has {len(places)} different inputs; at least {len(kept) + len(missing)} are "
@@ -351,7 +351,7 @@ def place_of(row: Row, seed: int) -> str:
 def _labels(source: str, splits: Mapping[str, list[Row]]) -> tuple[str, ...]:
     """Return the sorted labels of train, "O" first among tags; none where rows have none."""
     known = {label for row in splits["train"] for label in labels_of(row)}
-    labels = sorted(known, key=lambda label: (label != OUTSIDE or not _tagged(splits), label))
+    labels = sorted(known, key=lambda label: (label != OUTSIDE_TAG or not _tagged(splits), label))
     for name in ("validation", "test"):
         for number, row in enumerate(splits[name], start=1):
             if strange := [label for label in labels_of(row) if label not in known]:

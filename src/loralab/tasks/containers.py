@@ -13,7 +13,7 @@ from pathlib import Path
 
 from loralab.errors import DataError, join_limited
 from loralab.tasks.encodings import inner_name
-from loralab.tasks.formats import MOST_NAMED, SPLITS
+from loralab.tasks.formats import MAX_LISTED, SPLITS
 from loralab.tasks.pictures import PICTURES
 
 SHARD = re.compile(  # also 0000, and with the digest that older clones have at the end
@@ -21,7 +21,7 @@ SHARD = re.compile(  # also 0000, and with the digest that older clones have at 
 )
 DATA = "data"  # where a clone of a hub data set keeps its files
 SAVED = (("dataset_dict.json",), ("state.json", "dataset_info.json"))  # by save_to_disk
-FOREIGN = (
+FOREIGN_FILES = (
     ".xlsx",
     ".xls",
     ".ods",
@@ -40,7 +40,7 @@ FOREIGN = (
     ".sqlite",
     ".db",
 )
-ABOUT = (
+DESCRIBING_FILES = (
     "readme",
     "license",
     "licence",
@@ -63,7 +63,7 @@ class Shard:
 
 
 @dataclass
-class Listing:
+class FolderListing:
     """The files of each split, in order, and those files of data that are not read."""
 
     splits: dict[str, list[Path]] = field(default_factory=dict)
@@ -75,7 +75,7 @@ def is_saved(folder: Path) -> bool:
     return any(all((folder / name).is_file() for name in names) for names in SAVED)
 
 
-def list_folder(folder: Path, suffixes: Collection[str]) -> Listing:
+def list_folder(folder: Path, suffixes: Collection[str]) -> FolderListing:
     """Return the files of a folder by split.
 
     Args:
@@ -89,13 +89,13 @@ def list_folder(folder: Path, suffixes: Collection[str]) -> Listing:
     if not listing.splits and inside.is_dir() and _files_in(inside, suffixes):
         nested = list_folder(inside, suffixes)
         beside = [name for name in listing.unread if name != f"{DATA}/"]
-        return Listing(nested.splits, [*beside, *(f"{DATA}/{name}" for name in nested.unread)])
+        return FolderListing(nested.splits, [*beside, *(f"{DATA}/{name}" for name in nested.unread)])
     if "train" not in listing.splits:
         raise _no_train(folder, suffixes)
     return listing
 
 
-def _listed(folder: Path, suffixes: Collection[str]) -> Listing:
+def _listed(folder: Path, suffixes: Collection[str]) -> FolderListing:
     found: dict[str, list[Shard]] = {}
     unread = []
     for place in sorted(folder.iterdir()):
@@ -111,7 +111,7 @@ def _listed(folder: Path, suffixes: Collection[str]) -> Listing:
         for split in dict.fromkeys(SPLITS.values())
         if split in found
     }
-    return Listing(splits, unread)
+    return FolderListing(splits, unread)
 
 
 def shard_of(file: Path) -> tuple[str, Shard]:
@@ -166,7 +166,7 @@ def _numbered(folder: Path, split: str, shards: list[Shard]) -> list[Path]:
         first = 1 if numbers[-1] == count or (count is None and numbers[0] == 1) else 0
         wanted = range(first, first + (count if count is not None else numbers[-1] - first + 1))
         there = set(numbers)
-        if missing := list(islice((n for n in wanted if n not in there), MOST_NAMED)):
+        if missing := list(islice((n for n in wanted if n not in there), MAX_LISTED)):
             raise DataError(
                 f"{folder}: of the {len(wanted)} shards of {split}, {len(numbers)} are there; "
                 f"missing: {join_limited(map(str, missing))}",
@@ -182,7 +182,7 @@ def _files_in(folder: Path, suffixes: Collection[str]) -> list[Path]:
 
 def _is_readable(file: Path, suffixes: Collection[str]) -> bool:
     named = inner_name(file).suffix.lower() in suffixes and not file.name.startswith(".")
-    about = inner_name(file).stem.lower() in ABOUT
+    about = inner_name(file).stem.lower() in DESCRIBING_FILES
     return named and not about and file.is_file()
 
 
@@ -190,7 +190,7 @@ def _is_data(place: Path, suffixes: Collection[str]) -> bool:
     """Tell if a user might think that this is read, too."""
     if place.is_dir():
         return place.name.lower() in (DATA, *SPLITS) and bool(_files_in(place, suffixes))
-    return _is_readable(place, suffixes) or place.suffix.lower() in FOREIGN
+    return _is_readable(place, suffixes) or place.suffix.lower() in FOREIGN_FILES
 
 
 def _no_train(folder: Path, suffixes: Collection[str]) -> DataError:

@@ -16,7 +16,7 @@ from loralab.errors import ConfigError, DataError, format_value, join_limited, n
 from loralab.tasks.catalog import LABELLED, Task
 from loralab.tasks.formats import FORMATS, Row
 from loralab.tasks.segments import Segment, ended, opening, samples, token_ids
-from loralab.tasks.turns import common, last_turn, turns, write
+from loralab.tasks.turns import common_length, last_turn, turns, write
 
 IGNORED = -100
 Ids = tuple[int, ...]
@@ -122,7 +122,7 @@ def require_tokenizer(tokenizer: Any) -> None:
     """Refuse what does not turn text into tokens, or pictures into numbers.
 
     Raises:
-        ConfigError: it is no tokenizer, nor what stands in its place for pictures.
+        ConfigError: it is not a tokenizer, nor what stands in its place for pictures.
     """
     if not (hasattr(tokenizer, "eos_token_id") and hasattr(tokenizer, "pad_token_id")):
         raise ConfigError(
@@ -278,7 +278,7 @@ class _Answered:
             if all(label == IGNORED for label in labels[1 : self.max_length]):
                 continue
             if self.loss_on == "all":
-                known = common(before, ids)  # learnt in the example before this one
+                known = common_length(before, ids)  # learnt in the example before this one
                 labels = (IGNORED,) * known + ids[known:]
             cut = slice(self.max_length)
             self.examples.append(Example(row, ids[cut], labels[cut]))

@@ -15,7 +15,7 @@ from loralab.errors import DataError
 from loralab.values import read_bytes
 
 PACKED = ".gz"
-LEAST, TIMES = 1 << 26, 200  # bytes that a small file may unpack to; beyond, for each byte of it
+MIN_PLAIN_BYTES, MAX_EXPANSION = 1 << 26, 200  # bytes that a small file may unpack to; beyond, for each byte of it
 MARKS = {  # the longer one first: the mark of UTF-32 begins with that of UTF-16
     codecs.BOM_UTF32_LE: "utf-32",
     codecs.BOM_UTF32_BE: "utf-32",
@@ -44,7 +44,7 @@ def text_of(file: Path) -> str:
     data = _content(file)
     for start, kind in BINARY.items():
         if data.startswith(start):
-            raise DataError(f"{file} is no text but {kind}", code="not_text")
+            raise DataError(f"{file} is not a text but {kind}", code="not_text")
     marked = next((name for mark, name in MARKS.items() if data.startswith(mark)), None)
     if marked is None and (found := _unmarked(data)):
         command = _convert(file, found)
@@ -73,7 +73,7 @@ def _content(file: Path) -> bytes:
     data = read_bytes(file, DataError)
     if file.suffix.lower() != PACKED:
         return data
-    most = max(LEAST, TIMES * len(data))
+    most = max(MIN_PLAIN_BYTES, MAX_EXPANSION * len(data))
     try:
         with gzip.open(io.BytesIO(data)) as packed:
             content = packed.read(most + 1)

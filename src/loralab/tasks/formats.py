@@ -42,12 +42,12 @@ SPLITS = {  # as `datasets` calls them
     "evaluation": "test",
 }
 IN_MESSAGES = "messages."  # before the name of a field of messages
-MOST_COLUMNS = 10_000
-MOST_NAMED = 100  # columns that a note lists
+MAX_COLUMNS = 10_000
+MAX_LISTED = 100  # columns that a note lists
 
 
 @dataclass(frozen=True)
-class Part:
+class DataPart:
     """Some rows of a source that were read together.
 
     Args:
@@ -74,16 +74,16 @@ def clean(name: str) -> str:
     return name.replace("\ufeff", "").strip()
 
 
-def cleaned(part: Part) -> Part:
+def cleaned(part: DataPart) -> DataPart:
     """Return the part with clean names of columns.
 
     Raises:
         DataError: two columns then have one name, or there are too many.
     """
     columns = columns_of(part.rows)
-    if len(columns) > MOST_COLUMNS:
+    if len(columns) > MAX_COLUMNS:
         raise DataError(
-            f"{part.place} has {len(columns):,} columns; at most {MOST_COLUMNS:,} are read", code="too_many_columns"
+            f"{part.place} has {len(columns):,} columns; at most {MAX_COLUMNS:,} are read", code="too_many_columns"
         )
     names = {column: clean(column) for column in columns}
     if all(name == column for column, name in names.items()):
@@ -95,7 +95,7 @@ def cleaned(part: Part) -> Part:
             field=twice[0],
         )
     rows = [(number, {names[key]: value for key, value in row.items()}) for number, row in part.rows]
-    return Part(part.split, part.place, part.folder, part.unit, rows)
+    return DataPart(part.split, part.place, part.folder, part.unit, rows)
 
 
 def repeated(names: Iterable[str]) -> list[str]:

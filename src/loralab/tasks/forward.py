@@ -16,8 +16,8 @@ from loralab.tasks.encode import IGNORED, Example, Ids
 T = TypeVar("T")
 INPUTS = ("input_ids", "attention_mask", "token_type_ids", "pixel_values")
 AT_ONCE = {"cpu": 512}  # tokens scored together, padding included; more of them is no quicker
-OTHERWISE = 16384  # on a GPU
-TRIED = 8  # positions at which a head is tried
+GPU_TOKENS = 16384  # on a GPU
+TRIED_POSITIONS = 8  # positions at which a head is tried
 CHUNK = 256  # logits that are widened together
 SHARPNESS = 20.0  # of cosines as logits: that of sentence-transformers' ranking loss
 
@@ -106,7 +106,7 @@ def lone_head(model: Any, batch: Mapping[str, Tensor]) -> nn.Module | None:
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if head is None or base is model or "logits_to_keep" not in accepted(model):
         return None
-    columns = _columns(_targets(batch))[:TRIED]
+    columns = _columns(_targets(batch))[:TRIED_POSITIONS]
     states = run(base, batch).last_hidden_state[:, columns]
     return head if torch.equal(head(states), _logits(model, batch, columns)) else None
 
@@ -246,7 +246,7 @@ def by_length(
     of them), and equally many: some may get the first one again.
     """
     device = next(model.parameters()).device
-    room = AT_ONCE.get(device.type, OTHERWISE)
+    room = AT_ONCE.get(device.type, GPU_TOKENS)
     groups = _groups([example.length for example in examples], batch_size, room)
     if among is not None:
         filling = [groups[0]] * (-len(groups) % among.size)

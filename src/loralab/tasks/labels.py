@@ -11,13 +11,13 @@ from loralab.errors import DataError, join_limited
 from loralab.tasks.formats import Row
 
 NUMBER = re.compile(r"[+-]?\d+([.,]\d+)?([eE][+-]?\d+)?")
-WHOLE = re.compile(r"-?(0|[1-9]\d*)(\.0+)?")  # not 007, which is a name
+WHOLE_NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.0+)?")  # not 007, which is a name
 NO_REGRESSION = "numbers cannot be learnt yet (regression): write classes instead, such as low and high"
 ABSENT = ("nan", "none", "null", "n/a", "na", "<na>", "?")
 TRUTHS = {"false": "0", "true": "1"}
-MANY = 20  # classes that are numbers, without a question
+MAX_UNQUESTIONED_CLASSES = 20  # classes that are numbers, without a question
 ROWS_EACH = 20  # of such classes, where there are more
-FILLED = 0.5  # of the numbers from the least to the greatest, where they count classes
+MIN_FILLED_SHARE = 0.5  # of the numbers from the least to the greatest, where they count classes
 
 
 def settled(source: str, splits: Mapping[str, list[Row]]) -> dict[str, list[Row]]:
@@ -75,11 +75,11 @@ def amount(value: object) -> float | None:
 def _spellings(labels: Iterable[str]) -> dict[str, str]:
     """Describe how to write those labels that have more than one spelling."""
     known = set(labels)
-    if known and all(WHOLE.fullmatch(label) for label in known):
+    if known and all(WHOLE_NUMBER.fullmatch(label) for label in known):
         wanted = {label: _whole(label) for label in known}
     else:
-        bare = {label for label in known if WHOLE.fullmatch(label) and label == _whole(label)}
-        wanted = {label: _whole(label) for label in known if WHOLE.fullmatch(label) and _whole(label) in bare}
+        bare = {label for label in known if WHOLE_NUMBER.fullmatch(label) and label == _whole(label)}
+        wanted = {label: _whole(label) for label in known if WHOLE_NUMBER.fullmatch(label) and _whole(label) in bare}
     truths = {label for label in known if label.lower() in ("true", "false")}
     if len({(label.islower(), label.isupper()) for label in truths}) > 1:
         wanted |= {label: label.capitalize() for label in truths}  # as JSON's true is written
@@ -101,10 +101,10 @@ def _require_classes(source: str, labels: list[str], rows: int) -> None:
             code="label_is_a_number",
             field="label",
         )
-    if len(labels) <= MANY or not all(map(WHOLE.fullmatch, labels)):
+    if len(labels) <= MAX_UNQUESTIONED_CLASSES or not all(map(WHOLE_NUMBER.fullmatch, labels)):
         return
     span = max(numbers.values()) - min(numbers.values()) + 1
-    if len(labels) < FILLED * span or rows < ROWS_EACH * len(labels):
+    if len(labels) < MIN_FILLED_SHARE * span or rows < ROWS_EACH * len(labels):
         raise DataError(
             f"{source}: {len(labels)} different numbers are the labels of {rows} rows; "
             f"{NO_REGRESSION}, or if they are classes, names such as {'class ' + labels[0]!r}",

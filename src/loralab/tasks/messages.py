@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from loralab.errors import DataError, format_value, join_limited, nearest
-from loralab.tasks.advice import option, without
+from loralab.tasks.advice import mapping_option, without_columns
 from loralab.tasks.beside import MESSAGE_FIELD, reason_to_refuse
 from loralab.tasks.formats import IN_MESSAGES, is_conversation, is_empty
 
@@ -21,11 +21,11 @@ def conversation(place: str, value: Any, mapping: Mapping[str, str], seen: set[s
 
     Args:
         place: where the row stands, for errors.
-        mapping: "messages." and a field -> "" where the field shall have no effect.
+        mapping: "messages." and a field -> "" where the field should have no effect.
         seen: gets the names of all other fields.
 
     Raises:
-        DataError: it is no conversation that ends in an answer, or a field changes its meaning.
+        DataError: it is not a conversation that ends in an answer, or a field changes its meaning.
     """
     if not isinstance(value, list):
         raise DataError(
@@ -65,7 +65,8 @@ def _message(place: str, message: Any, mapping: Mapping[str, str], seen: set[str
         learnt = role == "assistant"
         if reason := reason_to_refuse(name, [value], MESSAGE_FIELD, learnt=learnt):
             raise DataError(
-                f"{place}: {name!r} {reason}; remove it, or say {option(without(mapping, [full]))} to train without",
+                f"{place}: {name!r} {reason}; remove it, or use "
+                f"{mapping_option(without_columns(mapping, [full]))} to train without",
                 code="unsupported_field",
                 field=name,
             )

@@ -13,14 +13,14 @@ from loralab.values import read_bytes
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 ARCHIVED = "__MACOSX"  # a folder that macOS puts beside what it archives
-LARGEST = 1 << 28  # bytes of a file
-MOST_PIXELS = 89_478_485  # as many as Pillow takes without a warning
-MOST_SLENDER = 50  # the shorter side is brought to the model's size, and the longer one with it
+MAX_FILE_BYTES = 1 << 28  # bytes of a file
+MAX_PIXELS = 89_478_485  # as many as Pillow takes without a warning
+MAX_ASPECT_RATIO = 50  # the shorter side is brought to the model's size, and the longer one with it
 CHECKED_SIZE = (32, 32)  # pixels; the smallest scale that JPEG offers is enough to read it whole
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
+class PictureFile:
     """A picture that is not decoded yet. Two are equal if their content is.
 
     `source` is a file, an encoded picture, or (height, width) uint8 of grey levels; `origin` says
@@ -43,7 +43,7 @@ class Picture:
         return _decoded(self.source, self.origin)
 
 
-def from_file(file: Path, place: str = "") -> Picture:
+def from_file(file: Path, place: str = "") -> PictureFile:
     """Return a picture in a file, read once to see that it is whole.
 
     Raises:
@@ -51,29 +51,29 @@ def from_file(file: Path, place: str = "") -> Picture:
     """
     origin = f"{place}: {file}" if place else str(file)
     try:
-        data = read_bytes(file, DataError, LARGEST)
+        data = read_bytes(file, DataError, MAX_FILE_BYTES)
     except DataError as error:
         said = f"{place}: {error}" if place else str(error)
         raise DataError(said, code="cannot_read", field="image") from None
     _require_whole(data, origin)
-    return Picture(hashlib.sha256(data).hexdigest(), file, str(file))
+    return PictureFile(hashlib.sha256(data).hexdigest(), file, str(file))
 
 
-def from_bytes(data: bytes, origin: str) -> Picture:
+def from_bytes(data: bytes, origin: str) -> PictureFile:
     """Return a picture that is stored in a row.
 
     Raises:
         DataError: it is not a whole picture.
     """
     _require_whole(data, origin)
-    return Picture(hashlib.sha256(data).hexdigest(), data, origin)
+    return PictureFile(hashlib.sha256(data).hexdigest(), data, origin)
 
 
-def from_levels(levels: Any, origin: str) -> Picture:
+def from_levels(levels: Any, origin: str) -> PictureFile:
     """Return a picture of (height, width) uint8 grey levels."""
     size = "x".join(map(str, levels.shape))
     digest = hashlib.sha256(size.encode() + levels.tobytes()).hexdigest()
-    return Picture(digest, levels, origin)
+    return PictureFile(digest, levels, origin)
 
 
 def folder_of_pictures(folder: Path, splits: Mapping[str, str]) -> dict[str, list[dict[str, Any]]]:
@@ -179,21 +179,21 @@ def _decoded(source: Any, origin: str, *, draft: bool = False) -> Any:
             return _plain(ImageOps.exif_transpose(image))
     except UnidentifiedImageError:  # whose own text is an address in memory
         raise DataError(
-            f"{origin} is no picture that can be read ({', '.join(PICTURES)})", code="not_a_picture", field="image"
+            f"{origin} is not a picture that can be read ({', '.join(PICTURES)})", code="not_a_picture", field="image"
         ) from None
     except DataError:
         raise
     except Exception as error:  # its readers raise some ten unrelated kinds on damaged files
-        raise DataError(f"{origin} is no whole picture: {error}", code="damaged_file", field="image") from None
+        raise DataError(f"{origin} is not a whole picture: {error}", code="damaged_file", field="image") from None
 
 
 def _require_size(size: tuple[int, int], origin: str) -> None:
     """Before anything is decoded: a file of a kilobyte can describe a picture of gigabytes."""
     short, long = sorted(size)
-    if short * long > MOST_PIXELS or long > MOST_SLENDER * short:
+    if short * long > MAX_PIXELS or long > MAX_ASPECT_RATIO * short:
         raise DataError(
-            f"{origin} has {size[0]} x {size[1]} pixels; at most {MOST_PIXELS:,} are read, and "
-            f"sides of at most 1 to {MOST_SLENDER}",
+            f"{origin} has {size[0]} x {size[1]} pixels; at most {MAX_PIXELS:,} are read, and "
+            f"sides of at most 1 to {MAX_ASPECT_RATIO}",
             code="too_large",
             field="image",
         )

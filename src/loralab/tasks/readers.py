@@ -7,7 +7,7 @@ from typing import Any
 
 from loralab.errors import DataError, join_limited
 from loralab.tasks.encodings import PACKED, inner_name, text_of
-from loralab.tasks.formats import FORMATS, SPLITS, Numbered, Part, Row, is_empty, repeated
+from loralab.tasks.formats import FORMATS, SPLITS, DataPart, Numbered, Row, is_empty, repeated
 from loralab.tasks.parquet import read_parquet
 from loralab.tasks.separated import DELIMITERS, read_separated
 
@@ -21,7 +21,7 @@ REMEDIES = {
 }
 
 
-def read_file(file: Path, split: str) -> tuple[list[Part], list[str]]:
+def read_file(file: Path, split: str) -> tuple[list[DataPart], list[str]]:
     """Return the rows of a file as they are, and the names of what in it is not read.
 
     Args:
@@ -40,7 +40,7 @@ def read_file(file: Path, split: str) -> tuple[list[Part], list[str]]:
     return parts_of(str(file), found, split, file.parent), unread
 
 
-def parts_of(place: str, tables: Parts, split: str, folder: Path) -> list[Part]:
+def parts_of(place: str, tables: Parts, split: str, folder: Path) -> list[DataPart]:
     """Return the tables of a source as parts.
 
     Args:
@@ -50,12 +50,14 @@ def parts_of(place: str, tables: Parts, split: str, folder: Path) -> list[Part]:
     Raises:
         DataError: one has no rows.
     """
-    parts = [Part(own or split, f"{place} ({own})" if own else place, folder, unit, rows) for own, unit, rows in tables]
+    parts = [
+        DataPart(own or split, f"{place} ({own})" if own else place, folder, unit, rows) for own, unit, rows in tables
+    ]
     require_rows(parts)
     return parts
 
 
-def require_rows(parts: Iterable[Part]) -> None:
+def require_rows(parts: Iterable[DataPart]) -> None:
     """Refuse a part without rows.
 
     Raises:

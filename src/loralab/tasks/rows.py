@@ -10,13 +10,13 @@ from typing import Any
 
 from loralab.errors import DataError, format_value, join_limited
 from loralab.tasks.columns import Columns
-from loralab.tasks.formats import FORMATS, Numbered, Part, Row, is_empty
+from loralab.tasks.formats import FORMATS, DataPart, Numbered, Row, is_empty
 from loralab.tasks.labels import NO_REGRESSION
 from loralab.tasks.messages import conversation, text_in
-from loralab.tasks.pictures import Picture, from_bytes, from_file
+from loralab.tasks.pictures import PictureFile, from_bytes, from_file
 
 
-def rows_of(part: Part, columns: Columns, seen: set[str]) -> list[Row]:
+def rows_of(part: DataPart, columns: Columns, seen: set[str]) -> list[Row]:
     """Return the rows with the columns of their format alone.
 
     Args:
@@ -35,7 +35,7 @@ def rows_of(part: Part, columns: Columns, seen: set[str]) -> list[Row]:
     return [_checked(part, number, row, columns, seen) for number, row in picked]
 
 
-def _check_filled(part: Part, rows: Numbered, required: Sequence[str]) -> None:
+def _check_filled(part: DataPart, rows: Numbered, required: Sequence[str]) -> None:
     for column in required:
         if empty := [number for number, row in rows if is_empty(row[column])]:
             places = f"{part.unit} {join_limited(map(str, empty), 5)}"
@@ -44,7 +44,7 @@ def _check_filled(part: Part, rows: Numbered, required: Sequence[str]) -> None:
             )
 
 
-def _checked(part: Part, number: int, row: Row, columns: Columns, seen: set[str]) -> Row:
+def _checked(part: DataPart, number: int, row: Row, columns: Columns, seen: set[str]) -> Row:
     place = f"{part.place}, {part.unit} {number}"
     if columns.format == "image-label":
         picture = _picture(place, row["image"], part.folder)
@@ -59,7 +59,7 @@ def _checked(part: Part, number: int, row: Row, columns: Columns, seen: set[str]
     }
 
 
-def _picture(place: str, value: Any, folder: Path) -> Picture:
+def _picture(place: str, value: Any, folder: Path) -> PictureFile:
     """From a path, from bytes, or from a dict that has either, as Parquet files hold them."""
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")

@@ -16,8 +16,8 @@ from loralab.tasks.forward import call, embed
 
 VISION = "image-classification"
 SAMPLES, TOKENS = 8, 64
-SIDE = 16  # pixels of a small picture, in three colours
-POSITIONS = 16  # at the end of each text
+PICTURE_SIDE = 16  # pixels of a small picture, in three colours
+MAX_POSITIONS = 16  # at the end of each text
 
 
 def sample_inputs(task: Task, tokenizer: Any, *, kind: str, split: str = "validation") -> list[Ids]:
@@ -38,7 +38,7 @@ def sample_inputs(task: Task, tokenizer: Any, *, kind: str, split: str = "valida
 def patterns() -> list[Ids]:
     """Small pictures for a vision model whose own data is not known: noise, always the same."""
     draw = torch.Generator().manual_seed(0)
-    noise = torch.randint(0, 256, (SAMPLES, SIDE * SIDE * 3), generator=draw)
+    noise = torch.randint(0, 256, (SAMPLES, PICTURE_SIDE * PICTURE_SIDE * 3), generator=draw)
     return [tuple(row) for row in noise.tolist()]
 
 
@@ -47,7 +47,7 @@ def sample_batch(sample: Sequence[int], *, kind: str, tokenizer: Any) -> dict[st
     if kind == VISION:
         from PIL import Image
 
-        image = Image.frombytes("RGB", (SIDE, SIDE), bytes(sample))
+        image = Image.frombytes("RGB", (PICTURE_SIDE, PICTURE_SIDE), bytes(sample))
         return {"pixel_values": tokenizer.pixels(image)[None]}
     ids = torch.tensor([list(sample)])
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -65,9 +65,9 @@ def outputs(model: nn.Module, sample: Sequence[int], *, kind: str, tokenizer: An
     batch = {name: tensor.to(device) for name, tensor in batch.items()}
     found = embed(model, batch) if kind == "sentence-encoder" else call(model, batch)
     if kind in ("causal-lm", "token-classification"):
-        found = found[0, -POSITIONS:]
+        found = found[0, -MAX_POSITIONS:]
     return found.float().cpu()
 
 
 def _small(image: Any) -> Ids:
-    return tuple(image.convert("RGB").resize((SIDE, SIDE)).tobytes())
+    return tuple(image.convert("RGB").resize((PICTURE_SIDE, PICTURE_SIDE)).tobytes())

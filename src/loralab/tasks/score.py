@@ -25,8 +25,8 @@ MAIN_METRICS = ("entity_f1", "accuracy", "loss")  # the first that was measured 
 TEXT_KINDS = ("causal-lm", "sequence-classification")
 
 # said in full, or the model's own generation_config would add its penalty or cut what is drawn
-GREEDY = {"do_sample": False, "repetition_penalty": 1.0, "num_beams": 1, "use_cache": True}
-SAMPLED = GREEDY | {"do_sample": True, "top_k": 0, "top_p": 1.0}
+GREEDY_OPTIONS = {"do_sample": False, "repetition_penalty": 1.0, "num_beams": 1, "use_cache": True}
+SAMPLED_OPTIONS = GREEDY_OPTIONS | {"do_sample": True, "top_k": 0, "top_p": 1.0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +124,7 @@ def _scores(
     notes: tuple[str, ...],
 ) -> Scores:
     predictions = tuple(
-        Prediction(row=i, prompt=_shown(row), expected=answer(row), answer=a)
+        Prediction(row=i, prompt=_for_display(row), expected=answer(row), answer=a)
         for i, (row, a) in enumerate(zip(rows, written, strict=True))
     )
     main = next(name for name in MAIN_METRICS if name in metrics)
@@ -138,9 +138,7 @@ def _require_answers(task: Task, kind: str, generate: bool) -> None:
     if not generate:
         return
     if kind not in TEXT_KINDS:
-        raise ConfigError(
-            f"{kind} models write no text; there is no answer to generate", code="not_generative", field="model"
-        )
+        raise ConfigError(f"{kind} models do not generate text", code="not_generative", field="model")
     if task.labels or task.format == "text":
         what = "labels, which are ranked" if task.labels else "plain texts"
         raise ConfigError(f"{task.name} has {what}; there is no answer to generate", code="no_answer", field="data")
@@ -318,7 +316,7 @@ def _generate(
     stops, texts = list(stop_ids(tokenizer)), [""] * len(prompts)
     pad = tokenizer.pad_token_id or 0
     device = next(model.parameters()).device
-    options = SAMPLED | {"temperature": temperature} if temperature else GREEDY
+    options = SAMPLED_OPTIONS | {"temperature": temperature} if temperature else GREEDY_OPTIONS
     if not all(prompts):
         raise DataError(f"prompt {list(map(bool, prompts)).index(False) + 1} is empty", code="empty", field="prompt")
     longest = max(map(len, prompts), default=0)
@@ -362,7 +360,7 @@ def _require_room(what: str, needed: int, room: int) -> None:
         )
 
 
-def _shown(row: Mapping[str, Any]) -> str:
+def _for_display(row: Mapping[str, Any]) -> str:
     """Return what a reader of the predictions is shown of a row."""
     if "image" in row:
         return str(row["image"].origin)

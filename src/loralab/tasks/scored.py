@@ -16,10 +16,10 @@ from loralab.tasks import catalog
 from loralab.tasks.catalog import Task, labels_of
 from loralab.tasks.formats import Row
 from loralab.tasks.memory import MEMORY
-from loralab.tasks.read import Table
+from loralab.tasks.read import DataTable
 
-ALL = "all"
-WHOLE = re.compile(r"(-?(?:0|[1-9]\d*))(?:\.0+)?")  # 1 and 1.0, but not 01
+ALL_SPLITS = "all"
+WHOLE_NUMBER = re.compile(r"(-?(?:0|[1-9]\d*))(?:\.0+)?")  # 1 and 1.0, but not 01
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +68,8 @@ def choose(
         return _task(table, question, classes, seed or 0, split, limit), split
     own = _own_task(table, question, learnt)
     seed = learnt.seed if seed is None else seed
-    split = split or ("test" if own or "test" in table.splits else ALL)
-    if own and seed == learnt.seed and split != ALL:
+    split = split or ("test" if own or "test" in table.splits else ALL_SPLITS)
+    if own and seed == learnt.seed and split != ALL_SPLITS:
         return own, split
     labels: tuple[str, ...] = ()
     notes: list[str] = []
@@ -88,7 +88,7 @@ def choose(
     return replace(task, notes=(*task.notes, *notes)), split
 
 
-def _own_task(table: Table, question: str, learnt: Learnt) -> Task | None:
+def _own_task(table: DataTable, question: str, learnt: Learnt) -> Task | None:
     """Return the task of the training, if these are its rows."""
     if not learnt.digest:
         return None
@@ -99,19 +99,19 @@ def _own_task(table: Table, question: str, learnt: Learnt) -> Task | None:
     return task if task.digest == learnt.digest else None
 
 
-def _task(table: Table, question: str, labels: tuple[str, ...], seed: int, split: str, limit: int | None) -> Task:
+def _task(table: DataTable, question: str, labels: tuple[str, ...], seed: int, split: str, limit: int | None) -> Task:
     """Return the rows in their splits, or all in one, in the order of the source."""
-    if split != ALL:
+    if split != ALL_SPLITS:
         return catalog.task_of(table, catalog.split_rows(table, seed), question, labels)
     rows = [row for own in table.splits.values() for row in own]
     if limit is not None and limit < len(rows):
         order = sorted(range(len(rows)), key=lambda i: catalog.place_of(rows[i], seed))
         rows = [rows[index] for index in sorted(order[:limit])]
     parts: dict[str, list[Row]] = {"train": rows, "validation": [], "test": []}
-    return replace(catalog.task_of(table, parts, question, labels), splits={ALL: rows})
+    return replace(catalog.task_of(table, parts, question, labels), splits={ALL_SPLITS: rows})
 
 
-def _labels_in(table: Table) -> list[str]:
+def _labels_in(table: DataTable) -> list[str]:
     """Return the classes that rows show, in the order in which they first do."""
     rows = [row for own in table.splits.values() for row in own]
     return list(dict.fromkeys(label for row in rows for label in labels_of(row)))
@@ -119,11 +119,11 @@ def _labels_in(table: Table) -> list[str]:
 
 def _in_order(labels: Sequence[str]) -> tuple[str, ...]:
     """Classes as others number them: whole numbers by their size, names by their letters."""
-    numbers = all(WHOLE.fullmatch(label) for label in labels)
+    numbers = all(WHOLE_NUMBER.fullmatch(label) for label in labels)
     return tuple(sorted(labels, key=float) if numbers else sorted(labels))
 
 
-def _in_terms_of(learnt: Learnt, table: Table, question: str) -> tuple[Table, str, list[str]]:
+def _in_terms_of(learnt: Learnt, table: DataTable, question: str) -> tuple[DataTable, str, list[str]]:
     """Labelled rows in the adapter's classes, its question, and what is to be said of that."""
     if not learnt.labels:
         return table, question, []
@@ -142,7 +142,7 @@ def _in_terms_of(learnt: Learnt, table: Table, question: str) -> tuple[Table, st
     return table, question, notes
 
 
-def _renamed(table: Table, labels: Sequence[str]) -> Table:
+def _renamed(table: DataTable, labels: Sequence[str]) -> DataTable:
     """Return the rows with their labels as the adapter writes them: 1, 1.0 and "1" are one class.
 
     Raises:
@@ -172,7 +172,7 @@ def _renamed(table: Table, labels: Sequence[str]) -> Table:
 
 def _plain(label: str) -> str:
     """Return a label without what only says that it was a number."""
-    whole = WHOLE.fullmatch(label)
+    whole = WHOLE_NUMBER.fullmatch(label)
     return whole[1] if whole else label
 
 

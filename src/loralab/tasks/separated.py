@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from loralab.errors import DataError, join_limited
-from loralab.tasks.formats import MOST_COLUMNS, Numbered, clean, repeated
+from loralab.tasks.formats import MAX_COLUMNS, Numbered, clean, repeated
 
 DELIMITERS = {",": "a comma", ";": "a semicolon", "\t": "a tab"}
 FIELD_LIMIT = 1 << 30  # characters in a field; the csv module's own stops at 131,072
@@ -58,9 +58,9 @@ def _reader(text: str, delimiter: str, *, spaced: bool = False) -> Any:
 
 
 def _names(file: Path, line: int, header: list[str]) -> list[str]:
-    if len(header) > MOST_COLUMNS:
+    if len(header) > MAX_COLUMNS:
         raise DataError(
-            f"{file}, line {line}: {len(header):,} columns; at most {MOST_COLUMNS:,} are read", code="too_many_columns"
+            f"{file}, line {line}: {len(header):,} columns; at most {MAX_COLUMNS:,} are read", code="too_many_columns"
         )
     names = [clean(name) or f"{UNNAMED}{place}" for place, name in enumerate(header)]
     if twice := repeated(names):

@@ -35,8 +35,8 @@ THOUGHTS = (  # how thoughts begin and end
 FIRSTS = tuple(first for first, _ in THOUGHTS)
 MARK = re.compile(f"({'|'.join(re.escape(mark) for pair in THOUGHTS for mark in pair)})")
 STAND_IN = "answer-7f3a9c"  # for an answer, where all that a template writes around it is wanted
-SHORT = 40  # characters of an answer that may stand in what the template writes itself
-QUOTED = 40  # characters of an answer in an error
+MAX_TEMPLATE_ANSWER = 40  # characters of an answer that may stand in what the template writes itself
+MAX_QUOTED_ANSWER = 40  # characters of an answer in an error
 
 
 @dataclass(frozen=True)
@@ -86,13 +86,13 @@ def write(tokenizer: Any, chat: Chat, *, prompt: bool = False, now: datetime | N
         text = render(template, chat, prompt=prompt, tokens=tokens, now=now)
         return text if prompt else text.removesuffix(_needless_opening(template, _texts(tokens)))
     except Exception as error:  # jinja's own errors, and whatever a template raises
-        what = f"the row {chat[0]['content'][:QUOTED]!r}" if chat else "an answer to nothing"
+        what = f"the row {chat[0]['content'][:MAX_QUOTED_ANSWER]!r}" if chat else "an answer to nothing"
         raise DataError(
             f"the chat template refuses {what}: {error}", code="template_refuses_row", field="chat_template"
         ) from None
 
 
-def common(one: Sequence[object], other: Sequence[object]) -> int:
+def common_length(one: Sequence[object], other: Sequence[object]) -> int:
     """Return how many elements two sequences share at their start."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
@@ -127,7 +127,7 @@ class _Answer:
         if usual and target[len(lead) : len(target) - len(end)].strip() == self.text.strip():
             return not shown + lead or _has_one_thought(_tight(shown + lead), _tight(self.text))
         text, answer = _tight(shown + target), _tight(self.text)
-        if len(answer) < SHORT and text.count(answer) <= self._markup(shown).count(answer):
+        if len(answer) < MAX_TEMPLATE_ANSWER and text.count(answer) <= self._markup(shown).count(answer):
             return False
         before, found, _ = text.rpartition(answer)
         return bool(found) and _has_one_thought(before, answer)
@@ -225,7 +225,7 @@ class _Answer:
     def _opening(self) -> str:
         """Return all that the template writes to open the answer."""
         asked = write(self.tokenizer, self.chat[:-1], now=self.now)
-        return self.prompt[common(self.prompt, asked) :]
+        return self.prompt[common_length(self.prompt, asked) :]
 
     def _require_cut_thought(self, lead: str, target: str) -> None:
         """The template may leave out a thought, which a model writes by itself, and nothing else.
@@ -260,7 +260,7 @@ class _Answer:
         )
 
     def _quoted(self) -> str:
-        return repr(self.text[:QUOTED])
+        return repr(self.text[:MAX_QUOTED_ANSWER])
 
 
 def _usual_frame(tokenizer: Any) -> tuple[str, str]:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from loralab.errors import DataError
 from loralab.tasks.formats import Row
-from loralab.tasks.read import Table
+from loralab.tasks.read import DataTable
 
 ARCHIVE = "vaderSentiment-0.5.zip"
 SHA256 = "5d97c37f3ef6e24eef331122e055dbedafeb6a56abfce0608b326701116ea49a"
@@ -38,7 +38,7 @@ def locate(folders: Sequence[Path]) -> Path | None:
     return next((f / ARCHIVE for f in folders if (f / ARCHIVE).is_file()), None)
 
 
-def load(task: str, path: Path, get: Callable[[], str]) -> Table:
+def load(task: str, path: Path, get: Callable[[], str]) -> DataTable:
     """Return one of the ten tasks as a table.
 
     Raises:
@@ -54,7 +54,7 @@ def load(task: str, path: Path, get: Callable[[], str]) -> Table:
         rows = _sentiment(_clear(data, source))
     else:
         rows = _strength(_clear(data, source))
-    return Table(source=task, format="text-label", splits={"train": rows})
+    return DataTable(source=task, format="text-label", splits={"train": rows})
 
 
 def _sentiment(means: dict[str, float]) -> list[Row]:

@@ -187,7 +187,7 @@ def read_progress(path: Path) -> Progress:
         if not isinstance(found.best_metrics, dict) or not isinstance(found.scaler, dict):
             raise TypeError("best_metrics and scaler must be objects")
         if strange := [n for n, v in found.best_metrics.items() if type(v) not in (int, float)]:
-            raise TypeError(f"best_metrics: {strange[0]!r} is no number")
+            raise TypeError(f"best_metrics: {strange[0]!r} is not a number")
     return found
 
 

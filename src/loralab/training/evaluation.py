@@ -276,7 +276,7 @@ def new_tokens(*stored: AdapterFolder | None) -> tuple[str, ...]:
 def _generator(name: str, precision: str) -> Base:
     if models.natural_kind(name) != "causal-lm":
         raise ConfigError(
-            f"{name} is no language model; it can be evaluated, not asked", code="not_generative", field="model"
+            f"{name} is not a language model; it can be evaluated, not asked", code="not_generative", field="model"
         )
     dtype: torch.dtype = models.parse_dtype(resolve_precision(precision))
     base = models.load(name, kind="causal-lm", dtype=dtype)

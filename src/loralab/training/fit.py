@@ -55,7 +55,7 @@ def fit_to_budget(adapter: Adapter, path: ForwardPath, examples: Sequence[Exampl
         if least.peak_bytes == loading:
             hint = "loading the model takes it already"
         raise ConfigError(
-            f"memory_budget {training.memory_budget}: the least that this run needs is about "
+            f"memory_budget {training.memory_budget}: this run needs at least "
             f"{least.peak_bytes / BUDGET_SHARE / 1e9:.2f} GB; {hint}",
             code="over_budget",
             field="memory_budget",

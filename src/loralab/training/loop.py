@@ -130,7 +130,7 @@ class Steps:
         return self.job.path.shared_loss(shares[0][0], counted=False)
 
     def require_finite(self, loss: float, parts: Sequence[Sequence[Example]]) -> None:
-        """Refuse a step's loss that is no number.
+        """Refuse a step's loss that is not a number.
 
         Raises:
             LearningError: says where in the model the rows first go wrong.

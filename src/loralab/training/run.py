@@ -159,7 +159,7 @@ def run_prepared(
     """Return all steps of a run, and its folder; torch's random numbers are the run's own.
 
     Args:
-        note: what else the log shall say.
+        note: what else the log should say.
     """
     begun = begin_run(request, prepared, folder, listener, checkpoint.latest(folder), note)
     with memory.retain_heap(prepared.base.model):

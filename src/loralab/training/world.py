@@ -103,7 +103,7 @@ def world() -> World:
     if asked := [what for name, what in UNSUPPORTED_PLUGINS.items() if os.environ.get(name, "") == "true"]:
         raise ConfigError(
             f"accelerate was told to use {asked[0]}, which is not read here; leave it out, and say "
-            "--shard-base where the base shall be split",
+            "--shard-base where the base should be split",
             code="unsupported_plugin",
             field="accelerate",
         )

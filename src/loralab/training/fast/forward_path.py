@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from loralab.adapters.adapter import Adapter
 from loralab.errors import LoralabError, ModelError
-from loralab.tasks.batches import collate, pack, parts
+from loralab.tasks.batches import collate, micro_batches, pack
 from loralab.tasks.encode import IGNORED, Example
 from loralab.tasks.forward import answer_loss, call, embed_pairs, partner_losses
 from loralab.training.fast.attention import Packing
@@ -44,7 +44,7 @@ class ForwardPath:
     Attributes:
         mode: "packed": rows without padding, quick modules, no logits kept; "patched": padded rows
             and quick modules; "plain": the model as it is.
-        max_tokens: tokens that go through the model at once; more rows are cut into parts.
+        max_tokens: maximum tokens in one forward pass; more rows are cut into parts.
         longest: tokens of the longest text that the model will meet; shorter ones may be padded
             to one of few lengths.
         refused: ways that were tried first, and why they were not taken.
@@ -72,7 +72,7 @@ class ForwardPath:
         """Return the examples of one pass, cut where that changes nothing but memory."""
         if self.kind not in CUTTABLE_KINDS or self.mode == "plain":
             return [list(examples)]
-        return parts(examples, self.max_tokens, pads=self.mode != "packed")
+        return micro_batches(examples, self.max_tokens, pads=self.mode != "packed")
 
     def loss(self, examples: Sequence[Example]) -> Tensor:
         """Return the summed cross-entropy of some examples, () in fp32."""
@@ -155,7 +155,7 @@ def fastest_path(adapter: Adapter, kind: str, *, pad_id: int, pictures: Any = No
     """Return the fastest path for this model and adapter that agrees with the plain one.
 
     Raises:
-        ModelError: the plain way does not work, or reads what it shall predict.
+        ModelError: the plain way does not work, or reads what it should predict.
     """
     model = adapter.model
     device = next(model.parameters()).device
@@ -229,7 +229,7 @@ def _works_in_fp32(path: ForwardPath, adapter: Adapter, examples: Sequence[Examp
 
 @torch.no_grad()
 def require_causal(path: ForwardPath, example: Example) -> None:
-    """A language model whose tokens see those after them would read what it shall predict.
+    """A language model whose tokens see those after them would read what it should predict.
 
     Raises:
         ModelError: another end of a text changes what the model makes of its beginning.
@@ -242,7 +242,7 @@ def require_causal(path: ForwardPath, example: Example) -> None:
     if moved[:half].max() > LOOKAHEAD_TOLERANCES[_dtype(path.model)] * moved[half:].max():
         raise ModelError(
             f"{type(path.model).__name__} sees the tokens after each one as well: as a language "
-            "model it would read what it shall predict; take a decoder such as smollm2-135m, or "
+            "model it would read what it should predict; take a decoder such as smollm2-135m, or "
             "train it as a classifier on text, label",
             code="not_causal",
             field="model",
