@@ -17,7 +17,7 @@ from hostile import live as lives
 from hostile.live import QUICK, Live, raw, request, serving, statuses
 from serving.talk import until
 
-from loralab.serving.api_schemas import MAX_CONTAINERS, MAX_VALUES
+from loralab.serving.api_body import MAX_CONTAINERS, MAX_VALUES
 from loralab.serving.gate import hosts_of
 from loralab.serving.metrics import Metrics
 from loralab.serving.settings import Limits

@@ -187,8 +187,9 @@ def test_a_pipe_in_the_place_of_a_file_holds_up_nobody(outside: tuple[Path, Path
     store = Store(root, lambda stored: stored.digest)
     (root / "a" / folder.TENSORS).unlink()
     os.mkfifo(root / "a" / folder.TENSORS)
-    with pytest.raises(AdapterFileError, match="is no file"):
+    with pytest.raises(AdapterFileError) as error:
         store.load("x", "a")
+    assert (error.value.code, error.value.field) == ("not_a_file", "path")
 
 
 # -- keys ----------------------------------------------------------------------------------------

@@ -318,11 +318,8 @@ def test_new_tokens_and_other_packings_are_refused(tmp_path: Path) -> None:
 KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 
 
-@pytest.mark.parametrize(
-    ("shape", "message"),
-    [((3, 32), r"misshapen.*\(3, 32\)"), ((2, 31), "misshapen"), ((2, 32, 1), "misshapen"), (None, "missing")],
-)
-def test_tensors_that_do_not_fit_are_refused(shape: tuple[int, ...] | None, message: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("shape", [(3, 32), (2, 31), (2, 32, 1), None])
+def test_tensors_that_do_not_fit_are_refused(shape: tuple[int, ...] | None, tmp_path: Path) -> None:
     place = save("llama", LoRA(rank=2), tmp_path / "a")
     tensors = safetensors.torch.load_file(place / folder.TENSORS)
     del tensors[KEY]
@@ -332,8 +329,10 @@ def test_tensors_that_do_not_fit_are_refused(shape: tuple[int, ...] | None, mess
     (place / folder.RECORD).unlink()
     loader = AdapterLoader(base_of("llama"))
     for _ in range(2):
-        with pytest.raises(AdapterFileError, match=message):
+        with pytest.raises(AdapterFileError) as error:
             loader.load(folder.read(place))
+        assert (error.value.code, error.value.field) == ("does_not_fit", "path")
+        assert KEY in str(error.value)
 
 
 def test_an_adapter_of_another_architecture_is_refused(tmp_path: Path) -> None:

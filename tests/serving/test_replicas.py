@@ -62,11 +62,13 @@ def test_quotas_that_replicas_would_count_alone_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("args", "said"), [({"model": "m"}, "give store"), ({"model": "m", "store": "s", "residents": 3}, "resident")]
+    ("args", "code"),
+    [({"model": "m"}, "missing_argument"), ({"model": "m", "store": "s", "residents": 3}, "unknown_argument")],
 )
-def test_wrong_arguments_of_serve_run_are_refused(args: dict[str, Any], said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
+def test_wrong_arguments_of_serve_run_are_refused(args: dict[str, Any], code: str) -> None:
+    with pytest.raises(ConfigError) as error:
         app(args)
+    assert error.value.code == code
 
 
 def said(status: int, code: str | None = None) -> list[Any]:
@@ -177,7 +179,7 @@ def test_the_openai_client_and_its_streams(where: str, world: World) -> None:
         chunks = client.chat.completions.create(model="lora", messages=turns, max_tokens=8, temperature=0, stream=True)
         text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
         assert text == whole.choices[0].message.content
-        with pytest.raises(openai.NotFoundError, match="did you mean lora"):
+        with pytest.raises(openai.NotFoundError):
             client.completions.create(model="lorra", prompt="good")
     wrong = httpx.post(where + "/v1/completions", content=b"{", headers={"content-type": "text/x"})
     assert wrong.status_code == 415

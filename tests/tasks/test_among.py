@@ -12,7 +12,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers import AutoModelForSequenceClassification as Classifier
 from transformers import AutoModelForTokenClassification as Tagger
 
-from loralab.models.load import quiet
+from loralab.models.source import quiet
 from loralab.tasks.batches import collate
 from loralab.tasks.catalog import Task
 from loralab.tasks.encode import Example

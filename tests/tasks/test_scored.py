@@ -176,8 +176,9 @@ def test_an_adapter_without_classes_is_scored_on_those_of_the_data(tmp_path: Pat
     other = write_csv(tmp_path / "other.csv", ["x", "y"], 12)
     task, split = choose(other, Learnt(digest="0", source="elsewhere"))
     assert (task.labels, split, task.notes) == (("x", "y"), ALL_SPLITS, ())
-    with pytest.raises(DataError, match="only the label"):
+    with pytest.raises(DataError) as error:
         choose(write_csv(tmp_path / "one.csv", ["x"], 12), Learnt())
+    assert (error.value.code, error.value.field) == ("one_label", "label")
 
 
 def test_classes_that_an_adapter_does_not_name_are_those_of_the_data_in_order(tmp_path: Path) -> None:

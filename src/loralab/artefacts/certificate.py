@@ -41,6 +41,7 @@ from loralab.errors import (
 from loralab.models import load as models
 from loralab.models.device import device_here
 from loralab.models.load import Base
+from loralab.models.source import has_tokenizer, resolve
 
 REFERENCE = "certificate.safetensors"
 
@@ -137,7 +138,7 @@ def _require_base(path: Path, record: Mapping[str, Any], base: str | Path | None
             f"{path} is not an adapter folder; it is verified without --base", code="no_effect", field="base"
         )
     if base is not None:
-        models.resolve(str(base))
+        resolve(str(base))
     elif record.get("kind") != "model" and sound(record).get("base", {}).get("live"):
         raise AdapterFileError(
             f"{path} was trained on a live model, whose base has no folder; name it with --base",
@@ -226,7 +227,7 @@ def _reload(path: Path, device: str, base: str | None) -> tuple[Base, str]:
             live = load_with_base(_unpacked(path, Path(place) / "adapter"), device=device)
         return live.base, live.precision
     if (path / folder.CONFIG).is_file():
-        if base is None or models.has_tokenizer(base):
+        if base is None or has_tokenizer(base):
             live = load_with_base(path, model=base, device=device)
         else:
             live = on_base(path, base, device=device)

@@ -128,7 +128,7 @@ def require(adapter: str | Path, target: str, model: str | None) -> AdapterFolde
     return stored
 
 
-def base_info(name: str) -> BaseInfo:
+def read_base_info(name: str) -> BaseInfo:
     """Return the facts about a base, without loading its weights.
 
     Raises:
@@ -283,11 +283,11 @@ def _checked(stored: AdapterFolder, target: str, model: str | None) -> Verdict:
 def _base_info_of(stored: AdapterFolder, model: str | None) -> BaseInfo:
     """Return the base that was given, or that the folder names where it can be found."""
     if model:
-        return base_info(model)
+        return read_base_info(model)
     record = stored.record.get("base", {})
     name = record.get("name") or stored.fields.get("base_model_name_or_path")
     try:
-        return base_info(str(name)) if name else BaseInfo()
+        return read_base_info(str(name)) if name else BaseInfo()
     except ModelError:
         return BaseInfo(architecture=record.get("architecture"))
 

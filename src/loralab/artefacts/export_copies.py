@@ -8,7 +8,7 @@ from pathlib import Path
 
 from loralab.adapters import folder
 from loralab.adapters.folder import CONFIG, AdapterFolder
-from loralab.artefacts.engines import VLLM_RANKS, allowed_rank, base_info, check_folder
+from loralab.artefacts.engines import VLLM_RANKS, allowed_rank, check_folder, read_base_info
 from loralab.artefacts.updates import uniform, updates
 from loralab.atomic import cache_folder
 from loralab.errors import InputError, join_limited
@@ -35,7 +35,7 @@ def prepare(adapters: Mapping[str, Path], model: str) -> ExportCopies:
         OutputError: the cache cannot be written.
     """
     ready, refused, largest = {}, {}, VLLM_RANKS[0]
-    base = base_info(model)
+    base = read_base_info(model)
     for name, path in adapters.items():
         try:
             stored = folder.read(path)

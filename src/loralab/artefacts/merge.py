@@ -17,8 +17,8 @@ from loralab.artefacts.certificate import compare_afresh, file_digests
 from loralab.artefacts.comparison import Certificate, reference_of
 from loralab.artefacts.loaded_adapter import LoadedAdapter, load_with_base, sample_of
 from loralab.errors import CertificateError, ConfigError
-from loralab.models.load import quiet
 from loralab.models.quantize import dequantize
+from loralab.models.source import quiet
 from loralab.values import check_choice
 
 REJECTED = ".rejected"

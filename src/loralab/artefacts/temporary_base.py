@@ -9,7 +9,8 @@ from typing import Any
 
 from loralab import atomic
 from loralab.adapters.several import adapters_of, disabled
-from loralab.models.load import Base, quiet
+from loralab.models.load import Base
+from loralab.models.source import quiet
 
 TEMPORARY = "temporary copy"
 

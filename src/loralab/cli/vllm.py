@@ -59,6 +59,7 @@ def serve_by_vllm(
     from loralab.artefacts.export_copies import prepare
     from loralab.models import load as models
     from loralab.models.kinds import CAUSAL
+    from loralab.models.source import resolve
     from loralab.serving.listener import address, open_socket
     from loralab.serving.names import base_id
     from loralab.serving.store import Store
@@ -83,7 +84,7 @@ def serve_by_vllm(
         where, port = address(opened), opened.getsockname()[1]
     run_as = VllmOptions(
         python=found,
-        source=models.resolve(model),
+        source=resolve(model),
         name=shown,
         adapters=prepared.ready,
         rank=prepared.rank,

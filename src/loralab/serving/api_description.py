@@ -13,16 +13,8 @@ from pydantic.json_schema import models_json_schema
 
 import loralab
 from loralab.serving import api_answers as answers
-from loralab.serving.api_schemas import (
-    Body,
-    ChatBody,
-    ClassifyBody,
-    CompletionBody,
-    LoadBody,
-    Message,
-    TextPart,
-    UnloadBody,
-)
+from loralab.serving.api_body import Body
+from loralab.serving.api_schemas import ChatBody, ClassifyBody, CompletionBody, LoadBody, Message, TextPart, UnloadBody
 
 Json = dict[str, Any]
 JSON, TEXT, EVENTS = "application/json", "text/plain", "text/event-stream"

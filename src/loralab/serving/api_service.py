@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, TypeVar
 from fastapi import Request
 
 from loralab.errors import AdapterNotFoundError, LoralabError, nearest
+from loralab.serving.api_body import Body, parsed
 from loralab.serving.api_errors import MAX_ECHOED_CHARACTERS, RETRY_SECONDS, ApiError, to_api_error
-from loralab.serving.api_schemas import Body, parsed
 from loralab.serving.keys import Grant, Key, Keys
 from loralab.serving.metrics import Metrics
 from loralab.serving.names import base_id

@@ -19,7 +19,14 @@ import torch
 from loralab.errors import QueueFullError
 from loralab.models.load import Base
 from loralab.serving.adapter_info import AdapterInfo
-from loralab.serving.live_request import EncoderRequest, Generation, LabelScoring, LiveRequest, message_of
+from loralab.serving.live_request import (
+    EncoderRequest,
+    Generation,
+    LabelScoring,
+    LiveRequest,
+    finished_event,
+    message_of,
+)
 from loralab.serving.request import CANCELLED, FAILED, Answer, Completed, Ranked, Sampling
 from loralab.serving.request_builder import RequestBuilder
 from loralab.serving.sampling import choose_tokens, to_readable
@@ -305,23 +312,8 @@ class Engine:
         self._report(live)
 
     def _report(self, live: LiveRequest) -> None:
-        if self.observe is None or live.finished is None:
-            return
-        now, begun = time.perf_counter(), live.begun or time.perf_counter()
-        self.observe(
-            {
-                "kind": "finished",
-                "adapter": live.adapter,
-                "digest": live.digest,
-                "reason": live.finished.reason,
-                "prompt_tokens": live.finished.prompt_tokens,
-                "completion_tokens": live.finished.completion_tokens,
-                "cached_tokens": live.finished.cached_tokens,
-                "seconds": now - live.arrived,
-                "first_token_seconds": (live.first or now) - live.arrived,
-                "queue_seconds": begun - live.arrived,
-            }
-        )
+        if self.observe is not None and live.finished is not None:
+            self.observe(finished_event(live, live.finished))
 
     def _drop_cancelled(self) -> None:
         for live in {id(live): live for live in self._live.values() if live.gone}.values():

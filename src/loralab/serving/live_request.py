@@ -295,3 +295,20 @@ def message_of(error: BaseException) -> str:
     if isinstance(error, LoralabError):
         return str(error)
     return f"the request failed inside the engine: {type(error).__name__}: {error}"
+
+
+def finished_event(live: LiveRequest, finished: Finished) -> dict[str, Any]:
+    """Return the event of a request that has just ended, for metrics."""
+    now = time.perf_counter()
+    return {
+        "kind": "finished",
+        "adapter": live.adapter,
+        "digest": live.digest,
+        "reason": finished.reason,
+        "prompt_tokens": finished.prompt_tokens,
+        "completion_tokens": finished.completion_tokens,
+        "cached_tokens": finished.cached_tokens,
+        "seconds": now - live.arrived,
+        "first_token_seconds": (live.first or now) - live.arrived,
+        "queue_seconds": (live.begun or now) - live.arrived,
+    }
