@@ -315,10 +315,12 @@ def test_settings_are_neither_deep_nor_endless(tmp_path: Path) -> None:
         (tmp_path / "x.json").write_text(text)
         with pytest.raises(ConfigError) as error:
             read_json(tmp_path / "x.json", ConfigError)
+        assert "x.json" in str(error.value)
     for text in ("a = " + "[" * 10**4, "a." * 10**5 + "a = 1", f"a = {10**30}", "a = 1\0"):
         (tmp_path / "x.toml").write_text(text)
         with pytest.raises(ConfigError) as error:
             read_toml(tmp_path / "x.toml")
+        assert "x.toml" in str(error.value)
 
 
 def test_a_message_is_one_short_line_whatever_it_quotes() -> None:
