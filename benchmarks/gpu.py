@@ -137,7 +137,7 @@ def agreement(device: torch.device, tiny: bool) -> Iterator[Line]:
 
 def ragged(model: Any, tiny: bool) -> list[Any]:
     """Rows of mixed length, with loss on the second half of each."""
-    from loralab.tasks.encode import IGNORED, Example
+    from loralab.tasks.examples import IGNORED, Example
 
     draw = torch.Generator().manual_seed(1)
     size, rows = min(model.config.vocab_size, 1000), []

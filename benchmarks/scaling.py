@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import loralab
 from loralab.models.device import device_here, resolve_precision
 from loralab.models.load import load, parse_dtype
-from loralab.tasks.encode import IGNORED, Example
+from loralab.tasks.examples import IGNORED, Example
 from loralab.training.fast.forward_path import fastest_path
 
 Step = Callable[[], None]

@@ -20,7 +20,7 @@ from loralab.adapters.attach import attach
 from loralab.adapters.folder import TENSORS
 from loralab.adapters.methods import LoRA
 from loralab.native.library import kernels_for
-from loralab.tasks.encode import Example
+from loralab.tasks.examples import Example
 from loralab.training import memory
 from loralab.training.fast.forward_path import fastest_path
 

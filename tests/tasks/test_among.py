@@ -15,7 +15,7 @@ from transformers import AutoModelForTokenClassification as Tagger
 from loralab.models.source import quiet
 from loralab.tasks.batches import collate
 from loralab.tasks.catalog import Task
-from loralab.tasks.encode import Example
+from loralab.tasks.examples import Example
 from loralab.tasks.forward import by_length
 from loralab.tasks.score import Scores, evaluate
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from loralab.errors import ConfigError
 from loralab.tasks.batches import POOL_BATCHES, Batches, collate, micro_batches, pack, padded
-from loralab.tasks.encode import IGNORED, Example
+from loralab.tasks.examples import IGNORED, Example
 
 lengths = st.lists(st.integers(1, 99), min_size=1, max_size=80).map(tuple)
 sizes = st.integers(1, 6)

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from loralab.errors import ConfigError, DataError
 from loralab.tasks.catalog import Task
-from loralab.tasks.encode import IGNORED, Example, answer_ids, answers, chat_ids, encode, prompts, round_trip, stop_ids
+from loralab.tasks.encode import answer_ids, answers, chat_ids, encode, prompts, round_trip, stop_ids
+from loralab.tasks.examples import IGNORED, Example
 from loralab.tasks.formats import Row
 
 TaskOf = Callable[..., Task]

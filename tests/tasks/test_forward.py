@@ -30,7 +30,7 @@ from loralab.errors import ConfigError, DataError, ModelError
 from loralab.models.pictures import Pictures
 from loralab.tasks import forward
 from loralab.tasks.batches import collate
-from loralab.tasks.encode import IGNORED, Example
+from loralab.tasks.examples import IGNORED, Example
 from loralab.tasks.forward import SHARPNESS, answer_loss, embed, places, require_known, require_places
 from loralab.tasks.metrics import entities, entity_f1
 from loralab.tasks.pictures import from_levels

@@ -15,7 +15,8 @@ from transformers import BertForSequenceClassification, PreTrainedModel
 from loralab.errors import ConfigError, DataError
 from loralab.tasks.batches import collate
 from loralab.tasks.catalog import Task
-from loralab.tasks.encode import IGNORED, Example, answer_ids, chat_ids, encode, prompt_ids, stop_ids
+from loralab.tasks.encode import answer_ids, chat_ids, encode, prompt_ids, stop_ids
+from loralab.tasks.examples import IGNORED, Example
 from loralab.tasks.score import Scores, answer_loss, evaluate, generate
 
 TaskOf = Callable[..., Task]

@@ -14,7 +14,7 @@ from loralab.adapters.folder import TENSORS
 from loralab.adapters.methods import LoRA
 from loralab.errors import ConfigError
 from loralab.models import load as models
-from loralab.tasks.encode import Example
+from loralab.tasks.examples import Example
 from loralab.training import fit, memory
 from loralab.training.fast.forward_path import MAX_TOKENS, ForwardPath, fastest_path
 from loralab.training.record import read_metrics

@@ -9,7 +9,7 @@ from torch import Tensor
 from loralab.adapters.grouped import Bank, spans_of
 from loralab.models.load import Base
 from loralab.tasks.batches import collate
-from loralab.tasks.encode import Example
+from loralab.tasks.examples import Example
 from loralab.tasks.forward import call
 
 

@@ -80,8 +80,6 @@ class Engine:
         """Quicker ways of computing a step that are not taken, and why."""
         return dict(getattr(self._model, "refused", {}))
 
-    # -- asking: any thread ---------------------------------------------------------------------
-
     def submit(self, prompt: Sequence[int], *, adapter: AdapterInfo | str | None, sampling: Sampling) -> Answer:
         """Ask for an answer to a prompt (token ids); returns at once.
 
@@ -142,8 +140,6 @@ class Engine:
         """Requests that wait for their turn or their adapter."""
         queued = self._scheduler.waiting if self._scheduler else len(self._live) - self.running
         return len(self._arrived) + len(self._ready) + queued
-
-    # -- running --------------------------------------------------------------------------------
 
     def start(self) -> None:
         """Begin to work, in threads of its own."""
@@ -215,8 +211,6 @@ class Engine:
             if not self._load_some():
                 with self._lock:
                     self._lock.wait(IDLE)
-
-    # -- letting in and out ---------------------------------------------------------------------
 
     def _enter(self, live: LiveRequest) -> None:
         with self._lock:
@@ -328,8 +322,6 @@ class Engine:
         self._ready.clear()
         self._live.clear()
 
-    # -- a step of a language model -------------------------------------------------------------
-
     def _run_chunks(self, chunks: Sequence[Chunk]) -> None:
         """Run some work; what fails fails alone."""
         try:
@@ -377,8 +369,6 @@ class Engine:
         """Return the work that is left once a prefix has been put into the cache."""
         prefix_kv = self._live[chunk.sequence.number].prefix_kv
         return chunk if prefix_kv is None else self._model.load_prefix(chunk, prefix_kv)
-
-    # -- a step of an encoder -------------------------------------------------------------------
 
     def _classify_some(self) -> int:
         """Put some inputs into classes, taking turns between requests; tokens that were read."""

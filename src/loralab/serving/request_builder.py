@@ -14,7 +14,8 @@ from loralab.serving.request import Answer, Sampling
 from loralab.serving.scheduler import TokenSequence
 from loralab.serving.wording import Wordings
 from loralab.tasks.catalog import Task
-from loralab.tasks.encode import Example, answer_ids, prompt_ids
+from loralab.tasks.encode import answer_ids, prompt_ids
+from loralab.tasks.examples import Example
 from loralab.tasks.forward import require_known
 from loralab.tasks.pictures import from_bytes
 

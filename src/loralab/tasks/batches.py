@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from loralab.errors import ConfigError, join_limited
-from loralab.tasks.encode import IGNORED, SUITED, Example, Ids
+from loralab.tasks.encode import SUITED
+from loralab.tasks.examples import IGNORED, Example, Ids
 
 POOL_BATCHES = 50  # effective batches that are sorted by length together
 

@@ -45,7 +45,7 @@ class Task:
     notes: tuple[str, ...] = ()
 
     def encode(self, tokenizer: Any, split: str = "train", max_length: int = 512, *, kind: str = "") -> list[Any]:
-        """Return the rows of a split as the model sees them (`tasks.encode.Example`).
+        """Return the rows of a split as the model sees them (`tasks.examples.Example`).
 
         Each has `input_ids`, `labels` (-100 = not learnt) and `row`, its place in the split. A row
         whose answer does not fit in `max_length` tokens is left out.

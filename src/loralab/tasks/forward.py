@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from loralab.errors import DataError, ModelError, join_limited
 from loralab.tasks.batches import collate
-from loralab.tasks.encode import IGNORED, Example, Ids
+from loralab.tasks.examples import IGNORED, Example, Ids
 
 T = TypeVar("T")
 INPUTS = ("input_ids", "attention_mask", "token_type_ids", "pixel_values")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from loralab.tasks.encode import Encoded, Example, Ids
+from loralab.tasks.examples import Encoded, Example, Ids
 from loralab.tasks.formats import Row
 from loralab.tasks.forward import SHARPNESS, ProcessGroup, by_length, embed, merged
 

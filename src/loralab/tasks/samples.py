@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from loralab.tasks.catalog import Task
-from loralab.tasks.encode import Ids, encode, prompt_ids
+from loralab.tasks.encode import encode, prompt_ids
+from loralab.tasks.examples import Ids
 from loralab.tasks.forward import call, embed
 
 VISION = "image-classification"

@@ -6,7 +6,8 @@ from torch import nn
 
 from loralab.errors import ConfigError, DataError, join_limited, nearest
 from loralab.tasks.catalog import Task
-from loralab.tasks.encode import Encoded, encode
+from loralab.tasks.encode import encode
+from loralab.tasks.examples import Encoded
 from loralab.tasks.formats import Row
 from loralab.tasks.forward import places, require_known
 

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from loralab.errors import ConfigError, DataError, join_limited
 from loralab.tasks.catalog import Task
-from loralab.tasks.encode import IGNORED, Encoded, Example, answer, answer_ids, prompt_ids, stop_ids, written_answer
+from loralab.tasks.encode import answer, answer_ids, prompt_ids, stop_ids, written_answer
+from loralab.tasks.examples import IGNORED, Encoded, Example
 from loralab.tasks.formats import Row
 from loralab.tasks.forward import ProcessGroup, answer_loss, answers, by_length, call, lone_head, merged, require_known
 from loralab.tasks.metrics import label_metrics, text_metrics

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from torch.nn import functional as F
 
-from loralab.tasks.encode import IGNORED, Encoded
+from loralab.tasks.examples import IGNORED, Encoded
 from loralab.tasks.formats import Row
 from loralab.tasks.forward import ProcessGroup, by_length, call, merged
 from loralab.tasks.metrics import entity_f1, label_metrics, looks_like_entities

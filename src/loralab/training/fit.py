@@ -13,7 +13,7 @@ import torch
 from loralab.adapters.adapter import Adapter
 from loralab.errors import ConfigError
 from loralab.models.device import device_here
-from loralab.tasks.encode import Example
+from loralab.tasks.examples import Example
 from loralab.training import memory
 from loralab.training.fast.forward_path import ForwardPath, max_tokens_on
 from loralab.training.settings import Training

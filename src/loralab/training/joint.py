@@ -21,7 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from loralab.adapters.adapter import Adapter
 from loralab.adapters.grouped import Bank, Span
 from loralab.tasks.batches import pack, padded
-from loralab.tasks.encode import IGNORED, Example
+from loralab.tasks.examples import IGNORED, Example
 from loralab.tasks.forward import call, embed, labelled, partner_losses, second_of
 from loralab.training.fast.attention import Packing
 from loralab.training.fast.forward_path import (

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from loralab.adapters.adapter import Adapter
 from loralab.errors import LearningError, join_limited
 from loralab.tasks.batches import Batches
-from loralab.tasks.encode import IGNORED, Example
+from loralab.tasks.examples import IGNORED, Example
 from loralab.tasks.forward import answer_loss
 from loralab.tasks.score import Scores
 from loralab.training import checkpoint, learning

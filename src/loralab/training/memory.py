@@ -15,7 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from loralab.adapters.adapter import Adapter
 from loralab.errors import ConfigError
-from loralab.tasks.encode import Example
+from loralab.tasks.examples import Example
 from loralab.training.fast.forward_path import ForwardPath
 
 GRADIENT_BYTES = 8  # of a trained number: its gradient, and its start to compare with

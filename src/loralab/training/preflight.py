@@ -26,7 +26,7 @@ from loralab.models.tokens import add_tokens
 from loralab.tasks import catalog, encode
 from loralab.tasks.batches import Batches
 from loralab.tasks.catalog import Task, content_digest
-from loralab.tasks.encode import Encoded
+from loralab.tasks.examples import Encoded
 from loralab.tasks.forward import require_known, require_places
 from loralab.tasks.samples import sample_inputs
 from loralab.tasks.scorable import scorable

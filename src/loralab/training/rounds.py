@@ -18,7 +18,7 @@ from accelerate import Accelerator
 
 from loralab import atomic
 from loralab.errors import LearningError, LoralabError, OutputError
-from loralab.tasks.encode import Example
+from loralab.tasks.examples import Example
 from loralab.training import checkpoint, memory
 from loralab.training.jobs import of_job
 from loralab.training.joint import JobRows, Joint

@@ -13,7 +13,8 @@ from loralab.adapters.bases import shared_copy
 from loralab.adapters.fingerprint import base_tensors
 from loralab.models.load import Base
 from loralab.tasks.catalog import Task
-from loralab.tasks.encode import Encoded, encode
+from loralab.tasks.encode import encode
+from loralab.tasks.examples import Encoded
 from loralab.training.preflight import HEADED_KINDS, load_for
 from loralab.training.request import Request
 

@@ -39,7 +39,7 @@ from loralab.adapters.attach import attach
 from loralab.adapters.methods import LoRA
 from loralab.errors import ModelError
 from loralab.models.pictures import Pictures
-from loralab.tasks.encode import IGNORED, Example
+from loralab.tasks.examples import IGNORED, Example
 from loralab.training.fast.forward_path import ForwardPath, fastest_path
 from loralab.training.memory import checkpoint_gradients
 

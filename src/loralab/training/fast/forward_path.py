@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from loralab.adapters.adapter import Adapter
 from loralab.errors import LoralabError, ModelError
 from loralab.tasks.batches import collate, micro_batches, pack
-from loralab.tasks.encode import IGNORED, Example
+from loralab.tasks.examples import IGNORED, Example
 from loralab.tasks.forward import answer_loss, call, embed_pairs, partner_losses
 from loralab.training.fast.attention import Packing
 from loralab.training.fast.patches import Forward, known_modules, patched
