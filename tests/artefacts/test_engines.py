@@ -134,7 +134,7 @@ def test_a_store_is_prepared_once(
     assert list(found.ready) == ["uneven", "plain"]
     assert found.rank == 32
     assert "Prompt" in found.refused["prompt"]
-    assert "no adapter folder" in found.refused["broken"]
+    assert "broken" in found.refused
     assert folder.read(found.ready["uneven"]).fields["r"] == 17
     before = (found.ready["uneven"] / RECORD).stat().st_mtime_ns
     again = prepare(given, str(tiny_llama_folder))

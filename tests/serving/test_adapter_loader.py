@@ -242,7 +242,7 @@ def changed(place: Path, **record: Any) -> Path:
     return place
 
 
-def refusal(base: Base, place: Path, **options: Any) -> str:
+def refusal(base: Base, place: Path, **options: Any) -> AdapterFileError:
     before = state(base.model)
     loader = AdapterLoader(base, **options)
     good = save("llama" if base.kind == "causal-lm" else "bert", LoRA(rank=2), place.parent / "ok")
@@ -251,7 +251,7 @@ def refusal(base: Base, place: Path, **options: Any) -> str:
     assert all(torch.equal(before[n], tensor) for n, tensor in base.model.state_dict().items())
     if not options:
         loader.load(folder.read(good))  # and goes on
-    return str(error.value)
+    return error.value
 
 
 def test_another_base_is_refused(tmp_path: Path) -> None:
@@ -283,36 +283,30 @@ def test_the_fingerprint_is_worked_out_once(tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize(
-    ("name", "method", "message"),
-    [
-        ("llama", FullFineTune(), "serve it as a base of its own"),
-        ("bert", Prompt(tokens=3), "only a causal model can keep in its cache"),
-        ("bert", Prefix(tokens=3), "only a causal model can keep in its cache"),
-    ],
+    ("name", "method"), [("llama", FullFineTune()), ("bert", Prompt(tokens=3)), ("bert", Prefix(tokens=3))]
 )
-def test_what_cannot_be_served_says_why(name: str, method: Any, message: str, tmp_path: Path) -> None:
-    assert message in refusal(base_of(name), save(name, method, tmp_path / "a"))
+def test_what_cannot_be_served_says_why(name: str, method: Any, tmp_path: Path) -> None:
+    assert refusal(base_of(name), save(name, method, tmp_path / "a")).code == "not_servable"
 
 
 def test_the_head_of_a_classifier_is_not_for_a_language_model(tmp_path: Path) -> None:
     place = save("bert", LoRA(modules_to_save=HEAD), tmp_path / "a")
-    message = refusal(base_of("llama"), place)
-    assert "is for a sequence-classification model; tiny-llama is causal-lm" in message
+    assert refusal(base_of("llama"), place).code == "other_kind"
     (place / folder.RECORD).unlink()  # what another tool would have written
-    assert "sequence-classification" in refusal(base_of("llama"), place)
+    assert refusal(base_of("llama"), place).code == "other_kind"
 
 
 def test_new_tokens_and_other_packings_are_refused(tmp_path: Path) -> None:
     place = save("llama", LoRA(rank=2), tmp_path / "a", tokenizer={"new_tokens": ["<x>"]})
-    assert "brings new tokens" in refusal(base_of("llama"), place)
+    assert refusal(base_of("llama"), place).code == "new_tokens"
     grown = llama()
     grown.resize_token_embeddings(52, mean_resizing=False)
     rows = fill(attach(grown, LoRA(rank=2, token_rows=(50, 51)))).save(tmp_path / "rows")
-    assert "brings new tokens" in refusal(base_of("llama"), rows)
+    assert refusal(base_of("llama"), rows).code == "new_tokens"
     packed = save("llama", LoRA(rank=2), tmp_path / "p", base={"quantize": "nf4"})
-    assert "serve it with --quantize nf4" in refusal(base_of("llama"), packed)
+    assert refusal(base_of("llama"), packed).code == "other_quantize"
     plain = save("llama", LoRA(rank=2), tmp_path / "q", base={"quantize": "none"})
-    assert "serve it with --quantize none" in refusal(base_of("llama"), plain, quantize="gguf")
+    assert refusal(base_of("llama"), plain, quantize="gguf").code == "other_quantize"
 
 
 KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
@@ -337,7 +331,7 @@ def test_tensors_that_do_not_fit_are_refused(shape: tuple[int, ...] | None, tmp_
 
 def test_an_adapter_of_another_architecture_is_refused(tmp_path: Path) -> None:
     place = save("gpt2", LoRA(rank=2), tmp_path / "a")
-    assert "does not fit" in refusal(base_of("llama"), place)
+    assert refusal(base_of("llama"), place).code == "other_base"
 
 
 def test_a_prefix_beyond_the_positions_is_refused(tmp_path: Path) -> None:

@@ -199,7 +199,7 @@ def echoed(family: str, prompt: list[int], ids: list[int], **options: Any) -> li
     logits = torch.randn(len(prompt), size, generator=torch.Generator().manual_seed(1))
     for start, stop in itertools.pairwise((0, len(prompt) // 2, len(prompt))):
         work, row.done = Chunk(row, start, stop), stop
-        due = live.read(row, work, logits[list(work.logit_positions)])
+        due = live.take_logits(row, work, logits[list(work.logit_positions)])
     assert due == bool(ids)
     for token in ids:
         live.accept(row, logits[0], token)
@@ -256,7 +256,7 @@ def test_a_row_that_begins_anew_counts_once() -> None:
         )
         for start, stop in cuts:
             work = Chunk(row, start, stop)
-            live.take(row, work, logits[list(work.logit_positions)])
+            live.take_logits(row, work, logits[list(work.logit_positions)])
         return live.sums[0][0]
 
     expected = logits.double().log_softmax(-1)[range(1, 5), [3, 4, 5, 6]].sum()

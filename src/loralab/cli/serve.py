@@ -60,7 +60,7 @@ def serve(
         "model": model or DEFAULT_MODEL,
         "store": store.resolve(),
         "settings": settings,
-        "adapters": _named(adapter or []),
+        "adapters": _named_paths(adapter or []),
         "pinned": pin or [],
     }
     if engine_name == "vllm":
@@ -77,7 +77,7 @@ def serve(
         serve_by(asked, host, port, known, rules, say)
 
 
-def _named(given: list[str]) -> dict[str, str | Path]:
+def _named_paths(given: list[str]) -> dict[str, str | Path]:
     """NAME=PATH, each name once."""
     found: dict[str, str | Path] = {}
     for text in given:
@@ -112,7 +112,7 @@ def _serve_replicas(
         raise ConfigError(
             "--replicas needs --ray: local, or the address of a Ray cluster", code="missing_option", field="ray"
         )
-    from loralab.serving.listener import address, open_socket, until_told
+    from loralab.serving.listener import address, open_socket, wait_for_signal
     from loralab.serving.replicas import ReplicaPlan, running
 
     own = ReplicaPlan(**plan, keys=None if keys is None else keys.keys)
@@ -120,7 +120,7 @@ def _serve_replicas(
         where = address(opened)
     with running(own, count, ray, host, int(where.rpartition(":")[2])) as found:
         _say_ready(found, where, keys is not None, as_json)
-        until_told()
+        wait_for_signal()
 
 
 def _say_ready(found: "ServerInfo", where: str, with_keys: bool, as_json: bool) -> None:

@@ -115,7 +115,7 @@ def say_differing(entries: Sequence["AdapterInfo"], source: str, shown: str) -> 
     tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     base = Base(name=shown, model=None, tokenizer=tokenizer, kind=CAUSAL, source=source)
     for entry in entries:
-        for _, text in tokenizer_changes(base, dict(entry.wording)).values():
+        for _, text in tokenizer_changes(base, dict(entry.tokenizer_overrides)).values():
             print(
                 f"warning: vLLM asks {entry.name} with {text} of {shown}, not with the one that it "
                 "was trained with; --engine-args '--chat-template FILE' names one for all",

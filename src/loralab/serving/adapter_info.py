@@ -17,7 +17,7 @@ from loralab.errors import AdapterFileError
 from loralab.serving.names import DIGEST
 from loralab.tasks.score import MAIN_METRICS
 
-WORDING = ("chat_template", "eos_token")  # of a tokenizer, that an adapter may have its own of
+OVERRIDES = ("chat_template", "eos_token")  # of a tokenizer, that an adapter may have its own of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class AdapterInfo:
         kind: of the base, one of models.kinds.KINDS.
         prefix_tokens: tokens that stand before every input.
         form: of the rows that it was trained on; `instruction` is what stood before them.
-        wording: chat template and end of text of the tokenizer in training, as far as known.
+        tokenizer_overrides: chat template and end of text of the tokenizer in training, as far as known.
     """
 
     name: str
@@ -51,7 +51,7 @@ class AdapterInfo:
     path: Path
     form: str | None = None
     instruction: str | None = None
-    wording: tuple[tuple[str, str | None], ...] = ()
+    tokenizer_overrides: tuple[tuple[str, str | None], ...] = ()
 
     @property
     def score(self) -> tuple[str, float] | None:
@@ -102,7 +102,7 @@ def describe(
         path=path,
         form=_text(task.get("format")),
         instruction=_text(task.get("instruction")),
-        wording=_wording(section(record, "tokenizer")),
+        tokenizer_overrides=_tokenizer_overrides(section(record, "tokenizer")),
     )
 
 
@@ -151,9 +151,9 @@ def section(record: Mapping[str, Any], name: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _wording(tokenizer: Mapping[str, Any]) -> tuple[tuple[str, str | None], ...]:
+def _tokenizer_overrides(tokenizer: Mapping[str, Any]) -> tuple[tuple[str, str | None], ...]:
     """Return what is stored of it; a template that many adapters share is kept once."""
-    found = [(name, tokenizer[name]) for name in WORDING if name in tokenizer]
+    found = [(name, tokenizer[name]) for name in OVERRIDES if name in tokenizer]
     return tuple((name, sys.intern(t) if type(t) is str else None) for name, t in found)
 
 

@@ -72,7 +72,7 @@ def build_app(
     app.add_middleware(HeadAsGet)  # the outermost
     _add_errors(app)
     _add_state(app, service)
-    _add_asking(app, service)
+    _add_generation(app, service)
     _add_store(app, service)
     return app
 
@@ -142,7 +142,7 @@ def _add_state(app: FastAPI, service: Service) -> None:
             "evictions": engine.store.evictions,
         }
         base = {"name": service.base_id, "kind": engine.base.kind}
-        adapters = [shapes.described(entry) for entry in entries]
+        adapters = [shapes.adapter_json(entry) for entry in entries]
         return JSONResponse({"base": base, "engine": state, "adapters": adapters})
 
     @app.get("/v1/models")
@@ -160,51 +160,51 @@ def _add_state(app: FastAPI, service: Service) -> None:
 
 async def _models(service: Service, key: Key | None) -> dict[str, Any]:
     engine, entries = service.engine, await service.visible(key)
-    found = shapes.listed(service.base_id, engine.base.kind, engine.context, entries, service.started)
+    found = shapes.models_json(service.base_id, engine.base.kind, engine.context, entries, service.started)
     if key is not None and not key.base:
         found["data"] = found["data"][1:]
     return found
 
 
-def _add_asking(app: FastAPI, service: Service) -> None:
+def _add_generation(app: FastAPI, service: Service) -> None:
     """Completions, chats, classes."""
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
-        key = _asker(service, request)
+        key = _authorise(service, request)
         body = await service.body(request, CompletionBody)
-        entry = await _writer(service, body.model, key)
+        entry = await _generating_adapter(service, body.model, key)
         given = body.prompts()
         _require_some(service, len(given) * (body.n or 1), "prompt")
         prompts = [await service.text_ids(prompt) for prompt in given]
-        return await _answered(service, request, body, entry, key, prompts)
+        return await _answer(service, request, body, entry, key, prompts)
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
-        key = _asker(service, request)
+        key = _authorise(service, request)
         body = await service.body(request, ChatBody)
-        entry = await _writer(service, body.model, key)
+        entry = await _generating_adapter(service, body.model, key)
         try:
             turns = [message.turn() for message in body.messages]
             ids = await service.chat_ids(turns, entry)
         except LoralabError as error:
             raise to_api_error(error, "messages") from None
-        return await _answered(service, request, body, entry, key, [ids])
+        return await _answer(service, request, body, entry, key, [ids])
 
     @app.post("/v1/classify")
     async def classify(request: Request) -> Response:
-        key = _asker(service, request)
-        return await _classified(service, request, await service.body(request, ClassifyBody), key)
+        key = _authorise(service, request)
+        return await _classify(service, request, await service.body(request, ClassifyBody), key)
 
 
-def _asker(service: Service, request: Request) -> Key | None:
+def _authorise(service: Service, request: Request) -> Key | None:
     """Return the key of a request to an engine that works."""
     key = service.key(request)
     service.require_working()
     return key
 
 
-async def _answered(
+async def _answer(
     service: Service,
     request: Request,
     body: CompletionBody | ChatBody,
@@ -220,7 +220,7 @@ async def _answered(
     ]
     grant = service.admit(key, sum(len(ids) + sampling.max_tokens for ids, sampling in asked))
     try:
-        answers = _submitted(service, asked, entry)
+        answers = _submit_all(service, asked, entry)
     except LoralabError as error:
         service.settle(grant, 0)
         raise to_api_error(error, param) from None
@@ -244,7 +244,7 @@ async def _answered(
     return JSONResponse(shape.whole(done), headers=headers)
 
 
-def _submitted(
+def _submit_all(
     service: Service, asked: Sequence[tuple[Sequence[int], Any]], entry: "AdapterInfo | None"
 ) -> list[Answer]:
     """Return all of them or none."""
@@ -260,7 +260,7 @@ def _submitted(
     return answers
 
 
-async def _classified(service: Service, request: Request, body: ClassifyBody, key: Key | None) -> Response:
+async def _classify(service: Service, request: Request, body: ClassifyBody, key: Key | None) -> Response:
     entry = await service.model(body.model, key)
     engine = service.engine
     given = body.inputs()
@@ -276,7 +276,7 @@ async def _classified(service: Service, request: Request, body: ClassifyBody, ke
     service.settle(grant, sum(one.tokens for one in ranked))
     labels = () if entry is None else entry.labels
     digest = None if entry is None else entry.digest
-    content = shapes.classified(body.model, entry, ranked, labels)
+    content = shapes.classification(body.model, entry, ranked, labels)
     return JSONResponse(content, headers=_digest(digest))
 
 
@@ -295,7 +295,7 @@ def _add_store(app: FastAPI, service: Service) -> None:
         service.require_admin(service.key(request))
         service.require_working()
         body = await service.body(request, LoadBody)
-        entry = await _changed(
+        entry = await _change_store(
             lambda: service.engine.store.load(body.lora_name, body.lora_path, replace=body.load_inplace is not False),
             "lora_path",
         )
@@ -306,12 +306,12 @@ def _add_store(app: FastAPI, service: Service) -> None:
     async def unload(request: Request) -> Response:
         service.require_admin(service.key(request))
         body = await service.body(request, UnloadBody)
-        entry = await _changed(lambda: service.engine.store.unload(body.lora_name), "lora_name")
+        entry = await _change_store(lambda: service.engine.store.unload(body.lora_name), "lora_name")
         text = f"Success: LoRA adapter '{entry.name}' removed successfully."
         return PlainTextResponse(text, headers=_digest(entry.digest))
 
 
-async def _changed(work: Callable[[], "AdapterInfo"], param: str) -> "AdapterInfo":
+async def _change_store(work: Callable[[], "AdapterInfo"], param: str) -> "AdapterInfo":
     """In a thread: reading an adapter takes a while."""
     try:
         return await asyncio.to_thread(work)
@@ -319,7 +319,7 @@ async def _changed(work: Callable[[], "AdapterInfo"], param: str) -> "AdapterInf
         raise to_api_error(error, param, fields=STORE_FIELDS) from None
 
 
-async def _writer(service: Service, name: str, key: Key | None) -> "AdapterInfo | None":
+async def _generating_adapter(service: Service, name: str, key: Key | None) -> "AdapterInfo | None":
     """Return the adapter that is asked to write; None is the base."""
     entry = await service.model(name, key)
     if service.engine.base.kind != "causal-lm":

@@ -99,7 +99,7 @@ def _tell_stops(schema: dict[str, Any]) -> None:
     schema["anyOf"] = [text, several, {"type": "null"}]
 
 
-class _Request(Body):
+class _RequestBody(Body):
     """A whole body: what is said of the client has no effect."""
 
     neutral = NEUTRAL_VALUES
@@ -124,7 +124,7 @@ class StreamOptions(Body):
     include_obfuscation: Annotated[Literal[False], BeforeValidator(_truth)] | None = None
 
 
-class _Generation(_Request):
+class _GenerationBody(_RequestBody):
     """Fields that completions and chats share."""
 
     model: str
@@ -179,7 +179,7 @@ class _Generation(_Request):
             raise to_api_error(error, fields=self._fields) from None
 
 
-class CompletionBody(_Generation):
+class CompletionBody(_GenerationBody):
     """POST /v1/completions."""
 
     prompt: str | Texts | Tokens | Annotated[list[Tokens], Field(fail_fast=True)]
@@ -248,7 +248,7 @@ class Message(Body):
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
-class ChatBody(_Generation):
+class ChatBody(_GenerationBody):
     """POST /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(fail_fast=True)] = Field(min_length=1)
@@ -286,7 +286,7 @@ class PictureInput(Body):
             raise ApiError(400, "image must be a picture file in base64", param="input", code="invalid_value") from None
 
 
-class ClassifyBody(_Request):
+class ClassifyBody(_RequestBody):
     """POST /v1/classify."""
 
     model: str
@@ -298,7 +298,7 @@ class ClassifyBody(_Request):
         return [one if isinstance(one, str) else one.content() for one in given]
 
 
-class LoadBody(_Request):
+class LoadBody(_RequestBody):
     """POST /v1/load_lora_adapter; `load_inplace` lets a name that is taken stand for this one."""
 
     lora_name: str = Field(min_length=1)
@@ -308,7 +308,7 @@ class LoadBody(_Request):
     base_model_name: None = None
 
 
-class UnloadBody(_Request):
+class UnloadBody(_RequestBody):
     """POST /v1/unload_lora_adapter."""
 
     lora_name: str = Field(min_length=1)

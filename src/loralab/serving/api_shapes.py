@@ -60,7 +60,7 @@ class _Shape:
     def _usage_so_far(self) -> Json | None:
         if self._prompt_tokens is None:
             return None
-        return _counted(self._prompt_tokens, sum(self._written))
+        return _usage(self._prompt_tokens, sum(self._written))
 
     def final(self, ends: Sequence[Finished]) -> Json | None:
         """Return the last piece: what it took, if the client asked for it."""
@@ -72,7 +72,7 @@ class _Shape:
         prompt = sum(end.prompt_tokens for end in asked)
         completion = sum(end.completion_tokens for end in ends)
         cached = sum(end.cached_tokens for end in asked)
-        return {**_counted(prompt, completion), "prompt_tokens_details": {"cached_tokens": cached}}
+        return {**_usage(prompt, completion), "prompt_tokens_details": {"cached_tokens": cached}}
 
     def _body(self, choices: list[Json], done: Sequence[Completed]) -> Json:
         usage = self.usage([c.finished for c in done])
@@ -90,7 +90,7 @@ class CompletionShape(_Shape):
         return self._body(choices, done)
 
     def _told(self, one: Completed) -> Json | None:
-        return _listed(one.logprobs) if self._logprobs or one.logprobs else None
+        return _completion_logprobs(one.logprobs) if self._logprobs or one.logprobs else None
 
     def opening(self, index: int) -> Json | None:
         """Nothing: a completion has no role to tell."""
@@ -99,7 +99,7 @@ class CompletionShape(_Shape):
     def piece(self, index: int, piece: Delta) -> Json:
         """More text."""
         self._written[index] += len(piece.tokens)
-        told = _listed(piece.logprobs) if piece.logprobs else None
+        told = _completion_logprobs(piece.logprobs) if piece.logprobs else None
         return self.chunk([self._choice(index, piece.text, told, None)])
 
     def ending(self, index: int, end: Finished) -> Json:
@@ -131,7 +131,7 @@ class ChatShape(_Shape):
         return self._body(choices, done)
 
     def _told(self, one: Completed) -> Json | None:
-        return _spoken(one.logprobs) if self._logprobs or one.logprobs else None
+        return _chat_logprobs(one.logprobs) if self._logprobs or one.logprobs else None
 
     def opening(self, index: int) -> Json | None:
         """Whose turn it is."""
@@ -140,7 +140,7 @@ class ChatShape(_Shape):
     def piece(self, index: int, piece: Delta) -> Json:
         """More text."""
         self._written[index] += len(piece.tokens)
-        told = _spoken(piece.logprobs) if piece.logprobs else None
+        told = _chat_logprobs(piece.logprobs) if piece.logprobs else None
         return self.chunk([self._delta(index, {"content": piece.text}, told)])
 
     def ending(self, index: int, end: Finished) -> Json:
@@ -166,7 +166,7 @@ def adapter_of(answer: Answer) -> Json | None:
     return None if answer.digest is None else {"name": answer.adapter, "digest": answer.digest}
 
 
-def classified(model: str, entry: Any, ranked: Sequence[Ranked], classes: Sequence[str]) -> Json:
+def classification(model: str, entry: Any, ranked: Sequence[Ranked], classes: Sequence[str]) -> Json:
     """/v1/classify: `probs` in the order of the classes, `probabilities` by name."""
     tokens = sum(one.tokens for one in ranked)
     return {
@@ -185,7 +185,7 @@ def classified(model: str, entry: Any, ranked: Sequence[Ranked], classes: Sequen
             }
             for index, one in enumerate(ranked)
         ],
-        "usage": _counted(tokens, 0),
+        "usage": _usage(tokens, 0),
     }
 
 
@@ -194,7 +194,7 @@ def identity(entry: Any) -> Json:
     return {"name": entry.name, "digest": entry.digest}
 
 
-def described(entry: Any) -> Json:
+def adapter_json(entry: Any) -> Json:
     """Return all that is known of an adapter of the store."""
     return {
         **identity(entry),
@@ -211,14 +211,14 @@ def described(entry: Any) -> Json:
     }
 
 
-def listed(base: str, kind: str, context: int, entries: Iterable[Any], created: int) -> Json:
+def models_json(base: str, kind: str, context: int, entries: Iterable[Any], created: int) -> Json:
     """/v1/models: the base, then the adapters."""
     common = {"object": "model", "created": created, "owned_by": OWNER}
     models: list[Json] = [
         {"id": base, **common, "root": base, "parent": None, "digest": None, "kind": kind, "max_model_len": context}
     ]
     for entry in entries:
-        own = {key: value for key, value in described(entry).items() if key not in ("name", "base")}
+        own = {key: value for key, value in adapter_json(entry).items() if key not in ("name", "base")}
         models.append(
             {
                 "id": entry.name,
@@ -233,11 +233,11 @@ def listed(base: str, kind: str, context: int, entries: Iterable[Any], created: 
     return {"object": "list", "data": models}
 
 
-def _counted(prompt: int, completion: int) -> Json:
+def _usage(prompt: int, completion: int) -> Json:
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
-def _listed(told: Sequence[TokenLogprob]) -> Json:
+def _completion_logprobs(told: Sequence[TokenLogprob]) -> Json:
     return {
         "tokens": [one.text for one in told],
         "token_logprobs": [_finite(one.logprob) for one in told],
@@ -250,14 +250,14 @@ def _likeliest(one: TokenLogprob) -> Json | None:
     """Return the likeliest tokens and the one that stands there; nothing is before a prompt's first."""
     if one.logprob is None:
         return None
-    likely = {name: _finite(other.logprob) for name, other in _named(one)}
+    likely = {name: _finite(other.logprob) for name, other in _top_by_name(one)}
     return likely | {one.text: _finite(one.logprob)}
 
 
-def _spoken(told: Sequence[TokenLogprob]) -> Json:
+def _chat_logprobs(told: Sequence[TokenLogprob]) -> Json:
     return {
         "content": [
-            {**_token(one.text, one), "top_logprobs": [_token(name, other) for name, other in _named(one)]}
+            {**_token(one.text, one), "top_logprobs": [_token(name, other) for name, other in _top_by_name(one)]}
             for one in told
         ],
         "refusal": None,
@@ -268,7 +268,7 @@ def _token(name: str, one: TokenLogprob) -> Json:
     return {"token": name, "logprob": _finite(one.logprob), "bytes": list(one.raw)}
 
 
-def _named(chosen: TokenLogprob) -> list[tuple[str, TokenLogprob]]:
+def _top_by_name(chosen: TokenLogprob) -> list[tuple[str, TokenLogprob]]:
     """Return the likeliest tokens under different names, though several may have the same text.
 
     The one that was chosen is called by its text, of the others the likeliest.

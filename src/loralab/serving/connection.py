@@ -68,7 +68,7 @@ class Connection(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The end."""
-        self._silent, self._behind = _cancelled(self._silent), _cancelled(self._behind)
+        self._silent, self._behind = _cancel(self._silent), _cancel(self._behind)
         super().connection_lost(exc)
 
     def pause_writing(self) -> None:
@@ -80,7 +80,7 @@ class Connection(H11Protocol):
     def resume_writing(self) -> None:
         """It has caught up."""
         super().resume_writing()
-        self._behind = _cancelled(self._behind)
+        self._behind = _cancel(self._behind)
 
     def send_400_response(self, msg: str) -> None:
         """Refuse what is not a request, in the shape of all errors; called while h11's is handled."""
@@ -94,7 +94,7 @@ class Connection(H11Protocol):
         """Start the clock of a head that is awaited; uvicorn's own runs between two requests."""
         resting = self.timeout_keep_alive_task is not None
         if not self.idle or resting or self.transport.is_closing():
-            self._silent = _cancelled(self._silent)
+            self._silent = _cancel(self._silent)
         elif self._silent is None:
             seconds = self._limits.head_seconds
             self._silent = self.loop.call_later(seconds, self._too_late)
@@ -141,7 +141,7 @@ class Connection(H11Protocol):
         return min(free, key=lambda c: (c.cycle is not None, c.since), default=self)
 
 
-def _cancelled(timer: asyncio.TimerHandle | None) -> asyncio.TimerHandle | None:
+def _cancel(timer: asyncio.TimerHandle | None) -> asyncio.TimerHandle | None:
     """No timer any more."""
     if timer is not None:
         timer.cancel()

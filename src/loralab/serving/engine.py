@@ -116,7 +116,7 @@ class Engine:
         Raises:
             DataError: the template cannot be used.
         """
-        return self._builder.wordings.of(entry).tokenizer
+        return self._builder.tokenizers.of(entry).tokenizer
 
     def generate(
         self, prompts: Sequence[Sequence[int]], *, adapters: Sequence[str | None], sampling: Sampling
@@ -344,11 +344,11 @@ class Engine:
         for (_, own), found in zip(pairs, logits, strict=True):
             live = self._live[own.sequence.number]
             if isinstance(live, LabelScoring):
-                if live.take(own.sequence, own, found):
+                if live.take_logits(own.sequence, own, found):
                     self._scheduler.remove(own.sequence)
                     if live.accept():
                         self._finish(live, "")
-            elif isinstance(live, Generation) and live.read(own.sequence, own, found):
+            elif isinstance(live, Generation) and live.take_logits(own.sequence, own, found):
                 due.append((live, own.sequence, found[-1]))
             elif live.finished is not None:
                 self._finish(live, "")
@@ -358,7 +358,7 @@ class Engine:
         """Choose a token for each row that is due one."""
         if not due:
             return
-        draws = [live.draws for live, _, _ in due]
+        draws = [live.sampler for live, _, _ in due]
         logits = to_readable(torch.stack([own for _, _, own in due]), draws)
         tokens = choose_tokens(logits, draws)
         for (live, sequence, _), own, token in zip(due, logits, tokens, strict=True):

@@ -78,7 +78,7 @@ class Listener(uvicorn.Server):
                 signal.signal(number, handler)
 
 
-def until_told() -> None:
+def wait_for_signal() -> None:
     """Wait for SIGTERM or SIGINT."""
     told = threading.Event()
     before = {number: signal.signal(number, lambda *_: told.set()) for number in SIGNALS}

@@ -60,9 +60,9 @@ class Generation(_Request):
     stops: frozenset[int]
     tokens: TokenBytes
     answer: Answer
-    writing: StopStringFilter = field(init=False)
+    stop_filter: StopStringFilter = field(init=False)
     detokenizer: IncrementalDetokenizer = field(init=False)
-    draws: SamplerState = field(init=False)
+    sampler: SamplerState = field(init=False)
     _judged: dict[int, Judged] = field(default_factory=dict)  # tokens of the prompt, by place
     _begun: int | None = None  # characters of the prompt in the text; None: it was not read yet
     _certain: str = ""  # text that was not told yet
@@ -71,17 +71,17 @@ class Generation(_Request):
     _count: int = 0
 
     def __post_init__(self) -> None:
-        self.writing = StopStringFilter(self.sampling.stop)
+        self.stop_filter = StopStringFilter(self.sampling.stop)
         before = self.prompt if self.sampling.continues and not self.sampling.echo else ()
         self.detokenizer = IncrementalDetokenizer(self.tokens, before)
-        self.draws = SamplerState(self.sampling)
+        self.sampler = SamplerState(self.sampling)
 
     @property
     def gone(self) -> bool:
         """Return whether nobody waits for it any more."""
         return self.cancelled
 
-    def read(self, sequence: TokenSequence, chunk: Chunk, logits: Tensor) -> bool:
+    def take_logits(self, sequence: TokenSequence, chunk: Chunk, logits: Tensor) -> bool:
         """Take the logits of a computed chunk; return whether a next token is due."""
         if sequence.scored is not None:
             self._judge(sequence.scored - 1, chunk, logits)
@@ -102,11 +102,11 @@ class Generation(_Request):
             return True
         sequence.tokens.append(token)
         self._untold.append(token)
-        self._certain += self.writing.add(self._written(token, logits))
+        self._certain += self.stop_filter.add(self._written(token, logits))
         # whoever is told of tokens gets the parts of a character together
         if self._certain and not (self._explained and self.detokenizer.incomplete):
             self._tell()
-        if self.writing.stopped:
+        if self.stop_filter.stopped:
             self.end(STOP)
         elif self._count >= self.sampling.max_tokens:
             self.end(LENGTH)
@@ -118,10 +118,10 @@ class Generation(_Request):
         if self._explained:
             last = self._explained[-1]
             self._explained[-1] = replace(last, raw=last.raw + raw, text=last.text + text)
-        self._certain += self.writing.end(text)
+        self._certain += self.stop_filter.end(text)
         if self._certain or self._untold or self._explained:
             self._tell(final=True)
-        if self.writing.stopped and reason == LENGTH:  # the rest held a stop text
+        if self.stop_filter.stopped and reason == LENGTH:  # the rest held a stop text
             reason = STOP
         prefix_tokens = 0 if self.prefix_kv is None else self.prefix_kv.shape[3]
         cached = max((sequence.cached for sequence in self.sequences), default=0)
@@ -180,8 +180,8 @@ class Generation(_Request):
 
     def _tell(self, *, final: bool = False) -> None:
         """Tell what is certain, with the tokens that it begins in; of a stop text nothing."""
-        whole = final and not self.writing.stopped
-        until = (self._begun or 0) + self.writing.told
+        whole = final and not self.stop_filter.stopped
+        until = (self._begun or 0) + self.stop_filter.told
         ready = [one for one in self._explained if whole or one.offset < until]
         self.answer.tell(Delta(text=self._certain, tokens=tuple(self._untold), logprobs=tuple(ready)))
         self._certain, self._untold = "", []
@@ -232,7 +232,7 @@ class LabelScoring(_Classes):
     sums: dict[int, list[float]] = field(default_factory=dict)
     read: int = 0
 
-    def take(self, sequence: TokenSequence, chunk: Chunk, logits: Tensor) -> bool:
+    def take_logits(self, sequence: TokenSequence, chunk: Chunk, logits: Tensor) -> bool:
         """Note the log-probabilities that this work tells; whether the row has ended."""
         chances = logits.double().log_softmax(dim=-1)
         own = self.sums.setdefault(sequence.number, [0.0])

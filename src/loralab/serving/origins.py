@@ -72,7 +72,7 @@ class Origins:
         origin = headers.get("origin", "")
         known = bool(origin) and (origin in self._allowed or ANY in self._allowed)
         if known and scope["method"] == "OPTIONS" and "access-control-request-method" in headers:
-            await _asked_before(headers, origin)(scope, receive, send)
+            await _preflight_answer(headers, origin)(scope, receive, send)
             return
 
         async def told(message: Message) -> None:
@@ -87,7 +87,7 @@ class Origins:
         await self._app(scope, receive, told)
 
 
-def _asked_before(headers: Headers, origin: str) -> Response:
+def _preflight_answer(headers: Headers, origin: str) -> Response:
     """Answer a preflight request: any header may be sent, as keys are sent in one."""
     fields = [field.strip() for field in headers.get("access-control-request-headers", "").split(",")]
     allowed = ", ".join(field for field in fields if FIELD.fullmatch(field))

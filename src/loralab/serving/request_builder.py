@@ -8,11 +8,11 @@ from concurrent.futures import Future
 from loralab.errors import ConfigError, DataError
 from loralab.models.load import Base
 from loralab.serving.adapter_info import AdapterInfo
+from loralab.serving.adapter_tokenizers import AdapterTokenizers
 from loralab.serving.detokenize import TokenBytes
 from loralab.serving.live_request import EncoderRequest, Generation, LabelScoring
 from loralab.serving.request import Answer, Sampling
 from loralab.serving.scheduler import TokenSequence
-from loralab.serving.wording import Wordings
 from loralab.tasks.catalog import Task
 from loralab.tasks.encode import answer_ids, prompt_ids
 from loralab.tasks.examples import Example
@@ -33,12 +33,12 @@ class RequestBuilder:
         context: the most tokens of a request, its prefix and its answer included.
 
     Attributes:
-        wordings: how each adapter's prompts are written.
+        tokenizers: how each adapter's prompts are written.
     """
 
     def __init__(self, base: Base, context: int) -> None:
         self._base, self._context = base, context
-        self.wordings = Wordings(base)
+        self.tokenizers = AdapterTokenizers(base)
         self._tokens = TokenBytes(base.tokenizer)
         self._numbers = itertools.count()  # of rows and inputs
 
@@ -72,7 +72,7 @@ class RequestBuilder:
             digest=digest,
             prompt=tuple(prompt),
             sampling=sampling,
-            stops=self.wordings.of(entry).stops,
+            stops=self.tokenizers.of(entry).stops,
             tokens=self._tokens,
             answer=answer,
             sequences=[self._sequence(tokens, entry, sampling)],
@@ -93,10 +93,10 @@ class RequestBuilder:
         """Return whether a prompt ends as those that the adapter has learnt to answer."""
         if entry is None or entry.form in (None, "text"):
             return True
-        wording = self.wordings.of(entry)
-        if wording.tokenizer.chat_template:
-            return tuple(prompt[len(prompt) - len(wording.opening) :]) == wording.opening
-        return self._tokens.decode(prompt[-1:])[-1:].isspace() or not wording.opening
+        trained = self.tokenizers.of(entry)
+        if trained.tokenizer.chat_template:
+            return tuple(prompt[len(prompt) - len(trained.opening) :]) == trained.opening
+        return self._tokens.decode(prompt[-1:])[-1:].isspace() or not trained.opening
 
     def classification(self, inputs: Sequence[str | bytes], entry: AdapterInfo | None) -> LabelScoring | EncoderRequest:
         """Inputs to put into classes.
@@ -125,7 +125,7 @@ class RequestBuilder:
         )
 
     def _label_scoring(self, texts: Sequence[str], entry: AdapterInfo | None, task: Task) -> LabelScoring:
-        tokenizer, prefix = self.wordings.of(entry).tokenizer, list(range(-prefix_tokens_of(entry), 0))
+        tokenizer, prefix = self.tokenizers.of(entry).tokenizer, list(range(-prefix_tokens_of(entry), 0))
         digest = digest_of(entry)
         rows, prompt_tokens, single, firsts = [], [], True, []
         for text in texts:

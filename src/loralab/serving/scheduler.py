@@ -1,6 +1,6 @@
 """Scheduler: admission, fairness between adapters, chunked prefill, preemption.
 
-No tensors here. A request is a row of tokens, of which the first `done` have keys and values in the
+No tensors here. A request is a sequence of tokens, of which the first `done` have keys and values in the
 cache; what is left of it is work. One token left is decoding, more is reading a prompt.
 """
 
@@ -48,7 +48,7 @@ class TokenSequence:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Tokens start to stop of a row are to go through the model."""
+    """Tokens start to stop of a sequence are to go through the model."""
 
     sequence: TokenSequence
     start: int
@@ -64,12 +64,12 @@ class Chunk:
 
 
 class Scheduler:
-    """Rows that wait and rows that run.
+    """Sequences that wait and sequences that run.
 
     Args:
         most_rows: that run at the same time.
         step_tokens: that go through the model in one step, decoding included.
-        reuse: whether beginnings that other rows left in the cache may be used.
+        reuse: whether beginnings that other sequences left in the cache may be used.
     """
 
     def __init__(self, blocks: BlockManager, *, max_sequences: int, step_tokens: int, reuse: bool = True) -> None:
@@ -83,15 +83,15 @@ class Scheduler:
 
     @property
     def waiting(self) -> int:
-        """Rows that wait."""
+        """Sequences that wait."""
         return sum(map(len, self._waiting.values()))
 
     def add(self, sequence: TokenSequence) -> None:
-        """Let a row wait for its turn."""
+        """Let a sequence wait for its turn."""
         self._wait(sequence).append(sequence)
 
     def remove(self, sequence: TokenSequence) -> None:
-        """A row has ended; what it leaves in the cache may serve others."""
+        """A sequence has ended; what it leaves in the cache may serve others."""
         if sequence in self.running:
             self.running.remove(sequence)
             self._free(sequence)
@@ -100,7 +100,7 @@ class Scheduler:
             self._tidy(sequence.key)
 
     def plan(self) -> list[Chunk]:
-        """Return the work of the next step, rows of one adapter together; blocks are taken for it."""
+        """Return the work of the next step, sequences of one adapter together; blocks are taken for it."""
         chosen: dict[TokenSequence, Chunk] = {}
         budget = self._step_tokens
         for sequence in sorted(self.running, key=lambda sequence: sequence.left > 1):  # decoding first
@@ -138,7 +138,7 @@ class Scheduler:
         return self._waiting[sequence.key]
 
     def _admitted(self) -> Iterator[TokenSequence]:
-        """Rows to let in: each time one of the adapter that was given the least."""
+        """Sequences to let in: each time one of the adapter that was given the least."""
         for _ in itertools.count():
             if len(self.running) >= self._max_sequences or not self._waiting:
                 return
@@ -162,7 +162,7 @@ class Scheduler:
     def _allocate(
         self, sequence: TokenSequence, tokens: int, chosen: dict[TokenSequence, Chunk], *, push: bool = True
     ) -> bool:
-        """Take the blocks for so many tokens, pushing out rows that came later if need be."""
+        """Take the blocks for so many tokens, pushing out sequences that came later if need be."""
         missing = blocks_needed(tokens) - len(sequence.blocks)
         while missing > 0:
             allocated = self.blocks.allocate(missing)

@@ -69,7 +69,7 @@ def _prepared(jobs: Sequence[TrainJob], one: OneBase, *, resume: bool) -> list[P
     require_names([job.name for job in jobs])
     requests = {}
     for job in jobs:
-        with _named(job.name):
+        with _errors_of_job(job.name):
             asked = Request.of(job.model, job.data, job.method, job.training, job.mapping, job.tokenizer)
             requests[job.name] = preflight.require_place(Path(job.output_dir), asked, resume=resume)
     _require_alike({name: _alike(request) for name, request in requests.items()})
@@ -78,7 +78,7 @@ def _prepared(jobs: Sequence[TrainJob], one: OneBase, *, resume: bool) -> list[P
         raise ConfigError("every job needs an output_dir of its own", code="common_output", field="output_dir")
     ready = []
     for job in jobs:
-        with _named(job.name):
+        with _errors_of_job(job.name):
             prepared = preflight.prepare(requests[job.name], one, one.encoded)
             prepared = preflight.with_compared_facts(Path(job.output_dir), prepared)
         request = replace(requests[job.name], training=prepared.training)
@@ -216,7 +216,7 @@ def _trained_alone(job: PreparedJob, reason: str, listener: Listener | None) -> 
 
 
 @contextlib.contextmanager
-def _named(name: str) -> Iterator[None]:
+def _errors_of_job(name: str) -> Iterator[None]:
     """Errors of a job say which one it is."""
     try:
         yield

@@ -12,7 +12,7 @@ from loralab.tasks.encode import chat_ids, stop_ids
 
 
 @dataclass(frozen=True)
-class Wording:
+class AdapterTokenizer:
     """Tokenizer of an adapter, and the tokens that end its answers.
 
     Attributes:
@@ -25,7 +25,7 @@ class Wording:
     opening: tuple[int, ...] = ()
 
 
-class Wordings:
+class AdapterTokenizers:
     """The wording of each adapter of a base; for any number of threads.
 
     The tokenizer is copied once for each wording, not for each adapter: most share the base's own.
@@ -34,11 +34,11 @@ class Wordings:
     def __init__(self, base: Base) -> None:
         self._base = base
         self._own = _wording(base)
-        self._known: dict[tuple[tuple[str, str | None], ...], Wording] = {}
+        self._known: dict[tuple[tuple[str, str | None], ...], AdapterTokenizer] = {}
         self._told: set[str] = set()  # digests of the adapters whose wording was said to differ
         self._lock = threading.Lock()
 
-    def of(self, entry: AdapterInfo | None) -> Wording:
+    def of(self, entry: AdapterInfo | None) -> AdapterTokenizer:
         """Return the wording that an adapter was trained with; None is the base.
 
         One that differs from the base's own is a BaseMismatchWarning, once for each adapter.
@@ -46,24 +46,24 @@ class Wordings:
         Raises:
             DataError: the adapter's chat template cannot be used.
         """
-        if entry is None or not entry.wording:
+        if entry is None or not entry.tokenizer_overrides:
             return self._own
-        changed = tokenizer_changes(self._base, dict(entry.wording))
+        changed = tokenizer_changes(self._base, dict(entry.tokenizer_overrides))
         if not changed:
             return self._own
         with self._lock:
-            if entry.wording not in self._known:
-                self._known[entry.wording] = _wording(with_tokenizer_changes(self._base, changed))
+            if entry.tokenizer_overrides not in self._known:
+                self._known[entry.tokenizer_overrides] = _wording(with_tokenizer_changes(self._base, changed))
             if entry.digest not in self._told:
                 self._told.add(entry.digest)
                 warn_of(changed, self._base, entry.name)
-            return self._known[entry.wording]
+            return self._known[entry.tokenizer_overrides]
 
 
-def _wording(base: Base) -> Wording:
+def _wording(base: Base) -> AdapterTokenizer:
     if base.kind != "causal-lm":
-        return Wording(base.tokenizer)
-    return Wording(base.tokenizer, frozenset(stop_ids(base.tokenizer)), _opening(base.tokenizer))
+        return AdapterTokenizer(base.tokenizer)
+    return AdapterTokenizer(base.tokenizer, frozenset(stop_ids(base.tokenizer)), _opening(base.tokenizer))
 
 
 def _opening(tokenizer: Any) -> tuple[int, ...]:
