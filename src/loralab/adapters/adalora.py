@@ -157,7 +157,7 @@ class LinearWithAdaLoRA(Wrapper):
         self._in_step = None
 
     def extra_repr(self) -> str:
-        """Ranks and scaling, for print(model)."""
+        """Return the ranks and scaling, for print(model)."""
         return f"rank={int(self.kept.sum())} of {self.rank}, scaling={self.scaling:g}"
 
     @property

@@ -341,7 +341,7 @@ class Adapter:
         return {name: tensor.detach() for name, tensor in tensors.items()}
 
     def reason_not_to_merge(self) -> str:
-        """Why the base weights cannot hold what was learnt; empty if they can."""
+        """Return why the base weights cannot hold what was learnt; empty if they can."""
         for name, module in self.modules.items():
             if module.cannot_merge:
                 return str(module.cannot_merge)

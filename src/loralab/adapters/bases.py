@@ -36,7 +36,7 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def why_not_merged(module: nn.Module) -> str:
-    """Why a merge into a module's weight would compute something else; empty if it would not."""
+    """Return why a merge into a module's weight would compute something else; empty if it would not."""
     linear = looks_linear(module)
     return why_output_differs(module, transposed=is_conv1d(module)) if linear else ""
 

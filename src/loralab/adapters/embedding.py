@@ -70,7 +70,7 @@ class TrainedRows(Wrapper):
             output_scale(base)  # raises where the base is more than a table
 
     def forward(self, x: Tensor) -> Tensor:
-        """Ids (...) -> (..., D) of an embedding, or states (..., D) -> (..., V) of a head."""
+        """Map ids (...) -> (..., D) of an embedding, or states (..., D) -> (..., V) of a head."""
         y: Tensor = self.base(x)
         if self.merged:
             return y

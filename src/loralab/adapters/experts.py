@@ -14,7 +14,7 @@ MIN_SHARE = 0.01  # share of the weights from which matrices that are not expert
 
 
 def stacked_weights(model: nn.Module) -> dict[str, str]:
-    """Paths of modules with such parameters -> EXPERTS or STACKED."""
+    """Return the paths of modules with such parameters -> EXPERTS or STACKED."""
     total = sum(parameter.numel() for parameter in model.parameters())
     found = {}
     for path, module in model.named_modules():

@@ -63,7 +63,7 @@ def plain_name(name: str, wrappers: Container[str]) -> str:
 
 
 def base_paths(model: nn.Module) -> list[str]:
-    """Paths of all modules that the base model has, but for those trained in full."""
+    """Return the paths of all modules that the base model has, but for those trained in full."""
     plain = plain_paths(model)
     named = {plain(name): module for name, module in model.named_modules() if name}
     wrappers = {name for name, module in named.items() if isinstance(module, Wrapper)}

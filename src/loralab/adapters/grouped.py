@@ -175,7 +175,7 @@ class RoutedModule(Wrapper):
         self._stacked = ((), [])
 
     def updated(self, x: Tensor, layers: Sequence["RoutedModule"]) -> tuple[Tensor, ...] | None:
-        """Layers that read the same input, where all updates are plain low-rank ones."""
+        """Return layers that read the same input, where all updates are plain low-rank ones."""
         bank = self._bank[0]
         spans, rows = bank.spans, _rows(x, bank.spans)
         chosen = [(s, [layer.members.get(s.key) for layer in layers]) for s in spans]
@@ -262,7 +262,7 @@ def together(x: Tensor, layers: Sequence[nn.Module]) -> list[Tensor]:
 
 
 def cannot_share(modules: Mapping[str, nn.Module]) -> str:
-    """Why modules cannot stand in one batch with those of other adapters; empty if they can."""
+    """Return why modules cannot stand in one batch with those of other adapters; empty if they can."""
     for path, module in modules.items():
         if reason := getattr(module, "cannot_share", ""):
             return f"{path}: {reason}"
@@ -320,7 +320,7 @@ def _cut(value: Any, axis: int, total: int, span: Span) -> Any:
 
 
 def _joined(parts: Sequence[Any], axis: int) -> Any:
-    """Outputs one after the other; heads of fewer classes get minus infinity in the others."""
+    """Return outputs one after the other; heads of fewer classes get minus infinity in the others."""
     if isinstance(parts[0], tuple):
         return tuple(_joined(own, axis) for own in zip(*parts, strict=True))
     if not isinstance(parts[0], Tensor):

@@ -37,7 +37,7 @@ def orthogonal(weight: Tensor, rank: int, factor: float, generator: torch.Genera
 
 
 def b_kaiming(weight: Tensor, rank: int, factor: float, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-    """Both factors Kaiming: step 0 is *not* the base model. For the experiment, not for use."""
+    """Return both factors Kaiming-initialised: step 0 is *not* the base model. For the experiment, not for use."""
     a, b = kaiming(weight, rank, factor, generator)
     return a, nn.init.kaiming_uniform_(b, a=math.sqrt(5), generator=generator)
 

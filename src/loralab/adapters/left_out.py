@@ -21,7 +21,7 @@ MAX_LISTED = 4  # names that a note lists for each reason
 
 
 def left_out(model: nn.Module, config: Any, chosen: Collection[str]) -> dict[str, str]:
-    """Paths of what is not adapted -> why.
+    """Return the paths of what is not adapted -> why.
 
     The output head and the embedding are never meant, so they are not named.
 

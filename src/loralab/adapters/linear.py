@@ -167,7 +167,7 @@ class LinearWithLoRA(Wrapper):
 
     @torch.no_grad()
     def row_norm(self) -> Tensor:
-        """Length of each row of W0 + (alpha / r) B A, (O,).
+        """Return the length of each row of W0 + (alpha / r) B A, (O,).
 
         DoRA holds it constant in the gradient (section 4.3), in that of forward mode too. It is
         worked out from |W0|^2, W0 A' and A A', so that no second matrix of the size of W0 is ever

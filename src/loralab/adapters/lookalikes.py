@@ -38,7 +38,7 @@ def why_not_linear(module: nn.Module, *, transposed: bool = False) -> str:
 
 
 def why_output_differs(module: nn.Module, *, transposed: bool = False) -> str:
-    """Why what a layer gives is not x W' + b, called as a model calls it; empty if it is.
+    """Return why what a layer gives is not x W' + b, called as a model calls it; empty if it is.
 
     Somebody's hook or a forward that was replaced since may change the output.
     """

@@ -42,7 +42,7 @@ def build(model: nn.Module, config: LoRA, generator: torch.Generator | None) -> 
 
 
 def selected_modules(model: nn.Module, config: LoRA) -> dict[str, list[str]]:
-    """Paths of the modules that are adapted, with the parts that are meant; none is the whole."""
+    """Return the paths of the modules that are adapted, with the parts that are meant; none is the whole."""
     heads = [n for n, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)]
     others = [*fused.part_names(model), *_further(model)]
     return fused.by_module(model, target_names(model, config, others, implied=heads))
@@ -197,7 +197,7 @@ def _wrapped(model: nn.Module, path: str, names: list[str], config: LoRA, genera
 
 
 def _further(model: nn.Module) -> list[str]:
-    """Paths of what is adapted only where it is named."""
+    """Return the paths of what is adapted only where it is named."""
     kinds = (nn.Embedding, nn.MultiheadAttention)
     named = [(name, module) for name, module in model.named_modules() if name]
     return [name for name, m in named if isinstance(m, kinds) or is_convolution(m)]

@@ -67,7 +67,7 @@ class MultiheadAttentionWithLoRA(Wrapper):
         return functional_call(self.base, weights, inputs, named)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Both updates under peft's names, with one rank: the narrower one is filled with zeros."""
+        """Return both updates under peft's names, with one rank: the narrower one is filled with zeros."""
         A, B = self.lora_A, block_diagonal(self.lora_B, self.parts, 3 * self.width, self.rank)
         out_A, out_B = A.new_zeros(A.shape), B.new_zeros(self.width, B.shape[1])
         if self.out_A is not None and self.out_B is not None:

@@ -17,7 +17,7 @@ FUSED = ("c_attn", "qkv", "qkv_proj", "Wqkv")
 
 
 def part_names(model: nn.Module) -> list[str]:
-    """Paths of all parts."""
+    """Return the paths of all parts."""
     named = model.named_modules()
     return [f"{path}.{part}" for path, m in named for part in rows_of(model, m, path)]
 
@@ -41,7 +41,7 @@ def rows_of(model: Any, module: Any, path: str) -> dict[str, Rows]:
 
 
 def by_module(model: nn.Module, chosen: Iterable[str]) -> dict[str, list[str]]:
-    """Chosen paths -> module paths with the parts that are meant; no part is the whole module.
+    """Return chosen paths -> module paths with the parts that are meant; no part is the whole module.
 
     Raises:
         TargetError: a module is named as a whole and by its parts.

@@ -76,7 +76,7 @@ class PrefixTable(nn.Module):
         return PrefixCache(cache, self.of(layer))
 
     def of(self, layer: int) -> Tensor:
-        """Keys and values of one layer, (2, H, P, D)."""
+        """Return the keys and values of one layer, (2, H, P, D)."""
         _, heads, width = self.shape
         size = 2 * heads * width
         if self.down is None or self.up is None:
@@ -168,11 +168,11 @@ class PrefixCache:
         self._own = self._own[:, :, count:]
 
     def past(self, layer: int) -> int:
-        """Tokens that the real cache holds."""
+        """Return the number of tokens that the real cache holds."""
         return 0 if self._cache is None else int(self._cache.get_seq_length(layer))
 
     def update(self, keys: Tensor, values: Tensor, *rest: Any, **named: Any) -> tuple[Any, Any]:
-        """Keys and values (B, H, K, D) of this call -> those that are attended to."""
+        """Append this call's keys and values (B, H, K, D); return those that are attended to."""
         if self._cache is not None:
             keys, values = self._cache.update(keys, values, *rest, **named)
         own = self._own[:, None].expand(2, len(keys), *self._own.shape[1:]).to(keys.dtype)
@@ -235,7 +235,7 @@ def window_of(attention: Any) -> int | None:
 
 
 def attention_names(model: nn.Module) -> list[str]:
-    """Paths of the innermost modules that attend through a cache, layer after layer.
+    """Return the paths of the innermost modules that attend through a cache, layer after layer.
 
     Raises:
         TargetError: there are none.

@@ -155,7 +155,7 @@ def _plain_key(key: str, dropped: set[str]) -> str:
 
 
 def _saved_by_ending(names: Iterable[str], config: Any, tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
-    """Modules that peft saved because their *letters* end as asked: "pre_classifier" too."""
+    """Return modules that peft saved because their *letters* end as asked: "pre_classifier" too."""
     keys = {key.rpartition(".")[0] for key in tensors}
     return tuple(
         name

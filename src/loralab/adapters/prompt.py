@@ -226,7 +226,7 @@ def parse(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[Pro
 
 
 def _causal_attention(model: nn.Module) -> list[str]:
-    """Paths of the attention of a causal model; none for one that reads in both directions."""
+    """Return the paths of the attention of a causal model; none for one that reads in both directions."""
     try:
         names = attention_names(model)
     except TargetError:

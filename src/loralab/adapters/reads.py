@@ -43,12 +43,12 @@ Function = tuple[ast.AST, dict[str, str]]  # its syntax, and what its local name
 
 
 def read_uncalled(model: nn.Module, names: Collection[str]) -> dict[str, str]:
-    """Which of some layers a model reads without calling them -> why they cannot be adapted."""
+    """Return which of some layers a model reads without calling them -> why they cannot be adapted."""
     return {name: reason for name, reason in _reasons(model, names) if reason}
 
 
 def read_sometimes(model: nn.Module, names: Collection[str]) -> set[str]:
-    """Which of some layers a model calls, and reads instead on some of its ways."""
+    """Return which of some layers a model calls, and reads instead on some of its ways."""
     return {name for name, reason in _reasons(model, names) if not reason}
 
 

@@ -67,7 +67,7 @@ def _is_one(value: Any, kinds: tuple[type, ...]) -> bool:
 
 
 def _numbers(values: Any) -> dict[str, float]:
-    """Metrics that are numbers."""
+    """Return the metrics that are numbers."""
     if not isinstance(values, dict):
         return {}
     return {

@@ -43,7 +43,7 @@ class Block:
 def target_names(
     model: nn.Module, config: Method, others: Sequence[str] = (), implied: Sequence[str] = ()
 ) -> list[str]:
-    """Paths of the modules that `config` adapts, in the model's order.
+    """Return the paths of the modules that `config` adapts, in the model's order.
 
     Args:
         others: paths of further modules that can be adapted where they are named, and parts of
@@ -83,13 +83,13 @@ def in_preset(model: nn.Module, preset: str, path: str) -> bool:
 
 
 def outer_names(model: nn.Module) -> list[str]:
-    """Paths of the heads, which presets leave alone."""
+    """Return the paths of the heads, which presets leave alone."""
     aside = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in SIDE_HEADS]
     return [*head_names(model), *aside]
 
 
 def saved_names(model: nn.Module, config: Any) -> list[str]:
-    """Paths of the modules that `config` trains in full.
+    """Return the paths of the modules that `config` trains in full.
 
     Raises:
         TargetError: a name of modules_to_save selects nothing.
@@ -109,20 +109,20 @@ def saved_names(model: nn.Module, config: Any) -> list[str]:
 
 
 def linear_names(model: nn.Module) -> list[str]:
-    """Paths of all linear layers that can be adapted; one that stands in two places once."""
+    """Return the paths of all linear layers that can be adapted; one that stands in two places once."""
     unable = unable_names(model)
     return [name for name in _looking_linear(model) if name not in unable]
 
 
 def unable_names(model: nn.Module) -> dict[str, str]:
-    """Paths of layers that are linear by their class and cannot be adapted -> why."""
+    """Return the paths of layers that are linear by their class and cannot be adapted -> why."""
     names = _looking_linear(model)
     found = {name: why_not_linear(m, transposed=is_conv1d(m)) for name, m in names.items()}
     return {**{name: why for name, why in found.items() if why}, **read_uncalled(model, names)}
 
 
 def head_names(model: nn.Module) -> list[str]:
-    """Paths of the output head: what the model calls its output embeddings, or a known name."""
+    """Return the paths of the output head: what the model calls its output embeddings, or a known name."""
     inner = unwrapped(model)
     heads = {id(module) for name, module in inner.named_children() if name in HEADS}
     get_output = getattr(inner, "get_output_embeddings", None)
@@ -205,7 +205,7 @@ class _Selection:
         return is_selected(self.plain(path), names) or is_selected(path, names)
 
     def chosen(self) -> list[str]:
-        """Paths that target_modules selects."""
+        """Return the paths that target_modules selects."""
         target = self.config.target_modules
         if preset := preset_of(self.config):
             return self._by_preset(preset)
@@ -224,7 +224,7 @@ class _Selection:
         return chosen
 
     def without_excluded(self, names: list[str]) -> list[str]:
-        """Paths that exclude_modules leaves; it may also name what cannot be adapted anyway."""
+        """Return the paths that exclude_modules leaves; it may also name what cannot be adapted anyway."""
         excluded = self.config.exclude_modules
         if excluded is None:
             return names
@@ -240,7 +240,7 @@ class _Selection:
         return kept
 
     def in_layers(self, names: list[str]) -> list[str]:
-        """Paths within the layers that are asked for; the patterns must mean some of them."""
+        """Return the paths within the layers that are asked for; the patterns must mean some of them."""
         names = self._numbered(names)
         for field in ("rank_pattern", "alpha_pattern"):
             for pattern in getattr(self.config, field, ()):

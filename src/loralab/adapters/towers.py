@@ -14,7 +14,7 @@ MODALITIES = ("vision", "audio", "image", "speech", "video", "vit_", "qformer", 
 
 
 def tower_of(model: Any, names: list[str], heads: list[str]) -> dict[str, str]:
-    """Which of some paths belong to a tower or what connects it -> the path of that part."""
+    """Return which of some paths belong to a tower or what connects it -> the path of that part."""
     text, others = _configurations(model)
     if not others or not _writes_text(model):
         return {}

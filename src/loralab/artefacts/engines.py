@@ -211,7 +211,7 @@ def _gguf(stored: AdapterFolder, base_info: BaseInfo) -> Verdict:
 
 
 def _strange(own: Iterable[Update]) -> list[Incompatibility]:
-    """Layers that have no name in a GGUF file."""
+    """Return layers that have no name in a GGUF file."""
     names = [one.path for one in own if one.ending == ".lora_A.weight" and one.path != "lm_head"]
     known = tuple(f".{name}" for name in LAYERS.values())
     if strange := [name for name in names if not name.endswith(known)]:

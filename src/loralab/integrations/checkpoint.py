@@ -66,7 +66,7 @@ class CheckpointState:
         }
 
     def _own(self) -> dict[str, Tensor]:
-        """Parameters and buffers of the adapter by their keys in the model, each of them once."""
+        """Return parameters and buffers of the adapter by their keys in the model, each of them once."""
         wanted = {id(p) for p in self.adapter.parameters()}
         wanted |= {id(b) for m in self.adapter.modules.values() for b in m.own_buffers().values()}
         wanted |= {id(b) for m in self.adapter.saved.values() for b in m.trained.buffers()}

@@ -16,7 +16,7 @@ from loralab.models.kinds import class_named
 
 
 def new_modules(name: str, model: Any, report: Mapping[str, Any], *, new_head: bool) -> tuple[str, ...]:
-    """Paths of the modules that the file has nothing for, the outermost of each.
+    """Return the paths of the modules that the file has nothing for, the outermost of each.
 
     Args:
         report: transformers' own, of the keys that it missed or found in another shape.
@@ -45,7 +45,7 @@ def new_modules(name: str, model: Any, report: Mapping[str, Any], *, new_head: b
 
 
 def _own_keys(model: Any) -> Set[str]:
-    """Keys of the class that the folder was saved from, without its prefix.
+    """Return keys of the class that the folder was saved from, without its prefix.
 
     None of a class that is not known, or does not build.
     """

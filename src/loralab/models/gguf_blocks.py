@@ -143,7 +143,7 @@ def linear_tensors(file: Path, config: Any) -> dict[str, GGUFBlocks]:
 
 
 def row_order(family: str, config: Any, layer: str, rows: int) -> Tensor | None:
-    """Which of llama.cpp's rows stands where: it interleaves the two halves of each head.
+    """Return which of llama.cpp's rows stands where: it interleaves the two halves of each head.
 
     None where the rows stand as here.
 

@@ -139,7 +139,7 @@ class _Head:
         return list(self._unpack(f"{count}{SCALARS[kind]}"))
 
     def _tensor(self, shapes: dict[str, tuple[int, ...]]) -> tuple[int, int]:
-        """Where the numbers of one tensor begin and how many bytes they are."""
+        """Return where the numbers of one tensor begin and how many bytes they are."""
         from gguf import GGML_QUANT_SIZES
 
         name = self._name_of("tensor", shapes)

@@ -122,7 +122,7 @@ class NF4:
         return out
 
     def nbytes(self) -> int:
-        """Packed weights and scales; the two tables of levels are shared by all layers."""
+        """Return packed weights and scales; the two tables of levels are shared by all layers."""
         parts = [self.data, self.state.absmax]
         if self.state.nested:
             parts += [self.state.state2.absmax, self.state.offset]

@@ -262,7 +262,7 @@ class Service:
         return await self.run_in_tokenizer_thread(lambda: opening(self.engine.tokenizer(entry), turns))
 
     def room(self, ids: Sequence[int], entry: "AdapterInfo | None", param: str) -> int:
-        """Tokens that an answer to a prompt can have.
+        """Return the number of tokens that an answer to a prompt can have.
 
         Raises:
             ApiError: 400, there are none.

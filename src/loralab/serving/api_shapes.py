@@ -67,7 +67,7 @@ class _Shape:
         return {**self.chunk([]), "usage": self.usage(ends)} if self._usage else None
 
     def usage(self, ends: Sequence[Finished]) -> Json:
-        """Tokens of all answers; a prompt with several answers counts once."""
+        """Return tokens of all answers; a prompt with several answers counts once."""
         asked = [end for index, end in enumerate(ends) if index % self._choices == 0]
         prompt = sum(end.prompt_tokens for end in asked)
         completion = sum(end.completion_tokens for end in ends)
@@ -103,7 +103,7 @@ class CompletionShape(_Shape):
         return self.chunk([self._choice(index, piece.text, told, None)])
 
     def ending(self, index: int, end: Finished) -> Json:
-        """Why it ended."""
+        """Return why it ended."""
         self._written[index] = end.completion_tokens
         return self.chunk([self._choice(index, "", None, end.reason)])
 
@@ -144,7 +144,7 @@ class ChatShape(_Shape):
         return self.chunk([self._delta(index, {"content": piece.text}, told)])
 
     def ending(self, index: int, end: Finished) -> Json:
-        """Why it ended."""
+        """Return why it ended."""
         self._written[index] = end.completion_tokens
         return self.chunk([self._delta(index, {}, reason=end.reason)])
 
@@ -162,7 +162,7 @@ def warning_of(answers: Sequence[Answer]) -> str:
 
 
 def adapter_of(answer: Answer) -> Json | None:
-    """Which adapter answers; None is the base."""
+    """Return which adapter answers; None is the base."""
     return None if answer.digest is None else {"name": answer.adapter, "digest": answer.digest}
 
 

@@ -44,7 +44,7 @@ class Gathered:
             answer.listen(self._listener(index))
 
     async def events(self) -> AsyncIterator[tuple[int, Event]]:
-        """Events with the number of their answer, until all are over.
+        """Yield events with the number of their answer, until all are over.
 
         Raises:
             ApiError: an answer failed; the others are cancelled.

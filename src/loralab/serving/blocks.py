@@ -28,7 +28,7 @@ class BlockManager:
         return len(self._unknown) + len(self._resting)
 
     def match(self, root: str, tokens: Sequence[int]) -> list[int]:
-        """Take the blocks that hold the longest known beginning of some tokens."""
+        """Use the blocks that hold the longest known beginning of some tokens."""
         found: list[int] = []
         for name in block_hashes(root, tokens):
             block = self._named.get(name)
@@ -39,7 +39,7 @@ class BlockManager:
         return found
 
     def allocate(self, count: int) -> list[int] | None:
-        """Take so many blocks, forgetting what has rested longest; None if there are fewer."""
+        """Allocate blocks, evicting the least recently used; None if there are too few."""
         if count > self.num_free:
             return None
         found = []
@@ -54,13 +54,13 @@ class BlockManager:
         return found
 
     def register(self, root: str, tokens: Sequence[int], blocks: Sequence[int]) -> None:
-        """Remember what the full ones of a request's blocks hold."""
+        """Register the content of a request's full blocks for reuse."""
         for name, block in zip(block_hashes(root, tokens), blocks, strict=False):
             if name not in self._named and block not in self._name:
                 self._named[name], self._name[block] = block, name
 
     def free(self, blocks: Sequence[int]) -> None:
-        """One user less; the end of a beginning is forgotten before its start."""
+        """Release one use of blocks; the end of a beginning is evicted before its start."""
         for block in reversed(blocks):
             self._users[block] -= 1
             if self._users[block]:
@@ -76,7 +76,7 @@ class BlockManager:
 
 
 def block_hashes(root: str, tokens: Sequence[int]) -> list[bytes]:
-    """Return the names of the full blocks of some tokens, each from the one before it."""
+    """Return the chained hashes of the full blocks of some tokens."""
     found, name = [], root.encode()
     for start in range(0, len(tokens) - BLOCK_SIZE + 1, BLOCK_SIZE):
         part = ",".join(map(str, tokens[start : start + BLOCK_SIZE]))
@@ -86,5 +86,5 @@ def block_hashes(root: str, tokens: Sequence[int]) -> list[bytes]:
 
 
 def blocks_needed(tokens: int) -> int:
-    """Blocks for so many tokens."""
+    """Return how many blocks so many tokens need."""
     return -(-tokens // BLOCK_SIZE)

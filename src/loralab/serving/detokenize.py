@@ -171,7 +171,7 @@ def decoders_of(tokenizer: Any) -> set[str]:
 
 
 def escaped(raw: bytes) -> str:
-    """Bytes as OpenAI writes a token that is not a text."""
+    """Return bytes as OpenAI writes a token that is not a text."""
     return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
 

@@ -121,7 +121,7 @@ class Engine:
     def generate(
         self, prompts: Sequence[Sequence[int]], *, adapters: Sequence[str | None], sampling: Sampling
     ) -> list[Completed]:
-        """Answers to some prompts, each by its adapter; for callers without HTTP."""
+        """Return the answers to some prompts, each by its adapter; for callers without HTTP."""
         pairs = zip(prompts, adapters, strict=True)
         answers = [self.submit(p, adapter=a, sampling=sampling) for p, a in pairs]
         if not self._threads:
@@ -191,7 +191,7 @@ class Engine:
         return bool(tokens)
 
     def _run(self) -> None:
-        """The thread that owns the model."""
+        """Run the thread that owns the model."""
         try:
             while not (self._closing and not self._all_live()):
                 if not self.step():
@@ -206,7 +206,7 @@ class Engine:
             raise
 
     def _load_forever(self) -> None:
-        """The thread that brings adapters into memory."""
+        """Run the thread that brings adapters into memory."""
         while not (self._closing and not self._all_live()) and self.healthy:
             if not self._load_some():
                 with self._lock:
@@ -244,7 +244,7 @@ class Engine:
         return moved
 
     def _admit(self) -> None:
-        """Hand those that have their adapter to the scheduler."""
+        """Hand the requests that have their adapter to the scheduler."""
         while self._ready:
             live = self._ready[0]
             try:
@@ -283,7 +283,7 @@ class Engine:
                 del self._users[digest]
 
     def _finish(self, live: LiveRequest, reason: str, error: str = "") -> None:
-        """A request has ended, one way or another."""
+        """End a request, one way or another."""
         if live.finished is None:
             live.end(reason, error)
         for sequence in live.sequences:
@@ -323,7 +323,7 @@ class Engine:
         self._live.clear()
 
     def _run_chunks(self, chunks: Sequence[Chunk]) -> None:
-        """Run some work; what fails fails alone."""
+        """Compute some chunks; a failure ends only the request that it belongs to."""
         try:
             self._compute(chunks)
         except Exception as error:
@@ -355,7 +355,7 @@ class Engine:
         self._sample(due)
 
     def _sample(self, due: Sequence[tuple[Any, TokenSequence, torch.Tensor]]) -> None:
-        """Choose a token for each row that is due one."""
+        """Sample a token for each sequence that is due one."""
         if not due:
             return
         draws = [live.sampler for live, _, _ in due]
@@ -366,7 +366,7 @@ class Engine:
                 self._finish(live, "")
 
     def _load_prefix(self, chunk: Chunk) -> Chunk | None:
-        """Return the work that is left once a prefix has been put into the cache."""
+        """Put a prefix into the cache; return the rest of the chunk, if any."""
         prefix_kv = self._live[chunk.sequence.number].prefix_kv
         return chunk if prefix_kv is None else self._model.load_prefix(chunk, prefix_kv)
 

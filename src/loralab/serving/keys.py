@@ -128,14 +128,14 @@ class Keys:
             return Grant(key, tokens, used.day)
 
     def settle(self, grant: Grant, tokens: int) -> None:
-        """A request is over, and took so many tokens; it counts to the day that it began on."""
+        """Settle a finished request: it used so many tokens, counted to the day that it began on."""
         with self._lock:
             today = self._today(grant.key)
             if today.day == grant.day:
                 today.tokens += tokens - grant.tokens
 
     def used_today(self, key: Key) -> int:
-        """Tokens that were used or are set aside."""
+        """Return the number of tokens that were used or are set aside."""
         with self._lock:
             return self._today(key).tokens
 

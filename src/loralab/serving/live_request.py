@@ -285,7 +285,7 @@ LiveRequest = Generation | LabelScoring | EncoderRequest
 
 
 def rank_labels(labels: Sequence[str], chances: Sequence[float], tokens: int) -> Ranked:
-    """Labels with their probabilities, the likeliest first."""
+    """Return the labels with their probabilities, the likeliest first."""
     pairs = sorted(zip(labels, chances, strict=True), key=lambda pair: -pair[1])
     return Ranked(label=pairs[0][0], probabilities=dict(pairs), tokens=tokens)
 

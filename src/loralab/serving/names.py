@@ -56,7 +56,7 @@ class Names:
         return self.moved.get(name, None if name in self.removed else name)
 
     def differing(self, other: "Names") -> list[str]:
-        """Names that stand elsewhere in the other."""
+        """Return the names that stand elsewhere in the other."""
         named = {*self.moved, *other.moved, *self.removed, *other.removed}
         return sorted(
             name

@@ -139,7 +139,7 @@ class NativeRunner:
 
 
 def unsupported_reason(model: Any) -> str:
-    """Why a model cannot be compiled; empty if it looks as if it could."""
+    """Return why a model cannot be compiled; empty if it looks as if it could."""
     native = kernels_for(next(model.parameters()))
     if native is None or not native.dots:
         return "it needs bfloat16 on a processor with AVX-512 BF16, and a C compiler"

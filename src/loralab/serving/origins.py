@@ -22,7 +22,7 @@ SECONDS = "600"  # that a browser may remember what it was told
 
 
 def origins_of(allowed: Sequence[str], *, with_keys: bool) -> frozenset[str]:
-    """Origins as browsers write them.
+    """Return the origins as browsers write them.
 
     Args:
         allowed: such as https://chat.example.org; "*" is any.

@@ -99,7 +99,7 @@ class RequestBuilder:
         return self._tokens.decode(prompt[-1:])[-1:].isspace() or not trained.opening
 
     def classification(self, inputs: Sequence[str | bytes], entry: AdapterInfo | None) -> LabelScoring | EncoderRequest:
-        """Inputs to put into classes.
+        """Return inputs to put into classes.
 
         Raises:
             DataError: no labels are known, or an input is too long or of another kind.

@@ -26,7 +26,7 @@ PROBE_CHUNK = 13  # tokens of them that go through at once
 
 
 class ModelRunner:
-    """A causal model and adapters as a function of some work.
+    """Computes the logits of chunks with a causal model and adapters.
 
     Attributes:
         names: the ways that are used, the quickest first.
@@ -52,7 +52,7 @@ class ModelRunner:
         self.names = [*(["compiled"] if self._native else []), "packed" if self.reuse else "one by one"]
 
     def prepare(self, key: Hashable, loaded: Any) -> None:
-        """Work out what an adapter amounts to; may run beside a step."""
+        """Prepare an adapter for the native step; may run beside a step."""
         new = self._native is not None and loaded.prefix_kv is None and key not in self._compiled
         if new and self._native is not None and self._native.put(key, loaded.adapter):
             self._compiled.add(key)
@@ -79,7 +79,7 @@ class ModelRunner:
             self._fallback.drop(key)
 
     def load_prefix(self, chunk: Chunk, prefix_kv: Tensor) -> Chunk | None:
-        """Put the prefix's part of some work into the cache; what is left of it, if anything."""
+        """Put the prefix's part of a chunk into the cache; return the rest of it, if any."""
         sequence, stop = chunk.sequence, min(chunk.stop, prefix_kv.shape[3])
         if chunk.start < stop:
             places = range(chunk.start, stop)
@@ -87,7 +87,7 @@ class ModelRunner:
         return Chunk(sequence, max(chunk.start, stop), chunk.stop) if chunk.stop > stop else None
 
     def forget(self, sequence: TokenSequence) -> None:
-        """A request has ended."""
+        """End a request."""
         if isinstance(self._fallback, SequentialRunner):
             self._fallback.forget(sequence.number)
 
@@ -118,7 +118,7 @@ class ModelRunner:
 
 
 def batch_of(chunks: Sequence[Chunk]) -> ForwardBatch:
-    """Return some work as the input of a model."""
+    """Build the input of a forward pass from some chunks."""
     ids: list[int] = []
     places: list[int] = []
     rows, keys, logit_positions = [], [], []
@@ -141,7 +141,7 @@ def batch_of(chunks: Sequence[Chunk]) -> ForwardBatch:
 
 @torch.no_grad()
 def _difference(model: Any, logits: Any, pool: KVCache) -> str:
-    """In what a way differs from the model by more than rounding; empty if it does not."""
+    """Describe how a runner differs from the model by more than rounding; empty if it does not."""
     draw = torch.Generator().manual_seed(0)
     words = min(model.config.get_text_config().vocab_size, 1000)
     blocks, sequences = BlockManager(pool.keys.shape[1]), []

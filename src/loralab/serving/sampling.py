@@ -23,7 +23,7 @@ class SamplerState:
 
 
 def to_readable(logits: Tensor, draws: list[SamplerState]) -> Tensor:
-    """Logits (m, V), on the processor if more of any row is needed than its likeliest token.
+    """Return the logits (m, V), on the processor if more of any row is needed than its likeliest token.
 
     All rows at once: on an accelerator each transfer waits for all that was asked before.
     """
@@ -46,7 +46,7 @@ def sample(row: Tensor, own: SamplerState) -> int:
 
 
 def filtered_probabilities(row: Tensor, sampling: Sampling) -> Tensor:
-    """Probabilities (V,), zero for what is never drawn.
+    """Return the probabilities (V,), zero for what is never drawn.
 
     top_k keeps the likeliest tokens; top_p the fewest whose probabilities reach it (Holtzman et
     al. 2020, arXiv:1904.09751, section 3.1), of what top_k has left.

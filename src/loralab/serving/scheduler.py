@@ -48,7 +48,7 @@ class TokenSequence:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Tokens start to stop of a sequence are to go through the model."""
+    """Tokens start to stop of a sequence, to go through the model in one step."""
 
     sequence: TokenSequence
     start: int
@@ -87,11 +87,11 @@ class Scheduler:
         return sum(map(len, self._waiting.values()))
 
     def add(self, sequence: TokenSequence) -> None:
-        """Let a sequence wait for its turn."""
+        """Queue a sequence."""
         self._wait(sequence).append(sequence)
 
     def remove(self, sequence: TokenSequence) -> None:
-        """A sequence has ended; what it leaves in the cache may serve others."""
+        """End a sequence; its blocks may serve others."""
         if sequence in self.running:
             self.running.remove(sequence)
             self._free(sequence)
@@ -100,7 +100,7 @@ class Scheduler:
             self._tidy(sequence.key)
 
     def plan(self) -> list[Chunk]:
-        """Return the work of the next step, sequences of one adapter together; blocks are taken for it."""
+        """Plan the chunks of the next step, those of one adapter together, and allocate their blocks."""
         chosen: dict[TokenSequence, Chunk] = {}
         budget = self._step_tokens
         for sequence in sorted(self.running, key=lambda sequence: sequence.left > 1):  # decoding first
@@ -121,7 +121,7 @@ class Scheduler:
         return sorted(chosen.values(), key=lambda w: "" if w.sequence.key is None else w.sequence.key)
 
     def advance(self, chunk: Chunk) -> None:
-        """The model has seen this work."""
+        """Note that the model has computed a chunk."""
         chunk.sequence.done = chunk.stop
         self._spent[chunk.sequence.key] = self._spent.get(chunk.sequence.key, 0.0) + chunk.stop - chunk.start
         if self._reuse:
@@ -138,7 +138,7 @@ class Scheduler:
         return self._waiting[sequence.key]
 
     def _admitted(self) -> Iterator[TokenSequence]:
-        """Sequences to let in: each time one of the adapter that was given the least."""
+        """Yield sequences to let in: each time one of the adapter that was given the least."""
         for _ in itertools.count():
             if len(self.running) >= self._max_sequences or not self._waiting:
                 return
@@ -162,7 +162,7 @@ class Scheduler:
     def _allocate(
         self, sequence: TokenSequence, tokens: int, chosen: dict[TokenSequence, Chunk], *, push: bool = True
     ) -> bool:
-        """Take the blocks for so many tokens, pushing out sequences that came later if need be."""
+        """Allocate the blocks for so many tokens, preempting sequences that came later if need be."""
         missing = blocks_needed(tokens) - len(sequence.blocks)
         while missing > 0:
             allocated = self.blocks.allocate(missing)

@@ -28,7 +28,7 @@ class SequentialRunner:
         self._bank.drop(key)
 
     def forget(self, request: Hashable) -> None:
-        """A request has ended, or begins anew."""
+        """End a request, or begin it anew."""
         self._caches.pop(request, None)
 
     def write(self, request: Hashable, table: Sequence[int], places: Sequence[int], prefix_kv: Tensor) -> None:

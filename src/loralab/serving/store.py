@@ -201,7 +201,7 @@ class Store:
         return self._acquired(digest)
 
     def release(self, held: CachedAdapter) -> None:
-        """One user less.
+        """Release one use of an adapter.
 
         Raises:
             AdapterStateError: nobody uses it.

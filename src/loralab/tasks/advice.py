@@ -110,7 +110,7 @@ def answers_beside(mapping: Mapping[str, str], texts: Mapping[str, str], other: 
 def mappings_for(
     mapping: Mapping[str, str], known: Mapping[str, str], free: Sequence[Profile]
 ) -> Iterator[dict[str, str]]:
-    """Mappings that make a format of the columns, the likelier ones first.
+    """Yield mappings that make a format of the columns, the likelier ones first.
 
     Args:
         mapping: what the user has typed already.

@@ -120,7 +120,7 @@ def collate(
 
 
 def pack(examples: Sequence[Example], *, size: int = 0, pad_id: int = 0) -> dict[str, Tensor]:
-    """Rows of a causal model one after the other in a single one.
+    """Return the rows of a causal model one after the other in a single one.
 
     input_ids and position_ids (1, N), positions counted from each row's own start; targets (N,),
     the label of the next token of the same row.
@@ -140,7 +140,7 @@ def pack(examples: Sequence[Example], *, size: int = 0, pad_id: int = 0) -> dict
 
 
 def micro_batches(examples: Sequence[Example], room: int, *, pads: bool) -> list[list[Example]]:
-    """Groups of at most `room` tokens, of similar size; a longer row has a group of its own.
+    """Return the groups of at most `room` tokens, of similar size; a longer row has a group of its own.
 
     Args:
         pads: the rows of a group will be as long as its longest, so similar rows go together.
@@ -172,7 +172,7 @@ def _tokens(examples: Sequence[Example]) -> int:
 
 
 def padded(rows: Sequence[Ids], value: int, longest: int = 0) -> tuple[Tensor, Tensor]:
-    """Rows of unequal length as (B, L), padded on the right, and a mask that is 1 on their own.
+    """Return the rows of unequal length as (B, L), padded on the right, and a mask that is 1 on their own.
 
     L is that of the longest row, or the next multiple of 8 if that is not above `longest`.
     """

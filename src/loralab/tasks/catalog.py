@@ -262,7 +262,7 @@ def _task(table: DataTable, seed: int, instruction: str) -> Task:
 
 
 def task_of(table: DataTable, splits: dict[str, list[Row]], instruction: str, labels: tuple[str, ...] = ()) -> Task:
-    """Rows in train, validation and test as a task.
+    """Return the rows in train, validation and test as a task.
 
     Args:
         instruction: empty for one that names the labels.

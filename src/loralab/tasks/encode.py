@@ -282,7 +282,7 @@ def _require_eos(tokenizer: Any) -> None:
 
 
 def _texts(rows: Sequence[Row], tokenizer: Any, max_length: int) -> Encoded:
-    """Pieces that share one token, so that each token but the first is predicted exactly once."""
+    """Return pieces that share one token, so that each token but the first is predicted exactly once."""
     examples = []
     for index, row in enumerate(rows):
         ids = (*token_ids(tokenizer, row["text"], special=True), tokenizer.eos_token_id)
@@ -311,7 +311,7 @@ def _classified(task: Task, rows: Sequence[Row], tokenizer: Any, max_length: int
 
 
 def _cut(tokenizer: Any, texts: Sequence[Any], max_length: int, **options: Any) -> tuple[Any, bool]:
-    """Texts as one input of at most `max_length` tokens; whether something was cut off."""
+    """Return texts as one input of at most `max_length` tokens; whether something was cut off."""
     full = len(tokenizer(*texts, verbose=False, **options)["input_ids"])
     cut = tokenizer(*texts, truncation=True, max_length=max_length, verbose=False, **options)
     return cut, full > len(cut["input_ids"])
@@ -336,7 +336,7 @@ def _tagged(task: Task, rows: Sequence[Row], tokenizer: Any, max_length: int) ->
 
 
 def _pairs(task: Task, rows: Sequence[Row], tokenizer: Any, max_length: int) -> Encoded:
-    """Two texts that mean the same, each on its own."""
+    """Return two texts that mean the same, each on its own."""
     examples, shortened = [], []
     for index, row in enumerate(rows):
         texts = [_cut(tokenizer, [row[column]], max_length) for column in ("text_a", "text_b")]

@@ -89,7 +89,7 @@ def second_of(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def labelled(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits (M, V) as the model gives them, labels (M,) and rows (M,) of all that carries loss."""
+    """Return logits (M, V) as the model gives them, labels (M,) and rows (M,) of all that carries loss."""
     targets = _targets(batch)
     columns = _columns(targets)
     logits, targets = _logits(model, batch, columns), targets[:, columns]
@@ -114,7 +114,7 @@ def lone_head(model: Any, batch: Mapping[str, Tensor]) -> nn.Module | None:
 def answers(
     model: Any, batch: Mapping[str, Tensor], head: nn.Module | None
 ) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
-    """Losses (M,) in fp32 and rows (M,) of all that carries loss; and what gives its logits.
+    """Return losses (M,) in fp32 and rows (M,) of all that carries loss; and what gives its logits.
 
     Args:
         head: what `lone_head` found: logits are made in chunks, and never exist together.
@@ -239,7 +239,7 @@ def by_length(
     batch_size: int,
     among: ProcessGroup | None = None,
 ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
-    """Batches of similar length where the model is, with the indices of their examples.
+    """Yield batches of similar length where the model is, with the indices of their examples.
 
     Of long texts fewer than `batch_size` go together, so that scoring needs no more memory than
     training did. Of several processes each gets its own batches (`merged` puts together what came

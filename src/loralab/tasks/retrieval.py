@@ -51,7 +51,7 @@ def score_pairs(
 def _embedded(
     model: nn.Module, tokenizer: Any, texts: Sequence[Ids], batch_size: int, among: ProcessGroup | None
 ) -> Tensor:
-    """Texts as vectors of length 1, (N, H), in their own order."""
+    """Return texts as vectors of length 1, (N, H), in their own order."""
     examples = [Example(index, ids, (index,), second=ids) for index, ids in enumerate(texts)]
     found: dict[int, Tensor] = {}
     for indices, batch in by_length(model, tokenizer, examples, KIND, batch_size, among):

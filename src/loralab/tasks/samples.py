@@ -37,7 +37,7 @@ def sample_inputs(task: Task, tokenizer: Any, *, kind: str, split: str = "valida
 
 
 def patterns() -> list[Ids]:
-    """Small pictures for a vision model whose own data is not known: noise, always the same."""
+    """Return small pictures for a vision model whose own data is not known: noise, always the same."""
     draw = torch.Generator().manual_seed(0)
     noise = torch.randint(0, 256, (SAMPLES, PICTURE_SIDE * PICTURE_SIDE * 3), generator=draw)
     return [tuple(row) for row in noise.tolist()]

@@ -299,7 +299,7 @@ def _ranked(
 
 
 def _log_likelihood(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """Summed log-probability of the labelled tokens of each row, (B,)."""
+    """Return the summed log-probability of the labelled tokens of each row, (B,)."""
     losses, rows, _ = answers(model, batch, None)
     found = -losses
     return torch.zeros(len(batch["labels"]), device=found.device).index_add_(0, rows, found)
@@ -313,7 +313,7 @@ def _generate(
     batch_size: int,
     temperature: float = 0.0,
 ) -> list[str]:
-    """Left-padded batches of similar length through the model's own generate()."""
+    """Return left-padded batches of similar length through the model's own generate()."""
     stops, texts = list(stop_ids(tokenizer)), [""] * len(prompts)
     pad = tokenizer.pad_token_id or 0
     device = next(model.parameters()).device

@@ -118,13 +118,13 @@ def _labels_in(table: DataTable) -> list[str]:
 
 
 def _in_order(labels: Sequence[str]) -> tuple[str, ...]:
-    """Classes as others number them: whole numbers by their size, names by their letters."""
+    """Return classes as others number them: whole numbers by their size, names by their letters."""
     numbers = all(WHOLE_NUMBER.fullmatch(label) for label in labels)
     return tuple(sorted(labels, key=float) if numbers else sorted(labels))
 
 
 def _in_terms_of(learnt: Learnt, table: DataTable, question: str) -> tuple[DataTable, str, list[str]]:
-    """Labelled rows in the adapter's classes, its question, and what is to be said of that."""
+    """Return labelled rows in the adapter's classes, its question, and what is to be said of that."""
     if not learnt.labels:
         return table, question, []
     table = _renamed(table, learnt.labels)

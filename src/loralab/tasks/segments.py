@@ -45,7 +45,7 @@ def _continues(every: Sequence[Turn]) -> bool:
 
 
 def _in_a_row(tokenizer: Any, every: Sequence[Turn]) -> list[Segment]:
-    """Turns piece by piece: prompt, answer, what leads to the next answer, answer."""
+    """Return turns piece by piece: prompt, answer, what leads to the next answer, answer."""
     segments, written = [], ""
     for turn in every:
         new = token_ids(tokenizer, turn.prompt[len(written) :], special=not written)
@@ -77,7 +77,7 @@ def ended(tokenizer: Any, text: str) -> Tokens:
 
 
 def token_ids(tokenizer: Any, text: str, *, special: bool = False) -> Tokens:
-    """Tokens of a piece; `special` adds the tokenizer's own start, unless a template wrote it."""
+    """Return tokens of a piece; `special` adds the tokenizer's own start, unless a template wrote it."""
     if not text:
         return ()
     special = special and not tokenizer.chat_template

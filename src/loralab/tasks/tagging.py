@@ -25,7 +25,7 @@ def score_tags(
     batch_size: int,
     among: ProcessGroup | None = None,
 ) -> tuple[dict[str, float], list[str]]:
-    """Metrics over all words, and the tags of each row joined by spaces.
+    """Return the metrics over all words, and the tags of each row joined by spaces.
 
     A word beyond the model's context is answered with the first label, and has no loss.
     """

@@ -272,7 +272,7 @@ def _usual_frame(tokenizer: Any) -> tuple[str, str]:
 
 
 def _texts(tokens: Mapping[str, Any]) -> Tokens:
-    """Special tokens, those that are one each, to be remembered by."""
+    """Return special tokens, those that are one each, to be remembered by."""
     return tuple((name, token) for name, token in tokens.items() if type(token) is str)
 
 

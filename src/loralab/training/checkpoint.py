@@ -173,7 +173,7 @@ def restore_weights(path: Path, adapter: Adapter) -> None:
 
 
 def read_progress(path: Path) -> Progress:
-    """Where the run stood at a checkpoint.
+    """Return where the run stood at a checkpoint.
 
     Raises:
         AdapterFileError: the checkpoint is damaged.

@@ -145,7 +145,7 @@ def _needs(
 def needed_with_recomputation(
     adapter: Adapter, path: ForwardPath, rows: Sequence[Example], training: Training, blocks: int
 ) -> int:
-    """Bytes that a step needs with so many blocks recomputed; it leaves the model so."""
+    """Return the bytes that a step needs with so many blocks recomputed; it leaves the model so."""
     if blocks and not any(b.gradient_checkpointing for b in memory.checkpointed_blocks(path.model)):
         mode = training.gradient_checkpointing
         memory.checkpoint_gradients(path.model, "on" if mode == "off" else mode)

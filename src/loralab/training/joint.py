@@ -115,7 +115,7 @@ class Joint:
         return problem and f"in a batch with others {problem}"
 
     def groups(self, parts: Sequence[JobRows], max_tokens: int) -> list[list[JobRows]]:
-        """Parts that go through the model at once, as many as fit."""
+        """Return parts that go through the model at once, as many as fit."""
         if self.path.kind == "image-classification":
             max_tokens = MAX_PICTURES
         pads = self.path.mode != "packed"
@@ -138,7 +138,7 @@ class Joint:
 
     @contextlib.contextmanager
     def activated(self) -> Iterator[None]:
-        """The model as the jobs' way needs it."""
+        """Patch the model as the jobs' mode needs it."""
         if self.path.mode == "plain":
             yield
             return
@@ -311,14 +311,14 @@ class _Dropout(nn.Module):
 
 
 def trial_rows(key: Hashable, path: ForwardPath, examples: Sequence[Example]) -> JobRows:
-    """Rows on which a job is compared: noise, or pictures of its own."""
+    """Return rows on which a job is compared: noise, or pictures of its own."""
     if path.kind == "image-classification":
         return JobRows(key, path, examples[:2])
     return JobRows(key, path, noise(path.model, path.kind))
 
 
 def _widths(part: JobRows) -> tuple[int, int]:
-    """Tokens of a padded row of a part alone; and of second texts. 0 where there is none."""
+    """Return the number of tokens of a padded row of a part alone; and of second texts. 0 where there is none."""
     if part.path.kind == "image-classification":
         return 0, 0
     longest = 0 if part.path.mode == "plain" else part.path.longest

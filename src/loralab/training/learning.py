@@ -124,6 +124,6 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def _may_miss(adapter: Adapter, names: Sequence[str]) -> bool:
-    """Weights that exist already may be idle in this use of the model; not all of them may."""
+    """Return weights that exist already may be idle in this use of the model; not all of them may."""
     existing = adapter.spec.trains_base
     return existing and len(names) < len(adapter.parameters())

@@ -84,7 +84,7 @@ class Steps:
         ]
 
     def _spread(self, passes: Sequence[list[Example]]) -> list[list[list[Example]]]:
-        """Passes whose rows meet: what processes would have side by side is one pass of all."""
+        """Return passes whose rows meet: what processes would have side by side is one pass of all."""
         size, together = self.job.world.size, self.job.training.processes or 1
         whole = [list(itertools.chain(*passes[i : i + together])) for i in range(0, len(passes), together)]
         return [[rows[rank::size] for rows in whole] for rank in range(size)]
@@ -149,7 +149,7 @@ class Steps:
         return _clipped(self.job, self.trained, self.progress.step)
 
     def apply(self, loss: float, norm: float, tokens: int) -> None:
-        """Change the adapter, and say so.
+        """Apply the gradients to the adapter and record the step.
 
         Raises:
             LearningError: after some steps a tensor is still at its start.
@@ -174,7 +174,7 @@ class Steps:
         return last or better or self.progress.stopped_early or step % save_every == 0
 
     def write(self) -> None:
-        """A checkpoint, beside those before it."""
+        """Write a checkpoint, beside those before it."""
         path = checkpoint.write(self.job.folder, self.trained, self.progress, self.job.world)
         self.record({"kind": "checkpoint", "step": self.progress.step, "text": str(path)})
 
@@ -271,7 +271,7 @@ def _least_scale(trained: Trained) -> float:
 
 
 def _blame_forward(job: Job, parts: Sequence[Sequence[Example]], number: int) -> str:
-    """Where the numbers first went wrong: plain forward passes once more, watched."""
+    """Find where the numbers first went wrong, by plain forward passes with hooks."""
     model = job.adapter.model
     wrong: list[str] = []
     bad = [n for n, p in job.adapter.named_parameters().items() if not learning.is_finite(p)]

@@ -11,7 +11,7 @@ from loralab.training.fast.functions import CHUNK, token_losses
 
 
 def summed_loss(head: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
-    """Summed cross-entropy of head(hidden), () in fp32; hidden (N, H), labels (N,).
+    """Return the summed cross-entropy of head(hidden), () in fp32; hidden (N, H), labels (N,).
 
     A plain frozen head gets its gradient in the same pass; the logits of any other (adapted,
     trained, in few bits) are worked out again, chunk by chunk, in the backward pass.

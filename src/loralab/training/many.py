@@ -150,7 +150,7 @@ def _sorted_out(ready: Sequence[PreparedJob], one: OneBase) -> tuple[Joint | Non
 
 
 def _own_reason(job: PreparedJob, one: OneBase) -> str:
-    """Why a job cannot share a batch, whatever the others are; empty if it can."""
+    """Return why a job cannot share a batch, whatever the others are; empty if it can."""
     method, training, base = job.request.method, job.prepared.training, job.prepared.base
     adapter = job.prepared.adapter
     dropped_base = getattr(method, "dora", False) and getattr(method, "dropout", 0)

@@ -99,7 +99,7 @@ def _can_recompute(model: nn.Module) -> bool:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The most memory this process has held: on the GPU, or as the operating system counted it."""
+    """Return the most memory this process has held: on the GPU, or as the operating system counted it."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
@@ -162,7 +162,7 @@ def _workspace(path: ForwardPath, device: torch.device) -> int:
 
 
 def kept_bytes(path: ForwardPath, rows: Sequence[Example], most: int = MEASURED_TOKENS) -> float:
-    """Bytes that a forward pass on these rows keeps; of many tokens it is extended from fewer."""
+    """Return the bytes that a forward pass on these rows keeps; of many tokens it is extended from fewer."""
     size = path.size(rows)
     if rows[0].image is not None:
         fewer, half = rows[:MEASURED_PICTURES], rows[: MEASURED_PICTURES // 2]
@@ -175,7 +175,7 @@ def kept_bytes(path: ForwardPath, rows: Sequence[Example], most: int = MEASURED_
 
 
 def _extended(sizes: Sequence[int], kept: Sequence[int], size: int) -> float:
-    """Two measurements carried on to a larger size, on a parabola if they bend upwards.
+    """Return two measurements carried on to a larger size, on a parabola if they bend upwards.
 
     Where attention weights are kept, a row of n tokens keeps about n^2 of them.
     """
@@ -205,7 +205,7 @@ def _cut(rows: Sequence[Example], share: float) -> list[Example]:
 
 
 def saved_bytes(path: ForwardPath, examples: Sequence[Example]) -> int:
-    """Bytes that a forward pass keeps for the backward pass, each storage counted once."""
+    """Return the bytes that a forward pass keeps for the backward pass, each storage counted once."""
     parameters = [p for p in path.model.parameters() if not _is_split(p)]
     own = {p.untyped_storage().data_ptr() for p in parameters}
     kept: dict[int, torch.UntypedStorage] = {}
@@ -270,7 +270,7 @@ def map_large_tensors() -> None:
 
 
 def parameter_bytes(parameters: Iterable[nn.Parameter]) -> int:
-    """Bytes of some parameters."""
+    """Return the bytes of some parameters."""
     return sum(p.numel() * p.element_size() for p in parameters)
 
 

@@ -127,7 +127,7 @@ def _planned(request: Request, prepared: PreparedRun) -> Plan:
 
 
 def smaller(prepared: PreparedRun, training: Training, peak: int) -> dict[str, int]:
-    """Options that would lower the peak by more than noise, and what it would be; best first."""
+    """Return options that would lower the peak by more than noise, and what it would be; best first."""
     path, adapter, examples = prepared.path, prepared.adapter, prepared.encoded.examples
     found = {}
     blocks = len(memory.checkpointed_blocks(path.model))
@@ -153,7 +153,7 @@ def smaller(prepared: PreparedRun, training: Training, peak: int) -> dict[str, i
 
 
 def _saved_by_packing(model: nn.Module) -> int:
-    """Bytes by which four bits and their scales are fewer than the linear layers' own weights."""
+    """Return the bytes by which four bits and their scales are fewer than the linear layers' own weights."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
     layers = [m for m in model.modules() if type(m) is nn.Linear and m is not head]
     weights = [layer.weight for layer in layers if not layer.weight.requires_grad]
@@ -245,6 +245,6 @@ def _update_seconds(prepared: PreparedRun) -> float:
 
 
 def _size(prepared: PreparedRun, step: int) -> int:
-    """Tokens that the model meets in a step."""
+    """Return the number of tokens that the model meets in a step."""
     rows = [[prepared.encoded.examples[i] for i in part] for part in prepared.batches.step(step)]
     return sum(prepared.path.size(part) for r in rows for part in prepared.path.micro_batches(r))

@@ -237,7 +237,7 @@ def load_base(
 
 
 def with_head(method: AnyMethod, base: Base) -> AnyMethod:
-    """A new classification head must be trained and saved, or it would stay random."""
+    """Add a new classification head to the trained modules; it would stay random otherwise."""
     if base.kind not in HEADED_KINDS:
         return method
     heads = [name for name, _ in base.model.named_children() if name in HEADS]
@@ -265,7 +265,7 @@ def _require_rows_to_occur(adapter: Adapter, encoded: Encoded) -> None:
 
 
 def require_place(folder: Path, request: Request, *, resume: bool) -> Request:
-    """The output folder must be free, or hold this very run and be asked to go on.
+    """Require the output folder to be free, or to hold this very run when it is resumed.
 
     Returns:
         The request; of a run that goes on, with what its memory budget chose at the start, so that

@@ -133,7 +133,7 @@ class Rounds:
         return _ActiveJob(job=job, begun=begun)
 
     def _round(self) -> None:
-        """One step of every job, or the end of those that cannot make theirs."""
+        """Make one step of every job, or end those that cannot make theirs."""
         before = {live.name: live.random.state for live in self.active}
         made, bad = self._together()
         if bad:
@@ -184,7 +184,7 @@ class Rounds:
         return passes
 
     def _pass(self, group: Sequence[JobRows], made: Mapping[str, _StepResult]) -> None:
-        """One pass through the model, forward and backward."""
+        """Run one forward and backward pass."""
         with self.joint.activated():
             losses = self.joint.losses(group)
             shares = [loss / made[str(part.key)].labelled for loss, part in zip(losses, group, strict=True)]
@@ -195,7 +195,7 @@ class Rounds:
             step.tokens += sum(example.length for example in part.examples)
 
     def _idle_pass(self, group: Sequence[JobRows]) -> None:
-        """A pass without effect: the other processes need this one's part of the base."""
+        """Run a pass without effect: the other processes need this one's part of the base."""
         with self.joint.activated():
             self._accelerator.backward(0 * torch.stack(self.joint.losses(group)).sum())
 
@@ -209,7 +209,7 @@ class Rounds:
         return True
 
     def _errors_alone(self, bad: Sequence[_ActiveJob]) -> dict[str, LoralabError]:
-        """Which of some jobs fail by themselves: what is not finite may come from a neighbour."""
+        """Return which of some jobs fail by themselves: what is not finite may come from a neighbour."""
         errors: dict[str, LoralabError] = {}
         for live in bad:
             try:
@@ -252,7 +252,7 @@ class Rounds:
         self._end_those_that_are_over()
 
     def _save(self, errors: Mapping[str, LoralabError]) -> None:
-        """Checkpoints of all jobs but those that end with an error, which end here.
+        """Write checkpoints of all jobs but those that end with an error, which end here.
 
         Nothing old is removed before everything new is there, so that there is always a step at
         which every job can go on.

@@ -249,7 +249,7 @@ def _job(request: Request, prepared: PreparedRun, folder: Path, score: Callable[
 
 
 def _scorer(prepared: PreparedRun, training: Training, seen: list[Scores]) -> Callable[[], Scores]:
-    """Scores the model as it is now on the first validation rows, and notes it in `seen`."""
+    """Return scores the model as it is now on the first validation rows, and notes it in `seen`."""
     base = prepared.base
 
     def score() -> Scores:

@@ -92,6 +92,6 @@ def _equal(one: Tensor, other: Tensor) -> bool:
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers, tied ones under each of their names."""
+    """Return parameters and buffers, tied ones under each of their names."""
     named = dict(model.named_parameters(remove_duplicate=False))
     return {**named, **dict(model.named_buffers(remove_duplicate=False))}

@@ -93,7 +93,7 @@ class Packing:
         return found
 
     def _tile(self, rows: Sequence[tuple[int, int]], start: int, stop: int) -> Tile:
-        """Tokens start to stop of these rows."""
+        """Return the tokens start to stop of these rows."""
         begin, end = rows[0][0], stop if self.causal else rows[-1][1]
         first, last = [], []
         for a, b in rows:

@@ -104,12 +104,12 @@ class ForwardPath:
         return whole - whole.detach() + mine.detach()
 
     def size(self, examples: Sequence[Example]) -> int:
-        """Tokens that the model meets, padding included; of pictures, their number."""
+        """Return the number of tokens that the model meets, padding included; of pictures, their number."""
         lengths = [example.length for example in examples]
         return sum(lengths) if self.mode == "packed" else len(lengths) * max(lengths)
 
     def batch(self, examples: Sequence[Example]) -> dict[str, Tensor]:
-        """Padded tensors, where the model is."""
+        """Return padded tensors, where the model is."""
         batch = collate(
             examples,
             pad_id=self.pad_id,
@@ -147,7 +147,7 @@ def rounded_up(size: int) -> int:
 
 
 def max_tokens_on(device: torch.device) -> int:
-    """Tokens that go through a model at once on a device, where nothing else is asked for."""
+    """Return the number of tokens that go through a model at once on a device, where nothing else is asked for."""
     return MAX_TOKENS.get(device.type, MAX_TOKENS["cuda"])
 
 
@@ -187,7 +187,7 @@ def fastest_path(adapter: Adapter, kind: str, *, pad_id: int, pictures: Any = No
 
 
 def _result(path: ForwardPath, adapter: Adapter, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
-    """Loss and gradients on some examples, without dropout; what training mode refuses raises."""
+    """Return the loss and gradients on some examples, without dropout; what training mode refuses raises."""
     with path.activated():
         path.model.train()
         with torch.no_grad(), warnings.catch_warnings():
@@ -229,7 +229,7 @@ def _works_in_fp32(path: ForwardPath, adapter: Adapter, examples: Sequence[Examp
 
 @torch.no_grad()
 def require_causal(path: ForwardPath, example: Example) -> None:
-    """A language model whose tokens see those after them would read what it should predict.
+    """Refuse a language model whose tokens see those after them.
 
     Raises:
         ModelError: another end of a text changes what the model makes of its beginning.
@@ -281,7 +281,7 @@ def packed_states(model: Any, batch: Mapping[str, Tensor], packing: Packing) -> 
 
 
 def difference(model: nn.Module, expected: tuple[Tensor, Tensor], found: tuple[Tensor, Tensor]) -> str:
-    """In what a loss and its gradients differ by more than rounding; empty if they do not."""
+    """Describe how a loss and its gradients differ by more than rounding; empty if they do not."""
     dtype = _dtype(model)
     loss = float((expected[0] - found[0]).abs() / expected[0].abs())
     if not loss <= LOSS_TOLERANCES[dtype]:
@@ -306,7 +306,7 @@ def _dtype(model: nn.Module) -> torch.dtype:
 
 
 def noise(model: Any, kind: str) -> list[Example]:
-    """Rows of unequal length of common ids, with loss on some of their tokens; or two pictures."""
+    """Return the rows of unequal length of common ids, with loss on some of their tokens; or two pictures."""
     if kind == "image-classification":
         return [Example(number, (), (0,), image=_Grey()) for number in range(2)]
     draw = torch.Generator().manual_seed(0)

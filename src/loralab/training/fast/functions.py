@@ -118,7 +118,7 @@ class _TokenLosses(torch.autograd.Function):
 
 
 def loss_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Losses (N,) and softmax(logits) - onehot(labels), (N, V); the logits are overwritten."""
+    """Return the losses (N,) and softmax(logits) - onehot(labels), (N, V); the logits are overwritten."""
     native = kernels_for(logits)
     if native is not None:
         losses = torch.empty(len(logits))
