@@ -216,7 +216,9 @@ async def _answer(
     param = "prompt" if isinstance(body, CompletionBody) else "messages"
     choices = body.n or 1
     asked = [
-        (ids, body.sampling(service.room(ids, entry, param), choice)) for ids in prompts for choice in range(choices)
+        (ids, body.sampling(service.max_answer_tokens(ids, entry, param), choice))
+        for ids in prompts
+        for choice in range(choices)
     ]
     grant = service.admit(key, sum(len(ids) + sampling.max_tokens for ids, sampling in asked))
     try:

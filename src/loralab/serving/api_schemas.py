@@ -193,14 +193,16 @@ class CompletionBody(_GenerationBody):
         single = isinstance(given, str) or (given and isinstance(given[0], int))
         return [given] if single else list(given)
 
-    def sampling(self, room: int, choice: int) -> Sampling:
+    def sampling(self, max_answer_tokens: int, choice: int) -> Sampling:
         """Build the sampling of choice number `choice`; without max_tokens the answer is short.
 
         Args:
-            room: tokens that an answer may have at most, at least 1.
+            max_answer_tokens: tokens that an answer may have at most, at least 1.
         """
         asked = DEFAULT_TOKENS if self.max_tokens is None else self.max_tokens
-        return self._sampling(min(asked, room), self.logprobs, choice, continues=True, echo=bool(self.echo))
+        return self._sampling(
+            min(asked, max_answer_tokens), self.logprobs, choice, continues=True, echo=bool(self.echo)
+        )
 
 
 class TextPart(Body):
@@ -257,13 +259,13 @@ class ChatBody(_GenerationBody):
     logprobs: bool | None = None
     top_logprobs: Whole | None = _optional(minimum=0, maximum=MAX_LOGPROBS)
 
-    def sampling(self, room: int, choice: int) -> Sampling:
-        """Build the sampling of choice number `choice`; without max_tokens the answer may fill the `room`."""
+    def sampling(self, max_answer_tokens: int, choice: int) -> Sampling:
+        """Build the sampling of choice number `choice`; without max_tokens the answer may fill `max_answer_tokens`."""
         if self.top_logprobs is not None and not self.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs", code="invalid_value")
         told = (self.top_logprobs or 0) if self.logprobs else None
         limits = [n for n in (self.max_completion_tokens, self.max_tokens) if n is not None]
-        return self._sampling(min([*limits, room]), told, choice)
+        return self._sampling(min([*limits, max_answer_tokens]), told, choice)
 
     @property
     def _fields(self) -> dict[str, str]:

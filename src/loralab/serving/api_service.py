@@ -261,7 +261,7 @@ class Service:
         self.require_fitting(sum(1 + len(turn["content"]) for turn in turns), "messages")
         return await self.run_in_tokenizer_thread(lambda: opening(self.engine.tokenizer(entry), turns))
 
-    def room(self, ids: Sequence[int], entry: "AdapterInfo | None", param: str) -> int:
+    def max_answer_tokens(self, ids: Sequence[int], entry: "AdapterInfo | None", param: str) -> int:
         """Return the number of tokens that an answer to a prompt can have.
 
         Raises:

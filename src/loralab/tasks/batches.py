@@ -139,20 +139,20 @@ def pack(examples: Sequence[Example], *, size: int = 0, pad_id: int = 0) -> dict
     }
 
 
-def micro_batches(examples: Sequence[Example], room: int, *, pads: bool) -> list[list[Example]]:
-    """Return the groups of at most `room` tokens, of similar size; a longer row has a group of its own.
+def micro_batches(examples: Sequence[Example], max_tokens: int, *, pads: bool) -> list[list[Example]]:
+    """Return the groups of at most `max_tokens` tokens, of similar size; a longer row has a group of its own.
 
     Args:
         pads: the rows of a group will be as long as its longest, so similar rows go together.
     """
     rows = sorted(examples, key=lambda example: -example.length)
     if not pads:
-        least = min(-(-_tokens(rows) // room), len(rows))
+        least = min(-(-_tokens(rows) // max_tokens), len(rows))
         tries = (_shared_out(rows, number) for number in range(least, len(rows) + 1))
-        return next(t for t in tries if all(len(g) == 1 or _tokens(g) <= room for g in t))
+        return next(t for t in tries if all(len(g) == 1 or _tokens(g) <= max_tokens for g in t))
     groups: list[list[Example]] = []
     for row in rows:  # the first of a group is its longest
-        if groups and groups[-1][0].length * (len(groups[-1]) + 1) <= room:
+        if groups and groups[-1][0].length * (len(groups[-1]) + 1) <= max_tokens:
             groups[-1].append(row)
         else:
             groups.append([row])

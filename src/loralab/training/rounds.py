@@ -107,7 +107,7 @@ class Rounds:
         last = checkpoint.last_common_steps({job.folder: job.prepared.steps for job in jobs})
         note = f"trained together with {', '.join(job.name for job in jobs)}"
         self.active = [self._begun(job, last[job.folder], listener, note) for job in jobs]
-        self._room = min(job.prepared.path.max_tokens for job in jobs)
+        self._max_tokens = min(job.prepared.path.max_tokens for job in jobs)
 
     def run(self) -> dict[str, Outcome]:
         """Return all rounds.
@@ -180,7 +180,7 @@ class Rounds:
                 for live in lives
                 if number < len(parts[live.name])
             ]
-            passes += self.joint.groups(chosen, self._room)
+            passes += self.joint.groups(chosen, self._max_tokens)
         return passes
 
     def _pass(self, group: Sequence[JobRows], made: Mapping[str, _StepResult]) -> None:
