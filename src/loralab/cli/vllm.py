@@ -51,11 +51,7 @@ def serve_by_vllm(
     from loralab.serving.vllm import find_python
 
     model, store, settings = asked["model"], asked["store"], asked["settings"]
-    try:
-        further = shlex.split(arguments)
-    except ValueError as error:
-        raise ConfigError(f"--engine-args {arguments!r}: {error}", code="invalid_value", field="engine_args") from None
-    found = find_python(python)
+    further, found = _engine_arguments(arguments), find_python(python)
     from loralab.artefacts.export_copies import prepare
     from loralab.models import load as models
     from loralab.models.kinds import CAUSAL
@@ -76,10 +72,10 @@ def serve_by_vllm(
             f"there is no store at {store}; give a folder that contains adapters", code="no_store", field="store"
         )
     shown = base_id(str(Path(model).resolve()) if Path(model).is_dir() else model)
-    shelf = Store(store, lambda stored: None, resident=settings.resident, reserved=(shown,))
+    adapter_store = Store(store, lambda stored: None, resident=settings.resident, reserved=(shown,))
     for name, path in asked["adapters"].items():
-        shelf.load(name, str(path))
-    prepared = prepare({entry.name: entry.path for entry in shelf.entries()}, model)
+        adapter_store.load(name, str(path))
+    prepared = prepare({entry.name: entry.path for entry in adapter_store.entries()}, model)
     with open_socket(host, port) as opened:
         where, port = address(opened), opened.getsockname()[1]
     run_as = VllmOptions(
@@ -94,14 +90,21 @@ def serve_by_vllm(
         settings=settings,
         further=further,
     )
-    left_out = {**shelf.refused, **prepared.refused}
+    left_out = {**adapter_store.refused, **prepared.refused}
     for name, reason in left_out.items():
         print(f"left out: {name}: {reason}", file=sys.stderr)
     if not any(word.startswith("--chat-template") for word in further):
-        ready_entries = [entry for entry in shelf.entries() if entry.name in prepared.ready]
+        ready_entries = [entry for entry in adapter_store.entries() if entry.name in prepared.ready]
         say_differing(ready_entries, run_as.source, shown)
     ready = {"url": where, "model": shown, "kind": CAUSAL, "adapters": list(prepared.ready)}
     return run(run_as, lambda: _say_ready(ready, as_json))
+
+
+def _engine_arguments(text: str) -> list[str]:
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise ConfigError(f"--engine-args {text!r}: {error}", code="invalid_value", field="engine_args") from None
 
 
 def say_differing(entries: Sequence["AdapterInfo"], source: str, shown: str) -> None:
