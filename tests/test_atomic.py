@@ -73,8 +73,9 @@ def test_a_folder_with_half_a_file_of_a_killed_writer_is_free(tmp_path: Path) ->
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_no_permission_is_one_error(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
-    with pytest.raises(OutputError, match="cannot write"):
+    with pytest.raises(OutputError) as error:
         atomic.write_file(tmp_path / "file", "x")
+    assert (error.value.code, error.value.field) == ("cannot_write", "output")
 
 
 @pytest.mark.parametrize(
