@@ -303,9 +303,6 @@ class Engine:
             live.held = None
         with self._lock:
             self._lock.notify_all()
-        self._report(live)
-
-    def _report(self, live: LiveRequest) -> None:
         if self.observe is not None and live.finished is not None:
             self.observe(finished_event(live, live.finished))
 
