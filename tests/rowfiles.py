@@ -50,7 +50,7 @@ def proposed(error: DataError) -> list[dict[str, str]]:
     starts = [
         found.end()
         for found in re.finditer(
-            r"say (such as )?(?=--map)| or (?=--map)|"
+            r"(say|use) (such as )?(?=--map)| or (?=--map)|"
             r"such as (?=--map)",
             said,
         )

@@ -62,11 +62,8 @@ def serve_by_vllm(
     from loralab.serving.vllm import VllmOptions, run
 
     if (kind := models.natural_kind(model)) != CAUSAL:
-        raise ConfigError(
-            f"{model} is a model of kind {kind}; vLLM is given language models alone",
-            code="unserved_kind",
-            field="model",
-        )
+        text = f"{model} is a model of kind {kind}; vLLM is given language models alone"
+        raise ConfigError(text, code="unserved_kind", field="model")
     if not store.is_dir():
         raise ConfigError(
             f"there is no store at {store}; give a folder that contains adapters", code="no_store", field="store"

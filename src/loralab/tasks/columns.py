@@ -218,7 +218,7 @@ def _check_splits(part: DataPart, mapping: Mapping[str, str], beside: Sequence[s
         if HELD_OUT & set(words_of(column)) and are_truths(found):
             raise DataError(
                 f"{part.place}: {column!r} seems to say which rows are held out; write train and "
-                f"test into a column {SPLIT!r}, or say {mapping_option(without_columns(mapping, [column]))} to "
+                f"test into a column {SPLIT!r}, or use {mapping_option(without_columns(mapping, [column]))} to "
                 "leave it out",
                 code="unclear_split",
                 field=column,
@@ -282,7 +282,7 @@ def _split_column(part: DataPart, mapping: Mapping[str, str], known: Mapping[str
         number, value = wrong[0]
         raise DataError(
             f"{part.place}, {part.unit} {number}: {column!r} is {format_value(value)}, and no split "
-            f"({', '.join(SPLITS)}); correct it, or say {mapping_option(without_columns(mapping, [column]))} to "
+            f"({', '.join(SPLITS)}); correct it, or use {mapping_option(without_columns(mapping, [column]))} to "
             "leave the column out",
             code="unknown_split",
             field=column,

@@ -161,7 +161,7 @@ def _by_split(part: DataPart, columns: Columns, *, alone: bool) -> list[DataPart
         if set(found) != {part.split}:
             raise DataError(
                 f"{part.place} is {part.split}, and its column {column!r} says "
-                f"{', '.join(sorted(found))}; remove the column, or say "
+                f"{', '.join(sorted(found))}; remove the column, or use "
                 f"{mapping_option(without_columns(columns.mapping, [column]))} to leave it out",
                 code="splits_differ",
                 field=column,

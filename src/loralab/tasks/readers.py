@@ -16,7 +16,7 @@ PLAIN = 20  # lines of a .txt file that are looked at
 REMEDIES = {
     (PACKED,): "name it after what it holds, such as rows.jsonl.gz",
     (".xlsx", ".xls", ".ods"): "save the sheet as .csv",
-    (".arrow", ".feather"): "save it as .parquet, or say the folder that save_to_disk wrote",
+    (".arrow", ".feather"): "save it as .parquet, or give the folder that save_to_disk wrote",
     (".zip", ".zst", ".bz2", ".xz", ".tar", ".tgz", ".7z"): "unpack it first",
 }
 
