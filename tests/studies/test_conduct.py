@@ -2,7 +2,9 @@
 
 import json
 import math
+import random
 import shutil
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from loralab.adapters.attach import attach
 from loralab.adapters.fingerprint import fingerprint
 from loralab.adapters.methods import LoRA
-from loralab.errors import AdapterStateError, ConfigError, InputError, OutputError
+from loralab.errors import AdapterStateError, ConfigError, InputError, OutputError, RunError
 from loralab.studies import catalog, conduct, store
 from loralab.studies.conduct import Outcome, _own, recommend, study
 from loralab.studies.fields import configured
@@ -179,27 +181,60 @@ def test_every_question_has_a_file_that_answers_even_nothing(name: str) -> None:
 
 
 def test_more_time_means_more_candidates_and_never_less_than_one_group() -> None:
-    sizes = [plan_for(0.1, 2.0, budget, 60, 1)[0] for budget in (10, 120, 600, 6000)]
+    sizes = [plan_for(0.1, 2.0, budget, 60)[0] for budget in (10, 120, 600, 6000)]
     assert sizes == sorted(sizes)
     assert sizes[0] == 9
-    assert plan_for(0.1, 2.0, 10, 60, 1)[1] < 60
+    assert plan_for(0.1, 2.0, 10, 60)[1] < 60
+
+
+@pytest.fixture(scope="module")
+def easy_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Texts whose label is their first word."""
+    draw = random.Random(0)
+    words = ["fine", "poor", "great", "film", "the", "a"]
+    lines = ["text,label"]
+    for n in range(400):
+        good = draw.random() < 0.5
+        start = "good good good" if good else "bad bad bad"
+        text = " ".join([start, str(n % 60), *draw.choices(words, k=2), str(n // 60)])
+        lines.append(f"{text},{'positive' if good else 'negative'}")
+    file = tmp_path_factory.mktemp("easy") / "easy.csv"
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return file
 
 
 def test_recommend_ends_in_a_configuration_that_trains(
-    tmp_path: Path, tiny_bert_folder: Path, noise_file: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny_bert_folder: Path, easy_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import tomllib
-
-    monkeypatch.setattr("loralab.studies.questions.recommend.plan_for", lambda *_: (9, 9))
-    asked = StudyOptions(steps=9, batch_size=4, test_rows=16, precision="fp32")
+    monkeypatch.setattr("loralab.studies.questions.recommend.plan_for", lambda *_: (3, 60))
+    asked = StudyOptions(batch_size=8, test_rows=60, precision="fp32", seeds_max=1)
     found = recommend(
-        model=str(tiny_bert_folder), data=str(noise_file), output_dir=tmp_path / "r", budget="10m", asked=asked
+        model=str(tiny_bert_folder), data=str(easy_file), output_dir=tmp_path / "r", budget="10m", asked=asked
     )
     config = tomllib.loads((tmp_path / "r" / "config.toml").read_text(encoding="utf-8"))
+    answer = found.answers["recommend"]
     assert config["model"] == str(tiny_bert_folder)
-    assert found.answers["recommend"].advice["method"] in ("lora", "rslora", "dora", "pfeiffer")
-    fields = {k: v for k, v in config.items() if k not in ("model", "data", "map")}
-    configured(fields)
+    assert "max_steps" not in config  # as long as the user's own run
+    assert {"default", "base"} <= set(answer.ranking.means)
+    assert answer.ranking.recommended is not None
+    assert config["learning_rate"] == answer.advice["learning_rate"]
+    configured({k: v for k, v in config.items() if k not in ("model", "data", "map")})
+    verdicts = json.loads((tmp_path / "r" / "verdicts.json").read_text(encoding="utf-8"))
+    assert verdicts["recommended"]["arm"] == answer.ranking.recommended
+
+
+def test_where_nothing_is_learnt_nothing_is_recommended(
+    tmp_path: Path, tiny_bert_folder: Path, noise_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loralab.studies.questions.recommend.plan_for", lambda *_: (3, 9))
+    asked = StudyOptions(steps=9, batch_size=4, test_rows=40, precision="fp32", seeds_max=1)
+    with pytest.raises(RunError) as refused:
+        recommend(
+            model=str(tiny_bert_folder), data=str(noise_file), output_dir=tmp_path / "r", budget="10m", asked=asked
+        )
+    assert refused.value.code == "nothing_learnt"
+    assert not (tmp_path / "r" / "config.toml").exists()
+    assert json.loads((tmp_path / "r" / "verdicts.json").read_text(encoding="utf-8"))["recommended"] is None
 
 
 def test_a_study_of_objects_finds_them_in_its_folder(

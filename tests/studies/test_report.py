@@ -160,12 +160,13 @@ def test_a_table_in_markdown_keeps_its_columns() -> None:
     assert lines[2] == "| x\\|y | 1 |"
 
 
-def test_a_grid_advises_only_what_beats_all_others() -> None:
+def test_a_grid_advises_the_best_and_the_first_of_equals() -> None:
     ground = Ground(study="mine", model="m", data="d")
     clear = [*planted("a", [1.0] * 40, rank=4), *planted("b", [0.0] * 40, rank=8)]
     assert grid.conclude(clear, ground).advice == {"method": "lora", "rank": 4}
     alike = [*planted("a", [0.5] * 40), *planted("b", [0.5] * 40)]
-    assert grid.conclude(alike, ground).advice == {}
+    assert grid.conclude(alike, ground).ranking.contrast("a", "b").verdict == "equivalent"
+    assert grid.conclude(alike, ground).ranking.recommended == "a"
 
 
 def test_every_kind_of_chart_is_drawn_in_both_languages() -> None:

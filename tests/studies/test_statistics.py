@@ -1,4 +1,4 @@
-"""Intervals cover what they promise; the knee is where it was put."""
+"""Intervals cover what they promise; curves are read as they are."""
 
 import math
 
@@ -6,15 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from loralab.studies.statistics import (
-    Difference,
-    bootstrap_variance,
-    difference,
-    knee,
-    mean_interval,
-    monotone,
-    reaches,
-)
+from loralab.studies.statistics import bootstrap_variance, difference, mean_interval, monotone, reaches
 
 
 def drawn(seed: int) -> np.random.Generator:
@@ -54,7 +46,7 @@ def test_an_effect_that_is_there_is_found_and_has_its_size() -> None:
     found = difference(ours.tolist(), theirs.tolist(), generator=draw)
     assert found.holds
     assert found.low < 0.3 < found.high
-    assert found.turned.effect == -found.effect
+    assert found.turned.estimate == -found.estimate
     assert found.turned.low == -found.high
 
 
@@ -96,21 +88,6 @@ def test_the_same_generator_gives_the_same_interval() -> None:
     ours = drawn(7).normal(0, 1, (2, 40)).tolist()
     zero = np.zeros((2, 40)).tolist()
     assert difference(ours, zero, generator=drawn(8)) == difference(ours, zero, generator=drawn(8))
-
-
-def one(effect: float, half: float) -> Difference:
-    return Difference(
-        effect=effect, low=effect - half, high=effect + half, seeds=3, items=10, seeds_needed=None, rows_needed=None
-    )
-
-
-def test_the_knee_is_the_first_value_that_nothing_larger_beats() -> None:
-    scores = [0.2, 0.5, 0.9, 0.901]
-    pairs = [(b, a) for a in range(4) for b in range(a + 1, 4)]
-    clear = {(b, a): one(scores[b] - scores[a], 0.0005) for b, a in pairs}
-    assert knee([1, 2, 4, 8], scores, clear) == 2  # 0.001 more is less than 5 % of the range
-    noisy = {(b, a): one(scores[b] - scores[a], 5.0) for b, a in pairs}
-    assert knee([1, 2, 4, 8], scores, noisy) == 0
 
 
 def test_a_target_is_reached_by_the_smoothed_curve() -> None:

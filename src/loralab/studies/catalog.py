@@ -10,8 +10,11 @@ from typing import Any
 
 from loralab.errors import ConfigError, nearest
 from loralab.studies.study import Ground, StudyOptions, Text
+from loralab.training.settings import Training
 
 NEEDED = ("scipy", "altair", "vl_convert", "jinja2")
+SEEDS_MAX = 10
+BATCH_SIZE = Training().batch_size
 RECOMMEND = "recommend"  # a search, not one of the questions
 ENCODER, WRITER, VISION = "minilm-l6", "smollm2-135m", "dinov2-s"
 # times the method's usual rate: short runs want higher ones
@@ -25,7 +28,7 @@ class Question:
     """A study by its question; `title` is the source's own heading.
 
     `steps`, `batch_size` and `rows` of test are (thorough, quick). `fields` are those of Training
-    that all arms share.
+    that all arms share. Where it `races`, arms that can still be the best get more seeds.
     """
 
     number: str
@@ -36,81 +39,91 @@ class Question:
     batch_size: int = 16
     rows: tuple[int, int] = (500, 300)
     seeds: int = 3
+    races: bool = True
     fields: Mapping[str, Any] = field(default_factory=dict)
 
 
 STUDIES: dict[str, Question] = {
     "lowrank": Question(
+        races=False,
         number="Q1",
-        title=Text(
-            "Why is the update of pretrained weights low-rank?", "為什麼預訓練權重更新是低秩的？"
-        ),
+        title=Text("Why is the update of pretrained weights low-rank?", "為什麼預訓練權重更新是低秩的？"),
         steps=(150, 48),
     ),
-    "rank": Question(
-        number="Q2",
-        title=Text("How should LoRA's rank be chosen?", "LoRA 的 rank 應該如何選擇？"),
-    ),
+    "rank": Question(number="Q2", title=Text("How should LoRA's rank be chosen?", "LoRA 的 rank 應該如何選擇？")),
     "init": Question(
         number="Q3",
         title=Text("Why does lora_B start at zero?", "為什麼 lora_B 初始化為零？"),
-        steps=(150, 52), rows=(500, 200),
+        steps=(150, 52),
+        rows=(500, 200),
     ),
-    "targets": Question(
-        number="Q4",
-        title=Text("Which layers can LoRA be applied to?", "LoRA 可以應用到哪些層？"),
-    ),
+    "targets": Question(number="Q4", title=Text("Which layers can LoRA be applied to?", "LoRA 可以應用到哪些層？")),
     "scaling": Question(
+        races=False,
         number="Q5",
         title=Text("Is scaling by alpha really needed?", "Alpha 的縮放真的必要嗎？"),
-        steps=(60, 26), rows=(300, 100), seeds=2,  # of 45 and 18 combinations
+        steps=(60, 26),
+        rows=(300, 100),
+        seeds=2,  # of 45 and 18 combinations
     ),
     "merge": Question(
+        races=False,
         number="Q6",
-        title=Text(
-            "Does performance change once weights are merged?", "合併權重後性能有差異嗎？"
-        ),
-        model=WRITER, steps=(40, 15), batch_size=8, rows=(100, 24), seeds=1,
+        title=Text("Does performance change once weights are merged?", "合併權重後性能有差異嗎？"),
+        model=WRITER,
+        steps=(40, 15),
+        batch_size=8,
+        rows=(100, 24),
+        seeds=1,
         fields={"learning_rate": 1e-3},  # twice the usual one: the runs are short
     ),
     "memory": Question(
+        races=False,
         number="Q7",
         title=Text("How can memory use be reduced?", "如何減少記憶體使用？"),
-        model=WRITER, steps=(10, 3), batch_size=12, rows=(4, 2), seeds=3,
+        model=WRITER,
+        steps=(10, 3),
+        batch_size=12,
+        rows=(4, 2),
+        seeds=3,
     ),
     "inference": Question(
+        races=False,
         number="Q8",
         title=Text("Can LoRA speed inference up?", "LoRA 能用於推論加速嗎？"),
-        model=WRITER, steps=(40, 15), batch_size=8, rows=(100, 24), seeds=1,
+        model=WRITER,
+        steps=(40, 15),
+        batch_size=8,
+        rows=(100, 24),
+        seeds=1,
         fields={"learning_rate": 1e-3},  # twice the usual one: the runs are short
     ),
     "multitask": Question(
+        races=False,
         number="Q9",
-        title=Text(
-            "How should a multi-task LoRA system be designed?", "如何設計多任務 LoRA 系統？"
-        ),
-        steps=(80, 30), rows=(200, 100), seeds=1,
+        title=Text("How should a multi-task LoRA system be designed?", "如何設計多任務 LoRA 系統？"),
+        steps=(80, 30),
+        rows=(200, 100),
+        seeds=1,
     ),
     "methods": Question(
         number="Q10",
-        title=Text(
-            "How does LoRA compare with Adapter and Prefix-tuning?",
-            "LoRA 與 Adapter、Prefix-tuning 的對比？",
-        ),
+        title=Text("How does LoRA compare with Adapter and Prefix-tuning?", "LoRA 與 Adapter、Prefix-tuning 的對比？"),
     ),
     "adaptive": Question(
-        number="Q11",
-        title=Text("Can the rank be dynamic (AdaLoRA)?", "能否實作動態 rank（AdaLoRA）？"),
+        number="Q11", title=Text("Can the rank be dynamic (AdaLoRA)?", "能否實作動態 rank（AdaLoRA）？")
     ),
     "vision": Question(
         number="Q12",
-        title=Text(
-            "Can LoRA be used for a Vision Transformer?", "LoRA 能用於 Vision Transformer 嗎？"
-        ),
-        model=VISION, data=CLOTHES, steps=(100, 24), batch_size=16, rows=(400, 150),
+        title=Text("Can LoRA be used for a Vision Transformer?", "LoRA 能用於 Vision Transformer 嗎？"),
+        model=VISION,
+        data=CLOTHES,
+        steps=(100, 24),
+        batch_size=16,
+        rows=(400, 150),
         fields={"image_size": 70},
     ),
-}  # fmt: skip
+}
 
 
 def require_installed() -> None:
@@ -139,9 +152,18 @@ def question(name: str) -> Question:
 
 
 def search_ground(asked: StudyOptions, mapping: Mapping[str, str] | None = None) -> Ground:
-    """What all configurations share of which one shall be recommended; one seed unless asked."""
+    """What all configurations share of which one shall be recommended: what the user's own run would have.
+
+    Steps are 0 where they are not asked for: as many as the run takes.
+    """
     found = ground("rank", asked, mapping)
-    return replace(found, study=RECOMMEND, seeds=asked.seeds or 1, rates=(), values=())
+    own = {"max_steps": asked.steps or 0, "batch_size": asked.batch_size or BATCH_SIZE}
+    rows = {name: count for name, count in found.rows.items() if name != "train"}
+    seeds, most = asked.seeds or 1, asked.seeds_max or SEEDS_MAX
+    fields = {**found.fields, **own}
+    return replace(
+        found, study=RECOMMEND, fields=fields, rows=rows, seeds=seeds, seeds_max=max(seeds, most), rates=(), values=()
+    )
 
 
 def ground(name: str, asked: StudyOptions, mapping: Mapping[str, str] | None = None) -> Ground:
@@ -152,21 +174,27 @@ def ground(name: str, asked: StudyOptions, mapping: Mapping[str, str] | None = N
     """
     own = question(name)
     at = 1 if asked.quick else 0
+    seeds = 1 if asked.quick else asked.seeds or own.seeds
     steps, rows = asked.steps or own.steps[at], asked.test_rows or own.rows[at]
     batch = asked.batch_size or own.batch_size
-    fields = {
-        "max_steps": steps, "batch_size": batch, "precision": asked.precision, **own.fields,
-    }  # fmt: skip
+    fields = {"max_steps": steps, "batch_size": batch, "precision": asked.precision, **own.fields}
     if asked.max_length is not None:
         fields["max_length"] = asked.max_length
     if asked.learning_rate is not None:
         fields["learning_rate"] = asked.learning_rate
     return Ground(
-        study=name, model=asked.model or own.model, data=asked.data or own.data,
-        mapping=dict(mapping or {}), fields=fields,
+        study=name,
+        model=asked.model or own.model,
+        data=asked.data or own.data,
+        mapping=dict(mapping or {}),
+        fields=fields,
         rows={"train": steps * batch, "validation": rows, "test": rows},
-        seeds=1 if asked.quick else asked.seeds or own.seeds,
-        quick=asked.quick, fixed_lr=asked.fixed_lr, values=asked.values,
+        seeds=seeds,
+        seeds_max=seeds if asked.quick or not own.races else max(seeds, asked.seeds_max or SEEDS_MAX),
+        margin=asked.margin,
+        quick=asked.quick,
+        fixed_lr=asked.fixed_lr,
+        values=asked.values,
         metric=asked.metric or "",
         rates=QUICK_RATES if asked.quick else RATES,
-    )  # fmt: skip
+    )

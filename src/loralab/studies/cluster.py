@@ -32,10 +32,19 @@ Result = TypeVar("Result")
 RETRIES = 5  # machines that may die under one cell
 POLL_SECONDS = 0.5
 LOOK_SECONDS = 2.0  # after which the machines are counted again
-AT_HOME = frozenset({
-    # read what other cells left beside them, or take times that a neighbour would disturb
-    "decoding", "deployed", "drift", "merging", "mixed_batch", "passes", "system", "updates",
-})  # fmt: skip
+AT_HOME = frozenset(
+    {
+        # read what other cells left beside them, or take times that a neighbour would disturb
+        "decoding",
+        "deployed",
+        "drift",
+        "merging",
+        "mixed_batch",
+        "passes",
+        "system",
+        "updates",
+    }
+)
 
 
 class StoppedError(Exception):
@@ -57,9 +66,7 @@ class Cluster:
         self._free = threading.Condition()
         self._away = 0
         self._stopped = threading.Event()
-        self._measure = ray.remote(
-            num_cpus=self.threads, num_gpus=self._gpus, max_retries=RETRIES
-        )(measure_here)  # fmt: skip
+        self._measure = ray.remote(num_cpus=self.threads, num_gpus=self._gpus, max_retries=RETRIES)(measure_here)
         self._reach = ray.remote(num_cpus=0, max_retries=RETRIES)(reach_here)
 
     @property

@@ -1,6 +1,7 @@
 """study() and report(): a question, all of them or one's own grid -> a folder with its answers."""
 
 import itertools
+import math
 import shlex
 import time
 from collections.abc import Mapping, Sequence
@@ -16,9 +17,10 @@ from loralab.studies.fields import configured, from_toml, known
 from loralab.studies.objects import FOLDER, Objects
 from loralab.studies.runner import Listener, Session, session
 from loralab.studies.study import FAILED, Answer, Arm, Cell, Ground, StudyOptions, parse_seconds
-from loralab.studies.trained import MEASURE
+from loralab.studies.trained import MEASURE, rows_of
 from loralab.training.preflight import write_config
 from loralab.training.request import Request
+from loralab.training.settings import Training
 
 ALL = "all"
 Work = tuple[Ground, list[Arm] | None]  # None: the question's own arms
@@ -138,10 +140,12 @@ def recommend(
         ground = _sized(own, catalog.search_ground(asked, mapping), seconds, started)
         own.run(ground, _candidates(own, ground))
     outcome = report(folder, language=language)
-    advice = outcome.answers[catalog.RECOMMEND].advice
-    if not advice:
-        raise RunError(f"within {budget} nothing could be trained to its end; give a larger budget")
-    _write_config(folder, ground, advice)
+    answer = outcome.answers[catalog.RECOMMEND]
+    if answer.ranking is None:
+        raise RunError(f"within {budget} nothing could be trained to its end; give a larger budget", code="budget")
+    if not answer.advice:
+        raise RunError(f"{answer.sentence.en} See {folder / 'report.html'}", code="nothing_learnt")
+    _write_config(folder, ground, answer.advice, asked)
     return outcome
 
 
@@ -164,7 +168,8 @@ def _sized(own: Session, ground: Ground, budget: float, started: float) -> Groun
     held = store.plans(own.folder) if (own.folder / store.STUDY).is_file() else {}
     if catalog.RECOMMEND in held:
         return held[catalog.RECOMMEND][0]
-    steps = int(ground.fields["max_steps"])
+    steps = int(ground.fields["max_steps"]) or _steps_of_a_run(ground)
+    ground = replace(ground, fields={**ground.fields, "max_steps": steps})
     few = max(4, steps // ETA ** (ROUNDS - 1))
     probe = Arm(name="probe", fields={"method": "lora", "rank": 8, "max_steps": few})
     if own.cluster is not None:
@@ -176,15 +181,21 @@ def _sized(own: Session, ground: Ground, budget: float, started: float) -> Groun
     whole = time.monotonic() - begun
     a_step = record.numbers.get("step_seconds", whole / few)
     left = 0.9 * (budget - (time.monotonic() - started)) * own.abreast
-    number, steps = plan_for(a_step, max(1.0, whole - few * a_step), left, steps, ground.seeds)
-    rows = {**ground.rows, "train": steps * int(ground.fields["batch_size"])}
-    fields = {**ground.fields, "max_steps": steps}
-    return replace(ground, fields=fields, rows=rows, values=(str(number),))
+    number, shorter = plan_for(a_step, max(1.0, whole - few * a_step), left, steps)
+    return replace(ground, fields={**ground.fields, "max_steps": shorter}, values=(str(number), str(steps)))
 
 
-def _write_config(folder: Path, ground: Ground, advice: Mapping[str, Any]) -> None:
-    """config.toml: `loralab train --config` with it trains what was found, on all rows."""
-    method, training = configured({**ground.fields, **advice})
+def _steps_of_a_run(ground: Ground) -> int:
+    """How many steps `loralab train` takes on these rows."""
+    batch, rows = int(ground.fields["batch_size"]), len(rows_of(ground).splits["train"])
+    return Training().epochs * math.ceil(rows / batch)
+
+
+def _write_config(folder: Path, ground: Ground, advice: Mapping[str, Any], asked: StudyOptions) -> None:
+    """config.toml: `loralab train --config` with it trains what was found, for as long as was asked."""
+    fields = {name: value for name, value in ground.fields.items() if name != "max_steps"}
+    steps = {} if asked.steps is None else {"max_steps": asked.steps}
+    method, training = configured({**fields, **steps, **advice})
     request = Request.of(ground.model, ground.data, method, training, ground.mapping)
     write_config(folder, request)
 

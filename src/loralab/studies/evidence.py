@@ -6,19 +6,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from loralab.studies.statistics import (
-    CONFIDENCE,
-    MANY,
-    Difference,
-    Interval,
-    bootstrap_variance,
-    difference,
-    mean_interval,
-)
-from loralab.studies.study import DONE, FALLING, Finding, Record, Table, Text
+from loralab.studies.contrast import Contrast
+from loralab.studies.statistics import Interval, bootstrap_variance, mean_interval
+from loralab.studies.study import DONE, EDGE, FALLING, Finding, Ground, Record, Table, Text
 
 SEED = 0  # of every bootstrap: rendering again gives the same page
 Z = 1.96
+MANY_SEEDS, MANY_ROWS = 200, 1e6  # as good as never
+MARGIN = 1.0  # points of a score, percent of a loss: differences that do not matter
+CORRELATIONS = ("pearson", "spearman", "matthews")
+# standard deviations over seeds: of a share as a multiple of sqrt(p (1 - p)), of a loss and of a
+# correlation as a share of it and of 1 - r^2
+SHARE_SPREAD, LOSS_SPREAD, CORRELATION_SPREAD = 0.08, 0.03, 0.08
 METRICS = {
     "accuracy": Text("accuracy", "準確率"),
     "loss": Text("loss", "損失"),
@@ -31,6 +30,19 @@ class Metric:
     """How a score is said: accuracies in points of a hundred, losses as they are."""
 
     name: str
+    margin: float = MARGIN
+
+    def margin_at(self, score: float) -> float:
+        """The largest difference of two scores that does not matter, beside a score."""
+        return self.margin / 100 * (1.0 if self.rises else abs(score))
+
+    def spread_at(self, score: float) -> float:
+        """The standard deviation over seeds to expect of a score, where no seeds tell."""
+        if not self.rises:
+            return LOSS_SPREAD * abs(score)
+        if self.name in CORRELATIONS:
+            return CORRELATION_SPREAD * max(0.02, 1 - score**2)
+        return SHARE_SPREAD * math.sqrt(max(0.02, score * (1 - score)))
 
     @property
     def text(self) -> Text:
@@ -68,69 +80,52 @@ def by_arm(records: Iterable[Record]) -> dict[str, list[Record]]:
     return found
 
 
-def metric_of(records: Iterable[Record]) -> Metric:
-    """The metric that decides; accuracy where nothing says."""
-    return Metric(name=next((r.texts["metric"] for r in records if "metric" in r.texts), "accuracy"))
+def metric_of(records: Iterable[Record], ground: Ground | None = None) -> Metric:
+    """The metric that decides, with the study's margin; accuracy where nothing says."""
+    name = next((r.texts["metric"] for r in records if "metric" in r.texts), "accuracy")
+    asked = None if ground is None else ground.margin
+    return Metric(name=name, margin=MARGIN if asked is None else asked)
 
 
-def paired(ours: Sequence[Record], theirs: Sequence[Record], comparisons: int = 1) -> Difference | None:
-    """Ours less theirs over the seeds that both have; None if they have none in common.
-
-    An arm of a single cell, such as the base model, stands against every seed of the other.
-    """
-    left, right = ({r.seed: r.items["score"] for r in own} for own in (ours, theirs))
-    if len(right) == 1 and len(left) > 1:
-        right = dict.fromkeys(left, next(iter(right.values())))
-    if len(left) == 1 and len(right) > 1:
-        left = dict.fromkeys(right, next(iter(left.values())))
-    seeds = sorted(left.keys() & right.keys())
-    if not seeds:
-        return None
-    return difference(
-        [left[s] for s in seeds], [right[s] for s in seeds], comparisons=comparisons,
-        generator=np.random.default_rng(SEED),
-    )  # fmt: skip
-
-
-def against(arms: Mapping[str, Sequence[Record]], reference: str) -> dict[str, Difference]:
-    """Every other arm less the reference, as one family of comparisons."""
-    others = [name for name in arms if name != reference]
-    found = {n: paired(arms[n], arms[reference], max(1, len(others))) for n in others}
-    return {name: value for name, value in found.items() if value is not None}
-
-
-def claim(ours: str, theirs: str, found: Difference, metric: Metric) -> Finding:
-    """A difference in words: a claim where its interval excludes zero, else that there is none."""
+def claim(found: Contrast, metric: Metric) -> Finding:
+    """A contrast in words."""
+    a, b, size = found.a, found.b, metric.change(found.estimate)
     span = metric.span(found.low, found.high)
-    percent = round(100 * CONFIDENCE)
-    size = metric.change(found.effect)
-    if found.low == found.high == 0:
+    margin = metric.change(metric.margin_at(1.0)).en if metric.rises else f"{metric.margin:g} %"
+    if math.isnan(found.low):
+        sentence = Text(f"{a} and {b}: one value each, no interval.", f"{a} 與 {b}：各只有一個值，無法估計區間。")
+    elif found.verdict == "equivalent":
         sentence = Text(
-            f"{ours} and {theirs} score alike on every test row.",
-            f"{ours} 與 {theirs} 在每一筆測試資料上的分數都相同。",
+            f"{a} and {b} are equivalent within {margin} (95 % interval {span}).",
+            f"{a} 與 {b} 在 {margin} 以內相當（95% 信賴區間 {span}）。",
         )
     elif found.holds:
-        word = ("better", "較好") if found.effect > 0 else ("worse", "較差")
+        word = ("better", "較好") if found.verdict == "better" else ("worse", "較差")
         sentence = Text(
-            f"{ours} is {word[0]} than {theirs} by {size.en} ({percent} % interval {span}).",
-            f"{ours} 比 {theirs} {word[1]}，差 {size.zh}（{percent}% 信賴區間 {span}）。",
+            f"{a} is {word[0]} than {b} by {size.en} (95 % interval {span}).",
+            f"{a} 比 {b} {word[1]}，差 {size.zh}（95% 信賴區間 {span}）。",
         )
     else:
-        needed = _needed(found)
+        more = _needed(found)
         sentence = Text(
-            f"Between {ours} and {theirs} there is no difference beyond noise ({span}; {needed.en}).",
-            f"{ours} 與 {theirs} 之間沒有超出雜訊的差異（{span}；{needed.zh}）。",
+            f"{a} against {b} is undecided ({span}; {more.en}).", f"{a} 與 {b} 尚無定論（{span}；{more.zh}）。"
         )
-    return Finding(sentence=sentence, holds=found.holds, effect=found.effect, low=found.low, high=found.high)
+    return Finding(
+        sentence=sentence,
+        holds=found.holds,
+        verdict=found.verdict,
+        effect=found.estimate,
+        low=found.low,
+        high=found.high,
+    )
 
 
-def _needed(found: Difference) -> Text:
+def _needed(found: Contrast) -> Text:
     """What would show a difference of this size."""
-    if found.seeds_needed is not None and found.seeds_needed <= MANY:
-        n = found.seeds_needed
+    if (n := found.seeds_needed) is not None and n <= MANY_SEEDS:
         return Text(f"would need about {n} seeds", f"約需 {n} 個隨機種子才看得出")
-    if found.rows_needed is not None and found.rows_needed < 1e6:
-        n = int(float(f"{found.rows_needed:.2g}"))
+    if (rows := found.rows_needed) is not None and rows < MANY_ROWS:
+        n = int(float(f"{rows:.2g}"))
         return Text(f"would need about {n:,} test rows", f"約需 {n:,} 筆測試資料才看得出")
     return Text("too small to be seen here", "差異太小，在此看不出來")
 
@@ -144,9 +139,8 @@ def own_interval(records: Sequence[Record]) -> Interval:
     of_seeds = plain.spread**2 / plain.count
     half = Z * math.sqrt(of_items + of_seeds)
     return Interval(
-        mean=plain.mean, low=plain.mean - half, high=plain.mean + half, spread=plain.spread,
-        count=plain.count,
-    )  # fmt: skip
+        mean=plain.mean, low=plain.mean - half, high=plain.mean + half, spread=plain.spread, count=plain.count
+    )
 
 
 def mean_of(records: Sequence[Record], name: str) -> float:
@@ -164,20 +158,32 @@ def best_arm(arms: Mapping[str, Sequence[Record]], metric: Metric) -> str:
 def scores_table(arms: Mapping[str, Sequence[Record]], metric: Metric) -> Table:
     """Every arm: size, score with its interval, losses, cost."""
     columns = (
-        Text("arm", "組別"), Text("trained parameters", "訓練參數量"),
+        Text("arm", "組別"),
+        Text("trained parameters", "訓練參數量"),
         Text(f"test {metric.text.en} (95 % interval)", f"測試{metric.text.zh}（95% 信賴區間）"),
-        Text("training loss", "訓練損失"), Text("validation loss", "驗證損失"),
+        Text("training loss", "訓練損失"),
+        Text("validation loss", "驗證損失"),
         Text("gap: test less training loss", "差距：測試減訓練損失"),
-        Text("learning rate", "學習率"), Text("step", "每步時間"),
-        Text("peak memory", "記憶體峰值"), Text("file", "檔案大小"),
-    )  # fmt: skip
+        Text("learning rate", "學習率"),
+        Text("step", "每步時間"),
+        Text("peak memory", "記憶體峰值"),
+        Text("file", "檔案大小"),
+    )
     rows = [
-        [name, count(mean_of(own, "parameters")), scored(own, metric),
-         plain(mean_of(own, "train_loss")), plain(mean_of(own, "validation_loss")),
-         plain(mean_of(own, "gap")), rate(own), seconds(mean_of(own, "step_seconds")),
-         size(mean_of(own, "peak_bytes")), size(mean_of(own, "file_bytes"))]
+        [
+            name,
+            count(mean_of(own, "parameters")),
+            scored(own, metric),
+            plain(mean_of(own, "train_loss")),
+            plain(mean_of(own, "validation_loss")),
+            plain(mean_of(own, "gap")),
+            rate(own),
+            seconds(mean_of(own, "step_seconds")),
+            size(mean_of(own, "peak_bytes")),
+            size(mean_of(own, "file_bytes")),
+        ]
         for name, own in arms.items()
-    ]  # fmt: skip
+    ]
     return Table(title=Text("All arms", "所有組別"), columns=columns, rows=rows)
 
 
@@ -190,8 +196,9 @@ def scored(records: Sequence[Record], metric: Metric) -> str:
 
 
 def rate(records: Sequence[Record]) -> str:
-    """The learning rate that an arm ran with."""
-    return f"{records[0].rate:.1e}" if records[0].rate else "–"
+    """The learning rate that an arm ran with, and whether a better one may lie beyond those tried."""
+    edge = " (edge)" if records[0].texts.get("rate") == EDGE else ""
+    return f"{records[0].rate:.1e}{edge}" if records[0].rate else "–"
 
 
 def count(value: float) -> str:

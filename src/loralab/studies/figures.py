@@ -18,9 +18,16 @@ WIDTH = 620  # of files; on the page a chart is as wide as its column
 
 
 def intervals(
-    name: str, title: Text, rows: Rows, *, x: Text, y: Text, log: bool = False,
-    chance: float | None = None, percent: bool = False,
-) -> Figure:  # fmt: skip
+    name: str,
+    title: Text,
+    rows: Rows,
+    *,
+    x: Text,
+    y: Text,
+    log: bool = False,
+    chance: float | None = None,
+    percent: bool = False,
+) -> Figure:
     """A value with its interval for each arm; arms that are names stand below each other.
 
     Args:
@@ -39,8 +46,7 @@ def _numbered(rows: Rows, language: str, x: Text, y: Text, log: bool, chance: fl
     axis = _value(alt.Y, y, language, percent)
     scale = alt.Scale(type="log", base=2) if log else alt.Scale(zero=False)
     ticks = sorted({row["x"] for row in rows})
-    place = alt.X("x:Q", title=x.said(language), scale=scale,
-                  axis=alt.Axis(values=ticks, format="~s"))  # fmt: skip
+    place = alt.X("x:Q", title=x.said(language), scale=scale, axis=alt.Axis(values=ticks, format="~s"))
     return alt.layer(
         base.mark_rule(strokeWidth=2).encode(x=place, y=axis("low"), y2="high:Q", tooltip=_tip(INTERVAL)),
         base.mark_line(opacity=0.5).encode(x=place, y=axis("value")),
@@ -62,9 +68,19 @@ def _named(rows: Rows, language: str, x: Text, y: Text, chance: float | None, pe
 
 
 def lines(
-    name: str, title: Text, rows: Rows, *, x: Text, y: Text, arm: Text, log_x: bool = False,
-    log_y: bool = False, chance: float | None = None, percent: bool = False, band: bool = False,
-) -> Figure:  # fmt: skip
+    name: str,
+    title: Text,
+    rows: Rows,
+    *,
+    x: Text,
+    y: Text,
+    arm: Text,
+    log_x: bool = False,
+    log_y: bool = False,
+    chance: float | None = None,
+    percent: bool = False,
+    band: bool = False,
+) -> Figure:
     """Curves: {"arm", "x", "y"}, one line for each arm; with `band` also "low" and "high"."""
 
     def build(language: str) -> Any:
@@ -79,9 +95,7 @@ def lines(
         base = alt.Chart(_data(rows))
         drawn: list[Any] = []
         if band:
-            drawn.append(base.mark_area(opacity=0.15).encode(
-                x=place, y=axis("low"), y2="high:Q", color=colour
-            ))  # fmt: skip
+            drawn.append(base.mark_area(opacity=0.15).encode(x=place, y=axis("low"), y2="high:Q", color=colour))
         line = base.mark_line(point=len(rows) < 80).encode(
             x=place, y=axis("y"), color=colour, opacity=faint, tooltip=tip
         )
@@ -91,9 +105,8 @@ def lines(
 
 
 def bars(
-    name: str, title: Text, rows: Rows, *, x: Text, y: Text, group: Text | None = None,
-    percent: bool = False,
-) -> Figure:  # fmt: skip
+    name: str, title: Text, rows: Rows, *, x: Text, y: Text, group: Text | None = None, percent: bool = False
+) -> Figure:
     """Bars: {"arm", "value"} from top to bottom, and "group" where several belong together."""
     order = list(dict.fromkeys(row["arm"] for row in rows))
     groups = list(dict.fromkeys(row["group"] for row in rows)) if group else [""]
@@ -114,9 +127,17 @@ def bars(
 
 
 def heat(
-    name: str, title: Text, rows: Rows, *, x: Text, y: Text, value: Text, numbers: bool = True,
-    digits: str = ".2f", height: int = HEIGHT,
-) -> Figure:  # fmt: skip
+    name: str,
+    title: Text,
+    rows: Rows,
+    *,
+    x: Text,
+    y: Text,
+    value: Text,
+    numbers: bool = True,
+    digits: str = ".2f",
+    height: int = HEIGHT,
+) -> Figure:
     """A heat map: {"x", "y", "value"}; rows and columns in the order given."""
 
     def build(language: str) -> Any:
@@ -128,9 +149,8 @@ def heat(
             tooltip=["x:N", "y:N", alt.Tooltip("value:Q", format=".4g")],
         )
         cells = base.mark_rect().encode(
-            color=alt.Color("value:Q", title=value.said(language),
-                            scale=alt.Scale(scheme="viridis"))
-        )  # fmt: skip
+            color=alt.Color("value:Q", title=value.said(language), scale=alt.Scale(scheme="viridis"))
+        )
         middle = _middle([float(row["value"]) for row in rows if row["value"] is not None])
         text = base.mark_text(fontSize=11).encode(
             text=alt.Text("value:Q", format=digits),
@@ -142,9 +162,8 @@ def heat(
 
 
 def scatter(
-    name: str, title: Text, rows: Rows, *, x: Text, y: Text, log_x: bool = False,
-    percent: bool = False,
-) -> Figure:  # fmt: skip
+    name: str, title: Text, rows: Rows, *, x: Text, y: Text, log_x: bool = False, percent: bool = False
+) -> Figure:
     """Named points, such as cost against score: {"arm", "x", "y"}."""
 
     def build(language: str) -> Any:

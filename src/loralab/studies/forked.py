@@ -74,9 +74,13 @@ class Worker:
             count = {} if self._threads is None else {"OMP_NUM_THREADS": str(self._threads)}
             with atomic.explained(self.log), self.log.open("a", encoding="utf-8") as log:
                 self._process = subprocess.Popen(
-                    [sys.executable, "-m", "loralab.studies.worker"], stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE, stderr=log, text=True, env={**os.environ, **environment(), **count},
-                )  # fmt: skip
+                    [sys.executable, "-m", "loralab.studies.worker"],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=log,
+                    text=True,
+                    env={**os.environ, **environment(), **count},
+                )
         return self._process
 
 

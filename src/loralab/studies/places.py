@@ -17,11 +17,16 @@ from loralab.errors import TargetError
 QV, ATTENTION, MLP, ALL = "q+v", "attention", "mlp", "all-linear"
 CHOICES = (QV, ATTENTION, MLP, ALL)
 FAMILIES = (  # what models call their projections to queries, keys and values
-    ("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q_lin", "k_lin", "v_lin"),
-    ("c_attn.q", "c_attn.k", "c_attn.v"), ("qkv.q", "qkv.k", "qkv.v"),
-    ("qkv_proj.q", "qkv_proj.k", "qkv_proj.v"), ("Wqkv.q", "Wqkv.k", "Wqkv.v"),
-    ("wq", "wk", "wv"), ("q", "k", "v"),
-)  # fmt: skip
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("c_attn.q", "c_attn.k", "c_attn.v"),
+    ("qkv.q", "qkv.k", "qkv.v"),
+    ("qkv_proj.q", "qkv_proj.k", "qkv_proj.v"),
+    ("Wqkv.q", "Wqkv.k", "Wqkv.v"),
+    ("wq", "wk", "wv"),
+    ("q", "k", "v"),
+)
 SOURCE = ("c_attn", "c_proj")  # what the source begins with, meaning attention alone
 
 Targets = str | tuple[str, ...]
@@ -80,10 +85,10 @@ def layout(model: nn.Module) -> list[dict[str, Any]]:
     for path in paths(model, ALL):
         shape = linear_shape(model.get_submodule(path))
         place = ATTENTION if path in attention else MLP if path in mlp else "outside"
-        row = found.setdefault((type_of(path), shape), {
-            "type": type_of(path), "outputs": shape[0], "inputs": shape[1], "count": 0,
-            "place": place,
-        })  # fmt: skip
+        row = found.setdefault(
+            (type_of(path), shape),
+            {"type": type_of(path), "outputs": shape[0], "inputs": shape[1], "count": 0, "place": place},
+        )
         row["count"] += 1
     return list(found.values())
 

@@ -18,9 +18,9 @@ from markupsafe import Markup
 import loralab
 from loralab import atomic
 from loralab.errors import LoralabError, OutputError
-from loralab.studies import store
+from loralab.studies import store, verdicts
 from loralab.studies.catalog import RECOMMEND, STUDIES
-from loralab.studies.evidence import mean_of, metric_of, scored, seconds, size, unfinished
+from loralab.studies.evidence import by_arm, mean_of, metric_of, scored, seconds, size, unfinished
 from loralab.studies.prepare import question_module
 from loralab.studies.runner import records
 from loralab.studies.study import LANGUAGES, Answer, Figure, Ground, Record, Table, Text
@@ -29,6 +29,7 @@ from loralab.values import join_pairs
 OWN_TITLES = {RECOMMEND: Text("The search for a configuration", "尋找設定")}
 FIGURES = "figures"
 VERSION = loralab.__version__
+MARKS = {"better": "▲", "worse": "▼", "equivalent": "＝", "undecided": "?"}
 SNIPPET = "window.vegaEmbed = vegaEmbed;"  # what the page needs of the bundle
 PAGE, MARKDOWN = "report.html", {"en": "report.md", "zh-TW": "report.zh-TW.md"}
 
@@ -57,17 +58,28 @@ def render(folder: Path, language: str) -> dict[str, Answer]:
     """
     sections = _sections(folder)
     store.write_results(folder, {s.name: s.records for s in sections})
+    verdicts.write(folder, {s.name: (s.ground, s.records, s.answer) for s in sections})
     for each in sections:
         for figure in each.answer.figures:
             _write_figure(folder / FIGURES, figure)
     advice = [advised(group) for group in grouped(sections)]
     closing = closing_answers(sections)
     for code in LANGUAGES:
-        text = _environment().get_template("report.md.j2").render(
-            sections=sections, advice=advice, closing=closing, say=lambda t, c=code: said(t, c),
-            language=code, table=markdown_table, figures=FIGURES, today=date.today(),
-            version=VERSION,
-        )  # fmt: skip
+        text = (
+            _environment()
+            .get_template("report.md.j2")
+            .render(
+                sections=sections,
+                advice=advice,
+                closing=closing,
+                say=lambda t, c=code: said(t, c),
+                language=code,
+                table=markdown_table,
+                figures=FIGURES,
+                today=date.today(),
+                version=VERSION,
+            )
+        )
         atomic.write_file(folder / MARKDOWN[code], text)
     atomic.write_file(folder / PAGE, page(sections, advice, closing, language))
     return {s.name: s.answer for s in sections}
@@ -100,10 +112,17 @@ def section(name: str, ground: Ground, own: Sequence[Record]) -> Section:
     title = question.title if question else OWN_TITLES.get(name, Text(name, name))
     answer = question_module(name).conclude(own, ground)
     return Section(
-        name=name, number=question.number if question else "", title=title, ground=ground,
-        answer=answer, records=own, left=unfinished(own), measured=measured(ground, own),
-        repeat=repeat_command(ground), apply=apply_command(ground, answer.advice, own),
-    )  # fmt: skip
+        name=name,
+        number=question.number if question else "",
+        title=title,
+        ground=ground,
+        answer=answer,
+        records=own,
+        left=unfinished(own),
+        measured=measured(ground, own),
+        repeat=repeat_command(ground),
+        apply=apply_command(ground, answer.advice, own),
+    )
 
 
 def measured(ground: Ground, own: Sequence[Record]) -> Text:
@@ -115,12 +134,18 @@ def measured(ground: Ground, own: Sequence[Record]) -> Text:
     return Text(
         f"{ground.model} on {ground.data}: {steps} steps of {batch} rows, the same rows in the same "
         f"order for every arm; scored on {rows.get('test')} test rows; "
-        f"{ground.seeds} seed{'s' if ground.seeds > 1 else ''}. {rates.en} Runs took "
+        f"{_seeds(own, ground)} seed{'s' if ground.seeds > 1 else ''}. {rates.en} Runs took "
         f"{seconds(cost)}.",
         f"{ground.model} 於 {ground.data}：每組 {steps} 步、每步 {batch} 筆，資料與順序完全相同；"
-        f"以 {rows.get('test')} 筆測試資料評分；{ground.seeds} 個隨機種子。{rates.zh}"
+        f"以 {rows.get('test')} 筆測試資料評分；{_seeds(own, ground)} 個隨機種子。{rates.zh}"
         f"訓練與評分共 {seconds(cost)}。",
     )
+
+
+def _seeds(own: Sequence[Record], ground: Ground) -> str:
+    """How many seeds the arms had; those that could still be the best had more."""
+    counts = sorted({len(runs) for runs in by_arm(own).values() if not runs[0].arm.plain}) or [ground.seeds]
+    return f"{counts[0]}–{counts[-1]}" if counts[0] != counts[-1] else str(counts[0])
 
 
 def _rates(ground: Ground, own: Sequence[Record]) -> Text:
@@ -141,9 +166,11 @@ def _rates(ground: Ground, own: Sequence[Record]) -> Text:
 
 
 REPEATED = {  # flags of a study, and the fields of its ground that they set
-    "--steps": "max_steps", "--batch-size": "batch_size", "--precision": "precision",
+    "--steps": "max_steps",
+    "--batch-size": "batch_size",
+    "--precision": "precision",
     "--max-length": "max_length",
-}  # fmt: skip
+}
 
 
 def repeat_command(ground: Ground) -> str:
@@ -158,6 +185,9 @@ def repeat_command(ground: Ground) -> str:
         parts += [flag, str(ground.fields[field])] if field in ground.fields else []
     parts += ["--test-rows", str(ground.rows["test"])]
     parts += ["--values", ",".join(ground.values)] if ground.values and not search else []
+    if ground.seeds_max > ground.seeds:
+        parts += ["--seeds-max", str(ground.seeds_max)]
+    parts += ["--margin", f"{ground.margin:g}"] if ground.margin is not None else []
     parts += ["--metric", ground.metric] if ground.metric else []
     parts += ["--fixed-lr"] if ground.fixed_lr else []
     if ground.fixed_lr and "learning_rate" in ground.fields:  # else it is the question's own
@@ -238,10 +268,14 @@ def advised(group: Sequence[Section]) -> Advice:
             reasons.append((each.name, each.number or each.name, shown, each.answer.sentence))
     ground = group[0].ground
     return Advice(
-        model=ground.model, data=ground.data, fields=fields, reasons=reasons,
-        cost=_cost(fields, records_), command=apply_command(ground, fields, records_),
+        model=ground.model,
+        data=ground.data,
+        fields=fields,
+        reasons=reasons,
+        cost=_cost(fields, records_),
+        command=apply_command(ground, fields, records_),
         quick=ground.quick,
-    )  # fmt: skip
+    )
 
 
 def _cost(fields: Mapping[str, Any], own: Sequence[Record]) -> Text:
@@ -270,17 +304,18 @@ def closing_answers(sections: Sequence[Section]) -> list[tuple[Text, list[Text]]
     first: dict[str, Text] = {}
     for each, finding in held:
         first.setdefault(each.name, _numbered(each, finding.sentence))
-    alike = [f for _, f in claims if f.low == f.high == 0]  # equal on every row is no open question
-    open_ = [_numbered(s, f.sentence) for s, f in claims if not f.holds and f not in alike]
+    open_ = [_numbered(s, f.sentence) for s, f in claims if f.verdict == "undecided"]
     following = [_numbered(s, s.answer.next) for s in sections if s.answer.next.en]
     nothing = [Text("Nothing exceeded noise.", "沒有任何差異超出雜訊。")]
     none_open = [Text("Nothing: every comparison was decided.", "沒有：每個比較都有了結論。")]
     return [
-        (Text("What is the biggest finding?", "完成這個 Task 後，你最大的收穫是什麼？"),
-         list(first.values())[:6] or nothing),
+        (
+            Text("What is the biggest finding?", "完成這個 Task 後，你最大的收穫是什麼？"),
+            list(first.values())[:6] or nothing,
+        ),
         (Text("What is still unclear?", "還有哪些不理解的地方？"), open_ or none_open),
         (Text("What would you explore next?", "下一步你想探索什麼？"), following),
-    ]  # fmt: skip
+    ]
 
 
 def _strength(finding: Any) -> float:
@@ -298,15 +333,26 @@ def _numbered(each: Section, text: Text) -> Text:
 def page(sections: Sequence[Section], advice: Sequence[Advice], closing: Any, language: str) -> str:
     """The HTML page; it needs nothing from anywhere."""
     charts = {
-        f"{s.name}-{f.name}-{code}": f.specs[code]
-        for s in sections for f in s.answer.figures for code in LANGUAGES
-    }  # fmt: skip
+        f"{s.name}-{f.name}-{code}": f.specs[code] for s in sections for f in s.answer.figures for code in LANGUAGES
+    }
     script = vl_convert.javascript_bundle(SNIPPET)
-    return _environment().get_template("report.html.j2").render(
-        sections=sections, advice=advice, closing=closing, language=language, both=both,
-        cell=cell_html, today=date.today(), version=VERSION,
-        charts=Markup(_inline(charts)), bundle=Markup(script.replace("</script", "<\\/script")),
-    )  # fmt: skip
+    return (
+        _environment()
+        .get_template("report.html.j2")
+        .render(
+            sections=sections,
+            advice=advice,
+            closing=closing,
+            language=language,
+            both=both,
+            cell=cell_html,
+            marks=MARKS,
+            today=date.today(),
+            version=VERSION,
+            charts=Markup(_inline(charts)),
+            bundle=Markup(script.replace("</script", "<\\/script")),
+        )
+    )
 
 
 def both(text: Any) -> Markup:
@@ -363,7 +409,9 @@ def _write_figure(folder: Path, figure: Figure) -> None:
 
 def _environment() -> jinja2.Environment:
     return jinja2.Environment(
-        loader=jinja2.PackageLoader("loralab.studies", "."), trim_blocks=True, lstrip_blocks=True,
+        loader=jinja2.PackageLoader("loralab.studies", "."),
+        trim_blocks=True,
+        lstrip_blocks=True,
         autoescape=lambda name: bool(name and name.endswith(".html.j2")),
         undefined=jinja2.StrictUndefined,
-    )  # fmt: skip
+    )

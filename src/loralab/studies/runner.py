@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from loralab.errors import ConfigError, RunError, join_limited
-from loralab.studies import search, store
+from loralab.studies import race, search, store
 from loralab.studies.cluster import Cluster, goes_away
 from loralab.studies.forked import Worker, ended
 from loralab.studies.prepare import question_module
 from loralab.studies.search import Each, Obtain, in_turn
-from loralab.studies.study import FAILED, MISSING, Arm, Cell, Ground, Record
+from loralab.studies.study import EDGE, FAILED, MISSING, Arm, Cell, Ground, Record
 
 Listener = Callable[[dict[str, Any]], None]
 BUDGET = "left out: it would not have fitted into the budget"
@@ -37,16 +37,24 @@ def walk(ground: Ground, arms: Sequence[Arm], obtain: Obtain, each: Each = in_tu
         return list(module.walk(ground, arms, obtain, each))
     ready = each(lambda arm: _tuned(ground, arm, obtain, each), arms)
 
-    def one(seed_and_arm: tuple[int, tuple[Arm, Arm, float]]) -> Record:
-        seed, (arm, own, search_seconds) = seed_and_arm
+    def one(seed_and_arm: tuple[int, tuple[Arm, Arm, search.Search | None]]) -> Record:
+        seed, (arm, own, searched) = seed_and_arm
         measure = str(arm.options.get("measure") or module.MEASURE)
         record = obtain(Cell(measure=measure, ground=ground, arm=own, seed=seed))
         rate = own.fields.get("learning_rate")
-        cost = search_seconds if seed == 0 else 0.0
-        return replace(record, arm=own, rate=rate, searched=cost)
+        cost = searched.seconds if searched is not None and seed == 0 else 0.0
+        texts = {**record.texts, "rate": EDGE} if searched is not None and searched.at_edge else record.texts
+        return replace(record, arm=own, rate=rate, searched=cost, texts=texts)
 
     pairs = itertools.product(range(ground.seeds), ready)
-    return list(each(one, [pair for pair in pairs if not (pair[0] and pair[1][0].plain)]))
+    found = list(each(one, [pair for pair in pairs if not (pair[0] and pair[1][0].plain)]))
+    for seed in range(ground.seeds, ground.seeds_max):
+        left = race.contenders(found, ground)
+        added = each(one, [(seed, own) for own in ready if own[0].name in left])
+        found += added
+        if not added or any(record.status == MISSING for record in added):
+            break
+    return found
 
 
 def records(folder: Path) -> dict[str, tuple[Ground, list[Record]]]:
@@ -85,9 +93,8 @@ class Session:
     """
 
     def __init__(
-        self, folder: Path, deadline: float, listener: Listener | None = None,
-        cluster: Cluster | None = None,
-    ) -> None:  # fmt: skip
+        self, folder: Path, deadline: float, listener: Listener | None = None, cluster: Cluster | None = None
+    ) -> None:
         self.folder, self.deadline, self.cluster = folder, deadline, cluster
         self._listener = listener or (lambda event: None)
         self._worker: Worker | None = None
@@ -215,19 +222,23 @@ class Session:
         own = self._times.get(_kind(cell)) or [t for v in self._times.values() for t in v]
         left = self._units_left * math.fsum(own) / len(own) / self.abreast if own else None
         event = {
-            "kind": "cell", "study": cell.ground.study, "arm": cell.arm.name, "seed": cell.seed,
-            "what": what, "search": cell.measure == search.SEARCH, "seconds_left": left,
+            "kind": "cell",
+            "study": cell.ground.study,
+            "arm": cell.arm.name,
+            "seed": cell.seed,
+            "what": what,
+            "search": cell.measure == search.SEARCH,
+            "seconds_left": left,
             "rate": cell.arm.fields.get("learning_rate"),
-        }  # fmt: skip
+        }
         with self._telling:
             self._listener(event)
 
 
 @contextlib.contextmanager
 def session(
-    folder: Path, budget: float | None = None, listener: Listener | None = None,
-    cluster: Cluster | None = None,
-) -> Iterator[Session]:  # fmt: skip
+    folder: Path, budget: float | None = None, listener: Listener | None = None, cluster: Cluster | None = None
+) -> Iterator[Session]:
     """A session in a locked folder.
 
     Raises:
@@ -247,12 +258,12 @@ def needs_search(ground: Ground, arm: Arm) -> bool:
     return arm.tuned and not ground.fixed_lr and "learning_rate" not in arm.fields
 
 
-def _tuned(ground: Ground, arm: Arm, obtain: Obtain, each: Each) -> tuple[Arm, Arm, float]:
-    """The arm, the arm at its learning rate, and the seconds that finding it took."""
+def _tuned(ground: Ground, arm: Arm, obtain: Obtain, each: Each) -> tuple[Arm, Arm, search.Search | None]:
+    """Return the arm, the arm at its learning rate, and how that was found."""
     if not needs_search(ground, arm):
-        return arm, arm, 0.0
+        return arm, arm, None
     found = search.tune(ground, arm, obtain, each)
-    return arm, search.with_rate(arm, found.rate), found.seconds
+    return arm, search.with_rate(arm, found.rate), found
 
 
 def _size(cell: Cell) -> float:

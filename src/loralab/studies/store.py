@@ -34,9 +34,10 @@ def place_of(folder: Path, cell: Cell) -> Path:
 def write(place: Path, cell: Cell, record: Record, seconds: float) -> None:
     """Write the record of a cell, whole or not at all."""
     content = {
-        "format": FORMAT, "cell": cell.to_json(),
+        "format": FORMAT,
+        "cell": cell.to_json(),
         "record": {**asdict(replace(record, seconds=seconds)), "arm": None},
-    }  # fmt: skip
+    }
     atomic.write_file(place / RECORD, json.dumps(_plain(content), indent=1, default=str) + "\n")
 
 
@@ -182,13 +183,19 @@ def write_results(folder: Path, records: Mapping[str, Sequence[Record]]) -> Path
 
     rows = [
         {
-            "study": study, "arm": record.arm.name, "seed": record.seed, "status": record.status,
-            "reason": record.reason, "learning_rate": record.rate, "seconds": record.seconds,
-            "search_seconds": record.searched, **{k: float(v) for k, v in record.numbers.items()},
+            "study": study,
+            "arm": record.arm.name,
+            "seed": record.seed,
+            "status": record.status,
+            "reason": record.reason,
+            "learning_rate": record.rate,
+            "seconds": record.seconds,
+            "search_seconds": record.searched,
+            **{k: float(v) for k, v in record.numbers.items()},
         }
         for study, own in records.items()
         for record in own
-    ]  # fmt: skip
+    ]
     columns = list(dict.fromkeys(key for row in rows for key in row))
     table = pyarrow.table({key: [row.get(key) for row in rows] for key in columns})
     content = io.BytesIO()

@@ -16,6 +16,7 @@ FORMAT = 1  # of records; a change makes old ones unreadable, and their cells ru
 LANGUAGES = ("en", "zh-TW")
 FALLING = ("loss", "perplexity")  # metrics of which less is better
 MOST_SEEDS = 1_000
+EDGE = "edge"  # texts["rate"] of a record whose best rate lies at the edge of what was tried
 DONE, DIVERGED, FAILED, MISSING = "done", "diverged", "failed", "missing"
 
 
@@ -64,7 +65,10 @@ class Ground:
 
     `fields` are those of Training; `rows` how many rows of train, validation and test are used.
     `rates` are the learning rates that are searched for each arm, as multiples of the method's
-    usual one. `metric` is what decides, where it is not the task's own. `quick` is one seed and fewer steps: an indication, not a result.
+    usual one. `metric` is what decides, where it is not the task's own. `quick` is one seed and fewer
+    steps: an indication, not a result. Arms that can still be the best get more seeds, up to
+    `seeds_max`. `margin` is the largest difference that does not matter: points of a score, percent
+    of a loss; None is 1.
     """
 
     study: str
@@ -79,6 +83,8 @@ class Ground:
     rates: tuple[float, ...] = ()
     metric: str = ""
     values: tuple[str, ...] = ()
+    seeds_max: int = 0
+    margin: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """All fields, as study.toml holds them."""
@@ -94,6 +100,9 @@ class Ground:
             and all(isinstance(table, dict) for table in tables)
             and type(self.seeds) is int
             and 0 < self.seeds <= MOST_SEEDS
+            and type(self.seeds_max) is int
+            and 0 <= self.seeds_max <= MOST_SEEDS
+            and (self.margin is None or _is_number(self.margin))
             and all(_is_number(value) for value in (*self.rates, *self.rows.values()))
             and all(isinstance(flag, bool) for flag in (self.quick, self.fixed_lr))
             and all(arm.is_sound for arm in arms)
@@ -120,27 +129,32 @@ class Cell:
         """What decides the result, and nothing else: cells of two studies can be the same."""
         ground = self.ground
         deciding = [
-            FORMAT, self.measure, ground.model, ground.data, dict(ground.mapping),
-            dict(ground.fields), dict(ground.rows), ground.quick, ground.metric,
-            dict(self.arm.fields), dict(self.arm.options), self.seed,
-        ]  # fmt: skip
+            FORMAT,
+            self.measure,
+            ground.model,
+            ground.data,
+            dict(ground.mapping),
+            dict(ground.fields),
+            dict(ground.rows),
+            ground.quick,
+            ground.metric,
+            dict(self.arm.fields),
+            dict(self.arm.options),
+            self.seed,
+        ]
         text = json.dumps(deciding, sort_keys=True, default=list)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def to_json(self) -> dict[str, Any]:
         """All fields."""
-        return {
-            "measure": self.measure, "ground": self.ground.to_json(), "arm": asdict(self.arm),
-            "seed": self.seed,
-        }  # fmt: skip
+        return {"measure": self.measure, "ground": self.ground.to_json(), "arm": asdict(self.arm), "seed": self.seed}
 
     @staticmethod
     def of(stored: Mapping[str, Any]) -> "Cell":
         """What `to_json` made."""
         return Cell(
-            measure=stored["measure"], ground=Ground.of(stored["ground"]),
-            arm=Arm(**stored["arm"]), seed=stored["seed"],
-        )  # fmt: skip
+            measure=stored["measure"], ground=Ground.of(stored["ground"]), arm=Arm(**stored["arm"]), seed=stored["seed"]
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,10 +200,16 @@ class Record:
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """A claim, or that there is none: `holds` is whether its interval excludes zero."""
+    """A claim, or that there is none.
+
+    Attributes:
+        holds: whether something is claimed.
+        verdict: of a contrast: better, worse, equivalent or undecided; empty for other statements.
+    """
 
     sentence: Text
     holds: bool
+    verdict: str = ""
     effect: float | None = None
     low: float | None = None
     high: float | None = None
@@ -225,6 +245,7 @@ class Answer:
         caution: what would change the answer.
         advice: fields of `train` that follow from it.
         next: the experiment that it suggests.
+        ranking: the arms side by side (contrast.Ranking), where arms were compared.
     """
 
     sentence: Text
@@ -236,6 +257,7 @@ class Answer:
     caution: Text = Text("", "")
     advice: Mapping[str, Any] = field(default_factory=dict)
     next: Text = Text("", "")
+    ranking: Any = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,6 +267,8 @@ class StudyOptions:
     model: Annotated[str | None, "short name, folder, GGUF file or hub id; none: by question"] = None
     data: Annotated[str | None, "task name, file, folder or hub id; none: by question"] = None
     seeds: Annotated[int | None, "runs of every arm that differ in nothing else; none is 3"] = None
+    seeds_max: Annotated[int | None, "most seeds, for arms that can still be the best; none is 10"] = None
+    margin: Annotated[float | None, "difference that does not matter: points of a score, % of a loss; none is 1"] = None
     quick: Annotated[bool, "one seed, fewer steps: an indication only"] = False
     fixed_lr: Annotated[bool, "one learning rate for all arms, instead of tuning each"] = False
     values: Annotated[tuple[str, ...], "arms to compare, such as ranks 2,4,8; none: by question"] = ()
@@ -258,13 +282,21 @@ class StudyOptions:
 
     def __post_init__(self) -> None:
         """Check every value."""
-        for name in ("seeds", "steps", "batch_size", "test_rows", "max_length"):
+        for name in ("seeds", "seeds_max", "steps", "batch_size", "test_rows", "max_length"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
-                raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}")
+                raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}", field=name)
+        if self.margin is not None and not 0 < self.margin < float("inf"):
+            raise ConfigError(f"margin must be positive, got {self.margin!r}", code="wrong_value", field="margin")
+        if self.seeds_max is not None and self.seeds_max < (self.seeds or 1):
+            raise ConfigError(
+                f"seeds_max ({self.seeds_max}) must be at least seeds ({self.seeds or 1})",
+                code="wrong_value",
+                field="seeds_max",
+            )
         object.__setattr__(self, "values", tuple(map(str, self.values)))
-        if self.quick and (self.seeds or 1) > 1:
-            raise ConfigError("quick is one seed; leave out --quick, or --seeds")
+        if self.quick and max(self.seeds or 1, self.seeds_max or 1) > 1:
+            raise ConfigError("quick is one seed; leave out --quick, or --seeds and --seeds-max", field="quick")
         if self.learning_rate is not None and not self.fixed_lr:
             raise ConfigError("learning_rate has an effect only with --fixed-lr; arms are tuned")
 

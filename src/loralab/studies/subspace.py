@@ -89,9 +89,11 @@ class Subspace(nn.Module):
 def moving(model: nn.Module) -> dict[str, Tensor]:
     """A copy of every weight that goes through P: all but the tables of embeddings."""
     tables = {
-        id(p) for module in model.modules() if isinstance(module, nn.Embedding)
+        id(p)
+        for module in model.modules()
+        if isinstance(module, nn.Embedding)
         for p in module.parameters(recurse=False)
-    }  # fmt: skip
+    }
     return {name: value.detach().clone() for name, value in model.named_parameters() if id(value) not in tables}
 
 
@@ -108,10 +110,7 @@ def fit(subspace: Subspace, base: Base, task: Task, training: Training) -> list[
     """
     assert training.max_steps is not None
     examples = encode(task, "train", base.tokenizer, kind=base.kind, max_length=training.max_length).examples
-    batches = Batches(
-        lengths=tuple(e.length for e in examples), batch_size=training.batch_size,
-        seed=training.seed,
-    )  # fmt: skip
+    batches = Batches(lengths=tuple(e.length for e in examples), batch_size=training.batch_size, seed=training.seed)
     device = subspace.theta.device
     optimizer = torch.optim.AdamW(subspace.trained(), weight_decay=0.0)
     losses = []
@@ -119,9 +118,11 @@ def fit(subspace: Subspace, base: Base, task: Task, training: Training) -> list[
     for step in range(training.max_steps):
         (rows,) = batches.step(step)
         batch = collate(
-            [examples[i] for i in rows], pad_id=base.tokenizer.pad_token_id or 0, kind=base.kind,
+            [examples[i] for i in rows],
+            pad_id=base.tokenizer.pad_token_id or 0,
+            kind=base.kind,
             pictures=base.tokenizer,
-        )  # fmt: skip
+        )
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(training, step, training.max_steps)
         loss, count = answer_loss(subspace, {name: tensor.to(device) for name, tensor in batch.items()}, base.kind)

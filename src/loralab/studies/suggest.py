@@ -19,7 +19,16 @@ from loralab.errors import ConfigError
 from loralab.studies import store
 from loralab.studies.away import Back, measure_here
 from loralab.studies.cluster import RETRIES, Cluster, received
-from loralab.studies.questions.recommend import BASE_ARM, FIRST, RATES, SHAPES, first_round, loss_of, with_factor
+from loralab.studies.questions.recommend import (
+    BASE_ARM,
+    FIRST,
+    RATES,
+    SHAPES,
+    default_arm,
+    first_round,
+    loss_of,
+    with_factor,
+)
 from loralab.studies.runner import Session
 from loralab.studies.search import SEARCH, usual
 from loralab.studies.study import Arm, Cell, Ground, Record
@@ -46,13 +55,17 @@ def suggested(own: Session, ground: Ground) -> list[Arm]:
         _search(own, own.cluster, ground, shapes, known, left)
     found = [arm for arm, _ in _known(own.folder, ground)]
     arms = sorted(found, key=lambda arm: (FIRST not in arm.name, arm.name))
-    return own.prepare(ground, [*arms, BASE_ARM], skip_invalid=True)
+    return own.prepare(ground, [BASE_ARM, default_arm(ground), *arms], skip_invalid=True)
 
 
 def _search(
-    own: Session, cluster: Cluster, ground: Ground, shapes: Sequence[Arm],
-    known: Sequence[tuple[Arm, float]], count: int,
-) -> None:  # fmt: skip
+    own: Session,
+    cluster: Cluster,
+    ground: Ground,
+    shapes: Sequence[Arm],
+    known: Sequence[tuple[Arm, float]],
+    count: int,
+) -> None:
     """Run so many proposals; what comes back is written here, as it comes."""
     # the folder is the log; the other output of Tune cannot be silent
     os.environ |= {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_AIR_NEW_OUTPUT": "0"}
@@ -65,15 +78,19 @@ def _search(
         tuner = tune.Tuner(
             trial,
             tune_config=tune.TuneConfig(
-                search_alg=_optuna(ground, shapes, known), num_samples=count,
-                max_concurrent_trials=cluster.abreast, reuse_actors=True,
+                search_alg=_optuna(ground, shapes, known),
+                num_samples=count,
+                max_concurrent_trials=cluster.abreast,
+                reuse_actors=True,
                 time_budget_s=max(1.0, seconds) if math.isfinite(seconds) else None,
             ),
             run_config=tune.RunConfig(
-                storage_path=folder, verbose=0, callbacks=[_writer(tune, own)],
+                storage_path=folder,
+                verbose=0,
+                callbacks=[_writer(tune, own)],
                 failure_config=tune.FailureConfig(max_failures=RETRIES),
             ),
-        )  # fmt: skip
+        )
         tuner.fit()
 
 
@@ -93,9 +110,8 @@ def _optuna(ground: Ground, shapes: Sequence[Arm], known: Sequence[tuple[Arm, fl
         first = FIRST if FIRST in names else names[0]
         points, rewards = [{SHAPE: first, FACTOR: float(rate)} for rate in RATES], None
     return library("ray.tune.search.optuna").OptunaSearch(
-        space=space, metric=LOSS, mode="min", seed=1 + len(known), points_to_evaluate=points,
-        evaluated_rewards=rewards,
-    )  # fmt: skip
+        space=space, metric=LOSS, mode="min", seed=1 + len(known), points_to_evaluate=points, evaluated_rewards=rewards
+    )
 
 
 def _tried(config: Mapping[str, Any], ground: Mapping[str, Any], threads: int) -> None:

@@ -61,8 +61,13 @@ def searched(cell: Cell, folder: Path, tell: Tell) -> Record:
     """A short run of the search for a learning rate: its validation loss is all that counts."""
     run = trained(cell, folder, tell)
     atomic.remove_folder(folder / "run")
-    loss = run.scores["validation"].metrics["loss"]
-    return Record(arm=cell.arm, seed=cell.seed, numbers={"validation_loss": loss})
+    scores = run.scores["validation"]
+    return Record(
+        arm=cell.arm,
+        seed=cell.seed,
+        numbers={"validation_loss": scores.metrics["loss"]},
+        items={"validation": list(scores.row_losses)},
+    )
 
 
 def trained(cell: Cell, folder: Path, tell: Tell) -> Run:
@@ -93,26 +98,38 @@ def scored(cell: Cell, run: Run, folder: Path) -> Record:
     validation = run.scores["validation"].metrics
     metric = cell.ground.metric or test.main
     numbers = {
-        "parameters": run.adapter.num_parameters, "file_bytes": size,
-        "head_parameters": sum(p.numel() for s in run.adapter.saved.values()
-                               for p in s.trained.parameters()),
-        "step_seconds": step_seconds(events), "tokens": run.tokens,
-        "peak_bytes": run.peak_bytes, "train_loss": smoothed(losses, 10)[-1],
-        "validation_loss": validation["loss"], "test_loss": test.metrics["loss"],
+        "parameters": run.adapter.num_parameters,
+        "file_bytes": size,
+        "head_parameters": sum(p.numel() for s in run.adapter.saved.values() for p in s.trained.parameters()),
+        "step_seconds": step_seconds(events),
+        "tokens": run.tokens,
+        "peak_bytes": run.peak_bytes,
+        "train_loss": smoothed(losses, 10)[-1],
+        "validation_loss": validation["loss"],
+        "test_loss": test.metrics["loss"],
         "fit_loss": train_scores.metrics["loss"],
         "gap": test.metrics["loss"] - train_scores.metrics["loss"],
-        "score": test.metrics[metric], "fit_score": train_scores.metrics[metric],
+        "score": test.metrics[metric],
+        "fit_score": train_scores.metrics[metric],
+        "validation_score": validation[metric],
         **{f"test_{name}": value for name, value in test.metrics.items()},
-    }  # fmt: skip
+    }
     lost = not math.isfinite(losses[-1]) or smoothed(losses)[-1] > 1.05 * np.mean(losses[:3])
     forget(folder, size)
     return Record(
-        arm=cell.arm, seed=cell.seed, status=DIVERGED if lost else DONE,
+        arm=cell.arm,
+        seed=cell.seed,
+        status=DIVERGED if lost else DONE,
         reason="the training loss ended above its start" if lost else "",
-        numbers=numbers, texts={"metric": metric},
-        items={"score": items_of(test, metric), "loss": [-loss for loss in test.row_losses]},
+        numbers=numbers,
+        texts={"metric": metric},
+        items={
+            "score": items_of(test, metric),
+            "loss": [-loss for loss in test.row_losses],
+            "validation": items_of(run.scores["validation"], metric),
+        },
         series={"loss": losses, "grad_norm": [float(e["grad_norm"]) for e in events]},
-    )  # fmt: skip
+    )
 
 
 def score_on(run: Run, split: str, limit: int | None = None) -> Scores:
@@ -146,9 +163,12 @@ def diverged(cell: Cell, folder: Path, reason: str) -> Record:
     events = [e for e in read_metrics(folder / "run") if e["kind"] == "step"]
     atomic.remove_folder(folder / "run")
     return Record(
-        arm=cell.arm, seed=cell.seed, status=DIVERGED, reason=reason,
+        arm=cell.arm,
+        seed=cell.seed,
+        status=DIVERGED,
+        reason=reason,
         series={"loss": [float(e["loss"]) for e in events]},
-    )  # fmt: skip
+    )
 
 
 def forget(folder: Path, size: int) -> None:
@@ -170,6 +190,9 @@ def untrained(cell: Cell, folder: Path, tell: Tell) -> Record:
     metric = ground.metric or scores.main
     numbers = {"score": scores.metrics[metric], "test_loss": scores.metrics["loss"]}
     return Record(
-        arm=cell.arm, seed=cell.seed, numbers=numbers, items={"score": items_of(scores, metric)},
+        arm=cell.arm,
+        seed=cell.seed,
+        numbers=numbers,
+        items={"score": items_of(scores, metric)},
         texts={"metric": metric},
-    )  # fmt: skip
+    )

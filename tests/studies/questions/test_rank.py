@@ -31,9 +31,10 @@ def fitted(width: int, seed: int) -> Record:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    x = torch.randn(TEST_ROWS, WIDTH, generator=torch.Generator().manual_seed(10))
+    rows = torch.Generator().manual_seed(10)
+    x, noise = torch.randn(TEST_ROWS, WIDTH, generator=rows), torch.randn(TEST_ROWS, WIDTH, generator=rows)
     with torch.no_grad():
-        items = -(layer(x) - base(x) - x @ update.T).square().mean(dim=1)
+        items = -(layer(x) - base(x) - x @ update.T - 0.5 * noise).square().mean(dim=1)
     return Record(
         arm=Arm(name=f"r={width}", fields={"rank": width}),
         seed=seed,
@@ -43,11 +44,11 @@ def fitted(width: int, seed: int) -> Record:
     )
 
 
-def test_the_knee_is_at_the_true_rank_of_the_update() -> None:
+def test_the_true_rank_of_the_update_is_recommended() -> None:
     records = [fitted(width, seed) for width in (1, 2, 3, 4, 8, 16) for seed in range(3)]
     answer = rank.conclude(records, GROUND)
-    assert answer.advice == {"rank": 4}
-    assert "knee is at r=4" in answer.sentence.en
+    assert answer.advice["rank"] in (4, 8)  # more than enough costs nothing here
+    assert all(answer.ranking.contrast("r=4", name).verdict == "better" for name in ("r=1", "r=2", "r=3"))
 
 
 def test_on_noise_no_rank_is_better(here: Here, tiny_bert_folder: Path, noise_file: Path, tmp_path: Path) -> None:
@@ -56,7 +57,8 @@ def test_on_noise_no_rank_is_better(here: Here, tiny_bert_folder: Path, noise_fi
     assert len(records) == 1 + 3 * 2
     answer = rank.conclude(records, ground)
     assert not any(finding.holds for finding in answer.findings)
-    assert answer.advice == {"rank": 1}
+    assert answer.advice == {}
+    assert answer.ranking.recommended is None
     assert [label.en for label, _ in answer.blanks] == ["rank=1", "rank=2", "rank=8"]
     assert answer.figures
 

@@ -110,9 +110,10 @@ def test_a_planted_order_is_claimed() -> None:
         *arm("full", MIDDLE, 9000),
     ]
     answer = vision.conclude(records, GROUND)
-    assert "above linear-probe (50.0 %)" in answer.sentence.en
-    assert "above full (75.0 %)" in answer.sentence.en
-    assert "Take q+v r=8: 100 parameters" in answer.sentence.en  # no worse, and smaller
+    found = answer.ranking
+    assert [found.contrast("q+v r=8", other).verdict for other in ("linear-probe", "full")] == ["better"] * 2
+    assert found.contrast("q+v r=8", "all-linear r=8").verdict == "equivalent"
+    assert (found.recommended, found.decided) == ("q+v r=8", True)  # no worse, and smaller
     assert answer.advice == {"target_modules": ["q_proj", "v_proj"], "rank": 8}
     assert [label.zh for label, _ in answer.blanks][1:] == ["哪些層應該使用 LoRA", "效能會如何", "實驗計畫"]
     assert all(text.en and text.zh for _, text in answer.blanks)
@@ -121,7 +122,7 @@ def test_a_planted_order_is_claimed() -> None:
 
 def test_on_noise_lora_does_not_beat_the_probe() -> None:
     answer = vision.conclude([*arm("linear-probe", GOOD), *arm("q+v r=8", GOOD)], GROUND)
-    assert "no difference beyond noise from linear-probe" in answer.sentence.en
+    assert answer.ranking.contrast("q+v r=8", "linear-probe").verdict != "better"
     assert "full was not measured" in answer.sentence.en
     assert answer.advice == {}
     assert not any(f.holds for f in answer.findings)

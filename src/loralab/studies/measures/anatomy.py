@@ -51,11 +51,13 @@ def facts(model: Any, side: int) -> dict[str, Any]:
     patch = side_of(getattr(model.config, "patch_size", None)) or 1
     convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
     return {
-        "side": side, "patch": patch, "patches": (side // patch) ** 2,
+        "side": side,
+        "patch": patch,
+        "patches": (side // patch) ** 2,
         "convolutions": len(convolutions),
         "convolution_parameters": sum(p.numel() for m in convolutions for p in m.parameters()),
         "parameters": sum(p.numel() for p in model.parameters()),
-    }  # fmt: skip
+    }
 
 
 def anatomy_table(told: Mapping[str, Any]) -> list[Table]:
@@ -63,19 +65,31 @@ def anatomy_table(told: Mapping[str, Any]) -> list[Table]:
     if not told.get("vision"):
         return []
     rows = [
-        [Text(*where), row["place"], row["type"], f"{row['outputs']} × {row['inputs']}",
-         row["count"], count(row["count"] * RANK * (row["outputs"] + row["inputs"]))]
+        [
+            Text(*where),
+            row["place"],
+            row["type"],
+            f"{row['outputs']} × {row['inputs']}",
+            row["count"],
+            count(row["count"] * RANK * (row["outputs"] + row["inputs"])),
+        ]
         for where, kind in ((("this model", "這個模型"), "vision"), ((WRITER, WRITER), "language"))
         for row in told.get(kind, ())
-    ]  # fmt: skip
-    return [Table(
-        title=Text("Linear layers of the vision model and of a language model",
-                   "視覺模型與語言模型的線性層"),
-        columns=(Text("model", "模型"), Text("part", "部分"), Text("layer", "層"),
-                 Text("outputs × inputs", "輸出 × 輸入"), Text("count", "個數"),
-                 Text(f"LoRA r={RANK}: parameters", f"LoRA r={RANK}：參數量")),
-        rows=rows,
-    )]  # fmt: skip
+    ]
+    return [
+        Table(
+            title=Text("Linear layers of the vision model and of a language model", "視覺模型與語言模型的線性層"),
+            columns=(
+                Text("model", "模型"),
+                Text("part", "部分"),
+                Text("layer", "層"),
+                Text("outputs × inputs", "輸出 × 輸入"),
+                Text("count", "個數"),
+                Text(f"LoRA r={RANK}: parameters", f"LoRA r={RANK}：參數量"),
+            ),
+            rows=rows,
+        )
+    ]
 
 
 def likeness(told: Mapping[str, Any]) -> Text:

@@ -11,7 +11,7 @@ from loralab.adapters.adapter import Adapter
 from loralab.adapters.linear import LinearWithLoRA
 from loralab.adapters.spectrum import decompose
 from loralab.studies import figures
-from loralab.studies.evidence import SEED, Metric
+from loralab.studies.evidence import SEED, Metric, mean_of
 from loralab.studies.statistics import difference
 from loralab.studies.study import Cell, Figure, Record, Text
 from loralab.studies.trained import Tell, items_of, score_on, scored, trained
@@ -62,15 +62,17 @@ def put(adapter: Adapter, new: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         module.lora_B.copy_(B)
 
 
-def kept_at(records: Sequence[Record]) -> int | None:
-    """The smallest cut that is not worse than the whole, beyond noise; None if none was measured."""
+def kept_at(records: Sequence[Record], metric: Metric) -> int | None:
+    """Return the smallest cut that is shown to keep the score, within the margin; None if none is."""
     cuts = _cuts(records)
     for rank in cuts:
         found = difference(
-            [r.items[f"{CUT}{rank}"] for r in records], [r.items["score"] for r in records],
-            generator=np.random.default_rng(SEED), comparisons=len(cuts),
-        )  # fmt: skip
-        if not (found.holds and found.effect < 0):
+            [r.items[f"{CUT}{rank}"] for r in records],
+            [r.items["score"] for r in records],
+            generator=np.random.default_rng(SEED),
+            margin=metric.margin_at(abs(mean_of(records, "score"))),
+        )
+        if found.verdict in ("equivalent", "better"):
             return rank
     return None
 
@@ -86,15 +88,19 @@ def cut_figure(records: Sequence[Record], metric: Metric) -> list[Figure]:
     for rank in cuts:
         items = np.asarray([r.items[f"{CUT}{rank}"] for r in records], dtype=float).mean(axis=0)
         mean, half = sign * float(items.mean()), 1.96 * float(items.std(ddof=1)) / len(items) ** 0.5
-        rows.append({"arm": f"r={rank}", "x": rank, "value": mean, "low": mean - half,
-                     "high": mean + half})  # fmt: skip
-    return [figures.intervals(
-        "rank-cut", Text("The largest rank, cut to r by SVD; dashed: uncut",
-                         "最大的 rank 以 SVD 截到 r；虛線：未截斷"),
-        rows, x=Text("rank kept", "保留的 rank"),
-        y=Text(f"test {metric.text.en}", f"測試{metric.text.zh}"), log=True, chance=whole,
-        percent=metric.rises,
-    )]  # fmt: skip
+        rows.append({"arm": f"r={rank}", "x": rank, "value": mean, "low": mean - half, "high": mean + half})
+    return [
+        figures.intervals(
+            "rank-cut",
+            Text("The largest rank, cut to r by SVD; dashed: uncut", "最大的 rank 以 SVD 截到 r；虛線：未截斷"),
+            rows,
+            x=Text("rank kept", "保留的 rank"),
+            y=Text(f"test {metric.text.en}", f"測試{metric.text.zh}"),
+            log=True,
+            chance=whole,
+            percent=metric.rises,
+        )
+    ]
 
 
 def _cuts(records: Sequence[Record]) -> list[int]:

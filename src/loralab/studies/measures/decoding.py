@@ -117,9 +117,8 @@ def working_bytes(base: Base, variant: Variant, batch: int) -> float | None:
 
 
 def _affordable(
-    base: Base, variants: Sequence[Variant], inputs: Mapping[int, Mapping[str, Tensor]],
-    seconds: float,
-) -> list[int]:  # fmt: skip
+    base: Base, variants: Sequence[Variant], inputs: Mapping[int, Mapping[str, Tensor]], seconds: float
+) -> list[int]:
     """The batches whose trials fit, the first one always; every variant is warmed up on the way."""
     kept: list[int] = []
     spent = 0.0

@@ -63,10 +63,7 @@ def measure_adapters(cell: Cell, folder: Path, tell: Tell) -> Record:
         except LoralabError as error:
             refused.append({"variant": name, "reason": str(error)})
     record = _record(cell, base, task, variants, (BASE, MERGED, UNMERGED), BASE)
-    return replace(
-        record, numbers={**record.numbers, **numbers},
-        tables={**record.tables, "refused": refused},
-    )  # fmt: skip
+    return replace(record, numbers={**record.numbers, **numbers}, tables={**record.tables, "refused": refused})
 
 
 def measure_smaller(cell: Cell, folder: Path, tell: Tell) -> Record:
@@ -84,40 +81,37 @@ def measure_smaller(cell: Cell, folder: Path, tell: Tell) -> Record:
 
 
 def _record(
-    cell: Cell, base: Base, task: Task, variants: Sequence[Variant], scored: Sequence[str],
-    control: str,
-) -> Record:  # fmt: skip
+    cell: Cell, base: Base, task: Task, variants: Sequence[Variant], scored: Sequence[str], control: str
+) -> Record:
     """Time all variants, weigh them, and score those that can be."""
     options = cell.arm.options
     times = interleaved(
-        base, variants, options["batches"], seconds=float(options["seconds"]),
-        most=int(options["trials"]),
-    )  # fmt: skip
+        base, variants, options["batches"], seconds=float(options["seconds"]), most=int(options["trials"])
+    )
     largest = max(batch for _, batch in times)
     weights = [
-        {"variant": v.name, "bytes": weight_bytes(v.model),
-         "working": working_bytes(base, v, largest)}
+        {"variant": v.name, "bytes": weight_bytes(v.model), "working": working_bytes(base, v, largest)}
         for v in variants
-    ]  # fmt: skip
+    ]
     items, metric = {}, cell.ground.metric
     for variant in (v for v in variants if v.name in scored):
         scores = evaluate(variant.model, base.tokenizer, task, "test", kind=base.kind, batch_size=32)
         metric = metric or scores.main
         items[variant.name] = items_of(scores, metric)
     return Record(
-        arm=cell.arm, seed=cell.seed, items=items, tables={
-            "latency": _rows(times, control), "weights": weights,
-        },
+        arm=cell.arm,
+        seed=cell.seed,
+        items=items,
+        tables={"latency": _rows(times, control), "weights": weights},
         texts={"metric": metric, "unit": "token" if writes(base) else "pass"},
-    )  # fmt: skip
+    )
 
 
 def _rows(times: Times, control: str) -> list[dict[str, Any]]:
     return [
-        {"variant": name, "batch": batch, "seconds": own.token, "prompt": own.prompt,
-         "control": control}
+        {"variant": name, "batch": batch, "seconds": own.token, "prompt": own.prompt, "control": control}
         for (name, batch), own in times.items()
-    ]  # fmt: skip
+    ]
 
 
 def named(count: int, loops: bool) -> str:

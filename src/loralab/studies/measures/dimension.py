@@ -60,10 +60,7 @@ def _one(cell: Cell, task: Task, rate: float) -> Record:
     size = int(cell.arm.options["d"])
     own = {"method": "full", "learning_rate": rate / math.sqrt(size), "seed": cell.seed}
     _, training = configured({**cell.ground.fields, **own})
-    base = load_base(
-        cell.ground.model, task, training.precision, training.seed,
-        image_size=training.image_size,
-    )  # fmt: skip
+    base = load_base(cell.ground.model, task, training.precision, training.seed, image_size=training.image_size)
     with torch.random.fork_rng():
         torch.manual_seed(cell.seed)  # of dropout
         generator = torch.Generator().manual_seed(cell.seed)
@@ -79,15 +76,23 @@ def _one(cell: Cell, task: Task, rate: float) -> Record:
 
     test, validation = score("test"), score("validation")
     numbers = {
-        "score": test.metrics[test.main], "test_loss": test.metrics["loss"],
-        "validation_loss": validation.metrics["loss"], "train_loss": smoothed(losses, 10)[-1],
-        "gap": test.metrics["loss"] - smoothed(losses, 10)[-1], "parameters": size,
-        "large": subspace.large, "scale": rate,
-    }  # fmt: skip
+        "score": test.metrics[test.main],
+        "test_loss": test.metrics["loss"],
+        "validation_loss": validation.metrics["loss"],
+        "train_loss": smoothed(losses, 10)[-1],
+        "gap": test.metrics["loss"] - smoothed(losses, 10)[-1],
+        "parameters": size,
+        "large": subspace.large,
+        "scale": rate,
+    }
     return Record(
-        arm=cell.arm, seed=cell.seed, numbers=numbers, items={"score": items_of(test)},
-        texts={"metric": test.main}, series={"loss": losses},
-    )  # fmt: skip
+        arm=cell.arm,
+        seed=cell.seed,
+        numbers=numbers,
+        items={"score": items_of(test)},
+        texts={"metric": test.main},
+        series={"loss": losses},
+    )
 
 
 def curve_of(records: Sequence[Record], variant: str) -> dict[int, Items]:

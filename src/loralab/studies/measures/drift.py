@@ -66,16 +66,22 @@ def measure(cell: Cell, folder: Path, tell: Tell) -> Record:
         seen = compare(reference, drifted, "fp32")
         for name, module in chosen.items():
             _put(module.base, originals[name])
-        rows.append({
-            "precision": precision, "exact": all(d.exact for d in drifts.values()),
-            "relative": [list(d.relative) for d in drifts.values()],
-            "changed": [d.changed for d in drifts.values()], "kl": max(0.0, seen.mean_kl),
-            "top1": seen.top1_agreement,
-        })  # fmt: skip
+        rows.append(
+            {
+                "precision": precision,
+                "exact": all(d.exact for d in drifts.values()),
+                "relative": [list(d.relative) for d in drifts.values()],
+                "changed": [d.changed for d in drifts.values()],
+                "kl": max(0.0, seen.mean_kl),
+                "top1": seen.top1_agreement,
+            }
+        )
     return Record(
-        arm=cell.arm, seed=cell.seed, tables={"drift": rows},
+        arm=cell.arm,
+        seed=cell.seed,
+        tables={"drift": rows},
         numbers={"merges": MERGES, "modules": len(chosen), "of": len(found)},
-    )  # fmt: skip
+    )
 
 
 def spaced(found: Mapping[str, LinearWithLoRA], most: int | None) -> dict[str, LinearWithLoRA]:

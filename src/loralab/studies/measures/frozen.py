@@ -30,9 +30,7 @@ ITERATIONS = 200
 def measure(cell: Cell, folder: Path, tell: Tell) -> Record:
     """Fit a linear head on the training rows' features, and score it on the test rows."""
     ground, task = cell.ground, rows_of(cell.ground)
-    base = load_base(
-        ground.model, task, "fp32", 0, image_size=ground.fields.get("image_size")
-    )  # fmt: skip
+    base = load_base(ground.model, task, "fp32", 0, image_size=ground.fields.get("image_size"))
     base.model.eval()
     longest = int(ground.fields.get("max_length", 512))
     found = {split: features(base, task, split, longest) for split in task.splits}
@@ -43,14 +41,15 @@ def measure(cell: Cell, folder: Path, tell: Tell) -> Record:
     x, y = scaled["test"]
     right = (logits(head, x).argmax(dim=1) == y).double()
     numbers = {
-        "score": float(right.mean()), "test_loss": _loss(head, x, y), "parameters": head.numel(),
+        "score": float(right.mean()),
+        "test_loss": _loss(head, x, y),
+        "parameters": head.numel(),
         "train_loss": _loss(head, *scaled["train"]),
         "validation_loss": _loss(head, *scaled["validation"]),
-    }  # fmt: skip
+    }
     return Record(
-        arm=cell.arm, seed=cell.seed, numbers=numbers, items={"score": right.tolist()},
-        texts={"metric": "accuracy"},
-    )  # fmt: skip
+        arm=cell.arm, seed=cell.seed, numbers=numbers, items={"score": right.tolist()}, texts={"metric": "accuracy"}
+    )
 
 
 @torch.no_grad()

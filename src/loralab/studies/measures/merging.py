@@ -82,9 +82,13 @@ def _measured(cell: Cell, folder: Path, tell: Tell) -> Record:
     for name, seen in ((BEFORE, before), (AFTER, after)):
         items[f"{name} loss"] = [-loss for loss in seen.scores.row_losses]
     return Record(
-        arm=cell.arm, seed=cell.seed, numbers=numbers, items=items,
-        series={"kept": list(kept.values())}, texts={"metric": metric, "precision": precision},
-    )  # fmt: skip
+        arm=cell.arm,
+        seed=cell.seed,
+        numbers=numbers,
+        items=items,
+        series={"kept": list(kept.values())},
+        texts={"metric": metric, "precision": precision},
+    )
 
 
 def look(base: Base, task: Task, samples: Sequence[Sequence[int]]) -> Look:
@@ -106,11 +110,17 @@ def changes(before: Look, after: Look, seen: Certificate) -> dict[str, float]:
     answered = any(a.answer for a, _ in pairs)  # plain texts have no answers that could change
     changed = {"changed": float(sum(a.answer != b.answer for a, b in pairs))} if answered else {}
     return {
-        "loss_before": was, "loss_after": now, "loss_difference": abs(now - was),
-        "logit_difference": seen.max_logit_difference, "relative": seen.relative_difference,
-        "kl": max(0.0, seen.mean_kl), "top1": seen.top1_agreement, "positions": seen.positions,
-        "rows": float(len(pairs)), **changed,
-    }  # fmt: skip
+        "loss_before": was,
+        "loss_after": now,
+        "loss_difference": abs(now - was),
+        "logit_difference": seen.max_logit_difference,
+        "relative": seen.relative_difference,
+        "kl": max(0.0, seen.mean_kl),
+        "top1": seen.top1_agreement,
+        "positions": seen.positions,
+        "rows": float(len(pairs)),
+        **changed,
+    }
 
 
 def round_trip(base: Base, adapter: Adapter, samples: Sequence[Sequence[int]], logits: Tensor) -> dict[str, float]:
@@ -125,10 +135,12 @@ def round_trip(base: Base, adapter: Adapter, samples: Sequence[Sequence[int]], l
     again = logits_of(base.model, samples, base.kind, base.tokenizer)
     adapter.merge()
     return {
-        "merge_seconds": merge_seconds, "unmerge_seconds": unmerge_seconds,
-        "tensors": float(len(digests)), "restored": float(back == digests),
+        "merge_seconds": merge_seconds,
+        "unmerge_seconds": unmerge_seconds,
+        "tensors": float(len(digests)),
+        "restored": float(back == digests),
         "same_logits": float(torch.equal(again, logits)),
-    }  # fmt: skip
+    }
 
 
 def timed(act: Any) -> float:

@@ -60,9 +60,11 @@ def measure(cell: Cell, folder: Path, tell: Tell) -> Record:
     }
     modules_of = top_overlaps(pairs)
     return Record(
-        arm=cell.arm, seed=cell.seed, tables={**tables, "modules": modules_of},
+        arm=cell.arm,
+        seed=cell.seed,
+        tables={**tables, "modules": modules_of},
         numbers={"modules": len(weights), "rate": float(cell.arm.options["rate"])},
-    )  # fmt: skip
+    )
 
 
 def directions(A: Tensor, B: Tensor, side: str) -> Tensor:
@@ -92,11 +94,16 @@ def overlaps(pairs: Mapping[str, Mapping[str, Pair]]) -> list[dict[str, Any]]:
                         value = float(table[i - 1, j - 1]), chance_overlap(i, j, len(left))
                         found.setdefault((i, j), []).append(value)
             rows += [
-                {"pair": pair, "side": side, "i": i, "j": j,
-                 "phi": statistics.median(v for v, _ in values),
-                 "chance": statistics.median(c for _, c in values)}
+                {
+                    "pair": pair,
+                    "side": side,
+                    "i": i,
+                    "j": j,
+                    "phi": statistics.median(v for v, _ in values),
+                    "chance": statistics.median(c for _, c in values),
+                }
                 for (i, j), values in found.items()
-            ]  # fmt: skip
+            ]
     return rows
 
 
@@ -128,9 +135,13 @@ def amplified(A: Tensor, B: Tensor, scaling: float, weight: Tensor) -> dict[str,
     chance = count / math.sqrt(weight.numel()) * float(weight.norm())
     own = float(values_of(weight)[:count].square().sum().sqrt())
     return {
-        "update": size, "weight": float(weight.norm()), "inside": inside, "chance": chance,
-        "own": own, "factor": size / inside if inside else math.inf,
-    }  # fmt: skip
+        "update": size,
+        "weight": float(weight.norm()),
+        "inside": inside,
+        "chance": chance,
+        "own": own,
+        "factor": size / inside if inside else math.inf,
+    }
 
 
 def logs(rows: Sequence[Mapping[str, Any]], rank: int, key: str) -> list[float]:

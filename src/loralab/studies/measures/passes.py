@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from loralab.errors import LoralabError
 from loralab.models.load import Base
 from loralab.studies.budgets import Fields, attached, put_on
-from loralab.studies.statistics import CONFIDENCE
+from loralab.studies.contrast import CONFIDENCE
 from loralab.studies.study import Cell, Record
 from loralab.studies.trained import Tell, rows_of
 from loralab.tasks.forward import accepted, run
@@ -58,10 +58,7 @@ def measure(cell: Cell, folder: Path, tell: Tell) -> Record:
     """Time the variants that the arm's options name: {"variants": {name: fields}}."""
     ground, options = cell.ground, cell.arm.options
     task, fields = rows_of(ground), ground.fields
-    base = load_base(
-        ground.model, task, str(fields.get("precision", "auto")), 0,
-        image_size=fields.get("image_size"),
-    )  # fmt: skip
+    base = load_base(ground.model, task, str(fields.get("precision", "auto")), 0, image_size=fields.get("image_size"))
     variants: Mapping[str, Fields] = options["variants"]
     ways, refused = ways_of(base, variants)
     prefix = max((int(own.get("tokens", 0)) for own in variants.values()), default=0)
@@ -72,9 +69,11 @@ def measure(cell: Cell, folder: Path, tell: Tell) -> Record:
         for (way, shape), own in times.items()
     ]
     return Record(
-        arm=cell.arm, seed=cell.seed, tables={"passes": rows, "refused": refused},
+        arm=cell.arm,
+        seed=cell.seed,
+        tables={"passes": rows, "refused": refused},
         numbers={"trials": float(min(map(len, times.values()), default=0))},
-    )  # fmt: skip
+    )
 
 
 def ways_of(base: Base, variants: Mapping[str, Fields]) -> tuple[list[Way], list[dict[str, str]]]:
@@ -101,9 +100,14 @@ def shapes_of(base: Base, prefix: int) -> list[Shape]:
 
 @torch.no_grad()
 def interleaved(
-    base: Base, variants: Mapping[str, Fields], ways: Sequence[Way], shapes: Sequence[Shape], *,
-    seconds: float, most: int,
-) -> Times:  # fmt: skip
+    base: Base,
+    variants: Mapping[str, Fields],
+    ways: Sequence[Way],
+    shapes: Sequence[Shape],
+    *,
+    seconds: float,
+    most: int,
+) -> Times:
     """Times of each way and shape, one for each trial: at least LEAST, at most `most` trials.
 
     Shapes for which the seconds would not do, judged by one pass of the base, are left out; the

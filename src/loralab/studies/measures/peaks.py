@@ -30,15 +30,19 @@ def measure(cell: Cell, folder: Path, tell: Tell) -> Record:
     times = [float(e["seconds"]) for e in events]
     gaps = [after - before for before, after in itertools.pairwise(times)]
     numbers = {
-        **gauge.numbers(), "parameters": float(run.adapter.num_parameters),
-        "step_seconds": float(torch.tensor(gaps or times).median()), "seconds": times[-1],
+        **gauge.numbers(),
+        "parameters": float(run.adapter.num_parameters),
+        "step_seconds": float(torch.tensor(gaps or times).median()),
+        "seconds": times[-1],
         "tokens": float(run.tokens),
-    }  # fmt: skip
+    }
     forget(folder, 0)
     return Record(
-        arm=cell.arm, seed=cell.seed, numbers=numbers,
+        arm=cell.arm,
+        seed=cell.seed,
+        numbers=numbers,
         series={"loss": [float(e["loss"]) for e in events], "step_seconds": gaps or times},
-    )  # fmt: skip
+    )
 
 
 class Gauge:
@@ -63,9 +67,11 @@ class Gauge:
     def numbers(self) -> dict[str, float]:
         """Bytes: `peak_bytes` of the whole run; `steps_bytes` only where it can be told apart."""
         found = {
-            "peak_bytes": float(max(self._loading, self._steps)), "start_bytes": float(self._start),
-            "loading_bytes": float(self._loading), "held_bytes": float(self._held),
-        }  # fmt: skip
+            "peak_bytes": float(max(self._loading, self._steps)),
+            "start_bytes": float(self._start),
+            "loading_bytes": float(self._loading),
+            "held_bytes": float(self._held),
+        }
         return found | ({"steps_bytes": float(self._steps)} if self._apart else {})
 
 

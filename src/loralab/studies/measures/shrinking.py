@@ -30,15 +30,15 @@ def measure(cell: Cell, folder: Path, tell: Tell) -> Record:
     numbers, series = watched_budget(run, named(seen, run.adapter), ranks)
     stored, size = in_file(folder / "run")
     numbers |= {
-        "ranks_in_file": sum(stored.values()), "stored_parameters": size,
+        "ranks_in_file": sum(stored.values()),
+        "stored_parameters": size,
         "ranks_differ": sum(rank != stored.get(name, 0) for name, rank in ranks.items()),
-    }  # fmt: skip
+    }
     record = scored(cell, run, folder)
     table = [{"module": name, "rank": rank} for name, rank in ranks.items()]
     return replace(
-        record, numbers={**record.numbers, **numbers}, series={**record.series, **series},
-        tables={"ranks": table},
-    )  # fmt: skip
+        record, numbers={**record.numbers, **numbers}, series={**record.series, **series}, tables={"ranks": table}
+    )
 
 
 def triplets(parameter: nn.Parameter) -> float | None:
@@ -61,10 +61,13 @@ def watched_budget(
     planned = [float(budget_at(n, config, modules, steps)) for n in range(1, steps + 1)]
     target = config.target_rank * modules
     numbers: dict[str, float] = {
-        "ranks_left": sum(ranks.values()), "ranks_target": target, "modules": modules,
+        "ranks_left": sum(ranks.values()),
+        "ranks_target": target,
+        "modules": modules,
         "ranks_start": config.rank * modules,
-        "steps_above": sum(count > target for count in left), "steps": steps,
-    }  # fmt: skip
+        "steps_above": sum(count > target for count in left),
+        "steps": steps,
+    }
     return numbers, {"budget": left, "schedule": planned}
 
 

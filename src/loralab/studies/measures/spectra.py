@@ -44,13 +44,18 @@ def described(adapter: Adapter) -> list[dict[str, Any]]:
             draw = torch.Generator().manual_seed(SEED)
             random[shape] = of_values(values_of(torch.randn(shape, generator=draw)))
         layer = layer_number(name + ".")
-        rows.append({
-            "name": name, "layer": -1 if layer is None else layer, "module": kind_of(name),
-            "shape": list(change.shape), "most": min(change.shape),
-            "relative": float(change.norm() / before.norm().clamp_min(1e-12)),
-            **of_values(values_of(change)),
-            **{f"random_{key}": value for key, value in random[shape].items()},
-        })  # fmt: skip
+        rows.append(
+            {
+                "name": name,
+                "layer": -1 if layer is None else layer,
+                "module": kind_of(name),
+                "shape": list(change.shape),
+                "most": min(change.shape),
+                "relative": float(change.norm() / before.norm().clamp_min(1e-12)),
+                **of_values(values_of(change)),
+                **{f"random_{key}": value for key, value in random[shape].items()},
+            }
+        )
     return rows
 
 
@@ -77,10 +82,11 @@ def of_values(values: Tensor) -> dict[str, Any]:
     energy = values.square().cumsum(0) / values.square().sum().clamp_min(1e-30)
     most = len(values)
     return {
-        "rank90": energy_rank(values, 0.9), "effective": effective_rank(values),
+        "rank90": energy_rank(values, 0.9),
+        "effective": effective_rank(values),
         "stable": stable_rank(values),
         "energy": [float(energy[max(1, round(share * most)) - 1]) for share in SHARES],
-    }  # fmt: skip
+    }
 
 
 def kind_of(name: str) -> str:

@@ -120,12 +120,13 @@ def compared(before: Sequence[Outputs], after: Sequence[Outputs]) -> tuple[dict[
     pairs = list(zip(before, after, strict=True))
     old, new = (torch.cat([o.losses for o in side]) for side in (before, after))
     numbers = {
-        "base_loss": float(old.mean()), "start_loss": float(new.mean()),
+        "base_loss": float(old.mean()),
+        "start_loss": float(new.mean()),
         "start_logits": _apart([(o.logits, n.logits) for o, n in pairs]),
         "start_features": _apart([(o.features, n.features) for o, n in pairs]),
         "start_kl": float(torch.cat([_kl(o.logits, n.logits) for o, n in pairs]).mean()),
         "start_equal": float(all(torch.equal(o.logits, n.logits) for o, n in pairs)),
-    }  # fmt: skip
+    }
     return numbers, [round(gain, ROUNDING) + 0.0 for gain in (old - new).tolist()]
 
 

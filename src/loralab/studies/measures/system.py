@@ -89,10 +89,14 @@ def measure_system(cell: Cell, folder: Path, tell: Tell) -> Record:
     finally:
         mixed.remove()
     numbers = {
-        "adapters": len(stored), "model_seconds": seconds, "cold_seconds": statistics.median(cold),
-        "warm_seconds": warm, "model_bytes": model_bytes(base), **equality,
+        "adapters": len(stored),
+        "model_seconds": seconds,
+        "cold_seconds": statistics.median(cold),
+        "warm_seconds": warm,
+        "model_bytes": model_bytes(base),
+        **equality,
         "adapter_bytes": statistics.fmean(folder_bytes(own.folder) for own in stored),
-    }  # fmt: skip
+    }
     return Record(arm=cell.arm, seed=cell.seed, numbers=numbers, series=series)
 
 
@@ -191,14 +195,12 @@ def compared(
             largest = max(largest, float(true[i].abs().max()))
             same += int(own.argmax() == true[i].argmax())
     mixed.route(None)
-    return {"furthest": furthest, "largest": largest, "same": same / len(asked),
-            "compared": len(asked)}  # fmt: skip
+    return {"furthest": furthest, "largest": largest, "same": same / len(asked), "compared": len(asked)}
 
 
 def timed(
-    cell: Cell, task: Task, base: Base, mixed: Mixed, asked: Sequence[StudyOptions],
-    adapters: Sequence[Adapter],
-) -> tuple[dict[str, list[float]], float]:  # fmt: skip
+    cell: Cell, task: Task, base: Base, mixed: Mixed, asked: Sequence[StudyOptions], adapters: Sequence[Adapter]
+) -> tuple[dict[str, list[float]], float]:
     """Seconds of a batch in each of the ways, in turn so that all meet the same machine."""
     own, _ = loaded(cell, task)
     adapter = attach(own.model, with_head(_method(cell), own))
@@ -221,9 +223,8 @@ def timed(
 
 
 def _ways(
-    batch: Sequence[StudyOptions], base: Base, mixed: Mixed, own: Base, adapter: Adapter,
-    adapters: Sequence[Adapter],
-) -> Mapping[str, Callable[[], Any]]:  # fmt: skip
+    batch: Sequence[StudyOptions], base: Base, mixed: Mixed, own: Base, adapter: Adapter, adapters: Sequence[Adapter]
+) -> Mapping[str, Callable[[], Any]]:
     """What is done to answer a batch, in each of the ways."""
     batch = sorted(batch, key=lambda one: one[0])  # the rows of an adapter stand together
     rows = [number for number, _ in batch]

@@ -82,10 +82,9 @@ def sizes(adapter: Adapter) -> list[dict[str, Any]]:
         squares[type_of(path)] += length**2
     total = math.fsum(squares.values()) or 1.0
     return [
-        {"type": kind, "ratio": math.fsum(own) / len(own), "count": len(own),
-         "share": squares[kind] / total}
+        {"type": kind, "ratio": math.fsum(own) / len(own), "count": len(own), "share": squares[kind] / total}
         for kind, own in ratios.items()
-    ]  # fmt: skip
+    ]
 
 
 def update_norm(A: Tensor, B: Tensor, scaling: float) -> float:
@@ -99,12 +98,14 @@ def update_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
     ranked = sorted(rows, key=lambda row: -row["ratio"])
     return figures.bars(
         "importance",
-        Text("Size of the trained update relative to the weight, by type of module",
-             "各類模組訓練後更新量相對於權重的大小"),
+        Text(
+            "Size of the trained update relative to the weight, by type of module",
+            "各類模組訓練後更新量相對於權重的大小",
+        ),
         [{"arm": row["type"], "value": row["ratio"]} for row in ranked],
         x=Text("type of module (all-linear, r=8)", "模組類型（all-linear，r=8）"),
         y=Text("|update| / |weight|", "|更新| / |權重|"),
-    )  # fmt: skip
+    )
 
 
 def _described(model: Any) -> dict[str, list[dict[str, Any]]]:

@@ -11,20 +11,10 @@ from loralab.adapters.methods import IMPORTANCES
 from loralab.errors import ConfigError
 from loralab.models.load import Base
 from loralab.studies import figures
-from loralab.studies.evidence import (
-    Metric,
-    by_arm,
-    claim,
-    count,
-    mean_of,
-    metric_of,
-    paired,
-    scored,
-    scores_table,
-    seconds,
-)
+from loralab.studies.evidence import Metric, by_arm, claim, count, mean_of, metric_of, scored, scores_table, seconds
 from loralab.studies.measures.shrinking import MEASURE_BUDGET
 from loralab.studies.measures.watch import mean_of_steps
+from loralab.studies.ranking import ranked
 from loralab.studies.study import Answer, Arm, Figure, Finding, Ground, Record, Table, Text
 from loralab.studies.trained import MEASURE
 
@@ -51,8 +41,7 @@ def arms(ground: Ground, base: Base) -> list[Arm]:
 
 def _adaptive(target: int, importance: str) -> Arm:
     start = math.ceil(MORE * target)
-    fields = {"method": "adalora", "rank": start, "target_rank": target,
-              "alpha": ALPHA * start / target}  # fmt: skip
+    fields = {"method": "adalora", "rank": start, "target_rank": target, "alpha": ALPHA * start / target}
     name = f"AdaLoRA {start}→{target}"
     if importance != IMPORTANCES[0]:
         fields["importance"], name = importance, f"{name} {importance}"
@@ -67,23 +56,20 @@ def _rank(value: str) -> int:
 
 def conclude(records: Sequence[Record], ground: Ground) -> Answer:
     """Tell whether moving ranks pays at the same final budget, where they went, what it costs."""
-    every, metric = by_arm(records), metric_of(records)
+    every, metric = by_arm(records), metric_of(records, ground)
     moved = {name: own for name, own in every.items() if is_adaptive(own[0])}
     if not moved:
         return Answer(sentence=Text("AdaLoRA has not been measured yet.", "還沒有 AdaLoRA 的結果。"))
     pairs = {n: uniform for n, own in moved.items() if (uniform := _uniform(own[0], every))}
-    claims = {}
-    for name, uniform in pairs.items():
-        found = paired(moved[name], every[uniform], len(pairs))
-        if found is not None:
-            claims[name] = claim(name, uniform, found, metric)
+    ranking = ranked(every, metric)
+    claims = {name: claim(ranking.contrast(name, uniform), metric) for name, uniform in pairs.items()}
     first = next(iter(moved))
     return Answer(
         sentence=_sentence(first, moved[first], claims),
+        ranking=ranking,
         findings=list(claims.values()),
         blanks=[
-            (Text("Idea: different layers, different ranks", "想法：不同層使用不同 rank"),
-             _where(first, moved[first])),
+            (Text("Idea: different layers, different ranks", "想法：不同層使用不同 rank"), _where(first, moved[first])),
             (Text("Challenges", "挑戰"), _challenges(first, pairs, every)),
         ],
         tables=[_budget_table(every, pairs, metric), scores_table(every, metric)],
@@ -112,7 +98,7 @@ def conclude(records: Sequence[Record], ground: Ground) -> Answer:
             "Repeat at half the budget: what matters where is felt most when there is little.",
             "把預算減半再做一次：預算越少，分配越重要。",
         ),
-    )  # fmt: skip
+    )
 
 
 def is_adaptive(record: Record) -> bool:
@@ -124,9 +110,8 @@ def _uniform(record: Record, every: Arms) -> str | None:
     """The arm of the same final sum of ranks."""
     target = record.arm.fields["target_rank"]
     return next(
-        (n for n, own in every.items()
-         if not is_adaptive(own[0]) and own[0].arm.fields.get("rank") == target), None,
-    )  # fmt: skip
+        (n for n, own in every.items() if not is_adaptive(own[0]) and own[0].arm.fields.get("rank") == target), None
+    )
 
 
 def _exact(own: Sequence[Record]) -> bool:
@@ -154,8 +139,7 @@ def _sentence(name: str, own: Sequence[Record], claims: Mapping[str, Finding]) -
         )
     if name in claims:
         return said + claims[name].sentence
-    return said + Text("There is no LoRA of the same budget to compare with.",
-                       "沒有相同預算的 LoRA 可以比較。")  # fmt: skip
+    return said + Text("There is no LoRA of the same budget to compare with.", "沒有相同預算的 LoRA 可以比較。")
 
 
 def place_of(path: str) -> tuple[int | None, str]:
@@ -190,10 +174,11 @@ def _where(name: str, own: Sequence[Record]) -> Text:
         said = Text(f"{said.en}; by layer {listed}", f"{said.zh}；各層 {listed}")
     agreed = agreement(own)
     if agreed is None:
-        return Text(f"{said.en}; one seed: whether others agree is not known",
-                    f"{said.zh}；只有一個隨機種子，其他種子是否一致不得而知")  # fmt: skip
-    return Text(f"{said.en}; correlation between seeds {agreed:.2f}",
-                f"{said.zh}；隨機種子之間的相關係數 {agreed:.2f}")  # fmt: skip
+        return Text(
+            f"{said.en}; one seed: whether others agree is not known",
+            f"{said.zh}；只有一個隨機種子，其他種子是否一致不得而知",
+        )
+    return Text(f"{said.en}; correlation between seeds {agreed:.2f}", f"{said.zh}；隨機種子之間的相關係數 {agreed:.2f}")
 
 
 def _means(groups: Mapping[str, Any], ranks: Mapping[str, float]) -> dict[Any, float]:
@@ -208,9 +193,10 @@ def agreement(own: Sequence[Record]) -> float | None:
     vectors = [[float(row["rank"]) for row in r.tables.get("ranks", ())] for r in own]
     pairs = [
         float(np.corrcoef(vectors[i], vectors[j])[0, 1])
-        for i in range(len(vectors)) for j in range(i)
+        for i in range(len(vectors))
+        for j in range(i)
         if np.ptp(vectors[i]) and np.ptp(vectors[j])
-    ]  # fmt: skip
+    ]
     return float(np.mean(pairs)) if pairs else None
 
 
@@ -247,25 +233,35 @@ def _adapter(own: Sequence[Record]) -> float:
 
 def _budget_table(every: Arms, pairs: Mapping[str, str], metric: Metric) -> Table:
     columns = (
-        Text("arm", "組別"), Text("ranks at the start", "起始 rank 總和"),
-        Text("ranks at the end", "最終 rank 總和"), Text("ranks in the file", "存檔 rank 總和"),
+        Text("arm", "組別"),
+        Text("ranks at the start", "起始 rank 總和"),
+        Text("ranks at the end", "最終 rank 總和"),
+        Text("ranks in the file", "存檔 rank 總和"),
         Text("adapter parameters in training", "訓練時 adapter 參數量"),
-        Text("stored", "存檔參數量"), Text("step", "每步時間"),
-        Text("first reported loss", "第一個回報的損失"), Text(metric.text.en, metric.text.zh),
-    )  # fmt: skip
+        Text("stored", "存檔參數量"),
+        Text("step", "每步時間"),
+        Text("first reported loss", "第一個回報的損失"),
+        Text(metric.text.en, metric.text.zh),
+    )
     rows = []
     for name, own in every.items():
         curves = [r.series["loss"][:1] for r in own if r.series.get("loss")]
         first = mean_of_steps(curves)
         fixed = _fixed(name, pairs, every)
-        rows.append([
-            name, *(count(mean_of(own, f"ranks_{what}") if is_adaptive(own[0]) else fixed)
-                    for what in ("start", "left", "in_file")),
-            count(_adapter(own)),
-            count(mean_of(own, "stored_parameters") if is_adaptive(own[0]) else _adapter(own)),
-            seconds(mean_of(own, "step_seconds")), f"{first[0]:.4f}" if first else "–",
-            scored(own, metric),
-        ])  # fmt: skip
+        rows.append(
+            [
+                name,
+                *(
+                    count(mean_of(own, f"ranks_{what}") if is_adaptive(own[0]) else fixed)
+                    for what in ("start", "left", "in_file")
+                ),
+                count(_adapter(own)),
+                count(mean_of(own, "stored_parameters") if is_adaptive(own[0]) else _adapter(own)),
+                seconds(mean_of(own, "step_seconds")),
+                f"{first[0]:.4f}" if first else "–",
+                scored(own, metric),
+            ]
+        )
     return Table(title=Text("Budget", "預算"), columns=columns, rows=rows)
 
 
@@ -283,15 +279,22 @@ def _over_time(moved: Arms) -> Figure:
     for name, own in moved.items():
         left, planned = (_curve(own, key) for key in ("budget", "schedule"))
         lines = {name: left} | ({} if left == planned else {f"{name} (schedule)": planned})
-        rows += [{"arm": said, "x": i + 1, "y": value}
-                 for said, curve in lines.items() for i, value in enumerate(curve)]  # fmt: skip
+        rows += [
+            {"arm": said, "x": i + 1, "y": value} for said, curve in lines.items() for i, value in enumerate(curve)
+        ]
     targets = {mean_of(own, "ranks_target") for own in moved.values()}
     return figures.lines(
-        "adaptive-budget", Text("Ranks left over time, as counted; dashed: final budget",
-                                "剩餘 rank 總和隨訓練的變化（實際計數）；虛線：最終預算"),
-        rows, x=Text("step", "步數"), y=Text("sum of ranks", "rank 總和"), arm=Text("arm", "組別"),
+        "adaptive-budget",
+        Text(
+            "Ranks left over time, as counted; dashed: final budget",
+            "剩餘 rank 總和隨訓練的變化（實際計數）；虛線：最終預算",
+        ),
+        rows,
+        x=Text("step", "步數"),
+        y=Text("sum of ranks", "rank 總和"),
+        arm=Text("arm", "組別"),
         chance=targets.pop() if len(targets) == 1 else None,
-    )  # fmt: skip
+    )
 
 
 def _curve(own: Sequence[Record], key: str) -> list[float]:
@@ -309,11 +312,18 @@ def _heat(name: str, own: Sequence[Record]) -> list[Figure]:
     if not rows:
         return []
     modules = len({row["y"] for row in rows})
-    return [figures.heat(
-        "adaptive-ranks", Text(f"Final ranks of {name}", f"{name} 的最終 rank"), rows,
-        x=Text("layer", "層"), y=Text("module", "模組"), value=Text("rank", "rank"),
-        digits=".0f" if len(own) == 1 else ".1f", height=max(120, 36 * modules),
-    )]  # fmt: skip
+    return [
+        figures.heat(
+            "adaptive-ranks",
+            Text(f"Final ranks of {name}", f"{name} 的最終 rank"),
+            rows,
+            x=Text("layer", "層"),
+            y=Text("module", "模組"),
+            value=Text("rank", "rank"),
+            digits=".0f" if len(own) == 1 else ".1f",
+            height=max(120, 36 * modules),
+        )
+    ]
 
 
 def _advice(name: str, claims: Mapping[str, Finding], moved: Arms) -> dict[str, Any]:

@@ -34,9 +34,12 @@ def arms(ground: Ground, base: Base) -> list[Arm]:
     found = [REFERENCE]
     if "adapters" in wanted:
         options = {
-            **shared, "measure": MEASURE_ADAPTERS, "seconds": SECONDS[quick][0],
-            "adapters": list(ADAPTERS), "looped": [] if quick else [8],
-        }  # fmt: skip
+            **shared,
+            "measure": MEASURE_ADAPTERS,
+            "seconds": SECONDS[quick][0],
+            "adapters": list(ADAPTERS),
+            "looped": [] if quick else [8],
+        }
         found.append(Arm(name="latency", options=options, tuned=False, plain=True))
     for how, name in SMALLER.items():
         if how in wanted:
@@ -52,14 +55,18 @@ def conclude(records: Sequence[Record], ground: Ground) -> Answer:
         words = Text("Nothing has been timed yet.", "還沒有任何計時結果。")
         return Answer(sentence=words, blanks=blanks(found))
     return Answer(
-        sentence=sentence(found), findings=[*findings(found), *scores(found)],
-        blanks=blanks(found), tables=tables_of(found), figures=figures_of(found),
-        method=METHOD, caution=CAUTION,
+        sentence=sentence(found),
+        findings=[*findings(found), *scores(found)],
+        blanks=blanks(found),
+        tables=tables_of(found),
+        figures=figures_of(found),
+        method=METHOD,
+        caution=CAUTION,
         next=Text(
             "Time the way that you would deploy on the machine that will serve it, at its batch.",
             "在實際服務的機器上，以實際的批次大小測量打算採用的部署方式。",
         ),
-    )  # fmt: skip
+    )
 
 
 METHOD = Text(
@@ -70,13 +77,13 @@ METHOD = Text(
     "the merged model, each beside the dense merged model in its own process (int8 beside fp32). "
     "Several adapters: each row has its own; the base runs once for all rows, and what the adapters "
     "add is two products with all their ranks side by side, or one pair each where they are few; "
-    "\"looped\" goes adapter by adapter, as peft does. Unmerged is loralab's own forward pass. Models "
+    '"looped" goes adapter by adapter, as peft does. Unmerged is loralab\'s own forward pass. Models '
     "that write no text are timed by whole passes of 64 tokens.",
     "以 16 個 token 的提示開始，用 KV 快取做貪婪解碼；讀取提示另外計時。每一輪中同一行程的所有組別輪流執行，順序也輪替；"
     "與對照組的比值逐輪計算，中位數的區間由順序統計量得出。合併與未合併和基礎模型在同一行程；int8、NF4 與 50% 歸零是合併後的模型，"
     "各在自己的行程中與稠密的合併模型並列（int8 與 fp32 並列）。多個 adapter：每一列用自己的 adapter；基礎模型對所有列只算一次，adapter 的部分則把所有秩並排成兩次矩陣乘法，數量少時各算一對；"
     "「looped」則像 peft 一樣逐個 adapter 計算。未合併使用 loralab 自己的前向傳播。不產生文字的模型以 64 個 token 的整次前向計時。",
-)  # fmt: skip
+)
 CAUTION = Text(
     "Latencies are this machine's: a GPU has kernels for 4 and 8 bits and for sparse patterns that "
     "this run may not have had, and a server batches and schedules on top. Zeros were set without "

@@ -1,26 +1,18 @@
 """Q3: why B = 0? Starts of A and B: the model before the first step, the first steps, the end."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from loralab.adapters.methods import INITS
 from loralab.models.load import Base
 from loralab.studies import figures
-from loralab.studies.evidence import (
-    SEED,
-    Metric,
-    against,
-    by_arm,
-    claim,
-    mean_of,
-    metric_of,
-    plain,
-    scored,
-    scores_table,
-)
+from loralab.studies.contrast import Ranking
+from loralab.studies.evidence import SEED, Metric, by_arm, claim, mean_of, metric_of, plain, scored, scores_table
 from loralab.studies.measures.step_zero import MEASURE_START
 from loralab.studies.measures.watch import mean_of_steps
+from loralab.studies.ranking import ranked
 from loralab.studies.statistics import difference
 from loralab.studies.study import DIVERGED, Answer, Arm, Figure, Finding, Ground, Record, Table, Text
 from loralab.values import check_choice
@@ -29,8 +21,7 @@ __all__ = ["MEASURE", "arms", "conclude"]
 
 MEASURE = MEASURE_START
 ZERO, KAIMING, PISSA = "B = 0", "B Kaiming", "PiSSA"
-NAMES = {"kaiming": ZERO, "b_kaiming": KAIMING, "gaussian": "A Gaussian", "pissa": PISSA,
-         "orthogonal": "A orthogonal"}  # fmt: skip
+NAMES = {"kaiming": ZERO, "b_kaiming": KAIMING, "gaussian": "A Gaussian", "pissa": PISSA, "orthogonal": "A orthogonal"}
 USUAL = ("b_kaiming", "gaussian", "pissa")  # beside the reference
 FIRST = 50  # losses that the source asks for
 # a start away from the base model, and an A that is several times larger, bear smaller steps only:
@@ -47,11 +38,14 @@ def arms(ground: Ground, base: Base) -> list[Arm]:
     for value in wanted:
         check_choice("init", value, INITS)
     others = [
-        Arm(name=NAMES[init], fields={"method": "lora", "rank": 8, "init": init},
-            options={"rates": LOWER} if ground.quick and init in ("b_kaiming", "gaussian") else {})
+        Arm(
+            name=NAMES[init],
+            fields={"method": "lora", "rank": 8, "init": init},
+            options={"rates": LOWER} if ground.quick and init in ("b_kaiming", "gaussian") else {},
+        )
         for init in dict.fromkeys(wanted)
         if init != "kaiming"
-    ]  # fmt: skip
+    ]
     return [Arm(name=ZERO, fields={"method": "lora", "rank": 8}), *others]
 
 
@@ -60,13 +54,15 @@ def conclude(records: Sequence[Record], ground: Ground) -> Answer:
     started = _started(records)
     if not started:
         return Answer(sentence=Text("No start has been measured yet.", "還沒有任何初始化的結果。"))
-    ended, metric = by_arm(records), metric_of(records)
+    ended, metric = by_arm(records), metric_of(records, ground)
+    ranking = ranked(ended, metric) if ended else None
     finals = {}
-    if ZERO in ended:
-        finals = {name: claim(name, ZERO, found, metric) for name, found in against(ended, ZERO).items()}
+    if ranking is not None and ZERO in ended:
+        finals = {name: claim(ranking.contrast(name, ZERO), metric) for name in ended if name != ZERO}
     first = _first(started)
     return Answer(
         sentence=_sentence(started, finals),
+        ranking=ranking,
         findings=[*_damage(started), *finals.values()],
         blanks=_blanks(started, ended, finals, metric),
         tables=[_start_table(started, first), scores_table(ended, metric)],
@@ -86,16 +82,14 @@ def conclude(records: Sequence[Record], ground: Ground) -> Answer:
         caution=Text(
             "With a new, random head the loss before training says little: the hidden states tell "
             "what is lost. The damage grows with alpha / r and with the number of adapted layers.",
-            "分類頭是隨機的，訓練前的損失參考價值有限，要看隱藏狀態的變化。"
-            "alpha / r 越大、套用的層越多，破壞越大。",
+            "分類頭是隨機的，訓練前的損失參考價值有限，要看隱藏狀態的變化。alpha / r 越大、套用的層越多，破壞越大。",
         ),
-        advice=_advice(finals),
+        advice=_advice(ranking, ended),
         next=Text(
-            "Repeat with fewer training rows: what the start destroyed then has to be learnt again "
-            "from less.",
+            "Repeat with fewer training rows: what the start destroyed then has to be learnt again from less.",
             "用更少的訓練資料重做一次：被破壞的知識只能從更少的資料學回來。",
         ),
-    )  # fmt: skip
+    )
 
 
 def _started(records: Sequence[Record]) -> dict[str, list[Record]]:
@@ -125,10 +119,9 @@ def _damage(started: Arms) -> list[Finding]:
             continue
         changes = [record.items["start"] for record in own]
         gained = difference(
-            changes, np.zeros_like(changes).tolist(), comparisons=len(started),
-            generator=np.random.default_rng(SEED),
-        )  # fmt: skip
-        found.append(claim(f"{name} (step 0)", "base", gained, LOSS))
+            changes, np.zeros_like(changes).tolist(), comparisons=len(started), generator=np.random.default_rng(SEED)
+        )
+        found.append(claim(replace(gained, a=f"{name} (step 0)", b="base"), LOSS))
     return found
 
 
@@ -138,8 +131,7 @@ def _off(own: Sequence[Record]) -> Text:
         return Text("equal to the base bit for bit", "與預訓練模型逐位元相同")
     share = mean_of(own, "start_logits")
     if share < SAME:
-        return Text(f"equal to the base but for rounding ({share:.0e})",
-                    f"與預訓練模型只差捨入誤差（{share:.0e}）")  # fmt: skip
+        return Text(f"equal to the base but for rounding ({share:.0e})", f"與預訓練模型只差捨入誤差（{share:.0e}）")
     hidden = mean_of(own, "start_features")
     return Text(
         f"off by {share:.0%} of their length (last hidden states by {hidden:.0%})",
@@ -154,10 +146,13 @@ def _same(own: Sequence[Record]) -> bool:
 def _sentence(started: Arms, finals: Mapping[str, Finding]) -> Text:
     """The start of B = 0, what B Kaiming does to it, and whether that is still seen at the end."""
     said = [
-        Text(f"With {name} the logits before the first step are {_off(own).en}.",
-             f"{name} 時，訓練前的 logits {_off(own).zh}。")
-        for name, own in started.items() if name in (ZERO, KAIMING)
-    ]  # fmt: skip
+        Text(
+            f"With {name} the logits before the first step are {_off(own).en}.",
+            f"{name} 時，訓練前的 logits {_off(own).zh}。",
+        )
+        for name, own in started.items()
+        if name in (ZERO, KAIMING)
+    ]
     if KAIMING in finals:
         said.append(_end(finals[KAIMING]))
     if not said:
@@ -181,16 +176,17 @@ def _blanks(started: Arms, ended: Arms, finals: Mapping[str, Finding], metric: M
     labels = {
         ZERO: Text("Experiment 1: B starts at zero (the usual way)", "實驗 1: B 初始化為零（標準做法）"),
         KAIMING: Text("Experiment 2: B is Kaiming too", "實驗 2: B 也使用 Kaiming 初始化"),
-    }  # fmt: skip
+    }
     found = [(label, _experiment(name, started, ended, metric)) for name, label in labels.items()]
     return [
         *found,
-        (Text("How do the two starts affect training?", "兩種初始化對訓練有何影響？"),
-         _influence(started, finals)),
+        (Text("How do the two starts affect training?", "兩種初始化對訓練有何影響？"), _influence(started, finals)),
         (Text("Why is the zero start better?", "為什麼零初始化更好？"), _why(started, finals)),
-        (Text("How does this relate to not destroying pretrained knowledge?",
-              "這與「不破壞預訓練知識」有何關係？"), _knowledge(started)),
-    ]  # fmt: skip
+        (
+            Text("How does this relate to not destroying pretrained knowledge?", "這與「不破壞預訓練知識」有何關係？"),
+            _knowledge(started),
+        ),
+    ]
 
 
 def _experiment(name: str, started: Arms, ended: Arms, metric: Metric) -> Text:
@@ -200,8 +196,7 @@ def _experiment(name: str, started: Arms, ended: Arms, metric: Metric) -> Text:
     loss = f"{mean_of(own, 'base_loss'):.3f} → {mean_of(own, 'start_loss'):.3f}"
     end = Text("the run diverged", "訓練發散")
     if name in ended:
-        end = Text(f"{metric.text.en} {scored(ended[name], metric)}",
-                   f"{metric.text.zh} {scored(ended[name], metric)}")  # fmt: skip
+        end = Text(f"{metric.text.en} {scored(ended[name], metric)}", f"{metric.text.zh} {scored(ended[name], metric)}")
     return Text(
         f"logits before training {_off(own).en}, loss {loss}; {end.en}",
         f"訓練前的 logits {_off(own).zh}，損失 {loss}；{end.zh}",
@@ -222,13 +217,16 @@ def _influence(started: Arms, finals: Mapping[str, Finding]) -> Text:
         losses = plain(float(np.mean(first[name]))) if name in first else "–"
         gradients = Text("gradients not noted", "未記錄梯度")
         if a is not None and b is not None:
-            gradients = Text(f"at step 1 the gradient of A is {a:.3g}, of B {b:.3g}",
-                             f"第 1 步 A 的梯度 {a:.3g}、B 的梯度 {b:.3g}")  # fmt: skip
+            gradients = Text(
+                f"at step 1 the gradient of A is {a:.3g}, of B {b:.3g}", f"第 1 步 A 的梯度 {a:.3g}、B 的梯度 {b:.3g}"
+            )
         count = len(first.get(name, ()))
-        parts.append(Text(
-            f"{name}: {gradients.en}; mean of the first {count} training losses {losses}.",
-            f"{name}：{gradients.zh}；前 {count} 步訓練損失平均 {losses}。",
-        ))  # fmt: skip
+        parts.append(
+            Text(
+                f"{name}: {gradients.en}; mean of the first {count} training losses {losses}.",
+                f"{name}：{gradients.zh}；前 {count} 步訓練損失平均 {losses}。",
+            )
+        )
     if KAIMING in finals:
         parts.append(finals[KAIMING].sentence)
     if not parts:
@@ -251,8 +249,11 @@ def _why(started: Arms, finals: Mapping[str, Finding]) -> Text:
     final = finals.get(KAIMING)
     if final is None:
         diverged = any(r.status == DIVERGED for r in started[KAIMING])
-        return start + (Text("B Kaiming diverged.", "B Kaiming 訓練發散。") if diverged
-                        else Text("The final score was not measured.", "沒有最終分數。"))  # fmt: skip
+        return start + (
+            Text("B Kaiming diverged.", "B Kaiming 訓練發散。")
+            if diverged
+            else Text("The final score was not measured.", "沒有最終分數。")
+        )
     if final.holds and (final.effect or 0) < 0:
         return start + Text("And the final score confirms it.", "最終分數也證實這一點。")
     if final.holds:
@@ -282,56 +283,79 @@ def _knowledge(started: Arms) -> Text:
     return said
 
 
-def _advice(finals: Mapping[str, Finding]) -> dict[str, str]:
-    """The start that beats the usual one by most, beyond noise; else the usual one."""
-    better = {n: f.effect or 0 for n, f in finals.items() if f.holds and (f.effect or 0) > 0}
-    if not better:
-        return {"init": "kaiming"} if finals else {}
-    best = max(better, key=lambda name: better[name])
-    return {"init": next(init for init, name in NAMES.items() if name == best)}
+def _advice(ranking: Ranking | None, ended: Arms) -> dict[str, str]:
+    """The start of the recommended arm; the usual one stands first among equals."""
+    if ranking is None or ranking.recommended is None or ZERO not in ended or len(ended) < 2:
+        return {}
+    return {"init": next(init for init, name in NAMES.items() if name == ranking.recommended)}
 
 
 def _start_table(started: Arms, first: Mapping[str, Sequence[float]]) -> Table:
     columns = (
-        Text("start", "初始化"), Text("logits moved", "logits 偏離"),
-        Text("hidden states moved", "隱藏狀態偏離"), Text("KL from the base", "與預訓練模型的 KL 散度"),
-        Text("loss: base", "損失：預訓練模型"), Text("loss: with the start", "損失：掛上後"),
-        Text("gradient of A, step 1", "A 的梯度，第 1 步"), Text("gradient of B, step 1", "B 的梯度，第 1 步"),
-        Text("first training loss", "第一個訓練損失"), Text("mean of first losses", "最初損失平均"),
-    )  # fmt: skip
+        Text("start", "初始化"),
+        Text("logits moved", "logits 偏離"),
+        Text("hidden states moved", "隱藏狀態偏離"),
+        Text("KL from the base", "與預訓練模型的 KL 散度"),
+        Text("loss: base", "損失：預訓練模型"),
+        Text("loss: with the start", "損失：掛上後"),
+        Text("gradient of A, step 1", "A 的梯度，第 1 步"),
+        Text("gradient of B, step 1", "B 的梯度，第 1 步"),
+        Text("first training loss", "第一個訓練損失"),
+        Text("mean of first losses", "最初損失平均"),
+    )
     rows = []
     for name, own in started.items():
         a, b = (_gradient(own, part, 0) for part in ("A", "B"))
         curve = first.get(name, ())
-        rows.append([
-            name, f"{mean_of(own, 'start_logits'):.2%}", f"{mean_of(own, 'start_features'):.2%}",
-            f"{mean_of(own, 'start_kl'):.2g}", plain(mean_of(own, "base_loss")),
-            plain(mean_of(own, "start_loss")), "–" if a is None else f"{a:.3g}",
-            "–" if b is None else f"{b:.3g}", plain(curve[0]) if curve else "–",
-            plain(float(np.mean(curve))) if curve else "–",
-        ])  # fmt: skip
-    return Table(title=Text("Step 0 and the first steps", "第 0 步與最初幾步"),
-                 columns=columns, rows=rows)  # fmt: skip
+        rows.append(
+            [
+                name,
+                f"{mean_of(own, 'start_logits'):.2%}",
+                f"{mean_of(own, 'start_features'):.2%}",
+                f"{mean_of(own, 'start_kl'):.2g}",
+                plain(mean_of(own, "base_loss")),
+                plain(mean_of(own, "start_loss")),
+                "–" if a is None else f"{a:.3g}",
+                "–" if b is None else f"{b:.3g}",
+                plain(curve[0]) if curve else "–",
+                plain(float(np.mean(curve))) if curve else "–",
+            ]
+        )
+    return Table(title=Text("Step 0 and the first steps", "第 0 步與最初幾步"), columns=columns, rows=rows)
 
 
 def _figures(started: Arms, first: Mapping[str, Sequence[float]]) -> list[Figure]:
     start, step = Text("start", "初始化"), Text("step", "步數")
-    losses = [{"arm": name, "x": i + 1, "y": value}
-              for name, curve in first.items() for i, value in enumerate(curve)]  # fmt: skip
+    losses = [{"arm": name, "x": i + 1, "y": value} for name, curve in first.items() for i, value in enumerate(curve)]
     what = {"start_logits": "logits", "start_features": "hidden states"}
-    moved = [{"arm": name, "group": said, "value": mean_of(own, key)}
-             for name, own in started.items() for key, said in what.items()]  # fmt: skip
-    found = [figures.bars(
-        "init-step-0", Text("How far the model before training is from the base model",
-                            "訓練前的模型偏離預訓練模型多少"),
-        moved, x=start, y=Text("share of their length", "相對變化"),
-        group=Text("of", "對象"), percent=True,
-    )]  # fmt: skip
+    moved = [
+        {"arm": name, "group": said, "value": mean_of(own, key)}
+        for name, own in started.items()
+        for key, said in what.items()
+    ]
+    found = [
+        figures.bars(
+            "init-step-0",
+            Text("How far the model before training is from the base model", "訓練前的模型偏離預訓練模型多少"),
+            moved,
+            x=start,
+            y=Text("share of their length", "相對變化"),
+            group=Text("of", "對象"),
+            percent=True,
+        )
+    ]
     if losses:
-        found.insert(0, figures.lines(
-            "init-first-losses", Text("The first training losses", "最初的訓練損失"), losses,
-            x=step, y=Text("training loss", "訓練損失"), arm=start,
-        ))  # fmt: skip
+        found.insert(
+            0,
+            figures.lines(
+                "init-first-losses",
+                Text("The first training losses", "最初的訓練損失"),
+                losses,
+                x=step,
+                y=Text("training loss", "訓練損失"),
+                arm=start,
+            ),
+        )
     return [*found, *_gradient_figure(started, start, step)]
 
 
@@ -341,12 +365,21 @@ def _gradient_figure(started: Arms, start: Text, step: Text) -> list[Figure]:
         for part in ("A", "B"):
             curves = [r.series[f"gradient_{part}"] for r in own if f"gradient_{part}" in r.series]
             # a logarithm has no place for the zero that the gradient of A begins with
-            rows += [{"arm": f"{name}: {part}", "x": i + 1, "y": value}
-                     for i, value in enumerate(mean_of_steps(curves)[:FIRST]) if value > 0]  # fmt: skip
+            rows += [
+                {"arm": f"{name}: {part}", "x": i + 1, "y": value}
+                for i, value in enumerate(mean_of_steps(curves)[:FIRST])
+                if value > 0
+            ]
     if not rows:
         return []
-    return [figures.lines(
-        "init-gradients", Text("Gradients of A and of B; a zero is not drawn",
-                               "A 與 B 的梯度；零不畫出"),
-        rows, x=step, y=Text("length of the gradient", "梯度長度"), arm=start, log_y=True,
-    )]  # fmt: skip
+    return [
+        figures.lines(
+            "init-gradients",
+            Text("Gradients of A and of B; a zero is not drawn", "A 與 B 的梯度；零不畫出"),
+            rows,
+            x=step,
+            y=Text("length of the gradient", "梯度長度"),
+            arm=start,
+            log_y=True,
+        )
+    ]

@@ -7,11 +7,12 @@ from typing import Any
 
 from loralab.errors import ConfigError
 from loralab.models.load import Base
-from loralab.studies.evidence import by_arm, claim, metric_of, paired, scores_table
+from loralab.studies.evidence import by_arm, claim, metric_of, scores_table
 from loralab.studies.measures.dimension import MEASURE_DIMENSION, MEASURE_FLOOR
 from loralab.studies.measures.frozen import KINDS, MEASURE_FROZEN
 from loralab.studies.measures.overlaps import LARGE, MEASURE_OVERLAPS, SMALL
 from loralab.studies.measures.spectra import MEASURE_FULL
+from loralab.studies.ranking import ranked
 from loralab.studies.readings.lowrank_claims import Read, amplified, dimension, order, overlap, spectrum
 from loralab.studies.readings.lowrank_shown import (
     curve_figure,
@@ -56,10 +57,7 @@ def arms(ground: Ground, base: Base) -> list[Arm]:
     found.append(Arm(name=PAIRS, options=options, tuned=False))
     for variant, sizes in SIZES.items():
         for size in _sizes(ground) or sizes[quick]:
-            options = {
-                "measure": MEASURE_DIMENSION, "variant": variant, "d": size,
-                "rates": list(SCALES[quick]),
-            }  # fmt: skip
+            options = {"measure": MEASURE_DIMENSION, "variant": variant, "d": size, "rates": list(SCALES[quick])}
             found.append(Arm(name=f"{variant.upper()} d={size}", options=options, tuned=False))
     return found
 
@@ -95,16 +93,16 @@ def conclude(records: Sequence[Record], ground: Ground) -> Answer:
         findings=[*findings, *_expected(read), *_against_full(records)],
         blanks=_blanks(read, records),
         tables=[
-            *module_table(read), *dimension_table(read, metric), *order_table(read),
+            *module_table(read),
+            *dimension_table(read, metric),
+            *order_table(read),
             *([scores_table(every, metric)] if every else []),
         ],
-        figures=[
-            *energy_figure(read), *layer_figure(read), *curve_figure(read, metric),
-            *phi_figures(read),
-        ],
-        method=METHOD, caution=CAUTION,
+        figures=[*energy_figure(read), *layer_figure(read), *curve_figure(read, metric), *phi_figures(read)],
+        method=METHOD,
+        caution=CAUTION,
         next=_next(read),
-    )  # fmt: skip
+    )
 
 
 def _expected(read: Read) -> list[Finding]:
@@ -129,16 +127,14 @@ def _next(read: Read) -> Text:
 def _against_full(records: Sequence[Record]) -> list[Finding]:
     """Full fine-tuning against the base, and the head alone against full fine-tuning."""
     every, metric = by_arm(records), metric_of(records)
-    found = []
-    for ours, theirs in ((FULL, BASE), (HEAD, FULL)):
-        if ours in every and theirs in every and (own := paired(every[ours], every[theirs], 2)):
-            found.append(claim(ours, theirs, own, metric))
-    return found
+    if FULL not in every:
+        return []
+    found = ranked({FULL: every[FULL]}, metric, {name: every.get(name, ()) for name in (BASE, HEAD)})
+    pairs = ((FULL, BASE), (HEAD, FULL))
+    return [claim(found.contrast(a, b), metric) for a, b in pairs if {a, b} <= found.means.keys()]
 
 
-def _blanks(
-    read: Read, records: Sequence[Record]
-) -> list[tuple[Text, Text]]:  # fmt: skip
+def _blanks(read: Read, records: Sequence[Record]) -> list[tuple[Text, Text]]:
     """The source's three directions to think in, by numbers."""
     return [
         (Text("What has a pre-trained model learnt already?", "預訓練模型已經學到了什麼？"), _known(records)),

@@ -36,9 +36,7 @@ def arms(ground: Ground, base: Base) -> list[Arm]:
     batch = int(ground.fields["batch_size"])
     cut, half = largest_part(batch), half_precision()
     shared = {"method": "lora", "rank": 8, "save_every": int(ground.fields["max_steps"])}
-    whole: dict[str, Any] = {
-        **shared, "precision": "fp32", "batch_size": batch, "pass_tokens": WHOLE,
-    }  # fmt: skip
+    whole: dict[str, Any] = {**shared, "precision": "fp32", "batch_size": batch, "pass_tokens": WHOLE}
     parts = {"batch_size": cut, "accumulation_steps": batch // cut}
     every = {**whole, **parts, "precision": half, "gradient_checkpointing": "on"}
     one, few = f"{batch} × 1", f"{cut} × {batch // cut}"
@@ -52,7 +50,7 @@ def arms(ground: Ground, base: Base) -> list[Arm]:
         "gguf": (f"{half}, {few}, checkpoint, GGUF", {**every, "quantize": "gguf"}),
         "passes": (f"fp32, {one}, {PASS} tokens", {**whole, "pass_tokens": PASS}),
         "optimizer": (f"fp32, {one}, 8-bit Adam", {**whole, "optimizer_bits": 8}),
-    }  # fmt: skip
+    }
     return [
         Arm(name=known[role][0], fields=known[role][1], options={"role": role}, tuned=False)
         for role in _roles(ground, list(known))
@@ -98,15 +96,20 @@ def conclude(records: Sequence[Record], ground: Ground) -> Answer:
         return Answer(sentence=words, blanks=blanks(found))
     best = found.cheapest()
     return Answer(
-        sentence=sentence(found), findings=findings(found), blanks=blanks(found),
-        tables=[table(found)], figures=figures_of(found), method=METHOD, caution=_caution(found),
+        sentence=sentence(found),
+        findings=findings(found),
+        blanks=blanks(found),
+        tables=[table(found)],
+        figures=figures_of(found),
+        method=METHOD,
+        caution=_caution(found),
         advice=_advice(found.runs[best][0]) if best is not None else {},
         next=Text(
             "Measure with longer rows or a larger batch (--max-length, --batch-size): the more "
             "activations, the more there is to save.",
             "改用更長的資料或更大的批次（--max-length、--batch-size）測量：活化值越多，能省的越多。",
         ),
-    )  # fmt: skip
+    )
 
 
 def _advice(record: Record) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -35,9 +36,14 @@ from loralab.studies.trained import MEASURE
 __all__ = ["MEASURE", "arms", "conclude"]
 
 NAMES = {
-    "fp32": "fp32", "bf16": "bf16", "fp16": "fp16", "nf4": "NF4", "nf4-again": AGAIN,
-    "gguf": "GGUF", "drift": DRIFT,
-}  # fmt: skip
+    "fp32": "fp32",
+    "bf16": "bf16",
+    "fp16": "fp16",
+    "nf4": "NF4",
+    "nf4-again": AGAIN,
+    "gguf": "GGUF",
+    "drift": DRIFT,
+}
 SLOW_ROWS = 12  # of a dtype that the machine has no instructions for
 COMPARED = (32, 8)  # rows whose logits are compared: thorough, quick
 FEW_MODULES = 7  # of the hundred merges in a quick study
@@ -54,9 +60,11 @@ def arms(ground: Ground, base: Base) -> list[Arm]:
         "nf4": {"precision": packed, "quantize": "nf4"},
         "nf4-again": {"precision": packed, "quantize": "nf4", "again": True},
         "gguf": {"precision": packed, "quantize": "gguf"},
-        "drift": {"precisions": ["fp32", "bf16"] if ground.quick else ["fp32", "bf16", "fp16"],
-                  "modules": FEW_MODULES if ground.quick else None},
-    }  # fmt: skip
+        "drift": {
+            "precisions": ["fp32", "bf16"] if ground.quick else ["fp32", "bf16", "fp16"],
+            "modules": FEW_MODULES if ground.quick else None,
+        },
+    }
     found = [REFERENCE]
     for name in dict.fromkeys(chosen):
         measure = MEASURE_DRIFT if name == "drift" else MEASURE_MERGING
@@ -88,14 +96,18 @@ def conclude(records: Sequence[Record], ground: Ground) -> Answer:
     findings += kept_finding(found.get(AGAIN)) + drift_findings(drifts)
     tables = [table(found)] if found else []
     return Answer(
-        sentence=sentence(found, drifts), findings=findings, blanks=blanks(found),
-        tables=[*tables, *drift_table(drifts, records)], figures=figures_of(found, drifts),
-        method=METHOD, caution=_caution(found),
+        sentence=sentence(found, drifts),
+        findings=findings,
+        blanks=blanks(found),
+        tables=[*tables, *drift_table(drifts, records)],
+        figures=figures_of(found, drifts),
+        method=METHOD,
+        caution=_caution(found),
         next=Text(
             "Merge an adapter that was trained for longer: a larger update loses less to rounding.",
             "合併一個訓練更久的 adapter：更新量越大，捨入損失的比例越小。",
         ),
-    )  # fmt: skip
+    )
 
 
 METHOD = Text(
@@ -136,14 +148,17 @@ def _caution(found: Mapping[str, Record]) -> Text:
 def _finding(record: Record, metric: Metric, family: int) -> Finding:
     """Tell whether the score changed, row by row."""
     found = difference(
-        [record.items[AFTER]], [record.items[BEFORE]],
-        generator=np.random.default_rng(SEED), comparisons=family,
-    )  # fmt: skip
+        [record.items[AFTER]],
+        [record.items[BEFORE]],
+        generator=np.random.default_rng(SEED),
+        comparisons=family,
+        margin=metric.margin_at(abs(float(np.mean(record.items[BEFORE])))),
+    )
     after, before = states(record.arm.name)
     if math.isnan(found.low):
         words = Text(f"{after}: one score only, no interval.", f"{after}：只有一個分數，無法估計區間。")
-        return Finding(sentence=words, holds=False, effect=found.effect)
-    return claim(after, before, found, metric)
+        return Finding(sentence=words, holds=False, effect=found.estimate)
+    return claim(replace(found, a=after, b=before), metric)
 
 
 def _choice(value: str) -> str:

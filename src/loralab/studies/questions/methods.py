@@ -8,11 +8,12 @@ from loralab.errors import ConfigError, InputError, nearest
 from loralab.models.load import Base
 from loralab.studies import figures
 from loralab.studies.budgets import Fields, solved, trained_parameters
-from loralab.studies.evidence import Metric, best_arm, by_arm, claim, metric_of, own_interval, paired, scores_table
+from loralab.studies.contrast import Ranking
+from loralab.studies.evidence import Metric, by_arm, claim, metric_of, own_interval, scores_table
 from loralab.studies.measures.passes import MEASURE_PASSES
+from loralab.studies.ranking import among, claims, describe_ranking, leader, open_rivals, ranked, recommendation
 from loralab.studies.readings import compared, latencies
 from loralab.studies.readings.compared import BASE, LATENCY, SOURCE, Measured
-from loralab.studies.readings.standing import claims, said, standing, workable
 from loralab.studies.study import Answer, Arm, Finding, Ground, Record, Text
 from loralab.studies.trained import MEASURE
 
@@ -20,13 +21,26 @@ __all__ = ["MEASURE", "arms", "conclude"]
 
 REFERENCE = {"method": "lora", "rank": 8}
 LARGE, SMALL = "r=8", "r=2"  # budgets: what LoRA trains with these ranks
-SIZES = {"lora": "rank", "dora": "rank", "houlsby": "width", "pfeiffer": "width", "prefix": "tokens",
-         "prefix-mlp": "tokens"}  # fmt: skip
+SIZES = {
+    "lora": "rank",
+    "dora": "rank",
+    "houlsby": "width",
+    "pfeiffer": "width",
+    "prefix": "tokens",
+    "prefix-mlp": "tokens",
+}
 LETTERS = {"rank": "r", "width": "w", "tokens": "p"}
 SIZELESS = ("ia3", "bitfit", "full", "linear-probe")
 SHORT = (("houlsby", LARGE), ("prefix", LARGE), ("prefix", SMALL))
-LONG = (("houlsby", LARGE), ("houlsby", SMALL), ("pfeiffer", LARGE), ("pfeiffer", SMALL),
-        ("prefix", LARGE), ("prefix", SMALL), ("dora", LARGE))  # fmt: skip
+LONG = (
+    ("houlsby", LARGE),
+    ("houlsby", SMALL),
+    ("pfeiffer", LARGE),
+    ("pfeiffer", SMALL),
+    ("prefix", LARGE),
+    ("prefix", SMALL),
+    ("dora", LARGE),
+)
 SECONDS, TRIALS = (150, 20), (25, 12)  # of the latency cell: thorough, quick
 CHOICE = Text("how I would choose", "你的選擇標準")
 
@@ -37,8 +51,7 @@ def arms(ground: Ground, base: Base) -> list[Arm]:
     A method that the model cannot have stays in with its usual size: that it cannot run is said.
     """
     wanted = _wanted(ground)
-    budgets = {name: trained_parameters(base, {**REFERENCE, "rank": rank})
-               for name, rank in ((LARGE, 8), (SMALL, 2))}  # fmt: skip
+    budgets = {name: trained_parameters(base, {**REFERENCE, "rank": rank}) for name, rank in ((LARGE, 8), (SMALL, 2))}
     found = [Arm(name=f"lora {LARGE}", fields=REFERENCE)]
     if not ground.quick and "lora" in wanted:
         found.append(Arm(name=f"lora {SMALL}", fields={**REFERENCE, "rank": 2}))
@@ -51,9 +64,10 @@ def arms(ground: Ground, base: Base) -> list[Arm]:
     unique = {arm.name: arm for arm in found}
     untrained = {"measure": "loralab.studies.trained:untrained"}
     return [
-        Arm(name=BASE, options=untrained, tuned=False, plain=True), *unique.values(),
+        Arm(name=BASE, options=untrained, tuned=False, plain=True),
+        *unique.values(),
         _latency(ground, base, budgets),
-    ]  # fmt: skip
+    ]
 
 
 def _outside() -> tuple[str, ...]:
@@ -85,10 +99,14 @@ def _sized(base: Base, method: str, budget: str, parameters: int) -> Arm:
 def _through_network(found: Sequence[Arm]) -> list[Arm]:
     """Prefixes as long as those trained directly, written by a network that is dropped at the end."""
     return [
-        Arm(name=f"prefix-mlp p={arm.fields['tokens']}",
-            fields={**arm.fields, "method": "prefix-mlp"}, options=arm.options)
-        for arm in found if arm.fields.get("method") == "prefix" and "tokens" in arm.fields
-    ]  # fmt: skip
+        Arm(
+            name=f"prefix-mlp p={arm.fields['tokens']}",
+            fields={**arm.fields, "method": "prefix-mlp"},
+            options=arm.options,
+        )
+        for arm in found
+        if arm.fields.get("method") == "prefix" and "tokens" in arm.fields
+    ]
 
 
 def _plain(method: str) -> Arm:
@@ -109,8 +127,12 @@ def _latency(ground: Ground, base: Base, budgets: Mapping[str, int]) -> Arm:
     for method, size in (*SHORT, ("pfeiffer", LARGE)) if ground.quick else LONG:
         arm = _sized(base, method, size, budgets[size])
         variants[arm.name] = dict(arm.fields)
-    options = {"measure": MEASURE_PASSES, "variants": variants, "seconds": SECONDS[ground.quick],
-               "trials": TRIALS[ground.quick]}  # fmt: skip
+    options = {
+        "measure": MEASURE_PASSES,
+        "variants": variants,
+        "seconds": SECONDS[ground.quick],
+        "trials": TRIALS[ground.quick],
+    }
     return Arm(name=LATENCY, options=options, tuned=False, plain=True)
 
 
@@ -121,19 +143,26 @@ def conclude(records: Sequence[Record], ground: Ground) -> Answer:
         nothing = Text("No method has been trained yet.", "還沒有任何方法的訓練結果。")
         labels = (*(Text(name, name) for name in SOURCE), CHOICE)
         times = measured.latencies
-        return Answer(sentence=nothing, blanks=[(label, nothing) for label in labels],
-                      tables=latencies.table(times, compared.papers(times)),
-                      findings=latencies.findings(times))  # fmt: skip
-    metric, family = metric_of(records), measured.of_budget(LARGE)
-    chosen = _chosen(measured, metric)
+        return Answer(
+            sentence=nothing,
+            blanks=[(label, nothing) for label in labels],
+            tables=latencies.table(times, compared.papers(times)),
+            findings=latencies.findings(times),
+        )
+    metric = metric_of(records, ground)
+    ranking = _ranking(measured, metric)
+    chosen = ranking.recommended
     return Answer(
-        sentence=_sentence(measured, family, chosen, metric),
-        findings=_findings(measured, family, metric),
-        blanks=[*compared.source_rows(measured, metric),
-                (CHOICE, compared.how_to_choose(measured, family, chosen, metric))],
-        tables=[compared.table(measured, metric),
-                *latencies.table(measured.latencies, compared.papers(measured.latencies)),
-                compared.expected(measured, family, metric), scores_table(by_arm(records), metric)],
+        sentence=_sentence(measured, ranking, metric),
+        ranking=ranking,
+        findings=_findings(measured, ranking, metric),
+        blanks=[*compared.source_rows(measured, metric), (CHOICE, compared.how_to_choose(measured, ranking, metric))],
+        tables=[
+            compared.table(measured, metric),
+            *latencies.table(measured.latencies, compared.papers(measured.latencies)),
+            compared.expected(measured, ranking, metric),
+            scores_table(by_arm(records), metric),
+        ],
         figures=[_figure(measured.trained, metric), *latencies.figure(measured.latencies)],
         method=Text(
             "Budgets are what LoRA on every linear layer trains with rank 8 and with rank 2, heads "
@@ -149,52 +178,43 @@ def conclude(records: Sequence[Record], ground: Ground) -> Answer:
             "Adapter H 在 attention 與 FFN 之後各一個（houlsby），Adapter L 每個 block 一個（pfeiffer）。",
         ),
         caution=compared.caution(measured),
-        advice={k: v for k, v in measured.trained[chosen][0].arm.fields.items()
-                if k != "learning_rate"} if chosen else {},
-        next=_next(family or measured.trained, metric),
-    )  # fmt: skip
+        advice={k: v for k, v in measured.trained[chosen][0].arm.fields.items() if k != "learning_rate"}
+        if chosen
+        else {},
+        next=_next(ranking),
+    )
 
 
-def _chosen(measured: Measured, metric: Metric) -> str | None:
-    """Of the methods that work, the one that slows a single short answer least.
-
-    Where nothing was timed, or two are as quick, the better score decides.
-    """
-    able = workable(measured.trained, measured.base, metric)
-    if not able:
-        return None
-    cost = {name: measured.latencies.least(name) if measured.latencies.times else 0.0 for name in able}
-    least = min(cost.values())
-    quick = [name for name in able if cost[name] <= least + latencies.SMALL]
-    return best_arm({name: measured.trained[name] for name in quick}, metric)
+def _ranking(measured: Measured, metric: Metric) -> Ranking:
+    """All methods; of those that are good enough, the one that slows a single short answer least."""
+    times = measured.latencies
+    cost = {name: times.least(name) for name in measured.trained} if times.times else None
+    return ranked(measured.trained, metric, {BASE: measured.base}, cost=cost)
 
 
-def _sentence(measured: Measured, family: Mapping[str, Sequence[Record]], chosen: str | None, metric: Metric) -> Text:
-    parts = Text("", "")
+def _sentence(measured: Measured, ranking: Ranking, metric: Metric) -> Text:
+    family, parts = measured.of_budget(LARGE), []
     if len(family) > 1:
         size = compared.parameters_of(family)
-        parts = Text(f"At equal budget (about {size} parameters)", f"參數預算相同（約 {size} 個）時，")
-        parts += said(standing(family, metric), family, metric)
-    times = compared.latency_sentence(measured)
-    last = compared.choice_sentence(chosen)
-    found = [p for p in (parts, times, last) if p.en]
-    whole = found[0]
-    for part in found[1:]:
-        whole += part
+        parts.append(
+            Text(f"At equal budget (about {size} parameters)", f"參數預算相同（約 {size} 個）時，")
+            + describe_ranking(among(ranking, family), family, metric)
+        )
+    if (times := compared.latency_sentence(measured)).en:
+        parts.append(times)
+    whole = parts[0] if parts else None
+    for part in [*parts[1:], recommendation(ranking, measured.trained, metric)]:
+        whole = part if whole is None else whole + part
+    assert whole is not None
     return whole
 
 
-def _findings(measured: Measured, family: Mapping[str, Sequence[Record]], metric: Metric) -> list[Finding]:
+def _findings(measured: Measured, ranking: Ranking, metric: Metric) -> list[Finding]:
     """Every method against the base, those of a budget against each other, and latencies."""
-    found = []
-    for name, own in measured.trained.items():
-        gain = paired(own, measured.base, len(measured.trained)) if measured.base else None
-        if gain is not None:
-            found.append(claim(name, BASE, gain, metric))
-    found += claims(family, metric)
-    small = measured.of_budget(SMALL)
-    found += claims(small, metric) if len(small) > 1 else []
-    return [*found, *latencies.findings(measured.latencies)]
+    floor = [claim(ranking.contrast(n, BASE), metric) for n in measured.trained] if measured.base else []
+    families = [measured.of_budget(size) for size in (LARGE, SMALL)]
+    pairs = [f for family in families if len(family) > 1 for f in claims(ranking, metric, list(family))]
+    return [*floor, *pairs, *latencies.findings(measured.latencies)]
 
 
 def _figure(trained: Mapping[str, Sequence[Record]], metric: Metric) -> Any:
@@ -203,18 +223,23 @@ def _figure(trained: Mapping[str, Sequence[Record]], metric: Metric) -> Any:
         found = own_interval(own)
         rows.append({"arm": name, "value": found.mean, "low": found.low, "high": found.high})
     return figures.intervals(
-        "methods", Text("Score of every method", "各方法的分數"), rows, x=Text("method", "方法"),
-        y=Text(f"test {metric.text.en}", f"測試{metric.text.zh}"), percent=metric.rises,
-    )  # fmt: skip
+        "methods",
+        Text("Score of every method", "各方法的分數"),
+        rows,
+        x=Text("method", "方法"),
+        y=Text(f"test {metric.text.en}", f"測試{metric.text.zh}"),
+        percent=metric.rises,
+    )
 
 
-def _next(family: Mapping[str, Sequence[Record]], metric: Metric) -> Text:
-    found = standing(family, metric)
-    if found.tied:
-        tied = found.tied[0]
-        return Text(f"Add seeds to {found.best} and {tied}, which noise keeps together.",
-                    f"替 {found.best} 與 {tied} 增加隨機種子，雜訊還分不出高下。")  # fmt: skip
+def _next(found: Ranking) -> Text:
+    first = leader(found)
+    if rivals := open_rivals(found):
+        return Text(
+            f"Add seeds to {first} and {rivals[0]}, which are not decided.",
+            f"替 {first} 與 {rivals[0]} 增加隨機種子，目前尚無定論。",
+        )
     return Text(
-        f"Repeat with the budget of rank 2, to see whether {found.best} stays first.",
-        f"改用 rank 2 的參數預算重做，看 {found.best} 是否仍居首位。",
+        f"Repeat with the budget of rank 2, to see whether {first} stays first.",
+        f"改用 rank 2 的參數預算重做，看 {first} 是否仍居首位。",
     )

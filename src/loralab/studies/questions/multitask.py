@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +10,7 @@ import numpy as np
 from loralab.errors import ConfigError, nearest
 from loralab.models.load import Base
 from loralab.studies import figures
+from loralab.studies.contrast import Contrast
 from loralab.studies.evidence import (
     SEED,
     Metric,
@@ -25,7 +26,8 @@ from loralab.studies.evidence import (
     size,
 )
 from loralab.studies.measures.system import ALONE, MEASURE_SYSTEM, MEASURE_TASK, MIXED, SIZES, TURN
-from loralab.studies.statistics import Difference, difference
+from loralab.studies.ranking import ranked
+from loralab.studies.statistics import difference
 from loralab.studies.study import Answer, Arm, Figure, Finding, Ground, Record, Table, Text
 from loralab.tasks.catalog import TASKS
 
@@ -34,10 +36,17 @@ __all__ = ["MEASURE", "arms", "conclude"]
 MEASURE = MEASURE_TASK
 SYSTEM = "system"
 TEN = (
-    "movie-reviews", "tweets", "amazon-reviews", "nyt-editorials", "movie-reviews-strength",
-    "tweets-strength", "amazon-reviews-strength", "nyt-editorials-strength", "text-source",
+    "movie-reviews",
+    "tweets",
+    "amazon-reviews",
+    "nyt-editorials",
+    "movie-reviews-strength",
+    "tweets-strength",
+    "amazon-reviews-strength",
+    "nyt-editorials-strength",
+    "text-source",
     "rater-agreement",
-)  # fmt: skip
+)
 READERS = ("sequence-classification", "causal-lm")
 RATE = 3e-3  # LoRA's usual one is for longer runs
 ALIKE = 1e-4  # of the largest logit: what fp32 may differ by when sums are taken in another order
@@ -87,20 +96,24 @@ def conclude(records: Sequence[Record], ground: Ground) -> Answer:
     """Bytes, times and equality of the system; and whether each adapter has learnt its task."""
     system = next((r for r in records if r.arm.name == SYSTEM and r.numbers), None)
     tasks = by_arm(r for r in records if r.arm.name != SYSTEM)
-    metric = metric_of(records)
-    learnt = [found for name, own in tasks.items() if (found := _learnt(name, own, len(tasks), metric))]
+    metric = metric_of(records, ground)
+    learnt = [found for name, own in tasks.items() if (found := _learnt(name, own, metric))]
     tables = [scores_table(tasks, metric)] if tasks else []
     shown = [_scores(tasks, metric)] if tasks else []
     if system is None:
         return Answer(
             sentence=Text("The system has not been measured yet.", "還沒有系統的量測結果。"),
-            findings=learnt, tables=tables, figures=shown, blanks=_blanks(None, learnt),
-        )  # fmt: skip
+            findings=learnt,
+            tables=tables,
+            figures=shown,
+            blanks=_blanks(None, learnt),
+        )
     faster = speedups(system)
     return Answer(
         sentence=_sentence(system, faster),
         findings=[_equal(system), *(_quicker(n, f) for n, f in faster.items()), *learnt],
-        blanks=_blanks(system, learnt), tables=[_storage(system), _times(system), *tables],
+        blanks=_blanks(system, learnt),
+        tables=[_storage(system), _times(system), *tables],
         figures=[_time_figure(system), *shown],
         method=Text(
             "Every task trains a LoRA of rank 8 on all linear layers, and a head of its own where the "
@@ -120,23 +133,22 @@ def conclude(records: Sequence[Record], ground: Ground) -> Answer:
             "時間取決於這台機器與輸入長度：批次中的 adapter 越多、每個 adapter 的資料越少，混合批次越划算；"
             "整個批次只有一個 adapter 時則沒有好處。",
         ),
-        next=Text(
-            "Measure with your own tasks: --values a.csv,b.csv,...",
-            "用自己的任務量測：--values a.csv,b.csv,…",
-        ),
-    )  # fmt: skip
+        next=Text("Measure with your own tasks: --values a.csv,b.csv,...", "用自己的任務量測：--values a.csv,b.csv,…"),
+    )
 
 
-def speedups(system: Record) -> dict[int, Difference]:
+def speedups(system: Record) -> dict[int, Contrast]:
     """For each size of a batch, the logarithm of how often mixing is as fast, by repeats."""
     found = {}
     for rows in SIZES:
         ours, theirs = (system.series.get(f"{way} {rows}", ()) for way in (MIXED, TURN))
         if len(ours) > 1 and len(ours) == len(theirs):
             found[rows] = difference(
-                [np.log(theirs).tolist()], [np.log(ours).tolist()], comparisons=len(SIZES),
+                [np.log(theirs).tolist()],
+                [np.log(ours).tolist()],
+                comparisons=len(SIZES),
                 generator=np.random.default_rng(SEED),
-            )  # fmt: skip
+            )
     return found
 
 
@@ -147,7 +159,7 @@ def alike(system: Record) -> bool:
     return close and numbers["same"] == 1.0
 
 
-def _sentence(system: Record, faster: Mapping[int, Difference]) -> Text:
+def _sentence(system: Record, faster: Mapping[int, Contrast]) -> Text:
     n = round(system.numbers["adapters"])
     adapters, whole, models = _bytes(system)
     found = Text(
@@ -188,10 +200,10 @@ def _equal(system: Record) -> Finding:
     return Finding(sentence=sentence, holds=alike(system))
 
 
-def _quicker(rows: int, found: Difference) -> Finding:
+def _quicker(rows: int, found: Contrast) -> Finding:
     """How often as fast a mixed batch is, with its interval; or that it is not."""
     low, high = math.exp(found.low), math.exp(found.high)
-    ratio = math.exp(found.effect)
+    ratio = math.exp(found.estimate)
     span = f"{low:.2f} … {high:.2f}"
     if not found.holds:
         sentence = Text(
@@ -210,18 +222,16 @@ def _quicker(rows: int, found: Difference) -> Finding:
             f"{1 / ratio:.2f} times as long (95 % interval of the speed {span}).",
             f"批次 {rows} 筆時，混合批次比逐一切換慢，時間為 {1 / ratio:.2f} 倍（速度比的 95% 信賴區間 {span}）。",
         )
-    return Finding(sentence=sentence, holds=found.holds, effect=found.effect, low=found.low, high=found.high)
+    return Finding(sentence=sentence, holds=found.holds, effect=found.estimate, low=found.low, high=found.high)
 
 
-def _learnt(name: str, own: Sequence[Record], comparisons: int, metric: Metric) -> Finding | None:
+def _learnt(name: str, own: Sequence[Record], metric: Metric) -> Finding | None:
     """An adapter against the commonest label of its task."""
     if not all(r.items.get("majority") for r in own):
         return None
-    found = difference(
-        [r.items["score"] for r in own], [r.items["majority"] for r in own],
-        comparisons=comparisons, generator=np.random.default_rng(SEED),
-    )  # fmt: skip
-    return claim(name, "its commonest label", found, metric)
+    label = "its commonest label"
+    plain = replace(own[0], arm=replace(own[0].arm, plain=True), items={"score": own[0].items["majority"]})
+    return claim(ranked({name: own}, metric, {label: [plain]}).contrast(name, label), metric)
 
 
 def _blanks(system: Record | None, learnt: Sequence[Finding]) -> list[tuple[Text, Text]]:
@@ -277,7 +287,7 @@ def _batching(system: Record) -> Text:
 
 def _design(system: Record, learnt: Sequence[Finding]) -> Text:
     worked = sum(f.holds and (f.effect or 0) > 0 for f in learnt)
-    mixes = alike(system) and any(f.holds and f.effect > 0 for f in speedups(system).values())
+    mixes = alike(system) and any(f.holds and f.estimate > 0 for f in speedups(system).values())
     way = (
         Text("mix requests of all tasks in one batch", "把所有任務的請求混在同一批次")
         if mixes
@@ -301,24 +311,31 @@ def _storage(system: Record) -> Table:
         [Text(f"{n} full models", f"{n} 個完整模型"), size(models)],
     ]
     return Table(
-        title=Text("What is stored", "儲存量"),
-        columns=(Text("what", "項目"), Text("bytes", "大小")), rows=rows,
-    )  # fmt: skip
+        title=Text("What is stored", "儲存量"), columns=(Text("what", "項目"), Text("bytes", "大小")), rows=rows
+    )
 
 
 def _times(system: Record) -> Table:
     """The median time of a batch in each of the ways."""
     rows = [
-        [str(n), *(_median(system, way, n) for way in WAYS),
-         plain(math.exp(found.effect), 2), f"{math.exp(found.low):.2f} – {math.exp(found.high):.2f}"]
+        [
+            str(n),
+            *(_median(system, way, n) for way in WAYS),
+            plain(math.exp(found.estimate), 2),
+            f"{math.exp(found.low):.2f} – {math.exp(found.high):.2f}",
+        ]
         for n, found in speedups(system).items()
-    ]  # fmt: skip
+    ]
     return Table(
         title=Text("Time of a batch", "一個批次的時間"),
-        columns=(Text("rows", "筆數"), *WAYS.values(), Text("in turn / mixed", "逐一 / 混合"),
-                 Text("95 % interval", "95% 信賴區間")),
+        columns=(
+            Text("rows", "筆數"),
+            *WAYS.values(),
+            Text("in turn / mixed", "逐一 / 混合"),
+            Text("95 % interval", "95% 信賴區間"),
+        ),
         rows=rows,
-    )  # fmt: skip
+    )
 
 
 def _median(system: Record, way: str, rows: int) -> str:
@@ -334,10 +351,13 @@ def _time_figure(system: Record) -> Figure:
         if system.series.get(f"{way} {n}")
     ]
     return figures.bars(
-        "multitask-times", Text("Time of a batch in milliseconds", "一個批次的時間（毫秒）"), rows,
-        x=Text("rows of the batch", "批次筆數"), y=Text("milliseconds", "毫秒"),
+        "multitask-times",
+        Text("Time of a batch in milliseconds", "一個批次的時間（毫秒）"),
+        rows,
+        x=Text("rows of the batch", "批次筆數"),
+        y=Text("milliseconds", "毫秒"),
         group=Text("way", "方式"),
-    )  # fmt: skip
+    )
 
 
 def _scores(tasks: Mapping[str, Sequence[Record]], metric: Metric) -> Figure:
@@ -345,10 +365,20 @@ def _scores(tasks: Mapping[str, Sequence[Record]], metric: Metric) -> Figure:
     for name, own in tasks.items():
         found = own_interval(own)
         base = mean_of(own, "majority")
-        rows.append({"arm": name, "value": found.mean, "low": found.low, "high": found.high,
-                     "majority": None if math.isnan(base) else base})  # fmt: skip
+        rows.append(
+            {
+                "arm": name,
+                "value": found.mean,
+                "low": found.low,
+                "high": found.high,
+                "majority": None if math.isnan(base) else base,
+            }
+        )
     return figures.intervals(
-        "multitask-scores", Text("Score of every adapter on its own task", "每個 adapter 在自己任務上的分數"),
-        rows, x=Text("task", "任務"), y=Text(f"test {metric.text.en}", f"測試{metric.text.zh}"),
+        "multitask-scores",
+        Text("Score of every adapter on its own task", "每個 adapter 在自己任務上的分數"),
+        rows,
+        x=Text("task", "任務"),
+        y=Text(f"test {metric.text.en}", f"測試{metric.text.zh}"),
         percent=metric.rises,
-    )  # fmt: skip
+    )

@@ -8,7 +8,9 @@ from loralab.adapters.methods import SCALINGS, LoRA
 from loralab.errors import ConfigError, nearest
 from loralab.models.load import Base
 from loralab.studies import figures
-from loralab.studies.evidence import Metric, claim, mean_of, metric_of, paired, plain, scored, seconds
+from loralab.studies.contrast import Ranking
+from loralab.studies.evidence import Metric, claim, mean_of, metric_of, plain, scored, seconds
+from loralab.studies.ranking import ranked
 from loralab.studies.readings.sweep import Key, Sweep
 from loralab.studies.search import rounded
 from loralab.studies.statistics import smoothed
@@ -33,10 +35,15 @@ def arms(ground: Ground, base: Base) -> list[Arm]:
     """
     scalings, ranks = _wanted(ground)
     return [
-        Arm(name=f"{scaling}, r={rank}, {rate:.1e}", tuned=False,
-            fields={"method": "lora", "rank": rank, "scaling": scaling, "learning_rate": rate})
-        for scaling in scalings for rank in ranks for rate in _rates(ground)
-    ]  # fmt: skip
+        Arm(
+            name=f"{scaling}, r={rank}, {rate:.1e}",
+            tuned=False,
+            fields={"method": "lora", "rank": rank, "scaling": scaling, "learning_rate": rate},
+        )
+        for scaling in scalings
+        for rank in ranks
+        for rate in _rates(ground)
+    ]
 
 
 def _wanted(ground: Ground) -> tuple[list[str], list[int]]:
@@ -70,14 +77,16 @@ def _rates(ground: Ground) -> list[float]:
 
 def conclude(records: Sequence[Record], ground: Ground) -> Answer:
     """Stability, speed and final score of each scaling, and how its best rate moves with rank."""
-    sweep, metric = Sweep.of(records), metric_of(records)
+    sweep, metric = Sweep.of(records), metric_of(records, ground)
     if not any(sweep.best(key) for key in sweep.cells):
         return Answer(sentence=_nothing(sweep))
-    claims = _claims(sweep, metric)
+    ranking = _ranking(sweep, metric)
+    claims = _claims(sweep, ranking, metric)
     drifts = _drifts(sweep)
     sentence = _sentence(sweep, claims) + _drift_sentence(sweep)
     return Answer(
         sentence=sentence,
+        ranking=ranking,
         findings=[*claims.values(), *drifts],
         blanks=[
             (Text("Training stability", "訓練穩定性"), _stability(sweep)),
@@ -99,15 +108,17 @@ def conclude(records: Sequence[Record], ground: Ground) -> Answer:
             "Repeat with ranks further apart, or a finer grid around the best rates.",
             "用差距更大的 rank，或在最佳學習率附近用更密的格點再做一次。",
         ),
-    )  # fmt: skip
+    )
 
 
 def _nothing(sweep: Sweep) -> Text:
     """There is no run to speak of, or none that ended."""
     runs = sum(sweep.diverged(scaling)[1] for scaling in sweep.scalings)
     if runs:
-        return Text(f"All {runs} runs diverged: the learning rates are too high for this model.",
-                    f"全部 {runs} 次訓練都發散：學習率對這個模型太高。")  # fmt: skip
+        return Text(
+            f"All {runs} runs diverged: the learning rates are too high for this model.",
+            f"全部 {runs} 次訓練都發散：學習率對這個模型太高。",
+        )
     return Text("No scaling has been measured yet.", "還沒有任何縮放方式的結果。")
 
 
@@ -130,19 +141,22 @@ def _method(sweep: Sweep) -> Text:
     )
 
 
-def _claims(sweep: Sweep, metric: Metric) -> dict[Key, Finding]:
+def _claims(sweep: Sweep, ranking: Ranking, metric: Metric) -> dict[Key, Finding]:
     """Every scaling against alpha / r at each rank, each at its own best rate, as one family."""
-    pairs = {
-        key: (sweep.at_best(key), sweep.at_best((USUAL, key[1])))
-        for key in sweep.cells if key[0] != USUAL
-    }  # fmt: skip
-    pairs = {key: pair for key, pair in pairs.items() if all(pair)}
-    found = {}
-    for key, (ours, theirs) in pairs.items():
-        gap = paired(ours, theirs, len(pairs))
-        if gap is not None:
-            found[key] = claim(named(key), named((USUAL, key[1])), gap, metric)
-    return found
+    pairs = {key: (USUAL, key[1]) for key in sweep.cells if key[0] != USUAL}
+    return {
+        key: claim(ranking.contrast(named(key), named(usual)), metric)
+        for key, usual in pairs.items()
+        if sweep.at_best(key) and sweep.at_best(usual)
+    }
+
+
+def _ranking(sweep: Sweep, metric: Metric) -> Ranking:
+    """Every scaling and rank at its best rate; the usual scaling first among equals."""
+    arms = {named(key): sweep.at_best(key) for key in sweep.cells if sweep.at_best(key)}
+    order = sorted(sweep.cells, key=lambda key: (key[1], key[0] != USUAL))
+    cost = {named(key): float(place) for place, key in enumerate(order) if named(key) in arms}
+    return ranked(arms, metric, cost=cost)
 
 
 def named(key: Key) -> str:
@@ -160,15 +174,18 @@ def _drifts(sweep: Sweep) -> list[Finding]:
             continue
         shared = sweep.shared(scaling)
         listed = ", ".join(f"{rate:.1e}" for rate in shared)
-        sentence = Text(
-            f"With {scaling} one learning rate serves r={_ends(sweep)}: {listed} is as good as the "
-            "best at every rank, within noise.",
-            f"{scaling}：同一個學習率可用於 r={_ends(sweep)}：{listed} 在每個 rank 都與最佳者相當（在雜訊範圍內）。",
-        ) if shared else Text(
-            f"With {scaling} no learning rate of the grid is as good as the best at every rank "
-            f"(r={_ends(sweep)}).",
-            f"{scaling}：格點中沒有任何學習率在每個 rank 都與最佳者相當（r={_ends(sweep)}）。",
-        )  # fmt: skip
+        sentence = (
+            Text(
+                f"With {scaling} one learning rate serves r={_ends(sweep)}: {listed} is as good as the "
+                "best at every rank, within noise.",
+                f"{scaling}：同一個學習率可用於 r={_ends(sweep)}：{listed} 在每個 rank 都與最佳者相當（在雜訊範圍內）。",
+            )
+            if shared
+            else Text(
+                f"With {scaling} no learning rate of the grid is as good as the best at every rank (r={_ends(sweep)}).",
+                f"{scaling}：格點中沒有任何學習率在每個 rank 都與最佳者相當（r={_ends(sweep)}）。",
+            )
+        )
         found.append(Finding(sentence=sentence, holds=not shared))
     return found
 
@@ -199,11 +216,14 @@ def _sentence(sweep: Sweep, claims: Claims) -> Text:
             f"就分數而言並非必要：{at.zh}，其他縮放與 alpha/r 沒有超出雜訊的差異（r={_ends(sweep)}）。",
         )
     strongest = max(clear, key=lambda finding: abs(finding.effect or 0))
-    return Text(
-        f"The score depends on it: {at.en}, {len(clear)} of {len(claims)} comparisons with alpha/r "
-        "differ beyond noise.",
-        f"分數與縮放有關：{at.zh}，與 alpha/r 的 {len(claims)} 組比較中有 {len(clear)} 組差異超出雜訊。",
-    ) + strongest.sentence  # fmt: skip
+    return (
+        Text(
+            f"The score depends on it: {at.en}, {len(clear)} of {len(claims)} comparisons with alpha/r "
+            "differ beyond noise.",
+            f"分數與縮放有關：{at.zh}，與 alpha/r 的 {len(claims)} 組比較中有 {len(clear)} 組差異超出雜訊。",
+        )
+        + strongest.sentence
+    )
 
 
 def _learnt(sweep: Sweep) -> bool:
@@ -225,8 +245,9 @@ def _drift_sentence(sweep: Sweep) -> Text:
     )
     if not edges:
         return Text(f"{said.en}.", f"{said.zh}。")
-    return Text(f"{said.en} (at the edge of the grid: {', '.join(edges)}).",
-                f"{said.zh}（落在格點邊緣：{'、'.join(edges)}）。")  # fmt: skip
+    return Text(
+        f"{said.en} (at the edge of the grid: {', '.join(edges)}).", f"{said.zh}（落在格點邊緣：{'、'.join(edges)}）。"
+    )
 
 
 def _stability(sweep: Sweep) -> Text:
@@ -234,10 +255,12 @@ def _stability(sweep: Sweep) -> Text:
     for scaling in sweep.scalings:
         lost, runs = sweep.diverged(scaling)
         worst = plain(sweep.worst(scaling))
-        parts.append(Text(
-            f"{scaling}: {lost} of {runs} runs diverged, worst validation loss of the others {worst}",
-            f"{scaling}：{runs} 次訓練中 {lost} 次發散，其餘最差驗證損失 {worst}",
-        ))  # fmt: skip
+        parts.append(
+            Text(
+                f"{scaling}: {lost} of {runs} runs diverged, worst validation loss of the others {worst}",
+                f"{scaling}：{runs} 次訓練中 {lost} 次發散，其餘最差驗證損失 {worst}",
+            )
+        )
     return _joined(parts)
 
 
@@ -294,27 +317,37 @@ def _advice(sweep: Sweep, claims: Claims) -> dict[str, Any]:
 
 def _table(sweep: Sweep, metric: Metric) -> Table:
     columns = (
-        Text("scaling", "縮放"), Text("rank", "rank"), Text("factor", "係數"),
-        Text("best rate", "最佳學習率"), Text("rates as good", "同樣好的學習率"),
-        Text("diverged rates", "發散的學習率"), Text("steps to target", "達到目標的步數"),
+        Text("scaling", "縮放"),
+        Text("rank", "rank"),
+        Text("factor", "係數"),
+        Text("best rate", "最佳學習率"),
+        Text("rates as good", "同樣好的學習率"),
+        Text("diverged rates", "發散的學習率"),
+        Text("steps to target", "達到目標的步數"),
         Text("validation loss", "驗證損失"),
         Text(f"test {metric.text.en} (95 % interval)", f"測試{metric.text.zh}（95% 信賴區間）"),
         Text("step", "每步時間"),
-    )  # fmt: skip
+    )
     rows = []
     target = sweep.target()
     for key in sweep.cells:
         own, best = sweep.at_best(key), sweep.best(key)
         lost = [rate for rate in sorted(sweep.cells[key]) if rate not in sweep.ended(key)]
         steps = sweep.steps_to(key, target) if own else None
-        rows.append([
-            key[0], key[1], f"{LoRA(rank=key[1], scaling=key[0]).factor:.3g}",
-            "–" if best is None else f"{best:.1e}{' (edge)' if sweep.at_edge(key) else ''}",
-            ", ".join(f"{rate:.1e}" for rate in sweep.as_good(key)) or "–",
-            ", ".join(f"{rate:.1e}" for rate in lost) or "–",
-            "–" if steps is None else f"{steps:.0f}", plain(mean_of(own, "validation_loss")),
-            scored(own, metric) if own else "–", seconds(mean_of(own, "step_seconds")),
-        ])  # fmt: skip
+        rows.append(
+            [
+                key[0],
+                key[1],
+                f"{LoRA(rank=key[1], scaling=key[0]).factor:.3g}",
+                "–" if best is None else f"{best:.1e}{' (edge)' if sweep.at_edge(key) else ''}",
+                ", ".join(f"{rate:.1e}" for rate in sweep.as_good(key)) or "–",
+                ", ".join(f"{rate:.1e}" for rate in lost) or "–",
+                "–" if steps is None else f"{steps:.0f}",
+                plain(mean_of(own, "validation_loss")),
+                scored(own, metric) if own else "–",
+                seconds(mean_of(own, "step_seconds")),
+            ]
+        )
     return Table(title=Text("Each scaling at each rank", "各縮放與 rank"), columns=columns, rows=rows)
 
 
@@ -325,26 +358,34 @@ def _heat(sweep: Sweep) -> Figure:
         ended = sweep.ended(key)
         for rate in sorted(own):
             value = mean_of(ended[rate], "validation_loss") if rate in ended else math.nan
-            rows.append({"x": f"{rate:.1e}", "y": named(key),
-                         "value": value if math.isfinite(value) else None})  # fmt: skip
+            rows.append({"x": f"{rate:.1e}", "y": named(key), "value": value if math.isfinite(value) else None})
     return figures.heat(
         "scaling-losses",
         Text("Final validation loss; empty: diverged", "最終驗證損失；空白：發散"),
-        rows, x=Text("learning rate", "學習率"), y=Text("scaling, rank", "縮放、rank"),
-        value=Text("loss", "損失"), digits=".3f", height=max(160, 34 * len(sweep.cells)),
-    )  # fmt: skip
+        rows,
+        x=Text("learning rate", "學習率"),
+        y=Text("scaling, rank", "縮放、rank"),
+        value=Text("loss", "損失"),
+        digits=".3f",
+        height=max(160, 34 * len(sweep.cells)),
+    )
 
 
 def _rate_figure(sweep: Sweep) -> Figure:
     rows = [
         {"arm": named(key), "x": rate, "y": mean_of(own, "validation_loss")}
-        for key in sweep.cells for rate, own in sweep.ended(key).items()
-    ]  # fmt: skip
+        for key in sweep.cells
+        for rate, own in sweep.ended(key).items()
+    ]
     return figures.lines(
-        "scaling-rates", Text("Where the best learning rate lies", "最佳學習率的位置"), rows,
-        x=Text("learning rate", "學習率"), y=Text("validation loss", "驗證損失"),
-        arm=Text("scaling, rank", "縮放、rank"), log_x=True,
-    )  # fmt: skip
+        "scaling-rates",
+        Text("Where the best learning rate lies", "最佳學習率的位置"),
+        rows,
+        x=Text("learning rate", "學習率"),
+        y=Text("validation loss", "驗證損失"),
+        arm=Text("scaling, rank", "縮放、rank"),
+        log_x=True,
+    )
 
 
 def _curves(sweep: Sweep) -> list[Figure]:
@@ -352,13 +393,20 @@ def _curves(sweep: Sweep) -> list[Figure]:
     rows: list[dict[str, Any]] = []
     for key in sweep.cells:
         curves = [smoothed(r.series["loss"]) for r in sweep.at_best(key) if r.series.get("loss")]
-        rows += [{"arm": named(key), "x": i + 1, "y": sum(values) / len(values)}
-                 for i, values in enumerate(zip(*curves, strict=False))]  # fmt: skip
+        rows += [
+            {"arm": named(key), "x": i + 1, "y": sum(values) / len(values)}
+            for i, values in enumerate(zip(*curves, strict=False))
+        ]
     if not rows:
         return []
-    return [figures.lines(
-        "scaling-curves", Text("Training at the best rate; dashed: target loss",
-                               "以最佳學習率訓練；虛線：目標損失"),
-        rows, x=Text("step", "步數"), y=Text("training loss (smoothed)", "訓練損失（平滑）"),
-        arm=Text("scaling, rank", "縮放、rank"), chance=sweep.target(),
-    )]  # fmt: skip
+    return [
+        figures.lines(
+            "scaling-curves",
+            Text("Training at the best rate; dashed: target loss", "以最佳學習率訓練；虛線：目標損失"),
+            rows,
+            x=Text("step", "步數"),
+            y=Text("training loss (smoothed)", "訓練損失（平滑）"),
+            arm=Text("scaling, rank", "縮放、rank"),
+            chance=sweep.target(),
+        )
+    ]

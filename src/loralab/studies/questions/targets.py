@@ -7,6 +7,7 @@ from loralab.errors import ConfigError, nearest
 from loralab.models.load import Base
 from loralab.studies import figures
 from loralab.studies.budgets import Fields, largest_rank, solved, trained_parameters
+from loralab.studies.contrast import Ranking
 from loralab.studies.evidence import (
     Metric,
     by_arm,
@@ -15,23 +16,22 @@ from loralab.studies.evidence import (
     mean_of,
     metric_of,
     own_interval,
-    paired,
     scored,
     scores_table,
     seconds,
 )
 from loralab.studies.measures.updates import MEASURE_UPDATES, REFERENCE, update_figure
 from loralab.studies.places import ALL, ATTENTION, CHOICES, MLP, choices, outside, singles
-from loralab.studies.readings.standing import (
-    Standing,
-    best_value,
+from loralab.studies.ranking import (
+    among,
     claims,
-    fewest,
+    describe_ranking,
+    leader,
     listed,
+    open_rivals,
     parameters,
-    said,
-    standing,
-    workable,
+    ranked,
+    recommendation,
 )
 from loralab.studies.study import Answer, Arm, Finding, Ground, Record, Table, Text
 from loralab.studies.trained import MEASURE
@@ -60,9 +60,10 @@ def arms(ground: Ground, base: Base) -> list[Arm]:
     untrained = {"measure": "loralab.studies.trained:untrained"}
     distinct = {arm.name: arm for arm in (*equal_rank, *equal_size)}
     return [
-        Arm(name=BASE, options=untrained, tuned=False, plain=True), *distinct.values(),
+        Arm(name=BASE, options=untrained, tuned=False, plain=True),
+        *distinct.values(),
         Arm(name=UPDATES, options={"measure": MEASURE_UPDATES}, tuned=False, plain=True),
-    ]  # fmt: skip
+    ]
 
 
 def _chosen(ground: Ground, base: Base) -> dict[str, Any]:
@@ -110,26 +111,26 @@ def _most(base: Base, fields: Fields) -> int:
 
 def conclude(records: Sequence[Record], ground: Ground) -> Answer:
     """Who stands first at equal budget and at equal rank, and the three blanks."""
-    every, metric = by_arm(records), metric_of(records)
+    every, metric = by_arm(records), metric_of(records, ground)
     trained = {name: own for name, own in every.items() if name != BASE}
     told = {k: v for r in records if r.arm.name == UPDATES for k, v in r.tables.items()}
     if not trained:
         nothing = Text("No choice of layers has been measured yet.", "還沒有任何一種層的選擇有結果。")
         return Answer(sentence=nothing, blanks=[(label, nothing) for label in BLANKS])
     by_rank, by_size = _families(records, trained)
-    found = workable(trained, every.get(BASE, ()), metric)
-    value = best_value(trained, found, every.get(BASE, ()), metric) if found else None
+    found = ranked(trained, metric, {BASE: every.get(BASE, ())})
     return Answer(
-        sentence=_sentence(by_rank, by_size, value, metric),
-        findings=_findings(by_rank, by_size, every, metric),
-        blanks=_blanks(trained, found, value, metric),
-        tables=[*_layers_table(told), _size_table(trained, by_size, metric),
-                scores_table(every, metric)],
-        figures=[_figure(trained, by_size, metric),
-                 *([update_figure(told["updates"])] if told.get("updates") else [])],
-        method=_method(told), caution=_caution(trained, by_size),
-        advice=_advice(trained, value), next=_next(by_size or trained, metric),
-    )  # fmt: skip
+        sentence=_sentence(found, by_rank, by_size, trained, metric),
+        ranking=found,
+        findings=_findings(found, by_rank, by_size, metric),
+        blanks=_blanks(found, trained, metric),
+        tables=[*_layers_table(told), _size_table(trained, by_size, metric), scores_table(every, metric)],
+        figures=[_figure(trained, by_size, metric), *([update_figure(told["updates"])] if told.get("updates") else [])],
+        method=_method(told),
+        caution=_caution(trained, by_size),
+        advice=_advice(trained, found.recommended),
+        next=_next(found),
+    )
 
 
 def _families(records: Sequence[Record], trained: Arms) -> tuple[Arms, Arms]:
@@ -145,9 +146,10 @@ def _families(records: Sequence[Record], trained: Arms) -> tuple[Arms, Arms]:
 
     def family(wanted: bool) -> Arms:
         return {
-            name: own for name, own in trained.items()
+            name: own
+            for name, own in trained.items()
             if (rank_of(name) == RANK) == wanted or (not wanted and len(ranks[choice_of(name)]) == 1)
-        }  # fmt: skip
+        }
 
     equal_rank = {name: own for name, own in family(True).items() if choice_of(name) in CHOICES}
     return equal_rank, family(False)
@@ -163,21 +165,17 @@ def rank_of(name: str) -> int:
     return int(name.rpartition(" r=")[2])
 
 
-def _sentence(by_rank: Arms, by_size: Arms, value: str | None, metric: Metric) -> Text:
+def _sentence(found: Ranking, by_rank: Arms, by_size: Arms, trained: Arms, metric: Metric) -> Text:
     parts = Text("", "")
     if len(by_size) > 1:
         size = count(_budget(by_size))
         parts = Text(f"At equal budget (about {size} parameters)", f"參數預算相同（約 {size} 個）時，")
-        parts += said(standing(by_size, metric), by_size, metric)
+        parts += describe_ranking(among(found, by_size), by_size, metric)
     if len(by_rank) > 1:
         same = Text(f"At equal rank ({RANK})", f"rank 相同（{RANK}）時，")
-        same += said(standing(by_rank, metric), by_rank, metric)
+        same += describe_ranking(among(found, by_rank), by_rank, metric)
         parts = parts + same if parts.en else same
-    if value is None:
-        last = Text("No configuration is better than the base model beyond noise.",
-                    "沒有任何配置以超出雜訊的幅度勝過基礎模型。")  # fmt: skip
-    else:
-        last = Text(f"Take {value}.", f"建議採用 {value}。")
+    last = recommendation(found, trained, metric)
     return parts + last if parts.en else last
 
 
@@ -186,24 +184,21 @@ def _budget(by_size: Arms) -> float:
     return parameters(by_size[reference])
 
 
-def _findings(by_rank: Arms, by_size: Arms, every: Arms, metric: Metric) -> list[Finding]:
+def _findings(found: Ranking, by_rank: Arms, by_size: Arms, metric: Metric) -> list[Finding]:
     """Both families pair by pair, and the reference against the base."""
-    found = []
     top = f"{ALL} r={RANK}"
-    if BASE in every and top in every and (own := paired(every[top], every[BASE])):
-        found.append(claim(top, BASE, own, metric))
-    found += claims(by_size, metric)
-    shown = {f.sentence.en for f in found}
-    return found + [f for f in claims(by_rank, metric) if f.sentence.en not in shown]
+    floor = [claim(found.contrast(top, BASE), metric)] if {top, BASE} <= found.means.keys() else []
+    both = [f for family in (by_size, by_rank) for f in claims(found, metric, list(family))]
+    return [*floor, *{f.sentence.en: f for f in both}.values()]
 
 
-def _blanks(trained: Arms, found: Sequence[str], value: str | None, metric: Metric) -> list[tuple[Text, Text]]:
-    top = standing(trained, metric)
-    none = Text("none: no configuration is better than the base model beyond noise",
-                "無：沒有任何配置以超出雜訊的幅度勝過基礎模型")  # fmt: skip
-    smallest = _described(fewest(trained, found), trained, metric) if found else none
-    best_value = _described(value, trained, metric) if value else none
-    return [(BLANKS[0], smallest), (BLANKS[1], best_value), (BLANKS[2], _ceiling(top, trained, metric))]
+def _blanks(found: Ranking, trained: Arms, metric: Metric) -> list[tuple[Text, Text]]:
+    """The smallest that learns, the recommended one, and the highest mean."""
+    none = Text("none: no configuration is shown to be better than the base model", "無：沒有任何配置確定勝過基礎模型")
+    able = [n for n in found.names if BASE not in found.means or found.contrast(n, BASE).verdict == "better"]
+    smallest = _described(able[0], trained, metric) if able else none
+    taken = _described(found.recommended, trained, metric) if found.recommended else none
+    return [(BLANKS[0], smallest), (BLANKS[1], taken), (BLANKS[2], _ceiling(found, trained, metric))]
 
 
 def _described(name: str, trained: Arms, metric: Metric) -> Text:
@@ -215,12 +210,12 @@ def _described(name: str, trained: Arms, metric: Metric) -> Text:
     )
 
 
-def _ceiling(top: Standing, trained: Arms, metric: Metric) -> Text:
-    own = _described(top.best, trained, metric)
-    if not top.tied:
+def _ceiling(found: Ranking, trained: Arms, metric: Metric) -> Text:
+    own = _described(leader(found), trained, metric)
+    if not (rivals := open_rivals(found)):
         return own
-    tied = listed(top.tied)
-    return own + Text(f"(not better beyond noise than {tied.en})", f"（並未以超出雜訊的幅度勝過 {tied.zh}）")
+    tied = listed(rivals)
+    return own + Text(f"(undecided against {tied.en})", f"（與 {tied.zh} 尚無定論）")
 
 
 def _size_table(trained: Arms, by_size: Arms, metric: Metric) -> Table:
@@ -229,33 +224,55 @@ def _size_table(trained: Arms, by_size: Arms, metric: Metric) -> Table:
     rows = []
     for name, own in trained.items():
         off = f"{100 * (parameters(own) / budget - 1):+.1f} %" if name in by_size else "–"
-        rows.append([choice_of(name), rank_of(name), count(parameters(own)), off,
-                     scored(own, metric), seconds(mean_of(own, "step_seconds"))])  # fmt: skip
+        rows.append(
+            [
+                choice_of(name),
+                rank_of(name),
+                count(parameters(own)),
+                off,
+                scored(own, metric),
+                seconds(mean_of(own, "step_seconds")),
+            ]
+        )
     return Table(
         title=Text("Choice of layers, rank and budget", "層的選擇、rank 與參數預算"),
-        columns=(Text("layers", "層"), Text("rank", "rank"),
-                 Text("parameters without the head", "參數量（不含分類頭）"),
-                 Text("off the equal budget", "與相同預算的差距"),
-                 Text(f"test {metric.text.en} (95 % interval)", f"測試{metric.text.zh}（95% 信賴區間）"),
-                 Text("step", "每步時間")),
+        columns=(
+            Text("layers", "層"),
+            Text("rank", "rank"),
+            Text("parameters without the head", "參數量（不含分類頭）"),
+            Text("off the equal budget", "與相同預算的差距"),
+            Text(f"test {metric.text.en} (95 % interval)", f"測試{metric.text.zh}（95% 信賴區間）"),
+            Text("step", "每步時間"),
+        ),
         rows=rows,
-    )  # fmt: skip
+    )
 
 
 def _layers_table(told: Mapping[str, Any]) -> list[Table]:
     """What the choices mean on this model."""
     if not told.get("layers"):
         return []
-    places = {ATTENTION: Text("attention", "attention（注意力）"), MLP: Text("mlp", "mlp（FFN）"),
-              "outside": Text("all-linear only", "只屬於 all-linear")}  # fmt: skip
-    rows = [[row["type"], f"{row['outputs']} × {row['inputs']}", row["count"], places[row["place"]]]
-            for row in told["layers"]]  # fmt: skip
-    return [Table(
-        title=Text("The linear layers of this model", "這個模型的線性層"),
-        columns=(Text("layer", "層"), Text("outputs × inputs", "輸出 × 輸入"),
-                 Text("count", "個數"), Text("adapted by", "屬於")),
-        rows=rows,
-    )]  # fmt: skip
+    places = {
+        ATTENTION: Text("attention", "attention（注意力）"),
+        MLP: Text("mlp", "mlp（FFN）"),
+        "outside": Text("all-linear only", "只屬於 all-linear"),
+    }
+    rows = [
+        [row["type"], f"{row['outputs']} × {row['inputs']}", row["count"], places[row["place"]]]
+        for row in told["layers"]
+    ]
+    return [
+        Table(
+            title=Text("The linear layers of this model", "這個模型的線性層"),
+            columns=(
+                Text("layer", "層"),
+                Text("outputs × inputs", "輸出 × 輸入"),
+                Text("count", "個數"),
+                Text("adapted by", "屬於"),
+            ),
+            rows=rows,
+        )
+    ]
 
 
 def _figure(trained: Arms, by_size: Arms, metric: Metric) -> Any:
@@ -264,10 +281,13 @@ def _figure(trained: Arms, by_size: Arms, metric: Metric) -> Any:
         own = own_interval(trained[name])
         rows.append({"arm": name, "value": own.mean, "low": own.low, "high": own.high})
     return figures.intervals(
-        "targets", Text("Score by choice of layers; equal budget first", "各種層選擇的分數；先列相同預算"),
-        rows, x=Text("layers and rank", "層與 rank"),
-        y=Text(f"test {metric.text.en}", f"測試{metric.text.zh}"), percent=metric.rises,
-    )  # fmt: skip
+        "targets",
+        Text("Score by choice of layers; equal budget first", "各種層選擇的分數；先列相同預算"),
+        rows,
+        x=Text("layers and rank", "層與 rank"),
+        y=Text(f"test {metric.text.en}", f"測試{metric.text.zh}"),
+        percent=metric.rises,
+    )
 
 
 def _method(told: Mapping[str, Any]) -> Text:
@@ -275,13 +295,10 @@ def _method(told: Mapping[str, Any]) -> Text:
         "The equal budget is what all-linear trains with rank 8, or less where a choice cannot hold "
         "as much; ranks are solved for, since layers differ in shape. alpha is 16 throughout, with "
         "scaling alpha / r. Smallest workable: the fewest parameters among the configurations that "
-        "are better than the base model and not worse than the best, beyond noise. Best value: of "
-        "those the highest mean score for its size, where each doubling of the parameters must bring 5 % "
-        "of the best arm's gain over the base.",
+        "are better than the base model.",
         "相同預算是 all-linear 在 rank 8 的訓練參數量（若有選擇容納不下則取較小者）；"
         "各層形狀不同，所以 rank 是解出來的，不是照抄。alpha 一律為 16，縮放為 alpha / r。"
-        "最小可行：勝過基礎模型、且不以超出雜訊的幅度輸給最佳者的配置中，參數最少的。"
-        "最佳性價比：其中分數相對於參數量最划算的：參數量每加倍，至少要多換到最佳組增益（相對於基礎模型）的 5%。",
+        "最小可行：確定勝過基礎模型的配置中，參數最少的。",
     )
     return found + _source_names(told)
 
@@ -332,10 +349,8 @@ def _advice(trained: Arms, value: str | None) -> dict[str, Any]:
     return {"target_modules": fields.get("target_modules", ALL), "rank": fields["rank"]}
 
 
-def _next(family: Arms, metric: Metric) -> Text:
-    found = standing(family, metric)
-    if not found.tied:
-        return Text(f"Try {found.best} with other ranks.", f"以其他 rank 再試 {found.best}。")
-    tied = listed((found.best, *found.tied))
-    return Text(f"Add seeds to {tied.en}, which noise keeps together.",
-                f"替 {tied.zh} 增加隨機種子，雜訊還分不出它們的高下。")  # fmt: skip
+def _next(found: Ranking) -> Text:
+    if not (rivals := open_rivals(found)):
+        return Text(f"Try {leader(found)} with other ranks.", f"以其他 rank 再試 {leader(found)}。")
+    tied = listed((leader(found), *rivals))
+    return Text(f"Add seeds to {tied.en}, which are not decided.", f"替 {tied.zh} 增加隨機種子，目前尚無定論。")

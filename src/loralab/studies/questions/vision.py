@@ -7,6 +7,7 @@ from loralab.adapters.methods import FullFineTune
 from loralab.errors import ConfigError, nearest
 from loralab.models.load import Base
 from loralab.studies import figures
+from loralab.studies.contrast import Ranking
 from loralab.studies.evidence import (
     Metric,
     by_arm,
@@ -15,7 +16,6 @@ from loralab.studies.evidence import (
     mean_of,
     metric_of,
     own_interval,
-    paired,
     scored,
     scores_table,
     seconds,
@@ -23,7 +23,7 @@ from loralab.studies.evidence import (
 from loralab.studies.measures.anatomy import MEASURE_ANATOMY, anatomy_table, likeness
 from loralab.studies.measures.updates import REFERENCE
 from loralab.studies.places import CHOICES, choices
-from loralab.studies.readings.standing import beats, claims, fewest, parameters, said, standing, workable
+from loralab.studies.ranking import claims, describe_ranking, leader, open_rivals, parameters, ranked, recommendation
 from loralab.studies.study import Answer, Arm, Finding, Ground, Record, Text
 from loralab.studies.trained import MEASURE
 from loralab.training.optim import usual_rate
@@ -36,8 +36,9 @@ SHORT = ("q+v", "all-linear")
 LABELS = (
     Text("a ViT's architecture and an LLM's: what is alike and what is not", "ViT 的架構與 LLM 的異同"),
     Text("which layers should have LoRA", "哪些層應該使用 LoRA"),
-    Text("how well it performs", "效能會如何"), Text("experiment plan", "實驗計畫"),
-)  # fmt: skip
+    Text("how well it performs", "效能會如何"),
+    Text("experiment plan", "實驗計畫"),
+)
 Arms = Mapping[str, Sequence[Record]]
 
 
@@ -55,14 +56,19 @@ def arms(ground: Ground, base: Base) -> list[Arm]:
             raise ConfigError(f"values must be some of {', '.join(able)}, got {value!r}{hint}")
     wanted = ground.values or (SHORT if ground.quick else CHOICES)
     found = [
-        Arm(name=f"{name} r={RANK}", fields=REFERENCE if name == "all-linear" else
-            {**REFERENCE, "target_modules": targets})
-        for name, targets in able.items() if name in wanted
-    ]  # fmt: skip
+        Arm(
+            name=f"{name} r={RANK}",
+            fields=REFERENCE if name == "all-linear" else {**REFERENCE, "target_modules": targets},
+        )
+        for name, targets in able.items()
+        if name in wanted
+    ]
     return [
-        Arm(name=PROBE, fields={"method": PROBE}), *found, _full(ground),
+        Arm(name=PROBE, fields={"method": PROBE}),
+        *found,
+        _full(ground),
         Arm(name=ANATOMY, options={"measure": MEASURE_ANATOMY}, tuned=False, plain=True),
-    ]  # fmt: skip
+    ]
 
 
 def _full(ground: Ground) -> Arm:
@@ -75,25 +81,29 @@ def _full(ground: Ground) -> Arm:
 
 def conclude(records: Sequence[Record], ground: Ground) -> Answer:
     """Tell whether LoRA beats the probe, which layers it needs, and how far the full fine-tune is."""
-    every, metric = by_arm(records), metric_of(records)
+    every, metric = by_arm(records), metric_of(records, ground)
     told = {k: v for r in records if r.arm.name == ANATOMY for k, v in r.tables.items()}
     lora = {name: own for name, own in every.items() if name not in (PROBE, FULL)}
     if not lora:
-        nothing = Text("LoRA has not been measured on this model yet.",
-                       "還沒有 LoRA 在這個模型上的結果。")  # fmt: skip
+        nothing = Text("LoRA has not been measured on this model yet.", "還沒有 LoRA 在這個模型上的結果。")
         alike = likeness(told) if told else nothing
         return Answer(
-            sentence=nothing, tables=anatomy_table(told),
+            sentence=nothing,
+            tables=anatomy_table(told),
             blanks=[(LABELS[0], alike), *((label, nothing) for label in LABELS[1:])],
-        )  # fmt: skip
-    chosen = _chosen(lora, every, metric)
-    findings = _findings(lora, every, metric)
+        )
+    others = {name: every[name] for name in (PROBE, FULL) if name in every}
+    found = ranked(lora, metric, others, floor=PROBE)
+    findings, layers = _findings(found, others, metric), _layers(found, lora, metric)
     return Answer(
-        sentence=_against(every, lora, metric) + _layers(lora, chosen, metric), findings=findings,
+        sentence=_against(found, lora, others, metric) + layers,
+        findings=findings,
+        ranking=found,
         blanks=[
-            (LABELS[0], likeness(told)), (LABELS[1], _layers(lora, chosen, metric)),
+            (LABELS[0], likeness(told)),
+            (LABELS[1], layers),
             (LABELS[2], _performance(every, metric)),
-            (LABELS[3], _plan(lora, every, findings, metric, ground)),
+            (LABELS[3], _plan(found, findings, ground)),
         ],
         tables=[*anatomy_table(told), scores_table(every, metric)],
         figures=[_figure(every, metric)],
@@ -104,8 +114,9 @@ def conclude(records: Sequence[Record], ground: Ground) -> Answer:
             "步數少時，能直接利用既有特徵、學得快的方法占優勢；完整微調從更多步數與更多圖片得到的好處最大。"
             "圖片縮小會讓每一組的準確率一起下降。",
         ),
-        advice=_advice(chosen, lora), next=_next(lora, every, metric),
-    )  # fmt: skip
+        advice=_advice(found.recommended, lora),
+        next=_next(found),
+    )
 
 
 def _method(ground: Ground) -> Text:
@@ -127,50 +138,39 @@ def _method(ground: Ground) -> Text:
     )
 
 
-def _chosen(lora: Arms, every: Arms, metric: Metric) -> str | None:
-    """Of the choices that beat the probe and lose to no other, the one that trains least."""
-    able = workable(lora, every.get(PROBE, ()), metric)
-    return fewest(lora, able) if able else None
-
-
-def _against(every: Arms, lora: Arms, metric: Metric) -> Text:
+def _against(found: Ranking, lora: Arms, others: Arms, metric: Metric) -> Text:
     """The best choice of layers against the probe and the full fine-tune."""
-    best = standing(lora, metric).best
+    best = leader(found)
     score = metric.value(mean_of(lora[best], "score"))
-    found = Text(f"LoRA ({best}) reaches {score}:", f"LoRA（{best}）達到 {score}：")
-    parts = [_versus(lora[best], every.get(name), name, metric) for name in (PROBE, FULL)]
+    parts = [_versus(found, best, name, others, metric) for name in (PROBE, FULL)]
     en, zh = "; ".join(p.en for p in parts), "；".join(p.zh for p in parts)
-    return found + Text(f"{en}.", f"{zh}。")
+    return Text(f"LoRA ({best}) reaches {score}: {en}.", f"LoRA（{best}）達到 {score}：{zh}。")
 
 
-def _versus(ours: Sequence[Record], theirs: Sequence[Record] | None, name: str, metric: Metric) -> Text:
-    own = paired(ours, theirs, 2) if theirs else None
-    if theirs is None or own is None:
+def _versus(found: Ranking, best: str, name: str, others: Arms, metric: Metric) -> Text:
+    if name not in others:
         return Text(f"{name} was not measured", f"{name} 沒有結果")
-    score = metric.value(mean_of(theirs, "score"))
-    if not own.holds:
-        return Text(f"no difference beyond noise from {name} ({score})",
-                    f"與 {name}（{score}）沒有超出雜訊的差異")  # fmt: skip
-    word = ("above", "高於") if own.effect > 0 else ("below", "低於")
-    size = metric.change(own.effect)
-    if not metric.rises:
-        word = ("better than", "優於") if own.effect > 0 else ("worse than", "劣於")
-    return Text(f"{size.en} {word[0]} {name} ({score})", f"{word[1]} {name}（{score}），差 {size.zh}")
+    own, score = found.contrast(best, name), metric.value(mean_of(others[name], "score"))
+    size = metric.change(own.estimate)
+    words = {
+        "better": Text(f"better than {name} ({score}) by {size.en}", f"優於 {name}（{score}），差 {size.zh}"),
+        "worse": Text(f"worse than {name} ({score}) by {size.en}", f"劣於 {name}（{score}），差 {size.zh}"),
+        "equivalent": Text(f"equivalent to {name} ({score})", f"與 {name}（{score}）相當"),
+        "undecided": Text(f"undecided against {name} ({score})", f"與 {name}（{score}）尚無定論"),
+    }
+    return words[own.verdict]
 
 
-def _layers(lora: Arms, chosen: str | None, metric: Metric) -> Text:
+def _layers(found: Ranking, lora: Arms, metric: Metric) -> Text:
     """Which layers, as far as the numbers go."""
     if len(lora) > 1:
-        found = said(standing(lora, metric), lora, metric)
-        found = Text("Among the choices of layers", "在各種層的選擇之中，") + found
+        words = describe_ranking(found, lora, metric)
+        words = Text("Among the choices of layers", "在各種層的選擇之中，") + words
     else:
-        found = Text("Only one choice of layers has a result.", "只有一種層的選擇有結果。")
-    if chosen is None:
-        return found + Text("None is better than the linear probe beyond noise.",
-                            "沒有任何一種以超出雜訊的幅度勝過 linear probe。")  # fmt: skip
-    size = count(parameters(lora[chosen]))
-    return found + Text(f"Take {chosen}: {size} parameters besides the head.",
-                        f"建議採用 {chosen}：分類頭之外訓練 {size} 個參數。")  # fmt: skip
+        words = Text("Only one choice of layers has a result.", "只有一種層的選擇有結果。")
+    if found.recommended is None:
+        return words + Text("None is shown to be better than the linear probe.", "沒有任何一種確定勝過 linear probe。")
+    return words + recommendation(found, lora, metric)
 
 
 def _performance(every: Arms, metric: Metric) -> Text:
@@ -179,26 +179,26 @@ def _performance(every: Arms, metric: Metric) -> Text:
     for name, own in every.items():
         size, step = count(parameters(own)), seconds(mean_of(own, "step_seconds"))
         score = scored(own, metric)
-        parts.append(Text(f"{name} {score}, {size} parameters besides the head, {step} a step",
-                          f"{name} {score}，分類頭之外 {size} 個參數，每步 {step}"))  # fmt: skip
+        parts.append(
+            Text(
+                f"{name} {score}, {size} parameters besides the head, {step} a step",
+                f"{name} {score}，分類頭之外 {size} 個參數，每步 {step}",
+            )
+        )
     return Text("; ".join(p.en for p in parts), "；".join(p.zh for p in parts))
 
 
-def _findings(lora: Arms, every: Arms, metric: Metric) -> list[Finding]:
+def _findings(found: Ranking, others: Arms, metric: Metric) -> list[Finding]:
     """Each choice against the probe and the full fine-tune, and the choices pair by pair."""
-    found = []
-    for other in (name for name in (PROBE, FULL) if name in every):
-        for name, own in lora.items():
-            if (value := paired(own, every[other], len(lora))) is not None:
-                found.append(claim(name, other, value, metric))
-    return [*found, *claims(lora, metric)]
+    across = [claim(found.contrast(name, other), metric) for other in others for name in found.names]
+    return [*across, *claims(found, metric)]
 
 
-def _plan(lora: Arms, every: Arms, findings: Sequence[Finding], metric: Metric, ground: Ground) -> Text:
+def _plan(found: Ranking, findings: Sequence[Finding], ground: Ground) -> Text:
     """The next experiment: what this one leaves open, and what it would take."""
-    open_ = [f for f in findings if not f.holds]
+    open_ = [f for f in findings if f.verdict == "undecided"]
     steps = int(ground.fields.get("max_steps", 0))
-    first = _next(lora, every, metric)
+    first = _next(found)
     plan = Text("1.", "1. ") + first
     if open_:
         plan += Text(f"2. Settle first: {open_[0].sentence.en}", f"2. 先釐清：{open_[0].sentence.zh}")
@@ -215,16 +215,19 @@ def _plan(lora: Arms, every: Arms, findings: Sequence[Finding], metric: Metric, 
     )
 
 
-def _next(lora: Arms, every: Arms, metric: Metric) -> Text:
-    found = standing(lora, metric)
-    if PROBE in every and not beats(lora[found.best], every[PROBE]):
-        return Text(f"More pictures and steps for {found.best} and the linear probe, which noise "
-                    "keeps together.",
-                    f"替 {found.best} 與 linear probe 增加圖片與步數，雜訊還分不出高下。")  # fmt: skip
-    if found.tied:
-        return Text(f"Compare {found.best} and {found.tied[0]} at an equal number of parameters.",
-                    f"在參數量相同的條件下比較 {found.best} 與 {found.tied[0]}。")  # fmt: skip
-    return Text(f"Try {found.best} with ranks 2 and 32.", f"以 rank 2 與 32 再試 {found.best}。")
+def _next(found: Ranking) -> Text:
+    first = leader(found)
+    if PROBE in found.means and found.contrast(first, PROBE).verdict != "better":
+        return Text(
+            f"More pictures and steps for {first} and the linear probe, which are not told apart.",
+            f"替 {first} 與 linear probe 增加圖片與步數，目前還分不出高下。",
+        )
+    if rivals := open_rivals(found):
+        return Text(
+            f"Compare {first} and {rivals[0]} at an equal number of parameters.",
+            f"在參數量相同的條件下比較 {first} 與 {rivals[0]}。",
+        )
+    return Text(f"Try {first} with ranks 2 and 32.", f"以 rank 2 與 32 再試 {first}。")
 
 
 def _advice(chosen: str | None, lora: Arms) -> dict[str, Any]:
@@ -240,7 +243,10 @@ def _figure(every: Arms, metric: Metric) -> Any:
         found = own_interval(own)
         rows.append({"arm": name, "value": found.mean, "low": found.low, "high": found.high})
     return figures.intervals(
-        "vision", Text("Score by what is trained", "訓練不同部分時的分數"), rows,
+        "vision",
+        Text("Score by what is trained", "訓練不同部分時的分數"),
+        rows,
         x=Text("trained besides the head", "分類頭之外訓練的部分"),
-        y=Text(f"test {metric.text.en}", f"測試{metric.text.zh}"), percent=metric.rises,
-    )  # fmt: skip
+        y=Text(f"test {metric.text.en}", f"測試{metric.text.zh}"),
+        percent=metric.rises,
+    )

@@ -3,21 +3,30 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from loralab.studies.evidence import Metric, by_arm, count, mean_of, paired, scored, seconds
+from loralab.studies.contrast import Ranking
+from loralab.studies.evidence import Metric, best_arm, by_arm, count, mean_of, scored, seconds
 from loralab.studies.measures.passes import MERGED, UNMERGED
+from loralab.studies.ranking import ALIKE, among, describe_ranking, listed, parameters, recommendation
 from loralab.studies.readings import latencies
 from loralab.studies.readings.latencies import SAME, SMALL, Latencies, percent
-from loralab.studies.readings.standing import ALIKE, beats, listed, parameters, said, standing
 from loralab.studies.study import Arm, Record, Table, Text
 
 BASE, LATENCY = "base", "latency"
 SOURCE = ("LoRA", "Adapter", "Prefix-tuning")  # the rows of the source's table
-FAMILIES = {"lora": "LoRA", "houlsby": "Adapter", "pfeiffer": "Adapter", "prefix": "Prefix-tuning",
-            "prefix-mlp": "Prefix-tuning"}  # fmt: skip
+FAMILIES = {
+    "lora": "LoRA",
+    "houlsby": "Adapter",
+    "pfeiffer": "Adapter",
+    "prefix": "Prefix-tuning",
+    "prefix-mlp": "Prefix-tuning",
+}
 HEADINGS = (
-    Text("method", "方法"), Text("parameters", "參數量"), Text("inference latency", "推論延遲"),
-    Text("training speed", "訓練速度"), Text("performance", "效能"),
-)  # fmt: skip
+    Text("method", "方法"),
+    Text("parameters", "參數量"),
+    Text("inference latency", "推論延遲"),
+    Text("training speed", "訓練速度"),
+    Text("performance", "效能"),
+)
 HOLDS, FAILS = Text("holds", "成立"), Text("does not hold", "不成立")
 OPEN, UNSEEN = Text("not decided: noise", "未定：雜訊太大"), Text("not measured", "未測量")
 Arms = Mapping[str, Sequence[Record]]
@@ -36,9 +45,7 @@ class Measured:
         """What the records hold."""
         every = by_arm(records)
         trained = {name: own for name, own in every.items() if name not in (BASE, LATENCY)}
-        return Measured(
-            trained=trained, base=every.get(BASE, ()), latencies=Latencies.of(records)
-        )  # fmt: skip
+        return Measured(trained=trained, base=every.get(BASE, ()), latencies=Latencies.of(records))
 
     def of_budget(self, budget: str) -> Arms:
         """The arms of one budget."""
@@ -80,8 +87,15 @@ def table(measured: Measured, metric: Metric) -> Table:
         own = measured.trained[name]
         family = family_of(own[0].arm)
         label = f"{family} ({name})" if family in SOURCE else name
-        rows.append([label, count(parameters(own)), latencies.in_short(measured.latencies, name),
-                     _speed(own), scored(own, metric)])  # fmt: skip
+        rows.append(
+            [
+                label,
+                count(parameters(own)),
+                latencies.in_short(measured.latencies, name),
+                _speed(own),
+                scored(own, metric),
+            ]
+        )
     return Table(title=Text("Comparison", "對比維度"), columns=HEADINGS, rows=rows)
 
 
@@ -94,15 +108,20 @@ def source_rows(measured: Measured, metric: Metric) -> list[tuple[Text, Text]]:
         if not names:
             found.append((label, UNSEEN))
             continue
-        name = standing({n: measured.trained[n] for n in names}, metric).best
+        name = best_arm({n: measured.trained[n] for n in names}, metric)
         own, short = measured.trained[name], latencies.in_short(measured.latencies, name)
         speed = _speed(own)
-        found.append((label, Text(
-            f"{name}: {count(parameters(own))} parameters; latency {short.en}; training {speed.en}; "
-            f"{metric.text.en} {scored(own, metric)}",
-            f"{name}：參數量 {count(parameters(own))}；推論延遲 {short.zh}；訓練 {speed.zh}；"
-            f"{metric.text.zh} {scored(own, metric)}",
-        )))  # fmt: skip
+        found.append(
+            (
+                label,
+                Text(
+                    f"{name}: {count(parameters(own))} parameters; latency {short.en}; training {speed.en}; "
+                    f"{metric.text.en} {scored(own, metric)}",
+                    f"{name}：參數量 {count(parameters(own))}；推論延遲 {short.zh}；訓練 {speed.zh}；"
+                    f"{metric.text.zh} {scored(own, metric)}",
+                ),
+            )
+        )
     return found
 
 
@@ -137,26 +156,18 @@ def latency_sentence(measured: Measured) -> Text:
     )
 
 
-def choice_sentence(chosen: str | None) -> Text:
-    """The end of the answer."""
-    if chosen is None:
-        return Text("No method is better than the base model beyond noise.",
-                    "沒有任何方法以超出雜訊的幅度勝過基礎模型。")  # fmt: skip
-    return Text(f"Take {chosen}.", f"建議採用 {chosen}。")
-
-
-def how_to_choose(measured: Measured, family: Arms, chosen: str | None, metric: Metric) -> Text:
+def how_to_choose(measured: Measured, ranking: Ranking, metric: Metric) -> Text:
     """The source's last blank: score, then latency, then what training costs."""
     parts = []
-    if family:
-        own = said(standing(family, metric), family, metric)
+    if family := measured.of_budget("r=8"):
+        own = describe_ranking(among(ranking, family), family, metric)
         parts.append(Text("1. By score, at equal budget:", "1. 先看效能（參數預算相同）：") + own)
     if (times := latency_sentence(measured)).en:
         own = _merging(measured.latencies)
         parts.append(Text("2. By latency:", "2. 再看推論延遲：") + times + own)
     trained = measured.trained
     parts.append(_by_speed(trained))
-    parts.append(choice_sentence(chosen))
+    parts.append(recommendation(ranking, trained, metric))
     whole = parts[0]
     for part in parts[1:]:
         whole += part
@@ -188,33 +199,44 @@ def _merging(times: Latencies) -> Text:
     )
 
 
-def expected(measured: Measured, family: Arms, metric: Metric) -> Table:
+def expected(measured: Measured, ranking: Ranking, metric: Metric) -> Table:
     """What the papers report, and whether it holds here."""
-    rows = [*_expected_latencies(measured.latencies), *_expected_scores(measured, family, metric)]
+    rows = [*_expected_latencies(measured.latencies), *_expected_scores(measured, ranking, metric)]
     return Table(
         title=Text("What the papers report, and whether it holds here", "論文的結論在這裡是否成立"),
         columns=(Text("claim", "論文結論"), Text("here", "這裡的結果"), Text("numbers", "數字")),
         rows=rows,
-    )  # fmt: skip
+    )
 
 
 def _expected_latencies(times: Latencies) -> list[list[Text | str]]:
     """LoRA's Table 1: merged adds nothing; adapters cost, most so for a single short row."""
-    names = {start: next((n for n, _ in times.times if n.startswith(start)), "")
-             for start in ("lora", "houlsby", "pfeiffer")}  # fmt: skip
+    names = {
+        start: next((n for n, _ in times.times if n.startswith(start)), "") for start in ("lora", "houlsby", "pfeiffer")
+    }
     lora, high, low = (names[s] for s in ("lora", "houlsby", "pfeiffer"))
     return [
-        [Text("merged LoRA takes as long as the base, at every shape",
-              "合併後的 LoRA 與基礎模型一樣快（每種形狀）"), *_same(times, (lora, MERGED))],
-        [Text("LoRA that is not merged takes longer than the base", "未合併的 LoRA 比基礎模型慢"),
-         *_slower(times, (lora, UNMERGED))],
-        [Text("Adapter L takes longer than the base", "Adapter L 比基礎模型慢"),
-         *_slower(times, (low, UNMERGED))],
-        [Text("Adapter H takes no less than Adapter L", "Adapter H 不比 Adapter L 快"),
-         *_slower(times, (high, UNMERGED), (low, UNMERGED))],
-        [Text("Adapter H's share is smaller at the largest shape than at the smallest",
-              "Adapter H 的額外比例在最大形狀比最小形狀低"), *_shrinks(times, (high, UNMERGED))],
-    ]  # fmt: skip
+        [
+            Text("merged LoRA takes as long as the base, at every shape", "合併後的 LoRA 與基礎模型一樣快（每種形狀）"),
+            *_same(times, (lora, MERGED)),
+        ],
+        [
+            Text("LoRA that is not merged takes longer than the base", "未合併的 LoRA 比基礎模型慢"),
+            *_slower(times, (lora, UNMERGED)),
+        ],
+        [Text("Adapter L takes longer than the base", "Adapter L 比基礎模型慢"), *_slower(times, (low, UNMERGED))],
+        [
+            Text("Adapter H takes no less than Adapter L", "Adapter H 不比 Adapter L 快"),
+            *_slower(times, (high, UNMERGED), (low, UNMERGED)),
+        ],
+        [
+            Text(
+                "Adapter H's share is smaller at the largest shape than at the smallest",
+                "Adapter H 的額外比例在最大形狀比最小形狀低",
+            ),
+            *_shrinks(times, (high, UNMERGED)),
+        ],
+    ]
 
 
 def _same(times: Latencies, way: tuple[str, str]) -> list[Text | str]:
@@ -249,30 +271,33 @@ def _shrinks(times: Latencies, way: tuple[str, str]) -> list[Text | str]:
     return [verdict, latencies.cell(own)]
 
 
-def _expected_scores(measured: Measured, family: Arms, metric: Metric) -> list[list[Text | str]]:
+def _expected_scores(measured: Measured, ranking: Ranking, metric: Metric) -> list[list[Text | str]]:
     """Every method learns, and LoRA is no worse than the others at an equal budget."""
-    trained = measured.trained
+    trained, family = measured.trained, measured.of_budget("r=8")
     rows: list[list[Text | str]] = []
     if measured.base:
-        lost = [n for n, own in trained.items() if not beats(own, measured.base)]
-        verdict = HOLDS if not lost else _lost(trained, lost, measured.base)
-        rows.append([Text("every method is better than the base", "每個方法都勝過基礎模型"), verdict,
-                     f"{len(trained) - len(lost)} / {len(trained)}"])  # fmt: skip
+        verdicts = [ranking.contrast(n, BASE).verdict for n in trained]
+        rows.append(
+            [
+                Text("every method is better than the base", "每個方法都勝過基礎模型"),
+                _all_better(verdicts),
+                f"{verdicts.count('better')} / {len(trained)}",
+            ]
+        )
     lora = next((n for n, own in family.items() if family_of(own[0].arm) == "LoRA"), None)
-    for name, own in family.items():
-        if lora is None or name == lora:
-            continue
-        found = paired(family[lora], own, len(family) - 1)
-        claim = Text(f"{lora} is no worse than {name}", f"{lora} 不比 {name} 差")
-        if found is not None:
-            worse = found.holds and found.effect < 0
-            rows.append([claim, FAILS if worse else HOLDS, metric.span(found.low, found.high)])
+    for name in family:
+        if lora is not None and name != lora:
+            found = ranking.contrast(lora, name)
+            words = {"worse": FAILS, "undecided": OPEN}.get(found.verdict, HOLDS)
+            claim = Text(f"{lora} is no worse than {name}", f"{lora} 不比 {name} 差")
+            rows.append([claim, words, metric.span(found.low, found.high)])
     return rows
 
 
-def _lost(trained: Arms, lost: Sequence[str], base: Sequence[Record]) -> Text:
-    """Worse than the base is a failure; no difference beyond noise leaves it open."""
-    return FAILS if any(beats(base, trained[n]) for n in lost) else OPEN
+def _all_better(verdicts: Sequence[str]) -> Text:
+    if all(verdict == "better" for verdict in verdicts):
+        return HOLDS
+    return OPEN if set(verdicts) <= {"better", "undecided"} else FAILS
 
 
 def caution(measured: Measured) -> Text:
@@ -285,6 +310,5 @@ def caution(measured: Measured) -> Text:
     )
     if measured.latencies.refused:
         names = listed(list(measured.latencies.refused))
-        found += Text(f"Not timed, since the model cannot have it: {names.en}.",
-                      f"模型不支援而沒有計時：{names.zh}。")  # fmt: skip
+        found += Text(f"Not timed, since the model cannot have it: {names.en}.", f"模型不支援而沒有計時：{names.zh}。")
     return found

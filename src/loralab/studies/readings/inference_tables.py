@@ -1,6 +1,7 @@
 """Findings, tables and charts of timed deployments."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 
@@ -61,7 +62,7 @@ def scores(found: Deployed) -> list[Finding]:
         own = score_change(found, way, len(ways))
         assert own is not None
         other = found.called(found.control[way[0]]).en
-        claims.append(claim(way[1], other, own, found.metric))
+        claims.append(claim(replace(own, a=way[1], b=other), found.metric))
     return claims
 
 
@@ -69,38 +70,49 @@ def tables_of(found: Deployed) -> list[Table]:
     """Times at every batch; then throughput, weights and scores."""
     batches = found.batches()
     each = found.each
-    times = [
-        [found.called(way), *(_timed(found, way, b) for b in batches)] for way in found.times
-    ]  # fmt: skip
+    times = [[found.called(way), *(_timed(found, way, b) for b in batches)] for way in found.times]
     others = [
-        [found.called(way), *(_rate(found, way, b) for b in batches), size(bytes_of(found, way)),
-         size(_working(found, way)), _prompt(found, way, batches[0]), score_of(found, way)]
+        [
+            found.called(way),
+            *(_rate(found, way, b) for b in batches),
+            size(bytes_of(found, way)),
+            size(_working(found, way)),
+            _prompt(found, way, batches[0]),
+            score_of(found, way),
+        ]
         for way in found.times
-    ]  # fmt: skip
+    ]
     unit = Text("tokens/s", "token/s") if found.unit == "token" else Text("rows/s", "筆/s")
     tables = [
         Table(
-            title=Text(f"Time of {each.en}: median (range); over the control, 95 % interval",
-                       f"{each.zh}的時間：中位數（範圍）；相對對照組與 95% 信賴區間"),
+            title=Text(
+                f"Time of {each.en}: median (range); over the control, 95 % interval",
+                f"{each.zh}的時間：中位數（範圍）；相對對照組與 95% 信賴區間",
+            ),
             columns=(Text("variant", "組別"), *(Text(f"batch {b}", f"批次 {b}") for b in batches)),
             rows=times,
         ),
         Table(
             title=Text("Throughput, memory, score", "吞吐量、記憶體、分數"),
-            columns=(Text("variant", "組別"),
-                     *(Text(f"{unit.en}, batch {b}", f"{unit.zh}，批次 {b}") for b in batches),
-                     Text("weights", "權重"), Text("needed beside them", "權重以外的需求"),
-                     Text("reading the prompt", "讀取提示"),
-                     Text(f"test {found.metric.text.en}", f"測試{found.metric.text.zh}")),
+            columns=(
+                Text("variant", "組別"),
+                *(Text(f"{unit.en}, batch {b}", f"{unit.zh}，批次 {b}") for b in batches),
+                Text("weights", "權重"),
+                Text("needed beside them", "權重以外的需求"),
+                Text("reading the prompt", "讀取提示"),
+                Text(f"test {found.metric.text.en}", f"測試{found.metric.text.zh}"),
+            ),
             rows=others,
         ),
-    ]  # fmt: skip
+    ]
     if found.refused:
-        tables.append(Table(
-            title=Text("What could not be measured", "無法測量的組別"),
-            columns=(Text("variant", "組別"), Text("reason", "原因")),
-            rows=[[name, reason] for name, reason in found.refused.items()],
-        ))  # fmt: skip
+        tables.append(
+            Table(
+                title=Text("What could not be measured", "無法測量的組別"),
+                columns=(Text("variant", "組別"), Text("reason", "原因")),
+                rows=[[name, reason] for name, reason in found.refused.items()],
+            )
+        )
     return tables
 
 
@@ -132,23 +144,45 @@ def figures_of(found: Deployed) -> list[Figure]:
     batches = found.batches()
     over = [
         {"arm": way[1], "value": own.share, "group": f"{batch}"}
-        for way in found.ways for batch in batches
+        for way in found.ways
+        for batch in batches
         if (own := found.over(way, batch)) is not None
-    ]  # fmt: skip
+    ]
     rates = [
-        {"arm": way[1] if way[1] != DENSE else f"{DENSE} ({way[0]})",
-         "value": batch / found.middle(way, batch), "group": f"{batch}"}
-        for way in found.times for batch in batches if found.times[way].get(batch)
-    ]  # fmt: skip
+        {
+            "arm": way[1] if way[1] != DENSE else f"{DENSE} ({way[0]})",
+            "value": batch / found.middle(way, batch),
+            "group": f"{batch}",
+        }
+        for way in found.times
+        for batch in batches
+        if found.times[way].get(batch)
+    ]
     batch, arm = Text("batch", "批次"), Text("variant", "組別")
-    drawn = [figures.bars(
-        "inference-throughput", Text("Throughput", "吞吐量"), rates, x=arm,
-        y=Text("tokens a second" if found.unit == "token" else "rows a second",
-               "每秒 token 數" if found.unit == "token" else "每秒筆數"), group=batch,
-    )]  # fmt: skip
+    drawn = [
+        figures.bars(
+            "inference-throughput",
+            Text("Throughput", "吞吐量"),
+            rates,
+            x=arm,
+            y=Text(
+                "tokens a second" if found.unit == "token" else "rows a second",
+                "每秒 token 數" if found.unit == "token" else "每秒筆數",
+            ),
+            group=batch,
+        )
+    ]
     if over:
-        drawn.insert(0, figures.bars(
-            "inference-latency", Text("Time over that of the control", "比對照組多花的時間"), over,
-            x=arm, y=Text("more time", "多出的時間"), group=batch, percent=True,
-        ))  # fmt: skip
+        drawn.insert(
+            0,
+            figures.bars(
+                "inference-latency",
+                Text("Time over that of the control", "比對照組多花的時間"),
+                over,
+                x=arm,
+                y=Text("more time", "多出的時間"),
+                group=batch,
+                percent=True,
+            ),
+        )
     return drawn

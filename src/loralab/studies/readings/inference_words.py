@@ -7,17 +7,20 @@ from typing import Any
 
 import numpy as np
 
+from loralab.studies.contrast import Contrast
 from loralab.studies.evidence import SEED, Metric, metric_of, plain, seconds, size
 from loralab.studies.measures.deployed import BASE, DENSE, MERGED, UNMERGED
 from loralab.studies.measures.passes import Overhead, median_interval
 from loralab.studies.readings.latencies import percent
-from loralab.studies.statistics import Difference, difference
+from loralab.studies.statistics import difference
 from loralab.studies.study import Record, Text
 
 NAMES = {
-    BASE: Text("base", "基礎模型"), MERGED: Text("merged", "已合併"),
-    UNMERGED: Text("unmerged", "未合併"), DENSE: Text("dense", "稠密"),
-}  # fmt: skip
+    BASE: Text("base", "基礎模型"),
+    MERGED: Text("merged", "已合併"),
+    UNMERGED: Text("unmerged", "未合併"),
+    DENSE: Text("dense", "稠密"),
+}
 LEAST = 0.01  # of a token's time: a difference below it is none that anyone would feel
 MISSING = Text("not measured", "未測量")
 Way = tuple[str, str]  # the arm that holds it, and the variant
@@ -61,10 +64,16 @@ class Deployed:
             numbers |= record.numbers
         units = [r.texts["unit"] for r in timed if "unit" in r.texts]
         return Deployed(
-            times=times, prompts=prompts, control=control, weights=weights, items=items,
-            refused=refused, numbers=numbers, metric=metric_of(timed or records),
+            times=times,
+            prompts=prompts,
+            control=control,
+            weights=weights,
+            items=items,
+            refused=refused,
+            numbers=numbers,
+            metric=metric_of(timed or records),
             unit=units[0] if units else "token",
-        )  # fmt: skip
+        )
 
     @property
     def ways(self) -> list[Way]:
@@ -164,38 +173,45 @@ def sentence(found: Deployed) -> Text:
         parts.append(_merged_words(own, first))
     if (beside := found.over(unmerged, first)) is not None:
         words = compared(beside)
-        parts.append(Text(
-            f"Unmerged against the base, {found.each.en} at batch {first}: {words.en}.",
-            f"未合併與基礎模型相比，批次 {first} {found.each.zh}：{words.zh}。",
-        ))  # fmt: skip
+        parts.append(
+            Text(
+                f"Unmerged against the base, {found.each.en} at batch {first}: {words.en}.",
+                f"未合併與基礎模型相比，批次 {first} {found.each.zh}：{words.zh}。",
+            )
+        )
     quicker = [w for w in found.ways if w[1] not in (MERGED, UNMERGED) and _quicker(found, w, first)]
     smaller = [w for w in found.ways if w[0] != "latency"]
     if quicker:
         names = ", ".join(f"{w[1]} {shown(found.over(w, first))}{_lost(found, w).en}" for w in quicker)
         names_zh = "、".join(f"{w[1]} {shown(found.over(w, first))}{_lost(found, w).zh}" for w in quicker)
-        parts.append(Text(
-            f"Quicker than the dense model of the same process at batch {first}: {names}.",
-            f"批次 {first} 時比同一行程的稠密模型快的有：{names_zh}。",
-        ))  # fmt: skip
+        parts.append(
+            Text(
+                f"Quicker than the dense model of the same process at batch {first}: {names}.",
+                f"批次 {first} 時比同一行程的稠密模型快的有：{names_zh}。",
+            )
+        )
     elif smaller:
         names = ", ".join(w[1] for w in smaller)
-        parts.append(Text(
-            f"None of {names} is quicker than the dense model at batch {first} beyond noise.",
-            f"批次 {first} 時，{names} 都沒有以超出雜訊的幅度快過稠密模型。",
-        ))  # fmt: skip
+        parts.append(
+            Text(
+                f"None of {names} is quicker than the dense model at batch {first} beyond noise.",
+                f"批次 {first} 時，{names} 都沒有以超出雜訊的幅度快過稠密模型。",
+            )
+        )
     whole = parts[0] if parts else Text("Only part has been timed.", "目前只完成部分計時。")
     for part in parts[1:]:
         whole += part
     return whole
 
 
-def score_change(found: Deployed, way: Way, comparisons: int) -> Difference | None:
+def score_change(found: Deployed, way: Way, comparisons: int) -> Contrast | None:
     """The score of a way less its control's, row by row; None where rows have no scores."""
     ours, theirs = found.items.get(way, ()), found.items.get(found.control[way[0]], ())
     if len(ours) < 2 or len(ours) != len(theirs):
         return None
     draw = np.random.default_rng(SEED)
-    return difference([ours], [theirs], generator=draw, comparisons=comparisons)
+    margin = found.metric.margin_at(abs(float(np.mean(theirs))))
+    return difference([ours], [theirs], generator=draw, comparisons=comparisons, margin=margin)
 
 
 def scored_ways(found: Deployed) -> list[Way]:
@@ -206,9 +222,9 @@ def scored_ways(found: Deployed) -> list[Way]:
 def _lost(found: Deployed, way: Way) -> Text:
     """What a way costs in score, where that is beyond noise."""
     own = score_change(found, way, len(scored_ways(found)))
-    if own is None or not own.holds or own.effect >= 0:
+    if own is None or not own.holds or own.estimate >= 0:
         return Text("", "")
-    size_ = found.metric.change(own.effect)
+    size_ = found.metric.change(own.estimate)
     return Text(f" (at the price of {size_.en})", f"（代價是{size_.zh}）")
 
 
@@ -237,10 +253,9 @@ def blanks(found: Deployed) -> list[tuple[Text, Text]]:
     labels = (
         Text("Inference speed before and after merging", "合併權重前後的推論速度"),
         Text("What many adapters gain", "多 adapter 場景的優勢"),
-        Text("Against other ways to speed up (pruning, quantization)",
-             "與其他加速技術（pruning, quantization）的對比"),
+        Text("Against other ways to speed up (pruning, quantization)", "與其他加速技術（pruning, quantization）的對比"),
         Text("Your view", "你的看法"),
-    )  # fmt: skip
+    )
     if not found.times:
         return [(label, MISSING) for label in labels]
     return list(zip(labels, (_speed(found), _many(found), _others(found), _view(found)), strict=True))
@@ -324,12 +339,14 @@ def _others(found: Deployed) -> Text:
         at = _at(found, way)
         held, dense = size(bytes_of(found, way)), size(bytes_of(found, found.control[way[0]]))
         score, was = score_of(found, way), score_of(found, found.control[way[0]])
-        parts.append(Text(
-            f"{way[1]} against dense: {at.en}; weights {held} against {dense}; "
-            f"{found.metric.text.en} {score} against {was}",
-            f"{way[1]} 與稠密相比：{at.zh}；權重 {held}（稠密 {dense}）；"
-            f"{found.metric.text.zh} {score}（稠密 {was}）",
-        ))  # fmt: skip
+        parts.append(
+            Text(
+                f"{way[1]} against dense: {at.en}; weights {held} against {dense}; "
+                f"{found.metric.text.en} {score} against {was}",
+                f"{way[1]} 與稠密相比：{at.zh}；權重 {held}（稠密 {dense}）；"
+                f"{found.metric.text.zh} {score}（稠密 {was}）",
+            )
+        )
     words = Text(". ".join(p.en for p in parts), "。".join(p.zh for p in parts))
     if "sparse_ratio" not in found.numbers:
         return words
@@ -358,24 +375,30 @@ def _view(found: Deployed) -> Text:
     if merged is not None:
         parts.append(
             Text("one adapter: merge it, it then costs nothing", "只有一個 adapter：合併，沒有額外成本")
-            if not told(merged) else
-            Text(f"one adapter: merged it takes {compared(merged).en} time here than the base",
-                 f"只有一個 adapter：合併後在此比基礎模型{compared(merged).zh}的時間")
-        )  # fmt: skip
+            if not told(merged)
+            else Text(
+                f"one adapter: merged it takes {compared(merged).en} time here than the base",
+                f"只有一個 adapter：合併後在此比基礎模型{compared(merged).zh}的時間",
+            )
+        )
     if unmerged is not None and _several(found):
-        parts.append(Text(
-            f"many adapters: keep them unmerged beside one base, at a price of {shown(unmerged)} "
-            f"{found.each.en} (batch {first}, one adapter)",
-            f"多個 adapter：共用一個基礎模型、不合併，代價是{found.each.zh} {shown(unmerged)}"
-            f"（批次 {first}、一個 adapter）",
-        ))  # fmt: skip
+        parts.append(
+            Text(
+                f"many adapters: keep them unmerged beside one base, at a price of {shown(unmerged)} "
+                f"{found.each.en} (batch {first}, one adapter)",
+                f"多個 adapter：共用一個基礎模型、不合併，代價是{found.each.zh} {shown(unmerged)}"
+                f"（批次 {first}、一個 adapter）",
+            )
+        )
     quick = [w for w in found.ways if w[0] != "latency" and _quicker(found, w, first)]
     names = ", ".join(w[1] for w in quick)
     if quick:
-        parts.append(Text(
-            f"speed comes from {names}, not from LoRA; check the score",
-            f"加速來自 {names}，不是來自 LoRA；採用前先看分數",
-        ))  # fmt: skip
+        parts.append(
+            Text(
+                f"speed comes from {names}, not from LoRA; check the score",
+                f"加速來自 {names}，不是來自 LoRA；採用前先看分數",
+            )
+        )
     if not parts:
         return MISSING
     return Text("; ".join(p.en for p in parts), "；".join(p.zh for p in parts))

@@ -13,9 +13,7 @@ SMALL = 0.01  # of a pass: a difference below it is none that anyone would feel
 SAME = 0.1  # half of what the lighter adapter costs in the paper: times this close are called alike
 # LoRA paper, Table 1: adapters over the base, in per cent, at (1, 128), (16, 256), (32, 512)
 PAPER = {"Adapter H": ("+30.3 %", "+8.4 %", "+3.0 %"), "Adapter L": ("+20.7 %", "+5.0 %", "+2.2 %")}
-STATES = {
-    MERGED: Text("merged", "已合併"), UNMERGED: Text("not merged", "未合併"), PLAIN: Text("", ""),
-}  # fmt: skip
+STATES = {MERGED: Text("merged", "已合併"), UNMERGED: Text("not merged", "未合併"), PLAIN: Text("", "")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,15 +117,20 @@ def table(found: Latencies, adapters: Mapping[str, str]) -> list[Table]:
         cells = [_timed(found, way, shape) for shape in found.shapes if shape in own]
         paper = " / ".join(PAPER.get(adapters.get(way[0], ""), ("–",)))
         rows.append([found.named(way), *cells, paper])
-    return [Table(
-        title=Text("One forward pass: median (range), and over the base with its 95 % interval",
-                   "單次前向傳播：中位數（範圍），以及比基礎模型多出的比例與 95% 信賴區間"),
-        columns=(Text("variant", "組別"),
-                 *(Text(f"batch × length {shown(s)}", f"批次 × 長度 {shown(s)}") for s in found.shapes),
-                 Text("LoRA paper at 1 × 128 / 16 × 256 / 32 × 512",
-                      "LoRA 論文：1 × 128 / 16 × 256 / 32 × 512")),
-        rows=rows,
-    )]  # fmt: skip
+    return [
+        Table(
+            title=Text(
+                "One forward pass: median (range), and over the base with its 95 % interval",
+                "單次前向傳播：中位數（範圍），以及比基礎模型多出的比例與 95% 信賴區間",
+            ),
+            columns=(
+                Text("variant", "組別"),
+                *(Text(f"batch × length {shown(s)}", f"批次 × 長度 {shown(s)}") for s in found.shapes),
+                Text("LoRA paper at 1 × 128 / 16 × 256 / 32 × 512", "LoRA 論文：1 × 128 / 16 × 256 / 32 × 512"),
+            ),
+            rows=rows,
+        )
+    ]
 
 
 def _timed(found: Latencies, way: Way, shape: Shape) -> str:
@@ -142,25 +145,34 @@ def figure(found: Latencies) -> list[Figure]:
     """What every way adds to a pass of the base."""
     rows = [
         {"arm": found.named(way).en, "value": own.share, "group": shown(shape)}
-        for way in found.times if way != (PLAIN, PLAIN)
-        for shape in found.shapes if (own := found.over(way, shape)) is not None
-    ]  # fmt: skip
+        for way in found.times
+        if way != (PLAIN, PLAIN)
+        for shape in found.shapes
+        if (own := found.over(way, shape)) is not None
+    ]
     if not rows:
         return []
-    return [figures.bars(
-        "latency", Text("Forward pass: time over that of the base", "前向傳播：比基礎模型多花的時間"),
-        rows, x=Text("variant", "組別"), y=Text("more time", "多出的時間"),
-        group=Text("batch × length", "批次 × 長度"), percent=True,
-    )]  # fmt: skip
+    return [
+        figures.bars(
+            "latency",
+            Text("Forward pass: time over that of the base", "前向傳播：比基礎模型多花的時間"),
+            rows,
+            x=Text("variant", "組別"),
+            y=Text("more time", "多出的時間"),
+            group=Text("batch × length", "批次 × 長度"),
+            percent=True,
+        )
+    ]
 
 
 def findings(found: Latencies) -> list[Finding]:
     """Every way against the base at the smallest shape, where it costs most."""
     return [
         _finding(found.named(way), found.shapes[0], own)
-        for way in found.times if way != (PLAIN, PLAIN)
+        for way in found.times
+        if way != (PLAIN, PLAIN)
         if (own := found.over(way, found.shapes[0])) is not None
-    ]  # fmt: skip
+    ]
 
 
 def _finding(name: Text, shape: Shape, own: Overhead) -> Finding:

@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from loralab.studies.contrast import Contrast
 from loralab.studies.evidence import SEED, count
 from loralab.studies.measures.dimension import SHARE, Curve, Items, curve_of, floor_of, interval, smallest
 from loralab.studies.measures.overlaps import LARGE, RANKS, SEEDS, SIDES, SMALL, TOP, logs
 from loralab.studies.measures.spectra import shares_of
-from loralab.studies.statistics import Difference, difference
+from loralab.studies.statistics import difference
 from loralab.studies.study import Finding, Record, Text
 from loralab.studies.subspace import VARIANTS
 
@@ -50,11 +51,13 @@ class Read:
         whole = [r for r in records if r.arm.name == full and r.items.get("score")]
         curves = {v: found for v in VARIANTS if (found := curve_of(records, v))}
         return Read(
-            full=whole, spectra=[r.tables["modules"] for r in whole if r.tables.get("modules")],
+            full=whole,
+            spectra=[r.tables["modules"] for r in whole if r.tables.get("modules")],
             pairs=[r for r in records if r.arm.name == pairs and r.tables.get("modules")],
-            curves=curves, floor=floor_of(records),
+            curves=curves,
+            floor=floor_of(records),
             large=round(max((r.numbers.get("large", 0) for r in records), default=0)),
-        )  # fmt: skip
+        )
 
     @property
     def modules(self) -> Rows:
@@ -62,9 +65,7 @@ class Read:
         return self.spectra[0] if self.spectra else ()
 
 
-def over_modules(
-    ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]], comparisons: int = 1
-) -> Difference:
+def over_modules(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]], comparisons: int = 1) -> Contrast:
     """Ours less theirs, paired by module; seeds are averaged where they have the same modules."""
     return difference(ours, theirs, comparisons=comparisons, generator=np.random.default_rng(SEED))
 
@@ -84,7 +85,7 @@ def spectrum(read: Read) -> Part | None:
         f"各層更新 90% 的能量集中在 {most:.0f} 個方向中的 {middle:.0f} 個（中位數；隨機矩陣要 {chance:.0f} 個）",
     )
     low = statistics.median(shares_of(rows)) <= LOW
-    if not found.holds or found.effect <= 0:
+    if not found.holds or found.estimate <= 0:
         verdict = Text(
             ": the update of the full fine-tune is not of lower rank than chance here.",
             "：在此完整微調的更新並不比隨機矩陣低秩。",
@@ -97,10 +98,16 @@ def spectrum(read: Read) -> Part | None:
             "：少於隨機矩陣，但仍不算少；這次訓練的更新不算低秩。",
         )
     sentence = Text(facts.en + verdict.en, facts.zh + verdict.zh)
-    words = (Text("an update needs a smaller share of its directions for 90 % of its energy than a "
-                  "random matrix does", "更新含 90% 能量所需的方向比例小於隨機矩陣"),
-             Text("an update needs no smaller share of its directions than a random matrix",
-                  "更新所需的方向比例不小於隨機矩陣"))  # fmt: skip
+    words = (
+        Text(
+            "an update needs a smaller share of its directions for 90 % of its energy than a random matrix does",
+            "更新含 90% 能量所需的方向比例小於隨機矩陣",
+        ),
+        Text(
+            "an update needs no smaller share of its directions than a random matrix",
+            "更新所需的方向比例不小於隨機矩陣",
+        ),
+    )
     return Part(sentence=sentence, findings=[said(*words, found)])
 
 
@@ -110,7 +117,7 @@ def dimension(read: Read) -> Part | None:
         return None
     items = np.asarray([r.items["score"] for r in read.full], dtype=float).mean(axis=0)
     gain = difference([items.tolist()], [read.floor.tolist()], generator=np.random.default_rng(SEED))
-    if not (gain.holds and gain.effect > 0):
+    if not (gain.holds and gain.estimate > 0):
         return Part(
             sentence=Text(
                 "Full fine-tuning gains nothing beyond noise here, so there is no d90.",
@@ -150,9 +157,8 @@ def _d90(variant: str, curve: Curve, full: Items, floor: Items, large: int) -> F
         f"試過的 d：{'、'.join(f'{d:,}' for d in curve)}）。",
     )
     return Finding(
-        sentence=sentence, holds=math.isfinite(high), effect=found, low=low,
-        high=high if math.isfinite(high) else None,
-    )  # fmt: skip
+        sentence=sentence, holds=math.isfinite(high), effect=found, low=low, high=high if math.isfinite(high) else None
+    )
 
 
 def _ends(low: float, high: float, largest: int) -> str:
@@ -177,13 +183,19 @@ def overlap(read: Read) -> Part | None:
             own, by_chance = (statistics.median(v for values in group for v in values) for group in (ours, theirs))
             level = f"phi(1, {TOP}) = {own:.3f}, chance {by_chance:.3f}"
             level_zh = f"phi(1, {TOP}) = {own:.3f}，隨機水準 {by_chance:.3f}"
-            findings.append(said(
-                Text(f"{pair_name.en} share their first direction on the {where.en} ({level})",
-                     f"{pair_name.zh} 在{where.zh}共享第一個方向（{level_zh}）"),
-                Text(f"{pair_name.en} share no more than chance on the {where.en} ({level})",
-                     f"{pair_name.zh} 在{where.zh}的重疊不高於隨機水準（{level_zh}）"),
-                found,
-            ))  # fmt: skip
+            findings.append(
+                said(
+                    Text(
+                        f"{pair_name.en} share their first direction on the {where.en} ({level})",
+                        f"{pair_name.zh} 在{where.zh}共享第一個方向（{level_zh}）",
+                    ),
+                    Text(
+                        f"{pair_name.en} share no more than chance on the {where.en} ({level})",
+                        f"{pair_name.zh} 在{where.zh}的重疊不高於隨機水準（{level_zh}）",
+                    ),
+                    found,
+                )
+            )
     return Part(sentence=_shared(findings), findings=findings)
 
 
@@ -204,7 +216,7 @@ def order(read: Read) -> list[Finding]:
     if not tables:
         return []
 
-    def compared(ours: tuple[int, str], theirs: tuple[int, str]) -> Difference:
+    def compared(ours: tuple[int, str], theirs: tuple[int, str]) -> Contrast:
         left, right = ([logs(rows, *which) for rows in tables] for which in (ours, theirs))
         return over_modules(left, right, 5)
 
@@ -212,28 +224,36 @@ def order(read: Read) -> list[Finding]:
     for rank in (SMALL, LARGE):
         findings += [
             said(
-                Text(f"W is larger in the subspace of the r={rank} update than in a random one",
-                     f"W 在 r={rank} 更新的子空間中大於在隨機子空間中"),
-                Text(f"W is no larger in the subspace of the r={rank} update than in a random one",
-                     f"W 在 r={rank} 更新的子空間中不大於在隨機子空間中"),
+                Text(
+                    f"W is larger in the subspace of the r={rank} update than in a random one",
+                    f"W 在 r={rank} 更新的子空間中大於在隨機子空間中",
+                ),
+                Text(
+                    f"W is no larger in the subspace of the r={rank} update than in a random one",
+                    f"W 在 r={rank} 更新的子空間中不大於在隨機子空間中",
+                ),
                 compared((rank, "inside"), (rank, "chance")),
             ),
             said(
-                Text(f"W's own first {rank} directions are larger than what it has in the subspace of "
-                     f"the r={rank} update",
-                     f"W 自己的前 {rank} 個方向大於它在 r={rank} 更新子空間中的量"),
-                Text(f"W's own first {rank} directions are no larger than the r={rank} update's subspace",
-                     f"W 自己的前 {rank} 個方向不大於它在 r={rank} 更新子空間中的量"),
+                Text(
+                    f"W's own first {rank} directions are larger than what it has in the subspace of "
+                    f"the r={rank} update",
+                    f"W 自己的前 {rank} 個方向大於它在 r={rank} 更新子空間中的量",
+                ),
+                Text(
+                    f"W's own first {rank} directions are no larger than the r={rank} update's subspace",
+                    f"W 自己的前 {rank} 個方向不大於它在 r={rank} 更新子空間中的量",
+                ),
                 compared((rank, "own"), (rank, "inside")),
             ),
-        ]  # fmt: skip
-    findings.append(said(
-        Text(f"r={SMALL} amplifies its directions more than r={LARGE}",
-             f"r={SMALL} 的放大倍數高於 r={LARGE}"),
-        Text(f"r={SMALL} amplifies its directions no more than r={LARGE}",
-             f"r={SMALL} 的放大倍數不高於 r={LARGE}"),
-        compared((SMALL, "factor"), (LARGE, "factor")),
-    ))  # fmt: skip
+        ]
+    findings.append(
+        said(
+            Text(f"r={SMALL} amplifies its directions more than r={LARGE}", f"r={SMALL} 的放大倍數高於 r={LARGE}"),
+            Text(f"r={SMALL} amplifies its directions no more than r={LARGE}", f"r={SMALL} 的放大倍數不高於 r={LARGE}"),
+            compared((SMALL, "factor"), (LARGE, "factor")),
+        )
+    )
     return findings
 
 
@@ -253,26 +273,33 @@ def amplified(read: Read) -> Text | None:
     listed = "; ".join(f"r={r}: {f:.2g} (random directions {c:.2g})" for r, f, c in words)
     listed_zh = "；".join(f"r={r}：{f:.2g}（隨機方向 {c:.2g}）" for r, f, c in words)
     tail = (
-        Text("chance < the update's subspace < W's own first directions holds.",
-             "隨機水準 < 更新的子空間 < W 自己的主要方向，成立。")
+        Text(
+            "chance < the update's subspace < W's own first directions holds.",
+            "隨機水準 < 更新的子空間 < W 自己的主要方向，成立。",
+        )
         if whole
-        else Text(f"Of the {len(held)} parts of the expected order, "
-                  f"{sum(f.holds and (f.effect or 0) > 0 for f in held)} hold beyond noise.",
-                  f"預期順序的 {len(held)} 項中，有 "
-                  f"{sum(f.holds and (f.effect or 0) > 0 for f in held)} 項以超出雜訊的幅度成立。")
-    )  # fmt: skip
+        else Text(
+            f"Of the {len(held)} parts of the expected order, "
+            f"{sum(f.holds and (f.effect or 0) > 0 for f in held)} hold beyond noise.",
+            f"預期順序的 {len(held)} 項中，有 "
+            f"{sum(f.holds and (f.effect or 0) > 0 for f in held)} 項以超出雜訊的幅度成立。",
+        )
+    )
     return Text(f"Amplification {listed}; {tail.en}", f"放大倍數 {listed_zh}；{tail.zh}")
 
 
-def said(above: Text, otherwise: Text, found: Difference) -> Finding:
+def said(above: Text, otherwise: Text, found: Contrast) -> Finding:
     """The first sentence where the difference is above zero beyond noise, else the second."""
     span = f"95 % interval of the difference {found.low:+.3g} … {found.high:+.3g}"
     span_zh = f"差異的 95% 信賴區間 {found.low:+.3g} … {found.high:+.3g}"
-    words = above if found.holds and found.effect > 0 else otherwise
+    words = above if found.holds and found.estimate > 0 else otherwise
     return Finding(
         sentence=Text(f"{_capital(words.en)} ({span}).", f"{words.zh}（{span_zh}）。"),
-        holds=found.holds, effect=found.effect, low=found.low, high=found.high,
-    )  # fmt: skip
+        holds=found.holds,
+        effect=found.estimate,
+        low=found.low,
+        high=found.high,
+    )
 
 
 def _capital(words: str) -> str:

@@ -20,10 +20,13 @@ def module_table(read: Read) -> list[Table]:
     if not read.modules:
         return []
     columns = (
-        Text("module (median of layers)", "模組（各層中位數）"), Text("shape", "形狀"),
-        Text("|dW| / |W|", "|ΔW| / |W|"), Text("90 % of energy (random)", "90% 能量（隨機）"),
-        Text("effective rank (random)", "有效秩（隨機）"), Text("stable rank (random)", "穩定秩（隨機）"),
-    )  # fmt: skip
+        Text("module (median of layers)", "模組（各層中位數）"),
+        Text("shape", "形狀"),
+        Text("|dW| / |W|", "|ΔW| / |W|"),
+        Text("90 % of energy (random)", "90% 能量（隨機）"),
+        Text("effective rank (random)", "有效秩（隨機）"),
+        Text("stable rank (random)", "穩定秩（隨機）"),
+    )
     rows = []
     for kind in dict.fromkeys(row["module"] for row in read.modules):
         own = [row for row in read.modules if row["module"] == kind]
@@ -37,9 +40,7 @@ def module_table(read: Read) -> list[Table]:
         ]
         shape = " x ".join(map(str, own[0]["shape"]))
         rows.append([kind, shape, f"{100 * middle('relative'):.2g} %", *pairs])
-    return [Table(
-        title=Text("The update of a full fine-tune", "完整微調的更新"), columns=columns, rows=rows
-    )]  # fmt: skip
+    return [Table(title=Text("The update of a full fine-tune", "完整微調的更新"), columns=columns, rows=rows)]
 
 
 def dimension_table(read: Read, metric: Metric) -> list[Table]:
@@ -47,13 +48,16 @@ def dimension_table(read: Read, metric: Metric) -> list[Table]:
     if not read.curves:
         return []
     rows = [
-        [variant.upper(), count(d), f"{100 * d / max(1, read.large):.2g} %",
-         metric.value((1 if metric.rises else -1) * float(items.mean()))]
+        [
+            variant.upper(),
+            count(d),
+            f"{100 * d / max(1, read.large):.2g} %",
+            metric.value((1 if metric.rises else -1) * float(items.mean())),
+        ]
         for variant, curve in read.curves.items()
         for d, items in curve.items()
-    ]  # fmt: skip
-    columns = (Text("variant", "變體"), Text("d", "d"), Text("d / D", "d / D"),
-               Text("score", "分數"))  # fmt: skip
+    ]
+    columns = (Text("variant", "變體"), Text("d", "d"), Text("d / D", "d / D"), Text("score", "分數"))
     return [Table(title=Text("Random subspaces", "隨機子空間"), columns=columns, rows=rows)]
 
 
@@ -62,20 +66,23 @@ def order_table(read: Read) -> list[Table]:
     if not read.pairs:
         return []
     columns = (
-        Text("update", "更新"), Text("|dW|", "|ΔW|"), Text("chance r / sqrt(I O) |W|", "隨機 r / √(I O) |W|"),
-        Text("|U' W V| of the update", "更新方向的 |U' W V|"), Text("W's own first r", "W 自己的前 r 個方向"),
-        Text("|W|", "|W|"), Text("amplification", "放大倍數"),
-    )  # fmt: skip
+        Text("update", "更新"),
+        Text("|dW|", "|ΔW|"),
+        Text("chance r / sqrt(I O) |W|", "隨機 r / √(I O) |W|"),
+        Text("|U' W V| of the update", "更新方向的 |U' W V|"),
+        Text("W's own first r", "W 自己的前 r 個方向"),
+        Text("|W|", "|W|"),
+        Text("amplification", "放大倍數"),
+    )
     found = [row for r in read.pairs for row in r.tables["amplification"]]
     rows = []
     for rank in (SMALL, LARGE):
         own = [row for row in found if row["rank"] == rank]
         keys = ("update", "chance", "inside", "own", "weight", "factor")
         rows.append([f"r={rank}", *(plain(statistics.median(row[k] for row in own), 2) for k in keys)])
-    return [Table(
-        title=Text("Amplification (median of modules)", "放大倍數（各模組中位數）"), columns=columns,
-        rows=rows,
-    )]  # fmt: skip
+    return [
+        Table(title=Text("Amplification (median of modules)", "放大倍數（各模組中位數）"), columns=columns, rows=rows)
+    ]
 
 
 def energy_figure(read: Read) -> list[Figure]:
@@ -89,12 +96,18 @@ def energy_figure(read: Read) -> list[Figure]:
     for shape in dict.fromkeys(tuple(sorted(row["shape"])) for row in read.modules):
         one = next(row for row in read.modules if tuple(sorted(row["shape"])) == shape)
         rows += _energy(f"random {shape[0]} x {shape[1]}", [one["random_energy"]])
-    return [figures.lines(
-        "lowrank-energy", Text("Energy of the update held by its first directions",
-                               "前幾個方向所含的更新能量"),
-        rows, x=Text("share of all directions", "方向比例"), y=Text("share of the energy", "能量比例"),
-        arm=Text("module", "模組"), log_x=True, percent=True,
-    )]  # fmt: skip
+    return [
+        figures.lines(
+            "lowrank-energy",
+            Text("Energy of the update held by its first directions", "前幾個方向所含的更新能量"),
+            rows,
+            x=Text("share of all directions", "方向比例"),
+            y=Text("share of the energy", "能量比例"),
+            arm=Text("module", "模組"),
+            log_x=True,
+            percent=True,
+        )
+    ]
 
 
 def _energy(name: str, curves: Sequence[Sequence[float]]) -> list[dict[str, Any]]:
@@ -110,12 +123,17 @@ def layer_figure(read: Read) -> list[Figure]:
         {"x": "–" if row["layer"] < 0 else str(row["layer"]), "y": row["module"], "value": share}
         for row, share in zip(read.modules, shares_of(read.modules), strict=True)
     ]
-    return [figures.heat(
-        "lowrank-layers", Text("Share of directions that hold 90 % of the energy",
-                               "含 90% 能量所需的方向比例"),
-        rows, x=Text("layer", "層"), y=Text("module", "模組"), value=Text("share", "比例"),
-        numbers=len({row["x"] for row in rows}) <= 16,
-    )]  # fmt: skip
+    return [
+        figures.heat(
+            "lowrank-layers",
+            Text("Share of directions that hold 90 % of the energy", "含 90% 能量所需的方向比例"),
+            rows,
+            x=Text("layer", "層"),
+            y=Text("module", "模組"),
+            value=Text("share", "比例"),
+            numbers=len({row["x"] for row in rows}) <= 16,
+        )
+    ]
 
 
 def curve_figure(read: Read, metric: Metric) -> list[Figure]:
@@ -132,12 +150,22 @@ def curve_figure(read: Read, metric: Metric) -> list[Figure]:
     if read.full and read.floor is not None:
         full = np.asarray([r.items["score"] for r in read.full], dtype=float).mean(axis=0)
         goal = sign * target(full, read.floor)
-    return [figures.lines(
-        "lowrank-dimension", Text("Score in a random subspace; dashed: 90 % of full fine-tuning's gain",
-                                  "隨機子空間中的分數；虛線：完整微調增益的 90%"),
-        rows, x=Text("d", "d"), y=Text(f"test {metric.text.en}", f"測試{metric.text.zh}"),
-        arm=Text("variant", "變體"), log_x=True, chance=goal, percent=metric.rises,
-    )]  # fmt: skip
+    return [
+        figures.lines(
+            "lowrank-dimension",
+            Text(
+                "Score in a random subspace; dashed: 90 % of full fine-tuning's gain",
+                "隨機子空間中的分數；虛線：完整微調增益的 90%",
+            ),
+            rows,
+            x=Text("d", "d"),
+            y=Text(f"test {metric.text.en}", f"測試{metric.text.zh}"),
+            arm=Text("variant", "變體"),
+            log_x=True,
+            chance=goal,
+            percent=metric.rises,
+        )
+    ]
 
 
 def phi_figures(read: Read) -> list[Figure]:
@@ -154,10 +182,16 @@ def phi_figures(read: Read) -> list[Figure]:
                 if row["pair"] == pair and row["side"] == side
             ]
             where = SIDE_NAMES[side]
-            found.append(figures.heat(
-                f"lowrank-phi-{pair}-{side}",
-                Text(f"phi(i, j) less chance: {name.en}, {where.en}",
-                     f"phi(i, j) 減隨機水準：{name.zh}，{where.zh}"),
-                rows, x=Text("j", "j"), y=Text("i", "i"), value=Text("above chance", "高於隨機"),
-            ))  # fmt: skip
+            found.append(
+                figures.heat(
+                    f"lowrank-phi-{pair}-{side}",
+                    Text(
+                        f"phi(i, j) less chance: {name.en}, {where.en}", f"phi(i, j) 減隨機水準：{name.zh}，{where.zh}"
+                    ),
+                    rows,
+                    x=Text("j", "j"),
+                    y=Text("i", "i"),
+                    value=Text("above chance", "高於隨機"),
+                )
+            )
     return found

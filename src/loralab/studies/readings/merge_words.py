@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -42,10 +43,12 @@ def blanks(found: Mapping[str, Record]) -> list[tuple[Text, Text]]:
     missing = Text("not measured", "未測量")
     own = found.get("fp32")
     filled = [(label, missing if own is None else _difference(own))]
-    filled.append((
-        Text("Expected: below 1e-6 (numerical error)", "預期結果：差異應該 < 1e-6（數值誤差範圍內）"),
-        missing if own is None else _expectation(own),
-    ))  # fmt: skip
+    filled.append(
+        (
+            Text("Expected: below 1e-6 (numerical error)", "預期結果：差異應該 < 1e-6（數值誤差範圍內）"),
+            missing if own is None else _expectation(own),
+        )
+    )
     for name, record in found.items():
         if name != "fp32":
             words = Text(f"Difference ({name})", f"Difference（{name}）")
@@ -173,20 +176,28 @@ def loss_finding(record: Record, family: int) -> Finding | None:
     now, was = (record.items.get(f"{name} loss", ()) for name in (AFTER, BEFORE))
     if len(now) < 2:
         return None
+    loss = Metric(name="loss")
     own = difference(
-        [now], [was], generator=np.random.default_rng(SEED), comparisons=family
-    )  # fmt: skip
+        [now],
+        [was],
+        generator=np.random.default_rng(SEED),
+        comparisons=family,
+        margin=loss.margin_at(abs(float(np.mean(was)))),
+    )
     after, before = states(record.arm.name)
-    if abs(own.effect) >= EXPECTED:
-        return claim(after, before, own, Metric(name="loss"))
-    size = tiny(abs(own.effect))
+    if abs(own.estimate) >= EXPECTED:
+        return claim(replace(own, a=after, b=before), loss)
+    size = tiny(abs(own.estimate))
     return Finding(
         sentence=Text(
             f"Between {after} and {before} the loss of a row differs by {size} on average: rounding.",
             f"{after} 與 {before} 的每筆損失平均相差 {size}：僅為捨入誤差。",
         ),
-        holds=False, effect=own.effect, low=own.low, high=own.high,
-    )  # fmt: skip
+        holds=False,
+        effect=own.estimate,
+        low=own.low,
+        high=own.high,
+    )
 
 
 def kept_finding(record: Record | None) -> list[Finding]:
@@ -198,14 +209,19 @@ def kept_finding(record: Record | None) -> list[Finding]:
     middle = float(np.median(kept))
     span = f"{share(low)} … {share(high)}" if math.isfinite(low) else "–"
     less = math.isfinite(high) and high < 1
-    return [Finding(
-        sentence=Text(
-            f"Of an update that is merged and packed into NF4 again, the median layer keeps "
-            f"{share(middle)} (95 % interval {span}).",
-            f"合併後再量化回 NF4，中位數的層保留 {share(middle)} 的更新（95% 信賴區間 {span}）。",
-        ),
-        holds=less, effect=middle - 1, low=low - 1, high=high - 1,
-    )]  # fmt: skip
+    return [
+        Finding(
+            sentence=Text(
+                f"Of an update that is merged and packed into NF4 again, the median layer keeps "
+                f"{share(middle)} (95 % interval {span}).",
+                f"合併後再量化回 NF4，中位數的層保留 {share(middle)} 的更新（95% 信賴區間 {span}）。",
+            ),
+            holds=less,
+            effect=middle - 1,
+            low=low - 1,
+            high=high - 1,
+        )
+    ]
 
 
 def drift_findings(drifts: Rows) -> list[Finding]:
@@ -213,37 +229,48 @@ def drift_findings(drifts: Rows) -> list[Finding]:
     found = []
     for row in drifts:
         off = _last(row)
-        own = difference([off], [[0.0] * len(off)], generator=np.random.default_rng(SEED),
-                         comparisons=len(drifts))  # fmt: skip
+        own = difference([off], [[0.0] * len(off)], generator=np.random.default_rng(SEED), comparisons=len(drifts))
         span = f"{share(own.low)} … {share(own.high)}" if math.isfinite(own.low) else "–"
-        name, size = row["precision"], share(own.effect)
-        found.append(Finding(
-            sentence=Text(
-                f"Subtracting the update again leaves {name} weights {size} of their length off after "
-                f"100 merges (95 % interval over modules {span}).",
-                f"以減回去的方式還原，合併 100 次後 {name} 權重偏離其長度的 {size}"
-                f"（模組間 95% 信賴區間 {span}）。",
-            ),
-            holds=own.holds, effect=-own.effect, low=-own.high, high=-own.low,
-        ))  # fmt: skip
+        name, size = row["precision"], share(own.estimate)
+        found.append(
+            Finding(
+                sentence=Text(
+                    f"Subtracting the update again leaves {name} weights {size} of their length off after "
+                    f"100 merges (95 % interval over modules {span}).",
+                    f"以減回去的方式還原，合併 100 次後 {name} 權重偏離其長度的 {size}（模組間 95% 信賴區間 {span}）。",
+                ),
+                holds=own.holds,
+                effect=-own.estimate,
+                low=-own.high,
+                high=-own.low,
+            )
+        )
     return found
 
 
 def table(found: Mapping[str, Record]) -> Table:
     """Every form of the base, before and after."""
     columns = (
-        Text("base", "基礎模型"), Text("loss unmerged", "未合併損失"), Text("loss merged", "合併後損失"),
-        Text("difference", "差異"), Text("largest logit difference, relative", "logit 最大相對差異"),
-        Text("mean KL (nats)", "平均 KL（nats）"), Text("KL of the adapter itself", "adapter 本身的 KL"),
-        Text("same likeliest token", "最可能 token 相同"), Text("answers changed", "改變的答案"),
-        Text("weights that move", "有變動的權重"), Text("rounding, of the update", "捨入（佔更新量）"),
-        Text("update kept", "保留的更新"), Text("unmerge exact", "逐位元還原"),
+        Text("base", "基礎模型"),
+        Text("loss unmerged", "未合併損失"),
+        Text("loss merged", "合併後損失"),
+        Text("difference", "差異"),
+        Text("largest logit difference, relative", "logit 最大相對差異"),
+        Text("mean KL (nats)", "平均 KL（nats）"),
+        Text("KL of the adapter itself", "adapter 本身的 KL"),
+        Text("same likeliest token", "最可能 token 相同"),
+        Text("answers changed", "改變的答案"),
+        Text("weights that move", "有變動的權重"),
+        Text("rounding, of the update", "捨入（佔更新量）"),
+        Text("update kept", "保留的更新"),
+        Text("unmerge exact", "逐位元還原"),
         Text("merge / unmerge", "合併／還原時間"),
-    )  # fmt: skip
+    )
     return Table(
-        title=Text("Before and after merging", "合併前後"), columns=columns,
+        title=Text("Before and after merging", "合併前後"),
+        columns=columns,
         rows=[_row(name, r.numbers) for name, r in found.items()],
-    )  # fmt: skip
+    )
 
 
 def _row(name: str, n: Mapping[str, float]) -> list[Any]:
@@ -252,11 +279,21 @@ def _row(name: str, n: Mapping[str, float]) -> list[Any]:
     changed = f"{int(n['changed'])} / {int(n['rows'])}" if "changed" in n else "–"
     times = f"{seconds(n.get('merge_seconds', math.nan))} / {seconds(n.get('unmerge_seconds', math.nan))}"
     return [
-        name, f"{n['loss_before']:.6f}", f"{n['loss_after']:.6f}", tiny(n["loss_difference"]),
-        tiny(n["relative"]), tiny(n["kl"]), tiny(n["effect_kl"]), share(n["top1"]),
-        changed, share(n["moved"]), share(n["noise"]),
-        share(n.get("kept", math.nan)), back if "restored" in n else "–", times,
-    ]  # fmt: skip
+        name,
+        f"{n['loss_before']:.6f}",
+        f"{n['loss_after']:.6f}",
+        tiny(n["loss_difference"]),
+        tiny(n["relative"]),
+        tiny(n["kl"]),
+        tiny(n["effect_kl"]),
+        share(n["top1"]),
+        changed,
+        share(n["moved"]),
+        share(n["noise"]),
+        share(n.get("kept", math.nan)),
+        back if "restored" in n else "–",
+        times,
+    ]
 
 
 def drift_table(drifts: Rows, records: Sequence[Record]) -> list[Table]:
@@ -269,20 +306,34 @@ def drift_table(drifts: Rows, records: Sequence[Record]) -> list[Table]:
     for row in drifts:
         mean = np.mean(row["relative"], axis=0)
         exact = Text("0, every bit", "0（逐位元相同）") if row["exact"] else Text("not exact", "不完全相同")
-        rows.append([row["precision"], *(tiny(float(mean[i])) for i in shown),
-                     share(float(np.mean(row["changed"]))), tiny(row["kl"]), share(row["top1"]),
-                     exact])  # fmt: skip
+        rows.append(
+            [
+                row["precision"],
+                *(tiny(float(mean[i])) for i in shown),
+                share(float(np.mean(row["changed"]))),
+                tiny(row["kl"]),
+                share(row["top1"]),
+                exact,
+            ]
+        )
     n, total = int(of["modules"]), int(of["of"])
-    return [Table(
-        title=Text(f"Three adapters in turn, in {n} of {total} modules",
-                   f"三個 adapter 輪流合併，{total} 個模組中的 {n} 個"),
-        columns=(Text("weights", "權重"), *(Text(f"subtracting: off after {NOTED[i]}",
-                                               f"減回去：{NOTED[i]} 次後的偏離") for i in shown),
-                 Text("weights that differ", "不同的權重"), Text("KL to the base", "與基礎模型的 KL"),
-                 Text("same likeliest token", "最可能 token 相同"),
-                 Text("original put back: off after 100", "放回原始權重：100 次後的偏離")),
-        rows=rows,
-    )]  # fmt: skip
+    return [
+        Table(
+            title=Text(
+                f"Three adapters in turn, in {n} of {total} modules",
+                f"三個 adapter 輪流合併，{total} 個模組中的 {n} 個",
+            ),
+            columns=(
+                Text("weights", "權重"),
+                *(Text(f"subtracting: off after {NOTED[i]}", f"減回去：{NOTED[i]} 次後的偏離") for i in shown),
+                Text("weights that differ", "不同的權重"),
+                Text("KL to the base", "與基礎模型的 KL"),
+                Text("same likeliest token", "最可能 token 相同"),
+                Text("original put back: off after 100", "放回原始權重：100 次後的偏離"),
+            ),
+            rows=rows,
+        )
+    ]
 
 
 def figures_of(found: Mapping[str, Record], drifts: Rows) -> list[Figure]:
@@ -290,24 +341,42 @@ def figures_of(found: Mapping[str, Record], drifts: Rows) -> list[Figure]:
     drawn = []
     rows = [
         {"arm": row["precision"], "x": number, "y": float(np.mean([v[i] for v in row["relative"]]))}
-        for row in drifts for i, number in enumerate(NOTED)
-    ]  # fmt: skip
+        for row in drifts
+        for i, number in enumerate(NOTED)
+    ]
     if rows := [row for row in rows if row["y"] > 0]:
-        drawn.append(figures.lines(
-            "merge-drift",
-            Text("Subtracting the update again: how far the weights are off (put back: zero)",
-                 "減回去的還原方式：權重偏離多少（放回原始權重則為零）"),
-            rows, x=Text("merges", "合併次數"), y=Text("|W - W0| / |W0|", "|W - W0| / |W0|"),
-            arm=Text("weights", "權重"), log_x=True, log_y=True,
-        ))  # fmt: skip
+        drawn.append(
+            figures.lines(
+                "merge-drift",
+                Text(
+                    "Subtracting the update again: how far the weights are off (put back: zero)",
+                    "減回去的還原方式：權重偏離多少（放回原始權重則為零）",
+                ),
+                rows,
+                x=Text("merges", "合併次數"),
+                y=Text("|W - W0| / |W0|", "|W - W0| / |W0|"),
+                arm=Text("weights", "權重"),
+                log_x=True,
+                log_y=True,
+            )
+        )
     bars = [
         {"arm": name, "value": r.numbers["kl"] / r.numbers["effect_kl"]}
-        for name, r in found.items() if r.numbers["effect_kl"] > 0
-    ]  # fmt: skip
+        for name, r in found.items()
+        if r.numbers["effect_kl"] > 0
+    ]
     if bars:
-        drawn.append(figures.bars(
-            "merge-kl", Text("What merging changes, over what the adapter changes (KL)",
-                             "合併造成的改變佔 adapter 造成的改變（KL）"),
-            bars, x=Text("base", "基礎模型"), y=Text("share", "比例"), percent=True,
-        ))  # fmt: skip
+        drawn.append(
+            figures.bars(
+                "merge-kl",
+                Text(
+                    "What merging changes, over what the adapter changes (KL)",
+                    "合併造成的改變佔 adapter 造成的改變（KL）",
+                ),
+                bars,
+                x=Text("base", "基礎模型"),
+                y=Text("share", "比例"),
+                percent=True,
+            )
+        )
     return drawn

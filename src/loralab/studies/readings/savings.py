@@ -26,7 +26,7 @@ WORDS = {
     "gguf": Text("All three + GGUF base", "三者併用 + GGUF 基礎模型"),
     "passes": Text("+ smaller passes (pass_tokens)", "+ 縮小每次前向的 token 數（pass_tokens）"),
     "optimizer": Text("+ 8-bit optimiser", "+ 8 位元優化器"),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,11 +88,10 @@ class Savings:
             return None
         few = len(sides[0]) == 1 and len(sides[0][0]) < FEW
         found = difference(
-            sides[0], sides[1], generator=np.random.default_rng(SEED),
-            comparisons=max(1, len(self.others)),
-        )  # fmt: skip
+            sides[0], sides[1], generator=np.random.default_rng(SEED), comparisons=max(1, len(self.others))
+        )
         low, high = (math.nan, math.nan) if few else (math.exp(found.low), math.exp(found.high))
-        return Ratio(value=math.exp(found.effect), low=low, high=high)
+        return Ratio(value=math.exp(found.estimate), low=low, high=high)
 
     def _pairs(self, role: str) -> list[tuple[Record, Record]]:
         """An arm's runs and the baseline's of the same seeds."""
@@ -120,9 +119,10 @@ class Savings:
     def at_floor(self) -> list[str]:
         """Arms whose steps need no more than loading did."""
         return [
-            role for role, own in self.runs.items()
+            role
+            for role, own in self.runs.items()
             if all(r.numbers["peak_bytes"] <= r.numbers["loading_bytes"] for r in own)
-        ]  # fmt: skip
+        ]
 
     def cheapest(self) -> str | None:
         """The least peak of all that keep the curve; of those that come as near, the quickest."""
@@ -138,14 +138,13 @@ class Savings:
         if BASELINE not in self.runs:
             return []
         cost = {
-            role: (self.peak(role), mean_of(own, "step_seconds"))
-            for role, own in self.runs.items() if self.keeps(role)
-        }  # fmt: skip
+            role: (self.peak(role), mean_of(own, "step_seconds")) for role, own in self.runs.items() if self.keeps(role)
+        }
         return [
-            role for role, (memory, time) in cost.items()
-            if not any(m <= memory and t <= time and (m, t) != (memory, time)
-                       for m, t in cost.values())
-        ]  # fmt: skip
+            role
+            for role, (memory, time) in cost.items()
+            if not any(m <= memory and t <= time and (m, t) != (memory, time) for m, t in cost.values())
+        ]
 
 
 def times(ratio: Ratio | None) -> str:
@@ -247,26 +246,38 @@ def curve_words(gap: float) -> Text:
 def table(found: Savings) -> Table:
     """Every arm: its memory in its parts, its time, its curve."""
     columns = (
-        Text("method", "方法"), Text("arm", "組別"), Text("memory: peak", "記憶體使用：峰值"),
-        Text("over the baseline", "相對基準"), Text("before loading", "載入前"),
-        Text("peak of loading", "載入時峰值"), Text("held after loading", "載入後佔用"),
-        Text("peak of the steps", "訓練步驟峰值"), Text("time a step", "訓練時間（每步）"),
-        Text("over the baseline", "相對基準"), Text("largest loss difference", "損失曲線最大差異"),
+        Text("method", "方法"),
+        Text("arm", "組別"),
+        Text("memory: peak", "記憶體使用：峰值"),
+        Text("over the baseline", "相對基準"),
+        Text("before loading", "載入前"),
+        Text("peak of loading", "載入時峰值"),
+        Text("held after loading", "載入後佔用"),
+        Text("peak of the steps", "訓練步驟峰值"),
+        Text("time a step", "訓練時間（每步）"),
+        Text("over the baseline", "相對基準"),
+        Text("largest loss difference", "損失曲線最大差異"),
         Text("loss at the last step", "最後一步的損失"),
         Text("Pareto", "Pareto"),
-    )  # fmt: skip
+    )
     front, rows = found.pareto(), []
     for role, own in found.runs.items():
         parts = ("start_bytes", "loading_bytes", "held_bytes", "steps_bytes")
         gap = found.curve(role)
-        rows.append([
-            WORDS[role], own[0].arm.name, size(found.peak(role)), times(found.memory(role)),
-            *(size(mean_of(own, name)) for name in parts), seconds(mean_of(own, "step_seconds")),
-            times(found.time(role)),
-            "–" if role == BASELINE or math.isnan(gap) else curve_words(gap),
-            "–" if role == BASELINE or math.isnan(gap) else f"{100 * found.at_end(role):+.2g} %",
-            Text("yes", "是") if role in front else "–",
-        ])  # fmt: skip
+        rows.append(
+            [
+                WORDS[role],
+                own[0].arm.name,
+                size(found.peak(role)),
+                times(found.memory(role)),
+                *(size(mean_of(own, name)) for name in parts),
+                seconds(mean_of(own, "step_seconds")),
+                times(found.time(role)),
+                "–" if role == BASELINE or math.isnan(gap) else curve_words(gap),
+                "–" if role == BASELINE or math.isnan(gap) else f"{100 * found.at_end(role):+.2g} %",
+                Text("yes", "是") if role in front else "–",
+            ]
+        )
     return Table(title=Text("Memory and time", "記憶體與時間"), columns=columns, rows=rows)
 
 
@@ -306,9 +317,8 @@ def _finding(name: Text, ratio: Ratio, what: Text) -> Finding:
             f"{name.zh}：{what.zh}與基準沒有超出雜訊的差異（{span}）。",
         )
     return Finding(
-        sentence=sentence_, holds=ratio.holds, effect=1 - ratio.value, low=1 - ratio.high,
-        high=1 - ratio.low,
-    )  # fmt: skip
+        sentence=sentence_, holds=ratio.holds, effect=1 - ratio.value, low=1 - ratio.high, high=1 - ratio.low
+    )
 
 
 def figures_of(found: Savings) -> list[Figure]:
@@ -317,21 +327,27 @@ def figures_of(found: Savings) -> list[Figure]:
         {"arm": own[0].arm.name, "x": found.peak(role) / 1e9, "y": mean_of(own, "step_seconds")}
         for role, own in found.runs.items()
     ]
-    stages = {
-        "loading_bytes": Text("loading", "載入"), "steps_bytes": Text("steps", "訓練步驟"),
-    }  # fmt: skip
+    stages = {"loading_bytes": Text("loading", "載入"), "steps_bytes": Text("steps", "訓練步驟")}
     bars = [
         {"arm": own[0].arm.name, "value": mean_of(own, name) / 1e9, "group": words.en}
-        for own in found.runs.values() for name, words in stages.items()
+        for own in found.runs.values()
+        for name, words in stages.items()
         if name in own[0].numbers
-    ]  # fmt: skip
+    ]
     return [
         figures.scatter(
-            "memory-time", Text("Memory against time: lower left is better", "記憶體與時間：越靠左下越好"),
-            points, x=Text("peak memory (GB)", "記憶體峰值（GB）"), y=Text("seconds a step", "每步秒數"),
+            "memory-time",
+            Text("Memory against time: lower left is better", "記憶體與時間：越靠左下越好"),
+            points,
+            x=Text("peak memory (GB)", "記憶體峰值（GB）"),
+            y=Text("seconds a step", "每步秒數"),
         ),
         figures.bars(
-            "memory-parts", Text("Peak of loading and of the steps", "載入與訓練步驟的峰值"), bars,
-            x=Text("arm", "組別"), y=Text("GB", "GB"), group=Text("stage", "階段"),
+            "memory-parts",
+            Text("Peak of loading and of the steps", "載入與訓練步驟的峰值"),
+            bars,
+            x=Text("arm", "組別"),
+            y=Text("GB", "GB"),
+            group=Text("stage", "階段"),
         ),
-    ]  # fmt: skip
+    ]

@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from loralab.studies.evidence import mean_of, paired
+from loralab.studies.evidence import Metric, mean_of
+from loralab.studies.ranking import ranked
 from loralab.studies.statistics import reaches, smoothed
 from loralab.studies.study import DIVERGED, DONE, Record
 
@@ -74,13 +75,8 @@ class Sweep:
         own, best = self.ended(key), self.best(key)
         if best is None:
             return []
-        found = [best]
-        for rate in (r for r in own if r != best):
-            gap = paired(by_loss(own[rate]), by_loss(own[best]), max(1, len(own) - 1))
-            # an interval that does not exist excludes nothing
-            if gap is None or not (gap.holds and gap.effect < 0):
-                found.append(rate)
-        return sorted(found)
+        found = ranked({f"{rate}": by_loss(runs) for rate, runs in own.items()}, Metric(name="loss"))
+        return [rate for rate in own if rate == best or found.contrast(f"{best}", f"{rate}").verdict != "better"]
 
     def drift(self, scaling: str) -> float | None:
         """The best rate at the largest rank as a multiple of that at the smallest one."""
@@ -102,23 +98,28 @@ class Sweep:
 
     def diverged(self, scaling: str) -> tuple[int, int]:
         """(runs that diverged, runs)."""
-        own = [r for key, rates in self.cells.items() if key[0] == scaling
-               for runs in rates.values() for r in runs]  # fmt: skip
+        own = [r for key, rates in self.cells.items() if key[0] == scaling for runs in rates.values() for r in runs]
         return sum(r.status == DIVERGED for r in own), len(own)
 
     def worst(self, scaling: str) -> float:
         """The highest validation loss of all rates and ranks that ended."""
         losses = [
             mean_of(runs, "validation_loss")
-            for key in self.cells if key[0] == scaling
+            for key in self.cells
+            if key[0] == scaling
             for runs in self.ended(key).values()
-        ]  # fmt: skip
+        ]
         return max(losses, default=math.nan)
 
     def fall(self) -> tuple[float, float]:
         """(mean loss of the first three steps of all runs, lowest smoothed loss that one ends at)."""
-        curves = [r.series["loss"] for own in self.cells.values() for runs in own.values()
-                  for r in runs if len(r.series.get("loss", ())) >= 3 and r.status == DONE]  # fmt: skip
+        curves = [
+            r.series["loss"]
+            for own in self.cells.values()
+            for runs in own.values()
+            for r in runs
+            if len(r.series.get("loss", ())) >= 3 and r.status == DONE
+        ]
         if not curves:
             return math.nan, math.nan
         start = float(np.mean([np.mean(curve[:3]) for curve in curves]))

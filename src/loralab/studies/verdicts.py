@@ -1,0 +1,85 @@
+"""What the sentences of a report say, as data: verdicts.json."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from loralab import atomic
+from loralab.studies.contrast import Contrast, Ranking
+from loralab.studies.evidence import by_arm, mean_of, metric_of
+from loralab.studies.study import Answer, Ground, Record
+
+FILE, FORMAT = "verdicts.json", 1
+
+
+def write(folder: Path, studies: Mapping[str, tuple[Ground, Sequence[Record], Answer]]) -> None:
+    """Write the verdicts of every study that compared arms; those of a single one also at the top."""
+    found = {
+        name: verdicts(answer.ranking, records, ground)
+        for name, (ground, records, answer) in studies.items()
+        if answer.ranking is not None
+    }
+    single = next(iter(found.values())) if len(found) == 1 else {}
+    content = {"format": FORMAT, **single, "studies": found}
+    atomic.write_file(folder / FILE, json.dumps(content, indent=1) + "\n")
+
+
+def verdicts(found: Ranking, records: Sequence[Record], ground: Ground) -> dict[str, Any]:
+    """Return what was recommended, every arm's score and every contrast.
+
+    Scores and their intervals are in the metric's own sense; estimates of contrasts are positive
+    where `a` is better.
+    """
+    arms, metric = by_arm(records), metric_of(records, ground)
+    return {
+        "metric": metric.name,
+        "margin": found.margin,
+        "recommended": _recommended(found, arms),
+        "arms": [_arm(name, found, arms[name], 1 if metric.rises else -1) for name in found.means if name in arms],
+        "contrasts": [_contrast(each) for each in found.contrasts],
+    }
+
+
+def _recommended(found: Ranking, arms: Mapping[str, Sequence[Record]]) -> dict[str, Any] | None:
+    name = found.recommended
+    if name is None:
+        return None
+    own = arms.get(name, ())
+    return {
+        "arm": name,
+        "options": dict(own[0].arm.fields) if own else {},
+        "learning_rate": own[0].rate if own else None,
+        "expected_regret": found.regret[name],
+        "probability_best": found.best[name],
+        "probability_within_margin": found.good[name],
+        "decided": found.decided,
+    }
+
+
+def _arm(name: str, found: Ranking, own: Sequence[Record], sign: int) -> dict[str, Any]:
+    _, *ends = found.means[name]
+    low, high = sorted(sign * end for end in ends)
+    return {
+        "name": name,
+        "options": dict(own[0].arm.fields),
+        "score": mean_of(own, "score"),
+        "low": low,
+        "high": high,
+        "seeds": len(own),
+        "rows": len(own[0].items["score"]),
+        "probability_best": found.best.get(name),
+        "expected_regret": found.regret.get(name),
+    }
+
+
+def _contrast(each: Contrast) -> dict[str, Any]:
+    return {
+        "a": each.a,
+        "b": each.b,
+        "estimate": each.estimate,
+        "low": each.low,
+        "high": each.high,
+        "verdict": each.verdict,
+        "seeds": each.seeds,
+    }
