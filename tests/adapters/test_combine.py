@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import PeftModel
 from tiny import IDS, llama
-from torch import Tensor
+from torch import Tensor, nn
 
 import loralab
 from loralab import IA3, AdaLoRA, LoRA, attach
@@ -44,9 +44,11 @@ def summed(model: Any, path: str) -> Tensor:
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+@pytest.mark.parametrize("targets", [None, ["embed_tokens", "q_proj"]])
 @pytest.mark.parametrize("how", PEFTS)
-def test_it_is_what_peft_makes(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, plain = with_adapters(), llama()
+def test_it_is_what_peft_makes(how: str, targets: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, plain = with_adapters(target_modules=targets), llama()
     for name, adapter in loralab.attached(model).items():
         adapter.save(tmp_path / name)
     peft: Any = PeftModel.from_pretrained(plain, tmp_path / "a", adapter_name="a")
@@ -65,6 +67,38 @@ def test_it_is_what_peft_makes(how: str, tmp_path: Path, monkeypatch: pytest.Mon
     with torch.no_grad():
         expected = peft.eval()(input_ids=IDS).logits
         assert torch.allclose(model(input_ids=IDS).logits, expected, atol=1e-4)
+
+
+def convolutions(ranks: tuple[int, ...]) -> Any:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 8, 3, groups=2), nn.Conv2d(8, 6, 1), nn.Conv2d(6, 5, 2))
+    for name, rank in zip("abc", ranks, strict=True):
+        adapter = attach(model, LoRA(rank=rank, alpha=3.0 * rank, target_modules=["0", "1", "2"]), name=name)
+        with torch.no_grad():
+            for parameter in adapter.parameters():
+                parameter.normal_(std=0.2)
+    return model
+
+
+def test_convolutions_are_combined_by_their_factors_as_in_peft() -> None:
+    model = convolutions((3, 3, 3))
+    adapters = loralab.attached(model)
+    found = loralab.combine(model, WEIGHTS, name="mix")
+    for path, module in found.modules.items():
+        pairs = [(adapters[name].modules[path], 3.0 * weight) for name, weight in WEIGHTS.items()]
+        A = sum(layer.lora_A * math.sqrt(abs(scale)) * math.copysign(1, scale) for layer, scale in pairs)
+        B = sum(layer.lora_B * math.sqrt(abs(scale)) for layer, scale in pairs)
+        torch.testing.assert_close(module.lora_A, A)
+        torch.testing.assert_close(module.lora_B, B)
+
+
+@pytest.mark.parametrize("ranks", [(3, 3, 3), (2, 3, 1)])
+@pytest.mark.parametrize("how", ["svd", "dare"])
+def test_enough_rank_holds_the_sum_of_convolutions(ranks: tuple[int, ...], how: str) -> None:
+    model = convolutions(ranks)
+    found = loralab.combine(model, WEIGHTS, how=how, rank=30, density=1.0, name="sum")
+    for path, module in found.modules.items():
+        torch.testing.assert_close(module.delta(), summed(model, path), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("ranks", [(4, 4, 4), (2, 4, 3)])

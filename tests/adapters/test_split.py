@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 import torch.distributed
 from tiny import fill, llama, logits
+from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from loralab.adapters.adapter import Adapter
 from loralab.adapters.attach import attach
 from loralab.adapters.folder import TENSORS, read
 from loralab.adapters.load import load
-from loralab.adapters.methods import IA3, AdaLoRA, LoRA
+from loralab.adapters.methods import IA3, AdaLoRA, LoRA, Prefix, Prompt
 from loralab.adapters.split import is_split
 from loralab.errors import AdapterStateError
 
@@ -34,10 +35,15 @@ def one_process() -> Iterator[None]:
     torch.distributed.destroy_process_group()
 
 
+def split_blocks(adapter: Adapter, ignored: set[nn.Parameter]) -> None:
+    inner: Any = adapter.model.base_model
+    for block in inner.layers if hasattr(inner, "layers") else inner.encoder.layer:
+        fully_shard(block, ignored_params=ignored)
+    fully_shard(adapter.model, ignored_params=ignored)
+
+
 def split(adapter: Adapter) -> Adapter:
-    for block in adapter.model.model.layers:  # type: ignore[attr-defined]
-        fully_shard(block)
-    fully_shard(adapter.model)
+    split_blocks(adapter, set())
     assert all(map(is_split, adapter.parameters()))
     return adapter
 
@@ -56,6 +62,19 @@ def test_what_was_split_is_saved_whole(name: str, tmp_path: Path) -> None:
     again = llama()
     load(again, tmp_path / "parts")
     torch.testing.assert_close(logits(again), logits(whole.model))
+
+
+@pytest.mark.parametrize("config", [Prefix(tokens=2), Prefix(tokens=2, mlp=True), Prompt(tokens=2)])
+def test_what_all_layers_read_is_not_split_with_the_first(config: Any) -> None:
+    adapter = attach(llama(), config)
+    split_blocks(adapter, set())
+    with pytest.raises(AdapterStateError) as caught:
+        logits(adapter.model)
+    assert caught.value.code == "split_by_fsdp"
+    other = fill(attach(llama(), config))
+    before = logits(other.model)
+    split_blocks(other, set(other.parameters()))
+    torch.testing.assert_close(logits(other.model), before)
 
 
 def test_what_goes_by_a_part_is_refused(tmp_path: Path) -> None:

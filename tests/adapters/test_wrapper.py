@@ -108,3 +108,24 @@ def test_no_state_dict_is_loaded_into_merged_weights(method: str) -> None:
     assert raised.value.code == "merged"
     adapter.unmerge()
     adapter.model.load_state_dict(state)
+
+
+@pytest.mark.parametrize("method", MERGED)
+def test_a_state_dict_that_holds_an_update_is_not_loaded_beside_it(method: str) -> None:
+    one, other = toy(method), toy(method)
+    for parameter in one.parameters():
+        nn.init.normal_(parameter)
+    plain = set(one.model.state_dict())
+    ids = torch.arange(8).view(2, 4)
+    before = other.model(ids)
+    one.merge()
+    state = one.model.state_dict()
+    assert {key.rpartition(".")[2] for key in state.keys() - plain} == {"merged"}
+    for strict in (True, False):
+        with pytest.raises(AdapterStateError) as raised:
+            other.model.load_state_dict({**state}, strict=strict)
+        assert (raised.value.code, raised.value.field in state) == ("merged_state", True)
+    torch.testing.assert_close(other.model(ids), before, rtol=0, atol=0)
+    one.unmerge()
+    other.model.load_state_dict(one.model.state_dict())
+    torch.testing.assert_close(other.model(ids), one.model(ids), rtol=0, atol=0)

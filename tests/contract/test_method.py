@@ -4,7 +4,9 @@ Each runs on three kinds of model in the variants below. A pair that cannot be i
 the word of the error that says so.
 """
 
-from collections.abc import Iterator
+import copy
+import io
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,9 +21,11 @@ from loralab.adapters.attach import attach
 from loralab.adapters.folder import CONFIG, TENSORS, read
 from loralab.adapters.load import load
 from loralab.adapters.registry import built_in
+from loralab.adapters.several import attached as attached_to
 from loralab.errors import AdapterStateError, TargetError
 
 VARIANTS = {**BUILT_IN, "vera": vera_plugin().VeRA(rank=4), "outer": Outer(factor=0.5)}
+Copy = Callable[[nn.Module], nn.Module]
 REFUSED = {("bitfit", "llama"): "no biases"}
 MOVES_AT_ONCE = {"prefix", "prompt", "prefix-mlp"}  # step 0 is not the base model
 CANNOT_MERGE = {"bottleneck", "pfeiffer", "parallel", "prefix", "prompt", "prefix-mlp"}
@@ -202,6 +206,29 @@ def test_going_on_from_a_state_ends_in_the_same_bits(variant: str, name: str) ->
     assert all(a == b and torch.equal(one, two) for (a, one), (b, two) in pairs)
 
 
+def pickled(model: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    found: nn.Module = torch.load(file, weights_only=False)
+    return found
+
+
+@every_pair
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
+def test_a_copy_of_the_model_trains_on_as_the_model_does(variant: str, name: str, copied: Copy) -> None:
+    adapter = attached(variant, name)
+    train(adapter, steps=3)
+    live = logits(adapter.model)
+    other = attached_to(copied(adapter.model))["default"]
+    assert torch.equal(logits(other.model), live)
+    train(other, steps=1)
+    assert torch.equal(logits(adapter.model), live)
+    train(adapter, steps=1)
+    pairs = zip(adapter.state().items(), other.state().items(), strict=True)
+    assert all(a == b and torch.equal(one, two) for (a, one), (b, two) in pairs)
+
+
 @every_pair
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -235,3 +262,37 @@ def test_a_bf16_base_trains_in_fp32_beside_it(variant: str, name: str) -> None:
     train(adapter, steps=3)
     assert logits(model).dtype == torch.bfloat16
     assert logits(model).isfinite().all()
+
+
+@every_pair
+def test_it_is_merged_until_it_is_unmerged_and_a_copy_too(variant: str, name: str, tmp_path: Path) -> None:
+    if variant in CANNOT_MERGE:
+        pytest.skip("cannot be merged")
+    adapter = attached(variant, name)
+    with pytest.raises(AdapterStateError):
+        adapter.unmerge()
+    fill(adapter)
+    live = logits(adapter.model)
+    adapter.merge()
+    for one in (adapter, attached_to(copy.deepcopy(adapter.model))["default"]):
+        assert one.merged
+        for refused in (one.merge, one.activate):
+            with pytest.raises(AdapterStateError):
+                refused()
+        one.model.save_pretrained(tmp_path / "plain")  # type: ignore[operator]
+        plain = type(one.model).from_pretrained(tmp_path / "plain").eval()  # type: ignore[attr-defined]
+        torch.testing.assert_close(logits(plain), live, rtol=1e-4, atol=1e-5)
+        one.unmerge()
+        assert not one.merged
+
+
+@every_pair
+def test_a_copy_has_the_adapters_that_wait(variant: str, name: str) -> None:
+    adapter = attached(variant, name)
+    live = logits(fill(adapter).model)
+    attach(adapter.model, VARIANTS["full"], name="other")
+    for copied in (copy.deepcopy, pickled):
+        waiting = attached_to(copied(adapter.model))["default"]
+        assert not any(p.requires_grad for p in waiting.parameters())
+        waiting.activate()
+        assert torch.equal(logits(waiting.model), live)

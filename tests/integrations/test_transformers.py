@@ -17,7 +17,9 @@ from tiny import IDS, bert, llama, logits
 from transformers import AutoModelForCausalLM, BertForSequenceClassification, LlamaForCausalLM, Trainer, TrainerCallback
 
 import loralab
+from loralab import atomic
 from loralab.adapters.adapter import Adapter
+from loralab.adapters.attach import attach
 from loralab.adapters.folder import CONFIG, RECORD, TENSORS
 from loralab.adapters.methods import AdaLoRA, LoRA
 from loralab.artefacts.certificate import REFERENCE
@@ -476,3 +478,63 @@ def test_after_training_the_model_is_its_own_again(tmp_path: Path) -> None:
     assert not torch.allclose(logits(found.model.eval()), before, atol=1e-3)
     found.adapter.detach()
     assert torch.equal(found.model(IDS).logits, before)
+
+
+def hooks_of(model: Any) -> int:
+    return len(model._load_state_dict_pre_hooks) + len(model._load_state_dict_post_hooks)
+
+
+@pytest.mark.parametrize("name", ["plain", "adalora"])
+def test_no_hook_stays_on_the_model_and_its_trainer_can_still_go_on(name: str, tmp_path: Path) -> None:
+    found = train(tmp_path, METHODS[name])
+    assert hooks_of(found.model) == 0
+    before = found.weights
+    found.trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert found.weights == before and hooks_of(found.model) == 0
+    assert found.adapter.budget is None or int(found.adapter.budget.done) == 6
+    train(tmp_path / "other", replace(METHODS[name], alpha=3))
+    (tmp_path / "other/checkpoint-6").rename(tmp_path / "checkpoint-8")
+    with pytest.raises(LoralabError) as caught:
+        found.trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+    assert caught.value.code in ("other_settings", "no_adapter_state")
+
+
+def test_the_callback_of_one_adapter_heeds_no_checkpoint_of_another(tmp_path: Path) -> None:
+    train(tmp_path, METHODS["plain"])
+    first = adapted(LoRA(rank=3))
+    LoraCallback(first)  # whose training was cut off, say
+    second = attach(first.model, METHODS["plain"], name="second")
+    trainer = Trainer(
+        model=first.model,
+        args=arguments(tmp_path / "again"),
+        train_dataset=ROWS,
+        callbacks=[LoraCallback(second, certify=False)],
+    )
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert (tmp_path / "again" / TENSORS).read_bytes() == (tmp_path / TENSORS).read_bytes()
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "trainer_state.json", "optimizer.pt"])
+def test_a_checkpoint_that_was_cut_off_is_not_resumed(
+    file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = train(tmp_path / "whole", METHODS["plain"])
+    if file == "model.safetensors":  # killed before the callback's own part is there
+        real = atomic.write_file
+
+        def cut(path: Path, *rest: Any) -> None:
+            if path.name == file and path.parent.name == "checkpoint-4":
+                raise KeyboardInterrupt
+            real(path, *rest)
+
+        monkeypatch.setattr(atomic, "write_file", cut)
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path / "cut", METHODS["plain"])
+        monkeypatch.undo()
+    else:
+        train(tmp_path / "cut", METHODS["plain"])
+        (tmp_path / "cut/checkpoint-4" / file).write_bytes(b"")
+    with pytest.raises((ValueError, EOFError, RuntimeError, LoralabError)):
+        train(tmp_path / "cut", METHODS["plain"], resume=tmp_path / "cut/checkpoint-4")
+    again = train(tmp_path / "cut", METHODS["plain"], resume=tmp_path / "cut/checkpoint-2")
+    assert again.weights == whole.weights

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import threading
 from collections import OrderedDict
@@ -288,6 +289,22 @@ def test_two_names_of_one_content_share_a_place(root: Path) -> None:
     assert store.holds(one.digest)
     store.unload("twin")
     assert not store.holds(one.digest)
+
+
+def test_a_digest_of_several_names_changes_none_of_them(root: Path) -> None:
+    shutil.copytree(root / "a", root / "twin")
+    store = Store(root, number_of)
+    digest = store.entry("a").digest
+    assert store.entry("twin").digest == digest
+    for change in (store.unload, store.pin):
+        with pytest.raises(ConfigError) as raised:
+            change(digest)
+        assert (raised.value.code, raised.value.field) == ("several_names", "name")
+        assert {"a", "twin"} <= set(re.findall(r"\w+", str(raised.value)))
+    assert names(store) == ["a", "b", "twin"]
+    store.unload("a")
+    assert store.unload(digest).name == "twin"
+    assert names(store) == ["b"]
 
 
 def test_content_is_found_where_it_still_lies(root: Path) -> None:

@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loralab.errors import DataError
-from loralab.tasks.catalog import TASKS, Task, _task, find, folders, input_text, listing
+from loralab.tasks.catalog import TASKS, Task, _task, find, folders, listing
 from loralab.tasks.formats import Row
 from loralab.tasks.read import DataTable
+from loralab.tasks.repeated import input_text
 
 SPLITS = ("train", "validation", "test")
 

@@ -22,7 +22,9 @@ from transformers import (
 
 from loralab.adapters.folder import RECORD, TENSORS
 from loralab.adapters.methods import LoRA
+from loralab.adapters.several import attached
 from loralab.artefacts.certificate import verify
+from loralab.artefacts.engines import check
 from loralab.artefacts.export import export
 from loralab.errors import AdapterFileError, AdapterStateError, ConfigError, DataError, LoralabError, ModelError
 from loralab.tasks.given import read
@@ -69,11 +71,11 @@ def tokenizer(tiny_llama_folder: Path) -> Any:
 def start(tiny_llama_folder: Path, sums: Path, tmp_path: Path) -> Train:
     """train() on the tiny Llama by name; keywords are its arguments, or fields of Training."""
 
-    def begin(name: str, **wanted: Any) -> Run:
+    def begin(folder: str, **wanted: Any) -> Run:
         own = {key: wanted.pop(key) for key in list(wanted) if key not in Training.__annotations__}
         usual = {"model": str(tiny_llama_folder), "data": str(sums), "method": LoRA(rank=2)}
         settings = Training(**{**SETTINGS, **wanted})
-        return train(**{**usual, **own}, output_dir=tmp_path / name, training=settings)
+        return train(**{**usual, **own}, output_dir=tmp_path / folder, training=settings)
 
     return begin
 
@@ -375,6 +377,61 @@ def test_an_adapted_live_model_is_scored_as_it_is(live: Any, tokenizer: Any, row
     assert (refused.value.code, refused.value.field) == ("base_needed", "model")
     run.adapter.detach()
     assert evaluate(model=live, tokenizer=tokenizer, data=rows).metrics != adapted.metrics
+
+
+def test_a_second_adapter_is_trained_beside_the_first_and_leaves_it_as_it_was(
+    start: Train, live: Any, tokenizer: Any, rows: list[Any]
+) -> None:
+    own = {"model": live, "tokenizer": tokenizer, "data": rows}
+    first = start("first", name="en", **own)
+    before = {name: value.clone() for name, value in first.adapter.state().items()}
+    with pytest.raises(AdapterStateError) as refused:
+        start("again", name="en", **own)
+    assert (refused.value.code, refused.value.field) == ("name_taken", "name")
+    second = start("second", name="de", method=LoRA(rank=3), **own)
+    assert list(attached(live)) == ["en", "de"] and second.adapter.name == "de"
+    assert all(torch.equal(value, before[name]) for name, value in first.adapter.state().items())
+    alone = start("alone", model=live.config._name_or_path, method=LoRA(rank=3), data=rows)
+    assert tensors(second) == tensors(alone)
+    first.adapter.activate()
+    plan(**own, training=Training(**SETTINGS), name="third")
+    with pytest.raises(LoralabError):
+        start("fails", name="third", method=LoRA(target_modules=["nothing"]), **own)
+    with pytest.raises(LoralabError):
+        start("fails", name="third", max_length=2, **own)
+    assert list(attached(live)) == ["en", "de"]
+    assert all(p.requires_grad for p in first.adapter.parameters())
+    assert not any(p.requires_grad for p in second.adapter.parameters())
+
+
+@pytest.mark.parametrize("to", ["peft", "vllm", "gguf", "merged"])
+def test_the_run_of_a_live_model_is_exported_on_that_model_which_stays(
+    start: Train, live: Any, tokenizer: Any, tmp_path: Path, to: str
+) -> None:
+    path = start("run", model=live, tokenizer=tokenizer).output_dir
+    with pytest.raises(AdapterFileError) as refused:
+        export(path, tmp_path / "out", to=to)
+    assert (refused.value.code, refused.value.field) == ("base_needed", "model")
+    with pytest.raises(ConfigError) as unread:
+        export(path, tmp_path / "out", to=to, model=live)
+    assert (unread.value.code, unread.value.field) == ("no_tokenizer", "tokenizer")
+    assert not (tmp_path / "out").exists()
+    before, folders = state(live), temporary()
+    assert export(path, tmp_path / "out", to=to, model=live, tokenizer=tokenizer).passed
+    assert_same(before, state(live))
+    assert temporary() == folders
+    if to != "merged":
+        assert check(path, target=to, model=live) == check(path, target=to, model=live.config._name_or_path)
+
+
+def test_a_compiled_live_model_is_trained_and_a_parallel_one_is_refused(
+    start: Train, live: Any, tokenizer: Any
+) -> None:
+    run = start("run", model=torch.compile(live, backend="eager"), tokenizer=tokenizer)
+    assert attached(live) == {"default": run.adapter}
+    with pytest.raises(ModelError) as refused:
+        start("other", model=nn.DataParallel(live), tokenizer=tokenizer)
+    assert (refused.value.code, refused.value.field) == ("wrapped_model", "model")
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,17 @@ class LinearWithAdaLoRA(Wrapper):
             self.register_buffer(f"sensitivity_{name}", zeros)
             self.register_buffer(f"uncertainty_{name}", zeros.clone())
         self._in_step: Tensor | None = None  # lambda, when it was last known to be in step
+        self._orthogonality = 0.0
         self._hooks: dict[str, RemovableHandle] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy or a pickle gets: not the hooks, which are on these parameters."""
+        return {**self.__dict__, "_hooks": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take the state of another one, and regularise as that did."""
+        super().__setstate__(state)
+        self.regularise(self._orthogonality)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., I) -> (..., O)."""
@@ -137,6 +147,7 @@ class LinearWithAdaLoRA(Wrapper):
 
         Nothing is added, and what was to be is forgotten, with a weight of 0.
         """
+        self._orthogonality = weight
         for name in ("lora_A", "lora_B"):
             parameter: nn.Parameter = getattr(self, name)
             pending = [True]  # once a step, however many backward passes it accumulates
@@ -150,7 +161,9 @@ class LinearWithAdaLoRA(Wrapper):
             if name in self._hooks:
                 self._hooks.pop(name).remove()
             if weight:
-                self._hooks[name] = parameter.register_post_accumulate_grad_hook(add)
+                learns = parameter.requires_grad  # not while another adapter acts
+                self._hooks[name] = parameter.requires_grad_().register_post_accumulate_grad_hook(add)
+                parameter.requires_grad_(learns)
 
     def refreshed(self) -> None:
         """The weights were set from outside."""

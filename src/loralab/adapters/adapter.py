@@ -53,7 +53,9 @@ class Adapter:
         self.saved = dict(saved)
         self._hooks: list[Any] = []
         self._set: AdapterSet | None = None  # that it belongs to while it is attached
+        self._merged = False  # also where what is trained are whole modules alone
         self._before_merge: Adapter | None = self  # acts again after unmerge(); None is the base
+        self.acted_before: Adapter | None = None  # when this one was attached
         self._trains = self.parameters()
         self.given: nn.Module = model  # as the user has it, with shells around it
         self.left_out: Mapping[str, str] = {}
@@ -98,7 +100,7 @@ class Adapter:
     @property
     def merged(self) -> bool:
         """Return whether the base weights hold the update at present."""
-        return any(module.merged for module in self.modules.values())
+        return self._merged or any(module.merged for module in self.modules.values())
 
     @property
     def can_merge(self) -> bool:
@@ -156,6 +158,9 @@ class Adapter:
     def merge(self) -> None:
         """Put the update into the base weights; `unmerge` restores them bit for bit.
 
+        Until then `model.state_dict()` holds merged weights, and says so under keys that end in
+        `.merged`: an unmerged model refuses it, as it would add the update once more.
+
         Raises:
             AdapterStateError: already merged, the method cannot be merged, a merged weight would
                 not be finite, a hook changes what a layer gives, or FSDP has split the weights.
@@ -170,7 +175,7 @@ class Adapter:
         before = own.current
         own.switch(self)
         self._merge_all(before)
-        self._before_merge = before
+        self._before_merge, self._merged = before, True
 
     def _merge_all(self, before: "Adapter | None") -> None:
         """Merge every layer, or none; then the adapter acts that did before."""
@@ -190,10 +195,17 @@ class Adapter:
             raise
 
     def unmerge(self) -> None:
-        """Put the base weights back, the same tensors as before the merge."""
+        """Put the base weights back, the same tensors as before the merge.
+
+        Raises:
+            AdapterStateError: not merged.
+        """
         own = self._attached()
+        if not self.merged:
+            raise AdapterStateError("not merged", code="not_merged")
         for module in self.modules.values():
             module.unmerge_weights()
+        self._merged = False
         before, self._before_merge = self._before_merge, self
         if before is None or before in own.members.values():
             own.switch(before)

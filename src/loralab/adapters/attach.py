@@ -62,7 +62,7 @@ def put_into(
     with adapters.standing(None):
         adapter = _decided(model, config, generator, name)
         model.requires_grad_(False)
-    adapter.given, adapter._set = given, adapters
+    adapter.given, adapter._set, adapter.acted_before = given, adapters, adapters.current
     adapters.add(adapter)
     return adapter
 

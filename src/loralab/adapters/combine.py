@@ -11,10 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loralab.adapters.adalora import LinearWithAdaLoRA
 from loralab.adapters.adapter import Adapter
 from loralab.adapters.attach import put_into
-from loralab.adapters.linear import LinearWithLoRA
 from loralab.adapters.methods import LoRA
 from loralab.adapters.several import AdapterSet, require_adapters
 from loralab.adapters.spectrum import decompose
@@ -52,8 +50,8 @@ def combine(
 
     Raises:
         ConfigError: an option is wrong, or a weight is not finite.
-        AdapterStateError: a name is unknown or taken, an adapter is merged or is not a low-rank
-            update of linear layers, or the result is not finite.
+        AdapterStateError: a name is unknown or taken, an adapter is merged or is more than
+            low-rank updates of linear layers, convolutions and embeddings, or the result is not finite.
     """
     adapters = require_adapters(model)
     adapters.require_free(name)
@@ -64,7 +62,7 @@ def combine(
         how != "svd"
         and len(ranks) == 1
         and rank in (None, *ranks)
-        and not any(getattr(m, "magnitude", None) is not None for found in layers.values() for m, _ in found)
+        and not any(_rescales(m) for found in layers.values() for m, _ in found)
     )
     mix = _Mix(how, density, torch.Generator().manual_seed(seed))
     wanted = None if by_factors else rank or max(ranks)
@@ -97,10 +95,8 @@ class _Mix:
         return (self.combined([A for A, *_ in parts], roots * signs), self.combined([B for _, B, *_ in parts], roots))
 
     def update(self, found: Sequence[tuple[Any, float]], rank: int) -> Factors:
-        """Return the updates B A, cut to a rank."""
-        plain = self.how in ("linear", "svd") and not any(
-            getattr(module, "magnitude", None) is not None for module, _ in found
-        )
+        """The updates B A, cut to a rank."""
+        plain = self.how in ("linear", "svd") and not any(_rescales(module) for module, _ in found)
         if plain:  # without a matrix of the weight's size
             parts = [(*module.factors(), weight) for module, weight in found]
             A = torch.cat([A for A, *_ in parts])
@@ -109,9 +105,9 @@ class _Mix:
             right = right.T
         else:
             weights = torch.tensor([weight for _, weight in found])
-            total = self.combined([module.delta() for module, _ in found], weights)
+            total = self.combined([_update(module) for module, _ in found], weights)
             left, values, right = torch.linalg.svd(total, full_matrices=False)
-        dtype = found[0][0].lora_A.dtype
+        dtype = found[0][0].factors()[0].dtype
         return right[:rank].to(dtype), (left[:, :rank] * values[:rank]).to(dtype)
 
     def combined(self, tensors: Sequence[Tensor], weights: Tensor) -> Tensor:
@@ -140,17 +136,30 @@ class _Mix:
         return tensor * mask.view_as(tensor)
 
 
+def _rescales(module: Any) -> bool:
+    """Tell if a layer's update is more than B A, as that of DoRA."""
+    return getattr(module, "magnitude", None) is not None
+
+
+def _update(module: Any) -> Tensor:
+    """The whole update as a matrix, as B A is."""
+    if _rescales(module):
+        whole: Tensor = module.delta()
+        return whole
+    A, B, scaling = module.factors()
+    return scaling * (B @ A)
+
+
 def _layers(adapters: AdapterSet, weights: Mapping[str, float]) -> dict[str, list[tuple[Any, float]]]:
     """Return path -> the layers there and their weights, of all adapters that have one."""
     found: dict[str, list[tuple[Any, float]]] = {}
     for name, weight in weights.items():
         adapter = adapters.find(name)
-        linear = (LinearWithLoRA, LinearWithAdaLoRA)
-        odd = [path for path, module in adapter.modules.items() if not isinstance(module, linear)]
+        odd = [path for path, module in adapter.modules.items() if not hasattr(type(module), "factors")]
         if odd or adapter.saved or not adapter.modules:
             raise AdapterStateError(
-                f"adapter {name!r} is not a low-rank update of linear layers alone "
-                f"({join_limited([*odd, *adapter.saved])}), so it cannot be combined",
+                f"adapter {name!r} is more than low-rank updates of linear layers, convolutions and embeddings "
+                f"({join_limited([*odd, *adapter.saved])}); leave it out, or route rows to it",
                 code="no_delta",
                 field=name,
             )
@@ -195,7 +204,7 @@ def _attached(model: nn.Module, factors: Mapping[str, Factors], name: str) -> Ad
     adapter = put_into(model, config, name=name)
     for path, (A, B) in factors.items():
         module = adapter.modules[path]
-        module.lora_A.copy_(A)
-        module.lora_B.copy_(B)
+        for own, values in zip(module.trained().values(), (A, B), strict=True):
+            own.copy_(values.view_as(own))
         module.refreshed()
     return adapter

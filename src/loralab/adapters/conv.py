@@ -59,6 +59,10 @@ class ConvWithLoRA(Wrapper):
         """Return a and B under peft's names."""
         return {"lora_A.weight": self.lora_A, "lora_B.weight": self.lora_B}
 
+    def factors(self) -> tuple[Tensor, Tensor, float]:
+        """A (R, I / G * K), B (O, R) and the factor of the update."""
+        return self.lora_A.flatten(1), self.lora_B.flatten(1), self.scaling
+
     def merged_tensors(self) -> dict[str, Tensor]:
         """Return the weight with the update in it."""
         return {"weight": to_wide(self.base.weight) + self.scaling * self._product()}

@@ -36,6 +36,10 @@ class EmbeddingWithLoRA(Wrapper):
         scaling = self.scaling * output_scale(self.base)
         return y + (scaling * F.linear(low, self.lora_embedding_B)).to(y.dtype)
 
+    def factors(self) -> tuple[Tensor, Tensor, float]:
+        """A (R, V), B (D, R) and the factor of the update, which is turned over."""
+        return self.lora_embedding_A, self.lora_embedding_B, self.scaling
+
     def merged_tensors(self) -> dict[str, Tensor]:
         """Return the table with the update in it."""
         update = (self.lora_embedding_B @ self.lora_embedding_A).T  # (V, D)

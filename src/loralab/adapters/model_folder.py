@@ -141,7 +141,7 @@ def untied(model: Any) -> Iterator[None]:
     """Say in the configuration that a head has a weight of its own, where it has one now."""
     configurations = [model.config, model.config.get_text_config()]
     tied = [c for c in configurations if getattr(c, "tie_word_embeddings", False)]
-    if not _has_own_head(model):
+    if not has_own_head(model):
         tied = []
     for config in tied:
         config.tie_word_embeddings = False
@@ -152,6 +152,10 @@ def untied(model: Any) -> Iterator[None]:
             config.tie_word_embeddings = True
 
 
-def _has_own_head(model: Any) -> bool:
+def has_own_head(model: Any) -> bool:
+    """Return whether the output head has numbers of its own, which a file holds beside the embedding's.
+
+    Two parameters may have the same numbers in memory, as those of merged full fine-tuning have.
+    """
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    return head is not None and head.weight is not model.get_input_embeddings().weight
+    return head is not None and head.weight.data_ptr() != model.get_input_embeddings().weight.data_ptr()

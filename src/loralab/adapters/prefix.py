@@ -24,11 +24,13 @@ from loralab.adapters.positions import (
     innermost_with_positions,
     shift_positions_behind,
 )
+from loralab.adapters.split import require_whole
 from loralab.adapters.wrapper import Wrapper
 from loralab.errors import ConfigError, TargetError
 
 CANNOT_MERGE = "a prefix cannot be merged: it is keys and values of its own, which no weight of the base can hold"
 CANNOT_SHARE = "a prefix stands in front of a row, not in a module"
+IGNORE = "split the base alone: fully_shard(..., ignored_params=set(adapter.parameters()))"
 MASK = "attention_mask"
 PEFT_FIELDS = {
     "num_virtual_tokens",
@@ -112,7 +114,12 @@ class AttentionWithPrefix(Wrapper):
         self._window = window_of(base)
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
-        """Return the attention's output."""
+        """Return the attention's output.
+
+        Raises:
+            AdapterStateError: FSDP has split the prefix, which it puts together for one layer alone.
+        """
+        require_whole([self.table.weight], "a prefix", IGNORE)
         bound = self._signature.bind(*inputs, **named)
         given = bound.arguments
         prefix_cache = self.table.cache_with_prefix(self.layer, given.get(self._cache))

@@ -25,11 +25,13 @@ from loralab.adapters.positions import by_name, innermost_with_positions, shift_
 from loralab.adapters.prefix import (
     CANNOT_MERGE,
     CANNOT_SHARE,
+    IGNORE,
     PEFT_FIELDS,
     AttentionWithPrefix,
     PrefixCache,
     attention_names,
 )
+from loralab.adapters.split import require_whole
 from loralab.adapters.wrapper import Wrapper
 from loralab.errors import AdapterStateError, TargetError
 
@@ -75,6 +77,7 @@ class Embeddings(nn.Module):
 
     def record(self, inner: nn.Module) -> None:
         """One pass of the prompt through the model without its head."""
+        require_whole([self.weight], "a prompt", IGNORE)
         self.states, self.recording = [], True
         embedding: Any = inner.get_input_embeddings()  # type: ignore[operator]
         prompt = self.weight.to(embedding.weight.dtype)[None]
@@ -174,6 +177,7 @@ class PrependPrompt:
         words = given.get("inputs_embeds")
         if words is None:
             words = module.get_input_embeddings()(given.pop("input_ids"))
+        require_whole([self.table.weight], "a prompt", IGNORE)
         prompt = self.table.weight.to(words.dtype).expand(len(words), -1, -1)
         given["inputs_embeds"] = torch.cat([prompt, words], dim=1)
         for name, value in (("attention_mask", 1), ("token_type_ids", 0)):

@@ -32,7 +32,12 @@ def routed(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
     chosen = {name: adapters.find(name) for name in names if name is not None}
     for name, adapter in chosen.items():
         if reason := cannot_share({**adapter.modules, **adapter.saved}):
-            raise AdapterStateError(f"adapter {name!r}: {reason}", code="cannot_route", field=name)
+            raise AdapterStateError(
+                f"adapter {name!r} cannot share a batch: {reason}; give its rows a batch of their own, in a "
+                f'block with loralab.attached(model)["{name}"].active()',
+                code="cannot_route",
+                field=name,
+            )
     acting = adapters.current
     with adapters.standing(None):
         if acting is not None:

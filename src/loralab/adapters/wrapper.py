@@ -16,9 +16,13 @@ from loralab.adapters.bases import as_linear, compute_dtype, dense_weight, is_qu
 from loralab.adapters.effective import effective
 from loralab.errors import AdapterStateError, ConfigError
 
+MERGED = "merged"  # in the state_dict of a merged module, which no unmerged one may take
+
 
 class Wrapper(nn.Module):
     """A module in the place of `base`; attributes that it lacks are those of the base.
+
+    The state_dict of a merged one holds the merged weight and says so, under `merged`.
 
     Raises:
         ConfigError: weights that are complex numbers.
@@ -145,6 +149,12 @@ class Wrapper(nn.Module):
             self.base.register_parameter(name, original)
         self._unmerged, self._packed, self.merged = {}, (), False
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Put the own tensors into a state_dict (nn.Module), and that the base's weight is a merged one."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.merged:
+            destination[prefix + MERGED] = torch.ones((), dtype=torch.bool)
+
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Move or cast all tensors (nn.Module), those that a merge keeps aside too."""
         super()._apply(fn, recurse)
@@ -226,16 +236,26 @@ def _computed(base: Any, names: Iterable[str]) -> str:
     return ""
 
 
-def _require_unmerged(module: Any, *_: Any) -> None:
-    """Refuse load_state_dict while merged, since unmerging would put the earlier weight back.
+def _require_unmerged(module: Any, state: Mapping[str, Any], prefix: str, *_: Any) -> None:
+    """Refuse load_state_dict where an update is merged: in the module, or in the state.
+
+    Unmerging would put the module's earlier weight back; the state's weight holds an update that
+    an unmerged module would add once more.
 
     Raises:
-        AdapterStateError: merged.
+        AdapterStateError: one of the two is merged.
     """
     if module.merged:
         raise AdapterStateError(
             "load_state_dict would fill in a merged weight, which unmerge() throws away; call unmerge() first",
             code="merged",
+        )
+    if prefix + MERGED in state:
+        raise AdapterStateError(
+            f"the state was taken while the adapter was merged ({prefix + MERGED}), and its update would count "
+            "twice; take it after unmerge(), or save the adapter and load() it",
+            code="merged_state",
+            field=prefix + MERGED,
         )
 
 

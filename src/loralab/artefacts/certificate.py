@@ -224,7 +224,8 @@ def _reload(path: Path, device: str, base: str | None) -> tuple[Base, str]:
     """
     if (path / gguf_adapter.FILE).is_file():
         with tempfile.TemporaryDirectory() as place:
-            live = load_with_base(_unpacked(path, Path(place) / "adapter"), device=device)
+            unpacked = _unpacked(path, Path(place) / "adapter", base)
+            live = load_with_base(unpacked, model=base, device=device)
         return live.base, live.precision
     if (path / folder.CONFIG).is_file():
         if base is None or has_tokenizer(base):
@@ -240,11 +241,11 @@ def _reload(path: Path, device: str, base: str | None) -> tuple[Base, str]:
     return merged, precision
 
 
-def _unpacked(path: Path, place: Path) -> Path:
-    """Return the folder with a GGUF adapter as an adapter folder."""
+def _unpacked(path: Path, place: Path, base: str | None) -> Path:
+    """The folder with a GGUF adapter as an adapter folder."""
     kept = ("base", "task", "training", "tokenizer", "sample")
     record = {key: value for key, value in read_json(path / RECORD).items() if key in kept}
-    config = models.configuration(record["base"]["name"])
+    config = models.configuration(base or record["base"]["name"])
     return folder.write(place, *gguf_adapter.read(path / gguf_adapter.FILE, config), record)
 
 

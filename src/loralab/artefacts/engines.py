@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from loralab.adapters import folder
 from loralab.adapters.adapter import Adapter
 from loralab.adapters.conv import ConvWithLoRA
@@ -81,12 +83,13 @@ class BaseInfo:
     tied: bool | None = None
 
 
-def check(adapter: str | Path, *, target: str, model: str | None = None) -> Verdict:
+def check(adapter: str | Path, *, target: str, model: Any = None) -> Verdict:
     """Check what an engine would refuse or ignore of an adapter; write nothing.
 
     Args:
         target: "vllm", "gguf" (llama.cpp) or "peft".
-        model: the base; None is the one that the adapter names, if it can be found.
+        model: the base, by name or live; None is the one that the adapter names, if it can be
+            found.
 
     Raises:
         ConfigError: there is no such target.
@@ -108,8 +111,8 @@ def check_folder(stored: AdapterFolder, target: str, base_info: BaseInfo) -> Ver
     return ENGINES[target](stored, base_info)
 
 
-def require(adapter: str | Path, target: str, model: str | None) -> AdapterFolder:
-    """Return the folder, if `export` can write it for an engine.
+def require(adapter: str | Path, target: str, model: Any) -> AdapterFolder:
+    """The folder, if `export` can write it for an engine.
 
     Raises:
         ConfigError: it cannot; says why, and the way out.
@@ -128,14 +131,15 @@ def require(adapter: str | Path, target: str, model: str | None) -> AdapterFolde
     return stored
 
 
-def read_base_info(name: str) -> BaseInfo:
-    """Return the facts about a base, without loading its weights.
+def read_base_info(model: Any) -> BaseInfo:
+    """Return the facts about a base, a live one or one by name, without its weights.
 
     Raises:
         ModelError: it does not exist.
     """
-    config = models.configuration(name)
-    own = (config.architectures or [None])[0]
+    live = isinstance(model, nn.Module)
+    config: Any = model.config if live else models.configuration(model)
+    own = type(model).__name__ if live else (config.architectures or [None])[0]
     return BaseInfo(architecture=own, tied=bool(getattr(config, "tie_word_embeddings", False)))
 
 
@@ -276,13 +280,13 @@ def _uneven(stored: AdapterFolder) -> str:
     return "ranks or scales differ between modules, which older versions of vLLM do not read"
 
 
-def _checked(stored: AdapterFolder, target: str, model: str | None) -> Verdict:
+def _checked(stored: AdapterFolder, target: str, model: Any) -> Verdict:
     return check_folder(stored, target, _base_info_of(stored, model))
 
 
-def _base_info_of(stored: AdapterFolder, model: str | None) -> BaseInfo:
-    """Return the base that was given, or that the folder names where it can be found."""
-    if model:
+def _base_info_of(stored: AdapterFolder, model: Any) -> BaseInfo:
+    """The base that was given, or that the folder names where it can be found."""
+    if model is not None and model != "":
         return read_base_info(model)
     record = stored.record.get("base", {})
     name = record.get("name") or stored.fields.get("base_model_name_or_path")

@@ -1,6 +1,7 @@
 """Export an adapter to another format, with its certificate."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from loralab.artefacts.comparison import Certificate, reference_of
 from loralab.artefacts.engines import differs_in_peft, require
 from loralab.artefacts.loaded_adapter import LoadedAdapter, load_with_base, sample_of
 from loralab.artefacts.merge import merge, proven_output
+from loralab.artefacts.temporary_base import base_folder
 from loralab.artefacts.updates import uniform
 from loralab.errors import CertificateError, ConfigError, join_limited, nearest
 from loralab.models.load import configuration
@@ -23,13 +25,22 @@ Record = dict[str, Any]
 
 
 def export(
-    adapter: str | Path, output: str | Path, *, to: str, model: str | None = None, precision: str | None = None
+    adapter: str | Path,
+    output: str | Path,
+    *,
+    to: str,
+    model: Any = None,
+    tokenizer: Any = None,
+    precision: str | None = None,
 ) -> Certificate:
     """Write an adapter in another form to a new folder, and prove it in a fresh process.
 
     Args:
         to: "peft" (the adapter folder that peft loads), "vllm" (the same with one rank for all
             modules), "gguf" (a folder with adapter.gguf for llama.cpp) or "merged" (a full model).
+        model: the base; None is the one that the adapter names. A live model needs its
+            `tokenizer`, and stays as it is; adapters that are in it have no effect.
+        precision: fp32, bf16 or fp16; None is that of the training, and of a live model its own.
 
     Raises:
         InputError: something given is wrong; nothing has been written.
@@ -41,10 +52,23 @@ def export(
             code="unknown_target",
             field="to",
         )
-    return TARGETS[to](Path(adapter), Path(output), model, precision)
+    return TARGETS[to](Path(adapter), Path(output), _Base(model, tokenizer, precision))
 
 
-def _to_peft(adapter: Path, output: Path, model: str | None, precision: str | None) -> Certificate:
+@dataclass(frozen=True, eq=False)
+class _Base:
+    """The base as it was asked for."""
+
+    model: Any
+    tokenizer: Any
+    precision: str | None
+
+    def with_adapter(self, path: Path) -> LoadedAdapter:
+        """Load an adapter onto it."""
+        return load_with_base(path, model=self.model, tokenizer=self.tokenizer, precision=self.precision)
+
+
+def _to_peft(adapter: Path, output: Path, base: _Base) -> Certificate:
     """peft's own files, of the methods that peft has."""
     atomic.require_free(output)
     kind = read_json(adapter / CONFIG).get("peft_type") if (adapter / CONFIG).is_file() else None
@@ -52,7 +76,7 @@ def _to_peft(adapter: Path, output: Path, model: str | None, precision: str | No
         raise ConfigError(
             f"peft has no method {kind}, so {adapter} cannot be written for it", code="not_in_peft", field="method"
         )
-    live = load_with_base(adapter, model=model, precision=precision)
+    live = base.with_adapter(adapter)
     if reasons := differs_in_peft(live.adapter):
         raise ConfigError(
             f"peft cannot express {adapter}: {join_limited(reasons)}", code="not_in_peft", field="adapter"
@@ -60,17 +84,17 @@ def _to_peft(adapter: Path, output: Path, model: str | None, precision: str | No
     return _certified(live, output, live.adapter.save)
 
 
-def _to_vllm(adapter: Path, output: Path, model: str | None, precision: str | None) -> Certificate:
+def _to_vllm(adapter: Path, output: Path, base: _Base) -> Certificate:
     """peft's files once more, with one rank and one alpha for all modules."""
     atomic.require_free(output)
-    fields, tensors = uniform(require(adapter, "vllm", model))
-    live = load_with_base(adapter, model=model, precision=precision)
-    fields["base_model_name_or_path"] = live.base.name
+    fields, tensors = uniform(require(adapter, "vllm", base.model))
+    live = base.with_adapter(adapter)
+    fields["base_model_name_or_path"] = live.base.recorded["name"]
     return _certified(live, output, lambda place, record: folder.write(place, fields, tensors, record))
 
 
-def _to_gguf(adapter: Path, output: Path, model: str | None, precision: str | None) -> Certificate:
-    """Return a folder with adapter.gguf, its record and its certificate."""
+def _to_gguf(adapter: Path, output: Path, base: _Base) -> Certificate:
+    """A folder with adapter.gguf, its record and its certificate."""
     if output.suffix == ".gguf":
         raise ConfigError(
             f"{output} would be a folder, with {gguf_adapter.FILE} and its certificate in it; "
@@ -79,9 +103,9 @@ def _to_gguf(adapter: Path, output: Path, model: str | None, precision: str | No
             field="output",
         )
     atomic.require_free(output)
-    stored = require(adapter, "gguf", model)
-    live = load_with_base(adapter, model=model, precision=precision)
-    config = configuration(live.base.name)
+    stored = require(adapter, "gguf", base.model)
+    live = base.with_adapter(adapter)
+    config = live.base.model.config if live.base.live else configuration(live.base.name)
 
     def write(place: Path, record: Record) -> None:
         with atomic.new_folder(place) as partial:
@@ -93,8 +117,8 @@ def _to_gguf(adapter: Path, output: Path, model: str | None, precision: str | No
     return _certified(live, output, write)
 
 
-def _to_merged(adapter: Path, output: Path, model: str | None, precision: str | None) -> Certificate:
-    return merge(adapter, output, model=model, precision=precision)
+def _to_merged(adapter: Path, output: Path, base: _Base) -> Certificate:
+    return merge(adapter, output, model=base.model, tokenizer=base.tokenizer, precision=base.precision)
 
 
 def _certified(live: LoadedAdapter, output: Path, write: Callable[[Path, Record], object]) -> Certificate:
@@ -107,9 +131,9 @@ def _certified(live: LoadedAdapter, output: Path, write: Callable[[Path, Record]
         **base.recorded,
         "precision": live.precision,
     }
-    with proven_output(output) as rejected:
+    with proven_output(output) as rejected, base_folder(base) as copied:
         write(rejected, record)
-        certificate = compare_afresh(rejected, reference)
+        certificate = compare_afresh(rejected, reference, copied)
         if not certificate.passed:
             raise CertificateError(
                 f"the exported adapter differs; it is left in {rejected}", code="not_equal", field="artefact"
@@ -117,7 +141,7 @@ def _certified(live: LoadedAdapter, output: Path, write: Callable[[Path, Record]
     return certificate
 
 
-TARGETS: dict[str, Callable[[Path, Path, str | None, str | None], Certificate]] = {
+TARGETS: dict[str, Callable[[Path, Path, _Base], Certificate]] = {
     "peft": _to_peft,
     "vllm": _to_vllm,
     "gguf": _to_gguf,

@@ -10,6 +10,7 @@ from loralab.adapters import folder
 from loralab.adapters.adapter import Adapter
 from loralab.adapters.folder import AdapterFolder, read_json
 from loralab.adapters.load import load as load_adapter
+from loralab.adapters.several import attached
 from loralab.errors import AdapterFileError
 from loralab.models import load as models
 from loralab.models.given import Given, given
@@ -48,7 +49,7 @@ def load_with_base(
 
     Args:
         model: the base; None is the one that the folder names. Of a live model with its
-            `tokenizer` a copy is used.
+            `tokenizer` a copy is used, without the adapters that are in it.
         precision: fp32, bf16 or fp16; None is that of the training, or fp32, and of a live model
             its own.
         device: where to.
@@ -107,9 +108,11 @@ def on_base(path: str | Path, base: str | Path, *, device: str = "cpu") -> Loade
 
 
 def _copied(own: Given, stored: AdapterFolder) -> Base:
-    """Return a copy of a live model, as the adapter's training needs it."""
+    """Return a copy of a live model without its adapters, as the adapter's training needs it."""
     record = stored.record.get("base", {})
     copied = Given(copy.deepcopy(own.model), own.tokenizer)
+    for other in attached(copied.model).values():
+        other.detach()
     return copied.base(record.get("kind") or "", labels=label_names(stored), image_size=record.get("image_size"))
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from loralab import atomic
 from loralab.adapters.folder import RECORD, write_json
+from loralab.adapters.model_folder import has_own_head
 from loralab.adapters.record import FORMAT
 from loralab.artefacts import requantize
 from loralab.artefacts.certificate import compare_afresh, file_digests
@@ -42,7 +43,7 @@ def merge(
 
     Args:
         model: the base; None is the one that the adapter names. Of a live model with its
-            `tokenizer` a copy is merged.
+            `tokenizer` a copy is merged, without the adapters that are in it.
         precision: of the written weights: fp32, bf16, fp16; None is that of the training, and of
             a live model its own.
         quantize: "nf4" packs the merged weights again; a 4-bit base is otherwise left unpacked.
@@ -142,9 +143,7 @@ def _write_model(live: LoadedAdapter, plain: Any, place: Path, kept: Mapping[str
 
 def _untie(model: Any) -> None:
     """A head that was adapted no longer shares its weight with the embedding: say so."""
-    get_head = getattr(model, "get_output_embeddings", lambda: None)
-    head, embedding = get_head(), model.get_input_embeddings()
-    if head is not None and head.weight is not embedding.weight:
+    if has_own_head(model):
         for config in (model.config, model.config.get_text_config()):
             if getattr(config, "tie_word_embeddings", False):
                 config.tie_word_embeddings = False

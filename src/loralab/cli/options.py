@@ -9,6 +9,7 @@ import re
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
@@ -18,6 +19,7 @@ from loralab.errors import ConfigError, join_limited
 from loralab.values import build_config, split_pair, split_parts
 
 Config = type[Any]
+_hints: Any = cache(partial(get_type_hints, include_extras=True))  # a good part of the time of --help
 
 
 def with_options(*configs: Config) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -40,6 +42,8 @@ def with_options(*configs: Config) -> Callable[[Callable[..., None]], Callable[.
             command(**mine, typed={name: _parsed(name, v, used) for name, v in typed.items()})
 
         def take_options(*more: Config) -> None:
+            if hasattr(run, "__signature__") and used == [*more, *configs]:
+                return
             used[:] = [*more, *configs]
             names = dict.fromkeys(f.name for config in more for f in fields(config))
             names |= dict.fromkeys(name for config in configs for name in _option_names(config))
@@ -98,14 +102,14 @@ def pairs(text: str, name: str, kind: Callable[[str], Any] = str) -> dict[str, A
 
 def _option_names(config: Config) -> list[str]:
     """Fields that have a text."""
-    hints = get_type_hints(config, include_extras=True)
+    hints: dict[str, Any] = _hints(config)
     return [f.name for f in fields(config) if get_origin(hints[f.name]) is Annotated]
 
 
 def _parameter(name: str, configs: Sequence[Config]) -> inspect.Parameter:
     """Return one option for the field of this name, explained as by the first class that has it."""
     owners = [config for config in configs if _has(config, name)]
-    hint = get_type_hints(owners[0], include_extras=True)[name]
+    hint: Any = _hints(owners[0])[name]
     plain, *notes = get_args(hint) if get_origin(hint) is Annotated else (hint, "")
     shown = _defaults_text(name, owners)
     text = f"{notes[0]}  [dim]{shown}[/]" if shown else str(notes[0])

@@ -30,7 +30,6 @@ from loralab.cli.arguments import (
     method_in,
     requested,
 )
-from loralab.cli.jobs import train_jobs
 from loralab.cli.options import build, with_options
 from loralab.cli.tables import print_json, print_table, run_json, show_listing, show_run
 from loralab.errors import ConfigError
@@ -65,6 +64,7 @@ def train(
             )
         own = {"model": model, "data": data, "method": method, "map": map_}
         common = {**(typed or {}), **{k: v for k, v in own.items() if v is not None}}
+        from loralab.cli.jobs import train_jobs
 
         train_jobs(jobs, output_dir, common, resume=resume, quiet=quiet, as_json=json_)
         return

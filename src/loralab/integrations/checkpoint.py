@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from loralab import atomic
 from loralab.adapters.adapter import Adapter
 from loralab.adapters.fingerprint import fingerprint
-from loralab.adapters.model_folder import STATE, STATE_METADATA
+from loralab.adapters.model_folder import STATE, STATE_METADATA, holds_state
+from loralab.adapters.several import adapters_of
 from loralab.errors import AdapterStateError, join_limited
 
 RECORD_ENTRY = "loralab.json"  # the entry of bytes; no module has a dot in its name
@@ -35,8 +36,35 @@ class CheckpointState:
     def __init__(self, adapter: Adapter) -> None:
         self.adapter = adapter
         self.step: int | None = None
-        adapter.model.register_load_state_dict_pre_hook(self._compare)
-        adapter.model.register_load_state_dict_post_hook(self._forget_base)
+        self._hooks: list[Any] = []
+        self.watch()
+
+    def watch(self) -> None:
+        """Compare what is filled into the model from now on."""
+        if not self._hooks:
+            model = self.adapter.model
+            self._hooks.append(model.register_load_state_dict_pre_hook(self._compare))
+            self._hooks.append(model.register_load_state_dict_post_hook(self._forget_base))
+
+    def leave(self) -> None:
+        """Take the hooks from the model, once its training has ended."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks, self.step = [], None
+
+    def recall(self, folder: Path, model: nn.Module) -> None:
+        """Compare what was filled into the model from a checkpoint while nothing watched it.
+
+        Raises:
+            AdapterStateError: it is of another adapter or base.
+        """
+        if not holds_state(folder):
+            return
+        state, prefix = safetensors.torch.load_file(folder / STATE), self._prefix(model)
+        self._compare(model, state, prefix)
+        own = self._own().items()
+        if not all(torch.equal(state[prefix + key], tensor.detach().cpu()) for key, tensor in own):
+            self.step = None
 
     def write(self, folder: Path, model: nn.Module, step: int) -> None:
         """Write the state after `step` steps.
@@ -77,13 +105,18 @@ class CheckpointState:
                 found[key] = tensor
         return found
 
+    def _acts(self) -> bool:
+        """Return whether the adapter stands in its model, which may have had others since."""
+        found = adapters_of(self.adapter.model)
+        return found is not None and found.current is self.adapter
+
     def _compare(self, module: nn.Module, state: Mapping[str, Tensor], prefix: str, *_: Any) -> None:
         """Refuse a state of another adapter or base, and take AdaLoRA's step from it.
 
         Raises:
             AdapterStateError: names what differs.
         """
-        if (stored := state.get(prefix + RECORD_ENTRY)) is None:
+        if (stored := state.get(prefix + RECORD_ENTRY)) is None or not self._acts():
             return
         own = self._own()
         held = {k.removeprefix(prefix): t.shape for k, t in state.items() if k.startswith(prefix)}

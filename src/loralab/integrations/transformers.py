@@ -81,6 +81,9 @@ class LoraCallback(TrainerCallback):
         require_no_model(Path(args.output_dir))  # where the adapter is saved in the end
         learning.require_trainable(adapter, model, optimizer)
         _require_rates(adapter, optimizer)
+        self._state.watch()
+        if state.global_step and self._state.step is None:
+            self._state.recall(_checkpoint(args, state), model)
         if state.global_step and self._state.step != state.global_step:
             raise AdapterStateError(
                 f"training goes on from step {state.global_step}, but no checkpoint of this "
@@ -146,8 +149,7 @@ class LoraCallback(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, *, model: Any = None, **_: Any) -> None:
         """Write into a checkpoint what it takes to go on from it."""
         if args.should_save:
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            self._state.write(folder, model, state.global_step)
+            self._state.write(_checkpoint(args, state), model, state.global_step)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Save the adapter, the best one if that was loaded, and make its certificate.
@@ -156,7 +158,8 @@ class LoraCallback(TrainerCallback):
             CertificateError: what was saved does not do what was trained.
             OutputError: the folder cannot be written.
         """
-        self._started, self._state.step = {}, None
+        self._started = {}
+        self._state.leave()
         if not args.should_save:
             return
         folder, proving = Path(args.output_dir), self.certify and not self.notes
@@ -165,6 +168,10 @@ class LoraCallback(TrainerCallback):
         self.adapter.save(folder, {**record, **steps}, overwrite=True)
         if proving:
             self.certificate = certify_adapter(self.adapter, folder, self._sample)
+
+
+def _checkpoint(args: Any, state: Any) -> Path:
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
 
 
 def _require_supported(args: Any, adapter: Adapter) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from loralab.errors import ConfigError, ModelError, format_value, join_limited
 from loralab.models import pictures
@@ -160,6 +161,13 @@ def given(model: Any, tokenizer: Any) -> Given | None:
         return None
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model must be {ACCEPTED}, found {format_value(model)}", code="not_a_model", field="model")
+    model = getattr(model, "_orig_mod", model)  # what torch.compile stands around
+    if isinstance(model, DataParallel | DistributedDataParallel):
+        raise ModelError(
+            f"{type(model).__name__} stands around a model; give that itself: model.module",
+            code="wrapped_model",
+            field="model",
+        )
     if not hasattr(getattr(model, "config", None), "model_type"):
         raise ModelError(
             f"{type(model).__name__} has no config; a live model must be one of transformers (for "

@@ -49,6 +49,20 @@ class AdapterListing:
             f"there is no adapter {name!r} in the store{hint}", code="unknown_adapter", field="name"
         )
 
+    def require_one_name(self, name: str) -> None:
+        """Refuse a digest that several names stand for, where a name is to be changed.
+
+        Raises:
+            ConfigError: it is one.
+        """
+        alike = self._alike.get(name, set()) if name and name not in self.entries else set()
+        if len(alike) > 1:
+            raise ConfigError(
+                f"{len(alike)} names stand for {name[:12]}: {', '.join(sorted(alike))}; say which of them",
+                code="several_names",
+                field="name",
+            )
+
     def stand(self, name: str, entry: Described) -> None:
         """Let a name stand for an adapter, for none, or for one that cannot be used."""
         before = self.entries.pop(name, None)

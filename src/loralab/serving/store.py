@@ -157,11 +157,14 @@ class Store:
     def unload(self, name: str) -> AdapterInfo:
         """Forget a name, for good; its memory is freed once no request uses it, its folder stays.
 
+        A digest is taken for its name.
+
         Raises:
             AdapterNotFoundError: there is no such name.
+            ConfigError: several names stand for this digest.
             OutputError: the names cannot be written.
         """
-        gone = self.entry(name)
+        gone = self._named(name)
 
         def edit(names: Names) -> Names:
             self._follow(names)
@@ -179,12 +182,20 @@ class Store:
 
         Raises:
             AdapterNotFoundError: there is no such name.
+            ConfigError: several names stand for this digest.
         """
-        found = self.entry(name)
+        found = self._named(name)
         with self._changed:
             self._listing.found(found.name)  # nobody may have removed it in the meantime
             self._pinned = self._pinned | {found.name} if pinned else self._pinned - {found.name}
             return self._seen(found)
+
+    def _named(self, name: str) -> AdapterInfo:
+        """Return the adapter of a name, or of a digest that one name stands for."""
+        found = self.entry(name)
+        with self._changed:
+            self._listing.require_one_name(name)
+        return found
 
     # -- memory ---------------------------------------------------------------------------------
 

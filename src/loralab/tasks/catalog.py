@@ -19,6 +19,7 @@ from loralab.errors import ConfigError, DataError, join_limited, nearest
 from loralab.tasks import fashion, vader
 from loralab.tasks.formats import Row
 from loralab.tasks.read import DataTable, read
+from loralab.tasks.repeated import input_text, leaks, repetitions
 
 HELD_OUT_SHARE = 0.1  # of the rows for validation, and as many for the test
 LABELLED = ("text-label", "pair-label")
@@ -32,7 +33,8 @@ class Task:
     `labels` are the sorted class names or tags ("O" first), empty where there are none;
     `instruction` is what a language model is told before a text to classify; `leaked` counts the
     test rows whose input is also a train row, which can only happen with splits that the data
-    brought along; `notes` name what the data holds and nothing uses, a line each.
+    brought along; `notes` name what the data holds and nothing uses, and inputs that are in several
+    rows with different labels or on both sides of a split, a line each.
     """
 
     name: str
@@ -249,14 +251,6 @@ def folders() -> list[Path]:
     return [*([Path(own)] if own else []), beside, Path.home() / ".cache" / "loralab" / "assets"]
 
 
-def input_text(row: Row) -> str:
-    """Return what a row asks, without the answer."""
-    if "messages" in row:
-        return json.dumps(row["messages"][:-1], ensure_ascii=False)
-    answer = ("label", "completion", "output", "tags")
-    return "\x1f".join(str(value) for column, value in row.items() if column not in answer)
-
-
 def _task(table: DataTable, seed: int, instruction: str) -> Task:
     return task_of(table, split_rows(table, seed), instruction)
 
@@ -274,16 +268,16 @@ def task_of(table: DataTable, splits: dict[str, list[Row]], instruction: str, la
     labels = labels or _labels(table.source, splits)
     if table.format in LABELLED:
         instruction = instruction or question_of(table.format, labels)
-    inputs = {input_text(row) for row in splits["train"]}
+    leaked = leaks(splits)
     return Task(
         name=table.source,
         format=table.format,
         splits=splits,
         labels=labels,
         instruction=instruction,
-        leaked=sum(input_text(row) in inputs for row in splits["test"]),
+        leaked=len(leaked["test"]),
         digest=content_digest(splits, labels, instruction),
-        notes=table.notes,
+        notes=tuple(dict.fromkeys((*table.notes, *repetitions(splits, leaked)))),
     )
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from loralab.adapters.adapter import Adapter
+from loralab.adapters.several import attached
 from loralab.errors import ConfigError
 from loralab.models.device import device_here
 from loralab.models.given import Given
@@ -14,11 +15,12 @@ from loralab.tasks.catalog import Task
 from loralab.tasks.encode import require_suited
 from loralab.training.settings import Training
 
+SAVED = "write it and its tokenizer to a folder with save_pretrained, and give that folder in its place"
 UNUSABLE = {  # fields that would change more of a model than an adapter can take back
-    "quantize": "give its name or folder in its place",
+    "quantize": SAVED,
     "new_tokens": "add them to the tokenizer, call resize_token_embeddings, and train their rows "
     "with LoRA(token_rows=...)",
-    "shard_base": "give its name or folder in its place",
+    "shard_base": SAVED,
 }
 
 
@@ -58,7 +60,10 @@ def base_for(own: Given, task: Task, image_size: int | None = None) -> Base:
 
 @contextmanager
 def detached_after(base: Base, adapter: Adapter, *, on_error_alone: bool = False) -> Iterator[None]:
-    """Take an adapter out of a live model after the block; other models are thrown away."""
+    """Take an adapter out of a live model after the block; other models are thrown away.
+
+    Of the model's own adapters the one acts again that did before.
+    """
     done = not base.live
     try:
         yield
@@ -66,3 +71,6 @@ def detached_after(base: Base, adapter: Adapter, *, on_error_alone: bool = False
     finally:
         if not done:
             adapter.detach()
+            before = adapter.acted_before
+            if before is not None and before in attached(base.model).values():
+                before.activate()

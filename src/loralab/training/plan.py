@@ -80,6 +80,7 @@ def plan(
     method: AnyMethod | None = None,
     training: Training | None = None,
     mapping: Mapping[str, str] | None = None,
+    name: str = "default",
 ) -> Plan:
     """Plan a run as `train` would make it: load and probe, without training or writing.
 
@@ -88,7 +89,7 @@ def plan(
     Raises:
         InputError: something given is wrong.
     """
-    request = Request.of(model, data, method, training, mapping, tokenizer)
+    request = Request.of(model, data, method, training, mapping, tokenizer, name)
     with restored_after(request.given):
         prepared = preflight.prepare(request)
         with detached_after(prepared.base, prepared.adapter):

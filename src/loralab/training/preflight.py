@@ -178,7 +178,7 @@ def _attached(request: Request, base: Base) -> Adapter:
     if training.new_tokens:
         rows = (*method.token_rows, *add_tokens(base, training.new_tokens))
         method = replace(method, token_rows=rows)
-    return put_into(base.model, method, generator)
+    return put_into(base.model, method, generator, name=request.name)
 
 
 def _digest(request: Request, task: Task) -> str:

@@ -22,7 +22,7 @@ class Request:
 
     `settled` is whether a memory budget has made its choice: in the run that this one goes on with.
     `task` are the rows, where they are not simply those behind `data`; `given` is a live model, of
-    which `model` is a name for readers.
+    which `model` is a name for readers, and `name` is what the adapter in it will be called.
     """
 
     model: str
@@ -33,6 +33,7 @@ class Request:
     settled: bool = False
     task: Task | None = None
     given: Given | None = None
+    name: str = "default"
 
     @staticmethod
     def of(
@@ -42,6 +43,7 @@ class Request:
         training: Training | None,
         mapping: Mapping[str, str] | None,
         tokenizer: Any = None,
+        name: str = "default",
     ) -> "Request":
         """With whatever was left to us filled in: precision and learning rate.
 
@@ -84,6 +86,7 @@ class Request:
             mapping=mapping or {},
             task=task,
             given=own,
+            name=name,
         )
 
     def fields(self) -> dict[str, Any]:

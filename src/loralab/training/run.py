@@ -69,6 +69,7 @@ def train(
     resume: bool = False,
     mapping: Mapping[str, str] | None = None,
     listener: Listener | None = None,
+    name: str = "default",
 ) -> Run:
     """Train an adapter, write its run folder, which is an adapter folder too, and certify it.
 
@@ -84,13 +85,15 @@ def train(
             was never interrupted.
         mapping: canonical column -> the file's own, such as {"text": "review"}.
         listener: called with every event of the run.
+        name: of the adapter in the model, as in `attach`; a live model may have others already,
+            which stay as they are.
 
     Raises:
         InputError: something given is wrong; nothing has been written.
         LearningError: the run cannot learn, or its numbers are no longer finite.
         CertificateError: the saved adapter does not do what the live one does.
     """
-    request = Request.of(model, data, method, training, mapping, tokenizer)
+    request = Request.of(model, data, method, training, mapping, tokenizer, name)
     with restored_after(request.given, on_error_alone=True):
         run = run_request(request, Path(output_dir), resume=resume, listener=listener)
         with detached_after(run.base, run.adapter, on_error_alone=True):

@@ -1,0 +1,53 @@
+"""Inputs that stand in several rows: with different labels, or on two sides of a split."""
+
+import json
+from collections.abc import Mapping, Sequence
+
+from loralab.errors import join_limited, one_line
+from loralab.tasks.formats import Row
+
+ANSWERS = ("label", "completion", "output", "tags")
+SHOWN = 60  # characters of an input that a note shows
+Splits = Mapping[str, Sequence[Row]]
+
+
+def input_text(row: Row) -> str:
+    """Return what a row asks, without the answer."""
+    if "messages" in row:
+        return json.dumps(row["messages"][:-1], ensure_ascii=False)
+    return "\x1f".join(str(value) for column, value in row.items() if column not in ANSWERS)
+
+
+def leaks(splits: Splits) -> dict[str, list[str]]:
+    """Return the inputs of the other splits' rows that are also a train row's, by split."""
+    learnt = {input_text(row) for row in splits["train"]}
+    asked = {name: map(input_text, rows) for name, rows in splits.items() if name != "train"}
+    return {name: [text for text in texts if text in learnt] for name, texts in asked.items()}
+
+
+def repetitions(splits: Splits, leaked: Mapping[str, Sequence[str]]) -> list[str]:
+    """Return notes that name inputs with several labels, and inputs that leak out of train."""
+    notes = [
+        f"{len(texts)} of {len(splits[name])} {name} rows have the input of a train row, such as {_shown(texts[0])}"
+        for name, texts in leaked.items()
+        if texts
+    ]
+    labels: dict[str, dict[str, None]] = {}
+    for rows in splits.values():
+        for row in rows:
+            if (label := row.get("label", row.get("tags"))) is not None:
+                labels.setdefault(input_text(row), {})[str(label)] = None
+    several = {text: found for text, found in labels.items() if len(found) > 1}
+    if several:
+        text, found = next(iter(several.items()))
+        notes.append(
+            f"{len(several)} different inputs have several labels each, at most one of which can be learnt, "
+            f"such as {_shown(text)}: {join_limited(map(repr, found))}"
+        )
+    return notes
+
+
+def _shown(text: str) -> str:
+    """An input as a note quotes it, its beginning alone."""
+    plain = text.replace("\x1f", " | ")
+    return repr(one_line(plain[:SHOWN] + "…" * (len(plain) > SHOWN)))
