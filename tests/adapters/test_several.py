@@ -320,3 +320,19 @@ def test_what_is_detached_is_let_go() -> None:
     loralab.attached(model)["narrow"].detach()
     gc.collect()
     assert gone() is None
+
+
+def test_layers_that_were_merged_one_by_one_are_all_put_back() -> None:
+    model = llama()
+    adapter = filled(model, "narrow")
+    live = logits(model)
+    layers = list(adapter.modules.values())
+    for layer in layers[::2]:
+        layer.merge_weights()
+    adapter.unmerge()
+    assert not any(layer.merged for layer in layers)
+    assert torch.equal(logits(model), live)
+    for call, code in ((adapter.unmerge, "not_merged"), (layers[0].unmerge_weights, "not_merged")):
+        with pytest.raises(AdapterStateError) as raised:
+            call()
+        assert raised.value.code == code

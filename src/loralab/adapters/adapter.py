@@ -204,7 +204,8 @@ class Adapter:
         if not self.merged:
             raise AdapterStateError("not merged", code="not_merged")
         for module in self.modules.values():
-            module.unmerge_weights()
+            if module.merged:  # they may have been merged one by one
+                module.unmerge_weights()
         self._merged = False
         before, self._before_merge = self._before_merge, self
         if before is None or before in own.members.values():

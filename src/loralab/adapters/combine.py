@@ -56,6 +56,7 @@ def combine(
     adapters = require_adapters(model)
     adapters.require_free(name)
     _require_options(weights, how, rank, density)
+    check_count("seed", seed, least=0)
     layers = _layers(adapters, weights)
     ranks = {len(m.factors()[0]) for found in layers.values() for m, _ in found}
     by_factors = (
@@ -176,10 +177,11 @@ def _require_options(weights: Mapping[str, float], how: str, rank: int | None, d
         raise ConfigError(
             f"density must be above 0 and at most 1, got {density!r}", code="out_of_range", field="density"
         )
-    bad = [n for n, w in weights.items() if isinstance(w, bool) or not _is_finite(w)]
-    if bad or not weights:
+    numbers = weights.items() if isinstance(weights, Mapping) else ()
+    bad = [n for n, w in numbers if isinstance(w, bool) or not _is_finite(w)]
+    if bad or not numbers:
         raise ConfigError(
-            f"weights must give finite numbers by adapter, got {dict(weights)!r}",
+            f"weights must give finite numbers by adapter, got {weights!r}",
             code="invalid_weights",
             field=bad[0] if bad else "weights",
         )

@@ -121,7 +121,7 @@ class Wrapper(nn.Module):
             AdapterStateError: already merged, cannot be merged, or the sum overflows the dtype.
         """
         if self.merged:
-            raise AdapterStateError("already merged; call unmerge_weights() first", code="already_merged")
+            raise AdapterStateError("already merged; call unmerge_weights() first", code="merged")
         if self.cannot_merge:
             raise AdapterStateError(self.cannot_merge, code="cannot_merge")
         with without_autocast(next(self.base.parameters()).device):

@@ -41,7 +41,7 @@ def repetitions(splits: Splits, leaked: Mapping[str, Sequence[str]]) -> list[str
     if several:
         text, found = next(iter(several.items()))
         notes.append(
-            f"{len(several)} different inputs have several labels each, at most one of which can be learnt, "
+            f"inputs with several labels, of which one at most can be learnt: {len(several)}, "
             f"such as {_shown(text)}: {join_limited(map(repr, found))}"
         )
     return notes

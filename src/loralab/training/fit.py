@@ -83,8 +83,8 @@ def settings(
         for tokens in sorted(_max_tokens_choices(path, examples, training)):
             path.max_tokens = tokens
             rows = largest_micro_batch(path, examples, training)
-            for number, needed_with_recomputation in _needs(adapter, path, rows, training, blocks):
-                peak = max(needed_with_recomputation, loading)
+            for number, needed in _needs(adapter, path, rows, training, blocks):
+                peak = max(needed, loading)
                 found.append(Setting(max_tokens=tokens, blocks=number, peak_bytes=peak))
     return found
 
