@@ -105,7 +105,7 @@ def test_merging_twice_and_unmerging_nothing_are_refused() -> None:
     module.merge_weights()
     with pytest.raises(AdapterStateError) as error:
         module.merge_weights()
-    assert error.value.code == "already_merged"
+    assert error.value.code == "merged"
 
 
 def test_a_merge_that_overflows_is_refused() -> None:
