@@ -110,22 +110,22 @@ def tokenizer() -> Any:
 def agreement(device: torch.device, tiny: bool) -> Iterator[Line]:
     """Loss, gradient, time and memory of each forward path, beside those of the plain model."""
     from loralab import LoRA, attach
-    from loralab.training.fast.path import WAYS, gradient_of, quickest
+    from loralab.training.fast.forward_path import MODES, fastest_path, gradient_of
 
     for precision, dtype in PRECISIONS.items():
         model = language_model("tiny" if tiny else "135m", dtype, device)
         adapter = attach(model, LoRA(rank=8), generator=torch.Generator().manual_seed(0))
         fill(adapter)
-        path = quickest(adapter, "causal-lm", pad_id=2)
-        chosen, expected = path.way, None
-        for way in reversed(WAYS):
+        path = fastest_path(adapter, "causal-lm", pad_id=2)
+        chosen, expected = path.mode, None
+        for way in reversed(MODES):
             line: Line = {"precision": precision, "case": way, "chosen": way == chosen}
             try:
-                path.way = way
+                path.mode = way
                 rows, found, cost = ragged(model, tiny), None, Cost(device)
                 for _ in range(1 if tiny else 3):
                     cost.begin()
-                    with path.taken():
+                    with path.activated():
                         found = gradient_of(path.loss(rows), adapter)
                     cost.end()
                 expected = expected or found
@@ -137,7 +137,7 @@ def agreement(device: torch.device, tiny: bool) -> Iterator[Line]:
 
 def ragged(model: Any, tiny: bool) -> list[Any]:
     """Rows of mixed length, with loss on the second half of each."""
-    from loralab.tasks.encode import IGNORED, Example
+    from loralab.tasks.examples import IGNORED, Example
 
     draw = torch.Generator().manual_seed(1)
     size, rows = min(model.config.vocab_size, 1000), []
@@ -175,12 +175,12 @@ def compared(
     expected: tuple[torch.Tensor, torch.Tensor], found: tuple[torch.Tensor, torch.Tensor], dtype: torch.dtype
 ) -> Line:
     """Relative differences of a loss and a gradient, and whether rounding explains them."""
-    from loralab.training.fast.path import GRADIENT_AGREES, LOSS_AGREES
+    from loralab.training.fast.forward_path import GRADIENT_TOLERANCES, LOSS_TOLERANCES
 
     (loss, gradient), (own_loss, own) = [[t.cpu().double() for t in pair] for pair in (expected, found)]
     off_loss = float((own_loss - loss).abs() / loss.abs())
     off = float((own - gradient).norm() / gradient.norm())
-    agrees = off_loss <= LOSS_AGREES[dtype] and off <= GRADIENT_AGREES[dtype]
+    agrees = off_loss <= LOSS_TOLERANCES[dtype] and off <= GRADIENT_TOLERANCES[dtype]
     return {"ok": agrees, "loss_difference": off_loss, "gradient_difference": off}
 
 
@@ -238,7 +238,7 @@ def methods(device: torch.device, tiny: bool) -> Iterator[Line]:
 def on_both(config: Any, dtype: torch.dtype, device: torch.device) -> Line:
     """Loss and gradient of one adapter on the device, against fp32 on the processor."""
     from loralab import attach
-    from loralab.training.fast.path import gradient_of, quickest
+    from loralab.training.fast.forward_path import fastest_path, gradient_of
 
     def side(kind: torch.dtype, place: torch.device) -> Any:
         model = biased(language_model("tiny", torch.float32, torch.device("cpu")))
@@ -251,11 +251,11 @@ def on_both(config: Any, dtype: torch.dtype, device: torch.device) -> Line:
     rows = ragged(plain.model, tiny=True)
     results = []
     for adapter, quick in ((plain, False), (ours, True)):
-        path = quickest(adapter, "causal-lm", pad_id=2)
-        path.way = path.way if quick else "plain"
-        with path.taken():
+        path = fastest_path(adapter, "causal-lm", pad_id=2)
+        path.mode = path.mode if quick else "plain"
+        with path.activated():
             results.append(gradient_of(path.loss(rows), adapter))
-    return compared(results[0], results[1], dtype) | {"path": path.way}
+    return compared(results[0], results[1], dtype) | {"path": path.mode}
 
 
 def biased(model: Any) -> Any:

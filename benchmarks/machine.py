@@ -89,7 +89,8 @@ def libraries() -> dict[str, list[float]]:
 def loads() -> dict[str, Any]:
     """Bytes and milliseconds of cold loads, by rank."""
     from loralab import LoRA, attach
-    from loralab.models.load import load, resolve
+    from loralab.models.load import load
+    from loralab.models.source import resolve
     from loralab.serving.opening import open_engine
     from loralab.serving.request import Sampling
     from loralab.serving.settings import ServeSettings

@@ -22,8 +22,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import loralab
 from loralab.models.device import device_here, resolve_precision
 from loralab.models.load import load, parse_dtype
-from loralab.tasks.encode import IGNORED, Example
-from loralab.training.fast.path import quickest
+from loralab.tasks.examples import IGNORED, Example
+from loralab.training.fast.forward_path import fastest_path
 
 Step = Callable[[], None]
 Settings = dict[str, tuple[int, Callable[[], Step]]]  # name -> (tokens, what makes the step)
@@ -67,13 +67,13 @@ def model(size: str = "135M") -> Any:
 def ours(lengths: list[int], base: Any, rank: int = 8) -> Step:
     """Loss and gradients of an adapter, as the training loop gets them."""
     adapter = loralab.attach(base, loralab.LoRA(rank=rank))
-    path = quickest(adapter, "causal-lm", pad_id=0)
+    path = fastest_path(adapter, "causal-lm", pad_id=0)
     examples = rows(lengths)
 
     def step() -> None:
         base.train()
-        with path.taken():
-            for part in path.parts(examples):
+        with path.activated():
+            for part in path.micro_batches(examples):
                 path.loss(part).backward()
         for parameter in adapter.parameters():
             parameter.grad = None
@@ -84,7 +84,7 @@ def ours(lengths: list[int], base: Any, rank: int = 8) -> Step:
 def floor(lengths: list[int], base: Any) -> Step:
     """The same path through the base alone: forward and the gradients of inputs."""
     probe = loralab.attach(base, loralab.LoRA(rank=1, target_modules=["layers.0.self_attn.q_proj"]))
-    path = quickest(probe, "causal-lm", pad_id=0)
+    path = fastest_path(probe, "causal-lm", pad_id=0)
     probe.detach()
     base.requires_grad_(False)
     base.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.requires_grad_())
@@ -92,8 +92,8 @@ def floor(lengths: list[int], base: Any) -> Step:
 
     def step() -> None:
         base.train()
-        with path.taken():
-            for part in path.parts(examples):
+        with path.activated():
+            for part in path.micro_batches(examples):
                 path.loss(part).backward()
 
     return step

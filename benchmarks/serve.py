@@ -70,7 +70,8 @@ class Side:
 
 def write_model(folder: Path) -> None:
     """The base, and the same with an adapter merged into it."""
-    from loralab.models.load import load, resolve
+    from loralab.models.load import load
+    from loralab.models.source import resolve
 
     shutil.copytree(resolve("smollm2-135m"), folder / "model")
     base = load(str(folder / "model"), dtype=torch.bfloat16)

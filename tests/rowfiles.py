@@ -11,7 +11,7 @@ import pytest
 
 from loralab.cli.options import pairs
 from loralab.errors import DataError
-from loralab.tasks.read import Table, read
+from loralab.tasks.read import DataTable, read
 
 Rows = Sequence[Mapping[str, Any]]
 USER = {"role": "user", "content": "question"}
@@ -23,7 +23,7 @@ def lines(rows: Rows) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def table(folder: Path, rows: Rows, mapping: Mapping[str, str] | None = None) -> Table:
+def table(folder: Path, rows: Rows, mapping: Mapping[str, str] | None = None) -> DataTable:
     """Rows as they are read from a file of JSON lines."""
     file = folder / "rows.jsonl"
     file.write_text(lines(rows), encoding="utf-8")
@@ -50,7 +50,7 @@ def proposed(error: DataError) -> list[dict[str, str]]:
     starts = [
         found.end()
         for found in re.finditer(
-            r"say (such as )?(?=--map)| or (?=--map)|"
+            r"(say|use) (such as )?(?=--map)| or (?=--map)|"
             r"such as (?=--map)",
             said,
         )

@@ -5,7 +5,7 @@ import pickle
 import pytest
 
 from loralab import errors
-from loralab.errors import InputError, RunError, nearest, some
+from loralab.errors import InputError, RunError, join_limited, nearest
 
 
 def test_the_nearest_names_are_proposed() -> None:
@@ -14,8 +14,8 @@ def test_the_nearest_names_are_proposed() -> None:
 
 
 def test_a_long_list_is_cut_and_counted() -> None:
-    assert some("abcd", 2) == "a, b and 2 more"
-    assert some("ab", 2) == "a, b"
+    assert join_limited("abcd", 2) == "a, b and 2 more"
+    assert join_limited("ab", 2) == "a, b"
 
 
 @pytest.mark.parametrize(

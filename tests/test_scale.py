@@ -20,9 +20,9 @@ from loralab.adapters.attach import attach
 from loralab.adapters.folder import TENSORS
 from loralab.adapters.methods import LoRA
 from loralab.native.library import kernels_for
-from loralab.tasks.encode import Example
+from loralab.tasks.examples import Example
 from loralab.training import memory
-from loralab.training.fast.path import quickest
+from loralab.training.fast.forward_path import fastest_path
 
 ROOT = Path(__file__).parents[1]
 DOCUMENT = ROOT / "docs" / "scale.md"
@@ -112,8 +112,8 @@ def test_what_a_pass_keeps_is_predicted() -> None:
         tie_word_embeddings=True,
     )
     adapter = attach(LlamaForCausalLM(config).bfloat16(), LoRA(rank=4))
-    path = quickest(adapter, "causal-lm", pad_id=0)
-    assert path.way == "packed"
+    path = fastest_path(adapter, "causal-lm", pad_id=0)
+    assert path.mode == "packed"
     ids = tuple(range(8))
     few, many = (memory.saved_bytes(path, [Example(0, ids, ids)] * rows) for rows in (20, 40))
     own = formulas.activation_bytes(shape(**sizes), rank=4)

@@ -51,7 +51,7 @@ _WHERE = {
     "recommend": "studies.conduct",
     "LoralabError": "errors",
     "read": "tasks.given",
-    "resolve": "models.load",
+    "resolve": "models.source",
 }
 
 __all__ = ["__version__", *sorted(_WHERE)]  # noqa: PLE0604  (all names are strings)

@@ -102,7 +102,9 @@ def require_free(path: str | Path) -> None:
     if path.is_dir() and all(entry.name.endswith(PARTIAL) for entry in path.iterdir()):
         return
     if path.exists() or path.is_symlink():
-        raise OutputError(f"{path} already exists and is not empty; choose another name")
+        raise OutputError(
+            f"{path} already exists and is not empty; choose another name", code="output_exists", field="output"
+        )
 
 
 @contextlib.contextmanager
@@ -118,12 +120,12 @@ def explained(place: str | Path) -> Iterator[None]:
         raise
     except Exception as error:
         if reason := _reason(error):
-            raise OutputError(f"cannot write {place}: {reason}") from error
+            raise OutputError(f"cannot write {place}: {reason}", code="cannot_write", field="output") from error
         raise
 
 
 def _reason(error: Exception) -> str:
-    """What the operating system said; empty if it said nothing."""
+    """Return the operating system's message; empty if there is none."""
     if isinstance(error, OSError):
         return error.strerror or str(error)
     found = _RUST.search(str(error))

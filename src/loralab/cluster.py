@@ -39,7 +39,9 @@ def library(name: str = "ray") -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ConfigError(f"several machines need {error.name or name}; get it with: {INSTALL}") from None
+        raise ConfigError(
+            f"several machines need {error.name or name}; get it with: {INSTALL}", code="not_installed", field="ray"
+        ) from None
 
 
 @contextlib.contextmanager
@@ -49,7 +51,7 @@ def joined(address: str, cpus: int = 1) -> Iterator[Any]:
     Args:
         address: "local" starts a cluster on this machine and ends it again; "auto" is the one
             that this machine belongs to; HOST:PORT of a head; ray://HOST:PORT from outside.
-        cpus: that a cluster on this machine shall have at least, be they shared.
+        cpus: that a cluster on this machine should have at least, be they shared.
 
     Raises:
         ConfigError: Ray is not installed, or no cluster answers there.
@@ -65,7 +67,9 @@ def joined(address: str, cpus: int = 1) -> Iterator[Any]:
             ray.init(address=address, log_to_driver=False, logging_level="ERROR", namespace="loralab", **own)
         except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
             said = " ".join(str(error).split())
-            raise ConfigError(f"--ray {address}: no cluster to join: {said:.200}") from None
+            raise ConfigError(
+                f"--ray {address}: no cluster to join: {said:.200}", code="no_cluster", field="ray"
+            ) from None
     try:
         yield ray
     finally:
@@ -76,7 +80,7 @@ def require_reachable(address: str) -> None:
     """Something must listen at an address, found out in seconds: Ray itself waits for minutes.
 
     Raises:
-        ConfigError: nothing does, or it is no address.
+        ConfigError: nothing does, or it is not an address.
     """
     if address in (LOCAL, AUTO):
         return
@@ -85,19 +89,25 @@ def require_reachable(address: str) -> None:
     if client and not colon:
         host, port = plain, str(CLIENT_PORT)
     if not (host and port.isdecimal() and 0 < int(port) < 2**16):
-        raise ConfigError(f"--ray expects {LOCAL}, {AUTO}, HOST:PORT or {CLIENT}HOST:PORT, got {address!r}")
+        raise ConfigError(
+            f"--ray expects {LOCAL}, {AUTO}, HOST:PORT or {CLIENT}HOST:PORT, got {address!r}",
+            code="invalid_value",
+            field="ray",
+        )
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_SECONDS).close()
     except OSError as error:
         reason = error.strerror or str(error)
         raise ConfigError(
             f"--ray {address}: nothing answers there ({reason}); start a cluster with "
-            "ray start --head, or use --ray local"
+            "ray start --head, or use --ray local",
+            code="no_answer",
+            field="ray",
         ) from None
 
 
 def nodes(ray: Any) -> list[Node]:
-    """The machines that are alive."""
+    """Return the machines that are alive."""
     return [
         Node(
             id=found["NodeID"],
@@ -111,6 +121,6 @@ def nodes(ray: Any) -> list[Node]:
 
 
 def on(node: Node) -> Any:
-    """The strategy that puts a task on one machine and no other."""
+    """Return the strategy that puts a task on one machine and no other."""
     strategies = library("ray.util.scheduling_strategies")
     return strategies.NodeAffinitySchedulingStrategy(node_id=node.id, soft=False)

@@ -25,8 +25,8 @@ import unicodedata
 from collections.abc import Iterable
 from typing import Any
 
-LONGEST = 2000  # characters of a message; what it quotes may be as long as a file
-MOST_NAME = 500  # characters of a name that near ones are looked for
+MAX_MESSAGE = 2000  # characters of a message; what it quotes may be as long as a file
+MAX_COMPARED_NAME = 500  # characters of a name that near ones are looked for
 
 
 class LoralabError(Exception):
@@ -43,12 +43,12 @@ class LoralabError(Exception):
         self.field = field
 
     def __str__(self) -> str:
-        """One line: what a message quotes of a file can neither break it nor steer a terminal."""
+        """Return one line: what a message quotes of a file can neither break it nor steer a terminal."""
         return one_line(super().__str__())
 
 
 class InputError(LoralabError):
-    """What was given is wrong; nothing has been written."""
+    """The input is wrong; nothing has been written."""
 
 
 class ConfigError(InputError, ValueError):
@@ -112,20 +112,20 @@ class PluginWarning(UserWarning):
 
 
 def nearest(name: str, choices: Iterable[str], count: int = 3) -> str:
-    """The closest valid names as a phrase for the end of a message; "" if none is close.
+    """Return the closest valid names as a phrase for the end of a message; "" if none is close.
 
     >>> nearest("q_porj", ["q_proj", "k_proj", "down_proj"])
     '; did you mean q_proj, k_proj?'
     """
-    if len(name) > MOST_NAME:  # comparing takes time, and nobody mistypes that much
+    if len(name) > MAX_COMPARED_NAME:  # comparing takes time, and nobody mistypes that much
         return ""
     unique = list(dict.fromkeys(choices))
     close = difflib.get_close_matches(name, unique, n=count, cutoff=0.6)
     return f"; did you mean {', '.join(close)}?" if close else ""
 
 
-def some(names: Iterable[str], count: int = 8) -> str:
-    """The first names of a long list, and how many there are beyond them."""
+def join_limited(names: Iterable[str], count: int = 8) -> str:
+    """Return the first names of a long list, and how many there are beyond them."""
     listed = list(names)
     rest = f" and {len(listed) - count} more" if len(listed) > count else ""
     return ", ".join(listed[:count]) + rest
@@ -137,8 +137,8 @@ def one_line(text: str) -> str:
     >>> one_line("a\\nb")
     'a\\\\x0ab'
     """
-    if len(text) > LONGEST:
-        text = f"{text[:LONGEST]}… and {len(text) - LONGEST} characters more"
+    if len(text) > MAX_MESSAGE:
+        text = f"{text[:MAX_MESSAGE]}… and {len(text) - MAX_MESSAGE} characters more"
     return text if text.isprintable() else "".join(map(_printable, text))
 
 
@@ -149,8 +149,8 @@ def _printable(character: str) -> str:
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
 
 
-def shown(value: Any) -> str:
-    """A value of a file as a message may quote it, however long or deeply nested it is."""
+def format_value(value: Any) -> str:
+    """Return a value of a file as a message may quote it, however long or deeply nested it is."""
     return _SHORT.repr(value)[:100]
 
 

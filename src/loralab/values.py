@@ -1,4 +1,4 @@
-"""Values that people write, in options and in files: read, or refused in one sentence.
+"""Parse and validate user-supplied values.
 
 Standard library only.
 """
@@ -15,17 +15,17 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from loralab.errors import ConfigError, InputError, nearest, shown
+from loralab.errors import ConfigError, InputError, format_value, nearest
 
 T = TypeVar("T")
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-LARGEST_JSON = 1 << 26  # bytes of a file of settings or records
-LARGEST_TOML = 1 << 20
-LARGEST_WHOLE = (1 << 64) - 1
-DEEPEST = 64  # lists and objects in each other
-MOST_PARTS = 256  # of a dotted key
-LONGEST_TYPED = 200  # characters of a name that a message can propose to type
+MAX_JSON_BYTES = 1 << 26  # bytes of a file of settings or records
+MAX_TOML_BYTES = 1 << 20
+MAX_WHOLE = (1 << 64) - 1
+MAX_DEPTH = 64  # lists and objects in each other
+MAX_KEY_PARTS = 256  # of a dotted key
+MAX_TYPED_NAME = 200  # characters of a name that a message can propose to type
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
@@ -33,20 +33,24 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     if value not in choices:
         hint = nearest(str(value)[:80], choices)
         raise ConfigError(
-            f"{name} must be one of {', '.join(choices)}, got {shown(value)}{hint}", code="invalid_choice", field=name
+            f"{name} must be one of {', '.join(choices)}, got {format_value(value)}{hint}",
+            code="invalid_choice",
+            field=name,
         )
 
 
 def check_count(name: str, value: object, least: int = 1) -> None:
-    """Refuse what is no whole number of at least `least`."""
+    """Refuse what is not a whole number of at least `least`."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ConfigError(
-            f"{name} must be a whole number of at least {least}, got {shown(value)}", code="invalid_count", field=name
+            f"{name} must be a whole number of at least {least}, got {format_value(value)}",
+            code="invalid_count",
+            field=name,
         )
 
 
-def configured(kind: type[T], values: Mapping[str, Any]) -> T:
-    """A dataclass of settings from values of a file, each of the type of its field.
+def build_config(kind: type[T], values: Mapping[str, Any]) -> T:
+    """Return a dataclass of settings from values of a file, each of the type of its field.
 
     Raises:
         ConfigError: one is not, or the settings refuse it.
@@ -64,11 +68,13 @@ def _check_types(kind: type, values: Mapping[str, Any]) -> None:
     hints = get_type_hints(kind)
     for name, value in values.items():
         if name in hints and not _fits(value, hints[name]):
-            raise ConfigError(f"{name} must be {_said(hints[name])}, got {shown(value)}")
+            raise ConfigError(
+                f"{name} must be {_type_text(hints[name])}, got {format_value(value)}", code="invalid_type", field=name
+            )
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Tell whether a value is of an annotated type; a list counts as a tuple."""
+    """Return whether a value is of an annotated type; a list counts as a tuple."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         return any(_fits(value, one) for one in inner)
@@ -81,13 +87,13 @@ def _fits(value: Any, hint: Any) -> bool:
     return isinstance(value, int | float if hint is float else hint)
 
 
-def _said(hint: Any) -> str:
-    """A type in words."""
+def _type_text(hint: Any) -> str:
+    """Return a type in words."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
-        return " or ".join(_said(one) for one in inner if one is not NoneType)
+        return " or ".join(_type_text(one) for one in inner if one is not NoneType)
     if origin is tuple:
-        return f"a list (each {_said(inner[0])})"
+        return f"a list (each {_type_text(inner[0])})"
     names = {str: "a text", bool: "true or false", int: "a whole number", float: "a number"}
     return names.get(hint, "a table")
 
@@ -104,26 +110,26 @@ def parse_bytes(name: str, text: str) -> int:
     except ValueError:
         amount = math.nan
     if unit not in UNITS or not (math.isfinite(amount) and amount > 0):
-        raise ConfigError(f"{name} must be like 4GB or 800MB, got {text!r}")
+        raise ConfigError(f"{name} must be like 4GB or 800MB, got {text!r}", code="invalid_size", field=name)
     return int(amount * UNITS[unit])
 
 
 def join_pairs(values: Mapping[str, str]) -> str:
     r"""{"a": "1"} as `a=1`, which the command line reads back; commas in names become `\,`.
 
-    Names that `joinable` refuses cannot be written so.
+    Names that `is_joinable` refuses cannot be written so.
     """
     return ",".join(f"{_escaped(name)}={_escaped(value)}" for name, value in values.items())
 
 
-def joinable(name: str) -> bool:
+def is_joinable(name: str) -> bool:
     """Tell if a name can be typed in `name=value` pairs, and read in a message."""
     plain = name == name.strip() and "\\" not in name and name.isprintable()
-    return 0 < len(name) <= LONGEST_TYPED and plain
+    return 0 < len(name) <= MAX_TYPED_NAME and plain
 
 
 def split_parts(text: str) -> list[str]:
-    r"""The parts of `a=1,b=2`; `\,` separates none."""
+    r"""Return the parts of `a=1,b=2`; `\,` separates none."""
     return re.split(r"(?<!\\),", text)
 
 
@@ -148,13 +154,13 @@ def _unescaped(text: str) -> str:
     return re.sub(r"\\([,=])", r"\1", text)
 
 
-def memory() -> int:
+def memory_bytes() -> int:
     """Bytes of the machine's memory."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def read_bytes(file: Path, error: type[InputError], most: int | None = None) -> bytes:
-    """All of a regular file; a pipe or a device might never end.
+    """Return all of a regular file; a pipe or a device might never end.
 
     Args:
         error: what is raised.
@@ -163,13 +169,13 @@ def read_bytes(file: Path, error: type[InputError], most: int | None = None) -> 
     Raises:
         InputError: it cannot be read, is something else than a file, or is too large.
     """
-    limit = memory() if most is None else most
+    limit = memory_bytes() if most is None else most
     try:
         place = os.open(file, os.O_RDONLY | os.O_NONBLOCK)  # opening a pipe waits for its writer
         try:
             found = os.fstat(place)
             if not stat.S_ISREG(found.st_mode):
-                raise error(f"{file} cannot be read: it is no file", code="cannot_read")
+                raise error(f"{file} cannot be read: it is not a file", code="cannot_read")
             if found.st_size > limit:
                 raise error(f"{file} has {found.st_size:,} bytes; at most {limit:,} are read", code="too_large")
             with open(place, "rb", closefd=False) as handle:
@@ -186,7 +192,7 @@ def read_bytes(file: Path, error: type[InputError], most: int | None = None) -> 
 
 
 def read_json(file: Path, error: type[InputError], *, large: bool = False) -> dict[str, Any]:
-    """The JSON object in a file of settings or records.
+    """Return the JSON object in a file of settings or records.
 
     Args:
         error: what is raised.
@@ -195,7 +201,7 @@ def read_json(file: Path, error: type[InputError], *, large: bool = False) -> di
     Raises:
         InputError: it cannot be read, or is something else; of the kind `error`.
     """
-    return parse_json(file, read_bytes(file, error, LARGEST_JSON), error, large=large)
+    return parse_json(file, read_bytes(file, error, MAX_JSON_BYTES), error, large=large)
 
 
 def parse_json(file: Path, data: bytes, error: type[InputError], *, large: bool = False) -> dict[str, Any]:
@@ -204,47 +210,47 @@ def parse_json(file: Path, data: bytes, error: type[InputError], *, large: bool 
     Raises:
         InputError: it is something else; of the kind `error`.
     """
-    if len(data) > LARGEST_JSON:
-        raise error(f"{file} has {len(data):,} bytes; at most {LARGEST_JSON:,} are read")
+    if len(data) > MAX_JSON_BYTES:
+        raise error(f"{file} has {len(data):,} bytes; at most {MAX_JSON_BYTES:,} are read", code="file_too_large")
     try:
         content = json.loads(data.decode())
     except (ValueError, RecursionError) as reason:  # no JSON, no UTF-8; too many digits or brackets
-        raise error(f"{file} cannot be read: {reason}") from None
+        raise error(f"{file} cannot be read: {reason}", code="invalid_json") from None
     if not isinstance(content, dict):
-        raise error(f"{file} must hold a JSON object, found {type(content).__name__}")
+        raise error(f"{file} must hold a JSON object, found {type(content).__name__}", code="not_an_object")
     _require_plain(file, content, error, large=large)
     try:
         json.dumps(content, ensure_ascii=False).encode()
     except UnicodeEncodeError:  # JSON can spell half of a character, and nothing could write it
-        raise error(f"{file} holds half a character (such as \\ud83d)") from None
+        raise error(f"{file} holds half a character (such as \\ud83d)", code="half_character") from None
     return content
 
 
 def read_toml(file: Path, error: type[InputError] = ConfigError) -> dict[str, Any]:
-    """The content of a file.
+    """Return the content of a file.
 
     Raises:
-        InputError: it cannot be read, or is no TOML; of the kind `error`.
+        InputError: it cannot be read, or is not TOML; of the kind `error`.
     """
-    data = read_bytes(file, error, LARGEST_TOML)
+    data = read_bytes(file, error, MAX_TOML_BYTES)
     try:
         text = data.decode()
     except UnicodeDecodeError as reason:
-        raise error(f"{file} cannot be read: {reason}") from None
+        raise error(f"{file} cannot be read: {reason}", code="unreadable") from None
     # the parser's time grows with the square of a key's parts
-    if any(part.count(".") > MOST_PARTS for part in re.split(r"[=,\n]", text)):
-        raise error(f"{file} has a key of more than {MOST_PARTS} parts")
+    if any(part.count(".") > MAX_KEY_PARTS for part in re.split(r"[=,\n]", text)):
+        raise error(f"{file} has a key of more than {MAX_KEY_PARTS} parts", code="key_too_long")
     try:
         content = tomllib.loads(text)
     except (ValueError, RecursionError) as reason:  # too many digits or brackets, too
         line = re.search(r"line \d+", str(reason))
-        raise error(f"{file} is no TOML: {reason}", code="invalid_toml", field=line and line[0]) from None
+        raise error(f"{file} is not TOML: {reason}", code="invalid_toml", field=line and line[0]) from None
     _require_plain(file, content, error)
     return content
 
 
-def nests_deeper(content: Any, most: int = DEEPEST) -> bool:
-    """Tell whether lists and objects lie in each other more than `most` deep.
+def nests_deeper(content: Any, most: int = MAX_DEPTH) -> bool:
+    """Return whether lists and objects lie in each other more than `most` deep.
 
     What writes, copies or shows such a value calls itself at every level, and would fail anywhere.
     """
@@ -252,7 +258,7 @@ def nests_deeper(content: Any, most: int = DEEPEST) -> bool:
 
 
 def _levels(content: Any) -> Iterator[list[Any]]:
-    """All values at depth 0, 1, ... as long as there are lists or objects among them."""
+    """Yield all values at depth 0, 1, ... as long as there are lists or objects among them."""
     level = [content]
     while level:
         yield level
@@ -263,10 +269,10 @@ def _levels(content: Any) -> Iterator[list[Any]]:
 def _require_plain(file: Path, content: Any, error: type[InputError], *, large: bool = False) -> None:
     """No nesting that no file of ours has, and no number that no field can hold."""
     for depth, level in enumerate(_levels(content)):
-        if depth > DEEPEST:
-            raise error(f"{file} is nested more than {DEEPEST} deep")
-        if not large and any(type(value) is int and abs(value) > LARGEST_WHOLE for value in level):
-            raise error(f"{file} holds a whole number beyond 64 bits")
+        if depth > MAX_DEPTH:
+            raise error(f"{file} is nested more than {MAX_DEPTH} deep", code="nested_too_deep")
+        if not large and any(type(value) is int and abs(value) > MAX_WHOLE for value in level):
+            raise error(f"{file} holds a whole number beyond 64 bits", code="number_too_large")
 
 
 def _holds(value: Any) -> bool:

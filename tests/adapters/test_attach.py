@@ -160,15 +160,17 @@ def test_a_merge_that_fails_half_way_is_taken_back() -> None:
     adapter = fill(attach(model, LoRA()))
     last = list(adapter.modules.values())[-1]
     nn.init.constant_(last.lora_B, 1e6)
-    with pytest.raises(AdapterStateError, match=r"down_proj: .* not finite"):
+    with pytest.raises(AdapterStateError) as error:
         adapter.merge()
+    assert (error.value.code, error.value.field) == ("merged_not_finite", "weight")
     assert not adapter.merged
 
 
 def test_the_state_of_another_adapter_is_refused() -> None:
     one, other = attach(llama(), LoRA(rank=2)), attach(llama(), LoRA(rank=3))
-    with pytest.raises(AdapterStateError, match=r"another adapter: .*lora_A"):
+    with pytest.raises(AdapterStateError) as error:
         one.load_state(other.state())
+    assert (error.value.code, error.value.field) == ("other_adapter", "model.layers.0.mlp.down_proj.lora_A")
     one.load_state({name: torch.ones_like(t) for name, t in one.state().items()})
     assert all((p == 1).all() for p in one.parameters())
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from loralab.adapters.fused import Updated, linears_with_updates
+from loralab.adapters.fused import BaseWithUpdate, linears_with_updates
 from loralab.adapters.linear import LinearWithLoRA, together
 from loralab.adapters.methods import LoRA
 
@@ -30,7 +30,7 @@ def plain(base: Any, x: Tensor, A: Tensor, B: Tensor, scaling: float, mask: Any)
 
 
 def fused(base: Any, x: Tensor, A: Tensor, B: Tensor, scaling: float, mask: Tensor | None = None) -> Tensor:
-    return linears_with_updates(x, [Updated(base, A, B, scaling)], mask)[0]
+    return linears_with_updates(x, [BaseWithUpdate(base, A, B, scaling)], mask)[0]
 
 
 def both(base: Any, x: Tensor, A: Tensor, B: Tensor, mask: Any = None) -> tuple[list[Tensor], ...]:
@@ -162,7 +162,9 @@ def test_several_layers_at_once_equal_each_alone(kinds: list[str], ranks: list[i
     for at_once in (True, False):
         own = x.clone().requires_grad_()
         leaves = [(A.clone().requires_grad_(), B.clone().requires_grad_()) for A, B in pairs]
-        layers = [Updated(base, A, B, 0.5 + n) for n, (base, (A, B)) in enumerate(zip(bases, leaves, strict=False))]
+        layers = [
+            BaseWithUpdate(base, A, B, 0.5 + n) for n, (base, (A, B)) in enumerate(zip(bases, leaves, strict=False))
+        ]
         if at_once:
             ys = linears_with_updates(own, layers, mask)
         else:
@@ -178,9 +180,9 @@ def test_several_layers_of_which_one_is_not_used() -> None:
     bases = [layer("linear").requires_grad_(False) for _ in range(2)]
     x = torch.randn(3, 5, requires_grad=True)
     pairs = [(torch.randn(2, 5, requires_grad=True), torch.randn(4, 2)) for _ in range(2)]
-    ys = linears_with_updates(x, [Updated(b, *p, 1.0) for b, p in zip(bases, pairs, strict=True)])
+    ys = linears_with_updates(x, [BaseWithUpdate(b, *p, 1.0) for b, p in zip(bases, pairs, strict=True)])
     dx, first, second = torch.autograd.grad(ys[0].sum(), [x, pairs[0][0], pairs[1][0]])
-    alone = linears_with_updates(x, [Updated(bases[0], *pairs[0], 1.0)])[0].sum()
+    alone = linears_with_updates(x, [BaseWithUpdate(bases[0], *pairs[0], 1.0)])[0].sum()
     for one, other in zip((dx, first), torch.autograd.grad(alone, [x, pairs[0][0]]), strict=True):
         torch.testing.assert_close(one, other)
     assert not second.any()
@@ -320,7 +322,7 @@ def test_second_derivatives_are_those_of_finite_differences(kind: str, masked: b
     mask = (torch.rand(3, 5) > 0.4).double() / 0.6 if masked else None
 
     def both(x: Tensor, *factors: Tensor) -> tuple[Tensor, ...]:
-        layers = [Updated(bases[n], *factors[2 * n : 2 * n + 2], 1.7 + n) for n in range(2)]
+        layers = [BaseWithUpdate(bases[n], *factors[2 * n : 2 * n + 2], 1.7 + n) for n in range(2)]
         return linears_with_updates(x, layers, mask)
 
     assert torch.autograd.gradgradcheck(both, (x, *factors))

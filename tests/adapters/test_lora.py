@@ -124,14 +124,16 @@ def test_the_gradients_of_parts_are_those_of_separate_layers() -> None:
 
 
 def test_a_module_and_its_part_exclude_each_other() -> None:
-    with pytest.raises(TargetError, match=r"as a whole and its part 'q'"):
+    with pytest.raises(TargetError) as error:
         attach(gpt2(), LoRA(target_modules=["c_attn", "c_attn.q"]))
+    assert (error.value.code, error.value.field) == ("whole_and_part", "target_modules")
 
 
 def test_interleaved_projections_have_no_parts() -> None:
     model = nn.ModuleDict({"query_key_value": nn.Linear(4, 12)})
-    with pytest.raises(TargetError, match="matches no module"):
+    with pytest.raises(TargetError) as error:
         attach(model, LoRA(target_modules=["query_key_value.q"]))
+    assert (error.value.code, error.value.field) == ("unknown_module", "target_modules")
 
 
 @pytest.mark.parametrize(
@@ -226,12 +228,15 @@ def test_convolutions_without_groups_are_those_of_peft(name: str, tmp_path: Path
 
 
 def test_layers_that_take_plain_lora_only_say_so() -> None:
-    with pytest.raises(ConfigError, match="no dora"):
+    with pytest.raises(ConfigError) as error:
         attach(Convolving(), LoRA(target_modules=["plain"], dora=True))
-    with pytest.raises(ConfigError, match="no dora"):
+    assert (error.value.code, error.value.field) == ("lora_only", "method")
+    with pytest.raises(ConfigError) as error:
         attach(llama(), LoRA(target_modules=["embed_tokens"], dora=True))
-    with pytest.raises(ConfigError, match="no dora"):
+    assert (error.value.code, error.value.field) == ("lora_only", "method")
+    with pytest.raises(ConfigError) as error:
         attach(Attending(), LoRA(dora=True))
+    assert (error.value.code, error.value.field) == ("lora_only", "method")
 
 
 @pytest.mark.parametrize("targets", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]])
@@ -299,14 +304,17 @@ class TestNewTokens:
         assert not rows.grad[0].any()
 
     def test_rows_that_are_not_there_are_refused(self) -> None:
-        with pytest.raises(ConfigError, match="resize"):
+        with pytest.raises(ConfigError) as error:
             attach(llama(), LoRA(token_rows=(99,)))
+        assert (error.value.code, error.value.field) == ("row_out_of_range", "token_rows")
 
     def test_a_target_that_shares_the_rows_is_refused(self) -> None:
-        with pytest.raises(TargetError, match="both a target"):
+        with pytest.raises(TargetError) as error:
             attach(llama(), LoRA(target_modules=["embed_tokens"], token_rows=(1,)))
-        with pytest.raises(TargetError, match="shares its weight"):
+        assert (error.value.code, error.value.field) == ("target_and_token_rows", "token_rows")
+        with pytest.raises(TargetError) as error:
             attach(llama(), LoRA(target_modules=["lm_head"], token_rows=(1,)))
+        assert (error.value.code, error.value.field) == ("tied_head", "token_rows")
 
 
 @pytest.mark.parametrize("make", [llama, gpt2])
@@ -344,8 +352,9 @@ class Doubled(nn.Conv1d):
 
 def test_a_convolution_that_computes_something_else_is_not_adapted() -> None:
     model = nn.Sequential(Doubled(3, 3, 1), nn.Linear(4, 4))
-    with pytest.raises(TargetError, match="Doubled"):
+    with pytest.raises(TargetError) as error:
         attach(model, LoRA(rank=1, target_modules=("0",)))
+    assert (error.value.code, error.value.field) == ("not_adaptable", "target_modules")
 
 
 @pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv2d, nn.Conv3d])

@@ -153,14 +153,17 @@ def test_parameters_of_the_paper(layers: int, width: int, tokens: int, expected:
 def test_models_that_cannot_are_refused() -> None:
     with torch.device("meta"):
         picture = ViTForImageClassification(ViTConfig(num_hidden_layers=1))
-    with pytest.raises(TargetError, match="no attention with a cache"):
+    with pytest.raises(TargetError) as error:
         attach(picture, Prefix())
-    with pytest.raises(TargetError, match="no words that a prompt"):
+    assert (error.value.code, error.value.field) == ("no_attention_cache", "model")
+    with pytest.raises(TargetError) as error:
         attach(picture, Prompt())
+    assert (error.value.code, error.value.field) == ("no_embeddings", "model")
     model = llama()
     model.config._attn_implementation = "flex_attention"
-    with pytest.raises(ConfigError, match="'flex_attention'"):
+    with pytest.raises(ConfigError) as error:
         attach(model, Prefix())
+    assert (error.value.code, error.value.field) == ("attention_implementation", "model")
 
 
 @every_method
@@ -223,8 +226,9 @@ def test_positions_that_were_never_learnt_are_refused() -> None:
     model = gpt2()  # 32 positions
     attach(model, Prefix(tokens=16))
     model(torch.ones(1, 16, dtype=torch.long))
-    with pytest.raises(AdapterStateError, match=r"room for 16 tokens"):
+    with pytest.raises(AdapterStateError) as error:
         model(torch.ones(1, 17, dtype=torch.long))
+    assert (error.value.code, error.value.field) == ("too_many_positions", "max_length")
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from loralab.adapters.attach import attach
-from loralab.adapters.left_out import NEITHER
+from loralab.adapters.left_out import IN_NO_NETWORK
 from loralab.adapters.methods import LoRA
 from loralab.adapters.presets import in_attention, place_of
 from loralab.adapters.targets import linear_names, target_names
@@ -161,11 +161,11 @@ def test_each_layer_of_a_block_has_its_place(name: str) -> None:
 def test_what_is_of_neither_is_named_by_a_preset_and_adapted_by_all_linear() -> None:
     make = PLACES["recurrent gemma"][0]
     adapter = attach(make(), LoRA(rank=2, target_modules="mlp"))
-    mixers = {n.rpartition(".")[2] for n, why in adapter.left_out.items() if why == NEITHER}
+    mixers = {n.rpartition(".")[2] for n, why in adapter.left_out.items() if why == IN_NO_NETWORK}
     assert mixers == {"linear_x", "linear_y", "linear_out"}
     everything = attach(make(), LoRA(rank=2))
     assert mixers <= {name.rpartition(".")[2] for name in everything.modules}
-    assert NEITHER not in everything.left_out.values()
+    assert IN_NO_NETWORK not in everything.left_out.values()
 
 
 @pytest.mark.parametrize("preset", ["attention", "mlp"])

@@ -23,7 +23,7 @@ from transformers import (
 from loralab.adapters.adapter import Adapter
 from loralab.adapters.attach import attach
 from loralab.adapters.methods import IA3, AdaLoRA, LoRA
-from loralab.adapters.reads import READ, WRITTEN, read_sometimes, read_uncalled
+from loralab.adapters.reads import READ_REASON, WRITTEN_REASON, read_sometimes, read_uncalled
 from loralab.errors import LeftOutWarning, TargetError
 
 IDS = torch.arange(3, 21).view(2, 9)
@@ -255,10 +255,10 @@ def rwkv() -> Any:
 
 
 LEFT: dict[Callable[[], Any], tuple[set[str], str]] = {
-    mamba: ({"dt_proj"}, READ),
-    falcon_mamba: ({"dt_proj"}, READ),
-    jamba: ({"dt_proj"}, READ),
-    rwkv: ({"output", "value"}, WRITTEN),
+    mamba: ({"dt_proj"}, READ_REASON),
+    falcon_mamba: ({"dt_proj"}, READ_REASON),
+    jamba: ({"dt_proj"}, READ_REASON),
+    rwkv: ({"output", "value"}, WRITTEN_REASON),
 }
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from loralab.adapters.skinny import batched
 from loralab.adapters.spans import Updates, linears_by_span, stacked_update
-from loralab.adapters.thin import each
 from loralab.native.library import SkinnyGemm
 
 ROWS = ((0, 3), (3, 4), (6, 11))  # rows 4 and 5 have no update
@@ -102,7 +102,7 @@ def test_many_thin_products_are_each_of_them(kind: str) -> None:
         return found
 
     products, alone = made(), made()
-    each(kind, products)
+    batched(kind, products)
     for product in alone:
         x, M, low = product.x.float(), product.M, product.low.float()
         if kind == "down":

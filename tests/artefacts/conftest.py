@@ -54,7 +54,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         request, answer = tmp_path / "request.safetensors", tmp_path / "answer.json"
         given = () if base is None else (str(base),)
         reference.save(request)
-        certificate._main(str(path), str(request), str(answer), reference.device, *given)
+        certificate._compare_and_write(str(path), str(request), str(answer), reference.device, *given)
         return certificate._read_answer(answer)
 
     monkeypatch.setattr(certificate, "_in_fresh_process", compare)

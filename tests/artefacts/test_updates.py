@@ -15,7 +15,7 @@ from loralab.adapters.methods import LoRA
 from loralab.artefacts.certificate import verify
 from loralab.artefacts.comparison import logits_of
 from loralab.artefacts.export import export
-from loralab.artefacts.live import load_with_base
+from loralab.artefacts.loaded_adapter import load_with_base
 from loralab.artefacts.updates import is_uniform, uniform, updates
 from loralab.models.kinds import CAUSAL
 

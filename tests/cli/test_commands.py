@@ -204,16 +204,16 @@ BAD = [
     (["train", "--data", "{data}", "--method", "lroa"], "did you mean lora"),
     (["train", "--data", "{data}", "--rank-pattern", "q_proj"], "name=value"),
     (["train", "--data", "{data}", "--layers", "a"], "--layers"),
-    (["train", "--config", "{broken}"], "no TOML"),
+    (["train", "--config", "{broken}"], "not TOML"),
     (["train", "--config", "{keys}"], "did you mean rank"),
     (["train", "--data", "{data}", "--map", "text=nothing"], "nothing"),
-    (["evaluate", "--data", "{data}", "--adapter", "nowhere"], "no adapter folder"),
+    (["evaluate", "--data", "{data}", "--adapter", "nowhere"], "nowhere"),
     (["evaluate", "--data", "{data}", "--split", "tset"], "did you mean test"),
-    (["generate", "hello", "--adapter", "nowhere"], "no adapter folder"),
-    (["merge", "nowhere", "out"], "no adapter folder"),
+    (["generate", "hello", "--adapter", "nowhere"], "nowhere"),
+    (["merge", "nowhere", "out"], "nowhere"),
     (["export", "nowhere", "out", "--to", "pfet"], "did you mean peft"),
     (["verify", "nowhere"], "loralab.json"),
-    (["inspect", "nowhere"], "no adapter folder"),
+    (["inspect", "nowhere"], "nowhere"),
     (["verfy"], "verify"),
 ]
 
@@ -289,10 +289,12 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_pairs_and_configuration_files(tmp_path: Path) -> None:
     assert pairs("a=1, b=2", "rank_pattern", int) == {"a": 1, "b": 2}
-    with pytest.raises(ConfigError, match="--rank-pattern expects name=value"):
+    with pytest.raises(ConfigError) as error:
         pairs("a=x", "rank_pattern", int)
-    with pytest.raises(ConfigError, match="cannot be read"):
+    assert (error.value.code, error.value.field) == ("not_pairs", "rank_pattern")
+    with pytest.raises(ConfigError) as error:
         from_toml(tmp_path / "none.toml", set())
+    assert error.value.code == "cannot_read"
 
 
 @pytest.mark.parametrize("ignored", [False, True])

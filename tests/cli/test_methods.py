@@ -68,10 +68,10 @@ def test_every_name_trains(
 @pytest.mark.parametrize(
     ("method", "more", "message"),
     [
-        ("prefix", ["--rank", "4"], "--rank is no option of prefix, which has --init-std"),
-        ("lora", ["--width", "4"], "--width is no option of lora"),
-        ("ia3", ["--alpha", "4"], "--alpha is no option of ia3"),
-        ("adalora", ["--dora"], "--dora is no option of adalora"),
+        ("prefix", ["--rank", "4"], "--rank is not an option of prefix, which has --init-std"),
+        ("lora", ["--width", "4"], "--width is not an option of lora"),
+        ("ia3", ["--alpha", "4"], "--alpha is not an option of ia3"),
+        ("adalora", ["--dora"], "--dora is not an option of adalora"),
         ("doora", [], "did you mean dora"),
         ("bitfit", [], "has no biases"),
         ("adalora", ["--rank", "4"], "target_rank (8) must be at most the rank"),

@@ -6,9 +6,9 @@ from hypothesis import strategies as st
 
 from loralab.cli.options import pairs
 from loralab.errors import ConfigError
-from loralab.values import join_pairs, joinable
+from loralab.values import is_joinable, join_pairs
 
-names = st.text(st.sampled_from("ab,=' \"x"), min_size=1, max_size=6).filter(joinable)
+names = st.text(st.sampled_from("ab,=' \"x"), min_size=1, max_size=6).filter(is_joinable)
 
 
 @given(values=st.dictionaries(names, names | st.just(""), min_size=1))

@@ -81,8 +81,9 @@ def test_every_method_is_here() -> None:
 def test_what_cannot_be_is_said_and_leaves_the_model_alone(variant: str, name: str) -> None:
     model = SHALLOW[name]()
     before, modules = logits(model), list(model.modules())
-    with pytest.raises(TargetError, match=REFUSED[variant, name]):
+    with pytest.raises(TargetError) as error:
         attach(model, VARIANTS[variant])
+    assert (error.value.code, error.value.field) == ("no_biases", "model")
     assert list(model.modules()) == modules
     assert torch.equal(logits(model), before)
 
@@ -146,8 +147,9 @@ def test_merge_then_unmerge_restores_every_bit(variant: str, name: str) -> None:
     live = logits(model)
     if variant in CANNOT_MERGE:
         assert not adapter.can_merge
-        with pytest.raises(AdapterStateError, match="cannot be merged"):
+        with pytest.raises(AdapterStateError) as error:
             adapter.merge()
+        assert error.value.code == "cannot_merge"
         return
     adapter.merge()
     torch.testing.assert_close(logits(model), live, rtol=1e-4, atol=1e-5)
@@ -237,8 +239,9 @@ def test_gradient_checkpointing_changes_no_gradient(variant: str, name: str, ree
         adapter.model.train()
     saving.model.gradient_checkpointing_enable({"use_reentrant": reentrant})  # type: ignore[operator]
     if variant == "prompt" and reentrant and name != "bert":
-        with pytest.raises(AdapterStateError, match="reentrant"):
+        with pytest.raises(AdapterStateError) as error:
             loss_of(saving.model)
+        assert (error.value.code, error.value.field) == ("reentrant_checkpointing", "gradient_checkpointing")
         return
     for adapter in (plain, saving):
         torch.manual_seed(0)

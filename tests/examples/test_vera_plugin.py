@@ -20,7 +20,7 @@ from loralab.artefacts import certificate
 from loralab.cli import run
 from loralab.errors import ConfigError
 from loralab.models.load import Base
-from loralab.serving.loaded import AdapterLoader
+from loralab.serving.adapter_loader import AdapterLoader
 from loralab.studies.questions.methods import arms
 from loralab.studies.study import Ground
 
@@ -84,8 +84,9 @@ def test_an_option_of_pefts_that_it_does_not_have_is_refused(tmp_path: Path) -> 
     fields = json.loads((tmp_path / "a" / folder.CONFIG).read_text())
     (tmp_path / "a" / folder.CONFIG).write_text(json.dumps({**fields, "bias": "all"}))
     (tmp_path / "a" / folder.RECORD).unlink()
-    with pytest.raises(ValueError, match="bias='all'"):
+    with pytest.raises(ValueError) as error:
         load(llama(), tmp_path / "a")
+    assert (error.value.code, error.value.field) == ("unknown_option", "vera")
 
 
 @pytest.mark.usefixtures("known")

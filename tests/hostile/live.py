@@ -53,7 +53,7 @@ class Live:
         assert scheduler is not None
         users = any(self.engine._users.values())
         return not (self.engine.running or self.engine.waiting or users) and (
-            scheduler.blocks.free == scheduler.blocks.count
+            scheduler.blocks.num_free == scheduler.blocks.count
         )
 
 

@@ -33,9 +33,9 @@ from loralab.cli.jobs import _jobs
 from loralab.models import load as models
 from loralab.models.pictures import Pictures
 from loralab.serving import keys
-from loralab.serving.entries import describe
+from loralab.serving.adapter_info import describe
 from loralab.serving.names import Names, write_names
-from loralab.serving.reading import glance
+from loralab.serving.safe_read import read_metadata
 from loralab.serving.store import Store
 from loralab.studies import report, store
 from loralab.studies.fields import from_toml
@@ -121,7 +121,7 @@ def damage_adapter(place: Path, draw: random.Random) -> None:
 def read_adapter(place: Path) -> None:
     """As `load`, `inspect` and a store read it."""
     spectrum.describe(place)
-    seen = glance(place.parent, place)
+    seen = read_metadata(place.parent, place)
     describe("x", place, seen.fields, seen.record, seen.size)
     model = gpt2()
     load(model, place).detach()
@@ -161,7 +161,7 @@ def read_checkpoint(place: Path) -> None:
     trained = begun()
     checkpoint.restore(path, trained, World())
     checkpoint.restore_weights(path, trained.adapter)
-    checkpoint.side_by_side({place: 2})
+    checkpoint.last_common_steps({place: 2})
     step(trained)
 
 

@@ -70,12 +70,13 @@ def test_a_picture_of_gigabytes_is_not_decoded(tmp_path: Path) -> None:
 def test_a_format_that_runs_a_program_is_no_picture(tmp_path: Path) -> None:
     file = tmp_path / "x.png"
     file.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(x) print\n%%EOF\n")
-    with pytest.raises(DataError, match="no picture that can be read"):
+    with pytest.raises(DataError) as error:
         from_file(file)
+    assert (error.value.code, error.value.field) == ("not_a_picture", "image")
 
 
 def test_a_run_of_equal_rows_ends_at_a_multiple_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loralab.tasks.parquet.LEAST", 64 << 20)
+    monkeypatch.setattr("loralab.tasks.parquet.MIN_PLAIN_BYTES", 64 << 20)
 
     def make(file: Path) -> None:
         text = pyarrow.DictionaryArray.from_arrays(
@@ -102,12 +103,14 @@ def test_a_header_of_terabytes_is_not_read(tmp_path: Path) -> None:
     file = tmp_path / "x.safetensors"
     for length in (2**63, 2**40, 10**8):
         file.write_bytes(struct.pack("<Q", length) + b"{}")
-        with pytest.raises(AdapterFileError, match=r"x\.safetensors is damaged"):
+        with pytest.raises(AdapterFileError) as error:
             folder.read_tensors(file)
+        assert (error.value.code, error.value.field) == ("damaged", "path")
     with file.open("wb") as handle:
         handle.truncate(1 << 43)  # a file of holes
-    with pytest.raises(AdapterFileError, match="at most"):
+    with pytest.raises(AdapterFileError) as error:
         folder.read_tensors(file)
+    assert error.value.code == "too_large"
 
 
 @pytest.mark.parametrize("count", [2**60, 2**31, 10**7])
@@ -116,26 +119,28 @@ def test_the_counts_of_a_gguf_are_not_believed(count: int, tmp_path: Path) -> No
     file = tmp_path / "x.gguf"
     file.write_bytes(head + struct.pack("<IIQ", 9, 0, count) + bytes(100))
     started = time.process_time()
-    with pytest.raises(ModelError, match=r"x\.gguf cannot be read"):
+    with pytest.raises(ModelError) as error:
         models.load(str(file))
+    assert (error.value.code, error.value.field) == ("damaged", "model")
     file.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, count, count) + bytes(100))
-    with pytest.raises(ModelError, match=r"x\.gguf cannot be read"):
+    with pytest.raises(ModelError) as error:
         models.load(str(file))
+    assert (error.value.code, error.value.field) == ("damaged", "model")
     assert time.process_time() - started < 5
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "said"),
+    ("field", "value", "code"),
     [
-        ("num_hidden_layers", 10**9, "the weights are"),
-        ("num_labels", 10**9, "num_labels"),
-        ("vocab_size", 10**7, "describes"),
-        ("intermediate_size", 10**7, "describes"),
-        ("attn_implementation", "evil/kernel", "code from elsewhere"),
+        ("num_hidden_layers", 10**9, "implausible_size"),
+        ("num_labels", 10**9, "implausible_size"),
+        ("vocab_size", 10**7, "implausible_size"),
+        ("intermediate_size", 10**7, "implausible_size"),
+        ("attn_implementation", "evil/kernel", "foreign_code"),
     ],
 )
 def test_a_model_is_not_built_for_a_number_in_a_text(
-    field: str, value: Any, said: str, tiny_llama_folder: Path, tmp_path: Path
+    field: str, value: Any, code: str, tiny_llama_folder: Path, tmp_path: Path
 ) -> None:
     place = tmp_path / "m"
     place.mkdir()
@@ -143,8 +148,9 @@ def test_a_model_is_not_built_for_a_number_in_a_text(
         (place / file.name).write_bytes(file.read_bytes())
     config = json.loads((place / "config.json").read_text())
     (place / "config.json").write_text(json.dumps({**config, field: value}))
-    with pytest.raises(ModelError, match=said):
+    with pytest.raises(ModelError) as error:
         models.load(str(place))
+    assert error.value.code == code
 
 
 def test_code_that_comes_with_a_model_is_not_run(tiny_llama_folder: Path, tmp_path: Path) -> None:
@@ -164,8 +170,9 @@ def test_code_that_comes_with_a_model_is_not_run(tiny_llama_folder: Path, tmp_pa
             models.load(str(place))
     assert not mark.exists()
     (place / "model.safetensors.index.json").write_text('{"weight_map": {"x": "../../x"}}')
-    with pytest.raises(ModelError, match="files of its own folder"):
+    with pytest.raises(ModelError) as error:
         models.load(str(place))
+    assert (error.value.code, error.value.field) == ("outside_folder", "model")
 
 
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
@@ -176,8 +183,9 @@ def test_what_is_no_file_is_not_waited_for(name: str, tmp_path: Path) -> None:
     os.mkfifo(file)
     with pytest.raises(AdapterFileError):
         load(gpt2(), tmp_path / "a")
-    with pytest.raises(DataError, match="no file"):
+    with pytest.raises(DataError) as error:
         read_bytes(Path("/dev/zero"), DataError)
+    assert error.value.code == "cannot_read"
 
 
 def test_a_store_lists_nothing_outside_of_it(tmp_path: Path) -> None:
@@ -305,12 +313,14 @@ def test_a_fair_template_is_rendered_as_transformers_does(template: str, prompt:
 def test_settings_are_neither_deep_nor_endless(tmp_path: Path) -> None:
     for text in ('{"a": ' + "[" * 70 + "]" * 70 + "}", "[" * 10**5, '{"a": "\\ud83d"}', "[]"):
         (tmp_path / "x.json").write_text(text)
-        with pytest.raises(ConfigError, match=r"x\.json"):
+        with pytest.raises(ConfigError) as error:
             read_json(tmp_path / "x.json", ConfigError)
+        assert "x.json" in str(error.value)
     for text in ("a = " + "[" * 10**4, "a." * 10**5 + "a = 1", f"a = {10**30}", "a = 1\0"):
         (tmp_path / "x.toml").write_text(text)
-        with pytest.raises(ConfigError, match=r"x\.toml"):
+        with pytest.raises(ConfigError) as error:
             read_toml(tmp_path / "x.toml")
+        assert "x.toml" in str(error.value)
 
 
 def test_a_message_is_one_short_line_whatever_it_quotes() -> None:
@@ -323,12 +333,14 @@ def test_many_columns_are_refused_at_once(tmp_path: Path) -> None:
     file = tmp_path / "x.csv"
     file.write_text("a," * 500_000 + "\n")
     started = time.process_time()
-    with pytest.raises(DataError, match="columns"):
+    with pytest.raises(DataError) as error:
         catalog.find(str(file))
+    assert error.value.code == "too_many_columns"
     assert time.process_time() - started < 5
 
 
 def test_nothing_here_reads_a_pickle(tmp_path: Path) -> None:
     torch.save({"x": torch.zeros(1)}, tmp_path / "state.safetensors")
-    with pytest.raises(AdapterFileError, match="damaged"):
+    with pytest.raises(AdapterFileError) as error:
         folder.read_tensors(tmp_path / "state.safetensors")
+    assert (error.value.code, error.value.field) == ("damaged", "path")

@@ -17,7 +17,7 @@ from hostile import live as lives
 from hostile.live import QUICK, Live, raw, request, serving, statuses
 from serving.talk import until
 
-from loralab.serving.api_schemas import MOST_PARTS, MOST_VALUES
+from loralab.serving.api_body import MAX_CONTAINERS, MAX_VALUES
 from loralab.serving.gate import hosts_of
 from loralab.serving.metrics import Metrics
 from loralab.serving.settings import Limits
@@ -189,9 +189,9 @@ LARGE: list[tuple[str, Callable[[], bytes], int]] = [
     ("a long path", lambda: request("/" + "a" * 70_000), 431),
     ("a long body", lambda: completion(prompt="a" * 17 * 2**20), 413),
     ("a body said to be long", lambda: completion().replace(b"Content-Length: ", b"Content-Length: 99999999"), 413),
-    ("too many numbers", lambda: completion(prompt=[1] * (MOST_VALUES + 2)), 413),
-    ("too many lists", lambda: completion(prompt=[[]] * MOST_PARTS), 413),
-    ("many numbers", lambda: completion(prompt=[1] * (MOST_VALUES // 4)), 400),
+    ("too many numbers", lambda: completion(prompt=[1] * (MAX_VALUES + 2)), 413),
+    ("too many lists", lambda: completion(prompt=[[]] * MAX_CONTAINERS), 413),
+    ("many numbers", lambda: completion(prompt=[1] * (MAX_VALUES // 4)), 400),
     ("a long text", lambda: completion(prompt="good " * BIG), 400),
     ("a long name", lambda: completion(model="v" * BIG), 404),
     ("a long field", lambda: completion(**{"v" * BIG: 1}), 400),
@@ -396,7 +396,7 @@ def test_numbers_and_texts_that_break_things_are_refused(content: bytes, live: L
 
 
 def test_names_that_come_and_go_do_not_fill_the_metrics(live: Live, monkeypatch: Any) -> None:
-    monkeypatch.setattr("loralab.serving.metrics.MOST", 5)
+    monkeypatch.setattr("loralab.serving.metrics.MAX_COUNTED_ADAPTERS", 5)
     counts = Metrics(live.engine)
     for number in range(50):
         counts.observe(

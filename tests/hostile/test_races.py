@@ -20,7 +20,7 @@ from loralab.adapters import folder
 from loralab.adapters.methods import LoRA
 from loralab.errors import AdapterFileError
 from loralab.models.load import load as load_base
-from loralab.serving import reading
+from loralab.serving import safe_read
 from loralab.serving.keys import Key, Keys
 from loralab.serving.store import Store
 
@@ -135,7 +135,7 @@ def test_a_folder_that_becomes_a_link_after_the_check_is_not_followed(
     name: str, outside: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root, foreign = outside
-    plain, swapped = reading._walked, []
+    plain, swapped = safe_read._walked, []
 
     def walked(*given: Any) -> int:
         """The links have been looked up by now; here they change."""
@@ -147,7 +147,7 @@ def test_a_folder_that_becomes_a_link_after_the_check_is_not_followed(
     seen: list[str] = []
     store = Store(root, lambda stored: seen.append(stored.digest))
     before = store.entry("a").digest
-    monkeypatch.setattr(reading, "_walked", walked)
+    monkeypatch.setattr(safe_read, "_walked", walked)
     with contextlib.suppress(AdapterFileError):
         store.load("x", "a")
     assert swapped
@@ -187,8 +187,9 @@ def test_a_pipe_in_the_place_of_a_file_holds_up_nobody(outside: tuple[Path, Path
     store = Store(root, lambda stored: stored.digest)
     (root / "a" / folder.TENSORS).unlink()
     os.mkfifo(root / "a" / folder.TENSORS)
-    with pytest.raises(AdapterFileError, match="is no file"):
+    with pytest.raises(AdapterFileError) as error:
         store.load("x", "a")
+    assert (error.value.code, error.value.field) == ("not_a_file", "path")
 
 
 # -- keys ----------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ class FakeEntry:
     kind: str | None = "causal-lm"
     loaded: bool = True
     pinned: bool = False
-    front: int = 0
+    prefix_tokens: int = 0
     path: Path = Path("sst")
     form: str | None = None
 

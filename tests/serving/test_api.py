@@ -70,8 +70,9 @@ def test_the_openai_client_works_unchanged(engine: FakeEngine, serve: Serve) -> 
         assert text.choices[0].logprobs is not None
         assert text.choices[0].logprobs.text_offset is not None
         assert text.choices[0].logprobs.text_offset[:3] == [0, 4, 6]
-        with pytest.raises(openai.NotFoundError, match="did you mean sst"):
+        with pytest.raises(openai.NotFoundError) as error:
             client.completions.create(model="sstt", prompt="good")
+        assert error.value.code == "model_not_found"
 
 
 def test_the_openai_client_streams(engine: FakeEngine, serve: Serve) -> None:

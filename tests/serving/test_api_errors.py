@@ -119,7 +119,7 @@ def test_a_prompt_that_leaves_no_room_says_so_as_other_servers_do(engine: FakeEn
     for prompt in ([5] * 64, [5] * 65, "good " * 90):
         error = error_of(post(engine, "/v1/completions", {**TEXT, "prompt": prompt}), 400)
         assert (error["param"], error["code"]) == ("prompt", "context_length_exceeded")
-    engine.store = FakeStore(FakeEntry(name="sst", digest=digest_of("sst"), front=60))
+    engine.store = FakeStore(FakeEntry(name="sst", digest=digest_of("sst"), prefix_tokens=60))
     turns = [{"role": "user", "content": "good film a b c d"}]
     error = error_of(post(engine, "/v1/chat/completions", {**CHAT, "messages": turns}), 400)
     assert (error["param"], error["code"]) == ("messages", "context_length_exceeded")

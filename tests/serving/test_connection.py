@@ -21,7 +21,7 @@ from serving.test_store import number_of, root
 from loralab.adapters import folder
 from loralab.serving import store as stores
 from loralab.serving.api import build_app
-from loralab.serving.reading import read_folder
+from loralab.serving.safe_read import read_folder
 from loralab.serving.settings import Limits
 from loralab.serving.store import Store
 

@@ -270,18 +270,20 @@ def test_pieces_are_the_whole(opened: Open) -> None:
 
 def test_what_is_wrong_is_said_at_once(opened: Open) -> None:
     engine = opened(queue=1, max_batch=1)
-    for adapter, prompt, error, words in (
-        ("lorra", [5], AdapterNotFoundError, "did you mean lora"),
-        (None, [], DataError, "empty"),
-        (None, [5, 10_000], DataError, "token 10000"),
-        (None, [5] * 600, DataError, "600 tokens"),
-        ("prefix", [5] * 502, DataError, "502 tokens"),
+    for adapter, prompt, error, code, field in (
+        ("lorra", [5], AdapterNotFoundError, "unknown_adapter", "name"),
+        (None, [], DataError, "invalid_value", "prompt"),
+        (None, [5, 10_000], DataError, "invalid_value", "prompt"),
+        (None, [5] * 600, DataError, "context_length_exceeded", "prompt"),
+        ("prefix", [5] * 502, DataError, "context_length_exceeded", "prompt"),
     ):
-        with pytest.raises(error, match=words):
+        with pytest.raises(error) as wrong:
             engine.submit(prompt, adapter=adapter, sampling=GREEDY)
+        assert (wrong.value.code, wrong.value.field) == (code, field)
     answers = [engine.submit([5], adapter="lora", sampling=GREEDY) for _ in range(2)]
-    with pytest.raises(QueueFullError, match="2 requests are here"):
+    with pytest.raises(QueueFullError) as raised:
         engine.submit([5], adapter=None, sampling=GREEDY)
+    assert raised.value.code == "queue_full"
     engine.run_until_idle()
     assert all(answer.result().tokens for answer in answers)
 
@@ -292,20 +294,21 @@ def test_what_dies_dies_alone(opened: Open, solo: Any, monkeypatch: Any) -> None
     healthy = ways.logits
 
     def fragile(works: Any) -> Any:
-        if any(99 in work.row.tokens for work in works):
+        if any(99 in work.sequence.tokens for work in works):
             raise RuntimeError("out of something")
         return healthy(works)
 
     monkeypatch.setattr(ways, "logits", fragile)
     asked = [[5, 6], [7, 88, 8], [9]]
     bad = engine.submit([3, 4], adapter="lora", sampling=GREEDY)
-    bad_row = engine._ready[0].rows[0] if engine._ready else engine._arrived[0].rows[0]
+    bad_row = engine._ready[0].sequences[0] if engine._ready else engine._arrived[0].sequences[0]
     bad_row.tokens.append(99)
     good = [engine.submit(prompt, adapter="lora", sampling=GREEDY) for prompt in asked]
     engine.run_until_idle()
     assert [own.result().tokens for own in good] == [solo("lora", prompt) for prompt in asked]
-    with pytest.raises(RunError, match="out of something"):
+    with pytest.raises(RunError) as error:
         bad.result()
+    assert error.value.code == "engine_error"
 
 
 def test_an_adapter_that_was_damaged_since_fails_alone(world: World, opened: Open, tmp_path: Path) -> None:
@@ -318,8 +321,9 @@ def test_an_adapter_that_was_damaged_since_fails_alone(world: World, opened: Ope
     file.write_bytes(file.read_bytes()[:-7])
     engine.run_until_idle()
     assert good.result().tokens
-    with pytest.raises(RunError, match="damaged"):
+    with pytest.raises(RunError) as error:
         bad.result()
+    assert error.value.code == "engine_error"
 
 
 def test_a_drain_finishes_what_was_asked_and_takes_nothing_more(opened: Open, solo: Any) -> None:
@@ -332,8 +336,9 @@ def test_a_drain_finishes_what_was_asked_and_takes_nothing_more(opened: Open, so
     stopper.join(timeout=60)
     assert not stopper.is_alive()
     assert [own.result().tokens for own in answers] == [solo("lora", p) for p in asked]
-    with pytest.raises(QueueFullError, match="closing"):
+    with pytest.raises(QueueFullError) as error:
         engine.submit([5], adapter=None, sampling=GREEDY)
+    assert error.value.code == "closing"
 
 
 def test_a_defect_leaves_nobody_waiting(opened: Open, monkeypatch: Any) -> None:
@@ -346,8 +351,9 @@ def test_a_defect_leaves_nobody_waiting(opened: Open, monkeypatch: Any) -> None:
     monkeypatch.setattr(threading, "excepthook", lambda arguments: None)
     answer = engine.submit([5], adapter=None, sampling=GREEDY)
     engine.start()
-    with pytest.raises(RunError, match="engine has died: MemoryError"):
+    with pytest.raises(RunError) as error:
         answer.result()
+    assert error.value.code == "engine_error"
     assert not engine.healthy
     with pytest.raises(QueueFullError):
         engine.submit([5], adapter=None, sampling=GREEDY)

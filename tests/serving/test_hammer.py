@@ -140,4 +140,4 @@ def test_every_answer_is_that_of_the_digest_it_names(
     assert not any(engine._users.values())
     assert engine.store.evictions > 20
     assert engine._scheduler is not None
-    assert engine._scheduler.blocks.free == engine._scheduler.blocks.count
+    assert engine._scheduler.blocks.num_free == engine._scheduler.blocks.count

@@ -114,34 +114,36 @@ def test_a_file_of_keys(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("content", "code"),
     [
-        ("", r"\[\[key\]\]"),
-        ("x = 1", r"\[\[key\]\]"),
-        (f'[[key]]\nname = "a"\nkey = "{SECRET}', "no TOML"),
-        ("[[key]]\nkey = '0123456789abcdef'", "needs a name"),
-        ("[[key]]\nname = 'a'", "either key or sha256"),
-        ("[[key]]\nname = 'a'\nkey = 'short secret'", "16 characters"),
-        ("[[key]]\nname = 'a'\nsha256 = 'zz'", "64 hexadecimal digits"),
-        ("[[key]]\nname = 'a'\nkey = '0123456789abcdef'\nadapter = ['x']", "did you mean adapters"),
-        ("[[key]]\nname = 'a'\nkey = '0123456789abcdef'\nadapters = 'x'", "a list of names"),
-        ("[[key]]\nname = 'a'\nkey = '0123456789abcdef'\nadapters = [1]", "a list of names"),
-        ("[[key]]\nname = 'a'\nkey = '0123456789abcdef'\nadmin = 1", "true or false"),
-        ("[[key]]\nname = 'a'\nkey = '0123456789abcdef'\ntokens_per_day = 0", "above 0"),
-        ("[[key]]\nname = 'a'\nkey = '0123456789abcdef'\ntokens_per_day = true", "above 0"),
-        ("[[key]]\nname='a'\nkey='0123456789abcdef'\n[[key]]\nname='a'\nkey='0123456789abcdeg'", "same name"),
-        ("[[key]]\nname='a'\nkey='0123456789abcdef'\n[[key]]\nname='b'\nkey='0123456789abcdef'", "same key"),
+        ("", "not_keys"),
+        ("x = 1", "not_keys"),
+        (f'[[key]]\nname = "a"\nkey = "{SECRET}', "invalid_toml"),
+        ("[[key]]\nkey = '0123456789abcdef'", "missing_field"),
+        ("[[key]]\nname = 'a'", "key_or_sha256"),
+        ("[[key]]\nname = 'a'\nkey = 'short secret'", "short_key"),
+        ("[[key]]\nname = 'a'\nsha256 = 'zz'", "invalid_value"),
+        ("[[key]]\nname = 'a'\nkey = '0123456789abcdef'\nadapter = ['x']", "unknown_field"),
+        ("[[key]]\nname = 'a'\nkey = '0123456789abcdef'\nadapters = 'x'", "invalid_value"),
+        ("[[key]]\nname = 'a'\nkey = '0123456789abcdef'\nadapters = [1]", "invalid_value"),
+        ("[[key]]\nname = 'a'\nkey = '0123456789abcdef'\nadmin = 1", "invalid_value"),
+        ("[[key]]\nname = 'a'\nkey = '0123456789abcdef'\ntokens_per_day = 0", "invalid_value"),
+        ("[[key]]\nname = 'a'\nkey = '0123456789abcdef'\ntokens_per_day = true", "invalid_value"),
+        ("[[key]]\nname='a'\nkey='0123456789abcdef'\n[[key]]\nname='a'\nkey='0123456789abcdeg'", "repeated_value"),
+        ("[[key]]\nname='a'\nkey='0123456789abcdef'\n[[key]]\nname='b'\nkey='0123456789abcdef'", "repeated_value"),
     ],
 )
-def test_a_wrong_file_is_refused_and_shows_no_key(content: str, message: str, tmp_path: Path) -> None:
+def test_a_wrong_file_is_refused_and_shows_no_key(content: str, code: str, tmp_path: Path) -> None:
     file = tmp_path / "keys.toml"
     file.write_text(content)
-    with pytest.raises(ConfigError, match=message) as found:
+    with pytest.raises(ConfigError) as found:
         read(file)
+    assert found.value.code == code
     for secret in (SECRET, "0123456789abcdef", "short secret"):
         assert secret not in str(found.value)
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="No such file"):
+    with pytest.raises(ConfigError) as error:
         read(tmp_path / "none.toml")
+    assert (error.value.code, error.value.field) == ("cannot_read", "keys")

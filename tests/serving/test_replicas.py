@@ -20,7 +20,7 @@ from loralab.errors import ConfigError
 from loralab.serving.api import build_app
 from loralab.serving.keys import Key
 from loralab.serving.listener import address, open_socket
-from loralab.serving.replicas import Plan, app, asked, model_in, outcome, running
+from loralab.serving.replicas import ReplicaPlan, app, call_app, merged_outcome, model_in, running
 from loralab.serving.settings import Limits, ServeSettings
 
 pytestmark = [  # Ray leaves files and processes to the garbage collector
@@ -56,16 +56,19 @@ def test_the_model_of_a_body(content: bytes, name: str) -> None:
 
 def test_quotas_that_replicas_would_count_alone_are_refused() -> None:
     key = Key(name="ci", sha256=b"0" * 32, requests_per_minute=3)
-    with pytest.raises(ConfigError, match="key ci has a quota"):
-        Plan(model="m", store="s", keys=(key,))
+    with pytest.raises(ConfigError) as error:
+        ReplicaPlan(model="m", store="s", keys=(key,))
+    assert (error.value.code, error.value.field) == ("quota_with_replicas", "keys")
 
 
 @pytest.mark.parametrize(
-    ("args", "said"), [({"model": "m"}, "give store"), ({"model": "m", "store": "s", "residents": 3}, "resident")]
+    ("args", "code"),
+    [({"model": "m"}, "missing_argument"), ({"model": "m", "store": "s", "residents": 3}, "unknown_argument")],
 )
-def test_wrong_arguments_of_serve_run_are_refused(args: dict[str, Any], said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
+def test_wrong_arguments_of_serve_run_are_refused(args: dict[str, Any], code: str) -> None:
+    with pytest.raises(ConfigError) as error:
         app(args)
+    assert error.value.code == code
 
 
 def said(status: int, code: str | None = None) -> list[Any]:
@@ -91,12 +94,12 @@ def said(status: int, code: str | None = None) -> list[Any]:
     ],
 )
 def test_replicas_that_find_a_change_done_do_not_refuse_it(others: list[Any], status: int) -> None:
-    assert outcome(said(200), others)[0]["status"] == status
+    assert merged_outcome(said(200), others)[0]["status"] == status
 
 
 def test_a_limit_that_only_our_own_server_keeps_is_refused() -> None:
     with pytest.raises(ConfigError) as error:
-        Plan(model="m", store="s", limits=Limits(connections=9))
+        ReplicaPlan(model="m", store="s", limits=Limits(connections=9))
     assert (error.value.code, error.value.field) == ("no_effect", "connections")
 
 
@@ -112,7 +115,7 @@ def test_giving_up_an_answer_disconnects_its_application() -> None:
             gone.set()
 
     async def first() -> Any:
-        messages = asked(endless, {}, b"")
+        messages = call_app(endless, {}, b"")
         start = await anext(messages)
         await messages.aclose()  # type: ignore[attr-defined]
         return start
@@ -132,7 +135,7 @@ def where(world: World) -> Iterator[str]:
     pytest.importorskip("ray")
     with open_socket("127.0.0.1", 0) as opened:
         found = address(opened)
-    plan = Plan(model=str(world.folder), store=str(world.store), settings=SETTINGS)
+    plan = ReplicaPlan(model=str(world.folder), store=str(world.store), settings=SETTINGS)
     with running(plan, 2, "local", "127.0.0.1", int(found.rpartition(":")[2])) as about:
         assert set(NAMES) <= set(about.adapters)
         yield found
@@ -176,7 +179,7 @@ def test_the_openai_client_and_its_streams(where: str, world: World) -> None:
         chunks = client.chat.completions.create(model="lora", messages=turns, max_tokens=8, temperature=0, stream=True)
         text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
         assert text == whole.choices[0].message.content
-        with pytest.raises(openai.NotFoundError, match="did you mean lora"):
+        with pytest.raises(openai.NotFoundError):
             client.completions.create(model="lorra", prompt="good")
     wrong = httpx.post(where + "/v1/completions", content=b"{", headers={"content-type": "text/x"})
     assert wrong.status_code == 415

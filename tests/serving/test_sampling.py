@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from loralab.errors import ConfigError
 from loralab.serving.request import Sampling
-from loralab.serving.sampling import SamplerState, choose, filtered, likeliest, readable
+from loralab.serving.sampling import SamplerState, choose_tokens, filtered_probabilities, likeliest, to_readable
 
 ROW = torch.tensor([1.0, 3.0, 2.0, 0.5, -1.0])
 
@@ -15,7 +15,7 @@ ROW = torch.tensor([1.0, 3.0, 2.0, 0.5, -1.0])
 def test_greedy_takes_the_likeliest() -> None:
     logits = torch.randn(6, 30)
     draws = [SamplerState(Sampling(temperature=0)) for _ in range(6)]
-    assert choose(logits, draws) == logits.argmax(dim=-1).tolist()
+    assert choose_tokens(logits, draws) == logits.argmax(dim=-1).tolist()
 
 
 def test_a_seed_gives_the_same_tokens_whoever_else_is_in_the_batch() -> None:
@@ -24,7 +24,7 @@ def test_a_seed_gives_the_same_tokens_whoever_else_is_in_the_batch() -> None:
     def drawn(others: int) -> list[int]:
         own = SamplerState(Sampling(seed=7))
         crowd = [SamplerState(Sampling(seed=n)) for n in range(others)]
-        return [choose(torch.stack([row] * (others + 1)), [*crowd, own])[-1] for row in logits]
+        return [choose_tokens(torch.stack([row] * (others + 1)), [*crowd, own])[-1] for row in logits]
 
     assert drawn(0) == drawn(3)
     assert len(set(drawn(0))) > 5
@@ -33,7 +33,7 @@ def test_a_seed_gives_the_same_tokens_whoever_else_is_in_the_batch() -> None:
 @given(st.integers(0, 6), st.floats(0.05, 1.0), st.floats(0.2, 5.0))
 def test_what_is_left_by_top_k_and_top_p(top_k: int, top_p: float, temperature: float) -> None:
     sampling = Sampling(top_k=top_k, top_p=top_p, temperature=temperature)
-    chances = filtered(ROW, sampling)
+    chances = filtered_probabilities(ROW, sampling)
     plain = (ROW.double() / temperature).softmax(dim=0)
     assert float(chances.sum()) == pytest.approx(1)
     kept = chances > 0
@@ -62,16 +62,16 @@ def test_the_same_is_left_as_by_sorting_all(logits: list[float], top_k: int, top
     chances[before >= top_p] = 0
     expected = torch.zeros(len(row), dtype=torch.double)
     expected[order] = chances / chances.sum()
-    found = filtered(row, Sampling(top_k=top_k, top_p=top_p, temperature=temperature))
+    found = filtered_probabilities(row, Sampling(top_k=top_k, top_p=top_p, temperature=temperature))
     assert torch.allclose(found, expected, atol=1e-12)
 
 
 def test_frequencies_are_the_probabilities() -> None:
     own = SamplerState(Sampling(seed=1, temperature=0.8))
-    expected = filtered(ROW, own.sampling)
+    expected = filtered_probabilities(ROW, own.sampling)
     counts = torch.zeros(5)
     for _ in range(4000):
-        counts[choose(ROW[None], [own])[0]] += 1
+        counts[choose_tokens(ROW[None], [own])[0]] += 1
     assert torch.allclose(counts.double() / 4000, expected, atol=0.03)
 
 
@@ -79,7 +79,9 @@ def test_nothing_is_sorted_where_nothing_is_left_out() -> None:
     """A top_p that leaves out nothing gives the same tokens as none."""
     logits = torch.randn(60, 200, generator=torch.Generator().manual_seed(0))
     plain, sorted_ = SamplerState(Sampling(seed=3)), SamplerState(Sampling(seed=3, top_k=200))
-    assert [choose(row[None], [plain]) for row in logits] == [choose(row[None], [sorted_]) for row in logits]
+    assert [choose_tokens(row[None], [plain]) for row in logits] == [
+        choose_tokens(row[None], [sorted_]) for row in logits
+    ]
 
 
 def test_rows_are_moved_together_and_only_if_they_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,7 +95,7 @@ def test_rows_are_moved_together_and_only_if_they_are_read(monkeypatch: pytest.M
     ):
         moved.clear()
         draws = [SamplerState(sampling) for sampling in crowd]
-        assert len(choose(readable(logits, draws), draws)) == 8
+        assert len(choose_tokens(to_readable(logits, draws), draws)) == 8
         assert moved == expected
 
 
@@ -121,5 +123,6 @@ def test_log_probabilities() -> None:
     ],
 )
 def test_values_out_of_range_are_refused(field: str, value: object) -> None:
-    with pytest.raises(ConfigError, match=field):
+    with pytest.raises(ConfigError) as error:
         Sampling(**{field: value})  # type: ignore[arg-type]
+    assert error.value.code == "invalid_value"

@@ -6,19 +6,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loralab.serving.blocks import BlockManager
-from loralab.serving.scheduler import Row, Scheduler, Work
+from loralab.serving.scheduler import Chunk, Scheduler, TokenSequence
 
 
 def scheduler(blocks: int = 64, rows: int = 8, tokens: int = 32, *, reuse: bool = True) -> Scheduler:
-    return Scheduler(BlockManager(blocks), most_rows=rows, step_tokens=tokens, reuse=reuse)
+    return Scheduler(BlockManager(blocks), max_sequences=rows, step_tokens=tokens, reuse=reuse)
 
 
-def row(number: int, length: int = 5, key: str | None = None) -> Row:
+def row(number: int, length: int = 5, key: str | None = None) -> TokenSequence:
     words = random.Random(number)
-    return Row(number=number, key=key, tokens=[words.randrange(1000) for _ in range(length)])
+    return TokenSequence(number=number, key=key, tokens=[words.randrange(1000) for _ in range(length)])
 
 
-def run(plan: Scheduler, works: list[Work]) -> None:
+def run(plan: Scheduler, works: list[Chunk]) -> None:
     for work in works:
         plan.advance(work)
 
@@ -32,7 +32,7 @@ def test_a_prompt_is_read_in_chunks_and_decoding_goes_first() -> None:
     plan.add(second)
     sizes = []
     while second.left:
-        works = {work.row.number: work for work in plan.plan()}
+        works = {work.sequence.number: work for work in plan.plan()}
         assert works[0].stop - works[0].start == 1
         sizes.append(works[1].stop - works[1].start)
         run(plan, list(works.values()))
@@ -44,7 +44,7 @@ def test_rows_of_one_adapter_stand_together_and_the_base_first() -> None:
     plan = scheduler()
     for number, key in enumerate(["b", None, "a", "b", "a", None]):
         plan.add(row(number, key=key))
-    keys = [work.row.key for work in plan.plan()]
+    keys = [work.sequence.key for work in plan.plan()]
     assert keys == [None, None, "a", "a", "b", "b"]
 
 
@@ -54,7 +54,7 @@ def test_an_adapter_that_asks_a_lot_does_not_keep_others_waiting() -> None:
         plan.add(row(number, key="loud"))
     plan.add(row(99, key="quiet"))
     works = plan.plan()
-    assert "quiet" in {work.row.key for work in works}
+    assert "quiet" in {work.sequence.key for work in works}
 
 
 def test_who_was_away_has_saved_up_nothing() -> None:
@@ -70,7 +70,7 @@ def test_who_was_away_has_saved_up_nothing() -> None:
     keys = []
     for _ in range(5):
         works = plan.plan()
-        keys += [work.row.key for work in works]
+        keys += [work.sequence.key for work in works]
         run(plan, works)
         for own in list(plan.running):
             plan.remove(own)
@@ -88,7 +88,7 @@ def test_a_beginning_that_was_seen_is_not_read_again() -> None:
     plan.remove(first)
     plan.add(second)
     plan.add(other)
-    found = {work.row.number: work for work in plan.plan()}
+    found = {work.sequence.number: work for work in plan.plan()}
     assert (found[1].start, second.cached) == (32, 32)
     assert (found[2].start, other.cached) == (0, 0)
 
@@ -127,20 +127,20 @@ def test_all_rows_end_however_little_room_there_is(
         assert works or not plan.waiting + len(plan.running)
         if not works:
             break
-        assert len(works) == len({work.row.number for work in works}) <= rows
+        assert len(works) == len({work.sequence.number for work in works}) <= rows
         decoding = sum(work.stop - work.start == 1 for work in works)
         assert sum(work.stop - work.start for work in works) <= max(tokens, decoding)
         for work in works:
-            assert work.start == work.row.done
-            assert len(work.row.blocks) * 16 >= work.stop
+            assert work.start == work.sequence.done
+            assert len(work.sequence.blocks) * 16 >= work.stop
             plan.advance(work)
-            if not work.row.left:
-                work.row.tokens.append(0)
-                if len(work.row.tokens) == want[work.row.number]:
-                    done[work.row.number] = work.row.tokens
-                    plan.remove(work.row)
+            if not work.sequence.left:
+                work.sequence.tokens.append(0)
+                if len(work.sequence.tokens) == want[work.sequence.number]:
+                    done[work.sequence.number] = work.sequence.tokens
+                    plan.remove(work.sequence)
     assert done.keys() == want.keys()
-    assert plan.blocks.free == blocks
+    assert plan.blocks.num_free == blocks
 
 
 def test_a_row_can_leave_while_it_waits() -> None:
@@ -152,4 +152,4 @@ def test_a_row_can_leave_while_it_waits() -> None:
     plan.remove(rows[1])
     assert plan.waiting == 1
     plan.remove(rows[0])
-    assert [work.row.number for work in plan.plan()] == [2]
+    assert [work.sequence.number for work in plan.plan()] == [2]

@@ -85,7 +85,7 @@ def test_opening_reads_no_tensors_and_tells_all(root: Path, monkeypatch: pytest.
     found = store.entry("a")
     assert (found.digest, found.method, found.rank, found.task) == (digest, "lora", 2, "sst")
     assert found.labels == ("bad", "good") and found.metrics == {"accuracy": 0.5}
-    assert (found.base, found.kind, found.front) == ("tiny", "causal-lm", 0)
+    assert (found.base, found.kind, found.prefix_tokens) == ("tiny", "causal-lm", 0)
     assert found.bytes == (root / "a" / folder.TENSORS).stat().st_size
     assert found.path == root / "a" and not found.loaded and not found.pinned
     assert store.entry(digest) == found
@@ -127,10 +127,12 @@ def test_what_is_damaged_is_listed_and_the_rest_is_served(root: Path) -> None:
     store = Store(root, number_of)
     assert names(store) == ["a", "b", "lazy", "sound"]
     assert set(store.refused) == {"config", "tensors", "method", "digest", "has space"}
-    with pytest.raises(AdapterFileError, match=r"LORRA.*did you mean LORA"):
+    with pytest.raises(AdapterFileError) as error:
         store.entry("method")
-    with pytest.raises(AdapterFileError, match="damaged"):
+    assert (error.value.code, error.value.field) == ("adapter_left_out", "name")
+    with pytest.raises(AdapterFileError) as error:
         store.entry("lazy")  # found only when it is read
+    assert (error.value.code, error.value.field) == ("damaged", "path")
     assert "lazy" in store.refused and "lazy" not in names(store)
     write(root / "config", 8)
     assert store.load("config", "config").name == "config"
@@ -194,14 +196,17 @@ def test_a_record_of_odd_shape_tells_nothing(root: Path, content: dict[str, Any]
 
 
 def test_a_root_that_is_no_store_is_refused(root: Path) -> None:
-    with pytest.raises(AdapterFileError, match="no folder of adapters"):
+    with pytest.raises(AdapterFileError) as error:
         Store(root / "nowhere", number_of)
-    with pytest.raises(AdapterFileError, match="is an adapter; a store is the folder above"):
+    assert (error.value.code, error.value.field) == ("no_store", "store")
+    with pytest.raises(AdapterFileError) as error:
         Store(root / "a", number_of)
+    assert (error.value.code, error.value.field) == ("store_is_adapter", "store")
     for wrong in ("{", "[]", '{"format": 2}', '{"format": 1, "names": {"x": 1}, "removed": []}'):
         (root / NAMES).write_text(wrong)
-        with pytest.raises(AdapterFileError, match=NAMES):
+        with pytest.raises(AdapterFileError) as error:
             Store(root, number_of)
+        assert error.value.code in ("invalid_json", "not_an_object", "invalid_names")
 
 
 # -- names --------------------------------------------------------------------------------------
@@ -236,8 +241,9 @@ def test_names_of_any_script_are_good(name: str) -> None:
 def test_bad_names_are_refused_and_nothing_changes(root: Path, name: str) -> None:
     store = Store(root, number_of)
     before = store.entries()
-    with pytest.raises(ConfigError, match="name"):
+    with pytest.raises(ConfigError) as error:
         store.load(name, "a")
+    assert (error.value.code, error.value.field) == ("invalid_name", "name")
     assert store.entries() == before and not (root / NAMES).exists() and store.loads == 0
 
 
@@ -328,8 +334,9 @@ def test_nothing_outside_the_store_is_read(tmp_path: Path, path: str) -> None:
     store = Store(root, number_of)
     before = store.entries()
     assert names(store) == ["a"] and {"link", "files"} <= set(store.refused)
-    with pytest.raises(AdapterFileError, match=r"outside|no adapter folder|no place"):
+    with pytest.raises(AdapterFileError) as error:
         store.load("x", path)
+    assert error.value.code in ("outside_store", "no_adapter")
     assert store.entries() == before and not (root / NAMES).exists()
 
 
@@ -352,26 +359,30 @@ def test_links_within_the_store_are_followed(root: Path) -> None:
 def test_a_load_that_fails_leaves_everything_as_it_was(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(stored: AdapterFolder) -> int:
         if number_of(stored) == 3:
-            raise AdapterFileError("another base")
+            raise AdapterFileError("another base", code="other_base")
         return number_of(stored)
 
     store = Store(root, refuse, resident=1)
     touch(store, "a")
     before = store.entries()
-    with pytest.raises(AdapterFileError, match="another base"):
+    with pytest.raises(AdapterFileError) as error:
         store.load("a", "runs/c")
+    assert error.value.code == "other_base"
     (root / "runs" / "c" / folder.TENSORS).write_bytes(b"x")
-    with pytest.raises(AdapterFileError, match="damaged"):
+    with pytest.raises(AdapterFileError) as error:
         store.load("a", "runs/c")
+    assert (error.value.code, error.value.field) == ("damaged", "path")
 
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OutputError, match="No space left"):
+    with pytest.raises(OutputError) as error:
         store.load("x", "a")
-    with pytest.raises(OutputError, match="No space left"):
+    assert (error.value.code, error.value.field) == ("cannot_write", "output")
+    with pytest.raises(OutputError) as error:
         store.unload("a")
+    assert (error.value.code, error.value.field) == ("cannot_write", "output")
     assert store.entries() == before and store.evictions == 0
     assert not [file for file in root.iterdir() if file.name.startswith(NAMES)]
 
@@ -398,14 +409,16 @@ def test_what_was_changed_on_disk_is_not_served_under_the_old_digest(root: Path)
     store = Store(root, number_of)
     old = store.entry("a").digest
     new = write(root / "a", 9)
-    with pytest.raises(AdapterFileError, match="was changed on disk; load it again"):
+    with pytest.raises(AdapterFileError) as error:
         store.acquire(old)
+    assert (error.value.code, error.value.field) == ("changed_on_disk", "path")
     assert store.load("a", "a").digest == new
     assert used(store, "a").value == 9
     tensors = root / "b" / folder.TENSORS
     tensors.write_bytes(tensors.read_bytes()[:-1] + b"\1")
-    with pytest.raises(AdapterFileError, match="has digest"):
+    with pytest.raises(AdapterFileError) as error:
         touch(store, "b")
+    assert (error.value.code, error.value.field) == ("changed", "digest")
 
 
 def test_what_changes_while_it_is_read_is_not_kept(root: Path) -> None:
@@ -415,8 +428,9 @@ def test_what_changes_while_it_is_read_is_not_kept(root: Path) -> None:
         return found
 
     store = Store(root, slow)
-    with pytest.raises(AdapterFileError, match="changed on disk meanwhile"):
+    with pytest.raises(AdapterFileError) as error:
         store.acquire(store.entry("a").digest)
+    assert (error.value.code, error.value.field) == ("changed_on_disk", "path")
     assert not store.entry("a").loaded
 
 
@@ -448,8 +462,9 @@ def test_what_is_pinned_or_in_use_does_not_make_room(many: Store) -> None:
     touch(many, "w")
     held = used(many, "x")
     assert many.acquire(many.entry("y").digest) is None
-    with pytest.raises(QueueFullError, match="all 2 places"):
+    with pytest.raises(QueueFullError) as error:
         many.load("new", "y")
+    assert error.value.code == "no_room"
     assert "new" not in names(many)
     many.release(held)
     touch(many, "y")
@@ -481,8 +496,9 @@ def test_requests_keep_the_version_they_began_with(many: Store) -> None:
 def test_what_is_released_twice_is_noticed(many: Store) -> None:
     held = used(many, "w")
     many.release(held)
-    with pytest.raises(AdapterStateError, match="not in use"):
+    with pytest.raises(AdapterStateError) as error:
         many.release(held)
+    assert error.value.code == "not_in_use"
 
 
 # -- threads ------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from serving.conftest import World
 from loralab.cli import run as command_line
 from loralab.errors import ConfigError
 from loralab.serving.settings import ServeSettings
-from loralab.serving.vllm import Asked, command, find_python, run
+from loralab.serving.vllm import VllmOptions, command, find_python, run
 
 FAKE = """#!{python}
 import http.server, json, os, signal, sys, threading
@@ -53,9 +53,11 @@ def fake(tmp_path: Path) -> MakeFake:
     return make
 
 
-def asked(python: str, store: Path, **more: Any) -> Asked:
+def asked(python: str, store: Path, **more: Any) -> VllmOptions:
     options = {"adapters": {}, "rank": 8, "settings": ServeSettings(), **more}
-    return Asked(python=python, source="model", name="base", store=store, host="127.0.0.1", port=free_port(), **options)
+    return VllmOptions(
+        python=python, source="model", name="base", store=store, host="127.0.0.1", port=free_port(), **options
+    )
 
 
 def free_port() -> int:
@@ -138,12 +140,15 @@ def test_one_place_more_than_adapters(tmp_path: Path) -> None:
 
 
 def test_without_vllm_it_says_how_to_get_it(fake: MakeFake) -> None:
-    with pytest.raises(ConfigError, match=r"has no vLLM.*pip install vllm.*--engine-python"):
+    with pytest.raises(ConfigError) as error:
         find_python(fake(missing=1))
-    with pytest.raises(ConfigError, match="is no program"):
+    assert (error.value.code, error.value.field) == ("no_vllm", "engine_python")
+    with pytest.raises(ConfigError) as error:
         find_python("/no/such/python")
-    with pytest.raises(ConfigError, match=r"not installed beside loralab.*pip install vllm"):
+    assert (error.value.code, error.value.field) == ("no_program", "engine_python")
+    with pytest.raises(ConfigError) as error:
         find_python(None)
+    assert (error.value.code, error.value.field) == ("no_vllm", "engine_python")
 
 
 BAD: list[tuple[list[str], str]] = [

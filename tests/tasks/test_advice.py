@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from rowfiles import ASSISTANT, USER, proposed, table
 
 from loralab.errors import DataError
-from loralab.tasks.advice import option
+from loralab.tasks.advice import mapping_option
 from loralab.tasks.columns import checked_mapping
 
 KINDS: dict[str, Any] = {  # what a column may hold: row -> value
@@ -104,7 +104,7 @@ names = st.text(st.characters(blacklist_categories=["Cs"]), min_size=1, max_size
 @given(st.dictionaries(names, names | st.just(""), min_size=1, max_size=4))
 def test_an_option_says_the_mapping(mapping: dict[str, str]) -> None:
     wanted = {name: own for name, own in mapping.items() if name != own}
-    typed = option(mapping)
+    typed = mapping_option(mapping)
     if typed.startswith("--map") and wanted:
         error = DataError(f"say {typed} if so")
         assert proposed(error) == [wanted]
@@ -115,6 +115,6 @@ def test_an_option_says_the_mapping(mapping: dict[str, str]) -> None:
 def test_names_with_signs_can_be_typed(tmp_path: Path) -> None:
     rows = [{"text": f"t{n}", "a,b=c": "xy"[n % 2]} for n in range(9)]
     for mapping in ({"label": "a,b=c"}, {"a,b=c": ""}):
-        typed = DataError(f"say {option(mapping)} now")
+        typed = DataError(f"say {mapping_option(mapping)} now")
         assert proposed(typed) == [mapping]
         assert table(tmp_path, rows, checked_mapping(mapping)).splits["train"]

@@ -12,10 +12,10 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers import AutoModelForSequenceClassification as Classifier
 from transformers import AutoModelForTokenClassification as Tagger
 
-from loralab.models.load import quiet
+from loralab.models.source import quiet
 from loralab.tasks.batches import collate
 from loralab.tasks.catalog import Task
-from loralab.tasks.encode import Example
+from loralab.tasks.examples import Example
 from loralab.tasks.forward import by_length
 from loralab.tasks.score import Scores, evaluate
 
@@ -43,7 +43,7 @@ class OneOf:
     def __init__(self, threads: Threads, rank: int) -> None:
         self._threads, self.rank, self.size = threads, rank, threads.size
 
-    def gathered(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         self._threads.values[self.rank] = value
         self._threads.barrier.wait()
         found = list(self._threads.values)

@@ -13,7 +13,7 @@ from PIL import Image
 from pyarrow import parquet
 from rowfiles import lines, refused
 
-from loralab.tasks.read import Table, read
+from loralab.tasks.read import DataTable, read
 
 Put = Callable[..., Path]
 
@@ -36,7 +36,7 @@ def put(tmp_path: Path) -> Put:
     return save
 
 
-def texts(table: Table) -> dict[str, list[str]]:
+def texts(table: DataTable) -> dict[str, list[str]]:
     return {split: [row["text"] for row in rows] for split, rows in table.splits.items()}
 
 

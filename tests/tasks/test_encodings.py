@@ -88,7 +88,7 @@ def test_a_damaged_archive_is_refused(damage: str, tmp_path: Path) -> None:
 def test_an_archive_is_not_unpacked_beyond_a_multiple_of_its_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(encodings, "LEAST", 1000)
+    monkeypatch.setattr(encodings, "MIN_PLAIN_BYTES", 1000)
     file = tmp_path / "a.txt.gz"
     file.write_bytes(gzip.compress(b"a\n" * 490))
     assert len(read(str(file)).splits["train"]) == 490

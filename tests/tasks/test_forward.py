@@ -30,7 +30,7 @@ from loralab.errors import ConfigError, DataError, ModelError
 from loralab.models.pictures import Pictures
 from loralab.tasks import forward
 from loralab.tasks.batches import collate
-from loralab.tasks.encode import IGNORED, Example
+from loralab.tasks.examples import IGNORED, Example
 from loralab.tasks.forward import SHARPNESS, answer_loss, embed, places, require_known, require_places
 from loralab.tasks.metrics import entities, entity_f1
 from loralab.tasks.pictures import from_levels
@@ -127,8 +127,9 @@ def test_the_two_texts_of_a_classified_pair_are_told_apart() -> None:
 
 
 def test_an_unknown_kind_is_refused() -> None:
-    with pytest.raises(ConfigError, match="unknown kind"):
+    with pytest.raises(ConfigError) as error:
         collate([Example(0, (1,), (1,))], pad_id=0, kind="image-segmentation")
+    assert (error.value.code, error.value.field) == ("unknown_kind", "kind")
 
 
 def test_entities_by_hand() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from loralab.errors import DataError
 from loralab.tasks.catalog import find, question_of
-from loralab.tasks.scored import ALL, Learnt, choose
+from loralab.tasks.scored import ALL_SPLITS, Learnt, choose
 
 LABELS = ("good", "bad", "neutral")  # in no order of their own
 
@@ -50,25 +50,25 @@ def test_of_its_own_data_the_rows_that_were_held_out(trained_on: str, seed: int)
 
 def test_rows_that_were_trained_on_are_spoken_of(trained_on: str, tmp_path: Path) -> None:
     learnt = learnt_of(trained_on, 3)
-    whole, split = choose(trained_on, learnt, split=ALL)
-    assert (split, len(whole.splits[ALL]), len(whole.notes)) == (ALL, 60, 1)
+    whole, split = choose(trained_on, learnt, split=ALL_SPLITS)
+    assert (split, len(whole.splits[ALL_SPLITS]), len(whole.notes)) == (ALL_SPLITS, 60, 1)
     other, split = choose(trained_on, learnt, seed=0)
     assert (split, len(other.notes)) == ("test", 1)
     assert other.splits == find(trained_on).splits
     write_csv(Path(trained_on), sorted(LABELS), 63)
     changed, split = choose(trained_on, learnt)
-    assert (split, len(changed.splits[ALL]), len(changed.notes)) == (ALL, 63, 1)
+    assert (split, len(changed.splits[ALL_SPLITS]), len(changed.notes)) == (ALL_SPLITS, 63, 1)
     copied = write_csv(tmp_path / "copy.csv", sorted(LABELS), 60)
     assert choose(copied, learnt)[1] == "test"  # the rows count, not the name
     unknown, split = choose(copied, Learnt(labels=LABELS))
-    assert (split, len(unknown.notes)) == (ALL, 1)
+    assert (split, len(unknown.notes)) == (ALL_SPLITS, 1)
 
 
 def test_of_other_data_all_rows_in_their_order(trained_on: str, tmp_path: Path) -> None:
     other = write_csv(tmp_path / "other.csv", sorted(LABELS), 40, 500)
     task, split = choose(other, learnt_of(trained_on))
-    assert split == ALL
-    assert [row["text"].split()[1] for row in task.splits[ALL]] == [str(n) for n in range(500, 540)]
+    assert split == ALL_SPLITS
+    assert [row["text"].split()[1] for row in task.splits[ALL_SPLITS]] == [str(n) for n in range(500, 540)]
     assert task.notes == ()
     assert choose(other, learnt_of(trained_on), split="validation")[1] == "validation"
 
@@ -78,7 +78,7 @@ def test_a_few_of_all_rows_are_a_fair_sample(trained_on: str, tmp_path: Path) ->
     rows = [f"film {n},{'bad' if n < 100 else 'good'}" for n in range(200)]
     file.write_text("text,label\n" + "\n".join(rows) + "\n")
     task, _ = choose(str(file), learnt_of(trained_on), limit=40)
-    labels = [row["label"] for row in task.splits[ALL]]
+    labels = [row["label"] for row in task.splits[ALL_SPLITS]]
     assert len(labels) == 40
     assert 10 <= labels.count("bad") <= 30
     assert labels == sorted(labels)  # still in the file's order
@@ -90,8 +90,8 @@ def test_a_test_split_that_the_data_brings_is_taken(trained_on: str, tmp_path: P
     write_csv(tmp_path / "parts" / "test.csv", sorted(LABELS), 12, 200)
     task, split = choose(str(tmp_path / "parts"), learnt_of(trained_on))
     assert (split, len(task.splits["test"])) == ("test", 12)
-    task, split = choose(str(tmp_path / "parts"), learnt_of(trained_on), split=ALL)
-    assert (split, len(task.splits[ALL])) == (ALL, 42)
+    task, split = choose(str(tmp_path / "parts"), learnt_of(trained_on), split=ALL_SPLITS)
+    assert (split, len(task.splits[ALL_SPLITS])) == (ALL_SPLITS, 42)
 
 
 @pytest.mark.parametrize("shown", [["bad"], ["neutral", "good"], ["good", "bad", "neutral"]])
@@ -100,20 +100,20 @@ def test_some_of_the_classes_stand_among_all_in_the_order_of_the_training(
 ) -> None:
     other = write_csv(tmp_path / "other.csv", shown, 12)
     task, split = choose(other, learnt_of(trained_on, labels=LABELS, asks=False))
-    assert (task.labels, split) == (LABELS, ALL)
-    assert {row["label"] for row in task.splits[ALL]} == {*shown}
+    assert (task.labels, split) == (LABELS, ALL_SPLITS)
+    assert {row["label"] for row in task.splits[ALL_SPLITS]} == {*shown}
     assert len(task.notes) == (len(shown) < 3)
 
 
 def test_a_single_row_can_be_scored(trained_on: str, tmp_path: Path) -> None:
     task, split = choose(write_csv(tmp_path / "one.csv", ["bad"], 1), learnt_of(trained_on))
-    assert (split, len(task.splits[ALL])) == (ALL, 1)
+    assert (split, len(task.splits[ALL_SPLITS])) == (ALL_SPLITS, 1)
 
 
 @pytest.mark.parametrize("strange", ["Bad", "a-neutral", "awful"])
 def test_another_class_is_refused_by_name(trained_on: str, tmp_path: Path, strange: str) -> None:
     other = write_csv(tmp_path / "other.csv", ["good", strange], 12)
-    for split in (None, ALL, "test"):
+    for split in (None, ALL_SPLITS, "test"):
         with pytest.raises(DataError) as error:
             choose(other, learnt_of(trained_on), split=split)
         assert (error.value.code, error.value.field) == ("unknown_labels", "label")
@@ -144,7 +144,7 @@ def test_labels_that_differ_by_their_type_alone_are_one(tmp_path: Path) -> None:
     assert learnt.labels == ("-2", "0", "1")
     for labels in (["0", "1"], ["0.0", "1.0"], [0.0, -2.0]):
         task, _ = choose(write("other.jsonl", labels), learnt)
-        assert {row["label"] for row in task.splits[ALL]} == {str(int(float(x))) for x in labels}
+        assert {row["label"] for row in task.splits[ALL_SPLITS]} == {str(int(float(x))) for x in labels}
     for labels in (["01", "1"], ["1e0", "0"], ["0.5", "1"]):
         with pytest.raises(DataError):
             choose(write("other.jsonl", labels), learnt)
@@ -175,9 +175,10 @@ def test_rows_of_another_form_are_asked_in_their_own_way(trained_on: str, tmp_pa
 def test_an_adapter_without_classes_is_scored_on_those_of_the_data(tmp_path: Path) -> None:
     other = write_csv(tmp_path / "other.csv", ["x", "y"], 12)
     task, split = choose(other, Learnt(digest="0", source="elsewhere"))
-    assert (task.labels, split, task.notes) == (("x", "y"), ALL, ())
-    with pytest.raises(DataError, match="only the label"):
+    assert (task.labels, split, task.notes) == (("x", "y"), ALL_SPLITS, ())
+    with pytest.raises(DataError) as error:
         choose(write_csv(tmp_path / "one.csv", ["x"], 12), Learnt())
+    assert (error.value.code, error.value.field) == ("one_label", "label")
 
 
 def test_classes_that_an_adapter_does_not_name_are_those_of_the_data_in_order(tmp_path: Path) -> None:
@@ -192,5 +193,5 @@ def test_classes_that_an_adapter_does_not_name_are_those_of_the_data_in_order(tm
 def test_a_model_alone_is_scored_on_the_test_rows(trained_on: str) -> None:
     assert choose(trained_on) == (find(trained_on), "test")
     assert choose(trained_on, seed=2, split="train") == (find(trained_on, seed=2), "train")
-    task, split = choose(trained_on, split=ALL)
-    assert (split, len(task.splits[ALL])) == (ALL, 60)
+    task, split = choose(trained_on, split=ALL_SPLITS)
+    assert (split, len(task.splits[ALL_SPLITS])) == (ALL_SPLITS, 60)

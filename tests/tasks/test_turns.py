@@ -10,7 +10,8 @@ import pytest
 
 from loralab.errors import DataError
 from loralab.tasks.catalog import Task
-from loralab.tasks.encode import IGNORED, Example, encode, prompt_ids, stop_ids, written_answer
+from loralab.tasks.encode import encode, prompt_ids, stop_ids, written_answer
+from loralab.tasks.examples import IGNORED, Example
 from loralab.tasks.template import render
 from loralab.tasks.turns import last_turn, turns
 

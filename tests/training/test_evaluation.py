@@ -45,15 +45,19 @@ def test_every_adapter_answers_beside_the_base(tiny_train: Train) -> None:
 
 
 def test_what_cannot_be_answered_is_said(tiny_train: Train, tiny_bert_folder: Path, tiny_gpt2_folder: Path) -> None:
-    with pytest.raises(ConfigError, match="no prompt"):
+    with pytest.raises(ConfigError) as error:
         generate(prompts=[], model="x")
-    with pytest.raises(ConfigError, match="no language model"):
+    assert (error.value.code, error.value.field) == ("no_prompt", "prompt")
+    with pytest.raises(ConfigError) as error:
         generate(prompts=["a"], model=str(tiny_bert_folder))
-    with pytest.raises(ConfigError, match="give --model"):
+    assert (error.value.code, error.value.field) == ("not_generative", "model")
+    with pytest.raises(ConfigError) as error:
         evaluate(data="x.csv")
+    assert (error.value.code, error.value.field) == ("base_needed", "model")
     run = tiny_train()
-    with pytest.raises(AdapterFileError, match="base model"):
+    with pytest.raises(AdapterFileError) as error:
         generate(prompts=["a"], model=str(tiny_gpt2_folder), adapters=[run.output_dir])
+    assert (error.value.code, error.value.field) == ("other_base", "target_modules")
 
 
 def write_rows(file: Path, labels: str, count: int, start: int = 0) -> str:

@@ -26,7 +26,7 @@ from transformers import (
 from loralab.adapters.methods import BitFit, Bottleneck, FullFineTune, LinearProbe, LoRA
 from loralab.artefacts.certificate import certify
 from loralab.artefacts.comparison import logits_of
-from loralab.artefacts.live import load_with_base
+from loralab.artefacts.loaded_adapter import load_with_base
 from loralab.artefacts.merge import merge
 from loralab.errors import DataError, InputError, ModelError
 from loralab.models.load import load
@@ -178,8 +178,9 @@ def test_the_size_of_pictures_is_kept(vision: Path, pictures: Path, tmp_path: Pa
     run = started(vision, pictures, tmp_path / "run", max_steps=3, image_size=42)
     live = load_with_base(run.output_dir)
     assert live.base.tokenizer.size == 42
-    with pytest.raises(InputError, match="multiple of 14"):
+    with pytest.raises(InputError) as error:
         started(vision, pictures, tmp_path / "other", image_size=30)
+    assert (error.value.code, error.value.field) == ("invalid_value", "image_size")
 
 
 def test_partners_are_found(encoder: Path, paired: Path, tmp_path: Path) -> None:

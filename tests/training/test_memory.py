@@ -14,10 +14,9 @@ from loralab.adapters.folder import TENSORS
 from loralab.adapters.methods import LoRA
 from loralab.errors import ConfigError
 from loralab.models import load as models
-from loralab.tasks.encode import Example
+from loralab.tasks.examples import Example
 from loralab.training import fit, memory
-from loralab.training.fast.path import ROOM, quickest
-from loralab.training.fast.path import Path as Quickest
+from loralab.training.fast.forward_path import MAX_TOKENS, ForwardPath, fastest_path
 from loralab.training.record import read_metrics
 from loralab.training.run import Run
 from loralab.training.settings import Training
@@ -34,12 +33,12 @@ def this_process_is_new(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def prepared(tiny_llama_folder: Path) -> tuple[Adapter, Quickest]:
+def prepared(tiny_llama_folder: Path) -> tuple[Adapter, ForwardPath]:
     """An adapted tiny Llama and its packed path."""
     model = models.load(str(tiny_llama_folder), kind="causal-lm").model
     adapter = attach(model, LoRA(rank=2))
-    path = quickest(adapter, "causal-lm", pad_id=2)
-    assert path.way == "packed"
+    path = fastest_path(adapter, "causal-lm", pad_id=2)
+    assert path.mode == "packed"
     return adapter, path
 
 
@@ -78,14 +77,14 @@ def test_only_the_first_blocks_are_recomputed(tiny_llama_folder: Path) -> None:
     memory.checkpoint_gradients(model, "on", 1)
     blocks = memory.checkpointed_blocks(model)
     assert [block.gradient_checkpointing for block in blocks] == [True, False]
-    path = Quickest(model, "causal-lm", pad_id=0, room=7)
+    path = ForwardPath(model, "causal-lm", pad_id=0, max_tokens=7)
     drawn = torch.random.get_rng_state()
-    with memory.trying(path):
+    with memory.trial(path):
         memory.checkpoint_first(model, 2)
-        path.room = 9
+        path.max_tokens = 9
         torch.rand(1)
     assert [block.gradient_checkpointing for block in blocks] == [True, False]
-    assert path.room == 7
+    assert path.max_tokens == 7
     assert torch.equal(torch.random.get_rng_state(), drawn)
     memory.checkpoint_gradients(model, "off")
     assert [block.gradient_checkpointing for block in blocks] == [False, False]
@@ -96,21 +95,22 @@ def test_what_bends_upwards_is_carried_on_as_a_parabola() -> None:
     assert memory._extended((10, 20), (105, 205), 100) == 1005
 
 
-def test_the_largest_part_is_not_that_of_the_longest_rows(prepared: tuple[Adapter, Quickest]) -> None:
+def test_the_largest_part_is_not_that_of_the_longest_rows(prepared: tuple[Adapter, ForwardPath]) -> None:
     _, path = prepared
     rows = [Example(0, (3,) * n, (3,) * n) for n in (700, 700, 700, 500, 500, 500)]
-    part = fit.largest_part(path, rows, Training(batch_size=3))
+    part = fit.largest_micro_batch(path, rows, Training(batch_size=3))
     assert [row.length for row in part] == [500, 500]
 
 
 def test_more_blocks_than_there_are_is_refused(tiny_train: Train, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"checkpoint_blocks 3: the model has 2 blocks"):
+    with pytest.raises(ConfigError) as error:
         tiny_train(gradient_checkpointing="on", checkpoint_blocks=3)
+    assert (error.value.code, error.value.field) == ("too_many_blocks", "checkpoint_blocks")
     assert not (tmp_path / "run").exists()
 
 
 def test_a_class_that_cannot_recompute_has_no_blocks_for_it(
-    prepared: tuple[Adapter, Quickest], monkeypatch: pytest.MonkeyPatch
+    prepared: tuple[Adapter, ForwardPath], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model: Any = prepared[0].model
     monkeypatch.setattr(type(model), "supports_gradient_checkpointing", False)
@@ -121,20 +121,20 @@ def test_a_class_that_cannot_recompute_has_no_blocks_for_it(
     memory.checkpoint_gradients(model, "off")
 
 
-def test_fewer_tokens_at_once_and_recomputed_blocks_keep_less(prepared: tuple[Adapter, Quickest]) -> None:
+def test_fewer_tokens_at_once_and_recomputed_blocks_keep_less(prepared: tuple[Adapter, ForwardPath]) -> None:
     adapter, path = prepared
     training = Training(batch_size=40)
     adapter.model.train()
     kept = {}
     for room in (1024, 256):
-        path.room = room
-        kept[room] = memory.saved_bytes(path, fit.largest_part(path, LONG, training))
+        path.max_tokens = room
+        kept[room] = memory.saved_bytes(path, fit.largest_micro_batch(path, LONG, training))
     assert kept[256] < kept[1024] / 2.5
     memory.checkpoint_gradients(adapter.model, "on")
-    assert memory.saved_bytes(path, fit.largest_part(path, LONG, training)) < kept[256] / 3
+    assert memory.saved_bytes(path, fit.largest_micro_batch(path, LONG, training)) < kept[256] / 3
 
 
-def test_what_many_rows_keep_is_extended_from_fewer(prepared: tuple[Adapter, Quickest]) -> None:
+def test_what_many_rows_keep_is_extended_from_fewer(prepared: tuple[Adapter, ForwardPath]) -> None:
     adapter, path = prepared
     adapter.model.train()
     many = LONG * 3  # 6,840 tokens
@@ -142,12 +142,12 @@ def test_what_many_rows_keep_is_extended_from_fewer(prepared: tuple[Adapter, Qui
 
 
 def test_a_budget_chooses_among_rooms_as_large_as_the_device_takes(
-    prepared: tuple[Adapter, Quickest], monkeypatch: pytest.MonkeyPatch
+    prepared: tuple[Adapter, ForwardPath], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, path = prepared
-    assert fit.rooms(path) == [1024, 512, 256, 128]
-    monkeypatch.setitem(ROOM, "cpu", ROOM["cuda"])
-    assert fit.rooms(path) == [16384, 8192, 4096, 2048, 1024, 512, 256, 128]
+    assert fit.max_tokens_choices(path) == [1024, 512, 256, 128]
+    monkeypatch.setitem(MAX_TOKENS, "cpu", MAX_TOKENS["cuda"])
+    assert fit.max_tokens_choices(path) == [16384, 8192, 4096, 2048, 1024, 512, 256, 128]
 
 
 def test_a_prediction_for_a_gpu_says_what_it_rests_on() -> None:
@@ -156,43 +156,45 @@ def test_a_prediction_for_a_gpu_says_what_it_rests_on() -> None:
 
 
 def test_a_budget_takes_the_quickest_that_fits(
-    prepared: tuple[Adapter, Quickest], monkeypatch: pytest.MonkeyPatch
+    prepared: tuple[Adapter, ForwardPath], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapter, path = prepared
     monkeypatch.setattr(memory, "held_bytes", lambda device: 10**8)
     training = Training(batch_size=40)
     found = fit.settings(adapter, path, LONG, training, 0)
     assert {setting.blocks for setting in found} == {0, 1, 2}
-    assert {setting.room for setting in found} == set(fit.rooms(path))
+    assert {setting.max_tokens for setting in found} == set(fit.max_tokens_choices(path))
     needs = sorted(setting.peak_bytes for setting in found)
-    budget = (needs[0] + needs[-1]) / 2 / fit.SURE
+    budget = (needs[0] + needs[-1]) / 2 / fit.BUDGET_SHARE
     tried: list[tuple[int, int]] = []
 
-    def seconds(adapter: Adapter, path: Quickest, rows: list[Example], blocks: int) -> float:
-        tried.append((path.room, blocks))
+    def seconds(adapter: Adapter, path: ForwardPath, rows: list[Example], blocks: int) -> float:
+        tried.append((path.max_tokens, blocks))
         # a token is quickest in a room of 256
-        return (abs(path.room - 256) / 1000 + 1) * path.size(rows)
+        return (abs(path.max_tokens - 256) / 1000 + 1) * path.size(rows)
 
     monkeypatch.setattr(fit, "_seconds", seconds)
-    chosen = fit.fitted(adapter, path, LONG, Training(batch_size=40, memory_budget=f"{budget / 1e6}MB"))
-    fits = [setting for setting in found if setting.peak_bytes <= budget * fit.SURE]
+    chosen = fit.fit_to_budget(adapter, path, LONG, Training(batch_size=40, memory_budget=f"{budget / 1e6}MB"))
+    fits = [setting for setting in found if setting.peak_bytes <= budget * fit.BUDGET_SHARE]
     assert 0 < len(fits) < len(found)
-    fewest = {room: min(s.blocks for s in fits if s.room == room) for room, _ in tried}
+    fewest = {room: min(s.blocks for s in fits if s.max_tokens == room) for room, _ in tried}
     assert dict(tried) == fewest  # nothing that does not fit is run, and nothing recomputed in vain
     assert (chosen.pass_tokens, chosen.checkpoint_blocks or 0) == (256, fewest[256])
-    assert path.room == 256
+    assert path.max_tokens == 256
 
 
 def test_a_budget_that_nothing_fits_says_what_the_least_is(tiny_train: Train, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"memory_budget 1MB: the least .* \d\.\d\d GB"):
+    with pytest.raises(ConfigError) as error:
         tiny_train(memory_budget="1MB")
+    assert (error.value.code, error.value.field) == ("over_budget", "memory_budget")
     assert not (tmp_path / "run").exists()
 
 
 def test_a_budget_below_what_loading_took_says_so(tiny_train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "peak_bytes", lambda device: 10**15)
-    with pytest.raises(ConfigError, match="loading the model takes it already"):
+    with pytest.raises(ConfigError) as error:
         tiny_train(memory_budget="1MB")
+    assert (error.value.code, error.value.field) == ("over_budget", "memory_budget")
 
 
 def test_a_run_with_a_budget_goes_on_as_it_began(tiny_train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,5 +242,6 @@ def test_sizes_are_read(text: str, size: int) -> None:
 
 @pytest.mark.parametrize("text", ["4", "GB", "-1GB", "4 parsecs", "nanGB", "infGB", "4GiB", ""])
 def test_what_is_no_size_is_refused(text: str) -> None:
-    with pytest.raises(ConfigError, match="memory_budget must be like 4GB"):
+    with pytest.raises(ConfigError) as error:
         Training(memory_budget=text)
+    assert (error.value.code, error.value.field) == ("invalid_size", "memory_budget")

@@ -30,12 +30,12 @@ from loralab.errors import AdapterFileError, AdapterStateError, ConfigError, Dat
 from loralab.tasks.given import read
 from loralab.training import run as run_module
 from loralab.training.evaluation import evaluate, generate
-from loralab.training.facts import FILE
 from loralab.training.jobs import TrainJob
 from loralab.training.many import train_many
 from loralab.training.plan import plan
 from loralab.training.record import Event
 from loralab.training.run import Run, train
+from loralab.training.run_facts import FACTS_FILE
 from loralab.training.settings import Evaluation, Training
 
 Train = Callable[..., Run]
@@ -223,7 +223,7 @@ def test_a_live_run_goes_on_in_the_same_bytes_and_with_the_same_base_and_rows_al
         live.model.norm.weight.sub_(1)
     resumed = start("cut", data=datasets.Dataset.from_list(rows), resume=True, **given)
     assert tensors(resumed) == tensors(whole)
-    facts = [json.loads((run.output_dir / FILE).read_text()) for run in (resumed, whole)]
+    facts = [json.loads((run.output_dir / FACTS_FILE).read_text()) for run in (resumed, whole)]
     assert facts[0] == facts[1]
 
 

@@ -23,7 +23,7 @@ from loralab.errors import ConfigError
 from loralab.training import checkpoint
 from loralab.training.checkpoint import latest
 from loralab.training.record import read_metrics
-from loralab.training.world import OTHERS, World, world
+from loralab.training.world import UNSUPPORTED_PLUGINS, World, world
 
 SCRIPT, TESTS = Path(__file__).with_name("in_processes.py"), Path(__file__).parents[1]
 WEIGHTS = "adapter_model.safetensors"
@@ -219,10 +219,10 @@ def test_every_method_in_two_processes(split: bool, tiny_llama_folder: Path, sum
 
 def test_a_single_process_shares_with_nobody() -> None:
     alone = World()
-    assert alone.first
+    assert alone.is_main
     assert alone.share([1, 2, 3], 0) == [1, 2, 3]
-    assert alone.summed(1.5, 2) == [1.5, 2]
-    assert alone.gathered("x") == ["x"] and alone.agreed("y") == "y"
+    assert alone.all_reduce(1.5, 2) == [1.5, 2]
+    assert alone.all_gather("x") == ["x"] and alone.broadcast("y") == "y"
     parameter = torch.nn.Parameter(torch.ones(2))
     alone.sum_gradients([parameter])
     assert parameter.grad is None
@@ -243,12 +243,13 @@ def test_each_process_gets_the_random_numbers_of_its_own_gpu_back(monkeypatch: p
         assert not torch.equal(torch.rand(2), drawn) and len(given) == 1
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", UNSUPPORTED_PLUGINS)
 def test_settings_that_are_not_read_are_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv(name, "true")
-    with pytest.raises(ConfigError, match=f"told to use {OTHERS[name]}, which is not read"):
+    with pytest.raises(ConfigError) as error:
         world.__wrapped__()
+    assert (error.value.code, error.value.field) == ("unsupported_plugin", "accelerate")
 
 
 def test_every_part_is_somebodys_once() -> None:

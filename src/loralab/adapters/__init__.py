@@ -1,1 +1,1 @@
-"""What changes a model."""
+"""Adapter methods: their modules, their files, and how they are put into a model."""

@@ -23,13 +23,13 @@ from torch.utils.hooks import RemovableHandle
 
 from loralab.adapters.bases import dense_weight, is_conv1d, is_linear, linear_shape
 from loralab.adapters.eager import is_plain_tensor
-from loralab.adapters.fused import Updated, can_fuse, linears_with_updates
+from loralab.adapters.fused import BaseWithUpdate, can_fuse, linears_with_updates
 from loralab.adapters.lora import lora_fields
 from loralab.adapters.methods import AdaLoRA, LoRA
 from loralab.adapters.peft_fields import PREFIX
 from loralab.adapters.split import require_whole
 from loralab.adapters.targets import target_names
-from loralab.adapters.wrapper import Wrapper, wide
+from loralab.adapters.wrapper import Wrapper, to_wide
 from loralab.errors import AdapterFileError, AdapterStateError, ConfigError
 from loralab.values import check_count
 
@@ -42,7 +42,7 @@ class LinearWithAdaLoRA(Wrapper):
     def __init__(self, base: nn.Module, config: AdaLoRA, generator: torch.Generator | None = None) -> None:
         super().__init__(base)
         if not is_linear(base):
-            raise ConfigError(f"{type(base).__name__} is not a linear layer")
+            raise ConfigError(f"{type(base).__name__} is not a linear layer", code="not_linear", field="target_modules")
         self.config, self.rank = config, config.rank
         self.scaling = config.alpha / config.rank
         self.transposed = is_conv1d(base)
@@ -83,25 +83,25 @@ class LinearWithAdaLoRA(Wrapper):
         if not len(A):
             return self.base(x)
         if can_fuse(self.base, x) and not self._drops:
-            return linears_with_updates(x, [Updated(self.base, A, B, factor)])[0]
+            return linears_with_updates(x, [BaseWithUpdate(self.base, A, B, factor)])[0]
         y: Tensor = self.base(x)
         low = F.linear(self.dropout(x).to(A.dtype), A)  # (..., R)
         return y + F.linear(low, B).to(y.dtype)
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
-        """The triplets that are left, as A (r, I), B (O, r) of a plain LoRA with factor 1."""
+        """Return the triplets that are left, as A (r, I), B (O, r) of a plain LoRA with factor 1."""
         A, B, factor = self._all()
         return A[self.kept], B[:, self.kept], factor
 
     def tensors(self) -> dict[str, Tensor]:
-        """What is left as a plain LoRA; nothing, where no triplet is left."""
+        """Return what is left as a plain LoRA; empty where no triplet is left."""
         A, B, _ = self.factors()
         return {"lora_A.weight": A, "lora_B.weight": B} if len(A) else {}
 
     def merged_tensors(self) -> dict[str, Tensor]:
-        """The weight with the update in it."""
+        """Return the weight with the update in it."""
         A, B, _ = self.factors()
-        total = wide(dense_weight(self.base)) + B @ A
+        total = to_wide(dense_weight(self.base)) + B @ A
         return {"weight": total.T if self.transposed else total}
 
     def importance(self) -> Tensor:
@@ -122,7 +122,9 @@ class LinearWithAdaLoRA(Wrapper):
             weight: nn.Parameter = getattr(self, name)
             if weight.grad is None:
                 raise AdapterStateError(
-                    "adapter.step() found no gradients; call it after optimizer.step() and before optimizer.zero_grad()"
+                    "adapter.step() found no gradients; call it between optimizer.step() and optimizer.zero_grad()",
+                    code="no_gradients",
+                    field="step",
                 )
             now = (weight * weight.grad).abs()
             smooth: Tensor = getattr(self, f"sensitivity_{name}")
@@ -168,7 +170,7 @@ class LinearWithAdaLoRA(Wrapper):
         self._in_step = None
 
     def extra_repr(self) -> str:
-        """Ranks and scaling, for print(model)."""
+        """Return the ranks and scaling, for print(model)."""
         return f"rank={int(self.kept.sum())} of {self.rank}, scaling={self.scaling:g}"
 
     @property
@@ -176,7 +178,7 @@ class LinearWithAdaLoRA(Wrapper):
         return bool(self.training and self.dropout.p)
 
     def _all(self) -> tuple[Tensor, Tensor, float]:
-        """All triplets; outside training, lambda is 0 for those that were taken away."""
+        """Return all triplets; outside training, lambda is 0 for those that were taken away."""
         E: Tensor = self.lora_E.T * self.scaling  # (1, R)
         return self.lora_A, self.lora_B * (E if self.training else E * self.kept), 1.0
 
@@ -194,12 +196,14 @@ class LinearWithAdaLoRA(Wrapper):
         elif not torch.equal(now, self._in_step.to(now.device)):
             raise AdapterStateError(
                 "the optimiser has stepped and adapter.step() was not called: no rank would ever "
-                "be taken away; call it once after every optimizer.step()"
+                "be taken away; call it once after every optimizer.step()",
+                code="step_not_called",
+                field="step",
             )
 
 
 def build(model: nn.Module, config: AdaLoRA, generator: torch.Generator | None) -> dict[str, Wrapper]:
-    """The wrappers by path."""
+    """Return the wrappers by path."""
     names: Sequence[str] = target_names(model, config)
     return {n: LinearWithAdaLoRA(model.get_submodule(n), config, generator) for n in names}
 
@@ -214,7 +218,7 @@ def fields(config: AdaLoRA, modules: Mapping[str, Any], paths: list[str]) -> dic
 
 
 def parse(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[LoRA, Mapping[str, Tensor]]:
-    """The plain LoRA that peft's ADALORA file amounts to: lambda and the factor go into B.
+    """Return the plain LoRA that peft's ADALORA file amounts to: lambda and the factor go into B.
 
     peft divides by init_r + 1e-5, whatever ranks are left; modules without any are left out.
     """
@@ -226,13 +230,17 @@ def parse(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[LoR
         path = key.removesuffix(".lora_E")
         E, A, B = tensors[key], tensors[f"{path}.lora_A"], tensors[f"{path}.lora_B"]
         if not E.ndim == A.ndim == B.ndim == 2:
-            raise AdapterFileError(f"lora_E, lora_A and lora_B of {path} must have two dimensions")
+            raise AdapterFileError(
+                f"lora_E, lora_A and lora_B of {path} must have two dimensions", code="wrong_shape", field=path
+            )
         if len(A):
             ranks[path.removeprefix(PREFIX)] = len(A)
             found[f"{path}.lora_A.weight"] = A
             found[f"{path}.lora_B.weight"] = B * (E.T * factor)
     if not ranks:
-        raise AdapterFileError("every module of this AdaLoRA file has rank 0: it holds nothing")
+        raise AdapterFileError(
+            "every module of this AdaLoRA file has rank 0: it holds nothing", code="no_ranks", field="rank"
+        )
     patterns = {re.escape(name): rank for name, rank in sorted(ranks.items(), key=_longest)}
     config = LoRA(
         rank=max(ranks.values()),

@@ -25,7 +25,7 @@ from loralab.adapters.split import put_together, require_whole, writes
 from loralab.adapters.subset import TrainedInFull
 from loralab.adapters.targets import HEADS
 from loralab.adapters.wrapper import Wrapper, replace_modules
-from loralab.errors import AdapterStateError, some
+from loralab.errors import AdapterStateError, join_limited
 
 
 class Adapter:
@@ -64,7 +64,7 @@ class Adapter:
         self.budget = self.spec.budget(modules, config) if self.spec.budget else None
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy belongs to the copied model; what stands around that is not copied along."""
+        """Return a copy belongs to the copied model; what stands around that is not copied along."""
         return {**self.__dict__, "given": self.model}
 
     @property
@@ -94,17 +94,17 @@ class Adapter:
 
     @property
     def num_parameters(self) -> int:
-        """How many numbers are trained, modules trained in full included."""
+        """Return how many numbers are trained, modules trained in full included."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     @property
     def merged(self) -> bool:
-        """Tell whether the base weights hold the update at present."""
+        """Return whether the base weights hold the update at present."""
         return self._merged or any(module.merged for module in self.modules.values())
 
     @property
     def can_merge(self) -> bool:
-        """Tell whether the base weights can hold what was learnt."""
+        """Return whether the base weights can hold what was learnt."""
         return not self.reason_not_to_merge()
 
     def step(self) -> None:
@@ -121,7 +121,7 @@ class Adapter:
             self.budget.step()
 
     def state(self) -> dict[str, Tensor]:
-        """All that must be kept to go on training: trained tensors and the modules' buffers."""
+        """Return all that must be kept to go on training: trained tensors and the modules' buffers."""
         state: dict[str, Tensor] = dict(self.named_parameters())
         seen: set[int] = set()
         for name, module in self.modules.items():
@@ -145,7 +145,11 @@ class Adapter:
         wrong = list(own.keys() ^ state.keys())
         wrong += [n for n in own.keys() & state.keys() if own[n].shape != state[n].shape]
         if wrong:
-            raise AdapterStateError(f"the state is of another adapter: {some(sorted(wrong))}")
+            raise AdapterStateError(
+                f"the state is of another adapter: {join_limited(sorted(wrong))}",
+                code="other_adapter",
+                field=min(wrong),
+            )
         for name, tensor in own.items():
             tensor.copy_(state[name])
         for module in self.modules.values():
@@ -251,7 +255,7 @@ class Adapter:
         own = self._attached()
         if others := [name for name in own.members if name != self.name]:
             raise AdapterStateError(
-                f"the model has other adapters: {some(others)}; detach() them first, as their base is given up",
+                f"the model has other adapters: {join_limited(others)}; detach() them first, as their base is given up",
                 code="others_attached",
             )
         if not self.merged:
@@ -306,7 +310,7 @@ class Adapter:
         Where FSDP has split the adapter, all processes must call it, and the first one writes.
 
         Args:
-            record: what else loralab.json shall say, such as {"base": {"name": ...}}.
+            record: what else loralab.json should say, such as {"base": {"name": ...}}.
             overwrite: replace an adapter that stands in the folder.
 
         Raises:
@@ -340,7 +344,7 @@ class Adapter:
             return write(folder, fields, tensors, record, overwrite=overwrite)
 
     def tensors(self) -> dict[str, Tensor]:
-        """What is saved, under peft's keys; PiSSA with its start taken out, as plain LoRA."""
+        """Return the tensors to save, under peft's keys; PiSSA as plain LoRA, with its start taken out."""
         plain = plain_paths(self.model)
         with put_together(self._wrappers()):
             tensors = pack(self.spec, {plain(name): m for name, m in self.modules.items()})
@@ -350,7 +354,7 @@ class Adapter:
         return {name: tensor.detach() for name, tensor in tensors.items()}
 
     def reason_not_to_merge(self) -> str:
-        """Why the base weights cannot hold what was learnt; empty if they can."""
+        """Return why the base weights cannot hold what was learnt; empty if they can."""
         for name, module in self.modules.items():
             if module.cannot_merge:
                 return str(module.cannot_merge)
@@ -359,7 +363,7 @@ class Adapter:
         return ""
 
     def _save_model(self, folder: Path, options: Mapping[str, Any]) -> Any:
-        """What `model.save_pretrained` writes: the adapter, or merged the plain model."""
+        """Write what `model.save_pretrained` should: the adapter, or once merged the plain model."""
         if not self.merged:
             remedy = "call adapter.save in all processes"
             require_whole(self.parameters(), "save_pretrained", remedy)
@@ -391,7 +395,7 @@ def _described(model: nn.Module) -> dict[str, Any]:
 
 
 def _finished(wrapper: Any) -> nn.Module:
-    """What a merged wrapper amounts to, without changing it."""
+    """Return the module that a merged wrapper leaves, without changing the wrapper."""
     if isinstance(wrapper, TrainedInFull):
         return copy.deepcopy(wrapper.trained).to(wrapper.dtype)
     plain: nn.Module = wrapper.finished()

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from loralab.adapters.adapter import Adapter
-from loralab.adapters.left_out import described, left_out, notable
+from loralab.adapters.left_out import describe_left_out, left_out, notable
 from loralab.adapters.methods import AnyMethod
 from loralab.adapters.offload import require_alone, require_weights
 from loralab.adapters.outside import build_modules
@@ -78,7 +78,7 @@ def _decided(model: nn.Module, config: AnyMethod, generator: torch.Generator | N
     own, modules, saved = wrappers_for(model, config, generator)
     require_weights(model, {name: model.get_submodule(name) for name in (*modules, *saved)})
     reasons = left_out(model, own, list(modules))
-    note = described(model, reasons)
+    note = describe_left_out(model, reasons)
     for path in read_sometimes(model, modules):
         modules[path].__dict__["read_sometimes"] = True
     adapter = Adapter(model, own, modules, saved, name)
@@ -89,7 +89,7 @@ def _decided(model: nn.Module, config: AnyMethod, generator: torch.Generator | N
 def wrappers_for(
     model: nn.Module, config: AnyMethod, generator: torch.Generator | None = None
 ) -> tuple[Any, dict[str, Wrapper], dict[str, TrainedInFull]]:
-    """What `attach` puts into a model, by path, without putting it there.
+    """Return the modules that `attach` would put into a model, by path, without putting them there.
 
     Returns the configuration with the head's name in it, the adapted layers, and the modules
     trained in full.

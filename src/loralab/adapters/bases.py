@@ -14,13 +14,13 @@ from loralab.adapters.lookalikes import why_not_linear, why_output_differs
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Tell whether this is transformers' Conv1D: a linear layer that stores its weight as (I, O)."""
+    """Return whether this is transformers' Conv1D: a linear layer that stores its weight as (I, O)."""
     kind = type(module)
     return kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")
 
 
 def looks_linear(module: nn.Module) -> bool:
-    """Tell whether a module is of a linear class, whatever it computes.
+    """Return whether a module is of a linear class, whatever it computes.
 
     nn.MultiheadAttention reads its out_proj's weight without calling the layer, so an update
     there would never act: that layer does not count.
@@ -31,18 +31,18 @@ def looks_linear(module: nn.Module) -> bool:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Tell whether LinearWithLoRA can wrap this module: it computes x W' + b."""
+    """Return whether LinearWithLoRA can wrap this module: it computes x W' + b."""
     return looks_linear(module) and not why_not_linear(module, transposed=is_conv1d(module))
 
 
 def why_not_merged(module: nn.Module) -> str:
-    """Why a merge into a module's weight would compute something else; empty if it would not."""
+    """Return why a merge into a module's weight would compute something else; empty if it would not."""
     linear = looks_linear(module)
     return why_output_differs(module, transposed=is_conv1d(module)) if linear else ""
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Tell whether a linear layer keeps its weight in another form than (O, I) of floating point."""
+    """Return whether a linear layer keeps its weight in another form than (O, I) of floating point."""
     weight: Any = getattr(module, "weight", None)
     return isinstance(module, nn.Linear) and not weight.is_floating_point()
 
@@ -54,7 +54,7 @@ def linear_shape(base: Any) -> tuple[int, int]:
 
 @torch.no_grad()
 def dense_weight(base: Any) -> Tensor:
-    """The weight of a linear layer as (O, I), dequantised where it must be.
+    """Return the weight of a linear layer as (O, I), dequantised where it must be.
 
     A quantised layer without `dequantize` is asked for its response to unit vectors.
     """
@@ -70,7 +70,7 @@ def dense_weight(base: Any) -> Tensor:
 
 
 def compute_dtype(base: Any) -> torch.dtype:
-    """The dtype that a layer computes in: of its weight, or what a quantised one says."""
+    """Return the dtype that a layer computes in: of its weight, or what a quantised one says."""
     weight = getattr(base, "weight", None)
     if isinstance(weight, Tensor) and weight.is_floating_point():
         return weight.dtype
@@ -79,7 +79,7 @@ def compute_dtype(base: Any) -> torch.dtype:
 
 
 def shared_copy(model: Any) -> Any:
-    """The same structure around the very same weights: it costs no memory to speak of.
+    """Return the same structure around the very same weights: it costs no memory to speak of.
 
     What a model writes to itself, the statistics of batch norms, is the copy's own.
     """
@@ -91,7 +91,7 @@ def shared_copy(model: Any) -> Any:
 
 
 def as_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    """A frozen nn.Linear around a weight (O, I) and a bias."""
+    """Return a frozen nn.Linear around a weight (O, I) and a bias."""
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     layer.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
     if bias is not None:

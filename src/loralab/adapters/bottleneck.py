@@ -49,7 +49,7 @@ class Network(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """What is added, in the dtype of x."""
+        """Return the update, in the dtype of x."""
         own = x.to(self.down.weight.dtype)
         own = own if self.norm is None else self.norm(own)
         out = self.factor * self.up(self.act(self.down(own)))
@@ -72,7 +72,7 @@ class AfterSublayer(_WithNetwork):
         return self.after(self.base(*inputs, **named))
 
     def after(self, y: Tensor, *_: Any) -> Tensor:
-        """What `forward` gives, from the base's output."""
+        """Return what `forward` gives, from the base's output."""
         return y + self.network(y)
 
 
@@ -83,11 +83,11 @@ class AfterBlock(_WithNetwork):
     """
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
-        """What the block returns, its first tensor changed."""
+        """Return the block's output with its first tensor changed."""
         return self.after(self.base(*inputs, **named))
 
     def after(self, y: Any, *_: Any) -> Any:
-        """What `forward` gives, from the base's output."""
+        """Return what `forward` gives, from the base's output."""
         if isinstance(y, Tensor):
             return y + self.network(y)
         return (y[0] + self.network(y[0]), *y[1:])
@@ -117,11 +117,11 @@ class SaveInput(Wrapper):
         self.seen: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """The base's output."""
+        """Return the base's output."""
         return self.after(self.base(x), x)
 
     def after(self, y: Tensor, x: Tensor) -> Tensor:
-        """What `forward` gives, from the base's output: the same."""
+        """Return what `forward` gives, from the base's output: the same."""
         self.seen = x
         return y
 
@@ -138,7 +138,7 @@ class ParallelAdapter(_WithNetwork):
         return self.after(self.base(x))
 
     def after(self, y: Tensor, *_: Any) -> Tensor:
-        """What `forward` gives, from the base's output."""
+        """Return what `forward` gives, from the base's output."""
         entrance = self._entrance[0]
         seen, entrance.seen = entrance.seen, None
         assert seen is not None  # the network's first layer ran before its last
@@ -146,7 +146,7 @@ class ParallelAdapter(_WithNetwork):
 
 
 def build(model: nn.Module, config: Bottleneck, generator: torch.Generator | None) -> dict[str, Wrapper]:
-    """The wrappers by path."""
+    """Return the wrappers by path."""
     found = blocks(model)
     require_layers([block.path for block in found], config.layers)
     wrappers: dict[str, Wrapper] = {}
@@ -169,7 +169,11 @@ def _pfeiffer(model: nn.Module, block: Block, network: Any) -> dict[str, Wrapper
         return {parent: BeforeLastNorm(owner, network())}
     whole = model.get_submodule(block.path)
     if hasattr(whole, "output_layer_norm"):
-        raise TargetError(f"{type(whole).__name__} ends in a norm that cannot be reached; use the placement houlsby")
+        raise TargetError(
+            f"{type(whole).__name__} ends in a norm that cannot be reached; use the placement houlsby",
+            code="norm_out_of_reach",
+            field="placement",
+        )
     return {block.path: AfterBlock(whole, network())}
 
 
@@ -188,5 +192,5 @@ def fields(config: Bottleneck, modules: Mapping[str, Any], paths: list[str]) -> 
 
 
 def parse(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[Bottleneck, Mapping[str, Tensor]]:
-    """The configuration that our own fields describe."""
+    """Return the configuration that our own fields describe."""
     return own_config(Bottleneck, fields), tensors

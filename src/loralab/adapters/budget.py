@@ -40,7 +40,11 @@ class RankBudget:
             ConfigError: the steps are not those of the configuration, or leave no time for pruning.
         """
         if self.total_steps not in (None, steps):
-            raise ConfigError(f"total_steps is {self.total_steps}, but the run has {steps} steps")
+            raise ConfigError(
+                f"total_steps is {self.total_steps}, but the run has {steps} steps",
+                code="other_total_steps",
+                field="total_steps",
+            )
         pruning_window(self.config, steps)
         self.total_steps = steps
 
@@ -67,7 +71,7 @@ class RankBudget:
         return {name: int(module.kept.sum()) for name, module in self.modules.items()}
 
     def state(self) -> dict[str, Tensor]:
-        """What must be kept to go on."""
+        """Return the tensors that resuming needs."""
         return {"budget.step": self.done}
 
     def _allocate(self, budget: int, *, frozen: bool) -> None:
@@ -90,7 +94,11 @@ class RankBudget:
 
     def _steps(self) -> int:
         if self.total_steps is None:
-            raise ConfigError("AdaLoRA needs total_steps, the optimiser steps of the whole run")
+            raise ConfigError(
+                "AdaLoRA needs total_steps, the optimiser steps of the whole run",
+                code="missing_total_steps",
+                field="total_steps",
+            )
         return self.total_steps
 
 
@@ -110,7 +118,7 @@ def budget_at(step: int, config: AdaLoRA, modules: int, total: int) -> int:
 
 
 def pruning_window(config: AdaLoRA, total: int) -> tuple[int, int]:
-    """The step after which pruning begins, t_i, and the one with which it ends, T - t_f.
+    """Return the step after which pruning begins, t_i, and the one with which it ends, T - t_f.
 
     Raises:
         ConfigError: nothing is left between them.
@@ -119,6 +127,8 @@ def pruning_window(config: AdaLoRA, total: int) -> tuple[int, int]:
     final = 3 * total // 10 if config.final_steps is None else config.final_steps
     if first >= total - final:
         raise ConfigError(
-            f"of {total} steps, initial_steps {first} and final_steps {final} leave none for taking ranks away"
+            f"of {total} steps, initial_steps {first} and final_steps {final} leave none for taking ranks away",
+            code="no_steps_left",
+            field="total_steps",
         )
     return first, total - final

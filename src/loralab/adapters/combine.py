@@ -15,8 +15,8 @@ from loralab.adapters.adapter import Adapter
 from loralab.adapters.attach import put_into
 from loralab.adapters.methods import LoRA
 from loralab.adapters.several import AdapterSet, require_adapters
-from loralab.adapters.spectrum import decomposed
-from loralab.errors import AdapterStateError, ConfigError, some
+from loralab.adapters.spectrum import decompose
+from loralab.errors import AdapterStateError, ConfigError, join_limited
 from loralab.values import check_choice, check_count
 
 HOWS = ("linear", "svd", "ties", "dare")
@@ -88,7 +88,7 @@ class _Mix:
         self.how, self.density, self._draw = how, density, draw
 
     def factors(self, found: Sequence[tuple[Any, float]]) -> Factors:
-        """A and B for themselves, each with the root of weight and scaling, the sign in A."""
+        """Return a and B for themselves, each with the root of weight and scaling, the sign in A."""
         parts = [(*module.factors(), weight) for module, weight in found]
         scales = [scaling * weight for _, _, scaling, weight in parts]
         roots = torch.tensor([math.sqrt(abs(scale)) for scale in scales])
@@ -102,7 +102,7 @@ class _Mix:
             parts = [(*module.factors(), weight) for module, weight in found]
             A = torch.cat([A for A, *_ in parts])
             B = torch.cat([B * (scaling * weight) for _, B, scaling, weight in parts], dim=1)
-            left, values, right = decomposed(A, B)
+            left, values, right = decompose(A, B)
             right = right.T
         else:
             weights = torch.tensor([weight for _, weight in found])
@@ -160,7 +160,7 @@ def _layers(adapters: AdapterSet, weights: Mapping[str, float]) -> dict[str, lis
         if odd or adapter.saved or not adapter.modules:
             raise AdapterStateError(
                 f"adapter {name!r} is more than low-rank updates of linear layers, convolutions and embeddings "
-                f"({some([*odd, *adapter.saved])}), so it cannot be combined; leave it out, or route rows to it",
+                f"({join_limited([*odd, *adapter.saved])}); leave it out, or route rows to it",
                 code="no_delta",
                 field=name,
             )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from loralab.adapters.methods import LoRA
-from loralab.adapters.wrapper import Wrapper, wide
+from loralab.adapters.wrapper import Wrapper, to_wide
 from loralab.errors import ConfigError
 
 _CONVOLVE: dict[type[nn.Module], Any] = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
@@ -25,9 +25,13 @@ class ConvWithLoRA(Wrapper):
     def __init__(self, base: nn.Module, config: LoRA, generator: torch.Generator | None = None) -> None:
         super().__init__(base)
         if config.dora or config.init == "pissa":
-            raise ConfigError("a convolution takes plain LoRA: no dora, no pissa")
+            raise ConfigError("a convolution takes plain LoRA: no dora, no pissa", code="lora_only", field="method")
         if self.base.padding_mode != "zeros":
-            raise ConfigError(f"a convolution with {self.base.padding_mode} padding is not adapted")
+            raise ConfigError(
+                f"a convolution with {self.base.padding_mode} padding is not adapted",
+                code="not_adaptable",
+                field="target_modules",
+            )
         self.rank, self.scaling = config.rank, config.factor
         self.dropout = nn.Dropout(config.dropout)
         self._convolve = next(f for kind, f in _CONVOLVE.items() if isinstance(base, kind))
@@ -52,7 +56,7 @@ class ConvWithLoRA(Wrapper):
         return y + (self.scaling * change).to(y.dtype)
 
     def tensors(self) -> dict[str, Tensor]:
-        """A and B under peft's names."""
+        """Return a and B under peft's names."""
         return {"lora_A.weight": self.lora_A, "lora_B.weight": self.lora_B}
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
@@ -60,8 +64,8 @@ class ConvWithLoRA(Wrapper):
         return self.lora_A.flatten(1), self.lora_B.flatten(1), self.scaling
 
     def merged_tensors(self) -> dict[str, Tensor]:
-        """The weight with the update in it."""
-        return {"weight": wide(self.base.weight) + self.scaling * self._product()}
+        """Return the weight with the update in it."""
+        return {"weight": to_wide(self.base.weight) + self.scaling * self._product()}
 
     def _product(self) -> Tensor:
         """B A in the shape of the weight."""
@@ -69,7 +73,7 @@ class ConvWithLoRA(Wrapper):
         return product.view(self.base.weight.shape)
 
     def _apply_base(self, x: Tensor, weight: Tensor) -> Tensor:
-        """The base's own convolution with another weight and no bias."""
+        """Return the base's own convolution with another weight and no bias."""
         base = self.base
         return self._convolve(x, weight, None, base.stride, base.padding, base.dilation, base.groups)
 

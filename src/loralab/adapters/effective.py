@@ -1,4 +1,4 @@
-"""What a model gets that reads an adapted layer's weight instead of calling the layer.
+"""Effective weights for models that read an adapted layer's weight instead of calling the layer.
 
 That is the weight with the update in it, so that the update acts and gets its gradient, merged
 or not. It is worked out when something is computed with it: many models only ask for its dtype.
@@ -28,7 +28,7 @@ OF_THE_BASE = {  # asked of the base's weight
 
 
 def effective(wrapper: Any, name: str) -> Any:
-    """The weight, or other parameter, that a wrapper computes with; differentiable.
+    """Return the weight, or other parameter, that a wrapper computes with; differentiable.
 
     The base's own where the update is merged, or cannot be.
     """
@@ -94,7 +94,7 @@ def _base(wrapper: Any, name: str) -> Any:
 
 
 def _each(value: Any, seen: Callable[[Any, str], Any]) -> Any:
-    """An argument with the weight in it that a function should see."""
+    """Return an argument with the weight in it that a function should see."""
     if isinstance(value, _Unread):
         return seen(value._wrapper, value._name)
     if isinstance(value, list | tuple):

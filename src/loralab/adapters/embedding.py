@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from loralab.adapters.methods import LoRA
-from loralab.adapters.wrapper import Wrapper, wide
+from loralab.adapters.wrapper import Wrapper, to_wide
 from loralab.errors import ConfigError
 
 
@@ -19,7 +19,7 @@ class EmbeddingWithLoRA(Wrapper):
     def __init__(self, base: nn.Embedding, config: LoRA, generator: torch.Generator | None = None) -> None:
         super().__init__(base)
         if config.dora or config.init == "pissa":
-            raise ConfigError("an embedding takes plain LoRA: no dora, no pissa")
+            raise ConfigError("an embedding takes plain LoRA: no dora, no pissa", code="lora_only", field="method")
         output_scale(base)  # raises where the base is more than a table
         self.rank, self.scaling = config.rank, config.factor
         rows, width = base.weight.shape
@@ -41,9 +41,9 @@ class EmbeddingWithLoRA(Wrapper):
         return self.lora_embedding_A, self.lora_embedding_B, self.scaling
 
     def merged_tensors(self) -> dict[str, Tensor]:
-        """The table with the update in it."""
+        """Return the table with the update in it."""
         update = (self.lora_embedding_B @ self.lora_embedding_A).T  # (V, D)
-        return {"weight": wide(self.base.weight) + self.scaling * update}
+        return {"weight": to_wide(self.base.weight) + self.scaling * update}
 
 
 class TrainedRows(Wrapper):
@@ -59,7 +59,9 @@ class TrainedRows(Wrapper):
         if max(rows) >= len(weight):
             raise ConfigError(
                 f"token_rows has {max(rows)}, but the embedding has {len(weight)} rows; resize it "
-                "first (model.resize_token_embeddings)"
+                "first (model.resize_token_embeddings)",
+                code="row_out_of_range",
+                field="token_rows",
             )
         device = weight.device
         self.register_buffer("rows", torch.tensor(rows, device=device), persistent=False)
@@ -72,7 +74,7 @@ class TrainedRows(Wrapper):
             output_scale(base)  # raises where the base is more than a table
 
     def forward(self, x: Tensor) -> Tensor:
-        """Ids (...) -> (..., D) of an embedding, or states (..., D) -> (..., V) of a head."""
+        """Map ids (...) -> (..., D) of an embedding, or states (..., D) -> (..., V) of a head."""
         y: Tensor = self.base(x)
         if self.merged:
             return y
@@ -88,14 +90,14 @@ class TrainedRows(Wrapper):
         return {}
 
     def tensors(self) -> dict[str, Tensor]:
-        """The rows under peft's name; those of a tied head are the embedding's."""
+        """Return the rows under peft's name; those of a tied head are the embedding's."""
         if self.is_shared:
             return {}
         return {"token_adapter.trainable_tokens_delta": self.trainable_tokens_delta}
 
     def merged_tensors(self) -> dict[str, Tensor]:
-        """The whole table with the trained rows in it."""
-        whole = wide(self.base.weight)
+        """Return the whole table with the trained rows in it."""
+        whole = to_wide(self.base.weight)
         rows = self.trainable_tokens_delta.to(whole.dtype)
         return {"weight": whole.index_copy(0, self.rows, rows)}
 
@@ -107,13 +109,17 @@ class TrainedRows(Wrapper):
 
 
 def output_scale(base: nn.Embedding) -> float | Tensor:
-    """What an embedding multiplies the rows by that it looks up (Gemma: the root of its width).
+    """Return the factor that an embedding multiplies its rows by (Gemma: the root of its width).
 
     Raises:
         ConfigError: it does something else with them.
     """
     scale = getattr(base, "embed_scale", None)
     if scale is None and type(base).forward is not nn.Embedding.forward:
-        raise ConfigError(f"{type(base).__name__} is more than a table of rows; it is not adapted")
+        raise ConfigError(
+            f"{type(base).__name__} is more than a table of rows; it is not adapted",
+            code="not_adaptable",
+            field="target_modules",
+        )
     found: float | Tensor = 1.0 if scale is None else scale
     return found

@@ -10,11 +10,11 @@ from loralab.adapters.bases import looks_linear
 
 EXPERTS = "experts kept as one parameter of all"
 STACKED = "matrices kept as one parameter"
-LEAST = 0.01  # share of the weights from which matrices that are no experts are worth a word
+MIN_SHARE = 0.01  # share of the weights from which matrices that are not experts are worth a word
 
 
 def stacked_weights(model: nn.Module) -> dict[str, str]:
-    """Paths of modules with such parameters -> EXPERTS or STACKED."""
+    """Return the paths of modules with such parameters -> EXPERTS or STACKED."""
     total = sum(parameter.numel() for parameter in model.parameters())
     found = {}
     for path, module in model.named_modules():
@@ -23,13 +23,13 @@ def stacked_weights(model: nn.Module) -> dict[str, str]:
         own = [p for n, p in module._parameters.items() if p is not None and _is_weight(n)]
         if _are_experts(path, module) and any(p.ndim >= 2 for p in own):
             found[path] = EXPERTS
-        elif LEAST * total <= sum(p.numel() for p in own if p.ndim == 3 and min(p.shape) > 1):
+        elif MIN_SHARE * total <= sum(p.numel() for p in own if p.ndim == 3 and min(p.shape) > 1):
             found[path] = STACKED
     return found
 
 
 def share_of(model: nn.Module, paths: list[str]) -> float:
-    """The share of a model's weights that some modules' own parameters are."""
+    """Return the share of a model's weights that some modules' own parameters are."""
     total = {id(p): p.numel() for p in model.parameters()}
     own = {id(p) for path in paths for p in model.get_submodule(path).parameters(recurse=False)}
     return sum(total[key] for key in own) / max(1, sum(total.values()))

@@ -8,7 +8,7 @@ import re
 from functools import lru_cache
 from typing import Any
 
-from loralab.errors import ConfigError, shown
+from loralab.errors import ConfigError, format_value
 
 MAX_LENGTH = 1 << 14  # characters of an expression
 MAX_REPEATS = 10_000  # product of the counts in braces, which are written out when compiled
@@ -26,7 +26,7 @@ def check_expression(pattern: str) -> None:
 
 
 def matches(pattern: str, text: str) -> bool:
-    """Tell whether the whole of a text matches, as re.fullmatch does.
+    """Return whether the whole of a text matches, as re.fullmatch does.
 
     Raises:
         ConfigError: it is not a regular expression, or takes too long.
@@ -35,7 +35,7 @@ def matches(pattern: str, text: str) -> bool:
         return _compiled(pattern).fullmatch(text, timeout=TIMEOUT) is not None
     except TimeoutError:
         raise ConfigError(
-            f"the expression {shown(pattern)} takes too long to match; write a simpler one",
+            f"the expression {format_value(pattern)} takes too long to match; write a simpler one",
             code="expression_too_slow",
             field="target_modules",
         ) from None
@@ -52,7 +52,7 @@ def _compiled(pattern: str) -> Any:
     counts = [int(count) for pair in BRACES.findall(pattern) for count in pair if count]
     if len(pattern) > MAX_LENGTH or math.prod(filter(None, counts)) > MAX_REPEATS:
         raise ConfigError(
-            f"the expression {shown(pattern)} is too large; write a simpler one",
+            f"the expression {format_value(pattern)} is too large; write a simpler one",
             code="expression_too_large",
             field="target_modules",
         )
@@ -63,5 +63,7 @@ def _compiled(pattern: str) -> Any:
         return regex.compile(pattern, regex.VERSION0)
     except (re.error, regex.error, RecursionError, OverflowError, MemoryError) as error:
         raise ConfigError(
-            f"{shown(pattern)} is not a regular expression: {error}", code="invalid_expression", field="target_modules"
+            f"{format_value(pattern)} is not a regular expression: {error}",
+            code="invalid_expression",
+            field="target_modules",
         ) from None

@@ -1,4 +1,4 @@
-"""What tells one base model from another: a short digest over its weights."""
+"""Fingerprint of a base model: a short digest over its weights."""
 
 import hashlib
 from collections.abc import Container
@@ -36,7 +36,7 @@ def fingerprint(model: nn.Module, without: frozenset[str] = frozenset()) -> str:
 
 
 def base_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The base model's parameters under the names they have without an adapter."""
+    """Return the base model's parameters under the names they have without an adapter."""
     wrappers = {name: m for name, m in model.named_modules() if isinstance(m, Wrapper)}
     own = {id(p) for wrapper in wrappers.values() for p in wrapper.added_parameters()}
     plain = plain_paths(model)
@@ -52,7 +52,7 @@ def base_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def plain_name(name: str, wrappers: Container[str]) -> str:
-    """A path in a model with an adapter -> the path without: wrappers hide behind ".base"."""
+    """Return a path in a model with an adapter -> the path without: wrappers hide behind ".base"."""
     walked: list[str] = []
     kept: list[str] = []
     for part in name.split("."):
@@ -63,7 +63,7 @@ def plain_name(name: str, wrappers: Container[str]) -> str:
 
 
 def base_paths(model: nn.Module) -> list[str]:
-    """Paths of all modules that the base model has, but for those trained in full."""
+    """Return the paths of all modules that the base model has, but for those trained in full."""
     plain = plain_paths(model)
     named = {plain(name): module for name, module in model.named_modules() if name}
     wrappers = {name for name, module in named.items() if isinstance(module, Wrapper)}
@@ -80,7 +80,7 @@ def base_paths(model: nn.Module) -> list[str]:
 
 
 def dtype_name(model: nn.Module) -> str:
-    """The dtype of the base's weights, such as "bfloat16"; of the first, where they differ."""
+    """Return the dtype of the base's weights, such as "bfloat16"; of the first, where they differ."""
     tensors = base_tensors(model).values()
     first = next((t for t in tensors if t.is_floating_point()), torch.zeros(0))
     return str(first.dtype).removeprefix("torch.")

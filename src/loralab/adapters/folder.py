@@ -5,7 +5,7 @@
     loralab.json                format, content digest, base model, task, training, certificate
 
 Every file is written under a temporary name and renamed, `loralab.json` first: its digest covers
-the other two, and a folder without a configuration is no adapter, so one that was interrupted
+the other two, and a folder without a configuration is not an adapter, so one that was interrupted
 between them is noticed, new or overwritten. Never a pickle.
 """
 
@@ -25,13 +25,13 @@ from loralab import atomic, values
 from loralab.adapters.outside import parse
 from loralab.adapters.record import FORMAT, sound
 from loralab.adapters.registry import spec_of
-from loralab.errors import AdapterFileError, OutputError, nearest, shown, some
+from loralab.errors import AdapterFileError, OutputError, format_value, join_limited, nearest
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 RECORD = "loralab.json"
-LARGEST_HEADER = 1 << 24  # bytes of names and shapes; each tensor takes a hundred times its entry
-KINDS = {
+MAX_HEADER_BYTES = 1 << 24  # bytes of names and shapes; each tensor takes a hundred times its entry
+STORED_DTYPES = {
     "torch.float64",
     "torch.float32",
     "torch.float16",
@@ -47,7 +47,7 @@ KINDS = {
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterFolder:
-    """What an adapter folder holds, read and checked.
+    """Content of an adapter folder, read and checked.
 
     `config` is the method that the tensors amount to (what AdaLoRA leaves is a plain LoRA);
     `fields` the content of adapter_config.json, `record` that of loralab.json, empty if another
@@ -83,14 +83,18 @@ def write(
     """
     path = Path(path)
     if (path / CONFIG).exists() and not overwrite:
-        raise OutputError(f"{path} holds an adapter already; choose another name")
+        raise OutputError(
+            f"{path} holds an adapter already; choose another name", code="output_exists", field="output_dir"
+        )
     kept = {name: _on_its_own(tensor) for name, tensor in tensors.items()}
     digest = content_digest(config, kept)
     write_json(path / RECORD, {"format": FORMAT, "digest": digest, **record})
     atomic.write_file(path / TENSORS, safetensors.torch.save(kept, {"format": "pt"}))
     write_json(path / CONFIG, dict(sorted(config.items())))
     if read(path).digest != digest:
-        raise OutputError(f"{path} does not read back as it was written; is the disk sound?")
+        raise OutputError(
+            f"{path} does not read back as it was written; is the disk sound?", code="not_written", field="output_dir"
+        )
     return path
 
 
@@ -107,31 +111,45 @@ def read(path: str | Path, *, files: Mapping[str, bytes] | None = None) -> Adapt
     path = Path(path)
     files = _files(path) if files is None else files
     if CONFIG not in files:
-        raise AdapterFileError(f"{path} is no adapter folder: it has no {CONFIG}{_near(path)}")
+        raise AdapterFileError(
+            f"{path} is not an adapter folder: it has no {CONFIG}{_near(path)}", code="no_adapter", field="path"
+        )
     fields = values.parse_json(path / CONFIG, files[CONFIG], AdapterFileError)
     record: dict[str, Any] = {}
     if RECORD in files:
         record = values.parse_json(path / RECORD, files[RECORD], AdapterFileError, large=True)
     if record.get("format", FORMAT) != FORMAT:
-        raise AdapterFileError(f"{path / RECORD} has format {shown(record['format'])}; this version reads {FORMAT}")
+        raise AdapterFileError(
+            f"{path / RECORD} has format {format_value(record['format'])}; this version reads {FORMAT}",
+            code="unknown_format",
+            field="format",
+        )
     tensors = _tensors(path, files.get(TENSORS))
     digest = content_digest(fields, tensors)
     if record and record.get("digest") != digest:
         raise AdapterFileError(
-            f"{path} was changed or damaged: its content has digest {digest}, {RECORD} says {record.get('digest')}"
+            f"{path} was changed or damaged: its content has digest {digest}, {RECORD} says {record.get('digest')}",
+            code="changed",
+            field="digest",
         )
     try:
         config, own = parse(fields, tensors)
     except KeyError as error:
-        raise AdapterFileError(f"{path} lacks {error}, which its method needs") from None
+        raise AdapterFileError(
+            f"{path} lacks {error}, which its method needs", code="missing_field", field="path"
+        ) from None
     except (ValueError, TypeError, AttributeError) as error:
         code, field = getattr(error, "code", ""), getattr(error, "field", None)
         raise AdapterFileError(f"{path / CONFIG}: {error}", code=code, field=field) from None
     except (RuntimeError, IndexError) as error:  # torch's, of shapes that do not fit each other
-        raise AdapterFileError(f"{path / TENSORS} does not fit its configuration: {error}") from None
+        raise AdapterFileError(
+            f"{path / TENSORS} does not fit its configuration: {error}", code="does_not_fit", field="path"
+        ) from None
     _require_plausible(path, config, own)
     if broken := _broken(own):
-        raise AdapterFileError(f"{path} holds numbers that are not finite: {some(broken)}")
+        raise AdapterFileError(
+            f"{path} holds numbers that are not finite: {join_limited(broken)}", code="not_finite", field=broken[0]
+        )
     return AdapterFolder(
         path=path, config=config, fields=fields, tensors=dict(own), record=sound(record), digest=digest
     )
@@ -154,7 +172,7 @@ def content_digest(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> 
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
+    """Return a JSON object from a file.
 
     Raises:
         AdapterFileError: it cannot be read, or is something else.
@@ -179,14 +197,16 @@ def _tensors(path: Path, data: bytes | None) -> dict[str, Tensor]:
     if data is None:
         if (path / "adapter_model.bin").exists():
             raise AdapterFileError(
-                f"{path / 'adapter_model.bin'} is a pickle, which can run code; save the adapter as {TENSORS}"
+                f"{path / 'adapter_model.bin'} is a pickle, which can run code; save the adapter as {TENSORS}",
+                code="pickle",
+                field="path",
             )
-        raise AdapterFileError(f"{path} has no {TENSORS}")
+        raise AdapterFileError(f"{path} has no {TENSORS}", code="no_tensors", field="path")
     return _parsed(file, data)
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, in kinds of numbers that torch can compute with.
+    """Return the tensors of a safetensors file, in kinds of numbers that torch can compute with.
 
     Raises:
         AdapterFileError: it cannot be read, is damaged, or holds others.
@@ -196,18 +216,26 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 
 def _parsed(file: Path, data: bytes) -> dict[str, Tensor]:
     length = int.from_bytes(data[:8], "little")
-    if length > LARGEST_HEADER:
+    if length > MAX_HEADER_BYTES:
         raise AdapterFileError(
-            f"{file} is damaged or truncated: its header has {length:,} bytes; at most {LARGEST_HEADER:,} are read"
+            f"{file} is damaged or truncated: its header has {length:,} bytes; at most {MAX_HEADER_BYTES:,} are read",
+            code="damaged",
+            field="path",
         )
     try:
         tensors = safetensors.torch.load(data)
     except KeyError as error:
-        raise AdapterFileError(f"{file} holds numbers of the kind {error}, unknown here") from None
+        raise AdapterFileError(
+            f"{file} holds numbers of the kind {error}, unknown here", code="unknown_dtype", field="path"
+        ) from None
     except (SafetensorError, ValueError, RuntimeError, MemoryError) as error:
-        raise AdapterFileError(f"{file} is damaged or truncated: {error}") from None
-    if strange := sorted({str(t.dtype) for t in tensors.values()} - KINDS):
-        raise AdapterFileError(f"{file} holds numbers of the kind {some(strange)}, unknown here")
+        raise AdapterFileError(f"{file} is damaged or truncated: {error}", code="damaged", field="path") from None
+    if strange := sorted({str(t.dtype) for t in tensors.values()} - STORED_DTYPES):
+        raise AdapterFileError(
+            f"{file} holds numbers of the kind {join_limited(strange)}, unknown here",
+            code="unknown_dtype",
+            field="path",
+        )
     return tensors
 
 
@@ -223,11 +251,13 @@ def _require_plausible(path: Path, config: Any, tensors: Mapping[str, Tensor]) -
     sizes |= {f"rank of {name}": r for name, r in getattr(config, "rank_pattern", {}).items()}
     for name, size in sizes.items():
         if size > most:
-            raise AdapterFileError(f"{path}: {name} is {size}, but no tensor is that large ({most})")
+            raise AdapterFileError(
+                f"{path}: {name} is {size}, but no tensor is that large ({most})", code="size_too_large", field=name
+            )
 
 
 def _broken(tensors: Mapping[str, Tensor]) -> list[str]:
-    """The names of tensors with numbers that are not finite; those of a dtype at once."""
+    """Return the names of tensors with numbers that are not finite; those of a dtype at once."""
     by_dtype: dict[torch.dtype, list[Tensor]] = {}
     for tensor in tensors.values():
         if tensor.is_floating_point():

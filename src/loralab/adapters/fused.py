@@ -25,10 +25,10 @@ from torch.nn import functional as F
 
 from loralab.adapters.bases import compute_dtype, is_conv1d, is_quantized
 from loralab.adapters.eager import is_batch, is_hooked, is_plain_tensor
-from loralab.adapters.thin import down, outer, up
+from loralab.adapters.skinny import down, outer, up
 
 
-class Updated(NamedTuple):
+class BaseWithUpdate(NamedTuple):
     """A frozen base layer and its update, A (R, I) and B (O, R)."""
 
     base: Any  # nn.Linear, transformers' Conv1D or a layer in few bits
@@ -38,17 +38,17 @@ class Updated(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """What the function must know of a layer besides its tensors."""
+    """Facts about a layer that the function needs besides its tensors."""
 
     scaling: float
     transposed: bool  # the base stores its weight as (I, O)
     unpack: Callable[[], Tensor] | None  # of 4-bit weights; nothing unpacked is kept
 
 
-def linears_with_updates(x: Tensor, layers: Sequence[Updated], mask: Tensor | None = None) -> tuple[Tensor, ...]:
+def linears_with_updates(x: Tensor, layers: Sequence[BaseWithUpdate], mask: Tensor | None = None) -> tuple[Tensor, ...]:
     """x (..., I) -> (..., O) through each of some frozen base layers and its update.
 
-    A and B are rounded to the dtype of x for the products (thin.py); their gradients come back
+    A and B are rounded to the dtype of x for the products (skinny.py); their gradients come back
     in their own dtype.
 
     Args:
@@ -63,7 +63,7 @@ def linears_with_updates(x: Tensor, layers: Sequence[Updated], mask: Tensor | No
 
 
 def layout_of(base: Any, scaling: float = 1.0) -> Layout:
-    """What the functions must know of a base layer and its update."""
+    """Return the layout of a base layer and its update."""
     return Layout(scaling, is_conv1d(base), base.dequantize if is_quantized(base) else None)
 
 
@@ -145,7 +145,7 @@ def _followed_gradients(
     Bs: Sequence[Tensor],
     layouts: Sequence[Layout],
 ) -> tuple[Tensor | None, ...]:
-    """All gradients by operations that autograd records, one layer after the other."""
+    """Return all gradients by operations that autograd records, one layer after the other."""
     drop = None if mask is None else flat_rows(mask)
     through_update: list[Tensor] = []
     gradients: list[Tensor | None] = []
@@ -205,7 +205,7 @@ def through_bases(dys: Sequence[Tensor], weights: Sequence[Tensor], layouts: Seq
 
 
 def _matrix(weight: Tensor, layout: Layout, dy: Tensor) -> Tensor:
-    """The base's weight as (O, I)."""
+    """Return the base's weight as (O, I)."""
     W = weight if layout.unpack is None else layout.unpack().to(dy.dtype)
     return W.T if layout.transposed else W
 
@@ -219,7 +219,7 @@ def add_through_update(dx: Tensor, G: Tensor, A: Tensor, mask: Tensor | None) ->
 
 
 def base_output(x: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout) -> Tensor:
-    """The base layer's own operation, so that a zero update leaves its output bit-equal.
+    """Return the base layer's own operation, so that a zero update leaves its output bit-equal.
 
     The output is dense, since the update is added in place, and no view of another tensor: what
     a function returns as a view, autograd lets nobody change in place.

@@ -24,7 +24,7 @@ from loralab.adapters.spans import Factors, Updates, linears_by_span, stacked_up
 from loralab.adapters.wrapper import Wrapper, replace_modules
 from loralab.errors import AdapterStateError
 
-FEW = 4  # spans whose updates are quicker one after the other than stacked
+MAX_UNSTACKED_SPANS = 4  # spans whose updates are quicker one after the other than stacked
 
 
 class Span(NamedTuple):
@@ -36,7 +36,7 @@ class Span(NamedTuple):
 
 
 def spans_of(keys: Sequence[Hashable]) -> list[Span]:
-    """The adapters of rows, one after the other, as spans."""
+    """Return the adapters of rows, one after the other, as spans."""
     found: list[Span] = []
     for number, key in enumerate(keys):
         if found and found[-1].key == key:
@@ -85,7 +85,7 @@ class Bank:
         for key, adapter in adapters.items():
             modules: dict[str, nn.Module] = {**adapter.modules, **adapter.saved}
             if reason := cannot_share(modules):
-                raise AdapterStateError(reason)
+                raise AdapterStateError(reason, code="cannot_share")
             for path, module in modules.items():
                 if path not in self._places:
                     place = self._places[path] = self._place(path)
@@ -160,7 +160,7 @@ class RoutedModule(Wrapper):
         self._stacked: tuple[tuple[int, ...], list[Factors]] = ((), [])
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
-        """What the base gives, or every span's own module."""
+        """Return the base's output, or that of every span's own module."""
         spans = self._bank[0].spans
         if not any(span.key in self.members for span in spans):
             return self.base(*inputs, **named)
@@ -175,7 +175,7 @@ class RoutedModule(Wrapper):
         self._stacked = ((), [])
 
     def updated(self, x: Tensor, layers: Sequence["RoutedModule"]) -> tuple[Tensor, ...] | None:
-        """Layers that read the same input, where all updates are plain low-rank ones."""
+        """Return layers that read the same input, where all updates are plain low-rank ones."""
         bank = self._bank[0]
         spans, rows = bank.spans, _rows(x, bank.spans)
         chosen = [(s, [layer.members.get(s.key) for layer in layers]) for s in spans]
@@ -186,7 +186,7 @@ class RoutedModule(Wrapper):
         grad = torch.is_grad_enabled() and (
             x.requires_grad or any(p.requires_grad for m in members for p in m.trained().values())
         )
-        if not grad and len(chosen) > FEW:
+        if not grad and len(chosen) > MAX_UNSTACKED_SPANS:
             return tuple(g._added_at_once(x, g.base(x), rows) for g in layers)
         times = rows // spans[-1].stop
         updates = [
@@ -196,7 +196,7 @@ class RoutedModule(Wrapper):
         return linears_by_span(x, [g.base for g in layers], updates)
 
     def _added_at_once(self, x: Tensor, y: Tensor, rows: int) -> Tensor:
-        """The updates of all spans in two products, as one of all their ranks."""
+        """Return the updates of all spans in two products, as one of all their ranks."""
         spans = self._bank[0].spans
         present = tuple(s for s in spans if s.key in self.members)
         ids = tuple(id(self.members[s.key]) for s in present)
@@ -207,7 +207,7 @@ class RoutedModule(Wrapper):
         return stacked_update(x, y, self._stacked[1], ranges)
 
     def _mask(self, span: Span, members: Sequence[Any]) -> Callable[[Tensor], Tensor | None] | None:
-        """What draws the dropout of a span's input; None without."""
+        """Return the function that draws the dropout mask of a span's input; None without dropout."""
         dropping = [m for m in members if _drops(m)]
         if not dropping:
             return None
@@ -219,7 +219,7 @@ class RoutedModule(Wrapper):
         return draw
 
     def _one_by_one(self, spans: Sequence[Span], inputs: Any, named: Mapping[str, Any]) -> Any:
-        """What it means; the base runs once where members only change what it gives."""
+        """Compute each span by itself; the base runs once where members only change its output."""
         axis, total = _axis([*inputs, *named.values()], spans)
         present = [self.members.get(s.key) for s in spans]
         whole = None
@@ -244,7 +244,7 @@ class RoutedModule(Wrapper):
 
 
 def together(x: Tensor, layers: Sequence[nn.Module]) -> list[Tensor]:
-    """The outputs of layers that read the same input, (..., I) -> (..., O) each.
+    """Return the outputs of layers that read the same input, (..., I) -> (..., O) each.
 
     Semantics:
         [layer(x) for layer in layers]
@@ -262,7 +262,7 @@ def together(x: Tensor, layers: Sequence[nn.Module]) -> list[Tensor]:
 
 
 def cannot_share(modules: Mapping[str, nn.Module]) -> str:
-    """Why modules cannot stand in one batch with those of other adapters; empty if they can."""
+    """Return why modules cannot stand in one batch with those of other adapters; empty if they can."""
     for path, module in modules.items():
         if reason := getattr(module, "cannot_share", ""):
             return f"{path}: {reason}"
@@ -270,7 +270,7 @@ def cannot_share(modules: Mapping[str, nn.Module]) -> str:
 
 
 def _drops(member: Any) -> bool:
-    """Tell whether a member, or none, draws dropout now."""
+    """Return whether a member, or none, draws dropout now."""
     dropout = getattr(member, "dropout", None)
     return isinstance(dropout, nn.Dropout) and bool(member.training and dropout.p)
 
@@ -282,7 +282,9 @@ def _factors(member: Any) -> Factors | None:
 def _require_whole(spans: Sequence[Span]) -> None:
     ends = [0, *(span.stop for span in spans)]
     if not spans or any(s.start != end or s.stop <= s.start for s, end in zip(spans, ends)):  # noqa: B905
-        raise AdapterStateError(f"spans must follow each other from row 0 on, got {list(spans)}")
+        raise AdapterStateError(
+            f"spans must follow each other from row 0 on, got {list(spans)}", code="wrong_spans", field="spans"
+        )
 
 
 def _axis(values: Sequence[Any], spans: Sequence[Span]) -> tuple[int, int]:
@@ -295,19 +297,21 @@ def _axis(values: Sequence[Any], spans: Sequence[Span]) -> tuple[int, int]:
             if value.ndim > 1 and value.shape[0] == 1 and value.shape[1] == total:
                 return 1, total
     shapes = [tuple(v.shape) for v in values if isinstance(v, Tensor)]
-    raise AdapterStateError(f"a module got {shapes} where the batch has {total} rows")
+    raise AdapterStateError(f"a module got {shapes} where the batch has {total} rows", code="wrong_shape", field="rows")
 
 
 def _rows(x: Tensor, spans: Sequence[Span]) -> int:
-    """The rows of x (..., I); each row of the batch may be several."""
+    """Return the rows of x (..., I); each row of the batch may be several."""
     rows = x.numel() // x.shape[-1]
     if x.shape[0] not in (1, spans[-1].stop) or rows % spans[-1].stop:
-        raise AdapterStateError(f"a module got {tuple(x.shape)} where the batch has {spans[-1].stop} rows")
+        raise AdapterStateError(
+            f"a module got {tuple(x.shape)} where the batch has {spans[-1].stop} rows", code="wrong_shape", field="rows"
+        )
     return rows
 
 
 def _cut(value: Any, axis: int, total: int, span: Span) -> Any:
-    """The rows of one span, of tensors that have all rows; what else there is stays whole."""
+    """Return the rows of one span, of tensors that have all rows; what else there is stays whole."""
     if isinstance(value, Tensor) and value.ndim > axis and value.shape[axis] == total:
         return value.narrow(axis, span.start, span.stop - span.start)
     if isinstance(value, tuple):
@@ -316,7 +320,7 @@ def _cut(value: Any, axis: int, total: int, span: Span) -> Any:
 
 
 def _joined(parts: Sequence[Any], axis: int) -> Any:
-    """Outputs one after the other; heads of fewer classes get minus infinity in the others."""
+    """Return outputs one after the other; heads of fewer classes get minus infinity in the others."""
     if isinstance(parts[0], tuple):
         return tuple(_joined(own, axis) for own in zip(*parts, strict=True))
     if not isinstance(parts[0], Tensor):

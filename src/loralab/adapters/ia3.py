@@ -20,11 +20,11 @@ from loralab.adapters.methods import IA3, Names
 from loralab.adapters.paths import ends_with
 from loralab.adapters.peft_fields import refuse_unknown, selecting_fields, targeted
 from loralab.adapters.presets import in_attention
-from loralab.adapters.wrapper import Wrapper, wide
+from loralab.adapters.wrapper import Wrapper, to_wide
 from loralab.errors import TargetError
 
 KEYS_AND_VALUES = ("k_proj", "v_proj", "key", "value", "c_attn", "qkv", "qkv_proj", "query_key_value", "Wqkv")
-NOTHING = r"(?!)"  # an expression that matches no path
+NO_MATCH = r"(?!)"  # an expression that matches no path
 
 
 class LinearWithIA3(Wrapper):
@@ -52,16 +52,16 @@ class LinearWithIA3(Wrapper):
         return (y * scale).to(y.dtype)
 
     def merged_tensors(self) -> dict[str, Tensor]:
-        """The weight, and for outputs the bias, with the scale in it."""
-        total = wide(dense_weight(self.base)) * self.ia3_l
+        """Return the weight, and for outputs the bias, with the scale in it."""
+        total = to_wide(dense_weight(self.base)) * self.ia3_l
         merged = {"weight": total.T if is_conv1d(self.base) else total}
         if not self.feedforward and self.base.bias is not None:
-            merged["bias"] = wide(self.base.bias) * self.ia3_l.flatten()
+            merged["bias"] = to_wide(self.base.bias) * self.ia3_l.flatten()
         return merged
 
 
 def build(model: nn.Module, config: IA3, generator: torch.Generator | None) -> dict[str, Wrapper]:
-    """The wrappers by path; nothing in them is random."""
+    """Return the wrappers by path; nothing in them is random."""
     own = config
     if config.target_modules is None:
         own = replace(config, target_modules=_usual_targets(model))
@@ -92,10 +92,10 @@ def fields(config: IA3, modules: Mapping[str, Any], paths: list[str]) -> dict[st
 
 
 def parse(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[IA3, Mapping[str, Tensor]]:
-    """The configuration that peft's fields describe."""
+    """Return the configuration that peft's fields describe."""
     refuse_unknown(fields, {"feedforward_modules", "init_ia3_weights"})
     # an empty list: no target's input is rescaled, which None would not say
-    inner = fields.get("feedforward_modules") or NOTHING
+    inner = fields.get("feedforward_modules") or NO_MATCH
     return IA3(feedforward_modules=inner, **targeted(fields)), tensors
 
 
@@ -105,7 +105,11 @@ def _usual_targets(model: nn.Module) -> tuple[str, ...]:
     ends = {name.rpartition(".")[2] for name in linear if in_attention(name)}
     found = tuple(sorted(ends & set(KEYS_AND_VALUES)))
     if not found:
-        raise TargetError(f"{type(model).__name__} names its keys and values in no usual way; give target_modules")
+        raise TargetError(
+            f"{type(model).__name__} names its keys and values in no usual way; give target_modules",
+            code="no_keys_and_values",
+            field="target_modules",
+        )
     keys = [n for n in linear if in_attention(n) and n.rpartition(".")[2] in found]
     return (*keys, *(block.ffn_out for block in targets.blocks(model)))
 

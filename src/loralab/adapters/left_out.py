@@ -1,4 +1,4 @@
-"""What of a model is not adapted although the targets could mean it, and how that is said."""
+"""Find and describe the parts of a model that the targets could mean but that are not adapted."""
 
 from collections import Counter
 from collections.abc import Collection, Mapping
@@ -13,15 +13,15 @@ from loralab.adapters.presets import MLP, place_of
 from loralab.adapters.shells import plain_paths
 from loralab.adapters.targets import in_preset, linear_names, outer_names, preset_of, saved_names, unable_names
 from loralab.adapters.towers import tower_of
-from loralab.errors import some
+from loralab.errors import join_limited
 
 TOWER = "part of a tower, not of the language model"
-NEITHER = "part of neither attention nor the feed-forward network"
-KINDS = 4  # names that a note lists for each reason
+IN_NO_NETWORK = "part of neither attention nor the feed-forward network"
+MAX_LISTED = 4  # names that a note lists for each reason
 
 
 def left_out(model: nn.Module, config: Any, chosen: Collection[str]) -> dict[str, str]:
-    """Paths of what is not adapted -> why.
+    """Return the paths of what is not adapted -> why.
 
     The output head and the embedding are never meant, so they are not named.
 
@@ -54,11 +54,11 @@ def left_out(model: nn.Module, config: Any, chosen: Collection[str]) -> dict[str
 
 def notable(reasons: Mapping[str, str]) -> dict[str, str]:
     """Without what the name of a preset says already."""
-    return {name: why for name, why in reasons.items() if why != NEITHER}
+    return {name: why for name, why in reasons.items() if why != IN_NO_NETWORK}
 
 
-def described(model: nn.Module, reasons: Mapping[str, str]) -> str:
-    """One line on what is left out; empty if nothing is.
+def describe_left_out(model: nn.Module, reasons: Mapping[str, str]) -> str:
+    """Return one line on what is left out; empty if nothing is.
 
     >>> described(nn.Module(), {"h.0.router": "no linear map", "h.1.router": "no linear map"})
     'not adapted: 2 x router (no linear map)'
@@ -73,7 +73,7 @@ def described(model: nn.Module, reasons: Mapping[str, str]) -> str:
         listed = [f"{n} x {end}" if n > 1 else end for end, n in counted.items()]
         share = share_of(model, names) if all(name in stacked for name in names) else 0.0
         weight = f", {share:.0%} of the weights" if share else ""
-        parts.append(f"{some(listed, KINDS)} ({why}{weight})")
+        parts.append(f"{join_limited(listed, MAX_LISTED)} ({why}{weight})")
     return f"not adapted: {'; '.join(parts)}" if parts else ""
 
 
@@ -83,7 +83,7 @@ def _by_preset(model: nn.Module, preset: str) -> dict[str, str]:
     found = {name: why for name, why in unable.items() if in_preset(model, preset, name)}
     if preset != "all-linear":
         inner = [name for name in linear if layer_number(f"{name}.") is not None]
-        found |= {name: NEITHER for name in inner if not place_of(model, name)}
+        found |= {name: IN_NO_NETWORK for name in inner if not place_of(model, name)}
     found = {n: why for n, why in found.items() if n not in towers and not inside(n, heads)}
     return found | dict.fromkeys(towers.values(), TOWER)
 

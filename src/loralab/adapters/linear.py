@@ -13,10 +13,10 @@ from torch.nn import functional as F
 
 from loralab.adapters.bases import dense_weight, is_conv1d, is_linear, linear_shape
 from loralab.adapters.eager import is_hooked, is_plain_tensor, is_ragged, row_by_row
-from loralab.adapters.fused import Updated, can_fuse, linears_with_updates
+from loralab.adapters.fused import BaseWithUpdate, can_fuse, linears_with_updates
+from loralab.adapters.init import INITS
 from loralab.adapters.methods import LoRA
-from loralab.adapters.start import STARTS
-from loralab.adapters.wrapper import Wrapper, wide, without_autocast
+from loralab.adapters.wrapper import Wrapper, to_wide, without_autocast
 from loralab.errors import ConfigError
 
 Rows = tuple[int, int]  # first and one past the last
@@ -37,7 +37,7 @@ class LinearWithLoRA(Wrapper):
             in a fused projection; none is one update for all rows.
 
     Raises:
-        ConfigError: the rank exceeds min(I, O) for PiSSA, or the base is no linear layer.
+        ConfigError: the rank exceeds min(I, O) for PiSSA, or the base is not a linear layer.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class LinearWithLoRA(Wrapper):
     ) -> None:
         super().__init__(base)
         if not is_linear(base):
-            raise ConfigError(f"{type(base).__name__} is not a linear layer")
+            raise ConfigError(f"{type(base).__name__} is not a linear layer", code="not_linear", field="target_modules")
         self.transposed = is_conv1d(base)
         self.out_features, self.in_features = linear_shape(base)
         self.parts = tuple(parts) or ((0, self.out_features),)
@@ -79,7 +79,7 @@ class LinearWithLoRA(Wrapper):
         return self._updated(x)
 
     def after(self, y: Tensor, x: Tensor) -> Tensor:
-        """What `forward` gives, from y = W0 x + b."""
+        """Return what `forward` gives, from y = W0 x + b."""
         if self.magnitude is None:
             return y + self.update(x).to(y.dtype)
         bias = 0 if self.base.bias is None else self.base.bias
@@ -115,10 +115,10 @@ class LinearWithLoRA(Wrapper):
         return scaling * F.linear(low, B)
 
     def _updated(self, x: Tensor) -> Tensor:
-        """The base's output plus the update."""
+        """Return the base's output plus the update."""
         if can_fuse(self.base, x):
             mask = self._dropout_mask(x)
-            return linears_with_updates(x, [Updated(self.base, *self.factors())], mask)[0]
+            return linears_with_updates(x, [BaseWithUpdate(self.base, *self.factors())], mask)[0]
         y = self.base(x)
         return y + self.update(x).to(y.dtype)
 
@@ -142,21 +142,21 @@ class LinearWithLoRA(Wrapper):
         return y + change.to(y.dtype)
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
-        """A (R, I), B (O, R) and the factor of the update.
+        """Return a (R, I), B (O, R) and the factor of the update.
 
         PiSSA subtracts its start: rank 2 R. k parts stand below each other in A and in their
         own rows of B: rank k R.
         """
         A: Tensor = self.lora_A
-        B = self._spread(self.lora_B)
+        B = self._block_diagonal(self.lora_B)
         if self.start_A is not None and self.start_B is not None:
             A = torch.cat([A, self.start_A])
-            B = torch.cat([B, -self._spread(self.start_B)], dim=1)
+            B = torch.cat([B, -self._block_diagonal(self.start_B)], dim=1)
         return A, B, self.scaling
 
     @torch.no_grad()
     def delta(self) -> Tensor:
-        """The update of the weight, (O, I), in the adapter's dtype."""
+        """Return the update of the weight, (O, I), in the adapter's dtype."""
         A, B, scaling = self.factors()
         with without_autocast(A.device):
             total = scaling * (B @ A)
@@ -167,7 +167,7 @@ class LinearWithLoRA(Wrapper):
 
     @torch.no_grad()
     def row_norm(self) -> Tensor:
-        """Length of each row of W0 + (alpha / r) B A, (O,).
+        """Return the length of each row of W0 + (alpha / r) B A, (O,).
 
         DoRA holds it constant in the gradient (section 4.3), in that of forward mode too. It is
         worked out from |W0|^2, W0 A' and A A', so that no second matrix of the size of W0 is ever
@@ -191,23 +191,25 @@ class LinearWithLoRA(Wrapper):
         return found
 
     def merged_tensors(self) -> dict[str, Tensor]:
-        """The weight with the update in it, in the base's own layout."""
-        total = wide(dense_weight(self.base)) + self.delta()
+        """Return the weight with the update in it, in the base's own layout."""
+        total = to_wide(dense_weight(self.base)) + self.delta()
         return {"weight": total.T if self.transposed else total}
 
     def extra_repr(self) -> str:
         """Rank and scaling, for print(model)."""
         return f"rank={self.rank}, scaling={self.scaling:g}"
 
-    def _spread(self, B: Tensor) -> Tensor:
-        return spread(B, self.parts, self.out_features, self.rank)
+    def _block_diagonal(self, B: Tensor) -> Tensor:
+        return block_diagonal(B, self.parts, self.out_features, self.rank)
 
     def _start(self, config: LoRA, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         least = min(self.in_features, *(stop - start for start, stop in self.parts))
         if config.init == "pissa" and config.rank > least:
             raise ConfigError(
                 f"init 'pissa' needs a rank of at most {least} for a layer of "
-                f"{self.in_features} x {self.out_features}, got {config.rank}"
+                f"{self.in_features} x {self.out_features}, got {config.rank}",
+                code="rank_too_large",
+                field="rank",
             )
         device = self.base.weight.device
         rows = sum(stop - start for start, stop in self.parts)
@@ -218,13 +220,13 @@ class LinearWithLoRA(Wrapper):
             matrix = dense_weight(self.base)
         else:  # the other starts read nothing but the shape
             matrix = torch.empty(self.out_features, self.in_features, device="meta")
-        start = STARTS[config.init]
+        start = INITS[config.init]
         pairs = [start(matrix[a:b], config.rank, config.factor, generator) for a, b in self.parts]
         A, B = torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs])
         return A.contiguous().to(device), B.contiguous().to(device)
 
     def _squared_norm(self) -> Tensor:
-        return wide(dense_weight(self.base)).square().sum(dim=1)
+        return to_wide(dense_weight(self.base)).square().sum(dim=1)
 
     def _dropout_mask(self, x: Tensor) -> Tensor | None:
         if not (self.training and self.dropout.p):
@@ -233,7 +235,7 @@ class LinearWithLoRA(Wrapper):
 
 
 def together(x: Tensor, layers: Sequence[nn.Module]) -> list[Tensor]:
-    """The outputs of layers that read the same input, (..., I) -> (..., O) each.
+    """Return the outputs of layers that read the same input, (..., I) -> (..., O) each.
 
     Those that have a plain low-rank update share its first product.
 
@@ -241,18 +243,18 @@ def together(x: Tensor, layers: Sequence[nn.Module]) -> list[Tensor]:
         [layer(x) for layer in layers]
     """
     plain = [layer for layer in layers if is_plain(layer) and _one_for_all(layer, x)]
-    updated = [Updated(layer.base, *layer.factors()) for layer in plain]
+    updated = [BaseWithUpdate(layer.base, *layer.factors()) for layer in plain]
     found = iter(linears_with_updates(x, updated) if updated else ())
     return [next(found) if layer in plain else layer(x) for layer in layers]
 
 
 def is_plain(layer: nn.Module) -> TypeGuard[LinearWithLoRA]:
-    """Tell whether W0 x + (alpha / r) B A x is all that the layer does."""
+    """Return whether W0 x + (alpha / r) B A x is all that the layer does."""
     return type(layer) is LinearWithLoRA and not layer.merged and layer.magnitude is None and not is_hooked(layer)
 
 
 def _one_for_all(layer: LinearWithLoRA, x: Tensor) -> bool:
-    """Tell whether the updates of several such layers get the very same input."""
+    """Return whether the updates of several such layers get the very same input."""
     return not (layer.training and layer.dropout.p) and can_fuse(layer.base, x)
 
 
@@ -272,8 +274,8 @@ def _measure_again(module: LinearWithLoRA, keys: Any) -> None:
         module.squared_norm = module._squared_norm()
 
 
-def spread(B: Tensor, parts: Sequence[Rows], rows: int, rank: int) -> Tensor:
-    """B of some parts, one below the other, in their rows of the whole: (rows, parts * R)."""
+def block_diagonal(B: Tensor, parts: Sequence[Rows], rows: int, rank: int) -> Tensor:
+    """Place the B of each part, stacked, in its rows of the whole: (rows, parts * R)."""
     if tuple(parts) == ((0, rows),):
         return B
     whole = B.new_zeros(rows, len(parts) * rank)

@@ -16,7 +16,7 @@ from loralab.adapters.peft_fields import PREFIX
 from loralab.adapters.present import present_in, without_shells
 from loralab.adapters.several import AdapterSet, adapters_of
 from loralab.adapters.shells import plain_paths, unwrapped
-from loralab.errors import AdapterFileError, BaseMismatchWarning, ConfigError, TargetError, some
+from loralab.errors import AdapterFileError, BaseMismatchWarning, ConfigError, TargetError, join_limited
 
 
 def load(model: nn.Module, path: str | Path, *, name: str = "default") -> Adapter:
@@ -67,7 +67,9 @@ def _make_room(model: Any, stored: AdapterFolder) -> None:
     if rows and max(rows) >= known + len(rows):
         raise AdapterFileError(
             f"{stored.path} trains the row of token {max(rows)}, but the model has {known} tokens "
-            f"and {len(rows)} new ones would not reach it"
+            f"and {len(rows)} new ones would not reach it",
+            code="missing_tokens",
+            field="token_rows",
         )
     if rows and max(rows) >= known:
         model.resize_token_embeddings(max(rows) + 1, mean_resizing=False)
@@ -88,11 +90,15 @@ def fill(adapter: Adapter, stored: AdapterFolder) -> None:
         for key in sorted(own.keys() & stored.tensors.keys())
         if own[key].shape != stored.tensors[key].shape
     ]
-    problems = [f"missing: {some(missing)}"] if missing else []
-    problems += [f"not in this model: {some(extra)}"] if extra else []
-    problems += [f"misshapen: {some(misshapen)}"] if misshapen else []
+    problems = [f"missing: {join_limited(missing)}"] if missing else []
+    problems += [f"not in this model: {join_limited(extra)}"] if extra else []
+    problems += [f"misshapen: {join_limited(misshapen)}"] if misshapen else []
     if problems:
-        raise AdapterFileError(f"{stored.path} does not fit {type(adapter.model).__name__}; " + "; ".join(problems))
+        raise AdapterFileError(
+            f"{stored.path} does not fit {type(adapter.model).__name__}; " + "; ".join(problems),
+            code="does_not_fit",
+            field="path",
+        )
     torch._foreach_copy_(list(own.values()), [stored.tensors[key] for key in own])
 
 

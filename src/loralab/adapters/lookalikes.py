@@ -25,7 +25,7 @@ TOLERANCES = {  # relative, of what a dtype rounds
 
 
 def why_not_linear(module: nn.Module, *, transposed: bool = False) -> str:
-    """Why a layer of a linear class is no linear map of its own weight; empty if it is one.
+    """Why a layer of a linear class is not a linear map of its own weight; empty if it is one.
 
     Args:
         transposed: the weight is stored as (I, O).
@@ -38,7 +38,7 @@ def why_not_linear(module: nn.Module, *, transposed: bool = False) -> str:
 
 
 def why_output_differs(module: nn.Module, *, transposed: bool = False) -> str:
-    """Why what a layer gives is not x W' + b, called as a model calls it; empty if it is.
+    """Return why what a layer gives is not x W' + b, called as a model calls it; empty if it is.
 
     Somebody's hook or a forward that was replaced since may change the output.
     """
@@ -56,7 +56,7 @@ def _forward_is_plain(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def _differs(module: Any, call: Callable[[Tensor], Any], transposed: bool) -> str:
-    """What the layer gives for a few numbers, against x W' + b; on "meta" the shape alone."""
+    """Compare the layer's output for a few numbers with x W' + b; on "meta" the shape alone."""
     weight: Tensor = module.weight.T if transposed else module.weight
     offloaded = weight.is_meta and "forward" in module.__dict__
     if not weight.is_floating_point() or offloaded or weight.dtype not in TOLERANCES:

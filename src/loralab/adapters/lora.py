@@ -30,19 +30,19 @@ Actual = tuple[int, float]  # rank and factor of a saved update
 
 
 def build(model: nn.Module, config: LoRA, generator: torch.Generator | None) -> dict[str, Wrapper]:
-    """The wrappers by path."""
+    """Return the wrappers by path."""
     plain = plain_paths(model)
     wrappers = {
         path: _wrapped(model, path, names, config.for_module(plain(path)), generator)
-        for path, names in chosen(model, config).items()
+        for path, names in selected_modules(model, config).items()
     }
     if config.token_rows:
         wrappers |= _token_rows(model, config, wrappers)
     return wrappers
 
 
-def chosen(model: nn.Module, config: LoRA) -> dict[str, list[str]]:
-    """Paths of the modules that are adapted, with the parts that are meant; none is the whole."""
+def selected_modules(model: nn.Module, config: LoRA) -> dict[str, list[str]]:
+    """Return the paths of the modules that are adapted, with the parts that are meant; none is the whole."""
     heads = [n for n, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)]
     others = [*fused.part_names(model), *_further(model)]
     return fused.by_module(model, target_names(model, config, others, implied=heads))
@@ -90,7 +90,7 @@ def lora_fields(
 
 
 def parse(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[LoRA, Mapping[str, Tensor]]:
-    """The configuration that peft's fields describe.
+    """Return the configuration that peft's fields describe.
 
     Raises:
         AdapterFileError: an option whose meaning would be lost.
@@ -100,10 +100,14 @@ def parse(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[LoR
         raise AdapterFileError(
             f"init_lora_weights {init!r} changes the base weights at the start, so these tensors "
             "do not fit the original base; save it again with peft's "
-            "`path_initial_model_for_weight_conversion`"
+            "`path_initial_model_for_weight_conversion`",
+            code="changed_base",
+            field="init_lora_weights",
         )
     if fields.get("bias", "none") != "none":
-        raise AdapterFileError(f"bias {fields['bias']!r} is not supported, only 'none'")
+        raise AdapterFileError(
+            f"bias {fields['bias']!r} is not supported, only 'none'", code="unsupported_option", field="bias"
+        )
     refuse_unknown(
         fields,
         {
@@ -139,7 +143,7 @@ def rate_ratio(config: LoRA, name: str) -> float:
 
 
 def plain(config: LoRA) -> LoRA:
-    """The plain LoRA that a trained adapter amounts to, as peft can express it.
+    """Return the plain LoRA that a trained adapter amounts to, as peft can express it.
 
     PiSSA's B A - B0 A0 is an update of twice the rank; no scaling is alpha = r. In both cases
     every module keeps its factor.
@@ -193,27 +197,33 @@ def _wrapped(model: nn.Module, path: str, names: list[str], config: LoRA, genera
 
 
 def _further(model: nn.Module) -> list[str]:
-    """Paths of what is adapted only where it is named."""
+    """Return the paths of what is adapted only where it is named."""
     kinds = (nn.Embedding, nn.MultiheadAttention)
     named = [(name, module) for name, module in model.named_modules() if name]
     return [name for name, m in named if isinstance(m, kinds) or is_convolution(m)]
 
 
 def _token_rows(model: Any, config: LoRA, wrappers: Mapping[str, Wrapper]) -> dict[str, Wrapper]:
-    """The input embedding's trained rows, and those of a head that shares its weight."""
+    """Return the input embedding's trained rows, and those of a head that shares its weight."""
     embedding, head = model.get_input_embeddings(), None
     if callable(getattr(model, "get_output_embeddings", None)):
         head = model.get_output_embeddings()
     names = {module: name for name, module in model.named_modules()}
     if names[embedding] in wrappers:
-        raise TargetError(f"{names[embedding]!r} is both a target and trained by token_rows")
+        raise TargetError(
+            f"{names[embedding]!r} is both a target and trained by token_rows",
+            code="target_and_token_rows",
+            field="token_rows",
+        )
     rows = TrainedRows(embedding, config.token_rows)
     found: dict[str, Wrapper] = {names[embedding]: rows}
     if head is not None and head.weight is embedding.weight:
         if names[head] in wrappers:
             raise TargetError(
                 f"{names[head]!r} shares its weight with the embedding whose rows are trained; "
-                "leave it out of target_modules"
+                "leave it out of target_modules",
+                code="tied_head",
+                field="token_rows",
             )
         found[names[head]] = TrainedRows(head, config.token_rows, shared=rows)
     return found
@@ -238,7 +248,11 @@ def _with_patterns(config: LoRA, actual: Mapping[str, Actual]) -> LoRA:
     )
     wrong = [name for name, own in actual.items() if not _gives(found, name, own)]
     if wrong:
-        raise ConfigError(f"peft's patterns cannot tell the rank of {wrong[0]!r} from another's")
+        raise ConfigError(
+            f"peft's patterns cannot tell the rank of {wrong[0]!r} from another's",
+            code="ambiguous_pattern",
+            field="rank_pattern",
+        )
     return found
 
 
@@ -248,7 +262,7 @@ def _gives(config: LoRA, name: str, own: Actual) -> bool:
 
 
 def _key(name: str, actual: Mapping[str, Actual]) -> str:
-    """The last name in the path, if all modules of that name are alike; else the whole path."""
+    """Return the last name in the path, if all modules of that name are alike; else the whole path."""
     end = name.rpartition(".")[2]
     alike = {own for other, own in actual.items() if other.rpartition(".")[2] == end}
     return re.escape(end) if len(alike) == 1 else re.escape(name)
@@ -262,7 +276,11 @@ def _rank(module: Any) -> int:
 def _indices(given: Any) -> tuple[int, ...]:
     if isinstance(given, Mapping):
         if len(given) > 1:
-            raise AdapterFileError(f"trainable_token_indices of several embeddings is not supported: {list(given)}")
+            raise AdapterFileError(
+                f"trainable_token_indices of several embeddings is not supported: {list(given)}",
+                code="unsupported_option",
+                field="trainable_token_indices",
+            )
         given = next(iter(given.values()), ())
     return tuple(given or ())
 

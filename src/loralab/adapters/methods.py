@@ -1,4 +1,4 @@
-"""What can be trained: one frozen configuration per method.
+"""Configurations of all methods: one frozen dataclass each.
 
 Standard library only: the command line builds its flags and its help from these classes.
 """
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, TypeVar
 
 from loralab.adapters.expressions import check_expression, matches
-from loralab.errors import ConfigError, shown
+from loralab.errors import ConfigError, format_value
 from loralab.values import check_choice, check_count
 
 INITS = ("kaiming", "gaussian", "orthogonal", "b_kaiming", "pissa")
@@ -52,7 +52,7 @@ class Method:
         object.__setattr__(self, "modules_to_save", _tuple("modules_to_save", self.modules_to_save))
         object.__setattr__(self, "layers", _checked_layers(self.layers))
         if self.layers is None and self.layers_pattern:
-            raise ConfigError("layers_pattern has no effect without layers")
+            raise ConfigError("layers_pattern has no effect without layers", code="no_effect", field="layers_pattern")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,15 +65,13 @@ class LoRA(Method):
 
     rank: Annotated[int, "width r of the update"] = 8
     alpha: Annotated[float, "numerator of the scaling alpha / r"] = 16.0
-    dropout: Annotated[float, "share of the update's inputs set to zero, in training"] = 0.0
+    dropout: Annotated[float, "dropout on the update's input, in training"] = 0.0
     init: Annotated[str, f"A and B at step 0: {', '.join(INITS)}"] = "kaiming"
     scaling: Annotated[str, f"factor of the update: {', '.join(SCALINGS)}"] = "alpha/r"
-    dora: Annotated[bool, "train the length of each row of the weight apart (DoRA)"] = False
+    dora: Annotated[bool, "train the length of each weight row separately (DoRA)"] = False
     lora_plus: Annotated[float, "learning rate of B, as a multiple of that of A (LoRA+)"] = 1.0
-    rank_pattern: Annotated[Mapping[str, int], "module name or pattern -> its own rank"] = field(default_factory=dict)
-    alpha_pattern: Annotated[Mapping[str, float], "module name or pattern -> its own alpha"] = field(
-        default_factory=dict
-    )
+    rank_pattern: Annotated[Mapping[str, int], "module name or pattern -> rank"] = field(default_factory=dict)
+    alpha_pattern: Annotated[Mapping[str, float], "module name or pattern -> alpha"] = field(default_factory=dict)
     token_rows: Annotated[
         tuple[int, ...], "token ids whose embedding rows are trained and saved, such as new tokens"
     ] = ()
@@ -93,17 +91,23 @@ class LoRA(Method):
             check_expression(pattern)
         object.__setattr__(self, "token_rows", tuple(self.token_rows))
         if len(set(self.token_rows)) < len(self.token_rows):
-            raise ConfigError(f"token_rows names a row twice: {list(self.token_rows)}")
+            raise ConfigError(
+                f"token_rows names a row twice: {list(self.token_rows)}", code="repeated_row", field="token_rows"
+            )
         for row in self.token_rows:
             check_count("token_rows", row, least=0)
         check_choice("init", self.init, INITS)
         check_choice("scaling", self.scaling, SCALINGS)
         if self.dora and self.init == "pissa":
-            raise ConfigError("dora starts from W0 itself and pissa from a part of it; choose one")
+            raise ConfigError(
+                "dora starts from W0 itself and pissa from a part of it; choose one",
+                code="dora_and_pissa",
+                field="init",
+            )
 
     @property
     def factor(self) -> float:
-        """What the update B A x is multiplied by."""
+        """Return the factor that the update B A x is multiplied by."""
         if self.scaling == "none":
             return 1.0
         return self.alpha / (self.rank if self.scaling == "alpha/r" else math.sqrt(self.rank))
@@ -129,10 +133,10 @@ class AdaLoRA(Method):
     rank: Annotated[int, "rank of every module at the start"] = 12
     target_rank: Annotated[int, "mean rank of the modules at the end"] = 8
     alpha: Annotated[float, "numerator of the scaling alpha / rank"] = 24.0
-    dropout: Annotated[float, "share of the update's inputs set to zero, in training"] = 0.0
-    total_steps: Annotated[int | None, "optimiser steps of the whole run; train() knows them"] = None
-    initial_steps: Annotated[int | None, "steps before pruning; none is a tenth of all"] = None
-    final_steps: Annotated[int | None, "steps after pruning; none is three tenths of all"] = None
+    dropout: Annotated[float, "dropout on the update's input, in training"] = 0.0
+    total_steps: Annotated[int | None, "optimiser steps of the whole run; train() fills it in"] = None
+    initial_steps: Annotated[int | None, "steps before pruning (default: a tenth of all)"] = None
+    final_steps: Annotated[int | None, "steps after pruning (default: three tenths of all)"] = None
     interval: Annotated[int, "steps between two prunings"] = 1
     beta1: Annotated[float, "smoothing of the sensitivity"] = 0.85
     beta2: Annotated[float, "smoothing of the uncertainty"] = 0.85
@@ -151,10 +155,16 @@ class AdaLoRA(Method):
         for name in ("dropout", "beta1", "beta2"):
             _check_share(name, getattr(self, name))
         if not 0 <= self.orthogonality < math.inf:
-            raise ConfigError(f"orthogonality must be 0 or more, got {self.orthogonality}")
+            raise ConfigError(
+                f"orthogonality must be 0 or more, got {self.orthogonality}",
+                code="invalid_value",
+                field="orthogonality",
+            )
         if self.target_rank > self.rank:
             raise ConfigError(
-                f"target_rank ({self.target_rank}) must be at most the rank that training starts with ({self.rank})"
+                f"target_rank ({self.target_rank}) must be at most the rank that training starts with ({self.rank})",
+                code="invalid_value",
+                field="target_rank",
             )
         check_choice("importance", self.importance, IMPORTANCES)
 
@@ -183,10 +193,10 @@ class Bottleneck(InBlocks):
     width: Annotated[int, "width of the bottleneck"] = 32
     placement: Annotated[str, f"where: {', '.join(PLACEMENTS)}"] = "houlsby"
     activation: Annotated[str, f"between down and up: {', '.join(ACTIVATIONS)}"] = "relu"
-    factor: Annotated[float, "what up's output is multiplied by"] = 1.0
+    factor: Annotated[float, "scale of the output of up"] = 1.0
     layer_norm: Annotated[bool, "normalise the input of down"] = False
-    init_std: Annotated[float, "deviation of up at the start; 0 starts at the base model"] = 0.0
-    dropout: Annotated[float, "share of up's outputs set to zero, in training"] = 0.0
+    init_std: Annotated[float, "initial standard deviation of up; 0 starts at the base model"] = 0.0
+    dropout: Annotated[float, "dropout on the output of up, in training"] = 0.0
 
     def __post_init__(self) -> None:
         """Check every value."""
@@ -197,17 +207,19 @@ class Bottleneck(InBlocks):
         check_choice("placement", self.placement, PLACEMENTS)
         check_choice("activation", self.activation, ACTIVATIONS)
         if not 0 <= self.init_std < math.inf:
-            raise ConfigError(f"init_std must be 0 or more, got {self.init_std}")
+            raise ConfigError(
+                f"init_std must be 0 or more, got {self.init_std}", code="invalid_value", field="init_std"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prefix:
     """Trained keys and values in front of every layer's own (arXiv:2101.00190)."""
 
-    tokens: Annotated[int, "length of the prefix"] = 16
+    tokens: Annotated[int, "prefix length in tokens"] = 16
     mlp: Annotated[bool, "train the prefix through a small network, dropped at the end"] = False
     mlp_width: Annotated[int, "hidden width of that network"] = 512
-    init_std: Annotated[float, "deviation of the prefix at the start"] = 0.02
+    init_std: Annotated[float, "initial standard deviation of the prefix"] = 0.02
     modules_to_save: Saved = ()
 
     def __post_init__(self) -> None:
@@ -222,7 +234,7 @@ class Prefix:
 class Prompt:
     """Trained embeddings in front of the input (prompt tuning, arXiv:2104.08691)."""
 
-    tokens: Annotated[int, "length of the prompt"] = 16
+    tokens: Annotated[int, "prompt length in tokens"] = 16
     modules_to_save: Saved = ()
 
     def __post_init__(self) -> None:
@@ -239,8 +251,8 @@ class IA3(Method):
     feed-forward network; `feedforward_modules` are those of them whose *input* is rescaled.
     """
 
-    target_modules: Annotated[Names, "names or a regular expression; none: keys, values, FFN"] = None
-    feedforward_modules: Annotated[Names, "targets whose input is rescaled; none: the FFN's"] = None
+    target_modules: Annotated[Names, "names or a regular expression (default: keys, values, FFN)"] = None
+    feedforward_modules: Annotated[Names, "targets whose input is rescaled (default: the FFN's)"] = None
 
     def __post_init__(self) -> None:
         """Check every value."""
@@ -263,7 +275,7 @@ class FullFineTune(InBlocks):
 class LinearProbe:
     """Train the head alone, on frozen features."""
 
-    modules_to_save: Annotated[tuple[str, ...], "the head; none: found by its usual names"] = ()
+    modules_to_save: Annotated[tuple[str, ...], "the head (default: found by its usual names)"] = ()
 
     def __post_init__(self) -> None:
         """Turn a list into a tuple."""
@@ -274,7 +286,7 @@ AnyMethod = Method | Bottleneck | Prefix | Prompt | BitFit | FullFineTune | Line
 
 
 def first_match(name: str, patterns: Mapping[str, T], default: T) -> T:
-    """The value of the first pattern that ends the module path `name`, as peft decides it."""
+    """Return the value of the first pattern that ends the module path `name`, as peft decides it."""
     for pattern, value in patterns.items():
         if matches(rf"(.*\.)?({pattern})", name):
             return value
@@ -282,7 +294,7 @@ def first_match(name: str, patterns: Mapping[str, T], default: T) -> T:
 
 
 def _names(field_name: str, value: object) -> Names:
-    """One plain name, or any list of names, as a tuple; presets and expressions stay strings."""
+    """Return one plain name, or any list of names, as a tuple; presets and expressions stay strings."""
     if value is None:
         return None
     if isinstance(value, str):
@@ -293,13 +305,19 @@ def _names(field_name: str, value: object) -> Names:
         check_expression(value)
         return value
     if not isinstance(value, list | tuple | set | frozenset):
-        raise ConfigError(f"{field_name} must be a list of names, got {shown(value)}")
+        raise ConfigError(
+            f"{field_name} must be a list of names, got {format_value(value)}", code="invalid_value", field=field_name
+        )
     names = tuple(sorted(value) if isinstance(value, set | frozenset) else value)
     for name in names:
         if not isinstance(name, str) or not name:
-            raise ConfigError(f"{field_name} must hold names, got {shown(name)}")
+            raise ConfigError(
+                f"{field_name} must hold names, got {format_value(name)}", code="invalid_value", field=field_name
+            )
     if not names and field_name == "target_modules":
-        raise ConfigError("target_modules is empty; name at least one module, or use all-linear")
+        raise ConfigError(
+            "target_modules is empty; name at least one module, or use all-linear", code="empty", field="target_modules"
+        )
     return names
 
 
@@ -309,12 +327,14 @@ def _tuple(field_name: str, value: object) -> Names:
 
 def _check_positive(name: str, value: object) -> None:
     if not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ConfigError(f"{name} must be a positive number, got {shown(value)}")
+        raise ConfigError(
+            f"{name} must be a positive number, got {format_value(value)}", code="invalid_value", field=name
+        )
 
 
 def _check_share(name: str, value: float) -> None:
     if not 0 <= value < 1:
-        raise ConfigError(f"{name} must be at least 0 and below 1, got {value}")
+        raise ConfigError(f"{name} must be at least 0 and below 1, got {value}", code="invalid_value", field=name)
 
 
 def _checked_layers(layers: Any) -> tuple[int, ...] | None:
@@ -322,5 +342,7 @@ def _checked_layers(layers: Any) -> tuple[int, ...] | None:
         return None
     found = tuple(layers)
     if not found or any(not isinstance(n, int) or isinstance(n, bool) or n < 0 for n in found):
-        raise ConfigError(f"layers must be numbers counted from 0, got {shown(found)}")
+        raise ConfigError(
+            f"layers must be numbers counted from 0, got {format_value(found)}", code="invalid_value", field="layers"
+        )
     return found

@@ -1,4 +1,4 @@
-"""What an adapted model's own `save_pretrained` writes, as transformers' Trainer calls it too.
+"""Folder that an adapted model's own `save_pretrained` writes, as transformers' Trainer calls it too.
 
 The method of the class would write the wrappers' tensors (`q_proj.base.weight`) under the plain
 model's name: whoever reads that draws the adapted layers at random. So as long as an adapter is
@@ -104,7 +104,7 @@ def require_no_model(folder: Path) -> None:
 
 
 def holds_state(folder: Path) -> bool:
-    """Tell whether the weights in a folder are the state of an adapter, and no whole model."""
+    """Return whether the weights in a folder are the state of an adapter, and no whole model."""
     try:
         with safe_open(folder / STATE, "pt") as file:
             return bool(file.metadata() == STATE_METADATA)
@@ -153,7 +153,7 @@ def untied(model: Any) -> Iterator[None]:
 
 
 def has_own_head(model: Any) -> bool:
-    """Tell whether the output head has numbers of its own, which a file holds beside the embedding's.
+    """Return whether the output head has numbers of its own, which a file holds beside the embedding's.
 
     Two parameters may have the same numbers in memory, as those of merged full fine-tuning have.
     """

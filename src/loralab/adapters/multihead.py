@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from loralab.adapters.linear import Rows, spread
+from loralab.adapters.linear import Rows, block_diagonal
 from loralab.adapters.methods import LoRA
-from loralab.adapters.wrapper import Wrapper, wide, without_autocast
+from loralab.adapters.wrapper import Wrapper, to_wide, without_autocast
 from loralab.errors import ConfigError
 
 IN, OUT = "in_proj_weight", "out_proj.weight"
@@ -41,9 +41,15 @@ class MultiheadAttentionWithLoRA(Wrapper):
     ) -> None:
         super().__init__(base)
         if base.in_proj_weight is None:
-            raise ConfigError("nn.MultiheadAttention with own sizes of keys or values: not adapted")
+            raise ConfigError(
+                "nn.MultiheadAttention with own sizes of keys or values: not adapted",
+                code="not_adaptable",
+                field="target_modules",
+            )
         if config.dora or config.init == "pissa" or config.dropout:
-            raise ConfigError("nn.MultiheadAttention takes plain LoRA: no dora, pissa or dropout")
+            raise ConfigError(
+                "nn.MultiheadAttention takes plain LoRA: no dora, pissa or dropout", code="lora_only", field="method"
+            )
         self.rank, self.scaling = config.rank, config.factor
         self.width = base.embed_dim
         self.parts = tuple(parts) or ((0, 3 * self.width),)
@@ -54,15 +60,15 @@ class MultiheadAttentionWithLoRA(Wrapper):
         self.out_B = self._zeros(self.width) if out else None
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
-        """What the base gives with the updated weights."""
+        """Return the base's output with the updated weights."""
         if self.merged:
             return self.base(*inputs, **named)
         weights = {n: w.to(self.base.in_proj_weight.dtype) for n, w in self._updated().items()}
         return functional_call(self.base, weights, inputs, named)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Both updates under peft's names, with one rank: the narrower one is filled with zeros."""
-        A, B = self.lora_A, spread(self.lora_B, self.parts, 3 * self.width, self.rank)
+        """Return both updates under peft's names, with one rank: the narrower one is filled with zeros."""
+        A, B = self.lora_A, block_diagonal(self.lora_B, self.parts, 3 * self.width, self.rank)
         out_A, out_B = A.new_zeros(A.shape), B.new_zeros(self.width, B.shape[1])
         if self.out_A is not None and self.out_B is not None:
             if len(self.parts) == 1:
@@ -101,11 +107,11 @@ class MultiheadAttentionWithLoRA(Wrapper):
         super().unmerge_weights()
 
     def _updated(self) -> dict[str, Tensor]:
-        B = spread(self.lora_B, self.parts, 3 * self.width, self.rank)
-        new = {IN: wide(self.base.in_proj_weight) + self.scaling * (B @ self.lora_A)}
+        B = block_diagonal(self.lora_B, self.parts, 3 * self.width, self.rank)
+        new = {IN: to_wide(self.base.in_proj_weight) + self.scaling * (B @ self.lora_A)}
         if self.out_A is not None and self.out_B is not None:
             update = self.scaling * (self.out_B @ self.out_A)
-            new[OUT] = wide(self.base.out_proj.weight) + update
+            new[OUT] = to_wide(self.base.out_proj.weight) + update
         return new
 
     def _drawn(self, parts: int, generator: torch.Generator | None) -> nn.Parameter:

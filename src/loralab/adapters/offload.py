@@ -7,7 +7,7 @@ import torch.distributed
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from loralab.errors import AdapterStateError, TargetError, some
+from loralab.errors import AdapterStateError, TargetError, join_limited
 
 
 def require_weights(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
@@ -26,7 +26,7 @@ def require_weights(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
     if away and not planned:
         raise TargetError(
             f"{len(away)} of the {len(layers)} layers to adapt have their weights elsewhere "
-            f"(offloaded, on the meta device): {some(away, 3)}; load the model without offloading, "
+            f"(offloaded, on the meta device): {join_limited(away, 3)}; load the model without offloading, "
             "or leave these layers out with exclude_modules",
             code="offloaded",
             field="target_modules",
@@ -49,7 +49,7 @@ def require_alone(model: nn.Module) -> None:
 
 
 def _is_offloaded(module: Any) -> bool:
-    """Tell whether one of accelerate's hooks brings a module's weights for each call alone."""
+    """Return whether one of accelerate's hooks brings a module's weights for each call alone."""
     hook = getattr(module, "_hf_hook", None)
     hooks = [hook, *getattr(hook, "hooks", ())]
     return any(getattr(one, "offload", False) for one in hooks)

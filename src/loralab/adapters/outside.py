@@ -17,8 +17,8 @@ from loralab.adapters.bases import dense_weight, is_conv1d, is_quantized, linear
 from loralab.adapters.peft_fields import PREFIX, SELECTING, refuse_unknown, selecting_fields, targeted
 from loralab.adapters.registry import MethodSpec, is_outside, spec_of_file
 from loralab.adapters.targets import target_names
-from loralab.adapters.wrapper import Wrapper, wide
-from loralab.errors import AdapterFileError, AdapterStateError, ConfigError, LoralabError, some
+from loralab.adapters.wrapper import Wrapper, to_wide
+from loralab.errors import AdapterFileError, AdapterStateError, ConfigError, LoralabError, join_limited
 
 Modules = Mapping[str, Any]
 HALF = (torch.bfloat16, torch.float16)
@@ -79,15 +79,15 @@ class WrappedLayer(Wrapper):
         return dict(self.layer.state_dict(keep_vars=True))
 
     def own_buffers(self) -> dict[str, Tensor]:
-        """What of its state_dict is not trained."""
+        """Return the part of its state_dict that is not trained."""
         return {name: t for name, t in self.tensors().items() if name not in self._trained}
 
     def added_parameters(self) -> list[nn.Parameter]:
-        """All of its parameters, trained or not."""
+        """Return all of its parameters, trained or not."""
         return list(self.layer.parameters())
 
     def delta(self) -> Tensor | None:
-        """The update of the weight, (O, I); None where there is none to merge.
+        """Return the update of the weight, (O, I); None where there is none to merge.
 
         Raises:
             AdapterStateError: it has another shape, or numbers that are not finite.
@@ -113,7 +113,7 @@ class WrappedLayer(Wrapper):
         return found
 
     def merged_tensors(self) -> dict[str, Tensor]:
-        """The weight plus delta()."""
+        """Return the weight plus delta()."""
         update = self.delta()
         if update is None:
             raise AdapterStateError(
@@ -122,7 +122,7 @@ class WrappedLayer(Wrapper):
         weight = dense_weight(self.base) if is_quantized(self.base) else self.base.weight
         if is_conv1d(self.base):
             update = update.T
-        return {"weight": wide(weight) + update}
+        return {"weight": to_wide(weight) + update}
 
 
 def build_modules(
@@ -186,7 +186,7 @@ def parse(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[Any
     try:
         config = spec.parse(_for_parse(spec, fields))  # type: ignore[misc]
     except Exception as error:
-        text = str(error) if isinstance(error, LoralabError) else _said(error)
+        text = str(error) if isinstance(error, LoralabError) else _describe(error)
         raise AdapterFileError(
             f"method {spec.name!r} cannot read this file: {text}", code="plugin_failed", field=spec.name
         ) from error
@@ -219,7 +219,7 @@ def _built(
     except LoralabError:
         raise
     except Exception as error:
-        raise _error(spec.name, "plugin_failed", f"build failed: {_said(error)}") from error
+        raise _error(spec.name, "plugin_failed", f"build failed: {_describe(error)}") from error
 
 
 def _wrapped(spec: MethodSpec, base: nn.Module, module: Any) -> Wrapper:
@@ -243,7 +243,7 @@ def _has_delta(first: WrappedLayer) -> bool:
     except LoralabError:
         raise
     except Exception as error:
-        raise _error(first.method, "plugin_failed", f"delta failed: {_said(error)}") from error
+        raise _error(first.method, "plugin_failed", f"delta failed: {_describe(error)}") from error
 
 
 def _shape(base: Any) -> tuple[int, ...]:
@@ -268,7 +268,7 @@ def _own_fields(spec: MethodSpec, config: Any) -> dict[str, Any]:
     except LoralabError:
         raise
     except Exception as error:
-        raise _error(spec.name, "plugin_failed", f"fields failed: {_said(error)}") from error
+        raise _error(spec.name, "plugin_failed", f"fields failed: {_describe(error)}") from error
     if own.setdefault("peft_type", spec.peft_type) != spec.peft_type:
         text = f"fields says peft_type {own['peft_type']!r}, expected {spec.peft_type!r}"
         raise _error(spec.name, "plugin_failed", text)
@@ -291,11 +291,13 @@ def _require_understood(spec: MethodSpec, config: Any, fields: Mapping[str, Any]
     lost = [f"{name}={fields[name]!r}" for name in own.keys() & fields.keys() - SELECTING if fields[name] != own[name]]
     if lost:
         raise AdapterFileError(
-            f"method {spec.name!r} does not support {some(sorted(lost))}", code="unknown_option", field=spec.name
+            f"method {spec.name!r} does not support {join_limited(sorted(lost))}",
+            code="unknown_option",
+            field=spec.name,
         )
 
 
-def _said(error: Exception) -> str:
+def _describe(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 

@@ -17,13 +17,13 @@ FUSED = ("c_attn", "qkv", "qkv_proj", "Wqkv")
 
 
 def part_names(model: nn.Module) -> list[str]:
-    """Paths of all parts."""
+    """Return the paths of all parts."""
     named = model.named_modules()
     return [f"{path}.{part}" for path, m in named for part in rows_of(model, m, path)]
 
 
 def rows_of(model: Any, module: Any, path: str) -> dict[str, Rows]:
-    """The rows of each part of a module; none if it is not fused."""
+    """Return the rows of each part of a module; none if it is not fused."""
     if isinstance(module, nn.MultiheadAttention):
         width = module.embed_dim
         return {**_stacked((width, width, width)), "out_proj": (0, width)}
@@ -41,7 +41,7 @@ def rows_of(model: Any, module: Any, path: str) -> dict[str, Rows]:
 
 
 def by_module(model: nn.Module, chosen: Iterable[str]) -> dict[str, list[str]]:
-    """Chosen paths -> module paths with the parts that are meant; no part is the whole module.
+    """Return chosen paths -> module paths with the parts that are meant; no part is the whole module.
 
     Raises:
         TargetError: a module is named as a whole and by its parts.
@@ -55,7 +55,11 @@ def by_module(model: nn.Module, chosen: Iterable[str]) -> dict[str, list[str]]:
             continue
         path, _, part = name.rpartition(".")
         if path in whole:
-            raise TargetError(f"target_modules names {path!r} as a whole and its part {part!r}")
+            raise TargetError(
+                f"target_modules names {path!r} as a whole and its part {part!r}",
+                code="whole_and_part",
+                field="target_modules",
+            )
         found.setdefault(path, []).append(part)
     return found
 
@@ -66,5 +70,5 @@ def _stacked(sizes: tuple[int, int, int]) -> dict[str, Rows]:
 
 
 def _is_out_proj(modules: dict[str, nn.Module], name: str) -> bool:
-    """A module that nn.MultiheadAttention reads the weight of: a part of that."""
+    """Return a module that nn.MultiheadAttention reads the weight of: a part of that."""
     return isinstance(modules.get(name.rpartition(".")[0]), nn.MultiheadAttention)

@@ -11,29 +11,29 @@ from loralab.adapters.methods import Names
 
 
 def ends_with(path: str, wanted: str) -> bool:
-    """Tell whether `wanted` is the path or its end, cut at a dot."""
+    """Return whether `wanted` is the path or its end, cut at a dot."""
     return path == wanted or path.endswith("." + wanted)
 
 
 def inside(path: str, parents: Iterable[str]) -> bool:
-    """Tell whether a path is one of some paths, or leads through one."""
+    """Return whether a path is one of some paths, or leads through one."""
     return any(path == parent or path.startswith(parent + ".") for parent in parents)
 
 
 def selected_by(path: str, names: Names) -> bool:
-    """Tell whether names, or an expression for the whole path, select a path; None selects none."""
+    """Return whether names, or an expression for the whole path, select a path; None selects none."""
     if isinstance(names, str):
         return matches(names, path)
     return any(ends_with(path, name) for name in names or ())
 
 
 def matches_pattern(path: str, pattern: str) -> bool:
-    """Tell whether a key of rank_pattern or alpha_pattern means this path."""
+    """Return whether a key of rank_pattern or alpha_pattern means this path."""
     return matches(rf"(.*\.)?({pattern})", path)
 
 
 def layer_number(path: str, patterns: Sequence[str] = ()) -> int | None:
-    """The first number in a path, which is its block (later ones are experts); None outside."""
+    """Return the first number in a path, which is its block (later ones are experts); None outside."""
     for pattern in map(re.escape, patterns) if patterns else (r"[^.]+",):
         if found := re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", path):
             return int(found[1])
@@ -41,5 +41,5 @@ def layer_number(path: str, patterns: Sequence[str] = ()) -> int | None:
 
 
 def endings(paths: Iterable[str]) -> list[str]:
-    """The last name of each path, each once."""
+    """Return the last name of each path, each once."""
     return list(dict.fromkeys(path.rpartition(".")[2] for path in paths))

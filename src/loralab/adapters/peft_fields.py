@@ -1,4 +1,4 @@
-"""What peft's configuration files of all methods have in common: which modules, and the rest.
+"""Fields that peft's configuration files of all methods share.
 
 Standard rules of peft: a name must end a module's path at a dot, a string must match the whole
 path as a regular expression, layers are counted by the first number behind two names.
@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from loralab.adapters.paths import ends_with, layer_number
-from loralab.errors import AdapterFileError, some
+from loralab.errors import AdapterFileError, join_limited
 
 PREFIX = "base_model.model."  # of every key, but for a prompt or prefix
 Config = TypeVar("Config")
@@ -72,11 +72,15 @@ def refuse_unknown(fields: Mapping[str, Any], known: set[str]) -> None:
     understood = known | _INERT | SELECTING
     unknown = [key for key, value in fields.items() if value and key not in understood]
     if unknown:
-        raise AdapterFileError(f"these options are not supported: {some(sorted(unknown))}")
+        raise AdapterFileError(
+            f"these options are not supported: {join_limited(sorted(unknown))}",
+            code="unsupported_option",
+            field=min(unknown),
+        )
 
 
 def targeted(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of `Method`."""
+    """Return the fields of `Method`."""
     layers = fields.get("layers_to_transform")
     pattern = fields.get("layers_pattern") or ()
     return {
@@ -89,7 +93,7 @@ def targeted(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def own_config(kind: type[Config], fields: Mapping[str, Any]) -> Config:
-    """A configuration of a method that peft does not have, whose fields are the file's.
+    """Return a configuration of a method that peft does not have, whose fields are the file's.
 
     Raises:
         AdapterFileError: a field that this version does not know.
@@ -122,5 +126,5 @@ def selecting_fields(names: list[str], paths: list[str]) -> tuple[list[str] | st
 
 
 def _counted(names: Iterable[str]) -> bool:
-    """Tell whether peft finds the layer number of each path: it wants two names in front of it."""
+    """Return whether peft finds the layer number of each path: it wants two names in front of it."""
     return all(name.split(".")[1:2] and not name.split(".")[1].isdigit() for name in names)

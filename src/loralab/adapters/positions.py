@@ -13,7 +13,7 @@ from torch import nn
 
 from loralab.errors import AdapterStateError, TargetError
 
-CACHES = ("past_key_values", "layer_past", "past_key_value")  # what models call their cache
+CACHE_ARGUMENTS = ("past_key_values", "layer_past", "past_key_value")  # what models call their cache
 
 
 class ShiftPositions:
@@ -29,7 +29,7 @@ class ShiftPositions:
         self.table, self.start, self.limit = table, start, limit
 
     def __call__(self, module: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        """The model's inputs with the positions among them."""
+        """Return the model's inputs with the positions among them."""
         if getattr(self.table, "recording", False):
             return None
         bound = inspect.signature(module.forward).bind(*inputs, **named)
@@ -46,21 +46,23 @@ class ShiftPositions:
             room = self.limit - self.start - self.table.tokens
             raise AdapterStateError(
                 f"the model has learnt {self.limit} positions; behind {self.table.tokens} of a "
-                f"prefix there is room for {room} tokens (--max-length {room})"
+                f"prefix there is room for {room} tokens (--max-length {room})",
+                code="too_many_positions",
+                field="max_length",
             )
         return (), by_name(bound)
 
 
-def behind(inner: nn.Module, table: Any) -> Any:
-    """Register the hook at a model's entrance; returns its handle."""
+def shift_positions_behind(inner: nn.Module, table: Any) -> Any:
+    """Register the hook at a model's entrance; return its handle."""
     start, limit = learnt_positions(inner)
     return inner.register_forward_pre_hook(ShiftPositions(table, start, limit), with_kwargs=True)
 
 
-def entrance(model: nn.Module, paths: Iterable[str]) -> nn.Module:
-    """The innermost module that turns ids and positions into what some modules see.
+def innermost_with_positions(model: nn.Module, paths: Iterable[str]) -> nn.Module:
+    """Return the innermost module that turns ids and positions into what some modules see.
 
-    A head may call it without the models around it (OPT), so these are no place for a hook.
+    A head may call it without the models around it (OPT), so no hook can be placed on these.
 
     Raises:
         TargetError: none takes positions.
@@ -73,12 +75,14 @@ def entrance(model: nn.Module, paths: Iterable[str]) -> nn.Module:
         if around and {"input_ids", "position_ids"} <= taken.keys():
             found = module
     if found is None:
-        raise TargetError(f"{type(model).__name__} takes no position_ids, which a prefix moves")
+        raise TargetError(
+            f"{type(model).__name__} takes no position_ids, which a prefix moves", code="no_position_ids", field="model"
+        )
     return found
 
 
 def learnt_positions(inner: nn.Module) -> tuple[int, int | None]:
-    """The first position, and how many there are, of a model that has learnt them."""
+    """Return the first position, and how many there are, of a model that has learnt them."""
     for name, module in inner.named_modules():
         end = name.rpartition(".")[2]
         if isinstance(module, nn.Embedding) and (end == "wpe" or "position" in end):
@@ -88,12 +92,12 @@ def learnt_positions(inner: nn.Module) -> tuple[int, int | None]:
 
 
 def cache_name(signature: inspect.Signature) -> str | None:
-    """What a forward function calls its cache of keys and values."""
-    return next((name for name in CACHES if name in signature.parameters), None)
+    """Return the argument name of a forward function's cache of keys and values."""
+    return next((name for name in CACHE_ARGUMENTS if name in signature.parameters), None)
 
 
 def by_name(bound: inspect.BoundArguments) -> dict[str, Any]:
-    """All arguments by name: decorators of transformers take no positional ones beside theirs."""
+    """Return all arguments by name: decorators of transformers take no positional ones beside theirs."""
     named = dict(bound.arguments)
     for parameter in bound.signature.parameters.values():
         if parameter.kind == parameter.VAR_KEYWORD:

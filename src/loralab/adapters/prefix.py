@@ -17,7 +17,13 @@ from torch.nn import functional as F
 
 from loralab.adapters.methods import Prefix
 from loralab.adapters.peft_fields import refuse_unknown
-from loralab.adapters.positions import CACHES, behind, by_name, cache_name, entrance
+from loralab.adapters.positions import (
+    CACHE_ARGUMENTS,
+    by_name,
+    cache_name,
+    innermost_with_positions,
+    shift_positions_behind,
+)
 from loralab.adapters.split import require_whole
 from loralab.adapters.wrapper import Wrapper
 from loralab.errors import ConfigError, TargetError
@@ -43,7 +49,7 @@ PEFT_FIELDS = {
 }
 
 
-class Table(nn.Module):
+class PrefixTable(nn.Module):
     """The keys and values of all layers: one tensor (P, L * 2 * H * D), or a network's output."""
 
     def __init__(self, config: Prefix, shape: tuple[int, int, int], generator: torch.Generator | None) -> None:
@@ -61,18 +67,18 @@ class Table(nn.Module):
                 nn.init.zeros_(layer.bias)
 
     def flat(self) -> Tensor:
-        """All of it, (P, L * 2 * H * D), as peft stores it."""
+        """Return all of it, (P, L * 2 * H * D), as peft stores it."""
         if self.down is None or self.up is None:
             return self.weight
         out: Tensor = self.up(torch.tanh(self.down(self.weight)))
         return out
 
-    def front(self, layer: int, cache: Any) -> "PrefixCache":
-        """The prefix of one layer before a cache."""
+    def cache_with_prefix(self, layer: int, cache: Any) -> "PrefixCache":
+        """Return the prefix of one layer before a cache."""
         return PrefixCache(cache, self.of(layer))
 
     def of(self, layer: int) -> Tensor:
-        """Keys and values of one layer, (2, H, P, D)."""
+        """Return the keys and values of one layer, (2, H, P, D)."""
         _, heads, width = self.shape
         size = 2 * heads * width
         if self.down is None or self.up is None:
@@ -104,11 +110,11 @@ class AttentionWithPrefix(Wrapper):
             self.__dict__["table"] = table
         self.layer = layer
         self._signature = inspect.signature(base.forward)
-        self._cache = cache_name(self._signature) or CACHES[0]
+        self._cache = cache_name(self._signature) or CACHE_ARGUMENTS[0]
         self._window = window_of(base)
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
-        """What the attention returns.
+        """Return the attention's output.
 
         Raises:
             AdapterStateError: FSDP has split the prefix, which it puts together for one layer alone.
@@ -116,21 +122,21 @@ class AttentionWithPrefix(Wrapper):
         require_whole([self.table.weight], "a prefix", IGNORE)
         bound = self._signature.bind(*inputs, **named)
         given = bound.arguments
-        front = self.table.front(self.layer, given.get(self._cache))
-        given[self._cache] = front
-        if isinstance(front, PrefixCache):
+        prefix_cache = self.table.cache_with_prefix(self.layer, given.get(self._cache))
+        given[self._cache] = prefix_cache
+        if isinstance(prefix_cache, PrefixCache):
             x = next(value for value in given.values() if isinstance(value, Tensor))
-            given[MASK] = self._mask(given.get(MASK), x, front)
+            given[MASK] = self._mask(given.get(MASK), x, prefix_cache)
         return self.base(**by_name(bound))
 
-    def _mask(self, mask: Tensor | None, x: Tensor, front: "PrefixCache") -> Tensor | None:
-        """The mask with the prefix in it; None stays none where nothing is hidden.
+    def _mask(self, mask: Tensor | None, x: Tensor, prefix_cache: "PrefixCache") -> Tensor | None:
+        """Return the mask with the prefix in it; None stays none where nothing is hidden.
 
         The prefix is visible to all queries, but for those that have it out of their window.
         """
-        queries, past = x.shape[1], front.past(self.layer)
+        queries, past = x.shape[1], prefix_cache.past(self.layer)
         if queries == 1 and mask is None:
-            front.drop(self._beyond(front.tokens + past))
+            prefix_cache.drop(self._beyond(prefix_cache.tokens + past))
         if mask is None:
             causal = getattr(self.base, "is_causal", True)
             if not causal or queries == 1:
@@ -139,22 +145,22 @@ class AttentionWithPrefix(Wrapper):
             lower = torch.ones(queries, keys, dtype=torch.bool, device=x.device).tril(past)
             mask = lower[None, None]
         visible = True if mask.dtype == torch.bool else 0.0
-        whole = F.pad(mask, (front.tokens, 0), value=visible)
-        if self._window is not None and self._beyond(front.tokens + past + queries - 1):
+        whole = F.pad(mask, (prefix_cache.tokens, 0), value=visible)
+        if self._window is not None and self._beyond(prefix_cache.tokens + past + queries - 1):
             hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
-            own = torch.arange(front.tokens, device=x.device)
-            place = torch.arange(queries, device=x.device)[:, None] + front.tokens + past
+            own = torch.arange(prefix_cache.tokens, device=x.device)
+            place = torch.arange(queries, device=x.device)[:, None] + prefix_cache.tokens + past
             out = place - own >= self._window  # (Q, P)
-            whole[..., : front.tokens].masked_fill_(out, hidden)
+            whole[..., : prefix_cache.tokens].masked_fill_(out, hidden)
         return whole
 
     def _beyond(self, place: int) -> int:
-        """How many of the first tokens a query at some place has out of its window."""
+        """Return how many of the first tokens are outside the window of a query at some place."""
         return 0 if self._window is None else max(0, place - self._window + 1)
 
 
 class PrefixCache:
-    """What an attention module takes for its cache: the real one, if any, with a prefix.
+    """Cache given to an attention module: the real one, if any, with a prefix.
 
     `own` are keys and values (2, H, P, D).
     """
@@ -169,11 +175,11 @@ class PrefixCache:
         self._own = self._own[:, :, count:]
 
     def past(self, layer: int) -> int:
-        """Tokens that the real cache holds."""
+        """Return the number of tokens that the real cache holds."""
         return 0 if self._cache is None else int(self._cache.get_seq_length(layer))
 
     def update(self, keys: Tensor, values: Tensor, *rest: Any, **named: Any) -> tuple[Any, Any]:
-        """Keys and values (B, H, K, D) of this call -> those that are attended to."""
+        """Append this call's keys and values (B, H, K, D); return those that are attended to."""
         if self._cache is not None:
             keys, values = self._cache.update(keys, values, *rest, **named)
         own = self._own[:, None].expand(2, len(keys), *self._own.shape[1:]).to(keys.dtype)
@@ -184,19 +190,19 @@ class PrefixCache:
 
 
 def build(model: nn.Module, config: Prefix, generator: torch.Generator | None) -> dict[str, Wrapper]:
-    """The wrappers by path, one table among them."""
+    """Return the wrappers by path, one table among them."""
     names = attention_names(model)
-    table = Table(config, key_value_shape(model, len(names)), generator)
+    table = PrefixTable(config, key_value_shape(model, len(names)), generator)
     table.to(next(model.parameters()).device)
     return {name: AttentionWithPrefix(model.get_submodule(name), table, layer) for layer, name in enumerate(names)}
 
 
-def watch(model: nn.Module, modules: Mapping[str, Any]) -> list[Any]:
+def register_hooks(model: nn.Module, modules: Mapping[str, Any]) -> list[Any]:
     """Move the positions of the input behind the prefix."""
-    return [behind(entrance(model, modules), next(iter(modules.values())).table)]
+    return [shift_positions_behind(innermost_with_positions(model, modules), next(iter(modules.values())).table)]
 
 
-def states(model: nn.Module, modules: Mapping[str, Any]) -> list[Tensor]:
+def prefix_kv(model: nn.Module, modules: Mapping[str, Any]) -> list[Tensor]:
     """Return the keys and values of each layer, (2, H, P, D)."""
     table = next(iter(modules.values())).table
     return [table.of(layer) for layer in range(len(modules))]
@@ -224,7 +230,7 @@ def fields(config: Prefix, modules: Mapping[str, Any], paths: list[str]) -> dict
 
 
 def window_of(attention: Any) -> int | None:
-    """How many tokens back an attention module sees; None is all."""
+    """Return how many tokens back an attention module sees; None is all."""
     if hasattr(attention, "sliding_window"):
         found: int | None = attention.sliding_window
         return found
@@ -236,7 +242,7 @@ def window_of(attention: Any) -> int | None:
 
 
 def attention_names(model: nn.Module) -> list[str]:
-    """Paths of the innermost modules that attend through a cache, layer after layer.
+    """Return the paths of the innermost modules that attend through a cache, layer after layer.
 
     Raises:
         TargetError: there are none.
@@ -244,7 +250,11 @@ def attention_names(model: nn.Module) -> list[str]:
     """
     kernel = getattr(getattr(model, "config", None), "_attn_implementation", "sdpa")
     if kernel not in ("sdpa", "eager", None):
-        raise ConfigError(f"a prefix needs the attention implementation sdpa or eager, the model has {kernel!r}")
+        raise ConfigError(
+            f"a prefix needs the attention implementation sdpa or eager, the model has {kernel!r}",
+            code="attention_implementation",
+            field="model",
+        )
     able = [
         name
         for name, module in model.named_modules()
@@ -255,7 +265,9 @@ def attention_names(model: nn.Module) -> list[str]:
     inner = [n for n in able if not any(other.startswith(f"{n}.") for other in able)]
     if not inner:
         raise TargetError(
-            f"{type(model).__name__} has no attention with a cache of keys and values, which a prefix needs"
+            f"{type(model).__name__} has no attention with a cache of keys and values, which a prefix needs",
+            code="no_attention_cache",
+            field="model",
         )
     return inner
 
@@ -269,7 +281,7 @@ def key_value_shape(model: Any, layers: int) -> tuple[int, int, int]:
 
 
 def parse(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[Prefix, Mapping[str, Tensor]]:
-    """The configuration that peft's fields describe."""
+    """Return the configuration that peft's fields describe."""
     refuse_unknown(fields, PEFT_FIELDS)
     saved = tuple(fields.get("modules_to_save") or ())
     return Prefix(tokens=fields["num_virtual_tokens"], modules_to_save=saved), tensors

@@ -19,11 +19,11 @@ from loralab.adapters.shells import INNER, plain_paths
 from loralab.adapters.subset import TrainedInFull
 from loralab.adapters.targets import target_names
 from loralab.adapters.wrapper import Wrapper
-from loralab.errors import AdapterFileError, LoralabError, OutputError, some
+from loralab.errors import AdapterFileError, LoralabError, OutputError, join_limited
 
 
 def present_in(model: nn.Module, stored: AdapterFolder) -> Any:
-    """A folder's configuration without the names that select nothing in a model.
+    """Return a folder's configuration without the names that select nothing in a model.
 
     peft writes such; the tensors decide what is there.
 
@@ -47,7 +47,7 @@ def present_in(model: nn.Module, stored: AdapterFolder) -> Any:
     if isinstance(targets, tuple) and not (targets := found(targets)):
         raise AdapterFileError(
             f"{path} does not fit {type(model).__name__}, which has none of its target modules "
-            f"{some(config.target_modules or ())}",
+            f"{join_limited(config.target_modules or ())}",
             code="other_base",
             field="target_modules",
         )
@@ -59,7 +59,7 @@ def present_in(model: nn.Module, stored: AdapterFolder) -> Any:
 
 
 def without_shells(stored: AdapterFolder, model: nn.Module) -> AdapterFolder:
-    """A folder whose names lead through torch.compile or DDP, with names that do not."""
+    """Return a folder whose names lead through torch.compile or DDP, with names that do not."""
     dropped = set(INNER) if "module" in dict(model.named_children()) else {"module", *INNER}
     keys = [key for key in stored.tensors if dropped & set(_shelled(key))]
     if not keys:
@@ -87,7 +87,7 @@ def without_shells(stored: AdapterFolder, model: nn.Module) -> AdapterFolder:
 def require_readable(
     model: nn.Module, modules: Mapping[str, Any], fields: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> None:
-    """What is about to be written must select the very modules that it comes from.
+    """Require that what is about to be written selects the very modules that it comes from.
 
     Args:
         model: with the adapter in it.
@@ -112,7 +112,7 @@ def require_readable(
     except LoralabError as error:
         raise _unreadable(str(error)) from None
     if selected != written:
-        raise _unreadable(f"its names select other modules: {some(sorted(selected ^ written))}")
+        raise _unreadable(f"its names select other modules: {join_limited(sorted(selected ^ written))}")
 
 
 def _unreadable(reason: str) -> OutputError:
@@ -124,7 +124,7 @@ def _unreadable(reason: str) -> OutputError:
 
 
 def _without_adapter(model: nn.Module) -> nn.Module:
-    """The same modules in new shells, with the base's in the place of the adapter's."""
+    """Return the same modules in new shells, with the base's in the place of the adapter's."""
     copies: dict[int, nn.Module] = {}
 
     def copied(module: Any) -> nn.Module:
@@ -141,7 +141,7 @@ def _without_adapter(model: nn.Module) -> nn.Module:
 
 
 def _shelled(key: str) -> list[str]:
-    """The parts of a tensor's name that may stand for a shell: "module" only as the first."""
+    """Return the parts of a tensor's name that may stand for a shell: "module" only as the first."""
     parts = key.removeprefix(PREFIX).removeprefix("base_model.").split(".")
     return [part for number, part in enumerate(parts) if part != "module" or number == 0]
 
@@ -155,7 +155,7 @@ def _plain_key(key: str, dropped: set[str]) -> str:
 
 
 def _saved_by_ending(names: Iterable[str], config: Any, tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
-    """Modules that peft saved because their *letters* end as asked: "pre_classifier" too."""
+    """Return modules that peft saved because their *letters* end as asked: "pre_classifier" too."""
     keys = {key.rpartition(".")[0] for key in tensors}
     return tuple(
         name
@@ -168,7 +168,7 @@ def _saved_by_ending(names: Iterable[str], config: Any, tensors: Mapping[str, Te
 
 
 def _excluded(model: nn.Module, config: Method) -> Names:
-    """What of exclude_modules takes a target away."""
+    """Return the entries of exclude_modules that remove a target."""
     excluded = config.exclude_modules
     if excluded is None:
         return None

@@ -1,4 +1,4 @@
-"""What "attention" and "mlp" mean in a model: the part of a block that a layer belongs to.
+"""Presets "attention" and "mlp": the part of a block that a layer belongs to.
 
 Architectures say it by the names of their modules and classes (transformers': `self_attn`,
 `linear_attn`, `feed_forward`, `MambaMixer`, ...). From a layer outwards, the first module that
@@ -19,34 +19,34 @@ CLASSES = {  # how the name of a class ends
 }
 FEED_FORWARD = {"mlp", "mlps", "ffn", "ffns", "ff", "ffw", "moe", "expert", "experts"}
 MIXERS = {"mamba", "mixer", "ssm", "conv", "recurrent", "lstm", "mlstm", "slstm", "altup", "laurel"}
-BESIDE = ("shared_expert_gate", "linear")  # layers of a block that are no part of its networks
-INNER = re.compile(r"(?:.*?\.)?\d+\.(.+)")
+NON_NETWORK_LAYERS = ("shared_expert_gate", "linear")  # layers of a block that are not part of its networks
+WITHIN_BLOCK = re.compile(r"(?:.*?\.)?\d+\.(.+)")
 
 
 def place_of(model: nn.Module, path: str) -> str:
     """Tell what a layer is part of: "attention", "mlp", or "" for neither."""
     parts = path.split(".")
-    block = INNER.fullmatch(path)
+    block = WITHIN_BLOCK.fullmatch(path)
     depth = len(block[1].split(".")) if block else len(parts)
     if block and _is_beside(model, path):
         return ""
     for end in range(len(parts), 0, -1):
         within = block is not None and end > len(parts) - depth
         module = model.get_submodule(".".join(parts[:end])) if within else None
-        said = _said(parts[end - 1], module, leaf=end == len(parts))
+        said = _place_named_by(parts[end - 1], module, leaf=end == len(parts))
         if said is not None and (within or said == ATTENTION):
             return said
     return MLP if block else ""
 
 
 def in_attention(path: str) -> bool:
-    """Tell whether a path leads through attention, by its names alone."""
+    """Return whether a path leads through attention, by its names alone."""
     said = (_by_name(part, leaf=False) for part in reversed(path.split(".")))
     return next((place for place in said if place is not None), "") == ATTENTION
 
 
-def _said(name: str, module: nn.Module | None, *, leaf: bool) -> str | None:
-    """What a module's class, or else its name, says; None if nothing."""
+def _place_named_by(name: str, module: nn.Module | None, *, leaf: bool) -> str | None:
+    """Return the part that a module's class, or else its name, names; None if neither does."""
     for place, ending in CLASSES.items():
         if module is not None and not leaf and re.fullmatch(f".*{ending}", type(module).__name__):
             return place
@@ -71,4 +71,4 @@ def _is_beside(model: nn.Module, path: str) -> bool:
     owner, _, leaf = path.rpartition(".")
     if leaf == "gate":
         return "experts" in dict(model.get_submodule(owner).named_children())
-    return leaf in BESIDE and (leaf != "linear" or owner.rpartition(".")[2].isdigit())
+    return leaf in NON_NETWORK_LAYERS and (leaf != "linear" or owner.rpartition(".")[2].isdigit())

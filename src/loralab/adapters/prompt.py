@@ -21,7 +21,7 @@ from loralab.adapters.bases import shared_copy
 from loralab.adapters.eager import is_plain_tensor
 from loralab.adapters.methods import Prompt
 from loralab.adapters.peft_fields import refuse_unknown
-from loralab.adapters.positions import behind, by_name, entrance
+from loralab.adapters.positions import by_name, innermost_with_positions, shift_positions_behind
 from loralab.adapters.prefix import (
     CANNOT_MERGE,
     CANNOT_SHARE,
@@ -48,8 +48,8 @@ class Embeddings(nn.Module):
         self.recording = False
         self._made_of: Tensor | None = None  # the weight's values that the states belong to
 
-    def front(self, layer: int, cache: Any) -> Any:
-        """The prompt's keys and values before a cache; while they are recorded, a recorder."""
+    def cache_with_prefix(self, layer: int, cache: Any) -> Any:
+        """Return the prompt's keys and values before a cache; while they are recorded, a recorder."""
         return self if self.recording else PrefixCache(cache, self.states[layer])
 
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
@@ -91,13 +91,15 @@ class Embeddings(nn.Module):
 
 
 def build(model: Any, config: Prompt, generator: torch.Generator | None) -> dict[str, Wrapper]:
-    """The wrappers by path, one table of embeddings among them.
+    """Return the wrappers by path, one table of embeddings among them.
 
     The prompt starts as the embeddings of tokens drawn from the vocabulary, as in section 3.2.
     """
     embedding = model.get_input_embeddings()
     if not isinstance(embedding, nn.Embedding):
-        raise TargetError(f"{type(model).__name__} has no words that a prompt could stand before")
+        raise TargetError(
+            f"{type(model).__name__} has no words that a prompt could stand before", code="no_embeddings", field="model"
+        )
     vocabulary: Tensor = embedding.weight
     rows = torch.randint(len(vocabulary), (config.tokens,), generator=generator)
     start = vocabulary.detach()[rows.to(vocabulary.device)].float().clone()
@@ -109,7 +111,7 @@ def build(model: Any, config: Prompt, generator: torch.Generator | None) -> dict
     return {name: AttentionWithPrefix(model.get_submodule(name), table, layer) for layer, name in enumerate(names)}
 
 
-def watch(model: Any, modules: Mapping[str, Any]) -> list[Any]:
+def register_hooks(model: Any, modules: Mapping[str, Any]) -> list[Any]:
     """Work out the prompt's keys and values before each forward pass, and move the positions."""
     first = next(iter(modules.values()))
     table: Embeddings = first.table
@@ -117,8 +119,8 @@ def watch(model: Any, modules: Mapping[str, Any]) -> list[Any]:
         inner = getattr(model, "base_model", model)
         hook = PrependPrompt(table, keeps="ForSequenceClassification" in type(model).__name__)
         return [inner.register_forward_pre_hook(hook, with_kwargs=True), inner.register_forward_hook(hook.after)]
-    inner = entrance(model, modules)
-    return [behind(inner, table), inner.register_forward_pre_hook(Prepare(table), with_kwargs=True)]
+    inner = innermost_with_positions(model, modules)
+    return [shift_positions_behind(inner, table), inner.register_forward_pre_hook(Prepare(table), with_kwargs=True)]
 
 
 class Prepare:
@@ -133,7 +135,9 @@ class Prepare:
             return
         if _reentrant(module):
             raise AdapterStateError(
-                "prompt tuning does not work with reentrant gradient checkpointing; use use_reentrant=False"
+                "prompt tuning does not work with reentrant gradient checkpointing; use use_reentrant=False",
+                code="reentrant_checkpointing",
+                field="gradient_checkpointing",
             )
         if torch.is_grad_enabled() or not self.table.is_current():
             self.table.record(module)
@@ -150,7 +154,7 @@ class PromptHolder(Wrapper):
         self.table = table
 
     def forward(self, ids: Tensor) -> Tensor:
-        """The words' own rows."""
+        """Return the words' own rows."""
         out: Tensor = self.base(ids)
         return out
 
@@ -167,7 +171,7 @@ class PrependPrompt:
         self.table, self.keeps = table, keeps
 
     def __call__(self, module: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        """The longer input."""
+        """Return the longer input."""
         bound = inspect.signature(module.forward).bind(*inputs, **named)
         given = bound.arguments
         words = given.get("inputs_embeds")
@@ -182,19 +186,19 @@ class PrependPrompt:
         return (), by_name(bound)
 
     def after(self, module: Any, inputs: Any, output: Any) -> Any:
-        """The output without the prompt's part."""
+        """Return the output without the prompt's part."""
         if not self.keeps:
             output.last_hidden_state = output.last_hidden_state[:, self.table.tokens :]
         return output
 
 
-def states(model: nn.Module, modules: Mapping[str, Any]) -> list[Tensor]:
+def prefix_kv(model: nn.Module, modules: Mapping[str, Any]) -> list[Tensor]:
     """Return what the prompt (P, E) amounts to in each layer, (2, H, P, D), worked out aside."""
     weight = next(iter(modules.values())).table.weight
     stage = attach(shared_copy(model), Prompt(tokens=len(weight)))
     table: Embeddings = next(iter(stage.modules.values())).table
     table.weight.copy_(weight)
-    table.record(entrance(stage.model, stage.modules))
+    table.record(innermost_with_positions(stage.model, stage.modules))
     return table.states
 
 
@@ -219,14 +223,14 @@ def fields(config: Prompt, modules: Mapping[str, Any], paths: list[str]) -> dict
 
 
 def parse(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[Prompt, Mapping[str, Tensor]]:
-    """The configuration that peft's fields describe."""
+    """Return the configuration that peft's fields describe."""
     refuse_unknown(fields, PEFT_FIELDS)
     saved = tuple(fields.get("modules_to_save") or ())
     return Prompt(tokens=fields["num_virtual_tokens"], modules_to_save=saved), tensors
 
 
 def _causal_attention(model: nn.Module) -> list[str]:
-    """Paths of the attention of a causal model; none for one that reads in both directions."""
+    """Return the paths of the attention of a causal model; none for one that reads in both directions."""
     try:
         names = attention_names(model)
     except TargetError:
@@ -238,7 +242,7 @@ def _causal_attention(model: nn.Module) -> list[str]:
 
 
 def _reentrant(model: nn.Module) -> bool:
-    """Tell whether some block recomputes in the way that needs all tensors as inputs."""
+    """Return whether some block recomputes in the way that needs all tensors as inputs."""
     for module in model.modules():
         call = getattr(module, "_gradient_checkpointing_func", None)
         if call is not None and getattr(module, "gradient_checkpointing", False):

@@ -18,8 +18,8 @@ from typing import Any
 
 from torch import nn
 
-READ = "the model reads its weight without calling it"
-WRITTEN = "the model itself changes its weight"
+READ_REASON = "the model reads its weight without calling it"
+WRITTEN_REASON = "the model itself changes its weight"
 QUESTIONS = {  # what may be asked of a weight without computing with it
     "dtype",
     "device",
@@ -37,40 +37,40 @@ QUESTIONS = {  # what may be asked of a weight without computing with it
 }
 NOT_RUN = ("__init__", "reset_parameters", "extra_repr", "__repr__")
 NOT_RUN_ENDS = ("_weights", "embeddings", "_lm_head", "_bias")  # start, tie, resize
-FOREIGN = r"(torch|builtins|loralab|transformers(?!\.models))(\.|$)"  # no modeling code
+NO_MODELING_CODE = r"(torch|builtins|loralab|transformers(?!\.models))(\.|$)"  # no modeling code
 READ_MOSTLY = ("dt_proj",)  # of Mamba's kin: called only where it is in few bits
 Function = tuple[ast.AST, dict[str, str]]  # its syntax, and what its local names stand for
 
 
 def read_uncalled(model: nn.Module, names: Collection[str]) -> dict[str, str]:
-    """Which of some layers a model reads without calling them -> why they cannot be adapted."""
+    """Return which of some layers a model reads without calling them -> why they cannot be adapted."""
     return {name: reason for name, reason in _reasons(model, names) if reason}
 
 
 def read_sometimes(model: nn.Module, names: Collection[str]) -> set[str]:
-    """Which of some layers a model calls, and reads instead on some of its ways."""
+    """Return which of some layers a model calls, and reads instead on some of its ways."""
     return {name for name, reason in _reasons(model, names) if not reason}
 
 
 def _reasons(model: nn.Module, names: Collection[str]) -> Iterator[tuple[str, str]]:
-    """Each layer whose weight is read, and why it cannot be adapted; empty where it can."""
+    """Yield each layer whose weight is read, and why it cannot be adapted; empty where it can."""
     for path, module in model.named_modules():
         kind: Any = type(module)
         for end, written in _reads(kind).items():
             for name in _meant(path, end, names):
                 if written:
-                    yield name, WRITTEN
+                    yield name, WRITTEN_REASON
                     continue
                 path_of_owner, _, leaf = name.rpartition(".")
                 owner: Any = model.get_submodule(path_of_owner)
                 owners: Any = type(owner)
                 called = {end.lstrip("?"), leaf} & (_calls(kind) | _calls(owners))
                 both = (called and leaf not in READ_MOSTLY) or isinstance(owner, nn.Sequential)
-                yield name, "" if both else READ
+                yield name, "" if both else READ_REASON
 
 
 def _meant(path: str, end: str, names: Collection[str]) -> list[str]:
-    """The layers that a class means by `self.<end>`, or by `<variable>.<end>`: those below."""
+    """Return the layers that a class means by `self.<end>`, or by `<variable>.<end>`: those below."""
     start = re.escape(f"{path}.") if path else ""
     between = r"(.*\.)?" if end.startswith("?") else ""
     pattern = start + between + re.escape(end.lstrip("?")).replace(r"\*", "[^.]+")
@@ -79,7 +79,7 @@ def _meant(path: str, end: str, names: Collection[str]) -> list[str]:
 
 @functools.cache
 def _reads(kind: type[nn.Module]) -> dict[str, bool]:
-    """What a class reads the weight of, by the end of its path -> whether it writes to it."""
+    """Return the weights that a class reads, by the end of their path -> whether it writes to them."""
     found: dict[str, bool] = {}
     for function in _functions(kind):
         if "weight" not in _names(function.__code__):
@@ -96,7 +96,7 @@ def _reads(kind: type[nn.Module]) -> dict[str, bool]:
 
 @functools.cache
 def _calls(kind: type[nn.Module]) -> frozenset[str]:
-    """What a class calls, by the end of its path."""
+    """Return the modules that a class calls, by the end of their path."""
     found = set()
     for tree, variables in map(_parsed, _functions(kind)):
         calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
@@ -106,7 +106,7 @@ def _calls(kind: type[nn.Module]) -> frozenset[str]:
 
 def _functions(kind: type[nn.Module]) -> Iterator[FunctionType]:
     for base in kind.__mro__:
-        if re.match(FOREIGN, base.__module__):
+        if re.match(NO_MODELING_CODE, base.__module__):
             continue
         for name, kept in vars(base).items():
             if name in NOT_RUN or name.endswith(NOT_RUN_ENDS):
@@ -119,13 +119,13 @@ def _functions(kind: type[nn.Module]) -> Iterator[FunctionType]:
 
 
 def _names(code: CodeType) -> set[str]:
-    """The names that a function uses, those of functions in it included."""
+    """Return the names that a function uses, those of functions in it included."""
     inner = [constant for constant in code.co_consts if isinstance(constant, CodeType)]
     return set(code.co_names).union(*map(_names, inner))
 
 
 def _parsed(function: FunctionType) -> Function:
-    """The syntax of a function; an empty one where there is no source."""
+    """Return the syntax of a function; an empty one where there is no source."""
     code = function.__code__
     lines = linecache.getlines(code.co_filename)[code.co_firstlineno - 1 :]
     try:
@@ -143,7 +143,7 @@ def _parsed(function: FunctionType) -> Function:
 
 
 def _use(node: ast.Attribute, parents: dict[ast.AST, ast.AST]) -> str:
-    """What is done with a weight: "read", "written", or nothing that computes."""
+    """Return how a weight is used: "read", "written", or nothing that computes."""
     parent = parents[node]
     if isinstance(parent, ast.Attribute) and parent.attr == "data":
         parent = parents[parent]

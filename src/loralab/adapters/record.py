@@ -1,4 +1,4 @@
-"""What loralab.json may hold, as far as anything here reads it.
+"""Schema of the parts of loralab.json that are read.
 
 Another tool may have written into it, or a stranger. What is of another type than those who read
 it expect tells nothing: it is left out, as if it had not been there.
@@ -28,11 +28,11 @@ SECTIONS: dict[str, dict[str, Kind]] = {
     "certificate": {},
     "versions": {},
 }
-LARGEST = 1 << 63  # of a whole number
+MAX_COUNT = 1 << 63  # of a whole number
 
 
 def sound(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A record without the fields that are of other types than expected."""
+    """Return a record without the fields that are of other types than expected."""
     found = dict(record)
     for name, fields in SECTIONS.items():
         if name not in found:
@@ -54,7 +54,7 @@ def sound(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is(value: Any, kind: Kind) -> bool:
-    """Tell whether a value is of a type, or a list of some; whole numbers count from 0."""
+    """Return whether a value is of a type, or a list of some; whole numbers count from 0."""
     if isinstance(kind, tuple):
         return isinstance(value, list) and all(_is_one(one, kind) for one in value)
     return _is_one(value, (kind,))
@@ -62,16 +62,16 @@ def _is(value: Any, kind: Kind) -> bool:
 
 def _is_one(value: Any, kinds: tuple[type, ...]) -> bool:
     if isinstance(value, int):
-        return int in kinds and not isinstance(value, bool) and 0 <= value < LARGEST
+        return int in kinds and not isinstance(value, bool) and 0 <= value < MAX_COUNT
     return isinstance(value, kinds)
 
 
 def _numbers(values: Any) -> dict[str, float]:
-    """Metrics that are numbers."""
+    """Return the metrics that are numbers."""
     if not isinstance(values, dict):
         return {}
     return {
         name: value
         for name, value in values.items()
-        if isinstance(value, int | float) and -LARGEST < value < LARGEST and math.isfinite(value)
+        if isinstance(value, int | float) and -MAX_COUNT < value < MAX_COUNT and math.isfinite(value)
     }

@@ -60,7 +60,7 @@ class MethodSpec:
         complete: the configuration with what only the model can tell.
         budget: moves ranks after each step, from the modules and the configuration.
         rate_ratio: of a parameter's learning rate to the others', by configuration and name.
-        front: keys and values that stand in front of a row's own, by layer (2, H, P, D).
+        prefix_kv: keys and values that stand in front of a row's own, by layer (2, H, P, D).
         low_rank: a file holds low-rank updates alone, peft's LORA.
         trains_base: trains copies of weights that the base has.
         own_pass: runs the model once more for itself.
@@ -90,7 +90,7 @@ class MethodSpec:
     complete: Callable[[Any, Any], Any] | None = None
     budget: Callable[[Modules, Any], Any] | None = None
     rate_ratio: Callable[[Any, str], float] | None = None
-    front: Callable[[Any, Modules], list[Any]] | None = None
+    prefix_kv: Callable[[Any, Modules], list[Any]] | None = None
     low_rank: bool = False
     trains_base: bool = False
     own_pass: bool = False
@@ -98,7 +98,7 @@ class MethodSpec:
     cannot_serve: str = ""
 
     def has(self, name: str) -> bool:
-        """Tell whether the configuration has a field."""
+        """Return whether the configuration has a field."""
         return any(own.name == name for own in fields(self.config))
 
 
@@ -131,7 +131,7 @@ def built_in() -> dict[str, MethodSpec]:
 
 
 def is_outside(spec: MethodSpec) -> bool:
-    """Tell whether another package brought a method."""
+    """Return whether another package brought a method."""
     return not spec.config.__module__.startswith("loralab.")
 
 
@@ -144,7 +144,7 @@ def spec_of(config: Any) -> MethodSpec:
     found = _first(lambda spec: spec.config is type(config))
     if found is None:
         raise ConfigError(
-            f"{type(config).__name__} is no registered method; loralab.register(MethodSpec(config="
+            f"{type(config).__name__} is not a registered method; loralab.register(MethodSpec(config="
             f"{type(config).__name__}, ...)) makes it one",
             code="unknown_method",
             field="method",

@@ -16,7 +16,7 @@ from loralab.errors import AdapterStateError, ConfigError, nearest
 if TYPE_CHECKING:
     from loralab.adapters.adapter import Adapter
 
-ATTRIBUTE = "_loralab_adapters"  # of the model, so that a copy of it has copies of them
+ADAPTERS_ATTRIBUTE = "_loralab_adapters"  # of the model, so that a copy of it has copies of them
 
 
 class AdapterSet:
@@ -37,7 +37,7 @@ class AdapterSet:
         """Refuse a name that cannot be given to a further adapter.
 
         Raises:
-            ConfigError: it is no text, or empty.
+            ConfigError: it is not a text, or empty.
             AdapterStateError: an adapter has it.
         """
         if not isinstance(name, str) or not name.strip():
@@ -81,7 +81,7 @@ class AdapterSet:
     def add(self, adapter: "Adapter") -> None:
         """Take in an adapter, and let it act."""
         self.members[adapter.name] = adapter
-        self.model.__dict__[ATTRIBUTE] = self
+        self.model.__dict__[ADAPTERS_ATTRIBUTE] = self
         self.switch(adapter)
 
     def remove(self, adapter: "Adapter") -> None:
@@ -99,7 +99,7 @@ class AdapterSet:
 
     def close(self) -> None:
         """Forget the set, once the model needs it no more."""
-        self.model.__dict__.pop(ATTRIBUTE, None)
+        self.model.__dict__.pop(ADAPTERS_ATTRIBUTE, None)
 
     def switch(self, adapter: "Adapter | None") -> None:
         """Let another adapter stand in the model, or none."""
@@ -135,7 +135,7 @@ class AdapterSet:
 def adapters_of(model: Any) -> AdapterSet | None:
     """Return the set of a model's adapters; None if it has none."""
     inner = unwrapped(model)
-    found: AdapterSet | None = inner.__dict__.get(ATTRIBUTE)
+    found: AdapterSet | None = inner.__dict__.get(ADAPTERS_ATTRIBUTE)
     return found if found is not None and found.model is inner else None  # not a shallow copy's
 
 

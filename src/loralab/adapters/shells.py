@@ -13,14 +13,14 @@ INNER = ("_orig_mod", "_checkpoint_wrapped_module")  # no model calls a module o
 
 
 def unwrapped(model: Any) -> Any:
-    """The model inside the shells around it."""
+    """Return the model inside the shells around it."""
     while (name := _inner(model)) is not None:
         model = getattr(model, name)
     return model
 
 
 def plain_paths(model: nn.Module) -> Callable[[str], str]:
-    """A function that turns a path in a model into the path without shells."""
+    """Return a function that turns a path in a model into the path without shells."""
     shells = {
         f"{path}.{inner}".lstrip(".")
         for path, module in model.named_modules(remove_duplicate=False)

@@ -23,7 +23,7 @@ from loralab.adapters.fused import (
     layout_of,
     through_bases,
 )
-from loralab.adapters.thin import each
+from loralab.adapters.skinny import batched
 from loralab.native.library import SkinnyGemm
 
 Factors = tuple[Tensor, Tensor, float]  # A (R, I), B (O, R) and what B A is multiplied by
@@ -38,8 +38,8 @@ class Updates(NamedTuple):
     mask: Callable[[Tensor], Tensor | None] | None  # draws what the input is multiplied by
 
 
-class _Part(NamedTuple):
-    """What the function must know of one update besides its tensors."""
+class _UpdateSpan(NamedTuple):
+    """Facts about one update that the function needs besides its tensors."""
 
     start: int
     stop: int
@@ -60,7 +60,7 @@ def linears_by_span(x: Tensor, bases: Sequence[nn.Module], updates: Sequence[Upd
         mask = None if draw is None else draw(flat[start:stop])
         for layer, own in enumerate(factors):
             if own is not None:
-                parts.append(_Part(start, stop, layer, own[2], mask))
+                parts.append(_UpdateSpan(start, stop, layer, own[2], mask))
                 tensors += [own[0], own[1]]
     layouts = tuple(layout_of(base) for base in bases)
     weights = [tensor for base in bases for tensor in (base.weight, base.bias)]
@@ -88,7 +88,7 @@ def stacked_update(x: Tensor, y: Tensor, factors: Sequence[Factors], ranges: Seq
 class _LinearsBySpan(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, parts: tuple[_Part, ...], layouts: tuple[Layout, ...], *tensors: Any
+        ctx: Any, x: Tensor, parts: tuple[_UpdateSpan, ...], layouts: tuple[Layout, ...], *tensors: Any
     ) -> tuple[Tensor, ...]:
         count = len(layouts)
         weights, biases = tensors[: 2 * count : 2], tensors[1 : 2 * count : 2]
@@ -97,9 +97,9 @@ class _LinearsBySpan(torch.autograd.Function):
         outputs = [base_output(x, w, b, own) for w, b, own in zip(weights, biases, layouts, strict=True)]
         lows = [flat.new_empty(p.stop - p.start, A.shape[0]) for p, A in zip(parts, As, strict=True)]
         whole = list(zip(parts, As, Bs, lows, strict=True))
-        each("down", [SkinnyGemm(_input(flat, p), A, low, 0, p.scaling) for p, A, _, low in whole])
+        batched("down", [SkinnyGemm(_input(flat, p), A, low, 0, p.scaling) for p, A, _, low in whole])
         outs = [flat_rows(y) for y in outputs]
-        each("up", [SkinnyGemm(outs[p.layer][p.start : p.stop], B.T, low) for p, _, B, low in whole])
+        batched("up", [SkinnyGemm(outs[p.layer][p.start : p.stop], B.T, low) for p, _, B, low in whole])
         ctx.save_for_backward(x, *weights, *As, *Bs, *lows)
         ctx.parts, ctx.layouts = parts, layouts
         return tuple(outputs)
@@ -123,11 +123,11 @@ class _LinearsBySpan(torch.autograd.Function):
         own = [dflat[p.layer][p.start : p.stop] for p in parts]
         Gs = [dy.new_empty(dy.shape[0], A.shape[0]) for dy, A in zip(own, As, strict=True)]
         scaled = zip(parts, own, Bs, Gs, strict=True)
-        each("down", [SkinnyGemm(dy, B.T, G, 0, p.scaling) for p, dy, B, G in scaled])
+        batched("down", [SkinnyGemm(dy, B.T, G, 0, p.scaling) for p, dy, B, G in scaled])
         dAs, dBs = ([torch.empty_like(t, dtype=_wide(t)) for t in of] for of in (As, Bs))
         inputs = [_input(flat, part) for part in parts]
-        each("outer", [SkinnyGemm(rows, dA, G) for rows, dA, G in zip(inputs, dAs, Gs, strict=True)])
-        each("outer", [SkinnyGemm(dy, dB.T, low) for dy, dB, low in zip(own, dBs, lows, strict=True)])
+        batched("outer", [SkinnyGemm(rows, dA, G) for rows, dA, G in zip(inputs, dAs, Gs, strict=True)])
+        batched("outer", [SkinnyGemm(dy, dB.T, low) for dy, dB, low in zip(own, dBs, lows, strict=True)])
         if dx is not None:
             _through_updates(dx, [(p, G, A) for (p, A, _, _), G in zip(whole, Gs, strict=True)])
             dx = dx.view(x.shape)
@@ -148,7 +148,7 @@ def _followed(
     Bs: Sequence[Tensor],
     ctx: Any,
 ) -> tuple[Tensor | None, ...]:
-    """All gradients by operations that autograd records, one update after the other."""
+    """Return all gradients by operations that autograd records, one update after the other."""
     total = followed_through_bases(dys, weights, ctx.layouts)
     gradients: list[Tensor] = []
     for part, A, B in zip(ctx.parts, As, Bs, strict=True):
@@ -159,11 +159,11 @@ def _followed(
     return (total.view(x.shape), None, None, *[None] * (2 * len(weights)), *gradients)
 
 
-def _through_updates(dx: Tensor, parts: Sequence[tuple[_Part, Tensor, Tensor]]) -> None:
+def _through_updates(dx: Tensor, parts: Sequence[tuple[_UpdateSpan, Tensor, Tensor]]) -> None:
     """dx += D(G A) of every part; those of different layers share rows."""
     for layer in dict.fromkeys(part.layer for part, _, _ in parts):
         here = [(dx[p.start : p.stop], p, G, A) for p, G, A in parts if p.layer == layer]
-        each("up", [SkinnyGemm(rows, A, G) for rows, p, G, A in here if p.mask is None])
+        batched("up", [SkinnyGemm(rows, A, G) for rows, p, G, A in here if p.mask is None])
         for rows, p, G, A in here:
             if p.mask is not None:
                 add_through_update(rows, G, A, p.mask)
@@ -173,6 +173,6 @@ def _wide(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def _input(flat: Tensor, part: _Part) -> Tensor:
+def _input(flat: Tensor, part: _UpdateSpan) -> Tensor:
     own = flat[part.start : part.stop]
     return own if part.mask is None else own * part.mask

@@ -16,21 +16,21 @@ from loralab.adapters.peft_fields import PREFIX
 from loralab.adapters.registry import spec_of
 from loralab.errors import AdapterFileError
 
-LARGEST = 1e100  # of a singular value; its square must be a number
+MAX_SINGULAR_VALUE = 1e100  # of a singular value; its square must be a number
 
 
 def singular_values(A: Tensor, B: Tensor, factor: float) -> Tensor:
-    """The min(R, I, O) singular values of factor * B A, largest first; A (R, I), B (O, R)."""
+    """Return the min(R, I, O) singular values of factor * B A, largest first; A (R, I), B (O, R)."""
     return torch.linalg.svdvals(factor * _core(A, B)[1])
 
 
 def right_directions(A: Tensor, B: Tensor) -> Tensor:
-    """The right singular vectors of B A as columns (I, K), K = min(R, I, O): where it listens."""
-    return decomposed(A, B)[2]
+    """Return the right singular vectors of B A as columns (I, K), K = min(R, I, O): where it listens."""
+    return decompose(A, B)[2]
 
 
-def decomposed(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The SVD of B A: left (O, K), values (K,) and right (I, K), K = min(R, I, O)."""
+def decompose(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the SVD of B A: left (O, K), values (K,) and right (I, K), K = min(R, I, O)."""
     outputs, core, inputs = _core(A, B)
     left, values, right = torch.linalg.svd(core, full_matrices=False)
     return outputs @ left, values, inputs @ right.T
@@ -52,7 +52,7 @@ def stable_rank(values: Tensor) -> float:
 
 
 def energy_rank(values: Tensor, share: float = 0.9) -> int:
-    """How many directions hold this share of the squared norm."""
+    """Return how many directions hold this share of the squared norm."""
     energy = values.double().square().cumsum(0)
     if not len(energy) or not energy[-1] > 0:
         return 0
@@ -71,14 +71,14 @@ def chance_overlap(i: int, j: int, width: int) -> float:
 
 
 def describe(path: str | Path) -> dict[str, Any]:
-    """An adapter folder in numbers, without its base model.
+    """Return an adapter folder in numbers, without its base model.
 
     Raises:
         AdapterFileError: the folder cannot be read.
     """
     stored = read(path)
     base = stored.record.get("base", {})
-    pairs = factors(stored)
+    pairs = factors_of(stored)
     return {
         "path": str(path),
         "method": type(stored.config).__name__,
@@ -100,10 +100,12 @@ def compare(one: str | Path, other: str | Path) -> list[dict[str, Any]]:
     Raises:
         AdapterFileError: a folder cannot be read, or no module stands in both.
     """
-    first, second = factors(read(one)), factors(read(other))
+    first, second = factors_of(read(one)), factors_of(read(other))
     shared = [name for name in first if name in second and first[name][0].shape[1] == second[name][0].shape[1]]
     if not shared:
-        raise AdapterFileError(f"{one} and {other} adapt no module of the same name and width")
+        raise AdapterFileError(
+            f"{one} and {other} adapt no module of the same name and width", code="nothing_in_common"
+        )
     rows = []
     for name in shared:
         (A1, B1, _), (A2, B2, _) = first[name], second[name]
@@ -119,7 +121,7 @@ def compare(one: str | Path, other: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
-def factors(stored: AdapterFolder) -> dict[str, tuple[Tensor, Tensor, float]]:
+def factors_of(stored: AdapterFolder) -> dict[str, tuple[Tensor, Tensor, float]]:
     """A, B and the scaling of every module with a low-rank update, by its path."""
     found: dict[str, tuple[Tensor, Tensor, float]] = {}
     if not spec_of(stored.config).low_rank:
@@ -130,10 +132,14 @@ def factors(stored: AdapterFolder) -> dict[str, tuple[Tensor, Tensor, float]]:
         name = _owner(key)
         B = stored.tensors.get(f"{PREFIX}{name}.lora_B.weight")
         if B is None:
-            raise AdapterFileError(f"{stored.path} has lora_A but no lora_B for {name}")
+            raise AdapterFileError(
+                f"{stored.path} has lora_A but no lora_B for {name}", code="missing_tensor", field=name
+            )
         if min(A.ndim, B.ndim) < 2 or not len(A) or B.shape[1] != len(A) or not B.numel():
             raise AdapterFileError(
-                f"{stored.path}: lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)} of {name} do not fit each other"
+                f"{stored.path}: lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)} of {name} do not fit each other",
+                code="wrong_shape",
+                field=name,
             )
         found[name] = (
             A.double().flatten(1),  # fp32 would not hold squares of what it holds
@@ -144,7 +150,7 @@ def factors(stored: AdapterFolder) -> dict[str, tuple[Tensor, Tensor, float]]:
 
 
 def _tensors(stored: AdapterFolder) -> list[dict[str, Any]]:
-    """Shape and norm of everything that is no low-rank update."""
+    """Shape and norm of everything that is not a low-rank update."""
     low_rank = (".lora_A.weight", ".lora_B.weight")
     return [
         {"name": key.removeprefix(PREFIX), "shape": list(tensor.shape), "norm": float(tensor.double().norm())}
@@ -155,8 +161,10 @@ def _tensors(stored: AdapterFolder) -> list[dict[str, Any]]:
 
 def _described(path: Path, name: str, A: Tensor, B: Tensor, factor: float) -> dict[str, Any]:
     values = factor * singular_values(A, B, 1.0)
-    if not values.max() < LARGEST:
-        raise AdapterFileError(f"{path}: the update of {name} is too large ({values.max():.1e})")
+    if not values.max() < MAX_SINGULAR_VALUE:
+        raise AdapterFileError(
+            f"{path}: the update of {name} is too large ({values.max():.1e})", code="too_large", field=name
+        )
     return {
         "name": name,
         "rank": len(A),

@@ -14,7 +14,7 @@ from loralab.errors import AdapterStateError
 
 
 def is_split(tensor: Tensor | None) -> bool:
-    """Tell whether a tensor is a DTensor, whose type is slow to import."""
+    """Return whether a tensor is a DTensor, whose type is slow to import."""
     return hasattr(tensor, "full_tensor")
 
 
@@ -42,7 +42,7 @@ def put_together(wrappers: Sequence[nn.Module]) -> Iterator[None]:
 
 
 def writes(tensors: Iterable[Tensor]) -> bool:
-    """Tell whether this process writes a file of tensors: where they are split, all come to it."""
+    """Return whether this process writes a file of tensors: where they are split, all come to it."""
     return not any(map(is_split, tensors)) or torch.distributed.get_rank() == 0
 
 

@@ -44,7 +44,7 @@ class TrainedInFull(nn.Module):
         return _in_dtype(output, dtype)
 
     def finished(self) -> nn.Module:
-        """The trained copy in the base's dtype, to stand in the model for good."""
+        """Return the trained copy in the base's dtype, to stand in the model for good."""
         return self.trained.to(self.dtype).requires_grad_(False)
 
     @property
@@ -93,18 +93,18 @@ class TrainedParameters(Wrapper):
         return super().__getattr__(name)
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
-        """What the base gives with the trained copies."""
+        """Return the base's output with the trained copies."""
         if self.merged:
             return self.base(*inputs, **named)
         values = {name: self._value(name) for name in self.copies}
         return functional_call(self.base, values, inputs, named)
 
     def trained(self) -> dict[str, nn.Parameter]:
-        """The copies, under the names of the originals."""
+        """Return the copies, under the names of the originals."""
         return dict(self.copies.items())
 
     def merged_tensors(self) -> dict[str, Tensor]:
-        """The copies: they are whole values, not updates."""
+        """Return the copies: they are whole values, not updates."""
         return dict(self.copies.items())
 
     def _value(self, name: str) -> Tensor:
@@ -117,7 +117,9 @@ def biases(model: nn.Module, config: BitFit, generator: torch.Generator | None) 
     if not found:
         raise TargetError(
             f"{type(model).__name__} has no biases, so there is nothing for bitfit to train; "
-            "ia3 is as small and works without them"
+            "ia3 is as small and works without them",
+            code="no_biases",
+            field="model",
         )
     return found
 
@@ -133,11 +135,13 @@ def probe(model: nn.Module, config: LinearProbe, generator: torch.Generator | No
 
 
 def with_head(model: nn.Module, config: LinearProbe) -> LinearProbe:
-    """The head by its usual names, where none is given."""
+    """Return the head by its usual names, where none is given."""
     names = config.modules_to_save or tuple(head_names(model))
     if not names:
         raise TargetError(
-            f"{type(model).__name__} has no head by a usual name ({', '.join(HEADS)}); name it with modules_to_save"
+            f"{type(model).__name__} has no head by a usual name ({', '.join(HEADS)}); name it with modules_to_save",
+            code="no_head",
+            field="modules_to_save",
         )
     return replace(config, modules_to_save=names)
 
@@ -148,7 +152,7 @@ def fields(config: Any, modules: Mapping[str, Any], paths: list[str]) -> dict[st
 
 
 def parse(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[Any, Mapping[str, Tensor]]:
-    """The configuration that our own fields describe."""
+    """Return the configuration that our own fields describe."""
     kind = next(kind for kind, name in TYPES.items() if name == fields["peft_type"])
     return own_config(kind, fields), tensors
 
@@ -163,7 +167,9 @@ def _chosen(model: nn.Module, layers: tuple[int, ...] | None, wanted: Callable[[
             continue
         if names and not path:
             raise TargetError(
-                f"{type(model).__name__} keeps {names[0]!r} in no module of its own; it cannot be trained here"
+                f"{type(model).__name__} keeps {names[0]!r} in no module of its own; it cannot be trained here",
+                code="no_module",
+                field=names[0],
             )
         if names:
             found[path] = TrainedParameters(module, names, shared)

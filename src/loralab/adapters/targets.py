@@ -22,10 +22,10 @@ from loralab.adapters.presets import ATTENTION, MLP, place_of
 from loralab.adapters.reads import read_uncalled
 from loralab.adapters.shells import plain_paths, unwrapped
 from loralab.adapters.towers import tower_of
-from loralab.errors import TargetError, nearest, some
+from loralab.errors import TargetError, join_limited, nearest
 
 HEADS = ("lm_head", "classifier", "score", "qa_outputs")
-ASIDE = ("contact_head",)  # heads of another task that stand within a model (ESM)
+SIDE_HEADS = ("contact_head",)  # heads of another task that stand within a model (ESM)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class Block:
 def target_names(
     model: nn.Module, config: Method, others: Sequence[str] = (), implied: Sequence[str] = ()
 ) -> list[str]:
-    """Paths of the modules that `config` adapts, in the model's order.
+    """Return the paths of the modules that `config` adapts, in the model's order.
 
     Args:
         others: paths of further modules that can be adapted where they are named, and parts of
@@ -70,7 +70,7 @@ def target_names(
 
 
 def preset_of(config: Method) -> str:
-    """The preset that a configuration names, or leaves to us; empty for names and expressions."""
+    """Return the preset that a configuration names, or leaves to us; empty for names and expressions."""
     target = config.target_modules
     if target is None:
         return "all-linear"
@@ -78,18 +78,18 @@ def preset_of(config: Method) -> str:
 
 
 def in_preset(model: nn.Module, preset: str, path: str) -> bool:
-    """Tell whether a preset means a layer, wherever heads and towers are."""
+    """Return whether a preset means a layer, wherever heads and towers are."""
     return preset == "all-linear" or place_of(model, path) == preset
 
 
 def outer_names(model: nn.Module) -> list[str]:
-    """Paths of the heads, which presets leave alone."""
-    aside = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in ASIDE]
+    """Return the paths of the heads, which presets leave alone."""
+    aside = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in SIDE_HEADS]
     return [*head_names(model), *aside]
 
 
 def saved_names(model: nn.Module, config: Any) -> list[str]:
-    """Paths of the modules that `config` trains in full.
+    """Return the paths of the modules that `config` trains in full.
 
     Raises:
         TargetError: a name of modules_to_save selects nothing.
@@ -109,20 +109,20 @@ def saved_names(model: nn.Module, config: Any) -> list[str]:
 
 
 def linear_names(model: nn.Module) -> list[str]:
-    """Paths of all linear layers that can be adapted; one that stands in two places once."""
+    """Return the paths of all linear layers that can be adapted; one that stands in two places once."""
     unable = unable_names(model)
     return [name for name in _looking_linear(model) if name not in unable]
 
 
 def unable_names(model: nn.Module) -> dict[str, str]:
-    """Paths of layers that are linear by their class and cannot be adapted -> why."""
+    """Return the paths of layers that are linear by their class and cannot be adapted -> why."""
     names = _looking_linear(model)
     found = {name: why_not_linear(m, transposed=is_conv1d(m)) for name, m in names.items()}
     return {**{name: why for name, why in found.items() if why}, **read_uncalled(model, names)}
 
 
 def head_names(model: nn.Module) -> list[str]:
-    """Paths of the output head: what the model calls its output embeddings, or a known name."""
+    """Return the paths of the output head: what the model calls its output embeddings, or a known name."""
     inner = unwrapped(model)
     heads = {id(module) for name, module in inner.named_children() if name in HEADS}
     get_output = getattr(inner, "get_output_embeddings", None)
@@ -132,7 +132,7 @@ def head_names(model: nn.Module) -> list[str]:
 
 
 def blocks(model: nn.Module) -> list[Block]:
-    """The numbered blocks of a transformer, told by their linear layers.
+    """Return the numbered blocks of a transformer, told by their linear layers.
 
     Within a block, the last linear layer under an attention module leads out of attention, the
     first and the last of the feed-forward network lead into and out of it.
@@ -166,7 +166,11 @@ def blocks(model: nn.Module) -> list[Block]:
                 )
             )
     if not found_blocks:
-        raise TargetError(f"{type(model).__name__} has no numbered blocks of attention and feed-forward layers")
+        raise TargetError(
+            f"{type(model).__name__} has no numbered blocks of attention and feed-forward layers",
+            code="no_blocks",
+            field="target_modules",
+        )
     return found_blocks
 
 
@@ -183,7 +187,7 @@ def require_layers(names: Iterable[str], layers: Sequence[int] | None) -> None:
 
 
 class _Selection:
-    """What a configuration means of some layers.
+    """Layers that a configuration selects.
 
     Args:
         candidates: what presets, names and expressions may mean.
@@ -197,11 +201,11 @@ class _Selection:
         self.unable = unable_names(model)
 
     def _is(self, path: str, names: Names) -> bool:
-        """Tell whether names select a path, written with the shells around modules or without."""
+        """Return whether names select a path, written with the shells around modules or without."""
         return is_selected(self.plain(path), names) or is_selected(path, names)
 
     def chosen(self) -> list[str]:
-        """Paths that target_modules selects."""
+        """Return the paths that target_modules selects."""
         target = self.config.target_modules
         if preset := preset_of(self.config):
             return self._by_preset(preset)
@@ -220,7 +224,7 @@ class _Selection:
         return chosen
 
     def without_excluded(self, names: list[str]) -> list[str]:
-        """Paths that exclude_modules leaves; it may also name what cannot be adapted anyway."""
+        """Return the paths that exclude_modules leaves; it may also name what cannot be adapted anyway."""
         excluded = self.config.exclude_modules
         if excluded is None:
             return names
@@ -236,7 +240,7 @@ class _Selection:
         return kept
 
     def in_layers(self, names: list[str]) -> list[str]:
-        """Paths within the layers that are asked for; the patterns must mean some of them."""
+        """Return the paths within the layers that are asked for; the patterns must mean some of them."""
         names = self._numbered(names)
         for field in ("rank_pattern", "alpha_pattern"):
             for pattern in getattr(self.config, field, ()):
@@ -269,7 +273,7 @@ class _Selection:
             self._require_no_stacked(preset, [path for path in stacked if in_preset(self.model, preset, path)])
             raise _error(
                 f"target_modules {preset!r} finds nothing in {type(self.model).__name__}; "
-                f"name the layers instead: {some(endings(names))}",
+                f"name the layers instead: {join_limited(endings(names))}",
                 "empty_preset",
             )
         return chosen
@@ -282,13 +286,14 @@ class _Selection:
         kinds = {type(self.model.get_submodule(path)).__name__ for path in paths if self._is(path, (name,))}
         if kinds:
             raise _error(
-                f"target_modules {name!r} is no layer that can be adapted "
-                f"({some(sorted(kinds))}){nearest(name, endings(self.candidates))}",
+                f"target_modules {name!r} is not a layer that can be adapted "
+                f"({join_limited(sorted(kinds))}){nearest(name, endings(self.candidates))}",
                 "not_adaptable",
             )
         hint = nearest(name, [*endings(self.able), *PRESETS])
         raise _error(
-            f"target_modules {name!r} matches no module{hint}; linear layers here: {some(endings(self.candidates))}",
+            f"target_modules {name!r} matches no module{hint}; linear layers here: "
+            f"{join_limited(endings(self.candidates))}",
             "unknown_module",
         )
 
@@ -319,10 +324,10 @@ class _Selection:
         if paths:
             kind = type(self.model.get_submodule(paths[0])).__name__
             raise _error(
-                f"target_modules {target!r} means {some(paths, 1)}: {kind} keeps several matrices "
+                f"target_modules {target!r} means {join_limited(paths, 1)}: {kind} keeps several matrices "
                 f"in one parameter. They are {share_of(self.model, paths):.0%} of the weights of "
                 f"{type(self.model).__name__} and are not adapted; layers that can be: "
-                f"{some(endings(self.candidates))}",
+                f"{join_limited(endings(self.candidates))}",
                 "stacked_weights",
             )
 
@@ -332,9 +337,9 @@ def _error(message: str, code: str, field: str = "target_modules") -> TargetErro
 
 
 def _why_none(model: nn.Module) -> str:
-    """What it has instead."""
+    """Describe what the model has instead."""
     reasons = dict.fromkeys(unable_names(model).values())
-    return f": {some(reasons, 3)}" if reasons else ""
+    return f": {join_limited(reasons, 3)}" if reasons else ""
 
 
 def _looking_linear(model: nn.Module) -> dict[str, nn.Module]:

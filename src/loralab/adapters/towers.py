@@ -14,7 +14,7 @@ MODALITIES = ("vision", "audio", "image", "speech", "video", "vit_", "qformer", 
 
 
 def tower_of(model: Any, names: list[str], heads: list[str]) -> dict[str, str]:
-    """Which of some paths belong to a tower or what connects it -> the path of that part."""
+    """Return which of some paths belong to a tower or what connects it -> the path of that part."""
     text, others = _configurations(model)
     if not others or not _writes_text(model):
         return {}
@@ -29,7 +29,7 @@ def tower_of(model: Any, names: list[str], heads: list[str]) -> dict[str, str]:
 
 
 def _configurations(model: Any) -> tuple[Any, list[Any]]:
-    """The configuration of the language part, where it is one of its own, and of the towers."""
+    """Return the configuration of the language part, where it is one of its own, and of the towers."""
     own = vars(getattr(model, "config", None) or object)
     parts = {key: value for key, value in own.items() if hasattr(value, "model_type")}
     others = [value for key, value in parts.items() if key.startswith(MODALITIES)]
@@ -55,7 +55,7 @@ def _outermost(paths: list[str]) -> list[str]:
 
 
 def _part(name: str, keep: tuple[str, ...]) -> str:
-    """The longest way up from a layer that meets nothing of the language part."""
+    """Return the longest way up from a layer that meets nothing of the language part."""
     parts = name.split(".")
     ways = (".".join(parts[:end]) for end in range(1, len(parts) + 1))
     return next(way for way in ways if not any(k.startswith(f"{way}.") for k in keep))

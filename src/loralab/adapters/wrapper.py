@@ -1,4 +1,4 @@
-"""What every method puts into a model: a module that stands in the place of another.
+"""Base class of all modules that a method puts in the place of another.
 
 A wrapper keeps the original as `base`, frozen and untouched, and trains something beside it.
 What it trains, saves and merges is asked for here, so that attaching, saving, loading, merging
@@ -67,34 +67,34 @@ class Wrapper(nn.Module):
             return getattr(super().__getattr__("base"), name)
 
     def trained(self) -> dict[str, nn.Parameter]:
-        """What is trained, by its name in this module."""
+        """Return the trained parameters, by their name in this module."""
         own = {name: p for name, p in self._parameters.items() if p is not None}
         named = (each.named_parameters(name) for name, each in self._beside())
         return own | {name: p for pairs in named for name, p in pairs}
 
     def added_parameters(self) -> list[nn.Parameter]:
-        """Every parameter that it brings into the model, trained or not."""
+        """Return every parameter that it brings into the model, trained or not."""
         return list(self.trained().values())
 
     def own_buffers(self) -> dict[str, Tensor]:
-        """What must be kept beside it to go on training."""
+        """Return the buffers that resuming needs."""
         own = {name: b for name, b in self._buffers.items() if b is not None}
         named = (each.named_buffers(name) for name, each in self._beside())
         return own | {name: b for pairs in named for name, b in pairs}
 
     def _beside(self) -> Iterator[tuple[str, nn.Module]]:
-        """The modules of its own: all that there are would be those of the base, too."""
+        """Return the modules of its own: all that there are would be those of the base, too."""
         return ((name, each) for name, each in self.named_children() if name != "base")
 
     def tensors(self) -> dict[str, Tensor]:
-        """What is saved, by the last part of its key in the file."""
+        """Return the tensors to save, by the last part of their key in the file."""
         return dict(self.trained())
 
     def refreshed(self) -> None:
         """Called when what is trained was filled in from outside."""
 
     def merged_tensors(self) -> dict[str, Tensor]:
-        """The base's parameters with what was learnt in them, before rounding."""
+        """Return the base's parameters with what was learnt in them, before rounding."""
         raise AdapterStateError(self.cannot_merge, code="cannot_merge")
 
     @torch.no_grad()
@@ -105,7 +105,7 @@ class Wrapper(nn.Module):
         """
         if self.cannot_merge or self.merged or "weight" not in self.merges_into:
             return None
-        weight = wide(dense_weight(self.base))
+        weight = to_wide(dense_weight(self.base))
         total = self.merged_tensors()["weight"]
         return (total.T if getattr(self, "transposed", False) else total) - weight
 
@@ -172,12 +172,12 @@ class Wrapper(nn.Module):
         return self._packed[0] if self._packed else self.base
 
     def original_parameters(self) -> dict[str, nn.Parameter]:
-        """The base's parameters as they were given, merged or not."""
+        """Return the base's parameters as they were given, merged or not."""
         named = dict(self.original.named_parameters())
         return {**named, **{n: p for n, p in self._unmerged.items() if p is not None}}
 
     def finished(self) -> nn.Module:
-        """What stands in the model for good once the adapter is given up, merged."""
+        """Return the module that stays in the model once the adapter is given up, merged."""
         return self.base
 
     def _rounded(self, totals: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -188,7 +188,9 @@ class Wrapper(nn.Module):
             plain = old is not None and old.is_floating_point()
             value = total.to(old.dtype if plain else dtype)
             if not value.isfinite().all():
-                raise AdapterStateError(f"the merged {name} is not finite in {value.dtype}")
+                raise AdapterStateError(
+                    f"the merged {name} is not finite in {value.dtype}", code="merged_not_finite", field=name
+                )
             rounded[name] = value.contiguous()
         return rounded
 
@@ -211,7 +213,7 @@ def replace_modules(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> Non
                 put_in_place(parent, name, new[child])
 
 
-def wide(tensor: Tensor) -> Tensor:
+def to_wide(tensor: Tensor) -> Tensor:
     """Return a weight in float32, or in float64 where it has that: the dtype of sums."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 

@@ -1,1 +1,1 @@
-"""What leaves the laboratory, with its proof."""
+"""Artefacts: merged models and exported adapters, each with its certificate."""

@@ -27,13 +27,21 @@ from loralab.adapters import folder, registry
 from loralab.adapters.folder import RECORD, read_json
 from loralab.adapters.record import sound
 from loralab.artefacts import gguf_adapter
-from loralab.artefacts.comparison import KEPT, Certificate, Reference, compare, logits_of, reference_of
-from loralab.artefacts.live import load_with_base, on_base
-from loralab.artefacts.temporary import TEMPORARY
-from loralab.errors import AdapterFileError, BaseMismatchWarning, CertificateError, ConfigError, LoralabError, some
+from loralab.artefacts.comparison import STORED_LOGITS, Certificate, Reference, compare, logits_of, reference_of
+from loralab.artefacts.loaded_adapter import load_with_base, on_base
+from loralab.artefacts.temporary_base import TEMPORARY
+from loralab.errors import (
+    AdapterFileError,
+    BaseMismatchWarning,
+    CertificateError,
+    ConfigError,
+    LoralabError,
+    join_limited,
+)
 from loralab.models import load as models
 from loralab.models.device import device_here
 from loralab.models.load import Base
+from loralab.models.source import has_tokenizer, resolve
 
 REFERENCE = "certificate.safetensors"
 
@@ -63,7 +71,7 @@ def certify(
     path = Path(artefact)
     certificate = compare_afresh(path, reference_of(model, prompts, kind, tokenizer), base)
     if not certificate.passed:
-        raise CertificateError(_verdict(path, certificate))
+        raise CertificateError(_verdict(path, certificate), code="not_equal", field="artefact")
     return certificate
 
 
@@ -78,7 +86,7 @@ def compare_afresh(path: Path, reference: Reference, base: str | Path | None = N
         certificate = _in_fresh_process(path, reference, base)
     if base is not None and sound(read_json(path / RECORD)).get("base", {}).get("live"):
         certificate = replace(certificate, base=TEMPORARY)
-    reference.smaller(KEPT).save(path / REFERENCE)
+    reference.smaller(STORED_LOGITS).save(path / REFERENCE)
     digest = _sha256(path / REFERENCE)
     folder.update_record(path, certificate={**certificate.to_json(), "reference": digest})
     return certificate
@@ -100,29 +108,37 @@ def verify(artefact: str | Path, *, base: str | Path | None = None) -> Certifica
     """
     path = Path(artefact)
     if not (path / RECORD).is_file():
-        raise AdapterFileError(f"{path} has no {RECORD}; only what loralab wrote can be verified")
+        raise AdapterFileError(
+            f"{path} has no {RECORD}; only what loralab wrote can be verified", code="no_record", field="path"
+        )
     record = read_json(path / RECORD)
     stored = record.get("certificate")
     if not isinstance(stored, Mapping):
-        raise AdapterFileError(f"{path} has no certificate; it was never compared with a model")
+        raise AdapterFileError(
+            f"{path} has no certificate; it was never compared with a model", code="no_certificate", field="path"
+        )
     _require_base(path, record, base)
     with _as_difference(path):
         changed = _changed_files(path, record)
         if changed:
-            raise CertificateError(f"{path}: changed since it was certified: {some(changed)}")
+            raise CertificateError(
+                f"{path}: changed since it was certified: {join_limited(changed)}", code="changed", field=changed[0]
+            )
         reference = replace(Reference.read(path / REFERENCE), device=_device_of(stored))
         certificate = _in_fresh_process(path, reference, base)
     if not certificate.passed:
-        raise CertificateError(_verdict(path, certificate))
+        raise CertificateError(_verdict(path, certificate), code="not_equal", field="artefact")
     return replace(certificate, base=None if base is None else str(base))
 
 
 def _require_base(path: Path, record: Mapping[str, Any], base: str | Path | None) -> None:
     """Refuse an adapter whose base has no folder, and a base for what needs none."""
     if base is not None and not (path / folder.CONFIG).is_file():
-        raise ConfigError(f"{path} is no adapter folder; it is verified without --base", code="no_effect", field="base")
+        raise ConfigError(
+            f"{path} is not an adapter folder; it is verified without --base", code="no_effect", field="base"
+        )
     if base is not None:
-        models.resolve(str(base))
+        resolve(str(base))
     elif record.get("kind") != "model" and sound(record).get("base", {}).get("live"):
         raise AdapterFileError(
             f"{path} was trained on a live model, whose base has no folder; name it with --base",
@@ -132,7 +148,7 @@ def _require_base(path: Path, record: Mapping[str, Any], base: str | Path | None
 
 
 def _device_of(certificate: Mapping[str, Any]) -> str:
-    """The kind of device that was certified on, if there is one here, else the processor."""
+    """Return the kind of device that was certified on, if there is one here, else the processor."""
     here = device_here().type
     return here if certificate.get("device") == here else "cpu"
 
@@ -151,7 +167,7 @@ def _changed_files(path: Path, record: Mapping[str, Any]) -> list[str]:
         now = file_digests(path)
         files: Mapping[str, str] = record["files"]
         if not isinstance(files, Mapping):
-            raise CertificateError(f"{path / RECORD}: files must be an object")
+            raise CertificateError(f"{path / RECORD}: files must be an object", code="invalid_record", field="files")
         changed += [n for n in sorted({*now, *files}) if now.get(n) != files.get(n)]
     else:
         folder.read(path)  # compares the content digest
@@ -160,13 +176,15 @@ def _changed_files(path: Path, record: Mapping[str, Any]) -> list[str]:
 
 @contextmanager
 def _as_difference(path: Path) -> Iterator[None]:
-    """What can no longer be read is no longer what was certified."""
+    """Report what can no longer be read as a difference from what was certified."""
     try:
         yield
     except CertificateError:
         raise
     except (LoralabError, OSError) as error:
-        raise CertificateError(f"{path} is no longer what was certified: {error}") from None
+        raise CertificateError(
+            f"{path} is no longer what was certified: {error}", code="changed", field="path"
+        ) from None
 
 
 def _in_fresh_process(path: Path, reference: Reference, base: str | Path | None = None) -> Certificate:
@@ -184,12 +202,14 @@ def _in_fresh_process(path: Path, reference: Reference, base: str | Path | None 
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         if not answer.is_file():
             lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-            raise CertificateError(f"{path} cannot be loaded in a fresh process: {lines[-1]}")
+            raise CertificateError(
+                f"{path} cannot be loaded in a fresh process: {lines[-1]}", code="cannot_load", field="path"
+            )
         return _read_answer(answer)
 
 
 def _read_answer(file: Path) -> Certificate:
-    """The certificate that the fresh process has written; its warnings are ours."""
+    """Return the certificate that the fresh process has written; its warnings are ours."""
     found = json.loads(file.read_text(encoding="utf-8"))
     for text in found["warnings"]:
         warnings.warn(text, BaseMismatchWarning, stacklevel=3)
@@ -197,7 +217,7 @@ def _read_answer(file: Path) -> Certificate:
 
 
 def _reload(path: Path, device: str, base: str | None) -> tuple[Base, str]:
-    """An artefact as a model on a device, and its precision.
+    """Return an artefact as a model on a device, and its precision.
 
     Args:
         base: of an adapter folder; None is the one that it names.
@@ -208,7 +228,7 @@ def _reload(path: Path, device: str, base: str | None) -> tuple[Base, str]:
             live = load_with_base(unpacked, model=base, device=device)
         return live.base, live.precision
     if (path / folder.CONFIG).is_file():
-        if base is None or models.has_tokenizer(base):
+        if base is None or has_tokenizer(base):
             live = load_with_base(path, model=base, device=device)
         else:
             live = on_base(path, base, device=device)
@@ -242,7 +262,7 @@ def _sha256(file: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def _main(path: str, request: str, answer: str, device: str, base: str | None = None) -> None:
+def _compare_and_write(path: str, request: str, answer: str, device: str, base: str | None = None) -> None:
     """The fresh process: reload, compute, compare, write the verdict."""
     reference = Reference.read(Path(request))
     with warnings.catch_warnings(record=True) as caught:
@@ -264,6 +284,6 @@ def _compared(path: Path, reference: Reference, device: str, base: str | None) -
 
 if __name__ == "__main__":
     try:
-        _main(*sys.argv[1:])
+        _compare_and_write(*sys.argv[1:])
     except LoralabError as failure:
         sys.exit(str(failure))

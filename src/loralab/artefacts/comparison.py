@@ -14,7 +14,7 @@ from loralab.adapters.folder import read_tensors
 from loralab.errors import AdapterFileError
 from loralab.tasks.samples import outputs
 
-KEPT = 64
+STORED_LOGITS = 64
 TOLERANCES: dict[str, dict[str, float]] = {
     # Reloading is the same computation. Merging rounds every weight once, and moved SmolLM2-135M
     # by a relative 3e-6, 4e-3 and 4e-2, with a mean KL of 1e-11, 4e-5 and 2e-3 (docs/findings.md).
@@ -27,7 +27,7 @@ TOLERANCES: dict[str, dict[str, float]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Certificate:
-    """How far an artefact's logits are from the live model's.
+    """Distance between an artefact's logits and the live model's.
 
     `relative_difference` is max |d logit| over the largest |logit|; `mean_kl` in nats, from live
     to reloaded; both over the last positions of the task's own prompts. `device` is the kind of
@@ -48,7 +48,7 @@ class Certificate:
     base: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """All fields, for loralab.json."""
+        """Return all fields, for loralab.json."""
         return asdict(self)
 
 
@@ -87,12 +87,16 @@ class Reference:
             prompts = [tensors[f"prompt.{i}"] for i in range(count)]
             values, indices, total = (tensors[name] for name in ("values", "indices", "total"))
         except KeyError as error:
-            raise AdapterFileError(f"{file} is damaged: it lacks {error}") from None
+            raise AdapterFileError(f"{file} is damaged: it lacks {error}", code="damaged", field="path") from None
         whole = not any(t.is_floating_point() for t in (*prompts, indices))
         if values.ndim != 2 or values.shape != indices.shape or total.shape != values.shape[:1]:
-            raise AdapterFileError(f"{file} is damaged: its tensors do not fit each other")
+            raise AdapterFileError(
+                f"{file} is damaged: its tensors do not fit each other", code="damaged", field="path"
+            )
         if not whole or any(t.ndim != 1 for t in prompts):
-            raise AdapterFileError(f"{file} is damaged: prompts and indices must be whole numbers")
+            raise AdapterFileError(
+                f"{file} is damaged: prompts and indices must be whole numbers", code="damaged", field="path"
+            )
         return Reference(prompts=[t.tolist() for t in prompts], values=values, indices=indices.long(), total=total)
 
 
@@ -112,7 +116,7 @@ def logits_of(model: nn.Module, prompts: Sequence[Sequence[int]], kind: str, tok
 
 
 def reference_of(model: nn.Module, prompts: Sequence[Sequence[int]], kind: str, tokenizer: Any = None) -> Reference:
-    """All logits of a live model on some prompts."""
+    """Return all logits of a live model on some prompts."""
     logits = logits_of(model, prompts, kind, tokenizer)
     indices = torch.arange(logits.shape[1]).expand(logits.shape).contiguous()
     total = logits.double().logsumexp(dim=1)
@@ -126,7 +130,7 @@ def reference_of(model: nn.Module, prompts: Sequence[Sequence[int]], kind: str, 
 
 
 def compare(reference: Reference, logits: Tensor, precision: str, device: str = "cpu") -> Certificate:
-    """The verdict on logits (P, V), found on a device, that should be those of the reference."""
+    """Return the verdict on logits (P, V), found on a device, that should be those of the reference."""
     values = reference.values.double()
     found = logits.double().gather(1, reference.indices)
     difference = float((found - values).abs().max())

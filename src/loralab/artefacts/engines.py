@@ -1,4 +1,4 @@
-"""What other engines make of an adapter: said before anything is written.
+"""Check whether other engines can use an adapter, before anything is written.
 
 Sources: vLLM 0.32 (`lora/peft_helper.py`, `lora/lora_model.py`), llama.cpp (`llama-adapter.cpp`,
 `convert_lora_to_gguf.py`), peft 0.21.
@@ -18,25 +18,31 @@ from loralab.adapters.folder import AdapterFolder
 from loralab.adapters.multihead import MultiheadAttentionWithLoRA
 from loralab.adapters.registry import spec_of, spec_of_file
 from loralab.artefacts.gguf_adapter import FAMILIES
-from loralab.artefacts.live import load_with_base
+from loralab.artefacts.loaded_adapter import load_with_base
 from loralab.artefacts.updates import ENDINGS, Update, is_uniform, updates
-from loralab.errors import ConfigError, ModelError, nearest, some
+from loralab.errors import ConfigError, ModelError, join_limited, nearest
 from loralab.models import load as models
 from loralab.models.gguf_blocks import LAYERS
 from loralab.models.kinds import CAUSAL
 
 EXPORT, MERGE, NONE = "export", "merge", "none"
-RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM's --max-lora-rank may be, but for 1
-USUAL_RANK = 16  # of vLLM, where nothing is said
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM's --max-lora-rank may be, but for 1
+VLLM_DEFAULT_RANK = 16  # of vLLM, where nothing is said
 # language models of vLLM 0.32 that take no adapters, and those that take them on the embedding
 WITHOUT_LORA = ("GPT2LMHeadModel", "GPTJForCausalLM", "BloomForCausalLM", "FalconForCausalLM", "StableLmForCausalLM")
-EMBEDDING = ("LlamaForCausalLM", "MistralForCausalLM", "MixtralForCausalLM", "Qwen3ForCausalLM", "GraniteForCausalLM")
+WITH_EMBEDDING_LORA = (
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "MixtralForCausalLM",
+    "Qwen3ForCausalLM",
+    "GraniteForCausalLM",
+)
 OUT_B = "base_layer.out_proj.lora_B.weight"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Incompatibility:
-    """What an engine would refuse or leave out.
+    """Property of an adapter that an engine would refuse or leave out.
 
     `remedy` is "export" (`loralab export` writes what it takes), "merge" (a merged model has
     it), or "none".
@@ -48,7 +54,7 @@ class Incompatibility:
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """All that stands between an adapter and an engine; `notes` are no obstacles."""
+    """All that stands between an adapter and an engine; `notes` are not obstacles."""
 
     target: str
     obstacles: tuple[Incompatibility, ...]
@@ -56,29 +62,29 @@ class Verdict:
 
     @property
     def as_it_is(self) -> bool:
-        """Tell whether nothing does."""
+        """Return whether nothing does."""
         return not self.obstacles
 
     @property
     def lasting(self) -> list[str]:
-        """What an export cannot take away either."""
+        """Return what an export cannot remove either."""
         return [one.what for one in self.obstacles if one.remedy != EXPORT]
 
     def to_json(self) -> dict[str, Any]:
-        """All of it."""
+        """Return all of it."""
         return {**asdict(self), "as_it_is": self.as_it_is}
 
 
 @dataclass(frozen=True, kw_only=True)
 class BaseInfo:
-    """What is known of a base from its configuration alone; None is not known."""
+    """Facts about a base from its configuration alone; None is not known."""
 
     architecture: str | None = None
     tied: bool | None = None
 
 
 def check(adapter: str | Path, *, target: str, model: Any = None) -> Verdict:
-    """What an engine would refuse or ignore of an adapter. Nothing is written.
+    """Check what an engine would refuse or ignore of an adapter; write nothing.
 
     Args:
         target: "vllm", "gguf" (llama.cpp) or "peft".
@@ -92,13 +98,17 @@ def check(adapter: str | Path, *, target: str, model: Any = None) -> Verdict:
     """
     if target not in ENGINES:
         hint = nearest(target, ENGINES)
-        raise ConfigError(f"there is no check for {target!r}, only for {', '.join(ENGINES)}{hint}")
+        raise ConfigError(
+            f"there is no check for {target!r}, only for {', '.join(ENGINES)}{hint}",
+            code="unknown_target",
+            field="target",
+        )
     return _checked(folder.read(adapter), target, model)
 
 
-def judge(stored: AdapterFolder, target: str, facts: BaseInfo) -> Verdict:
-    """The verdict on a folder that was read, for a base that is known."""
-    return ENGINES[target](stored, facts)
+def check_folder(stored: AdapterFolder, target: str, base_info: BaseInfo) -> Verdict:
+    """Return the verdict on a folder that was read, for a base that is known."""
+    return ENGINES[target](stored, base_info)
 
 
 def require(adapter: str | Path, target: str, model: Any) -> AdapterFolder:
@@ -113,12 +123,16 @@ def require(adapter: str | Path, target: str, model: Any) -> AdapterFolder:
         merged = any(one.remedy == MERGE for one in verdict.obstacles)
         blocked = any(one.remedy == NONE for one in verdict.obstacles)
         way = "; `loralab merge` writes a model that has it" if merged and not blocked else ""
-        raise ConfigError(f"{adapter} cannot be written for {target}: {some(lasting)}{way}")
+        raise ConfigError(
+            f"{adapter} cannot be written for {target}: {join_limited(lasting)}{way}",
+            code="not_exportable",
+            field="target",
+        )
     return stored
 
 
-def facts(model: Any) -> BaseInfo:
-    """What a base is, a live one or one by name, without its weights.
+def read_base_info(model: Any) -> BaseInfo:
+    """Return the facts about a base, a live one or one by name, without its weights.
 
     Raises:
         ModelError: it does not exist.
@@ -130,12 +144,12 @@ def facts(model: Any) -> BaseInfo:
 
 
 def allowed_rank(rank: int) -> int:
-    """The least --max-lora-rank of vLLM that holds a rank of at most 512."""
-    return next(own for own in RANKS if own >= rank)
+    """Return the least --max-lora-rank of vLLM that holds a rank of at most 512."""
+    return next(own for own in VLLM_RANKS if own >= rank)
 
 
 def differs_in_peft(adapter: Adapter) -> list[str]:
-    """What peft would compute in another way than here."""
+    """Return the computations of an adapter that peft would do differently."""
     reasons = []
     for name, module in adapter.modules.items():
         if isinstance(module, ConvWithLoRA) and module.base.groups > 1:
@@ -147,69 +161,69 @@ def differs_in_peft(adapter: Adapter) -> list[str]:
     return reasons
 
 
-def _vllm(stored: AdapterFolder, facts: BaseInfo) -> Verdict:
-    found = [*_beyond_updates(stored, "vLLM"), *_vllm_base(stored, facts)]
+def _vllm(stored: AdapterFolder, base_info: BaseInfo) -> Verdict:
+    found = [*_beyond_updates(stored, "vLLM"), *_vllm_base(stored, base_info)]
     own = updates(stored)
     rank = max((one.rank for one in own), default=0)
-    if rank > RANKS[-1]:
-        found.append(Incompatibility(what=f"rank {rank}; vLLM's largest is {RANKS[-1]}", remedy=MERGE))
-    if own and _embedding(own) and facts.architecture not in EMBEDDING:
-        base = facts.architecture or "a base that is not known here"
+    if rank > VLLM_RANKS[-1]:
+        found.append(Incompatibility(what=f"rank {rank}; vLLM's largest is {VLLM_RANKS[-1]}", remedy=MERGE))
+    if own and _embedding(own) and base_info.architecture not in WITH_EMBEDDING_LORA:
+        base = base_info.architecture or "a base that is not known here"
         found.append(Incompatibility(what=f"an embedding or head of {base} is updated", remedy=MERGE))
     if own and not is_uniform(stored):
         found.append(Incompatibility(what=_uneven(stored), remedy=EXPORT))
     notes = []
-    if USUAL_RANK < rank <= RANKS[-1]:
+    if VLLM_DEFAULT_RANK < rank <= VLLM_RANKS[-1]:
         notes.append(f"rank {rank}: start vLLM with --max-lora-rank {allowed_rank(rank)}")
-    if not facts.architecture:
+    if not base_info.architecture:
         notes.append("the base was not found, so whether vLLM can adapt it was not looked at")
     return Verdict(target="vllm", obstacles=tuple(found), notes=tuple(notes))
 
 
-def _vllm_base(stored: AdapterFolder, facts: BaseInfo) -> list[Incompatibility]:
+def _vllm_base(stored: AdapterFolder, base_info: BaseInfo) -> list[Incompatibility]:
     found = []
     if how := _packed(stored, ("nf4", "gguf")):
         what = f"trained on a base packed as {how}, which vLLM's base is not"
         found.append(Incompatibility(what=what, remedy=MERGE))
-    if facts.architecture in WITHOUT_LORA:
-        found.append(Incompatibility(what=f"vLLM adapts no {facts.architecture}", remedy=MERGE))
+    if base_info.architecture in WITHOUT_LORA:
+        found.append(Incompatibility(what=f"vLLM adapts no {base_info.architecture}", remedy=MERGE))
     kind = stored.record.get("base", {}).get("kind") or CAUSAL
     if kind != CAUSAL:
         found.append(Incompatibility(what=f"the base is of kind {kind}, and no language model", remedy=NONE))
     return found
 
 
-def _gguf(stored: AdapterFolder, facts: BaseInfo) -> Verdict:
+def _gguf(stored: AdapterFolder, base_info: BaseInfo) -> Verdict:
     found = _beyond_updates(stored, "llama.cpp")
     if how := _packed(stored, ("nf4",)):
         what = f"trained on a base packed as {how}, which llama.cpp's base is not"
         found.append(Incompatibility(what=what, remedy=MERGE))
-    if facts.architecture and facts.architecture not in FAMILIES:
-        what = f"the rows of {facts.architecture} in a GGUF file are not known here"
-        found.append(Incompatibility(what=f"{what}, only those of {some(FAMILIES)}", remedy=MERGE))
+    if base_info.architecture and base_info.architecture not in FAMILIES:
+        what = f"the rows of {base_info.architecture} in a GGUF file are not known here"
+        found.append(Incompatibility(what=f"{what}, only those of {join_limited(FAMILIES)}", remedy=MERGE))
     own = updates(stored)
     if any(one.ending == ".lora_embedding_A" for one in own):
         found.append(Incompatibility(what="the embedding is updated", remedy=MERGE))
-    if any(one.path == "lm_head" for one in own) and facts.tied is not False:
+    if any(one.path == "lm_head" for one in own) and base_info.tied is not False:
         what = "the head is updated, which has no weight of its own in llama.cpp if it is tied"
         found.append(Incompatibility(what=what, remedy=MERGE))
     found += _strange(own)
     notes = ["llama.cpp reads a file: `loralab export --to gguf` writes it"] if not found else []
-    if not facts.architecture:
+    if not base_info.architecture:
         notes.append("the base was not found, so whether its rows are known was not looked at")
     return Verdict(target="gguf", obstacles=tuple(found), notes=tuple(notes))
 
 
 def _strange(own: Iterable[Update]) -> list[Incompatibility]:
-    """Layers that have no name in a GGUF file."""
+    """Return layers that have no name in a GGUF file."""
     names = [one.path for one in own if one.ending == ".lora_A.weight" and one.path != "lm_head"]
     known = tuple(f".{name}" for name in LAYERS.values())
     if strange := [name for name in names if not name.endswith(known)]:
-        return [Incompatibility(what=f"no name in a GGUF file for {some(strange, 3)}", remedy=MERGE)]
+        return [Incompatibility(what=f"no name in a GGUF file for {join_limited(strange, 3)}", remedy=MERGE)]
     return []
 
 
-def _peft(stored: AdapterFolder, facts: BaseInfo) -> Verdict:
+def _peft(stored: AdapterFolder, base_info: BaseInfo) -> Verdict:
     kind = stored.fields.get("peft_type")
     if not spec_of_file(kind).in_peft:
         what = f"peft has no method {kind}"
@@ -223,7 +237,7 @@ def _peft(stored: AdapterFolder, facts: BaseInfo) -> Verdict:
 
 
 def _beyond_updates(stored: AdapterFolder, engine: str) -> list[Incompatibility]:
-    """What is there beside low-rank updates of linear layers and embeddings."""
+    """Return what an adapter has beside low-rank updates of linear layers and embeddings."""
     config = stored.config
     if not spec_of(config).low_rank:
         kind = type(config).__name__
@@ -233,7 +247,7 @@ def _beyond_updates(stored: AdapterFolder, engine: str) -> list[Incompatibility]
     if config.dora:
         found.append("DoRA's lengths of rows")
     if config.modules_to_save:
-        found.append(f"modules trained in full ({some(config.modules_to_save)})")
+        found.append(f"modules trained in full ({join_limited(config.modules_to_save)})")
     if config.token_rows:
         found.append(f"{len(config.token_rows)} trained rows of the embedding")
     low_rank = (*ENDINGS, *ENDINGS.values())
@@ -254,7 +268,7 @@ def _embedding(own: Iterable[Update]) -> bool:
 
 
 def _packed(stored: AdapterFolder, others: tuple[str, ...]) -> str:
-    """How the base was packed in training, if the engine's is not."""
+    """Return how the base was packed in training, if the engine's is not."""
     how = str(stored.record.get("base", {}).get("quantize", "none"))
     return how if how in others else ""
 
@@ -267,17 +281,17 @@ def _uneven(stored: AdapterFolder) -> str:
 
 
 def _checked(stored: AdapterFolder, target: str, model: Any) -> Verdict:
-    return judge(stored, target, _facts_of(stored, model))
+    return check_folder(stored, target, _base_info_of(stored, model))
 
 
-def _facts_of(stored: AdapterFolder, model: Any) -> BaseInfo:
+def _base_info_of(stored: AdapterFolder, model: Any) -> BaseInfo:
     """The base that was given, or that the folder names where it can be found."""
     if model is not None and model != "":
-        return facts(model)
+        return read_base_info(model)
     record = stored.record.get("base", {})
     name = record.get("name") or stored.fields.get("base_model_name_or_path")
     try:
-        return facts(str(name)) if name else BaseInfo()
+        return read_base_info(str(name)) if name else BaseInfo()
     except ModelError:
         return BaseInfo(architecture=record.get("architecture"))
 

@@ -1,4 +1,4 @@
-"""What an adapter can be turned into, each with its certificate."""
+"""Export an adapter to another format, with its certificate."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,11 +14,11 @@ from loralab.artefacts import gguf_adapter
 from loralab.artefacts.certificate import compare_afresh, file_digests
 from loralab.artefacts.comparison import Certificate, reference_of
 from loralab.artefacts.engines import differs_in_peft, require
-from loralab.artefacts.live import LoadedAdapter, load_with_base, sample_of
-from loralab.artefacts.merge import merge, unproved
-from loralab.artefacts.temporary import base_folder
+from loralab.artefacts.loaded_adapter import LoadedAdapter, load_with_base, sample_of
+from loralab.artefacts.merge import merge, proven_output
+from loralab.artefacts.temporary_base import base_folder
 from loralab.artefacts.updates import uniform
-from loralab.errors import CertificateError, ConfigError, nearest, some
+from loralab.errors import CertificateError, ConfigError, join_limited, nearest
 from loralab.models.load import configuration
 
 Record = dict[str, Any]
@@ -73,11 +73,15 @@ def _to_peft(adapter: Path, output: Path, base: _Base) -> Certificate:
     atomic.require_free(output)
     kind = read_json(adapter / CONFIG).get("peft_type") if (adapter / CONFIG).is_file() else None
     if kind is not None and not spec_of_file(kind).in_peft:
-        raise ConfigError(f"peft has no method {kind}, so {adapter} cannot be written for it")
+        raise ConfigError(
+            f"peft has no method {kind}, so {adapter} cannot be written for it", code="not_in_peft", field="method"
+        )
     live = base.with_adapter(adapter)
     if reasons := differs_in_peft(live.adapter):
-        raise ConfigError(f"peft cannot express {adapter}: {some(reasons)}")
-    return _proven(live, output, live.adapter.save)
+        raise ConfigError(
+            f"peft cannot express {adapter}: {join_limited(reasons)}", code="not_in_peft", field="adapter"
+        )
+    return _certified(live, output, live.adapter.save)
 
 
 def _to_vllm(adapter: Path, output: Path, base: _Base) -> Certificate:
@@ -86,7 +90,7 @@ def _to_vllm(adapter: Path, output: Path, base: _Base) -> Certificate:
     fields, tensors = uniform(require(adapter, "vllm", base.model))
     live = base.with_adapter(adapter)
     fields["base_model_name_or_path"] = live.base.recorded["name"]
-    return _proven(live, output, lambda place, record: folder.write(place, fields, tensors, record))
+    return _certified(live, output, lambda place, record: folder.write(place, fields, tensors, record))
 
 
 def _to_gguf(adapter: Path, output: Path, base: _Base) -> Certificate:
@@ -94,7 +98,9 @@ def _to_gguf(adapter: Path, output: Path, base: _Base) -> Certificate:
     if output.suffix == ".gguf":
         raise ConfigError(
             f"{output} would be a folder, with {gguf_adapter.FILE} and its certificate in it; "
-            f"name it {output.with_suffix('')}"
+            f"name it {output.with_suffix('')}",
+            code="output_is_folder",
+            field="output",
         )
     atomic.require_free(output)
     stored = require(adapter, "gguf", base.model)
@@ -108,14 +114,14 @@ def _to_gguf(adapter: Path, output: Path, base: _Base) -> Certificate:
             content["files"] = file_digests(partial)
             folder.write_json(partial / RECORD, content)
 
-    return _proven(live, output, write)
+    return _certified(live, output, write)
 
 
 def _to_merged(adapter: Path, output: Path, base: _Base) -> Certificate:
     return merge(adapter, output, model=base.model, tokenizer=base.tokenizer, precision=base.precision)
 
 
-def _proven(live: LoadedAdapter, output: Path, write: Callable[[Path, Record], object]) -> Certificate:
+def _certified(live: LoadedAdapter, output: Path, write: Callable[[Path, Record], object]) -> Certificate:
     """Write a folder, compare it in a fresh process, and give it its name if it passed."""
     base, stored = live.base, live.stored.record
     reference = reference_of(base.model, sample_of(stored, base), base.kind, base.tokenizer)
@@ -125,11 +131,13 @@ def _proven(live: LoadedAdapter, output: Path, write: Callable[[Path, Record], o
         **base.recorded,
         "precision": live.precision,
     }
-    with unproved(output) as rejected, base_folder(base) as copied:
+    with proven_output(output) as rejected, base_folder(base) as copied:
         write(rejected, record)
         certificate = compare_afresh(rejected, reference, copied)
         if not certificate.passed:
-            raise CertificateError(f"the exported adapter differs; it is left in {rejected}")
+            raise CertificateError(
+                f"the exported adapter differs; it is left in {rejected}", code="not_equal", field="artefact"
+            )
     return certificate
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from loralab.adapters.folder import AdapterFolder
 from loralab.adapters.peft_fields import PREFIX
-from loralab.artefacts.updates import scaled, updates
+from loralab.artefacts.updates import scale_exactly, updates
 from loralab.errors import AdapterFileError, ConfigError
 from loralab.models.gguf_blocks import LAYERS, row_order
 
@@ -49,7 +49,7 @@ def write(file: Path, stored: AdapterFolder, config: Any) -> None:
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
     for one in found:
         name = _their_name(one.path)
-        B = scaled(one.B, one.factor * one.rank / alpha).float()
+        B = scale_exactly(one.B, one.factor * one.rank / alpha).float()
         order = row_order(family, config, name.split(".")[-2], len(B))
         if order is not None:
             B = B[order.argsort()]
@@ -62,7 +62,7 @@ def write(file: Path, stored: AdapterFolder, config: Any) -> None:
 
 
 def read(file: Path, config: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What a file holds, as peft's fields and tensors.
+    """Read a file as peft's fields and tensors.
 
     Args:
         config: transformers' configuration of the base.
@@ -76,7 +76,7 @@ def read(file: Path, config: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
         alpha = float(reader.fields["adapter.lora.alpha"].contents())
         family = str(reader.fields["general.architecture"].contents())
     except (OSError, ValueError, KeyError, IndexError) as error:
-        raise AdapterFileError(f"{file} cannot be read as an adapter: {error}") from None
+        raise AdapterFileError(f"{file} cannot be read as an adapter: {error}", code="damaged", field="path") from None
     tensors, ranks = {}, {}
     for found in reader.tensors:
         name, _, end = found.name.rpartition(".")
@@ -122,5 +122,7 @@ def _gguf() -> Any:
     try:
         import gguf
     except ImportError:
-        raise ConfigError("a GGUF file needs the package gguf: pip install 'loralab[gguf]'") from (None)
+        raise ConfigError(
+            "a GGUF file needs the package gguf: pip install 'loralab[gguf]'", code="not_installed", field="gguf"
+        ) from (None)
     return gguf

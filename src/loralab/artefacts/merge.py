@@ -16,10 +16,10 @@ from loralab.adapters.record import FORMAT
 from loralab.artefacts import requantize
 from loralab.artefacts.certificate import compare_afresh, file_digests
 from loralab.artefacts.comparison import Certificate, reference_of
-from loralab.artefacts.live import LoadedAdapter, load_with_base, sample_of
+from loralab.artefacts.loaded_adapter import LoadedAdapter, load_with_base, sample_of
 from loralab.errors import CertificateError, ConfigError
-from loralab.models.load import quiet
 from loralab.models.quantize import dequantize
+from loralab.models.source import quiet
 from loralab.values import check_choice
 
 REJECTED = ".rejected"
@@ -59,7 +59,7 @@ def merge(
     packs = quantize == "nf4"
     live = load_with_base(adapter, model=model, tokenizer=tokenizer, precision=precision)
     if reason := live.adapter.reason_not_to_merge():
-        raise ConfigError(f"{adapter}: {reason}")
+        raise ConfigError(f"{adapter}: {reason}", code="cannot_merge", field="adapter")
     base = live.base
     prompts = sample_of(live.stored.record, base)
     reference = reference_of(base.model, prompts, base.kind, base.tokenizer)
@@ -72,7 +72,7 @@ def merge(
         # what is written is compared with what was packed: that differs from the unpacked model
         requantize.pack(plain)
         reference = reference_of(plain, prompts, base.kind, base.tokenizer)
-    with unproved(output) as rejected:
+    with proven_output(output) as rejected:
         with atomic.new_folder(rejected) as place:
             _write_model(live, plain, place, kept)
         certificate = compare_afresh(rejected, reference)
@@ -80,13 +80,15 @@ def merge(
             raise CertificateError(
                 f"the merged model differs from the unmerged one (relative logit difference "
                 f"{certificate.relative_difference:.2e}, mean KL {certificate.mean_kl:.2e}, top-1 "
-                f"agreement {certificate.top1_agreement:.3f}); it is left in {rejected}"
+                f"agreement {certificate.top1_agreement:.3f}); it is left in {rejected}",
+                code="not_equal",
+                field="artefact",
             )
     return certificate
 
 
 @contextlib.contextmanager
-def unproved(output: Path) -> Iterator[Path]:
+def proven_output(output: Path) -> Iterator[Path]:
     """The place of an artefact until the block ends: then it gets its final name.
 
     One that raises a CertificateError is left there to be looked at; of any other nothing is left.

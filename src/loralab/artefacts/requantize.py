@@ -13,9 +13,9 @@ from torch import Tensor
 from loralab.adapters.adapter import Adapter
 from loralab.adapters.bases import dense_weight, is_linear
 from loralab.errors import CertificateError
-from loralab.models.quantize import HEADS, QuantizedLinear, quantize, retained
+from loralab.models.quantize import UNQUANTIZED_HEADS, QuantizedLinear, quantize, retained_share
 
-LEAST = 0.9  # of an update that must survive
+MIN_RETENTION = 0.9  # of an update that must survive
 NF4_CONFIG = {
     "quant_method": "bitsandbytes",
     "load_in_4bit": True,
@@ -23,19 +23,19 @@ NF4_CONFIG = {
     "bnb_4bit_use_double_quant": True,
     "bnb_4bit_compute_dtype": "bfloat16",
     "bnb_4bit_quant_storage": "uint8",
-    "llm_int8_skip_modules": list(HEADS),
+    "llm_int8_skip_modules": list(UNQUANTIZED_HEADS),
 }
 
 
 def retention(adapter: Adapter) -> dict[str, float]:
-    """The part of each linear layer's update that NF4 keeps: 1 is all of it, 0 nothing."""
+    """Return the part of each linear layer's update that NF4 keeps: 1 is all of it, 0 nothing."""
     kept = {}
     for name, module in adapter.modules.items():
         if is_linear(module.original):
             before = dense_weight(module.original).float()
             total: Tensor = module.merged_tensors()["weight"]
             after = total.T if getattr(module, "transposed", False) else total
-            kept[name] = retained(before, after.detach().float())
+            kept[name] = retained_share(before, after.detach().float())
     return kept
 
 
@@ -48,12 +48,14 @@ def require_retention(kept: Mapping[str, float]) -> None:
     if not kept:
         return
     name = min(kept, key=lambda key: kept[key])
-    if kept[name] < LEAST:
+    if kept[name] < MIN_RETENTION:
         values = sorted(kept.values())
         raise CertificateError(
             f"4 bits would keep {kept[name]:.0%} of the update in {name} (median over "
-            f"{len(values)} layers: {values[len(values) // 2]:.0%}; at least {LEAST:.0%} is asked "
-            "for); leave --quantize out for a 16-bit model, or --force it"
+            f"{len(values)} layers: {values[len(values) // 2]:.0%}; at least {MIN_RETENTION:.0%} is asked "
+            "for); leave --quantize out for a 16-bit model, or --force it",
+            code="update_lost",
+            field="quantize",
         )
 
 
@@ -76,7 +78,7 @@ def save(model: Any, place: Path) -> None:
 
 
 def _without_ties(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Each storage once: a tied head is made again from the embedding."""
+    """Return each storage once: a tied head is made again from the embedding."""
     seen: set[int] = set()
     kept = {}
     for name, tensor in tensors.items():

@@ -21,7 +21,7 @@ from loralab.errors import AdapterFileError
 
 ENDINGS = {".lora_A.weight": ".lora_B.weight", ".lora_embedding_A": ".lora_embedding_B"}
 SELECTING = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
-TOLD = ("task_type", "base_model_name_or_path", "revision", "fan_in_fan_out", *SELECTING)
+COPIED_FIELDS = ("task_type", "base_model_name_or_path", "revision", "fan_in_fan_out", *SELECTING)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -45,7 +45,7 @@ class Update:
 
 
 def updates(stored: AdapterFolder) -> list[Update]:
-    """All low-rank updates, by path; none of a method without any.
+    """Return all low-rank updates, by path; none of a method without any.
 
     Raises:
         AdapterFileError: an A has no B.
@@ -60,14 +60,14 @@ def updates(stored: AdapterFolder) -> list[Update]:
         path = key.removeprefix(PREFIX).removesuffix(ending)
         B = stored.tensors.get(f"{PREFIX}{path}{ENDINGS[ending]}")
         if B is None:
-            raise AdapterFileError(f"{stored.path} has an A but no B for {path}")
+            raise AdapterFileError(f"{stored.path} has an A but no B for {path}", code="missing_tensor", field="path")
         factor = stored.config.for_module(path).factor
         found.append(Update(path=path, ending=ending, A=A, B=B, factor=factor))
     return found
 
 
 def is_uniform(stored: AdapterFolder) -> bool:
-    """Tell whether `r` and `lora_alpha` alone say what every update is, under peft's LORA."""
+    """Return whether `r` and `lora_alpha` alone say what every update is, under peft's LORA."""
     found = updates(stored)
     alike = {(one.rank, one.factor) for one in found}
     named = stored.fields.get("peft_type") == "LORA" and stored.fields.get("r", 8) == max(
@@ -88,12 +88,12 @@ def uniform(stored: AdapterFolder) -> tuple[dict[str, Any], dict[str, Tensor]]:
     tensors = {}
     for one in found:
         tensors[f"{PREFIX}{one.path}{one.ending}"] = _padded(one.A, rank, dim=0)
-        B = scaled(one.B, one.factor / usual)
+        B = scale_exactly(one.B, one.factor / usual)
         tensors[f"{PREFIX}{one.path}{ENDINGS[one.ending]}"] = _padded(B, rank, dim=1)
     return _fields(stored, rank, usual * rank), tensors
 
 
-def scaled(B: Tensor, factor: float) -> Tensor:
+def scale_exactly(B: Tensor, factor: float) -> Tensor:
     """factor * B, in fp32; B itself where the factor is 1."""
     return B if math.isclose(factor, 1, rel_tol=1e-12) else factor * B.float()
 
@@ -105,7 +105,7 @@ def _padded(tensor: Tensor, rank: int, dim: int) -> Tensor:
 
 
 def _fields(stored: AdapterFolder, rank: int, alpha: float) -> dict[str, Any]:
-    told: Mapping[str, Any] = {name: stored.fields.get(name) for name in TOLD}
+    told: Mapping[str, Any] = {name: stored.fields.get(name) for name in COPIED_FIELDS}
     # AdaLoRA prunes whole modules, which it still names
     if stored.fields.get("peft_type") != "LORA":
         told = {**told, **dict.fromkeys(SELECTING), "target_modules": stored.config.target_modules}

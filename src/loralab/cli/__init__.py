@@ -43,7 +43,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _ended(error: BaseException) -> int:
-    """What an error says to the user, and its exit code."""
+    """Print an error for the user and return its exit code."""
     if isinstance(error, BrokenPipeError):
         sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115  (nobody reads on)
         return 0

@@ -1,4 +1,4 @@
-"""What commands take: the types of their arguments, and fields from a file and the command line."""
+"""Arguments of commands: their types, and fields from a file and the command line."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,7 +8,7 @@ import typer
 
 from loralab.adapters.registry import built_in, method_named, specs
 from loralab.cli.options import build, pairs, require_known
-from loralab.errors import ConfigError, LoralabError, shown
+from loralab.errors import ConfigError, LoralabError, format_value
 from loralab.studies.fields import from_toml
 from loralab.training.settings import Training
 from loralab.values import read_toml
@@ -30,14 +30,14 @@ MethodName = Annotated[str | None, typer.Option(help=f"one of: {', '.join(NAMES)
 
 
 def given_fields(config: Path | None, typed: Mapping[str, Any] | None, **own: str | None) -> dict[str, Any]:
-    """The configuration file, overridden by what was typed."""
+    """Return the configuration file, overridden by what was typed."""
     fields = {*own, "output_dir", *field_names()}
     stored = from_toml(config, fields) if config is not None else {}
     return {**stored, **(typed or {}), **{k: v for k, v in own.items() if v is not None}}
 
 
 def requested(given: Mapping[str, Any], config: Path | None = None) -> dict[str, Any]:
-    """What train() and plan() take.
+    """Return the arguments of train() and plan().
 
     Args:
         config: a file that some of it is from, for errors.
@@ -56,10 +56,12 @@ def requested(given: Mapping[str, Any], config: Path | None = None) -> dict[str,
 
 def _requested(given: Mapping[str, Any]) -> dict[str, Any]:
     if "data" not in given:
-        raise ConfigError("give --data: a task name, a file, a folder or a hub id")
+        raise ConfigError("give --data: a task name, a file, a folder or a hub id", code="missing_option", field="data")
     for name in ("model", "data", "method", "output_dir"):
         if not isinstance(given.get(name, ""), str):
-            raise ConfigError(f"{name} must be a text, got {shown(given[name])}")
+            raise ConfigError(
+                f"{name} must be a text, got {format_value(given[name])}", code="invalid_value", field=name
+            )
     spec, implied = method_named(str(given.get("method", "lora")))
     given = {**implied, **given}
     others = [other.config for other in specs().values() if other is not spec]
@@ -83,7 +85,7 @@ def method_in(config: str | None) -> str | None:
 
 
 def field_names() -> set[str]:
-    """The fields of all methods and of Training."""
+    """Return the fields of all methods and of Training."""
     from dataclasses import fields
 
     configs = (*(spec.config for spec in specs().values()), Training)

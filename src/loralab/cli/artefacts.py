@@ -59,7 +59,7 @@ def check(
     model: Model = None,
     json_: Json = False,
 ) -> None:
-    """What another engine would refuse or leave out of an adapter; 0 if nothing."""
+    """Check what another engine would refuse or leave out of an adapter; exit 0 if nothing."""
     from loralab.artefacts.engines import check as run_check
 
     verdict = run_check(adapter, target=target, model=model)

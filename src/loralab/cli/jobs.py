@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from loralab.cli.arguments import field_names, requested
 from loralab.cli.progress import LINES, duration
 from loralab.cli.tables import print_json, run_json, show_run
-from loralab.errors import ConfigError, LoralabError, shown
+from loralab.errors import ConfigError, LoralabError, format_value
 from loralab.training.jobs import TrainJob, of_job, read_jobs
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def _show(found: Sequence[Mapping[str, Any]], as_json: bool) -> None:
     """All jobs' results; nothing, where another process shows them."""
     from loralab.training.world import world
 
-    if not world().first:
+    if not world().is_main:
         return
     if as_json:
         print_json({"jobs": found})
@@ -55,14 +55,20 @@ def _show(found: Sequence[Mapping[str, Any]], as_json: bool) -> None:
 
 
 def _jobs(file: Path, output_dir: Path | None, typed: Mapping[str, Any]) -> list[TrainJob]:
-    """The jobs of a file; what was typed overrides the common fields, and a job's own both."""
+    """Return the jobs of a file; what was typed overrides the common fields, and a job's own both."""
     fields = {"model", "data", "method", "map", *field_names()}
     common, own = read_jobs(file, fields)
     parent = output_dir or common.pop("output_dir", None)
     if parent is None:
-        raise ConfigError(f"give --output-dir or, in {file}, output_dir: the folder of all jobs")
+        raise ConfigError(
+            f"give --output-dir or, in {file}, output_dir: the folder of all jobs",
+            code="missing_option",
+            field="output_dir",
+        )
     if not isinstance(parent, str | Path):
-        raise ConfigError(f"{file}: output_dir must be a text, got {shown(parent)}")
+        raise ConfigError(
+            f"{file}: output_dir must be a text, got {format_value(parent)}", code="invalid_value", field="output_dir"
+        )
     common.pop("output_dir", None)
     jobs = []
     for name, given in own.items():
@@ -76,7 +82,7 @@ def _jobs(file: Path, output_dir: Path | None, typed: Mapping[str, Any]) -> list
 
 
 def _result(name: str, outcome: "Outcome") -> dict[str, Any]:
-    """A run with its certificate, or why there is none."""
+    """Return a run with its certificate, or why there is none."""
     if isinstance(outcome, LoralabError):
         return {"name": name, "error": str(outcome)}
     return {"name": name, **run_json(outcome)}

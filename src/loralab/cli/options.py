@@ -15,8 +15,8 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 import typer
 
-from loralab.errors import ConfigError, some
-from loralab.values import configured, split_pair, split_parts
+from loralab.errors import ConfigError, join_limited
+from loralab.values import build_config, split_pair, split_parts
 
 Config = type[Any]
 _hints: Any = cache(partial(get_type_hints, include_extras=True))  # a good part of the time of --help
@@ -46,7 +46,7 @@ def with_options(*configs: Config) -> Callable[[Callable[..., None]], Callable[.
                 return
             used[:] = [*more, *configs]
             names = dict.fromkeys(f.name for config in more for f in fields(config))
-            names |= dict.fromkeys(name for config in configs for name in _told(config))
+            names |= dict.fromkeys(name for config in configs for name in _option_names(config))
             added = [_parameter(name, used) for name in names if name not in taken]
             run.__signature__ = inspect.Signature([*own, *added])  # type: ignore[attr-defined]
             run.__annotations__ = {p.name: p.annotation for p in (*own, *added)}
@@ -60,9 +60,9 @@ def with_options(*configs: Config) -> Callable[[Callable[..., None]], Callable[.
 
 
 def build(config: Config, values: Mapping[str, Any]) -> Any:
-    """A configuration from the values that are its fields."""
+    """Return a configuration from the values that are its fields."""
     names = {f.name for f in fields(config)}
-    return configured(config, {name: value for name, value in values.items() if name in names})
+    return build_config(config, {name: value for name, value in values.items() if name in names})
 
 
 def require_known(values: Iterable[str], configs: tuple[Config, ...], others: Any, of: str) -> None:
@@ -75,8 +75,8 @@ def require_known(values: Iterable[str], configs: tuple[Config, ...], others: An
     foreign = {f.name for config in others for f in fields(config)} - names
     for name in values:
         if name in foreign:
-            own = some(map(_flag, sorted(f.name for f in fields(configs[0]))), 20)
-            raise ConfigError(f"{_flag(name)} is no option of {of}, which has {own}")
+            own = join_limited(map(_flag, sorted(f.name for f in fields(configs[0]))), 20)
+            raise ConfigError(f"{_flag(name)} is not an option of {of}, which has {own}", code="no_option", field=name)
 
 
 def pairs(text: str, name: str, kind: Callable[[str], Any] = str) -> dict[str, Any]:
@@ -100,14 +100,14 @@ def pairs(text: str, name: str, kind: Callable[[str], Any] = str) -> dict[str, A
     return found
 
 
-def _told(config: Config) -> list[str]:
+def _option_names(config: Config) -> list[str]:
     """Fields that have a text."""
     hints: dict[str, Any] = _hints(config)
     return [f.name for f in fields(config) if get_origin(hints[f.name]) is Annotated]
 
 
 def _parameter(name: str, configs: Sequence[Config]) -> inspect.Parameter:
-    """One option for the field of this name, explained as by the first class that has it."""
+    """Return one option for the field of this name, explained as by the first class that has it."""
     owners = [config for config in configs if _has(config, name)]
     hint: Any = _hints(owners[0])[name]
     plain, *notes = get_args(hint) if get_origin(hint) is Annotated else (hint, "")
@@ -122,7 +122,7 @@ def _parameter(name: str, configs: Sequence[Config]) -> inspect.Parameter:
 
 
 def _accepted(kind: Any) -> type:
-    """What the command line parses itself; everything else arrives as text."""
+    """Return the type that the command line parses itself; everything else arrives as text."""
     if get_origin(kind) in (Union, types.UnionType):
         kind = next(option for option in get_args(kind) if option is not type(None))
     return kind if kind in (int, float, bool, Path) else str
@@ -153,7 +153,9 @@ def _listed(name: str, value: str, options: tuple[Any, ...]) -> Any:
     try:
         return tuple(inner(part.strip()) for part in value.split(","))
     except ValueError:
-        raise ConfigError(f"{_flag(name)} expects {inner.__name__}s, got {value!r}") from None
+        raise ConfigError(
+            f"{_flag(name)} expects {inner.__name__}s, got {value!r}", code="invalid_value", field=name
+        ) from None
 
 
 def _has(config: Config, name: str) -> bool:
@@ -161,7 +163,7 @@ def _has(config: Config, name: str) -> bool:
 
 
 def _defaults_text(name: str, owners: list[Config]) -> str:
-    """The default, or the defaults of each method where they differ."""
+    """Return the default, or the defaults of each method where they differ."""
     found = {}
     for config in owners:
         field = next(f for f in fields(config) if f.name == name)

@@ -18,14 +18,11 @@ if TYPE_CHECKING:
     from loralab.serving.api_service import ServerInfo
     from loralab.serving.keys import Keys
 
-SHOWN = 12  # adapters that are named at the start
+MAX_LISTED_ADAPTERS = 12  # adapters that are named at the start
 INSTALL = "pip install 'loralab[serve]'"
-AllowHost = Annotated[
-    list[str] | None, typer.Option(help="a further name of this server, as clients write it; may be repeated")
-]
+AllowHost = Annotated[list[str] | None, typer.Option(help="extra allowed host name; may be repeated")]
 AllowOrigin = Annotated[
-    list[str] | None,
-    typer.Option(help="a site whose pages may ask this server, such as https://chat.example.org; may be repeated"),
+    list[str] | None, typer.Option(help="allowed CORS origin such as https://chat.example.org; may be repeated")
 ]
 
 
@@ -37,17 +34,17 @@ def serve(
     adapter: Annotated[list[str] | None, typer.Option(help="NAME=PATH inside the store; may be repeated")] = None,
     pin: Annotated[list[str] | None, typer.Option(help="an adapter that stays in memory; may be repeated")] = None,
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="0 is any that is free", min=0, max=65535)] = 8000,
+    port: Annotated[int, typer.Option(help="port; 0 takes a free one", min=0, max=65535)] = 8000,
     allow_host: AllowHost = None,
     allow_origin: AllowOrigin = None,
-    keys: Annotated[Path | None, typer.Option(help="TOML file of keys")] = None,
-    no_keys: Annotated[bool, typer.Option("--no-keys", help="let everyone who can reach it ask and load")] = False,
-    engine_name: Annotated[
-        str, typer.Option("--engine", help="loralab, or vllm: its server, with what it can serve")
-    ] = "loralab",
-    engine_python: Annotated[str | None, typer.Option(help="a Python that has vLLM", show_default=False)] = None,
-    engine_args: Annotated[str, typer.Option(help="arguments of vLLM's own, as one text")] = "",
-    replicas: Annotated[int | None, typer.Option(help="engines behind the address, with --ray", min=1)] = None,
+    keys: Annotated[Path | None, typer.Option(help="TOML file of API keys")] = None,
+    no_keys: Annotated[bool, typer.Option("--no-keys", help="serve without API keys on any address")] = False,
+    engine_name: Annotated[str, typer.Option("--engine", help="loralab or vllm")] = "loralab",
+    engine_python: Annotated[
+        str | None, typer.Option(help="Python interpreter with vLLM installed", show_default=False)
+    ] = None,
+    engine_args: Annotated[str, typer.Option(help="extra arguments for vLLM, as one string")] = "",
+    replicas: Annotated[int | None, typer.Option(help="number of engines, with --ray", min=1)] = None,
     ray: Annotated[str | None, typer.Option(help="a Ray cluster: local, auto, HOST:PORT or ray://HOST:PORT")] = None,
     json_: Json = False,
     typed: dict[str, Any] | None = None,
@@ -55,7 +52,7 @@ def serve(
     """Serve a base and its adapters over HTTP, as OpenAI's API, with a page to try them."""
     settings, limits = build(ServeSettings, typed or {}), build(Limits, typed or {})
     if store is None:
-        raise ConfigError("give --store, a folder of adapter folders")
+        raise ConfigError("give --store, a folder of adapter folders", code="missing_option", field="store")
     _require_extra()
     from loralab.serving.serve import keys_for, rules_for, serve_by
 
@@ -63,7 +60,7 @@ def serve(
         "model": model or DEFAULT_MODEL,
         "store": store.resolve(),
         "settings": settings,
-        "adapters": _named(adapter or []),
+        "adapters": _named_paths(adapter or []),
         "pinned": pin or [],
     }
     if engine_name == "vllm":
@@ -80,15 +77,15 @@ def serve(
         serve_by(asked, host, port, known, rules, say)
 
 
-def _named(given: list[str]) -> dict[str, str | Path]:
+def _named_paths(given: list[str]) -> dict[str, str | Path]:
     """NAME=PATH, each name once."""
     found: dict[str, str | Path] = {}
     for text in given:
         name, equals, path = text.partition("=")
         if not (name and equals and path):
-            raise ConfigError(f"--adapter expects NAME=PATH, got {text!r}")
+            raise ConfigError(f"--adapter expects NAME=PATH, got {text!r}", code="invalid_value", field="adapter")
         if name in found:
-            raise ConfigError(f"--adapter names {name} twice")
+            raise ConfigError(f"--adapter names {name} twice", code="repeated_name", field="adapter")
         found[name] = path
     return found
 
@@ -99,7 +96,9 @@ def _require_extra() -> None:
         import prometheus_client
         import uvicorn
     except ImportError as error:
-        raise ConfigError(f"serve needs {error.name}; get it with: {INSTALL}") from None
+        raise ConfigError(
+            f"serve needs {error.name}; get it with: {INSTALL}", code="not_installed", field="serve"
+        ) from None
     assert fastapi
     assert prometheus_client
     assert uvicorn
@@ -110,16 +109,18 @@ def _serve_replicas(
 ) -> None:
     """On a Ray cluster, until a signal ends it."""
     if ray is None:
-        raise ConfigError("--replicas needs --ray: local, or the address of a Ray cluster")
-    from loralab.serving.listener import address, open_socket, until_told
-    from loralab.serving.replicas import Plan, running
+        raise ConfigError(
+            "--replicas needs --ray: local, or the address of a Ray cluster", code="missing_option", field="ray"
+        )
+    from loralab.serving.listener import address, open_socket, wait_for_signal
+    from loralab.serving.replicas import ReplicaPlan, running
 
-    own = Plan(**plan, keys=None if keys is None else keys.keys)
+    own = ReplicaPlan(**plan, keys=None if keys is None else keys.keys)
     with open_socket(host, port) as opened:  # it is free; Ray opens it itself
         where = address(opened)
     with running(own, count, ray, host, int(where.rpartition(":")[2])) as found:
         _say_ready(found, where, keys is not None, as_json)
-        until_told()
+        wait_for_signal()
 
 
 def _say_ready(found: "ServerInfo", where: str, with_keys: bool, as_json: bool) -> None:
@@ -129,9 +130,9 @@ def _say_ready(found: "ServerInfo", where: str, with_keys: bool, as_json: bool) 
         ready = {"url": where, "model": base, "kind": found.kind, "adapters": adapters}
         print(json.dumps(ready, ensure_ascii=False), flush=True)
         return
-    more = f" and {len(adapters) - SHOWN} more" if len(adapters) > SHOWN else ""
+    more = f" and {len(adapters) - MAX_LISTED_ADAPTERS} more" if len(adapters) > MAX_LISTED_ADAPTERS else ""
     print(f"{base} at {where}, a page to try it, and {where}/v1 for clients of OpenAI's API")
-    print(f"adapters: {', '.join(adapters[:SHOWN]) or 'none yet'}{more}")
+    print(f"adapters: {', '.join(adapters[:MAX_LISTED_ADAPTERS]) or 'none yet'}{more}")
     for name, reason in found.refused.items():
         print(f"left out: {name}: {reason}")
     for way, reason in found.slower.items():
@@ -140,7 +141,7 @@ def _say_ready(found: "ServerInfo", where: str, with_keys: bool, as_json: bool) 
 
 
 def _example(kind: str, where: str, model: str, with_keys: bool) -> str:
-    """A command that asks something."""
+    """Return a command that asks something."""
     key = " -H 'Authorization: Bearer KEY'" if with_keys else ""
     path, body = "chat/completions", {"messages": [{"role": "user", "content": "Hello"}]}
     if kind != "causal-lm":

@@ -85,7 +85,7 @@ def recommend(
     """Find a good configuration for a model and data within a time."""
     _require_ready(lang)
     if data is None:
-        raise ConfigError("give --data: a task name, a file, a folder or a hub id")
+        raise ConfigError("give --data: a task name, a file, a folder or a hub id", code="missing_option", field="data")
     from loralab.cli.progress import StudyLines
     from loralab.studies.conduct import recommend as search
 
@@ -153,4 +153,6 @@ def _end(outcome: "Outcome", *, quiet: bool = False) -> None:
 def _require_ready(language: str) -> None:
     require_installed()
     if language not in LANGUAGES:
-        raise ConfigError(f"--lang must be {' or '.join(LANGUAGES)}, got {language!r}")
+        raise ConfigError(
+            f"--lang must be {' or '.join(LANGUAGES)}, got {language!r}", code="invalid_choice", field="lang"
+        )

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def run_json(run: "Run") -> dict[str, Any]:
-    """A run in JSON; empty in all processes but the first of several."""
+    """Return a run in JSON; empty in all processes but the first of several."""
     if run.certificate is None:
         return {}
     total = sum(p.numel() for p in run.base.model.parameters())

@@ -57,7 +57,11 @@ def train(
     """Train an adapter on data, or several at once, and prove what was saved."""
     if jobs is not None:
         if config is not None:
-            raise ConfigError("give one of --config and --jobs; the latter has the common fields")
+            raise ConfigError(
+                "give one of --config and --jobs; the latter has the common fields",
+                code="config_and_jobs",
+                field="jobs",
+            )
         own = {"model": model, "data": data, "method": method, "map": map_}
         common = {**(typed or {}), **{k: v for k, v in own.items() if v is not None}}
         from loralab.cli.jobs import train_jobs
@@ -68,7 +72,7 @@ def train(
     request = requested(given, config)
     output = output_dir or given.get("output_dir")
     if output is None:
-        raise ConfigError("give --output-dir, a new folder for the run")
+        raise ConfigError("give --output-dir, a new folder for the run", code="missing_option", field="output_dir")
     from loralab.cli.progress import Bar
     from loralab.training.run import train as run_training
 
@@ -117,7 +121,7 @@ def evaluate(
 ) -> None:
     """Score a model, with or without an adapter, on data."""
     if data is None:
-        raise ConfigError("give --data: a task name, a file, a folder or a hub id")
+        raise ConfigError("give --data: a task name, a file, a folder or a hub id", code="missing_option", field="data")
     if model is None and adapter is None:
         model = DEFAULT_MODEL
     evaluation = build(Evaluation, typed or {})
@@ -140,7 +144,7 @@ def evaluate(
 
 @app.command()
 def generate(
-    prompt: Annotated[list[str] | None, typer.Argument(help="or one a line on standard input")] = None,
+    prompt: Annotated[list[str] | None, typer.Argument(help="prompts; or one a line on standard input")] = None,
     model: Model = None,
     adapter: Annotated[list[Path] | None, typer.Option(help="may be repeated")] = None,
     base: Annotated[bool, typer.Option(help="also ask the base model")] = True,

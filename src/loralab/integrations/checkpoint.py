@@ -1,4 +1,4 @@
-"""What a checkpoint of transformers' Trainer holds beside the adapter folder, to go on from it.
+"""State of a checkpoint of transformers' Trainer beside the adapter folder, for resuming.
 
 Trainer fills in `model.safetensors` with `load_state_dict(..., strict=False)` when it resumes, and
 when it goes back to the best weights. The file holds the adapter's tensors alone, under the names
@@ -22,9 +22,9 @@ from loralab.adapters.adapter import Adapter
 from loralab.adapters.fingerprint import fingerprint
 from loralab.adapters.model_folder import STATE, STATE_METADATA, holds_state
 from loralab.adapters.several import adapters_of
-from loralab.errors import AdapterStateError, some
+from loralab.errors import AdapterStateError, join_limited
 
-ABOUT = "loralab.json"  # the entry of bytes; no module has a dot in its name
+RECORD_ENTRY = "loralab.json"  # the entry of bytes; no module has a dot in its name
 
 
 class CheckpointState:
@@ -74,7 +74,7 @@ class CheckpointState:
         """
         prefix = self._prefix(model)
         about = torch.frombuffer(bytearray(json.dumps(self._about(step)).encode()), dtype=torch.uint8)
-        tensors = {f"{prefix}{ABOUT}": about}
+        tensors = {f"{prefix}{RECORD_ENTRY}": about}
         for key, tensor in self._own().items():
             tensors[prefix + key] = tensor.detach().cpu().contiguous()
         atomic.write_file(folder / STATE, safetensors.torch.save(tensors, STATE_METADATA))
@@ -94,7 +94,7 @@ class CheckpointState:
         }
 
     def _own(self) -> dict[str, Tensor]:
-        """Parameters and buffers of the adapter by their keys in the model, each of them once."""
+        """Return parameters and buffers of the adapter by their keys in the model, each of them once."""
         wanted = {id(p) for p in self.adapter.parameters()}
         wanted |= {id(b) for m in self.adapter.modules.values() for b in m.own_buffers().values()}
         wanted |= {id(b) for m in self.adapter.saved.values() for b in m.trained.buffers()}
@@ -106,7 +106,7 @@ class CheckpointState:
         return found
 
     def _acts(self) -> bool:
-        """Tell whether the adapter stands in its model, which may have had others since."""
+        """Return whether the adapter stands in its model, which may have had others since."""
         found = adapters_of(self.adapter.model)
         return found is not None and found.current is self.adapter
 
@@ -116,18 +116,20 @@ class CheckpointState:
         Raises:
             AdapterStateError: names what differs.
         """
-        if (stored := state.get(prefix + ABOUT)) is None or not self._acts():
+        if (stored := state.get(prefix + RECORD_ENTRY)) is None or not self._acts():
             return
         own = self._own()
         held = {k.removeprefix(prefix): t.shape for k, t in state.items() if k.startswith(prefix)}
-        held.pop(ABOUT)
+        held.pop(RECORD_ENTRY)
         shapes = {key: tensor.shape for key, tensor in own.items()}
         wrong = {k for k in held.keys() | shapes.keys() if held.get(k) != shapes.get(k)}
         before = json.loads(bytes(stored.tolist()))
         _require_same(before, self._about(before["step"]))
         if wrong:
             raise AdapterStateError(
-                f"the checkpoint is of another adapter: {some(sorted(wrong))}", code="other_adapter", field=min(wrong)
+                f"the checkpoint is of another adapter: {join_limited(sorted(wrong))}",
+                code="other_adapter",
+                field=min(wrong),
             )
         self.step = before["step"]
         if self.adapter.budget is not None:
@@ -135,8 +137,8 @@ class CheckpointState:
 
     def _forget_base(self, module: nn.Module, keys: Any) -> None:
         """Report none of the base's keys as missing from a state that is the adapter's alone."""
-        for mark in [key for key in keys.unexpected_keys if key.endswith(ABOUT)]:
-            prefix = mark.removesuffix(ABOUT)
+        for mark in [key for key in keys.unexpected_keys if key.endswith(RECORD_ENTRY)]:
+            prefix = mark.removesuffix(RECORD_ENTRY)
             keys.unexpected_keys.remove(mark)
             keys.missing_keys[:] = [k for k in keys.missing_keys if not k.startswith(prefix)]
 
@@ -148,7 +150,7 @@ def _require_same(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     if changed := [name for name in names if settings.get(name) != here.get(name)]:
         changes = [f"{n} was {settings.get(n)!r}, now {here.get(n)!r}" for n in changed]
         raise AdapterStateError(
-            f"the checkpoint is of an adapter with other settings: {some(changes)}",
+            f"the checkpoint is of an adapter with other settings: {join_limited(changes)}",
             code="other_settings",
             field=changed[0],
         )

@@ -18,7 +18,7 @@ from loralab.adapters.bases import is_quantized
 from loralab.adapters.fingerprint import dtype_name
 from loralab.artefacts.certificate import certify
 from loralab.artefacts.comparison import Certificate
-from loralab.artefacts.temporary import write_base
+from loralab.artefacts.temporary_base import write_base
 from loralab.models.kinds import CAUSAL, CLASSIFIER, HEADS, SENTENCES, TAGGER, class_for
 from loralab.tasks.samples import SAMPLES, TOKENS
 
@@ -40,7 +40,7 @@ def why_not_certified(adapter: Adapter) -> str:
     """Say why no fresh process could compute what the model does; empty if one could."""
     model = adapter.model
     if not kind_of_model(model):
-        return f"{type(model).__name__} is no text model that transformers can load by itself"
+        return f"{type(model).__name__} is not a text model that transformers can load by itself"
     if any(is_quantized(module) for module in model.modules()):
         return "its base is quantised, and would be loaded otherwise"
     if dtype_name(model) not in PRECISIONS:
@@ -66,7 +66,7 @@ def sample_of(rows: Any, vocabulary: int) -> Sample:
     return torch.randint(0, vocabulary, (SAMPLES, TOKENS // 4), generator=draw).tolist()
 
 
-def proved(adapter: Adapter, folder: Path, sample: Sequence[Sequence[int]]) -> Certificate:
+def certify_adapter(adapter: Adapter, folder: Path, sample: Sequence[Sequence[int]]) -> Certificate:
     """Load the adapter that a folder holds in a fresh process; compare it with the live model.
 
     Raises:
@@ -87,7 +87,7 @@ def record_of(adapter: Adapter, sample: Sequence[Sequence[int]]) -> dict[str, An
     if kind in HEADS:
         names: Any = adapter.model.config
         found["task"] = {"labels": [str(name) for name in names.id2label.values()]}
-    if not _named(adapter):
+    if not _adapter_name(adapter):
         found["base"]["live"] = True  # compared on a temporary copy
     return found
 
@@ -99,7 +99,7 @@ def _ids(row: Any) -> list[int]:
     return torch.as_tensor(found).flatten().tolist()
 
 
-def _named(adapter: Adapter) -> str:
+def _adapter_name(adapter: Adapter) -> str:
     """Return the folder or hub id that the base was loaded from, if there is one."""
     return str(getattr(adapter.model.config, "_name_or_path", "") or "")
 
@@ -107,7 +107,7 @@ def _named(adapter: Adapter) -> str:
 @contextmanager
 def _base(adapter: Adapter) -> Iterator[str]:
     """Yield where a fresh process finds the base: its own place, or a temporary copy."""
-    if named := _named(adapter):
+    if named := _adapter_name(adapter):
         yield named
         return
     with tempfile.TemporaryDirectory() as place:

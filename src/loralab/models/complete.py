@@ -1,4 +1,4 @@
-"""Tell whether a loaded model has all that its folder promises, and which of its modules are new.
+"""Return whether a loaded model has all that its folder promises, and which of its modules are new.
 
 A folder is measured by the class that it was saved from: what that class has must be in the file.
 Beyond it only a head may be new, and a pooler: never a further part of the backbone.
@@ -11,12 +11,12 @@ from typing import Any
 import torch
 import transformers
 
-from loralab.errors import ModelError, some
+from loralab.errors import ModelError, join_limited
 from loralab.models.kinds import class_named
 
 
 def new_modules(name: str, model: Any, report: Mapping[str, Any], *, new_head: bool) -> tuple[str, ...]:
-    """Paths of the modules that the file has nothing for, the outermost of each.
+    """Return the paths of the modules that the file has nothing for, the outermost of each.
 
     Args:
         report: transformers' own, of the keys that it missed or found in another shape.
@@ -30,7 +30,7 @@ def new_modules(name: str, model: Any, report: Mapping[str, Any], *, new_head: b
     lost = sorted(key for key in missing if own is None or _is_owed(model, key, own))
     if lost:
         raise ModelError(
-            f"{name} is incomplete for {type(model).__name__}: it lacks {some(lost, 3)}",
+            f"{name} is incomplete for {type(model).__name__}: it lacks {join_limited(lost, 3)}",
             code="model_incomplete",
             field="model",
         )
@@ -38,14 +38,14 @@ def new_modules(name: str, model: Any, report: Mapping[str, Any], *, new_head: b
     if bad:
         shapes = [f"{key} is {tuple(a)}, expected {tuple(b)}" for key, a, b in bad]
         raise ModelError(
-            f"{name} does not fit its config.json: {some(shapes, 3)}", code="model_misshapen", field="model"
+            f"{name} does not fit its config.json: {join_limited(shapes, 3)}", code="model_misshapen", field="model"
         )
     new = missing | {key for key, *_ in misshapen}
     return _outermost(model, new) if new else ()
 
 
 def _own_keys(model: Any) -> Set[str]:
-    """Keys of the class that the folder was saved from, without its prefix.
+    """Return keys of the class that the folder was saved from, without its prefix.
 
     None of a class that is not known, or does not build.
     """
@@ -63,7 +63,7 @@ def _is_owed(model: Any, key: str, own: Set[str]) -> bool:
 
 
 def _bare(model: Any, key: str) -> str:
-    """A key without the backbone's name, which heads of several kinds share."""
+    """Return a key without the backbone's name, which heads of several kinds share."""
     return key.removeprefix(f"{model.base_model_prefix}.")
 
 
@@ -72,7 +72,7 @@ def _in_backbone(model: Any, key: str) -> bool:
 
 
 def _outermost(model: Any, new: Set[str]) -> tuple[str, ...]:
-    """The modules whose tensors are all new and that stand in no other such module."""
+    """Return the modules whose tensors are all new and that stand in no other such module."""
     found: list[str] = []
     for path, module in model.named_modules():
         keys = {f"{path}.{key}" for key in module.state_dict()}

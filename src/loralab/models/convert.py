@@ -28,7 +28,7 @@ NEEDS = {".gguf": ("gguf", "gguf"), ".onnx": ("onnx", "vision")}  # package, our
 
 
 def converted(file: Path, name: str) -> Path:
-    """The folder that holds a .gguf or .onnx file's model in fp32, written the first time.
+    """Return the folder that holds a .gguf or .onnx file's model in fp32, written the first time.
 
     Raises:
         ModelError: the package that reads such a file is not installed.
@@ -40,7 +40,11 @@ def converted(file: Path, name: str) -> Path:
         return folder
     package, extra = NEEDS[file.suffix]
     if importlib.util.find_spec(package) is None:
-        raise ModelError(f"{file.name} needs the package {package}: pip install 'loralab[{extra}]'")
+        raise ModelError(
+            f"{file.name} needs the package {package}: pip install 'loralab[{extra}]'",
+            code="not_installed",
+            field=package,
+        )
     # two processes may convert at once: each writes its own, the first to finish is kept
     own = folder.with_name(f"{folder.name}.{os.getpid()}")
     with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that has no switch

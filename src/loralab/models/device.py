@@ -1,15 +1,15 @@
-"""What this machine computes on, and in what precision."""
+"""Device and precision of this machine."""
 
 import torch
 
 
 def device_here() -> torch.device:
-    """The accelerator if there is one, else the processor."""
+    """Return the accelerator if there is one, else the processor."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def resolve_precision(precision: str) -> str:
-    """What "auto" means on this machine: bf16 where the hardware multiplies in it, else fp32."""
+    """Return what "auto" means on this machine: bf16 where the hardware multiplies in it, else fp32."""
     if precision != "auto":
         return precision
     if torch.cuda.is_available():

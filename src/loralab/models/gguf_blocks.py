@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loralab.errors import ModelError, some
+from loralab.errors import ModelError, join_limited
 from loralab.models.gguf_header import require_sound
 
-BLOCK = 32
 LAYERS = {  # llama.cpp's name -> ours
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -28,7 +27,7 @@ LAYERS = {  # llama.cpp's name -> ours
 
 
 def _halves(raw: Tensor, start: int) -> Tensor:
-    """A half-precision number in every block, (N, 1)."""
+    """Return a half-precision number in every block, (N, 1)."""
     return raw[:, start : start + 2].contiguous().view(torch.float16).float()
 
 
@@ -75,28 +74,28 @@ FORMATS: dict[str, tuple[int, Callable[[Tensor], Tensor]]] = {
 }
 
 
-class Blocks:
+class GGUFBlocks:
     """The rows of one weight as a GGUF file has them: `data` (O, bytes of a row)."""
 
     def __init__(self, data: Tensor, kind: str) -> None:
         self.data, self.kind = data, kind
 
     def dequantize(self) -> Tensor:
-        """The weight, (O, I), in fp32."""
+        """Return the weight, (O, I), in fp32."""
         if self.kind not in FORMATS:
             return self._by_package()
         size, unpack = FORMATS[self.kind]
         return unpack(self.data.view(-1, size)).view(len(self.data), -1)
 
     def nbytes(self) -> int:
-        """All of it."""
+        """Return all of it."""
         return self.data.numel()
 
-    def around(self, data: Tensor) -> "Blocks":
-        """The same kind of block with these bytes."""
-        return Blocks(data, self.kind)
+    def around(self, data: Tensor) -> "GGUFBlocks":
+        """Return the same kind of block with these bytes."""
+        return GGUFBlocks(data, self.kind)
 
-    def to(self, device: torch.device) -> "Blocks":
+    def to(self, device: torch.device) -> "GGUFBlocks":
         """On another device."""
         return self.around(self.data.to(device))
 
@@ -108,8 +107,8 @@ class Blocks:
         return torch.from_numpy(values).to(self.data.device)
 
 
-def linear_tensors(file: Path, config: Any) -> dict[str, Blocks]:
-    """The quantised weights of a GGUF file of the Llama family, by transformers' paths.
+def linear_tensors(file: Path, config: Any) -> dict[str, GGUFBlocks]:
+    """Return the quantised weights of a GGUF file of the Llama family, by transformers' paths.
 
     Raises:
         ModelError: the architecture is not known here.
@@ -123,7 +122,9 @@ def linear_tensors(file: Path, config: Any) -> dict[str, Blocks]:
     if family not in ("llama", "qwen2", "qwen3", "smollm3"):
         raise ModelError(
             f"{file.name} is of the architecture {family!r}; its blocks can be kept only for "
-            f"{some(['llama', 'qwen2', 'qwen3', 'smollm3'])}"
+            f"{join_limited(['llama', 'qwen2', 'qwen3', 'smollm3'])}",
+            code="unknown_architecture",
+            field="model",
         )
     found = {}
     for tensor in reader.tensors:
@@ -137,12 +138,12 @@ def linear_tensors(file: Path, config: Any) -> dict[str, Blocks]:
         data = data if order is None else data[order]
         kind = tensor.tensor_type.name
         if data.dtype == torch.uint8:
-            found[f"model.layers.{parts[1]}.{LAYERS[parts[2]]}"] = Blocks(data.contiguous(), kind)
+            found[f"model.layers.{parts[1]}.{LAYERS[parts[2]]}"] = GGUFBlocks(data.contiguous(), kind)
     return found
 
 
 def row_order(family: str, config: Any, layer: str, rows: int) -> Tensor | None:
-    """Which of llama.cpp's rows stands where: it interleaves the two halves of each head.
+    """Return which of llama.cpp's rows stands where: it interleaves the two halves of each head.
 
     None where the rows stand as here.
 

@@ -10,7 +10,7 @@ import struct
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from loralab.errors import ModelError, shown
+from loralab.errors import ModelError, format_value
 
 VERSIONS = (2, 3)
 STRING, ARRAY, ALIGNMENT = 8, 9, 32
@@ -27,10 +27,10 @@ SCALARS = {  # kinds of numbers, as struct calls them
     11: "q",
     12: "d",
 }
-MOST_ELEMENTS = 1 << 21  # of all arrays: a vocabulary of 250,000 with its merges has 1.3 million
-MOST_TENSORS = 100_000
-MOST_AXES = 4
-LONGEST_NAME = 1 << 16  # bytes
+MAX_ELEMENTS = 1 << 21  # of all arrays: a vocabulary of 250,000 with its merges has 1.3 million
+MAX_TENSORS = 100_000
+MAX_AXES = 4
+MAX_NAME_BYTES = 1 << 16  # bytes
 WIDTHS = (  # fields that are sizes of tensors
     "embedding_length",
     "feed_forward_length",
@@ -71,8 +71,8 @@ class _Head:
         """All of it."""
         magic, version, tensors, fields = self._unpack("4sIQQ")
         if magic != b"GGUF" or version not in VERSIONS:
-            raise self._error(f"it is no GGUF file of version {VERSIONS[0]} or {VERSIONS[1]}")
-        if tensors > MOST_TENSORS or fields > self._left:
+            raise self._error(f"it is not a GGUF file of version {VERSIONS[0]} or {VERSIONS[1]}")
+        if tensors > MAX_TENSORS or fields > self._left:
             raise self._error(f"it claims {tensors:,} tensors and {fields:,} fields")
         found: dict[str, Any] = {}
         for _ in range(fields):
@@ -86,10 +86,10 @@ class _Head:
             raise self._error("it does not say how many blocks it has")
 
     def _error(self, reason: str) -> ModelError:
-        return ModelError(f"{self._name} cannot be read: {reason}")
+        return ModelError(f"{self._name} cannot be read: {reason}", code="damaged", field="model")
 
     def _bytes(self, count: int) -> bytes:
-        """The next bytes; none are asked for that the file does not have."""
+        """Return the next bytes; none are asked for that the file does not have."""
         if count > self._left:
             raise self._error(f"it ends before {count:,} bytes that it announces")
         self._left -= count
@@ -105,62 +105,62 @@ class _Head:
         return struct.unpack("<" + layout, self._bytes(struct.calcsize("<" + layout)))
 
     def _name_of(self, what: str, others: dict[str, Any]) -> str:
-        """A key, or the name of a tensor."""
+        """Return a key, or the name of a tensor."""
         (length,) = self._unpack("Q")
-        if length > LONGEST_NAME:
+        if length > MAX_NAME_BYTES:
             raise self._error(f"the name of a {what} has {length:,} bytes")
         try:
             name = self._bytes(length).decode()
         except UnicodeDecodeError:
-            raise self._error(f"the name of a {what} is no UTF-8") from None
+            raise self._error(f"the name of a {what} is not UTF-8") from None
         if name in others:
-            raise self._error(f"{what} {shown(name)} stands in it twice")
+            raise self._error(f"{what} {format_value(name)} stands in it twice")
         return name
 
     def _value(self, key: str, kind: int) -> Any:
-        """A number; a text only where it is short; of an array its numbers, where they are few."""
+        """Return a number; a text only where it is short; of an array its numbers, where they are few."""
         if kind in SCALARS:
             return self._unpack(SCALARS[kind])[0]
         if kind == STRING:
             self._skip(self._unpack("Q")[0])
             return None
         if kind != ARRAY:
-            raise self._error(f"field {shown(key)} is of the unknown type {kind}")
+            raise self._error(f"field {format_value(key)} is of the unknown type {kind}")
         kind, count = self._unpack("IQ")
         self._elements += count
-        if self._elements > MOST_ELEMENTS:
-            raise self._error(f"its arrays have more than {MOST_ELEMENTS:,} elements")
+        if self._elements > MAX_ELEMENTS:
+            raise self._error(f"its arrays have more than {MAX_ELEMENTS:,} elements")
         if kind == STRING:
             for _ in range(count):
                 self._skip(self._unpack("Q")[0])
             return count
         if kind not in SCALARS:
-            raise self._error(f"field {shown(key)} is an array of the type {kind}")
+            raise self._error(f"field {format_value(key)} is an array of the type {kind}")
         return list(self._unpack(f"{count}{SCALARS[kind]}"))
 
     def _tensor(self, shapes: dict[str, tuple[int, ...]]) -> tuple[int, int]:
-        """Where the numbers of one tensor begin and how many bytes they are."""
+        """Return where the numbers of one tensor begin and how many bytes they are."""
         from gguf import GGML_QUANT_SIZES
 
         name = self._name_of("tensor", shapes)
         (axes,) = self._unpack("I")
-        if not 0 < axes <= MOST_AXES:
-            raise self._error(f"tensor {shown(name)} has {axes} axes")
+        if not 0 < axes <= MAX_AXES:
+            raise self._error(f"tensor {format_value(name)} has {axes} axes")
         shapes[name] = self._unpack(f"{axes}Q")
         kind, offset = self._unpack("IQ")
         sizes = {int(known): size for known, size in GGML_QUANT_SIZES.items()}
         if kind not in sizes:
-            raise self._error(f"tensor {shown(name)} has the unknown format {kind}")
+            raise self._error(f"tensor {format_value(name)} has the unknown format {kind}")
         block, size = sizes[kind]
         count = math.prod(shapes[name])
         if not count or shapes[name][0] % block:
-            raise self._error(f"tensor {shown(name)} has the shape {shapes[name]}")
+            raise self._error(f"tensor {format_value(name)} has the shape {shapes[name]}")
         return offset, count // block * size
 
     def _require_inside(self, extents: list[tuple[int, int]], alignment: Any) -> None:
         """Every tensor lies in the file, and no two in the same place."""
         if not isinstance(alignment, int) or not 0 < alignment <= 1 << 20 or alignment & alignment - 1:
-            raise self._error(f"general.alignment is {shown(alignment)}")
+            raise self._error(f"general.alignment is {format_value(alignment)}")
         start = -(-(self._size - self._left) // alignment) * alignment
         end = 0
         for offset, size in sorted(extents):
@@ -179,4 +179,4 @@ class _Head:
             most = len(blocks) if end == "block_count" else widest
             numbers = value if isinstance(value, list) else [value]
             if end in (*WIDTHS, "block_count") and any(not isinstance(n, int) or not 0 <= n <= most for n in numbers):
-                raise self._error(f"{key} is {shown(value)}, and no tensor is that large ({most})")
+                raise self._error(f"{key} is {format_value(value)}, and no tensor is that large ({most})")

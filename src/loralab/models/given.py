@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from loralab.errors import ConfigError, ModelError, shown, some
+from loralab.errors import ConfigError, ModelError, format_value, join_limited
 from loralab.models import pictures
 from loralab.models.kinds import (
     CAUSAL,
@@ -150,7 +150,7 @@ def given(model: Any, tokenizer: Any) -> Given | None:
     """Return a live model with its tokenizer; None where the model is a name.
 
     Raises:
-        ConfigError: it is no model, or the tokenizer is missing or has no effect.
+        ConfigError: it is not a model, or the tokenizer is missing or has no effect.
         ModelError: it is a module without a configuration.
     """
     if isinstance(model, str):
@@ -160,7 +160,7 @@ def given(model: Any, tokenizer: Any) -> Given | None:
             )
         return None
     if not isinstance(model, nn.Module):
-        raise ConfigError(f"model must be {ACCEPTED}, found {shown(model)}", code="not_a_model", field="model")
+        raise ConfigError(f"model must be {ACCEPTED}, found {format_value(model)}", code="not_a_model", field="model")
     model = getattr(model, "_orig_mod", model)  # what torch.compile stands around
     if isinstance(model, DataParallel | DistributedDataParallel):
         raise ModelError(
@@ -187,7 +187,7 @@ def given(model: Any, tokenizer: Any) -> Given | None:
 
 
 @contextlib.contextmanager
-def unchanged(own: Given | None, *, on_error_alone: bool = False) -> Iterator[None]:
+def restored_after(own: Given | None, *, on_error_alone: bool = False) -> Iterator[None]:
     """Leave a live model after a block as it was before: device, modes, padding."""
     if own is None:
         yield
@@ -251,7 +251,7 @@ def _require_plain(model: Any, config: Any, kind: str, name: str) -> None:
     require_kind(name, config, kind)
     if len(devices := {p.device for p in model.parameters()}) > 1 or torch.device("meta") in devices:
         raise ModelError(
-            f"{name} is on {some(map(str, devices))}; all of it must be on one device",
+            f"{name} is on {join_limited(map(str, devices))}; all of it must be on one device",
             code="several_devices",
             field="model",
         )
@@ -283,4 +283,6 @@ def _require_words(tokenizer: Any) -> None:
 
 
 def _no_tokenizer(found: Any, wanted: str) -> ConfigError:
-    return ConfigError(f"tokenizer must be {wanted}, found {shown(found)}", code="not_a_tokenizer", field="tokenizer")
+    return ConfigError(
+        f"tokenizer must be {wanted}, found {format_value(found)}", code="not_a_tokenizer", field="tokenizer"
+    )

@@ -1,4 +1,4 @@
-"""What tells one tokenizer and one configuration from another; prompts as they were in training.
+"""Compare tokenizers and configurations; restore prompts as they were in training.
 
 A name says little: the folder or the hub id behind it may hold another revision by now.
 """
@@ -14,13 +14,13 @@ from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
 
-from loralab.errors import BaseMismatchWarning, ModelError, shown
+from loralab.errors import BaseMismatchWarning, ModelError, format_value
 from loralab.models.kinds import VISION
 from loralab.models.load import Base
 from loralab.values import read_json
 
 CONFIG = "config.json"
-INCIDENTAL = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
+IGNORED_CONFIG_FIELDS = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
 PROBES = (  # texts that tokenizers cut differently
     "The Quick  brown fox's 3 jumps,\nover 12,345.67 lazy dogs!",
     "\tdef area(width: int) -> float: return width * 2  # naïve Ångström",
@@ -45,7 +45,7 @@ def tokenizer_digest(tokenizer: Any) -> str:
 
 
 def template_of(tokenizer: Any) -> str | None:
-    """The chat template, of several the one that is used where none is named."""
+    """Return the chat template, of several the one that is used where none is named."""
     found = tokenizer.chat_template
     return found.get("default") if isinstance(found, dict) else found
 
@@ -72,11 +72,11 @@ def stored_config_digest(source: str) -> str | None:
 
 
 def _config_digest(content: Mapping[str, Any]) -> str:
-    return _digest({key: content[key] for key in sorted(content.keys() - {*INCIDENTAL})})
+    return _digest({key: content[key] for key in sorted(content.keys() - {*IGNORED_CONFIG_FIELDS})})
 
 
 def as_trained(base: Base, stored: Mapping[str, Any], whose: object) -> Base:
-    """The base with the chat template and the end of text that an adapter was trained with.
+    """Return the base with the chat template and the end of text that an adapter was trained with.
 
     What differs from the base's own, and what cannot be given back, is a BaseMismatchWarning.
 
@@ -87,12 +87,12 @@ def as_trained(base: Base, stored: Mapping[str, Any], whose: object) -> Base:
     digest = stored.get("digest")
     if digest is not None and digest != tokenizer_digest(base.tokenizer):
         _warn(f"the tokenizer of {base.name} is not the one that {whose} was trained with, so its answers will differ")
-    changed = changes(base, stored)
+    changed = tokenizer_changes(base, stored)
     warn_of(changed, base, whose)
-    return reworded(base, changed) if changed else base
+    return with_tokenizer_changes(base, changed) if changed else base
 
 
-def reworded(base: Base, changed: Mapping[str, tuple[Any, str]]) -> Base:
+def with_tokenizer_changes(base: Base, changed: Mapping[str, tuple[Any, str]]) -> Base:
     """Return the base with a copy of its tokenizer that has some attributes of another's."""
     tokenizer = copy.deepcopy(base.tokenizer)  # others may ask the same base in its own words
     for name, (value, _) in changed.items():
@@ -106,7 +106,7 @@ def warn_of(changed: Mapping[str, tuple[Any, str]], base: Base, whose: object) -
         _warn(f"{text} of {base.name} is not the one that {whose} was trained with, which is used")
 
 
-def changes(base: Base, stored: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
+def tokenizer_changes(base: Base, stored: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
     """Compare a tokenizer with the one of a training.
 
     Returns:
@@ -120,7 +120,7 @@ def changes(base: Base, stored: Mapping[str, Any]) -> dict[str, tuple[Any, str]]
         found["chat_template"] = trained, "the chat template"
     end, own = stored.get("eos_token"), base.tokenizer.eos_token
     if end is not None and end != own and end in base.tokenizer.get_vocab():
-        found["eos_token"] = end, f"the end of text ({shown(own)}, then {shown(end)})"
+        found["eos_token"] = end, f"the end of text ({format_value(own)}, then {format_value(end)})"
     return found
 
 

@@ -21,7 +21,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
-from loralab.errors import ModelError, some
+from loralab.errors import ModelError, join_limited
 
 CAUSAL, CLASSIFIER = "causal-lm", "sequence-classification"
 TAGGER, VISION, SENTENCES = "token-classification", "image-classification", "sentence-encoder"
@@ -46,7 +46,7 @@ _INPUTS = {
 
 
 def kind_of(config: Any) -> str:
-    """The kind of a model that nobody has asked to be another one; SEQ2SEQ is in no KINDS."""
+    """Return the kind of a model that nobody has asked to be another one; SEQ2SEQ is in no KINDS."""
     for kind in (CLASSIFIER, TAGGER):
         if has_head(config, kind):
             return kind
@@ -58,19 +58,19 @@ def kind_of(config: Any) -> str:
     return CAUSAL if decoder and _looks_back(config) else CLASSIFIER
 
 
-def said(kind: str) -> str:
-    """A kind in words."""
+def describe_kind(kind: str) -> str:
+    """Return a kind in words."""
     names = {CAUSAL: "a language model", VISION: "a vision model", SEQ2SEQ: "an encoder-decoder"}
     return names.get(kind, "an encoder of text")
 
 
 def class_named(config: Any) -> str:
-    """The class that a folder was saved from, as its configuration says it."""
+    """Return the class that a folder was saved from, as its configuration says it."""
     return str((config.architectures or [type(config).__name__])[0])
 
 
 def class_for(config: Any, kind: str) -> Any:
-    """The class that a model becomes; None where transformers has none of this kind for it."""
+    """Return the class that a model becomes; None where transformers has none of this kind for it."""
     # transformers lets nobody ask in public; auto classes have had this name since version 4
     mapping = LOADERS[kind]._model_mapping
     if type(config) not in mapping:
@@ -83,14 +83,16 @@ def require_kind(name: str, config: Any, kind: str) -> None:
     """Refuse a model that cannot be of a kind, or that reads what nothing here gives it.
 
     Raises:
-        ModelError: it reads sound, or text and pictures at once; it is no model of this kind, or
-            attends to what it shall predict.
+        ModelError: it reads sound, or text and pictures at once; it is not a model of this kind, or
+            attends to what it should predict.
     """
     require_text_or_pictures(name, config)
     who, own = f"{name} is {class_named(config)}", kind_of(config)
     if (kind == VISION) != (own == VISION):
         raise ModelError(
-            f"{name} is {said(own)} ({config.model_type}), it cannot do {kind}", code="kind_unsupported", field="model"
+            f"{name} is {describe_kind(own)} ({config.model_type}), it cannot do {kind}",
+            code="kind_unsupported",
+            field="model",
         )
     if own == SEQ2SEQ and kind not in HEADS:
         raise ModelError(
@@ -108,7 +110,7 @@ def require_kind(name: str, config: Any, kind: str) -> None:
     if kind == CAUSAL and not _looks_back(config):
         raise ModelError(
             f"{who}, which sees the tokens after each one as well: as a language model it would "
-            f"read what it shall predict; take a decoder such as smollm2-135m"
+            f"read what it should predict; take a decoder such as smollm2-135m"
             f"{_for_classes(config)}",
             code="not_causal",
             field="model",
@@ -144,17 +146,17 @@ def require_text_or_pictures(name: str, config: Any) -> None:
 
 
 def is_writer(config: Any) -> bool:
-    """Tell whether the class that was saved is its family's language model."""
+    """Return whether the class that was saved is its family's language model."""
     return class_named(config) == getattr(class_for(config, CAUSAL), "__name__", None)
 
 
 def has_head(config: Any, kind: str) -> bool:
-    """Tell whether a model ends in the classes of a kind already."""
+    """Return whether a model ends in the classes of a kind already."""
     return any(name.endswith(HEADS[kind]) for name in config.architectures or [])
 
 
 def head_options(name: str, config: Any, kind: str, labels: Sequence[str]) -> dict[str, Any]:
-    """What from_pretrained must know of the classes; a head that is there keeps its own.
+    """Return the options of from_pretrained for the classes; a head that is there keeps its own.
 
     Args:
         labels: class names of the data; none if it has none.
@@ -177,8 +179,8 @@ def head_options(name: str, config: Any, kind: str, labels: Sequence[str]) -> di
     if _unnamed(own) and len(names) == len(own):
         return options
     raise ModelError(
-        f"{name} has a classification head for {some(own.values())}; the labels here are "
-        f"{some(labels)}, and must be the same in the same order",
+        f"{name} has a classification head for {join_limited(own.values())}; the labels here are "
+        f"{join_limited(labels)}, and must be the same in the same order",
         code="other_labels",
         field="model",
     )
@@ -189,7 +191,7 @@ def _unnamed(names: Mapping[int, str]) -> bool:
 
 
 def _part_names(config: Any) -> Iterator[str]:
-    """The fields that hold the configuration of a part, and those of its own parts."""
+    """Yield the fields that hold the configuration of a part, and those of its own parts."""
     for key in getattr(config, "sub_configs", {}):
         if (part := getattr(config, key, None)) is not None:
             yield key
@@ -197,7 +199,7 @@ def _part_names(config: Any) -> Iterator[str]:
 
 
 def _looks_back(config: Any) -> bool:
-    """Tell whether each token sees those before it alone, of families that can do both."""
+    """Return whether each token sees those before it alone, of families that can do both."""
     if config.model_type in (*MODEL_FOR_MASKED_LM_MAPPING_NAMES, "xlnet", "bert-generation"):
         names = ("is_decoder", "causal")
         named = any(getattr(config, name, False) for name in names)

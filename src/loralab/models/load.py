@@ -4,26 +4,20 @@ Weights are read from safetensors, GGUF or ONNX only, never from a pickle, and n
 with a model is run. A GGUF or ONNX file is converted once, to a folder in the cache.
 """
 
-import contextlib
 import inspect
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import torch
-from huggingface_hub.errors import RepositoryNotFoundError
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer
-from transformers.utils import logging
 
-from loralab.errors import ConfigError, LoralabError, ModelError, nearest, shown, some
+from loralab.errors import ConfigError, ModelError, format_value, join_limited, nearest
 from loralab.models import pictures
-from loralab.models.catalog import MODELS, how_to_get, locate
+from loralab.models.catalog import MODELS
 from loralab.models.complete import new_modules
-from loralab.models.convert import NEEDS, Options, converted
+from loralab.models.convert import Options
 from loralab.models.kinds import (
     CAUSAL,
     CLASSIFIER,
@@ -35,16 +29,17 @@ from loralab.models.kinds import (
     TAGGER,
     VISION,
     class_for,
+    describe_kind,
     has_head,
     head_options,
     is_writer,
     kind_of,
     require_kind,
     require_text_or_pictures,
-    said,
 )
-from loralab.models.plausible import require_folder, require_plausible, require_weights
+from loralab.models.plausible import require_plausible, require_weights
 from loralab.models.precision import cast, keep_statistics, require_precision
+from loralab.models.source import as_model_error, require_tokenizer_files, resolve
 from loralab.values import check_choice
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -103,17 +98,18 @@ def load(
         ModelError: it does not exist, cannot be read, is of another kind, or knows other classes.
         ConfigError: the kind is unknown, or the model cannot take pictures of that size.
     """
-    if kind is not None and kind not in KINDS:
-        raise ConfigError(f"unknown kind of model {kind!r} ({some(KINDS)}){nearest(kind, KINDS)}")
+    _require_known(kind)
     source = resolve(name)
     config = _config(name, source)
     kind = kind or kind_of(config)
     require_kind(name, config, kind)
     if image_size is not None and kind != VISION:
-        raise ConfigError(f"image_size has no effect: {name} is {said(kind)}")
+        raise ConfigError(
+            f"image_size has no effect: {name} is {describe_kind(kind)}", code="no_effect", field="image_size"
+        )
     require_precision(name, config, dtype)
     options = _options(name, config, kind, labels)
-    with _explained(name, source), torch.random.fork_rng():
+    with as_model_error(name, source), torch.random.fork_rng():
         _require_whole(name, Path(source), config, kind)
         torch.manual_seed(seed)
         tokenizer = _reader(name, source, config, kind, image_size)
@@ -136,12 +132,21 @@ def load(
     else:
         pad_on_the_right(model, tokenizer)
     keep_statistics(model.eval())
-    shown = str(Path(name).resolve()) if name not in MODELS and Path(name).exists() else name
-    return Base(name=shown, model=model, tokenizer=tokenizer, kind=kind, source=source, new=new)
+    display_name = str(Path(name).resolve()) if name not in MODELS and Path(name).exists() else name
+    return Base(name=display_name, model=model, tokenizer=tokenizer, kind=kind, source=source, new=new)
+
+
+def _require_known(kind: str | None) -> None:
+    if kind is not None and kind not in KINDS:
+        raise ConfigError(
+            f"unknown kind of model {kind!r} ({join_limited(KINDS)}){nearest(kind, KINDS)}",
+            code="unknown_kind",
+            field="kind",
+        )
 
 
 def natural_kind(name: str) -> str:
-    """What a model is, from its configuration alone: a classifier if it is an encoder.
+    """Return the kind of a model from its configuration alone: a classifier if it is an encoder.
 
     Raises:
         ModelError: it does not exist, has no readable configuration, or reads what nothing here
@@ -162,7 +167,7 @@ def configuration(name: str) -> Any:
 
 
 def kind_for(name: str, data_format: str) -> str:
-    """What a model becomes for data of a format (tasks/formats.py names them).
+    """Return the kind of a model for data of a format (tasks/formats.py names them).
 
     Raises:
         ModelError: it does not exist, or cannot learn from such data.
@@ -174,7 +179,7 @@ def kind_for(name: str, data_format: str) -> str:
         wanted = "text: take a language model or an encoder"
         if data_format == "image-label":
             wanted = "pictures: take a vision model, such as dinov2-s"
-        raise _unsuited(f"{name} is {said(natural)}, and the data is {wanted}")
+        raise _unsuited(f"{name} is {describe_kind(natural)}, and the data is {wanted}")
     if data_format == "tokens-tags":
         if class_for(config, TAGGER) is None:
             raise _unsuited(f"{name} ({config.model_type}) cannot tag words; take minilm-l6")
@@ -182,7 +187,7 @@ def kind_for(name: str, data_format: str) -> str:
     if data_format == "pair":
         if natural == CAUSAL:
             raise _unsuited(
-                f"{name} is {said(natural)}; text_a, text_b without a label trains an encoder of "
+                f"{name} is {describe_kind(natural)}; text_a, text_b without a label trains an encoder of "
                 "sentences: take minilm-l6, or say --map prompt=text_a,completion=text_b"
             )
         return SENTENCES
@@ -196,45 +201,8 @@ def _unsuited(message: str) -> ModelError:
     return ModelError(message, code="kind_unsupported", field="model")
 
 
-def resolve(name: str) -> str:
-    """The folder or hub id that transformers reads; a GGUF file is converted on the way.
-
-    Raises:
-        ModelError: there is no such model, or its package is not installed.
-    """
-    if name in MODELS:
-        found = locate(MODELS[name])
-        if found is None:
-            raise ModelError(f"{name} is not installed; get it with: {how_to_get(MODELS[name])}")
-        with _explained(name, str(found)):
-            return str(converted(found, name) if found.suffix in NEEDS else found)
-    path = Path(name).expanduser()
-    if not name:
-        raise ModelError(f"the name of the model is empty; short names: {', '.join(MODELS)}")
-    if path.is_file():
-        if path.suffix != ".gguf":
-            raise ModelError(f"{name} is a file, but not .gguf; a model is a folder or a GGUF file")
-        with _explained(str(path), str(path)):
-            return str(converted(path, path.stem))
-    if path.is_dir():
-        _require_model_folder(name, path)
-        return str(path)
-    if re.fullmatch(r"[\w\-.]+/[\w\-.]+", name) and not path.parent.is_dir():
-        _require_on_hub(name)
-        return name
-    beside = path.parent.iterdir() if path.parent.is_dir() else ()
-    hint = nearest(name, [*MODELS, *(str(p) for p in beside if _is_model(p))])
-    raise ModelError(
-        f"there is no model {name!r}{hint}; short names: {', '.join(MODELS)}", code="unknown_model", field="model"
-    )
-
-
-def _is_model(path: Path) -> bool:
-    return path.suffix == ".gguf" or (path / "config.json").is_file()
-
-
 def parse_dtype(precision: str) -> torch.dtype:
-    """The dtype behind fp32, bf16 or fp16.
+    """Return the dtype behind fp32, bf16 or fp16.
 
     Raises:
         ConfigError: another word.
@@ -243,63 +211,30 @@ def parse_dtype(precision: str) -> torch.dtype:
     return DTYPES[precision]
 
 
-def _require_model_folder(name: str, path: Path) -> None:
-    if not (path / "config.json").is_file():
-        raise ModelError(f"{name} is no model folder: it has no config.json")
-    if not any(path.glob("*.safetensors")):
-        if any(path.glob("*.bin")) or any(path.glob("*.pt")):
-            raise ModelError(f"{name} holds its weights as a pickle, which can run code; convert them to safetensors")
-        raise ModelError(f"{name} holds no weights (*.safetensors)")
-    require_folder(name, path)
-
-
 def _require_whole(name: str, path: Path, config: Any, kind: str) -> None:
     """Look at the files of a folder before they are read."""
     if not path.is_dir():
         return
     require_plausible(name, require_weights(name, path), lambda: LOADERS[kind].from_config(config))
     if kind != VISION:
-        _require_tokenizer(name, path)
-
-
-def has_tokenizer(source: str | Path) -> bool:
-    """Tell whether a folder holds a tokenizer; a hub id is taken to have one."""
-    path = Path(source)
-    kinds = ("tokenizer*", "vocab*", "*.model", "preprocessor_config.json")
-    return not path.is_dir() or any(any(path.glob(kind)) for kind in kinds)
-
-
-def _require_tokenizer(name: str, path: Path) -> None:
-    if not has_tokenizer(path):
-        raise ModelError(f"{name} holds no tokenizer (tokenizer.json)")
-
-
-def _require_on_hub(name: str) -> None:
-    """Ask once and briefly: transformers retries for half a minute, in a dozen lines."""
-    if isinstance(huggingface_hub.try_to_load_from_cache(name, "config.json"), str):
-        return
-    try:
-        huggingface_hub.model_info(name, timeout=10)
-    except RepositoryNotFoundError:
-        raise ModelError(f"there is neither a folder nor a model {name!r} on the hub") from None
-    except Exception as error:  # the client's own, the HTTP library's, the system's
-        raise ModelError(
-            f"there is no folder {name!r}, and the model hub cannot be asked for it "
-            f"({type(error).__name__}); short names: {', '.join(MODELS)}"
-        ) from error
+        require_tokenizer_files(name, path)
 
 
 def _config(name: str, source: str) -> Any:
-    with _explained(name, source):
+    with as_model_error(name, source):
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     named = config.architectures or []
     if not isinstance(named, list) or not all(isinstance(one, str) for one in named):
-        raise ModelError(f"{name}: architectures must be a list of names, found {shown(named)}")
+        raise ModelError(
+            f"{name}: architectures must be a list of names, found {format_value(named)}",
+            code="invalid_config",
+            field="architectures",
+        )
     return config
 
 
 def _reader(name: str, source: str, config: Any, kind: str, image_size: int | None) -> Any:
-    """The tokenizer, or what stands in its place for pictures."""
+    """Return the tokenizer, or what stands in its place for pictures."""
     if kind == VISION:
         return pictures.read(name, source, config, image_size)
     # byte-level tokenizers take words one by one only if each may begin with a space
@@ -308,7 +243,7 @@ def _reader(name: str, source: str, config: Any, kind: str, image_size: int | No
 
 
 def _options(name: str, config: Any, kind: str, labels: Sequence[str]) -> Options:
-    """What from_pretrained must know beyond the source."""
+    """Return the options of from_pretrained beyond the source."""
     if kind in HEADS:
         return head_options(name, config, kind, labels)
     if kind == SENTENCES:  # sentences are the mean of their tokens: a pooler would stay unused
@@ -324,7 +259,9 @@ def require_size(name: str, model: Any, size: int) -> None:
     fits = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
     if own in (None, size) or fits or model.config.model_type in _FREE_SIZES:
         return
-    raise ConfigError(f"{name} takes pictures of {own} pixels alone, got image_size {size}")
+    raise ConfigError(
+        f"{name} takes pictures of {own} pixels alone, got image_size {size}", code="invalid_value", field="image_size"
+    )
 
 
 def require_use(name: str, tokenizer: Any, config: Any, kind: str) -> None:
@@ -332,7 +269,9 @@ def require_use(name: str, tokenizer: Any, config: Any, kind: str) -> None:
     if not isinstance(tokenizer.model_max_length, int | float):
         raise ModelError(
             f"{name}: tokenizer_config.json has model_max_length "
-            f"{shown(tokenizer.model_max_length)}, which is no number"
+            f"{format_value(tokenizer.model_max_length)}, which is not a number",
+            code="invalid_config",
+            field="model_max_length",
         )
     last = tokenizer("a", verbose=False)["input_ids"][-1:]
     # the classes of an encoder-decoder are read off the one end token that each text has
@@ -360,40 +299,8 @@ def pad_on_the_right(model: Any, tokenizer: Any) -> None:
 
 
 def _rows(model: Any) -> int | None:
-    """Those of the embedding; None where tokens are not looked up in one table (Canine)."""
+    """Return the rows of the embedding; None where tokens are not looked up in one table (Canine)."""
     try:
         return len(model.get_input_embeddings().weight)
     except (NotImplementedError, AttributeError):
         return None
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Without transformers' progress bars and load reports, where our own errors say it better."""
-    verbosity = logging.get_verbosity()
-    bars = logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
-
-
-@contextlib.contextmanager
-def _explained(name: str, source: str) -> Iterator[None]:
-    """One line of ours for whatever transformers raises on a model that it cannot read."""
-    try:
-        with quiet():
-            yield
-    except LoralabError:
-        raise
-    except SafetensorError as error:
-        raise ModelError(f"{name}: the weights are damaged or truncated ({error})") from error
-    except Exception as error:  # its readers raise some ten unrelated kinds
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = lines[0] if lines else type(error).__name__
-        place = "" if source in (name, str(Path(name).expanduser())) else f" from {source}"
-        raise ModelError(f"{name} cannot be read{place}: {reason}") from error

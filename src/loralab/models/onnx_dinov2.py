@@ -45,7 +45,7 @@ def write_folder(file: Path, folder: Path) -> None:
 
 
 def _tensors(file: Path, nodes: Any, held: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The backbone's tensors under the names of Dinov2Model."""
+    """Return the backbone's tensors under the names of Dinov2Model."""
     found = {name.removeprefix(PREFIX): tensor for name, tensor in held.items() if name.startswith(PREFIX)}
     for node in nodes:
         layer = re.fullmatch(r"/backbone/(encoder/layer\.\d+/.+)/MatMul", node.name)
@@ -55,7 +55,9 @@ def _tensors(file: Path, nodes: Any, held: dict[str, Tensor]) -> dict[str, Tenso
             found[layer[1].replace("/", ".") + ".weight"] = weight
     first = found.get("embeddings.cls_token")
     if first is None or not any(name.endswith("query.weight") for name in found):
-        raise ModelError(f"{file.name} holds no DINOv2 backbone under the name {PREFIX!r}")
+        raise ModelError(
+            f"{file.name} holds no DINOv2 backbone under the name {PREFIX!r}", code="no_backbone", field="model"
+        )
     found["embeddings.position_embeddings"] = _positions(file, held, first.shape[-1])
     found["embeddings.mask_token"] = torch.zeros(1, first.shape[-1])  # of the pre-training alone
     return found
@@ -71,13 +73,15 @@ def _positions(file: Path, held: dict[str, Tensor], width: int) -> Tensor:
     if len(nameless) != 2:
         raise ModelError(
             f"{file.name}: expected the positions as two constants (1, n, {width}), "
-            f"found {[tuple(tensor.shape) for tensor in nameless]}"
+            f"found {[tuple(tensor.shape) for tensor in nameless]}",
+            code="wrong_shape",
+            field="model",
         )
     return torch.cat(sorted(nameless, key=lambda tensor: tensor.shape[1]), dim=1)
 
 
 def _config(tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """What config.json must say of these tensors."""
+    """Return the config.json of these tensors."""
     _, channels, patch, _ = tensors["embeddings.patch_embeddings.projection.weight"].shape
     _, places, width = tensors["embeddings.position_embeddings"].shape
     layers = {name.split(".")[2] for name in tensors if name.startswith("encoder.layer.")}

@@ -22,13 +22,13 @@ FILE = "preprocessor_config.json"
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 BICUBIC = 3  # as Pillow and preprocessor_config.json number it
-LARGEST = 255.0
+MAX_PIXEL = 255.0
 USUAL_SIZE, LARGEST_SIDE = 224, 2048
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pictures:
-    """How a picture becomes a tensor of `channels` x `size` x `size`.
+    """Conversion of a picture to a tensor of `channels` x `size` x `size`.
 
     `mean` and `std` are per channel, of values from 0 to 1. The class attributes answer what is
     asked of a tokenizer: there is no text, so nothing ends it and nothing is padded.
@@ -49,7 +49,7 @@ class Pictures:
         return len(self.mean)
 
     def pixels(self, picture: Any) -> Tensor:
-        """A Pillow image, or uint8 of (H, W) or (H, W, 3), as float32 (channels, size, size).
+        """Return a Pillow image, or uint8 of (H, W) or (H, W, 3), as float32 (channels, size, size).
 
         The shorter side is resized to `size` (bicubic), the middle is kept.
         """
@@ -63,7 +63,7 @@ class Pictures:
         left, top = (width - self.size) // 2, (height - self.size) // 2
         image = image.crop((left, top, left + self.size, top + self.size))
         values = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-        values = values.view(self.size, self.size, self.channels).permute(2, 0, 1) / LARGEST
+        values = values.view(self.size, self.size, self.channels).permute(2, 0, 1) / MAX_PIXEL
         mean, std = (torch.tensor(numbers)[:, None, None] for numbers in (self.mean, self.std))
         return ((values - mean) / std).contiguous()
 
@@ -77,7 +77,7 @@ class Pictures:
             "do_center_crop": True,
             "crop_size": {"height": self.size, "width": self.size},
             "do_rescale": True,
-            "rescale_factor": 1 / LARGEST,
+            "rescale_factor": 1 / MAX_PIXEL,
             "do_normalize": True,
             "image_mean": list(self.mean),
             "image_std": list(self.std),
@@ -87,7 +87,7 @@ class Pictures:
 
 
 def read(name: str, source: str, config: Any, image_size: int | None = None) -> Pictures:
-    """The settings of a model's own preprocessor_config.json, else those of ImageNet.
+    """Return the settings of a model's own preprocessor_config.json, else those of ImageNet.
 
     Args:
         source: folder or hub id.
@@ -111,12 +111,12 @@ def read(name: str, source: str, config: Any, image_size: int | None = None) -> 
 
 
 def settings(config: Any) -> Any:
-    """The part of a configuration that is about pictures: a part of its own, or all of it."""
+    """Return the part of a configuration that is about pictures: a part of its own, or all of it."""
     return getattr(config, "vision_config", None) or config
 
 
 def side(value: Any) -> int | None:
-    """The pixels of a side, however a configuration writes them."""
+    """Return the pixels of a side, however a configuration writes them."""
     if isinstance(value, dict):
         value = value.get("shortest_edge") or value.get("height")
     if isinstance(value, list | tuple):
@@ -134,20 +134,28 @@ def _from_file(name: str, file: Path, usual: Pictures) -> Pictures:
             for key, own in (("image_mean", usual.mean), ("image_std", usual.std))
         )
     except (ValueError, TypeError, OverflowError) as error:
-        raise ModelError(f"{name}: {FILE} cannot be read: {error}") from None
+        raise ModelError(f"{name}: {FILE} cannot be read: {error}", code="unreadable", field="model") from None
     finite = all(map(math.isfinite, (*mean, *std)))
     if len(mean) != usual.channels or len(std) != usual.channels or not all(std) or not finite:
         raise ModelError(
-            f"{name}: {FILE} must give {usual.channels} means and deviations above 0, found {mean} and {std}"
+            f"{name}: {FILE} must give {usual.channels} means and deviations above 0, found {mean} and {std}",
+            code="invalid_config",
+            field="image_mean",
         )
     return Pictures(size=size, mean=mean, std=std)
 
 
 def _require_whole_patches(size: int, patch: int) -> None:
     if size > LARGEST_SIDE:
-        raise ConfigError(f"image_size must be at most {LARGEST_SIDE}, got {size}")
+        raise ConfigError(
+            f"image_size must be at most {LARGEST_SIDE}, got {size}", code="invalid_value", field="image_size"
+        )
     if size >= 1 and size % patch == 0:
         return
     below, above = max(patch, size // patch * patch), max(patch, (size // patch + 1) * patch)
     good = f"{below} or {above}" if below != above else str(above)
-    raise ConfigError(f"image_size must be a multiple of {patch}, got {size}; the nearest: {good}")
+    raise ConfigError(
+        f"image_size must be a multiple of {patch}, got {size}; the nearest: {good}",
+        code="invalid_value",
+        field="image_size",
+    )

@@ -1,4 +1,4 @@
-"""Tell whether a model folder is what its configuration says, before it is built for it.
+"""Return whether a model folder is what its configuration says, before it is built for it.
 
 What builds a model believes config.json: a thousand million layers, a vocabulary of terabytes. The
 weights are the measure: nothing may be built that is many times as large as what fills it.
@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 
-from loralab.errors import ModelError, shown
-from loralab.values import memory, read_json
+from loralab.errors import ModelError, format_value
+from loralab.values import memory_bytes, read_json
 
 CONFIG, INDEX, ADAPTER = "config.json", "model.safetensors.index.json", "adapter_config.json"
 LAYERS = re.compile(r"(?!max_|min_).*(layers?|depths?|blocks)")  # of counts, not of limits
-MOST_LABELS, MOST_LAYERS = 1 << 20, 1 << 14
+MAX_LABELS, MOST_LAYERS = 1 << 20, 1 << 14
 FEW_LAYERS = 256  # are built in no time, and what they lack is said when the weights are read
-LARGEST_HEADER = 1 << 27  # bytes
+MAX_HEADER_BYTES = 1 << 27  # bytes
 PER_BYTE, SPARE = 8, 1 << 24  # numbers of a model: for each byte of its weights, and beyond
 
 
@@ -31,35 +31,49 @@ def require_folder(name: str, path: Path) -> None:
             code from elsewhere, or a file leads out of the folder.
     """
     if (path / ADAPTER).exists():  # transformers would go on to the base that it names
-        raise ModelError(f"{name} is an adapter, or holds one ({ADAPTER}); a base model is needed")
+        raise ModelError(
+            f"{name} is an adapter, or holds one ({ADAPTER}); a base model is needed",
+            code="adapter_not_base",
+            field="model",
+        )
     config = read_json(path / CONFIG, ModelError)
     _require_small(name, path)
     if (path / INDEX).exists():
         parts = read_json(path / INDEX, ModelError).get("weight_map")
         if not isinstance(parts, dict) or not all(map(_is_part, parts.values())):
-            raise ModelError(f"{name}: {INDEX} must name files of its own folder")
+            raise ModelError(f"{name}: {INDEX} must name files of its own folder", code="outside_folder", field="model")
     counts = [_count(file) for file in path.glob("*.safetensors")]
     # of damaged weights more is said when they are read
     tensors = MOST_LAYERS if None in counts else sum(filter(None, counts))
     for key, value in _fields(config):
         if "attn_implementation" in key and "/" in str(value):
-            raise ModelError(f"{name}: {CONFIG} asks for code from elsewhere: {key} {shown(value)}")
+            raise ModelError(
+                f"{name}: {CONFIG} asks for code from elsewhere: {key} {format_value(value)}",
+                code="foreign_code",
+                field=key,
+            )
         number = value if type(value) is int else 0
-        if key == "num_labels" and number > MOST_LABELS:
-            raise ModelError(f"{name}: {CONFIG} has {key} {value}; the most is {MOST_LABELS:,}")
+        if key == "num_labels" and number > MAX_LABELS:
+            raise ModelError(
+                f"{name}: {CONFIG} has {key} {value}; the most is {MAX_LABELS:,}", code="implausible_size", field=key
+            )
         if LAYERS.fullmatch(key) and number > max(tensors, FEW_LAYERS):
-            raise ModelError(f"{name}: {CONFIG} has {key} {value}, and the weights are {tensors} tensors")
+            raise ModelError(
+                f"{name}: {CONFIG} has {key} {value}, and the weights are {tensors} tensors",
+                code="implausible_size",
+                field=key,
+            )
 
 
 def require_weights(name: str, path: Path) -> int:
-    """The bytes of a folder's weights.
+    """Return the bytes of a folder's weights.
 
     Raises:
         ModelError: they are damaged.
     """
     files = list(path.glob("*.safetensors"))
     if any(_count(file) is None for file in files):
-        raise ModelError(f"{name}: the weights are damaged or truncated")
+        raise ModelError(f"{name}: the weights are damaged or truncated", code="damaged", field="model")
     return sum(file.stat().st_size for file in files)
 
 
@@ -77,14 +91,20 @@ def require_plausible(name: str, weights: int, build: Callable[[], Any]) -> None
         model = build()
     size = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
     if size > PER_BYTE * weights + SPARE:
-        raise ModelError(f"{name} describes a model of {size:,} numbers, and its weights have {weights:,} bytes")
+        raise ModelError(
+            f"{name} describes a model of {size:,} numbers, and its weights have {weights:,} bytes",
+            code="implausible_size",
+            field="model",
+        )
 
 
 def _require_small(name: str, path: Path) -> None:
     """Tokenizers and settings are held whole, several times over."""
     for file in path.glob("*.json"):
-        if not file.is_file() or file.stat().st_size > memory() // 16:
-            raise ModelError(f"{name}: {file.name} is no file, or does not fit into memory")
+        if not file.is_file() or file.stat().st_size > memory_bytes() // 16:
+            raise ModelError(
+                f"{name}: {file.name} is not a file, or does not fit into memory", code="unreadable", field=file.name
+            )
 
 
 def _is_part(value: Any) -> bool:
@@ -92,10 +112,10 @@ def _is_part(value: Any) -> bool:
 
 
 def _count(file: Path) -> int | None:
-    """The tensors of a safetensors file; None of one that is damaged."""
+    """Return the tensors of a safetensors file; None of one that is damaged."""
     with file.open("rb") as handle:
         length = int.from_bytes(handle.read(8), "little")
-        if not 0 < length <= min(file.stat().st_size, LARGEST_HEADER):
+        if not 0 < length <= min(file.stat().st_size, MAX_HEADER_BYTES):
             return None
         try:
             header = json.loads(handle.read(length))
@@ -105,7 +125,7 @@ def _count(file: Path) -> int | None:
 
 
 def _fields(content: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Every field with what it holds, those of sub-models and elements of lists on their own."""
+    """Yield every field with what it holds, those of sub-models and elements of lists on their own."""
     for key, value in content.items():
         if isinstance(value, dict):
             yield from _fields(value)

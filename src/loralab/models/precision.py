@@ -1,4 +1,4 @@
-"""What a loaded model computes in: one dtype for its parameters, the base's own statistics."""
+"""Precision of a loaded model: one dtype for its parameters, the base's own statistics."""
 
 import types
 from typing import Any

@@ -19,27 +19,27 @@ from torch.nn import functional as F
 
 from loralab.errors import ModelError
 from loralab.models.catalog import MODELS, locate
-from loralab.models.gguf_blocks import Blocks, linear_tensors
+from loralab.models.gguf_blocks import GGUFBlocks, linear_tensors
 
-BLOCK = 64  # weights that share a scale in NF4
-HEADS = ("lm_head", "classifier", "score", "head", "qa_outputs")
+NF4_BLOCK = 64  # weights that share a scale in NF4
+UNQUANTIZED_HEADS = ("lm_head", "classifier", "score", "head", "qa_outputs")
 
 
-class Packed(Protocol):
+class PackedWeight(Protocol):
     """A weight in few bits; it never changes."""
 
     data: Tensor
 
-    def around(self, data: Tensor) -> "Packed":
-        """The same scales around these bytes."""
+    def around(self, data: Tensor) -> "PackedWeight":
+        """Return the same scales around these bytes."""
 
     def dequantize(self) -> Tensor:
-        """The weight, (O, I)."""
+        """Return the weight, (O, I)."""
 
     def nbytes(self) -> int:
-        """What it takes to keep it, scales included."""
+        """Return the bytes that it takes, scales included."""
 
-    def to(self, device: torch.device) -> "Packed":
+    def to(self, device: torch.device) -> "PackedWeight":
         """On another device."""
 
 
@@ -50,7 +50,7 @@ class QuantizedLinear(nn.Linear):
     are `weight` and nowhere else, so that who splits or moves parameters has all of them.
     """
 
-    def __init__(self, packed: Packed, bias: Tensor | None, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    def __init__(self, packed: PackedWeight, bias: Tensor | None, shape: tuple[int, int], dtype: torch.dtype) -> None:
         nn.Module.__init__(self)
         self.out_features, self.in_features = shape
         self.compute_dtype = dtype
@@ -64,12 +64,12 @@ class QuantizedLinear(nn.Linear):
         return out if self.bias is None else out + self.bias.to(out.dtype)
 
     @property
-    def packed(self) -> Packed:
+    def packed(self) -> PackedWeight:
         """The weight as it is kept."""
         return self._scales.around(self.weight.data)
 
     def dequantize(self) -> Tensor:
-        """The weight, (O, I), in fp32."""
+        """Return the weight, (O, I), in fp32."""
         return self.packed.dequantize().float()
 
     @property
@@ -82,14 +82,14 @@ class QuantizedLinear(nn.Linear):
         return f"{self.in_features}, {self.out_features}, {self.bits_per_weight:.3f} bits"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        """Move, but never cast: the bytes are no numbers."""
+        """Move, but never cast: the bytes are not numbers."""
         device = fn(torch.empty(0, dtype=torch.uint8, device=self.weight.device)).device
         self._hold(self.packed.to(device))
         if self.bias is not None:
             self.bias = nn.Parameter(fn(self.bias.data), requires_grad=False)
         return self
 
-    def _hold(self, packed: Packed) -> None:
+    def _hold(self, packed: PackedWeight) -> None:
         self.weight = nn.Parameter(packed.data, requires_grad=False)
         self._scales = packed.around(packed.data.new_empty(0))
 
@@ -113,23 +113,23 @@ class NF4:
         bnb = _bitsandbytes()
         self._dequantize = bnb.dequantize_4bit
         self.data, self.state = bnb.quantize_4bit(
-            weight.detach().contiguous(), blocksize=BLOCK, compress_statistics=double, quant_type="nf4"
+            weight.detach().contiguous(), blocksize=NF4_BLOCK, compress_statistics=double, quant_type="nf4"
         )
 
     def dequantize(self) -> Tensor:
-        """The weight, (O, I), in the dtype that it had."""
+        """Return the weight, (O, I), in the dtype that it had."""
         out: Tensor = self._dequantize(self.data, self.state)
         return out
 
     def nbytes(self) -> int:
-        """Packed weights and scales; the two tables of levels are shared by all layers."""
+        """Return packed weights and scales; the two tables of levels are shared by all layers."""
         parts = [self.data, self.state.absmax]
         if self.state.nested:
             parts += [self.state.state2.absmax, self.state.offset]
         return sum(part.numel() * part.element_size() for part in parts)
 
     def around(self, data: Tensor) -> "NF4":
-        """The same scales around these bytes."""
+        """Return the same scales around these bytes."""
         other = copy.copy(self)
         other.data = data
         return other
@@ -160,7 +160,9 @@ def quantize(model: Any, how: str, name: str) -> None:
         _from_file(model, name)
         return
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise ModelError("4-bit weights need bitsandbytes: pip install 'loralab[quant]'")
+        raise ModelError(
+            "4-bit weights need bitsandbytes: pip install 'loralab[quant]'", code="not_installed", field="bitsandbytes"
+        )
     for path, layer in linear_layers(model):
         shape = (layer.out_features, layer.in_features)
         new = QuantizedLinear(NF4(layer.weight), layer.bias, shape, layer.weight.dtype)
@@ -179,8 +181,8 @@ def dequantize(model: nn.Module) -> int:
     return len(packed)
 
 
-def retained(before: Tensor, after: Tensor, *, double: bool = True) -> float:
-    """The part of an update that survives quantisation: <Q(W + D) - Q(W), D> / |D|^2.
+def retained_share(before: Tensor, after: Tensor, *, double: bool = True) -> float:
+    """Return the part of an update that survives quantisation: <Q(W + D) - Q(W), D> / |D|^2.
 
     Args:
         before: W, (O, I), as the quantised base has it.
@@ -195,15 +197,15 @@ def retained(before: Tensor, after: Tensor, *, double: bool = True) -> float:
 
 
 def linear_layers(model: Any) -> Iterator[tuple[str, nn.Linear]]:
-    """The layers that are packed: all linear ones, but for the head."""
+    """Yield the layers that are packed: all linear ones, but for the head."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     for path, layer in list(model.named_modules()):
-        if type(layer) is nn.Linear and layer is not head and path.split(".")[0] not in HEADS:
+        if type(layer) is nn.Linear and layer is not head and path.split(".")[0] not in UNQUANTIZED_HEADS:
             yield path, layer
 
 
 def gguf_file(name: str) -> Path | None:
-    """The GGUF file behind a short name or a path."""
+    """Return the GGUF file behind a short name or a path."""
     path = locate(MODELS[name]) if name in MODELS else Path(name).expanduser()
     return path if path is not None and path.suffix == ".gguf" and path.is_file() else None
 
@@ -219,17 +221,21 @@ def _bitsandbytes() -> Any:
 def _from_file(model: Any, name: str) -> None:
     file = gguf_file(name)
     if file is None:
-        raise ModelError(f"--quantize gguf needs a model that is a GGUF file, which {name} is not")
+        raise ModelError(
+            f"--quantize gguf needs a model that is a GGUF file, which {name} is not", code="not_gguf", field="quantize"
+        )
     layers = dict(linear_layers(model))
     found = linear_tensors(file, model.config)
     for path in layers.keys() - found.keys():
-        raise ModelError(f"{file.name} holds no quantised weight for {path}")
+        raise ModelError(f"{file.name} holds no quantised weight for {path}", code="missing_tensor", field=path)
     for path, layer in layers.items():
-        blocks: Blocks = found[path].to(layer.weight.device)
+        blocks: GGUFBlocks = found[path].to(layer.weight.device)
         shape = (layer.out_features, layer.in_features)
         want = layer.weight.detach().float()
         if not torch.allclose(blocks.dequantize().view(shape), want, rtol=2**-7, atol=1e-6):
-            raise ModelError(f"{file.name}: the blocks of {path} do not give the model's weight")
+            raise ModelError(
+                f"{file.name}: the blocks of {path} do not give the model's weight", code="damaged", field=path
+            )
         _put(model, path, QuantizedLinear(blocks, layer.bias, shape, layer.weight.dtype))
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from transformers import AddedToken
 
-from loralab.errors import ConfigError, some
+from loralab.errors import ConfigError, join_limited
 from loralab.models.load import Base
 
 
@@ -21,10 +21,14 @@ def add_tokens(base: Base, tokens: Sequence[str]) -> tuple[int, ...]:
     if not tokens:
         return ()
     if base.kind == "image-classification":
-        raise ConfigError(f"{base.name} reads pictures; it takes no new tokens")
+        raise ConfigError(f"{base.name} reads pictures; it takes no new tokens", code="no_effect", field="new_tokens")
     known = base.tokenizer.get_vocab()
     if bad := [t for t in tokens if not t.strip() or t in known or list(tokens).count(t) > 1]:
-        raise ConfigError(f"new_tokens: {some(map(repr, bad))} empty, named twice or known already")
+        raise ConfigError(
+            f"new_tokens: {join_limited(map(repr, bad))} empty, named twice or known already",
+            code="invalid_value",
+            field="new_tokens",
+        )
     pieces = [base.tokenizer(token, add_special_tokens=False)["input_ids"] for token in tokens]
     base.tokenizer.add_tokens([AddedToken(token, normalized=False) for token in tokens])
     ids = tuple(base.tokenizer.convert_tokens_to_ids(list(tokens)))

@@ -1,1 +1,1 @@
-"""What is compiled for the machine at hand, and optional everywhere."""
+"""Kernels that are compiled for this machine; optional everywhere."""

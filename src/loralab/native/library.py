@@ -90,7 +90,7 @@ class Kernels:
         plain = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
         self._functions[name](*plain, torch.get_num_threads())
 
-    def thin_many(self, kind: str, products: Sequence[SkinnyGemm]) -> None:
+    def skinny_gemms(self, kind: str, products: Sequence[SkinnyGemm]) -> None:
         """Run one of lowrank.c's for many products that do not write to the same place."""
         rows = [
             _Thin(
@@ -115,7 +115,7 @@ class Kernels:
         """Run one of the functions on structures of the caller's."""
         self._functions[name](*addresses, torch.get_num_threads())
 
-    def thin(self, name: str, x: Tensor, M: Tensor, low: Tensor, start: int, *scale: float) -> None:
+    def skinny_gemm(self, name: str, x: Tensor, M: Tensor, low: Tensor, start: int, *scale: float) -> None:
         """Run one of lowrank.c's: x (N, W) dense, M (R, W) of any strides, low (N, R or more)."""
         n, width = x.shape
         self._functions[name](
@@ -134,7 +134,7 @@ class Kernels:
 
 
 def kernels_for(x: Tensor) -> Kernels | None:
-    """The compiled functions, if they can take tensors like this one: bf16 on the processor."""
+    """Return the compiled functions, if they can take tensors like this one: bf16 on the processor."""
     if x.dtype != torch.bfloat16 or x.device.type != "cpu":
         return None
     return kernels()
@@ -142,7 +142,7 @@ def kernels_for(x: Tensor) -> Kernels | None:
 
 @functools.lru_cache(maxsize=1)
 def kernels() -> Kernels | None:
-    """The compiled functions; None where they cannot be had."""
+    """Return the compiled functions; None where they cannot be had."""
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if compiler is None or os.environ.get("LORALAB_NATIVE", "on") == "off":
         return None
@@ -153,7 +153,7 @@ def kernels() -> Kernels | None:
 
 
 def _built(compiler: str) -> Path:
-    """The shared library, made if this source was not compiled here before."""
+    """Return the shared library, made if this source was not compiled here before."""
     library = cache_folder() / "native" / f"{_digest(compiler)}.so"
     if library.is_file():
         return library

@@ -17,7 +17,7 @@ from starlette.requests import ClientDisconnect
 from loralab.errors import LoralabError
 from loralab.serving import api_shapes as shapes
 from loralab.serving.api_description import description
-from loralab.serving.api_errors import LONGEST, ApiError, to_api_error
+from loralab.serving.api_errors import MAX_ECHOED_CHARACTERS, ApiError, to_api_error
 from loralab.serving.api_schemas import ChatBody, ClassifyBody, CompletionBody, LoadBody, UnloadBody
 from loralab.serving.api_service import Service
 from loralab.serving.api_shapes import ChatShape, CompletionShape
@@ -56,7 +56,7 @@ def build_app(
     hosts: Hosts | None = None,
     origins: frozenset[str] = frozenset(),
 ) -> FastAPI:
-    """The application around an engine that runs; `app.state.service` is what it is made of.
+    """Return the application around an engine that runs; `app.state.service` is what it is made of.
 
     Args:
         keys: None leaves everything open.
@@ -72,7 +72,7 @@ def build_app(
     app.add_middleware(HeadAsGet)  # the outermost
     _add_errors(app)
     _add_state(app, service)
-    _add_asking(app, service)
+    _add_generation(app, service)
     _add_store(app, service)
     return app
 
@@ -95,7 +95,7 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def _routing(request: Request, error: HTTPException) -> Response:
-        where = f"{request.method} {request.scope['path'][:LONGEST]}"
+        where = f"{request.method} {request.scope['path'][:MAX_ECHOED_CHARACTERS]}"
         allow = (error.headers or {}).get("Allow")
         allow = "GET, HEAD" if allow == "GET" else allow
         return ApiError(error.status_code, f"{where}: {error.detail}", allow=allow).response()
@@ -106,7 +106,7 @@ def _add_errors(app: FastAPI) -> None:
 
 
 def _add_state(app: FastAPI, service: Service) -> None:
-    """What is here, and how it does."""
+    """Add the routes that report on the server."""
     engine = service.engine
 
     @app.get("/", include_in_schema=False)
@@ -142,7 +142,7 @@ def _add_state(app: FastAPI, service: Service) -> None:
             "evictions": engine.store.evictions,
         }
         base = {"name": service.base_id, "kind": engine.base.kind}
-        adapters = [shapes.described(entry) for entry in entries]
+        adapters = [shapes.adapter_json(entry) for entry in entries]
         return JSONResponse({"base": base, "engine": state, "adapters": adapters})
 
     @app.get("/v1/models")
@@ -160,51 +160,51 @@ def _add_state(app: FastAPI, service: Service) -> None:
 
 async def _models(service: Service, key: Key | None) -> dict[str, Any]:
     engine, entries = service.engine, await service.visible(key)
-    found = shapes.listed(service.base_id, engine.base.kind, engine.context, entries, service.started)
+    found = shapes.models_json(service.base_id, engine.base.kind, engine.context, entries, service.started)
     if key is not None and not key.base:
         found["data"] = found["data"][1:]
     return found
 
 
-def _add_asking(app: FastAPI, service: Service) -> None:
+def _add_generation(app: FastAPI, service: Service) -> None:
     """Completions, chats, classes."""
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
-        key = _asker(service, request)
+        key = _authorise(service, request)
         body = await service.body(request, CompletionBody)
-        entry = await _writer(service, body.model, key)
+        entry = await _generating_adapter(service, body.model, key)
         given = body.prompts()
         _require_some(service, len(given) * (body.n or 1), "prompt")
         prompts = [await service.text_ids(prompt) for prompt in given]
-        return await _answered(service, request, body, entry, key, prompts)
+        return await _answer(service, request, body, entry, key, prompts)
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
-        key = _asker(service, request)
+        key = _authorise(service, request)
         body = await service.body(request, ChatBody)
-        entry = await _writer(service, body.model, key)
+        entry = await _generating_adapter(service, body.model, key)
         try:
             turns = [message.turn() for message in body.messages]
             ids = await service.chat_ids(turns, entry)
         except LoralabError as error:
             raise to_api_error(error, "messages") from None
-        return await _answered(service, request, body, entry, key, [ids])
+        return await _answer(service, request, body, entry, key, [ids])
 
     @app.post("/v1/classify")
     async def classify(request: Request) -> Response:
-        key = _asker(service, request)
-        return await _classified(service, request, await service.body(request, ClassifyBody), key)
+        key = _authorise(service, request)
+        return await _classify(service, request, await service.body(request, ClassifyBody), key)
 
 
-def _asker(service: Service, request: Request) -> Key | None:
-    """The key of a request to an engine that works."""
+def _authorise(service: Service, request: Request) -> Key | None:
+    """Return the key of a request to an engine that works."""
     key = service.key(request)
     service.require_working()
     return key
 
 
-async def _answered(
+async def _answer(
     service: Service,
     request: Request,
     body: CompletionBody | ChatBody,
@@ -212,15 +212,17 @@ async def _answered(
     key: Key | None,
     prompts: Sequence[Sequence[int]],
 ) -> Response:
-    """The answers to some prompts, `n` each, whole or as a stream."""
+    """Return the answers to some prompts, `n` each, whole or as a stream."""
     param = "prompt" if isinstance(body, CompletionBody) else "messages"
     choices = body.n or 1
     asked = [
-        (ids, body.sampling(service.room(ids, entry, param), choice)) for ids in prompts for choice in range(choices)
+        (ids, body.sampling(service.max_answer_tokens(ids, entry, param), choice))
+        for ids in prompts
+        for choice in range(choices)
     ]
     grant = service.admit(key, sum(len(ids) + sampling.max_tokens for ids, sampling in asked))
     try:
-        answers = _submitted(service, asked, entry)
+        answers = _submit_all(service, asked, entry)
     except LoralabError as error:
         service.settle(grant, 0)
         raise to_api_error(error, param) from None
@@ -244,10 +246,10 @@ async def _answered(
     return JSONResponse(shape.whole(done), headers=headers)
 
 
-def _submitted(
+def _submit_all(
     service: Service, asked: Sequence[tuple[Sequence[int], Any]], entry: "AdapterInfo | None"
 ) -> list[Answer]:
-    """All of them or none."""
+    """Return all of them or none."""
     answers: list[Answer] = []
     try:
         for ids, sampling in asked:
@@ -260,7 +262,7 @@ def _submitted(
     return answers
 
 
-async def _classified(service: Service, request: Request, body: ClassifyBody, key: Key | None) -> Response:
+async def _classify(service: Service, request: Request, body: ClassifyBody, key: Key | None) -> Response:
     entry = await service.model(body.model, key)
     engine = service.engine
     given = body.inputs()
@@ -269,14 +271,14 @@ async def _classified(service: Service, request: Request, body: ClassifyBody, ke
         service.require_fitting(len(text), "input")
     grant = service.admit(key, 0)
     try:
-        waiting = await service.aside(lambda: engine.classify(given, adapter=entry))
+        waiting = await service.run_in_tokenizer_thread(lambda: engine.classify(given, adapter=entry))
         ranked = await guarded(request.receive, _awaited(waiting), service.limits.timeout, cancel=waiting.cancel)
     except LoralabError as error:
         raise to_api_error(error, "input") from None
     service.settle(grant, sum(one.tokens for one in ranked))
     labels = () if entry is None else entry.labels
     digest = None if entry is None else entry.digest
-    content = shapes.classified(body.model, entry, ranked, labels)
+    content = shapes.classification(body.model, entry, ranked, labels)
     return JSONResponse(content, headers=_digest(digest))
 
 
@@ -295,7 +297,7 @@ def _add_store(app: FastAPI, service: Service) -> None:
         service.require_admin(service.key(request))
         service.require_working()
         body = await service.body(request, LoadBody)
-        entry = await _changed(
+        entry = await _change_store(
             lambda: service.engine.store.load(body.lora_name, body.lora_path, replace=body.load_inplace is not False),
             "lora_path",
         )
@@ -306,12 +308,12 @@ def _add_store(app: FastAPI, service: Service) -> None:
     async def unload(request: Request) -> Response:
         service.require_admin(service.key(request))
         body = await service.body(request, UnloadBody)
-        entry = await _changed(lambda: service.engine.store.unload(body.lora_name), "lora_name")
+        entry = await _change_store(lambda: service.engine.store.unload(body.lora_name), "lora_name")
         text = f"Success: LoRA adapter '{entry.name}' removed successfully."
         return PlainTextResponse(text, headers=_digest(entry.digest))
 
 
-async def _changed(work: Callable[[], "AdapterInfo"], param: str) -> "AdapterInfo":
+async def _change_store(work: Callable[[], "AdapterInfo"], param: str) -> "AdapterInfo":
     """In a thread: reading an adapter takes a while."""
     try:
         return await asyncio.to_thread(work)
@@ -319,11 +321,11 @@ async def _changed(work: Callable[[], "AdapterInfo"], param: str) -> "AdapterInf
         raise to_api_error(error, param, fields=STORE_FIELDS) from None
 
 
-async def _writer(service: Service, name: str, key: Key | None) -> "AdapterInfo | None":
-    """The adapter that is asked to write; None is the base."""
+async def _generating_adapter(service: Service, name: str, key: Key | None) -> "AdapterInfo | None":
+    """Return the adapter that is asked to write; None is the base."""
     entry = await service.model(name, key)
     if service.engine.base.kind != "causal-lm":
-        raise ApiError(400, f"{name} writes no text; ask /v1/classify", param="model")
+        raise ApiError(400, f"{name} does not generate text; use /v1/classify", param="model")
     await service.have_tokenizer(entry)
     return entry
 

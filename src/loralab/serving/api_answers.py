@@ -1,4 +1,4 @@
-"""What an answer holds, for whoever reads the description of the API.
+"""Pydantic models of all answers, for the OpenAPI document.
 
 The answers themselves are made in api_shapes.py, as plain values; a test holds them against these.
 """
@@ -8,14 +8,14 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 
-class Part(BaseModel):
+class Schema(BaseModel):
     """A part of an answer, with no other fields than these."""
 
     model_config = ConfigDict(extra="forbid")
 
 
-class Problem(Part):
-    """What went wrong; `param` is the field that it is about."""
+class Problem(Schema):
+    """An error; `param` is the field that it is about."""
 
     message: str
     type: str
@@ -23,27 +23,27 @@ class Problem(Part):
     code: str | None
 
 
-class Error(Part):
+class Error(Schema):
     """The shape of every error."""
 
     error: Problem
 
 
-class AdapterIdentity(Part):
+class AdapterIdentity(Schema):
     """Which adapter answered."""
 
     name: str
     digest: str
 
 
-class CachedTokens(Part):
+class CachedTokens(Schema):
     """Tokens of the prompt that were known from earlier requests."""
 
     cached_tokens: int
 
 
-class Usage(Part):
-    """What a request took, in tokens."""
+class Usage(Schema):
+    """Tokens that a request used."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -51,16 +51,16 @@ class Usage(Part):
     prompt_tokens_details: CachedTokens
 
 
-class ShortUsage(Part):
-    """What a classification took, or a stream so far."""
+class ShortUsage(Schema):
+    """Tokens that a classification used, or a stream so far."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
 
 
-class Answer(Part):
-    """What every answer says of itself; `adapter` is None where the base answered.
+class AnswerHead(Schema):
+    """Fields that every answer begins with; `adapter` is None where the base answered.
 
     `warning`, in the first chunk of a stream, says why the answer may not be what was meant.
     """
@@ -72,7 +72,7 @@ class Answer(Part):
     warning: str | None = None
 
 
-class TextLogprobs(Part):
+class TextLogprobs(Schema):
     """Log-probabilities of the tokens of a completion; None for the first of an echoed prompt."""
 
     tokens: list[str]
@@ -81,7 +81,7 @@ class TextLogprobs(Part):
     text_offset: list[int]
 
 
-class TextChoice(Part):
+class TextChoice(Schema):
     """One answer of a completion, or a piece of it."""
 
     index: int
@@ -90,7 +90,7 @@ class TextChoice(Part):
     finish_reason: Literal["stop", "length"] | None
 
 
-class Completion(Answer):
+class Completion(AnswerHead):
     """A completion."""
 
     object: Literal["text_completion"]
@@ -98,7 +98,7 @@ class Completion(Answer):
     usage: Usage
 
 
-class CompletionChunk(Answer):
+class CompletionChunk(AnswerHead):
     """A piece of a streamed completion; `usage` stands in the last one, if it was asked for.
 
     With `continuous_usage_stats` it stands in all of them, so far.
@@ -109,7 +109,7 @@ class CompletionChunk(Answer):
     usage: Usage | ShortUsage | None = None
 
 
-class Likely(Part):
+class Likely(Schema):
     """A token that could have stood there."""
 
     token: str
@@ -123,22 +123,22 @@ class Spoken(Likely):
     top_logprobs: list[Likely]
 
 
-class ChatLogprobs(Part):
+class ChatLogprobs(Schema):
     """Log-probabilities of the tokens of a chat's answer."""
 
     content: list[Spoken]
     refusal: None
 
 
-class ChatMessage(Part):
-    """What the model says."""
+class ChatMessage(Schema):
+    """Message of the model."""
 
     role: Literal["assistant"]
     content: str
     refusal: None
 
 
-class ChatChoice(Part):
+class ChatChoice(Schema):
     """One answer of a chat."""
 
     index: int
@@ -147,7 +147,7 @@ class ChatChoice(Part):
     finish_reason: Literal["stop", "length"]
 
 
-class Chat(Answer):
+class Chat(AnswerHead):
     """The answer to a chat."""
 
     object: Literal["chat.completion"]
@@ -155,14 +155,14 @@ class Chat(Answer):
     usage: Usage
 
 
-class ChatDelta(Part):
+class ChatDelta(Schema):
     """More of what the model says."""
 
     role: Literal["assistant"] | None = None
     content: str | None = None
 
 
-class ChatPiece(Part):
+class ChatPiece(Schema):
     """More of one answer."""
 
     index: int
@@ -171,7 +171,7 @@ class ChatPiece(Part):
     finish_reason: Literal["stop", "length"] | None
 
 
-class ChatChunk(Answer):
+class ChatChunk(AnswerHead):
     """A piece of a streamed chat."""
 
     object: Literal["chat.completion.chunk"]
@@ -179,7 +179,7 @@ class ChatChunk(Answer):
     usage: Usage | ShortUsage | None = None
 
 
-class Ranking(Part):
+class Ranking(Schema):
     """The classes of one input: `probs` in the order of the classes, `probabilities` by name."""
 
     index: int
@@ -189,7 +189,7 @@ class Ranking(Part):
     num_classes: int
 
 
-class Classification(Answer):
+class Classification(AnswerHead):
     """The classes of all inputs."""
 
     object: Literal["list"]
@@ -211,28 +211,28 @@ class Model(BaseModel):
     max_model_len: int
 
 
-class Models(Part):
+class Models(Schema):
     """All that can be asked."""
 
     object: Literal["list"]
     data: list[Model]
 
 
-class Health(Part):
+class Health(Schema):
     """The server answers."""
 
     status: Literal["ok"]
 
 
-class BaseName(Part):
+class BaseName(Schema):
     """The base, and what it does."""
 
     name: str
     kind: str
 
 
-class EngineState(Part):
-    """How busy the engine is."""
+class EngineState(Schema):
+    """Load of the engine."""
 
     running: int
     waiting: int
@@ -242,14 +242,14 @@ class EngineState(Part):
     evictions: int
 
 
-class Score(Part):
+class Score(Schema):
     """The metric that decides for a task, and its value."""
 
     metric: str
     value: float
 
 
-class StoredAdapter(Part):
+class StoredAdapter(Schema):
     """All that is known of an adapter."""
 
     name: str
@@ -266,8 +266,8 @@ class StoredAdapter(Part):
     pinned: bool
 
 
-class StoreState(Part):
-    """What is here."""
+class StoreState(Schema):
+    """Base, engine and adapters of the server."""
 
     base: BaseName
     engine: EngineState

@@ -1,4 +1,4 @@
-"""The API in OpenAPI's form: every path, what it takes, every answer that it can give.
+"""OpenAPI document: every path, its body, and every answer that it can give.
 
 Written as data and not drawn from the handlers, which read their bodies themselves; tests hold it
 against the routes and against live answers.
@@ -13,23 +13,15 @@ from pydantic.json_schema import models_json_schema
 
 import loralab
 from loralab.serving import api_answers as answers
-from loralab.serving.api_schemas import (
-    Body,
-    ChatBody,
-    ClassifyBody,
-    CompletionBody,
-    LoadBody,
-    Message,
-    TextPart,
-    UnloadBody,
-)
+from loralab.serving.api_body import Body
+from loralab.serving.api_schemas import ChatBody, ClassifyBody, CompletionBody, LoadBody, Message, TextPart, UnloadBody
 
 Json = dict[str, Any]
 JSON, TEXT, EVENTS = "application/json", "text/plain", "text/event-stream"
 KEY = "key"  # what the scheme of keys is called
 ANYTIME = (400, 408, 421, 431)  # before a path is looked at: the head of a request is wrong
 BODY = (413, 415)
-ASKED = (404, *BODY, 429, 500, 503, 504)
+GENERATION_ERRORS = (404, *BODY, 429, 500, 503, 504)
 MEANINGS = {
     400: "the request is wrong; `param` is the field",
     401: "no valid key",
@@ -45,7 +37,7 @@ MEANINGS = {
     503: "the server stops, or its engine has stopped",
     504: "the answer took too long",
 }
-SHOWN: tuple[type[BaseModel], ...] = (
+ANSWER_SCHEMAS: tuple[type[BaseModel], ...] = (
     answers.Error,
     answers.Completion,
     answers.CompletionChunk,
@@ -57,7 +49,7 @@ SHOWN: tuple[type[BaseModel], ...] = (
     answers.Health,
     answers.StoreState,
 )
-TAKEN: tuple[type[Body], ...] = (CompletionBody, ChatBody, ClassifyBody, LoadBody, UnloadBody)
+BODY_SCHEMAS: tuple[type[Body], ...] = (CompletionBody, ChatBody, ClassifyBody, LoadBody, UnloadBody)
 DIGEST = {
     "X-Loralab-Digest": {
         "description": "the digest of the adapter that answered; the base has none",
@@ -71,7 +63,7 @@ WARNING = {
 
 @functools.cache
 def description(*, with_keys: bool) -> Json:
-    """The document.
+    """Return the document.
 
     Args:
         with_keys: whether the server asks for keys.
@@ -88,41 +80,46 @@ def description(*, with_keys: bool) -> Json:
 
 
 def _paths(keys: bool) -> Json:
-    """What each path does, takes and gives."""
+    """Describe every path: its purpose, its body and its answers."""
     name = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
-    state, asked = _told(answers.StoreState), _asked(keys)
-    health = _operation(False, "whether the server answers", _told(answers.Health), (503,))
+    state, asked = _content(answers.StoreState), _post_operations(keys)
+    health = _operation(False, "whether the server answers", _content(answers.Health), (503,))
     own = _operation(False, "this document", {JSON: {"schema": {"type": "object"}}})
     metrics = _operation(keys, "numbers for Prometheus", {TEXT: {"schema": {"type": "string"}}}, (403,))
-    model = _operation(keys, "one model", _told(answers.Model), (404,))
+    model = _operation(keys, "one model", _content(answers.Model), (404,))
     return {
         "/openapi.json": {"get": own},
         "/health": {"get": health},
         "/metrics": {"get": metrics},
         "/store": {"get": _operation(keys, "adapters, and how busy the engine is", state)},
-        "/v1/models": {"get": _operation(keys, "all models", _told(answers.Models))},
+        "/v1/models": {"get": _operation(keys, "all models", _content(answers.Models))},
         "/v1/models/{name}": {"get": model, "parameters": [name]},
         **{path: {"post": operation} for path, operation in asked.items()},
     }
 
 
-def _asked(keys: bool) -> Json:
-    """What is asked with a body."""
+def _post_operations(keys: bool) -> Json:
+    """Describe the paths that take a body."""
     text: Json = {TEXT: {"schema": {"type": "string"}}}
     return {
         "/v1/completions": _operation(
             keys,
             "continue texts",
-            _told(answers.Completion, answers.CompletionChunk),
-            ASKED,
+            _content(answers.Completion, answers.CompletionChunk),
+            GENERATION_ERRORS,
             CompletionBody,
             DIGEST | WARNING,
         ),
         "/v1/chat/completions": _operation(
-            keys, "answer a conversation", _told(answers.Chat, answers.ChatChunk), ASKED, ChatBody, DIGEST | WARNING
+            keys,
+            "answer a conversation",
+            _content(answers.Chat, answers.ChatChunk),
+            GENERATION_ERRORS,
+            ChatBody,
+            DIGEST | WARNING,
         ),
         "/v1/classify": _operation(
-            keys, "put inputs into classes", _told(answers.Classification), ASKED, ClassifyBody, DIGEST
+            keys, "put inputs into classes", _content(answers.Classification), GENERATION_ERRORS, ClassifyBody, DIGEST
         ),
         "/v1/load_lora_adapter": _operation(
             keys, "give a name to an adapter of the store", text, (403, *BODY, 429, 500, 503), LoadBody, DIGEST
@@ -141,7 +138,7 @@ def _operation(
     body: type[BaseModel] | None = None,
     headers: Json | None = None,
 ) -> Json:
-    """One operation; without keys no answer is about them."""
+    """Return one operation; without keys no answer is about them."""
     known = {*ANYTIME, *errors, *((401,) if keys else ())} - (set() if keys else {403})
     found: Json = {
         "summary": summary,
@@ -158,8 +155,8 @@ def _operation(
     return found
 
 
-def _told(whole: type[BaseModel], chunk: type[BaseModel] | None = None) -> Json:
-    """An answer, whole, and as a stream where it may be one."""
+def _content(whole: type[BaseModel], chunk: type[BaseModel] | None = None) -> Json:
+    """Return an answer, whole, and as a stream where it may be one."""
     content: Json = {JSON: {"schema": _reference(whole)}}
     if chunk is not None:
         content[EVENTS] = {"schema": _event(chunk)}
@@ -167,7 +164,7 @@ def _told(whole: type[BaseModel], chunk: type[BaseModel] | None = None) -> Json:
 
 
 def _event(chunk: type[BaseModel]) -> Json:
-    """Each event of a stream; before version 3.2 the schema of a stream is that of its events."""
+    """Return each event of a stream; before version 3.2 the schema of a stream is that of its events."""
     several = {"anyOf": [_reference(chunk), _reference(answers.Error)]}
     piece = {"type": "string", "contentMediaType": JSON, "contentSchema": several}
     data = {"anyOf": [{"const": "[DONE]"}, piece]}
@@ -191,12 +188,12 @@ def _reference(model: type[BaseModel]) -> Json:
 
 
 def _schemas() -> Json:
-    """All that is referred to; a body may also hold what has no effect (api_schemas.py)."""
-    shown: list[Any] = [(model, "serialization") for model in SHOWN]
-    taken: list[Any] = [(model, "validation") for model in TAKEN]
+    """Return all that is referred to; a body may also hold what has no effect (api_schemas.py)."""
+    shown: list[Any] = [(model, "serialization") for model in ANSWER_SCHEMAS]
+    taken: list[Any] = [(model, "validation") for model in BODY_SCHEMAS]
     _, found = models_json_schema([*shown, *taken], ref_template="#/components/schemas/{model}")
     schemas: Json = found["$defs"]
-    bodies: tuple[type[Body], ...] = (*TAKEN, Message, TextPart)
+    bodies: tuple[type[Body], ...] = (*BODY_SCHEMAS, Message, TextPart)
     for model in bodies:
         own = schemas[model.__name__]["properties"]
         usual = {n: {"enum": [None, *v]} for n, v in model.neutral.items() if n not in own}

@@ -1,4 +1,4 @@
-"""What went wrong, as the clients of OpenAI's API read it."""
+"""Errors in the form that clients of OpenAI's API read."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +7,7 @@ from fastapi.responses import JSONResponse
 
 from loralab.errors import AdapterNotFoundError, InputError, LoralabError, OutputError, QueueFullError
 
-OTHERS = "invalid_request_error"
+DEFAULT_TYPE = "invalid_request_error"
 TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -19,7 +19,7 @@ TYPES = {
     503: "server_error",
     504: "timeout_error",
 }
-LONGEST = 100  # characters of a name that somebody made up, where it is repeated
+MAX_ECHOED_CHARACTERS = 100  # characters of a name that somebody made up, where it is repeated
 RETRY_SECONDS = 1  # after a full queue: a place is free after a few steps
 
 
@@ -42,12 +42,12 @@ class ApiError(Exception):
 
     def body(self) -> dict[str, Any]:
         """OpenAI's shape."""
-        kind = TYPES.get(self.status, OTHERS)
+        kind = TYPES.get(self.status, DEFAULT_TYPE)
         error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
         return {"error": error}
 
     def response(self) -> JSONResponse:
-        """The whole answer."""
+        """Return the whole answer."""
         headers = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
         if self.status == 408:  # what is missing will not come any more
             headers["Connection"] = "close"
@@ -59,7 +59,7 @@ class ApiError(Exception):
 
 
 def to_api_error(error: LoralabError, param: str | None = None, *, fields: Mapping[str, str] | None = None) -> ApiError:
-    """One of loralab's own errors as an answer.
+    """Return one of loralab's own errors as an answer.
 
     Args:
         param: the field that it is about, where the error names none of this request.
@@ -83,10 +83,10 @@ def to_api_error(error: LoralabError, param: str | None = None, *, fields: Mappi
 
 
 def invalid(problem: Mapping[str, Any]) -> ApiError:
-    """The first problem that pydantic found; `param` is the path of its field."""
-    # parts of a path that name a branch of a union are no fields of the client's
+    """Return the first problem that pydantic found; `param` is the path of its field."""
+    # parts of a path that name a branch of a union are not fields of the client's
     parts = [part for part in problem["loc"] if isinstance(part, int) or part.isidentifier()]
-    named = ".".join(str(part)[:LONGEST] for part in parts)
+    named = ".".join(str(part)[:MAX_ECHOED_CHARACTERS] for part in parts)
     where = named.removesuffix(".str").removesuffix(".list")
     message, kind, field = problem["msg"], problem["type"], problem.get("ctx", {}).get("field")
     given = problem.get("input")

@@ -1,20 +1,19 @@
-"""What a request may hold: OpenAI's fields, and nothing that would be ignored in silence."""
+"""Request bodies: OpenAI's fields; a field that would have no effect is refused."""
 
 import base64
 import binascii
-import json
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import BeforeValidator, Field, model_validator
 
-from loralab.errors import ConfigError, nearest, shown
-from loralab.serving.api_errors import LONGEST, ApiError, invalid, to_api_error
-from loralab.serving.request import MOST_LOGPROBS, MOST_STOPS, Sampling
+from loralab.errors import ConfigError
+from loralab.serving.api_body import Body, require_one, wrong_field
+from loralab.serving.api_errors import ApiError, to_api_error
+from loralab.serving.request import MAX_LOGPROBS, MAX_STOPS, Sampling
 
 # fields of OpenAI's that are not supported: the values that mean "as usual", beside null
-NEUTRAL: dict[str, tuple[Any, ...]] = {
+NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "presence_penalty": (0,),
     "frequency_penalty": (0,),
@@ -46,7 +45,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "return_tokens_as_token_ids": (False,),
 }
 # fields that say something about the client and nothing about the answer
-FREE = ("user", "metadata", "safety_identifier", "prompt_cache_key")
+IGNORED_FIELDS = ("user", "metadata", "safety_identifier", "prompt_cache_key")
 # of a message, as clients send back what this server, or another one, answered
 MESSAGE_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tool_calls": ([],),
@@ -74,11 +73,9 @@ MESSAGE_FREE = (
     "timestamp",
 )
 Role = Literal["system", "developer", "user", "assistant"]
-INSTEAD = {"tool_calls", "function_call", "refusal", "audio", "reasoning", "reasoning_content"}
-MOST_CHOICES = 16
+CONTENT_SUBSTITUTES = {"tool_calls", "function_call", "refusal", "audio", "reasoning", "reasoning_content"}
+MAX_CHOICES = 16
 DEFAULT_TOKENS = 16  # of a completion, as at OpenAI; a chat goes on to its end
-MOST_FIELDS = 100  # of an object: no more are looked at one by one
-MOST_VALUES, MOST_PARTS = 2_000_000, 250_000  # in a body; lists and objects among them
 
 # A value that is wrong ends the reading of its list, so that a long one costs no more than a short
 # one. The bounds of numbers are told to clients and kept by Sampling, which says what is wrong.
@@ -87,8 +84,8 @@ Texts = Annotated[list[str], Field(fail_fast=True)]
 Tokens = Annotated[list[int], Field(fail_fast=True)]
 
 
-def _told(**bounds: Any) -> Any:
-    """A field that may be left out, whose bounds clients are told of."""
+def _optional(**bounds: Any) -> Any:
+    """Return a field that may be left out, whose bounds clients are told of."""
 
     def tell(schema: dict[str, Any]) -> None:
         schema["anyOf"][0].update(bounds)
@@ -98,67 +95,15 @@ def _told(**bounds: Any) -> Any:
 
 def _tell_stops(schema: dict[str, Any]) -> None:
     text = {"type": "string", "minLength": 1}
-    several = {"type": "array", "items": text, "maxItems": MOST_STOPS}
+    several = {"type": "array", "items": text, "maxItems": MAX_STOPS}
     schema["anyOf"] = [text, several, {"type": "null"}]
 
 
-class Body(BaseModel):
-    """A body as it must be: no other types, no other fields.
-
-    `neutral` fields may have the values that mean "as usual", or null; `free` ones any.
-    """
-
-    model_config = ConfigDict(strict=True, extra="forbid")
-    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
-    free: ClassVar[tuple[str, ...]] = ()
-
-    @model_validator(mode="before")
-    @classmethod
-    def _supported(cls, given: Any) -> Any:
-        """The fields that are read; those that have no effect are left out."""
-        if not isinstance(given, dict):
-            return given
-        if len(given) > MOST_FIELDS:
-            raise ValueError(f"an object has at most {MOST_FIELDS} fields here")
-        known = cls.model_fields
-        for name in given:
-            if name in known or name in cls.free:
-                continue
-            if name not in cls.neutral:
-                raise _wrong_field("unknown_parameter", name, f"is not known{nearest(name, known)}")
-            _require_neutral(name, given[name], cls.neutral[name])
-        return {name: value for name, value in given.items() if name in known}
-
-
-def _require_neutral(name: str, value: Any, usual: Sequence[Any]) -> None:
-    if value is None or any(_same(value, own) for own in usual):
-        return
-    or_so = f", or {json.dumps(usual[0])}" if usual else ""
-    raise _wrong_field("unsupported_parameter", name, f"is not supported here; leave it out{or_so}")
-
-
-def _require_one(name: str, value: Any, choices: Sequence[str]) -> None:
-    """Refuse another kind of thing before its fields are looked at, which would be another's."""
-    if value not in choices:
-        text = f"must be {' or '.join(choices)} here, got {shown(value)}"
-        raise _wrong_field("literal_error", name, text)
-
-
-def _same(value: Any, own: Any) -> bool:
-    """As JSON has it: true is not 1."""
-    return isinstance(value, bool) == isinstance(own, bool) and bool(value == own)
-
-
-def _wrong_field(code: str, name: str, message: str) -> PydanticCustomError:
-    """A problem of one field; `invalid` (api_errors.py) puts its name behind the path."""
-    return PydanticCustomError(code, "{message}", {"message": message, "field": name[:LONGEST]})
-
-
-class _Request(Body):
+class _RequestBody(Body):
     """A whole body: what is said of the client has no effect."""
 
-    neutral = NEUTRAL
-    free = FREE
+    neutral = NEUTRAL_VALUES
+    free = IGNORED_FIELDS
 
 
 def _truth(given: Any) -> Any:
@@ -168,7 +113,7 @@ def _truth(given: Any) -> Any:
 
 
 class StreamOptions(Body):
-    """What a stream tells beside its text.
+    """Extra content of a stream.
 
     `continuous_usage_stats`, vLLM's, tells in every chunk what was used so far; as there it implies
     `include_usage`, and with `include_usage: false` there is no usage at all.
@@ -179,16 +124,16 @@ class StreamOptions(Body):
     include_obfuscation: Annotated[Literal[False], BeforeValidator(_truth)] | None = None
 
 
-class _Asked(_Request):
-    """What completions and chats have in common."""
+class _GenerationBody(_RequestBody):
+    """Fields that completions and chats share."""
 
     model: str
-    temperature: float | None = _told(minimum=0, maximum=100)
-    top_p: float | None = _told(exclusiveMinimum=0, maximum=1)
+    temperature: float | None = _optional(minimum=0, maximum=100)
+    top_p: float | None = _optional(exclusiveMinimum=0, maximum=1)
     top_k: Whole | None = None
-    seed: Whole | None = _told(minimum=0)
+    seed: Whole | None = _optional(minimum=0)
     stop: str | Texts | None = Field(default=None, json_schema_extra=_tell_stops)
-    n: int | None = Field(default=None, ge=1, le=MOST_CHOICES)
+    n: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     ignore_eos: bool | None = None
@@ -200,7 +145,7 @@ class _Asked(_Request):
 
     @property
     def with_usage(self) -> bool:
-        """Tell whether a stream ends with what it took."""
+        """Return whether a stream ends with what it took."""
         options = self.stream_options or StreamOptions()
         if options.include_usage is None:
             return self.with_usage_so_far
@@ -208,14 +153,14 @@ class _Asked(_Request):
 
     @property
     def with_usage_so_far(self) -> bool:
-        """Tell whether every chunk of a stream tells what was used."""
+        """Return whether every chunk of a stream tells what was used."""
         options = self.stream_options or StreamOptions()
         return bool(options.continuous_usage_stats) and options.include_usage is not False
 
     def _sampling(
         self, max_tokens: int, logprobs: int | None, choice: int, *, continues: bool = False, echo: bool = False
     ) -> Sampling:
-        """How a choice is drawn: with a seed of its own, so that choices differ."""
+        """Build the sampling of one choice; each choice has its own seed, so that they differ."""
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         try:
             return Sampling(
@@ -234,34 +179,36 @@ class _Asked(_Request):
             raise to_api_error(error, fields=self._fields) from None
 
 
-class CompletionBody(_Asked):
+class CompletionBody(_GenerationBody):
     """POST /v1/completions."""
 
     prompt: str | Texts | Tokens | Annotated[list[Tokens], Field(fail_fast=True)]
-    max_tokens: Whole | None = _told(minimum=0)  # 0 with echo alone
+    max_tokens: Whole | None = _optional(minimum=0)  # 0 with echo alone
     echo: bool | None = None
-    logprobs: Whole | None = _told(minimum=0, maximum=MOST_LOGPROBS)
+    logprobs: Whole | None = _optional(minimum=0, maximum=MAX_LOGPROBS)
 
     def prompts(self) -> list[str | list[int]]:
-        """Each prompt, as text or as tokens."""
+        """Return each prompt, as text or as tokens."""
         given: Any = self.prompt
         single = isinstance(given, str) or (given and isinstance(given[0], int))
         return [given] if single else list(given)
 
-    def sampling(self, room: int, choice: int) -> Sampling:
-        """How choice number `choice` is drawn; without a length it is short.
+    def sampling(self, max_answer_tokens: int, choice: int) -> Sampling:
+        """Build the sampling of choice number `choice`; without max_tokens the answer is short.
 
         Args:
-            room: tokens that an answer may have at most, at least 1.
+            max_answer_tokens: tokens that an answer may have at most, at least 1.
         """
         asked = DEFAULT_TOKENS if self.max_tokens is None else self.max_tokens
-        return self._sampling(min(asked, room), self.logprobs, choice, continues=True, echo=bool(self.echo))
+        return self._sampling(
+            min(asked, max_answer_tokens), self.logprobs, choice, continues=True, echo=bool(self.echo)
+        )
 
 
 class TextPart(Body):
     """A part of a message."""
 
-    neutral = {"annotations": ([],)}
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {"annotations": ([],)}
     free = ("id", "cache_control")
     type: Literal["text"]
     text: str
@@ -270,7 +217,7 @@ class TextPart(Body):
     @classmethod
     def _is_text(cls, given: Any) -> Any:
         if isinstance(given, dict) and "type" in given:
-            _require_one("type", given["type"], ("text",))
+            require_one("type", given["type"], ("text",))
         return given
 
 
@@ -288,12 +235,12 @@ class Message(Body):
         """Who says something that can be repeated, and what; looked at before the other fields."""
         if not isinstance(given, dict) or "role" not in given:
             return given
-        _require_one("role", given["role"], get_args(Role))
+        require_one("role", given["role"], get_args(Role))
         if given.get("content") is None:
-            empty = given["role"] == "assistant" and ("content" in given or INSTEAD & given.keys())
+            empty = given["role"] == "assistant" and ("content" in given or CONTENT_SUBSTITUTES & given.keys())
             if not empty:
                 text = "must be a text, got null" if "content" in given else "is missing"
-                raise _wrong_field("missing", "content", text)
+                raise wrong_field("missing", "content", text)
         return given
 
     def turn(self) -> dict[str, str]:
@@ -303,22 +250,22 @@ class Message(Body):
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
-class ChatBody(_Asked):
+class ChatBody(_GenerationBody):
     """POST /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(fail_fast=True)] = Field(min_length=1)
-    max_tokens: Whole | None = _told(minimum=1)
-    max_completion_tokens: Whole | None = _told(minimum=1)
+    max_tokens: Whole | None = _optional(minimum=1)
+    max_completion_tokens: Whole | None = _optional(minimum=1)
     logprobs: bool | None = None
-    top_logprobs: Whole | None = _told(minimum=0, maximum=MOST_LOGPROBS)
+    top_logprobs: Whole | None = _optional(minimum=0, maximum=MAX_LOGPROBS)
 
-    def sampling(self, room: int, choice: int) -> Sampling:
-        """How choice number `choice` is drawn; without a length it may fill the `room`."""
+    def sampling(self, max_answer_tokens: int, choice: int) -> Sampling:
+        """Build the sampling of choice number `choice`; without max_tokens the answer may fill `max_answer_tokens`."""
         if self.top_logprobs is not None and not self.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs", code="invalid_value")
         told = (self.top_logprobs or 0) if self.logprobs else None
         limits = [n for n in (self.max_completion_tokens, self.max_tokens) if n is not None]
-        return self._sampling(min([*limits, room]), told, choice)
+        return self._sampling(min([*limits, max_answer_tokens]), told, choice)
 
     @property
     def _fields(self) -> dict[str, str]:
@@ -327,13 +274,13 @@ class ChatBody(_Asked):
         return {"max_tokens": limit, "logprobs": "top_logprobs"}
 
 
-class Picture(Body):
+class PictureInput(Body):
     """A picture file in base64, or a data: address with it."""
 
     image: str
 
     def content(self) -> bytes:
-        """The file."""
+        """Return the file."""
         text = self.image.partition(",")[2] if self.image.startswith("data:") else self.image
         try:
             return base64.b64decode(text, validate=True)
@@ -341,11 +288,11 @@ class Picture(Body):
             raise ApiError(400, "image must be a picture file in base64", param="input", code="invalid_value") from None
 
 
-class ClassifyBody(_Request):
+class ClassifyBody(_RequestBody):
     """POST /v1/classify."""
 
     model: str
-    input: str | Picture | Annotated[list[str | Picture], Field(fail_fast=True)]
+    input: str | PictureInput | Annotated[list[str | PictureInput], Field(fail_fast=True)]
 
     def inputs(self) -> list[str | bytes]:
         """Texts, or picture files."""
@@ -353,7 +300,7 @@ class ClassifyBody(_Request):
         return [one if isinstance(one, str) else one.content() for one in given]
 
 
-class LoadBody(_Request):
+class LoadBody(_RequestBody):
     """POST /v1/load_lora_adapter; `load_inplace` lets a name that is taken stand for this one."""
 
     lora_name: str = Field(min_length=1)
@@ -363,50 +310,8 @@ class LoadBody(_Request):
     base_model_name: None = None
 
 
-class UnloadBody(_Request):
+class UnloadBody(_RequestBody):
     """POST /v1/unload_lora_adapter."""
 
     lora_name: str = Field(min_length=1)
     lora_int_id: None = None
-
-
-Kind = TypeVar("Kind", bound=Body)
-
-
-def parsed(kind: type[Kind], content: bytes) -> Kind:
-    """The body of a request.
-
-    Raises:
-        ApiError: it is no JSON, holds a field that is not known or supported, or a wrong value.
-    """
-    _require_few(content)
-    try:
-        text = content.decode()  # json alone would take other codings, and half characters
-        given = json.loads(text, parse_constant=_no_constant)
-        if "\\ud" in text or "\\uD" in text:  # half a surrogate pair: nothing could write it
-            json.dumps(given, ensure_ascii=False).encode()
-    except (ValueError, RecursionError) as error:
-        raise ApiError(400, f"the body is no JSON: {error}", code="invalid_json") from None
-    if not isinstance(given, dict):
-        raise ApiError(400, "the body must be a JSON object", code="invalid_json")
-    try:
-        return kind.model_validate(given)
-    except ValidationError as error:
-        raise invalid(_deepest(error.errors(include_url=False))) from None
-
-
-def _require_few(content: bytes) -> None:
-    """Refuse what would take long to read, whatever it is."""
-    parts = content.count(b"{") + content.count(b"[")
-    if parts > MOST_PARTS or content.count(b",") > MOST_VALUES:
-        raise ApiError(413, "the body holds too many values", code="request_too_large")
-
-
-def _deepest(problems: Sequence[Any]) -> Any:
-    """Where a value may be one of several types, the branch that came furthest explains best."""
-    first = problems[0]["loc"][:1]
-    return max((p for p in problems if p["loc"][:1] == first), key=lambda p: len(p["loc"]))
-
-
-def _no_constant(name: str) -> float:
-    raise ValueError(f"{name} is no number in JSON")

@@ -1,4 +1,4 @@
-"""What every request goes through: its key, its body, its model, its quota, its tokens."""
+"""Steps that every request passes: key, body, model, quota, tokens."""
 
 import asyncio
 import time
@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, TypeVar
 from fastapi import Request
 
 from loralab.errors import AdapterNotFoundError, LoralabError, nearest
-from loralab.serving.api_errors import LONGEST, RETRY_SECONDS, ApiError, to_api_error
-from loralab.serving.api_schemas import Body, parsed
+from loralab.serving.api_body import Body, parsed
+from loralab.serving.api_errors import MAX_ECHOED_CHARACTERS, RETRY_SECONDS, ApiError, to_api_error
 from loralab.serving.keys import Grant, Key, Keys
 from loralab.serving.metrics import Metrics
 from loralab.serving.names import base_id
@@ -28,14 +28,14 @@ Kind = TypeVar("Kind", bound=Body)
 Result = TypeVar("Result")
 JSON = "application/json"
 TOO_LARGE = "request_too_large"
-SMALL = 64 * 1024  # bytes of a body that is let in however many others arrive
-CHARACTERS = 64  # of a text for each token that a model takes: a longer one cannot fit
+ALWAYS_ADMITTED_BYTES = 64 * 1024  # bytes of a body that is let in however many others arrive
+MAX_CHARACTERS_PER_TOKEN = 64  # of a text for each token that a model takes: a longer one cannot fit
 TEXT = Task(name="text", format="text", splits={})
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServerInfo:
-    """What a server serves, for whoever started it.
+    """Base and adapters of a running server, for its operator.
 
     `refused` are the adapters that it left out, `slower` the quicker ways of computing a step that
     it does not take; both with the reasons.
@@ -59,15 +59,15 @@ class Service:
         self.stopping = False
         self._arriving = 0  # bytes of bodies that are not whole yet
         self._worded = set[str]()  # digests of the adapters whose wording is known
-        self._aside: ThreadPoolExecutor = ThreadPoolExecutor(1, "tokenizer")
+        self._tokenizer_thread: ThreadPoolExecutor = ThreadPoolExecutor(1, "tokenizer")
 
     @property
     def base_id(self) -> str:
-        """What the base is called."""
+        """Return the name that clients use for the base."""
         return base_id(self.engine.base.name)
 
     def key(self, request: Request) -> Key | None:
-        """The key of a request; None where everything is open.
+        """Return the key of a request; None where everything is open.
 
         Raises:
             ApiError: 401 without a valid key.
@@ -101,7 +101,7 @@ class Service:
             raise ApiError(503, "the engine has stopped; see the server's log", code="engine_dead")
 
     async def body(self, request: Request, kind: type[Kind]) -> Kind:
-        """The checked body of a request.
+        """Return the checked body of a request.
 
         Raises:
             ApiError: it is too large, too slow, or wrong.
@@ -117,14 +117,14 @@ class Service:
         return parsed(kind, content)
 
     async def _content(self, request: Request) -> bytes:
-        """The body; no more than so many bytes of it, and of all together, are ever kept."""
-        own = 0
+        """Return the body; no more than so many bytes of it, and of all together, are ever kept."""
+        received = 0
 
         def arrive(size: int) -> None:
-            nonlocal own
-            own += size
+            nonlocal received
+            received += size
             self._arriving += size
-            if self._arriving > self.limits.bodies_bytes and own > SMALL:
+            if self._arriving > self.limits.bodies_bytes and received > ALWAYS_ADMITTED_BYTES:
                 raise ApiError(
                     429,
                     "too many long requests arrive at once; ask again later",
@@ -135,15 +135,15 @@ class Service:
         try:
             return await read_content(request, self.limits.body_bytes, arrive)
         finally:
-            self._arriving -= own
+            self._arriving -= received
 
     async def visible(self, key: Key | None) -> list["AdapterInfo"]:
-        """The adapters of the store that a key may use."""
+        """Return the adapters of the store that a key may use."""
         entries = await self._looked_up("", self.engine.store.entries)
         return [entry for entry in entries if key is None or key.may_use(entry.name)]
 
     async def model(self, name: str, key: Key | None) -> "AdapterInfo | None":
-        """The adapter of this name or digest; None is the base.
+        """Return the adapter of this name or digest; None is the base.
 
         Raises:
             ApiError: 404 with near names that the key may use; the same where there is a model
@@ -156,7 +156,9 @@ class Service:
             return entry
         names = [entry.name for entry in await self.visible(key)]
         hint = nearest(name, [self.base_id, *names] if key is None or key.base else names)
-        raise ApiError(404, f"there is no model {name[:LONGEST]!r}{hint}", param="model", code="model_not_found")
+        raise ApiError(
+            404, f"there is no model {name[:MAX_ECHOED_CHARACTERS]!r}{hint}", param="model", code="model_not_found"
+        )
 
     async def have_tokenizer(self, entry: "AdapterInfo | None") -> None:
         """Have an adapter's tokenizer ready before the event loop needs it.
@@ -167,13 +169,13 @@ class Service:
         if entry is None or entry.digest in self._worded:
             return
         try:
-            await self.aside(lambda: self.engine.tokenizer(entry))
+            await self.run_in_tokenizer_thread(lambda: self.engine.tokenizer(entry))
         except LoralabError as error:
             raise to_api_error(error, "model") from None
         self._worded.add(entry.digest)
 
     async def _entry(self, name: str, key: Key | None) -> "AdapterInfo | None":
-        """The adapter that a key may use; what it may not use is not even looked at."""
+        """Return the adapter that a key may use; what it may not use is not even looked at."""
         if key is None or key.may_use(name):
             try:
                 entry = await self._looked_up(name, lambda: self.engine.store.entry(name))
@@ -206,7 +208,7 @@ class Service:
         raise ApiError(429, found.reason, code="quota_exceeded", retry_after=found.seconds)
 
     def settle(self, grant: Grant | None, tokens: int) -> None:
-        """What an admitted request took in the end."""
+        """Record the tokens that an admitted request used."""
         if grant is not None and self.keys is not None:
             self.keys.settle(grant, tokens)
 
@@ -216,7 +218,7 @@ class Service:
         Raises:
             ApiError: 400.
         """
-        most = CHARACTERS * self.engine.context
+        most = MAX_CHARACTERS_PER_TOKEN * self.engine.context
         if characters > most:
             raise ApiError(
                 400,
@@ -227,45 +229,48 @@ class Service:
             )
 
     async def text_ids(self, prompt: str | list[int]) -> Sequence[int]:
-        """The tokens of a plain prompt.
+        """Return the tokens of a plain prompt.
 
         Raises:
-            ApiError: 400, it is empty, or a number is no token.
+            ApiError: 400, it is empty, or a number is not a token.
         """
         if isinstance(prompt, str):
             self.require_fitting(len(prompt), "prompt")
             row = {"text": prompt}
-            prompt = list(await self.aside(lambda: prompt_ids(TEXT, row, self.engine.base.tokenizer)))
+            prompt = list(await self.run_in_tokenizer_thread(lambda: prompt_ids(TEXT, row, self.engine.base.tokenizer)))
         size = len(self.engine.base.tokenizer)
         self.require_fitting(len(prompt), "prompt")  # so few numbers are looked at quickly
         if bad := [number for number in prompt if not 0 <= number < size]:
             raise ApiError(
-                400, f"prompt: {bad[0]} is no token; they go from 0 to {size - 1}", param="prompt", code="invalid_value"
+                400,
+                f"prompt: {bad[0]} is not a token; they go from 0 to {size - 1}",
+                param="prompt",
+                code="invalid_value",
             )
         if not prompt:
             raise ApiError(400, "prompt is empty", param="prompt", code="invalid_value")
         return prompt
 
     async def chat_ids(self, turns: list[dict[str, str]], entry: "AdapterInfo | None") -> Sequence[int]:
-        """The tokens of a conversation and the opening of its next turn, as in training.
+        """Return the tokens of a conversation and the opening of its next turn, as in training.
 
         Raises:
             DataError: the chat template refuses it.
             ApiError: 400, it is far too long.
         """
         self.require_fitting(sum(1 + len(turn["content"]) for turn in turns), "messages")
-        return await self.aside(lambda: opening(self.engine.tokenizer(entry), turns))
+        return await self.run_in_tokenizer_thread(lambda: opening(self.engine.tokenizer(entry), turns))
 
-    def room(self, ids: Sequence[int], entry: "AdapterInfo | None", param: str) -> int:
-        """Tokens that an answer to a prompt can have.
+    def max_answer_tokens(self, ids: Sequence[int], entry: "AdapterInfo | None", param: str) -> int:
+        """Return the number of tokens that an answer to a prompt can have.
 
         Raises:
             ApiError: 400, there are none.
         """
-        front = 0 if entry is None else entry.front
-        left = self.engine.context - front - len(ids)
+        prefix = 0 if entry is None else entry.prefix_tokens
+        left = self.engine.context - prefix - len(ids)
         if left < 1:
-            before = f" and the adapter's prefix {front}" if front else ""
+            before = f" and the adapter's prefix {prefix}" if prefix else ""
             raise ApiError(
                 400,
                 f"{param}: it has {len(ids)} tokens{before}, and at most "
@@ -275,13 +280,13 @@ class Service:
             )
         return left
 
-    async def aside(self, work: Callable[[], Result]) -> Result:
-        """What uses the tokenizer, in one thread of its own: a long text holds up nobody."""
-        return await asyncio.get_running_loop().run_in_executor(self._aside, work)
+    async def run_in_tokenizer_thread(self, work: Callable[[], Result]) -> Result:
+        """Run work that uses the tokenizer in one separate thread, so that a long text blocks nobody."""
+        return await asyncio.get_running_loop().run_in_executor(self._tokenizer_thread, work)
 
 
-def about(engine: "Engine") -> ServerInfo:
-    """What an engine serves."""
+def server_info(engine: "Engine") -> ServerInfo:
+    """Return the base and the adapters of an engine."""
     return ServerInfo(
         base=base_id(engine.base.name),
         kind=engine.base.kind,
@@ -292,7 +297,7 @@ def about(engine: "Engine") -> ServerInfo:
 
 
 async def read_content(request: Request, most: int, arrive: Callable[[int], None] = lambda size: None) -> bytes:
-    """The body; no more than so many bytes of it are ever kept.
+    """Return the body; no more than so many bytes of it are ever kept.
 
     Args:
         arrive: told of the bytes of each part; may raise.

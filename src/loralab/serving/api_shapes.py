@@ -17,7 +17,7 @@ IMPOSSIBLE = -9999.0
 
 
 class _Shape:
-    """What all answers to one request share.
+    """Content that all answers to one request share.
 
     Args:
         choices: answers to each prompt.
@@ -52,7 +52,7 @@ class _Shape:
     prefix = whole_object = chunk_object = ""
 
     def chunk(self, choices: list[Json]) -> Json:
-        """One piece of a stream."""
+        """Return one piece of a stream."""
         usage = {"usage": self._usage_so_far()} if self._usage else {}
         once, self._once = self._once, {}
         return {**self._head, **once, "object": self.chunk_object, "choices": choices, **usage}
@@ -60,19 +60,19 @@ class _Shape:
     def _usage_so_far(self) -> Json | None:
         if self._prompt_tokens is None:
             return None
-        return _counted(self._prompt_tokens, sum(self._written))
+        return _usage(self._prompt_tokens, sum(self._written))
 
     def final(self, ends: Sequence[Finished]) -> Json | None:
-        """The last piece: what it took, if the client asked for it."""
+        """Return the last piece: what it took, if the client asked for it."""
         return {**self.chunk([]), "usage": self.usage(ends)} if self._usage else None
 
     def usage(self, ends: Sequence[Finished]) -> Json:
-        """Tokens of all answers; a prompt with several answers counts once."""
+        """Return tokens of all answers; a prompt with several answers counts once."""
         asked = [end for index, end in enumerate(ends) if index % self._choices == 0]
         prompt = sum(end.prompt_tokens for end in asked)
         completion = sum(end.completion_tokens for end in ends)
         cached = sum(end.cached_tokens for end in asked)
-        return {**_counted(prompt, completion), "prompt_tokens_details": {"cached_tokens": cached}}
+        return {**_usage(prompt, completion), "prompt_tokens_details": {"cached_tokens": cached}}
 
     def _body(self, choices: list[Json], done: Sequence[Completed]) -> Json:
         usage = self.usage([c.finished for c in done])
@@ -85,12 +85,12 @@ class CompletionShape(_Shape):
     prefix, whole_object, chunk_object = "cmpl-", "text_completion", "text_completion"
 
     def whole(self, done: Sequence[Completed]) -> Json:
-        """The body of an answer that is not streamed."""
+        """Return the body of an answer that is not streamed."""
         choices = [self._choice(i, c.text, self._told(c), c.finished.reason) for i, c in enumerate(done)]
         return self._body(choices, done)
 
     def _told(self, one: Completed) -> Json | None:
-        return _listed(one.logprobs) if self._logprobs or one.logprobs else None
+        return _completion_logprobs(one.logprobs) if self._logprobs or one.logprobs else None
 
     def opening(self, index: int) -> Json | None:
         """Nothing: a completion has no role to tell."""
@@ -99,11 +99,11 @@ class CompletionShape(_Shape):
     def piece(self, index: int, piece: Delta) -> Json:
         """More text."""
         self._written[index] += len(piece.tokens)
-        told = _listed(piece.logprobs) if piece.logprobs else None
+        told = _completion_logprobs(piece.logprobs) if piece.logprobs else None
         return self.chunk([self._choice(index, piece.text, told, None)])
 
     def ending(self, index: int, end: Finished) -> Json:
-        """Why it ended."""
+        """Return why it ended."""
         self._written[index] = end.completion_tokens
         return self.chunk([self._choice(index, "", None, end.reason)])
 
@@ -118,7 +118,7 @@ class ChatShape(_Shape):
     prefix, whole_object, chunk_object = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
     def whole(self, done: Sequence[Completed]) -> Json:
-        """The body of an answer that is not streamed."""
+        """Return the body of an answer that is not streamed."""
         choices = [
             {
                 "index": index,
@@ -131,7 +131,7 @@ class ChatShape(_Shape):
         return self._body(choices, done)
 
     def _told(self, one: Completed) -> Json | None:
-        return _spoken(one.logprobs) if self._logprobs or one.logprobs else None
+        return _chat_logprobs(one.logprobs) if self._logprobs or one.logprobs else None
 
     def opening(self, index: int) -> Json | None:
         """Whose turn it is."""
@@ -140,11 +140,11 @@ class ChatShape(_Shape):
     def piece(self, index: int, piece: Delta) -> Json:
         """More text."""
         self._written[index] += len(piece.tokens)
-        told = _spoken(piece.logprobs) if piece.logprobs else None
+        told = _chat_logprobs(piece.logprobs) if piece.logprobs else None
         return self.chunk([self._delta(index, {"content": piece.text}, told)])
 
     def ending(self, index: int, end: Finished) -> Json:
-        """Why it ended."""
+        """Return why it ended."""
         self._written[index] = end.completion_tokens
         return self.chunk([self._delta(index, {}, reason=end.reason)])
 
@@ -162,11 +162,11 @@ def warning_of(answers: Sequence[Answer]) -> str:
 
 
 def adapter_of(answer: Answer) -> Json | None:
-    """Which adapter answers; None is the base."""
+    """Return which adapter answers; None is the base."""
     return None if answer.digest is None else {"name": answer.adapter, "digest": answer.digest}
 
 
-def classified(model: str, entry: Any, ranked: Sequence[Ranked], classes: Sequence[str]) -> Json:
+def classification(model: str, entry: Any, ranked: Sequence[Ranked], classes: Sequence[str]) -> Json:
     """/v1/classify: `probs` in the order of the classes, `probabilities` by name."""
     tokens = sum(one.tokens for one in ranked)
     return {
@@ -185,7 +185,7 @@ def classified(model: str, entry: Any, ranked: Sequence[Ranked], classes: Sequen
             }
             for index, one in enumerate(ranked)
         ],
-        "usage": _counted(tokens, 0),
+        "usage": _usage(tokens, 0),
     }
 
 
@@ -194,8 +194,8 @@ def identity(entry: Any) -> Json:
     return {"name": entry.name, "digest": entry.digest}
 
 
-def described(entry: Any) -> Json:
-    """All that is known of an adapter of the store."""
+def adapter_json(entry: Any) -> Json:
+    """Return all that is known of an adapter of the store."""
     return {
         **identity(entry),
         "method": entry.method,
@@ -211,14 +211,14 @@ def described(entry: Any) -> Json:
     }
 
 
-def listed(base: str, kind: str, context: int, entries: Iterable[Any], created: int) -> Json:
+def models_json(base: str, kind: str, context: int, entries: Iterable[Any], created: int) -> Json:
     """/v1/models: the base, then the adapters."""
     common = {"object": "model", "created": created, "owned_by": OWNER}
     models: list[Json] = [
         {"id": base, **common, "root": base, "parent": None, "digest": None, "kind": kind, "max_model_len": context}
     ]
     for entry in entries:
-        own = {key: value for key, value in described(entry).items() if key not in ("name", "base")}
+        own = {key: value for key, value in adapter_json(entry).items() if key not in ("name", "base")}
         models.append(
             {
                 "id": entry.name,
@@ -233,11 +233,11 @@ def listed(base: str, kind: str, context: int, entries: Iterable[Any], created: 
     return {"object": "list", "data": models}
 
 
-def _counted(prompt: int, completion: int) -> Json:
+def _usage(prompt: int, completion: int) -> Json:
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
-def _listed(told: Sequence[TokenLogprob]) -> Json:
+def _completion_logprobs(told: Sequence[TokenLogprob]) -> Json:
     return {
         "tokens": [one.text for one in told],
         "token_logprobs": [_finite(one.logprob) for one in told],
@@ -247,17 +247,17 @@ def _listed(told: Sequence[TokenLogprob]) -> Json:
 
 
 def _likeliest(one: TokenLogprob) -> Json | None:
-    """The likeliest tokens and the one that stands there; nothing is before a prompt's first."""
+    """Return the likeliest tokens and the one that stands there; nothing is before a prompt's first."""
     if one.logprob is None:
         return None
-    likely = {name: _finite(other.logprob) for name, other in _named(one)}
+    likely = {name: _finite(other.logprob) for name, other in _top_by_name(one)}
     return likely | {one.text: _finite(one.logprob)}
 
 
-def _spoken(told: Sequence[TokenLogprob]) -> Json:
+def _chat_logprobs(told: Sequence[TokenLogprob]) -> Json:
     return {
         "content": [
-            {**_token(one.text, one), "top_logprobs": [_token(name, other) for name, other in _named(one)]}
+            {**_token(one.text, one), "top_logprobs": [_token(name, other) for name, other in _top_by_name(one)]}
             for one in told
         ],
         "refusal": None,
@@ -268,8 +268,8 @@ def _token(name: str, one: TokenLogprob) -> Json:
     return {"token": name, "logprob": _finite(one.logprob), "bytes": list(one.raw)}
 
 
-def _named(chosen: TokenLogprob) -> list[tuple[str, TokenLogprob]]:
-    """The likeliest tokens under different names, though several may have the same text.
+def _top_by_name(chosen: TokenLogprob) -> list[tuple[str, TokenLogprob]]:
+    """Return the likeliest tokens under different names, though several may have the same text.
 
     The one that was chosen is called by its text, of the others the likeliest.
     """

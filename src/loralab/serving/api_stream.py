@@ -44,7 +44,7 @@ class Gathered:
             answer.listen(self._listener(index))
 
     async def events(self) -> AsyncIterator[tuple[int, Event]]:
-        """Events with the number of their answer, until all are over.
+        """Yield events with the number of their answer, until all are over.
 
         Raises:
             ApiError: an answer failed; the others are cancelled.
@@ -58,7 +58,7 @@ class Gathered:
             yield index, event
 
     async def completed(self) -> list[Completed]:
-        """All answers, whole."""
+        """Return all answers, whole."""
         pieces: list[list[Delta]] = [[] for _ in self.answers]
         async for index, event in self.events():
             if isinstance(event, Delta):
@@ -67,7 +67,7 @@ class Gathered:
         return [Completed.of(answer, own, end) for answer, own, end in whole]
 
     def ends(self) -> list[Finished]:
-        """The ends of the answers, once all are over."""
+        """Wait for all answers and return their ends."""
         return [self._ends[index] for index in range(len(self.answers))]
 
     def cancel(self) -> None:
@@ -137,7 +137,7 @@ class EventStream(Response):
 async def guarded(
     receive: Receive, work: Coroutine[Any, Any, Result], seconds: float, *, cancel: Callable[[], Any]
 ) -> Result:
-    """The result of some work, unless it takes too long or the client leaves.
+    """Return the result of some work, unless it takes too long or the client leaves.
 
     Whatever ends it early, `cancel` is called.
 

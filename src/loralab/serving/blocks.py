@@ -8,7 +8,7 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
 
-SIZE = 16  # places in a block
+BLOCK_SIZE = 16  # places in a block
 
 
 class BlockManager:
@@ -23,14 +23,14 @@ class BlockManager:
         self._name: dict[int, bytes] = {}
 
     @property
-    def free(self) -> int:
-        """How many can be taken."""
+    def num_free(self) -> int:
+        """Return how many blocks can be allocated."""
         return len(self._unknown) + len(self._resting)
 
     def match(self, root: str, tokens: Sequence[int]) -> list[int]:
-        """Take the blocks that hold the longest known beginning of some tokens."""
+        """Use the blocks that hold the longest known beginning of some tokens."""
         found: list[int] = []
-        for name in names(root, tokens):
+        for name in block_hashes(root, tokens):
             block = self._named.get(name)
             if block is None:
                 break
@@ -38,9 +38,9 @@ class BlockManager:
             found.append(block)
         return found
 
-    def take(self, count: int) -> list[int] | None:
-        """Take so many blocks, forgetting what has rested longest; None if there are fewer."""
-        if count > self.free:
+    def allocate(self, count: int) -> list[int] | None:
+        """Allocate blocks, evicting the least recently used; None if there are too few."""
+        if count > self.num_free:
             return None
         found = []
         for _ in range(count):
@@ -53,14 +53,14 @@ class BlockManager:
             found.append(block)
         return found
 
-    def keep(self, root: str, tokens: Sequence[int], blocks: Sequence[int]) -> None:
-        """Remember what the full ones of a request's blocks hold."""
-        for name, block in zip(names(root, tokens), blocks, strict=False):
+    def register(self, root: str, tokens: Sequence[int], blocks: Sequence[int]) -> None:
+        """Register the content of a request's full blocks for reuse."""
+        for name, block in zip(block_hashes(root, tokens), blocks, strict=False):
             if name not in self._named and block not in self._name:
                 self._named[name], self._name[block] = block, name
 
-    def give_back(self, blocks: Sequence[int]) -> None:
-        """One user less; the end of a beginning is forgotten before its start."""
+    def free(self, blocks: Sequence[int]) -> None:
+        """Release one use of blocks; the end of a beginning is evicted before its start."""
         for block in reversed(blocks):
             self._users[block] -= 1
             if self._users[block]:
@@ -75,16 +75,16 @@ class BlockManager:
         self._resting.pop(block, None)
 
 
-def names(root: str, tokens: Sequence[int]) -> list[bytes]:
-    """The names of the full blocks of some tokens, each from the one before it."""
+def block_hashes(root: str, tokens: Sequence[int]) -> list[bytes]:
+    """Return the chained hashes of the full blocks of some tokens."""
     found, name = [], root.encode()
-    for start in range(0, len(tokens) - SIZE + 1, SIZE):
-        part = ",".join(map(str, tokens[start : start + SIZE]))
+    for start in range(0, len(tokens) - BLOCK_SIZE + 1, BLOCK_SIZE):
+        part = ",".join(map(str, tokens[start : start + BLOCK_SIZE]))
         name = hashlib.blake2b(name + b"\0" + part.encode(), digest_size=16).digest()
         found.append(name)
     return found
 
 
-def needed(tokens: int) -> int:
-    """Blocks for so many tokens."""
-    return -(-tokens // SIZE)
+def blocks_needed(tokens: int) -> int:
+    """Return how many blocks so many tokens need."""
+    return -(-tokens // BLOCK_SIZE)

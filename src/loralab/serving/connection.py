@@ -1,4 +1,4 @@
-"""One client's connection: it must finish what it begins to say, and read what it is told.
+"""h11 connection with read and write timeouts.
 
 uvicorn alone waits for ever for the rest of a head, and for a client that reads nothing. Here each
 wait has an end, so that clients who mean ill cannot take up all connections.
@@ -17,12 +17,12 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from loralab.serving.api_errors import ApiError
-from loralab.serving.gate import MOST_HEAD
+from loralab.serving.gate import MAX_HEAD_BYTES
 
-LEAST = 4096  # bytes that a client must take in each `stall_seconds` once it is behind
+MIN_READ_BYTES = 4096  # bytes that a client must take in each `stall_seconds` once it is behind
 MESSAGES = {
     408: "the head of the request took too long to arrive",
-    431: f"the head of the request is larger than {MOST_HEAD} bytes",
+    431: f"the head of the request is larger than {MAX_HEAD_BYTES} bytes",
     501: "this Transfer-Encoding is not known here; use chunked",
 }
 
@@ -43,7 +43,7 @@ class Connection(H11Protocol):
 
     @property
     def idle(self) -> bool:
-        """Tell whether no request is under way."""
+        """Return whether no request is under way."""
         return self.cycle is None or bool(self.cycle.response_complete)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -68,7 +68,7 @@ class Connection(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The end."""
-        self._silent, self._behind = _cancelled(self._silent), _cancelled(self._behind)
+        self._silent, self._behind = _cancel(self._silent), _cancel(self._behind)
         super().connection_lost(exc)
 
     def pause_writing(self) -> None:
@@ -80,13 +80,13 @@ class Connection(H11Protocol):
     def resume_writing(self) -> None:
         """It has caught up."""
         super().resume_writing()
-        self._behind = _cancelled(self._behind)
+        self._behind = _cancel(self._behind)
 
     def send_400_response(self, msg: str) -> None:
-        """Refuse what is no request, in the shape of all errors; called while h11's is handled."""
+        """Refuse what is not a request, in the shape of all errors; called while h11's is handled."""
         error = sys.exception()
         status = getattr(error, "error_status_hint", 400)
-        self._refuse(status, MESSAGES.get(status, f"this is no HTTP request: {error}"))
+        self._refuse(status, MESSAGES.get(status, f"this is not an HTTP request: {error}"))
 
     # -- waiting for a head ---------------------------------------------------------------------
 
@@ -94,7 +94,7 @@ class Connection(H11Protocol):
         """Start the clock of a head that is awaited; uvicorn's own runs between two requests."""
         resting = self.timeout_keep_alive_task is not None
         if not self.idle or resting or self.transport.is_closing():
-            self._silent = _cancelled(self._silent)
+            self._silent = _cancel(self._silent)
         elif self._silent is None:
             seconds = self._limits.head_seconds
             self._silent = self.loop.call_later(seconds, self._too_late)
@@ -129,19 +129,19 @@ class Connection(H11Protocol):
     def _look_at_reader(self) -> None:
         self._behind = None
         left = self.transport.get_write_buffer_size()
-        if left and self._unread - left < LEAST:
+        if left and self._unread - left < MIN_READ_BYTES:
             self.transport.abort()
         elif left:
             self._wait_for_reader()
 
     def _longest_idle(self) -> "Connection":
-        """Those that never asked anything go first."""
+        """Return the connection that was idle longest; those without any request first."""
         others: list[Any] = [c for c in self.connections if c is not self]
         free = [c for c in others if c.idle and not c.transport.is_closing()]
         return min(free, key=lambda c: (c.cycle is not None, c.since), default=self)
 
 
-def _cancelled(timer: asyncio.TimerHandle | None) -> asyncio.TimerHandle | None:
+def _cancel(timer: asyncio.TimerHandle | None) -> asyncio.TimerHandle | None:
     """No timer any more."""
     if timer is not None:
         timer.cancel()

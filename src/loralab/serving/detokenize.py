@@ -19,7 +19,7 @@ BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 def _byte_characters() -> dict[str, int]:
-    """The characters that byte-level tokenizers write bytes as (GPT-2)."""
+    """Return the characters that byte-level tokenizers write bytes as (GPT-2)."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in plain]
     shifted = {chr(256 + number): byte for number, byte in enumerate(others)}
@@ -51,13 +51,13 @@ class TokenBytes(dict[int, bytes | None]):
         return found
 
     def decode(self, tokens: Sequence[int], *, special: bool = False) -> str:
-        """The text of some tokens; special ones are named only if asked for."""
+        """Return the text of some tokens; special ones are named only if asked for."""
         return str(
             self._tokenizer.decode(list(tokens), skip_special_tokens=not special, clean_up_tokenization_spaces=False)
         )
 
     def label(self, token: int, raw: bytes) -> str:
-        """The text of a token that adds some bytes; the name of one that adds none.
+        """Return the text of a token that adds some bytes; the name of one that adds none.
 
         Parts of characters are written as OpenAI does: bytes:\\xf0\\x9f.
         """
@@ -77,7 +77,7 @@ class TokenBytes(dict[int, bytes | None]):
         return raw if alone in (text, text.lstrip(" ")) else None
 
     def _raw(self, piece: str | bytes) -> bytes | None:
-        """What the name of a token says of its bytes."""
+        """Return the bytes that the name of a token tells, if it does."""
         if isinstance(piece, bytes):
             return piece
         if self._byte_level:
@@ -104,11 +104,11 @@ class IncrementalDetokenizer:
 
     @property
     def incomplete(self) -> bool:
-        """Tell whether a part of a character waits for the rest."""
+        """Return whether a part of a character waits for the rest."""
         return bool(self._pending or self._utf8.getstate()[0])
 
     def add(self, token: int, *, special: bool = False) -> tuple[bytes, str]:
-        """The bytes of one more token, and the characters that are complete with them.
+        """Return the bytes of one more token, and the characters that are complete with them.
 
         Args:
             special: write a special token by its name.
@@ -125,12 +125,12 @@ class IncrementalDetokenizer:
         return raw, self._read(raw)
 
     def end(self) -> tuple[bytes, str]:
-        """What is left once no more tokens come: U+FFFD for an incomplete character."""
+        """Return the rest once no more tokens come: U+FFFD for an incomplete character."""
         raw = self._flushed()
         return raw, self._read(raw, final=True)
 
     def would_add(self, token: int) -> bytes:
-        """The bytes of a token that could come next."""
+        """Return the bytes of a token that could come next."""
         raw = self._tokens[token]
         if raw is None:
             before = [*self._context, *self._pending]
@@ -148,7 +148,7 @@ class IncrementalDetokenizer:
         return b"" if more and self._difference().endswith(UNFINISHED) else self._flushed()
 
     def _flushed(self) -> bytes:
-        """The bytes of the tokens that were waited with."""
+        """Return the bytes of the tokens that were waited with."""
         text = self._difference() if self._pending else ""
         self._context.extend(self._pending)
         self._pending.clear()
@@ -160,7 +160,7 @@ class IncrementalDetokenizer:
 
 
 def decoders_of(tokenizer: Any) -> set[str]:
-    """The steps that make a text of tokens, by the names of the tokenizers library."""
+    """Return the steps that make a text of tokens, by the names of the tokenizers library."""
     if getattr(tokenizer, "byte_decoder", None):  # of tokenizers in Python
         return {"ByteLevel"}
     decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
@@ -171,12 +171,12 @@ def decoders_of(tokenizer: Any) -> set[str]:
 
 
 def escaped(raw: bytes) -> str:
-    """Bytes as OpenAI writes a token that is not a text."""
+    """Return bytes as OpenAI writes a token that is not a text."""
     return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
 
 def _byte_level(piece: str) -> bytes:
-    """The bytes of a token; one with other characters was added as plain text."""
+    """Return the bytes of a token; one with other characters was added as plain text."""
     if all(character in BYTE_OF for character in piece):
         return bytes(BYTE_OF[character] for character in piece)
     return piece.encode()

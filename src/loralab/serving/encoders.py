@@ -9,7 +9,7 @@ from torch import Tensor
 from loralab.adapters.grouped import Bank, spans_of
 from loralab.models.load import Base
 from loralab.tasks.batches import collate
-from loralab.tasks.encode import Example
+from loralab.tasks.examples import Example
 from loralab.tasks.forward import call
 
 
@@ -32,7 +32,7 @@ class Encoders:
 
     @torch.no_grad()
     def logits(self, inputs: Sequence[tuple[str | None, Example]]) -> list[Tensor]:
-        """The logits of each input, those of one adapter together: (classes,) in fp32 each.
+        """Return the logits of each input, those of one adapter together: (classes,) in fp32 each.
 
         Heads of fewer classes than the widest are filled up with minus infinity.
         """

@@ -1,4 +1,4 @@
-"""The engine: requests join and leave a batch at every step, each with its own adapter.
+"""The engine: continuous batching of requests, each with its own adapter.
 
 One thread owns the model: it lets requests in, runs a step, and tells what came out. A second one
 brings adapters into memory, so that a batch never waits for a disk. Whoever asks only ever puts a
@@ -18,12 +18,19 @@ import torch
 
 from loralab.errors import QueueFullError
 from loralab.models.load import Base
-from loralab.serving.asking import RequestBuilder
-from loralab.serving.entries import AdapterInfo
-from loralab.serving.live import EncoderRequest, Generation, LabelScoring, LoadedAdapter, error_of
+from loralab.serving.adapter_info import AdapterInfo
+from loralab.serving.live_request import (
+    EncoderRequest,
+    Generation,
+    LabelScoring,
+    LiveRequest,
+    finished_event,
+    message_of,
+)
 from loralab.serving.request import CANCELLED, FAILED, Answer, Completed, Ranked, Sampling
-from loralab.serving.sampling import choose, readable
-from loralab.serving.scheduler import Row, Scheduler, Work
+from loralab.serving.request_builder import RequestBuilder
+from loralab.serving.sampling import choose_tokens, to_readable
+from loralab.serving.scheduler import Chunk, Scheduler, TokenSequence
 from loralab.serving.settings import ServeSettings
 from loralab.serving.store import Store
 
@@ -36,7 +43,7 @@ class Engine:
     """Many adapters, one base, one batch. Made by `open_engine` (opening.py).
 
     Args:
-        model: how the base is computed (ways.py, or encoders.py).
+        model: how the base is computed (runner.py, or encoders.py).
         scheduler: who runs next; None for an encoder.
         context: the most tokens of a request, its answer included.
         asking: makes the live request of what is asked.
@@ -51,19 +58,19 @@ class Engine:
         model: Any,
         scheduler: Scheduler | None,
         context: int,
-        asking: RequestBuilder,
+        builder: RequestBuilder,
     ) -> None:
         self.base, self.store, self.context = base, store, context
         self.max_waiting = settings.queue
         self.observe: Observer | None = None
         self.healthy = True
-        self._model, self._scheduler, self._asking = model, scheduler, asking
-        self._most = settings.max_batch
+        self._model, self._scheduler, self._builder = model, scheduler, builder
+        self._max_batch = settings.max_batch
         self._lock = threading.Condition()
-        self._arrived: list[LoadedAdapter] = []  # need an adapter brought into memory
-        self._ready: deque[LoadedAdapter] = deque()  # have it
-        self._live: dict[int, LoadedAdapter] = {}  # by the numbers of their rows
-        self._seen: deque[EncoderRequest] = deque()  # inputs for an encoder
+        self._arrived: list[LiveRequest] = []  # need an adapter brought into memory
+        self._ready: deque[LiveRequest] = deque()  # have it
+        self._live: dict[int, LiveRequest] = {}  # by the numbers of their rows
+        self._encoder_queue: deque[EncoderRequest] = deque()  # inputs for an encoder
         self._users: dict[str, int] = {}  # live requests of each adapter that the model has
         self._closing = False
         self._threads: list[threading.Thread] = []
@@ -72,8 +79,6 @@ class Engine:
     def slower(self) -> dict[str, str]:
         """Quicker ways of computing a step that are not taken, and why."""
         return dict(getattr(self._model, "refused", {}))
-
-    # -- asking: any thread ---------------------------------------------------------------------
 
     def submit(self, prompt: Sequence[int], *, adapter: AdapterInfo | str | None, sampling: Sampling) -> Answer:
         """Ask for an answer to a prompt (token ids); returns at once.
@@ -89,7 +94,7 @@ class Engine:
             ConfigError: the base writes no text.
         """
         entry = self.store.entry(adapter) if isinstance(adapter, str) else adapter
-        live = self._asking.writing(prompt, entry, sampling)
+        live = self._builder.generation(prompt, entry, sampling)
         self._enter(live)
         return live.answer
 
@@ -101,7 +106,7 @@ class Engine:
             DataError: an input is too long, no picture, or the adapter knows no labels.
         """
         entry = self.store.entry(adapter) if isinstance(adapter, str) else adapter
-        live = self._asking.classifying(inputs, entry)
+        live = self._builder.classification(inputs, entry)
         self._enter(live)
         return live.future
 
@@ -111,12 +116,12 @@ class Engine:
         Raises:
             DataError: the template cannot be used.
         """
-        return self._asking.wordings.of(entry).tokenizer
+        return self._builder.tokenizers.of(entry).tokenizer
 
     def generate(
         self, prompts: Sequence[Sequence[int]], *, adapters: Sequence[str | None], sampling: Sampling
     ) -> list[Completed]:
-        """Answers to some prompts, each by its adapter; for callers without HTTP."""
+        """Return the answers to some prompts, each by its adapter; for callers without HTTP."""
         pairs = zip(prompts, adapters, strict=True)
         answers = [self.submit(p, adapter=a, sampling=sampling) for p, a in pairs]
         if not self._threads:
@@ -127,7 +132,7 @@ class Engine:
     def running(self) -> int:
         """Requests in the batch."""
         if self._scheduler is None:
-            return min(self._most, len(self._live))
+            return min(self._max_batch, len(self._live))
         return len(self._scheduler.running)
 
     @property
@@ -136,11 +141,9 @@ class Engine:
         queued = self._scheduler.waiting if self._scheduler else len(self._live) - self.running
         return len(self._arrived) + len(self._ready) + queued
 
-    # -- running --------------------------------------------------------------------------------
-
     def start(self) -> None:
         """Begin to work, in threads of its own."""
-        for target in (self._run, self._bring):
+        for target in (self._run, self._load_forever):
             thread = threading.Thread(target=target, name=f"loralab{target.__name__}", daemon=True)
             self._threads.append(thread)
             thread.start()
@@ -150,7 +153,7 @@ class Engine:
         with self._lock:
             self._closing = True
             if not drain:
-                for live in self._everyone():
+                for live in self._all_live():
                     live.cancelled = True
             self._lock.notify_all()
         for thread in self._threads:
@@ -159,22 +162,22 @@ class Engine:
 
     def run_until_idle(self) -> None:
         """Work in the caller's thread until nothing is left to do."""
-        while self._arrived or self._ready or self._live or self._seen:
+        while self._arrived or self._ready or self._live or self._encoder_queue:
             self._load_some()
             self.step()
 
     @torch.no_grad()
     def step(self) -> bool:
-        """One step of the batch; False if there was nothing to do."""
+        """Return one step of the batch; False if there was nothing to do."""
         started = time.perf_counter()
-        self._let_in()
+        self._admit()
         self._drop_cancelled()
         if self._scheduler is None:
             tokens = self._classify_some()
         else:
-            works = self._scheduler.plan()
-            tokens = sum(work.stop - work.start for work in works)
-            self._work(works)
+            chunks = self._scheduler.plan()
+            tokens = sum(chunk.stop - chunk.start for chunk in chunks)
+            self._run_chunks(chunks)
         if tokens and self.observe is not None:
             self.observe(
                 {
@@ -188,35 +191,33 @@ class Engine:
         return bool(tokens)
 
     def _run(self) -> None:
-        """The thread that owns the model."""
+        """Run the thread that owns the model."""
         try:
-            while not (self._closing and not self._everyone()):
+            while not (self._closing and not self._all_live()):
                 if not self.step():
                     with self._lock:
                         if not self._ready and not self._live:
                             self._lock.wait(IDLE)
         except BaseException as error:  # a defect: nobody may wait for ever
             self.healthy, self._closing = False, True
-            for live in self._everyone():
+            for live in self._all_live():
                 live.end(FAILED, f"the engine has died: {type(error).__name__}: {error}")
             self._forget_all()
             raise
 
-    def _bring(self) -> None:
-        """The thread that brings adapters into memory."""
-        while not (self._closing and not self._everyone()) and self.healthy:
+    def _load_forever(self) -> None:
+        """Run the thread that brings adapters into memory."""
+        while not (self._closing and not self._all_live()) and self.healthy:
             if not self._load_some():
                 with self._lock:
                     self._lock.wait(IDLE)
 
-    # -- letting in and out ---------------------------------------------------------------------
-
-    def _enter(self, live: LoadedAdapter) -> None:
+    def _enter(self, live: LiveRequest) -> None:
         with self._lock:
             if self._closing:
-                raise QueueFullError("the server is closing; ask another one")
-            if (here := len(self._everyone())) >= self._most + self.max_waiting:
-                raise QueueFullError(f"{here} requests are here already; try again later")
+                raise QueueFullError("the server is closing; ask another one", code="closing")
+            if (here := len(self._all_live())) >= self._max_batch + self.max_waiting:
+                raise QueueFullError(f"{here} requests are here already; try again later", code="queue_full")
             (self._ready if live.digest is None else self._arrived).append(live)
             self._lock.notify_all()
 
@@ -231,7 +232,7 @@ class Engine:
                 if held is not None:
                     self._model.prepare(live.digest, held.value)
             except Exception as error:  # damaged, foreign, or gone since
-                held, live.error = None, error_of(error)
+                held, live.error = None, message_of(error)
             if held is None and not live.gone and not live.error:
                 continue
             live.held = held
@@ -242,20 +243,20 @@ class Engine:
             moved = True
         return moved
 
-    def _let_in(self) -> None:
-        """Hand those that have their adapter to the scheduler."""
+    def _admit(self) -> None:
+        """Hand the requests that have their adapter to the scheduler."""
         while self._ready:
             live = self._ready[0]
             try:
                 if live.error or live.gone:
-                    self._over(live, FAILED if live.error else CANCELLED, live.error)
+                    self._finish(live, FAILED if live.error else CANCELLED, live.error)
                 else:
                     self._join(live)
             except Exception as error:
-                self._over(live, FAILED, error_of(error))
+                self._finish(live, FAILED, message_of(error))
             self._ready.popleft()
 
-    def _join(self, live: LoadedAdapter) -> None:
+    def _join(self, live: LiveRequest) -> None:
         digest = live.digest
         if digest is not None:
             if digest not in self._users:
@@ -266,13 +267,13 @@ class Engine:
         live.begun = time.perf_counter()
         live.joined = True
         if isinstance(live, EncoderRequest):
-            self._seen.append(live)
+            self._encoder_queue.append(live)
             self._live |= dict.fromkeys(live.numbers, live)
             return
         assert self._scheduler is not None
-        for row in live.rows:
-            self._live[row.number] = live
-            self._scheduler.add(row)
+        for sequence in live.sequences:
+            self._live[sequence.number] = live
+            self._scheduler.add(sequence)
 
     def _make_room(self) -> None:
         """Take adapters out of the model that the store has let go of."""
@@ -281,20 +282,20 @@ class Engine:
                 self._model.drop(digest)
                 del self._users[digest]
 
-    def _over(self, live: LoadedAdapter, reason: str, error: str = "") -> None:
-        """A request has ended, one way or another."""
+    def _finish(self, live: LiveRequest, reason: str, error: str = "") -> None:
+        """End a request, one way or another."""
         if live.finished is None:
             live.end(reason, error)
-        for row in live.rows:
-            self._live.pop(row.number, None)
+        for sequence in live.sequences:
+            self._live.pop(sequence.number, None)
             if self._scheduler is not None:
-                self._scheduler.remove(row)
-                self._model.forget(row)
+                self._scheduler.remove(sequence)
+                self._model.forget(sequence)
         if isinstance(live, EncoderRequest):
             for number in live.numbers:
                 self._live.pop(number, None)
             with contextlib.suppress(ValueError):
-                self._seen.remove(live)
+                self._encoder_queue.remove(live)
         if live.held is not None:
             if live.joined:
                 self._users[live.held.digest] -= 1
@@ -302,32 +303,14 @@ class Engine:
             live.held = None
         with self._lock:
             self._lock.notify_all()
-        self._report(live)
-
-    def _report(self, live: LoadedAdapter) -> None:
-        if self.observe is None or live.finished is None:
-            return
-        now, begun = time.perf_counter(), live.begun or time.perf_counter()
-        self.observe(
-            {
-                "kind": "finished",
-                "adapter": live.adapter,
-                "digest": live.digest,
-                "reason": live.finished.reason,
-                "prompt_tokens": live.finished.prompt_tokens,
-                "completion_tokens": live.finished.completion_tokens,
-                "cached_tokens": live.finished.cached_tokens,
-                "seconds": now - live.arrived,
-                "first_token_seconds": (live.first or now) - live.arrived,
-                "queue_seconds": begun - live.arrived,
-            }
-        )
+        if self.observe is not None and live.finished is not None:
+            self.observe(finished_event(live, live.finished))
 
     def _drop_cancelled(self) -> None:
         for live in {id(live): live for live in self._live.values() if live.gone}.values():
-            self._over(live, CANCELLED)
+            self._finish(live, CANCELLED)
 
-    def _everyone(self) -> list[LoadedAdapter]:
+    def _all_live(self) -> list[LiveRequest]:
         found = [*self._arrived, *self._ready, *self._live.values()]
         return list({id(live): live for live in found}.values())
 
@@ -336,65 +319,61 @@ class Engine:
         self._ready.clear()
         self._live.clear()
 
-    # -- a step of a language model -------------------------------------------------------------
-
-    def _work(self, works: Sequence[Work]) -> None:
-        """Run some work; what fails fails alone."""
+    def _run_chunks(self, chunks: Sequence[Chunk]) -> None:
+        """Compute some chunks; a failure ends only the request that it belongs to."""
         try:
-            self._computed(works)
+            self._compute(chunks)
         except Exception as error:
-            if len(works) == 1:
-                self._over(self._live[works[0].row.number], FAILED, error_of(error))
+            if len(chunks) == 1:
+                self._finish(self._live[chunks[0].sequence.number], FAILED, message_of(error))
                 return
-            for work in works:
-                if work.row.number in self._live:
-                    self._work([work])
+            for chunk in chunks:
+                if chunk.sequence.number in self._live:
+                    self._run_chunks([chunk])
 
-    def _computed(self, works: Sequence[Work]) -> None:
+    def _compute(self, chunks: Sequence[Chunk]) -> None:
         assert self._scheduler is not None
-        pairs = [(work, own) for work in works if (own := self._without_front(work))]
+        pairs = [(chunk, own) for chunk in chunks if (own := self._load_prefix(chunk))]
         logits = self._model.logits([own for _, own in pairs]) if pairs else []
-        for work in works:
-            self._scheduler.advance(work)
-        told = []
+        for chunk in chunks:
+            self._scheduler.advance(chunk)
+        due = []
         for (_, own), found in zip(pairs, logits, strict=True):
-            live = self._live[own.row.number]
+            live = self._live[own.sequence.number]
             if isinstance(live, LabelScoring):
-                if live.take(own.row, own, found):
-                    self._scheduler.remove(own.row)
+                if live.take_logits(own.sequence, own, found):
+                    self._scheduler.remove(own.sequence)
                     if live.accept():
-                        self._over(live, "")
-            elif isinstance(live, Generation) and live.read(own.row, own, found):
-                told.append((live, own.row, found[-1]))
+                        self._finish(live, "")
+            elif isinstance(live, Generation) and live.take_logits(own.sequence, own, found):
+                due.append((live, own.sequence, found[-1]))
             elif live.finished is not None:
-                self._over(live, "")
-        self._tell(told)
+                self._finish(live, "")
+        self._sample(due)
 
-    def _tell(self, told: Sequence[tuple[Any, Row, torch.Tensor]]) -> None:
-        """Choose a token for each row that is due one."""
-        if not told:
+    def _sample(self, due: Sequence[tuple[Any, TokenSequence, torch.Tensor]]) -> None:
+        """Sample a token for each sequence that is due one."""
+        if not due:
             return
-        draws = [live.draws for live, _, _ in told]
-        logits = readable(torch.stack([own for _, _, own in told]), draws)
-        tokens = choose(logits, draws)
-        for (live, row, _), own, token in zip(told, logits, tokens, strict=True):
-            if live.accept(row, own, token):
-                self._over(live, "")
+        draws = [live.sampler for live, _, _ in due]
+        logits = to_readable(torch.stack([own for _, _, own in due]), draws)
+        tokens = choose_tokens(logits, draws)
+        for (live, sequence, _), own, token in zip(due, logits, tokens, strict=True):
+            if live.accept(sequence, own, token):
+                self._finish(live, "")
 
-    def _without_front(self, work: Work) -> Work | None:
-        """The work that is left once a prefix has been put into the cache."""
-        front = self._live[work.row.number].front
-        return work if front is None else self._model.begin(work, front)
-
-    # -- a step of an encoder -------------------------------------------------------------------
+    def _load_prefix(self, chunk: Chunk) -> Chunk | None:
+        """Put a prefix into the cache; return the rest of the chunk, if any."""
+        prefix_kv = self._live[chunk.sequence.number].prefix_kv
+        return chunk if prefix_kv is None else self._model.load_prefix(chunk, prefix_kv)
 
     def _classify_some(self) -> int:
         """Put some inputs into classes, taking turns between requests; tokens that were read."""
         chosen: list[tuple[EncoderRequest, int]] = []
-        turns = [self._turns(live) for live in self._seen]
+        turns = [self._turns(live) for live in self._encoder_queue]
         for group in itertools.zip_longest(*turns):
             chosen += [one for one in group if one is not None]
-        chosen = chosen[: self._most]
+        chosen = chosen[: self._max_batch]
         if not chosen:
             return 0
         self._classified(sorted(chosen, key=lambda pair: pair[0].digest or ""))
@@ -409,7 +388,7 @@ class Engine:
             logits = self._model.logits(pairs)
         except Exception as error:
             if len(chosen) == 1:
-                self._over(chosen[0][0], FAILED, error_of(error))
+                self._finish(chosen[0][0], FAILED, message_of(error))
                 return
             for one in chosen:
                 if one[0].finished is None:
@@ -417,4 +396,4 @@ class Engine:
             return
         for (live, number), own in zip(chosen, logits, strict=True):
             if live.finished is None and live.accept(number, own):
-                self._over(live, "")
+                self._finish(live, "")

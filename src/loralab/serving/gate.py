@@ -1,4 +1,4 @@
-"""The door of a server: what no honest client sends goes no further.
+"""Middleware that rejects bad Host headers, oversized heads and ambiguous lengths.
 
 A page on another site can let a name of its own point at this machine and then ask in the place of
 whoever looks at it (DNS rebinding). Such a request names a host that this server is not, so every
@@ -13,21 +13,21 @@ from dataclasses import dataclass
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from loralab.errors import ConfigError, some
+from loralab.errors import ConfigError, join_limited
 from loralab.serving.api_errors import ApiError
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
-EVERYWHERE = ("0.0.0.0", "::", "")  # what is bound to all addresses of a machine
+ALL_ADDRESSES = ("0.0.0.0", "::", "")  # what is bound to all addresses of a machine
 ANY = "*"
-MOST_HEAD = 16 * 1024  # bytes; a head that comes in pieces is given up by h11 at the same size
-SHOWN = 80  # characters of a foreign host that are repeated
+MAX_HEAD_BYTES = 16 * 1024  # bytes; a head that comes in pieces is given up by h11 at the same size
+MAX_ECHOED_HOST = 80  # characters of a foreign host that are repeated
 NAME = r"[^\s\[\]:/?#@]+"
 HOST = re.compile(rf"(\[[0-9A-Fa-f:.]+\]|{NAME})(:[0-9]{{0,5}})?")
 
 
 @dataclass(frozen=True)
 class Hosts:
-    """What a server may be called: names and addresses, without ports.
+    """Names and addresses of the server, without ports.
 
     Attributes:
         addresses: whether every bare address is right; an address cannot be pointed elsewhere.
@@ -37,7 +37,7 @@ class Hosts:
     addresses: bool = False
 
     def knows(self, header: str) -> bool:
-        """Tell whether a Host header names this server."""
+        """Return whether a Host header names this server."""
         found = HOST.fullmatch(header)
         if found is None:
             return False
@@ -47,7 +47,7 @@ class Hosts:
 
 
 def hosts_of(bound: str, allowed: Sequence[str] = ()) -> Hosts:
-    """What a server may be called that listens on an address.
+    """Return the host names of a server that listens on an address.
 
     Args:
         bound: the address, as it was given; one that stands for all lets every bare address in.
@@ -58,15 +58,19 @@ def hosts_of(bound: str, allowed: Sequence[str] = ()) -> Hosts:
     """
     for name in allowed:
         if _is_address(name.strip("[]")) is None and not re.fullmatch(NAME, name):
-            raise ConfigError(f"--allow-host expects a name such as lab.example.org, no port, got {name!r}")
+            raise ConfigError(
+                f"--allow-host expects a name such as lab.example.org, no port, got {name!r}",
+                code="invalid_host",
+                field="allow_host",
+            )
     names = {*LOOPBACK, *map(plain, allowed)}
-    if bound not in EVERYWHERE:
+    if bound not in ALL_ADDRESSES:
         names.add(plain(bound))
-    return Hosts(frozenset(names), addresses=bound in EVERYWHERE)
+    return Hosts(frozenset(names), addresses=bound in ALL_ADDRESSES)
 
 
 def plain(name: str) -> str:
-    """A name in the one form in which names are compared."""
+    """Return a name in the one form in which names are compared."""
     address = _is_address(name.strip("[]"))
     return address or name.lower().removesuffix(".")
 
@@ -89,13 +93,13 @@ class Gate:
 
     def _wrong(self, scope: Scope, headers: Headers) -> ApiError | None:
         size = len(scope.get("raw_path") or b"") + len(scope["query_string"])
-        if size + sum(len(name) + len(value) for name, value in headers.raw) > MOST_HEAD:
-            return ApiError(431, f"the head of the request is larger than {MOST_HEAD} bytes")
+        if size + sum(len(name) + len(value) for name, value in headers.raw) > MAX_HEAD_BYTES:
+            return ApiError(431, f"the head of the request is larger than {MAX_HEAD_BYTES} bytes")
         host = headers.get("host", "")
         if not self._hosts.knows(host):
             return ApiError(
                 421,
-                f"this server is not {host[:SHOWN]!r}; it is {some(sorted(self._hosts.names))}"
+                f"this server is not {host[:MAX_ECHOED_HOST]!r}; it is {join_limited(sorted(self._hosts.names))}"
                 "; start it with --allow-host to give it another name",
                 code="unknown_host",
             )
@@ -124,7 +128,7 @@ class HeadAsGet:
 
 
 def _is_address(name: str) -> str | None:
-    """The usual form of an address; None if it is a name."""
+    """Return the usual form of an address; None if it is a name."""
     try:
         return str(ipaddress.ip_address(name))
     except ValueError:

@@ -1,4 +1,4 @@
-"""Who may ask what, and how much: the keys of a server. Standard library only.
+"""API keys of a server: rights and quotas. Standard library only.
 
 A file of keys is TOML, one table a key:
 
@@ -23,10 +23,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from loralab.errors import ConfigError, nearest, some
+from loralab.errors import ConfigError, join_limited, nearest
 from loralab.values import read_toml
 
-SHORTEST = 16  # characters of a key: fewer can be guessed
+MIN_KEY_CHARACTERS = 16  # characters of a key: fewer can be guessed
 MINUTE, DAY = 60, 86_400
 
 
@@ -43,14 +43,14 @@ class Key:
     tokens_per_day: int | None = None
 
     def may_use(self, adapter: str | None) -> bool:
-        """Tell whether it may ask this adapter; None is the base."""
+        """Return whether it may ask this adapter; None is the base."""
         if adapter is None:
             return self.base
         return self.sees_all or adapter in self.adapters
 
     @property
     def sees_all(self) -> bool:
-        """Tell whether it may use every adapter, those of tomorrow too."""
+        """Return whether it may use every adapter, those of tomorrow too."""
         return "*" in self.adapters
 
 
@@ -73,7 +73,7 @@ class Refusal:
 
 @dataclass
 class _Used:
-    """What a key has used: times of the last minute's requests; tokens of the day."""
+    """Usage of a key: times of the last minute's requests, tokens of the day."""
 
     requests: deque[float] = field(default_factory=deque)
     day: int = -1
@@ -94,7 +94,7 @@ class Keys:
         self._used = {key.name: _Used() for key in keys}
 
     def find(self, secret: str | None) -> Key | None:
-        """The key with this secret; takes the same time whichever it is, or if there is none."""
+        """Return the key with this secret; takes the same time whichever it is, or if there is none."""
         digest = hashlib.sha256((secret or "").encode()).digest()
         found = None
         for key in self.keys:  # to the end: the place of a key must not show in the time
@@ -128,14 +128,14 @@ class Keys:
             return Grant(key, tokens, used.day)
 
     def settle(self, grant: Grant, tokens: int) -> None:
-        """A request is over, and took so many tokens; it counts to the day that it began on."""
+        """Settle a finished request: it used so many tokens, counted to the day that it began on."""
         with self._lock:
             today = self._today(grant.key)
             if today.day == grant.day:
                 today.tokens += tokens - grant.tokens
 
     def used_today(self, key: Key) -> int:
-        """Tokens that were used or are set aside."""
+        """Return the number of tokens that were used or are set aside."""
         with self._lock:
             return self._today(key).tokens
 
@@ -147,7 +147,7 @@ class Keys:
 
 
 def read(path: str | Path) -> Keys:
-    """The keys of a TOML file.
+    """Return the keys of a TOML file.
 
     Raises:
         ConfigError: it cannot be read, or an entry is wrong; no message shows a key.
@@ -160,14 +160,14 @@ def read(path: str | Path) -> Keys:
             raise ConfigError(f"--keys {error}", code=error.code, field="keys") from None
         # the parser's own message may quote what it read
         line = f" ({error.field})" if error.field else ""
-        raise ConfigError(f"--keys {path} is no TOML{line}", code="invalid_toml", field="keys") from None
+        raise ConfigError(f"--keys {path} is not TOML{line}", code="invalid_toml", field="keys") from None
     entries = content.pop("key", None)
     if content or not isinstance(entries, list) or not entries:
-        raise ConfigError(f"--keys {path} must hold [[key]] tables and nothing else")
+        raise ConfigError(f"--keys {path} must hold [[key]] tables and nothing else", code="not_keys", field="keys")
     found = [_key(entry, f"--keys {path}: key {n}") for n, entry in enumerate(entries, 1)]
     for what, values in (("name", [k.name for k in found]), ("key", [k.sha256 for k in found])):
         if len(set(values)) < len(values):
-            raise ConfigError(f"--keys {path}: two keys have the same {what}")
+            raise ConfigError(f"--keys {path}: two keys have the same {what}", code="repeated_value", field=what)
     return Keys(found)
 
 
@@ -185,17 +185,21 @@ _KINDS: dict[str, tuple[type, str]] = {
 
 def _key(entry: Mapping[str, Any], where: str) -> Key:
     if not isinstance(entry, dict):
-        raise ConfigError(f"{where} must be a table")
+        raise ConfigError(f"{where} must be a table", code="not_a_table", field="key")
     for name, value in entry.items():
         if name not in _KINDS:
-            raise ConfigError(f"{where} has no {name} ({some(_KINDS)}){nearest(name, _KINDS)}")
+            raise ConfigError(
+                f"{where} has no {name} ({join_limited(_KINDS)}){nearest(name, _KINDS)}",
+                code="unknown_field",
+                field=name,
+            )
         kind, expected = _KINDS[name]
         if not isinstance(value, kind) or (kind is int and not _is_count(value)):
-            raise ConfigError(f"{where}: {name} must be {expected}")
+            raise ConfigError(f"{where}: {name} must be {expected}", code="invalid_value", field=name)
     if not entry.get("name"):
-        raise ConfigError(f"{where} needs a name")
+        raise ConfigError(f"{where} needs a name", code="missing_field", field="name")
     if not all(isinstance(name, str) for name in entry.get("adapters", [])):
-        raise ConfigError(f"{where}: adapters must be {_KINDS['adapters'][1]}")
+        raise ConfigError(f"{where}: adapters must be {_KINDS['adapters'][1]}", code="invalid_value", field="adapters")
     given = {f.name: entry[f.name] for f in fields(Key) if f.name in entry}
     if "adapters" in given:
         given["adapters"] = tuple(given["adapters"])
@@ -208,11 +212,13 @@ def _is_count(value: Any) -> bool:
 
 def _sha256(entry: Mapping[str, Any], where: str) -> bytes:
     if ("key" in entry) == ("sha256" in entry):
-        raise ConfigError(f"{where} needs either key or sha256")
+        raise ConfigError(f"{where} needs either key or sha256", code="key_or_sha256", field="key")
     if "key" in entry:
-        if len(entry["key"]) < SHORTEST:
-            raise ConfigError(f"{where}: key must have at least {SHORTEST} characters")
+        if len(entry["key"]) < MIN_KEY_CHARACTERS:
+            raise ConfigError(
+                f"{where}: key must have at least {MIN_KEY_CHARACTERS} characters", code="short_key", field="key"
+            )
         return hashlib.sha256(entry["key"].encode()).digest()
     if not re.fullmatch(r"[0-9a-fA-F]{64}", entry["sha256"]):
-        raise ConfigError(f"{where}: sha256 must be {_KINDS['sha256'][1]}")
+        raise ConfigError(f"{where}: sha256 must be {_KINDS['sha256'][1]}", code="invalid_value", field="sha256")
     return bytes.fromhex(entry["sha256"])

@@ -78,7 +78,7 @@ class Listener(uvicorn.Server):
                 signal.signal(number, handler)
 
 
-def until_told() -> None:
+def wait_for_signal() -> None:
     """Wait for SIGTERM or SIGINT."""
     told = threading.Event()
     before = {number: signal.signal(number, lambda *_: told.set()) for number in SIGNALS}
@@ -91,7 +91,7 @@ def until_told() -> None:
 
 
 def open_socket(host: str, port: int) -> socket.socket:
-    """A socket that nobody else can take any more; it does not listen yet.
+    """Return a socket that nobody else can take any more; it does not listen yet.
 
     Args:
         port: 0 is any that is free.
@@ -109,12 +109,16 @@ def open_socket(host: str, port: int) -> socket.socket:
         if opened is not None:
             opened.close()
         reason = getattr(error, "strerror", None) or str(error)
-        raise ConfigError(f"cannot listen on {host} port {port}: {reason}; --port 0 takes a free one") from None
+        raise ConfigError(
+            f"cannot listen on {host} port {port}: {reason}; --port 0 takes a free one",
+            code="cannot_listen",
+            field="port",
+        ) from None
     return opened
 
 
 def is_loopback(host: str) -> bool:
-    """Tell whether only this machine can reach an address."""
+    """Return whether only this machine can reach an address."""
     if host == "localhost":
         return True
     try:

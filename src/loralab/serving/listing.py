@@ -8,15 +8,15 @@ from pathlib import Path
 
 from loralab.adapters import folder
 from loralab.errors import AdapterFileError, AdapterNotFoundError, ConfigError, InputError, nearest
-from loralab.serving.entries import AdapterInfo, describe
+from loralab.serving.adapter_info import AdapterInfo, describe
 from loralab.serving.names import BASE, adapter_inside, require_name
-from loralab.serving.reading import glance
+from loralab.serving.safe_read import read_metadata
 
 CHECKPOINTS = "checkpoints"  # of a run
 Described = AdapterInfo | InputError | OSError | None  # an adapter, why it cannot be used, or no adapter
 
 
-class Listing:
+class AdapterListing:
     """The adapters of a root.
 
     Args:
@@ -112,7 +112,7 @@ class Listing:
                 return _unfinished(self._root / path)
             self.require_usable(name)
             place = adapter_inside(self._root, path)
-            seen = glance(self._root, place)
+            seen = read_metadata(self._root, place)
             return describe(name, place, seen.fields, seen.record, seen.size)
         except (InputError, OSError) as error:
             return error
@@ -148,7 +148,7 @@ class Listing:
 
 
 def _unfinished(place: Path) -> AdapterFileError | None:
-    """Say why a run's folder is no adapter yet; other folders without one need no word."""
+    """Say why a run's folder is not an adapter yet; other folders without one need no word."""
     if place.is_symlink() or not (place / CHECKPOINTS).is_dir():
         return None
     return AdapterFileError(f"the run is not finished: it has no {folder.CONFIG}", code="no_adapter", field="path")

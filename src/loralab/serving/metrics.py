@@ -1,4 +1,4 @@
-"""What a server tells Prometheus: a registry of its own, filled by the engine's events."""
+"""Prometheus metrics of a server: its own registry, filled by the engine's events."""
 
 import contextlib
 from collections import OrderedDict
@@ -12,7 +12,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from loralab.serving.names import BASE
 
 ADAPTER = ("adapter", "digest")
-MOST = 2000  # adapters that are counted by name at one time; those unused the longest are left out
+MAX_COUNTED_ADAPTERS = 2000  # adapters that are counted by name at one time; those unused the longest are left out
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 STEP_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -73,7 +73,7 @@ class Metrics:
         """Names that come and go must not fill the memory."""
         self._counted.setdefault(who, set()).add(reason)
         self._counted.move_to_end(who)
-        if len(self._counted) > MOST:
+        if len(self._counted) > MAX_COUNTED_ADAPTERS:
             gone, reasons = self._counted.popitem(last=False)
             for own in reasons:
                 self._answers.remove(*gone, own)
@@ -83,13 +83,13 @@ class Metrics:
 
 
 class _State:
-    """What the engine and its store say of themselves at the time they are asked."""
+    """Collector of gauges that are read from the engine and its store at scrape time."""
 
     def __init__(self, engine: Any) -> None:
         self._engine = engine
 
     def collect(self) -> Iterator[Any]:
-        """The gauges, and the store's counter."""
+        """Yield the gauges, and the store's counter."""
         engine, entries = self._engine, self._engine.store.entries()
         loaded = [entry for entry in entries if entry.loaded]
         for name, text, value in (

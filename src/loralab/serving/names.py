@@ -1,4 +1,4 @@
-"""What adapters may be called, and where the names of a store point.
+"""Valid adapter names, and the folders that the names of a store point to.
 
     <root>/names.json  {"format": 1, "names": {"sst": "runs/sst-2"}, "removed": ["old"]}
 
@@ -18,7 +18,7 @@ from loralab.errors import AdapterFileError, ConfigError
 BASE = "base"  # what answers without an adapter are counted as
 NAMES = "names.json"
 FORMAT = 1
-LONGEST = 128  # characters of a name
+MAX_NAME_CHARACTERS = 128  # characters of a name
 DIGEST = re.compile("[0-9a-f]{64}")
 FILES = (folder.CONFIG, folder.TENSORS, folder.RECORD)
 
@@ -31,7 +31,7 @@ class Names:
     removed: frozenset[str] = frozenset()
 
     def with_name(self, root: Path, name: str, path: Path, *, told: bool = False) -> "Names":
-        """The same, and a name that stands for a folder in the root.
+        """Return the same, and a name that stands for a folder in the root.
 
         Args:
             told: write it down even where it is the folder's name, as other servers opened the
@@ -46,17 +46,17 @@ class Names:
         return Names(moved=moved, removed=self.removed - {name})
 
     def without_name(self, root: Path, name: str) -> "Names":
-        """The same without a name, whatever stands in the root."""
+        """Return the same without a name, whatever stands in the root."""
         moved = {own: place for own, place in self.moved.items() if own != name}
         hidden = {name} if (root / name).is_dir() else set()
         return Names(moved=moved, removed=self.removed | hidden)
 
     def place(self, name: str) -> str | None:
-        """The path from the root that a name stands for; None if it was removed."""
+        """Return the path from the root that a name stands for; None if it was removed."""
         return self.moved.get(name, None if name in self.removed else name)
 
     def differing(self, other: "Names") -> list[str]:
-        """Names that stand elsewhere in the other."""
+        """Return the names that stand elsewhere in the other."""
         named = {*self.moved, *other.moved, *self.removed, *other.removed}
         return sorted(
             name
@@ -66,7 +66,7 @@ class Names:
 
 
 def read_names(root: Path) -> Names:
-    """What names.json says.
+    """Read names.json.
 
     Raises:
         AdapterFileError: it is damaged; to go on would bring back what was removed.
@@ -83,7 +83,11 @@ def read_names(root: Path) -> Names:
         and all(isinstance(value, str) for value in [*moved.values(), *removed])
     ):
         return Names(moved=moved, removed=frozenset(removed))
-    raise AdapterFileError(f'{file} must be {{"format": {FORMAT}, "names": {{...}}, "removed": [...]}}')
+    raise AdapterFileError(
+        f'{file} must be {{"format": {FORMAT}, "names": {{...}}, "removed": [...]}}',
+        code="invalid_names",
+        field="names",
+    )
 
 
 def write_names(root: Path, names: Names) -> None:
@@ -104,9 +108,9 @@ def require_name(name: str) -> None:
         ConfigError: it has other characters than letters, digits, ".", "_" and "-", or decomposed
             ones, begins with a dot, is empty or too long, or looks like a digest.
     """
-    shown = json.dumps(name[:LONGEST])
-    if not 0 < len(name) <= LONGEST:
-        raise _wrong(f"a name has 1 to {LONGEST} characters, {shown} has {len(name)}")
+    shown = json.dumps(name[:MAX_NAME_CHARACTERS])
+    if not 0 < len(name) <= MAX_NAME_CHARACTERS:
+        raise _wrong(f"a name has 1 to {MAX_NAME_CHARACTERS} characters, {shown} has {len(name)}")
     wrong = [c for c in name if unicodedata.category(c)[0] not in "LMN" and c not in "._-"]
     if wrong:
         raise _wrong(f"a name consists of letters, digits, '.', '_' and '-'; {shown} has {json.dumps(wrong[0])}")
@@ -119,7 +123,7 @@ def require_name(name: str) -> None:
 
 
 def base_id(base: str) -> str:
-    """What clients call a base: its short name or hub id, or its folder's name."""
+    """Return the name that clients use for a base: short name, hub id, or the folder's name."""
     return Path(base).name if Path(base).is_absolute() else base
 
 
@@ -128,7 +132,7 @@ def _wrong(message: str) -> ConfigError:
 
 
 def adapter_inside(root: Path, path: str | Path) -> Path:
-    """An adapter folder with all its files in the root, links followed.
+    """Return an adapter folder with all its files in the root, links followed.
 
     Args:
         root: without links in it.
@@ -143,12 +147,12 @@ def adapter_inside(root: Path, path: str | Path) -> Path:
         known = (place / folder.CONFIG).is_file()
     except (OSError, ValueError, RuntimeError) as error:  # a loop of links, a zero byte
         raise AdapterFileError(
-            f"{str(path)!r} is no place for an adapter: {error}", code="no_adapter", field="path"
+            f"{str(path)!r} is not a place for an adapter: {error}", code="no_adapter", field="path"
         ) from None
     if not all(found.is_relative_to(root) for found in (place, *files)):
         raise AdapterFileError(f"{path} lies outside the store", code="outside_store", field="path")
     if place == root or not known:
         raise AdapterFileError(
-            f"{path} is no adapter folder: it has no {folder.CONFIG}", code="no_adapter", field="path"
+            f"{path} is not an adapter folder: it has no {folder.CONFIG}", code="no_adapter", field="path"
         )
     return place

@@ -10,17 +10,17 @@ from loralab.models import load as models
 from loralab.models.device import device_here, resolve_precision
 from loralab.models.load import Base
 from loralab.models.quantize import quantize as pack
-from loralab.serving.asking import RequestBuilder
-from loralab.serving.blocks import SIZE, BlockManager, needed
+from loralab.serving.adapter_loader import AdapterLoader
+from loralab.serving.blocks import BLOCK_SIZE, BlockManager, blocks_needed
 from loralab.serving.encoders import Encoders
 from loralab.serving.engine import Engine
-from loralab.serving.loaded import AdapterLoader
+from loralab.serving.kv_cache import block_bytes
 from loralab.serving.names import base_id
-from loralab.serving.passes import block_bytes
+from loralab.serving.request_builder import RequestBuilder
+from loralab.serving.runner import PROBE_LENGTHS, ModelRunner
 from loralab.serving.scheduler import Scheduler
 from loralab.serving.settings import ServeSettings
 from loralab.serving.store import Store
-from loralab.serving.ways import PROBE, ModelRunner
 from loralab.tasks.score import context_length
 
 SERVED = ("causal-lm", "sequence-classification", "image-classification")
@@ -34,7 +34,7 @@ def open_engine(
     pinned: Sequence[str] = (),
     settings: ServeSettings | None = None,
 ) -> Engine:
-    """An engine that is ready to start.
+    """Return an engine that is ready to start.
 
     Args:
         model: short name, folder, GGUF file or hub id of the base.
@@ -48,17 +48,17 @@ def open_engine(
     settings = settings or ServeSettings()
     root = require_store(store)
     base = _base(model, settings)
-    nursery = AdapterLoader(base, quantize=settings.quantize)
-    shelf = Store(root, nursery.load, resident=settings.resident, reserved=(base_id(base.name), base.name))
+    loader = AdapterLoader(base, quantize=settings.quantize)
+    adapter_store = Store(root, loader.load, resident=settings.resident, reserved=(base_id(base.name), base.name))
     for name, path in (adapters or {}).items():
-        shelf.load(name, str(path))
+        adapter_store.load(name, str(path))
     for name in pinned:
-        shelf.pin(name)
-    return engine_for(base, shelf, settings)
+        adapter_store.pin(name)
+    return engine_for(base, adapter_store, settings)
 
 
 def require_store(store: str | Path) -> Path:
-    """The folder of a store.
+    """Return the folder of a store.
 
     Raises:
         ConfigError: there is none.
@@ -66,13 +66,13 @@ def require_store(store: str | Path) -> Path:
     root = Path(store)
     if not root.is_dir():
         raise ConfigError(
-            f"there is no store at {root}; give a folder with adapters in it", code="no_store", field="store"
+            f"there is no store at {root}; give a folder that contains adapters", code="no_store", field="store"
         )
     return root
 
 
 def engine_for(base: Base, store: Store, settings: ServeSettings) -> Engine:
-    """An engine around a base that is loaded already."""
+    """Return an engine around a base that is loaded already."""
     context = min(context_length(base.model), settings.max_length or 2**31)
     if base.kind != "causal-lm":
         return Engine(
@@ -82,29 +82,33 @@ def engine_for(base: Base, store: Store, settings: ServeSettings) -> Engine:
             model=Encoders(base),
             scheduler=None,
             context=context,
-            asking=RequestBuilder(base, context),
+            builder=RequestBuilder(base, context),
         )
-    least = sum(map(needed, PROBE))
+    minimum = sum(map(blocks_needed, PROBE_LENGTHS))
     count = settings.cache_bytes // block_bytes(base.model)
-    if count < least:
+    if count < minimum:
         raise ConfigError(
-            f"cache_memory {settings.cache_memory} holds {count * SIZE} tokens; at least "
-            f"{least * block_bytes(base.model) / 1e6:.0f}MB are needed"
+            f"cache_memory {settings.cache_memory} holds {count * BLOCK_SIZE} tokens; at least "
+            f"{minimum * block_bytes(base.model) / 1e6:.0f}MB are needed",
+            code="cache_too_small",
+            field="cache_memory",
         )
-    context = min(context, count * SIZE)
-    ways = ModelRunner(base.model, count)
+    context = min(context, count * BLOCK_SIZE)
+    runner = ModelRunner(base.model, count)
     scheduler = Scheduler(
-        BlockManager(count), most_rows=settings.max_batch, step_tokens=settings.step_tokens, reuse=ways.reuse
+        BlockManager(count), max_sequences=settings.max_batch, step_tokens=settings.step_tokens, reuse=runner.reuse
     )
     return Engine(
-        base, store, settings, model=ways, scheduler=scheduler, context=context, asking=RequestBuilder(base, context)
+        base, store, settings, model=runner, scheduler=scheduler, context=context, builder=RequestBuilder(base, context)
     )
 
 
 def _base(name: str, settings: ServeSettings) -> Base:
     kind = models.natural_kind(name)
     if kind not in SERVED:
-        raise ConfigError(f"{name} is a model of kind {kind}; served are {', '.join(SERVED)}")
+        raise ConfigError(
+            f"{name} is a model of kind {kind}; served are {', '.join(SERVED)}", code="unserved_kind", field="model"
+        )
     dtype: torch.dtype = models.parse_dtype(resolve_precision(settings.precision))
     base = models.load(name, kind=kind, dtype=dtype)
     base.model.to(device_here())

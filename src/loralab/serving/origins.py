@@ -1,4 +1,4 @@
-"""Pages of other sites that may ask this server and read its answers (CORS): none, unless listed.
+"""CORS: pages of other sites may use this server only if they are listed.
 
 A browser asks before it lets a page send JSON to another site, and shows the page an answer only
 where that names the page's origin. So a page that is not listed gets no header of these at all.
@@ -22,7 +22,7 @@ SECONDS = "600"  # that a browser may remember what it was told
 
 
 def origins_of(allowed: Sequence[str], *, with_keys: bool) -> frozenset[str]:
-    """Origins as browsers write them.
+    """Return the origins as browsers write them.
 
     Args:
         allowed: such as https://chat.example.org; "*" is any.
@@ -30,7 +30,7 @@ def origins_of(allowed: Sequence[str], *, with_keys: bool) -> frozenset[str]:
             somebody on this machine looks at could ask and load.
 
     Raises:
-        ConfigError: one is no origin, or is "*" without keys.
+        ConfigError: one is not an origin, or is "*" without keys.
     """
     return frozenset(_origin(text, with_keys) for text in allowed)
 
@@ -72,7 +72,7 @@ class Origins:
         origin = headers.get("origin", "")
         known = bool(origin) and (origin in self._allowed or ANY in self._allowed)
         if known and scope["method"] == "OPTIONS" and "access-control-request-method" in headers:
-            await _asked_before(headers, origin)(scope, receive, send)
+            await _preflight_answer(headers, origin)(scope, receive, send)
             return
 
         async def told(message: Message) -> None:
@@ -87,8 +87,8 @@ class Origins:
         await self._app(scope, receive, told)
 
 
-def _asked_before(headers: Headers, origin: str) -> Response:
-    """What a page may send: whatever fields it asks for, as keys stand in one."""
+def _preflight_answer(headers: Headers, origin: str) -> Response:
+    """Answer a preflight request: any header may be sent, as keys are sent in one."""
     fields = [field.strip() for field in headers.get("access-control-request-headers", "").split(",")]
     allowed = ", ".join(field for field in fields if FIELD.fullmatch(field))
     answer = {

@@ -27,7 +27,7 @@ from loralab.errors import ConfigError, LoralabError, RunError, nearest
 from loralab.models.load import natural_kind
 from loralab.serving.api import build_app
 from loralab.serving.api_errors import ApiError
-from loralab.serving.api_service import ServerInfo, about, read_content
+from loralab.serving.api_service import ServerInfo, read_content, server_info
 from loralab.serving.api_stream import GRACE
 from loralab.serving.gate import Hosts
 from loralab.serving.keys import Key, Keys
@@ -35,10 +35,10 @@ from loralab.serving.opening import open_engine, require_store
 from loralab.serving.settings import Limits, ServeSettings
 
 APP = "loralab"
-CHANGES = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
-DONE = ("model_not_found", "name_taken")  # refusals of a change that has been made already
-HEADER = b"x-loralab-replica"
-KEPT = (
+CHANGE_PATHS = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
+ALREADY_DONE = ("model_not_found", "name_taken")  # refusals of a change that has been made already
+REPLICA_HEADER = b"x-loralab-replica"
+SCOPE_KEYS = (
     "type",
     "asgi",
     "http_version",
@@ -52,13 +52,13 @@ KEPT = (
     "server",
     "root_path",
 )
-TRIES = 4  # replicas that may die under one request
-LOST = ApiError(503, "the replica was lost; ask again", code="replica_lost", retry_after=1)
+MAX_TRIES = 4  # replicas that may die under one request
+REPLICA_LOST = ApiError(503, "the replica was lost; ask again", code="replica_lost", retry_after=1)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What every replica serves; models and store are read on its machine."""
+class ReplicaPlan:
+    """Configuration of every replica; models and store are read on its machine."""
 
     model: str
     store: str | Path
@@ -82,14 +82,16 @@ class Plan:
             if key.requests_per_minute is not None or key.tokens_per_day is not None:
                 raise ConfigError(
                     f"key {key.name} has a quota, which replicas do not count together; leave it "
-                    "out, or serve without --replicas"
+                    "out, or serve without --replicas",
+                    code="quota_with_replicas",
+                    field="keys",
                 )
 
 
 class Replica:
     """One engine and its application; made by Ray Serve on some machine."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: ReplicaPlan) -> None:
         serve = library("ray.serve")
         self._engine = open_engine(
             model=plan.model, store=plan.store, adapters=plan.adapters, pinned=plan.pinned, settings=plan.settings
@@ -106,22 +108,22 @@ class Replica:
         self._engine.start()
 
     async def answer(self, scope: Scope, body: bytes) -> AsyncIterator[Message]:
-        """What the application sends for a request."""
+        """Yield what the application sends for a request."""
         wanted = self._wanted()
         if wanted and await asyncio.to_thread(self._knows, wanted):  # it may have to be read
             await self._hold(wanted)
-        async for message in asked(self._app, scope, body):
+        async for message in call_app(self._app, scope, body):
             if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], (HEADER, self._name)]
+                message["headers"] = [*message["headers"], (REPLICA_HEADER, self._name)]
             yield message
 
     async def change(self, scope: Scope, body: bytes) -> list[Message]:
         """As `answer`, whole: for what all replicas must do."""
-        return [message async for message in asked(self._app, scope, body)]
+        return [message async for message in call_app(self._app, scope, body)]
 
-    async def about(self) -> ServerInfo:
-        """What is served here."""
-        return about(self._engine)
+    async def server_info(self) -> ServerInfo:
+        """Return the base and the adapters of this replica."""
+        return server_info(self._engine)
 
     def check_health(self) -> None:
         """Ray Serve starts another replica where this one's engine has died."""
@@ -148,8 +150,8 @@ class Router:
         self._changing = asyncio.Lock()  # the same order for all replicas
 
     async def __call__(self, request: Request) -> Response:
-        """The answer of a replica."""
-        scope = {key: request.scope[key] for key in KEPT if key in request.scope}
+        """Return the answer of a replica."""
+        scope = {key: request.scope[key] for key in SCOPE_KEYS if key in request.scope}
         try:
             async with asyncio.timeout(self._limits.body_seconds):
                 body = await read_content(request, self._limits.body_bytes)
@@ -157,19 +159,19 @@ class Router:
             return ApiError(408, "the body took too long to arrive", code="timeout").response()
         except ApiError as error:
             return error.response()
-        if scope["path"] in CHANGES:
+        if scope["path"] in CHANGE_PATHS:
             return await self._everywhere(scope, body)
         return await self._somewhere(scope, body)
 
-    async def about(self) -> ServerInfo:
-        """What the replicas serve."""
-        found: ServerInfo = await self._replicas.about.remote()
+    async def server_info(self) -> ServerInfo:
+        """Return the base and the adapters of the replicas."""
+        found: ServerInfo = await self._replicas.server_info.remote()
         return found
 
     async def _somewhere(self, scope: Scope, body: bytes) -> Response:
         """From one replica; from another where it dies before it has said anything."""
         handle = self._replicas.options(stream=True, multiplexed_model_id=model_in(body))
-        for _ in range(TRIES):
+        for _ in range(MAX_TRIES):
             messages = handle.answer.remote(scope, body)
             try:
                 async with asyncio.timeout(self._limits.timeout + 2 * GRACE):
@@ -182,7 +184,7 @@ class Router:
             except BaseException:  # the client is gone
                 messages.cancel()
                 raise
-        return LOST.response()
+        return REPLICA_LOST.response()
 
     async def _everywhere(self, scope: Scope, body: bytes) -> Response:
         """From one replica, which may refuse; else from all others too, which do the same."""
@@ -190,14 +192,14 @@ class Router:
             found = await self._replicas.change.remote(scope, body)
             if found[0]["status"] == 200:
                 others = self._replicas.broadcast("change", scope, body)
-                found = outcome(found, await others.results_async())
+                found = merged_outcome(found, await others.results_async())
         whole = Response(_body(found), found[0]["status"])
         whole.raw_headers = list(found[0]["headers"])
         return whole
 
 
 class ProxiedResponse(Response):
-    """What a replica sends, as it comes."""
+    """Streamed response of a replica."""
 
     def __init__(self, start: Message, rest: Any, died: type[Exception]) -> None:
         super().__init__(status_code=start["status"])
@@ -213,18 +215,18 @@ class ProxiedResponse(Response):
         except self._died:
             if "text/event-stream" not in self.headers.get("content-type", ""):
                 raise
-            text = f"data: {json.dumps(LOST.body())}\n\ndata: [DONE]\n\n"
+            text = f"data: {json.dumps(REPLICA_LOST.body())}\n\ndata: [DONE]\n\n"
             await send({"type": "http.response.body", "body": text.encode(), "more_body": False})
         finally:
             self._rest.cancel()
 
 
-def outcome(first: list[Message], others: Sequence[list[Message]]) -> list[Message]:
-    """What all replicas together answer to a change of the names that the first one has made.
+def merged_outcome(first: list[Message], others: Sequence[list[Message]]) -> list[Message]:
+    """Return the common answer of all replicas to a change of names that the first one made.
 
     Where they share a store, the others find it done: a name gone, or taken. That is no refusal.
     """
-    wrong = [one for one in others if one[0]["status"] != 200 and _code(one) not in DONE]
+    wrong = [one for one in others if one[0]["status"] != 200 and _code(one) not in ALREADY_DONE]
     return max(wrong, key=lambda messages: int(messages[0]["status"]), default=first)
 
 
@@ -239,8 +241,8 @@ def _body(messages: Sequence[Message]) -> bytes:
     return b"".join(message.get("body", b"") for message in messages[1:])
 
 
-async def asked(app: ASGIApp, scope: Scope, body: bytes) -> AsyncIterator[Message]:
-    """What an application sends for a request whose body is whole; giving up disconnects it."""
+async def call_app(app: ASGIApp, scope: Scope, body: bytes) -> AsyncIterator[Message]:
+    """Yield what an application sends for a request with a complete body; closing disconnects it."""
     sent: asyncio.Queue[Message | None] = asyncio.Queue()
     given = iter([{"type": "http.request", "body": body, "more_body": False}])
 
@@ -261,7 +263,7 @@ async def asked(app: ASGIApp, scope: Scope, body: bytes) -> AsyncIterator[Messag
 
 
 def model_in(body: bytes) -> str:
-    """The model that a body asks for; empty where it names none."""
+    """Return the model that a body asks for; empty where it names none."""
     try:
         found = json.loads(body)["model"]
     except (ValueError, TypeError, KeyError, RecursionError):
@@ -272,8 +274,8 @@ def model_in(body: bytes) -> str:
 # -- starting it -------------------------------------------------------------------------------
 
 
-def application(plan: Plan, replicas: int, *, threads: int, gpus: int = 0) -> Any:
-    """The door and its replicas, as Ray Serve runs them.
+def application(plan: ReplicaPlan, replicas: int, *, threads: int, gpus: int = 0) -> Any:
+    """Return the door and its replicas, as Ray Serve runs them.
 
     Args:
         threads: processors that one replica takes; gpus: accelerators.
@@ -290,8 +292,8 @@ def application(plan: Plan, replicas: int, *, threads: int, gpus: int = 0) -> An
         ray_actor_options={"num_cpus": threads, "num_gpus": gpus},
     )
     most = replicas * (plan.settings.max_batch + plan.settings.queue)
-    door = serve.deployment(Router, name="Router", max_ongoing_requests=most, ray_actor_options={"num_cpus": 0})
-    return door.bind(ready.bind(plan), plan.limits)
+    router = serve.deployment(Router, name="Router", max_ongoing_requests=most, ray_actor_options={"num_cpus": 0})
+    return router.bind(ready.bind(plan), plan.limits)
 
 
 def app(args: Mapping[str, Any]) -> Any:
@@ -306,14 +308,16 @@ def app(args: Mapping[str, Any]) -> Any:
     own = {"model", "store", "replicas", "threads", "gpus", "timeout"}
     known = own | {each.name for each in fields(ServeSettings)}
     if unknown := [name for name in args if name not in known]:
-        raise ConfigError(f"{unknown[0]} is no argument{nearest(unknown[0], known)}")
+        raise ConfigError(
+            f"{unknown[0]} is not an argument{nearest(unknown[0], known)}", code="unknown_argument", field=unknown[0]
+        )
     if missing := [name for name in ("model", "store") if name not in args]:
-        raise ConfigError(f"give {missing[0]}=...")
+        raise ConfigError(f"give {missing[0]}=...", code="missing_argument", field=missing[0])
     hints = get_type_hints(ServeSettings)
     settings: dict[str, Any] = {
         name: str(value) if hints[name] is str else int(value) for name, value in args.items() if name not in own
     }
-    plan = Plan(
+    plan = ReplicaPlan(
         model=str(args["model"]),
         store=str(args["store"]),
         settings=ServeSettings(**settings),
@@ -324,7 +328,7 @@ def app(args: Mapping[str, Any]) -> Any:
 
 
 @contextlib.contextmanager
-def running(plan: Plan, replicas: int, address: str, host: str, port: int) -> Iterator[ServerInfo]:
+def running(plan: ReplicaPlan, replicas: int, address: str, host: str, port: int) -> Iterator[ServerInfo]:
     """The application at an address of the cluster's head, until the block ends.
 
     Raises:
@@ -342,10 +346,12 @@ def running(plan: Plan, replicas: int, address: str, host: str, port: int) -> It
         serve.start(proxy_location="HeadOnly", http_options=options, logging_config=quiet)
         try:
             handle = serve.run(application(plan, replicas, threads=threads, gpus=gpus), name=APP, logging_config=quiet)
-            yield handle.about.remote().result()
+            yield handle.server_info.remote().result()
         except RuntimeError as error:
             said = " ".join(str(error).split())
-            raise RunError(f"the replicas could not be started: {said:.300}") from None
+            raise RunError(
+                f"the replicas could not be started: {said:.300}", code="not_started", field="replicas"
+            ) from None
         finally:
             with contextlib.suppress(Exception):
                 serve.delete(APP)
@@ -353,7 +359,7 @@ def running(plan: Plan, replicas: int, address: str, host: str, port: int) -> It
                     serve.shutdown()
 
 
-def _require_ready(ray: Any, plan: Plan, replicas: int, threads: int) -> int:
+def _require_ready(ray: Any, plan: ReplicaPlan, replicas: int, threads: int) -> int:
     """Room for all replicas, and their model and store on every machine; GPUs that each takes."""
     found = nodes(ray)
     gpus = 1 if any(node.gpus for node in found) else 0
@@ -361,19 +367,21 @@ def _require_ready(ray: Any, plan: Plan, replicas: int, threads: int) -> int:
     if (places := sum(room.values())) < replicas:
         raise ConfigError(
             f"--replicas {replicas}: the cluster has room for {places}, with {threads} processors "
-            f"and {gpus} GPUs each; OMP_NUM_THREADS=1 asks for one processor"
+            f"and {gpus} GPUs each; OMP_NUM_THREADS=1 asks for one processor",
+            code="no_room",
+            field="replicas",
         )
     task = ray.remote(num_cpus=0)(_lacks)
     able = [node for node in found if room[node.id]]
     said = [task.options(scheduling_strategy=on(node)).remote(plan) for node in able]
     for node, wrong in zip(able, ray.get(said), strict=True):
         if wrong:
-            raise ConfigError(f"node {node.name}: {wrong}")
+            raise ConfigError(f"node {node.name}: {wrong}", code="node_not_ready", field="replicas")
     return gpus
 
 
-def _lacks(plan: Plan) -> str:
-    """What this machine lacks to serve; empty if nothing."""
+def _lacks(plan: ReplicaPlan) -> str:
+    """Return what this machine lacks to serve; empty if nothing."""
     try:
         natural_kind(plan.model)
         require_store(plan.store)

@@ -1,4 +1,4 @@
-"""What is asked of the engine and what comes back: plain values, standard library only."""
+"""Requests to the engine and their answers as plain values. Standard library only."""
 
 import math
 import queue
@@ -10,12 +10,12 @@ from typing import Any
 from loralab.errors import ConfigError, RunError
 
 STOP, LENGTH, CANCELLED, FAILED = "stop", "length", "cancelled", "error"
-MOST_STOPS, MOST_LOGPROBS = 16, 20
+MAX_STOPS, MAX_LOGPROBS = 16, 20
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How tokens are chosen, when to end, and what is told of them.
+    """Choice of tokens, end of the answer, and log-probabilities to return.
 
     `logprobs` is how many alternatives are told at each token (0: only of the token that was
     chosen; None: nothing). `stop` strings end the answer before they begin. With `continues` the
@@ -45,13 +45,13 @@ class Sampling:
         if self.seed is not None:
             _within("seed", self.seed, 0, 2**63 - 1)
         if self.logprobs is not None:
-            _within("logprobs", self.logprobs, 0, MOST_LOGPROBS)
-        if len(self.stop) > MOST_STOPS or not all(self.stop):
-            raise _wrong("stop", f"takes at most {MOST_STOPS} texts, none of them empty")
+            _within("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        if len(self.stop) > MAX_STOPS or not all(self.stop):
+            raise _wrong("stop", f"takes at most {MAX_STOPS} texts, none of them empty")
 
     @property
     def greedy(self) -> bool:
-        """Tell whether nothing is drawn."""
+        """Return whether nothing is drawn."""
         return self.temperature == 0
 
 
@@ -118,7 +118,7 @@ class Completed:
 
     @staticmethod
     def of(answer: "Answer", pieces: Sequence[Delta], finished: Finished) -> "Completed":
-        """The pieces of an answer, put together."""
+        """Return the pieces of an answer, put together."""
         return Completed(
             text="".join(piece.text for piece in pieces),
             tokens=tuple(token for piece in pieces for token in piece.tokens),
@@ -167,7 +167,7 @@ class Answer:
                 self._events.put(event)
 
     def __iter__(self) -> Iterator[Event]:
-        """The events as they come, the last one is Finished."""
+        """Yield the events as they come, the last one is Finished."""
         while True:
             event = self._events.get()
             yield event
@@ -188,7 +188,7 @@ class Answer:
             else:
                 pieces.append(event)
         if end.reason == FAILED:
-            raise RunError(end.error)
+            raise RunError(end.error, code="engine_error")
         return Completed.of(self, pieces, end)
 
 

@@ -10,7 +10,7 @@ from loralab.serving.request import Sampling
 
 @dataclass(eq=False)
 class SamplerState:
-    """What a request needs to go on drawing: its settings and its generator."""
+    """Sampling settings of a request and its random generator."""
 
     sampling: Sampling
     generator: torch.Generator = field(default_factory=torch.Generator)
@@ -22,8 +22,8 @@ class SamplerState:
             self.generator.manual_seed(self.sampling.seed)
 
 
-def readable(logits: Tensor, draws: list[SamplerState]) -> Tensor:
-    """Logits (m, V), on the processor if more of any row is needed than its likeliest token.
+def to_readable(logits: Tensor, draws: list[SamplerState]) -> Tensor:
+    """Return the logits (m, V), on the processor if more of any row is needed than its likeliest token.
 
     All rows at once: on an accelerator each transfer waits for all that was asked before.
     """
@@ -31,22 +31,22 @@ def readable(logits: Tensor, draws: list[SamplerState]) -> Tensor:
     return logits if greedy else logits.cpu()
 
 
-def choose(logits: Tensor, draws: list[SamplerState]) -> list[int]:
-    """The next token of each row of `readable` logits (m, V)."""
+def choose_tokens(logits: Tensor, draws: list[SamplerState]) -> list[int]:
+    """Return the next token of each row of `to_readable` logits (m, V)."""
     best = logits.argmax(dim=-1).tolist()
     return [
-        token if own.sampling.greedy else drawn(row, own) for row, token, own in zip(logits, best, draws, strict=True)
+        token if own.sampling.greedy else sample(row, own) for row, token, own in zip(logits, best, draws, strict=True)
     ]
 
 
-def drawn(row: Tensor, own: SamplerState) -> int:
-    """One token from the probabilities that are left by temperature, top_k and top_p."""
-    chances = filtered(row, own.sampling)
+def sample(row: Tensor, own: SamplerState) -> int:
+    """Return one token from the probabilities that are left by temperature, top_k and top_p."""
+    chances = filtered_probabilities(row, own.sampling)
     return int(torch.multinomial(chances, 1, generator=own.generator))
 
 
-def filtered(row: Tensor, sampling: Sampling) -> Tensor:
-    """Probabilities (V,), zero for what is never drawn.
+def filtered_probabilities(row: Tensor, sampling: Sampling) -> Tensor:
+    """Return the probabilities (V,), zero for what is never drawn.
 
     top_k keeps the likeliest tokens; top_p the fewest whose probabilities reach it (Holtzman et
     al. 2020, arXiv:1904.09751, section 3.1), of what top_k has left.
@@ -67,7 +67,7 @@ def filtered(row: Tensor, sampling: Sampling) -> Tensor:
 
 
 def _least(whole: Tensor, sampling: Sampling) -> float:
-    """A probability below which nothing can be left, so that few need to be sorted."""
+    """Return a probability below which nothing can be left, so that few need to be sorted."""
     if sampling.top_k:
         return float(whole.topk(min(sampling.top_k, len(whole))).values[-1])
     # all that are less likely than this have less together than what top_p leaves out
@@ -75,7 +75,7 @@ def _least(whole: Tensor, sampling: Sampling) -> float:
 
 
 def likeliest(row: Tensor, token: int, count: int) -> tuple[float, list[tuple[int, float]]]:
-    """The log-probability of a token, and the likeliest tokens with theirs."""
+    """Return the log-probability of a token, and the likeliest tokens with theirs."""
     logprobs = row.double().log_softmax(dim=-1)
     values, order = logprobs.topk(count) if count else (logprobs[:0], logprobs[:0].long())
     pairs = list(zip(order.tolist(), values.tolist(), strict=True))

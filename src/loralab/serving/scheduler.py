@@ -1,6 +1,6 @@
-"""Who runs next: admission, fairness between adapters, chunks of prompts, preemption.
+"""Scheduler: admission, fairness between adapters, chunked prefill, preemption.
 
-No tensors here. A request is a row of tokens, of which the first `done` have keys and values in the
+No tensors here. A request is a sequence of tokens, of which the first `done` have keys and values in the
 cache; what is left of it is work. One token left is decoding, more is reading a prompt.
 """
 
@@ -9,11 +9,11 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from loralab.serving.blocks import SIZE, BlockManager, needed
+from loralab.serving.blocks import BLOCK_SIZE, BlockManager, blocks_needed
 
 
 @dataclass(eq=False, kw_only=True)
-class Row:
+class TokenSequence:
     """A request as the scheduler sees it.
 
     Attributes:
@@ -41,145 +41,149 @@ class Row:
         return len(self.tokens) - self.done
 
     @property
-    def asked(self) -> int:
+    def first_logit_position(self) -> int:
         """The first token whose logits are wanted: it is computed, whatever the cache knows."""
         return len(self.tokens) - 1 if self.scored is None else self.scored - 1
 
 
 @dataclass(frozen=True)
-class Work:
-    """Tokens start to stop of a row are to go through the model."""
+class Chunk:
+    """Tokens start to stop of a sequence, to go through the model in one step."""
 
-    row: Row
+    sequence: TokenSequence
     start: int
     stop: int
 
     @property
-    def asked(self) -> range:
+    def logit_positions(self) -> range:
         """The tokens whose logits are wanted: those before what is scored, or the last of all."""
-        row, stop = self.row, self.stop
-        if row.scored is not None and not row.continued:
-            stop = min(stop, len(row.tokens) - 1)
-        return range(max(self.start, row.asked), stop)
+        sequence, stop = self.sequence, self.stop
+        if sequence.scored is not None and not sequence.continued:
+            stop = min(stop, len(sequence.tokens) - 1)
+        return range(max(self.start, sequence.first_logit_position), stop)
 
 
 class Scheduler:
-    """Rows that wait and rows that run.
+    """Sequences that wait and sequences that run.
 
     Args:
         most_rows: that run at the same time.
         step_tokens: that go through the model in one step, decoding included.
-        reuse: whether beginnings that other rows left in the cache may be used.
+        reuse: whether beginnings that other sequences left in the cache may be used.
     """
 
-    def __init__(self, blocks: BlockManager, *, most_rows: int, step_tokens: int, reuse: bool = True) -> None:
+    def __init__(self, blocks: BlockManager, *, max_sequences: int, step_tokens: int, reuse: bool = True) -> None:
         self.blocks = blocks
-        self.running: list[Row] = []
-        self._most_rows, self._step_tokens = most_rows, step_tokens
+        self.running: list[TokenSequence] = []
+        self._max_sequences, self._step_tokens = max_sequences, step_tokens
         self._reuse = reuse
-        self._waiting: dict[str | None, deque[Row]] = {}
+        self._waiting: dict[str | None, deque[TokenSequence]] = {}
         self._spent: dict[str | None, float] = {}  # tokens that each adapter was given
         self._clock = 0.0  # what the one had that was last let in
 
     @property
     def waiting(self) -> int:
-        """Rows that wait."""
+        """Sequences that wait."""
         return sum(map(len, self._waiting.values()))
 
-    def add(self, row: Row) -> None:
-        """Let a row wait for its turn."""
-        self._wait(row).append(row)
+    def add(self, sequence: TokenSequence) -> None:
+        """Queue a sequence."""
+        self._wait(sequence).append(sequence)
 
-    def remove(self, row: Row) -> None:
-        """A row has ended; what it leaves in the cache may serve others."""
-        if row in self.running:
-            self.running.remove(row)
-            self._leave(row)
-        elif row in self._waiting.get(row.key, ()):
-            self._waiting[row.key].remove(row)
-            self._tidy(row.key)
+    def remove(self, sequence: TokenSequence) -> None:
+        """End a sequence; its blocks may serve others."""
+        if sequence in self.running:
+            self.running.remove(sequence)
+            self._free(sequence)
+        elif sequence in self._waiting.get(sequence.key, ()):
+            self._waiting[sequence.key].remove(sequence)
+            self._tidy(sequence.key)
 
-    def plan(self) -> list[Work]:
-        """The work of the next step, rows of one adapter together; blocks are taken for it."""
-        chosen: dict[Row, Work] = {}
+    def plan(self) -> list[Chunk]:
+        """Plan the chunks of the next step, those of one adapter together, and allocate their blocks."""
+        chosen: dict[TokenSequence, Chunk] = {}
         budget = self._step_tokens
-        for row in sorted(self.running, key=lambda row: row.left > 1):  # decoding first
-            if row not in self.running:  # pushed out for the sake of an earlier one
+        for sequence in sorted(self.running, key=lambda sequence: sequence.left > 1):  # decoding first
+            if sequence not in self.running:  # pushed out for the sake of an earlier one
                 continue
-            size = min(row.left, max(budget, 1 if row.left == 1 else 0))
-            if size and self._has_room(row, row.done + size, chosen):
-                chosen[row] = Work(row, row.done, row.done + size)
+            size = min(sequence.left, max(budget, 1 if sequence.left == 1 else 0))
+            if size and self._allocate(sequence, sequence.done + size, chosen):
+                chosen[sequence] = Chunk(sequence, sequence.done, sequence.done + size)
                 budget -= size
-        for row in self._admitted():
-            size = min(row.left, budget)
-            if size < 1 or not self._has_room(row, row.done + size, chosen, push=False):
-                self._put_back(row)
+        for sequence in self._admitted():
+            size = min(sequence.left, budget)
+            if size < 1 or not self._allocate(sequence, sequence.done + size, chosen, push=False):
+                self._requeue(sequence)
                 break
-            self.running.append(row)
-            chosen[row] = Work(row, row.done, row.done + size)
+            self.running.append(sequence)
+            chosen[sequence] = Chunk(sequence, sequence.done, sequence.done + size)
             budget -= size
-        return sorted(chosen.values(), key=lambda w: "" if w.row.key is None else w.row.key)
+        return sorted(chosen.values(), key=lambda w: "" if w.sequence.key is None else w.sequence.key)
 
-    def advance(self, work: Work) -> None:
-        """The model has seen this work."""
-        work.row.done = work.stop
-        self._spent[work.row.key] = self._spent.get(work.row.key, 0.0) + work.stop - work.start
+    def advance(self, chunk: Chunk) -> None:
+        """Note that the model has computed a chunk."""
+        chunk.sequence.done = chunk.stop
+        self._spent[chunk.sequence.key] = self._spent.get(chunk.sequence.key, 0.0) + chunk.stop - chunk.start
         if self._reuse:
-            root, tokens = work.row.key or "", work.row.tokens[: work.stop]
-            full = len(tokens) // SIZE
-            if full > work.start // SIZE:
-                self.blocks.keep(root, tokens, work.row.blocks[:full])
+            root, tokens = chunk.sequence.key or "", chunk.sequence.tokens[: chunk.stop]
+            full = len(tokens) // BLOCK_SIZE
+            if full > chunk.start // BLOCK_SIZE:
+                self.blocks.register(root, tokens, chunk.sequence.blocks[:full])
 
-    def _wait(self, row: Row) -> "deque[Row]":
-        if row.key not in self._waiting:
-            self._waiting[row.key] = deque()
+    def _wait(self, sequence: TokenSequence) -> "deque[TokenSequence]":
+        if sequence.key not in self._waiting:
+            self._waiting[sequence.key] = deque()
             # who was away has saved up nothing
-            self._spent[row.key] = max(self._spent.get(row.key, 0.0), self._clock)
-        return self._waiting[row.key]
+            self._spent[sequence.key] = max(self._spent.get(sequence.key, 0.0), self._clock)
+        return self._waiting[sequence.key]
 
-    def _admitted(self) -> Iterator[Row]:
-        """Rows to let in: each time one of the adapter that was given the least."""
+    def _admitted(self) -> Iterator[TokenSequence]:
+        """Yield sequences to let in: each time one of the adapter that was given the least."""
         for _ in itertools.count():
-            if len(self.running) >= self._most_rows or not self._waiting:
+            if len(self.running) >= self._max_sequences or not self._waiting:
                 return
             key = min(self._waiting, key=lambda k: (self._spent.get(k, 0.0), k or ""))
             self._clock = max(self._clock, self._spent.get(key, 0.0))
-            row = self._waiting[key].popleft()
+            sequence = self._waiting[key].popleft()
             self._tidy(key)
-            if self._reuse and not row.done:
-                row.blocks = self.blocks.match(row.key or "", row.tokens[: row.asked])
-                row.done = row.cached = len(row.blocks) * SIZE
+            if self._reuse and not sequence.done:
+                sequence.blocks = self.blocks.match(
+                    sequence.key or "", sequence.tokens[: sequence.first_logit_position]
+                )
+                sequence.done = sequence.cached = len(sequence.blocks) * BLOCK_SIZE
             self._spent[key] = self._spent.get(key, 0.0) + 1
-            yield row
+            yield sequence
 
-    def _put_back(self, row: Row) -> None:
-        self.blocks.give_back(row.blocks)
-        row.blocks, row.done, row.cached = [], 0, 0
-        self._wait(row).appendleft(row)
+    def _requeue(self, sequence: TokenSequence) -> None:
+        self.blocks.free(sequence.blocks)
+        sequence.blocks, sequence.done, sequence.cached = [], 0, 0
+        self._wait(sequence).appendleft(sequence)
 
-    def _has_room(self, row: Row, tokens: int, chosen: dict[Row, Work], *, push: bool = True) -> bool:
-        """Take the blocks for so many tokens, pushing out rows that came later if need be."""
-        missing = needed(tokens) - len(row.blocks)
+    def _allocate(
+        self, sequence: TokenSequence, tokens: int, chosen: dict[TokenSequence, Chunk], *, push: bool = True
+    ) -> bool:
+        """Allocate the blocks for so many tokens, preempting sequences that came later if need be."""
+        missing = blocks_needed(tokens) - len(sequence.blocks)
         while missing > 0:
-            taken = self.blocks.take(missing)
-            if taken is not None:
-                row.blocks += taken
+            allocated = self.blocks.allocate(missing)
+            if allocated is not None:
+                sequence.blocks += allocated
                 return True
-            later = self.running[-1] if self.running else row
-            if not push or later is row or later in chosen:
+            later = self.running[-1] if self.running else sequence
+            if not push or later is sequence or later in chosen:
                 break
             self.running.remove(later)
-            self._put_back(later)
+            self._requeue(later)
         if missing <= 0:
             return True
-        if push and self.running and self.running[-1] is row and len(self.running) > 1:
-            self.running.remove(row)
-            self._put_back(row)
+        if push and self.running and self.running[-1] is sequence and len(self.running) > 1:
+            self.running.remove(sequence)
+            self._requeue(sequence)
         return False
 
-    def _leave(self, row: Row) -> None:
-        self.blocks.give_back(row.blocks)
-        row.blocks = []
+    def _free(self, sequence: TokenSequence) -> None:
+        self.blocks.free(sequence.blocks)
+        sequence.blocks = []
 
     def _tidy(self, key: str | None) -> None:
         if key in self._waiting and not self._waiting[key]:

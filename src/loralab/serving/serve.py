@@ -6,14 +6,14 @@ from typing import Any
 
 from loralab.errors import ConfigError
 from loralab.serving.api import build_app
-from loralab.serving.api_service import ServerInfo, about
+from loralab.serving.api_service import ServerInfo, server_info
 from loralab.serving.gate import hosts_of
 from loralab.serving.keys import Keys, read
 from loralab.serving.listener import Listener, address, is_loopback, open_socket
 from loralab.serving.origins import origins_of
 from loralab.serving.settings import Limits, ServeSettings
 
-PreparedJob = Callable[[ServerInfo, str, bool], None]
+OnReady = Callable[[ServerInfo, str, bool], None]
 
 
 def serve(
@@ -30,7 +30,7 @@ def serve(
     allow_origins: Sequence[str] = (),
     settings: ServeSettings | None = None,
     limits: Limits | None = None,
-    ready: PreparedJob | None = None,
+    ready: OnReady | None = None,
 ) -> None:
     """Serve a base and its adapters over HTTP, as OpenAI's API; blocks until a signal ends it.
 
@@ -51,18 +51,18 @@ def serve(
     """
     known = keys_for(host, keys, no_keys=no_keys)
     rules = rules_for(host, known, limits or Limits(), allow_hosts, allow_origins)
-    asked: dict[str, Any] = {
+    engine_options: dict[str, Any] = {
         "model": model,
         "store": Path(store).resolve(),
         "adapters": adapters,
         "pinned": pinned,
         "settings": settings or ServeSettings(),
     }
-    serve_by(asked, host, port, known, rules, ready or (lambda *_: None))
+    serve_by(engine_options, host, port, known, rules, ready or (lambda *_: None))
 
 
 def serve_by(
-    asked: Mapping[str, Any], host: str, port: int, keys: Keys | None, rules: Mapping[str, Any], ready: PreparedJob
+    engine_options: Mapping[str, Any], host: str, port: int, keys: Keys | None, rules: Mapping[str, Any], ready: OnReady
 ) -> None:
     """Listen, open the engine that is asked for, and answer until a signal.
 
@@ -73,10 +73,10 @@ def serve_by(
     with open_socket(host, port) as opened:
         from loralab.serving.opening import open_engine  # takes seconds: the address is had first
 
-        engine = open_engine(**asked)
+        engine = open_engine(**engine_options)
         application = build_app(engine, keys=keys, **rules)
         where, with_keys = address(opened), keys is not None
-        listener = Listener(application, opened, lambda: ready(about(engine), where, with_keys))
+        listener = Listener(application, opened, lambda: ready(server_info(engine), where, with_keys))
         engine.start()
         try:
             listener.listen()
@@ -104,11 +104,13 @@ def keys_for(host: str, file: Path | None, *, no_keys: bool) -> Keys | None:
     """
     if file is not None:
         if no_keys:
-            raise ConfigError("give either --keys or --no-keys")
+            raise ConfigError("give either --keys or --no-keys", code="keys_and_no_keys", field="keys")
         return read(file)
     if not no_keys and not is_loopback(host):
         raise ConfigError(
             f"--host {host} can be reached by others: give --keys keys.toml, or --no-keys to let "
-            "everyone ask and load adapters"
+            "everyone ask and load adapters",
+            code="needs_keys",
+            field="keys",
         )
     return None

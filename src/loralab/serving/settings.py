@@ -1,4 +1,4 @@
-"""How adapters are served, and what one request may ask: frozen configurations.
+"""Settings of the server and limits of a request: frozen configurations.
 
 Standard library only: the command line builds its flags and its help from these classes.
 """
@@ -16,22 +16,18 @@ QUANTIZERS = ("none", "nf4", "gguf")
 
 @dataclass(frozen=True, kw_only=True)
 class ServeSettings:
-    """What the engine may hold, and how it goes through its work."""
+    """Capacity and precision of the engine."""
 
-    resident: Annotated[int, "adapters kept in memory; the one unused longest makes room"] = 64
-    cache_memory: Annotated[str, "memory for keys and values of answers under way and of prompts seen before"] = "1GB"
-    max_batch: Annotated[int, "answers worked on at the same time"] = 64
-    queue: Annotated[int, "answers that may wait; one more is refused"] = 256
-    step_tokens: Annotated[int, "tokens that go through the model at once"] = 512
-    max_length: Annotated[
-        int | None, "longest prompt and answer together, in tokens; none is the model's own limit"
-    ] = None
+    resident: Annotated[int, "maximum adapters in memory; least recently used ones are evicted"] = 64
+    cache_memory: Annotated[str, "memory of the KV cache, prefix cache included"] = "1GB"
+    max_batch: Annotated[int, "maximum concurrent requests in a batch"] = 64
+    queue: Annotated[int, "maximum waiting requests; more are refused"] = 256
+    step_tokens: Annotated[int, "maximum tokens in one forward pass"] = 512
+    max_length: Annotated[int | None, "maximum prompt plus answer in tokens (default: the model's limit)"] = None
     precision: Annotated[str, "dtype of the base: fp32, bf16, fp16; auto is bf16 where the machine computes in it"] = (
         "auto"
     )
-    quantize: Annotated[str, "keep the base's linear layers in few bits: none, nf4, or gguf (as the file has them)"] = (
-        "none"
-    )
+    quantize: Annotated[str, "quantise the base's linear layers: none, nf4, or gguf (as in the file)"] = "none"
 
     def __post_init__(self) -> None:
         """Check every value."""
@@ -52,7 +48,7 @@ class ServeSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What one request may take, and what a connection.
+    """Limits of one request and of one connection.
 
     Fields with a text are options of the command line. `timeout` includes the time in the queue;
     `body_seconds` are for the body of a request to arrive; `inputs` are the prompts, or texts to
@@ -61,11 +57,9 @@ class Limits:
     on their way in all requests together.
     """
 
-    timeout: Annotated[float, "seconds that an answer may take"] = 300.0
-    keep_alive: Annotated[
-        float, "seconds that a connection may rest between two requests; longer than clients keep it"
-    ] = 75.0
-    connections: Annotated[int, "connections at the same time; the one that rests the longest makes room"] = 512
+    timeout: Annotated[float, "maximum seconds of a request"] = 300.0
+    keep_alive: Annotated[float, "keep-alive timeout in seconds"] = 75.0
+    connections: Annotated[int, "maximum connections; the longest idle one is closed"] = 512
     body_bytes: int = 16 * 2**20
     body_seconds: float = 30.0
     inputs: int = 128

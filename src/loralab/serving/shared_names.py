@@ -39,7 +39,7 @@ class SharedNames:
         file = self._root / NAMES
         try:
             if not self._root.is_dir():
-                raise AdapterFileError(f"{self._root} is no folder of adapters", code="no_store")
+                raise AdapterFileError(f"{self._root} is not a folder of adapters", code="no_store")
             state = _state(file)  # before the content, which is at least as new
             names = read_names(self._root)
         except OSError as error:

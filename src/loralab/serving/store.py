@@ -22,10 +22,10 @@ from loralab import atomic
 from loralab.adapters import folder
 from loralab.adapters.folder import AdapterFolder
 from loralab.errors import AdapterFileError, AdapterStateError, QueueFullError
-from loralab.serving.entries import AdapterInfo, describe
-from loralab.serving.listing import Described, Listing
+from loralab.serving.adapter_info import AdapterInfo, describe
+from loralab.serving.listing import AdapterListing, Described
 from loralab.serving.names import Names, adapter_inside
-from loralab.serving.reading import Read, read_folder, read_one, state_of
+from loralab.serving.safe_read import FolderSnapshot, read_folder, read_one, state_of
 from loralab.serving.shared_names import SharedNames
 
 __all__ = ["AdapterInfo", "CachedAdapter", "Store"]
@@ -63,7 +63,7 @@ class Store:
         loads: how often an adapter came into memory; `evictions` how often one made room.
 
     Raises:
-        AdapterFileError: `root` is no folder of adapters, or its names.json is damaged.
+        AdapterFileError: `root` is not a folder of adapters, or its names.json is damaged.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Store:
         self._changed = threading.Condition()  # its lock guards all that follows
         self._naming = threading.Lock()  # one change of the names at a time, the file included
         self._reading = threading.Lock()  # one folder without a digest at a time
-        self._listing = Listing(self.root, reserved)
+        self._listing = AdapterListing(self.root, reserved)
         self._pinned: frozenset[str] = frozenset()
         self._places: OrderedDict[str, _Slot] = OrderedDict()  # the least recently used first
         self._names = Names()  # as the entries follow them
@@ -91,14 +91,14 @@ class Store:
     # -- names ----------------------------------------------------------------------------------
 
     def entries(self) -> list[AdapterInfo]:
-        """All adapters that can be used, by name."""
+        """Return all adapters that can be used, by name."""
         self._look()
         with self._changed:
             entries = self._listing.entries
             return [self._seen(entries[name]) for name in sorted(entries)]
 
     def entry(self, name: str) -> AdapterInfo:
-        """The adapter of a name, or of a digest.
+        """Return the adapter of a name, or of a digest.
 
         Raises:
             AdapterNotFoundError: there is none.
@@ -200,7 +200,7 @@ class Store:
     # -- memory ---------------------------------------------------------------------------------
 
     def acquire(self, digest: str) -> CachedAdapter | None:
-        """An adapter to use until `release`; None where every place is pinned or in use.
+        """Return an adapter to use until `release`; None where every place is pinned or in use.
 
         A digest that had a name is found even if the name has moved on: a request that waited
         gets the version that it asked for.
@@ -212,7 +212,7 @@ class Store:
         return self._acquired(digest)
 
     def release(self, held: CachedAdapter) -> None:
-        """One user less.
+        """Release one use of an adapter.
 
         Raises:
             AdapterStateError: nobody uses it.
@@ -220,18 +220,18 @@ class Store:
         with self._changed:
             place = self._places.get(held.digest)
             if place is None or place.held is not held or not place.users:
-                raise AdapterStateError(f"adapter {held.digest[:12]} is released but not in use")
+                raise AdapterStateError(f"adapter {held.digest[:12]} is released but not in use", code="not_in_use")
             place.users -= 1
             self._places.move_to_end(held.digest)
             self._drop_unnamed(held.digest)
 
     def holds(self, digest: str) -> bool:
-        """Tell whether it is in memory."""
+        """Return whether it is in memory."""
         with self._changed:
             place = self._places.get(digest)
             return place is not None and place.held is not None
 
-    def _acquired(self, digest: str, read: Read | None = None) -> CachedAdapter | None:
+    def _acquired(self, digest: str, read: FolderSnapshot | None = None) -> CachedAdapter | None:
         """`acquire`, of a folder that has perhaps been read already."""
         with self._changed:
             while (place := self._places.get(digest)) is not None:
@@ -253,13 +253,15 @@ class Store:
             raise
         return self._settle_in(held, place)
 
-    def _brought(self, read: Read) -> CachedAdapter:
-        """What was read, in memory; no lock is held."""
+    def _brought(self, read: FolderSnapshot) -> CachedAdapter:
+        """Load what was read into memory; no lock is held."""
         stored = read.stored
         size = sum(tensor.numel() * tensor.element_size() for tensor in stored.tensors.values())
         value = self._load(stored)
         if state_of(stored.path) != read.state:
-            raise AdapterFileError(f"{stored.path} was changed on disk meanwhile; load it again")
+            raise AdapterFileError(
+                f"{stored.path} was changed on disk meanwhile; load it again", code="changed_on_disk", field="path"
+            )
         return CachedAdapter(stored.digest, value, int(getattr(value, "bytes", size)))
 
     def _settle_in(self, held: CachedAdapter, place: _Slot) -> CachedAdapter | None:
@@ -292,7 +294,7 @@ class Store:
         return dataclasses.replace(entry, loaded=loaded, pinned=entry.name in self._pinned)
 
     def _idle(self) -> list[str]:
-        """What could make room, the least recently used first."""
+        """Return the digests that could make room, least recently used first."""
         pinned = {self._listing.entries[name].digest for name in self._pinned}
         return [d for d, place in self._places.items() if not place.users and d not in pinned]
 
@@ -350,7 +352,7 @@ class Store:
                 self._drop_unnamed(before.digest)
 
     def _settled(self, entry: AdapterInfo) -> AdapterInfo:
-        """The entry of a folder that another tool wrote, with its digest, which is read once."""
+        """Return the entry of a folder that another tool wrote, with its digest, which is read once."""
         with self._reading:
             with self._changed:
                 now = self._listing.entries.get(entry.name)
@@ -371,9 +373,13 @@ class Store:
     def _open(self) -> None:
         """Take in the folders of the root, and the names that names.json moved."""
         if not self.root.is_dir():
-            raise AdapterFileError(f"{self.root} is no folder of adapters")
+            raise AdapterFileError(f"{self.root} is not a folder of adapters", code="no_store", field="store")
         if (self.root / folder.CONFIG).exists():
-            raise AdapterFileError(f"{self.root} is an adapter; a store is the folder above it, {self.root.parent}")
+            raise AdapterFileError(
+                f"{self.root} is an adapter; a store is the folder above it, {self.root.parent}",
+                code="store_is_adapter",
+                field="store",
+            )
         self._names = self._shared.read()
         for place in sorted(self.root.iterdir()):
             hidden = place.name.startswith(".") or place.name.endswith(atomic.PARTIAL)

@@ -34,8 +34,8 @@ PAUSE = 0.2  # seconds between two questions whether it answers
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
-    """What vLLM is to serve.
+class VllmOptions:
+    """Options of a vLLM server.
 
     Attributes:
         python: that has vLLM.
@@ -60,7 +60,7 @@ class Asked:
 
 
 def find_python(given: str | None) -> str:
-    """A Python that has vLLM.
+    """Return a Python that has vLLM.
 
     Args:
         given: None is the one that runs this.
@@ -70,39 +70,39 @@ def find_python(given: str | None) -> str:
     """
     if given is None:
         if importlib.util.find_spec("vllm") is None:
-            raise ConfigError(f"vLLM is not installed beside loralab; {INSTALL}")
+            raise ConfigError(f"vLLM is not installed beside loralab; {INSTALL}", code="no_vllm", field="engine_python")
         return sys.executable
     found = shutil.which(given)
     if found is None:
-        raise ConfigError(f"--engine-python {given} is no program")
+        raise ConfigError(f"--engine-python {given} is not a program", code="no_program", field="engine_python")
     if subprocess.run([found, "-c", HAS_VLLM], check=False, env=_environment(found)).returncode:
-        raise ConfigError(f"--engine-python {given} has no vLLM; {INSTALL}")
+        raise ConfigError(f"--engine-python {given} has no vLLM; {INSTALL}", code="no_vllm", field="engine_python")
     return str(Path(found).absolute())  # not resolved: a link is how an environment is named
 
 
-def command(asked: Asked) -> list[str]:
-    """The command line of vLLM's server, by the module that every version has."""
-    settings = asked.settings
-    together = min(len(asked.adapters) + SPARE, TOGETHER)
+def command(options: VllmOptions) -> list[str]:
+    """Return the command line of vLLM's server, by the module that every version has."""
+    settings = options.settings
+    together = min(len(options.adapters) + SPARE, TOGETHER)
     found = [
-        asked.python,
+        options.python,
         "-m",
         "vllm.entrypoints.openai.api_server",
         "--model",
-        asked.source,
+        options.source,
         "--served-model-name",
-        asked.name,
+        options.name,
         "--host",
-        asked.host,
+        options.host,
         "--port",
-        str(asked.port),
+        str(options.port),
         "--dtype",
         DTYPES[settings.precision],
         "--max-num-seqs",
         str(settings.max_batch),
         "--enable-lora",
         "--max-lora-rank",
-        str(asked.rank),
+        str(options.rank),
         "--max-loras",
         str(together),
         "--max-cpu-loras",
@@ -110,12 +110,12 @@ def command(asked: Asked) -> list[str]:
     ]
     if settings.max_length is not None:
         found += ["--max-model-len", str(settings.max_length)]
-    if asked.adapters:
-        found += ["--lora-modules", *(f"{name}={path}" for name, path in asked.adapters.items())]
-    return [*found, *asked.further]
+    if options.adapters:
+        found += ["--lora-modules", *(f"{name}={path}" for name, path in options.adapters.items())]
+    return [*found, *options.further]
 
 
-def run(asked: Asked, ready: Callable[[], None]) -> int:
+def run(options: VllmOptions, ready: Callable[[], None]) -> int:
     """Serve until vLLM ends or a signal ends it; its exit code, 128 + n after signal n.
 
     SIGINT and SIGTERM are passed on. What vLLM prints goes to standard error.
@@ -123,15 +123,19 @@ def run(asked: Asked, ready: Callable[[], None]) -> int:
     Args:
         ready: called once it answers.
     """
-    environment = {"VLLM_NO_USAGE_STATS": "1", **_environment(asked.python), "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
-    child = subprocess.Popen(command(asked), cwd=asked.store, env=environment, stdout=2, start_new_session=True)
+    environment = {
+        "VLLM_NO_USAGE_STATS": "1",
+        **_environment(options.python),
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
+    }
+    child = subprocess.Popen(command(options), cwd=options.store, env=environment, stdout=2, start_new_session=True)
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         child.send_signal(number)
 
     before = {n: signal.signal(n, pass_on) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
-        if _answers(child, asked):
+        if _answers(child, options):
             ready()
         code = child.wait()
     finally:
@@ -143,12 +147,12 @@ def run(asked: Asked, ready: Callable[[], None]) -> int:
     return code if code >= 0 else 128 - code
 
 
-def _answers(child: subprocess.Popen[bytes], asked: Asked) -> bool:
+def _answers(child: subprocess.Popen[bytes], options: VllmOptions) -> bool:
     """Wait until it does; False where it ended before."""
-    host = f"[{asked.host}]" if ":" in asked.host else asked.host
+    host = f"[{options.host}]" if ":" in options.host else options.host
     while child.poll() is None:
         try:
-            with urllib.request.urlopen(f"http://{host}:{asked.port}/health", timeout=5):
+            with urllib.request.urlopen(f"http://{host}:{options.port}/health", timeout=5):
                 return True
         except OSError:
             time.sleep(PAUSE)

@@ -9,7 +9,7 @@ from loralab.adapters.methods import AnyMethod
 from loralab.adapters.registry import method_named, specs
 from loralab.errors import ConfigError, nearest
 from loralab.training.settings import Training
-from loralab.values import configured as checked
+from loralab.values import build_config as checked
 from loralab.values import read_toml
 
 OTHERS = ("method",)

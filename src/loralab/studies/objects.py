@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from loralab import atomic
-from loralab.artefacts.temporary import write_base
+from loralab.artefacts.temporary_base import write_base
 from loralab.errors import AdapterStateError, DataError
-from loralab.models.given import Given, given, unchanged
+from loralab.models.given import Given, given, restored_after
 from loralab.studies.study import StudyOptions
 from loralab.tasks import catalog
 from loralab.tasks.catalog import LABELLED, Task
@@ -59,7 +59,7 @@ class Objects:
             content = json.dumps(self.data, ensure_ascii=False, indent=1)
             atomic.write_file(self._data, content + "\n")
         if self.model is not None:
-            with unchanged(self.model), atomic.explained(self._model):
+            with restored_after(self.model), atomic.explained(self._model):
                 base = self.model.base()
                 atomic.remove_folder(self._model)
                 with atomic.new_folder(self._model) as place:

@@ -16,8 +16,8 @@ from loralab.studies.trained import rows_of
 from loralab.tasks.catalog import Task
 from loralab.tasks.encode import encode
 from loralab.tasks.score import evaluate
-from loralab.training.facts import BaseInfo, facts_of
 from loralab.training.preflight import load_base, with_head
+from loralab.training.run_facts import RunFacts, facts_of
 
 
 def question_module(study: str) -> ModuleType:
@@ -26,7 +26,7 @@ def question_module(study: str) -> ModuleType:
     return importlib.import_module(f"loralab.studies.questions.{own}")
 
 
-def prepare(ground: Ground, given: Sequence[Arm] | None) -> tuple[list[dict[str, Any]], dict[str, str], BaseInfo]:
+def prepare(ground: Ground, given: Sequence[Arm] | None) -> tuple[list[dict[str, Any]], dict[str, str], RunFacts]:
     """The arms of a study (those given, or the question's own), why some cannot run, and what it
     stands on: the rows and the base that are behind their names now.
 

@@ -14,7 +14,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from loralab.errors import ConfigError, RunError, some
+from loralab.errors import ConfigError, RunError, join_limited
 from loralab.studies import race, search, store
 from loralab.studies.cluster import Cluster, goes_away
 from loralab.studies.forked import Worker, ended
@@ -124,7 +124,7 @@ class Session:
         if invalid and (not skip_invalid or len(invalid) == len(found)):
             lines = [f"{name}: {reason}" for name, reason in invalid.items()]
             hint = "; --skip-invalid runs the rest" if len(invalid) < len(found) else ""
-            raise ConfigError(f"these arms cannot run here: {some(lines, 4)}{hint}")
+            raise ConfigError(f"these arms cannot run here: {join_limited(lines, 4)}{hint}")
         store.require_same_facts(self.folder, ground.study, told[-1]["facts"])
         store.add_plan(self.folder, (ground, found, invalid))
         store.keep_facts(self.folder, ground.study, told[-1]["facts"])

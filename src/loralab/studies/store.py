@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from loralab import atomic
-from loralab.errors import ConfigError, InputError, OutputError, some
+from loralab.errors import ConfigError, InputError, OutputError, join_limited
 from loralab.studies.fields import configured
 from loralab.studies.study import FORMAT, Arm, Cell, Ground, Record
 from loralab.values import read_json, read_toml
@@ -109,7 +109,7 @@ def require_same(folder: Path, ground: Ground) -> None:
         return
     was, now = held[0].to_json(), ground.to_json()
     if changed := [f"{k} was {was[k]!r}, now {now[k]!r}" for k in was if was[k] != now[k]]:
-        raise ConfigError(f"{folder} holds the study {ground.study!r} with other settings: {some(changed)}")
+        raise ConfigError(f"{folder} holds the study {ground.study!r} with other settings: {join_limited(changed)}")
 
 
 def require_same_facts(folder: Path, study: str, facts: Mapping[str, Any]) -> None:
@@ -118,7 +118,7 @@ def require_same_facts(folder: Path, study: str, facts: Mapping[str, Any]) -> No
     Raises:
         ConfigError: something else is behind a name by now.
     """
-    from loralab.training.facts import require_equal
+    from loralab.training.run_facts import require_equal
 
     if (stored := _facts(folder).get(study)) is not None:
         require_equal(f"{folder} holds the study {study!r}", stored, facts)

@@ -11,15 +11,15 @@ from typing import Any
 from loralab.tasks.beside import MEDIA, PLACES, word_set, words_of
 from loralab.tasks.formats import FORMATS, Numbered, is_conversation, is_empty
 from loralab.tasks.labels import amount
-from loralab.values import join_pairs, joinable
+from loralab.values import is_joinable, join_pairs
 
-SAMPLE = 1000  # rows
-FEW = 20  # values, that any column of classes may have
-LONGEST_LABEL = 60  # characters on average
+SAMPLED_ROWS = 1000  # rows
+MAX_CLASS_VALUES = 20  # values, that any column of classes may have
+MAX_LABEL_LENGTH = 60  # characters on average
 ANSWERS = word_set("answer answers response responses output outputs completion target summary")
 ANSWERS |= word_set("reply ref reference translation solution highlights chosen")
 QUESTIONS = word_set("prompt question query input instruction source")
-WHOLE = ("messages", "tokens-tags", "text-label", "prompt-completion", "pair", "text")
+FORMATS_BY_PREFERENCE = ("messages", "tokens-tags", "text-label", "prompt-completion", "pair", "text")
 KIND_OF = {"messages": "conversation", "tokens": "list", "tags": "list"}
 CHOSEN_FIRST = ("label", "completion", "output")  # the answer, before what is left is the question
 
@@ -39,8 +39,8 @@ class Profile:
 
     @property
     def may_be_label(self) -> bool:
-        few = self.different <= max(FEW, self.filled // 2)
-        return self.kind in ("text", "number") and few and self.length <= LONGEST_LABEL
+        few = self.different <= max(MAX_CLASS_VALUES, self.filled // 2)
+        return self.kind in ("text", "number") and few and self.length <= MAX_LABEL_LENGTH
 
     @property
     def may_be_text(self) -> bool:
@@ -49,7 +49,7 @@ class Profile:
 
 def profile(name: str, rows: Numbered) -> Profile:
     """Look at the first rows of a column."""
-    values = [v for _, row in rows[:SAMPLE] if not is_empty(v := row.get(name))]
+    values = [v for _, row in rows[:SAMPLED_ROWS] if not is_empty(v := row.get(name))]
     scalars = {str(v) for v in values if isinstance(v, str | int | float)}
     length = sum(map(len, scalars)) / max(1, len(scalars))
     return Profile(name, _kind(values), len(scalars), len(values), length)
@@ -71,23 +71,23 @@ def _kind(values: Sequence[Any]) -> str:
     return "text"
 
 
-def option(mapping: Mapping[str, str]) -> str:
-    """The mapping as one option to type, or as Python where a name in it cannot be typed."""
+def mapping_option(mapping: Mapping[str, str]) -> str:
+    """Return the mapping as one option to type, or as Python where a name in it cannot be typed."""
     pairs = {name: own for name, own in mapping.items() if own and name != own}
     pairs |= {name: own for name, own in mapping.items() if not own}
-    if all(joinable(name) for pair in pairs.items() for name in pair if name):
+    if all(is_joinable(name) for pair in pairs.items() for name in pair if name):
         return f"--map {quote(join_pairs(pairs))}"
     return f"mapping={pairs!r} in Python"
 
 
-def without(mapping: Mapping[str, str], columns: Iterable[str]) -> dict[str, str]:
-    """The mapping that leaves some columns out as well."""
+def without_columns(mapping: Mapping[str, str], columns: Iterable[str]) -> dict[str, str]:
+    """Return the mapping that leaves some columns out as well."""
     left_out = dict.fromkeys(columns, "")
     return {name: own for name, own in mapping.items() if own not in left_out} | left_out
 
 
 def answers_beside(mapping: Mapping[str, str], texts: Mapping[str, str], other: Profile) -> str:
-    """How a column could be the answer to a text, or to a pair of texts, that has none.
+    """Describe how a column could be the answer to a text, or to a pair of texts, that has none.
 
     Args:
         mapping: what the user has typed already.
@@ -95,14 +95,14 @@ def answers_beside(mapping: Mapping[str, str], texts: Mapping[str, str], other: 
     """
     ways = []
     if other.may_be_label:
-        typed = option({**mapping, "label": other.name})
+        typed = mapping_option({**mapping, "label": other.name})
         ways.append(f"{typed} if {other.name!r} is the label")
     if other.may_be_text and "text" in texts:
         rest = {name: own for name, own in mapping.items() if name != "text"}
         first, last = (texts["text"], other.name)
         if QUESTIONS & set(words_of(other.name)[-1:]):
             first, last = last, first
-        typed = option({**rest, "prompt": first, "completion": last})
+        typed = mapping_option({**rest, "prompt": first, "completion": last})
         ways.append(f"{typed} if {last!r} is the answer to {first!r}")
     return " or ".join(ways)
 
@@ -110,7 +110,7 @@ def answers_beside(mapping: Mapping[str, str], texts: Mapping[str, str], other: 
 def mappings_for(
     mapping: Mapping[str, str], known: Mapping[str, str], free: Sequence[Profile]
 ) -> Iterator[dict[str, str]]:
-    """Mappings that make a format of the columns, the likelier ones first.
+    """Yield mappings that make a format of the columns, the likelier ones first.
 
     Args:
         mapping: what the user has typed already.
@@ -118,7 +118,7 @@ def mappings_for(
         free: the other columns.
     """
     begun = [form for form, (needed, _) in FORMATS.items() if known.keys() & set(needed)]
-    whole = sorted(WHOLE, key=lambda form: form != "prompt-completion" or not _answers(free))
+    whole = sorted(FORMATS_BY_PREFERENCE, key=lambda form: form != "prompt-completion" or not _answers(free))
     for forms in (begun, whole):
         found = [{**mapping, **assigned} for f in forms if (assigned := _assigned(f, known, free))]
         yield from found
@@ -131,7 +131,7 @@ def _answers(free: Sequence[Profile]) -> bool:
 
 
 def _assigned(form: str, known: Mapping[str, str], free: Sequence[Profile]) -> dict[str, str]:
-    """A column for each that the format lacks, none where one cannot be had."""
+    """Return a column for each that the format lacks, none where one cannot be had."""
     needed, _ = FORMATS[form]
     missing = [column for column in needed if column not in known]
     taken = {known[column] for column in needed if column in known}
@@ -156,7 +156,7 @@ def _fits(column: str, other: Profile) -> bool:
 
 
 def _distance(column: str, other: Profile) -> tuple[bool, float]:
-    """How ill a column fits: labels are few and short, answers are named so, inputs are long."""
+    """Return how badly a column fits: labels are few and short, answers are named so, inputs are long."""
     answer = bool(ANSWERS & set(words_of(other.name)))
     if column == "label":
         return False, other.different + other.length

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loralab.errors import ConfigError, some
-from loralab.tasks.encode import IGNORED, SUITED, Example, Ids
+from loralab.errors import ConfigError, join_limited
+from loralab.tasks.encode import SUITED
+from loralab.tasks.examples import IGNORED, Example, Ids
 
-POOL = 50  # effective batches that are sorted by length together
+POOL_BATCHES = 50  # effective batches that are sorted by length together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +38,9 @@ class Batches:
         if not self.lengths or self.batch_size < 1 or self.accumulation_steps < 1:
             raise ConfigError(
                 f"batches need rows and sizes of at least 1, got {len(self.lengths)} rows, "
-                f"batch_size {self.batch_size}, accumulation_steps {self.accumulation_steps}"
+                f"batch_size {self.batch_size}, accumulation_steps {self.accumulation_steps}",
+                code="invalid_value",
+                field="batch_size",
             )
 
     @property
@@ -51,7 +54,7 @@ class Batches:
         return -(-len(self.lengths) // self.effective)
 
     def step(self, number: int) -> list[list[int]]:
-        """The micro-batches of step `number`, counted from 0 through all epochs."""
+        """Return the micro-batches of step `number`, counted from 0 through all epochs."""
         epoch, position = divmod(number, self.steps_per_epoch)
         rows = _order(self.lengths, self.effective, self.seed, self.by_length, epoch)[position]
         size = self.batch_size
@@ -62,12 +65,12 @@ class Batches:
 def _order(
     lengths: tuple[int, ...], effective: int, seed: int, by_length: bool, epoch: int
 ) -> tuple[tuple[int, ...], ...]:
-    """The effective batches of one epoch."""
+    """Return the effective batches of one epoch."""
     draw = random.Random(f"{seed}/{epoch}")
     rows = list(range(len(lengths)))
     draw.shuffle(rows)
     if by_length:
-        pool = POOL * effective
+        pool = POOL_BATCHES * effective
         pools = [rows[start : start + pool] for start in range(0, len(rows), pool)]
         rows = [row for part in pools for row in sorted(part, key=lambda r: lengths[r])]
     batches = [tuple(rows[start : start + effective]) for start in range(0, len(rows), effective)]
@@ -82,7 +85,7 @@ def _order(
 def collate(
     examples: Sequence[Example], *, pad_id: int, kind: str, pictures: Any = None, longest: int = 0
 ) -> dict[str, Tensor]:
-    """What a model of this kind is called with, and the labels.
+    """Build the inputs of a model of this kind, and the labels.
 
     input_ids and attention_mask (B, L), padded on the right, with token_type_ids (B, L) where the
     examples have them; second_input_ids and second_attention_mask (B, L') of pairs; pixel_values
@@ -98,7 +101,7 @@ def collate(
         DataError: a picture cannot be read any more.
     """
     if kind not in SUITED:
-        raise ConfigError(f"unknown kind of model {kind!r} ({some(SUITED)})")
+        raise ConfigError(f"unknown kind of model {kind!r} ({join_limited(SUITED)})", code="unknown_kind", field="kind")
     if kind == "image-classification":
         pixels = [pictures.pixels(example.image.open()) for example in examples]
         return {"pixel_values": torch.stack(pixels), "labels": _classes(examples)}
@@ -117,7 +120,7 @@ def collate(
 
 
 def pack(examples: Sequence[Example], *, size: int = 0, pad_id: int = 0) -> dict[str, Tensor]:
-    """Rows of a causal model one after the other in a single one.
+    """Return the rows of a causal model one after the other in a single one.
 
     input_ids and position_ids (1, N), positions counted from each row's own start; targets (N,),
     the label of the next token of the same row.
@@ -136,20 +139,20 @@ def pack(examples: Sequence[Example], *, size: int = 0, pad_id: int = 0) -> dict
     }
 
 
-def parts(examples: Sequence[Example], room: int, *, pads: bool) -> list[list[Example]]:
-    """Groups of at most `room` tokens, of similar size; a longer row has a group of its own.
+def micro_batches(examples: Sequence[Example], max_tokens: int, *, pads: bool) -> list[list[Example]]:
+    """Return the groups of at most `max_tokens` tokens, of similar size; a longer row has a group of its own.
 
     Args:
         pads: the rows of a group will be as long as its longest, so similar rows go together.
     """
     rows = sorted(examples, key=lambda example: -example.length)
     if not pads:
-        least = min(-(-_tokens(rows) // room), len(rows))
+        least = min(-(-_tokens(rows) // max_tokens), len(rows))
         tries = (_shared_out(rows, number) for number in range(least, len(rows) + 1))
-        return next(t for t in tries if all(len(g) == 1 or _tokens(g) <= room for g in t))
+        return next(t for t in tries if all(len(g) == 1 or _tokens(g) <= max_tokens for g in t))
     groups: list[list[Example]] = []
     for row in rows:  # the first of a group is its longest
-        if groups and groups[-1][0].length * (len(groups[-1]) + 1) <= room:
+        if groups and groups[-1][0].length * (len(groups[-1]) + 1) <= max_tokens:
             groups[-1].append(row)
         else:
             groups.append([row])
@@ -169,7 +172,7 @@ def _tokens(examples: Sequence[Example]) -> int:
 
 
 def padded(rows: Sequence[Ids], value: int, longest: int = 0) -> tuple[Tensor, Tensor]:
-    """Rows of unequal length as (B, L), padded on the right, and a mask that is 1 on their own.
+    """Return the rows of unequal length as (B, L), padded on the right, and a mask that is 1 on their own.
 
     L is that of the longest row, or the next multiple of 8 if that is not above `longest`.
     """

@@ -14,7 +14,7 @@ from typing import Any
 from loralab.tasks.formats import is_empty
 
 MESSAGE_FIELD = "a field of a message"
-ALONE = ("text", "pair")  # without an answer: any other column may be it
+WITHOUT_ANSWER = ("text", "pair")  # without an answer: any other column may be it
 LABELLED = ("text-label", "pair-label", "image-label", "tokens-tags")
 ROWS_THAT_ANSWER = ("messages", "prompt-completion", "instruction")
 GENERATIVE = (*ROWS_THAT_ANSWER, MESSAGE_FIELD)
@@ -22,7 +22,7 @@ PROMPTED = (*ROWS_THAT_ANSWER, "text-label", "pair-label")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Kind:
+class ColumnKind:
     """Fields that change the meaning of a row.
 
     Args:
@@ -35,102 +35,104 @@ class Kind:
 
     words: str
     reason: str
-    formats: tuple[str, ...] = (*GENERATIVE, *LABELLED, *ALONE)
+    formats: tuple[str, ...] = (*GENERATIVE, *LABELLED, *WITHOUT_ANSWER)
     neutral: tuple[str, ...] = ()
     learnt: bool = False
 
 
 MEDIA = "image images picture pictures photo photos pixel audio audios speech video videos"
 MEDIA += " attachment attachments"
-KINDS = (
-    Kind(words="tool tools toolcalls function functions", reason="tells of tools, which are not supported yet"),
-    Kind(
+COLUMN_KINDS = (
+    ColumnKind(words="tool tools toolcalls function functions", reason="tells of tools, which are not supported yet"),
+    ColumnKind(
         words="reasoning reason thinking think thought thoughts rationale cot scratchpad monologue",
         formats=GENERATIVE,
         reason="holds reasoning, which is not supported yet",
     ),
-    Kind(
+    ColumnKind(
         words="finish_reason stop_reason",
         formats=GENERATIVE,
         neutral=("stop", "end_turn", "stop_sequence", "eos"),
         reason="says that the answer was cut off, and it would be learnt with an end",
     ),
-    Kind(
+    ColumnKind(
         words="prefix partial truncated",
         formats=(MESSAGE_FIELD,),
         neutral=("0", "false"),
         reason="says that the answer is not whole, and it would be learnt with an end",
     ),
-    Kind(
+    ColumnKind(
         words="end_turn",
         formats=(MESSAGE_FIELD,),
         neutral=("1", "true"),
         reason="says that the turn goes on, and every answer is learnt with its end",
     ),
-    Kind(
+    ColumnKind(
         words="channel recipient",
         formats=(MESSAGE_FIELD,),
         neutral=("final", "all"),
-        reason="says that the message is no answer, which is not supported yet",
+        reason="says that the message is not an answer, which is not supported yet",
     ),
-    Kind(
+    ColumnKind(
         words="chat_template chat_template_kwargs",
         formats=PROMPTED,
         reason="says how to write the row, and every row is written with the model's template",
     ),
-    Kind(
+    ColumnKind(
         words="weight weights",
         neutral=("1", "true"),
         learnt=True,
         reason="weighs what is learnt, which is not supported yet",
     ),
-    Kind(
+    ColumnKind(
         words="mask masked ignore ignored skip exclude excluded deleted discard discarded drop "
         "dropped removed invalid undesirable",
         neutral=("0", "false"),
         learnt=True,
         reason="says what to leave unlearnt, which is not supported yet",
     ),
-    Kind(
+    ColumnKind(
         words="train training trainable learn loss keep kept include included valid",
         neutral=("1", "true"),
         learnt=True,
         reason="says whether to learn this, which is not supported yet",
     ),
-    Kind(words=MEDIA, reason="holds more than text, which is not supported yet beside other columns"),
-    Kind(
+    ColumnKind(words=MEDIA, reason="holds more than text, which is not supported yet beside other columns"),
+    ColumnKind(
         words="chosen rejected preferred dispreferred preference",
         reason="tells better answers from worse ones; preferences cannot be learnt",
     ),
-    Kind(
+    ColumnKind(
         words="label labels score scores reward rewards rating ratings correct accepted approved "
         "desirable thumbs stars grade grades verdict votes upvotes passed",
         formats=GENERATIVE,
         neutral=("true",),
         reason="judges the answers, which would all be learnt as if they were good",
     ),
-    Kind(words="score scores", formats=LABELLED, reason="stands beside the label, and only the label would be learnt"),
-    Kind(
+    ColumnKind(
+        words="score scores", formats=LABELLED, reason="stands beside the label, and only the label would be learnt"
+    ),
+    ColumnKind(
         words="system sys sysprompt preamble",
-        formats=(*PROMPTED, *ALONE),
+        formats=(*PROMPTED, *WITHOUT_ANSWER),
         reason="is a system prompt, which is read as a message of the role system only",
     ),
-    Kind(
+    ColumnKind(
         words="developer instructions",
         formats=ROWS_THAT_ANSWER,
         reason="tells how to answer, which is read as a message of the role system only",
     ),
-    Kind(
+    ColumnKind(
         words="history previous context contexts passage passages document documents choices options",
         formats=(*PROMPTED, MESSAGE_FIELD),
         reason="is a part of the question, which would be asked without it",
     ),
-    Kind(
+    ColumnKind(
         words="input inputs instruction",
         formats=("prompt-completion", "text-label", "pair-label"),
         reason="is a part of the question, which would be asked without it",
     ),
-    Kind(
+    ColumnKind(
         words="question query text_a text_b text2 text_2 sentence2 sentence_2",
         formats=("text-label",),
         reason="is another text, and one is read beside a label; two are text_a and text_b",
@@ -139,7 +141,7 @@ KINDS = (
 
 
 def word_set(text: str) -> frozenset[str]:
-    """The words of a text."""
+    """Return the words of a text."""
     return frozenset(text.split())
 
 
@@ -149,10 +151,10 @@ BOOKKEEPING = PLACES | IDENTIFIERS
 BOOKKEEPING |= word_set("link links source sources src origin dataset date dates time timestamp")
 BOOKKEEPING |= word_set("datetime created updated hash md5 sha sha1 sha256 checksum digest license")
 BOOKKEEPING |= word_set("licence version row line lineno meta metadata length len count")
-WHOLE = word_set("num_tokens n_tokens num_chars n_chars")
+WHOLE_NAMES = word_set("num_tokens n_tokens num_chars n_chars")
 OF_TOOLS = re.compile(r"unnamed: \d+|(__)?index_level_\d+(__)?")  # an index that pandas writes
 CLASSES = word_set("label class category topic intent target sentiment emotion")
-MANY = 10  # rows, from which on equal identifiers are a sign that they are classes
+MIN_REPEATED_ROWS = 10  # rows, from which on equal identifiers are a sign that they are classes
 
 
 def reason_to_refuse(name: str, values: Iterable[Any], form: str, *, learnt: bool = True) -> str:
@@ -174,12 +176,12 @@ def reason_to_refuse(name: str, values: Iterable[Any], form: str, *, learnt: boo
 
 
 @lru_cache(maxsize=1024)  # asked for every field of every message
-def kinds_of(name: str, form: str) -> tuple[Kind, ...]:
-    """The kinds that a field is of, beside such rows; `loss_mask` is of two that contradict."""
+def kinds_of(name: str, form: str) -> tuple[ColumnKind, ...]:
+    """Return the kinds that a field is of, beside such rows; `loss_mask` is of two that contradict."""
     words = words_of(name)
     if _keeps_books(words) and not (word_set(MEDIA) & set(words) and words[-1] in PLACES):
         return ()
-    able = [kind for kind in KINDS if form in kind.formats]
+    able = [kind for kind in COLUMN_KINDS if form in kind.formats]
     whole = tuple(kind for kind in able if "_".join(words) in word_set(kind.words))
     return whole or tuple(kind for kind in able if word_set(kind.words) & set(words))
 
@@ -194,7 +196,7 @@ def is_bookkeeping(name: str, values: Sequence[Any]) -> bool:
         numbers = [_small(value) for value in values]
         return len(set(numbers)) == len(numbers) and all(map(str.isdigit, numbers))
     if len(words) > 1 and words[-1] in IDENTIFIERS:
-        few = len(values) >= MANY and len(set(map(_small, values))) * 2 < len(values)
+        few = len(values) >= MIN_REPEATED_ROWS and len(set(map(_small, values))) * 2 < len(values)
         return not few and not CLASSES & set(words)
     return _keeps_books(words)
 
@@ -206,7 +208,7 @@ def are_truths(values: Iterable[Any]) -> bool:
 
 
 def words_of(name: str) -> list[str]:
-    """The words of a name, in small letters: "toolCalls" -> tool, calls."""
+    """Return the words of a name, in small letters: "toolCalls" -> tool, calls."""
     apart = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name)
     return [word for word in re.split(r"[\W_]+", apart.lower()) if word]
 
@@ -215,12 +217,14 @@ def _keeps_books(words: Sequence[str]) -> bool:
     if not words:
         return False
     return (
-        words[-1] in BOOKKEEPING or "_".join(words) in WHOLE or (len(words) == 2 and words[-1] == "at")  # created_at
+        words[-1] in BOOKKEEPING
+        or "_".join(words) in WHOLE_NAMES
+        or (len(words) == 2 and words[-1] == "at")  # created_at
     )
 
 
 def _small(value: Any) -> str:
-    """A value as it is compared: 1.0 is 1, TRUE is true."""
+    """Return a value as it is compared: 1.0 is 1, TRUE is true."""
     if isinstance(value, dict | list):
         return "..."  # may be nested too deep to be written
     return str(value).strip().lower().removesuffix(".0")

@@ -15,20 +15,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loralab.errors import ConfigError, DataError, nearest, some
+from loralab.errors import ConfigError, DataError, join_limited, nearest
 from loralab.tasks import fashion, vader
 from loralab.tasks.formats import Row
-from loralab.tasks.read import Table, read
+from loralab.tasks.read import DataTable, read
 from loralab.tasks.repeated import input_text, leaks, repetitions
 
-SHARE = 0.1  # of the rows for validation, and as many for the test
+HELD_OUT_SHARE = 0.1  # of the rows for validation, and as many for the test
 LABELLED = ("text-label", "pair-label")
-OUTSIDE = "O"  # how tags of words say that there is nothing
+OUTSIDE_TAG = "O"  # how tags of words say that there is nothing
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What a model shall learn: rows in train, validation and test.
+    """Task to learn: rows in train, validation and test.
 
     `labels` are the sorted class names or tags ("O" first), empty where there are none;
     `instruction` is what a language model is told before a text to classify; `leaked` counts the
@@ -47,7 +47,7 @@ class Task:
     notes: tuple[str, ...] = ()
 
     def encode(self, tokenizer: Any, split: str = "train", max_length: int = 512, *, kind: str = "") -> list[Any]:
-        """Return the rows of a split as the model sees them (`tasks.encode.Example`).
+        """Return the rows of a split as the model sees them (`tasks.examples.Example`).
 
         Each has `input_ids`, `labels` (-100 = not learnt) and `row`, its place in the split. A row
         whose answer does not fit in `max_length` tokens is left out.
@@ -85,7 +85,7 @@ class NamedTask:
     rows: int
     instruction: str
     locate: Callable[[], Path | None]
-    load: Callable[[Path], Table]
+    load: Callable[[Path], DataTable]
     get: Callable[[], str]
 
 
@@ -99,7 +99,7 @@ def _get_rated() -> str:
 
 
 def _rated(name: str, description: str, licence: str, rows: int, instruction: str) -> NamedTask:
-    """One of the tasks of the archive of rated texts."""
+    """Return one of the tasks of the archive of rated texts."""
     return NamedTask(
         description=description,
         licence=licence,
@@ -122,14 +122,14 @@ def _get_fashion() -> str:
     )
 
 
-def _fashion(path: Path) -> Table:
-    return Table(source="fashion-mnist", format="image-label", splits=fashion.read(path))
+def _fashion(path: Path) -> DataTable:
+    return DataTable(source="fashion-mnist", format="image-label", splits=fashion.read(path))
 
 
 SENTIMENT = "Is this {} positive or negative? Answer with one word."
 FORCE = "Is the feeling in this {} strong or mild? Answer with one word."
 MIT = "MIT; texts from {}"
-KINDS = {  # of rated texts: what they are, where from, how many have a feeling, what one is
+RATED_TEXTS = {  # of rated texts: what they are, where from, how many have a feeling, what one is
     "movie-reviews": ("film review snippets", "Rotten Tomatoes", 10041, "film review"),
     "tweets": ("tweets", "Twitter", 3362, "tweet"),
     "amazon-reviews": ("sentences of product reviews", "Amazon", 2935, "sentence of a product review"),
@@ -140,7 +140,7 @@ TASKS: dict[str, NamedTask] = {
         name: _rated(
             name, f"{what}, positive or negative (VADER's ground truth)", MIT.format(owner), rows, SENTIMENT.format(one)
         )
-        for name, (what, owner, rows, one) in KINDS.items()
+        for name, (what, owner, rows, one) in RATED_TEXTS.items()
     },
     **{
         name + vader.STRENGTH: _rated(
@@ -150,7 +150,7 @@ TASKS: dict[str, NamedTask] = {
             rows,
             FORCE.format(one),
         )
-        for name, (what, owner, rows, one) in KINDS.items()
+        for name, (what, owner, rows, one) in RATED_TEXTS.items()
     },
     vader.ORIGIN: _rated(
         vader.ORIGIN,
@@ -179,7 +179,7 @@ TASKS: dict[str, NamedTask] = {
 
 
 def find(data: Any, *, mapping: Mapping[str, str] | None = None, seed: int = 0) -> Task:
-    """The task behind a task name, a file, a folder or a hub id, or of rows in memory.
+    """Return the task behind a task name, a file, a folder or a hub id, or of rows in memory.
 
     Args:
         mapping: canonical column -> the file's own, or a column of the file -> "" to leave it out,
@@ -193,15 +193,15 @@ def find(data: Any, *, mapping: Mapping[str, str] | None = None, seed: int = 0) 
     return _task(table, seed, instruction)
 
 
-def table_of(data: Any, mapping: Mapping[str, str] | None = None) -> tuple[Table, str]:
-    """The rows behind a name or in an object (`given.read` lists them), and a task's question.
+def table_of(data: Any, mapping: Mapping[str, str] | None = None) -> tuple[DataTable, str]:
+    """Return the rows behind a name or in an object (`given.read` lists them), and a task's question.
 
     Raises:
         DataError: it does not exist, or cannot be read.
     """
     if isinstance(data, Task):
         _require_no_mapping(data.name, mapping)
-        table = Table(source=data.name, format=data.format, splits=data.splits, notes=data.notes)
+        table = DataTable(source=data.name, format=data.format, splits=data.splits, notes=data.notes)
         return table, data.instruction
     if not isinstance(data, str | Path):
         return read(data, mapping), ""
@@ -217,7 +217,7 @@ def table_of(data: Any, mapping: Mapping[str, str] | None = None) -> tuple[Table
         return read(data, mapping), ""
     except DataError as error:
         near = nearest(data, TASKS)
-        if error.code != "no_such_data" or not near:  # a file with a bad row is no misspelt task
+        if error.code != "no_such_data" or not near:  # a file with a bad row is not a misspelt task
             raise
         raise DataError(f"{error}{near}", code=error.code) from None
 
@@ -230,7 +230,7 @@ def _require_no_mapping(name: str, mapping: Mapping[str, str] | None) -> None:
 
 
 def listing() -> list[dict[str, Any]]:
-    """The named tasks, and whether their data is here."""
+    """Return the named tasks, and whether their data is here."""
     return [
         {
             "name": name,
@@ -251,12 +251,12 @@ def folders() -> list[Path]:
     return [*([Path(own)] if own else []), beside, Path.home() / ".cache" / "loralab" / "assets"]
 
 
-def _task(table: Table, seed: int, instruction: str) -> Task:
+def _task(table: DataTable, seed: int, instruction: str) -> Task:
     return task_of(table, split_rows(table, seed), instruction)
 
 
-def task_of(table: Table, splits: dict[str, list[Row]], instruction: str, labels: tuple[str, ...] = ()) -> Task:
-    """Rows in train, validation and test as a task.
+def task_of(table: DataTable, splits: dict[str, list[Row]], instruction: str, labels: tuple[str, ...] = ()) -> Task:
+    """Return the rows in train, validation and test as a task.
 
     Args:
         instruction: empty for one that names the labels.
@@ -282,7 +282,7 @@ def task_of(table: Table, splits: dict[str, list[Row]], instruction: str, labels
 
 
 def question_of(data_format: str, labels: tuple[str, ...]) -> str:
-    """What a language model is told before a text, or two, to classify."""
+    """Return the instruction of a language model before a text, or two, to classify."""
     what = "text" if data_format == "text-label" else "pair of texts"
     return f"Classify the {what}. Answer with one of: {', '.join(labels)}."
 
@@ -292,8 +292,8 @@ def content_digest(splits: Mapping[str, list[Row]], labels: tuple[str, ...], ins
     return hashlib.sha256(_json([splits, labels, instruction]).encode()).hexdigest()
 
 
-def split_rows(table: Table, seed: int) -> dict[str, list[Row]]:
-    """The given splits; what is missing is taken from train, by the hash of each input."""
+def split_rows(table: DataTable, seed: int) -> dict[str, list[Row]]:
+    """Return the given splits; what is missing is taken from train, by the hash of each input."""
     given = table.splits
     missing = [name for name in ("validation", "test") if name not in given]
     parts = dict(given)
@@ -314,7 +314,7 @@ def _owners(source: str, groups: Mapping[str, list[Row]], missing: list[str]) ->
     holder = {label: place for place in places for row in groups[place] for label in labels_of(row) or [""]}
     kept = set(holder.values())
     free = [place for place in places if place not in kept]
-    count = min(max(1, round(SHARE * len(places))), len(free) // len(missing))
+    count = min(max(1, round(HELD_OUT_SHARE * len(places))), len(free) // len(missing))
     if not count:
         raise DataError(
             f"{source} has {len(places)} different inputs; at least {len(kept) + len(missing)} are "
@@ -328,7 +328,7 @@ def _owners(source: str, groups: Mapping[str, list[Row]], missing: list[str]) ->
 
 
 def labels_of(row: Row) -> list[str]:
-    """The classes that a row shows: one, those of its words, or none."""
+    """Return the classes that a row shows: one, those of its words, or none."""
     return [row["label"]] if "label" in row else list(row.get("tags", ()))
 
 
@@ -343,15 +343,15 @@ def place_of(row: Row, seed: int) -> str:
 
 
 def _labels(source: str, splits: Mapping[str, list[Row]]) -> tuple[str, ...]:
-    """The sorted labels of train, "O" first among tags; none where rows have none."""
+    """Return the sorted labels of train, "O" first among tags; none where rows have none."""
     known = {label for row in splits["train"] for label in labels_of(row)}
-    labels = sorted(known, key=lambda label: (label != OUTSIDE or not _tagged(splits), label))
+    labels = sorted(known, key=lambda label: (label != OUTSIDE_TAG or not _tagged(splits), label))
     for name in ("validation", "test"):
         for number, row in enumerate(splits[name], start=1):
             if strange := [label for label in labels_of(row) if label not in known]:
                 raise DataError(
                     f"{source}: label {strange[0]!r} is only in the {name} split (row {number}); "
-                    f"it cannot be learnt from train, which has {some(labels)}",
+                    f"it cannot be learnt from train, which has {join_limited(labels)}",
                     code="unknown_label",
                     field="label",
                 )

@@ -7,7 +7,7 @@ from typing import Any
 from loralab.errors import DataError
 from loralab.tasks.formats import Row
 
-KEPT = b"huggingface"  # the key of an Arrow schema's metadata that tells the columns' features
+SCHEMA_KEY = b"huggingface"  # the key of an Arrow schema's metadata that tells the columns' features
 NO_CLASS = -1  # of a row without a label
 
 
@@ -32,7 +32,7 @@ def class_names(features: Mapping[str, Any]) -> dict[str, Sequence[str]]:
 def stored_class_names(metadata: Mapping[bytes, bytes] | None) -> dict[str, Sequence[str]]:
     """Return the same of an Arrow schema's metadata; none where it tells of none."""
     try:
-        told = json.loads((metadata or {}).get(KEPT, b"{}"))
+        told = json.loads((metadata or {}).get(SCHEMA_KEY, b"{}"))
         return class_names(told["info"]["features"])
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return {}

@@ -2,7 +2,7 @@
 
 A column is read if its name is canonical or `mapping` says so; mapping a column to nothing leaves
 it out. Where another column could change what the rows mean, its meaning is asked for, never
-guessed: a text with a column of unknown meaning beside it is no plain text.
+guessed: a text with a column of unknown meaning beside it is not a plain text.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -11,22 +11,30 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from loralab.errors import DataError, nearest, shown, some
-from loralab.tasks.advice import answers_beside, mappings_for, option, profile, without
-from loralab.tasks.beside import ALONE, are_truths, is_bookkeeping, kinds_of, reason_to_refuse, word_set, words_of
+from loralab.errors import DataError, format_value, join_limited, nearest
+from loralab.tasks.advice import answers_beside, mapping_option, mappings_for, profile, without_columns
+from loralab.tasks.beside import (
+    WITHOUT_ANSWER,
+    are_truths,
+    is_bookkeeping,
+    kinds_of,
+    reason_to_refuse,
+    word_set,
+    words_of,
+)
 from loralab.tasks.encodings import inner_name
-from loralab.tasks.formats import FORMATS, IN_MESSAGES, SPLITS, Part, columns_of, is_conversation, is_empty
+from loralab.tasks.formats import FORMATS, IN_MESSAGES, SPLITS, DataPart, columns_of, is_conversation, is_empty
 from loralab.tasks.labels import NO_REGRESSION
 
 SPLIT = "split"
 HELD_OUT = word_set("test testing val validation dev eval evaluation holdout held heldout")
 SHAREGPT = "conversations"  # what it calls its messages
-PROPOSED = 3  # mappings in a message
+MAX_PROPOSALS = 3  # mappings in a message
 
 
 @dataclass(frozen=True, kw_only=True)
 class Columns:
-    """How the rows of a part are read.
+    """Reading of the rows of a part.
 
     Args:
         mapping: what the user has typed.
@@ -42,7 +50,7 @@ class Columns:
     split: str | None = None
 
 
-def choose(part: Part, mapping: Mapping[str, str]) -> Columns:
+def choose(part: DataPart, mapping: Mapping[str, str]) -> Columns:
     """Decide what the columns of a part mean.
 
     Args:
@@ -80,7 +88,7 @@ def choose(part: Part, mapping: Mapping[str, str]) -> Columns:
     return Columns(mapping=mapping, format=form, own=own, split=split, unused=unused)
 
 
-def require_columns(source: str, parts: Iterable[Part], mapping: Mapping[str, str]) -> None:
+def require_columns(source: str, parts: Iterable[DataPart], mapping: Mapping[str, str]) -> None:
     """Check that every column that `mapping` leaves out is there.
 
     Raises:
@@ -92,7 +100,7 @@ def require_columns(source: str, parts: Iterable[Part], mapping: Mapping[str, st
             raise _not_there(source, name, names)
 
 
-def require_fields(source: str, parts: Iterable[Part], seen: Collection[str], mapping: Mapping[str, str]) -> None:
+def require_fields(source: str, parts: Iterable[DataPart], seen: Collection[str], mapping: Mapping[str, str]) -> None:
     """Check that every field of messages that `mapping` leaves out is there.
 
     Args:
@@ -110,14 +118,14 @@ def require_fields(source: str, parts: Iterable[Part], seen: Collection[str], ma
 
 def _not_there(source: str, name: str, names: Mapping[str, None]) -> DataError:
     return DataError(
-        f"{source} has no {name!r} to leave out ({some(names) or 'nothing else'}){nearest(name, names)}",
+        f"{source} has no {name!r} to leave out ({join_limited(names) or 'nothing else'}){nearest(name, names)}",
         code="unknown_column",
         field=name,
     )
 
 
 def checked_mapping(mapping: Mapping[str, str] | None) -> dict[str, str]:
-    """The mapping, whose left sides are canonical where its right sides are not empty.
+    """Return the mapping, whose left sides are canonical where its right sides are not empty.
 
     Raises:
         DataError: it is not of this form.
@@ -127,7 +135,7 @@ def checked_mapping(mapping: Mapping[str, str] | None) -> dict[str, str]:
     for canonical, own in found.items():
         if not isinstance(canonical, str) or not isinstance(own, str) or not canonical:
             raise DataError(
-                f"a mapping has names on both sides, got {shown(canonical)}={shown(own)}; an "
+                f"a mapping has names on both sides, got {format_value(canonical)}={format_value(own)}; an "
                 "empty text leaves a column out",
                 code="wrong_mapping",
                 field="map",
@@ -135,7 +143,7 @@ def checked_mapping(mapping: Mapping[str, str] | None) -> dict[str, str]:
         if own and canonical not in known:
             near = nearest(canonical, known)
             raise DataError(
-                f"--map {canonical}={own}: {canonical!r} is no known column ({', '.join(known)}){near}",
+                f"--map {canonical}={own}: {canonical!r} is not a known column ({', '.join(known)}){near}",
                 code="unknown_canonical",
                 field=canonical,
             )
@@ -149,14 +157,14 @@ def _check_renamed(place: str, columns: Sequence[str], renamed: Mapping[str, str
     for canonical, own in renamed.items():
         if own not in columns:
             raise DataError(
-                f"{place} has no column {own!r} to map ({some(columns)}){nearest(own, columns)}",
+                f"{place} has no column {own!r} to map ({join_limited(columns)}){nearest(own, columns)}",
                 code="unknown_column",
                 field=canonical,
             )
 
 
-def _format(part: Part, mapping: Mapping[str, str], known: Mapping[str, str], free: Sequence[str]) -> str:
-    """The first format whose columns are all there."""
+def _format(part: DataPart, mapping: Mapping[str, str], known: Mapping[str, str], free: Sequence[str]) -> str:
+    """Return the first format whose columns are all there."""
     fitting = (name for name, (needed, _) in FORMATS.items() if known.keys() >= set(needed))
     form = next(fitting, None)
     if form in (None, "text") and SHAREGPT in known:
@@ -168,12 +176,12 @@ def _format(part: Part, mapping: Mapping[str, str], known: Mapping[str, str], fr
     return form
 
 
-def _no_format(part: Part, mapping: Mapping[str, str], known: Mapping[str, str], free: Sequence[str]) -> DataError:
+def _no_format(part: DataPart, mapping: Mapping[str, str], known: Mapping[str, str], free: Sequence[str]) -> DataError:
     columns = columns_of(part.rows)
     separated = inner_name(Path(part.place)).suffix.lower() in (".csv", ".tsv")
     if separated and any(map(str.isdigit, columns)):
         return DataError(
-            f"{part.place}: line 1 seems to be a row ({some(map(shown, columns), 3)}); put a line "
+            f"{part.place}: line 1 seems to be a row ({join_limited(map(format_value, columns), 3)}); put a line "
             "with the names of the columns above it, such as text and label",
             code="no_header",
         )
@@ -181,36 +189,36 @@ def _no_format(part: Part, mapping: Mapping[str, str], known: Mapping[str, str],
     worse = [c for c in free if "rejected" in words_of(c)]
     if worse:
         reason = f"preferences cannot be learnt, only the better answers without {worse[0]!r}; "
-        base = without(mapping, worse)
+        base = without_columns(mapping, worse)
     own = [profile(c, part.rows) for c in free if c not in worse]
     others = [p for p in own if p.filled and not is_bookkeeping(p.name, ())]
-    tried = dict.fromkeys(option(m) for m in mappings_for(base, known, others))
-    said = " or ".join(islice(tried, PROPOSED))
+    tried = dict.fromkeys(mapping_option(m) for m in mappings_for(base, known, others))
+    said = " or ".join(islice(tried, MAX_PROPOSALS))
     forms = " | ".join(", ".join(needed) for needed, _ in FORMATS.values())
     return DataError(
-        f"{part.place}: {reason}the columns {some(columns)} fit no format ({forms})"
+        f"{part.place}: {reason}the columns {join_limited(columns)} fit no format ({forms})"
         + (f"; say which is which, such as {said}" if said else "; rename them"),
         code="no_format",
         field=free[0] if free else None,
     )
 
 
-def _check_splits(part: Part, mapping: Mapping[str, str], beside: Sequence[str]) -> None:
+def _check_splits(part: DataPart, mapping: Mapping[str, str], beside: Sequence[str]) -> None:
     """Ask about a column of another name that seems to say the splits."""
     for column in beside:
         found = [value for _, row in part.rows if not is_empty(value := row.get(column))]
         if len(set(map(split_named, found))) > 1 and all(map(split_named, found)):
             raise DataError(
                 f"{part.place}: {column!r} seems to say which split a row belongs to; say "
-                f"{option({**mapping, SPLIT: column})} if it does or "
-                f"{option(without(mapping, [column]))} to leave it out",
+                f"{mapping_option({**mapping, SPLIT: column})} if it does or "
+                f"{mapping_option(without_columns(mapping, [column]))} to leave it out",
                 code="unclear_split",
                 field=column,
             )
         if HELD_OUT & set(words_of(column)) and are_truths(found):
             raise DataError(
                 f"{part.place}: {column!r} seems to say which rows are held out; write train and "
-                f"test into a column {SPLIT!r}, or say {option(without(mapping, [column]))} to "
+                f"test into a column {SPLIT!r}, or use {mapping_option(without_columns(mapping, [column]))} to "
                 "leave it out",
                 code="unclear_split",
                 field=column,
@@ -218,7 +226,7 @@ def _check_splits(part: Part, mapping: Mapping[str, str], beside: Sequence[str])
 
 
 def _check_beside(
-    part: Part, mapping: Mapping[str, str], form: str, own: Mapping[str, str], beside: Sequence[str]
+    part: DataPart, mapping: Mapping[str, str], form: str, own: Mapping[str, str], beside: Sequence[str]
 ) -> None:
     """Refuse what would change the meaning, and ask for what might."""
     values = {c: [v for _, row in part.rows if not is_empty(v := row.get(c))] for c in beside}
@@ -226,29 +234,30 @@ def _check_beside(
     refused = {c: why for c, found in filled.items() if (why := reason_to_refuse(c, found, form))}
     if refused:
         first = next(iter(refused))
-        whys = "; ".join(f"{c!r} {why}" for c, why in islice(refused.items(), PROPOSED))
+        whys = "; ".join(f"{c!r} {why}" for c, why in islice(refused.items(), MAX_PROPOSALS))
         raise DataError(
-            f"{part.place}: {whys}; remove {_it(refused)}, or say {option(without(mapping, refused))} to train without",
+            f"{part.place}: {whys}; remove {_it(refused)}, or use "
+            f"{mapping_option(without_columns(mapping, refused))} to train without",
             code="unsupported_column",
             field=first,
         )
-    if form in ALONE:
+    if form in WITHOUT_ANSWER:
         unclear = [c for c, found in filled.items() if not (is_bookkeeping(c, found) or kinds_of(c, form))]
         if unclear:
             raise _question(part, mapping, own, unclear)
 
 
-def _question(part: Part, mapping: Mapping[str, str], own: Mapping[str, str], unclear: Sequence[str]) -> DataError:
+def _question(part: DataPart, mapping: Mapping[str, str], own: Mapping[str, str], unclear: Sequence[str]) -> DataError:
     """Ask what the columns beside a text, or a pair of texts, mean."""
     looked = [profile(column, part.rows) for column in unclear]
-    ways = [answers_beside(mapping, own, other) for other in looked[:PROPOSED]]
-    leave = f"{option(without(mapping, unclear))} to leave {_it(unclear)} out"
+    ways = [answers_beside(mapping, own, other) for other in looked[:MAX_PROPOSALS]]
+    leave = f"{mapping_option(without_columns(mapping, unclear))} to leave {_it(unclear)} out"
     if "text_a" in own:
         leave += ", so that every pair counts as alike"
     amounts = [other.name for other in looked if other.kind == "amount"]
     hint = f" {amounts[0]!r} holds numbers; {NO_REGRESSION};" if amounts else ""
     return DataError(
-        f"{part.place}: what is {some(map(repr, unclear))} beside {' and '.join(own.values())}?"
+        f"{part.place}: what is {join_limited(map(repr, unclear))} beside {' and '.join(own.values())}?"
         f"{hint} say {' or '.join([*filter(None, ways), leave])}",
         code="unclear_column",
         field=unclear[0],
@@ -259,11 +268,11 @@ def _it(columns: Collection[str]) -> str:
     return "it" if len(columns) == 1 else "them"
 
 
-def _split_column(part: Part, mapping: Mapping[str, str], known: Mapping[str, str]) -> str | None:
-    """The column that says which split a row belongs to, if there is one.
+def _split_column(part: DataPart, mapping: Mapping[str, str], known: Mapping[str, str]) -> str | None:
+    """Return the column that says which split a row belongs to, if there is one.
 
     Raises:
-        DataError: one of its values is no split.
+        DataError: one of its values is not a split.
     """
     column = known.get(SPLIT)
     values = [(n, row.get(column)) for n, row in part.rows] if column else []
@@ -272,8 +281,8 @@ def _split_column(part: Part, mapping: Mapping[str, str], known: Mapping[str, st
     if wrong := [(number, value) for number, value in values if not split_named(value)]:
         number, value = wrong[0]
         raise DataError(
-            f"{part.place}, {part.unit} {number}: {column!r} is {shown(value)}, and no split "
-            f"({', '.join(SPLITS)}); correct it, or say {option(without(mapping, [column]))} to "
+            f"{part.place}, {part.unit} {number}: {column!r} is {format_value(value)}, and no split "
+            f"({', '.join(SPLITS)}); correct it, or use {mapping_option(without_columns(mapping, [column]))} to "
             "leave the column out",
             code="unknown_split",
             field=column,
@@ -282,5 +291,5 @@ def _split_column(part: Part, mapping: Mapping[str, str], known: Mapping[str, st
 
 
 def split_named(value: Any) -> str | None:
-    """The split that a value names, if it does."""
+    """Return the split that a value names, if it does."""
     return SPLITS.get(value.strip().lower()) if isinstance(value, str) else None

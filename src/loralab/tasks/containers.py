@@ -1,4 +1,4 @@
-"""What a folder of data holds: a file for each split, shards of one, a clone of a hub data set.
+"""Folders of data: a file for each split, shards of one, a clone of a hub data set.
 
 A split is a file that is named after it (train.csv), its shards (train-00000-of-00002.parquet), or
 a folder of that name with files in it. A clone of a hub data set keeps them in its folder data/.
@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
-from loralab.errors import DataError, some
+from loralab.errors import DataError, join_limited
 from loralab.tasks.encodings import inner_name
-from loralab.tasks.formats import MOST_NAMED, SPLITS
+from loralab.tasks.formats import MAX_LISTED, SPLITS
 from loralab.tasks.pictures import PICTURES
 
 SHARD = re.compile(  # also 0000, and with the digest that older clones have at the end
@@ -21,7 +21,7 @@ SHARD = re.compile(  # also 0000, and with the digest that older clones have at 
 )
 DATA = "data"  # where a clone of a hub data set keeps its files
 SAVED = (("dataset_dict.json",), ("state.json", "dataset_info.json"))  # by save_to_disk
-FOREIGN = (
+FOREIGN_FILES = (
     ".xlsx",
     ".xls",
     ".ods",
@@ -40,7 +40,7 @@ FOREIGN = (
     ".sqlite",
     ".db",
 )
-ABOUT = (
+DESCRIBING_FILES = (
     "readme",
     "license",
     "licence",
@@ -63,7 +63,7 @@ class Shard:
 
 
 @dataclass
-class Listing:
+class FolderListing:
     """The files of each split, in order, and those files of data that are not read."""
 
     splits: dict[str, list[Path]] = field(default_factory=dict)
@@ -75,8 +75,8 @@ def is_saved(folder: Path) -> bool:
     return any(all((folder / name).is_file() for name in names) for names in SAVED)
 
 
-def list_folder(folder: Path, suffixes: Collection[str]) -> Listing:
-    """The files of a folder by split.
+def list_folder(folder: Path, suffixes: Collection[str]) -> FolderListing:
+    """Return the files of a folder by split.
 
     Args:
         suffixes: kinds of files that can be read.
@@ -89,13 +89,13 @@ def list_folder(folder: Path, suffixes: Collection[str]) -> Listing:
     if not listing.splits and inside.is_dir() and _files_in(inside, suffixes):
         nested = list_folder(inside, suffixes)
         beside = [name for name in listing.unread if name != f"{DATA}/"]
-        return Listing(nested.splits, [*beside, *(f"{DATA}/{name}" for name in nested.unread)])
+        return FolderListing(nested.splits, [*beside, *(f"{DATA}/{name}" for name in nested.unread)])
     if "train" not in listing.splits:
         raise _no_train(folder, suffixes)
     return listing
 
 
-def _listed(folder: Path, suffixes: Collection[str]) -> Listing:
+def _listed(folder: Path, suffixes: Collection[str]) -> FolderListing:
     found: dict[str, list[Shard]] = {}
     unread = []
     for place in sorted(folder.iterdir()):
@@ -111,11 +111,11 @@ def _listed(folder: Path, suffixes: Collection[str]) -> Listing:
         for split in dict.fromkeys(SPLITS.values())
         if split in found
     }
-    return Listing(splits, unread)
+    return FolderListing(splits, unread)
 
 
 def shard_of(file: Path) -> tuple[str, Shard]:
-    """The split's name as the file has it, and which shard it is."""
+    """Return the split's name as the file has it, and which shard it is."""
     stem = inner_name(file).stem.lower()
     found = SHARD.fullmatch(stem)
     if stem in SPLITS or not found:
@@ -125,7 +125,7 @@ def shard_of(file: Path) -> tuple[str, Shard]:
 
 
 def _recognised(place: Path, suffixes: Collection[str]) -> tuple[str | None, Shard]:
-    """The split that a file or folder belongs to, if it belongs to one."""
+    """Return the split that a file or folder belongs to, if it belongs to one."""
     if place.is_dir():
         read = _files_in(place, suffixes)
         return (SPLITS.get(place.name.lower()) if read else None), Shard(place)
@@ -134,7 +134,7 @@ def _recognised(place: Path, suffixes: Collection[str]) -> tuple[str | None, Sha
 
 
 def _ordered(folder: Path, split: str, shards: list[Shard], suffixes: Collection[str]) -> list[Path]:
-    """The files of a split in the order of their numbers."""
+    """Return the files of a split in the order of their numbers."""
     whole = [shard for shard in shards if shard.number is None]
     if whole and len(shards) > 1:
         names = ", ".join(shard.file.name for shard in shards)
@@ -145,7 +145,7 @@ def _ordered(folder: Path, split: str, shards: list[Shard], suffixes: Collection
 
 
 def _in_order(folder: Path, split: str, files: list[Path]) -> list[Path]:
-    """The files of a split's own folder, which may have any names."""
+    """Return the files of a split's own folder, which may have any names."""
     found = [shard_of(file) for file in files]
     if len({name for name, _ in found}) == 1 and all(s.number is not None for _, s in found):
         return _numbered(folder, split, [shard for _, shard in found])
@@ -157,7 +157,7 @@ def _numbered(folder: Path, split: str, shards: list[Shard]) -> list[Path]:
     counts = {shard.count for shard in shards}
     numbers = sorted(shard.number for shard in shards if shard.number is not None)
     if len(counts) > 1 or len(set(numbers)) < len(numbers):
-        names = some(shard.file.name for shard in shards)
+        names = join_limited(shard.file.name for shard in shards)
         raise DataError(
             f"{folder} has several {split} files that are not shards of one: {names}", code="two_files", field=split
         )
@@ -166,10 +166,10 @@ def _numbered(folder: Path, split: str, shards: list[Shard]) -> list[Path]:
         first = 1 if numbers[-1] == count or (count is None and numbers[0] == 1) else 0
         wanted = range(first, first + (count if count is not None else numbers[-1] - first + 1))
         there = set(numbers)
-        if missing := list(islice((n for n in wanted if n not in there), MOST_NAMED)):
+        if missing := list(islice((n for n in wanted if n not in there), MAX_LISTED)):
             raise DataError(
                 f"{folder}: of the {len(wanted)} shards of {split}, {len(numbers)} are there; "
-                f"missing: {some(map(str, missing))}",
+                f"missing: {join_limited(map(str, missing))}",
                 code="missing_shard",
                 field=split,
             )
@@ -182,7 +182,7 @@ def _files_in(folder: Path, suffixes: Collection[str]) -> list[Path]:
 
 def _is_readable(file: Path, suffixes: Collection[str]) -> bool:
     named = inner_name(file).suffix.lower() in suffixes and not file.name.startswith(".")
-    about = inner_name(file).stem.lower() in ABOUT
+    about = inner_name(file).stem.lower() in DESCRIBING_FILES
     return named and not about and file.is_file()
 
 
@@ -190,7 +190,7 @@ def _is_data(place: Path, suffixes: Collection[str]) -> bool:
     """Tell if a user might think that this is read, too."""
     if place.is_dir():
         return place.name.lower() in (DATA, *SPLITS) and bool(_files_in(place, suffixes))
-    return _is_readable(place, suffixes) or place.suffix.lower() in FOREIGN
+    return _is_readable(place, suffixes) or place.suffix.lower() in FOREIGN_FILES
 
 
 def _no_train(folder: Path, suffixes: Collection[str]) -> DataError:
@@ -205,7 +205,7 @@ def _no_train(folder: Path, suffixes: Collection[str]) -> DataError:
     remedy = ""
     if nested or len(readable) == 1:
         remedy = "; say --data " + shlex.quote(str(nested[0] if nested else readable[0]))
-    names = some(file.name for file in inside) or "nothing"
+    names = join_limited(file.name for file in inside) or "nothing"
     return DataError(f"{folder} holds no train file ({', '.join(suffixes)}); found: {names}{remedy}", code="no_train")
 
 

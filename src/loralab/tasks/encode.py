@@ -12,14 +12,13 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from loralab.errors import ConfigError, DataError, nearest, shown, some
+from loralab.errors import ConfigError, DataError, format_value, join_limited, nearest
 from loralab.tasks.catalog import LABELLED, Task
+from loralab.tasks.examples import IGNORED, Encoded, Example, Ids
 from loralab.tasks.formats import FORMATS, Row
 from loralab.tasks.segments import Segment, ended, opening, samples, token_ids
-from loralab.tasks.turns import common, last_turn, turns, write
+from loralab.tasks.turns import common_length, last_turn, turns, write
 
-IGNORED = -100
-Ids = tuple[int, ...]
 Conversation = list[dict[str, str]]
 OWN_KINDS = {"image-label": "image-classification", "tokens-tags": "token-classification", "pair": "sentence-encoder"}
 SUITED: dict[str, tuple[str, ...]] = {  # kind of model -> formats that it learns from
@@ -27,49 +26,6 @@ SUITED: dict[str, tuple[str, ...]] = {  # kind of model -> formats that it learn
     "sequence-classification": LABELLED,
     **{kind: (form,) for form, kind in OWN_KINDS.items()},
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """A row as numbers, or one answer of it: several examples may have the same `row`.
-
-    `labels` are as long as `input_ids` for a causal model (unshifted) and for tags of words, -100
-    where no loss is taken; for a classifier they are the one class index, for a pair the row
-    itself. `token_types` tell the two texts of a classified pair apart, where the tokenizer does;
-    `second` is the other text of a pair to encode; `words` are those that the labels of tags
-    belong to, where they are not -100; `image` a picture (pictures.py), not decoded.
-    """
-
-    row: int
-    input_ids: Ids
-    labels: Ids
-    token_types: Ids = ()
-    second: Ids = ()
-    words: Ids = ()
-    image: Any = None
-
-    @property
-    def texts(self) -> tuple[Ids, ...]:
-        """The ids of each text."""
-        return self.input_ids, self.second
-
-    @property
-    def length(self) -> int:
-        """Tokens of all texts; a picture counts as one."""
-        return len(self.input_ids) + len(self.second) or 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class Encoded:
-    """The examples of a split; rows whose answer did not fit at all, or lost its end.
-
-    `notes` say what else of the rows is not learnt, a line each.
-    """
-
-    examples: list[Example]
-    dropped: Ids = ()
-    shortened: Ids = ()
-    notes: tuple[str, ...] = ()
 
 
 def encode(
@@ -82,7 +38,7 @@ def encode(
     loss_on: str = "answer",
     rows: Sequence[Row] | None = None,
 ) -> Encoded:
-    """The rows of a split as examples of at most `max_length` tokens; pictures as they are.
+    """Return the rows of a split as examples of at most `max_length` tokens; pictures as they are.
 
     A row whose answer does not fit at all is dropped, one whose answer does not fit whole is
     shortened; both are reported. Plain texts are cut into consecutive pieces instead.
@@ -110,7 +66,7 @@ def encode(
     if not found.examples:
         raise DataError(
             f"{task.name}: the answers of all {len(found.dropped)} {split} rows are cut off at "
-            f"{max_length} tokens (rows {some((str(i + 1) for i in found.dropped), 5)}); "
+            f"{max_length} tokens (rows {join_limited((str(i + 1) for i in found.dropped), 5)}); "
             f"the longest needs --max-length {found.longest}",
             code="answers_cut_off",
             field="max_length",
@@ -122,11 +78,11 @@ def require_tokenizer(tokenizer: Any) -> None:
     """Refuse what does not turn text into tokens, or pictures into numbers.
 
     Raises:
-        ConfigError: it is no tokenizer, nor what stands in its place for pictures.
+        ConfigError: it is not a tokenizer, nor what stands in its place for pictures.
     """
     if not (hasattr(tokenizer, "eos_token_id") and hasattr(tokenizer, "pad_token_id")):
         raise ConfigError(
-            f"tokenizer must be a tokenizer of transformers, found {shown(tokenizer)}",
+            f"tokenizer must be a tokenizer of transformers, found {format_value(tokenizer)}",
             code="not_a_tokenizer",
             field="tokenizer",
         )
@@ -141,7 +97,9 @@ def require_suited(task: Task, kind: str) -> None:
     """
     if kind not in SUITED:
         raise ConfigError(
-            f"unknown kind of model {kind!r} ({some(SUITED)}){nearest(kind, SUITED)}", code="unknown_kind", field="kind"
+            f"unknown kind of model {kind!r} ({join_limited(SUITED)}){nearest(kind, SUITED)}",
+            code="unknown_kind",
+            field="kind",
         )
     if task.format not in SUITED[kind]:
         columns = " or ".join(", ".join(FORMATS[form][0]) for form in SUITED[kind])
@@ -156,25 +114,25 @@ def require_suited(task: Task, kind: str) -> None:
 
 
 def prompts(task: Task, split: str, tokenizer: Any) -> list[Ids]:
-    """What the model sees of each row before it answers."""
+    """Return what the model sees of each row before it answers."""
     return [prompt_ids(task, row, tokenizer) for row in task.splits[split]]
 
 
 def prompt_ids(task: Task, row: Row, tokenizer: Any) -> Ids:
-    """What the model sees of one row before it answers: all of it, for a plain text."""
+    """Return what the model sees of one row before it answers: all of it, for a plain text."""
     if task.format == "text":
         return token_ids(tokenizer, row["text"], special=True)
     return opening(tokenizer, messages(task, row)[:-1])
 
 
 def chat_ids(tokenizer: Any, prompt: str, *, system: str | None = None) -> Ids:
-    """A question that is no row, as `generate` asks it."""
+    """Return a question that is no row, as `generate` asks it."""
     first = [{"role": "system", "content": system}] if system else []
     return opening(tokenizer, [*first, {"role": "user", "content": prompt}])
 
 
 def answer(row: Row) -> str:
-    """The reference answer of a row: tags are joined by spaces."""
+    """Return the reference answer of a row: tags are joined by spaces."""
     if "messages" in row:
         return str(row["messages"][-1]["content"])
     if "tags" in row:
@@ -184,18 +142,18 @@ def answer(row: Row) -> str:
 
 
 def answers(task: Task, split: str) -> list[str]:
-    """The reference answers of a split."""
+    """Return the reference answers of a split."""
     return [answer(row) for row in task.splits[split]]
 
 
 def answer_ids(task: Task, row: Row, tokenizer: Any, text: str) -> Ids:
-    """The tokens of an answer as they stand after the row's prompt, end token included."""
+    """Return the tokens of an answer as they stand after the row's prompt, end token included."""
     chat = [*messages(task, row)[:-1], {"role": "assistant", "content": text}]
     return ended(tokenizer, last_turn(tokenizer, chat).target)
 
 
 def written_answer(task: Task, row: Row, tokenizer: Any) -> str:
-    """The reference answer of a row as it is written after the row's prompt.
+    """Return the reference answer of a row as it is written after the row's prompt.
 
     That may have the beginning of a thought already, or the template one of its own.
     """
@@ -208,7 +166,7 @@ def written_answer(task: Task, row: Row, tokenizer: Any) -> str:
 
 
 def stop_ids(tokenizer: Any) -> Ids:
-    """The ids that end an answer: the end of text, and the template's end of turn."""
+    """Return the ids that end an answer: the end of text, and the template's end of turn."""
     _require_eos(tokenizer)
     stops = [tokenizer.eos_token_id]
     if tokenizer.chat_template:
@@ -232,7 +190,7 @@ def round_trip(task: Task, tokenizer: Any) -> None:
 
 
 def messages(task: Task, row: Row) -> Conversation:
-    """A row as a conversation that ends in the answer."""
+    """Return a row as a conversation that ends in the answer."""
     if task.format == "messages":
         return list(row["messages"])
     return [{"role": "user", "content": _question(task, row)}, {"role": "assistant", "content": answer(row)}]
@@ -276,7 +234,7 @@ class _Answered:
             if all(label == IGNORED for label in labels[1 : self.max_length]):
                 continue
             if self.loss_on == "all":
-                known = common(before, ids)  # learnt in the example before this one
+                known = common_length(before, ids)  # learnt in the example before this one
                 labels = (IGNORED,) * known + ids[known:]
             cut = slice(self.max_length)
             self.examples.append(Example(row, ids[cut], labels[cut]))
@@ -291,7 +249,7 @@ class _Answered:
             self.lost += len(samples) - kept
 
     def encoded(self) -> Encoded:
-        """All of it; a note counts what was cut up."""
+        """Return all of it; a note counts what was cut up."""
         note = (
             f"{self.cut_up:,} conversations of {self.answers:,} answers: each answer is a sample "
             "of its own, as the chat template writes earlier turns in another way"
@@ -324,7 +282,7 @@ def _require_eos(tokenizer: Any) -> None:
 
 
 def _texts(rows: Sequence[Row], tokenizer: Any, max_length: int) -> Encoded:
-    """Pieces that share one token, so that each token but the first is predicted exactly once."""
+    """Return pieces that share one token, so that each token but the first is predicted exactly once."""
     examples = []
     for index, row in enumerate(rows):
         ids = (*token_ids(tokenizer, row["text"], special=True), tokenizer.eos_token_id)
@@ -353,7 +311,7 @@ def _classified(task: Task, rows: Sequence[Row], tokenizer: Any, max_length: int
 
 
 def _cut(tokenizer: Any, texts: Sequence[Any], max_length: int, **options: Any) -> tuple[Any, bool]:
-    """Texts as one input of at most `max_length` tokens; whether something was cut off."""
+    """Return texts as one input of at most `max_length` tokens; whether something was cut off."""
     full = len(tokenizer(*texts, verbose=False, **options)["input_ids"])
     cut = tokenizer(*texts, truncation=True, max_length=max_length, verbose=False, **options)
     return cut, full > len(cut["input_ids"])
@@ -378,7 +336,7 @@ def _tagged(task: Task, rows: Sequence[Row], tokenizer: Any, max_length: int) ->
 
 
 def _pairs(task: Task, rows: Sequence[Row], tokenizer: Any, max_length: int) -> Encoded:
-    """Two texts that mean the same, each on its own."""
+    """Return two texts that mean the same, each on its own."""
     examples, shortened = [], []
     for index, row in enumerate(rows):
         texts = [_cut(tokenizer, [row[column]], max_length) for column in ("text_a", "text_b")]

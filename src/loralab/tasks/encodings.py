@@ -15,7 +15,7 @@ from loralab.errors import DataError
 from loralab.values import read_bytes
 
 PACKED = ".gz"
-LEAST, TIMES = 1 << 26, 200  # bytes that a small file may unpack to; beyond, for each byte of it
+MIN_PLAIN_BYTES, MAX_EXPANSION = 1 << 26, 200  # bytes that a small file may unpack to; beyond, for each byte of it
 MARKS = {  # the longer one first: the mark of UTF-32 begins with that of UTF-16
     codecs.BOM_UTF32_LE: "utf-32",
     codecs.BOM_UTF32_BE: "utf-32",
@@ -31,12 +31,12 @@ BINARY = {  # first bytes -> a file of another kind than its name says
 
 
 def inner_name(file: Path) -> Path:
-    """The name without .gz, whose suffix says how to read the content."""
+    """Return the name without .gz, whose suffix says how to read the content."""
     return file.with_suffix("") if file.suffix.lower() == PACKED else file
 
 
 def text_of(file: Path) -> str:
-    """The content of a text file, packed or not.
+    """Return the content of a text file, packed or not.
 
     Raises:
         DataError: it cannot be read or unpacked, or its encoding is not known.
@@ -44,7 +44,7 @@ def text_of(file: Path) -> str:
     data = _content(file)
     for start, kind in BINARY.items():
         if data.startswith(start):
-            raise DataError(f"{file} is no text but {kind}", code="not_text")
+            raise DataError(f"{file} is not a text but {kind}", code="not_text")
     marked = next((name for mark, name in MARKS.items() if data.startswith(mark)), None)
     if marked is None and (found := _unmarked(data)):
         command = _convert(file, found)
@@ -73,7 +73,7 @@ def _content(file: Path) -> bytes:
     data = read_bytes(file, DataError)
     if file.suffix.lower() != PACKED:
         return data
-    most = max(LEAST, TIMES * len(data))
+    most = max(MIN_PLAIN_BYTES, MAX_EXPANSION * len(data))
     try:
         with gzip.open(io.BytesIO(data)) as packed:
             content = packed.read(most + 1)
@@ -90,7 +90,7 @@ def _content(file: Path) -> bytes:
 
 
 def _unmarked(data: bytes) -> str:
-    """The kind of UTF-16 that a text in Latin letters seems to be, as iconv names it."""
+    """Return the kind of UTF-16 that a text in Latin letters seems to be, as iconv names it."""
     if len(data) < 4 or data[:4].count(0) != 2:
         return ""
     if data[1] == data[3] == 0:
@@ -99,7 +99,7 @@ def _unmarked(data: bytes) -> str:
 
 
 def _convert(file: Path, encoding: str) -> str:
-    """The command that writes the file anew in UTF-8, beside it."""
+    """Return the command that writes the file anew in UTF-8, beside it."""
     inner = inner_name(file)
     new = shlex.quote(str(inner.with_name(f"{inner.stem}-utf8{inner.suffix}")))
     old = shlex.quote(str(file))

@@ -16,7 +16,18 @@ from loralab.tasks.formats import Row
 from loralab.tasks.pictures import from_levels
 from loralab.values import read_bytes
 
-CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
+FASHION_CLASSES = (
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+)
 INSTALLED = Path("/usr/share/datasets/fashion-mnist")  # by Debian's package
 PLACES = ("fashion-mnist", "usr/share/datasets/fashion-mnist")  # in a folder of assets
 PARTS = {"train": "train", "test": "t10k"}
@@ -26,18 +37,18 @@ DIGESTS = {
     "train-images-idx3-ubyte.gz": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
     "train-labels-idx1-ubyte.gz": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
 }
-LARGEST = 48_000_000  # bytes; the pictures of train are 47,040,016
+MAX_BYTES = 48_000_000  # bytes; the pictures of train are 47,040,016
 UNSIGNED_BYTE = 8  # how an idx file names its type
 
 
 def locate(folders: list[Path]) -> Path | None:
-    """The folder of the four files: in one of some folders, or where Debian puts it."""
+    """Return the folder of the four files: in one of some folders, or where Debian puts it."""
     places = [*(folder / place for folder in folders for place in PLACES), INSTALLED]
     return next((p for p in places if all((p / name).is_file() for name in DIGESTS)), None)
 
 
 def read(folder: Path) -> dict[str, list[Row]]:
-    """The rows of train and test.
+    """Return the rows of train and test.
 
     Raises:
         DataError: a file is damaged, or another one.
@@ -53,7 +64,7 @@ def _rows(folder: Path, part: str) -> list[Row]:
     _, numbers = read_idx(folder / labels)
     pictures = numpy.frombuffer(levels, dtype=numpy.uint8).reshape(shape)
     return [
-        {"image": from_levels(picture, f"{images}, picture {n}"), "label": CLASSES[number]}
+        {"image": from_levels(picture, f"{images}, picture {n}"), "label": FASHION_CLASSES[number]}
         for n, (picture, number) in enumerate(zip(pictures, numbers, strict=True), start=1)
     ]
 
@@ -65,8 +76,8 @@ def read_idx(file: Path) -> tuple[tuple[int, ...], bytes]:
         DataError: it cannot be read, or is not the file that its name says.
     """
     try:
-        with gzip.open(io.BytesIO(read_bytes(file, DataError, LARGEST))) as packed:
-            data = packed.read(LARGEST)
+        with gzip.open(io.BytesIO(read_bytes(file, DataError, MAX_BYTES))) as packed:
+            data = packed.read(MAX_BYTES)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(f"{file} cannot be read: {error}", code="damaged_file") from None
     if hashlib.sha256(data).hexdigest() != DIGESTS[file.name]:
@@ -75,5 +86,5 @@ def read_idx(file: Path) -> tuple[tuple[int, ...], bytes]:
     start = 4 + 4 * dimensions
     shape = tuple(int.from_bytes(data[at : at + 4], "big") for at in range(4, start, 4))
     if data[2] != UNSIGNED_BYTE or len(data) != start + math.prod(shape):
-        raise DataError(f"{file} is no idx file of bytes", code="damaged_file")
+        raise DataError(f"{file} is not an idx file of bytes", code="damaged_file")
     return shape, data[start:]

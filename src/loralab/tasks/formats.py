@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loralab.errors import DataError, some
+from loralab.errors import DataError, join_limited
 
 Row = dict[str, Any]
 Numbered = list[tuple[int, Row]]  # line number (or row number) in the file, fields
@@ -42,12 +42,12 @@ SPLITS = {  # as `datasets` calls them
     "evaluation": "test",
 }
 IN_MESSAGES = "messages."  # before the name of a field of messages
-MOST_COLUMNS = 10_000
-MOST_NAMED = 100  # columns that a note lists
+MAX_COLUMNS = 10_000
+MAX_LISTED = 100  # columns that a note lists
 
 
 @dataclass(frozen=True)
-class Part:
+class DataPart:
     """Some rows of a source that were read together.
 
     Args:
@@ -65,39 +65,41 @@ class Part:
 
 
 def columns_of(rows: Numbered) -> list[str]:
-    """The fields that any of the rows has, in order of appearance."""
+    """Return the fields that any of the rows has, in order of appearance."""
     return list(dict.fromkeys(key for _, row in rows for key in row))
 
 
 def clean(name: str) -> str:
-    """The name of a column without spaces around it and without a byte order mark."""
+    """Return the name of a column without spaces around it and without a byte order mark."""
     return name.replace("\ufeff", "").strip()
 
 
-def cleaned(part: Part) -> Part:
-    """The part with clean names of columns.
+def cleaned(part: DataPart) -> DataPart:
+    """Return the part with clean names of columns.
 
     Raises:
         DataError: two columns then have one name, or there are too many.
     """
     columns = columns_of(part.rows)
-    if len(columns) > MOST_COLUMNS:
+    if len(columns) > MAX_COLUMNS:
         raise DataError(
-            f"{part.place} has {len(columns):,} columns; at most {MOST_COLUMNS:,} are read", code="too_many_columns"
+            f"{part.place} has {len(columns):,} columns; at most {MAX_COLUMNS:,} are read", code="too_many_columns"
         )
     names = {column: clean(column) for column in columns}
     if all(name == column for column, name in names.items()):
         return part
     if twice := repeated(names.values()):
         raise DataError(
-            f"{part.place}: {some(twice)} names two columns, spaces aside", code="repeated_column", field=twice[0]
+            f"{part.place}: {join_limited(twice)} names two columns, spaces aside",
+            code="repeated_column",
+            field=twice[0],
         )
     rows = [(number, {names[key]: value for key, value in row.items()}) for number, row in part.rows]
-    return Part(part.split, part.place, part.folder, part.unit, rows)
+    return DataPart(part.split, part.place, part.folder, part.unit, rows)
 
 
 def repeated(names: Iterable[str]) -> list[str]:
-    """The names that occur more than once, sorted."""
+    """Return the names that occur more than once, sorted."""
     return sorted(name for name, count in Counter(names).items() if count > 1)
 
 

@@ -1,4 +1,4 @@
-"""What each kind of model is called with, and the loss of its answers."""
+"""Forward pass of each kind of model, and the loss of its answers."""
 
 import contextlib
 import inspect
@@ -9,21 +9,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from loralab.errors import DataError, ModelError, some
+from loralab.errors import DataError, ModelError, join_limited
 from loralab.tasks.batches import collate
-from loralab.tasks.encode import IGNORED, Example, Ids
+from loralab.tasks.examples import IGNORED, Example, Ids
 
 T = TypeVar("T")
 INPUTS = ("input_ids", "attention_mask", "token_type_ids", "pixel_values")
 AT_ONCE = {"cpu": 512}  # tokens scored together, padding included; more of them is no quicker
-OTHERWISE = 16384  # on a GPU
-TRIED = 8  # positions at which a head is tried
+GPU_TOKENS = 16384  # on a GPU
+TRIED_POSITIONS = 8  # positions at which a head is tried
 CHUNK = 256  # logits that are widened together
 SHARPNESS = 20.0  # of cosines as logits: that of sentence-transformers' ranking loss
 
 
 def answer_loss(model: nn.Module, batch: Mapping[str, Tensor], kind: str) -> tuple[Tensor, int]:
-    """The summed cross-entropy in fp32 and how many labels it sums over; differentiable.
+    """Return the summed cross-entropy in fp32 and how many labels it sums over; differentiable.
 
     Logits of a causal model are computed only where some row has a label, if the model can. An
     encoder of sentences must find the partner of each first text among all second texts of the
@@ -45,12 +45,12 @@ def answer_loss(model: nn.Module, batch: Mapping[str, Tensor], kind: str) -> tup
 
 
 def call(model: nn.Module, batch: Mapping[str, Tensor], **options: Any) -> Tensor:
-    """The logits of a batch."""
+    """Return the logits of a batch."""
     return run(model, batch, **options).logits
 
 
 def run(model: nn.Module, batch: Mapping[str, Tensor], **options: Any) -> Any:
-    """All that a model puts out for a batch."""
+    """Return all that a model puts out for a batch."""
     known = accepted(model)
     if "use_cache" in known:
         options["use_cache"] = False  # no keys and values are kept that nobody reads
@@ -65,7 +65,7 @@ def run(model: nn.Module, batch: Mapping[str, Tensor], **options: Any) -> Any:
 
 
 def embed(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """The mean of each text's last hidden states, in fp32 and of length 1: (B, H)."""
+    """Return the mean of each text's last hidden states, in fp32 and of length 1: (B, H)."""
     states = run(model, batch).last_hidden_state.float()
     mask = batch["attention_mask"][..., None].float()
     mean = (states * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
@@ -73,23 +73,23 @@ def embed(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
 
 
 def embed_pairs(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """The first and the second texts of a batch of pairs, each (B, H)."""
+    """Return the first and the second texts of a batch of pairs, each (B, H)."""
     return embed(model, batch), embed(model, second_of(batch))
 
 
 def partner_losses(first: Tensor, second: Tensor) -> Tensor:
-    """How badly each first text (B, H) finds its partner among all second ones (B, H): (B,)."""
+    """Return the loss of each first text (B, H) in finding its partner among all second ones (B, H): (B,)."""
     partners = torch.arange(len(first), device=first.device)
     return F.cross_entropy(SHARPNESS * first @ second.T, partners, reduction="none")
 
 
 def second_of(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The second texts of a batch of pairs as a batch of their own."""
+    """Return the second texts of a batch of pairs as a batch of their own."""
     return {name: batch[f"second_{name}"] for name in ("input_ids", "attention_mask")}
 
 
 def labelled(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits (M, V) as the model gives them, labels (M,) and rows (M,) of all that carries loss."""
+    """Return logits (M, V) as the model gives them, labels (M,) and rows (M,) of all that carries loss."""
     targets = _targets(batch)
     columns = _columns(targets)
     logits, targets = _logits(model, batch, columns), targets[:, columns]
@@ -98,7 +98,7 @@ def labelled(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Ten
 
 
 def lone_head(model: Any, batch: Mapping[str, Tensor]) -> nn.Module | None:
-    """The output head, if a causal model's logits are what it makes of the last hidden states.
+    """Return the output head, if a causal model's logits are what it makes of the last hidden states.
 
     Tried on a batch, and bit for bit: some models scale or cap their logits afterwards.
     """
@@ -106,7 +106,7 @@ def lone_head(model: Any, batch: Mapping[str, Tensor]) -> nn.Module | None:
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if head is None or base is model or "logits_to_keep" not in accepted(model):
         return None
-    columns = _columns(_targets(batch))[:TRIED]
+    columns = _columns(_targets(batch))[:TRIED_POSITIONS]
     states = run(base, batch).last_hidden_state[:, columns]
     return head if torch.equal(head(states), _logits(model, batch, columns)) else None
 
@@ -114,7 +114,7 @@ def lone_head(model: Any, batch: Mapping[str, Tensor]) -> nn.Module | None:
 def answers(
     model: Any, batch: Mapping[str, Tensor], head: nn.Module | None
 ) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
-    """Losses (M,) in fp32 and rows (M,) of all that carries loss; and what gives its logits.
+    """Return losses (M,) in fp32 and rows (M,) of all that carries loss; and what gives its logits.
 
     Args:
         head: what `lone_head` found: logits are made in chunks, and never exist together.
@@ -130,12 +130,12 @@ def answers(
 
 
 def _targets(batch: Mapping[str, Tensor]) -> Tensor:
-    """The label that each position predicts, (B, L); nothing follows the last."""
+    """Return the label that each position predicts, (B, L); nothing follows the last."""
     return F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
 
 
 def _columns(targets: Tensor) -> Tensor:
-    """The positions that predict a label in some row; at least one."""
+    """Return the positions that predict a label in some row; at least one."""
     columns = (targets != IGNORED).any(dim=0).nonzero()[:, 0]
     return columns if len(columns) else columns.new_zeros(1)
 
@@ -147,13 +147,13 @@ def _logits(model: nn.Module, batch: Mapping[str, Tensor], columns: Tensor) -> T
 
 
 def token_losses(chunks: Iterable[Tensor], labels: Tensor) -> Tensor:
-    """The cross-entropy of logits that come in chunks of (CHUNK, V), (M,) in fp32."""
+    """Return the cross-entropy of logits that come in chunks of (CHUNK, V), (M,) in fp32."""
     parts = zip(chunks, labels.split(CHUNK), strict=True)
     return torch.cat([F.cross_entropy(z.float(), own, reduction="none") for z, own in parts])
 
 
 def accepted(model: nn.Module) -> frozenset[str]:
-    """The names that a model can be called with."""
+    """Return the names that a model can be called with."""
     return frozenset(inspect.signature(getattr(model, "module", model).forward).parameters)
 
 
@@ -170,7 +170,7 @@ def require_known(model: nn.Module, tokenizer: Any, texts: Iterable[Ids]) -> Non
     strange = sorted({number for ids in texts for number in ids if number >= rows})
     named = [f"{tokenizer.convert_ids_to_tokens(number)!r} ({number})" for number in strange]
     raise ModelError(
-        f"the tokenizer has tokens that the model has no row for: {some(named)}, and the rows of "
+        f"the tokenizer has tokens that the model has no row for: {join_limited(named)}, and the rows of "
         f"its embedding go from 0 to {rows - 1}; take them out of the texts or the tokenizer, or "
         f"save the model with more rows: model.resize_token_embeddings({strange[-1] + 1})",
         code="token_without_row",
@@ -196,7 +196,7 @@ def require_places(model: nn.Module, examples: Iterable[Example]) -> None:
 
 
 def places(model: nn.Module) -> int | None:
-    """The tokens that a model has places for; None if it does not say."""
+    """Return the tokens that a model has places for; None if it does not say."""
     stated = int(getattr(getattr(model, "config", None), "max_position_embeddings", 0) or 0)
     if stated <= 0:  # XLNet's -1 is no limit
         return None
@@ -208,7 +208,7 @@ def places(model: nn.Module) -> int | None:
 
 
 def _rows(model: Any) -> int | None:
-    """Those of the embedding, or of the output head where it has fewer; None if nothing says."""
+    """Return the rows of the embedding, or of the output head where it has fewer; None if nothing says."""
     finders = ("get_input_embeddings", "get_output_embeddings")
     tables = []
     for name in finders:
@@ -219,7 +219,7 @@ def _rows(model: Any) -> int | None:
     return min(filter(None, sizes), default=None)
 
 
-class Among(Protocol):
+class ProcessGroup(Protocol):
     """Several processes that score the same rows together: this one is `rank` of `size`."""
 
     @property
@@ -227,8 +227,8 @@ class Among(Protocol):
     @property
     def size(self) -> int: ...
 
-    def gathered(self, value: T) -> list[T]:
-        """Each process's value, in all of them."""
+    def all_gather(self, value: T) -> list[T]:
+        """Return the values of all processes, in every process."""
 
 
 def by_length(
@@ -237,16 +237,16 @@ def by_length(
     examples: Sequence[Example],
     kind: str,
     batch_size: int,
-    among: Among | None = None,
+    among: ProcessGroup | None = None,
 ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
-    """Batches of similar length where the model is, with the indices of their examples.
+    """Yield batches of similar length where the model is, with the indices of their examples.
 
     Of long texts fewer than `batch_size` go together, so that scoring needs no more memory than
     training did. Of several processes each gets its own batches (`merged` puts together what came
     of them), and equally many: some may get the first one again.
     """
     device = next(model.parameters()).device
-    room = AT_ONCE.get(device.type, OTHERWISE)
+    room = AT_ONCE.get(device.type, GPU_TOKENS)
     groups = _groups([example.length for example in examples], batch_size, room)
     if among is not None:
         filling = [groups[0]] * (-len(groups) % among.size)
@@ -257,15 +257,15 @@ def by_length(
         yield indices, {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-def merged(found: dict[int, T], among: Among | None) -> dict[int, T]:
-    """What all processes found, by the index of the example."""
+def merged(found: dict[int, T], among: ProcessGroup | None) -> dict[int, T]:
+    """Merge the results of all processes, by the index of the example."""
     if among is None:
         return found
-    return {index: value for own in among.gathered(found) for index, value in own.items()}
+    return {index: value for own in among.all_gather(found) for index, value in own.items()}
 
 
 def _groups(lengths: Sequence[int], most: int, room: int) -> list[list[int]]:
-    """The indices of all lengths, sorted, in groups that hold few of them and few tokens."""
+    """Return the indices of all lengths, sorted, in groups that hold few of them and few tokens."""
     groups: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: lengths[i]):
         size = len(groups[-1]) if groups else most  # the one that is added is the longest

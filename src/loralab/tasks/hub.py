@@ -9,11 +9,11 @@ from typing import Any
 
 from loralab.errors import DataError
 from loralab.tasks.class_names import class_names, with_class_names
-from loralab.tasks.formats import SPLITS, Part, Row
+from loralab.tasks.formats import SPLITS, DataPart, Row
 
 
-def from_hub(source: str) -> tuple[list[Part], list[str]]:
-    """The splits of a data set, and the names of those that are not read.
+def from_hub(source: str) -> tuple[list[DataPart], list[str]]:
+    """Return the splits of a data set, and the names of those that are not read.
 
     Raises:
         DataError: it cannot be had, or has no train split.
@@ -23,8 +23,8 @@ def from_hub(source: str) -> tuple[list[Part], list[str]]:
     return _loaded(f"the hub's data set {source!r}", source, load_dataset)
 
 
-def from_saved(folder: Path) -> tuple[list[Part], list[str]]:
-    """The same of a folder; one that holds a single split is all train.
+def from_saved(folder: Path) -> tuple[list[DataPart], list[str]]:
+    """Return the same of a folder; one that holds a single split is all train.
 
     Raises:
         DataError: it is damaged, or has no train split.
@@ -34,7 +34,7 @@ def from_saved(folder: Path) -> tuple[list[Part], list[str]]:
     return _loaded(f"the saved data set {str(folder)!r}", str(folder), load_from_disk)
 
 
-def from_dataset(called: str, source: str, found: Any) -> tuple[list[Part], list[str]]:
+def from_dataset(called: str, source: str, found: Any) -> tuple[list[DataPart], list[str]]:
     """Return the same of a Dataset or a DatasetDict in memory.
 
     Raises:
@@ -43,14 +43,14 @@ def from_dataset(called: str, source: str, found: Any) -> tuple[list[Part], list
     return _loaded(called, source, lambda _: found)
 
 
-def _loaded(called: str, source: str, load: Callable[[str], Any]) -> tuple[list[Part], list[str]]:
+def _loaded(called: str, source: str, load: Callable[[str], Any]) -> tuple[list[DataPart], list[str]]:
     from datasets import Dataset
 
     try:
         found = load(source)
         splits = {"train": found} if isinstance(found, Dataset) else found
         parts = [
-            Part(split, f"{source} ({own})", Path(), "row", list(enumerate(_rows(rows), start=1)))
+            DataPart(split, f"{source} ({own})", Path(), "row", list(enumerate(_rows(rows), start=1)))
             for own, rows in splits.items()
             if (split := SPLITS.get(str(own)))
         ]

@@ -7,21 +7,21 @@ all splits of a source, so that a class does not come apart.
 import re
 from collections.abc import Iterable, Mapping
 
-from loralab.errors import DataError, some
+from loralab.errors import DataError, join_limited
 from loralab.tasks.formats import Row
 
 NUMBER = re.compile(r"[+-]?\d+([.,]\d+)?([eE][+-]?\d+)?")
-WHOLE = re.compile(r"-?(0|[1-9]\d*)(\.0+)?")  # not 007, which is a name
+WHOLE_NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.0+)?")  # not 007, which is a name
 NO_REGRESSION = "numbers cannot be learnt yet (regression): write classes instead, such as low and high"
 ABSENT = ("nan", "none", "null", "n/a", "na", "<na>", "?")
 TRUTHS = {"false": "0", "true": "1"}
-MANY = 20  # classes that are numbers, without a question
+MAX_UNQUESTIONED_CLASSES = 20  # classes that are numbers, without a question
 ROWS_EACH = 20  # of such classes, where there are more
-FILLED = 0.5  # of the numbers from the least to the greatest, where they count classes
+MIN_FILLED_SHARE = 0.5  # of the numbers from the least to the greatest, where they count classes
 
 
 def settled(source: str, splits: Mapping[str, list[Row]]) -> dict[str, list[Row]]:
-    """The rows with one spelling for each label.
+    """Return the rows with one spelling for each label.
 
     Raises:
         DataError: the labels are amounts, which are not classes.
@@ -39,7 +39,7 @@ def settled(source: str, splits: Mapping[str, list[Row]]) -> dict[str, list[Row]
 
 
 def alike(splits: Mapping[str, list[Row]]) -> str:
-    """A note that names labels that seem to be one class; "" if none do.
+    """Return a note that names labels that seem to be one class; "" if none do.
 
     They differ in small and capital letters alone, or are truth values beside 0 and 1.
     """
@@ -49,18 +49,18 @@ def alike(splits: Mapping[str, list[Row]]) -> str:
         folded = label.casefold()
         groups.setdefault(TRUTHS.get(folded, folded), []).append(label)
     pairs = [" and ".join(map(repr, group)) for group in groups.values() if len(group) > 1]
-    return f"labels that are written alike and stay two classes: {some(pairs)}" if pairs else ""
+    return f"labels that are written alike and stay two classes: {join_limited(pairs)}" if pairs else ""
 
 
 def absent(splits: Mapping[str, list[Row]]) -> str:
-    """A note that names classes that may stand for a missing label; "" if none do."""
+    """Return a note that names classes that may stand for a missing label; "" if none do."""
     labels = {row["label"] for part in splits.values() for row in part if "label" in row}
     names = [repr(label) for label in sorted(labels) if label.casefold() in ABSENT]
-    return f"classes that may stand for a missing label: {some(names)}" if names else ""
+    return f"classes that may stand for a missing label: {join_limited(names)}" if names else ""
 
 
 def amount(value: object) -> float | None:
-    """The number that a value is or spells; truth values are none."""
+    """Return the number that a value is or spells; truth values are none."""
     if isinstance(value, bool):
         return None
     text = str(value).strip()
@@ -73,13 +73,13 @@ def amount(value: object) -> float | None:
 
 
 def _spellings(labels: Iterable[str]) -> dict[str, str]:
-    """How to write those labels that have more than one spelling."""
+    """Describe how to write those labels that have more than one spelling."""
     known = set(labels)
-    if known and all(WHOLE.fullmatch(label) for label in known):
+    if known and all(WHOLE_NUMBER.fullmatch(label) for label in known):
         wanted = {label: _whole(label) for label in known}
     else:
-        bare = {label for label in known if WHOLE.fullmatch(label) and label == _whole(label)}
-        wanted = {label: _whole(label) for label in known if WHOLE.fullmatch(label) and _whole(label) in bare}
+        bare = {label for label in known if WHOLE_NUMBER.fullmatch(label) and label == _whole(label)}
+        wanted = {label: _whole(label) for label in known if WHOLE_NUMBER.fullmatch(label) and _whole(label) in bare}
     truths = {label for label in known if label.lower() in ("true", "false")}
     if len({(label.islower(), label.isupper()) for label in truths}) > 1:
         wanted |= {label: label.capitalize() for label in truths}  # as JSON's true is written
@@ -101,10 +101,10 @@ def _require_classes(source: str, labels: list[str], rows: int) -> None:
             code="label_is_a_number",
             field="label",
         )
-    if len(labels) <= MANY or not all(map(WHOLE.fullmatch, labels)):
+    if len(labels) <= MAX_UNQUESTIONED_CLASSES or not all(map(WHOLE_NUMBER.fullmatch, labels)):
         return
     span = max(numbers.values()) - min(numbers.values()) + 1
-    if len(labels) < FILLED * span or rows < ROWS_EACH * len(labels):
+    if len(labels) < MIN_FILLED_SHARE * span or rows < ROWS_EACH * len(labels):
         raise DataError(
             f"{source}: {len(labels)} different numbers are the labels of {rows} rows; "
             f"{NO_REGRESSION}, or if they are classes, names such as {'class ' + labels[0]!r}",

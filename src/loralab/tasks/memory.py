@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from loralab.errors import DataError, shown
-from loralab.tasks.formats import Part
+from loralab.errors import DataError, format_value
+from loralab.tasks.formats import DataPart
 from loralab.tasks.hub import from_dataset
 from loralab.tasks.readers import parts_of, require_rows, tables_in
 
@@ -20,7 +20,7 @@ MEMORY = "rows in memory"  # their name in errors, records and configurations
 ACCEPTED = "a name, a file, a folder, a hub id, a Dataset, a DatasetDict, a list of dicts or a Task"
 
 
-def from_memory(data: Any) -> tuple[list[Part], list[str]]:
+def from_memory(data: Any) -> tuple[list[DataPart], list[str]]:
     """Return the rows of each split, and the names of what is not read.
 
     Raises:
@@ -48,7 +48,7 @@ def _unknown(data: Any, hint: str) -> DataError:
     )
 
 
-def _of_dataset(data: Any) -> tuple[list[Part], list[str]]:
+def _of_dataset(data: Any) -> tuple[list[DataPart], list[str]]:
     """Read a Dataset or a DatasetDict as it is stored; a transform would not be applied."""
     own = data.values() if isinstance(data, Mapping) else [data]
     if any(rows.format["type"] == "custom" for rows in own):
@@ -82,7 +82,9 @@ def _plain(value: Any) -> Any:
 def _name(key: Any) -> str:
     if not isinstance(key, str):
         raise DataError(
-            f"{MEMORY}: the name of a column must be text, found {shown(key)}", code="not_a_name", field=shown(key)
+            f"{MEMORY}: the name of a column must be text, found {format_value(key)}",
+            code="not_a_name",
+            field=format_value(key),
         )
     return key
 

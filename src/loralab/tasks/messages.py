@@ -7,8 +7,8 @@ effect and are counted, so that they can be named.
 from collections.abc import Mapping
 from typing import Any
 
-from loralab.errors import DataError, nearest, shown, some
-from loralab.tasks.advice import option, without
+from loralab.errors import DataError, format_value, join_limited, nearest
+from loralab.tasks.advice import mapping_option, without_columns
 from loralab.tasks.beside import MESSAGE_FIELD, reason_to_refuse
 from loralab.tasks.formats import IN_MESSAGES, is_conversation, is_empty
 
@@ -17,15 +17,15 @@ SHARED = {"human": "user", "gpt": "assistant"}  # what ShareGPT calls them, besi
 
 
 def conversation(place: str, value: Any, mapping: Mapping[str, str], seen: set[str]) -> list[dict[str, str]]:
-    """The messages of a row, each with its role and its text alone.
+    """Return the messages of a row, each with its role and its text alone.
 
     Args:
         place: where the row stands, for errors.
-        mapping: "messages." and a field -> "" where the field shall have no effect.
+        mapping: "messages." and a field -> "" where the field should have no effect.
         seen: gets the names of all other fields.
 
     Raises:
-        DataError: it is no conversation that ends in an answer, or a field changes its meaning.
+        DataError: it is not a conversation that ends in an answer, or a field changes its meaning.
     """
     if not isinstance(value, list):
         raise DataError(
@@ -49,7 +49,8 @@ def conversation(place: str, value: Any, mapping: Mapping[str, str], seen: set[s
 def _message(place: str, message: Any, mapping: Mapping[str, str], seen: set[str]) -> dict[str, str]:
     if not isinstance(message, dict):
         raise DataError(
-            f"{place}: a message needs a role of {', '.join(ROLES)} and a text as content, found {shown(message)}",
+            f"{place}: a message needs a role of {', '.join(ROLES)} and a text as content, "
+            f"found {format_value(message)}",
             code="not_a_message",
             field="messages",
         )
@@ -64,7 +65,8 @@ def _message(place: str, message: Any, mapping: Mapping[str, str], seen: set[str
         learnt = role == "assistant"
         if reason := reason_to_refuse(name, [value], MESSAGE_FIELD, learnt=learnt):
             raise DataError(
-                f"{place}: {name!r} {reason}; remove it, or say {option(without(mapping, [full]))} to train without",
+                f"{place}: {name!r} {reason}; remove it, or use "
+                f"{mapping_option(without_columns(mapping, [full]))} to train without",
                 code="unsupported_field",
                 field=name,
             )
@@ -76,7 +78,7 @@ def _role(place: str, value: Any, *, shared: bool) -> str:
     if not isinstance(value, str) or value not in known:
         near = nearest(value, known) if isinstance(value, str) else ""
         raise DataError(
-            f"{place}: a message needs a role of {', '.join(known)}, found {shown(value)}{near}; "
+            f"{place}: a message needs a role of {', '.join(known)}, found {format_value(value)}{near}; "
             "other roles are not supported yet",
             code="unsupported_role",
             field="role",
@@ -85,16 +87,16 @@ def _role(place: str, value: Any, *, shared: bool) -> str:
 
 
 def _content(place: str, name: str, value: Any) -> str:
-    """The text of a message; one part of text is that text."""
+    """Return the text of a message; one part of text is that text."""
     if isinstance(value, list) and len(value) == 1 and _is_text(value[0]):
         value = value[0]["text"]
     if isinstance(value, str) and value.strip():
         return text_in(place, "a message", value)
     if isinstance(value, list) and value:
-        kinds = some(dict.fromkeys(str(_kind(part)) for part in value))
+        kinds = join_limited(dict.fromkeys(str(_kind(part)) for part in value))
         found = f"{len(value)} parts ({kinds}); join texts into one, others are not supported yet"
     else:
-        found = "null" if value is None else shown(value)
+        found = "null" if value is None else format_value(value)
     raise DataError(f"{place}: a message needs a text as {name}, found {found}", code="not_text", field=name)
 
 
@@ -110,7 +112,7 @@ def _kind(part: Any) -> Any:
 
 
 def text_in(place: str, what: str, value: Any) -> str:
-    """A value that must be a text that can be written.
+    """Return a value that must be a text that can be written.
 
     Raises:
         DataError: it is something else, or holds half a character.

@@ -28,7 +28,7 @@ def label_metrics(expected: Sequence[str], answered: Sequence[str]) -> dict[str,
 
 
 def looks_like_entities(tags: Sequence[str]) -> bool:
-    """Tell whether tags say where entities begin and go on: B-..., I-..., O."""
+    """Return whether tags say where entities begin and go on: B-..., I-..., O."""
     named = [tag for tag in tags if tag != "O"]
     marked = all(tag[:2] in ("B-", "I-") and len(tag) > 2 for tag in named)
     return marked and any(tag.startswith("B-") for tag in named)

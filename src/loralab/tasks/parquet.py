@@ -13,16 +13,16 @@ from loralab.tasks.class_names import stored_class_names, with_class_names
 from loralab.values import read_bytes
 
 Numbered = list[tuple[int, dict[str, Any]]]
-BATCH = 1024  # rows that are unpacked at once
-ROW = 256  # bytes that a row takes whatever it holds
-LEAST, TIMES = 1 << 30, 200  # bytes that a small file may fill; beyond, for each byte of the file
+BATCH_ROWS = 1024  # rows that are unpacked at once
+ROW_BYTES = 256  # bytes that a row takes whatever it holds
+MIN_PLAIN_BYTES, MAX_EXPANSION = 1 << 30, 200  # bytes that a small file may fill; beyond, for each byte of the file
 
 
 def read_parquet(file: Path) -> Numbered:
-    """The rows of a file, counted from 1.
+    """Return the rows of a file, counted from 1.
 
     Raises:
-        DataError: it is no Parquet file, is damaged, would fill far more memory than its size, or
+        DataError: it is not a Parquet file, is damaged, would fill far more memory than its size, or
             has a class without a name.
     """
     import pyarrow
@@ -36,7 +36,7 @@ def read_parquet(file: Path) -> Numbered:
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(f"{file} is no readable Parquet file: {error}", code="damaged_file") from None
+        raise DataError(f"{file} is not a readable Parquet file: {error}", code="damaged_file") from None
     except (KeyError, ImportError, NotImplementedError, TypeError) as error:
         # Arrow's types beyond Python's: a time zone that nobody has, a unit of nanoseconds
         raise DataError(f"{file} holds values that cannot be read: {error}", code="cannot_read") from None
@@ -44,18 +44,18 @@ def read_parquet(file: Path) -> Numbered:
 
 
 def _batches(file: Path, data: bytes) -> Iterator[Any]:
-    """The rows in portions, as long as they stay within what the file can mean."""
+    """Yield the rows in portions, as long as they stay within what the file can mean."""
     import pyarrow
     from pyarrow import parquet
 
-    most = max(LEAST, TIMES * len(data))
+    most = max(MIN_PLAIN_BYTES, MAX_EXPANSION * len(data))
     source = parquet.ParquetFile(pyarrow.BufferReader(data))
     groups = [source.metadata.row_group(n) for n in range(source.metadata.num_row_groups)]
-    claimed = sum(group.total_byte_size for group in groups) + ROW * source.metadata.num_rows
+    claimed = sum(group.total_byte_size for group in groups) + ROW_BYTES * source.metadata.num_rows
     used = 0
     if claimed <= most:
-        for batch in source.iter_batches(batch_size=BATCH, use_threads=False):
-            used += batch.nbytes + ROW * batch.num_rows
+        for batch in source.iter_batches(batch_size=BATCH_ROWS, use_threads=False):
+            used += batch.nbytes + ROW_BYTES * batch.num_rows
             if used > most:
                 break
             yield batch

@@ -7,20 +7,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loralab.errors import DataError, some
+from loralab.errors import DataError, join_limited
 from loralab.values import read_bytes
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 ARCHIVED = "__MACOSX"  # a folder that macOS puts beside what it archives
-LARGEST = 1 << 28  # bytes of a file
-MOST_PIXELS = 89_478_485  # as many as Pillow takes without a warning
-MOST_SLENDER = 50  # the shorter side is brought to the model's size, and the longer one with it
+MAX_FILE_BYTES = 1 << 28  # bytes of a file
+MAX_PIXELS = 89_478_485  # as many as Pillow takes without a warning
+MAX_ASPECT_RATIO = 50  # the shorter side is brought to the model's size, and the longer one with it
 CHECKED_SIZE = (32, 32)  # pixels; the smallest scale that JPEG offers is enough to read it whole
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
+class PictureFile:
     """A picture that is not decoded yet. Two are equal if their content is.
 
     `source` is a file, an encoded picture, or (height, width) uint8 of grey levels; `origin` says
@@ -35,7 +35,7 @@ class Picture:
         return f"picture {self.digest}"
 
     def open(self) -> Any:
-        """The decoded Pillow image, upright, in RGB or grey levels.
+        """Return the decoded Pillow image, upright, in RGB or grey levels.
 
         Raises:
             DataError: it cannot be read.
@@ -43,41 +43,41 @@ class Picture:
         return _decoded(self.source, self.origin)
 
 
-def from_file(file: Path, place: str = "") -> Picture:
-    """A picture in a file, read once to see that it is whole.
+def from_file(file: Path, place: str = "") -> PictureFile:
+    """Return a picture in a file, read once to see that it is whole.
 
     Raises:
         DataError: it is not there, or not a whole picture; `place` is where it is named.
     """
     origin = f"{place}: {file}" if place else str(file)
     try:
-        data = read_bytes(file, DataError, LARGEST)
+        data = read_bytes(file, DataError, MAX_FILE_BYTES)
     except DataError as error:
         said = f"{place}: {error}" if place else str(error)
         raise DataError(said, code="cannot_read", field="image") from None
     _require_whole(data, origin)
-    return Picture(hashlib.sha256(data).hexdigest(), file, str(file))
+    return PictureFile(hashlib.sha256(data).hexdigest(), file, str(file))
 
 
-def from_bytes(data: bytes, origin: str) -> Picture:
-    """A picture that is stored in a row.
+def from_bytes(data: bytes, origin: str) -> PictureFile:
+    """Return a picture that is stored in a row.
 
     Raises:
         DataError: it is not a whole picture.
     """
     _require_whole(data, origin)
-    return Picture(hashlib.sha256(data).hexdigest(), data, origin)
+    return PictureFile(hashlib.sha256(data).hexdigest(), data, origin)
 
 
-def from_levels(levels: Any, origin: str) -> Picture:
-    """A picture of (height, width) uint8 grey levels."""
+def from_levels(levels: Any, origin: str) -> PictureFile:
+    """Return a picture of (height, width) uint8 grey levels."""
     size = "x".join(map(str, levels.shape))
     digest = hashlib.sha256(size.encode() + levels.tobytes()).hexdigest()
-    return Picture(digest, levels, origin)
+    return PictureFile(digest, levels, origin)
 
 
 def folder_of_pictures(folder: Path, splits: Mapping[str, str]) -> dict[str, list[dict[str, Any]]]:
-    """The rows of each split of a folder; none if no folder in it holds pictures.
+    """Return the rows of each split of a folder; none if no folder in it holds pictures.
 
     A sub-folder is a class. Where sub-folders are named as `splits` are and hold folders
     themselves, each is a split, and the folders in it are the classes.
@@ -95,8 +95,8 @@ def folder_of_pictures(folder: Path, splits: Mapping[str, str]) -> dict[str, lis
     others += sorted(file.name for file in folder.iterdir() if _is_picture(file))
     if others:
         raise DataError(
-            f"{folder} has folders of a split ({some(place.name for place in named)}), and beside "
-            f"them pictures that are of none ({some(others)}); move them away, or into a split",
+            f"{folder} has folders of a split ({join_limited(place.name for place in named)}), and beside "
+            f"them pictures that are of none ({join_limited(others)}); move them away, or into a split",
             code="splits_and_classes",
             field=others[0],
         )
@@ -114,7 +114,7 @@ def folder_of_pictures(folder: Path, splits: Mapping[str, str]) -> dict[str, lis
 
 
 def other_files(folder: Path) -> list[str]:
-    """The files beside the pictures that are not read, and the folders without any picture."""
+    """Return the files beside the pictures that are not read, and the folders without any picture."""
     found = [
         str(place.relative_to(folder))
         for place in sorted(folder.rglob("*"))
@@ -179,21 +179,21 @@ def _decoded(source: Any, origin: str, *, draft: bool = False) -> Any:
             return _plain(ImageOps.exif_transpose(image))
     except UnidentifiedImageError:  # whose own text is an address in memory
         raise DataError(
-            f"{origin} is no picture that can be read ({', '.join(PICTURES)})", code="not_a_picture", field="image"
+            f"{origin} is not a picture that can be read ({', '.join(PICTURES)})", code="not_a_picture", field="image"
         ) from None
     except DataError:
         raise
     except Exception as error:  # its readers raise some ten unrelated kinds on damaged files
-        raise DataError(f"{origin} is no whole picture: {error}", code="damaged_file", field="image") from None
+        raise DataError(f"{origin} is not a whole picture: {error}", code="damaged_file", field="image") from None
 
 
 def _require_size(size: tuple[int, int], origin: str) -> None:
     """Before anything is decoded: a file of a kilobyte can describe a picture of gigabytes."""
     short, long = sorted(size)
-    if short * long > MOST_PIXELS or long > MOST_SLENDER * short:
+    if short * long > MAX_PIXELS or long > MAX_ASPECT_RATIO * short:
         raise DataError(
-            f"{origin} has {size[0]} x {size[1]} pixels; at most {MOST_PIXELS:,} are read, and "
-            f"sides of at most 1 to {MOST_SLENDER}",
+            f"{origin} has {size[0]} x {size[1]} pixels; at most {MAX_PIXELS:,} are read, and "
+            f"sides of at most 1 to {MAX_ASPECT_RATIO}",
             code="too_large",
             field="image",
         )

@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from loralab.errors import DataError, nearest, some
-from loralab.tasks.advice import option, without
+from loralab.errors import DataError, join_limited, nearest
+from loralab.tasks.advice import mapping_option, without_columns
 from loralab.tasks.columns import Columns, checked_mapping, choose, require_columns, require_fields, split_named
 from loralab.tasks.containers import is_saved, list_folder, shard_of
-from loralab.tasks.formats import IN_MESSAGES, MOST_NAMED, SPLITS, Part, Row, cleaned
+from loralab.tasks.formats import IN_MESSAGES, MAX_LISTED, SPLITS, DataPart, Row, cleaned
 from loralab.tasks.hub import from_hub, from_saved
 from loralab.tasks.labels import absent, alike, settled
 from loralab.tasks.memory import MEMORY, from_memory
@@ -22,11 +22,11 @@ from loralab.tasks.pictures import folder_of_pictures, other_files
 from loralab.tasks.readers import READERS, is_data_file, read_file
 from loralab.tasks.rows import rows_of
 
-__all__ = ["READERS", "Table", "read"]
+__all__ = ["READERS", "DataTable", "read"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Table:
+class DataTable:
     """Rows of one source: `splits` holds "train" alone, or the splits that the source names.
 
     `notes` name what is there and has no effect, a line each.
@@ -38,7 +38,7 @@ class Table:
     notes: tuple[str, ...] = ()
 
 
-def read(source: Any, mapping: Mapping[str, str] | None = None) -> Table:
+def read(source: Any, mapping: Mapping[str, str] | None = None) -> DataTable:
     """Read a file, a folder of split files, a data set of the hub, or rows in memory (memory.py).
 
     Args:
@@ -64,8 +64,8 @@ def read(source: Any, mapping: Mapping[str, str] | None = None) -> Table:
     return _table(source, [cleaned(part) for part in parts], unread, mapping)
 
 
-def _pictures(source: str, mapping: Mapping[str, str]) -> Table | None:
-    """The rows of each split if the source is a folder of pictures and not of split files."""
+def _pictures(source: str, mapping: Mapping[str, str]) -> DataTable | None:
+    """Return the rows of each split if the source is a folder of pictures and not of split files."""
     folder = Path(source).expanduser()
     if not source.strip() or not folder.is_dir():
         return None
@@ -77,15 +77,15 @@ def _pictures(source: str, mapping: Mapping[str, str]) -> Table | None:
     if mapping:
         raise DataError(f"--map has no effect on {source}, a folder of pictures", code="no_effect", field="map")
     notes = (*_named("not read", other_files(folder)), *filter(None, [alike(splits)]))
-    return Table(source=source, format="image-label", splits=splits, notes=notes)
+    return DataTable(source=source, format="image-label", splits=splits, notes=notes)
 
 
 def _names_train(file: Path) -> bool:
     return SPLITS.get(shard_of(file)[0]) == "train"
 
 
-def _parts(source: str) -> tuple[list[Part], list[str]]:
-    """The parts of a source, and the names of what in it is not read."""
+def _parts(source: str) -> tuple[list[DataPart], list[str]]:
+    """Return the parts of a source, and the names of what in it is not read."""
     path = Path(source).expanduser()
     if source.strip() and path.is_dir():
         return from_saved(path) if is_saved(path) else _from_folder(path)
@@ -99,7 +99,7 @@ def _parts(source: str) -> tuple[list[Part], list[str]]:
     raise DataError(f"there is no data file, folder or task {source!r}{_nearby(path)}", code="no_such_data")
 
 
-def _from_folder(folder: Path) -> tuple[list[Part], list[str]]:
+def _from_folder(folder: Path) -> tuple[list[DataPart], list[str]]:
     listing = list_folder(folder, READERS)
     parts, unread = [], listing.unread
     for split, files in listing.splits.items():
@@ -116,7 +116,7 @@ def _from_folder(folder: Path) -> tuple[list[Part], list[str]]:
     return parts, unread
 
 
-def _table(source: str, parts: list[Part], unread: Iterable[str], mapping: Mapping[str, str]) -> Table:
+def _table(source: str, parts: list[DataPart], unread: Iterable[str], mapping: Mapping[str, str]) -> DataTable:
     require_columns(source, parts, mapping)
     splits: dict[str, list[Row]] = {}
     formats: dict[str, str] = {}
@@ -136,7 +136,7 @@ def _table(source: str, parts: list[Part], unread: Iterable[str], mapping: Mappi
         counts = ", ".join(f"{split} {len(rows)}" for split, rows in splits.items())
         notes.append(f"splits as the data has them in a column: {counts}")
     splits = settled(source, splits)
-    return Table(
+    return DataTable(
         source=source,
         format=next(iter(formats.values())),
         splits=splits,
@@ -149,8 +149,8 @@ def _table(source: str, parts: list[Part], unread: Iterable[str], mapping: Mappi
     )
 
 
-def _by_split(part: Part, columns: Columns, *, alone: bool) -> list[Part]:
-    """The part, cut by the column that says the splits where no file does."""
+def _by_split(part: DataPart, columns: Columns, *, alone: bool) -> list[DataPart]:
+    """Return the part, cut by the column that says the splits where no file does."""
     column = columns.split
     if column is None:
         return [part]
@@ -161,8 +161,8 @@ def _by_split(part: Part, columns: Columns, *, alone: bool) -> list[Part]:
         if set(found) != {part.split}:
             raise DataError(
                 f"{part.place} is {part.split}, and its column {column!r} says "
-                f"{', '.join(sorted(found))}; remove the column, or say "
-                f"{option(without(columns.mapping, [column]))} to leave it out",
+                f"{', '.join(sorted(found))}; remove the column, or use "
+                f"{mapping_option(without_columns(columns.mapping, [column]))} to leave it out",
                 code="splits_differ",
                 field=column,
             )
@@ -177,9 +177,9 @@ def _by_split(part: Part, columns: Columns, *, alone: bool) -> list[Part]:
 
 
 def _named(what: str, names: Iterable[str]) -> tuple[str, ...]:
-    """A note of some names, none if there are none."""
+    """Return a note of some names, none if there are none."""
     listed = list(names)
-    return (f"{what}: {some(listed, MOST_NAMED)}",) if listed else ()
+    return (f"{what}: {join_limited(listed, MAX_LISTED)}",) if listed else ()
 
 
 def _is_hub_id(source: str) -> bool:

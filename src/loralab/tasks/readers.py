@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from loralab.errors import DataError, some
+from loralab.errors import DataError, join_limited
 from loralab.tasks.encodings import PACKED, inner_name, text_of
-from loralab.tasks.formats import FORMATS, SPLITS, Numbered, Part, Row, is_empty, repeated
+from loralab.tasks.formats import FORMATS, SPLITS, DataPart, Numbered, Row, is_empty, repeated
 from loralab.tasks.parquet import read_parquet
 from loralab.tasks.separated import DELIMITERS, read_separated
 
@@ -16,13 +16,13 @@ PLAIN = 20  # lines of a .txt file that are looked at
 REMEDIES = {
     (PACKED,): "name it after what it holds, such as rows.jsonl.gz",
     (".xlsx", ".xls", ".ods"): "save the sheet as .csv",
-    (".arrow", ".feather"): "save it as .parquet, or say the folder that save_to_disk wrote",
+    (".arrow", ".feather"): "save it as .parquet, or give the folder that save_to_disk wrote",
     (".zip", ".zst", ".bz2", ".xz", ".tar", ".tgz", ".7z"): "unpack it first",
 }
 
 
-def read_file(file: Path, split: str) -> tuple[list[Part], list[str]]:
-    """The rows of a file as they are, and the names of what in it is not read.
+def read_file(file: Path, split: str) -> tuple[list[DataPart], list[str]]:
+    """Return the rows of a file as they are, and the names of what in it is not read.
 
     Args:
         split: that the file is, unless it holds several itself.
@@ -40,7 +40,7 @@ def read_file(file: Path, split: str) -> tuple[list[Part], list[str]]:
     return parts_of(str(file), found, split, file.parent), unread
 
 
-def parts_of(place: str, tables: Parts, split: str, folder: Path) -> list[Part]:
+def parts_of(place: str, tables: Parts, split: str, folder: Path) -> list[DataPart]:
     """Return the tables of a source as parts.
 
     Args:
@@ -50,12 +50,14 @@ def parts_of(place: str, tables: Parts, split: str, folder: Path) -> list[Part]:
     Raises:
         DataError: one has no rows.
     """
-    parts = [Part(own or split, f"{place} ({own})" if own else place, folder, unit, rows) for own, unit, rows in tables]
+    parts = [
+        DataPart(own or split, f"{place} ({own})" if own else place, folder, unit, rows) for own, unit, rows in tables
+    ]
     require_rows(parts)
     return parts
 
 
-def require_rows(parts: Iterable[Part]) -> None:
+def require_rows(parts: Iterable[DataPart]) -> None:
     """Refuse a part without rows.
 
     Raises:
@@ -97,7 +99,7 @@ def _lines(file: Path, text: str) -> Numbered:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> Row:
-    """An object, unless a key stands twice: the parser would drop the first without a word."""
+    """Return an object, unless a key stands twice: the parser would drop the first without a word."""
     found = dict(pairs)
     if len(found) < len(pairs):
         name = repeated(name for name, _ in pairs)[0]
@@ -112,7 +114,7 @@ def _object(place: str, row: Any) -> Row:
 
 
 def _json(file: Path) -> tuple[Parts, list[str]]:
-    """A list of objects, itself or under "data"; such lists by split; or JSON lines."""
+    """Return a list of objects, itself or under "data"; such lists by split; or JSON lines."""
     text = text_of(file)
     if not text.strip():
         return [("", "row", [])], []
@@ -158,14 +160,14 @@ def _listed(place: str, rows: list[Any]) -> Numbered:
 
 
 def _names(content: Mapping[str, Any], read: Any) -> list[str]:
-    """What else an object holds."""
+    """Name what else an object holds."""
     return [name for name, value in content.items() if name not in read and not is_empty(value)]
 
 
 def _no_list(place: str, found: Any) -> DataError:
     remedy = ""
     if isinstance(found, dict):
-        inside = some(f"{name!r} ({type(value).__name__})" for name, value in found.items())
+        inside = join_limited(f"{name!r} ({type(value).__name__})" for name, value in found.items())
         remedy = f' with {inside}; rows are read under "train" (and "test"), or under "data"'
     return DataError(f"{place}: expected a list of objects, found {type(found).__name__}{remedy}", code="not_a_list")
 

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 
-from loralab.errors import one_line, some
+from loralab.errors import join_limited, one_line
 from loralab.tasks.formats import Row
 
 ANSWERS = ("label", "completion", "output", "tags")
@@ -12,7 +12,7 @@ Splits = Mapping[str, Sequence[Row]]
 
 
 def input_text(row: Row) -> str:
-    """What a row asks, without the answer."""
+    """Return what a row asks, without the answer."""
     if "messages" in row:
         return json.dumps(row["messages"][:-1], ensure_ascii=False)
     return "\x1f".join(str(value) for column, value in row.items() if column not in ANSWERS)
@@ -42,7 +42,7 @@ def repetitions(splits: Splits, leaked: Mapping[str, Sequence[str]]) -> list[str
         text, found = next(iter(several.items()))
         notes.append(
             f"inputs with several labels, of which one at most can be learnt: {len(several)}, "
-            f"such as {_shown(text)}: {some(map(repr, found))}"
+            f"such as {_shown(text)}: {join_limited(map(repr, found))}"
         )
     return notes
 

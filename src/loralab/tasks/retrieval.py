@@ -7,15 +7,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from loralab.tasks.encode import Encoded, Example, Ids
+from loralab.tasks.examples import Encoded, Example, Ids
 from loralab.tasks.formats import Row
-from loralab.tasks.forward import SHARPNESS, Among, by_length, embed, merged
+from loralab.tasks.forward import SHARPNESS, ProcessGroup, by_length, embed, merged
 
 KIND = "sentence-encoder"
 
 
 def score_pairs(
-    model: nn.Module, tokenizer: Any, encoded: Encoded, rows: Sequence[Row], batch_size: int, among: Among | None = None
+    model: nn.Module,
+    tokenizer: Any,
+    encoded: Encoded,
+    rows: Sequence[Row],
+    batch_size: int,
+    among: ProcessGroup | None = None,
 ) -> tuple[dict[str, float], list[str]]:
     """loss, accuracy (the partner comes first) and mrr; and the text that came first.
 
@@ -43,8 +48,10 @@ def score_pairs(
     return ({name: value / len(rows) for name, value in metrics.items()}, [names[partners[index]] for index in best])
 
 
-def _embedded(model: nn.Module, tokenizer: Any, texts: Sequence[Ids], batch_size: int, among: Among | None) -> Tensor:
-    """Texts as vectors of length 1, (N, H), in their own order."""
+def _embedded(
+    model: nn.Module, tokenizer: Any, texts: Sequence[Ids], batch_size: int, among: ProcessGroup | None
+) -> Tensor:
+    """Return texts as vectors of length 1, (N, H), in their own order."""
     examples = [Example(index, ids, (index,), second=ids) for index, ids in enumerate(texts)]
     found: dict[int, Tensor] = {}
     for indices, batch in by_length(model, tokenizer, examples, KIND, batch_size, among):

@@ -8,16 +8,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from loralab.errors import DataError, shown, some
+from loralab.errors import DataError, format_value, join_limited
 from loralab.tasks.columns import Columns
-from loralab.tasks.formats import FORMATS, Numbered, Part, Row, is_empty
+from loralab.tasks.formats import FORMATS, DataPart, Numbered, Row, is_empty
 from loralab.tasks.labels import NO_REGRESSION
 from loralab.tasks.messages import conversation, text_in
-from loralab.tasks.pictures import Picture, from_bytes, from_file
+from loralab.tasks.pictures import PictureFile, from_bytes, from_file
 
 
-def rows_of(part: Part, columns: Columns, seen: set[str]) -> list[Row]:
-    """The rows with the columns of their format alone.
+def rows_of(part: DataPart, columns: Columns, seen: set[str]) -> list[Row]:
+    """Return the rows with the columns of their format alone.
 
     Args:
         seen: gets the fields of messages that have no effect.
@@ -35,16 +35,16 @@ def rows_of(part: Part, columns: Columns, seen: set[str]) -> list[Row]:
     return [_checked(part, number, row, columns, seen) for number, row in picked]
 
 
-def _check_filled(part: Part, rows: Numbered, required: Sequence[str]) -> None:
+def _check_filled(part: DataPart, rows: Numbered, required: Sequence[str]) -> None:
     for column in required:
         if empty := [number for number, row in rows if is_empty(row[column])]:
-            places = f"{part.unit} {some(map(str, empty), 5)}"
+            places = f"{part.unit} {join_limited(map(str, empty), 5)}"
             raise DataError(
                 f"{part.place}: {column!r} is missing or empty in {places}", code="missing_value", field=column
             )
 
 
-def _checked(part: Part, number: int, row: Row, columns: Columns, seen: set[str]) -> Row:
+def _checked(part: DataPart, number: int, row: Row, columns: Columns, seen: set[str]) -> Row:
     place = f"{part.place}, {part.unit} {number}"
     if columns.format == "image-label":
         picture = _picture(place, row["image"], part.folder)
@@ -59,7 +59,7 @@ def _checked(part: Part, number: int, row: Row, columns: Columns, seen: set[str]
     }
 
 
-def _picture(place: str, value: Any, folder: Path) -> Picture:
+def _picture(place: str, value: Any, folder: Path) -> PictureFile:
     """From a path, from bytes, or from a dict that has either, as Parquet files hold them."""
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
@@ -68,14 +68,14 @@ def _picture(place: str, value: Any, folder: Path) -> Picture:
     if isinstance(value, str) and value.strip():
         return from_file(folder / value, place)
     raise DataError(
-        f"{place}: 'image' must be the path of a picture or its bytes, found {shown(value)}",
+        f"{place}: 'image' must be the path of a picture or its bytes, found {format_value(value)}",
         code="not_a_picture",
         field="image",
     )
 
 
 def _tagged(place: str, row: Row) -> Row:
-    """A list of words, and a tag for each."""
+    """Return a list of words, and a tag for each."""
     for column, value in row.items():
         if not isinstance(value, list):
             raise DataError(
@@ -108,7 +108,7 @@ def _label(place: str, value: Any) -> str:
     elif isinstance(value, list):
         remedy = "; several labels a row cannot be learnt yet"
     raise DataError(
-        f"{place}: a label must be text or a whole number, found {shown(value)}{remedy}",
+        f"{place}: a label must be text or a whole number, found {format_value(value)}{remedy}",
         code="label_is_a_number" if isinstance(value, float) else "not_a_label",
         field="label",
     )

@@ -11,17 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from loralab.tasks.catalog import Task
-from loralab.tasks.encode import Ids, encode, prompt_ids
+from loralab.tasks.encode import encode, prompt_ids
+from loralab.tasks.examples import Ids
 from loralab.tasks.forward import call, embed
 
 VISION = "image-classification"
 SAMPLES, TOKENS = 8, 64
-SIDE = 16  # pixels of a small picture, in three colours
-POSITIONS = 16  # at the end of each text
+PICTURE_SIDE = 16  # pixels of a small picture, in three colours
+MAX_POSITIONS = 16  # at the end of each text
 
 
 def sample_inputs(task: Task, tokenizer: Any, *, kind: str, split: str = "validation") -> list[Ids]:
-    """The first inputs of a split, texts cut to their last tokens, pictures made small.
+    """Return the first inputs of a split, texts cut to their last tokens, pictures made small.
 
     Raises:
         DataError: the format does not suit the model.
@@ -36,18 +37,18 @@ def sample_inputs(task: Task, tokenizer: Any, *, kind: str, split: str = "valida
 
 
 def patterns() -> list[Ids]:
-    """Small pictures for a vision model whose own data is not known: noise, always the same."""
+    """Return small pictures for a vision model whose own data is not known: noise, always the same."""
     draw = torch.Generator().manual_seed(0)
-    noise = torch.randint(0, 256, (SAMPLES, SIDE * SIDE * 3), generator=draw)
+    noise = torch.randint(0, 256, (SAMPLES, PICTURE_SIDE * PICTURE_SIDE * 3), generator=draw)
     return [tuple(row) for row in noise.tolist()]
 
 
 def sample_batch(sample: Sequence[int], *, kind: str, tokenizer: Any) -> dict[str, Tensor]:
-    """One sample as a batch of one row."""
+    """Return one sample as a batch of one row."""
     if kind == VISION:
         from PIL import Image
 
-        image = Image.frombytes("RGB", (SIDE, SIDE), bytes(sample))
+        image = Image.frombytes("RGB", (PICTURE_SIDE, PICTURE_SIDE), bytes(sample))
         return {"pixel_values": tokenizer.pixels(image)[None]}
     ids = torch.tensor([list(sample)])
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -55,7 +56,7 @@ def sample_batch(sample: Sequence[int], *, kind: str, tokenizer: Any) -> dict[st
 
 @torch.no_grad()
 def outputs(model: nn.Module, sample: Sequence[int], *, kind: str, tokenizer: Any) -> Tensor:
-    """What a model in evaluation mode says to a sample, (P, V) in fp32 on the processor.
+    """Return the outputs of a model in evaluation mode for a sample, (P, V) in fp32 on the processor.
 
     Logits of the last positions of a text, or of the classes in one row; the vector of a sentence
     in one row.
@@ -65,9 +66,9 @@ def outputs(model: nn.Module, sample: Sequence[int], *, kind: str, tokenizer: An
     batch = {name: tensor.to(device) for name, tensor in batch.items()}
     found = embed(model, batch) if kind == "sentence-encoder" else call(model, batch)
     if kind in ("causal-lm", "token-classification"):
-        found = found[0, -POSITIONS:]
+        found = found[0, -MAX_POSITIONS:]
     return found.float().cpu()
 
 
 def _small(image: Any) -> Ids:
-    return tuple(image.convert("RGB").resize((SIDE, SIDE)).tobytes())
+    return tuple(image.convert("RGB").resize((PICTURE_SIDE, PICTURE_SIDE)).tobytes())

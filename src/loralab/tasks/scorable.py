@@ -4,9 +4,10 @@ from typing import Any
 
 from torch import nn
 
-from loralab.errors import ConfigError, DataError, nearest, some
+from loralab.errors import ConfigError, DataError, join_limited, nearest
 from loralab.tasks.catalog import Task
-from loralab.tasks.encode import Encoded, encode
+from loralab.tasks.encode import encode
+from loralab.tasks.examples import Encoded
 from loralab.tasks.formats import Row
 from loralab.tasks.forward import places, require_known
 
@@ -21,7 +22,7 @@ def scorable(
     max_length: int | None = None,
     limit: int | None = None,
 ) -> tuple[list[Row], Encoded, int]:
-    """The rows that would be scored, as numbers too, and the most tokens that one may have.
+    """Return the rows that would be scored, as numbers too, and the most tokens that one may have.
 
     Raises:
         InputError: `evaluate` could not score them.
@@ -37,19 +38,21 @@ def scorable(
 
 
 def context_length(model: nn.Module) -> int:
-    """How many tokens a model can take; 2048 if it does not say."""
+    """Return how many tokens a model can take; 2048 if it does not say."""
     return places(model) or 2048
 
 
 def _chosen(task: Task, split: str, limit: int | None) -> list[Row]:
-    """The first `limit` rows of a split."""
+    """Return the first `limit` rows of a split."""
     if split not in task.splits:
         near = nearest(split, task.splits)
-        raise ConfigError(f"no split {split!r}; there are {some(task.splits)}{near}")
+        raise ConfigError(
+            f"no split {split!r}; there are {join_limited(task.splits)}{near}", code="unknown_split", field="split"
+        )
     if limit is not None and limit < 1:
-        raise ConfigError(f"limit must be at least 1, got {limit}")
+        raise ConfigError(f"limit must be at least 1, got {limit}", code="invalid_value", field="limit")
     if not task.splits[split]:
-        raise DataError(f"{task.name} has no rows in its {split} split")
+        raise DataError(f"{task.name} has no rows in its {split} split", code="no_rows", field=split)
     return task.splits[split][:limit]
 
 
@@ -57,8 +60,10 @@ def _require_whole(task: Task, split: str, encoded: Encoded, room: int, kind: st
     """Nothing is silently left out of a score; a classifier reads what fits, as in training."""
     lost = sorted({*encoded.dropped, *encoded.shortened})
     if lost and kind == "causal-lm":
-        numbers = some((str(row + 1) for row in lost), 5)
+        numbers = join_limited((str(row + 1) for row in lost), 5)
         raise DataError(
             f"{task.name}: {len(lost)} {split} rows are longer than {room} tokens, all that the "
-            f"model can take (rows {numbers}); shorten or remove them"
+            f"model can take (rows {numbers}); shorten or remove them",
+            code="too_long",
+            field="max_length",
         )

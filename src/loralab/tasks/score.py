@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from loralab.errors import ConfigError, DataError, some
+from loralab.errors import ConfigError, DataError, join_limited
 from loralab.tasks.catalog import Task
-from loralab.tasks.encode import IGNORED, Encoded, Example, answer, answer_ids, prompt_ids, stop_ids, written_answer
+from loralab.tasks.encode import answer, answer_ids, prompt_ids, stop_ids, written_answer
+from loralab.tasks.examples import IGNORED, Encoded, Example
 from loralab.tasks.formats import Row
-from loralab.tasks.forward import Among, answer_loss, answers, by_length, call, lone_head, merged, require_known
+from loralab.tasks.forward import ProcessGroup, answer_loss, answers, by_length, call, lone_head, merged, require_known
 from loralab.tasks.metrics import label_metrics, text_metrics
 from loralab.tasks.retrieval import score_pairs
 from loralab.tasks.scorable import context_length, scorable
@@ -25,13 +26,13 @@ MAIN_METRICS = ("entity_f1", "accuracy", "loss")  # the first that was measured 
 TEXT_KINDS = ("causal-lm", "sequence-classification")
 
 # said in full, or the model's own generation_config would add its penalty or cut what is drawn
-GREEDY = {"do_sample": False, "repetition_penalty": 1.0, "num_beams": 1, "use_cache": True}
-SAMPLED = GREEDY | {"do_sample": True, "top_k": 0, "top_p": 1.0}
+GREEDY_OPTIONS = {"do_sample": False, "repetition_penalty": 1.0, "num_beams": 1, "use_cache": True}
+SAMPLED_OPTIONS = GREEDY_OPTIONS | {"do_sample": True, "top_k": 0, "top_p": 1.0}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """What was asked, expected and answered; the answer of a text without labels is empty."""
+    """Question, expected answer and answer; the answer of a text without labels is empty."""
 
     row: int
     prompt: str
@@ -61,7 +62,7 @@ class Scores:
     split: str = ""
 
     def better(self, other: "Scores") -> bool:
-        """Tell whether these scores beat others by the main metric."""
+        """Return whether these scores beat others by the main metric."""
         ours, theirs = self.metrics[self.main], other.metrics[self.main]
         return ours < theirs if self.main == "loss" else ours > theirs
 
@@ -78,7 +79,7 @@ def evaluate(
     limit: int | None = None,
     generate: bool = False,
     max_new_tokens: int = 128,
-    among: Among | None = None,
+    among: ProcessGroup | None = None,
 ) -> Scores:
     """Score a model on the first `limit` rows of a split; its training mode is kept.
 
@@ -124,7 +125,7 @@ def _scores(
     notes: tuple[str, ...],
 ) -> Scores:
     predictions = tuple(
-        Prediction(row=i, prompt=_shown(row), expected=answer(row), answer=a)
+        Prediction(row=i, prompt=_for_display(row), expected=answer(row), answer=a)
         for i, (row, a) in enumerate(zip(rows, written, strict=True))
     )
     main = next(name for name in MAIN_METRICS if name in metrics)
@@ -138,10 +139,10 @@ def _require_answers(task: Task, kind: str, generate: bool) -> None:
     if not generate:
         return
     if kind not in TEXT_KINDS:
-        raise ConfigError(f"{kind} models write no text; there is no answer to generate")
+        raise ConfigError(f"{kind} models do not generate text", code="not_generative", field="model")
     if task.labels or task.format == "text":
         what = "labels, which are ranked" if task.labels else "plain texts"
-        raise ConfigError(f"{task.name} has {what}; there is no answer to generate")
+        raise ConfigError(f"{task.name} has {what}; there is no answer to generate", code="no_answer", field="data")
 
 
 def _answered(
@@ -153,7 +154,7 @@ def _answered(
     kind: str,
     batch_size: int,
     room: int,
-    among: Among | None,
+    among: ProcessGroup | None,
 ) -> tuple[float, list[str], list[float]]:
     """Mean loss, the label of each row where there are labels, and the mean loss of each row."""
     if task.labels and kind == "causal-lm":
@@ -166,7 +167,7 @@ def _answered(
 
 
 def _by_row(examples: Sequence[Example], sums: Sequence[float], counts: Sequence[int], rows: int) -> list[float]:
-    """The mean loss of each row over the labels of all its examples."""
+    """Return the mean loss of each row over the labels of all its examples."""
     totals, labels = [0.0] * rows, [0] * rows
     for example, total, count in zip(examples, sums, counts, strict=True):
         totals[example.row] += total
@@ -198,7 +199,7 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
 ) -> list[str]:
-    """The answers to some prompts (token ids): greedy at temperature 0, else sampled.
+    """Return the answers to some prompts (token ids): greedy at temperature 0, else sampled.
 
     Raises:
         DataError: a prompt is empty, or leaves less than `max_new_tokens` of the model's context.
@@ -227,10 +228,10 @@ def _losses(
     encoded: Encoded,
     kind: str,
     batch_size: int,
-    among: Among | None,
+    among: ProcessGroup | None,
     choices: Sequence[int] = (),
 ) -> tuple[list[float], list[int], list[int]]:
-    """Each example's summed loss, number of labels, and the class or the choice preferred.
+    """Return each example's summed loss, number of labels, and the class or the choice preferred.
 
     `choices` are tokens that may begin the answer of a language model.
     """
@@ -264,15 +265,17 @@ def _ranked(
     rows: Sequence[Row],
     batch_size: int,
     room: int,
-    among: Among | None,
+    among: ProcessGroup | None,
 ) -> tuple[list[float], list[int], list[int]]:
-    """Each row's summed loss, number of tokens, and the index of its likeliest label."""
+    """Return each row's summed loss, number of tokens, and the index of its likeliest label."""
     candidates = [[answer_ids(task, row, tokenizer, label) for label in task.labels] for row in rows]
     require_known(model, tokenizer, candidates[0])
     if len(set(candidates[0])) < len(task.labels):
         raise DataError(
-            f"{task.name}: the tokenizer writes some of the labels {some(task.labels)} with the "
-            "same tokens; rename them"
+            f"{task.name}: the tokenizer writes some of the labels {join_limited(task.labels)} with the "
+            "same tokens; rename them",
+            code="ambiguous_labels",
+            field="labels",
         )
     if all(own == candidates[0] and {len(ids) for ids in own} == {2} for own in candidates):
         firsts = [ids[0] for ids in candidates[0]]  # one token and the end
@@ -296,7 +299,7 @@ def _ranked(
 
 
 def _log_likelihood(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """Summed log-probability of the labelled tokens of each row, (B,)."""
+    """Return the summed log-probability of the labelled tokens of each row, (B,)."""
     losses, rows, _ = answers(model, batch, None)
     found = -losses
     return torch.zeros(len(batch["labels"]), device=found.device).index_add_(0, rows, found)
@@ -310,13 +313,13 @@ def _generate(
     batch_size: int,
     temperature: float = 0.0,
 ) -> list[str]:
-    """Left-padded batches of similar length through the model's own generate()."""
+    """Return left-padded batches of similar length through the model's own generate()."""
     stops, texts = list(stop_ids(tokenizer)), [""] * len(prompts)
     pad = tokenizer.pad_token_id or 0
     device = next(model.parameters()).device
-    options = SAMPLED | {"temperature": temperature} if temperature else GREEDY
+    options = SAMPLED_OPTIONS | {"temperature": temperature} if temperature else GREEDY_OPTIONS
     if not all(prompts):
-        raise DataError(f"prompt {list(map(bool, prompts)).index(False) + 1} is empty")
+        raise DataError(f"prompt {list(map(bool, prompts)).index(False) + 1} is empty", code="empty", field="prompt")
     longest = max(map(len, prompts), default=0)
     _require_room("the longest prompt", longest + max_new_tokens, context_length(model))
     require_known(model, tokenizer, map(tuple, prompts))
@@ -352,12 +355,14 @@ def _require_room(what: str, needed: int, room: int) -> None:
     if needed > room:
         raise DataError(
             f"{what} needs {needed} tokens with its answer, and the model can take {room}; "
-            "shorten it, or ask for fewer new tokens"
+            "shorten it, or ask for fewer new tokens",
+            code="too_long",
+            field="prompt",
         )
 
 
-def _shown(row: Mapping[str, Any]) -> str:
-    """What a reader of the predictions is shown of a row."""
+def _for_display(row: Mapping[str, Any]) -> str:
+    """Return what a reader of the predictions is shown of a row."""
     if "image" in row:
         return str(row["image"].origin)
     if "tokens" in row:

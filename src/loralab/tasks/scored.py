@@ -11,20 +11,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from loralab.errors import DataError, nearest, shown, some
+from loralab.errors import DataError, format_value, join_limited, nearest
 from loralab.tasks import catalog
 from loralab.tasks.catalog import Task, labels_of
 from loralab.tasks.formats import Row
 from loralab.tasks.memory import MEMORY
-from loralab.tasks.read import Table
+from loralab.tasks.read import DataTable
 
-ALL = "all"
-WHOLE = re.compile(r"(-?(?:0|[1-9]\d*))(?:\.0+)?")  # 1 and 1.0, but not 01
+ALL_SPLITS = "all"
+WHOLE_NUMBER = re.compile(r"(-?(?:0|[1-9]\d*))(?:\.0+)?")  # 1 and 1.0, but not 01
 
 
 @dataclass(frozen=True, kw_only=True)
 class Learnt:
-    """What an adapter was trained on, as its record says; empty where it does not say.
+    """Training data of an adapter, as its record says; empty where it does not say.
 
     `source` is the data's name, `digest` that of its task, `seed` that of its splits. `asks` tells
     whether the model reads the question before a text to classify.
@@ -48,7 +48,7 @@ def choose(
     split: str | None = None,
     limit: int | None = None,
 ) -> tuple[Task, str]:
-    """The task to score on, and which of its splits.
+    """Return the task to score on, and which of its splits.
 
     Args:
         data: a name or an object, as `given.read` takes them.
@@ -68,8 +68,8 @@ def choose(
         return _task(table, question, classes, seed or 0, split, limit), split
     own = _own_task(table, question, learnt)
     seed = learnt.seed if seed is None else seed
-    split = split or ("test" if own or "test" in table.splits else ALL)
-    if own and seed == learnt.seed and split != ALL:
+    split = split or ("test" if own or "test" in table.splits else ALL_SPLITS)
+    if own and seed == learnt.seed and split != ALL_SPLITS:
         return own, split
     labels: tuple[str, ...] = ()
     notes: list[str] = []
@@ -88,8 +88,8 @@ def choose(
     return replace(task, notes=(*task.notes, *notes)), split
 
 
-def _own_task(table: Table, question: str, learnt: Learnt) -> Task | None:
-    """The task of the training, if these are its rows."""
+def _own_task(table: DataTable, question: str, learnt: Learnt) -> Task | None:
+    """Return the task of the training, if these are its rows."""
     if not learnt.digest:
         return None
     try:
@@ -99,32 +99,32 @@ def _own_task(table: Table, question: str, learnt: Learnt) -> Task | None:
     return task if task.digest == learnt.digest else None
 
 
-def _task(table: Table, question: str, labels: tuple[str, ...], seed: int, split: str, limit: int | None) -> Task:
-    """The rows in their splits, or all in one, in the order of the source."""
-    if split != ALL:
+def _task(table: DataTable, question: str, labels: tuple[str, ...], seed: int, split: str, limit: int | None) -> Task:
+    """Return the rows in their splits, or all in one, in the order of the source."""
+    if split != ALL_SPLITS:
         return catalog.task_of(table, catalog.split_rows(table, seed), question, labels)
     rows = [row for own in table.splits.values() for row in own]
     if limit is not None and limit < len(rows):
         order = sorted(range(len(rows)), key=lambda i: catalog.place_of(rows[i], seed))
         rows = [rows[index] for index in sorted(order[:limit])]
     parts: dict[str, list[Row]] = {"train": rows, "validation": [], "test": []}
-    return replace(catalog.task_of(table, parts, question, labels), splits={ALL: rows})
+    return replace(catalog.task_of(table, parts, question, labels), splits={ALL_SPLITS: rows})
 
 
-def _labels_in(table: Table) -> list[str]:
-    """The classes that rows show, in the order in which they first do."""
+def _labels_in(table: DataTable) -> list[str]:
+    """Return the classes that rows show, in the order in which they first do."""
     rows = [row for own in table.splits.values() for row in own]
     return list(dict.fromkeys(label for row in rows for label in labels_of(row)))
 
 
 def _in_order(labels: Sequence[str]) -> tuple[str, ...]:
-    """Classes as others number them: whole numbers by their size, names by their letters."""
-    numbers = all(WHOLE.fullmatch(label) for label in labels)
+    """Return classes as others number them: whole numbers by their size, names by their letters."""
+    numbers = all(WHOLE_NUMBER.fullmatch(label) for label in labels)
     return tuple(sorted(labels, key=float) if numbers else sorted(labels))
 
 
-def _in_terms_of(learnt: Learnt, table: Table, question: str) -> tuple[Table, str, list[str]]:
-    """Labelled rows in the adapter's classes, its question, and what is to be said of that."""
+def _in_terms_of(learnt: Learnt, table: DataTable, question: str) -> tuple[DataTable, str, list[str]]:
+    """Return labelled rows in the adapter's classes, its question, and what is to be said of that."""
     if not learnt.labels:
         return table, question, []
     table = _renamed(table, learnt.labels)
@@ -132,7 +132,7 @@ def _in_terms_of(learnt: Learnt, table: Table, question: str) -> tuple[Table, st
     if classes < len(learnt.labels):
         notes.append(
             f"{table.source} shows {classes} of the adapter's {len(learnt.labels)} classes, and is "
-            f"scored against all of them: {some(learnt.labels)}"
+            f"scored against all of them: {join_limited(learnt.labels)}"
         )
     if learnt.format == table.format and learnt.instruction:
         usual = question or catalog.question_of(table.format, learnt.labels)
@@ -142,8 +142,8 @@ def _in_terms_of(learnt: Learnt, table: Table, question: str) -> tuple[Table, st
     return table, question, notes
 
 
-def _renamed(table: Table, labels: Sequence[str]) -> Table:
-    """The rows with their labels as the adapter writes them: 1, 1.0 and "1" are one class.
+def _renamed(table: DataTable, labels: Sequence[str]) -> DataTable:
+    """Return the rows with their labels as the adapter writes them: 1, 1.0 and "1" are one class.
 
     Raises:
         DataError: one is none of the adapter's.
@@ -161,7 +161,7 @@ def _renamed(table: Table, labels: Sequence[str]) -> Table:
     if unknown := [one for one in _labels_in(table) if not {one, _plain(one)} & names.keys()]:
         raise DataError(
             f"{table.source} has labels that the adapter was not trained on: "
-            f"{some(map(shown, unknown))}; it tells apart {some(labels)}"
+            f"{join_limited(map(format_value, unknown))}; it tells apart {join_limited(labels)}"
             f"{nearest(unknown[0], labels)}",
             code="unknown_labels",
             field="tags" if table.format == "tokens-tags" else "label",
@@ -171,8 +171,8 @@ def _renamed(table: Table, labels: Sequence[str]) -> Table:
 
 
 def _plain(label: str) -> str:
-    """A label without what only says that it was a number."""
-    whole = WHOLE.fullmatch(label)
+    """Return a label without what only says that it was a number."""
+    whole = WHOLE_NUMBER.fullmatch(label)
     return whole[1] if whole else label
 
 

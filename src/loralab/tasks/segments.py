@@ -22,7 +22,7 @@ class Segment:
 
 
 def samples(tokenizer: Any, chat: Chat) -> list[list[Segment]]:
-    """A conversation as one sample of all answers, or as one sample an answer.
+    """Return a conversation as one sample of all answers, or as one sample an answer.
 
     The latter where the pieces are not what generation will see before the last answer: if the
     template writes earlier answers in another way, or the tokens of an answer and of what follows
@@ -40,12 +40,12 @@ def samples(tokenizer: Any, chat: Chat) -> list[list[Segment]]:
 
 
 def _continues(every: Sequence[Turn]) -> bool:
-    """Tell whether each prompt begins with the one before it and its answer."""
+    """Return whether each prompt begins with the one before it and its answer."""
     return all(b.prompt.startswith(a.prompt + a.target.rstrip()) for a, b in pairwise(every))
 
 
 def _in_a_row(tokenizer: Any, every: Sequence[Turn]) -> list[Segment]:
-    """Turns piece by piece: prompt, answer, what leads to the next answer, answer."""
+    """Return turns piece by piece: prompt, answer, what leads to the next answer, answer."""
     segments, written = [], ""
     for turn in every:
         new = token_ids(tokenizer, turn.prompt[len(written) :], special=not written)
@@ -55,7 +55,7 @@ def _in_a_row(tokenizer: Any, every: Sequence[Turn]) -> list[Segment]:
 
 
 def opening(tokenizer: Any, chat: Chat) -> Tokens:
-    """A conversation and the opening of its next answer, as training shows them."""
+    """Return a conversation and the opening of its next answer, as training shows them."""
     if tokenizer.chat_template:
         return token_ids(tokenizer, write(tokenizer, chat, prompt=True), special=True)
     every = turns(tokenizer, [*chat, {"role": "assistant", "content": ""}])
@@ -63,7 +63,7 @@ def opening(tokenizer: Any, chat: Chat) -> Tokens:
 
 
 def ended(tokenizer: Any, text: str) -> Tokens:
-    """The tokens of an answer up to its end of turn; the end of text if the template has none."""
+    """Return the tokens of an answer up to its end of turn; the end of text if the template has none."""
     ends = {tokenizer.eos_token_id}
     if tokenizer.chat_template:
         named = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
@@ -77,7 +77,7 @@ def ended(tokenizer: Any, text: str) -> Tokens:
 
 
 def token_ids(tokenizer: Any, text: str, *, special: bool = False) -> Tokens:
-    """Tokens of a piece; `special` adds the tokenizer's own start, unless a template wrote it."""
+    """Return tokens of a piece; `special` adds the tokenizer's own start, unless a template wrote it."""
     if not text:
         return ()
     special = special and not tokenizer.chat_template

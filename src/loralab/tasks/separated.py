@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from loralab.errors import DataError, some
-from loralab.tasks.formats import MOST_COLUMNS, Numbered, clean, repeated
+from loralab.errors import DataError, join_limited
+from loralab.tasks.formats import MAX_COLUMNS, Numbered, clean, repeated
 
 DELIMITERS = {",": "a comma", ";": "a semicolon", "\t": "a tab"}
 FIELD_LIMIT = 1 << 30  # characters in a field; the csv module's own stops at 131,072
@@ -21,7 +21,7 @@ DIRECTIVE = re.compile(r'"?sep=([,;\t])"?\r?\n')  # Excel's first line, where it
 
 
 def read_separated(file: Path, text: str, own: str) -> Numbered:
-    """The rows under a header, each with the line that it begins on.
+    """Return the rows under a header, each with the line that it begins on.
 
     Args:
         own: the delimiter that the name of the file promises.
@@ -52,20 +52,20 @@ def read_separated(file: Path, text: str, own: str) -> Numbered:
 
 
 def _reader(text: str, delimiter: str, *, spaced: bool = False) -> Any:
-    """A csv reader, whose type has no public name."""
+    """Return a csv reader, whose type has no public name."""
     source = io.StringIO(text, newline="")
     return csv.reader(source, delimiter=delimiter, strict=True, skipinitialspace=spaced)
 
 
 def _names(file: Path, line: int, header: list[str]) -> list[str]:
-    if len(header) > MOST_COLUMNS:
+    if len(header) > MAX_COLUMNS:
         raise DataError(
-            f"{file}, line {line}: {len(header):,} columns; at most {MOST_COLUMNS:,} are read", code="too_many_columns"
+            f"{file}, line {line}: {len(header):,} columns; at most {MAX_COLUMNS:,} are read", code="too_many_columns"
         )
     names = [clean(name) or f"{UNNAMED}{place}" for place, name in enumerate(header)]
     if twice := repeated(names):
         raise DataError(
-            f"{file}, line {line}: the header names {some(twice)} twice", code="repeated_column", field=twice[0]
+            f"{file}, line {line}: the header names {join_limited(twice)} twice", code="repeated_column", field=twice[0]
         )
     if len(names) == 1 and "|" in names[0]:
         raise DataError(
@@ -98,7 +98,7 @@ def _rows(
 
 
 def _delimiter(file: Path, text: str, own: str) -> str:
-    """The one delimiter of the header line, quoted names aside; tabs are what .tsv promises."""
+    """Return the one delimiter of the header line, quoted names aside; tabs are what .tsv promises."""
     found = {sign for sign in _unquoted_header(text) if sign in DELIMITERS}
     if not found or (own in found and own == "\t"):
         return own

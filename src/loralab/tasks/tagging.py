@@ -8,9 +8,9 @@ from typing import Any
 from torch import nn
 from torch.nn import functional as F
 
-from loralab.tasks.encode import IGNORED, Encoded
+from loralab.tasks.examples import IGNORED, Encoded
 from loralab.tasks.formats import Row
-from loralab.tasks.forward import Among, by_length, call, merged
+from loralab.tasks.forward import ProcessGroup, by_length, call, merged
 from loralab.tasks.metrics import entity_f1, label_metrics, looks_like_entities
 
 KIND = "token-classification"
@@ -23,9 +23,9 @@ def score_tags(
     rows: Sequence[Row],
     labels: Sequence[str],
     batch_size: int,
-    among: Among | None = None,
+    among: ProcessGroup | None = None,
 ) -> tuple[dict[str, float], list[str]]:
-    """Metrics over all words, and the tags of each row joined by spaces.
+    """Return the metrics over all words, and the tags of each row joined by spaces.
 
     A word beyond the model's context is answered with the first label, and has no loss.
     """

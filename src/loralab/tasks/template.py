@@ -25,11 +25,11 @@ from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 from markupsafe import Markup
 
-SECONDS = 2.0  # of the processor, for one conversation
-LEAST, TIMES = 1 << 20, 16  # characters that any conversation may become; times its own
-LONGEST = 1 << 20  # characters of a template
-STEP = 8  # characters that a step of a loop, a call and an element count as
-WIDEST = 1000  # of a field, in a filter or a format
+MAX_SECONDS = 2.0  # of the processor, for one conversation
+MIN_ALLOWANCE, MAX_EXPANSION = 1 << 20, 16  # characters that any conversation may become; times its own
+MAX_TEMPLATE = 1 << 20  # characters of a template
+STEP_CHARACTERS = 8  # characters that a step of a loop, a call and an element count as
+MAX_FIELD_WIDTH = 1000  # of a field, in a filter or a format
 FORBIDDEN_FILTERS = ("center", "wordwrap", "urlize", "xmlattr", "pprint", "striptags", "forceescape")
 WIDE = re.compile(r"%[^%a-zA-Z]*(\d{4}|\*)|\{[^{}]*(\d{4}|:[^{}]*\{)")  # fields of a format
 PADDING = ("center", "ljust", "rjust", "zfill")
@@ -41,21 +41,21 @@ class _TooMuchError(jinja2.TemplateRuntimeError):
 
 
 class _Allowance(threading.local):
-    """What the template that runs in this thread may still use."""
+    """Budget of the template that runs in this thread."""
 
-    characters = most = LEAST
+    characters = most = MIN_ALLOWANCE
     until = float("inf")
 
     def begin(self, size: int) -> None:
-        self.characters = self.most = max(LEAST, TIMES * size)
-        self.until = time.thread_time() + SECONDS
+        self.characters = self.most = max(MIN_ALLOWANCE, MAX_EXPANSION * size)
+        self.until = time.thread_time() + MAX_SECONDS
 
-    def spend(self, characters: int = STEP) -> None:
+    def spend(self, characters: int = STEP_CHARACTERS) -> None:
         self.characters -= characters
         if self.characters < 0:
             raise _TooMuchError(f"it writes more than {self.most:,} characters")
         if time.thread_time() > self.until:
-            raise _TooMuchError(f"it takes more than {SECONDS:.0f} seconds")
+            raise _TooMuchError(f"it takes more than {MAX_SECONDS:.0f} seconds")
 
 
 _allowance = _Allowance()
@@ -89,20 +89,20 @@ def render(
 
 @functools.lru_cache(maxsize=16)
 def _compiled(template: str) -> jinja2.Template:
-    if len(template) > LONGEST:
+    if len(template) > MAX_TEMPLATE:
         raise _TooMuchError(f"it has {len(template):,} characters itself")
     return _Bounded(len(template)).from_string(template)
 
 
 def _weighed(value: Any) -> Any:
-    """The value, if all that it holds is no more than the allowance; what is held twice counts so.
+    """Return the value, if all that it holds is no more than the allowance; what is held twice counts so.
 
     So nothing is ever made that could not be written, compared or copied in the same time.
     """
     if isinstance(value, str | list | tuple | dict | Namespace | int):
         weight = 0
         for part in _parts(value):
-            weight += STEP + (len(part) if isinstance(part, str) else 0)
+            weight += STEP_CHARACTERS + (len(part) if isinstance(part, str) else 0)
             if isinstance(part, int) and part.bit_length() > 1 << 10:
                 raise _TooMuchError("it makes a number of more than 300 digits")
             if weight > _allowance.most:
@@ -111,7 +111,7 @@ def _weighed(value: Any) -> Any:
 
 
 def _parts(value: Any) -> Iterator[Any]:
-    """A value and all that it holds."""
+    """Yield a value and all that it holds."""
     left = [iter((value,))]
     while left:
         for part in left[-1]:
@@ -160,7 +160,7 @@ def _require_short(name: str, text: str, given: Sequence[Any]) -> None:
             raise _TooMuchError(f"it makes more than {_allowance.most:,} characters")
     elif name in FORBIDDEN_METHODS:
         raise _TooMuchError(f"it calls {name}, which is not allowed here")
-    elif name == "indent" and (text.count("\n") + 1) * WIDEST > _allowance.most:
+    elif name == "indent" and (text.count("\n") + 1) * MAX_FIELD_WIDTH > _allowance.most:
         raise _TooMuchError(f"it makes more than {_allowance.most:,} characters")
 
 
@@ -172,7 +172,7 @@ def _require_joined(between: str, parts: Any) -> None:
 
 
 def _limited(name: str, filtered: Callable[..., Any]) -> Callable[..., Any]:
-    """A filter whose arguments and whose result are weighed."""
+    """Return a filter whose arguments and whose result are weighed."""
 
     @functools.wraps(filtered)
     def bounded(*args: Any, **kwargs: Any) -> Any:
@@ -193,12 +193,12 @@ def _limited(name: str, filtered: Callable[..., Any]) -> Callable[..., Any]:
 
 def _require_options(name: str, given: Sequence[Any]) -> None:
     """Numbers that are widths, and texts that stand for one."""
-    if any(isinstance(one, int) and one > WIDEST for one in given):
-        raise _TooMuchError(f"it calls {name} with a number above {WIDEST}")
+    if any(isinstance(one, int) and one > MAX_FIELD_WIDTH for one in given):
+        raise _TooMuchError(f"it calls {name} with a number above {MAX_FIELD_WIDTH}")
     if name in ("indent", "tojson") and any(isinstance(one, str) for one in given):
         raise _TooMuchError(f"it calls {name} with a text for a width")
     if name == "sum" and any(isinstance(one, list | tuple) for one in given):
-        raise _TooMuchError("it sums what are no numbers")
+        raise _TooMuchError("it sums what are not numbers")
 
 
 class _Counting(NodeTransformer):
@@ -231,7 +231,7 @@ def _filter(node: nodes.Node, name: str, *args: nodes.Expr) -> nodes.Filter:
 
 def _counted(values: Any, inside: int) -> Iterator[Any]:
     for value in values:
-        _allowance.spend(STEP + inside)
+        _allowance.spend(STEP_CHARACTERS + inside)
         yield value
 
 
@@ -245,7 +245,7 @@ class _Generation(Extension):
     tags = {"generation"}  # noqa: RUF012 (an instance variable to jinja)
 
     def parse(self, parser: Any) -> nodes.Node:
-        """The block as it is, in a scope of its own."""
+        """Return the block as it is, in a scope of its own."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return nodes.CallBlock(self.call_method("_as_it_is"), [], [], body).set_lineno(line)
@@ -281,22 +281,22 @@ class _Bounded(ImmutableSandboxedEnvironment):
         return tree
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        """One operation that can make something large."""
+        """Return one operation that can make something large."""
         _require_room(operator, left, right)
         return _weighed(super().call_binop(context, operator, left, right))
 
     def call(self, context: Any, obj: Any, *args: Any, **kwargs: Any) -> Any:
-        """A macro, a function or a method."""
+        """Return a macro, a function or a method."""
         writes = isinstance(obj, Macro | BlockReference | LoopContext)
-        _allowance.spend(STEP + self._length * writes)
+        _allowance.spend(STEP_CHARACTERS + self._length * writes)
         method = getattr(obj, "__wrapped__", obj)
         text, name = getattr(method, "__self__", None), getattr(method, "__name__", "")
         given = [list(a) if isinstance(a, GeneratorType) else a for a in args]
         for one in (*given, *kwargs.values()):
             _weighed(one)
         if isinstance(text, str):
-            if name in PADDING and any(isinstance(one, int) and one > WIDEST for one in given):
-                raise _TooMuchError(f"it calls {name} with a number above {WIDEST}")
+            if name in PADDING and any(isinstance(one, int) and one > MAX_FIELD_WIDTH for one in given):
+                raise _TooMuchError(f"it calls {name} with a number above {MAX_FIELD_WIDTH}")
             _require_short(name, text, given)
             if name == "join":
                 _require_joined(text, given[0] if given else ())
@@ -304,7 +304,7 @@ class _Bounded(ImmutableSandboxedEnvironment):
 
 
 def _written(value: Any) -> Any:
-    """What is about to be written, counted."""
+    """Count what is about to be written."""
     text = value if isinstance(value, Markup) else str(_weighed(value))
     _allowance.spend(len(text))
     return text

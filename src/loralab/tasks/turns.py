@@ -35,8 +35,8 @@ THOUGHTS = (  # how thoughts begin and end
 FIRSTS = tuple(first for first, _ in THOUGHTS)
 MARK = re.compile(f"({'|'.join(re.escape(mark) for pair in THOUGHTS for mark in pair)})")
 STAND_IN = "answer-7f3a9c"  # for an answer, where all that a template writes around it is wanted
-SHORT = 40  # characters of an answer that may stand in what the template writes itself
-QUOTED = 40  # characters of an answer in an error
+MAX_TEMPLATE_ANSWER = 40  # characters of an answer that may stand in what the template writes itself
+MAX_QUOTED_ANSWER = 40  # characters of an answer in an error
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Turn:
 
 
 def turns(tokenizer: Any, chat: Chat) -> list[Turn]:
-    """Every answer of a conversation, in order.
+    """Return every answer of a conversation, in order.
 
     Raises:
         DataError: the chat template refuses the conversation, or an answer cannot be learnt.
@@ -58,7 +58,7 @@ def turns(tokenizer: Any, chat: Chat) -> list[Turn]:
 
 
 def last_turn(tokenizer: Any, chat: Chat) -> Turn:
-    """The answer that ends a conversation.
+    """Return the answer that ends a conversation.
 
     Raises:
         DataError: the chat template refuses the conversation, or the answer cannot be learnt.
@@ -72,7 +72,7 @@ def last_turn(tokenizer: Any, chat: Chat) -> Turn:
 
 
 def write(tokenizer: Any, chat: Chat, *, prompt: bool = False, now: datetime | None = None) -> str:
-    """A conversation as text; `prompt` opens the next answer.
+    """Return a conversation as text; `prompt` opens the next answer.
 
     Without `prompt` none is opened, also where the template always does.
 
@@ -86,14 +86,14 @@ def write(tokenizer: Any, chat: Chat, *, prompt: bool = False, now: datetime | N
         text = render(template, chat, prompt=prompt, tokens=tokens, now=now)
         return text if prompt else text.removesuffix(_needless_opening(template, _texts(tokens)))
     except Exception as error:  # jinja's own errors, and whatever a template raises
-        what = f"the row {chat[0]['content'][:QUOTED]!r}" if chat else "an answer to nothing"
+        what = f"the row {chat[0]['content'][:MAX_QUOTED_ANSWER]!r}" if chat else "an answer to nothing"
         raise DataError(
             f"the chat template refuses {what}: {error}", code="template_refuses_row", field="chat_template"
         ) from None
 
 
-def common(one: Sequence[object], other: Sequence[object]) -> int:
-    """How much two sequences have in common at their start."""
+def common_length(one: Sequence[object], other: Sequence[object]) -> int:
+    """Return how many elements two sequences share at their start."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
 
@@ -112,7 +112,7 @@ class _Answer:
         return self.chat[-1]["content"]
 
     def target(self, whole: str) -> str:
-        """What must follow the prompt; `whole` is the conversation as the template writes it."""
+        """Return what must follow the prompt; `whole` is the conversation as the template writes it."""
         if whole.startswith(self.prompt):
             target = whole[len(self.prompt) :]
             if self._is_held(target):
@@ -121,35 +121,35 @@ class _Answer:
         return self._put_together("")
 
     def _is_held(self, target: str) -> bool:
-        """Tell whether a target holds the answer as it is, but for the space around thoughts."""
+        """Return whether a target holds the answer as it is, but for the space around thoughts."""
         shown, (lead, end) = self._shown(), _usual_frame(self.tokenizer)
         usual = target.startswith(lead) and target.endswith(end)
         if usual and target[len(lead) : len(target) - len(end)].strip() == self.text.strip():
             return not shown + lead or _has_one_thought(_tight(shown + lead), _tight(self.text))
         text, answer = _tight(shown + target), _tight(self.text)
-        if len(answer) < SHORT and text.count(answer) <= self._markup(shown).count(answer):
+        if len(answer) < MAX_TEMPLATE_ANSWER and text.count(answer) <= self._markup(shown).count(answer):
             return False
         before, found, _ = text.rpartition(answer)
         return bool(found) and _has_one_thought(before, answer)
 
     def _shown(self) -> str:
-        """The thought that the prompt ends in, which a model would go on with; or none."""
+        """Return the thought that the prompt ends in, which a model would go on with; or none."""
         first, last, ended = _thought_at_the_end(self.prompt)
         return first + last * ended
 
     def _markup(self, shown: str) -> str:
-        """All that the template writes of an answer, but the answer."""
+        """Return all that the template writes of an answer, but the answer."""
         before, _, after = self._around()
         return _tight(shown + before.removeprefix(self.prompt) + after)
 
     def _around(self) -> tuple[str, str, str]:
-        """The whole before the answer, a stand-in for it or nothing, and the whole after it."""
+        """Return the whole before the answer, a stand-in for it or nothing, and the whole after it."""
         stand_in = {"role": "assistant", "content": STAND_IN}
         whole = write(self.tokenizer, [*self.chat[:-1], stand_in], now=self.now)
         return whole.rpartition(STAND_IN)
 
     def _put_together(self, target: str) -> str:
-        """The answer, without what the prompt has of it, and the end of turn.
+        """Return the answer, without what the prompt has of it, and the end of turn.
 
         Args:
             target: what the template writes after the prompt, if it does.
@@ -216,16 +216,16 @@ class _Answer:
         return (space[len(asked) :] if space.startswith(asked) else "") + self.text
 
     def _opening_that_is_not_in(self, before: str) -> str:
-        """The end of the prompt's opening that `before`, which leads to an answer, lacks."""
+        """Return the end of the prompt's opening that `before`, which leads to an answer, lacks."""
         opening = self._opening()
         lengths = range(len(opening), -1, -1)
         both = next(n for n in lengths if before.rstrip().endswith(opening[:n].rstrip()))
         return opening[both:].strip()
 
     def _opening(self) -> str:
-        """All that the template writes to open the answer."""
+        """Return all that the template writes to open the answer."""
         asked = write(self.tokenizer, self.chat[:-1], now=self.now)
-        return self.prompt[common(self.prompt, asked) :]
+        return self.prompt[common_length(self.prompt, asked) :]
 
     def _require_cut_thought(self, lead: str, target: str) -> None:
         """The template may leave out a thought, which a model writes by itself, and nothing else.
@@ -260,11 +260,11 @@ class _Answer:
         )
 
     def _quoted(self) -> str:
-        return repr(self.text[:QUOTED])
+        return repr(self.text[:MAX_QUOTED_ANSWER])
 
 
 def _usual_frame(tokenizer: Any) -> tuple[str, str]:
-    """What a template writes after the prompt of a first answer, before it and behind it.
+    """Return what a template writes after the prompt of a first answer, before it and behind it.
 
     Where that is not known it is what no answer stands between.
     """
@@ -272,13 +272,13 @@ def _usual_frame(tokenizer: Any) -> tuple[str, str]:
 
 
 def _texts(tokens: Mapping[str, Any]) -> Tokens:
-    """Special tokens, those that are one each, to be remembered by."""
+    """Return special tokens, those that are one each, to be remembered by."""
     return tuple((name, token) for name, token in tokens.items() if type(token) is str)
 
 
 @functools.lru_cache(maxsize=16)
 def _needless_opening(template: str, tokens: Tokens) -> str:
-    """The opening of an answer that a template writes whether one is asked for or not; or "".
+    """Return the opening of an answer that a template writes whether one is asked for or not; or "".
 
     Such a template writes it and nothing else where there is no message.
     """
@@ -309,7 +309,7 @@ def _frame(template: str, tokens: Tokens) -> tuple[str, str]:
 
 
 def _thought_at_the_end(prompt: str) -> tuple[str, str, bool]:
-    """The marks of the thought that a prompt ends in, and whether it is ended; else empty ones."""
+    """Return the marks of the thought that a prompt ends in, and whether it is ended; else empty ones."""
     text = prompt.rstrip()
     for first, last in THOUGHTS:
         if text.endswith((first, last)):
@@ -318,7 +318,7 @@ def _thought_at_the_end(prompt: str) -> tuple[str, str, bool]:
 
 
 def _has_one_thought(before: str, answer: str) -> bool:
-    """Tell whether what a template writes before an answer leaves no thought open, and none is doubled.
+    """Return whether what a template writes before an answer leaves no thought open, and none is doubled.
 
     Both are tight.
     """

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from loralab.errors import DataError
 from loralab.tasks.formats import Row
-from loralab.tasks.read import Table
+from loralab.tasks.read import DataTable
 
 ARCHIVE = "vaderSentiment-0.5.zip"
 SHA256 = "5d97c37f3ef6e24eef331122e055dbedafeb6a56abfce0608b326701116ea49a"
@@ -34,12 +34,12 @@ ORIGIN, AGREEMENT = "text-source", "rater-agreement"
 
 
 def locate(folders: Sequence[Path]) -> Path | None:
-    """The archive in the first folder that has it."""
+    """Return the archive in the first folder that has it."""
     return next((f / ARCHIVE for f in folders if (f / ARCHIVE).is_file()), None)
 
 
-def load(task: str, path: Path, get: Callable[[], str]) -> Table:
-    """One of the ten tasks as a table.
+def load(task: str, path: Path, get: Callable[[], str]) -> DataTable:
+    """Return one of the ten tasks as a table.
 
     Raises:
         DataError: the archive cannot be read, or is another one; `get` says how to get it.
@@ -54,7 +54,7 @@ def load(task: str, path: Path, get: Callable[[], str]) -> Table:
         rows = _sentiment(_clear(data, source))
     else:
         rows = _strength(_clear(data, source))
-    return Table(source=task, format="text-label", splits={"train": rows})
+    return DataTable(source=task, format="text-label", splits={"train": rows})
 
 
 def _sentiment(means: dict[str, float]) -> list[Row]:
@@ -80,19 +80,19 @@ def _origins(data: bytes) -> list[Row]:
 
 
 def _agreement(spreads: dict[str, float]) -> list[Row]:
-    """Tell whether those who rated a text agree more than they do on the median text of its source."""
+    """Return whether those who rated a text agree more than they do on the median text of its source."""
     middle = statistics.median(spreads.values())
     return [{"text": text, "label": "agreed" if spread <= middle else "disputed"} for text, spread in spreads.items()]
 
 
 def _clear(data: bytes, source: str) -> dict[str, float]:
-    """Every text that is not neutral, once, with its mean rating."""
+    """Return every text that is not neutral, once, with its mean rating."""
     rated = ((float(mean), text) for _, mean, text in _lines(data, source, "GroundTruth"))
     return {text: mean for mean, text in rated if abs(mean) > NEUTRAL}
 
 
 def _spreads(data: bytes, source: str) -> dict[str, float]:
-    """Every text once, with the standard deviation of its raters."""
+    """Return every text once, with the standard deviation of its raters."""
     ratings = {own[0].lstrip(MARK): own[3] for own in _lines(data, source, "anonDataRatings")}
     return {
         text: statistics.pstdev(ast.literal_eval(ratings[number]))
@@ -101,7 +101,7 @@ def _spreads(data: bytes, source: str) -> dict[str, float]:
 
 
 def _lines(data: bytes, source: str, kind: str) -> list[list[str]]:
-    """The columns of a file in the archive inside the archive."""
+    """Return the columns of a file in the archive inside the archive."""
     inner = zipfile.ZipFile(io.BytesIO(data)).read(INNER)
     with tarfile.open(fileobj=io.BytesIO(inner)) as tar:
         member = tar.extractfile(f"hutto_ICWSM_2014/{SOURCES[source][0]}_{kind}.txt")
@@ -110,7 +110,7 @@ def _lines(data: bytes, source: str, kind: str) -> list[list[str]]:
 
 
 def _checked_bytes(name: str, path: Path, get: Callable[[], str]) -> bytes:
-    """The archive's bytes, read only after its digest is known to be right."""
+    """Return the archive's bytes, read only after its digest is known to be right."""
     try:
         with path.open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() == SHA256:

@@ -1,4 +1,4 @@
-"""What a run must remember to end in the same bytes as if it had never been interrupted.
+"""Checkpoints: everything that a run needs to end in the same bytes as if never interrupted.
 
     checkpoints/step-000040/state.safetensors   adapter, optimiser and random-number state
     checkpoints/step-000040/progress.json       steps done, best score so far, loss scaler
@@ -58,8 +58,8 @@ def write(run: Path, trained: Trained, progress: Progress, world: World) -> Path
     """Write a checkpoint beside those that there are; all processes take part."""
     progress = replace(progress, scaler=trained.scaler.state_dict())
     path = run / FOLDER / f"step-{progress.step:06d}"
-    others = world.gathered(_own_random())[1:]
-    if world.first and not path.exists():
+    others = world.all_gather(_own_random())[1:]
+    if world.is_main and not path.exists():
         with atomic.new_folder(path) as folder:
             # 8-bit optimisers share a table between parameters, which the format refuses
             tensors = {name: t.cpu().contiguous().clone() for name, t in _state(trained).items()}
@@ -68,11 +68,11 @@ def write(run: Path, trained: Trained, progress: Progress, world: World) -> Path
             safetensors.torch.save_file(tensors, folder / STATE)
             text = json.dumps(asdict(progress), indent=2)
             (folder / PROGRESS).write_text(text + "\n", encoding="utf-8")
-    world.wait()
+    world.barrier()
     return path
 
 
-def keep(run: Path, steps: Collection[int | None]) -> None:
+def remove_others(run: Path, steps: Collection[int | None]) -> None:
     """Remove the checkpoints of all other steps, and what an interrupted write has left."""
     for path in (run / FOLDER).glob("step-*"):
         number = STEP.fullmatch(path.name.removesuffix(atomic.PARTIAL))
@@ -81,12 +81,12 @@ def keep(run: Path, steps: Collection[int | None]) -> None:
 
 
 def steps_of(run: Path) -> list[int]:
-    """The steps of which there is a checkpoint, in order."""
+    """Return the steps of which there is a checkpoint, in order."""
     found = (STEP.fullmatch(path.name) for path in (run / FOLDER).glob("step-*"))
     return sorted(int(name[1]) for name in found if name)
 
 
-def side_by_side(runs: Mapping[Path, int]) -> dict[Path, Path | None]:
+def last_common_steps(runs: Mapping[Path, int]) -> dict[Path, Path | None]:
     """From where several runs that make their steps together go on together; None: from the start.
 
     It is the last step at which each of them has a checkpoint, or had ended by then. One that was
@@ -109,13 +109,13 @@ def side_by_side(runs: Mapping[Path, int]) -> dict[Path, Path | None]:
 
 
 def latest(run: Path) -> Path | None:
-    """The checkpoint with the most steps; None if there is none."""
+    """Return the checkpoint with the most steps; None if there is none."""
     steps = steps_of(run)
     return at_step(run, steps[-1]) if steps else None
 
 
 def at_step(run: Path, step: int) -> Path:
-    """The place of the checkpoint of one step."""
+    """Return the place of the checkpoint of one step."""
     return run / FOLDER / f"step-{step:06d}"
 
 
@@ -140,13 +140,13 @@ def restore(path: Path, trained: Trained, world: World) -> Progress:
             if int(index) < torch.cuda.device_count():  # there may have been more of them
                 torch.cuda.set_rng_state(random, int(index))
         torch.set_rng_state(tensors["random.cpu"])
-        if not world.first:
+        if not world.is_main:
             _set_own_random(tensors, world.rank)
     return progress
 
 
 def _own_random() -> dict[str, Tensor]:
-    """The random numbers of this process; those on a GPU are of the one it computes on."""
+    """Return the random numbers of this process; those on a GPU are of the one it computes on."""
     found = {"cpu": torch.get_rng_state()}
     return found | ({"gpu": torch.cuda.get_rng_state()} if torch.cuda.is_initialized() else {})
 
@@ -173,7 +173,7 @@ def restore_weights(path: Path, adapter: Adapter) -> None:
 
 
 def read_progress(path: Path) -> Progress:
-    """Where the run stood at a checkpoint.
+    """Return where the run stood at a checkpoint.
 
     Raises:
         AdapterFileError: the checkpoint is damaged.
@@ -187,22 +187,24 @@ def read_progress(path: Path) -> Progress:
         if not isinstance(found.best_metrics, dict) or not isinstance(found.scaler, dict):
             raise TypeError("best_metrics and scaler must be objects")
         if strange := [n for n, v in found.best_metrics.items() if type(v) not in (int, float)]:
-            raise TypeError(f"best_metrics: {strange[0]!r} is no number")
+            raise TypeError(f"best_metrics: {strange[0]!r} is not a number")
     return found
 
 
 @contextmanager
 def _damage(path: Path) -> Iterator[None]:
-    """What torch and we raise on a state that does not fit, as one error with the remedy."""
+    """Turn what torch and loralab raise on a state that does not fit into one error with the remedy."""
     try:
         yield
     except (LoralabError, KeyError, ValueError, TypeError, RuntimeError) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else error
-        raise AdapterFileError(f"{path} is damaged ({reason}); delete it to go on before it") from None
+        raise AdapterFileError(
+            f"{path} is damaged ({reason}); delete it to go on before it", code="damaged", field="path"
+        ) from None
 
 
 def _optimizer_state(tensors: Mapping[str, Tensor], trained: Trained) -> dict[int, dict[str, Any]]:
-    """What `_state` wrote of the optimiser, by the number of the parameter.
+    """Read the optimiser's state that `_state` wrote, by the number of the parameter.
 
     Raises:
         ValueError: a tensor is of no parameter, or has another shape than its own.

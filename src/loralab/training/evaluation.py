@@ -12,10 +12,10 @@ from loralab.adapters import folder
 from loralab.adapters.folder import AdapterFolder
 from loralab.adapters.load import load as load_adapter
 from loralab.adapters.record import sound
-from loralab.errors import AdapterFileError, ConfigError, some
+from loralab.errors import AdapterFileError, ConfigError, join_limited
 from loralab.models import load as models
 from loralab.models.device import device_here, resolve_precision
-from loralab.models.given import Given, given, unchanged
+from loralab.models.given import Given, given, restored_after
 from loralab.models.identity import as_trained
 from loralab.models.load import Base
 from loralab.models.quantize import quantize as pack
@@ -64,7 +64,7 @@ def evaluate(
     )
     seed = learnt.seed if learnt is not None else evaluation.seed or 0
     size = record.get("base", {}).get("image_size")
-    with unchanged(own), _scored(name, own, task, stored, evaluation, seed, size) as base:
+    with restored_after(own), _scored(name, own, task, stored, evaluation, seed, size) as base:
         scores = score.evaluate(
             base.model,
             base.tokenizer,
@@ -114,7 +114,7 @@ def require_unpacked(own: Given, how: str, precision: str, *stored: AdapterFolde
         ConfigError: it would be packed, cast or get new tokens.
     """
     own.precision(precision)
-    wanted = {"quantize": how if how != "none" else "", "new_tokens": some(new_tokens(*stored))}
+    wanted = {"quantize": how if how != "none" else "", "new_tokens": join_limited(new_tokens(*stored))}
     for field, value in wanted.items():
         if value:
             raise ConfigError(
@@ -125,21 +125,21 @@ def require_unpacked(own: Given, how: str, precision: str, *stored: AdapterFolde
 
 
 def merged_record(model: str) -> dict[str, Any]:
-    """What the folder of a merged model says of the adapter's training; empty for other models."""
+    """Return what the folder of a merged model records of the adapter's training; empty for other models."""
     file = Path(model) / folder.RECORD
     record = folder.read_json(file) if file.is_file() else {}
     return sound(record) if record.get("kind") == "model" else {}
 
 
 def _record(stored: AdapterFolder | None, name: str, own: Given | None) -> Mapping[str, Any]:
-    """What is known of a training: of the adapter, or of a merged model by its name."""
+    """Return the record of a training: of the adapter, or of a merged model by its name."""
     if stored is not None:
         return stored.record
     return merged_record(name) if own is None else {}
 
 
 def _learnt(record: Mapping[str, Any], name: str, own: Given | None) -> Learnt:
-    """What a record says of the data that was trained on."""
+    """Return what a record says about the training data."""
     task, kind = record.get("task", {}), record.get("base", {}).get("kind")
     kind = kind or (models.natural_kind(name) if own is None else own.kind)
     texts = {key: task.get(key) or "" for key in ("format", "instruction", "digest")}
@@ -165,7 +165,7 @@ def generate(
     precision: str = "auto",
     system: str | None = None,
 ) -> list[dict[str, Any]]:
-    """What the base and each adapter answer: one {"prompt", "answers": {name: text}} a prompt.
+    """Generate answers of the base and of each adapter: one {"prompt", "answers": {name: text}} a prompt.
 
     Args:
         model: a name; or a live model with its `tokenizer`, asked as it is and left so. May be
@@ -177,15 +177,19 @@ def generate(
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not prompts:
-        raise ConfigError("there is no prompt; give one, or pipe some in, one a line")
+        raise ConfigError("there is no prompt; give one, or pipe some in, one a line", code="no_prompt", field="prompt")
     if not adapters and not with_base:
-        raise ConfigError("without the base and without adapters there is nothing to answer")
+        raise ConfigError(
+            "without the base and without adapters there is nothing to answer",
+            code="nothing_to_answer",
+            field="adapter",
+        )
     stored = [folder.read(path) for path in adapters]
     name = plain_name(model) if model is not None else base_name(*stored)
     own = given(name, tokenizer)
     found: list[dict[str, Any]] = [{"prompt": prompt, "answers": {}} for prompt in prompts]
     answering: list[tuple[str, AdapterFolder | None]] = [("base", None)] if with_base else []
-    with unchanged(own):
+    with restored_after(own):
         base = _asked(name, own, stored, precision)
         for who, folder_of in [*answering, *zip(map(str, adapters), stored, strict=True)]:
             with _adapted(base, folder_of) as asked:
@@ -199,7 +203,7 @@ def generate(
 
 
 def _asked(name: str, own: Given | None, stored: Sequence[AdapterFolder], precision: str) -> Base:
-    """The language model that answers, packed and with the tokens of the adapters' training."""
+    """Return the language model that answers, packed and with the tokens of the adapters' training."""
     how = quantization("auto", *stored)
     if own is not None:
         require_unpacked(own, how, precision, *stored)
@@ -214,7 +218,7 @@ def _asked(name: str, own: Given | None, stored: Sequence[AdapterFolder], precis
 
 
 def base_name(*stored: AdapterFolder | None) -> str:
-    """The base model that the adapters say they were trained on.
+    """Return the base model that the adapters say they were trained on.
 
     Raises:
         ConfigError: none is named, or several different ones.
@@ -232,13 +236,13 @@ def base_name(*stored: AdapterFolder | None) -> str:
 
 
 def _precision(asked: str, *stored: AdapterFolder | None) -> str:
-    """What was asked for; with auto that of the adapters' training, where they agree."""
+    """Return the precision that was asked for; with auto that of the adapters' training, where they agree."""
     own = {entry.record.get("base", {}).get("precision") for entry in stored if entry} - {None}
     return str(own.pop()) if asked == "auto" and len(own) == 1 else asked
 
 
 def quantization(asked: str, *stored: AdapterFolder | None) -> str:
-    """How the base is packed: as asked, or with auto as in the adapters' training.
+    """Return how the base is packed: as asked, or with auto as in the adapters' training.
 
     Raises:
         ConfigError: the adapters were trained on bases that are packed in different ways.
@@ -247,25 +251,33 @@ def quantization(asked: str, *stored: AdapterFolder | None) -> str:
     if asked != "auto":
         return asked
     if len(own) > 1:
-        raise ConfigError(f"the adapters were trained on different bases: {', '.join(sorted(own))}")
+        raise ConfigError(
+            f"the adapters were trained on different bases: {', '.join(sorted(own))}",
+            code="different_bases",
+            field="adapter",
+        )
     return str(own.pop()) if own else "none"
 
 
 def new_tokens(*stored: AdapterFolder | None) -> tuple[str, ...]:
-    """The tokens that the adapters brought along.
+    """Return the tokens that the adapters brought along.
 
     Raises:
         ConfigError: they brought different ones, which would share their numbers.
     """
     found = {tuple(e.record.get("tokenizer", {}).get("new_tokens", ())) for e in stored if e}
     if len(found - {()}) > 1:
-        raise ConfigError("the adapters have different new tokens; ask them one at a time")
+        raise ConfigError(
+            "the adapters have different new tokens; ask them one at a time", code="different_tokens", field="adapter"
+        )
     return max(found, default=())
 
 
 def _generator(name: str, precision: str) -> Base:
     if models.natural_kind(name) != "causal-lm":
-        raise ConfigError(f"{name} is no language model; it can be evaluated, not asked")
+        raise ConfigError(
+            f"{name} is not a language model; it can be evaluated, not asked", code="not_generative", field="model"
+        )
     dtype: torch.dtype = models.parse_dtype(resolve_precision(precision))
     base = models.load(name, kind="causal-lm", dtype=dtype)
     base.model.to(device_here())

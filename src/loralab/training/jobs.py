@@ -1,4 +1,4 @@
-"""What several trainings in one command are asked: jobs.toml, and a job in Python.
+"""Jobs of one command that trains several adapters: jobs.toml, or objects in Python.
 
 Standard library only: the command line reads it before anything is loaded.
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from loralab.adapters.methods import AnyMethod
-from loralab.errors import ConfigError, LoralabError, nearest, some
+from loralab.errors import ConfigError, LoralabError, join_limited, nearest
 from loralab.training.settings import Training
 from loralab.values import read_toml
 
@@ -35,7 +35,7 @@ class TrainJob:
 
 
 def read_jobs(file: Path, fields: Iterable[str]) -> tuple[Fields, dict[str, Fields]]:
-    """The common fields of a jobs.toml, and those that each job has of its own, by name.
+    """Return the common fields of a jobs.toml, and those that each job has of its own, by name.
 
     Args:
         fields: what a job may have; `output_dir`, the folder of all of them, is common.
@@ -46,18 +46,22 @@ def read_jobs(file: Path, fields: Iterable[str]) -> tuple[Fields, dict[str, Fiel
     content = read_toml(file)
     tables = content.pop(TABLE, None)
     if not (isinstance(tables, list) and tables and all(isinstance(t, dict) for t in tables)):
-        raise ConfigError(f"{file} has no job; each is a table [[{TABLE}]] with a name")
+        raise ConfigError(f"{file} has no job; each is a table [[{TABLE}]] with a name", code="no_job", field="job")
     allowed = {*fields}
     _require_known(content, {*allowed, "output_dir"}, f"{file}: ")
     jobs: dict[str, Fields] = {}
     for number, table in enumerate(tables, start=1):
         name = table.pop("name", None)
         if not isinstance(name, str):
-            raise ConfigError(f"{file}: job {number} has no name")
+            raise ConfigError(f"{file}: job {number} has no name", code="missing_name", field="name")
         require_names([*jobs, name], f"{file}: ")
         with_name = f"{file}: job {name!r}: "
         if "output_dir" in table:
-            raise ConfigError(f"{with_name}output_dir is common; a job's folder has its name")
+            raise ConfigError(
+                f"{with_name}output_dir is common; a job's folder has its name",
+                code="common_output",
+                field="output_dir",
+            )
         _require_known(table, allowed, with_name)
         jobs[name] = table
     return content, jobs
@@ -76,19 +80,23 @@ def require_names(names: Sequence[str], where: str = "") -> None:
         if not SAFE.fullmatch(name) or name.endswith("."):
             raise ConfigError(
                 f"{where}job {name!r}: a name is made of letters, digits, '-', '_' and '.', and "
-                "begins with a letter or digit"
+                "begins with a letter or digit",
+                code="invalid_name",
+                field="name",
             )
     folded = [name.casefold() for name in names]
     if twice := [name for name, own in zip(names, folded, strict=True) if folded.count(own) > 1]:
-        raise ConfigError(f"{where}names of jobs must differ, got {some(twice)}")
+        raise ConfigError(
+            f"{where}names of jobs must differ, got {join_limited(twice)}", code="repeated_name", field="name"
+        )
 
 
 def of_job(name: str, error: LoralabError) -> LoralabError:
-    """The same error, with the job that it is of in front."""
+    """Return the same error, with the job that it is of in front."""
     return type(error)(f"job {name!r}: {error}", code=error.code, field=error.field)
 
 
 def _require_known(table: Iterable[str], allowed: set[str], where: str) -> None:
     for key in table:
         if key not in allowed:
-            raise ConfigError(f"{where}unknown field {key!r}{nearest(key, allowed)}")
+            raise ConfigError(f"{where}unknown field {key!r}{nearest(key, allowed)}", code="unknown_field", field=key)

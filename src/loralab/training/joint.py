@@ -1,4 +1,4 @@
-"""The losses of several jobs out of one forward pass: the base's products are one for all.
+"""Losses of several jobs from one forward pass that shares the base's products.
 
 Every job gets what it would get alone. Packed rows stand one after the other, those of each job
 together; padded ones are padded to one width. What is drawn at random is drawn for each job out
@@ -21,26 +21,34 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from loralab.adapters.adapter import Adapter
 from loralab.adapters.grouped import Bank, Span
 from loralab.tasks.batches import pack, padded
-from loralab.tasks.encode import IGNORED, Example
+from loralab.tasks.examples import IGNORED, Example
 from loralab.tasks.forward import call, embed, labelled, partner_losses, second_of
 from loralab.training.fast.attention import Packing
-from loralab.training.fast.functions import CHUNK, loss_and_gradient
-from loralab.training.fast.patches import attention_function, known, patched
-from loralab.training.fast.path import Path, difference, gradient_of, noise, on_device, packed_states, rounded_up
+from loralab.training.fast.forward_path import (
+    ForwardPath,
+    difference,
+    gradient_of,
+    noise,
+    on_device,
+    packed_states,
+    rounded_up,
+)
+from loralab.training.fast.functions import token_losses
+from loralab.training.fast.patches import attention_function, known_modules, patched
 from loralab.training.loss import is_plain_head, summed_loss
 
-PICTURES = 16  # that go through the model at once, unless one job has more
-NAME = "loralab-together"  # of the attention here in transformers' table
+MAX_PICTURES = 16  # that go through the model at once, unless one job has more
+ATTENTION_NAME = "loralab-together"  # of the attention here in transformers' table
 
 
-class Part(NamedTuple):
+class JobRows(NamedTuple):
     """Rows of one job that go through the model together; `path` is the job's own.
 
     Without a key they go through the base alone.
     """
 
     key: Hashable
-    path: Path
+    path: ForwardPath
     examples: Sequence[Example]
 
 
@@ -53,10 +61,12 @@ class Joint:
         around: what is drawn for a job is drawn in this.
     """
 
-    def __init__(self, model: Any, path: Path, around: Callable[[Hashable], AbstractContextManager[Any]]) -> None:
+    def __init__(
+        self, model: Any, path: ForwardPath, around: Callable[[Hashable], AbstractContextManager[Any]]
+    ) -> None:
         self.model, self.path, self.around = model.requires_grad_(False), path, around
         self.bank = Bank(model, around)
-        self._quicker = known(model) if path.way != "plain" else []
+        self._quicker = known_modules(model) if path.mode != "plain" else []
         self._drops: dict[Hashable, bool] = {}
         self._masks: dict[Hashable, bool] = {}
         self._widths: tuple[int, ...] = ()  # of each span's rows, if it were alone
@@ -76,7 +86,7 @@ class Joint:
         """Let a job go."""
         self.bank.drop(key)
 
-    def problem(self, part: Part, adapter: Adapter) -> str:
+    def problem(self, part: JobRows, adapter: Adapter) -> str:
         """In what a job's loss or gradient here differs from what it is alone; empty if it does
         not. The job has been put in; its rows are tried behind the same rows of the base."""
         path, model = part.path, adapter.model
@@ -85,14 +95,14 @@ class Joint:
         model.eval()
         self.model.eval()
         try:
-            with path.taken():
+            with path.activated():
                 expected = gradient_of(path.loss(part.examples), adapter)
-            with self.taken():
+            with self.activated():
                 found = gradient_of(self.losses(both)[0], adapter)
             model.train()
             self.model.train()
             before = _random_states()
-            with self.taken(), torch.no_grad():
+            with self.activated(), torch.no_grad():
                 self.losses(both)
             if not all(map(torch.equal, before, _random_states())):
                 return "the model draws random numbers that are not those of one job"
@@ -104,52 +114,52 @@ class Joint:
         problem = difference(model, expected, found)
         return problem and f"in a batch with others {problem}"
 
-    def groups(self, parts: Sequence[Part], room: int) -> list[list[Part]]:
-        """Parts that go through the model at once, as many as fit."""
+    def groups(self, parts: Sequence[JobRows], max_tokens: int) -> list[list[JobRows]]:
+        """Return parts that go through the model at once, as many as fit."""
         if self.path.kind == "image-classification":
-            room = PICTURES
-        pads = self.path.way != "packed"
+            max_tokens = MAX_PICTURES
+        pads = self.path.mode != "packed"
         if pads:
             parts = sorted(parts, key=_widths, reverse=True)
-        groups: list[list[Part]] = []
+        groups: list[list[JobRows]] = []
         for part in parts:
             whole = [*groups[-1], part] if groups else []
-            if whole and self._size(whole) <= room and not (pads and self._differ(whole)):
+            if whole and self._size(whole) <= max_tokens and not (pads and self._differ(whole)):
                 groups[-1].append(part)
             else:
                 groups.append([part])
         return groups
 
-    def losses(self, parts: Sequence[Part]) -> list[Tensor]:
-        """The summed cross-entropy of each part that is a job's, () in fp32; differentiable."""
-        if self.path.way == "packed":
+    def losses(self, parts: Sequence[JobRows]) -> list[Tensor]:
+        """Return the summed cross-entropy of each part that is a job's, () in fp32; differentiable."""
+        if self.path.mode == "packed":
             return self._packed_losses(parts)
         return self._padded_losses(parts)
 
     @contextlib.contextmanager
-    def taken(self) -> Iterator[None]:
-        """The model as the jobs' way needs it."""
-        if self.path.way == "plain":
+    def activated(self) -> Iterator[None]:
+        """Patch the model as the jobs' mode needs it."""
+        if self.path.mode == "plain":
             yield
             return
-        ALL_ATTENTION_FUNCTIONS.register(NAME, self._attention)
-        ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, sdpa_mask)
+        ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, self._attention)
+        ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, sdpa_mask)
         config = self.model.config
         ours = config._attn_implementation == "sdpa"
         with patched(self.model, self._quicker):
             if ours:
-                config._attn_implementation = NAME
+                config._attn_implementation = ATTENTION_NAME
             yield
 
-    def _size(self, parts: Sequence[Part]) -> int:
+    def _size(self, parts: Sequence[JobRows]) -> int:
         return self.path.size([example for part in parts for example in part.examples])
 
-    def _differ(self, parts: Sequence[Part]) -> bool:
-        """Tell whether an adapter would draw its dropout in another shape than alone."""
+    def _differ(self, parts: Sequence[JobRows]) -> bool:
+        """Return whether an adapter would draw its dropout in another shape than alone."""
         return any(self._masks[p.key] for p in parts) and len({_widths(p) for p in parts}) > 1
 
-    def _packed_losses(self, parts: Sequence[Part]) -> list[Tensor]:
-        """As `Path` does it alone: a part that drops at random is filled up in the same way."""
+    def _packed_losses(self, parts: Sequence[JobRows]) -> list[Tensor]:
+        """As `ForwardPath` does it alone: a part that drops at random is filled up in the same way."""
         batches, spans, lengths, start = [], [], [], 0
         for part in parts:
             own = [len(example.input_ids) for example in part.examples]
@@ -170,8 +180,10 @@ class Joint:
             states = packed_states(self.model, batch, packing)
         return self._by_heads(parts, spans, states, batch["targets"])
 
-    def _by_heads(self, parts: Sequence[Part], spans: Sequence[Span], states: Tensor, targets: Tensor) -> list[Tensor]:
-        """The loss of each part by its job's own head; heads that are the base's run at once."""
+    def _by_heads(
+        self, parts: Sequence[JobRows], spans: Sequence[Span], states: Tensor, targets: Tensor
+    ) -> list[Tensor]:
+        """Return the loss of each part by its job's own head; heads that are the base's run at once."""
         has_loss = targets != IGNORED
         jobs = [
             (part, has_loss[span.start : span.stop].nonzero()[:, 0] + span.start)
@@ -191,7 +203,7 @@ class Joint:
                     found[number] = summed_loss(head, states[here], targets[here])
         return [found[number] for number in range(len(jobs))]
 
-    def _padded_losses(self, parts: Sequence[Part]) -> list[Tensor]:
+    def _padded_losses(self, parts: Sequence[JobRows]) -> list[Tensor]:
         examples = [example for part in parts for example in part.examples]
         width = max(width for part in parts for width in _widths(part))
         batch, spans, start = replace(self.path, longest=width).batch(examples), [], 0
@@ -218,7 +230,7 @@ class Joint:
         return [_summed(logits[own][..., :count], labels[own]) for own, count in zip(rows, classes, strict=True)]
 
     @contextlib.contextmanager
-    def _routed(self, spans: Sequence[Span], parts: Sequence[Part] = (), *, second: bool = False) -> Iterator[None]:
+    def _routed(self, spans: Sequence[Span], parts: Sequence[JobRows] = (), *, second: bool = False) -> Iterator[None]:
         self._widths = tuple(_widths(part)[second] for part in parts)
         with self.bank.routed(spans):
             yield
@@ -231,7 +243,7 @@ class Joint:
                     setattr(parent, name, _Dropout(child.p, self._mask).train(child.training))
 
     def _mask(self, x: Tensor, p: float, axes: Sequence[int]) -> Tensor:
-        """What x is multiplied by, drawn for each span in the shape that it has alone.
+        """Return the dropout mask of x, drawn for each span in the shape that it has alone.
 
         Args:
             axes: those of x that are as long as the rows are padded to.
@@ -260,7 +272,7 @@ class Joint:
         scaling: float | None = None,
         **options: Any,
     ) -> tuple[Tensor, None]:
-        """What transformers' attention modules call: query (B, H, L, D) -> (B, L, H, D)."""
+        """Attention function for transformers: query (B, H, L, D) -> (B, L, H, D)."""
         if not dropout:
             return attention_function(module, query, key, value, mask, scaling=scaling, **options)
         times = query.shape[1] // key.shape[1]
@@ -279,7 +291,7 @@ class Joint:
 
 
 def _random_states() -> list[Tensor]:
-    """The state of every generator that a model may draw from, GPUs included."""
+    """Return the state of every generator that a model may draw from, GPUs included."""
     on_gpu = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     return [torch.get_rng_state(), *on_gpu]
 
@@ -298,65 +310,36 @@ class _Dropout(nn.Module):
         return x * self._mask(x, self.p, (1,) if x.ndim == 3 else ())
 
 
-def tried(key: Hashable, path: Path, examples: Sequence[Example]) -> Part:
-    """Rows on which a job is compared: noise, or pictures of its own."""
+def trial_rows(key: Hashable, path: ForwardPath, examples: Sequence[Example]) -> JobRows:
+    """Return rows on which a job is compared: noise, or pictures of its own."""
     if path.kind == "image-classification":
-        return Part(key, path, examples[:2])
-    return Part(key, path, noise(path.model, path.kind))
+        return JobRows(key, path, examples[:2])
+    return JobRows(key, path, noise(path.model, path.kind))
 
 
-def _widths(part: Part) -> tuple[int, int]:
-    """Tokens of a padded row of a part alone; and of second texts. 0 where there is none."""
+def _widths(part: JobRows) -> tuple[int, int]:
+    """Return the number of tokens of a padded row of a part alone; and of second texts. 0 where there is none."""
     if part.path.kind == "image-classification":
         return 0, 0
-    longest = 0 if part.path.way == "plain" else part.path.longest
+    longest = 0 if part.path.mode == "plain" else part.path.longest
     first, second = ([getattr(e, name) for e in part.examples] for name in ("input_ids", "second"))
     return padded(first, 0, longest)[0].shape[1], padded(second, 0, longest)[0].shape[1]
 
 
 def _draws(adapter: Adapter) -> bool:
-    """Tell whether an adapter drops out numbers of its own, beside those of the base."""
+    """Return whether an adapter drops out numbers of its own, beside those of the base."""
     bases = {m for w in adapter.modules.values() for m in w.base.modules()}
     own = {m for w in adapter.modules.values() for m in w.modules()} - bases
     return any(isinstance(module, nn.Dropout) and module.p for module in own)
 
 
 def _by_frozen_head(head: Any, states: Tensor, targets: Tensor, heres: Sequence[Tensor]) -> list[Tensor]:
-    """The summed loss at each of some sets of places, through one product of the head."""
+    """Return the summed loss at each of some sets of places, through one product of the head."""
     where = torch.cat([*heres])
     filling = rounded_up(len(where)) - len(where)
     where = F.pad(where, (0, filling), value=len(targets) - 1)  # no target there
     losses = token_losses(states[where], head.weight, head.bias, targets[where])
     return [own.sum() for own in losses.split([*map(len, heres), filling])[:-1]]
-
-
-def token_losses(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
-    """The cross-entropy of each row by a frozen linear head, (N,) in fp32; hidden (N, H).
-
-    As `head_loss`, which sums them.
-    """
-    losses: Tensor = _TokenLosses.apply(hidden, weight, bias, labels)
-    return losses
-
-
-class _TokenLosses(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
-        losses, gradient = [hidden.new_zeros(0, dtype=torch.float32)], torch.empty_like(hidden)
-        for start in range(0, len(hidden), CHUNK):
-            chunk = slice(start, start + CHUNK)
-            logits = F.linear(hidden[chunk], weight, bias)
-            own, d_logits = loss_and_gradient(logits, labels[chunk])
-            losses.append(own)
-            torch.mm(d_logits, weight, out=gradient[chunk])
-        ctx.save_for_backward(gradient)
-        return torch.cat(losses)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d_losses: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = ctx.saved_tensors
-        return (gradient * d_losses[:, None]).to(gradient.dtype), None, None, None
 
 
 def _summed(logits: Tensor, labels: Tensor) -> Tensor:

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from loralab.adapters.adapter import Adapter
-from loralab.errors import AdapterStateError, LearningError, some
+from loralab.errors import AdapterStateError, LearningError, join_limited
 
 FIRST_LOOK, SECOND_LOOK = 1, 3  # steps after which gradients, and then weights, are checked
 # a random A has no gradient before B has moved; lambda can be pruned; a token's row waits for it
-MAY_REST = (".lora_A", ".out_A", ".lora_E", ".trainable_tokens_delta")
+NO_EARLY_GRADIENT = (".lora_A", ".out_A", ".lora_E", ".trainable_tokens_delta")
 
 
 def require_trainable(adapter: Adapter, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -40,7 +40,7 @@ def require_trainable(adapter: Adapter, model: nn.Module, optimizer: torch.optim
     others = {id(p): name for name, p in model.named_parameters()}
     if outside := [name for name, p in named.items() if id(p) not in others]:
         raise AdapterStateError(
-            f"the trained model does not hold the adapter's {some(outside)}; give the trainer the "
+            f"the trained model does not hold the adapter's {join_limited(outside)}; give the trainer the "
             "model that the adapter is attached to, and no copy of it",
             code="other_model",
             field="model",
@@ -48,7 +48,7 @@ def require_trainable(adapter: Adapter, model: nn.Module, optimizer: torch.optim
     held = {id(p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
     if missing := [name for name, p in named.items() if id(p) not in held]:
         raise LearningError(
-            f"the optimizer does not hold the adapter's {some(missing)}; make it after attach, "
+            f"the optimizer does not hold the adapter's {join_limited(missing)}; make it after attach, "
             "from adapter.parameters()",
             code="optimizer_lacks",
             field="optimizer",
@@ -56,7 +56,7 @@ def require_trainable(adapter: Adapter, model: nn.Module, optimizer: torch.optim
     if extra := held - {id(p) for p in named.values()}:
         names = sorted(others.get(number, "a tensor outside the model") for number in extra)
         raise LearningError(
-            f"the optimizer also holds {some(names)}, which no adapter folder would hold; freeze "
+            f"the optimizer also holds {join_limited(names)}, which no adapter folder would hold; freeze "
             "it, or name its module in modules_to_save",
             code="optimizer_holds_more",
             field="optimizer",
@@ -73,16 +73,18 @@ def require_gradients(adapter: Adapter) -> None:
     without = [name for name, parameter in named.items() if parameter.grad is None]
     if without and not _may_miss(adapter, without):
         raise LearningError(
-            f"no gradient reaches {some(without)}; nothing would be learnt there", code="no_gradient", field=without[0]
+            f"no gradient reaches {join_limited(without)}; nothing would be learnt there",
+            code="no_gradient",
+            field=without[0],
         )
 
 
 def not_finite(adapter: Adapter, step: int) -> LearningError:
     """Return the error of a step, counted from 1, whose gradient is not finite."""
     named = adapter.named_parameters()
-    bad = [n for n, p in named.items() if p.grad is not None and not finite(p.grad)]
+    bad = [n for n, p in named.items() if p.grad is not None and not is_finite(p.grad)]
     return LearningError(
-        f"step {step}: the gradient is not finite in {some(bad) or 'its norm'}; "
+        f"step {step}: the gradient is not finite in {join_limited(bad) or 'its norm'}; "
         "lower the learning rate or use --precision fp32",
         code="gradient_not_finite",
         field=bad[0] if bad else None,
@@ -103,11 +105,11 @@ def require_moved(adapter: Adapter, started: Mapping[str, Tensor]) -> None:
     still = [
         name
         for name, parameter in trained(adapter).items()
-        if not name.endswith(MAY_REST) and torch.equal(parameter, started[name])
+        if not name.endswith(NO_EARLY_GRADIENT) and torch.equal(parameter, started[name])
     ]
     if still and not _may_miss(adapter, still):
         raise LearningError(
-            f"after {SECOND_LOOK} steps these have not moved: {some(still)}", code="not_moved", field=still[0]
+            f"after {SECOND_LOOK} steps these have not moved: {join_limited(still)}", code="not_moved", field=still[0]
         )
 
 
@@ -116,12 +118,12 @@ def trained(adapter: Adapter) -> dict[str, nn.Parameter]:
     return {name: p for name, p in adapter.named_parameters().items() if p.requires_grad}
 
 
-def finite(tensor: Tensor) -> bool:
-    """Tell whether all numbers are finite."""
+def is_finite(tensor: Tensor) -> bool:
+    """Return whether all numbers are finite."""
     return bool(tensor.isfinite().all())
 
 
 def _may_miss(adapter: Adapter, names: Sequence[str]) -> bool:
-    """Weights that exist already may be idle in this use of the model; not all of them may."""
+    """Return weights that exist already may be idle in this use of the model; not all of them may."""
     existing = adapter.spec.trains_base
     return existing and len(names) < len(adapter.parameters())

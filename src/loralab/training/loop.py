@@ -13,23 +13,23 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path as Folder
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 from loralab.adapters.adapter import Adapter
-from loralab.errors import LearningError, some
+from loralab.errors import LearningError, join_limited
 from loralab.tasks.batches import Batches
-from loralab.tasks.encode import IGNORED, Example
+from loralab.tasks.examples import IGNORED, Example
 from loralab.tasks.forward import answer_loss
 from loralab.tasks.score import Scores
 from loralab.training import checkpoint, learning
 from loralab.training.checkpoint import Progress, Trained
-from loralab.training.fast.path import Path
+from loralab.training.fast.forward_path import ForwardPath
 from loralab.training.optim import learning_rate, set_learning_rate
-from loralab.training.record import Record
+from loralab.training.record import RunRecord
 from loralab.training.settings import Training
 from loralab.training.world import World
 
@@ -45,12 +45,12 @@ class Job:
     """
 
     adapter: Adapter
-    path: Path
+    path: ForwardPath
     examples: Sequence[Example]
     batches: Batches
     steps: int
     training: Training
-    folder: Folder
+    folder: Path
     evaluate: Callable[[], Scores]
     world: World
     sharded: bool
@@ -59,50 +59,50 @@ class Job:
 class Steps:
     """A run between two of its steps: where it stands, and what the next one does.
 
-    A step is `gradients`, `clip`, `apply`; then `look`, and `save` where that says so.
+    A step is `gradients`, `clip`, `apply`; then `evaluate_if_due`, and `write` where that says so.
     """
 
-    def __init__(self, job: Job, trained: Trained, progress: Progress, record: Record) -> None:
+    def __init__(self, job: Job, trained: Trained, progress: Progress, record: RunRecord) -> None:
         self.job, self.trained, self.progress, self.record = job, trained, progress, record
         self._started = {} if progress.step else learning.start_of(job.adapter)
         self._clock = _Clock(job.steps, progress)
 
     @property
     def over(self) -> bool:
-        """Tell whether there is no next step."""
+        """Return whether there is no next step."""
         return self.progress.step >= self.job.steps or self.progress.stopped_early
 
     def shares(self) -> list[list[list[Example]]]:
-        """The rows of the next step, as they go through the model in each process."""
+        """Return the rows of the next step, as they go through the model in each process."""
         job = self.job
         passes = [[job.examples[i] for i in rows] for rows in job.batches.step(self.progress.step)]
-        if job.path.meets:
+        if job.path.in_batch_negatives:
             return self._spread(passes)
         return [
-            [part for rows in job.world.share(passes, rank) for part in job.path.parts(rows)]
+            [part for rows in job.world.share(passes, rank) for part in job.path.micro_batches(rows)]
             for rank in range(job.world.size)
         ]
 
     def _spread(self, passes: Sequence[list[Example]]) -> list[list[list[Example]]]:
-        """Passes whose rows meet: what processes would have side by side is one pass of all."""
+        """Return passes whose rows meet: what processes would have side by side is one pass of all."""
         size, together = self.job.world.size, self.job.training.processes or 1
         whole = [list(itertools.chain(*passes[i : i + together])) for i in range(0, len(passes), together)]
         return [[rows[rank::size] for rows in whole] for rank in range(size)]
 
     def labelled(self, shares: Sequence[Sequence[Sequence[Example]]]) -> int:
-        """What the summed losses of a step are divided by, at least 1."""
+        """Return the divisor of a step's summed losses, at least 1."""
         kind, parts = self.job.path.kind, [part for share in shares for part in share]
         return max(1, sum(labelled_tokens(example, kind) for rows in parts for example in rows))
 
     def reduced(self, loss: float, tokens: int) -> tuple[float, int]:
-        """A step's loss and tokens over all processes; its gradients are added up too."""
+        """Return a step's loss and tokens over all processes; its gradients are added up too."""
         job = self.job
         job.world.sum_gradients(job.adapter.parameters())
-        loss, total = job.world.summed(loss, tokens)
+        loss, total = job.world.all_reduce(loss, tokens)
         return loss, int(total)
 
     def gradients(self, accelerator: Accelerator) -> tuple[float, int]:
-        """Those of the next step: (mean loss per labelled token, tokens seen).
+        """Compute the gradients of the next step; return (mean loss per labelled token, tokens seen).
 
         Raises:
             LearningError: the loss is not finite.
@@ -110,7 +110,7 @@ class Steps:
         job, shares = self.job, self.shares()
         parts, labelled = shares[job.world.rank], self.labelled(shares)
         total, tokens = torch.zeros((), dtype=torch.float64), 0
-        with job.path.taken():
+        with job.path.activated():
             for rows in parts:
                 loss = job.path.loss(rows) if rows else self._no_loss(shares)
                 accelerator.backward(self.trained.scaler.scale(loss / labelled))
@@ -130,13 +130,15 @@ class Steps:
         return self.job.path.shared_loss(shares[0][0], counted=False)
 
     def require_finite(self, loss: float, parts: Sequence[Sequence[Example]]) -> None:
-        """Refuse a step's loss that is no number.
+        """Refuse a step's loss that is not a number.
 
         Raises:
             LearningError: says where in the model the rows first go wrong.
         """
         if not math.isfinite(loss):
-            raise LearningError(_blame_forward(self.job, parts, self.progress.step))
+            raise LearningError(
+                _blame_forward(self.job, parts, self.progress.step), code="loss_not_finite", field="loss"
+            )
 
     def clip(self) -> float:
         """Check and clip the gradients; returns their norm before.
@@ -147,7 +149,7 @@ class Steps:
         return _clipped(self.job, self.trained, self.progress.step)
 
     def apply(self, loss: float, norm: float, tokens: int) -> None:
-        """Change the adapter, and say so.
+        """Apply the gradients to the adapter and record the step.
 
         Raises:
             LearningError: after some steps a tensor is still at its start.
@@ -162,8 +164,8 @@ class Steps:
         fields = {"loss": loss, "grad_norm": norm, "learning_rate": rate}
         self.record(self._clock.event(self.progress, **fields))
 
-    def look(self) -> bool:
-        """Evaluate where it is time to; whether it is time for a checkpoint."""
+    def evaluate_if_due(self) -> bool:
+        """Evaluate if it is time to; return whether a checkpoint is due."""
         training, step = self.job.training, self.progress.step
         last, better = step == self.job.steps, False
         if last or (training.evaluate_every and step % training.evaluate_every == 0):
@@ -172,14 +174,14 @@ class Steps:
         return last or better or self.progress.stopped_early or step % save_every == 0
 
     def write(self) -> None:
-        """A checkpoint, beside those before it."""
+        """Write a checkpoint, beside those before it."""
         path = checkpoint.write(self.job.folder, self.trained, self.progress, self.job.world)
         self.record({"kind": "checkpoint", "step": self.progress.step, "text": str(path)})
 
     def drop_others(self) -> None:
         """Remove the checkpoints that are neither the last nor the best."""
-        if self.job.world.first:
-            checkpoint.keep(self.job.folder, {self.progress.step, self.progress.best_step})
+        if self.job.world.is_main:
+            checkpoint.remove_others(self.job.folder, {self.progress.step, self.progress.best_step})
 
     def forget(self) -> None:
         """Drop the gradients of a step that is not to be."""
@@ -199,10 +201,10 @@ def run_steps(steps: Steps) -> Progress:
         while not steps.over:
             loss, tokens = steps.gradients(accelerator)
             steps.apply(loss, steps.clip(), tokens)
-            if steps.look():
+            if steps.evaluate_if_due():
                 steps.write()
                 steps.drop_others()
-            if any(steps.job.world.summed(interrupted.is_set())):
+            if any(steps.job.world.all_reduce(interrupted.is_set())):
                 steps.write()
                 steps.drop_others()
                 raise KeyboardInterrupt
@@ -227,8 +229,8 @@ def _update(job: Job, trained: Trained) -> None:
     trained.optimizer.zero_grad(set_to_none=True)
 
 
-def _evaluate(job: Job, progress: Progress, record: Record) -> tuple[Progress, bool]:
-    scores = job.world.agreed(job.evaluate())
+def _evaluate(job: Job, progress: Progress, record: RunRecord) -> tuple[Progress, bool]:
+    scores = job.world.broadcast(job.evaluate())
     record(
         {
             "kind": "evaluation",
@@ -249,14 +251,14 @@ def _evaluate(job: Job, progress: Progress, record: Record) -> tuple[Progress, b
 
 
 def is_better(main: str, new: Mapping[str, float], old: Mapping[str, float]) -> bool:
-    """Tell whether new scores beat old ones: by the main metric, and by the loss where that ties."""
+    """Return whether new scores beat old ones: by the main metric, and by the loss where that ties."""
     if main != "loss" and new[main] != old[main]:
         return new[main] > old[main]
     return new["loss"] < old["loss"]
 
 
 def labelled_tokens(example: Example, kind: str) -> int:
-    """How many labels of a row carry loss; the first token of a text is never predicted."""
+    """Count the labels of a row that carry loss; the first token of a text is never predicted."""
     if kind == "sentence-encoder":
         return 1  # which of the other texts is its partner
     labels = example.labels[1:] if kind == "causal-lm" else example.labels
@@ -264,20 +266,20 @@ def labelled_tokens(example: Example, kind: str) -> int:
 
 
 def _least_scale(trained: Trained) -> float:
-    """The loss scale at which a gradient that is not finite can no longer be scaling's fault."""
+    """Return the loss scale at which a gradient that is not finite can no longer be scaling's fault."""
     return SMALLEST_SCALE if trained.scaler.is_enabled() else math.inf
 
 
 def _blame_forward(job: Job, parts: Sequence[Sequence[Example]], number: int) -> str:
-    """Where the numbers first went wrong: plain forward passes once more, watched."""
+    """Find where the numbers first went wrong, by plain forward passes with hooks."""
     model = job.adapter.model
-    found: list[str] = []
-    bad = [n for n, p in job.adapter.named_parameters().items() if not learning.finite(p)]
+    wrong: list[str] = []
+    bad = [n for n, p in job.adapter.named_parameters().items() if not learning.is_finite(p)]
 
     def watch(name: str) -> Callable[[nn.Module, object, object], None]:
         def note(module: nn.Module, inputs: object, output: object) -> None:
-            if isinstance(output, Tensor) and not found and not learning.finite(output):
-                found.append(name)
+            if isinstance(output, Tensor) and not wrong and not learning.is_finite(output):
+                wrong.append(name)
 
         return note
 
@@ -285,12 +287,12 @@ def _blame_forward(job: Job, parts: Sequence[Sequence[Example]], number: int) ->
     with torch.no_grad():
         for rows in parts[:1] if job.sharded else parts:
             answer_loss(model, job.path.batch(rows), job.path.kind)
-            if found:
+            if wrong:
                 break
     for hook in hooks:
         hook.remove()
-    where = found[0] if found else "the loss"
-    weights = f" (weights not finite: {some(bad)})" if bad else ""
+    where = wrong[0] if wrong else "the loss"
+    weights = f" (weights not finite: {join_limited(bad)})" if bad else ""
     return (
         f"step {number + 1}: the loss is not finite; the first output that is not: {where}{weights}"
         "; lower the learning rate or use --precision fp32; the last good checkpoint is kept"

@@ -7,11 +7,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from loralab.training.fast.functions import CHUNK, head_loss
+from loralab.training.fast.functions import CHUNK, token_losses
 
 
 def summed_loss(head: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
-    """Summed cross-entropy of head(hidden), () in fp32; hidden (N, H), labels (N,).
+    """Return the summed cross-entropy of head(hidden), () in fp32; hidden (N, H), labels (N,).
 
     A plain frozen head gets its gradient in the same pass; the logits of any other (adapted,
     trained, in few bits) are worked out again, chunk by chunk, in the backward pass.
@@ -21,7 +21,7 @@ def summed_loss(head: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
     """
     if is_plain_head(head):
         linear: Any = head
-        return head_loss(hidden, linear.weight, linear.bias, labels)
+        return token_losses(hidden, linear.weight, linear.bias, labels).sum()
     total = hidden.new_zeros((), dtype=torch.float32)
     for start in range(0, len(labels), CHUNK):
         chunk = hidden[start : start + CHUNK], labels[start : start + CHUNK]

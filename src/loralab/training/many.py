@@ -12,15 +12,15 @@ from loralab.adapters.grouped import cannot_share
 from loralab.errors import ConfigError, LoralabError
 from loralab.training import preflight
 from loralab.training.jobs import TrainJob, of_job, require_names
-from loralab.training.joint import Joint, tried
+from loralab.training.joint import Joint, trial_rows
 from loralab.training.record import Listener
 from loralab.training.request import Request
-from loralab.training.rounds import FAILED, Outcome, PreparedJob, Random, Rounds, naming
-from loralab.training.run import own_seed, proven, run_prepared
+from loralab.training.rounds import FAILED, Outcome, PreparedJob, Random, Rounds, with_job_name
+from loralab.training.run import certified, own_seed, run_prepared
 from loralab.training.shared import OneBase, mixes_rows
 from loralab.training.world import world
 
-ALIKE = ("model", "precision", "quantize", "image_size", "shard_base")
+SHARED_FIELDS = ("model", "precision", "quantize", "image_size", "shard_base")
 
 
 def train_many(jobs: Sequence[TrainJob], *, resume: bool = False, listener: Listener | None = None) -> list[Outcome]:
@@ -41,7 +41,7 @@ def train_many(jobs: Sequence[TrainJob], *, resume: bool = False, listener: List
         InputError: something given is wrong, the job's name in front; nothing has been written.
     """
     outcomes = run_jobs(jobs, resume=resume, listener=listener)
-    return [_proven(job.name, outcome) for job, outcome in zip(jobs, outcomes, strict=True)]
+    return [_certified(job.name, outcome) for job, outcome in zip(jobs, outcomes, strict=True)]
 
 
 def run_jobs(jobs: Sequence[TrainJob], *, resume: bool = False, listener: Listener | None = None) -> list[Outcome]:
@@ -63,24 +63,24 @@ def run_jobs(jobs: Sequence[TrainJob], *, resume: bool = False, listener: Listen
 
 
 def _prepared(jobs: Sequence[TrainJob], one: OneBase, *, resume: bool) -> list[PreparedJob]:
-    """All jobs loaded, attached and encoded; nothing is written."""
+    """Return all jobs loaded, attached and encoded; nothing is written."""
     if not jobs:
-        raise ConfigError("there is no job to train")
+        raise ConfigError("there is no job to train", code="no_job", field="jobs")
     require_names([job.name for job in jobs])
     requests = {}
     for job in jobs:
-        with _named(job.name):
+        with _errors_of_job(job.name):
             asked = Request.of(job.model, job.data, job.method, job.training, job.mapping, job.tokenizer)
             requests[job.name] = preflight.require_place(Path(job.output_dir), asked, resume=resume)
     _require_alike({name: _alike(request) for name, request in requests.items()})
     folders = {job.name: Path(job.output_dir).resolve() for job in jobs}
     if len({*folders.values()}) < len(jobs):
-        raise ConfigError("every job needs an output_dir of its own")
+        raise ConfigError("every job needs an output_dir of its own", code="common_output", field="output_dir")
     ready = []
     for job in jobs:
-        with _named(job.name):
+        with _errors_of_job(job.name):
             prepared = preflight.prepare(requests[job.name], one, one.encoded)
-            prepared = preflight.compared(Path(job.output_dir), prepared)
+            prepared = preflight.with_compared_facts(Path(job.output_dir), prepared)
         request = replace(requests[job.name], training=prepared.training)
         ready.append(
             PreparedJob(
@@ -96,15 +96,15 @@ def _prepared(jobs: Sequence[TrainJob], one: OneBase, *, resume: bool) -> list[P
 
 
 def _write_configs(ready: Sequence[PreparedJob]) -> None:
-    world().wait()  # all have seen the folders as they were
-    for job in ready if world().first else ():
+    world().barrier()  # all have seen the folders as they were
+    for job in ready if world().is_main else ():
         preflight.write_config(job.folder, job.request, job.prepared)
-    world().wait()
+    world().barrier()
 
 
 def _alike(request: Request) -> dict[str, Any]:
     model = request.model if request.given is None else id(request.given.model)
-    return {"model": model, **{n: getattr(request.training, n) for n in ALIKE[1:]}}
+    return {"model": model, **{n: getattr(request.training, n) for n in SHARED_FIELDS[1:]}}
 
 
 def _require_alike(found: Mapping[str, Mapping[str, Any]]) -> None:
@@ -119,21 +119,23 @@ def _require_alike(found: Mapping[str, Mapping[str, Any]]) -> None:
             if value != wanted[field]:
                 raise ConfigError(
                     f"jobs share one base, but {field} of {first!r} is {wanted[field]!r} and of "
-                    f"{name!r} {value!r}; train them in two commands"
+                    f"{name!r} {value!r}; train them in two commands",
+                    code="different_bases",
+                    field=field,
                 )
 
 
 def _sorted_out(ready: Sequence[PreparedJob], one: OneBase) -> tuple[Joint | None, dict[str, str]]:
-    """The model for all jobs that can share their batches, and why the others cannot."""
+    """Return the model for all jobs that can share their batches, and why the others cannot."""
     alone = {job.name: reason for job in ready if (reason := _own_reason(job, one))}
     rest = [job for job in ready if job.name not in alone]
     if len(rest) < 2 or one.bare is None:
         return None, alone | {job.name: "" for job in rest}
-    ways = [job.prepared.path.way for job in rest]
+    ways = [job.prepared.path.mode for job in rest]
     way = max(ways, key=ways.count)  # of equally many the first
-    path = next(job.prepared.path for job in rest if job.prepared.path.way == way)
+    path = next(job.prepared.path for job in rest if job.prepared.path.mode == way)
     randoms = {job.name: job.random for job in rest}
-    joint = Joint(one.bare.model, path, lambda key: randoms[str(key)].drawn())
+    joint = Joint(one.bare.model, path, lambda key: randoms[str(key)].active())
     for job in rest:
         if reason := _joined(job, joint):
             alone[job.name] = reason
@@ -148,7 +150,7 @@ def _sorted_out(ready: Sequence[PreparedJob], one: OneBase) -> tuple[Joint | Non
 
 
 def _own_reason(job: PreparedJob, one: OneBase) -> str:
-    """Why a job cannot share a batch, whatever the others are; empty if it can."""
+    """Return why a job cannot share a batch, whatever the others are; empty if it can."""
     method, training, base = job.request.method, job.prepared.training, job.prepared.base
     adapter = job.prepared.adapter
     dropped_base = getattr(method, "dora", False) and getattr(method, "dropout", 0)
@@ -157,7 +159,7 @@ def _own_reason(job: PreparedJob, one: OneBase) -> str:
         "it recomputes activations": training.gradient_checkpointing != "off",
         "the model's norms mix the rows of a batch": mixes_rows(base.model),
         "its base has other weights, such as those of new tokens": not one.holds(adapter),
-        "its rows meet those of the other processes": job.prepared.path.meets and world().size > 1,
+        "its rows meet those of the other processes": job.prepared.path.in_batch_negatives and world().size > 1,
         "dropout of DoRA reaches the base's own product": dropped_base,
     }
     reason = cannot_share({**adapter.modules, **adapter.saved})
@@ -167,11 +169,11 @@ def _own_reason(job: PreparedJob, one: OneBase) -> str:
 def _joined(job: PreparedJob, joint: Joint) -> str:
     """Put a job in; why it cannot be, or an empty text."""
     path, adapter = job.prepared.path, job.prepared.adapter
-    if path.way != joint.path.way:
-        return f"its rows go another way ({path.way}) than those of the others ({joint.path.way})"
+    if path.mode != joint.path.mode:
+        return f"its rows go another way ({path.mode}) than those of the others ({joint.path.mode})"
     state = job.random.state
     joint.put(job.name, adapter)
-    problem = joint.problem(tried(job.name, path, job.prepared.encoded.examples), adapter)
+    problem = joint.problem(trial_rows(job.name, path, job.prepared.encoded.examples), adapter)
     job.random.state = state
     if problem:
         joint.drop(job.name)
@@ -179,7 +181,7 @@ def _joined(job: PreparedJob, joint: Joint) -> str:
 
 
 def _deferred(job: PreparedJob) -> Callable[[], PreparedJob]:
-    """A job that waits for the others; its base is read anew where theirs is split."""
+    """Return a job that waits for the others; its base is read anew where theirs is split."""
     if not job.request.training.shard_base:
         return lambda: job
     name, folder, request, random = job.name, job.folder, job.request, job.random
@@ -191,12 +193,12 @@ def _deferred(job: PreparedJob) -> Callable[[], PreparedJob]:
     return again
 
 
-def _proven(name: str, outcome: Outcome) -> Outcome:
+def _certified(name: str, outcome: Outcome) -> Outcome:
     """Return a run with its certificate, or why it gets none."""
     if isinstance(outcome, LoralabError):
         return outcome
     try:
-        return proven(outcome)
+        return certified(outcome)
     except LoralabError as error:
         return of_job(name, error)
 
@@ -205,16 +207,16 @@ def _trained_alone(job: PreparedJob, reason: str, listener: Listener | None) -> 
     note = f"trained by itself: {reason}" if reason else ""
     torch.manual_seed(own_seed(job.request.training.seed))
     try:
-        run = run_prepared(job.request, job.prepared, job.folder, naming(job.name, listener), note)
+        run = run_prepared(job.request, job.prepared, job.folder, with_job_name(job.name, listener), note)
     except LoralabError as error:
         return of_job(job.name, error)
-    if world().first:
+    if world().is_main:
         (job.folder / FAILED).unlink(missing_ok=True)
     return run
 
 
 @contextlib.contextmanager
-def _named(name: str) -> Iterator[None]:
+def _errors_of_job(name: str) -> Iterator[None]:
     """Errors of a job say which one it is."""
     try:
         yield

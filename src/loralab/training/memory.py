@@ -15,18 +15,18 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from loralab.adapters.adapter import Adapter
 from loralab.errors import ConfigError
-from loralab.tasks.encode import Example
-from loralab.training.fast.path import Path
+from loralab.tasks.examples import Example
+from loralab.training.fast.forward_path import ForwardPath
 
 GRADIENT_BYTES = 8  # of a trained number: its gradient, and its start to compare with
-ALLOCATED = 1.25  # bytes of memory for a byte of activations: found on processors, not derived
+BYTES_PER_ACTIVATION_BYTE = 1.25  # bytes of memory for a byte of activations: found on processors, not derived
 # kernels that the matrix library builds and keeps, chunks of logits; padded rows have more shapes
-WORKSPACE, OF_PADDED_ROWS = 120 * 10**6, 300 * 10**6
-MEASURED = 2048  # tokens up to which a forward pass is tried out
+WORKSPACE_BYTES, PADDED_WORKSPACE_BYTES = 120 * 10**6, 300 * 10**6
+MEASURED_TOKENS = 2048  # tokens up to which a forward pass is tried out
 MEASURED_PICTURES = 8
-KEEP_ABOVE, MAP_ABOVE = -1, -3  # mallopt's M_TRIM_THRESHOLD and M_MMAP_THRESHOLD
-EVERYTHING, MAP_LIMIT = 2**31 - 1, 2**25  # bytes; the latter is where it ends by itself
-LARGE = 2**18  # bytes of a tensor that gets pages of its own
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # mallopt's M_TRIM_THRESHOLD and M_MMAP_THRESHOLD
+MAX_TRIM, MAP_LIMIT = 2**31 - 1, 2**25  # bytes; the latter is where it ends by itself
+LARGE_TENSOR_BYTES = 2**18  # bytes of a tensor that gets pages of its own
 
 
 def checkpoint_gradients(model: nn.Module, mode: str, blocks: int | None = None) -> None:
@@ -55,7 +55,11 @@ def checkpoint_gradients(model: nn.Module, mode: str, blocks: int | None = None)
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)  # type: ignore[operator]
     found = checkpointed_blocks(model)
     if blocks is not None and blocks > len(found):
-        raise ConfigError(f"checkpoint_blocks {blocks}: the model has {len(found)} blocks")
+        raise ConfigError(
+            f"checkpoint_blocks {blocks}: the model has {len(found)} blocks",
+            code="too_many_blocks",
+            field="checkpoint_blocks",
+        )
     checkpoint_first(model, len(found) if blocks is None else blocks)
 
 
@@ -66,9 +70,9 @@ def checkpoint_first(model: nn.Module, blocks: int) -> None:
 
 
 @contextlib.contextmanager
-def trying(path: Path) -> Iterator[None]:
+def trial(path: ForwardPath) -> Iterator[None]:
     """In training mode; afterwards room, random numbers and recomputed blocks are as before."""
-    model, room = path.model, path.room
+    model, max_tokens = path.model, path.max_tokens
     blocks, training = checkpointed_blocks(model), model.training
     before = [block.gradient_checkpointing for block in blocks]
     model.train()
@@ -76,26 +80,26 @@ def trying(path: Path) -> Iterator[None]:
         with torch.random.fork_rng():
             yield
     finally:
-        path.room = room
+        path.max_tokens = max_tokens
         model.train(training)
         for block, value in zip(blocks, before, strict=True):
             block.gradient_checkpointing = value
 
 
 def checkpointed_blocks(model: nn.Module) -> list[Any]:
-    """The blocks whose activations can be recomputed."""
+    """Return the blocks whose activations can be recomputed."""
     if not _can_recompute(model):
         return []
     return [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
 
 
 def _can_recompute(model: nn.Module) -> bool:
-    """What transformers says of a class: some have the blocks and refuse all the same."""
+    """Return whether transformers lets a class recompute; some have the blocks and refuse all the same."""
     return bool(getattr(model, "supports_gradient_checkpointing", True))
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The most memory this process has held: on the GPU, or as the operating system counted it."""
+    """Return the most memory this process has held: on the GPU, or as the operating system counted it."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
@@ -103,14 +107,14 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def available_bytes(device: torch.device) -> int:
-    """The memory that is free now."""
+    """Return the memory that is free now."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return int(psutil.virtual_memory().available)
 
 
 def caveats(device: torch.device) -> tuple[str, ...]:
-    """What a prediction leaves out on a device, a line each."""
+    """Return what a prediction leaves out on a device, a line each."""
     if device.type != "cuda":
         return ()
     return (
@@ -119,15 +123,17 @@ def caveats(device: torch.device) -> tuple[str, ...]:
     )
 
 
-def predicted_peak(adapter: Adapter, path: Path, rows: Sequence[Example], bits: int = 32) -> int:
-    """The peak of training steps whose largest part these rows are."""
+def predicted_peak(adapter: Adapter, path: ForwardPath, rows: Sequence[Example], bits: int = 32) -> int:
+    """Return the peak of training steps whose largest part these rows are."""
     device = next(adapter.model.parameters()).device
     # loading the model may have been the peak
     return max(needed_bytes(adapter, path, rows, bits), peak_bytes(device))
 
 
-def needed_bytes(adapter: Adapter, path: Path, rows: Sequence[Example], bits: int = 32, most: int = MEASURED) -> int:
-    """What is held while training steps run whose largest part these rows are.
+def needed_bytes(
+    adapter: Adapter, path: ForwardPath, rows: Sequence[Example], bits: int = 32, most: int = MEASURED_TOKENS
+) -> int:
+    """Return the bytes held during training steps whose largest micro-batch these rows are.
 
     What is held now, gradients and the optimiser's state, and what the rows keep for the backward
     pass, with what allocators and the matrix library's own kernels add to it.
@@ -138,25 +144,25 @@ def needed_bytes(adapter: Adapter, path: Path, rows: Sequence[Example], bits: in
     """
     device = next(adapter.model.parameters()).device
     state = sum(p.numel() for p in adapter.parameters()) * (GRADIENT_BYTES + 2 * bits // 8)
-    activations = ALLOCATED * kept_bytes(path, rows, most)
+    activations = BYTES_PER_ACTIVATION_BYTE * kept_bytes(path, rows, most)
     whole = _put_together_bytes(adapter.model)
     return int(held_bytes(device) + state + activations + whole + _workspace(path, device))
 
 
 def _put_together_bytes(model: nn.Module) -> int:
-    """What a block of a split base takes while it computes (shard.py); 0 if none is split."""
+    """Return the bytes that a block of a split base takes while it computes (shard.py); 0 if none is split."""
     blocks = checkpointed_blocks(model)
     return max((parameter_bytes(filter(_is_split, b.parameters())) for b in blocks), default=0)
 
 
-def _workspace(path: Path, device: torch.device) -> int:
+def _workspace(path: ForwardPath, device: torch.device) -> int:
     if path.kind == "image-classification":
         return 0  # one shape
-    return WORKSPACE if path.way == "packed" or device.type != "cpu" else OF_PADDED_ROWS
+    return WORKSPACE_BYTES if path.mode == "packed" or device.type != "cpu" else PADDED_WORKSPACE_BYTES
 
 
-def kept_bytes(path: Path, rows: Sequence[Example], most: int = MEASURED) -> float:
-    """Bytes that a forward pass on these rows keeps; of many tokens it is extended from fewer."""
+def kept_bytes(path: ForwardPath, rows: Sequence[Example], most: int = MEASURED_TOKENS) -> float:
+    """Return the bytes that a forward pass on these rows keeps; of many tokens it is extended from fewer."""
     size = path.size(rows)
     if rows[0].image is not None:
         fewer, half = rows[:MEASURED_PICTURES], rows[: MEASURED_PICTURES // 2]
@@ -169,7 +175,7 @@ def kept_bytes(path: Path, rows: Sequence[Example], most: int = MEASURED) -> flo
 
 
 def _extended(sizes: Sequence[int], kept: Sequence[int], size: int) -> float:
-    """Two measurements carried on to a larger size, on a parabola if they bend upwards.
+    """Return two measurements carried on to a larger size, on a parabola if they bend upwards.
 
     Where attention weights are kept, a row of n tokens keeps about n^2 of them.
     """
@@ -181,7 +187,7 @@ def _extended(sizes: Sequence[int], kept: Sequence[int], size: int) -> float:
 
 
 def _cut(rows: Sequence[Example], share: float) -> list[Example]:
-    """The rows, each shortened to a share of its tokens from its end."""
+    """Return the rows, each shortened to a share of its tokens from its end."""
     short = []
     for row in rows:
         n, m = (max(2, round(len(ids) * share)) for ids in (row.input_ids, row.second))
@@ -198,8 +204,8 @@ def _cut(rows: Sequence[Example], share: float) -> list[Example]:
     return short
 
 
-def saved_bytes(path: Path, examples: Sequence[Example]) -> int:
-    """Bytes that a forward pass keeps for the backward pass, each storage counted once."""
+def saved_bytes(path: ForwardPath, examples: Sequence[Example]) -> int:
+    """Return the bytes that a forward pass keeps for the backward pass, each storage counted once."""
     parameters = [p for p in path.model.parameters() if not _is_split(p)]
     own = {p.untyped_storage().data_ptr() for p in parameters}
     kept: dict[int, torch.UntypedStorage] = {}
@@ -210,7 +216,7 @@ def saved_bytes(path: Path, examples: Sequence[Example]) -> int:
             kept[storage.data_ptr()] = storage
         return tensor.detach()  # an output kept by its own function would keep itself alive
 
-    with path.taken(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    with path.activated(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         loss = path.loss(examples)
     size = sum(storage.nbytes() for storage in kept.values())  # a split block has let go of its own
     del loss
@@ -218,7 +224,7 @@ def saved_bytes(path: Path, examples: Sequence[Example]) -> int:
 
 
 def held_bytes(device: torch.device) -> int:
-    """What is in use now; on the processor, after what was freed has been handed back."""
+    """Return the bytes in use now; on the processor, after freed memory has been handed back."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # the GNU C library's
@@ -228,7 +234,7 @@ def held_bytes(device: torch.device) -> int:
 
 
 @contextlib.contextmanager
-def kept_pages(model: nn.Module) -> Iterator[None]:
+def retain_heap(model: nn.Module) -> Iterator[None]:
     """Let the GNU C library keep what is freed, instead of fetching fresh pages for each tensor.
 
     What loading has freed is handed back first. On leaving, it works as it does after a while by
@@ -240,18 +246,18 @@ def kept_pages(model: nn.Module) -> Iterator[None]:
         yield
         return
     library.malloc_trim(0)
-    library.mallopt(KEEP_ABOVE, EVERYTHING)
-    if not library.mallopt(MAP_ABOVE, EVERYTHING):
-        library.mallopt(MAP_ABOVE, MAP_LIMIT)
+    library.mallopt(TRIM_THRESHOLD, MAX_TRIM)
+    if not library.mallopt(MMAP_THRESHOLD, MAX_TRIM):
+        library.mallopt(MMAP_THRESHOLD, MAP_LIMIT)
     try:
         yield
     finally:
-        library.mallopt(KEEP_ABOVE, 2 * MAP_LIMIT)
-        library.mallopt(MAP_ABOVE, MAP_LIMIT)
+        library.mallopt(TRIM_THRESHOLD, 2 * MAP_LIMIT)
+        library.mallopt(MMAP_THRESHOLD, MAP_LIMIT)
         library.malloc_trim(0)
 
 
-def own_pages() -> None:
+def map_large_tensors() -> None:
     """Let each large tensor have pages of its own, which go back as soon as it is freed.
 
     Blocks that are put together and dropped, with what they compute left between them, would else
@@ -259,12 +265,12 @@ def own_pages() -> None:
     """
     library = ctypes.CDLL(None)
     if hasattr(library, "mallopt") and hasattr(library, "malloc_trim"):
-        library.mallopt(MAP_ABOVE, LARGE)
+        library.mallopt(MMAP_THRESHOLD, LARGE_TENSOR_BYTES)
         library.malloc_trim(0)
 
 
 def parameter_bytes(parameters: Iterable[nn.Parameter]) -> int:
-    """Bytes of some parameters."""
+    """Return the bytes of some parameters."""
     return sum(p.numel() * p.element_size() for p in parameters)
 
 

@@ -59,7 +59,7 @@ def base_for(own: Given, task: Task, image_size: int | None = None) -> Base:
 
 
 @contextmanager
-def taken_out(base: Base, adapter: Adapter, *, on_error_alone: bool = False) -> Iterator[None]:
+def detached_after(base: Base, adapter: Adapter, *, on_error_alone: bool = False) -> Iterator[None]:
     """Take an adapter out of a live model after the block; other models are thrown away.
 
     Of the model's own adapters the one acts again that did before.

@@ -15,7 +15,7 @@ from loralab.training.settings import Training
 
 # peak rates that hold up in short runs (docs/methods.md); the fewer the numbers, the higher
 def usual_rate(method: AnyMethod) -> float:
-    """The learning rate of a method where none is given."""
+    """Return the learning rate of a method where none is given."""
     return spec_of(method).learning_rate
 
 
@@ -56,7 +56,11 @@ def _in_8_bits(options: list[dict[str, Any]], rate: float) -> torch.optim.Optimi
     try:
         from bitsandbytes.optim.adamw import AdamW8bit
     except ImportError:
-        raise ConfigError("optimizer_bits 8 needs bitsandbytes: pip install 'loralab[quant]'") from None
+        raise ConfigError(
+            "optimizer_bits 8 needs bitsandbytes: pip install 'loralab[quant]'",
+            code="not_installed",
+            field="optimizer_bits",
+        ) from None
     optimizer: torch.optim.Optimizer = AdamW8bit(options, lr=rate)
     return optimizer
 
@@ -68,7 +72,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 def learning_rate(training: Training, step: int, steps: int) -> float:
-    """The rate of step `step` (from 0) out of `steps`: linear warm-up, then the schedule.
+    """Return the rate of step `step` (from 0) out of `steps`: linear warm-up, then the schedule.
 
     The first step of a warm-up is above zero, and the last step of a schedule too.
     """

@@ -12,10 +12,10 @@ from loralab.adapters.bases import is_linear, linear_shape
 from loralab.adapters.methods import AnyMethod
 from loralab.adapters.subset import TrainedInFull
 from loralab.models.device import device_here
-from loralab.models.given import unchanged
+from loralab.models.given import restored_after
 from loralab.training import fit, memory, preflight
-from loralab.training.objects import taken_out
-from loralab.training.preflight import Prepared
+from loralab.training.objects import detached_after
+from loralab.training.preflight import PreparedRun
 from loralab.training.request import Request
 from loralab.training.settings import Training
 
@@ -37,7 +37,7 @@ class PlannedModule:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a run would train, and what it would cost; seconds are of optimiser steps alone.
+    """Plan of a run: what it would train and cost; seconds are of optimiser steps alone.
 
     `smaller` holds the options that would lower the peak, and the peak with each, the best first;
     `notes` what the data and the model hold and the run would not use.
@@ -68,7 +68,7 @@ class Plan:
         return self.trainable / self.total
 
     def to_json(self) -> dict[str, Any]:
-        """All fields, for machines."""
+        """Return all fields, for machines."""
         return {**asdict(self), "share": self.share}
 
 
@@ -82,7 +82,7 @@ def plan(
     mapping: Mapping[str, str] | None = None,
     name: str = "default",
 ) -> Plan:
-    """What `train` would do with the same arguments: loads and probes, trains and writes nothing.
+    """Plan a run as `train` would make it: load and probe, without training or writing.
 
     A live model is left as it was.
 
@@ -90,19 +90,19 @@ def plan(
         InputError: something given is wrong.
     """
     request = Request.of(model, data, method, training, mapping, tokenizer, name)
-    with unchanged(request.given):
+    with restored_after(request.given):
         prepared = preflight.prepare(request)
-        with taken_out(prepared.base, prepared.adapter):
+        with detached_after(prepared.base, prepared.adapter):
             return _planned(request, prepared)
 
 
-def _planned(request: Request, prepared: Prepared) -> Plan:
+def _planned(request: Request, prepared: PreparedRun) -> Plan:
     """Return what a prepared run would cost."""
     model, data, training = request.model, request.data, request.training
     prepared.base.model.train()
     encoded, adapter = prepared.encoded, prepared.adapter
     lengths = [example.length for example in encoded.examples]
-    rows = fit.largest_part(prepared.path, encoded.examples, training)
+    rows = fit.largest_micro_batch(prepared.path, encoded.examples, training)
     peak = memory.predicted_peak(adapter, prepared.path, rows, training.optimizer_bits)
     options = smaller(prepared, training, peak)  # before timing, which leaves freed memory behind
     return Plan(
@@ -127,20 +127,20 @@ def _planned(request: Request, prepared: Prepared) -> Plan:
     )
 
 
-def smaller(prepared: Prepared, training: Training, peak: int) -> dict[str, int]:
-    """Options that would lower the peak by more than noise, and what it would be; best first."""
+def smaller(prepared: PreparedRun, training: Training, peak: int) -> dict[str, int]:
+    """Return options that would lower the peak by more than noise, and what it would be; best first."""
     path, adapter, examples = prepared.path, prepared.adapter, prepared.encoded.examples
     found = {}
     blocks = len(memory.checkpointed_blocks(path.model))
-    with memory.trying(path):
-        if path.room > FEW_TOKENS:
-            before, path.room = path.room, FEW_TOKENS
-            rows = fit.largest_part(path, examples, training)
+    with memory.trial(path):
+        if path.max_tokens > FEW_TOKENS:
+            before, path.max_tokens = path.max_tokens, FEW_TOKENS
+            rows = fit.largest_micro_batch(path, examples, training)
             found[f"--pass-tokens {FEW_TOKENS}"] = memory.predicted_peak(adapter, path, rows, training.optimizer_bits)
-            path.room = before
+            path.max_tokens = before
         if training.gradient_checkpointing == "off" and blocks:
-            rows = fit.largest_part(path, examples, training)
-            found["--gradient-checkpointing on"] = fit.needed(adapter, path, rows, training, blocks)
+            rows = fit.largest_micro_batch(path, examples, training)
+            found["--gradient-checkpointing on"] = fit.needed_with_recomputation(adapter, path, rows, training, blocks)
     if training.optimizer_bits == 32:
         found["--optimizer-bits 8"] = peak - 6 * adapter.num_parameters
     if training.quantize == "none" and not adapter.spec.trains_base:
@@ -154,14 +154,14 @@ def smaller(prepared: Prepared, training: Training, peak: int) -> dict[str, int]
 
 
 def _saved_by_packing(model: nn.Module) -> int:
-    """Bytes by which four bits and their scales are fewer than the linear layers' own weights."""
+    """Return the bytes by which four bits and their scales are fewer than the linear layers' own weights."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
     layers = [m for m in model.modules() if type(m) is nn.Linear and m is not head]
     weights = [layer.weight for layer in layers if not layer.weight.requires_grad]
     return round(sum(w.numel() * (w.element_size() - NF4_BYTES) for w in weights))
 
 
-def _modules(prepared: Prepared) -> tuple[PlannedModule, ...]:
+def _modules(prepared: PreparedRun) -> tuple[PlannedModule, ...]:
     adapter = prepared.adapter
     adapted, seen = [], set[int]()
     for name, m in adapter.modules.items():
@@ -181,7 +181,7 @@ def _modules(prepared: Prepared) -> tuple[PlannedModule, ...]:
 
 
 def _in_full(name: str, module: TrainedInFull) -> Iterator[PlannedModule]:
-    """A module that is trained as it is: each of its layers that has numbers of its own."""
+    """Yield a module that is trained as it is: each of its layers that has numbers of its own."""
     seen = set[int]()
     for path, layer in module.trained.named_modules():
         own = {id(p): p.numel() for p in layer._parameters.values() if p is not None}
@@ -207,13 +207,13 @@ def _shape(base: Any) -> tuple[int, ...]:
     return max((tuple(p.shape) for p in own.values()), key=math.prod, default=())
 
 
-def _tokens_per_step(prepared: Prepared) -> int:
+def _tokens_per_step(prepared: PreparedRun) -> int:
     lengths = prepared.batches.lengths
     return round(sum(lengths) / prepared.batches.steps_per_epoch)
 
 
-def _seconds(prepared: Prepared) -> float:
-    """All steps, on the straight line through a small one and a large one, the quicker of two."""
+def _seconds(prepared: PreparedRun) -> float:
+    """Return all steps, on the straight line through a small one and a large one, the quicker of two."""
     batches, path = prepared.batches, prepared.path
     steps = range(min(prepared.steps, batches.steps_per_epoch))
     sizes = {step: _size(prepared, step) for step in steps}
@@ -230,7 +230,7 @@ def _seconds(prepared: Prepared) -> float:
     return (max(mean, 0.0) + _update_seconds(prepared)) * prepared.steps
 
 
-def _update_seconds(prepared: Prepared) -> float:
+def _update_seconds(prepared: PreparedRun) -> float:
     """Clipping and one step of the optimiser, on copies."""
     copies = [nn.Parameter(torch.zeros_like(p)) for p in prepared.adapter.parameters()]
     optimizer = torch.optim.AdamW(copies, fused=True)
@@ -245,7 +245,7 @@ def _update_seconds(prepared: Prepared) -> float:
     return seconds[-1]
 
 
-def _size(prepared: Prepared, step: int) -> int:
-    """Tokens that the model meets in a step."""
+def _size(prepared: PreparedRun, step: int) -> int:
+    """Return the number of tokens that the model meets in a step."""
     rows = [[prepared.encoded.examples[i] for i in part] for part in prepared.batches.step(step)]
-    return sum(prepared.path.size(part) for r in rows for part in prepared.path.parts(r))
+    return sum(prepared.path.size(part) for r in rows for part in prepared.path.micro_batches(r))

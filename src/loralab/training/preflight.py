@@ -1,4 +1,4 @@
-"""What is checked before the first step, in seconds: the run fits its place and can learn."""
+"""Checks before the first step, in seconds: the run fits its output folder and can learn."""
 
 import importlib.metadata
 import tomllib
@@ -17,7 +17,7 @@ from loralab.adapters.attach import put_into
 from loralab.adapters.methods import AnyMethod
 from loralab.adapters.paths import ends_with, inside
 from loralab.adapters.targets import HEADS
-from loralab.errors import ConfigError, OutputError, some
+from loralab.errors import ConfigError, OutputError, join_limited
 from loralab.models import load as models
 from loralab.models.device import device_here, resolve_precision
 from loralab.models.load import Base
@@ -26,35 +26,34 @@ from loralab.models.tokens import add_tokens
 from loralab.tasks import catalog, encode
 from loralab.tasks.batches import Batches
 from loralab.tasks.catalog import Task, content_digest
-from loralab.tasks.encode import Encoded
+from loralab.tasks.examples import Encoded
 from loralab.tasks.forward import require_known, require_places
 from loralab.tasks.samples import sample_inputs
 from loralab.tasks.scorable import scorable
 from loralab.training import checkpoint, memory
-from loralab.training.facts import BaseInfo, facts_of, keep_facts, require_same
-from loralab.training.fast.path import Path as Quickest
-from loralab.training.fast.path import quickest
-from loralab.training.fit import fitted
-from loralab.training.objects import base_for, taken_out
+from loralab.training.fast.forward_path import ForwardPath, fastest_path
+from loralab.training.fit import fit_to_budget
+from loralab.training.objects import base_for, detached_after
 from loralab.training.request import Request
+from loralab.training.run_facts import RunFacts, facts_of, require_same, write_facts
 from loralab.training.settings import Training
 from loralab.training.shard import require_shardable, shard_base
 from loralab.training.world import world
 from loralab.values import read_toml
 
 CONFIG = "config.toml"
-CHOSEN = ("pass_tokens", "gradient_checkpointing", "checkpoint_blocks")  # by a memory budget
-HEADED = ("sequence-classification", "token-classification", "image-classification")
+CHOSEN_FIELDS = ("pass_tokens", "gradient_checkpointing", "checkpoint_blocks")  # by a memory budget
+HEADED_KINDS = ("sequence-classification", "token-classification", "image-classification")
 
 
 Loader = Callable[[Request, Task], Base]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prepared:
+class PreparedRun:
     """A run that is ready to begin; `training` is as asked, with what a memory budget chose.
 
-    `facts` are what must be the same when it goes on (facts.py); `unsure` says why that could not
+    `facts` are what must be the same when it goes on (run_facts.py); `unsure` says why that could not
     be compared.
     """
 
@@ -63,16 +62,16 @@ class Prepared:
     adapter: Adapter
     encoded: Encoded
     batches: Batches
-    path: Quickest
+    path: ForwardPath
     steps: int
     training: Training
     sample: tuple[tuple[int, ...], ...]
-    facts: BaseInfo
+    facts: RunFacts
     unsure: str = ""
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the data and the model hold and the run does not use, a line each."""
+        """Return what the data and the model hold and the run does not use, a line each."""
         unsure = (self.unsure,) if self.unsure else ()
         notes = (*unsure, *self.task.notes, *self.encoded.notes, *self.adapter.notes)
         if self.task.format == "prompt-completion" and self.base.tokenizer.chat_template:
@@ -81,7 +80,7 @@ class Prepared:
 
 
 def load_for(request: Request, task: Task, device: torch.device | None = None) -> Base:
-    """The model that a run needs; `device` if not the one that it computes on."""
+    """Return the model that a run needs; `device` if not the one that it computes on."""
     training = request.training
     if request.given is not None:
         return base_for(request.given, task, training.image_size)
@@ -96,7 +95,9 @@ def load_for(request: Request, task: Task, device: torch.device | None = None) -
     )
 
 
-def prepare(request: Request, load: Loader | None = None, encoding: Callable[..., Encoded] = encode.encode) -> Prepared:
+def prepare(
+    request: Request, load: Loader | None = None, encoding: Callable[..., Encoded] = encode.encode
+) -> PreparedRun:
     """Load, attach and encode; raises whatever is wrong with the input, and writes nothing.
 
     Args:
@@ -108,13 +109,13 @@ def prepare(request: Request, load: Loader | None = None, encoding: Callable[...
     task = request.task or catalog.find(request.data, mapping=request.mapping, seed=training.seed)
     base = (load or _own_base)(request, task)
     adapter = _attached(request, base)
-    with taken_out(base, adapter, on_error_alone=True):
+    with detached_after(base, adapter, on_error_alone=True):
         return _ready(request, task, base, adapter, load, encoding)
 
 
 def _ready(
     request: Request, task: Task, base: Base, adapter: Adapter, load: Loader | None, encoding: Callable[..., Encoded]
-) -> Prepared:
+) -> PreparedRun:
     """Encode the rows, and find the quickest way that agrees with the plain one."""
     training = request.training
     facts = facts_of(task, _digest(request, task), base, frozenset(adapter.saved))
@@ -135,17 +136,17 @@ def _ready(
     _require_rows_to_occur(adapter, encoded)
     if training.shard_base and load is None:
         shard_base(base.model, [adapter], world())
-    path = quickest(adapter, base.kind, pad_id=base.tokenizer.pad_token_id or 0, pictures=base.tokenizer)
-    path.room = training.pass_tokens or path.room
+    path = fastest_path(adapter, base.kind, pad_id=base.tokenizer.pad_token_id or 0, pictures=base.tokenizer)
+    path.max_tokens = training.pass_tokens or path.max_tokens
     path.longest = max(len(text) for e in encoded.examples for text in e.texts)
     chosen = training
     if not request.settled:
-        chosen = fitted(adapter, path, encoded.examples, training)
+        chosen = fit_to_budget(adapter, path, encoded.examples, training)
     path.world = world()
     if chosen != training:
         mode, blocks = chosen.gradient_checkpointing, chosen.checkpoint_blocks
         memory.checkpoint_gradients(base.model, mode, blocks)
-    return Prepared(
+    return PreparedRun(
         base=base,
         task=task,
         adapter=adapter,
@@ -159,8 +160,8 @@ def _ready(
     )
 
 
-def compared(folder: Path, prepared: Prepared) -> Prepared:
-    """A run whose data and base are those that the run in its folder was begun with.
+def with_compared_facts(folder: Path, prepared: PreparedRun) -> PreparedRun:
+    """Return a run whose data and base are those that the run in its folder was begun with.
 
     Raises:
         ConfigError: they are others.
@@ -170,7 +171,7 @@ def compared(folder: Path, prepared: Prepared) -> Prepared:
 
 
 def _attached(request: Request, base: Base) -> Adapter:
-    """The adapter in its base, with a new head and new tokens where the run has such."""
+    """Return the adapter in its base, with a new head and new tokens where the run has such."""
     training = request.training
     generator = torch.Generator().manual_seed(training.seed)
     method: Any = with_head(request.method, base)
@@ -188,7 +189,7 @@ def _digest(request: Request, task: Task) -> str:
 
 
 def _encoded(task: Task, base: Base, training: Training, encoding: Callable[..., Encoded]) -> Encoded:
-    """The train rows as numbers that the model can take; the validation rows could be scored, too.
+    """Return the train rows as numbers that the model can take; the validation rows could be scored, too.
 
     The first evaluation is late, and what it would refuse can be known now.
     """
@@ -218,7 +219,7 @@ def load_base(
     image_size: int | None = None,
     device: torch.device | None = None,
 ) -> Base:
-    """The model for a task, of the kind that its rows ask for, on the device, packed if asked to.
+    """Return the model for a task, of the kind that its rows ask for, on the device, packed if asked to.
 
     Args:
         device: None is the one that runs here compute on.
@@ -236,8 +237,8 @@ def load_base(
 
 
 def with_head(method: AnyMethod, base: Base) -> AnyMethod:
-    """A new classification head must be trained and saved, or it would stay random."""
-    if base.kind not in HEADED:
+    """Add a new classification head to the trained modules; it would stay random otherwise."""
+    if base.kind not in HEADED_KINDS:
         return method
     heads = [name for name, _ in base.model.named_children() if name in HEADS]
     heads += [name for name in base.new if _is_alone(name, base.model, heads)]
@@ -246,7 +247,7 @@ def with_head(method: AnyMethod, base: Base) -> AnyMethod:
 
 
 def _is_alone(name: str, model: nn.Module, heads: Sequence[str]) -> bool:
-    """Tell whether a new module is no head already, and its name means no other (as in peft)."""
+    """Return whether a new module is no head already, and its name means no other (as in peft)."""
     paths = [path for path, _ in model.named_modules() if ends_with(path, name)]
     return paths == [name] and not inside(name, heads)
 
@@ -256,11 +257,15 @@ def _require_rows_to_occur(adapter: Adapter, encoded: Encoded) -> None:
     rows = set(getattr(adapter.config, "token_rows", ()))
     seen = rows & {number for example in encoded.examples for number in example.input_ids}
     if missing := sorted(rows - seen):
-        raise ConfigError(f"token_rows {some(map(str, missing))}: no training row has these tokens")
+        raise ConfigError(
+            f"token_rows {join_limited(map(str, missing))}: no training row has these tokens",
+            code="no_row_with_token",
+            field="token_rows",
+        )
 
 
 def require_place(folder: Path, request: Request, *, resume: bool) -> Request:
-    """The output folder must be free, or hold this very run and be asked to go on.
+    """Require the output folder to be free, or to hold this very run when it is resumed.
 
     Returns:
         The request; of a run that goes on, with what its memory budget chose at the start, so that
@@ -275,25 +280,31 @@ def require_place(folder: Path, request: Request, *, resume: bool) -> Request:
         atomic.require_free(folder)
         return _in_processes(request, None)
     if not resume:
-        raise OutputError(f"{folder} holds another run; continue it with --resume, or choose another name")
+        raise OutputError(
+            f"{folder} holds another run; continue it with --resume, or choose another name",
+            code="other_run",
+            field="output_dir",
+        )
     stored = read_toml(config)
     before = stored.get("processes", 1)
     request = _in_processes(request, before if isinstance(before, int) else 1)
     if request.training.memory_budget is not None:
-        chosen = {name: stored[name] for name in CHOSEN if name in stored}
+        chosen = {name: stored[name] for name in CHOSEN_FIELDS if name in stored}
         request = replace(request, training=replace(request.training, **chosen), settled=True)
     asked = tomllib.loads(_toml(request))
     different = sorted(k for k in stored.keys() | asked.keys() if stored.get(k) != asked.get(k))
     if different:
         changes = [f"{k} was {stored.get(k)!r}, now {asked.get(k)!r}" for k in different]
         raise ConfigError(
-            f"{folder} holds a run with other settings: {some(changes)}", code="other_settings", field=different[0]
+            f"{folder} holds a run with other settings: {join_limited(changes)}",
+            code="other_settings",
+            field=different[0],
         )
     return request
 
 
 def _in_processes(request: Request, before: int | None) -> Request:
-    """How many processes share a step: as asked for, as `before`, or as many as there are.
+    """Fix how many processes share a step: as asked for, as `before`, or as many as there are.
 
     A run that goes on in fewer or more processes keeps the rows of its steps.
     """
@@ -303,7 +314,7 @@ def _in_processes(request: Request, before: int | None) -> Request:
     return request
 
 
-def write_config(folder: Path, request: Request, prepared: Prepared | None = None) -> None:
+def write_config(folder: Path, request: Request, prepared: PreparedRun | None = None) -> None:
     """config.toml: `loralab train --config` with it repeats the run.
 
     Args:
@@ -311,7 +322,7 @@ def write_config(folder: Path, request: Request, prepared: Prepared | None = Non
     """
     atomic.write_file(folder / CONFIG, _toml(request))
     if prepared is not None:
-        keep_facts(folder, prepared.facts)
+        write_facts(folder, prepared.facts)
 
 
 def _toml(request: Request) -> str:
@@ -327,7 +338,7 @@ def _toml(request: Request) -> str:
 
 
 def versions() -> dict[str, str]:
-    """The libraries whose version can change a result; "unknown" of one that is not installed."""
+    """Return the libraries whose version can change a result; "unknown" of one that is not installed."""
     names = ("torch", "transformers", "tokenizers", "safetensors", "accelerate")
     return {"loralab": loralab.__version__, **{name: _version(name) for name in names}}
 

@@ -1,4 +1,4 @@
-"""What a run says while it runs: events, metrics.jsonl, train.log, TensorBoard.
+"""Records of a run: events, metrics.jsonl, train.log, TensorBoard.
 
 The loop emits events and knows nothing of who listens.
 """
@@ -22,7 +22,7 @@ BOARD = "tensorboard"
 _KEPT = ("step", "evaluation")
 
 
-class Record:
+class RunRecord:
     """Writes a run's events into its folder, and passes them on.
 
     Args:
@@ -69,7 +69,7 @@ class Record:
 
 
 def describe(event: Event) -> str:
-    """An event as one line of text."""
+    """Return an event as one line of text."""
     if event["kind"] == "step":
         return (
             f"step {event['step']}/{event['steps']}  loss {event['loss']:.4f}  "
@@ -83,7 +83,7 @@ def describe(event: Event) -> str:
 
 
 def read_metrics(folder: str | Path) -> list[Event]:
-    """The events of a run folder's metrics.jsonl, but for a line that a crash cut off."""
+    """Return the events of a run folder's metrics.jsonl, but for a line that a crash cut off."""
     file = Path(folder) / METRICS
     if not file.is_file():
         return []
@@ -116,13 +116,13 @@ def _append(file: Path, line: str) -> None:
 
 
 def _end_line(file: Path) -> None:
-    """What a crash cut off in the middle of a line stays a line of its own."""
+    """End a line that a crash cut off, so that it stays separate."""
     if file.is_file() and file.read_bytes()[-1:] not in (b"", b"\n"):
         _append(file, "")
 
 
 def _tensorboard(folder: Path, step: int) -> Any:
-    """A TensorBoard writer where the package is installed (extra `track`), else None."""
+    """Return a TensorBoard writer where the package is installed (extra `track`), else None."""
     if importlib.util.find_spec("tensorboard") is None:
         return None
     with warnings.catch_warnings():

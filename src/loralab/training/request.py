@@ -18,7 +18,7 @@ from loralab.training.settings import Training
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What the user asked for, precision resolved.
+    """Arguments of a training, precision resolved.
 
     `settled` is whether a memory budget has made its choice: in the run that this one goes on with.
     `task` are the rows, where they are not simply those behind `data`; `given` is a live model, of
@@ -66,11 +66,17 @@ class Request:
         )
         spec = spec_of(method)
         if not spec.scales_gradients and training.precision == "fp16":
-            raise ConfigError(f"{spec.name} needs gradients that are not scaled, as fp16 does; use bf16 or fp32")
+            raise ConfigError(
+                f"{spec.name} needs gradients that are not scaled, as fp16 does; use bf16 or fp32",
+                code="scaled_gradients",
+                field="precision",
+            )
         if spec.trains_base and training.quantize != "none":
-            raise ConfigError("weights in few bits cannot be trained; leave --quantize out")
+            raise ConfigError(
+                "weights in few bits cannot be trained; leave --quantize out", code="trains_quantized", field="quantize"
+            )
         if training.new_tokens and not spec.has("token_rows"):
-            raise ConfigError("new_tokens are trained by LoRA only")
+            raise ConfigError("new_tokens are trained by LoRA only", code="lora_only", field="new_tokens")
         task = None if isinstance(data, str) else read(data, mapping, seed=training.seed)
         return Request(
             model=own.name if own else model,

@@ -1,4 +1,4 @@
-"""Jobs that make their steps together, round by round, until each has come to its end.
+"""Train jobs together, round by round, until each has ended.
 
 A round is one optimiser step of every job. Each job keeps its own order of rows, rate, clipping,
 random numbers, log, checkpoints and end: all that they share is the base and the passes through
@@ -18,15 +18,15 @@ from accelerate import Accelerator
 
 from loralab import atomic
 from loralab.errors import LearningError, LoralabError, OutputError
-from loralab.tasks.encode import Example
+from loralab.tasks.examples import Example
 from loralab.training import checkpoint, memory
 from loralab.training.jobs import of_job
-from loralab.training.joint import Joint, Part
+from loralab.training.joint import JobRows, Joint
 from loralab.training.loop import Steps, interruptible
-from loralab.training.preflight import Prepared
+from loralab.training.preflight import PreparedRun
 from loralab.training.record import Event, Listener
 from loralab.training.request import Request
-from loralab.training.run import ActiveRun, Run, begin, finish
+from loralab.training.run import ActiveRun, Run, begin_run, finish_run
 from loralab.training.shard import shard_base
 from loralab.training.world import world
 
@@ -41,7 +41,7 @@ class PreparedJob:
     name: str
     folder: Path
     request: Request
-    prepared: Prepared
+    prepared: PreparedRun
     random: "Random"
 
 
@@ -54,8 +54,8 @@ class Random:
             self.state = _random_state()
 
     @contextlib.contextmanager
-    def drawn(self) -> Iterator[None]:
-        """What is drawn inside comes out of these."""
+    def active(self) -> Iterator[None]:
+        """Draw random numbers from this job's state within the block."""
         before = _random_state()
         _set_random_state(self.state)
         try:
@@ -86,8 +86,8 @@ class _ActiveJob:
 
 
 @dataclass
-class _Step:
-    """What one step of a job has come to."""
+class _StepResult:
+    """Result of one step of a job."""
 
     labelled: int
     loss: float = 0.0
@@ -104,36 +104,36 @@ class Rounds:
         self._sharded = jobs[0].request.training.shard_base  # and so of all of them
         if self._sharded:
             shard_base(joint.model, [job.prepared.adapter for job in jobs], self._world)
-        last = checkpoint.side_by_side({job.folder: job.prepared.steps for job in jobs})
+        last = checkpoint.last_common_steps({job.folder: job.prepared.steps for job in jobs})
         note = f"trained together with {', '.join(job.name for job in jobs)}"
         self.active = [self._begun(job, last[job.folder], listener, note) for job in jobs]
-        self._room = min(job.prepared.path.room for job in jobs)
+        self._max_tokens = min(job.prepared.path.max_tokens for job in jobs)
 
     def run(self) -> dict[str, Outcome]:
-        """All rounds.
+        """Return all rounds.
 
         Raises:
             KeyboardInterrupt: the user stopped them; checkpoints of all jobs have been written.
         """
         self.joint.model.train()
-        with interruptible() as interrupted, memory.kept_pages(self.joint.model):
+        with interruptible() as interrupted, memory.retain_heap(self.joint.model):
             self._end_those_that_are_over()
             while self.active:
                 self._round()
-                if any(self._world.summed(interrupted.is_set())) and self.active:
+                if any(self._world.all_reduce(interrupted.is_set())) and self.active:
                     self._save({})
                     raise KeyboardInterrupt
         return self.outcomes
 
     def _begun(self, job: PreparedJob, last: Path | None, listener: Listener | None, note: str) -> _ActiveJob:
-        with job.random.drawn():
-            begun = begin(job.request, job.prepared, job.folder, naming(job.name, listener), last, note)
+        with job.random.active():
+            begun = begin_run(job.request, job.prepared, job.folder, with_job_name(job.name, listener), last, note)
         begun.steps.drop_others()  # what was written beyond the common step is made anew
         begun.steps.job.adapter.model.train()
         return _ActiveJob(job=job, begun=begun)
 
     def _round(self) -> None:
-        """One step of every job, or the end of those that cannot make theirs."""
+        """Make one step of every job, or end those that cannot make theirs."""
         before = {live.name: live.random.state for live in self.active}
         made, bad = self._together()
         if bad:
@@ -146,16 +146,16 @@ class Rounds:
             made = self._one_by_one()
         self._finish_round(made)
 
-    def _together(self) -> tuple[dict[str, _Step], list[_ActiveJob]]:
-        """The gradients of all jobs, clipped; and the jobs whose numbers are not good."""
+    def _together(self) -> tuple[dict[str, _StepResult], list[_ActiveJob]]:
+        """Return the gradients of all jobs, clipped; and the jobs whose numbers are not good."""
         made = self._gradients(self.active)
         bad = [live for live in self.active if not self._clipped(live, made[live.name])]
         return made, bad
 
-    def _gradients(self, lives: Sequence[_ActiveJob]) -> dict[str, _Step]:
-        """Those of one step of some jobs, over all processes."""
+    def _gradients(self, lives: Sequence[_ActiveJob]) -> dict[str, _StepResult]:
+        """Compute the gradients of one step of some jobs, over all processes."""
         shares = {live.name: live.steps.shares() for live in lives}
-        made = {live.name: _Step(live.steps.labelled(shares[live.name])) for live in lives}
+        made = {live.name: _StepResult(live.steps.labelled(shares[live.name])) for live in lives}
         own = self._passes(lives, shares, self._world.rank)
         for group in own:
             self._pass(group, made)
@@ -170,22 +170,22 @@ class Rounds:
 
     def _passes(
         self, lives: Sequence[_ActiveJob], shares: Mapping[str, list[list[list[Example]]]], rank: int
-    ) -> list[list[Part]]:
-        """What goes through the model at once in one process, one after the other."""
+    ) -> list[list[JobRows]]:
+        """Return the passes through the model in one process, in order."""
         parts = {live.name: shares[live.name][rank] for live in lives}
-        passes: list[list[Part]] = []
+        passes: list[list[JobRows]] = []
         for number in range(max(map(len, parts.values()))):
             chosen = [
-                Part(live.name, live.steps.job.path, parts[live.name][number])
+                JobRows(live.name, live.steps.job.path, parts[live.name][number])
                 for live in lives
                 if number < len(parts[live.name])
             ]
-            passes += self.joint.groups(chosen, self._room)
+            passes += self.joint.groups(chosen, self._max_tokens)
         return passes
 
-    def _pass(self, group: Sequence[Part], made: Mapping[str, _Step]) -> None:
-        """One pass through the model, forward and backward."""
-        with self.joint.taken():
+    def _pass(self, group: Sequence[JobRows], made: Mapping[str, _StepResult]) -> None:
+        """Run one forward and backward pass."""
+        with self.joint.activated():
             losses = self.joint.losses(group)
             shares = [loss / made[str(part.key)].labelled for loss, part in zip(losses, group, strict=True)]
             self._accelerator.backward(torch.stack(shares).sum())
@@ -194,12 +194,12 @@ class Rounds:
             step.loss += share
             step.tokens += sum(example.length for example in part.examples)
 
-    def _idle_pass(self, group: Sequence[Part]) -> None:
-        """A pass without effect: the other processes need this one's part of the base."""
-        with self.joint.taken():
+    def _idle_pass(self, group: Sequence[JobRows]) -> None:
+        """Run a pass without effect: the other processes need this one's part of the base."""
+        with self.joint.activated():
             self._accelerator.backward(0 * torch.stack(self.joint.losses(group)).sum())
 
-    def _clipped(self, live: _ActiveJob, step: _Step) -> bool:
+    def _clipped(self, live: _ActiveJob, step: _StepResult) -> bool:
         if not math.isfinite(step.loss):
             return False
         try:
@@ -209,7 +209,7 @@ class Rounds:
         return True
 
     def _errors_alone(self, bad: Sequence[_ActiveJob]) -> dict[str, LoralabError]:
-        """Which of some jobs fail by themselves: what is not finite may come from a neighbour."""
+        """Return which of some jobs fail by themselves: what is not finite may come from a neighbour."""
         errors: dict[str, LoralabError] = {}
         for live in bad:
             try:
@@ -218,13 +218,13 @@ class Rounds:
                 errors[live.name] = error
         return errors
 
-    def _one_by_one(self) -> dict[str, _Step]:
-        """The gradients of all jobs, each without the others."""
+    def _one_by_one(self) -> dict[str, _StepResult]:
+        """Return the gradients of all jobs, each without the others."""
         return {live.name: self._alone(live) for live in self.active}
 
-    def _alone(self, live: _ActiveJob) -> _Step:
+    def _alone(self, live: _ActiveJob) -> _StepResult:
         step = self._gradients([live])[live.name]
-        with live.random.drawn():
+        with live.random.active():
             live.steps.require_finite(step.loss, next(filter(None, live.steps.shares())))
             step.norm = live.steps.clip()
         return step
@@ -234,15 +234,15 @@ class Rounds:
             live.steps.forget()
             live.random.state = before[live.name]
 
-    def _finish_round(self, made: Mapping[str, _Step]) -> None:
+    def _finish_round(self, made: Mapping[str, _StepResult]) -> None:
         errors: dict[str, LoralabError] = {}
         due = False
         for live in self.active:
             step = made[live.name]
             try:
-                with live.random.drawn():
+                with live.random.active():
                     live.steps.apply(step.loss, step.norm, step.tokens)
-                    due |= live.steps.look()
+                    due |= live.steps.evaluate_if_due()
             except OutputError:
                 raise  # no fault of the job: all of them can go on together
             except LoralabError as error:
@@ -252,7 +252,7 @@ class Rounds:
         self._end_those_that_are_over()
 
     def _save(self, errors: Mapping[str, LoralabError]) -> None:
-        """Checkpoints of all jobs but those that end with an error, which end here.
+        """Write checkpoints of all jobs but those that end with an error, which end here.
 
         Nothing old is removed before everything new is there, so that there is always a step at
         which every job can go on.
@@ -260,11 +260,11 @@ class Rounds:
         failed = [live for live in self.active if live.name in errors]
         self.active = [live for live in self.active if live.name not in errors]
         for live in self.active:
-            with live.random.drawn():
+            with live.random.active():
                 live.steps.write()
         for live in failed:
             error = of_job(live.name, errors[live.name])
-            if self._world.first:
+            if self._world.is_main:
                 atomic.write_file(live.job.folder / FAILED, f"{errors[live.name]}\n")
             self._leave(live, error, f"ended: {errors[live.name]}")
         for live in self.active:
@@ -274,8 +274,8 @@ class Rounds:
         for live in [live for live in self.active if live.steps.over]:
             self.active.remove(live)
             try:
-                with live.random.drawn():
-                    self.outcomes[live.name] = finish(live.begun)
+                with live.random.active():
+                    self.outcomes[live.name] = finish_run(live.begun)
                 self.joint.drop(live.name)
             except LoralabError as error:
                 self._leave(live, of_job(live.name, error), f"ended: {error}")
@@ -290,8 +290,8 @@ class Rounds:
         self.outcomes[live.name] = error
 
 
-def naming(name: str, listener: Listener | None) -> Listener | None:
-    """A listener whose events say which job they are of."""
+def with_job_name(name: str, listener: Listener | None) -> Listener | None:
+    """Return a listener whose events say which job they are of."""
     if listener is None:
         return None
 

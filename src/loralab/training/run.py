@@ -12,9 +12,9 @@ from loralab.adapters.adapter import Adapter
 from loralab.adapters.methods import AnyMethod
 from loralab.artefacts.certificate import certify
 from loralab.artefacts.comparison import Certificate, reference_of
-from loralab.artefacts.temporary import base_folder
+from loralab.artefacts.temporary_base import base_folder
 from loralab.models.device import device_here
-from loralab.models.given import unchanged
+from loralab.models.given import restored_after
 from loralab.models.load import Base
 from loralab.tasks import encode
 from loralab.tasks.catalog import Task
@@ -22,10 +22,10 @@ from loralab.tasks.score import Scores, evaluate
 from loralab.training import checkpoint, memory, preflight
 from loralab.training.checkpoint import Progress, Trained
 from loralab.training.loop import Job, Steps, run_steps
-from loralab.training.objects import taken_out
+from loralab.training.objects import detached_after
 from loralab.training.optim import optimizer_for
-from loralab.training.preflight import Prepared
-from loralab.training.record import Listener, Record
+from loralab.training.preflight import PreparedRun
+from loralab.training.record import Listener, RunRecord
 from loralab.training.request import Request
 from loralab.training.settings import Training
 from loralab.training.world import world
@@ -94,10 +94,10 @@ def train(
         CertificateError: the saved adapter does not do what the live one does.
     """
     request = Request.of(model, data, method, training, mapping, tokenizer, name)
-    with unchanged(request.given, on_error_alone=True):
+    with restored_after(request.given, on_error_alone=True):
         run = run_request(request, Path(output_dir), resume=resume, listener=listener)
-        with taken_out(run.base, run.adapter, on_error_alone=True):
-            return proven(run)
+        with detached_after(run.base, run.adapter, on_error_alone=True):
+            return certified(run)
 
 
 def run_request(request: Request, folder: Path, *, resume: bool = False, listener: Listener | None = None) -> Run:
@@ -105,20 +105,20 @@ def run_request(request: Request, folder: Path, *, resume: bool = False, listene
     here = world()
     request = preflight.require_place(folder, request, resume=resume)
     prepared = preflight.prepare(request)
-    with taken_out(prepared.base, prepared.adapter, on_error_alone=True):
-        prepared = preflight.compared(folder, prepared)
+    with detached_after(prepared.base, prepared.adapter, on_error_alone=True):
+        prepared = preflight.with_compared_facts(folder, prepared)
         training = prepared.training
         request = replace(request, training=training)
-        here.wait()  # all have seen the folder as it was
-        if here.first:
+        here.barrier()  # all have seen the folder as it was
+        if here.is_main:
             preflight.write_config(folder, request, prepared)
-        here.wait()
+        here.barrier()
         with torch.random.fork_rng():
             torch.manual_seed(own_seed(training.seed))
             return run_prepared(request, prepared, folder, listener)
 
 
-def proven(run: Run) -> Run:
+def certified(run: Run) -> Run:
     """Return the run with the certificate that what was saved does what was trained.
 
     Of several processes the first one certifies; the others compute what it compares with, of
@@ -128,7 +128,7 @@ def proven(run: Run) -> Run:
         CertificateError: it does not.
     """
     base = run.base
-    if not world().first:
+    if not world().is_main:
         reference_of(base.model, run.sample, base.kind, base.tokenizer)
         return run
     with base_folder(base) as copied:
@@ -139,7 +139,7 @@ def proven(run: Run) -> Run:
 
 
 def own_seed(seed: int) -> int:
-    """The seed of this process's random numbers: each drops out numbers of its own."""
+    """Return the seed of this process's random numbers: each drops out numbers of its own."""
     return seed + SEED_STEP * world().rank
 
 
@@ -148,7 +148,7 @@ class ActiveRun:
     """A run whose steps can be made; `seen` are the scores of its evaluations."""
 
     request: Request
-    prepared: Prepared
+    prepared: PreparedRun
     folder: Path
     steps: Steps
     seen: list[Scores]
@@ -156,25 +156,27 @@ class ActiveRun:
     tokens: int
 
 
-def run_prepared(request: Request, prepared: Prepared, folder: Path, listener: Listener | None, note: str = "") -> Run:
-    """All steps of a run, and its folder; torch's random numbers are the run's own.
+def run_prepared(
+    request: Request, prepared: PreparedRun, folder: Path, listener: Listener | None, note: str = ""
+) -> Run:
+    """Return all steps of a run, and its folder; torch's random numbers are the run's own.
 
     Args:
-        note: what else the log shall say.
+        note: what else the log should say.
     """
-    begun = begin(request, prepared, folder, listener, checkpoint.latest(folder), note)
-    with memory.kept_pages(prepared.base.model):
+    begun = begin_run(request, prepared, folder, listener, checkpoint.latest(folder), note)
+    with memory.retain_heap(prepared.base.model):
         run_steps(begun.steps)
-    return finish(begun)
+    return finish_run(begun)
 
 
-def begin(
-    request: Request, prepared: Prepared, folder: Path, listener: Listener | None, last: Path | None, note: str = ""
+def begin_run(
+    request: Request, prepared: PreparedRun, folder: Path, listener: Listener | None, last: Path | None, note: str = ""
 ) -> ActiveRun:
-    """A run as it stands at a checkpoint, or at its start."""
+    """Return a run as it stands at a checkpoint, or at its start."""
     adapter, training, here = prepared.adapter, request.training, world()
-    here.align(adapter.parameters())
-    if adapter.budget is not None and not here.first:
+    here.broadcast_parameters(adapter.parameters())
+    if adapter.budget is not None and not here.is_main:
         adapter.budget.leave_regularising()
     trained = Trained(
         adapter=adapter,
@@ -182,8 +184,8 @@ def begin(
         scaler=torch.amp.GradScaler(device_here().type, enabled=training.precision == "fp16"),
     )
     progress = checkpoint.restore(last, trained, here) if last else Progress()
-    here.wait()  # all have read what the first one will now change
-    record = Record(folder, progress.step, listener, speaks=here.first)
+    here.barrier()  # all have read what the first one will now change
+    record = RunRecord(folder, progress.step, listener, speaks=here.is_main)
     _announce(prepared, training, progress, record, note)
     since = time.perf_counter()
     seen: list[Scores] = []
@@ -199,7 +201,7 @@ def begin(
     )
 
 
-def finish(begun: ActiveRun) -> Run:
+def finish_run(begun: ActiveRun) -> Run:
     """Save the best weights of a run that has made its steps."""
     request, prepared, folder, seen = begun.request, begun.prepared, begun.folder, begun.seen
     base, adapter = prepared.base, prepared.adapter
@@ -211,9 +213,9 @@ def finish(begun: ActiveRun) -> Run:
     base.model.eval()
     # the loop's last evaluation was of these very weights, unless it happened in another process
     scores = seen[-1] if seen and best == progress.step else begun.steps.job.evaluate()
-    if world().first:
+    if world().is_main:
         adapter.save(folder, record_of(request, prepared, progress, scores), overwrite=True)
-    world().wait()
+    world().barrier()
     begun.steps.drop_others()  # what a start that was killed here had no time to
     record({"kind": "end", "step": progress.step, "text": f"saved in {folder}"})
     record.close()
@@ -234,7 +236,7 @@ def finish(begun: ActiveRun) -> Run:
     )
 
 
-def _job(request: Request, prepared: Prepared, folder: Path, score: Callable[[], Scores]) -> Job:
+def _job(request: Request, prepared: PreparedRun, folder: Path, score: Callable[[], Scores]) -> Job:
     return Job(
         adapter=prepared.adapter,
         path=prepared.path,
@@ -249,8 +251,8 @@ def _job(request: Request, prepared: Prepared, folder: Path, score: Callable[[],
     )
 
 
-def _scorer(prepared: Prepared, training: Training, seen: list[Scores]) -> Callable[[], Scores]:
-    """Scores the model as it is now on the first validation rows, and notes it in `seen`."""
+def _scorer(prepared: PreparedRun, training: Training, seen: list[Scores]) -> Callable[[], Scores]:
+    """Return scores the model as it is now on the first validation rows, and notes it in `seen`."""
     base = prepared.base
 
     def score() -> Scores:
@@ -270,7 +272,7 @@ def _scorer(prepared: Prepared, training: Training, seen: list[Scores]) -> Calla
     return score
 
 
-def _announce(prepared: Prepared, training: Training, progress: Progress, record: Record, note: str) -> None:
+def _announce(prepared: PreparedRun, training: Training, progress: Progress, record: RunRecord, note: str) -> None:
     adapter, encoded = prepared.adapter, prepared.encoded
     total = sum(p.numel() for p in prepared.base.model.parameters())
     record(
@@ -290,7 +292,7 @@ def _announce(prepared: Prepared, training: Training, progress: Progress, record
         notes.append(_rows("left out, their answer does not fit", encoded.dropped, training))
     if encoded.shortened:
         notes.append(_rows("cut at the end", encoded.shortened, training))
-    if prepared.path.way != "packed" and prepared.base.kind == "causal-lm":
+    if prepared.path.mode != "packed" and prepared.base.kind == "causal-lm":
         notes.append(f"rows are padded: {prepared.path.refused.get('packed', 'on this device')}")
     if training.memory_budget is not None:
         blocks = training.checkpoint_blocks or 0
@@ -308,8 +310,8 @@ def _rows(what: str, rows: tuple[int, ...], training: Training) -> str:
     return f"{len(rows)} rows {what} in --max-length {training.max_length} (first: {first})"
 
 
-def record_of(request: Request, prepared: Prepared, progress: Progress, scores: Scores) -> dict[str, Any]:
-    """What loralab.json says of a run; no times, so that the same run gives the same bytes."""
+def record_of(request: Request, prepared: PreparedRun, progress: Progress, scores: Scores) -> dict[str, Any]:
+    """Build the loralab.json of a run; without times, so that the same run gives the same bytes."""
     base, task = prepared.base, prepared.task
     fields = request.fields()
     return {

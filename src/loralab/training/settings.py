@@ -1,4 +1,4 @@
-"""How to train and how to evaluate: frozen configurations.
+"""Settings of training and evaluation: frozen configurations.
 
 Standard library only: the command line builds its flags and its help from these classes.
 """
@@ -21,12 +21,12 @@ SPLITS = ("train", "validation", "test", "all")
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """How an adapter is trained.
+    """Training settings.
 
     One optimiser step sees batch_size * accumulation_steps rows, and so many for each process.
     """
 
-    learning_rate: Annotated[float | None, "peak learning rate of AdamW; none is the method's usual one"] = None
+    learning_rate: Annotated[float | None, "peak learning rate of AdamW (default: the method's)"] = None
     epochs: Annotated[int, "passes over the training rows, unless max_steps is given"] = 1
     max_steps: Annotated[int | None, "optimiser steps; overrides epochs"] = None
     batch_size: Annotated[int, "rows in one forward pass"] = 8
@@ -35,43 +35,35 @@ class Training:
     precision: Annotated[str, "dtype of the base: fp32, bf16, fp16; auto is bf16 where the machine computes in it"] = (
         "auto"
     )
-    quantize: Annotated[str, "keep the base's linear layers in few bits: none, nf4, or gguf (as the file has them)"] = (
-        "none"
-    )
-    image_size: Annotated[int | None, "pixels of a side, for pictures; none is the model's own size"] = None
+    quantize: Annotated[str, "quantise the base's linear layers: none, nf4, or gguf (as in the file)"] = "none"
+    image_size: Annotated[int | None, "image size in pixels (default: the model's)"] = None
     gradient_checkpointing: Annotated[str, "recompute activations to save memory: off, on, or reentrant"] = "off"
-    checkpoint_blocks: Annotated[
-        int | None, "how many blocks gradient_checkpointing recomputes; none is all of them"
-    ] = None
-    pass_tokens: Annotated[
-        int | None, "tokens that go through the model at once, as rows allow; none is what is quick"
-    ] = None
-    memory_budget: Annotated[
-        str | None, "choose the quickest pass_tokens and checkpoint_blocks within it, as in 4GB"
-    ] = None
-    processes: Annotated[int | None, "how many share a step, batch_size rows each; none is as many as were started"] = (
+    checkpoint_blocks: Annotated[int | None, "blocks that gradient_checkpointing recomputes (default: all)"] = None
+    pass_tokens: Annotated[int | None, "maximum tokens in one forward pass, whole rows (default: what is fastest)"] = (
         None
     )
-    shard_base: Annotated[bool, "each process keeps a part of the frozen base only (FSDP2); for several processes"] = (
-        False
-    )
-    optimizer_bits: Annotated[
-        int, "of AdamW's two moments: 32, or 8 in blocks (for many trained numbers; bitsandbytes)"
-    ] = 32
+    memory_budget: Annotated[
+        str | None, "memory budget such as 4GB; chooses the fastest pass_tokens and checkpoint_blocks within it"
+    ] = None
+    processes: Annotated[
+        int | None, "processes that share a step, batch_size rows each (default: all that were started)"
+    ] = None
+    shard_base: Annotated[bool, "shard the frozen base over several processes (FSDP2)"] = False
+    optimizer_bits: Annotated[int, "bits of AdamW's moments: 32, or 8 (bitsandbytes; for many trained parameters)"] = 32
     schedule: Annotated[str, "learning rate after warm-up: linear, cosine or constant"] = "linear"
     warmup: Annotated[float, "share of the steps over which the learning rate rises"] = 0.06
     weight_decay: Annotated[float, "AdamW's decoupled weight decay"] = 0.0
-    max_grad_norm: Annotated[float, "gradients are clipped to this norm; 0 is no clipping"] = 1.0
-    loss_on: Annotated[str, "tokens that are learnt: the answer, or all"] = "answer"
-    by_length: Annotated[bool, "batches of rows of similar length: less padding"] = True
+    max_grad_norm: Annotated[float, "gradients are clipped to this norm; 0 disables clipping"] = 1.0
+    loss_on: Annotated[str, "tokens with loss: the answer, or all"] = "answer"
+    by_length: Annotated[bool, "batch rows of similar length, for less padding"] = True
     evaluate_every: Annotated[
-        int | None, "steps between evaluations on the validation rows; none is at the end only"
+        int | None, "steps between evaluations on the validation rows (default: only at the end)"
     ] = None
     evaluation_rows: Annotated[int, "validation rows used at each evaluation"] = 200
-    patience: Annotated[int | None, "stop after so many evaluations without a better score; none is never"] = None
-    save_every: Annotated[int | None, "steps between checkpoints; none is one a twentieth of the run"] = None
-    new_tokens: Annotated[tuple[str, ...], "texts that become tokens of their own; their rows are trained (LoRA)"] = ()
-    seed: Annotated[int, "of the adapter's start, the order of the rows, dropout and splits"] = 0
+    patience: Annotated[int | None, "stop after so many evaluations without a better score (default: never)"] = None
+    save_every: Annotated[int | None, "steps between checkpoints (default: every 5 % of the run)"] = None
+    new_tokens: Annotated[tuple[str, ...], "new tokens to add; their embedding rows are trained (LoRA)"] = ()
+    seed: Annotated[int, "seed of the adapter's start, the order of rows, dropout and splits"] = 0
 
     def __post_init__(self) -> None:
         """Check every value."""
@@ -93,13 +85,15 @@ class Training:
         object.__setattr__(self, "new_tokens", tuple(self.new_tokens))
         rate = self.learning_rate
         if rate is not None and not (math.isfinite(rate) and rate > 0):
-            raise ConfigError(f"learning_rate must be above 0, got {rate}")
+            raise ConfigError(f"learning_rate must be above 0, got {rate}", code="invalid_value", field="learning_rate")
         if not 0 <= self.warmup < 1:
-            raise ConfigError(f"warmup must be at least 0 and below 1, got {self.warmup}")
+            raise ConfigError(
+                f"warmup must be at least 0 and below 1, got {self.warmup}", code="invalid_value", field="warmup"
+            )
         for name in ("weight_decay", "max_grad_norm"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
-                raise ConfigError(f"{name} must be 0 or more, got {value}")
+                raise ConfigError(f"{name} must be 0 or more, got {value}", code="invalid_value", field=name)
         check_choice("precision", self.precision, PRECISIONS)
         check_choice("quantize", self.quantize, QUANTIZERS)
         check_choice("schedule", self.schedule, SCHEDULES)
@@ -109,31 +103,37 @@ class Training:
 
     def _check_memory(self) -> None:
         if self.optimizer_bits not in OPTIMIZER_BITS:
-            raise ConfigError(f"optimizer_bits must be 32 or 8, got {self.optimizer_bits!r}")
+            raise ConfigError(
+                f"optimizer_bits must be 32 or 8, got {self.optimizer_bits!r}",
+                code="invalid_value",
+                field="optimizer_bits",
+            )
         if self.memory_budget is not None:
             parse_bytes("memory_budget", self.memory_budget)
         if self.checkpoint_blocks is not None and self.gradient_checkpointing == "off":
-            raise ConfigError("checkpoint_blocks needs gradient_checkpointing to be on")
+            raise ConfigError(
+                "checkpoint_blocks needs gradient_checkpointing to be on",
+                code="needs_checkpointing",
+                field="checkpoint_blocks",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """How a model is scored."""
+    """Evaluation settings."""
 
     split: Annotated[
         str | None,
         "train, validation, test or all; none is the test of data that the adapter was trained on "
         "or that brings one, and all of any other (without an adapter the test)",
     ] = None
-    limit: Annotated[int | None, "score only the first so many rows"] = None
+    limit: Annotated[int | None, "score only the first rows, up to this number"] = None
     batch_size: Annotated[int, "rows in one forward pass"] = 16
     precision: Annotated[str, "dtype of the base: fp32, bf16, fp16; auto is that of the adapter's training"] = "auto"
-    quantize: Annotated[str, "keep the base in few bits: none, nf4, gguf; auto is as in the adapter's training"] = (
-        "auto"
-    )
-    generate: Annotated[bool, "also let the model write its answers: exact match, BLEU, ROUGE-L"] = False
-    max_new_tokens: Annotated[int, "longest answer that is generated, in tokens"] = 128
-    seed: Annotated[int | None, "of the splits of data that brings none; none is the adapter's own, or 0"] = None
+    quantize: Annotated[str, "quantise the base: none, nf4, gguf; auto is as in the adapter's training"] = "auto"
+    generate: Annotated[bool, "also generate answers: exact match, BLEU, ROUGE-L"] = False
+    max_new_tokens: Annotated[int, "longest generated answer in tokens"] = 128
+    seed: Annotated[int | None, "seed of the splits of data that has none (default: the adapter's, or 0)"] = None
 
     def __post_init__(self) -> None:
         """Check every value."""

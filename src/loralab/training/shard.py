@@ -14,7 +14,7 @@ from loralab.adapters.adapter import Adapter
 from loralab.adapters.fingerprint import fingerprint
 from loralab.errors import ConfigError
 from loralab.models.device import device_here
-from loralab.training.memory import checkpointed_blocks, own_pages
+from loralab.training.memory import checkpointed_blocks, map_large_tensors
 from loralab.training.world import World
 
 
@@ -27,10 +27,14 @@ def require_shardable(model: nn.Module, world: World) -> None:
     if world.size == 1:
         raise ConfigError(
             "shard_base splits the base over several processes, and this is a single one; start "
-            "them with torchrun or accelerate launch"
+            "them with torchrun or accelerate launch",
+            code="single_process",
+            field="shard_base",
         )
     if not checkpointed_blocks(model):
-        raise ConfigError(f"shard_base: {type(model).__name__} has no blocks to split")
+        raise ConfigError(
+            f"shard_base: {type(model).__name__} has no blocks to split", code="no_blocks", field="shard_base"
+        )
 
 
 def shard_base(model: nn.Module, adapters: Sequence[Adapter], world: World) -> None:
@@ -60,7 +64,7 @@ def shard_base(model: nn.Module, adapters: Sequence[Adapter], world: World) -> N
     inside = {module for block in blocks for module in block.modules()}
     for module in set(model.modules()) - inside:
         module._apply(lambda tensor: tensor.to(device), recurse=False)
-    own_pages()
+    map_large_tensors()
     if any(adapter.spec.own_pass for adapter in adapters):
         # gradients reach the last block of the prompt's own pass by its keys and values alone,
         # without a word to FSDP: that block is not split again between the passes

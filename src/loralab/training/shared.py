@@ -13,8 +13,9 @@ from loralab.adapters.bases import shared_copy
 from loralab.adapters.fingerprint import base_tensors
 from loralab.models.load import Base
 from loralab.tasks.catalog import Task
-from loralab.tasks.encode import Encoded, encode
-from loralab.training.preflight import HEADED, load_for
+from loralab.tasks.encode import encode
+from loralab.tasks.examples import Encoded
+from loralab.training.preflight import HEADED_KINDS, load_for
 from loralab.training.request import Request
 
 
@@ -31,7 +32,7 @@ class OneBase:
         self._encoded: dict[tuple[object, ...], Encoded] = {}
 
     def __call__(self, request: Request, task: Task) -> Base:
-        """The model for one more job.
+        """Return the model for one more job.
 
         Raises:
             ModelError: there is no such model, or it cannot learn from such rows.
@@ -39,7 +40,7 @@ class OneBase:
         if request.training.new_tokens:  # more rows, in the model and in its tokenizer
             return load_for(request, task)
         head = (task.format, task.labels, request.training.seed)
-        if self.bare is not None and (self.bare.kind not in HEADED or self._head == head):
+        if self.bare is not None and (self.bare.kind not in HEADED_KINDS or self._head == head):
             return replace(self.bare, model=shared_copy(self.bare.model))
         base = load_for(request, task)
         if self.bare is None:
@@ -58,7 +59,7 @@ class OneBase:
         return self._encoded[key]
 
     def holds(self, adapter: Adapter) -> bool:
-        """Tell whether the model of an adapter stands on these weights, but for what it replaces."""
+        """Return whether the model of an adapter stands on these weights, but for what it replaces."""
         if self.bare is None:
             return False
         ours = _tensors(self.bare.model)
@@ -68,7 +69,7 @@ class OneBase:
 
 
 def mixes_rows(model: nn.Module) -> bool:
-    """Tell whether a batch's rows change each other's outputs, and the model's own statistics."""
+    """Return whether a batch's rows change each other's outputs, and the model's own statistics."""
     return any(isinstance(module, _BatchNorm) for module in model.modules())
 
 
@@ -91,6 +92,6 @@ def _equal(one: Tensor, other: Tensor) -> bool:
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers, tied ones under each of their names."""
+    """Return parameters and buffers, tied ones under each of their names."""
     named = dict(model.named_parameters(remove_duplicate=False))
     return {**named, **dict(model.named_buffers(remove_duplicate=False))}

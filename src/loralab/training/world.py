@@ -19,8 +19,8 @@ from loralab.errors import ConfigError
 
 T = TypeVar("T")
 # how many processes there are, as torchrun says it and several MPIs do
-STARTED = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-OTHERS = {
+SIZE_VARIABLES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+UNSUPPORTED_PLUGINS = {
     "ACCELERATE_USE_FSDP": "FSDP",
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
@@ -36,16 +36,16 @@ class World:
     size: int = 1
 
     @property
-    def first(self) -> bool:
-        """Tell whether this process is the one that writes and speaks."""
+    def is_main(self) -> bool:
+        """Return whether this process is the one that writes and speaks."""
         return self.rank == 0
 
     def share(self, parts: Sequence[T], rank: int) -> list[T]:
-        """What of some parts one process takes."""
+        """Return the parts of one process."""
         return list(parts[rank :: self.size])
 
-    def summed(self, *numbers: float) -> list[float]:
-        """Numbers of all processes, added up."""
+    def all_reduce(self, *numbers: float) -> list[float]:
+        """Return the sums of numbers over all processes."""
         if self.size == 1:
             return list(numbers)
         own = torch.tensor(numbers, dtype=torch.float64, device=_device())
@@ -56,7 +56,7 @@ class World:
         """Add up the gradients of all processes; what has none in any of them keeps none."""
         if self.size == 1:
             return
-        present = self.summed(*(float(p.grad is not None) for p in parameters))
+        present = self.all_reduce(*(float(p.grad is not None) for p in parameters))
         chosen = [p for p, count in zip(parameters, present, strict=True) if count]
         for parameter in chosen:
             if parameter.grad is None:
@@ -64,29 +64,29 @@ class World:
         _in_one_message([p.grad for p in chosen if p.grad is not None], distributed.all_reduce)
 
     @torch.no_grad()
-    def align(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Give all processes the first one's numbers."""
+    def broadcast_parameters(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Broadcast parameters from rank 0."""
         if self.size > 1:
             _in_one_message([p.data for p in parameters], functools.partial(distributed.broadcast, src=0))
 
-    def agreed(self, value: T) -> T:
-        """The first process's value, in all of them."""
+    def broadcast(self, value: T) -> T:
+        """Return the value of rank 0, in every process."""
         if self.size == 1:
             return value
         values: list[T] = [value]
         distributed.broadcast_object_list(values, src=0)
         return values[0]
 
-    def gathered(self, value: T) -> list[T]:
-        """Each process's value, in all of them."""
+    def all_gather(self, value: T) -> list[T]:
+        """Return the values of all processes, in every process."""
         if self.size == 1:
             return [value]
         found: list[T | None] = [None] * self.size
         distributed.all_gather_object(found, value)
         return [own for own in found if own is not None]
 
-    def wait(self) -> None:
-        """Until all processes have come here."""
+    def barrier(self) -> None:
+        """Wait until all processes have come here."""
         if self.size > 1:
             distributed.barrier()
 
@@ -98,12 +98,14 @@ def world() -> World:
     Raises:
         ConfigError: they were started with settings of accelerate's that have no meaning here.
     """
-    if not any(os.environ.get(name, "1") != "1" for name in STARTED):
+    if not any(os.environ.get(name, "1") != "1" for name in SIZE_VARIABLES):
         return World()
-    if asked := [what for name, what in OTHERS.items() if os.environ.get(name, "") == "true"]:
+    if asked := [what for name, what in UNSUPPORTED_PLUGINS.items() if os.environ.get(name, "") == "true"]:
         raise ConfigError(
             f"accelerate was told to use {asked[0]}, which is not read here; leave it out, and say "
-            "--shard-base where the base shall be split"
+            "--shard-base where the base should be split",
+            code="unsupported_plugin",
+            field="accelerate",
         )
     from accelerate import PartialState
 

@@ -59,7 +59,7 @@ def test_it_equals_each_row_alone(
         angles = tuple(torch.rand(tokens, 8, dtype=torch.float64) for _ in range(2))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "TILE", 32)  # so that rows of 90 are cut
-        patch.setattr(attention, "KEPT", 1000 if kept else 0)
+        patch.setattr(attention, "MAX_KEPT_KEYS", 1000 if kept else 0)
         y = attend(*inputs, Packing(tuple(rows), causal), 0.3, angles)
         weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).double()
         found = torch.autograd.grad((y * weight).sum(), inputs)

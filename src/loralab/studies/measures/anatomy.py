@@ -9,8 +9,8 @@ from torch import nn
 
 from loralab.errors import LoralabError
 from loralab.models.catalog import MODELS, locate
-from loralab.models.load import resolve
 from loralab.models.pictures import side as side_of
+from loralab.models.source import resolve
 from loralab.studies.catalog import WRITER
 from loralab.studies.evidence import count
 from loralab.studies.places import layout

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from loralab.adapters.adapter import Adapter
 from loralab.adapters.linear import LinearWithLoRA
-from loralab.adapters.spectrum import decomposed
+from loralab.adapters.spectrum import decompose
 from loralab.studies import figures
 from loralab.studies.evidence import SEED, Metric, mean_of
 from loralab.studies.statistics import difference
@@ -45,7 +45,7 @@ def factors(adapter: Adapter) -> dict[str, tuple[Tensor, Tensor]]:
 
 def truncated(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """The nearest update of a smaller rank, in factors of the old shapes filled up with zeros."""
-    left, values, right = decomposed(A, B)
+    left, values, right = decompose(A, B)
     count = min(rank, len(values))
     new_a, new_b = torch.zeros_like(A), torch.zeros_like(B)
     new_b[:, :count] = left[:, :count] * values[:count]

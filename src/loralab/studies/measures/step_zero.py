@@ -21,7 +21,8 @@ from loralab.studies.fields import configured
 from loralab.studies.measures.watch import gradient_norm, named, watched
 from loralab.studies.study import Cell, Record
 from loralab.studies.trained import Tell, diverged, rows_of, scored, trained
-from loralab.tasks.encode import IGNORED, Example, encode
+from loralab.tasks.encode import encode
+from loralab.tasks.examples import IGNORED, Example
 from loralab.tasks.forward import SHARPNESS, by_length, call, embed, labelled, second_of
 from loralab.training.loop import labelled_tokens
 from loralab.training.preflight import load_base, with_head

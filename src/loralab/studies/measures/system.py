@@ -24,7 +24,8 @@ from loralab.studies.study import Arm, Cell, Record
 from loralab.studies.trained import Tell, rows_of
 from loralab.tasks.batches import collate
 from loralab.tasks.catalog import TASKS, Task, labels_of
-from loralab.tasks.encode import Example, encode
+from loralab.tasks.encode import encode
+from loralab.tasks.examples import Example
 from loralab.tasks.forward import call, labelled
 from loralab.training.preflight import load_base, with_head
 

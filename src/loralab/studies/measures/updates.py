@@ -16,7 +16,7 @@ from torch import Tensor
 from loralab.adapters.adapter import Adapter
 from loralab.adapters.bases import dense_weight
 from loralab.adapters.linear import LinearWithLoRA
-from loralab.artefacts.live import load_with_base
+from loralab.artefacts.loaded_adapter import load_with_base
 from loralab.errors import RunError
 from loralab.studies import figures
 from loralab.studies.places import layout, source_reaches_mlp, type_of

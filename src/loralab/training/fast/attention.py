@@ -23,7 +23,7 @@ from loralab.native.library import Kernels, kernels_for
 
 TILE = 128  # queries
 QUERY_STEP, KEY_STEP = 32, 64  # what the sizes of a tile are multiples of
-KEPT = 2048  # keys: attention over more of them is worked out again for the backward pass
+MAX_KEPT_KEYS = 2048  # keys: attention over more of them is worked out again for the backward pass
 Angles = tuple[Tensor, Tensor]  # cosine and sine, (N, D) each
 
 
@@ -93,7 +93,7 @@ class Packing:
         return found
 
     def _tile(self, rows: Sequence[tuple[int, int]], start: int, stop: int) -> Tile:
-        """Tokens start to stop of these rows."""
+        """Return the tokens start to stop of these rows."""
         begin, end = rows[0][0], stop if self.causal else rows[-1][1]
         first, last = [], []
         for a, b in rows:
@@ -122,7 +122,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, packing: Packing, scale: float, angl
 
 
 def _in_one_pass(q: Tensor, k: Tensor, v: Tensor, angles: Angles | None) -> bool:
-    """Tell whether native/attention.c can do it; values may be narrower than keys in some models."""
+    """Return whether native/attention.c can do it; values may be narrower than keys in some models."""
     native = kernels_for(q)
     if native is None or not native.dots:
         return False
@@ -204,7 +204,7 @@ class _Attend(torch.autograd.Function):
         for tile in packing.tiles:
             weights = _weights(q, k, tile)
             out[:, _queries(q, k, tile)] = torch.bmm(weights, v[:, tile.keys])
-            if tile.width <= KEPT:
+            if tile.width <= MAX_KEPT_KEYS:
                 kept.append(weights)
         ctx.save_for_backward(q, k, v, cos, sin, *kept)
         ctx.packing, ctx.scale, ctx.tokens = packing, scale, N
@@ -222,7 +222,7 @@ class _Attend(torch.autograd.Function):
         waiting = iter(kept)
         for tile in packing.tiles:
             rows, keys = _queries(q, k, tile), tile.keys
-            weights = next(waiting) if tile.width <= KEPT else _weights(q, k, tile)
+            weights = next(waiting) if tile.width <= MAX_KEPT_KEYS else _weights(q, k, tile)
             dv[:, keys] += torch.bmm(weights.transpose(1, 2), d_out[:, rows])
             d_weights = torch.bmm(d_out[:, rows], v[:, keys].transpose(1, 2))
             d_scores = _softmax_backward(weights, d_weights)
@@ -245,7 +245,7 @@ def _rounded(size: int, step: int) -> int:
 
 
 def _queries(q: Tensor, k: Tensor, tile: Tile) -> slice:
-    """The rows of q (K, M G, D) that belong to a tile's tokens."""
+    """Return the rows of q (K, M G, D) that belong to a tile's tokens."""
     group = q.shape[1] // k.shape[1]
     return slice(tile.rows.start * group, tile.rows.stop * group)
 
@@ -265,7 +265,7 @@ def _weights(q: Tensor, k: Tensor, tile: Tile) -> Tensor:
 
 
 def _softmax_backward(weights: Tensor, d_weights: Tensor) -> Tensor:
-    """The gradient of the scores from that of the weights, which is overwritten."""
+    """Return the gradient of the scores from that of the weights, which is overwritten."""
     native = kernels_for(weights)
     if native is not None:
         heads, rows, keys = weights.shape
@@ -294,7 +294,7 @@ def _by_head(x: Tensor, heads: int, reach: int, angles: Angles | None = None, sc
 
 
 def _by_token(x: Tensor, N: int, reach: int, angles: Angles | None = None, scale: float = 1.0) -> Tensor:
-    """The transpose of _by_head: (K, M G, D) -> (N, K G, D)."""
+    """Return the transpose of _by_head: (K, M G, D) -> (N, K G, D)."""
     heads, rows, D = x.shape
     group, native = rows // reach, kernels_for(x)
     out = x.new_empty(N, heads * group, D)

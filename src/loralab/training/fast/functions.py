@@ -30,15 +30,15 @@ def swiglu(gate: Tensor, upper: Tensor) -> Tensor:
     return _SwiGLU.apply(gate, upper)
 
 
-def head_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
-    """Summed cross-entropy of a frozen linear head, () in fp32; hidden (N, H), labels (N,).
+def token_losses(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
+    """Return the cross-entropy of each row by a frozen linear head, (N,) in fp32; hidden (N, H), labels (N,).
 
     A negative label is a row without loss.
 
     The gradient is worked out along with the loss, a chunk of tokens at a time, so that logits
     (N, V) never exist.
     """
-    return _HeadLoss.apply(hidden, weight, bias, labels)
+    return _TokenLosses.apply(hidden, weight, bias, labels)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -94,29 +94,31 @@ class _SwiGLU(torch.autograd.Function):
         return d_gate, d_upper
 
 
-class _HeadLoss(torch.autograd.Function):
+class _TokenLosses(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
-        total = torch.zeros((), device=hidden.device)
+        losses = torch.empty(len(hidden), device=hidden.device)
         gradient = torch.empty_like(hidden)
         for start in range(0, len(hidden), CHUNK):
             chunk = slice(start, start + CHUNK)
             logits = F.linear(hidden[chunk], weight, bias)
-            losses, d_logits = loss_and_gradient(logits, labels[chunk])
-            total += losses.sum()
+            losses[chunk], d_logits = loss_and_gradient(logits, labels[chunk])
             torch.mm(d_logits, weight, out=gradient[chunk])
         ctx.save_for_backward(gradient)
-        return total
+        return losses
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_total: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d_losses: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return (gradient * d_total).to(gradient.dtype), None, None, None
+        # of their sum it is one number for all rows, which promotes no dtype
+        summed = len(d_losses) and d_losses.stride() == (0,)
+        scale = d_losses[0] if summed else d_losses[:, None]
+        return (gradient * scale).to(gradient.dtype), None, None, None
 
 
 def loss_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Losses (N,) and softmax(logits) - onehot(labels), (N, V); the logits are overwritten."""
+    """Return the losses (N,) and softmax(logits) - onehot(labels), (N, V); the logits are overwritten."""
     native = kernels_for(logits)
     if native is not None:
         losses = torch.empty(len(logits))

@@ -19,9 +19,9 @@ from loralab.adapters.grouped import together
 from loralab.training.fast.attention import Packing, attend
 from loralab.training.fast.functions import rms_norm, swiglu
 
-NAME = "loralab"  # of our attention in transformers' table
+ATTENTION_NAME = "loralab"  # of our attention in transformers' table
 LLAMA_LIKE = ("LlamaAttention", "MistralAttention", "Qwen2Attention")
-AGREE = {torch.float32: 1e-4, torch.bfloat16: 0.03, torch.float16: 0.01}
+PATCH_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.03, torch.float16: 0.01}
 Forward = Callable[..., Any]
 
 
@@ -34,7 +34,7 @@ def attention_function(
     packing: Packing | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers' attention modules call: query (B, H, L, D) -> (B, L, H, D).
+    """Attention function for transformers: query (B, H, L, D) -> (B, L, H, D).
 
     Raises:
         NotImplementedError: packed rows, and the model asks for what `attend` cannot do.
@@ -53,8 +53,8 @@ def attention_function(
     return attend(q, k, v, packing, scale)[None], None
 
 
-def known(model: nn.Module) -> list[tuple[nn.Module, Forward]]:
-    """The modules that have a quicker forward, checked, each with it."""
+def known_modules(model: nn.Module) -> list[tuple[nn.Module, Forward]]:
+    """Return the modules that have a quicker forward, checked, each with it."""
     found = ((module, _quicker(module)) for module in model.modules())
     return [(module, forward) for module, forward in found if forward is not None]
 
@@ -62,14 +62,14 @@ def known(model: nn.Module) -> list[tuple[nn.Module, Forward]]:
 @contextlib.contextmanager
 def patched(model: nn.Module, quicker: Sequence[tuple[nn.Module, Forward]]) -> Iterator[None]:
     """The model with quicker forwards and our attention; the same model as before on leaving."""
-    ALL_ATTENTION_FUNCTIONS.register(NAME, attention_function)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, sdpa_mask)
+    ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, attention_function)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, sdpa_mask)
     config: Any = getattr(model, "config", None)
     ours = getattr(config, "_attn_implementation", None) == "sdpa"
     for module, forward in quicker:
         module.__dict__["forward"] = types.MethodType(forward, module)
     if ours:
-        config._attn_implementation = NAME
+        config._attn_implementation = ATTENTION_NAME
     try:
         yield
     finally:
@@ -80,7 +80,7 @@ def patched(model: nn.Module, quicker: Sequence[tuple[nn.Module, Forward]]) -> I
 
 
 def _quicker(module: nn.Module) -> Forward | None:
-    """The quicker forward of a module that is known and agrees."""
+    """Return the quicker forward of a module that is known and agrees."""
     if "forward" in module.__dict__:  # somebody else was here first
         return None
     name = type(module).__name__
@@ -89,7 +89,7 @@ def _quicker(module: nn.Module) -> Forward | None:
     if name.endswith("MLP") and _is_gated(module) and _agrees(module, _gated_forward):
         return _gated_forward
     if name in LLAMA_LIKE and getattr(module, "sliding_window", None) is None:
-        return _attention_forward  # whether it agrees, only the whole model can tell: path.py
+        return _attention_forward  # whether it agrees, only the whole model can tell: forward_path.py
     return None
 
 
@@ -134,7 +134,7 @@ def _attention_forward(
 
 @torch.no_grad()
 def _agrees(module: Any, forward: Forward) -> bool:
-    """Tell whether a forward gives what the module's own gives, on noise of two sizes."""
+    """Return whether a forward gives what the module's own gives, on noise of two sizes."""
     frozen = (p for p in module.parameters() if not p.requires_grad and p.is_floating_point())
     weight = next(frozen, None)
     if weight is None or weight.is_meta:
@@ -156,4 +156,4 @@ def _close(expected: Tensor, found: Tensor) -> bool:
     if expected.shape != found.shape or expected.dtype != found.dtype:
         return False
     one, other = expected.float(), found.float()
-    return bool((one - other).norm() <= AGREE.get(expected.dtype, 1e-4) * one.norm())
+    return bool((one - other).norm() <= PATCH_TOLERANCE.get(expected.dtype, 1e-4) * one.norm())

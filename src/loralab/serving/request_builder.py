@@ -1,0 +1,232 @@
+"""Build live requests for the engine; every error in the input is raised here."""
+
+import itertools
+import uuid
+from collections.abc import Sequence
+from concurrent.futures import Future
+
+from loralab.errors import ConfigError, DataError
+from loralab.models.load import Base
+from loralab.serving.adapter_info import AdapterInfo
+from loralab.serving.adapter_tokenizers import AdapterTokenizers
+from loralab.serving.detokenize import TokenBytes
+from loralab.serving.live_request import EncoderRequest, Generation, LabelScoring
+from loralab.serving.request import Answer, Sampling
+from loralab.serving.scheduler import TokenSequence
+from loralab.tasks.catalog import Task
+from loralab.tasks.encode import answer_ids, prompt_ids
+from loralab.tasks.examples import Example
+from loralab.tasks.forward import require_known
+from loralab.tasks.pictures import from_bytes
+
+UNLIKE_TRAINING = (
+    "the adapter was trained on prompts as /v1/chat/completions writes them, and this one does not "
+    "end so: ask there, or write the chat template into the prompt"
+)
+VISION, CLASSIFIER = "image-classification", "sequence-classification"
+
+
+class RequestBuilder:
+    """Makes live requests for one base.
+
+    Args:
+        context: the most tokens of a request, its prefix and its answer included.
+
+    Attributes:
+        tokenizers: how each adapter's prompts are written.
+    """
+
+    def __init__(self, base: Base, context: int) -> None:
+        self._base, self._context = base, context
+        self.tokenizers = AdapterTokenizers(base)
+        self._tokens = TokenBytes(base.tokenizer)
+        self._numbers = itertools.count()  # of rows and inputs
+
+    def generation(self, prompt: Sequence[int], entry: AdapterInfo | None, sampling: Sampling) -> Generation:
+        """Return a text to write after a prompt.
+
+        Raises:
+            ConfigError: the base writes no text.
+            DataError: the prompt is empty, has unknown tokens, or leaves no room for an answer.
+        """
+        if self._base.kind != "causal-lm":
+            raise ConfigError(f"{self._base.name} does not generate text; it classifies", code="not_generative")
+        self._require_fitting(prompt, prefix_tokens_of(entry) + sampling.max_tokens)
+        digest = digest_of(entry)
+        tokens = [*range(-prefix_tokens_of(entry), 0), *prompt]
+        live: Generation
+
+        def cancel() -> None:
+            live.cancelled = True
+
+        name = name_of(entry)
+        answer = Answer(
+            id=uuid.uuid4().hex,
+            adapter=name,
+            digest=digest,
+            cancel=cancel,
+            warning="" if self._as_trained(prompt, entry) else UNLIKE_TRAINING,
+        )
+        live = Generation(
+            adapter=name,
+            digest=digest,
+            prompt=tuple(prompt),
+            sampling=sampling,
+            stops=self.tokenizers.of(entry).stops,
+            tokens=self._tokens,
+            answer=answer,
+            sequences=[self._sequence(tokens, entry, sampling)],
+        )
+        return live
+
+    def _sequence(self, tokens: list[int], entry: AdapterInfo | None, sampling: Sampling) -> TokenSequence:
+        explained = sampling.echo and sampling.logprobs is not None
+        return TokenSequence(
+            number=next(self._numbers),
+            key=digest_of(entry),
+            tokens=tokens,
+            scored=prefix_tokens_of(entry) + 1 if explained else None,
+            continued=sampling.max_tokens > 0,
+        )
+
+    def _as_trained(self, prompt: Sequence[int], entry: AdapterInfo | None) -> bool:
+        """Return whether a prompt ends as those that the adapter has learnt to answer."""
+        if entry is None or entry.form in (None, "text"):
+            return True
+        trained = self.tokenizers.of(entry)
+        if trained.tokenizer.chat_template:
+            return tuple(prompt[len(prompt) - len(trained.opening) :]) == trained.opening
+        return self._tokens.decode(prompt[-1:])[-1:].isspace() or not trained.opening
+
+    def classification(self, inputs: Sequence[str | bytes], entry: AdapterInfo | None) -> LabelScoring | EncoderRequest:
+        """Return inputs to put into classes.
+
+        Raises:
+            DataError: no labels are known, or an input is too long or of another kind.
+        """
+        if not inputs:
+            raise DataError("there is no input to put into classes", code="invalid_value", field="input")
+        task = self._task(entry)
+        wanted = bytes if self._base.kind == VISION else str
+        for number, value in enumerate(inputs):
+            if not isinstance(value, wanted):
+                what = "pictures" if wanted is bytes else "texts"
+                raise DataError(f"input {number}: {self._base.name} takes {what}", code="invalid_value", field="input")
+        if self._base.kind == "causal-lm":
+            return self._label_scoring([str(text) for text in inputs], entry, task)
+        examples = [self._example(number, value) for number, value in enumerate(inputs)]
+        return EncoderRequest(
+            adapter=name_of(entry),
+            digest=digest_of(entry),
+            labels=task.labels,
+            examples=examples,
+            numbers=[next(self._numbers) for _ in examples],
+            future=Future(),
+        )
+
+    def _label_scoring(self, texts: Sequence[str], entry: AdapterInfo | None, task: Task) -> LabelScoring:
+        tokenizer, prefix = self.tokenizers.of(entry).tokenizer, list(range(-prefix_tokens_of(entry), 0))
+        digest = digest_of(entry)
+        rows, prompt_tokens, single, firsts = [], [], True, []
+        for text in texts:
+            row = {"text": text, "label": task.labels[0]}
+            prompt = prompt_ids(task, row, tokenizer)
+            ends = [answer_ids(task, row, tokenizer, label) for label in task.labels]
+            self._require_fitting(prompt, len(prefix) + max(map(len, ends)))
+            require_known(self._base.model, tokenizer, ends)
+            prompt_tokens.append(len(prompt))
+            single = single and all(len(end) == 2 for end in ends)  # one token and the end
+            firsts = [end[0] for end in ends]
+            rows.append((prompt, ends))
+        made = [
+            TokenSequence(
+                number=next(self._numbers),
+                key=digest,
+                tokens=[*prefix, *prompt, *end],
+                scored=None if single else len(prefix) + len(prompt),
+            )
+            for prompt, ends in rows
+            for end in ([()] if single else ends)
+        ]
+        return LabelScoring(
+            adapter=name_of(entry),
+            digest=digest,
+            labels=task.labels,
+            prompt_tokens=prompt_tokens,
+            firsts=firsts if single else (),
+            sequences=made,
+            future=Future(),
+        )
+
+    def _example(self, number: int, value: str | bytes) -> Example:
+        if isinstance(value, bytes):
+            return Example(number, (), (0,), image=from_bytes(value, f"input {number}"))
+        ids = tuple(self._base.tokenizer(value, verbose=False)["input_ids"])
+        if len(ids) > self._context:
+            raise DataError(
+                f"input {number} has {len(ids)} tokens, and the model can take {self._context}",
+                code="context_length_exceeded",
+                field="input",
+            )
+        require_known(self._base.model, self._base.tokenizer, [ids])
+        return Example(number, ids, (0,))
+
+    def _task(self, entry: AdapterInfo | None) -> Task:
+        """Return the classes that the adapter, or the base's own head, was trained on."""
+        if entry is None:
+            return Task(name=self._base.name, format="text-label", splits={}, labels=self._base_labels())
+        return _task_of(entry)
+
+    def _base_labels(self) -> tuple[str, ...]:
+        config = self._base.model.config
+        name_of = getattr(config, "id2label", None) or {}
+        if self._base.kind == "causal-lm" or not getattr(config, "architectures", None):
+            name_of = {}
+        if not any("Classification" in name for name in config.architectures or ()):
+            name_of = {}
+        if not name_of:
+            raise DataError(f"{self._base.name} alone knows no classes; name an adapter that does", code="no_labels")
+        return tuple(str(name_of[number]) for number in sorted(name_of))
+
+    def _require_fitting(self, prompt: Sequence[int], more: int) -> None:
+        if not prompt:
+            raise DataError("the prompt is empty", code="invalid_value", field="prompt")
+        known = self._base.model.get_input_embeddings().weight.shape[0]
+        if strange := next((t for t in prompt if not 0 <= t < known), None):
+            raise DataError(f"token {strange} is not one of the model's {known}", code="invalid_value", field="prompt")
+        if len(prompt) + more > self._context:
+            raise DataError(
+                f"the prompt has {len(prompt)} tokens and asks for {more} more, and the model can "
+                f"take {self._context} in all",
+                code="context_length_exceeded",
+                field="prompt",
+            )
+
+
+def prefix_tokens_of(entry: AdapterInfo | None) -> int:
+    """Return the positions that an adapter's prefix takes before every prompt."""
+    return 0 if entry is None else entry.prefix_tokens
+
+
+def name_of(entry: AdapterInfo | None) -> str | None:
+    """Return the adapter's name."""
+    return None if entry is None else entry.name
+
+
+def digest_of(entry: AdapterInfo | None) -> str | None:
+    """Return the digest that the name stands for now."""
+    return None if entry is None else entry.digest
+
+
+def _task_of(entry: AdapterInfo) -> Task:
+    if not entry.labels:
+        raise DataError(f"{entry.name} was not trained to tell classes apart; it has no labels", code="no_labels")
+    if entry.form == "pair-label":
+        raise DataError(f"{entry.name} compares two texts, which is not served", code="unserved_format")
+    return Task(
+        name=entry.name,
+        format=entry.form or "text-label",
+        splits={},
+        labels=entry.labels,
+        instruction=entry.instruction or "",
+    )

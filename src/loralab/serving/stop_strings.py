@@ -1,0 +1,50 @@
+"""Cut an answer at its stop strings; nothing is sent that a stop string could still take back."""
+
+from collections.abc import Sequence
+
+
+class StopStringFilter:
+    """The text of one answer.
+
+    Args:
+        stops: texts that end it; they are not part of it.
+
+    Attributes:
+        told: how many of its characters were told.
+        stopped: whether a stop text has ended it.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = stops
+        self._text = ""
+        self.told = 0
+        self.stopped = False
+
+    def add(self, text: str) -> str:
+        """Return the text that is certain now and was not told yet."""
+        self._text += text
+        return self._certain(final=False)
+
+    def end(self, text: str) -> str:
+        """Return the rest of the text once it is complete."""
+        self._text += text
+        return self._certain(final=True)
+
+    def _certain(self, *, final: bool) -> str:
+        if self.stopped:
+            return ""
+        places = [self._text.find(s, max(0, self.told - len(s) + 1)) for s in self._stops]
+        found = [place for place in places if place >= 0]
+        until = len(self._text)
+        if found:
+            self.stopped, until = True, max(min(found), self.told)
+        elif not final:
+            until -= max((_overlap(self._text, stop) for stop in self._stops), default=0)
+        new, self.told = self._text[self.told : until], max(self.told, until)
+        return new
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Return how many characters at the end of a text could begin a stop string."""
+    most = min(len(text), len(stop) - 1)
+    return next((n for n in range(most, 0, -1) if text.endswith(stop[:n])), 0)

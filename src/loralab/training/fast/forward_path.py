@@ -1,0 +1,340 @@
+"""Forward path of a step: the fastest mode whose loss and gradients equal the plain model's.
+
+Before a run each way is tried on a few rows of noise, and its loss and gradients are compared
+with those of the untouched model. The first that agrees is taken; a model that none suits is
+trained as it is.
+"""
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from loralab.adapters.adapter import Adapter
+from loralab.errors import LoralabError, ModelError
+from loralab.tasks.batches import collate, micro_batches, pack
+from loralab.tasks.examples import IGNORED, Example
+from loralab.tasks.forward import answer_loss, call, embed_pairs, partner_losses
+from loralab.training.fast.attention import Packing
+from loralab.training.fast.patches import Forward, known_modules, patched
+from loralab.training.loss import summed_loss
+from loralab.training.world import World
+
+MODES = ("packed", "patched", "plain")
+MAX_TOKENS = {"cpu": 1024, "cuda": 16384}  # tokens in one pass, where that makes no difference
+PROBE_LENGTHS = (7, 1, 5, 12)  # tokens of the rows that are compared
+PROBE_VOCABULARY = 1000  # ids of them, of a model that counts none too
+LOSS_TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.03, torch.float16: 0.01}
+GRADIENT_TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.1}
+# how far other tokens may move the logits of earlier ones, of how far they move their own: experts
+# whose rows change their places round otherwise
+LOOKAHEAD_TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.01}
+CUTTABLE_KINDS = ("causal-lm", "sequence-classification", "token-classification")  # rows do not meet
+
+
+@dataclass
+class ForwardPath:
+    """A model with an adapter, and how the loss of some examples comes out of it.
+
+    Attributes:
+        mode: "packed": rows without padding, quick modules, no logits kept; "patched": padded rows
+            and quick modules; "plain": the model as it is.
+        max_tokens: maximum tokens in one forward pass; more rows are cut into parts.
+        longest: tokens of the longest text that the model will meet; shorter ones may be padded
+            to one of few lengths.
+        refused: ways that were tried first, and why they were not taken.
+        quicker: modules and the forwards that stand in for theirs.
+        world: the processes whose rows meet in a pass; only those of a sentence encoder do.
+    """
+
+    model: Any
+    kind: str
+    pad_id: int
+    pictures: Any = None
+    mode: str = "plain"
+    max_tokens: int = MAX_TOKENS["cpu"]
+    longest: int = 0
+    refused: dict[str, str] = field(default_factory=dict)
+    quicker: Sequence[tuple[nn.Module, Forward]] = ()
+    world: World = field(default_factory=World)
+
+    @property
+    def in_batch_negatives(self) -> bool:
+        """Return whether the rows of a pass are compared with each other, those of all processes."""
+        return self.kind == "sentence-encoder"
+
+    def micro_batches(self, examples: Sequence[Example]) -> list[list[Example]]:
+        """Return the examples of one pass, cut where that changes nothing but memory."""
+        if self.kind not in CUTTABLE_KINDS or self.mode == "plain":
+            return [list(examples)]
+        return micro_batches(examples, self.max_tokens, pads=self.mode != "packed")
+
+    def loss(self, examples: Sequence[Example]) -> Tensor:
+        """Return the summed cross-entropy of some examples, () in fp32."""
+        if self.in_batch_negatives and self.world.size > 1:
+            return self.shared_loss(examples)
+        if self.mode == "packed":
+            return self._packed_loss([len(example.input_ids) for example in examples], examples)
+        return answer_loss(self.model, self.batch(examples), self.kind)[0]
+
+    def shared_loss(self, examples: Sequence[Example], *, counted: bool = True) -> Tensor:
+        """This process's part of the loss of a pass that all processes make together, ().
+
+        The embeddings of the others are known, but not how they came about: so each process works
+        out the whole loss and its gradient by its own rows, and the gradients add up to that of one
+        process with all rows.
+
+        Args:
+            examples: this process's rows.
+            counted: False, if it has none and these only stand in for them.
+        """
+        own = [t if counted else t[:0] for t in embed_pairs(self.model, self.batch(examples))]
+        pairs = self.world.all_gather([t.detach().cpu() for t in own])
+        start = sum(len(first) for first, _ in pairs[: self.world.rank])
+        both = [[t.to(own[0].device) for t in pair] for pair in pairs]
+        both[self.world.rank] = own
+        first, second = (torch.cat(side) for side in zip(*both, strict=True))
+        losses = partner_losses(first, second)
+        whole, mine = losses.sum(), losses[start : start + len(own[0])].sum()
+        return whole - whole.detach() + mine.detach()
+
+    def size(self, examples: Sequence[Example]) -> int:
+        """Return the number of tokens that the model meets, padding included; of pictures, their number."""
+        lengths = [example.length for example in examples]
+        return sum(lengths) if self.mode == "packed" else len(lengths) * max(lengths)
+
+    def batch(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        """Return padded tensors, where the model is."""
+        batch = collate(
+            examples,
+            pad_id=self.pad_id,
+            kind=self.kind,
+            pictures=self.pictures,
+            longest=0 if self.mode == "plain" else self.longest,
+        )
+        return on_device(batch, self.model)
+
+    def _packed_loss(self, lengths: list[int], examples: Sequence[Example]) -> Tensor:
+        size = rounded_up(sum(lengths))
+        batch = on_device(pack(examples, size=size, pad_id=self.pad_id), self.model)
+        packing = Packing((*lengths, *[1] * (size - sum(lengths))), causal=True)
+        states = packed_states(self.model, batch, packing)
+        here = (batch["targets"] != IGNORED).nonzero()[:, 0]
+        here = F.pad(here, (0, rounded_up(len(here)) - len(here)), value=size - 1)  # no target there
+        return summed_loss(self.model.get_output_embeddings(), states[here], batch["targets"][here])
+
+    @contextlib.contextmanager
+    def activated(self) -> Iterator[None]:
+        """Patch the model as this mode needs it."""
+        plain = self.mode == "plain"
+        with contextlib.nullcontext() if plain else patched(self.model, self.quicker):
+            yield
+
+
+def rounded_up(size: int) -> int:
+    """Return the next of sixteen sizes between powers of two, at least 16.
+
+    A matrix library builds a kernel for each new shape, and keeps them: few shapes save more time
+    and memory than the padding costs.
+    """
+    step = 2 ** max(4, size.bit_length() - 5)
+    return -(-size // step) * step
+
+
+def max_tokens_on(device: torch.device) -> int:
+    """Return the number of tokens that go through a model at once on a device, where nothing else is asked for."""
+    return MAX_TOKENS.get(device.type, MAX_TOKENS["cuda"])
+
+
+def fastest_path(adapter: Adapter, kind: str, *, pad_id: int, pictures: Any = None) -> ForwardPath:
+    """Return the fastest path for this model and adapter that agrees with the plain one.
+
+    Raises:
+        ModelError: the plain way does not work, or reads what it should predict.
+    """
+    model = adapter.model
+    device = next(model.parameters()).device
+    path = ForwardPath(model, kind, pad_id, pictures, max_tokens=max_tokens_on(device))
+    examples, training = noise(model, kind), model.training
+    with torch.random.fork_rng(), contextlib.ExitStack() as stack:
+        stack.callback(model.train, training)
+        expected = _plain_result(path, adapter, examples)
+        if kind == "image-classification":
+            return path
+        path.quicker = known_modules(model)
+        if kind == "causal-lm":
+            require_causal(path, examples[-1])
+        for mode in MODES[:-1]:
+            path.mode = mode
+            if mode == "packed" and (kind != "causal-lm" or device.type != "cpu"):
+                continue  # a GPU has padded kernels that are quicker than tiles
+            try:
+                found = _result(path, adapter, examples)
+            except Exception as error:  # a structure that the quick forwards do not know
+                path.refused[mode] = f"{type(error).__name__}: {error}"
+                continue
+            problem = difference(model, expected, found)
+            if not problem:
+                return path
+            path.refused[mode] = problem
+    path.mode = "plain"
+    return path
+
+
+def _result(path: ForwardPath, adapter: Adapter, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
+    """Return the loss and gradients on some examples, without dropout; what training mode refuses raises."""
+    with path.activated():
+        path.model.train()
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # reentrant checkpointing without gradients
+            path.loss(examples)
+        path.model.eval()
+        return gradient_of(path.loss(examples), adapter)
+
+
+def _plain_result(path: ForwardPath, adapter: Adapter, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
+    """Of the model as it is: what fails here, fails in every step."""
+    try:
+        return _result(path, adapter, examples)
+    except LoralabError:
+        raise
+    except Exception as error:  # whatever some hundred architectures raise
+        if isinstance(error, MemoryError) or "memory" in str(error):
+            raise
+        hint = _works_in_fp32(path, adapter, examples)
+        raise ModelError(
+            f"{type(path.model).__name__} cannot be trained with {type(adapter.config).__name__} "
+            f"here: a trial step ends in {type(error).__name__}: {error}{hint}",
+            code="model_cannot_train",
+            field="model",
+        ) from error
+
+
+def _works_in_fp32(path: ForwardPath, adapter: Adapter, examples: Sequence[Example]) -> str:
+    """Return a remedy that has been tried, on a model that nobody will use any more."""
+    if _dtype(path.model) == torch.float32:
+        return ""
+    try:
+        path.model.float()
+        _result(path, adapter, examples)
+    except Exception:  # the precision is not to blame, or not alone
+        return ""
+    return "; it works with --precision fp32"
+
+
+@torch.no_grad()
+def require_causal(path: ForwardPath, example: Example) -> None:
+    """Refuse a language model whose tokens see those after them.
+
+    Raises:
+        ModelError: another end of a text changes what the model makes of its beginning.
+    """
+    ids, half = example.input_ids, len(example.input_ids) // 2
+    other = replace(example, input_ids=ids[:half] * 2)
+    path.model.eval()
+    one, two = (call(path.model, path.batch([row]))[0].float() for row in (example, other))
+    moved = (one - two).norm(dim=1)  # (L,)
+    if moved[:half].max() > LOOKAHEAD_TOLERANCES[_dtype(path.model)] * moved[half:].max():
+        raise ModelError(
+            f"{type(path.model).__name__} sees the tokens after each one as well: as a language "
+            "model it would read what it should predict; take a decoder such as smollm2-135m, or "
+            "train it as a classifier on text, label",
+            code="not_causal",
+            field="model",
+        )
+
+
+def gradient_of(loss: Tensor, adapter: Adapter) -> tuple[Tensor, Tensor]:
+    """Return a loss, and its gradient by everything that is trained as one vector; none is kept.
+
+    Raises:
+        ModelError: the loss does not depend on it.
+    """
+    if not loss.requires_grad:
+        raise ModelError(
+            f"no gradient reaches any layer of {type(adapter.model).__name__} that is adapted",
+            code="no_gradient",
+            field="model",
+        )
+    found = torch.autograd.grad(loss, adapter.parameters(), allow_unused=True)
+    pairs = zip(found, adapter.parameters(), strict=True)
+    flat = [(torch.zeros_like(p) if g is None else g).flatten().float() for g, p in pairs]
+    return loss.detach(), torch.cat(flat)
+
+
+def packed_states(model: Any, batch: Mapping[str, Tensor], packing: Packing) -> Tensor:
+    """Return the last hidden states of packed rows, (N, H)."""
+    # a mask of four axes is passed on as it is: none is made that nobody reads
+    states: Tensor = model.base_model(
+        input_ids=batch["input_ids"],
+        position_ids=batch["position_ids"],
+        packing=packing,
+        attention_mask=batch["input_ids"].new_zeros(1, 1, 1, 1),
+        use_cache=False,
+    ).last_hidden_state[0]
+    return states
+
+
+def difference(model: nn.Module, expected: tuple[Tensor, Tensor], found: tuple[Tensor, Tensor]) -> str:
+    """Describe how a loss and its gradients differ by more than rounding; empty if they do not."""
+    dtype = _dtype(model)
+    loss = float((expected[0] - found[0]).abs() / expected[0].abs())
+    if not loss <= LOSS_TOLERANCES[dtype]:
+        return f"its loss differs by {loss:.2g} of the loss"
+    gradient = float((expected[1] - found[1]).norm() / expected[1].norm())
+    if not gradient <= GRADIENT_TOLERANCES[dtype]:
+        return f"its gradient differs by {gradient:.2g} of its length"
+    return ""
+
+
+class _Grey:
+    """A picture that is nowhere stored."""
+
+    def open(self) -> Any:
+        from PIL import Image
+
+        return Image.new("RGB", (8, 8), (99, 128, 155))
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    return next(p.dtype for p in model.parameters() if p.is_floating_point())
+
+
+def noise(model: Any, kind: str) -> list[Example]:
+    """Return the rows of unequal length of common ids, with loss on some of their tokens; or two pictures."""
+    if kind == "image-classification":
+        return [Example(number, (), (0,), image=_Grey()) for number in range(2)]
+    draw = torch.Generator().manual_seed(0)
+    config = model.config.get_text_config()
+    words = min(getattr(config, "vocab_size", PROBE_VOCABULARY), PROBE_VOCABULARY)
+    rows = []
+    for number, length in enumerate(PROBE_LENGTHS):
+        ids = tuple(torch.randint(words, (length,), generator=draw).tolist())
+        labels = tuple(IGNORED if i < length // 2 else token for i, token in enumerate(ids))
+        if kind == "sequence-classification":
+            labels = (0,)
+            ids = _ended(ids, config)
+        if kind == "token-classification":
+            labels = tuple(IGNORED if i % 2 else 0 for i in range(length))
+        second = ids[::-1] if kind == "sentence-encoder" else ()
+        rows.append(Example(number, ids, labels, second=second))
+    return rows
+
+
+def _ended(ids: tuple[int, ...], config: Any) -> tuple[int, ...]:
+    """With one end token, which an encoder-decoder takes its classes from."""
+    end = getattr(config, "eos_token_id", None)
+    if not config.is_encoder_decoder or not isinstance(end, int):
+        return ids
+    return (*(token + 1 if token == end else token for token in ids[:-1]), end)
+
+
+def on_device(batch: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors where the model is."""
+    device = next(model.parameters()).device
+    return {name: tensor.to(device) for name, tensor in batch.items()}

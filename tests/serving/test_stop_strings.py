@@ -1,0 +1,71 @@
+"""What is told piece by piece is the whole text, and never more than what stays."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from serving.vocabularies import Opaque, OwnBytes
+
+from loralab.serving.detokenize import IncrementalDetokenizer, TokenBytes
+from loralab.serving.stop_strings import StopStringFilter
+
+
+def told(text: str, stops: tuple[str, ...] = ()) -> tuple[list[str], StopStringFilter]:
+    """The pieces of a text whose tokens are bytes: most characters take several."""
+    writing, parts = StopStringFilter(stops), []
+    detokenizer = IncrementalDetokenizer(TokenBytes(Opaque()))
+    for token in text.encode():
+        parts.append(writing.add(detokenizer.add(token)[1]))
+        if writing.stopped:
+            return parts, writing
+    return [*parts, writing.end(detokenizer.end()[1])], writing
+
+
+@given(st.text(max_size=40).filter(lambda t: "\ufffd" not in t))
+def test_the_parts_are_the_whole(text: str) -> None:
+    parts, _ = told(text)
+    assert "".join(parts) == text
+    assert not any("\ufffd" in part for part in parts)
+
+
+STOPS = st.lists(st.text("abc好", min_size=1, max_size=4), max_size=3)
+
+
+@given(st.text("abc好", max_size=30), STOPS)
+def test_a_stop_text_and_what_follows_is_never_told(text: str, stops: list[str]) -> None:
+    parts, writing = told(text, tuple(stops))
+    whole = "".join(parts)
+    assert writing.told == len(whole)
+    ends = [place for stop in stops if (place := text.find(stop)) >= 0]
+    if ends:
+        # the stop text that is complete first ends the answer
+        first = min(text.find(stop) + len(stop) for stop in stops if stop in text)
+        assert writing.stopped
+        assert whole == text[: len(whole)] and len(whole) < first
+        assert not any(stop in whole for stop in stops)
+    else:
+        assert whole == text and not writing.stopped
+
+
+def test_half_a_stop_text_is_held_back_until_it_is_clear() -> None:
+    writing = StopStringFilter(("END",))
+    assert [writing.add(c) for c in "xENx"] == ["x", "", "", "ENx"]
+
+
+@pytest.mark.parametrize("tokens", [[240], [240, 159], [200, 65]])
+@pytest.mark.parametrize("tokenizer", [OwnBytes(), Opaque()])
+def test_broken_characters_come_out_in_the_end(tokens: list[int], tokenizer: OwnBytes) -> None:
+    detokenizer = IncrementalDetokenizer(TokenBytes(tokenizer))
+    parts = [detokenizer.add(token)[1] for token in tokens]
+    assert "".join([*parts, detokenizer.end()[1]]) == tokenizer.decode(tokens)
+
+
+def test_words_keep_the_space_between_them(tiny_llama_folder: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama_folder)
+    ids = tokenizer("good bad fine poor great", add_special_tokens=False)["input_ids"]
+    detokenizer = IncrementalDetokenizer(TokenBytes(tokenizer))
+    texts = [*(detokenizer.add(i)[1] for i in ids), detokenizer.end()[1]]
+    assert "".join(texts) == tokenizer.decode(ids)
