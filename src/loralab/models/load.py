@@ -246,14 +246,9 @@ def parse_dtype(precision: str) -> torch.dtype:
 def _require_model_folder(name: str, path: Path) -> None:
     if not (path / "config.json").is_file():
         adapter = (path / "adapter_config.json").is_file()
-        way = (
-            "; it is an adapter: name its base here, and evaluate, generate and serve take --adapter" if adapter else ""
-        )
-        raise ModelError(
-            f"{name} is no model folder: it has no config.json{way}",
-            code="adapter_as_model" if adapter else "no_config",
-            field="model",
-        )
+        found = "it is an adapter; name its base, and this with --adapter" if adapter else "it has no config.json"
+        code = "adapter_as_model" if adapter else "no_config"
+        raise ModelError(f"{name} is no model folder: {found}", code=code, field="model")
     if not any(path.glob("*.safetensors")):
         if any(path.glob("*.bin")) or any(path.glob("*.pt")):
             raise ModelError(f"{name} holds its weights as a pickle, which can run code; convert them to safetensors")
