@@ -6,7 +6,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup demo demo-tasks test test-slow bench audit clean
+.PHONY: setup demo demo-tasks test types behaviour test-slow bench audit clean
 
 setup: $(READY)
 
@@ -29,8 +29,13 @@ demo-tasks: setup
 test: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(MAKE) --no-print-directory -j2 types behaviour
+
+types:
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q -n 2 -m "not slow"
+
+behaviour:
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow"
 
 test-slow: setup
 	$(BIN)/python -m pytest -q -m slow

@@ -46,8 +46,6 @@ def main() -> int:
         listener=lambda event: _progress(console, event),
     )
 
-    loralab.certify(run.output_dir, run.base.model, run.sample, kind=run.base.kind)
-
     console.print("[bold]3[/] scoring the adapted model on the same reviews ...")
     adapted = loralab.evaluate(adapter=options.output / "adapter", data=DATA, evaluation=evaluation)
 

@@ -1,9 +1,12 @@
 """Tiny models with tokenizers, saved as folders: real formats, random weights, milliseconds."""
 
+import gc
 import json
 import os
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,6 +29,8 @@ from loralab.studies import forked as study_worker
 THREADS = os.environ.get("LORALAB_TEST_THREADS", "1")  # more spin, and starve what runs beside
 torch.set_num_threads(int(THREADS))
 os.environ["OMP_NUM_THREADS"] = THREADS  # of processes that tests start
+for devices in (torch.cuda, torch.mtia, torch.xpu):  # each manual_seed() writes down the stack for one that may come
+    devices.traceback = SimpleNamespace(**{**vars(traceback), "format_stack": list})
 
 CHAT = (
     "{% for m in messages %}<s>{{ m['role'] }} {{ m['content'] }}</s>\n{% endfor %}"
@@ -59,6 +64,15 @@ SIZES = {
     "vocab_size": VOCABULARY,
 }
 Saver = Callable[[str, Any, bool], Path]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Import the tests without a search for garbage, and keep what they import out of every later one."""
+    gc.disable()
+    yield
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)

@@ -6,6 +6,7 @@ and the streams that it was given.
 """
 
 import contextlib
+import gc
 import importlib
 import multiprocessing
 import os
@@ -44,6 +45,8 @@ PRELOADED = [
         )
     ),
     *(f"transformers.models.{name}.modeling_{name}" for name in ("llama", "bert", "gpt2")),
+    *("transformers.trainer", "torch.utils.tensorboard"),  # of a run
+    *("pyarrow.parquet", "pandas", "altair"),  # of a report
 ]
 PAUSE = 0.005  # seconds between two looks at a process
 
@@ -185,6 +188,7 @@ def _stream(asked: Any, mode: str, stack: contextlib.ExitStack) -> tuple[IO[Any]
 
 def _be(arguments: list[str], streams: Sequence[Any], place: dict[str, Any]) -> None:
     """The forked process: from here on Python with these arguments."""
+    gc.freeze()  # what was imported stays: no look at it, and no copies of its pages
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by what a shell left behind
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     nowhere = os.open(os.devnull, os.O_RDWR)

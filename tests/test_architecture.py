@@ -5,6 +5,7 @@ import graphlib
 import subprocess
 import sys
 from collections.abc import Container, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -54,13 +55,21 @@ TORCH_FREE = [
 ]
 
 
-def imported(file: Path) -> Iterator[str]:
+@cache
+def tree_of(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"))
+
+
+@cache
+def imported(file: Path) -> frozenset[str]:
     """Dotted names that a file imports, inside functions too (relative ones: ruff TID252)."""
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    names = set[str]()
+    for node in ast.walk(tree_of(file)):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return frozenset(names)
 
 
 @pytest.mark.parametrize("part", MAY_IMPORT)
@@ -89,7 +98,7 @@ def test_a_package_holds_a_docstring_and_nothing_else() -> None:
     for part in (*MAY_IMPORT.keys() - {"cli"}, *(f"studies/{own}" for own in ("measures", "readings", "questions"))):
         if not (ROOT / part).is_dir():
             continue
-        tree = ast.parse((ROOT / part / "__init__.py").read_text(encoding="utf-8"))
+        tree = tree_of(ROOT / part / "__init__.py")
         assert len(tree.body) == 1
 
 
@@ -118,9 +127,7 @@ def methods_told_apart(tree: ast.AST) -> Iterator[int]:
 
 def test_a_method_is_known_by_its_spec_alone() -> None:
     found = [
-        f"{file.relative_to(ROOT)}:{line}"
-        for file in ROOT.rglob("*.py")
-        for line in methods_told_apart(ast.parse(file.read_text(encoding="utf-8")))
+        f"{file.relative_to(ROOT)}:{line}" for file in ROOT.rglob("*.py") for line in methods_told_apart(tree_of(file))
     ]
     assert found == []
 
@@ -143,7 +150,7 @@ def test_files_and_functions_stay_short() -> None:
     for file in ROOT.rglob("*.py"):
         text = file.read_text(encoding="utf-8")
         assert len(text.splitlines()) <= 450, file.name
-        for node in ast.walk(ast.parse(text)):
+        for node in ast.walk(tree_of(file)):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 assert (node.end_lineno or 0) - node.lineno < 60, f"{file.name}:{node.name}"
 
@@ -161,7 +168,7 @@ def _dotted(file: Path) -> str:
 
 
 def _loaded_with(file: Path, files: Container[str]) -> Iterator[str]:
-    tree = ast.parse(file.read_text(encoding="utf-8"))
+    tree = tree_of(file)
     for node in tree.body:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name in files)

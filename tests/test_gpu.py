@@ -1,7 +1,6 @@
 """benchmarks/gpu.py: its parts run on a processor, fail by themselves, and end in time."""
 
 import json
-import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked import Subprocess
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "benchmarks" / "gpu.py"
@@ -23,11 +23,12 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
     return gpu
 
 
+@pytest.mark.usefixtures("gpu")
 def test_a_trial_compares_steps_with_the_peer(tmp_path: Path) -> None:
-    """Of the real command: its part's process, the workers, the lines, the JSON file."""
+    """Of the real script: its part's process, the workers, the lines, the JSON file."""
     out = tmp_path / "gpu.json"
     command = [sys.executable, str(SCRIPT), "--device", "cpu", "--tiny", "--json", str(out)]
-    done = subprocess.run([*command, "--parts", "train"], capture_output=True, text=True, timeout=600, check=False)
+    done = Subprocess().run([*command, "--parts", "train"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(out.read_text())
     assert {"torch", "transformers", "loralab", "device"} == set(found["versions"])
@@ -51,8 +52,9 @@ def test_methods_are_compared_and_trained(gpu: Any) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.usefixtures("gpu")
 def test_without_a_gpu_it_ends_with_one_line_and_code_2() -> None:
-    done = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True, timeout=120, check=False)
+    done = Subprocess().run([sys.executable, str(SCRIPT)], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stdout == ""
     assert len(done.stderr.splitlines()) == 1

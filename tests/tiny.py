@@ -1,6 +1,7 @@
 """Tiny models, and adapters whose update matters."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,12 +21,12 @@ Make = Callable[[], Any]
 IDS = torch.arange(18).view(2, 9) % 50
 
 
-def llama() -> Any:
+def llama(layers: int = 3) -> Any:
     """Grouped queries, tied embeddings."""
     config = LlamaConfig(
         hidden_size=32,
         intermediate_size=48,
-        num_hidden_layers=3,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         vocab_size=50,
@@ -35,9 +36,11 @@ def llama() -> Any:
     return LlamaForCausalLM(config).eval()
 
 
-def gpt2() -> Any:
+def gpt2(layers: int = 3) -> Any:
     """Conv1D layers, tied embeddings."""
-    config = GPT2Config(n_embd=32, n_layer=3, n_head=4, vocab_size=50, n_positions=32, bos_token_id=1, eos_token_id=2)
+    config = GPT2Config(
+        n_embd=32, n_layer=layers, n_head=4, vocab_size=50, n_positions=32, bos_token_id=1, eos_token_id=2
+    )
     torch.manual_seed(0)
     return GPT2LMHeadModel(config).eval()
 
@@ -52,6 +55,7 @@ def bert() -> Any:
 
 
 MODELS: dict[str, Make] = {"llama": llama, "gpt2": gpt2, "bert": bert}
+SHALLOW: dict[str, Make] = {"llama": partial(llama, 2), "gpt2": partial(gpt2, 2), "bert": bert}
 
 
 @torch.no_grad()

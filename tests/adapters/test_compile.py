@@ -217,7 +217,7 @@ def test_a_layer_that_was_compiled_alone_is_adapted_too(method: Any) -> None:
 
 
 def test_switching_between_adapters_of_one_rank_compiles_nothing_anew() -> None:
-    model = llama()
+    model = llama(layers=1)
     for number, (name, rank) in enumerate({"one": 4, "two": 4, "narrow": 2}.items()):
         fill(attach(model, LoRA(rank=rank), name=name), seed=number)
     compiled = torch.compile(model, backend="eager", dynamic=False)

@@ -75,7 +75,7 @@ CONFIGS = [
 @pytest.mark.parametrize("wrap", WRAPS)
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: type(config).__name__)
 def test_a_file_of_a_wrapped_model_is_that_of_the_plain_one(config: Any, wrap: str, tmp_path: Path) -> None:
-    plain, model = llama(), WRAPS[wrap](llama())
+    plain, model = llama(layers=2), WRAPS[wrap](llama(layers=2))
     fill(attach(plain, config, generator=torch.Generator().manual_seed(0))).save(tmp_path / "a")
     adapter = fill(attach(model, config, generator=torch.Generator().manual_seed(0)))
     adapter.save(tmp_path / "b")
@@ -91,10 +91,10 @@ def test_a_file_of_a_wrapped_model_is_that_of_the_plain_one(config: Any, wrap: s
 
 @pytest.mark.parametrize("wrap", ["compiled inside", "data parallel"])
 def test_an_adapter_acts_within_its_shells(wrap: str, tmp_path: Path) -> None:
-    plain = llama()
+    plain = llama(layers=2)
     before = logits(plain)
     fill(attach(plain, LoRA(rank=2))).save(tmp_path / "a")
-    model = WRAPS[wrap](llama())
+    model = WRAPS[wrap](llama(layers=2))
     assert torch.equal(logits(model), before)
     load(model, tmp_path / "a")
     torch.testing.assert_close(logits(model), logits(plain))

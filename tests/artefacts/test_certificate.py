@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from forked import Subprocess
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -124,7 +125,9 @@ def test_the_last_positions_count_and_a_classifier_has_one_row(tiny_llama_folder
 
 
 @pytest.mark.interpreter
-def test_a_fresh_process_finds_the_adapter_as_it_was(make_adapter: MakeAdapter, tiny_llama_folder: Path) -> None:
+def test_a_fresh_process_finds_the_adapter_as_it_was(
+    make_adapter: MakeAdapter, tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = make_adapter(tiny_llama_folder)
     live = load_with_base(path)
     prompts = live.stored.record["sample"]
@@ -132,6 +135,7 @@ def test_a_fresh_process_finds_the_adapter_as_it_was(make_adapter: MakeAdapter, 
     assert found.max_logit_difference == 0
     assert found.prompts == len(prompts)
     assert found.positions == sum(min(len(ids), POSITIONS) for ids in prompts)
+    monkeypatch.setattr(certificate, "subprocess", Subprocess())  # one interpreter is enough
     assert verify(path) == found
     stored = read_json(path / RECORD)["certificate"]
     assert {key: stored[key] for key in found.to_json()} == found.to_json()

@@ -3,6 +3,7 @@
 import inspect
 import json
 import shlex
+import shutil
 import signal
 import threading
 from pathlib import Path
@@ -18,12 +19,18 @@ from loralab.errors import ConfigError
 from loralab.studies.fields import from_toml
 
 
-@pytest.fixture
-def trained(tiny_llama_folder: Path, sums_file: Path, tmp_path: Path) -> Path:
-    """A run folder."""
-    output = tmp_path / "run"
+@pytest.fixture(scope="module")
+def run_folder(tiny_llama_folder: Path, sums_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of one run for all tests."""
+    output = tmp_path_factory.mktemp("trained") / "run"
     assert run(arguments(tiny_llama_folder, sums_file, output)) == 0
     return output
+
+
+@pytest.fixture
+def trained(run_folder: Path, tmp_path: Path) -> Path:
+    """A copy of its own for each test."""
+    return shutil.copytree(run_folder, tmp_path / "run")
 
 
 def arguments(model: Path, data: Path, output: Path, *more: str) -> list[str]:

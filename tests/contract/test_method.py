@@ -13,7 +13,7 @@ import pytest
 import torch
 from contract_variants import VARIANTS as BUILT_IN
 from outside import Outer, outer, registered, vera_plugin
-from tiny import IDS, MODELS, fill, logits
+from tiny import IDS, SHALLOW, fill, logits
 from torch import nn
 
 from loralab.adapters.adapter import Adapter
@@ -32,7 +32,7 @@ CANNOT_MERGE = {"bottleneck", "pfeiffer", "parallel", "prefix", "prompt", "prefi
 PAIRS = [
     pytest.param(variant, model, id=f"{variant}-{model}")
     for variant in VARIANTS
-    for model in MODELS
+    for model in SHALLOW
     if (variant, model) not in REFUSED
 ]
 every_pair = pytest.mark.parametrize(("variant", "name"), PAIRS)
@@ -46,7 +46,7 @@ def from_outside() -> Iterator[None]:
 
 
 def attached(variant: str, name: str, seed: int = 0) -> Adapter:
-    return attach(MODELS[name](), VARIANTS[variant], generator=torch.Generator().manual_seed(seed))
+    return attach(SHALLOW[name](), VARIANTS[variant], generator=torch.Generator().manual_seed(seed))
 
 
 def loss_of(model: nn.Module) -> torch.Tensor:
@@ -79,7 +79,7 @@ def test_every_method_is_here() -> None:
 
 @pytest.mark.parametrize(("variant", "name"), REFUSED)
 def test_what_cannot_be_is_said_and_leaves_the_model_alone(variant: str, name: str) -> None:
-    model = MODELS[name]()
+    model = SHALLOW[name]()
     before, modules = logits(model), list(model.modules())
     with pytest.raises(TargetError, match=REFUSED[variant, name]):
         attach(model, VARIANTS[variant])
@@ -89,7 +89,7 @@ def test_what_cannot_be_is_said_and_leaves_the_model_alone(variant: str, name: s
 
 @every_pair
 def test_step_0_equals_the_base(variant: str, name: str) -> None:
-    before = logits(MODELS[name]())
+    before = logits(SHALLOW[name]())
     after = logits(attached(variant, name).model)
     if variant in MOVES_AT_ONCE:
         assert not torch.equal(after, before)
@@ -126,7 +126,7 @@ def test_training_moves_every_tensor_and_nothing_else(variant: str, name: str) -
 
 @every_pair
 def test_detaching_restores_the_model(variant: str, name: str) -> None:
-    model = MODELS[name]()
+    model = SHALLOW[name]()
     before, modules = logits(model), dict(model.named_modules())
     adapter = attach(model, VARIANTS[variant])
     fill(adapter)
@@ -139,7 +139,7 @@ def test_detaching_restores_the_model(variant: str, name: str) -> None:
 
 @every_pair
 def test_merge_then_unmerge_restores_every_bit(variant: str, name: str) -> None:
-    model = MODELS[name]()
+    model = SHALLOW[name]()
     before = [p.clone() for p in model.parameters()]
     adapter = attach(model, VARIANTS[variant])
     fill(adapter)
@@ -163,7 +163,7 @@ def test_a_merged_model_is_a_plain_one(variant: str, name: str) -> None:
         pytest.skip("cannot be merged")
     adapter = attached(variant, name)
     fill(adapter)
-    live, kinds = logits(adapter.model), {type(m) for m in MODELS[name]().modules()}
+    live, kinds = logits(adapter.model), {type(m) for m in SHALLOW[name]().modules()}
     plain = adapter.merge_and_detach()
     assert {type(module) for module in plain.modules()} == kinds
     torch.testing.assert_close(logits(plain), live, rtol=1e-4, atol=1e-5)
@@ -174,7 +174,7 @@ def test_what_was_trained_is_what_is_loaded(variant: str, name: str, tmp_path: P
     adapter = attached(variant, name)
     train(adapter, steps=15)
     adapter.save(tmp_path / "a")
-    fresh = MODELS[name]()
+    fresh = SHALLOW[name]()
     again = load(fresh, tmp_path / "a")
     assert torch.equal(logits(fresh), logits(adapter.model))
     again.save(tmp_path / "b")
@@ -250,7 +250,7 @@ def test_gradient_checkpointing_changes_no_gradient(variant: str, name: str, ree
 
 @every_pair
 def test_a_bf16_base_trains_in_fp32_beside_it(variant: str, name: str) -> None:
-    model = MODELS[name]().bfloat16()
+    model = SHALLOW[name]().bfloat16()
     before = logits(model)
     adapter = attach(model, VARIANTS[variant], generator=torch.Generator().manual_seed(0))
     assert all(p.dtype == torch.float32 for p in adapter.parameters())

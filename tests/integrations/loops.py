@@ -72,7 +72,7 @@ def arguments(output: Path, **options: Any) -> TrainingArguments:
 
 def adapted(method: Method, shell: Any = None) -> Adapter:
     torch.manual_seed(0)
-    model = shell(llama()) if shell else llama()
+    model = shell(llama(2)) if shell else llama(2)
     return attach(model, method, generator=torch.Generator().manual_seed(1))
 
 

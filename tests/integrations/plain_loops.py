@@ -82,7 +82,7 @@ def main(folder: Path) -> None:
         adapter.save(folder / f"{name}-split")
         distributed.barrier()
         require_close(folder / f"{name}-split", folder / f"{name}-alone-{rank}")
-        again = llama()
+        again = llama(2)
         load(again, folder / f"{name}-split")
         torch.testing.assert_close(logits(again), logits(adapter.model.eval()))
     adapter = adapted(METHODS["adalora"])

@@ -140,14 +140,14 @@ def test_the_best_weights_are_those_at_the_end(name: str, tmp_path: Path) -> Non
     state = found.model.state_dict()
     assert all(torch.equal(tensor, best.expected[key]) for key, tensor in state.items())
     assert found.adapter.budget is None or int(found.adapter.budget.done) == 4
-    again = llama()
+    again = llama(2)
     loralab.load(again, tmp_path)
     assert torch.equal(logits(again), logits(found.model.eval()))
 
 
 def test_a_checkpoint_holds_the_adapter_alone_and_peft_reads_it(tmp_path: Path) -> None:
     base = tmp_path / "base"
-    llama().save_pretrained(base)
+    llama(2).save_pretrained(base)
     found = train(tmp_path / "run", METHODS["plain"])
     folder = tmp_path / "run/checkpoint-6"
     assert {file.name for file in folder.iterdir()} >= ADAPTER
@@ -156,7 +156,7 @@ def test_a_checkpoint_holds_the_adapter_alone_and_peft_reads_it(tmp_path: Path) 
     assert {key for key in keys if "lora_" not in key} == {"loralab.json"}
     peft = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), folder).eval()
     torch.testing.assert_close(logits(peft), logits(found.model.eval()))
-    again = llama()
+    again = llama(2)
     loralab.load(again, folder)
     assert torch.equal(logits(again), logits(found.model))
 
@@ -165,7 +165,7 @@ def test_a_checkpoint_holds_the_adapter_alone_and_peft_reads_it(tmp_path: Path) 
 @pytest.mark.parametrize("named", [False, True])
 def test_no_checkpoint_passes_for_the_plain_model(named: bool, loader: Any, tmp_path: Path) -> None:
     base = tmp_path / "base"
-    llama().save_pretrained(base)
+    llama(2).save_pretrained(base)
     adapter = adapted(METHODS["plain"])
     adapter.model.config._name_or_path = str(base) if named else ""
     trainer = Trainer(
@@ -190,7 +190,7 @@ def test_a_merged_model_is_saved_as_the_plain_one(tmp_path: Path) -> None:
     found.adapter.merge()
     found.trainer.save_model(str(tmp_path / "merged"))
     keys = load_file(tmp_path / "merged/model.safetensors").keys()
-    assert keys == {key for key in llama().state_dict() if key != "lm_head.weight"}
+    assert keys == {key for key in llama(2).state_dict() if key != "lm_head.weight"}
     read = LlamaForCausalLM.from_pretrained(tmp_path / "merged").eval()
     torch.testing.assert_close(logits(read), expected)
     found.adapter.unmerge()
@@ -218,19 +218,19 @@ def test_the_certificate_is_that_of_what_was_saved(tmp_path: Path) -> None:
     assert record["base"]["live"] is True
     found.trainer.save_model()  # where it was saved already
     assert json.loads((tmp_path / RECORD).read_text()) == record
-    loralab.load(llama(), tmp_path)
+    loralab.load(llama(2), tmp_path)
     other = copy.deepcopy(found.model)
     assert torch.equal(logits(other.eval()), logits(found.model.eval()))
 
 
 def test_a_folder_with_a_whole_model_is_refused_before_training(tmp_path: Path) -> None:
-    llama().save_pretrained(tmp_path / "refused")
+    llama(2).save_pretrained(tmp_path / "refused")
     assert refused(tmp_path).code == "folder_taken"
 
 
 def test_the_certificate_is_on_the_base_that_the_model_came_from(tmp_path: Path) -> None:
     """A language model from a folder without a tokenizer; a classifier whose head is new."""
-    llama().save_pretrained(tmp_path / "llama")
+    llama(2).save_pretrained(tmp_path / "llama")
     bert().bert.save_pretrained(tmp_path / "bert")
     labelled = [{"input_ids": row["input_ids"], "labels": n % 3} for n, row in enumerate(ROWS)]
     models = {
@@ -253,7 +253,7 @@ def test_the_certificate_is_on_the_base_that_the_model_came_from(tmp_path: Path)
 
 
 def test_a_base_that_is_not_the_one_it_names_is_not_certified(tmp_path: Path) -> None:
-    base, other = tmp_path / "base", llama()
+    base, other = tmp_path / "base", llama(2)
     with torch.no_grad():
         other.model.embed_tokens.weight.mul_(1.5)
     other.save_pretrained(base)
@@ -445,7 +445,7 @@ def test_a_checkpoint_that_trainer_alone_wrote_is_not_resumed(tmp_path: Path) ->
     Trainer(model=adapter.model, args=arguments(tmp_path), train_dataset=ROWS).train()
     with pytest.raises((ValueError, LoralabError)):
         train(tmp_path, METHODS["plain"], resume=tmp_path / "checkpoint-2")
-    plain = llama().state_dict()
+    plain = llama(2).state_dict()
     torch.save(plain, tmp_path / "checkpoint-2/pytorch_model.bin")
     caught = refused(tmp_path, resume=tmp_path / "checkpoint-2")
     assert caught.code == "no_adapter_state"
@@ -473,7 +473,7 @@ def test_compiled_training_is_the_same(when: str, tmp_path: Path) -> None:
 
 
 def test_after_training_the_model_is_its_own_again(tmp_path: Path) -> None:
-    before = logits(llama())
+    before = logits(llama(2))
     found = train(tmp_path, METHODS["plain"])
     assert not torch.allclose(logits(found.model.eval()), before, atol=1e-3)
     found.adapter.detach()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import Subprocess
 from serving.test_store import number_of, root, used, write
 
 from loralab.adapters import folder
@@ -43,9 +44,11 @@ print(json.dumps({entry.name: entry.digest for entry in store.entries()}), flush
 class Server:
     """A process with a store of its own."""
 
-    def __init__(self, place: Path) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", SERVER, str(place)], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    def __init__(self, place: Path, code: str = SERVER) -> None:
+        script = place.with_suffix(".py")
+        script.write_text(code, encoding="utf-8")
+        self.process = Subprocess().Popen(
+            [sys.executable, str(script), str(place)], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
 
     def hear(self) -> str:
@@ -162,10 +165,11 @@ def test_a_server_that_is_killed_while_it_writes_holds_up_nobody(root: Path) -> 
         "import json, sys",
         "import json, os, sys\nfrom pathlib import Path\nPath.replace = lambda self, target: os.kill(os.getpid(), 9)",
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(root)], input='[["y", "b"]]\n', text=True, capture_output=True, check=False
-    )
-    assert done.returncode == -signal.SIGKILL
+    server = Server(root, code)
+    assert server.hear() == "ready"
+    server.say('[["y", "b"]]')
+    assert server.process.wait() == -signal.SIGKILL
+    server.close()
     store = Store(root, number_of)
     assert set(known(store)) == {"a", "b", "x"}
     store.load("z", "b")

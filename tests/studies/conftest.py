@@ -29,7 +29,7 @@ def noise_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def here() -> Here:
     """All records of a study, measured in this process."""
 

@@ -60,8 +60,10 @@ def test_a_grid_is_every_combination_and_a_list_in_a_list_is_one_value(tmp_path:
         "model = 'm'\nrank = [2, 4]\ntarget_modules = ['attention', ['q', 'v']]\nalpha = 8\n"
         "learning_rate = [1e-3]\nsteps = 7\n",
     )
-    ground, arms = _own(file, StudyOptions(), None)
-    assert arms is not None
+    ground, found = _own(file, StudyOptions(), None)
+    assert found is not None
+    base, *arms = found
+    assert base.plain
     assert [arm.name for arm in arms][:2] == [
         "rank=2, target_modules=attention, learning_rate=0.001",
         "rank=2, target_modules=q+v, learning_rate=0.001",
@@ -292,3 +294,22 @@ def test_objects_that_cannot_be_studied_are_refused_before_anything_is_written(
             )
         assert refused.value.code == code
     assert not (tmp_path / "out").exists()
+
+
+def test_one_arm_is_no_study(tmp_path: Path, tiny_bert_folder: Path, noise_file: Path) -> None:
+    with pytest.raises(ConfigError) as one:
+        prepare(ground_of("rank", tiny_bert_folder, noise_file, values=("8",)), None)
+    assert (one.value.code, one.value.field) == ("few_arms", "values")
+    with pytest.raises(ConfigError) as grid_of_one:
+        _own(grid(tmp_path, f"model = '{tiny_bert_folder}'\nrank = [8]"), StudyOptions(), None)
+    assert grid_of_one.value.code == "few_arms"
+
+
+@pytest.mark.parametrize(
+    ("given", "field"),
+    [({"margin": 0.0}, "margin"), ({"margin": float("nan")}, "margin"), ({"seeds": 5, "seeds_max": 3}, "seeds_max")],
+)
+def test_options_that_cannot_be_are_named(given: dict[str, Any], field: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        StudyOptions(**given)
+    assert refused.value.field == field

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from studies.conftest import Here, ground_of, planted
 from loralab.errors import OutputError
 from loralab.studies import catalog, figures, store
 from loralab.studies.catalog import STUDIES
-from loralab.studies.conduct import report
+from loralab.studies.conduct import Outcome, report
 from loralab.studies.questions import grid
 from loralab.studies.report import apply_command, both, markdown_table, page, repeat_command, section
 from loralab.studies.study import Cell, Ground, StudyOptions, Table, Text
@@ -64,15 +65,22 @@ def test_the_command_that_repeats_a_study_asks_for_the_same(name: str, own: dict
     assert catalog.ground(name, found, mapping) == asked
 
 
-@pytest.fixture
-def study_folder(here: Here, tiny_bert_folder: Path, noise_file: Path, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def outcome(here: Here, tiny_bert_folder: Path, noise_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    """Of a study with its report, only to be read."""
+    folder = tmp_path_factory.mktemp("study")
     ground = ground_of("rank", tiny_bert_folder, noise_file, values=("1", "2"), seeds=1, quick=True)
-    here(ground, tmp_path)
-    return tmp_path
+    here(ground, folder)
+    return report(folder)
 
 
-def test_the_page_is_whole_and_needs_no_network(study_folder: Path) -> None:
-    outcome = report(study_folder)
+@pytest.fixture
+def study_folder(outcome: Outcome) -> Path:
+    """Its folder."""
+    return outcome.folder
+
+
+def test_the_page_is_whole_and_needs_no_network(outcome: Outcome, study_folder: Path) -> None:
     html = (study_folder / "report.html").read_text(encoding="utf-8")
     body = html.split("<script>")[0]
     assert not re.findall(r'(?:src|href)="(?:https?:)?//', html)
@@ -86,14 +94,12 @@ def test_the_page_is_whole_and_needs_no_network(study_folder: Path) -> None:
 
 
 def test_rendering_again_gives_the_same_page(study_folder: Path) -> None:
-    report(study_folder)
     first = (study_folder / "report.html").read_bytes()
     report(study_folder)
     assert (study_folder / "report.html").read_bytes() == first
 
 
 def test_markdown_fills_the_sources_blanks(study_folder: Path) -> None:
-    report(study_folder)
     for name in ("report.md", "report.zh-TW.md"):
         text = (study_folder / name).read_text(encoding="utf-8")
         assert re.search(r"^- rank=1: \S", text, re.M)
@@ -105,14 +111,14 @@ def test_markdown_fills_the_sources_blanks(study_folder: Path) -> None:
 
 
 def test_results_hold_a_row_for_every_run(study_folder: Path) -> None:
-    report(study_folder)
     table = pyarrow.parquet.read_table(study_folder / store.RESULTS).to_pylist()
     assert [row["arm"] for row in table] == ["base", "r=1", "r=2"]
     assert all(row["status"] == "done" for row in table)
     assert table[1]["score"] is not None
 
 
-def test_an_arm_that_never_ran_is_shown_as_such(study_folder: Path, tiny_bert_folder: Path, noise_file: Path) -> None:
+def test_an_arm_that_never_ran_is_shown_as_such(study_folder: Path, tmp_path: Path) -> None:
+    study_folder = shutil.copytree(study_folder, tmp_path / "study")
     ground, arms, _ = store.plans(study_folder)["rank"]
     gone = next(arm for arm in arms if arm.name == "r=2")
     from dataclasses import replace

@@ -29,19 +29,25 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-@pytest.fixture
-def tiny_train(tiny_llama_folder: Path, sums: Path, tmp_path: Path) -> Callable[..., Run]:
+@pytest.fixture(scope="session")
+def train_in(tiny_llama_folder: Path, sums: Path) -> Callable[..., Run]:
     """A run on the tiny Llama without its certificate, which takes a process.
 
     Keywords are fields of Training, or arguments of train().
     """
 
-    def start(name: str = "run", **wanted: Any) -> Run:
+    def start(folder: Path, **wanted: Any) -> Run:
         usual = {"model": str(tiny_llama_folder), "data": str(sums), "method": LoRA(rank=2)}
         own = {key: wanted.pop(key, value) for key, value in usual.items()}
         how = {key: wanted.pop(key) for key in ("resume", "listener") if key in wanted}
         settings = {"precision": "fp32", "batch_size": 4, "max_steps": 6, "max_length": 64} | wanted
         request = Request.of(**own, training=Training(**settings), mapping=None)
-        return run_request(request, tmp_path / name, **how)
+        return run_request(request, folder, **how)
 
     return start
+
+
+@pytest.fixture
+def tiny_train(train_in: Callable[..., Run], tmp_path: Path) -> Callable[..., Run]:
+    """The same, by its name among the files of a test."""
+    return lambda name="run", **wanted: train_in(tmp_path / name, **wanted)

@@ -65,14 +65,19 @@ def write_rows(file: Path, labels: str, count: int, start: int = 0) -> str:
     return str(file)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def classifier(
-    tiny_train: Train, tiny_bert_folder: Path, tiny_llama_folder: Path, tmp_path: Path, request: pytest.FixtureRequest
+    train_in: Train,
+    tiny_bert_folder: Path,
+    tiny_llama_folder: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    request: pytest.FixtureRequest,
 ) -> Run:
-    """A run on three classes, of an encoder or a language model."""
-    data = write_rows(tmp_path / "train.csv", "abc", 90)
+    """A run on three classes in train.csv beside it, of an encoder or a language model; only to be read."""
+    place = tmp_path_factory.mktemp("classes")
+    data = write_rows(place / "train.csv", "abc", 90)
     model = {"encoder": tiny_bert_folder, "language": tiny_llama_folder}[request.param]
-    return tiny_train("abc", model=str(model), data=data, max_steps=30, learning_rate=0.02)
+    return train_in(place / "abc", model=str(model), data=data, max_steps=30, learning_rate=0.02)
 
 
 BOTH = pytest.mark.parametrize("classifier", ["encoder", "language"], indirect=True)
@@ -111,10 +116,11 @@ def test_other_classes_are_refused_before_the_model_is_loaded(
 @pytest.mark.parametrize("classifier", ["language"], indirect=True)
 def test_an_adapter_is_asked_the_question_of_its_training(classifier: Run, tmp_path: Path) -> None:
     data = write_rows(tmp_path / "other.csv", "abc", 30, 7)
-    usual = evaluate(data=data, adapter=classifier.output_dir)
-    record = read_json(classifier.output_dir / RECORD)
-    update_record(classifier.output_dir, task={**record["task"], "instruction": "a poor question ?"})
-    asked = evaluate(data=data, adapter=classifier.output_dir)
+    adapter = shutil.copytree(classifier.output_dir, tmp_path / "adapter")
+    usual = evaluate(data=data, adapter=adapter)
+    record = read_json(adapter / RECORD)
+    update_record(adapter, task={**record["task"], "instruction": "a poor question ?"})
+    asked = evaluate(data=data, adapter=adapter)
     assert asked.metrics["loss"] != usual.metrics["loss"]
     assert [note for note in asked.notes if "a poor question ?" in note]
     assert usual.notes == ()
@@ -158,7 +164,7 @@ def test_a_merged_model_is_scored_as_its_adapter_is(
     proved = SimpleNamespace(passed=True)  # in a fresh process, which takes seconds to start
     monkeypatch.setattr("loralab.artefacts.merge.compare_afresh", lambda *_: proved)
     merge(classifier.output_dir, merged)
-    own = str(tmp_path / "train.csv")
+    own = str(classifier.output_dir.parent / "train.csv")
     for data in (own, write_rows(tmp_path / "other.csv", "ca", 20, 7)):
         ours = evaluate(data=data, adapter=classifier.output_dir)
         theirs = evaluate(data=data, model=str(merged), evaluation=Evaluation(precision="fp32"))

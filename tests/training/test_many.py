@@ -40,11 +40,11 @@ SIZES = {
 Made = Callable[..., TrainJob]
 
 
-@pytest.fixture
-def job(tiny_llama_folder: Path, sums: Path, tmp_path: Path) -> Made:
+@pytest.fixture(scope="module")
+def job_in(tiny_llama_folder: Path, sums: Path) -> Made:
     """A job on the tiny Llama; keywords are fields of Training, or of the job."""
 
-    def make(name: str, place: str = "many", **wanted: Any) -> TrainJob:
+    def make(folder: Path, name: str, **wanted: Any) -> TrainJob:
         own = ("method", "model", "data", "mapping")
         arguments = {key: wanted.pop(key) for key in own if key in wanted}
         settings = {"precision": "fp32", "batch_size": 4, "max_steps": 6, "max_length": 64} | wanted
@@ -54,13 +54,19 @@ def job(tiny_llama_folder: Path, sums: Path, tmp_path: Path) -> Made:
                 "model": str(tiny_llama_folder),
                 "data": str(sums),
                 "method": LoRA(rank=2),
-                "output_dir": tmp_path / place / name,
+                "output_dir": folder / name,
                 "training": Training(**settings),
                 **arguments,
             }
         )
 
     return make
+
+
+@pytest.fixture
+def job(job_in: Made, tmp_path: Path) -> Made:
+    """The same, in a folder of the test's."""
+    return lambda name, place="many", **wanted: job_in(tmp_path / place, name, **wanted)
 
 
 def alone(job: TrainJob, place: Path) -> Run:
@@ -227,6 +233,13 @@ def mixed(job: Made, place: str) -> list[TrainJob]:
     ]
 
 
+@pytest.fixture(scope="module")
+def whole(job_in: Made, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, bytes]]:
+    """The files of those jobs where nothing was killed."""
+    made = mixed(lambda name, place, **wanted: job_in(tmp_path_factory.mktemp(place), name, **wanted), "whole")
+    return [files_of(run) for run in runs(run_jobs(made))]
+
+
 @pytest.mark.parametrize(
     "stop_at",
     [
@@ -239,9 +252,9 @@ def mixed(job: Made, place: str) -> list[TrainJob]:
         ("p", "step", 2),
     ],
 )
-def test_killed_jobs_resume_in_the_same_bytes(job: Made, stop_at: tuple[str, str, int]) -> None:
-    whole = runs(run_jobs(mixed(job, "whole")))
-
+def test_killed_jobs_resume_in_the_same_bytes(
+    job: Made, whole: list[dict[str, bytes]], stop_at: tuple[str, str, int]
+) -> None:
     def kill(event: Event) -> None:
         if (event["job"], event["kind"], event["step"]) == stop_at:
             raise Killed
@@ -250,7 +263,7 @@ def test_killed_jobs_resume_in_the_same_bytes(job: Made, stop_at: tuple[str, str
         run_jobs(mixed(job, "cut"), listener=kill)
     resumed = runs(run_jobs(mixed(job, "cut"), resume=True))
     for run, expected in zip(resumed, whole, strict=True):
-        assert files_of(run) == files_of(expected)
+        assert files_of(run) == expected
         steps = [e["step"] for e in read_metrics(run.output_dir) if e["kind"] == "step"]
         assert steps == list(range(1, run.steps + 1))
 

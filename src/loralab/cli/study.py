@@ -1,6 +1,7 @@
 """study, report."""
 
 import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -126,14 +127,27 @@ def _show(outcome: "Outcome", language: str, as_json: bool) -> None:
                 "folder": str(outcome.folder),
                 "answers": answers,
                 "skipped": dict(outcome.skipped),
+                "failed": dict(outcome.failed),
                 "advice": {name: dict(a.advice) for name, a in outcome.answers.items()},
             }
         )
+        _end(outcome, quiet=True)
         return
     for name, sentence in answers.items():
         number = STUDIES[name].number + " " if name in STUDIES else ""
         print(f"{number}{name}: {sentence}")
     print(f"report: {outcome.folder / 'report.html'}")
+    _end(outcome)
+
+
+def _end(outcome: "Outcome", *, quiet: bool = False) -> None:
+    """Exit with 1 where a study could not run, or nothing in it came to its end; say which."""
+    without = {**outcome.skipped, **outcome.failed}
+    for name, reason in without.items():
+        if not quiet:
+            print(f"{name} has no answer: {reason}", file=sys.stderr)
+    if without:
+        raise typer.Exit(1)
 
 
 def _require_ready(language: str) -> None:

@@ -5,7 +5,7 @@ import math
 import shlex
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,9 @@ from loralab.studies import catalog, store
 from loralab.studies.cluster import open_cluster
 from loralab.studies.fields import configured, from_toml, known
 from loralab.studies.objects import FOLDER, Objects
-from loralab.studies.runner import Listener, Session, session
-from loralab.studies.study import FAILED, Answer, Arm, Cell, Ground, StudyOptions, parse_seconds
-from loralab.studies.trained import MEASURE, rows_of
+from loralab.studies.runner import Listener, Session, records, session
+from loralab.studies.study import DONE, FAILED, Answer, Arm, Cell, Ground, StudyOptions, parse_seconds
+from loralab.studies.trained import BASE_ARM, MEASURE, rows_of
 from loralab.training.preflight import write_config
 from loralab.training.request import Request
 from loralab.training.settings import Training
@@ -28,11 +28,18 @@ Work = tuple[Ground, list[Arm] | None]  # None: the question's own arms
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a study left: its folder, its answers, and the studies that could not run, with why."""
+    """What a study left.
+
+    Attributes:
+        answers: by study.
+        skipped: studies that could not run at all, and why.
+        failed: studies in which no run came to its end, and why.
+    """
 
     folder: Path
     answers: Mapping[str, Answer]
     skipped: Mapping[str, str]
+    failed: Mapping[str, str] = field(default_factory=dict)
 
 
 def study(
@@ -95,7 +102,12 @@ def report(folder: str | Path, *, language: str = "en") -> Outcome:
     """
     from loralab.studies.report import render
 
-    return Outcome(folder=Path(folder), answers=render(Path(folder), language), skipped={})
+    folder = Path(folder)
+    answers, failed = render(folder, language), {}
+    for name, (_, found) in records(folder).items():
+        if found and not any(record.status == DONE for record in found):
+            failed[name] = next((f"{r.status}: {r.reason}" for r in found if r.reason), "no run came to its end")
+    return Outcome(folder=folder, answers=answers, skipped={}, failed=failed)
 
 
 def recommend(
@@ -239,7 +251,9 @@ def _own(file: Path, asked: StudyOptions, mapping: Mapping[str, str] | None) -> 
     if "model" not in content and asked.model is None:
         raise ConfigError(f"{file} names no model; add one, or give --model")
     arms = [_arm(shared, dict(zip(compared, row, strict=True))) for row in itertools.product(*compared.values())]
-    return replace(ground, study=file.stem, values=()), arms
+    if len(arms) < 2:
+        raise ConfigError(f"{file} has one arm; give a list of at least two values", code="few_arms")
+    return replace(ground, study=file.stem, values=()), [BASE_ARM, *arms]
 
 
 def _arm(shared: Mapping[str, Any], row: Mapping[str, Any]) -> Arm:

@@ -40,8 +40,13 @@ def prepare(ground: Ground, given: Sequence[Arm] | None) -> tuple[list[dict[str,
     names = [arm.name for arm in arms]
     if twice := {name for name in names if names.count(name) > 1}:
         raise ConfigError(f"two arms have the same name: {', '.join(sorted(twice))}")
-    if len(arms) < 1:
-        raise ConfigError(f"the study {ground.study!r} has no arms")
+    races = given is None and ground.study in STUDIES and STUDIES[ground.study].races
+    if len([arm for arm in arms if not arm.plain]) < (2 if races else 1):
+        raise ConfigError(
+            f"the study {ground.study!r} has fewer than two arms to compare; give more --values",
+            code="few_arms",
+            field="values",
+        )
     invalid = {arm.name: reason for arm in arms if (reason := _invalid(ground, arm, base))}
     return [asdict(arm) for arm in arms], invalid, facts
 

@@ -19,19 +19,11 @@ from loralab.errors import ConfigError
 from loralab.studies import store
 from loralab.studies.away import Back, measure_here
 from loralab.studies.cluster import RETRIES, Cluster, received
-from loralab.studies.questions.recommend import (
-    BASE_ARM,
-    FIRST,
-    RATES,
-    SHAPES,
-    default_arm,
-    first_round,
-    loss_of,
-    with_factor,
-)
+from loralab.studies.questions.recommend import FIRST, RATES, SHAPES, default_arm, first_round, loss_of, with_factor
 from loralab.studies.runner import Session
 from loralab.studies.search import SEARCH, usual
 from loralab.studies.study import Arm, Cell, Ground, Record
+from loralab.studies.trained import BASE_ARM
 
 SHAPE, FACTOR, LOSS, BACK, CELL = "shape", "factor", "loss", "back", "cell"
 WORST = 1e6  # what Optuna is told of a run that diverged or failed

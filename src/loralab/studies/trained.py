@@ -18,7 +18,7 @@ from loralab import atomic
 from loralab.errors import LearningError, LoralabError
 from loralab.studies.fields import configured
 from loralab.studies.statistics import smoothed
-from loralab.studies.study import DIVERGED, DONE, FAILED, FALLING, Cell, Ground, Record
+from loralab.studies.study import DIVERGED, DONE, FAILED, FALLING, Arm, Cell, Ground, Record
 from loralab.tasks import catalog
 from loralab.tasks.catalog import Task
 from loralab.tasks.score import Scores, evaluate
@@ -29,6 +29,8 @@ from loralab.training.run import Run, run_request
 
 MEASURE = "loralab.studies.trained:measure"
 SEARCH = "loralab.studies.trained:searched"
+BASE = "base"
+BASE_ARM = Arm(name=BASE, options={"measure": "loralab.studies.trained:untrained"}, tuned=False, plain=True)
 Tell = Callable[[dict[str, Any]], None]
 WARM = 3  # steps before times are taken
 KEPT_BYTES = 50_000_000  # larger adapters are scored, not kept

@@ -9,7 +9,7 @@ from loralab.studies import figures
 from loralab.studies.evidence import by_arm, metric_of, own_interval, scores_table
 from loralab.studies.ranking import claims, ranked, recommendation
 from loralab.studies.study import Answer, Arm, Ground, Record, Text
-from loralab.studies.trained import MEASURE
+from loralab.studies.trained import BASE, MEASURE
 
 __all__ = ["MEASURE", "arms", "conclude"]
 
@@ -21,11 +21,12 @@ def arms(ground: Ground, base: Base) -> list[Arm]:
 
 def conclude(records: Sequence[Record], ground: Ground) -> Answer:
     """Return the cheapest arm that is good enough, and every pair of arms."""
-    found = by_arm(records)
+    everything = by_arm(records)
+    found = {name: own for name, own in everything.items() if name != BASE}
     if not found:
         return Answer(sentence=Text("No arm has been measured yet.", "還沒有任何組別的結果。"))
     metric = metric_of(records, ground)
-    ranking = ranked(found, metric)
+    ranking = ranked(found, metric, {BASE: everything.get(BASE, ())})
     rows = []
     for name, own in found.items():
         interval = own_interval(own)
@@ -34,7 +35,7 @@ def conclude(records: Sequence[Record], ground: Ground) -> Answer:
         sentence=recommendation(ranking, found, metric),
         ranking=ranking,
         findings=claims(ranking, metric),
-        tables=[scores_table(found, metric)],
+        tables=[scores_table(everything, metric)],
         figures=[
             figures.intervals(
                 ground.study,

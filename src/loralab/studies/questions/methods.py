@@ -15,7 +15,7 @@ from loralab.studies.ranking import among, claims, describe_ranking, leader, ope
 from loralab.studies.readings import compared, latencies
 from loralab.studies.readings.compared import BASE, LATENCY, SOURCE, Measured
 from loralab.studies.study import Answer, Arm, Finding, Ground, Record, Text
-from loralab.studies.trained import MEASURE
+from loralab.studies.trained import BASE_ARM, MEASURE
 
 __all__ = ["MEASURE", "arms", "conclude"]
 
@@ -62,12 +62,7 @@ def arms(ground: Ground, base: Base) -> list[Arm]:
     others = [m for m in (*SIZELESS, *_outside()) if m in wanted]
     found += [_plain(m) for m in others if _possible(base, {"method": m})]
     unique = {arm.name: arm for arm in found}
-    untrained = {"measure": "loralab.studies.trained:untrained"}
-    return [
-        Arm(name=BASE, options=untrained, tuned=False, plain=True),
-        *unique.values(),
-        _latency(ground, base, budgets),
-    ]
+    return [BASE_ARM, *unique.values(), _latency(ground, base, budgets)]
 
 
 def _outside() -> tuple[str, ...]:

@@ -22,7 +22,7 @@ from loralab.studies.evidence import (
 from loralab.studies.measures.cuts import MEASURE_CUTS, cut_figure, kept_at
 from loralab.studies.ranking import claims, ranked, recommendation
 from loralab.studies.study import Answer, Arm, Ground, Record, Text
-from loralab.studies.trained import MEASURE
+from loralab.studies.trained import BASE_ARM, MEASURE
 
 __all__ = ["MEASURE", "arms", "conclude"]
 
@@ -43,8 +43,7 @@ def arms(ground: Ground, base: Base) -> list[Arm]:
         )
         for rank in sorted(ranks)
     ]
-    untrained = {"measure": "loralab.studies.trained:untrained"}
-    return [Arm(name=BASE, options=untrained, tuned=False, plain=True), *found]
+    return [BASE_ARM, *found]
 
 
 def conclude(records: Sequence[Record], ground: Ground) -> Answer:

@@ -24,7 +24,7 @@ from loralab.studies.fields import configured
 from loralab.studies.ranking import claims, ranked, recommendation
 from loralab.studies.search import SEARCH, Each, Obtain, in_turn, rounded, usual
 from loralab.studies.study import DONE, MISSING, Answer, Arm, Cell, Ground, Record, Table, Text
-from loralab.studies.trained import MEASURE
+from loralab.studies.trained import BASE, BASE_ARM, MEASURE
 from loralab.training.preflight import with_head
 
 __all__ = ["MEASURE", "arms", "conclude", "walk"]
@@ -42,8 +42,6 @@ SHAPES: tuple[tuple[str, Mapping[str, Any]], ...] = (
     *((f"dora, r={r}, all-linear", {"method": "dora", "rank": r}) for r in (8,)),
     *((f"pfeiffer, {w}", {"method": "pfeiffer", "width": w}) for w in (16, 64)),
 )
-BASE = "base"
-BASE_ARM = Arm(name=BASE, options={"measure": "loralab.studies.trained:untrained"}, tuned=False, plain=True)
 
 
 def arms(ground: Ground, base: Base) -> list[Arm]:

@@ -34,7 +34,7 @@ from loralab.studies.ranking import (
     recommendation,
 )
 from loralab.studies.study import Answer, Arm, Finding, Ground, Record, Table, Text
-from loralab.studies.trained import MEASURE
+from loralab.studies.trained import BASE_ARM, MEASURE
 
 __all__ = ["MEASURE", "arms", "conclude"]
 
@@ -57,10 +57,9 @@ def arms(ground: Ground, base: Base) -> list[Arm]:
     chosen = _chosen(ground, base)
     equal_rank = [_arm(name, RANK, targets) for name, targets in chosen.items()]
     equal_size = _at_budget(base, chosen, {} if ground.quick or ground.values else singles(base.model))
-    untrained = {"measure": "loralab.studies.trained:untrained"}
     distinct = {arm.name: arm for arm in (*equal_rank, *equal_size)}
     return [
-        Arm(name=BASE, options=untrained, tuned=False, plain=True),
+        BASE_ARM,
         *distinct.values(),
         Arm(name=UPDATES, options={"measure": MEASURE_UPDATES}, tuned=False, plain=True),
     ]

@@ -1,0 +1,67 @@
+"""A learning rate is chosen that other seeds bear out, and the smallest of those that are as good."""
+
+import math
+from collections.abc import Callable
+
+from loralab.studies.search import tune
+from loralab.studies.study import DIVERGED, Arm, Cell, Ground, Record
+
+GROUND = Ground(
+    study="rank", model="m", data="d", fields={"max_steps": 30}, rates=(0.1, 1.0, 10.0), rows={"validation": 50}
+)
+QUICK = Ground(study="rank", model="m", data="d", fields={"max_steps": 30}, rates=(1.0, 3.0), quick=True)
+ARM = Arm(name="r=8", fields={"method": "lora", "rank": 8})
+USUAL = 5e-4
+
+
+def losses(of: Callable[[float, int], float], noise: float = 0.0) -> Callable[[Cell], Record]:
+    """Runs whose validation loss follows from the rate, as a multiple of the usual one, and the seed."""
+
+    def obtain(cell: Cell) -> Record:
+        loss = of(cell.arm.fields["learning_rate"] / USUAL, cell.seed)
+        if math.isinf(loss):
+            return Record(arm=cell.arm, seed=cell.seed, status=DIVERGED)
+        rows = [loss + noise * (-1) ** (n + round(math.log(cell.arm.fields["learning_rate"]))) for n in range(50)]
+        return Record(arm=cell.arm, seed=cell.seed, numbers={"validation_loss": loss}, items={"validation": rows})
+
+    return obtain
+
+
+def bowl(best: float) -> Callable[[float, int], float]:
+    return lambda factor, seed: 1 + abs(math.log(factor / best))
+
+
+def test_a_best_rate_at_the_edge_extends_the_grid() -> None:
+    for ground in (GROUND, QUICK):
+        found = tune(ground, ARM, losses(bowl(30.0)))
+        assert found.rate is not None
+        assert found.rate / USUAL > max(ground.rates)
+        assert len(found.rates) > len(ground.rates)
+
+
+def test_a_best_rate_that_still_lies_at_the_edge_is_said_to() -> None:
+    assert tune(QUICK, ARM, losses(bowl(1e6))).at_edge
+    assert not tune(GROUND, ARM, losses(bowl(1.0))).at_edge
+
+
+def test_of_rates_within_noise_the_smallest_is_taken() -> None:
+    def flat(factor: float, seed: int) -> float:
+        return {0.1: 2.0, 1.0: 1.001, 10.0: 1.0}.get(round(factor, 1), 3.0)
+
+    clear = tune(GROUND, ARM, losses(flat))
+    noisy = tune(GROUND, ARM, losses(flat, noise=0.5))
+    assert (clear.rate, noisy.rate) == (10 * USUAL, USUAL)
+
+
+def test_a_rate_that_another_seed_does_not_bear_out_is_left() -> None:
+    def unstable(factor: float, seed: int) -> float:
+        if factor > 5 and seed == 1:
+            return 1.9
+        return {0.1: 2.0, 1.0: 1.3, 10.0: 1.0}.get(round(factor, 1), 3.0)
+
+    assert tune(GROUND, ARM, losses(unstable)).rate == USUAL
+    assert tune(GROUND, ARM, losses(lambda f, s: math.inf if f > 5 and s else unstable(f, 0))).rate == USUAL
+
+
+def test_where_every_rate_diverges_there_is_none() -> None:
+    assert tune(GROUND, ARM, losses(lambda factor, seed: math.inf)).rate is None
