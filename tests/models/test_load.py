@@ -458,3 +458,11 @@ def test_minilm_loads_as_a_classifier() -> None:
     assert base.model.classifier.out_features == 2
     encoder = base.model.bert
     assert sum(p.numel() for p in encoder.parameters()) == MODELS["minilm-l6"].parameters
+
+
+@pytest.mark.parametrize(("file", "code"), [("adapter_config.json", "adapter_as_model"), ("notes.txt", "no_config")])
+def test_an_adapter_in_the_place_of_a_model_is_named(file: str, code: str, tmp_path: Path) -> None:
+    (tmp_path / file).write_text("{}", encoding="utf-8")
+    with pytest.raises(ModelError) as raised:
+        load(str(tmp_path))
+    assert (raised.value.code, raised.value.field) == (code, "model")

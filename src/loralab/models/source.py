@@ -63,7 +63,10 @@ def _is_model(path: Path) -> bool:
 
 def _require_model_folder(name: str, path: Path) -> None:
     if not (path / "config.json").is_file():
-        raise ModelError(f"{name} is not a model folder: it has no config.json", code="no_config", field="model")
+        adapter = (path / "adapter_config.json").is_file()
+        found = "it is an adapter; name its base, and this with --adapter" if adapter else "it has no config.json"
+        code = "adapter_as_model" if adapter else "no_config"
+        raise ModelError(f"{name} is not a model folder: {found}", code=code, field="model")
     if not any(path.glob("*.safetensors")):
         if any(path.glob("*.bin")) or any(path.glob("*.pt")):
             raise ModelError(
