@@ -239,7 +239,7 @@ def _own(file: Path, asked: StudyOptions, mapping: Mapping[str, str] | None) -> 
     content = from_toml(file, {*known(), *settings, "map"})
     compared = {k: v for k, v in content.items() if isinstance(v, list) and k in known()}
     if not compared:
-        raise ConfigError(f"{file} compares nothing: give at least one field of train as a list")
+        raise ConfigError(f"{file} compares nothing: give at least one field of train as a list", code="few_arms")
     given = {f.name: getattr(asked, f.name) for f in fields(StudyOptions)}
     own = {k: v for k, v in content.items() if k in settings and k not in compared}
     rate = own.pop("learning_rate", None)
@@ -249,7 +249,7 @@ def _own(file: Path, asked: StudyOptions, mapping: Mapping[str, str] | None) -> 
     if rate is not None:
         shared["learning_rate"] = rate
     if "model" not in content and asked.model is None:
-        raise ConfigError(f"{file} names no model; add one, or give --model")
+        raise ConfigError(f"{file} names no model; add one, or give --model", code="missing", field="model")
     arms = [_arm(shared, dict(zip(compared, row, strict=True))) for row in itertools.product(*compared.values())]
     if len(arms) < 2:
         raise ConfigError(f"{file} has one arm; give a list of at least two values", code="few_arms")

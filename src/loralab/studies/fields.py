@@ -43,7 +43,7 @@ def from_toml(file: Path, choices: Iterable[str]) -> dict[str, Any]:
     allowed = set(choices)
     for key in content:
         if key not in allowed:
-            raise ConfigError(f"{file}: unknown key {key!r}{nearest(key, allowed)}")
+            raise ConfigError(f"{file}: unknown key {key!r}{nearest(key, allowed)}", code="unknown_key", field=key)
     return content
 
 

@@ -41,7 +41,7 @@ def prepare(ground: Ground, given: Sequence[Arm] | None) -> tuple[list[dict[str,
     if twice := {name for name in names if names.count(name) > 1}:
         raise ConfigError(f"two arms have the same name: {', '.join(sorted(twice))}")
     races = given is None and ground.study in STUDIES and STUDIES[ground.study].races
-    if len([arm for arm in arms if not arm.plain]) < (2 if races else 1):
+    if races and len([arm for arm in arms if not arm.plain]) < 2:
         raise ConfigError(
             f"the study {ground.study!r} has fewer than two arms to compare; give more --values",
             code="few_arms",
