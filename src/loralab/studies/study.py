@@ -285,7 +285,9 @@ class StudyOptions:
         for name in ("seeds", "seeds_max", "steps", "batch_size", "test_rows", "max_length"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
-                raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}", code="wrong_value", field=name)
+                raise ConfigError(
+                    f"{name} must be a whole number of at least 1, got {value!r}", code="wrong_value", field=name
+                )
         if self.margin is not None and not 0 < self.margin < float("inf"):
             raise ConfigError(f"margin must be positive, got {self.margin!r}", code="wrong_value", field="margin")
         if self.seeds_max is not None and self.seeds_max < (self.seeds or 1):
