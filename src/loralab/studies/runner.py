@@ -35,12 +35,15 @@ def walk(ground: Ground, arms: Sequence[Arm], obtain: Obtain, each: Each = in_tu
     module = question_module(ground.study)
     if hasattr(module, "walk"):  # a question that decides as it goes which cells come next
         return list(module.walk(ground, arms, obtain, each))
-    ready = each(lambda arm: _tuned(ground, arm, obtain, each), arms)
+
+    def measure_of(arm: Arm) -> str:
+        return str(arm.options.get("measure") or module.MEASURE)
+
+    ready = each(lambda arm: _tuned(ground, arm, obtain, measure_of(arm), each), arms)
 
     def one(seed_and_arm: tuple[int, tuple[Arm, Arm, search.Search | None]]) -> Record:
         seed, (arm, own, searched) = seed_and_arm
-        measure = str(arm.options.get("measure") or module.MEASURE)
-        record = obtain(Cell(measure=measure, ground=ground, arm=own, seed=seed))
+        record = obtain(Cell(measure=measure_of(arm), ground=ground, arm=own, seed=seed))
         rate = own.fields.get("learning_rate")
         cost = searched.seconds if searched is not None and seed == 0 else 0.0
         texts = {**record.texts, "rate": EDGE} if searched is not None and searched.at_edge else record.texts
@@ -258,11 +261,11 @@ def needs_search(ground: Ground, arm: Arm) -> bool:
     return arm.tuned and not ground.fixed_lr and "learning_rate" not in arm.fields
 
 
-def _tuned(ground: Ground, arm: Arm, obtain: Obtain, each: Each) -> tuple[Arm, Arm, search.Search | None]:
+def _tuned(ground: Ground, arm: Arm, obtain: Obtain, measure: str, each: Each) -> tuple[Arm, Arm, search.Search | None]:
     """Return the arm, the arm at its learning rate, and how that was found."""
     if not needs_search(ground, arm):
         return arm, arm, None
-    found = search.tune(ground, arm, obtain, each)
+    found = search.tune(ground, arm, obtain, measure, each)
     return arm, search.with_rate(arm, found.rate), found
 
 

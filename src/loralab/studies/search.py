@@ -1,8 +1,10 @@
-"""The learning rate of an arm, by successive halving over a declared grid.
+"""The learning rate of an arm: short runs over a declared grid, then whole runs of the best two.
 
-Every rate of the grid trains a third of the steps, the two best ones two thirds. A best rate at the
-edge of the grid extends it. Among rates that the validation rows do not tell apart the smallest is
-taken, and it must be stable: with other seeds it must not fall behind the next smaller one.
+Every rate of the grid trains a third of the steps; a best rate at the edge extends the grid. The two
+best train all of them, since what a short run bears can be too much for a whole one: these are the
+study's own runs of the first seed. Among rates that the validation rows do not tell apart the
+smallest is taken, and the study's other seeds must bear it out: where one falls behind what the next
+smaller rate reaches, that one is taken.
 """
 
 import math
@@ -18,6 +20,7 @@ from loralab.training.optim import usual_rate
 
 RATIO = 10**0.5
 BEYOND = 2  # times that the edge is left
+WHOLE = 2  # rates that train all steps
 SEARCH = "loralab.studies.trained:searched"
 
 Obtain = Callable[[Cell], Record]
@@ -40,57 +43,66 @@ def in_turn(work: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
     return [work(item) for item in items]
 
 
-def tune(ground: Ground, arm: Arm, obtain: Obtain, each: Each = in_turn) -> Search:
+def tune(ground: Ground, arm: Arm, obtain: Obtain, measure: str, each: Each = in_turn) -> Search:
     """The best rate for an arm on its ground; None if no rate could be tried.
 
     An arm whose best rate is known to lie elsewhere brings its own multiples: options["rates"].
+
+    Args:
+        measure: what makes the records of the arm's whole runs.
     """
     factors = arm.options.get("rates") or ground.rates
     grid = [rounded(usual(ground, arm) * factor) for factor in factors]
     steps = int(ground.fields["max_steps"])
-    tried = _Tried(ground, arm, obtain)
-    each(lambda rate: tried.loss(rate, max(2, steps // 3)), grid)
+    tried = _Tried(ground, arm, obtain, measure)
+    each(lambda rate: tried.short(rate, max(2, steps // 3)), grid)
     for _ in range(BEYOND):
         edge = tried.beyond()
         if edge is None:
             break
-        tried.loss(edge, max(2, steps // 3))
+        tried.short(edge, max(2, steps // 3))
     if not (ranked := tried.ranked()):
         return Search(rate=None, rates=tried.rates, seconds=tried.seconds, at_edge=False)
-    if not ground.quick and len(ranked) > 1:
-        each(lambda rate: tried.loss(rate, max(3, 2 * steps // 3)), ranked[:2])
+    each(tried.whole, ranked[:WHOLE])
     best = tried.stable(tried.smallest())
     at_edge = len(tried.rates) > 1 and best in (tried.rates[0], tried.rates[-1])
     return Search(rate=best, rates=tried.rates, seconds=tried.seconds, at_edge=at_edge)
 
 
 class _Tried:
-    """The rates that were tried for an arm: validation losses of their longest runs so far."""
+    """The rates that were tried for an arm: short runs, and whole runs by seed."""
 
-    def __init__(self, ground: Ground, arm: Arm, obtain: Obtain) -> None:
-        self._ground, self._arm, self._obtain = ground, arm, obtain
-        self._runs: dict[float, dict[int, Record]] = {}  # rate -> steps -> record of the first seed
-        self.seconds = 0.0
+    def __init__(self, ground: Ground, arm: Arm, obtain: Obtain, measure: str) -> None:
+        self._ground, self._arm, self._obtain, self._measure = ground, arm, obtain, measure
+        self._short: dict[float, Record] = {}
+        self._whole: dict[float, Record] = {}
+        self.seconds = 0.0  # of what the study would not have run anyway
 
     @property
     def rates(self) -> tuple[float, ...]:
         """All of them, rising."""
-        return tuple(sorted(self._runs))
+        return tuple(sorted(self._short))
 
-    def loss(self, rate: float, steps: int, seed: int = 0) -> float:
-        """Train so many steps; the validation loss, infinite if the run diverged."""
+    def short(self, rate: float, steps: int) -> None:
+        """Train so many steps."""
         short = with_rate(self._arm, rate)
         short = replace(short, fields={**short.fields, "max_steps": steps})
-        record = self._obtain(Cell(measure=SEARCH, ground=self._ground, arm=short, seed=seed))
+        record = self._obtain(Cell(measure=SEARCH, ground=self._ground, arm=short, seed=0))
         self.seconds += record.seconds
+        self._short[rate] = record
+
+    def whole(self, rate: float, seed: int = 0) -> Record:
+        """Make the study's own run at a rate."""
+        cell = Cell(measure=self._measure, ground=self._ground, arm=with_rate(self._arm, rate), seed=seed)
+        record = self._obtain(cell)
         if seed == 0:
-            self._runs.setdefault(rate, {})[steps] = record
-        return loss_of(record)
+            self._whole[rate] = record
+        return record
 
     def ranked(self) -> list[float]:
-        """The rates that did not diverge, longer runs first, then by loss."""
-        ended = [rate for rate in self._runs if math.isfinite(loss_of(self._longest(rate)))]
-        return sorted(ended, key=lambda rate: (-max(self._runs[rate]), loss_of(self._longest(rate))))
+        """The rates whose short runs did not diverge, by loss."""
+        ended = [rate for rate in self._short if math.isfinite(loss_of(self._short[rate]))]
+        return sorted(ended, key=lambda rate: loss_of(self._short[rate]))
 
     def beyond(self) -> float | None:
         """A rate beyond the edge that the best one stands at, if it does."""
@@ -102,32 +114,31 @@ class _Tried:
 
     def smallest(self) -> float:
         """The smallest rate that is as good as the best within one standard error of their difference."""
-        ranked = self.ranked()
-        best, steps = ranked[0], max(self._runs[ranked[0]])
-        alike = [r for r in ranked if max(self._runs[r]) == steps and self._behind(r, best) <= 0]
-        return min(alike)
+        best = min(self._whole, key=lambda rate: loss_of(self._whole[rate]))
+        if not math.isfinite(loss_of(self._whole[best])):
+            return min(self._whole)
+        return min(rate for rate, run in self._whole.items() if not _behind(run, self._whole[best], errors=1))
 
     def stable(self, rate: float) -> float:
-        """The rate, or the next smaller ones where another seed falls behind what those reach."""
-        seeds = range(1, 2 if self._ground.quick else 3)
+        """The rate, or the next smaller ones where a whole run falls behind what those reach."""
         for lower in sorted((r for r in self.ranked() if r < rate), reverse=True):
-            steps = max(self._runs[rate].keys() & self._runs[lower].keys(), default=0)
-            if not steps or all(self.loss(rate, steps, s) <= loss_of(self._runs[lower][steps]) for s in seeds):
+            reached = self._whole.get(lower) or self._short[lower]
+            seeds = range(self._ground.seeds)
+            if not any(_behind(self.whole(rate, seed), reached, errors=2) for seed in seeds):
                 return rate
             rate = lower
         return rate
 
-    def _longest(self, rate: float) -> Record:
-        return self._runs[rate][max(self._runs[rate])]
 
-    def _behind(self, rate: float, best: float) -> float:
-        """By how much a rate is worse than the best, less the standard error of that over rows."""
-        own, other = self._longest(rate), self._longest(best)
-        gap = loss_of(own) - loss_of(other)
-        rows = [np.asarray(r.items.get("validation", ()), dtype=float) for r in (own, other)]
-        if not len(rows[0]) or len(rows[0]) != len(rows[1]):
-            return gap
-        return gap - float(np.std(rows[0] - rows[1])) / math.sqrt(len(rows[0]))
+def _behind(run: Record, other: Record, *, errors: float) -> bool:
+    """Return whether a run is worse than another by more than some standard errors over rows."""
+    gap = loss_of(run) - loss_of(other)
+    if not math.isfinite(loss_of(other)):
+        return False
+    rows = [np.asarray(r.items.get("validation_loss", ()), dtype=float) for r in (run, other)]
+    if not len(rows[0]) or len(rows[0]) != len(rows[1]):
+        return gap > 0
+    return gap > errors * float(np.std(rows[0] - rows[1])) / math.sqrt(len(rows[0]))
 
 
 def usual(ground: Ground, arm: Arm) -> float:
@@ -147,8 +158,8 @@ def with_rate(arm: Arm, rate: float | None) -> Arm:
 
 
 def cells(ground: Ground) -> float:
-    """How many full runs the search for one arm costs, about."""
-    return (len(ground.rates) + (1 if ground.quick else 2)) / 3 + (0 if ground.quick else 4 / 3)
+    """How many full runs the search for one arm costs, about: short ones, and one whole run more."""
+    return len(ground.rates) / 3 + WHOLE - 1
 
 
 def loss_of(record: Record) -> float:

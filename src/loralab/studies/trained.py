@@ -68,7 +68,7 @@ def searched(cell: Cell, folder: Path, tell: Tell) -> Record:
         arm=cell.arm,
         seed=cell.seed,
         numbers={"validation_loss": scores.metrics["loss"]},
-        items={"validation": list(scores.row_losses)},
+        items={"validation_loss": list(scores.row_losses)},
     )
 
 
@@ -129,6 +129,7 @@ def scored(cell: Cell, run: Run, folder: Path) -> Record:
             "score": items_of(test, metric),
             "loss": [-loss for loss in test.row_losses],
             "validation": items_of(run.scores["validation"], metric),
+            "validation_loss": list(run.scores["validation"].row_losses),
         },
         series={"loss": losses, "grad_norm": [float(e["grad_norm"]) for e in events]},
     )
