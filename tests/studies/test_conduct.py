@@ -183,11 +183,11 @@ def test_every_question_has_a_file_that_answers_even_nothing(name: str) -> None:
     assert isinstance(module.MEASURE, str)
 
 
-def test_more_time_means_more_candidates_and_never_less_than_one_group() -> None:
-    sizes = [plan_for(0.1, 2.0, budget, 60)[0] for budget in (10, 120, 600, 6000)]
+def test_more_time_means_more_candidates_and_never_less_than_three() -> None:
+    sizes = [plan_for(0.1, (2.0, 3.0), budget, 60)[0] for budget in (10, 240, 600, 6000)]
     assert sizes == sorted(sizes)
-    assert sizes[0] == 9
-    assert plan_for(0.1, 2.0, 10, 60)[1] < 60
+    assert sizes[0] == 3
+    assert plan_for(0.1, (2.0, 3.0), 10, 60)[1] < 60
 
 
 @pytest.fixture(scope="module")

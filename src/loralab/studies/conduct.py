@@ -17,12 +17,14 @@ from loralab.studies.fields import configured, from_toml, known
 from loralab.studies.objects import FOLDER, Objects
 from loralab.studies.runner import Listener, Session, records, session
 from loralab.studies.study import DONE, FAILED, Answer, Arm, Cell, Ground, StudyOptions, parse_seconds
-from loralab.studies.trained import BASE_ARM, MEASURE, rows_of
+from loralab.studies.trained import BASE_ARM, PROBE, PROBE_ROWS, rows_of
 from loralab.training.preflight import write_config
 from loralab.training.request import Request
 from loralab.training.settings import Training
 
 ALL = "all"
+LEAST_ROWS = 50  # that are scored, however slow that is
+ROWS_SHARE = 0.02  # of the time, for scoring a split once
 Work = tuple[Ground, list[Arm] | None]  # None: the question's own arms
 
 
@@ -182,19 +184,26 @@ def _sized(own: Session, ground: Ground, budget: float, started: float) -> Groun
         return held[catalog.RECOMMEND][0]
     steps = int(ground.fields["max_steps"]) or _steps_of_a_run(ground)
     ground = replace(ground, fields={**ground.fields, "max_steps": steps})
-    few = max(4, steps // ETA ** (ROUNDS - 1))
+    few = max(4, min(20, steps // ETA ** (ROUNDS - 1)))
     probe = Arm(name="probe", fields={"method": "lora", "rank": 8, "max_steps": few})
     if own.cluster is not None:
         own.cluster.require_ready(ground)
     begun = time.monotonic()
-    record = own.obtain(Cell(measure=MEASURE, ground=ground, arm=probe, seed=0))
+    small = replace(ground, rows={**ground.rows, "validation": PROBE_ROWS, "test": PROBE_ROWS})
+    record = own.obtain(Cell(measure=PROBE, ground=small, arm=probe, seed=0))
     if record.status == FAILED:
         raise ConfigError(record.reason)
     whole = time.monotonic() - begun
     a_step = record.numbers.get("step_seconds", whole / few)
+    a_row = record.numbers.get("row_seconds", 0.0)
+    rest = max(1.0, whole - few * a_step - 2 * PROBE_ROWS * a_row)
+    affordable = max(LEAST_ROWS, int(ROWS_SHARE * budget / max(a_row, 1e-9)))
+    rows = {name: min(count, affordable) for name, count in ground.rows.items()}
     left = 0.9 * (budget - (time.monotonic() - started)) * own.abreast
-    number, shorter = plan_for(a_step, max(1.0, whole - few * a_step), left, steps)
-    return replace(ground, fields={**ground.fields, "max_steps": shorter}, values=(str(number), str(steps)))
+    short, full = rest + rows["validation"] * a_row, rest + (rows["validation"] + 2 * rows["test"]) * a_row
+    number, shorter = plan_for(a_step, (short, full), left, steps)
+    fields = {**ground.fields, "max_steps": shorter}
+    return replace(ground, fields=fields, rows=rows, values=(str(number), str(steps)))
 
 
 def _steps_of_a_run(ground: Ground) -> int:

@@ -7,6 +7,7 @@ same test rows, which do not depend on the seed.
 import importlib
 import itertools
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +30,7 @@ from loralab.training.run import Run, run_request
 
 MEASURE = "loralab.studies.trained:measure"
 SEARCH = "loralab.studies.trained:searched"
+PROBE, PROBE_ROWS = "loralab.studies.trained:probed", 32
 BASE = "base"
 BASE_ARM = Arm(name=BASE, options={"measure": "loralab.studies.trained:untrained"}, tuned=False, plain=True)
 Tell = Callable[[dict[str, Any]], None]
@@ -70,6 +72,17 @@ def searched(cell: Cell, folder: Path, tell: Tell) -> Record:
         numbers={"validation_loss": scores.metrics["loss"]},
         items={"validation_loss": list(scores.row_losses)},
     )
+
+
+def probed(cell: Cell, folder: Path, tell: Tell) -> Record:
+    """What a step and the scoring of a row take on this machine."""
+    run = trained(cell, folder, tell)
+    events = [e for e in read_metrics(folder / "run") if e["kind"] == "step"]
+    started = time.perf_counter()
+    few = score_on(run, "validation", limit=PROBE_ROWS)
+    row = (time.perf_counter() - started) / max(1, few.rows)
+    atomic.remove_folder(folder / "run")
+    return Record(arm=cell.arm, seed=cell.seed, numbers={"step_seconds": step_seconds(events), "row_seconds": row})
 
 
 def trained(cell: Cell, folder: Path, tell: Tell) -> Run:

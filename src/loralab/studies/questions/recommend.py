@@ -66,6 +66,8 @@ def walk(ground: Ground, candidates: Sequence[Arm], obtain: Obtain, each: Each =
     """Two rounds of short runs by validation loss, then whole runs with as many seeds as fit."""
     whole = {arm.name: arm for arm in candidates if arm.name in (BASE, DEFAULT)}
     left = [arm for arm in candidates if arm.name not in whole]
+    if DEFAULT in whole:  # first of all: whatever the time is enough for, it is known
+        obtain(Cell(measure=MEASURE, ground=ground, arm=whole[DEFAULT], seed=0))
     found: list[Record] = []
     for number in range(ROUNDS - 1):
         cells = [_short(ground, arm, _steps(ground, number)) for arm in left]
@@ -205,22 +207,27 @@ def _extrapolated(ground: Ground) -> Text:
     )
 
 
-def plan_for(seconds_per_step: float, overhead: float, budget: float, steps: int) -> tuple[int, int]:
+def plan_for(seconds_per_step: float, overheads: tuple[float, float], budget: float, steps: int) -> tuple[int, int]:
     """(candidates, steps) that fit a budget: about half for the search, the rest for the finalists.
 
-    Steps are cut, down to a quarter, only where one group of nine and three whole runs do not fit.
+    Steps are cut, down to a quarter, only where the search and three whole runs do not fit; the
+    search has three candidates where nine would take more than half of the time.
+
+    Args:
+        overheads: seconds beside the steps, of a short run and of a whole one.
     """
+    short, full = overheads
     group = ETA ** (ROUNDS - 1)
 
     def search(length: int) -> float:
-        return (ROUNDS - 1) * length * seconds_per_step + (group + group // ETA) * overhead
+        return (ROUNDS - 1) * length * seconds_per_step + (group + group // ETA) * short
 
     least = max(8, steps // 4)
-    while steps > least and search(steps) + 3 * (steps * seconds_per_step + overhead) > budget:
+    while steps > least and search(steps) + 3 * (steps * seconds_per_step + full) > budget:
         steps = max(least, int(steps * 0.8))
     groups = int(budget / 2 // search(steps))
     most = len(SHAPES) * len(RATES) // group
-    return max(1, min(groups, most)) * group, steps
+    return max(ETA, min(groups, most) * group), steps
 
 
 def with_factor(ground: Ground, shape: Arm, factor: float) -> Arm:
