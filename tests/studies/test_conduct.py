@@ -20,7 +20,7 @@ from loralab.studies import catalog, conduct, store
 from loralab.studies.conduct import Outcome, _own, recommend, study
 from loralab.studies.fields import configured
 from loralab.studies.prepare import prepare, question_module
-from loralab.studies.questions.recommend import plan_for
+from loralab.studies.questions.recommend import _one_of_each_rate, plan_for
 from loralab.studies.runner import Session
 from loralab.studies.study import Arm, Ground, StudyOptions, parse_seconds
 from loralab.tasks.catalog import find
@@ -314,3 +314,12 @@ def test_options_that_cannot_be_are_named(given: dict[str, Any], field: str) -> 
     with pytest.raises(ConfigError) as refused:
         StudyOptions(**given)
     assert refused.value.field == field
+
+
+def test_candidates_go_on_in_turns_over_their_rates() -> None:
+    ground = Ground(study="recommend", model="m", data="d")
+    arms = [
+        Arm(name=f"{n}", fields={"method": "lora", "learning_rate": rate})
+        for n, rate in enumerate([5e-3] * 3 + [5e-4, 1.6e-3])
+    ]
+    assert [arm.name for arm in _one_of_each_rate(ground, arms)] == ["0", "3", "4", "1", "2"]

@@ -193,7 +193,7 @@ def _sized(own: Session, ground: Ground, budget: float, started: float) -> Groun
     record = own.obtain(Cell(measure=PROBE, ground=small, arm=probe, seed=0))
     if record.status == FAILED:
         raise ConfigError(record.reason)
-    whole = time.monotonic() - begun
+    whole = record.seconds or time.monotonic() - begun  # without the start of the worker
     a_step = record.numbers.get("step_seconds", whole / few)
     a_row = record.numbers.get("row_seconds", 0.0)
     rest = max(1.0, whole - few * a_step - 2 * PROBE_ROWS * a_row)

@@ -6,6 +6,7 @@ default configuration is always among these. They get seeds until the time is us
 validation rows choose, and what is chosen is shown beside the default on test rows that chose nothing.
 """
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -76,10 +77,18 @@ def walk(ground: Ground, candidates: Sequence[Arm], obtain: Obtain, each: Each =
         ended = [(loss_of(record), i) for i, (_, record) in enumerate(ran)]
         ranked_ = sorted(pair for pair in ended if math.isfinite(pair[0]))
         keep = max(1, len(left) // ETA) if number < ROUNDS - 2 else FINALISTS
-        left = [left[i] for _, i in ranked_[:keep]]
+        left = _one_of_each_rate(ground, [left[i] for _, i in ranked_])[:keep]
     if BASE in whole:
         found.append(obtain(Cell(measure=str(BASE_ARM.options["measure"]), ground=ground, arm=whole[BASE], seed=0)))
     return found + _finals(ground, [*(whole[n] for n in (DEFAULT,) if n in whole), *left], obtain, each)
+
+
+def _one_of_each_rate(ground: Ground, best_first: Sequence[Arm]) -> list[Arm]:
+    """The candidates in turns over multiples of the usual rate: short runs favour rates that whole ones do not bear."""
+    turns: dict[float, list[Arm]] = {}
+    for arm in best_first:
+        turns.setdefault(rounded(float(arm.fields["learning_rate"]) / usual(ground, arm)), []).append(arm)
+    return [arm for turn in itertools.zip_longest(*turns.values()) for arm in turn if arm is not None]
 
 
 def _finals(ground: Ground, arms_: Sequence[Arm], obtain: Obtain, each: Each) -> list[Record]:
