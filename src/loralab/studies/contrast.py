@@ -191,6 +191,12 @@ def _draws(arms: Sequence[Sample]) -> tuple[Floats, Floats]:
     return means + of_rows + of_seeds, means
 
 
+def half_width(arm: Sample) -> float:
+    """Of the 95 % interval of one arm's mean, its rows and its seeds being samples."""
+    draws, means = _draws([arm])
+    return float(np.quantile(np.abs(draws[:, 0] - means[0]), CONFIDENCE))
+
+
 def row_covariance(arms: Sequence[Sample]) -> Floats:
     """The covariance (arms, arms) of means over the sample of test rows.
 

@@ -2,16 +2,15 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from loralab.studies.contrast import Contrast
-from loralab.studies.statistics import Interval, bootstrap_variance, mean_interval
+from loralab.studies.contrast import Contrast, Sample, half_width
+from loralab.studies.statistics import Interval, mean_interval
 from loralab.studies.study import DONE, EDGE, FALLING, Finding, Ground, Record, Table, Text
 
 SEED = 0  # of every bootstrap: rendering again gives the same page
-Z = 1.96
 MANY_SEEDS, MANY_ROWS = 200, 1e6  # as good as never
 MARGIN = 1.0  # points of a score, percent of a loss: differences that do not matter
 CORRELATIONS = ("pearson", "spearman", "matthews")
@@ -132,15 +131,21 @@ def _needed(found: Contrast) -> Text:
 
 def own_interval(records: Sequence[Record]) -> Interval:
     """An arm's mean score and its own interval, over seeds and test rows, in the metric's sense."""
-    scores = [r.numbers["score"] for r in records]
-    plain = mean_interval(scores)
-    items = np.asarray([r.items["score"] for r in records], dtype=float).mean(axis=0)
-    of_items = bootstrap_variance(items, np.random.default_rng(SEED)) if len(items) > 1 else 0.0
-    of_seeds = plain.spread**2 / plain.count
-    half = Z * math.sqrt(of_items + of_seeds)
-    return Interval(
-        mean=plain.mean, low=plain.mean - half, high=plain.mean + half, spread=plain.spread, count=plain.count
-    )
+    found = mean_interval([r.numbers["score"] for r in records])
+    half = half_width(sample(records, metric_of(records)))
+    return replace(found, low=found.mean - half, high=found.mean + half)
+
+
+def sample(records: Sequence[Record], metric: Metric, *, by_row: bool = True, level: float | None = None) -> Sample:
+    """The scores of an arm, by row or as one mean a seed.
+
+    Args:
+        level: the score beside which its spread over seeds is to be expected; None is its own.
+    """
+    values = [r.items["score"] if by_row else [float(np.mean(r.items["score"]))] for r in records]
+    spread = metric.spread_at(mean_of(records, "score") if level is None else level)
+    fixed = all(r.arm.plain for r in records)
+    return Sample(scores=np.asarray(values, dtype=float), spread=spread, fixed=fixed)
 
 
 def mean_of(records: Sequence[Record], name: str) -> float:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from loralab.studies.contrast import SURE, Ranking, Sample, rank_arms
-from loralab.studies.evidence import Metric, best_arm, claim, count, mean_of
+from loralab.studies.evidence import Metric, best_arm, claim, count, mean_of, sample
 from loralab.studies.study import Finding, Record, Text
 
 Arms = Mapping[str, Sequence[Record]]
@@ -43,15 +43,10 @@ def ranked(
 
 def samples(arms: Arms, metric: Metric) -> dict[str, Sample]:
     """The scores of all arms, by row where all have as many rows, else one mean a seed."""
-    rows = {len(r.items["score"]) for own in arms.values() for r in own}
+    by_row = len({len(r.items["score"]) for own in arms.values() for r in own}) == 1
     middle = float(np.median([mean_of(own, "score") for own in arms.values()]))  # losses may be worlds apart
-    found = {}
-    for name, own in arms.items():
-        values = [r.items["score"] if len(rows) == 1 else [float(np.mean(r.items["score"]))] for r in own]
-        fixed = all(r.arm.plain for r in own)
-        spread = metric.spread_at(mean_of(own, "score") if metric.rises else middle)
-        found[name] = Sample(scores=np.asarray(values, dtype=float), spread=spread, fixed=fixed)
-    return found
+    level = None if metric.rises else middle
+    return {name: sample(own, metric, by_row=by_row, level=level) for name, own in arms.items()}
 
 
 def describe_ranking(found: Ranking, arms: Arms, metric: Metric) -> Text:

@@ -29,7 +29,7 @@ from loralab.values import join_pairs
 OWN_TITLES = {RECOMMEND: Text("The search for a configuration", "尋找設定")}
 FIGURES = "figures"
 VERSION = loralab.__version__
-MARKS = {"better": "▲", "worse": "▼", "equivalent": "＝", "undecided": "?"}
+MARKS = {"better": "▲", "worse": "▼", "equivalent": "=", "undecided": "?"}
 SNIPPET = "window.vegaEmbed = vegaEmbed;"  # what the page needs of the bundle
 PAGE, MARKDOWN = "report.html", {"en": "report.md", "zh-TW": "report.zh-TW.md"}
 
