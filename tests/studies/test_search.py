@@ -76,3 +76,14 @@ def test_what_a_short_run_bears_can_be_too_much_for_a_whole_one() -> None:
         return Record(arm=cell.arm, seed=cell.seed, numbers={"validation_loss": loss})
 
     assert tune(GROUND, ARM, obtain, "m").rate == USUAL
+
+
+def test_the_cost_of_a_search_is_what_the_study_would_not_have_run() -> None:
+    """Three short runs of a second, and the whole run of the rate that was not taken."""
+
+    def obtain(cell: Cell) -> Record:
+        loss = bowl(1.0)(cell.arm.fields["learning_rate"] / USUAL, 0)
+        seconds = 1.0 if "max_steps" in cell.arm.fields else 10.0
+        return Record(arm=cell.arm, seed=cell.seed, numbers={"validation_loss": loss}, seconds=seconds)
+
+    assert tune(GROUND, ARM, obtain, "m").seconds == 3 + 10

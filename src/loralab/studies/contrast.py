@@ -194,7 +194,8 @@ def _draws(arms: Sequence[Sample]) -> tuple[Floats, Floats]:
 def half_width(arm: Sample) -> float:
     """Of the 95 % interval of one arm's mean, its rows and its seeds being samples."""
     draws, means = _draws([arm])
-    return float(np.quantile(np.abs(draws[:, 0] - means[0]), CONFIDENCE))
+    mean, _, high = _own(draws[:, 0], means[0])
+    return high - mean
 
 
 def row_covariance(arms: Sequence[Sample]) -> Floats:

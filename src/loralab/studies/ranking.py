@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from loralab.studies.contrast import SURE, Ranking, Sample, rank_arms
+from loralab.studies.contrast import Ranking, Sample, rank_arms
 from loralab.studies.evidence import Metric, best_arm, claim, count, mean_of, sample
 from loralab.studies.study import Finding, Record, Text
 
@@ -134,21 +134,6 @@ def claims(found: Ranking, metric: Metric, names: Sequence[str] | None = None) -
     """Every pair of some arms once, the better mean first; none is all that can be recommended."""
     wanted = sorted(found.names if names is None else names, key=lambda name: -found.means[name][0])
     return [claim(found.contrast(a, b), metric) for a, b in itertools.combinations(wanted, 2)]
-
-
-def good_enough(found: Ranking) -> list[str]:
-    """The arms that may be taken: those within the margin of the best with high probability.
-
-    Where none is known to be, the recommended one alone; none where nothing beats the base.
-    """
-    if found.recommended is None:
-        return []
-    return [n for n in found.names if found.good[n] >= SURE] or [found.recommended]
-
-
-def fewest(arms: Arms, names: Sequence[str]) -> str:
-    """The arm that trains the fewest parameters."""
-    return min(names, key=lambda name: parameters(arms[name]))
 
 
 def parameters(records: Sequence[Record]) -> float:

@@ -62,11 +62,11 @@ def tune(ground: Ground, arm: Arm, obtain: Obtain, measure: str, each: Each = in
             break
         tried.short(edge, max(2, steps // 3))
     if not (ranked := tried.ranked()):
-        return Search(rate=None, rates=tried.rates, seconds=tried.seconds, at_edge=False)
+        return Search(rate=None, rates=tried.rates, seconds=tried.seconds(None), at_edge=False)
     each(tried.whole, ranked[:WHOLE])
     best = tried.stable(tried.smallest())
     at_edge = len(tried.rates) > 1 and best in (tried.rates[0], tried.rates[-1])
-    return Search(rate=best, rates=tried.rates, seconds=tried.seconds, at_edge=at_edge)
+    return Search(rate=best, rates=tried.rates, seconds=tried.seconds(best), at_edge=at_edge)
 
 
 class _Tried:
@@ -75,8 +75,7 @@ class _Tried:
     def __init__(self, ground: Ground, arm: Arm, obtain: Obtain, measure: str) -> None:
         self._ground, self._arm, self._obtain, self._measure = ground, arm, obtain, measure
         self._short: dict[float, Record] = {}
-        self._whole: dict[float, Record] = {}
-        self.seconds = 0.0  # of what the study would not have run anyway
+        self._whole: dict[float, dict[int, Record]] = {}
 
     @property
     def rates(self) -> tuple[float, ...]:
@@ -87,21 +86,23 @@ class _Tried:
         """Train so many steps."""
         short = with_rate(self._arm, rate)
         short = replace(short, fields={**short.fields, "max_steps": steps})
-        record = self._obtain(Cell(measure=SEARCH, ground=self._ground, arm=short, seed=0))
-        self.seconds += record.seconds
-        self._short[rate] = record
+        self._short[rate] = self._obtain(Cell(measure=SEARCH, ground=self._ground, arm=short, seed=0))
 
     def whole(self, rate: float, seed: int = 0) -> Record:
         """Make the study's own run at a rate."""
         cell = Cell(measure=self._measure, ground=self._ground, arm=with_rate(self._arm, rate), seed=seed)
         record = self._obtain(cell)
-        if seed == 0:
-            self._whole[rate] = record
+        self._whole.setdefault(rate, {})[seed] = record
         return record
+
+    def seconds(self, chosen: float | None) -> float:
+        """What was run beside the study's own runs at the chosen rate."""
+        others = [run for rate, runs in self._whole.items() if rate != chosen for run in runs.values()]
+        return math.fsum(run.seconds for run in [*self._short.values(), *others])
 
     def ranked(self) -> list[float]:
         """The rates whose short runs did not diverge, by loss."""
-        ended = [rate for rate in self._short if math.isfinite(loss_of(self._short[rate]))]
+        ended = [rate for rate in self.rates if math.isfinite(loss_of(self._short[rate]))]
         return sorted(ended, key=lambda rate: loss_of(self._short[rate]))
 
     def beyond(self) -> float | None:
@@ -114,15 +115,16 @@ class _Tried:
 
     def smallest(self) -> float:
         """The smallest rate that is as good as the best within one standard error of their difference."""
-        best = min(self._whole, key=lambda rate: loss_of(self._whole[rate]))
-        if not math.isfinite(loss_of(self._whole[best])):
-            return min(self._whole)
-        return min(rate for rate, run in self._whole.items() if not _behind(run, self._whole[best], errors=1))
+        first = {rate: self._whole[rate][0] for rate in sorted(self._whole)}
+        best = min(first, key=lambda rate: loss_of(first[rate]))
+        if not math.isfinite(loss_of(first[best])):
+            return min(first)
+        return min(rate for rate, run in first.items() if not _behind(run, first[best], errors=1))
 
     def stable(self, rate: float) -> float:
         """The rate, or the next smaller ones where a whole run falls behind what those reach."""
         for lower in sorted((r for r in self.ranked() if r < rate), reverse=True):
-            reached = self._whole.get(lower) or self._short[lower]
+            reached = self._whole.get(lower, {}).get(0) or self._short[lower]
             seeds = range(self._ground.seeds)
             if not any(_behind(self.whole(rate, seed), reached, errors=2) for seed in seeds):
                 return rate

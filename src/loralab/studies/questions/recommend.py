@@ -22,6 +22,7 @@ from loralab.studies import figures
 from loralab.studies.contrast import SURE, Ranking
 from loralab.studies.evidence import Metric, by_arm, claim, mean_of, metric_of, own_interval, scores_table
 from loralab.studies.fields import configured
+from loralab.studies.race import POSSIBLE
 from loralab.studies.ranking import claims, ranked, recommendation
 from loralab.studies.search import SEARCH, Each, Obtain, in_turn, rounded, usual
 from loralab.studies.study import DONE, MISSING, Answer, Arm, Cell, Ground, Record, Table, Text
@@ -32,7 +33,6 @@ __all__ = ["MEASURE", "arms", "conclude", "walk"]
 ETA = 3  # of the candidates one in so many goes on, for so many times the steps
 ROUNDS = 3
 DEFAULT, FINALISTS = "default", 3
-POSSIBLE = 0.05  # a finalist that is good enough with less probability gets no further seed
 LIKELY = 0.75  # probability of being better than the default, for what is recommended over it
 FIRST = "lora, r=8, all-linear"  # always a candidate: what one would take without looking
 RANKS, TARGETS = (2, 4, 8, 16, 32), ("attention", "all-linear")
