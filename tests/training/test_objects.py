@@ -4,7 +4,7 @@ import json
 import tempfile
 import tomllib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -109,14 +109,21 @@ def assert_same(before: dict[str, Any], after: dict[str, Any]) -> None:
     assert before == after
 
 
-def temporary() -> set[str]:
-    return {path.name for path in Path(tempfile.gettempdir()).glob("loralab-base-*")}
+@pytest.fixture
+def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Return the folder of this test's temporary files alone; its path is short, as those of sockets must be."""
+    with tempfile.TemporaryDirectory() as folder:
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        yield Path(folder)
+
+
+def bases(folder: Path) -> list[Path]:
+    return list(folder.glob("loralab-base-*"))
 
 
 def test_rows_in_memory_and_a_live_model_train_as_their_names_do(
-    start: Train, live: Any, tokenizer: Any, rows: list[Any], tmp_path: Path
+    start: Train, live: Any, tokenizer: Any, rows: list[Any], tmp_path: Path, temporary: Path
 ) -> None:
-    folders = temporary()
     events: list[Event] = []
     named, listed = start("named"), start("listed", data=rows, listener=events.append)
     dataset = start("dataset", data=datasets.Dataset.from_list(rows))
@@ -139,7 +146,7 @@ def test_rows_in_memory_and_a_live_model_train_as_their_names_do(
     assert [event["step"] for event in steps] == [1, 2, 3]
     assert steps[-1]["tokens"] == listed.tokens > steps[0]["tokens"] > 0
     assert all(isinstance(event["loss"], float) for event in steps)
-    assert temporary() == folders
+    assert bases(temporary) == []
 
 
 def test_the_adapter_of_a_live_model_can_be_taken_out_again(start: Train, live: Any, tokenizer: Any) -> None:
@@ -186,17 +193,17 @@ def test_a_live_model_is_as_it_was_where_training_raises(
 
 
 def test_a_live_model_is_as_it_was_where_its_certificate_fails(
-    start: Train, live: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+    start: Train, live: Any, tokenizer: Any, temporary: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def failing(*_: Any, **__: Any) -> None:
         raise Killed
 
     monkeypatch.setattr(run_module, "certify", failing)
-    before, folders = state(live), temporary()
+    before = state(live)
     with pytest.raises(Killed):
         start("run", model=live, tokenizer=tokenizer)
     assert_same(before, state(live))
-    assert temporary() == folders
+    assert bases(temporary) == []
 
 
 def test_a_live_run_goes_on_in_the_same_bytes_and_with_the_same_base_and_rows_alone(
@@ -406,7 +413,7 @@ def test_a_second_adapter_is_trained_beside_the_first_and_leaves_it_as_it_was(
 
 @pytest.mark.parametrize("to", ["peft", "vllm", "gguf", "merged"])
 def test_the_run_of_a_live_model_is_exported_on_that_model_which_stays(
-    start: Train, live: Any, tokenizer: Any, tmp_path: Path, to: str
+    start: Train, live: Any, tokenizer: Any, tmp_path: Path, temporary: Path, to: str
 ) -> None:
     path = start("run", model=live, tokenizer=tokenizer).output_dir
     with pytest.raises(AdapterFileError) as refused:
@@ -416,10 +423,10 @@ def test_the_run_of_a_live_model_is_exported_on_that_model_which_stays(
         export(path, tmp_path / "out", to=to, model=live)
     assert (unread.value.code, unread.value.field) == ("no_tokenizer", "tokenizer")
     assert not (tmp_path / "out").exists()
-    before, folders = state(live), temporary()
+    before = state(live)
     assert export(path, tmp_path / "out", to=to, model=live, tokenizer=tokenizer).passed
     assert_same(before, state(live))
-    assert temporary() == folders
+    assert bases(temporary) == []
     if to != "merged":
         assert check(path, target=to, model=live) == check(path, target=to, model=live.config._name_or_path)
 
