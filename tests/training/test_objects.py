@@ -4,8 +4,9 @@ import json
 import tempfile
 import tomllib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -23,6 +24,7 @@ from transformers import (
 from loralab.adapters.folder import RECORD, TENSORS
 from loralab.adapters.methods import LoRA
 from loralab.adapters.several import attached
+from loralab.artefacts import temporary_base
 from loralab.artefacts.certificate import verify
 from loralab.artefacts.engines import check
 from loralab.artefacts.export import export
@@ -110,19 +112,25 @@ def assert_same(before: dict[str, Any], after: dict[str, Any]) -> None:
 
 
 @pytest.fixture
-def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Return the folder of this test's temporary files alone; its path is short, as those of sockets must be."""
-    with tempfile.TemporaryDirectory() as folder:
-        monkeypatch.setattr(tempfile, "tempdir", folder)
-        yield Path(folder)
+def copies(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Return the list that every temporary copy of a base made by this test is put on; other tests make theirs."""
+    made: list[Path] = []
+
+    def recorded(**wanted: Any) -> Any:
+        folder = tempfile.TemporaryDirectory(**wanted)
+        made.append(Path(folder.name))
+        return folder
+
+    monkeypatch.setattr(temporary_base, "tempfile", SimpleNamespace(TemporaryDirectory=recorded))
+    return made
 
 
-def bases(folder: Path) -> list[Path]:
-    return list(folder.glob("loralab-base-*"))
+def all_removed(copies: list[Path]) -> bool:
+    return bool(copies) and not any(copy.exists() for copy in copies)
 
 
 def test_rows_in_memory_and_a_live_model_train_as_their_names_do(
-    start: Train, live: Any, tokenizer: Any, rows: list[Any], tmp_path: Path, temporary: Path
+    start: Train, live: Any, tokenizer: Any, rows: list[Any], tmp_path: Path, copies: list[Path]
 ) -> None:
     events: list[Event] = []
     named, listed = start("named"), start("listed", data=rows, listener=events.append)
@@ -146,7 +154,7 @@ def test_rows_in_memory_and_a_live_model_train_as_their_names_do(
     assert [event["step"] for event in steps] == [1, 2, 3]
     assert steps[-1]["tokens"] == listed.tokens > steps[0]["tokens"] > 0
     assert all(isinstance(event["loss"], float) for event in steps)
-    assert bases(temporary) == []
+    assert all_removed(copies)
 
 
 def test_the_adapter_of_a_live_model_can_be_taken_out_again(start: Train, live: Any, tokenizer: Any) -> None:
@@ -193,7 +201,7 @@ def test_a_live_model_is_as_it_was_where_training_raises(
 
 
 def test_a_live_model_is_as_it_was_where_its_certificate_fails(
-    start: Train, live: Any, tokenizer: Any, temporary: Path, monkeypatch: pytest.MonkeyPatch
+    start: Train, live: Any, tokenizer: Any, copies: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def failing(*_: Any, **__: Any) -> None:
         raise Killed
@@ -203,7 +211,7 @@ def test_a_live_model_is_as_it_was_where_its_certificate_fails(
     with pytest.raises(Killed):
         start("run", model=live, tokenizer=tokenizer)
     assert_same(before, state(live))
-    assert bases(temporary) == []
+    assert all_removed(copies)
 
 
 def test_a_live_run_goes_on_in_the_same_bytes_and_with_the_same_base_and_rows_alone(
@@ -413,7 +421,7 @@ def test_a_second_adapter_is_trained_beside_the_first_and_leaves_it_as_it_was(
 
 @pytest.mark.parametrize("to", ["peft", "vllm", "gguf", "merged"])
 def test_the_run_of_a_live_model_is_exported_on_that_model_which_stays(
-    start: Train, live: Any, tokenizer: Any, tmp_path: Path, temporary: Path, to: str
+    start: Train, live: Any, tokenizer: Any, tmp_path: Path, copies: list[Path], to: str
 ) -> None:
     path = start("run", model=live, tokenizer=tokenizer).output_dir
     with pytest.raises(AdapterFileError) as refused:
@@ -426,7 +434,7 @@ def test_the_run_of_a_live_model_is_exported_on_that_model_which_stays(
     before = state(live)
     assert export(path, tmp_path / "out", to=to, model=live, tokenizer=tokenizer).passed
     assert_same(before, state(live))
-    assert bases(temporary) == []
+    assert all_removed(copies)
     if to != "merged":
         assert check(path, target=to, model=live) == check(path, target=to, model=live.config._name_or_path)
 
