@@ -44,18 +44,9 @@ def render(folder: Path, language: str) -> dict[str, Answer]:
     for each in sections:
         for chart in each.answer.figures:
             _write_figure(folder / FIGURES, chart)
-    content = {
-        "sections": sections,
-        "advice": [advised(group) for group in grouped(sections)],
-        "closing": closing_answers(sections),
-        "today": date.today(),
-        "version": loralab.__version__,
-        "message": Message,
-        "marks": MARKS,
-    }
     for code in LANGUAGES:
-        atomic.write_file(folder / MARKDOWN[code], _markdown(content, code))
-    atomic.write_file(folder / PAGE, _page(content, language))
+        atomic.write_file(folder / MARKDOWN[code], markdown(sections, code))
+    atomic.write_file(folder / PAGE, page(sections, language))
     return {s.name: s.answer for s in sections}
 
 
@@ -82,9 +73,23 @@ def in_order(found: Mapping[str, Any]) -> dict[str, Any]:
     return {name: found[name] for name in names if name in found}
 
 
-def _markdown(content: Mapping[str, Any], language: str) -> str:
+def _content(sections: Sequence[Section]) -> dict[str, Any]:
+    """Return what both forms of the report speak of."""
+    return {
+        "sections": sections,
+        "advice": [advised(group) for group in grouped(sections)],
+        "closing": closing_answers(sections),
+        "today": date.today(),
+        "version": loralab.__version__,
+        "message": Message,
+        "marks": MARKS,
+    }
+
+
+def markdown(sections: Sequence[Section], language: str) -> str:
+    """Return the report as Markdown."""
     return _template("report.md.j2").render(
-        **content,
+        **_content(sections),
         say=lambda value: say(value, language),
         suffix="" if language == "en" else f".{language}",
         table=lambda table: markdown_table(table, language),
@@ -92,17 +97,17 @@ def _markdown(content: Mapping[str, Any], language: str) -> str:
     )
 
 
-def _page(content: Mapping[str, Any], language: str) -> str:
+def page(sections: Sequence[Section], language: str) -> str:
     """Return the HTML page; it needs nothing from anywhere."""
     charts = {
         f"{s.name}-{chart.name}-{code}": drawn(chart, code)
-        for s in content["sections"]
+        for s in sections
         for chart in s.answer.figures
         for code in LANGUAGES
     }
     script = vl_convert.javascript_bundle(SNIPPET)
     return _template("report.html.j2").render(
-        **content,
+        **_content(sections),
         language=language,
         both=both,
         say=say,
