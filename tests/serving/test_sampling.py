@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from transformers import MinPLogitsWarper
 
 from loralab.errors import ConfigError
 from loralab.serving.request import Sampling
@@ -64,6 +65,24 @@ def test_the_same_is_left_as_by_sorting_all(logits: list[float], top_k: int, top
     expected[order] = chances / chances.sum()
     found = filtered_probabilities(row, Sampling(top_k=top_k, top_p=top_p, temperature=temperature))
     assert torch.allclose(found, expected, atol=1e-12)
+
+
+@given(
+    st.lists(st.integers(-576, 576).map(lambda n: n / 64), min_size=1, max_size=40),
+    st.floats(0.001, 1.0),
+    st.floats(0.1, 5.0),
+)
+def test_min_p_leaves_what_transformers_leaves(logits: list[float], min_p: float, temperature: float) -> None:
+    row = torch.tensor(logits, dtype=torch.double)
+    reference = MinPLogitsWarper(min_p)(torch.empty(1, 0).long(), row[None] / temperature)[0].softmax(dim=0)
+    found = filtered_probabilities(row, Sampling(min_p=min_p, temperature=temperature))
+    assert torch.allclose(found, reference, atol=1e-12)
+
+
+def test_top_p_counts_what_min_p_has_left() -> None:
+    row = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
+    found = filtered_probabilities(row, Sampling(min_p=0.4, top_p=0.6))
+    assert found.tolist() == pytest.approx([1, 0, 0, 0])  # 0.5 / 0.8 reaches it
 
 
 def test_frequencies_are_the_probabilities() -> None:

@@ -29,6 +29,22 @@ def test_the_parts_are_the_whole(text: str) -> None:
     assert not any("\ufffd" in part for part in parts)
 
 
+def test_a_stop_text_that_ends_in_the_first_tokens_does_not_count() -> None:
+    writing = StopStringFilter(["ab", "bcd"])
+    assert writing.add("xab", exempt=True) == "xa"  # "bcd" could begin
+    assert writing.add("y") == "by"
+    assert writing.add("a") == ""
+    assert writing.add("bz") == ""
+    assert writing.stopped
+    straddling = StopStringFilter(["ab"])
+    straddling.add("a", exempt=True)
+    straddling.add("b")
+    assert straddling.stopped
+    exempt = StopStringFilter(["ab"])
+    assert exempt.end("ab", exempt=True) == "ab"
+    assert not exempt.stopped
+
+
 STOPS = st.lists(st.text("abc好", min_size=1, max_size=4), max_size=3)
 
 

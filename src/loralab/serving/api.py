@@ -225,7 +225,7 @@ async def _answer(
         answers = _submit_all(service, asked, entry)
     except LoralabError as error:
         service.settle(grant, 0)
-        raise to_api_error(error, param) from None
+        raise to_api_error(error, param, fields={name: name for name in type(body).model_fields}) from None
     gathered = Gathered(answers, lambda tokens: service.settle(grant, tokens))
     make = CompletionShape if isinstance(body, CompletionBody) else ChatShape
     read = sum(map(len, prompts)) if body.with_usage_so_far else None

@@ -2,28 +2,23 @@
 
 import base64
 import binascii
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from loralab.errors import ConfigError
+from loralab.errors import ConfigError, format_value
 from loralab.serving.api_body import Body, require_one, wrong_field
 from loralab.serving.api_errors import ApiError, to_api_error
-from loralab.serving.request import MAX_LOGPROBS, MAX_STOPS, Sampling
+from loralab.serving.request import MAX_BIAS, MAX_BIASES, MAX_LOGPROBS, MAX_PENALTY, MAX_STOPS, Sampling
 
 # fields of OpenAI's that are not supported: the values that mean "as usual", beside null
 NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "repetition_penalty": (1,),
-    "min_p": (0,),
-    "min_tokens": (0,),
     "length_penalty": (1,),
     "use_beam_search": (False,),
     "skip_special_tokens": (True,),
-    "logit_bias": ({},),
     "echo": (False,),
     "suffix": ("",),
     "store": (False,),
@@ -40,7 +35,6 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "reasoning_effort": ("none",),
     "verbosity": ("medium",),
     "web_search_options": (),
-    "stop_token_ids": ([],),
     "prompt_logprobs": (),
     "return_tokens_as_token_ids": (False,),
 }
@@ -75,6 +69,7 @@ MESSAGE_FREE = (
 Role = Literal["system", "developer", "user", "assistant"]
 CONTENT_SUBSTITUTES = {"tool_calls", "function_call", "refusal", "audio", "reasoning", "reasoning_content"}
 MAX_CHOICES = 16
+TOKEN = re.compile(r"^(0|[1-9][0-9]{0,9})$")
 DEFAULT_TOKENS = 16  # of a completion, as at OpenAI; a chat goes on to its end
 
 # A value that is wrong ends the reading of its list, so that a long one costs no more than a short
@@ -97,6 +92,21 @@ def _tell_stops(schema: dict[str, Any]) -> None:
     text = {"type": "string", "minLength": 1}
     several = {"type": "array", "items": text, "maxItems": MAX_STOPS}
     schema["anyOf"] = [text, several, {"type": "null"}]
+
+
+def _tell_biases(schema: dict[str, Any]) -> None:
+    bias = {"type": "number", "minimum": -MAX_BIAS, "maximum": MAX_BIAS}
+    by_token = {"type": "object", "propertyNames": {"pattern": TOKEN.pattern}, "additionalProperties": bias}
+    schema["anyOf"] = [{**by_token, "maxProperties": MAX_BIASES}, {"type": "null"}]
+
+
+def _biases(given: Mapping[str, float]) -> dict[int, float]:
+    """Return biases by token id; in JSON the ids are texts."""
+    if wrong := next((name for name in given if not TOKEN.fullmatch(name)), None):
+        raise ConfigError(
+            f"logit_bias is by token id, got {format_value(wrong)}", code="invalid_value", field="logit_bias"
+        )
+    return {int(name): bias for name, bias in given.items()}
 
 
 class _RequestBody(Body):
@@ -137,6 +147,13 @@ class _GenerationBody(_RequestBody):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     ignore_eos: bool | None = None
+    min_p: float | None = _optional(minimum=0, maximum=1)
+    logit_bias: dict[str, float] | None = Field(default=None, json_schema_extra=_tell_biases)
+    stop_token_ids: Tokens | None = _optional(maxItems=MAX_BIASES)
+    min_tokens: Whole | None = _optional(minimum=0)
+    presence_penalty: float | None = _optional(minimum=-MAX_PENALTY, maximum=MAX_PENALTY)
+    frequency_penalty: float | None = _optional(minimum=-MAX_PENALTY, maximum=MAX_PENALTY)
+    repetition_penalty: float | None = _optional(exclusiveMinimum=0)
 
     @property
     def _fields(self) -> dict[str, str]:
@@ -172,6 +189,13 @@ class _GenerationBody(_RequestBody):
                 stop=stop,
                 logprobs=logprobs,
                 ignore_eos=bool(self.ignore_eos),
+                min_p=self.min_p or 0.0,
+                logit_bias=_biases(self.logit_bias or {}),
+                stop_token_ids=tuple(self.stop_token_ids or ()),
+                min_tokens=self.min_tokens or 0,
+                presence_penalty=self.presence_penalty or 0.0,
+                frequency_penalty=self.frequency_penalty or 0.0,
+                repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
                 continues=continues,
                 echo=echo,
             )

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from loralab.errors import LoralabError, RunError
 from loralab.serving.detokenize import IncrementalDetokenizer, TokenBytes
+from loralab.serving.logits import LogitsProcessor
 from loralab.serving.request import CANCELLED, LENGTH, STOP, Answer, Delta, Finished, Ranked, Sampling, TokenLogprob
 from loralab.serving.sampling import SamplerState, likeliest
 from loralab.serving.scheduler import Chunk, TokenSequence
@@ -53,7 +54,7 @@ class _Request:
 
 @dataclass(eq=False, kw_only=True)
 class Generation(_Request):
-    """A text that is written token by token."""
+    """A text that is written token by token; `stops` are the tokens that end it."""
 
     prompt: tuple[int, ...]
     sampling: Sampling
@@ -74,7 +75,8 @@ class Generation(_Request):
         self.stop_filter = StopStringFilter(self.sampling.stop)
         before = self.prompt if self.sampling.continues and not self.sampling.echo else ()
         self.detokenizer = IncrementalDetokenizer(self.tokens, before)
-        self.sampler = SamplerState(self.sampling)
+        changes = LogitsProcessor(self.sampling, self.prompt, sorted(self.stops))
+        self.sampler = SamplerState(self.sampling, changes if self.sampling.changes_logits else None)
 
     @property
     def gone(self) -> bool:
@@ -95,14 +97,15 @@ class Generation(_Request):
         """Return one more token; whether it was the last."""
         self.first = self.first or time.perf_counter()
         self._count += 1
-        if token in self.stops and not self.sampling.ignore_eos:
+        if token in self.stops:
             if self.sampling.echo:  # whoever cuts the prompt's tokens off counts all others
                 self._written(token, logits)
             self.end(STOP)
             return True
         sequence.tokens.append(token)
         self._untold.append(token)
-        self._certain += self.stop_filter.add(self._written(token, logits))
+        exempt = self._count <= self.sampling.min_tokens
+        self._certain += self.stop_filter.add(self._written(token, logits), exempt=exempt)
         # whoever is told of tokens gets the parts of a character together
         if self._certain and not (self._explained and self.detokenizer.incomplete):
             self._tell()
@@ -118,7 +121,7 @@ class Generation(_Request):
         if self._explained:
             last = self._explained[-1]
             self._explained[-1] = replace(last, raw=last.raw + raw, text=last.text + text)
-        self._certain += self.stop_filter.end(text)
+        self._certain += self.stop_filter.end(text, exempt=self._count <= self.sampling.min_tokens)
         if self._certain or self._untold or self._explained:
             self._tell(final=True)
         if self.stop_filter.stopped and reason == LENGTH:  # the rest held a stop text

@@ -3,7 +3,7 @@
 import math
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,8 @@ from loralab.errors import ConfigError, RunError
 
 STOP, LENGTH, CANCELLED, FAILED = "stop", "length", "cancelled", "error"
 MAX_STOPS, MAX_LOGPROBS = 16, 20
+MAX_BIASES = 1024  # tokens of logit_bias, and of stop_token_ids
+MAX_BIAS, MAX_PENALTY = 100, 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,9 +20,15 @@ class Sampling:
     """Choice of tokens, end of the answer, and log-probabilities to return.
 
     `logprobs` is how many alternatives are told at each token (0: only of the token that was
-    chosen; None: nothing). `stop` strings end the answer before they begin. With `continues` the
-    answer goes on from the prompt's text and keeps the space of its first token; with `echo` it
+    chosen; None: nothing), always before the changes below. `stop` strings and `stop_token_ids` end
+    the answer before they begin, those of the first `min_tokens` tokens excepted. With `continues`
+    the answer goes on from the prompt's text and keeps the space of its first token; with `echo` it
     begins with that text, and may have no tokens of its own.
+
+    Logits are changed in vLLM's order (logits.py): `logit_bias` by token id, `min_tokens`, then
+    `repetition_penalty` of the prompt's and the answer's tokens, `frequency_penalty` and
+    `presence_penalty` of the answer's. `min_p` is the least probability, as a share of the likeliest
+    token's, after the temperature.
     """
 
     max_tokens: int = 16
@@ -31,6 +39,13 @@ class Sampling:
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
     ignore_eos: bool = False
+    min_p: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    stop_token_ids: tuple[int, ...] = ()
+    min_tokens: int = 0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
     continues: bool = False
     echo: bool = False
 
@@ -48,11 +63,34 @@ class Sampling:
             _within("logprobs", self.logprobs, 0, MAX_LOGPROBS)
         if len(self.stop) > MAX_STOPS or not all(self.stop):
             raise _wrong("stop", f"takes at most {MAX_STOPS} texts, none of them empty")
+        _within("min_p", self.min_p, 0, 1)
+        _within("min_tokens", self.min_tokens, 0, self.max_tokens)
+        for name in ("presence_penalty", "frequency_penalty"):
+            _within(name, getattr(self, name), -MAX_PENALTY, MAX_PENALTY)
+        _within("repetition_penalty", self.repetition_penalty, 0, math.inf)
+        if self.repetition_penalty == 0:
+            raise _wrong("repetition_penalty", "must be above 0; 1 changes nothing")
+        for name in ("logit_bias", "stop_token_ids"):
+            if len(getattr(self, name)) > MAX_BIASES:
+                raise _wrong(name, f"takes at most {MAX_BIASES} tokens")
+        for value in self.logit_bias.values():
+            _within("logit_bias", value, -MAX_BIAS, MAX_BIAS)
 
     @property
     def greedy(self) -> bool:
         """Return whether nothing is drawn."""
         return self.temperature == 0
+
+    @property
+    def changes_logits(self) -> bool:
+        """Return whether logits are changed before a token is chosen."""
+        return bool(
+            self.logit_bias
+            or self.min_tokens
+            or self.presence_penalty
+            or self.frequency_penalty
+            or self.repetition_penalty != 1
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

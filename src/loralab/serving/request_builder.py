@@ -2,7 +2,7 @@
 
 import itertools
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 
 from loralab.errors import ConfigError, DataError
@@ -52,6 +52,9 @@ class RequestBuilder:
         if self._base.kind != "causal-lm":
             raise ConfigError(f"{self._base.name} does not generate text; it classifies", code="not_generative")
         self._require_fitting(prompt, prefix_tokens_of(entry) + sampling.max_tokens)
+        for field in ("logit_bias", "stop_token_ids"):
+            self._require_tokens(getattr(sampling, field), field)
+        stops = frozenset[int]() if sampling.ignore_eos else self.tokenizers.of(entry).stops
         digest = digest_of(entry)
         tokens = [*range(-prefix_tokens_of(entry), 0), *prompt]
         live: Generation
@@ -72,7 +75,7 @@ class RequestBuilder:
             digest=digest,
             prompt=tuple(prompt),
             sampling=sampling,
-            stops=self.tokenizers.of(entry).stops,
+            stops=stops.union(sampling.stop_token_ids),
             tokens=self._tokens,
             answer=answer,
             sequences=[self._sequence(tokens, entry, sampling)],
@@ -191,15 +194,22 @@ class RequestBuilder:
     def _require_fitting(self, prompt: Sequence[int], more: int) -> None:
         if not prompt:
             raise DataError("the prompt is empty", code="invalid_value", field="prompt")
-        known = self._base.model.get_input_embeddings().weight.shape[0]
-        if strange := next((t for t in prompt if not 0 <= t < known), None):
-            raise DataError(f"token {strange} is not one of the model's {known}", code="invalid_value", field="prompt")
+        self._require_tokens(prompt, "prompt")
         if len(prompt) + more > self._context:
             raise DataError(
                 f"the prompt has {len(prompt)} tokens and asks for {more} more, and the model can "
                 f"take {self._context} in all",
                 code="context_length_exceeded",
                 field="prompt",
+            )
+
+    def _require_tokens(self, tokens: Iterable[int], field: str) -> None:
+        known = self._base.model.get_input_embeddings().weight.shape[0]
+        if (strange := next((t for t in tokens if not 0 <= t < known), None)) is not None:
+            raise DataError(
+                f"{field}: {strange} is not a token of the model; they go from 0 to {known - 1}",
+                code="invalid_value",
+                field=field,
             )
 
 

@@ -5,14 +5,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from loralab.serving.logits import LogitsProcessor
 from loralab.serving.request import Sampling
 
 
 @dataclass(eq=False)
 class SamplerState:
-    """Sampling settings of a request and its random generator."""
+    """Sampling settings of a request, its random generator, and what changes its logits, if anything does."""
 
     sampling: Sampling
+    processor: LogitsProcessor | None = None
     generator: torch.Generator = field(default_factory=torch.Generator)
 
     def __post_init__(self) -> None:
@@ -32,11 +34,21 @@ def to_readable(logits: Tensor, draws: list[SamplerState]) -> Tensor:
 
 
 def choose_tokens(logits: Tensor, draws: list[SamplerState]) -> list[int]:
-    """Return the next token of each row of `to_readable` logits (m, V)."""
-    best = logits.argmax(dim=-1).tolist()
-    return [
-        token if own.sampling.greedy else sample(row, own) for row, token, own in zip(logits, best, draws, strict=True)
+    """Return the next token of each row of `to_readable` logits (m, V), which stay as they are."""
+    best, rows = logits.argmax(dim=-1).tolist(), list(logits)
+    changing = [(number, own.processor) for number, own in enumerate(draws) if own.processor is not None]
+    for number, processor in changing:
+        rows[number] = processor(rows[number])
+    if changing:
+        tokens = torch.stack([rows[number].argmax() for number, _ in changing]).tolist()
+        for (number, _), token in zip(changing, tokens, strict=True):
+            best[number] = token
+    chosen = [
+        token if own.sampling.greedy else sample(row, own) for row, token, own in zip(rows, best, draws, strict=True)
     ]
+    for number, processor in changing:
+        processor.note(chosen[number])
+    return chosen
 
 
 def sample(row: Tensor, own: SamplerState) -> int:
@@ -48,10 +60,14 @@ def sample(row: Tensor, own: SamplerState) -> int:
 def filtered_probabilities(row: Tensor, sampling: Sampling) -> Tensor:
     """Return the probabilities (V,), zero for what is never drawn.
 
-    top_k keeps the likeliest tokens; top_p the fewest whose probabilities reach it (Holtzman et
-    al. 2020, arXiv:1904.09751, section 3.1), of what top_k has left.
+    min_p leaves out what is less likely than a share of the likeliest (Nguyen et al. 2024,
+    arXiv:2407.01082, section 3); top_k keeps the likeliest tokens; top_p the fewest whose
+    probabilities reach it (Holtzman et al. 2020, arXiv:1904.09751, section 3.1), of what is left.
     """
     whole = (row.double() / sampling.temperature).softmax(dim=-1)
+    if sampling.min_p:
+        whole[whole < sampling.min_p * whole.max()] = 0
+        whole /= whole.sum()
     if not sampling.top_k and sampling.top_p == 1:
         return whole
     places = (whole >= _least(whole, sampling)).nonzero().flatten()

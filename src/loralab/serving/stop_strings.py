@@ -17,23 +17,33 @@ class StopStringFilter:
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = stops
         self._text = ""
+        self._checked = 0  # no stop text counts that ends before
         self.told = 0
         self.stopped = False
 
-    def add(self, text: str) -> str:
-        """Return the text that is certain now and was not told yet."""
+    def add(self, text: str, *, exempt: bool = False) -> str:
+        """Return the text that is certain now and was not told yet.
+
+        Args:
+            exempt: no stop text that ends in here counts.
+        """
         self._text += text
+        if exempt:
+            self._checked = len(self._text)
         return self._certain(final=False)
 
-    def end(self, text: str) -> str:
+    def end(self, text: str, *, exempt: bool = False) -> str:
         """Return the rest of the text once it is complete."""
         self._text += text
+        if exempt:
+            self._checked = len(self._text)
         return self._certain(final=True)
 
     def _certain(self, *, final: bool) -> str:
         if self.stopped:
             return ""
-        places = [self._text.find(s, max(0, self.told - len(s) + 1)) for s in self._stops]
+        known = max(self.told, self._checked)
+        places = [self._text.find(s, max(0, known - len(s) + 1)) for s in self._stops]
         found = [place for place in places if place >= 0]
         until = len(self._text)
         if found:
