@@ -12,17 +12,19 @@ from typing import Any
 from loralab.adapters.folder import CONFIG, RECORD, TENSORS
 from loralab.adapters.peft_fields import TASK_TYPES
 from loralab.adapters.record import FORMAT
-from loralab.adapters.registry import spec_of_file, specs
+from loralab.adapters.registry import MethodSpec, spec_of_file, specs
 from loralab.errors import AdapterFileError
 from loralab.serving.names import DIGEST
+from loralab.serving.request import AdapterPart
 from loralab.tasks.score import MAIN_METRICS
 
+FURTHER = ("trainable_token_indices", "target_parameters", "lora_bias")  # what peft's LORA may have besides
 OVERRIDES = ("chat_template", "eos_token")  # of a tokenizer, that an adapter may have its own of
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterInfo:
-    """An adapter as the store lists it.
+    """An adapter as the store lists it, or a sum of some (adapter_sum.py).
 
     Attributes:
         digest: of its content; empty as long as a folder without loralab.json was not read.
@@ -33,6 +35,8 @@ class AdapterInfo:
         prefix_tokens: tokens that stand before every input.
         form: of the rows that it was trained on; `instruction` is what stood before them.
         tokenizer_overrides: chat template and end of text of the tokenizer in training, as far as known.
+        beyond_low_rank: what it has beside low-rank updates, which cannot be added to others'; empty if nothing.
+        parts: of a sum; empty for an adapter of the store.
     """
 
     name: str
@@ -52,6 +56,8 @@ class AdapterInfo:
     form: str | None = None
     instruction: str | None = None
     tokenizer_overrides: tuple[tuple[str, str | None], ...] = ()
+    beyond_low_rank: str = ""
+    parts: tuple[AdapterPart, ...] = ()
 
     @property
     def score(self) -> tuple[str, float] | None:
@@ -103,6 +109,7 @@ def describe(
         form=_text(task.get("format")),
         instruction=_text(task.get("instruction")),
         tokenizer_overrides=_tokenizer_overrides(section(record, "tokenizer")),
+        beyond_low_rank=_beyond_low_rank(spec, fields),
     )
 
 
@@ -136,6 +143,14 @@ def method_of(fields: Mapping[str, Any], record: Mapping[str, Any]) -> str:
         ),
         spec.name,
     )
+
+
+def _beyond_low_rank(spec: MethodSpec, fields: Mapping[str, Any]) -> str:
+    """Return the first thing that an adapter has beside low-rank updates; empty if there is none."""
+    if not spec.low_rank:
+        return f"updates of the kind {spec.name}"
+    usual = {"use_dora": (), "modules_to_save": (), "bias": ("none",), **dict.fromkeys(FURTHER, ())}
+    return next((name for name, values in usual.items() if fields.get(name) and fields[name] not in values), "")
 
 
 def _is_so(value: Any, wanted: Any) -> bool:

@@ -9,7 +9,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from loralab.adapters.present import present_in
 from loralab.adapters.registry import spec_of
 from loralab.adapters.subset import TrainedInFull
 from loralab.adapters.targets import head_names
+from loralab.adapters.wrapper import Wrapper
 from loralab.errors import AdapterFileError, AdapterStateError, InputError
 from loralab.models.kinds import CAUSAL, CLASSIFIER, TAGGER, VISION
 from loralab.models.load import Base
@@ -35,6 +36,7 @@ from loralab.serving.adapter_info import section
 
 MAX_REMEMBERED_LAYOUTS = 8  # configurations whose layers are remembered
 Layers = dict[str, LinearWithLoRA]
+Layer = TypeVar("Layer", bound=Wrapper)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -224,12 +226,12 @@ class AdapterLoader:
         return found.to(dtype).contiguous()
 
 
-def clone_layout(module: LinearWithLoRA, device: str | None = None) -> LinearWithLoRA:
+def clone_layout(module: Layer, device: str | None = None) -> Layer:
     """Another update of the same layer and shape, its numbers still to be filled in.
 
     To make it anew would draw numbers that nobody needs, and cost ten times as much.
     """
-    new = LinearWithLoRA.__new__(LinearWithLoRA)
+    new = type(module).__new__(type(module))
     new.__dict__.update(module.__dict__)  # the tables of hooks, all empty, stay in common
     for name in ("_parameters", "_buffers", "_modules", "_unmerged"):
         new.__dict__[name] = module.__dict__[name].copy()
@@ -237,7 +239,8 @@ def clone_layout(module: LinearWithLoRA, device: str | None = None) -> LinearWit
         if parameter is not None:
             own = torch.empty(parameter.shape, device=device or module.base.weight.device)
             new._parameters[name] = nn.Parameter(own, requires_grad=False)
-    new._ratio = None
+    if isinstance(new, LinearWithLoRA):
+        new.refreshed()
     return new
 
 

@@ -54,7 +54,7 @@ class AdapterTokenizers:
         with self._lock:
             if entry.tokenizer_overrides not in self._known:
                 self._known[entry.tokenizer_overrides] = _wording(with_tokenizer_changes(self._base, changed))
-            if entry.digest not in self._told:
+            if entry.digest not in self._told and not entry.parts:  # told of each part
                 self._told.add(entry.digest)
                 warn_of(changed, self._base, entry.name)
             return self._known[entry.tokenizer_overrides]

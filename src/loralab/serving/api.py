@@ -151,11 +151,11 @@ def _add_state(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str, request: Request) -> Response:
-        key = service.key(request)
-        entry = await service.model(name, key)
-        wanted = service.base_id if entry is None else entry.name
-        listed = (await _models(service, key))["data"]
-        return JSONResponse(next(one for one in listed if one["id"] == wanted))
+        entry = await service.model(name, service.key(request))
+        entries = [] if entry is None else [entry]
+        engine = service.engine
+        found = shapes.models_json(service.base_id, engine.base.kind, engine.context, entries, service.started)
+        return JSONResponse(found["data"][-1])
 
 
 async def _models(service: Service, key: Key | None) -> dict[str, Any]:

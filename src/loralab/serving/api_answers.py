@@ -29,11 +29,20 @@ class Error(Schema):
     error: Problem
 
 
-class AdapterIdentity(Schema):
-    """Which adapter answered."""
+class SummedAdapter(Schema):
+    """One adapter of a weighted sum."""
 
     name: str
     digest: str
+    scale: float
+
+
+class AdapterIdentity(Schema):
+    """Which adapter answered; `parts` where it was a sum of several."""
+
+    name: str
+    digest: str
+    parts: list[SummedAdapter] | None = None
 
 
 class CachedTokens(Schema):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 from fastapi import Request
 
 from loralab.errors import AdapterNotFoundError, LoralabError, nearest
+from loralab.serving.adapter_sum import describe_sum, is_sum, parse_sum
 from loralab.serving.api_body import Body, parsed
 from loralab.serving.api_errors import MAX_ECHOED_CHARACTERS, RETRY_SECONDS, ApiError, to_api_error
 from loralab.serving.keys import Grant, Key, Keys
@@ -147,11 +148,13 @@ class Service:
 
         Raises:
             ApiError: 404 with near names that the key may use; the same where there is a model
-                that it may not use.
+                that it may not use; 400, it is a sum that cannot be made.
         """
         if name in (self.base_id, self.engine.base.name):
             if key is None or key.base:
                 return None
+        elif is_sum(name):
+            return await self._sum(name, key)
         elif (entry := await self._entry(name, key)) is not None:
             return entry
         names = [entry.name for entry in await self.visible(key)]
@@ -160,13 +163,33 @@ class Service:
             404, f"there is no model {name[:MAX_ECHOED_CHARACTERS]!r}{hint}", param="model", code="model_not_found"
         )
 
+    async def _sum(self, name: str, key: Key | None) -> "AdapterInfo":
+        """Return a weighted sum of adapters, each of which the key may use."""
+        try:
+            parts = parse_sum(name)
+        except LoralabError as error:
+            raise to_api_error(error, "model") from None
+        entries = []
+        for own, _ in parts:
+            entry = await self.model(own, key)
+            if entry is None:
+                raise ApiError(
+                    400, f"{own} is the base, which every sum has already", param="model", code="base_in_sum"
+                )
+            await self.have_tokenizer(entry)
+            entries.append(entry)
+        try:
+            return describe_sum(name, entries, [scale for _, scale in parts])
+        except LoralabError as error:
+            raise to_api_error(error, "model") from None
+
     async def have_tokenizer(self, entry: "AdapterInfo | None") -> None:
         """Have an adapter's tokenizer ready before the event loop needs it.
 
         Raises:
             ApiError: 400, its chat template cannot be used.
         """
-        if entry is None or entry.digest in self._worded:
+        if entry is None or entry.digest in self._worded or entry.parts:  # those of a sum have theirs
             return
         try:
             await self.run_in_tokenizer_thread(lambda: self.engine.tokenizer(entry))

@@ -163,7 +163,9 @@ def warning_of(answers: Sequence[Answer]) -> str:
 
 def adapter_of(answer: Answer) -> Json | None:
     """Return which adapter answers; None is the base."""
-    return None if answer.digest is None else {"name": answer.adapter, "digest": answer.digest}
+    if answer.digest is None:
+        return None
+    return {"name": answer.adapter, "digest": answer.digest, **_parts(answer.parts)}
 
 
 def classification(model: str, entry: Any, ranked: Sequence[Ranked], classes: Sequence[str]) -> Json:
@@ -174,7 +176,7 @@ def classification(model: str, entry: Any, ranked: Sequence[Ranked], classes: Se
         "object": "list",
         "created": int(time.time()),
         "model": model,
-        "adapter": None if entry is None else identity(entry),
+        "adapter": None if entry is None else {**identity(entry), **_parts(entry.parts)},
         "data": [
             {
                 "index": index,
@@ -192,6 +194,10 @@ def classification(model: str, entry: Any, ranked: Sequence[Ranked], classes: Se
 def identity(entry: Any) -> Json:
     """Name and digest of an adapter of the store."""
     return {"name": entry.name, "digest": entry.digest}
+
+
+def _parts(parts: Sequence[Any]) -> Json:
+    return {"parts": [{"name": p.name, "digest": p.digest, "scale": p.scale} for p in parts]} if parts else {}
 
 
 def adapter_json(entry: Any) -> Json:

@@ -19,6 +19,7 @@ import torch
 from loralab.errors import QueueFullError
 from loralab.models.load import Base
 from loralab.serving.adapter_info import AdapterInfo
+from loralab.serving.adapter_sum import find
 from loralab.serving.live_request import (
     EncoderRequest,
     Generation,
@@ -84,8 +85,8 @@ class Engine:
         """Ask for an answer to a prompt (token ids); returns at once.
 
         Args:
-            adapter: a name or digest of the store; None is the base alone. An entry of the store is
-                asked itself, though its name may have moved since.
+            adapter: a name or digest of the store, or a sum such as a:0.7+b:0.3; None is the base
+                alone. An entry of the store is asked itself, though its name may have moved since.
 
         Raises:
             AdapterNotFoundError: there is no such adapter.
@@ -93,7 +94,7 @@ class Engine:
             DataError: the prompt is empty, or leaves no room for an answer.
             ConfigError: the base writes no text.
         """
-        entry = self.store.entry(adapter) if isinstance(adapter, str) else adapter
+        entry = find(self.store, adapter) if isinstance(adapter, str) else adapter
         live = self._builder.generation(prompt, entry, sampling)
         self._enter(live)
         return live.answer
@@ -105,7 +106,7 @@ class Engine:
             AdapterNotFoundError, QueueFullError: as in `submit`.
             DataError: an input is too long, no picture, or the adapter knows no labels.
         """
-        entry = self.store.entry(adapter) if isinstance(adapter, str) else adapter
+        entry = find(self.store, adapter) if isinstance(adapter, str) else adapter
         live = self._builder.classification(inputs, entry)
         self._enter(live)
         return live.future
@@ -228,7 +229,7 @@ class Engine:
             try:
                 held = None
                 if not live.gone and live.digest is not None:
-                    held = self.store.acquire(live.digest)
+                    held = self.store.acquire(live.digest, live.parts)
                 if held is not None:
                     self._model.prepare(live.digest, held.value)
             except Exception as error:  # damaged, foreign, or gone since

@@ -12,7 +12,18 @@ from torch import Tensor
 from loralab.errors import LoralabError, RunError
 from loralab.serving.detokenize import IncrementalDetokenizer, TokenBytes
 from loralab.serving.logits import LogitsProcessor
-from loralab.serving.request import CANCELLED, LENGTH, STOP, Answer, Delta, Finished, Ranked, Sampling, TokenLogprob
+from loralab.serving.request import (
+    CANCELLED,
+    LENGTH,
+    STOP,
+    AdapterPart,
+    Answer,
+    Delta,
+    Finished,
+    Ranked,
+    Sampling,
+    TokenLogprob,
+)
 from loralab.serving.sampling import SamplerState, likeliest
 from loralab.serving.scheduler import Chunk, TokenSequence
 from loralab.serving.stop_strings import StopStringFilter
@@ -26,7 +37,7 @@ class _Request:
     """State of every request between its arrival and its end.
 
     Attributes:
-        adapter: the name that was asked for; `digest` what it stood for then.
+        adapter: the name that was asked for; `digest` what it stood for then, `parts` those of a sum.
         error: why it cannot go on; found by one thread, told by another.
         held: the loaded adapter, once there is room for it.
         joined: whether it counts among the adapter's users.
@@ -36,6 +47,7 @@ class _Request:
 
     adapter: str | None
     digest: str | None
+    parts: tuple[AdapterPart, ...] = ()
     sequences: list[TokenSequence] = field(default_factory=list)
     held: Any = None
     cancelled: bool = False
@@ -297,6 +309,9 @@ def message_of(error: BaseException) -> str:
     """Return the message of an error for the client."""
     if isinstance(error, LoralabError):
         return str(error)
+    import traceback
+
+    traceback.print_exception(error)
     return f"the request failed inside the engine: {type(error).__name__}: {error}"
 
 

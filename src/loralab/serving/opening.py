@@ -11,6 +11,7 @@ from loralab.models.device import device_here, resolve_precision
 from loralab.models.load import Base
 from loralab.models.quantize import quantize as pack
 from loralab.serving.adapter_loader import AdapterLoader
+from loralab.serving.adapter_sum import stack
 from loralab.serving.blocks import BLOCK_SIZE, BlockManager, blocks_needed
 from loralab.serving.encoders import Encoders
 from loralab.serving.engine import Engine
@@ -49,7 +50,8 @@ def open_engine(
     root = require_store(store)
     base = _base(model, settings)
     loader = AdapterLoader(base, quantize=settings.quantize)
-    adapter_store = Store(root, loader.load, resident=settings.resident, reserved=(base_id(base.name), base.name))
+    names = (base_id(base.name), base.name)
+    adapter_store = Store(root, loader.load, stack=stack, resident=settings.resident, reserved=names)
     for name, path in (adapters or {}).items():
         adapter_store.load(name, str(path))
     for name in pinned:

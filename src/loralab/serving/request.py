@@ -16,6 +16,15 @@ MAX_BIAS, MAX_PENALTY = 100, 2
 
 
 @dataclass(frozen=True, kw_only=True)
+class AdapterPart:
+    """One adapter of a weighted sum, and its scale."""
+
+    name: str
+    digest: str
+    scale: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Sampling:
     """Choice of tokens, end of the answer, and log-probabilities to return.
 
@@ -176,6 +185,7 @@ class Answer:
 
     Attributes:
         digest: of the adapter that answers; it stays, even if the name is given to another one.
+        parts: of the sum of adapters that answers, if it is one.
         cancel: stop as soon as the present step is over; harmless once it has finished.
         warning: why the answer may not be what was meant; empty as a rule.
     """
@@ -184,6 +194,7 @@ class Answer:
     adapter: str | None
     digest: str | None
     cancel: Callable[[], None]
+    parts: tuple[AdapterPart, ...] = ()
     warning: str = ""
     _events: "queue.SimpleQueue[Event]" = field(default_factory=queue.SimpleQueue)
     _listener: Callable[[Event], None] | None = None

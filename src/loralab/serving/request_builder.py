@@ -4,6 +4,7 @@ import itertools
 import uuid
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
+from typing import Any
 
 from loralab.errors import ConfigError, DataError
 from loralab.models.load import Base
@@ -55,24 +56,20 @@ class RequestBuilder:
         for field in ("logit_bias", "stop_token_ids"):
             self._require_tokens(getattr(sampling, field), field)
         stops = frozenset[int]() if sampling.ignore_eos else self.tokenizers.of(entry).stops
-        digest = digest_of(entry)
         tokens = [*range(-prefix_tokens_of(entry), 0), *prompt]
         live: Generation
 
         def cancel() -> None:
             live.cancelled = True
 
-        name = name_of(entry)
         answer = Answer(
             id=uuid.uuid4().hex,
-            adapter=name,
-            digest=digest,
+            **_origin(entry),
             cancel=cancel,
             warning="" if self._as_trained(prompt, entry) else UNLIKE_TRAINING,
         )
         live = Generation(
-            adapter=name,
-            digest=digest,
+            **_origin(entry),
             prompt=tuple(prompt),
             sampling=sampling,
             stops=stops.union(sampling.stop_token_ids),
@@ -119,8 +116,7 @@ class RequestBuilder:
             return self._label_scoring([str(text) for text in inputs], entry, task)
         examples = [self._example(number, value) for number, value in enumerate(inputs)]
         return EncoderRequest(
-            adapter=name_of(entry),
-            digest=digest_of(entry),
+            **_origin(entry),
             labels=task.labels,
             examples=examples,
             numbers=[next(self._numbers) for _ in examples],
@@ -152,8 +148,7 @@ class RequestBuilder:
             for end in ([()] if single else ends)
         ]
         return LabelScoring(
-            adapter=name_of(entry),
-            digest=digest,
+            **_origin(entry),
             labels=task.labels,
             prompt_tokens=prompt_tokens,
             firsts=firsts if single else (),
@@ -218,14 +213,16 @@ def prefix_tokens_of(entry: AdapterInfo | None) -> int:
     return 0 if entry is None else entry.prefix_tokens
 
 
-def name_of(entry: AdapterInfo | None) -> str | None:
-    """Return the adapter's name."""
-    return None if entry is None else entry.name
-
-
 def digest_of(entry: AdapterInfo | None) -> str | None:
     """Return the digest that the name stands for now."""
     return None if entry is None else entry.digest
+
+
+def _origin(entry: AdapterInfo | None) -> dict[str, Any]:
+    """Return the fields of a request that say which adapter it is for."""
+    if entry is None:
+        return {"adapter": None, "digest": None}
+    return {"adapter": entry.name, "digest": entry.digest, "parts": entry.parts}
 
 
 def _task_of(entry: AdapterInfo) -> Task:

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 
 from loralab.serving.blocks import BLOCK_SIZE, BlockManager, blocks_needed
 
+MAX_REMEMBERED = 4096  # adapters whose share is known; of those that had less than others, nothing need be
+
 
 @dataclass(eq=False, kw_only=True)
 class TokenSequence:
@@ -133,6 +135,8 @@ class Scheduler:
     def _wait(self, sequence: TokenSequence) -> "deque[TokenSequence]":
         if sequence.key not in self._waiting:
             self._waiting[sequence.key] = deque()
+            if len(self._spent) > MAX_REMEMBERED:
+                self._spent = {k: n for k, n in self._spent.items() if n > self._clock or k in self._waiting}
             # who was away has saved up nothing
             self._spent[sequence.key] = max(self._spent.get(sequence.key, 0.0), self._clock)
         return self._waiting[sequence.key]

@@ -13,40 +13,21 @@ import dataclasses
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from loralab import atomic
 from loralab.adapters import folder
-from loralab.adapters.folder import AdapterFolder
 from loralab.errors import AdapterFileError, AdapterStateError, QueueFullError
 from loralab.serving.adapter_info import AdapterInfo, describe
+from loralab.serving.cached_adapter import CachedAdapter, Load, Reading, Slot, Stack, bring, bring_sum
 from loralab.serving.listing import AdapterListing, Described
 from loralab.serving.names import Names, adapter_inside
-from loralab.serving.safe_read import FolderSnapshot, read_folder, read_one, state_of
+from loralab.serving.request import AdapterPart
+from loralab.serving.safe_read import FolderSnapshot, read_folder, read_one
 from loralab.serving.shared_names import SharedNames
 
 __all__ = ["AdapterInfo", "CachedAdapter", "Store"]
-
-
-@dataclass(frozen=True, eq=False)
-class CachedAdapter:
-    """A loaded adapter: what `load` made of it, and the bytes that it takes."""
-
-    digest: str
-    value: Any
-    bytes: int
-
-
-@dataclass(eq=False)
-class _Slot:
-    """A place in memory; `held` is None while it is being filled."""
-
-    held: CachedAdapter | None = None
-    users: int = 0
-    failed: bool = False
 
 
 class Store:
@@ -56,6 +37,7 @@ class Store:
         root: a folder of adapter folders.
         load: makes of a folder that was read what is kept in memory; it must keep nothing of the
             folder's tensors, which are pages of the file.
+        stack: makes of several such values their weighted sum; None has no sums.
         resident: places in memory.
         reserved: what the base is called, which no adapter can be; "base" is always reserved.
 
@@ -67,18 +49,18 @@ class Store:
     """
 
     def __init__(
-        self, root: Path, load: Callable[[AdapterFolder], Any], *, resident: int = 64, reserved: Iterable[str] = ()
+        self, root: Path, load: Load, *, stack: Stack | None = None, resident: int = 64, reserved: Iterable[str] = ()
     ) -> None:
         self.root = Path(root).resolve()
         self.resident = resident
         self.loads = self.evictions = 0
-        self._load = load
+        self._load, self._stack = load, stack
         self._changed = threading.Condition()  # its lock guards all that follows
         self._naming = threading.Lock()  # one change of the names at a time, the file included
         self._reading = threading.Lock()  # one folder without a digest at a time
         self._listing = AdapterListing(self.root, reserved)
         self._pinned: frozenset[str] = frozenset()
-        self._places: OrderedDict[str, _Slot] = OrderedDict()  # the least recently used first
+        self._places: OrderedDict[str, Slot] = OrderedDict()  # the least recently used first
         self._names = Names()  # as the entries follow them
         self._shared = SharedNames(self.root)
         self._open()
@@ -199,17 +181,20 @@ class Store:
 
     # -- memory ---------------------------------------------------------------------------------
 
-    def acquire(self, digest: str) -> CachedAdapter | None:
+    def acquire(self, digest: str, parts: Sequence[AdapterPart] = ()) -> CachedAdapter | None:
         """Return an adapter to use until `release`; None where every place is pinned or in use.
 
         A digest that had a name is found even if the name has moved on: a request that waited
         gets the version that it asked for.
 
+        Args:
+            parts: whose sum it is, if it is one; it takes one place, as long as all of them have a name.
+
         Raises:
             AdapterNotFoundError: no adapter has this digest.
             AdapterFileError: its folder was damaged or changed since.
         """
-        return self._acquired(digest)
+        return self._acquired(digest, parts=parts)
 
     def release(self, held: CachedAdapter) -> None:
         """Release one use of an adapter.
@@ -231,7 +216,9 @@ class Store:
             place = self._places.get(digest)
             return place is not None and place.held is not None
 
-    def _acquired(self, digest: str, read: FolderSnapshot | None = None) -> CachedAdapter | None:
+    def _acquired(
+        self, digest: str, read: FolderSnapshot | None = None, parts: Sequence[AdapterPart] = ()
+    ) -> CachedAdapter | None:
         """`acquire`, of a folder that has perhaps been read already."""
         with self._changed:
             while (place := self._places.get(digest)) is not None:
@@ -241,30 +228,22 @@ class Store:
                 if place.held is not None:
                     self._places.move_to_end(digest)
                     return place.held
-            folders = [] if read else self._listing.folders_of(digest)
+            folders = [] if read or parts else self._listing.folders_of(digest)
+            readings = [Reading(part.digest, self._listing.folders_of(part.digest), part.scale) for part in parts]
             if len(self._places) - len(self._idle()) >= self.resident:
                 return None
-            place = self._places[digest] = _Slot(users=1)
+            place = self._places[digest] = Slot(users=1, parts=tuple(part.digest for part in parts))
         try:
-            read = read or read_one(self.root, digest, folders)
-            held = self._brought(read)
+            if parts and self._stack is not None:
+                held = bring_sum(self.root, digest, readings, self._load, self._stack)
+            else:
+                held = bring(read or read_one(self.root, digest, folders), self._load)
         except BaseException:
             self._give_up(digest, place)
             raise
         return self._settle_in(held, place)
 
-    def _brought(self, read: FolderSnapshot) -> CachedAdapter:
-        """Load what was read into memory; no lock is held."""
-        stored = read.stored
-        size = sum(tensor.numel() * tensor.element_size() for tensor in stored.tensors.values())
-        value = self._load(stored)
-        if state_of(stored.path) != read.state:
-            raise AdapterFileError(
-                f"{stored.path} was changed on disk meanwhile; load it again", code="changed_on_disk", field="path"
-            )
-        return CachedAdapter(stored.digest, value, int(getattr(value, "bytes", size)))
-
-    def _settle_in(self, held: CachedAdapter, place: _Slot) -> CachedAdapter | None:
+    def _settle_in(self, held: CachedAdapter, place: Slot) -> CachedAdapter | None:
         """Put what was loaded into its place; None if others took all room in the meantime."""
         with self._changed:
             if self._in_memory() >= self.resident:
@@ -280,7 +259,7 @@ class Store:
             self._changed.notify_all()
         return held
 
-    def _give_up(self, digest: str, place: _Slot) -> None:
+    def _give_up(self, digest: str, place: Slot) -> None:
         with self._changed:
             place.failed = True
             del self._places[digest]
@@ -302,10 +281,12 @@ class Store:
         return sum(place.held is not None for place in self._places.values())
 
     def _drop_unnamed(self, digest: str) -> None:
-        """Free what has neither a name nor a user any more."""
-        place = self._places.get(digest)
-        if place is not None and not place.users and not self._listing.has_name(digest):
-            del self._places[digest]
+        """Free what has neither a name nor a user any more, and the sums that it is a part of."""
+        for own in [digest, *(d for d, place in self._places.items() if digest in place.parts)]:
+            place = self._places.get(own)
+            named = place is None or all(map(self._listing.has_name, place.parts or (own,)))
+            if place is not None and not place.users and not named:
+                del self._places[own]
 
     # -- the folder -----------------------------------------------------------------------------
 
