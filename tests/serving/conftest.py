@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import SIZES, Saver
+from serving.vocabularies import byte_level
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from loralab.adapters.attach import attach
@@ -87,14 +88,40 @@ def world(lively_llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
     return World(base=base, folder=lively_llama_folder, store=store)
 
 
+HERMES = (
+    "{% if tools %}<|tools|>{% for tool in tools %}{{ tool | tojson }}{% endfor %}<tool_call></tool_call>{% endif %}"
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function | tojson }}</tool_call>{% endfor %}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def byte_world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """A Llama whose tokens are bytes, so that it can write every text; it knows of tools."""
+    torch.manual_seed(0)
+    tokenizer = byte_level()
+    tokenizer.chat_template = HERMES
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+    sizes = {**SIZES, "vocab_size": len(tokenizer) + 4, "num_key_value_heads": 2, "max_position_embeddings": 4096}
+    folder = tmp_path_factory.mktemp("bytes")
+    LlamaForCausalLM(LlamaConfig(**sizes, **ids, initializer_range=0.3)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    base = load_base(str(folder), kind="causal-lm", dtype=torch.float32)
+    store = tmp_path_factory.mktemp("byte-store")
+    for seed, name in enumerate(("lora", "dora", "prefix")):
+        write_adapter(base.model, KINDS[name], store / name, seed)
+    return World(base=base, folder=folder, store=store)
+
+
 @pytest.fixture
 def opened(world: World) -> Iterator[Callable[..., Engine]]:
     """Opens engines on the world, and stops them in the end."""
     engines: list[Engine] = []
 
-    def open_it(store: Path | None = None, **settings: Any) -> Engine:
+    def open_it(store: Path | None = None, *, of: World = world, **settings: Any) -> Engine:
         options = {"precision": "fp32", "cache_memory": "2MB", **settings}
-        engine = open_engine(model=str(world.folder), store=store or world.store, settings=ServeSettings(**options))
+        engine = open_engine(model=str(of.folder), store=store or of.store, settings=ServeSettings(**options))
         engines.append(engine)
         return engine
 

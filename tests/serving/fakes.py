@@ -118,7 +118,9 @@ class FakeEngine:
         for thread in self._threads:
             thread.join()
 
-    def submit(self, prompt: Sequence[int], *, adapter: FakeEntry | str | None, sampling: Sampling) -> Answer:
+    def submit(
+        self, prompt: Sequence[int], *, adapter: FakeEntry | str | None, sampling: Sampling, structure: Any = None
+    ) -> Answer:
         entry = self.store.entry(adapter) if isinstance(adapter, str) else adapter
         if self.full:
             raise QueueFullError("2 answers wait already; ask again later")

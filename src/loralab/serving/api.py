@@ -30,6 +30,7 @@ from loralab.serving.request import Answer, Ranked
 from loralab.serving.settings import Limits
 
 if TYPE_CHECKING:
+    from loralab.serving.constraints import Compiled
     from loralab.serving.engine import Engine
     from loralab.serving.store import AdapterInfo
 
@@ -214,7 +215,7 @@ async def _answer(
 ) -> Response:
     """Return the answers to some prompts, `n` each, whole or as a stream."""
     param = "prompt" if isinstance(body, CompletionBody) else "messages"
-    choices = body.n or 1
+    choices, structure = body.n or 1, await service.structure(body.grammar(), entry)
     asked = [
         (ids, body.sampling(service.max_answer_tokens(ids, entry, param), choice))
         for ids in prompts
@@ -222,7 +223,7 @@ async def _answer(
     ]
     grant = service.admit(key, sum(len(ids) + sampling.max_tokens for ids, sampling in asked))
     try:
-        answers = _submit_all(service, asked, entry)
+        answers = _submit_all(service, asked, entry, structure)
     except LoralabError as error:
         service.settle(grant, 0)
         raise to_api_error(error, param, fields={name: name for name in type(body).model_fields}) from None
@@ -247,14 +248,17 @@ async def _answer(
 
 
 def _submit_all(
-    service: Service, asked: Sequence[tuple[Sequence[int], Any]], entry: "AdapterInfo | None"
+    service: Service,
+    asked: Sequence[tuple[Sequence[int], Any]],
+    entry: "AdapterInfo | None",
+    structure: "Compiled | None",
 ) -> list[Answer]:
     """Return all of them or none."""
     answers: list[Answer] = []
     try:
         for ids, sampling in asked:
             # the entry and not its name, which may stand for another one by now
-            answers.append(service.engine.submit(ids, adapter=entry, sampling=sampling))
+            answers.append(service.engine.submit(ids, adapter=entry, sampling=sampling, structure=structure))
     except BaseException:
         for answer in answers:
             answer.cancel()

@@ -11,6 +11,8 @@ from pydantic import BeforeValidator, Field, model_validator
 from loralab.errors import ConfigError, format_value
 from loralab.serving.api_body import Body, require_one, wrong_field
 from loralab.serving.api_errors import ApiError, to_api_error
+from loralab.serving.api_structured import ResponseFormat, describe_outputs, grammar_of
+from loralab.serving.constraints import Grammar
 from loralab.serving.request import MAX_BIAS, MAX_BIASES, MAX_LOGPROBS, MAX_PENALTY, MAX_STOPS, Sampling
 
 # fields of OpenAI's that are not supported: the values that mean "as usual", beside null
@@ -23,7 +25,6 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "suffix": ("",),
     "store": (False,),
     "service_tier": ("auto", "default"),
-    "response_format": ({"type": "text"},),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "functions": ([],),
@@ -154,11 +155,21 @@ class _GenerationBody(_RequestBody):
     presence_penalty: float | None = _optional(minimum=-MAX_PENALTY, maximum=MAX_PENALTY)
     frequency_penalty: float | None = _optional(minimum=-MAX_PENALTY, maximum=MAX_PENALTY)
     repetition_penalty: float | None = _optional(exclusiveMinimum=0)
+    response_format: ResponseFormat | None = None
+    structured_outputs: dict[str, Any] | None = Field(default=None, json_schema_extra=describe_outputs)
 
     @property
     def _fields(self) -> dict[str, str]:
         """Fields of Sampling that are called otherwise here."""
         return {}
+
+    def grammar(self) -> Grammar | None:
+        """Return the structure that answers must have; None for any text.
+
+        Raises:
+            ApiError: 400, it is wrong.
+        """
+        return grammar_of(self.response_format, self.structured_outputs)
 
     @property
     def with_usage(self) -> bool:

@@ -1,6 +1,7 @@
 """Steps that every request passes: key, body, model, quota, tokens."""
 
 import asyncio
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,7 @@ from loralab.errors import AdapterNotFoundError, LoralabError, nearest
 from loralab.serving.adapter_sum import describe_sum, is_sum, parse_sum
 from loralab.serving.api_body import Body, parsed
 from loralab.serving.api_errors import MAX_ECHOED_CHARACTERS, RETRY_SECONDS, ApiError, to_api_error
+from loralab.serving.constraints import Compiled, Grammar
 from loralab.serving.keys import Grant, Key, Keys
 from loralab.serving.metrics import Metrics
 from loralab.serving.names import base_id
@@ -61,6 +63,7 @@ class Service:
         self._arriving = 0  # bytes of bodies that are not whole yet
         self._worded = set[str]()  # digests of the adapters whose wording is known
         self._tokenizer_thread: ThreadPoolExecutor = ThreadPoolExecutor(1, "tokenizer")
+        self._grammar_thread = ThreadPoolExecutor(1, "grammar")
 
     @property
     def base_id(self) -> str:
@@ -302,6 +305,20 @@ class Service:
                 code="context_length_exceeded",
             )
         return left
+
+    async def structure(self, grammar: Grammar | None, entry: "AdapterInfo | None") -> Compiled | None:
+        """Return a structure for answers of an adapter, compiled in a thread of its own.
+
+        Raises:
+            ApiError: 400, it cannot be.
+        """
+        if grammar is None:
+            return None
+        work = functools.partial(self.engine.compile, grammar, entry)
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._grammar_thread, work)
+        except LoralabError as error:
+            raise to_api_error(error) from None
 
     async def run_in_tokenizer_thread(self, work: Callable[[], Result]) -> Result:
         """Run work that uses the tokenizer in one separate thread, so that a long text blocks nobody."""

@@ -6,11 +6,10 @@ request into a list and waits for events.
 """
 
 import contextlib
-import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -20,6 +19,7 @@ from loralab.errors import QueueFullError
 from loralab.models.load import Base
 from loralab.serving.adapter_info import AdapterInfo
 from loralab.serving.adapter_sum import find
+from loralab.serving.constraints import Compiled, Grammar
 from loralab.serving.live_request import (
     EncoderRequest,
     Generation,
@@ -27,6 +27,7 @@ from loralab.serving.live_request import (
     LiveRequest,
     finished_event,
     message_of,
+    next_inputs,
 )
 from loralab.serving.request import CANCELLED, FAILED, Answer, Completed, Ranked, Sampling
 from loralab.serving.request_builder import RequestBuilder
@@ -81,12 +82,20 @@ class Engine:
         """Quicker ways of computing a step that are not taken, and why."""
         return dict(getattr(self._model, "refused", {}))
 
-    def submit(self, prompt: Sequence[int], *, adapter: AdapterInfo | str | None, sampling: Sampling) -> Answer:
+    def submit(
+        self,
+        prompt: Sequence[int],
+        *,
+        adapter: AdapterInfo | str | None,
+        sampling: Sampling,
+        structure: Compiled | None = None,
+    ) -> Answer:
         """Ask for an answer to a prompt (token ids); returns at once.
 
         Args:
             adapter: a name or digest of the store, or a sum such as a:0.7+b:0.3; None is the base
                 alone. An entry of the store is asked itself, though its name may have moved since.
+            structure: that the answer must have, of `compile`.
 
         Raises:
             AdapterNotFoundError: there is no such adapter.
@@ -95,7 +104,7 @@ class Engine:
             ConfigError: the base writes no text.
         """
         entry = find(self.store, adapter) if isinstance(adapter, str) else adapter
-        live = self._builder.generation(prompt, entry, sampling)
+        live = self._builder.generation(prompt, entry, sampling, structure)
         self._enter(live)
         return live.answer
 
@@ -110,6 +119,14 @@ class Engine:
         live = self._builder.classification(inputs, entry)
         self._enter(live)
         return live.future
+
+    def compile(self, grammar: Grammar, entry: AdapterInfo | None) -> Compiled:
+        """Return a structure for answers of an adapter; takes up to a tenth of a second.
+
+        Raises:
+            ConfigError: it is too large or does not compile, or llguidance is missing.
+        """
+        return self._builder.compile(grammar, entry)
 
     def tokenizer(self, entry: AdapterInfo | None) -> Any:
         """Return the tokenizer with the chat template that an adapter was trained with.
@@ -370,18 +387,11 @@ class Engine:
 
     def _classify_some(self) -> int:
         """Put some inputs into classes, taking turns between requests; tokens that were read."""
-        chosen: list[tuple[EncoderRequest, int]] = []
-        turns = [self._turns(live) for live in self._encoder_queue]
-        for group in itertools.zip_longest(*turns):
-            chosen += [one for one in group if one is not None]
-        chosen = chosen[: self._max_batch]
+        chosen = next_inputs(self._encoder_queue, self._max_batch)
         if not chosen:
             return 0
         self._classified(sorted(chosen, key=lambda pair: pair[0].digest or ""))
         return sum(max(1, len(live.examples[n].input_ids)) for live, n in chosen)
-
-    def _turns(self, live: EncoderRequest) -> Iterator[tuple[EncoderRequest, int]]:
-        return ((live, n) for n in range(len(live.examples)) if n not in live.found)
 
     def _classified(self, chosen: Sequence[tuple[EncoderRequest, int]]) -> None:
         try:

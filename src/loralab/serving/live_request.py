@@ -1,7 +1,8 @@
 """Live requests: they take the logits of their sequences and produce the answers."""
 
+import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -10,10 +11,12 @@ import torch
 from torch import Tensor
 
 from loralab.errors import LoralabError, RunError
+from loralab.serving.constraints import Constraint
 from loralab.serving.detokenize import IncrementalDetokenizer, TokenBytes
 from loralab.serving.logits import LogitsProcessor
 from loralab.serving.request import (
     CANCELLED,
+    FAILED,
     LENGTH,
     STOP,
     AdapterPart,
@@ -73,6 +76,7 @@ class Generation(_Request):
     stops: frozenset[int]
     tokens: TokenBytes
     answer: Answer
+    constraint: Constraint | None = None
     stop_filter: StopStringFilter = field(init=False)
     detokenizer: IncrementalDetokenizer = field(init=False)
     sampler: SamplerState = field(init=False)
@@ -87,8 +91,10 @@ class Generation(_Request):
         self.stop_filter = StopStringFilter(self.sampling.stop)
         before = self.prompt if self.sampling.continues and not self.sampling.echo else ()
         self.detokenizer = IncrementalDetokenizer(self.tokens, before)
-        changes = LogitsProcessor(self.sampling, self.prompt, sorted(self.stops))
-        self.sampler = SamplerState(self.sampling, changes if self.sampling.changes_logits else None)
+        processor = None
+        if self.sampling.changes_logits or self.constraint is not None:
+            processor = LogitsProcessor(self.sampling, self.prompt, sorted(self.stops), self.constraint)
+        self.sampler = SamplerState(self.sampling, processor)
 
     @property
     def gone(self) -> bool:
@@ -121,7 +127,9 @@ class Generation(_Request):
         # whoever is told of tokens gets the parts of a character together
         if self._certain and not (self._explained and self.detokenizer.incomplete):
             self._tell()
-        if self.stop_filter.stopped:
+        if self.constraint is not None and self.constraint.error:
+            self.end(FAILED, f"the structure could not be kept: {self.constraint.error}")
+        elif self.stop_filter.stopped or (self.constraint is not None and self.constraint.stopped):
             self.end(STOP)
         elif self._count >= self.sampling.max_tokens:
             self.end(LENGTH)
@@ -303,6 +311,12 @@ def rank_labels(labels: Sequence[str], chances: Sequence[float], tokens: int) ->
     """Return the labels with their probabilities, the likeliest first."""
     pairs = sorted(zip(labels, chances, strict=True), key=lambda pair: -pair[1])
     return Ranked(label=pairs[0][0], probabilities=dict(pairs), tokens=tokens)
+
+
+def next_inputs(requests: Iterable[EncoderRequest], most: int) -> list[tuple[EncoderRequest, int]]:
+    """Return the inputs that are next, taking turns between requests."""
+    turns = [[(live, n) for n in range(len(live.examples)) if n not in live.found][:most] for live in requests]
+    return [one for group in itertools.zip_longest(*turns) for one in group if one is not None][:most]
 
 
 def message_of(error: BaseException) -> str:

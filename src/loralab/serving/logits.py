@@ -1,7 +1,8 @@
 """Changes of one request's logits before its next token is chosen.
 
-The order is vLLM's: bias, least number of tokens, repetition, frequency, presence. A request that
-asks for none of this has no object of this file, and its rows are not looked at.
+The order is vLLM's: bias, least number of tokens, repetition, frequency, presence; the structure
+that an answer must have comes last. A request that asks for none
+of this has no object of this file, and its rows are not looked at.
 """
 
 from collections import Counter
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from loralab.serving.constraints import Constraint
 from loralab.serving.request import Sampling
 
 
@@ -19,9 +21,17 @@ class LogitsProcessor:
     Args:
         prompt: tokens that repetition_penalty knows already.
         ends: tokens that may not come before min_tokens others.
+        constraint: the structure of the answer (constraints.py).
     """
 
-    def __init__(self, sampling: Sampling, prompt: Sequence[int] = (), ends: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        sampling: Sampling,
+        prompt: Sequence[int] = (),
+        ends: Sequence[int] = (),
+        constraint: Constraint | None = None,
+    ) -> None:
+        self._constraint = constraint
         self._sampling, self._ends = sampling, list(ends)
         self._biased, self._biases = list(sampling.logit_bias), list(sampling.logit_bias.values())
         self._prompt = set(prompt) if sampling.repetition_penalty != 1 else set[int]()
@@ -32,10 +42,17 @@ class LogitsProcessor:
         """Count a token of the answer."""
         self._written[token] += 1
         self._count += 1
+        if self._constraint is not None:
+            self._constraint.note(token)
 
     def __call__(self, row: Tensor) -> Tensor:
         """Return the changed logits (V,); the given ones stay as they are."""
-        row = row.clone()
+        raw = row
+        if self._sampling.changes_logits:
+            row = self._changed(row.clone())
+        return row if self._constraint is None else self._constraint.allow(row, raw)
+
+    def _changed(self, row: Tensor) -> Tensor:
         if self._biased:
             row[self._biased] += torch.tensor(self._biases, device=row.device)
         if self._count < self._sampling.min_tokens and self._ends:

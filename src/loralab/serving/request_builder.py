@@ -10,6 +10,7 @@ from loralab.errors import ConfigError, DataError
 from loralab.models.load import Base
 from loralab.serving.adapter_info import AdapterInfo
 from loralab.serving.adapter_tokenizers import AdapterTokenizers
+from loralab.serving.constraints import Compiled, Constraints, Grammar
 from loralab.serving.detokenize import TokenBytes
 from loralab.serving.live_request import EncoderRequest, Generation, LabelScoring
 from loralab.serving.request import Answer, Sampling
@@ -35,6 +36,7 @@ class RequestBuilder:
 
     Attributes:
         tokenizers: how each adapter's prompts are written.
+        constraints: structures that answers may have.
     """
 
     def __init__(self, base: Base, context: int) -> None:
@@ -42,9 +44,20 @@ class RequestBuilder:
         self.tokenizers = AdapterTokenizers(base)
         self._tokens = TokenBytes(base.tokenizer)
         self._numbers = itertools.count()  # of rows and inputs
+        self.constraints = Constraints(base)
 
-    def generation(self, prompt: Sequence[int], entry: AdapterInfo | None, sampling: Sampling) -> Generation:
-        """Return a text to write after a prompt.
+    def compile(self, grammar: Grammar, entry: AdapterInfo | None) -> Compiled:
+        """Return the structure of answers of an adapter.
+
+        Raises:
+            ConfigError: as in `Constraints.compile`.
+        """
+        return self.constraints.compile(grammar, self.tokenizers.of(entry).stops)
+
+    def generation(
+        self, prompt: Sequence[int], entry: AdapterInfo | None, sampling: Sampling, structure: Compiled | None = None
+    ) -> Generation:
+        """Return a text to write after a prompt, of the structure that `compile` made.
 
         Raises:
             ConfigError: the base writes no text.
@@ -55,7 +68,8 @@ class RequestBuilder:
         self._require_fitting(prompt, prefix_tokens_of(entry) + sampling.max_tokens)
         for field in ("logit_bias", "stop_token_ids"):
             self._require_tokens(getattr(sampling, field), field)
-        stops = frozenset[int]() if sampling.ignore_eos else self.tokenizers.of(entry).stops
+        unended = sampling.ignore_eos and structure is None
+        stops = frozenset[int]() if unended else self.tokenizers.of(entry).stops
         tokens = [*range(-prefix_tokens_of(entry), 0), *prompt]
         live: Generation
 
@@ -66,7 +80,8 @@ class RequestBuilder:
             id=uuid.uuid4().hex,
             **_origin(entry),
             cancel=cancel,
-            warning="" if self._as_trained(prompt, entry) else UNLIKE_TRAINING,
+            warning=(structure.warning if structure else "")
+            or ("" if self._as_trained(prompt, entry) else UNLIKE_TRAINING),
         )
         live = Generation(
             **_origin(entry),
@@ -75,6 +90,7 @@ class RequestBuilder:
             stops=stops.union(sampling.stop_token_ids),
             tokens=self._tokens,
             answer=answer,
+            constraint=None if structure is None else self.constraints.begin(structure),
             sequences=[self._sequence(tokens, entry, sampling)],
         )
         return live
