@@ -73,7 +73,9 @@ WRONG: list[tuple[str, dict[str, Any], str | None, str]] = [
         "",
     ),
     ("chat/completions", {"top_logprobs": 3}, "top_logprobs", "logprobs"),
-    ("chat/completions", {"tools": [{"type": "function"}]}, "tools", "not supported"),
+    ("completions", {"tools": [{"type": "function"}]}, "tools", "not supported"),
+    ("chat/completions", {"tools": [{"type": "function"}]}, "tools.0.function", "missing"),
+    ("chat/completions", {"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "chat template"),
     ("chat/completions", {"response_format": {"type": "xml"}}, "response_format.type", "json_object"),
     ("chat/completions", {"response_format": {"type": "json_schema"}}, "response_format.json_schema", "missing"),
     (

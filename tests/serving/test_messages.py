@@ -9,7 +9,8 @@ from serving.fakes import FakeEngine
 from serving.served import Serve
 from serving.talk import CHAT, error_of, post
 
-from loralab.serving.api_schemas import MESSAGE_FREE, MESSAGE_NEUTRAL, ChatBody, Message
+from loralab.serving.api_messages import MESSAGE_FREE, MESSAGE_NEUTRAL, Message
+from loralab.serving.api_schemas import ChatBody
 
 engine, serve = served.engine, served.serve
 FIRST, LAST = {"role": "user", "content": "good film"}, {"role": "user", "content": "bad film"}
@@ -152,9 +153,9 @@ def test_whatever_an_answer_holds_may_stand_in_the_next_question(engine: FakeEng
 def test_every_field_without_effect_is_described() -> None:
     schema = ChatBody.model_json_schema()["$defs"]["Message"]
     assert not {*MESSAGE_FREE, *MESSAGE_NEUTRAL} & set(Message.model_fields)
-    assert set(schema["properties"]) == {"role", "content"}
+    assert set(schema["properties"]) == {"role", "content", "tool_calls", "tool_call_id"}
     from loralab.serving.api_description import description
 
     told = description(with_keys=False)["components"]["schemas"]["Message"]["properties"]
-    assert {*told} == {"role", "content", *MESSAGE_FREE, *MESSAGE_NEUTRAL}
-    assert told["tool_calls"] == {"enum": [None, []]}
+    assert {*told} == {*schema["properties"], *MESSAGE_FREE, *MESSAGE_NEUTRAL}
+    assert told["annotations"] == {"enum": [None, []]}

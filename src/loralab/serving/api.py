@@ -4,6 +4,7 @@ Needs the extra `serve`.
 """
 
 import asyncio
+import functools
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -18,19 +19,22 @@ from loralab.errors import LoralabError
 from loralab.serving import api_shapes as shapes
 from loralab.serving.api_description import description
 from loralab.serving.api_errors import MAX_ECHOED_CHARACTERS, ApiError, to_api_error
+from loralab.serving.api_messages import turns_of
 from loralab.serving.api_schemas import ChatBody, ClassifyBody, CompletionBody, LoadBody, UnloadBody
 from loralab.serving.api_service import Service
 from loralab.serving.api_shapes import ChatShape, CompletionShape
 from loralab.serving.api_stream import ClientGoneError, EventStream, Gathered, guarded
+from loralab.serving.api_tools import forced, reader_of, rendered
+from loralab.serving.constraints import Compiled, Grammar
 from loralab.serving.gate import Gate, HeadAsGet, Hosts
 from loralab.serving.keys import Key, Keys
 from loralab.serving.metrics import CONTENT_TYPE
 from loralab.serving.origins import Origins
 from loralab.serving.request import Answer, Ranked
 from loralab.serving.settings import Limits
+from loralab.serving.tool_calls import ToolReader
 
 if TYPE_CHECKING:
-    from loralab.serving.constraints import Compiled
     from loralab.serving.engine import Engine
     from loralab.serving.store import AdapterInfo
 
@@ -186,11 +190,13 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         body = await service.body(request, ChatBody)
         entry = await _generating_adapter(service, body.model, key)
         try:
-            turns = [message.turn() for message in body.messages]
-            ids = await service.chat_ids(turns, entry)
+            tokenizer = service.engine.tokenizer(entry)
+            tools = rendered(body.tools, body.tool_choice)
+            reader = reader_of(tokenizer, tools) if tools else None
+            ids = await service.chat_ids(turns_of(body.messages, tokenizer), entry, list(tools.values()))
         except LoralabError as error:
             raise to_api_error(error, "messages") from None
-        return await _answer(service, request, body, entry, key, [ids])
+        return await _answer(service, request, body, entry, key, [ids], reader)
 
     @app.post("/v1/classify")
     async def classify(request: Request) -> Response:
@@ -212,10 +218,11 @@ async def _answer(
     entry: "AdapterInfo | None",
     key: Key | None,
     prompts: Sequence[Sequence[int]],
+    reader: ToolReader | None = None,
 ) -> Response:
     """Return the answers to some prompts, `n` each, whole or as a stream."""
     param = "prompt" if isinstance(body, CompletionBody) else "messages"
-    choices, structure = body.n or 1, await service.structure(body.grammar(), entry)
+    choices, structure = body.n or 1, await service.structure(_grammar(body, reader), entry)
     asked = [
         (ids, body.sampling(service.max_answer_tokens(ids, entry, param), choice))
         for ids in prompts
@@ -228,7 +235,7 @@ async def _answer(
         service.settle(grant, 0)
         raise to_api_error(error, param, fields={name: name for name in type(body).model_fields}) from None
     gathered = Gathered(answers, lambda tokens: service.settle(grant, tokens))
-    make = CompletionShape if isinstance(body, CompletionBody) else ChatShape
+    make = CompletionShape if isinstance(body, CompletionBody) else functools.partial(ChatShape, reader=reader)
     read = sum(map(len, prompts)) if body.with_usage_so_far else None
     shape = make(
         answers,
@@ -247,11 +254,26 @@ async def _answer(
     return JSONResponse(shape.whole(done), headers=headers)
 
 
+def _grammar(body: CompletionBody | ChatBody, reader: ToolReader | None) -> Grammar | None:
+    """Return the structure of the answers: a call that must come, or what the body asks for."""
+    grammar = body.grammar()
+    if reader is None or not isinstance(body, ChatBody):
+        return grammar
+    try:
+        call = forced(reader, body.tool_choice, several=body.parallel_tool_calls is not False)
+    except LoralabError as error:
+        raise to_api_error(error) from None
+    if call is not None and grammar is not None:
+        text = "tool_choice asks for a call and another field for a structure; leave one out"
+        raise ApiError(400, text, param="tool_choice", code="invalid_value")
+    return call or grammar
+
+
 def _submit_all(
     service: Service,
     asked: Sequence[tuple[Sequence[int], Any]],
     entry: "AdapterInfo | None",
-    structure: "Compiled | None",
+    structure: Compiled | None,
 ) -> list[Answer]:
     """Return all of them or none."""
     answers: list[Answer] = []

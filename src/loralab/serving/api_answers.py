@@ -139,12 +139,29 @@ class ChatLogprobs(Schema):
     refusal: None
 
 
+class CalledFunction(Schema):
+    """A function to call; `arguments` are JSON."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(Schema):
+    """A call of a tool; `index` is its number in a stream."""
+
+    index: int | None = None
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
 class ChatMessage(Schema):
-    """Message of the model."""
+    """Message of the model; without `content` where it calls tools alone."""
 
     role: Literal["assistant"]
-    content: str
+    content: str | None
     refusal: None
+    tool_calls: list[ToolCall] | None = None
 
 
 class ChatChoice(Schema):
@@ -153,7 +170,7 @@ class ChatChoice(Schema):
     index: int
     message: ChatMessage
     logprobs: ChatLogprobs | None
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "tool_calls"]
 
 
 class Chat(AnswerHead):
@@ -169,6 +186,7 @@ class ChatDelta(Schema):
 
     role: Literal["assistant"] | None = None
     content: str | None = None
+    tool_calls: list[ToolCall] | None = None
 
 
 class ChatPiece(Schema):
@@ -177,7 +195,7 @@ class ChatPiece(Schema):
     index: int
     delta: ChatDelta
     logprobs: ChatLogprobs | None
-    finish_reason: Literal["stop", "length"] | None
+    finish_reason: Literal["stop", "length", "tool_calls"] | None
 
 
 class ChatChunk(AnswerHead):

@@ -14,7 +14,9 @@ from pydantic.json_schema import models_json_schema
 import loralab
 from loralab.serving import api_answers as answers
 from loralab.serving.api_body import Body
-from loralab.serving.api_schemas import ChatBody, ClassifyBody, CompletionBody, LoadBody, Message, TextPart, UnloadBody
+from loralab.serving.api_messages import Message, TextPart
+from loralab.serving.api_schemas import ChatBody, ClassifyBody, CompletionBody, LoadBody, UnloadBody
+from loralab.serving.api_tools import CallBody
 
 Json = dict[str, Any]
 JSON, TEXT, EVENTS = "application/json", "text/plain", "text/event-stream"
@@ -193,7 +195,7 @@ def _schemas() -> Json:
     taken: list[Any] = [(model, "validation") for model in BODY_SCHEMAS]
     _, found = models_json_schema([*shown, *taken], ref_template="#/components/schemas/{model}")
     schemas: Json = found["$defs"]
-    bodies: tuple[type[Body], ...] = (*BODY_SCHEMAS, Message, TextPart)
+    bodies: tuple[type[Body], ...] = (*BODY_SCHEMAS, Message, TextPart, CallBody)
     for model in bodies:
         own = schemas[model.__name__]["properties"]
         usual = {n: {"enum": [None, *v]} for n, v in model.neutral.items() if n not in own}

@@ -4,14 +4,16 @@ import base64
 import binascii
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field
 
 from loralab.errors import ConfigError, format_value
-from loralab.serving.api_body import Body, require_one, wrong_field
+from loralab.serving.api_body import Body
 from loralab.serving.api_errors import ApiError, to_api_error
+from loralab.serving.api_messages import Message
 from loralab.serving.api_structured import ResponseFormat, describe_outputs, grammar_of
+from loralab.serving.api_tools import Choice, Tools
 from loralab.serving.constraints import Grammar
 from loralab.serving.request import MAX_BIAS, MAX_BIASES, MAX_LOGPROBS, MAX_PENALTY, MAX_STOPS, Sampling
 
@@ -27,9 +29,9 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "service_tier": ("auto", "default"),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "parallel_tool_calls": (True, False),
     "modalities": (["text"],),
     "audio": (),
     "prediction": (),
@@ -41,34 +43,6 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
 }
 # fields that say something about the client and nothing about the answer
 IGNORED_FIELDS = ("user", "metadata", "safety_identifier", "prompt_cache_key")
-# of a message, as clients send back what this server, or another one, answered
-MESSAGE_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "tool_calls": ([],),
-    "tool_call_id": (),
-    "function_call": (),
-    "refusal": ("",),
-    "audio": (),
-    "annotations": ([],),
-    "images": ([],),
-    "prefix": (False,),
-    "partial": (False,),
-}
-# what a model thought is not repeated to it: templates drop it from earlier turns
-MESSAGE_FREE = (
-    "id",
-    "name",
-    "cache_control",
-    "reasoning",
-    "reasoning_content",
-    "reasoning_details",
-    "thinking_blocks",
-    "provider_specific_fields",
-    "extra_content",
-    "metadata",
-    "timestamp",
-)
-Role = Literal["system", "developer", "user", "assistant"]
-CONTENT_SUBSTITUTES = {"tool_calls", "function_call", "refusal", "audio", "reasoning", "reasoning_content"}
 MAX_CHOICES = 16
 TOKEN = re.compile(r"^(0|[1-9][0-9]{0,9})$")
 DEFAULT_TOKENS = 16  # of a completion, as at OpenAI; a chat goes on to its end
@@ -240,57 +214,15 @@ class CompletionBody(_GenerationBody):
         )
 
 
-class TextPart(Body):
-    """A part of a message."""
-
-    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {"annotations": ([],)}
-    free = ("id", "cache_control")
-    type: Literal["text"]
-    text: str
-
-    @model_validator(mode="before")
-    @classmethod
-    def _is_text(cls, given: Any) -> Any:
-        if isinstance(given, dict) and "type" in given:
-            require_one("type", given["type"], ("text",))
-        return given
-
-
-class Message(Body):
-    """One turn of a conversation; one of the assistant may have no content, as others write it."""
-
-    neutral = MESSAGE_NEUTRAL
-    free = MESSAGE_FREE
-    role: Role
-    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _said(cls, given: Any) -> Any:
-        """Who says something that can be repeated, and what; looked at before the other fields."""
-        if not isinstance(given, dict) or "role" not in given:
-            return given
-        require_one("role", given["role"], get_args(Role))
-        if given.get("content") is None:
-            empty = given["role"] == "assistant" and ("content" in given or CONTENT_SUBSTITUTES & given.keys())
-            if not empty:
-                text = "must be a text, got null" if "content" in given else "is missing"
-                raise wrong_field("missing", "content", text)
-        return given
-
-    def turn(self) -> dict[str, str]:
-        """As chat templates read it."""
-        given = self.content or ""
-        text = given if isinstance(given, str) else "".join(part.text for part in given)
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
-
-
 class ChatBody(_GenerationBody):
     """POST /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(fail_fast=True)] = Field(min_length=1)
     max_tokens: Whole | None = _optional(minimum=1)
     max_completion_tokens: Whole | None = _optional(minimum=1)
+    tools: Tools | None = None
+    tool_choice: Choice | None = None
+    parallel_tool_calls: bool | None = None
     logprobs: bool | None = None
     top_logprobs: Whole | None = _optional(minimum=0, maximum=MAX_LOGPROBS)
 

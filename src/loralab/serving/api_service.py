@@ -2,11 +2,12 @@
 
 import asyncio
 import functools
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi import Request
 
@@ -277,7 +278,9 @@ class Service:
             raise ApiError(400, "prompt is empty", param="prompt", code="invalid_value")
         return prompt
 
-    async def chat_ids(self, turns: list[dict[str, str]], entry: "AdapterInfo | None") -> Sequence[int]:
+    async def chat_ids(
+        self, turns: list[dict[str, Any]], entry: "AdapterInfo | None", tools: Sequence[Mapping[str, Any]] = ()
+    ) -> Sequence[int]:
         """Return the tokens of a conversation and the opening of its next turn, as in training.
 
         Raises:
@@ -285,7 +288,9 @@ class Service:
             ApiError: 400, it is far too long.
         """
         self.require_fitting(sum(1 + len(turn["content"]) for turn in turns), "messages")
-        return await self.run_in_tokenizer_thread(lambda: opening(self.engine.tokenizer(entry), turns))
+        if tools:
+            self.require_fitting(len(json.dumps(tools)), "tools")
+        return await self.run_in_tokenizer_thread(lambda: opening(self.engine.tokenizer(entry), turns, tools))
 
     def max_answer_tokens(self, ids: Sequence[int], entry: "AdapterInfo | None", param: str) -> int:
         """Return the number of tokens that an answer to a prompt can have.

@@ -9,11 +9,13 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from loralab.serving.detokenize import escaped
-from loralab.serving.request import Answer, Completed, Delta, Finished, Ranked, TokenLogprob
+from loralab.serving.request import STOP, Answer, Completed, Delta, Finished, Ranked, TokenLogprob
+from loralab.serving.tool_calls import ToolCall, ToolReader, ToolStream
 
 Json = dict[str, Any]
 OWNER = "loralab"
 IMPOSSIBLE = -9999.0
+TOOL_CALLS = "tool_calls"  # why an answer ended that calls tools
 
 
 class _Shape:
@@ -50,6 +52,10 @@ class _Shape:
         self._once = {"warning": warning} if warning else {}  # in the first chunk
 
     prefix = whole_object = chunk_object = ""
+
+    def take(self, index: int, piece: Delta) -> Delta:
+        """Return what of a piece of an answer may be told now."""
+        return piece
 
     def chunk(self, choices: list[Json]) -> Json:
         """Return one piece of a stream."""
@@ -102,10 +108,10 @@ class CompletionShape(_Shape):
         told = _completion_logprobs(piece.logprobs) if piece.logprobs else None
         return self.chunk([self._choice(index, piece.text, told, None)])
 
-    def ending(self, index: int, end: Finished) -> Json:
+    def endings(self, index: int, end: Finished) -> list[Json]:
         """Return why it ended."""
         self._written[index] = end.completion_tokens
-        return self.chunk([self._choice(index, "", None, end.reason)])
+        return [self.chunk([self._choice(index, "", None, end.reason)])]
 
     @staticmethod
     def _choice(index: int, text: str, logprobs: Json | None, reason: str | None) -> Json:
@@ -117,18 +123,27 @@ class ChatShape(_Shape):
 
     prefix, whole_object, chunk_object = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
+    def __init__(self, answers: Sequence[Answer], *, reader: ToolReader | None = None, **options: Any) -> None:
+        super().__init__(answers, **options)
+        self._reader = reader
+        self._streams = [] if reader is None else [ToolStream(reader) for _ in answers]
+
     def whole(self, done: Sequence[Completed]) -> Json:
         """Return the body of an answer that is not streamed."""
-        choices = [
-            {
-                "index": index,
-                "message": {"role": "assistant", "content": one.text, "refusal": None},
-                "logprobs": self._told(one),
-                "finish_reason": one.finished.reason,
-            }
-            for index, one in enumerate(done)
-        ]
-        return self._body(choices, done)
+        return self._body([self._whole(index, one) for index, one in enumerate(done)], done)
+
+    def _whole(self, index: int, one: Completed) -> Json:
+        message: Json = {"role": "assistant", "content": one.text, "refusal": None}
+        reason = one.finished.reason
+        content, calls = ("", []) if self._reader is None else self._reader.read(one.tokens)
+        if calls:
+            message |= {"content": content.strip() or None, "tool_calls": [_call(call) for call in calls]}
+            reason = TOOL_CALLS if reason == STOP else reason
+        return {"index": index, "message": message, "logprobs": self._told(one), "finish_reason": reason}
+
+    def take(self, index: int, piece: Delta) -> Delta:
+        """Return a piece without the text of a call, which is told at the end."""
+        return self._streams[index].take(piece) if self._streams else piece
 
     def _told(self, one: Completed) -> Json | None:
         return _chat_logprobs(one.logprobs) if self._logprobs or one.logprobs else None
@@ -143,14 +158,24 @@ class ChatShape(_Shape):
         told = _chat_logprobs(piece.logprobs) if piece.logprobs else None
         return self.chunk([self._delta(index, {"content": piece.text}, told)])
 
-    def ending(self, index: int, end: Finished) -> Json:
-        """Return why it ended."""
+    def endings(self, index: int, end: Finished) -> list[Json]:
+        """Return the calls of tools, and why it ended."""
         self._written[index] = end.completion_tokens
-        return self.chunk([self._delta(index, {}, reason=end.reason)])
+        text, calls = self._streams[index].end() if self._streams else ("", [])
+        deltas: list[Json] = [{"content": text}] if text else []
+        deltas += [{"tool_calls": [{"index": number, **_call(call)}]} for number, call in enumerate(calls)]
+        reason = TOOL_CALLS if calls and end.reason == STOP else end.reason
+        return [self.chunk([self._delta(index, delta)]) for delta in deltas] + [
+            self.chunk([self._delta(index, {}, reason=reason)])
+        ]
 
     @staticmethod
     def _delta(index: int, delta: Json, logprobs: Json | None = None, reason: str | None = None) -> Json:
         return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+
+
+def _call(call: ToolCall) -> Json:
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
 
 Shape = CompletionShape | ChatShape

@@ -127,9 +127,12 @@ class EventStream(Response):
                 yield opening
         async for index, event in self._gathered.events():
             if isinstance(event, Finished):
-                yield self._shape.ending(index, event)
-            elif event.text or event.logprobs:
-                yield self._shape.piece(index, event)
+                for chunk in self._shape.endings(index, event):
+                    yield chunk
+                continue
+            piece = self._shape.take(index, event)
+            if piece.text or piece.logprobs:
+                yield self._shape.piece(index, piece)
         if (final := self._shape.final(self._gathered.ends())) is not None:
             yield final
 

@@ -197,15 +197,8 @@ class Engine:
             tokens = sum(chunk.stop - chunk.start for chunk in chunks)
             self._run_chunks(chunks)
         if tokens and self.observe is not None:
-            self.observe(
-                {
-                    "kind": "step",
-                    "running": self.running,
-                    "waiting": self.waiting,
-                    "tokens": tokens,
-                    "seconds": time.perf_counter() - started,
-                }
-            )
+            load = {"running": self.running, "waiting": self.waiting, "tokens": tokens}
+            self.observe({"kind": "step", **load, "seconds": time.perf_counter() - started})
         return bool(tokens)
 
     def _run(self) -> None:
@@ -220,7 +213,8 @@ class Engine:
             self.healthy, self._closing = False, True
             for live in self._all_live():
                 live.end(FAILED, f"the engine has died: {type(error).__name__}: {error}")
-            self._forget_all()
+            for requests in (self._arrived, self._ready, self._live):
+                requests.clear()
             raise
 
     def _load_forever(self) -> None:
@@ -331,11 +325,6 @@ class Engine:
     def _all_live(self) -> list[LiveRequest]:
         found = [*self._arrived, *self._ready, *self._live.values()]
         return list({id(live): live for live in found}.values())
-
-    def _forget_all(self) -> None:
-        self._arrived.clear()
-        self._ready.clear()
-        self._live.clear()
 
     def _run_chunks(self, chunks: Sequence[Chunk]) -> None:
         """Compute some chunks; a failure ends only the request that it belongs to."""

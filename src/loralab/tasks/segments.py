@@ -3,7 +3,7 @@
 Each prompt and each answer is tokenised on its own: what is learnt begins where generation begins.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -54,10 +54,14 @@ def _in_a_row(tokenizer: Any, every: Sequence[Turn]) -> list[Segment]:
     return segments
 
 
-def opening(tokenizer: Any, chat: Chat) -> Tokens:
-    """Return a conversation and the opening of its next answer, as training shows them."""
+def opening(tokenizer: Any, chat: Chat, tools: Sequence[Mapping[str, Any]] = ()) -> Tokens:
+    """Return a conversation and the opening of its next answer, as training shows them.
+
+    Args:
+        tools: functions that may be called, for a chat template that knows of them.
+    """
     if tokenizer.chat_template:
-        return token_ids(tokenizer, write(tokenizer, chat, prompt=True), special=True)
+        return token_ids(tokenizer, write(tokenizer, chat, prompt=True, tools=tools), special=True)
     every = turns(tokenizer, [*chat, {"role": "assistant", "content": ""}])
     return sum((s.ids for s in _in_a_row(tokenizer, every)[:-1]), ())
 

@@ -63,11 +63,12 @@ _allowance = _Allowance()
 
 def render(
     template: str,
-    chat: Sequence[Mapping[str, str]],
+    chat: Sequence[Mapping[str, Any]],
     *,
     prompt: bool,
     tokens: Mapping[str, Any],
     now: datetime | None = None,
+    tools: Sequence[Mapping[str, Any]] = (),
 ) -> str:
     """Write a conversation as text.
 
@@ -75,16 +76,21 @@ def render(
         prompt: open the next answer.
         tokens: the special tokens by their names, such as bos_token.
         now: the time that a template may write; None is the present.
+        tools: functions that the next answer may call.
 
     Raises:
         Exception: whatever a template can raise, jinja's errors and Python's.
     """
     compiled = _compiled(template)
     messages = [dict(message) for message in chat]
-    _allowance.begin(sum(len(text) for message in messages for text in message.values()))
-    values = {**tokens, "messages": messages, "tools": None, "documents": None}
+    _allowance.begin(sum(map(_length, [*(text for message in messages for text in message.values()), *tools])))
+    values = {**tokens, "messages": messages, "tools": list(tools) or None, "documents": None}
     values["strftime_now"] = _clock(now or datetime.now())
     return compiled.render(**values, add_generation_prompt=prompt)
+
+
+def _length(given: Any) -> int:
+    return len(given) if isinstance(given, str) else len(json.dumps(given))
 
 
 @functools.lru_cache(maxsize=16)

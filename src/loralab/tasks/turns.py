@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from loralab.errors import DataError
 from loralab.tasks.template import render
 
-Chat = Sequence[Mapping[str, str]]
+Chat = Sequence[Mapping[str, Any]]  # texts; calls of tools are objects
 Tokens = tuple[tuple[str, str], ...]  # special tokens: what each is for, and its text
 THOUGHTS = (  # how thoughts begin and end
     ("<think>", "</think>"),
@@ -71,8 +71,15 @@ def last_turn(tokenizer: Any, chat: Chat) -> Turn:
     return Turn(prompt, _Answer(tokenizer, chat, prompt, now).target(whole))
 
 
-def write(tokenizer: Any, chat: Chat, *, prompt: bool = False, now: datetime | None = None) -> str:
-    """Return a conversation as text; `prompt` opens the next answer.
+def write(
+    tokenizer: Any,
+    chat: Chat,
+    *,
+    prompt: bool = False,
+    now: datetime | None = None,
+    tools: Sequence[Mapping[str, Any]] = (),
+) -> str:
+    """Return a conversation as text; `prompt` opens the next answer, which may call `tools`.
 
     Without `prompt` none is opened, also where the template always does.
 
@@ -83,7 +90,7 @@ def write(tokenizer: Any, chat: Chat, *, prompt: bool = False, now: datetime | N
         return "".join(_spaced(message["content"]) for message in chat)
     try:
         template, tokens = tokenizer.get_chat_template(), tokenizer.special_tokens_map
-        text = render(template, chat, prompt=prompt, tokens=tokens, now=now)
+        text = render(template, chat, prompt=prompt, tokens=tokens, now=now, tools=tools)
         return text if prompt else text.removesuffix(_needless_opening(template, _texts(tokens)))
     except Exception as error:  # jinja's own errors, and whatever a template raises
         what = f"the row {chat[0]['content'][:MAX_QUOTED_ANSWER]!r}" if chat else "an answer to nothing"
