@@ -96,7 +96,7 @@ class NamedTask:
     get: Callable[[], str]
 
 
-TASKS = Registry(NamedTask, "loralab.tasks", ("loralab.assets.vader", "loralab.assets.fashion"))
+TASKS = Registry(NamedTask, "loralab.tasks", tuple(f"loralab.assets.{name}" for name in ("vader", "fashion", "digits")))
 
 
 def register(task: NamedTask) -> None:
