@@ -20,10 +20,14 @@ from loralab.training.preflight import load_base, with_head
 from loralab.training.run_facts import RunFacts, facts_of
 
 
+def question_name(study: str) -> str:
+    """Return the question that a study asks; one of the user's own is a grid."""
+    return study if study in (*STUDIES, RECOMMEND) else "grid"
+
+
 def question_module(study: str) -> ModuleType:
-    """The file of a question; a study of the user's own is a grid."""
-    own = study if study in (*STUDIES, RECOMMEND) else "grid"
-    return importlib.import_module(f"loralab.studies.questions.{own}")
+    """Return the file of a question."""
+    return importlib.import_module(f"loralab.studies.questions.{question_name(study)}")
 
 
 def prepare(ground: Ground, given: Sequence[Arm] | None) -> tuple[list[dict[str, Any]], dict[str, str], RunFacts]:

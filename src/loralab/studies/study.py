@@ -11,29 +11,13 @@ from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
 
 from loralab.errors import ConfigError
+from loralab.studies.message import Chart, Message, Table
 
 FORMAT = 1  # of records; a change makes old ones unreadable, and their cells run again
-LANGUAGES = ("en", "zh-TW")
 FALLING = ("loss", "perplexity")  # metrics of which less is better
 MOST_SEEDS = 1_000
 EDGE = "edge"  # texts["rate"] of a record whose best rate lies at the edge of what was tried
 DONE, DIVERGED, FAILED, MISSING = "done", "diverged", "failed", "missing"
-
-
-@dataclass(frozen=True)
-class Text:
-    """The same words in English and in Traditional Chinese."""
-
-    en: str
-    zh: str
-
-    def __add__(self, other: "Text") -> "Text":
-        """One after the other; English gets a space between, Chinese none after its full stop."""
-        return Text(f"{self.en} {other.en}", self.zh + other.zh)
-
-    def said(self, language: str) -> str:
-        """The words in one of LANGUAGES."""
-        return self.en if language == "en" else self.zh
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,30 +191,12 @@ class Finding:
         verdict: of a contrast: better, worse, equivalent or undecided; empty for other statements.
     """
 
-    sentence: Text
+    sentence: Message
     holds: bool
     verdict: str = ""
     effect: float | None = None
     low: float | None = None
     high: float | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Table:
-    """Rows of cells under their headings; a cell is a Text, a string or a number."""
-
-    title: Text
-    columns: Sequence[Text]
-    rows: Sequence[Sequence[Any]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Figure:
-    """A Vega-Lite chart in both languages, named for its file."""
-
-    name: str
-    title: Text
-    specs: Mapping[str, Mapping[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,20 +210,26 @@ class Answer:
         method: how it was measured, beyond what holds for every study.
         caution: what would change the answer.
         advice: fields of `train` that follow from it.
-        next: the experiment that it suggests.
+        next: the experiment that it suggests. Where method, caution or next is None, the
+            catalogue's "<question>.method" and so on are said.
         ranking: the arms side by side (contrast.Ranking), where arms were compared.
     """
 
-    sentence: Text
+    sentence: Message
     findings: Sequence[Finding] = ()
-    blanks: Sequence[tuple[Text, Text]] = ()
+    blanks: Sequence[tuple[Message | str, Message]] = ()
     tables: Sequence[Table] = ()
-    figures: Sequence[Figure] = ()
-    method: Text = Text("", "")
-    caution: Text = Text("", "")
+    figures: Sequence[Chart] = ()
+    method: Message | None = None
+    caution: Message | None = None
     advice: Mapping[str, Any] = field(default_factory=dict)
-    next: Text = Text("", "")
+    next: Message | None = None
     ranking: Any = None
+
+
+def nothing_measured(ground: Ground) -> Answer:
+    """Return the answer of a study that has no record yet."""
+    return Answer(sentence=Message("answer.nothing", study=ground.study))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -322,3 +294,30 @@ def parse_seconds(text: str) -> float:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+# TRANSITION: until every question speaks in messages
+@dataclass(frozen=True)
+class Text:
+    """The same words in English and in Traditional Chinese."""
+
+    en: str
+    zh: str
+
+    def __add__(self, other: "Text") -> "Text":
+        """One after the other; English gets a space between, Chinese none after its full stop."""
+        return Text(f"{self.en} {other.en}", self.zh + other.zh)
+
+    def said(self, language: str) -> str:
+        """The words in one of LANGUAGES."""
+        return self.en if language == "en" else self.zh
+
+
+@dataclass(frozen=True, kw_only=True)
+class OldTable:
+    title: Any
+    columns: Sequence[Any]
+    rows: Sequence[Sequence[Any]]
+
+
+Figure = Chart

@@ -15,7 +15,8 @@ from loralab.studies.catalog import WRITER
 from loralab.studies.evidence import count
 from loralab.studies.places import layout
 from loralab.studies.prepare import base_of
-from loralab.studies.study import Cell, Record, Table, Text
+from loralab.studies.study import Cell, Record, Text
+from loralab.studies.study import OldTable as Table
 from loralab.studies.trained import Tell
 
 MEASURE_ANATOMY = "loralab.studies.measures.anatomy:measure"
