@@ -170,5 +170,6 @@ def ground(name: str, asked: StudyOptions, mapping: Mapping[str, str] | None = N
         fixed_lr=asked.fixed_lr,
         values=asked.values,
         metric=asked.metric or "",
+        general=asked.general or "",
         rates=QUICK_RATES if asked.quick else RATES,
     )
