@@ -2,6 +2,7 @@
 
 import json
 import re
+import threading
 from collections.abc import Callable
 from enum import Enum
 from typing import Any
@@ -99,6 +100,16 @@ def test_what_cannot_be_kept_is_a_400_with_code_and_field(engine: Any) -> None:
         engine, "/v1/chat/completions", {**chat, "response_format": {"type": "json_schema", "json_schema": schema}}
     ).json()["error"]
     assert (error["param"], error["code"]) == ("response_format.json_schema.schema", "invalid_schema")
+
+
+def test_a_structure_that_takes_too_long_holds_up_nobody(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    over = threading.Event()
+    monkeypatch.setattr("loralab.serving.api_service.COMPILE_SECONDS", 0.05)
+    monkeypatch.setattr(engine, "compile", lambda *_: over.wait(20))
+    body = {"model": "lora", "prompt": "a", "structured_outputs": {"regex": "a"}}
+    error = post(engine, "/v1/completions", body).json()["error"]
+    assert (error["param"], error["code"]) == ("structured_outputs.regex", "invalid_regex")
+    over.set()
 
 
 def test_what_a_loose_schema_does_not_keep_is_told_in_the_answer(engine: Any) -> None:

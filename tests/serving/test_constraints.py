@@ -175,6 +175,14 @@ WRONG: list[tuple[str, Any]] = [
     (CHOICE, []),
     (CHOICE, ["a", ""]),
     (CHOICE, ["x"] * 2000),
+    (JSON, {"type": "integer", "multipleOf": 1234567}),
+    (JSON, {"type": "string", "pattern": "(ab){4294967295}"}),
+    (JSON, {"type": "object", "patternProperties": {"(ab){5000}": {}}}),
+    (REGEX, "(ab){4294967295}"),
+    (REGEX, "((ab){1,1000000})"),
+    (GRAMMAR, 'start: %json {"multipleOf": 1234567}'),
+    (GRAMMAR, 'start: %json {"multiple\\u004ff": 1234567}'),
+    (GRAMMAR, "start: /(ab){5000}/"),
     (GRAMMAR, "start: foo"),
     (GRAMMAR, "start: start"),
     (GRAMMAR, "root ::= foo"),
@@ -189,6 +197,15 @@ def test_what_cannot_be_kept_is_refused_by_its_field(kind: str, source: Any) -> 
     assert (error.value.field, error.value.code) == ("the.field", f"invalid_{kind}")
     assert len(str(error.value)) < 300
     assert "\n" not in str(error.value)
+
+
+def test_references_that_double_are_refused() -> None:
+    """Two by two they are more than anybody can follow."""
+    parts: dict[str, Any] = {f"a{n}": {"allOf": [{"$ref": f"#/$defs/a{n + 1}"}] * 2} for n in range(40)}
+    schema = {"$ref": "#/$defs/a0", "$defs": {**parts, "a40": {"enum": ["x"]}}}
+    with pytest.raises(ConfigError) as error:
+        KNOWN.compile(Grammar(kind=JSON, source=schema, field="f"), [END])
+    assert error.value.code == "invalid_schema"
 
 
 def test_a_recursive_schema_that_can_end_is_taken() -> None:

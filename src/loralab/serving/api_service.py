@@ -1,11 +1,14 @@
 """Steps that every request passes: key, body, model, quota, tokens."""
 
 import asyncio
+import contextlib
 import functools
 import json
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -33,6 +36,8 @@ Result = TypeVar("Result")
 JSON = "application/json"
 TOO_LARGE = "request_too_large"
 ALWAYS_ADMITTED_BYTES = 64 * 1024  # bytes of a body that is let in however many others arrive
+COMPILE_SECONDS = 5.0  # of a structure; as a rule it takes milliseconds
+MAX_COMPILING = 8
 MAX_CHARACTERS_PER_TOKEN = 64  # of a text for each token that a model takes: a longer one cannot fit
 TEXT = Task(name="text", format="text", splits={})
 
@@ -64,7 +69,7 @@ class Service:
         self._arriving = 0  # bytes of bodies that are not whole yet
         self._worded = set[str]()  # digests of the adapters whose wording is known
         self._tokenizer_thread: ThreadPoolExecutor = ThreadPoolExecutor(1, "tokenizer")
-        self._grammar_thread = ThreadPoolExecutor(1, "grammar")
+        self._compiling = deque[None]()  # structures, those included that nobody waits for any more
 
     @property
     def base_id(self) -> str:
@@ -315,15 +320,32 @@ class Service:
         """Return a structure for answers of an adapter, compiled in a thread of its own.
 
         Raises:
-            ApiError: 400, it cannot be.
+            ApiError: 400, it cannot be, or takes too long; 503, too many that do are still compiled.
         """
         if grammar is None:
             return None
+        if len(self._compiling) >= MAX_COMPILING:
+            raise ApiError(503, "too many structures are compiled now", code="busy", retry_after=RETRY_SECONDS)
+        future: Future[Compiled] = Future()
+        self._compiling.append(None)
         work = functools.partial(self.engine.compile, grammar, entry)
+        threading.Thread(target=self._resolve, args=(future, work), daemon=True).start()
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._grammar_thread, work)
+            return await asyncio.wait_for(asyncio.wrap_future(future), COMPILE_SECONDS)
+        except TimeoutError:
+            text = f"{grammar.field} takes more than {COMPILE_SECONDS:g} seconds to compile"
+            raise ApiError(400, text, param=grammar.field, code=f"invalid_{grammar.kind}") from None
         except LoralabError as error:
             raise to_api_error(error) from None
+
+    def _resolve(self, future: "Future[Compiled]", work: Callable[[], Compiled]) -> None:
+        with contextlib.suppress(InvalidStateError):  # nobody waits any more
+            try:
+                future.set_result(work())
+            except Exception as error:
+                future.set_exception(error)
+            finally:
+                self._compiling.pop()
 
     async def run_in_tokenizer_thread(self, work: Callable[[], Result]) -> Result:
         """Run work that uses the tokenizer in one separate thread, so that a long text blocks nobody."""

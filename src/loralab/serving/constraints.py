@@ -8,11 +8,13 @@ asking for structure is an error that says so.
 
 import contextlib
 import json
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -27,6 +29,10 @@ MAX_CHARACTERS = 20_000  # of a schema as JSON, a regular expression or a gramma
 MAX_DEPTH = 48  # of a schema, counted as JSON
 MAX_PROPERTIES = 256  # of a schema, all its objects together
 MAX_CHOICES = 1000
+MAX_REPEATS = 1000  # of a repetition in an expression, and significant digits of multipleOf: more take for ever
+MAX_STEPS = 20_000  # in which it is looked whether a schema can end
+REPEATS = re.compile(r"\{\s*(\d+)?\s*(?:,\s*(\d+)?)?\s*\}")
+MULTIPLE = re.compile(r"multipleOf\W*([-+.\w]+)")
 MAX_COMPILED = 64  # grammars that are kept
 MAX_PROBLEM = 200  # characters of what llguidance says
 # a model that pads for ever never ends; what people and programs write fits
@@ -42,12 +48,14 @@ class Grammar:
         kind: of `source`: JSON (a schema), REGEX, CHOICE (texts), GRAMMAR (Lark, or GBNF).
         field: of the request, named in errors.
         strict: refuse a schema with keywords that cannot be kept; else they are told of.
+        schemas: that stand in the source of a grammar.
     """
 
     kind: str
     source: Any
     field: str
     strict: bool = True
+    schemas: tuple[Any, ...] = ()
 
 
 class Constraint:
@@ -134,18 +142,14 @@ class Constraints:
             if key in self._compiled:
                 self._compiled.move_to_end(key)
                 return self._compiled[key]
-            limits = lib.LLParserLimits(verbose_errors=False, precompute_large_lexemes=False, **LIMITS)
-            failed, problems = lib.LLMatcher.validate_grammar_with_warnings(text, None, limits=limits)
-            if failed:
-                raise _invalid(grammar, problems[0])
-            matcher = lib.LLMatcher(self._tokenizer(lib, grammar.field, ends), text, log_level=0, limits=limits)
-            matcher.compute_bitmask()
-            if matcher.is_error() or matcher.is_stopped():
-                raise _invalid(grammar, matcher.get_error() or "it allows nothing but an empty answer")
-            self._compiled[key] = compiled = Compiled(matcher=matcher, warning=" ".join(problems)[:MAX_PROBLEM])
+        _matcher(lib, _bytes(lib), grammar, text)  # the tokenizer's own may have to be made first
+        matcher = _matcher(lib, self._tokenizer(lib, grammar.field, ends), grammar, text)
+        compiled = Compiled(matcher=matcher, warning=" ".join(matcher.get_grammar_warnings())[:MAX_PROBLEM])
+        with self._lock:
+            self._compiled[key] = compiled
             if len(self._compiled) > MAX_COMPILED:
                 self._compiled.popitem(last=False)
-            return compiled
+        return compiled
 
     def begin(self, compiled: Compiled) -> Constraint:
         """Return the structure of an answer that begins now."""
@@ -168,6 +172,31 @@ class Constraints:
         return self._tokenizers[stops]
 
 
+class _Bytes:
+    """A tokenizer of bytes, as llguidance wants one described."""
+
+    eos_token_id, bos_token_id = 256, None
+    special_token_ids = (256,)
+    tokens = (*(bytes([byte]) for byte in range(256)), b"<end>")
+
+    def __call__(self, text: bytes) -> list[int]:
+        return list(text)
+
+
+def _bytes(lib: Any) -> Any:
+    return lib.LLTokenizer(lib.TokenizerWrapper(_Bytes()))
+
+
+def _matcher(lib: Any, tokenizer: Any, grammar: Grammar, text: str) -> Any:
+    """Return a grammar compiled for a tokenizer; Python's lock is not held meanwhile."""
+    limits = lib.LLParserLimits(verbose_errors=False, precompute_large_lexemes=False, **LIMITS)
+    matcher = lib.LLMatcher(tokenizer, text, log_level=0, limits=limits)
+    matcher.compute_bitmask()
+    if matcher.is_error() or matcher.is_stopped():
+        raise _invalid(grammar, matcher.get_error() or "it allows nothing but an empty answer")
+    return matcher
+
+
 def _library(field: str) -> Any:
     try:
         import llguidance
@@ -183,8 +212,9 @@ def _library(field: str) -> Any:
 def _text_of(lib: Any, grammar: Grammar) -> str:
     """Return a grammar as llguidance reads it, if it is not too large."""
     source = grammar.source
+    for schema in (source,) if grammar.kind == JSON else grammar.schemas:
+        _require_bounded(grammar, schema)
     if grammar.kind == JSON:
-        _require_bounded(grammar)
         options: Any = {**OPTIONS, "lenient": not grammar.strict}
         return str(lib.LLMatcher.grammar_from_json_schema(json.dumps(source), overrides=options))
     if grammar.kind == CHOICE:
@@ -193,6 +223,8 @@ def _text_of(lib: Any, grammar: Grammar) -> str:
         source = "start: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in source)
     if len(source) > MAX_CHARACTERS:
         raise _invalid(grammar, f"it has {len(source)} characters, and at most {MAX_CHARACTERS} are read")
+    if grammar.kind != CHOICE and not grammar.schemas:
+        _require_few_repeats(grammar, source)
     if grammar.kind == REGEX:
         return str(lib.LLMatcher.grammar_from_regex(source))
     if grammar.kind == GRAMMAR and "::=" in source:
@@ -205,9 +237,28 @@ def _text_of(lib: Any, grammar: Grammar) -> str:
     return str(lib.LLMatcher.grammar_from_lark(source))
 
 
-def _require_bounded(grammar: Grammar) -> None:
+def _require_few_repeats(grammar: Grammar, text: str) -> None:
+    """Refuse an expression, or a grammar with some, whose automaton would be huge."""
+    if "%json" in text and "\\u" in text:
+        raise _invalid(grammar, "characters in a schema of a grammar are written as they are, not as \\u")
+    counts = [int(count) for pair in REPEATS.findall(text) for count in pair if count]
+    large = max(counts, default=0) > MAX_REPEATS
+    if large or not all(_is_short(number) for number in MULTIPLE.findall(text)):
+        raise _invalid(grammar, f"it repeats something, or has a multipleOf, of more than {MAX_REPEATS}")
+
+
+def _is_short(number: Any) -> bool:
+    """Return whether a number has few significant digits."""
+    try:
+        digits = Decimal(str(number)).normalize().as_tuple().digits
+    except ArithmeticError:
+        return False
+    return int("".join(map(str, digits[:20])) or 0) <= MAX_REPEATS
+
+
+def _require_bounded(grammar: Grammar, schema: Any) -> None:
     """Refuse a schema that would take long to compile, or that no answer can end."""
-    schema, properties = grammar.source, 0
+    properties = 0
     text = json.dumps(schema)
     if len(text) > MAX_CHARACTERS:
         raise _invalid(grammar, f"it has {len(text)} characters as JSON, and at most {MAX_CHARACTERS} are read")
@@ -215,8 +266,16 @@ def _require_bounded(grammar: Grammar) -> None:
         properties += len(part["properties"]) if isinstance(part.get("properties"), dict) else 0
         if depth > MAX_DEPTH or properties > MAX_PROPERTIES:
             raise _invalid(grammar, f"it has more than {MAX_DEPTH} levels, or {MAX_PROPERTIES} properties")
-    if not _can_end(schema, schema, ()):
+        if not _is_short(part.get("multipleOf", 1)):
+            raise _invalid(grammar, f"multipleOf has more digits than {MAX_REPEATS}")
+        patterns = part.get("patternProperties")
+        for pattern in (part.get("pattern"), *(patterns if isinstance(patterns, dict) else ())):
+            _require_few_repeats(grammar, pattern if isinstance(pattern, str) else "")
+    walk = _Ends(schema)
+    if not walk.ends(schema):
         raise _invalid(grammar, "it requires itself, so no answer could end")
+    if walk.steps > MAX_STEPS:
+        raise _invalid(grammar, "its references to references are too many to follow")
 
 
 def _parts(schema: Any) -> Iterator[tuple[Mapping[str, Any], int]]:
@@ -230,30 +289,45 @@ def _parts(schema: Any) -> Iterator[tuple[Mapping[str, Any], int]]:
         left += [(own, depth + 1) for own in held]
 
 
-def _can_end(schema: Any, root: Any, above: tuple[str, ...]) -> bool:
-    """Return whether some value of a schema is finite; references to `above` are on the way already."""
-    if not isinstance(schema, dict):
-        return True
+class _Ends:
+    """Whether a schema has a finite value; every reference is followed, as llguidance does where it merges schemas."""
 
-    def ends(part: Any) -> bool:
-        return _can_end(part, root, above)
+    def __init__(self, root: Any) -> None:
+        self._root = root
+        self._above: list[str] = []  # references that are on the way
+        self.steps = 0
 
-    reference = schema.get("$ref")
-    if isinstance(reference, str):
-        if reference in above:
-            return False
-        if not _can_end(_resolved(root, reference), root, (*above, reference)):
-            return False
+    def ends(self, schema: Any) -> bool:
+        """Return whether some value of a part of the schema is finite; True once that takes too long to tell."""
+        self.steps += 1
+        if not isinstance(schema, dict) or self.steps > MAX_STEPS or len(self._above) > MAX_DEPTH:
+            return True
+        every = [self.ends(own) for own in _required(schema)]
+        for name in ("anyOf", "oneOf"):
+            if isinstance(either := schema.get(name), list) and either:
+                found = [self.ends(own) for own in either]  # all of them: their number is what takes long
+                every.append(any(found))
+        if isinstance(reference := schema.get("$ref"), str):
+            every.append(reference not in self._above and self._reference_ends(reference))
+        return all(every)
+
+    def _reference_ends(self, reference: str) -> bool:
+        self._above.append(reference)
+        found = self.ends(_resolved(self._root, reference))
+        self._above.pop()
+        return found
+
+
+def _required(schema: Mapping[str, Any]) -> list[Any]:
+    """Return the schemas of what every value of a schema holds."""
     properties, required = schema.get("properties"), schema.get("required")
-    if isinstance(properties, dict) and isinstance(required, list):
-        needed: list[Any] = [properties[name] for name in required if isinstance(name, str) and name in properties]
-        if not all(map(ends, needed)):
-            return False
-    if isinstance(least := schema.get("minItems"), int) and least > 0 and not ends(schema.get("items")):
-        return False
-    either = [own for name in ("anyOf", "oneOf") if isinstance(own := schema.get(name), list) and own]
+    known = properties if isinstance(properties, dict) else {}
+    names = required if isinstance(required, list) else ()
+    found: list[Any] = [known[name] for name in names if isinstance(name, str) and name in known]
+    if isinstance(least := schema.get("minItems"), int) and least > 0:
+        found.append(schema.get("items"))
     every = schema.get("allOf")
-    return all(any(map(ends, own)) for own in either) and all(map(ends, every if isinstance(every, list) else ()))
+    return [*found, *(every if isinstance(every, list) else ())]
 
 
 def _resolved(root: Any, reference: str) -> Any:

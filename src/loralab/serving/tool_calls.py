@@ -97,10 +97,11 @@ class ToolReader:
                 code="unsupported_tools",
                 field="tool_choice",
             )
-        form, rules = self.form, []
+        form, rules, schemas = self.form, list[str](), list[Any]()
         for number, name in enumerate(names):
             schema = dict(self.tools[name]["function"].get("parameters") or NO_PARAMETERS)
             schema.setdefault("type", "object")
+            schemas.append(schema)
             rules.append(f"arguments_{number}: %json {json.dumps({**schema, 'x-guidance': OPTIONS})}")
             head = f'{{"name": {json.dumps(name)}, "{form.arguments}": '
             rules.append(f'call_{number}: {json.dumps(head)} arguments_{number} "}}"')
@@ -110,7 +111,8 @@ class ToolReader:
         between = '", "' if form.listed else '"\\n"'
         more = f" ({between} {one}){{0,{MAX_CALLS - 1}}}" if several and not form.bare else ""
         whole = f'{begin} "[" {one}{more} "]"' if form.listed else f"{one}{more}"
-        return Grammar(kind=GRAMMAR, source="\n".join([f"start: {whole}", *rules]), field="tools")
+        source = "\n".join([f"start: {whole}", *rules])
+        return Grammar(kind=GRAMMAR, source=source, field="tools", schemas=tuple(schemas))
 
     def _literal(self, text: str) -> str:
         """Return a text of a grammar; a special token in it is named by its id."""
