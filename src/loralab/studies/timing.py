@@ -13,7 +13,9 @@ import numpy as np
 import torch
 
 from loralab.studies.contrast import CONFIDENCE, Contrast, Verdict
+from loralab.studies.message import Message
 from loralab.studies.statistics import median_contrast
+from loralab.studies.study import Finding
 
 LEAST = 6  # trials: with fewer no interval of a median reaches 95 %
 MARGIN = 0.05  # of a time: a smaller difference does not matter
@@ -86,6 +88,27 @@ class Overhead:
     def holds(self) -> bool:
         """Tell whether one way is quicker."""
         return self.verdict in ("better", "worse")
+
+    @property
+    def values(self) -> dict[str, float]:
+        """Return what sentences on it say."""
+        return {"size": abs(self.share), "share": self.share, "low": self.low, "high": self.high}
+
+    @property
+    def text(self) -> Message:
+        """Say it, as in "batch 1: 40 % longer"."""
+        return Message(f"overhead.{self.verdict}", **self.values)
+
+    def finding(self, sentence: Message) -> Finding:
+        """Return a sentence with the verdict on which it stands; less time is better."""
+        return Finding(
+            sentence=sentence,
+            holds=self.holds,
+            verdict=self.verdict,
+            effect=-self.share,
+            low=-self.high,
+            high=-self.low,
+        )
 
     @staticmethod
     def of(saved: Contrast) -> "Overhead":
