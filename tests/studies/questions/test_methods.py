@@ -228,7 +228,7 @@ def test_noisy_times_prove_no_sameness() -> None:
 @pytest.mark.parametrize(
     ("verdicts", "key"),
     [
-        ([], "answer.unmeasured"),
+        ([], "answer.not_measured"),
         (["worse", "worse"], "claim.holds"),
         (["worse", "undecided"], "claim.undecided"),
         (["worse", "undecided", "equivalent"], "claim.fails"),
@@ -262,11 +262,11 @@ def test_nothing_measured_and_nothing_timed_are_said() -> None:
     assert len(alone.tables) == 1
     assert len(alone.findings) == len(WAYS)
     untimed = methods.conclude(TRAINED, GROUND)
-    assert untimed.blanks[0][1].values["latency"].key == "answer.unmeasured"
-    assert published(untimed)[:5] == [(name, "answer.unmeasured") for name in PASSES]
+    assert untimed.blanks[0][1].values["latency"].key == "answer.not_measured"
+    assert published(untimed)[:5] == [(name, "answer.not_measured") for name in PASSES]
     assert_it_renders(untimed, "methods")
     one = methods.conclude(arm("lora r=8", GOOD, None, rank=8)[:1], QUICK)
-    assert one.blanks[1][1].key == "answer.unmeasured"
+    assert one.blanks[1][1].key == "answer.not_measured"
 
 
 def test_passes_are_those_of_the_variants() -> None:

@@ -15,15 +15,12 @@ from torch import Tensor, nn
 from loralab.errors import LoralabError
 from loralab.models.load import Base
 from loralab.studies.budgets import Fields, attached, put_on
-from loralab.studies.statistics import median_interval
 from loralab.studies.study import Cell, Record
-from loralab.studies.timing import LEAST, Overhead, affordable, growth, overhead, quickest, trials
+from loralab.studies.timing import affordable, quickest, trials
 from loralab.studies.trained import Tell, rows_of
 from loralab.tasks.forward import accepted, run
 from loralab.tasks.score import context_length
 from loralab.training.preflight import load_base
-
-__all__ = ["LEAST", "Overhead", "growth", "median_interval", "overhead"]  # TRANSITION: they moved to timing, statistics
 
 MEASURE_PASSES = "loralab.studies.measures.passes:measure"
 SHAPES = ((1, 128), (4, 256), (8, 512))  # batch, length

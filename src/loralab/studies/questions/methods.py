@@ -220,7 +220,7 @@ def _source_rows(found: Comparison, times: Latencies) -> list[tuple[Message | st
     rows: list[tuple[Message | str, Message]] = []
     for family in SOURCE:
         members = {name: found.arms[name] for name in _in_family(found, family)}
-        row = Message("answer.unmeasured")
+        row = Message("answer.not_measured")
         if members:
             name = best_arm(members, found.metric)
             row = Message("methods.row", arm=name, metric=found.metric.text, **_facts(found, times, name))

@@ -87,7 +87,7 @@ def in_short(times: Latencies, variant: str) -> Message:
         middle = float(np.median(times.times[way][times.shapes[0]]))
         time = Message("methods.time", seconds=middle, share=None if over is None else over.share)
         parts.append(Message(f"methods.time_{way[1]}", time=time) if (variant, MERGED) in times.times else time)
-    return clauses(parts) if parts else Message("answer.unmeasured")
+    return clauses(parts) if parts else Message("answer.not_measured")
 
 
 def added(times: Latencies) -> Message | None:
@@ -161,7 +161,3 @@ def _finding(way: Message | str, shape: Shape, over: Overhead) -> Finding:
     return Finding(
         sentence=sentence, holds=over.holds, verdict=over.verdict, effect=-over.share, low=-over.high, high=-over.low
     )
-
-
-def percent(share: float) -> str:  # TRANSITION: readings/inference_*.py
-    return f"{100 * share:+.1f} %"

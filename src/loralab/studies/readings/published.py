@@ -63,6 +63,6 @@ def _scores(found: Comparison, lora: str | None, rivals: Sequence[str]) -> list[
 def holds_here(verdicts: Sequence[str], expected: Collection[str]) -> Message:
     """Tell whether all verdicts are among those that a published claim expects."""
     if not verdicts:
-        return Message("answer.unmeasured")
+        return Message("answer.not_measured")
     others = set(verdicts) - set(expected)
     return Message("claim.holds" if not others else "claim.undecided" if others == {"undecided"} else "claim.fails")
