@@ -11,15 +11,16 @@ from loralab.studies.compare import Comparison, compare_arms
 from loralab.studies.evidence import mean_of, means_of, score_column
 from loralab.studies.measures.shrinking import MEASURE_BUDGET
 from loralab.studies.measures.watch import mean_of_steps
-from loralab.studies.message import Chart, Column, Message, Table, clauses, sentences
+from loralab.studies.message import Column, Message, Table, clauses, sentences
 from loralab.studies.ranking import Arms, parameters
 from loralab.studies.readings.final_ranks import (
     agreement,
+    budget_chart,
     by_layer,
     by_module,
     is_adaptive,
     met_target,
-    place_of,
+    ranks_chart,
     ranks_of,
 )
 from loralab.studies.study import Answer, Arm, Finding, Ground, Record, nothing_measured
@@ -78,7 +79,7 @@ def conclude(records: Sequence[Record], ground: Ground) -> Answer:
         findings=list(claims.values()),
         blanks=[(WHERE, _where(first, moved[first])), (CHALLENGES, _challenges(first, rivals, found.arms))],
         tables=[_budget_table(found, rivals), *found.answer().tables],
-        figures=[_over_time(moved), *_heat(first, moved[first])],
+        figures=[budget_chart(moved), *ranks_chart(first, moved[first])],
         advice=_advice(claims.get(first), moved[first][0].arm.fields),
     )
 
@@ -161,41 +162,6 @@ def _uniform_sum(name: str, rivals: Mapping[str, str], trained: Arms) -> float:
     if adaptive is None:
         return math.nan
     return mean_of(trained[adaptive], "modules") * float(trained[name][0].arm.fields["rank"])
-
-
-def _over_time(moved: Arms) -> Chart:
-    """Return triplets left after every step, as counted; the schedule only where it is not the same."""
-    lines: list[tuple[Message | str, list[float]]] = []
-    for name, runs in moved.items():
-        left, planned = (_curve(runs, series) for series in ("budget", "schedule"))
-        lines += (
-            [(name, left)] if left == planned else [(name, left), (Message("adaptive.schedule", arm=name), planned)]
-        )
-    rows = [{"arm": line, "x": i + 1, "y": ranks} for line, curve in lines for i, ranks in enumerate(curve)]
-    targets = {mean_of(runs, "ranks_target") for runs in moved.values()}
-    options = {"chance": targets.pop() if len(targets) == 1 else None}
-    title, axes = Message("adaptive.budget_chart"), (Message("axis.step"), Message("adaptive.sum_of_ranks"))
-    return Chart("lines", "adaptive-budget", title, rows, *axes, Message("column.arm"), options)
-
-
-def _curve(runs: Sequence[Record], series: str) -> list[float]:
-    return mean_of_steps([run.series[series] for run in runs if run.series.get(series)])
-
-
-def _heat(name: str, runs: Sequence[Record]) -> list[Chart]:
-    """Return the final rank of every module, layer against module."""
-    ranks = ranks_of(runs)
-    places = {path: place_of(path) for path in ranks}
-    rows = [
-        {"x": "–" if layer is None else str(layer), "y": module, "value": ranks[path]}
-        for path, (layer, module) in places.items()
-    ]
-    options = {
-        "digits": ".0f" if len(runs) == 1 else ".1f",
-        "height": max(120, 36 * len({module for _, module in places.values()})),
-    }
-    title, axes = Message("adaptive.ranks_chart", arm=name), (Message("column.layer"), Message("adaptive.module"))
-    return [Chart("heat", "adaptive-ranks", title, rows, *axes, Message("column.rank"), options)] if rows else []
 
 
 def _advice(claim: Finding | None, fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,9 +10,18 @@ from loralab.models.load import Base
 from loralab.studies.compare import Comparison, compare_arms
 from loralab.studies.evidence import claim, means_of
 from loralab.studies.measures.step_zero import MEASURE_START
-from loralab.studies.message import Chart, Column, Message, Table, sentences
+from loralab.studies.message import Column, Message, Table, sentences
 from loralab.studies.ranking import FLOOR
-from loralab.studies.readings.starts import LOSS, Start, first_losses, starts_of
+from loralab.studies.readings.starts import (
+    LOSS,
+    MOVED,
+    Start,
+    first_losses,
+    gradient_chart,
+    loss_chart,
+    starts_of,
+    step_zero_chart,
+)
 from loralab.studies.study import Answer, Arm, Finding, Ground, Record, nothing_measured
 from loralab.values import check_choice
 
@@ -58,7 +67,7 @@ def conclude(records: Sequence[Record], ground: Ground) -> Answer:
         "sentence": _sentence(starts, finals.get(KAIMING)),
         "findings": [*_damage(starts), *finals.values()],
         "blanks": list(zip(LABELS, _blanks(starts, found, finals.get(KAIMING)), strict=True)),
-        "figures": [*_loss_chart(losses), _step_zero_chart(starts), *_gradient_chart(starts)],
+        "figures": [*loss_chart(losses), step_zero_chart(starts), *gradient_chart(starts)],
     }
     table = _start_table(starts, losses)
     if found is None:
@@ -155,9 +164,6 @@ def _knowledge(starts: Mapping[str, Start]) -> Message:
     return sentences(known, Message("init.pissa") if PISSA in keep else None)
 
 
-MOVED = ("start_logits", "start_features")
-
-
 def _start_table(starts: Mapping[str, Start], losses: Mapping[str, Sequence[float]]) -> Table:
     """Return step 0 and the first steps of every start."""
     means = (
@@ -176,33 +182,3 @@ def _start_table(starts: Mapping[str, Start], losses: Mapping[str, Sequence[floa
         own_losses = {"first_loss": curve[0], "first_losses": float(np.mean(curve))} if curve else {}
         rows.append({"start": name, **means_of(start.runs, [c.name for c in means]), **firsts, **own_losses})
     return Table(title=Message("table.step_zero"), columns=(Column("start"), *means, *steps), rows=rows)
-
-
-def _loss_chart(losses: Mapping[str, Sequence[float]]) -> list[Chart]:
-    rows = [{"arm": name, "x": i + 1, "y": loss} for name, curve in losses.items() for i, loss in enumerate(curve)]
-    title, axes = Message("init.losses_chart"), (Message("axis.step"), Message("column.train_loss"))
-    return [Chart("lines", "init-first-losses", title, rows, *axes, Message("column.start"))] if rows else []
-
-
-def _step_zero_chart(starts: Mapping[str, Start]) -> Chart:
-    rows = [
-        {"arm": name, "group": Message(f"init.{number}"), "value": start.mean(number)}
-        for name, start in starts.items()
-        for number in MOVED
-    ]
-    title, axes = Message("init.step_zero_chart"), (Message("column.start"), Message("init.share"))
-    return Chart("bars", "init-step-0", title, rows, *axes, Message("init.of"), {"percent": True})
-
-
-def _gradient_chart(starts: Mapping[str, Start]) -> list[Chart]:
-    """Return the gradients of A and B; a logarithm has no place for the zero that A's begins with."""
-    rows = [
-        {"arm": f"{name}: {part}", "x": i + 1, "y": length}
-        for name, start in starts.items()
-        for part in ("A", "B")
-        for i, length in enumerate(start.gradients(part))
-        if length > 0
-    ]
-    title, axes = Message("init.gradients_chart"), (Message("axis.step"), Message("init.length"))
-    options = {"log_y": True}
-    return [Chart("lines", "init-gradients", title, rows, *axes, Message("column.start"), options)] if rows else []

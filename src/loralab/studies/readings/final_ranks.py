@@ -1,4 +1,4 @@
-"""Ranks that AdaLoRA ended with, read from records: where they went, whether seeds agree."""
+"""Ranks of AdaLoRA read from records: over time, where they went, whether seeds agree."""
 
 import itertools
 import re
@@ -6,6 +6,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from loralab.studies.evidence import mean_of
+from loralab.studies.measures.watch import mean_of_steps
+from loralab.studies.message import Chart, Message
+from loralab.studies.ranking import Arms
 from loralab.studies.study import Record
 
 
@@ -63,3 +67,38 @@ def agreement(runs: Sequence[Record]) -> float | None:
         if np.ptp(first) and np.ptp(second)
     ]
     return float(np.mean(pairs)) if pairs else None
+
+
+def budget_chart(moved: Arms) -> Chart:
+    """Return triplets left after every step, as counted; the schedule only where it is not the same."""
+    lines: list[tuple[Message | str, list[float]]] = []
+    for name, runs in moved.items():
+        left, planned = (_curve(runs, series) for series in ("budget", "schedule"))
+        lines += (
+            [(name, left)] if left == planned else [(name, left), (Message("adaptive.schedule", arm=name), planned)]
+        )
+    rows = [{"arm": line, "x": i + 1, "y": ranks} for line, curve in lines for i, ranks in enumerate(curve)]
+    targets = {mean_of(runs, "ranks_target") for runs in moved.values()}
+    options = {"chance": targets.pop() if len(targets) == 1 else None}
+    title, axes = Message("adaptive.budget_chart"), (Message("axis.step"), Message("adaptive.sum_of_ranks"))
+    return Chart("lines", "adaptive-budget", title, rows, *axes, Message("column.arm"), options)
+
+
+def _curve(runs: Sequence[Record], series: str) -> list[float]:
+    return mean_of_steps([run.series[series] for run in runs if run.series.get(series)])
+
+
+def ranks_chart(name: str, runs: Sequence[Record]) -> list[Chart]:
+    """Return the final rank of every module, layer against module."""
+    ranks = ranks_of(runs)
+    places = {path: place_of(path) for path in ranks}
+    rows = [
+        {"x": "–" if layer is None else str(layer), "y": module, "value": ranks[path]}
+        for path, (layer, module) in places.items()
+    ]
+    options = {
+        "digits": ".0f" if len(runs) == 1 else ".1f",
+        "height": max(120, 36 * len({module for _, module in places.values()})),
+    }
+    title, axes = Message("adaptive.ranks_chart", arm=name), (Message("column.layer"), Message("adaptive.module"))
+    return [Chart("heat", "adaptive-ranks", title, rows, *axes, Message("column.rank"), options)] if rows else []

@@ -8,12 +8,14 @@ import numpy as np
 from loralab.studies.contrast import Contrast
 from loralab.studies.evidence import SEED, Metric, mean_of
 from loralab.studies.measures.watch import mean_of_steps
+from loralab.studies.message import Chart, Message
 from loralab.studies.statistics import difference
 from loralab.studies.study import DIVERGED, Record
 
 FIRST_STEPS = 50  # losses that the source asks for
 ROUNDING = 1e-4  # of the logits: less is fp32's rounding
 LOSS = Metric(name="loss")
+MOVED = ("start_logits", "start_features")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,3 +85,35 @@ def first_losses(starts: Mapping[str, Start]) -> dict[str, list[float]]:
     curves = {name: losses for name, start in starts.items() if (losses := start.losses)}
     length = min(map(len, curves.values()), default=0)
     return {name: curve[:length] for name, curve in curves.items()}
+
+
+def loss_chart(losses: Mapping[str, Sequence[float]]) -> list[Chart]:
+    """Return the first training losses of every start."""
+    rows = [{"arm": name, "x": i + 1, "y": loss} for name, curve in losses.items() for i, loss in enumerate(curve)]
+    title, axes = Message("init.losses_chart"), (Message("axis.step"), Message("column.train_loss"))
+    return [Chart("lines", "init-first-losses", title, rows, *axes, Message("column.start"))] if rows else []
+
+
+def step_zero_chart(starts: Mapping[str, Start]) -> Chart:
+    """Return how far every start moves the logits and the hidden states."""
+    rows = [
+        {"arm": name, "group": Message(f"init.{number}"), "value": start.mean(number)}
+        for name, start in starts.items()
+        for number in MOVED
+    ]
+    title, axes = Message("init.step_zero_chart"), (Message("column.start"), Message("init.share"))
+    return Chart("bars", "init-step-0", title, rows, *axes, Message("init.of"), {"percent": True})
+
+
+def gradient_chart(starts: Mapping[str, Start]) -> list[Chart]:
+    """Return the gradients of A and B; a logarithm has no place for the zero that A's begins with."""
+    rows = [
+        {"arm": f"{name}: {part}", "x": i + 1, "y": length}
+        for name, start in starts.items()
+        for part in ("A", "B")
+        for i, length in enumerate(start.gradients(part))
+        if length > 0
+    ]
+    title, axes = Message("init.gradients_chart"), (Message("axis.step"), Message("init.length"))
+    options = {"log_y": True}
+    return [Chart("lines", "init-gradients", title, rows, *axes, Message("column.start"), options)] if rows else []
