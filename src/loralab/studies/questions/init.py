@@ -167,7 +167,7 @@ def _knowledge(starts: Mapping[str, Start]) -> Message:
 def _start_table(starts: Mapping[str, Start], losses: Mapping[str, Sequence[float]]) -> Table:
     """Return step 0 and the first steps of every start."""
     means = (
-        *(Column(name, ".2%") for name in MOVED),
+        *(Column(name, "fine percent") for name in MOVED),
         Column("start_kl", ".2g"),
         *(Column(name, "plain") for name in ("base_loss", "start_loss")),
     )

@@ -33,7 +33,7 @@ def arms(ground: Ground, base: Base) -> list[Arm]:
     if base.kind != "image-classification":
         raise ConfigError(
             f"the study vision needs a vision model and pictures, {base.name} is {base.kind}; "
-            "take --model dinov2-s --data fashion-mnist, or a folder of pictures by class",
+            "take --model dinov2-s --data digits, or a folder of pictures by class",
             code="no_pictures",
             field="model",
         )
