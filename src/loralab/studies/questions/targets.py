@@ -148,7 +148,7 @@ def _findings(found: Comparison, by_rank: Arms, by_size: Arms) -> list[Finding]:
 
 
 def _blanks(found: Comparison) -> list[tuple[Message, Message]]:
-    """Fill in the smallest that learns, the recommended one, and the highest mean."""
+    """Fill in the smallest that learns, the recommended one, and the best mean."""
     ranking, none = found.ranking, Message("targets.none_learns")
     able = [n for n in ranking.names if FLOOR not in ranking.means or ranking.contrast(n, FLOOR).verdict == "better"]
     ceiling = _described(leader(ranking), found)
