@@ -69,26 +69,26 @@ def _sizes(ground: Ground) -> list[int]:
 
 def conclude(records: Sequence[Record], ground: Ground) -> Answer:
     """Return the spectrum, d90 and the overlaps, each only as far as it was measured."""
-    every, metric = by_arm(records), metric_of(records, ground)
-    spectra, pairs, dimension = spectra_of(records, FULL), pairs_of(records, PAIRS), dimension_of(records, FULL)
-    if not every and not spectra and not pairs:
+    scored, metric = by_arm(records), metric_of(records, ground)
+    spectra, pairs, subspaces = spectra_of(records, FULL), pairs_of(records, PAIRS), dimension_of(records, FULL)
+    if not scored and not spectra and not pairs:
         return replace(nothing_measured(ground), blanks=[(label, MISSING) for label in LABELS])
     few, shared = [*map(_spectrum, spectra)], [*chain(*map(_shared, pairs))]
-    d90 = [*chain(*(_d90(own, metric) for own in dimension))]
-    order, against_full = [*chain(*map(_order, pairs))], _against_full(every, metric)
+    d90 = [*chain(*(_d90(dimension, metric) for dimension in subspaces))]
+    order, against_full = [*chain(*map(_order, pairs))], _against_full(scored, metric)
     parts = [*(found.sentence for found in (*few, *d90)), *(_overlap(shared) for _ in pairs)]
-    changed = [Message("lowrank.size", relative=own.middle("relative")) for own in spectra]
-    changed += [*(found.sentence for found in few), *(_amplified(own, order) for own in pairs)]
+    changed = [Message("lowrank.size", relative=update.middle("relative")) for update in spectra]
+    changed += [*(found.sentence for found in few), *(_amplified(pair, order) for pair in pairs)]
     meaning = [Message("lowrank.meaning"), *([found.sentence for found in d90] or [MISSING])]
-    blanks = (_known(every, metric, against_full), sentences(*(changed or [MISSING])), sentences(*meaning))
-    subspaces = [_dimension_table(own.rows(metric), metric) for own in dimension]
-    scores = [scores_table(every, metric)] if every else []
-    curves = [_curve_chart(own, metric) for own in dimension]
+    blanks = (_known(scored, metric, against_full), sentences(*(changed or [MISSING])), sentences(*meaning))
+    dimensions = [_dimension_table(dimension.rows(metric), metric) for dimension in subspaces]
+    scores = [scores_table(scored, metric)] if scored else []
+    curves = [_curve_chart(dimension, metric) for dimension in subspaces]
     return Answer(
         sentence=sentences(*parts) if parts else Message("lowrank.neither"),
         findings=[*few, *d90, *shared, *order, *against_full],
         blanks=list(zip(LABELS, blanks, strict=True)),
-        tables=[*map(_modules_table, spectra), *subspaces, *map(_order_table, pairs), *scores],
+        tables=[*map(_modules_table, spectra), *dimensions, *map(_order_table, pairs), *scores],
         figures=[*chain(*map(_spectrum_charts, spectra)), *curves, *chain(*map(_phi_charts, pairs))],
         method=Message("lowrank.how", **METHOD),
         next=Message("lowrank.between" if any(found.effect is not None for found in d90) else "lowrank.longer"),
@@ -166,21 +166,21 @@ def _amplified(pairs: Pairs, order: Sequence[Finding]) -> Message:
     return Message(f"lowrank.order_{whole}", factors=said, held=held, of=len(order))
 
 
-def _against_full(every: Arms, metric: Metric) -> list[Finding]:
+def _against_full(scored: Arms, metric: Metric) -> list[Finding]:
     """Compare full fine-tuning with the base, and the head alone with full fine-tuning."""
-    if FULL not in every:
+    if FULL not in scored:
         return []
-    found = ranked({FULL: every[FULL]}, metric, {name: every.get(name, ()) for name in (BASE, HEAD)})
+    found = ranked({FULL: scored[FULL]}, metric, {name: scored.get(name, ()) for name in (BASE, HEAD)})
     pairs = ((FULL, BASE), (HEAD, FULL))
     return [claim(found.contrast(a, b), metric) for a, b in pairs if {a, b} <= found.means.keys()]
 
 
-def _known(every: Arms, metric: Metric, against_full: Sequence[Finding]) -> Message:
+def _known(scored: Arms, metric: Metric, against_full: Sequence[Finding]) -> Message:
     """Fill in what frozen features, or the untrained model, score beside training everything."""
-    head = HEAD if HEAD in every else BASE
-    if not {head, FULL} <= every.keys():
+    head = HEAD if HEAD in scored else BASE
+    if not {head, FULL} <= scored.keys():
         return MISSING
-    frozen, full = (metric.value(mean_of(every[name], "score")) for name in (head, FULL))
+    frozen, full = (metric.value(mean_of(scored[name], "score")) for name in (head, FULL))
     known = Message("lowrank.known_head" if head == HEAD else "lowrank.known_base", frozen=frozen, full=full)
     return sentences(known, against_full[-1].sentence)
 
