@@ -15,15 +15,12 @@ from torch import Tensor, nn
 from loralab.errors import LoralabError
 from loralab.models.load import Base
 from loralab.studies.budgets import Fields, attached, put_on
-from loralab.studies.statistics import median_interval
 from loralab.studies.study import Cell, Record
-from loralab.studies.timing import LEAST, Overhead, affordable, growth, overhead, quickest, trials
+from loralab.studies.timing import affordable, quickest, trials
 from loralab.studies.trained import Tell, rows_of
 from loralab.tasks.forward import accepted, run
 from loralab.tasks.score import context_length
 from loralab.training.preflight import load_base
-
-__all__ = ["LEAST", "Overhead", "growth", "median_interval", "overhead"]  # TRANSITION: they moved to timing, statistics
 
 MEASURE_PASSES = "loralab.studies.measures.passes:measure"
 SHAPES = ((1, 128), (4, 256), (8, 512))  # batch, length
@@ -59,7 +56,7 @@ def measure(cell: Cell, folder: Path, tell: Tell) -> Record:
 
 
 def ways_of(base: Base, variants: Mapping[str, Fields]) -> tuple[list[Way], list[dict[str, str]]]:
-    """All that is timed: the base, each variant, and merged too where it can be."""
+    """Return all that is timed: the base, each variant, and merged too where it can be."""
     ways: list[Way] = [(PLAIN, PLAIN)]
     refused = []
     for name, fields in variants.items():
@@ -73,7 +70,7 @@ def ways_of(base: Base, variants: Mapping[str, Fields]) -> tuple[list[Way], list
 
 
 def shapes_of(base: Base, prefix: int) -> list[Shape]:
-    """SHAPES, no longer than the model can take behind a prefix; of pictures only the batch."""
+    """Return SHAPES, no longer than the model can take behind a prefix; of pictures only the batch."""
     if base.kind == "image-classification":
         return [(batch, 1) for batch, _ in SHAPES]
     room = context_length(base.model) - prefix
@@ -90,7 +87,7 @@ def interleaved(
     seconds: float,
     most: int,
 ) -> Times:
-    """Times of each way and shape, one for each trial: at least LEAST, at most `most` trials.
+    """Return times of each way and shape, one for each trial: at least LEAST, at most `most` trials.
 
     Shapes for which the seconds would not do, judged by one pass of the base, are left out; the
     first one never is.
@@ -114,7 +111,7 @@ def interleaved(
 
 @contextmanager
 def variant(base: Base, variants: Mapping[str, Fields], way: Way) -> Iterator[None]:
-    """The model in one of the ways, for a while; merged is without the adapter's modules."""
+    """Put the model in one of the ways, for a while; merged is without the adapter's modules."""
     name, state = way
     if state == PLAIN:
         yield
@@ -129,7 +126,7 @@ def variant(base: Base, variants: Mapping[str, Fields], way: Way) -> Iterator[No
 
 @contextmanager
 def _restored(model: nn.Module) -> Iterator[None]:
-    """Puts every module and every weight back where it was; none of them may be written to."""
+    """Put every module and every weight back where it was; none of them may be written to."""
     children = [(m, name, child) for m in model.modules() for name, child in m.named_children()]
     weights = [(m, name, p) for m in model.modules() for name, p in m._parameters.items()]
     try:
@@ -142,7 +139,7 @@ def _restored(model: nn.Module) -> Iterator[None]:
 
 
 def one_pass(base: Base, batch: Mapping[str, Tensor], repeats: int, warm: int) -> float:
-    """Seconds of one forward pass, the quickest of some, after some that are not timed.
+    """Return the seconds of one forward pass, the quickest of some, after some that are not timed.
 
     Of a language model only the last logits are made, as for the next token.
     """
@@ -151,7 +148,7 @@ def one_pass(base: Base, batch: Mapping[str, Tensor], repeats: int, warm: int) -
 
 
 def batch_of(base: Base, shape: Shape) -> dict[str, Tensor]:
-    """Drawn tokens without padding, or a drawn picture."""
+    """Return drawn tokens without padding, or a drawn picture."""
     draw, device = torch.Generator().manual_seed(0), next(base.model.parameters()).device
     if base.kind == "image-classification":
         side = base.tokenizer.size

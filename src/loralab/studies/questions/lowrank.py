@@ -192,7 +192,7 @@ def _modules_table(spectra: Spectra) -> Table:
     for kind, own in spectra.kinds.items():
         beside = {key: (spectra.middle(key, kind), spectra.middle(f"random_{key}", kind)) for key in ranks}
         said = {key: Message("lowrank.beside", value=v, chance=chance) for key, (v, chance) in beside.items()}
-        shape = " x ".join(map(str, own[0]["shape"]))
+        shape = " × ".join(map(str, own[0]["shape"]))
         rows.append({"kind": kind, "shape": shape, "relative_update": spectra.middle("relative", kind), **said})
     columns = (Column("kind"), Column("shape"), Column("relative_update", "fine percent"))
     names = (Column("rank90"), Column("effective"), Column("stable"))
@@ -212,7 +212,7 @@ def _dimension_table(rows: Sequence[Mapping[str, Any]], metric: Metric) -> Table
 def _order_table(pairs: Pairs) -> Table:
     """Return table 7 of the paper: what W has in the directions of the update, of chance, of itself."""
     keys = ("update", "chance", "inside", "own", "weight", "factor")
-    rows = [{"rank": f"r={rank}", **{key: pairs.middle(rank, key) for key in keys}} for rank in (SMALL, LARGE)]
+    rows = [{"rank": rank, **{key: pairs.middle(rank, key) for key in keys}} for rank in (SMALL, LARGE)]
     numbers = [Column(key, ".2f", Message(f"lowrank.{key}_column")) for key in keys]
     return Table(title=Message("lowrank.order_table"), columns=[Column("rank"), *numbers], rows=rows)
 
