@@ -151,7 +151,7 @@ def test_d90_is_where_it_was_planted() -> None:
 def test_an_interval_that_says_nothing_is_not_said_as_one(kind: str, value: float, low: float, high: float) -> None:
     reached = Reached(tried=(10, 100, 1000), value=value, low=low, high=high)
     assert reached.kind == kind
-    finding = lowrank._reached("DID", reached, 5000)
+    finding = lowrank.d90_finding("DID", reached, 5000)
     assert finding.sentence.key == f"lowrank.d90_{kind}"
     assert finding.holds == math.isfinite(high)
     assert (finding.effect is None) == (kind not in ("found", "at_most"))

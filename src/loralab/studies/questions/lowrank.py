@@ -104,14 +104,15 @@ def _spectrum(spectra: Spectra) -> Finding:
 
 
 def _d90(dimension: Dimension, metric: Metric) -> list[Finding]:
-    """Say d90 of each variant, or that there is none; it holds where its whole interval was reached."""
+    """Say d90 of each variant, or that there is none."""
     reached = dimension.d90(metric)
     if not reached:
         return [] if reached is None else [Finding(sentence=Message("lowrank.no_gain"), holds=False)]
-    return [_reached(variant.upper(), d90, dimension.large) for variant, d90 in reached.items()]
+    return [d90_finding(variant.upper(), d90, dimension.large) for variant, d90 in reached.items()]
 
 
-def _reached(variant: str, d90: Reached, large: int) -> Finding:
+def d90_finding(variant: str, d90: Reached, large: int) -> Finding:
+    """Say d90 of a variant of D = large weights; it holds where its whole interval was reached."""
     largest, has_end, is_known = d90.tried[-1], math.isfinite(d90.high), d90.kind in ("found", "at_most")
     ends = Message("lowrank.ends" if has_end else "lowrank.no_end", low=d90.low, high=d90.high, largest=largest)
     values = {"variant": variant, "large": large}
