@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import tiny
 import torch
 from PIL import Image
-from studies.conftest import Here, ground_of
+from studies.conftest import Here, ground_of, planted
 from torch.nn import functional as F
 from transformers import Dinov2Config, Dinov2Model
 
@@ -21,8 +22,10 @@ from loralab.errors import ConfigError, InputError, ModelError
 from loralab.models.load import Base, load
 from loralab.studies import store
 from loralab.studies.catalog import ground
+from loralab.studies.evidence import Metric, forgetting_of, scores_table
 from loralab.studies.measures import forgetting
-from loralab.studies.measures.forgetting import before_and_after, digest_of, general_task, mean_of, measured
+from loralab.studies.measures.forgetting import before_and_after, digest_of, general_task, measured
+from loralab.studies.message import Message
 from loralab.studies.prepare import prepare
 from loralab.studies.study import Arm, Cell, Record, StudyOptions
 from loralab.studies.trained import MEASURE
@@ -257,7 +260,10 @@ def test_a_record_holds_both_numbers_or_says_why_not(
     cell = Cell(measure=MEASURE, ground=own, arm=arm, seed=0)
     record = measure_cell(cell, tmp_path / "one", lambda event: None)
     assert record.texts["general_kind"] == "accuracy"
-    assert mean_of([record]) == (record.numbers["general_before"], record.numbers["general_after"], "accuracy")
+    said = forgetting_of([record])
+    assert said is not None
+    assert said.key == "forgetting.accuracy"
+    assert said.values["after"] == record.numbers["general_after"]
     for names in ("TEXTS", "TEXT_TASKS"):
         monkeypatch.setattr(forgetting, names, ())
     none = measure_cell(
@@ -266,21 +272,28 @@ def test_a_record_holds_both_numbers_or_says_why_not(
         lambda event: None,
     )
     assert none.texts["forgetting"] and not any(name.startswith("general") for name in none.numbers)
-    assert mean_of([none]) is None and mean_of([none, record]) == mean_of([record])
+    assert forgetting_of([none]) == Message("forgetting.none", reason=none.texts["forgetting"])
+    assert forgetting_of([none, record]) == forgetting_of([record])
     assert none.numbers["score"] == record.numbers["score"]  # off the path of training
 
 
 def test_a_mean_needs_both_numbers() -> None:
     def record(**numbers: float) -> Record:
         named = {f"general_{name}": value for name, value in numbers.items()}
-        return Record(arm=Arm(name="a"), seed=0, numbers=named, texts={"general_kind": "loss"})
+        return Record(arm=Arm(name="a"), seed=0, numbers=named, texts={"general_kind": "loss", "general": "g"})
 
-    assert mean_of([record(before=1.0, after=3.0), record(before=2.0, after=6.0), record(before=9.0)]) == (
-        1.5,
-        4.5,
-        "loss",
-    )
-    assert mean_of([]) is None
+    said = forgetting_of([record(before=1.0, after=3.0), record(before=2.0, after=6.0), record(before=9.0)])
+    assert said == Message("forgetting.loss", before=1.5, after=4.5, general="g")
+    assert forgetting_of([]) is None
+
+
+def test_the_table_of_scores_has_the_column_where_it_was_measured() -> None:
+    plain = planted("r=8", [1.0, 0.0])
+    told = [replace(run, numbers={**run.numbers, "general_before": 1.0, "general_after": 2.0}) for run in plain]
+    told = [replace(run, texts={**run.texts, "general_kind": "loss", "general": "g"}) for run in told]
+    for runs, has in ((plain, False), (told, True)):
+        table = scores_table({"r=8": runs}, Metric(name="accuracy"))
+        assert ("forgetting" in [column.name for column in table.columns]) is has
 
 
 def test_another_general_text_is_another_cell(tmp_path: Path, general_file: Path) -> None:

@@ -6,7 +6,7 @@ the training is over, the base by leaving the adapter out.
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +17,6 @@ from loralab.adapters.several import adapters_of, disabled
 from loralab.errors import ConfigError, LoralabError, ModelError
 from loralab.models.kinds import CAUSAL, CLASSIFIER, VISION
 from loralab.models.load import Base
-from loralab.studies.study import Record
 from loralab.tasks import catalog
 from loralab.tasks.catalog import TASKS, Task
 from loralab.tasks.formats import Row
@@ -52,16 +51,6 @@ def measured(base: Base, own: Task, asked: str = "") -> tuple[dict[str, float], 
         return {}, {"forgetting": str(error)}
     kind = LOSS if base.kind == CAUSAL else ACCURACY
     return {"general_before": before, "general_after": after}, {"general": general.name, "general_kind": kind}
-
-
-def mean_of(records: Sequence[Record]) -> tuple[float, float, str] | None:
-    """Return the means before and after over an arm's records, and LOSS or ACCURACY; None where no record has both."""
-    found = [record for record in records if {"general_before", "general_after"} <= record.numbers.keys()]
-    if not found:
-        return None
-    before = float(np.mean([record.numbers["general_before"] for record in found]))
-    after = float(np.mean([record.numbers["general_after"] for record in found]))
-    return before, after, found[0].texts["general_kind"]
 
 
 def before_and_after(base: Base, general: Task) -> tuple[float, float]:
