@@ -140,7 +140,7 @@ def test_a_warning_stands_in_the_column(engine: FakeEngine, serve: Serve, tmp_pa
 def test_an_error_stands_in_the_column_it_belongs_to(engine: FakeEngine, serve: Serve, tmp_path: Path) -> None:
     submit = engine.submit
 
-    def fails_for_news(prompt: Any, *, adapter: Any, sampling: Any) -> Any:
+    def fails_for_news(prompt: Any, *, adapter: Any, sampling: Any, structure: Any = None) -> Any:
         wrong = adapter is not None and adapter.name == "news"
         engine.fail = "the numbers are no longer finite" if wrong else ""
         return submit(prompt, adapter=adapter, sampling=sampling)
