@@ -220,6 +220,9 @@ class RoutedModule(Wrapper):
 
     def _one_by_one(self, spans: Sequence[Span], inputs: Any, named: Mapping[str, Any]) -> Any:
         """Compute each span by itself; the base runs once where members only change its output."""
+        if any(getattr(member, "flattened", False) for member in self.members.values()):
+            times = len(inputs[0]) // spans[-1].stop  # each row has its positions below each other
+            spans = [span._replace(start=span.start * times, stop=span.stop * times) for span in spans]
         axis, total = _axis([*inputs, *named.values()], spans)
         present = [self.members.get(s.key) for s in spans]
         whole = None
