@@ -305,6 +305,7 @@ def test_a_pickle_is_refused_unread(saved: Path, tmp_path: Path) -> None:
         ("use_dora", True, "does_not_fit"),
         ("bias", "all", "unsupported_option"),
         ("init_lora_weights", "pissa", "changed_base"),
+        ("target_parameters", ["x"], "unsupported_option"),
         ("peft_type", "VERA", "unknown_method"),
         ("trainable_token_indices", [1], "does_not_fit"),
         ("r", 0, "invalid_count"),

@@ -28,7 +28,7 @@ from loralab.adapters.paths import ends_with, selected_by
 from loralab.adapters.peft_fields import PREFIX
 from loralab.adapters.registry import spec_of
 from loralab.adapters.shells import plain_paths
-from loralab.errors import AdapterFileError, join_limited
+from loralab.errors import AdapterFileError, join_limited, nearest
 
 ROLES = {  # what projections of an expert are called -> what they are
     "gate_up_proj": "gate_up",
@@ -65,6 +65,7 @@ def for_model(model: nn.Module, stored: AdapterFolder) -> AdapterFolder:
         AdapterFileError: the layout of experts' tensors cannot be told, or they do not fit.
     """
     modules = _modules(model)
+    _require_known(stored, [f"{module.path}.{name}" for module in modules for name in module.shapes])
     if not modules or not spec_of(stored.config).low_rank:
         return stored
     rest = dict(stored.tensors)
@@ -81,6 +82,18 @@ def for_model(model: nn.Module, stored: AdapterFolder) -> AdapterFolder:
             targets += [f"{module.path}.{name}" for name in pairs]
     config = _targeting(config, stored, rest, targets, [f"{m.path}.{name}" for m in modules for name in m.shapes])
     return replace(stored, tensors={**rest, **found}, config=config)
+
+
+def _require_known(stored: AdapterFolder, every: list[str]) -> None:
+    """peft adapts any parameter, and here those of experts are."""
+    for name in stored.fields.get("target_parameters") or ():
+        if not any(ends_with(path, str(name)) for path in every):
+            raise AdapterFileError(
+                f"{stored.path}: target_parameters {name!r} is no parameter of experts in this model"
+                f"{nearest(str(name), every)}",
+                code="unsupported_option",
+                field="target_parameters",
+            )
 
 
 def _modules(model: nn.Module) -> list[_Module]:
