@@ -34,14 +34,14 @@ def qwen3(**options: Any) -> Any:
     return Qwen3MoeForCausalLM(Qwen3MoeConfig(**{**sizes, "decoder_sparse_step": 1, **options})).eval()
 
 
-def mixtral() -> Any:
-    return MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=EXPERTS)).eval()
+def mixtral(**options: Any) -> Any:
+    return MixtralForCausalLM(MixtralConfig(**{**SIZES, "num_local_experts": EXPERTS, **options})).eval()
 
 
-def gpt_oss() -> Any:
+def gpt_oss(**options: Any) -> Any:
     """Transposed, with biases, gate and up row by row."""
-    config = GptOssConfig(**SIZES, num_local_experts=EXPERTS, num_experts_per_tok=2, head_dim=8)
-    return GptOssForCausalLM(config).eval()
+    sizes = {**SIZES, "num_local_experts": EXPERTS, "num_experts_per_tok": 2, "head_dim": 8}
+    return GptOssForCausalLM(GptOssConfig(**{**sizes, **options})).eval()
 
 
 def olmoe() -> Any:
@@ -52,12 +52,12 @@ def granite() -> Any:
     return GraniteMoeForCausalLM(GraniteMoeConfig(**SIZES, num_local_experts=EXPERTS, num_experts_per_tok=2)).eval()
 
 
-def deepseek() -> Any:
+def deepseek(**options: Any) -> Any:
     """With an expert that every token passes, of ordinary layers."""
     attention = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
     routing = {"n_routed_experts": EXPERTS, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
     sizes = {**SIZES, "num_key_value_heads": 4, "moe_intermediate_size": 12, "first_k_dense_replace": 0}
-    return DeepseekV3ForCausalLM(DeepseekV3Config(**sizes, **attention, **routing)).eval()
+    return DeepseekV3ForCausalLM(DeepseekV3Config(**{**sizes, **attention, **routing, **options})).eval()
 
 
 KINDS = {

@@ -27,7 +27,7 @@ from loralab.adapters.peft_fields import refuse_unknown, selecting_fields, targe
 from loralab.adapters.shells import plain_paths
 from loralab.adapters.targets import target_names
 from loralab.adapters.wrapper import Wrapper
-from loralab.errors import AdapterFileError, ConfigError, TargetError
+from loralab.errors import AdapterFileError, ConfigError, TargetError, format_value
 
 STARTS_THAT_KEEP_THE_BASE = (True, False, None, "gaussian", "orthogonal", "eva")
 Actual = tuple[int, float]  # rank and factor of a saved update
@@ -242,7 +242,14 @@ def _target_parameters(experts: Mapping[str, ExpertsWithLoRA], paths: Iterable[s
 
 def _targeted(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of `Method`; experts' parameters are targets among others here."""
-    found, parameters = targeted(fields), tuple(fields.get("target_parameters") or ())
+    found, given = targeted(fields), fields.get("target_parameters") or ()
+    if not isinstance(given, list | tuple) or not all(isinstance(name, str) and name for name in given):
+        raise AdapterFileError(
+            f"target_parameters must be a list of names, got {format_value(given)}",
+            code="invalid_value",
+            field="target_parameters",
+        )
+    parameters = tuple(given)
     if not parameters:
         return found
     targets = found["target_modules"] or ()

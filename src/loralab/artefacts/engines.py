@@ -21,10 +21,10 @@ from loralab.adapters.experts import adaptable_experts
 from loralab.adapters.folder import AdapterFolder
 from loralab.adapters.linear import LinearWithLoRA
 from loralab.adapters.multihead import MultiheadAttentionWithLoRA
+from loralab.adapters.per_expert import stacked_keys
 from loralab.adapters.registry import spec_of, spec_of_file
 from loralab.artefacts.gguf_adapter import FAMILIES
 from loralab.artefacts.loaded_adapter import load_with_base
-from loralab.artefacts.per_expert import stacked_keys
 from loralab.artefacts.updates import ENDINGS, Update, is_uniform, updates
 from loralab.errors import ConfigError, ModelError, join_limited, nearest
 from loralab.models import load as models

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from loralab.adapters.folder import AdapterFolder
 from loralab.adapters.peft_fields import PREFIX
+from loralab.adapters.per_expert import split, stacked_keys
 from loralab.adapters.registry import spec_of
-from loralab.artefacts.per_expert import split, stacked_keys
 from loralab.errors import AdapterFileError
 
 ENDINGS = {".lora_A.weight": ".lora_B.weight", ".lora_embedding_A": ".lora_embedding_B"}

@@ -12,6 +12,7 @@ from loralab.adapters.folder import AdapterFolder
 from loralab.adapters.lora import for_parameter
 from loralab.adapters.methods import LoRA
 from loralab.adapters.peft_fields import PREFIX
+from loralab.errors import AdapterFileError
 
 
 def stacked_keys(stored: AdapterFolder) -> dict[str, tuple[str, str]]:
@@ -25,17 +26,28 @@ def stacked_keys(stored: AdapterFolder) -> dict[str, tuple[str, str]]:
             path, _, end = key.removeprefix(PREFIX).rpartition(f".{leaf}.")
             match = NESTED.fullmatch(end)
             if path and match is not None and match[2] == "A":
-                depth = match[1].count("base_layer.")
-                found[key] = (f"{path}.{leaf}", names[len(names) - 1 - depth])
+                number = len(names) - 1 - match[1].count("base_layer.")
+                found[key] = (f"{path}.{leaf}", names[max(number, 0)])
     return found
 
 
 def split(stored: AdapterFolder) -> Iterator[tuple[str, Tensor, Tensor, float]]:
-    """Yield path, A (R, I), B (O, R) and factor of each expert and projection; gate and up have the same A."""
+    """Yield path, A (R, I), B (O, R) and factor of each expert and projection; gate and up have the same A.
+
+    Raises:
+        AdapterFileError: an A has no B that fits it, or no whole number of ranks.
+    """
     config: LoRA = stored.config
     for key, (path, name) in stacked_keys(stored).items():
-        A, B = stored.tensors[key], stored.tensors[key.replace("lora_A", "lora_B")]
+        A, B = stored.tensors[key], stored.tensors.get(key.replace("lora_A", "lora_B"))
         own = for_parameter(config, path, name)
+        if B is None or A.ndim != 2 or B.ndim != 2 or B.shape[1] != len(A) or not len(A) or len(A) % own.rank:
+            shapes = f"lora_A {tuple(A.shape)} and {'no lora_B' if B is None else f'lora_B {tuple(B.shape)}'}"
+            raise AdapterFileError(
+                f"{stored.path}: {path}.{name} has {shapes}, which do not fit experts of rank {own.rank}",
+                code="expert_rank",
+                field=f"{path}.{name}",
+            )
         for end, (a, b) in _projections(name, unflattened(A, B, len(A) // own.rank)).items():
             for number in range(len(a)):
                 yield f"{path}.{number}.{end}", a[number], b[number], own.factor
