@@ -14,6 +14,8 @@ from transformers import (
     MixtralForCausalLM,
     OlmoeConfig,
     OlmoeForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
@@ -58,6 +60,13 @@ def deepseek(**options: Any) -> Any:
     routing = {"n_routed_experts": EXPERTS, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
     sizes = {**SIZES, "num_key_value_heads": 4, "moe_intermediate_size": 12, "first_k_dense_replace": 0}
     return DeepseekV3ForCausalLM(DeepseekV3Config(**{**sizes, **attention, **routing, **options})).eval()
+
+
+def qwen2() -> Any:
+    """With an expert that every token passes, which gets the tokens of all rows below each other."""
+    sizes = {**SIZES, "num_experts": EXPERTS, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
+    config = Qwen2MoeConfig(**sizes, shared_expert_intermediate_size=16, decoder_sparse_step=1)
+    return Qwen2MoeForCausalLM(config).eval()
 
 
 KINDS = {

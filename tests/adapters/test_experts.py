@@ -16,7 +16,7 @@ from loralab.adapters.left_out import ROUTER
 from loralab.adapters.methods import LoRA
 from loralab.adapters.routing import routed
 from loralab.adapters.several import disabled
-from loralab.errors import ConfigError, LeftOutWarning, TargetError
+from loralab.errors import AdapterStateError, ConfigError, LeftOutWarning, TargetError
 
 peft = pytest.importorskip("peft")
 IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
@@ -317,3 +317,58 @@ def test_a_grouped_product_is_that_of_each_group(width: int) -> None:
     found = grouped_product(x, stack, ends)
     parts = [x[a:b] @ stack[i] for i, (a, b) in enumerate(zip([0, 2, 2, 7], [2, 2, 7, 9], strict=True))]
     assert close(found, torch.cat(parts))
+
+
+def test_a_shared_expert_gets_the_positions_of_rows_below_each_other() -> None:
+    torch.manual_seed(0)
+    model = moe.qwen2()
+    found = {None: moe.logits(model)}
+    for seed, name in enumerate(("a", "b")):
+        moe.randomised(attach(model, LoRA(rank=2), name=name), seed=seed)
+        found[name] = moe.logits(model)
+    names = ["b", None, "a"]
+    with routed(model, names):
+        mixed = moe.logits(model)
+    for number, name in enumerate(names):
+        assert close(mixed[number], found[name][number])
+
+
+class Listed(nn.Module):
+    """Experts as layers of their own, each for some of the tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.experts[0](x[::2]), self.experts[1](x[1::2])])
+
+
+def test_layers_of_single_experts_cannot_share_a_batch() -> None:
+    model = Listed()
+    attach(model, LoRA(rank=2), name="a")
+    with pytest.raises(AdapterStateError) as caught, routed(model, ["a", None]):
+        model(torch.randn(2, 4))
+    assert (caught.value.code, caught.value.field) == ("cannot_route", "a")
+
+
+def test_experts_that_reorder_tokens_cannot_share_a_batch() -> None:
+    model = nn.ModuleDict({"experts": Counted()})
+    attach(model, LoRA(rank=2), name="a")
+    with pytest.raises(AdapterStateError) as caught, routed(model, ["a"]):
+        model["experts"](torch.randn(1, 4))
+    assert caught.value.code == "cannot_route"
+
+
+def test_recomputed_in_the_backward_pass_it_learns_the_same() -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        model = made("qwen3")
+        adapter = moe.randomised(attach(model, LoRA(rank=2, target_modules="experts")))
+        model.train()
+        if checkpointing:
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable()
+        model(input_ids=moe.ids(), labels=moe.ids()).loss.backward()
+        gradients.append([p.grad for p in adapter.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))

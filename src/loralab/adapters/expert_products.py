@@ -59,6 +59,10 @@ class UpdatedWeight:
         """Return the transposed matrix."""
         return self.T
 
+    def float(self) -> "UpdatedWeight":
+        """Return the same with its weight in float32."""
+        return self._of(self.weight.float(), self.left, self.right)
+
     def __getitem__(self, index: Any) -> Any:
         """Return one expert's matrix, or those of a list of experts, with their updates."""
         if isinstance(index, tuple) and index and _is_number(index[0]):
