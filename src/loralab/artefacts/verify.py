@@ -5,6 +5,7 @@ than some rows of the largest tensor are in memory at once.
 """
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -70,12 +71,7 @@ def verify(
 
 
 def verify_merge(
-    merged: Path,
-    base: str | Path | None,
-    adapter: Path,
-    *,
-    logits: bool = True,
-    listener: Listener | None = None,
+    merged: Path, base: str | Path | None, adapter: Path, *, logits: bool = True, listener: Listener | None = None
 ) -> MergeReport:
     """Return what is proven of a merged model.
 
@@ -85,12 +81,12 @@ def verify_merge(
     changes = read_changes(adapter)
     start = _open_base(base, changes)
     result = _open(merged, start)
-    told = {"merged": str(merged), "base": str(start.path), "adapter": str(adapter)}
+    told = MergeReport(merged=str(merged), base=str(start.path), adapter=str(adapter), tensors=())
     plan = make_plan(start, result, changes, _own_keys(result))
     notes = [*plan.notes, *_doubts(changes)]
     if changes.undecidable:
         open_ = TensorVerdict(name="*", verdict="undecided", cause="not_decidable", detail=changes.undecidable)
-        return MergeReport(**told, tensors=(open_,), notes=tuple(notes))
+        return replace(told, tensors=(open_,), notes=tuple(notes))
     judge = Judge(plan.expected, _dtype_of(changes), _vocabulary(start, result))
     verdicts = [*judge.verdicts(listener), *plan.verdicts]
     survived = _survived(verdicts, plan)
@@ -101,8 +97,8 @@ def verify_merge(
         found, why = compare_logits(start, result, adapter)
         notes += [why] if why else []
     counted = Counter(v.order for v in verdicts if v.changed and v.order)
-    return MergeReport(
-        **told, tensors=tuple(verdicts), orders=dict(counted), survived=survived, logits=found, notes=tuple(notes)
+    return replace(
+        told, tensors=tuple(verdicts), orders=dict(counted), survived=survived, logits=found, notes=tuple(notes)
     )
 
 
@@ -184,17 +180,9 @@ def _lost(own: TensorVerdict) -> TensorVerdict:
     """Call it wrong that less than half of an update is left."""
     if own.verdict != "requantised" or own.survived is None:
         return own
-    from dataclasses import replace
-
-    return replace(
-        own, verdict="wrong", cause="update_lost", detail=f"rounding left {own.survived:.0%} of the update"
-    )
+    return replace(own, verdict="wrong", cause="update_lost", detail=f"rounding left {own.survived:.0%} of the update")
 
 
 def _doubts(changes: AdapterChanges) -> list[str]:
-    found = []
-    if not changes.modules and not changes.replaced:
-        found.append("the adapter changes nothing")
-    if changes.fields.get("fan_in_fan_out") and not changes.turned:
-        found.append("fan_in_fan_out has no effect")
-    return found
+    nothing = not changes.modules and not changes.replaced and not changes.undecidable
+    return ["the adapter changes nothing"] if nothing else []

@@ -18,6 +18,7 @@ from loralab.artefacts.proof.report import TensorVerdict
 UNITS = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-23}
 MOST_NUMBERS = 1 << 22  # of a tensor that is looked at closely
 ALIKE = 0.98  # cosine from which two changes are the same
+FEW_NUMBERS = 0.005  # share of a tensor that an accident changes, and no update
 LOW_RANK = 0.9  # share of a change that few directions must hold
 Candidates = Callable[[Expected], list[Order]]
 
@@ -148,10 +149,13 @@ class Diagnosis:
     def _causes(self, own: Expected, sums: Sums, spans: list[Span]) -> Iterator[tuple[str, str]]:
         if not sums.finite:
             yield "not_finite", "it holds numbers that are not finite"
-        if own.changed and self._explains(replace(own, **_NOTHING, replaced=None), spans):
+        if own.changed and self._explains(_untouched(own), spans):
             yield _stale(own), "it is the base's, without the adapter"
         if own.magnitude is not None:
             yield self._unstretched(own, spans)
+        share = sums.beyond / max(sums.count, 1)
+        if 0 < share < FEW_NUMBERS:
+            yield "changed", f"{sums.beyond} of {sums.count} numbers differ from the replay"
         if own.deltas:
             yield _scaled(own, sums)
         yield self._swapped(own, spans)
@@ -160,7 +164,6 @@ class Diagnosis:
             yield "other_base", f"it has little in common with the base's (cosine {sums.likeness:.2f})"
         if own.deltas and own.magnitude is None and _is_low_rank(own, spans):
             yield "other_adapter", f"a low-rank update is there, but another one (cosine {sums.cosine:.3f})"
-        share = sums.beyond / max(sums.count, 1)
         what = "differ from the replay" if own.changed else "differ, although the adapter does not touch it"
         yield "changed", f"{max(share, 1 / max(sums.count, 1)):.2%} of its numbers {what}"
 
@@ -219,8 +222,9 @@ class Diagnosis:
         last = min(last, first + 64)
         found = own.read(own.merged, first, last).float()
         if sums.likeness < 0.5:
-            whole = torch.cat([own.read(own.start, *span)[:, first:last].float() for span in own.blocks()])
-            if _cosine(found, whole.T) > 0.9:
+            replay = Replay(own)
+            wanted = [replay.exact(replay.values(Order(), span))[:, first:last] for span in own.blocks()]
+            if _cosine(found, torch.cat(wanted).T) > 0.9:
                 return "transposed", "the weight lies the wrong way"
         if own.deltas and own.magnitude is None:
             segment = own.deltas[0].segments[0]
@@ -231,9 +235,9 @@ class Diagnosis:
         return "", ""
 
 
-_NOTHING: dict[str, object] = {
-    "deltas": (), "magnitude": None, "scaling": None, "rows": (), "row_values": None, "alternatives": (),
-}  # fmt: skip
+def _untouched(own: Expected) -> Expected:
+    """Return the expectation of a tensor that nobody has changed."""
+    return Expected(name=own.name, merged=own.merged, base=own.base)
 
 
 def _stale(own: Expected) -> str:

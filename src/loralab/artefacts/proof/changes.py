@@ -156,7 +156,9 @@ class _Lazily(Mapping[str, Tensor]):
 
 def _content(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Stream]]:
     if not (path / CONFIG).is_file():
-        raise AdapterFileError(f"{path} is not an adapter folder: it has no {CONFIG}", code="no_adapter", field="adapter")
+        raise AdapterFileError(
+            f"{path} is not an adapter folder: it has no {CONFIG}", code="no_adapter", field="adapter"
+        )
     fields = read_json(path / CONFIG)
     if not (path / TENSORS).is_file():
         pickled = (path / "adapter_model.bin").exists()

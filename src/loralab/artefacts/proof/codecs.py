@@ -60,10 +60,7 @@ def verdict(own: Expected, plain: TensorVerdict) -> TensorVerdict:
         if each.changed and each.deltas:
             plain = replace(plain, survived=kept.share(kept.found))
         plain = replace(plain, max_difference=kept.furthest, order=f"quantised to {own.merged.codec}")
-        if quantize is None:
-            found = _by_noise(each, plain, kept)
-        else:
-            found = _by_codec(each, plain, kept)
+        found = (_by_noise if quantize is None else _by_codec)(each, plain, kept)
         if found.verdict != "wrong":
             return found
     return found
@@ -142,7 +139,7 @@ def _read(replay: Replay, spans: Sequence[Span]) -> tuple[Tensor, Tensor, Tensor
 def _codec(own: Expected) -> Callable[[Tensor], Tensor] | None:
     """Return what repeats a codec; None of one that cannot be."""
     if callable(repeat := getattr(own.merged, "quantized", None)):
-        return repeat  # type: ignore[no-any-return]
+        return repeat
     import gguf
 
     kind = gguf.GGMLQuantizationType[own.merged.codec]

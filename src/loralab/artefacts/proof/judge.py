@@ -7,9 +7,9 @@ from dataclasses import replace
 import torch
 
 from loralab.artefacts.proof import codecs
-from loralab.artefacts.proof.causes import Diagnosis, Sums, is_near, sums_of
+from loralab.artefacts.proof.causes import Diagnosis, Sums, is_near
 from loralab.artefacts.proof.compare import Expected, Explained, Replay, spread
-from loralab.artefacts.proof.orders import F32, HALVES, WORDS, Order, orders
+from loralab.artefacts.proof.orders import F32, WORDS, Order, orders
 from loralab.artefacts.proof.report import TensorVerdict
 from loralab.models.weights import Stream
 
@@ -155,8 +155,7 @@ class _Head:
 
 
 def _near(own: Expected, plain: TensorVerdict, sums: Sums) -> TensorVerdict:
-    kind = WORDS.get(own.merged.dtype, str(own.merged.dtype))
-    kind = kind if own.merged.dtype in HALVES or F32 != own.merged.dtype else "fp32 or TF32"
+    kind = "fp32 or TF32" if own.merged.dtype == F32 else WORDS.get(own.merged.dtype, str(own.merged.dtype))
     return replace(
         plain,
         verdict="rounded",

@@ -73,7 +73,7 @@ class _Places:
             base=self.base.tensors[name],
             replaced=self.replaced.get(name),
         )
-        found = []
+        found: list[Expected] = []
         for start in (plain, *(replace(plain, base=own) for own in self._saved_bases(name))):
             if start.base is not None and start.base.shape != plain.start.shape:
                 found.clear()  # a vocabulary that grew: only the saved one has its rows
@@ -102,7 +102,9 @@ class _Places:
         own = start if change is None else self._changed(start, change, "weight")
         tied = next(e for e in plan.expected if e.name == self.pairs[embedding])
         # tied while it was merged: everything that was added to one of the two stands in both
-        others = tuple(replace(a, name=theirs, merged=start.merged, alternatives=()) for a in (tied, *tied.alternatives))
+        others = tuple(
+            replace(a, name=theirs, merged=start.merged, alternatives=()) for a in (tied, *tied.alternatives)
+        )
         plan.expected.append(replace(own, alternatives=others))
         if is_tied(self.merged.config) and not self.heads.alike():
             plan.verdicts.append(
@@ -180,9 +182,7 @@ class _Places:
         turned = self.changes.turned and axes == 2
         return whole(change.scaling).flatten().float(), int(by_input != turned) if axes > 1 else 0
 
-    def _delta(
-        self, own: LowRank, shape: tuple[int, ...], end: str, change: ModuleChange
-    ) -> tuple[Delta | None, bool]:
+    def _delta(self, own: LowRank, shape: tuple[int, ...], end: str, change: ModuleChange) -> tuple[Delta | None, bool]:
         """Return the update of a tensor, and whether it is turned over; None if it is another tensor's."""
         if own.A.shape[0] != rank_of(self.changes, change.path) and own.E is None and len(shape) == 3:
             return self._experts(own, shape, change), False
