@@ -16,11 +16,12 @@ from loralab.artefacts import certificate
 from loralab.artefacts.comparison import Certificate
 from loralab.artefacts.proof.changes import AdapterChanges, read_changes
 from loralab.artefacts.proof.judge import Judge, Listener
-from loralab.artefacts.proof.logits import compare_logits
+from loralab.artefacts.proof.logits import compare_logits, precision_of
+from loralab.artefacts.proof.names import is_buffer
 from loralab.artefacts.proof.plan import Plan, make_plan
 from loralab.artefacts.proof.report import MergeReport, TensorVerdict
 from loralab.artefacts.proof.tied import EMBEDDINGS, HEADS
-from loralab.errors import AdapterFileError, ModelError
+from loralab.errors import AdapterFileError, ModelError, join_limited
 from loralab.models.gguf_weights import read_gguf
 from loralab.models.packed_weights import unpacked
 from loralab.models.source import resolve
@@ -82,8 +83,9 @@ def verify_merge(
     start = _open_base(base, changes)
     result = _open(merged, start)
     told = MergeReport(merged=str(merged), base=str(start.path), adapter=str(adapter), tensors=())
-    plan = make_plan(start, result, changes, _own_keys(result))
-    notes = [*plan.notes, *_doubts(changes)]
+    own_keys = _own_keys(result)
+    plan = make_plan(start, result, changes, own_keys)
+    notes = [*plan.notes, *_doubts(changes), *dict.fromkeys(note for own in plan.expected for note in own.notes)]
     if changes.undecidable:
         open_ = TensorVerdict(name="*", verdict="undecided", cause="not_decidable", detail=changes.undecidable)
         return replace(told, tensors=(open_,), notes=tuple(notes))
@@ -94,8 +96,11 @@ def verify_merge(
         verdicts = [_lost(v) for v in verdicts]
     found = None
     if logits and not any(v.verdict in ("wrong", "undecided") for v in verdicts):
-        found, why = compare_logits(start, result, adapter)
-        notes += [why] if why else []
+        dtypes = judge.dtypes | {stream.dtype for stream in changes.bases.values()}
+        why = _why_no_logits(result, own_keys, plan)
+        if not why:
+            found, why = compare_logits(start, result, adapter, precision_of(dtypes))
+        notes += [f"logits were not compared: {why}"] if why else []
     counted = Counter(v.order for v in verdicts if v.changed and v.order)
     return replace(
         told, tensors=tuple(verdicts), orders=dict(counted), survived=survived, logits=found, notes=tuple(notes)
@@ -155,6 +160,16 @@ def _own_keys(merged: Weights) -> dict[str, Any] | None:
             return dict(built._from_config(config).state_dict())
     except Exception:  # a class or a configuration of another version
         return None
+
+
+def _why_no_logits(merged: Weights, own_keys: dict[str, Any] | None, plan: Plan) -> str:
+    """Say what stands against it before a model is loaded; empty if nothing does."""
+    if any(own.notes for own in plan.expected):
+        return "a weight is shared that was not in training"
+    strange = [name for name in merged.tensors if own_keys and name not in own_keys and not is_buffer(name)]
+    if strange and merged.path.is_dir():
+        return f"transformers would not find {join_limited(strange, 2)} under these names, and draw others at random"
+    return ""
 
 
 def _dtype_of(changes: AdapterChanges) -> torch.dtype:

@@ -30,6 +30,7 @@ class Judge:
         self.tensors, self.factors, self.vocabulary = tensors, factors, vocabulary
         self._diagnosis = Diagnosis(tensors, self._candidates)
         self._orders: dict[str, Order] = {}
+        self.dtypes: set[torch.dtype] = set()  # that something was rounded to
         self._ranked = self._rank()
 
     def verdicts(self, listener: Listener | None = None) -> list[TensorVerdict]:
@@ -62,6 +63,7 @@ class Judge:
     def _proven(self, own: Expected, plain: TensorVerdict, found: Explained) -> TensorVerdict:
         if own.changed:
             self._orders[own.name] = found.order
+        self.dtypes |= {found.order.base, found.order.factors, found.order.update, own.merged.dtype}
         stored = own.merged.dtype
         exact = found.equal and found.order.is_ideal
         text = found.order.describe(stored) if own.changed or not exact else ""

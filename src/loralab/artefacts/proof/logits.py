@@ -3,6 +3,7 @@
 What the weights cannot show: a configuration that makes another computation of the same tensors.
 """
 
+from collections.abc import Set
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,25 +24,28 @@ SHARE = 3  # of the memory, that one model in fp32 may take
 KINDS = (CAUSAL, CLASSIFIER, TAGGER, SENTENCES)
 
 
-def compare_logits(base: Weights, merged: Weights, adapter: Path) -> tuple[Certificate | None, str]:
+def compare_logits(base: Weights, merged: Weights, adapter: Path, precision: str) -> tuple[Certificate | None, str]:
     """Load one model after the other, and compare them.
+
+    Args:
+        precision: what the merged weights were rounded to, which says how much may differ.
 
     Returns:
         the comparison, or None and why there is none.
     """
     if merged.path.is_file() or base.path.is_file():
-        return None, "logits were not compared: a GGUF file is not opened as a model"
+        return None, "a GGUF file is not opened as a model"
     if any(stream.codec for stream in (*merged.tensors.values(), *base.tensors.values())):
-        return None, "logits were not compared: the weights are packed"
+        return None, "the weights are packed"
     if (size := 4 * max(map(_numbers, (base, merged)))) * SHARE > memory_bytes():
-        return None, f"logits were not compared: a model in fp32 takes {size / 1e9:.1f} GB, too much of the memory"
+        return None, f"a model in fp32 takes {size / 1e9:.1f} GB, too much of the memory"
     try:
-        return _compared(base, merged, adapter), ""
+        return _compared(base, merged, adapter, precision), ""
     except (LoralabError, OSError, ValueError, RuntimeError, KeyError, AttributeError, TypeError) as error:
-        return None, f"logits were not compared: {' '.join(str(error).split())[:300]}"
+        return None, f"{' '.join(str(error).split())[:300]}"
 
 
-def _compared(base: Weights, merged: Weights, adapter: Path) -> Certificate:
+def _compared(base: Weights, merged: Weights, adapter: Path, precision: str) -> Certificate:
     kind = _kind(merged.path)
     draw = torch.Generator().manual_seed(0)
     live = _opened(base.path, kind, _labels(merged))
@@ -51,7 +55,7 @@ def _compared(base: Weights, merged: Weights, adapter: Path) -> Certificate:
     reference = reference_of(live, prompts, kind)
     del live
     found = logits_of(_opened(merged.path, kind, 0), prompts, kind)
-    certificate = compare(reference, found, _precision(merged))
+    certificate = compare(reference, found, precision)
     # random ids have no clear answer, so which one is first may change with any rounding
     allowed = certificate.tolerance
     passed = certificate.relative_difference <= allowed["relative_difference"]
@@ -87,9 +91,8 @@ def _numbers(weights: Weights) -> int:
     return sum(int(torch.Size(stream.shape).numel()) for stream in weights.tensors.values())
 
 
-def _precision(merged: Weights) -> str:
-    """Return the coarsest dtype in the file."""
-    dtypes = {stream.dtype for stream in merged.tensors.values()}
+def precision_of(dtypes: Set[torch.dtype]) -> str:
+    """Return the coarsest of some dtypes."""
     if torch.bfloat16 in dtypes:
         return "bf16"
     return "fp16" if torch.float16 in dtypes else "fp32"

@@ -10,6 +10,10 @@ from loralab.artefacts.proof.compare import Delta, Expected
 from loralab.models.weights import Stream, Weights
 
 EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed_in", "shared")
+SHARED = (
+    "embedding and head share this weight: an update of one of them acts on both in the merged model, "
+    "and in training it did not"
+)
 HEADS = ("lm_head", "embed_out", "output_projection")
 
 
@@ -52,13 +56,12 @@ class Heads:
 
     def shared(self, own: Expected, head: tuple[Delta, ...], name: str) -> list[Expected]:
         """Return what an embedding may be: a head that shares its weight may have added to it."""
-        if name != self.embedding or not head:
+        if name != self.embedding or self.head or not (own.deltas or head):
             return [own]
         both = replace(own, deltas=(*own.deltas, *head))
         if self.new_head:
-            return [own, both]
-        note = "the head shares this weight: its update acts on the embedding too, which it did not in training"
-        return [replace(both, notes=(note,))]
+            return [own, both] if head else [own]
+        return [replace(both, notes=(SHARED,))]
 
 
 def find_heads(base: Weights, merged: Weights, pairs: Mapping[str, str]) -> Heads:
