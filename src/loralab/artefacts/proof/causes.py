@@ -160,10 +160,15 @@ class Diagnosis:
             yield _scaled(own, sums)
         yield self._swapped(own, spans)
         yield self._turned(own, sums, spans)
+        share, chance = _low_rank_share(own, spans) if own.deltas and own.magnitude is None else (0.0, 1.0)
+        another = "other_adapter", f"a low-rank update is there, but another one (cosine {sums.cosine:.3f})"
+        if share > LOW_RANK:
+            yield another
         if sums.likeness < 0.5:
             yield "other_base", f"it has little in common with the base's (cosine {sums.likeness:.2f})"
-        if own.deltas and own.magnitude is None and _is_low_rank(own, spans):
-            yield "other_adapter", f"a low-rank update is there, but another one (cosine {sums.cosine:.3f})"
+        if share > 3 * chance:
+            yield another
+        share = sums.beyond / max(sums.count, 1)
         what = "differ from the replay" if own.changed else "differ, although the adapter does not touch it"
         yield "changed", f"{max(share, 1 / max(sums.count, 1)):.2%} of its numbers {what}"
 
@@ -268,16 +273,16 @@ def _scaled(own: Expected, sums: Sums) -> tuple[str, str]:
     return "scaled", f"the update is there {factor:.4g} times" + (f": {likely[0]}" if likely else "")
 
 
-def _is_low_rank(own: Expected, spans: list[Span]) -> bool:
-    """Return whether few directions hold most of a change: an update, and no noise."""
+def _low_rank_share(own: Expected, spans: list[Span]) -> tuple[float, float]:
+    """Return which share of a change few directions hold, and which they would hold of noise.
+
+    Those are twice the adapter's rank; rounding is noise beside any update.
+    """
     few = [(first, min(last, first + 128)) for first, last in spans[:1]]
     change = _read(own, own.merged, few) - _read(own, own.start, few)
-    rank = 4 * own.deltas[0].segments[0].right.shape[0]
-    if min(change.shape) <= rank:
-        return bool(change.any())
+    rank, most = 2 * own.deltas[0].segments[0].right.shape[0], min(change.shape)
     values = torch.linalg.svdvals(change).square()
-    share = float(values[:rank].sum() / values.sum().clamp_min(1e-30))
-    return share > LOW_RANK or share > 3 * rank / min(change.shape)
+    return float(values[:rank].sum() / values.sum().clamp_min(1e-30)), min(1.0, rank / most)
 
 
 def _unit(merged: Tensor) -> float:

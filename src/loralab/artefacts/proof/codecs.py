@@ -15,7 +15,7 @@ from torch import Tensor
 
 from loralab.artefacts.proof.causes import close_rows
 from loralab.artefacts.proof.compare import Expected, Replay, Span
-from loralab.artefacts.proof.orders import Order
+from loralab.artefacts.proof.orders import F32, HALVES, Order, round_to
 from loralab.artefacts.proof.report import TensorVerdict
 
 SAME = 0.98  # share of numbers that two codecs of one name must agree on
@@ -55,8 +55,10 @@ class Kept:
 def verdict(own: Expected, plain: TensorVerdict) -> TensorVerdict:
     """Return the verdict on a tensor in few bits."""
     quantize = _codec(own)
-    for each in (own, *own.alternatives):
-        kept = _sums(each, quantize)
+    # what was quantised may have been saved in half precision before
+    ways = [(each, dtype) for each in (own, *own.alternatives) for dtype in (F32, *HALVES)]
+    for each, dtype in ways:
+        kept = _sums(each, quantize, dtype)
         if each.changed and each.deltas:
             plain = replace(plain, survived=kept.share(kept.found))
         plain = replace(plain, max_difference=kept.furthest, order=f"quantised to {own.merged.codec}")
@@ -104,13 +106,13 @@ def _wrong(own: Expected, plain: TensorVerdict, kept: Kept, factor: float) -> Te
     return replace(plain, cause="other_adapter" if own.deltas else "changed", detail="no codec leads to it")
 
 
-def _sums(own: Expected, quantize: Callable[[Tensor], Tensor] | None) -> Kept:
+def _sums(own: Expected, quantize: Callable[[Tensor], Tensor] | None, dtype: torch.dtype) -> Kept:
     replay, kept = Replay(own), Kept()
     whole = own.merged.codec in WHOLE_TENSOR
     for spans in [own.blocks()] if whole else [[span] for span in close_rows(own)]:
         merged, weight, wanted = _read(replay, spans)
         update = (wanted - weight).double()
-        before, after = (weight, wanted) if quantize is None else (quantize(weight), quantize(wanted))
+        before, after = (weight, wanted) if quantize is None else (quantize(weight), quantize(round_to(wanted, dtype)))
         kept.update += float(update.square().sum())
         kept.found += float(((merged - before).double() * update).sum())
         kept.honest += float(((after - before).double() * update).sum())

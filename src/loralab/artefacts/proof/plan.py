@@ -102,9 +102,8 @@ class _Places:
         own = start if change is None else self._changed(start, change, "weight")
         tied = next(e for e in plan.expected if e.name == self.pairs[embedding])
         # tied while it was merged: everything that was added to one of the two stands in both
-        others = tuple(
-            replace(a, name=theirs, merged=start.merged, alternatives=()) for a in (tied, *tied.alternatives)
-        )
+        shared = (tied, *tied.alternatives) if source is None else ()
+        others = tuple(replace(one, name=theirs, merged=start.merged, alternatives=()) for one in shared)
         plan.expected.append(replace(own, alternatives=others))
         if is_tied(self.merged.config) and not self.heads.alike():
             plan.verdicts.append(
