@@ -269,6 +269,26 @@ def test_experts_in_one_parameter_are_replayed(tmp_path: Path) -> None:
         assert loralab.verify(whole, base=base, adapter=adapter, logits=False).passed == passed
 
 
+def test_experts_one_by_one_are_not_decided(merge: Merge, tmp_path: Path) -> None:
+    name = "model.layers.0.mlp.experts.0.w1.weight"
+    folders = [
+        edited(f, tmp_path / f.name, lambda t: t.update({name: torch.ones(8, 6)})) for f in (merge.base, merge.merged)
+    ]
+    adapter = tmp_path / "adapter"
+    shutil.copytree(merge.adapter, adapter)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    for part, shape in (("A", (12, 6)), ("B", (8, 12))):
+        tensors[f"{PREFIX}model.layers.0.mlp.experts.lora_{part}.weight"] = torch.ones(shape)
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    report = loralab.verify(folders[1], base=folders[0], adapter=adapter, logits=False)
+    assert (report.passed, report.decided) == (False, False)
+    assert [verdict.name for verdict in report.undecided] == ["model.layers.0.mlp.experts"]
+
+
+def test_options_of_a_merge_need_an_adapter(merge: Merge) -> None:
+    assert run(["verify", str(merge.merged), "--no-logits"]) == 2
+
+
 def as_gguf(folder: Path, file: Path, kind: str) -> Path:
     """A Llama in llama.cpp's names and rows."""
     writer = gguf.GGUFWriter(file, "llama")

@@ -21,7 +21,7 @@ from loralab.artefacts.proof.names import is_buffer
 from loralab.artefacts.proof.plan import Plan, make_plan
 from loralab.artefacts.proof.report import MergeReport, TensorVerdict
 from loralab.artefacts.proof.tied import EMBEDDINGS, HEADS
-from loralab.errors import AdapterFileError, ModelError, join_limited
+from loralab.errors import AdapterFileError, ConfigError, ModelError, join_limited
 from loralab.models.gguf_weights import read_gguf
 from loralab.models.packed_weights import unpacked
 from loralab.models.source import resolve
@@ -66,6 +66,10 @@ def verify(
             artefact with a certificate at this place.
         CertificateError: an artefact is not, or does not do, what was certified.
     """
+    if adapter is None and not (logits and listener is None):
+        raise ConfigError(
+            "logits and listener belong to a merge; name the adapter that was merged", code="no_effect", field="adapter"
+        )
     if adapter is None:
         return certificate.verify(artefact, base=base)
     return verify_merge(Path(artefact), base, Path(adapter), logits=logits, listener=listener)

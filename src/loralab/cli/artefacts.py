@@ -89,7 +89,8 @@ def verify(
     from loralab.artefacts.verify import verify as run_verify
 
     if adapter is None:
-        _show_certificate(artefact, run_verify(artefact, base=base), json_)
+        options: dict[str, Any] = {} if logits else {"logits": False}
+        _show_certificate(artefact, run_verify(artefact, base=base, **options), json_)
         return
     report = run_verify(artefact, base=base, adapter=adapter, logits=logits)
     if json_:

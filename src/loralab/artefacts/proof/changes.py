@@ -17,7 +17,7 @@ from loralab.adapters.expressions import matches
 from loralab.adapters.folder import CONFIG, RECORD, TENSORS, content_digest, read_json
 from loralab.adapters.methods import LoRA
 from loralab.adapters.paths import ends_with
-from loralab.adapters.peft_fields import _INERT, PREFIX, SELECTING
+from loralab.adapters.peft_fields import INERT, PREFIX, SELECTING
 from loralab.errors import AdapterFileError, InputError, format_value, join_limited
 from loralab.models.weights import Stream, read_file, whole
 
@@ -28,7 +28,7 @@ PART = re.compile(
 )
 SAVED = re.compile(r"\.modules_to_save(\.default)?(?=\.)")
 KEEPS_BASE = (True, False, None, "gaussian", "orthogonal", "eva", "pissa_init")
-UNDERSTOOD = _INERT | SELECTING
+UNDERSTOOD = INERT | SELECTING
 LORA_FIELDS = {
     *("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "bias"),
     *("init_lora_weights", "trainable_token_indices", "lora_bias", "target_parameters", "velora_config"),

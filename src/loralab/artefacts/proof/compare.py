@@ -74,7 +74,6 @@ class Expected:
     scaling: tuple[Tensor, int] | None = None
     rows: tuple[int, ...] = ()
     row_values: Tensor | None = None
-    reason: str = ""
     notes: tuple[str, ...] = ()
     alternatives: tuple["Expected", ...] = field(default=())
 

@@ -46,8 +46,6 @@ class Judge:
     def _verdict(self, own: Expected) -> TensorVerdict:
         plain = TensorVerdict(name=own.name, verdict="undecided", changed=own.changed)
         plain = replace(plain, elements=own.size[0] * own.size[1], detail="; ".join(own.notes))
-        if own.reason:
-            return replace(plain, cause="not_decidable", detail=own.reason)
         if own.start.shape != own.merged.shape and (odd := self._misshapen(own, plain)):
             return odd
         if own.merged.codec:

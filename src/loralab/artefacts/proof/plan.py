@@ -17,6 +17,7 @@ from loralab.artefacts.proof.tied import HEADS, Heads, find_heads, is_tied
 from loralab.errors import AdapterFileError, ModelError, join_limited
 from loralab.models.weights import Stream, Weights, whole
 
+EXPERTS = ".experts."
 LEFTOVERS = ("lora_A", "lora_B", "lora_embedding_", "lora_magnitude_vector", "ia3_l", "trainable_tokens_delta")
 
 
@@ -46,6 +47,15 @@ def make_plan(base: Weights, merged: Weights, changes: AdapterChanges, own_keys:
     for name, theirs in pairs.items():
         plan.expected += places.expected(name, theirs)
     places.add_head(plan)
+    plan.verdicts += [
+        TensorVerdict(
+            name=path,
+            verdict="undecided",
+            cause="not_decidable",
+            detail="the experts stand one by one in the files, and the adapter has them as one parameter",
+        )
+        for path in places.unclear
+    ]
     _add_missing(plan, places, own_keys)
     _add_extra(plan, places)
     return plan
@@ -57,6 +67,7 @@ class _Places:
     def __init__(self, base: Weights, merged: Weights, pairs: Mapping[str, str], changes: AdapterChanges) -> None:
         self.base, self.merged, self.pairs, self.changes = base, merged, pairs, changes
         self.heads: Heads = find_heads(base, merged, pairs)
+        self.unclear: list[str] = []
         self.modules = self._modules()
         self.replaced = self._named(changes.replaced)
         self.bases = self._named(changes.bases)
@@ -66,6 +77,8 @@ class _Places:
     def expected(self, name: str, theirs: str) -> list[Expected]:
         """Return what one tensor of the base must have become, by the module that it belongs to."""
         path, _, end = name.rpartition(".")
+        if self.unclear and EXPERTS in name:
+            return []
         change = self.modules.get(path)
         plain = Expected(
             name=theirs,
@@ -126,13 +139,16 @@ class _Places:
         own_head = [path for path in self.changes.modules if path not in found and path.rpartition(".")[2] in HEADS]
         found |= dict.fromkeys(own_head, self.heads.head_path)
         lost = [path for path in self.changes.modules if path not in found]
+        if any(EXPERTS in name for name in self.base.tensors):  # one by one in the file, and together in the model
+            self.unclear = [path for path in lost if f"{path}.".endswith(EXPERTS)]
+            lost = [path for path in lost if path not in self.unclear]
         if lost:
             raise AdapterFileError(
                 f"{self.changes.path} is an adapter of another base: {self.base.path} has no {join_limited(lost, 3)}",
                 code="other_base",
                 field="adapter",
             )
-        return {found[path]: change for path, change in self.changes.modules.items()}
+        return {found[path]: change for path, change in self.changes.modules.items() if path in found}
 
     def _named(self, given: Mapping[str, Stream]) -> dict[str, Stream]:
         """Return whole tensors of the adapter by the base's names."""
