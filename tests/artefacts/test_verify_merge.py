@@ -319,8 +319,10 @@ def test_a_gguf_file_is_verified(merge: Merge, tmp_path: Path, kind: str) -> Non
     assert report.passed
     assert (report.survived is None) == kind.startswith("F")
     assert report.survived is None or report.survived > 0.9
-    stale = merge.verify(as_gguf(merge.base, tmp_path / "base.gguf", kind))
-    assert stale.causes == {"update_missing": 4}
+    base = as_gguf(merge.base, tmp_path / "base.gguf", kind)
+    assert merge.verify(base).causes == {"update_missing": 4}
+    if kind == "F32":
+        assert loralab.verify(tmp_path / "merged.gguf", base=base, adapter=merge.adapter).passed
 
 
 @pytest.mark.parametrize("dtype", list(DTYPES))

@@ -121,9 +121,7 @@ def _open_base(base: str | Path | None, changes: AdapterChanges) -> Weights:
             f"{changes.path} does not name its base model; give it with --base", code="base_needed", field="base"
         )
     if Path(name).suffix == ".gguf" and Path(name).is_file():
-        raise ModelError(
-            f"{name} is a GGUF file; give the base as the folder that it was made from", code="gguf_base", field="base"
-        )
+        return read_gguf(Path(name), (), "base")
     if Path(name).is_dir():  # whatever stands in it is said by its own reader
         return unpacked(read_folder(Path(name), "base"))
     found = Path(resolve(name))

@@ -15,13 +15,20 @@ import torch
 from torch import Tensor
 
 from loralab.errors import ModelError, format_value
-from loralab.models.gguf_blocks import GGUFBlocks, row_order
+from loralab.models.gguf_blocks import LAYERS, GGUFBlocks, row_order
 from loralab.models.gguf_header import require_sound
 from loralab.models.weights import Stream, Weights
 
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 SAME_ORDER = ("qwen2", "qwen3", "phi3", "stablelm", "gemma", "gemma2", "gemma3", "olmo2", "qwen2moe", "qwen3moe")
 ONE_MORE = ("gemma", "gemma2", "gemma3")  # whose norms are stored with 1 added
+ENDS = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+NORMS = {
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+}
 WORKED_OUT = ("rope_freqs", "rope_factors_long", "rope_factors_short")
 
 
@@ -73,7 +80,7 @@ def read_gguf(file: Path, names: Iterable[str], role: str) -> Weights:
     """Read the head of a GGUF file.
 
     Args:
-        names: transformers' names of the tensors that are looked for.
+        names: transformers' names of the tensors that are looked for; others are named as in a Llama.
         role: which of the given models it is, for errors.
 
     Raises:
@@ -106,12 +113,22 @@ def read_gguf(file: Path, names: Iterable[str], role: str) -> Weights:
         if tensor is not None:
             found[name] = _tensor(file, family, sizes, tensor)
     found |= {
-        name: _tensor(file, family, sizes, tensor) for name, tensor in stored.items() if not name.startswith(WORKED_OUT)
+        _our_name(name): _tensor(file, family, sizes, tensor)
+        for name, tensor in stored.items()
+        if not name.startswith(WORKED_OUT)
     }
-    tied = "output.weight" not in {tensor.name for tensor in reader.tensors}
-    if "output.weight" in found:
-        found["lm_head.weight"] = found.pop("output.weight")
+    tied = "lm_head.weight" not in found
     return Weights(path=file, tensors=found, config={"model_type": family, "tie_word_embeddings": tied})
+
+
+def _our_name(name: str) -> str:
+    """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`; a name that is not known stays."""
+    path, _, end = name.rpartition(".")
+    if path in ENDS:
+        return f"{ENDS[path]}.{end}"
+    block, _, layer = path.removeprefix("blk.").partition(".")
+    own = {**LAYERS, **NORMS}.get(layer)
+    return f"model.layers.{block}.{own}.{end}" if own else name
 
 
 def _tensor(file: Path, family: str, sizes: Any, tensor: Any) -> GGUFTensor:
