@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from loralab.errors import ConfigError
 from loralab.native import library as native
 
 
@@ -34,6 +35,14 @@ def test_without_it_torch_does_the_work(name: str, value: str, tmp_path: Path, m
     monkeypatch.setenv(name, value)
     assert native.kernels() is None
     assert libraries(tmp_path) == []
+
+
+@pytest.mark.parametrize("word", ["0", "Off", "", "of"])
+def test_a_word_that_is_neither_on_nor_off_is_refused(word: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(native.SWITCH, word)
+    with pytest.raises(ConfigError) as refused:
+        native.kernels()
+    assert (refused.value.code, refused.value.field) == ("wrong_value", native.SWITCH)
 
 
 def test_a_place_that_cannot_be_written_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,8 @@
 """Each way computes what the model computes, and is not taken where it does not."""
 
+import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -191,6 +193,34 @@ def clone_layout(model: Any, pool: KVCache, folder: Path, count: int) -> NativeR
         own = llama()
         assert compiled.put(number, load_adapter(own, folder / str(number)))
     return compiled
+
+
+@needs_dots
+@pytest.mark.parametrize("packed_from", [1, 9, math.inf])
+def test_long_prompts_go_through_the_packed_way_with_the_same_logits(packed_from: float, tmp_path: Path) -> None:
+    model, alone = llama(), llama()
+    folder = write_adapter(alone.float(), LoRA(rank=5), tmp_path / "a", 3)
+    adapted, loaded = llama(), llama()
+    load_adapter(adapted, folder)
+    runner = ModelRunner(model, 32)
+    runner.packed_from = packed_from
+    adapter = load_adapter(loaded, folder)
+    adapter.detach()
+    runner.put("a", SimpleNamespace(adapter=adapter, prefix_kv=None))
+    rows = [(None, 20), (None, 3), ("a", 20), ("a", 4), (None, 1)]
+    draw = torch.Generator().manual_seed(0)
+    chunks, expected = [], []
+    for number, (key, length) in enumerate(sorted(rows, key=lambda row: row[0] or "")):
+        tokens = torch.randint(3, 90, (length,), generator=draw).tolist()
+        blocks = list(range(4 * number, 4 * number + 4))
+        chunks.append(Chunk(TokenSequence(number=number, key=key, tokens=tokens, blocks=blocks), 0, length))
+        with torch.no_grad():
+            expected.append((adapted if key else llama())(input_ids=torch.tensor([tokens])).logits[0, -1:].float())
+    for _ in range(2):
+        for mine, theirs in zip(runner.logits(chunks), expected, strict=True):
+            assert float((mine - theirs).norm() / theirs.norm()) < 0.05
+    runner.drop("a")
+    assert [type(module) for module in model.modules()] == [type(module) for module in llama().modules()]
 
 
 @needs_dots

@@ -13,7 +13,8 @@ from loralab.cli.options import build, with_options
 from loralab.cli.tables import print_json
 from loralab.errors import ConfigError
 from loralab.studies.catalog import STUDIES, require_installed
-from loralab.studies.study import LANGUAGES, StudyOptions
+from loralab.studies.study import StudyOptions
+from loralab.studies.wording import LANGUAGES, say
 
 if TYPE_CHECKING:
     from loralab.studies.conduct import Outcome
@@ -120,7 +121,7 @@ def report(
 
 
 def _show(outcome: "Outcome", language: str, as_json: bool) -> None:
-    answers = {name: a.sentence.said(language) for name, a in outcome.answers.items()}
+    answers = {name: say(a.sentence, language) for name, a in outcome.answers.items()}
     if as_json:
         print_json(
             {

@@ -20,9 +20,11 @@ import torch
 from torch import Tensor
 
 from loralab.atomic import cache_folder
+from loralab.errors import ConfigError, nearest
 
 SOURCES = tuple(sorted(Path(__file__).parent.glob("*.[ch]")))
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fno-strict-aliasing", "-fopenmp", "-fPIC")
+SWITCH, ON, OFF = "LORALAB_NATIVE", "on", "off"
 PATIENCE = 60  # seconds a compiler may take
 # pointer, long, float; every function ends with the number of threads, an int
 SIGNATURES = {
@@ -142,14 +144,30 @@ def kernels_for(x: Tensor) -> Kernels | None:
 
 @functools.lru_cache(maxsize=1)
 def kernels() -> Kernels | None:
-    """Return the compiled functions; None where they cannot be had."""
+    """Return the compiled functions; None where they cannot be had.
+
+    Raises:
+        ConfigError: LORALAB_NATIVE is neither on nor off.
+    """
     compiler = shutil.which(os.environ.get("CC", "cc"))
-    if compiler is None or os.environ.get("LORALAB_NATIVE", "on") == "off":
+    if not _is_wanted() or compiler is None:
         return None
     try:
         return Kernels(ctypes.CDLL(str(_built(compiler))))
     except (OSError, subprocess.SubprocessError, AttributeError):
         return None  # no such flag, no place to write, another OpenMP than torch's
+
+
+def _is_wanted() -> bool:
+    """Tell whether LORALAB_NATIVE leaves the compiled functions on, as they are unless it says off."""
+    asked = os.environ.get(SWITCH, ON)
+    if asked not in (ON, OFF):
+        raise ConfigError(
+            f"{SWITCH} must be {ON} or {OFF}, got {asked!r}{nearest(asked, (ON, OFF))}",
+            code="wrong_value",
+            field=SWITCH,
+        )
+    return asked == ON
 
 
 def _built(compiler: str) -> Path:

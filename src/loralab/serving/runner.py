@@ -5,6 +5,8 @@ few rows of noise at the start, in pieces as a server meets them, and compared w
 forward pass.
 """
 
+import math
+import time
 from collections.abc import Hashable, Sequence
 from typing import Any
 
@@ -23,6 +25,7 @@ MAX_DIFFERENCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.03
 AGREEING_SHARE = 0.75  # of the tokens must agree where few bits are kept
 PROBE_LENGTHS = (21, 1, 6, 34)  # tokens of the rows that are compared
 PROBE_CHUNK = 13  # tokens of them that go through at once
+PROMPT_CHUNKS = (32, 128)  # tokens of a prompt at which the two quick ways are timed
 
 
 class ModelRunner:
@@ -31,6 +34,8 @@ class ModelRunner:
     Attributes:
         names: the ways that are used, the quickest first.
         refused: those that are not, and why.
+        packed_from: the tokens of a chunk from which on the packed way is quicker than the compiled one: torch's
+            products of many rows use the processor's matrix units. Infinite where it never is.
         reuse: whether a request can begin with what another one left in the cache.
     """
 
@@ -39,14 +44,16 @@ class ModelRunner:
         pool, bank = KVCache(model, blocks), Bank(model)
         self._native: NativeRunner | None = None
         self._fallback: PackedRunner | SequentialRunner = SequentialRunner(model, bank)
-        self._compiled: set[Hashable] = set()
+        self._compiled: dict[Hashable, Any] = {}
+        self._in_both: set[Hashable] = set()  # compiled ones that a long prompt took to the packed way
+        self.packed_from = math.inf
         self._prefix_keys: set[Hashable] = set()
         packed = PackedRunner(model, pool, bank)
         if problem := _difference(model, packed.logits, pool):
             self.refused["packed"] = problem
         else:
             self._fallback = packed
-            self.refused["compiled"] = self._compile(model, pool)
+            self.refused["compiled"] = self._compile(model, pool, packed)
         self.refused = {name: reason for name, reason in self.refused.items() if reason}
         self.reuse = isinstance(self._fallback, PackedRunner)
         self.names = [*(["compiled"] if self._native else []), "packed" if self.reuse else "one by one"]
@@ -55,7 +62,7 @@ class ModelRunner:
         """Prepare an adapter for the native step; may run beside a step."""
         new = self._native is not None and loaded.prefix_kv is None and key not in self._compiled
         if new and self._native is not None and self._native.put(key, loaded.adapter):
-            self._compiled.add(key)
+            self._compiled[key] = loaded.adapter
 
     def put(self, key: Hashable, loaded: Any) -> None:
         """Take an adapter in.
@@ -72,10 +79,11 @@ class ModelRunner:
     def drop(self, key: Hashable) -> None:
         """Let go of an adapter."""
         self._prefix_keys.discard(key)
-        if key in self._compiled and self._native is not None:
-            self._compiled.discard(key)
+        is_compiled = self._compiled.pop(key, None) is not None
+        if is_compiled and self._native is not None:
             self._native.drop(key)
-        else:
+        if not is_compiled or key in self._in_both:
+            self._in_both.discard(key)
             self._fallback.drop(key)
 
     def load_prefix(self, chunk: Chunk, prefix_kv: Tensor) -> Chunk | None:
@@ -94,8 +102,11 @@ class ModelRunner:
     def logits(self, chunks: Sequence[Chunk]) -> list[Tensor]:
         """Return the logits at the requested positions of each chunk, (m, V) in fp32 each."""
         found: dict[int, Tensor] = {}
-        quick = [chunk for chunk in chunks if self._takes(chunk.sequence.key)]
-        rest = [chunk for chunk in chunks if not self._takes(chunk.sequence.key)]
+        quick = [chunk for chunk in chunks if self._is_compiled(chunk)]
+        rest = [chunk for chunk in chunks if not self._is_compiled(chunk)]
+        for key in {chunk.sequence.key for chunk in rest} & (self._compiled.keys() - self._in_both):
+            self._fallback.put(key, self._compiled[key])
+            self._in_both.add(key)
         for runner, own in ((self._native, quick), (self._fallback, rest)):
             if own and runner is not None:
                 out = runner.logits(batch_of(own))
@@ -103,18 +114,46 @@ class ModelRunner:
                 found |= {id(chunk): part for chunk, part in zip(own, parts, strict=True)}
         return [found[id(chunk)] for chunk in chunks]
 
-    def _takes(self, key: Hashable) -> bool:
-        plain = key is None or key in self._prefix_keys
-        return self._native is not None and (plain or key in self._compiled)
+    def _is_compiled(self, chunk: Chunk) -> bool:
+        """Tell whether a chunk goes through the compiled step."""
+        key = chunk.sequence.key
+        able = key is None or key in self._prefix_keys or key in self._compiled
+        return self._native is not None and able and chunk.stop - chunk.start < self.packed_from
 
-    def _compile(self, model: Any, pool: KVCache) -> str:
+    def _compile(self, model: Any, pool: KVCache, packed: PackedRunner) -> str:
         if reason := unsupported_reason(model):
             return reason
-        quick = NativeRunner(model, pool)
-        problem = _difference(model, quick.logits, pool)
+        native = NativeRunner(model, pool)
+        problem = _difference(model, native.logits, pool)
         if not problem:
-            self._native = quick
+            self._native = native
+            self.packed_from = _quicker_from(native, packed, pool)
         return problem
+
+
+def _quicker_from(native: NativeRunner, packed: PackedRunner, pool: KVCache) -> float:
+    """Return the tokens of a prompt from which on it goes through the packed way quicker; infinity for never."""
+    blocks = BlockManager(pool.keys.shape[1])
+    for count in PROMPT_CHUNKS:
+        allocated = blocks.allocate(blocks_needed(count))
+        if allocated is None:  # a cache as small as this meets no such prompt
+            break
+        sequence = TokenSequence(number=0, key=None, tokens=[0] * count, blocks=allocated)
+        batch = batch_of([Chunk(sequence, 0, count)])
+        if _seconds(packed, batch) < _seconds(native, batch):
+            return count
+        blocks.free(allocated)
+    return math.inf
+
+
+def _seconds(runner: NativeRunner | PackedRunner, batch: ForwardBatch) -> float:
+    """Return the lesser time of two passes."""
+    taken = []
+    for _ in range(2):
+        started = time.perf_counter()
+        runner.logits(batch)
+        taken.append(time.perf_counter() - started)
+    return min(taken)
 
 
 def batch_of(chunks: Sequence[Chunk]) -> ForwardBatch:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from loralab.errors import ConfigError, nearest
-from loralab.studies.study import Ground, StudyOptions, Text
+from loralab.studies.study import Ground, StudyOptions
 from loralab.training.settings import Training
 
 NEEDED = ("scipy", "altair", "vl_convert", "jinja2")
@@ -20,21 +20,21 @@ ENCODER, WRITER, VISION = "minilm-l6", "smollm2-135m", "dinov2-s"
 # times the method's usual rate: short runs want higher ones
 QUICK_RATES = (2.0, 6.0)
 RATES = (10**-0.5, 1.0, 10**0.5, 10.0)
-REVIEWS, CLOTHES = "movie-reviews", "fashion-mnist"
+REVIEWS, CLOTHES, DIGITS = "movie-reviews", "fashion-mnist", "digits"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """A study by its question; `title` is the source's own heading.
+    """A study by its question; the catalogues hold its title, the source's own heading.
 
+    Of several tasks in `data` the first that is here is taken, and the first where none is.
     `steps`, `batch_size` and `rows` of test are (thorough, quick). `fields` are those of Training
     that all arms share. Where it `races`, arms that can still be the best get more seeds.
     """
 
     number: str
-    title: Text
     model: str = ENCODER
-    data: str = REVIEWS
+    data: tuple[str, ...] = (REVIEWS,)
     steps: tuple[int, int] = (150, 60)
     batch_size: int = 16
     rows: tuple[int, int] = (500, 300)
@@ -44,24 +44,13 @@ class Question:
 
 
 STUDIES: dict[str, Question] = {
-    "lowrank": Question(
-        races=False,
-        number="Q1",
-        title=Text("Why is the update of pretrained weights low-rank?", "為什麼預訓練權重更新是低秩的？"),
-        steps=(150, 48),
-    ),
-    "rank": Question(number="Q2", title=Text("How should LoRA's rank be chosen?", "LoRA 的 rank 應該如何選擇？")),
-    "init": Question(
-        number="Q3",
-        title=Text("Why does lora_B start at zero?", "為什麼 lora_B 初始化為零？"),
-        steps=(150, 52),
-        rows=(500, 200),
-    ),
-    "targets": Question(number="Q4", title=Text("Which layers can LoRA be applied to?", "LoRA 可以應用到哪些層？")),
+    "lowrank": Question(races=False, number="Q1", steps=(150, 48)),
+    "rank": Question(number="Q2"),
+    "init": Question(number="Q3", steps=(150, 52), rows=(500, 200)),
+    "targets": Question(number="Q4"),
     "scaling": Question(
         races=False,
         number="Q5",
-        title=Text("Is scaling by alpha really needed?", "Alpha 的縮放真的必要嗎？"),
         steps=(60, 26),
         rows=(300, 100),
         seeds=2,  # of 45 and 18 combinations
@@ -69,7 +58,6 @@ STUDIES: dict[str, Question] = {
     "merge": Question(
         races=False,
         number="Q6",
-        title=Text("Does performance change once weights are merged?", "合併權重後性能有差異嗎？"),
         model=WRITER,
         steps=(40, 15),
         batch_size=8,
@@ -77,20 +65,10 @@ STUDIES: dict[str, Question] = {
         seeds=1,
         fields={"learning_rate": 1e-3},  # twice the usual one: the runs are short
     ),
-    "memory": Question(
-        races=False,
-        number="Q7",
-        title=Text("How can memory use be reduced?", "如何減少記憶體使用？"),
-        model=WRITER,
-        steps=(10, 3),
-        batch_size=12,
-        rows=(4, 2),
-        seeds=3,
-    ),
+    "memory": Question(races=False, number="Q7", model=WRITER, steps=(10, 3), batch_size=12, rows=(4, 2), seeds=3),
     "inference": Question(
         races=False,
         number="Q8",
-        title=Text("Can LoRA speed inference up?", "LoRA 能用於推論加速嗎？"),
         model=WRITER,
         steps=(40, 15),
         batch_size=8,
@@ -98,26 +76,13 @@ STUDIES: dict[str, Question] = {
         seeds=1,
         fields={"learning_rate": 1e-3},  # twice the usual one: the runs are short
     ),
-    "multitask": Question(
-        races=False,
-        number="Q9",
-        title=Text("How should a multi-task LoRA system be designed?", "如何設計多任務 LoRA 系統？"),
-        steps=(80, 30),
-        rows=(200, 100),
-        seeds=1,
-    ),
-    "methods": Question(
-        number="Q10",
-        title=Text("How does LoRA compare with Adapter and Prefix-tuning?", "LoRA 與 Adapter、Prefix-tuning 的對比？"),
-    ),
-    "adaptive": Question(
-        number="Q11", title=Text("Can the rank be dynamic (AdaLoRA)?", "能否實作動態 rank（AdaLoRA）？")
-    ),
+    "multitask": Question(races=False, number="Q9", steps=(80, 30), rows=(200, 100), seeds=1),
+    "methods": Question(number="Q10"),
+    "adaptive": Question(number="Q11"),
     "vision": Question(
         number="Q12",
-        title=Text("Can LoRA be used for a Vision Transformer?", "LoRA 能用於 Vision Transformer 嗎？"),
         model=VISION,
-        data=CLOTHES,
+        data=(CLOTHES, DIGITS),
         steps=(100, 24),
         batch_size=16,
         rows=(400, 150),
@@ -149,6 +114,15 @@ def question(name: str) -> Question:
             f"{', '.join(STUDIES)}, all; or a .toml file of your own"
         )
     return STUDIES[name]
+
+
+def usual_data(own: Question) -> str:
+    """The task that a question stands on where nothing else is asked for."""
+    if len(own.data) == 1:
+        return own.data[0]
+    from loralab.tasks.catalog import TASKS
+
+    return next((name for name in own.data if TASKS[name].locate() is not None), own.data[0])
 
 
 def search_ground(asked: StudyOptions, mapping: Mapping[str, str] | None = None) -> Ground:
@@ -185,7 +159,7 @@ def ground(name: str, asked: StudyOptions, mapping: Mapping[str, str] | None = N
     return Ground(
         study=name,
         model=asked.model or own.model,
-        data=asked.data or own.data,
+        data=asked.data or usual_data(own),
         mapping=dict(mapping or {}),
         fields=fields,
         rows={"train": steps * batch, "validation": rows, "test": rows},
@@ -196,5 +170,6 @@ def ground(name: str, asked: StudyOptions, mapping: Mapping[str, str] | None = N
         fixed_lr=asked.fixed_lr,
         values=asked.values,
         metric=asked.metric or "",
+        general=asked.general or "",
         rates=QUICK_RATES if asked.quick else RATES,
     )

@@ -1,4 +1,4 @@
-"""Rows -> charts, as Vega-Lite in both languages: hover shows values, the legend toggles arms.
+"""Charts -> Vega-Lite in a language: hover shows values, the legend toggles arms.
 
 Colours and fonts are the page's (report.html.j2 sets them for dark and for light).
 """
@@ -8,7 +8,8 @@ from typing import Any
 
 import altair as alt
 
-from loralab.studies.study import LANGUAGES, Figure, Text
+from loralab.studies.message import Chart
+from loralab.studies.wording import say
 
 Rows = Sequence[Mapping[str, Any]]
 HEIGHT = 260
@@ -17,18 +18,23 @@ INTERVAL = ("value", "low", "high")
 WIDTH = 620  # of files; on the page a chart is as wide as its column
 
 
+def drawn(chart: Chart, language: str) -> dict[str, Any]:
+    """Return a chart as Vega-Lite, its texts in a language."""
+    rows = [
+        {k: v if isinstance(v, int | float) or v is None else say(v, language) for k, v in row.items()}
+        for row in chart.rows
+    ]
+    titles = {name: say(own, language) for name in ("x", "y", "by") if (own := getattr(chart, name)) is not None}
+    found = KINDS[chart.kind](rows, **titles, **chart.options)
+    if "height" not in found.to_dict(validate=False):
+        found = found.properties(height=HEIGHT)
+    return dict(found.properties(width=WIDTH).to_dict())
+
+
 def intervals(
-    name: str,
-    title: Text,
-    rows: Rows,
-    *,
-    x: Text,
-    y: Text,
-    log: bool = False,
-    chance: float | None = None,
-    percent: bool = False,
-) -> Figure:
-    """A value with its interval for each arm; arms that are names stand below each other.
+    rows: Rows, *, x: str, y: str, log: bool = False, chance: float | None = None, percent: bool = False
+) -> Any:
+    """Draw a value with its interval for each arm; arms that are names stand below each other.
 
     Args:
         rows: {"arm", "value", "low", "high"}, and "x" where the arms are numbers.
@@ -36,17 +42,17 @@ def intervals(
         chance: a level to draw across.
     """
     if all("x" in row for row in rows):
-        return _figure(name, title, lambda code: _numbered(rows, code, x, y, log, chance, percent))
-    return _figure(name, title, lambda code: _named(rows, code, x, y, chance, percent))
+        return _numbered(rows, x, y, log, chance, percent)
+    return _named(rows, x, y, chance, percent)
 
 
-def _numbered(rows: Rows, language: str, x: Text, y: Text, log: bool, chance: float | None, percent: bool) -> Any:
+def _numbered(rows: Rows, x: str, y: str, log: bool, chance: float | None, percent: bool) -> Any:
     """Arms that are numbers, from left to right."""
     base = alt.Chart(_data(rows))
-    axis = _value(alt.Y, y, language, percent)
+    axis = _value(alt.Y, y, percent)
     scale = alt.Scale(type="log", base=2) if log else alt.Scale(zero=False)
     ticks = sorted({row["x"] for row in rows})
-    place = alt.X("x:Q", title=x.said(language), scale=scale, axis=alt.Axis(values=ticks, format="~s"))
+    place = alt.X("x:Q", title=x, scale=scale, axis=alt.Axis(values=ticks, format="~s"))
     return alt.layer(
         base.mark_rule(strokeWidth=2).encode(x=place, y=axis("low"), y2="high:Q", tooltip=_tip(INTERVAL)),
         base.mark_line(opacity=0.5).encode(x=place, y=axis("value")),
@@ -55,11 +61,11 @@ def _numbered(rows: Rows, language: str, x: Text, y: Text, log: bool, chance: fl
     )
 
 
-def _named(rows: Rows, language: str, x: Text, y: Text, chance: float | None, percent: bool) -> Any:
+def _named(rows: Rows, x: str, y: str, chance: float | None, percent: bool) -> Any:
     """Arms that are names, from top to bottom."""
     order = list(dict.fromkeys(row["arm"] for row in rows))
-    base = alt.Chart(_data(rows)).encode(y=_arms(order, x, language))
-    axis = _value(alt.X, y, language, percent)
+    base = alt.Chart(_data(rows)).encode(y=_arms(order, x))
+    axis = _value(alt.X, y, percent)
     return alt.layer(
         base.mark_rule(strokeWidth=2).encode(x=axis("low"), x2="high:Q", tooltip=_tip(INTERVAL)),
         base.mark_point(filled=True, size=70, opacity=1).encode(x=axis("value"), tooltip=_tip(INTERVAL)),
@@ -68,144 +74,107 @@ def _named(rows: Rows, language: str, x: Text, y: Text, chance: float | None, pe
 
 
 def lines(
-    name: str,
-    title: Text,
     rows: Rows,
     *,
-    x: Text,
-    y: Text,
-    arm: Text,
+    x: str,
+    y: str,
+    by: str,
     log_x: bool = False,
     log_y: bool = False,
     chance: float | None = None,
     percent: bool = False,
     band: bool = False,
-) -> Figure:
-    """Curves: {"arm", "x", "y"}, one line for each arm; with `band` also "low" and "high"."""
-
-    def build(language: str) -> Any:
-        chosen = alt.selection_point(fields=["arm"], bind="legend")
-        scale = alt.Scale(type="log") if log_x else alt.Scale(zero=False, nice=False)
-        place = alt.X("x:Q", title=x.said(language), scale=scale)
-        axis = _value(alt.Y, y, language, percent, log=log_y)
-        order = list(dict.fromkeys(row["arm"] for row in rows))
-        colour = alt.Color("arm:N", title=arm.said(language), sort=order)
-        faint = alt.condition(chosen, alt.value(1), alt.value(0.08))
-        tip = ["arm:N", alt.Tooltip("x:Q", format=".4g"), alt.Tooltip("y:Q", format=".4g")]
-        base = alt.Chart(_data(rows))
-        drawn: list[Any] = []
-        if band:
-            drawn.append(base.mark_area(opacity=0.15).encode(x=place, y=axis("low"), y2="high:Q", color=colour))
-        line = base.mark_line(point=len(rows) < 80).encode(
-            x=place, y=axis("y"), color=colour, opacity=faint, tooltip=tip
-        )
-        return alt.layer(*drawn, line.add_params(chosen), *_across(chance))
-
-    return _figure(name, title, build)
-
-
-def bars(
-    name: str, title: Text, rows: Rows, *, x: Text, y: Text, group: Text | None = None, percent: bool = False
-) -> Figure:
-    """Bars: {"arm", "value"} from top to bottom, and "group" where several belong together."""
+) -> Any:
+    """Draw curves: {"arm", "x", "y"}, one line for each arm; with `band` also "low" and "high"."""
+    chosen = alt.selection_point(fields=["arm"], bind="legend")
+    scale = alt.Scale(type="log") if log_x else alt.Scale(zero=False, nice=False)
+    place = alt.X("x:Q", title=x, scale=scale)
+    axis = _value(alt.Y, y, percent, log=log_y)
     order = list(dict.fromkeys(row["arm"] for row in rows))
-    groups = list(dict.fromkeys(row["group"] for row in rows)) if group else [""]
+    colour = alt.Color("arm:N", title=by, sort=order)
+    faint = alt.condition(chosen, alt.value(1), alt.value(0.08))
+    tip = ["arm:N", alt.Tooltip("x:Q", format=".4g"), alt.Tooltip("y:Q", format=".4g")]
+    base = alt.Chart(_data(rows))
+    layers: list[Any] = []
+    if band:
+        layers.append(base.mark_area(opacity=0.15).encode(x=place, y=axis("low"), y2="high:Q", color=colour))
+    line = base.mark_line(point=len(rows) < 80).encode(x=place, y=axis("y"), color=colour, opacity=faint, tooltip=tip)
+    return alt.layer(*layers, line.add_params(chosen), *_across(chance))
 
-    def build(language: str) -> Any:
-        encoding: dict[str, Any] = {
-            "y": _arms(order, x, language),
-            "x": _value(alt.X, y, language, percent, zero=True)("value"),
-            "tooltip": [*(["group:N"] if group else []), *_tip(("value",))],
-        }
-        if group is not None:
-            encoding["color"] = alt.Color("group:N", title=group.said(language), sort=groups)
-            encoding["yOffset"] = alt.YOffset("group:N", sort=groups)
-        height = len(order) * max(ROW, 16 * len(groups) + 8)
-        return alt.Chart(_data(rows)).mark_bar().encode(**encoding).properties(height=height)
 
-    return _figure(name, title, build)
+def bars(rows: Rows, *, x: str, y: str, by: str | None = None, percent: bool = False) -> Any:
+    """Draw bars: {"arm", "value"} from top to bottom, and "group" where several belong together."""
+    order = list(dict.fromkeys(row["arm"] for row in rows))
+    groups = list(dict.fromkeys(row["group"] for row in rows)) if by else [""]
+
+    encoding: dict[str, Any] = {
+        "y": _arms(order, x),
+        "x": _value(alt.X, y, percent, zero=True)("value"),
+        "tooltip": [*(["group:N"] if by else []), *_tip(("value",))],
+    }
+    if by is not None:
+        encoding["color"] = alt.Color("group:N", title=by, sort=groups)
+        encoding["yOffset"] = alt.YOffset("group:N", sort=groups)
+    height = len(order) * max(ROW, 16 * len(groups) + 8)
+    return alt.Chart(_data(rows)).mark_bar().encode(**encoding).properties(height=height)
 
 
 def heat(
-    name: str,
-    title: Text,
-    rows: Rows,
-    *,
-    x: Text,
-    y: Text,
-    value: Text,
-    numbers: bool = True,
-    digits: str = ".2f",
-    height: int = HEIGHT,
-) -> Figure:
-    """A heat map: {"x", "y", "value"}; rows and columns in the order given."""
-
-    def build(language: str) -> Any:
-        columns = list(dict.fromkeys(row["x"] for row in rows))
-        lines_ = list(dict.fromkeys(row["y"] for row in rows))
-        base = alt.Chart(_data(rows)).encode(
-            x=alt.X("x:O", title=x.said(language), sort=columns, axis=alt.Axis(labelAngle=0)),
-            y=alt.Y("y:O", title=y.said(language), sort=lines_, axis=alt.Axis(labelLimit=150)),
-            tooltip=["x:N", "y:N", alt.Tooltip("value:Q", format=".4g")],
-        )
-        cells = base.mark_rect().encode(
-            color=alt.Color("value:Q", title=value.said(language), scale=alt.Scale(scheme="viridis"))
-        )
-        middle = _middle([float(row["value"]) for row in rows if row["value"] is not None])
-        text = base.mark_text(fontSize=11).encode(
-            text=alt.Text("value:Q", format=digits),
-            color=alt.condition(f"datum.value > {middle}", alt.value("#111"), alt.value("#fff")),
-        )
-        return alt.layer(cells, *([text] if numbers else [])).properties(height=height)
-
-    return _figure(name, title, build)
+    rows: Rows, *, x: str, y: str, by: str, numbers: bool = True, digits: str = ".2f", height: int = HEIGHT
+) -> Any:
+    """Draw a heat map: {"x", "y", "value"}; rows and columns in the order given."""
+    columns = list(dict.fromkeys(row["x"] for row in rows))
+    lines_ = list(dict.fromkeys(row["y"] for row in rows))
+    base = alt.Chart(_data(rows)).encode(
+        x=alt.X("x:O", title=x, sort=columns, axis=alt.Axis(labelAngle=0)),
+        y=alt.Y("y:O", title=y, sort=lines_, axis=alt.Axis(labelLimit=150)),
+        tooltip=["x:N", "y:N", alt.Tooltip("value:Q", format=".4g")],
+    )
+    cells = base.mark_rect().encode(color=alt.Color("value:Q", title=by, scale=alt.Scale(scheme="viridis")))
+    middle = _middle([float(row["value"]) for row in rows if row["value"] is not None])
+    text = base.mark_text(fontSize=11).encode(
+        text=alt.Text("value:Q", format=digits),
+        color=alt.condition(f"datum.value > {middle}", alt.value("#111"), alt.value("#fff")),
+    )
+    return alt.layer(cells, *([text] if numbers else [])).properties(height=height)
 
 
-def scatter(
-    name: str, title: Text, rows: Rows, *, x: Text, y: Text, log_x: bool = False, percent: bool = False
-) -> Figure:
-    """Named points, such as cost against score: {"arm", "x", "y"}."""
-
-    def build(language: str) -> Any:
-        scale = alt.Scale(type="log") if log_x else alt.Scale(zero=False, padding=30)
-        base = alt.Chart(_data(rows)).encode(
-            x=alt.X("x:Q", title=x.said(language), scale=scale),
-            y=_value(alt.Y, y, language, percent)("y"),
-            tooltip=["arm:N", alt.Tooltip("x:Q", format=".4g"), alt.Tooltip("y:Q", format=".4g")],
-        )
-        names = base.mark_text(dy=-11, fontSize=11).encode(text="arm:N")
-        return alt.layer(base.mark_point(filled=True, size=80, opacity=1), names)
-
-    return _figure(name, title, build)
+def scatter(rows: Rows, *, x: str, y: str, log_x: bool = False, percent: bool = False) -> Any:
+    """Draw named points, such as cost against score: {"arm", "x", "y"}."""
+    scale = alt.Scale(type="log") if log_x else alt.Scale(zero=False, padding=30)
+    base = alt.Chart(_data(rows)).encode(
+        x=alt.X("x:Q", title=x, scale=scale),
+        y=_value(alt.Y, y, percent)("y"),
+        tooltip=["arm:N", alt.Tooltip("x:Q", format=".4g"), alt.Tooltip("y:Q", format=".4g")],
+    )
+    names = base.mark_text(dy=-11, fontSize=11).encode(text="arm:N")
+    return alt.layer(base.mark_point(filled=True, size=80, opacity=1), names)
 
 
-def _figure(name: str, title: Text, build: Callable[[str], Any]) -> Figure:
-    specs = {}
-    for language in LANGUAGES:
-        chart = build(language)
-        if "height" not in chart.to_dict(validate=False):
-            chart = chart.properties(height=HEIGHT)
-        specs[language] = chart.properties(width=WIDTH).to_dict()
-    return Figure(name=name, title=title, specs=specs)
+KINDS: Mapping[str, Callable[..., Any]] = {
+    "intervals": intervals,
+    "lines": lines,
+    "bars": bars,
+    "heat": heat,
+    "scatter": scatter,
+}
 
 
 def _data(rows: Rows) -> alt.InlineData:
     return alt.InlineData(values=[dict(row) for row in rows])
 
 
-def _arms(order: Sequence[str], title: Text, language: str) -> alt.Y:
+def _arms(order: Sequence[str], title: str) -> alt.Y:
     """Names from top to bottom, in their order."""
     axis = alt.Axis(labelLimit=190, titleAngle=0, titleAlign="right", titleX=-8, titleY=-10)
-    return alt.Y("arm:N", title=title.said(language), sort=list(order), axis=axis)
+    return alt.Y("arm:N", title=title, sort=list(order), axis=axis)
 
 
-def _value(
-    channel: Any, text: Text, language: str, percent: bool, *, log: bool = False, zero: bool = False
-) -> Callable[[str], Any]:
+def _value(channel: Any, text: str, percent: bool, *, log: bool = False, zero: bool = False) -> Callable[[str], Any]:
     """What makes an encoding of the axis of values from a column's name."""
     scale = alt.Scale(type="log") if log else alt.Scale(zero=zero)
     axis = alt.Axis(format=".0%") if percent else alt.Axis()
-    return lambda column: channel(f"{column}:Q", title=text.said(language), scale=scale, axis=axis)
+    return lambda column: channel(f"{column}:Q", title=text, scale=scale, axis=axis)
 
 
 def _tip(columns: Sequence[str]) -> list[Any]:
@@ -223,3 +192,20 @@ def _across(level: float | None, *, upright: bool = False) -> list[alt.Chart]:
 
 def _middle(values: Sequence[float]) -> float:
     return (min(values) + max(values)) / 2 if values else 0.0
+
+
+# TRANSITION: the call that Chart(...) replaces
+def old(
+    kind: str,
+    name: str,
+    title: Any,
+    rows: Rows,
+    *,
+    x: Any,
+    y: Any,
+    arm: Any = None,
+    group: Any = None,
+    value: Any = None,
+    **options: Any,
+) -> Chart:
+    return Chart(kind, name, title, rows, x, y, arm or group or value, options)

@@ -1,4 +1,4 @@
-"""Arms side by side: who is best, whom it beats, what is recommended, in words."""
+"""Arms side by side: who is best, whom it beats, what is recommended."""
 
 import itertools
 import math
@@ -8,8 +8,9 @@ from dataclasses import replace
 import numpy as np
 
 from loralab.studies.contrast import Ranking, Sample, rank_arms
-from loralab.studies.evidence import Metric, best_arm, claim, count, mean_of, sample
-from loralab.studies.study import Finding, Record, Text
+from loralab.studies.evidence import Metric, best_arm, claim, mean_of, sample
+from loralab.studies.message import Message, sentences
+from loralab.studies.study import Finding, Record
 
 Arms = Mapping[str, Sequence[Record]]
 FLOOR = "base"  # the arm that a recommended one must beat
@@ -49,68 +50,48 @@ def samples(arms: Arms, metric: Metric) -> dict[str, Sample]:
     return {name: sample(own, metric, by_row=by_row, level=level) for name, own in arms.items()}
 
 
-def describe_ranking(found: Ranking, arms: Arms, metric: Metric) -> Text:
-    """A ranking in words, to follow "at equal ...," in both languages."""
+def describe_ranking(found: Ranking, arms: Arms, metric: Metric) -> Message:
+    """Say a ranking, to follow "at equal ..."."""
     top = leader(found)
     score = metric.value(mean_of(arms[top], "score"))
     others = {name: found.contrast(top, name).verdict for name in found.names if name != top}
     if not others:
-        return Text(f"only {top} has a result ({score}).", f"只有 {top} 有結果（{score}）。")
-    beaten, same, open_ = (
-        listed([name for name, verdict in others.items() if verdict == wanted])
-        for wanted in ("better", "equivalent", "undecided")
-    )
-    parts = []
-    if beaten.en:
-        parts.append(Text(f"better than {beaten.en}", f"優於 {beaten.zh}"))
-    if same.en:
-        parts.append(Text(f"equivalent to {same.en}", f"與 {same.zh} 相當"))
-    if open_.en:
-        parts.append(Text(f"undecided against {open_.en}", f"與 {open_.zh} 尚無定論"))
-    return Text(
-        f"{top} has the highest mean ({score}): {', '.join(p.en for p in parts)}.",
-        f"{top} 平均最高（{score}）：{'，'.join(p.zh for p in parts)}。",
-    )
+        return Message("ranking.single", arm=top, score=score)
+    parts = [
+        Message(f"ranking.{verdict}", arms=list(own))
+        for verdict in ("better", "equivalent", "undecided")
+        if (own := [name for name, its in others.items() if its == verdict])
+    ]
+    return Message("ranking.leader", arm=top, score=score, parts=parts)
 
 
-def recommendation(found: Ranking, arms: Arms, metric: Metric) -> Text:
-    """What to take, how sure that is, and what would decide it where it is not."""
+def recommendation(found: Ranking, arms: Arms, metric: Metric) -> Message:
+    """Say what to take, how sure that is, and what would decide it where it is not."""
     name = found.recommended
     if name is None:
-        return Text(
-            "No arm is shown to be better than the untrained model: nothing is recommended.",
-            "沒有任何一組確定勝過未訓練的模型，因此不做建議。",
-        )
-    score, size = metric.value(mean_of(arms[name], "score")), count(parameters(arms[name]))
-    lost, chance = metric.change(found.regret[name]), f"{100 * found.best[name]:.0f} %"
-    facts = Text(
-        f"{name} ({score}, {size} parameters; best with probability {chance}, expected regret {lost.en})",
-        f"{name}（{score}，參數 {size} 個；為最佳的機率 {chance}，預期遺憾 {lost.zh}）",
+        return Message("ranking.nothing")
+    facts = Message(
+        "ranking.facts",
+        arm=name,
+        score=metric.value(mean_of(arms[name], "score")),
+        parameters=parameters(arms[name]),
+        probability=found.best[name],
+        regret=metric.change(found.regret[name]),
     )
     if found.decided:
-        return Text(f"Take {facts.en}.", f"建議採用 {facts.zh}。")
-    more = _would_decide(found)
-    return Text(
-        f"Undecided; the least is risked with {facts.en}. {more.en}", f"尚無定論；風險最小的是 {facts.zh}。{more.zh}"
-    )
+        return Message("ranking.take", facts=facts)
+    return sentences(Message("ranking.open", facts=facts), _would_decide(found))
 
 
-def _would_decide(found: Ranking) -> Text:
-    """What it takes to tell the recommended arm from the one that is most likely to be better."""
+def _would_decide(found: Ranking) -> Message:
+    """Return what it takes to tell the recommended arm from the one that is most likely to be better."""
     rivals = [found.contrast(found.recommended or "", n) for n in found.names if n != found.recommended]
     closest = min(rivals, key=lambda c: c.estimate / max(1e-12, c.of_seeds + c.of_rows))
     if closest.seeds_needed is not None and closest.of_seeds >= closest.of_rows:
-        n = closest.seeds_needed
-        return Text(f"About {n} seeds would tell it from {closest.b}.", f"約 {n} 個隨機種子可分辨它與 {closest.b}。")
+        return Message("ranking.seeds_would_tell", seeds=closest.seeds_needed, rival=closest.b)
     if closest.rows_needed is not None:
-        n = int(float(f"{closest.rows_needed:.2g}"))
-        return Text(
-            f"About {n:,} test rows would tell it from {closest.b}.", f"約 {n:,} 筆測試資料可分辨它與 {closest.b}。"
-        )
-    return Text(
-        f"More seeds and more test rows would tell it from {closest.b}.",
-        f"需要更多隨機種子與測試資料才能分辨它與 {closest.b}。",
-    )
+        return Message("ranking.rows_would_tell", rows=closest.rows_needed, rival=closest.b)
+    return Message("ranking.more_would_tell", rival=closest.b)
 
 
 def among(found: Ranking, names: Iterable[str]) -> Ranking:
@@ -143,7 +124,13 @@ def parameters(records: Sequence[Record]) -> float:
     return found if math.isfinite(found) else 0.0
 
 
-def listed(names: Sequence[str]) -> Text:
-    """Names in a row."""
-    last = " and " if len(names) > 1 else ""
-    return Text(", ".join(names[:-1]) + last + "".join(names[-1:]), "、".join(names))
+def next_step(found: Ranking, otherwise: Message) -> Message:
+    """Suggest seeds for the arms that are not decided; where all are, something else."""
+    if not (rivals := open_rivals(found)):
+        return otherwise
+    return Message("ranking.add_seeds", arms=[leader(found), *rivals])
+
+
+def listed(names: Sequence[str]) -> Message:
+    """TRANSITION: message.names."""
+    return Message("join.names", parts=list(names))

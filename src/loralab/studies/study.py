@@ -11,29 +11,13 @@ from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
 
 from loralab.errors import ConfigError
+from loralab.studies.message import Chart, Message, Table
 
 FORMAT = 1  # of records; a change makes old ones unreadable, and their cells run again
-LANGUAGES = ("en", "zh-TW")
 FALLING = ("loss", "perplexity")  # metrics of which less is better
 MOST_SEEDS = 1_000
 EDGE = "edge"  # texts["rate"] of a record whose best rate lies at the edge of what was tried
 DONE, DIVERGED, FAILED, MISSING = "done", "diverged", "failed", "missing"
-
-
-@dataclass(frozen=True)
-class Text:
-    """The same words in English and in Traditional Chinese."""
-
-    en: str
-    zh: str
-
-    def __add__(self, other: "Text") -> "Text":
-        """One after the other; English gets a space between, Chinese none after its full stop."""
-        return Text(f"{self.en} {other.en}", self.zh + other.zh)
-
-    def said(self, language: str) -> str:
-        """The words in one of LANGUAGES."""
-        return self.en if language == "en" else self.zh
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +52,8 @@ class Ground:
     usual one. `metric` is what decides, where it is not the task's own. `quick` is one seed and fewer
     steps: an indication, not a result. Arms that can still be the best get more seeds, up to
     `seeds_max`. `margin` is the largest difference that does not matter: points of a score, percent
-    of a loss; None is 1.
+    of a loss; None is 1. `general` is the text, or the other task, that forgetting is measured on;
+    empty is packaged data.
     """
 
     study: str
@@ -85,6 +70,7 @@ class Ground:
     values: tuple[str, ...] = ()
     seeds_max: int = 0
     margin: float | None = None
+    general: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """All fields, as study.toml holds them."""
@@ -92,7 +78,7 @@ class Ground:
 
     def is_sound(self, name: str, arms: Sequence[Arm]) -> bool:
         """Tell whether every field of this study and of its arms is of its type; a file may err."""
-        texts = (self.study, self.model, self.data, self.metric, *self.values)
+        texts = (self.study, self.model, self.data, self.metric, self.general, *self.values)
         tables = (self.mapping, self.fields, self.rows)
         return (
             self.study == name
@@ -141,6 +127,7 @@ class Cell:
             dict(self.arm.fields),
             dict(self.arm.options),
             self.seed,
+            *filter(None, [ground.general]),  # so that cells of before there was any keep their names
         ]
         text = json.dumps(deciding, sort_keys=True, default=list)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -207,30 +194,12 @@ class Finding:
         verdict: of a contrast: better, worse, equivalent or undecided; empty for other statements.
     """
 
-    sentence: Text
+    sentence: Message
     holds: bool
     verdict: str = ""
     effect: float | None = None
     low: float | None = None
     high: float | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Table:
-    """Rows of cells under their headings; a cell is a Text, a string or a number."""
-
-    title: Text
-    columns: Sequence[Text]
-    rows: Sequence[Sequence[Any]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Figure:
-    """A Vega-Lite chart in both languages, named for its file."""
-
-    name: str
-    title: Text
-    specs: Mapping[str, Mapping[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,20 +213,26 @@ class Answer:
         method: how it was measured, beyond what holds for every study.
         caution: what would change the answer.
         advice: fields of `train` that follow from it.
-        next: the experiment that it suggests.
+        next: the experiment that it suggests. Where method, caution or next is None, the
+            catalogue's "<question>.method" and so on are said.
         ranking: the arms side by side (contrast.Ranking), where arms were compared.
     """
 
-    sentence: Text
+    sentence: Message
     findings: Sequence[Finding] = ()
-    blanks: Sequence[tuple[Text, Text]] = ()
+    blanks: Sequence[tuple[Message | str, Message]] = ()
     tables: Sequence[Table] = ()
-    figures: Sequence[Figure] = ()
-    method: Text = Text("", "")
-    caution: Text = Text("", "")
+    figures: Sequence[Chart] = ()
+    method: Message | None = None
+    caution: Message | None = None
     advice: Mapping[str, Any] = field(default_factory=dict)
-    next: Text = Text("", "")
+    next: Message | None = None
     ranking: Any = None
+
+
+def nothing_measured(ground: Ground) -> Answer:
+    """Return the answer of a study that has no record yet."""
+    return Answer(sentence=Message("answer.nothing", study=ground.study))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,6 +254,7 @@ class StudyOptions:
     metric: Annotated[str | None, "what decides, such as loss or macro_f1; none: the task's own"] = None
     precision: Annotated[str, "dtype of the base: auto, fp32, bf16, fp16"] = "auto"
     test_rows: Annotated[int | None, "test rows that every arm is scored on; none: by question"] = None
+    general: Annotated[str | None, "text (or labelled rows) to measure forgetting on; none: packaged"] = None
 
     def __post_init__(self) -> None:
         """Check every value."""
@@ -322,3 +298,30 @@ def parse_seconds(text: str) -> float:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+# TRANSITION: until every question speaks in messages
+@dataclass(frozen=True)
+class Text:
+    """The same words in English and in Traditional Chinese."""
+
+    en: str
+    zh: str
+
+    def __add__(self, other: "Text") -> "Text":
+        """One after the other; English gets a space between, Chinese none after its full stop."""
+        return Text(f"{self.en} {other.en}", self.zh + other.zh)
+
+    def said(self, language: str) -> str:
+        """The words in one of LANGUAGES."""
+        return self.en if language == "en" else self.zh
+
+
+@dataclass(frozen=True, kw_only=True)
+class OldTable:
+    title: Any
+    columns: Sequence[Any]
+    rows: Sequence[Sequence[Any]]
+
+
+Figure = Chart

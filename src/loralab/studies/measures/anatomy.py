@@ -8,14 +8,15 @@ import torch
 from torch import nn
 
 from loralab.errors import LoralabError
-from loralab.models.catalog import MODELS, locate
+from loralab.models.catalog import MODELS
 from loralab.models.pictures import side as side_of
 from loralab.models.source import resolve
 from loralab.studies.catalog import WRITER
 from loralab.studies.evidence import count
 from loralab.studies.places import layout
 from loralab.studies.prepare import base_of
-from loralab.studies.study import Cell, Record, Table, Text
+from loralab.studies.study import Cell, Record, Text
+from loralab.studies.study import OldTable as Table
 from loralab.studies.trained import Tell
 
 MEASURE_ANATOMY = "loralab.studies.measures.anatomy:measure"
@@ -35,7 +36,7 @@ def skeleton(name: str) -> nn.Module | None:
     """A language model of the catalog without its numbers; None where it is not installed."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    if locate(MODELS[name]) is None:
+    if MODELS[name].locate() is None:
         return None
     try:
         config = AutoConfig.from_pretrained(resolve(name))

@@ -10,10 +10,10 @@ from torch import Tensor
 from loralab.adapters.adapter import Adapter
 from loralab.adapters.linear import LinearWithLoRA
 from loralab.adapters.spectrum import decompose
-from loralab.studies import figures
 from loralab.studies.evidence import SEED, Metric, mean_of
+from loralab.studies.message import Chart, Message
 from loralab.studies.statistics import difference
-from loralab.studies.study import Cell, Figure, Record, Text
+from loralab.studies.study import Cell, Record
 from loralab.studies.trained import Tell, items_of, score_on, scored, trained
 
 MEASURE_CUTS = "loralab.studies.measures.cuts:measure"
@@ -77,8 +77,8 @@ def kept_at(records: Sequence[Record], metric: Metric) -> int | None:
     return None
 
 
-def cut_figure(records: Sequence[Record], metric: Metric) -> list[Figure]:
-    """The score of every cut against its rank."""
+def cut_figure(records: Sequence[Record], metric: Metric) -> list[Chart]:
+    """Return the score of every cut against its rank."""
     cuts = _cuts(records)
     if not cuts:
         return []
@@ -89,18 +89,9 @@ def cut_figure(records: Sequence[Record], metric: Metric) -> list[Figure]:
         items = np.asarray([r.items[f"{CUT}{rank}"] for r in records], dtype=float).mean(axis=0)
         mean, half = sign * float(items.mean()), 1.96 * float(items.std(ddof=1)) / len(items) ** 0.5
         rows.append({"arm": f"r={rank}", "x": rank, "value": mean, "low": mean - half, "high": mean + half})
-    return [
-        figures.intervals(
-            "rank-cut",
-            Text("The largest rank, cut to r by SVD; dashed: uncut", "最大的 rank 以 SVD 截到 r；虛線：未截斷"),
-            rows,
-            x=Text("rank kept", "保留的 rank"),
-            y=Text(f"test {metric.text.en}", f"測試{metric.text.zh}"),
-            log=True,
-            chance=whole,
-            percent=metric.rises,
-        )
-    ]
+    title, x, y = Message("rank.cut_chart"), Message("rank.rank_kept"), Message("axis.score", metric=metric.text)
+    options = {"log": True, "chance": whole, "percent": metric.rises}
+    return [Chart("intervals", "rank-cut", title, rows, x, y, options=options)]
 
 
 def _cuts(records: Sequence[Record]) -> list[int]:

@@ -96,7 +96,8 @@ def update_norm(A: Tensor, B: Tensor, scaling: float) -> float:
 def update_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """The relative size of the update by type of module."""
     ranked = sorted(rows, key=lambda row: -row["ratio"])
-    return figures.bars(
+    return figures.old(
+        "bars",
         "importance",
         Text(
             "Size of the trained update relative to the weight, by type of module",

@@ -15,7 +15,8 @@ from loralab.studies.evidence import Metric, by_arm, claim, count, mean_of, metr
 from loralab.studies.measures.shrinking import MEASURE_BUDGET
 from loralab.studies.measures.watch import mean_of_steps
 from loralab.studies.ranking import ranked
-from loralab.studies.study import Answer, Arm, Figure, Finding, Ground, Record, Table, Text
+from loralab.studies.study import Answer, Arm, Figure, Finding, Ground, Record, Text
+from loralab.studies.study import OldTable as Table
 from loralab.studies.trained import MEASURE
 
 __all__ = ["MEASURE", "arms", "conclude"]
@@ -283,7 +284,8 @@ def _over_time(moved: Arms) -> Figure:
             {"arm": said, "x": i + 1, "y": value} for said, curve in lines.items() for i, value in enumerate(curve)
         ]
     targets = {mean_of(own, "ranks_target") for own in moved.values()}
-    return figures.lines(
+    return figures.old(
+        "lines",
         "adaptive-budget",
         Text(
             "Ranks left over time, as counted; dashed: final budget",
@@ -313,7 +315,8 @@ def _heat(name: str, own: Sequence[Record]) -> list[Figure]:
         return []
     modules = len({row["y"] for row in rows})
     return [
-        figures.heat(
+        figures.old(
+            "heat",
             "adaptive-ranks",
             Text(f"Final ranks of {name}", f"{name} 的最終 rank"),
             rows,

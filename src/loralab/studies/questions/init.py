@@ -14,7 +14,8 @@ from loralab.studies.measures.step_zero import MEASURE_START
 from loralab.studies.measures.watch import mean_of_steps
 from loralab.studies.ranking import ranked
 from loralab.studies.statistics import difference
-from loralab.studies.study import DIVERGED, Answer, Arm, Figure, Finding, Ground, Record, Table, Text
+from loralab.studies.study import DIVERGED, Answer, Arm, Figure, Finding, Ground, Record, Text
+from loralab.studies.study import OldTable as Table
 from loralab.values import check_choice
 
 __all__ = ["MEASURE", "arms", "conclude"]
@@ -334,7 +335,8 @@ def _figures(started: Arms, first: Mapping[str, Sequence[float]]) -> list[Figure
         for key, said in what.items()
     ]
     found = [
-        figures.bars(
+        figures.old(
+            "bars",
             "init-step-0",
             Text("How far the model before training is from the base model", "訓練前的模型偏離預訓練模型多少"),
             moved,
@@ -347,7 +349,8 @@ def _figures(started: Arms, first: Mapping[str, Sequence[float]]) -> list[Figure
     if losses:
         found.insert(
             0,
-            figures.lines(
+            figures.old(
+                "lines",
                 "init-first-losses",
                 Text("The first training losses", "最初的訓練損失"),
                 losses,
@@ -373,7 +376,8 @@ def _gradient_figure(started: Arms, start: Text, step: Text) -> list[Figure]:
     if not rows:
         return []
     return [
-        figures.lines(
+        figures.old(
+            "lines",
             "init-gradients",
             Text("Gradients of A and of B; a zero is not drawn", "A 與 B 的梯度；零不畫出"),
             rows,

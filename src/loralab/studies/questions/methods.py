@@ -217,7 +217,8 @@ def _figure(trained: Mapping[str, Sequence[Record]], metric: Metric) -> Any:
     for name, own in trained.items():
         found = own_interval(own)
         rows.append({"arm": name, "value": found.mean, "low": found.low, "high": found.high})
-    return figures.intervals(
+    return figures.old(
+        "intervals",
         "methods",
         Text("Score of every method", "各方法的分數"),
         rows,

@@ -28,7 +28,8 @@ from loralab.studies.evidence import (
 from loralab.studies.measures.system import ALONE, MEASURE_SYSTEM, MEASURE_TASK, MIXED, SIZES, TURN
 from loralab.studies.ranking import ranked
 from loralab.studies.statistics import difference
-from loralab.studies.study import Answer, Arm, Figure, Finding, Ground, Record, Table, Text
+from loralab.studies.study import Answer, Arm, Figure, Finding, Ground, Record, Text
+from loralab.studies.study import OldTable as Table
 from loralab.tasks.catalog import TASKS
 
 __all__ = ["MEASURE", "arms", "conclude"]
@@ -350,7 +351,8 @@ def _time_figure(system: Record) -> Figure:
         for way in WAYS
         if system.series.get(f"{way} {n}")
     ]
-    return figures.bars(
+    return figures.old(
+        "bars",
         "multitask-times",
         Text("Time of a batch in milliseconds", "一個批次的時間（毫秒）"),
         rows,
@@ -374,7 +376,8 @@ def _scores(tasks: Mapping[str, Sequence[Record]], metric: Metric) -> Figure:
                 "majority": None if math.isnan(base) else base,
             }
         )
-    return figures.intervals(
+    return figures.old(
+        "intervals",
         "multitask-scores",
         Text("Score of every adapter on its own task", "每個 adapter 在自己任務上的分數"),
         rows,

@@ -25,7 +25,8 @@ from loralab.studies.fields import configured
 from loralab.studies.race import POSSIBLE
 from loralab.studies.ranking import claims, ranked, recommendation
 from loralab.studies.search import SEARCH, Each, Obtain, in_turn, rounded, usual
-from loralab.studies.study import DONE, MISSING, Answer, Arm, Cell, Ground, Record, Table, Text
+from loralab.studies.study import DONE, MISSING, Answer, Arm, Cell, Ground, Record, Text
+from loralab.studies.study import OldTable as Table
 from loralab.studies.trained import BASE, BASE_ARM, MEASURE
 from loralab.training.preflight import with_head
 
@@ -171,7 +172,8 @@ def conclude(records: Sequence[Record], ground: Ground) -> Answer:
         findings=[*floor, *claims(found, metric)],
         tables=[scores_table(finals, metric), _rounds_table(rounds)],
         figures=[
-            figures.intervals(
+            figures.old(
+                "intervals",
                 "recommend",
                 Text("The finalists on test rows that chose nothing", "進入最後一輪的設定，以未參與選擇的測試資料評分"),
                 rows,

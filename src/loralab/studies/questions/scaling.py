@@ -14,7 +14,8 @@ from loralab.studies.ranking import ranked
 from loralab.studies.readings.sweep import Key, Sweep
 from loralab.studies.search import rounded
 from loralab.studies.statistics import smoothed
-from loralab.studies.study import Answer, Arm, Figure, Finding, Ground, Record, Table, Text
+from loralab.studies.study import Answer, Arm, Figure, Finding, Ground, Record, Text
+from loralab.studies.study import OldTable as Table
 from loralab.studies.trained import MEASURE
 from loralab.training.optim import usual_rate
 
@@ -359,7 +360,8 @@ def _heat(sweep: Sweep) -> Figure:
         for rate in sorted(own):
             value = mean_of(ended[rate], "validation_loss") if rate in ended else math.nan
             rows.append({"x": f"{rate:.1e}", "y": named(key), "value": value if math.isfinite(value) else None})
-    return figures.heat(
+    return figures.old(
+        "heat",
         "scaling-losses",
         Text("Final validation loss; empty: diverged", "最終驗證損失；空白：發散"),
         rows,
@@ -377,7 +379,8 @@ def _rate_figure(sweep: Sweep) -> Figure:
         for key in sweep.cells
         for rate, own in sweep.ended(key).items()
     ]
-    return figures.lines(
+    return figures.old(
+        "lines",
         "scaling-rates",
         Text("Where the best learning rate lies", "最佳學習率的位置"),
         rows,
@@ -400,7 +403,8 @@ def _curves(sweep: Sweep) -> list[Figure]:
     if not rows:
         return []
     return [
-        figures.lines(
+        figures.old(
+            "lines",
             "scaling-curves",
             Text("Training at the best rate; dashed: target loss", "以最佳學習率訓練；虛線：目標損失"),
             rows,

@@ -33,7 +33,8 @@ from loralab.studies.ranking import (
     ranked,
     recommendation,
 )
-from loralab.studies.study import Answer, Arm, Finding, Ground, Record, Table, Text
+from loralab.studies.study import Answer, Arm, Finding, Ground, Record, Text
+from loralab.studies.study import OldTable as Table
 from loralab.studies.trained import BASE_ARM, MEASURE
 
 __all__ = ["MEASURE", "arms", "conclude"]
@@ -279,7 +280,8 @@ def _figure(trained: Arms, by_size: Arms, metric: Metric) -> Any:
     for name in dict.fromkeys((*by_size, *trained)):
         own = own_interval(trained[name])
         rows.append({"arm": name, "value": own.mean, "low": own.low, "high": own.high})
-    return figures.intervals(
+    return figures.old(
+        "intervals",
         "targets",
         Text("Score by choice of layers; equal budget first", "各種層選擇的分數；先列相同預算"),
         rows,

@@ -242,7 +242,8 @@ def _figure(every: Arms, metric: Metric) -> Any:
     for name, own in every.items():
         found = own_interval(own)
         rows.append({"arm": name, "value": found.mean, "low": found.low, "high": found.high})
-    return figures.intervals(
+    return figures.old(
+        "intervals",
         "vision",
         Text("Score by what is trained", "訓練不同部分時的分數"),
         rows,

@@ -9,7 +9,8 @@ from loralab.studies.measures.passes import MERGED, UNMERGED
 from loralab.studies.ranking import ALIKE, among, describe_ranking, listed, parameters, recommendation
 from loralab.studies.readings import latencies
 from loralab.studies.readings.latencies import SAME, SMALL, Latencies, percent
-from loralab.studies.study import Arm, Record, Table, Text
+from loralab.studies.study import Arm, Record, Text
+from loralab.studies.study import OldTable as Table
 
 BASE, LATENCY = "base", "latency"
 SOURCE = ("LoRA", "Adapter", "Prefix-tuning")  # the rows of the source's table

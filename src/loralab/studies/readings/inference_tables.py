@@ -20,7 +20,8 @@ from loralab.studies.readings.inference_words import (
     told,
 )
 from loralab.studies.readings.latencies import percent
-from loralab.studies.study import Figure, Finding, Table, Text
+from loralab.studies.study import Figure, Finding, Text
+from loralab.studies.study import OldTable as Table
 
 
 def findings(found: Deployed) -> list[Finding]:
@@ -160,7 +161,8 @@ def figures_of(found: Deployed) -> list[Figure]:
     ]
     batch, arm = Text("batch", "批次"), Text("variant", "組別")
     drawn = [
-        figures.bars(
+        figures.old(
+            "bars",
             "inference-throughput",
             Text("Throughput", "吞吐量"),
             rates,
@@ -175,7 +177,8 @@ def figures_of(found: Deployed) -> list[Figure]:
     if over:
         drawn.insert(
             0,
-            figures.bars(
+            figures.old(
+                "bars",
                 "inference-latency",
                 Text("Time over that of the control", "比對照組多花的時間"),
                 over,

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from loralab.studies import figures
 from loralab.studies.evidence import seconds
 from loralab.studies.measures.passes import MERGED, PLAIN, UNMERGED, Overhead, Shape, Way, growth, overhead
-from loralab.studies.study import Figure, Finding, Record, Table, Text
+from loralab.studies.study import Figure, Finding, Record, Text
+from loralab.studies.study import OldTable as Table
 
 SMALL = 0.01  # of a pass: a difference below it is none that anyone would feel
 SAME = 0.1  # half of what the lighter adapter costs in the paper: times this close are called alike
@@ -153,7 +154,8 @@ def figure(found: Latencies) -> list[Figure]:
     if not rows:
         return []
     return [
-        figures.bars(
+        figures.old(
+            "bars",
             "latency",
             Text("Forward pass: time over that of the base", "前向傳播：比基礎模型多花的時間"),
             rows,

@@ -12,7 +12,8 @@ from loralab.studies.measures.dimension import target
 from loralab.studies.measures.overlaps import LARGE, SIDES, SMALL
 from loralab.studies.measures.spectra import SHARES, shares_of
 from loralab.studies.readings.lowrank_claims import PAIR_NAMES, SIDE_NAMES, Read
-from loralab.studies.study import Figure, Table, Text
+from loralab.studies.study import Figure, Text
+from loralab.studies.study import OldTable as Table
 
 
 def module_table(read: Read) -> list[Table]:
@@ -97,7 +98,8 @@ def energy_figure(read: Read) -> list[Figure]:
         one = next(row for row in read.modules if tuple(sorted(row["shape"])) == shape)
         rows += _energy(f"random {shape[0]} x {shape[1]}", [one["random_energy"]])
     return [
-        figures.lines(
+        figures.old(
+            "lines",
             "lowrank-energy",
             Text("Energy of the update held by its first directions", "前幾個方向所含的更新能量"),
             rows,
@@ -124,7 +126,8 @@ def layer_figure(read: Read) -> list[Figure]:
         for row, share in zip(read.modules, shares_of(read.modules), strict=True)
     ]
     return [
-        figures.heat(
+        figures.old(
+            "heat",
             "lowrank-layers",
             Text("Share of directions that hold 90 % of the energy", "含 90% 能量所需的方向比例"),
             rows,
@@ -151,7 +154,8 @@ def curve_figure(read: Read, metric: Metric) -> list[Figure]:
         full = np.asarray([r.items["score"] for r in read.full], dtype=float).mean(axis=0)
         goal = sign * target(full, read.floor)
     return [
-        figures.lines(
+        figures.old(
+            "lines",
             "lowrank-dimension",
             Text(
                 "Score in a random subspace; dashed: 90 % of full fine-tuning's gain",
@@ -183,7 +187,8 @@ def phi_figures(read: Read) -> list[Figure]:
             ]
             where = SIDE_NAMES[side]
             found.append(
-                figures.heat(
+                figures.old(
+                    "heat",
                     f"lowrank-phi-{pair}-{side}",
                     Text(
                         f"phi(i, j) less chance: {name.en}, {where.en}", f"phi(i, j) 減隨機水準：{name.zh}，{where.zh}"

@@ -13,7 +13,8 @@ from loralab.studies.measures.drift import NOTED
 from loralab.studies.measures.merging import AFTER, BEFORE
 from loralab.studies.measures.passes import median_interval
 from loralab.studies.statistics import difference
-from loralab.studies.study import Figure, Finding, Record, Table, Text
+from loralab.studies.study import Figure, Finding, Record, Text
+from loralab.studies.study import OldTable as Table
 
 EXPECTED = 1e-6  # the source's own expectation of the difference in loss
 AGAIN, DRIFT = "NF4 → NF4", "100 merges"
@@ -346,7 +347,8 @@ def figures_of(found: Mapping[str, Record], drifts: Rows) -> list[Figure]:
     ]
     if rows := [row for row in rows if row["y"] > 0]:
         drawn.append(
-            figures.lines(
+            figures.old(
+                "lines",
                 "merge-drift",
                 Text(
                     "Subtracting the update again: how far the weights are off (put back: zero)",
@@ -367,7 +369,8 @@ def figures_of(found: Mapping[str, Record], drifts: Rows) -> list[Figure]:
     ]
     if bars:
         drawn.append(
-            figures.bars(
+            figures.old(
+                "bars",
                 "merge-kl",
                 Text(
                     "What merging changes, over what the adapter changes (KL)",

@@ -9,7 +9,8 @@ import numpy as np
 from loralab.studies import figures
 from loralab.studies.evidence import SEED, mean_of, seconds, size
 from loralab.studies.statistics import difference
-from loralab.studies.study import DONE, Figure, Finding, Record, Table, Text
+from loralab.studies.study import DONE, Figure, Finding, Record, Text
+from loralab.studies.study import OldTable as Table
 
 BASELINE = "baseline"
 ASKED = (BASELINE, "accumulation", "mixed", "checkpoint")  # the rows of the source's table
@@ -335,14 +336,16 @@ def figures_of(found: Savings) -> list[Figure]:
         if name in own[0].numbers
     ]
     return [
-        figures.scatter(
+        figures.old(
+            "scatter",
             "memory-time",
             Text("Memory against time: lower left is better", "記憶體與時間：越靠左下越好"),
             points,
             x=Text("peak memory (GB)", "記憶體峰值（GB）"),
             y=Text("seconds a step", "每步秒數"),
         ),
-        figures.bars(
+        figures.old(
+            "bars",
             "memory-parts",
             Text("Peak of loading and of the steps", "載入與訓練步驟的峰值"),
             bars,

@@ -1,0 +1,101 @@
+"""compare_arms(): the conclusion that most questions share; a question adds what is its own."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from loralab.studies.contrast import Ranking
+from loralab.studies.evidence import Metric, by_arm, claim, metric_of, own_interval, scores_table
+from loralab.studies.message import Chart, Message
+from loralab.studies.ranking import FLOOR, Arms, claims, ranked, recommendation
+from loralab.studies.study import Answer, Finding, Ground, Record
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """The arms of a study side by side.
+
+    Attributes:
+        every: all arms that have a score.
+        arms: those that can be recommended; the others, such as the untrained base, cannot.
+    """
+
+    every: Arms
+    arms: Arms
+    metric: Metric
+    ranking: Ranking
+
+    @property
+    def recommendation(self) -> Message:
+        """Say what to take, and how sure that is."""
+        return recommendation(self.ranking, self.arms, self.metric)
+
+    @property
+    def advice(self) -> dict[str, Any]:
+        """Return the fields of the recommended arm; its rate is searched for again where it is used."""
+        name = self.ranking.recommended
+        fields = {} if name is None else self.arms[name][0].arm.fields
+        return {key: value for key, value in fields.items() if key != "learning_rate"}
+
+    def over_base(self, names: Sequence[str] | None = None) -> list[Finding]:
+        """Compare some arms with the untrained model; none is the cheapest alone."""
+        if FLOOR not in self.ranking.means:
+            return []
+        return [self.claim(name, FLOOR) for name in (self.ranking.names[:1] if names is None else names)]
+
+    def claim(self, a: str, b: str) -> Finding:
+        """Say how two arms differ."""
+        return claim(self.ranking.contrast(a, b), self.metric)
+
+    def chart(self, name: str, x: Message, *, at: Callable[[str], float] | None = None, **options: Any) -> Chart:
+        """Return the score of every arm with its interval.
+
+        Args:
+            at: the place of an arm on the axis, where arms are numbers.
+        """
+        return score_chart(name, self.arms, self.metric, x, at=at, **options)
+
+    def answer(self, **its_own: Any) -> Answer:
+        """Return the answer, with a question's own parts in place of the usual ones."""
+        usual = {
+            "sentence": self.recommendation,
+            "ranking": self.ranking,
+            "findings": [*self.over_base(), *claims(self.ranking, self.metric)],
+            "tables": [scores_table(self.every, self.metric)],
+            "advice": self.advice,
+        }
+        return Answer(**{**usual, **its_own})
+
+
+def compare_arms(
+    records: Sequence[Record],
+    ground: Ground,
+    *,
+    aside: Sequence[str] = (FLOOR,),
+    cost: Mapping[str, float] | None = None,
+) -> Comparison | None:
+    """Compare all arms that have a score; None where there is none.
+
+    Args:
+        aside: arms that are compared, but never recommended.
+        cost: as in `ranked`.
+    """
+    every, metric = by_arm(records), metric_of(records, ground)
+    arms = {name: own for name, own in every.items() if name not in aside}
+    if not arms:
+        return None
+    others = {name: own for name, own in every.items() if name in aside}
+    return Comparison(every=every, arms=arms, metric=metric, ranking=ranked(arms, metric, others, cost=cost))
+
+
+def score_chart(
+    name: str, arms: Arms, metric: Metric, x: Message, *, at: Callable[[str], float] | None = None, **options: Any
+) -> Chart:
+    """Return the scores of some arms with their intervals."""
+    rows = []
+    for arm, records in arms.items():
+        interval = own_interval(records)
+        place = {} if at is None else {"x": at(arm)}
+        rows.append({"arm": arm, "value": interval.mean, "low": interval.low, "high": interval.high, **place})
+    title, y = Message(f"{name}.chart"), Message("axis.score", metric=metric.text)
+    return Chart("intervals", name, title, rows, x, y, options={"percent": metric.rises, **options})

@@ -1,0 +1,121 @@
+"""What a study says, as data: a key of the catalogues and the values that it speaks of.
+
+Standard library only. Nothing here is English or Chinese: messages/*.toml are, and wording.py joins the two.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, init=False)
+class Message:
+    """A sentence or term of the catalogues, such as Message("rank.cut", arm="r=64", rank=8).
+
+    Values are numbers as they were measured (the catalogue says how they are written), names,
+    other messages, or sequences of these.
+    """
+
+    key: str
+    values: Mapping[str, Any]
+
+    def __init__(self, key: str, /, **values: Any) -> None:
+        object.__setattr__(self, "key", key)
+        object.__setattr__(self, "values", values)
+
+    def __hash__(self) -> int:
+        return hash((self.key, repr(self.values)))
+
+    # TRANSITION: until every question speaks in messages
+    @property
+    def en(self) -> str:
+        from loralab.studies.wording import say
+
+        return say(self, "en")
+
+    @property
+    def zh(self) -> str:
+        from loralab.studies.wording import say
+
+        return say(self, "zh-TW")
+
+    def said(self, language: str) -> str:
+        from loralab.studies.wording import say
+
+        return say(self, language)
+
+    def __add__(self, other: Any) -> Any:
+        from loralab.studies.study import Text
+
+        return Text(self.en, self.zh) + other
+
+
+def sentences(*parts: Message | None) -> Message:
+    """Join sentences, each language in its own way; those that are None are left out."""
+    return Message("join.sentences", parts=present(parts))
+
+
+def clauses(parts: Iterable[Message | None]) -> Message:
+    """Join parts of one sentence."""
+    return Message("join.clauses", parts=present(parts))
+
+
+def names(found: Iterable[Any]) -> Message:
+    """Join names: "a, b and c"."""
+    return Message("join.names", parts=list(found))
+
+
+def present(parts: Iterable[Message | None]) -> list[Message]:
+    """Return the messages that are there."""
+    return [part for part in parts if part is not None]
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table: the name of its values in each row, and how they are written.
+
+    Attributes:
+        format: one of wording.FORMATS, or a format of Python's.
+        label: the heading; None is the catalogue's "column.<name>".
+    """
+
+    name: str
+    format: str = ""
+    label: Message | None = None
+
+    @property
+    def heading(self) -> Message:
+        """Return the heading."""
+        return self.label or Message(f"column.{self.name}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """Rows of values under their columns; a value that a row lacks is shown as a dash."""
+
+    title: Message
+    columns: Sequence[Column]
+    rows: Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart as data; figures.py draws it.
+
+    Attributes:
+        kind: one of figures.KINDS.
+        name: of its file.
+        rows: what is drawn; each kind says which keys it needs.
+        x, y: titles of the axes.
+        by: title of the legend, where lines or bars belong to several.
+        options: of the kind, such as log, percent or chance.
+    """
+
+    kind: str
+    name: str
+    title: Message
+    rows: Sequence[Mapping[str, Any]]
+    x: Message
+    y: Message
+    by: Message | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)

@@ -1,0 +1,107 @@
+"""One study on the page: its answer, and how it came about."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from loralab.studies.catalog import RECOMMEND, STUDIES
+from loralab.studies.commands import apply_command, repeat_command
+from loralab.studies.evidence import by_arm, unfinished
+from loralab.studies.message import Message
+from loralab.studies.prepare import question_module, question_name
+from loralab.studies.study import Answer, Ground, Record
+from loralab.studies.wording import catalogue
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """A study with its answer.
+
+    Attributes:
+        label: its number, or its name where it has none.
+        left: arms without a result, and why.
+        measured: how its runs were made equal, and what they cost.
+        repeat, apply: commands.
+    """
+
+    name: str
+    ground: Ground
+    answer: Answer
+    records: Sequence[Record]
+    left: Sequence[tuple[str, str]]
+    measured: Message
+    repeat: str
+    apply: str
+
+    @property
+    def label(self) -> str:
+        """Return the number of the question, or the study's name."""
+        return STUDIES[self.name].number if self.name in STUDIES else self.name
+
+    @property
+    def title(self) -> Message | str:
+        """Return the heading."""
+        return Message(f"{self.name}.title") if self.name in (*STUDIES, RECOMMEND) else self.name
+
+    @property
+    def method(self) -> Message | None:
+        """Say how it was measured, beyond what holds for every study."""
+        return self.answer.method or self._usual("method")
+
+    @property
+    def caution(self) -> Message | None:
+        """Say what would change the answer."""
+        return self.answer.caution or self._usual("caution")
+
+    @property
+    def following(self) -> Message | None:
+        """Say which experiment suggests itself."""
+        return self.answer.next or self._usual("next")
+
+    def _usual(self, part: str) -> Message | None:
+        key = f"{question_name(self.name)}.{part}"
+        return Message(key) if key in catalogue("en") else None
+
+
+def section(name: str, ground: Ground, records: Sequence[Record]) -> Section:
+    """Return a study with its answer."""
+    answer = question_module(name).conclude(records, ground)
+    return Section(
+        name=name,
+        ground=ground,
+        answer=answer,
+        records=records,
+        left=unfinished(records),
+        measured=measured(ground, records),
+        repeat=repeat_command(ground),
+        apply=apply_command(ground, answer.advice, records),
+    )
+
+
+def measured(ground: Ground, records: Sequence[Record]) -> Message:
+    """Say how the runs of a study were made equal, and what they cost."""
+    return Message(
+        "page.measured",
+        model=ground.model,
+        data=ground.data,
+        steps=ground.fields.get("max_steps"),
+        batch=ground.fields.get("batch_size"),
+        rows=ground.rows.get("test"),
+        seeds=_seeds(records, ground),
+        rates=_rates(ground, records),
+        cost=sum(r.seconds for r in records),
+    )
+
+
+def _seeds(records: Sequence[Record], ground: Ground) -> str:
+    """Return how many seeds the arms had; those that could still be the best had more."""
+    counts = sorted({len(runs) for runs in by_arm(records).values() if not runs[0].arm.plain}) or [ground.seeds]
+    return f"{counts[0]}–{counts[-1]}" if counts[0] != counts[-1] else str(counts[0])
+
+
+def _rates(ground: Ground, records: Sequence[Record]) -> Message:
+    """Say how the learning rates of a study came about."""
+    if cost := sum(r.searched for r in records):
+        return Message("page.rates_searched", count=len(ground.rates), cost=cost)
+    if len({r.arm.fields.get("learning_rate") for r in records} - {None}) > 1:
+        return Message("page.rates_own")
+    return Message("page.rates_fixed")

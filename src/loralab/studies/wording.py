@@ -1,0 +1,116 @@
+"""Messages -> words in English or Traditional Chinese, by the catalogues beside this file.
+
+A catalogue's entry is a template: {score:points} writes the value `score` in the format `points`.
+"""
+
+import functools
+import math
+import string
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from importlib import resources
+from typing import Any
+
+from loralab.studies.message import Message
+
+LANGUAGES = ("en", "zh-TW")
+UNKNOWN = "–"  # of a number that was not measured
+UNITS = ((1e9, 2, "GB"), (1e6, 1, "MB"), (1e3, 1, "kB"), (1.0, 0, "B"))
+
+
+def say(value: Any, language: str) -> str:
+    """Write a message in a language; names and numbers stay as they are.
+
+    Raises:
+        KeyError: the catalogue lacks the message, or the message a value.
+    """
+    return _Writer(language).write(value)
+
+
+@functools.cache
+def catalogue(language: str) -> dict[str, str]:
+    """Return all templates of a language by their dotted keys."""
+    text = resources.files("loralab.studies").joinpath(f"messages/{language}.toml").read_text(encoding="utf-8")
+    return dict(_flat(tomllib.loads(text)))
+
+
+def _flat(table: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    found = []
+    for name, value in table.items():
+        found += _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else [(prefix + name, value)]
+    return found
+
+
+class _Writer(string.Formatter):
+    """Fill in templates; values that are messages are written in the same language."""
+
+    def __init__(self, language: str) -> None:
+        self.language = language
+
+    def write(self, value: Any, spec: str = "") -> str:
+        if isinstance(value, Message):
+            return self.vformat(catalogue(self.language)[value.key], (), value.values)
+        if hasattr(value, "said"):  # TRANSITION: study.Text
+            return str(value.said(self.language))
+        return formatted(value, spec)
+
+    def format_field(self, value: Any, format_spec: str) -> str:
+        if format_spec in JOINS:
+            return joined([self.write(part) for part in value], catalogue(self.language), format_spec)
+        if format_spec.startswith(PLURAL):
+            one, many = format_spec.removeprefix(PLURAL).split("|")
+            return one if value == 1 else many
+        return self.write(value, format_spec)
+
+
+JOINS = ("sentences", "clauses", "names", "commas")
+PLURAL = "plural "
+
+
+def joined(parts: Sequence[str], templates: Mapping[str, str], how: str) -> str:
+    """Join words as a language does."""
+    if how == "names" and len(parts) > 1:
+        return templates["joint.commas"].join(parts[:-1]) + templates["joint.and"] + parts[-1]
+    return templates[f"joint.{'commas' if how == 'names' else how}"].join(parts)
+
+
+def formatted(value: Any, spec: str) -> str:
+    """Write a number in one of FORMATS or in a format of Python's; a dash where there is none."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return UNKNOWN
+    return FORMATS[spec](value) if spec in FORMATS else format(value, spec if not isinstance(value, str) else "")
+
+
+def seconds(value: float) -> str:
+    """Write a duration."""
+    if value < 1e-3:
+        return f"{1e6 * value:.0f} µs"
+    return f"{1e3 * value:.0f} ms" if value < 1 else f"{value:.1f} s"
+
+
+def size(value: float) -> str:
+    """Write a number of bytes."""
+    factor, digits, name = next(unit for unit in UNITS if value >= unit[0] or unit[0] == 1)
+    return f"{value / factor:.{digits}f} {name}"
+
+
+def rounded(value: float) -> str:
+    """Write a whole number with two digits that count."""
+    return f"{int(float(f'{value:.2g}')):,}"
+
+
+FORMATS: dict[str, Callable[[Any], str]] = {
+    "count": lambda value: f"{value:,.0f}",
+    "plain": lambda value: f"{value:.3f}",
+    "short": lambda value: f"{value:.3g}",
+    "rate": lambda value: f"{value:.1e}",
+    "percent": lambda value: f"{100 * value:.1f} %",
+    "share": lambda value: f"{100 * value:.0f} %",
+    "signed percent": lambda value: f"{100 * value:+.1f} %",
+    "points": lambda value: f"{100 * value:.1f}",
+    "signed points": lambda value: f"{100 * value:+.1f}",
+    "signed": lambda value: f"{value:+.3f}",
+    "about": rounded,
+    "seconds": seconds,
+    "bytes": size,
+}
