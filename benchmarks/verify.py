@@ -1,7 +1,7 @@
 """Merges by peft in every dtype, each proven; faults planted into them, each found and named.
 
 Tiny random models, saved, adapted, merged and saved again by peft and transformers alone; what is
-verified is the folder, weights and logits. Faults are put into the tensors of an honest merge.
+verified is the folder; of a third of them logits too. Faults are put into the tensors of an honest merge.
 `--big LAYERS` also writes a folder with the widths of an 8B model and so many of its 32 layers, and
 verifies it in a process of its own: seconds, and the largest resident size.
 
@@ -158,7 +158,7 @@ def honest(root: Path) -> dict[str, Any]:
                 for way in WAYS:
                     place = merged(root, name, option, course, way)
                     base, adapter = base_of(root, name, course[0]), adapter_of(root, name, option, course[0])
-                    report = loralab.verify(place, base=base, adapter=adapter)
+                    report = loralab.verify(place, base=base, adapter=adapter, logits=way == "peft")
                     counted[f"{name}: {option}"] += 1
                     orders.update(report.orders)
                     if not report.passed:
@@ -313,10 +313,9 @@ def main() -> None:
         child(given.child)
         return
     warnings.simplefilter("ignore")  # peft's, of ties and of Conv1D
+    found: dict[str, Any] = {"big": big(given.big)} if given.big else {}
     with tempfile.TemporaryDirectory() as name:
-        found: dict[str, Any] = {"honest": honest(Path(name)), "planted": planted(Path(name))}
-    if given.big:
-        found["big"] = big(given.big)
+        found |= {"honest": honest(Path(name)), "planted": planted(Path(name))}
     own, theirs = found["honest"], found["planted"]
     alarms, missed, misnamed = own["false alarms"], theirs["missed"], theirs["misnamed"]
     text = [

@@ -4,6 +4,7 @@ A merge is replayed tensor by tensor from the files alone (proof/): no model is 
 than some rows of the largest tensor are in memory at once.
 """
 
+import logging
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -152,6 +153,7 @@ def _own_keys(merged: Weights) -> dict[str, Any] | None:
     """Return the names of the tensors that the merged model's class has; None of one that is not known."""
     import transformers
 
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels that nobody asks for
     names = merged.config.get("architectures")
     built = getattr(transformers, str(names[0]), None) if isinstance(names, list) and names else None
     if built is None:
