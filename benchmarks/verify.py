@@ -11,7 +11,6 @@ verifies it in a process of its own: seconds, and the largest resident size.
 import json
 import math
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -201,7 +200,7 @@ def faults(base: Tensors, adapter: Tensors, other: Tensors, turned: bool) -> Ite
     vocabulary = next(key for key in base if key.split(".")[-2] in ("embed_tokens", "wte", "word_embeddings"))
     yield "truncated vocabulary", "truncated_vocabulary", lambda t: t.update({vocabulary: t[vocabulary][:-7]})
     norm = next(key for key in base if "norm" in key.lower() or "ln_" in key)
-    yield "a norm changed", "changed", lambda t: t.update({norm: t[norm] * 1.02})
+    yield "a norm changed", "changed", lambda t: t.update({norm: t[norm] + 0.02})
     yield "a norm lost", "missing_tensor", lambda t: t.pop(norm)
     yield "one number changed", "changed", lambda t: t[one].view(-1)[17].add_(0.05)
     yield "a number is NaN", "not_finite", lambda t: t[one].view(-1)[17].fill_(math.nan)
@@ -300,7 +299,9 @@ def big(layers: int) -> dict[str, Any]:
 
 def child(root: Path) -> None:
     report = loralab.verify(root / "merged", base=root / "base", adapter=root / "adapter", logits=False)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    # getrusage would count what the parent held when this process was started
+    peak = 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
     print(json.dumps({"passed": report.passed, "peak": peak}))
 
 
