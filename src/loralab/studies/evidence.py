@@ -51,6 +51,13 @@ class Metric:
         """Tell whether larger is better."""
         return self.name not in FALLING
 
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """Return the least and the largest score that there is."""
+        if not self.rises:
+            return 0.0, math.inf
+        return (-1.0 if self.name in CORRELATIONS else 0.0), 1.0
+
     def value(self, score: float) -> Message:
         """Return one score as it is written."""
         return Message("score.share" if self.rises else "score.loss", value=score)
@@ -86,19 +93,29 @@ def metric_of(records: Iterable[Record], ground: Ground | None = None) -> Metric
     return Metric(name=name, margin=MARGIN if asked is None else asked)
 
 
-def claim(found: Contrast, metric: Metric) -> Finding:
-    """Say a contrast."""
+def claim(found: Contrast, metric: Metric, names: tuple[Message | str, Message | str] | None = None) -> Finding:
+    """Say a contrast.
+
+    Args:
+        names: of the two that are compared, where an arm's name does not say it.
+    """
+    a, b = names or (found.a, found.b)
     verdict = "single" if math.isnan(found.low) else found.verdict
     more = {"needed": _needed(found)} if verdict == "undecided" else {}
     sentence = Message(
         f"contrast.{verdict}",
-        a=found.a,
-        b=found.b,
+        a=a,
+        b=b,
         size=metric.change(found.estimate),
         span=metric.span(found.low, found.high),
-        margin=metric.change(metric.margin_at(1.0)) if metric.rises else Message("score.margin", value=metric.margin),
+        margin=Message("score.margin_points" if metric.rises else "score.margin", value=metric.margin),
         **more,
     )
+    return finding(sentence, found)
+
+
+def finding(sentence: Message, found: Contrast) -> Finding:
+    """Return a sentence with the contrast that it says."""
     return Finding(
         sentence=sentence,
         holds=found.holds,
@@ -121,8 +138,9 @@ def _needed(found: Contrast) -> Message:
 def own_interval(records: Sequence[Record]) -> Interval:
     """Return an arm's mean score and its own interval, over seeds and test rows, in the metric's sense."""
     found = mean_interval([r.numbers["score"] for r in records])
-    half = half_width(sample(records, metric_of(records)))
-    return replace(found, low=found.mean - half, high=found.mean + half)
+    metric = metric_of(records)
+    half, (least, most) = half_width(sample(records, metric)), metric.bounds
+    return replace(found, low=max(least, found.mean - half), high=min(most, found.mean + half))
 
 
 def sample(records: Sequence[Record], metric: Metric, *, by_row: bool = True, level: float | None = None) -> Sample:

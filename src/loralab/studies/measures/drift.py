@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from loralab.adapters.linear import LinearWithLoRA
 from loralab.artefacts.comparison import compare, logits_of, reference_of
 from loralab.errors import ConfigError
-from loralab.models.load import DTYPES
+from loralab.models.load import DTYPES, Base
 from loralab.studies.measures.carried import adapter_folder, base_for, compared_inputs, put_on
 from loralab.studies.study import Cell, Record
 from loralab.studies.trained import Tell
@@ -30,7 +30,7 @@ Factors = tuple[Tensor, Tensor]  # A and B
 
 @dataclass(frozen=True, kw_only=True)
 class Drift:
-    """How far a module's weight is from the original after so many merges.
+    """The distance of a module's weight from the original after so many merges.
 
     `relative` is |W - W0| / |W0| at each of NOTED, `changed` the share of weights that differ at
     the end, `exact` whether the other way back gave every bit.
@@ -43,39 +43,17 @@ class Drift:
 
 
 def measure(cell: Cell, folder: Path, tell: Tell) -> Record:
-    """Merge and unmerge in every dtype of the options: {"precisions", "modules": how many}."""
+    """Merge and unmerge in every dtype of the options: {"precisions", "modules": at most, all if left out}."""
     place = adapter_folder(cell, folder, tell)
     base, task = base_for(cell.ground, "fp32")
     adapter = put_on(base, place)
     found = {n: m for n, m in adapter.modules.items() if isinstance(m, LinearWithLoRA)}
     if not found:
-        raise ConfigError("no linear layer of this model carries an update")
+        raise ConfigError("no linear layer of this model carries an update", code="no_updates", field="target_modules")
     adapter.detach()
-    chosen = spaced(found, cell.arm.options["modules"])
+    chosen = spaced(found, cell.arm.options.get("modules"))
     samples = compared_inputs(task, base, COMPARED)
-    rows = []
-    for precision in cell.arm.options["precisions"]:
-        drifts = {name: both_ways(m, DTYPES[precision]) for name, m in chosen.items()}
-        originals = {name: module.base.weight for name, module in chosen.items()}
-        for name, module in chosen.items():  # the base as this dtype rounds it
-            _put(module.base, originals[name].to(DTYPES[precision]).float())
-        reference = reference_of(base.model, samples, base.kind, base.tokenizer)
-        for name, module in chosen.items():
-            _put(module.base, drifts[name].weight.float())
-        drifted = logits_of(base.model, samples, base.kind, base.tokenizer)
-        seen = compare(reference, drifted, "fp32")
-        for name, module in chosen.items():
-            _put(module.base, originals[name])
-        rows.append(
-            {
-                "precision": precision,
-                "exact": all(d.exact for d in drifts.values()),
-                "relative": [list(d.relative) for d in drifts.values()],
-                "changed": [d.changed for d in drifts.values()],
-                "kl": max(0.0, seen.mean_kl),
-                "top1": seen.top1_agreement,
-            }
-        )
+    rows = [drifted(base, chosen, samples, precision) for precision in cell.arm.options["precisions"]]
     return Record(
         arm=cell.arm,
         seed=cell.seed,
@@ -84,8 +62,36 @@ def measure(cell: Cell, folder: Path, tell: Tell) -> Record:
     )
 
 
+def drifted(
+    base: Base, modules: Mapping[str, LinearWithLoRA], samples: Sequence[Sequence[int]], precision: str
+) -> dict[str, Any]:
+    """Return the drift of the modules in a dtype, and how the logits of samples move with it.
+
+    The base's weights are put back.
+    """
+    dtype = DTYPES[precision]
+    drifts = {name: both_ways(module, dtype) for name, module in modules.items()}
+    originals = {name: module.base.weight for name, module in modules.items()}
+    for name, module in modules.items():  # the base as this dtype rounds it
+        _put(module.base, originals[name].to(dtype).float())
+    reference = reference_of(base.model, samples, base.kind, base.tokenizer)
+    for name, module in modules.items():
+        _put(module.base, drifts[name].weight.float())
+    seen = compare(reference, logits_of(base.model, samples, base.kind, base.tokenizer), "fp32")
+    for name, module in modules.items():
+        _put(module.base, originals[name])
+    return {
+        "precision": precision,
+        "exact": all(drift.exact for drift in drifts.values()),
+        "relative": [list(drift.relative) for drift in drifts.values()],
+        "changed": [drift.changed for drift in drifts.values()],
+        "kl": max(0.0, seen.mean_kl),
+        "top1": seen.top1_agreement,
+    }
+
+
 def spaced(found: Mapping[str, LinearWithLoRA], most: int | None) -> dict[str, LinearWithLoRA]:
-    """At most so many modules, from the first to the last at even distances; none is all."""
+    """Return at most so many modules, from the first to the last at even distances; None is all."""
     names = list(found)
     if most is None or most >= len(names):
         return dict(found)
@@ -94,7 +100,7 @@ def spaced(found: Mapping[str, LinearWithLoRA], most: int | None) -> dict[str, L
 
 @torch.no_grad()
 def both_ways(module: LinearWithLoRA, dtype: torch.dtype) -> Drift:
-    """A hundred merges into the weight as a dtype holds it; the module is left as it was."""
+    """Merge a hundred times into the weight as a dtype holds it; the module is left as it was."""
     original, own = module.base.weight, (module.lora_A.clone(), module.lora_B.clone())
     three = adapters_like(own)
     weight = original.to(dtype)
@@ -111,7 +117,7 @@ def both_ways(module: LinearWithLoRA, dtype: torch.dtype) -> Drift:
 
 
 def subtracted(weight: Tensor, deltas: Sequence[Tensor]) -> tuple[list[float], Tensor]:
-    """|W - W0| / |W0| at each of NOTED where updates are added and subtracted in turn, and W."""
+    """Return |W - W0| / |W0| at each of NOTED where updates are added and subtracted in turn, and W."""
     now, size, relative = weight.clone(), float(weight.double().norm()), []
     for number in range(1, MERGES + 1):
         delta = deltas[number % len(deltas)]
@@ -123,7 +129,7 @@ def subtracted(weight: Tensor, deltas: Sequence[Tensor]) -> tuple[list[float], T
 
 
 def adapters_like(own: Factors) -> list[Factors]:
-    """The trained factors, and others that are as large and have nothing else in common with it."""
+    """Return the trained factors, and others that are as large and have nothing else in common with them."""
     draw = torch.Generator().manual_seed(0)
     found = [own]
     for _ in range(ADAPTERS - 1):
@@ -143,7 +149,7 @@ def _put_back(module: LinearWithLoRA, three: Sequence[Factors]) -> bool:
 
 
 def _delta(module: LinearWithLoRA, factors: Factors) -> Tensor:
-    """The update in the layout of the base's weight."""
+    """Return the update in the layout of the base's weight."""
     _fill(module, factors)
     delta = module.delta()
     return delta.T.contiguous() if module.transposed else delta
