@@ -1,16 +1,22 @@
 """Studies without a worker: cells are measured in this process, on tiny models."""
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import is_dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from loralab.studies import store
+from loralab.studies.figures import drawn
+from loralab.studies.message import Message
 from loralab.studies.prepare import prepare
+from loralab.studies.report import markdown_table
 from loralab.studies.runner import walk
-from loralab.studies.study import Arm, Cell, Ground, Record
+from loralab.studies.study import Answer, Arm, Cell, Ground, Record
 from loralab.studies.trained import measured
+from loralab.studies.wording import LANGUAGES, catalogue, say
 
 Here = Callable[[Ground, Path], list[Record]]
 
@@ -91,3 +97,45 @@ def planted(name: str, scores: Sequence[float], seeds: int = 3, **fields: object
         )
         for seed in range(seeds)
     ]
+
+
+def messages_in(value: Any) -> Iterator[Message]:
+    """Walk a message, an answer or anything that holds messages; yield all of them, the outer ones first."""
+    if isinstance(value, Message):
+        yield value
+        value = value.values
+    if is_dataclass(value) and not isinstance(value, type):
+        value = vars(value)
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        for part in value:
+            yield from messages_in(part)
+
+
+def keys_in(value: Any) -> list[str]:
+    """Return the keys of all messages in a value."""
+    return [message.key for message in messages_in(value)]
+
+
+def message_in(value: Any, key: str) -> Message:
+    """Return the first message of a key in a value."""
+    return next(message for message in messages_in(value) if message.key == key)
+
+
+def assert_it_renders(answer: Answer, question: str) -> None:
+    """Say every sentence, blank, table and chart of an answer in both languages."""
+    usual = [Message(f"{question}.{part}") for part in ("title", "method", "caution", "next")]
+    texts = [*messages_in(answer), *(own for own in usual if own.key in catalogue("en"))]
+    for language in LANGUAGES:
+        for text in texts:
+            assert say(text, language)
+        for label, text in answer.blanks:
+            assert say(label, language)
+            assert say(text, language)
+        for table in answer.tables:
+            head, _, *rows = markdown_table(table, language).splitlines()
+            assert len(rows) == len(table.rows)
+            assert all(row.count(" | ") == head.count(" | ") for row in rows)
+        for chart in answer.figures:
+            assert drawn(chart, language)["$schema"]

@@ -1,4 +1,4 @@
-"""What a configuration trains on a model, and the size at which it trains as much as another."""
+"""Count what a configuration trains on a model; solve for the size at which it trains as much as another."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -15,6 +15,7 @@ from loralab.errors import ConfigError
 from loralab.models.load import Base
 from loralab.studies.fields import configured
 from loralab.training.preflight import with_head
+from loralab.values import check_choice
 
 Fields = Mapping[str, Any]
 SIZES = ("rank", "width", "tokens")  # of LoRA, bottleneck adapters, prefixes and prompts
@@ -30,7 +31,7 @@ class Sized:
 
 
 def trained_parameters(base: Base, fields: Fields) -> int:
-    """How many numbers a configuration trains on a loaded model; the head is not counted.
+    """Return how many numbers a configuration trains on a loaded model; the head is not counted.
 
     Raises:
         InputError: the configuration does not fit the model.
@@ -41,7 +42,7 @@ def trained_parameters(base: Base, fields: Fields) -> int:
 
 
 def solved(base: Base, fields: Fields, size: str, budget: int) -> Sized:
-    """The rank, width or length that comes nearest to a budget of trained parameters.
+    """Return the rank, width or length that comes nearest to a budget of trained parameters.
 
     What is trained grows by the same number with each rank, unit of width or token, so two counts
     tell the size; the counts on both sides of it decide.
@@ -49,21 +50,18 @@ def solved(base: Base, fields: Fields, size: str, budget: int) -> Sized:
     Raises:
         InputError: the configuration does not fit the model, or `size` changes nothing in it.
     """
-    if size not in SIZES:
-        raise ConfigError(f"size must be one of {', '.join(SIZES)}, got {size!r}")
+    check_choice("size", size, SIZES)
     one, two = (trained_parameters(base, {**fields, size: n}) for n in (1, 2))
     if two <= one:
-        raise ConfigError(f"{size} does not change how much {dict(fields)} trains")
+        raise ConfigError(f"{size} does not change how much {dict(fields)} trains", code="no_effect", field=size)
     below = max(1, 1 + math.floor((budget - one) / (two - one)))
-    every = [
-        Sized(fields=own, size=own[size], parameters=trained_parameters(base, own))
-        for own in ({**fields, size: n} for n in (below, below + 1))
-    ]
-    return min(every, key=lambda own: abs(own.parameters - budget))
+    options = [{**fields, size: n} for n in (below, below + 1)]
+    solutions = [Sized(fields=each, size=each[size], parameters=trained_parameters(base, each)) for each in options]
+    return min(solutions, key=lambda solution: abs(solution.parameters - budget))
 
 
 def largest_rank(base: Base, fields: Fields) -> int:
-    """The rank beyond which LoRA's update of some adapted module cannot have a higher one."""
+    """Return the rank beyond which LoRA's update of some adapted module cannot have a higher one."""
     with attached(base, {**fields, "rank": 1}) as adapter:
         return min(
             min(module.in_features, stop - start)
@@ -75,7 +73,7 @@ def largest_rank(base: Base, fields: Fields) -> int:
 
 @contextmanager
 def attached(base: Base, fields: Fields) -> Iterator[Adapter]:
-    """A configuration on a loaded model, for a while."""
+    """Attach a configuration to a loaded model, for a while."""
     adapter = put_on(base, fields)
     try:
         yield adapter
@@ -84,7 +82,7 @@ def attached(base: Base, fields: Fields) -> Iterator[Adapter]:
 
 
 def put_on(base: Base, fields: Fields) -> Adapter:
-    """A configuration on a loaded model, as training attaches it; the same numbers every time."""
+    """Attach a configuration to a loaded model, as training does; the same numbers every time."""
     method, _ = configured(fields)
     generator = torch.Generator().manual_seed(0)
     adapter = attach(base.model, with_head(method, base), generator=generator)

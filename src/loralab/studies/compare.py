@@ -7,7 +7,7 @@ from typing import Any
 from loralab.studies.contrast import Ranking
 from loralab.studies.evidence import Metric, by_arm, claim, metric_of, own_interval, scores_table
 from loralab.studies.message import Chart, Message
-from loralab.studies.ranking import FLOOR, Arms, claims, ranked, recommendation
+from loralab.studies.ranking import FLOOR, Arms, among, claims, describe_ranking, ranked, recommendation
 from loralab.studies.study import Answer, Finding, Ground, Record
 
 
@@ -36,6 +36,10 @@ class Comparison:
         name = self.ranking.recommended
         fields = {} if name is None else self.arms[name][0].arm.fields
         return {key: value for key, value in fields.items() if key != "learning_rate"}
+
+    def order(self, family: Arms) -> Message:
+        """Say who leads some of the arms, to follow "at equal ..."."""
+        return describe_ranking(among(self.ranking, family), family, self.metric)
 
     def over_base(self, names: Sequence[str] | None = None) -> list[Finding]:
         """Compare some arms with the untrained model; none is the cheapest alone."""

@@ -86,19 +86,29 @@ def metric_of(records: Iterable[Record], ground: Ground | None = None) -> Metric
     return Metric(name=name, margin=MARGIN if asked is None else asked)
 
 
-def claim(found: Contrast, metric: Metric) -> Finding:
-    """Say a contrast."""
+def claim(found: Contrast, metric: Metric, names: tuple[Message | str, Message | str] | None = None) -> Finding:
+    """Say a contrast.
+
+    Args:
+        names: of the two that are compared, where an arm's name does not say it.
+    """
+    a, b = names or (found.a, found.b)
     verdict = "single" if math.isnan(found.low) else found.verdict
     more = {"needed": _needed(found)} if verdict == "undecided" else {}
     sentence = Message(
         f"contrast.{verdict}",
-        a=found.a,
-        b=found.b,
+        a=a,
+        b=b,
         size=metric.change(found.estimate),
         span=metric.span(found.low, found.high),
         margin=metric.change(metric.margin_at(1.0)) if metric.rises else Message("score.margin", value=metric.margin),
         **more,
     )
+    return finding(sentence, found)
+
+
+def finding(sentence: Message, found: Contrast) -> Finding:
+    """Return a sentence with the contrast that it says."""
     return Finding(
         sentence=sentence,
         holds=found.holds,

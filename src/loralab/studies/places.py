@@ -1,7 +1,7 @@
 """Where in a model LoRA is put: the choices that one has, under the names that the model has."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -12,7 +12,9 @@ from loralab.adapters.parts import part_names
 from loralab.adapters.paths import ends_with
 from loralab.adapters.presets import in_attention
 from loralab.adapters.targets import blocks, linear_names, target_names
-from loralab.errors import TargetError
+from loralab.errors import ConfigError, TargetError
+from loralab.studies.message import Message
+from loralab.values import check_choice
 
 QV, ATTENTION, MLP, ALL = "q+v", "attention", "mlp", "all-linear"
 CHOICES = (QV, ATTENTION, MLP, ALL)
@@ -33,7 +35,7 @@ Targets = str | tuple[str, ...]
 
 
 def projections(model: nn.Module) -> tuple[str, str, str] | None:
-    """The names of the projections to q, k and v; None where they cannot be told apart."""
+    """Return the names of the projections to q, k and v; None where they cannot be told apart."""
     able = [name for name in (*linear_names(model), *part_names(model)) if in_attention(name)]
     for family in FAMILIES:
         if all(any(ends_with(name, wanted) for name in able) for wanted in family):
@@ -42,7 +44,7 @@ def projections(model: nn.Module) -> tuple[str, str, str] | None:
 
 
 def choices(model: nn.Module) -> dict[str, Targets]:
-    """Each of CHOICES that this model has, as target_modules."""
+    """Return each of CHOICES that this model has, as target_modules."""
     found: dict[str, Targets] = {}
     if (own := projections(model)) is not None:
         found[QV] = (own[0], own[2])
@@ -52,8 +54,22 @@ def choices(model: nn.Module) -> dict[str, Targets]:
     return found
 
 
+def require_choice(value: str, model: str, able: Mapping[str, Targets]) -> None:
+    """Refuse a value that is none of CHOICES, or not among those that a model has."""
+    check_choice("values", value, CHOICES)
+    if value not in able:
+        raise ConfigError(
+            f"{model} has no layers that {value!r} means; it has {', '.join(able)}", code="no_layers", field="values"
+        )
+
+
+def advised(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the choice and the rank of a recommended arm's fields; nothing where there is none."""
+    return {"target_modules": fields.get("target_modules", ALL), "rank": fields["rank"]} if fields else {}
+
+
 def singles(model: nn.Module) -> dict[str, Targets]:
-    """Single projections, and queries with keys: rows of the LoRA paper's Table 5."""
+    """Return single projections, and queries with keys: rows of the LoRA paper's Table 5."""
     found: dict[str, Targets] = {}
     if (own := projections(model)) is not None:
         found = {"q": (own[0],), "k": (own[1],), "v": (own[2],), "q+k": own[:2]}
@@ -65,7 +81,7 @@ def singles(model: nn.Module) -> dict[str, Targets]:
 
 
 def paths(model: nn.Module, targets: Targets) -> list[str]:
-    """The modules, or parts of modules, that a choice adapts; none where it finds nothing."""
+    """Return the modules, or parts of modules, that a choice adapts; none where it finds nothing."""
     try:
         return target_names(model, LoRA(target_modules=targets), part_names(model))
     except TargetError:
@@ -73,13 +89,13 @@ def paths(model: nn.Module, targets: Targets) -> list[str]:
 
 
 def type_of(path: str) -> str:
-    """What a module is in its block, such as "self_attn.q_proj"; the path itself outside."""
+    """Return a module's place in its block, such as "self_attn.q_proj"; the path itself outside."""
     found = re.match(r"(?:.*?\.)?\d+\.(.+)", path)
     return found[1] if found else path
 
 
 def layout(model: nn.Module) -> list[dict[str, Any]]:
-    """Every type of linear layer that LoRA means by all-linear: its shape, how many, and where."""
+    """Return every type of linear layer that LoRA means by all-linear: its shape, how many, and where."""
     attention, mlp = (set(paths(model, preset)) for preset in (ATTENTION, MLP))
     found: dict[tuple[str, tuple[int, int]], dict[str, Any]] = {}
     for path in paths(model, ALL):
@@ -93,8 +109,21 @@ def layout(model: nn.Module) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def outside(rows: list[Mapping[str, Any]]) -> list[str]:
-    """Of a layout, the layers that all-linear has beyond attention and feed-forward networks."""
+def layer_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return a layout as rows of a table: layer, shape, count, adapted_by."""
+    return [
+        {
+            "layer": row["type"],
+            "shape": f"{row['outputs']} × {row['inputs']}",
+            "count": row["count"],
+            "adapted_by": Message(f"place.{row['place']}"),
+        }
+        for row in rows
+    ]
+
+
+def outside(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the layers of a layout that all-linear has beyond attention and feed-forward networks."""
     return [str(row["type"]) for row in rows if row["place"] == "outside"]
 
 

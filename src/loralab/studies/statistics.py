@@ -1,4 +1,4 @@
-"""Intervals of means and of paired differences.
+"""Intervals of means, of medians and of paired differences.
 
 Every function that draws takes its generator. Larger is better in everything that is compared:
 losses come in negated.
@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import optimize, stats
 
-from loralab.studies.contrast import CONFIDENCE, SIDE, Contrast, verdict_of
+from loralab.studies.contrast import CONFIDENCE, SIDE, Contrast, Verdict, verdict_of
 
 DRAWS = 2000  # of a bootstrap
 
@@ -83,6 +83,45 @@ def difference(
         of_seeds=math.sqrt(of_seeds),
         of_rows=math.sqrt(of_items),
     )
+
+
+def median_contrast(differences: Sequence[float], *, margin: float, confidence: float = CONFIDENCE) -> Contrast:
+    """Return the median of differences that are one sample, such as those of trials or of layers."""
+    low, high = median_interval(differences, confidence)
+    inner = median_interval(differences, 1 - 2 * SIDE)
+    return Contrast(
+        a="",
+        b="",
+        estimate=float(np.median(differences)),
+        low=low,
+        high=high,
+        verdict=_verdict(low, high, inner, margin),
+        seeds=1,
+        rows=len(differences),
+        of_seeds=0.0,
+        of_rows=0.0,
+    )
+
+
+def _verdict(low: float, high: float, inner: tuple[float, float], margin: float) -> Verdict:
+    if -margin <= inner[0] and inner[1] <= margin:
+        return "equivalent"
+    if low > 0 or high < 0:
+        return "better" if low > 0 else "worse"
+    return "undecided"
+
+
+def median_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """Return the interval of a median, whatever the distribution: order statistics, from the binomial.
+
+    The k-th smallest and the k-th largest of n values enclose the median with probability
+    1 - 2 P(Bin(n, 1/2) < k); not a number where even k = 1 is too unsure.
+    """
+    ordered, n = sorted(values), len(values)
+    k = int(stats.binom.ppf((1 - confidence) / 2, n, 0.5)) if n else 0
+    if k < 1:
+        return math.nan, math.nan
+    return ordered[k - 1], ordered[n - k]
 
 
 def bootstrap_variance(values: Floats, generator: np.random.Generator) -> float:

@@ -227,9 +227,10 @@ class Answer:
     ranking: Any = None
 
 
-def nothing_measured(ground: Ground) -> Answer:
-    """Return the answer of a study that has no record yet."""
-    return Answer(sentence=Message("answer.nothing", study=ground.study))
+def nothing_measured(ground: Ground, labels: Sequence[Message | str] = ()) -> Answer:
+    """Return the answer of a study that has no record yet; every blank says so."""
+    nothing = Message("answer.nothing", study=ground.study)
+    return Answer(sentence=nothing, blanks=[(label, nothing) for label in labels])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -106,6 +106,7 @@ FORMATS: dict[str, Callable[[Any], str]] = {
     "rate": lambda value: f"{value:.1e}",
     "percent": lambda value: f"{100 * value:.1f} %",
     "share": lambda value: f"{100 * value:.0f} %",
+    "fine percent": lambda value: f"{100 * value:.3g} %",
     "signed percent": lambda value: f"{100 * value:+.1f} %",
     "points": lambda value: f"{100 * value:.1f}",
     "signed points": lambda value: f"{100 * value:+.1f}",

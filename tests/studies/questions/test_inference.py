@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from studies.conftest import Here, ground_of
+from studies.conftest import Here, assert_it_renders, ground_of, keys_in, message_in
 from torch import nn
 
 from loralab.adapters.adapter import Adapter
@@ -19,8 +19,9 @@ from loralab.models.load import Base
 from loralab.studies.measures import deployed
 from loralab.studies.measures.decoding import Variant, decoded, interleaved
 from loralab.studies.measures.mixed_batch import Banked, Looped, as_large
+from loralab.studies.message import Message
 from loralab.studies.questions import inference
-from loralab.studies.study import Arm, Ground, Record
+from loralab.studies.study import Answer, Arm, Finding, Ground, Record
 
 GROUND = Ground(study="inference", model="m", data="d")
 QUICK = Ground(study="inference", model="m", data="d", quick=True)
@@ -75,8 +76,9 @@ def test_a_routed_model_gives_what_the_adapted_one_gives(make: tiny.Make) -> Non
 def test_a_layer_that_sees_other_rows_refuses(way: str) -> None:
     model, mixed, _ = routed(tiny.fill(attach(tiny.llama(), LoRA(rank=2))), 2, way)
     mixed.route([0, 1, 1])
-    with pytest.raises(AdapterStateError, match="the batch has 3 rows"):
+    with pytest.raises(AdapterStateError) as caught:
         tiny.logits(model)
+    assert "3 rows" in str(caught.value)
 
 
 def test_the_factors_of_a_half_precision_base_stay_in_their_own_dtype() -> None:
@@ -181,8 +183,9 @@ def test_arms_and_values() -> None:
     own = Ground(study="inference", model="m", data="d", values=("nf4",))
     assert [a.name for a in inference.arms(own, base(tiny.llama()))] == ["r=8", "NF4"]
     wrong = Ground(study="inference", model="m", data="d", values=("nf3",))
-    with pytest.raises(ConfigError, match="nf4"):
+    with pytest.raises(ConfigError) as caught:
         inference.arms(wrong, base(tiny.llama()))
+    assert (caught.value.code, caught.value.field) == ("wrong_value", "values")
 
 
 def timed(
@@ -231,20 +234,47 @@ USED = timed("latency", "base", ADAPTERS, switch_seconds=0.32, adapter_bytes=9.8
 
 def test_nothing_timed_says_so() -> None:
     answer = inference.conclude([], GROUND)
-    assert "yet" in answer.sentence.en
-    assert [words.zh for _, words in answer.blanks] == ["未測量"] * 4
-    assert [label.zh for label, _ in answer.blanks][-1] == "你的看法"
+    assert answer.sentence.key == "answer.nothing"
+    assert [label.key for label, _ in answer.blanks] == [
+        "inference.speed_label",
+        "inference.many_label",
+        "inference.others_label",
+        "inference.view_label",
+    ]
+    assert {said.key for _, said in answer.blanks} == {"answer.not_measured"}
+    assert_it_renders(answer, "inference")
+
+
+def takes(answer: Answer, way: str, batch: int = 1) -> Finding:
+    """The finding on the time of a way at a batch."""
+    for finding in answer.findings:
+        said = finding.sentence
+        name = said.values.get("way")
+        if said.values.get("batch") == batch and way == (name.key if isinstance(name, Message) else name):
+            return finding
+    raise AssertionError(way)
 
 
 def test_merged_is_as_quick_and_unmerged_is_slower() -> None:
     answer = inference.conclude([USED], GROUND)
-    assert answer.sentence.en.startswith("LoRA does not speed inference up: merged it is as quick")
-    held = [f.sentence.en for f in answer.findings if f.holds]
-    assert any("At batch 1 unmerged takes 40." in w or "takes 39." in w for w in held)
-    assert not any(" merged takes" in words for words in held)
-    assert "pays from about 20 tokens" in answer.blanks[0][1].en
-    assert "4.3 times the throughput" in answer.blanks[1][1].en
-    assert answer.blanks[2][1].en == "not measured"
+    assert message_in(answer.sentence, "inference.merged_equivalent").values["share"] == pytest.approx(0, abs=0.01)
+    slower = takes(answer, "inference.unmerged")
+    assert (slower.verdict, slower.holds, slower.sentence.key) == ("worse", True, "inference.takes_worse")
+    assert slower.sentence.values["share"] == pytest.approx(0.4, abs=0.01)
+    assert slower.effect == -slower.sentence.values["share"]
+    assert takes(answer, "inference.unmerged", 8).sentence.values["share"] == pytest.approx(0.2, abs=0.01)
+    same = takes(answer, "inference.merged")
+    assert (same.verdict, same.holds) == ("equivalent", False)
+    speed, many, others, _ = (said for _, said in answer.blanks)
+    pays = message_in(speed, "inference.pays").values
+    assert pays["cost"] == 0.32
+    assert pays["tokens"] == pytest.approx(20, rel=0.05)
+    gain = message_in(many, "inference.gain").values
+    assert gain["gain"] == pytest.approx(8 * 0.04 * 1.4 / (0.08 * 1.3), rel=0.02)
+    assert gain["way"].values["count"] == 64
+    assert message_in(many, "inference.held").values == {"adapter": 9.8e6, "base": 2.7e8}
+    assert others.key == "answer.not_measured"
+    assert_it_renders(answer, "inference")
 
 
 def test_smaller_models_stand_against_their_own_control() -> None:
@@ -253,28 +283,61 @@ def test_smaller_models_stand_against_their_own_control() -> None:
         "50 % zeros", "dense", {"50 % zeros": (1.0, 1.0)}, sparse_ratio=7.0, items={"dense": RIGHT, "50 % zeros": WRONG}
     )
     answer = inference.conclude([USED, quick, zeros], GROUND)
-    held = {f.sentence.en for f in answer.findings if f.holds}
-    assert any("int8 takes 50." in w or "int8 takes 49." in w for w in held)
-    assert not any("50 % zeros takes" in words for words in held)
-    assert any(words.startswith("50 % zeros is worse than dense") for words in held)
-    assert "Quicker than the dense model" in answer.sentence.en
-    assert "int8" in answer.sentence.en.split("Quicker")[1]
-    assert "7.0 times the dense one" in answer.blanks[2][1].en
-    assert "at the price" not in answer.sentence.en, "int8 scores alike"
-    assert "speed comes from int8, not" in answer.blanks[3][1].en
+    assert takes(answer, "int8").sentence.values["share"] == pytest.approx(-0.5, abs=0.01)
+    assert takes(answer, "int8").verdict == "better"
+    assert takes(answer, "50 % zeros").verdict == "equivalent"
+    scores = {str(f.sentence.values["a"]): f.verdict for f in answer.findings if "a" in f.sentence.values}
+    assert scores == {"int8": "equivalent", "50 % zeros": "worse"}
+    (way,) = message_in(answer.sentence, "inference.quicker").values["parts"]
+    assert (way.key, way.values["way"]) == ("inference.quicker_way", "int8"), "int8 scores alike"
+    assert message_in(answer.blanks[2][1], "inference.sparse").values["ratio"] == 7.0
+    assert message_in(answer.blanks[3][1], "inference.view_quick").values["ways"] == ["int8"]
     assert len(answer.tables[0].rows) == 6 + 2 + 2
+    assert_it_renders(answer, "inference")
+
+
+def test_what_is_quicker_at_the_price_of_score_says_so() -> None:
+    quick = timed("int8", "dense", {"int8": (0.5, 0.6)}, items={"dense": RIGHT, "int8": WRONG})
+    (way,) = message_in(inference.conclude([quick], GROUND).sentence, "inference.quicker").values["parts"]
+    assert way.key == "inference.quicker_at_a_price"
+    assert way.values["price"].values["value"] == pytest.approx(20 / 60)
 
 
 def test_nothing_is_called_quicker_that_is_not() -> None:
     slow = timed("NF4", "dense", {"NF4": (3.0, 2.0)})
     answer = inference.conclude([slow], GROUND)
-    assert "None of NF4 is quicker" in answer.sentence.en
-    assert answer.blanks[0][1].en == "not measured"
+    assert message_in(answer.sentence, "inference.none_quicker").values["ways"] == ["NF4"]
+    assert answer.blanks[0][1].key == "answer.not_measured"
 
 
 def test_few_trials_claim_nothing() -> None:
     few = timed("latency", "base", ADAPTERS, trials=3)
-    assert not any(f.holds for f in inference.conclude([few], GROUND).findings)
+    answer = inference.conclude([few], GROUND)
+    assert {f.verdict for f in answer.findings} == {"undecided"}
+    assert not any(f.holds for f in answer.findings)
+    assert "inference.merged_undecided" in keys_in(answer.sentence)
+    assert_it_renders(answer, "inference")
+
+
+def test_a_difference_within_five_percent_is_none_however_sure() -> None:
+    near = timed("latency", "base", {"merged": (1.03, 1.03)}, noise=1e-4, trials=40)
+    answer = inference.conclude([near], GROUND)
+    assert takes(answer, "inference.merged").verdict == "equivalent"
+    assert "inference.merged_equivalent" in keys_in(answer.sentence)
+
+
+def test_models_that_write_nothing_give_rows_a_second() -> None:
+    passes = Record(**{**vars(USED), "texts": {"metric": "accuracy", "unit": "pass"}})
+    answer = inference.conclude([passes], GROUND)
+    assert answer.tables[1].columns[1].heading.key == "inference.rows_at"
+    assert answer.figures[1].y.key == "axis.rows_per_second"
+    assert_it_renders(answer, "inference")
+
+
+def test_what_could_not_be_measured_is_shown_with_its_reason() -> None:
+    refused = [{"variant": "64 adapters", "reason": "too large"}]
+    left = Record(**{**vars(USED), "tables": {**USED.tables, "refused": refused}})
+    assert list(inference.conclude([left], GROUND).tables[2].rows) == refused
 
 
 @pytest.mark.parametrize("kind", ["llama", "bert"])
@@ -299,5 +362,6 @@ def test_a_tiny_study_runs_to_its_end(
     assert found["latency"].items["merged"] == found["latency"].items["unmerged"]
     answer = inference.conclude(records, ground)
     assert len(answer.blanks) == 4
-    assert all(words.en != "not measured" for _, words in answer.blanks)
+    assert all(said.key != "answer.not_measured" for _, said in answer.blanks)
     assert len(answer.figures) == 2
+    assert_it_renders(answer, "inference")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from studies.conftest import Here, ground_of
+from studies.conftest import Here, assert_it_renders, ground_of, keys_in, message_in
 
 from loralab.adapters.attach import attach
 from loralab.adapters.methods import LoRA
@@ -15,7 +15,8 @@ from loralab.errors import ConfigError
 from loralab.models.load import Base
 from loralab.studies.measures import drift, merging
 from loralab.studies.questions import merge
-from loralab.studies.readings.merge_words import AGAIN, DRIFT, resolution
+from loralab.studies.questions.merge import AGAIN, DRIFT
+from loralab.studies.readings.merges import resolution
 from loralab.studies.study import Arm, Ground, Record
 
 GROUND = Ground(study="merge", model="m", data="d", quick=True)
@@ -152,48 +153,73 @@ def test_arms_can_be_chosen() -> None:
     chosen = Ground(study="merge", model="m", data="d", values=("fp16",))
     assert [arm.name for arm in merge.arms(chosen, base(tiny.llama()))] == ["r=8", "fp16"]
     wrong = Ground(study="merge", model="m", data="d", values=("fp8",))
-    with pytest.raises(ConfigError, match="fp32"):
+    with pytest.raises(ConfigError) as caught:
         merge.arms(wrong, base(tiny.llama()))
+    assert (caught.value.code, caught.value.field) == ("wrong_value", "values")
+
+
+def test_a_thorough_study_merges_in_every_module() -> None:
+    thorough = Ground(study="merge", model="m", data="d", values=("drift",))
+    *_, arm = merge.arms(thorough, base(tiny.llama()))
+    assert arm.options["precisions"] == ["fp32", "bf16", "fp16"]
+    adapter = attach(tiny.llama(), LoRA(rank=4))
+    assert drift.spaced(adapter.modules, arm.options.get("modules")) == adapter.modules
+    assert len(drift.spaced(adapter.modules, 7)) == 7
 
 
 def test_nothing_measured_says_so() -> None:
     answer = merge.conclude([], GROUND)
-    assert "yet" in answer.sentence.en
-    assert all(words.en == "not measured" for _, words in answer.blanks)
+    assert answer.sentence.key == "answer.nothing"
+    assert [said.key for _, said in answer.blanks] == ["answer.not_measured"] * 2
     assert not answer.findings
 
 
 def test_a_difference_below_the_expectation_holds() -> None:
     answer = merge.conclude([record("fp32", 3e-8), record("bf16", 2e-3, 0)], GROUND)
-    assert answer.blanks[0][1].en.startswith("3.0e-08")
-    assert answer.blanks[1][1].en == "holds"
-    assert answer.sentence.en.startswith("In fp32 merging changes nothing beyond rounding")
+    assert answer.blanks[0][1].values["difference"] == 3e-8
+    assert answer.blanks[0][1].values["share"] == pytest.approx(3e-8 / 0.6)
+    assert answer.blanks[1][1].key == "merge.expected"
+    assert keys_in(answer.sentence)[:2] == ["join.sentences", "merge.fp32_same"]
+    assert message_in(answer.sentence, "merge.form").values["difference"] == 2e-3
     assert not any(f.holds for f in answer.findings)
 
 
 def test_a_difference_above_the_expectation_is_reported_as_such() -> None:
     answer = merge.conclude([record("fp32", 4e-6)], GROUND)
-    assert "exceeds" in answer.sentence.en
-    assert "does not hold" in answer.blanks[1][1].en
+    assert message_in(answer.sentence, "merge.fp32_above").values["difference"] == 4e-6
+    assert answer.blanks[1][1].key == "merge.not_expected"
+    assert answer.blanks[1][1].values["unit"] == resolution(0.6)
+
+
+def test_a_difference_below_the_expectation_can_change_an_answer() -> None:
+    answer = merge.conclude([record("fp32", 3e-8, 1)], GROUND)
+    assert message_in(answer.sentence, "merge.fp32_below")
+    assert message_in(answer.sentence, "merge.answers").values["changed"] == 1
 
 
 def test_a_loss_of_answers_is_claimed() -> None:
     answer = merge.conclude([record("fp32"), record("bf16", 0.3, 25)], GROUND)
     held = [f for f in answer.findings if f.holds]
     assert len(held) == 1
-    assert held[0].sentence.en.startswith("bf16 merged is worse than bf16 unmerged")
+    assert (held[0].verdict, held[0].sentence.key) == ("worse", "contrast.worse")
+    a, b = held[0].sentence.values["a"], held[0].sentence.values["b"]
+    assert (a.key, b.key, a.values["arm"]) == ("merge.merged", "merge.unmerged", "bf16")
 
 
 def test_drift_and_packing_are_told() -> None:
     again = record(AGAIN, 0.02, kept=0.01)
     again = Record(**{**vars(again), "series": {"kept": [0.01 + i / 1e4 for i in range(20)]}})
     answer = merge.conclude([record("fp32"), again, drifted()], GROUND)
-    assert "bit for bit" in answer.sentence.en
-    assert "bf16 weights" in answer.sentence.en
-    assert "keeps 1 %" in answer.sentence.en
-    assert sum(f.holds for f in answer.findings) == 3
+    assert message_in(answer.sentence, "merge.way_back").values["precision"] == "bf16"
+    assert message_in(answer.sentence, "merge.again").values["kept"] == pytest.approx(0.01095)
+    held = [finding for finding in answer.findings if finding.holds]
+    assert [f.sentence.key for f in held] == ["merge.kept", "merge.off", "merge.off"]
+    assert {f.verdict for f in held} == {"worse"}
+    assert held[0].sentence.values["low"] < 0.011 < held[0].sentence.values["high"]
+    assert held[2].sentence.values["off"] == pytest.approx(1e-2 * 1.35)
     assert [figure.name for figure in answer.figures] == ["merge-drift", "merge-kl"]
-    assert "defect" in merge.conclude([drifted(exact=False)], GROUND).sentence.en
+    assert_it_renders(answer, "merge")
+    assert "merge.defect" in keys_in(merge.conclude([drifted(exact=False)], GROUND).sentence)
 
 
 def test_a_change_of_the_loss_is_claimed_and_rounding_is_not() -> None:
@@ -207,8 +233,10 @@ def test_a_change_of_the_loss_is_claimed_and_rounding_is_not() -> None:
 
     findings = merge.conclude([lost("fp32", 1e-8), lost("NF4", 0.5)], GROUND).findings
     assert [f.holds for f in findings[:2]] == [False, True]
-    assert findings[0].sentence.en.endswith("rounding.")
-    assert findings[1].sentence.en.startswith("NF4 merged is worse than NF4 unmerged by 0.7")
+    assert findings[0].sentence.key == "merge.rounding"
+    assert findings[1].sentence.key == "contrast.worse"
+    assert findings[1].sentence.values["a"].values["arm"] == "NF4"
+    assert findings[1].effect == pytest.approx(-0.74375)
 
 
 def test_one_score_for_all_rows_claims_nothing() -> None:
@@ -216,6 +244,7 @@ def test_one_score_for_all_rows_claims_nothing() -> None:
     items = {merging.BEFORE: [0.5], merging.AFTER: [0.9]}
     answer = merge.conclude([Record(**{**vars(lone), "items": items})], GROUND)
     assert not answer.findings[0].holds
+    assert answer.findings[0].sentence.key == "contrast.single"
 
 
 @pytest.mark.parametrize("kind", ["llama", "bert"])
@@ -236,3 +265,4 @@ def test_a_tiny_study_runs_to_its_end(
     forms = set(merge.usual(ground)) - {"fp32", "drift"}  # fp16 where the machine multiplies in it
     assert len(answer.blanks) == 2 + len(forms)
     assert len(answer.tables) == 2
+    assert_it_renders(answer, "merge")

@@ -11,17 +11,21 @@ import pytest
 import tiny
 import torch
 from scipy import stats
-from studies.conftest import Here, ground_of, planted
+from studies.conftest import Here, assert_it_renders, ground_of, keys_in, message_in, planted
 
 from loralab.errors import ConfigError
 from loralab.models.load import Base
 from loralab.studies.budgets import trained_parameters
 from loralab.studies.measures import passes
-from loralab.studies.measures.passes import median_interval, overhead
+from loralab.studies.message import Message
 from loralab.studies.prepare import prepare
 from loralab.studies.questions import methods
-from loralab.studies.readings.compared import LATENCY
-from loralab.studies.study import Arm, Ground, Record
+from loralab.studies.questions.methods import LATENCY
+from loralab.studies.readings.latencies import describe
+from loralab.studies.readings.published import holds_here
+from loralab.studies.statistics import median_interval
+from loralab.studies.study import Answer, Arm, Ground, Record
+from loralab.studies.timing import LEAST, overhead
 
 GROUND = Ground(study="methods", model="m", data="d")
 QUICK = Ground(study="methods", model="m", data="d", quick=True)
@@ -105,8 +109,9 @@ def test_values_choose_methods() -> None:
     tuned = [a.name for a in methods.arms(chosen, base(tiny.llama())) if a.tuned]
     assert tuned == ["lora r=8", "ia3"]
     wrong = Ground(study="methods", model="m", data="d", values=("prefx",))
-    with pytest.raises(ConfigError, match="did you mean prefix"):
+    with pytest.raises(ConfigError, match="prefix") as raised:
         methods.arms(wrong, base(tiny.llama()))
+    assert (raised.value.code, raised.value.field) == ("invalid_choice", "values")
 
 
 def test_a_method_that_the_model_cannot_have_is_told(
@@ -136,9 +141,10 @@ def test_the_interval_of_a_median_covers_it(count: int) -> None:
 
 
 def test_too_few_trials_have_no_interval() -> None:
+    assert describe(overhead([2.0, 2.0], [1.0, 1.0])).key == "methods.overhead_alone"
     assert all(math.isnan(edge) for edge in median_interval([1.0, 2.0, 3.0, 4.0, 5.0]))
     assert not overhead([2.0, 2.0], [1.0, 1.0]).holds
-    assert 1 - 2 * stats.binom.cdf(0, passes.LEAST, 0.5) >= 0.95
+    assert 1 - 2 * stats.binom.cdf(0, LEAST, 0.5) >= 0.95
 
 
 def test_an_overhead_is_that_of_its_own_trial() -> None:
@@ -151,57 +157,116 @@ def test_an_overhead_is_that_of_its_own_trial() -> None:
 
 def test_the_source_s_table_is_filled() -> None:
     answer = methods.conclude([*TRAINED, timed(WAYS)], GROUND)
-    assert [label.zh for label, _ in answer.blanks] == ["LoRA", "Adapter", "Prefix-tuning", "你的選擇標準"]
-    assert [c.zh for c in answer.tables[0].columns] == ["方法", "參數量", "推論延遲", "訓練速度", "效能"]
-    assert answer.blanks[2][1].en.startswith("prefix p=2")  # the better of two lengths
-    assert "merged 10 ms" in answer.blanks[0][1].en
-    assert "lora r=8, merged: nothing beyond noise" in answer.sentence.en
+    assert [label for label, _ in answer.blanks] == [*methods.SOURCE, methods.CHOICE]
+    columns = [column.name for column in answer.tables[0].columns]
+    assert columns == ["method", "parameters", "latency", "step_seconds", "score"]
+    assert answer.blanks[2][1].values["arm"] == "prefix p=2"  # the better of two lengths
+    merged = message_in(answer.blanks[0][1], "methods.time_merged").values["time"].values
+    assert merged["seconds"] == pytest.approx(0.01, rel=0.01)
+    assert message_in(answer.sentence, "methods.adds_equivalent").values["way"].values["variant"] == "lora r=8"
+    assert message_in(answer.sentence, "methods.adds_equivalent").values["way"].key == "methods.merged"
+    choice = answer.blanks[3][1]
+    assert {"methods.by_score", "methods.by_latency", "methods.speed_alike", "ranking.take"} <= set(keys_in(choice))
+    merging = message_in(choice, "methods.merging").values
+    assert merging["able"].values["parts"] == ["lora r=8"]
+    assert merging["others"].values["parts"] == ["houlsby w=4", "pfeiffer w=8", "prefix p=9"]
     assert answer.advice == {"method": "lora", "rank": 8}
     assert len(answer.figures) == 2
-    assert "+30.3 %" in str(answer.tables[1].rows)
+    papers = [
+        message_in(row["paper"], "methods.paper").values["small"] for row in answer.tables[1].rows if row["paper"]
+    ]
+    assert papers == [0.303, 0.207]
+    heavy = next(f for f in answer.findings if f.sentence.values.get("way") == "houlsby w=4")
+    assert (heavy.verdict, heavy.holds) == ("worse", True)
+    assert heavy.effect == pytest.approx(-0.25, abs=0.01)
+    assert heavy.sentence.values["low"] < 0.25 < heavy.sentence.values["high"]
+    assert_it_renders(answer, "methods")
+
+
+PASSES = [
+    "methods.merged_is_free",
+    "methods.unmerged_costs",
+    "methods.light_adapter_costs",
+    "methods.heavy_adapter_costs_more",
+    "methods.share_shrinks",
+]
+
+
+def published(answer: Answer) -> list[tuple[str, str]]:
+    table = next(table for table in answer.tables if table.columns[0].name == "claim")
+    return [(row["claim"].key, row["here"].key) for row in table.rows]
 
 
 def test_published_orders_that_hold_are_said_to_hold() -> None:
     answer = methods.conclude([*TRAINED, timed(WAYS)], GROUND)
-    verdicts = {row[0].en: row[1].en for row in answer.tables[2].rows}
-    assert [verdicts[name] for name in list(verdicts)[:5]] == ["holds"] * 5
-    assert verdicts["every method is better than the base"] == "does not hold"  # prefix p=9 answers as the base does
-    assert verdicts["lora r=8 is no worse than prefix p=9"] == "holds"
+    assert published(answer) == [
+        *[(name, "claim.holds") for name in PASSES],
+        ("methods.all_learn", "claim.fails"),  # prefix p=9 answers as the base does
+        ("methods.lora_no_worse", "claim.holds"),
+        ("methods.lora_no_worse", "claim.holds"),
+    ]
+    rivals = [row["claim"].values.get("rival") for row in answer.tables[2].rows]
+    assert rivals[-2:] == ["houlsby w=4", "prefix p=9"]
+    learn = next(row["numbers"].values for row in answer.tables[2].rows if row["claim"].key == "methods.all_learn")
+    assert (learn["better"], learn["all"]) == (3, 4)
 
 
 def test_published_orders_that_do_not_hold_are_said_not_to() -> None:
     ways = {**WAYS, ("lora r=8", "merged"): (1.1, 1.0), ("houlsby w=4", "unmerged"): (1.05, 1.2)}
     better = arm("lora r=8", POOR, None, rank=8)
     answer = methods.conclude([*better, *arm("houlsby w=4", GOOD), timed(ways)], GROUND)
-    verdicts = [row[1].en for row in answer.tables[2].rows]
-    no = "does not hold"
-    assert verdicts == [no, "holds", "holds", no, no, no]
+    no, yes = "claim.fails", "claim.holds"
+    assert [here for _, here in published(answer)] == [no, yes, yes, no, no, no]
 
 
 def test_noisy_times_prove_no_sameness() -> None:
     answer = methods.conclude([*TRAINED, timed(dict.fromkeys(WAYS, (1.0, 1.0)), 0.3)], GROUND)
-    verdicts = [row[1].en for row in answer.tables[2].rows[:5]]
-    assert verdicts == ["not decided: noise"] * 5
+    assert published(answer)[:5] == [(name, "claim.undecided") for name in PASSES]
+    assert_it_renders(answer, "methods")
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "key"),
+    [
+        ([], "answer.not_measured"),
+        (["worse", "worse"], "claim.holds"),
+        (["worse", "undecided"], "claim.undecided"),
+        (["worse", "undecided", "equivalent"], "claim.fails"),
+        (["better"], "claim.fails"),
+    ],
+)
+def test_a_claim_holds_where_every_verdict_is_the_expected_one(verdicts: list[str], key: str) -> None:
+    assert holds_here(verdicts, {"worse"}).key == key
+
+
+def names_in(sentence: Message) -> list[object]:
+    """Return the arm, or arms, that a finding speaks of."""
+    way = sentence.values.get("way")
+    named = way.values.get("variant") if isinstance(way, Message) else way
+    return [named, sentence.values.get("a"), sentence.values.get("b")]
 
 
 def test_noise_is_claimed_by_nobody() -> None:
     ways = dict.fromkeys(WAYS, (1.0, 1.0))
     same = [*arm("lora r=8", GOOD, None, rank=8), *arm("houlsby w=4", GOOD)]
     answer = methods.conclude([*planted("base", GOOD, seeds=1), *same, timed(ways, 0.05)], GROUND)
-    assert not any(f.holds for f in answer.findings if "lora r=8" in f.sentence.en)
+    assert not any(f.holds for f in answer.findings if "lora r=8" in names_in(f.sentence))
     assert answer.advice == {}
 
 
 def test_nothing_measured_and_nothing_timed_are_said() -> None:
     empty = methods.conclude([], GROUND)
-    assert len(empty.blanks) == 4
-    assert "No method" in empty.sentence.en
+    assert [text.key for _, text in empty.blanks] == ["answer.nothing"] * 4
+    assert empty.sentence.key == "answer.nothing"
     alone = methods.conclude([timed(WAYS)], GROUND)
     assert len(alone.tables) == 1
+    assert len(alone.findings) == len(WAYS)
     untimed = methods.conclude(TRAINED, GROUND)
-    assert "latency not measured" in untimed.blanks[0][1].en
+    assert untimed.blanks[0][1].values["latency"].key == "answer.not_measured"
+    assert published(untimed)[:5] == [(name, "answer.not_measured") for name in PASSES]
+    assert_it_renders(untimed, "methods")
     one = methods.conclude(arm("lora r=8", GOOD, None, rank=8)[:1], QUICK)
-    assert one.blanks[1][1].en == "not measured"
+    assert one.blanks[1][1].key == "answer.not_measured"
 
 
 def test_passes_are_those_of_the_variants() -> None:
@@ -238,7 +303,7 @@ def test_trials_take_turns_and_end() -> None:
     variants: dict[str, Any] = {"lora": {"method": "lora", "rank": 2}}
     ways, _ = passes.ways_of(model, variants)
     times = passes.interleaved(model, variants, ways, [(1, 8), (2, 8)], seconds=0.0, most=9)
-    assert {len(own) for own in times.values()} == {passes.LEAST}
+    assert {len(own) for own in times.values()} == {LEAST}
     assert {shape for _, shape in times} == {(1, 8)}  # there was no time for the larger one
     more = passes.interleaved(model, variants, ways, [(1, 8), (2, 8)], seconds=60.0, most=7)
     assert {len(own) for own in more.values()} == {7}
@@ -259,7 +324,7 @@ def test_the_whole_study_on_a_tiny_encoder(
     records = here(ground, tmp_path)
     assert {r.arm.name for r in records if r.reason} == set()
     answer = methods.conclude(records, ground)
-    assert all(text.en and text.zh for _, text in answer.blanks)
-    starts = [row[0] for row in answer.tables[0].rows]
-    order = [next(i for i, f in enumerate(methods.SOURCE) if s.startswith(f)) for s in starts]
+    assert_it_renders(answer, "methods")
+    rows = [row["method"].values["family"] for row in answer.tables[0].rows]
+    order = [methods.SOURCE.index(family) for family in rows]
     assert all(a <= b for a, b in pairwise(order))

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from studies.conftest import Here, ground_of, planted
+from studies.conftest import Here, assert_it_renders, ground_of, keys_in, message_in, planted
 
 from loralab.adapters.attach import attach
 from loralab.adapters.linear import LinearWithLoRA
@@ -71,8 +71,9 @@ def test_values_choose_and_wrong_ones_are_refused() -> None:
     model = base(tiny.llama())
     chosen = Ground(study="targets", model="m", data="d", values=("mlp",))
     assert {targets.choice_of(a.name) for a in targets.arms(chosen, model) if a.tuned} == {"mlp", "all-linear"}
-    with pytest.raises(ConfigError, match="did you mean attention"):
+    with pytest.raises(ConfigError, match="attention") as raised:
         targets.arms(Ground(study="targets", model="m", data="d", values=("atention",)), model)
+    assert (raised.value.code, raised.value.field) == ("invalid_choice", "values")
 
 
 def test_fused_projections_are_addressed_by_parts() -> None:
@@ -123,8 +124,9 @@ def test_counting_leaves_the_model_as_it_was() -> None:
 
 
 def test_a_size_that_changes_nothing_is_refused() -> None:
-    with pytest.raises(ConfigError, match="size must be one of"):
+    with pytest.raises(ConfigError) as raised:
         solved(base(tiny.llama()), {"method": "lora"}, "alpha", 100)
+    assert (raised.value.code, raised.value.field) == ("invalid_choice", "size")
 
 
 def test_the_norm_of_an_update_is_that_of_the_product() -> None:
@@ -153,14 +155,23 @@ def test_a_planted_order_fills_the_blanks() -> None:
         *arm("mlp r=11", POOR, 410, 0.01),
     ]
     answer = targets.conclude(records, GROUND)
-    blanks = [text.en for _, text in answer.blanks]
-    assert [label.zh for label, _ in answer.blanks] == ["最小可行配置", "最佳性價比配置", "效能天花板"]
-    assert blanks[0].startswith("q+v r=8: 100 parameters")
+    assert keys_in([label for label, _ in answer.blanks]) == ["targets.smallest", "targets.value", "targets.ceiling"]
+    smallest, value, _ = (message_in(text, "targets.described").values for _, text in answer.blanks)
+    assert (smallest["arm"], smallest["parameters"]) == ("q+v r=8", 100)
     found = answer.ranking
-    assert blanks[1].startswith(str(found.recommended))
+    assert value["arm"] == found.recommended
+    families = [m.values["ranking"] for m in answer.sentence.values["parts"][:2]]
+    assert message_in(answer.sentence, "ranking.at_budget").values["parameters"] == 400
+    assert message_in(answer.sentence, "targets.at_rank").values["rank"] == 8
+    assert [message.key for message in families] == ["ranking.leader"] * 2
+    sizes = answer.tables[0].rows
+    assert [row["off_budget"] for row in sizes if row["rank"] != 8] == pytest.approx([0, 0, 0.025])
+    assert [row["off_budget"] for row in sizes if row["rank"] == 8] == [None, None, None, 0]
+    assert_it_renders(answer, "targets")
     assert found.contrast("all-linear r=8", "mlp r=11").verdict == "better"
     assert answer.advice["rank"] == 8
-    assert any(f.holds and "mlp r=11" in f.sentence.en for f in answer.findings)
+    assert any(f.holds and f.sentence.values["b"] == "mlp r=11" for f in answer.findings)
+    assert len({f.sentence for f in answer.findings}) == len(answer.findings)
 
 
 def test_on_noise_nothing_is_claimed() -> None:
@@ -180,21 +191,21 @@ def test_an_arm_that_failed_moves_no_other_into_its_family() -> None:
         *arm("q+v r=8", POOR, 100),
         failed,
     ]
-    by_rank, by_size = targets._families(records, {r.arm.name: [r] for r in records if r.items})
+    by_rank, by_size = targets.families(records, {r.arm.name: [r] for r in records if r.items})
     assert set(by_size) == {"all-linear r=8", "q+v r=32"}
     assert set(by_rank) == {"mlp r=8", "all-linear r=8", "q+v r=8"}
-    assert targets.conclude(records, GROUND).sentence.en
+    assert "targets.at_rank" in keys_in(targets.conclude(records, GROUND).sentence)
 
 
 def test_nothing_measured_is_said_in_every_blank() -> None:
     answer = targets.conclude([], GROUND)
-    assert "No choice" in answer.sentence.en
-    assert len(answer.blanks) == 3
+    assert answer.sentence.key == "answer.nothing"
+    assert [text.key for _, text in answer.blanks] == ["answer.nothing"] * 3
 
 
 def test_one_arm_of_one_seed_is_enough_for_an_answer() -> None:
     answer = targets.conclude(planted("q+v r=8", [1, 0, 1, 1], seeds=1, rank=8), GROUND)
-    assert answer.blanks[0][1].en.startswith("q+v r=8")
+    assert answer.blanks[0][1].values["arm"] == "q+v r=8"
 
 
 def test_the_whole_study_reads_the_updates_of_its_own_reference(
@@ -208,7 +219,9 @@ def test_the_whole_study_reads_the_updates_of_its_own_reference(
     assert all(row["ratio"] > 0 for row in told.tables["updates"])
     answer = targets.conclude(records, ground)
     assert [f.name for f in answer.figures] == ["targets", "importance"]
-    assert "bert.pooler.dense besides" in answer.method.en
+    assert message_in(answer.method, "targets.none_is_more").values["layers"] == ["bert.pooler.dense"]
+    assert sum(row["count"] for row in answer.tables[0].rows) == sum(row["count"] for row in told.tables["layers"])
+    assert_it_renders(answer, "targets")
 
 
 def test_updates_say_that_the_reference_is_missing(tiny_bert_folder: Path, noise_file: Path, tmp_path: Path) -> None:
@@ -218,8 +231,9 @@ def test_updates_say_that_the_reference_is_missing(tiny_bert_folder: Path, noise
         arm=Arm(name="updates"),
         seed=0,
     )
-    with pytest.raises(RunError, match="has no result") as raised:
+    with pytest.raises(RunError) as raised:
         measure(cell, tmp_path / "runs" / "x", lambda event: None)
+    assert raised.value.code == "no_reference"
     assert not isinstance(raised.value, LearningError)  # nothing has diverged
 
 

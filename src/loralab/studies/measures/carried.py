@@ -21,7 +21,7 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 def adapter_folder(cell: Cell, folder: Path, tell: Tell) -> Path:
-    """Where the reference arm's adapter lies; where that arm left none, it is trained here."""
+    """Return the folder of the reference arm's adapter; where that arm left none, train it here."""
     own = replace(cell, measure=MEASURE, arm=REFERENCE, seed=0)
     beside = folder.parent / own.digest / "run"
     if all((beside / name).is_file() for name in (WEIGHTS, RECORD)):
@@ -30,21 +30,21 @@ def adapter_folder(cell: Cell, folder: Path, tell: Tell) -> Path:
 
 
 def base_for(ground: Ground, precision: str, quantize: str = "none") -> tuple[Base, Task]:
-    """The model of a study in a dtype, packed if asked to, and the study's rows."""
+    """Return the model of a study in a dtype, packed if asked to, and the study's rows."""
     task = rows_of(ground)
     size = ground.fields.get("image_size")
     return load_base(ground.model, task, precision, 0, quantize=quantize, image_size=size), task
 
 
 def put_on(base: Base, place: Path) -> Adapter:
-    """The adapter of a folder on a base, which may be in another form than the one it learnt on."""
+    """Put a folder's adapter on a base, which may be in another form than the one it learnt on."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", BaseMismatchWarning)
         return load(base.model, place)
 
 
 def compared_inputs(task: Task, base: Base, count: int) -> list[Sequence[int]]:
-    """Inputs of the first test rows, as certificates compare them (tasks/samples.py)."""
+    """Return inputs of the first test rows, as certificates compare them (tasks/samples.py)."""
     rows, found = task.splits["test"][:count], []
     for start in range(0, len(rows), SAMPLES):
         part = replace(task, splits={"test": rows[start : start + SAMPLES]})

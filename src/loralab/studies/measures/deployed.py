@@ -5,10 +5,11 @@ hold the merged model in int8, in NF4, and with half of its weights at zero, eac
 merged model beside it.
 """
 
-import time
+import math
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from loralab.studies.measures.carried import adapter_folder, base_for, put_on
 from loralab.studies.measures.decoding import Times, Variant, inputs_for, interleaved, working_bytes, writes
 from loralab.studies.measures.mixed_batch import Banked, Looped, as_large
 from loralab.studies.study import Cell, Record
+from loralab.studies.timing import quickest, timed, trials
 from loralab.studies.trained import Tell, items_of
 from loralab.tasks.catalog import Task
 from loralab.tasks.forward import call
@@ -34,6 +36,7 @@ from loralab.training.memory import available_bytes
 MEASURE_ADAPTERS = "loralab.studies.measures.deployed:measure_adapters"
 MEASURE_SMALLER = "loralab.studies.measures.deployed:measure_smaller"
 BASE, MERGED, UNMERGED, DENSE = "base", "merged", "unmerged", "dense"
+SEVERAL, LOOPED = "adapters", "looped"  # in the names of variants that hold several
 SHARE = 0.5  # of the weights of each layer that are set to zero
 ROOM = 0.8  # of the free memory that a further variant may take
 OF_A_ROW = 16  # bytes that an int8 layer keeps for a row: a double and a 64-bit zero point
@@ -41,7 +44,7 @@ PRODUCTS = 20  # of one layer, dense and sparse
 
 
 def measure_adapters(cell: Cell, folder: Path, tell: Tell) -> Record:
-    """Base, merged, unmerged and several adapters: {"adapters", "looped", "batches", ...}."""
+    """Time the base, merged, unmerged and several adapters: {"adapters", "looped", "batches", ...}."""
     place, options = adapter_folder(cell, folder, tell), cell.arm.options
     base, task = base_for(cell.ground, str(cell.ground.fields.get("precision", "auto")))
     beside = put_on(replace(base, model=shared_copy(base.model)), place)
@@ -56,7 +59,11 @@ def measure_adapters(cell: Cell, folder: Path, tell: Tell) -> Record:
         name = named(count, loops)
         try:
             if count * size > ROOM * available_bytes(device_here()):
-                raise ModelError(f"{count} adapters of {size / 1e6:.0f} MB do not fit into memory")
+                raise ModelError(
+                    f"{count} adapters of {size / 1e6:.0f} MB do not fit into memory",
+                    code="out_of_memory",
+                    field="adapters",
+                )
             found = several(base, unmerged, beside, count, loops)
             numbers["routed_difference"] = max(numbers.get("routed_difference", 0.0), found[1])
             variants.append(replace(found[0], name=name))
@@ -67,7 +74,7 @@ def measure_adapters(cell: Cell, folder: Path, tell: Tell) -> Record:
 
 
 def measure_smaller(cell: Cell, folder: Path, tell: Tell) -> Record:
-    """The merged model made smaller in the way that the options name, and as it is."""
+    """Time the merged model made smaller in the way that the options name, and as it is."""
     place, how = adapter_folder(cell, folder, tell), str(cell.arm.options["how"])
     usual = str(cell.ground.fields.get("precision", "auto"))
     base, task = base_for(cell.ground, "fp32" if how == "int8" else usual)
@@ -115,12 +122,12 @@ def _rows(times: Times, control: str) -> list[dict[str, Any]]:
 
 
 def named(count: int, loops: bool) -> str:
-    """How a variant of several adapters is called."""
-    return f"{count} adapters, looped" if loops else f"{count} adapters"
+    """Return the name of a variant of several adapters."""
+    return f"{count} {SEVERAL}, {LOOPED}" if loops else f"{count} {SEVERAL}"
 
 
 def several(base: Base, unmerged: Variant, adapter: Any, count: int, loops: bool) -> tuple[Variant, float]:
-    """A variant of several adapters, and how far it is from the trained one where all rows take it.
+    """Return a variant of several adapters, and how far it is from the trained one where all rows take it.
 
     The difference is the largest of the logits, over the largest logit.
     """
@@ -142,18 +149,12 @@ def several(base: Base, unmerged: Variant, adapter: Any, count: int, loops: bool
 
 
 def switch_seconds(adapter: Any) -> float:
-    """What it takes to merge an adapter and to take it out again, the quicker of two."""
-    found = []
-    for _ in range(2):
-        begun = time.perf_counter()
-        adapter.merge()
-        adapter.unmerge()
-        found.append(time.perf_counter() - begun)
-    return min(found)
+    """Return the seconds to merge an adapter and to take it out again, the quicker of two."""
+    return quickest(lambda: (adapter.merge(), adapter.unmerge()), repeats=2)
 
 
 def in_int8(base: Base) -> Any:
-    """Weights in int8, a scale a row; inputs rounded to int8 as they come, a scale a tensor.
+    """Hold weights in int8, a scale a row; inputs are rounded to int8 as they come, a scale a tensor.
 
     This is torch's dynamic quantisation, which it still ships and calls deprecated, in warnings
     that are not the user's to act on.
@@ -162,7 +163,7 @@ def in_int8(base: Base) -> Any:
         ModelError: this torch has none, or the model is on a GPU.
     """
     if next(base.model.parameters()).is_cuda:
-        raise ModelError("torch's dynamic int8 layers run on the processor only")
+        raise ModelError("torch's dynamic int8 layers run on the processor only", code="no_kernel", field="values")
     layers = _layers(base)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -173,11 +174,13 @@ def in_int8(base: Base) -> Any:
             wanted = dict.fromkeys((path for path, _ in layers), per_channel_dynamic_qconfig)
             return quantize_dynamic(model, wanted, dtype=torch.qint8, inplace=True)
         except (ImportError, AttributeError, RuntimeError) as error:
-            raise ModelError(f"this torch has no dynamic int8 layers: {error}") from None
+            raise ModelError(
+                f"this torch has no dynamic int8 layers: {error}", code="no_kernel", field="values"
+            ) from None
 
 
 def in_nf4(base: Base) -> Any:
-    """Linear layers in 4 bits, unpacked for every product."""
+    """Hold linear layers in 4 bits, unpacked for every product."""
     _layers(base)
     model = shared_copy(base.model)
     quantize(model, "nf4", base.name)
@@ -185,7 +188,7 @@ def in_nf4(base: Base) -> Any:
 
 
 def pruned(base: Base) -> Any:
-    """The smaller half of each linear layer's weights set to zero; still dense matrices."""
+    """Set the smaller half of each linear layer's weights to zero; they are dense matrices still."""
     model, head = shared_copy(base.model), None
     if hasattr(model, "get_output_embeddings"):
         head = model.get_output_embeddings()
@@ -197,7 +200,7 @@ def pruned(base: Base) -> Any:
 
 
 def without_smallest(weight: Tensor, share: float) -> Tensor:
-    """The weight with so many of its entries, those of least magnitude, set to zero."""
+    """Return the weight with so many of its entries, those of least magnitude, set to zero."""
     sizes = weight.float().abs().flatten()
     count = int(share * sizes.numel())
     if not count:
@@ -216,13 +219,17 @@ def _layers(base: Base) -> list[tuple[str, nn.Linear]]:
     found = list(linear_layers(base.model))
     if not found:
         name = type(base.model).__name__
-        raise ModelError(f"{name} has no nn.Linear layers beside its head; nothing to quantise")
+        raise ModelError(
+            f"{name} has no nn.Linear layers beside its head; nothing to quantise",
+            code="no_linear_layers",
+            field="model",
+        )
     return found
 
 
 @torch.no_grad()
 def sparse_ratio(model: Any) -> float | None:
-    """Time of the largest layer's product as a sparse matrix over that as a dense one, in fp32.
+    """Return the time of the largest layer's product as a sparse matrix over that as a dense one, in fp32.
 
     None where torch has no sparse product here.
     """
@@ -235,16 +242,17 @@ def sparse_ratio(model: Any) -> float | None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch calls its sparse matrices a beta
         try:
-            sparse = dense.to_sparse_csr()
-            times: tuple[list[float], list[float]] = ([], [])
-            for _ in range(PRODUCTS):
-                for matrix, own in zip((dense, sparse), times, strict=True):
-                    begun = time.perf_counter()
-                    matrix @ x
-                    own.append(time.perf_counter() - begun)
+            products = {
+                "dense": partial(torch.matmul, dense, x),
+                "sparse": partial(torch.matmul, dense.to_sparse_csr(), x),
+            }
+            times: dict[str, list[float]] = {name: [] for name in products}
+            for order in trials(list(products), seconds=math.inf, most=PRODUCTS):
+                for name in order:
+                    times[name].append(timed(products[name])[1])
         except RuntimeError:
             return None
-    return float(np.median(times[1]) / np.median(times[0]))
+    return float(np.median(times["sparse"]) / np.median(times["dense"]))
 
 
 def _inner(model: Any, layers: Iterable[nn.Linear]) -> list[nn.Linear]:
@@ -253,7 +261,7 @@ def _inner(model: Any, layers: Iterable[nn.Linear]) -> list[nn.Linear]:
 
 
 def weight_bytes(model: Any) -> int:
-    """Bytes of all weights that a model holds, each storage once, packed ones as they are."""
+    """Return the bytes of all weights that a model holds, each storage once, packed ones as they are."""
     total, packed = 0, set()
     for module in model.modules():
         if isinstance(module, QuantizedLinear):

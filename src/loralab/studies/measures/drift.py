@@ -30,7 +30,7 @@ Factors = tuple[Tensor, Tensor]  # A and B
 
 @dataclass(frozen=True, kw_only=True)
 class Drift:
-    """How far a module's weight is from the original after so many merges.
+    """The distance of a module's weight from the original after so many merges.
 
     `relative` is |W - W0| / |W0| at each of NOTED, `changed` the share of weights that differ at
     the end, `exact` whether the other way back gave every bit.
@@ -43,15 +43,15 @@ class Drift:
 
 
 def measure(cell: Cell, folder: Path, tell: Tell) -> Record:
-    """Merge and unmerge in every dtype of the options: {"precisions", "modules": how many}."""
+    """Merge and unmerge in every dtype of the options: {"precisions", "modules": at most, all if left out}."""
     place = adapter_folder(cell, folder, tell)
     base, task = base_for(cell.ground, "fp32")
     adapter = put_on(base, place)
     found = {n: m for n, m in adapter.modules.items() if isinstance(m, LinearWithLoRA)}
     if not found:
-        raise ConfigError("no linear layer of this model carries an update")
+        raise ConfigError("no linear layer of this model carries an update", code="no_updates", field="target_modules")
     adapter.detach()
-    chosen = spaced(found, cell.arm.options["modules"])
+    chosen = spaced(found, cell.arm.options.get("modules"))
     samples = compared_inputs(task, base, COMPARED)
     rows = []
     for precision in cell.arm.options["precisions"]:
@@ -85,7 +85,7 @@ def measure(cell: Cell, folder: Path, tell: Tell) -> Record:
 
 
 def spaced(found: Mapping[str, LinearWithLoRA], most: int | None) -> dict[str, LinearWithLoRA]:
-    """At most so many modules, from the first to the last at even distances; none is all."""
+    """Return at most so many modules, from the first to the last at even distances; None is all."""
     names = list(found)
     if most is None or most >= len(names):
         return dict(found)
@@ -94,7 +94,7 @@ def spaced(found: Mapping[str, LinearWithLoRA], most: int | None) -> dict[str, L
 
 @torch.no_grad()
 def both_ways(module: LinearWithLoRA, dtype: torch.dtype) -> Drift:
-    """A hundred merges into the weight as a dtype holds it; the module is left as it was."""
+    """Merge a hundred times into the weight as a dtype holds it; the module is left as it was."""
     original, own = module.base.weight, (module.lora_A.clone(), module.lora_B.clone())
     three = adapters_like(own)
     weight = original.to(dtype)
@@ -111,7 +111,7 @@ def both_ways(module: LinearWithLoRA, dtype: torch.dtype) -> Drift:
 
 
 def subtracted(weight: Tensor, deltas: Sequence[Tensor]) -> tuple[list[float], Tensor]:
-    """|W - W0| / |W0| at each of NOTED where updates are added and subtracted in turn, and W."""
+    """Return |W - W0| / |W0| at each of NOTED where updates are added and subtracted in turn, and W."""
     now, size, relative = weight.clone(), float(weight.double().norm()), []
     for number in range(1, MERGES + 1):
         delta = deltas[number % len(deltas)]
@@ -123,7 +123,7 @@ def subtracted(weight: Tensor, deltas: Sequence[Tensor]) -> tuple[list[float], T
 
 
 def adapters_like(own: Factors) -> list[Factors]:
-    """The trained factors, and others that are as large and have nothing else in common with it."""
+    """Return the trained factors, and others that are as large and have nothing else in common with them."""
     draw = torch.Generator().manual_seed(0)
     found = [own]
     for _ in range(ADAPTERS - 1):
@@ -143,7 +143,7 @@ def _put_back(module: LinearWithLoRA, three: Sequence[Factors]) -> bool:
 
 
 def _delta(module: LinearWithLoRA, factors: Factors) -> Tensor:
-    """The update in the layout of the base's weight."""
+    """Return the update in the layout of the base's weight."""
     _fill(module, factors)
     delta = module.delta()
     return delta.T.contiguous() if module.transposed else delta

@@ -6,7 +6,6 @@ arm packs it again.
 """
 
 import hashlib
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +25,7 @@ from loralab.models.load import Base
 from loralab.models.quantize import dequantize
 from loralab.studies.measures.carried import adapter_folder, base_for, compared_inputs, put_on
 from loralab.studies.study import Cell, Record
+from loralab.studies.timing import timed
 from loralab.studies.trained import Tell, items_of
 from loralab.tasks.catalog import Task
 from loralab.tasks.score import Scores, evaluate
@@ -36,7 +36,7 @@ BEFORE, AFTER = "before", "after"  # items of a record
 
 @dataclass(frozen=True, kw_only=True)
 class Look:
-    """What a model answers to the test rows, and its logits on some of them."""
+    """The answers of a model to the test rows, and its logits on some of them."""
 
     scores: Scores
     logits: Tensor
@@ -54,7 +54,9 @@ def measure(cell: Cell, folder: Path, tell: Tell) -> Record:
         if isinstance(error, ModelError) or "not implemented" not in str(error):
             raise
         name = cell.arm.options["precision"]
-        raise ModelError(f"this machine does not compute in {name}: {error}") from None
+        raise ModelError(
+            f"this machine does not compute in {name}: {error}", code="no_kernel", field="precision"
+        ) from None
 
 
 def _measured(cell: Cell, folder: Path, tell: Tell) -> Record:
@@ -91,6 +93,12 @@ def _measured(cell: Cell, folder: Path, tell: Tell) -> Record:
     )
 
 
+def has_fp16() -> bool:
+    """Tell whether the machine multiplies in fp16."""
+    abilities = torch.cpu.get_capabilities()
+    return torch.cuda.is_available() or bool(abilities.get("avx512_fp16") or abilities.get("amx_fp16"))
+
+
 def look(base: Base, task: Task, samples: Sequence[Sequence[int]]) -> Look:
     """Score a model as it is now."""
     scores = evaluate(base.model, base.tokenizer, task, "test", kind=base.kind, batch_size=32)
@@ -98,13 +106,13 @@ def look(base: Base, task: Task, samples: Sequence[Sequence[int]]) -> Look:
 
 
 def reference_to(logits: Tensor) -> Reference:
-    """What logits (P, V) are compared with, all of them."""
+    """Return logits (P, V) as what others are compared with, all of them."""
     indices = torch.arange(logits.shape[1]).expand(logits.shape)
     return Reference(prompts=[], values=logits, indices=indices, total=logits.double().logsumexp(dim=1))
 
 
 def changes(before: Look, after: Look, seen: Certificate) -> dict[str, float]:
-    """What merging changed, in losses, logits and answers."""
+    """Return the changes of merging in losses, logits and answers."""
     was, now = before.scores.metrics["loss"], after.scores.metrics["loss"]
     pairs = list(zip(before.scores.predictions, after.scores.predictions, strict=True))
     answered = any(a.answer for a, _ in pairs)  # plain texts have no answers that could change
@@ -124,13 +132,13 @@ def changes(before: Look, after: Look, seen: Certificate) -> dict[str, float]:
 
 
 def round_trip(base: Base, adapter: Adapter, samples: Sequence[Sequence[int]], logits: Tensor) -> dict[str, float]:
-    """Merge, unmerge and merge again, with whether weights and logits came back bit for bit.
+    """Merge, unmerge and merge again; tell whether weights and logits came back bit for bit.
 
     The adapter is left merged.
     """
     digests = weight_digests(base.model)
-    merge_seconds = timed(adapter.merge)
-    unmerge_seconds = timed(adapter.unmerge)
+    _, merge_seconds = timed(adapter.merge)
+    _, unmerge_seconds = timed(adapter.unmerge)
     back = weight_digests(base.model)
     again = logits_of(base.model, samples, base.kind, base.tokenizer)
     adapter.merge()
@@ -143,16 +151,9 @@ def round_trip(base: Base, adapter: Adapter, samples: Sequence[Sequence[int]], l
     }
 
 
-def timed(act: Any) -> float:
-    """Seconds that something takes."""
-    begun = time.perf_counter()
-    act()
-    return time.perf_counter() - begun
-
-
 @torch.no_grad()
 def rounding(adapter: Adapter) -> dict[str, float]:
-    """What rounding the merged weights to the base's dtype leaves of the update.
+    """Tell how rounding the merged weights to the base's dtype changes the update.
 
     `moved` is the share of the weights that change at all, `noise` how far the rounded sum is from
     the exact one, over the length of the update (median over modules).
@@ -173,7 +174,7 @@ def rounding(adapter: Adapter) -> dict[str, float]:
 
 
 def weight_digests(model: nn.Module) -> Mapping[str, str]:
-    """A digest of every tensor's bytes: equal ones are equal bit for bit."""
+    """Return a digest of every tensor's bytes: equal ones are equal bit for bit."""
     return {name: _digest(tensor) for name, tensor in model.state_dict().items()}
 
 
@@ -183,7 +184,7 @@ def _digest(tensor: Tensor) -> str:
 
 
 def _pack_again(adapter: Adapter) -> None:
-    """The merged model in 4 bits again."""
+    """Merge, and pack the model in 4 bits again."""
     plain: Any = adapter.merge_and_detach()
     dequantize(plain)
     requantize.pack(plain)

@@ -21,7 +21,7 @@ class Mixed(Protocol):
     """A base with adapters, counted from 0."""
 
     def route(self, rows: Sequence[int] | None) -> None:
-        """The adapter of each row of the batches to come, in order; None is the base alone."""
+        """Set the adapter of each row of the batches to come, in order; None is the base alone."""
 
     def remove(self) -> None:
         """Leave the model as it was."""
@@ -36,11 +36,11 @@ class Banked:
             self._bank.put(number, adapter)
 
     def route(self, rows: Sequence[int] | None) -> None:
-        """See Mixed."""
+        """Do as Mixed says."""
         self._bank.route(spans_of(rows or ()))
 
     def remove(self) -> None:
-        """See Mixed."""
+        """Do as Mixed says."""
         self._bank.remove()
 
 
@@ -58,16 +58,16 @@ class Looped:
         for path in dict.fromkeys(path for own in everywhere for path in own):
             members = [own.get(path) for own in everywhere]
             if not all(_is_known(adapters, path, member) for member in members):
-                raise ConfigError(f"the update of {path} is not a plain low-rank one")
+                raise ConfigError(f"the update of {path} is not a plain low-rank one", code="not_plain", field="method")
             hook = model.get_submodule(path).register_forward_hook(self._changing(members))
             self._handles.append(hook)
 
     def route(self, rows: Sequence[int] | None) -> None:
-        """See Mixed."""
+        """Do as Mixed says."""
         self._rows = None if rows is None else torch.tensor(list(rows))
 
     def remove(self) -> None:
-        """See Mixed."""
+        """Do as Mixed says."""
         for handle in self._handles:
             handle.remove()
 
@@ -76,7 +76,8 @@ class Looped:
             if self._rows is None:
                 return y
             if len(inputs[0]) != len(self._rows):
-                raise AdapterStateError(f"a layer got {len(inputs[0])} rows where the batch has {len(self._rows)} rows")
+                counts = f"{len(inputs[0])} rows where the batch has {len(self._rows)} rows"
+                raise AdapterStateError(f"a layer got {counts}", code="row_mismatch", field="rows")
             for number in self._rows.unique().tolist():
                 own = (self._rows == number).nonzero()[:, 0].to(y.device)
                 member = members[number]
@@ -90,7 +91,7 @@ class Looped:
 
 
 def as_large(adapter: Adapter, model: nn.Module, count: int) -> list[Adapter]:
-    """An adapter and others of its kind and size for the same base, `count` in all.
+    """Return an adapter and others of its kind and size for the same base, `count` in all.
 
     Args:
         model: the base, without an adapter.
@@ -101,7 +102,7 @@ def as_large(adapter: Adapter, model: nn.Module, count: int) -> list[Adapter]:
 
 @torch.no_grad()
 def _another(adapter: Adapter, model: nn.Module, draw: torch.Generator) -> Adapter:
-    """One whose factors are noise of the same size; its heads are the same."""
+    """Return one whose factors are noise of the same size; its heads are the same."""
     config, modules, saved = wrappers_for(model, adapter.config, draw)
     other = Adapter(model, config, modules, saved)
     other.saved = adapter.saved

@@ -1,28 +1,22 @@
 """Single forward passes of the base and of its variants, timed side by side.
 
 Source: Hu et al. 2021, arXiv:2106.09685, section 3 and Table 1, which times one forward pass of
-GPT-2 medium at three pairs of batch and length. Here all variants are timed within each trial, in
-an order that is drawn anew, so that a machine that slows down slows all of them. Merged is what a
-merged model is: plain layers, without a trace of the adapter.
+GPT-2 medium at three pairs of batch and length. Here all variants take turns (timing.py). Merged is
+what a merged model is: plain layers, without a trace of the adapter.
 """
 
-import math
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from scipy import stats
 from torch import Tensor, nn
 
 from loralab.errors import LoralabError
 from loralab.models.load import Base
 from loralab.studies.budgets import Fields, attached, put_on
-from loralab.studies.contrast import CONFIDENCE
 from loralab.studies.study import Cell, Record
+from loralab.studies.timing import affordable, quickest, trials
 from loralab.studies.trained import Tell, rows_of
 from loralab.tasks.forward import accepted, run
 from loralab.tasks.score import context_length
@@ -32,26 +26,11 @@ MEASURE_PASSES = "loralab.studies.measures.passes:measure"
 SHAPES = ((1, 128), (4, 256), (8, 512))  # batch, length
 REPEATS = (5, 1, 1)  # timed passes of a shape in one trial, of which the quickest counts
 WARM = (2, 1, 0)  # passes before them: what is new to the caches is not what is measured
-LEAST = 6  # trials: with fewer no interval of a median reaches 95 %
 PLAIN, MERGED, UNMERGED = "base", "merged", "unmerged"
 
 Shape = tuple[int, int]
 Way = tuple[str, str]  # name of a variant, and one of PLAIN, MERGED, UNMERGED
 Times = dict[tuple[Way, Shape], list[float]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Overhead:
-    """How much longer a pass takes than another: median over trials, as a share, and interval."""
-
-    share: float
-    low: float
-    high: float
-
-    @property
-    def holds(self) -> bool:
-        """Tell whether the interval excludes no difference."""
-        return math.isfinite(self.low) and (self.low > 0 or self.high < 0)
 
 
 def measure(cell: Cell, folder: Path, tell: Tell) -> Record:
@@ -77,7 +56,7 @@ def measure(cell: Cell, folder: Path, tell: Tell) -> Record:
 
 
 def ways_of(base: Base, variants: Mapping[str, Fields]) -> tuple[list[Way], list[dict[str, str]]]:
-    """All that is timed: the base, each variant, and merged too where it can be."""
+    """Return all that is timed: the base, each variant, and merged too where it can be."""
     ways: list[Way] = [(PLAIN, PLAIN)]
     refused = []
     for name, fields in variants.items():
@@ -91,7 +70,7 @@ def ways_of(base: Base, variants: Mapping[str, Fields]) -> tuple[list[Way], list
 
 
 def shapes_of(base: Base, prefix: int) -> list[Shape]:
-    """SHAPES, no longer than the model can take behind a prefix; of pictures only the batch."""
+    """Return SHAPES, no longer than the model can take behind a prefix; of pictures only the batch."""
     if base.kind == "image-classification":
         return [(batch, 1) for batch, _ in SHAPES]
     room = context_length(base.model) - prefix
@@ -108,28 +87,31 @@ def interleaved(
     seconds: float,
     most: int,
 ) -> Times:
-    """Times of each way and shape, one for each trial: at least LEAST, at most `most` trials.
+    """Return times of each way and shape, one for each trial: at least LEAST, at most `most` trials.
 
     Shapes for which the seconds would not do, judged by one pass of the base, are left out; the
     first one never is.
     """
     batches = {shape: batch_of(base, shape) for shape in shapes}
-    kept = _affordable(base, batches, len(ways), seconds)
+    settings = dict(zip(shapes, zip(REPEATS, WARM, strict=True), strict=False))
+
+    def estimated(shape: Shape) -> float:
+        repeats, warm = settings[shape]
+        return len(ways) * (repeats + warm) * one_pass(base, batches[shape], 1, warm)
+
+    kept = affordable(settings, estimated, 2 * seconds)
     times: Times = {(way, shape): [] for way in ways for shape in kept}
-    begun, trial, draw = time.perf_counter(), 0, np.random.default_rng(0)
-    while trial < most and (trial < LEAST or time.perf_counter() - begun < seconds):
-        for number in draw.permutation(len(ways)):
-            way = ways[number]
+    for order in trials(ways, seconds=seconds, most=most):
+        for way in order:
             with variant(base, variants, way):
-                for shape, repeats, warm in zip(kept, REPEATS, WARM, strict=False):
-                    times[way, shape].append(one_pass(base, batches[shape], repeats, warm))
-        trial += 1
+                for shape in kept:
+                    times[way, shape].append(one_pass(base, batches[shape], *settings[shape]))
     return times
 
 
 @contextmanager
 def variant(base: Base, variants: Mapping[str, Fields], way: Way) -> Iterator[None]:
-    """The model in one of the ways, for a while; merged is without the adapter's modules."""
+    """Put the model in one of the ways, for a while; merged is without the adapter's modules."""
     name, state = way
     if state == PLAIN:
         yield
@@ -144,7 +126,7 @@ def variant(base: Base, variants: Mapping[str, Fields], way: Way) -> Iterator[No
 
 @contextmanager
 def _restored(model: nn.Module) -> Iterator[None]:
-    """Puts every module and every weight back where it was; none of them may be written to."""
+    """Put every module and every weight back where it was; none of them may be written to."""
     children = [(m, name, child) for m in model.modules() for name, child in m.named_children()]
     weights = [(m, name, p) for m in model.modules() for name, p in m._parameters.items()]
     try:
@@ -157,23 +139,16 @@ def _restored(model: nn.Module) -> Iterator[None]:
 
 
 def one_pass(base: Base, batch: Mapping[str, Tensor], repeats: int, warm: int) -> float:
-    """Seconds of one forward pass, the quickest of some, after some that are not timed.
+    """Return the seconds of one forward pass, the quickest of some, after some that are not timed.
 
     Of a language model only the last logits are made, as for the next token.
     """
     options = {"logits_to_keep": 1} if "logits_to_keep" in accepted(base.model) else {}
-    found = []
-    for _ in range(warm + repeats):
-        begun = time.perf_counter()
-        run(base.model, batch, **options)
-        if batch[next(iter(batch))].is_cuda:
-            torch.cuda.synchronize()
-        found.append(time.perf_counter() - begun)
-    return min(found[warm:])
+    return quickest(lambda: run(base.model, batch, **options), repeats, warm)
 
 
 def batch_of(base: Base, shape: Shape) -> dict[str, Tensor]:
-    """Drawn tokens without padding, or a drawn picture."""
+    """Return drawn tokens without padding, or a drawn picture."""
     draw, device = torch.Generator().manual_seed(0), next(base.model.parameters()).device
     if base.kind == "image-classification":
         side = base.tokenizer.size
@@ -182,41 +157,3 @@ def batch_of(base: Base, shape: Shape) -> dict[str, Tensor]:
     vocabulary = base.model.get_input_embeddings().num_embeddings
     ids = torch.randint(vocabulary // 2, vocabulary, shape, generator=draw)
     return {"input_ids": ids.to(device), "attention_mask": torch.ones_like(ids).to(device)}
-
-
-def _affordable(base: Base, batches: Mapping[Shape, Mapping[str, Tensor]], ways: int, seconds: float) -> list[Shape]:
-    kept: list[Shape] = []
-    spent = 0.0
-    for (shape, batch), repeats, warm in zip(batches.items(), REPEATS, WARM, strict=False):
-        spent += LEAST * ways * (repeats + warm) * one_pass(base, batch, 1, warm)
-        if kept and spent > 2 * seconds:
-            break
-        kept.append(shape)
-    return kept
-
-
-def overhead(ours: Sequence[float], theirs: Sequence[float]) -> Overhead:
-    """How much longer ours takes than theirs, trial by trial."""
-    ratios = np.asarray(ours, dtype=float) / np.asarray(theirs, dtype=float) - 1
-    low, high = median_interval(ratios.tolist())
-    return Overhead(share=float(np.median(ratios)), low=low, high=high)
-
-
-def growth(ours: tuple[Sequence[float], Sequence[float]], theirs: tuple[Sequence[float], Sequence[float]]) -> Overhead:
-    """By how much the overhead of the second shape is larger than that of the first."""
-    small, large = (np.asarray(a, dtype=float) / np.asarray(b, dtype=float) for a, b in zip(ours, theirs, strict=True))
-    low, high = median_interval((large - small).tolist())
-    return Overhead(share=float(np.median(large - small)), low=low, high=high)
-
-
-def median_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """Of a median, whatever the distribution: order statistics, from the binomial.
-
-    The k-th smallest and the k-th largest of n values enclose the median with probability
-    1 - 2 P(Bin(n, 1/2) < k); not a number where even k = 1 is too unsure.
-    """
-    ordered, n = sorted(values), len(values)
-    k = int(stats.binom.ppf((1 - confidence) / 2, n, 0.5)) if n else 0
-    if k < 1:
-        return math.nan, math.nan
-    return ordered[k - 1], ordered[n - k]

@@ -46,7 +46,7 @@ def measure(cell: Cell, folder: Path, tell: Tell) -> Record:
 
 
 class Gauge:
-    """Listens to a run: the peak so far when loading is done, and the peak of the steps alone."""
+    """Listener to a run: the peak so far when loading is done, and the peak of the steps alone."""
 
     def __init__(self, tell: Tell) -> None:
         self._tell, self._device = tell, device_here()
@@ -65,7 +65,7 @@ class Gauge:
         self._tell(event)
 
     def numbers(self) -> dict[str, float]:
-        """Bytes: `peak_bytes` of the whole run; `steps_bytes` only where it can be told apart."""
+        """Return bytes: `peak_bytes` of the whole run; `steps_bytes` only where it can be told apart."""
         found = {
             "peak_bytes": float(max(self._loading, self._steps)),
             "start_bytes": float(self._start),
@@ -88,13 +88,13 @@ def reset_peak(device: torch.device) -> bool:
 
 
 def peak_since(device: torch.device) -> int:
-    """The peak since it was last counted anew; since the start where it never was."""
+    """Return the peak since it was last counted anew; since the start where it never was."""
     mark = math.nan if device.type == "cuda" else _mark()
     return int(mark) if math.isfinite(mark) else peak_bytes(device)
 
 
 def _mark() -> float:
-    """The kernel's high-water mark in bytes; not a number on other systems."""
+    """Return the kernel's high-water mark in bytes; not a number on other systems."""
     try:
         lines = STATUS.read_text(encoding="ascii").splitlines()
     except OSError:

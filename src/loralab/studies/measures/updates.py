@@ -1,4 +1,4 @@
-"""How far each type of module was moved by the trained all-linear arm, and what a model has.
+"""Measure how far each type of module was moved by the trained all-linear arm; list a model's layers.
 
 The arm that reads is not the arm that trained: an arm that all studies share keeps its measure.
 """
@@ -6,7 +6,7 @@ The arm that reads is not the arm that trained: an arm that all studies share ke
 import json
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,11 @@ from loralab.adapters.bases import dense_weight
 from loralab.adapters.linear import LinearWithLoRA
 from loralab.artefacts.loaded_adapter import load_with_base
 from loralab.errors import RunError
-from loralab.studies import figures
+from loralab.studies.message import Chart, Message
 from loralab.studies.places import layout, source_reaches_mlp, type_of
 from loralab.studies.prepare import base_of
 from loralab.studies.store import RECORD
-from loralab.studies.study import DONE, Arm, Cell, Figure, Record, Text
+from loralab.studies.study import DONE, Arm, Cell, Record
 from loralab.studies.trained import MEASURE, Tell
 
 MEASURE_UPDATES = "loralab.studies.measures.updates:measure"
@@ -30,7 +30,7 @@ REFERENCE = {"method": "lora", "rank": 8}  # every linear layer
 
 
 def measure(cell: Cell, folder: Path, tell: Tell) -> Record:
-    """The model's linear layers by type, and the size of the update in each.
+    """Return the model's linear layers by type, and the size of the update in each.
 
     Raises:
         RunError: the all-linear arm has not been trained.
@@ -46,7 +46,7 @@ def measure(cell: Cell, folder: Path, tell: Tell) -> Record:
 
 
 def finished_run(cell: Cell, runs: Path) -> Path:
-    """Where the reference arm of this ground and seed was trained, at its best learning rate.
+    """Return where the reference arm of this ground and seed was trained, at its best learning rate.
 
     Raises:
         RunError: it was not, or it diverged.
@@ -62,13 +62,15 @@ def finished_run(cell: Cell, runs: Path) -> Path:
             loss = record["numbers"].get("validation_loss", math.inf)
             found.append((loss, file.parent / "run"))
     if not found:
-        raise RunError("the all-linear arm of rank 8 has no result whose updates can be read")
+        raise RunError(
+            "the all-linear arm of rank 8 has no result whose updates can be read", code="no_reference", field="arm"
+        )
     return min(found)[1]
 
 
 @torch.no_grad()
 def sizes(adapter: Adapter) -> list[dict[str, Any]]:
-    """|update| / |weight| in Frobenius norms of each type of module: mean over the modules.
+    """Return |update| / |weight| in Frobenius norms of each type of module: mean over the modules.
 
     `share` is the type's part of the summed squares of all updates.
     """
@@ -88,25 +90,17 @@ def sizes(adapter: Adapter) -> list[dict[str, Any]]:
 
 
 def update_norm(A: Tensor, B: Tensor, scaling: float) -> float:
-    """|s B A| without the product: |BA|^2 is the trace of (B'B)(AA')."""
+    """Return |s B A| without the product: |BA|^2 is the trace of (B'B)(AA')."""
     a, b = A.double(), B.double()
     return abs(scaling) * math.sqrt(max(0.0, float(((b.T @ b) * (a @ a.T)).sum())))
 
 
-def update_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """The relative size of the update by type of module."""
-    ranked = sorted(rows, key=lambda row: -row["ratio"])
-    return figures.old(
-        "bars",
-        "importance",
-        Text(
-            "Size of the trained update relative to the weight, by type of module",
-            "各類模組訓練後更新量相對於權重的大小",
-        ),
-        [{"arm": row["type"], "value": row["ratio"]} for row in ranked],
-        x=Text("type of module (all-linear, r=8)", "模組類型（all-linear，r=8）"),
-        y=Text("|update| / |weight|", "|更新| / |權重|"),
-    )
+def update_figure(tables: Mapping[str, Any]) -> list[Chart]:
+    """Return the relative size of the update by type of module, the largest first."""
+    order = sorted(tables.get("updates", ()), key=lambda row: -row["ratio"])
+    rows = [{"arm": row["type"], "value": row["ratio"]} for row in order]
+    title, x, y = (Message(f"targets.{name}") for name in ("updates_chart", "updated_module", "relative_update"))
+    return [Chart("bars", "importance", title, rows, x, y)] if rows else []
 
 
 def _described(model: Any) -> dict[str, list[dict[str, Any]]]:

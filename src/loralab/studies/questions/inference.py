@@ -1,92 +1,239 @@
 """Q8: does LoRA speed inference up? Merged, beside the base, many at once, and made smaller."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from loralab.errors import ConfigError, nearest
 from loralab.models.load import Base
+from loralab.studies.evidence import claim
 from loralab.studies.measures.carried import REFERENCE
-from loralab.studies.measures.deployed import MEASURE_ADAPTERS, MEASURE_SMALLER
-from loralab.studies.readings.inference_tables import figures_of, findings, scores, tables_of
-from loralab.studies.readings.inference_words import Deployed, blanks, sentence
-from loralab.studies.study import Answer, Arm, Ground, Record, Text
+from loralab.studies.measures.deployed import BASE, DENSE, LOOPED, MEASURE_ADAPTERS, MEASURE_SMALLER, MERGED, UNMERGED
+from loralab.studies.message import Chart, Column, Message, Table, clauses, sentences
+from loralab.studies.readings.deployments import Deployed, Way, adapters_of, deployed
+from loralab.studies.study import Answer, Arm, Finding, Ground, Record, nothing_measured
+from loralab.studies.timing import Overhead
 from loralab.studies.trained import MEASURE
 
 __all__ = ["MEASURE", "arms", "conclude"]
 
+LATENCY = "latency"
 SMALLER = {"int8": "int8", "nf4": "NF4", "pruned": "50 % zeros"}
 CHOICES = ("adapters", *SMALLER)
 BATCHES = ((1, 8, 32), (1, 8))  # thorough, quick
 ADAPTERS = (2, 8, 64)
 SECONDS = ((90.0, 30.0), (16.0, 4.0))  # of timing: many variants, two variants
 TRIALS = (40, 6)
+LABELS = tuple(Message(f"inference.{name}_label") for name in ("speed", "many", "others", "view"))
+MISSING = Message("answer.not_measured")
 
 
 def arms(ground: Ground, base: Base) -> list[Arm]:
-    """The adapter's own run; one cell for all ways to use it; one for each smaller model."""
+    """Return the adapter's own run; one cell for all ways to use it; one for each smaller model."""
     for value in ground.values:
         if value not in CHOICES:
-            raise ConfigError(
-                f"--values of the inference study are {', '.join(CHOICES)}; got {value!r}{nearest(value, CHOICES)}"
-            )
+            known = f"{', '.join(CHOICES)}; got {value!r}{nearest(value, CHOICES)}"
+            raise ConfigError(f"--values of the inference study are {known}", code="wrong_value", field="values")
     wanted, quick = ground.values or CHOICES, int(ground.quick)
     shared: dict[str, Any] = {"batches": list(BATCHES[quick]), "trials": TRIALS[quick]}
-    found = [REFERENCE]
-    if "adapters" in wanted:
-        options = {
-            **shared,
-            "measure": MEASURE_ADAPTERS,
-            "seconds": SECONDS[quick][0],
-            "adapters": list(ADAPTERS),
-            "looped": [] if quick else [8],
-        }
-        found.append(Arm(name="latency", options=options, tuned=False, plain=True))
+    many, two = SECONDS[quick]
+    several = {"adapters": list(ADAPTERS), "looped": [] if quick else [8]}
+    options = (
+        {LATENCY: {**shared, "measure": MEASURE_ADAPTERS, "seconds": many, **several}} if "adapters" in wanted else {}
+    )
     for how, name in SMALLER.items():
         if how in wanted:
-            options = {**shared, "measure": MEASURE_SMALLER, "seconds": SECONDS[quick][1], "how": how}
-            found.append(Arm(name=name, options=options, tuned=False, plain=True))
-    return found
+            options[name] = {**shared, "measure": MEASURE_SMALLER, "seconds": two, "how": how}
+    return [REFERENCE, *(Arm(name=n, options=own, tuned=False, plain=True) for n, own in options.items())]
 
 
 def conclude(records: Sequence[Record], ground: Ground) -> Answer:
-    """Every way against its own control, at every batch; the source's three points; a view."""
-    found = Deployed.of(records)
+    """Return every way against its own control at every batch, the source's three points, and a view."""
+    found = deployed(records, ground)
     if not found.times:
-        words = Text("Nothing has been timed yet.", "還沒有任何計時結果。")
-        return Answer(sentence=words, blanks=blanks(found))
+        return replace(nothing_measured(ground), blanks=[(label, MISSING) for label in LABELS])
+    refused = [{"variant": name, "reason": reason} for name, reason in found.refused.items()]
+    left = Table(title=Message("inference.refused"), columns=(Column("variant"), Column("reason")), rows=refused)
     return Answer(
-        sentence=sentence(found),
-        findings=[*findings(found), *scores(found)],
-        blanks=blanks(found),
-        tables=tables_of(found),
-        figures=figures_of(found),
-        method=METHOD,
-        caution=CAUTION,
-        next=Text(
-            "Time the way that you would deploy on the machine that will serve it, at its batch.",
-            "在實際服務的機器上，以實際的批次大小測量打算採用的部署方式。",
-        ),
+        sentence=_sentence(found),
+        findings=[*_time_findings(found), *_score_findings(found)],
+        blanks=list(zip(LABELS, (_speed(found), _many(found), _others(found), _view(found)), strict=True)),
+        tables=[_times_table(found), _costs_table(found), *([left] if refused else [])],
+        figures=_charts(found),
     )
 
 
-METHOD = Text(
-    "Greedy decoding with a key-value cache after a prompt of 16 tokens; reading the prompt is timed "
-    "apart. In each trial all variants of a process take turns, in an order that turns too; the "
-    "ratio to the control is taken trial by trial, and its median has an interval from order "
-    "statistics. Merged and unmerged share one process with the base; int8, NF4 and 50 % zeros are "
-    "the merged model, each beside the dense merged model in its own process (int8 beside fp32). "
-    "Several adapters: each row has its own; the base runs once for all rows, and what the adapters "
-    "add is two products with all their ranks side by side, or one pair each where they are few; "
-    '"looped" goes adapter by adapter, as peft does. Unmerged is loralab\'s own forward pass. Models '
-    "that write no text are timed by whole passes of 64 tokens.",
-    "以 16 個 token 的提示開始，用 KV 快取做貪婪解碼；讀取提示另外計時。每一輪中同一行程的所有組別輪流執行，順序也輪替；"
-    "與對照組的比值逐輪計算，中位數的區間由順序統計量得出。合併與未合併和基礎模型在同一行程；int8、NF4 與 50% 歸零是合併後的模型，"
-    "各在自己的行程中與稠密的合併模型並列（int8 與 fp32 並列）。多個 adapter：每一列用自己的 adapter；基礎模型對所有列只算一次，adapter 的部分則把所有秩並排成兩次矩陣乘法，數量少時各算一對；"
-    "「looped」則像 peft 一樣逐個 adapter 計算。未合併使用 loralab 自己的前向傳播。不產生文字的模型以 64 個 token 的整次前向計時。",
-)
-CAUTION = Text(
-    "Latencies are this machine's: a GPU has kernels for 4 and 8 bits and for sparse patterns that "
-    "this run may not have had, and a server batches and schedules on top. Zeros were set without "
-    "training afterwards.",
-    "延遲只代表這台機器：GPU 有 4、8 位元與稀疏運算的專用核心，這次執行不一定有；伺服器還會做批次與排程。歸零後沒有再訓練。",
-)
+def called(way: Way) -> Message | str:
+    """Return the name of a way; a control with the arm that it stands in."""
+    arm, name = way
+    if name in (BASE, MERGED, UNMERGED, DENSE):
+        return Message(f"inference.{name}", arm=arm)
+    if arm == LATENCY:
+        return Message("inference.looped" if LOOPED in name else "inference.adapters", count=adapters_of(way))
+    return name
+
+
+def _each(found: Deployed) -> Message:
+    """Return what a time is of."""
+    return Message(f"inference.each_{found.unit}")
+
+
+def _at(found: Deployed, way: Way | None) -> Message:
+    """Say how much longer a way takes than its control at every batch."""
+    if way is None:
+        return MISSING
+    batches = sorted(found.times[way])
+    parts = [Message("inference.at_batch", batch=b, over=o.text) for b in batches if (o := found.over(way, b))]
+    return Message("inference.at_batches", parts=parts)
+
+
+def _sentence(found: Deployed) -> Message:
+    """Say merged, unmerged, then what is quicker at all."""
+    first = found.batches[0]
+    merged, unmerged = (found.over(found.named(name), first) for name in (MERGED, UNMERGED))
+    others = [way for way in found.ways if way[1] not in (MERGED, UNMERGED) and found.is_quicker(way)]
+    quicker = [_quicker(found, way, over) for way in others if (over := found.over(way, first))]
+    parts = []
+    if merged is not None:
+        parts.append(Message(f"inference.merged_{merged.verdict}", batch=first, **merged.values))
+    if unmerged is not None:
+        parts.append(Message("inference.unmerged_takes", each=_each(found), batch=first, over=unmerged.text))
+    if quicker:
+        parts.append(Message("inference.quicker", batch=first, parts=quicker))
+    elif found.smaller:
+        parts.append(Message("inference.none_quicker", batch=first, ways=[called(way) for way in found.smaller]))
+    return sentences(*parts) if parts else Message("inference.partial")
+
+
+def _quicker(found: Deployed, way: Way, over: Overhead) -> Message:
+    """Say a way that is quicker, and what it costs in score where it does."""
+    change = found.score_change(way)
+    if change is None or change.verdict != "worse":
+        return Message("inference.quicker_way", way=called(way), **over.values)
+    price = found.metric.change(change.estimate)
+    return Message("inference.quicker_at_a_price", way=called(way), price=price, **over.values)
+
+
+def _time_findings(found: Deployed) -> list[Finding]:
+    """Compare every way with its control, at the smallest and at the largest batch."""
+    findings = []
+    for way in found.ways:
+        names = {"way": called(way), "control": called(found.control[way[0]]), "each": _each(found)}
+        for batch in sorted({min(found.times[way]), max(found.times[way])}):
+            if over := found.over(way, batch):
+                sentence = Message(f"inference.takes_{over.verdict}", batch=batch, **names, **over.values)
+                findings.append(over.finding(sentence))
+    return findings
+
+
+def _score_findings(found: Deployed) -> list[Finding]:
+    """Compare the scores of every way and its control, row by row."""
+    changes = {way: change for way in found.scored if (change := found.score_change(way)) is not None}
+    controls = {way: called(found.control[way[0]]) for way in changes}
+    return [claim(change, found.metric, names=(called(way), controls[way])) for way, change in changes.items()]
+
+
+def _speed(found: Deployed) -> Message:
+    """Fill in the speed before and after merging."""
+    base = found.named(BASE)
+    if base is None:
+        return MISSING
+    times = [Message("inference.time_at", time=found.middle(base, b), batch=b) for b in sorted(found.times[base])]
+    merged, unmerged = (_at(found, found.named(name)) for name in (MERGED, UNMERGED))
+    speed = Message("inference.speed", each=_each(found), times=times, merged=merged, unmerged=unmerged)
+    if found.pays_from is None:
+        return speed
+    return clauses([speed, Message("inference.pays", cost=found.numbers["switch_seconds"], tokens=found.pays_from)])
+
+
+def _many(found: Deployed) -> Message:
+    """Fill in one batch of many adapters against one by one, and what they take to hold."""
+    if not found.several:
+        return MISSING
+    parts = [Message("inference.way_at", way=called(way), at=_at(found, way)) for way in found.several]
+    held = {"adapter": found.numbers.get("adapter_bytes"), "base": found.weight(found.named(BASE))}
+    gain = found.gain and Message("inference.gain", way=called(found.gain[0]), rows=found.gain[1], gain=found.gain[2])
+    return clauses([Message("inference.against_base", parts=parts), gain or None, Message("inference.held", **held)])
+
+
+def _others(found: Deployed) -> Message:
+    """Fill in the smaller models, each against the dense one of its process."""
+    if not found.smaller:
+        return MISSING
+    ratio = found.numbers.get("sparse_ratio")
+    sparse = None if ratio is None else Message("inference.sparse", ratio=ratio)
+    return clauses([*(_other(found, way) for way in found.smaller), sparse])
+
+
+def _other(found: Deployed, way: Way) -> Message:
+    control = found.control[way[0]]
+    score, was = (found.score(own) for own in (way, control))
+    held = {"weights": found.weight(way), "dense": found.weight(control)}
+    return Message(
+        "inference.other", way=called(way), at=_at(found, way), metric=found.metric.text, score=score, was=was, **held
+    )
+
+
+def _view(found: Deployed) -> Message:
+    """Fill in a view that follows from the verdicts."""
+    first = found.batches[0]
+    merged, unmerged = (found.over(found.named(name), first) for name in (MERGED, UNMERGED))
+    quick = [called(way) for way in found.smaller if found.is_quicker(way)]
+    parts = []
+    if merged is not None:
+        parts.append(Message(f"inference.view_merged_{merged.verdict}", **merged.values))
+    if unmerged is not None and found.several:
+        parts.append(Message("inference.view_unmerged", each=_each(found), batch=first, over=unmerged.text))
+    if quick:
+        parts.append(Message("inference.view_quick", ways=quick))
+    return clauses(parts) if parts else MISSING
+
+
+def _times_table(found: Deployed) -> Table:
+    """Return the times of every way at every batch, and how they stand to the control's."""
+    rows = [
+        {"variant": called(way), **{f"batch_{b}": _timed(found, way, b) for b in own}}
+        for way, own in found.times.items()
+    ]
+    columns = [Column(f"batch_{b}", label=Message("inference.batch", batch=b)) for b in found.batches]
+    return Table(title=Message("inference.times", each=_each(found)), columns=[Column("variant"), *columns], rows=rows)
+
+
+def _timed(found: Deployed, way: Way, batch: int) -> Message:
+    own, over = found.times[way][batch], found.over(way, batch)
+    time = Message("inference.timed", middle=found.middle(way, batch), low=min(own), high=max(own))
+    if over is None or way == found.control[way[0]]:
+        return time
+    return clauses([time, Message("overhead.interval", **over.values)])
+
+
+def _costs_table(found: Deployed) -> Table:
+    """Return throughput, memory and scores."""
+    rows = [
+        {
+            "variant": called(way),
+            **{f"rate_{b}": b / found.middle(way, b) for b in found.batches},
+            "weight_bytes": found.weight(way),
+            "working_bytes": found.weight(way, "working"),
+            "prompt_seconds": found.prompt(way),
+            "score": found.score(way),
+        }
+        for way in found.times
+    ]
+    rates = [Column(f"rate_{b}", "count", Message(f"inference.{found.counted}_at", batch=b)) for b in found.batches]
+    costs = (Column("weight_bytes", "bytes"), Column("working_bytes", "bytes"), Column("prompt_seconds", "seconds"))
+    score = Column("score", label=Message("axis.score", metric=found.metric.text))
+    return Table(title=Message("inference.costs"), columns=[Column("variant"), *rates, *costs, score], rows=rows)
+
+
+def _charts(found: Deployed) -> list[Chart]:
+    """Return what every way adds to its control, and what it gives a second."""
+    timed = [(way, batch) for way, own in found.times.items() for batch in own]
+    over = {(way, batch): found.over(way, batch) for way, batch in timed if way in found.ways}
+    added = [{"arm": called(w), "value": o.share, "group": str(b)} for (w, b), o in over.items() if o is not None]
+    rates = [{"arm": called(w), "value": b / found.middle(w, b), "group": str(b)} for w, b in timed]
+    variant, batch = Message("column.variant"), Message("axis.batch")
+    title, y = Message("inference.added_chart"), Message("axis.more_time")
+    first = [Chart("bars", "inference-latency", title, added, variant, y, batch, {"percent": True})] if added else []
+    rate = Message(f"axis.{found.counted}_per_second")
+    return [*first, Chart("bars", "inference-throughput", Message("inference.rate_chart"), rates, variant, rate, batch)]

@@ -1,40 +1,25 @@
 """Q6: does merging change the result? Every dtype and kind of base, and a hundred merges."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-import torch
-
 from loralab.errors import ConfigError, nearest
 from loralab.models.load import Base
 from loralab.models.quantize import gguf_file
-from loralab.studies.evidence import SEED, Metric, claim, metric_of
+from loralab.studies.contrast import Contrast
+from loralab.studies.evidence import Metric, claim, finding, metric_of
 from loralab.studies.measures.carried import REFERENCE
-from loralab.studies.measures.drift import MEASURE_DRIFT
-from loralab.studies.measures.merging import AFTER, BEFORE, MEASURE_MERGING
-from loralab.studies.readings.merge_words import (
-    AGAIN,
-    DRIFT,
-    blanks,
-    drift_findings,
-    drift_rows,
-    drift_table,
-    figures_of,
-    kept_finding,
-    loss_finding,
-    sentence,
-    states,
-    table,
-)
-from loralab.studies.statistics import difference
-from loralab.studies.study import Answer, Arm, Finding, Ground, Record, Text
+from loralab.studies.measures.drift import MEASURE_DRIFT, NOTED
+from loralab.studies.measures.merging import MEASURE_MERGING, has_fp16
+from loralab.studies.message import Chart, Column, Message, Table, sentences
+from loralab.studies.readings.merges import Drift, drifts_of, kept_change, merged_change, resolution
+from loralab.studies.study import Answer, Arm, Finding, Ground, Record, nothing_measured
 from loralab.studies.trained import MEASURE
 
 __all__ = ["MEASURE", "arms", "conclude"]
 
+AGAIN, DRIFT = "NF4 → NF4", "100 merges"
 NAMES = {
     "fp32": "fp32",
     "bf16": "bf16",
@@ -47,129 +32,218 @@ NAMES = {
 SLOW_ROWS = 12  # of a dtype that the machine has no instructions for
 COMPARED = (32, 8)  # rows whose logits are compared: thorough, quick
 FEW_MODULES = 7  # of the hundred merges in a quick study
+EXPECTED = 1e-6  # the source's own expectation of the difference in loss
+SHOWN = (1, 10, 100)  # merges of the table of drifts
+LOSS = Metric(name="loss")
+Forms = Mapping[str, Record]
 
 
 def arms(ground: Ground, base: Base) -> list[Arm]:
-    """The adapter's own run, one arm for each form of the base, and the hundred merges."""
-    chosen = [_choice(value) for value in ground.values] or usual(ground)
-    packed = str(ground.fields.get("precision", "auto"))
-    options: dict[str, dict[str, Any]] = {
-        "fp32": {"precision": "fp32", "quantize": "none"},
-        "bf16": {"precision": "bf16", "quantize": "none"},
-        "fp16": {"precision": "fp16", "quantize": "none"} | ({} if _has_fp16() else {"limit": SLOW_ROWS}),
-        "nf4": {"precision": packed, "quantize": "nf4"},
-        "nf4-again": {"precision": packed, "quantize": "nf4", "again": True},
-        "gguf": {"precision": packed, "quantize": "gguf"},
-        "drift": {
-            "precisions": ["fp32", "bf16"] if ground.quick else ["fp32", "bf16", "fp16"],
-            "modules": FEW_MODULES if ground.quick else None,
-        },
-    }
-    found = [REFERENCE]
-    for name in dict.fromkeys(chosen):
-        measure = MEASURE_DRIFT if name == "drift" else MEASURE_MERGING
-        own = {k: v for k, v in options[name].items() if v is not None}
-        own |= {} if name == "drift" else {"compared": COMPARED[ground.quick]}
-        found.append(Arm(name=NAMES[name], options={"measure": measure, **own}, tuned=False, plain=True))
-    return found
+    """Return the adapter's own run, one arm for each form of the base, and the hundred merges."""
+    for value in ground.values:
+        if value not in NAMES:
+            known = f"{', '.join(NAMES)}; got {value!r}{nearest(value, NAMES)}"
+            raise ConfigError(f"--values of the merge study are {known}", code="wrong_value", field="values")
+    return [REFERENCE, *(_arm(name, ground) for name in dict.fromkeys(ground.values or usual(ground)))]
 
 
 def usual(ground: Ground) -> list[str]:
-    """All forms; in a quick study none that the machine would compute very slowly."""
-    names = ["fp32", "bf16"]
-    names += ["fp16"] if _has_fp16() or not ground.quick else []
-    names += ["nf4", "nf4-again"]
+    """Return all forms; in a quick study none that the machine would compute very slowly."""
+    names = ["fp32", "bf16", *(["fp16"] if has_fp16() or not ground.quick else []), "nf4", "nf4-again"]
     names += ["gguf"] if not ground.quick and gguf_file(ground.model) is not None else []
     return [*names, "drift"]
 
 
+def _arm(name: str, ground: Ground) -> Arm:
+    """Return the arm of a form, or of the hundred merges."""
+    options: dict[str, Any]
+    if name == "drift":
+        few = {"precisions": ["fp32", "bf16"], "modules": FEW_MODULES}
+        options = {"measure": MEASURE_DRIFT, **(few if ground.quick else {"precisions": ["fp32", "bf16", "fp16"]})}
+    else:
+        dense = name in ("fp32", "bf16", "fp16")
+        options = {
+            "measure": MEASURE_MERGING,
+            "precision": name if dense else str(ground.fields.get("precision", "auto")),
+            "quantize": "none" if dense else name.removesuffix("-again"),
+            "compared": COMPARED[ground.quick],
+        }
+        options |= {"again": True} if name == "nf4-again" else {}
+        options |= {"limit": SLOW_ROWS} if name == "fp16" and not has_fp16() else {}
+    return Arm(name=NAMES[name], options=options, tuned=False, plain=True)
+
+
 def conclude(records: Sequence[Record], ground: Ground) -> Answer:
-    """What merging changed, in what form of the base, and what a hundred merges leave."""
-    found = {r.arm.name: r for r in records if "loss_difference" in r.numbers}
-    drifts = drift_rows(records)
-    if not found and not drifts:
-        words = Text("Nothing has been merged and compared yet.", "還沒有任何合併前後的比較結果。")
-        return Answer(sentence=words, blanks=blanks(found))
-    metric = metric_of([*found.values(), *records])
-    losses = [finding for r in found.values() if (finding := loss_finding(r, len(found)))]
-    findings = [*losses, *(_finding(r, metric, len(found)) for r in found.values())]
-    findings += kept_finding(found.get(AGAIN)) + drift_findings(drifts)
-    tables = [table(found)] if found else []
+    """Return what merging changed in each form of the base, and what a hundred merges leave."""
+    forms = {r.arm.name: r for r in records if "loss_difference" in r.numbers}
+    drifts = drifts_of(records)
+    if not forms and not drifts:
+        return replace(nothing_measured(ground), blanks=_blanks(forms))
+    metric = metric_of([*forms.values(), *records], ground)
+    changes = [
+        *(_finding(r, LOSS, merged_change(r, LOSS, len(forms), " loss")) for r in forms.values()),
+        *(_finding(r, metric, merged_change(r, metric, len(forms))) for r in forms.values()),
+    ]
     return Answer(
-        sentence=sentence(found, drifts),
-        findings=findings,
-        blanks=blanks(found),
-        tables=[*tables, *drift_table(drifts, records)],
-        figures=figures_of(found, drifts),
-        method=METHOD,
-        caution=_caution(found),
-        next=Text(
-            "Merge an adapter that was trained for longer: a larger update loses less to rounding.",
-            "合併一個訓練更久的 adapter：更新量越大，捨入損失的比例越小。",
-        ),
+        sentence=_sentence(forms, drifts),
+        findings=[*filter(None, changes), *_kept(forms.get(AGAIN)), *(_off(d, len(drifts)) for d in drifts)],
+        blanks=_blanks(forms),
+        tables=[*_forms_table(forms), *_drift_table(drifts, records)],
+        figures=_charts(forms, drifts),
+        caution=sentences(Message("merge.caution"), _fp16(forms.get("fp16"))),
     )
 
 
-METHOD = Text(
-    "One LoRA of rank 8 is trained once; every form of the base is loaded in a process of its own, "
-    "scored with the adapter beside it, merged, scored again, and unmerged. Logits are compared at "
-    "the last positions of the first test rows: mean KL in nats, and how often the likeliest token is "
-    "the same. Merging sums in fp32 and rounds once; the original weights are kept and put back. A "
-    "4-bit layer becomes a dense one. In the hundred merges three adapters take turns; subtracting "
-    "is what peft's unmerge does.",
-    "只訓練一次 rank 8 的 LoRA；每種形式的基礎模型各用一個獨立行程載入，先以未合併的 adapter 評分，合併後再評分一次，然後還原。"
-    "logits 取前幾筆測試資料最後幾個位置比較：平均 KL（nats）與最可能 token 的一致率。合併以 fp32 相加、只捨入一次；"
-    "原始權重保留，還原時放回。4 位元的層合併後換成稠密層。一百次合併由三個 adapter 輪流；「減回去」是 peft 的 unmerge 做法。",
-)
+def _sentence(forms: Forms, drifts: Sequence[Drift]) -> Message:
+    """Say fp32 first, then what else moved, then the way back."""
+    others = [Message("merge.form", arm=n, **_said(r)) for n, r in forms.items() if n not in ("fp32", AGAIN)]
+    kept = kept_change(forms.get(AGAIN))
+    parts = [
+        *(_fp32(record) for name, record in forms.items() if name == "fp32"),
+        *([Message("merge.others", parts=others)] if others else []),
+        *([Message("merge.again", kept=1 + kept.estimate)] if kept else []),
+        *([_way_back(drifts)] if drifts else []),
+    ]
+    return sentences(*parts) if parts else Message("merge.partial")
 
 
-def _caution(found: Mapping[str, Record]) -> Text:
-    """What the numbers stand on."""
-    words = Text(
-        "An adapter that was trained for few steps changes the weights little, so rounding takes a larger share of it.",
-        "訓練步數少的 adapter 對權重的改變小，捨入所佔的比例就大。",
+def _fp32(record: Record) -> Message:
+    within = record.numbers["loss_difference"] < EXPECTED
+    same = within and not record.numbers.get("changed")
+    return Message("merge.fp32_same" if same else "merge.fp32_below" if within else "merge.fp32_above", **_said(record))
+
+
+def _way_back(drifts: Sequence[Drift]) -> Message:
+    if not all(drift.exact for drift in drifts):
+        return Message("merge.defect")
+    worst = max(drifts, key=lambda drift: drift.off(NOTED[-1]))
+    return Message("merge.way_back", precision=worst.precision, off=worst.off(NOTED[-1]))
+
+
+def _said(record: Record) -> dict[str, Any]:
+    """Return the values that sentences on a form share."""
+    n = record.numbers
+    answers = Message("merge.answers" if "changed" in n else "merge.tokens", **n)
+    return {"difference": n["loss_difference"], "loss": n["loss_before"], "answers": answers}
+
+
+def _finding(record: Record, metric: Metric, change: Contrast | None) -> Finding | None:
+    """Say whether rows changed; a loss that moves by less than the source expects is rounding."""
+    if change is None:
+        return None
+    name = record.arm.name
+    after = name if name == AGAIN else Message("merge.merged", arm=name)
+    before = Message("merge.unmerged", arm="NF4" if name == AGAIN else name)
+    found = claim(change, metric, names=(after, before))
+    if metric == LOSS and abs(change.estimate) < EXPECTED:
+        return replace(found, sentence=Message("merge.rounding", a=after, b=before, size=abs(change.estimate)))
+    return found
+
+
+def _kept(record: Record | None) -> list[Finding]:
+    """Say how much of the update NF4 keeps, over the layers."""
+    change = kept_change(record)
+    if change is None:
+        return []
+    shares = {"kept": 1 + change.estimate, "low": 1 + change.low, "high": 1 + change.high}
+    return [finding(Message("merge.kept", **shares), change)]
+
+
+def _off(drift: Drift, family: int) -> Finding:
+    """Say how far subtracting leaves the weights of a dtype off, over the modules."""
+    change = drift.change(family)
+    shares = {"off": -change.estimate, "low": -change.high, "high": -change.low}
+    return finding(Message("merge.off", precision=drift.precision, **shares), change)
+
+
+def _blanks(forms: Forms) -> list[tuple[Message | str, Message]]:
+    """Fill in what the source's program prints, and whether its expectation holds."""
+    fp32 = forms.get("fp32")
+    missing = Message("answer.not_measured")
+    others = {name: record for name, record in forms.items() if name != "fp32"}
+    return [
+        (Message("merge.difference_label", arm="fp32"), _difference(fp32) if fp32 else missing),
+        (Message("merge.expected_label"), _expectation(fp32) if fp32 else missing),
+        *((Message("merge.difference_label", arm=name), _difference(record)) for name, record in others.items()),
+    ]
+
+
+def _difference(record: Record) -> Message:
+    n = record.numbers
+    share = n["loss_difference"] / abs(n["loss_before"]) if n["loss_before"] else None
+    return Message("merge.difference", share=share, **_said(record))
+
+
+def _expectation(record: Record) -> Message:
+    n = record.numbers
+    if n["loss_difference"] < EXPECTED:
+        return Message("merge.expected")
+    return Message("merge.not_expected", unit=resolution(n["loss_before"]))
+
+
+def _fp16(record: Record | None) -> Message | None:
+    """Say where fp16 was measured on few rows, or not at all."""
+    if record is None:
+        return Message("merge.no_fp16")
+    return Message("merge.slow_fp16", rows=record.numbers["rows"]) if record.arm.options.get("limit") else None
+
+
+PERCENT = "fine percent"
+LOSSES = (Column("loss_before", ".6f"), Column("loss_after", ".6f"), Column("loss_difference", ".2g"))
+LOGITS = (Column("relative", ".2g"), Column("kl", ".2g"), Column("effect_kl", ".2g"), Column("top1", PERCENT))
+WEIGHTS = (Column("moved", PERCENT), Column("noise", PERCENT), Column("kept", PERCENT), Column("restored"))
+TIMES = (Column("merge_seconds", "seconds"), Column("unmerge_seconds", "seconds"))
+
+
+def _forms_table(forms: Forms) -> list[Table]:
+    """Return every form of the base, before and after."""
+    rows = []
+    for name, record in forms.items():
+        n = record.numbers
+        changed = Message("merge.changed", changed=n["changed"], rows=n["rows"]) if "changed" in n else None
+        exact = n["restored"] == n.get("same_logits") == 1 if "restored" in n else None
+        restored = None if exact is None else Message("answer.yes" if exact else "answer.no")
+        rows.append({**n, "form": name, "changed": changed, "restored": restored})
+    columns = (Column("form"), *LOSSES, *LOGITS, Column("changed"), *WEIGHTS, *TIMES)
+    return [Table(title=Message("merge.forms"), columns=columns, rows=rows)] if forms else []
+
+
+def _drift_table(drifts: Sequence[Drift], records: Sequence[Record]) -> list[Table]:
+    """Return both ways back, after 1, 10 and 100 merges."""
+    if not drifts:
+        return []
+    numbers = next(r.numbers for r in records if r.tables.get("drift"))
+    rows = [
+        {
+            "weights": drift.precision,
+            **{f"after_{n}": drift.off(n) for n in SHOWN},
+            "differing": drift.differing,
+            "base_kl": drift.kl,
+            "top1": drift.top1,
+            "put_back": Message("merge.exact" if drift.exact else "merge.not_exact"),
+        }
+        for drift in drifts
+    ]
+    columns = (
+        Column("weights"),
+        *(Column(f"after_{n}", ".2g", Message("merge.off_after", merges=n)) for n in SHOWN),
+        Column("differing", PERCENT),
+        Column("base_kl", ".2g"),
+        Column("top1", PERCENT),
+        Column("put_back"),
     )
-    slow = found.get("fp16")
-    if slow is not None and slow.arm.options.get("limit"):
-        n = int(slow.numbers["rows"])
-        words += Text(
-            f"This machine has no fp16 instructions: that arm was scored on {n} rows only.",
-            f"這台機器沒有 fp16 指令，該組只以 {n} 筆資料評分。",
-        )
-    elif slow is None:
-        words += Text(
-            "fp16 was not measured here (--values fp16 measures it, slowly where the machine has no "
-            "instructions for it).",
-            "這裡沒有測量 fp16（可用 --values fp16 測量；機器沒有 fp16 指令時很慢）。",
-        )
-    return words
+    title = Message("merge.drifts", modules=numbers["modules"], total=numbers["of"])
+    return [Table(title=title, columns=columns, rows=rows)]
 
 
-def _finding(record: Record, metric: Metric, family: int) -> Finding:
-    """Tell whether the score changed, row by row."""
-    found = difference(
-        [record.items[AFTER]],
-        [record.items[BEFORE]],
-        generator=np.random.default_rng(SEED),
-        comparisons=family,
-        margin=metric.margin_at(abs(float(np.mean(record.items[BEFORE])))),
-    )
-    after, before = states(record.arm.name)
-    if math.isnan(found.low):
-        words = Text(f"{after}: one score only, no interval.", f"{after}：只有一個分數，無法估計區間。")
-        return Finding(sentence=words, holds=False, effect=found.estimate)
-    return claim(replace(found, a=after, b=before), metric)
-
-
-def _choice(value: str) -> str:
-    if value not in NAMES:
-        raise ConfigError(f"--values of the merge study are {', '.join(NAMES)}; got {value!r}{nearest(value, NAMES)}")
-    return value
-
-
-def _has_fp16() -> bool:
-    """Tell whether the machine multiplies in fp16."""
-    if torch.cuda.is_available():
-        return True
-    abilities = torch.cpu.get_capabilities()
-    return bool(abilities.get("avx512_fp16") or abilities.get("amx_fp16"))
+def _charts(forms: Forms, drifts: Sequence[Drift]) -> list[Chart]:
+    """Return the drift against merges, and how much merging moves beside how much the adapter moves."""
+    points = [{"arm": drift.precision, "x": n, "y": drift.off(n)} for drift in drifts for n in NOTED]
+    lines = [point for point in points if point["y"]]
+    numbers = {name: record.numbers for name, record in forms.items() if record.numbers["effect_kl"] > 0}
+    bars = [{"arm": name, "value": n["kl"] / n["effect_kl"]} for name, n in numbers.items()]
+    off, kl = Message("merge.drift_chart"), Message("merge.kl_chart")
+    merges, distance, weights = Message("axis.merges"), Message("axis.drift"), Message("column.weights")
+    logs, form, share = {"log_x": True, "log_y": True}, Message("column.form"), Message("axis.share")
+    drawn = [Chart("lines", "merge-drift", off, lines, merges, distance, weights, logs)] if lines else []
+    return drawn + ([Chart("bars", "merge-kl", kl, bars, form, share, options={"percent": True})] if bars else [])

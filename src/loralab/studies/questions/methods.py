@@ -1,35 +1,33 @@
 """Q10: LoRA, adapters or prefix-tuning? At equal budgets, with latency as in LoRA's Table 1."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from loralab.adapters.registry import is_outside, specs
-from loralab.errors import ConfigError, InputError, nearest
+from loralab.errors import InputError
 from loralab.models.load import Base
-from loralab.studies import figures
 from loralab.studies.budgets import Fields, solved, trained_parameters
-from loralab.studies.contrast import Ranking
-from loralab.studies.evidence import Metric, by_arm, claim, metric_of, own_interval, scores_table
-from loralab.studies.measures.passes import MEASURE_PASSES
-from loralab.studies.ranking import among, claims, describe_ranking, leader, open_rivals, ranked, recommendation
-from loralab.studies.readings import compared, latencies
-from loralab.studies.readings.compared import BASE, LATENCY, SOURCE, Measured
-from loralab.studies.study import Answer, Arm, Finding, Ground, Record, Text
+from loralab.studies.compare import Comparison, compare_arms
+from loralab.studies.evidence import best_arm, mean_of, score_column
+from loralab.studies.measures.passes import MEASURE_PASSES, MERGED
+from loralab.studies.message import Column, Message, Table, names, sentences
+from loralab.studies.ranking import FLOOR, Arms, claims, leader, next_step, parameters
+from loralab.studies.readings.latencies import Latencies, added, in_short, pass_chart, pass_findings, pass_table
+from loralab.studies.readings.published import published_table
+from loralab.studies.study import Answer, Arm, Finding, Ground, Record, nothing_measured
+from loralab.studies.timing import MARGIN
 from loralab.studies.trained import BASE_ARM, MEASURE
+from loralab.values import check_choice
 
 __all__ = ["MEASURE", "arms", "conclude"]
 
 REFERENCE = {"method": "lora", "rank": 8}
-LARGE, SMALL = "r=8", "r=2"  # budgets: what LoRA trains with these ranks
-SIZES = {
-    "lora": "rank",
-    "dora": "rank",
-    "houlsby": "width",
-    "pfeiffer": "width",
-    "prefix": "tokens",
-    "prefix-mlp": "tokens",
-}
+LARGE, SMALL = "r=8", "r=2"
+BUDGETS = {LARGE: 8, SMALL: 2}  # what LoRA trains with these ranks
 LETTERS = {"rank": "r", "width": "w", "tokens": "p"}
+SIZES = dict.fromkeys(("lora", "dora"), "rank") | dict.fromkeys(("houlsby", "pfeiffer"), "width")
+SIZES |= dict.fromkeys(("prefix", "prefix-mlp"), "tokens")
 SIZELESS = ("ia3", "bitfit", "full", "linear-probe")
 SHORT = (("houlsby", LARGE), ("prefix", LARGE), ("prefix", SMALL))
 LONG = (
@@ -41,26 +39,29 @@ LONG = (
     ("prefix", SMALL),
     ("dora", LARGE),
 )
+LATENCY = "latency"
 SECONDS, TRIALS = (150, 20), (25, 12)  # of the latency cell: thorough, quick
-CHOICE = Text("how I would choose", "你的選擇標準")
+SOURCE = ("LoRA", "Adapter", "Prefix-tuning")  # the rows of the source's table
+FAMILIES = {"lora": "LoRA", "houlsby": "Adapter", "pfeiffer": "Adapter", "prefix": "Prefix-tuning"}
+CHOICE = Message("methods.choice")
 
 
 def arms(ground: Ground, base: Base) -> list[Arm]:
-    """LoRA with rank 8, the others with as many parameters; the base; latencies, all in one cell.
+    """Return LoRA with rank 8, the others with as many parameters; the base; latencies, all in one cell.
 
     A method that the model cannot have stays in with its usual size: that it cannot run is said.
     """
     wanted = _wanted(ground)
-    budgets = {name: trained_parameters(base, {**REFERENCE, "rank": rank}) for name, rank in ((LARGE, 8), (SMALL, 2))}
+    budgets = {name: trained_parameters(base, {**REFERENCE, "rank": rank}) for name, rank in BUDGETS.items()}
     found = [Arm(name=f"lora {LARGE}", fields=REFERENCE)]
     if not ground.quick and "lora" in wanted:
         found.append(Arm(name=f"lora {SMALL}", fields={**REFERENCE, "rank": 2}))
     pairs = SHORT if ground.quick and not ground.values else LONG
-    found += [_sized(base, m, size, budgets[size]) for m, size in pairs if m in wanted]
+    found += [_sized(base, method, size, budgets[size]) for method, size in pairs if method in wanted]
     if not ground.quick and "prefix-mlp" in wanted:
         found += _through_network(found)
-    others = [m for m in (*SIZELESS, *_outside()) if m in wanted]
-    found += [_plain(m) for m in others if _possible(base, {"method": m})]
+    others = [method for method in (*SIZELESS, *_outside()) if method in wanted]
+    found += [Arm(name=m, fields={"method": m}) for m in others if _is_possible(base, {"method": m})]
     unique = {arm.name: arm for arm in found}
     return [BASE_ARM, *unique.values(), _latency(ground, base, budgets)]
 
@@ -71,17 +72,15 @@ def _outside() -> tuple[str, ...]:
 
 
 def _wanted(ground: Ground) -> tuple[str, ...]:
-    """The methods to compare with LoRA."""
+    """Return the methods to compare with LoRA."""
     known = (*SIZES, *SIZELESS, *_outside())
     for value in ground.values:
-        if value not in known:
-            hint = nearest(value, known)
-            raise ConfigError(f"values must be some of {', '.join(known)}, got {value!r}{hint}")
-    return ground.values or (tuple(m for m, _ in SHORT) if ground.quick else known)
+        check_choice("values", value, known)
+    return ground.values or (tuple(method for method, _ in SHORT) if ground.quick else known)
 
 
 def _sized(base: Base, method: str, budget: str, parameters: int) -> Arm:
-    """A method of the size that comes nearest to a budget."""
+    """Return a method of the size that comes nearest to a budget."""
     fields: Fields = {"method": method}
     try:
         fields = solved(base, fields, SIZES[method], parameters).fields
@@ -92,23 +91,15 @@ def _sized(base: Base, method: str, budget: str, parameters: int) -> Arm:
 
 
 def _through_network(found: Sequence[Arm]) -> list[Arm]:
-    """Prefixes as long as those trained directly, written by a network that is dropped at the end."""
+    """Return prefixes as long as those trained directly, written by a network that is dropped at the end."""
     return [
-        Arm(
-            name=f"prefix-mlp p={arm.fields['tokens']}",
-            fields={**arm.fields, "method": "prefix-mlp"},
-            options=arm.options,
-        )
+        replace(arm, name=f"prefix-mlp p={arm.fields['tokens']}", fields={**arm.fields, "method": "prefix-mlp"})
         for arm in found
         if arm.fields.get("method") == "prefix" and "tokens" in arm.fields
     ]
 
 
-def _plain(method: str) -> Arm:
-    return Arm(name=method, fields={"method": method})
-
-
-def _possible(base: Base, fields: Fields) -> bool:
+def _is_possible(base: Base, fields: Fields) -> bool:
     try:
         trained_parameters(base, fields)
     except InputError:
@@ -117,125 +108,149 @@ def _possible(base: Base, fields: Fields) -> bool:
 
 
 def _latency(ground: Ground, base: Base, budgets: Mapping[str, int]) -> Arm:
-    """One cell that times LoRA, both adapters and prefixes of these budgets beside the base."""
-    variants: dict[str, Any] = {f"lora {LARGE}": dict(REFERENCE)}
-    for method, size in (*SHORT, ("pfeiffer", LARGE)) if ground.quick else LONG:
-        arm = _sized(base, method, size, budgets[size])
-        variants[arm.name] = dict(arm.fields)
-    options = {
-        "measure": MEASURE_PASSES,
-        "variants": variants,
-        "seconds": SECONDS[ground.quick],
-        "trials": TRIALS[ground.quick],
-    }
+    """Return one cell that times LoRA, both adapters and prefixes of these budgets beside the base."""
+    pairs = (*SHORT, ("pfeiffer", LARGE)) if ground.quick else LONG
+    sized = [_sized(base, method, size, budgets[size]) for method, size in pairs]
+    variants: dict[str, Any] = {f"lora {LARGE}": dict(REFERENCE), **{arm.name: dict(arm.fields) for arm in sized}}
+    limits = {"seconds": SECONDS[ground.quick], "trials": TRIALS[ground.quick]}
+    options = {"measure": MEASURE_PASSES, "variants": variants, **limits}
     return Arm(name=LATENCY, options=options, tuned=False, plain=True)
 
 
 def conclude(records: Sequence[Record], ground: Ground) -> Answer:
-    """The source's table, how to choose, and which published orders hold here."""
-    measured = Measured.of(records)
-    if not measured.trained:
-        nothing = Text("No method has been trained yet.", "還沒有任何方法的訓練結果。")
-        labels = (*(Text(name, name) for name in SOURCE), CHOICE)
-        times = measured.latencies
-        return Answer(
-            sentence=nothing,
-            blanks=[(label, nothing) for label in labels],
-            tables=latencies.table(times, compared.papers(times)),
-            findings=latencies.findings(times),
-        )
-    metric = metric_of(records, ground)
-    ranking = _ranking(measured, metric)
-    chosen = ranking.recommended
-    return Answer(
-        sentence=_sentence(measured, ranking, metric),
-        ranking=ranking,
-        findings=_findings(measured, ranking, metric),
-        blanks=[*compared.source_rows(measured, metric), (CHOICE, compared.how_to_choose(measured, ranking, metric))],
+    """Return the source's table, how to choose, and which published orders hold here."""
+    times = Latencies.of(records)
+    passes = pass_table(times)
+    cost = {r.arm.name: times.least(r.arm.name) for r in records if r.arm.name != FLOOR} if times.times else None
+    found = compare_arms(records, ground, cost=cost)  # of those that are good enough, the quickest for a short answer
+    if found is None:
+        empty = nothing_measured(ground, (*SOURCE, CHOICE))
+        return replace(empty, tables=passes, findings=pass_findings(times))
+    family = of_budget(found, LARGE)
+    rivals = [name for name in family if name != _lora(family)]
+    refused = Message("methods.not_timed", variants=list(times.refused)) if times.refused else None
+    smaller = Message("methods.smaller_budget", arm=leader(found.ranking))
+    usual = found.answer()
+    return found.answer(
+        sentence=sentences(_at_budget(found), added(times), found.recommendation),
+        findings=_findings(found, times),
+        blanks=[*_source_rows(found, times), (CHOICE, _how_to_choose(found, times))],
         tables=[
-            compared.table(measured, metric),
-            *latencies.table(measured.latencies, compared.papers(measured.latencies)),
-            compared.expected(measured, ranking, metric),
-            scores_table(by_arm(records), metric),
+            _source_table(found, times),
+            *passes,
+            published_table(found, times, _lora(family), rivals),
+            *usual.tables,
         ],
-        figures=[_figure(measured.trained, metric), *latencies.figure(measured.latencies)],
-        method=Text(
-            "Budgets are what LoRA on every linear layer trains with rank 8 and with rank 2, heads "
-            "not counted; widths and prefix lengths are solved for. Latency: base and variants are "
-            "timed within every trial in a drawn order, with drawn tokens and no padding; a language model makes its "
-            "last logits alone. Intervals of a median are order statistics over trials. Merged LoRA "
-            "is the plain model with the update in its weights. Adapter H stands after attention "
-            "and after the feed-forward network (houlsby), Adapter L once a block (pfeiffer).",
-            "參數預算是 LoRA（所有線性層）在 rank 8 與 rank 2 的訓練參數量，不含分類頭；"
-            "Adapter 寬度與 prefix 長度由預算解出。延遲：每一輪都測量基礎模型與各組，順序隨機，"
-            "輸入為隨機 token、無 padding；語言模型只計算最後一個位置的 logits。"
-            "中位數的信賴區間由各輪的順序統計量得出。合併後的 LoRA 是更新量已加進權重的普通模型。"
-            "Adapter H 在 attention 與 FFN 之後各一個（houlsby），Adapter L 每個 block 一個（pfeiffer）。",
-        ),
-        caution=compared.caution(measured),
-        advice={k: v for k, v in measured.trained[chosen][0].arm.fields.items() if k != "learning_rate"}
-        if chosen
-        else {},
-        next=_next(ranking),
+        figures=[found.chart("methods", Message("axis.method")), *pass_chart(times)],
+        caution=sentences(Message("methods.caution"), refused),
+        next=next_step(found.ranking, smaller),
     )
 
 
-def _ranking(measured: Measured, metric: Metric) -> Ranking:
-    """All methods; of those that are good enough, the one that slows a single short answer least."""
-    times = measured.latencies
-    cost = {name: times.least(name) for name in measured.trained} if times.times else None
-    return ranked(measured.trained, metric, {BASE: measured.base}, cost=cost)
+def of_budget(found: Comparison, budget: str) -> Arms:
+    """Return the arms of one budget; LoRA's ranks are the budgets themselves."""
+    rank = BUDGETS[budget]
+    return {
+        name: runs
+        for name, runs in found.arms.items()
+        if (runs[0].arm.fields.get("rank") == rank and _family(runs) == SOURCE[0])
+        or runs[0].arm.options.get("budget") == budget
+    }
 
 
-def _sentence(measured: Measured, ranking: Ranking, metric: Metric) -> Text:
-    family, parts = measured.of_budget(LARGE), []
-    if len(family) > 1:
-        size = compared.parameters_of(family)
-        parts.append(
-            Text(f"At equal budget (about {size} parameters)", f"參數預算相同（約 {size} 個）時，")
-            + describe_ranking(among(ranking, family), family, metric)
-        )
-    if (times := compared.latency_sentence(measured)).en:
-        parts.append(times)
-    whole = parts[0] if parts else None
-    for part in [*parts[1:], recommendation(ranking, measured.trained, metric)]:
-        whole = part if whole is None else whole + part
-    assert whole is not None
-    return whole
+def _family(runs: Sequence[Record]) -> str:
+    """Return the source's name for the method of an arm, or its own."""
+    method = str(runs[0].arm.fields.get("method"))
+    return FAMILIES.get(method.removesuffix("-mlp"), method)
 
 
-def _findings(measured: Measured, ranking: Ranking, metric: Metric) -> list[Finding]:
-    """Every method against the base, those of a budget against each other, and latencies."""
-    floor = [claim(ranking.contrast(n, BASE), metric) for n in measured.trained] if measured.base else []
-    families = [measured.of_budget(size) for size in (LARGE, SMALL)]
-    pairs = [f for family in families if len(family) > 1 for f in claims(ranking, metric, list(family))]
-    return [*floor, *pairs, *latencies.findings(measured.latencies)]
+def _in_family(found: Comparison, family: str) -> list[str]:
+    """Return the arms of one row of the source's table, those of the larger budget first."""
+    members = [name for name, runs in found.arms.items() if _family(runs) == family]
+    return sorted(members, key=lambda name: -parameters(found.arms[name]))
 
 
-def _figure(trained: Mapping[str, Sequence[Record]], metric: Metric) -> Any:
-    rows = []
-    for name, own in trained.items():
-        found = own_interval(own)
-        rows.append({"arm": name, "value": found.mean, "low": found.low, "high": found.high})
-    return figures.old(
-        "intervals",
-        "methods",
-        Text("Score of every method", "各方法的分數"),
-        rows,
-        x=Text("method", "方法"),
-        y=Text(f"test {metric.text.en}", f"測試{metric.text.zh}"),
-        percent=metric.rises,
+def _at_budget(found: Comparison) -> Message | None:
+    """Say who leads the larger budget, which is what LoRA trains in it."""
+    family = of_budget(found, LARGE)
+    if len(family) < 2:
+        return None
+    reference = family[_lora(family) or next(iter(family))]
+    return Message("ranking.at_budget", parameters=parameters(reference), ranking=found.order(family))
+
+
+def _lora(family: Arms) -> str | None:
+    return next((name for name, runs in family.items() if _family(runs) == SOURCE[0]), None)
+
+
+def _findings(found: Comparison, times: Latencies) -> list[Finding]:
+    """Compare every method with the base, those of a budget with each other, and latencies."""
+    families = [list(of_budget(found, budget)) for budget in BUDGETS]
+    pairs = [each for family in families for each in claims(found.ranking, found.metric, family)]
+    return [*found.over_base(list(found.arms)), *pairs, *pass_findings(times)]
+
+
+def _facts(found: Comparison, times: Latencies, name: str) -> dict[str, Any]:
+    """Return the dimensions of the source's table for an arm."""
+    runs = found.arms[name]
+    return {
+        "parameters": parameters(runs),
+        "latency": in_short(times, name),
+        "step_seconds": mean_of(runs, "step_seconds"),
+        "score": found.metric.scored(runs),
+    }
+
+
+def _source_table(found: Comparison, times: Latencies) -> Table:
+    """Return the source's table, its rows first; every arm of a method is a line."""
+    known = {name: family for family in SOURCE for name in _in_family(found, family)}
+    labels = {name: Message("methods.family", family=family, arm=name) for name, family in known.items()}
+    rows = [
+        {"method": labels.get(name, name), **_facts(found, times, name)}
+        for name in dict.fromkeys((*known, *found.arms))
+    ]
+    step = Column("step_seconds", "seconds", label=Message("column.training_step"))
+    size = Column("parameters", "count", label=Message("column.adapter_parameters"))
+    columns = (Column("method"), size, Column("latency"), step, score_column(found.metric))
+    return Table(title=Message("table.methods"), columns=columns, rows=rows)
+
+
+def _source_rows(found: Comparison, times: Latencies) -> list[tuple[Message | str, Message]]:
+    """Fill in the source's three rows, each of the arm with the best mean score of its method."""
+    rows: list[tuple[Message | str, Message]] = []
+    for family in SOURCE:
+        members = {name: found.arms[name] for name in _in_family(found, family)}
+        row = Message("answer.not_measured")
+        if members:
+            name = best_arm(members, found.metric)
+            row = Message("methods.row", arm=name, metric=found.metric.text, **_facts(found, times, name))
+        rows.append((family, row))
+    return rows
+
+
+def _how_to_choose(found: Comparison, times: Latencies) -> Message:
+    """Fill in the source's last blank: score, then latency, then what training costs."""
+    by_score = _at_budget(found)
+    by_latency = added(times)
+    return sentences(
+        by_score and Message("methods.by_score", ranking=by_score),
+        by_latency and Message("methods.by_latency", latencies=sentences(by_latency, _merging(times))),
+        _by_speed(found.arms),
+        found.recommendation,
     )
 
 
-def _next(found: Ranking) -> Text:
-    first = leader(found)
-    if rivals := open_rivals(found):
-        return Text(
-            f"Add seeds to {first} and {rivals[0]}, which are not decided.",
-            f"替 {first} 與 {rivals[0]} 增加隨機種子，目前尚無定論。",
-        )
-    return Text(
-        f"Repeat with the budget of rank 2, to see whether {first} stays first.",
-        f"改用 rank 2 的參數預算重做，看 {first} 是否仍居首位。",
-    )
+def _merging(times: Latencies) -> Message | None:
+    """Say which variants can be merged, and which cannot."""
+    able = list(dict.fromkeys(variant for variant, state in times.ways() if state == MERGED))
+    others = [variant for variant, _ in times.ways() if variant not in able]
+    return Message("methods.merging", able=names(able), others=names(others)) if able and others else None
+
+
+def _by_speed(trained: Arms) -> Message:
+    """Say which method trains fastest; times within the margin of each other are called alike."""
+    steps = sorted((mean_of(runs, "step_seconds"), name) for name, runs in trained.items())
+    (least, fastest), (most, slowest) = steps[0], steps[-1]
+    if most <= (1 + MARGIN) * least:
+        return Message("methods.speed_alike", margin=MARGIN)
+    return Message("methods.speed", fastest=fastest, least=least, slowest=slowest, most=most)

@@ -1,0 +1,68 @@
+"""Claims of the papers on LoRA and adapters beside the verdicts of a study: which hold here."""
+
+from collections.abc import Collection, Sequence
+
+from loralab.studies.compare import Comparison
+from loralab.studies.measures.passes import MERGED, UNMERGED
+from loralab.studies.message import Column, Message, Table
+from loralab.studies.ranking import FLOOR
+from loralab.studies.readings.latencies import Latencies, describe
+from loralab.studies.timing import Overhead
+
+Row = dict[str, Message | None]
+
+
+def published_table(found: Comparison, times: Latencies, lora: str | None, rivals: Sequence[str]) -> Table:
+    """Return what the papers report, and whether it holds here.
+
+    Args:
+        lora, rivals: LoRA's arm and the others of an equal budget.
+    """
+    rows = [*_passes(times), *_scores(found, lora, rivals)]
+    columns = (Column("claim"), Column("here"), Column("numbers"))
+    return Table(title=Message("table.published"), columns=columns, rows=rows)
+
+
+def _passes(times: Latencies) -> list[Row]:
+    """Return the orders of LoRA's Table 1: merged adds nothing; adapters cost, most so for a single short row."""
+    variants = {variant.partition(" ")[0]: variant for variant, _ in reversed(times.ways())}
+    lora, heavy, light = ((variants.get(method, ""), UNMERGED) for method in ("lora", "houlsby", "pfeiffer"))
+    first = times.shapes[:1]
+    return [
+        _timed("merged_is_free", [times.over((lora[0], MERGED), shape) for shape in times.shapes], {"equivalent"}),
+        _timed("unmerged_costs", [times.over(lora, shape) for shape in first], {"worse"}),
+        _timed("light_adapter_costs", [times.over(light, shape) for shape in first], {"worse"}),
+        _timed("heavy_adapter_costs_more", [times.over(heavy, s, light) for s in first], {"worse", "equivalent"}),
+        _timed("share_shrinks", [times.growth(heavy)], {"better"}),
+    ]
+
+
+def _timed(name: str, overheads: Sequence[Overhead | None], expected: Collection[str]) -> Row:
+    known = [over for over in overheads if over is not None]
+    numbers = Message("methods.numbers", parts=[describe(over) for over in known]) if known else None
+    here = holds_here([over.verdict for over in known], expected)
+    return {"claim": Message(f"methods.{name}"), "here": here, "numbers": numbers}
+
+
+def _scores(found: Comparison, lora: str | None, rivals: Sequence[str]) -> list[Row]:
+    """Return that every method learns, and that LoRA is no worse than the others at an equal budget."""
+    ranking, rows = found.ranking, list[Row]()
+    if FLOOR in ranking.means:
+        verdicts = [ranking.contrast(name, FLOOR).verdict for name in found.arms]
+        numbers = Message("methods.better_of_all", better=verdicts.count("better"), all=len(verdicts))
+        here = holds_here(verdicts, {"better"})
+        rows.append({"claim": Message("methods.all_learn"), "here": here, "numbers": numbers})
+    for rival in rivals if lora is not None else ():
+        contrast = ranking.contrast(str(lora), rival)
+        claim = Message("methods.lora_no_worse", lora=lora, rival=rival)
+        here = holds_here([contrast.verdict], {"better", "equivalent"})
+        rows.append({"claim": claim, "here": here, "numbers": found.metric.span(contrast.low, contrast.high)})
+    return rows
+
+
+def holds_here(verdicts: Sequence[str], expected: Collection[str]) -> Message:
+    """Tell whether all verdicts are among those that a published claim expects."""
+    if not verdicts:
+        return Message("answer.not_measured")
+    others = set(verdicts) - set(expected)
+    return Message("claim.holds" if not others else "claim.undecided" if others == {"undecided"} else "claim.fails")
