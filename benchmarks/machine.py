@@ -111,7 +111,7 @@ def loads() -> dict[str, Any]:
         seed = iter(range(10**6))
 
         def first_token(name: str) -> float:
-            asked = prompts(1, next(seed))
+            asked = prompts(1, 32, next(seed))
             started = time.perf_counter()
             engine.generate(asked, adapters=[name], sampling=sampling)
             return 1e3 * (time.perf_counter() - started)

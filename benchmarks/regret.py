@@ -13,7 +13,7 @@ best, in truth, beyond the margin of one point.
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,9 @@ from sides import table
 import loralab
 from loralab.studies.evidence import Metric
 from loralab.studies.ranking import parameters, ranked
+from loralab.studies.runner import records
 from loralab.studies.statistics import difference
-from loralab.studies.study import Arm, Record, StudyOptions
-from loralab.studies.trained import MEASURE
+from loralab.studies.study import MISSING, Arm, Record, StudyOptions
 
 RANKS: dict[str, list[Any]] = {"rank": [2, 4, 8, 16, 32]}
 TARGETS: dict[str, list[Any]] = {"target_modules": ["attention", "mlp", "all-linear"]}
@@ -78,27 +78,35 @@ def record(folder: Path, sweep: Sweep) -> None:
 
 
 def collect(folder: Path) -> None:
-    """Write the scores of all runs of all sweeps that are there into one file."""
+    """Write the scores of all sweeps that have come to their end to one small file."""
     rows = [
-        {"sweep": name, "arm": arm["name"], "seed": run["seed"], "parameters": _own_parameters(run), "scores": scores}
+        {
+            "sweep": name,
+            "arm": run.arm.name,
+            "seed": run.seed,
+            "parameters": parameters([run]),
+            "scores": run.items["score"],
+        }
         for name in SWEEPS
-        for arm, run in _runs(folder / _file(name) / "study")
-        if (scores := run["items"].get("score"))
+        if (folder / _file(name) / "study").is_dir()
+        for run in _runs(folder / _file(name) / "study")
     ]
     columns = {key: [row[key] for row in rows] for key in rows[0]}
     columns["scores"] = pyarrow.array(columns["scores"], pyarrow.list_(pyarrow.float32()))
     parquet.write_table(pyarrow.table(columns), RECORDED, compression="zstd")
 
 
-def _runs(study: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """The arms and records of all whole runs of trained arms, by arm and seed."""
-    found = [json.loads(file.read_text()) for file in study.glob("runs/*/record.json")]
-    whole = [(each["cell"]["arm"], each["record"]) for each in found if each["cell"]["measure"] == MEASURE]
-    return iter(sorted(whole, key=lambda pair: (pair[0]["name"], pair[1]["seed"])))
+def _runs(study: Path) -> list[Record]:
+    """Return the runs of every trained arm at its own rate; none where a seed is missing yet.
 
-
-def _own_parameters(run: dict[str, Any]) -> float:
-    return float(run["numbers"]["parameters"] - run["numbers"]["head_parameters"])
+    An arm that diverged or failed with some seed is left out: it has no mean to compare.
+    """
+    (_, found), *_ = records(study).values()
+    if any(run.status == MISSING for run in found):
+        return []
+    names = dict.fromkeys(run.arm.name for run in found if not run.arm.plain)
+    whole = [[run for run in found if run.arm.name == name and run.items.get("score")] for name in names]
+    return [run for runs in whole if len(runs) == SEEDS for run in runs]
 
 
 def recorded() -> dict[str, Arms]:

@@ -1,11 +1,11 @@
-"""Output tokens a second of a mixed batch, every request its own adapter out of ten.
+"""Output tokens a second of a mixed batch, every request its own adapter out of ten; seconds to read long prompts.
 
-SmolLM2-135M in bfloat16, LoRA r=8 on its seven projections, prompts of 32 random tokens, 64 new
-tokens, greedy: loralab's engine against transformers' generate on a PeftModel, and against vLLM
-where a Python that has it is named (its requirements exclude ours). All sides answer the same
-batch in turn, several times. Beside that ours alone: 64 adapters in a batch of 64, ranks from 1 to
-256, one adapter against the same one merged, and the time from disk to the first token of a
-thousand adapters with 64 places in memory.
+SmolLM2-135M in bfloat16, LoRA r=8 on its seven projections, greedy: prompts of 32 random tokens with 64
+new ones, and prompts of 512 and 4,096 tokens with one. loralab's engine against transformers' generate
+on a PeftModel, and against vLLM where a Python that has it is named (its requirements exclude ours).
+All sides answer the same batch in turn, several times. Beside that ours alone: 64 adapters in a batch
+of 64, ranks from 1 to 256, one adapter against the same one merged, and the time from disk to the first
+token of a thousand adapters with 64 places in memory.
 
     python benchmarks/serve.py [--pairs 5] [--batches 1 8 32] [--vllm PYTHON] [--thousand 1000]
         [--json FILE]
@@ -27,6 +27,8 @@ from sides import finish, parser, ratios, shown, spread, table
 
 SIDES_FILE = Path(__file__).with_name("serve_sides.py")
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 8)
+DECODING = {"prompt": 32, "new": 64}
+PREFILL = ((1, 512), (8, 512), (1, 4096))  # prompts, tokens of each
 OWN = {  # ours alone: what is asked, and against what
     "10 adapters": ("ours", "mixed", 32),
     "one adapter": ("ours", "one", 32),
@@ -47,12 +49,19 @@ class Side:
         self._read()
 
     def tokens_per_second(self, rows: int, mode: str, seed: int) -> float:
-        """Of one batch."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"rows": rows, "mode": mode, "seed": seed}) + "\n")
-        self._process.stdin.flush()
-        found = self._read()
+        """Return the tokens that it writes in a second, of one batch."""
+        found = self._ask(rows=rows, mode=mode, seed=seed, **DECODING)
         return float(found["tokens"] / found["seconds"])
+
+    def seconds_to_first(self, rows: int, length: int, mode: str, seed: int) -> float:
+        """Return how long it takes to read some prompts."""
+        return float(self._ask(rows=rows, mode=mode, seed=seed, prompt=length, new=1)["seconds"])
+
+    def _ask(self, **asked: Any) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(asked) + "\n")
+        self._process.stdin.flush()
+        return self._read()
 
     def close(self) -> None:
         """End it."""
@@ -130,6 +139,34 @@ def compared(
     return found
 
 
+def prefill(sides: Mapping[str, Side], pairs: int) -> dict[str, dict[str, list[float]]]:
+    """Return the seconds that every side needs to read long prompts, in turn, without and with adapters."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for rows, length in PREFILL:
+        for mode in ("none", "mixed"):
+            own: dict[str, list[float]] = {name: [] for name in sides}
+            for trial in range(pairs + 1):
+                for name, side in sides.items():
+                    seconds = side.seconds_to_first(rows, length, mode, 7000 * rows + trial)
+                    if trial:
+                        own[name].append(seconds)
+                        print(f"  {rows} x {length} {mode} {name}: {seconds:.2f} s", file=sys.stderr)
+            found[f"{rows} x {length} {mode}"] = own
+    return found
+
+
+def prefill_rows(found: Mapping[str, Mapping[str, list[float]]]) -> list[list[str]]:
+    """Return the rows of the table of prompts."""
+    rows = []
+    for what, own in found.items():
+        row = [what, shown(spread(own["loralab"]), 2)]
+        for name, theirs in own.items():
+            if name != "loralab":
+                row += [shown(spread(theirs), 2), shown(ratios(theirs, own["loralab"]))]
+        rows.append(row)
+    return rows
+
+
 def alone(folder: Path, pairs: int) -> dict[str, list[float]]:
     """Ours in several uses, in turn."""
     sides = {name: Side(name, folder) for name in ("ours", "merged")}
@@ -184,6 +221,7 @@ def main() -> None:
         if chosen.vllm:
             sides["vLLM"] = Side("vllm", folder, chosen.vllm)
         found = compared(sides, chosen.batches, chosen.pairs)
+        read = prefill(sides, chosen.pairs)
         for side in sides.values():
             side.close()
         own = alone(folder, chosen.pairs)
@@ -191,6 +229,9 @@ def main() -> None:
     head = ["batch", "adapters", "loralab"]
     head += [part for name in sides if name != "loralab" for part in (name, f"ours / {name}")]
     text = table("Output tokens a second, median (range)", head, against(found))
+    head = ["prompts", "loralab"]
+    head += [part for name in sides if name != "loralab" for part in (name, f"{name} / ours")]
+    text += "\n" + table("Seconds to the first token, median (range)", head, prefill_rows(read))
     base = own["no adapter"]
     pairs = {
         "10 adapters, batch 32": (own["10 adapters"], base, "no adapter"),
@@ -204,6 +245,7 @@ def main() -> None:
         text += "\n" + loaded(thousand)
     result = {
         "pairs": chosen.pairs,
+        "prefill": read,
         "alone": own,
         "loads": thousand,
         "compared": {f"{size} {mode}": sides_ for (size, mode), sides_ in found.items()},

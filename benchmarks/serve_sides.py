@@ -15,14 +15,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-PROMPT, NEW, ADAPTERS = 32, 64, 10
-Batch = Callable[[list[list[int]], list[str | None]], int]  # tokens that were written
+ADAPTERS = 10
+Batch = Callable[[list[list[int]], list[str | None], int], int]  # prompts, adapters, new tokens -> those written
 
 
-def prompts(rows: int, seed: int) -> list[list[int]]:
+def prompts(rows: int, length: int, seed: int) -> list[list[int]]:
     """Random words, others in every trial: nothing can be found in a cache."""
     draw = random.Random(seed)
-    return [[draw.randrange(300, 40_000) for _ in range(PROMPT)] for _ in range(rows)]
+    return [[draw.randrange(300, 40_000) for _ in range(length)] for _ in range(rows)]
 
 
 def names(rows: int, mode: str) -> list[str | None]:
@@ -43,9 +43,9 @@ def ours(folder: Path, model: str = "model") -> Batch:
 
     settings = ServeSettings(precision="bf16", max_batch=64)
     engine = open_engine(model=str(folder / model), store=folder / "store", settings=settings)
-    sampling = Sampling(max_tokens=NEW, temperature=0, ignore_eos=True)
 
-    def batch(asked: list[list[int]], adapters: list[str | None]) -> int:
+    def batch(asked: list[list[int]], adapters: list[str | None], new: int) -> int:
+        sampling = Sampling(max_tokens=new, temperature=0, ignore_eos=True)
         found = engine.generate(asked, adapters=adapters, sampling=sampling)
         return sum(len(one.tokens) for one in found)
 
@@ -69,24 +69,19 @@ def peft(folder: Path) -> Batch:
         name = f"mixed-{number}"
         model.load_adapter(str(folder / "store" / name), adapter_name=name)
     model.eval()
-    options: dict[str, Any] = {
-        "max_new_tokens": NEW,
-        "min_new_tokens": NEW,
-        "do_sample": False,
-        "pad_token_id": 0,
-        "repetition_penalty": 1.0,
-    }
+    options: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "repetition_penalty": 1.0}
 
     @torch.no_grad()
-    def batch(asked: list[list[int]], adapters: list[str | None]) -> int:
+    def batch(asked: list[list[int]], adapters: list[str | None], new: int) -> int:
         ids = torch.tensor(asked)
+        length = {"max_new_tokens": new, "min_new_tokens": new}
         own = ["__base__" if name is None else name for name in adapters]
         chosen = {} if not any(adapters) else {"adapter_names": own}
         if not chosen:
             with model.disable_adapter():
-                out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
+                out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **length, **options)
         else:
-            out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **chosen, **options)
+            out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **length, **chosen, **options)
         return int(out.shape[1] - ids.shape[1]) * len(asked)
 
     return batch
@@ -109,20 +104,19 @@ def vllm(folder: Path) -> Batch:
         max_lora_rank=8,
         max_cpu_loras=ADAPTERS,
         max_num_seqs=64,
-        max_model_len=1024,
+        max_model_len=8192,
         enable_prefix_caching=False,
     )
-    sampling = SamplingParams(max_tokens=NEW, temperature=0, ignore_eos=True)
 
     def request(name: str | None) -> Any:
         if name is None:
             return None
         return LoRARequest(name, 1 + int(name.split("-")[1]), str(folder / "store" / name))
 
-    def batch(asked: list[list[int]], adapters: list[str | None]) -> int:
+    def batch(asked: list[list[int]], adapters: list[str | None], new: int) -> int:
         found = model.generate(
             [{"prompt_token_ids": own} for own in asked],
-            sampling,
+            SamplingParams(max_tokens=new, temperature=0, ignore_eos=True),
             use_tqdm=False,
             lora_request=[request(name) for name in adapters],
         )
@@ -146,7 +140,7 @@ def loads(folder: Path) -> dict[str, Any]:
 
     def seconds(name: str, seed: int) -> float:
         begun = time.perf_counter()
-        engine.generate(prompts(1, seed), adapters=[name], sampling=sampling)
+        engine.generate(prompts(1, 32, seed), adapters=[name], sampling=sampling)
         return time.perf_counter() - begun
 
     every = [entry.name for entry in engine.store.entries()]
@@ -182,9 +176,9 @@ def main(arguments: Sequence[str]) -> None:
     print(json.dumps({"ready": True}), file=answers, flush=True)
     for line in sys.stdin:
         asked = json.loads(line)
-        own, adapters = prompts(asked["rows"], asked["seed"]), names(asked["rows"], asked["mode"])
+        own, adapters = prompts(asked["rows"], asked["prompt"], asked["seed"]), names(asked["rows"], asked["mode"])
         begun = time.perf_counter()
-        tokens = batch(own, adapters)
+        tokens = batch(own, adapters, asked["new"])
         seconds = time.perf_counter() - begun
         print(json.dumps({"seconds": seconds, "tokens": tokens}), file=answers, flush=True)
 

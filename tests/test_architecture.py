@@ -13,18 +13,20 @@ import pytest
 from loralab.adapters.registry import built_in
 
 ROOT = Path(__file__).parents[1] / "src" / "loralab"
-BASE = {"errors", "atomic", "values"}
+BASE = {"errors", "atomic", "values", "plugins"}
 LEAVES = BASE | {"native"}
 TOGETHER = {"cluster"}  # several machines
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "atomic": {"errors"},
     "values": {"errors"},
+    "plugins": {"errors"},
     "native": BASE,
     "cluster": {"errors"},
     "adapters": LEAVES,
     "models": BASE,
     "tasks": BASE,
+    "assets": BASE | {"models", "tasks"},  # in no other set: it registers its names, and nothing imports it
     "training": LEAVES | {"adapters", "models", "tasks", "artefacts"},
     "artefacts": BASE | {"adapters", "models", "tasks"},
     "serving": LEAVES | TOGETHER | {"adapters", "models", "tasks"},
@@ -48,6 +50,11 @@ TORCH_FREE = [
     "serving/keys.py",
     "atomic.py",
     "values.py",
+    "plugins.py",
+    "models/catalog.py",
+    "assets/smollm.py",
+    "assets/minilm.py",
+    "assets/dinov2.py",
     "cluster.py",
     "studies/study.py",
     "studies/catalog.py",
@@ -180,12 +187,20 @@ def _loaded_with(file: Path, files: Container[str]) -> Iterator[str]:
 
 HEAVY = {  # what takes a tenth of a second or more to import, or is of no use to a help text
     *("torch", "transformers", "numpy", "datasets", "pyarrow", "accelerate", "safetensors", "regex", "rich.progress"),
-    *("fastapi", "uvicorn", "scipy", "altair", "jinja2", "optuna", "ray", "loralab.cli.jobs"),
+    *("fastapi", "uvicorn", "scipy", "altair", "jinja2", "optuna", "ray", "loralab.cli.jobs", "loralab.assets"),
 }
 
 
 def test_the_command_line_loads_no_torch() -> None:
     code = "import sys, loralab, loralab.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.interpreter
+def test_the_short_names_of_models_are_found_without_torch() -> None:
+    code = (
+        "import sys\nfrom loralab.models.catalog import listing\nsys.exit(len(listing()) < 3 or 'torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -108,7 +108,7 @@ class BaseMismatchWarning(UserWarning):
 
 
 class PluginWarning(UserWarning):
-    """A package that offers a method cannot be imported; the other methods work."""
+    """A package that offers methods, models or tasks cannot be used; all others work."""
 
 
 def nearest(name: str, choices: Iterable[str], count: int = 3) -> str:

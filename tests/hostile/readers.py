@@ -28,6 +28,7 @@ from loralab.adapters.attach import attach
 from loralab.adapters.load import load
 from loralab.adapters.methods import LoRA
 from loralab.artefacts.comparison import Reference
+from loralab.assets import fashion
 from loralab.cli.arguments import field_names, requested
 from loralab.cli.jobs import _jobs
 from loralab.models import load as models
@@ -41,7 +42,7 @@ from loralab.studies import report, store
 from loralab.studies.fields import from_toml
 from loralab.studies.runner import walk
 from loralab.studies.study import Arm, Cell, Ground, Record
-from loralab.tasks import catalog, fashion
+from loralab.tasks import catalog
 from loralab.tasks.encode import chat_ids
 from loralab.tasks.pictures import from_file
 from loralab.training import checkpoint

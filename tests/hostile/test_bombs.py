@@ -22,10 +22,11 @@ from loralab.adapters import expressions, folder
 from loralab.adapters.attach import attach
 from loralab.adapters.load import load
 from loralab.adapters.methods import LoRA
+from loralab.assets import fashion
 from loralab.errors import AdapterFileError, ConfigError, DataError, LoralabError, ModelError, one_line
 from loralab.models import load as models
 from loralab.serving.store import Store
-from loralab.tasks import catalog, fashion
+from loralab.tasks import catalog
 from loralab.tasks.pictures import from_file
 from loralab.tasks.template import render
 from loralab.values import read_bytes, read_json, read_toml

@@ -32,9 +32,9 @@ from transformers import (
 )
 
 from loralab.errors import ConfigError, ModelError
-from loralab.models import convert
+from loralab.models import convert, source
 from loralab.models import load as models
-from loralab.models.catalog import MODELS
+from loralab.models.catalog import MODELS, NamedModel, in_package
 from loralab.models.device import resolve_precision
 from loralab.models.kinds import CAUSAL, CLASSIFIER
 from loralab.models.load import load, natural_kind, parse_dtype
@@ -250,8 +250,8 @@ def test_a_folder_that_is_not_there_is_answered_with_its_neighbour(copied: Path)
 
 
 def test_a_package_that_is_not_installed_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    absent = replace(MODELS["smollm2-135m"], module="not_installed_here")
-    monkeypatch.setitem(MODELS, "smollm2-135m", absent)
+    absent = replace(MODELS["smollm2-135m"], locate=lambda: None)
+    monkeypatch.setattr(source, "MODELS", {"smollm2-135m": absent})
     with pytest.raises(ModelError) as error:
         natural_kind("smollm2-135m")
     assert (error.value.code, error.value.field) == ("not_installed", "model")
@@ -263,12 +263,35 @@ def test_a_short_name_is_meant_even_beside_a_folder_of_that_name(
     package = tmp_path / "package_of_mine"
     shutil.copytree(tiny_bert_folder, package / "model")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setitem(MODELS, "minilm-l6", replace(MODELS["minilm-l6"], module=package.name))
+    own = replace(MODELS["minilm-l6"], locate=in_package(package.name, "model"))
+    monkeypatch.setattr(source, "MODELS", {"minilm-l6": own})
     monkeypatch.chdir(tmp_path)
     (tmp_path / "minilm-l6").mkdir()
     base = load("minilm-l6")
     assert base.name == "minilm-l6"
     assert base.source == str(package / "model")
+
+
+def test_a_file_in_a_format_of_its_own_is_converted_once(
+    tiny_bert_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, written = tmp_path / "weights.own", []
+    file.write_bytes(b"one")
+
+    def write(given: Path, folder: Path) -> None:
+        written.append(given)
+        shutil.copytree(tiny_bert_folder, folder)
+
+    own = NamedModel(
+        name="own", kind="encoder", parameters=1, licence="", description="", get="", locate=lambda: file, convert=write
+    )
+    monkeypatch.setattr(source, "MODELS", {"own": own})
+    monkeypatch.setenv("LORALAB_CACHE", str(tmp_path / "cache"))
+    first = resolve("own")
+    assert resolve("own") == first and written == [file]
+    assert (Path(first) / "config.json").is_file()
+    file.write_bytes(b"another")
+    assert resolve("own") != first and written == [file, file]
 
 
 def test_a_hub_that_cannot_be_asked_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

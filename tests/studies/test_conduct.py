@@ -5,6 +5,7 @@ import math
 import random
 import shutil
 import tomllib
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from loralab.adapters.attach import attach
 from loralab.adapters.fingerprint import fingerprint
 from loralab.adapters.methods import LoRA
+from loralab.cli import run
 from loralab.errors import AdapterStateError, ConfigError, InputError, OutputError, RunError
 from loralab.studies import catalog, conduct, store
 from loralab.studies.conduct import Outcome, _own, recommend, study
@@ -296,6 +298,86 @@ def test_objects_that_cannot_be_studied_are_refused_before_anything_is_written(
             )
         assert refused.value.code == code
     assert not (tmp_path / "out").exists()
+
+
+WORDS = {"vision": "the pictures are not here; get them with: X", "merge": "the worker was killed"}
+
+
+@pytest.fixture
+def partly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Workers that can prepare all questions but two, and runs that leave nothing; what was told, in order."""
+    seen: list[dict[str, Any]] = []
+
+    def told(own: Session, job: dict[str, Any]) -> Any:
+        name = job["ground"]["study"]
+        if name in WORDS:
+            yield {"kind": "error", "text": WORDS[name], "known": name == "vision"}
+        else:
+            yield {"kind": "arms", "arms": [asdict(Arm(name="a", fields={"rank": 1}))], "invalid": {}, "facts": {}}
+
+    monkeypatch.setattr(Session, "_do", told)
+    monkeypatch.setattr(Session, "run", lambda own, ground, arms: seen.append({"kind": "run", "study": ground.study}))
+    monkeypatch.chdir(tmp_path)
+    return seen
+
+
+def test_what_cannot_run_is_told_before_the_first_run_and_again_at_the_end(partly: list[dict[str, Any]]) -> None:
+    done = study("all", output_dir="out", asked=StudyOptions(quick=True), listener=partly.append)
+    names = list(catalog.STUDIES)
+    assert [event["study"] for event in partly[: len(names)]] == names
+    assert {event["study"]: event["reason"] for event in partly if event.get("what") == "skipped"} == WORDS
+    assert [e["study"] for e in partly[len(names) :]] == [name for name in names if name not in WORDS]
+    assert all(event["kind"] == "run" for event in partly[len(names) :])
+    assert dict(done.skipped) == WORDS == dict(conduct.report("out").skipped)
+
+
+def test_a_study_that_was_answered_stays_when_it_cannot_go_on(
+    partly: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study("all", output_dir="out", asked=StudyOptions(quick=True))
+    monkeypatch.setitem(WORDS, "rank", "lost")
+    again = study("all", output_dir="out", asked=StudyOptions(quick=True), resume=True)
+    assert dict(again.skipped) == WORDS
+    assert [arm.name for arm in store.plans(Path("out"))["rank"][1]] == ["a"]
+    assert "rank" not in conduct.report("out").skipped
+
+
+def test_one_study_that_cannot_run_is_an_error(partly: list[dict[str, Any]]) -> None:
+    with pytest.raises(ConfigError, match="not here"):
+        study("vision", output_dir="out")
+    with pytest.raises(RunError, match="killed"):
+        study("merge", output_dir="out")
+    assert partly == [] and not Path("out").exists()
+
+
+@pytest.mark.parametrize("form", [[], ["--json"]])
+def test_the_command_line_ends_with_1_where_a_study_could_not_run(
+    partly: list[dict[str, Any]], form: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["study", "all", "--quick", "--output-dir", "out", *form]) == 1
+    out, err = capsys.readouterr()
+    for name, reason in WORDS.items():
+        assert (json.loads(out)["skipped"][name] == reason) if form else (err.count(reason) == 2)
+    assert run(["report", "out", *form]) == 1
+
+
+def test_a_worker_that_was_killed_while_it_prepared_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Session, "_do", lambda own, job: iter([{"kind": "exit", "code": -9}]))
+    with pytest.raises(RunError) as error:
+        Session(tmp_path, math.inf).prepare(Ground(study="rank", model="m", data="d"))
+    assert error.value.code == "ended"
+
+
+def test_pictures_are_those_of_the_first_task_that_is_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Here:
+        def __init__(self, here: bool) -> None:
+            self.locate = lambda: here or None
+
+    for clothes, digits, taken in ((True, True, 0), (False, True, 1), (False, False, 0)):
+        found = {catalog.CLOTHES: Here(clothes), catalog.DIGITS: Here(digits)}
+        monkeypatch.setattr("loralab.tasks.catalog.TASKS", found)
+        assert catalog.ground("vision", StudyOptions()).data == (catalog.CLOTHES, catalog.DIGITS)[taken]
+    assert catalog.ground("vision", StudyOptions(data="mine")).data == "mine"
 
 
 def test_one_arm_is_no_study(tmp_path: Path, tiny_bert_folder: Path, noise_file: Path) -> None:

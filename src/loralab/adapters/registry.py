@@ -8,16 +8,15 @@ import math
 import os
 import re
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
-from importlib import import_module, metadata
-from types import ModuleType
+from importlib import import_module
 from typing import Any
 
 from loralab.adapters.methods import Method
 from loralab.adapters.peft_fields import PREFIX
-from loralab.errors import AdapterFileError, ConfigError, PluginWarning, nearest
+from loralab.errors import AdapterFileError, ConfigError, nearest
+from loralab.plugins import entry_points, use
 
 GROUP = "loralab.methods"
 MODULES = "LORALAB_METHODS"  # environment: modules that register methods, for processes of ours
@@ -279,30 +278,18 @@ def _load_built_in() -> None:
 
 
 def _load_plugins() -> None:
-    """Import what other packages offer, once; one that fails is named and the rest works."""
+    """Import what other packages offer, once."""
     if "plugins" in _LOADED:
         return
     _LOADED.add("plugins")
     for module in filter(None, os.environ.get(MODULES, "").split(",")):
         if not any(spec.config.__module__ == module for spec in _SPECS.values()):
-            _load(module, lambda module=module: import_module(module))  # type: ignore[misc]
-    for point in metadata.entry_points(group=GROUP):
-        _load(f"{point.name} = {point.value}", point.load)
+            use(module, lambda module=module: import_module(module), MethodSpec, _take)  # type: ignore[misc]
+    for what, load in entry_points(GROUP):
+        use(what, load, MethodSpec, _take)
 
 
-def _load(what: str, load: Callable[[], Any]) -> None:
-    """Import one plugin: a module, a MethodSpec, or a function that returns or registers one.
-
-    The methods of a module are those that it registers, and each MethodSpec among its names.
-    """
-    try:
-        found = load()
-        if callable(found):
-            found = found()
-        offered = vars(found).values() if isinstance(found, ModuleType) else [found]
-        for spec in [spec for spec in offered if isinstance(spec, MethodSpec)]:
-            if all(own.config is not spec.config for own in _SPECS.values()):
-                register(spec)
-    except (Exception, SystemExit) as error:
-        text = f"{type(error).__name__}: {error}"
-        warnings.warn(f"the method plugin {what!r} cannot be used: {text}", PluginWarning, stacklevel=2)
+def _take(spec: MethodSpec) -> None:
+    """Register what a plugin offers, unless it has done so itself."""
+    if all(own.config is not spec.config for own in _SPECS.values()):
+        register(spec)

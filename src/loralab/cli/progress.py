@@ -78,6 +78,9 @@ class StudyLines:
         """Show one event."""
         if event["kind"] == "cell":
             self._cell(event)
+        elif event["kind"] == "study":
+            said = event["reason"] or f"{event['model']} on {event['data']}"
+            self._console.print(f"{event['what']:8} {event['study']}: {said}", soft_wrap=True, markup=False)
         elif event["kind"] == "step" and self._status is not None:
             self._status.update(f"{self._now}  step {event['step']}/{event['steps']}")
 

@@ -10,6 +10,7 @@ import io
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,18 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from loralab import atomic
 from loralab.atomic import cache_folder
 from loralab.errors import ModelError
-from loralab.models import onnx_dinov2
 from loralab.models.gguf_header import require_sound
 from loralab.models.plausible import require_plausible
 
 Options = dict[str, Any]  # of transformers' from_pretrained
-NEEDS = {".gguf": ("gguf", "gguf"), ".onnx": ("onnx", "vision")}  # package, our extra with it
+Write = Callable[[Path, Path], None]  # from a file, as a new folder
 
 
-def converted(file: Path, name: str) -> Path:
-    """Return the folder that holds a .gguf or .onnx file's model in fp32, written the first time.
+def converted(file: Path, name: str, write: Write | None = None) -> Path:
+    """Return the folder that holds the model of a file in fp32, written the first time.
+
+    Args:
+        write: of a file in a format of its own; None for a GGUF file.
 
     Raises:
         ModelError: the package that reads such a file is not installed.
@@ -38,24 +41,32 @@ def converted(file: Path, name: str) -> Path:
     folder = cache_folder() / "models" / f"{file.stem}-{digest[:16]}"
     if (folder / "config.json").is_file():
         return folder
-    package, extra = NEEDS[file.suffix]
-    if importlib.util.find_spec(package) is None:
-        raise ModelError(
-            f"{file.name} needs the package {package}: pip install 'loralab[{extra}]'",
-            code="not_installed",
-            field=package,
-        )
     # two processes may convert at once: each writes its own, the first to finish is kept
     own = folder.with_name(f"{folder.name}.{os.getpid()}")
     with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that has no switch
-        if file.suffix == ".gguf":
+        if write is None:
             _write_gguf(file, name, own)
         else:
-            onnx_dinov2.write_folder(file, own)
+            write(file, own)
     return _first(own, folder)
 
 
+def require_package(package: str, extra: str, file: str) -> None:
+    """Refuse a file whose reader is missing.
+
+    Args:
+        extra: ours that brings the package.
+
+    Raises:
+        ModelError: the package is not installed.
+    """
+    if importlib.util.find_spec(package) is None:
+        text = f"{file} needs the package {package}: pip install 'loralab[{extra}]'"
+        raise ModelError(text, code="not_installed", field=package)
+
+
 def _write_gguf(file: Path, name: str, own: Path) -> None:
+    require_package("gguf", "gguf", file.name)
     require_sound(file, model=True)
     options: Options = {"gguf_file": file.name, "trust_remote_code": False}
     with tempfile.TemporaryDirectory() as alone:  # nothing that lies beside the file is read

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from loralab.errors import ModelError
-from loralab.models.catalog import MODELS, locate
+from loralab.models.catalog import MODELS
 from loralab.models.gguf_blocks import GGUFBlocks, linear_tensors
 
 NF4_BLOCK = 64  # weights that share a scale in NF4
@@ -206,7 +206,7 @@ def linear_layers(model: Any) -> Iterator[tuple[str, nn.Linear]]:
 
 def gguf_file(name: str) -> Path | None:
     """Return the GGUF file behind a short name or a path."""
-    path = locate(MODELS[name]) if name in MODELS else Path(name).expanduser()
+    path = MODELS[name].locate() if name in MODELS else Path(name).expanduser()
     return path if path is not None and path.suffix == ".gguf" and path.is_file() else None
 
 

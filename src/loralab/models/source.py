@@ -11,8 +11,8 @@ from safetensors import SafetensorError
 from transformers.utils import logging
 
 from loralab.errors import LoralabError, ModelError, nearest
-from loralab.models.catalog import MODELS, how_to_get, locate
-from loralab.models.convert import NEEDS, converted
+from loralab.models.catalog import MODELS
+from loralab.models.convert import converted
 from loralab.models.plausible import require_folder
 
 
@@ -23,13 +23,12 @@ def resolve(name: str) -> str:
         ModelError: there is no such model, or its package is not installed.
     """
     if name in MODELS:
-        found = locate(MODELS[name])
+        model = MODELS[name]
+        found = model.locate()
         if found is None:
-            raise ModelError(
-                f"{name} is not installed; get it with: {how_to_get(MODELS[name])}", code="not_installed", field="model"
-            )
+            raise ModelError(f"{name} is not installed; get it with: {model.get}", code="not_installed", field="model")
         with as_model_error(name, str(found)):
-            return str(converted(found, name) if found.suffix in NEEDS else found)
+            return str(found if found.is_dir() else converted(found, name, model.convert))
     path = Path(name).expanduser()
     if not name:
         raise ModelError(

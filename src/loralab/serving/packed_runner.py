@@ -6,9 +6,11 @@ adapters stand in a Bank (adapters/grouped.py). Axes: N tokens, H heads, K key h
 head, B requests, T places.
 """
 
+import functools
 import inspect
+import math
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -83,6 +85,29 @@ class _Group:
     tokens: Tensor  # (B, Q)
     tables: Tensor  # (B, blocks)
     places: Tensor  # (B, Q)
+    masks: dict[tuple[int | None, torch.dtype], Tensor] = field(default_factory=dict)
+
+    @functools.cached_property
+    def place(self) -> Tensor:
+        """Return the places that the tables hold, (T)."""
+        return torch.arange(self.tables.shape[1] * BLOCK_SIZE, device=self.tables.device)
+
+    @functools.cached_property
+    def beyond(self) -> Tensor:
+        """Return which places come after the last token, (B, T, 1, 1)."""
+        return (self.place > self.places[:, -1:])[..., None, None]
+
+    def mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
+        """Return what is added to the scores, (B, 1, Q, T): the layers of a pass share it."""
+        key = window, dtype
+        if key not in self.masks:
+            seen = self.place <= self.places[..., None]
+            if window is not None:
+                seen &= self.place > self.places[..., None] - window
+            self.masks[key] = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -math.inf)[
+                :, None
+            ]
+        return self.masks[key]
 
 
 class CacheSlots:
@@ -109,18 +134,13 @@ class CacheSlots:
         out = torch.empty_like(q)
         for group in self.groups:
             own_k, own_v = keys[group.tables].flatten(1, 2), values[group.tables].flatten(1, 2)
-            place = torch.arange(own_k.shape[1], device=q.device)
             # what an earlier request left there has no weight, but 0 times infinity is not a number
-            beyond = (place > group.places[:, -1:])[..., None, None]
-            own_k, own_v = own_k.masked_fill_(beyond, 0), own_v.masked_fill_(beyond, 0)
-            seen = place <= group.places[..., None]  # (B, Q, T)
-            if window is not None:
-                seen &= place > group.places[..., None] - window
+            own_k, own_v = own_k.masked_fill_(group.beyond, 0), own_v.masked_fill_(group.beyond, 0)
             found = F.scaled_dot_product_attention(
                 q[group.tokens].transpose(1, 2),
                 own_k.transpose(1, 2).to(q.dtype),
                 own_v.transpose(1, 2).to(q.dtype),
-                attn_mask=seen[:, None],
+                attn_mask=group.mask(window, q.dtype),
                 scale=scale,
                 enable_gqa=q.shape[1] != k.shape[1],
             )

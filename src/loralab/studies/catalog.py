@@ -20,20 +20,21 @@ ENCODER, WRITER, VISION = "minilm-l6", "smollm2-135m", "dinov2-s"
 # times the method's usual rate: short runs want higher ones
 QUICK_RATES = (2.0, 6.0)
 RATES = (10**-0.5, 1.0, 10**0.5, 10.0)
-REVIEWS, CLOTHES = "movie-reviews", "fashion-mnist"
+REVIEWS, CLOTHES, DIGITS = "movie-reviews", "fashion-mnist", "digits"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
     """A study by its question; the catalogues hold its title, the source's own heading.
 
+    Of several tasks in `data` the first that is here is taken, and the first where none is.
     `steps`, `batch_size` and `rows` of test are (thorough, quick). `fields` are those of Training
     that all arms share. Where it `races`, arms that can still be the best get more seeds.
     """
 
     number: str
     model: str = ENCODER
-    data: str = REVIEWS
+    data: tuple[str, ...] = (REVIEWS,)
     steps: tuple[int, int] = (150, 60)
     batch_size: int = 16
     rows: tuple[int, int] = (500, 300)
@@ -81,7 +82,7 @@ STUDIES: dict[str, Question] = {
     "vision": Question(
         number="Q12",
         model=VISION,
-        data=CLOTHES,
+        data=(CLOTHES, DIGITS),
         steps=(100, 24),
         batch_size=16,
         rows=(400, 150),
@@ -113,6 +114,15 @@ def question(name: str) -> Question:
             f"{', '.join(STUDIES)}, all; or a .toml file of your own"
         )
     return STUDIES[name]
+
+
+def usual_data(own: Question) -> str:
+    """The task that a question stands on where nothing else is asked for."""
+    if len(own.data) == 1:
+        return own.data[0]
+    from loralab.tasks.catalog import TASKS
+
+    return next((name for name in own.data if TASKS[name].locate() is not None), own.data[0])
 
 
 def search_ground(asked: StudyOptions, mapping: Mapping[str, str] | None = None) -> Ground:
@@ -149,7 +159,7 @@ def ground(name: str, asked: StudyOptions, mapping: Mapping[str, str] | None = N
     return Ground(
         study=name,
         model=asked.model or own.model,
-        data=asked.data or own.data,
+        data=asked.data or usual_data(own),
         mapping=dict(mapping or {}),
         fields=fields,
         rows={"train": steps * batch, "validation": rows, "test": rows},
@@ -160,5 +170,6 @@ def ground(name: str, asked: StudyOptions, mapping: Mapping[str, str] | None = N
         fixed_lr=asked.fixed_lr,
         values=asked.values,
         metric=asked.metric or "",
+        general=asked.general or "",
         rates=QUICK_RATES if asked.quick else RATES,
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from loralab import atomic
-from loralab.errors import ConfigError, InputError, OutputError, RunError
+from loralab.errors import ConfigError, LoralabError, OutputError, RunError
 from loralab.studies import catalog, store
 from loralab.studies.cluster import open_cluster
 from loralab.studies.fields import configured, from_toml, known
@@ -84,16 +84,12 @@ def study(
     seconds = parse_seconds(budget) if budget is not None else None
     _require_place(folder, resume=resume)
     objects.write()
-    skipped: dict[str, str] = {}
     with open_cluster(ray) as away, session(folder, seconds, listener, away) as own:
-        for ground, arms in work:
-            reason = _one(own, ground, arms, skip_invalid=skip_invalid or name == ALL)
-            if reason and name != ALL:
-                raise reason
-            if reason:
-                skipped[ground.study] = str(reason)
-                store.add_plan(folder, (ground, [], {ground.study: str(reason)}))
-    return replace(report(folder, language=language), skipped=skipped)
+        ready, skipped = _prepared(own, work, skip_invalid=skip_invalid, several=name == ALL)
+        for ground, able in ready:
+            own.run(ground, able)
+    outcome = report(folder, language=language)
+    return replace(outcome, skipped={**outcome.skipped, **skipped})
 
 
 def report(folder: str | Path, *, language: str = "en") -> Outcome:
@@ -109,7 +105,10 @@ def report(folder: str | Path, *, language: str = "en") -> Outcome:
     for name, (_, found) in records(folder).items():
         if found and not any(record.status == DONE for record in found):
             failed[name] = next((f"{r.status}: {r.reason}" for r in found if r.reason), "no run came to its end")
-    return Outcome(folder=folder, answers=answers, skipped={}, failed=failed)
+    skipped = {
+        name: invalid[name] for name, (_, arms, invalid) in store.plans(folder).items() if not arms and name in invalid
+    }
+    return Outcome(folder=folder, answers=answers, skipped=skipped, failed=failed)
 
 
 def recommend(
@@ -221,14 +220,27 @@ def _write_config(folder: Path, ground: Ground, advice: Mapping[str, Any], asked
     write_config(folder, request)
 
 
-def _one(own: Session, ground: Ground, arms: list[Arm] | None, *, skip_invalid: bool) -> InputError | None:
-    """Run one study; the error if it cannot run at all."""
-    try:
-        able = own.prepare(ground, arms, skip_invalid=skip_invalid)
-    except InputError as error:
-        return error
-    own.run(ground, able)
-    return None
+def _prepared(
+    own: Session, work: Sequence[Work], *, skip_invalid: bool, several: bool
+) -> tuple[list[tuple[Ground, list[Arm]]], dict[str, str]]:
+    """The studies that can run, with their arms, and why others cannot: all said before the first run.
+
+    Raises:
+        LoralabError: one cannot run, and is not one of several.
+    """
+    ready: list[tuple[Ground, list[Arm]]] = []
+    skipped: dict[str, str] = {}
+    for ground, arms in work:
+        try:
+            ready.append((ground, own.prepare(ground, arms, skip_invalid=skip_invalid or several)))
+        except LoralabError as error:
+            if not several:
+                raise
+            skipped[ground.study] = str(error)
+            own.skip(ground, str(error))
+        else:
+            own.tell_of(ground, "ready")
+    return ready, skipped
 
 
 def _work(name: str, asked: StudyOptions, mapping: Mapping[str, str] | None) -> list[Work]:

@@ -181,12 +181,26 @@ def scores_table(arms: Mapping[str, Sequence[Record]], metric: Metric) -> Table:
             "arm": name,
             "score": metric.scored(own),
             "rate": rate(own),
+            "forgetting": forgetting_of(own),
             **means_of(own, [column.name for column in numbers]),
         }
         for name, own in arms.items()
     ]
-    columns = (Column("arm"), numbers[0], score_column(metric), *LOSSES, Column("rate"), *COSTS)
+    columns = [Column("arm"), numbers[0], score_column(metric), *LOSSES, Column("rate"), *COSTS]
+    if any(row["forgetting"] is not None for row in rows):
+        columns.insert(3, Column("forgetting"))
     return Table(title=Message("table.scores"), columns=columns, rows=rows)
+
+
+def forgetting_of(records: Sequence[Record]) -> Message | None:
+    """Say the loss on general text or a probe's accuracy before and after, or why there is neither; None if unasked."""
+    whole = [r for r in records if {"general_before", "general_after"} <= r.numbers.keys()]
+    if whole:
+        kind, name = whole[0].texts["general_kind"], whole[0].texts["general"]
+        before, after = (mean_of(whole, f"general_{when}") for when in ("before", "after"))
+        return Message(f"forgetting.{kind}", before=before, after=after, general=name)
+    reason = next((r.texts["forgetting"] for r in records if "forgetting" in r.texts), None)
+    return None if reason is None else Message("forgetting.none", reason=reason)
 
 
 def rate(records: Sequence[Record]) -> Message | None:

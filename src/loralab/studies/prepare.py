@@ -11,6 +11,7 @@ from loralab.errors import ConfigError, InputError, nearest
 from loralab.models.load import Base
 from loralab.studies.catalog import RECOMMEND, STUDIES
 from loralab.studies.fields import configured
+from loralab.studies.measures.forgetting import digest_of
 from loralab.studies.study import Arm, Ground
 from loralab.studies.trained import rows_of
 from loralab.tasks.catalog import Task
@@ -39,7 +40,8 @@ def prepare(ground: Ground, given: Sequence[Arm] | None) -> tuple[list[dict[str,
     """
     task = rows_of(ground)
     base = _base_of(ground, task)
-    facts = facts_of(task, task.digest, base)
+    general = digest_of(task, base.kind, ground.general)
+    facts = {**facts_of(task, task.digest, base), "general": general}
     arms = list(given) if given is not None else question_module(ground.study).arms(ground, base)
     names = [arm.name for arm in arms]
     if twice := {name for name in names if names.count(name) > 1}:

@@ -91,7 +91,8 @@ class Session:
     Args:
         folder: of the study; locked while the session lasts.
         deadline: of time.monotonic(), or infinity.
-        listener: called with events: "cell" when one begins and ends, and those of its run.
+        listener: called with events: "study" where it can run or cannot, before the first run, "cell"
+            when one begins and ends, and those of its run.
         cluster: whose machines measure what can go away; the rest is measured here, after it.
     """
 
@@ -119,7 +120,10 @@ class Session:
         job: dict[str, Any] = {"do": "prepare", "ground": ground.to_json()}
         if arms is not None:
             job["arms"] = [asdict(arm) for arm in arms]
-        told = [e for e in self._do(job) if e["kind"] in ("arms", "error")]
+        events = list(self._do(job))
+        told = [event for event in events if event["kind"] in ("arms", "error")]
+        if not told:
+            raise RunError(f"the study {ground.study!r} was not prepared: {ended(events[-1]['code'])}", code="ended")
         if told[-1]["kind"] == "error":
             raise (ConfigError if told[-1]["known"] else RunError)(told[-1]["text"])
         found = [Arm(**arm) for arm in told[-1]["arms"]]
@@ -219,6 +223,18 @@ class Session:
     def _done(self, cell: Cell) -> None:
         with self._telling:
             self._units_left = max(0.0, self._units_left - _size(cell))
+
+    def skip(self, ground: Ground, reason: str) -> None:
+        """Note that a study cannot run, for the report and the listener; what it has found before stays."""
+        held = store.plans(self.folder) if (self.folder / store.STUDY).is_file() else {}
+        if ground.study not in held or not held[ground.study][1]:
+            store.add_plan(self.folder, (ground, [], {ground.study: reason}))
+        self.tell_of(ground, "skipped", reason)
+
+    def tell_of(self, ground: Ground, what: str, reason: str = "") -> None:
+        """Say to the listener whether a study can run, and on which model and data."""
+        event = {"kind": "study", "study": ground.study, "what": what, "model": ground.model, "data": ground.data}
+        self._listener({**event, "reason": reason})
 
     def tell(self, cell: Cell, what: str) -> None:
         """Say to the listener how it goes with a cell."""

@@ -52,7 +52,8 @@ class Ground:
     usual one. `metric` is what decides, where it is not the task's own. `quick` is one seed and fewer
     steps: an indication, not a result. Arms that can still be the best get more seeds, up to
     `seeds_max`. `margin` is the largest difference that does not matter: points of a score, percent
-    of a loss; None is 1.
+    of a loss; None is 1. `general` is the text, or the other task, that forgetting is measured on;
+    empty is packaged data.
     """
 
     study: str
@@ -69,6 +70,7 @@ class Ground:
     values: tuple[str, ...] = ()
     seeds_max: int = 0
     margin: float | None = None
+    general: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """All fields, as study.toml holds them."""
@@ -76,7 +78,7 @@ class Ground:
 
     def is_sound(self, name: str, arms: Sequence[Arm]) -> bool:
         """Tell whether every field of this study and of its arms is of its type; a file may err."""
-        texts = (self.study, self.model, self.data, self.metric, *self.values)
+        texts = (self.study, self.model, self.data, self.metric, self.general, *self.values)
         tables = (self.mapping, self.fields, self.rows)
         return (
             self.study == name
@@ -125,6 +127,7 @@ class Cell:
             dict(self.arm.fields),
             dict(self.arm.options),
             self.seed,
+            *filter(None, [ground.general]),  # so that cells of before there was any keep their names
         ]
         text = json.dumps(deciding, sort_keys=True, default=list)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -252,6 +255,7 @@ class StudyOptions:
     metric: Annotated[str | None, "what decides, such as loss or macro_f1; none: the task's own"] = None
     precision: Annotated[str, "dtype of the base: auto, fp32, bf16, fp16"] = "auto"
     test_rows: Annotated[int | None, "test rows that every arm is scored on; none: by question"] = None
+    general: Annotated[str | None, "text (or labelled rows) to measure forgetting on; none: packaged"] = None
 
     def __post_init__(self) -> None:
         """Check every value."""

@@ -18,6 +18,7 @@ import numpy as np
 from loralab import atomic
 from loralab.errors import LearningError, LoralabError
 from loralab.studies.fields import configured
+from loralab.studies.measures import forgetting
 from loralab.studies.statistics import smoothed
 from loralab.studies.study import DIVERGED, DONE, FAILED, FALLING, Arm, Cell, Ground, Record
 from loralab.tasks import catalog
@@ -112,6 +113,7 @@ def scored(cell: Cell, run: Run, folder: Path) -> Record:
     size = sum(f.stat().st_size for f in (folder / "run").glob("adapter_model.safetensors"))
     validation = run.scores["validation"].metrics
     metric = cell.ground.metric or test.main
+    general, said = forgetting.measured(run.base, run.task, cell.ground.general)
     numbers = {
         "parameters": run.adapter.num_parameters,
         "file_bytes": size,
@@ -128,6 +130,7 @@ def scored(cell: Cell, run: Run, folder: Path) -> Record:
         "fit_score": train_scores.metrics[metric],
         "validation_score": validation[metric],
         **{f"test_{name}": value for name, value in test.metrics.items()},
+        **general,
     }
     lost = not math.isfinite(losses[-1]) or smoothed(losses)[-1] > 1.05 * np.mean(losses[:3])
     forget(folder, size)
@@ -137,7 +140,7 @@ def scored(cell: Cell, run: Run, folder: Path) -> Record:
         status=DIVERGED if lost else DONE,
         reason="the training loss ended above its start" if lost else "",
         numbers=numbers,
-        texts={"metric": metric},
+        texts={"metric": metric, **said},
         items={
             "score": items_of(test, metric),
             "loss": [-loss for loss in test.row_losses],
@@ -204,11 +207,12 @@ def untrained(cell: Cell, folder: Path, tell: Tell) -> Record:
     base = load_base(ground.model, task, precision, 0, image_size=ground.fields.get("image_size"))
     scores = evaluate(base.model, base.tokenizer, task, "test", kind=base.kind, batch_size=32)
     metric = ground.metric or scores.main
-    numbers = {"score": scores.metrics[metric], "test_loss": scores.metrics["loss"]}
+    general, said = forgetting.measured(base, task, ground.general)
+    numbers = {"score": scores.metrics[metric], "test_loss": scores.metrics["loss"], **general}
     return Record(
         arm=cell.arm,
         seed=cell.seed,
         numbers=numbers,
         items={"score": items_of(scores, metric)},
-        texts={"metric": metric},
+        texts={"metric": metric, **said},
     )

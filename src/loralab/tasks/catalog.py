@@ -3,12 +3,14 @@
 Splits depend on the content alone: a row's part and place are decided by a hash of its *input*
 and the seed, so equal inputs never stand on two sides, the order of the file does not matter, and
 the first rows of a split are a fair sample of it, also where the file is sorted by label.
+
+The names are registered by `loralab.assets` and by other packages, through the entry point group
+"loralab.tasks".
 """
 
 import hashlib
 import json
 import os
-import shlex
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from loralab.errors import ConfigError, DataError, join_limited, nearest
-from loralab.tasks import fashion, vader
+from loralab.plugins import Registry
 from loralab.tasks.formats import Row
 from loralab.tasks.read import DataTable, read
 from loralab.tasks.repeated import input_text, leaks, repetitions
@@ -74,108 +76,36 @@ class Task:
 
 @dataclass(frozen=True, kw_only=True)
 class NamedTask:
-    """A task that can be named: where its rows come from, and how to get them.
+    """A task that can be named.
 
-    `locate` finds its file or folder, `load` makes a table of it, `get` is the command that
-    brings it.
+    Attributes:
+        rows: how many there are, for listings.
+        instruction: what a language model is told before a text; empty for one that names the labels.
+        locate: returns its file or folder; None where it is not here.
+        load: makes a table of that.
+        get: returns the command that brings it.
     """
 
+    name: str
     description: str
     licence: str
     rows: int
-    instruction: str
+    instruction: str = ""
     locate: Callable[[], Path | None]
     load: Callable[[Path], DataTable]
     get: Callable[[], str]
 
 
-def _find_rated() -> Path | None:
-    return vader.locate(folders())
+TASKS = Registry(NamedTask, "loralab.tasks", tuple(f"loralab.assets.{name}" for name in ("vader", "fashion", "digits")))
 
 
-def _get_rated() -> str:
-    package = "pip download --no-deps --no-binary vaderSentiment vaderSentiment==0.5 --dest"
-    return f"{package} {shlex.quote(str(folders()[-2]))}"
+def register(task: NamedTask) -> None:
+    """Make a task known under its name, in this process.
 
-
-def _rated(name: str, description: str, licence: str, rows: int, instruction: str) -> NamedTask:
-    """Return one of the tasks of the archive of rated texts."""
-    return NamedTask(
-        description=description,
-        licence=licence,
-        rows=rows,
-        instruction=instruction,
-        locate=_find_rated,
-        load=lambda path: vader.load(name, path, _get_rated),
-        get=_get_rated,
-    )
-
-
-def _find_fashion() -> Path | None:
-    return fashion.locate(folders())
-
-
-def _get_fashion() -> str:
-    package, place = "dataset-fashion-mnist", shlex.quote(str(folders()[-1]))
-    return (
-        f"apt-get install {package}, or without root: apt-get download {package} && dpkg-deb -x {package}_*.deb {place}"
-    )
-
-
-def _fashion(path: Path) -> DataTable:
-    return DataTable(source="fashion-mnist", format="image-label", splits=fashion.read(path))
-
-
-SENTIMENT = "Is this {} positive or negative? Answer with one word."
-FORCE = "Is the feeling in this {} strong or mild? Answer with one word."
-MIT = "MIT; texts from {}"
-RATED_TEXTS = {  # of rated texts: what they are, where from, how many have a feeling, what one is
-    "movie-reviews": ("film review snippets", "Rotten Tomatoes", 10041, "film review"),
-    "tweets": ("tweets", "Twitter", 3362, "tweet"),
-    "amazon-reviews": ("sentences of product reviews", "Amazon", 2935, "sentence of a product review"),
-    "nyt-editorials": ("sentences of newspaper editorials", "the New York Times", 2751, "sentence of a newspaper"),
-}
-TASKS: dict[str, NamedTask] = {
-    **{
-        name: _rated(
-            name, f"{what}, positive or negative (VADER's ground truth)", MIT.format(owner), rows, SENTIMENT.format(one)
-        )
-        for name, (what, owner, rows, one) in RATED_TEXTS.items()
-    },
-    **{
-        name + vader.STRENGTH: _rated(
-            name + vader.STRENGTH,
-            f"{what}, strong or mild in feeling (VADER)",
-            MIT.format(owner),
-            rows,
-            FORCE.format(one),
-        )
-        for name, (what, owner, rows, one) in RATED_TEXTS.items()
-    },
-    vader.ORIGIN: _rated(
-        vader.ORIGIN,
-        "where a text is from: film, newspaper, product, tweet (VADER)",
-        MIT.format("all four"),
-        14788,
-        "Where is this text from: film, newspaper, product or tweet? Answer with one word.",
-    ),
-    vader.AGREEMENT: _rated(
-        vader.AGREEMENT,
-        "whether those who rated a text's feeling agreed or disputed (VADER)",
-        MIT.format("all four"),
-        23619,
-        "Would people agree on the feeling of this text, or is it disputed? Answer agreed or disputed.",
-    ),
-    "fashion-mnist": NamedTask(
-        description="70,000 pictures of clothes in ten classes, 28 x 28 grey levels (Zalando)",
-        licence="MIT",
-        rows=70000,
-        instruction="",
-        locate=_find_fashion,
-        load=_fashion,
-        get=_get_fashion,
-    ),
-}
+    Raises:
+        ConfigError: the name is taken or cannot be typed.
+    """
+    TASKS.register(task)
 
 
 def find(data: Any, *, mapping: Mapping[str, str] | None = None, seed: int = 0) -> Task:
@@ -233,14 +163,14 @@ def listing() -> list[dict[str, Any]]:
     """Return the named tasks, and whether their data is here."""
     return [
         {
-            "name": name,
+            "name": task.name,
             "description": task.description,
             "rows": task.rows,
             "present": task.locate() is not None,
             "get": task.get(),
             "licence": task.licence,
         }
-        for name, task in TASKS.items()
+        for task in TASKS.values()
     ]
 
 

@@ -101,7 +101,7 @@ def evaluate(
     _require_answers(task, kind, generate)
     rows, encoded, room = scorable(model, tokenizer, task, split, kind=kind, max_length=max_length, limit=limit)
     row_losses: Sequence[float] = ()
-    with _evaluating(model):
+    with evaluating(model):
         if kind == "token-classification":
             metrics, written = score_tags(model, tokenizer, encoded, rows, task.labels, batch_size, among)
         elif kind == "sentence-encoder":
@@ -204,13 +204,13 @@ def generate(
     Raises:
         DataError: a prompt is empty, or leaves less than `max_new_tokens` of the model's context.
     """
-    with _evaluating(model), torch.random.fork_rng():
+    with evaluating(model), torch.random.fork_rng():
         torch.manual_seed(seed)
         return _generate(model, tokenizer, prompts, max_new_tokens, batch_size, temperature=temperature)
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Without dropout and gradients, for a while; each module gets its own mode back."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

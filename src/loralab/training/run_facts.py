@@ -31,6 +31,7 @@ FACT_NAMES = {  # how an error calls them
     "tokenizer": "tokenizer: digest",
     "chat_template": "chat template",
     "eos_token": "end of text",
+    "general": "general text: digest",  # of studies alone
 }
 UNKNOWN = (
     "this run was begun without a record of its data and its base (run.json), so whether they are "

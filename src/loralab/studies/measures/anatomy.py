@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from loralab.errors import LoralabError
-from loralab.models.catalog import MODELS, locate
+from loralab.models.catalog import MODELS
 from loralab.models.pictures import side as side_of
 from loralab.models.source import resolve
 from loralab.studies.catalog import WRITER
@@ -36,7 +36,7 @@ def skeleton(name: str) -> nn.Module | None:
     """A language model of the catalog without its numbers; None where it is not installed."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    if locate(MODELS[name]) is None:
+    if MODELS[name].locate() is None:
         return None
     try:
         config = AutoConfig.from_pretrained(resolve(name))

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy
 import pytest
 
+from loralab.assets import fashion
 from loralab.errors import DataError
-from loralab.tasks import fashion
 from loralab.tasks.catalog import TASKS, find, listing
 
 
@@ -51,7 +51,7 @@ def test_the_package_of_debian_may_lie_unpacked_among_the_assets(folder: Path) -
     place = folder.parent / "usr/share/datasets"
     place.mkdir(parents=True)
     folder.rename(place / "fashion-mnist")
-    assert fashion.locate([folder.parent]) == place / "fashion-mnist"
+    assert fashion.locate() == place / "fashion-mnist"
 
 
 def test_what_is_missing_can_be_got(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,14 +8,18 @@ import gzip
 import hashlib
 import io
 import math
+import shlex
 import zlib
 from pathlib import Path
 
 from loralab.errors import DataError
+from loralab.tasks.catalog import NamedTask, folders, register
 from loralab.tasks.formats import Row
 from loralab.tasks.pictures import from_levels
+from loralab.tasks.read import DataTable
 from loralab.values import read_bytes
 
+NAME = "fashion-mnist"
 FASHION_CLASSES = (
     "T-shirt/top",
     "Trouser",
@@ -41,19 +45,28 @@ MAX_BYTES = 48_000_000  # bytes; the pictures of train are 47,040,016
 UNSIGNED_BYTE = 8  # how an idx file names its type
 
 
-def locate(folders: list[Path]) -> Path | None:
-    """Return the folder of the four files: in one of some folders, or where Debian puts it."""
-    places = [*(folder / place for folder in folders for place in PLACES), INSTALLED]
+def locate() -> Path | None:
+    """Return the folder of the four files: among the assets, or where Debian puts it."""
+    places = [*(folder / place for folder in folders() for place in PLACES), INSTALLED]
     return next((p for p in places if all((p / name).is_file() for name in DIGESTS)), None)
 
 
-def read(folder: Path) -> dict[str, list[Row]]:
-    """Return the rows of train and test.
+def how_to_get() -> str:
+    """Return the command that brings the files."""
+    package, place = "dataset-fashion-mnist", shlex.quote(str(folders()[-1]))
+    return (
+        f"apt-get install {package}, or without root: apt-get download {package} && dpkg-deb -x {package}_*.deb {place}"
+    )
+
+
+def load(folder: Path) -> DataTable:
+    """Return the rows of train and test as a table.
 
     Raises:
         DataError: a file is damaged, or another one.
     """
-    return {split: _rows(folder, part) for split, part in PARTS.items()}
+    splits = {split: _rows(folder, part) for split, part in PARTS.items()}
+    return DataTable(source=NAME, format="image-label", splits=splits)
 
 
 def _rows(folder: Path, part: str) -> list[Row]:
@@ -88,3 +101,16 @@ def read_idx(file: Path) -> tuple[tuple[int, ...], bytes]:
     if data[2] != UNSIGNED_BYTE or len(data) != start + math.prod(shape):
         raise DataError(f"{file} is not an idx file of bytes", code="damaged_file")
     return shape, data[start:]
+
+
+register(
+    NamedTask(
+        name=NAME,
+        description="70,000 pictures of clothes in ten classes, 28 x 28 grey levels (Zalando)",
+        licence="MIT",
+        rows=70000,
+        locate=locate,
+        load=load,
+        get=how_to_get,
+    )
+)

@@ -8,13 +8,15 @@ Social Media Text" (ICWSM). Every text has the mean of its ratings, and the rati
 import ast
 import hashlib
 import io
+import shlex
 import statistics
 import tarfile
 import zipfile
-from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from loralab.errors import DataError
+from loralab.tasks.catalog import NamedTask, folders, register
 from loralab.tasks.formats import Row
 from loralab.tasks.read import DataTable
 
@@ -29,22 +31,36 @@ SOURCES = {  # task -> file, label of the source
     "amazon-reviews": ("amazonReviewSnippets", "product"),
     "nyt-editorials": ("nytEditorialSnippets", "newspaper"),
 }
+TEXTS = {  # of a source: what they are, where from, how many have a feeling, what one is
+    "movie-reviews": ("film review snippets", "Rotten Tomatoes", 10041, "film review"),
+    "tweets": ("tweets", "Twitter", 3362, "tweet"),
+    "amazon-reviews": ("sentences of product reviews", "Amazon", 2935, "sentence of a product review"),
+    "nyt-editorials": ("sentences of newspaper editorials", "the New York Times", 2751, "sentence of a newspaper"),
+}
 STRENGTH = "-strength"
 ORIGIN, AGREEMENT = "text-source", "rater-agreement"
+SENTIMENT = "Is this {} positive or negative? Answer with one word."
+FORCE = "Is the feeling in this {} strong or mild? Answer with one word."
 
 
-def locate(folders: Sequence[Path]) -> Path | None:
+def locate() -> Path | None:
     """Return the archive in the first folder that has it."""
-    return next((f / ARCHIVE for f in folders if (f / ARCHIVE).is_file()), None)
+    return next((f / ARCHIVE for f in folders() if (f / ARCHIVE).is_file()), None)
 
 
-def load(task: str, path: Path, get: Callable[[], str]) -> DataTable:
+def how_to_get() -> str:
+    """Return the command that brings the archive."""
+    package = "pip download --no-deps --no-binary vaderSentiment vaderSentiment==0.5 --dest"
+    return f"{package} {shlex.quote(str(folders()[-2]))}"
+
+
+def load(task: str, path: Path) -> DataTable:
     """Return one of the ten tasks as a table.
 
     Raises:
-        DataError: the archive cannot be read, or is another one; `get` says how to get it.
+        DataError: the archive cannot be read, or is another one.
     """
-    data = _checked_bytes(task, path, get)
+    data = _checked_bytes(task, path)
     source = task.removesuffix(STRENGTH)
     if task == ORIGIN:
         rows = _origins(data)
@@ -70,7 +86,7 @@ def _strength(means: dict[str, float]) -> list[Row]:
 
 def _origins(data: bytes) -> list[Row]:
     """Where a text is from; the same number from each source, evenly over its file."""
-    texts = {name: list(_spreads(data, name)) for name in SOURCES}
+    texts = {name: list(dict.fromkeys(text for *_, text in _lines(data, name, "GroundTruth"))) for name in SOURCES}
     least = min(map(len, texts.values()))
     return [
         {"text": own[n * len(own) // least], "label": SOURCES[name][1]}
@@ -109,7 +125,7 @@ def _lines(data: bytes, source: str, kind: str) -> list[list[str]]:
         return [line.split("\t") for line in member.read().decode("latin-1").splitlines()]
 
 
-def _checked_bytes(name: str, path: Path, get: Callable[[], str]) -> bytes:
+def _checked_bytes(name: str, path: Path) -> bytes:
     """Return the archive's bytes, read only after its digest is known to be right."""
     try:
         with path.open("rb") as file:
@@ -118,4 +134,40 @@ def _checked_bytes(name: str, path: Path, get: Callable[[], str]) -> bytes:
                 return file.read()
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}", code="cannot_read") from None
-    raise DataError(f"{path} is not the file that {name!r} is made of; remove it, then: {get()}", code="damaged_file")
+    raise DataError(
+        f"{path} is not the file that {name!r} is made of; remove it, then: {how_to_get()}", code="damaged_file"
+    )
+
+
+def _register(name: str, description: str, owner: str, rows: int, instruction: str) -> None:
+    task = NamedTask(
+        name=name,
+        description=description,
+        licence=f"MIT; texts from {owner}",
+        rows=rows,
+        instruction=instruction,
+        locate=locate,
+        load=partial(load, name),
+        get=how_to_get,
+    )
+    register(task)
+
+
+for _name, (_what, _owner, _rows, _one) in TEXTS.items():
+    _register(_name, f"{_what}, positive or negative (VADER's ground truth)", _owner, _rows, SENTIMENT.format(_one))
+for _name, (_what, _owner, _rows, _one) in TEXTS.items():
+    _register(_name + STRENGTH, f"{_what}, strong or mild in feeling (VADER)", _owner, _rows, FORCE.format(_one))
+_register(
+    ORIGIN,
+    "where a text is from: film, newspaper, product, tweet (VADER)",
+    "all four",
+    14788,
+    "Where is this text from: film, newspaper, product or tweet? Answer with one word.",
+)
+_register(
+    AGREEMENT,
+    "whether those who rated a text's feeling agreed or disputed (VADER)",
+    "all four",
+    23619,
+    "Would people agree on the feeling of this text, or is it disputed? Answer agreed or disputed.",
+)

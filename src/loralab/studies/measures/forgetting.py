@@ -1,0 +1,220 @@
+"""Forgetting: what a model does on what it was not trained on, before and after.
+
+A language model has its loss on general text. An encoder of texts or pictures has a linear probe for
+another task: fitted to the hidden states of the base, and then kept as it is. Both are measured once
+the training is over, the base by leaving the adapter out.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from loralab.adapters.several import adapters_of, disabled
+from loralab.errors import ConfigError, LoralabError, ModelError
+from loralab.models.kinds import CAUSAL, CLASSIFIER, VISION
+from loralab.models.load import Base
+from loralab.tasks import catalog
+from loralab.tasks.catalog import TASKS, Task
+from loralab.tasks.formats import Row
+from loralab.tasks.forward import by_length, run
+from loralab.tasks.scorable import scorable
+from loralab.tasks.score import evaluate, evaluating
+
+LOSS, ACCURACY = "loss", "accuracy"
+# packaged data by kind of model, the first that is not the task's own is taken
+TEXTS = ("nyt-editorials", "movie-reviews")
+TEXT_TASKS = ("text-source", "movie-reviews")
+PICTURE_TASKS = ("digits", "fashion-mnist")
+OWN_SHARE = 0.5  # of a task's rows that stand in other data: more of them make that the task's own
+TEXT_ROWS, CHARACTERS = 32, 400  # of general text, and of each
+PROBE_ROWS, PROBE_TOKENS = 100, 128  # that a probe is fitted to, as many to score it; tokens of each
+PENALTY = 0.1  # of the probe's weights, relative to the number of rows
+BATCH = 32
+
+
+def measured(base: Base, own: Task, asked: str = "") -> tuple[dict[str, float], dict[str, str]]:
+    """Return `general_before` and `general_after` with `general` and `general_kind`, or why there are none.
+
+    Args:
+        base: its model with the trained adapter, or with none.
+        own: the task with the rows that were trained and scored on.
+        asked: name or file of the general text, or of another task with labels; empty is packaged data.
+    """
+    try:
+        general = general_task(own, base.kind, asked)
+        before, after = before_and_after(base, general)
+    except LoralabError as error:  # the run itself is whole
+        return {}, {"forgetting": str(error)}
+    kind = LOSS if base.kind == CAUSAL else ACCURACY
+    return {"general_before": before, "general_after": after}, {"general": general.name, "general_kind": kind}
+
+
+def before_and_after(base: Base, general: Task) -> tuple[float, float]:
+    """Return the loss or the probe's accuracy of the base alone, and of the model as it is."""
+    if base.kind == CAUSAL:
+        with _alone(base.model):
+            before = _loss(base, general)
+        return before, before if adapters_of(base.model) is None else _loss(base, general)
+    with _alone(base.model):
+        weights = _fitted(*_states(base, general, "train"), len(general.labels))
+        states, labels = _states(base, general, "test")
+        before = _accuracy(weights, states, labels)
+    return before, before if adapters_of(base.model) is None else _accuracy(weights, *_states(base, general, "test"))
+
+
+def general_task(own: Task, kind: str, asked: str = "") -> Task:
+    """Return rows that are not the task's own: `test` of plain text, or `train` and `test` of another task.
+
+    Raises:
+        ConfigError: what was asked for is the task's own data or does not suit the kind of model, or
+            nothing packaged is here.
+        DataError: what was asked for cannot be read.
+    """
+    if asked:
+        found = _unseen(_whole(asked, kind), own)
+        if found is None:
+            text = f"--general {asked} holds the data that is trained on; give another one"
+            raise ConfigError(text, code="own_data", field="general")
+        return _few(found)
+    names = _packaged(kind)
+    for name in names:
+        if TASKS[name].locate() is not None and (found := _unseen(_whole(name, kind), own)) is not None:
+            return _few(found)
+    missing = "".join(f"; {name}: {TASKS[name].get()}" for name in names if TASKS[name].locate() is None)
+    text = f"no packaged data is here that is not the task's own: give --general{missing}"
+    raise ConfigError(text, code="no_general", field="general")
+
+
+def digest_of(own: Task, kind: str, asked: str) -> str:
+    """Return the digest of what forgetting is measured on; empty where there is nothing, and nothing was asked for.
+
+    Raises:
+        InputError: as `general_task`, of what was asked for.
+    """
+    try:
+        return general_task(own, kind, asked).digest
+    except LoralabError:
+        if asked:
+            raise
+        return ""
+
+
+def _packaged(kind: str) -> tuple[str, ...]:
+    if kind == CAUSAL:
+        return TEXTS
+    return PICTURE_TASKS if kind == VISION else TEXT_TASKS
+
+
+def _whole(name: str, kind: str) -> Task:
+    """Return all rows behind a name, in splits for a probe.
+
+    Raises:
+        ConfigError: they do not suit the kind of model.
+    """
+    wanted = {CAUSAL: ("text", "text-label"), VISION: ("image-label",)}.get(kind, ("text-label",))
+    table, _ = catalog.table_of(name)
+    if table.format not in wanted:
+        text = f"--general {name} has {table.format} rows; here it must have {' or '.join(wanted)}"
+        raise ConfigError(text, code="general_unsuited", field="general")
+    if kind != CAUSAL:
+        return catalog.task_of(table, catalog.split_rows(table, 0), "")
+    rows = table.splits.get("test") or sorted(table.splits["train"], key=lambda row: catalog.place_of(row, 0))
+    return Task(name=table.source, format="text", splits={"test": rows})
+
+
+def _unseen(task: Task, own: Task) -> Task | None:
+    """Return a task without the rows that another one has; None where it is that other one."""
+    theirs = {text for rows in task.splits.values() for row in rows for text in _contents(row)}
+    seen = [theirs.intersection(_contents(row)) for rows in own.splits.values() for row in rows]
+    shared = {text for texts in seen for text in texts}
+    splits = {name: [row for row in rows if shared.isdisjoint(_contents(row))] for name, rows in task.splits.items()}
+    if sum(map(bool, seen)) > OWN_SHARE * len(seen) or not all(splits.values()):
+        return None
+    return replace(task, splits=splits)
+
+
+def _contents(row: Row) -> Iterator[str]:
+    """Yield the texts of a row, of each message too, and its picture's digest."""
+    for column, value in row.items():
+        if column == "messages":
+            yield from (message["content"] for message in value)
+        elif column != "label":
+            yield value if isinstance(value, str) else str(value)
+
+
+def _few(task: Task) -> Task:
+    """Return the first rows alone, which are a fair sample, and texts cut to their beginning."""
+    if task.format == "text":
+        splits = {"test": [{"text": row["text"][:CHARACTERS]} for row in task.splits["test"][:TEXT_ROWS]]}
+    else:
+        splits = {name: task.splits[name][:PROBE_ROWS] for name in ("train", "test")}
+    return replace(task, splits=splits, digest=catalog.content_digest(splits, task.labels, ""))
+
+
+def _alone(model: Any) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext() if adapters_of(model) is None else disabled(model)
+
+
+def _loss(base: Base, general: Task) -> float:
+    """Return the mean loss of a token."""
+    scores = evaluate(base.model, base.tokenizer, general, "test", kind=CAUSAL, batch_size=BATCH)
+    return scores.metrics["loss"]
+
+
+def _states(base: Base, general: Task, split: str) -> tuple[Any, Any]:
+    """Return the pooled hidden states (N, H) of a split in fp64, and the classes (N,)."""
+    kind = VISION if base.kind == VISION else CLASSIFIER
+    _, encoded, _ = scorable(base.model, base.tokenizer, general, split, kind=kind, max_length=PROBE_TOKENS)
+    found: dict[int, Any] = {}
+    with evaluating(base.model):
+        for indices, batch in by_length(base.model, base.tokenizer, encoded.examples, kind, BATCH):
+            found |= zip(indices, pooled(base.model, batch).double().cpu().numpy(), strict=True)
+    labels = [example.labels[0] for example in encoded.examples]
+    return np.stack([found[index] for index in range(len(labels))]), np.array(labels)
+
+
+def pooled(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+    """Return the mean of each row's last hidden states, without padding and the head: (B, H) in fp32.
+
+    The whole model is called, since what an adapter sets in front of a row is set there.
+
+    Raises:
+        ModelError: it has no such states.
+    """
+    seen: list[Any] = []
+    handle = getattr(model, "base_model", model).register_forward_hook(lambda module, given, out: seen.append(out))
+    try:
+        run(model, batch)
+    finally:
+        handle.remove()
+    states = getattr(seen[-1], "last_hidden_state", None) if seen else None
+    if states is None:
+        text = f"{type(model).__name__} gives no hidden states that a probe could read"
+        raise ModelError(text, code="no_hidden_states", field="model")
+    states = states.float()
+    if "attention_mask" not in batch:  # (B, patches, H), or (B, H, rows, columns)
+        return states.flatten(2).mean(dim=2) if states.ndim == 4 else states.mean(dim=1)
+    mask = batch["attention_mask"][..., None].float()
+    own = states[:, -mask.shape[1] :]  # tokens of a prompt stand in front
+    return (own * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+
+
+def _fitted(states: Any, labels: Any, classes: int) -> tuple[Any, Any, Any, Any]:
+    """Return mean, scale (H,), weights (H, C) and bias (C,) of a ridge regression on the classes."""
+    mean, scale = states.mean(axis=0), states.std(axis=0) + 1e-6
+    inputs = (states - mean) / scale
+    targets = np.eye(classes)[labels]
+    bias = targets.mean(axis=0)
+    kernel = inputs @ inputs.T / inputs.shape[1] + PENALTY * np.eye(len(inputs))
+    weights = inputs.T @ np.linalg.solve(kernel, targets - bias) / inputs.shape[1]
+    return mean, scale, weights, bias
+
+
+def _accuracy(probe: tuple[Any, Any, Any, Any], states: Any, labels: Any) -> float:
+    mean, scale, weights, bias = probe
+    chosen = ((states - mean) / scale @ weights + bias).argmax(axis=1)
+    return float((chosen == labels).mean())
