@@ -76,20 +76,22 @@ def compare_arms(
     ground: Ground,
     *,
     aside: Sequence[str] = (FLOOR,),
+    floor: str = FLOOR,
     cost: Mapping[str, float] | None = None,
 ) -> Comparison | None:
     """Compare all arms that have a score; None where there is none.
 
     Args:
         aside: arms that are compared, but never recommended.
-        cost: as in `ranked`.
+        floor, cost: as in `ranked`.
     """
     every, metric = by_arm(records), metric_of(records, ground)
     arms = {name: own for name, own in every.items() if name not in aside}
     if not arms:
         return None
     others = {name: own for name, own in every.items() if name in aside}
-    return Comparison(every=every, arms=arms, metric=metric, ranking=ranked(arms, metric, others, cost=cost))
+    ranking = ranked(arms, metric, others, floor=floor, cost=cost)
+    return Comparison(every=every, arms=arms, metric=metric, ranking=ranking)
 
 
 def score_chart(

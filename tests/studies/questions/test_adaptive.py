@@ -5,13 +5,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from studies.conftest import Here, ground_of, planted
+from studies.conftest import Here, assert_it_renders, ground_of, keys_in, message_in, planted
 
 from loralab.adapters.attach import attach
 from loralab.errors import ConfigError
 from loralab.studies.fields import configured
 from loralab.studies.prepare import base_of
 from loralab.studies.questions import adaptive
+from loralab.studies.readings.final_ranks import agreement, is_adaptive, place_of
 from loralab.studies.study import Ground, Record
 
 GROUND = Ground(study="adaptive", model="m", data="d")
@@ -37,8 +38,9 @@ def test_arms_end_with_the_same_ranks_and_the_same_factor(tiny_bert_folder: Path
     assert all(len(pairs) == 1 for pairs in totals.values())
     assert [arm.name for arm in adaptive.arms(replace(ground, quick=True, values=()), base)] == [LORA, ADALORA]
     for wrong in ("0", "x", "4.5", "-1"):
-        with pytest.raises(ConfigError, match="final mean ranks"):
+        with pytest.raises(ConfigError) as raised:
             adaptive.arms(replace(ground, values=(wrong,)), base)
+        assert (raised.value.code, raised.value.field) == ("wrong_value", "values")
 
 
 def cubic(step: int, modules: int, steps: int) -> int:
@@ -62,7 +64,7 @@ def test_ranks_left_follow_the_schedule_into_the_file(
         rows={"train": 160, "validation": 20, "test": 40},
     )
     records = here(ground, tmp_path)
-    moved = [r for r in records if adaptive.is_adaptive(r)]
+    moved = [r for r in records if is_adaptive(r)]
     assert len(moved) == 2 * 3
     for record in moved:
         numbers, modules = record.numbers, int(record.numbers["modules"])
@@ -76,10 +78,15 @@ def test_ranks_left_follow_the_schedule_into_the_file(
     for seed in (0, 1):
         assert len({record.series["loss"][0] for record in records if record.seed == seed}) == 1
     answer = adaptive.conclude(records, ground)
-    assert answer.sentence.en.startswith(f"Yes: {ADALORA} went from 78 ranks to 52, exactly")
+    kept = message_in(answer.sentence, "adaptive.kept").values
+    assert (kept["arm"], kept["ranks_start"], kept["ranks_left"]) == (ADALORA, 78, 52)
+    uniform = next(row for row in answer.tables[0].rows if row["arm"] == LORA)
+    assert [uniform[f"ranks_{name}"] for name in ("start", "left", "in_file")] == [52] * 3
+    assert uniform["stored_parameters"] == uniform["training_parameters"]
     assert not any(finding.holds for finding in answer.findings)
-    assert [label.zh for label, _ in answer.blanks][-1] == "挑戰"
-    assert "against" in answer.blanks[-1][1].en
+    assert [label for label, _ in answer.blanks] == [adaptive.WHERE, adaptive.CHALLENGES]
+    assert {"adaptive.time", "adaptive.size", "adaptive.steps"} <= set(keys_in(answer.blanks[-1][1]))
+    assert_it_renders(answer, "adaptive")
     assert {figure.name for figure in answer.figures} == {"adaptive-budget", "adaptive-ranks"}
 
 
@@ -127,7 +134,9 @@ ALIKE = [[1, 6, 2, 6, 3, 6]] * 3
 
 def test_a_better_score_is_claimed_and_advised() -> None:
     answer = adaptive.conclude([*lora(0.6), *adalora(0.8, ALIKE)], GROUND)
-    assert f"{ADALORA} is better than {LORA} by 20.0 points" in answer.sentence.en
+    better = message_in(answer.sentence, "contrast.better").values
+    assert (better["a"], better["b"]) == (ADALORA, LORA)
+    assert better["size"].values["value"] == pytest.approx(0.2, abs=0.01)
     assert answer.advice["method"] == "adalora"
     assert answer.advice["target_rank"] == 4
 
@@ -137,40 +146,47 @@ def test_what_is_not_better_is_not_advised(right: float) -> None:
     answer = adaptive.conclude([*lora(0.6), *adalora(right, ALIKE)], GROUND)
     assert answer.advice == {"method": "lora", "rank": 4}
     assert [finding.holds for finding in answer.findings] == [right < 0.6]
-    text = answer.blanks[1][1].en
-    assert "120 ms against 100 ms (+20%)" in text
-    assert "in training 120 parameters against 90, stored 80 against 90" in text
-    assert "12 of 20 steps train more ranks than are kept, and 8 are left" in text
+    costs = answer.blanks[1][1]
+    time = message_in(costs, "adaptive.time").values
+    assert (time["ours"], time["theirs"], time["more"]) == pytest.approx((0.12, 0.1, 0.2))
+    assert message_in(costs, "adaptive.size").values == {"training": 120, "stored": 80, "uniform": 90}
+    assert message_in(costs, "adaptive.steps").values == {"above": 12, "count": 20, "left": 8}
+    assert_it_renders(answer, "adaptive")
 
 
 def test_where_ranks_went_is_said_as_far_as_seeds_agree() -> None:
-    said = adaptive.conclude(adalora(0.6, ALIKE), GROUND).blanks[0][1].en
-    assert "most in ffn.in (6.0), least in query (2.0)" in said
-    assert "by layer 0: 3.5, 1: 4.0, 2: 4.5" in said
-    assert "correlation between seeds 1.00" in said
+    said = adaptive.conclude(adalora(0.6, ALIKE), GROUND).blanks[0][1]
+    where = message_in(said, "adaptive.where").values
+    assert (where["most"], where["most_rank"], where["least"], where["least_rank"]) == ("ffn.in", 6, "query", 2)
+    layers = [part.values for part in message_in(said, "adaptive.by_layer").values["layers"]]
+    assert layers == [{"layer": 0, "rank": 3.5}, {"layer": 1, "rank": 4}, {"layer": 2, "rank": 4.5}]
+    assert message_in(said, "adaptive.agreement").values["correlation"] == pytest.approx(1)
     opposite = [[1, 6, 2, 6, 3, 6], [6, 1, 5, 1, 4, 1]]
-    assert adaptive.agreement(adalora(0.6, opposite)) == pytest.approx(-1)
-    assert adaptive.agreement(adalora(0.6, [[4] * 6] * 2)) is None
-    assert "one seed" in adaptive.conclude(adalora(0.6, ALIKE[:1]), GROUND).blanks[0][1].en
+    assert agreement(adalora(0.6, opposite)) == pytest.approx(-1)
+    assert agreement(adalora(0.6, [[4] * 6] * 2)) is None
+    assert "adaptive.one_seed" in keys_in(adaptive.conclude(adalora(0.6, ALIKE[:1]), GROUND).blanks[0][1])
+    assert "adaptive.all_alike" in keys_in(adaptive.conclude(adalora(0.6, [[4] * 6] * 2), GROUND).blanks[0][1])
 
 
 def test_a_budget_that_was_missed_is_said() -> None:
     answer = adaptive.conclude([*lora(0.6), *adalora(0.8, ALIKE, in_file=36)], GROUND)
-    assert "Not as it should" in answer.sentence.en
-    assert "holds 36" in answer.sentence.en
+    missed = message_in(answer.sentence, "adaptive.missed").values
+    assert (missed["ranks_target"], missed["ranks_left"], missed["ranks_in_file"]) == (24, 24, 36)
+    assert_it_renders(answer, "adaptive")
 
 
 def test_paths_are_read_as_layer_and_module() -> None:
-    assert adaptive.place_of("bert.encoder.layer.11.attention.self.query") == (11, "attention.self.query")
-    assert adaptive.place_of("0.weight") == (0, "weight")
-    assert adaptive.place_of("bert.pooler.dense") == (None, "bert.pooler.dense")
+    assert place_of("bert.encoder.layer.11.attention.self.query") == (11, "attention.self.query")
+    assert place_of("0.weight") == (0, "weight")
+    assert place_of("bert.pooler.dense") == (None, "bert.pooler.dense")
 
 
 def test_what_was_not_measured_is_not_said() -> None:
-    assert "not been measured" in adaptive.conclude([], GROUND).sentence.en
-    assert "not been measured" in adaptive.conclude(lora(0.6), GROUND).sentence.en
+    for records in ([], lora(0.6)):
+        empty = adaptive.conclude(records, GROUND)
+        assert [empty.sentence.key, *(text.key for _, text in empty.blanks)] == ["answer.nothing"] * 3
     alone = adaptive.conclude(adalora(0.6, ALIKE), GROUND)
-    assert "no LoRA of the same budget" in alone.sentence.en
+    assert "adaptive.no_rival" in keys_in(alone.sentence)
     assert alone.advice == {}
     assert not alone.findings
-    assert all(value.en and value.zh for _, value in alone.blanks)
+    assert_it_renders(alone, "adaptive")

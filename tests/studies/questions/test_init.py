@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from studies.conftest import Here, ground_of, planted
+from studies.conftest import Here, assert_it_renders, ground_of, keys_in, message_in, planted
 
 from loralab.adapters.attach import attach
 from loralab.errors import ConfigError
@@ -69,8 +69,9 @@ def test_every_arm_trains_as_many_numbers(tiny_bert_folder: Path, noise_file: Pa
         sizes.add(adapter.num_parameters)
         adapter.detach()
     assert len(sizes) == 1
-    with pytest.raises(ConfigError, match="did you mean b_kaiming"):
+    with pytest.raises(ConfigError, match="b_kaiming") as raised:
         init.arms(replace(ground, values=("b_kaimin",)), base)
+    assert (raised.value.code, raised.value.field) == ("invalid_choice", "init")
 
 
 def test_zero_b_is_the_base_model_and_moves_b_alone(
@@ -92,8 +93,9 @@ def test_zero_b_is_the_base_model_and_moves_b_alone(
         assert np.linalg.norm(parts, axis=0) == pytest.approx(record.series["grad_norm"], rel=1e-4)
     answer = init.conclude(records, ground)
     assert not any(finding.holds for finding in answer.findings)
-    assert "no advantage is seen" in answer.blanks[3][1].en
-    assert len(answer.blanks) == 5
+    assert {"init.why_undecided", "init.why_equivalent"} & set(keys_in(answer.blanks[3][1]))
+    assert [label for label, _ in answer.blanks] == list(init.LABELS)
+    assert_it_renders(answer, "init")
     assert {figure.name for figure in answer.figures} == {"init-first-losses", "init-step-0", "init-gradients"}
 
 
@@ -154,36 +156,59 @@ def test_damage_that_is_there_is_claimed() -> None:
         *started("PiSSA", 1e-7, [0.0] * ROWS, 0.9),
     ]
     answer = init.conclude(records, GROUND)
-    claims = [finding.sentence.en for finding in answer.findings if finding.holds]
-    assert any(said.startswith("B Kaiming (step 0) is worse than base by 0.5") for said in claims)
-    assert any(said.startswith("B Kaiming is worse than B = 0 by") for said in claims)
-    assert "bit for bit" in answer.sentence.en
-    assert "off by 80%" in answer.sentence.en
-    assert "Training does not make up for it" in answer.sentence.en
+    damage, *finals = [finding for finding in answer.findings if finding.holds]
+    assert damage.sentence.values["a"].values == {"start": "B Kaiming"}
+    assert (damage.verdict, damage.sentence.values["b"]) == ("worse", "base")
+    assert damage.effect == pytest.approx(-0.55, abs=0.01)
+    assert ("worse", "B Kaiming", "B = 0") in [
+        (f.verdict, f.sentence.values["a"], f.sentence.values["b"]) for f in finals
+    ]
+    assert keys_in(answer.sentence)[1:5] == ["init.logits", "init.equal", "init.logits", "init.off"]
+    assert message_in(answer.sentence, "init.off").values["logits"] == pytest.approx(0.8)
+    assert "init.end_worse" in keys_in(answer.sentence)
     assert answer.advice == {"init": "kaiming"}
-    assert "confirms" in answer.blanks[3][1].en
-    assert "PiSSA has neither A nor B at zero" in answer.blanks[4][1].en
-    assert all(value.en and value.zh for _, value in answer.blanks)
+    assert "init.why_worse" in keys_in(answer.blanks[3][1])
+    kept = message_in(answer.blanks[4][1], "init.keep").values
+    assert kept == {"keep": ["B = 0", "PiSSA"], "lose": ["B Kaiming"]}
+    assert "init.pissa" in keys_in(answer.blanks[4][1])
+    zero = message_in(answer.blanks[2][1], "init.first_steps").values
+    assert (zero["count"], zero["loss"]) == (3, pytest.approx(1.5))
+    assert zero["gradients"].values == {"a": 0.0, "b": 1.0}
+    row = answer.tables[0].rows[1]
+    assert (row["start_logits"], row["first_loss"], row["gradient_B"]) == (pytest.approx(0.8), 2.0, 1.0)
+    assert_it_renders(answer, "init")
+
+
+def test_a_start_that_moves_no_loss_is_equivalent_to_the_base() -> None:
+    same = (1e-4 * np.random.default_rng(0).standard_normal(ROWS)).tolist()
+    answer = init.conclude([*started("B = 0", 0.0, [0.0] * ROWS, 0.9), *started("A Gaussian", 0.1, same, 0.9)], GROUND)
+    assert [f.verdict for f in answer.findings if f.sentence.values["b"] == "base"] == ["equivalent"]
 
 
 def test_a_start_that_ends_better_is_not_talked_down() -> None:
     records = [*started("B = 0", 0.0, [0.0] * ROWS, 0.55), *started("B Kaiming", 0.8, [0.0] * ROWS, 0.95)]
     answer = init.conclude(records, GROUND)
-    assert "Yet it ends better" in answer.sentence.en
-    assert "not better here" in answer.blanks[3][1].en
+    assert "init.end_better" in keys_in(answer.sentence)
+    assert "init.why_better" in keys_in(answer.blanks[3][1])
     assert answer.advice == {"init": "b_kaiming"}
 
 
 def test_what_was_not_measured_is_not_said() -> None:
-    assert "No start has been measured" in init.conclude([], GROUND).sentence.en
+    empty = init.conclude([], GROUND)
+    assert [empty.sentence.key, *(text.key for _, text in empty.blanks)] == ["answer.nothing"] * 6
     only = init.conclude(started("PiSSA", 1e-7, [0.0] * ROWS, 0.9), GROUND)
-    assert "Neither B = 0 nor B Kaiming" in only.sentence.en
-    assert [value.en for _, value in only.blanks[:4]] == ["not measured"] * 4
+    assert only.sentence.key == "init.neither"
+    assert [value.key for _, value in only.blanks[:4]] == ["answer.not_measured"] * 4
     assert only.advice == {}
     lost = [
         replace(r, status="diverged", items={"start": r.items["start"]}, series={"loss": []})
         for r in started("B Kaiming", 0.8, [-0.5] * ROWS, 0.5)
     ]
     answer = init.conclude([*started("B = 0", 0.0, [0.0] * ROWS, 0.9), *lost], GROUND)
-    assert "B Kaiming diverged" in answer.blanks[3][1].en
-    assert "gradients not noted" in answer.blanks[2][1].en
+    assert "init.kaiming_diverged" in keys_in(answer.blanks[3][1])
+    assert "init.no_gradients" in keys_in(answer.blanks[2][1])
+    assert "init.diverged" in keys_in(answer.blanks[1][1])
+    assert_it_renders(answer, "init")
+    alone = init.conclude(lost, GROUND)
+    assert alone.ranking is None
+    assert_it_renders(alone, "init")

@@ -168,8 +168,8 @@ def test_the_source_s_table_is_filled() -> None:
     choice = answer.blanks[3][1]
     assert {"methods.by_score", "methods.by_latency", "methods.speed_alike", "ranking.take"} <= set(keys_in(choice))
     merging = message_in(choice, "methods.merging").values
-    assert merging["able"].values["parts"] == ["lora r=8"]
-    assert merging["others"].values["parts"] == ["houlsby w=4", "pfeiffer w=8", "prefix p=9"]
+    assert merging["able"] == ["lora r=8"]
+    assert merging["others"] == ["houlsby w=4", "pfeiffer w=8", "prefix p=9"]
     assert answer.advice == {"method": "lora", "rank": 8}
     assert len(answer.figures) == 2
     papers = [

@@ -1,5 +1,6 @@
 """Which layers: budgets are equal, blanks follow from the numbers, updates are read."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -172,6 +173,28 @@ def test_a_planted_order_fills_the_blanks() -> None:
     assert answer.advice["rank"] == 8
     assert any(f.holds and f.sentence.values["b"] == "mlp r=11" for f in answer.findings)
     assert len({f.sentence for f in answer.findings}) == len(answer.findings)
+
+
+def falling(records: list[Record]) -> list[Record]:
+    """Return records whose scores are losses: what was right more often loses more."""
+    return [
+        replace(
+            r,
+            texts={"metric": "loss"},
+            numbers={**r.numbers, "score": 1 + r.numbers["score"]},
+            items={"score": [-1 - value for value in r.items["score"]]},
+        )
+        for r in records
+    ]
+
+
+def test_of_losses_the_smallest_leads() -> None:
+    records = [*arm("base", GOOD, 0), *arm("q+v r=8", POOR, 100), *arm("all-linear r=8", FAIR, 400)]
+    answer = targets.conclude(falling(records), GROUND)
+    assert message_in(answer.sentence, "targets.at_rank").values["ranking"].values["arm"] == "q+v r=8"
+    assert answer.ranking.recommended == "q+v r=8"
+    assert message_in(answer.blanks[2][1], "score.loss_interval").values["value"] == pytest.approx(1.5, abs=0.01)
+    assert_it_renders(answer, "targets")
 
 
 def test_on_noise_nothing_is_claimed() -> None:

@@ -1,5 +1,6 @@
 """LoRA on a Vision Transformer: against probe and full, and what the model is made of."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -7,15 +8,17 @@ import pytest
 import tiny
 import torch
 from PIL import Image
-from studies.conftest import Here, ground_of, planted
+from studies.conftest import Here, assert_it_renders, ground_of, keys_in, message_in, messages_in, planted
 from transformers import Dinov2Config, Dinov2ForImageClassification, Dinov2Model
 
+from loralab.adapters.methods import FullFineTune
 from loralab.errors import ConfigError
 from loralab.models.load import Base
 from loralab.studies.measures.anatomy import facts, likeness
 from loralab.studies.places import layout, projections
 from loralab.studies.questions import vision
 from loralab.studies.study import Arm, Ground, Record
+from loralab.training.optim import usual_rate
 
 GROUND = Ground(study="vision", model="m", data="d", fields={"max_steps": 24})
 GOOD, MIDDLE, POOR = [1] * 90 + [0] * 10, [1] * 75 + [0] * 25, [1, 0] * 50
@@ -83,11 +86,13 @@ def test_arms_are_probe_choices_and_full() -> None:
 
 def test_text_models_and_unknown_choices_are_refused() -> None:
     text = Base(name="t", model=tiny.bert(), tokenizer=None, kind="sequence-classification", source="")
-    with pytest.raises(ConfigError, match="needs a vision model"):
+    with pytest.raises(ConfigError) as raised:
         vision.arms(GROUND, text)
+    assert (raised.value.code, raised.value.field) == ("no_pictures", "model")
     wrong = Ground(study="vision", model="m", data="d", values=("q,v",))
-    with pytest.raises(ConfigError, match=r"did you mean q\+v"):
+    with pytest.raises(ConfigError, match=r"q\+v") as raised:
         vision.arms(wrong, seen())
+    assert (raised.value.code, raised.value.field) == ("invalid_choice", "values")
 
 
 def test_the_model_is_counted() -> None:
@@ -97,9 +102,10 @@ def test_the_model_is_counted() -> None:
     assert (own["patches"], own["convolutions"]) == (4, 1)
     assert own["convolution_parameters"] == 32 * 3 * 14 * 14 + 32
     text = likeness({"vision": rows, "facts": [own], "language": layout(tiny.llama())})
-    assert "12 linear layers" in text.en
-    assert "21 linear layers" in text.en
-    assert "4 patches of 14 × 14" in text.en
+    counts = [m.values["count"] for m in messages_in(text) if m.key == "vision.linear_layers"]
+    assert counts == [12, 21]
+    assert message_in(text, "vision.different").values == {"side": 28, "patches": 4, "patch": 14}
+    assert message_in(text, "vision.convolutions").values["count"] == 1
 
 
 def test_a_planted_order_is_claimed() -> None:
@@ -115,25 +121,40 @@ def test_a_planted_order_is_claimed() -> None:
     assert found.contrast("q+v r=8", "all-linear r=8").verdict == "equivalent"
     assert (found.recommended, found.decided) == ("q+v r=8", True)  # no worse, and smaller
     assert answer.advice == {"target_modules": ["q_proj", "v_proj"], "rank": 8}
-    assert [label.zh for label, _ in answer.blanks][1:] == ["哪些層應該使用 LoRA", "效能會如何", "實驗計畫"]
-    assert all(text.en and text.zh for _, text in answer.blanks)
+    labels = ["architecture", "layers", "performance", "plan"]
+    assert [label.key for label, _ in answer.blanks] == [f"vision.ask_{name}" for name in labels]
+    versus = message_in(answer.sentence, "vision.against").values
+    assert versus["arm"] == "q+v r=8"
+    assert [(m.key, m.values["rival"]) for m in versus["parts"]] == [
+        ("vision.versus_better", "linear-probe"),
+        ("vision.versus_better", "full"),
+    ]
+    arms = [m.values["arm"] for m in messages_in(answer.blanks[2][1]) if m.key == "vision.performance"]
+    assert arms == ["linear-probe", "q+v r=8", "all-linear r=8", "full"]
+    steps = [m.values for m in messages_in(answer.blanks[3][1]) if m.key == "vision.plan_step"]
+    assert [step["number"] for step in steps] == list(range(1, len(steps) + 1))
+    assert message_in(answer.blanks[3][1], "vision.longer").values["steps"] == 100
+    assert answer.next.key == "vision.other_ranks"
+    assert_it_renders(answer, "vision")
     assert any(f.holds for f in answer.findings)
 
 
 def test_on_noise_lora_does_not_beat_the_probe() -> None:
     answer = vision.conclude([*arm("linear-probe", GOOD), *arm("q+v r=8", GOOD)], GROUND)
     assert answer.ranking.contrast("q+v r=8", "linear-probe").verdict != "better"
-    assert "full was not measured" in answer.sentence.en
+    assert message_in(answer.sentence, "vision.versus_missing").values["rival"] == "full"
+    assert "vision.not_above_probe" in keys_in(answer.sentence)
+    assert answer.next.key == "vision.more_pictures"
     assert answer.advice == {}
     assert not any(f.holds for f in answer.findings)
 
 
 def test_nothing_measured_is_said() -> None:
     answer = vision.conclude([], GROUND)
-    assert len(answer.blanks) == 4
-    assert "not been measured" in answer.sentence.en
+    assert [text.key for _, text in answer.blanks] == ["vision.not_examined", *["answer.nothing"] * 3]
+    assert answer.sentence.key == "answer.nothing"
     probe = vision.conclude(arm("linear-probe", GOOD), GROUND)
-    assert "not been measured" in probe.sentence.en
+    assert probe.sentence.key == "answer.nothing"
 
 
 def test_the_whole_study_on_pictures(
@@ -146,6 +167,10 @@ def test_the_whole_study_on_pictures(
     records = here(ground, tmp_path)
     assert {r.arm.name: r.reason for r in records if r.reason} == {}
     answer = vision.conclude(records, ground)
-    assert "12 linear layers" in answer.blanks[0][1].en
+    assert message_in(answer.blanks[0][1], "vision.linear_layers").values["count"] == 12
+    assert "vision.full_rate" not in keys_in(answer.method)  # one rate for all
+    tuned = vision.conclude(records, replace(ground, fixed_lr=False)).method
+    assert message_in(tuned, "vision.full_rate").values["rate"] == usual_rate(FullFineTune())
+    assert_it_renders(answer, "vision")
     assert len(answer.tables) == 2
     assert answer.figures

@@ -18,8 +18,8 @@ from loralab.adapters.bases import dense_weight
 from loralab.adapters.linear import LinearWithLoRA
 from loralab.artefacts.loaded_adapter import load_with_base
 from loralab.errors import RunError
-from loralab.studies.message import Chart, Message
-from loralab.studies.places import layout, source_reaches_mlp, type_of
+from loralab.studies.message import Chart, Column, Message, Table
+from loralab.studies.places import layer_rows, layout, outside, source_reaches_mlp, type_of
 from loralab.studies.prepare import base_of
 from loralab.studies.store import RECORD
 from loralab.studies.study import DONE, Arm, Cell, Record
@@ -95,12 +95,30 @@ def update_norm(A: Tensor, B: Tensor, scaling: float) -> float:
     return abs(scaling) * math.sqrt(max(0.0, float(((b.T @ b) * (a @ a.T)).sum())))
 
 
-def update_figure(tables: Mapping[str, Any]) -> list[Chart]:
+def update_chart(tables: Mapping[str, Any]) -> list[Chart]:
     """Return the relative size of the update by type of module, the largest first."""
     order = sorted(tables.get("updates", ()), key=lambda row: -row["ratio"])
     rows = [{"arm": row["type"], "value": row["ratio"]} for row in order]
     title, x, y = (Message(f"targets.{name}") for name in ("updates_chart", "updated_module", "relative_update"))
     return [Chart("bars", "importance", title, rows, x, y)] if rows else []
+
+
+def layers_table(tables: Mapping[str, Any]) -> list[Table]:
+    """Return what the choices mean on this model."""
+    if not tables.get("layers"):
+        return []
+    columns = (Column("layer"), Column("shape"), Column("count"), Column("adapted_by"))
+    return [Table(title=Message("table.layers"), columns=columns, rows=layer_rows(tables["layers"]))]
+
+
+def source_names(tables: Mapping[str, Any]) -> list[Message]:
+    """Say what the source's choices come to on this model, where it is known."""
+    if not tables.get("layers"):
+        return []
+    beyond = outside(tables["layers"])
+    none = Message("targets.none_is_more", layers=beyond) if beyond else Message("targets.none_is_ffn")
+    reaches = any(row["reaches_mlp"] for row in tables.get("source", ()))
+    return [none, *([Message("targets.source_reaches_mlp")] if reaches else [])]
 
 
 def _described(model: Any) -> dict[str, list[dict[str, Any]]]:

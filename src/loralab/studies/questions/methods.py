@@ -11,7 +11,7 @@ from loralab.studies.budgets import Fields, solved, trained_parameters
 from loralab.studies.compare import Comparison, compare_arms
 from loralab.studies.evidence import best_arm, mean_of, score_column
 from loralab.studies.measures.passes import MEASURE_PASSES, MERGED
-from loralab.studies.message import Column, Message, Table, names, sentences
+from loralab.studies.message import Column, Message, Table, sentences
 from loralab.studies.ranking import FLOOR, Arms, claims, leader, next_step, parameters
 from loralab.studies.readings.latencies import Latencies, added, in_short, pass_chart, pass_findings, pass_table
 from loralab.studies.readings.published import published_table
@@ -30,15 +30,7 @@ SIZES = dict.fromkeys(("lora", "dora"), "rank") | dict.fromkeys(("houlsby", "pfe
 SIZES |= dict.fromkeys(("prefix", "prefix-mlp"), "tokens")
 SIZELESS = ("ia3", "bitfit", "full", "linear-probe")
 SHORT = (("houlsby", LARGE), ("prefix", LARGE), ("prefix", SMALL))
-LONG = (
-    ("houlsby", LARGE),
-    ("houlsby", SMALL),
-    ("pfeiffer", LARGE),
-    ("pfeiffer", SMALL),
-    ("prefix", LARGE),
-    ("prefix", SMALL),
-    ("dora", LARGE),
-)
+LONG = (*((method, size) for method in ("houlsby", "pfeiffer", "prefix") for size in (LARGE, SMALL)), ("dora", LARGE))
 LATENCY = "latency"
 SECONDS, TRIALS = (150, 20), (25, 12)  # of the latency cell: thorough, quick
 SOURCE = ("LoRA", "Adapter", "Prefix-tuning")  # the rows of the source's table
@@ -126,21 +118,14 @@ def conclude(records: Sequence[Record], ground: Ground) -> Answer:
     if found is None:
         empty = nothing_measured(ground, (*SOURCE, CHOICE))
         return replace(empty, tables=passes, findings=pass_findings(times))
-    family = of_budget(found, LARGE)
-    rivals = [name for name in family if name != _lora(family)]
     refused = Message("methods.not_timed", variants=list(times.refused)) if times.refused else None
     smaller = Message("methods.smaller_budget", arm=leader(found.ranking))
-    usual = found.answer()
+    published = published_table(found, times, _lora(found), list(of_budget(found, LARGE)))
     return found.answer(
         sentence=sentences(_at_budget(found), added(times), found.recommendation),
         findings=_findings(found, times),
         blanks=[*_source_rows(found, times), (CHOICE, _how_to_choose(found, times))],
-        tables=[
-            _source_table(found, times),
-            *passes,
-            published_table(found, times, _lora(family), rivals),
-            *usual.tables,
-        ],
+        tables=[_source_table(found, times), *passes, published, *found.answer().tables],
         figures=[found.chart("methods", Message("axis.method")), *pass_chart(times)],
         caution=sentences(Message("methods.caution"), refused),
         next=next_step(found.ranking, smaller),
@@ -175,12 +160,13 @@ def _at_budget(found: Comparison) -> Message | None:
     family = of_budget(found, LARGE)
     if len(family) < 2:
         return None
-    reference = family[_lora(family) or next(iter(family))]
+    reference = family[_lora(found) or next(iter(family))]
     return Message("ranking.at_budget", parameters=parameters(reference), ranking=found.order(family))
 
 
-def _lora(family: Arms) -> str | None:
-    return next((name for name, runs in family.items() if _family(runs) == SOURCE[0]), None)
+def _lora(found: Comparison) -> str | None:
+    """Return LoRA's arm of the larger budget."""
+    return next((name for name, runs in of_budget(found, LARGE).items() if _family(runs) == SOURCE[0]), None)
 
 
 def _findings(found: Comparison, times: Latencies) -> list[Finding]:
@@ -244,7 +230,7 @@ def _merging(times: Latencies) -> Message | None:
     """Say which variants can be merged, and which cannot."""
     able = list(dict.fromkeys(variant for variant, state in times.ways() if state == MERGED))
     others = [variant for variant, _ in times.ways() if variant not in able]
-    return Message("methods.merging", able=names(able), others=names(others)) if able and others else None
+    return Message("methods.merging", able=able, others=others) if able and others else None
 
 
 def _by_speed(trained: Arms) -> Message:

@@ -8,9 +8,9 @@ from loralab.models.load import Base
 from loralab.studies.budgets import Fields, largest_rank, solved, trained_parameters
 from loralab.studies.compare import Comparison, compare_arms, score_chart
 from loralab.studies.evidence import Metric, mean_of, score_column
-from loralab.studies.measures.updates import MEASURE_UPDATES, REFERENCE, update_figure
+from loralab.studies.measures.updates import MEASURE_UPDATES, REFERENCE, layers_table, source_names, update_chart
 from loralab.studies.message import Column, Message, Table, sentences
-from loralab.studies.places import ALL, CHOICES, advised, choices, layer_rows, outside, require_choice, singles
+from loralab.studies.places import ALL, CHOICES, advised, choices, require_choice, singles
 from loralab.studies.ranking import FLOOR, Arms, claims, leader, next_step, open_rivals, parameters
 from loralab.studies.study import Answer, Arm, Finding, Ground, Record, nothing_measured
 from loralab.studies.trained import BASE_ARM, MEASURE
@@ -89,9 +89,9 @@ def conclude(records: Sequence[Record], ground: Ground) -> Answer:
         sentence=_sentence(found, by_rank, by_size),
         findings=_findings(found, by_rank, by_size),
         blanks=_blanks(found),
-        tables=[*_layers_table(tables), _size_table(found.arms, by_size, found.metric), *usual.tables],
-        figures=[chart, *update_figure(tables)],
-        method=sentences(Message("targets.method"), *_source_names(tables)),
+        tables=[*layers_table(tables), _size_table(found.arms, by_size, found.metric), *usual.tables],
+        figures=[chart, *update_chart(tables)],
+        method=sentences(Message("targets.method"), *source_names(tables)),
         caution=sentences(Message("targets.caution"), _not_at_budget(found.arms, by_size)),
         advice=advised(found.advice),
         next=next_step(found.ranking, Message("targets.other_ranks", arm=leader(found.ranking))),
@@ -148,7 +148,7 @@ def _findings(found: Comparison, by_rank: Arms, by_size: Arms) -> list[Finding]:
 
 
 def _blanks(found: Comparison) -> list[tuple[Message, Message]]:
-    """Fill in the smallest that learns, the recommended one, and the highest mean."""
+    """Fill in the smallest that learns, the recommended one, and the best mean."""
     ranking, none = found.ranking, Message("targets.none_learns")
     able = [n for n in ranking.names if FLOOR not in ranking.means or ranking.contrast(n, FLOOR).verdict == "better"]
     ceiling = _described(leader(ranking), found)
@@ -195,24 +195,6 @@ def _size_table(trained: Arms, by_size: Arms, metric: Metric) -> Table:
         Column("step_seconds", "seconds"),
     )
     return Table(title=Message("table.layers_and_budget"), columns=columns, rows=rows)
-
-
-def _layers_table(tables: Mapping[str, Any]) -> list[Table]:
-    """Return what the choices mean on this model."""
-    if not tables.get("layers"):
-        return []
-    columns = (Column("layer"), Column("shape"), Column("count"), Column("adapted_by"))
-    return [Table(title=Message("table.layers"), columns=columns, rows=layer_rows(tables["layers"]))]
-
-
-def _source_names(tables: Mapping[str, Any]) -> list[Message]:
-    """Say what the source's choices come to on this model, where it is known."""
-    if not tables.get("layers"):
-        return []
-    beyond = outside(tables["layers"])
-    none = Message("targets.none_is_more", layers=beyond) if beyond else Message("targets.none_is_ffn")
-    reaches = any(row["reaches_mlp"] for row in tables.get("source", ()))
-    return [none, *([Message("targets.source_reaches_mlp")] if reaches else [])]
 
 
 def _not_at_budget(trained: Arms, by_size: Arms) -> Message | None:

@@ -12,13 +12,14 @@ from loralab.studies.timing import Overhead
 Row = dict[str, Message | None]
 
 
-def published_table(found: Comparison, times: Latencies, lora: str | None, rivals: Sequence[str]) -> Table:
+def published_table(found: Comparison, times: Latencies, lora: str | None, family: Sequence[str]) -> Table:
     """Return what the papers report, and whether it holds here.
 
     Args:
-        lora, rivals: LoRA's arm and the others of an equal budget.
+        lora: LoRA's arm of the larger budget.
+        family: all arms of that budget.
     """
-    rows = [*_passes(times), *_scores(found, lora, rivals)]
+    rows = [*_passes(times), *_scores(found, lora, [name for name in family if name != lora])]
     columns = (Column("claim"), Column("here"), Column("numbers"))
     return Table(title=Message("table.published"), columns=columns, rows=rows)
 

@@ -1,0 +1,119 @@
+"""Starts of A and B read from records: the model before the first step, and the first steps."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from loralab.studies.contrast import Contrast
+from loralab.studies.evidence import SEED, Metric, mean_of
+from loralab.studies.measures.watch import mean_of_steps
+from loralab.studies.message import Chart, Message
+from loralab.studies.statistics import difference
+from loralab.studies.study import DIVERGED, Record
+
+FIRST_STEPS = 50  # losses that the source asks for
+ROUNDING = 1e-4  # of the logits: less is fp32's rounding
+LOSS = Metric(name="loss")
+MOVED = ("start_logits", "start_features")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """The runs of one start, those that diverged later among them."""
+
+    runs: Sequence[Record]
+
+    def mean(self, name: str) -> float:
+        """Return the mean of a number over seeds."""
+        return mean_of(self.runs, name)
+
+    @property
+    def is_exact(self) -> bool:
+        """Tell whether the model before training is the base model bit for bit."""
+        return all(run.numbers["start_equal"] for run in self.runs)
+
+    @property
+    def is_base(self) -> bool:
+        """Tell whether the model before training is the base model but for rounding."""
+        return self.mean("start_logits") < ROUNDING
+
+    @property
+    def has_diverged(self) -> bool:
+        """Tell whether a run diverged."""
+        return any(run.status == DIVERGED for run in self.runs)
+
+    @property
+    def losses(self) -> list[float]:
+        """Return the first training losses, mean over seeds."""
+        return mean_of_steps([run.series["loss"] for run in self.runs])[:FIRST_STEPS]
+
+    def gradients(self, part: str) -> list[float]:
+        """Return the length of the gradient of all A or all B at the first steps, mean over seeds."""
+        curves = [run.series[f"gradient_{part}"] for run in self.runs if run.series.get(f"gradient_{part}")]
+        return mean_of_steps(curves)[:FIRST_STEPS]
+
+    def loss_gained(self, comparisons: int) -> Contrast | None:
+        """Return the loss before training against the base's on the same rows.
+
+        None where the model is the base, or has a new head: that is random, and its loss shows
+        nothing of what the model knows.
+        """
+        if self.is_base or any(run.numbers.get("head_parameters", 1) for run in self.runs):
+            return None
+        changes = [run.items["start"] for run in self.runs]
+        return difference(
+            changes,
+            np.zeros_like(changes).tolist(),
+            generator=np.random.default_rng(SEED),
+            comparisons=comparisons,
+            margin=LOSS.margin_at(self.mean("base_loss")),
+        )
+
+
+def starts_of(records: Sequence[Record]) -> dict[str, Start]:
+    """Return the starts of the records that know theirs, by arm."""
+    runs: dict[str, list[Record]] = {}
+    for record in records:
+        if "start_logits" in record.numbers:
+            runs.setdefault(record.arm.name, []).append(record)
+    return {name: Start(runs=of_arm) for name, of_arm in runs.items()}
+
+
+def first_losses(starts: Mapping[str, Start]) -> dict[str, list[float]]:
+    """Return the first losses of every start that has some, as many for all."""
+    curves = {name: losses for name, start in starts.items() if (losses := start.losses)}
+    length = min(map(len, curves.values()), default=0)
+    return {name: curve[:length] for name, curve in curves.items()}
+
+
+def loss_chart(losses: Mapping[str, Sequence[float]]) -> list[Chart]:
+    """Return the first training losses of every start."""
+    rows = [{"arm": name, "x": i + 1, "y": loss} for name, curve in losses.items() for i, loss in enumerate(curve)]
+    title, axes = Message("init.losses_chart"), (Message("axis.step"), Message("column.train_loss"))
+    return [Chart("lines", "init-first-losses", title, rows, *axes, Message("column.start"))] if rows else []
+
+
+def step_zero_chart(starts: Mapping[str, Start]) -> Chart:
+    """Return how far every start moves the logits and the hidden states."""
+    rows = [
+        {"arm": name, "group": Message(f"init.{number}"), "value": start.mean(number)}
+        for name, start in starts.items()
+        for number in MOVED
+    ]
+    title, axes = Message("init.step_zero_chart"), (Message("column.start"), Message("init.share"))
+    return Chart("bars", "init-step-0", title, rows, *axes, Message("init.of"), {"percent": True})
+
+
+def gradient_chart(starts: Mapping[str, Start]) -> list[Chart]:
+    """Return the gradients of A and B; a logarithm has no place for the zero that A's begins with."""
+    rows = [
+        {"arm": f"{name}: {part}", "x": i + 1, "y": length}
+        for name, start in starts.items()
+        for part in ("A", "B")
+        for i, length in enumerate(start.gradients(part))
+        if length > 0
+    ]
+    title, axes = Message("init.gradients_chart"), (Message("axis.step"), Message("init.length"))
+    options = {"log_y": True}
+    return [Chart("lines", "init-gradients", title, rows, *axes, Message("column.start"), options)] if rows else []
