@@ -26,7 +26,7 @@ AT_ONCE = 2**19  # numbers worked on together: what stays in the cache takes hal
 
 @functools.lru_cache(maxsize=32)
 def hadamard(size: int, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> Tensor:
-    """The Walsh-Hadamard matrix of a power of two in Sylvester's order, entries 1 and -1."""
+    """Return the Walsh-Hadamard matrix of a power of two in Sylvester's order, entries 1 and -1."""
     found = torch.ones(1, 1, dtype=dtype, device=device)
     while len(found) < size:
         found = torch.cat([torch.cat([found, found], 1), torch.cat([found, -found], 1)])
@@ -34,7 +34,7 @@ def hadamard(size: int, dtype: torch.dtype = torch.float32, device: torch.device
 
 
 def walsh_hadamard(x: Tensor) -> Tensor:
-    """H x along the last axis, whose length N is a power of two: (..., N) -> (..., N).
+    """Return H x along the last axis, whose length N is a power of two: (..., N) -> (..., N).
 
     H is a Kronecker product of small ones, each of which is a dense product along its own axis.
     """
@@ -72,12 +72,12 @@ class Fastfood:
         self.G = G / (G.square().sum(dim=1, keepdim=True) * large).sqrt()
 
     def __call__(self, theta: Tensor) -> Tensor:
-        """P theta: (d,) -> (D,)."""
+        """Return P theta: (d,) -> (D,)."""
         found: Tensor = _Projection.apply(theta, self)
         return found
 
     def forward(self, theta: Tensor) -> Tensor:
-        """P theta. H of a vector that is zero after its first numbers repeats itself."""
+        """Return P theta. H of a vector that is zero after its first numbers repeats itself."""
         found = theta.new_empty(self.blocks, self.block)
         for part in self._parts():
             filled = F.pad(self.B[part].to(theta) * theta, (0, self.width - self.small))
@@ -87,7 +87,7 @@ class Fastfood:
         return found.reshape(-1)[: self.large]
 
     def transposed(self, gradient: Tensor) -> Tensor:
-        """P' gradient: (D,) -> (d,)."""
+        """Return P' gradient: (D,) -> (d,)."""
         missing = self.blocks * self.block - self.large
         rows = F.pad(gradient, (0, missing)).view(self.blocks, self.block)
         found = gradient.new_zeros(self.small)
@@ -99,19 +99,19 @@ class Fastfood:
         return found
 
     def _parts(self) -> list[slice]:
-        """The blocks in groups of about AT_ONCE numbers."""
+        """Return the blocks in groups of about AT_ONCE numbers."""
         some = max(1, AT_ONCE // self.block)
         return [slice(start, start + some) for start in range(0, self.blocks, some)]
 
     def to(self, device: torch.device) -> "Fastfood":
-        """The same map on a device."""
+        """Move the map to a device."""
         for name in ("B", "G", "order", "back"):
             setattr(self, name, getattr(self, name).to(device))
         return self
 
 
 class _Projection(torch.autograd.Function):
-    """P is linear, so its gradient is the transposed map."""
+    """P with its gradient: the transposed map, since P is linear."""
 
     @staticmethod
     def forward(ctx: Any, theta: Tensor, fastfood: Fastfood) -> Tensor:
@@ -124,5 +124,5 @@ class _Projection(torch.autograd.Function):
 
 
 def power_of_two(number: int) -> int:
-    """The smallest power of two that is not below a number."""
+    """Return the smallest power of two that is not below a number."""
     return int(2 ** math.ceil(math.log2(max(1, number))))

@@ -49,7 +49,8 @@ class Subspace(nn.Module):
         self.layer = [layers.index(_layer(name)) for name in self.start]
         scales = len(layers) if variant == "said" else 0
         if size <= scales:
-            raise ConfigError(f"said has {scales} layers here, so d must be above that; got {size}")
+            needed = f"said has {scales} layers here, so d must be above that; got {size}"
+            raise ConfigError(needed, code="wrong_value", field="values")
         device = next(iter(self.start.values())).device
         self.theta = nn.Parameter(torch.zeros(size - scales, device=device))
         self.scales = nn.Parameter(torch.ones(scales, device=device)) if scales else None
@@ -57,15 +58,15 @@ class Subspace(nn.Module):
 
     @property
     def large(self) -> int:
-        """D: how many weights move."""
+        """Return D: how many weights move."""
         return sum(value.numel() for value in self.start.values())
 
     def trained(self) -> list[nn.Parameter]:
-        """theta_d, and the lambdas."""
+        """Return theta_d, and the lambdas."""
         return [self.theta, *([] if self.scales is None else [self.scales])]
 
     def values(self) -> dict[str, Tensor]:
-        """Every weight that moves, where it is now, in its own dtype."""
+        """Return every weight that moves, where it is now, in its own dtype."""
         parts = self.project(self.theta).split([value.numel() for value in self.start.values()])
         found = {}
         for layer, part, (name, start) in zip(self.layer, parts, self.start.items(), strict=True):
@@ -74,12 +75,12 @@ class Subspace(nn.Module):
         return found
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
-        """What the model gives with these weights."""
+        """Run the model with these weights."""
         return functional_call(self.module, self.values(), inputs, named)
 
     @torch.no_grad()
     def settle(self) -> nn.Module:
-        """The model itself with these weights."""
+        """Write these weights into the model, and return it."""
         own = dict(self.module.named_parameters())
         for name, value in self.values().items():
             own[name].copy_(value)
@@ -87,7 +88,7 @@ class Subspace(nn.Module):
 
 
 def moving(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of every weight that goes through P: all but the tables of embeddings."""
+    """Return a copy of every weight that goes through P: all but the tables of embeddings."""
     tables = {
         id(p)
         for module in model.modules()
@@ -98,12 +99,12 @@ def moving(model: nn.Module) -> dict[str, Tensor]:
 
 
 def layers_of(names: Mapping[str, Any]) -> list[int]:
-    """The blocks that have weights, and -1 for what stands outside of them."""
+    """Return the blocks that have weights, and -1 for what stands outside of them."""
     return sorted({_layer(name) for name in names})
 
 
 def fit(subspace: Subspace, base: Base, task: Task, training: Training) -> list[float]:
-    """Train with AdamW as `train` does: same rows, same order, same schedule; the losses.
+    """Train with AdamW as `train` does: same rows, same order, same schedule; return the losses.
 
     Raises:
         LearningError: the loss is not finite.
@@ -127,7 +128,8 @@ def fit(subspace: Subspace, base: Base, task: Task, training: Training) -> list[
             group["lr"] = learning_rate(training, step, training.max_steps)
         loss, count = answer_loss(subspace, {name: tensor.to(device) for name, tensor in batch.items()}, base.kind)
         if not math.isfinite(loss.item()):
-            raise LearningError(f"step {step + 1}: the loss is not finite; lower the learning rate")
+            where = f"step {step + 1}: the loss is not finite; lower the learning rate"
+            raise LearningError(where, code="loss_not_finite", field="loss")
         (loss / max(1, count)).backward()
         nn.utils.clip_grad_norm_(subspace.trained(), training.max_grad_norm or math.inf)
         optimizer.step()

@@ -9,14 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from studies.conftest import Here, ground_of, planted
+from studies.conftest import Here, assert_it_renders, ground_of, keys_in, message_in, planted
 from torch import nn
 
 from loralab.adapters.spectrum import overlap
 from loralab.errors import ConfigError
 from loralab.studies.measures import dimension, frozen, overlaps, spectra
+from loralab.studies.message import Message
 from loralab.studies.questions import lowrank
-from loralab.studies.study import Arm, Ground, Record
+from loralab.studies.readings.directions import Reached
+from loralab.studies.study import Answer, Arm, Finding, Ground, Record
+from loralab.studies.wording import LANGUAGES, say
 from loralab.training.preflight import load_base
 
 GROUND = Ground(study="lowrank", model="m", data="d")
@@ -96,12 +99,6 @@ def pair_record(draw: torch.Generator, shared: float) -> Record:
     return Record(arm=Arm(name=lowrank.PAIRS), seed=0, tables=tables)
 
 
-def english(answer: Any) -> str:
-    texts = [answer.sentence, *(f.sentence for f in answer.findings), *(t for _, t in answer.blanks)]
-    assert all(text.en and text.zh for text in texts)
-    return " ".join(text.en for text in texts)
-
-
 def test_a_low_rank_update_is_called_one_and_noise_is_not() -> None:
     draw = torch.Generator().manual_seed(0)
 
@@ -109,25 +106,57 @@ def test_a_low_rank_update_is_called_one_and_noise_is_not() -> None:
         return torch.randn(40, k, generator=draw) @ torch.randn(k, 40, generator=draw)
 
     few = {f"m{n}": low(3) for n in range(8)}
-    assert "the update is low-rank" in lowrank.conclude(full(few), GROUND).sentence.en
+    answer = lowrank.conclude(full(few), GROUND)
+    facts = message_in(answer.sentence, "lowrank.spectrum_low").values["facts"].values
+    assert facts["most"] == 40
+    assert facts["rank90"] <= 3 < facts["random_rank90"]
+    assert answer.findings[0].verdict == "better"
+    assert_it_renders(answer, "lowrank")
     noise = {f"m{n}": torch.randn(40, 40, generator=draw) for n in range(8)}
     answer = lowrank.conclude(full(noise), GROUND)
-    assert "not of lower rank than chance" in answer.sentence.en
+    assert not {"lowrank.spectrum_low", "lowrank.spectrum_some"} & set(keys_in(answer.sentence))
+    assert answer.findings[0].verdict in ("equivalent", "undecided")
     halves = {f"m{n}": low(24) for n in range(8)}
-    said = lowrank.conclude(full(halves), GROUND).sentence.en
-    assert "fewer than chance, but not few" in said
+    assert "lowrank.spectrum_some" in keys_in(lowrank.conclude(full(halves), GROUND).sentence)
 
 
 def test_d90_is_where_it_was_planted() -> None:
     scores = {10: 0.5, 100: 0.6, 1000: 0.79, 10_000: 0.8}
     answer = lowrank.conclude([floor(), *full({"m": torch.eye(4)}), *curve(scores)], GROUND)
-    assert "DID: d90 is 1,000 of D = 1,000,000 (0.1 %" in answer.sentence.en
+    found = message_in(answer.sentence, "lowrank.d90_found").values
+    assert (found["variant"], found["d90"], found["large"], found["share"]) == ("DID", 1000, 1_000_000, 0.001)
+    assert [d.values["d"] for d in found["tried"]] == [10, 100, 1000, 10_000]
+    assert_it_renders(answer, "lowrank")
     never = lowrank.conclude([floor(), *full({"m": torch.eye(4)}), *curve({10: 0.5, 100: 0.6})], GROUND)
-    assert "no d up to 100 of D = 1,000,000 reaches 90 %" in never.sentence.en
+    assert message_in(never.sentence, "lowrank.d90_beyond").values["largest"] == 100
     first = lowrank.conclude([floor(), *full({"m": torch.eye(4)}), *curve({10: 0.8})], GROUND)
-    assert "d90 is at most 10" in first.sentence.en
+    assert not any(f.holds for f in first.findings if f.sentence.key == "lowrank.d90_not_below")
     flat = [floor(0.5), *full({"m": torch.eye(4)}, score=0.5), *curve(scores)]
-    assert "there is no d90" in lowrank.conclude(flat, GROUND).sentence.en
+    assert "lowrank.no_gain" in keys_in(lowrank.conclude(flat, GROUND).sentence)
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "low", "high"),
+    [
+        ("found", 100, 10, 1000),
+        ("found", 100, 100, math.inf),
+        ("found", 1000, 100, math.inf),
+        ("at_most", 10, 10, 100),
+        ("not_below", 1000, 1000, math.inf),
+        ("not_below", math.inf, 1000, math.inf),
+        ("open", math.inf, 100, math.inf),
+        ("beyond", math.inf, math.inf, math.inf),
+    ],
+)
+def test_an_interval_that_says_nothing_is_not_said_as_one(kind: str, value: float, low: float, high: float) -> None:
+    reached = Reached(tried=(10, 100, 1000), value=value, low=low, high=high)
+    assert reached.kind == kind
+    finding = lowrank.d90_finding("DID", reached, 5000)
+    assert finding.sentence.key == f"lowrank.d90_{kind}"
+    assert finding.holds == math.isfinite(high)
+    assert (finding.effect is None) == (kind not in ("found", "at_most"))
+    for language in LANGUAGES:
+        assert say(finding.sentence, language)
 
 
 def test_a_dip_does_not_hide_d90_and_the_interval_holds_it() -> None:
@@ -143,14 +172,23 @@ def test_a_dip_does_not_hide_d90_and_the_interval_holds_it() -> None:
 def test_shared_directions_are_seen_and_random_ones_are_not() -> None:
     draw = torch.Generator().manual_seed(0)
     answer = lowrank.conclude([pair_record(draw, 3.0)], GROUND)
-    shared = [f for f in answer.findings if "input side" in f.sentence.en]
-    assert len(shared) == 2 and all(f.holds and f.effect and f.effect > 0.2 for f in shared)
+    shared = [f for f in sides(answer) if "lowrank.input" in keys_in(f.sentence)]
+    assert len(shared) == 2
+    assert all(f.verdict == "better" and f.effect and f.effect > 0.2 for f in shared)
+    assert "lowrank.first_directions" in keys_in(answer.sentence)
+    assert_it_renders(answer, "lowrank")
     answer = lowrank.conclude([pair_record(draw, 0.0)], GROUND)
-    sides = [f for f in answer.findings if "side" in f.sentence.en]
-    assert len(sides) == 4 and all("no more than chance" in f.sentence.en for f in sides)
-    assert "overlap no more than chance" in answer.sentence.en
-    inside = [f for f in answer.findings if "random one" in f.sentence.en]
-    assert all("no larger" in f.sentence.en for f in inside)  # W knows nothing of these updates
+    assert len(sides(answer)) == 4
+    assert all(f.verdict in ("equivalent", "undecided") for f in sides(answer))
+    assert "lowrank.none_shared" in keys_in(answer.sentence)
+    inside = [f for f in answer.findings if "lowrank.inside_b" in keys_in(f.sentence)]
+    assert len(inside) == 2
+    assert all(f.verdict != "better" for f in inside)  # W knows nothing of these updates
+
+
+def sides(answer: Answer) -> list[Finding]:
+    """The findings on first directions."""
+    return [f for f in answer.findings if "lowrank.first_directions" in keys_in(f.sentence)]
 
 
 def test_phi_is_the_overlap_of_every_pair_of_first_directions() -> None:
@@ -184,14 +222,16 @@ def test_singular_values_are_those_of_the_svd() -> None:
 
 def test_nothing_measured_is_said_and_every_blank_has_its_label() -> None:
     answer = lowrank.conclude([], GROUND)
-    assert "Nothing has been measured" in answer.sentence.en
-    assert [zh.zh for zh, _ in answer.blanks] == [
-        "預訓練模型已經學到了什麼？",
-        "微調時我們真正在改變什麼？",
-        '"內在維度" (intrinsic dimensionality) 是什麼意思？',
+    assert answer.sentence.key == "answer.nothing"
+    assert [label.key for label, _ in answer.blanks] == [
+        "lowrank.known_label",
+        "lowrank.changed_label",
+        "lowrank.meaning_label",
     ]
     alone = lowrank.conclude(planted("linear head", [1.0, 0.0, 1.0]), GROUND)
-    assert "Neither the spectrum nor" in english(alone)
+    assert alone.sentence.key == "lowrank.neither"
+    for found in (answer, alone):
+        assert_it_renders(found, "lowrank")
 
 
 @pytest.mark.parametrize("seeds", [1, 2])
@@ -203,7 +243,7 @@ def test_it_runs_on_a_tiny_model(
     records = here(ground, tmp_path)
     assert {r.status for r in records} <= {"done", "diverged"}
     answer = lowrank.conclude(records, ground)
-    english(answer)
+    assert_it_renders(answer, "lowrank")
     (modules,) = {len(r.tables["modules"]) for r in records if r.arm.name == "full"}
     assert modules == 2 * 6 + 1
     assert answer.figures and answer.tables
@@ -218,8 +258,9 @@ def test_the_values_are_numbers_of_directions(tiny_bert_folder: Path, noise_file
     names = [arm.name for arm in lowrank.arms(ground, base)]
     assert names[-4:] == ["DID d=30", "DID d=1000", "SAID d=30", "SAID d=1000"]
     wrong = ground_of("lowrank", tiny_bert_folder, noise_file, values=("many",))
-    with pytest.raises(ConfigError, match="numbers of directions"):
+    with pytest.raises(ConfigError) as caught:
         lowrank.arms(wrong, base)
+    assert (caught.value.code, caught.value.field) == ("wrong_value", "values")
 
 
 def test_a_fitted_head_is_at_the_optimum_and_finds_what_the_features_hold() -> None:
@@ -248,9 +289,9 @@ def test_features_are_those_the_head_reads(tiny_bert_folder: Path, noise_file: P
 
 
 def test_what_comes_next_follows_from_d90() -> None:
-    reached = [floor(), *full({"m": torch.eye(4)}), *curve({10: 0.5, 100: 0.8})]
-    assert "Look between" in lowrank.conclude(reached, GROUND).next.en
+    reached = [floor(), *full({"m": torch.eye(4)}), *curve({10: 0.5, 100: 0.8, 1000: 0.95})]
+    assert lowrank.conclude(reached, GROUND).next == Message("lowrank.between")
     not_reached = [floor(), *full({"m": torch.eye(4)}), *curve({10: 0.5, 100: 0.52})]
     answer = lowrank.conclude(not_reached, GROUND)
-    assert "Train longer" in answer.next.en
-    assert "interval of d90 > 100)" in answer.sentence.en
+    assert answer.next == Message("lowrank.longer")
+    assert "lowrank.d90_beyond" in keys_in(answer.sentence)

@@ -144,9 +144,16 @@ def test_a_better_score_is_claimed_at_the_best_rates() -> None:
     answer = scaling.conclude(planted(steady, gain=0.2), GROUND)
     depends, claim = (message_in(answer.sentence, key) for key in ("scaling.depends", "contrast.better"))
     assert (depends.values["at"].key, depends.values["clear"], depends.values["count"]) == ("scaling.at_best", 2, 4)
-    assert (claim.values["a"], claim.values["b"]) == ("none, r=4", "alpha/r, r=4")
+    assert (claim.values["a"], claim.values["b"]) == ("none, r=4, 0.001", "alpha/r, r=4, 0.001")
     assert claim.values["size"].values["value"] == pytest.approx(0.2)
     assert answer.advice == {"scaling": "none", "learning_rate": 1e-3}
+
+
+def test_what_is_ranked_are_arms_that_were_trained() -> None:
+    records = planted(moving)
+    ranking = scaling.conclude(records, GROUND).ranking
+    assert set(ranking.names) <= {record.arm.name for record in records}
+    assert len(ranking.names) == len(SCALINGS) * len(RANKS)
 
 
 def test_runs_that_diverged_are_counted_and_never_chosen() -> None:

@@ -36,7 +36,7 @@ Curve = Mapping[int, Items]  # d -> the mean score of every test row
 
 
 def measure_floor(cell: Cell, folder: Path, tell: Tell) -> Record:
-    """The untrained model, and what always saying the commonest label scores."""
+    """Score the untrained model, and the commonest label said always."""
     record = trained.untrained(cell, folder, tell)
     found = majority(rows_of(cell.ground))
     if not found:
@@ -56,7 +56,7 @@ def measure(cell: Cell, folder: Path, tell: Tell) -> Record:
 
 
 def _one(cell: Cell, task: Task, rate: float) -> Record:
-    """One run; theta moves `rate` in all, so each of its d numbers rate / sqrt(d) a step."""
+    """Train once; theta moves `rate` in all, so each of its d numbers rate / sqrt(d) a step."""
     size = int(cell.arm.options["d"])
     own = {"method": "full", "learning_rate": rate / math.sqrt(size), "seed": cell.seed}
     _, training = configured({**cell.ground.fields, **own})
@@ -96,7 +96,7 @@ def _one(cell: Cell, task: Task, rate: float) -> Record:
 
 
 def curve_of(records: Sequence[Record], variant: str) -> dict[int, Items]:
-    """Every d of a variant with the mean score of each test row over seeds, the smallest first."""
+    """Return every d of a variant with the mean score of each test row over seeds, the smallest first."""
     found: dict[int, list[Any]] = {}
     for record in records:
         if record.arm.options.get("variant") == variant and record.items.get("score"):
@@ -105,7 +105,7 @@ def curve_of(records: Sequence[Record], variant: str) -> dict[int, Items]:
 
 
 def floor_of(records: Sequence[Record]) -> Items | None:
-    """The better of the untrained model and the commonest label, by test row."""
+    """Return the better of the untrained model and the commonest label, by test row."""
     own = next((r for r in records if "majority" in r.items or r.arm.name == "base"), None)
     if own is None or not own.items:
         return None
@@ -114,19 +114,19 @@ def floor_of(records: Sequence[Record]) -> Items | None:
 
 
 def target(full: Items, floor: Items) -> float:
-    """The score that d90 has to reach."""
+    """Return the score that d90 has to reach."""
     return float(floor.mean() + SHARE * (full.mean() - floor.mean()))
 
 
 def smallest(curve: Curve, full: Items, floor: Items) -> float:
-    """The smallest d whose score, made non-decreasing in d, reaches the target; else infinity."""
+    """Return the smallest d whose score, made non-decreasing in d, reaches the target; else infinity."""
     heights = monotone([float(items.mean()) for items in curve.values()])
     goal = target(full, floor)
     return next((float(d) for d, y in zip(curve, heights, strict=True) if y >= goal), math.inf)
 
 
 def interval(curve: Curve, full: Items, floor: Items, generator: np.random.Generator) -> tuple[float, float]:
-    """Where d90 lies in 95 % of draws of the test rows, the same rows for all."""
+    """Return the ends between which d90 lies in 95 % of draws of the test rows, the same rows for all."""
     count = len(full)
     found = []
     for _ in range(DRAWS):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from loralab.adapters.linear import LinearWithLoRA
 from loralab.artefacts.comparison import compare, logits_of, reference_of
 from loralab.errors import ConfigError
-from loralab.models.load import DTYPES
+from loralab.models.load import DTYPES, Base
 from loralab.studies.measures.carried import adapter_folder, base_for, compared_inputs, put_on
 from loralab.studies.study import Cell, Record
 from loralab.studies.trained import Tell
@@ -53,35 +53,41 @@ def measure(cell: Cell, folder: Path, tell: Tell) -> Record:
     adapter.detach()
     chosen = spaced(found, cell.arm.options.get("modules"))
     samples = compared_inputs(task, base, COMPARED)
-    rows = []
-    for precision in cell.arm.options["precisions"]:
-        drifts = {name: both_ways(m, DTYPES[precision]) for name, m in chosen.items()}
-        originals = {name: module.base.weight for name, module in chosen.items()}
-        for name, module in chosen.items():  # the base as this dtype rounds it
-            _put(module.base, originals[name].to(DTYPES[precision]).float())
-        reference = reference_of(base.model, samples, base.kind, base.tokenizer)
-        for name, module in chosen.items():
-            _put(module.base, drifts[name].weight.float())
-        drifted = logits_of(base.model, samples, base.kind, base.tokenizer)
-        seen = compare(reference, drifted, "fp32")
-        for name, module in chosen.items():
-            _put(module.base, originals[name])
-        rows.append(
-            {
-                "precision": precision,
-                "exact": all(d.exact for d in drifts.values()),
-                "relative": [list(d.relative) for d in drifts.values()],
-                "changed": [d.changed for d in drifts.values()],
-                "kl": max(0.0, seen.mean_kl),
-                "top1": seen.top1_agreement,
-            }
-        )
+    rows = [drifted(base, chosen, samples, precision) for precision in cell.arm.options["precisions"]]
     return Record(
         arm=cell.arm,
         seed=cell.seed,
         tables={"drift": rows},
         numbers={"merges": MERGES, "modules": len(chosen), "of": len(found)},
     )
+
+
+def drifted(
+    base: Base, modules: Mapping[str, LinearWithLoRA], samples: Sequence[Sequence[int]], precision: str
+) -> dict[str, Any]:
+    """Return the drift of the modules in a dtype, and how the logits of samples move with it.
+
+    The base's weights are put back.
+    """
+    dtype = DTYPES[precision]
+    drifts = {name: both_ways(module, dtype) for name, module in modules.items()}
+    originals = {name: module.base.weight for name, module in modules.items()}
+    for name, module in modules.items():  # the base as this dtype rounds it
+        _put(module.base, originals[name].to(dtype).float())
+    reference = reference_of(base.model, samples, base.kind, base.tokenizer)
+    for name, module in modules.items():
+        _put(module.base, drifts[name].weight.float())
+    seen = compare(reference, logits_of(base.model, samples, base.kind, base.tokenizer), "fp32")
+    for name, module in modules.items():
+        _put(module.base, originals[name])
+    return {
+        "precision": precision,
+        "exact": all(drift.exact for drift in drifts.values()),
+        "relative": [list(drift.relative) for drift in drifts.values()],
+        "changed": [drift.changed for drift in drifts.values()],
+        "kl": max(0.0, seen.mean_kl),
+        "top1": seen.top1_agreement,
+    }
 
 
 def spaced(found: Mapping[str, LinearWithLoRA], most: int | None) -> dict[str, LinearWithLoRA]:

@@ -1,4 +1,4 @@
-"""What a pre-trained model knows before any training: a linear head fitted to its features.
+"""The knowledge of a pre-trained model before any training: a linear head fitted to its features.
 
 The head is fitted to its optimum (logistic regression), so that no learning rate can hide what
 the features hold.
@@ -54,14 +54,14 @@ def measure(cell: Cell, folder: Path, tell: Tell) -> Record:
 
 @torch.no_grad()
 def features(base: Base, task: Task, split: str, longest: int) -> tuple[Tensor, Tensor]:
-    """What the head of a classifier reads of every row (N, H), and the classes (N,).
+    """Return the vector that a classifier's head reads of every row (N, H), and the classes (N,).
 
     Raises:
         ConfigError: the model has no head by a usual name.
     """
     names = head_names(base.model)
     if not names:
-        raise ConfigError(f"{type(base.model).__name__} has no head by a usual name")
+        raise ConfigError(f"{type(base.model).__name__} has no head by a usual name", code="no_head", field="model")
     encoded = encode(task, split, base.tokenizer, kind=base.kind, max_length=longest)
     read: list[Tensor] = []
 
@@ -80,7 +80,7 @@ def features(base: Base, task: Task, split: str, longest: int) -> tuple[Tensor, 
 
 
 def fitted(x: Tensor, y: Tensor, classes: int, penalty: float) -> Tensor:
-    """Weights and bias (classes, H + 1) at the optimum of the penalised cross-entropy."""
+    """Return weights and bias (classes, H + 1) at the optimum of the penalised cross-entropy."""
     head = torch.zeros(classes, x.shape[1] + 1, dtype=x.dtype, requires_grad=True)
     optimizer = torch.optim.LBFGS([head], max_iter=ITERATIONS, line_search_fn="strong_wolfe")
 
@@ -95,7 +95,7 @@ def fitted(x: Tensor, y: Tensor, classes: int, penalty: float) -> Tensor:
 
 
 def logits(head: Tensor, x: Tensor) -> Tensor:
-    """Of every row, (N, classes)."""
+    """Return the logits of every row, (N, classes)."""
     return x @ head[:, :-1].T + head[:, -1]
 
 

@@ -1,4 +1,4 @@
-"""Do two trained updates find the same directions, and what does W itself have in them?
+"""The directions that two trained updates share, and the part of W that lies in them.
 
 Source: Hu et al. 2021, arXiv:2106.09685, sections 7.2 and 7.3: the overlap phi (equation 4) and the
 amplification factor (table 7), each beside its chance level. The input side of an update is where
@@ -68,12 +68,12 @@ def measure(cell: Cell, folder: Path, tell: Tell) -> Record:
 
 
 def directions(A: Tensor, B: Tensor, side: str) -> Tensor:
-    """Orthonormal columns, the strongest first: (I, K) of the input side, (O, K) of the output."""
+    """Return orthonormal columns, the strongest first: (I, K) of the input side, (O, K) of the output."""
     return right_directions(A, B) if side == "input" else right_directions(B.T, A.T)
 
 
 def phi(first: Tensor, second: Tensor) -> Tensor:
-    """phi(i, j) of the first i and the first j columns, for every i and j at once."""
+    """Return phi(i, j) of the first i and the first j columns, for every i and j at once."""
     squares = (first.T @ second).square().cumsum(0).cumsum(1)
     i = torch.arange(1, first.shape[1] + 1)[:, None]
     j = torch.arange(1, second.shape[1] + 1)[None]
@@ -81,7 +81,7 @@ def phi(first: Tensor, second: Tensor) -> Tensor:
 
 
 def overlaps(pairs: Mapping[str, Mapping[str, Pair]]) -> list[dict[str, Any]]:
-    """The median over modules of phi(i, j) on both sides, and the chance level."""
+    """Return the median over modules of phi(i, j) on both sides, and the chance level."""
     rows = []
     for pair, first, second in ((RANKS, "small", "large"), (SEEDS, "large", "again")):
         for side in SIDES:
@@ -108,7 +108,7 @@ def overlaps(pairs: Mapping[str, Mapping[str, Pair]]) -> list[dict[str, Any]]:
 
 
 def top_overlaps(pairs: Mapping[str, Mapping[str, Pair]]) -> list[dict[str, Any]]:
-    """Of every module, phi(1, TOP): how much of the strongest direction is in the other's first."""
+    """Return phi(1, TOP) of every module: how much of the strongest direction is in the other's first."""
     rows = []
     for name in pairs["small"]:
         row: dict[str, Any] = {"name": name}
@@ -123,7 +123,7 @@ def top_overlaps(pairs: Mapping[str, Mapping[str, Pair]]) -> list[dict[str, Any]
 
 
 def amplified(A: Tensor, B: Tensor, scaling: float, weight: Tensor) -> dict[str, float]:
-    """Of one module: |dW|, and |U' W V| of its directions beside chance and W's own first ones.
+    """Return, of one module, |dW|, and |U' W V| of its directions beside chance and W's own first ones.
 
     The factor is |dW| / |U' W V| (table 7); a random subspace has r / sqrt(I O) |W|.
     """
@@ -145,5 +145,5 @@ def amplified(A: Tensor, B: Tensor, scaling: float, weight: Tensor) -> dict[str,
 
 
 def logs(rows: Sequence[Mapping[str, Any]], rank: int, key: str) -> list[float]:
-    """A positive number of every module, as its logarithm."""
+    """Return the logarithm of a positive number of every module."""
     return [math.log(max(float(row[key]), 1e-30)) for row in rows if row["rank"] == rank]

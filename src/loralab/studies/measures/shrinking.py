@@ -42,7 +42,7 @@ def measure(cell: Cell, folder: Path, tell: Tell) -> Record:
 
 
 def triplets(parameter: nn.Parameter) -> float | None:
-    """How many of a module's lambdas (R, 1) are not zero; None for what cannot be lambdas."""
+    """Count a module's lambdas (R, 1) that are not zero; None for what cannot be lambdas."""
     if parameter.ndim != 2 or parameter.shape[1] != 1:
         return None
     return float(torch.count_nonzero(parameter.detach()))
@@ -51,7 +51,7 @@ def triplets(parameter: nn.Parameter) -> float | None:
 def watched_budget(
     run: Run, seen: Sequence[Mapping[str, float]], ranks: Mapping[str, int]
 ) -> tuple[dict[str, float], dict[str, list[float]]]:
-    """Triplets after every step, as seen and as planned; when the last one was taken away.
+    """Return the triplets after every step, as seen and as planned; and when the last one was taken away.
 
     Before its first step every lambda is zero: what is seen then says nothing.
     """
@@ -72,7 +72,7 @@ def watched_budget(
 
 
 def in_file(folder: Path) -> tuple[dict[str, int], int]:
-    """The rank of each module in a saved adapter, and how many numbers all A and B hold."""
+    """Return the rank of each module in a saved adapter, and how many numbers all A and B hold."""
     tensors = read(folder).tensors
     ranks = {
         key.removeprefix(PREFIX).removesuffix(A): len(tensor) for key, tensor in tensors.items() if key.endswith(A)

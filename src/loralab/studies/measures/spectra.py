@@ -1,4 +1,4 @@
-"""What a full fine-tune changed: the spectrum of W_trained - W of every linear layer.
+"""The update of a full fine-tune: the spectrum of W_trained - W of every linear layer.
 
 Beside each stands a random matrix of the same shape: a matrix of numbers that have nothing to do
 with each other also has some directions that are larger than others.
@@ -34,7 +34,7 @@ def measure(cell: Cell, folder: Path, tell: Tell) -> Record:
 
 
 def described(adapter: Adapter) -> list[dict[str, Any]]:
-    """The spectrum of every linear layer's update, beside that of a random matrix."""
+    """Return the spectrum of every linear layer's update, beside that of a random matrix."""
     random: dict[tuple[int, ...], dict[str, Any]] = {}
     rows = []
     for name, (before, after) in updates(adapter).items():
@@ -60,7 +60,7 @@ def described(adapter: Adapter) -> list[dict[str, Any]]:
 
 
 def updates(adapter: Adapter) -> dict[str, tuple[Tensor, Tensor]]:
-    """The weight of every linear layer before and after; one that did not move is left out."""
+    """Return the weight of every linear layer before and after; one that did not move is left out."""
     found = {}
     for name, module in adapter.modules.items():
         if isinstance(module, TrainedParameters) and is_linear(module.base):
@@ -72,13 +72,13 @@ def updates(adapter: Adapter) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def values_of(matrix: Tensor) -> Tensor:
-    """Singular values, largest first: roots of the eigenvalues of the smaller Gram matrix."""
+    """Return singular values, largest first: roots of the eigenvalues of the smaller Gram matrix."""
     wide = matrix.double() if matrix.shape[0] <= matrix.shape[1] else matrix.double().T
     return torch.linalg.eigvalsh(wide @ wide.T).clamp_min(0).sqrt().flip(0)
 
 
 def of_values(values: Tensor) -> dict[str, Any]:
-    """What a spectrum amounts to, and the energy of its first directions at SHARES."""
+    """Return the ranks of a spectrum, and the energy of its first directions at SHARES."""
     energy = values.square().cumsum(0) / values.square().sum().clamp_min(1e-30)
     most = len(values)
     return {
@@ -90,10 +90,10 @@ def of_values(values: Tensor) -> dict[str, Any]:
 
 
 def kind_of(name: str) -> str:
-    """A module's path without its layer: attention.self.query."""
+    """Return a module's path without its layer: attention.self.query."""
     return re.sub(r"^.*?\.\d+\.", "", name) if layer_number(name + ".") is not None else name
 
 
 def shares_of(rows: Sequence[Mapping[str, Any]], key: str = "rank90") -> list[float]:
-    """For every module, which part of all its directions."""
+    """Return a number of directions of every module as a share of all that it has."""
     return [float(row[key]) / float(row["most"]) for row in rows]

@@ -1,4 +1,4 @@
-"""Looks at what is trained just before every optimiser step, without touching the training loop.
+"""A look at the trained tensors just before every optimiser step, without touching the training loop.
 
 A run's tensors are met by their id while it trains, and get their names once it is finished.
 """
@@ -14,13 +14,13 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from loralab.adapters.adapter import Adapter
 
 Look = Callable[[nn.Parameter], float | None]
-EncoderRequest = list[dict[int, float]]  # step -> id of a tensor -> what was seen of it
+Seen = list[dict[int, float]]  # step -> id of a tensor -> what was seen of it
 
 
 @contextmanager
-def watched(look: Look) -> Iterator[EncoderRequest]:
-    """What `look` sees of every trained tensor before each step taken inside; None is left out."""
-    seen: EncoderRequest = []
+def watched(look: Look) -> Iterator[Seen]:
+    """Yield the list of what `look` sees of every trained tensor before each step; None is left out."""
+    seen: Seen = []
 
     def note(optimizer: torch.optim.Optimizer, *given: Any) -> None:
         every = [p for group in optimizer.param_groups for p in group["params"]]
@@ -34,17 +34,17 @@ def watched(look: Look) -> Iterator[EncoderRequest]:
         handle.remove()
 
 
-def named(seen: EncoderRequest, adapter: Adapter) -> list[dict[str, float]]:
-    """The same by the names of the tensors, which must all be alive still."""
+def named(seen: Seen, adapter: Adapter) -> list[dict[str, float]]:
+    """Return the same by the names of the tensors, which must all be alive still."""
     names = {id(parameter): name for name, parameter in adapter.named_parameters().items()}
     return [{names[key]: value for key, value in step.items()} for step in seen]
 
 
 def gradient_norm(parameter: nn.Parameter) -> float | None:
-    """The length of a tensor's gradient, as clipped."""
+    """Return the length of a tensor's gradient, as clipped."""
     return None if parameter.grad is None else float(parameter.grad.norm())
 
 
 def mean_of_steps(curves: Sequence[Sequence[float]]) -> list[float]:
-    """The mean of some curves at every step that all of them have."""
+    """Return the mean of some curves at every step that all of them have."""
     return [sum(values) / len(values) for values in zip(*curves, strict=False)]

@@ -10,7 +10,7 @@ from loralab.studies.evidence import claim
 from loralab.studies.measures.carried import REFERENCE
 from loralab.studies.measures.deployed import BASE, DENSE, LOOPED, MEASURE_ADAPTERS, MEASURE_SMALLER, MERGED, UNMERGED
 from loralab.studies.message import Chart, Column, Message, Table, clauses, sentences
-from loralab.studies.readings.deployments import Deployed, Way, adapters_of, deployed
+from loralab.studies.readings.deployments import Deployed, Way, adapters_of, deployed_of
 from loralab.studies.study import Answer, Arm, Finding, Ground, Record, nothing_measured
 from loralab.studies.timing import Overhead
 from loralab.studies.trained import MEASURE
@@ -44,22 +44,22 @@ def arms(ground: Ground, base: Base) -> list[Arm]:
     for how, name in SMALLER.items():
         if how in wanted:
             options[name] = {**shared, "measure": MEASURE_SMALLER, "seconds": two, "how": how}
-    return [REFERENCE, *(Arm(name=n, options=own, tuned=False, plain=True) for n, own in options.items())]
+    return [REFERENCE, *(Arm(name=n, options=values, tuned=False, plain=True) for n, values in options.items())]
 
 
 def conclude(records: Sequence[Record], ground: Ground) -> Answer:
     """Return every way against its own control at every batch, the source's three points, and a view."""
-    found = deployed(records, ground)
-    if not found.times:
+    timed = deployed_of(records, ground)
+    if not timed.times:
         return replace(nothing_measured(ground), blanks=[(label, MISSING) for label in LABELS])
-    refused = [{"variant": name, "reason": reason} for name, reason in found.refused.items()]
+    refused = [{"variant": name, "reason": reason} for name, reason in timed.refused.items()]
     left = Table(title=Message("inference.refused"), columns=(Column("variant"), Column("reason")), rows=refused)
     return Answer(
-        sentence=_sentence(found),
-        findings=[*_time_findings(found), *_score_findings(found)],
-        blanks=list(zip(LABELS, (_speed(found), _many(found), _others(found), _view(found)), strict=True)),
-        tables=[_times_table(found), _costs_table(found), *([left] if refused else [])],
-        figures=_charts(found),
+        sentence=_sentence(timed),
+        findings=[*_time_findings(timed), *_score_findings(timed)],
+        blanks=list(zip(LABELS, (_speed(timed), _many(timed), _others(timed), _view(timed)), strict=True)),
+        tables=[_times_table(timed), _costs_table(timed), *([left] if refused else [])],
+        figures=_charts(timed),
     )
 
 
@@ -73,167 +73,167 @@ def called(way: Way) -> Message | str:
     return name
 
 
-def _each(found: Deployed) -> Message:
+def _each(timed: Deployed) -> Message:
     """Return what a time is of."""
-    return Message(f"inference.each_{found.unit}")
+    return Message(f"inference.each_{timed.unit}")
 
 
-def _at(found: Deployed, way: Way | None) -> Message:
+def _at(timed: Deployed, way: Way | None) -> Message:
     """Say how much longer a way takes than its control at every batch."""
     if way is None:
         return MISSING
-    batches = sorted(found.times[way])
-    parts = [Message("inference.at_batch", batch=b, over=o.text) for b in batches if (o := found.over(way, b))]
+    batches = sorted(timed.times[way])
+    parts = [Message("inference.at_batch", batch=b, over=o.text) for b in batches if (o := timed.over(way, b))]
     return Message("inference.at_batches", parts=parts)
 
 
-def _sentence(found: Deployed) -> Message:
+def _sentence(timed: Deployed) -> Message:
     """Say merged, unmerged, then what is quicker at all."""
-    first = found.batches[0]
-    merged, unmerged = (found.over(found.named(name), first) for name in (MERGED, UNMERGED))
-    others = [way for way in found.ways if way[1] not in (MERGED, UNMERGED) and found.is_quicker(way)]
-    quicker = [_quicker(found, way, over) for way in others if (over := found.over(way, first))]
+    first = timed.batches[0]
+    merged, unmerged = (timed.over(timed.named(name), first) for name in (MERGED, UNMERGED))
+    others = [way for way in timed.ways if way[1] not in (MERGED, UNMERGED) and timed.is_quicker(way)]
+    quicker = [_quicker(timed, way, over) for way in others if (over := timed.over(way, first))]
     parts = []
     if merged is not None:
         parts.append(Message(f"inference.merged_{merged.verdict}", batch=first, **merged.values))
     if unmerged is not None:
-        parts.append(Message("inference.unmerged_takes", each=_each(found), batch=first, over=unmerged.text))
+        parts.append(Message("inference.unmerged_takes", each=_each(timed), batch=first, over=unmerged.text))
     if quicker:
         parts.append(Message("inference.quicker", batch=first, parts=quicker))
-    elif found.smaller:
-        parts.append(Message("inference.none_quicker", batch=first, ways=[called(way) for way in found.smaller]))
+    elif timed.smaller:
+        parts.append(Message("inference.none_quicker", batch=first, ways=[called(way) for way in timed.smaller]))
     return sentences(*parts) if parts else Message("inference.partial")
 
 
-def _quicker(found: Deployed, way: Way, over: Overhead) -> Message:
+def _quicker(timed: Deployed, way: Way, over: Overhead) -> Message:
     """Say a way that is quicker, and what it costs in score where it does."""
-    change = found.score_change(way)
+    change = timed.score_change(way)
     if change is None or change.verdict != "worse":
         return Message("inference.quicker_way", way=called(way), **over.values)
-    price = found.metric.change(change.estimate)
+    price = timed.metric.change(change.estimate)
     return Message("inference.quicker_at_a_price", way=called(way), price=price, **over.values)
 
 
-def _time_findings(found: Deployed) -> list[Finding]:
+def _time_findings(timed: Deployed) -> list[Finding]:
     """Compare every way with its control, at the smallest and at the largest batch."""
     findings = []
-    for way in found.ways:
-        names = {"way": called(way), "control": called(found.control[way[0]]), "each": _each(found)}
-        for batch in sorted({min(found.times[way]), max(found.times[way])}):
-            if over := found.over(way, batch):
+    for way in timed.ways:
+        names = {"way": called(way), "control": called(timed.control[way[0]]), "each": _each(timed)}
+        for batch in sorted({min(timed.times[way]), max(timed.times[way])}):
+            if over := timed.over(way, batch):
                 sentence = Message(f"inference.takes_{over.verdict}", batch=batch, **names, **over.values)
                 findings.append(over.finding(sentence))
     return findings
 
 
-def _score_findings(found: Deployed) -> list[Finding]:
+def _score_findings(timed: Deployed) -> list[Finding]:
     """Compare the scores of every way and its control, row by row."""
-    changes = {way: change for way in found.scored if (change := found.score_change(way)) is not None}
-    controls = {way: called(found.control[way[0]]) for way in changes}
-    return [claim(change, found.metric, names=(called(way), controls[way])) for way, change in changes.items()]
+    changes = {way: change for way in timed.scored if (change := timed.score_change(way)) is not None}
+    controls = {way: called(timed.control[way[0]]) for way in changes}
+    return [claim(change, timed.metric, names=(called(way), controls[way])) for way, change in changes.items()]
 
 
-def _speed(found: Deployed) -> Message:
+def _speed(timed: Deployed) -> Message:
     """Fill in the speed before and after merging."""
-    base = found.named(BASE)
+    base = timed.named(BASE)
     if base is None:
         return MISSING
-    times = [Message("inference.time_at", time=found.middle(base, b), batch=b) for b in sorted(found.times[base])]
-    merged, unmerged = (_at(found, found.named(name)) for name in (MERGED, UNMERGED))
-    speed = Message("inference.speed", each=_each(found), times=times, merged=merged, unmerged=unmerged)
-    if found.pays_from is None:
+    times = [Message("inference.time_at", time=timed.middle(base, b), batch=b) for b in sorted(timed.times[base])]
+    merged, unmerged = (_at(timed, timed.named(name)) for name in (MERGED, UNMERGED))
+    speed = Message("inference.speed", each=_each(timed), times=times, merged=merged, unmerged=unmerged)
+    if timed.pays_from is None:
         return speed
-    return clauses([speed, Message("inference.pays", cost=found.numbers["switch_seconds"], tokens=found.pays_from)])
+    return clauses([speed, Message("inference.pays", cost=timed.numbers["switch_seconds"], tokens=timed.pays_from)])
 
 
-def _many(found: Deployed) -> Message:
+def _many(timed: Deployed) -> Message:
     """Fill in one batch of many adapters against one by one, and what they take to hold."""
-    if not found.several:
+    if not timed.several:
         return MISSING
-    parts = [Message("inference.way_at", way=called(way), at=_at(found, way)) for way in found.several]
-    held = {"adapter": found.numbers.get("adapter_bytes"), "base": found.weight(found.named(BASE))}
-    gain = found.gain and Message("inference.gain", way=called(found.gain[0]), rows=found.gain[1], gain=found.gain[2])
+    parts = [Message("inference.way_at", way=called(way), at=_at(timed, way)) for way in timed.several]
+    held = {"adapter": timed.numbers.get("adapter_bytes"), "base": timed.weight(timed.named(BASE))}
+    gain = timed.gain and Message("inference.gain", way=called(timed.gain[0]), rows=timed.gain[1], gain=timed.gain[2])
     return clauses([Message("inference.against_base", parts=parts), gain or None, Message("inference.held", **held)])
 
 
-def _others(found: Deployed) -> Message:
+def _others(timed: Deployed) -> Message:
     """Fill in the smaller models, each against the dense one of its process."""
-    if not found.smaller:
+    if not timed.smaller:
         return MISSING
-    ratio = found.numbers.get("sparse_ratio")
+    ratio = timed.numbers.get("sparse_ratio")
     sparse = None if ratio is None else Message("inference.sparse", ratio=ratio)
-    return clauses([*(_other(found, way) for way in found.smaller), sparse])
+    return clauses([*(_other(timed, way) for way in timed.smaller), sparse])
 
 
-def _other(found: Deployed, way: Way) -> Message:
-    control = found.control[way[0]]
-    score, was = (found.score(own) for own in (way, control))
-    held = {"weights": found.weight(way), "dense": found.weight(control)}
+def _other(timed: Deployed, way: Way) -> Message:
+    control = timed.control[way[0]]
+    score, was = (timed.score(each) for each in (way, control))
+    held = {"weights": timed.weight(way), "dense": timed.weight(control)}
     return Message(
-        "inference.other", way=called(way), at=_at(found, way), metric=found.metric.text, score=score, was=was, **held
+        "inference.other", way=called(way), at=_at(timed, way), metric=timed.metric.text, score=score, was=was, **held
     )
 
 
-def _view(found: Deployed) -> Message:
+def _view(timed: Deployed) -> Message:
     """Fill in a view that follows from the verdicts."""
-    first = found.batches[0]
-    merged, unmerged = (found.over(found.named(name), first) for name in (MERGED, UNMERGED))
-    quick = [called(way) for way in found.smaller if found.is_quicker(way)]
+    first = timed.batches[0]
+    merged, unmerged = (timed.over(timed.named(name), first) for name in (MERGED, UNMERGED))
+    quick = [called(way) for way in timed.smaller if timed.is_quicker(way)]
     parts = []
     if merged is not None:
         parts.append(Message(f"inference.view_merged_{merged.verdict}", **merged.values))
-    if unmerged is not None and found.several:
-        parts.append(Message("inference.view_unmerged", each=_each(found), batch=first, over=unmerged.text))
+    if unmerged is not None and timed.several:
+        parts.append(Message("inference.view_unmerged", each=_each(timed), batch=first, over=unmerged.text))
     if quick:
         parts.append(Message("inference.view_quick", ways=quick))
     return clauses(parts) if parts else MISSING
 
 
-def _times_table(found: Deployed) -> Table:
+def _times_table(timed: Deployed) -> Table:
     """Return the times of every way at every batch, and how they stand to the control's."""
     rows = [
-        {"variant": called(way), **{f"batch_{b}": _timed(found, way, b) for b in own}}
-        for way, own in found.times.items()
+        {"variant": called(way), **{f"batch_{b}": _timed(timed, way, b) for b in batches}}
+        for way, batches in timed.times.items()
     ]
-    columns = [Column(f"batch_{b}", label=Message("inference.batch", batch=b)) for b in found.batches]
-    return Table(title=Message("inference.times", each=_each(found)), columns=[Column("variant"), *columns], rows=rows)
+    columns = [Column(f"batch_{b}", label=Message("inference.batch", batch=b)) for b in timed.batches]
+    return Table(title=Message("inference.times", each=_each(timed)), columns=[Column("variant"), *columns], rows=rows)
 
 
-def _timed(found: Deployed, way: Way, batch: int) -> Message:
-    own, over = found.times[way][batch], found.over(way, batch)
-    time = Message("inference.timed", middle=found.middle(way, batch), low=min(own), high=max(own))
-    if over is None or way == found.control[way[0]]:
+def _timed(timed: Deployed, way: Way, batch: int) -> Message:
+    seconds, over = timed.times[way][batch], timed.over(way, batch)
+    time = Message("inference.timed", middle=timed.middle(way, batch), low=min(seconds), high=max(seconds))
+    if over is None or way == timed.control[way[0]]:
         return time
     return clauses([time, Message("overhead.interval", **over.values)])
 
 
-def _costs_table(found: Deployed) -> Table:
+def _costs_table(timed: Deployed) -> Table:
     """Return throughput, memory and scores."""
     rows = [
         {
             "variant": called(way),
-            **{f"rate_{b}": b / found.middle(way, b) for b in found.batches},
-            "weight_bytes": found.weight(way),
-            "working_bytes": found.weight(way, "working"),
-            "prompt_seconds": found.prompt(way),
-            "score": found.score(way),
+            **{f"rate_{b}": b / timed.middle(way, b) for b in timed.batches},
+            "weight_bytes": timed.weight(way),
+            "working_bytes": timed.weight(way, "working"),
+            "prompt_seconds": timed.prompt(way),
+            "score": timed.score(way),
         }
-        for way in found.times
+        for way in timed.times
     ]
-    rates = [Column(f"rate_{b}", "count", Message(f"inference.{found.counted}_at", batch=b)) for b in found.batches]
+    rates = [Column(f"rate_{b}", "count", Message(f"inference.{timed.counted}_at", batch=b)) for b in timed.batches]
     costs = (Column("weight_bytes", "bytes"), Column("working_bytes", "bytes"), Column("prompt_seconds", "seconds"))
-    score = Column("score", label=Message("axis.score", metric=found.metric.text))
+    score = Column("score", label=Message("axis.score", metric=timed.metric.text))
     return Table(title=Message("inference.costs"), columns=[Column("variant"), *rates, *costs, score], rows=rows)
 
 
-def _charts(found: Deployed) -> list[Chart]:
+def _charts(timed: Deployed) -> list[Chart]:
     """Return what every way adds to its control, and what it gives a second."""
-    timed = [(way, batch) for way, own in found.times.items() for batch in own]
-    over = {(way, batch): found.over(way, batch) for way, batch in timed if way in found.ways}
+    pairs = [(way, batch) for way, batches in timed.times.items() for batch in batches]
+    over = {(way, batch): timed.over(way, batch) for way, batch in pairs if way in timed.ways}
     added = [{"arm": called(w), "value": o.share, "group": str(b)} for (w, b), o in over.items() if o is not None]
-    rates = [{"arm": called(w), "value": b / found.middle(w, b), "group": str(b)} for w, b in timed]
+    rates = [{"arm": called(w), "value": b / timed.middle(w, b), "group": str(b)} for w, b in pairs]
     variant, batch = Message("column.variant"), Message("axis.batch")
     title, y = Message("inference.added_chart"), Message("axis.more_time")
     first = [Chart("bars", "inference-latency", title, added, variant, y, batch, {"percent": True})] if added else []
-    rate = Message(f"axis.{found.counted}_per_second")
+    rate = Message(f"axis.{timed.counted}_per_second")
     return [*first, Chart("bars", "inference-throughput", Message("inference.rate_chart"), rates, variant, rate, batch)]

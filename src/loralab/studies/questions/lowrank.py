@@ -1,29 +1,22 @@
 """Q1: is the update low-rank? Its spectrum, the intrinsic dimension, and shared directions."""
 
-import statistics
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import chain, product
 from typing import Any
 
 from loralab.errors import ConfigError
 from loralab.models.load import Base
-from loralab.studies.evidence import by_arm, claim, metric_of, scores_table
+from loralab.studies.evidence import Metric, by_arm, claim, finding, mean_of, metric_of, scores_table
 from loralab.studies.measures.dimension import MEASURE_DIMENSION, MEASURE_FLOOR
 from loralab.studies.measures.frozen import KINDS, MEASURE_FROZEN
-from loralab.studies.measures.overlaps import LARGE, MEASURE_OVERLAPS, SMALL
+from loralab.studies.measures.overlaps import LARGE, MEASURE_OVERLAPS, RANKS, SEEDS, SIDES, SMALL, TOP
 from loralab.studies.measures.spectra import MEASURE_FULL
-from loralab.studies.ranking import ranked
-from loralab.studies.readings.lowrank_claims import Read, amplified, dimension, order, overlap, spectrum
-from loralab.studies.readings.lowrank_shown import (
-    curve_figure,
-    dimension_table,
-    energy_figure,
-    layer_figure,
-    module_table,
-    order_table,
-    phi_figures,
-)
-from loralab.studies.study import Answer, Arm, Finding, Ground, Record, Text
+from loralab.studies.message import Chart, Column, Message, Table, sentences
+from loralab.studies.ranking import Arms, ranked
+from loralab.studies.readings.directions import Dimension, Pairs, Reached, Spectra, dimension_of, pairs_of, spectra_of
+from loralab.studies.study import Answer, Arm, Finding, Ground, Record, nothing_measured
 from loralab.studies.trained import MEASURE
 
 __all__ = ["MEASURE", "arms", "conclude"]
@@ -35,187 +28,221 @@ SIZES = {  # variant -> d, thorough and quick
 }
 SCALES = ((1.0, 2.5), (2.5,))  # how far theta moves in a step, thorough and quick
 FULL_RATE, LORA_RATE = 3e-4, 2e-3
+METHOD = {"quick": SCALES[1][0], "first": SCALES[0][0], "second": SCALES[0][1], "rate": LORA_RATE}
+METHOD |= {"small": SMALL, "large": LARGE}
+LABELS = tuple(Message(f"lowrank.{name}_label") for name in ("known", "changed", "meaning"))
+MISSING = Message("answer.not_measured")
 
 
 def arms(ground: Ground, base: Base) -> list[Arm]:
-    """The base, a full fine-tune, a head alone, three LoRA runs in one, and every d.
+    """Return the base, a full fine-tune, a head alone, three LoRA runs in one, and every d.
 
     Raises:
         ConfigError: a value is no number of directions.
     """
     quick = ground.quick
-    full: dict[str, Any] = {"method": "full"}
-    if quick:
-        full["learning_rate"] = FULL_RATE
-    found = [
+    full = {"method": "full", **({"learning_rate": FULL_RATE} if quick else {})}
+    head = Arm(name=HEAD, options={"measure": MEASURE_FROZEN}, tuned=False, plain=True)
+    asked = _sizes(ground)
+    return [
         Arm(name=BASE, options={"measure": MEASURE_FLOOR}, tuned=False, plain=True),
         Arm(name=FULL, fields=full, options={"measure": MEASURE_FULL}, tuned=not quick),
+        *([head] if base.kind in KINDS else []),
+        Arm(name=PAIRS, options={"measure": MEASURE_OVERLAPS, "rate": LORA_RATE}, tuned=False),
+        *(_subspace(variant, d, quick) for variant, sizes in SIZES.items() for d in asked or sizes[quick]),
     ]
-    if base.kind in KINDS:
-        found.append(Arm(name=HEAD, options={"measure": MEASURE_FROZEN}, tuned=False, plain=True))
-    options = {"measure": MEASURE_OVERLAPS, "rate": LORA_RATE}
-    found.append(Arm(name=PAIRS, options=options, tuned=False))
-    for variant, sizes in SIZES.items():
-        for size in _sizes(ground) or sizes[quick]:
-            options = {"measure": MEASURE_DIMENSION, "variant": variant, "d": size, "rates": list(SCALES[quick])}
-            found.append(Arm(name=f"{variant.upper()} d={size}", options=options, tuned=False))
-    return found
+
+
+def _subspace(variant: str, d: int, quick: bool) -> Arm:
+    options = {"measure": MEASURE_DIMENSION, "variant": variant, "d": d, "rates": list(SCALES[quick])}
+    return Arm(name=f"{variant.upper()} d={d}", options=options, tuned=False)
 
 
 def _sizes(ground: Ground) -> list[int]:
-    """The d that were asked for."""
+    """Return the d that were asked for."""
     wrong = [value for value in ground.values if not value.isdecimal() or int(value) < 1]
     if wrong:
-        raise ConfigError(f"--values of lowrank are numbers of directions d, such as 1000,10000; got {wrong[0]!r}")
+        asked = f"numbers of directions d, such as 1000,10000; got {wrong[0]!r}"
+        raise ConfigError(f"--values of lowrank are {asked}", code="wrong_value", field="values")
     return sorted({int(value) for value in ground.values})
 
 
 def conclude(records: Sequence[Record], ground: Ground) -> Answer:
-    """The spectrum, d90 and the overlaps, each only as far as it was measured."""
-    read = Read.of(records, full=FULL, pairs=PAIRS)
-    parts = [part for part in (spectrum(read), dimension(read), overlap(read)) if part]
-    every, metric = by_arm(records), metric_of(records)
-    if not parts and not every:
-        return Answer(
-            sentence=Text("Nothing has been measured yet.", "還沒有任何量測結果。"), blanks=_blanks(read, records)
-        )
-    sentence = Text("", "")
-    for number, part in enumerate(parts):
-        sentence = sentence + part.sentence if number else part.sentence
-    findings = [f for part in parts for f in part.findings]
-    if not parts:
-        sentence = Text(
-            "Neither the spectrum nor the intrinsic dimension has been measured yet.",
-            "更新的頻譜與內在維度都還沒有結果。",
-        )
+    """Return the spectrum, d90 and the overlaps, each only as far as it was measured."""
+    scored, metric = by_arm(records), metric_of(records, ground)
+    spectra, pairs, subspaces = spectra_of(records, FULL), pairs_of(records, PAIRS), dimension_of(records, FULL)
+    if not scored and not spectra and not pairs:
+        return replace(nothing_measured(ground), blanks=[(label, MISSING) for label in LABELS])
+    few, shared = [*map(_spectrum, spectra)], [*chain(*map(_shared, pairs))]
+    d90 = [*chain(*(_d90(dimension, metric) for dimension in subspaces))]
+    order, against_full = [*chain(*map(_order, pairs))], _against_full(scored, metric)
+    parts = [*(found.sentence for found in (*few, *d90)), *(_overlap(shared) for _ in pairs)]
+    changed = [Message("lowrank.size", relative=update.middle("relative")) for update in spectra]
+    changed += [*(found.sentence for found in few), *(_amplified(pair, order) for pair in pairs)]
+    meaning = [Message("lowrank.meaning"), *([found.sentence for found in d90] or [MISSING])]
+    blanks = (_known(scored, metric, against_full), sentences(*(changed or [MISSING])), sentences(*meaning))
+    dimensions = [_dimension_table(dimension.rows(metric), metric) for dimension in subspaces]
+    scores = [scores_table(scored, metric)] if scored else []
+    curves = [_curve_chart(dimension, metric) for dimension in subspaces]
     return Answer(
-        sentence=sentence,
-        findings=[*findings, *_expected(read), *_against_full(records)],
-        blanks=_blanks(read, records),
-        tables=[
-            *module_table(read),
-            *dimension_table(read, metric),
-            *order_table(read),
-            *([scores_table(every, metric)] if every else []),
-        ],
-        figures=[*energy_figure(read), *layer_figure(read), *curve_figure(read, metric), *phi_figures(read)],
-        method=METHOD,
-        caution=CAUTION,
-        next=_next(read),
+        sentence=sentences(*parts) if parts else Message("lowrank.neither"),
+        findings=[*few, *d90, *shared, *order, *against_full],
+        blanks=list(zip(LABELS, blanks, strict=True)),
+        tables=[*map(_modules_table, spectra), *dimensions, *map(_order_table, pairs), *scores],
+        figures=[*chain(*map(_spectrum_charts, spectra)), *curves, *chain(*map(_phi_charts, pairs))],
+        method=Message("lowrank.how", **METHOD),
+        next=Message("lowrank.between" if any(found.effect is not None for found in d90) else "lowrank.longer"),
     )
 
 
-def _expected(read: Read) -> list[Finding]:
-    """What W has in the directions of an update; without a size, since most of it is no surprise."""
-    return [replace(f, effect=None, low=None, high=None) for f in order(read)]
+def _spectrum(spectra: Spectra) -> Finding:
+    """Say whether the update needs fewer directions than a random matrix, and whether few."""
+    change, medians = spectra.fewer, {key: spectra.middle(key) for key in ("rank90", "random_rank90", "most")}
+    outcome = {"better": "low" if spectra.are_low else "some", "undecided": "unclear"}.get(change.verdict, "chance")
+    facts = Message("lowrank.facts", low=change.low, high=change.high, **medians)
+    return finding(Message(f"lowrank.spectrum_{outcome}", facts=facts), change)
 
 
-def _next(read: Read) -> Text:
-    """Finer steps of d where one has reached the target, more steps or a larger d where none has."""
-    part = dimension(read)
-    if part is not None and any(f.effect is not None for f in part.findings):
-        return Text(
-            "Look between the d that reached the target and the one below it: --values takes them.",
-            "在達標的 d 與前一個 d 之間再細分：用 --values 指定。",
-        )
-    return Text(
-        "Train longer (--steps) or take a larger d (--values): d90 falls with more steps.",
-        "訓練更久（--steps）或用更大的 d（--values）：步數越多，d90 越小。",
-    )
+def _d90(dimension: Dimension, metric: Metric) -> list[Finding]:
+    """Say d90 of each variant, or that there is none."""
+    reached = dimension.d90(metric)
+    if not reached:
+        return [] if reached is None else [Finding(sentence=Message("lowrank.no_gain"), holds=False)]
+    return [d90_finding(variant.upper(), d90, dimension.large) for variant, d90 in reached.items()]
 
 
-def _against_full(records: Sequence[Record]) -> list[Finding]:
-    """Full fine-tuning against the base, and the head alone against full fine-tuning."""
-    every, metric = by_arm(records), metric_of(records)
-    if FULL not in every:
+def d90_finding(variant: str, d90: Reached, large: int) -> Finding:
+    """Say d90 of a variant of D = large weights; it holds where its whole interval was reached."""
+    largest, has_end, is_known = d90.tried[-1], math.isfinite(d90.high), d90.kind in ("found", "at_most")
+    ends = Message("lowrank.ends" if has_end else "lowrank.no_end", low=d90.low, high=d90.high, largest=largest)
+    values = {"variant": variant, "large": large}
+    values |= {"d90": d90.value, "share": d90.value / max(1, large)} if is_known else {}
+    tried = [Message("lowrank.d", d=d) for d in d90.tried]
+    sentence = Message(f"lowrank.d90_{d90.kind}", ends=ends, largest=largest, tried=tried, **values)
+    effect, low, high = (d90.value, d90.low, d90.high if has_end else None) if is_known else (None, None, None)
+    return Finding(sentence=sentence, holds=is_known and has_end, effect=effect, low=low, high=high)
+
+
+WHERE = {
+    (pair, side): {"pair": Message(f"lowrank.{pair}", small=SMALL, large=LARGE), "side": Message(f"lowrank.{side}")}
+    for pair, side in product((RANKS, SEEDS), SIDES)
+}
+
+
+def _shared(pairs: Pairs) -> list[Finding]:
+    """Say whether the strongest direction of one update is among the first of another, on both sides."""
+    findings = []
+    for which, names in WHERE.items():
+        change, phi, chance = pairs.first(*which)
+        name = Message("lowrank.first_directions", top=TOP, phi=phi, **names)
+        values = {"a": name, "b": Message("lowrank.by_chance", chance=chance)}
+        span = Message("lowrank.difference", low=change.low, high=change.high)
+        findings.append(finding(Message(f"lowrank.{change.verdict}", span=span, **values), change))
+    return findings
+
+
+def _overlap(shared: Sequence[Finding]) -> Message:
+    """Say the largest overlap above chance."""
+    above = [finding for finding in shared if finding.verdict == "better"]
+    return max(above, key=lambda f: f.effect or 0.0).sentence if above else Message("lowrank.none_shared")
+
+
+def _order(pairs: Pairs) -> list[Finding]:
+    """Say what W has in the directions of an update; without a size, since most of it is no surprise."""
+    findings = []
+    for (name, rank), change in pairs.order.items():
+        values = {which: Message(f"lowrank.{name}_{which}", rank=rank, other=LARGE) for which in ("a", "b")}
+        span = Message("lowrank.ratio", low=math.exp(change.low), high=math.exp(change.high))
+        said = finding(Message(f"lowrank.{change.verdict}", span=span, **values), change)
+        findings.append(replace(said, effect=None, low=None, high=None))
+    return findings
+
+
+def _amplified(pairs: Pairs, order: Sequence[Finding]) -> Message:
+    """Say the amplification beside that of random directions, and how much of the order holds."""
+    held = sum(finding.verdict == "better" for finding in order)
+    whole = "whole" if held == len(order) else "part"
+    factors = {r: {"factor": pairs.middle(r, "factor"), "chance": pairs.by_chance(r)} for r in (SMALL, LARGE)}
+    said = [Message("lowrank.factor", rank=rank, **values) for rank, values in factors.items()]
+    return Message(f"lowrank.order_{whole}", factors=said, held=held, of=len(order))
+
+
+def _against_full(scored: Arms, metric: Metric) -> list[Finding]:
+    """Compare full fine-tuning with the base, and the head alone with full fine-tuning."""
+    if FULL not in scored:
         return []
-    found = ranked({FULL: every[FULL]}, metric, {name: every.get(name, ()) for name in (BASE, HEAD)})
+    found = ranked({FULL: scored[FULL]}, metric, {name: scored.get(name, ()) for name in (BASE, HEAD)})
     pairs = ((FULL, BASE), (HEAD, FULL))
     return [claim(found.contrast(a, b), metric) for a, b in pairs if {a, b} <= found.means.keys()]
 
 
-def _blanks(read: Read, records: Sequence[Record]) -> list[tuple[Text, Text]]:
-    """The source's three directions to think in, by numbers."""
+def _known(scored: Arms, metric: Metric, against_full: Sequence[Finding]) -> Message:
+    """Fill in what frozen features, or the untrained model, score beside training everything."""
+    head = HEAD if HEAD in scored else BASE
+    if not {head, FULL} <= scored.keys():
+        return MISSING
+    frozen, full = (metric.value(mean_of(scored[name], "score")) for name in (head, FULL))
+    known = Message("lowrank.known_head" if head == HEAD else "lowrank.known_base", frozen=frozen, full=full)
+    return sentences(known, against_full[-1].sentence)
+
+
+def _modules_table(spectra: Spectra) -> Table:
+    """Return every kind of module over its layers: size of the update and its ranks beside chance."""
+    ranks = ("rank90", "effective", "stable")
+    rows = []
+    for kind, own in spectra.kinds.items():
+        beside = {key: (spectra.middle(key, kind), spectra.middle(f"random_{key}", kind)) for key in ranks}
+        said = {key: Message("lowrank.beside", value=v, chance=chance) for key, (v, chance) in beside.items()}
+        shape = " × ".join(map(str, own[0]["shape"]))
+        rows.append({"kind": kind, "shape": shape, "relative_update": spectra.middle("relative", kind), **said})
+    columns = (Column("kind"), Column("shape"), Column("relative_update", "fine percent"))
+    names = (Column("rank90"), Column("effective"), Column("stable"))
+    return Table(title=Message("lowrank.update_table"), columns=(*columns, *names), rows=rows)
+
+
+D, SUBSPACE = Message("lowrank.d_column"), Message("lowrank.variant_column")
+
+
+def _dimension_table(rows: Sequence[Mapping[str, Any]], metric: Metric) -> Table:
+    score = Message("axis.score", metric=metric.text)
+    share = Column("of", "fine percent", Message("lowrank.of_column"))
+    columns = (Column("arm", label=SUBSPACE), Column("x", "count", D), share, Column("score", label=score))
+    return Table(title=Message("lowrank.dimension_table"), columns=columns, rows=rows)
+
+
+def _order_table(pairs: Pairs) -> Table:
+    """Return table 7 of the paper: what W has in the directions of the update, of chance, of itself."""
+    keys = ("update", "chance", "inside", "own", "weight", "factor")
+    rows = [{"rank": rank, **{key: pairs.middle(rank, key) for key in keys}} for rank in (SMALL, LARGE)]
+    numbers = [Column(key, ".2f", Message(f"lowrank.{key}_column")) for key in keys]
+    return Table(title=Message("lowrank.order_table"), columns=[Column("rank"), *numbers], rows=rows)
+
+
+def _spectrum_charts(spectra: Spectra) -> list[Chart]:
+    """Return energy against rank, and the share of directions of every layer and module."""
+    title, x, y = (Message(f"lowrank.{name}") for name in ("energy_chart", "of_directions", "of_energy"))
+    kind, layer, share = Message("axis.module"), Message("axis.layer"), Message("axis.share")
+    options = {"numbers": len({row["x"] for row in spectra.layers}) <= 16}
+    heat = Message("lowrank.layers_chart")
     return [
-        (Text("What has a pre-trained model learnt already?", "預訓練模型已經學到了什麼？"), _known(records)),
-        (Text("What does fine-tuning really change?", "微調時我們真正在改變什麼？"), _changed(read)),
-        (
-            Text('What does "intrinsic dimensionality" mean?', '"內在維度" (intrinsic dimensionality) 是什麼意思？'),
-            _meaning(read),
-        ),
+        Chart("lines", "lowrank-energy", title, spectra.curves, x, y, kind, {"log_x": True, "percent": True}),
+        Chart("heat", "lowrank-layers", heat, spectra.layers, layer, kind, share, options),
     ]
 
 
-NOTHING = Text("not measured", "尚未量測")
+def _curve_chart(dimension: Dimension, metric: Metric) -> Chart:
+    """Return the score against d; dashed: what d90 has to reach."""
+    goal = dimension.goal if metric.rises or dimension.goal is None else -dimension.goal
+    title, y = Message("lowrank.curve_chart"), Message("axis.score", metric=metric.text)
+    options = {"log_x": True, "chance": goal, "percent": metric.rises}
+    return Chart("lines", "lowrank-dimension", title, dimension.rows(metric), D, y, SUBSPACE, options)
 
 
-def _known(records: Sequence[Record]) -> Text:
-    """What frozen features, or the untrained model, score beside training everything."""
-    every, metric = by_arm(records), metric_of(records)
-    head = HEAD if HEAD in every else BASE
-    if head not in every or FULL not in every:
-        return NOTHING
-    frozen, full = (metric.value(statistics.fmean(r.numbers["score"] for r in every[name])) for name in (head, FULL))
-    what = (
-        Text("A linear head fitted to its frozen features scores", "特徵固定、只擬合線性分類頭得")
-        if head == HEAD
-        else Text("The model as it is scores", "未經訓練的模型得")
-    )
-    found = Text(f"{what.en} {frozen}; training every weight, {full}.", f"{what.zh} {frozen}；訓練所有權重得 {full}。")
-    own = [r for r in records if r.arm.name in (head, FULL)]
-    return found + _against_full(own)[-1].sentence
-
-
-def _changed(read: Read) -> Text:
-    """How large the update is, how many directions hold it, and what they amplify."""
-    part, found = spectrum(read), NOTHING
-    if part is not None:
-        size = 100 * statistics.median(row["relative"] for row in read.modules)
-        found = Text(
-            f"The weights move by {size:.2g} % of their length (median of layers).",
-            f"權重只移動其長度的 {size:.2g}%（各層中位數）。",
-        )
-        found += part.sentence
-    more = amplified(read)
-    if more is None:
-        return found
-    return more if part is None else found + more
-
-
-def _meaning(read: Read) -> Text:
-    """The definition, and the number found here."""
-    found = Text(
-        "The smallest number d of random directions in which training reaches 90 % of what full "
-        "fine-tuning gains (d90).",
-        "只在 d 個隨機方向上訓練，就能達到完整微調增益的 90%；這樣的最小 d 就是內在維度（d90）。",
-    )
-    part = dimension(read)
-    return found + part.sentence if part is not None else found + NOTHING
-
-
-METHOD = Text(
-    "Spectrum: W_trained - W of every linear layer of a full fine-tune, beside a random Gaussian matrix "
-    "of the same shape; an update counts as low-rank where the median layer holds 90 % of its energy in "
-    "a quarter of its directions. Intrinsic dimension: theta = theta0 + P theta_d with P by Fastfood "
-    "(DID), and with one learnt scale for each layer (SAID); everything but the tables of embeddings "
-    "goes through P, a new head included; same rows, order, steps and schedule as the full fine-tune. "
-    "theta_d is trained by AdamW at a rate of c / sqrt(d), "
-    f"c = {SCALES[1][0]:g} (thorough studies: the better of {SCALES[0][0]:g} and {SCALES[0][1]:g} by "
-    "validation loss). d90 is the smallest d whose score, made non-decreasing in d, reaches 90 % of the "
-    "gain of the full fine-tune over the better of the untrained model and the commonest label; its "
-    "interval is a bootstrap over test rows. Overlaps and amplification: LoRA with r = 8 and r = 64, "
-    f"other seeds, rate {LORA_RATE:.0e}; modules are taken as the sample.",
-    "頻譜：完整微調後每個線性層的 W_trained − W，旁邊放同形狀的高斯隨機矩陣；若中位數的層用四分之一的方向就"
-    "含有 90% 能量，就稱為低秩。內在維度：theta = theta0 + P theta_d，P 用 Fastfood（DID）；SAID 再為每層加一個"
-    "可學的縮放。除了 embedding 表以外的所有權重（含新的分類頭）都經過 P；資料、順序、步數與排程都和完整微調"
-    f"相同。theta_d 用 AdamW，學習率為 c / sqrt(d)，c = {SCALES[1][0]:g}（完整研究在 {SCALES[0][0]:g} 與 "
-    f"{SCALES[0][1]:g} 中取驗證損失較低者）。d90 是分數（取對 d 不遞減後）達到完整微調相對於「未訓練模型與最常見"
-    "標籤兩者較佳者」增益 90% 的最小 d；區間由測試資料的 bootstrap 得到。重疊與放大倍數：LoRA r = 8 與 r = 64，"
-    f"隨機種子不同，學習率 {LORA_RATE:.0e}；以各模組為樣本。",
-)
-CAUTION = Text(
-    "Few steps of AdamW move every weight by about the same amount, which makes an update look fuller "
-    "than one of a long run; and d90 falls with more steps. A phi means nothing without its chance level.",
-    "AdamW 訓練步數少時，每個權重移動的量差不多，更新看起來會比長時間訓練更滿秩；d90 也會隨步數增加而下降。"
-    "phi 必須與隨機水準一起看才有意義。",
-)
+def _phi_charts(pairs: Pairs) -> list[Chart]:
+    """Return phi less its chance level, for every pair and side, the median of modules."""
+    j, i, value = (Message(f"lowrank.{name}") for name in ("j", "i", "above_chance"))
+    titles = {"-".join(which): Message("lowrank.phi_chart", **names) for which, names in WHERE.items()}
+    return [
+        Chart("heat", f"lowrank-phi-{name}", title, pairs.phi(*name.split("-")), j, i, value)
+        for name, title in titles.items()
+    ]

@@ -90,14 +90,14 @@ def conclude(records: Sequence[Record], ground: Ground) -> Answer:
 def _at_best_rates(sweep: Sweep, ground: Ground) -> Comparison | None:
     """Compare every scaling and rank, each at its own best rate; the usual scaling first among equals."""
     order = sorted(sweep.measured, key=lambda key: (key[1], key[0] != USUAL))
-    cost = {named(key): float(place) for place, key in enumerate(order)}
-    return compare_arms(sweep.all_at_best, ground, cost=cost)
+    cost = {sweep.arm(key): float(place) for place, key in enumerate(order)}
+    return compare_arms([run for key in sweep.measured for run in sweep.at_best(key)], ground, cost=cost)
 
 
 def _claims(sweep: Sweep, found: Comparison) -> dict[Key, Finding]:
     """Compare every scaling with alpha / r at each rank, each at its own best rate, as one family."""
     return {
-        (scaling, rank): found.claim(named((scaling, rank)), named((USUAL, rank)))
+        (scaling, rank): found.claim(sweep.arm((scaling, rank)), sweep.arm((USUAL, rank)))
         for scaling, rank in sweep.measured
         if scaling != USUAL and (USUAL, rank) in sweep.measured
     }

@@ -144,7 +144,7 @@ class Deployed:
         return (best, batch, gain) if math.isfinite(gain) else None
 
 
-def deployed(records: Sequence[Record], ground: Ground) -> Deployed:
+def deployed_of(records: Sequence[Record], ground: Ground) -> Deployed:
     """Return what the records hold; nothing where nothing was timed."""
     timed = [record for record in records if record.tables.get("latency")]
     times: Times = {}

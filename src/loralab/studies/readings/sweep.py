@@ -78,11 +78,9 @@ class Sweep:
         rate = self.best(key)
         return () if rate is None else self.cells[key][rate]
 
-    @property
-    def all_at_best(self) -> list[Record]:
-        """Return the runs of every scaling and rank at its best rate, under the name of these two."""
-        runs = [(key, record) for key in self.measured for record in self.at_best(key)]
-        return [replace(record, arm=replace(record.arm, name=named(key))) for key, record in runs]
+    def arm(self, key: Key) -> str:
+        """Return the arm of a scaling and rank at its best rate."""
+        return self.at_best(key)[0].arm.name
 
     @property
     def losses(self) -> list[tuple[Key, float, float | None]]:
