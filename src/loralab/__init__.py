@@ -42,7 +42,7 @@ _WHERE = {
     "export": "artefacts.export",
     "certify": "artefacts.certificate",
     "check": "artefacts.engines",
-    "verify": "artefacts.certificate",
+    "verify": "artefacts.verify",
     "inspect": "artefacts.inspect",
     "serve": "serving.serve",
     "StudyOptions": "studies.study",

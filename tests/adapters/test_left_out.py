@@ -90,7 +90,7 @@ def test_experts_are_named_with_their_share(make: Any) -> None:
     percent = f"{share(model):.0%}"
     assert share_of(model, list(stacked_weights(model))) == pytest.approx(share(model))
     with pytest.warns(LeftOutWarning, match=percent):
-        adapter = attach(model, LoRA(rank=2))
+        adapter = attach(model, AdaLoRA())
     assert set(adapter.left_out) == {"model.layers.0.mlp.experts", "model.layers.1.mlp.experts"}
     assert set(adapter.left_out.values()) == {EXPERTS}
     assert percent in adapter.notes[0]
@@ -111,12 +111,12 @@ def test_experts_are_named_with_their_share(make: Any) -> None:
         r".*\.gate_up_proj",
     ],
 )
-def test_naming_experts_is_an_error_with_their_share(make: Any, target: Any) -> None:
+def test_naming_experts_is_an_error_where_a_method_cannot_adapt_them(make: Any, target: Any) -> None:
     if make is qwen2 and target in ("mlp", ["down_proj"]):
         return  # its shared expert has such layers
     model = make()
     with pytest.raises(TargetError) as caught:
-        attach(model, LoRA(rank=2, target_modules=target))
+        attach(model, AdaLoRA(target_modules=target))
     assert (caught.value.code, caught.value.field) == ("stacked_weights", "target_modules")
     assert caught.value.code == "stacked_weights"
     assert "q_proj" in str(caught.value)
@@ -125,7 +125,7 @@ def test_naming_experts_is_an_error_with_their_share(make: Any, target: Any) -> 
 def test_mlp_beside_experts_means_the_layers_and_names_the_experts() -> None:
     for target in ("mlp", ["gate_proj", "up_proj", "down_proj"]):
         with pytest.warns(LeftOutWarning, match="experts"):
-            adapter = attach(qwen2(), LoRA(rank=2, target_modules=target))
+            adapter = attach(qwen2(), AdaLoRA(target_modules=target))
         assert all(".shared_expert." in name for name in adapter.modules)
 
 
@@ -146,7 +146,7 @@ def test_experts_that_nobody_meant_are_not_named(config: LoRA) -> None:
 
 def test_only_the_layers_that_are_asked_for_are_named() -> None:
     with pytest.warns(LeftOutWarning):
-        adapter = attach(qwen3(), LoRA(rank=2, layers=[1]))
+        adapter = attach(qwen3(), AdaLoRA(layers=[1]))
     assert set(adapter.left_out) == {"model.layers.1.mlp.experts"}
 
 
@@ -160,7 +160,7 @@ def test_loading_warns_of_nothing(tmp_path: Any) -> None:
     torch.manual_seed(0)
     model = qwen2()
     with pytest.warns(LeftOutWarning):
-        attach(model, LoRA(rank=2)).save(tmp_path / "a")
+        attach(model, LoRA(rank=2, dora=True)).save(tmp_path / "a")
     torch.manual_seed(0)
     assert load(qwen2(), tmp_path / "a").notes  # it says so where it is asked
 

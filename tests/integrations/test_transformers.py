@@ -223,6 +223,21 @@ def test_the_certificate_is_that_of_what_was_saved(tmp_path: Path) -> None:
     assert torch.equal(logits(other.eval()), logits(found.model.eval()))
 
 
+def test_a_merge_of_what_was_trained_is_verified(tmp_path: Path) -> None:
+    found = train(tmp_path / "run", METHODS["plain"], certify=False)
+    adapter = found.adapter
+    adapter.merge()
+    found.model.save_pretrained(tmp_path / "merged")
+    adapter.unmerge()
+    llama(2).save_pretrained(tmp_path / "stale")
+    for name, passed in (("merged", True), ("stale", False)):
+        report = found.callback.verify(tmp_path / name, logits=False)
+        assert (report.passed, report.decided) == (passed, True)
+    with pytest.raises(AdapterStateError) as caught:
+        LoraCallback(adapter).verify(tmp_path / "merged")
+    assert caught.value.code == "not_trained"
+
+
 def test_a_folder_with_a_whole_model_is_refused_before_training(tmp_path: Path) -> None:
     llama(2).save_pretrained(tmp_path / "refused")
     assert refused(tmp_path).code == "folder_taken"

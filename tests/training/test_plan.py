@@ -3,8 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+import moe
 import pytest
 import torch
+from conftest import Saver
 from torch import nn
 from transformers import (
     ElectraConfig,
@@ -150,3 +152,18 @@ def test_a_tensor_that_two_layers_share_is_counted_once() -> None:
     second.weight = first.weight
     shared = nn.Sequential(first, nn.Dropout(), second)
     assert [m.parameters for m in planned(shared)] == [16, 4]
+
+
+def test_it_lists_experts_and_the_share_of_weights_that_get_no_update(sums: Path, save_tiny: Saver) -> None:
+    model = moe.qwen3(vocab_size=101, eos_token_id=2, pad_token_id=2)
+    folder = save_tiny("moe", model, True)
+    found = plan(model=str(folder), data=str(sums), training=TRAINING, method=LoRA(rank=2, target_modules="experts"))
+    layers = [f"model.layers.{n}.mlp.experts." for n in range(2)]
+    assert {m.name: m.shape for m in found.modules} == {
+        **{f"{path}gate_up_proj": (4, 24, 32) for path in layers},
+        **{f"{path}down_proj": (4, 32, 12) for path in layers},
+    }
+    assert {(m.rank, m.parameters) for m in found.modules} == {(2, 4 * 2 * (24 + 32)), (2, 4 * 2 * (32 + 12))}
+    met = 2 * 4 * (24 * 32 + 32 * 12)
+    assert found.unadapted == pytest.approx(1 - met / sum(p.numel() for p in model.parameters()))
+    assert sum("gate" in note for note in found.notes) == 1

@@ -1,7 +1,8 @@
 """Weights of several matrices in one parameter, which no layer stands for: experts above all.
 
 Most mixtures of experts keep `gate_up_proj (E, 2 I, H)` and `down_proj (E, H, I)` as parameters of
-one module. They are linear maps, and often most of a model, but not layers that can be wrapped.
+one module. They are linear maps, and often most of a model, but not layers: expert_lora.py adapts
+the module that holds them.
 """
 
 from torch import nn
@@ -28,6 +29,23 @@ def stacked_weights(model: nn.Module) -> dict[str, str]:
     return found
 
 
+def adaptable_experts(model: nn.Module) -> dict[str, str]:
+    """Return the paths of the parameters that LoRA can adapt -> that of the module of each."""
+    owners = [path for path, why in stacked_weights(model).items() if why == EXPERTS]
+    return {f"{path}.{name}": path for path in owners for name in expert_parameters(model.get_submodule(path))}
+
+
+def expert_parameters(module: nn.Module) -> list[str]:
+    """Return the names of a module's own parameters that hold one matrix for each expert."""
+    named = [(name, p) for name, p in module._parameters.items() if p is not None and _is_weight(name)]
+    return [n for n, p in named if p.ndim == 3 and p.is_floating_point() and min(p.shape[1:]) > 1]
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Return whether a module says that its experts are kept as (E, I, O); peft goes by the same mark."""
+    return bool(getattr(module, "is_transposed", False))
+
+
 def share_of(model: nn.Module, paths: list[str]) -> float:
     """Return the share of a model's weights that some modules' own parameters are."""
     total = {id(p): p.numel() for p in model.parameters()}
@@ -42,4 +60,4 @@ def _are_experts(path: str, module: nn.Module) -> bool:
 
 
 def _is_weight(name: str) -> bool:
-    return not any(word in name for word in ("embed", "token", "pos_", "norm", "probe"))
+    return not any(word in name for word in ("embed", "token", "pos_", "norm", "probe", "bias"))

@@ -138,6 +138,7 @@ class Bank:
 
     def _place(self, path: str) -> "RoutedModule":
         place = RoutedModule(self.model.get_submodule(path), self)
+        place.flattened = any(part.startswith("shared_expert") for part in path.split("."))
         place.train(place.base.training)
         return place
 
@@ -177,7 +178,7 @@ class RoutedModule(Wrapper):
     def updated(self, x: Tensor, layers: Sequence["RoutedModule"]) -> tuple[Tensor, ...] | None:
         """Return layers that read the same input, where all updates are plain low-rank ones."""
         bank = self._bank[0]
-        spans, rows = bank.spans, _rows(x, bank.spans)
+        spans, rows = bank.spans, _rows(x, bank.spans, flattened=self.flattened)
         chosen = [(s, [layer.members.get(s.key) for layer in layers]) for s in spans]
         chosen = [(s, own) for s, own in chosen if any(m is not None for m in own)]
         members = [m for _, own in chosen for m in own if m is not None]
@@ -220,6 +221,9 @@ class RoutedModule(Wrapper):
 
     def _one_by_one(self, spans: Sequence[Span], inputs: Any, named: Mapping[str, Any]) -> Any:
         """Compute each span by itself; the base runs once where members only change its output."""
+        if self.flattened or any(getattr(member, "flattened", False) for member in self.members.values()):
+            times = len(inputs[0]) // spans[-1].stop  # each row has its positions below each other
+            spans = [span._replace(start=span.start * times, stop=span.stop * times) for span in spans]
         axis, total = _axis([*inputs, *named.values()], spans)
         present = [self.members.get(s.key) for s in spans]
         whole = None
@@ -264,6 +268,8 @@ def together(x: Tensor, layers: Sequence[nn.Module]) -> list[Tensor]:
 def cannot_share(modules: Mapping[str, nn.Module]) -> str:
     """Return why modules cannot stand in one batch with those of other adapters; empty if they can."""
     for path, module in modules.items():
+        if "experts" in path.split(".")[:-1]:
+            return f"{path}: a layer of one expert gets some tokens of a batch, and not by rows"
         if reason := getattr(module, "cannot_share", ""):
             return f"{path}: {reason}"
     return ""
@@ -300,10 +306,14 @@ def _axis(values: Sequence[Any], spans: Sequence[Span]) -> tuple[int, int]:
     raise AdapterStateError(f"a module got {shapes} where the batch has {total} rows", code="wrong_shape", field="rows")
 
 
-def _rows(x: Tensor, spans: Sequence[Span]) -> int:
-    """Return the rows of x (..., I); each row of the batch may be several."""
+def _rows(x: Tensor, spans: Sequence[Span], *, flattened: bool) -> int:
+    """Return the rows of x (..., I); each row of the batch may be several.
+
+    Args:
+        flattened: whether x has them below each other.
+    """
     rows = x.numel() // x.shape[-1]
-    if x.shape[0] not in (1, spans[-1].stop) or rows % spans[-1].stop:
+    if (not flattened and x.shape[0] not in (1, spans[-1].stop)) or rows % spans[-1].stop:
         raise AdapterStateError(
             f"a module got {tuple(x.shape)} where the batch has {spans[-1].stop} rows", code="wrong_shape", field="rows"
         )

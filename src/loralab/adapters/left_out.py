@@ -9,7 +9,7 @@ from torch import nn
 from loralab.adapters.experts import EXPERTS, share_of, stacked_weights
 from loralab.adapters.methods import Method
 from loralab.adapters.paths import inside, layer_number, selected_by
-from loralab.adapters.presets import MLP, place_of
+from loralab.adapters.presets import MLP, among_experts, is_router, place_of
 from loralab.adapters.shells import plain_paths
 from loralab.adapters.targets import in_preset, linear_names, outer_names, preset_of, saved_names, unable_names
 from loralab.adapters.towers import tower_of
@@ -17,6 +17,7 @@ from loralab.errors import join_limited
 
 TOWER = "part of a tower, not of the language model"
 IN_NO_NETWORK = "part of neither attention nor the feed-forward network"
+ROUTER = "router: it chooses the experts of each token"
 MAX_LISTED = 4  # names that a note lists for each reason
 
 
@@ -35,9 +36,11 @@ def left_out(model: nn.Module, config: Any, chosen: Collection[str]) -> dict[str
     found: dict[str, str] = {}
     if preset:
         found = _by_preset(model, preset)
+        if any(among_experts(model, name) for name in chosen):
+            found |= dict.fromkeys(_routers(model), ROUTER)
     elif isinstance(target, str):
         found = {n: why for n, why in unable_names(model).items() if selected_by(plain(n), target)}
-    stacked = stacked_weights(model)
+    stacked = {name: why for name, why in stacked_weights(model).items() if name not in chosen}
     if preset:
         found |= {name: why for name, why in stacked.items() if in_preset(model, preset, name)}
     elif any(place_of(model, name) == MLP for name in chosen):
@@ -53,8 +56,8 @@ def left_out(model: nn.Module, config: Any, chosen: Collection[str]) -> dict[str
 
 
 def notable(reasons: Mapping[str, str]) -> dict[str, str]:
-    """Without what the name of a preset says already."""
-    return {name: why for name, why in reasons.items() if why != IN_NO_NETWORK}
+    """Without what the name of a preset says already, and without routers, which are left out by rule."""
+    return {name: why for name, why in reasons.items() if why not in (IN_NO_NETWORK, ROUTER)}
 
 
 def describe_left_out(model: nn.Module, reasons: Mapping[str, str]) -> str:
@@ -86,6 +89,12 @@ def _by_preset(model: nn.Module, preset: str) -> dict[str, str]:
         found |= {name: IN_NO_NETWORK for name in inner if not place_of(model, name)}
     found = {n: why for n, why in found.items() if n not in towers and not inside(n, heads)}
     return found | dict.fromkeys(towers.values(), TOWER)
+
+
+def _routers(model: nn.Module) -> list[str]:
+    """Return the paths of the modules that choose experts, those without modules that do."""
+    names = [name for name, module in model.named_modules() if name and module._parameters and is_router(model, name)]
+    return [name for name in names if layer_number(f"{name}.") is not None]
 
 
 def _in_layers(name: str, config: Method) -> bool:

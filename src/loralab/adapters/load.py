@@ -10,6 +10,8 @@ from torch import nn
 
 from loralab.adapters.adapter import Adapter
 from loralab.adapters.attach import put_into
+from loralab.adapters.expert_formats import for_model
+from loralab.adapters.expert_lora import ExpertsWithLoRA
 from loralab.adapters.fingerprint import dtype_name, fingerprint
 from loralab.adapters.folder import AdapterFolder, read
 from loralab.adapters.peft_fields import PREFIX
@@ -36,7 +38,7 @@ def load(model: nn.Module, path: str | Path, *, name: str = "default") -> Adapte
     before = adapters.current
     try:
         with adapters.standing(None):
-            stored = without_shells(read(path), inner)
+            stored = for_model(inner, without_shells(read(path), inner))
             _make_room(inner, stored)
             config = present_in(inner, stored)
         adapter = put_into(model, config, name=name)
@@ -99,7 +101,14 @@ def fill(adapter: Adapter, stored: AdapterFolder) -> None:
             code="does_not_fit",
             field="path",
         )
-    torch._foreach_copy_(list(own.values()), [stored.tensors[key] for key in own])
+    plain = plain_paths(adapter.model)
+    for path, module in adapter.modules.items():
+        if isinstance(module, ExpertsWithLoRA):  # a file holds them in another layout than they are computed in
+            names = {name: f"{PREFIX}{plain(path)}.{name}" for name in module.tensors()}
+            module.fill({name: stored.tensors[key] for name, key in names.items()})
+            own = {key: tensor for key, tensor in own.items() if key not in names.values()}
+    if own:
+        torch._foreach_copy_(list(own.values()), [stored.tensors[key] for key in own])
 
 
 def _drop_base_embeddings(adapter: Adapter, stored: AdapterFolder) -> None:

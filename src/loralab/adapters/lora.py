@@ -1,6 +1,7 @@
 """LoRA as a method: which wrapper stands where, and peft's fields and back.
 
-The equation itself: linear.py, and the same update in embedding.py, conv.py and multihead.py.
+The equation itself: linear.py, and the same update in embedding.py, conv.py, multihead.py and
+expert_lora.py.
 """
 
 import math
@@ -16,14 +17,17 @@ from loralab.adapters import parts as fused
 from loralab.adapters.bases import is_conv1d
 from loralab.adapters.conv import ConvWithLoRA, is_convolution
 from loralab.adapters.embedding import EmbeddingWithLoRA, TrainedRows
+from loralab.adapters.expert_lora import ExpertsWithLoRA
+from loralab.adapters.experts import adaptable_experts
 from loralab.adapters.linear import LinearWithLoRA
-from loralab.adapters.methods import LoRA
+from loralab.adapters.methods import LoRA, first_match
 from loralab.adapters.multihead import MultiheadAttentionWithLoRA
+from loralab.adapters.paths import ends_with
 from loralab.adapters.peft_fields import refuse_unknown, selecting_fields, targeted
 from loralab.adapters.shells import plain_paths
 from loralab.adapters.targets import target_names
 from loralab.adapters.wrapper import Wrapper
-from loralab.errors import AdapterFileError, ConfigError, TargetError
+from loralab.errors import AdapterFileError, ConfigError, TargetError, format_value
 
 STARTS_THAT_KEEP_THE_BASE = (True, False, None, "gaussian", "orthogonal", "eva")
 Actual = tuple[int, float]  # rank and factor of a saved update
@@ -32,20 +36,43 @@ Actual = tuple[int, float]  # rank and factor of a saved update
 def build(model: nn.Module, config: LoRA, generator: torch.Generator | None) -> dict[str, Wrapper]:
     """Return the wrappers by path."""
     plain = plain_paths(model)
-    wrappers = {
-        path: _wrapped(model, path, names, config.for_module(plain(path)), generator)
-        for path, names in selected_modules(model, config).items()
-    }
+    wrappers: dict[str, Wrapper] = {}
+    experts = set(adaptable_experts(model).values())
+    for path, names in selected_modules(model, config).items():
+        if path in experts:
+            module = model.get_submodule(path)
+            own = {name: for_parameter(config, plain(path), name) for name in names}
+            wrappers[path] = ExpertsWithLoRA(module, own, generator)
+        else:
+            wrappers[path] = _wrapped(model, path, names, config.for_module(plain(path)), generator)
     if config.token_rows:
         wrappers |= _token_rows(model, config, wrappers)
     return wrappers
 
 
 def selected_modules(model: nn.Module, config: LoRA) -> dict[str, list[str]]:
-    """Return the paths of the modules that are adapted, with the parts that are meant; none is the whole."""
+    """Return the paths of the modules that are adapted, with the parts that are meant; none is the whole.
+
+    Parts of experts are their parameters, all of them where the whole is meant.
+    """
     heads = [n for n, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)]
-    others = [*fused.part_names(model), *_further(model)]
-    return fused.by_module(model, target_names(model, config, others, implied=heads))
+    experts = list(adaptable_experts(model))
+    others = [*fused.part_names(model), *_further(model), *experts]
+    implied = heads if config.dora else [*heads, *experts]
+    return fused.by_module(model, target_names(model, config, others, implied=implied))
+
+
+def for_parameter(config: LoRA, path: str, name: str) -> LoRA:
+    """Return the configuration with the rank and the alpha of one parameter of experts.
+
+    The patterns may mean the parameter, as peft's do, or the module that has it.
+    """
+    whole = config.for_module(path)
+    return replace(
+        whole,
+        rank=first_match(f"{path}.{name}", config.rank_pattern, whole.rank),
+        alpha=first_match(f"{path}.{name}", config.alpha_pattern, whole.alpha),
+    )
 
 
 def fields(config: LoRA, modules: Mapping[str, Any], paths: list[str]) -> dict[str, Any]:
@@ -66,9 +93,13 @@ def lora_fields(
     Args:
         factor: of every module; None is each module's own `scaling`.
     """
-    actual = {name: (_rank(module), module.scaling if factor is None else factor) for name, module in modules.items()}
+    paths = list(paths)
+    experts = {name: module for name, module in modules.items() if isinstance(module, ExpertsWithLoRA)}
+    layers_only = {name: module for name, module in modules.items() if name not in experts}
+    actual = {n: (_rank(m), m.scaling if factor is None else factor) for n, m in layers_only.items()}
+    actual |= {f"{path}.{name}": own for path, m in experts.items() for name, own in m.ranks().items()}
     flat = _with_patterns(config, actual)
-    targets, layers = selecting_fields(list(modules), list(paths))
+    targets, layers = selecting_fields(list(layers_only), paths) if layers_only else ([], None)
     return {
         "peft_type": "LORA",
         "r": flat.rank,
@@ -76,12 +107,13 @@ def lora_fields(
         "lora_dropout": flat.dropout,
         "target_modules": targets,
         "exclude_modules": None,
+        **({"target_parameters": _target_parameters(experts, paths)} if experts else {}),
         "layers_to_transform": layers,
         "layers_pattern": None,
         "use_rslora": flat.scaling == "alpha/sqrt(r)",
         "use_dora": flat.dora,
         "bias": "none",
-        "fan_in_fan_out": all(is_conv1d(module.original) for module in modules.values()),
+        "fan_in_fan_out": not experts and all(is_conv1d(module.original) for module in modules.values()),
         "init_lora_weights": True,
         "rank_pattern": dict(flat.rank_pattern),
         "alpha_pattern": {name: _whole(alpha) for name, alpha in flat.alpha_pattern.items()},
@@ -121,6 +153,7 @@ def parse(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[LoR
             "init_lora_weights",
             "bias",
             "trainable_token_indices",
+            "target_parameters",
         },
     )
     config = LoRA(
@@ -132,7 +165,7 @@ def parse(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[LoR
         rank_pattern=fields.get("rank_pattern") or {},
         alpha_pattern=fields.get("alpha_pattern") or {},
         token_rows=_indices(fields.get("trainable_token_indices")),
-        **targeted(fields),
+        **_targeted(fields),
     )
     return config, _as_peft_computes(fields, tensors)
 
@@ -194,6 +227,36 @@ def _wrapped(model: nn.Module, path: str, names: list[str], config: LoRA, genera
     if is_convolution(module):
         return ConvWithLoRA(module, config, generator)
     return LinearWithLoRA(module, config, generator, [rows[name] for name in names])
+
+
+def _target_parameters(experts: Mapping[str, ExpertsWithLoRA], paths: Iterable[str]) -> list[str]:
+    """Return names that select these parameters alone: ends, or whole paths where ends mean others, too."""
+    chosen = {f"{path}.{name}": path.rpartition(".")[2] for path, module in experts.items() for name in module.ranks()}
+    ends = sorted({f"{leaf}.{name.rpartition('.')[2]}" for name, leaf in chosen.items()})
+    modules = [path for path in paths if path.rpartition(".")[2] in chosen.values()]
+    meant = {
+        f"{path}.{end.rpartition('.')[2]}" for path in modules for end in ends if ends_with(path, end.split(".")[0])
+    }
+    return ends if meant == chosen.keys() else list(chosen)
+
+
+def _targeted(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of `Method`; experts' parameters are targets among others here."""
+    found, given = targeted(fields), fields.get("target_parameters") or ()
+    if not isinstance(given, list | tuple) or not all(isinstance(name, str) and name for name in given):
+        raise AdapterFileError(
+            f"target_parameters must be a list of names, got {format_value(given)}",
+            code="invalid_value",
+            field="target_parameters",
+        )
+    parameters = tuple(given)
+    if not parameters:
+        return found
+    targets = found["target_modules"] or ()
+    if isinstance(targets, str):
+        ends = "|".join(map(re.escape, parameters))
+        return {**found, "target_modules": rf"({targets})|(.*\.)?({ends})"}
+    return {**found, "target_modules": (*targets, *parameters)}
 
 
 def _further(model: nn.Module) -> list[str]:

@@ -15,7 +15,7 @@ from loralab.values import check_choice, check_count
 
 INITS = ("kaiming", "gaussian", "orthogonal", "b_kaiming", "pissa")
 SCALINGS = ("alpha/r", "alpha/sqrt(r)", "none")
-PRESETS = ("all-linear", "attention", "mlp")
+PRESETS = ("all-linear", "attention", "mlp", "experts")
 IMPORTANCES = ("smoothed", "sensitivity", "magnitude")
 PLACEMENTS = ("houlsby", "pfeiffer", "parallel")
 ACTIVATIONS = ("relu", "gelu", "silu", "tanh")
@@ -31,14 +31,15 @@ class Method:
     """Base of the methods that adapt single layers, those from outside included.
 
     A subclass is a frozen dataclass of keyword-only fields with defaults.
-    `target_modules` is a preset ("all-linear", "attention", "mlp"), a list of names (each must
-    end a module's path), a regular expression for whole paths, or None, which is "all-linear":
-    every linear layer but the output head.
+    `target_modules` is a preset ("all-linear", "attention", "mlp", "experts"), a list of names
+    (each must end a module's path), a regular expression for whole paths, or None, which is
+    "all-linear": every linear layer but the output head and the routers of experts; with LoRA also
+    the experts that a model keeps in one parameter.
     """
 
-    target_modules: Annotated[Names, "all-linear, attention, mlp, comma-separated names, or a regular expression"] = (
-        "all-linear"
-    )
+    target_modules: Annotated[
+        Names, "all-linear, attention, mlp, experts, comma-separated names, or a regular expression"
+    ] = "all-linear"
     exclude_modules: Annotated[Names, "names or a regular expression to leave out"] = None
     layers: Layers = None
     layers_pattern: Annotated[tuple[str, ...], "name of the list that `layers` counts, where a model has several"] = ()
@@ -59,8 +60,10 @@ class Method:
 class LoRA(Method):
     """Adapt layers by h = W0 x + (alpha / r) B A x, with W0 frozen (arXiv:2106.09685).
 
-    On linear layers and, where they are named, on embeddings, convolutions and the projections
-    of nn.MultiheadAttention. A fused projection is addressed by parts: "c_attn.q", "c_attn.v".
+    On linear layers, on experts kept in one parameter (each expert gets an update of its own) and,
+    where they are named, on embeddings, convolutions and the projections of nn.MultiheadAttention.
+    A fused projection is addressed by parts: "c_attn.q", "c_attn.v"; experts' parameters by their
+    names: "experts.down_proj".
     """
 
     rank: Annotated[int, "width r of the update"] = 8

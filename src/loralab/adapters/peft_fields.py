@@ -29,7 +29,7 @@ CLASSES = {  # what the name of a model's class says of it
 }
 
 # fields that do not change what the tensors compute
-_INERT = {
+INERT = {
     "auto_mapping",
     "base_model_name_or_path",
     "revision",
@@ -69,7 +69,7 @@ def refuse_unknown(fields: Mapping[str, Any], known: set[str]) -> None:
     Raises:
         AdapterFileError: one is not; its meaning would be lost.
     """
-    understood = known | _INERT | SELECTING
+    understood = known | INERT | SELECTING
     unknown = [key for key, value in fields.items() if value and key not in understood]
     if unknown:
         raise AdapterFileError(

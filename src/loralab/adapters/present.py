@@ -9,6 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from loralab.adapters.embedding import TrainedRows
+from loralab.adapters.expert_formats import for_model
+from loralab.adapters.experts import adaptable_experts
 from loralab.adapters.folder import AdapterFolder
 from loralab.adapters.methods import Method, Names
 from loralab.adapters.outside import parse
@@ -32,7 +34,7 @@ def present_in(model: nn.Module, stored: AdapterFolder) -> Any:
     """
     config, path, tensors = stored.config, stored.path, stored.tensors
     plain = plain_paths(model)
-    names = [plain(name) for name, _ in model.named_modules() if name]
+    names = [plain(name) for name in (*(n for n, _ in model.named_modules() if n), *adaptable_experts(model))]
 
     def found(wanted: Iterable[str]) -> tuple[str, ...]:
         return tuple(w for w in wanted if any(ends_with(name, w) for name in names))
@@ -106,7 +108,7 @@ def require_readable(
     written = {name for name, m in modules.items() if m.tensors() and not isinstance(m, TrainedRows)}
     plain = plain_paths(base)
     try:
-        config = present_in(base, stored)
+        config = present_in(base, for_model(base, stored))
         choose: Any = spec_of(config).targets or target_names
         selected = set(map(plain, choose(base, config)))
     except LoralabError as error:
@@ -174,7 +176,9 @@ def _excluded(model: nn.Module, config: Method) -> Names:
         return None
     nothing: dict[str, Any] = {name: {} for name in _patterns(config)}
     plain = replace(config, exclude_modules=None, layers=None, layers_pattern=(), **nothing)
-    targets = list(map(plain_paths(model), target_names(model, plain)))
+    chosen: Any = (spec_of(config).targets or target_names)(model, plain)
+    parts = [f"{name}.{part}" for name, own in chosen.items() for part in own] if isinstance(chosen, dict) else []
+    targets = list(map(plain_paths(model), [*chosen, *parts]))
     if isinstance(excluded, str):
         return excluded if any(selected_by(name, excluded) for name in targets) else None
     return tuple(w for w in excluded if any(ends_with(name, w) for name in targets)) or None

@@ -39,6 +39,21 @@ def place_of(model: nn.Module, path: str) -> str:
     return MLP if block else ""
 
 
+def among_experts(model: nn.Module, path: str) -> bool:
+    """Return whether a path is that of experts, or leads through them: each token meets some of them."""
+    parts = path.split(".")
+    paths = (".".join(parts[: end + 1]) for end in range(len(parts)))
+    return any(type(model.get_submodule(own)).__name__.endswith("Experts") for own in paths) or "experts" in parts
+
+
+def is_router(model: nn.Module, path: str) -> bool:
+    """Return whether a module decides which experts a token meets."""
+    names = path.split(".")[-2:]
+    if type(model.get_submodule(path)).__name__.endswith("Router") or "router" in names:
+        return True
+    return names[-1] == "gate" and _is_beside(model, path)
+
+
 def in_attention(path: str) -> bool:
     """Return whether a path leads through attention, by its names alone."""
     said = (_by_name(part, leaf=False) for part in reversed(path.split(".")))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from loralab.adapters.folder import AdapterFolder, read
 from loralab.adapters.peft_fields import PREFIX
+from loralab.adapters.per_expert import split, stacked_keys
 from loralab.adapters.registry import spec_of
 from loralab.errors import AdapterFileError
 
@@ -122,28 +123,32 @@ def compare(one: str | Path, other: str | Path) -> list[dict[str, Any]]:
 
 
 def factors_of(stored: AdapterFolder) -> dict[str, tuple[Tensor, Tensor, float]]:
-    """A, B and the scaling of every module with a low-rank update, by its path."""
+    """A, B and the scaling of every module with a low-rank update, by its path; of each expert for itself."""
     found: dict[str, tuple[Tensor, Tensor, float]] = {}
     if not spec_of(stored.config).low_rank:
         return found
+    stacked = stacked_keys(stored)
+    for path, A, B, factor in split(stored):
+        found[path] = A.double(), B.double(), factor
     for key, A in sorted(stored.tensors.items()):
-        if not key.endswith(".lora_A.weight"):
+        if not key.endswith(".lora_A.weight") or key in stacked:
             continue
         name = _owner(key)
-        B = stored.tensors.get(f"{PREFIX}{name}.lora_B.weight")
-        if B is None:
+        other = stored.tensors.get(f"{PREFIX}{name}.lora_B.weight")
+        if other is None:
             raise AdapterFileError(
                 f"{stored.path} has lora_A but no lora_B for {name}", code="missing_tensor", field=name
             )
-        if min(A.ndim, B.ndim) < 2 or not len(A) or B.shape[1] != len(A) or not B.numel():
+        if min(A.ndim, other.ndim) < 2 or not len(A) or other.shape[1] != len(A) or not other.numel():
             raise AdapterFileError(
-                f"{stored.path}: lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)} of {name} do not fit each other",
+                f"{stored.path}: lora_A {tuple(A.shape)} and lora_B {tuple(other.shape)} of {name} do not fit "
+                "each other",
                 code="wrong_shape",
                 field=name,
             )
         found[name] = (
             A.double().flatten(1),  # fp32 would not hold squares of what it holds
-            B.double().flatten(1),
+            other.double().flatten(1),
             stored.config.for_module(name).factor,
         )
     return found

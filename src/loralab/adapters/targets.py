@@ -13,12 +13,12 @@ from typing import Any
 from torch import nn
 
 from loralab.adapters.bases import is_conv1d, linear_shape, looks_linear
-from loralab.adapters.experts import share_of, stacked_weights
+from loralab.adapters.experts import adaptable_experts, share_of, stacked_weights
 from loralab.adapters.lookalikes import why_not_linear
 from loralab.adapters.methods import PRESETS, Method, Names
 from loralab.adapters.paths import endings, ends_with, inside, layer_number, matches_pattern
 from loralab.adapters.paths import selected_by as is_selected
-from loralab.adapters.presets import ATTENTION, MLP, place_of
+from loralab.adapters.presets import ATTENTION, MLP, among_experts, is_router, place_of
 from loralab.adapters.reads import read_uncalled
 from loralab.adapters.shells import plain_paths, unwrapped
 from loralab.adapters.towers import tower_of
@@ -78,7 +78,9 @@ def preset_of(config: Method) -> str:
 
 
 def in_preset(model: nn.Module, preset: str, path: str) -> bool:
-    """Return whether a preset means a layer, wherever heads and towers are."""
+    """Return whether a preset means a layer, wherever heads, towers and routers are."""
+    if preset == "experts":
+        return among_experts(model, path)
     return preset == "all-linear" or place_of(model, path) == preset
 
 
@@ -199,10 +201,16 @@ class _Selection:
         self.candidates, self.able = candidates, [*candidates, *more]
         self.plain = plain_paths(model)
         self.unable = unable_names(model)
+        self.owners = {name: owner for name, owner in adaptable_experts(model).items() if name in self.able}
 
     def _is(self, path: str, names: Names) -> bool:
-        """Return whether names select a path, written with the shells around modules or without."""
-        return is_selected(self.plain(path), names) or is_selected(path, names)
+        """Return whether names select a path, written with the shells around modules or without.
+
+        A parameter of experts is meant by its own name, and by that of the module that has it.
+        """
+        owner = self.owners.get(path)
+        meant = is_selected(self.plain(path), names) or is_selected(path, names)
+        return meant or (owner is not None and self._is(owner, names))
 
     def chosen(self) -> list[str]:
         """Return the paths that target_modules selects."""
@@ -243,8 +251,9 @@ class _Selection:
         """Return the paths within the layers that are asked for; the patterns must mean some of them."""
         names = self._numbered(names)
         for field in ("rank_pattern", "alpha_pattern"):
+            known = {*names, *(self.owners[name] for name in names if name in self.owners)}
             for pattern in getattr(self.config, field, ()):
-                if not any(matches_pattern(self.plain(name), pattern) for name in names):
+                if not any(matches_pattern(self.plain(name), pattern) for name in known):
                     hint = nearest(pattern, endings(names))
                     raise _error(f"{field} {pattern!r} matches no adapted module{hint}", "unknown_module", field)
         return names
@@ -267,7 +276,9 @@ class _Selection:
         heads = outer_names(self.model)
         towers = tower_of(self.model, self.candidates, heads)
         names = [n for n in self.candidates if n not in towers and not inside(n, heads)]
-        chosen = [name for name in names if in_preset(self.model, preset, name)]
+        place = {name: self.owners.get(name, name) for name in names}
+        names = [name for name in names if not is_router(self.model, place[name])]
+        chosen = [name for name in names if in_preset(self.model, preset, place[name])]
         if not chosen:
             stacked = stacked_weights(self.model)
             self._require_no_stacked(preset, [path for path in stacked if in_preset(self.model, preset, path)])

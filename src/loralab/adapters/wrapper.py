@@ -29,6 +29,7 @@ class Wrapper(nn.Module):
     """
 
     cannot_share = ""  # why it cannot stand in one batch with those of other adapters
+    flattened = False  # whether its inputs have the rows of a batch and their positions on one axis
     cannot_merge = ""  # why no weight of the base can hold what was learnt; empty if one can
     merges_into: tuple[str, ...] = ("weight",)  # the base's parameters that a merge replaces
 

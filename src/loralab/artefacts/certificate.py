@@ -109,7 +109,9 @@ def verify(artefact: str | Path, *, base: str | Path | None = None) -> Certifica
     path = Path(artefact)
     if not (path / RECORD).is_file():
         raise AdapterFileError(
-            f"{path} has no {RECORD}; only what loralab wrote can be verified", code="no_record", field="path"
+            f"{path} has no {RECORD}; a merge by another tool is verified with --base and --adapter",
+            code="no_record",
+            field="path",
         )
     record = read_json(path / RECORD)
     stored = record.get("certificate")

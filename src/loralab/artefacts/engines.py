@@ -4,18 +4,24 @@ Sources: vLLM 0.32 (`lora/peft_helper.py`, `lora/lora_model.py`), llama.cpp (`ll
 `convert_lora_to_gguf.py`), peft 0.21.
 """
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from loralab.adapters import folder
 from loralab.adapters.adapter import Adapter
 from loralab.adapters.conv import ConvWithLoRA
+from loralab.adapters.expert_formats import ROLES
+from loralab.adapters.experts import adaptable_experts
 from loralab.adapters.folder import AdapterFolder
+from loralab.adapters.linear import LinearWithLoRA
 from loralab.adapters.multihead import MultiheadAttentionWithLoRA
+from loralab.adapters.per_expert import stacked_keys
 from loralab.adapters.registry import spec_of, spec_of_file
 from loralab.artefacts.gguf_adapter import FAMILIES
 from loralab.artefacts.loaded_adapter import load_with_base
@@ -30,6 +36,16 @@ VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM's --max-lora-rank 
 VLLM_DEFAULT_RANK = 16  # of vLLM, where nothing is said
 # language models of vLLM 0.32 that take no adapters, and those that take them on the embedding
 WITHOUT_LORA = ("GPT2LMHeadModel", "GPTJForCausalLM", "BloomForCausalLM", "FalconForCausalLM", "StableLmForCausalLM")
+# models of whose experts it reads all updates at once, as peft writes them, and one by one of the others
+WITH_STACKED_EXPERTS = (
+    "GptOssForCausalLM",
+    "Qwen3VLMoeForConditionalGeneration",
+    "Qwen3_5MoeForCausalLM",
+    "Qwen3_5MoeForConditionalGeneration",
+    "Gemma4ForCausalLM",
+    "Gemma4ForConditionalGeneration",
+    "NemotronHForCausalLM",
+)
 WITH_EMBEDDING_LORA = (
     "LlamaForCausalLM",
     "MistralForCausalLM",
@@ -158,7 +174,18 @@ def differs_in_peft(adapter: Adapter) -> list[str]:
             reasons.append(f"{name} is a dilated convolution, whose dilation peft forgets")
         if isinstance(module, MultiheadAttentionWithLoRA) and bool(module.tensors()[OUT_B].any()):
             reasons.append(f"{name} updates out_proj, which peft would add twice")
-    return reasons
+    return reasons + _taken_for_experts(adapter)
+
+
+def _taken_for_experts(adapter: Adapter) -> list[str]:
+    """Return the layers that peft takes for experts: it goes by the names that these had in older checkpoints."""
+    config = getattr(adapter.model, "config", None)
+    renamed = get_checkpoint_conversion_mapping(getattr(config, "model_type", "")) is not None
+    if not renamed or not adaptable_experts(adapter.model) or not spec_of(adapter.config).low_rank:
+        return []
+    linear = [name for name, module in adapter.modules.items() if isinstance(module, LinearWithLoRA)]
+    taken = [name for name in linear if name.rpartition(".")[2] in ROLES]
+    return [f"{join_limited(taken, 2)} would be read as updates of experts"] if taken else []
 
 
 def _vllm(stored: AdapterFolder, base_info: BaseInfo) -> Verdict:
@@ -170,14 +197,26 @@ def _vllm(stored: AdapterFolder, base_info: BaseInfo) -> Verdict:
     if own and _embedding(own) and base_info.architecture not in WITH_EMBEDDING_LORA:
         base = base_info.architecture or "a base that is not known here"
         found.append(Incompatibility(what=f"an embedding or head of {base} is updated", remedy=MERGE))
-    if own and not is_uniform(stored):
-        found.append(Incompatibility(what=_uneven(stored), remedy=EXPORT))
+    found += _vllm_layout(stored, own, base_info)
     notes = []
     if VLLM_DEFAULT_RANK < rank <= VLLM_RANKS[-1]:
         notes.append(f"rank {rank}: start vLLM with --max-lora-rank {allowed_rank(rank)}")
     if not base_info.architecture:
         notes.append("the base was not found, so whether vLLM can adapt it was not looked at")
     return Verdict(target="vllm", obstacles=tuple(found), notes=tuple(notes))
+
+
+def _vllm_layout(stored: AdapterFolder, own: list[Update], base_info: BaseInfo) -> list[Incompatibility]:
+    """Return what is in the way of reading the tensors as they lie in the file."""
+    stacked = bool(stacked_keys(stored))
+    uneven = len({(one.rank, one.factor) for one in own}) > 1
+    if stacked and base_info.architecture in WITH_STACKED_EXPERTS:
+        what = "ranks or scales differ, and vLLM reads all experts of this model at once"
+        return [Incompatibility(what=what, remedy=MERGE)] if uneven else []
+    if stacked:
+        what = "the experts' updates lie in one tensor, and vLLM reads those of this model one by one"
+        return [Incompatibility(what=what, remedy=EXPORT)]
+    return [Incompatibility(what=_uneven(stored), remedy=EXPORT)] if own and not is_uniform(stored) else []
 
 
 def _vllm_base(stored: AdapterFolder, base_info: BaseInfo) -> list[Incompatibility]:
@@ -202,6 +241,8 @@ def _gguf(stored: AdapterFolder, base_info: BaseInfo) -> Verdict:
         what = f"the rows of {base_info.architecture} in a GGUF file are not known here"
         found.append(Incompatibility(what=f"{what}, only those of {join_limited(FAMILIES)}", remedy=MERGE))
     own = updates(stored)
+    if stacked_keys(stored) or any(re.search(r"\.experts\.", key) for key in stored.tensors):
+        found.append(Incompatibility(what="experts are updated", remedy=MERGE))
     if any(one.ending == ".lora_embedding_A" for one in own):
         found.append(Incompatibility(what="the embedding is updated", remedy=MERGE))
     if any(one.path == "lm_head" for one in own) and base_info.tied is not False:
@@ -229,6 +270,7 @@ def _peft(stored: AdapterFolder, base_info: BaseInfo) -> Verdict:
         what = f"peft has no method {kind}"
         return Verdict(target="peft", obstacles=(Incompatibility(what=what, remedy=_way(stored)),))
     others = any(tensor.ndim > 2 or ".base_layer." in key for key, tensor in stored.tensors.items())
+    others = others or bool(stored.fields.get("target_parameters"))
     if not (others and spec_of(stored.config).low_rank):
         return Verdict(target="peft", obstacles=())
     reasons = differs_in_peft(load_with_base(stored.path).adapter)
@@ -254,7 +296,7 @@ def _beyond_updates(stored: AdapterFolder, engine: str) -> list[Incompatibility]
     layers = {k: t for k, t in stored.tensors.items() if k.endswith(low_rank)}
     if any(tensor.ndim > 2 for tensor in layers.values()):
         found.append("updates of convolutions")
-    if any(".base_layer." in key for key in layers):
+    if any(".base_layer.out_proj." in key for key in layers):
         found.append("updates of nn.MultiheadAttention")
     return [Incompatibility(what=f"{what}: {engine} does not read them", remedy=MERGE) for what in found]
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from loralab.adapters.folder import AdapterFolder
 from loralab.adapters.peft_fields import PREFIX
+from loralab.adapters.per_expert import split, stacked_keys
 from loralab.adapters.registry import spec_of
 from loralab.errors import AdapterFileError
 
@@ -45,7 +46,7 @@ class Update:
 
 
 def updates(stored: AdapterFolder) -> list[Update]:
-    """Return all low-rank updates, by path; none of a method without any.
+    """Return all low-rank updates, by path, those of experts one by one; none of a method without any.
 
     Raises:
         AdapterFileError: an A has no B.
@@ -53,16 +54,19 @@ def updates(stored: AdapterFolder) -> list[Update]:
     found: list[Update] = []
     if not spec_of(stored.config).low_rank:
         return found
+    for path, A, B, factor in split(stored):
+        found.append(Update(path=path, ending=".lora_A.weight", A=A, B=B, factor=factor))
+    stacked = stacked_keys(stored)
     for key, A in sorted(stored.tensors.items()):
         ending = next((end for end in ENDINGS if key.endswith(end)), None)
-        if ending is None:
+        if ending is None or key in stacked:
             continue
         path = key.removeprefix(PREFIX).removesuffix(ending)
-        B = stored.tensors.get(f"{PREFIX}{path}{ENDINGS[ending]}")
-        if B is None:
+        other = stored.tensors.get(f"{PREFIX}{path}{ENDINGS[ending]}")
+        if other is None:
             raise AdapterFileError(f"{stored.path} has an A but no B for {path}", code="missing_tensor", field="path")
         factor = stored.config.for_module(path).factor
-        found.append(Update(path=path, ending=ending, A=A, B=B, factor=factor))
+        found.append(Update(path=path, ending=ending, A=A, B=other, factor=factor))
     return found
 
 
@@ -70,6 +74,8 @@ def is_uniform(stored: AdapterFolder) -> bool:
     """Return whether `r` and `lora_alpha` alone say what every update is, under peft's LORA."""
     found = updates(stored)
     alike = {(one.rank, one.factor) for one in found}
+    if stacked_keys(stored):
+        return False
     named = stored.fields.get("peft_type") == "LORA" and stored.fields.get("r", 8) == max(
         (one.rank for one in found), default=0
     )
@@ -106,6 +112,11 @@ def _padded(tensor: Tensor, rank: int, dim: int) -> Tensor:
 
 def _fields(stored: AdapterFolder, rank: int, alpha: float) -> dict[str, Any]:
     told: Mapping[str, Any] = {name: stored.fields.get(name) for name in COPIED_FIELDS}
+    if stacked_keys(stored):
+        own = sorted({path.rpartition(".")[2] for path, *_ in split(stored)})
+        names = told.get("target_modules") or ()
+        both = rf"({names})|.*\.\d+\.({'|'.join(own)})" if isinstance(names, str) else sorted({*names, *own})
+        told = {**told, "target_modules": both}
     # AdaLoRA prunes whole modules, which it still names
     if stored.fields.get("peft_type") != "LORA":
         told = {**told, **dict.fromkeys(SELECTING), "target_modules": stored.config.target_modules}

@@ -13,9 +13,11 @@ from loralab.cli.tables import print_json, print_table
 if TYPE_CHECKING:
     from loralab.artefacts.comparison import Certificate
     from loralab.artefacts.engines import Verdict
+    from loralab.artefacts.proof.report import MergeReport
 
 AdapterPath = Annotated[Path, typer.Argument(help="an adapter folder")]
 OutputPath = Annotated[Path, typer.Argument(help="a new folder")]
+MOST_SHOWN = 12  # tensors that are named
 Precision = Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; that of the training if left out")]
 
 
@@ -74,13 +76,29 @@ def check(
 @app.command()
 def verify(
     artefact: Annotated[Path, typer.Argument(help="an adapter folder or a merged model")],
-    base: Annotated[str | None, typer.Option(help="the base of an adapter; the one that it names if left out")] = None,
+    base: Annotated[str | None, typer.Option(help="the base model; the one that the adapter names if left out")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="the adapter that was merged, by any tool")] = None,
+    logits: Annotated[bool, typer.Option(help="of a merge, compare logits too where the models can be opened")] = True,
     json_: Json = False,
 ) -> None:
-    """Reload an artefact in a fresh process and compare it with its certificate."""
-    from loralab.artefacts.certificate import verify as run_verify
+    """Compare an artefact with its certificate, or with --adapter a merge of any tool with base and adapter.
 
-    _show_certificate(artefact, run_verify(artefact, base=base), json_)
+    Of a merge every tensor is compared with base + s B A. Exit code 0: proven; 1: it is not what base
+    and adapter make; 2: the input is wrong, such as a missing shard; 3: it cannot be decided.
+    """
+    from loralab.artefacts.verify import verify as run_verify
+
+    if adapter is None:
+        options: dict[str, Any] = {} if logits else {"logits": False}
+        _show_certificate(artefact, run_verify(artefact, base=base, **options), json_)
+        return
+    report = run_verify(artefact, base=base, adapter=adapter, logits=logits)
+    if json_:
+        print_json(report.to_json())
+    else:
+        _show_merge(report)
+    if not report.passed:
+        raise typer.Exit(1 if report.decided else 3)
 
 
 @app.command()
@@ -116,6 +134,23 @@ def _show_certificate(path: Path, certificate: "Certificate", as_json: bool) -> 
             ("same top answer", f"{certificate.top1_agreement:.1%}  (at least {allowed['top1_agreement']:.0%})"),
         ],
     )
+
+
+def _show_merge(report: "MergeReport") -> None:
+    word = "proven" if report.passed else "NOT proven" if report.decided else "not decidable"
+    rows = [("tensors", ", ".join(f"{count} {verdict}" for verdict, count in report.counts.items()))]
+    rows += [("rounded", f"{order}  ({count} tensors)") for order, count in report.orders.items()]
+    if report.survived is not None:
+        rows.append(("update left", f"{report.survived:.1%} after quantisation"))
+    odd = (*report.wrong, *report.undecided)
+    rows += [(own.name, f"{own.cause.replace('_', ' ')}: {own.detail}") for own in odd[:MOST_SHOWN]]
+    if len(odd) > MOST_SHOWN:
+        rows.append(("", f"and {len(odd) - MOST_SHOWN} more; --json has all"))
+    if (own := report.logits) is not None:
+        compared = f"relative difference {own.relative_difference:.2e}, mean KL {own.mean_kl:.2e} nats"
+        rows.append(("logits", f"{compared}, on {own.positions} positions; {'passed' if own.passed else 'FAILED'}"))
+    rows += [("note", note) for note in report.notes]
+    print_table(f"{report.merged}: {word}", rows)
 
 
 def _show_verdict(adapter: Path, verdict: "Verdict") -> None:

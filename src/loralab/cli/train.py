@@ -231,6 +231,7 @@ def _show_plan(plan: "Plan") -> None:
     ]
     rows += [
         ("trained", f"{plan.trainable:,} of {plan.total:,} parameters ({plan.share:.2%})"),
+        ("not adapted", f"{plan.unadapted:.0%} of the model's weights, embeddings and head included"),
         (
             "rows",
             f"{plan.rows:,}, longest {plan.longest_row} tokens"

@@ -73,7 +73,7 @@ def certify_adapter(adapter: Adapter, folder: Path, sample: Sequence[Sequence[in
         CertificateError: it does not do what the live model does.
     """
     model = adapter.model
-    with _base(adapter) as base, _without_autocast(model):
+    with base_of(adapter) as base, _without_autocast(model):
         return certify(folder, model, sample, kind=kind_of_model(model), base=base)
 
 
@@ -105,7 +105,7 @@ def _adapter_name(adapter: Adapter) -> str:
 
 
 @contextmanager
-def _base(adapter: Adapter) -> Iterator[str]:
+def base_of(adapter: Adapter) -> Iterator[str]:
     """Yield where a fresh process finds the base: its own place, or a temporary copy."""
     if named := _adapter_name(adapter):
         yield named

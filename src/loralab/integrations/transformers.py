@@ -19,9 +19,11 @@ from loralab.adapters.adapter import Adapter
 from loralab.adapters.model_folder import require_no_model
 from loralab.adapters.split import require_whole
 from loralab.artefacts.comparison import Certificate
+from loralab.artefacts.proof.report import MergeReport
+from loralab.artefacts.verify import verify_merge
 from loralab.errors import AdapterStateError, ConfigError, LearningError
 from loralab.integrations.checkpoint import CheckpointState
-from loralab.integrations.proof import certify_adapter, record_of, sample_of, why_not_certified
+from loralab.integrations.proof import base_of, certify_adapter, record_of, sample_of, why_not_certified
 from loralab.training import learning
 from loralab.training.preflight import versions
 
@@ -40,6 +42,7 @@ class LoraCallback(TrainerCallback):
       take; resumed with another adapter or base they are refused.
     - At the end the adapter is saved in `output_dir`, with the certificate that it does there in a
       fresh process what it does here.
+    - `verify(folder)` proves a merge of what was trained, whichever tool made it.
 
     Args:
         adapter: attached to the model that the trainer gets.
@@ -56,6 +59,7 @@ class LoraCallback(TrainerCallback):
         self._started: dict[str, Tensor] = {}
         self._made = 0  # steps since training began
         self._sample: list[list[int]] = []
+        self._folder: Path | None = None  # of the adapter, once it is saved
 
     def on_train_begin(
         self,
@@ -166,8 +170,25 @@ class LoraCallback(TrainerCallback):
         record = record_of(self.adapter, self._sample) if proving else {}
         steps = {"steps": state.global_step, "versions": versions()}
         self.adapter.save(folder, {**record, **steps}, overwrite=True)
+        self._folder = folder
         if proving:
             self.certificate = certify_adapter(self.adapter, folder, self._sample)
+
+    def verify(self, merged: str | Path, *, logits: bool = True) -> MergeReport:
+        """Compare a merged model, by any tool, with the base and the adapter that was trained.
+
+        Raises:
+            AdapterStateError: training has not ended here.
+            InputError: it is no model folder, or not of this architecture.
+        """
+        if self._folder is None:
+            raise AdapterStateError(
+                "there is no trained adapter to compare with; train to the end first",
+                code="not_trained",
+                field="merged",
+            )
+        with base_of(self.adapter) as base:
+            return verify_merge(Path(merged), base, self._folder, logits=logits)
 
 
 def _checkpoint(args: Any, state: Any) -> Path:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from loralab.adapters.adapter import Adapter
 from loralab.adapters.attach import wrappers_for
 from loralab.adapters.bases import shared_copy
+from loralab.adapters.expert_formats import for_model
 from loralab.adapters.fingerprint import dtype_name, fingerprint
 from loralab.adapters.folder import AdapterFolder
 from loralab.adapters.linear import LinearWithLoRA
@@ -99,6 +100,7 @@ class AdapterLoader:
     @torch.no_grad()
     def _made(self, stored: AdapterFolder) -> ServableAdapter:
         self._require_servable(stored)
+        stored = for_model(self._model, stored)
         adapter = self._empty(stored)
         for name, saved in adapter.saved.items():
             self._fit_head(name, saved, stored)

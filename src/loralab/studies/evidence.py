@@ -51,6 +51,13 @@ class Metric:
         """Tell whether larger is better."""
         return self.name not in FALLING
 
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """Return the least and the largest score that there is."""
+        if not self.rises:
+            return 0.0, math.inf
+        return (-1.0 if self.name in CORRELATIONS else 0.0), 1.0
+
     def value(self, score: float) -> Message:
         """Return one score as it is written."""
         return Message("score.share" if self.rises else "score.loss", value=score)
@@ -101,7 +108,7 @@ def claim(found: Contrast, metric: Metric, names: tuple[Message | str, Message |
         b=b,
         size=metric.change(found.estimate),
         span=metric.span(found.low, found.high),
-        margin=metric.change(metric.margin_at(1.0)) if metric.rises else Message("score.margin", value=metric.margin),
+        margin=Message("score.margin_points" if metric.rises else "score.margin", value=metric.margin),
         **more,
     )
     return finding(sentence, found)
@@ -131,8 +138,9 @@ def _needed(found: Contrast) -> Message:
 def own_interval(records: Sequence[Record]) -> Interval:
     """Return an arm's mean score and its own interval, over seeds and test rows, in the metric's sense."""
     found = mean_interval([r.numbers["score"] for r in records])
-    half = half_width(sample(records, metric_of(records)))
-    return replace(found, low=found.mean - half, high=found.mean + half)
+    metric = metric_of(records)
+    half, (least, most) = half_width(sample(records, metric)), metric.bounds
+    return replace(found, low=max(least, found.mean - half), high=min(most, found.mean + half))
 
 
 def sample(records: Sequence[Record], metric: Metric, *, by_row: bool = True, level: float | None = None) -> Sample:

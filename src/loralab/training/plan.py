@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from loralab.adapters.bases import is_linear, linear_shape
+from loralab.adapters.expert_lora import ExpertsWithLoRA
 from loralab.adapters.methods import AnyMethod
 from loralab.adapters.subset import TrainedInFull
 from loralab.models.device import device_here
@@ -40,7 +41,8 @@ class Plan:
     """Plan of a run: what it would train and cost; seconds are of optimiser steps alone.
 
     `smaller` holds the options that would lower the peak, and the peak with each, the best first;
-    `notes` what the data and the model hold and the run would not use.
+    `notes` what the data and the model hold and the run would not use; `unadapted` is the share of
+    the model's weights that get no update, its embeddings and head among them.
     """
 
     model: str
@@ -60,6 +62,7 @@ class Plan:
     available_bytes: int
     smaller: Mapping[str, int]
     seconds: float
+    unadapted: float = 0.0
     notes: tuple[str, ...] = ()
 
     @property
@@ -123,6 +126,7 @@ def _planned(request: Request, prepared: PreparedRun) -> Plan:
         smaller=options,
         available_bytes=memory.available_bytes(device_here()),
         seconds=_seconds(prepared),
+        unadapted=_unadapted(prepared),
         notes=(*prepared.notes, *memory.caveats(device_here())),
     )
 
@@ -163,8 +167,12 @@ def _saved_by_packing(model: nn.Module) -> int:
 
 def _modules(prepared: PreparedRun) -> tuple[PlannedModule, ...]:
     adapter = prepared.adapter
-    adapted, seen = [], set[int]()
+    adapted: list[PlannedModule] = []
+    seen = set[int]()
     for name, m in adapter.modules.items():
+        if isinstance(m, ExpertsWithLoRA):
+            adapted += _experts(name, m)
+            continue
         own = {id(p): p.numel() for p in m.trained().values() if id(p) not in seen}
         seen |= own.keys()
         rank = getattr(m, "rank", None)
@@ -178,6 +186,35 @@ def _modules(prepared: PreparedRun) -> tuple[PlannedModule, ...]:
             )
         )
     return (*adapted, *(each for name, m in adapter.saved.items() for each in _in_full(name, m)))
+
+
+def _experts(name: str, module: ExpertsWithLoRA) -> Iterator[PlannedModule]:
+    """Yield each adapted parameter of experts, (E, O, I) or (E, I, O) as it is kept."""
+    for parameter, (rank, _) in module.ranks().items():
+        yield PlannedModule(
+            name=f"{name}.{parameter}",
+            kind=type(module.original).__name__,
+            shape=tuple(getattr(module.original, parameter).shape),
+            rank=rank,
+            parameters=sum(p.numel() for p in module.updates[parameter].parameters()),
+        )
+
+
+def _unadapted(prepared: PreparedRun) -> float:
+    """Return the share of the base's weights that no trained parameter stands beside or for."""
+    model, adapter = prepared.base.model, prepared.adapter
+    added = {id(p) for m in adapter.modules.values() for p in m.added_parameters()}
+    added |= {id(p) for m in adapter.saved.values() for p in m.trained.parameters()}
+    base = {id(p): p.numel() for p in model.parameters() if id(p) not in added}
+    modules = [(m.original, getattr(m, "merges_into", ())) for m in adapter.modules.values()]
+    met = {id(p) for m, names in modules for n, p in m.named_parameters() if _is_met(m, n, names)}
+    met |= {id(p) for m in adapter.saved.values() for p in m.base.parameters()}
+    return 1 - sum(n for key, n in base.items() if key in met) / max(1, sum(base.values()))
+
+
+def _is_met(module: nn.Module, name: str, names: tuple[str, ...]) -> bool:
+    """Return whether a parameter of an adapted module is one that the adapter acts on."""
+    return name in names or not any(n in names for n, _ in module.named_parameters())
 
 
 def _in_full(name: str, module: TrainedInFull) -> Iterator[PlannedModule]:

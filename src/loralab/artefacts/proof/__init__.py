@@ -1,0 +1,1 @@
+"""Proof of a merge that any tool made: tensor by tensor against the replayed update."""
