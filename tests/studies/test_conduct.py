@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from studies.conftest import ground_of
+from studies.conftest import assert_it_renders, ground_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loralab.adapters.attach import attach
@@ -21,8 +21,8 @@ from loralab.errors import AdapterStateError, ConfigError, InputError, OutputErr
 from loralab.studies import catalog, conduct, store
 from loralab.studies.conduct import Outcome, _own, recommend, study
 from loralab.studies.fields import configured
+from loralab.studies.halving import _one_of_each_rate, plan_for
 from loralab.studies.prepare import prepare, question_module
-from loralab.studies.questions.recommend import _one_of_each_rate, plan_for
 from loralab.studies.runner import Session
 from loralab.studies.study import Arm, Ground, StudyOptions, parse_seconds
 from loralab.tasks.catalog import find
@@ -211,7 +211,7 @@ def easy_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_recommend_ends_in_a_configuration_that_trains(
     tmp_path: Path, tiny_bert_folder: Path, easy_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("loralab.studies.questions.recommend.plan_for", lambda *_: (3, 60))
+    monkeypatch.setattr("loralab.studies.halving.plan_for", lambda *_: (3, 60))
     asked = StudyOptions(batch_size=8, test_rows=60, precision="fp32", seeds_max=1)
     found = recommend(
         model=str(tiny_bert_folder), data=str(easy_file), output_dir=tmp_path / "r", budget="10m", asked=asked
@@ -222,6 +222,7 @@ def test_recommend_ends_in_a_configuration_that_trains(
     assert "max_steps" not in config  # as long as the user's own run
     assert {"default", "base"} <= set(answer.ranking.means)
     assert answer.ranking.recommended is not None
+    assert_it_renders(answer, "recommend")
     assert config["learning_rate"] == answer.advice["learning_rate"]
     configured({k: v for k, v in config.items() if k not in ("model", "data", "map")})
     verdicts = json.loads((tmp_path / "r" / "verdicts.json").read_text(encoding="utf-8"))
@@ -231,7 +232,7 @@ def test_recommend_ends_in_a_configuration_that_trains(
 def test_where_nothing_is_learnt_nothing_is_recommended(
     tmp_path: Path, tiny_bert_folder: Path, noise_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("loralab.studies.questions.recommend.plan_for", lambda *_: (3, 9))
+    monkeypatch.setattr("loralab.studies.halving.plan_for", lambda *_: (3, 9))
     asked = StudyOptions(steps=9, batch_size=4, test_rows=40, precision="fp32", seeds_max=1)
     with pytest.raises(RunError) as refused:
         recommend(

@@ -38,6 +38,11 @@ def repeat_command(ground: Ground) -> str:
     return shlex.join(parts)
 
 
+def search_command(ground: Ground) -> str:
+    """Return the command that searches for a configuration of the same model and data."""
+    return shlex.join(["loralab", "recommend", "--model", ground.model, "--data", ground.data, *_map(ground)])
+
+
 def _map(ground: Ground) -> list[str]:
     return ["--map", join_pairs(ground.mapping)] if ground.mapping else []
 

@@ -176,7 +176,7 @@ def _sized(own: Session, ground: Ground, budget: float, started: float) -> Groun
 
     A run that goes on keeps what was decided when it began.
     """
-    from loralab.studies.questions.recommend import ETA, ROUNDS, plan_for
+    from loralab.studies.halving import ETA, ROUNDS, plan_for
 
     held = store.plans(own.folder) if (own.folder / store.STUDY).is_file() else {}
     if catalog.RECOMMEND in held:

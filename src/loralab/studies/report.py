@@ -17,13 +17,14 @@ import loralab
 from loralab import atomic
 from loralab.errors import LoralabError, OutputError
 from loralab.studies import store, verdicts
+from loralab.studies.advice import advised, grouped
 from loralab.studies.catalog import STUDIES
 from loralab.studies.figures import drawn
 from loralab.studies.message import Chart, Message, Table
 from loralab.studies.runner import records
 from loralab.studies.section import Section, section
 from loralab.studies.study import Answer
-from loralab.studies.summary import advised, closing_answers, grouped
+from loralab.studies.summary import closing_answers
 from loralab.studies.wording import LANGUAGES, UNKNOWN, formatted, say
 
 FIGURES = "figures"

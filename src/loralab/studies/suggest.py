@@ -1,6 +1,6 @@
 """Candidates for `recommend` on a cluster: Optuna proposes them, Ray Tune runs them side by side.
 
-Each proposal is a first-round cell of the study (questions/recommend.py), kept like any other. So
+Each proposal is a first-round cell of the study (halving.py), kept like any other. So
 the folder is all the memory that there is: a search that goes on tells Optuna what stands there.
 Optuna's sampler is the tree-structured Parzen estimator, Bergstra et al. 2011.
 """
@@ -19,9 +19,9 @@ from loralab.errors import ConfigError
 from loralab.studies import store
 from loralab.studies.away import Back, measure_here
 from loralab.studies.cluster import RETRIES, Cluster, received
-from loralab.studies.questions.recommend import FIRST, RATES, SHAPES, default_arm, first_round, loss_of, with_factor
+from loralab.studies.halving import FIRST, RATES, SHAPES, default_arm, first_round, with_factor
 from loralab.studies.runner import Session
-from loralab.studies.search import SEARCH, usual
+from loralab.studies.search import SEARCH, loss_of, usual
 from loralab.studies.study import Arm, Cell, Ground, Record
 from loralab.studies.trained import BASE_ARM
 
@@ -30,7 +30,7 @@ WORST = 1e6  # what Optuna is told of a run that diverged or failed
 
 
 def suggested(own: Session, ground: Ground) -> list[Arm]:
-    """The arms of a recommendation, the base among them: as many proposals as `ground.values` says.
+    """Return the arms of a recommendation, the base among them: as many proposals as `ground.values` says.
 
     Two proposals whose learning rates round to the same two digits are one arm.
 
@@ -87,7 +87,7 @@ def _search(
 
 
 def _optuna(ground: Ground, shapes: Sequence[Arm], known: Sequence[tuple[Arm, float]]) -> Any:
-    """Optuna's sampler, told what is known already."""
+    """Return Optuna's sampler, told what is known already."""
     optuna = library("optuna")
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     names = [arm.name for arm in shapes]
@@ -107,7 +107,7 @@ def _optuna(ground: Ground, shapes: Sequence[Arm], known: Sequence[tuple[Arm, fl
 
 
 def _tried(config: Mapping[str, Any], ground: Mapping[str, Any], threads: int) -> None:
-    """One proposal, on the machine that Tune chose."""
+    """Run one proposal, on the machine that Tune chose."""
     own = Ground.of(ground)
     shape = Arm(name=config[SHAPE], fields=dict(SHAPES)[config[SHAPE]])
     cell = first_round(own, with_factor(own, shape, config[FACTOR]))
@@ -121,7 +121,7 @@ def _tried(config: Mapping[str, Any], ground: Mapping[str, Any], threads: int) -
 
 
 def _writer(tune: Any, own: Session) -> Any:
-    """Tune's callback in this process: results go into the study folder."""
+    """Return Tune's callback in this process: results go into the study folder."""
 
     class Writer(tune.Callback):
         def __init__(self, own: Session) -> None:
@@ -141,7 +141,7 @@ def _writer(tune: Any, own: Session) -> Any:
 
 
 def _known(folder: Path, ground: Ground) -> list[tuple[Arm, float]]:
-    """The candidates whose first round stands in the folder, with what Optuna is told of each."""
+    """Return the candidates whose first round stands in the folder, with what Optuna is told of each."""
     found = []
     for file in sorted((folder / store.RUNS).glob(f"*/{store.RECORD}")):
         cell = Cell.of(json.loads(file.read_text(encoding="utf-8"))["cell"])
@@ -156,9 +156,9 @@ def _known(folder: Path, ground: Ground) -> list[tuple[Arm, float]]:
 
 
 def _point(ground: Ground, arm: Arm) -> dict[str, Any]:
-    """A candidate as Optuna knows it."""
+    """Return a candidate as Optuna knows it."""
     factor = float(arm.fields["learning_rate"]) / usual(ground, arm)
     shape = arm.name.rpartition(", ")[0]
     if shape not in dict(SHAPES):
-        raise ConfigError(f"the study folder has a candidate {arm.name!r} that is not known here")
+        raise ConfigError(f"the study folder has a candidate {arm.name!r} that is not known here", code="other_run")
     return {SHAPE: shape, FACTOR: min(max(factor, min(RATES)), max(RATES))}

@@ -1,82 +1,12 @@
-"""The first and the last words of a report: one configuration, and the source's closing questions."""
+"""The last words of a report: the source's closing questions."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
 
-from loralab.studies.commands import apply_command, flat, nearest_to
-from loralab.studies.evidence import mean_of, metric_of
 from loralab.studies.message import Message
 from loralab.studies.section import Section
-from loralab.studies.study import Finding, Record
+from loralab.studies.study import Finding
 
 BIGGEST = 6  # findings that are named
-
-
-@dataclass(frozen=True, kw_only=True)
-class Advice:
-    """The configuration that the studies of one model and data add up to.
-
-    Attributes:
-        reasons: (study, its number, fields, its answer) for each study that contributes.
-        cost: of the nearest arm that was measured; None where nothing was timed.
-    """
-
-    model: str
-    data: str
-    fields: Mapping[str, Any]
-    reasons: Sequence[tuple[str, str, str, Message]]
-    cost: Message | None
-    command: str
-    quick: bool
-
-
-def grouped(sections: Sequence[Section]) -> list[list[Section]]:
-    """Return the sections that stand on the same model and data, if any of them gives advice."""
-    groups: dict[tuple[str, str], list[Section]] = {}
-    for each in sections:
-        groups.setdefault((each.ground.model, each.ground.data), []).append(each)
-    return [group for group in groups.values() if any(s.answer.advice for s in group)]
-
-
-def advised(group: Sequence[Section]) -> Advice:
-    """Return all that the studies advise together, with what each contributes and what it costs."""
-    fields: dict[str, Any] = {}
-    reasons, records = [], [record for each in group for record in each.records]
-    for each in group:
-        new = {k: v for k, v in each.answer.advice.items() if k not in fields}
-        fields |= new
-        if new:
-            shown = ", ".join(f"{k} = {flat(v)}" for k, v in new.items())
-            reasons.append((each.name, each.label, shown, each.answer.sentence))
-    ground = group[0].ground
-    return Advice(
-        model=ground.model,
-        data=ground.data,
-        fields=fields,
-        reasons=reasons,
-        cost=_cost(fields, records),
-        command=apply_command(ground, fields, records),
-        quick=ground.quick,
-    )
-
-
-def _cost(fields: Mapping[str, Any], records: Sequence[Record]) -> Message | None:
-    """Say what a run of the nearest measured arm took."""
-    timed = [r for r in records if r.numbers.get("step_seconds")]
-    if not timed:
-        return None
-    near = [nearest_to(fields, timed)]
-    metric = metric_of(near)
-    return Message(
-        "page.cost",
-        arm=near[0].arm.name,
-        step=mean_of(near, "step_seconds"),
-        peak=mean_of(near, "peak_bytes"),
-        file=mean_of(near, "file_bytes"),
-        metric=metric.text,
-        score=metric.scored(near) if near[0].items.get("score") else None,
-    )
 
 
 def closing_answers(sections: Sequence[Section]) -> list[tuple[Message, list[Message]]]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from studies.conftest import Here, ground_of, planted
+from studies.conftest import Here, assert_it_renders, ground_of, keys_in, message_in, planted
 from torch import nn
 
 from loralab.adapters.adapter import Adapter
@@ -157,35 +157,48 @@ def learnt(name: str, score: float) -> list[Record]:
 def test_bytes_speed_and_equality_are_said() -> None:
     records = [*learnt("a", 0.9), *learnt("b", 0.5), system()]
     answer = multitask.conclude(records, GROUND)
-    assert "10 adapters take 10.0 MB, with their base 110.0 MB" in answer.sentence.en
-    assert "1.00 GB (9.1 times as much)" in answer.sentence.en
-    assert "answer all 80 rows as one adapter after the other" in answer.sentence.en
-    assert "3.1 times as fast" in answer.sentence.en
-    assert [zh.zh for zh, _ in answer.blanks] == [
-        "1. 如何儲存 10 個 adapter？",
-        "2. 如何動態載入不同 adapter？",
-        "3. 如何實現 batching（同一 batch 不同 adapter）？",
-        "你的設計",
+    sizes = message_in(answer.sentence, "multitask.bytes").values
+    assert sizes == {
+        "count": 10,
+        "one_adapter": 1e6,
+        "adapters": 1e7,
+        "with_base": 1.1e8,
+        "full_models": 1e9,
+        "times": pytest.approx(9.09, abs=0.01),
+    }
+    assert message_in(answer.sentence, "multitask.equal").values["compared"] == 80
+    assert message_in(answer.sentence, "multitask.mixing_better").values["size"] == pytest.approx(2 / 3, abs=0.02)
+    quicker = [f for f in answer.findings if f.sentence.key == "multitask.mixing_better"]
+    assert [f.sentence.values["rows"] for f in quicker] == list(multitask.SIZES)
+    assert all(f.holds and 0 < f.low < f.effect < f.high for f in quicker)
+    assert [label.key for label, _ in answer.blanks] == [
+        f"multitask.{name}_label" for name in ("storage", "loading", "batching", "design")
     ]
-    assert "mix requests" in answer.blanks[-1][1].en
-    assert "1 of 2 adapters beat" in answer.blanks[-1][1].en
-    assert all(text.en and text.zh for _, text in answer.blanks)
+    design = answer.blanks[-1][1]
+    assert (design.key, design.values) == ("multitask.design_mix", {"worked": 1, "count": 2})
+    assert_it_renders(answer, "multitask")
 
 
 def test_other_answers_and_no_gain_are_said_too() -> None:
     wrong = multitask.conclude([system(same=0.9, furthest=0.5)], GROUND)
-    assert "do NOT answer" in wrong.sentence.en and "group requests" in wrong.blanks[-1][1].en
+    assert message_in(wrong.sentence, "multitask.unequal").values["same"] == 0.9
+    assert wrong.blanks[-1][1].key == "multitask.design_group"
     even = multitask.conclude([system(ratio=1.0)], GROUND)
-    assert "same time beyond noise" in even.sentence.en
+    keys = {f.sentence.key for f in even.findings if f.sentence.key.startswith("multitask.mixing_")}
+    assert keys <= {"multitask.mixing_equivalent", "multitask.mixing_undecided"}
     slow = multitask.conclude([system(ratio=0.5)], GROUND)
-    assert "slower than one adapter after the other" in slow.sentence.en
+    assert "multitask.mixing_worse" in keys_in(slow.sentence)
+    for answer in (wrong, even, slow):
+        assert_it_renders(answer, "multitask")
 
 
 def test_what_is_missing_is_said() -> None:
-    assert "has not been measured" in multitask.conclude([], GROUND).sentence.en
+    assert multitask.conclude([], GROUND).sentence.key == "answer.nothing"
     answer = multitask.conclude(learnt("a", 0.9), GROUND)
-    assert "has not been measured" in answer.sentence.en and answer.findings[0].holds
-    assert all(text.en == "not measured" for _, text in answer.blanks)
+    assert answer.sentence.key == "multitask.no_system"
+    assert (answer.findings[0].verdict, answer.findings[0].sentence.values["a"]) == ("better", "a")
+    assert {text.key for _, text in answer.blanks} == {"answer.not_measured"}
+    assert_it_renders(answer, "multitask")
 
 
 @pytest.mark.parametrize("gone", [False, True])
@@ -211,7 +224,9 @@ def test_it_runs_on_tiny_models_and_own_files(
     assert numbers["same"] == 1 and numbers["furthest"] < 1e-4 * max(1, numbers["largest"])
     assert numbers["adapters"] == len(values)
     assert bool(list(tmp_path.glob("runs/*/task-*"))) == gone  # else those beside it are taken
-    assert multitask.conclude(records, ground).figures
+    answer = multitask.conclude(records, ground)
+    assert answer.figures
+    assert_it_renders(answer, "multitask")
 
 
 def test_causal_models_are_routed_as_well(
@@ -240,7 +255,7 @@ def test_tasks_are_names_or_files(tiny_bert_folder: Path, noise_file: Path) -> N
     assert names[0] == str(noise_file) and len(names) == 11 and names[-1] == "system"
     own = replace(ground, data="tweets")
     assert [a.name for a in multitask.arms(own, base)][:2] == ["tweets", "movie-reviews"]
-    with pytest.raises(ConfigError, match=r"'tweet' is no task.*did you mean tweets"):
-        multitask.arms(replace(ground, values=("tweet", "tweets")), base)
-    with pytest.raises(ConfigError, match="at least two"):
-        multitask.arms(replace(ground, values=("tweets", "tweets")), base)
+    for values, code in ((("tweet", "tweets"), "unknown_task"), (("tweets", "tweets"), "wrong_value")):
+        with pytest.raises(ConfigError) as failure:
+            multitask.arms(replace(ground, values=values), base)
+        assert (failure.value.code, failure.value.field) == (code, "values")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from studies.conftest import Here, ground_of
+from studies.conftest import Here, assert_it_renders, ground_of, keys_in, message_in, messages_in
 
 from loralab.adapters.attach import attach
 from loralab.errors import ConfigError
@@ -15,7 +15,7 @@ from loralab.studies.fields import configured
 from loralab.studies.prepare import base_of
 from loralab.studies.questions import scaling
 from loralab.studies.readings.sweep import Sweep
-from loralab.studies.study import DIVERGED, MISSING, Arm, Ground, Record
+from loralab.studies.study import DIVERGED, MISSING, Answer, Arm, Ground, Record
 
 GROUND = Ground(study="scaling", model="m", data="d")
 SCALINGS, RANKS, RATES = ("alpha/r", "alpha/sqrt(r)", "none"), (4, 64), (1e-4, 1e-3, 1e-2)
@@ -95,33 +95,65 @@ def test_values_are_ranks_and_scalings(tiny_bert_folder: Path, noise_file: Path)
     assert [(arm.fields["scaling"], arm.fields["rank"]) for arm in found] == [("none", 2), ("none", 16)]
     assert found[0].fields["learning_rate"] == 5e-4  # fixed: one for all
     for wrong in ("0", "-4", "alpha/rr", "2.5"):
-        with pytest.raises(ConfigError, match="ranks, such as"):
+        with pytest.raises(ConfigError) as failure:
             scaling.arms(replace(ground, values=(wrong,)), base_of(ground))
+        assert (failure.value.code, failure.value.field) == ("wrong_value", "values")
     with pytest.raises(ConfigError, match=r"did you mean alpha/r"):
         scaling.arms(replace(ground, values=("alpha/rr",)), base_of(ground))
 
 
+def drifts(answer: Answer) -> dict[str, float]:
+    """Return how far the best rate of each scaling is said to move."""
+    moves = [message for message in messages_in(answer.sentence) if message.key == "scaling.drift"]
+    return {message.values["scaling"]: message.values["factor"] for message in moves}
+
+
+def one_rate(answer: Answer) -> dict[str, tuple[str, list[float]]]:
+    """Return the verdict on one rate for all ranks, and the rates that serve them, by scaling."""
+    found = {}
+    for finding in answer.findings:
+        if finding.sentence.key == f"scaling.one_rate_{finding.verdict}":
+            rates = [
+                m.values["value"] for m in messages_in(finding.sentence.values.get("rates")) if m.key == "score.rate"
+            ]
+            found[finding.sentence.values["scaling"]] = (finding.verdict, rates)
+    return found
+
+
 def test_a_best_rate_that_moves_is_found() -> None:
     answer = scaling.conclude(planted(moving), GROUND)
-    assert "alpha/r ×1, alpha/sqrt(r) ×0.1, none ×0.1" in answer.sentence.en
-    assert "at the edge of the grid: alpha/sqrt(r), none" in answer.sentence.en
-    held = {f.sentence.en.split()[1]: f.holds for f in answer.findings if "rate" in f.sentence.en}
-    assert held == {"alpha/r": False, "alpha/sqrt(r)": True, "none": True}
-    assert "Not for the score" in answer.sentence.en
+    assert drifts(answer) == pytest.approx({"alpha/r": 1, "alpha/sqrt(r)": 0.1, "none": 0.1})
+    assert message_in(answer.sentence, "scaling.drifts_to_edge").values["edges"] == ["alpha/sqrt(r)", "none"]
+    rates = one_rate(answer)
+    assert rates["alpha/r"][1] == [1e-3]
+    assert rates["alpha/sqrt(r)"] == rates["none"] == ("worse", [])
+    assert [f.holds for f in answer.findings if f.verdict == "worse"] == [True, True]
+    assert not {"scaling.depends", "scaling.too_short"} & set(keys_in(answer.sentence))
     assert answer.advice == {"scaling": "alpha/r", "learning_rate": 1e-3}
+    assert_it_renders(answer, "scaling")
 
 
 def test_a_best_rate_that_stays_is_not_made_to_move() -> None:
     answer = scaling.conclude(planted(steady), GROUND)
-    assert "alpha/r ×1, alpha/sqrt(r) ×1, none ×1." in answer.sentence.en
+    assert drifts(answer) == {"alpha/r": 1, "alpha/sqrt(r)": 1, "none": 1}
+    assert "scaling.drifts" in keys_in(answer.sentence)
     assert not any(finding.holds for finding in answer.findings)
 
 
 def test_a_better_score_is_claimed_at_the_best_rates() -> None:
     answer = scaling.conclude(planted(steady, gain=0.2), GROUND)
-    assert "each at its best learning rate, 2 of 4 comparisons" in answer.sentence.en
-    assert "none, r=4 is better than alpha/r, r=4 by 20.0 points" in answer.sentence.en
+    depends, claim = (message_in(answer.sentence, key) for key in ("scaling.depends", "contrast.better"))
+    assert (depends.values["at"].key, depends.values["clear"], depends.values["count"]) == ("scaling.at_best", 2, 4)
+    assert (claim.values["a"], claim.values["b"]) == ("none, r=4, 0.001", "alpha/r, r=4, 0.001")
+    assert claim.values["size"].values["value"] == pytest.approx(0.2)
     assert answer.advice == {"scaling": "none", "learning_rate": 1e-3}
+
+
+def test_what_is_ranked_are_arms_that_were_trained() -> None:
+    records = planted(moving)
+    ranking = scaling.conclude(records, GROUND).ranking
+    assert set(ranking.names) <= {record.arm.name for record in records}
+    assert len(ranking.names) == len(SCALINGS) * len(RANKS)
 
 
 def test_runs_that_diverged_are_counted_and_never_chosen() -> None:
@@ -132,9 +164,9 @@ def test_runs_that_diverged_are_counted_and_never_chosen() -> None:
     assert 1e-3 not in sweep.ended(("none", 4))
     assert sweep.best(("none", 4)) in (1e-4, 1e-2)
     answer = scaling.conclude(records, GROUND)
-    assert "none: 4 of 12 runs diverged" in answer.blanks[0][1].en
-    (rows,) = answer.figures[0].specs["en"]["datasets"].values()
-    empty = [row for row in rows if row["value"] is None]
+    counts = [m.values for m in messages_in(answer.blanks[0][1]) if m.key == "scaling.diverged"]
+    assert {c["scaling"]: (c["lost"], c["runs"]) for c in counts}["none"] == (4, 12)
+    empty = [row for row in answer.figures[0].rows if row["value"] is None]
     assert {(row["x"], row["y"]) for row in empty} == {("1.0e-03", "none, r=4"), ("1.0e-03", "none, r=64")}
 
 
@@ -153,8 +185,8 @@ def test_the_target_is_halfway_and_reached_as_counted_by_hand() -> None:
 def test_one_rate_for_all_is_said_to_be_that_and_advises_nothing() -> None:
     one = [record for record in planted(moving) if record.rate == 1e-3]
     answer = scaling.conclude(one, GROUND)
-    assert "at the one learning rate 1.0e-03" in answer.sentence.en
-    assert "best rate moves" not in answer.sentence.en
+    assert message_in(answer.sentence, "scaling.at_one").values["rate"] == 1e-3
+    assert drifts(answer) == {}
     assert answer.advice == {}
 
 
@@ -164,17 +196,18 @@ def test_test_rows_choose_no_rate() -> None:
 
 
 def test_every_blank_is_filled_whatever_is_missing() -> None:
-    assert "No scaling has been measured" in scaling.conclude([], GROUND).sentence.en
+    assert scaling.conclude([], GROUND).sentence.key == "answer.nothing"
     every = planted(steady, seeds=1)
     gone = [replace(r, status=MISSING, numbers={}, items={}, series={}) for r in every]
-    assert "No scaling has been measured" in scaling.conclude(gone, GROUND).sentence.en
+    assert scaling.conclude(gone, GROUND).sentence.key == "answer.nothing"
     lost = [replace(r, status=DIVERGED, numbers={}, items={}) for r in every]
-    assert "All 18 runs diverged" in scaling.conclude(lost, GROUND).sentence.en
+    sentence = scaling.conclude(lost, GROUND).sentence
+    assert (sentence.key, sentence.values["runs"]) == ("scaling.all_diverged", 18)
     for kept in (every[:1], every[:3], every[3:], lost[:9] + every[9:], every[:4] + gone[4:]):
         answer = scaling.conclude(kept, GROUND)
-        labels = [label.zh for label, _ in answer.blanks]
-        assert labels == ["訓練穩定性", "收斂速度", "最終效能", "你的發現"]
-        assert all(value.en and value.zh for _, value in answer.blanks)
+        labels = [label.key for label, _ in answer.blanks]
+        assert labels == ["scaling.stability_label", "scaling.speed_label", "scaling.final_label", "page.findings"]
+        assert_it_renders(answer, "scaling")
 
 
 def test_on_noise_no_scaling_is_better(here: Here, tiny_bert_folder: Path, noise_file: Path, tmp_path: Path) -> None:
@@ -183,7 +216,7 @@ def test_on_noise_no_scaling_is_better(here: Here, tiny_bert_folder: Path, noise
     assert len(records) == 18
     assert all(record.items["loss"] for record in records if record.status == "done")
     answer = scaling.conclude(records, ground)
-    assert not any(finding.holds for finding in answer.findings if "point" in finding.sentence.en)
-    assert "too short to tell" in answer.sentence.en  # six steps, and nothing that could be learnt
+    assert not any(finding.holds for finding in answer.findings if finding.sentence.key.startswith("contrast."))
+    assert "scaling.too_short" in keys_in(answer.sentence)  # six steps, and nothing that could be learnt
     assert answer.advice == {}
     assert [figure.name for figure in answer.figures] == ["scaling-losses", "scaling-rates", "scaling-curves"]

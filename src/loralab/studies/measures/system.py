@@ -1,9 +1,10 @@
 """Many adapters beside one base: bytes stored, times to load, one batch for all of them."""
 
+import functools
 import itertools
+import math
 import random
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from loralab.adapters.folder import TENSORS
 from loralab.adapters.load import load
 from loralab.errors import ConfigError, LoralabError
 from loralab.models.load import Base
-from loralab.studies import trained
+from loralab.studies import timing, trained
 from loralab.studies.measures.mixed_batch import Banked, Mixed, swap
 from loralab.studies.study import Arm, Cell, Record
 from loralab.studies.trained import Tell, rows_of
@@ -49,7 +50,7 @@ class Stored:
 
 
 def own_cell(cell: Cell, name: str) -> Cell:
-    """The cell on the ground of a task of its own."""
+    """Return the cell on the ground of a task of its own."""
     mapping = {} if name in TASKS else cell.ground.mapping
     return replace(cell, ground=replace(cell.ground, data=name, mapping=mapping))
 
@@ -66,7 +67,7 @@ def measure_task(cell: Cell, folder: Path, tell: Tell) -> Record:
 
 
 def majority(task: Task) -> list[float]:
-    """For every test row, whether its label is the commonest one of train; none without labels."""
+    """Return for every test row whether its label is the commonest one of train; none without labels."""
     labels = [label for row in task.splits["train"] for label in labels_of(row)]
     if not labels or any("label" not in row for row in task.splits["test"]):
         return []
@@ -78,7 +79,7 @@ def measure_system(cell: Cell, folder: Path, tell: Tell) -> Record:
     """Load all adapters, answer mixed batches and adapter after adapter, compare and time."""
     stored = adapters_of(cell, folder, tell)
     if len(stored) < 2:
-        raise ConfigError("a system needs at least two adapters, and fewer could be trained")
+        raise ConfigError("a system needs at least two adapters, and fewer could be trained", code="too_few_adapters")
     base, seconds = loaded(cell, stored[0].task)
     adapters, expected, cold = one_after_the_other(cell, stored)
     asked = requests(stored, base)
@@ -101,7 +102,7 @@ def measure_system(cell: Cell, folder: Path, tell: Tell) -> Record:
 
 
 def adapters_of(cell: Cell, folder: Path, tell: Tell) -> list[Stored]:
-    """The adapters that the cells of the tasks left beside this one; what is missing is trained."""
+    """Return the adapters that the cells of the tasks left beside this one; what is missing is trained."""
     found: list[Stored] = []
     for arm in cell.arm.options["arms"]:
         one = replace(cell, arm=Arm(**arm), measure=MEASURE_TASK)
@@ -120,16 +121,15 @@ def adapters_of(cell: Cell, folder: Path, tell: Tell) -> list[Stored]:
 
 
 def loaded(cell: Cell, task: Task) -> tuple[Base, float]:
-    """The base model in fp32, ready to answer, and the seconds that loading it took."""
-    started = time.perf_counter()
+    """Return the base model in fp32, ready to answer, and the seconds that loading it took."""
     size = cell.ground.fields.get("image_size")
-    base = load_base(cell.ground.model, task, "fp32", 0, image_size=size)
+    base, seconds = timing.timed(lambda: load_base(cell.ground.model, task, "fp32", 0, image_size=size))
     base.model.eval().requires_grad_(False)
-    return base, time.perf_counter() - started
+    return base, seconds
 
 
 def one_after_the_other(cell: Cell, stored: Sequence[Stored]) -> tuple[list[Adapter], list[list[Tensor]], list[float]]:
-    """Every adapter loaded as users do: what was attached, its answers, the seconds of each load."""
+    """Load every adapter as users do; return what was attached, its answers, and the seconds of each load."""
     adapters, answers, seconds = [], [], []
     bases: dict[int, Base] = {}
     for own in stored:
@@ -138,9 +138,8 @@ def one_after_the_other(cell: Cell, stored: Sequence[Stored]) -> tuple[list[Adap
             bases[labels] = loaded(cell, own.task)[0]
         base = bases[labels]
         for number in range(LOADS):
-            started = time.perf_counter()
-            adapter = load(base.model, own.folder)
-            seconds.append(time.perf_counter() - started)
+            adapter, taken = timing.timed(functools.partial(load, base.model, own.folder))
+            seconds.append(taken)
             if number < LOADS - 1:
                 adapter.detach()
         base.model.eval()
@@ -152,7 +151,7 @@ def one_after_the_other(cell: Cell, stored: Sequence[Stored]) -> tuple[list[Adap
 
 
 def requests(stored: Sequence[Stored], base: Base) -> list[StudyOptions]:
-    """The first test rows of every task, each with the number of its adapter."""
+    """Return the first test rows of every task, each with the number of its adapter."""
     found = []
     for number, own in enumerate(stored):
         rows = own.task.splits["test"][:COMPARED]
@@ -163,7 +162,7 @@ def requests(stored: Sequence[Stored], base: Base) -> list[StudyOptions]:
 
 @torch.no_grad()
 def outputs(base: Base, examples: Sequence[Example]) -> Tensor:
-    """What decides each row's answer: the logits of its classes, or of its first token."""
+    """Return what decides each row's answer: the logits of its classes, or of its first token."""
     batch = collate(examples, pad_id=base.tokenizer.pad_token_id or 0, kind=base.kind, pictures=base.tokenizer)
     device = next(base.model.parameters()).device
     batch = {name: tensor.to(device) for name, tensor in batch.items()}
@@ -177,7 +176,7 @@ def outputs(base: Base, examples: Sequence[Example]) -> Tensor:
 def compared(
     base: Base, mixed: Mixed, asked: Sequence[StudyOptions], expected: Sequence[Sequence[Tensor]]
 ) -> dict[str, float]:
-    """How far the answers of mixed batches are from those of one adapter after the other."""
+    """Return how far the answers of mixed batches are from those of one adapter after the other."""
     position = [0] * len(expected)
     true: list[Tensor] = []
     for number, _ in asked:
@@ -201,7 +200,7 @@ def compared(
 def timed(
     cell: Cell, task: Task, base: Base, mixed: Mixed, asked: Sequence[StudyOptions], adapters: Sequence[Adapter]
 ) -> tuple[dict[str, list[float]], float]:
-    """Seconds of a batch in each of the ways, in turn so that all meet the same machine."""
+    """Return the seconds of a batch in each of the ways, which take turns so that all meet the same machine."""
     own, _ = loaded(cell, task)
     adapter = attach(own.model, with_head(_method(cell), own))
     own.model.eval()
@@ -212,20 +211,18 @@ def timed(
         if len(batch) < size:
             continue
         ways = _ways(batch, base, mixed, own, adapter, adapters)
-        for number in range(repeats + 1):
-            for name, way in ways.items():
-                started = time.perf_counter()
-                way()
-                if number:  # the first one builds what the others find ready
-                    taken = time.perf_counter() - started
-                    found.setdefault(f"{name} {size}", []).append(taken)
+        for way in ways.values():  # the first time builds what the others find ready
+            way()
+        for order in timing.trials(list(ways), seconds=math.inf, most=repeats):
+            for name in order:
+                found.setdefault(f"{name} {size}", []).append(timing.timed(ways[name])[1])
     return found, statistics.median(_swaps(adapter, adapters, repeats))
 
 
 def _ways(
     batch: Sequence[StudyOptions], base: Base, mixed: Mixed, own: Base, adapter: Adapter, adapters: Sequence[Adapter]
 ) -> Mapping[str, Callable[[], Any]]:
-    """What is done to answer a batch, in each of the ways."""
+    """Return what is done to answer a batch, in each of the ways."""
     batch = sorted(batch, key=lambda one: one[0])  # the rows of an adapter stand together
     rows = [number for number, _ in batch]
     examples = [example for _, example in batch]
@@ -248,31 +245,26 @@ def _ways(
 
 
 def interleaved(asked: Sequence[StudyOptions], adapters: int) -> list[StudyOptions]:
-    """One row for each adapter in turn, so that every batch meets as many as it can."""
+    """Return one row for each adapter in turn, so that every batch meets as many as it can."""
     queues = [[a for a in asked if a[0] == number] for number in range(adapters)]
     rounds = itertools.zip_longest(*queues)
     return [a for members in rounds for a in members if a is not None]
 
 
 def model_bytes(base: Base) -> int:
-    """A full model in fp32, as the adapters are."""
+    """Return the bytes of a full model in fp32, as the adapters are."""
     return 4 * sum(p.numel() for p in base.model.parameters())
 
 
 def folder_bytes(folder: Path) -> int:
-    """The files of an adapter folder that a system needs."""
+    """Return the bytes of the files of an adapter folder that a system needs."""
     names = (TENSORS, "adapter_config.json", "loralab.json")
     return sum((folder / name).stat().st_size for name in names if (folder / name).is_file())
 
 
 def _swaps(adapter: Adapter, adapters: Sequence[Adapter], repeats: int) -> list[float]:
-    """Seconds of filling in an adapter that is in memory."""
-    found = []
-    for own in [*adapters] * max(1, repeats // 3):
-        started = time.perf_counter()
-        swap(adapter, own)
-        found.append(time.perf_counter() - started)
-    return found
+    """Time the filling in of an adapter that is in memory, in seconds."""
+    return [timing.timed(functools.partial(swap, adapter, own))[1] for own in [*adapters] * max(1, repeats // 3)]
 
 
 def _method(cell: Cell) -> Any:

@@ -1,6 +1,8 @@
 """Q7: how can memory be saved? Each saving alone, all together, and a base in 4 bits."""
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,19 +11,12 @@ from loralab.errors import ConfigError, nearest
 from loralab.models.device import resolve_precision
 from loralab.models.load import Base
 from loralab.models.quantize import gguf_file
+from loralab.studies.evidence import mean_of, means_of
 from loralab.studies.measures.peaks import MEASURE_PEAKS
-from loralab.studies.readings.savings import (
-    BASELINE,
-    CLOSE,
-    WORDS,
-    Savings,
-    blanks,
-    figures_of,
-    findings,
-    sentence,
-    table,
-)
-from loralab.studies.study import Answer, Arm, Ground, Record, Text
+from loralab.studies.message import Chart, Column, Message, Table, clauses, names, sentences
+from loralab.studies.readings.savings import ASKED, BASELINE, CLOSE, ROUNDING, SAME, Savings
+from loralab.studies.study import Answer, Arm, Finding, Ground, Record, nothing_measured
+from loralab.studies.timing import Overhead
 
 __all__ = ["MEASURE", "arms", "conclude"]
 
@@ -32,7 +27,7 @@ SHARED = ("method", "rank", "save_every")  # fields of all arms, no saving
 
 
 def arms(ground: Ground, base: Base) -> list[Arm]:
-    """The baseline, each saving alone, all together, and all on a base in 4 bits."""
+    """Return the baseline, each saving alone, all together, and all on a base in 4 bits."""
     batch = int(ground.fields["batch_size"])
     cut, half = largest_part(batch), half_precision()
     shared = {"method": "lora", "rank": 8, "save_every": int(ground.fields["max_steps"])}
@@ -58,12 +53,11 @@ def arms(ground: Ground, base: Base) -> list[Arm]:
 
 
 def _roles(ground: Ground, known: Sequence[str]) -> list[str]:
-    """What is measured: what was asked for, or all that this model has; the baseline always."""
+    """Return what is measured: what was asked for, or all that this model has; the baseline always."""
     for value in ground.values:
         if value not in known:
-            raise ConfigError(
-                f"--values of the memory study are {', '.join(known)}; got {value!r}{nearest(value, known)}"
-            )
+            message = f"--values of the memory study are {', '.join(known)}; got {value!r}{nearest(value, known)}"
+            raise ConfigError(message, code="wrong_value", field="values")
     if ground.values:
         return list(dict.fromkeys((BASELINE, *ground.values)))
     left = set() if gguf_file(ground.model) is not None else {"gguf"}
@@ -72,79 +66,176 @@ def _roles(ground: Ground, known: Sequence[str]) -> list[str]:
 
 
 def largest_part(batch: int) -> int:
-    """The largest part, a quarter of the batch at most, that divides it.
+    """Return the largest part, a quarter of the batch at most, that divides it.
 
     Raises:
         ConfigError: a batch of one row cannot be cut.
     """
     if batch < 2:
-        raise ConfigError("gradient accumulation cuts a batch: --batch-size must be 2 or more")
+        message = "gradient accumulation cuts a batch: --batch-size must be 2 or more"
+        raise ConfigError(message, code="wrong_value", field="batch_size")
     return max(n for n in range(1, batch) if batch % n == 0 and (n <= batch / 4 or n == 1))
 
 
 def half_precision() -> str:
-    """bf16; fp16 on a GPU that has no bf16."""
+    """Return bf16; fp16 on a GPU that has no bf16."""
     poor = torch.cuda.is_available() and resolve_precision("auto") == "fp32"
     return "fp16" if poor else "bf16"
 
 
 def conclude(records: Sequence[Record], ground: Ground) -> Answer:
-    """The source's table, what each saving costs in time, and the cheapest that keeps the curve."""
+    """Return the source's table, what each saving costs in time, and the cheapest that keeps the curve."""
     found = Savings.of(records)
+    blanks = [(_name(role), _blank(found, role)) for role in dict.fromkeys((*ASKED, *found.runs))]
     if not found.runs:
-        words = Text("Nothing has been measured yet.", "還沒有任何測量結果。")
-        return Answer(sentence=words, blanks=blanks(found))
-    best = found.cheapest()
+        return replace(nothing_measured(ground), blanks=blanks)
+    floor = [_name(role) for role in found.at_floor()]
+    at_floor = Message("memory.at_floor", arms=names(floor)) if floor else None
     return Answer(
-        sentence=sentence(found),
-        findings=findings(found),
-        blanks=blanks(found),
-        tables=[table(found)],
-        figures=figures_of(found),
-        method=METHOD,
-        caution=_caution(found),
-        advice=_advice(found.runs[best][0]) if best is not None else {},
-        next=Text(
-            "Measure with longer rows or a larger batch (--max-length, --batch-size): the more "
-            "activations, the more there is to save.",
-            "改用更長的資料或更大的批次（--max-length、--batch-size）測量：活化值越多，能省的越多。",
-        ),
+        sentence=_sentence(found),
+        findings=_findings(found),
+        blanks=blanks,
+        tables=[_table(found)],
+        figures=_charts(found),
+        caution=sentences(Message("memory.caution"), at_floor),
+        advice=_advice(found),
     )
 
 
-def _advice(record: Record) -> dict[str, Any]:
-    """The fields that save, without those that every arm has."""
-    fields = {k: v for k, v in record.arm.fields.items() if k not in SHARED}
-    if fields.get("pass_tokens") == WHOLE:
-        del fields["pass_tokens"]  # only there so that no batch was cut behind one's back
-    return fields
+def _name(role: str) -> Message:
+    return Message(f"memory.{role}")
 
 
-METHOD = Text(
-    "Every arm is a fresh process that trains the same LoRA on the same rows with the same number of "
-    "rows in each step. The peak is what the operating system (or the GPU's allocator) counted. Once "
-    "the model is loaded the count begins anew, so that the steps' own peak is seen even where "
-    "loading took more. Mixed precision here is a frozen base in 16 bits with an adapter in fp32. "
-    "Loss curves are compared with the baseline's step by step; one that is never further off than "
-    f"{100 * CLOSE:.0f} % is said to be kept; where the base has dropout, a batch that is cut draws other masks. Time is "
-    "paired step by step.",
-    "每一組都在全新的行程中，以相同的資料、每步相同的筆數訓練同一個 LoRA。峰值由作業系統（或 GPU 配置器）計算；"
-    "模型載入完成後重新計數，因此即使載入時用量更高，也看得到訓練步驟本身的峰值。這裡的混合精度是 16 位元的凍結基礎模型加上 fp32 的 adapter。"
-    f"損失曲線逐步與基準比較，始終相差不超過 {100 * CLOSE:.0f}% 才算保持；基礎模型若有 dropout，切開的批次會抽到不同的遮罩。時間逐步配對比較。",
-)
+def _sentence(found: Savings) -> Message:
+    """Say what the cheapest arm that keeps the curve saves and costs, and whether it can go on."""
+    best = found.cheapest()
+    if best is None:
+        return Message("memory.no_baseline")
+    once = Message("memory.once") if found.seeds == 1 else None
+    before, saved, slow = found.peak(BASELINE), found.memory(best), found.time(best)
+    if best == BASELINE or saved is None or (saved.verdict != "better" and once is None):
+        main, best = Message("memory.none_lower", peak=before), BASELINE
+    else:
+        name, time = _name(best), slow and _change(slow)
+        main = Message("memory.saves", name=name, before=before, after=found.peak(best), less=-saved.share, time=time)
+    return sentences(once, main, _floor(found, best), *_lower(found, best))
 
 
-def _caution(found: Savings) -> Text:
-    """What would change the answer."""
-    words = Text(
-        "Savings depend on the rows: long rows and large batches hold more activations, a larger "
-        "model more weights. A few steps tell memory and time, not the end of training.",
-        "節省幅度取決於資料：資料越長、批次越大，活化值越多；模型越大，權重越多。幾個步驟足以看出記憶體與時間，看不出訓練的終點。",
+def _floor(found: Savings, role: str) -> Message | None:
+    """Say that loading is the peak, where it is."""
+    return Message("memory.floor", name=_name(role)) if role in found.at_floor() else None
+
+
+def _lower(found: Savings, best: str) -> list[Message | None]:
+    """Say what has a lower peak still, but another loss curve."""
+    least = min(found.runs, key=found.peak)
+    if found.keeps(least) or found.peak(least) >= (1 - SAME) * found.peak(best):
+        return []
+    values = {"name": _name(least), "peak": found.peak(least), "gap": found.curve(least)}
+    return [Message("memory.lower", **values), _floor(found, least)]
+
+
+def _change(over: Overhead) -> Message:
+    """Write a change with its interval, where there is one."""
+    alone = math.isnan(over.low)
+    return Message("memory.change_alone", share=over.share) if alone else Message("overhead.interval", **over.values)
+
+
+def _blank(found: Savings, role: str) -> Message:
+    """Fill in a row of the source's table."""
+    if role not in found.runs:
+        return Message("answer.not_measured")
+    memory, time = (
+        Message("memory.beside", change=_change(over)) if over else None for over in _overheads(found, role)
     )
-    if found.at_floor():
-        names = [WORDS[role] for role in found.at_floor()]
-        words += Text(
-            f"At the floor, where loading the model is the peak: {', '.join(n.en for n in names)}.",
-            f"已到底線（載入模型就是峰值）：{'、'.join(n.zh for n in names)}。",
-        )
-    return words
+    numbers = means_of(found.runs[role], ("steps_bytes", "step_seconds"))
+    at_floor = Message("memory.is_floor") if role in found.at_floor() else None
+    peak, steps = Message("memory.peak", value=found.peak(role)), Message("memory.rest", **numbers)
+    return clauses([peak, memory, at_floor, steps, time])
+
+
+def _overheads(found: Savings, role: str) -> tuple[Overhead | None, Overhead | None]:
+    """Return what an arm takes beside the baseline in memory and in time; the baseline nothing."""
+    return (None, None) if role == BASELINE else (found.memory(role), found.time(role))
+
+
+def _findings(found: Savings) -> list[Finding]:
+    """Say of each arm whether its peak and its time differ from the baseline's."""
+    findings = []
+    for role in found.others:
+        for what, over in zip(("memory", "time"), _overheads(found, role), strict=True):
+            if over is not None:
+                verdict = "single" if math.isnan(over.low) else over.verdict
+                sentence = Message(f"memory.{what}_{verdict}", name=_name(role), **over.values)
+                findings.append(over.finding(sentence))
+    return findings
+
+
+def _advice(found: Savings) -> dict[str, Any]:
+    """Return the fields of the cheapest arm, without those that every arm has; none unless its peak is lower."""
+    best = found.cheapest()
+    saved = None if best is None else found.memory(best)
+    if best is None or saved is None or saved.verdict != "better":
+        return {}
+    fields = {k: v for k, v in found.runs[best][0].arm.fields.items() if k not in SHARED}
+    # only there so that no batch was cut behind one's back
+    return {k: v for k, v in fields.items() if (k, v) != ("pass_tokens", WHOLE)}
+
+
+PARTS = ("start_bytes", "loading_bytes", "held_bytes", "steps_bytes")
+
+
+def _table(found: Savings) -> Table:
+    """Return every arm: its memory in its parts, its time, its curve."""
+    columns = (
+        Column("method"),
+        Column("arm"),
+        Column("peak_bytes", "bytes"),
+        Column("memory", label=Message("column.over_baseline")),
+        *(Column(name, "bytes") for name in PARTS),
+        Column("step_seconds", "seconds"),
+        Column("time", label=Message("column.over_baseline")),
+        Column("curve"),
+        Column("at_end", "signed percent"),
+        Column("pareto"),
+    )
+    front, rows = found.pareto(), []
+    for role, runs in found.runs.items():
+        row: dict[str, Any] = {"method": _name(role), "arm": runs[0].arm.name}
+        row |= means_of(runs, ("peak_bytes", *PARTS, "step_seconds"))
+        row["pareto"] = Message("answer.yes") if role in front else None
+        if role != BASELINE:
+            memory, time = _overheads(found, role)
+            row |= {"memory": memory and _change(memory), "time": time and _change(time)}
+            row |= {"curve": _curve(found, role), "at_end": found.at_end(role)}
+        rows.append(row)
+    return Table(title=Message("memory.table"), columns=columns, rows=rows)
+
+
+def _curve(found: Savings, role: str) -> Message | None:
+    """Return what a difference of curves is called; None where there is no baseline."""
+    gap = found.curve(role)
+    if math.isnan(gap):
+        return None
+    kept = "kept" if gap <= CLOSE else "kept_on_average" if found.keeps(role) else "another"
+    return Message(f"memory.curve_{'rounding' if gap <= ROUNDING else kept}", gap=gap)
+
+
+def _charts(found: Savings) -> list[Chart]:
+    """Return memory against time, and what the peak consists of."""
+    points = [
+        {"arm": runs[0].arm.name, "x": found.peak(role) / 1e9, "y": mean_of(runs, "step_seconds")}
+        for role, runs in found.runs.items()
+    ]
+    bars = [
+        {"arm": runs[0].arm.name, "value": mean_of(runs, f"{stage}_bytes") / 1e9, "group": Message(f"memory.{stage}")}
+        for runs in found.runs.values()
+        for stage in ("loading", "steps")
+        if f"{stage}_bytes" in runs[0].numbers
+    ]
+    peak, seconds = Message("axis.peak_gigabytes"), Message("axis.seconds_a_step")
+    arm, size, stage = Message("axis.arm"), Message("axis.gigabytes"), Message("axis.stage")
+    return [
+        Chart("scatter", "memory-time", Message("memory.time_chart"), points, peak, seconds),
+        Chart("bars", "memory-parts", Message("memory.parts_chart"), bars, arm, size, stage),
+    ]

@@ -1,21 +1,17 @@
 """Q5: is alpha / r needed? Scalings x ranks x learning rates: what diverges, how fast, how well."""
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from loralab.adapters.methods import SCALINGS, LoRA
 from loralab.errors import ConfigError, nearest
 from loralab.models.load import Base
-from loralab.studies import figures
-from loralab.studies.contrast import Ranking
-from loralab.studies.evidence import Metric, claim, mean_of, metric_of, plain, scored, seconds
-from loralab.studies.ranking import ranked
-from loralab.studies.readings.sweep import Key, Sweep
+from loralab.studies.compare import Comparison, compare_arms
+from loralab.studies.evidence import Metric, mean_of, score_column
+from loralab.studies.message import Chart, Column, Message, Table, clauses, names, sentences
+from loralab.studies.readings.sweep import Key, Sweep, named
 from loralab.studies.search import rounded
-from loralab.studies.statistics import smoothed
-from loralab.studies.study import Answer, Arm, Figure, Finding, Ground, Record, Text
-from loralab.studies.study import OldTable as Table
+from loralab.studies.study import Answer, Arm, Finding, Ground, Record, nothing_measured
 from loralab.studies.trained import MEASURE
 from loralab.training.optim import usual_rate
 
@@ -25,12 +21,11 @@ RANKS, QUICK_RANKS = (4, 16, 64), (4, 64)
 # times LoRA's usual rate: wide enough for the best one to move
 FACTORS, QUICK_FACTORS = (10**-0.5, 1.0, 10**0.5, 10.0, 10**1.5), (1.0, 5.0, 25.0)
 USUAL = "alpha/r"
-LEARNT = 0.1  # of the loss at the start: where no run has lost as much, scores compare nothing
 Claims = Mapping[Key, Finding]
 
 
 def arms(ground: Ground, base: Base) -> list[Arm]:
-    """Every scaling at every rank and learning rate, alpha fixed at 16.
+    """Return every scaling at every rank and learning rate, alpha fixed at 16.
 
     `--values` takes ranks, scalings or both; with a fixed rate there is that one alone.
     """
@@ -48,369 +43,208 @@ def arms(ground: Ground, base: Base) -> list[Arm]:
 
 
 def _wanted(ground: Ground) -> tuple[list[str], list[int]]:
-    """The scalings and the ranks that were asked for.
-
-    Raises:
-        ConfigError: a value is neither.
-    """
-    scalings, ranks = [], []
-    for value in dict.fromkeys(ground.values):
-        if value in SCALINGS:
-            scalings.append(value)
-        elif value.isascii() and value.isdigit() and int(value) > 0:
-            ranks.append(int(value))
-        else:
-            raise ConfigError(
-                f"--values of the study scaling are ranks, such as 4,64, and scalings "
-                f"({', '.join(SCALINGS)}); got {value!r}{nearest(value, SCALINGS)}"
-            )
+    """Return the scalings and the ranks that were asked for; a value that is neither is an error."""
+    scalings = [value for value in dict.fromkeys(ground.values) if value in SCALINGS]
+    others = [value for value in dict.fromkeys(ground.values) if value not in SCALINGS]
+    for value in others:
+        if not (value.isascii() and value.isdigit() and int(value) > 0):
+            known = f"ranks, such as 4,64, and scalings ({', '.join(SCALINGS)})"
+            message = f"--values of the study scaling are {known}; got {value!r}{nearest(value, SCALINGS)}"
+            raise ConfigError(message, code="wrong_value", field="values")
     usual = QUICK_RANKS if ground.quick else RANKS
-    return scalings or list(SCALINGS), sorted(ranks or usual)
+    return scalings or list(SCALINGS), sorted(map(int, others or usual))
 
 
 def _rates(ground: Ground) -> list[float]:
     usual = usual_rate(LoRA())
     if ground.fixed_lr:
         return [float(ground.fields.get("learning_rate", usual))]
-    factors = QUICK_FACTORS if ground.quick else FACTORS
-    return [rounded(usual * factor) for factor in factors]
+    return [rounded(usual * factor) for factor in (QUICK_FACTORS if ground.quick else FACTORS)]
 
 
 def conclude(records: Sequence[Record], ground: Ground) -> Answer:
-    """Stability, speed and final score of each scaling, and how its best rate moves with rank."""
-    sweep, metric = Sweep.of(records), metric_of(records, ground)
-    if not any(sweep.best(key) for key in sweep.cells):
-        return Answer(sentence=_nothing(sweep))
-    ranking = _ranking(sweep, metric)
-    claims = _claims(sweep, ranking, metric)
-    drifts = _drifts(sweep)
-    sentence = _sentence(sweep, claims) + _drift_sentence(sweep)
-    return Answer(
+    """Return stability, speed and final score of each scaling, and how its best rate moves with rank."""
+    sweep = Sweep.of(records)
+    found = _at_best_rates(sweep, ground)
+    if found is None:
+        runs = sum(sweep.diverged(scaling)[1] for scaling in sweep.scalings)
+        return Answer(sentence=Message("scaling.all_diverged", runs=runs)) if runs else nothing_measured(ground)
+    claims = _claims(sweep, found)
+    sentence = sentences(_conclusion(sweep, claims), _drifts(sweep))
+    return found.answer(
         sentence=sentence,
-        ranking=ranking,
-        findings=[*claims.values(), *drifts],
+        findings=[*claims.values(), *_one_rate(sweep)],
         blanks=[
-            (Text("Training stability", "訓練穩定性"), _stability(sweep)),
-            (Text("Speed of convergence", "收斂速度"), _speed(sweep)),
-            (Text("Final performance", "最終效能"), _final(sweep, metric)),
-            (Text("What you found", "你的發現"), sentence),
+            (Message("scaling.stability_label"), _stability(sweep)),
+            (Message("scaling.speed_label"), _speed(sweep)),
+            (Message("scaling.final_label"), _final(sweep, found.metric)),
+            (Message("page.findings"), sentence),
         ],
-        tables=[_table(sweep, metric)],
-        figures=[_heat(sweep), _rate_figure(sweep), *_curves(sweep)],
-        method=_method(sweep),
-        caution=Text(
-            "A best rate at the edge of the grid may lie beyond it. Adam divides a constant factor out "
-            "of the gradients, so that a factor acts much like another learning rate.",
-            "最佳學習率若落在格點邊緣，真正的最佳值可能更外面。Adam 會把常數係數從梯度中除掉，"
-            "因此縮放係數的作用很像換一個學習率。",
-        ),
+        tables=[_table(sweep, found.metric)],
+        figures=_charts(sweep),
+        method=Message("scaling.method_at", target=sweep.target()),
         advice=_advice(sweep, claims),
-        next=Text(
-            "Repeat with ranks further apart, or a finer grid around the best rates.",
-            "用差距更大的 rank，或在最佳學習率附近用更密的格點再做一次。",
-        ),
     )
 
 
-def _nothing(sweep: Sweep) -> Text:
-    """There is no run to speak of, or none that ended."""
-    runs = sum(sweep.diverged(scaling)[1] for scaling in sweep.scalings)
-    if runs:
-        return Text(
-            f"All {runs} runs diverged: the learning rates are too high for this model.",
-            f"全部 {runs} 次訓練都發散：學習率對這個模型太高。",
-        )
-    return Text("No scaling has been measured yet.", "還沒有任何縮放方式的結果。")
+def _at_best_rates(sweep: Sweep, ground: Ground) -> Comparison | None:
+    """Compare every scaling and rank, each at its own best rate; the usual scaling first among equals."""
+    order = sorted(sweep.measured, key=lambda key: (key[1], key[0] != USUAL))
+    cost = {sweep.arm(key): float(place) for place, key in enumerate(order)}
+    return compare_arms([run for key in sweep.measured for run in sweep.at_best(key)], ground, cost=cost)
 
 
-def _method(sweep: Sweep) -> Text:
-    target = plain(sweep.target())
-    return Text(
-        "alpha is 16; the factor of the update is 16 / r, 1, or 16 / sqrt(r). Every combination runs "
-        "on a fixed grid of learning rates, over fewer steps and with fewer seeds than other studies, "
-        "as there are many. The best rate has the lowest validation loss; scores and intervals are "
-        "of test rows that chose nothing. A run has diverged if its numbers were no longer finite or "
-        f"its training loss ended 5 % above its start. The target loss is {target}: halfway from the "
-        "mean loss of the first three steps of all runs to the lowest (smoothed) training loss that "
-        "any run ends at. A rate is as good as the best one where the interval of the paired "
-        "difference of losses on the test rows does not exclude zero.",
-        "alpha 為 16；更新的係數分別為 16 / r、1、16 / sqrt(r)。每種組合都在固定的學習率格點上訓練；"
-        "因為組合很多，步數與隨機種子都比其他研究少。最佳學習率取驗證損失最低者；"
-        "分數與信賴區間來自未參與選擇的測試資料。數值不再有限，或訓練損失結束時比開始高 5% 以上，視為發散。"
-        f"目標損失為 {target}：所有訓練前三步平均損失與最低（平滑後）最終訓練損失的中點。"
-        "測試損失的配對差異信賴區間不排除零者，視為與最佳學習率一樣好。",
-    )
-
-
-def _claims(sweep: Sweep, ranking: Ranking, metric: Metric) -> dict[Key, Finding]:
-    """Every scaling against alpha / r at each rank, each at its own best rate, as one family."""
-    pairs = {key: (USUAL, key[1]) for key in sweep.cells if key[0] != USUAL}
+def _claims(sweep: Sweep, found: Comparison) -> dict[Key, Finding]:
+    """Compare every scaling with alpha / r at each rank, each at its own best rate, as one family."""
     return {
-        key: claim(ranking.contrast(named(key), named(usual)), metric)
-        for key, usual in pairs.items()
-        if sweep.at_best(key) and sweep.at_best(usual)
+        (scaling, rank): found.claim(sweep.arm((scaling, rank)), sweep.arm((USUAL, rank)))
+        for scaling, rank in sweep.measured
+        if scaling != USUAL and (USUAL, rank) in sweep.measured
     }
 
 
-def _ranking(sweep: Sweep, metric: Metric) -> Ranking:
-    """Every scaling and rank at its best rate; the usual scaling first among equals."""
-    arms = {named(key): sweep.at_best(key) for key in sweep.cells if sweep.at_best(key)}
-    order = sorted(sweep.cells, key=lambda key: (key[1], key[0] != USUAL))
-    cost = {named(key): float(place) for place, key in enumerate(order) if named(key) in arms}
-    return ranked(arms, metric, cost=cost)
-
-
-def named(key: Key) -> str:
-    """A scaling at a rank."""
-    return f"{key[0]}, r={key[1]}"
-
-
-def _drifts(sweep: Sweep) -> list[Finding]:
-    """For each scaling, whether one rate serves every rank."""
-    if len(sweep.ranks) < 2 or len(sweep.rates) < 2:
-        return []
-    found = []
+def _one_rate(sweep: Sweep) -> list[Finding]:
+    """Say of each scaling whether one learning rate serves every rank."""
+    findings = []
     for scaling in sweep.scalings:
-        if any(sweep.best((scaling, rank)) is None for rank in sweep.ranks):
+        if sweep.drift(scaling) is None or any((scaling, rank) not in sweep.measured for rank in sweep.ranks):
             continue
-        shared = sweep.shared(scaling)
-        listed = ", ".join(f"{rate:.1e}" for rate in shared)
-        sentence = (
-            Text(
-                f"With {scaling} one learning rate serves r={_ends(sweep)}: {listed} is as good as the "
-                "best at every rank, within noise.",
-                f"{scaling}：同一個學習率可用於 r={_ends(sweep)}：{listed} 在每個 rank 都與最佳者相當（在雜訊範圍內）。",
-            )
-            if shared
-            else Text(
-                f"With {scaling} no learning rate of the grid is as good as the best at every rank (r={_ends(sweep)}).",
-                f"{scaling}：格點中沒有任何學習率在每個 rank 都與最佳者相當（r={_ends(sweep)}）。",
-            )
-        )
-        found.append(Finding(sentence=sentence, holds=not shared))
-    return found
+        verdict, rates = sweep.serving(scaling)
+        listed = {"rates": _listed(rates)} if rates else {}
+        sentence = Message(f"scaling.one_rate_{verdict}", scaling=scaling, **listed, **_span(sweep))
+        findings.append(Finding(sentence=sentence, holds=verdict == "worse", verdict=verdict))
+    return findings
 
 
-def _ends(sweep: Sweep) -> str:
-    return f"{sweep.ranks[0]}–{sweep.ranks[-1]}"
+def _span(sweep: Sweep) -> dict[str, int]:
+    return {"smallest": sweep.ranks[0], "largest": sweep.ranks[-1]}
 
 
-def _sentence(sweep: Sweep, claims: Claims) -> Text:
+def _listed(rates: Iterable[float]) -> Message:
+    return names(Message("score.rate", value=rate) for rate in rates)
+
+
+def _conclusion(sweep: Sweep, claims: Claims) -> Message:
     """Tell whether the score depends on the scaling, each at its best rate."""
     if not claims:
-        return Text("There is nothing to compare alpha/r with yet.", "還沒有可與 alpha/r 比較的結果。")
-    clear = [finding for finding in claims.values() if finding.holds]
-    if not clear and not _learnt(sweep):
-        start, low = sweep.fall()
-        return Text(
-            f"The runs are too short to tell: the training loss fell from {start:.3f} to {low:.3f} at "
-            "best, and no scaling differs from alpha/r beyond noise.",
-            f"訓練太短，無法判斷：訓練損失最多只從 {start:.3f} 降到 {low:.3f}，各縮放與 alpha/r 沒有超出雜訊的差異。",
-        )
-    at = Text("each at its best learning rate", "各用最佳學習率時")
-    if len(sweep.rates) == 1:
-        rate = f"{sweep.rates[0]:.1e}"
-        at = Text(f"at the one learning rate {rate}", f"在同一個學習率 {rate} 下")
-    if not clear:
-        return Text(
-            f"Not for the score: {at.en}, no other scaling differs from alpha/r beyond noise (r={_ends(sweep)}).",
-            f"就分數而言並非必要：{at.zh}，其他縮放與 alpha/r 沒有超出雜訊的差異（r={_ends(sweep)}）。",
-        )
-    strongest = max(clear, key=lambda finding: abs(finding.effect or 0))
-    return (
-        Text(
-            f"The score depends on it: {at.en}, {len(clear)} of {len(claims)} comparisons with alpha/r "
-            "differ beyond noise.",
-            f"分數與縮放有關：{at.zh}，與 alpha/r 的 {len(claims)} 組比較中有 {len(clear)} 組差異超出雜訊。",
-        )
-        + strongest.sentence
-    )
-
-
-def _learnt(sweep: Sweep) -> bool:
-    """Tell whether any run learnt enough for scores to tell scalings apart."""
+        return Message("scaling.no_usual")
+    by_verdict = {v: [c for c in claims.values() if c.verdict == v] for v in ("equivalent", "undecided")}
+    clear = [claim for claim in claims.values() if claim.holds]
     start, low = sweep.fall()
-    return low <= (1 - LEARNT) * start
+    if not clear and not sweep.has_learnt:
+        return Message("scaling.too_short", start=start, low=low)
+    at = Message("scaling.at_one", rate=sweep.rates[0]) if len(sweep.rates) == 1 else Message("scaling.at_best")
+    counts = {"at": at, "count": len(claims), **{verdict: len(own) for verdict, own in by_verdict.items()}}
+    if not clear:
+        key = "scaling.open" if by_verdict["undecided"] else "scaling.equivalent"
+        return Message(key, **counts, **_span(sweep))
+    strongest = max(clear, key=lambda claim: abs(claim.effect or 0))
+    return sentences(Message("scaling.depends", clear=len(clear), **counts), strongest.sentence)
 
 
-def _drift_sentence(sweep: Sweep) -> Text:
-    """How far the best rate moves from the smallest to the largest rank."""
-    drifts = {s: drift for s in sweep.scalings if (drift := sweep.drift(s)) is not None}
-    if len(sweep.ranks) < 2 or len(sweep.rates) < 2 or not drifts:
-        return Text("", "")
-    listed = {s: f"{s} ×{drift:.2g}" for s, drift in drifts.items()}
+def _drifts(sweep: Sweep) -> Message | None:
+    """Say how far the best rate moves from the smallest to the largest rank."""
+    drifts = {scaling: drift for scaling in sweep.scalings if (drift := sweep.drift(scaling)) is not None}
+    if not drifts:
+        return None
+    parts = [Message("scaling.drift", scaling=scaling, factor=drift) for scaling, drift in drifts.items()]
     edges = [s for s in drifts if any(sweep.at_edge((s, rank)) for rank in sweep.ranks)]
-    said = Text(
-        f"From r={sweep.ranks[0]} to r={sweep.ranks[-1]} the best rate moves by: {', '.join(listed.values())}",
-        f"從 r={sweep.ranks[0]} 到 r={sweep.ranks[-1]}，最佳學習率的變化：{'、'.join(listed.values())}",
-    )
-    if not edges:
-        return Text(f"{said.en}.", f"{said.zh}。")
-    return Text(
-        f"{said.en} (at the edge of the grid: {', '.join(edges)}).", f"{said.zh}（落在格點邊緣：{'、'.join(edges)}）。"
-    )
+    key = "scaling.drifts_to_edge" if edges else "scaling.drifts"
+    return Message(key, parts=parts, **({"edges": edges} if edges else {}), **_span(sweep))
 
 
-def _stability(sweep: Sweep) -> Text:
-    parts = []
-    for scaling in sweep.scalings:
-        lost, runs = sweep.diverged(scaling)
-        worst = plain(sweep.worst(scaling))
-        parts.append(
-            Text(
-                f"{scaling}: {lost} of {runs} runs diverged, worst validation loss of the others {worst}",
-                f"{scaling}：{runs} 次訓練中 {lost} 次發散，其餘最差驗證損失 {worst}",
-            )
-        )
-    return _joined(parts)
+def _stability(sweep: Sweep) -> Message:
+    counts = {scaling: sweep.diverged(scaling) for scaling in sweep.scalings}
+    worst = {scaling: {"scaling": scaling, "worst": sweep.worst(scaling)} for scaling in counts}
+    return clauses(Message("scaling.diverged", lost=lost, runs=n, **worst[s]) for s, (lost, n) in counts.items())
 
 
-def _speed(sweep: Sweep) -> Text:
-    """Steps to the target loss, as counted: no interval, so nothing is claimed."""
+def _speed(sweep: Sweep) -> Message:
+    """Say the steps to the target loss as counted: no interval, so nothing is claimed."""
     target = sweep.target()
+    steps = {named(key): sweep.steps_to(key, target) for key in sweep.measured}
+    parts = [
+        Message("scaling.never", arm=arm) if taken is None else Message("scaling.steps", arm=arm, steps=taken)
+        for arm, taken in steps.items()
+    ]
+    return Message("scaling.speed", target=target, parts=parts)
+
+
+def _final(sweep: Sweep, metric: Metric) -> Message:
     parts = []
-    for key in sweep.cells:
-        if sweep.best(key) is not None:
-            steps = sweep.steps_to(key, target)
-            said = Text("never", "未達到") if steps is None else Text(f"{steps:.0f}", f"{steps:.0f}")
-            parts.append(Text(f"{named(key)}: {said.en}", f"{named(key)}：{said.zh}"))
-    whole = _joined(parts)
-    return Text(
-        f"steps until the training loss is at {target:.3f}, at the best rate: {whole.en}",
-        f"以最佳學習率訓練，損失降到 {target:.3f} 所需步數：{whole.zh}",
-    )
-
-
-def _final(sweep: Sweep, metric: Metric) -> Text:
-    parts = []
-    for key in sweep.cells:
-        if own := sweep.at_best(key):
-            score, rate = metric.value(mean_of(own, "score")), sweep.best(key)
-            parts.append(Text(f"{named(key)}: {score} at {rate:.1e}", f"{named(key)}：{score}，學習率 {rate:.1e}"))
-    whole = _joined(parts)
-    return Text(f"test {metric.text.en} {whole.en}", f"測試{metric.text.zh} {whole.zh}")
-
-
-def _joined(parts: Sequence[Text]) -> Text:
-    return Text("; ".join(p.en for p in parts), "；".join(p.zh for p in parts))
+    for key in sweep.measured:
+        score = metric.value(mean_of(sweep.at_best(key), "score"))
+        parts.append(Message("scaling.score_at", arm=named(key), score=score, rate=sweep.best(key)))
+    return Message("scaling.final", metric=metric.text, parts=parts)
 
 
 def _advice(sweep: Sweep, claims: Claims) -> dict[str, Any]:
-    """A scaling that is better somewhere and worse nowhere, beyond noise; else the usual one.
+    """Return a scaling that is better somewhere and worse nowhere; else the usual one.
 
     With the rate that serves all its ranks; where none does, the rank and the rate of its best run.
     """
     # at one rate for all, none has its best
-    if not claims or len(sweep.rates) == 1 or not _learnt(sweep):
+    if not claims or len(sweep.rates) == 1 or not sweep.has_learnt:
         return {}
-    chosen = USUAL
-    for scaling in dict.fromkeys(key[0] for key in claims):
-        effects = [f.effect or 0 for key, f in claims.items() if key[0] == scaling and f.holds]
-        if effects and min(effects) > 0:
-            chosen = scaling
-            break
+    verdicts = {scaling: {c.verdict for key, c in claims.items() if key[0] == scaling} for scaling in sweep.scalings}
+    winners = [scaling for scaling, own in verdicts.items() if "better" in own and "worse" not in own]
+    chosen = next(iter(winners), USUAL)
     if (rate := sweep.common(chosen)) is not None:
         return {"scaling": chosen, "learning_rate": rate}
-    keys = [key for key in sweep.cells if key[0] == chosen and sweep.best(key) is not None]
+    keys = [key for key in sweep.measured if key[0] == chosen]
     best = min(keys, key=lambda key: mean_of(sweep.at_best(key), "validation_loss"))
     return {"scaling": chosen, "rank": best[1], "learning_rate": sweep.best(best)}
 
 
 def _table(sweep: Sweep, metric: Metric) -> Table:
     columns = (
-        Text("scaling", "縮放"),
-        Text("rank", "rank"),
-        Text("factor", "係數"),
-        Text("best rate", "最佳學習率"),
-        Text("rates as good", "同樣好的學習率"),
-        Text("diverged rates", "發散的學習率"),
-        Text("steps to target", "達到目標的步數"),
-        Text("validation loss", "驗證損失"),
-        Text(f"test {metric.text.en} (95 % interval)", f"測試{metric.text.zh}（95% 信賴區間）"),
-        Text("step", "每步時間"),
+        Column("scaling"),
+        Column("rank"),
+        Column("factor", "short"),
+        Column("best_rate"),
+        Column("rates_as_good"),
+        Column("diverged_rates"),
+        Column("steps_to_target", ".0f"),
+        Column("validation_loss", "plain"),
+        score_column(metric),
+        Column("step_seconds", "seconds"),
     )
-    rows = []
     target = sweep.target()
-    for key in sweep.cells:
-        own, best = sweep.at_best(key), sweep.best(key)
-        lost = [rate for rate in sorted(sweep.cells[key]) if rate not in sweep.ended(key)]
-        steps = sweep.steps_to(key, target) if own else None
-        rows.append(
-            [
-                key[0],
-                key[1],
-                f"{LoRA(rank=key[1], scaling=key[0]).factor:.3g}",
-                "–" if best is None else f"{best:.1e}{' (edge)' if sweep.at_edge(key) else ''}",
-                ", ".join(f"{rate:.1e}" for rate in sweep.as_good(key)) or "–",
-                ", ".join(f"{rate:.1e}" for rate in lost) or "–",
-                "–" if steps is None else f"{steps:.0f}",
-                plain(mean_of(own, "validation_loss")),
-                scored(own, metric) if own else "–",
-                seconds(mean_of(own, "step_seconds")),
-            ]
-        )
-    return Table(title=Text("Each scaling at each rank", "各縮放與 rank"), columns=columns, rows=rows)
-
-
-def _heat(sweep: Sweep) -> Figure:
-    """Final losses; a run that diverged has none, and its place stays empty."""
-    rows: list[dict[str, Any]] = []
-    for key, own in sweep.cells.items():
-        ended = sweep.ended(key)
-        for rate in sorted(own):
-            value = mean_of(ended[rate], "validation_loss") if rate in ended else math.nan
-            rows.append({"x": f"{rate:.1e}", "y": named(key), "value": value if math.isfinite(value) else None})
-    return figures.old(
-        "heat",
-        "scaling-losses",
-        Text("Final validation loss; empty: diverged", "最終驗證損失；空白：發散"),
-        rows,
-        x=Text("learning rate", "學習率"),
-        y=Text("scaling, rank", "縮放、rank"),
-        value=Text("loss", "損失"),
-        digits=".3f",
-        height=max(160, 34 * len(sweep.cells)),
+    return Table(
+        title=Message("scaling.table"), columns=columns, rows=[_row(sweep, key, metric, target) for key in sweep.cells]
     )
 
 
-def _rate_figure(sweep: Sweep) -> Figure:
-    rows = [
-        {"arm": named(key), "x": rate, "y": mean_of(own, "validation_loss")}
-        for key in sweep.cells
-        for rate, own in sweep.ended(key).items()
-    ]
-    return figures.old(
-        "lines",
-        "scaling-rates",
-        Text("Where the best learning rate lies", "最佳學習率的位置"),
-        rows,
-        x=Text("learning rate", "學習率"),
-        y=Text("validation loss", "驗證損失"),
-        arm=Text("scaling, rank", "縮放、rank"),
-        log_x=True,
-    )
+def _row(sweep: Sweep, key: Key, metric: Metric, target: float) -> dict[str, Any]:
+    """Return a row of the table; where every rate diverged, it lacks what only a run to the end has."""
+    lost = [rate for rate in sorted(sweep.cells[key]) if rate not in sweep.ended(key)]
+    row: dict[str, Any] = {"scaling": key[0], "rank": key[1], "factor": LoRA(rank=key[1], scaling=key[0]).factor}
+    row["diverged_rates"] = _listed(lost) if lost else None
+    if runs := sweep.at_best(key):
+        row |= {
+            "best_rate": Message("score.rate_edge" if sweep.at_edge(key) else "score.rate", value=sweep.best(key)),
+            "rates_as_good": _listed(sweep.as_good(key)),
+            "steps_to_target": sweep.steps_to(key, target),
+            "validation_loss": mean_of(runs, "validation_loss"),
+            "score": metric.scored(runs),
+            "step_seconds": mean_of(runs, "step_seconds"),
+        }
+    return row
 
 
-def _curves(sweep: Sweep) -> list[Figure]:
-    """Training losses at the best rates, smoothed, mean over seeds."""
-    rows: list[dict[str, Any]] = []
-    for key in sweep.cells:
-        curves = [smoothed(r.series["loss"]) for r in sweep.at_best(key) if r.series.get("loss")]
-        rows += [
-            {"arm": named(key), "x": i + 1, "y": sum(values) / len(values)}
-            for i, values in enumerate(zip(*curves, strict=False))
-        ]
-    if not rows:
-        return []
-    return [
-        figures.old(
-            "lines",
-            "scaling-curves",
-            Text("Training at the best rate; dashed: target loss", "以最佳學習率訓練；虛線：目標損失"),
-            rows,
-            x=Text("step", "步數"),
-            y=Text("training loss (smoothed)", "訓練損失（平滑）"),
-            arm=Text("scaling, rank", "縮放、rank"),
-            chance=sweep.target(),
-        )
+def _charts(sweep: Sweep) -> list[Chart]:
+    """Return final losses (a run that diverged has none), where the best rates lie, and the curves at these."""
+    rate, cell, loss = Message("axis.rate"), Message("axis.scaling_and_rank"), Message("column.validation_loss")
+    losses = [{"x": f"{x:.1e}", "y": named(key), "value": value} for key, x, value in sweep.losses]
+    lines = [{"arm": named(key), "x": x, "y": value} for key, x, value in sweep.losses if value is not None]
+    steps = [{"arm": named(key), "x": n + 1, "y": y} for key in sweep.measured for n, y in enumerate(sweep.curve(key))]
+    shape = {"digits": ".3f", "height": max(160, 34 * len(sweep.cells))}
+    curve_axes = (Message("axis.step"), Message("axis.smoothed_loss"), cell)
+    charts = [
+        Chart("heat", "scaling-losses", Message("scaling.losses_chart"), losses, rate, cell, loss, shape),
+        Chart("lines", "scaling-rates", Message("scaling.rates_chart"), lines, rate, loss, cell, {"log_x": True}),
     ]
+    if steps:
+        title, options = Message("scaling.curves_chart"), {"chance": sweep.target()}
+        charts.append(Chart("lines", "scaling-curves", title, steps, *curve_axes, options))
+    return charts

@@ -1,0 +1,157 @@
+"""The first words of a report: one configuration that was trained and scored as a whole, beside the default.
+
+Several studies of one model and data add up to a choice only where their arms met the same rows for
+as many steps. What else they propose has not been trained together: these are candidates.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from loralab.studies.catalog import RECOMMEND
+from loralab.studies.commands import apply_command, flat, search_command
+from loralab.studies.compare import Comparison
+from loralab.studies.evidence import Metric, by_arm, means_of, metric_of
+from loralab.studies.fields import configured
+from loralab.studies.message import Message, sentences
+from loralab.studies.ranking import FLOOR, parameters, ranked
+from loralab.studies.section import Section
+from loralab.studies.study import Record
+
+RATE = "learning_rate"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Advice:
+    """What the studies of one model and data recommend.
+
+    Attributes:
+        sentence: the recommended arm and the default with their scores; None where no arm has one.
+        command: trains the recommended arm; empty where none is.
+        candidates: (study, its number, fields, its answer) of each study that proposes something else.
+        search: the command that trains configurations beside the default.
+    """
+
+    model: str
+    data: str
+    sentence: Message | None
+    command: str
+    candidates: Sequence[tuple[str, str, str, Message]]
+    search: str
+    quick: bool
+
+
+def grouped(sections: Sequence[Section]) -> list[list[Section]]:
+    """Return the sections that stand on the same model and data, if any of them gives advice."""
+    groups: dict[tuple[str, str], list[Section]] = {}
+    for each in sections:
+        groups.setdefault((each.ground.model, each.ground.data), []).append(each)
+    return [group for group in groups.values() if any(s.answer.advice or s.answer.ranking for s in group)]
+
+
+def advised(group: Sequence[Section]) -> Advice:
+    """Return the recommended arm of some studies of one model and data, and what else they propose."""
+    ground, found = group[0].ground, _compared(group)
+    chosen = None if found is None else _chosen(found, searched=group[0].name == RECOMMEND)
+    runs: Sequence[Record] = () if found is None or chosen is None else found.arms[chosen]
+    fields = dict(runs[0].arm.fields) if runs else {}
+    if runs and runs[0].rate:
+        fields[RATE] = runs[0].rate
+    return Advice(
+        model=ground.model,
+        data=ground.data,
+        sentence=None if found is None else _sentence(found, chosen),
+        command=apply_command(ground, fields, runs),
+        candidates=_candidates(group, fields),
+        search=search_command(ground),
+        quick=ground.quick,
+    )
+
+
+def _compared(group: Sequence[Section]) -> Comparison | None:
+    """Compare all arms of the studies that met the same rows for as many steps; the largest such family."""
+    families: dict[str, list[Section]] = {}
+    for each in group:
+        ground = each.ground
+        same = [ground.fields, ground.rows, ground.mapping, ground.metric, ground.quick]
+        families.setdefault(json.dumps(same, sort_keys=True, default=list), []).append(each)
+    sizes = {key: sum(len(_able(each)) for each in family) for key, family in families.items()}
+    family = families[max(sizes, key=lambda key: sizes[key])]
+    records = [record for each in family for record in each.records]
+    metric = metric_of(records, family[0].ground)
+    if len(family) == 1 and (arms := _able(family[0])):
+        ranking = family[0].answer.ranking
+        return Comparison(every=by_arm(records), arms=arms, metric=metric, ranking=ranking)
+    return _joined(family, metric)
+
+
+def _joined(family: Sequence[Section], metric: Metric) -> Comparison | None:
+    """Compare the arms of several studies; of those that are one configuration, the one of most runs stands."""
+    arms: dict[str, tuple[str, Sequence[Record]]] = {}
+    floor: dict[str, Sequence[Record]] = {}
+    for each in family:
+        floor |= {name: own for name, own in by_arm(each.records).items() if name == FLOOR}
+        for name, own in _able(each).items():
+            key = json.dumps([own[0].arm.fields, own[0].rate], sort_keys=True, default=list)
+            if key not in arms or len(own) > len(arms[key][1]):
+                arms[key] = (f"{name} ({each.label})", own)
+    if not arms:
+        return None
+    able = dict(arms.values())
+    return Comparison(every={**able, **floor}, arms=able, metric=metric, ranking=ranked(able, metric, floor))
+
+
+def _able(section: Section) -> dict[str, list[Record]]:
+    """Return the runs of the arms that a study could recommend."""
+    names = section.answer.ranking.names if section.answer.ranking else ()
+    return {name: runs for name, runs in by_arm(section.records).items() if name in names}
+
+
+def _default(found: Comparison) -> str | None:
+    """Return the arm that is the default configuration, at whatever rate; None where no arm is."""
+    usual = configured({})
+    fields = {name: {k: v for k, v in runs[0].arm.fields.items() if k != RATE} for name, runs in found.arms.items()}
+    return next((name for name, own in fields.items() if configured(own) == usual), None)
+
+
+def _chosen(found: Comparison, *, searched: bool) -> str | None:
+    """Return the arm to recommend; the default, unless one is shown to be better, or as good at less cost.
+
+    Args:
+        searched: a search has weighed the default already.
+    """
+    name, default = found.ranking.recommended, _default(found)
+    if name is None or name not in found.arms:
+        return None
+    if searched or default in (None, name):
+        return name
+    verdict = found.ranking.contrast(name, default).verdict
+    cheaper = parameters(found.arms[name]) < parameters(found.arms[default])
+    return name if verdict == "better" or (verdict == "equivalent" and cheaper) else default
+
+
+def _sentence(found: Comparison, chosen: str | None) -> Message:
+    """Say the score and the costs of what is recommended, and those of the default on the same rows."""
+    if chosen is None:
+        return Message("ranking.nothing")
+    costs = means_of(found.arms[chosen], ("step_seconds", "peak_bytes", "file_bytes"))
+    score, default = found.metric.scored(found.arms[chosen]), _default(found)
+    whole = Message("page.whole", arm=chosen, metric=found.metric.text, score=score, **costs)
+    if default is None:
+        return sentences(whole, Message("page.no_default"))
+    if chosen == default:
+        return sentences(whole, Message("page.default_stands"))
+    beside = Message("page.default", arm=default, score=found.metric.scored(found.arms[default]))
+    return sentences(whole, beside, found.claim(chosen, default).sentence)
+
+
+def _candidates(group: Sequence[Section], fields: Mapping[str, Any]) -> list[tuple[str, str, str, Message]]:
+    """Return what each study proposes that the recommended arm does not have."""
+    found = []
+    for each in group:
+        others = {k: v for k, v in each.answer.advice.items() if fields.get(k) != v}
+        if others:
+            shown = ", ".join(f"{name} = {flat(value)}" for name, value in others.items())
+            found.append((each.name, each.label, shown, each.answer.sentence))
+    return found
