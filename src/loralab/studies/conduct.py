@@ -18,6 +18,7 @@ from loralab.studies.objects import FOLDER, Objects
 from loralab.studies.runner import Listener, Session, records, session
 from loralab.studies.study import DONE, FAILED, Answer, Arm, Cell, Ground, StudyOptions, parse_seconds
 from loralab.studies.trained import BASE_ARM, PROBE, PROBE_ROWS, rows_of
+from loralab.studies.wording import say
 from loralab.training.preflight import write_config
 from loralab.training.request import Request
 from loralab.training.settings import Training
@@ -157,7 +158,7 @@ def recommend(
     if answer.ranking is None:
         raise RunError(f"within {budget} nothing could be trained to its end; give a larger budget", code="budget")
     if not answer.advice:
-        raise RunError(f"{answer.sentence.en} See {folder / 'report.html'}", code="nothing_learnt")
+        raise RunError(f"{say(answer.sentence, 'en')} See {folder / 'report.html'}", code="nothing_learnt")
     _write_config(folder, ground, answer.advice, asked)
     return outcome
 

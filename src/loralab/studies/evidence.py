@@ -10,7 +10,7 @@ from loralab.studies.contrast import Contrast, Sample, half_width
 from loralab.studies.message import Column, Message, Table
 from loralab.studies.statistics import Interval, mean_interval
 from loralab.studies.study import DONE, EDGE, FALLING, Finding, Ground, Record
-from loralab.studies.wording import catalogue, formatted
+from loralab.studies.wording import catalogue
 
 SEED = 0  # of every bootstrap: rendering again gives the same page
 MANY_SEEDS, MANY_ROWS = 200, 1e6  # as good as never
@@ -225,24 +225,3 @@ def unfinished(records: Iterable[Record]) -> list[tuple[str, str]]:
         if record.status != DONE:
             found.setdefault(record.arm.name, f"{record.status}: {record.reason or 'not run yet'}")
     return list(found.items())
-
-
-# TRANSITION: until every question speaks in messages
-def scored(records: Sequence[Record], metric: Metric) -> str:
-    return metric.scored(records).en
-
-
-def count(value: float) -> str:
-    return formatted(float(value), "count")
-
-
-def plain(value: float, digits: int = 3) -> str:
-    return formatted(float(value), f".{digits}f")
-
-
-def size(value: float) -> str:
-    return formatted(float(value), "bytes")
-
-
-def seconds(value: float) -> str:
-    return formatted(float(value), "seconds")

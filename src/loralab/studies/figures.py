@@ -192,20 +192,3 @@ def _across(level: float | None, *, upright: bool = False) -> list[alt.Chart]:
 
 def _middle(values: Sequence[float]) -> float:
     return (min(values) + max(values)) / 2 if values else 0.0
-
-
-# TRANSITION: the call that Chart(...) replaces
-def old(
-    kind: str,
-    name: str,
-    title: Any,
-    rows: Rows,
-    *,
-    x: Any,
-    y: Any,
-    arm: Any = None,
-    group: Any = None,
-    value: Any = None,
-    **options: Any,
-) -> Chart:
-    return Chart(kind, name, title, rows, x, y, arm or group or value, options)

@@ -26,29 +26,6 @@ class Message:
     def __hash__(self) -> int:
         return hash((self.key, repr(self.values)))
 
-    # TRANSITION: until every question speaks in messages
-    @property
-    def en(self) -> str:
-        from loralab.studies.wording import say
-
-        return say(self, "en")
-
-    @property
-    def zh(self) -> str:
-        from loralab.studies.wording import say
-
-        return say(self, "zh-TW")
-
-    def said(self, language: str) -> str:
-        from loralab.studies.wording import say
-
-        return say(self, language)
-
-    def __add__(self, other: Any) -> Any:
-        from loralab.studies.study import Text
-
-        return Text(self.en, self.zh) + other
-
 
 def sentences(*parts: Message | None) -> Message:
     """Join sentences, each language in its own way; those that are None are left out."""

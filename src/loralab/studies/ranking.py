@@ -129,8 +129,3 @@ def next_step(found: Ranking, otherwise: Message) -> Message:
     if not (rivals := open_rivals(found)):
         return otherwise
     return Message("ranking.add_seeds", arms=[leader(found), *rivals])
-
-
-def listed(names: Sequence[str]) -> Message:
-    """TRANSITION: message.names."""
-    return Message("join.names", parts=list(names))

@@ -137,9 +137,6 @@ def cell(value: Any, form: str) -> Any:
 
 def markdown_table(table: Table, language: str) -> str:
     """Return a table as Markdown."""
-    if not hasattr(table.columns[0], "name"):  # TRANSITION
-        head = [_line([say(c, language) for c in table.columns]), _line(["---"] * len(table.columns))]
-        return "\n".join([*head, *(_line([say(v, language) for v in row]) for row in table.rows)])
     lines = [_line([say(column.heading, language) for column in table.columns]), _line(["---"] * len(table.columns))]
     for row in table.rows:
         lines.append(_line([say(cell(row.get(c.name), c.format), language) for c in table.columns]))

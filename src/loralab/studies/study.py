@@ -299,30 +299,3 @@ def parse_seconds(text: str) -> float:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-# TRANSITION: until every question speaks in messages
-@dataclass(frozen=True)
-class Text:
-    """The same words in English and in Traditional Chinese."""
-
-    en: str
-    zh: str
-
-    def __add__(self, other: "Text") -> "Text":
-        """One after the other; English gets a space between, Chinese none after its full stop."""
-        return Text(f"{self.en} {other.en}", self.zh + other.zh)
-
-    def said(self, language: str) -> str:
-        """The words in one of LANGUAGES."""
-        return self.en if language == "en" else self.zh
-
-
-@dataclass(frozen=True, kw_only=True)
-class OldTable:
-    title: Any
-    columns: Sequence[Any]
-    rows: Sequence[Sequence[Any]]
-
-
-Figure = Chart

@@ -35,7 +35,7 @@ def catalogue(language: str) -> dict[str, str]:
 
 
 def _flat(table: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    found = []
+    found: list[tuple[str, str]] = []
     for name, value in table.items():
         found += _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else [(prefix + name, value)]
     return found
@@ -50,8 +50,6 @@ class _Writer(string.Formatter):
     def write(self, value: Any, spec: str = "") -> str:
         if isinstance(value, Message):
             return self.vformat(catalogue(self.language)[value.key], (), value.values)
-        if hasattr(value, "said"):  # TRANSITION: study.Text
-            return str(value.said(self.language))
         return formatted(value, spec)
 
     def format_field(self, value: Any, format_spec: str) -> str:

@@ -41,14 +41,18 @@ def conclude(records: Sequence[Record], ground: Ground) -> Answer:
     if found is None:
         return nothing_measured(ground)
     largest, runs = list(found.arms.items())[-1]
-    kept = kept_at(runs, found.metric)
     chart = found.chart("rank", Message("axis.rank"), at=rank_of, log=True)
     return found.answer(
-        sentence=sentences(found.recommendation, kept and Message("rank.cut", arm=largest, rank=kept)),
+        sentence=sentences(found.recommendation, _cut(largest, kept_at(runs, found.metric))),
         blanks=[(f"rank={rank_of(name)}", _blank(own, found.metric)) for name, own in found.arms.items()],
         figures=[chart, *cut_figure(runs, found.metric)],
         advice={"rank": rank_of(found.ranking.recommended)} if found.ranking.recommended else {},
     )
+
+
+def _cut(arm: str, kept: int | None) -> Message | None:
+    """Say to which rank the largest can be cut."""
+    return None if kept is None else Message("rank.cut", arm=arm, rank=kept)
 
 
 def rank_of(name: str) -> int:
