@@ -22,7 +22,7 @@ from loralab.errors import ConfigError
 from loralab.models.load import Base
 from loralab.serving.adapter_loader import AdapterLoader
 from loralab.studies.questions.methods import arms
-from loralab.studies.study import Ground
+from loralab.studies.study import StudySetup
 
 peft = pytest.importorskip("peft")
 VeRA: Any = vera_plugin().VeRA
@@ -123,7 +123,7 @@ def test_it_is_served_beside_others(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("known")
 def test_the_study_of_methods_has_it() -> None:
-    ground = Ground(study="methods", model="m", data="d", values=("vera", "ia3"))
+    ground = StudySetup(study="methods", model="m", data="d", values=("vera", "ia3"))
     base = Base(name="tiny", model=llama(), tokenizer=None, kind="causal-lm", source="")
     assert {"vera", "ia3"} <= {arm.fields.get("method") for arm in arms(ground, base)}
 

@@ -41,7 +41,7 @@ from loralab.serving.store import Store
 from loralab.studies import report, store
 from loralab.studies.fields import from_toml
 from loralab.studies.runner import walk
-from loralab.studies.study import Arm, Cell, Ground, Record
+from loralab.studies.study import Arm, Record, StudySetup, Trial
 from loralab.tasks import catalog
 from loralab.tasks.encode import chat_ids
 from loralab.tasks.pictures import from_file
@@ -403,7 +403,7 @@ def read_template(tokenizer: Any, place: Path) -> None:
 
 def make_study(place: Path) -> None:
     """A study of two ranks with its records."""
-    ground = Ground(
+    ground = StudySetup(
         study="rank",
         model="x",
         data="y",
@@ -417,7 +417,7 @@ def make_study(place: Path) -> None:
     arms = [Arm(name=str(r), fields={"method": "lora", "rank": r}) for r in (1, 2)]
     store.add_plan(place, (ground, arms, {}))
 
-    def planted(cell: Cell) -> Record:
+    def planted(cell: Trial) -> Record:
         score = 0.5 + cell.seed / 10
         record = Record(
             arm=cell.arm,

@@ -1,4 +1,4 @@
-"""Studies without a worker: cells are measured in this process, on tiny models."""
+"""Studies without a worker: trials are measured in this process, on tiny models."""
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,11 +14,11 @@ from loralab.studies.message import Message
 from loralab.studies.prepare import prepare
 from loralab.studies.report import markdown_table
 from loralab.studies.runner import walk
-from loralab.studies.study import Answer, Arm, Cell, Ground, Record
+from loralab.studies.study import Answer, Arm, Record, StudySetup, Trial
 from loralab.studies.trained import measured
 from loralab.studies.wording import LANGUAGES, catalogue, say
 
-Here = Callable[[Ground, Path], list[Record]]
+Here = Callable[[StudySetup, Path], list[Record]]
 
 
 @pytest.fixture(scope="session")
@@ -39,27 +39,27 @@ def noise_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def here() -> Here:
     """All records of a study, measured in this process."""
 
-    def run(ground: Ground, folder: Path) -> list[Record]:
-        arms, invalid, _ = prepare(ground, None)
+    def run(setup: StudySetup, folder: Path) -> list[Record]:
+        arms, invalid, _ = prepare(setup, None)
         able = [Arm(**arm) for arm in arms if arm["name"] not in invalid]
 
-        def obtain(cell: Cell) -> Record:
-            place = store.place_of(folder, cell)
-            if (stored := store.read(folder, cell)) is not None:
+        def obtain(trial: Trial) -> Record:
+            place = store.place_of(folder, trial)
+            if (stored := store.read(folder, trial)) is not None:
                 return stored
-            store.write(place, cell, measured(cell, place, lambda event: None), 0.1)
-            found = store.read(folder, cell)
+            store.write(place, trial, measured(trial, place, lambda event: None), 0.1)
+            found = store.read(folder, trial)
             assert found is not None
             return found
 
-        store.add_plan(folder, (ground, able, invalid))
-        return walk(ground, able, obtain)
+        store.add_plan(folder, (setup, able, invalid))
+        return walk(setup, able, obtain)
 
     return run
 
 
-def ground_of(study: str, model: Path, data: Path, **changes: object) -> Ground:
-    """A tiny ground."""
+def setup_of(study: str, model: Path, data: Path, **changes: object) -> StudySetup:
+    """A tiny setup."""
     fields = {"max_steps": 6, "batch_size": 8, "precision": "fp32", "max_length": 64}
     fields |= changes.pop("fields", {})  # type: ignore[arg-type]
     given = {
@@ -69,7 +69,7 @@ def ground_of(study: str, model: Path, data: Path, **changes: object) -> Ground:
         "rates": (1.0, 4.0),
         **changes,
     }
-    return Ground(study=study, model=str(model), data=str(data), fields=fields, **given)
+    return StudySetup(study=study, model=str(model), data=str(data), fields=fields, **given)
 
 
 def planted(name: str, scores: Sequence[float], seeds: int = 3, **fields: object) -> list[Record]:

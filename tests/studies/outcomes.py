@@ -8,7 +8,7 @@ from loralab.studies.study import Record
 
 
 def results(folder: Path) -> dict[str, Record]:
-    """The record of every cell of a study folder, by arm and seed."""
+    """The record of every trial of a study folder, by arm and seed."""
     return {f"{record.arm.name} {record.seed}": _still(record) for _, own in records(folder).values() for record in own}
 
 

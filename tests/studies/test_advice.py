@@ -9,15 +9,15 @@ from studies.conftest import keys_in, message_in, messages_in, planted
 from loralab.studies.advice import Advice, advised, grouped
 from loralab.studies.message import Message
 from loralab.studies.section import Section, section
-from loralab.studies.study import Arm, Ground, Record
+from loralab.studies.study import Arm, Record, StudySetup
 from loralab.studies.wording import LANGUAGES, say
 
 FIELDS = {"max_steps": 60, "batch_size": 16}
 GOOD, FAIR, CHANCE = [1.0] * 180 + [0.0] * 20, [1.0] * 140 + [0.0] * 60, [1.0, 0.0] * 100
 
 
-def ground(study: str, **fields: object) -> Ground:
-    return Ground(study=study, model="m", data="d", fields={**FIELDS, **fields}, rows={"test": 200})
+def setup(study: str, **fields: object) -> StudySetup:
+    return StudySetup(study=study, model="m", data="d", fields={**FIELDS, **fields}, rows={"test": 200})
 
 
 def base() -> list[Record]:
@@ -38,7 +38,7 @@ def first_page(*sections: Section) -> Advice:
 
 def test_an_arm_that_is_better_is_recommended_beside_the_default() -> None:
     records = [*base(), *planted("r=8", FAIR, rank=8), *planted("r=16", GOOD, rank=16)]
-    found = first_page(section("rank", ground("rank"), records))
+    found = first_page(section("rank", setup("rank"), records))
     assert message_in(found.sentence, "page.whole").values["arm"] == "r=16"
     assert message_in(found.sentence, "page.default").values["arm"] == "r=8"
     assert message_in(found.sentence, "contrast.better").values["b"] == "r=8"
@@ -50,22 +50,22 @@ def test_an_arm_that_is_better_is_recommended_beside_the_default() -> None:
 def test_the_default_stands_where_nothing_is_decided() -> None:
     near = [1.0] * 143 + [0.0] * 57
     records = [*base(), *planted("r=8", near[::-1], rank=8), *planted("r=16", near, rank=16)]
-    found = first_page(section("rank", ground("rank"), records))
+    found = first_page(section("rank", setup("rank"), records))
     assert message_in(found.sentence, "page.whole").values["arm"] == "r=8"
     assert "page.default_stands" in keys_in(found.sentence)
 
 
 def test_as_good_at_less_cost_is_a_reason() -> None:
     own = [*sized(planted("r=8", GOOD, rank=8), 200), *sized(planted("r=2", GOOD, rank=2), 50)]
-    found = first_page(section("rank", ground("rank"), [*base(), *own]))
+    found = first_page(section("rank", setup("rank"), [*base(), *own]))
     assert message_in(found.sentence, "page.whole").values["arm"] == "r=2"
     assert message_in(found.sentence, "contrast.equivalent").values["b"] == "r=8"
 
 
 def test_studies_on_the_same_rows_are_joined_and_what_was_not_trained_is_a_candidate() -> None:
-    ranks = section("rank", ground("rank"), [*base(), *planted("r=8", FAIR, rank=8), *planted("r=16", FAIR, rank=16)])
-    places = section("targets", ground("targets"), [*base(), *planted("mlp r=8", GOOD, rank=8, target_modules="mlp")])
-    elsewhere = section("grid", ground("grid", max_steps=9), [*base(), *planted("x", GOOD, rank=4, use_rslora=True)])
+    ranks = section("rank", setup("rank"), [*base(), *planted("r=8", FAIR, rank=8), *planted("r=16", FAIR, rank=16)])
+    places = section("targets", setup("targets"), [*base(), *planted("mlp r=8", GOOD, rank=8, target_modules="mlp")])
+    elsewhere = section("grid", setup("grid", max_steps=9), [*base(), *planted("x", GOOD, rank=4, use_rslora=True)])
     elsewhere = replace(elsewhere, answer=replace(elsewhere.answer, advice={"rank": 4}))
     ranks = replace(ranks, answer=replace(ranks.answer, advice={"rank": 16}))
     found = first_page(ranks, places, elsewhere)
@@ -79,6 +79,6 @@ def test_studies_on_the_same_rows_are_joined_and_what_was_not_trained_is_a_candi
 
 def test_nothing_is_recommended_where_no_arm_beats_the_base() -> None:
     records = [*base(), *planted("r=8", CHANCE, rank=8), *planted("r=16", CHANCE, rank=16)]
-    found = first_page(section("rank", ground("rank"), records))
+    found = first_page(section("rank", setup("rank"), records))
     assert found.sentence == Message("ranking.nothing")
     assert found.command == ""

@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from studies.conftest import ground_of
+from studies.conftest import setup_of
 from studies.outcomes import results
 
 from loralab.cluster import joined, require_reachable
 from loralab.errors import ConfigError
 from loralab.studies import store
-from loralab.studies.away import Back
-from loralab.studies.cluster import AT_HOME, goes_away, received
-from loralab.studies.study import DONE, FAILED, Arm, Cell
+from loralab.studies.away import RemoteResult
+from loralab.studies.cluster import LOCAL_ONLY, can_run_remotely, received
+from loralab.studies.study import DONE, FAILED, Arm, Trial
 
 # Ray's own test cluster leaves files and processes to the garbage collector
 pytestmark = [
@@ -72,18 +72,18 @@ def test_what_reads_other_cells_or_takes_times_stays_at_home() -> None:
     found = {
         file.stem for file in MEASURES.glob("*.py") if any(sign in file.read_text(encoding="utf-8") for sign in signs)
     }
-    assert found - {"carried"} <= AT_HOME
-    assert all((MEASURES / f"{name}.py").is_file() for name in AT_HOME)
+    assert found - {"carried"} <= LOCAL_ONLY
+    assert all((MEASURES / f"{name}.py").is_file() for name in LOCAL_ONLY)
 
 
 def test_what_cannot_be_measured_is_a_record_that_says_why(tmp_path: Path) -> None:
-    ground = ground_of("grid", tmp_path, tmp_path)
-    cell = Cell(measure="m:f", ground=ground, arm=Arm(name="x"), seed=0)
-    assert goes_away(cell)
-    place, log = store.place_of(tmp_path, cell), tmp_path / store.LOG
-    back = Back(node="n1", reason="there is no model (on node n1)", log="a traceback")
-    assert received(cell, back, place, log).status == FAILED
-    assert store.read(tmp_path, cell) == received(cell, back, place, log)
+    setup = setup_of("grid", tmp_path, tmp_path)
+    trial = Trial(measure="m:f", setup=setup, arm=Arm(name="x"), seed=0)
+    assert can_run_remotely(trial)
+    place, log = store.place_of(tmp_path, trial), tmp_path / store.LOG
+    back = RemoteResult(node="n1", reason="there is no model (on node n1)", log="a traceback")
+    assert received(trial, back, place, log).status == FAILED
+    assert store.read(tmp_path, trial) == received(trial, back, place, log)
     assert "n1" in log.read_text(encoding="utf-8")
 
 
@@ -136,7 +136,7 @@ def ended_well(*arguments: object) -> str:
 
 
 def files(folder: Path) -> set[str]:
-    """All files of a study's cells."""
+    """All files of a study's trials."""
     return {str(file.relative_to(folder)) for file in (folder / "runs").rglob("*")}
 
 
@@ -262,8 +262,8 @@ def test_optuna_proposes_what_is_recommended_and_goes_on_where_it_was(
     before = {file: file.stat().st_mtime_ns for file in finished(folder)}
     ended_well(*given, "--resume")
     assert {file: file.stat().st_mtime_ns for file in before} == before
-    (ground, arms, _), *_ = store.plans(folder).values()
-    count = int(ground.values[0])
+    (setup, arms, _), *_ = store.plans(folder).values()
+    count = int(setup.values[0])
     assert 0.8 * count <= len(arms) - 1 <= count  # two proposals may round to the same arm
     rates = {arm.fields["learning_rate"] for arm in arms if arm.fields}
     assert len(rates) > 3  # of no grid

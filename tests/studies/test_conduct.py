@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from studies.conftest import assert_it_renders, ground_of
+from studies.conftest import assert_it_renders, setup_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loralab.adapters.attach import attach
@@ -24,7 +24,7 @@ from loralab.studies.fields import configured
 from loralab.studies.halving import _one_of_each_rate, plan_for
 from loralab.studies.prepare import prepare, question_module
 from loralab.studies.runner import Session
-from loralab.studies.study import Arm, Ground, StudyOptions, parse_seconds
+from loralab.studies.study import Arm, StudyOptions, StudySetup, parse_seconds
 from loralab.tasks.catalog import find
 
 
@@ -63,7 +63,7 @@ def test_a_grid_is_every_combination_and_a_list_in_a_list_is_one_value(tmp_path:
         "model = 'm'\nrank = [2, 4]\ntarget_modules = ['attention', ['q', 'v']]\nalpha = 8\n"
         "learning_rate = [1e-3]\nsteps = 7\n",
     )
-    ground, found = _own(file, StudyOptions(), None)
+    setup, found = _own(file, StudyOptions(), None)
     assert found is not None
     base, *arms = found
     assert base.plain
@@ -74,7 +74,7 @@ def test_a_grid_is_every_combination_and_a_list_in_a_list_is_one_value(tmp_path:
     assert len(arms) == 4
     assert arms[1].fields["target_modules"] == ["q", "v"]
     assert all(arm.fields["alpha"] == 8 for arm in arms)
-    assert ground.fields["max_steps"] == 7
+    assert setup.fields["max_steps"] == 7
     method, _ = configured(arms[1].fields)
     assert method.target_modules == ("q", "v")  # type: ignore[union-attr]
 
@@ -101,30 +101,30 @@ def test_a_study_goes_on_with_the_rows_and_the_base_that_it_was_begun_with(
     model, data = shutil.copytree(tiny_bert_folder, tmp_path / "model"), tmp_path / "rows.csv"
     lines = noise_file.read_text(encoding="utf-8").splitlines()
     data.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    ground = ground_of("rank", model, data)
+    setup = setup_of("rank", model, data)
 
     def told(own: Session, job: dict[str, Any]) -> Any:
         """What a worker would say."""
-        arms, invalid, facts = prepare(ground, [Arm(name="a", fields={"rank": 1})])
+        arms, invalid, facts = prepare(setup, [Arm(name="a", fields={"rank": 1})])
         yield {"kind": "arms", "arms": arms, "invalid": invalid, "facts": facts}
 
     monkeypatch.setattr(Session, "_do", told)
     own = Session(tmp_path / "out", math.inf)
     for _ in range(2):
-        assert [arm.name for arm in own.prepare(ground)] == ["a"]
+        assert [arm.name for arm in own.prepare(setup)] == ["a"]
     config = model / "config.json"
     before = config.read_text()
     config.write_text(json.dumps({**json.loads(before), "layer_norm_eps": 0.5}))
     with pytest.raises(ConfigError) as error:
-        own.prepare(ground)
+        own.prepare(setup)
     assert (error.value.code, error.value.field) == ("other_run", "base_config")
     config.write_text(before)
     data.write_text("\n".join(lines[:-20]) + "\n", encoding="utf-8")
     with pytest.raises(ConfigError) as error:
-        own.prepare(ground)
+        own.prepare(setup)
     assert (error.value.code, error.value.field) == ("other_run", "data")
     (tmp_path / "out" / store.FACTS).unlink()  # as in a folder of before
-    own.prepare(ground)
+    own.prepare(setup)
     assert (tmp_path / "out" / store.FACTS).is_file()
 
 
@@ -177,10 +177,9 @@ def test_an_unknown_field_of_an_arm_names_the_nearest() -> None:
 @pytest.mark.parametrize("name", catalog.STUDIES)
 def test_every_question_has_a_file_that_answers_even_nothing(name: str) -> None:
     module = question_module(name)
-    ground = catalog.ground(name, StudyOptions(quick=True))
-    answer = module.conclude([], ground)
-    assert answer.sentence.en
-    assert answer.sentence.zh
+    setup = catalog.setup(name, StudyOptions(quick=True))
+    answer = module.conclude([], setup)
+    assert_it_renders(answer, name)
     assert not any(finding.holds for finding in answer.findings)
     assert isinstance(module.MEASURE, str)
 
@@ -253,12 +252,12 @@ def test_a_study_of_objects_finds_them_in_its_folder(
         "tokenizer": AutoTokenizer.from_pretrained(tiny_llama_folder),
         "data": rows,
     }
-    grounds: list[Ground] = []
+    setups: list[StudySetup] = []
 
     def told(own: Session, job: dict[str, Any]) -> Any:
         """What a worker would say."""
-        grounds.append(Ground.of(job["ground"]))
-        arms, invalid, facts = prepare(grounds[-1], [Arm(name="a", fields={"rank": 1})])
+        setups.append(StudySetup.of(job["ground"]))
+        arms, invalid, facts = prepare(setups[-1], [Arm(name="a", fields={"rank": 1})])
         yield {"kind": "arms", "arms": arms, "invalid": invalid, "facts": facts}
 
     monkeypatch.setattr(Session, "_do", told)
@@ -267,11 +266,11 @@ def test_a_study_of_objects_finds_them_in_its_folder(
         conduct, "report", lambda folder, language: Outcome(folder=folder, answers={}, skipped={})
     )  # fmt: skip)
     for _ in range(2):
-        study("rank", output_dir=tmp_path / "out", resume=bool(grounds), **objects)
-    assert find(grounds[0].data).digest == find(str(sums_file)).digest
-    written = AutoModelForCausalLM.from_pretrained(grounds[0].model)
+        study("rank", output_dir=tmp_path / "out", resume=bool(setups), **objects)
+    assert find(setups[0].data).digest == find(str(sums_file)).digest
+    written = AutoModelForCausalLM.from_pretrained(setups[0].model)
     assert fingerprint(written) == fingerprint(model)
-    assert grounds[0].model.startswith(str(tmp_path / "out"))
+    assert setups[0].model.startswith(str(tmp_path / "out"))
     with pytest.raises(ConfigError) as refused:
         study("rank", output_dir=tmp_path / "out", resume=True, **{**objects, "data": rows[:-9]})
     assert (refused.value.code, refused.value.field) == ("other_run", "data")
@@ -316,7 +315,7 @@ def partly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, An
             yield {"kind": "arms", "arms": [asdict(Arm(name="a", fields={"rank": 1}))], "invalid": {}, "facts": {}}
 
     monkeypatch.setattr(Session, "_do", told)
-    monkeypatch.setattr(Session, "run", lambda own, ground, arms: seen.append({"kind": "run", "study": ground.study}))
+    monkeypatch.setattr(Session, "run", lambda own, setup, arms: seen.append({"kind": "run", "study": setup.study}))
     monkeypatch.chdir(tmp_path)
     return seen
 
@@ -364,7 +363,7 @@ def test_the_command_line_ends_with_1_where_a_study_could_not_run(
 def test_a_worker_that_was_killed_while_it_prepared_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Session, "_do", lambda own, job: iter([{"kind": "exit", "code": -9}]))
     with pytest.raises(RunError) as error:
-        Session(tmp_path, math.inf).prepare(Ground(study="rank", model="m", data="d"))
+        Session(tmp_path, math.inf).prepare(StudySetup(study="rank", model="m", data="d"))
     assert error.value.code == "ended"
 
 
@@ -376,13 +375,13 @@ def test_pictures_are_those_of_the_first_task_that_is_here(monkeypatch: pytest.M
     for clothes, digits, taken in ((True, True, 0), (False, True, 1), (False, False, 0)):
         found = {catalog.CLOTHES: Here(clothes), catalog.DIGITS: Here(digits)}
         monkeypatch.setattr("loralab.tasks.catalog.TASKS", found)
-        assert catalog.ground("vision", StudyOptions()).data == (catalog.CLOTHES, catalog.DIGITS)[taken]
-    assert catalog.ground("vision", StudyOptions(data="mine")).data == "mine"
+        assert catalog.setup("vision", StudyOptions()).data == (catalog.CLOTHES, catalog.DIGITS)[taken]
+    assert catalog.setup("vision", StudyOptions(data="mine")).data == "mine"
 
 
 def test_one_arm_is_no_study(tmp_path: Path, tiny_bert_folder: Path, noise_file: Path) -> None:
     with pytest.raises(ConfigError) as one:
-        prepare(ground_of("rank", tiny_bert_folder, noise_file, values=("8",)), None)
+        prepare(setup_of("rank", tiny_bert_folder, noise_file, values=("8",)), None)
     assert (one.value.code, one.value.field) == ("few_arms", "values")
     with pytest.raises(ConfigError) as grid_of_one:
         _own(grid(tmp_path, f"model = '{tiny_bert_folder}'\nrank = [8]"), StudyOptions(), None)
@@ -400,9 +399,9 @@ def test_options_that_cannot_be_are_named(given: dict[str, Any], field: str) -> 
 
 
 def test_candidates_go_on_in_turns_over_their_rates() -> None:
-    ground = Ground(study="recommend", model="m", data="d")
+    setup = StudySetup(study="recommend", model="m", data="d")
     arms = [
         Arm(name=f"{n}", fields={"method": "lora", "learning_rate": rate})
         for n, rate in enumerate([5e-3] * 3 + [5e-4, 1.6e-3])
     ]
-    assert [arm.name for arm in _one_of_each_rate(ground, arms)] == ["0", "3", "4", "1", "2"]
+    assert [arm.name for arm in _one_of_each_rate(setup, arms)] == ["0", "3", "4", "1", "2"]

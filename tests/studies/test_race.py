@@ -3,9 +3,9 @@
 import random
 
 from loralab.studies.race import contenders
-from loralab.studies.study import Arm, Ground, Record
+from loralab.studies.study import Arm, Record, StudySetup
 
-GROUND = Ground(study="rank", model="m", data="d", seeds=3, seeds_max=10)
+SETUP = StudySetup(study="rank", model="m", data="d", seeds=3, seeds_max=10)
 
 
 def arm(name: str, share: float, spread: float, seeds: int = 3) -> list[Record]:
@@ -23,17 +23,17 @@ def arm(name: str, share: float, spread: float, seeds: int = 3) -> list[Record]:
 
 def test_an_arm_that_is_far_behind_is_out_of_the_race() -> None:
     records = [*arm("a", 0.9, 0.04), *arm("b", 0.89, 0.04), *arm("c", 0.3, 0.02)]
-    assert set(contenders(records, GROUND)) == {"a", "b"}
+    assert set(contenders(records, SETUP)) == {"a", "b"}
 
 
 def test_a_decided_race_is_over() -> None:
-    assert contenders([*arm("a", 0.95, 0.0), *arm("c", 0.3, 0.0)], GROUND) == []
+    assert contenders([*arm("a", 0.95, 0.0), *arm("c", 0.3, 0.0)], SETUP) == []
 
 
 def test_where_rows_are_the_noise_no_seeds_are_added() -> None:
-    assert contenders([*arm("a", 0.8, 0.0), *arm("b", 0.79, 0.0)], GROUND) == []
+    assert contenders([*arm("a", 0.8, 0.0), *arm("b", 0.79, 0.0)], SETUP) == []
 
 
 def test_not_more_runs_are_added_than_the_study_began_with() -> None:
-    assert contenders([*arm("a", 0.8, 0.1, 6), *arm("b", 0.79, 0.1, 6)], GROUND) == []
-    assert contenders([*arm("a", 0.8, 0.1, 5), *arm("b", 0.79, 0.1, 5)], GROUND)
+    assert contenders([*arm("a", 0.8, 0.1, 6), *arm("b", 0.79, 0.1, 6)], SETUP) == []
+    assert contenders([*arm("a", 0.8, 0.1, 5), *arm("b", 0.79, 0.1, 5)], SETUP)

@@ -9,7 +9,7 @@ from typing import Any
 import markupsafe
 import pyarrow.parquet
 import pytest
-from studies.conftest import Here, ground_of, planted
+from studies.conftest import Here, planted, setup_of
 
 from loralab.errors import OutputError
 from loralab.studies import catalog, store
@@ -20,7 +20,7 @@ from loralab.studies.message import Column, Message, Table
 from loralab.studies.questions import grid
 from loralab.studies.report import both, markdown_table, page
 from loralab.studies.section import section
-from loralab.studies.study import Cell, Ground, StudyOptions
+from loralab.studies.study import StudyOptions, StudySetup, Trial
 from loralab.studies.wording import LANGUAGES, say
 
 
@@ -64,18 +64,18 @@ WRITTEN: dict[str, Any] = {"learning_rate": float, "precision": str, "metric": s
     ],
 )
 def test_the_command_that_repeats_a_study_asks_for_the_same(name: str, own: dict[str, Any]) -> None:
-    asked = catalog.ground(name, StudyOptions(model="m", data="d", **own), {"text": "review"})
+    asked = catalog.setup(name, StudyOptions(model="m", data="d", **own), {"text": "review"})
     again, found, mapping = asked_by(repeat_command(asked))
     assert again == name
-    assert catalog.ground(name, found, mapping) == asked
+    assert catalog.setup(name, found, mapping) == asked
 
 
 @pytest.fixture(scope="module")
 def outcome(here: Here, tiny_bert_folder: Path, noise_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     """Of a study with its report, only to be read."""
     folder = tmp_path_factory.mktemp("study")
-    ground = ground_of("rank", tiny_bert_folder, noise_file, values=("1", "2"), seeds=1, quick=True)
-    here(ground, folder)
+    setup = setup_of("rank", tiny_bert_folder, noise_file, values=("1", "2"), seeds=1, quick=True)
+    here(setup, folder)
     return report(folder)
 
 
@@ -124,7 +124,7 @@ def test_results_hold_a_row_for_every_run(study_folder: Path) -> None:
 
 def test_an_arm_that_never_ran_is_shown_as_such(study_folder: Path, tmp_path: Path) -> None:
     study_folder = shutil.copytree(study_folder, tmp_path / "study")
-    ground, arms, _ = store.plans(study_folder)["rank"]
+    setup, arms, _ = store.plans(study_folder)["rank"]
     gone = next(arm for arm in arms if arm.name == "r=2")
     from dataclasses import replace
 
@@ -132,8 +132,8 @@ def test_an_arm_that_never_ran_is_shown_as_such(study_folder: Path, tmp_path: Pa
 
     record = next(r for r in records(study_folder)["rank"][1] if r.arm.name == "r=2")
     measure = str(gone.options.get("measure"))
-    cell = Cell(measure=measure, ground=ground, arm=record.arm, seed=0)
-    (store.place_of(study_folder, cell) / store.RECORD).unlink()
+    trial = Trial(measure=measure, setup=setup, arm=record.arm, seed=0)
+    (store.place_of(study_folder, trial) / store.RECORD).unlink()
     answer = report(study_folder).answers["rank"]
     html = (study_folder / "report.html").read_text(encoding="utf-8")
     assert "missing: not run yet" in html
@@ -155,12 +155,12 @@ def test_a_folder_without_results_is_refused(what: str, tmp_path: Path) -> None:
 def test_hostile_names_stay_text() -> None:
     evil = "</script><img src=x onerror=alert(1)>"
     records = [*planted(evil, [1, 0, 1, 0]), *planted("b", [1, 1, 1, 0])]
-    ground = Ground(study=evil, model=evil, data="d", fields={"max_steps": 2, "batch_size": 1})
-    shown = section("mine", ground, records)
+    setup = StudySetup(study=evil, model=evil, data="d", fields={"max_steps": 2, "batch_size": 1})
+    shown = section("mine", setup, records)
     html = page([shown], "en")
     assert "<img src=x" not in html
     assert str(both(evil)).startswith("&lt;")
-    command = apply_command(ground, {"rank": 4}, records)
+    command = apply_command(setup, {"rank": 4}, records)
     assert f"'{evil}'" in command
 
 
@@ -173,9 +173,9 @@ def test_a_table_in_markdown_keeps_its_columns() -> None:
 
 
 def test_a_grid_advises_the_best_and_the_first_of_equals() -> None:
-    ground = Ground(study="mine", model="m", data="d")
+    setup = StudySetup(study="mine", model="m", data="d")
     clear = [*planted("a", [1.0] * 40, rank=4), *planted("b", [0.0] * 40, rank=8)]
-    assert grid.conclude(clear, ground).advice == {"method": "lora", "rank": 4}
+    assert grid.conclude(clear, setup).advice == {"method": "lora", "rank": 4}
     alike = [*planted("a", [0.5] * 40), *planted("b", [0.5] * 40)]
-    assert grid.conclude(alike, ground).ranking.contrast("a", "b").verdict == "equivalent"
-    assert grid.conclude(alike, ground).ranking.recommended == "a"
+    assert grid.conclude(alike, setup).ranking.contrast("a", "b").verdict == "equivalent"
+    assert grid.conclude(alike, setup).ranking.recommended == "a"

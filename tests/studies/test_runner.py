@@ -1,4 +1,4 @@
-"""A study goes on where it was, in one process at a time, and every cell stands alone."""
+"""A study goes on where it was, in one process at a time, and every trial stands alone."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from forked import Forked, Subprocess
 from hostile.crash import Victim
-from studies.conftest import ground_of
+from studies.conftest import setup_of
 from studies.outcomes import results
 
 from loralab.errors import ConfigError, OutputError, RunError
@@ -20,7 +20,7 @@ from loralab.studies import store
 from loralab.studies.conduct import _require_place
 from loralab.studies.forked import Worker
 from loralab.studies.runner import BUDGET, session
-from loralab.studies.study import DIVERGED, DONE, FAILED, MISSING, Arm, Cell, Record
+from loralab.studies.study import DIVERGED, DONE, FAILED, MISSING, Arm, Record, Trial
 from loralab.studies.trained import MEASURE, measured
 
 TOML = """
@@ -111,30 +111,30 @@ def test_what_went_wrong_is_said_although_nothing_can_be_removed(
 
 
 def test_a_finished_cell_is_never_run_again(tmp_path: Path, tiny_bert_folder: Path, noise_file: Path) -> None:
-    ground = ground_of("grid", tiny_bert_folder, noise_file, seeds=1)
+    setup = setup_of("grid", tiny_bert_folder, noise_file, seeds=1)
     arm = Arm(name="r=2", fields={"rank": 2}, tuned=False)
-    cell = Cell(measure="none:none", ground=ground, arm=arm, seed=0)
-    store.write(store.place_of(tmp_path, cell), cell, Record(arm=arm, seed=0), 1.0)
+    trial = Trial(measure="none:none", setup=setup, arm=arm, seed=0)
+    store.write(store.place_of(tmp_path, trial), trial, Record(arm=arm, seed=0), 1.0)
     with session(tmp_path) as own:
-        assert own.obtain(cell).status == DONE  # a measure that does not exist was not asked
+        assert own.obtain(trial).status == DONE  # a measure that does not exist was not asked
         assert own._worker is None
 
 
 def test_what_does_not_fit_the_budget_is_left_out_and_said(
     tmp_path: Path, tiny_bert_folder: Path, noise_file: Path
 ) -> None:
-    ground = ground_of("grid", tiny_bert_folder, noise_file, seeds=1)
-    cell = Cell(measure="none:none", ground=ground, arm=Arm(name="r=2"), seed=0)
+    setup = setup_of("grid", tiny_bert_folder, noise_file, seeds=1)
+    trial = Trial(measure="none:none", setup=setup, arm=Arm(name="r=2"), seed=0)
     with session(tmp_path, budget=1e-6) as own:
         time.sleep(0.01)
-        found = own.obtain(cell)
+        found = own.obtain(trial)
     assert (found.status, found.reason) == (MISSING, BUDGET)
 
 
 def test_a_cell_that_dies_is_a_record_and_the_next_one_runs(
     tmp_path: Path, tiny_bert_folder: Path, noise_file: Path
 ) -> None:
-    ground = ground_of("grid", tiny_bert_folder, noise_file, seeds=1)
+    setup = setup_of("grid", tiny_bert_folder, noise_file, seeds=1)
     module = tmp_path / "dying.py"
     module.write_text(
         "import os, signal\nfrom loralab.studies.study import Record\n"
@@ -147,7 +147,7 @@ def test_a_cell_that_dies_is_a_record_and_the_next_one_runs(
         patch.setenv("PYTHONPATH", str(tmp_path))
         with session(tmp_path / "study") as own:
             found = [
-                own.obtain(Cell(measure=f"dying:{name}", ground=ground, arm=Arm(name=name), seed=0))
+                own.obtain(Trial(measure=f"dying:{name}", setup=setup, arm=Arm(name=name), seed=0))
                 for name in ("killed", "broken", "well")
             ]
     assert [record.status for record in found] == [FAILED, FAILED, DONE]
@@ -185,34 +185,34 @@ def alive(pid: int) -> bool:
 def test_other_settings_in_the_same_folder_are_refused(
     tmp_path: Path, tiny_bert_folder: Path, noise_file: Path
 ) -> None:
-    ground = ground_of("rank", tiny_bert_folder, noise_file)
-    store.add_plan(tmp_path, (ground, [Arm(name="r=2")], {}))
-    other = ground_of("rank", tiny_bert_folder, noise_file, seeds=3)
+    setup = setup_of("rank", tiny_bert_folder, noise_file)
+    store.add_plan(tmp_path, (setup, [Arm(name="r=2")], {}))
+    other = setup_of("rank", tiny_bert_folder, noise_file, seeds=3)
     with pytest.raises(ConfigError, match="seeds was 2, now 3"):
         store.require_same(tmp_path, other)
-    store.require_same(tmp_path, ground)
+    store.require_same(tmp_path, setup)
 
 
 def test_the_plan_of_a_study_survives_its_file(tmp_path: Path, tiny_bert_folder: Path, noise_file: Path) -> None:
-    ground = ground_of("rank", tiny_bert_folder, noise_file, values=("2", "4"))
+    setup = setup_of("rank", tiny_bert_folder, noise_file, values=("2", "4"))
     arms = [Arm(name="a", fields={"method": "lora", "target_modules": ["q", "v"]}), Arm(name="b")]
-    store.add_plan(tmp_path, (ground, arms, {"b": "why"}))
+    store.add_plan(tmp_path, (setup, arms, {"b": "why"}))
     found, read_arms, invalid = store.plans(tmp_path)["rank"]
-    assert found == ground
+    assert found == setup
     assert read_arms == arms
     assert invalid == {"b": "why"}
-    cells = [Cell(measure="m:f", ground=g, arm=a, seed=0).digest for g, a in ((ground, arms[0]), (found, read_arms[0]))]
-    assert cells[0] == cells[1]
+    trials = [Trial(measure="m:f", setup=g, arm=a, seed=0).digest for g, a in ((setup, arms[0]), (found, read_arms[0]))]
+    assert trials[0] == trials[1]
 
 
 def test_numbers_that_are_not_finite_survive_as_absent(tmp_path: Path) -> None:
     arm = Arm(name="x")
-    cell = Cell(measure="m:f", ground=ground_of("rank", tmp_path, tmp_path), arm=arm, seed=0)
+    trial = Trial(measure="m:f", setup=setup_of("rank", tmp_path, tmp_path), arm=arm, seed=0)
     record = Record(arm=arm, seed=0, numbers={"a": float("nan"), "b": 1.0}, series={"l": [1.0, float("inf")]})
-    store.write(store.place_of(tmp_path, cell), cell, record, 2.0)
-    file = store.place_of(tmp_path, cell) / store.RECORD
+    store.write(store.place_of(tmp_path, trial), trial, record, 2.0)
+    file = store.place_of(tmp_path, trial) / store.RECORD
     json.loads(file.read_text(encoding="utf-8"), parse_constant=pytest.fail)
-    found = store.read(tmp_path, cell)
+    found = store.read(tmp_path, trial)
     assert found is not None
     assert found.numbers == {"b": 1.0}
     assert found.series == {"l": [1.0, None]}
@@ -239,13 +239,13 @@ def test_a_run_that_ends_without_finite_numbers_is_a_result_of_its_own(
     tmp_path: Path, tiny_bert_folder: Path, noise_file: Path
 ) -> None:
     fields = {"learning_rate": 1e30}
-    ground = ground_of("grid", tiny_bert_folder, noise_file, seeds=1, fields=fields)
-    cell = Cell(measure=MEASURE, ground=ground, arm=Arm(name="r=2", fields={"rank": 2}), seed=0)
-    found = measured(cell, tmp_path / "cell", lambda event: None)
+    setup = setup_of("grid", tiny_bert_folder, noise_file, seeds=1, fields=fields)
+    trial = Trial(measure=MEASURE, setup=setup, arm=Arm(name="r=2", fields={"rank": 2}), seed=0)
+    found = measured(trial, tmp_path / "cell", lambda event: None)
     assert found.status == DIVERGED
     assert "not finite" in found.reason
     other = Arm(name="x", fields={"rank": 2, "target_modules": ["nothing"]})
-    missing = Cell(measure=MEASURE, ground=ground, arm=other, seed=0)
+    missing = Trial(measure=MEASURE, setup=setup, arm=other, seed=0)
     assert measured(missing, tmp_path / "other", lambda event: None).status == FAILED
 
 
@@ -278,23 +278,23 @@ def worker_of(process: "subprocess.Popen[str]", folder: Path) -> Worker:
 
 
 def test_a_worker_that_is_gone_is_an_error(tmp_path: Path, tiny_bert_folder: Path, noise_file: Path) -> None:
-    ground = ground_of("grid", tiny_bert_folder, noise_file, seeds=1)
+    setup = setup_of("grid", tiny_bert_folder, noise_file, seeds=1)
     gone = subprocess.Popen(["true"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     gone.wait()
     with session(tmp_path / "study") as own:
         own._worker = worker_of(gone, tmp_path)
         with pytest.raises(RunError, match="worker of the study has ended"):
-            own.obtain(Cell(measure=MEASURE, ground=ground, arm=Arm(name="x"), seed=0))
+            own.obtain(Trial(measure=MEASURE, setup=setup, arm=Arm(name="x"), seed=0))
         assert gone.stdin is not None
         with pytest.raises(BrokenPipeError):
             gone.stdin.close()
 
 
 def test_half_a_line_of_a_killed_child_is_passed_over(tmp_path: Path, tiny_bert_folder: Path, noise_file: Path) -> None:
-    ground = ground_of("grid", tiny_bert_folder, noise_file, seeds=1)
+    setup = setup_of("grid", tiny_bert_folder, noise_file, seeds=1)
     said = '{"kind": "st\n{"kind": "exit", "code": -9}\n'
     half = subprocess.Popen(["printf", "%s", said], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     with session(tmp_path / "study") as own:
         own._worker = worker_of(half, tmp_path)
-        found = own.obtain(Cell(measure=MEASURE, ground=ground, arm=Arm(name="x"), seed=0))
+        found = own.obtain(Trial(measure=MEASURE, setup=setup, arm=Arm(name="x"), seed=0))
     assert "memory ran out" in found.reason

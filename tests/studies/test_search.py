@@ -4,25 +4,27 @@ import math
 from collections.abc import Callable
 
 from loralab.studies.search import tune
-from loralab.studies.study import DIVERGED, Arm, Cell, Ground, Record
+from loralab.studies.study import DIVERGED, Arm, Record, StudySetup, Trial
 
-GROUND = Ground(
+SETUP = StudySetup(
     study="rank", model="m", data="d", fields={"max_steps": 30}, rates=(0.1, 1.0, 10.0), rows={"validation": 50}
 )
-QUICK = Ground(study="rank", model="m", data="d", fields={"max_steps": 30}, rates=(1.0, 3.0), quick=True)
+QUICK = StudySetup(study="rank", model="m", data="d", fields={"max_steps": 30}, rates=(1.0, 3.0), quick=True)
 ARM = Arm(name="r=8", fields={"method": "lora", "rank": 8})
 USUAL = 5e-4
 
 
-def losses(of: Callable[[float, int], float], noise: float = 0.0) -> Callable[[Cell], Record]:
+def losses(of: Callable[[float, int], float], noise: float = 0.0) -> Callable[[Trial], Record]:
     """Runs whose validation loss follows from the rate, as a multiple of the usual one, and the seed."""
 
-    def obtain(cell: Cell) -> Record:
-        loss = of(cell.arm.fields["learning_rate"] / USUAL, cell.seed)
+    def obtain(trial: Trial) -> Record:
+        loss = of(trial.arm.fields["learning_rate"] / USUAL, trial.seed)
         if math.isinf(loss):
-            return Record(arm=cell.arm, seed=cell.seed, status=DIVERGED)
-        rows = [loss + noise * (-1) ** (n + round(math.log(cell.arm.fields["learning_rate"]))) for n in range(50)]
-        return Record(arm=cell.arm, seed=cell.seed, numbers={"validation_loss": loss}, items={"validation_loss": rows})
+            return Record(arm=trial.arm, seed=trial.seed, status=DIVERGED)
+        rows = [loss + noise * (-1) ** (n + round(math.log(trial.arm.fields["learning_rate"]))) for n in range(50)]
+        return Record(
+            arm=trial.arm, seed=trial.seed, numbers={"validation_loss": loss}, items={"validation_loss": rows}
+        )
 
     return obtain
 
@@ -32,24 +34,24 @@ def bowl(best: float) -> Callable[[float, int], float]:
 
 
 def test_a_best_rate_at_the_edge_extends_the_grid() -> None:
-    for ground in (GROUND, QUICK):
-        found = tune(ground, ARM, losses(bowl(30.0)), "m")
+    for setup in (SETUP, QUICK):
+        found = tune(setup, ARM, losses(bowl(30.0)), "m")
         assert found.rate is not None
-        assert found.rate / USUAL > max(ground.rates)
-        assert len(found.rates) > len(ground.rates)
+        assert found.rate / USUAL > max(setup.rates)
+        assert len(found.rates) > len(setup.rates)
 
 
 def test_a_best_rate_that_still_lies_at_the_edge_is_said_to() -> None:
     assert tune(QUICK, ARM, losses(bowl(1e6)), "m").at_edge
-    assert not tune(GROUND, ARM, losses(bowl(1.0)), "m").at_edge
+    assert not tune(SETUP, ARM, losses(bowl(1.0)), "m").at_edge
 
 
 def test_of_rates_within_noise_the_smallest_is_taken() -> None:
     def flat(factor: float, seed: int) -> float:
         return {0.1: 2.0, 1.0: 1.001, 10.0: 1.0}.get(round(factor, 1), 3.0)
 
-    clear = tune(GROUND, ARM, losses(flat), "m")
-    noisy = tune(GROUND, ARM, losses(flat, noise=0.5), "m")
+    clear = tune(SETUP, ARM, losses(flat), "m")
+    noisy = tune(SETUP, ARM, losses(flat, noise=0.5), "m")
     assert (clear.rate, noisy.rate) == (10 * USUAL, USUAL)
 
 
@@ -59,31 +61,31 @@ def test_a_rate_that_another_seed_does_not_bear_out_is_left() -> None:
             return 1.9
         return {0.1: 2.0, 1.0: 1.3, 10.0: 1.0}.get(round(factor, 1), 3.0)
 
-    assert tune(GROUND, ARM, losses(unstable), "m").rate == USUAL
-    assert tune(GROUND, ARM, losses(lambda f, s: math.inf if f > 5 and s else unstable(f, 0)), "m").rate == USUAL
+    assert tune(SETUP, ARM, losses(unstable), "m").rate == USUAL
+    assert tune(SETUP, ARM, losses(lambda f, s: math.inf if f > 5 and s else unstable(f, 0)), "m").rate == USUAL
 
 
 def test_where_every_rate_diverges_there_is_none() -> None:
-    assert tune(GROUND, ARM, losses(lambda factor, seed: math.inf), "m").rate is None
+    assert tune(SETUP, ARM, losses(lambda factor, seed: math.inf), "m").rate is None
 
 
 def test_what_a_short_run_bears_can_be_too_much_for_a_whole_one() -> None:
-    def obtain(cell: Cell) -> Record:
-        factor, steps = cell.arm.fields["learning_rate"] / USUAL, cell.arm.fields.get("max_steps", 30)
+    def obtain(trial: Trial) -> Record:
+        factor, steps = trial.arm.fields["learning_rate"] / USUAL, trial.arm.fields.get("max_steps", 30)
         short = {0.1: 1.6, 1.0: 1.5, 10.0: 1.4}.get(round(factor, 1), 2.0)
         whole = {0.1: 1.5, 1.0: 0.9, 10.0: 1.6}.get(round(factor, 1), 2.0)
         loss = whole if steps == 30 else short
-        return Record(arm=cell.arm, seed=cell.seed, numbers={"validation_loss": loss})
+        return Record(arm=trial.arm, seed=trial.seed, numbers={"validation_loss": loss})
 
-    assert tune(GROUND, ARM, obtain, "m").rate == USUAL
+    assert tune(SETUP, ARM, obtain, "m").rate == USUAL
 
 
 def test_the_cost_of_a_search_is_what_the_study_would_not_have_run() -> None:
     """Three short runs of a second, and the whole run of the rate that was not taken."""
 
-    def obtain(cell: Cell) -> Record:
-        loss = bowl(1.0)(cell.arm.fields["learning_rate"] / USUAL, 0)
-        seconds = 1.0 if "max_steps" in cell.arm.fields else 10.0
-        return Record(arm=cell.arm, seed=cell.seed, numbers={"validation_loss": loss}, seconds=seconds)
+    def obtain(trial: Trial) -> Record:
+        loss = bowl(1.0)(trial.arm.fields["learning_rate"] / USUAL, 0)
+        seconds = 1.0 if "max_steps" in trial.arm.fields else 10.0
+        return Record(arm=trial.arm, seed=trial.seed, numbers={"validation_loss": loss}, seconds=seconds)
 
-    assert tune(GROUND, ARM, obtain, "m").seconds == 3 + 10
+    assert tune(SETUP, ARM, obtain, "m").seconds == 3 + 10

@@ -46,26 +46,26 @@ def grouped(sections: Sequence[Section]) -> list[list[Section]]:
     """Return the sections that stand on the same model and data, if any of them gives advice."""
     groups: dict[tuple[str, str], list[Section]] = {}
     for each in sections:
-        groups.setdefault((each.ground.model, each.ground.data), []).append(each)
+        groups.setdefault((each.setup.model, each.setup.data), []).append(each)
     return [group for group in groups.values() if any(s.answer.advice or s.answer.ranking for s in group)]
 
 
 def advised(group: Sequence[Section]) -> Advice:
     """Return the recommended arm of some studies of one model and data, and what else they propose."""
-    ground, found = group[0].ground, _compared(group)
+    setup, found = group[0].setup, _compared(group)
     chosen = None if found is None else _chosen(found, searched=group[0].name == RECOMMEND)
     runs: Sequence[Record] = () if found is None or chosen is None else found.arms[chosen]
     fields = dict(runs[0].arm.fields) if runs else {}
     if runs and runs[0].rate:
         fields[RATE] = runs[0].rate
     return Advice(
-        model=ground.model,
-        data=ground.data,
+        model=setup.model,
+        data=setup.data,
         sentence=None if found is None else _sentence(found, chosen),
-        command=apply_command(ground, fields, runs),
+        command=apply_command(setup, fields, runs),
         candidates=_candidates(group, fields),
-        search=search_command(ground),
-        quick=ground.quick,
+        search=search_command(setup),
+        quick=setup.quick,
     )
 
 
@@ -73,13 +73,13 @@ def _compared(group: Sequence[Section]) -> Comparison | None:
     """Compare all arms of the studies that met the same rows for as many steps; the largest such family."""
     families: dict[str, list[Section]] = {}
     for each in group:
-        ground = each.ground
-        same = [ground.fields, ground.rows, ground.mapping, ground.metric, ground.quick]
+        setup = each.setup
+        same = [setup.fields, setup.rows, setup.mapping, setup.metric, setup.quick]
         families.setdefault(json.dumps(same, sort_keys=True, default=list), []).append(each)
     sizes = {key: sum(len(_able(each)) for each in family) for key, family in families.items()}
     family = families[max(sizes, key=lambda key: sizes[key])]
     records = [record for each in family for record in each.records]
-    metric = metric_of(records, family[0].ground)
+    metric = metric_of(records, family[0].setup)
     if len(family) == 1 and (arms := _able(family[0])):
         ranking = family[0].answer.ranking
         return Comparison(every=by_arm(records), arms=arms, metric=metric, ranking=ranking)

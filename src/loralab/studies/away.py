@@ -1,7 +1,7 @@
-"""A cell on a machine of a cluster: measured there as at home, and sent back as bytes.
+"""A trial on a machine of a cluster: measured there as at home, and sent back as bytes.
 
 What Ray runs. Nothing stays on the machine but the process that has everything imported, for the
-cells that come next.
+trials that come next.
 """
 
 import contextlib
@@ -21,15 +21,15 @@ from typing import Any
 import loralab
 from loralab.studies import store
 from loralab.studies.forked import Worker, ended
-from loralab.studies.study import Cell
+from loralab.studies.study import Trial
 
-LOG_BYTES = 4000  # of what was printed that come back with a cell that failed
+LOG_BYTES = 4000  # of what was printed that come back with a trial that failed
 PREFIX = "loralab-cell-"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Back:
-    """What a machine sends back: record.json and the cell's other files, or why there is none."""
+class RemoteResult:
+    """What a machine sends back: record.json and the trial's other files, or why there is none."""
 
     node: str
     record: bytes = b""
@@ -44,33 +44,33 @@ def versions() -> dict[str, str]:
     return {"loralab": loralab.__version__, **installed}
 
 
-def reach_here(ground: Mapping[str, Any], wanted: Mapping[str, str], threads: int) -> str:
+def reach_here(setup: Mapping[str, Any], wanted: Mapping[str, str], threads: int) -> str:
     """What this machine lacks for a study, in a sentence; empty if nothing."""
     for name, version in versions().items():
         if version != wanted[name]:
             return f"has {name} {version}, and the study began with {wanted[name]}"
-    events, _ = _done({"do": "reach", "ground": ground}, threads)
+    events, _ = _done({"do": "reach", "ground": setup}, threads)
     said = next((event["text"] for event in events if event["kind"] == "error"), "")
     return said or ("" if events[-1]["code"] == 0 else ended(events[-1]["code"]))
 
 
-def measure_here(cell: Mapping[str, Any], threads: int) -> Back:
-    """Measure a cell in a folder that is gone afterwards."""
+def measure_here(trial: Mapping[str, Any], threads: int) -> RemoteResult:
+    """Measure a trial in a folder that is gone afterwards."""
     _sweep()
     node = socket.gethostname()
     with tempfile.TemporaryDirectory(prefix=f"{PREFIX}{os.getpid()}-") as folder:
-        place = store.place_of(Path(folder), Cell.of(dict(cell)))
+        place = store.place_of(Path(folder), Trial.of(dict(trial)))
         place.mkdir(parents=True)
-        job = {"do": "measure", "cell": cell, "folder": str(place)}
+        job = {"do": "measure", "cell": trial, "folder": str(place)}
         events, log = _done(job, threads)
         file = place / store.RECORD
         if events[-1]["code"] == 0 and file.is_file():
             record = file.read_bytes()
             file.unlink()
-            return Back(node=node, record=record, files=_packed(place))
+            return RemoteResult(node=node, record=record, files=_packed(place))
         said = next((event["text"] for event in events if event["kind"] == "error"), "")
         reason = f"{said or ended(events[-1]['code'])} (on node {node})"
-        return Back(node=node, reason=reason, log=log)
+        return RemoteResult(node=node, reason=reason, log=log)
 
 
 def _done(job: Mapping[str, Any], threads: int) -> tuple[list[dict[str, Any]], str]:

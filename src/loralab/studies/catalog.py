@@ -1,4 +1,4 @@
-"""The studies that can be named: question, and the ground they stand on unless told otherwise.
+"""The studies that can be named: question, and the setup they stand on unless told otherwise.
 
 Standard library only.
 """
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from loralab.errors import ConfigError, nearest
-from loralab.studies.study import Ground, StudyOptions
+from loralab.studies.study import StudyOptions, StudySetup
 from loralab.training.settings import Training
 
 NEEDED = ("scipy", "altair", "vl_convert", "jinja2")
@@ -125,12 +125,12 @@ def usual_data(own: Question) -> str:
     return next((name for name in own.data if TASKS[name].locate() is not None), own.data[0])
 
 
-def search_ground(asked: StudyOptions, mapping: Mapping[str, str] | None = None) -> Ground:
+def search_setup(asked: StudyOptions, mapping: Mapping[str, str] | None = None) -> StudySetup:
     """What all configurations share of which one shall be recommended: what the user's own run would have.
 
     Steps are 0 where they are not asked for: as many as the run takes.
     """
-    found = ground("rank", asked, mapping)
+    found = setup("rank", asked, mapping)
     own = {"max_steps": asked.steps or 0, "batch_size": asked.batch_size or BATCH_SIZE}
     rows = {name: count for name, count in found.rows.items() if name != "train"}
     seeds, most = asked.seeds or 1, asked.seeds_max or SEEDS_MAX
@@ -140,7 +140,7 @@ def search_ground(asked: StudyOptions, mapping: Mapping[str, str] | None = None)
     )
 
 
-def ground(name: str, asked: StudyOptions, mapping: Mapping[str, str] | None = None) -> Ground:
+def setup(name: str, asked: StudyOptions, mapping: Mapping[str, str] | None = None) -> StudySetup:
     """What all arms of a study share, with whatever was left open filled in.
 
     Raises:
@@ -156,7 +156,7 @@ def ground(name: str, asked: StudyOptions, mapping: Mapping[str, str] | None = N
         fields["max_length"] = asked.max_length
     if asked.learning_rate is not None:
         fields["learning_rate"] = asked.learning_rate
-    return Ground(
+    return StudySetup(
         study=name,
         model=asked.model or own.model,
         data=asked.data or usual_data(own),

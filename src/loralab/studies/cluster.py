@@ -1,6 +1,6 @@
-"""Cells measured on the machines of a Ray cluster; only who asks for them writes their folder.
+"""Trials measured on the machines of a Ray cluster; only who asks for them writes their folder.
 
-A cell is a task of Ray: it takes as many processors as it computes with, so that no two share
+A trial is a task of Ray: it takes as many processors as it computes with, so that no two share
 one, and is done again elsewhere when its machine dies. There it runs as at home, in a process of
 its own forked from one that has everything imported (away.py); its record and its run come back
 as bytes.
@@ -24,17 +24,17 @@ from loralab import atomic, cluster
 from loralab.cluster import Node
 from loralab.errors import ConfigError, OutputError
 from loralab.studies import store
-from loralab.studies.away import Back, measure_here, reach_here, versions
-from loralab.studies.study import FAILED, Cell, Ground, Record
+from loralab.studies.away import RemoteResult, measure_here, reach_here, versions
+from loralab.studies.study import FAILED, Record, StudySetup, Trial
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-RETRIES = 5  # machines that may die under one cell
+RETRIES = 5  # machines that may die under one trial
 POLL_SECONDS = 0.5
 LOOK_SECONDS = 2.0  # after which the machines are counted again
-AT_HOME = frozenset(
+LOCAL_ONLY = frozenset(
     {
-        # read what other cells left beside them, or take times that a neighbour would disturb
+        # read what other trials left beside them, or take times that a neighbour would disturb
         "decoding",
         "deployed",
         "drift",
@@ -48,14 +48,14 @@ AT_HOME = frozenset(
 
 
 class StoppedError(Exception):
-    """The study ended while a cell was away."""
+    """The study ended while a trial was away."""
 
 
 class Cluster:
-    """The machines that cells can go to, while a session lasts.
+    """The machines that trials can go to, while a session lasts.
 
     Attributes:
-        threads: that each cell computes with, as many as at home: the order of sums follows.
+        threads: that each trial computes with, as many as at home: the order of sums follows.
     """
 
     def __init__(self, ray: Any) -> None:
@@ -71,18 +71,18 @@ class Cluster:
 
     @property
     def resources(self) -> dict[str, float]:
-        """What one cell takes, in Ray's words."""
+        """What one trial takes, in Ray's words."""
         return {"CPU": self.threads, "GPU": self._gpus}
 
     @property
     def abreast(self) -> int:
-        """Cells that can run at the same time; at least one."""
+        """Trials that can run at the same time; at least one."""
         if time.monotonic() - self._looked > LOOK_SECONDS:
             self._known, self._looked = cluster.nodes(self._ray), time.monotonic()
         return max(1, sum(map(self._room, self._known)))
 
-    def require_ready(self, ground: Ground) -> None:
-        """Every machine that cells can go to must have this loralab, the model and the data.
+    def require_ready(self, setup: StudySetup) -> None:
+        """Every machine that trials can go to must have this loralab, the model and the data.
 
         Raises:
             ConfigError: one has not, or none is large enough.
@@ -94,7 +94,7 @@ class Cluster:
                 "with; OMP_NUM_THREADS=1 asks for one"
             )
         asked = [
-            self._reach.options(scheduling_strategy=cluster.on(node)).remote(ground.to_json(), versions(), self.threads)
+            self._reach.options(scheduling_strategy=cluster.on(node)).remote(setup.to_json(), versions(), self.threads)
             for node in able
         ]
         for node, answer in zip(able, asked, strict=True):
@@ -123,7 +123,7 @@ class Cluster:
 
     @contextlib.contextmanager
     def room(self) -> Iterator[None]:
-        """Room for a cell, once there is some: only then is it known whether there still is time.
+        """Room for a trial, once there is some: only then is it known whether there still is time.
 
         Raises:
             StoppedError: the study ends.
@@ -141,24 +141,24 @@ class Cluster:
                 self._away -= 1
                 self._free.notify()
 
-    def measured(self, cell: Cell, place: Path, log: Path) -> Record:
-        """Have a cell measured somewhere, and put what comes back into its place.
+    def measured(self, trial: Trial, place: Path, log: Path) -> Record:
+        """Have a trial measured somewhere, and put what comes back into its place.
 
         Raises:
             StoppedError: the study ends.
         """
         try:
-            back: Back = self._got(self._measure.remote(cell.to_json(), self.threads))
+            back: RemoteResult = self._got(self._measure.remote(trial.to_json(), self.threads))
         except self._ray.exceptions.RayError as error:
-            back = Back(node="", reason=f"lost on the cluster: {said(error)}")
-        return received(cell, back, place, log)
+            back = RemoteResult(node="", reason=f"lost on the cluster: {said(error)}")
+        return received(trial, back, place, log)
 
     def stop(self) -> None:
         """Give up what is away."""
         self._stopped.set()
 
     def _room(self, node: Node) -> int:
-        """Cells that fit on a machine."""
+        """Trials that fit on a machine."""
         fit = node.cpus // self.threads
         return min(fit, node.gpus) if self._gpus else fit
 
@@ -189,27 +189,27 @@ def open_cluster(address: str | None) -> Iterator[Cluster | None]:
             own.stop()
 
 
-def goes_away(cell: Cell) -> bool:
-    """Tell whether another machine can measure a cell: it needs nothing of others, and times nothing."""
-    return cell.measure.partition(":")[0].rpartition(".")[2] not in AT_HOME
+def can_run_remotely(trial: Trial) -> bool:
+    """Tell whether another machine can measure a trial: it needs nothing of others, and times nothing."""
+    return trial.measure.partition(":")[0].rpartition(".")[2] not in LOCAL_ONLY
 
 
-def received(cell: Cell, back: Back, place: Path, log: Path) -> Record:
-    """What came back for a cell, in its place; a record that says why where nothing did.
+def received(trial: Trial, back: RemoteResult, place: Path, log: Path) -> Record:
+    """What came back for a trial, in its place; a record that says why where nothing did.
 
     Raises:
         OutputError: it cannot be written.
     """
     if back.log:
         with log.open("a", encoding="utf-8") as file:
-            file.write(f"node {back.node}, cell {cell.digest}:\n{back.log}\n")
+            file.write(f"node {back.node}, cell {trial.digest}:\n{back.log}\n")
     if back.record:
         _unpack(back, place)
-        found = store.read(place.parent.parent, cell)
+        found = store.read(place.parent.parent, trial)
         if found is not None:
             return found
-    record = Record(arm=cell.arm, seed=cell.seed, status=FAILED, reason=back.reason)
-    store.write(place, cell, record, 0.0)
+    record = Record(arm=trial.arm, seed=trial.seed, status=FAILED, reason=back.reason)
+    store.write(place, trial, record, 0.0)
     return record
 
 
@@ -219,8 +219,8 @@ def said(error: BaseException) -> str:
     return f"{lines[-1 if 'Traceback' in str(error) else 0]:.300}"
 
 
-def _unpack(back: Back, place: Path) -> None:
-    """The files of a cell, whole or not at all."""
+def _unpack(back: RemoteResult, place: Path) -> None:
+    """The files of a trial, whole or not at all."""
     partial = place.with_name(place.name + atomic.PARTIAL)
     content = json.loads(back.record)
     content["record"]["texts"] = {**content["record"]["texts"], "node": back.node}

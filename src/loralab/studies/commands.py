@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from loralab.studies.catalog import RECOMMEND, STUDIES
-from loralab.studies.study import Ground, Record
+from loralab.studies.study import Record, StudySetup
 from loralab.values import join_pairs
 
-REPEATED = {  # flags of a study, and the fields of its ground that they set
+REPEATED = {  # flags of a study, and the fields of its setup that they set
     "--steps": "max_steps",
     "--batch-size": "batch_size",
     "--precision": "precision",
@@ -16,42 +16,42 @@ REPEATED = {  # flags of a study, and the fields of its ground that they set
 }
 
 
-def repeat_command(ground: Ground) -> str:
+def repeat_command(setup: StudySetup) -> str:
     """Return the command that runs the study again."""
-    if ground.study not in STUDIES and ground.study != RECOMMEND:
-        return shlex.join(["loralab", "study", f"{ground.study}.toml"])
-    search = ground.study == RECOMMEND
-    parts = ["loralab", *(["recommend"] if search else ["study", ground.study])]
-    parts += ["--model", ground.model, "--data", ground.data, *_map(ground)]
-    parts += ["--quick"] if ground.quick else ["--seeds", str(ground.seeds)]
+    if setup.study not in STUDIES and setup.study != RECOMMEND:
+        return shlex.join(["loralab", "study", f"{setup.study}.toml"])
+    search = setup.study == RECOMMEND
+    parts = ["loralab", *(["recommend"] if search else ["study", setup.study])]
+    parts += ["--model", setup.model, "--data", setup.data, *_map(setup)]
+    parts += ["--quick"] if setup.quick else ["--seeds", str(setup.seeds)]
     for flag, field in REPEATED.items():
-        parts += [flag, str(ground.fields[field])] if field in ground.fields else []
-    parts += ["--test-rows", str(ground.rows["test"])]
-    parts += ["--values", ",".join(ground.values)] if ground.values and not search else []
-    if ground.seeds_max > ground.seeds:
-        parts += ["--seeds-max", str(ground.seeds_max)]
-    parts += ["--margin", f"{ground.margin:g}"] if ground.margin is not None else []
-    parts += ["--metric", ground.metric] if ground.metric else []
-    parts += ["--fixed-lr"] if ground.fixed_lr else []
-    if ground.fixed_lr and "learning_rate" in ground.fields:  # else it is the question's own
-        parts += ["--learning-rate", str(ground.fields["learning_rate"])]
+        parts += [flag, str(setup.fields[field])] if field in setup.fields else []
+    parts += ["--test-rows", str(setup.rows["test"])]
+    parts += ["--values", ",".join(setup.values)] if setup.values and not search else []
+    if setup.seeds_max > setup.seeds:
+        parts += ["--seeds-max", str(setup.seeds_max)]
+    parts += ["--margin", f"{setup.margin:g}"] if setup.margin is not None else []
+    parts += ["--metric", setup.metric] if setup.metric else []
+    parts += ["--fixed-lr"] if setup.fixed_lr else []
+    if setup.fixed_lr and "learning_rate" in setup.fields:  # else it is the question's own
+        parts += ["--learning-rate", str(setup.fields["learning_rate"])]
     return shlex.join(parts)
 
 
-def search_command(ground: Ground) -> str:
+def search_command(setup: StudySetup) -> str:
     """Return the command that searches for a configuration of the same model and data."""
-    return shlex.join(["loralab", "recommend", "--model", ground.model, "--data", ground.data, *_map(ground)])
+    return shlex.join(["loralab", "recommend", "--model", setup.model, "--data", setup.data, *_map(setup)])
 
 
-def _map(ground: Ground) -> list[str]:
-    return ["--map", join_pairs(ground.mapping)] if ground.mapping else []
+def _map(setup: StudySetup) -> list[str]:
+    return ["--map", join_pairs(setup.mapping)] if setup.mapping else []
 
 
-def apply_command(ground: Ground, advice: Mapping[str, Any], own: Sequence[Record]) -> str:
+def apply_command(setup: StudySetup, advice: Mapping[str, Any], own: Sequence[Record]) -> str:
     """Return the command that trains as the answer says; empty where it gives no advice."""
     if not advice:
         return ""
-    parts = ["loralab", "train", "--model", ground.model, "--data", ground.data, *_map(ground)]
+    parts = ["loralab", "train", "--model", setup.model, "--data", setup.data, *_map(setup)]
     fields = dict(advice)
     if "learning_rate" not in fields and (rate := rate_for(advice, own)):
         fields["learning_rate"] = rate

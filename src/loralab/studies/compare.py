@@ -8,7 +8,7 @@ from loralab.studies.contrast import Ranking
 from loralab.studies.evidence import Metric, by_arm, claim, metric_of, own_interval, scores_table
 from loralab.studies.message import Chart, Message
 from loralab.studies.ranking import FLOOR, Arms, among, claims, describe_ranking, ranked, recommendation
-from loralab.studies.study import Answer, Finding, Ground, Record
+from loralab.studies.study import Answer, Finding, Record, StudySetup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +73,7 @@ class Comparison:
 
 def compare_arms(
     records: Sequence[Record],
-    ground: Ground,
+    setup: StudySetup,
     *,
     aside: Sequence[str] = (FLOOR,),
     floor: str = FLOOR,
@@ -85,7 +85,7 @@ def compare_arms(
         aside: arms that are compared, but never recommended.
         floor, cost: as in `ranked`.
     """
-    every, metric = by_arm(records), metric_of(records, ground)
+    every, metric = by_arm(records), metric_of(records, setup)
     arms = {name: own for name, own in every.items() if name not in aside}
     if not arms:
         return None

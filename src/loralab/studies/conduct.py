@@ -16,7 +16,7 @@ from loralab.studies.cluster import open_cluster
 from loralab.studies.fields import configured, from_toml, known
 from loralab.studies.objects import FOLDER, Objects
 from loralab.studies.runner import Listener, Session, records, session
-from loralab.studies.study import DONE, FAILED, Answer, Arm, Cell, Ground, StudyOptions, parse_seconds
+from loralab.studies.study import DONE, FAILED, Answer, Arm, StudyOptions, StudySetup, Trial, parse_seconds
 from loralab.studies.trained import BASE_ARM, PROBE, PROBE_ROWS, rows_of
 from loralab.studies.wording import say
 from loralab.training.preflight import write_config
@@ -26,7 +26,7 @@ from loralab.training.settings import Training
 ALL = "all"
 LEAST_ROWS = 50  # that are scored, however slow that is
 ROWS_SHARE = 0.02  # of the time, for scoring a split once
-Work = tuple[Ground, list[Arm] | None]  # None: the question's own arms
+Work = tuple[StudySetup, list[Arm] | None]  # None: the question's own arms
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +68,7 @@ def study(
         output_dir: the study folder; none is studies/<name>. With `resume` one that exists.
         model, tokenizer, data: as train() takes them; none is as `asked` says. A live model and
             rows in memory are written into the study folder.
-        asked: what shall differ from the question's own ground.
+        asked: what shall differ from the question's own setup.
         budget: time that may be spent, such as "20m"; what does not fit is left out and named.
         skip_invalid: run the other arms where some cannot run on this model.
         language: that the page opens in, en or zh-TW; it holds both.
@@ -87,8 +87,8 @@ def study(
     objects.write()
     with open_cluster(ray) as away, session(folder, seconds, listener, away) as own:
         ready, skipped = _prepared(own, work, skip_invalid=skip_invalid, several=name == ALL)
-        for ground, able in ready:
-            own.run(ground, able)
+        for setup, able in ready:
+            own.run(setup, able)
     outcome = report(folder, language=language)
     return replace(outcome, skipped={**outcome.skipped, **skipped})
 
@@ -151,29 +151,29 @@ def recommend(
     objects.write()
     started = time.monotonic()
     with open_cluster(ray) as away, session(folder, seconds, listener, away) as own:
-        ground = _sized(own, catalog.search_ground(asked, mapping), seconds, started)
-        own.run(ground, _candidates(own, ground))
+        setup = _sized(own, catalog.search_setup(asked, mapping), seconds, started)
+        own.run(setup, _candidates(own, setup))
     outcome = report(folder, language=language)
     answer = outcome.answers[catalog.RECOMMEND]
     if answer.ranking is None:
         raise RunError(f"within {budget} nothing could be trained to its end; give a larger budget", code="budget")
     if not answer.advice:
         raise RunError(f"{say(answer.sentence, 'en')} See {folder / 'report.html'}", code="nothing_learnt")
-    _write_config(folder, ground, answer.advice, asked)
+    _write_config(folder, setup, answer.advice, asked)
     return outcome
 
 
-def _candidates(own: Session, ground: Ground) -> list[Arm]:
+def _candidates(own: Session, setup: StudySetup) -> list[Arm]:
     """The arms of a recommendation: drawn here, proposed by Optuna on a cluster."""
     if own.cluster is None:
-        return own.prepare(ground, skip_invalid=True)
+        return own.prepare(setup, skip_invalid=True)
     from loralab.studies.suggest import suggested
 
-    return suggested(own, ground)
+    return suggested(own, setup)
 
 
-def _sized(own: Session, ground: Ground, budget: float, started: float) -> Ground:
-    """The ground with as many candidates and steps as the budget has room for.
+def _sized(own: Session, setup: StudySetup, budget: float, started: float) -> StudySetup:
+    """The setup with as many candidates and steps as the budget has room for.
 
     A run that goes on keeps what was decided when it began.
     """
@@ -182,15 +182,15 @@ def _sized(own: Session, ground: Ground, budget: float, started: float) -> Groun
     held = store.plans(own.folder) if (own.folder / store.STUDY).is_file() else {}
     if catalog.RECOMMEND in held:
         return held[catalog.RECOMMEND][0]
-    steps = int(ground.fields["max_steps"]) or _steps_of_a_run(ground)
-    ground = replace(ground, fields={**ground.fields, "max_steps": steps})
+    steps = int(setup.fields["max_steps"]) or _steps_of_a_run(setup)
+    setup = replace(setup, fields={**setup.fields, "max_steps": steps})
     few = max(4, min(20, steps // ETA ** (ROUNDS - 1)))
     probe = Arm(name="probe", fields={"method": "lora", "rank": 8, "max_steps": few})
     if own.cluster is not None:
-        own.cluster.require_ready(ground)
+        own.cluster.require_ready(setup)
     begun = time.monotonic()
-    small = replace(ground, rows={**ground.rows, "validation": PROBE_ROWS, "test": PROBE_ROWS})
-    record = own.obtain(Cell(measure=PROBE, ground=small, arm=probe, seed=0))
+    small = replace(setup, rows={**setup.rows, "validation": PROBE_ROWS, "test": PROBE_ROWS})
+    record = own.obtain(Trial(measure=PROBE, setup=small, arm=probe, seed=0))
     if record.status == FAILED:
         raise ConfigError(record.reason)
     whole = record.seconds or time.monotonic() - begun  # without the start of the worker
@@ -198,49 +198,49 @@ def _sized(own: Session, ground: Ground, budget: float, started: float) -> Groun
     a_row = record.numbers.get("row_seconds", 0.0)
     rest = max(1.0, whole - few * a_step - 2 * PROBE_ROWS * a_row)
     affordable = max(LEAST_ROWS, int(ROWS_SHARE * budget / max(a_row, 1e-9)))
-    rows = {name: min(count, affordable) for name, count in ground.rows.items()}
+    rows = {name: min(count, affordable) for name, count in setup.rows.items()}
     left = 0.9 * (budget - (time.monotonic() - started)) * own.abreast
     short, full = rest + rows["validation"] * a_row, rest + (rows["validation"] + 2 * rows["test"]) * a_row
     number, shorter = plan_for(a_step, (short, full), left, steps)
-    fields = {**ground.fields, "max_steps": shorter}
-    return replace(ground, fields=fields, rows=rows, values=(str(number), str(steps)))
+    fields = {**setup.fields, "max_steps": shorter}
+    return replace(setup, fields=fields, rows=rows, values=(str(number), str(steps)))
 
 
-def _steps_of_a_run(ground: Ground) -> int:
+def _steps_of_a_run(setup: StudySetup) -> int:
     """How many steps `loralab train` takes on these rows."""
-    batch, rows = int(ground.fields["batch_size"]), len(rows_of(ground).splits["train"])
+    batch, rows = int(setup.fields["batch_size"]), len(rows_of(setup).splits["train"])
     return Training().epochs * math.ceil(rows / batch)
 
 
-def _write_config(folder: Path, ground: Ground, advice: Mapping[str, Any], asked: StudyOptions) -> None:
+def _write_config(folder: Path, setup: StudySetup, advice: Mapping[str, Any], asked: StudyOptions) -> None:
     """config.toml: `loralab train --config` with it trains what was found, for as long as was asked."""
-    fields = {name: value for name, value in ground.fields.items() if name != "max_steps"}
+    fields = {name: value for name, value in setup.fields.items() if name != "max_steps"}
     steps = {} if asked.steps is None else {"max_steps": asked.steps}
     method, training = configured({**fields, **steps, **advice})
-    request = Request.of(ground.model, ground.data, method, training, ground.mapping)
+    request = Request.of(setup.model, setup.data, method, training, setup.mapping)
     write_config(folder, request)
 
 
 def _prepared(
     own: Session, work: Sequence[Work], *, skip_invalid: bool, several: bool
-) -> tuple[list[tuple[Ground, list[Arm]]], dict[str, str]]:
+) -> tuple[list[tuple[StudySetup, list[Arm]]], dict[str, str]]:
     """The studies that can run, with their arms, and why others cannot: all said before the first run.
 
     Raises:
         LoralabError: one cannot run, and is not one of several.
     """
-    ready: list[tuple[Ground, list[Arm]]] = []
+    ready: list[tuple[StudySetup, list[Arm]]] = []
     skipped: dict[str, str] = {}
-    for ground, arms in work:
+    for setup, arms in work:
         try:
-            ready.append((ground, own.prepare(ground, arms, skip_invalid=skip_invalid or several)))
+            ready.append((setup, own.prepare(setup, arms, skip_invalid=skip_invalid or several)))
         except LoralabError as error:
             if not several:
                 raise
-            skipped[ground.study] = str(error)
-            own.skip(ground, str(error))
+            skipped[setup.study] = str(error)
+            own.skip(setup, str(error))
         else:
-            own.tell_of(ground, "ready")
+            own.tell_of(setup, "ready")
     return ready, skipped
 
 
@@ -248,7 +248,7 @@ def _work(name: str, asked: StudyOptions, mapping: Mapping[str, str] | None) -> 
     if name.endswith(".toml"):
         return [_own(Path(name), asked, mapping)]
     names = list(catalog.STUDIES) if name == ALL else [name]
-    return [(catalog.ground(one, asked, mapping), None) for one in names]
+    return [(catalog.setup(one, asked, mapping), None) for one in names]
 
 
 def _own(file: Path, asked: StudyOptions, mapping: Mapping[str, str] | None) -> Work:
@@ -266,7 +266,7 @@ def _own(file: Path, asked: StudyOptions, mapping: Mapping[str, str] | None) -> 
     own = {k: v for k, v in content.items() if k in settings and k not in compared}
     rate = own.pop("learning_rate", None)
     typed = {k: v for k, v in given.items() if v != getattr(StudyOptions(), k)}
-    ground = catalog.ground("rank", StudyOptions(**{**own, **typed}), content.get("map", mapping))
+    setup = catalog.setup("rank", StudyOptions(**{**own, **typed}), content.get("map", mapping))
     shared = {k: v for k, v in content.items() if k in known() - settings and k not in compared}
     if rate is not None:
         shared["learning_rate"] = rate
@@ -275,7 +275,7 @@ def _own(file: Path, asked: StudyOptions, mapping: Mapping[str, str] | None) -> 
     arms = [_arm(shared, dict(zip(compared, row, strict=True))) for row in itertools.product(*compared.values())]
     if len(arms) < 2:
         raise ConfigError(f"{file} has one arm; give a list of at least two values", code="few_arms")
-    return replace(ground, study=file.stem, values=()), [BASE_ARM, *arms]
+    return replace(setup, study=file.stem, values=()), [BASE_ARM, *arms]
 
 
 def _arm(shared: Mapping[str, Any], row: Mapping[str, Any]) -> Arm:

@@ -9,7 +9,7 @@ import numpy as np
 from loralab.studies.contrast import Contrast, Sample, half_width
 from loralab.studies.message import Column, Message, Table
 from loralab.studies.statistics import Interval, mean_interval
-from loralab.studies.study import DONE, EDGE, FALLING, Finding, Ground, Record
+from loralab.studies.study import DONE, EDGE, FALLING, Finding, Record, StudySetup
 from loralab.studies.wording import catalogue
 
 SEED = 0  # of every bootstrap: rendering again gives the same page
@@ -86,10 +86,10 @@ def by_arm(records: Iterable[Record]) -> dict[str, list[Record]]:
     return found
 
 
-def metric_of(records: Iterable[Record], ground: Ground | None = None) -> Metric:
+def metric_of(records: Iterable[Record], setup: StudySetup | None = None) -> Metric:
     """Return the metric that decides, with the study's margin; accuracy where nothing says."""
     name = next((r.texts["metric"] for r in records if "metric" in r.texts), "accuracy")
-    asked = None if ground is None else ground.margin
+    asked = None if setup is None else setup.margin
     return Metric(name=name, margin=MARGIN if asked is None else asked)
 
 

@@ -1,4 +1,4 @@
-"""The process that measures cells (worker.py), as seen by whoever gives it jobs."""
+"""The process that measures trials (worker.py), as seen by whoever gives it jobs."""
 
 import contextlib
 import json

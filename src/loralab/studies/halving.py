@@ -15,7 +15,7 @@ from loralab.studies.evidence import by_arm, metric_of
 from loralab.studies.race import POSSIBLE
 from loralab.studies.ranking import ranked
 from loralab.studies.search import SEARCH, Each, Obtain, in_turn, loss_of, rounded, usual
-from loralab.studies.study import MISSING, Arm, Cell, Ground, Record
+from loralab.studies.study import MISSING, Arm, Record, StudySetup, Trial
 from loralab.studies.trained import BASE, BASE_ARM, MEASURE
 
 ETA = 3  # of the candidates one in so many goes on, for so many times the steps
@@ -32,22 +32,22 @@ SHAPES: tuple[tuple[str, Mapping[str, Any]], ...] = (
 )
 
 
-def default_arm(ground: Ground) -> Arm:
+def default_arm(setup: StudySetup) -> Arm:
     """Return what `loralab train` takes where nothing is chosen."""
     plain = Arm(name=DEFAULT, fields={"method": "lora"})
-    return Arm(name=DEFAULT, fields={**plain.fields, "learning_rate": usual(ground, plain)})
+    return Arm(name=DEFAULT, fields={**plain.fields, "learning_rate": usual(setup, plain)})
 
 
-def with_factor(ground: Ground, shape: Arm, factor: float) -> Arm:
+def with_factor(setup: StudySetup, shape: Arm, factor: float) -> Arm:
     """Return a candidate: a shape at so many times its usual learning rate."""
-    rate = rounded(usual(ground, shape) * factor)
+    rate = rounded(usual(setup, shape) * factor)
     fields = {**shape.fields, "learning_rate": rate}
     return Arm(name=f"{shape.name}, {rate:.1e}", fields=fields)
 
 
-def first_round(ground: Ground, arm: Arm) -> Cell:
+def first_round(setup: StudySetup, arm: Arm) -> Trial:
     """Return what every candidate runs first."""
-    return _short(ground, arm, _steps(ground, 0))
+    return _short(setup, arm, _steps(setup, 0))
 
 
 def plan_for(seconds_per_step: float, overheads: tuple[float, float], budget: float, steps: int) -> tuple[int, int]:
@@ -73,41 +73,41 @@ def plan_for(seconds_per_step: float, overheads: tuple[float, float], budget: fl
     return max(ETA, min(groups, most) * group), steps
 
 
-def walk(ground: Ground, candidates: Sequence[Arm], obtain: Obtain, each: Each = in_turn) -> list[Record]:
+def walk(setup: StudySetup, candidates: Sequence[Arm], obtain: Obtain, each: Each = in_turn) -> list[Record]:
     """Run two rounds of short runs by validation loss, then whole runs with as many seeds as fit."""
     whole = {arm.name: arm for arm in candidates if arm.name in (BASE, DEFAULT)}
     left = [arm for arm in candidates if arm.name not in whole]
     if DEFAULT in whole:  # first of all: whatever the time is enough for, it is known
-        obtain(Cell(measure=MEASURE, ground=ground, arm=whole[DEFAULT], seed=0))
+        obtain(Trial(measure=MEASURE, setup=setup, arm=whole[DEFAULT], seed=0))
     found: list[Record] = []
     for number in range(ROUNDS - 1):
-        cells = [_short(ground, arm, _steps(ground, number)) for arm in left]
-        ran = list(zip(left, each(obtain, cells), strict=True))
+        trials = [_short(setup, arm, _steps(setup, number)) for arm in left]
+        ran = list(zip(left, each(obtain, trials), strict=True))
         found += [_of_round(arm, record, number) for arm, record in ran]
         ended = [(loss_of(record), i) for i, (_, record) in enumerate(ran)]
         ranked_ = sorted(pair for pair in ended if math.isfinite(pair[0]))
         keep = max(1, len(left) // ETA) if number < ROUNDS - 2 else FINALISTS
-        left = _one_of_each_rate(ground, [left[i] for _, i in ranked_])[:keep]
+        left = _one_of_each_rate(setup, [left[i] for _, i in ranked_])[:keep]
     if BASE in whole:
-        found.append(obtain(Cell(measure=str(BASE_ARM.options["measure"]), ground=ground, arm=whole[BASE], seed=0)))
-    return found + _finals(ground, [*(whole[n] for n in (DEFAULT,) if n in whole), *left], obtain, each)
+        found.append(obtain(Trial(measure=str(BASE_ARM.options["measure"]), setup=setup, arm=whole[BASE], seed=0)))
+    return found + _finals(setup, [*(whole[n] for n in (DEFAULT,) if n in whole), *left], obtain, each)
 
 
-def _one_of_each_rate(ground: Ground, best_first: Sequence[Arm]) -> list[Arm]:
+def _one_of_each_rate(setup: StudySetup, best_first: Sequence[Arm]) -> list[Arm]:
     """Return the candidates in turns over multiples of the usual rate: short runs favour rates that whole ones do not bear."""
     turns: dict[float, list[Arm]] = {}
     for arm in best_first:
-        turns.setdefault(rounded(float(arm.fields["learning_rate"]) / usual(ground, arm)), []).append(arm)
+        turns.setdefault(rounded(float(arm.fields["learning_rate"]) / usual(setup, arm)), []).append(arm)
     return [arm for turn in itertools.zip_longest(*turns.values()) for arm in turn if arm is not None]
 
 
-def _finals(ground: Ground, arms_: Sequence[Arm], obtain: Obtain, each: Each) -> list[Record]:
+def _finals(setup: StudySetup, arms_: Sequence[Arm], obtain: Obtain, each: Each) -> list[Record]:
     """Make whole runs: `seeds` of every finalist, then more of those that can still be the best."""
     found: list[Record] = []
-    for seed in range(max(ground.seeds, ground.seeds_max)):
-        able = arms_ if seed < ground.seeds else [arm for arm in arms_ if arm.name in _possible_best(found)]
-        cells = [Cell(measure=MEASURE, ground=ground, arm=arm, seed=seed) for arm in able]
-        done = zip(each(obtain, cells), able, strict=True)
+    for seed in range(max(setup.seeds, setup.seeds_max)):
+        able = arms_ if seed < setup.seeds else [arm for arm in arms_ if arm.name in _possible_best(found)]
+        trials = [Trial(measure=MEASURE, setup=setup, arm=arm, seed=seed) for arm in able]
+        done = zip(each(obtain, trials), able, strict=True)
         ran = [replace(record, arm=arm, rate=arm.fields.get("learning_rate")) for record, arm in done]
         found += ran
         if not ran or any(record.status == MISSING for record in ran):
@@ -135,14 +135,14 @@ def on_validation(records: Sequence[Record]) -> list[Record]:
     ]
 
 
-def _steps(ground: Ground, number: int) -> int:
+def _steps(setup: StudySetup, number: int) -> int:
     """Return the steps of a round; the first one is number 0."""
-    return max(2, int(ground.fields["max_steps"]) // ETA ** (ROUNDS - 1 - number))
+    return max(2, int(setup.fields["max_steps"]) // ETA ** (ROUNDS - 1 - number))
 
 
-def _short(ground: Ground, arm: Arm, steps: int) -> Cell:
+def _short(setup: StudySetup, arm: Arm, steps: int) -> Trial:
     short = Arm(name=arm.name, fields={**arm.fields, "max_steps": steps})
-    return Cell(measure=SEARCH, ground=ground, arm=short, seed=0)
+    return Trial(measure=SEARCH, setup=setup, arm=short, seed=0)
 
 
 def _of_round(arm: Arm, record: Record, number: int) -> Record:

@@ -12,7 +12,7 @@ from loralab.models.load import Base
 from loralab.studies.catalog import RECOMMEND, STUDIES
 from loralab.studies.fields import configured
 from loralab.studies.measures.forgetting import digest_of
-from loralab.studies.study import Arm, Ground
+from loralab.studies.study import Arm, StudySetup
 from loralab.studies.trained import rows_of
 from loralab.tasks.catalog import Task
 from loralab.tasks.encode import encode
@@ -31,43 +31,43 @@ def question_module(study: str) -> ModuleType:
     return importlib.import_module(f"loralab.studies.questions.{question_name(study)}")
 
 
-def prepare(ground: Ground, given: Sequence[Arm] | None) -> tuple[list[dict[str, Any]], dict[str, str], RunFacts]:
+def prepare(setup: StudySetup, given: Sequence[Arm] | None) -> tuple[list[dict[str, Any]], dict[str, str], RunFacts]:
     """The arms of a study (those given, or the question's own), why some cannot run, and what it
     stands on: the rows and the base that are behind their names now.
 
     Raises:
         InputError: the model or the data is wrong, whatever the arm.
     """
-    task = rows_of(ground)
-    base = _base_of(ground, task)
-    general = digest_of(task, base.kind, ground.general)
+    task = rows_of(setup)
+    base = _base_of(setup, task)
+    general = digest_of(task, base.kind, setup.general)
     facts = {**facts_of(task, task.digest, base), "general": general}
-    arms = list(given) if given is not None else question_module(ground.study).arms(ground, base)
+    arms = list(given) if given is not None else question_module(setup.study).arms(setup, base)
     names = [arm.name for arm in arms]
     if twice := {name for name in names if names.count(name) > 1}:
         raise ConfigError(f"two arms have the same name: {', '.join(sorted(twice))}")
-    races = given is None and ground.study in STUDIES and STUDIES[ground.study].races
+    races = given is None and setup.study in STUDIES and STUDIES[setup.study].races
     if races and len([arm for arm in arms if not arm.plain]) < 2:
         raise ConfigError(
-            f"the study {ground.study!r} has fewer than two arms to compare; give more --values",
+            f"the study {setup.study!r} has fewer than two arms to compare; give more --values",
             code="few_arms",
             field="values",
         )
-    invalid = {arm.name: reason for arm in arms if (reason := _invalid(ground, arm, base))}
+    invalid = {arm.name: reason for arm in arms if (reason := _invalid(setup, arm, base))}
     return [asdict(arm) for arm in arms], invalid, facts
 
 
-def base_of(ground: Ground) -> Base:
+def base_of(setup: StudySetup) -> Base:
     """The model of a study, as its task needs it, once its rows are known to be readable."""
-    return _base_of(ground, rows_of(ground))
+    return _base_of(setup, rows_of(setup))
 
 
-def _base_of(ground: Ground, task: Task) -> Base:
-    base = load_base(ground.model, task, "fp32", 0, image_size=ground.fields.get("image_size"))
-    longest = int(ground.fields.get("max_length", 512))
+def _base_of(setup: StudySetup, task: Task) -> Base:
+    base = load_base(setup.model, task, "fp32", 0, image_size=setup.fields.get("image_size"))
+    longest = int(setup.fields.get("max_length", 512))
     encode(task, "test", base.tokenizer, kind=base.kind, max_length=longest)
-    if ground.metric:
-        _require_metric(ground.metric, base, task)
+    if setup.metric:
+        _require_metric(setup.metric, base, task)
     return base
 
 
@@ -79,12 +79,12 @@ def _require_metric(metric: str, base: Base, task: Task) -> None:
         raise ConfigError(f"{task.name} has no metric {metric!r}, only {has}{nearest(metric, few.metrics)}")
 
 
-def _invalid(ground: Ground, arm: Arm, base: Base) -> str:
+def _invalid(setup: StudySetup, arm: Arm, base: Base) -> str:
     """Why an arm cannot run on this model; empty if it can."""
     if not arm.fields:
         return ""
     try:
-        method, _ = configured({**ground.fields, **arm.fields})
+        method, _ = configured({**setup.fields, **arm.fields})
         attach(base.model, with_head(method, base)).detach()
     except InputError as error:
         return str(error)

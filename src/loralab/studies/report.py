@@ -41,7 +41,7 @@ def render(folder: Path, language: str) -> dict[str, Answer]:
     """
     sections = _sections(folder)
     store.write_results(folder, {s.name: s.records for s in sections})
-    verdicts.write(folder, {s.name: (s.ground, s.records, s.answer) for s in sections})
+    verdicts.write(folder, {s.name: (s.setup, s.records, s.answer) for s in sections})
     for each in sections:
         for chart in each.answer.figures:
             _write_figure(folder / FIGURES, chart)
@@ -55,7 +55,7 @@ def _sections(folder: Path) -> list[Section]:
     """Return the studies of a folder with their answers."""
     try:
         found = records(folder)
-        return [section(name, ground, own) for name, (ground, own) in in_order(found).items()]
+        return [section(name, setup, own) for name, (setup, own) in in_order(found).items()]
     except LoralabError:
         raise
     except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:

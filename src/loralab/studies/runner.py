@@ -1,7 +1,7 @@
 """Runs what is missing (arm x seed), in folders named by their digests; resumes.
 
-The same walk over a study's cells reads a folder (`records`) and fills it (`Session`): which cells
-there are follows from study.toml and from what the cells before them gave.
+The same walk over a study's trials reads a folder (`records`) and fills it (`Session`): which trials
+there are follows from study.toml and from what the trials before them gave.
 """
 
 import contextlib
@@ -16,43 +16,43 @@ from typing import Any
 
 from loralab.errors import ConfigError, RunError, join_limited
 from loralab.studies import race, search, store
-from loralab.studies.cluster import Cluster, goes_away
+from loralab.studies.cluster import Cluster, can_run_remotely
 from loralab.studies.forked import Worker, ended
 from loralab.studies.prepare import question_module
 from loralab.studies.search import Each, Obtain, in_turn
-from loralab.studies.study import EDGE, FAILED, MISSING, Arm, Cell, Ground, Record
+from loralab.studies.study import EDGE, FAILED, MISSING, Arm, Record, StudySetup, Trial
 
 Listener = Callable[[dict[str, Any]], None]
 BUDGET = "left out: it would not have fitted into the budget"
 
 
-def walk(ground: Ground, arms: Sequence[Arm], obtain: Obtain, each: Each = in_turn) -> list[Record]:
+def walk(setup: StudySetup, arms: Sequence[Arm], obtain: Obtain, each: Each = in_turn) -> list[Record]:
     """All records of a study, seed by seed: after the first seed every arm has been seen once.
 
     Args:
         each: how what does not wait for each other is done: in turn, or side by side.
     """
-    module = question_module(ground.study)
-    if hasattr(module, "walk"):  # a question that decides as it goes which cells come next
-        return list(module.walk(ground, arms, obtain, each))
+    module = question_module(setup.study)
+    if hasattr(module, "walk"):  # a question that decides as it goes which trials come next
+        return list(module.walk(setup, arms, obtain, each))
 
     def measure_of(arm: Arm) -> str:
         return str(arm.options.get("measure") or module.MEASURE)
 
-    ready = each(lambda arm: _tuned(ground, arm, obtain, measure_of(arm), each), arms)
+    ready = each(lambda arm: _tuned(setup, arm, obtain, measure_of(arm), each), arms)
 
     def one(seed_and_arm: tuple[int, tuple[Arm, Arm, search.Search | None]]) -> Record:
         seed, (arm, own, searched) = seed_and_arm
-        record = obtain(Cell(measure=measure_of(arm), ground=ground, arm=own, seed=seed))
+        record = obtain(Trial(measure=measure_of(arm), setup=setup, arm=own, seed=seed))
         rate = own.fields.get("learning_rate")
         cost = searched.seconds if searched is not None and seed == 0 else 0.0
         texts = {**record.texts, "rate": EDGE} if searched is not None and searched.at_edge else record.texts
         return replace(record, arm=own, rate=rate, searched=cost, texts=texts)
 
-    pairs = itertools.product(range(ground.seeds), ready)
+    pairs = itertools.product(range(setup.seeds), ready)
     found = list(each(one, [pair for pair in pairs if not (pair[0] and pair[1][0].plain)]))
-    for seed in range(ground.seeds, ground.seeds_max):
-        left = race.contenders(found, ground)
+    for seed in range(setup.seeds, setup.seeds_max):
+        left = race.contenders(found, setup)
         added = each(one, [(seed, own) for own in ready if own[0].name in left])
         found += added
         if not added or any(record.status == MISSING for record in added):
@@ -60,24 +60,24 @@ def walk(ground: Ground, arms: Sequence[Arm], obtain: Obtain, each: Each = in_tu
     return found
 
 
-def records(folder: Path) -> dict[str, tuple[Ground, list[Record]]]:
-    """What a folder holds of each of its studies; cells that never ran are there as missing.
+def records(folder: Path) -> dict[str, tuple[StudySetup, list[Record]]]:
+    """What a folder holds of each of its studies; trials that never ran are there as missing.
 
     Raises:
         OutputError: no study has begun there.
     """
     found = {}
-    for name, (ground, arms, invalid) in store.plans(folder).items():
+    for name, (setup, arms, invalid) in store.plans(folder).items():
         able = [arm for arm in arms if arm.name not in invalid]
-        own = walk(ground, able, lambda cell: store.read(folder, cell) or missing(cell, ""))
+        own = walk(setup, able, lambda trial: store.read(folder, trial) or missing(trial, ""))
         own += [failed(arm, invalid[arm.name]) for arm in arms if arm.name in invalid]
-        found[name] = (ground, own)
+        found[name] = (setup, own)
     return found
 
 
-def missing(cell: Cell, reason: str) -> Record:
-    """A cell that did not run."""
-    return Record(arm=cell.arm, seed=cell.seed, status=MISSING, reason=reason)
+def missing(trial: Trial, reason: str) -> Record:
+    """A trial that did not run."""
+    return Record(arm=trial.arm, seed=trial.seed, status=MISSING, reason=reason)
 
 
 def failed(arm: Arm, reason: str) -> Record:
@@ -86,12 +86,12 @@ def failed(arm: Arm, reason: str) -> Record:
 
 
 class Session:
-    """One stay in a study folder: runs cells in a worker, within a budget, and tells how it goes.
+    """One stay in a study folder: runs trials in a worker, within a budget, and tells how it goes.
 
     Args:
         folder: of the study; locked while the session lasts.
         deadline: of time.monotonic(), or infinity.
-        listener: called with events: "study" where it can run or cannot, before the first run, "cell"
+        listener: called with events: "study" where it can run or cannot, before the first run, "trial"
             when one begins and ends, and those of its run.
         cluster: whose machines measure what can go away; the rest is measured here, after it.
     """
@@ -106,9 +106,9 @@ class Session:
         self._units_left = 0.0
         self._tried: set[str] = set()
         self._telling = threading.RLock()
-        self._cells: dict[str, threading.Lock] = {}  # two arms may share a cell
+        self._cells: dict[str, threading.Lock] = {}  # two arms may share a trial
 
-    def prepare(self, ground: Ground, arms: Sequence[Arm] | None = None, *, skip_invalid: bool = False) -> list[Arm]:
+    def prepare(self, setup: StudySetup, arms: Sequence[Arm] | None = None, *, skip_invalid: bool = False) -> list[Arm]:
         """Write the plan of a study; the arms that can run.
 
         Raises:
@@ -116,14 +116,14 @@ class Session:
                 was begun on other data or another base.
             InputError: the model or the data is wrong.
         """
-        store.require_same(self.folder, ground)
-        job: dict[str, Any] = {"do": "prepare", "ground": ground.to_json()}
+        store.require_same(self.folder, setup)
+        job: dict[str, Any] = {"do": "prepare", "ground": setup.to_json()}
         if arms is not None:
             job["arms"] = [asdict(arm) for arm in arms]
         events = list(self._do(job))
         told = [event for event in events if event["kind"] in ("arms", "error")]
         if not told:
-            raise RunError(f"the study {ground.study!r} was not prepared: {ended(events[-1]['code'])}", code="ended")
+            raise RunError(f"the study {setup.study!r} was not prepared: {ended(events[-1]['code'])}", code="ended")
         if told[-1]["kind"] == "error":
             raise (ConfigError if told[-1]["known"] else RunError)(told[-1]["text"])
         found = [Arm(**arm) for arm in told[-1]["arms"]]
@@ -132,79 +132,79 @@ class Session:
             lines = [f"{name}: {reason}" for name, reason in invalid.items()]
             hint = "; --skip-invalid runs the rest" if len(invalid) < len(found) else ""
             raise ConfigError(f"these arms cannot run here: {join_limited(lines, 4)}{hint}")
-        store.require_same_facts(self.folder, ground.study, told[-1]["facts"])
-        store.add_plan(self.folder, (ground, found, invalid))
-        store.keep_facts(self.folder, ground.study, told[-1]["facts"])
+        store.require_same_facts(self.folder, setup.study, told[-1]["facts"])
+        store.add_plan(self.folder, (setup, found, invalid))
+        store.keep_facts(self.folder, setup.study, told[-1]["facts"])
         return [arm for arm in found if arm.name not in invalid]
 
-    def run(self, ground: Ground, arms: Sequence[Arm]) -> list[Record]:
-        """All cells of a study; those that are finished are read."""
-        self._units_left = sum(self.units(ground, arms))
+    def run(self, setup: StudySetup, arms: Sequence[Arm]) -> list[Record]:
+        """All trials of a study; those that are finished are read."""
+        self._units_left = sum(self.units(setup, arms))
         if self.cluster is not None:
-            self.cluster.require_ready(ground)
-            walk(ground, arms, self._sent, self.cluster.each)
-        return walk(ground, arms, self.obtain)
+            self.cluster.require_ready(setup)
+            walk(setup, arms, self._sent, self.cluster.each)
+        return walk(setup, arms, self.obtain)
 
-    def units(self, ground: Ground, arms: Sequence[Arm]) -> Iterator[float]:
+    def units(self, setup: StudySetup, arms: Sequence[Arm]) -> Iterator[float]:
         """How many full runs each arm costs, about, its search included."""
         for arm in arms:
-            if hasattr(question_module(ground.study), "walk"):
+            if hasattr(question_module(setup.study), "walk"):
                 yield 3 / len(arms)
                 continue
-            yield (1 if arm.plain else ground.seeds) + (search.cells(ground) if needs_search(ground, arm) else 0)
+            yield (1 if arm.plain else setup.seeds) + (search.trials(setup) if needs_search(setup, arm) else 0)
 
-    def obtain(self, cell: Cell) -> Record:
-        """Read a cell, or run it, or leave it out where the budget ends."""
-        with self._cells.setdefault(cell.digest, threading.Lock()):
-            stored = store.read(self.folder, cell)
-            if stored is not None and (stored.status != FAILED or cell.digest in self._tried):
-                self._done(cell)
+    def obtain(self, trial: Trial) -> Record:
+        """Read a trial, or run it, or leave it out where the budget ends."""
+        with self._cells.setdefault(trial.digest, threading.Lock()):
+            stored = store.read(self.folder, trial)
+            if stored is not None and (stored.status != FAILED or trial.digest in self._tried):
+                self._done(trial)
                 return stored
-            if self.cluster is None or not goes_away(cell):
-                return self._run(cell)
+            if self.cluster is None or not can_run_remotely(trial):
+                return self._run(trial)
             with self.cluster.room():
-                return self._run(cell)
+                return self._run(trial)
 
-    def _sent(self, cell: Cell) -> Record:
+    def _sent(self, trial: Trial) -> Record:
         """As `obtain`, for what can go to another machine; the rest has its turn later."""
-        return self.obtain(cell) if goes_away(cell) else missing(cell, "")
+        return self.obtain(trial) if can_run_remotely(trial) else missing(trial, "")
 
-    def _run(self, cell: Cell) -> Record:
-        self._tried.add(cell.digest)
-        if time.monotonic() + self.expected(cell) > self.deadline:
-            self._done(cell)
-            return missing(cell, BUDGET)
-        self.tell(cell, "begins")
+    def _run(self, trial: Trial) -> Record:
+        self._tried.add(trial.digest)
+        if time.monotonic() + self.expected(trial) > self.deadline:
+            self._done(trial)
+            return missing(trial, BUDGET)
+        self.tell(trial, "begins")
         started = time.monotonic()
-        record = self._measured(cell)
-        self._times.setdefault(_kind(cell), []).append((time.monotonic() - started) / _size(cell))
-        self._done(cell)
-        self.tell(cell, record.status)
+        record = self._measured(trial)
+        self._times.setdefault(_kind(trial), []).append((time.monotonic() - started) / _size(trial))
+        self._done(trial)
+        self.tell(trial, record.status)
         return record
 
     @property
     def abreast(self) -> int:
-        """Cells that run at the same time."""
+        """Trials that run at the same time."""
         return 1 if self.cluster is None else self.cluster.abreast
 
-    def expected(self, cell: Cell) -> float:
-        """Seconds that a cell will take, after those of its kind; 0 where none has run yet."""
-        own = self._times.get(_kind(cell), [])
-        return _size(cell) * math.fsum(own) / len(own) if own else 0.0
+    def expected(self, trial: Trial) -> float:
+        """Seconds that a trial will take, after those of its kind; 0 where none has run yet."""
+        own = self._times.get(_kind(trial), [])
+        return _size(trial) * math.fsum(own) / len(own) if own else 0.0
 
-    def _measured(self, cell: Cell) -> Record:
-        place = store.place_of(self.folder, cell)
-        if self.cluster is not None and goes_away(cell):
-            return self.cluster.measured(cell, place, self.folder / store.LOG)
-        job = {"do": "measure", "cell": cell.to_json(), "folder": str(place)}
+    def _measured(self, trial: Trial) -> Record:
+        place = store.place_of(self.folder, trial)
+        if self.cluster is not None and can_run_remotely(trial):
+            return self.cluster.measured(trial, place, self.folder / store.LOG)
+        job = {"do": "measure", "cell": trial.to_json(), "folder": str(place)}
         events = list(self._do(job))
-        stored = store.read(self.folder, cell)
+        stored = store.read(self.folder, trial)
         if stored is not None and events[-1]["code"] == 0:
             return stored
         said = next((e["text"] for e in events if e["kind"] == "error"), "")
         reason = said or ended(events[-1]["code"])
-        record = Record(arm=cell.arm, seed=cell.seed, status=FAILED, reason=reason)
-        store.write(place, cell, record, 0.0)
+        record = Record(arm=trial.arm, seed=trial.seed, status=FAILED, reason=reason)
+        store.write(place, trial, record, 0.0)
         return record
 
     def _do(self, job: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -220,35 +220,35 @@ class Session:
         if self._worker is not None:
             self._worker.close()
 
-    def _done(self, cell: Cell) -> None:
+    def _done(self, trial: Trial) -> None:
         with self._telling:
-            self._units_left = max(0.0, self._units_left - _size(cell))
+            self._units_left = max(0.0, self._units_left - _size(trial))
 
-    def skip(self, ground: Ground, reason: str) -> None:
+    def skip(self, setup: StudySetup, reason: str) -> None:
         """Note that a study cannot run, for the report and the listener; what it has found before stays."""
         held = store.plans(self.folder) if (self.folder / store.STUDY).is_file() else {}
-        if ground.study not in held or not held[ground.study][1]:
-            store.add_plan(self.folder, (ground, [], {ground.study: reason}))
-        self.tell_of(ground, "skipped", reason)
+        if setup.study not in held or not held[setup.study][1]:
+            store.add_plan(self.folder, (setup, [], {setup.study: reason}))
+        self.tell_of(setup, "skipped", reason)
 
-    def tell_of(self, ground: Ground, what: str, reason: str = "") -> None:
+    def tell_of(self, setup: StudySetup, what: str, reason: str = "") -> None:
         """Say to the listener whether a study can run, and on which model and data."""
-        event = {"kind": "study", "study": ground.study, "what": what, "model": ground.model, "data": ground.data}
+        event = {"kind": "study", "study": setup.study, "what": what, "model": setup.model, "data": setup.data}
         self._listener({**event, "reason": reason})
 
-    def tell(self, cell: Cell, what: str) -> None:
-        """Say to the listener how it goes with a cell."""
-        own = self._times.get(_kind(cell)) or [t for v in self._times.values() for t in v]
+    def tell(self, trial: Trial, what: str) -> None:
+        """Say to the listener how it goes with a trial."""
+        own = self._times.get(_kind(trial)) or [t for v in self._times.values() for t in v]
         left = self._units_left * math.fsum(own) / len(own) / self.abreast if own else None
         event = {
             "kind": "cell",
-            "study": cell.ground.study,
-            "arm": cell.arm.name,
-            "seed": cell.seed,
+            "study": trial.setup.study,
+            "arm": trial.arm.name,
+            "seed": trial.seed,
             "what": what,
-            "search": cell.measure == search.SEARCH,
+            "search": trial.measure == search.SEARCH,
             "seconds_left": left,
-            "rate": cell.arm.fields.get("learning_rate"),
+            "rate": trial.arm.fields.get("learning_rate"),
         }
         with self._telling:
             self._listener(event)
@@ -272,25 +272,27 @@ def session(
             own.close()
 
 
-def needs_search(ground: Ground, arm: Arm) -> bool:
+def needs_search(setup: StudySetup, arm: Arm) -> bool:
     """Tell whether the learning rate of an arm is searched for."""
-    return arm.tuned and not ground.fixed_lr and "learning_rate" not in arm.fields
+    return arm.tuned and not setup.fixed_lr and "learning_rate" not in arm.fields
 
 
-def _tuned(ground: Ground, arm: Arm, obtain: Obtain, measure: str, each: Each) -> tuple[Arm, Arm, search.Search | None]:
+def _tuned(
+    setup: StudySetup, arm: Arm, obtain: Obtain, measure: str, each: Each
+) -> tuple[Arm, Arm, search.Search | None]:
     """Return the arm, the arm at its learning rate, and how that was found."""
-    if not needs_search(ground, arm):
+    if not needs_search(setup, arm):
         return arm, arm, None
-    found = search.tune(ground, arm, obtain, measure, each)
+    found = search.tune(setup, arm, obtain, measure, each)
     return arm, search.with_rate(arm, found.rate), found
 
 
-def _size(cell: Cell) -> float:
-    """How much of a full run a cell is."""
-    if cell.measure != search.SEARCH:
+def _size(trial: Trial) -> float:
+    """How much of a full run a trial is."""
+    if trial.measure != search.SEARCH:
         return 1.0
-    return int(cell.arm.fields["max_steps"]) / int(cell.ground.fields["max_steps"])
+    return int(trial.arm.fields["max_steps"]) / int(trial.setup.fields["max_steps"])
 
 
-def _kind(cell: Cell) -> str:
-    return f"{cell.ground.study} {cell.measure}"
+def _kind(trial: Trial) -> str:
+    return f"{trial.setup.study} {trial.measure}"

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from loralab.studies.fields import configured
-from loralab.studies.study import DONE, Arm, Cell, Ground, Record
+from loralab.studies.study import DONE, Arm, Record, StudySetup, Trial
 from loralab.training.optim import usual_rate
 
 RATIO = 10**0.5
@@ -23,7 +23,7 @@ BEYOND = 2  # times that the edge is left
 WHOLE = 2  # rates that train all steps
 SEARCH = "loralab.studies.trained:searched"
 
-Obtain = Callable[[Cell], Record]
+Obtain = Callable[[Trial], Record]
 Each = Callable[[Callable[[Any], Any], Iterable[Any]], list[Any]]
 """All results of some work, in their order, which may be done side by side."""
 
@@ -43,18 +43,18 @@ def in_turn(work: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
     return [work(item) for item in items]
 
 
-def tune(ground: Ground, arm: Arm, obtain: Obtain, measure: str, each: Each = in_turn) -> Search:
-    """The best rate for an arm on its ground; None if no rate could be tried.
+def tune(setup: StudySetup, arm: Arm, obtain: Obtain, measure: str, each: Each = in_turn) -> Search:
+    """The best rate for an arm on its setup; None if no rate could be tried.
 
     An arm whose best rate is known to lie elsewhere brings its own multiples: options["rates"].
 
     Args:
         measure: what makes the records of the arm's whole runs.
     """
-    factors = arm.options.get("rates") or ground.rates
-    grid = [rounded(usual(ground, arm) * factor) for factor in factors]
-    steps = int(ground.fields["max_steps"])
-    tried = _Tried(ground, arm, obtain, measure)
+    factors = arm.options.get("rates") or setup.rates
+    grid = [rounded(usual(setup, arm) * factor) for factor in factors]
+    steps = int(setup.fields["max_steps"])
+    tried = _Tried(setup, arm, obtain, measure)
     each(lambda rate: tried.short(rate, max(2, steps // 3)), grid)
     for _ in range(BEYOND):
         edge = tried.beyond()
@@ -72,8 +72,8 @@ def tune(ground: Ground, arm: Arm, obtain: Obtain, measure: str, each: Each = in
 class _Tried:
     """The rates that were tried for an arm: short runs, and whole runs by seed."""
 
-    def __init__(self, ground: Ground, arm: Arm, obtain: Obtain, measure: str) -> None:
-        self._ground, self._arm, self._obtain, self._measure = ground, arm, obtain, measure
+    def __init__(self, setup: StudySetup, arm: Arm, obtain: Obtain, measure: str) -> None:
+        self._ground, self._arm, self._obtain, self._measure = setup, arm, obtain, measure
         self._short: dict[float, Record] = {}
         self._whole: dict[float, dict[int, Record]] = {}
 
@@ -86,12 +86,12 @@ class _Tried:
         """Train so many steps."""
         short = with_rate(self._arm, rate)
         short = replace(short, fields={**short.fields, "max_steps": steps})
-        self._short[rate] = self._obtain(Cell(measure=SEARCH, ground=self._ground, arm=short, seed=0))
+        self._short[rate] = self._obtain(Trial(measure=SEARCH, setup=self._ground, arm=short, seed=0))
 
     def whole(self, rate: float, seed: int = 0) -> Record:
         """Make the study's own run at a rate."""
-        cell = Cell(measure=self._measure, ground=self._ground, arm=with_rate(self._arm, rate), seed=seed)
-        record = self._obtain(cell)
+        trial = Trial(measure=self._measure, setup=self._ground, arm=with_rate(self._arm, rate), seed=seed)
+        record = self._obtain(trial)
         self._whole.setdefault(rate, {})[seed] = record
         return record
 
@@ -143,9 +143,9 @@ def _behind(run: Record, other: Record, *, errors: float) -> bool:
     return gap > errors * float(np.std(rows[0] - rows[1])) / math.sqrt(len(rows[0]))
 
 
-def usual(ground: Ground, arm: Arm) -> float:
+def usual(setup: StudySetup, arm: Arm) -> float:
     """The rate that the grid is built around."""
-    method, _ = configured({**ground.fields, **arm.fields})
+    method, _ = configured({**setup.fields, **arm.fields})
     return usual_rate(method)
 
 
@@ -159,9 +159,9 @@ def with_rate(arm: Arm, rate: float | None) -> Arm:
     return arm if rate is None else replace(arm, fields={**arm.fields, "learning_rate": rate})
 
 
-def cells(ground: Ground) -> float:
+def trials(setup: StudySetup) -> float:
     """How many full runs the search for one arm costs, about: short ones, and one whole run more."""
-    return len(ground.rates) / 3 + WHOLE - 1
+    return len(setup.rates) / 3 + WHOLE - 1
 
 
 def loss_of(record: Record) -> float:

@@ -8,7 +8,7 @@ from loralab.studies.commands import apply_command, repeat_command
 from loralab.studies.evidence import by_arm, unfinished
 from loralab.studies.message import Message
 from loralab.studies.prepare import question_module, question_name
-from loralab.studies.study import Answer, Ground, Record
+from loralab.studies.study import Answer, Record, StudySetup
 from loralab.studies.wording import catalogue
 
 
@@ -24,7 +24,7 @@ class Section:
     """
 
     name: str
-    ground: Ground
+    setup: StudySetup
     answer: Answer
     records: Sequence[Record]
     left: Sequence[tuple[str, str]]
@@ -62,46 +62,46 @@ class Section:
         return Message(key) if key in catalogue("en") else None
 
 
-def section(name: str, ground: Ground, records: Sequence[Record]) -> Section:
+def section(name: str, setup: StudySetup, records: Sequence[Record]) -> Section:
     """Return a study with its answer."""
-    answer = question_module(name).conclude(records, ground)
+    answer = question_module(name).conclude(records, setup)
     return Section(
         name=name,
-        ground=ground,
+        setup=setup,
         answer=answer,
         records=records,
         left=unfinished(records),
-        measured=measured(ground, records),
-        repeat=repeat_command(ground),
-        apply=apply_command(ground, answer.advice, records),
+        measured=measured(setup, records),
+        repeat=repeat_command(setup),
+        apply=apply_command(setup, answer.advice, records),
     )
 
 
-def measured(ground: Ground, records: Sequence[Record]) -> Message:
+def measured(setup: StudySetup, records: Sequence[Record]) -> Message:
     """Say how the runs of a study were made equal, and what they cost."""
     return Message(
         "page.measured",
-        model=ground.model,
-        data=ground.data,
-        steps=ground.fields.get("max_steps"),
-        batch=ground.fields.get("batch_size"),
-        rows=ground.rows.get("test"),
-        seeds=_seeds(records, ground),
-        rates=_rates(ground, records),
+        model=setup.model,
+        data=setup.data,
+        steps=setup.fields.get("max_steps"),
+        batch=setup.fields.get("batch_size"),
+        rows=setup.rows.get("test"),
+        seeds=_seeds(records, setup),
+        rates=_rates(setup, records),
         cost=sum(r.seconds for r in records),
     )
 
 
-def _seeds(records: Sequence[Record], ground: Ground) -> str:
+def _seeds(records: Sequence[Record], setup: StudySetup) -> str:
     """Return how many seeds the arms had; those that could still be the best had more."""
-    counts = sorted({len(runs) for runs in by_arm(records).values() if not runs[0].arm.plain}) or [ground.seeds]
+    counts = sorted({len(runs) for runs in by_arm(records).values() if not runs[0].arm.plain}) or [setup.seeds]
     return f"{counts[0]}–{counts[-1]}" if counts[0] != counts[-1] else str(counts[0])
 
 
-def _rates(ground: Ground, records: Sequence[Record]) -> Message:
+def _rates(setup: StudySetup, records: Sequence[Record]) -> Message:
     """Say how the learning rates of a study came about."""
     if cost := sum(r.searched for r in records):
-        return Message("page.rates_searched", count=len(ground.rates), cost=cost)
+        return Message("page.rates_searched", count=len(setup.rates), cost=cost)
     if len({r.arm.fields.get("learning_rate") for r in records} - {None}) > 1:
         return Message("page.rates_own")
     return Message("page.rates_fixed")

@@ -1,6 +1,6 @@
-"""A study folder: study.toml, one runs/<digest>/ for each cell, results.parquet.
+"""A study folder: study.toml, one runs/<digest>/ for each trial, results.parquet.
 
-What is finished is read, never run again; a cell's folder is named by what decides its result.
+What is finished is read, never run again; a trial's folder is named by what decides its result.
 """
 
 import contextlib
@@ -18,35 +18,35 @@ from typing import Any
 from loralab import atomic
 from loralab.errors import ConfigError, InputError, OutputError, join_limited
 from loralab.studies.fields import configured
-from loralab.studies.study import FORMAT, Arm, Cell, Ground, Record
+from loralab.studies.study import FORMAT, Arm, Record, StudySetup, Trial
 from loralab.values import read_json, read_toml
 
 STUDY, RUNS, RECORD, RESULTS = "study.toml", "runs", "record.json", "results.parquet"
 LOCK, LOG, FACTS = ".lock", "worker.log", "facts.json"
-Plan = tuple[Ground, list[Arm], dict[str, str]]  # ground, arms, arm -> why it cannot run
+Plan = tuple[StudySetup, list[Arm], dict[str, str]]  # setup, arms, arm -> why it cannot run
 
 
-def place_of(folder: Path, cell: Cell) -> Path:
-    """Where a cell keeps its record, and its run."""
-    return folder / RUNS / cell.digest
+def place_of(folder: Path, trial: Trial) -> Path:
+    """Where a trial keeps its record, and its run."""
+    return folder / RUNS / trial.digest
 
 
-def write(place: Path, cell: Cell, record: Record, seconds: float) -> None:
-    """Write the record of a cell, whole or not at all."""
+def write(place: Path, trial: Trial, record: Record, seconds: float) -> None:
+    """Write the record of a trial, whole or not at all."""
     content = {
         "format": FORMAT,
-        "cell": cell.to_json(),
+        "cell": trial.to_json(),
         "record": {**asdict(replace(record, seconds=seconds)), "arm": None},
     }
     atomic.write_file(place / RECORD, json.dumps(_plain(content), indent=1, default=str) + "\n")
 
 
-def read(folder: Path, cell: Cell) -> Record | None:
-    """The record of a cell; None if it has none that can be read."""
-    file = place_of(folder, cell) / RECORD
+def read(folder: Path, trial: Trial) -> Record | None:
+    """The record of a trial; None if it has none that can be read."""
+    file = place_of(folder, trial) / RECORD
     with contextlib.suppress(OutputError, KeyError, TypeError):
         content = read_json(file, OutputError)
-        found = Record(**{**content["record"], "arm": cell.arm})
+        found = Record(**{**content["record"], "arm": trial.arm})
         if content["format"] == FORMAT and found.is_sound:
             return found
     return None
@@ -66,14 +66,18 @@ def plans(folder: Path) -> dict[str, Plan]:
     try:
         stored = read_toml(file, OutputError)["studies"]
         found = {
-            name: (Ground.of(entry["ground"]), [Arm(**arm) for arm in entry["arms"]], dict(entry.get("invalid", {})))
+            name: (
+                StudySetup.of(entry["ground"]),
+                [Arm(**arm) for arm in entry["arms"]],
+                dict(entry.get("invalid", {})),
+            )
             for name, entry in stored.items()
         }
         if wrong := [name for name, (own, arms, _) in found.items() if not own.is_sound(name, arms)]:
             raise TypeError(f"the fields of {wrong[0]!r} are of other types")
-        for ground, arms, _ in found.values():
+        for setup, arms, _ in found.values():
             for arm in arms:
-                configured({**ground.fields, **arm.fields})
+                configured({**setup.fields, **arm.fields})
         return found
     except (InputError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise OutputError(f"{file} is damaged ({error}); its runs/ can be used again") from None
@@ -82,8 +86,8 @@ def plans(folder: Path) -> dict[str, Plan]:
 def add_plan(folder: Path, plan: Plan) -> None:
     """Write a study into study.toml, beside those that are there."""
     held = plans(folder) if (folder / STUDY).is_file() else {}
-    ground = plan[0]
-    held[ground.study] = plan
+    setup = plan[0]
+    held[setup.study] = plan
     stored = {
         name: {
             "ground": _without_none(own.to_json()),
@@ -98,18 +102,18 @@ def add_plan(folder: Path, plan: Plan) -> None:
     atomic.write_file(folder / STUDY, tomli_w.dumps(content))
 
 
-def require_same(folder: Path, ground: Ground) -> None:
+def require_same(folder: Path, setup: StudySetup) -> None:
     """A study that goes on must be the one that stands there.
 
     Raises:
         ConfigError: it was begun with other settings.
     """
-    held = plans(folder).get(ground.study) if (folder / STUDY).is_file() else None
+    held = plans(folder).get(setup.study) if (folder / STUDY).is_file() else None
     if held is None:
         return
-    was, now = held[0].to_json(), ground.to_json()
+    was, now = held[0].to_json(), setup.to_json()
     if changed := [f"{k} was {was[k]!r}, now {now[k]!r}" for k in was if was[k] != now[k]]:
-        raise ConfigError(f"{folder} holds the study {ground.study!r} with other settings: {join_limited(changed)}")
+        raise ConfigError(f"{folder} holds the study {setup.study!r} with other settings: {join_limited(changed)}")
 
 
 def require_same_facts(folder: Path, study: str, facts: Mapping[str, Any]) -> None:

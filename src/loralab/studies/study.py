@@ -1,7 +1,7 @@
-"""The vocabulary of studies: what is compared, on which ground, what came out, what it means.
+"""The vocabulary of studies: what is compared, on which setup, what came out, what it means.
 
-Standard library only. A study is data: a question names its arms, one cell is an arm with a seed,
-its measure makes a record of it, and the records of all cells become an answer.
+Standard library only. A study is data: a question names its arms, one trial is an arm with a seed,
+its measure makes a record of it, and the records of all trials become an answer.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from typing import Annotated, Any
 from loralab.errors import ConfigError
 from loralab.studies.message import Chart, Message, Table
 
-FORMAT = 1  # of records; a change makes old ones unreadable, and their cells run again
+FORMAT = 1  # of records; a change makes old ones unreadable, and their trials run again
 FALLING = ("loss", "perplexity")  # metrics of which less is better
 MOST_SEEDS = 1_000
 EDGE = "edge"  # texts["rate"] of a record whose best rate lies at the edge of what was tried
@@ -26,7 +26,7 @@ class Arm:
 
     `fields` are those of `train`, flat, as its config.toml has them ("method", "rank", ...);
     `options` are for the question's own measure. `tuned` is whether the learning rate shall be
-    searched for; an arm that names one keeps it. `plain` arms need no seeds: one cell says all.
+    searched for; an arm that names one keeps it. `plain` arms need no seeds: one trial says all.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Arm:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ground:
+class StudySetup:
     """What is equal for all arms of a study, so that nothing but the arms can make a difference.
 
     `fields` are those of Training; `rows` how many rows of train, validation and test are used.
@@ -95,62 +95,65 @@ class Ground:
         )
 
     @staticmethod
-    def of(stored: Mapping[str, Any]) -> "Ground":
+    def of(stored: Mapping[str, Any]) -> "StudySetup":
         """What `to_json` made."""
         lists = {name: tuple(stored.get(name, ())) for name in ("values", "rates")}
-        return Ground(**{**stored, **lists})
+        return StudySetup(**{**stored, **lists})
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cell:
+class Trial:
     """One arm with one seed, to be measured by `measure`: "module:function"."""
 
     measure: str
-    ground: Ground
+    setup: StudySetup
     arm: Arm
     seed: int
 
     @property
     def digest(self) -> str:
-        """What decides the result, and nothing else: cells of two studies can be the same."""
-        ground = self.ground
+        """What decides the result, and nothing else: trials of two studies can be the same."""
+        setup = self.setup
         deciding = [
             FORMAT,
             self.measure,
-            ground.model,
-            ground.data,
-            dict(ground.mapping),
-            dict(ground.fields),
-            dict(ground.rows),
-            ground.quick,
-            ground.metric,
+            setup.model,
+            setup.data,
+            dict(setup.mapping),
+            dict(setup.fields),
+            dict(setup.rows),
+            setup.quick,
+            setup.metric,
             dict(self.arm.fields),
             dict(self.arm.options),
             self.seed,
-            *filter(None, [ground.general]),  # so that cells of before there was any keep their names
+            *filter(None, [setup.general]),  # so that trials of before there was any keep their names
         ]
         text = json.dumps(deciding, sort_keys=True, default=list)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def to_json(self) -> dict[str, Any]:
         """All fields."""
-        return {"measure": self.measure, "ground": self.ground.to_json(), "arm": asdict(self.arm), "seed": self.seed}
+        return {"measure": self.measure, "ground": self.setup.to_json(), "arm": asdict(self.arm), "seed": self.seed}
 
     @staticmethod
-    def of(stored: Mapping[str, Any]) -> "Cell":
+    def of(stored: Mapping[str, Any]) -> "Trial":
         """What `to_json` made."""
-        return Cell(
-            measure=stored["measure"], ground=Ground.of(stored["ground"]), arm=Arm(**stored["arm"]), seed=stored["seed"]
+        return Trial(
+            measure=stored["measure"],
+            setup=StudySetup.of(stored["ground"]),
+            arm=Arm(**stored["arm"]),
+            seed=stored["seed"],
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """What came out of one cell.
+    """What came out of one trial.
 
     `numbers` are scalars, `series` curves, `items` one value per test row (larger is better),
     `tables` rows of anything, `texts` words such as the name of the metric. `seconds` is what the
-    cell cost; `rate` the learning rate it ran with, `searched` what the search for it cost.
+    trial cost; `rate` the learning rate it ran with, `searched` what the search for it cost.
     """
 
     arm: Arm
@@ -230,9 +233,9 @@ class Answer:
     ranking: Any = None
 
 
-def nothing_measured(ground: Ground, labels: Sequence[Message | str] = ()) -> Answer:
+def nothing_measured(setup: StudySetup, labels: Sequence[Message | str] = ()) -> Answer:
     """Return the answer of a study that has no record yet; every blank says so."""
-    nothing = Message("answer.nothing", study=ground.study)
+    nothing = Message("answer.nothing", study=setup.study)
     return Answer(sentence=nothing, blanks=[(label, nothing) for label in labels])
 
 

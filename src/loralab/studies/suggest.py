@@ -1,6 +1,6 @@
 """Candidates for `recommend` on a cluster: Optuna proposes them, Ray Tune runs them side by side.
 
-Each proposal is a first-round cell of the study (halving.py), kept like any other. So
+Each proposal is a first-round trial of the study (halving.py), kept like any other. So
 the folder is all the memory that there is: a search that goes on tells Optuna what stands there.
 Optuna's sampler is the tree-structured Parzen estimator, Bergstra et al. 2011.
 """
@@ -17,20 +17,20 @@ from typing import Any
 from loralab.cluster import library
 from loralab.errors import ConfigError
 from loralab.studies import store
-from loralab.studies.away import Back, measure_here
+from loralab.studies.away import RemoteResult, measure_here
 from loralab.studies.cluster import RETRIES, Cluster, received
 from loralab.studies.halving import FIRST, RATES, SHAPES, default_arm, first_round, with_factor
 from loralab.studies.runner import Session
 from loralab.studies.search import SEARCH, loss_of, usual
-from loralab.studies.study import Arm, Cell, Ground, Record
+from loralab.studies.study import Arm, Record, StudySetup, Trial
 from loralab.studies.trained import BASE_ARM
 
-SHAPE, FACTOR, LOSS, BACK, CELL = "shape", "factor", "loss", "back", "cell"
+SHAPE, FACTOR, LOSS, BACK, TRIAL = "shape", "factor", "loss", "back", "cell"
 WORST = 1e6  # what Optuna is told of a run that diverged or failed
 
 
-def suggested(own: Session, ground: Ground) -> list[Arm]:
-    """Return the arms of a recommendation, the base among them: as many proposals as `ground.values` says.
+def suggested(own: Session, setup: StudySetup) -> list[Arm]:
+    """Return the arms of a recommendation, the base among them: as many proposals as `setup.values` says.
 
     Two proposals whose learning rates round to the same two digits are one arm.
 
@@ -40,20 +40,20 @@ def suggested(own: Session, ground: Ground) -> list[Arm]:
     assert own.cluster is not None
     for name in ("ray.tune", "optuna"):
         library(name)
-    shapes = own.prepare(ground, [Arm(name=name, fields=fields) for name, fields in SHAPES], skip_invalid=True)
-    known = _known(own.folder, ground)
-    left = int(ground.values[0]) - len(known)
+    shapes = own.prepare(setup, [Arm(name=name, fields=fields) for name, fields in SHAPES], skip_invalid=True)
+    known = _known(own.folder, setup)
+    left = int(setup.values[0]) - len(known)
     if left > 0:
-        _search(own, own.cluster, ground, shapes, known, left)
-    found = [arm for arm, _ in _known(own.folder, ground)]
+        _search(own, own.cluster, setup, shapes, known, left)
+    found = [arm for arm, _ in _known(own.folder, setup)]
     arms = sorted(found, key=lambda arm: (FIRST not in arm.name, arm.name))
-    return own.prepare(ground, [BASE_ARM, default_arm(ground), *arms], skip_invalid=True)
+    return own.prepare(setup, [BASE_ARM, default_arm(setup), *arms], skip_invalid=True)
 
 
 def _search(
     own: Session,
     cluster: Cluster,
-    ground: Ground,
+    setup: StudySetup,
     shapes: Sequence[Arm],
     known: Sequence[tuple[Arm, float]],
     count: int,
@@ -63,14 +63,14 @@ def _search(
     os.environ |= {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_AIR_NEW_OUTPUT": "0"}
     tune = library("ray.tune")
     trial = tune.with_resources(
-        tune.with_parameters(_tried, ground=ground.to_json(), threads=cluster.threads), cluster.resources
+        tune.with_parameters(_tried, setup=setup.to_json(), threads=cluster.threads), cluster.resources
     )
     seconds = own.deadline - time.monotonic()
     with tempfile.TemporaryDirectory(prefix="loralab-tune-") as folder:
         tuner = tune.Tuner(
             trial,
             tune_config=tune.TuneConfig(
-                search_alg=_optuna(ground, shapes, known),
+                search_alg=_optuna(setup, shapes, known),
                 num_samples=count,
                 max_concurrent_trials=cluster.abreast,
                 reuse_actors=True,
@@ -86,7 +86,7 @@ def _search(
         tuner.fit()
 
 
-def _optuna(ground: Ground, shapes: Sequence[Arm], known: Sequence[tuple[Arm, float]]) -> Any:
+def _optuna(setup: StudySetup, shapes: Sequence[Arm], known: Sequence[tuple[Arm, float]]) -> Any:
     """Return Optuna's sampler, told what is known already."""
     optuna = library("optuna")
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -96,7 +96,7 @@ def _optuna(ground: Ground, shapes: Sequence[Arm], known: Sequence[tuple[Arm, fl
         SHAPE: kinds.CategoricalDistribution(names),
         FACTOR: kinds.FloatDistribution(min(RATES), max(RATES), log=True),
     }
-    points = [_point(ground, arm) for arm, _ in known]
+    points = [_point(setup, arm) for arm, _ in known]
     rewards: list[float] | None = [loss for _, loss in known]
     if not points:  # what one would take without looking is always tried
         first = FIRST if FIRST in names else names[0]
@@ -106,18 +106,18 @@ def _optuna(ground: Ground, shapes: Sequence[Arm], known: Sequence[tuple[Arm, fl
     )
 
 
-def _tried(config: Mapping[str, Any], ground: Mapping[str, Any], threads: int) -> None:
+def _tried(config: Mapping[str, Any], setup: Mapping[str, Any], threads: int) -> None:
     """Run one proposal, on the machine that Tune chose."""
-    own = Ground.of(ground)
+    own = StudySetup.of(setup)
     shape = Arm(name=config[SHAPE], fields=dict(SHAPES)[config[SHAPE]])
-    cell = first_round(own, with_factor(own, shape, config[FACTOR]))
-    back = measure_here(cell.to_json(), threads)
+    trial = first_round(own, with_factor(own, shape, config[FACTOR]))
+    back = measure_here(trial.to_json(), threads)
     loss = math.inf
     if back.record:
         stored = json.loads(back.record)["record"]
-        loss = loss_of(Record(**{**stored, "arm": cell.arm}))
+        loss = loss_of(Record(**{**stored, "arm": trial.arm}))
     loss = loss if math.isfinite(loss) else WORST
-    library("ray.tune").report({LOSS: loss, BACK: back, CELL: cell.to_json()})
+    library("ray.tune").report({LOSS: loss, BACK: back, TRIAL: trial.to_json()})
 
 
 def _writer(tune: Any, own: Session) -> Any:
@@ -131,33 +131,33 @@ def _writer(tune: Any, own: Session) -> Any:
             return {}  # Tune keeps a copy of its callbacks, which nobody uses
 
         def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **_: Any) -> None:
-            cell, back = Cell.of(result[CELL]), result[BACK]
-            assert isinstance(back, Back)
+            trial, back = Trial.of(result[TRIAL]), result[BACK]
+            assert isinstance(back, RemoteResult)
             folder = self.own.folder
-            record = received(cell, back, store.place_of(folder, cell), folder / store.LOG)
-            self.own.tell(cell, record.status)
+            record = received(trial, back, store.place_of(folder, trial), folder / store.LOG)
+            self.own.tell(trial, record.status)
 
     return Writer(own)
 
 
-def _known(folder: Path, ground: Ground) -> list[tuple[Arm, float]]:
+def _known(folder: Path, setup: StudySetup) -> list[tuple[Arm, float]]:
     """Return the candidates whose first round stands in the folder, with what Optuna is told of each."""
     found = []
     for file in sorted((folder / store.RUNS).glob(f"*/{store.RECORD}")):
-        cell = Cell.of(json.loads(file.read_text(encoding="utf-8"))["cell"])
-        fields = {k: v for k, v in cell.arm.fields.items() if k != "max_steps"}
-        arm = Arm(name=cell.arm.name, fields=fields)
-        if cell.measure != SEARCH or first_round(ground, arm).digest != file.parent.name:
+        trial = Trial.of(json.loads(file.read_text(encoding="utf-8"))["cell"])
+        fields = {k: v for k, v in trial.arm.fields.items() if k != "max_steps"}
+        arm = Arm(name=trial.arm.name, fields=fields)
+        if trial.measure != SEARCH or first_round(setup, arm).digest != file.parent.name:
             continue
-        record = store.read(folder, cell)
+        record = store.read(folder, trial)
         loss = math.inf if record is None else loss_of(record)
         found.append((arm, loss if math.isfinite(loss) else WORST))
     return found
 
 
-def _point(ground: Ground, arm: Arm) -> dict[str, Any]:
+def _point(setup: StudySetup, arm: Arm) -> dict[str, Any]:
     """Return a candidate as Optuna knows it."""
-    factor = float(arm.fields["learning_rate"]) / usual(ground, arm)
+    factor = float(arm.fields["learning_rate"]) / usual(setup, arm)
     shape = arm.name.rpartition(", ")[0]
     if shape not in dict(SHAPES):
         raise ConfigError(f"the study folder has a candidate {arm.name!r} that is not known here", code="other_run")

@@ -20,7 +20,7 @@ from loralab.errors import LearningError, LoralabError
 from loralab.studies.fields import configured
 from loralab.studies.measures import forgetting
 from loralab.studies.statistics import smoothed
-from loralab.studies.study import DIVERGED, DONE, FAILED, FALLING, Arm, Cell, Ground, Record
+from loralab.studies.study import DIVERGED, DONE, FAILED, FALLING, Arm, Record, StudySetup, Trial
 from loralab.tasks import catalog
 from loralab.tasks.catalog import Task
 from loralab.tasks.score import Scores, evaluate
@@ -39,72 +39,72 @@ WARM = 3  # steps before times are taken
 KEPT_BYTES = 50_000_000  # larger adapters are scored, not kept
 
 
-def measured(cell: Cell, folder: Path, tell: Tell) -> Record:
-    """What a cell's own measure finds; where it finds nothing, a record that says why."""
+def measured(trial: Trial, folder: Path, tell: Tell) -> Record:
+    """What a trial's own measure finds; where it finds nothing, a record that says why."""
     try:
-        return resolve(cell.measure)(cell, folder, tell)
+        return resolve(trial.measure)(trial, folder, tell)
     except LearningError as error:
-        return diverged(cell, folder, str(error))
+        return diverged(trial, folder, str(error))
     except LoralabError as error:
-        return Record(arm=cell.arm, seed=cell.seed, status=FAILED, reason=str(error))
+        return Record(arm=trial.arm, seed=trial.seed, status=FAILED, reason=str(error))
 
 
-def resolve(name: str) -> Callable[[Cell, Path, Tell], Record]:
+def resolve(name: str) -> Callable[[Trial, Path, Tell], Record]:
     """The function behind "module:function"."""
     module, function = name.split(":")
-    found: Callable[[Cell, Path, Tell], Record] = getattr(importlib.import_module(module), function)
+    found: Callable[[Trial, Path, Tell], Record] = getattr(importlib.import_module(module), function)
     return found
 
 
-def measure(cell: Cell, folder: Path, tell: Tell) -> Record:
+def measure(trial: Trial, folder: Path, tell: Tell) -> Record:
     """Train, score on the test rows and on as many training rows, and note the costs."""
-    run = trained(cell, folder, tell)
-    return scored(cell, run, folder)
+    run = trained(trial, folder, tell)
+    return scored(trial, run, folder)
 
 
-def searched(cell: Cell, folder: Path, tell: Tell) -> Record:
+def searched(trial: Trial, folder: Path, tell: Tell) -> Record:
     """A short run of the search for a learning rate: its validation loss is all that counts."""
-    run = trained(cell, folder, tell)
+    run = trained(trial, folder, tell)
     atomic.remove_folder(folder / "run")
     scores = run.scores["validation"]
     return Record(
-        arm=cell.arm,
-        seed=cell.seed,
+        arm=trial.arm,
+        seed=trial.seed,
         numbers={"validation_loss": scores.metrics["loss"]},
         items={"validation_loss": list(scores.row_losses)},
     )
 
 
-def probed(cell: Cell, folder: Path, tell: Tell) -> Record:
+def probed(trial: Trial, folder: Path, tell: Tell) -> Record:
     """What a step and the scoring of a row take on this machine."""
-    run = trained(cell, folder, tell)
+    run = trained(trial, folder, tell)
     events = [e for e in read_metrics(folder / "run") if e["kind"] == "step"]
     started = time.perf_counter()
     few = score_on(run, "validation", limit=PROBE_ROWS)
     row = (time.perf_counter() - started) / max(1, few.rows)
     atomic.remove_folder(folder / "run")
-    return Record(arm=cell.arm, seed=cell.seed, numbers={"step_seconds": step_seconds(events), "row_seconds": row})
+    return Record(arm=trial.arm, seed=trial.seed, numbers={"step_seconds": step_seconds(events), "row_seconds": row})
 
 
-def trained(cell: Cell, folder: Path, tell: Tell) -> Run:
-    """The finished run of a cell in `folder`/run; one that was interrupted goes on."""
-    ground, place = cell.ground, folder / "run"
-    method, training = configured({**ground.fields, **cell.arm.fields, "seed": cell.seed})
-    task = rows_of(ground)
+def trained(trial: Trial, folder: Path, tell: Tell) -> Run:
+    """The finished run of a trial in `folder`/run; one that was interrupted goes on."""
+    setup, place = trial.setup, folder / "run"
+    method, training = configured({**setup.fields, **trial.arm.fields, "seed": trial.seed})
+    task = rows_of(setup)
     training = replace(training, evaluation_rows=max(1, len(task.splits["validation"])))
-    request = Request.of(ground.model, ground.data, method, training, ground.mapping)
+    request = Request.of(setup.model, setup.data, method, training, setup.mapping)
     request = replace(request, task=task)
     return run_request(request, place, resume=(place / CONFIG).is_file(), listener=tell)
 
 
-def rows_of(ground: Ground) -> Task:
-    """The rows that all cells of a study use: the first of each split, which are a fair sample."""
-    task = catalog.find(ground.data, mapping=ground.mapping, seed=0)
-    splits = {name: rows[: ground.rows.get(name)] for name, rows in task.splits.items()}
+def rows_of(setup: StudySetup) -> Task:
+    """The rows that all trials of a study use: the first of each split, which are a fair sample."""
+    task = catalog.find(setup.data, mapping=setup.mapping, seed=0)
+    splits = {name: rows[: setup.rows.get(name)] for name, rows in task.splits.items()}
     return replace(task, splits=splits)
 
 
-def scored(cell: Cell, run: Run, folder: Path) -> Record:
+def scored(trial: Trial, run: Run, folder: Path) -> Record:
     """What a finished run is worth, and what it cost."""
     test = score_on(run, "test")
     train_scores = score_on(run, "train", limit=test.rows)
@@ -112,8 +112,8 @@ def scored(cell: Cell, run: Run, folder: Path) -> Record:
     losses = [float(e["loss"]) for e in events]
     size = sum(f.stat().st_size for f in (folder / "run").glob("adapter_model.safetensors"))
     validation = run.scores["validation"].metrics
-    metric = cell.ground.metric or test.main
-    general, said = forgetting.measured(run.base, run.task, cell.ground.general)
+    metric = trial.setup.metric or test.main
+    general, said = forgetting.measured(run.base, run.task, trial.setup.general)
     numbers = {
         "parameters": run.adapter.num_parameters,
         "file_bytes": size,
@@ -135,8 +135,8 @@ def scored(cell: Cell, run: Run, folder: Path) -> Record:
     lost = not math.isfinite(losses[-1]) or smoothed(losses)[-1] > 1.05 * np.mean(losses[:3])
     forget(folder, size)
     return Record(
-        arm=cell.arm,
-        seed=cell.seed,
+        arm=trial.arm,
+        seed=trial.seed,
         status=DIVERGED if lost else DONE,
         reason="the training loss ended above its start" if lost else "",
         numbers=numbers,
@@ -177,13 +177,13 @@ def step_seconds(events: Sequence[Mapping[str, Any]]) -> float:
     return float(np.median(gaps[WARM:] or gaps or [0.0]))
 
 
-def diverged(cell: Cell, folder: Path, reason: str) -> Record:
+def diverged(trial: Trial, folder: Path, reason: str) -> Record:
     """A run whose numbers ended; its losses up to there are kept."""
     events = [e for e in read_metrics(folder / "run") if e["kind"] == "step"]
     atomic.remove_folder(folder / "run")
     return Record(
-        arm=cell.arm,
-        seed=cell.seed,
+        arm=trial.arm,
+        seed=trial.seed,
         status=DIVERGED,
         reason=reason,
         series={"loss": [float(e["loss"]) for e in events]},
@@ -198,20 +198,20 @@ def forget(folder: Path, size: int) -> None:
         atomic.remove_folder(folder / "run")
 
 
-def untrained(cell: Cell, folder: Path, tell: Tell) -> Record:
+def untrained(trial: Trial, folder: Path, tell: Tell) -> Record:
     """The base model as it is, on the same test rows."""
     from loralab.training.preflight import load_base
 
-    ground, task = cell.ground, rows_of(cell.ground)
-    precision = str(ground.fields.get("precision", "auto"))
-    base = load_base(ground.model, task, precision, 0, image_size=ground.fields.get("image_size"))
+    setup, task = trial.setup, rows_of(trial.setup)
+    precision = str(setup.fields.get("precision", "auto"))
+    base = load_base(setup.model, task, precision, 0, image_size=setup.fields.get("image_size"))
     scores = evaluate(base.model, base.tokenizer, task, "test", kind=base.kind, batch_size=32)
-    metric = ground.metric or scores.main
-    general, said = forgetting.measured(base, task, ground.general)
+    metric = setup.metric or scores.main
+    general, said = forgetting.measured(base, task, setup.general)
     numbers = {"score": scores.metrics[metric], "test_loss": scores.metrics["loss"], **general}
     return Record(
-        arm=cell.arm,
-        seed=cell.seed,
+        arm=trial.arm,
+        seed=trial.seed,
         numbers=numbers,
         items={"score": items_of(scores, metric)},
         texts={"metric": metric, **said},

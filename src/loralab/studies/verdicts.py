@@ -8,16 +8,16 @@ from typing import Any
 from loralab import atomic
 from loralab.studies.contrast import Contrast, Ranking
 from loralab.studies.evidence import by_arm, mean_of, metric_of
-from loralab.studies.study import Answer, Ground, Record
+from loralab.studies.study import Answer, Record, StudySetup
 
 FILE, FORMAT = "verdicts.json", 1
 
 
-def write(folder: Path, studies: Mapping[str, tuple[Ground, Sequence[Record], Answer]]) -> None:
+def write(folder: Path, studies: Mapping[str, tuple[StudySetup, Sequence[Record], Answer]]) -> None:
     """Write the verdicts of every study that compared arms; those of a single one also at the top."""
     found = {
-        name: verdicts(answer.ranking, records, ground)
-        for name, (ground, records, answer) in studies.items()
+        name: verdicts(answer.ranking, records, setup)
+        for name, (setup, records, answer) in studies.items()
         if answer.ranking is not None
     }
     single = next(iter(found.values())) if len(found) == 1 else {}
@@ -25,13 +25,13 @@ def write(folder: Path, studies: Mapping[str, tuple[Ground, Sequence[Record], An
     atomic.write_file(folder / FILE, json.dumps(content, indent=1) + "\n")
 
 
-def verdicts(found: Ranking, records: Sequence[Record], ground: Ground) -> dict[str, Any]:
+def verdicts(found: Ranking, records: Sequence[Record], setup: StudySetup) -> dict[str, Any]:
     """Return what was recommended, every arm's score and every contrast.
 
     Scores and their intervals are in the metric's own sense; estimates of contrasts are positive
     where `a` is better.
     """
-    arms, metric = by_arm(records), metric_of(records, ground)
+    arms, metric = by_arm(records), metric_of(records, setup)
     return {
         "metric": metric.name,
         "margin": found.margin,

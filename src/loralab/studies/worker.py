@@ -1,10 +1,10 @@
-"""Measures cells, each in a fresh process that starts with everything imported.
+"""Measures trials, each in a fresh process that starts with everything imported.
 
     python -m loralab.studies.worker
 
 A process that has imported torch, and computed nothing with it, is forked for each job: peak
-memory and time are those of one cell alone, a cell that is killed takes nothing with it, and no
-cell waits seconds for its imports. Jobs come in as JSON lines; events go out as JSON lines, and
+memory and time are those of one trial alone, a trial that is killed takes nothing with it, and no
+trial waits seconds for its imports. Jobs come in as JSON lines; events go out as JSON lines, and
 after each job how it ended. When the parent is gone, so is everything here.
 """
 
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from loralab.errors import LoralabError
-from loralab.studies.study import Arm, Cell, Ground
+from loralab.studies.study import Arm, StudySetup, Trial
 
 POLL_SECONDS = 0.05
 WATCH_SECONDS = 0.5
@@ -81,14 +81,14 @@ def _child(job: dict[str, Any], out: Any) -> int:
 
 
 def _measure(job: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> int:
-    """Measure a cell and write its record."""
+    """Measure a trial and write its record."""
     from loralab.studies.store import write
     from loralab.studies.trained import measured
 
-    cell, folder = Cell.of(job["cell"]), Path(job["folder"])
+    trial, folder = Trial.of(job["cell"]), Path(job["folder"])
     started = time.perf_counter()
-    record = measured(cell, folder, tell)
-    write(folder, cell, record, time.perf_counter() - started)
+    record = measured(trial, folder, tell)
+    write(folder, trial, record, time.perf_counter() - started)
     return 0
 
 
@@ -97,7 +97,9 @@ def _prepare(job: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> int
     from loralab.studies.prepare import prepare
 
     given = job.get("arms")
-    arms, invalid, facts = prepare(Ground.of(job["ground"]), None if given is None else [Arm(**arm) for arm in given])
+    arms, invalid, facts = prepare(
+        StudySetup.of(job["ground"]), None if given is None else [Arm(**arm) for arm in given]
+    )
     tell({"kind": "arms", "arms": arms, "invalid": invalid, "facts": facts})
     return 0
 
@@ -107,9 +109,9 @@ def _reach(job: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> int:
     from loralab.models.load import natural_kind
     from loralab.studies.trained import rows_of
 
-    ground = Ground.of(job["ground"])
-    natural_kind(ground.model)
-    rows_of(ground)
+    setup = StudySetup.of(job["ground"])
+    natural_kind(setup.model)
+    rows_of(setup)
     return 0
 
 

@@ -12,7 +12,7 @@ import pytest
 import tiny
 import torch
 from PIL import Image
-from studies.conftest import Here, ground_of, planted
+from studies.conftest import Here, planted, setup_of
 from torch.nn import functional as F
 from transformers import Dinov2Config, Dinov2Model
 
@@ -21,13 +21,13 @@ from loralab.adapters.methods import FullFineTune, LoRA, Prefix, Prompt
 from loralab.errors import ConfigError, InputError, ModelError
 from loralab.models.load import Base, load
 from loralab.studies import store
-from loralab.studies.catalog import ground
+from loralab.studies.catalog import setup
 from loralab.studies.evidence import Metric, forgetting_of, scores_table
 from loralab.studies.measures import forgetting
 from loralab.studies.measures.forgetting import before_and_after, digest_of, general_task, measured
 from loralab.studies.message import Message
 from loralab.studies.prepare import prepare
-from loralab.studies.study import Arm, Cell, Record, StudyOptions
+from loralab.studies.study import Arm, Record, StudyOptions, Trial
 from loralab.studies.trained import MEASURE
 from loralab.studies.trained import measured as measure_cell
 from loralab.tasks.catalog import TASKS, find
@@ -256,9 +256,9 @@ def test_a_record_holds_both_numbers_or_says_why_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     arm = Arm(name="a", fields={"method": "lora", "rank": 2, "learning_rate": 1e-2})
-    own = ground_of("rank", tiny_bert_folder, noise_file, general=str(labelled_file))
-    cell = Cell(measure=MEASURE, ground=own, arm=arm, seed=0)
-    record = measure_cell(cell, tmp_path / "one", lambda event: None)
+    own = setup_of("rank", tiny_bert_folder, noise_file, general=str(labelled_file))
+    trial = Trial(measure=MEASURE, setup=own, arm=arm, seed=0)
+    record = measure_cell(trial, tmp_path / "one", lambda event: None)
     assert record.texts["general_kind"] == "accuracy"
     said = forgetting_of([record])
     assert said is not None
@@ -267,7 +267,7 @@ def test_a_record_holds_both_numbers_or_says_why_not(
     for names in ("TEXTS", "TEXT_TASKS"):
         monkeypatch.setattr(forgetting, names, ())
     none = measure_cell(
-        Cell(measure=MEASURE, ground=ground_of("rank", tiny_bert_folder, noise_file), arm=arm, seed=0),
+        Trial(measure=MEASURE, setup=setup_of("rank", tiny_bert_folder, noise_file), arm=arm, seed=0),
         tmp_path / "two",
         lambda event: None,
     )
@@ -298,18 +298,18 @@ def test_the_table_of_scores_has_the_column_where_it_was_measured() -> None:
 
 def test_another_general_text_is_another_cell(tmp_path: Path, general_file: Path) -> None:
     def digest(**changes: Any) -> str:
-        own = ground("rank", StudyOptions(**changes))
-        return Cell(measure=MEASURE, ground=own, arm=Arm(name="a"), seed=0).digest
+        own = setup("rank", StudyOptions(**changes))
+        return Trial(measure=MEASURE, setup=own, arm=Arm(name="a"), seed=0).digest
 
     assert len({digest(), digest(general="a.txt"), digest(general="b.txt")}) == 3
-    assert json.loads(json.dumps(ground("rank", StudyOptions(general="a.txt")).to_json()))["general"] == "a.txt"
+    assert json.loads(json.dumps(setup("rank", StudyOptions(general="a.txt")).to_json()))["general"] == "a.txt"
 
 
 def test_a_study_goes_on_with_the_general_text_that_it_was_begun_with(
     tmp_path: Path, tiny_bert_folder: Path, noise_file: Path, labelled_file: Path
 ) -> None:
     file = Path(shutil.copy(labelled_file, tmp_path / "general.csv"))
-    own = ground_of("rank", tiny_bert_folder, noise_file, general=str(file))
+    own = setup_of("rank", tiny_bert_folder, noise_file, general=str(file))
     arms = [Arm(name=f"{n}", fields={"rank": n}) for n in (1, 2)]
     facts = prepare(own, arms)[2]
     assert facts["general"] == digest_of(find(str(noise_file)), "sequence-classification", str(file))

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from studies.conftest import Here, assert_it_renders, ground_of, keys_in, message_in, planted
+from studies.conftest import Here, assert_it_renders, keys_in, message_in, planted, setup_of
 
 from loralab.adapters.attach import attach
 from loralab.errors import ConfigError
@@ -13,18 +13,18 @@ from loralab.studies.fields import configured
 from loralab.studies.prepare import base_of
 from loralab.studies.questions import adaptive
 from loralab.studies.readings.final_ranks import agreement, is_adaptive, place_of
-from loralab.studies.study import Ground, Record
+from loralab.studies.study import Record, StudySetup
 
-GROUND = Ground(study="adaptive", model="m", data="d")
+SETUP = StudySetup(study="adaptive", model="m", data="d")
 ROWS = 200
 LORA, ADALORA = "LoRA r=4", "AdaLoRA 6→4"
 PATHS = [f"encoder.layer.{layer}.{module}" for layer in range(3) for module in ("query", "ffn.in")]
 
 
 def test_arms_end_with_the_same_ranks_and_the_same_factor(tiny_bert_folder: Path, noise_file: Path) -> None:
-    ground = ground_of("adaptive", tiny_bert_folder, noise_file, values=("1", "4", "8"))
-    base = base_of(ground)
-    found = adaptive.arms(ground, base)
+    setup = setup_of("adaptive", tiny_bert_folder, noise_file, values=("1", "4", "8"))
+    base = base_of(setup)
+    found = adaptive.arms(setup, base)
     assert len(found) == 3 * 4
     assert {arm.name for arm in found} >= {LORA, ADALORA, "AdaLoRA 2→1", "AdaLoRA 12→8 magnitude"}
     totals: dict[int, set[tuple[float, float]]] = {}
@@ -36,10 +36,10 @@ def test_arms_end_with_the_same_ranks_and_the_same_factor(tiny_bert_folder: Path
         totals.setdefault(rank, set()).add((rank * len(adapter.modules), module.scaling))
         adapter.detach()
     assert all(len(pairs) == 1 for pairs in totals.values())
-    assert [arm.name for arm in adaptive.arms(replace(ground, quick=True, values=()), base)] == [LORA, ADALORA]
+    assert [arm.name for arm in adaptive.arms(replace(setup, quick=True, values=()), base)] == [LORA, ADALORA]
     for wrong in ("0", "x", "4.5", "-1"):
         with pytest.raises(ConfigError) as raised:
-            adaptive.arms(replace(ground, values=(wrong,)), base)
+            adaptive.arms(replace(setup, values=(wrong,)), base)
         assert (raised.value.code, raised.value.field) == ("wrong_value", "values")
 
 
@@ -56,14 +56,14 @@ def cubic(step: int, modules: int, steps: int) -> int:
 def test_ranks_left_follow_the_schedule_into_the_file(
     here: Here, tiny_bert_folder: Path, noise_file: Path, tmp_path: Path
 ) -> None:
-    ground = ground_of(
+    setup = setup_of(
         "adaptive",
         tiny_bert_folder,
         noise_file,
         fields={"max_steps": 20},
         rows={"train": 160, "validation": 20, "test": 40},
     )
-    records = here(ground, tmp_path)
+    records = here(setup, tmp_path)
     moved = [r for r in records if is_adaptive(r)]
     assert len(moved) == 2 * 3
     for record in moved:
@@ -77,7 +77,7 @@ def test_ranks_left_follow_the_schedule_into_the_file(
     # the first loss is the base model's: no regulariser in it, whatever the method
     for seed in (0, 1):
         assert len({record.series["loss"][0] for record in records if record.seed == seed}) == 1
-    answer = adaptive.conclude(records, ground)
+    answer = adaptive.conclude(records, setup)
     kept = message_in(answer.sentence, "adaptive.kept").values
     assert (kept["arm"], kept["ranks_start"], kept["ranks_left"]) == (ADALORA, 78, 52)
     uniform = next(row for row in answer.tables[0].rows if row["arm"] == LORA)
@@ -133,7 +133,7 @@ ALIKE = [[1, 6, 2, 6, 3, 6]] * 3
 
 
 def test_a_better_score_is_claimed_and_advised() -> None:
-    answer = adaptive.conclude([*lora(0.6), *adalora(0.8, ALIKE)], GROUND)
+    answer = adaptive.conclude([*lora(0.6), *adalora(0.8, ALIKE)], SETUP)
     better = message_in(answer.sentence, "contrast.better").values
     assert (better["a"], better["b"]) == (ADALORA, LORA)
     assert better["size"].values["value"] == pytest.approx(0.2, abs=0.01)
@@ -143,7 +143,7 @@ def test_a_better_score_is_claimed_and_advised() -> None:
 
 @pytest.mark.parametrize("right", [0.4, 0.6])
 def test_what_is_not_better_is_not_advised(right: float) -> None:
-    answer = adaptive.conclude([*lora(0.6), *adalora(right, ALIKE)], GROUND)
+    answer = adaptive.conclude([*lora(0.6), *adalora(right, ALIKE)], SETUP)
     assert answer.advice == {"method": "lora", "rank": 4}
     assert [finding.holds for finding in answer.findings] == [right < 0.6]
     costs = answer.blanks[1][1]
@@ -155,7 +155,7 @@ def test_what_is_not_better_is_not_advised(right: float) -> None:
 
 
 def test_where_ranks_went_is_said_as_far_as_seeds_agree() -> None:
-    said = adaptive.conclude(adalora(0.6, ALIKE), GROUND).blanks[0][1]
+    said = adaptive.conclude(adalora(0.6, ALIKE), SETUP).blanks[0][1]
     where = message_in(said, "adaptive.where").values
     assert (where["most"], where["most_rank"], where["least"], where["least_rank"]) == ("ffn.in", 6, "query", 2)
     layers = [part.values for part in message_in(said, "adaptive.by_layer").values["layers"]]
@@ -164,12 +164,12 @@ def test_where_ranks_went_is_said_as_far_as_seeds_agree() -> None:
     opposite = [[1, 6, 2, 6, 3, 6], [6, 1, 5, 1, 4, 1]]
     assert agreement(adalora(0.6, opposite)) == pytest.approx(-1)
     assert agreement(adalora(0.6, [[4] * 6] * 2)) is None
-    assert "adaptive.one_seed" in keys_in(adaptive.conclude(adalora(0.6, ALIKE[:1]), GROUND).blanks[0][1])
-    assert "adaptive.all_alike" in keys_in(adaptive.conclude(adalora(0.6, [[4] * 6] * 2), GROUND).blanks[0][1])
+    assert "adaptive.one_seed" in keys_in(adaptive.conclude(adalora(0.6, ALIKE[:1]), SETUP).blanks[0][1])
+    assert "adaptive.all_alike" in keys_in(adaptive.conclude(adalora(0.6, [[4] * 6] * 2), SETUP).blanks[0][1])
 
 
 def test_a_budget_that_was_missed_is_said() -> None:
-    answer = adaptive.conclude([*lora(0.6), *adalora(0.8, ALIKE, in_file=36)], GROUND)
+    answer = adaptive.conclude([*lora(0.6), *adalora(0.8, ALIKE, in_file=36)], SETUP)
     missed = message_in(answer.sentence, "adaptive.missed").values
     assert (missed["ranks_target"], missed["ranks_left"], missed["ranks_in_file"]) == (24, 24, 36)
     assert_it_renders(answer, "adaptive")
@@ -183,9 +183,9 @@ def test_paths_are_read_as_layer_and_module() -> None:
 
 def test_what_was_not_measured_is_not_said() -> None:
     for records in ([], lora(0.6)):
-        empty = adaptive.conclude(records, GROUND)
+        empty = adaptive.conclude(records, SETUP)
         assert [empty.sentence.key, *(text.key for _, text in empty.blanks)] == ["answer.nothing"] * 3
-    alone = adaptive.conclude(adalora(0.6, ALIKE), GROUND)
+    alone = adaptive.conclude(adalora(0.6, ALIKE), SETUP)
     assert "adaptive.no_rival" in keys_in(alone.sentence)
     assert alone.advice == {}
     assert not alone.findings

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from studies.conftest import Here, assert_it_renders, ground_of, keys_in, message_in
+from studies.conftest import Here, assert_it_renders, keys_in, message_in, setup_of
 from torch import nn
 
 from loralab.adapters.adapter import Adapter
@@ -21,10 +21,10 @@ from loralab.studies.measures.decoding import Variant, decoded, interleaved
 from loralab.studies.measures.mixed_batch import Banked, Looped, as_large
 from loralab.studies.message import Message
 from loralab.studies.questions import inference
-from loralab.studies.study import Answer, Arm, Finding, Ground, Record
+from loralab.studies.study import Answer, Arm, Finding, Record, StudySetup
 
-GROUND = Ground(study="inference", model="m", data="d")
-QUICK = Ground(study="inference", model="m", data="d", quick=True)
+SETUP = StudySetup(study="inference", model="m", data="d")
+QUICK = StudySetup(study="inference", model="m", data="d", quick=True)
 RIGHT, WRONG = [1.0] * 50 + [0.0] * 10, [1.0] * 30 + [0.0] * 30
 
 
@@ -180,9 +180,9 @@ def test_all_variants_are_timed_equally_often() -> None:
 def test_arms_and_values() -> None:
     names = [own.name for own in inference.arms(QUICK, base(tiny.llama()))]
     assert names == ["r=8", "latency", "int8", "NF4", "50 % zeros"]
-    own = Ground(study="inference", model="m", data="d", values=("nf4",))
+    own = StudySetup(study="inference", model="m", data="d", values=("nf4",))
     assert [a.name for a in inference.arms(own, base(tiny.llama()))] == ["r=8", "NF4"]
-    wrong = Ground(study="inference", model="m", data="d", values=("nf3",))
+    wrong = StudySetup(study="inference", model="m", data="d", values=("nf3",))
     with pytest.raises(ConfigError) as caught:
         inference.arms(wrong, base(tiny.llama()))
     assert (caught.value.code, caught.value.field) == ("wrong_value", "values")
@@ -233,7 +233,7 @@ USED = timed("latency", "base", ADAPTERS, switch_seconds=0.32, adapter_bytes=9.8
 
 
 def test_nothing_timed_says_so() -> None:
-    answer = inference.conclude([], GROUND)
+    answer = inference.conclude([], SETUP)
     assert answer.sentence.key == "answer.nothing"
     assert [label.key for label, _ in answer.blanks] == [
         "inference.speed_label",
@@ -256,7 +256,7 @@ def takes(answer: Answer, way: str, batch: int = 1) -> Finding:
 
 
 def test_merged_is_as_quick_and_unmerged_is_slower() -> None:
-    answer = inference.conclude([USED], GROUND)
+    answer = inference.conclude([USED], SETUP)
     assert message_in(answer.sentence, "inference.merged_equivalent").values["share"] == pytest.approx(0, abs=0.01)
     slower = takes(answer, "inference.unmerged")
     assert (slower.verdict, slower.holds, slower.sentence.key) == ("worse", True, "inference.takes_worse")
@@ -282,7 +282,7 @@ def test_smaller_models_stand_against_their_own_control() -> None:
     zeros = timed(
         "50 % zeros", "dense", {"50 % zeros": (1.0, 1.0)}, sparse_ratio=7.0, items={"dense": RIGHT, "50 % zeros": WRONG}
     )
-    answer = inference.conclude([USED, quick, zeros], GROUND)
+    answer = inference.conclude([USED, quick, zeros], SETUP)
     assert takes(answer, "int8").sentence.values["share"] == pytest.approx(-0.5, abs=0.01)
     assert takes(answer, "int8").verdict == "better"
     assert takes(answer, "50 % zeros").verdict == "equivalent"
@@ -298,21 +298,21 @@ def test_smaller_models_stand_against_their_own_control() -> None:
 
 def test_what_is_quicker_at_the_price_of_score_says_so() -> None:
     quick = timed("int8", "dense", {"int8": (0.5, 0.6)}, items={"dense": RIGHT, "int8": WRONG})
-    (way,) = message_in(inference.conclude([quick], GROUND).sentence, "inference.quicker").values["parts"]
+    (way,) = message_in(inference.conclude([quick], SETUP).sentence, "inference.quicker").values["parts"]
     assert way.key == "inference.quicker_at_a_price"
     assert way.values["price"].values["value"] == pytest.approx(20 / 60)
 
 
 def test_nothing_is_called_quicker_that_is_not() -> None:
     slow = timed("NF4", "dense", {"NF4": (3.0, 2.0)})
-    answer = inference.conclude([slow], GROUND)
+    answer = inference.conclude([slow], SETUP)
     assert message_in(answer.sentence, "inference.none_quicker").values["ways"] == ["NF4"]
     assert answer.blanks[0][1].key == "answer.not_measured"
 
 
 def test_few_trials_claim_nothing() -> None:
     few = timed("latency", "base", ADAPTERS, trials=3)
-    answer = inference.conclude([few], GROUND)
+    answer = inference.conclude([few], SETUP)
     assert {f.verdict for f in answer.findings} == {"undecided"}
     assert not any(f.holds for f in answer.findings)
     assert "inference.merged_undecided" in keys_in(answer.sentence)
@@ -321,14 +321,14 @@ def test_few_trials_claim_nothing() -> None:
 
 def test_a_difference_within_five_percent_is_none_however_sure() -> None:
     near = timed("latency", "base", {"merged": (1.03, 1.03)}, noise=1e-4, trials=40)
-    answer = inference.conclude([near], GROUND)
+    answer = inference.conclude([near], SETUP)
     assert takes(answer, "inference.merged").verdict == "equivalent"
     assert "inference.merged_equivalent" in keys_in(answer.sentence)
 
 
 def test_models_that_write_nothing_give_rows_a_second() -> None:
     passes = Record(**{**vars(USED), "texts": {"metric": "accuracy", "unit": "pass"}})
-    answer = inference.conclude([passes], GROUND)
+    answer = inference.conclude([passes], SETUP)
     assert answer.tables[1].columns[1].heading.key == "inference.rows_at"
     assert answer.figures[1].y.key == "axis.rows_per_second"
     assert_it_renders(answer, "inference")
@@ -337,7 +337,7 @@ def test_models_that_write_nothing_give_rows_a_second() -> None:
 def test_what_could_not_be_measured_is_shown_with_its_reason() -> None:
     refused = [{"variant": "64 adapters", "reason": "too large"}]
     left = Record(**{**vars(USED), "tables": {**USED.tables, "refused": refused}})
-    assert list(inference.conclude([left], GROUND).tables[2].rows) == refused
+    assert list(inference.conclude([left], SETUP).tables[2].rows) == refused
 
 
 @pytest.mark.parametrize("kind", ["llama", "bert"])
@@ -353,14 +353,14 @@ def test_a_tiny_study_runs_to_its_end(
     monkeypatch.setattr(inference, "SECONDS", ((0.1, 0.1), (0.1, 0.1)))
     monkeypatch.setattr(inference, "TRIALS", (6, 6))
     folder = tiny_llama_folder if kind == "llama" else tiny_bert_folder
-    ground = ground_of("inference", folder, noise_file, seeds=1, fields={"learning_rate": 0.02})
-    records = here(ground, tmp_path)
+    setup = setup_of("inference", folder, noise_file, seeds=1, fields={"learning_rate": 0.02})
+    records = here(setup, tmp_path)
     assert {r.arm.name: r.reason for r in records if r.reason} == {}
     found = {r.arm.name: r for r in records}
     assert not found["latency"].tables["refused"]
     assert found["latency"].numbers["routed_difference"] < 1e-4
     assert found["latency"].items["merged"] == found["latency"].items["unmerged"]
-    answer = inference.conclude(records, ground)
+    answer = inference.conclude(records, setup)
     assert len(answer.blanks) == 4
     assert all(said.key != "answer.not_measured" for _, said in answer.blanks)
     assert len(answer.figures) == 2

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from studies.conftest import Here, assert_it_renders, ground_of, keys_in, message_in, planted
+from studies.conftest import Here, assert_it_renders, keys_in, message_in, planted, setup_of
 
 from loralab.adapters.attach import attach
 from loralab.errors import ConfigError
@@ -15,9 +15,9 @@ from loralab.studies.fields import configured
 from loralab.studies.measures.step_zero import Outputs, compared, norms, part_of, start_of
 from loralab.studies.prepare import base_of
 from loralab.studies.questions import init
-from loralab.studies.study import Arm, Cell, Ground, Record
+from loralab.studies.study import Arm, Record, StudySetup, Trial
 
-GROUND = Ground(study="init", model="m", data="d")
+SETUP = StudySetup(study="init", model="m", data="d")
 ROWS = 120
 
 
@@ -58,9 +58,9 @@ def test_embeddings_have_an_a_and_a_b_too() -> None:
 
 
 def test_every_arm_trains_as_many_numbers(tiny_bert_folder: Path, noise_file: Path) -> None:
-    ground = ground_of("init", tiny_bert_folder, noise_file, values=("b_kaiming", "orthogonal"))
-    base = base_of(ground)
-    found = init.arms(ground, base)
+    setup = setup_of("init", tiny_bert_folder, noise_file, values=("b_kaiming", "orthogonal"))
+    base = base_of(setup)
+    found = init.arms(setup, base)
     assert [arm.name for arm in found] == ["B = 0", "B Kaiming", "A orthogonal"]
     assert dict(found[0].fields) == {"method": "lora", "rank": 8}
     sizes = set()
@@ -70,15 +70,15 @@ def test_every_arm_trains_as_many_numbers(tiny_bert_folder: Path, noise_file: Pa
         adapter.detach()
     assert len(sizes) == 1
     with pytest.raises(ConfigError, match="b_kaiming") as raised:
-        init.arms(replace(ground, values=("b_kaimin",)), base)
+        init.arms(replace(setup, values=("b_kaimin",)), base)
     assert (raised.value.code, raised.value.field) == ("invalid_choice", "init")
 
 
 def test_zero_b_is_the_base_model_and_moves_b_alone(
     here: Here, tiny_bert_folder: Path, noise_file: Path, tmp_path: Path
 ) -> None:
-    ground = ground_of("init", tiny_bert_folder, noise_file)
-    records = here(ground, tmp_path)
+    setup = setup_of("init", tiny_bert_folder, noise_file)
+    records = here(setup, tmp_path)
     own = {r.arm.name: r for r in records if r.seed == 0}
     zero, kaiming, pissa = own["B = 0"], own["B Kaiming"], own["PiSSA"]
     assert zero.numbers["start_equal"] == 1
@@ -91,7 +91,7 @@ def test_zero_b_is_the_base_model_and_moves_b_alone(
     for record in records:
         parts = [record.series[f"gradient_{part}"] for part in ("A", "B", "head")]
         assert np.linalg.norm(parts, axis=0) == pytest.approx(record.series["grad_norm"], rel=1e-4)
-    answer = init.conclude(records, ground)
+    answer = init.conclude(records, setup)
     assert not any(finding.holds for finding in answer.findings)
     assert {"init.why_undecided", "init.why_equivalent"} & set(keys_in(answer.blanks[3][1]))
     assert [label for label, _ in answer.blanks] == list(init.LABELS)
@@ -102,23 +102,23 @@ def test_zero_b_is_the_base_model_and_moves_b_alone(
 def test_a_run_that_was_cut_off_is_watched_from_its_first_step(
     here: Here, tiny_bert_folder: Path, noise_file: Path, tmp_path: Path
 ) -> None:
-    ground = ground_of("init", tiny_bert_folder, noise_file, values=("kaiming", "pissa"), seeds=1)
-    here(ground, tmp_path)
+    setup = setup_of("init", tiny_bert_folder, noise_file, values=("kaiming", "pissa"), seeds=1)
+    here(setup, tmp_path)
     for file in (tmp_path / "runs").glob("*/record.json"):
         file.unlink()  # its run folder is still there, finished
-    found = here(ground, tmp_path)
+    found = here(setup, tmp_path)
     assert all(len(record.series["gradient_A"]) == len(record.series["loss"]) == 6 for record in found)
 
 
 @pytest.mark.parametrize("rank", [1, 8])
 def test_a_language_model_is_compared_where_it_has_labels(tiny_llama_folder: Path, sums_file: Path, rank: int) -> None:
-    ground = ground_of("init", tiny_llama_folder, sums_file)
+    setup = setup_of("init", tiny_llama_folder, sums_file)
     found = {}
     for start in ("kaiming", "b_kaiming", "pissa"):
         arm = Arm(name=start, fields={"method": "lora", "rank": rank, "init": start})
-        found[start], rows = start_of(Cell(measure="m", ground=ground, arm=arm, seed=1))
+        found[start], rows = start_of(Trial(measure="m", setup=setup, arm=arm, seed=1))
         assert found[start]["base_loss"] == found["kaiming"]["base_loss"]
-        assert 0 < len(rows) <= ground.rows["test"]
+        assert 0 < len(rows) <= setup.rows["test"]
     assert found["kaiming"]["start_equal"] == 1
     assert found["pissa"]["start_logits"] < 1e-4 < found["b_kaiming"]["start_logits"]
 
@@ -155,7 +155,7 @@ def test_damage_that_is_there_is_claimed() -> None:
         *started("B Kaiming", 0.8, lost, 0.55),
         *started("PiSSA", 1e-7, [0.0] * ROWS, 0.9),
     ]
-    answer = init.conclude(records, GROUND)
+    answer = init.conclude(records, SETUP)
     damage, *finals = [finding for finding in answer.findings if finding.holds]
     assert damage.sentence.values["a"].values == {"start": "B Kaiming"}
     assert (damage.verdict, damage.sentence.values["b"]) == ("worse", "base")
@@ -181,22 +181,22 @@ def test_damage_that_is_there_is_claimed() -> None:
 
 def test_a_start_that_moves_no_loss_is_equivalent_to_the_base() -> None:
     same = (1e-4 * np.random.default_rng(0).standard_normal(ROWS)).tolist()
-    answer = init.conclude([*started("B = 0", 0.0, [0.0] * ROWS, 0.9), *started("A Gaussian", 0.1, same, 0.9)], GROUND)
+    answer = init.conclude([*started("B = 0", 0.0, [0.0] * ROWS, 0.9), *started("A Gaussian", 0.1, same, 0.9)], SETUP)
     assert [f.verdict for f in answer.findings if f.sentence.values["b"] == "base"] == ["equivalent"]
 
 
 def test_a_start_that_ends_better_is_not_talked_down() -> None:
     records = [*started("B = 0", 0.0, [0.0] * ROWS, 0.55), *started("B Kaiming", 0.8, [0.0] * ROWS, 0.95)]
-    answer = init.conclude(records, GROUND)
+    answer = init.conclude(records, SETUP)
     assert "init.end_better" in keys_in(answer.sentence)
     assert "init.why_better" in keys_in(answer.blanks[3][1])
     assert answer.advice == {"init": "b_kaiming"}
 
 
 def test_what_was_not_measured_is_not_said() -> None:
-    empty = init.conclude([], GROUND)
+    empty = init.conclude([], SETUP)
     assert [empty.sentence.key, *(text.key for _, text in empty.blanks)] == ["answer.nothing"] * 6
-    only = init.conclude(started("PiSSA", 1e-7, [0.0] * ROWS, 0.9), GROUND)
+    only = init.conclude(started("PiSSA", 1e-7, [0.0] * ROWS, 0.9), SETUP)
     assert only.sentence.key == "init.neither"
     assert [value.key for _, value in only.blanks[:4]] == ["answer.not_measured"] * 4
     assert only.advice == {}
@@ -204,11 +204,11 @@ def test_what_was_not_measured_is_not_said() -> None:
         replace(r, status="diverged", items={"start": r.items["start"]}, series={"loss": []})
         for r in started("B Kaiming", 0.8, [-0.5] * ROWS, 0.5)
     ]
-    answer = init.conclude([*started("B = 0", 0.0, [0.0] * ROWS, 0.9), *lost], GROUND)
+    answer = init.conclude([*started("B = 0", 0.0, [0.0] * ROWS, 0.9), *lost], SETUP)
     assert "init.kaiming_diverged" in keys_in(answer.blanks[3][1])
     assert "init.no_gradients" in keys_in(answer.blanks[2][1])
     assert "init.diverged" in keys_in(answer.blanks[1][1])
     assert_it_renders(answer, "init")
-    alone = init.conclude(lost, GROUND)
+    alone = init.conclude(lost, SETUP)
     assert alone.ranking is None
     assert_it_renders(alone, "init")

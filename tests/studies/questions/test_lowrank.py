@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from studies.conftest import Here, assert_it_renders, ground_of, keys_in, message_in, planted
+from studies.conftest import Here, assert_it_renders, keys_in, message_in, planted, setup_of
 from torch import nn
 
 from loralab.adapters.spectrum import overlap
@@ -18,11 +18,11 @@ from loralab.studies.measures import dimension, frozen, overlaps, spectra
 from loralab.studies.message import Message
 from loralab.studies.questions import lowrank
 from loralab.studies.readings.directions import Reached
-from loralab.studies.study import Answer, Arm, Finding, Ground, Record
+from loralab.studies.study import Answer, Arm, Finding, Record, StudySetup
 from loralab.studies.wording import LANGUAGES, say
 from loralab.training.preflight import load_base
 
-GROUND = Ground(study="lowrank", model="m", data="d")
+SETUP = StudySetup(study="lowrank", model="m", data="d")
 ROWS = 300
 
 
@@ -106,33 +106,33 @@ def test_a_low_rank_update_is_called_one_and_noise_is_not() -> None:
         return torch.randn(40, k, generator=draw) @ torch.randn(k, 40, generator=draw)
 
     few = {f"m{n}": low(3) for n in range(8)}
-    answer = lowrank.conclude(full(few), GROUND)
+    answer = lowrank.conclude(full(few), SETUP)
     facts = message_in(answer.sentence, "lowrank.spectrum_low").values["facts"].values
     assert facts["most"] == 40
     assert facts["rank90"] <= 3 < facts["random_rank90"]
     assert answer.findings[0].verdict == "better"
     assert_it_renders(answer, "lowrank")
     noise = {f"m{n}": torch.randn(40, 40, generator=draw) for n in range(8)}
-    answer = lowrank.conclude(full(noise), GROUND)
+    answer = lowrank.conclude(full(noise), SETUP)
     assert not {"lowrank.spectrum_low", "lowrank.spectrum_some"} & set(keys_in(answer.sentence))
     assert answer.findings[0].verdict in ("equivalent", "undecided")
     halves = {f"m{n}": low(24) for n in range(8)}
-    assert "lowrank.spectrum_some" in keys_in(lowrank.conclude(full(halves), GROUND).sentence)
+    assert "lowrank.spectrum_some" in keys_in(lowrank.conclude(full(halves), SETUP).sentence)
 
 
 def test_d90_is_where_it_was_planted() -> None:
     scores = {10: 0.5, 100: 0.6, 1000: 0.79, 10_000: 0.8}
-    answer = lowrank.conclude([floor(), *full({"m": torch.eye(4)}), *curve(scores)], GROUND)
+    answer = lowrank.conclude([floor(), *full({"m": torch.eye(4)}), *curve(scores)], SETUP)
     found = message_in(answer.sentence, "lowrank.d90_found").values
     assert (found["variant"], found["d90"], found["large"], found["share"]) == ("DID", 1000, 1_000_000, 0.001)
     assert [d.values["d"] for d in found["tried"]] == [10, 100, 1000, 10_000]
     assert_it_renders(answer, "lowrank")
-    never = lowrank.conclude([floor(), *full({"m": torch.eye(4)}), *curve({10: 0.5, 100: 0.6})], GROUND)
+    never = lowrank.conclude([floor(), *full({"m": torch.eye(4)}), *curve({10: 0.5, 100: 0.6})], SETUP)
     assert message_in(never.sentence, "lowrank.d90_beyond").values["largest"] == 100
-    first = lowrank.conclude([floor(), *full({"m": torch.eye(4)}), *curve({10: 0.8})], GROUND)
+    first = lowrank.conclude([floor(), *full({"m": torch.eye(4)}), *curve({10: 0.8})], SETUP)
     assert not any(f.holds for f in first.findings if f.sentence.key == "lowrank.d90_not_below")
     flat = [floor(0.5), *full({"m": torch.eye(4)}, score=0.5), *curve(scores)]
-    assert "lowrank.no_gain" in keys_in(lowrank.conclude(flat, GROUND).sentence)
+    assert "lowrank.no_gain" in keys_in(lowrank.conclude(flat, SETUP).sentence)
 
 
 @pytest.mark.parametrize(
@@ -171,13 +171,13 @@ def test_a_dip_does_not_hide_d90_and_the_interval_holds_it() -> None:
 
 def test_shared_directions_are_seen_and_random_ones_are_not() -> None:
     draw = torch.Generator().manual_seed(0)
-    answer = lowrank.conclude([pair_record(draw, 3.0)], GROUND)
+    answer = lowrank.conclude([pair_record(draw, 3.0)], SETUP)
     shared = [f for f in sides(answer) if "lowrank.input" in keys_in(f.sentence)]
     assert len(shared) == 2
     assert all(f.verdict == "better" and f.effect and f.effect > 0.2 for f in shared)
     assert "lowrank.first_directions" in keys_in(answer.sentence)
     assert_it_renders(answer, "lowrank")
-    answer = lowrank.conclude([pair_record(draw, 0.0)], GROUND)
+    answer = lowrank.conclude([pair_record(draw, 0.0)], SETUP)
     assert len(sides(answer)) == 4
     assert all(f.verdict in ("equivalent", "undecided") for f in sides(answer))
     assert "lowrank.none_shared" in keys_in(answer.sentence)
@@ -221,14 +221,14 @@ def test_singular_values_are_those_of_the_svd() -> None:
 
 
 def test_nothing_measured_is_said_and_every_blank_has_its_label() -> None:
-    answer = lowrank.conclude([], GROUND)
+    answer = lowrank.conclude([], SETUP)
     assert answer.sentence.key == "answer.nothing"
     assert [label.key for label, _ in answer.blanks] == [
         "lowrank.known_label",
         "lowrank.changed_label",
         "lowrank.meaning_label",
     ]
-    alone = lowrank.conclude(planted("linear head", [1.0, 0.0, 1.0]), GROUND)
+    alone = lowrank.conclude(planted("linear head", [1.0, 0.0, 1.0]), SETUP)
     assert alone.sentence.key == "lowrank.neither"
     for found in (answer, alone):
         assert_it_renders(found, "lowrank")
@@ -239,10 +239,10 @@ def test_it_runs_on_a_tiny_model(
     here: Here, tiny_bert_folder: Path, noise_file: Path, tmp_path: Path, seeds: int
 ) -> None:
     values = ("10", "60")
-    ground = ground_of("lowrank", tiny_bert_folder, noise_file, values=values, seeds=seeds, quick=seeds == 1)
-    records = here(ground, tmp_path)
+    setup = setup_of("lowrank", tiny_bert_folder, noise_file, values=values, seeds=seeds, quick=seeds == 1)
+    records = here(setup, tmp_path)
     assert {r.status for r in records} <= {"done", "diverged"}
-    answer = lowrank.conclude(records, ground)
+    answer = lowrank.conclude(records, setup)
     assert_it_renders(answer, "lowrank")
     (modules,) = {len(r.tables["modules"]) for r in records if r.arm.name == "full"}
     assert modules == 2 * 6 + 1
@@ -253,11 +253,11 @@ def test_it_runs_on_a_tiny_model(
 def test_the_values_are_numbers_of_directions(tiny_bert_folder: Path, noise_file: Path) -> None:
     from loralab.studies.trained import rows_of
 
-    ground = ground_of("lowrank", tiny_bert_folder, noise_file, values=("1000", "30", "1000"))
-    base = load_base(str(tiny_bert_folder), rows_of(ground), "fp32", 0)
-    names = [arm.name for arm in lowrank.arms(ground, base)]
+    setup = setup_of("lowrank", tiny_bert_folder, noise_file, values=("1000", "30", "1000"))
+    base = load_base(str(tiny_bert_folder), rows_of(setup), "fp32", 0)
+    names = [arm.name for arm in lowrank.arms(setup, base)]
     assert names[-4:] == ["DID d=30", "DID d=1000", "SAID d=30", "SAID d=1000"]
-    wrong = ground_of("lowrank", tiny_bert_folder, noise_file, values=("many",))
+    wrong = setup_of("lowrank", tiny_bert_folder, noise_file, values=("many",))
     with pytest.raises(ConfigError) as caught:
         lowrank.arms(wrong, base)
     assert (caught.value.code, caught.value.field) == ("wrong_value", "values")
@@ -278,7 +278,7 @@ def test_features_are_those_the_head_reads(tiny_bert_folder: Path, noise_file: P
     from loralab.studies.trained import rows_of
     from loralab.tasks.score import evaluate
 
-    task = rows_of(ground_of("lowrank", tiny_bert_folder, noise_file))
+    task = rows_of(setup_of("lowrank", tiny_bert_folder, noise_file))
     base = load_base(str(tiny_bert_folder), task, "fp32", 0)
     base.model.eval()
     x, y = frozen.features(base, task, "test", 64)
@@ -290,8 +290,8 @@ def test_features_are_those_the_head_reads(tiny_bert_folder: Path, noise_file: P
 
 def test_what_comes_next_follows_from_d90() -> None:
     reached = [floor(), *full({"m": torch.eye(4)}), *curve({10: 0.5, 100: 0.8, 1000: 0.95})]
-    assert lowrank.conclude(reached, GROUND).next == Message("lowrank.between")
+    assert lowrank.conclude(reached, SETUP).next == Message("lowrank.between")
     not_reached = [floor(), *full({"m": torch.eye(4)}), *curve({10: 0.5, 100: 0.52})]
-    answer = lowrank.conclude(not_reached, GROUND)
+    answer = lowrank.conclude(not_reached, SETUP)
     assert answer.next == Message("lowrank.longer")
     assert "lowrank.d90_beyond" in keys_in(answer.sentence)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from studies.conftest import Here, assert_it_renders, ground_of, keys_in, message_in
+from studies.conftest import Here, assert_it_renders, keys_in, message_in, setup_of
 
 from loralab.errors import ConfigError
 from loralab.models.load import Base
@@ -18,11 +18,11 @@ from loralab.studies.measures import peaks
 from loralab.studies.questions import memory
 from loralab.studies.readings import savings
 from loralab.studies.readings.savings import BASELINE, Savings
-from loralab.studies.study import Arm, Ground, Record
+from loralab.studies.study import Arm, Record, StudySetup
 
 FIELDS = {"max_steps": 4, "batch_size": 16, "precision": "auto"}
-GROUND = Ground(study="memory", model="m", data="d", fields=FIELDS)
-QUICK = Ground(study="memory", model="m", data="d", fields=FIELDS, quick=True)
+SETUP = StudySetup(study="memory", model="m", data="d", fields=FIELDS)
+QUICK = StudySetup(study="memory", model="m", data="d", fields=FIELDS, quick=True)
 CURVE = (0.7, 0.65, 0.6, 0.55)
 
 
@@ -64,17 +64,17 @@ def runs(
 
 
 def test_every_arm_sees_the_same_rows_a_step_and_is_valid() -> None:
-    for own in memory.arms(GROUND, base()):
+    for own in memory.arms(SETUP, base()):
         fields = {**FIELDS, **own.fields}
         _, training = configured(fields)
         assert training.batch_size * training.accumulation_steps == 16
     roles = [own.options["role"] for own in memory.arms(QUICK, base())]
     assert roles == ["baseline", "accumulation", "mixed", "checkpoint", "together", "nf4", "passes"]
-    assert [o.options["role"] for o in memory.arms(GROUND, base())][-1] == "optimizer"
+    assert [o.options["role"] for o in memory.arms(SETUP, base())][-1] == "optimizer"
 
 
 def test_each_saving_differs_from_the_baseline_in_itself_alone() -> None:
-    found = {own.options["role"]: own.fields for own in memory.arms(GROUND, base())}
+    found = {own.options["role"]: own.fields for own in memory.arms(SETUP, base())}
     changed = {
         role: {k for k in fields | found[BASELINE] if fields.get(k) != found[BASELINE].get(k)}
         for role, fields in found.items()
@@ -87,9 +87,9 @@ def test_each_saving_differs_from_the_baseline_in_itself_alone() -> None:
 
 
 def test_values_choose_savings_and_wrong_ones_are_refused() -> None:
-    own = Ground(study="memory", model="m", data="d", fields=FIELDS, values=("checkpoint",))
+    own = StudySetup(study="memory", model="m", data="d", fields=FIELDS, values=("checkpoint",))
     assert [a.options["role"] for a in memory.arms(own, base())] == [BASELINE, "checkpoint"]
-    wrong = Ground(study="memory", model="m", data="d", fields=FIELDS, values=("checkpoints",))
+    wrong = StudySetup(study="memory", model="m", data="d", fields=FIELDS, values=("checkpoints",))
     with pytest.raises(ConfigError) as failure:
         memory.arms(wrong, base())
     assert (failure.value.code, failure.value.field) == ("wrong_value", "values")
@@ -122,7 +122,7 @@ def test_the_peak_is_counted_anew() -> None:
 
 
 def test_nothing_measured_says_so() -> None:
-    answer = memory.conclude([], GROUND)
+    answer = memory.conclude([], SETUP)
     assert answer.sentence.key == "answer.nothing"
     assert [label.key for label, _ in answer.blanks] == [f"memory.{role}" for role in savings.ASKED]
     assert {text.key for _, text in answer.blanks} == {"answer.not_measured"}
@@ -136,7 +136,7 @@ def test_savings_are_claimed_and_what_is_none_is_not() -> None:
         *runs("checkpoint", 3.001e9, 10.01),
         *runs("mixed", 1.9e9, 5.0, precision="bf16"),
     ]
-    answer = memory.conclude(records, GROUND)
+    answer = memory.conclude(records, SETUP)
     found = {(f.sentence.values["name"].key, f.sentence.key.split("_")[0]): f for f in answer.findings}
     verdicts = {name: finding.verdict for name, finding in found.items()}
     assert verdicts == {
@@ -170,7 +170,7 @@ def test_one_run_claims_no_memory() -> None:
 
 def test_another_curve_is_no_saving() -> None:
     records = [*runs(BASELINE, 3e9, 10.0), *runs("nf4", 1.5e9, 9.0, curve=0.2)]
-    answer = memory.conclude(records, GROUND)
+    answer = memory.conclude(records, SETUP)
     assert "memory.none_lower" in keys_in(answer.sentence)
     lower = message_in(answer.sentence, "memory.lower").values
     assert (lower["name"].key, lower["gap"]) == ("memory.nf4", pytest.approx(0.2))
@@ -185,7 +185,7 @@ def test_the_floor_is_named_and_the_quickest_there_is_advised() -> None:
         *runs("together", 0.8e9, 8.0, precision="bf16"),
         *runs("mixed", 1.1e9, 5.0, precision="bf16", batch_size=16),
     ]
-    answer = memory.conclude(records, GROUND)
+    answer = memory.conclude(records, SETUP)
     assert message_in(answer.sentence, "memory.floor").values["name"].key == "memory.mixed"
     assert answer.advice == {"precision": "bf16", "batch_size": 16}
     assert "memory.together" in keys_in(message_in(answer.caution, "memory.at_floor"))
@@ -193,7 +193,7 @@ def test_the_floor_is_named_and_the_quickest_there_is_advised() -> None:
 
 
 def test_without_a_baseline_nothing_is_compared() -> None:
-    answer = memory.conclude(runs("mixed", 2e9, 5.0), GROUND)
+    answer = memory.conclude(runs("mixed", 2e9, 5.0), SETUP)
     assert answer.sentence.key == "memory.no_baseline"
     assert not answer.findings
     assert answer.blanks[0][1].key == "answer.not_measured"
@@ -229,15 +229,15 @@ def test_a_tiny_study_runs_and_rounding_keeps_the_curve(
     kind: str, here: Here, tiny_llama_folder: Path, tiny_bert_folder: Path, noise_file: Path, tmp_path: Path
 ) -> None:
     folder = tiny_llama_folder if kind == "llama" else tiny_bert_folder
-    ground = ground_of("memory", folder, noise_file, seeds=1, fields={"max_steps": 4})
-    records = here(ground, tmp_path)
+    setup = setup_of("memory", folder, noise_file, seeds=1, fields={"max_steps": 4})
+    records = here(setup, tmp_path)
     assert {r.arm.name: r.reason for r in records if r.reason} == {}
     found = Savings.of(records)
     # where the base has dropout, a cut batch draws other masks
     cut = ("accumulation", "passes") if kind == "llama" else ()
     for role in (*cut, "checkpoint", "optimizer"):
         assert found.curve(role) < savings.ROUNDING, role
-    answer = memory.conclude(records, ground)
+    answer = memory.conclude(records, setup)
     assert len(answer.blanks) == len(records) == len(answer.tables[0].rows)
     assert len(answer.figures) == 2
     assert_it_renders(answer, "memory")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from studies.conftest import Here, assert_it_renders, ground_of, keys_in, message_in
+from studies.conftest import Here, assert_it_renders, keys_in, message_in, setup_of
 
 from loralab.adapters.attach import attach
 from loralab.adapters.methods import LoRA
@@ -17,9 +17,9 @@ from loralab.studies.measures import drift, merging
 from loralab.studies.questions import merge
 from loralab.studies.questions.merge import AGAIN, DRIFT
 from loralab.studies.readings.merges import resolution
-from loralab.studies.study import Arm, Ground, Record
+from loralab.studies.study import Arm, Record, StudySetup
 
-GROUND = Ground(study="merge", model="m", data="d", quick=True)
+SETUP = StudySetup(study="merge", model="m", data="d", quick=True)
 RIGHT = [1.0] * 30 + [0.0] * 10
 
 
@@ -145,21 +145,21 @@ def test_arms_are_the_adapter_and_the_forms_of_the_base(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: ability)
     fp16 = ["fp16"] if ability else []
-    names = [arm.name for arm in merge.arms(GROUND, base(tiny.llama()))]
+    names = [arm.name for arm in merge.arms(SETUP, base(tiny.llama()))]
     assert names == ["r=8", "fp32", "bf16", *fp16, "NF4", AGAIN, DRIFT]
 
 
 def test_arms_can_be_chosen() -> None:
-    chosen = Ground(study="merge", model="m", data="d", values=("fp16",))
+    chosen = StudySetup(study="merge", model="m", data="d", values=("fp16",))
     assert [arm.name for arm in merge.arms(chosen, base(tiny.llama()))] == ["r=8", "fp16"]
-    wrong = Ground(study="merge", model="m", data="d", values=("fp8",))
+    wrong = StudySetup(study="merge", model="m", data="d", values=("fp8",))
     with pytest.raises(ConfigError) as caught:
         merge.arms(wrong, base(tiny.llama()))
     assert (caught.value.code, caught.value.field) == ("wrong_value", "values")
 
 
 def test_a_thorough_study_merges_in_every_module() -> None:
-    thorough = Ground(study="merge", model="m", data="d", values=("drift",))
+    thorough = StudySetup(study="merge", model="m", data="d", values=("drift",))
     *_, arm = merge.arms(thorough, base(tiny.llama()))
     assert arm.options["precisions"] == ["fp32", "bf16", "fp16"]
     adapter = attach(tiny.llama(), LoRA(rank=4))
@@ -168,14 +168,14 @@ def test_a_thorough_study_merges_in_every_module() -> None:
 
 
 def test_nothing_measured_says_so() -> None:
-    answer = merge.conclude([], GROUND)
+    answer = merge.conclude([], SETUP)
     assert answer.sentence.key == "answer.nothing"
     assert [said.key for _, said in answer.blanks] == ["answer.not_measured"] * 2
     assert not answer.findings
 
 
 def test_a_difference_below_the_expectation_holds() -> None:
-    answer = merge.conclude([record("fp32", 3e-8), record("bf16", 2e-3, 0)], GROUND)
+    answer = merge.conclude([record("fp32", 3e-8), record("bf16", 2e-3, 0)], SETUP)
     assert answer.blanks[0][1].values["difference"] == 3e-8
     assert answer.blanks[0][1].values["share"] == pytest.approx(3e-8 / 0.6)
     assert answer.blanks[1][1].key == "merge.expected"
@@ -185,20 +185,20 @@ def test_a_difference_below_the_expectation_holds() -> None:
 
 
 def test_a_difference_above_the_expectation_is_reported_as_such() -> None:
-    answer = merge.conclude([record("fp32", 4e-6)], GROUND)
+    answer = merge.conclude([record("fp32", 4e-6)], SETUP)
     assert message_in(answer.sentence, "merge.fp32_above").values["difference"] == 4e-6
     assert answer.blanks[1][1].key == "merge.not_expected"
     assert answer.blanks[1][1].values["unit"] == resolution(0.6)
 
 
 def test_a_difference_below_the_expectation_can_change_an_answer() -> None:
-    answer = merge.conclude([record("fp32", 3e-8, 1)], GROUND)
+    answer = merge.conclude([record("fp32", 3e-8, 1)], SETUP)
     assert message_in(answer.sentence, "merge.fp32_below")
     assert message_in(answer.sentence, "merge.answers").values["changed"] == 1
 
 
 def test_a_loss_of_answers_is_claimed() -> None:
-    answer = merge.conclude([record("fp32"), record("bf16", 0.3, 25)], GROUND)
+    answer = merge.conclude([record("fp32"), record("bf16", 0.3, 25)], SETUP)
     held = [f for f in answer.findings if f.holds]
     assert len(held) == 1
     assert (held[0].verdict, held[0].sentence.key) == ("worse", "contrast.worse")
@@ -209,7 +209,7 @@ def test_a_loss_of_answers_is_claimed() -> None:
 def test_drift_and_packing_are_told() -> None:
     again = record(AGAIN, 0.02, kept=0.01)
     again = Record(**{**vars(again), "series": {"kept": [0.01 + i / 1e4 for i in range(20)]}})
-    answer = merge.conclude([record("fp32"), again, drifted()], GROUND)
+    answer = merge.conclude([record("fp32"), again, drifted()], SETUP)
     assert message_in(answer.sentence, "merge.way_back").values["precision"] == "bf16"
     assert message_in(answer.sentence, "merge.again").values["kept"] == pytest.approx(0.01095)
     held = [finding for finding in answer.findings if finding.holds]
@@ -219,7 +219,7 @@ def test_drift_and_packing_are_told() -> None:
     assert held[2].sentence.values["off"] == pytest.approx(1e-2 * 1.35)
     assert [figure.name for figure in answer.figures] == ["merge-drift", "merge-kl"]
     assert_it_renders(answer, "merge")
-    assert "merge.defect" in keys_in(merge.conclude([drifted(exact=False)], GROUND).sentence)
+    assert "merge.defect" in keys_in(merge.conclude([drifted(exact=False)], SETUP).sentence)
 
 
 def test_a_change_of_the_loss_is_claimed_and_rounding_is_not() -> None:
@@ -231,7 +231,7 @@ def test_a_change_of_the_loss_is_claimed_and_rounding_is_not() -> None:
         }
         return Record(**{**vars(own), "items": {**own.items, **items}})
 
-    findings = merge.conclude([lost("fp32", 1e-8), lost("NF4", 0.5)], GROUND).findings
+    findings = merge.conclude([lost("fp32", 1e-8), lost("NF4", 0.5)], SETUP).findings
     assert [f.holds for f in findings[:2]] == [False, True]
     assert findings[0].sentence.key == "merge.rounding"
     assert findings[1].sentence.key == "contrast.worse"
@@ -242,7 +242,7 @@ def test_a_change_of_the_loss_is_claimed_and_rounding_is_not() -> None:
 def test_one_score_for_all_rows_claims_nothing() -> None:
     lone = record("fp32")
     items = {merging.BEFORE: [0.5], merging.AFTER: [0.9]}
-    answer = merge.conclude([Record(**{**vars(lone), "items": items})], GROUND)
+    answer = merge.conclude([Record(**{**vars(lone), "items": items})], SETUP)
     assert not answer.findings[0].holds
     assert answer.findings[0].sentence.key == "contrast.single"
 
@@ -252,8 +252,8 @@ def test_a_tiny_study_runs_to_its_end(
     kind: str, here: Here, tiny_llama_folder: Path, tiny_bert_folder: Path, noise_file: Path, tmp_path: Path
 ) -> None:
     folder = tiny_llama_folder if kind == "llama" else tiny_bert_folder
-    ground = ground_of("merge", folder, noise_file, quick=True, seeds=1, fields={"learning_rate": 0.02})
-    records = here(ground, tmp_path)
+    setup = setup_of("merge", folder, noise_file, quick=True, seeds=1, fields={"learning_rate": 0.02})
+    records = here(setup, tmp_path)
     assert {r.arm.name: r.reason for r in records if r.reason} == {}
     found = {r.arm.name: r.numbers for r in records}
     assert found["fp32"]["loss_difference"] < 1e-5
@@ -261,8 +261,8 @@ def test_a_tiny_study_runs_to_its_end(
         assert found[name]["restored"] == found[name]["same_logits"] == 1
     assert found["fp32"]["kl"] < found["fp32"]["effect_kl"] or math.isclose(found["fp32"]["kl"], 0)
     assert len(list(tmp_path.glob("runs/*/run"))) == 1, "trained once, read by all others"
-    answer = merge.conclude(records, ground)
-    forms = set(merge.usual(ground)) - {"fp32", "drift"}  # fp16 where the machine multiplies in it
+    answer = merge.conclude(records, setup)
+    forms = set(merge.usual(setup)) - {"fp32", "drift"}  # fp16 where the machine multiplies in it
     assert len(answer.blanks) == 2 + len(forms)
     assert len(answer.tables) == 2
     assert_it_renders(answer, "merge")

@@ -11,7 +11,7 @@ import pytest
 import tiny
 import torch
 from scipy import stats
-from studies.conftest import Here, assert_it_renders, ground_of, keys_in, message_in, planted
+from studies.conftest import Here, assert_it_renders, keys_in, message_in, planted, setup_of
 
 from loralab.errors import ConfigError
 from loralab.models.load import Base
@@ -24,11 +24,11 @@ from loralab.studies.questions.methods import LATENCY
 from loralab.studies.readings.latencies import describe
 from loralab.studies.readings.published import holds_here
 from loralab.studies.statistics import median_interval
-from loralab.studies.study import Answer, Arm, Ground, Record
+from loralab.studies.study import Answer, Arm, Record, StudySetup
 from loralab.studies.timing import LEAST, overhead
 
-GROUND = Ground(study="methods", model="m", data="d")
-QUICK = Ground(study="methods", model="m", data="d", quick=True)
+SETUP = StudySetup(study="methods", model="m", data="d")
+QUICK = StudySetup(study="methods", model="m", data="d", quick=True)
 GOOD, POOR = [1] * 90 + [0] * 10, [1, 0] * 50
 SHAPES = ((1, 128), (8, 512))
 
@@ -79,7 +79,7 @@ TRAINED = [
 @pytest.mark.parametrize("make", [tiny.llama, tiny.bert], ids=["llama", "bert"])
 def test_sizes_are_solved_for_at_both_budgets(make: tiny.Make) -> None:
     model = base(make())
-    found = {a.name: a for a in methods.arms(GROUND, model)}
+    found = {a.name: a for a in methods.arms(SETUP, model)}
     budgets = {f"r={r}": trained_parameters(model, {"method": "lora", "rank": r}) for r in (8, 2)}
     seen = set()
     for own in found.values():
@@ -105,10 +105,10 @@ def test_the_reference_arm_is_shared_and_quick_is_four() -> None:
 
 
 def test_values_choose_methods() -> None:
-    chosen = Ground(study="methods", model="m", data="d", values=("ia3",))
+    chosen = StudySetup(study="methods", model="m", data="d", values=("ia3",))
     tuned = [a.name for a in methods.arms(chosen, base(tiny.llama())) if a.tuned]
     assert tuned == ["lora r=8", "ia3"]
-    wrong = Ground(study="methods", model="m", data="d", values=("prefx",))
+    wrong = StudySetup(study="methods", model="m", data="d", values=("prefx",))
     with pytest.raises(ConfigError, match="prefix") as raised:
         methods.arms(wrong, base(tiny.llama()))
     assert (raised.value.code, raised.value.field) == ("invalid_choice", "values")
@@ -124,8 +124,8 @@ def test_a_method_that_the_model_cannot_have_is_told(
         raise TargetError("no attention with a cache")
 
     monkeypatch.setattr(prefix, "attention_names", none)
-    ground = ground_of("methods", tiny_llama_folder, sums_file, quick=True)
-    arms, invalid, _ = prepare(ground, None)
+    setup = setup_of("methods", tiny_llama_folder, sums_file, quick=True)
+    arms, invalid, _ = prepare(setup, None)
     assert set(invalid) == {"prefix (r=8)", "prefix (r=2)"}
     assert "no attention" in invalid["prefix (r=8)"]
     assert "lora r=8" in {a["name"] for a in arms}
@@ -156,7 +156,7 @@ def test_an_overhead_is_that_of_its_own_trial() -> None:
 
 
 def test_the_source_s_table_is_filled() -> None:
-    answer = methods.conclude([*TRAINED, timed(WAYS)], GROUND)
+    answer = methods.conclude([*TRAINED, timed(WAYS)], SETUP)
     assert [label for label, _ in answer.blanks] == [*methods.SOURCE, methods.CHOICE]
     columns = [column.name for column in answer.tables[0].columns]
     assert columns == ["method", "parameters", "latency", "step_seconds", "score"]
@@ -198,7 +198,7 @@ def published(answer: Answer) -> list[tuple[str, str]]:
 
 
 def test_published_orders_that_hold_are_said_to_hold() -> None:
-    answer = methods.conclude([*TRAINED, timed(WAYS)], GROUND)
+    answer = methods.conclude([*TRAINED, timed(WAYS)], SETUP)
     assert published(answer) == [
         *[(name, "claim.holds") for name in PASSES],
         ("methods.all_learn", "claim.fails"),  # prefix p=9 answers as the base does
@@ -214,13 +214,13 @@ def test_published_orders_that_hold_are_said_to_hold() -> None:
 def test_published_orders_that_do_not_hold_are_said_not_to() -> None:
     ways = {**WAYS, ("lora r=8", "merged"): (1.1, 1.0), ("houlsby w=4", "unmerged"): (1.05, 1.2)}
     better = arm("lora r=8", POOR, None, rank=8)
-    answer = methods.conclude([*better, *arm("houlsby w=4", GOOD), timed(ways)], GROUND)
+    answer = methods.conclude([*better, *arm("houlsby w=4", GOOD), timed(ways)], SETUP)
     no, yes = "claim.fails", "claim.holds"
     assert [here for _, here in published(answer)] == [no, yes, yes, no, no, no]
 
 
 def test_noisy_times_prove_no_sameness() -> None:
-    answer = methods.conclude([*TRAINED, timed(dict.fromkeys(WAYS, (1.0, 1.0)), 0.3)], GROUND)
+    answer = methods.conclude([*TRAINED, timed(dict.fromkeys(WAYS, (1.0, 1.0)), 0.3)], SETUP)
     assert published(answer)[:5] == [(name, "claim.undecided") for name in PASSES]
     assert_it_renders(answer, "methods")
 
@@ -249,19 +249,19 @@ def names_in(sentence: Message) -> list[object]:
 def test_noise_is_claimed_by_nobody() -> None:
     ways = dict.fromkeys(WAYS, (1.0, 1.0))
     same = [*arm("lora r=8", GOOD, None, rank=8), *arm("houlsby w=4", GOOD)]
-    answer = methods.conclude([*planted("base", GOOD, seeds=1), *same, timed(ways, 0.05)], GROUND)
+    answer = methods.conclude([*planted("base", GOOD, seeds=1), *same, timed(ways, 0.05)], SETUP)
     assert not any(f.holds for f in answer.findings if "lora r=8" in names_in(f.sentence))
     assert answer.advice == {}
 
 
 def test_nothing_measured_and_nothing_timed_are_said() -> None:
-    empty = methods.conclude([], GROUND)
+    empty = methods.conclude([], SETUP)
     assert [text.key for _, text in empty.blanks] == ["answer.nothing"] * 4
     assert empty.sentence.key == "answer.nothing"
-    alone = methods.conclude([timed(WAYS)], GROUND)
+    alone = methods.conclude([timed(WAYS)], SETUP)
     assert len(alone.tables) == 1
     assert len(alone.findings) == len(WAYS)
-    untimed = methods.conclude(TRAINED, GROUND)
+    untimed = methods.conclude(TRAINED, SETUP)
     assert untimed.blanks[0][1].values["latency"].key == "answer.not_measured"
     assert published(untimed)[:5] == [(name, "answer.not_measured") for name in PASSES]
     assert_it_renders(untimed, "methods")
@@ -320,10 +320,10 @@ def test_the_whole_study_on_a_tiny_encoder(
     here: Here, tiny_bert_folder: Path, noise_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(methods, "SECONDS", (0, 0))
-    ground = ground_of("methods", tiny_bert_folder, noise_file, seeds=1, quick=True)
-    records = here(ground, tmp_path)
+    setup = setup_of("methods", tiny_bert_folder, noise_file, seeds=1, quick=True)
+    records = here(setup, tmp_path)
     assert {r.arm.name for r in records if r.reason} == set()
-    answer = methods.conclude(records, ground)
+    answer = methods.conclude(records, setup)
     assert_it_renders(answer, "methods")
     rows = [row["method"].values["family"] for row in answer.tables[0].rows]
     order = [methods.SOURCE.index(family) for family in rows]

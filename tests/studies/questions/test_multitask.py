@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from studies.conftest import Here, assert_it_renders, ground_of, keys_in, message_in, planted
+from studies.conftest import Here, assert_it_renders, keys_in, message_in, planted, setup_of
 from torch import nn
 
 from loralab.adapters.adapter import Adapter
@@ -20,13 +20,13 @@ from loralab.models.load import Base
 from loralab.studies.measures.mixed_batch import Banked, swap
 from loralab.studies.measures.system import interleaved, majority
 from loralab.studies.questions import multitask
-from loralab.studies.study import Arm, Ground, Record
+from loralab.studies.study import Arm, Record, StudySetup
 from loralab.studies.trained import rows_of
 from loralab.tasks.catalog import find
 from loralab.tasks.forward import call
 from loralab.training.preflight import load_base
 
-GROUND = Ground(study="multitask", model="m", data="d")
+SETUP = StudySetup(study="multitask", model="m", data="d")
 
 
 @pytest.fixture(scope="session")
@@ -156,7 +156,7 @@ def learnt(name: str, score: float) -> list[Record]:
 
 def test_bytes_speed_and_equality_are_said() -> None:
     records = [*learnt("a", 0.9), *learnt("b", 0.5), system()]
-    answer = multitask.conclude(records, GROUND)
+    answer = multitask.conclude(records, SETUP)
     sizes = message_in(answer.sentence, "multitask.bytes").values
     assert sizes == {
         "count": 10,
@@ -180,21 +180,21 @@ def test_bytes_speed_and_equality_are_said() -> None:
 
 
 def test_other_answers_and_no_gain_are_said_too() -> None:
-    wrong = multitask.conclude([system(same=0.9, furthest=0.5)], GROUND)
+    wrong = multitask.conclude([system(same=0.9, furthest=0.5)], SETUP)
     assert message_in(wrong.sentence, "multitask.unequal").values["same"] == 0.9
     assert wrong.blanks[-1][1].key == "multitask.design_group"
-    even = multitask.conclude([system(ratio=1.0)], GROUND)
+    even = multitask.conclude([system(ratio=1.0)], SETUP)
     keys = {f.sentence.key for f in even.findings if f.sentence.key.startswith("multitask.mixing_")}
     assert keys <= {"multitask.mixing_equivalent", "multitask.mixing_undecided"}
-    slow = multitask.conclude([system(ratio=0.5)], GROUND)
+    slow = multitask.conclude([system(ratio=0.5)], SETUP)
     assert "multitask.mixing_worse" in keys_in(slow.sentence)
     for answer in (wrong, even, slow):
         assert_it_renders(answer, "multitask")
 
 
 def test_what_is_missing_is_said() -> None:
-    assert multitask.conclude([], GROUND).sentence.key == "answer.nothing"
-    answer = multitask.conclude(learnt("a", 0.9), GROUND)
+    assert multitask.conclude([], SETUP).sentence.key == "answer.nothing"
+    answer = multitask.conclude(learnt("a", 0.9), SETUP)
     assert answer.sentence.key == "multitask.no_system"
     assert (answer.findings[0].verdict, answer.findings[0].sentence.values["a"]) == ("better", "a")
     assert {text.key for _, text in answer.blanks} == {"answer.not_measured"}
@@ -210,21 +210,21 @@ def test_it_runs_on_tiny_models_and_own_files(
     gone: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    if gone:  # the adapters of the tasks' own cells: the system trains them itself
+    if gone:  # the adapters of the tasks' own trials: the system trains them itself
         monkeypatch.setattr("loralab.studies.measures.system.TENSORS", "no such file")
         word_files = word_files[:2]
     values = tuple(str(file) for file in word_files)
     rows = {"train": 32, "validation": 5, "test": 5}
-    ground = ground_of("multitask", tiny_bert_folder, word_files[0], values=values, seeds=1, quick=True, rows=rows)
+    setup = setup_of("multitask", tiny_bert_folder, word_files[0], values=values, seeds=1, quick=True, rows=rows)
     if gone:
         monkeypatch.setattr("loralab.studies.measures.system.folder_bytes", lambda folder: 1)
-    records = here(ground, tmp_path)
+    records = here(setup, tmp_path)
     assert [r.status for r in records] == ["done"] * (len(values) + 1), records[-1].reason
     numbers = records[-1].numbers
     assert numbers["same"] == 1 and numbers["furthest"] < 1e-4 * max(1, numbers["largest"])
     assert numbers["adapters"] == len(values)
     assert bool(list(tmp_path.glob("runs/*/task-*"))) == gone  # else those beside it are taken
-    answer = multitask.conclude(records, ground)
+    answer = multitask.conclude(records, setup)
     assert answer.figures
     assert_it_renders(answer, "multitask")
 
@@ -233,7 +233,7 @@ def test_causal_models_are_routed_as_well(
     here: Here, tiny_llama_folder: Path, word_files: Sequence[Path], tmp_path: Path
 ) -> None:
     values = tuple(str(file) for file in word_files)
-    ground = ground_of(
+    setup = setup_of(
         "multitask",
         tiny_llama_folder,
         word_files[0],
@@ -243,19 +243,19 @@ def test_causal_models_are_routed_as_well(
         rows={"train": 16, "validation": 5, "test": 5},
         fields={"max_steps": 2, "max_length": 128},
     )
-    records = here(ground, tmp_path)
+    records = here(setup, tmp_path)
     assert records[-1].status == "done", records[-1].reason
     assert multitask.alike(records[-1])
 
 
 def test_tasks_are_names_or_files(tiny_bert_folder: Path, noise_file: Path) -> None:
-    ground = ground_of("multitask", tiny_bert_folder, noise_file)
-    base = load_base(str(tiny_bert_folder), rows_of(ground), "fp32", 0)
-    names = [arm.name for arm in multitask.arms(ground, base)]
+    setup = setup_of("multitask", tiny_bert_folder, noise_file)
+    base = load_base(str(tiny_bert_folder), rows_of(setup), "fp32", 0)
+    names = [arm.name for arm in multitask.arms(setup, base)]
     assert names[0] == str(noise_file) and len(names) == 11 and names[-1] == "system"
-    own = replace(ground, data="tweets")
+    own = replace(setup, data="tweets")
     assert [a.name for a in multitask.arms(own, base)][:2] == ["tweets", "movie-reviews"]
     for values, code in ((("tweet", "tweets"), "unknown_task"), (("tweets", "tweets"), "wrong_value")):
         with pytest.raises(ConfigError) as failure:
-            multitask.arms(replace(ground, values=values), base)
+            multitask.arms(replace(setup, values=values), base)
         assert (failure.value.code, failure.value.field) == (code, "values")

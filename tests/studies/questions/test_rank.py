@@ -3,16 +3,16 @@
 from pathlib import Path
 
 import torch
-from studies.conftest import Here, ground_of, planted
+from studies.conftest import Here, planted, setup_of
 from torch import nn
 
 from loralab.adapters.linear import LinearWithLoRA
 from loralab.adapters.methods import LoRA
 from loralab.studies.measures.cuts import truncated
 from loralab.studies.questions import rank
-from loralab.studies.study import Arm, Ground, Record
+from loralab.studies.study import Arm, Record, StudySetup
 
-GROUND = Ground(study="rank", model="m", data="d")
+SETUP = StudySetup(study="rank", model="m", data="d")
 TRUE_RANK, WIDTH, TEST_ROWS = 4, 16, 120
 
 
@@ -46,16 +46,16 @@ def fitted(width: int, seed: int) -> Record:
 
 def test_the_true_rank_of_the_update_is_recommended() -> None:
     records = [fitted(width, seed) for width in (1, 2, 3, 4, 8, 16) for seed in range(3)]
-    answer = rank.conclude(records, GROUND)
+    answer = rank.conclude(records, SETUP)
     assert answer.advice["rank"] in (4, 8)  # more than enough costs nothing here
     assert all(answer.ranking.contrast("r=4", name).verdict == "better" for name in ("r=1", "r=2", "r=3"))
 
 
 def test_on_noise_no_rank_is_better(here: Here, tiny_bert_folder: Path, noise_file: Path, tmp_path: Path) -> None:
-    ground = ground_of("rank", tiny_bert_folder, noise_file, values=("1", "2", "8"))
-    records = here(ground, tmp_path)
+    setup = setup_of("rank", tiny_bert_folder, noise_file, values=("1", "2", "8"))
+    records = here(setup, tmp_path)
     assert len(records) == 1 + 3 * 2
-    answer = rank.conclude(records, ground)
+    answer = rank.conclude(records, setup)
     assert not any(finding.holds for finding in answer.findings)
     assert answer.advice == {}
     assert answer.ranking.recommended is None
@@ -64,11 +64,11 @@ def test_on_noise_no_rank_is_better(here: Here, tiny_bert_folder: Path, noise_fi
 
 
 def test_nothing_measured_is_said() -> None:
-    assert rank.conclude([], GROUND).sentence.key == "answer.nothing"
+    assert rank.conclude([], SETUP).sentence.key == "answer.nothing"
 
 
 def test_one_arm_alone_is_no_comparison() -> None:
-    answer = rank.conclude(planted("r=8", [1, 0, 1, 1]), GROUND)
+    answer = rank.conclude(planted("r=8", [1, 0, 1, 1]), SETUP)
     assert answer.findings == []
     assert answer.advice == {"rank": 8}
 

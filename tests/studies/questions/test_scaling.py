@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from studies.conftest import Here, assert_it_renders, ground_of, keys_in, message_in, messages_in
+from studies.conftest import Here, assert_it_renders, keys_in, message_in, messages_in, setup_of
 
 from loralab.adapters.attach import attach
 from loralab.errors import ConfigError
@@ -15,9 +15,9 @@ from loralab.studies.fields import configured
 from loralab.studies.prepare import base_of
 from loralab.studies.questions import scaling
 from loralab.studies.readings.sweep import Sweep
-from loralab.studies.study import DIVERGED, MISSING, Answer, Arm, Ground, Record
+from loralab.studies.study import DIVERGED, MISSING, Answer, Arm, Record, StudySetup
 
-GROUND = Ground(study="scaling", model="m", data="d")
+SETUP = StudySetup(study="scaling", model="m", data="d")
 SCALINGS, RANKS, RATES = ("alpha/r", "alpha/sqrt(r)", "none"), (4, 64), (1e-4, 1e-3, 1e-2)
 ROWS = 200
 Best = Callable[[str, int], float]
@@ -67,18 +67,18 @@ def planted(best: Best, *, gain: float = 0.0, seeds: int = 2, lost: tuple[str, f
     return found
 
 
-@pytest.mark.parametrize(("quick", "cells"), [(True, 18), (False, 45)])
+@pytest.mark.parametrize(("quick", "trials"), [(True, 18), (False, 45)])
 def test_the_grid_is_whole_and_no_rate_is_searched(
-    tiny_bert_folder: Path, noise_file: Path, quick: bool, cells: int
+    tiny_bert_folder: Path, noise_file: Path, quick: bool, trials: int
 ) -> None:
-    ground = ground_of("scaling", tiny_bert_folder, noise_file, quick=quick, fixed_lr=False)
-    base = base_of(ground)
-    found = scaling.arms(ground, base)
-    assert len({arm.name for arm in found}) == len(found) == cells
+    setup = setup_of("scaling", tiny_bert_folder, noise_file, quick=quick, fixed_lr=False)
+    base = base_of(setup)
+    found = scaling.arms(setup, base)
+    assert len({arm.name for arm in found}) == len(found) == trials
     assert all("learning_rate" in arm.fields and not arm.tuned for arm in found)
     factors = {}
     for arm in found:
-        method, training = configured({**ground.fields, **arm.fields})
+        method, training = configured({**setup.fields, **arm.fields})
         factors[arm.fields["scaling"], arm.fields["rank"]] = method.factor
         assert training.learning_rate == arm.fields["learning_rate"]
         adapter = attach(base.model, method)
@@ -90,16 +90,16 @@ def test_the_grid_is_whole_and_no_rate_is_searched(
 
 
 def test_values_are_ranks_and_scalings(tiny_bert_folder: Path, noise_file: Path) -> None:
-    ground = ground_of("scaling", tiny_bert_folder, noise_file, values=("16", "none", "2"))
-    found = scaling.arms(ground, base_of(ground))
+    setup = setup_of("scaling", tiny_bert_folder, noise_file, values=("16", "none", "2"))
+    found = scaling.arms(setup, base_of(setup))
     assert [(arm.fields["scaling"], arm.fields["rank"]) for arm in found] == [("none", 2), ("none", 16)]
     assert found[0].fields["learning_rate"] == 5e-4  # fixed: one for all
     for wrong in ("0", "-4", "alpha/rr", "2.5"):
         with pytest.raises(ConfigError) as failure:
-            scaling.arms(replace(ground, values=(wrong,)), base_of(ground))
+            scaling.arms(replace(setup, values=(wrong,)), base_of(setup))
         assert (failure.value.code, failure.value.field) == ("wrong_value", "values")
     with pytest.raises(ConfigError, match=r"did you mean alpha/r"):
-        scaling.arms(replace(ground, values=("alpha/rr",)), base_of(ground))
+        scaling.arms(replace(setup, values=("alpha/rr",)), base_of(setup))
 
 
 def drifts(answer: Answer) -> dict[str, float]:
@@ -121,7 +121,7 @@ def one_rate(answer: Answer) -> dict[str, tuple[str, list[float]]]:
 
 
 def test_a_best_rate_that_moves_is_found() -> None:
-    answer = scaling.conclude(planted(moving), GROUND)
+    answer = scaling.conclude(planted(moving), SETUP)
     assert drifts(answer) == pytest.approx({"alpha/r": 1, "alpha/sqrt(r)": 0.1, "none": 0.1})
     assert message_in(answer.sentence, "scaling.drifts_to_edge").values["edges"] == ["alpha/sqrt(r)", "none"]
     rates = one_rate(answer)
@@ -134,14 +134,14 @@ def test_a_best_rate_that_moves_is_found() -> None:
 
 
 def test_a_best_rate_that_stays_is_not_made_to_move() -> None:
-    answer = scaling.conclude(planted(steady), GROUND)
+    answer = scaling.conclude(planted(steady), SETUP)
     assert drifts(answer) == {"alpha/r": 1, "alpha/sqrt(r)": 1, "none": 1}
     assert "scaling.drifts" in keys_in(answer.sentence)
     assert not any(finding.holds for finding in answer.findings)
 
 
 def test_a_better_score_is_claimed_at_the_best_rates() -> None:
-    answer = scaling.conclude(planted(steady, gain=0.2), GROUND)
+    answer = scaling.conclude(planted(steady, gain=0.2), SETUP)
     depends, claim = (message_in(answer.sentence, key) for key in ("scaling.depends", "contrast.better"))
     assert (depends.values["at"].key, depends.values["clear"], depends.values["count"]) == ("scaling.at_best", 2, 4)
     assert (claim.values["a"], claim.values["b"]) == ("none, r=4, 0.001", "alpha/r, r=4, 0.001")
@@ -151,7 +151,7 @@ def test_a_better_score_is_claimed_at_the_best_rates() -> None:
 
 def test_what_is_ranked_are_arms_that_were_trained() -> None:
     records = planted(moving)
-    ranking = scaling.conclude(records, GROUND).ranking
+    ranking = scaling.conclude(records, SETUP).ranking
     assert set(ranking.names) <= {record.arm.name for record in records}
     assert len(ranking.names) == len(SCALINGS) * len(RANKS)
 
@@ -163,7 +163,7 @@ def test_runs_that_diverged_are_counted_and_never_chosen() -> None:
     assert sweep.diverged("alpha/r") == (0, 12)
     assert 1e-3 not in sweep.ended(("none", 4))
     assert sweep.best(("none", 4)) in (1e-4, 1e-2)
-    answer = scaling.conclude(records, GROUND)
+    answer = scaling.conclude(records, SETUP)
     counts = [m.values for m in messages_in(answer.blanks[0][1]) if m.key == "scaling.diverged"]
     assert {c["scaling"]: (c["lost"], c["runs"]) for c in counts}["none"] == (4, 12)
     empty = [row for row in answer.figures[0].rows if row["value"] is None]
@@ -184,7 +184,7 @@ def test_the_target_is_halfway_and_reached_as_counted_by_hand() -> None:
 
 def test_one_rate_for_all_is_said_to_be_that_and_advises_nothing() -> None:
     one = [record for record in planted(moving) if record.rate == 1e-3]
-    answer = scaling.conclude(one, GROUND)
+    answer = scaling.conclude(one, SETUP)
     assert message_in(answer.sentence, "scaling.at_one").values["rate"] == 1e-3
     assert drifts(answer) == {}
     assert answer.advice == {}
@@ -196,26 +196,26 @@ def test_test_rows_choose_no_rate() -> None:
 
 
 def test_every_blank_is_filled_whatever_is_missing() -> None:
-    assert scaling.conclude([], GROUND).sentence.key == "answer.nothing"
+    assert scaling.conclude([], SETUP).sentence.key == "answer.nothing"
     every = planted(steady, seeds=1)
     gone = [replace(r, status=MISSING, numbers={}, items={}, series={}) for r in every]
-    assert scaling.conclude(gone, GROUND).sentence.key == "answer.nothing"
+    assert scaling.conclude(gone, SETUP).sentence.key == "answer.nothing"
     lost = [replace(r, status=DIVERGED, numbers={}, items={}) for r in every]
-    sentence = scaling.conclude(lost, GROUND).sentence
+    sentence = scaling.conclude(lost, SETUP).sentence
     assert (sentence.key, sentence.values["runs"]) == ("scaling.all_diverged", 18)
     for kept in (every[:1], every[:3], every[3:], lost[:9] + every[9:], every[:4] + gone[4:]):
-        answer = scaling.conclude(kept, GROUND)
+        answer = scaling.conclude(kept, SETUP)
         labels = [label.key for label, _ in answer.blanks]
         assert labels == ["scaling.stability_label", "scaling.speed_label", "scaling.final_label", "page.findings"]
         assert_it_renders(answer, "scaling")
 
 
 def test_on_noise_no_scaling_is_better(here: Here, tiny_bert_folder: Path, noise_file: Path, tmp_path: Path) -> None:
-    ground = ground_of("scaling", tiny_bert_folder, noise_file, values=("2", "8"), quick=True, seeds=1, fixed_lr=False)
-    records = here(ground, tmp_path)
+    setup = setup_of("scaling", tiny_bert_folder, noise_file, values=("2", "8"), quick=True, seeds=1, fixed_lr=False)
+    records = here(setup, tmp_path)
     assert len(records) == 18
     assert all(record.items["loss"] for record in records if record.status == "done")
-    answer = scaling.conclude(records, ground)
+    answer = scaling.conclude(records, setup)
     assert not any(finding.holds for finding in answer.findings if finding.sentence.key.startswith("contrast."))
     assert "scaling.too_short" in keys_in(answer.sentence)  # six steps, and nothing that could be learnt
     assert answer.advice == {}

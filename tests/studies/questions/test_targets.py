@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from studies.conftest import Here, assert_it_renders, ground_of, keys_in, message_in, planted
+from studies.conftest import Here, assert_it_renders, keys_in, message_in, planted, setup_of
 
 from loralab.adapters.attach import attach
 from loralab.adapters.linear import LinearWithLoRA
@@ -18,9 +18,9 @@ from loralab.studies.measures.updates import MEASURE_UPDATES, measure, sizes, up
 from loralab.studies.places import choices, layout, outside, projections, source_reaches_mlp
 from loralab.studies.prepare import prepare
 from loralab.studies.questions import targets
-from loralab.studies.study import FAILED, Arm, Cell, Ground, Record
+from loralab.studies.study import FAILED, Arm, Record, StudySetup, Trial
 
-GROUND = Ground(study="targets", model="m", data="d")
+SETUP = StudySetup(study="targets", model="m", data="d")
 GOOD, FAIR, POOR = [1] * 90 + [0] * 10, [1] * 87 + [0] * 13, [1, 0] * 50
 
 
@@ -39,7 +39,7 @@ def arm(name: str, scores: list[int], parameters: int, step: float = 0.1) -> lis
 @pytest.mark.parametrize("make", tiny.MODELS.values(), ids=list(tiny.MODELS))
 def test_ranks_are_solved_for_and_not_copied(make: tiny.Make) -> None:
     model = base(make())
-    found = targets.arms(GROUND, model)
+    found = targets.arms(SETUP, model)
     sized = [a for a in found if a.name.rpartition(" r=")[0] in targets.CHOICES]
     counts = {a.name: trained_parameters(model, a.fields) for a in sized}
     reference = trained_parameters(model, {"method": "lora", "rank": 8})
@@ -57,23 +57,23 @@ def test_ranks_are_solved_for_and_not_copied(make: tiny.Make) -> None:
 
 
 def test_the_reference_arm_is_the_one_that_studies_share() -> None:
-    found = {a.name: a for a in targets.arms(GROUND, base(tiny.llama()))}
+    found = {a.name: a for a in targets.arms(SETUP, base(tiny.llama()))}
     assert found["all-linear r=8"].fields == {"method": "lora", "rank": 8}
     assert found["all-linear r=8"].options == {}
 
 
 def test_quick_is_few_arms() -> None:
-    found = targets.arms(Ground(study="targets", model="m", data="d", quick=True), base(tiny.bert()))
+    found = targets.arms(StudySetup(study="targets", model="m", data="d", quick=True), base(tiny.bert()))
     assert len([a for a in found if a.tuned and a.name != "all-linear r=8"]) <= 7
     assert not any(a.name.startswith(("q ", "k ", "o ")) for a in found)
 
 
 def test_values_choose_and_wrong_ones_are_refused() -> None:
     model = base(tiny.llama())
-    chosen = Ground(study="targets", model="m", data="d", values=("mlp",))
+    chosen = StudySetup(study="targets", model="m", data="d", values=("mlp",))
     assert {targets.choice_of(a.name) for a in targets.arms(chosen, model) if a.tuned} == {"mlp", "all-linear"}
     with pytest.raises(ConfigError, match="attention") as raised:
-        targets.arms(Ground(study="targets", model="m", data="d", values=("atention",)), model)
+        targets.arms(StudySetup(study="targets", model="m", data="d", values=("atention",)), model)
     assert (raised.value.code, raised.value.field) == ("invalid_choice", "values")
 
 
@@ -155,7 +155,7 @@ def test_a_planted_order_fills_the_blanks() -> None:
         *arm("attention r=16", GOOD, 400, 0.2),
         *arm("mlp r=11", POOR, 410, 0.01),
     ]
-    answer = targets.conclude(records, GROUND)
+    answer = targets.conclude(records, SETUP)
     assert keys_in([label for label, _ in answer.blanks]) == ["targets.smallest", "targets.value", "targets.ceiling"]
     smallest, value, _ = (message_in(text, "targets.described").values for _, text in answer.blanks)
     assert (smallest["arm"], smallest["parameters"]) == ("q+v r=8", 100)
@@ -190,7 +190,7 @@ def falling(records: list[Record]) -> list[Record]:
 
 def test_of_losses_the_smallest_leads() -> None:
     records = [*arm("base", GOOD, 0), *arm("q+v r=8", POOR, 100), *arm("all-linear r=8", FAIR, 400)]
-    answer = targets.conclude(falling(records), GROUND)
+    answer = targets.conclude(falling(records), SETUP)
     assert message_in(answer.sentence, "targets.at_rank").values["ranking"].values["arm"] == "q+v r=8"
     assert answer.ranking.recommended == "q+v r=8"
     assert message_in(answer.blanks[2][1], "score.loss_interval").values["value"] == pytest.approx(1.5, abs=0.01)
@@ -199,7 +199,7 @@ def test_of_losses_the_smallest_leads() -> None:
 
 def test_on_noise_nothing_is_claimed() -> None:
     records = [*arm("q+v r=8", GOOD, 100), *arm("all-linear r=8", GOOD, 400), *arm("base", GOOD, 0)]
-    answer = targets.conclude(records, GROUND)
+    answer = targets.conclude(records, SETUP)
     assert not any(f.holds for f in answer.findings)
     assert answer.advice == {}
     assert answer.ranking.recommended is None
@@ -217,30 +217,30 @@ def test_an_arm_that_failed_moves_no_other_into_its_family() -> None:
     by_rank, by_size = targets.families(records, {r.arm.name: [r] for r in records if r.items})
     assert set(by_size) == {"all-linear r=8", "q+v r=32"}
     assert set(by_rank) == {"mlp r=8", "all-linear r=8", "q+v r=8"}
-    assert "targets.at_rank" in keys_in(targets.conclude(records, GROUND).sentence)
+    assert "targets.at_rank" in keys_in(targets.conclude(records, SETUP).sentence)
 
 
 def test_nothing_measured_is_said_in_every_blank() -> None:
-    answer = targets.conclude([], GROUND)
+    answer = targets.conclude([], SETUP)
     assert answer.sentence.key == "answer.nothing"
     assert [text.key for _, text in answer.blanks] == ["answer.nothing"] * 3
 
 
 def test_one_arm_of_one_seed_is_enough_for_an_answer() -> None:
-    answer = targets.conclude(planted("q+v r=8", [1, 0, 1, 1], seeds=1, rank=8), GROUND)
+    answer = targets.conclude(planted("q+v r=8", [1, 0, 1, 1], seeds=1, rank=8), SETUP)
     assert answer.blanks[0][1].values["arm"] == "q+v r=8"
 
 
 def test_the_whole_study_reads_the_updates_of_its_own_reference(
     here: Here, tiny_bert_folder: Path, noise_file: Path, tmp_path: Path
 ) -> None:
-    ground = ground_of("targets", tiny_bert_folder, noise_file, values=("q+v",), seeds=1)
-    records = here(ground, tmp_path)
+    setup = setup_of("targets", tiny_bert_folder, noise_file, values=("q+v",), seeds=1)
+    records = here(setup, tmp_path)
     told = next(r for r in records if r.arm.name == targets.UPDATES)
     assert told.reason == ""
     assert {row["type"] for row in told.tables["updates"]} >= {"attention.self.query", "output.dense"}
     assert all(row["ratio"] > 0 for row in told.tables["updates"])
-    answer = targets.conclude(records, ground)
+    answer = targets.conclude(records, setup)
     assert [f.name for f in answer.figures] == ["targets", "importance"]
     assert message_in(answer.method, "targets.none_is_more").values["layers"] == ["bert.pooler.dense"]
     assert sum(row["count"] for row in answer.tables[0].rows) == sum(row["count"] for row in told.tables["layers"])
@@ -248,20 +248,20 @@ def test_the_whole_study_reads_the_updates_of_its_own_reference(
 
 
 def test_updates_say_that_the_reference_is_missing(tiny_bert_folder: Path, noise_file: Path, tmp_path: Path) -> None:
-    cell = Cell(
+    trial = Trial(
         measure=MEASURE_UPDATES,
-        ground=ground_of("targets", tiny_bert_folder, noise_file),
+        setup=setup_of("targets", tiny_bert_folder, noise_file),
         arm=Arm(name="updates"),
         seed=0,
     )
     with pytest.raises(RunError) as raised:
-        measure(cell, tmp_path / "runs" / "x", lambda event: None)
+        measure(trial, tmp_path / "runs" / "x", lambda event: None)
     assert raised.value.code == "no_reference"
     assert not isinstance(raised.value, LearningError)  # nothing has diverged
 
 
 def test_every_arm_can_run_on_the_models_at_hand(tiny_llama_folder: Path, sums_file: Path) -> None:
-    ground = ground_of("targets", tiny_llama_folder, sums_file)
-    arms, invalid, _ = prepare(ground, None)
+    setup = setup_of("targets", tiny_llama_folder, sums_file)
+    arms, invalid, _ = prepare(setup, None)
     assert invalid == {}
     assert {a["name"].rpartition(" r=")[0] for a in arms if a["tuned"]} >= set(targets.CHOICES)

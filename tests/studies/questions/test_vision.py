@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 from PIL import Image
-from studies.conftest import Here, assert_it_renders, ground_of, keys_in, message_in, messages_in, planted
+from studies.conftest import Here, assert_it_renders, keys_in, message_in, messages_in, planted, setup_of
 from transformers import Dinov2Config, Dinov2ForImageClassification, Dinov2Model
 
 from loralab.adapters.methods import FullFineTune
@@ -17,10 +17,10 @@ from loralab.models.load import Base
 from loralab.studies.measures.anatomy import facts, likeness
 from loralab.studies.places import layout, projections
 from loralab.studies.questions import vision
-from loralab.studies.study import Arm, Ground, Record
+from loralab.studies.study import Arm, Record, StudySetup
 from loralab.training.optim import usual_rate
 
-GROUND = Ground(study="vision", model="m", data="d", fields={"max_steps": 24})
+SETUP = StudySetup(study="vision", model="m", data="d", fields={"max_steps": 24})
 GOOD, MIDDLE, POOR = [1] * 90 + [0] * 10, [1] * 75 + [0] * 25, [1, 0] * 50
 CONFIG = {
     "hidden_size": 32,
@@ -74,10 +74,10 @@ def arm(name: str, scores: list[int], parameters: int = 100) -> list[Record]:
 
 
 def test_arms_are_probe_choices_and_full() -> None:
-    names = [a.name for a in vision.arms(GROUND, seen()) if a.tuned]
+    names = [a.name for a in vision.arms(SETUP, seen()) if a.tuned]
     every = ["q+v r=8", "attention r=8", "mlp r=8", "all-linear r=8"]
     assert names == ["linear-probe", *every, "full"]
-    quick = Ground(study="vision", model="m", data="d", quick=True)
+    quick = StudySetup(study="vision", model="m", data="d", quick=True)
     found = {a.name: a for a in vision.arms(quick, seen())}
     assert [n for n, a in found.items() if a.tuned] == ["linear-probe", "q+v r=8", "all-linear r=8", "full"]
     assert found["all-linear r=8"].fields == {"method": "lora", "rank": 8}
@@ -87,9 +87,9 @@ def test_arms_are_probe_choices_and_full() -> None:
 def test_text_models_and_unknown_choices_are_refused() -> None:
     text = Base(name="t", model=tiny.bert(), tokenizer=None, kind="sequence-classification", source="")
     with pytest.raises(ConfigError) as raised:
-        vision.arms(GROUND, text)
+        vision.arms(SETUP, text)
     assert (raised.value.code, raised.value.field) == ("no_pictures", "model")
-    wrong = Ground(study="vision", model="m", data="d", values=("q,v",))
+    wrong = StudySetup(study="vision", model="m", data="d", values=("q,v",))
     with pytest.raises(ConfigError, match=r"q\+v") as raised:
         vision.arms(wrong, seen())
     assert (raised.value.code, raised.value.field) == ("invalid_choice", "values")
@@ -115,7 +115,7 @@ def test_a_planted_order_is_claimed() -> None:
         *arm("all-linear r=8", GOOD, 400),
         *arm("full", MIDDLE, 9000),
     ]
-    answer = vision.conclude(records, GROUND)
+    answer = vision.conclude(records, SETUP)
     found = answer.ranking
     assert [found.contrast("q+v r=8", other).verdict for other in ("linear-probe", "full")] == ["better"] * 2
     assert found.contrast("q+v r=8", "all-linear r=8").verdict == "equivalent"
@@ -140,7 +140,7 @@ def test_a_planted_order_is_claimed() -> None:
 
 
 def test_on_noise_lora_does_not_beat_the_probe() -> None:
-    answer = vision.conclude([*arm("linear-probe", GOOD), *arm("q+v r=8", GOOD)], GROUND)
+    answer = vision.conclude([*arm("linear-probe", GOOD), *arm("q+v r=8", GOOD)], SETUP)
     assert answer.ranking.contrast("q+v r=8", "linear-probe").verdict != "better"
     assert message_in(answer.sentence, "vision.versus_missing").values["rival"] == "full"
     assert "vision.not_above_probe" in keys_in(answer.sentence)
@@ -150,10 +150,10 @@ def test_on_noise_lora_does_not_beat_the_probe() -> None:
 
 
 def test_nothing_measured_is_said() -> None:
-    answer = vision.conclude([], GROUND)
+    answer = vision.conclude([], SETUP)
     assert [text.key for _, text in answer.blanks] == ["vision.not_examined", *["answer.nothing"] * 3]
     assert answer.sentence.key == "answer.nothing"
-    probe = vision.conclude(arm("linear-probe", GOOD), GROUND)
+    probe = vision.conclude(arm("linear-probe", GOOD), SETUP)
     assert probe.sentence.key == "answer.nothing"
 
 
@@ -163,13 +163,13 @@ def test_the_whole_study_on_pictures(
     from loralab.studies.measures import anatomy
 
     monkeypatch.setattr(anatomy, "skeleton", lambda name: tiny.llama())
-    ground = ground_of("vision", eyes, pictures, seeds=1, quick=True, fields={"image_size": 28})
-    records = here(ground, tmp_path)
+    setup = setup_of("vision", eyes, pictures, seeds=1, quick=True, fields={"image_size": 28})
+    records = here(setup, tmp_path)
     assert {r.arm.name: r.reason for r in records if r.reason} == {}
-    answer = vision.conclude(records, ground)
+    answer = vision.conclude(records, setup)
     assert message_in(answer.blanks[0][1], "vision.linear_layers").values["count"] == 12
     assert "vision.full_rate" not in keys_in(answer.method)  # one rate for all
-    tuned = vision.conclude(records, replace(ground, fixed_lr=False)).method
+    tuned = vision.conclude(records, replace(setup, fixed_lr=False)).method
     assert message_in(tuned, "vision.full_rate").values["rate"] == usual_rate(FullFineTune())
     assert_it_renders(answer, "vision")
     assert len(answer.tables) == 2

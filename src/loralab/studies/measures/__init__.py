@@ -1,1 +1,1 @@
-"""What a cell measures: each file trains or times something and makes a record of it."""
+"""What a trial measures: each file trains or times something and makes a record of it."""

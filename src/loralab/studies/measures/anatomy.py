@@ -15,20 +15,20 @@ from loralab.studies.catalog import WRITER
 from loralab.studies.message import Column, Message, Table, sentences
 from loralab.studies.places import ATTENTION, MLP, layer_rows, layout
 from loralab.studies.prepare import base_of
-from loralab.studies.study import Cell, Record
+from loralab.studies.study import Record, Trial
 from loralab.studies.trained import Tell
 
 MEASURE_ANATOMY = "loralab.studies.measures.anatomy:measure"
 RANK = 8
 
 
-def measure(cell: Cell, folder: Path, tell: Tell) -> Record:
+def measure(trial: Trial, folder: Path, tell: Tell) -> Record:
     """Return the linear layers of the study's model and of a language model; what else the first has."""
-    base = base_of(cell.ground)
+    base = base_of(trial.setup)
     tables = {"vision": layout(base.model), "facts": [facts(base.model, base.tokenizer.size)]}
     if (writer := skeleton(WRITER)) is not None:
         tables["language"] = layout(writer)
-    return Record(arm=cell.arm, seed=cell.seed, tables=tables)
+    return Record(arm=trial.arm, seed=trial.seed, tables=tables)
 
 
 def skeleton(name: str) -> nn.Module | None:
@@ -66,8 +66,8 @@ def anatomy_table(tables: Mapping[str, Any]) -> list[Table]:
     for kind, name in (("vision", Message("vision.this_model")), ("language", WRITER)):
         layers = tables.get(kind, ())
         sizes = [row["count"] * RANK * (row["outputs"] + row["inputs"]) for row in layers]
-        cells = zip(layer_rows(layers), sizes, strict=True)
-        rows += [{"model": name, "lora_parameters": size, **row} for row, size in cells]
+        trials = zip(layer_rows(layers), sizes, strict=True)
+        rows += [{"model": name, "lora_parameters": size, **row} for row, size in trials]
     last = Column("lora_parameters", "count", label=Message("column.lora_parameters", rank=RANK))
     columns = [Column(name) for name in ("model", "adapted_by", "layer", "shape", "count")]
     return [Table(title=Message("table.anatomy"), columns=[*columns, last], rows=rows)] if tables.get("vision") else []

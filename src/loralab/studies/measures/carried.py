@@ -1,4 +1,4 @@
-"""The adapter that the cells of a study share: trained in one of them, read by all others."""
+"""The adapter that the trials of a study share: trained in one of them, read by all others."""
 
 import warnings
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from loralab.adapters.folder import RECORD
 from loralab.adapters.load import load
 from loralab.errors import BaseMismatchWarning
 from loralab.models.load import Base
-from loralab.studies.study import Arm, Cell, Ground
+from loralab.studies.study import Arm, StudySetup, Trial
 from loralab.studies.trained import MEASURE, Tell, rows_of, trained
 from loralab.tasks.catalog import Task
 from loralab.tasks.samples import SAMPLES, sample_inputs
@@ -20,20 +20,20 @@ REFERENCE = Arm(name="r=8", fields={"method": "lora", "rank": 8}, tuned=False, p
 WEIGHTS = "adapter_model.safetensors"
 
 
-def adapter_folder(cell: Cell, folder: Path, tell: Tell) -> Path:
+def adapter_folder(trial: Trial, folder: Path, tell: Tell) -> Path:
     """Return the folder of the reference arm's adapter; where that arm left none, train it here."""
-    own = replace(cell, measure=MEASURE, arm=REFERENCE, seed=0)
+    own = replace(trial, measure=MEASURE, arm=REFERENCE, seed=0)
     beside = folder.parent / own.digest / "run"
     if all((beside / name).is_file() for name in (WEIGHTS, RECORD)):
         return beside
     return trained(own, folder, tell).output_dir
 
 
-def base_for(ground: Ground, precision: str, quantize: str = "none") -> tuple[Base, Task]:
+def base_for(setup: StudySetup, precision: str, quantize: str = "none") -> tuple[Base, Task]:
     """Return the model of a study in a dtype, packed if asked to, and the study's rows."""
-    task = rows_of(ground)
-    size = ground.fields.get("image_size")
-    return load_base(ground.model, task, precision, 0, quantize=quantize, image_size=size), task
+    task = rows_of(setup)
+    size = setup.fields.get("image_size")
+    return load_base(setup.model, task, precision, 0, quantize=quantize, image_size=size), task
 
 
 def put_on(base: Base, place: Path) -> Adapter:

@@ -13,7 +13,7 @@ from loralab.adapters.spectrum import decompose
 from loralab.studies.evidence import SEED, Metric, mean_of
 from loralab.studies.message import Chart, Message
 from loralab.studies.statistics import difference
-from loralab.studies.study import Cell, Record
+from loralab.studies.study import Record, Trial
 from loralab.studies.trained import Tell, items_of, score_on, scored, trained
 
 MEASURE_CUTS = "loralab.studies.measures.cuts:measure"
@@ -21,16 +21,16 @@ CUTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48)
 CUT = "cut "  # of the names under which a record holds the items of each cut
 
 
-def measure(cell: Cell, folder: Path, tell: Tell) -> Record:
+def measure(trial: Trial, folder: Path, tell: Tell) -> Record:
     """Train and score; then score every cut."""
-    run = trained(cell, folder, tell)
+    run = trained(trial, folder, tell)
     found = {}
     whole = factors(run.adapter)
-    for rank in (r for r in CUTS if r < cell.arm.fields["rank"]):
+    for rank in (r for r in CUTS if r < trial.arm.fields["rank"]):
         put(run.adapter, {name: truncated(A, B, rank) for name, (A, B) in whole.items()})
         found[f"{CUT}{rank}"] = items_of(score_on(run, "test"))
     put(run.adapter, whole)
-    record = scored(cell, run, folder)
+    record = scored(trial, run, folder)
     return Record(**{**vars(record), "items": {**record.items, **found}})
 
 

@@ -1,6 +1,6 @@
 """Ways to deploy a trained adapter, timed and scored side by side.
 
-One cell holds the base, the adapter merged, beside it, and many adapters in one batch. Three more
+One trial holds the base, the adapter merged, beside it, and many adapters in one batch. Three more
 hold the merged model in int8, in NF4, and with half of its weights at zero, each with the dense
 merged model beside it.
 """
@@ -25,7 +25,7 @@ from loralab.models.quantize import QuantizedLinear, linear_layers, quantize
 from loralab.studies.measures.carried import adapter_folder, base_for, put_on
 from loralab.studies.measures.decoding import Times, Variant, inputs_for, interleaved, working_bytes, writes
 from loralab.studies.measures.mixed_batch import Banked, Looped, as_large
-from loralab.studies.study import Cell, Record
+from loralab.studies.study import Record, Trial
 from loralab.studies.timing import quickest, timed, trials
 from loralab.studies.trained import Tell, items_of
 from loralab.tasks.catalog import Task
@@ -43,10 +43,10 @@ OF_A_ROW = 16  # bytes that an int8 layer keeps for a row: a double and a 64-bit
 PRODUCTS = 20  # of one layer, dense and sparse
 
 
-def measure_adapters(cell: Cell, folder: Path, tell: Tell) -> Record:
+def measure_adapters(trial: Trial, folder: Path, tell: Tell) -> Record:
     """Time the base, merged, unmerged and several adapters: {"adapters", "looped", "batches", ...}."""
-    place, options = adapter_folder(cell, folder, tell), cell.arm.options
-    base, task = base_for(cell.ground, str(cell.ground.fields.get("precision", "auto")))
+    place, options = adapter_folder(trial, folder, tell), trial.arm.options
+    base, task = base_for(trial.setup, str(trial.setup.fields.get("precision", "auto")))
     beside = put_on(replace(base, model=shared_copy(base.model)), place)
     own = put_on(replace(base, model=shared_copy(base.model)), place)
     merged = Variant(name=MERGED, model=own.merge_and_detach().eval())
@@ -69,29 +69,29 @@ def measure_adapters(cell: Cell, folder: Path, tell: Tell) -> Record:
             variants.append(replace(found[0], name=name))
         except LoralabError as error:
             refused.append({"variant": name, "reason": str(error)})
-    record = _record(cell, base, task, variants, (BASE, MERGED, UNMERGED), BASE)
+    record = _record(trial, base, task, variants, (BASE, MERGED, UNMERGED), BASE)
     return replace(record, numbers={**record.numbers, **numbers}, tables={**record.tables, "refused": refused})
 
 
-def measure_smaller(cell: Cell, folder: Path, tell: Tell) -> Record:
+def measure_smaller(trial: Trial, folder: Path, tell: Tell) -> Record:
     """Time the merged model made smaller in the way that the options name, and as it is."""
-    place, how = adapter_folder(cell, folder, tell), str(cell.arm.options["how"])
-    usual = str(cell.ground.fields.get("precision", "auto"))
-    base, task = base_for(cell.ground, "fp32" if how == "int8" else usual)
+    place, how = adapter_folder(trial, folder, tell), str(trial.arm.options["how"])
+    usual = str(trial.setup.fields.get("precision", "auto"))
+    base, task = base_for(trial.setup, "fp32" if how == "int8" else usual)
     base = replace(base, model=put_on(base, place).merge_and_detach().eval())
-    other = Variant(name=cell.arm.name, model=SMALLER[how](base))
+    other = Variant(name=trial.arm.name, model=SMALLER[how](base))
     variants = [Variant(name=DENSE, model=base.model), other]
-    record = _record(cell, base, task, variants, (DENSE, other.name), DENSE)
+    record = _record(trial, base, task, variants, (DENSE, other.name), DENSE)
     extra = {"sparse_ratio": sparse_ratio(other.model)} if how == "pruned" else {}
     found = {name: value for name, value in extra.items() if value is not None}
     return replace(record, numbers={**record.numbers, **found})
 
 
 def _record(
-    cell: Cell, base: Base, task: Task, variants: Sequence[Variant], scored: Sequence[str], control: str
+    trial: Trial, base: Base, task: Task, variants: Sequence[Variant], scored: Sequence[str], control: str
 ) -> Record:
     """Time all variants, weigh them, and score those that can be."""
-    options = cell.arm.options
+    options = trial.arm.options
     times = interleaved(
         base, variants, options["batches"], seconds=float(options["seconds"]), most=int(options["trials"])
     )
@@ -100,14 +100,14 @@ def _record(
         {"variant": v.name, "bytes": weight_bytes(v.model), "working": working_bytes(base, v, largest)}
         for v in variants
     ]
-    items, metric = {}, cell.ground.metric
+    items, metric = {}, trial.setup.metric
     for variant in (v for v in variants if v.name in scored):
         scores = evaluate(variant.model, base.tokenizer, task, "test", kind=base.kind, batch_size=32)
         metric = metric or scores.main
         items[variant.name] = items_of(scores, metric)
     return Record(
-        arm=cell.arm,
-        seed=cell.seed,
+        arm=trial.arm,
+        seed=trial.seed,
         items=items,
         tables={"latency": _rows(times, control), "weights": weights},
         texts={"metric": metric, "unit": "token" if writes(base) else "pass"},

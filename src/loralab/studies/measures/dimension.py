@@ -20,7 +20,7 @@ from loralab.studies import trained
 from loralab.studies.fields import configured
 from loralab.studies.measures.system import majority
 from loralab.studies.statistics import monotone, smoothed
-from loralab.studies.study import DIVERGED, Cell, Record
+from loralab.studies.study import DIVERGED, Record, Trial
 from loralab.studies.subspace import Subspace, fit
 from loralab.studies.trained import Tell, items_of, rows_of
 from loralab.tasks.catalog import Task
@@ -35,40 +35,40 @@ Items = NDArray[np.float64]
 Curve = Mapping[int, Items]  # d -> the mean score of every test row
 
 
-def measure_floor(cell: Cell, folder: Path, tell: Tell) -> Record:
+def measure_floor(trial: Trial, folder: Path, tell: Tell) -> Record:
     """Score the untrained model, and the commonest label said always."""
-    record = trained.untrained(cell, folder, tell)
-    found = majority(rows_of(cell.ground))
+    record = trained.untrained(trial, folder, tell)
+    found = majority(rows_of(trial.setup))
     if not found:
         return record
     numbers = {**record.numbers, "majority": statistics.fmean(found)}
     return replace(record, numbers=numbers, items={**record.items, "majority": found})
 
 
-def measure(cell: Cell, folder: Path, tell: Tell) -> Record:
+def measure(trial: Trial, folder: Path, tell: Tell) -> Record:
     """Train d numbers at each rate, keep the run of the lowest validation loss, score it."""
-    task = rows_of(cell.ground)
-    found = [_one(cell, task, float(rate)) for rate in cell.arm.options["rates"]]
+    task = rows_of(trial.setup)
+    found = [_one(trial, task, float(rate)) for rate in trial.arm.options["rates"]]
     alive = [record for record in found if record.items]
     if not alive:
         return found[0]
     return min(alive, key=lambda record: record.numbers["validation_loss"])
 
 
-def _one(cell: Cell, task: Task, rate: float) -> Record:
+def _one(trial: Trial, task: Task, rate: float) -> Record:
     """Train once; theta moves `rate` in all, so each of its d numbers rate / sqrt(d) a step."""
-    size = int(cell.arm.options["d"])
-    own = {"method": "full", "learning_rate": rate / math.sqrt(size), "seed": cell.seed}
-    _, training = configured({**cell.ground.fields, **own})
-    base = load_base(cell.ground.model, task, training.precision, training.seed, image_size=training.image_size)
+    size = int(trial.arm.options["d"])
+    own = {"method": "full", "learning_rate": rate / math.sqrt(size), "seed": trial.seed}
+    _, training = configured({**trial.setup.fields, **own})
+    base = load_base(trial.setup.model, task, training.precision, training.seed, image_size=training.image_size)
     with torch.random.fork_rng():
-        torch.manual_seed(cell.seed)  # of dropout
-        generator = torch.Generator().manual_seed(cell.seed)
-        subspace = Subspace(base.model, size, str(cell.arm.options["variant"]), generator)
+        torch.manual_seed(trial.seed)  # of dropout
+        generator = torch.Generator().manual_seed(trial.seed)
+        subspace = Subspace(base.model, size, str(trial.arm.options["variant"]), generator)
         try:
             losses = fit(subspace, base, task, training)
         except LearningError as error:
-            return Record(arm=cell.arm, seed=cell.seed, status=DIVERGED, reason=str(error))
+            return Record(arm=trial.arm, seed=trial.seed, status=DIVERGED, reason=str(error))
     model = subspace.settle()
 
     def score(split: str) -> Scores:
@@ -86,8 +86,8 @@ def _one(cell: Cell, task: Task, rate: float) -> Record:
         "scale": rate,
     }
     return Record(
-        arm=cell.arm,
-        seed=cell.seed,
+        arm=trial.arm,
+        seed=trial.seed,
         numbers=numbers,
         items={"score": items_of(test)},
         texts={"metric": test.main},

@@ -17,7 +17,7 @@ from loralab.artefacts.comparison import compare, logits_of, reference_of
 from loralab.errors import ConfigError
 from loralab.models.load import DTYPES, Base
 from loralab.studies.measures.carried import adapter_folder, base_for, compared_inputs, put_on
-from loralab.studies.study import Cell, Record
+from loralab.studies.study import Record, Trial
 from loralab.studies.trained import Tell
 
 MEASURE_DRIFT = "loralab.studies.measures.drift:measure"
@@ -42,21 +42,21 @@ class Drift:
     weight: Tensor
 
 
-def measure(cell: Cell, folder: Path, tell: Tell) -> Record:
+def measure(trial: Trial, folder: Path, tell: Tell) -> Record:
     """Merge and unmerge in every dtype of the options: {"precisions", "modules": at most, all if left out}."""
-    place = adapter_folder(cell, folder, tell)
-    base, task = base_for(cell.ground, "fp32")
+    place = adapter_folder(trial, folder, tell)
+    base, task = base_for(trial.setup, "fp32")
     adapter = put_on(base, place)
     found = {n: m for n, m in adapter.modules.items() if isinstance(m, LinearWithLoRA)}
     if not found:
         raise ConfigError("no linear layer of this model carries an update", code="no_updates", field="target_modules")
     adapter.detach()
-    chosen = spaced(found, cell.arm.options.get("modules"))
+    chosen = spaced(found, trial.arm.options.get("modules"))
     samples = compared_inputs(task, base, COMPARED)
-    rows = [drifted(base, chosen, samples, precision) for precision in cell.arm.options["precisions"]]
+    rows = [drifted(base, chosen, samples, precision) for precision in trial.arm.options["precisions"]]
     return Record(
-        arm=cell.arm,
-        seed=cell.seed,
+        arm=trial.arm,
+        seed=trial.seed,
         tables={"drift": rows},
         numbers={"merges": MERGES, "modules": len(chosen), "of": len(found)},
     )

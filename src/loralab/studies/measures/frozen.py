@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from loralab.adapters.targets import head_names
 from loralab.errors import ConfigError
 from loralab.models.load import Base
-from loralab.studies.study import Cell, Record
+from loralab.studies.study import Record, Trial
 from loralab.studies.trained import Tell, rows_of
 from loralab.tasks.catalog import Task
 from loralab.tasks.encode import encode
@@ -27,12 +27,12 @@ PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)  # on the squared weights; validation rows c
 ITERATIONS = 200
 
 
-def measure(cell: Cell, folder: Path, tell: Tell) -> Record:
+def measure(trial: Trial, folder: Path, tell: Tell) -> Record:
     """Fit a linear head on the training rows' features, and score it on the test rows."""
-    ground, task = cell.ground, rows_of(cell.ground)
-    base = load_base(ground.model, task, "fp32", 0, image_size=ground.fields.get("image_size"))
+    setup, task = trial.setup, rows_of(trial.setup)
+    base = load_base(setup.model, task, "fp32", 0, image_size=setup.fields.get("image_size"))
     base.model.eval()
-    longest = int(ground.fields.get("max_length", 512))
+    longest = int(setup.fields.get("max_length", 512))
     found = {split: features(base, task, split, longest) for split in task.splits}
     mean, spread = found["train"][0].mean(dim=0), found["train"][0].std(dim=0).clamp_min(1e-6)
     scaled = {split: ((x - mean) / spread, y) for split, (x, y) in found.items()}
@@ -48,7 +48,7 @@ def measure(cell: Cell, folder: Path, tell: Tell) -> Record:
         "validation_loss": _loss(head, *scaled["validation"]),
     }
     return Record(
-        arm=cell.arm, seed=cell.seed, numbers=numbers, items={"score": right.tolist()}, texts={"metric": "accuracy"}
+        arm=trial.arm, seed=trial.seed, numbers=numbers, items={"score": right.tolist()}, texts={"metric": "accuracy"}
     )
 
 

@@ -24,7 +24,7 @@ from loralab.models.device import resolve_precision
 from loralab.models.load import Base
 from loralab.models.quantize import dequantize
 from loralab.studies.measures.carried import adapter_folder, base_for, compared_inputs, put_on
-from loralab.studies.study import Cell, Record
+from loralab.studies.study import Record, Trial
 from loralab.studies.timing import timed
 from loralab.studies.trained import Tell, items_of
 from loralab.tasks.catalog import Task
@@ -42,27 +42,27 @@ class Look:
     logits: Tensor
 
 
-def measure(cell: Cell, folder: Path, tell: Tell) -> Record:
+def measure(trial: Trial, folder: Path, tell: Tell) -> Record:
     """Merge, compare, unmerge and compare again; options name the form of the base.
 
     {"precision", "quantize", "compared": test rows whose logits are compared, "again": whether the
     merged model is packed again, "limit": most test rows}.
     """
     try:
-        return _measured(cell, folder, tell)
+        return _measured(trial, folder, tell)
     except RuntimeError as error:  # torch has no kernel of this dtype here
         if isinstance(error, ModelError) or "not implemented" not in str(error):
             raise
-        name = cell.arm.options["precision"]
+        name = trial.arm.options["precision"]
         raise ModelError(
             f"this machine does not compute in {name}: {error}", code="no_kernel", field="precision"
         ) from None
 
 
-def _measured(cell: Cell, folder: Path, tell: Tell) -> Record:
-    options, place = cell.arm.options, adapter_folder(cell, folder, tell)
+def _measured(trial: Trial, folder: Path, tell: Tell) -> Record:
+    options, place = trial.arm.options, adapter_folder(trial, folder, tell)
     precision = resolve_precision(str(options["precision"]))
-    base, task = base_for(cell.ground, precision, str(options["quantize"]))
+    base, task = base_for(trial.setup, precision, str(options["quantize"]))
     limit = options.get("limit")
     samples = compared_inputs(task, base, int(options["compared"]))
     task = replace(task, splits={**task.splits, "test": task.splits["test"][:limit]})
@@ -78,14 +78,14 @@ def _measured(cell: Cell, folder: Path, tell: Tell) -> Record:
     else:
         numbers |= round_trip(base, adapter, samples, before.logits)
     after = look(base, task, samples)
-    metric = cell.ground.metric or before.scores.main
+    metric = trial.setup.metric or before.scores.main
     numbers |= {**changes(before, after, compare(reference, after.logits, precision))}
     items = {BEFORE: items_of(before.scores, metric), AFTER: items_of(after.scores, metric)}
     for name, seen in ((BEFORE, before), (AFTER, after)):
         items[f"{name} loss"] = [-loss for loss in seen.scores.row_losses]
     return Record(
-        arm=cell.arm,
-        seed=cell.seed,
+        arm=trial.arm,
+        seed=trial.seed,
         numbers=numbers,
         items=items,
         series={"kept": list(kept.values())},

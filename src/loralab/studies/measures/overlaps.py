@@ -22,7 +22,7 @@ from loralab.adapters.linear import LinearWithLoRA
 from loralab.adapters.spectrum import chance_overlap, right_directions, singular_values
 from loralab.errors import LearningError
 from loralab.studies.measures.spectra import values_of
-from loralab.studies.study import Arm, Cell, Record
+from loralab.studies.study import Arm, Record, Trial
 from loralab.studies.trained import Tell, diverged, forget, trained
 
 MEASURE_OVERLAPS = "loralab.studies.measures.overlaps:measure"
@@ -34,17 +34,17 @@ TOP = 8  # directions of the other update in which the first one is looked for
 Pair = tuple[Tensor, Tensor]  # A (R, I), B (O, R)
 
 
-def measure(cell: Cell, folder: Path, tell: Tell) -> Record:
+def measure(trial: Trial, folder: Path, tell: Tell) -> Record:
     """Train r=8, and r=64 with two seeds; compare their directions in every module."""
     pairs, weights, factors = {}, {}, {}
     runs = {"small": (SMALL, 100), "large": (LARGE, 0), "again": (LARGE, 1)}
     for name, (rank, shift) in runs.items():
-        fields = {"method": "lora", "rank": rank, "learning_rate": cell.arm.options["rate"]}
-        own = replace(cell, arm=Arm(name=name, fields=fields), seed=cell.seed + shift)
+        fields = {"method": "lora", "rank": rank, "learning_rate": trial.arm.options["rate"]}
+        own = replace(trial, arm=Arm(name=name, fields=fields), seed=trial.seed + shift)
         try:
             run = trained(own, folder / name, tell)
         except LearningError as error:
-            return replace(diverged(own, folder / name, str(error)), arm=cell.arm, seed=cell.seed)
+            return replace(diverged(own, folder / name, str(error)), arm=trial.arm, seed=trial.seed)
         modules = {n: m for n, m in run.adapter.modules.items() if isinstance(m, LinearWithLoRA)}
         pairs[name] = {n: (m.lora_A.detach(), m.lora_B.detach()) for n, m in modules.items()}
         weights = {n: dense_weight(m.base).detach().float() for n, m in modules.items()}
@@ -60,10 +60,10 @@ def measure(cell: Cell, folder: Path, tell: Tell) -> Record:
     }
     modules_of = top_overlaps(pairs)
     return Record(
-        arm=cell.arm,
-        seed=cell.seed,
+        arm=trial.arm,
+        seed=trial.seed,
         tables={**tables, "modules": modules_of},
-        numbers={"modules": len(weights), "rate": float(cell.arm.options["rate"])},
+        numbers={"modules": len(weights), "rate": float(trial.arm.options["rate"])},
     )
 
 

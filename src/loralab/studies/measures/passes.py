@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from loralab.errors import LoralabError
 from loralab.models.load import Base
 from loralab.studies.budgets import Fields, attached, put_on
-from loralab.studies.study import Cell, Record
+from loralab.studies.study import Record, Trial
 from loralab.studies.timing import affordable, quickest, trials
 from loralab.studies.trained import Tell, rows_of
 from loralab.tasks.forward import accepted, run
@@ -33,11 +33,11 @@ Way = tuple[str, str]  # name of a variant, and one of PLAIN, MERGED, UNMERGED
 Times = dict[tuple[Way, Shape], list[float]]
 
 
-def measure(cell: Cell, folder: Path, tell: Tell) -> Record:
+def measure(trial: Trial, folder: Path, tell: Tell) -> Record:
     """Time the variants that the arm's options name: {"variants": {name: fields}}."""
-    ground, options = cell.ground, cell.arm.options
-    task, fields = rows_of(ground), ground.fields
-    base = load_base(ground.model, task, str(fields.get("precision", "auto")), 0, image_size=fields.get("image_size"))
+    setup, options = trial.setup, trial.arm.options
+    task, fields = rows_of(setup), setup.fields
+    base = load_base(setup.model, task, str(fields.get("precision", "auto")), 0, image_size=fields.get("image_size"))
     variants: Mapping[str, Fields] = options["variants"]
     ways, refused = ways_of(base, variants)
     prefix = max((int(own.get("tokens", 0)) for own in variants.values()), default=0)
@@ -48,8 +48,8 @@ def measure(cell: Cell, folder: Path, tell: Tell) -> Record:
         for (way, shape), own in times.items()
     ]
     return Record(
-        arm=cell.arm,
-        seed=cell.seed,
+        arm=trial.arm,
+        seed=trial.seed,
         tables={"passes": rows, "refused": refused},
         numbers={"trials": float(min(map(len, times.values()), default=0))},
     )

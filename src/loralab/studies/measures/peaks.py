@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from loralab.models.device import device_here
-from loralab.studies.study import Cell, Record
+from loralab.studies.study import Record, Trial
 from loralab.studies.trained import Tell, forget, trained
 from loralab.training.memory import held_bytes, peak_bytes
 from loralab.training.record import read_metrics
@@ -22,10 +22,10 @@ RESET, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 MARK = "VmHWM:"  # the most memory that was resident, in kB
 
 
-def measure(cell: Cell, folder: Path, tell: Tell) -> Record:
+def measure(trial: Trial, folder: Path, tell: Tell) -> Record:
     """Train, and note the memory and the time of the steps and of what was before them."""
     gauge = Gauge(tell)
-    run = trained(cell, folder, gauge)
+    run = trained(trial, folder, gauge)
     events = [e for e in read_metrics(folder / "run") if e["kind"] == "step"]
     times = [float(e["seconds"]) for e in events]
     gaps = [after - before for before, after in itertools.pairwise(times)]
@@ -38,8 +38,8 @@ def measure(cell: Cell, folder: Path, tell: Tell) -> Record:
     }
     forget(folder, 0)
     return Record(
-        arm=cell.arm,
-        seed=cell.seed,
+        arm=trial.arm,
+        seed=trial.seed,
         numbers=numbers,
         series={"loss": [float(e["loss"]) for e in events], "step_seconds": gaps or times},
     )

@@ -12,7 +12,7 @@ from loralab.adapters.budget import budget_at
 from loralab.adapters.folder import read
 from loralab.adapters.peft_fields import PREFIX
 from loralab.studies.measures.watch import named, watched
-from loralab.studies.study import Cell, Record
+from loralab.studies.study import Record, Trial
 from loralab.studies.trained import Tell, scored, trained
 from loralab.training.run import Run
 
@@ -20,12 +20,12 @@ MEASURE_BUDGET = "loralab.studies.measures.shrinking:measure"
 LAMBDA, A, B = ".lora_E", ".lora_A.weight", ".lora_B.weight"
 
 
-def measure(cell: Cell, folder: Path, tell: Tell) -> Record:
+def measure(trial: Trial, folder: Path, tell: Tell) -> Record:
     """Train and score; note the triplets left after every step, per module, and in the file."""
     # the budget is watched from the first step on: a run that was cut off begins again
     atomic.remove_folder(folder / "run")
     with watched(triplets) as seen:
-        run = trained(cell, folder, tell)
+        run = trained(trial, folder, tell)
     ranks = dict(run.adapter.budget.ranks) if run.adapter.budget is not None else {}
     numbers, series = watched_budget(run, named(seen, run.adapter), ranks)
     stored, size = in_file(folder / "run")
@@ -34,7 +34,7 @@ def measure(cell: Cell, folder: Path, tell: Tell) -> Record:
         "stored_parameters": size,
         "ranks_differ": sum(rank != stored.get(name, 0) for name, rank in ranks.items()),
     }
-    record = scored(cell, run, folder)
+    record = scored(trial, run, folder)
     table = [{"module": name, "rank": rank} for name, rank in ranks.items()]
     return replace(
         record, numbers={**record.numbers, **numbers}, series={**record.series, **series}, tables={"ranks": table}

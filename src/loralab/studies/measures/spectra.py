@@ -17,7 +17,7 @@ from loralab.adapters.bases import is_linear
 from loralab.adapters.paths import layer_number
 from loralab.adapters.spectrum import effective_rank, energy_rank, stable_rank
 from loralab.adapters.subset import TrainedParameters
-from loralab.studies.study import Cell, Record
+from loralab.studies.study import Record, Trial
 from loralab.studies.trained import Tell, scored, trained
 
 MEASURE_FULL = "loralab.studies.measures.spectra:measure"
@@ -25,11 +25,11 @@ SHARES = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1
 SEED = 0
 
 
-def measure(cell: Cell, folder: Path, tell: Tell) -> Record:
+def measure(trial: Trial, folder: Path, tell: Tell) -> Record:
     """Train every weight, score, and describe the update; the weights are not kept."""
-    run = trained(cell, folder, tell)
+    run = trained(trial, folder, tell)
     rows = described(run.adapter)
-    record = scored(cell, run, folder)
+    record = scored(trial, run, folder)
     return Record(**{**vars(record), "tables": {"modules": rows}})
 
 

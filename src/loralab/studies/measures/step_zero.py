@@ -19,7 +19,7 @@ from loralab.errors import LearningError
 from loralab.models.load import Base
 from loralab.studies.fields import configured
 from loralab.studies.measures.watch import gradient_norm, named, watched
-from loralab.studies.study import Cell, Record
+from loralab.studies.study import Record, Trial
 from loralab.studies.trained import Tell, diverged, rows_of, scored, trained
 from loralab.tasks.encode import encode
 from loralab.tasks.examples import IGNORED, Example
@@ -33,20 +33,20 @@ ROUNDING = 5  # decimals of a loss; what is smaller is fp32's rounding
 PARTS = ("A", "B", "head")
 
 
-def measure(cell: Cell, folder: Path, tell: Tell) -> Record:
+def measure(trial: Trial, folder: Path, tell: Tell) -> Record:
     """Train and score, noting the gradients of A and B; then attach once more, and compare."""
     # the first gradients are part of the result: a run that was cut off begins again
     atomic.remove_folder(folder / "run")
     with watched(gradient_norm) as seen:
         try:
-            finished = trained(cell, folder, tell)
+            finished = trained(trial, folder, tell)
         except LearningError as error:
-            record = diverged(cell, folder, str(error))
+            record = diverged(trial, folder, str(error))
         else:
-            record = scored(cell, finished, folder)
+            record = scored(trial, finished, folder)
             curves = norms(named(seen, finished.adapter), record.series["grad_norm"])
             record = replace(record, series={**record.series, **curves})
-    numbers, changes = start_of(cell)
+    numbers, changes = start_of(trial)
     return replace(record, numbers={**record.numbers, **numbers}, items={**record.items, "start": changes})
 
 
@@ -86,20 +86,20 @@ class Outputs:
     features: Tensor
 
 
-def start_of(cell: Cell) -> tuple[dict[str, float], list[float]]:
+def start_of(trial: Trial) -> tuple[dict[str, float], list[float]]:
     """What the start of A and B changes in the base model: numbers, and each row's loss.
 
     The adapter is attached as training attaches it: the same seed gives the same A and B.
     """
-    ground = cell.ground
-    method, training = configured({**ground.fields, **cell.arm.fields, "seed": cell.seed})
-    task = rows_of(ground)
-    base = load_base(ground.model, task, "fp32", cell.seed, image_size=training.image_size)
+    setup = trial.setup
+    method, training = configured({**setup.fields, **trial.arm.fields, "seed": trial.seed})
+    task = rows_of(setup)
+    base = load_base(setup.model, task, "fp32", trial.seed, image_size=training.image_size)
     rows = task.splits["test"][:ROWS]
     every = encode(task, "test", base.tokenizer, kind=base.kind, max_length=training.max_length, rows=rows).examples
     examples = few_labels(every, base.kind)
     before = outputs(base, examples)
-    generator = torch.Generator().manual_seed(cell.seed)
+    generator = torch.Generator().manual_seed(trial.seed)
     attach(base.model, with_head(method, base), generator=generator).model.eval()
     return compared(before, outputs(base, examples))
 

@@ -21,7 +21,7 @@ from loralab.errors import ConfigError, LoralabError
 from loralab.models.load import Base
 from loralab.studies import timing, trained
 from loralab.studies.measures.mixed_batch import Banked, Mixed, swap
-from loralab.studies.study import Arm, Cell, Record
+from loralab.studies.study import Arm, Record, Trial
 from loralab.studies.trained import Tell, rows_of
 from loralab.tasks.batches import collate
 from loralab.tasks.catalog import TASKS, Task, labels_of
@@ -49,17 +49,17 @@ class Stored:
     task: Task
 
 
-def own_cell(cell: Cell, name: str) -> Cell:
-    """Return the cell on the ground of a task of its own."""
-    mapping = {} if name in TASKS else cell.ground.mapping
-    return replace(cell, ground=replace(cell.ground, data=name, mapping=mapping))
+def own_cell(trial: Trial, name: str) -> Trial:
+    """Return the trial on the setup of a task of its own."""
+    mapping = {} if name in TASKS else trial.setup.mapping
+    return replace(trial, setup=replace(trial.setup, data=name, mapping=mapping))
 
 
-def measure_task(cell: Cell, folder: Path, tell: Tell) -> Record:
+def measure_task(trial: Trial, folder: Path, tell: Tell) -> Record:
     """Train an adapter on its own task; its score stands beside that of the commonest label."""
-    own = own_cell(cell, str(cell.arm.options["task"]))
+    own = own_cell(trial, str(trial.arm.options["task"]))
     record = trained.measure(own, folder, tell)
-    found = majority(rows_of(own.ground))
+    found = majority(rows_of(own.setup))
     if not found or not record.items:
         return record
     numbers = {**record.numbers, "majority": statistics.fmean(found)}
@@ -75,18 +75,18 @@ def majority(task: Task) -> list[float]:
     return [float(row["label"] == commonest) for row in task.splits["test"]]
 
 
-def measure_system(cell: Cell, folder: Path, tell: Tell) -> Record:
+def measure_system(trial: Trial, folder: Path, tell: Tell) -> Record:
     """Load all adapters, answer mixed batches and adapter after adapter, compare and time."""
-    stored = adapters_of(cell, folder, tell)
+    stored = adapters_of(trial, folder, tell)
     if len(stored) < 2:
         raise ConfigError("a system needs at least two adapters, and fewer could be trained", code="too_few_adapters")
-    base, seconds = loaded(cell, stored[0].task)
-    adapters, expected, cold = one_after_the_other(cell, stored)
+    base, seconds = loaded(trial, stored[0].task)
+    adapters, expected, cold = one_after_the_other(trial, stored)
     asked = requests(stored, base)
     mixed = Banked(base.model, adapters)
     try:
         equality = compared(base, mixed, asked, expected)
-        series, warm = timed(cell, stored[0].task, base, mixed, asked, adapters)
+        series, warm = timed(trial, stored[0].task, base, mixed, asked, adapters)
     finally:
         mixed.remove()
     numbers = {
@@ -98,14 +98,14 @@ def measure_system(cell: Cell, folder: Path, tell: Tell) -> Record:
         **equality,
         "adapter_bytes": statistics.fmean(folder_bytes(own.folder) for own in stored),
     }
-    return Record(arm=cell.arm, seed=cell.seed, numbers=numbers, series=series)
+    return Record(arm=trial.arm, seed=trial.seed, numbers=numbers, series=series)
 
 
-def adapters_of(cell: Cell, folder: Path, tell: Tell) -> list[Stored]:
-    """Return the adapters that the cells of the tasks left beside this one; what is missing is trained."""
+def adapters_of(trial: Trial, folder: Path, tell: Tell) -> list[Stored]:
+    """Return the adapters that the trials of the tasks left beside this one; what is missing is trained."""
     found: list[Stored] = []
-    for arm in cell.arm.options["arms"]:
-        one = replace(cell, arm=Arm(**arm), measure=MEASURE_TASK)
+    for arm in trial.arm.options["arms"]:
+        one = replace(trial, arm=Arm(**arm), measure=MEASURE_TASK)
         name = str(one.arm.options["task"])
         place = folder.parent / one.digest / "run"
         own = own_cell(one, name)
@@ -114,28 +114,30 @@ def adapters_of(cell: Cell, folder: Path, tell: Tell) -> list[Stored]:
                 place = folder / f"task-{len(found)}" / "run"
                 trained.trained(own, place.parent, tell)
                 trained.forget(place.parent, 0)
-            found.append(Stored(name=name, folder=place, task=rows_of(own.ground)))
+            found.append(Stored(name=name, folder=place, task=rows_of(own.setup)))
         except LoralabError as error:
             tell({"kind": "note", "text": f"{name} is left out: {error}"})
     return found
 
 
-def loaded(cell: Cell, task: Task) -> tuple[Base, float]:
+def loaded(trial: Trial, task: Task) -> tuple[Base, float]:
     """Return the base model in fp32, ready to answer, and the seconds that loading it took."""
-    size = cell.ground.fields.get("image_size")
-    base, seconds = timing.timed(lambda: load_base(cell.ground.model, task, "fp32", 0, image_size=size))
+    size = trial.setup.fields.get("image_size")
+    base, seconds = timing.timed(lambda: load_base(trial.setup.model, task, "fp32", 0, image_size=size))
     base.model.eval().requires_grad_(False)
     return base, seconds
 
 
-def one_after_the_other(cell: Cell, stored: Sequence[Stored]) -> tuple[list[Adapter], list[list[Tensor]], list[float]]:
+def one_after_the_other(
+    trial: Trial, stored: Sequence[Stored]
+) -> tuple[list[Adapter], list[list[Tensor]], list[float]]:
     """Load every adapter as users do; return what was attached, its answers, and the seconds of each load."""
     adapters, answers, seconds = [], [], []
     bases: dict[int, Base] = {}
     for own in stored:
         labels = len(own.task.labels)
         if labels not in bases:
-            bases[labels] = loaded(cell, own.task)[0]
+            bases[labels] = loaded(trial, own.task)[0]
         base = bases[labels]
         for number in range(LOADS):
             adapter, taken = timing.timed(functools.partial(load, base.model, own.folder))
@@ -198,14 +200,14 @@ def compared(
 
 
 def timed(
-    cell: Cell, task: Task, base: Base, mixed: Mixed, asked: Sequence[StudyOptions], adapters: Sequence[Adapter]
+    trial: Trial, task: Task, base: Base, mixed: Mixed, asked: Sequence[StudyOptions], adapters: Sequence[Adapter]
 ) -> tuple[dict[str, list[float]], float]:
     """Return the seconds of a batch in each of the ways, which take turns so that all meet the same machine."""
-    own, _ = loaded(cell, task)
-    adapter = attach(own.model, with_head(_method(cell), own))
+    own, _ = loaded(trial, task)
+    adapter = attach(own.model, with_head(_method(trial), own))
     own.model.eval()
     found: dict[str, list[float]] = {}
-    repeats = REPEATS[cell.ground.quick]
+    repeats = REPEATS[trial.setup.quick]
     for size in SIZES:
         batch = interleaved(asked, len(adapters))[:size]
         if len(batch) < size:
@@ -267,7 +269,7 @@ def _swaps(adapter: Adapter, adapters: Sequence[Adapter], repeats: int) -> list[
     return [timing.timed(functools.partial(swap, adapter, own))[1] for own in [*adapters] * max(1, repeats // 3)]
 
 
-def _method(cell: Cell) -> Any:
+def _method(trial: Trial) -> Any:
     from loralab.studies.fields import configured
 
-    return configured({**cell.ground.fields, **cell.arm.options["arms"][0]["fields"]})[0]
+    return configured({**trial.setup.fields, **trial.arm.options["arms"][0]["fields"]})[0]

@@ -22,31 +22,31 @@ from loralab.studies.message import Chart, Column, Message, Table
 from loralab.studies.places import layer_rows, layout, outside, source_reaches_mlp, type_of
 from loralab.studies.prepare import base_of
 from loralab.studies.store import RECORD
-from loralab.studies.study import DONE, Arm, Cell, Record
+from loralab.studies.study import DONE, Arm, Record, Trial
 from loralab.studies.trained import MEASURE, Tell
 
 MEASURE_UPDATES = "loralab.studies.measures.updates:measure"
 REFERENCE = {"method": "lora", "rank": 8}  # every linear layer
 
 
-def measure(cell: Cell, folder: Path, tell: Tell) -> Record:
+def measure(trial: Trial, folder: Path, tell: Tell) -> Record:
     """Return the model's linear layers by type, and the size of the update in each.
 
     Raises:
         RunError: the all-linear arm has not been trained.
     """
-    run = finished_run(cell, folder.parent)
+    run = finished_run(trial, folder.parent)
     if not run.is_dir():  # a large adapter is scored, not kept
-        return Record(arm=cell.arm, seed=cell.seed, tables=_described(base_of(cell.ground).model))
+        return Record(arm=trial.arm, seed=trial.seed, tables=_described(base_of(trial.setup).model))
     live = load_with_base(run, precision="fp32")
     moved = sizes(live.adapter)
     live.adapter.detach()
     tables = {**_described(live.base.model), "updates": moved}
-    return Record(arm=cell.arm, seed=cell.seed, tables=tables)
+    return Record(arm=trial.arm, seed=trial.seed, tables=tables)
 
 
-def finished_run(cell: Cell, runs: Path) -> Path:
-    """Return where the reference arm of this ground and seed was trained, at its best learning rate.
+def finished_run(trial: Trial, runs: Path) -> Path:
+    """Return where the reference arm of this setup and seed was trained, at its best learning rate.
 
     Raises:
         RunError: it was not, or it diverged.
@@ -56,7 +56,7 @@ def finished_run(cell: Cell, runs: Path) -> Path:
         stored = json.loads(file.read_text(encoding="utf-8"))
         rate = stored["cell"]["arm"]["fields"].get("learning_rate")
         fields = REFERENCE if rate is None else {**REFERENCE, "learning_rate": rate}
-        wanted = Cell(measure=MEASURE, ground=cell.ground, arm=Arm(name="", fields=fields), seed=cell.seed)
+        wanted = Trial(measure=MEASURE, setup=trial.setup, arm=Arm(name="", fields=fields), seed=trial.seed)
         record = stored["record"]
         if wanted.digest == file.parent.name and record["status"] == DONE:
             loss = record["numbers"].get("validation_loss", math.inf)

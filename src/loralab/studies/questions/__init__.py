@@ -1,1 +1,1 @@
-"""One file per question: arms(ground, base), MEASURE, conclude(records, ground)."""
+"""One file per question: arms(setup, base), MEASURE, conclude(records, setup)."""

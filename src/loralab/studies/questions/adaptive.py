@@ -23,7 +23,7 @@ from loralab.studies.readings.final_ranks import (
     ranks_chart,
     ranks_of,
 )
-from loralab.studies.study import Answer, Arm, Finding, Ground, Record, nothing_measured
+from loralab.studies.study import Answer, Arm, Finding, Record, StudySetup, nothing_measured
 from loralab.studies.trained import MEASURE
 
 __all__ = ["MEASURE", "arms", "conclude"]
@@ -34,15 +34,15 @@ ALPHA = 16.0
 WHERE, CHALLENGES = Message("adaptive.ask_where"), Message("adaptive.ask_challenges")
 
 
-def arms(ground: Ground, base: Base) -> list[Arm]:
+def arms(setup: StudySetup, base: Base) -> list[Arm]:
     """Return LoRA and AdaLoRA for each final mean rank; thorough ones also with other importances.
 
     Both scale their update by 16 / r, r being the final mean rank.
     """
     found = []
-    for target in dict.fromkeys([_rank(value) for value in ground.values] or [TARGET]):
+    for target in dict.fromkeys([_rank(value) for value in setup.values] or [TARGET]):
         found.append(Arm(name=f"LoRA r={target}", fields={"method": "lora", "rank": target}))
-        found += [_adaptive(target, kind) for kind in IMPORTANCES[: 1 if ground.quick else None]]
+        found += [_adaptive(target, kind) for kind in IMPORTANCES[: 1 if setup.quick else None]]
     return found
 
 
@@ -65,12 +65,12 @@ def _rank(value: str) -> int:
     return int(value)
 
 
-def conclude(records: Sequence[Record], ground: Ground) -> Answer:
+def conclude(records: Sequence[Record], setup: StudySetup) -> Answer:
     """Return whether moving ranks pays at the same final budget, where they went, what it costs."""
-    found = compare_arms(records, ground)
+    found = compare_arms(records, setup)
     moved = {name: runs for name, runs in found.arms.items() if is_adaptive(runs[0])} if found else {}
     if found is None or not moved:
-        return nothing_measured(ground, (WHERE, CHALLENGES))
+        return nothing_measured(setup, (WHERE, CHALLENGES))
     rivals = {name: rival for name, runs in moved.items() if (rival := _uniform(runs[0], found.arms))}
     claims = {name: found.claim(name, rival) for name, rival in rivals.items()}
     first = next(iter(moved))

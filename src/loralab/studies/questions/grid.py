@@ -8,21 +8,21 @@ from loralab.models.load import Base
 from loralab.studies.compare import compare_arms
 from loralab.studies.message import Message
 from loralab.studies.ranking import claims
-from loralab.studies.study import Answer, Arm, Ground, Record, nothing_measured
+from loralab.studies.study import Answer, Arm, Record, StudySetup, nothing_measured
 from loralab.studies.trained import MEASURE
 
 __all__ = ["MEASURE", "arms", "conclude"]
 
 
-def arms(ground: Ground, base: Base) -> list[Arm]:
+def arms(setup: StudySetup, base: Base) -> list[Arm]:
     """Refuse: a grid brings its arms along."""
-    raise ConfigError(f"the study {ground.study!r} has no arms of its own", code="no_arms", field="study")
+    raise ConfigError(f"the study {setup.study!r} has no arms of its own", code="no_arms", field="study")
 
 
-def conclude(records: Sequence[Record], ground: Ground) -> Answer:
+def conclude(records: Sequence[Record], setup: StudySetup) -> Answer:
     """Return the cheapest arm that is good enough, and every pair of arms."""
-    found = compare_arms(records, ground)
+    found = compare_arms(records, setup)
     if found is None:
-        return nothing_measured(ground)
-    chart = replace(found.chart("grid", Message("axis.arm")), name=ground.study)
+        return nothing_measured(setup)
+    chart = replace(found.chart("grid", Message("axis.arm")), name=setup.study)
     return found.answer(findings=claims(found.ranking, found.metric), figures=[chart])

@@ -11,7 +11,7 @@ from loralab.studies.measures.carried import REFERENCE
 from loralab.studies.measures.deployed import BASE, DENSE, LOOPED, MEASURE_ADAPTERS, MEASURE_SMALLER, MERGED, UNMERGED
 from loralab.studies.message import Chart, Column, Message, Table, clauses, sentences
 from loralab.studies.readings.deployments import Deployed, Way, adapters_of, deployed_of
-from loralab.studies.study import Answer, Arm, Finding, Ground, Record, nothing_measured
+from loralab.studies.study import Answer, Arm, Finding, Record, StudySetup, nothing_measured
 from loralab.studies.timing import Overhead
 from loralab.studies.trained import MEASURE
 
@@ -28,13 +28,13 @@ LABELS = tuple(Message(f"inference.{name}_label") for name in ("speed", "many", 
 MISSING = Message("answer.not_measured")
 
 
-def arms(ground: Ground, base: Base) -> list[Arm]:
-    """Return the adapter's own run; one cell for all ways to use it; one for each smaller model."""
-    for value in ground.values:
+def arms(setup: StudySetup, base: Base) -> list[Arm]:
+    """Return the adapter's own run; one trial for all ways to use it; one for each smaller model."""
+    for value in setup.values:
         if value not in CHOICES:
             known = f"{', '.join(CHOICES)}; got {value!r}{nearest(value, CHOICES)}"
             raise ConfigError(f"--values of the inference study are {known}", code="wrong_value", field="values")
-    wanted, quick = ground.values or CHOICES, int(ground.quick)
+    wanted, quick = setup.values or CHOICES, int(setup.quick)
     shared: dict[str, Any] = {"batches": list(BATCHES[quick]), "trials": TRIALS[quick]}
     many, two = SECONDS[quick]
     several = {"adapters": list(ADAPTERS), "looped": [] if quick else [8]}
@@ -47,11 +47,11 @@ def arms(ground: Ground, base: Base) -> list[Arm]:
     return [REFERENCE, *(Arm(name=n, options=values, tuned=False, plain=True) for n, values in options.items())]
 
 
-def conclude(records: Sequence[Record], ground: Ground) -> Answer:
+def conclude(records: Sequence[Record], setup: StudySetup) -> Answer:
     """Return every way against its own control at every batch, the source's three points, and a view."""
-    timed = deployed_of(records, ground)
+    timed = deployed_of(records, setup)
     if not timed.times:
-        return replace(nothing_measured(ground), blanks=[(label, MISSING) for label in LABELS])
+        return replace(nothing_measured(setup), blanks=[(label, MISSING) for label in LABELS])
     refused = [{"variant": name, "reason": reason} for name, reason in timed.refused.items()]
     left = Table(title=Message("inference.refused"), columns=(Column("variant"), Column("reason")), rows=refused)
     return Answer(

@@ -22,7 +22,7 @@ from loralab.studies.readings.starts import (
     starts_of,
     step_zero_chart,
 )
-from loralab.studies.study import Answer, Arm, Finding, Ground, Record, nothing_measured
+from loralab.studies.study import Answer, Arm, Finding, Record, StudySetup, nothing_measured
 from loralab.values import check_choice
 
 __all__ = ["MEASURE", "arms", "conclude"]
@@ -37,16 +37,16 @@ LOWER = (0.6, 2.0)
 LABELS = tuple(Message(f"init.ask_{name}") for name in ("zero", "kaiming", "influence", "why", "knowledge"))
 
 
-def arms(ground: Ground, base: Base) -> list[Arm]:
+def arms(setup: StudySetup, base: Base) -> list[Arm]:
     """Return the usual start, and others at the same rank; `--values` names starts of `--init`."""
-    wanted = ground.values or USUAL
+    wanted = setup.values or USUAL
     for value in wanted:
         check_choice("init", value, INITS)
     others = [
         Arm(
             name=NAMES[init],
             fields={"method": "lora", "rank": 8, "init": init},
-            options={"rates": LOWER} if ground.quick and init in ("b_kaiming", "gaussian") else {},
+            options={"rates": LOWER} if setup.quick and init in ("b_kaiming", "gaussian") else {},
         )
         for init in dict.fromkeys(wanted)
         if init != "kaiming"
@@ -54,12 +54,12 @@ def arms(ground: Ground, base: Base) -> list[Arm]:
     return [Arm(name=ZERO, fields={"method": "lora", "rank": 8}), *others]
 
 
-def conclude(records: Sequence[Record], ground: Ground) -> Answer:
+def conclude(records: Sequence[Record], setup: StudySetup) -> Answer:
     """Return what each start does to the model at step 0, to the first steps, and to the final score."""
     starts = starts_of(records)
     if not starts:
-        return nothing_measured(ground, LABELS)
-    found = compare_arms(records, ground, aside=())
+        return nothing_measured(setup, LABELS)
+    found = compare_arms(records, setup, aside=())
     has_zero = found is not None and ZERO in found.arms
     finals = {name: found.claim(name, ZERO) for name in found.arms if name != ZERO} if found and has_zero else {}
     losses = first_losses(starts)

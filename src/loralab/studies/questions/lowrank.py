@@ -16,7 +16,7 @@ from loralab.studies.measures.spectra import MEASURE_FULL
 from loralab.studies.message import Chart, Column, Message, Table, sentences
 from loralab.studies.ranking import Arms, ranked
 from loralab.studies.readings.directions import Dimension, Pairs, Reached, Spectra, dimension_of, pairs_of, spectra_of
-from loralab.studies.study import Answer, Arm, Finding, Ground, Record, nothing_measured
+from loralab.studies.study import Answer, Arm, Finding, Record, StudySetup, nothing_measured
 from loralab.studies.trained import MEASURE
 
 __all__ = ["MEASURE", "arms", "conclude"]
@@ -34,16 +34,16 @@ LABELS = tuple(Message(f"lowrank.{name}_label") for name in ("known", "changed",
 MISSING = Message("answer.not_measured")
 
 
-def arms(ground: Ground, base: Base) -> list[Arm]:
+def arms(setup: StudySetup, base: Base) -> list[Arm]:
     """Return the base, a full fine-tune, a head alone, three LoRA runs in one, and every d.
 
     Raises:
         ConfigError: a value is no number of directions.
     """
-    quick = ground.quick
+    quick = setup.quick
     full = {"method": "full", **({"learning_rate": FULL_RATE} if quick else {})}
     head = Arm(name=HEAD, options={"measure": MEASURE_FROZEN}, tuned=False, plain=True)
-    asked = _sizes(ground)
+    asked = _sizes(setup)
     return [
         Arm(name=BASE, options={"measure": MEASURE_FLOOR}, tuned=False, plain=True),
         Arm(name=FULL, fields=full, options={"measure": MEASURE_FULL}, tuned=not quick),
@@ -58,21 +58,21 @@ def _subspace(variant: str, d: int, quick: bool) -> Arm:
     return Arm(name=f"{variant.upper()} d={d}", options=options, tuned=False)
 
 
-def _sizes(ground: Ground) -> list[int]:
+def _sizes(setup: StudySetup) -> list[int]:
     """Return the d that were asked for."""
-    wrong = [value for value in ground.values if not value.isdecimal() or int(value) < 1]
+    wrong = [value for value in setup.values if not value.isdecimal() or int(value) < 1]
     if wrong:
         asked = f"numbers of directions d, such as 1000,10000; got {wrong[0]!r}"
         raise ConfigError(f"--values of lowrank are {asked}", code="wrong_value", field="values")
-    return sorted({int(value) for value in ground.values})
+    return sorted({int(value) for value in setup.values})
 
 
-def conclude(records: Sequence[Record], ground: Ground) -> Answer:
+def conclude(records: Sequence[Record], setup: StudySetup) -> Answer:
     """Return the spectrum, d90 and the overlaps, each only as far as it was measured."""
-    scored, metric = by_arm(records), metric_of(records, ground)
+    scored, metric = by_arm(records), metric_of(records, setup)
     spectra, pairs, subspaces = spectra_of(records, FULL), pairs_of(records, PAIRS), dimension_of(records, FULL)
     if not scored and not spectra and not pairs:
-        return replace(nothing_measured(ground), blanks=[(label, MISSING) for label in LABELS])
+        return replace(nothing_measured(setup), blanks=[(label, MISSING) for label in LABELS])
     few, shared = [*map(_spectrum, spectra)], [*chain(*map(_shared, pairs))]
     d90 = [*chain(*(_d90(dimension, metric) for dimension in subspaces))]
     order, against_full = [*chain(*map(_order, pairs))], _against_full(scored, metric)

@@ -15,7 +15,7 @@ from loralab.studies.evidence import mean_of, means_of
 from loralab.studies.measures.peaks import MEASURE_PEAKS
 from loralab.studies.message import Chart, Column, Message, Table, clauses, names, sentences
 from loralab.studies.readings.savings import ASKED, BASELINE, CLOSE, ROUNDING, SAME, Savings
-from loralab.studies.study import Answer, Arm, Finding, Ground, Record, nothing_measured
+from loralab.studies.study import Answer, Arm, Finding, Record, StudySetup, nothing_measured
 from loralab.studies.timing import Overhead
 
 __all__ = ["MEASURE", "arms", "conclude"]
@@ -26,11 +26,11 @@ PASS = 256  # tokens in a pass, where it is cut
 SHARED = ("method", "rank", "save_every")  # fields of all arms, no saving
 
 
-def arms(ground: Ground, base: Base) -> list[Arm]:
+def arms(setup: StudySetup, base: Base) -> list[Arm]:
     """Return the baseline, each saving alone, all together, and all on a base in 4 bits."""
-    batch = int(ground.fields["batch_size"])
+    batch = int(setup.fields["batch_size"])
     cut, half = largest_part(batch), half_precision()
-    shared = {"method": "lora", "rank": 8, "save_every": int(ground.fields["max_steps"])}
+    shared = {"method": "lora", "rank": 8, "save_every": int(setup.fields["max_steps"])}
     whole: dict[str, Any] = {**shared, "precision": "fp32", "batch_size": batch, "pass_tokens": WHOLE}
     parts = {"batch_size": cut, "accumulation_steps": batch // cut}
     every = {**whole, **parts, "precision": half, "gradient_checkpointing": "on"}
@@ -48,20 +48,20 @@ def arms(ground: Ground, base: Base) -> list[Arm]:
     }
     return [
         Arm(name=known[role][0], fields=known[role][1], options={"role": role}, tuned=False)
-        for role in _roles(ground, list(known))
+        for role in _roles(setup, list(known))
     ]
 
 
-def _roles(ground: Ground, known: Sequence[str]) -> list[str]:
+def _roles(setup: StudySetup, known: Sequence[str]) -> list[str]:
     """Return what is measured: what was asked for, or all that this model has; the baseline always."""
-    for value in ground.values:
+    for value in setup.values:
         if value not in known:
             message = f"--values of the memory study are {', '.join(known)}; got {value!r}{nearest(value, known)}"
             raise ConfigError(message, code="wrong_value", field="values")
-    if ground.values:
-        return list(dict.fromkeys((BASELINE, *ground.values)))
-    left = set() if gguf_file(ground.model) is not None else {"gguf"}
-    left |= {"optimizer"} if ground.quick else set()
+    if setup.values:
+        return list(dict.fromkeys((BASELINE, *setup.values)))
+    left = set() if gguf_file(setup.model) is not None else {"gguf"}
+    left |= {"optimizer"} if setup.quick else set()
     return [role for role in known if role not in left]
 
 
@@ -83,12 +83,12 @@ def half_precision() -> str:
     return "fp16" if poor else "bf16"
 
 
-def conclude(records: Sequence[Record], ground: Ground) -> Answer:
+def conclude(records: Sequence[Record], setup: StudySetup) -> Answer:
     """Return the source's table, what each saving costs in time, and the cheapest that keeps the curve."""
     found = Savings.of(records)
     blanks = [(_name(role), _blank(found, role)) for role in dict.fromkeys((*ASKED, *found.runs))]
     if not found.runs:
-        return replace(nothing_measured(ground), blanks=blanks)
+        return replace(nothing_measured(setup), blanks=blanks)
     floor = [_name(role) for role in found.at_floor()]
     at_floor = Message("memory.at_floor", arms=names(floor)) if floor else None
     return Answer(

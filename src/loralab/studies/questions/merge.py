@@ -14,7 +14,7 @@ from loralab.studies.measures.drift import MEASURE_DRIFT, NOTED
 from loralab.studies.measures.merging import MEASURE_MERGING, has_fp16
 from loralab.studies.message import Chart, Column, Message, Table, sentences
 from loralab.studies.readings.merges import Drift, drifts_of, kept_change, merged_change, resolution
-from loralab.studies.study import Answer, Arm, Finding, Ground, Record, nothing_measured
+from loralab.studies.study import Answer, Arm, Finding, Record, StudySetup, nothing_measured
 from loralab.studies.trained import MEASURE
 
 __all__ = ["MEASURE", "arms", "conclude"]
@@ -38,48 +38,48 @@ LOSS = Metric(name="loss")
 Forms = Mapping[str, Record]
 
 
-def arms(ground: Ground, base: Base) -> list[Arm]:
+def arms(setup: StudySetup, base: Base) -> list[Arm]:
     """Return the adapter's own run, one arm for each form of the base, and the hundred merges."""
-    for value in ground.values:
+    for value in setup.values:
         if value not in NAMES:
             known = f"{', '.join(NAMES)}; got {value!r}{nearest(value, NAMES)}"
             raise ConfigError(f"--values of the merge study are {known}", code="wrong_value", field="values")
-    return [REFERENCE, *(_arm(name, ground) for name in dict.fromkeys(ground.values or usual(ground)))]
+    return [REFERENCE, *(_arm(name, setup) for name in dict.fromkeys(setup.values or usual(setup)))]
 
 
-def usual(ground: Ground) -> list[str]:
+def usual(setup: StudySetup) -> list[str]:
     """Return all forms; in a quick study none that the machine would compute very slowly."""
-    names = ["fp32", "bf16", *(["fp16"] if has_fp16() or not ground.quick else []), "nf4", "nf4-again"]
-    names += ["gguf"] if not ground.quick and gguf_file(ground.model) is not None else []
+    names = ["fp32", "bf16", *(["fp16"] if has_fp16() or not setup.quick else []), "nf4", "nf4-again"]
+    names += ["gguf"] if not setup.quick and gguf_file(setup.model) is not None else []
     return [*names, "drift"]
 
 
-def _arm(name: str, ground: Ground) -> Arm:
+def _arm(name: str, setup: StudySetup) -> Arm:
     """Return the arm of a form, or of the hundred merges."""
     options: dict[str, Any]
     if name == "drift":
         few = {"precisions": ["fp32", "bf16"], "modules": FEW_MODULES}
-        options = {"measure": MEASURE_DRIFT, **(few if ground.quick else {"precisions": ["fp32", "bf16", "fp16"]})}
+        options = {"measure": MEASURE_DRIFT, **(few if setup.quick else {"precisions": ["fp32", "bf16", "fp16"]})}
     else:
         dense = name in ("fp32", "bf16", "fp16")
         options = {
             "measure": MEASURE_MERGING,
-            "precision": name if dense else str(ground.fields.get("precision", "auto")),
+            "precision": name if dense else str(setup.fields.get("precision", "auto")),
             "quantize": "none" if dense else name.removesuffix("-again"),
-            "compared": COMPARED[ground.quick],
+            "compared": COMPARED[setup.quick],
         }
         options |= {"again": True} if name == "nf4-again" else {}
         options |= {"limit": SLOW_ROWS} if name == "fp16" and not has_fp16() else {}
     return Arm(name=NAMES[name], options=options, tuned=False, plain=True)
 
 
-def conclude(records: Sequence[Record], ground: Ground) -> Answer:
+def conclude(records: Sequence[Record], setup: StudySetup) -> Answer:
     """Return what merging changed in each form of the base, and what a hundred merges leave."""
     forms = {r.arm.name: r for r in records if "loss_difference" in r.numbers}
     drifts = drifts_of(records)
     if not forms and not drifts:
-        return replace(nothing_measured(ground), blanks=_blanks(forms))
-    metric = metric_of([*forms.values(), *records], ground)
+        return replace(nothing_measured(setup), blanks=_blanks(forms))
+    metric = metric_of([*forms.values(), *records], setup)
     changes = [
         *(_finding(r, LOSS, merged_change(r, LOSS, len(forms), " loss")) for r in forms.values()),
         *(_finding(r, metric, merged_change(r, metric, len(forms))) for r in forms.values()),

@@ -15,7 +15,7 @@ from loralab.studies.message import Column, Message, Table, sentences
 from loralab.studies.ranking import FLOOR, Arms, claims, leader, next_step, parameters
 from loralab.studies.readings.latencies import Latencies, added, in_short, pass_chart, pass_findings, pass_table
 from loralab.studies.readings.published import published_table
-from loralab.studies.study import Answer, Arm, Finding, Ground, Record, nothing_measured
+from loralab.studies.study import Answer, Arm, Finding, Record, StudySetup, nothing_measured
 from loralab.studies.timing import MARGIN
 from loralab.studies.trained import BASE_ARM, MEASURE
 from loralab.values import check_choice
@@ -32,30 +32,30 @@ SIZELESS = ("ia3", "bitfit", "full", "linear-probe")
 SHORT = (("houlsby", LARGE), ("prefix", LARGE), ("prefix", SMALL))
 LONG = (*((method, size) for method in ("houlsby", "pfeiffer", "prefix") for size in (LARGE, SMALL)), ("dora", LARGE))
 LATENCY = "latency"
-SECONDS, TRIALS = (150, 20), (25, 12)  # of the latency cell: thorough, quick
+SECONDS, TRIALS = (150, 20), (25, 12)  # of the latency trial: thorough, quick
 SOURCE = ("LoRA", "Adapter", "Prefix-tuning")  # the rows of the source's table
 FAMILIES = {"lora": "LoRA", "houlsby": "Adapter", "pfeiffer": "Adapter", "prefix": "Prefix-tuning"}
 CHOICE = Message("methods.choice")
 
 
-def arms(ground: Ground, base: Base) -> list[Arm]:
-    """Return LoRA with rank 8, the others with as many parameters; the base; latencies, all in one cell.
+def arms(setup: StudySetup, base: Base) -> list[Arm]:
+    """Return LoRA with rank 8, the others with as many parameters; the base; latencies, all in one trial.
 
     A method that the model cannot have stays in with its usual size: that it cannot run is said.
     """
-    wanted = _wanted(ground)
+    wanted = _wanted(setup)
     budgets = {name: trained_parameters(base, {**REFERENCE, "rank": rank}) for name, rank in BUDGETS.items()}
     found = [Arm(name=f"lora {LARGE}", fields=REFERENCE)]
-    if not ground.quick and "lora" in wanted:
+    if not setup.quick and "lora" in wanted:
         found.append(Arm(name=f"lora {SMALL}", fields={**REFERENCE, "rank": 2}))
-    pairs = SHORT if ground.quick and not ground.values else LONG
+    pairs = SHORT if setup.quick and not setup.values else LONG
     found += [_sized(base, method, size, budgets[size]) for method, size in pairs if method in wanted]
-    if not ground.quick and "prefix-mlp" in wanted:
+    if not setup.quick and "prefix-mlp" in wanted:
         found += _through_network(found)
     others = [method for method in (*SIZELESS, *_outside()) if method in wanted]
     found += [Arm(name=m, fields={"method": m}) for m in others if _is_possible(base, {"method": m})]
     unique = {arm.name: arm for arm in found}
-    return [BASE_ARM, *unique.values(), _latency(ground, base, budgets)]
+    return [BASE_ARM, *unique.values(), _latency(setup, base, budgets)]
 
 
 def _outside() -> tuple[str, ...]:
@@ -63,12 +63,12 @@ def _outside() -> tuple[str, ...]:
     return tuple(name for name, spec in specs().items() if is_outside(spec))
 
 
-def _wanted(ground: Ground) -> tuple[str, ...]:
+def _wanted(setup: StudySetup) -> tuple[str, ...]:
     """Return the methods to compare with LoRA."""
     known = (*SIZES, *SIZELESS, *_outside())
-    for value in ground.values:
+    for value in setup.values:
         check_choice("values", value, known)
-    return ground.values or (tuple(method for method, _ in SHORT) if ground.quick else known)
+    return setup.values or (tuple(method for method, _ in SHORT) if setup.quick else known)
 
 
 def _sized(base: Base, method: str, budget: str, parameters: int) -> Arm:
@@ -99,24 +99,24 @@ def _is_possible(base: Base, fields: Fields) -> bool:
     return True
 
 
-def _latency(ground: Ground, base: Base, budgets: Mapping[str, int]) -> Arm:
-    """Return one cell that times LoRA, both adapters and prefixes of these budgets beside the base."""
-    pairs = (*SHORT, ("pfeiffer", LARGE)) if ground.quick else LONG
+def _latency(setup: StudySetup, base: Base, budgets: Mapping[str, int]) -> Arm:
+    """Return one trial that times LoRA, both adapters and prefixes of these budgets beside the base."""
+    pairs = (*SHORT, ("pfeiffer", LARGE)) if setup.quick else LONG
     sized = [_sized(base, method, size, budgets[size]) for method, size in pairs]
     variants: dict[str, Any] = {f"lora {LARGE}": dict(REFERENCE), **{arm.name: dict(arm.fields) for arm in sized}}
-    limits = {"seconds": SECONDS[ground.quick], "trials": TRIALS[ground.quick]}
+    limits = {"seconds": SECONDS[setup.quick], "trials": TRIALS[setup.quick]}
     options = {"measure": MEASURE_PASSES, "variants": variants, **limits}
     return Arm(name=LATENCY, options=options, tuned=False, plain=True)
 
 
-def conclude(records: Sequence[Record], ground: Ground) -> Answer:
+def conclude(records: Sequence[Record], setup: StudySetup) -> Answer:
     """Return the source's table, how to choose, and which published orders hold here."""
     times = Latencies.of(records)
     passes = pass_table(times)
     cost = {r.arm.name: times.least(r.arm.name) for r in records if r.arm.name != FLOOR} if times.times else None
-    found = compare_arms(records, ground, cost=cost)  # of those that are good enough, the quickest for a short answer
+    found = compare_arms(records, setup, cost=cost)  # of those that are good enough, the quickest for a short answer
     if found is None:
-        empty = nothing_measured(ground, (*SOURCE, CHOICE))
+        empty = nothing_measured(setup, (*SOURCE, CHOICE))
         return replace(empty, tables=passes, findings=pass_findings(times))
     refused = Message("methods.not_timed", variants=list(times.refused)) if times.refused else None
     smaller = Message("methods.smaller_budget", arm=leader(found.ranking))

@@ -14,7 +14,7 @@ from loralab.studies.evidence import Metric, by_arm, claim, metric_of, scores_ta
 from loralab.studies.measures.system import ALONE, MEASURE_SYSTEM, MEASURE_TASK, MIXED, SIZES, TURN
 from loralab.studies.message import Chart, Column, Message, Table, sentences
 from loralab.studies.ranking import ranked
-from loralab.studies.study import Answer, Arm, Finding, Ground, Record, nothing_measured
+from loralab.studies.study import Answer, Arm, Finding, Record, StudySetup, nothing_measured
 from loralab.studies.timing import Overhead, overhead
 from loralab.tasks.catalog import TASKS
 
@@ -41,14 +41,14 @@ WAYS = {MIXED: "mixed", TURN: "in_turn", ALONE: "alone"}
 LABELS = tuple(Message(f"multitask.{name}_label") for name in ("storage", "loading", "batching", "design"))
 
 
-def arms(ground: Ground, base: Base) -> list[Arm]:
+def arms(setup: StudySetup, base: Base) -> list[Arm]:
     """Return an adapter for each task, and the system that holds them all.
 
     Raises:
         ConfigError: a task is neither named nor a file, or there is only one.
     """
-    names = _tasks(ground, base)
-    fields = {"method": "lora", "rank": 8, "learning_rate": _rate(ground)}
+    names = _tasks(setup, base)
+    fields = {"method": "lora", "rank": 8, "learning_rate": _rate(setup)}
     own = [
         Arm(name=name, fields=fields, options={"measure": MEASURE_TASK, "task": name}, tuned=False) for name in names
     ]
@@ -56,44 +56,44 @@ def arms(ground: Ground, base: Base) -> list[Arm]:
     return [*own, Arm(name=SYSTEM, options=options, tuned=False, plain=True)]
 
 
-def _rate(ground: Ground) -> float:
-    return float(ground.fields.get("learning_rate") or RATE)
+def _rate(setup: StudySetup) -> float:
+    return float(setup.fields.get("learning_rate") or RATE)
 
 
-def _tasks(ground: Ground, base: Base) -> list[str]:
+def _tasks(setup: StudySetup, base: Base) -> list[str]:
     """Return the tasks asked for; else the ten, the study's own data in front."""
-    if not ground.values:
+    if not setup.values:
         if base.kind not in READERS:
             message = (
                 f"the ten tasks are texts with labels, and this model is of the kind {base.kind}; "
                 "name your own tasks: --values a.csv,b.csv"
             )
             raise ConfigError(message, code="wrong_kind", field="values")
-        return [ground.data, *[name for name in TEN if name != ground.data][: len(TEN) - 1]]
-    for name in ground.values:
+        return [setup.data, *[name for name in TEN if name != setup.data][: len(TEN) - 1]]
+    for name in setup.values:
         if name not in TASKS and not Path(name).exists():
             message = f"{name!r} is no task and no file{nearest(name, TASKS)} Tasks: {', '.join(TASKS)}"
             raise ConfigError(message, code="unknown_task", field="values")
-    if len(set(ground.values)) < 2:
+    if len(set(setup.values)) < 2:
         message = "a system of several tasks needs at least two after --values"
         raise ConfigError(message, code="wrong_value", field="values")
-    return list(dict.fromkeys(ground.values))
+    return list(dict.fromkeys(setup.values))
 
 
-def conclude(records: Sequence[Record], ground: Ground) -> Answer:
+def conclude(records: Sequence[Record], setup: StudySetup) -> Answer:
     """Return bytes, times and equality of the system; and whether each adapter has learnt its task."""
     system = next((r for r in records if r.arm.name == SYSTEM and r.numbers), None)
     tasks = by_arm(r for r in records if r.arm.name != SYSTEM)
-    metric = metric_of(records, ground)
+    metric = metric_of(records, setup)
     learnt = [found for name, own in tasks.items() if (found := _learnt(name, own, metric))]
     scores = replace(score_chart("multitask", tasks, metric, Message("axis.task")), name="multitask-scores")
     answer = Answer(
-        sentence=nothing_measured(ground).sentence if not tasks else Message("multitask.no_system"),
+        sentence=nothing_measured(setup).sentence if not tasks else Message("multitask.no_system"),
         findings=learnt,
         blanks=[(label, Message("answer.not_measured")) for label in LABELS],
         tables=[scores_table(tasks, metric)] if tasks else [],
         figures=[scores] if tasks else [],
-        method=Message("multitask.method_at", rate=_rate(ground)),
+        method=Message("multitask.method_at", rate=_rate(setup)),
     )
     if system is None:
         return answer

@@ -8,7 +8,7 @@ from loralab.studies.compare import compare_arms
 from loralab.studies.evidence import Metric, mean_of
 from loralab.studies.measures.cuts import MEASURE_CUTS, cut_figure, kept_at
 from loralab.studies.message import Message, sentences
-from loralab.studies.study import Answer, Arm, Ground, Record, nothing_measured
+from loralab.studies.study import Answer, Arm, Record, StudySetup, nothing_measured
 from loralab.studies.trained import BASE_ARM, MEASURE
 
 __all__ = ["MEASURE", "arms", "conclude"]
@@ -16,9 +16,9 @@ __all__ = ["MEASURE", "arms", "conclude"]
 RANKS = (2, 4, 8, 16, 32, 64)
 
 
-def arms(ground: Ground, base: Base) -> list[Arm]:
+def arms(setup: StudySetup, base: Base) -> list[Arm]:
     """Return one arm for each rank, alpha fixed at 16, and the base model; the largest rank is cut as well."""
-    ranks = [_rank(value) for value in ground.values] or list(RANKS)
+    ranks = [_rank(value) for value in setup.values] or list(RANKS)
     return [BASE_ARM, *(_arm(rank, is_cut=rank == max(ranks)) for rank in sorted(ranks))]
 
 
@@ -35,11 +35,11 @@ def _rank(value: str) -> int:
     return int(value)
 
 
-def conclude(records: Sequence[Record], ground: Ground) -> Answer:
+def conclude(records: Sequence[Record], setup: StudySetup) -> Answer:
     """Return the cheapest rank that is good enough, every rank's numbers, and the truncation curve."""
-    found = compare_arms(records, ground)
+    found = compare_arms(records, setup)
     if found is None:
-        return nothing_measured(ground)
+        return nothing_measured(setup)
     largest, runs = list(found.arms.items())[-1]
     chart = found.chart("rank", Message("axis.rank"), at=rank_of, log=True)
     return found.answer(

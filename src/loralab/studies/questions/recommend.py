@@ -33,7 +33,7 @@ from loralab.studies.halving import (
 from loralab.studies.message import Column, Message, Table, sentences
 from loralab.studies.ranking import claims, ranked
 from loralab.studies.search import loss_of
-from loralab.studies.study import Answer, Arm, Ground, Record
+from loralab.studies.study import Answer, Arm, Record, StudySetup
 from loralab.studies.trained import BASE, BASE_ARM, MEASURE
 from loralab.training.preflight import with_head
 
@@ -42,39 +42,39 @@ __all__ = ["MEASURE", "arms", "conclude", "walk"]
 LIKELY = 0.75  # probability of being better than the default, for what is recommended over it
 
 
-def arms(ground: Ground, base: Base) -> list[Arm]:
-    """Return as many candidates as `ground.values` says, drawn from all that this model can have."""
-    number = int(ground.values[0]) if ground.values else ETA ** (ROUNDS - 1)
-    able = [(name, fields) for name, fields in SHAPES if _possible(ground, fields, base)]
-    every = [with_factor(ground, Arm(name=name, fields=fields), factor) for name, fields in able for factor in RATES]
+def arms(setup: StudySetup, base: Base) -> list[Arm]:
+    """Return as many candidates as `setup.values` says, drawn from all that this model can have."""
+    number = int(setup.values[0]) if setup.values else ETA ** (ROUNDS - 1)
+    able = [(name, fields) for name, fields in SHAPES if _possible(setup, fields, base)]
+    every = [with_factor(setup, Arm(name=name, fields=fields), factor) for name, fields in able for factor in RATES]
     certain = [arm for arm in every if arm.name.startswith(FIRST)]
     others = [arm for arm in every if arm not in certain]
     order = np.random.default_rng(0).permutation(len(others))
     chosen = [*certain, *(others[i] for i in order)][:number]
-    return [BASE_ARM, default_arm(ground), *chosen]
+    return [BASE_ARM, default_arm(setup), *chosen]
 
 
-def _possible(ground: Ground, fields: Mapping[str, Any], base: Base) -> bool:
+def _possible(setup: StudySetup, fields: Mapping[str, Any], base: Base) -> bool:
     try:
-        method, _ = configured({**ground.fields, **fields})
+        method, _ = configured({**setup.fields, **fields})
         attach(base.model, with_head(method, base)).detach()
     except InputError:
         return False
     return True
 
 
-def conclude(records: Sequence[Record], ground: Ground) -> Answer:
+def conclude(records: Sequence[Record], setup: StudySetup) -> Answer:
     """Return the best of the finalists, beside the default, and which of the others it is not known to beat."""
     rounds = [r for r in records if "round" in r.numbers]
     candidates = [_rounds_table(rounds)] if rounds else []
-    found = compare_arms([r for r in records if "round" not in r.numbers], ground)
+    found = compare_arms([r for r in records if "round" not in r.numbers], setup)
     if found is None:
         return Answer(sentence=Message("recommend.nothing"), tables=candidates)
     found = replace(found, ranking=_decided(found))
     chosen = found.ranking.recommended
     of = Message("recommend.of", count=len({r.arm.name for r in rounds}))
     return found.answer(
-        sentence=sentences(of, found.recommendation, *_beside_default(found), _extrapolated(ground)),
+        sentence=sentences(of, found.recommendation, *_beside_default(found), _extrapolated(setup)),
         findings=[*found.over_base(list(found.arms)), *claims(found.ranking, found.metric)],
         tables=[scores_table(found.every, found.metric), *candidates],
         figures=[score_chart("recommend", found.every, found.metric, Message("axis.configuration"))],
@@ -115,10 +115,10 @@ def _beside_default(found: Comparison) -> list[Message]:
     return [Message("recommend.default", score=score), found.claim(chosen, DEFAULT).sentence]
 
 
-def _extrapolated(ground: Ground) -> Message | None:
+def _extrapolated(setup: StudySetup) -> Message | None:
     """Say that runs were shorter than the one which is recommended, where they were."""
-    steps = int(ground.fields["max_steps"])
-    whole = int(ground.values[1]) if len(ground.values) > 1 else steps
+    steps = int(setup.fields["max_steps"])
+    whole = int(setup.values[1]) if len(setup.values) > 1 else steps
     return None if steps >= whole else Message("recommend.extrapolated", steps=steps, whole=whole)
 
 

@@ -11,7 +11,7 @@ from loralab.studies.evidence import Metric, mean_of, score_column
 from loralab.studies.message import Chart, Column, Message, Table, clauses, names, sentences
 from loralab.studies.readings.sweep import Key, Sweep, named
 from loralab.studies.search import rounded
-from loralab.studies.study import Answer, Arm, Finding, Ground, Record, nothing_measured
+from loralab.studies.study import Answer, Arm, Finding, Record, StudySetup, nothing_measured
 from loralab.studies.trained import MEASURE
 from loralab.training.optim import usual_rate
 
@@ -24,12 +24,12 @@ USUAL = "alpha/r"
 Claims = Mapping[Key, Finding]
 
 
-def arms(ground: Ground, base: Base) -> list[Arm]:
+def arms(setup: StudySetup, base: Base) -> list[Arm]:
     """Return every scaling at every rank and learning rate, alpha fixed at 16.
 
     `--values` takes ranks, scalings or both; with a fixed rate there is that one alone.
     """
-    scalings, ranks = _wanted(ground)
+    scalings, ranks = _wanted(setup)
     return [
         Arm(
             name=f"{scaling}, r={rank}, {rate:.1e}",
@@ -38,37 +38,37 @@ def arms(ground: Ground, base: Base) -> list[Arm]:
         )
         for scaling in scalings
         for rank in ranks
-        for rate in _rates(ground)
+        for rate in _rates(setup)
     ]
 
 
-def _wanted(ground: Ground) -> tuple[list[str], list[int]]:
+def _wanted(setup: StudySetup) -> tuple[list[str], list[int]]:
     """Return the scalings and the ranks that were asked for; a value that is neither is an error."""
-    scalings = [value for value in dict.fromkeys(ground.values) if value in SCALINGS]
-    others = [value for value in dict.fromkeys(ground.values) if value not in SCALINGS]
+    scalings = [value for value in dict.fromkeys(setup.values) if value in SCALINGS]
+    others = [value for value in dict.fromkeys(setup.values) if value not in SCALINGS]
     for value in others:
         if not (value.isascii() and value.isdigit() and int(value) > 0):
             known = f"ranks, such as 4,64, and scalings ({', '.join(SCALINGS)})"
             message = f"--values of the study scaling are {known}; got {value!r}{nearest(value, SCALINGS)}"
             raise ConfigError(message, code="wrong_value", field="values")
-    usual = QUICK_RANKS if ground.quick else RANKS
+    usual = QUICK_RANKS if setup.quick else RANKS
     return scalings or list(SCALINGS), sorted(map(int, others or usual))
 
 
-def _rates(ground: Ground) -> list[float]:
+def _rates(setup: StudySetup) -> list[float]:
     usual = usual_rate(LoRA())
-    if ground.fixed_lr:
-        return [float(ground.fields.get("learning_rate", usual))]
-    return [rounded(usual * factor) for factor in (QUICK_FACTORS if ground.quick else FACTORS)]
+    if setup.fixed_lr:
+        return [float(setup.fields.get("learning_rate", usual))]
+    return [rounded(usual * factor) for factor in (QUICK_FACTORS if setup.quick else FACTORS)]
 
 
-def conclude(records: Sequence[Record], ground: Ground) -> Answer:
+def conclude(records: Sequence[Record], setup: StudySetup) -> Answer:
     """Return stability, speed and final score of each scaling, and how its best rate moves with rank."""
     sweep = Sweep.of(records)
-    found = _at_best_rates(sweep, ground)
+    found = _at_best_rates(sweep, setup)
     if found is None:
         runs = sum(sweep.diverged(scaling)[1] for scaling in sweep.scalings)
-        return Answer(sentence=Message("scaling.all_diverged", runs=runs)) if runs else nothing_measured(ground)
+        return Answer(sentence=Message("scaling.all_diverged", runs=runs)) if runs else nothing_measured(setup)
     claims = _claims(sweep, found)
     sentence = sentences(_conclusion(sweep, claims), _drifts(sweep))
     return found.answer(
@@ -87,11 +87,11 @@ def conclude(records: Sequence[Record], ground: Ground) -> Answer:
     )
 
 
-def _at_best_rates(sweep: Sweep, ground: Ground) -> Comparison | None:
+def _at_best_rates(sweep: Sweep, setup: StudySetup) -> Comparison | None:
     """Compare every scaling and rank, each at its own best rate; the usual scaling first among equals."""
     order = sorted(sweep.measured, key=lambda key: (key[1], key[0] != USUAL))
     cost = {sweep.arm(key): float(place) for place, key in enumerate(order)}
-    return compare_arms([run for key in sweep.measured for run in sweep.at_best(key)], ground, cost=cost)
+    return compare_arms([run for key in sweep.measured for run in sweep.at_best(key)], setup, cost=cost)
 
 
 def _claims(sweep: Sweep, found: Comparison) -> dict[Key, Finding]:
@@ -211,13 +211,13 @@ def _table(sweep: Sweep, metric: Metric) -> Table:
     )
     target = sweep.target()
     return Table(
-        title=Message("scaling.table"), columns=columns, rows=[_row(sweep, key, metric, target) for key in sweep.cells]
+        title=Message("scaling.table"), columns=columns, rows=[_row(sweep, key, metric, target) for key in sweep.trials]
     )
 
 
 def _row(sweep: Sweep, key: Key, metric: Metric, target: float) -> dict[str, Any]:
     """Return a row of the table; where every rate diverged, it lacks what only a run to the end has."""
-    lost = [rate for rate in sorted(sweep.cells[key]) if rate not in sweep.ended(key)]
+    lost = [rate for rate in sorted(sweep.trials[key]) if rate not in sweep.ended(key)]
     row: dict[str, Any] = {"scaling": key[0], "rank": key[1], "factor": LoRA(rank=key[1], scaling=key[0]).factor}
     row["diverged_rates"] = _listed(lost) if lost else None
     if runs := sweep.at_best(key):
@@ -234,15 +234,15 @@ def _row(sweep: Sweep, key: Key, metric: Metric, target: float) -> dict[str, Any
 
 def _charts(sweep: Sweep) -> list[Chart]:
     """Return final losses (a run that diverged has none), where the best rates lie, and the curves at these."""
-    rate, cell, loss = Message("axis.rate"), Message("axis.scaling_and_rank"), Message("column.validation_loss")
+    rate, trial, loss = Message("axis.rate"), Message("axis.scaling_and_rank"), Message("column.validation_loss")
     losses = [{"x": f"{x:.1e}", "y": named(key), "value": value} for key, x, value in sweep.losses]
     lines = [{"arm": named(key), "x": x, "y": value} for key, x, value in sweep.losses if value is not None]
     steps = [{"arm": named(key), "x": n + 1, "y": y} for key in sweep.measured for n, y in enumerate(sweep.curve(key))]
-    shape = {"digits": ".3f", "height": max(160, 34 * len(sweep.cells))}
-    curve_axes = (Message("axis.step"), Message("axis.smoothed_loss"), cell)
+    shape = {"digits": ".3f", "height": max(160, 34 * len(sweep.trials))}
+    curve_axes = (Message("axis.step"), Message("axis.smoothed_loss"), trial)
     charts = [
-        Chart("heat", "scaling-losses", Message("scaling.losses_chart"), losses, rate, cell, loss, shape),
-        Chart("lines", "scaling-rates", Message("scaling.rates_chart"), lines, rate, loss, cell, {"log_x": True}),
+        Chart("heat", "scaling-losses", Message("scaling.losses_chart"), losses, rate, trial, loss, shape),
+        Chart("lines", "scaling-rates", Message("scaling.rates_chart"), lines, rate, loss, trial, {"log_x": True}),
     ]
     if steps:
         title, options = Message("scaling.curves_chart"), {"chance": sweep.target()}

@@ -12,7 +12,7 @@ from loralab.studies.measures.updates import MEASURE_UPDATES, REFERENCE, layers_
 from loralab.studies.message import Column, Message, Table, sentences
 from loralab.studies.places import ALL, CHOICES, advised, choices, require_choice, singles
 from loralab.studies.ranking import FLOOR, Arms, claims, leader, next_step, open_rivals, parameters
-from loralab.studies.study import Answer, Arm, Finding, Ground, Record, nothing_measured
+from loralab.studies.study import Answer, Arm, Finding, Record, StudySetup, nothing_measured
 from loralab.studies.trained import BASE_ARM, MEASURE
 
 __all__ = ["MEASURE", "arms", "conclude"]
@@ -23,27 +23,27 @@ BUDGET_TOLERANCE = 0.1  # share of the budget by which an arm may miss it
 SMALLEST, VALUE, CEILING = (Message(f"targets.{name}") for name in ("smallest", "value", "ceiling"))
 
 
-def arms(ground: Ground, base: Base) -> list[Arm]:
+def arms(setup: StudySetup, base: Base) -> list[Arm]:
     """Return each choice with rank 8, and with the rank that trains as much as all-linear does with 8.
 
     Where a choice cannot hold that many, the budget is what the smallest of them can.
     """
-    chosen = _chosen(ground, base)
+    chosen = _chosen(setup, base)
     equal_rank = [_arm(name, RANK, targets) for name, targets in chosen.items()]
-    equal_size = _at_budget(base, chosen, {} if ground.quick or ground.values else singles(base.model))
+    equal_size = _at_budget(base, chosen, {} if setup.quick or setup.values else singles(base.model))
     distinct = {arm.name: arm for arm in (*equal_rank, *equal_size)}
     updates = Arm(name=UPDATES, options={"measure": MEASURE_UPDATES}, tuned=False, plain=True)
     return [BASE_ARM, *distinct.values(), updates]
 
 
-def _chosen(ground: Ground, base: Base) -> dict[str, Any]:
+def _chosen(setup: StudySetup, base: Base) -> dict[str, Any]:
     """Return the choices to compare; all-linear is always one, and the last."""
     able = choices(base.model)
-    for value in ground.values:
+    for value in setup.values:
         require_choice(value, base.name, able)
     if ALL not in able:
         raise ConfigError(f"{base.name} has no linear layers outside its head", code="no_linear_layers", field="model")
-    return {name: able[name] for name in able if name in (*(ground.values or able), ALL)}
+    return {name: able[name] for name in able if name in (*(setup.values or able), ALL)}
 
 
 def _arm(name: str, rank: int, targets: Any) -> Arm:
@@ -76,11 +76,11 @@ def _capacity(base: Base, fields: Fields) -> int:
     return trained_parameters(base, {**fields, "rank": largest_rank(base, fields)})
 
 
-def conclude(records: Sequence[Record], ground: Ground) -> Answer:
+def conclude(records: Sequence[Record], setup: StudySetup) -> Answer:
     """Return who stands first at equal budget and at equal rank, and the three blanks."""
-    found = compare_arms(records, ground)
+    found = compare_arms(records, setup)
     if found is None:
-        return nothing_measured(ground, (SMALLEST, VALUE, CEILING))
+        return nothing_measured(setup, (SMALLEST, VALUE, CEILING))
     by_rank, by_size = families(records, found.arms)
     tables = {name: rows for r in records if r.arm.name == UPDATES for name, rows in r.tables.items()}
     usual = found.answer()

@@ -14,7 +14,7 @@ from loralab.studies.measures.updates import REFERENCE
 from loralab.studies.message import Message, clauses, sentences
 from loralab.studies.places import ALL, CHOICES, advised, choices, require_choice
 from loralab.studies.ranking import claims, leader, open_rivals, parameters
-from loralab.studies.study import Answer, Arm, Finding, Ground, Record, nothing_measured
+from loralab.studies.study import Answer, Arm, Finding, Record, StudySetup, nothing_measured
 from loralab.studies.trained import MEASURE
 from loralab.training.optim import usual_rate
 
@@ -28,7 +28,7 @@ ARCHITECTURE, LAYERS, PERFORMANCE, PLAN = (
 )
 
 
-def arms(ground: Ground, base: Base) -> list[Arm]:
+def arms(setup: StudySetup, base: Base) -> list[Arm]:
     """Return a linear probe, LoRA by choice of layers, a full fine-tune; what the model is made of."""
     if base.kind != "image-classification":
         raise ConfigError(
@@ -38,36 +38,36 @@ def arms(ground: Ground, base: Base) -> list[Arm]:
             field="model",
         )
     able = choices(base.model)
-    for value in ground.values:
+    for value in setup.values:
         require_choice(value, base.name, able)
-    wanted = ground.values or (SHORT if ground.quick else CHOICES)
+    wanted = setup.values or (SHORT if setup.quick else CHOICES)
     fields = {name: REFERENCE if name == ALL else {**REFERENCE, "target_modules": able[name]} for name in able}
     return [
         Arm(name=PROBE, fields={"method": PROBE}),
         *(Arm(name=f"{name} r={RANK}", fields=fields[name]) for name in able if name in wanted),
-        _full(ground),
+        _full(setup),
         Arm(name=ANATOMY, options={"measure": MEASURE_ANATOMY}, tuned=False, plain=True),
     ]
 
 
-def _full(ground: Ground) -> Arm:
+def _full(setup: StudySetup) -> Arm:
     """Return the full fine-tune; quick rates all lie above its usual one, so there it keeps that."""
     fields: dict[str, Any] = {"method": FULL}
-    if ground.quick and not ground.fixed_lr:
+    if setup.quick and not setup.fixed_lr:
         fields["learning_rate"] = usual_rate(FullFineTune())
     return Arm(name=FULL, fields=fields)
 
 
-def conclude(records: Sequence[Record], ground: Ground) -> Answer:
+def conclude(records: Sequence[Record], setup: StudySetup) -> Answer:
     """Return whether LoRA beats the probe, which layers it needs, and how far the full fine-tune is."""
-    found = compare_arms(records, ground, aside=(PROBE, FULL), floor=PROBE)
+    found = compare_arms(records, setup, aside=(PROBE, FULL), floor=PROBE)
     tables = {name: rows for r in records if r.arm.name == ANATOMY for name, rows in r.tables.items()}
     anatomy, architecture = anatomy_table(tables), (ARCHITECTURE, likeness(tables))
     if found is None:
-        empty = nothing_measured(ground, (LAYERS, PERFORMANCE, PLAN))
+        empty = nothing_measured(setup, (LAYERS, PERFORMANCE, PLAN))
         return replace(empty, tables=anatomy, blanks=[architecture, *empty.blanks])
     findings, layers = _findings(found), _layers(found)
-    rate = usual_rate(FullFineTune()) if ground.quick and not ground.fixed_lr else None
+    rate = usual_rate(FullFineTune()) if setup.quick and not setup.fixed_lr else None
     return found.answer(
         sentence=sentences(_against(found), layers),
         findings=findings,
@@ -75,7 +75,7 @@ def conclude(records: Sequence[Record], ground: Ground) -> Answer:
             architecture,
             (LAYERS, layers),
             (PERFORMANCE, _performance(found)),
-            (PLAN, _plan(found, findings, ground)),
+            (PLAN, _plan(found, findings, setup)),
         ],
         tables=[*anatomy, *found.answer().tables],
         figures=[score_chart("vision", found.every, found.metric, Message("axis.trained_part"))],
@@ -133,10 +133,10 @@ def _findings(found: Comparison) -> list[Finding]:
     return [*across, *claims(found.ranking, found.metric)]
 
 
-def _plan(found: Comparison, findings: Sequence[Finding], ground: Ground) -> Message:
+def _plan(found: Comparison, findings: Sequence[Finding], setup: StudySetup) -> Message:
     """Say the next experiment: what this one leaves open, and what it would take."""
     undecided = [Message("vision.settle", claim=f.sentence) for f in findings if f.verdict == "undecided"]
-    longer = Message("vision.longer", steps=max(100, 4 * int(ground.fields.get("max_steps", 0))))
+    longer = Message("vision.longer", steps=max(100, 4 * int(setup.fields.get("max_steps", 0))))
     steps = [_next(found), *undecided[:1], longer, Message("vision.own_pictures")]
     return sentences(*(Message("vision.plan_step", number=i + 1, step=step) for i, step in enumerate(steps)))
 

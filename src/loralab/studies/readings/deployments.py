@@ -12,7 +12,7 @@ from loralab.studies.evidence import SEED, Metric, metric_of
 from loralab.studies.measures.deployed import DENSE, LOOPED, MERGED, SEVERAL, UNMERGED
 from loralab.studies.message import Message
 from loralab.studies.statistics import difference
-from loralab.studies.study import Ground, Record
+from loralab.studies.study import Record, StudySetup
 from loralab.studies.timing import Overhead, overhead
 
 Way = tuple[str, str]  # the arm that holds it, and the variant
@@ -46,7 +46,7 @@ class Deployed:
 
     @property
     def smaller(self) -> list[Way]:
-        """Return the models made smaller, which stand in cells of their own."""
+        """Return the models made smaller, which stand in trials of their own."""
         return [way for way in self.ways if self.control[way[0]][1] == DENSE]
 
     @property
@@ -144,7 +144,7 @@ class Deployed:
         return (best, batch, gain) if math.isfinite(gain) else None
 
 
-def deployed_of(records: Sequence[Record], ground: Ground) -> Deployed:
+def deployed_of(records: Sequence[Record], setup: StudySetup) -> Deployed:
     """Return what the records hold; nothing where nothing was timed."""
     timed = [record for record in records if record.tables.get("latency")]
     times: Times = {}
@@ -163,7 +163,7 @@ def deployed_of(records: Sequence[Record], ground: Ground) -> Deployed:
         items={(r.arm.name, name): values for r in timed for name, values in r.items.items()},
         refused={row["variant"]: row["reason"] for r in timed for row in r.tables.get("refused", ())},
         numbers={name: value for r in timed for name, value in r.numbers.items()},
-        metric=metric_of(timed or records, ground),
+        metric=metric_of(timed or records, setup),
         unit=next((r.texts["unit"] for r in timed if "unit" in r.texts), "token"),
     )
 

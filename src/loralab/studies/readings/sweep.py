@@ -25,7 +25,7 @@ def named(key: Key) -> str:
 class Sweep:
     """The records of a sweep by (scaling, rank) and learning rate; those that never ran left out."""
 
-    cells: Mapping[Key, Mapping[float, Sequence[Record]]]
+    trials: Mapping[Key, Mapping[float, Sequence[Record]]]
 
     @staticmethod
     def of(records: Sequence[Record]) -> "Sweep":
@@ -37,26 +37,26 @@ class Sweep:
                 key = (str(fields["scaling"]), int(fields["rank"]))
                 rate = float(fields["learning_rate"])
                 found.setdefault(key, {}).setdefault(rate, []).append(record)
-        return Sweep(cells=found)
+        return Sweep(trials=found)
 
     @property
     def scalings(self) -> list[str]:
         """Return them in the order of their first run."""
-        return list(dict.fromkeys(scaling for scaling, _ in self.cells))
+        return list(dict.fromkeys(scaling for scaling, _ in self.trials))
 
     @property
     def ranks(self) -> list[int]:
         """Return them, rising."""
-        return sorted({rank for _, rank in self.cells})
+        return sorted({rank for _, rank in self.trials})
 
     @property
     def rates(self) -> list[float]:
         """Return them, rising."""
-        return sorted({rate for own in self.cells.values() for rate in own})
+        return sorted({rate for own in self.trials.values() for rate in own})
 
     def ended(self, key: Key) -> dict[float, Sequence[Record]]:
         """Return the rates at which no seed diverged, rising."""
-        own = self.cells.get(key, {})
+        own = self.trials.get(key, {})
         return {
             rate: own[rate]
             for rate in sorted(own)
@@ -71,12 +71,12 @@ class Sweep:
     @property
     def measured(self) -> list[Key]:
         """Return the scalings and ranks that have a best rate."""
-        return [key for key in self.cells if self.best(key) is not None]
+        return [key for key in self.trials if self.best(key) is not None]
 
     def at_best(self, key: Key) -> Sequence[Record]:
         """Return the runs at the best rate; none where every rate diverged."""
         rate = self.best(key)
-        return () if rate is None else self.cells[key][rate]
+        return () if rate is None else self.trials[key][rate]
 
     def arm(self, key: Key) -> str:
         """Return the arm of a scaling and rank at its best rate."""
@@ -84,11 +84,11 @@ class Sweep:
 
     @property
     def losses(self) -> list[tuple[Key, float, float | None]]:
-        """Return (key, rate, validation loss) of every cell; None where it diverged."""
-        ended = {key: self.ended(key) for key in self.cells}
-        cells = [(key, rate) for key, own in self.cells.items() for rate in sorted(own)]
+        """Return (key, rate, validation loss) of every trial; None where it diverged."""
+        ended = {key: self.ended(key) for key in self.trials}
+        trials = [(key, rate) for key, own in self.trials.items() for rate in sorted(own)]
         return [
-            (k, rate, mean_of(ended[k][rate], "validation_loss") if rate in ended[k] else None) for k, rate in cells
+            (k, rate, mean_of(ended[k][rate], "validation_loss") if rate in ended[k] else None) for k, rate in trials
         ]
 
     def at_edge(self, key: Key) -> bool:
@@ -128,21 +128,21 @@ class Sweep:
     def common(self, scaling: str) -> float | None:
         """Return the rate of the lowest mean validation loss of those that serve every rank."""
         losses = {
-            rate: math.fsum(mean_of(self.cells[scaling, rank][rate], "validation_loss") for rank in self.ranks)
+            rate: math.fsum(mean_of(self.trials[scaling, rank][rate], "validation_loss") for rank in self.ranks)
             for rate in self.serving(scaling)[1]
         }
         return min(losses, key=lambda rate: losses[rate], default=None)
 
     def diverged(self, scaling: str) -> tuple[int, int]:
         """Count (runs that diverged, runs)."""
-        own = [r for key, rates in self.cells.items() if key[0] == scaling for runs in rates.values() for r in runs]
+        own = [r for key, rates in self.trials.items() if key[0] == scaling for runs in rates.values() for r in runs]
         return sum(r.status == DIVERGED for r in own), len(own)
 
     def worst(self, scaling: str) -> float:
         """Return the highest validation loss of all rates and ranks that ended."""
         losses = [
             mean_of(runs, "validation_loss")
-            for key in self.cells
+            for key in self.trials
             if key[0] == scaling
             for runs in self.ended(key).values()
         ]
@@ -152,7 +152,7 @@ class Sweep:
         """Return (mean loss of the first three steps of all runs, lowest smoothed loss that one ends at)."""
         curves = [
             r.series["loss"]
-            for own in self.cells.values()
+            for own in self.trials.values()
             for runs in own.values()
             for r in runs
             if len(r.series.get("loss", ())) >= 3 and r.status == DONE
