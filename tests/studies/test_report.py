@@ -20,7 +20,7 @@ from loralab.studies.message import Column, Message, Table
 from loralab.studies.questions import grid
 from loralab.studies.report import both, markdown_table, page
 from loralab.studies.section import section
-from loralab.studies.study import StudyOptions, StudySetup, Trial
+from loralab.studies.study import Arm, Record, StudyOptions, StudySetup, Trial
 from loralab.studies.wording import LANGUAGES, say
 
 
@@ -162,6 +162,16 @@ def test_hostile_names_stay_text() -> None:
     assert str(both(evil)).startswith("&lt;")
     command = apply_command(setup, {"rank": 4}, records)
     assert f"'{evil}'" in command
+
+
+def test_an_arm_that_names_no_method_is_lora_and_lends_its_rate() -> None:
+    records = [
+        Record(arm=Arm(name=f"r={rank}", fields={"rank": rank}), seed=0, rate=rate, items={"score": [1.0]})
+        for rank, rate in ((4, 1e-3), (8, 2e-3))
+    ]
+    setup = StudySetup(study="mine", model="m", data="d")
+    assert "--learning-rate 0.002" in apply_command(setup, {"rank": 8}, records)
+    assert "--learning-rate" not in apply_command(setup, {"method": "ia3"}, records)
 
 
 def test_a_table_in_markdown_keeps_its_columns() -> None:

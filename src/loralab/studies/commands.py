@@ -66,7 +66,7 @@ def apply_command(setup: StudySetup, advice: Mapping[str, Any], own: Sequence[Re
 
 def rate_for(advice: Mapping[str, Any], own: Sequence[Record]) -> float | None:
     """Return the learning rate of the measured arm that is nearest to the advised fields."""
-    rated = [r for r in own if r.rate and r.arm.fields.get("method") == advice.get("method", "lora")]
+    rated = [r for r in own if r.rate and r.arm.fields.get("method", "lora") == advice.get("method", "lora")]
     return nearest_to(advice, rated).rate if rated else None
 
 
