@@ -14,7 +14,7 @@ import torch
 from loralab.adapters.attach import attach
 from loralab.adapters.methods import LoRA
 from loralab.artefacts.export import export
-from loralab.models.catalog import MODELS, locate
+from loralab.models.catalog import MODELS
 from loralab.models.load import load
 
 LLAMA = os.environ.get("LORALAB_LLAMA_PYTHON", "")
@@ -94,7 +94,7 @@ def ours(model: Any, prompts: list[list[int]]) -> list[tuple[list[int], torch.Te
 @pytest.mark.slow
 @pytest.mark.skipif(not LLAMA, reason="LORALAB_LLAMA_PYTHON names no Python that has xllamacpp")
 def test_llama_cpp_computes_what_our_model_does(tmp_path: Path) -> None:
-    packaged = locate(MODELS["smollm2-135m"])
+    packaged = MODELS["smollm2-135m"].locate()
     assert packaged is not None
     file, base = unpacked(packaged, tmp_path / "base.gguf"), load("smollm2-135m")
     prompts = [base.tokenizer(text)["input_ids"] for text in TEXTS]

@@ -82,7 +82,7 @@ class Tally:
         return "\n".join(lines)
 
 
-class StudySetup:
+class Ground:
     """A tiny model, its rows, and adapters trained on them, in a folder for all cases."""
 
     def __init__(self, root: Path, model: Path, data: Path) -> None:
@@ -112,7 +112,7 @@ class Case:
     resume: Sequence[object] = ("--resume",)
     starved = False
 
-    def __init__(self, ground: StudySetup) -> None:
+    def __init__(self, ground: Ground) -> None:
         self.ground = ground
         self.whole = ground.root / self.name / "whole"
         self.whole.mkdir(parents=True)
@@ -308,7 +308,7 @@ class Jobs(Train):
         return self.command_of(self.ground, place / "jobs")
 
     @staticmethod
-    def command_of(ground: StudySetup, output: Path) -> list[object]:
+    def command_of(ground: Ground, output: Path) -> list[object]:
         """Into any folder."""
         file = ground.root / "jobs.toml"
         if not file.is_file():
