@@ -23,7 +23,7 @@ Here = Callable[[StudySetup, Path], list[Record]]
 
 @pytest.fixture(scope="session")
 def noise_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Texts whose labels are coins: nothing can be learnt that holds on other rows."""
+    """Write texts whose labels are coins: nothing can be learnt that holds on other rows."""
     draw = random.Random(0)
     words = ["good", "bad", "fine", "poor", "great", "awful", "film", "the", "a"]
     lines = ["text,label"]
@@ -37,7 +37,7 @@ def noise_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def here() -> Here:
-    """All records of a study, measured in this process."""
+    """Return all records of a study, measured in this process."""
 
     def run(setup: StudySetup, folder: Path) -> list[Record]:
         arms, invalid, _ = prepare(setup, None)
@@ -59,7 +59,7 @@ def here() -> Here:
 
 
 def setup_of(study: str, model: Path, data: Path, **changes: object) -> StudySetup:
-    """A tiny setup."""
+    """Return a tiny setup."""
     fields = {"max_steps": 6, "batch_size": 8, "precision": "fp32", "max_length": 64}
     fields |= changes.pop("fields", {})  # type: ignore[arg-type]
     given = {
@@ -73,7 +73,7 @@ def setup_of(study: str, model: Path, data: Path, **changes: object) -> StudySet
 
 
 def planted(name: str, scores: Sequence[float], seeds: int = 3, **fields: object) -> list[Record]:
-    """Records of an arm whose rows score like this for every seed, but for a little noise."""
+    """Return records of an arm whose rows score like this for every seed, but for a little noise."""
     draw = random.Random(name)
     return [
         Record(

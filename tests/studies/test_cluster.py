@@ -136,7 +136,7 @@ def ended_well(*arguments: object) -> str:
 
 
 def files(folder: Path) -> set[str]:
-    """All files of a study's trials."""
+    """Return all files of a study's trials."""
     return {str(file.relative_to(folder)) for file in (folder / "runs").rglob("*")}
 
 

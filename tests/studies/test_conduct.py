@@ -104,7 +104,7 @@ def test_a_study_goes_on_with_the_rows_and_the_base_that_it_was_begun_with(
     setup = setup_of("rank", model, data)
 
     def told(own: Session, job: dict[str, Any]) -> Any:
-        """What a worker would say."""
+        """Yield what a worker would say."""
         arms, invalid, facts = prepare(setup, [Arm(name="a", fields={"rank": 1})])
         yield {"kind": "arms", "arms": arms, "invalid": invalid, "facts": facts}
 
@@ -193,7 +193,7 @@ def test_more_time_means_more_candidates_and_never_less_than_three() -> None:
 
 @pytest.fixture(scope="module")
 def easy_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Texts whose label is their first word."""
+    """Write texts whose label is their first word."""
     draw = random.Random(0)
     words = ["fine", "poor", "great", "film", "the", "a"]
     lines = ["text,label"]
@@ -255,7 +255,7 @@ def test_a_study_of_objects_finds_them_in_its_folder(
     setups: list[StudySetup] = []
 
     def told(own: Session, job: dict[str, Any]) -> Any:
-        """What a worker would say."""
+        """Yield what a worker would say."""
         setups.append(StudySetup.of(job["ground"]))
         arms, invalid, facts = prepare(setups[-1], [Arm(name="a", fields={"rank": 1})])
         yield {"kind": "arms", "arms": arms, "invalid": invalid, "facts": facts}
@@ -304,7 +304,7 @@ WORDS = {"vision": "the pictures are not here; get them with: X", "merge": "the 
 
 @pytest.fixture
 def partly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """Workers that can prepare all questions but two, and runs that leave nothing; what was told, in order."""
+    """Fake workers that prepare all questions but two, and runs that leave nothing; return what was told."""
     seen: list[dict[str, Any]] = []
 
     def told(own: Session, job: dict[str, Any]) -> Any:

@@ -25,7 +25,7 @@ from loralab.studies.wording import LANGUAGES, say
 
 
 def asked_by(command: str) -> tuple[str, StudyOptions, dict[str, str]]:
-    """What a command asks for, flag by flag."""
+    """Parse what a command asks for, flag by flag."""
     words = shlex.split(command)
     given: dict[str, Any] = {}
     mapping = {}
@@ -72,7 +72,7 @@ def test_the_command_that_repeats_a_study_asks_for_the_same(name: str, own: dict
 
 @pytest.fixture(scope="module")
 def outcome(here: Here, tiny_bert_folder: Path, noise_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
-    """Of a study with its report, only to be read."""
+    """Return a study with its report, only to be read."""
     folder = tmp_path_factory.mktemp("study")
     setup = setup_of("rank", tiny_bert_folder, noise_file, values=("1", "2"), seeds=1, quick=True)
     here(setup, folder)
@@ -81,7 +81,7 @@ def outcome(here: Here, tiny_bert_folder: Path, noise_file: Path, tmp_path_facto
 
 @pytest.fixture
 def study_folder(outcome: Outcome) -> Path:
-    """Its folder."""
+    """Return its folder."""
     return outcome.folder
 
 

@@ -271,7 +271,7 @@ def test_the_commands_that_an_error_proposes_can_be_typed(tmp_path: Path) -> Non
 
 
 def worker_of(process: "subprocess.Popen[str]", folder: Path) -> Worker:
-    """Some process in the worker's place."""
+    """Put some process in the worker's place."""
     worker = Worker(folder / "log")
     worker._process = process
     return worker

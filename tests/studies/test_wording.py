@@ -26,7 +26,7 @@ def specs_of(template: str) -> set[str]:
 
 
 def patterns() -> set[str]:
-    """Every text of the sources that may be a key, as an expression; what is computed stands for anything."""
+    """Return every text of the sources that may be a key, as an expression; what is computed stands for anything."""
     found = set()
     for file in [*STUDIES.rglob("*.py"), *STUDIES.glob("*.j2")]:
         source = file.read_text(encoding="utf-8")

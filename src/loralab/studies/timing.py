@@ -71,7 +71,7 @@ def _synchronize() -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Overhead:
-    """How much longer one way takes than another.
+    """The time that one way takes beyond another.
 
     Attributes:
         share: of the other's time, the median over trials.

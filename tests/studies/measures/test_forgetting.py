@@ -38,7 +38,7 @@ WORDS = ["good", "bad", "fine", "poor", "great", "awful", "film"]
 
 @pytest.fixture(scope="module")
 def general_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Plain text of words that the sums do not have."""
+    """Write plain text of words that the sums do not have."""
     draw = random.Random(1)
     file = tmp_path_factory.mktemp("general") / "general.txt"
     lines = {" ".join(draw.choices(["film", "the", "a"], k=5 + n % 5)) for n in range(120)}
@@ -48,7 +48,7 @@ def general_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def labelled_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Texts of another task: their label is their first word."""
+    """Write texts of another task: their label is their first word."""
     draw = random.Random(2)
     rows = [(draw.choice(["good", "bad"]), " ".join(draw.choices(WORDS, k=3)), n) for n in range(300)]
     file = tmp_path_factory.mktemp("labelled") / "other.csv"
@@ -70,7 +70,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def loss_by_hand(base: Base, texts: list[str]) -> float:
-    """Every text alone, each token but the first predicted from those before it."""
+    """Return the loss of every text alone, each token but the first predicted from those before it."""
     total, count = 0.0, 0
     for text in texts:
         ids = torch.tensor([[*base.tokenizer(text)["input_ids"], base.tokenizer.eos_token_id]])
@@ -82,7 +82,7 @@ def loss_by_hand(base: Base, texts: list[str]) -> float:
 
 
 def train_by_hand(base: Base, file: Path, rate: float, steps: int = 20) -> None:
-    """A few steps on the rows of a file."""
+    """Take a few steps on the rows of a file."""
     parameters = [p for p in base.model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(parameters, lr=rate)
     examples = find(str(file)).encode(base.tokenizer, "train", kind=base.kind)[:16]

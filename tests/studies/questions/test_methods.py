@@ -44,7 +44,7 @@ def arm(name: str, scores: list[int], budget: str | None = "r=8", **fields: obje
 
 
 def timed(ways: dict[tuple[str, str], tuple[float, float]], noise: float = 0.001) -> Record:
-    """A record of passes that take so many times a base of 10 and 200 ms."""
+    """Return a record of passes that take so many times a base of 10 and 200 ms."""
     draw = random.Random(0)
     rows = [
         {
@@ -270,7 +270,7 @@ def test_nothing_measured_and_nothing_timed_are_said() -> None:
 
 
 def test_passes_are_those_of_the_variants() -> None:
-    """The model in each way computes what the way says, and is itself again afterwards."""
+    """Compute in each way what the way says, and leave the model itself afterwards."""
     model = base(tiny.llama())
     variants: dict[str, Any] = {"lora": {"method": "lora", "rank": 2}, "p": {"method": "prefix"}}
     ways, refused = passes.ways_of(model, {**variants, "b": {"method": "bitfit"}})

@@ -17,7 +17,7 @@ TRUE_RANK, WIDTH, TEST_ROWS = 4, 16, 120
 
 
 def fitted(width: int, seed: int) -> Record:
-    """A layer whose true update has rank 4 and equal singular values, learnt at another rank."""
+    """Return a layer whose true update has rank 4 and equal singular values, learnt at another rank."""
     draw = torch.Generator().manual_seed(seed)
     base = nn.Linear(WIDTH, WIDTH, bias=False)
     fixed = torch.Generator().manual_seed(9)  # the same update for every rank and seed

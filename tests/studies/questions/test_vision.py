@@ -34,7 +34,7 @@ CONFIG = {
 
 @pytest.fixture(scope="module")
 def eyes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny DINOv2 without a head."""
+    """Return a tiny DINOv2 without a head."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("eyes")
     Dinov2Model(Dinov2Config(**CONFIG)).save_pretrained(folder)
