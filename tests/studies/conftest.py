@@ -6,7 +6,9 @@ from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from loralab.studies import store
 from loralab.studies.figures import drawn
@@ -33,6 +35,18 @@ def noise_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("noise") / "noise.csv"
     file.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return file
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Draw dark and light pictures in folders of that name."""
+    folder, draw = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    for name, level in (("dark", 40), ("light", 200)):
+        (folder / name).mkdir()
+        for number in range(60):
+            noise = draw.integers(0, 50, (28, 28, 3)) + level
+            Image.fromarray(noise.astype(np.uint8)).save(folder / name / f"{number}.png")
+    return folder
 
 
 @pytest.fixture(scope="session")

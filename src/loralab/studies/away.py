@@ -24,7 +24,7 @@ from loralab.studies.forked import Worker, ended
 from loralab.studies.study import Trial
 
 LOG_BYTES = 4000  # of what was printed that come back with a trial that failed
-PREFIX = "loralab-cell-"
+PREFIX = "loralab-trial-"
 
 
 @dataclass(frozen=True, kw_only=True)

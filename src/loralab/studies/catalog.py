@@ -65,7 +65,7 @@ STUDIES: dict[str, Question] = {
         seeds=1,
         fields={"learning_rate": 1e-3},  # twice the usual one: the runs are short
     ),
-    "memory": Question(races=False, number="Q7", model=WRITER, steps=(10, 3), batch_size=12, rows=(4, 2), seeds=3),
+    "memory": Question(races=False, number="Q7", model=WRITER, steps=(10, 3), batch_size=12, rows=(4, 2)),
     "inference": Question(
         races=False,
         number="Q8",
@@ -80,13 +80,7 @@ STUDIES: dict[str, Question] = {
     "methods": Question(number="Q10"),
     "adaptive": Question(number="Q11"),
     "vision": Question(
-        number="Q12",
-        model=VISION,
-        data=(CLOTHES, DIGITS),
-        steps=(100, 24),
-        batch_size=16,
-        rows=(400, 150),
-        fields={"image_size": 70},
+        number="Q12", model=VISION, data=(CLOTHES, DIGITS), steps=(100, 24), rows=(400, 150), fields={"image_size": 70}
     ),
 }
 

@@ -202,7 +202,7 @@ def received(trial: Trial, back: RemoteResult, place: Path, log: Path) -> Record
     """
     if back.log:
         with log.open("a", encoding="utf-8") as file:
-            file.write(f"node {back.node}, cell {trial.digest}:\n{back.log}\n")
+            file.write(f"node {back.node}, trial {trial.digest}:\n{back.log}\n")
     if back.record:
         _unpack(back, place)
         found = store.read(place.parent.parent, trial)

@@ -130,13 +130,13 @@ def heat(
         y=alt.Y("y:O", title=y, sort=lines_, axis=alt.Axis(labelLimit=150)),
         tooltip=["x:N", "y:N", alt.Tooltip("value:Q", format=".4g")],
     )
-    trials = base.mark_rect().encode(color=alt.Color("value:Q", title=by, scale=alt.Scale(scheme="viridis")))
+    cells = base.mark_rect().encode(color=alt.Color("value:Q", title=by, scale=alt.Scale(scheme="viridis")))
     middle = _middle([float(row["value"]) for row in rows if row["value"] is not None])
     text = base.mark_text(fontSize=11).encode(
         text=alt.Text("value:Q", format=digits),
         color=alt.condition(f"datum.value > {middle}", alt.value("#111"), alt.value("#fff")),
     )
-    return alt.layer(trials, *([text] if numbers else [])).properties(height=height)
+    return alt.layer(cells, *([text] if numbers else [])).properties(height=height)
 
 
 def scatter(rows: Rows, *, x: str, y: str, log_x: bool = False, percent: bool = False) -> Any:

@@ -53,7 +53,7 @@ def prepare(setup: StudySetup, given: Sequence[Arm] | None) -> tuple[list[dict[s
             code="few_arms",
             field="values",
         )
-    invalid = {arm.name: reason for arm in arms if (reason := _invalid(setup, arm, base))}
+    invalid = {arm.name: reason for arm in arms if (reason := reason_invalid(setup, arm, base))}
     return [asdict(arm) for arm in arms], invalid, facts
 
 
@@ -79,7 +79,7 @@ def _require_metric(metric: str, base: Base, task: Task) -> None:
         raise ConfigError(f"{task.name} has no metric {metric!r}, only {has}{nearest(metric, few.metrics)}")
 
 
-def _invalid(setup: StudySetup, arm: Arm, base: Base) -> str:
+def reason_invalid(setup: StudySetup, arm: Arm, base: Base) -> str:
     """Return why an arm cannot run on this model; empty if it can."""
     if not arm.fields:
         return ""

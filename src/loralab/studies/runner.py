@@ -106,7 +106,7 @@ class Session:
         self._units_left = 0.0
         self._tried: set[str] = set()
         self._telling = threading.RLock()
-        self._cells: dict[str, threading.Lock] = {}  # two arms may share a trial
+        self._locks: dict[str, threading.Lock] = {}  # two arms may share a trial
 
     def prepare(self, setup: StudySetup, arms: Sequence[Arm] | None = None, *, skip_invalid: bool = False) -> list[Arm]:
         """Write the plan of a study; return the arms that can run.
@@ -155,7 +155,7 @@ class Session:
 
     def obtain(self, trial: Trial) -> Record:
         """Read a trial, or run it, or leave it out where the budget ends."""
-        with self._cells.setdefault(trial.digest, threading.Lock()):
+        with self._locks.setdefault(trial.digest, threading.Lock()):
             stored = store.read(self.folder, trial)
             if stored is not None and (stored.status != FAILED or trial.digest in self._tried):
                 self._done(trial)

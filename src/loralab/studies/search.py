@@ -73,7 +73,7 @@ class _Tried:
     """The rates that were tried for an arm: short runs, and whole runs by seed."""
 
     def __init__(self, setup: StudySetup, arm: Arm, obtain: Obtain, measure: str) -> None:
-        self._ground, self._arm, self._obtain, self._measure = setup, arm, obtain, measure
+        self._setup, self._arm, self._obtain, self._measure = setup, arm, obtain, measure
         self._short: dict[float, Record] = {}
         self._whole: dict[float, dict[int, Record]] = {}
 
@@ -86,11 +86,11 @@ class _Tried:
         """Train so many steps."""
         short = with_rate(self._arm, rate)
         short = replace(short, fields={**short.fields, "max_steps": steps})
-        self._short[rate] = self._obtain(Trial(measure=SEARCH, setup=self._ground, arm=short, seed=0))
+        self._short[rate] = self._obtain(Trial(measure=SEARCH, setup=self._setup, arm=short, seed=0))
 
     def whole(self, rate: float, seed: int = 0) -> Record:
         """Make the study's own run at a rate."""
-        trial = Trial(measure=self._measure, setup=self._ground, arm=with_rate(self._arm, rate), seed=seed)
+        trial = Trial(measure=self._measure, setup=self._setup, arm=with_rate(self._arm, rate), seed=seed)
         record = self._obtain(trial)
         self._whole.setdefault(rate, {})[seed] = record
         return record
@@ -125,7 +125,7 @@ class _Tried:
         """Return the rate, or the next smaller ones where a whole run falls behind what those reach."""
         for lower in sorted((r for r in self.ranked() if r < rate), reverse=True):
             reached = self._whole.get(lower, {}).get(0) or self._short[lower]
-            seeds = range(self._ground.seeds)
+            seeds = range(self._setup.seeds)
             if not any(_behind(self.whole(rate, seed), reached, errors=2) for seed in seeds):
                 return rate
             rate = lower

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from loralab import atomic
+from loralab.adapters.folder import TENSORS
 from loralab.errors import LearningError, LoralabError
 from loralab.studies.fields import configured
 from loralab.studies.measures import forgetting
@@ -110,7 +111,7 @@ def scored(trial: Trial, run: Run, folder: Path) -> Record:
     train_scores = score_on(run, "train", limit=test.rows)
     events = [e for e in read_metrics(folder / "run") if e["kind"] == "step"]
     losses = [float(e["loss"]) for e in events]
-    size = sum(f.stat().st_size for f in (folder / "run").glob("adapter_model.safetensors"))
+    size = sum(f.stat().st_size for f in (folder / "run").glob(TENSORS))
     validation = run.scores["validation"].metrics
     metric = trial.setup.metric or test.main
     general, said = forgetting.measured(run.base, run.task, trial.setup.general)

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from PIL import Image
 from studies.conftest import Here, planted, setup_of
 from torch.nn import functional as F
 from transformers import Dinov2Config, Dinov2Model
@@ -29,7 +28,7 @@ from loralab.studies.message import Message
 from loralab.studies.prepare import prepare
 from loralab.studies.study import Arm, Record, StudyOptions, Trial
 from loralab.studies.trained import MEASURE
-from loralab.studies.trained import measured as measure_cell
+from loralab.studies.trained import measured as measure_trial
 from loralab.tasks.catalog import TASKS, find
 from loralab.tasks.forward import answer_loss
 
@@ -55,18 +54,6 @@ def labelled_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = [f"{first} {first} {rest} {n % 60} {n // 60},{first}" for first, rest, n in rows]
     file.write_text("text,label\n" + "\n".join(lines) + "\n", encoding="utf-8")
     return file
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Dark and light pictures in folders of that name."""
-    folder, draw = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
-    for name, level in (("dark", 40), ("light", 200)):
-        (folder / name).mkdir()
-        for number in range(60):
-            noise = draw.integers(0, 50, (28, 28, 3)) + level
-            Image.fromarray(noise.astype(np.uint8)).save(folder / name / f"{number}.png")
-    return folder
 
 
 def loss_by_hand(base: Base, texts: list[str]) -> float:
@@ -258,7 +245,7 @@ def test_a_record_holds_both_numbers_or_says_why_not(
     arm = Arm(name="a", fields={"method": "lora", "rank": 2, "learning_rate": 1e-2})
     own = setup_of("rank", tiny_bert_folder, noise_file, general=str(labelled_file))
     trial = Trial(measure=MEASURE, setup=own, arm=arm, seed=0)
-    record = measure_cell(trial, tmp_path / "one", lambda event: None)
+    record = measure_trial(trial, tmp_path / "one", lambda event: None)
     assert record.texts["general_kind"] == "accuracy"
     said = forgetting_of([record])
     assert said is not None
@@ -266,7 +253,7 @@ def test_a_record_holds_both_numbers_or_says_why_not(
     assert said.values["after"] == record.numbers["general_after"]
     for names in ("TEXTS", "TEXT_TASKS"):
         monkeypatch.setattr(forgetting, names, ())
-    none = measure_cell(
+    none = measure_trial(
         Trial(measure=MEASURE, setup=setup_of("rank", tiny_bert_folder, noise_file), arm=arm, seed=0),
         tmp_path / "two",
         lambda event: None,
