@@ -15,7 +15,7 @@ from loralab.studies import catalog, store
 from loralab.studies.cluster import open_cluster
 from loralab.studies.fields import configured, from_toml, known
 from loralab.studies.objects import FOLDER, Objects
-from loralab.studies.runner import Listener, Session, records, session
+from loralab.studies.runner import Listener, Session, session
 from loralab.studies.study import DONE, FAILED, Answer, Arm, StudyOptions, StudySetup, Trial, parse_seconds
 from loralab.studies.trained import BASE_ARM, PROBE, PROBE_ROWS, rows_of
 from loralab.studies.wording import say
@@ -101,14 +101,16 @@ def report(folder: str | Path, *, language: str = "en") -> Outcome:
     """
     from loralab.studies.report import render
 
-    folder = Path(folder)
-    answers, failed = render(folder, language), {}
-    for name, (_, found) in records(folder).items():
-        if found and not any(record.status == DONE for record in found):
-            failed[name] = next((f"{r.status}: {r.reason}" for r in found if r.reason), "no run came to its end")
+    folder, failed = Path(folder), {}
+    sections = render(folder, language)
+    for each in sections:
+        if each.records and not any(record.status == DONE for record in each.records):
+            reasons = (f"{r.status}: {r.reason}" for r in each.records if r.reason)
+            failed[each.name] = next(reasons, "no run came to its end")
     skipped = {
         name: invalid[name] for name, (_, arms, invalid) in store.plans(folder).items() if not arms and name in invalid
     }
+    answers = {each.name: each.answer for each in sections}
     return Outcome(folder=folder, answers=answers, skipped=skipped, failed=failed)
 
 

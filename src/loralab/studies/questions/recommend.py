@@ -13,7 +13,7 @@ from scipy import stats
 from loralab.models.load import Base
 from loralab.studies.compare import Comparison, compare_arms, score_chart
 from loralab.studies.contrast import SURE, Ranking
-from loralab.studies.evidence import Metric, by_arm, mean_of, scores_table
+from loralab.studies.evidence import Metric, by_arm, mean_of
 from loralab.studies.halving import (
     DEFAULT,
     ETA,
@@ -64,7 +64,7 @@ def conclude(records: Sequence[Record], setup: StudySetup) -> Answer:
     return found.answer(
         sentence=sentences(of, found.recommendation, *_beside_default(found), _extrapolated(setup)),
         findings=[*found.over_base(list(found.arms)), *claims(found.ranking, found.metric)],
-        tables=[scores_table(found.every, found.metric), *candidates],
+        tables=[found.scores, *candidates],
         figures=[score_chart("recommend", found.every, found.metric, Message("axis.configuration"))],
         advice={} if chosen is None else dict(found.arms[chosen][0].arm.fields),
     )
