@@ -1,6 +1,7 @@
 """Studies without a worker: trials are measured in this process, on tiny models."""
 
 import random
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from loralab.studies.study import Answer, Arm, Record, StudySetup, Trial
 from loralab.studies.trained import measured
 from loralab.studies.wording import LANGUAGES, catalogue, say
 
+STRAY = re.compile(r"[\u3000-\u9fff\uff00-\uffef] [\u3000-\u9fff\uff00-\uffef]")
 Here = Callable[[StudySetup, Path], list[Record]]
 
 
@@ -143,7 +145,8 @@ def assert_it_renders(answer: Answer, question: str) -> None:
     texts = [*messages_in(answer), *(own for own in usual if own.key in catalogue("en"))]
     for language in LANGUAGES:
         for text in texts:
-            assert say(text, language)
+            assert (said := say(text, language))
+            assert STRAY.search(said) is None, said
         for label, text in answer.blanks:
             assert say(label, language)
             assert say(text, language)

@@ -1,6 +1,7 @@
 """Two catalogues with the same messages and the same values; no message without a speaker."""
 
 import ast
+import itertools
 import re
 import string
 from pathlib import Path
@@ -84,6 +85,15 @@ def test_messages_stand_in_messages_in_the_language_of_the_whole() -> None:
     assert sentences(inner, None, inner).values["parts"] == [inner, inner]
     assert say(names(["a"]), "en") == "a"
     assert say(clauses([]), "en") == ""
+
+
+def test_chinese_has_no_space_where_a_message_meets_it_and_names_keep_theirs() -> None:
+    texts = [say(Message("contrast.too_small"), "zh-TW"), "r=8", "資料 一"]
+    for inner, outer in itertools.permutations(texts, 2):
+        said = say(Message("contrast.single", a=inner, b=outer), "zh-TW")
+        assert [said.count(inner), said.count(outer)] == [1, 1]
+        rest = said.replace(inner, "X").replace(outer, "Y")
+        assert ("X " in rest, " Y" in rest) == (inner == "r=8", outer == "r=8")
 
 
 def test_numbers_are_written_in_units_that_fit() -> None:

@@ -126,7 +126,7 @@ def conclude(records: Sequence[Record], setup: StudySetup) -> Answer:
         findings=_findings(found, times),
         blanks=[*_source_rows(found, times), (CHOICE, _how_to_choose(found, times))],
         tables=[_source_table(found, times), *passes, published, found.scores],
-        figures=[found.chart("methods", Message("axis.method")), *pass_chart(times)],
+        figures=[found.chart("methods", Message("column.method")), *pass_chart(times)],
         caution=sentences(Message("methods.caution"), refused),
         next=next_step(found.ranking, smaller),
     )

@@ -41,7 +41,7 @@ def conclude(records: Sequence[Record], setup: StudySetup) -> Answer:
     if found is None:
         return nothing_measured(setup)
     largest, runs = list(found.arms.items())[-1]
-    chart = found.chart("rank", Message("axis.rank"), at=rank_of, log=True)
+    chart = found.chart("rank", Message("column.rank"), at=rank_of, log=True)
     return found.answer(
         sentence=sentences(found.recommendation, _cut(largest, kept_at(runs, found.metric))),
         blanks=[(f"rank={rank_of(name)}", _blank(own, found.metric)) for name, own in found.arms.items()],

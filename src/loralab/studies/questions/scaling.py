@@ -234,7 +234,7 @@ def _row(sweep: Sweep, key: Key, metric: Metric, target: float) -> dict[str, Any
 
 def _charts(sweep: Sweep) -> list[Chart]:
     """Return final losses (a run that diverged has none), where the best rates lie, and the curves at these."""
-    rate, arm, loss = Message("axis.rate"), Message("axis.scaling_and_rank"), Message("column.validation_loss")
+    rate, arm, loss = Message("column.rate"), Message("axis.scaling_and_rank"), Message("column.validation_loss")
     losses = [{"x": f"{x:.1e}", "y": named(key), "value": value} for key, x, value in sweep.losses]
     lines = [{"arm": named(key), "x": x, "y": value} for key, x, value in sweep.losses if value is not None]
     steps = [{"arm": named(key), "x": n + 1, "y": y} for key in sweep.measured for n, y in enumerate(sweep.curve(key))]
