@@ -176,6 +176,12 @@ def test_an_arm_that_names_no_method_is_lora_and_lends_its_rate() -> None:
     assert "--learning-rate" not in apply_command(setup, {"method": "ia3"}, records)
 
 
+def test_the_rows_that_are_spoken_of_are_those_that_were_scored() -> None:
+    setup = StudySetup(study="mine", model="m", data="d", rows={"test": 300})
+    assert section("mine", setup, planted("a", [1, 0, 1])).measured.values["rows"] == 3
+    assert section("mine", setup, []).measured.values["rows"] is None
+
+
 def test_a_table_in_markdown_keeps_its_columns() -> None:
     columns = (Column("arm"), Column("parameters", "count"), Column("gap", "plain"))
     table = Table(title=Message("table.scores"), columns=columns, rows=[{"arm": "x|y", "parameters": 1234}])

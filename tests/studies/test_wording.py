@@ -37,7 +37,7 @@ def patterns() -> set[str]:
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 found.add(re.escape(node.value))
-            if isinstance(node, ast.JoinedStr) and isinstance(node.values[0], ast.Constant):
+            if isinstance(node, ast.JoinedStr) and getattr(node.values[0], "value", "column.") != "column.":
                 parts = [re.escape(p.value) if isinstance(p, ast.Constant) else r"[\w+-]+" for p in node.values]
                 found.add("".join(map(str, parts)))
     return found
@@ -106,3 +106,10 @@ def test_numbers_are_written_in_units_that_fit() -> None:
     assert [formatted(value, "seconds") for value in (2e-6, 0.25, 12.34)] == ["2 µs", "250 ms", "12.3 s"]
     assert formatted(float("nan"), "count") == formatted(None, "plain") == UNKNOWN
     assert formatted(0.123, "percent") == "12.3 %"
+    assert [formatted(value, "probability") for value in (0.0, 0.004, 0.5, 0.995, 1.0)] == [
+        "0 %",
+        "< 1 %",
+        "50 %",
+        "> 99 %",
+        "100 %",
+    ]

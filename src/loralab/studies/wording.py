@@ -112,12 +112,18 @@ def rounded(value: float) -> str:
     return f"{int(float(f'{value:.2g}')):,}"
 
 
+def probability(value: float) -> str:
+    """Write a probability in percent; what is not certain is not written as if it were."""
+    return "> 99 %" if 0.99 < value < 1 else "< 1 %" if 0 < value < 0.01 else f"{100 * value:.0f} %"
+
+
 FORMATS: dict[str, Callable[[Any], str]] = {
     "count": lambda value: f"{value:,.0f}",
     "plain": lambda value: f"{value:.3f}",
     "short": lambda value: f"{value:.3g}",
     "rate": lambda value: f"{value:.1e}",
     "percent": lambda value: f"{100 * value:.1f} %",
+    "probability": probability,
     "share": lambda value: f"{100 * value:.0f} %",
     "fine percent": lambda value: f"{100 * value:.3g} %",
     "signed percent": lambda value: f"{100 * value:+.1f} %",

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from studies.conftest import Here, planted, setup_of
+from studies.conftest import Here, keys_in, planted, setup_of
 from torch import nn
 
 from loralab.adapters.linear import LinearWithLoRA
@@ -59,6 +59,7 @@ def test_on_noise_no_rank_is_better(here: Here, tiny_bert_folder: Path, noise_fi
     assert not any(finding.holds for finding in answer.findings)
     assert answer.advice == {}
     assert answer.ranking.recommended is None
+    assert "rank.cut" not in keys_in(answer.sentence)  # where nothing was learnt, any cut keeps it
     assert [label for label, _ in answer.blanks] == ["rank=1", "rank=2", "rank=8"]
     assert answer.figures
 
