@@ -34,8 +34,7 @@ LORA_FIELDS = {
     *("init_lora_weights", "trainable_token_indices", "lora_bias", "target_parameters", "velora_config"),
 }
 ADALORA_FIELDS = LORA_FIELDS | {
-    *("init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step"),
-    "rank_pattern",
+    *("init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step")
 }
 FIELDS = {
     "LORA": LORA_FIELDS,

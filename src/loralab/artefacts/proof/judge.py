@@ -74,13 +74,10 @@ class Judge:
         )
 
     def _explained(self, own: Expected) -> Explained | None:
-        """Return the first order that explains all of a tensor; a few rows are asked first."""
+        """Return the first order that explains all of a tensor."""
         replay = Replay(own)
-        sample = own.sample()
-        for order in self._candidates(own):
-            if replay.explained(order, sample) is not None and (found := replay.explained(order)) is not None:
-                return found
-        return None
+        found = (replay.explained_in_full(order) for order in self._candidates(own))
+        return next(filter(None, found), None)
 
     def _candidates(self, own: Expected) -> list[Order]:
         multiplied = bool(own.deltas or own.scaling)
@@ -114,11 +111,8 @@ class Judge:
                 return
 
     def _again(self, own: Expected, order: Order) -> Explained | None:
-        for each in (own, *own.alternatives):
-            replay = Replay(each)
-            if replay.explained(order, each.sample()) is not None and (found := replay.explained(order)) is not None:
-                return found
-        return None
+        found = (Replay(each).explained_in_full(order) for each in (own, *own.alternatives))
+        return next(filter(None, found), None)
 
     def _misshapen(self, own: Expected, plain: TensorVerdict) -> TensorVerdict | None:
         """Return the verdict on a tensor whose shape is not the base's."""

@@ -203,12 +203,14 @@ class _Places:
             return self._experts(own, shape, change), False
         if end not in ("weight", "in_proj_weight"):
             return None, False
-        sizes = own.B.shape[0], _width(own.A)
-        rows = shape[0], _width_of(shape)
+        sizes = own.B.shape[0], _width(own.A.shape)
+        rows = shape[0], _width(shape)
         turned = own.kind == "embedding" or (len(shape) == 2 and self.turned)
         if own.kind != "embedding" and rows[0] != rows[1]:
             turned = rows != sizes
-        if rows != (sizes[::-1] if turned else sizes) and not self._grown(rows, sizes[::-1] if turned else sizes):
+        wanted = sizes[::-1] if turned else sizes
+        # a vocabulary that was longer in training is compared as far as it is there
+        if rows != wanted and not (rows[1] == wanted[1] and wanted[0] > rows[0]):
             raise AdapterFileError(
                 f"{self.changes.path} is an adapter of another base: its update of {change.path} is "
                 f"{sizes[0]} x {sizes[1]}, and the weight of {self.base.path} is {' x '.join(map(str, shape))}",
@@ -219,10 +221,6 @@ class _Places:
         middle = None if own.E is None else whole(own.E)
         segment = Segment(0, len(left), left, right, middle)
         return Delta(segments=(segment,), scale=own.scale, divisor=own.divisor), turned
-
-    def _grown(self, rows: tuple[int, int], sizes: tuple[int, int]) -> bool:
-        """A vocabulary that was longer in training: what is there of it is compared."""
-        return rows[1] == sizes[1] and sizes[0] > rows[0]
 
     def _experts(self, own: LowRank, shape: tuple[int, ...], change: ModuleChange) -> Delta | None:
         """Return the update of matrices that stand in one tensor (E, rows, columns), as peft lays it out."""
@@ -250,11 +248,7 @@ class _Places:
         return tuple(delta for delta in found if delta is not None)
 
 
-def _width(stream: Stream) -> int:
-    return _width_of(stream.shape)
-
-
-def _width_of(shape: tuple[int, ...]) -> int:
+def _width(shape: tuple[int, ...]) -> int:
     return int(torch.Size(shape[1:]).numel())
 
 
