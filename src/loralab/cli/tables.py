@@ -83,6 +83,8 @@ def print_table(title: str, rows: Iterable[tuple[str, str]]) -> None:
     from rich.text import Text
 
     table = Table(title=Text(title), show_header=False, title_justify="left")
+    for _ in range(2):
+        table.add_column(overflow="fold")  # a name that was cut off could not be looked up
     for name, value in rows:
         table.add_row(Text(name), Text(value))
     Console().print(table)
