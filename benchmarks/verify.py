@@ -147,7 +147,7 @@ def merged(root: Path, name: str, option: str, course: tuple[str, ...], way: str
 
 
 def honest(root: Path) -> dict[str, Any]:
-    """Every option in every course and way; false alarms by name."""
+    """Verify merges of every option, dtype and way to merge; return the false alarms by name."""
     counted: Counter[str] = Counter()
     alarms, orders = [], Counter[str]()
     for name, options in OPTIONS.items():
@@ -213,7 +213,7 @@ def faults(base: Tensors, adapter: Tensors, other: Tensors, turned: bool) -> Ite
 
 
 def planted(root: Path) -> dict[str, Any]:
-    """Every fault in merges of several models and dtypes; what passed, and what was misnamed."""
+    """Verify every fault in merges of several models and dtypes; return those that passed or were misnamed."""
     counted: Counter[str] = Counter()
     missed, misnamed = [], []
     for name, dtype in FAULTED:
@@ -241,7 +241,7 @@ def planted(root: Path) -> dict[str, Any]:
 
 
 def write_big(root: Path, layers: int) -> int:
-    """Base, adapter and merge with the widths of an 8B model, in bf16; returns how many numbers."""
+    """Write base, adapter and merge with the widths of an 8B model, in bf16; return their number of weights."""
     hidden, inner, vocabulary, rank = 4096, 14336, 128256, 16
     shapes = {"self_attn.q_proj": (hidden, hidden), "self_attn.o_proj": (hidden, hidden)}
     shapes |= dict.fromkeys(("self_attn.k_proj", "self_attn.v_proj"), (1024, hidden))

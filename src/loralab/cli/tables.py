@@ -36,7 +36,7 @@ def run_json(run: "Run") -> dict[str, Any]:
 
 
 def show_run(result: Mapping[str, Any]) -> None:
-    """A run as a table, and what can be done next."""
+    """Show a run as a table, and what can be done next."""
     from loralab.models.kinds import CAUSAL
 
     proof = result["certificate"]

@@ -1,4 +1,4 @@
-"""Return whether a model folder is what its configuration says, before it is built for it.
+"""Checks that a model folder is what its configuration says, before a model is built.
 
 What builds a model believes config.json: a thousand million layers, a vocabulary of terabytes. The
 weights are the measure: nothing may be built that is many times as large as what fills it.
@@ -109,7 +109,7 @@ def require_plausible(name: str, weights: int, build: Callable[[], Any]) -> None
 
 
 def _require_small(name: str, path: Path) -> None:
-    """Tokenizers and settings are held whole, several times over."""
+    """Refuse files of settings that do not fit into memory: they are held whole, several times over."""
     for file in path.glob("*.json"):
         if not file.is_file() or file.stat().st_size > memory_bytes() // 16:
             raise ModelError(

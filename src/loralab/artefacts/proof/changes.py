@@ -81,7 +81,7 @@ class ModuleChange:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class AdapterChanges:
-    """What an adapter folder changes.
+    """Changes that an adapter folder makes to a model.
 
     Attributes:
         modules: by path in the model.
@@ -190,7 +190,7 @@ def _grouped(tensors: Mapping[str, Stream]) -> tuple[dict[str, dict[str, Stream]
 
 
 def _plain(path: str) -> str:
-    """A path without the shells that peft puts around a layer."""
+    """Return a path without the wrappers that peft puts around a layer."""
     return ".".join(part for part in path.split(".") if part != "base_layer")
 
 

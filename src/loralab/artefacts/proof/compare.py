@@ -54,7 +54,7 @@ class Delta:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Expected:
-    """What one merged tensor must be.
+    """A merged tensor as base and adapter make it.
 
     Attributes:
         base: None where the adapter holds the whole tensor in `replaced`.
@@ -245,7 +245,7 @@ class Replay:
         return weight
 
     def _stretched(self, order: Order, total: Tensor, span: Span, sign: int) -> Tensor:
-        """DoRA: the rows or columns of the sum, brought to their trained lengths."""
+        """Scale the rows or columns of the sum to DoRA's trained magnitudes."""
         assert self.expected.magnitude is not None
         magnitude, axis = self.expected.magnitude
         wide = F32 if order.update == F32 else order.base

@@ -18,7 +18,7 @@ Listener = Callable[[int, int], None]  # tensors done, of how many
 
 
 class Judge:
-    """Goes through the tensors of a merged model.
+    """Judges the tensors of a merged model one by one.
 
     Args:
         tensors: what they must be.
@@ -34,7 +34,7 @@ class Judge:
         self._ranked = self._rank()
 
     def verdicts(self, listener: Listener | None = None) -> list[TensorVerdict]:
-        """Return a verdict for each tensor, and make the order of all one, where one explains all."""
+        """Return a verdict for each tensor, all by one order of rounding where one explains them."""
         found = []
         for number, own in enumerate(self.tensors):
             found.append(self._verdict(own))
@@ -97,7 +97,7 @@ class Judge:
         return [order for order, _ in counted.most_common()]
 
     def _unite(self, found: list[TensorVerdict]) -> None:
-        """Where tensors differ in their order, look for one that explains them all."""
+        """Look for one order that explains all tensors, where they differ."""
         used = Counter(self._orders.values())
         if len(used) < 2:
             return
@@ -129,7 +129,7 @@ class Judge:
         return replace(plain, verdict="wrong", cause=cause, detail=said)
 
     def _longer(self, own: Expected, plain: TensorVerdict, more: int) -> TensorVerdict:
-        """A vocabulary with rows that nobody else has: those that the base has are compared."""
+        """Compare the rows that the base has, of a vocabulary with more."""
         cut = replace(own, merged=_Head(own.merged, own.start.shape), alternatives=())
         found = self._verdict(cut)
         if found.verdict == "wrong":

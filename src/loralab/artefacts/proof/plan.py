@@ -1,4 +1,4 @@
-"""What every tensor of a merged model must be: base, merged file and adapter brought together.
+"""The expected value of every merged tensor, from base, merged file and adapter.
 
 Raises where the three cannot belong to each other; that is wrong input, and no verdict.
 """
@@ -62,7 +62,7 @@ def make_plan(base: Weights, merged: Weights, changes: AdapterChanges, own_keys:
 
 
 class _Places:
-    """Which change of the adapter belongs to which tensor."""
+    """Matches the adapter's changes with the tensors of base and merged model."""
 
     def __init__(self, base: Weights, merged: Weights, pairs: Mapping[str, str], changes: AdapterChanges) -> None:
         self.base, self.merged, self.pairs, self.changes = base, merged, pairs, changes
@@ -102,7 +102,7 @@ class _Places:
         return [self.bases[own] for own in names if own in self.bases]
 
     def add_head(self, plan: Plan) -> None:
-        """A head that only the merged file has: the base's is its embedding."""
+        """Add a head that only the merged file has: the base's is its embedding."""
         theirs, embedding = self.heads.new_head, self.heads.embedding
         if not theirs or not embedding:
             return
@@ -276,7 +276,7 @@ def _require_same_architecture(base: Weights, merged: Weights, pairs: Mapping[st
 
 
 def _add_missing(plan: Plan, places: _Places, own_keys: Mapping[str, object] | None) -> None:
-    """Tensors of the base that the merged file does not hold."""
+    """Add verdicts on tensors of the base that the merged file does not hold."""
     lost = [n for n in places.base.tensors if n not in places.pairs and not is_buffer(n) and not places.heads.covers(n)]
     known = aligned(lost, own_keys or ())
     for name in lost:
@@ -304,7 +304,7 @@ def _add_missing(plan: Plan, places: _Places, own_keys: Mapping[str, object] | N
 
 
 def _add_extra(plan: Plan, places: _Places) -> None:
-    """Tensors that only the merged file holds."""
+    """Add tensors that only the merged file holds."""
     extra = [name for name in places.merged.tensors if name not in places.used and not is_buffer(name)]
     own = aligned(extra, places.changes.replaced)
     for name in extra:
