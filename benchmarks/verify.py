@@ -2,15 +2,14 @@
 
 Tiny random models, saved, adapted, merged and saved again by peft and transformers alone; what is
 verified is the folder; of a third of them logits too. Faults are put into the tensors of an honest merge.
-`--big LAYERS` also writes a folder with the widths of an 8B model and so many of its 32 layers, and
-verifies it in a process of its own: seconds, and the largest resident size.
+`--big LAYERS` writes a folder with the widths of an 8B model and so many of its 32 layers instead, and
+verifies it in a process of its own: processor seconds, and the largest resident size.
 
     python benchmarks/verify.py [--big LAYERS] [--json FILE]
 """
 
 import json
 import math
-import os
 import shutil
 import subprocess
 import sys
@@ -148,7 +147,7 @@ def merged(root: Path, name: str, option: str, course: tuple[str, ...], way: str
 
 
 def honest(root: Path) -> dict[str, Any]:
-    """Every option in every course and way; false alarms by name."""
+    """Verify merges of every option, dtype and way to merge; return the false alarms by name."""
     counted: Counter[str] = Counter()
     alarms, orders = [], Counter[str]()
     for name, options in OPTIONS.items():
@@ -214,7 +213,7 @@ def faults(base: Tensors, adapter: Tensors, other: Tensors, turned: bool) -> Ite
 
 
 def planted(root: Path) -> dict[str, Any]:
-    """Every fault in merges of several models and dtypes; what passed, and what was misnamed."""
+    """Verify every fault in merges of several models and dtypes; return those that passed or were misnamed."""
     counted: Counter[str] = Counter()
     missed, misnamed = [], []
     for name, dtype in FAULTED:
@@ -242,7 +241,7 @@ def planted(root: Path) -> dict[str, Any]:
 
 
 def write_big(root: Path, layers: int) -> int:
-    """Base, adapter and merge with the widths of an 8B model, in bf16; returns how many numbers."""
+    """Write base, adapter and merge with the widths of an 8B model, in bf16; return their number of weights."""
     hidden, inner, vocabulary, rank = 4096, 14336, 128256, 16
     shapes = {"self_attn.q_proj": (hidden, hidden), "self_attn.o_proj": (hidden, hidden)}
     shapes |= dict.fromkeys(("self_attn.k_proj", "self_attn.v_proj"), (1024, hidden))
@@ -286,47 +285,53 @@ def write_big(root: Path, layers: int) -> int:
 
 
 def big(layers: int) -> dict[str, Any]:
-    """Seconds and resident size of one verification, in a process of its own."""
+    """Verify a large folder in a process of its own."""
     with tempfile.TemporaryDirectory() as name:
         numbers = write_big(Path(name), layers)
-        started = time.perf_counter()
-        done = subprocess.run(
-            [sys.executable, __file__, "--child", name], check=True, capture_output=True, text=True, env={**os.environ}
-        )
-        found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-        return {"layers": layers, "numbers": numbers, "seconds": time.perf_counter() - started, **found}
+        command = [sys.executable, __file__, "--child", name]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return {"layers": layers, "numbers": numbers, **json.loads(done.stdout.splitlines()[-1])}
 
 
 def child(root: Path) -> None:
+    started = time.perf_counter(), time.process_time()
     report = loralab.verify(root / "merged", base=root / "base", adapter=root / "adapter", logits=False)
+    ended = time.perf_counter(), time.process_time()
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     # getrusage would count what the parent held when this process was started
     peak = 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
-    print(json.dumps({"passed": report.passed, "peak": peak}))
+    seconds, processor_seconds = (end - start for start, end in zip(started, ended, strict=True))
+    figures = {"seconds": seconds, "processor_seconds": processor_seconds, "peak": peak}
+    print(json.dumps({"passed": report.passed, "counts": report.counts, **figures}))
 
 
-def main() -> None:
-    options = parser(__doc__)
-    options.add_argument("--big", type=int, default=0, help="layers of the large folder; none without it")
-    options.add_argument("--child", type=Path)
-    given = options.parse_args()
-    if given.child:
-        child(given.child)
-        return
+def tiny() -> tuple[str, dict[str, Any]]:
+    """Verify honest and faulty merges of tiny models; return the tables and the figures."""
     warnings.simplefilter("ignore")  # peft's, of ties and of Conv1D
-    found: dict[str, Any] = {"big": big(given.big)} if given.big else {}
     with tempfile.TemporaryDirectory() as name:
-        found |= {"honest": honest(Path(name)), "planted": planted(Path(name))}
-    own, theirs = found["honest"], found["planted"]
+        own, theirs = honest(Path(name)), planted(Path(name))
     alarms, missed, misnamed = own["false alarms"], theirs["missed"], theirs["misnamed"]
     text = [
         table("Honest merges", ("adapter", "merges"), list(own["merges"].items())),
         f"{own['total']} merges, {len(alarms)} false alarms {alarms or ''}\n",
         table("Planted faults", ("fault", "times"), list(theirs["faults"].items())),
         f"{theirs['total']} faults, {len(missed)} missed {missed or ''}, {len(misnamed)} misnamed {misnamed or ''}",
-        str(found.get("big", "")),
     ]
-    finish("\n".join(text), found, given.json)
+    return "\n".join(text), {"honest": own, "planted": theirs}
+
+
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument("--big", type=int, default=0, help="layers of a large folder; tiny models without it")
+    options.add_argument("--child", type=Path, help="verify what --big has written here")
+    given = options.parse_args()
+    if given.child:
+        child(given.child)
+    elif given.big:
+        found = {"big": big(given.big)}
+        finish(str(found), found, given.json)
+    else:
+        finish(*tiny(), given.json)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from peft import AdaLoraConfig, IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import bert, gpt2, llama
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TARGETS = {"llama": ["q_proj", "v_proj"], "tied": ["q_proj", "v_proj"], "gpt2": ["c_attn", "c_proj"], "bert": ["query"]}
@@ -19,22 +20,12 @@ EMBEDDINGS = {"gpt2": "wte", "bert": "word_embeddings"}
 Edit = Callable[[dict[str, Tensor]], Any]
 
 
-def untied() -> Any:
-    """Llama with a head of its own, and a square and a flat target."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=50,
-        tie_word_embeddings=False,
-    )
-    return LlamaForCausalLM(config)
-
-
-MODELS: dict[str, Callable[[], Any]] = {"llama": untied, "tied": llama, "gpt2": gpt2, "bert": bert}
+MODELS: dict[str, Callable[[], Any]] = {
+    "llama": partial(llama, 2, tie_word_embeddings=False),
+    "tied": llama,
+    "gpt2": gpt2,
+    "bert": bert,
+}
 
 
 def write_base(place: Path, name: str, dtype: str) -> Path:

@@ -21,19 +21,12 @@ Make = Callable[[], Any]
 IDS = torch.arange(18).view(2, 9) % 50
 
 
-def llama(layers: int = 3) -> Any:
-    """Grouped queries, tied embeddings."""
-    config = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=50,
-        tie_word_embeddings=True,
-    )
+def llama(layers: int = 3, **options: Any) -> Any:
+    """Return a Llama with grouped queries and tied embeddings, unless `options` say otherwise."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": layers, "vocab_size": 50}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
     torch.manual_seed(0)
-    return LlamaForCausalLM(config).eval()
+    return LlamaForCausalLM(LlamaConfig(**{**sizes, **heads, **options})).eval()
 
 
 def gpt2(layers: int = 3) -> Any:

@@ -1,4 +1,4 @@
-"""What other packages offer under an entry point group, and the names that they register.
+"""Entry points of other packages, and registries of names.
 
 Standard library only. A plugin that raises is named in a warning, and the rest works.
 """

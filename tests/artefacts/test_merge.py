@@ -7,14 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import llama
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from loralab.adapters import folder
 from loralab.adapters.adapter import Adapter
@@ -247,20 +242,14 @@ def test_a_merge_that_overflows_writes_nothing(
     assert not list(tmp_path.glob("out*"))
 
 
+def wide(**options: Any) -> Any:
+    """Return a Llama of whole 4-bit blocks."""
+    return llama(2, hidden_size=64, intermediate_size=128, vocab_size=100, eos_token_id=2, **options)
+
+
 def wide_adapter(place: Path, save: Any, size: float, precision: str = "bf16") -> Path:
-    """A QLoRA adapter, of an update of some relative size, on a Llama of whole 4-bit blocks."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=100,
-        tie_word_embeddings=True,
-        eos_token_id=2,
-    )
-    folder = save("wide", LlamaForCausalLM(config), True)
+    """Write a QLoRA adapter with an update of some relative size."""
+    folder = save("wide", wide(), True)
     base = load(str(folder), dtype=torch.bfloat16)
     pack(base.model, "nf4", "")
     adapter = attach(base.model, LoRA(rank=8))
@@ -299,34 +288,11 @@ def test_4_bits_again_are_refused_where_they_lose_the_update(tmp_path: Path, sav
     assert len(record["retained"]) == 14
     assert max(record["retained"].values()) < 0.9
     size = sum(f.stat().st_size for f in (tmp_path / "out").glob("*.safetensors"))
-    assert size < 0.6 * sum(
-        p.numel() * 2
-        for p in LlamaForCausalLM(
-            LlamaConfig(
-                hidden_size=64,
-                intermediate_size=128,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                vocab_size=100,
-                tie_word_embeddings=True,
-            )
-        ).parameters()
-    )
+    assert size < 0.6 * sum(p.numel() * 2 for p in wide().parameters())
 
 
 def test_what_cannot_be_merged_says_so_before_it_works(tmp_path: Path, save_tiny: Any) -> None:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=100,
-        eos_token_id=2,
-    )
-    folder = save_tiny("wide", LlamaForCausalLM(config), True)
+    folder = save_tiny("wide", wide(tie_word_embeddings=False), True)
     base = load(str(folder))
     for method in (Prefix(), Bottleneck()):
         adapter = attach(base.model, method)

@@ -387,6 +387,8 @@ def test_exit_codes(merge: Merge, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert (found["passed"], found["decided"], found["causes"]) == (True, True, {})
     stale = edited(merge.merged, tmp_path / "stale", again(merge, 0))
     assert run(["verify", str(stale), *common]) == 1
+    rows = [line.split("│") for line in capsys.readouterr().out.splitlines() if "│" in line]
+    assert "model.layers.0.self_attn.q_proj.weight" in "".join(row[1].strip() for row in rows)
     odd = edited(merge.merged, tmp_path / "odd", lambda t: t.update({"other.weight": torch.ones(2)}))
     assert run(["verify", str(odd), *common]) == 3
     assert run(["verify", str(tmp_path / "nowhere"), *common]) == 2

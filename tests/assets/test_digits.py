@@ -1,6 +1,7 @@
 """The digits of scikit-learn: whole, split for good, and refused where the file is another one."""
 
 import gzip
+import importlib.util
 from collections import Counter
 from pathlib import Path
 
@@ -46,7 +47,7 @@ def test_a_file_that_is_damaged_or_another_is_refused(content: bytes, tmp_path: 
 
 
 def test_without_the_package_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(digits.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert digits.locate() is None
     with pytest.raises(DataError) as error:
         find("digits")

@@ -156,7 +156,7 @@ def _device_of(certificate: Mapping[str, Any]) -> str:
 
 
 def file_digests(path: Path) -> dict[str, str]:
-    """sha256 of every file of a model folder but the record and the reference."""
+    """Return the sha256 of every file of a model folder but the record and the reference."""
     names = sorted(file.name for file in path.iterdir() if file.is_file())
     return {name: _sha256(path / name) for name in names if name not in (RECORD, REFERENCE)}
 
@@ -244,7 +244,7 @@ def _reload(path: Path, device: str, base: str | None) -> tuple[Base, str]:
 
 
 def _unpacked(path: Path, place: Path, base: str | None) -> Path:
-    """The folder with a GGUF adapter as an adapter folder."""
+    """Return the adapter folder that an exported GGUF adapter stands for."""
     kept = ("base", "task", "training", "tokenizer", "sample")
     record = {key: value for key, value in read_json(path / RECORD).items() if key in kept}
     config = models.configuration(base or record["base"]["name"])
@@ -265,7 +265,7 @@ def _sha256(file: Path) -> str:
 
 
 def _compare_and_write(path: str, request: str, answer: str, device: str, base: str | None = None) -> None:
-    """The fresh process: reload, compute, compare, write the verdict."""
+    """Reload, compute, compare and write the verdict, in the fresh process."""
     reference = Reference.read(Path(request))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", BaseMismatchWarning)

@@ -67,7 +67,7 @@ class Reference:
     device: str = "cpu"
 
     def smaller(self, kept: int) -> "Reference":
-        """With the largest logits alone."""
+        """Return it with the largest logits alone."""
         values, places = self.values.topk(min(kept, self.values.shape[1]), dim=1)
         indices = self.indices.gather(1, places)
         return replace(self, values=values.contiguous(), indices=indices.contiguous())
@@ -102,7 +102,7 @@ class Reference:
 
 @torch.no_grad()
 def logits_of(model: nn.Module, prompts: Sequence[Sequence[int]], kind: str, tokenizer: Any = None) -> Tensor:
-    """(P, V) in fp32: the last positions of each prompt, or one row a prompt for a classifier.
+    """Return (P, V) in fp32: the last positions of each prompt, or one row a prompt for a classifier.
 
     Args:
         prompts: token ids, or samples of another kind (tasks/samples.py).
@@ -163,7 +163,7 @@ def compare(reference: Reference, logits: Tensor, precision: str, device: str = 
 
 
 def _kl(p_log: Tensor, q_log: Tensor) -> float:
-    """Mean KL(p || q) in nats; what is not listed counts as one more outcome."""
+    """Return the mean KL(p || q) in nats; what is not listed counts as one more outcome."""
     listed = (p_log.exp() * (p_log - q_log)).sum(dim=1)
     p_rest = (1 - p_log.exp().sum(dim=1)).clamp_min(0)
     q_rest = (1 - q_log.exp().sum(dim=1)).clamp_min(0)

@@ -128,7 +128,7 @@ def check_folder(stored: AdapterFolder, target: str, base_info: BaseInfo) -> Ver
 
 
 def require(adapter: str | Path, target: str, model: Any) -> AdapterFolder:
-    """The folder, if `export` can write it for an engine.
+    """Return the folder, if `export` can write it for an engine.
 
     Raises:
         ConfigError: it cannot; says why, and the way out.
@@ -327,7 +327,7 @@ def _checked(stored: AdapterFolder, target: str, model: Any) -> Verdict:
 
 
 def _base_info_of(stored: AdapterFolder, model: Any) -> BaseInfo:
-    """The base that was given, or that the folder names where it can be found."""
+    """Return the base that was given, or that the folder names where it can be found."""
     if model is not None and model != "":
         return read_base_info(model)
     record = stored.record.get("base", {})

@@ -69,7 +69,7 @@ class _Base:
 
 
 def _to_peft(adapter: Path, output: Path, base: _Base) -> Certificate:
-    """peft's own files, of the methods that peft has."""
+    """Write peft's own files, of the methods that peft has."""
     atomic.require_free(output)
     kind = read_json(adapter / CONFIG).get("peft_type") if (adapter / CONFIG).is_file() else None
     if kind is not None and not spec_of_file(kind).in_peft:
@@ -85,7 +85,7 @@ def _to_peft(adapter: Path, output: Path, base: _Base) -> Certificate:
 
 
 def _to_vllm(adapter: Path, output: Path, base: _Base) -> Certificate:
-    """peft's files once more, with one rank and one alpha for all modules."""
+    """Write peft's files once more, with one rank and one alpha for all modules."""
     atomic.require_free(output)
     fields, tensors = uniform(require(adapter, "vllm", base.model))
     live = base.with_adapter(adapter)
@@ -94,7 +94,7 @@ def _to_vllm(adapter: Path, output: Path, base: _Base) -> Certificate:
 
 
 def _to_gguf(adapter: Path, output: Path, base: _Base) -> Certificate:
-    """A folder with adapter.gguf, its record and its certificate."""
+    """Write a folder with adapter.gguf, its record and its certificate."""
     if output.suffix == ".gguf":
         raise ConfigError(
             f"{output} would be a folder, with {gguf_adapter.FILE} and its certificate in it; "

@@ -16,7 +16,7 @@ from loralab.errors import InputError, join_limited
 
 @dataclass(frozen=True, kw_only=True)
 class ExportCopies:
-    """Which folder stands for which name, why others are left out, and the rank that holds all."""
+    """The folder that stands for each name, why others are left out, and the rank that holds all."""
 
     ready: Mapping[str, Path]
     refused: Mapping[str, str]

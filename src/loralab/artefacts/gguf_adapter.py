@@ -102,7 +102,7 @@ def _fields(ranks: Mapping[str, int], alpha: float) -> dict[str, Any]:
 
 
 def _their_name(path: str) -> str:
-    """`model.layers.3.self_attn.q_proj` -> `blk.3.attn_q.weight`."""
+    """Return llama.cpp's name: `model.layers.3.self_attn.q_proj` -> `blk.3.attn_q.weight`."""
     if path == _HEAD[0]:
         return _HEAD[1]
     _, _, layer, rest = path.split(".", 3)
@@ -111,7 +111,7 @@ def _their_name(path: str) -> str:
 
 
 def _our_name(name: str) -> str:
-    """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj`."""
+    """Return transformers' name: `blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj`."""
     if name == _HEAD[1]:
         return _HEAD[0]
     _, layer, theirs, _ = name.split(".")

@@ -89,7 +89,7 @@ def merge(
 
 @contextlib.contextmanager
 def proven_output(output: Path) -> Iterator[Path]:
-    """The place of an artefact until the block ends: then it gets its final name.
+    """Yield the place of an artefact until the block ends: then it gets its final name.
 
     One that raises a CertificateError is left there to be looked at; of any other nothing is left.
 
@@ -142,7 +142,7 @@ def _write_model(live: LoadedAdapter, plain: Any, place: Path, kept: Mapping[str
 
 
 def _untie(model: Any) -> None:
-    """A head that was adapted no longer shares its weight with the embedding: say so."""
+    """Untie an adapted head, which no longer shares its weight with the embedding."""
     if has_own_head(model):
         for config in (model.config, model.config.get_text_config()):
             if getattr(config, "tie_word_embeddings", False):

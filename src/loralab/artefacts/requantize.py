@@ -60,7 +60,7 @@ def require_retention(kept: Mapping[str, float]) -> None:
 
 
 def pack(model: Any) -> None:
-    """Quantise a merged model in place, and say so in its configuration."""
+    """Quantize a merged model in place, and say so in its configuration."""
     quantize(model, "nf4", "")
     model.config.quantization_config = dict(NF4_CONFIG)
 

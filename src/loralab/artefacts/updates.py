@@ -41,7 +41,7 @@ class Update:
 
     @property
     def rank(self) -> int:
-        """The rows of A."""
+        """Return the rows of A."""
         return len(self.A)
 
 
@@ -83,7 +83,7 @@ def is_uniform(stored: AdapterFolder) -> bool:
 
 
 def uniform(stored: AdapterFolder) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """adapter_config.json and tensors of the same updates with one rank and one alpha.
+    """Return adapter_config.json and tensors of the same updates with one rank and one alpha.
 
     Args:
         stored: an adapter that consists of low-rank updates.
@@ -100,7 +100,7 @@ def uniform(stored: AdapterFolder) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def scale_exactly(B: Tensor, factor: float) -> Tensor:
-    """factor * B, in fp32; B itself where the factor is 1."""
+    """Return factor * B, in fp32; B itself where the factor is 1."""
     return B if math.isclose(factor, 1, rel_tol=1e-12) else factor * B.float()
 
 

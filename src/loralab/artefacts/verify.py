@@ -12,7 +12,6 @@ from typing import Any, overload
 
 import torch
 
-from loralab.adapters.folder import CONFIG as ADAPTER_CONFIG
 from loralab.artefacts import certificate
 from loralab.artefacts.comparison import Certificate
 from loralab.artefacts.proof.changes import AdapterChanges, read_changes
@@ -96,7 +95,7 @@ def verify_merge(
         return replace(told, tensors=(open_,), notes=tuple(notes))
     judge = Judge(plan.expected, _dtype_of(changes), _vocabulary(start, result))
     verdicts = [*judge.verdicts(listener), *plan.verdicts]
-    survived = _survived(verdicts, plan)
+    survived = _survived(verdicts)
     if survived is not None and survived < LEAST_SURVIVING:
         verdicts = [_lost(v) for v in verdicts]
     found = None
@@ -140,12 +139,6 @@ def _open(merged: Path, base: Weights) -> Weights:
         raise ModelError(
             f"{merged} is a file; a merged model is a folder or a GGUF file", code="not_a_model", field="merged"
         )
-    if (merged / ADAPTER_CONFIG).is_file():
-        raise ModelError(
-            f"{merged} is an adapter; a merged model is wanted, and the adapter with --adapter",
-            code="adapter_as_model",
-            field="merged",
-        )
     return unpacked(read_folder(merged, "merged"))
 
 
@@ -188,7 +181,7 @@ def _vocabulary(base: Weights, merged: Weights) -> frozenset[str]:
     return frozenset(n for n in names if n.removesuffix(".weight").rpartition(".")[2] in ends)
 
 
-def _survived(verdicts: list[TensorVerdict], plan: Plan) -> float | None:
+def _survived(verdicts: list[TensorVerdict]) -> float | None:
     """Return the share of the whole update that quantisation left: the mean over numbers."""
     own = [v for v in verdicts if v.survived is not None and v.verdict == "requantised"]
     total = sum(v.elements for v in own)

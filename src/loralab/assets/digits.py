@@ -4,33 +4,21 @@ Source: Alpaydin and Kaynak 1998, "Optical Recognition of Handwritten Digits" (U
 found, never imported. The splits are by a hash of each picture, since the file has none.
 """
 
-import gzip
 import hashlib
-import importlib.util
-import io
-import zlib
 from pathlib import Path
 
-from loralab.errors import DataError
+from loralab.assets.gzipped import read_gzip
+from loralab.models.catalog import in_package
 from loralab.tasks.catalog import NamedTask, register
 from loralab.tasks.formats import Row
 from loralab.tasks.pictures import from_levels
 from loralab.tasks.read import DataTable
-from loralab.values import read_bytes
 
 NAME, SIDE = "digits", 8
 SHA256 = "6ebb3d2fee246a4e99363262ddf8a00a3c41bee6014c373ed9d9216ba7f651b8"  # of the text in the file
 MAX_BYTES = 1 << 20
 TEST, VALIDATION = 400, 200  # pictures; more than a tenth, since there are few
-
-
-def locate() -> Path | None:
-    """Return the file inside scikit-learn."""
-    spec = importlib.util.find_spec("sklearn")
-    if spec is None or not spec.submodule_search_locations:
-        return None
-    file = Path(spec.submodule_search_locations[0]) / "datasets" / "data" / "digits.csv.gz"
-    return file if file.is_file() else None
+locate = in_package("sklearn", "datasets/data/digits.csv.gz")
 
 
 def how_to_get() -> str:
@@ -44,31 +32,20 @@ def load(file: Path) -> DataTable:
     Raises:
         DataError: the file is damaged, or another one.
     """
-    lines = sorted(_text(file).splitlines(), key=lambda line: hashlib.sha256(line.encode()).digest())
+    lines = read_gzip(file, SHA256, MAX_BYTES).splitlines()
+    lines.sort(key=lambda line: hashlib.sha256(line).digest())
     rows = [_row(line, number) for number, line in enumerate(lines, start=1)]
     held = TEST + VALIDATION
     splits = {"train": rows[held:], "validation": rows[TEST:held], "test": rows[:TEST]}
     return DataTable(source=NAME, format="image-label", splits=splits)
 
 
-def _row(line: str, number: int) -> Row:
+def _row(line: bytes, number: int) -> Row:
     import numpy
 
-    *levels, digit = map(int, line.split(","))
+    *levels, digit = map(int, line.split(b","))
     picture = numpy.array(levels, dtype=numpy.uint16).reshape(SIDE, SIDE) * 255 // 16
     return {"image": from_levels(picture.astype(numpy.uint8), f"{NAME}, picture {number}"), "label": str(digit)}
-
-
-def _text(file: Path) -> str:
-    """Return the table in the file, once its digest is known to be right."""
-    try:
-        with gzip.open(io.BytesIO(read_bytes(file, DataError, MAX_BYTES))) as packed:
-            data = packed.read(MAX_BYTES)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(f"{file} cannot be read: {error}", code="damaged_file") from None
-    if hashlib.sha256(data).hexdigest() != SHA256:
-        raise DataError(f"{file} is not the file of digits that is known; install it anew", code="damaged_file")
-    return data.decode("ascii")
 
 
 register(

@@ -1,4 +1,4 @@
-"""The DINOv2 backbone inside an ONNX graph -> a folder that transformers reads.
+"""Converts the DINOv2 backbone inside an ONNX graph to a folder that transformers reads.
 
 An exporter keeps the names of biases and norms, and folds the weight of every linear layer into
 a nameless constant, transposed: such a weight is named by the node that multiplies with it. The
@@ -64,7 +64,7 @@ def _tensors(file: Path, nodes: Any, held: dict[str, Tensor]) -> dict[str, Tenso
 
 
 def _positions(file: Path, held: dict[str, Tensor], width: int) -> Tensor:
-    """(1, 1 + patches, width): the class token's place first."""
+    """Return (1, 1 + patches, width): the class token's place first."""
     nameless = [
         tensor
         for name, tensor in held.items()

@@ -1,23 +1,18 @@
 """Fashion-MNIST: 70,000 pictures of clothes, 28 x 28 grey levels, in four gzipped idx files.
 
-Xiao, Rasul and Vollgraf 2017, arXiv:1708.07747. The files are checked by the digest of their
-content: gzip may be written in several ways.
+Xiao, Rasul and Vollgraf 2017, arXiv:1708.07747.
 """
 
-import gzip
-import hashlib
-import io
 import math
 import shlex
-import zlib
 from pathlib import Path
 
+from loralab.assets.gzipped import read_gzip
 from loralab.errors import DataError
 from loralab.tasks.catalog import NamedTask, folders, register
 from loralab.tasks.formats import Row
 from loralab.tasks.pictures import from_levels
 from loralab.tasks.read import DataTable
-from loralab.values import read_bytes
 
 NAME = "fashion-mnist"
 FASHION_CLASSES = (
@@ -83,18 +78,12 @@ def _rows(folder: Path, part: str) -> list[Row]:
 
 
 def read_idx(file: Path) -> tuple[tuple[int, ...], bytes]:
-    """Shape and content of a gzipped idx file of bytes.
+    """Return shape and content of a gzipped idx file of bytes.
 
     Raises:
         DataError: it cannot be read, or is not the file that its name says.
     """
-    try:
-        with gzip.open(io.BytesIO(read_bytes(file, DataError, MAX_BYTES))) as packed:
-            data = packed.read(MAX_BYTES)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(f"{file} cannot be read: {error}", code="damaged_file") from None
-    if hashlib.sha256(data).hexdigest() != DIGESTS[file.name]:
-        raise DataError(f"{file} is not the file that Fashion-MNIST is made of; install it anew", code="damaged_file")
+    data = read_gzip(file, DIGESTS[file.name], MAX_BYTES)
     dimensions = data[3]
     start = 4 + 4 * dimensions
     shape = tuple(int.from_bytes(data[at : at + 4], "big") for at in range(4, start, 4))

@@ -74,18 +74,18 @@ def load(task: str, path: Path) -> DataTable:
 
 
 def _sentiment(means: dict[str, float]) -> list[Row]:
-    """Positive or negative."""
+    """Return rows that are positive or negative."""
     return [{"text": text, "label": "positive" if mean > 0 else "negative"} for text, mean in means.items()]
 
 
 def _strength(means: dict[str, float]) -> list[Row]:
-    """Strong or mild, whatever the sign: the halves below and above the median."""
+    """Return rows that are strong or mild, whatever the sign: the halves below and above the median."""
     middle = statistics.median(map(abs, means.values()))
     return [{"text": text, "label": "strong" if abs(mean) > middle else "mild"} for text, mean in means.items()]
 
 
 def _origins(data: bytes) -> list[Row]:
-    """Where a text is from; the same number from each source, evenly over its file."""
+    """Return rows by where a text is from; the same number from each source, evenly over its file."""
     texts = {name: list(dict.fromkeys(text for *_, text in _lines(data, name, "GroundTruth"))) for name in SOURCES}
     least = min(map(len, texts.values()))
     return [

@@ -19,7 +19,7 @@ NO_MEMORY = ("can't allocate memory", "out of memory")  # torch says it in a Run
 
 
 def main() -> None:
-    """The console script: 0 done, 1 the check or run failed, 2 the input was wrong."""
+    """Run the console script: 0 done, 1 the check or run failed, 2 the input was wrong."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.showwarning = _show_warning
@@ -65,7 +65,7 @@ def _is_memory(error: BaseException) -> bool:
 
 
 def _as_interrupt(number: int, frame: FrameType | None) -> None:
-    """SIGTERM, which a scheduler sends before it kills, does what Ctrl-C would do here and now."""
+    """Treat SIGTERM, which a scheduler sends before it kills, as Ctrl-C."""
     handler = signal.getsignal(signal.SIGINT)
     if not callable(handler):  # a shell ignores Ctrl-C for what it starts in the background
         raise KeyboardInterrupt
@@ -73,7 +73,7 @@ def _as_interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def _thread_ended(ended: threading.ExceptHookArgs) -> None:
-    """TensorBoard writes in a thread: what it cannot write is raised again where it is called."""
+    """Raise again, where it is called, what TensorBoard cannot write in its thread."""
     if not isinstance(ended.exc_value, OSError):
         threading.__excepthook__(ended)
 
@@ -97,6 +97,6 @@ def _say(text: str, code: int) -> int:
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
-    """Our own warnings as one line; those of libraries are for their developers."""
+    """Print our own warnings as one line; those of libraries are for their developers."""
     if category.__module__.startswith("loralab"):
         print(f"warning: {message}", file=sys.stderr)

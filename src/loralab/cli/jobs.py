@@ -40,7 +40,7 @@ def train_jobs(
 
 
 def _show(found: Sequence[Mapping[str, Any]], as_json: bool) -> None:
-    """All jobs' results; nothing, where another process shows them."""
+    """Show all jobs' results; nothing, where another process shows them."""
     from loralab.training.world import world
 
     if not world().is_main:

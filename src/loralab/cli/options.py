@@ -66,7 +66,7 @@ def build(config: Config, values: Mapping[str, Any]) -> Any:
 
 
 def require_known(values: Iterable[str], configs: tuple[Config, ...], others: Any, of: str) -> None:
-    """Every value must be a field of the configurations in use; `others` are not in use.
+    """Require that every value is a field of the configurations in use; `others` are not in use.
 
     Raises:
         ConfigError: one is a field of others alone, and would have no effect.
@@ -80,7 +80,7 @@ def require_known(values: Iterable[str], configs: tuple[Config, ...], others: An
 
 
 def pairs(text: str, name: str, kind: Callable[[str], Any] = str) -> dict[str, Any]:
-    r"""`a=1,b=2` as a dict; a comma or an equals sign of a name is written `\,` or `\=`.
+    r"""Return `a=1,b=2` as a dict; a comma or an equals sign of a name is written `\,` or `\=`.
 
     Raises:
         ConfigError: a part is not of this form, or a name stands twice.
@@ -101,7 +101,7 @@ def pairs(text: str, name: str, kind: Callable[[str], Any] = str) -> dict[str, A
 
 
 def _option_names(config: Config) -> list[str]:
-    """Fields that have a text."""
+    """Return the fields that have a text."""
     hints: dict[str, Any] = _hints(config)
     return [f.name for f in fields(config) if get_origin(hints[f.name]) is Annotated]
 
@@ -129,7 +129,7 @@ def _accepted(kind: Any) -> type:
 
 
 def _parsed(name: str, value: Any, configs: Sequence[Config]) -> Any:
-    """Text to what the field holds: lists by commas, mappings by name=value, names as they are."""
+    """Convert text to what the field holds: lists by commas, mappings by name=value, names as they are."""
     if not isinstance(value, str):
         return value
     hint = next(get_type_hints(config)[name] for config in configs if _has(config, name))
@@ -146,7 +146,7 @@ def _parsed(name: str, value: Any, configs: Sequence[Config]) -> Any:
 
 
 def _listed(name: str, value: str, options: tuple[Any, ...]) -> Any:
-    """Comma-separated names or numbers; a regular expression stays one text."""
+    """Split comma-separated names or numbers; a regular expression stays one text."""
     inner = next(get_args(option)[0] for option in options if get_origin(option) is tuple)
     if str in options and not re.fullmatch(r"[\w.\-]+(,[\w.\-]+)+", value.replace(" ", "")):
         return value

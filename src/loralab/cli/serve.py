@@ -78,7 +78,7 @@ def serve(
 
 
 def _named_paths(given: list[str]) -> dict[str, str | Path]:
-    """NAME=PATH, each name once."""
+    """Return the path of each NAME=PATH, each name once."""
     found: dict[str, str | Path] = {}
     for text in given:
         name, equals, path = text.partition("=")
@@ -107,7 +107,7 @@ def _require_extra() -> None:
 def _serve_replicas(
     plan: dict[str, Any], count: int, ray: str | None, host: str, port: int, keys: "Keys | None", as_json: bool
 ) -> None:
-    """On a Ray cluster, until a signal ends it."""
+    """Serve on a Ray cluster, until a signal ends it."""
     if ray is None:
         raise ConfigError(
             "--replicas needs --ray: local, or the address of a Ray cluster", code="missing_option", field="ray"
@@ -124,7 +124,7 @@ def _serve_replicas(
 
 
 def _say_ready(found: "ServerInfo", where: str, with_keys: bool, as_json: bool) -> None:
-    """One line for machines, or a few for people."""
+    """Print one line for machines, or a few for people."""
     base, adapters = found.base, list(found.adapters)
     if as_json:
         ready = {"url": where, "model": base, "kind": found.kind, "adapters": adapters}

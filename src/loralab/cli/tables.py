@@ -36,7 +36,7 @@ def run_json(run: "Run") -> dict[str, Any]:
 
 
 def show_run(result: Mapping[str, Any]) -> None:
-    """A run as a table, and what can be done next."""
+    """Show a run as a table, and what can be done next."""
     from loralab.models.kinds import CAUSAL
 
     proof = result["certificate"]
@@ -83,6 +83,8 @@ def print_table(title: str, rows: Iterable[tuple[str, str]]) -> None:
     from rich.text import Text
 
     table = Table(title=Text(title), show_header=False, title_justify="left")
+    for _ in range(2):
+        table.add_column(overflow="fold")  # a name that was cut off could not be looked up
     for name, value in rows:
         table.add_row(Text(name), Text(value))
     Console().print(table)

@@ -42,7 +42,7 @@ class LoraCallback(TrainerCallback):
       take; resumed with another adapter or base they are refused.
     - At the end the adapter is saved in `output_dir`, with the certificate that it does there in a
       fresh process what it does here.
-    - `verify(folder)` proves a merge of what was trained, whichever tool made it.
+    - `verify(folder)` compares a merge of what was trained, by any tool, with base and adapter.
 
     Args:
         adapter: attached to the model that the trainer gets.
@@ -226,7 +226,7 @@ def _require_supported(args: Any, adapter: Adapter) -> None:
 
 
 def _require_rates(adapter: Adapter, optimizer: torch.optim.Optimizer) -> None:
-    """LoRA+ is a matter of the optimizer, and Trainer's own knows nothing of it.
+    """Require that the optimizer gives every B its rate of LoRA+; Trainer's own does not.
 
     Raises:
         ConfigError: the optimizer does not give every B its rate.

@@ -94,7 +94,7 @@ def _first(own: Path, folder: Path) -> Path:
 
 
 def _forget_quantization(model: Any) -> None:
-    """The weights are dequantised now, and may be saved."""
+    """Forget that the weights were quantised, so that they can be saved."""
     model.config.__dict__.pop("quantization_config", None)
     model.is_quantized = False
     for name in ("hf_quantizer", "quantization_method"):

@@ -32,12 +32,12 @@ def _halves(raw: Tensor, start: int) -> Tensor:
 
 
 def _nibbles(raw: Tensor) -> Tensor:
-    """(N, 16) bytes -> (N, 32) numbers of 4 bits."""
+    """Unpack (N, 16) bytes to (N, 32) numbers of 4 bits."""
     return torch.cat([raw & 15, raw >> 4], dim=1)
 
 
 def _fifth_bits(raw: Tensor) -> Tensor:
-    """(N, 4) bytes -> (N, 32) bits, worth 16 each."""
+    """Unpack (N, 4) bytes to (N, 32) bits, worth 16 each."""
     shifts = torch.arange(8, device=raw.device, dtype=torch.uint8)
     return ((raw[:, :, None] >> shifts) & 1).flatten(1) << 4
 
@@ -96,7 +96,7 @@ class GGUFBlocks:
         return GGUFBlocks(data, self.kind)
 
     def to(self, device: torch.device) -> "GGUFBlocks":
-        """On another device."""
+        """Return them on another device."""
         return self.around(self.data.to(device))
 
     def _by_package(self) -> Tensor:

@@ -68,7 +68,7 @@ class _Head:
         self._elements = 0
 
     def read(self, *, model: bool) -> None:
-        """All of it."""
+        """Check all of it."""
         magic, version, tensors, fields = self._unpack("4sIQQ")
         if magic != b"GGUF" or version not in VERSIONS:
             raise self._error(f"it is not a GGUF file of version {VERSIONS[0]} or {VERSIONS[1]}")
@@ -158,7 +158,7 @@ class _Head:
         return offset, count // block * size
 
     def _require_inside(self, extents: list[tuple[int, int]], alignment: Any) -> None:
-        """Every tensor lies in the file, and no two in the same place."""
+        """Require that every tensor lies in the file, and no two in the same place."""
         if not isinstance(alignment, int) or not 0 < alignment <= 1 << 20 or alignment & alignment - 1:
             raise self._error(f"general.alignment is {format_value(alignment)}")
         start = -(-(self._size - self._left) // alignment) * alignment
@@ -171,7 +171,7 @@ class _Head:
             raise self._error(f"its tensors end {start + end - self._size:,} bytes after it")
 
     def _require_plausible(self, found: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:
-        """No size may exceed those of the tensors: the model is built for it."""
+        """Refuse sizes beyond those of the tensors: the model is built for them."""
         blocks = {name.split(".")[1] for name in shapes if name.startswith("blk.")}
         widest = max((size for shape in shapes.values() for size in shape), default=0)
         for key, value in found.items():

@@ -122,7 +122,7 @@ def read_gguf(file: Path, names: Iterable[str], role: str) -> Weights:
 
 
 def _our_name(name: str) -> str:
-    """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`; a name that is not known stays."""
+    """Return transformers' name: `blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`."""
     path, _, end = name.rpartition(".")
     if path in ENDS:
         return f"{ENDS[path]}.{end}"

@@ -44,12 +44,12 @@ class Given:
 
     @property
     def name(self) -> str:
-        """Its name in errors and records, which nobody can load."""
+        """Return its name in errors and records, which nobody can load."""
         return f"{type(self.model).__name__} in memory"
 
     @property
     def kind(self) -> str:
-        """Its kind, by its class.
+        """Return its kind, by its class.
 
         Raises:
             ModelError: its class is none of those that are trained here.
@@ -58,7 +58,7 @@ class Given:
 
     @property
     def _config(self) -> Any:
-        """A copy of its configuration that names its class, as one of a folder does."""
+        """Return a copy of its configuration that names its class, as one of a folder does."""
         config = copy.deepcopy(self.model.config)
         config.architectures = [type(self.model).__name__]
         return config

@@ -30,7 +30,7 @@ PROBES = (  # texts that tokenizers cut differently
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """16 hexadecimal digits over the vocabulary and the ids of some texts, or how pictures are cut.
+    """Return 16 hexadecimal digits over the vocabulary and the ids of some texts, or how pictures are cut.
 
     Chat template and padding do not count, nor how a version of a library writes its files.
     """
@@ -51,7 +51,7 @@ def template_of(tokenizer: Any) -> str | None:
 
 
 def config_digest(base: Base) -> str | None:
-    """16 hexadecimal digits over a model's config.json; None where there is no such file here.
+    """Return 16 hexadecimal digits over a model's config.json; None where there is no such file here.
 
     Of a live model it is the configuration as it would be written.
     """

@@ -71,7 +71,7 @@ class Base:
 
     @property
     def recorded(self) -> dict[str, Any]:
-        """Its name and kind as records have them: a live model has no name to load it by."""
+        """Return its name and kind as records have them: a live model has no name to load it by."""
         live = {"name": None, "live": True} if self.live else {"name": self.name}
         return {**live, "kind": self.kind}
 
@@ -158,7 +158,7 @@ def natural_kind(name: str) -> str:
 
 
 def configuration(name: str) -> Any:
-    """transformers' configuration of a model, without its weights.
+    """Return transformers' configuration of a model, without its weights.
 
     Raises:
         ModelError: it does not exist, or has no readable configuration.
@@ -254,7 +254,7 @@ def _options(name: str, config: Any, kind: str, labels: Sequence[str]) -> Option
 
 
 def require_size(name: str, model: Any, size: int) -> None:
-    """A model whose places are fixed takes its own size alone."""
+    """Refuse other picture sizes than its own, for a model whose positions are fixed."""
     own = pictures.side(getattr(pictures.settings(model.config), "image_size", None))
     fits = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
     if own in (None, size) or fits or model.config.model_type in _FREE_SIZES:
@@ -265,7 +265,7 @@ def require_size(name: str, model: Any, size: int) -> None:
 
 
 def require_use(name: str, tokenizer: Any, config: Any, kind: str) -> None:
-    """A tokenizer whose files are odd is found out when it is used, so it is used here."""
+    """Use a tokenizer once: odd files are found out only then."""
     if not isinstance(tokenizer.model_max_length, int | float):
         raise ModelError(
             f"{name}: tokenizer_config.json has model_max_length "

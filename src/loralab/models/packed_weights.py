@@ -34,7 +34,7 @@ class FourBits:
         return _unpacked(self)[first:last]
 
     def quantized(self, weight: Tensor) -> Tensor:
-        """Return what these bits make of a whole weight."""
+        """Quantize a whole weight in the same format, and dequantize it."""
         import bitsandbytes.functional as bnb
 
         packed, state = bnb.quantize_4bit(
@@ -45,7 +45,7 @@ class FourBits:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class EightBits:
-    """A weight in rows of 8 bits, each with its largest number."""
+    """A weight in 8 bits, with the absolute maximum of each row."""
 
     data: Stream
     largest: Stream
@@ -54,7 +54,7 @@ class EightBits:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Return its sizes."""
+        """Return its shape."""
         return self.data.shape
 
     def rows(self, first: int, last: int) -> Tensor:
@@ -63,7 +63,7 @@ class EightBits:
         return self.data.rows(first, last).float() * scale
 
     def quantized(self, weight: Tensor) -> Tensor:
-        """Return what 8 bits make of some rows."""
+        """Quantize some rows in 8 bits, and dequantize them."""
         scale = weight.abs().amax(dim=1, keepdim=True).clamp_min(1e-30) / 127
         return (weight / scale).round() * scale
 

@@ -45,7 +45,7 @@ class Pictures:
 
     @property
     def channels(self) -> int:
-        """3 for colour, 1 for grey."""
+        """Return 3 for colour, 1 for grey."""
         return len(self.mean)
 
     def pixels(self, picture: Any) -> Tensor:

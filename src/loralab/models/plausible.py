@@ -1,4 +1,4 @@
-"""Return whether a model folder is what its configuration says, before it is built for it.
+"""Checks that a model folder is what its configuration says, before a model is built.
 
 What builds a model believes config.json: a thousand million layers, a vocabulary of terabytes. The
 weights are the measure: nothing may be built that is many times as large as what fills it.
@@ -39,9 +39,7 @@ def require_folder(name: str, path: Path) -> None:
     config = read_json(path / CONFIG, ModelError)
     _require_small(name, path)
     if (path / INDEX).exists():
-        parts = read_json(path / INDEX, ModelError).get("weight_map")
-        if not isinstance(parts, dict) or not all(map(_is_part, parts.values())):
-            raise ModelError(f"{name}: {INDEX} must name files of its own folder", code="outside_folder", field="model")
+        read_index(name, path, "model")
     counts = [_count(file) for file in path.glob("*.safetensors")]
     # of damaged weights more is said when they are read
     tensors = MOST_LAYERS if None in counts else sum(filter(None, counts))
@@ -63,6 +61,18 @@ def require_folder(name: str, path: Path) -> None:
                 code="implausible_size",
                 field=key,
             )
+
+
+def read_index(name: str, path: Path, field: str) -> dict[str, str]:
+    """Return the file of each tensor of a model folder in shards.
+
+    Raises:
+        ModelError: the index cannot be read, or a file is not in the folder.
+    """
+    parts = read_json(path / INDEX, ModelError).get("weight_map")
+    if not isinstance(parts, dict) or not all(isinstance(p, str) and Path(p).name == p for p in parts.values()):
+        raise ModelError(f"{name}: {INDEX} must name files of its own folder", code="outside_folder", field=field)
+    return parts
 
 
 def require_weights(name: str, path: Path) -> int:
@@ -99,16 +109,12 @@ def require_plausible(name: str, weights: int, build: Callable[[], Any]) -> None
 
 
 def _require_small(name: str, path: Path) -> None:
-    """Tokenizers and settings are held whole, several times over."""
+    """Refuse files of settings that do not fit into memory: they are held whole, several times over."""
     for file in path.glob("*.json"):
         if not file.is_file() or file.stat().st_size > memory_bytes() // 16:
             raise ModelError(
                 f"{name}: {file.name} is not a file, or does not fit into memory", code="unreadable", field=file.name
             )
-
-
-def _is_part(value: Any) -> bool:
-    return isinstance(value, str) and Path(value).name == value
 
 
 def _count(file: Path) -> int | None:

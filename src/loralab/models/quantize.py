@@ -40,7 +40,7 @@ class PackedWeight(Protocol):
         """Return the bytes that it takes, scales included."""
 
     def to(self, device: torch.device) -> "PackedWeight":
-        """On another device."""
+        """Return it on another device."""
 
 
 class QuantizedLinear(nn.Linear):
@@ -59,13 +59,13 @@ class QuantizedLinear(nn.Linear):
         self.register_parameter("bias", own)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., I) -> (..., O)."""
+        """Map x (..., I) to (..., O)."""
         out: Tensor = _Product.apply(x, self)
         return out if self.bias is None else out + self.bias.to(out.dtype)
 
     @property
     def packed(self) -> PackedWeight:
-        """The weight as it is kept."""
+        """Return the weight as it is kept."""
         return self._scales.around(self.weight.data)
 
     def dequantize(self) -> Tensor:
@@ -74,11 +74,11 @@ class QuantizedLinear(nn.Linear):
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits that are kept for each weight, scales included."""
+        """Return the bits that are kept for each weight, scales included."""
         return 8 * self.packed.nbytes() / (self.in_features * self.out_features)
 
     def extra_repr(self) -> str:
-        """Sizes, for print(model)."""
+        """Return sizes, for print(model)."""
         return f"{self.in_features}, {self.out_features}, {self.bits_per_weight:.3f} bits"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
@@ -135,7 +135,7 @@ class NF4:
         return other
 
     def to(self, device: torch.device) -> "NF4":
-        """On another device."""
+        """Return it on another device."""
         other = self.around(self.data.to(device))
         other.state = copy.copy(self.state)
         other.state.state2 = copy.copy(self.state.state2)
@@ -211,7 +211,7 @@ def gguf_file(name: str) -> Path | None:
 
 
 def _bitsandbytes() -> Any:
-    """bitsandbytes' functions; it warns of a faster kernel from a hub, which is not asked for."""
+    """Return bitsandbytes' functions; it warns of a faster kernel from a hub, which is not asked for."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     import bitsandbytes.functional
 

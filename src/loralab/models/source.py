@@ -110,7 +110,7 @@ def _require_on_hub(name: str) -> None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without transformers' progress bars and load reports, where our own errors say it better."""
+    """Silence transformers' progress bars and load reports, where our own errors say it better."""
     verbosity = logging.get_verbosity()
     bars = logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
@@ -125,7 +125,7 @@ def quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def as_model_error(name: str, source: str) -> Iterator[None]:
-    """One line of ours for whatever transformers raises on a model that it cannot read."""
+    """Raise one line of ours for whatever transformers raises on a model that it cannot read."""
     try:
         with quiet():
             yield

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from loralab.errors import ModelError, format_value, join_limited
-from loralab.models.plausible import MAX_HEADER_BYTES
+from loralab.models.plausible import ADAPTER, CONFIG, INDEX, MAX_HEADER_BYTES, read_index
 from loralab.values import read_json
 
-CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+SINGLE = "model.safetensors"
 NUMBERED = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
 NOT_THE_MODEL = ("adapter_", "consolidated", "certificate", "optimizer", "scheduler")
 DTYPES = {
@@ -162,11 +162,9 @@ def _stored(file: Path, origin: int, entry: Mapping[str, Any]) -> StoredTensor:
 def _require_model(path: Path, role: str) -> None:
     if not path.is_dir():
         raise ModelError(f"there is no folder {path}", code="unknown_model", field=role)
-    if (path / "adapter_config.json").is_file():
+    if (path / ADAPTER).is_file():
         raise ModelError(
-            f"{path} holds an adapter (adapter_config.json); the {role} model is wanted",
-            code="adapter_as_model",
-            field=role,
+            f"{path} holds an adapter ({ADAPTER}); the {role} model is wanted", code="adapter_as_model", field=role
         )
     if not (path / CONFIG).is_file():
         raise ModelError(f"{path} is not a model folder: it has no {CONFIG}", code="no_config", field=role)
@@ -179,9 +177,7 @@ def _files(path: Path, role: str) -> tuple[list[Path], set[str], tuple[str, ...]
         notes = (f"{SINGLE} is read, as transformers does; {len(beside)} shards beside it are not",) if beside else ()
         return [path / SINGLE], set(), notes
     if (path / INDEX).is_file():
-        places = read_json(path / INDEX, ModelError).get("weight_map")
-        if not isinstance(places, dict) or not all(isinstance(p, str) and Path(p).name == p for p in places.values()):
-            raise ModelError(f"{path / INDEX} must name files of its own folder", code="outside_folder", field=role)
+        places = read_index(str(path), path, role)
         names = sorted(set(places.values()))
         _require_shards(path, names, role)
         return [path / name for name in names], set(places), ()

@@ -1,4 +1,4 @@
-"""Which examples each optimiser step sees, and how they become tensors.
+"""Batches: the examples of each optimiser step, as tensors.
 
 The order is a pure function of lengths, settings, seed and step: the position to resume from is
 one integer.
@@ -45,12 +45,12 @@ class Batches:
 
     @property
     def effective(self) -> int:
-        """Rows in one optimiser step."""
+        """Return the rows in one optimiser step."""
         return self.batch_size * self.accumulation_steps
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimiser steps in one pass over the rows; the last one may be smaller."""
+        """Return the optimiser steps in one pass over the rows; the last one may be smaller."""
         return -(-len(self.lengths) // self.effective)
 
     def step(self, number: int) -> list[list[int]]:
@@ -160,7 +160,7 @@ def micro_batches(examples: Sequence[Example], max_tokens: int, *, pads: bool) -
 
 
 def _shared_out(rows: Sequence[Example], number: int) -> list[list[Example]]:
-    """Rows, the longest first, in so many groups: each goes where the fewest tokens are."""
+    """Share rows, the longest first, among so many groups: each goes where the fewest tokens are."""
     groups: list[list[Example]] = [[] for _ in range(number)]
     for row in rows:
         min(groups, key=_tokens).append(row)

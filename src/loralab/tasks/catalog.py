@@ -175,7 +175,7 @@ def listing() -> list[dict[str, Any]]:
 
 
 def folders() -> list[Path]:
-    """Where archives of named tasks are looked for."""
+    """Return the folders that archives of named tasks are looked for in."""
     own = os.environ.get("LORALAB_ASSETS")
     beside = Path(sys.prefix) / "share" / "loralab"
     return [*([Path(own)] if own else []), beside, Path.home() / ".cache" / "loralab" / "assets"]
@@ -218,7 +218,7 @@ def question_of(data_format: str, labels: tuple[str, ...]) -> str:
 
 
 def content_digest(splits: Mapping[str, list[Row]], labels: tuple[str, ...], instruction: str) -> str:
-    """sha256 over all that a task teaches; pictures count by their content."""
+    """Return the sha256 over all that a task teaches; pictures count by their content."""
     return hashlib.sha256(_json([splits, labels, instruction]).encode()).hexdigest()
 
 
@@ -239,7 +239,7 @@ def split_rows(table: DataTable, seed: int) -> dict[str, list[Row]]:
 
 
 def _owners(source: str, groups: Mapping[str, list[Row]], missing: list[str]) -> dict[str, str]:
-    """Which split each group of equal inputs goes to; train keeps one group of every label."""
+    """Return the split of each group of equal inputs; train keeps one group of every label."""
     places = sorted(groups)
     holder = {label: place for place in places for row in groups[place] for label in labels_of(row) or [""]}
     kept = set(holder.values())
@@ -263,12 +263,12 @@ def labels_of(row: Row) -> list[str]:
 
 
 def _json(content: Any) -> str:
-    """As text; pictures as their digest."""
+    """Return it as text; pictures as their digest."""
     return json.dumps(content, ensure_ascii=False, sort_keys=True, default=str)
 
 
 def place_of(row: Row, seed: int) -> str:
-    """Where a row stands among others: a hash of its input."""
+    """Return a row's place among others: a hash of its input."""
     return hashlib.sha256(f"{seed}\x1f{input_text(row)}".encode()).hexdigest()
 
 

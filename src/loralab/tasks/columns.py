@@ -1,4 +1,4 @@
-"""Which columns of a source are read, as what, and which have no effect.
+"""Decides which columns of a source are read, as what, and which have no effect.
 
 A column is read if its name is canonical or `mapping` says so; mapping a column to nothing leaves
 it out. Where another column could change what the rows mean, its meaning is asked for, never

@@ -153,7 +153,7 @@ def _in_order(folder: Path, split: str, files: list[Path]) -> list[Path]:
 
 
 def _numbered(folder: Path, split: str, shards: list[Shard]) -> list[Path]:
-    """In order, after a check that none is missing."""
+    """Return them in order, after a check that none is missing."""
     counts = {shard.count for shard in shards}
     numbers = sorted(shard.number for shard in shards if shard.number is not None)
     if len(counts) > 1 or len(set(numbers)) < len(numbers):

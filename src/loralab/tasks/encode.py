@@ -89,7 +89,7 @@ def require_tokenizer(tokenizer: Any) -> None:
 
 
 def require_suited(task: Task, kind: str) -> None:
-    """A kind of model learns from its own formats only.
+    """Refuse formats that a kind of model cannot learn from.
 
     Raises:
         ConfigError: there is no such kind.
@@ -224,7 +224,7 @@ class _Answered:
     lost: int = 0
 
     def take(self, row: int, samples: Sequence[Sequence[Segment]]) -> None:
-        """The examples of one conversation, as many as there are samples."""
+        """Return the examples of one conversation, as many as there are samples."""
         before: Ids = ()
         kept = whole = 0
         for segments in samples:
@@ -318,7 +318,7 @@ def _cut(tokenizer: Any, texts: Sequence[Any], max_length: int, **options: Any) 
 
 
 def _tagged(task: Task, rows: Sequence[Row], tokenizer: Any, max_length: int) -> Encoded:
-    """The tag of a word stands on its first piece."""
+    """Put the tag of a word on its first piece."""
     numbers = {tag: index for index, tag in enumerate(task.labels)}
     examples, shortened = [], []
     for index, row in enumerate(rows):

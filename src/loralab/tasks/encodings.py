@@ -74,11 +74,7 @@ def _content(file: Path) -> bytes:
     if file.suffix.lower() != PACKED:
         return data
     most = max(MIN_PLAIN_BYTES, MAX_EXPANSION * len(data))
-    try:
-        with gzip.open(io.BytesIO(data)) as packed:
-            content = packed.read(most + 1)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(f"{file} cannot be unpacked: {error}", code="damaged_file") from None
+    content = unpack(file, data, most + 1)
     if len(content) > most:
         raise DataError(
             f"{file} has {len(data):,} bytes and unpacks to more than {most:,}; it is damaged, or "
@@ -87,6 +83,19 @@ def _content(file: Path) -> bytes:
             code="too_large",
         )
     return content
+
+
+def unpack(file: Path, data: bytes, most: int) -> bytes:
+    """Return up to `most` bytes of what a gzip file's bytes hold.
+
+    Raises:
+        DataError: they are damaged, or no gzip file's.
+    """
+    try:
+        with gzip.open(io.BytesIO(data)) as packed:
+            return packed.read(most)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"{file} cannot be unpacked: {error}", code="damaged_file") from None
 
 
 def _unmarked(data: bytes) -> str:

@@ -28,12 +28,12 @@ class Example:
 
     @property
     def texts(self) -> tuple[Ids, ...]:
-        """The ids of each text."""
+        """Return the ids of each text."""
         return self.input_ids, self.second
 
     @property
     def length(self) -> int:
-        """Tokens of all texts; a picture counts as one."""
+        """Return the tokens of all texts; a picture counts as one."""
         return len(self.input_ids) + len(self.second) or 1
 
 

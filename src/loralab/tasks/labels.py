@@ -87,7 +87,7 @@ def _spellings(labels: Iterable[str]) -> dict[str, str]:
 
 
 def _whole(label: str) -> str:
-    """ "1.0" -> "1"."""
+    """Return a whole number without its decimals: "1" for "1.0"."""
     return "0" if float(label) == 0 else label.partition(".")[0]
 
 

@@ -8,7 +8,7 @@ _CJK = (("\u3040", "\u30ff"), ("\u3400", "\u9fff"), ("\uac00", "\ud7af"))  # kan
 
 
 def label_metrics(expected: Sequence[str], answered: Sequence[str]) -> dict[str, float]:
-    """accuracy, macro_f1 over all labels that occur, and Matthews' correlation coefficient.
+    """Return accuracy, macro_f1 over all labels that occur, and Matthews' correlation coefficient.
 
     Matthews for several classes: Gorodkin 2004, doi:10.1016/j.compbiolchem.2004.09.006.
     """
@@ -35,7 +35,7 @@ def looks_like_entities(tags: Sequence[str]) -> bool:
 
 
 def entities(tags: Sequence[str]) -> set[tuple[str, int, int]]:
-    """(type, first word, word after the last) of each entity.
+    """Return (type, first word, word after the last) of each entity.
 
     As conlleval and seqeval read them: an I- that continues nothing begins an entity.
     """
@@ -51,7 +51,7 @@ def entities(tags: Sequence[str]) -> set[tuple[str, int, int]]:
 
 
 def entity_f1(expected: Sequence[Sequence[str]], told: Sequence[Sequence[str]]) -> float:
-    """F1 over entities of all rows, right if type, start and end are; 0 where there are none."""
+    """Return F1 over entities of all rows, right if type, start and end are; 0 where there are none."""
     pairs = [(entities(e), entities(t)) for e, t in zip(expected, told, strict=True)]
     right = sum(len(true & said) for true, said in pairs)
     total = sum(len(true) + len(said) for true, said in pairs)
@@ -59,7 +59,7 @@ def entity_f1(expected: Sequence[Sequence[str]], told: Sequence[Sequence[str]]) 
 
 
 def text_metrics(expected: Sequence[str], answered: Sequence[str]) -> dict[str, float]:
-    """exact_match (white space at the ends ignored), BLEU and ROUGE-L F1, each 0 to 1.
+    """Return exact_match (white space at the ends ignored), BLEU and ROUGE-L F1, each 0 to 1.
 
     Chinese, Japanese and Korean texts are compared by characters: the libraries' default
     tokenizers would see one word or none.

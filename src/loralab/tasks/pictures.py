@@ -188,7 +188,7 @@ def _decoded(source: Any, origin: str, *, draft: bool = False) -> Any:
 
 
 def _require_size(size: tuple[int, int], origin: str) -> None:
-    """Before anything is decoded: a file of a kilobyte can describe a picture of gigabytes."""
+    """Refuse huge pictures before they are decoded: a kilobyte can describe gigabytes."""
     short, long = sorted(size)
     if short * long > MAX_PIXELS or long > MAX_ASPECT_RATIO * short:
         raise DataError(
@@ -200,7 +200,7 @@ def _require_size(size: tuple[int, int], origin: str) -> None:
 
 
 def _plain(image: Any) -> Any:
-    """In RGB, or in grey levels where it has no colours; transparency is dropped."""
+    """Return it in RGB, or in grey levels where it has no colours; transparency is dropped."""
     if image.mode.startswith("I"):  # 16 bits a level: the upper eight
         return image.convert("I").point(lambda level: level / 256).convert("L")
     if image.mode in ("1", "L", "LA"):

@@ -48,6 +48,6 @@ def repetitions(splits: Splits, leaked: Mapping[str, Sequence[str]]) -> list[str
 
 
 def _shown(text: str) -> str:
-    """An input as a note quotes it, its beginning alone."""
+    """Return an input as a note quotes it, its beginning alone."""
     plain = text.replace("\x1f", " | ")
     return repr(one_line(plain[:SHOWN] + "…" * (len(plain) > SHOWN)))

@@ -22,7 +22,7 @@ def score_pairs(
     batch_size: int,
     among: ProcessGroup | None = None,
 ) -> tuple[dict[str, float], list[str]]:
-    """loss, accuracy (the partner comes first) and mrr; and the text that came first.
+    """Return loss, accuracy (the partner comes first) and mrr; and the text that came first.
 
     Candidates are the different second texts of all rows, so nothing depends on the batch size.
     Those that are exactly as close as the partner count half in its rank.

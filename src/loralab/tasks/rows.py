@@ -60,7 +60,7 @@ def _checked(part: DataPart, number: int, row: Row, columns: Columns, seen: set[
 
 
 def _picture(place: str, value: Any, folder: Path) -> PictureFile:
-    """From a path, from bytes, or from a dict that has either, as Parquet files hold them."""
+    """Read a picture from a path, from bytes, or from a dict that has either, as Parquet files hold them."""
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, bytes):

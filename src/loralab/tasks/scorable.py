@@ -1,4 +1,4 @@
-"""Which rows are scored, as numbers, and whether a model can take them."""
+"""Rows to score as token ids, and checks that a model can take them."""
 
 from typing import Any
 
@@ -57,7 +57,7 @@ def _chosen(task: Task, split: str, limit: int | None) -> list[Row]:
 
 
 def _require_whole(task: Task, split: str, encoded: Encoded, room: int, kind: str) -> None:
-    """Nothing is silently left out of a score; a classifier reads what fits, as in training."""
+    """Refuse to leave anything out of a score; a classifier reads what fits, as in training."""
     lost = sorted({*encoded.dropped, *encoded.shortened})
     if lost and kind == "causal-lm":
         numbers = join_limited((str(row + 1) for row in lost), 5)

@@ -135,7 +135,7 @@ def _scores(
 
 
 def _require_answers(task: Task, kind: str, generate: bool) -> None:
-    """Answers are written by a language model, and only where rows have some."""
+    """Refuse to write answers with other models than language models, or for rows without any."""
     if not generate:
         return
     if kind not in TEXT_KINDS:
@@ -156,7 +156,7 @@ def _answered(
     room: int,
     among: ProcessGroup | None,
 ) -> tuple[float, list[str], list[float]]:
-    """Mean loss, the label of each row where there are labels, and the mean loss of each row."""
+    """Return the mean loss, the label of each row where there are labels, and the mean loss of each row."""
     if task.labels and kind == "causal-lm":
         sums, counts, chosen = _ranked(model, tokenizer, task, encoded, rows, batch_size, room, among)
     else:
@@ -211,7 +211,7 @@ def generate(
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout and gradients, for a while; each module gets its own mode back."""
+    """Run a block without dropout and gradients; each module gets its own mode back."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -1,4 +1,4 @@
-"""Which rows an evaluation scores, in whose classes, and with whose question.
+"""Chooses the rows, classes and question of an evaluation.
 
 An adapter is scored in the terms that it was trained in: against its own classes, in their order,
 asked as it was asked. Of the data that it was trained on it is scored on the rows that were held
@@ -177,7 +177,7 @@ def _plain(label: str) -> str:
 
 
 def _doubt(data: str, seed: int, learnt: Learnt, *, trained_on: bool) -> str:
-    """Why rows of the training may be among those that are scored; empty where they are not."""
+    """Say why rows of the training may be among those that are scored; empty where they are not."""
     if trained_on and seed != learnt.seed:
         return f"seed {seed} splits {data} in another way than the training's, {learnt.seed}"
     if trained_on:

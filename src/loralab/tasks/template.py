@@ -151,7 +151,7 @@ def _require_room(operator: str, left: Any, right: Any) -> None:
 
 
 def _require_narrow(layout: Any) -> None:
-    """A format may not ask for wide fields."""
+    """Refuse formats that ask for wide fields."""
     if isinstance(layout, bytes) or WIDE.search(layout):
         raise _TooMuchError("it formats with too wide a field")
 
@@ -171,7 +171,7 @@ def _require_short(name: str, text: str, given: Sequence[Any]) -> None:
 
 
 def _require_joined(between: str, parts: Any) -> None:
-    """The length of what join would make."""
+    """Return the length of what join would make."""
     held = list(parts) if isinstance(parts, list | tuple | dict) else []
     if len(between) * len(held) > _allowance.most:
         raise _TooMuchError(f"it makes more than {_allowance.most:,} characters")
@@ -198,7 +198,7 @@ def _limited(name: str, filtered: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _require_options(name: str, given: Sequence[Any]) -> None:
-    """Numbers that are widths, and texts that stand for one."""
+    """Yield numbers that are widths, and texts that stand for one."""
     if any(isinstance(one, int) and one > MAX_FIELD_WIDTH for one in given):
         raise _TooMuchError(f"it calls {name} with a number above {MAX_FIELD_WIDTH}")
     if name in ("indent", "tojson") and any(isinstance(one, str) for one in given):
@@ -331,7 +331,7 @@ def _refuse(message: str) -> None:
 
 
 def _clock(now: datetime) -> Callable[[str], str]:
-    """strftime_now: a closure, as a template can read the fields of any other object."""
+    """Return strftime_now: a closure, as a template can read the fields of any other object."""
 
     def strftime_now(layout: str) -> str:
         _require_narrow(layout)

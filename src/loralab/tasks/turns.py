@@ -205,8 +205,11 @@ class _Answer:
         return self.text
 
     def _after_an_opening(self, before: str) -> str:
-        """The prompt is not how the whole begins, such as where only the last question has a system
-        message; what it adds for the answer must still be what the whole writes in front of one."""
+        """Return the answer where the whole does not begin with the prompt.
+
+        That is so where only the last question has a system message; what the prompt adds for the
+        answer must still be what the whole writes in front of one.
+        """
         missing = self._opening_that_is_not_in(before)
         own = self.text.lstrip()
         if missing and own.startswith(missing):
@@ -235,7 +238,7 @@ class _Answer:
         return self.prompt[common_length(self.prompt, asked) :]
 
     def _require_cut_thought(self, lead: str, target: str) -> None:
-        """The template may leave out a thought, which a model writes by itself, and nothing else.
+        """Require that a template leaves out nothing but a thought, which a model writes by itself.
 
         Raises:
             DataError: it changes the answer, or writes a thought of its own in front of it.
@@ -341,7 +344,7 @@ def _has_one_thought(before: str, answer: str) -> bool:
 
 
 def _tight(text: str) -> str:
-    """A text without space around thoughts' marks and at its ends."""
+    """Return a text without space around thoughts' marks and at its ends."""
     return "".join(part.strip() for part in MARK.split(text))
 
 
@@ -350,5 +353,5 @@ def _space_after(text: str) -> str:
 
 
 def _spaced(text: str) -> str:
-    """A plain prompt ends in white space, so that the answer begins a new token."""
+    """End a plain prompt in white space, so that the answer begins a new token."""
     return text if text[-1:].isspace() else text + "\n"

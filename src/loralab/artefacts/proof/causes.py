@@ -14,6 +14,7 @@ from torch import Tensor
 from loralab.artefacts.proof.compare import Expected, Replay, Span, Values
 from loralab.artefacts.proof.orders import F32, HALVES, Order
 from loralab.artefacts.proof.report import TensorVerdict
+from loralab.models.weights import Stream
 
 UNITS = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-23}
 MOST_NUMBERS = 1 << 22  # of a tensor that is looked at closely
@@ -153,8 +154,8 @@ class Diagnosis:
             yield _stale(own), "it is the base's, without the adapter"
         if own.magnitude is not None:
             yield self._unstretched(own, spans)
-        share = sums.beyond / max(sums.count, 1)
-        if 0 < share < FEW_NUMBERS:
+        beyond = sums.beyond / max(sums.count, 1)
+        if 0 < beyond < FEW_NUMBERS:
             yield "changed", f"{sums.beyond} of {sums.count} numbers differ from the replay"
         if own.deltas:
             yield _scaled(own, sums)
@@ -168,9 +169,8 @@ class Diagnosis:
             yield "other_base", f"it has little in common with the base's (cosine {sums.likeness:.2f})"
         if share > 3 * chance:
             yield another
-        share = sums.beyond / max(sums.count, 1)
         what = "differ from the replay" if own.changed else "differ, although the adapter does not touch it"
-        yield "changed", f"{max(share, 1 / max(sums.count, 1)):.2%} of its numbers {what}"
+        yield "changed", f"{max(beyond, 1 / max(sums.count, 1)):.2%} of its numbers {what}"
 
     def _explains(self, other: Expected, spans: list[Span]) -> bool:
         """Return whether another expectation explains what is there."""
@@ -212,10 +212,9 @@ class Diagnosis:
             return "", ""
         change = found - _read(own, own.start, few)
         for other in alike:
-            if other.deltas and other.magnitude is None:
-                update = _update(other, few)
-                if update is not None and abs(_cosine(change, update)) > ALIKE:
-                    return "layer_swapped", f"it has the update of {other.name}"
+            updated = bool(other.deltas) and other.magnitude is None
+            if updated and abs(_cosine(change, _update(other, few))) > ALIKE:
+                return "layer_swapped", f"it has the update of {other.name}"
         return "", ""
 
     def _turned(self, own: Expected, sums: Sums, spans: list[Span]) -> tuple[str, str]:
@@ -308,17 +307,14 @@ def _bound(replay: Replay, values: Values, unit: float) -> Tensor:
     return found
 
 
-def _read(own: Expected, stream: object, spans: list[Span]) -> Tensor:
-    return torch.cat([own.read(stream, *span).float() for span in spans])  # type: ignore[arg-type]
+def _read(own: Expected, stream: Stream, spans: list[Span]) -> Tensor:
+    return torch.cat([own.read(stream, *span).float() for span in spans])
 
 
-def _update(own: Expected, spans: list[Span]) -> Tensor | None:
+def _update(own: Expected, spans: list[Span]) -> Tensor:
     replay = Replay(own)
-    parts = []
-    for span in spans:
-        values = replay.values(Order(), span)
-        parts.append(replay.exact(values) - values.weight)
-    return torch.cat(parts) if parts else None
+    blocks = [replay.values(Order(), span) for span in spans]
+    return torch.cat([replay.exact(values) - values.weight for values in blocks])
 
 
 def _cosine(left: Tensor, right: Tensor) -> float:

@@ -34,8 +34,7 @@ LORA_FIELDS = {
     *("init_lora_weights", "trainable_token_indices", "lora_bias", "target_parameters", "velora_config"),
 }
 ADALORA_FIELDS = LORA_FIELDS | {
-    *("init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step"),
-    "rank_pattern",
+    *("init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step")
 }
 FIELDS = {
     "LORA": LORA_FIELDS,
@@ -82,7 +81,7 @@ class ModuleChange:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class AdapterChanges:
-    """What an adapter folder changes.
+    """Changes that an adapter folder makes to a model.
 
     Attributes:
         modules: by path in the model.
@@ -191,7 +190,7 @@ def _grouped(tensors: Mapping[str, Stream]) -> tuple[dict[str, dict[str, Stream]
 
 
 def _plain(path: str) -> str:
-    """A path without the shells that peft puts around a layer."""
+    """Return a path without the wrappers that peft puts around a layer."""
     return ".".join(part for part in path.split(".") if part != "base_layer")
 
 

@@ -54,15 +54,14 @@ class Delta:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Expected:
-    """What one merged tensor must be.
+    """A merged tensor as base and adapter make it.
 
     Attributes:
         base: None where the adapter holds the whole tensor in `replaced`.
         magnitude: DoRA's lengths, of rows (axis 0) or columns (axis 1).
         scaling: (IA)3's factors, of rows or columns.
         rows: of the tensor that are `row_values`.
-        decidable: why nothing can be said; empty where it can.
-        changed: whether the adapter has to do with it.
+        alternatives: what it may be as well, such as the sum of two updates of a shared weight.
     """
 
     name: str
@@ -158,12 +157,18 @@ class Replay:
         equal, furthest = True, 0.0
         for span in self.expected.blocks() if spans is None else spans:
             values = self.values(order, span)
-            found = self._explain(order, values)
+            point = self.point(order, values)
+            found = self._explain(order, values, point)
             if found is None:
                 return None
             equal = equal and found
-            furthest = max(furthest, self.distance(values))
+            exact = point if order.is_ideal else self.exact(values)
+            furthest = max(furthest, largest_difference(values.merged, exact))
         return Explained(order=order, equal=equal, max_difference=furthest)
+
+    def explained_in_full(self, order: Order) -> Explained | None:
+        """Return how well an order explains all of the tensor; a few rows of it are asked first."""
+        return self.explained(order) if self.explained(order, self.expected.sample()) is not None else None
 
     def values(self, order: Order, span: Span) -> Values:
         """Read one block and multiply."""
@@ -182,16 +187,9 @@ class Replay:
         """Return W + s B A in fp32."""
         return self.point(Order(), values)
 
-    def distance(self, values: Values) -> float:
-        """Return the largest difference of a block to the unrounded replay."""
-        gap = (values.merged.float() - self.exact(values)).abs_()
-        return float(gap.max()) if gap.numel() else 0.0
-
-    def _explain(self, order: Order, values: Values) -> bool | None:
+    def _explain(self, order: Order, values: Values, point: Tensor) -> bool | None:
         """Return whether a block is equal, None where the order cannot lead to it."""
-        stored = values.merged.dtype
-        found = cast(order, self.point(order, values), stored)
-        differs = found != values.merged
+        differs = cast(order, point, values.merged.dtype) != values.merged
         if not bool(differs.any()):
             return True
         if not values.products and self.expected.magnitude is None:
@@ -247,7 +245,7 @@ class Replay:
         return weight
 
     def _stretched(self, order: Order, total: Tensor, span: Span, sign: int) -> Tensor:
-        """DoRA: the rows or columns of the sum, brought to their trained lengths."""
+        """Scale the rows or columns of the sum to DoRA's trained magnitudes."""
         assert self.expected.magnitude is not None
         magnitude, axis = self.expected.magnitude
         wide = F32 if order.update == F32 else order.base
@@ -277,6 +275,12 @@ class Replay:
                 squares += round_to(start + values.products[0].update(order), wide).double().square().sum(dim=0)
             self._lengths[order] = squares.sqrt().float()
         return self._lengths[order]
+
+
+def largest_difference(merged: Tensor, exact: Tensor) -> float:
+    """Return the largest distance between two blocks; 0 for empty ones."""
+    gap = (merged.float() - exact).abs_()
+    return float(gap.max()) if gap.numel() else 0.0
 
 
 def spread(total: int, count: int) -> Iterator[int]:

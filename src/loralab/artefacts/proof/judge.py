@@ -18,7 +18,7 @@ Listener = Callable[[int, int], None]  # tensors done, of how many
 
 
 class Judge:
-    """Goes through the tensors of a merged model.
+    """Judges the tensors of a merged model one by one.
 
     Args:
         tensors: what they must be.
@@ -34,7 +34,7 @@ class Judge:
         self._ranked = self._rank()
 
     def verdicts(self, listener: Listener | None = None) -> list[TensorVerdict]:
-        """Return a verdict for each tensor, and make the order of all one, where one explains all."""
+        """Return a verdict for each tensor, all by one order of rounding where one explains them."""
         found = []
         for number, own in enumerate(self.tensors):
             found.append(self._verdict(own))
@@ -74,13 +74,10 @@ class Judge:
         )
 
     def _explained(self, own: Expected) -> Explained | None:
-        """Return the first order that explains all of a tensor; a few rows are asked first."""
+        """Return the first order that explains all of a tensor."""
         replay = Replay(own)
-        sample = own.sample()
-        for order in self._candidates(own):
-            if replay.explained(order, sample) is not None and (found := replay.explained(order)) is not None:
-                return found
-        return None
+        found = (replay.explained_in_full(order) for order in self._candidates(own))
+        return next(filter(None, found), None)
 
     def _candidates(self, own: Expected) -> list[Order]:
         multiplied = bool(own.deltas or own.scaling)
@@ -100,7 +97,7 @@ class Judge:
         return [order for order, _ in counted.most_common()]
 
     def _unite(self, found: list[TensorVerdict]) -> None:
-        """Where tensors differ in their order, look for one that explains them all."""
+        """Look for one order that explains all tensors, where they differ."""
         used = Counter(self._orders.values())
         if len(used) < 2:
             return
@@ -114,11 +111,8 @@ class Judge:
                 return
 
     def _again(self, own: Expected, order: Order) -> Explained | None:
-        for each in (own, *own.alternatives):
-            replay = Replay(each)
-            if replay.explained(order, each.sample()) is not None and (found := replay.explained(order)) is not None:
-                return found
-        return None
+        found = (Replay(each).explained_in_full(order) for each in (own, *own.alternatives))
+        return next(filter(None, found), None)
 
     def _misshapen(self, own: Expected, plain: TensorVerdict) -> TensorVerdict | None:
         """Return the verdict on a tensor whose shape is not the base's."""
@@ -135,7 +129,7 @@ class Judge:
         return replace(plain, verdict="wrong", cause=cause, detail=said)
 
     def _longer(self, own: Expected, plain: TensorVerdict, more: int) -> TensorVerdict:
-        """A vocabulary with rows that nobody else has: those that the base has are compared."""
+        """Compare the rows that the base has, of a vocabulary with more."""
         cut = replace(own, merged=_Head(own.merged, own.start.shape), alternatives=())
         found = self._verdict(cut)
         if found.verdict == "wrong":

@@ -36,7 +36,7 @@ def aligned(names: Iterable[str], others: Iterable[str]) -> dict[str, str]:
 
 
 def bare(name: str) -> str:
-    """Return a name without the shells and backbones that it leads through."""
+    """Return a name without wrappers and backbones."""
     return ".".join(part for part in name.split(".") if part not in SHELLS)
 
 
@@ -46,7 +46,7 @@ def is_buffer(name: str) -> bool:
 
 
 def _without_first(name: str) -> str:
-    """Without the name that a class gives its backbone, such as `bert` or `transformer`."""
+    """Return a name without that of its backbone, such as `bert` or `transformer`."""
     return bare(name).partition(".")[2]
 
 

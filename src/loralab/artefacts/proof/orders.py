@@ -132,11 +132,6 @@ def round_to(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if dtype == F32 and tensor.dtype == F32 else tensor.to(dtype).float()
 
 
-def summed(order: Order, weight: Tensor, update: Tensor, stored: torch.dtype) -> Tensor:
-    """W plus the update, as it is stored."""
-    return cast(order, round_to(weight, order.base) + update, stored)
-
-
 def cast(order: Order, value: Tensor, stored: torch.dtype) -> Tensor:
     """Round a result to what it was kept in, and to what is stored."""
     return round_to(value, order.base).to(stored)

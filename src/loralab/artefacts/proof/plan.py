@@ -1,4 +1,4 @@
-"""What every tensor of a merged model must be: base, merged file and adapter brought together.
+"""The expected value of every merged tensor, from base, merged file and adapter.
 
 Raises where the three cannot belong to each other; that is wrong input, and no verdict.
 """
@@ -62,7 +62,7 @@ def make_plan(base: Weights, merged: Weights, changes: AdapterChanges, own_keys:
 
 
 class _Places:
-    """Which change of the adapter belongs to which tensor."""
+    """Matches the adapter's changes with the tensors of base and merged model."""
 
     def __init__(self, base: Weights, merged: Weights, pairs: Mapping[str, str], changes: AdapterChanges) -> None:
         self.base, self.merged, self.pairs, self.changes = base, merged, pairs, changes
@@ -102,7 +102,7 @@ class _Places:
         return [self.bases[own] for own in names if own in self.bases]
 
     def add_head(self, plan: Plan) -> None:
-        """A head that only the merged file has: the base's is its embedding."""
+        """Add a head that only the merged file has: the base's is its embedding."""
         theirs, embedding = self.heads.new_head, self.heads.embedding
         if not theirs or not embedding:
             return
@@ -203,12 +203,14 @@ class _Places:
             return self._experts(own, shape, change), False
         if end not in ("weight", "in_proj_weight"):
             return None, False
-        sizes = own.B.shape[0], _width(own.A)
-        rows = shape[0], _width_of(shape)
+        sizes = own.B.shape[0], _width(own.A.shape)
+        rows = shape[0], _width(shape)
         turned = own.kind == "embedding" or (len(shape) == 2 and self.turned)
         if own.kind != "embedding" and rows[0] != rows[1]:
             turned = rows != sizes
-        if rows != (sizes[::-1] if turned else sizes) and not self._grown(rows, sizes[::-1] if turned else sizes):
+        wanted = sizes[::-1] if turned else sizes
+        # a vocabulary that was longer in training is compared as far as it is there
+        if rows != wanted and not (rows[1] == wanted[1] and wanted[0] > rows[0]):
             raise AdapterFileError(
                 f"{self.changes.path} is an adapter of another base: its update of {change.path} is "
                 f"{sizes[0]} x {sizes[1]}, and the weight of {self.base.path} is {' x '.join(map(str, shape))}",
@@ -219,10 +221,6 @@ class _Places:
         middle = None if own.E is None else whole(own.E)
         segment = Segment(0, len(left), left, right, middle)
         return Delta(segments=(segment,), scale=own.scale, divisor=own.divisor), turned
-
-    def _grown(self, rows: tuple[int, int], sizes: tuple[int, int]) -> bool:
-        """A vocabulary that was longer in training: what is there of it is compared."""
-        return rows[1] == sizes[1] and sizes[0] > rows[0]
 
     def _experts(self, own: LowRank, shape: tuple[int, ...], change: ModuleChange) -> Delta | None:
         """Return the update of matrices that stand in one tensor (E, rows, columns), as peft lays it out."""
@@ -250,11 +248,7 @@ class _Places:
         return tuple(delta for delta in found if delta is not None)
 
 
-def _width(stream: Stream) -> int:
-    return _width_of(stream.shape)
-
-
-def _width_of(shape: tuple[int, ...]) -> int:
+def _width(shape: tuple[int, ...]) -> int:
     return int(torch.Size(shape[1:]).numel())
 
 
@@ -282,7 +276,7 @@ def _require_same_architecture(base: Weights, merged: Weights, pairs: Mapping[st
 
 
 def _add_missing(plan: Plan, places: _Places, own_keys: Mapping[str, object] | None) -> None:
-    """Tensors of the base that the merged file does not hold."""
+    """Add verdicts on tensors of the base that the merged file does not hold."""
     lost = [n for n in places.base.tensors if n not in places.pairs and not is_buffer(n) and not places.heads.covers(n)]
     known = aligned(lost, own_keys or ())
     for name in lost:
@@ -310,7 +304,7 @@ def _add_missing(plan: Plan, places: _Places, own_keys: Mapping[str, object] | N
 
 
 def _add_extra(plan: Plan, places: _Places) -> None:
-    """Tensors that only the merged file holds."""
+    """Add tensors that only the merged file holds."""
     extra = [name for name in places.merged.tensors if name not in places.used and not is_buffer(name)]
     own = aligned(extra, places.changes.replaced)
     for name in extra:

@@ -40,7 +40,7 @@ class TensorVerdict:
 
 @dataclass(frozen=True, kw_only=True)
 class MergeReport:
-    """What is proven of a merged model.
+    """Verdicts on a merged model and on each of its tensors.
 
     Attributes:
         tensors: a verdict for each.
