@@ -35,7 +35,7 @@ SIZES: dict[str, dict[str, int]] = {
 
 
 def model_of(size: str, implementation: str) -> Any:
-    """Random weights; the same on every side."""
+    """Return the model with random weights, the same on every side."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     torch.manual_seed(0)
@@ -55,7 +55,7 @@ def model_of(size: str, implementation: str) -> Any:
 
 
 def prepared(side: str, model: Any) -> tuple[Any, list[Any]]:
-    """The model of a side, and what it trains."""
+    """Return the model of a side, and what it trains."""
     if side == "loralab":
         from loralab import LoRA, attach
 
@@ -72,7 +72,7 @@ def prepared(side: str, model: Any) -> tuple[Any, list[Any]]:
 
 
 def work(side: str, size: str, implementation: str, turn: Turn) -> None:
-    """Steps until nobody asks for more."""
+    """Step until nobody asks for more."""
     model, trained = prepared(side, model_of(size, implementation))
     model.train()
     ids = torch.randint(0, SIZES[size]["vocab_size"], (ROWS, LENGTH), generator=torch.Generator().manual_seed(1))
@@ -88,7 +88,7 @@ def work(side: str, size: str, implementation: str, turn: Turn) -> None:
 
 
 def measure(size: str, implementation: str, pairs: int) -> dict[str, Any]:
-    """All sides, step by step in turn."""
+    """Measure all sides, step by step in turn."""
 
     def worker(side: str) -> Worker:
         return Worker(__file__, ["--worker", side, size, implementation])

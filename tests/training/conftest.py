@@ -16,13 +16,13 @@ WORDS = ["good", "bad", "fine", "poor", "great", "awful"]
 
 @pytest.fixture(scope="session")
 def sums(sums_file: Path) -> Path:
-    """Prompt-completion rows of unequal length."""
+    """Write prompt-completion rows of unequal length."""
     return sums_file
 
 
 @pytest.fixture(scope="session")
 def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Texts with labels."""
+    """Write texts with labels."""
     file = tmp_path_factory.mktemp("data") / "labelled.csv"
     lines = [f"{n} {WORDS[n % 6]} film,{'ab'[n % 2]}" for n in range(60)]
     file.write_text("text,label\n" + "\n".join(lines) + "\n", encoding="utf-8")
@@ -31,7 +31,7 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def train_in(tiny_llama_folder: Path, sums: Path) -> Callable[..., Run]:
-    """A run on the tiny Llama without its certificate, which takes a process.
+    """Return a run on the tiny Llama without its certificate, which takes a process.
 
     Keywords are fields of Training, or arguments of train().
     """
@@ -49,5 +49,5 @@ def train_in(tiny_llama_folder: Path, sums: Path) -> Callable[..., Run]:
 
 @pytest.fixture
 def tiny_train(train_in: Callable[..., Run], tmp_path: Path) -> Callable[..., Run]:
-    """The same, by its name among the files of a test."""
+    """Return the same, by its name among the files of a test."""
     return lambda name="run", **wanted: train_in(tmp_path / name, **wanted)

@@ -71,7 +71,7 @@ def tokenizer(tiny_llama_folder: Path) -> Any:
 
 @pytest.fixture
 def start(tiny_llama_folder: Path, sums: Path, tmp_path: Path) -> Train:
-    """train() on the tiny Llama by name; keywords are its arguments, or fields of Training."""
+    """Return train() on the tiny Llama by name; keywords are its arguments, or fields of Training."""
 
     def begin(folder: str, **wanted: Any) -> Run:
         own = {key: wanted.pop(key) for key in list(wanted) if key not in Training.__annotations__}
@@ -92,7 +92,7 @@ def record(run: Run) -> dict[str, Any]:
 
 
 def state(model: nn.Module) -> dict[str, Any]:
-    """All that a failed call must leave as it was."""
+    """Return all that a failed call must leave as it was."""
     return {
         "names": list(model.state_dict()),
         "values": [tensor.clone() for tensor in model.state_dict().values()],

@@ -69,11 +69,11 @@ class Adapter:
 
     @property
     def spec(self) -> MethodSpec:
-        """The method that the configuration is of."""
+        """Return the method that the configuration is of."""
         return spec_of(self.config)
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
-        """Everything that is trained, by path: `<module>.lora_A`, or the saved module's own.
+        """Return everything that is trained, by path: `<module>.lora_A`, or the saved module's own.
 
         A parameter that several modules share stands under the first of them.
         """
@@ -89,7 +89,7 @@ class Adapter:
         return found
 
     def parameters(self) -> list[nn.Parameter]:
-        """Everything that is trained."""
+        """Return everything that is trained."""
         return list(self.named_parameters().values())
 
     @property

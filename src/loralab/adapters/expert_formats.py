@@ -85,7 +85,7 @@ def for_model(model: nn.Module, stored: AdapterFolder) -> AdapterFolder:
 
 
 def _require_known(stored: AdapterFolder, every: list[str]) -> None:
-    """peft adapts any parameter, and here those of experts are."""
+    """Refuse a file that adapts parameters which are no experts': peft adapts any, and here those of experts are."""
     for name in stored.fields.get("target_parameters") or ():
         if not any(ends_with(path, str(name)) for path in every):
             raise AdapterFileError(
@@ -137,7 +137,7 @@ def _pairs(module: _Module, stored: AdapterFolder) -> dict[str, Pair]:
 
 
 def _from_nested(module: _Module, stored: AdapterFolder) -> dict[str, Pair]:
-    """peft: the parameters that a file adapts nest in the order in which the module has them."""
+    """Read peft's layout: the parameters that a file adapts nest in the order in which the module has them."""
     wanted = stored.fields.get("target_parameters") or ()
     names = [n for n in module.shapes if not wanted or any(ends_with(f"{module.path}.{n}", str(w)) for w in wanted)]
     sides = {

@@ -148,7 +148,7 @@ class ExpertsWithLoRA(Wrapper):
         return {name: (u.factors()[0].shape[1], u.scaling) for name, u in self._updates().items()}
 
     def extra_repr(self) -> str:
-        """Parameters and ranks, for print(model)."""
+        """Return parameters and ranks, for print(model)."""
         return ", ".join(f"{name}: rank={update.rank}" for name, update in self._updates().items())
 
     def _updates(self) -> dict[str, ExpertUpdate]:

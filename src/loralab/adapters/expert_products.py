@@ -47,12 +47,12 @@ class UpdatedWeight:
 
     @property
     def mT(self) -> Any:  # noqa: N802 - torch's name
-        """The transposed matrices."""
+        """Return the transposed matrices."""
         return self.transpose(-2, -1)
 
     @property
     def T(self) -> Any:  # noqa: N802 - torch's name
-        """The transposed matrix."""
+        """Return the transposed matrix."""
         return self.transpose(-2, -1) if self.weight.ndim == 2 else self.full().T
 
     def t(self) -> Any:
@@ -140,7 +140,7 @@ def can_group(stack: Tensor) -> bool:
 
 
 def _linear(func: Any, args: Sequence[Any], named: Mapping[str, Any]) -> Tensor | None:
-    """F.linear(x, W, bias)."""
+    """Compute F.linear(x, W, bias)."""
     x, weight, *_ = (*args, *([named["weight"]] if "weight" in named else []))
     if len(args) < 2 or not isinstance(weight, UpdatedWeight) or weight.weight.ndim != 2:
         return None
@@ -151,7 +151,7 @@ def _linear(func: Any, args: Sequence[Any], named: Mapping[str, Any]) -> Tensor 
 
 
 def _matmul_any(func: Any, args: Sequence[Any], named: Mapping[str, Any]) -> Any:
-    """x @ W, W @ x, and torch.bmm of both."""
+    """Compute x @ W, W @ x, and torch.bmm of both."""
     if named or len(args) != 2:
         return None
     x, weight = args
@@ -165,7 +165,7 @@ def _matmul_any(func: Any, args: Sequence[Any], named: Mapping[str, Any]) -> Any
 
 
 def _grouped(func: Any, args: Sequence[Any], named: Mapping[str, Any]) -> Any:
-    """Products of tokens with the matrix of their expert: torch's, and transformers' in its place."""
+    """Multiply tokens by the matrix of their expert, as torch does, or transformers in its place."""
     offsets = args[2] if len(args) > 2 else named.get("offs")
     if len(args) < 2 or offsets is None or not isinstance(args[1], UpdatedWeight):
         return None

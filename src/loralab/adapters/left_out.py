@@ -56,7 +56,7 @@ def left_out(model: nn.Module, config: Any, chosen: Collection[str]) -> dict[str
 
 
 def notable(reasons: Mapping[str, str]) -> dict[str, str]:
-    """Without what the name of a preset says already, and without routers, which are left out by rule."""
+    """Return the reasons but those that a preset's name says already, and routers', which are left out by rule."""
     return {name: why for name, why in reasons.items() if why not in (IN_NO_NETWORK, ROUTER)}
 
 

@@ -112,7 +112,7 @@ def fill(adapter: Adapter, stored: AdapterFolder) -> None:
 
 
 def _drop_base_embeddings(adapter: Adapter, stored: AdapterFolder) -> None:
-    """peft also writes the frozen embedding where that is adapted: not needed, if it is ours."""
+    """Drop the frozen embedding that peft also writes where that is adapted: not needed, if it is ours."""
     end, plain = ".base_layer.weight", plain_paths(adapter.model)
     modules = {plain(name): module for name, module in adapter.modules.items()}
     for key in [k for k in stored.tensors if k.endswith(end)]:
@@ -126,7 +126,7 @@ def _drop_base_embeddings(adapter: Adapter, stored: AdapterFolder) -> None:
 
 
 def base_problem(stored: AdapterFolder, dtype: str, here: Callable[[], str]) -> str:
-    """In what a base differs from the one that an adapter was trained on; empty if in nothing.
+    """Return in what a base differs from the one that an adapter was trained on; empty if in nothing.
 
     Args:
         dtype: of the base at hand, such as "bfloat16".

@@ -91,7 +91,7 @@ def saving_adapters(model: nn.Module, save: Callable[..., Any]) -> list[SaveAdap
 
 
 def require_no_model(folder: Path) -> None:
-    """An adapter must not stand beside a whole model, which would be loaded without it.
+    """Refuse an adapter beside a whole model, which would be loaded without it.
 
     The state of an adapter that stood there is removed: it would be that of another step.
     """
@@ -129,7 +129,7 @@ def _identity(record: Any) -> tuple[Any, Any]:
 
 
 def require_no_adapter(folder: Path) -> None:
-    """A merged model must not stand beside an adapter, which would be added once more."""
+    """Refuse a merged model beside an adapter, which would be added once more."""
     if (folder / CONFIG).exists():
         raise OutputError(
             f"{folder} holds an adapter; save the merged model elsewhere", code="folder_taken", field="save_directory"

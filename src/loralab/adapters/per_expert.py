@@ -61,5 +61,5 @@ def _projections(name: str, pair: Pair) -> dict[str, Pair]:
 
 
 def _order(name: str) -> tuple[bool, str]:
-    """What a token meets first stands first, as modules have their parameters."""
+    """Sort first what a token meets first, as modules have their parameters."""
     return (ROLES.get(name) == "down", name)
