@@ -122,7 +122,7 @@ def grouped_product(x: Tensor, stack: Tensor, offsets: Tensor) -> Tensor:
     Semantics:
         torch.cat([x[start:end] @ stack[i] for i, (start, end) in enumerate(groups)])
     """
-    if can_group(stack):
+    if _can_group(stack):
         return torch._grouped_mm(x.contiguous(), stack, offs=offsets)
     ends = offsets.tolist()
     sizes = [end - start for start, end in zip([0, *ends], ends, strict=False)]
@@ -132,7 +132,7 @@ def grouped_product(x: Tensor, stack: Tensor, offsets: Tensor) -> Tensor:
     return torch.cat([*found, x.new_zeros(rest, stack.shape[-1])])
 
 
-def can_group(stack: Tensor) -> bool:
+def _can_group(stack: Tensor) -> bool:
     """Return whether torch multiplies by this stack in one call, and by its gradient too."""
     if not hasattr(torch, "_grouped_mm") or stack.dtype not in GROUPED_DTYPES:
         return False
@@ -146,7 +146,7 @@ def _linear(func: Any, args: Sequence[Any], named: Mapping[str, Any]) -> Tensor 
         return None
     turned: Any = weight.transpose(0, 1)
     y: Tensor = func(x, weight.weight, *args[2:], **named)
-    found: Tensor = turned.multiplied(x, y, _matmul)
+    found: Tensor = turned.multiplied(x, y, lambda a, b: F.linear(a, b.mT))
     return found
 
 
@@ -176,10 +176,6 @@ def _grouped(func: Any, args: Sequence[Any], named: Mapping[str, Any]) -> Any:
     return weight.multiplied(x, y, lambda a, b: grouped_product(a, b, offsets))
 
 
-def _matmul(x: Tensor, matrix: Tensor) -> Tensor:
-    return F.linear(x, matrix.mT)
-
-
 PRODUCTS: dict[str, Callable[[Any, Sequence[Any], Mapping[str, Any]], Any]] = {
     "linear": _linear,
     "matmul": _matmul_any,
@@ -191,14 +187,8 @@ PRODUCTS: dict[str, Callable[[Any, Sequence[Any], Mapping[str, Any]], Any]] = {
     "grouped_mm": _grouped,
     "grouped_mm_fallback": _grouped,
 }
-QUESTIONS = {"dtype", "device", "shape", "ndim", "size", "dim", "numel", "element_size", "is_cuda", "is_meta"} | {
-    "is_floating_point",
-    "requires_grad",
-    "stride",
-    "is_contiguous",
-    "data_ptr",
-    "layout",
-}
+QUESTIONS = {"dtype", "device", "shape", "ndim", "size", "dim", "numel", "element_size", "is_cuda", "is_meta", "layout"}
+QUESTIONS |= {"is_floating_point", "requires_grad", "stride", "is_contiguous", "data_ptr"}  # the weight alone answers
 
 
 def _is_number(index: Any) -> bool:

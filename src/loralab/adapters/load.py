@@ -104,9 +104,11 @@ def fill(adapter: Adapter, stored: AdapterFolder) -> None:
     plain = plain_paths(adapter.model)
     for path, module in adapter.modules.items():
         if isinstance(module, ExpertsWithLoRA):  # a file holds them in another layout than they are computed in
-            names = {name: f"{PREFIX}{plain(path)}.{name}" for name in module.tensors()}
-            module.fill({name: stored.tensors[key] for name, key in names.items()})
-            own = {key: tensor for key, tensor in own.items() if key not in names.values()}
+            start = f"{PREFIX}{plain(path)}."
+            keys = [key for key in own if key.startswith(start)]
+            module.fill({key.removeprefix(start): stored.tensors[key] for key in keys})
+            for key in keys:
+                del own[key]
     if own:
         torch._foreach_copy_(list(own.values()), [stored.tensors[key] for key in own])
 
