@@ -1,14 +1,20 @@
 """A small task on disk, and a function that trains a tiny model on it."""
 
+import json
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from live_models import SETTINGS, Train
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loralab.adapters.methods import LoRA
+from loralab.artefacts import temporary_base
 from loralab.training.request import Request
-from loralab.training.run import Run, run_request
+from loralab.training.run import Run, run_request, train
 from loralab.training.settings import Training
 
 WORDS = ["good", "bad", "fine", "poor", "great", "awful"]
@@ -51,3 +57,45 @@ def train_in(tiny_llama_folder: Path, sums: Path) -> Callable[..., Run]:
 def tiny_train(train_in: Callable[..., Run], tmp_path: Path) -> Callable[..., Run]:
     """Return the same, by its name among the files of a test."""
     return lambda name="run", **wanted: train_in(tmp_path / name, **wanted)
+
+
+@pytest.fixture
+def rows(sums: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in sums.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture
+def live(tiny_llama_folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(tiny_llama_folder)
+
+
+@pytest.fixture
+def tokenizer(tiny_llama_folder: Path) -> Any:
+    return AutoTokenizer.from_pretrained(tiny_llama_folder)
+
+
+@pytest.fixture
+def start(tiny_llama_folder: Path, sums: Path, tmp_path: Path) -> Train:
+    """Return train() on the tiny Llama by name; keywords are its arguments, or fields of Training."""
+
+    def begin(folder: str, **wanted: Any) -> Run:
+        own = {key: wanted.pop(key) for key in list(wanted) if key not in Training.__annotations__}
+        usual = {"model": str(tiny_llama_folder), "data": str(sums), "method": LoRA(rank=2)}
+        settings = Training(**{**SETTINGS, **wanted})
+        return train(**{**usual, **own}, output_dir=tmp_path / folder, training=settings)
+
+    return begin
+
+
+@pytest.fixture
+def copies(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Return the list that every temporary copy of a base made by this test is put on; other tests make theirs."""
+    made: list[Path] = []
+
+    def recorded(**wanted: Any) -> Any:
+        folder = tempfile.TemporaryDirectory(**wanted)
+        made.append(Path(folder.name))
+        return folder
+
+    monkeypatch.setattr(temporary_base, "tempfile", SimpleNamespace(TemporaryDirectory=recorded))
+    return made
