@@ -169,3 +169,10 @@ def finish(text: str, result: Mapping[str, Any], file: Path | None) -> None:
     if file is not None:
         content = {"machine": machine(), **result}
         file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def report(
+    title: str, rows: Sequence[Mapping[str, object]], results: Sequence[Mapping[str, Any]], file: Path | None
+) -> None:
+    """Print rows of named columns as a table, and write the results."""
+    finish(table(title, list(rows[0]), [list(row.values()) for row in rows]), {"results": results}, file)

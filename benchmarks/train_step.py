@@ -18,21 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sides import (
-    TEXTS,
-    Figures,
-    Turn,
-    Worker,
-    answering,
-    finish,
-    in_turn,
-    parser,
-    ratios,
-    shown,
-    spread,
-    table,
-    write_rows,
-)
+from sides import TEXTS, Figures, Turn, Worker, answering, in_turn, parser, ratios, report, shown, spread, write_rows
 
 ROWS, BATCH, LONGEST, WARM_UP = 400, 8, 512, 3
 PEERS = {
@@ -196,30 +182,19 @@ def main() -> None:
         return
     found = [measure(name, texts, chosen.pairs, chosen.preload) for texts in chosen.texts for name in chosen.peer]
     rows = [
-        [
-            r["texts"],
-            PEERS[r["peer"]] + (" + allocator" if r["preload"] else ""),
-            shown(r["tokens_per_second"]["loralab"], 0),
-            shown(r["tokens_per_second"][r["peer"]], 0),
-            shown(r["speed_ratio"]),
-            f"{r['total_ratio']:.2f}",
-            f"{r['peak_bytes']['loralab'] / 1e9:.2f} : {r['peak_bytes'][r['peer']] / 1e9:.2f}",
-            f"{r['memory_ratio']:.2f}",
-        ]
+        {
+            "texts": r["texts"],
+            "peer": PEERS[r["peer"]] + (" + allocator" if r["preload"] else ""),
+            "loralab, tokens/s": shown(r["tokens_per_second"]["loralab"], 0),
+            "peer, tokens/s": shown(r["tokens_per_second"][r["peer"]], 0),
+            "ratio of pairs": shown(r["speed_ratio"]),
+            "ratio of totals": f"{r['total_ratio']:.2f}",
+            "peak GB": f"{r['peak_bytes']['loralab'] / 1e9:.2f} : {r['peak_bytes'][r['peer']] / 1e9:.2f}",
+            "ratio": f"{r['memory_ratio']:.2f}",
+        }
         for r in found
     ]
-    head = (
-        "texts",
-        "peer",
-        "loralab, tokens/s",
-        "peer, tokens/s",
-        "ratio of pairs",
-        "ratio of totals",
-        "peak GB",
-        "ratio",
-    )
-    title = f"Training steps, SmolLM2-135M, LoRA r=8, batch {BATCH}, {chosen.pairs} pairs"
-    finish(table(title, head, rows), {"results": found}, chosen.json)
+    report(f"Training steps, SmolLM2-135M, LoRA r=8, batch {BATCH}, {chosen.pairs} pairs", rows, found, chosen.json)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def mixtral(**options: Any) -> Any:
 
 
 def gpt_oss(**options: Any) -> Any:
-    """Transposed, with biases, gate and up row by row."""
+    """Return a model with transposed experts, with biases, gate and up row by row."""
     sizes = {**SIZES, "num_local_experts": EXPERTS, "num_experts_per_tok": 2, "head_dim": 8}
     return GptOssForCausalLM(GptOssConfig(**{**sizes, **options})).eval()
 
@@ -55,7 +55,7 @@ def granite() -> Any:
 
 
 def deepseek(**options: Any) -> Any:
-    """With an expert that every token passes, of ordinary layers."""
+    """Return a model with an expert that every token passes, of ordinary layers."""
     attention = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
     routing = {"n_routed_experts": EXPERTS, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
     sizes = {**SIZES, "num_key_value_heads": 4, "moe_intermediate_size": 12, "first_k_dense_replace": 0}
@@ -63,7 +63,7 @@ def deepseek(**options: Any) -> Any:
 
 
 def qwen2() -> Any:
-    """With an expert that every token passes, which gets the tokens of all rows below each other."""
+    """Return a model with an expert that every token passes, which gets the tokens of all rows below each other."""
     sizes = {**SIZES, "num_experts": EXPERTS, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
     config = Qwen2MoeConfig(**sizes, shared_expert_intermediate_size=16, decoder_sparse_step=1)
     return Qwen2MoeForCausalLM(config).eval()
@@ -90,7 +90,7 @@ def logits(model: Any, rows: torch.Tensor | None = None) -> torch.Tensor:
 
 
 def randomised(adapter: Any, seed: int = 0) -> Any:
-    """The adapter with other numbers than its start, so that it does something."""
+    """Give the adapter other numbers than its start, so that it does something."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in adapter.parameters():

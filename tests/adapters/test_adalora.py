@@ -30,7 +30,7 @@ def loss_of(model: Any) -> torch.Tensor:
 
 
 def train(adapter: Adapter, steps: int = STEPS, rate: float = 1e-2) -> list[int]:
-    """Triplets that are left after every step."""
+    """Return the triplets that are left after every step."""
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=rate)
     adapter.model.train()
     left = []
@@ -240,7 +240,7 @@ def test_the_file_is_smaller_and_a_plain_lora_with_equal_logits(tmp_path: Path) 
 
 
 class Allocating(TrainerCallback):
-    """What a user of transformers' Trainer adds."""
+    """Step the adapter in transformers' Trainer, as a user would."""
 
     def __init__(self, adapter: Adapter) -> None:
         self.adapter = adapter

@@ -162,7 +162,7 @@ def logits_of_base(name: str) -> torch.Tensor:
 
 @cache
 def layers(name: str) -> tuple[list[str], list[str]]:
-    """Last names of two projections of attention, and of all linear layers in the blocks."""
+    """Return last names of two projections of attention, and of all linear layers in the blocks."""
     paths = [n for n, m in made(name).named_modules() if isinstance(m, nn.Linear) and ".1." in n]
     every = sorted({path.rpartition(".")[2] for path in paths})
     wanted = (

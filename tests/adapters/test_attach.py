@@ -118,7 +118,7 @@ def test_gradients_are_the_same_with_recomputed_activations(before: bool, reentr
 
 
 def test_a_reentrant_checkpoint_without_our_hook_would_lose_gradients() -> None:
-    """The reason for the hook: shown on a block of its own."""
+    """Show the reason for the hook on a block of its own."""
     layer = nn.Linear(3, 3)
     y = checkpoint(layer, torch.ones(1, 3).requires_grad_(), use_reentrant=True)
     assert y.requires_grad

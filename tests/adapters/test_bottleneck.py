@@ -103,7 +103,7 @@ def test_what_it_does_not_suit_is_refused() -> None:
 
 
 def test_pfeiffer_in_a_block_that_ends_in_its_residual() -> None:
-    """h + network(h + r) + r is the block's own output x plus network(x)."""
+    """Count h + network(h + r) + r as the block's own output x plus network(x)."""
     model = llama()
     block = model.model.layers[0]
     x, positions = torch.randn(1, 4, 32), torch.arange(4)[None]
@@ -117,7 +117,7 @@ def test_pfeiffer_in_a_block_that_ends_in_its_residual() -> None:
 
 
 def reference_model(name: str) -> Any:
-    """The BERT that the stored reference was made with."""
+    """Return the BERT that the stored reference was made with."""
     config = BertConfig(
         hidden_size=16,
         intermediate_size=24,
@@ -132,7 +132,7 @@ def reference_model(name: str) -> Any:
 
 @pytest.mark.parametrize("placement", ["houlsby", "pfeiffer", "parallel"])
 def test_equal_to_the_adapters_library(placement: str) -> None:
-    """Logits and gradients that adapters 1.3 gave for these weights (reference/README.md)."""
+    """Expect the logits and gradients that adapters 1.3 gave for these weights (reference/README.md)."""
     stored = safetensors.torch.load_file(REFERENCE)
     model = reference_model(placement)
     model.load_state_dict({k.removeprefix("base."): v for k, v in stored.items() if k.startswith("base.")}, strict=True)

@@ -42,7 +42,7 @@ class Case:
         return out.square().sum()
 
     def gradients(self) -> Values:
-        """By the function of our own, as an optimiser gets them."""
+        """Return gradients by the function of our own, as an optimiser gets them."""
         loss = self.model(self.inputs).square().sum()
         found = torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)
         pairs = zip(self.parameters.items(), found, strict=True)
@@ -111,7 +111,7 @@ def test_jacobians_of_both_modes_and_a_hessian_agree() -> None:
 @each_method
 @both_modes
 def test_a_penalty_on_the_gradient_of_the_input(method: str, training: bool) -> None:
-    """Second derivatives through the function of our own, against torch.func's."""
+    """Compare second derivatives through the function of our own with torch.func's."""
     case = Case(method, training)
     x = case.x.clone().requires_grad_()
     (slope,) = torch.autograd.grad(case.model(x).square().sum(), x, create_graph=True)
@@ -123,7 +123,7 @@ def test_a_penalty_on_the_gradient_of_the_input(method: str, training: bool) -> 
 
 
 def test_a_step_inside_a_function_is_not_a_step_of_the_optimiser() -> None:
-    """MAML and its like call the model with values that are not its own."""
+    """Call the model with values that are not its own, as MAML and its like do."""
     base = nn.Linear(6, 4).requires_grad_(False)
     module = LinearWithAdaLoRA(base, AdaLoRA(rank=3, target_rank=2)).train()
     module(torch.randn(2, 6))  # lambda is 0, and now known to be

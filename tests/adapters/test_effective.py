@@ -1,4 +1,4 @@
-"""What somebody gets who reads an adapted layer's weight."""
+"""Reading the weight of an adapted layer."""
 
 import copy
 

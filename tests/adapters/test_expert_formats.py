@@ -43,7 +43,7 @@ class Layer:
         return ALPHA / RANK * (self.B[name] @ self.A[name])
 
     def together(self) -> Tensor:
-        """The update of gate and up in the rows that the model has them in."""
+        """Return the update of gate and up in the rows that the model has them in."""
         gate, up = self.delta("gate"), self.delta("up")
         if self.experts.is_concatenated:
             return torch.cat([gate, up], dim=1)
@@ -63,7 +63,7 @@ def of_peft(path: str, layer: Layer) -> dict[str, Tensor]:
 
 
 def of_old_peft(path: str, layer: Layer) -> dict[str, Tensor]:
-    """A and B exchanged."""
+    """Return A and B exchanged."""
     inner = flat(layer.B["gate_up"].mT, layer.A["gate_up"].mT, f"{path}base_layer.")
     return inner | flat(layer.B["down"].mT, layer.A["down"].mT, path)
 

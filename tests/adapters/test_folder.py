@@ -174,7 +174,7 @@ class Nested(nn.Module):
 
 
 def nests(paths: list[tuple[str, ...]]) -> bool:
-    """No path runs through a layer that another one ends in."""
+    """Return whether no path runs through a layer that another one ends in."""
     return not any(a != b and b[: len(a)] == a for a in paths for b in paths)
 
 
@@ -203,7 +203,7 @@ def test_hostile_module_names_come_back(
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    """A folder of an adapter on the tiny Llama."""
+    """Return a folder of an adapter on the tiny Llama."""
     return fill(attach(llama(), LoRA(rank=2, target_modules=["q_proj"]))).save(tmp_path / "a")
 
 

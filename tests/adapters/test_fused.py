@@ -24,7 +24,7 @@ def layer(kind: str, inputs: int = 5, outputs: int = 4) -> Any:
 
 
 def plain(base: Any, x: Tensor, A: Tensor, B: Tensor, scaling: float, mask: Any) -> Tensor:
-    """The meaning, as the docstring states it."""
+    """Compute the meaning, as the docstring states it."""
     low = (x if mask is None else x * mask) @ A.to(x.dtype).T
     return base(x) + scaling * (low @ B.to(x.dtype).T)
 
@@ -34,7 +34,7 @@ def fused(base: Any, x: Tensor, A: Tensor, B: Tensor, scaling: float, mask: Tens
 
 
 def both(base: Any, x: Tensor, A: Tensor, B: Tensor, mask: Any = None) -> tuple[list[Tensor], ...]:
-    """Output and gradients of the plain equation, and of the fused function."""
+    """Return output and gradients of the plain equation, and of the fused function."""
     results = []
     for function in ("plain", "fused"):
         own = [t.detach().clone().requires_grad_() for t in (x, A, B)]
@@ -284,7 +284,7 @@ def test_an_input_that_changed_since_is_noticed(kind: str, options: str) -> None
 
 
 def awkward() -> dict[str, Tensor]:
-    """Inputs that do not lie row by row in memory."""
+    """Return inputs that do not lie row by row in memory."""
     return {
         "turned": torch.randn(6, 4).T,
         "axes swapped": torch.randn(3, 2, 6).transpose(0, 1),

@@ -35,7 +35,7 @@ METHODS = {
 
 
 def adapted(model: nn.Module, method: Any, seed: int) -> tuple[nn.Module, Adapter]:
-    """A copy of the model with an adapter that is not at its start."""
+    """Return a copy of the model with an adapter that is not at its start."""
     own = copy.deepcopy(model)
     adapter = attach(own, method, generator=torch.Generator().manual_seed(seed))
     draw = torch.Generator().manual_seed(seed + 1)
@@ -65,7 +65,7 @@ def logits(model: Any, ids: Tensor) -> Tensor:
 
 
 def spans_of(names: Sequence[str | None]) -> list[Span]:
-    """Runs of equal neighbours."""
+    """Return runs of equal neighbours."""
     found, start = [], 0
     for name, run in itertools.groupby(names):
         size = len(list(run))

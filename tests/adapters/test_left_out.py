@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import moe
 import pytest
 import torch
 from tiny import llama
@@ -15,8 +16,6 @@ from transformers import (
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     Gemma3TextConfig,
-    GptOssConfig,
-    GptOssForCausalLM,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -24,15 +23,9 @@ from transformers import (
     Mistral3Config,
     Mistral3ForConditionalGeneration,
     MistralConfig,
-    MixtralConfig,
-    MixtralForCausalLM,
     PixtralVisionConfig,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
-    Qwen2MoeConfig,
-    Qwen2MoeForCausalLM,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
     SiglipVisionConfig,
     XLNetConfig,
     XLNetForSequenceClassification,
@@ -46,37 +39,7 @@ from loralab.adapters.methods import AdaLoRA, BitFit, LoRA
 from loralab.adapters.targets import linear_names, target_names
 from loralab.errors import LeftOutWarning, TargetError
 
-SIZES: dict[str, Any] = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 64,
-}
-MOE: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-
-
-def qwen3() -> Any:
-    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZES, **MOE, head_dim=8, decoder_sparse_step=1))
-
-
-def mixtral() -> Any:
-    return MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=4))
-
-
-def gpt_oss() -> Any:
-    return GptOssForCausalLM(GptOssConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2, head_dim=8))
-
-
-def qwen2() -> Any:
-    """With an expert that every token passes, of ordinary layers."""
-    return Qwen2MoeForCausalLM(
-        Qwen2MoeConfig(**SIZES, **MOE, shared_expert_intermediate_size=16, decoder_sparse_step=1)
-    )
-
-
-every_kind = pytest.mark.parametrize("make", [qwen3, mixtral, gpt_oss, qwen2])
+every_kind = pytest.mark.parametrize("make", [moe.qwen3, moe.mixtral, moe.gpt_oss, moe.qwen2])
 
 
 def share(model: nn.Module) -> float:
@@ -112,7 +75,7 @@ def test_experts_are_named_with_their_share(make: Any) -> None:
     ],
 )
 def test_naming_experts_is_an_error_where_a_method_cannot_adapt_them(make: Any, target: Any) -> None:
-    if make is qwen2 and target in ("mlp", ["down_proj"]):
+    if make is moe.qwen2 and target in ("mlp", ["down_proj"]):
         return  # its shared expert has such layers
     model = make()
     with pytest.raises(TargetError) as caught:
@@ -125,7 +88,7 @@ def test_naming_experts_is_an_error_where_a_method_cannot_adapt_them(make: Any, 
 def test_mlp_beside_experts_means_the_layers_and_names_the_experts() -> None:
     for target in ("mlp", ["gate_proj", "up_proj", "down_proj"]):
         with pytest.warns(LeftOutWarning, match="experts"):
-            adapter = attach(qwen2(), AdaLoRA(target_modules=target))
+            adapter = attach(moe.qwen2(), AdaLoRA(target_modules=target))
         assert all(".shared_expert." in name for name in adapter.modules)
 
 
@@ -139,30 +102,30 @@ def test_mlp_beside_experts_means_the_layers_and_names_the_experts() -> None:
     ],
 )
 def test_experts_that_nobody_meant_are_not_named(config: LoRA) -> None:
-    adapter = attach(qwen3(), config)
+    adapter = attach(moe.qwen3(), config)
     assert not adapter.left_out
     assert not adapter.notes
 
 
 def test_only_the_layers_that_are_asked_for_are_named() -> None:
     with pytest.warns(LeftOutWarning):
-        adapter = attach(qwen3(), AdaLoRA(layers=[1]))
+        adapter = attach(moe.qwen3(), AdaLoRA(layers=[1]))
     assert set(adapter.left_out) == {"model.layers.1.mlp.experts"}
 
 
 def test_other_methods_name_experts_where_they_mean_layers() -> None:
     with pytest.warns(LeftOutWarning, match="experts"):
-        attach(qwen3(), AdaLoRA())
-    assert not attach(gpt_oss(), BitFit()).notes
+        attach(moe.qwen3(), AdaLoRA())
+    assert not attach(moe.gpt_oss(), BitFit()).notes
 
 
 def test_loading_warns_of_nothing(tmp_path: Any) -> None:
     torch.manual_seed(0)
-    model = qwen2()
+    model = moe.qwen2()
     with pytest.warns(LeftOutWarning):
         attach(model, LoRA(rank=2, dora=True)).save(tmp_path / "a")
     torch.manual_seed(0)
-    assert load(qwen2(), tmp_path / "a").notes  # it says so where it is asked
+    assert load(moe.qwen2(), tmp_path / "a").notes  # it says so where it is asked
 
 
 def test_attention_kept_as_parameters_is_named() -> None:
@@ -189,11 +152,11 @@ VISION: dict[str, Any] = {
     "image_size": 28,
     "patch_size": 14,
 }
-TEXT: dict[str, Any] = {**SIZES, "head_dim": 8}
+TEXT: dict[str, Any] = {**moe.SIZES, "head_dim": 8}
 
 
 def llava(kind: Any = LlavaForConditionalGeneration) -> Any:
-    return kind(LlavaConfig(text_config=LlamaConfig(**SIZES), vision_config=CLIPVisionConfig(**VISION)))
+    return kind(LlavaConfig(text_config=LlamaConfig(**moe.SIZES), vision_config=CLIPVisionConfig(**VISION)))
 
 
 def gemma3() -> Any:
@@ -211,7 +174,7 @@ def mistral3() -> Any:
 
 
 def qwen_vl() -> Any:
-    text = {**SIZES, "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}}
+    text = {**moe.SIZES, "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}}
     vision = {
         "depth": 2,
         "hidden_size": 32,

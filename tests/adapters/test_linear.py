@@ -161,7 +161,7 @@ def frozen_dora() -> LinearWithLoRA:
 
 
 def is_current(module: LinearWithLoRA, x: Tensor) -> bool:
-    """Whether the lengths that are kept while nothing is trained are those worked out anew."""
+    """Return whether the lengths that are kept while nothing is trained are those worked out anew."""
     kept = module(x)
     module.magnitude.requires_grad_(True)  # type: ignore[union-attr]
     fresh = module(x)

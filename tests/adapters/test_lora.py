@@ -19,7 +19,7 @@ from loralab.errors import ConfigError, TargetError
 
 
 def phi() -> Any:
-    """qkv_proj with grouped queries: 4 heads of 8, 2 groups."""
+    """Return a model with qkv_proj and grouped queries: 4 heads of 8, 2 groups."""
     torch.manual_seed(0)
     return Phi3ForCausalLM(
         Phi3Config(

@@ -17,7 +17,7 @@ FIRST = ["layers.0.self_attn.q_proj", "layers.0.mlp.up_proj"]
 
 
 def partly_offloaded() -> Any:
-    """The last block of three is kept aside."""
+    """Keep the last block of three aside."""
     model = llama()
     cpu_offload(model.model.layers[2], execution_device=torch.device("cpu"))
     return model

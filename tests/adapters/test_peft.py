@@ -29,7 +29,7 @@ EMBEDDING = {"llama": "embed_tokens", "gpt2": "wte", "bert": "word_embeddings"}
 
 
 def configs(name: str) -> dict[str, Any]:
-    """peft's configurations for one model."""
+    """Return peft's configurations for one model."""
     linear, task = LINEAR[name], TYPES[name]
     lora: dict[str, Any] = {"task_type": task, "r": 4, "lora_alpha": 12}
     conv1d = {"fan_in_fan_out": name == "gpt2"}
@@ -57,7 +57,7 @@ PAIRS = [pytest.param(n, k, id=f"{k}-{n}") for n in SHALLOW for k in configs(n)]
 
 
 def theirs(name: str, kind: str) -> Any:
-    """peft's model, with weights that matter."""
+    """Return peft's model, with weights that matter."""
     torch.manual_seed(0)
     model = peft.get_peft_model(SHALLOW[name](), configs(name)[kind])
     draw = torch.Generator().manual_seed(3)
@@ -68,7 +68,7 @@ def theirs(name: str, kind: str) -> Any:
 
 
 def shown(model: Any, ids: torch.Tensor = IDS) -> torch.Tensor:
-    """Logits of the input's own positions: peft's prompt tuning puts others in front."""
+    """Return logits of the input's own positions: peft's prompt tuning puts others in front."""
     found: torch.Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
     return found[:, -ids.shape[1] :] if found.ndim == 3 else found
 
@@ -143,7 +143,7 @@ def _train_adalora(adapter: Any) -> None:
 
 
 def ours_to_theirs(key: str) -> str:
-    """The name of a trained tensor here -> the end of its name in peft's model."""
+    """Return the end of a trained tensor's name in peft's model, from its name here."""
     for end in ("lora_A", "lora_B"):
         if key.endswith(f".{end}"):
             return f"{key}.default.weight"
@@ -200,7 +200,7 @@ def test_ia3_gradients_are_those_of_peft(name: str, tmp_path: Path) -> None:
 
 
 def test_adalora_files_that_lost_a_whole_module(tmp_path: Path) -> None:
-    """peft keeps masks of the ranks that are left, none of them for a module that lost all."""
+    """Expect peft to keep masks of the ranks that are left, none of them for a module that lost all."""
     peft_model = theirs("llama", "adalora")
     config = peft_model.peft_config["default"]
     config.rank_pattern = {}

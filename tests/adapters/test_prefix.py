@@ -42,7 +42,7 @@ def filled(make: Any, method: str) -> Any:
 
 
 def slowly(model: Any, prompt: list[int], steps: int) -> list[int]:
-    """Greedy generation without a cache."""
+    """Generate greedily without a cache."""
     ids = list(prompt)
     for _ in range(steps):
         with torch.no_grad():
@@ -107,7 +107,7 @@ def test_eager_attention_gives_the_same(method: str) -> None:
 
 
 def test_a_prompt_is_the_same_as_its_tokens_in_front() -> None:
-    """If the prompt is made of the embeddings of real tokens, the answer is that to those."""
+    """Expect of a prompt made of the embeddings of real tokens the answer to those."""
     model = llama()
     tokens, rest = [4, 17, 31, 8, 22], [5, 9, 3]
     with torch.no_grad():
@@ -233,7 +233,7 @@ def test_positions_that_were_never_learnt_are_refused() -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_positions_that_count_from_the_padding(tmp_path: Path) -> None:
-    """RoBERTa's first position is 2; peft gets there through the cache."""
+    """Count from RoBERTa's first position, 2; peft gets there through the cache."""
     config = RobertaConfig(
         hidden_size=32,
         intermediate_size=48,

@@ -139,7 +139,7 @@ def test_what_is_both_called_and_read_is_told_apart() -> None:
 
 
 def passed_on(layer: nn.Linear) -> Any:
-    """Nobody sees from its source which layer it reads."""
+    """Return a model whose source does not show which layer it reads."""
     return layer.weight
 
 
@@ -241,7 +241,7 @@ def jamba() -> Any:
 
 
 def rwkv() -> Any:
-    """In evaluation it divides the weights of its deeper blocks."""
+    """Return a model that in evaluation divides the weights of its deeper blocks."""
     return RwkvForCausalLM(
         RwkvConfig(
             hidden_size=32,

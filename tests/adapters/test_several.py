@@ -52,7 +52,7 @@ def filled(model: Any, name: str, seed: int = 0) -> Adapter:
 
 @functools.cache
 def solo(name: str | None) -> Tensor:
-    """The logits of an adapter on a model of its own."""
+    """Return the logits of an adapter on a model of its own."""
     model = llama()
     if name is not None:
         filled(model, name)
@@ -289,7 +289,7 @@ def test_adapters_that_wait_are_not_in_the_model() -> None:
 
 @pytest.mark.parametrize("variant", sorted(set(VARIANTS) - {"bitfit", "linear-probe"}))
 def test_a_second_adapter_of_every_method(variant: str) -> None:
-    """On a causal model; BitFit and the probe need biases and a head, below."""
+    """Attach it to a causal model; BitFit and the probe need biases and a head, below."""
     model, alone = llama(), llama()
     for one in (model, alone):
         torch.manual_seed(0)

@@ -104,7 +104,7 @@ def test_an_adapter_acts_within_its_shells(wrap: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("shell", ["_orig_mod.", "module.", "module._orig_mod."])
 @pytest.mark.parametrize("config", CONFIGS[:3], ids=str)
 def test_a_file_with_shells_in_its_names_is_read(config: Any, shell: str, tmp_path: Path) -> None:
-    """As peft, and others, write it."""
+    """Read names as peft, and others, write them."""
     model = llama()
     fill(attach(model, config)).save(tmp_path / "a")
     expected = logits(model)

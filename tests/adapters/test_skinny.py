@@ -33,7 +33,7 @@ def close(found: Tensor, exact: Tensor) -> bool:
 
 
 def both_ways(check: Callable[[], None]) -> None:
-    """With the compiled functions, where there are some, and without."""
+    """Run with the compiled functions, where there are some, and without."""
     check()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(skinny, "kernels_for", lambda x: None)

@@ -88,7 +88,7 @@ def test_stacked_products_are_those_of_each_span() -> None:
 
 @pytest.mark.parametrize("kind", ["down", "up", "outer"])
 def test_many_thin_products_are_each_of_them(kind: str) -> None:
-    """In bfloat16, where compiled functions take many at once; more of them than threads."""
+    """Use bfloat16, where compiled functions take many at once; more of them than threads."""
     draw = torch.Generator().manual_seed(3)
 
     def made() -> list[SkinnyGemm]:

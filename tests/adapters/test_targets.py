@@ -1,4 +1,4 @@
-"""Which modules a configuration means, and the integers of the papers."""
+"""Modules that a configuration means, and the integers of the papers."""
 
 from typing import Any
 

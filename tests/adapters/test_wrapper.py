@@ -1,4 +1,4 @@
-"""What holds for a module that stands in the place of another, whatever the method."""
+"""Modules that stand in the place of another, whatever the method."""
 
 import copy
 from collections.abc import Callable

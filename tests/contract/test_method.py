@@ -1,4 +1,4 @@
-"""What every method promises, also those of other packages; a registered one is tested.
+"""Promises of every method, also those of other packages; a registered one is tested.
 
 Each runs on three kinds of model in the variants below. A pair that cannot be is in REFUSED, with
 the word of the error that says so.
@@ -40,7 +40,7 @@ every_pair = pytest.mark.parametrize(("variant", "name"), PAIRS)
 
 @pytest.fixture(autouse=True)
 def from_outside() -> Iterator[None]:
-    """Methods of other packages, which promise the same."""
+    """Register methods of other packages, which promise the same."""
     with registered(vera_plugin().SPEC, outer()):
         yield
 
@@ -55,7 +55,7 @@ def loss_of(model: nn.Module) -> torch.Tensor:
 
 
 def train(adapter: Adapter, steps: int = 8, seed: int = 0) -> None:
-    """A user's own loop."""
+    """Train in a user's own loop."""
     torch.manual_seed(seed)
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=5e-3)
     adapter.model.train()

@@ -1,14 +1,20 @@
 """A small task on disk, and a function that trains a tiny model on it."""
 
+import json
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from live_models import SETTINGS, Train
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loralab.adapters.methods import LoRA
+from loralab.artefacts import temporary_base
 from loralab.training.request import Request
-from loralab.training.run import Run, run_request
+from loralab.training.run import Run, run_request, train
 from loralab.training.settings import Training
 
 WORDS = ["good", "bad", "fine", "poor", "great", "awful"]
@@ -16,13 +22,13 @@ WORDS = ["good", "bad", "fine", "poor", "great", "awful"]
 
 @pytest.fixture(scope="session")
 def sums(sums_file: Path) -> Path:
-    """Prompt-completion rows of unequal length."""
+    """Write prompt-completion rows of unequal length."""
     return sums_file
 
 
 @pytest.fixture(scope="session")
 def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Texts with labels."""
+    """Write texts with labels."""
     file = tmp_path_factory.mktemp("data") / "labelled.csv"
     lines = [f"{n} {WORDS[n % 6]} film,{'ab'[n % 2]}" for n in range(60)]
     file.write_text("text,label\n" + "\n".join(lines) + "\n", encoding="utf-8")
@@ -31,7 +37,7 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def train_in(tiny_llama_folder: Path, sums: Path) -> Callable[..., Run]:
-    """A run on the tiny Llama without its certificate, which takes a process.
+    """Return a run on the tiny Llama without its certificate, which takes a process.
 
     Keywords are fields of Training, or arguments of train().
     """
@@ -49,5 +55,47 @@ def train_in(tiny_llama_folder: Path, sums: Path) -> Callable[..., Run]:
 
 @pytest.fixture
 def tiny_train(train_in: Callable[..., Run], tmp_path: Path) -> Callable[..., Run]:
-    """The same, by its name among the files of a test."""
+    """Return the same, by its name among the files of a test."""
     return lambda name="run", **wanted: train_in(tmp_path / name, **wanted)
+
+
+@pytest.fixture
+def rows(sums: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in sums.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture
+def live(tiny_llama_folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(tiny_llama_folder)
+
+
+@pytest.fixture
+def tokenizer(tiny_llama_folder: Path) -> Any:
+    return AutoTokenizer.from_pretrained(tiny_llama_folder)
+
+
+@pytest.fixture
+def start(tiny_llama_folder: Path, sums: Path, tmp_path: Path) -> Train:
+    """Return train() on the tiny Llama by name; keywords are its arguments, or fields of Training."""
+
+    def begin(folder: str, **wanted: Any) -> Run:
+        own = {key: wanted.pop(key) for key in list(wanted) if key not in Training.__annotations__}
+        usual = {"model": str(tiny_llama_folder), "data": str(sums), "method": LoRA(rank=2)}
+        settings = Training(**{**SETTINGS, **wanted})
+        return train(**{**usual, **own}, output_dir=tmp_path / folder, training=settings)
+
+    return begin
+
+
+@pytest.fixture
+def copies(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Return the list that every temporary copy of a base made by this test is put on; other tests make theirs."""
+    made: list[Path] = []
+
+    def recorded(**wanted: Any) -> Any:
+        folder = tempfile.TemporaryDirectory(**wanted)
+        made.append(Path(folder.name))
+        return folder
+
+    monkeypatch.setattr(temporary_base, "tempfile", SimpleNamespace(TemporaryDirectory=recorded))
+    return made

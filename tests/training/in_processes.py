@@ -1,4 +1,4 @@
-"""What each of several processes runs: trainings named in a JSON file, as `train` makes them.
+"""Run in each of several processes: trainings named in a JSON file, as `train` makes them.
 
 torchrun ... in_processes.py PLAN      a list of {"many": [...]} or arguments of `trained`
 """
@@ -38,7 +38,7 @@ def job(model: str, data: str, output: str, variant: str, options: dict[str, Any
 
 
 def stopping(step: int) -> Any:
-    """Ctrl-C in the middle of a run, in the one process that hears of its steps."""
+    """Raise Ctrl-C in the middle of a run, in the one process that hears of its steps."""
 
     def heard(event: dict[str, Any]) -> None:
         if event["kind"] == "step" and event["step"] == step:

@@ -61,7 +61,7 @@ def test_what_cannot_be_answered_is_said(tiny_train: Train, tiny_bert_folder: Pa
 
 
 def write_rows(file: Path, labels: str, count: int, start: int = 0) -> str:
-    """Texts that say their label, in other words than those of the training."""
+    """Write texts that say their label, in other words than those of the training."""
     words = {"a": "good", "b": "bad", "c": "fine", "x": "poor"}
     rows = [labels[n % len(labels)] for n in range(start, start + count)]
     lines = [f"film {n % 60} {words[one]},{one}" for n, one in enumerate(rows, start)]
@@ -77,7 +77,7 @@ def classifier(
     tmp_path_factory: pytest.TempPathFactory,
     request: pytest.FixtureRequest,
 ) -> Run:
-    """A run on three classes in train.csv beside it, of an encoder or a language model; only to be read."""
+    """Return a run on three classes in train.csv beside it, of an encoder or a language model; only to be read."""
     place = tmp_path_factory.mktemp("classes")
     data = write_rows(place / "train.csv", "abc", 90)
     model = {"encoder": tiny_bert_folder, "language": tiny_llama_folder}[request.param]
@@ -89,7 +89,7 @@ BOTH = pytest.mark.parametrize("classifier", ["encoder", "language"], indirect=T
 
 @BOTH
 def test_some_of_the_classes_are_scored_against_all(classifier: Run, tmp_path: Path) -> None:
-    """In one file or in three, the same rows get the same answers."""
+    """Expect the same answers for the same rows, in one file or in three."""
     whole = evaluate(data=write_rows(tmp_path / "other.csv", "abc", 30, 7), adapter=classifier.output_dir)
     assert (whole.rows, whole.split) == (30, "all")
     rows = (tmp_path / "other.csv").read_text().splitlines()
@@ -131,7 +131,7 @@ def test_an_adapter_is_asked_the_question_of_its_training(classifier: Run, tmp_p
 
 
 def change_template(folder: Path) -> None:
-    """What a new revision of a base may bring."""
+    """Change the chat template, as a new revision of a base may."""
     file = folder / "chat_template.jinja"
     file.write_text(
         "{% for m in messages %}{{ m['content'] }} no </s>{% endfor %}{% if add_generation_prompt %}yes{% endif %}"

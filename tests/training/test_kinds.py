@@ -75,7 +75,7 @@ def vision(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Dark and light pictures in folders of that name."""
+    """Write dark and light pictures in folders of that name."""
     folder = tmp_path_factory.mktemp("pictures")
     draw = numpy.random.default_rng(0)
     for name, low in (("dark", 0), ("light", 150)):
@@ -88,7 +88,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tagged(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Numbers are names, words are nothing."""
+    """Write rows in which numbers are names and words are nothing."""
     file = tmp_path_factory.mktemp("tags") / "tags.jsonl"
     rows = []
     for n in range(60):
@@ -221,7 +221,7 @@ def test_what_a_model_cannot_learn_from_is_refused(
 
 
 def ended_folder(save_tiny: Any, name: str, model: Any) -> Path:
-    """A model with a tokenizer that ends each text, and pads with another token."""
+    """Return a model with a tokenizer that ends each text, and pads with another token."""
     folder: Path = save_tiny(name, model, False)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.pad_token = "<unk>"

@@ -42,7 +42,7 @@ Made = Callable[..., TrainJob]
 
 @pytest.fixture(scope="module")
 def job_in(tiny_llama_folder: Path, sums: Path) -> Made:
-    """A job on the tiny Llama; keywords are fields of Training, or of the job."""
+    """Return a job on the tiny Llama; keywords are fields of Training, or of the job."""
 
     def make(folder: Path, name: str, **wanted: Any) -> TrainJob:
         own = ("method", "model", "data", "mapping")
@@ -65,7 +65,7 @@ def job_in(tiny_llama_folder: Path, sums: Path) -> Made:
 
 @pytest.fixture
 def job(job_in: Made, tmp_path: Path) -> Made:
-    """The same, in a folder of the test's."""
+    """Return the same, in a folder of the test's."""
     return lambda name, place="many", **wanted: job_in(tmp_path / place, name, **wanted)
 
 
@@ -149,7 +149,7 @@ def test_classifiers_with_different_classes(
 
 @pytest.fixture
 def of_kind(tmp_path: Path, save_tiny: Any, tiny_gpt2_folder: Path, sums: Path) -> Any:
-    """A model whose own dropout is on, and data, for each kind."""
+    """Return a model whose own dropout is on, and data, for each kind."""
 
     def make(kind: str) -> tuple[Path, Path]:
         if kind == "causal-lm":
@@ -235,7 +235,7 @@ def mixed(job: Made, place: str) -> list[TrainJob]:
 
 @pytest.fixture(scope="module")
 def whole(job_in: Made, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, bytes]]:
-    """The files of those jobs where nothing was killed."""
+    """Return the files of those jobs where nothing was killed."""
     made = mixed(lambda name, place, **wanted: job_in(tmp_path_factory.mktemp(place), name, **wanted), "whole")
     return [files_of(run) for run in runs(run_jobs(made))]
 

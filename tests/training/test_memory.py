@@ -1,4 +1,4 @@
-"""What saves memory changes nothing else; a budget is kept, or refused with what is needed."""
+"""Options that save memory change nothing else; a budget is kept, or refused with what is needed."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -28,13 +28,13 @@ LONG = [Example(n, tuple(range(3, 60)), tuple(range(3, 60))) for n in range(40)]
 
 @pytest.fixture(autouse=True)
 def this_process_is_new(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The peak of the tests before this one is not this run's."""
+    """Forget the peak of the tests before this one, which is not this run's."""
     monkeypatch.setattr(memory, "peak_bytes", lambda device: 0)
 
 
 @pytest.fixture
 def prepared(tiny_llama_folder: Path) -> tuple[Adapter, ForwardPath]:
-    """An adapted tiny Llama and its packed path."""
+    """Return an adapted tiny Llama and its packed path."""
     model = models.load(str(tiny_llama_folder), kind="causal-lm").model
     adapter = attach(model, LoRA(rank=2))
     path = fastest_path(adapter, "causal-lm", pad_id=2)
@@ -43,7 +43,7 @@ def prepared(tiny_llama_folder: Path) -> tuple[Adapter, ForwardPath]:
 
 
 def curve(run: Run) -> list[float]:
-    """The losses of all steps."""
+    """Return the losses of all steps."""
     return [event["loss"] for event in read_metrics(run.output_dir) if event["kind"] == "step"]
 
 

@@ -1,132 +1,33 @@
 """train() on the user's own objects: live models and rows in memory, as on names."""
 
 import json
-import tempfile
 import tomllib
-import warnings
-from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import datasets
 import pytest
 import torch
+from live_models import SETTINGS, Train, all_removed, assert_same, record, state, tensors
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BertConfig,
-    BertForSequenceClassification,
-    LlamaForCausalLM,
-)
+from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, LlamaForCausalLM
 
-from loralab.adapters.folder import RECORD, TENSORS
 from loralab.adapters.methods import LoRA
 from loralab.adapters.several import attached
-from loralab.artefacts import temporary_base
-from loralab.artefacts.certificate import verify
-from loralab.artefacts.engines import check
-from loralab.artefacts.export import export
-from loralab.errors import AdapterFileError, AdapterStateError, ConfigError, DataError, LoralabError, ModelError
+from loralab.errors import AdapterStateError, ConfigError, DataError, LoralabError, ModelError
 from loralab.tasks.given import read
 from loralab.training import run as run_module
-from loralab.training.evaluation import evaluate, generate
 from loralab.training.jobs import TrainJob
 from loralab.training.many import train_many
 from loralab.training.plan import plan
 from loralab.training.record import Event
-from loralab.training.run import Run, train
+from loralab.training.run import Run
 from loralab.training.run_facts import FACTS_FILE
-from loralab.training.settings import Evaluation, Training
-
-Train = Callable[..., Run]
-SETTINGS: dict[str, Any] = {
-    "precision": "fp32",
-    "batch_size": 4,
-    "max_steps": 3,
-    "max_length": 64,
-    "learning_rate": 0.01,
-}
+from loralab.training.settings import Training
 
 
 class Killed(BaseException):
     """Stands for a process that ends between two events."""
-
-
-@pytest.fixture
-def rows(sums: Path) -> list[dict[str, str]]:
-    return [json.loads(line) for line in sums.read_text(encoding="utf-8").splitlines()]
-
-
-@pytest.fixture
-def live(tiny_llama_folder: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(tiny_llama_folder)
-
-
-@pytest.fixture
-def tokenizer(tiny_llama_folder: Path) -> Any:
-    return AutoTokenizer.from_pretrained(tiny_llama_folder)
-
-
-@pytest.fixture
-def start(tiny_llama_folder: Path, sums: Path, tmp_path: Path) -> Train:
-    """train() on the tiny Llama by name; keywords are its arguments, or fields of Training."""
-
-    def begin(folder: str, **wanted: Any) -> Run:
-        own = {key: wanted.pop(key) for key in list(wanted) if key not in Training.__annotations__}
-        usual = {"model": str(tiny_llama_folder), "data": str(sums), "method": LoRA(rank=2)}
-        settings = Training(**{**SETTINGS, **wanted})
-        return train(**{**usual, **own}, output_dir=tmp_path / folder, training=settings)
-
-    return begin
-
-
-def tensors(run: Run) -> bytes:
-    return (run.output_dir / TENSORS).read_bytes()
-
-
-def record(run: Run) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((run.output_dir / RECORD).read_text(encoding="utf-8"))
-    return found
-
-
-def state(model: nn.Module) -> dict[str, Any]:
-    """All that a failed call must leave as it was."""
-    return {
-        "names": list(model.state_dict()),
-        "values": [tensor.clone() for tensor in model.state_dict().values()],
-        "trained": {name: p.requires_grad for name, p in model.named_parameters()},
-        "training": {name: module.training for name, module in model.named_modules()},
-        "classes": {name: type(module) for name, module in model.named_modules()},
-        "own": sorted(model.__dict__),
-        "hooks": [n for n, m in model.named_modules() if m._forward_hooks or m._forward_pre_hooks],
-        "padding": model.config.pad_token_id,  # type: ignore[union-attr]
-    }
-
-
-def assert_same(before: dict[str, Any], after: dict[str, Any]) -> None:
-    for one, other in zip(before.pop("values"), after.pop("values"), strict=True):
-        assert torch.equal(one, other)
-    assert before == after
-
-
-@pytest.fixture
-def copies(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """Return the list that every temporary copy of a base made by this test is put on; other tests make theirs."""
-    made: list[Path] = []
-
-    def recorded(**wanted: Any) -> Any:
-        folder = tempfile.TemporaryDirectory(**wanted)
-        made.append(Path(folder.name))
-        return folder
-
-    monkeypatch.setattr(temporary_base, "tempfile", SimpleNamespace(TemporaryDirectory=recorded))
-    return made
-
-
-def all_removed(copies: list[Path]) -> bool:
-    return bool(copies) and not any(copy.exists() for copy in copies)
 
 
 def test_rows_in_memory_and_a_live_model_train_as_their_names_do(
@@ -314,26 +215,6 @@ def test_a_live_classifier_trains_as_its_folder_does(
     assert own.certificate is not None and own.certificate.max_logit_difference == 0
 
 
-def test_an_adapter_of_a_live_model_is_verified_with_a_base_by_name(
-    start: Train, live: Any, tokenizer: Any, tiny_llama_folder: Path, tiny_gpt2_folder: Path, tmp_path: Path
-) -> None:
-    path = start("live", model=live, tokenizer=tokenizer).output_dir
-    with pytest.raises(AdapterFileError) as refused:
-        verify(path)
-    assert (refused.value.code, refused.value.field) == ("base_needed", "base")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        found = verify(path, base=tiny_llama_folder)
-    assert found.passed and found.base == str(tiny_llama_folder)
-    with pytest.raises(LoralabError):
-        verify(path, base=tiny_gpt2_folder)
-    with pytest.raises(ModelError):
-        verify(path, base="no-such-model")
-    export(path, tmp_path / "peft", to="peft", model=str(tiny_llama_folder))
-    assert json.loads((tmp_path / "peft" / RECORD).read_text())["base"].get("live") is None
-    assert verify(tmp_path / "peft").passed
-
-
 def test_jobs_share_the_weights_of_a_live_model_which_gets_no_adapter(
     live: Any, tokenizer: Any, rows: list[Any], start: Train, tmp_path: Path
 ) -> None:
@@ -361,39 +242,6 @@ def test_jobs_share_the_weights_of_a_live_model_which_gets_no_adapter(
         assert torch.equal(one, other)
 
 
-def test_evaluate_and_generate_on_objects_give_what_they_give_by_name(
-    live: Any, tokenizer: Any, rows: list[Any], start: Train, tiny_llama_folder: Path, sums: Path
-) -> None:
-    name, run = str(tiny_llama_folder), start("run")
-    before = state(live)
-    how = Evaluation(precision="fp32")
-    own = {"model": live, "tokenizer": tokenizer}
-    pairs = [
-        (evaluate(data=rows, evaluation=how, **own), evaluate(data=str(sums), evaluation=how, model=name)),
-        (evaluate(data=read(rows), adapter=run.output_dir, **own), evaluate(data=str(sums), adapter=run.output_dir)),
-    ]
-    for ours, theirs in pairs:
-        assert (ours.metrics, ours.rows, ours.split) == (theirs.metrics, theirs.rows, theirs.split)
-    assert pairs[0][0].metrics != pairs[1][0].metrics
-    answers = generate("good film", adapters=[run.output_dir], max_new_tokens=4, **own)
-    assert answers == generate(["good film"], adapters=[run.output_dir], max_new_tokens=4, model=name)
-    assert_same(before, state(live))
-
-
-def test_an_adapted_live_model_is_scored_as_it_is(live: Any, tokenizer: Any, rows: list[Any], start: Train) -> None:
-    run = start("run", model=live, tokenizer=tokenizer, data=rows, max_steps=20)
-    adapted = evaluate(model=live, tokenizer=tokenizer, data=rows)
-    stored = evaluate(model=live.config._name_or_path, adapter=run.output_dir, data=rows)
-    assert adapted.metrics == stored.metrics and adapted.split == stored.split == "test"
-    with pytest.raises(AdapterStateError):
-        evaluate(model=live, tokenizer=tokenizer, data=rows, adapter=run.output_dir)
-    with pytest.raises(ConfigError) as refused:
-        evaluate(data=rows, adapter=run.output_dir)
-    assert (refused.value.code, refused.value.field) == ("base_needed", "model")
-    run.adapter.detach()
-    assert evaluate(model=live, tokenizer=tokenizer, data=rows).metrics != adapted.metrics
-
-
 def test_a_second_adapter_is_trained_beside_the_first_and_leaves_it_as_it_was(
     start: Train, live: Any, tokenizer: Any, rows: list[Any]
 ) -> None:
@@ -419,26 +267,6 @@ def test_a_second_adapter_is_trained_beside_the_first_and_leaves_it_as_it_was(
     assert not any(p.requires_grad for p in second.adapter.parameters())
 
 
-@pytest.mark.parametrize("to", ["peft", "vllm", "gguf", "merged"])
-def test_the_run_of_a_live_model_is_exported_on_that_model_which_stays(
-    start: Train, live: Any, tokenizer: Any, tmp_path: Path, copies: list[Path], to: str
-) -> None:
-    path = start("run", model=live, tokenizer=tokenizer).output_dir
-    with pytest.raises(AdapterFileError) as refused:
-        export(path, tmp_path / "out", to=to)
-    assert (refused.value.code, refused.value.field) == ("base_needed", "model")
-    with pytest.raises(ConfigError) as unread:
-        export(path, tmp_path / "out", to=to, model=live)
-    assert (unread.value.code, unread.value.field) == ("no_tokenizer", "tokenizer")
-    assert not (tmp_path / "out").exists()
-    before = state(live)
-    assert export(path, tmp_path / "out", to=to, model=live, tokenizer=tokenizer).passed
-    assert_same(before, state(live))
-    assert all_removed(copies)
-    if to != "merged":
-        assert check(path, target=to, model=live) == check(path, target=to, model=live.config._name_or_path)
-
-
 def test_a_compiled_live_model_is_trained_and_a_parallel_one_is_refused(
     start: Train, live: Any, tokenizer: Any
 ) -> None:
@@ -447,32 +275,3 @@ def test_a_compiled_live_model_is_trained_and_a_parallel_one_is_refused(
     with pytest.raises(ModelError) as refused:
         start("other", model=nn.DataParallel(live), tokenizer=tokenizer)
     assert (refused.value.code, refused.value.field) == ("wrapped_model", "model")
-
-
-@pytest.mark.parametrize(
-    ("settings", "code", "field"),
-    [({"precision": "bf16"}, "precision_differs", "precision"), ({"quantize": "nf4"}, "live_model", "quantize")],
-)
-def test_an_evaluation_does_not_change_a_live_model(
-    live: Any, tokenizer: Any, rows: list[Any], settings: Any, code: str, field: str
-) -> None:
-    before = state(live)
-    with pytest.raises(ConfigError) as refused:
-        evaluate(model=live, tokenizer=tokenizer, data=rows, evaluation=Evaluation(**settings))
-    assert (refused.value.code, refused.value.field) == (code, field)
-    with pytest.raises(ConfigError) as refused:
-        generate("a", model=live)
-    assert (refused.value.code, refused.value.field) == ("no_tokenizer", "tokenizer")
-    assert_same(before, state(live))
-
-
-def test_a_plan_of_objects_is_the_plan_of_their_names(
-    live: Any, tokenizer: Any, rows: list[Any], tiny_llama_folder: Path, sums: Path
-) -> None:
-    settings = Training(**SETTINGS)
-    before = state(live)
-    named = plan(model=str(tiny_llama_folder), data=str(sums), training=settings)
-    own = plan(model=live, tokenizer=tokenizer, data=rows, training=settings)
-    for field in ("modules", "trainable", "total", "rows", "steps", "longest_row"):
-        assert getattr(own, field) == getattr(named, field)
-    assert_same(before, state(live))

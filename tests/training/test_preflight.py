@@ -1,4 +1,4 @@
-"""What a run would meet in the middle is refused before its first step, by training and by plan."""
+"""Training and plan refuse before the first step whatever a run would fail on in the middle."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ GOOD = {"prompt": "good film", "completion": "yes"}
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Callable[..., Path]:
-    """A data folder whose splits are twelve good rows, or those given."""
+    """Write a data folder whose splits are twelve good rows, or those given."""
 
     def write(**rows: list[dict[str, Any]]) -> Path:
         place = tmp_path / "data"
@@ -35,7 +35,7 @@ def folder(tmp_path: Path) -> Callable[..., Path]:
 
 
 def refused(model: Path, data: Path, output: Path, error: type[InputError]) -> InputError:
-    """How plan and train refuse them: alike, and before anything is written."""
+    """Return how plan and train refuse them: alike, and before anything is written."""
     with pytest.raises(error) as planned:
         plan(model=str(model), data=str(data), training=SMALL)
     with pytest.raises(error) as caught:

@@ -196,7 +196,7 @@ def test_training_leaves_the_users_random_numbers_alone(tiny_train: Train) -> No
 
 
 def test_a_run_needs_no_defaults_spelled_out(tiny_train: Train) -> None:
-    """The defaults of the function are the dataclasses' own."""
+    """Call the function with no options: its defaults are the dataclasses' own."""
     run = tiny_train()
     assert replace(run.adapter.config) == LoRA(rank=2)
     assert run_module.Training().precision == "auto"

@@ -39,7 +39,7 @@ def write_rows(file: Path, words: list[str], labels: str = "ab", count: int = 60
 
 @pytest.fixture
 def place(tmp_path: Path, tiny_llama_folder: Path) -> Path:
-    """A folder with a model and rows of its own, which can be changed."""
+    """Write a folder with a model and rows of its own, which can be changed."""
     shutil.copytree(tiny_llama_folder, tmp_path / "model")
     write_rows(tmp_path / "rows.csv", WORDS)
     return tmp_path
@@ -61,7 +61,7 @@ def killed(start: Train) -> None:
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    """All but TensorBoard's, which a thread may still write."""
+    """Return all but TensorBoard's, which a thread may still write."""
     files = [path for path in folder.rglob("*") if path.is_file()]
     return {str(p): p.read_bytes() for p in files if p.parent.name != "tensorboard"}
 
@@ -135,7 +135,7 @@ def test_another_tokenizer_with_the_same_template(start: Train, place: Path) -> 
 
 @pytest.mark.usefixtures("killed")
 def test_what_only_looks_different_goes_on(start: Train, place: Path) -> None:
-    """The order of a file's rows, and what a library writes of itself, change nothing."""
+    """Change the order of a file's rows, and what a library writes of itself: they change nothing."""
     lines = (place / "rows.csv").read_text().splitlines()
     (place / "rows.csv").write_text("\n".join([lines[0], *reversed(lines[1:])]) + "\n")
     edit_json(place / "model" / "config.json", transformers_version="0.0", dtype="float32")

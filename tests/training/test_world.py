@@ -78,14 +78,14 @@ def by_torchrun(count: int, plan: Plan, folder: Path) -> None:
 
 
 def one_process(plan: Plan, folder: Path) -> None:
-    """The same plan here."""
+    """Run the same plan here."""
     file = folder / "plan.json"
     file.write_text(json.dumps(plan))
     in_this_process(file)
 
 
 def require_equal(one: Path, other: Path, name: str = "", atol: float = 2e-5) -> None:
-    """Losses of every step, scores and final weights."""
+    """Compare losses of every step, scores and final weights."""
     events = [read_metrics(run) for run in (one, other)]
     losses = [[e["loss"] for e in own if e["kind"] == "step"] for own in events]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4), name
@@ -115,7 +115,7 @@ def plans(places: Sequence[Path], model: Path, data: Path, sizes: Sequence[int],
 
 
 def test_two_processes_equal_one_with_the_doubled_batch(tiny_llama_folder: Path, sums: Path, tmp_path: Path) -> None:
-    """Plain, with the base split, several jobs; and what two began is ended by one."""
+    """Try it plain, with the base split, with several jobs; and end in one what two began."""
     runs: dict[str, dict[str, Any]] = {
         "plain": {},
         "split": {"shard_base": True, "most_whole": 1, "certify": True},
@@ -160,7 +160,7 @@ def test_two_processes_equal_one_with_the_doubled_batch(tiny_llama_folder: Path,
 
 
 def test_encoders_in_two_processes(tiny_bert_folder: Path, labelled: Path, pairs: Path, tmp_path: Path) -> None:
-    """Pairs find their partners among the rows of both, although one may have no row at all."""
+    """Expect pairs to find their partners among the rows of both, although one may have no row at all."""
     model = shutil.copytree(tiny_bert_folder, tmp_path / "model")
     config = json.loads((model / "config.json").read_text())
     rates = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -192,7 +192,7 @@ def test_encoders_in_two_processes(tiny_bert_folder: Path, labelled: Path, pairs
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pairs of texts, one more to train on than three steps of six take."""
+    """Write pairs of texts, one more to train on than three steps of six take."""
     file = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
     words = ["good", "bad", "fine", "poor", "great", "awful"]
     rows = [{"text_a": f"{n} {words[n % 6]}", "text_b": f"{words[n % 6]} {words[n % 5]} {n}"} for n in range(23)]

@@ -72,7 +72,7 @@ class LinearWithAdaLoRA(Wrapper):
         self.regularise(self._orthogonality)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., I) -> (..., O)."""
+        """Map x (..., I) -> (..., O)."""
         if self.merged:
             return self.base(x)
         if self.training and torch.is_grad_enabled() and type(self.lora_E) is nn.Parameter:
@@ -105,7 +105,7 @@ class LinearWithAdaLoRA(Wrapper):
         return {"weight": total.T if self.transposed else total}
 
     def importance(self) -> Tensor:
-        """S of each triplet (9), (R,): lambda's score plus the mean ones of its P and Q."""
+        """Return S of each triplet (9), (R,): lambda's score plus the mean ones of its P and Q."""
         if self.config.importance == "magnitude":
             return self.lora_E.detach().abs()[:, 0]
         scores = {name: self._score(name) for name in NAMES}
@@ -166,7 +166,7 @@ class LinearWithAdaLoRA(Wrapper):
                 parameter.requires_grad_(learns)
 
     def refreshed(self) -> None:
-        """The weights were set from outside."""
+        """Take note that the weights were set from outside."""
         self._in_step = None
 
     def extra_repr(self) -> str:
@@ -209,7 +209,7 @@ def build(model: nn.Module, config: AdaLoRA, generator: torch.Generator | None) 
 
 
 def fields(config: AdaLoRA, modules: Mapping[str, Any], paths: list[str]) -> dict[str, Any]:
-    """adapter_config.json: what is left is a plain LoRA, with a rank for each module."""
+    """Return adapter_config.json: what is left is a plain LoRA, with a rank for each module."""
     left = {name: module for name, module in modules.items() if bool(module.kept.any())}
     ranks = [len(module.tensors()["lora_A.weight"]) for module in left.values()]
     usual = statistics.mode(ranks)
@@ -258,7 +258,7 @@ def _longest(item: tuple[str, int]) -> int:
 
 
 def _orthogonality_gradient(weight: Tensor, *, rows: bool) -> Tensor:
-    """d |W W' - I| / dW for orthogonal rows, d |W' W - I| / dW for columns; Frobenius norm."""
+    """Return d |W W' - I| / dW for orthogonal rows, d |W' W - I| / dW for columns; Frobenius norm."""
     own = weight if rows else weight.T  # (R, n)
     gap = own @ own.T - torch.eye(len(own), device=own.device)
     gradient = 2 * (gap @ own) / gap.norm().clamp_min(1e-12)

@@ -1,7 +1,6 @@
 """Adapter: a method in a model - how it acts, merges, is saved and leaves again."""
 
 import contextlib
-import copy
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from loralab.adapters.checkpoints import keep_gradients
 from loralab.adapters.fast_path import disable_fast_path
 from loralab.adapters.fingerprint import base_paths, dtype_name, fingerprint
 from loralab.adapters.folder import write
-from loralab.adapters.model_folder import keeping_record, require_no_adapter, require_no_model, saving_adapters, untied
+from loralab.adapters.model_folder import keeping_record, require_no_model, saving_adapters, write_merged
 from loralab.adapters.outside import fields_of, pack
 from loralab.adapters.peft_fields import task_type
 from loralab.adapters.present import require_readable
@@ -69,11 +68,11 @@ class Adapter:
 
     @property
     def spec(self) -> MethodSpec:
-        """The method that the configuration is of."""
+        """Return the method that the configuration is of."""
         return spec_of(self.config)
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
-        """Everything that is trained, by path: `<module>.lora_A`, or the saved module's own.
+        """Return everything that is trained, by path: `<module>.lora_A`, or the saved module's own.
 
         A parameter that several modules share stands under the first of them.
         """
@@ -89,7 +88,7 @@ class Adapter:
         return found
 
     def parameters(self) -> list[nn.Parameter]:
-        """Everything that is trained."""
+        """Return everything that is trained."""
         return list(self.named_parameters().values())
 
     @property
@@ -370,15 +369,7 @@ class Adapter:
             require_no_model(folder)
             with keeping_record(folder):
                 return self.save(folder, overwrite=True)
-        require_no_adapter(folder)
-        finished: dict[nn.Module, nn.Module] = {w: _finished(w) for w in self._wrappers()}
-        replace_modules(self.model, finished)
-        try:
-            with untied(self.model):
-                write_model: Any = type(self.model)
-                return write_model.save_pretrained(self.model, folder, **options)
-        finally:
-            replace_modules(self.model, {plain: wrapper for wrapper, plain in finished.items()})
+        return write_merged(self.model, self._wrappers(), folder, options)
 
     def _wrappers(self) -> list[Any]:
         return [*self.modules.values(), *self.saved.values()]
@@ -392,11 +383,3 @@ class Adapter:
 def _described(model: nn.Module) -> dict[str, Any]:
     name = getattr(getattr(model, "config", None), "_name_or_path", "") or None
     return {"name": name, "architecture": type(model).__name__, "dtype": dtype_name(model)}
-
-
-def _finished(wrapper: Any) -> nn.Module:
-    """Return the module that a merged wrapper leaves, without changing the wrapper."""
-    if isinstance(wrapper, TrainedInFull):
-        return copy.deepcopy(wrapper.trained).to(wrapper.dtype)
-    plain: nn.Module = wrapper.finished()
-    return plain

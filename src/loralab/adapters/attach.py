@@ -53,7 +53,7 @@ def attach(
 def put_into(
     model: nn.Module, config: AnyMethod, generator: torch.Generator | None = None, *, name: str = "default"
 ) -> Adapter:
-    """`attach` without its warning."""
+    """Attach as `attach` does, without its warning."""
     given, model = model, unwrapped(model)
     adapters = adapters_of(model) or AdapterSet(model)
     adapters.require_free(name)

@@ -48,7 +48,7 @@ def is_quantized(module: nn.Module) -> bool:
 
 
 def linear_shape(base: Any) -> tuple[int, int]:
-    """(O, I) of a linear layer; a quantised weight does not tell."""
+    """Return (O, I) of a linear layer; a quantised weight does not tell."""
     return (base.nf, base.nx) if is_conv1d(base) else (base.out_features, base.in_features)
 
 

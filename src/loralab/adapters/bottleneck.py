@@ -68,7 +68,7 @@ class AfterSublayer(_WithNetwork):
     """Houlsby: the last layer of a sub-layer, whose output x becomes x + network(x)."""
 
     def forward(self, *inputs: Any, **named: Any) -> Tensor:
-        """(..., D_in) -> (..., D)."""
+        """Map (..., D_in) -> (..., D)."""
         return self.after(self.base(*inputs, **named))
 
     def after(self, y: Tensor, *_: Any) -> Tensor:
@@ -100,7 +100,7 @@ class BeforeLastNorm(_WithNetwork):
     """
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        """x (..., D_inner), residual (..., D) -> (..., D)."""
+        """Map x (..., D_inner), residual (..., D) -> (..., D)."""
         h = self.base.dropout(self.base.dense(x))
         change = self.network(self.base.LayerNorm(h + residual))
         out: Tensor = self.base.LayerNorm(h + change + residual)
@@ -134,7 +134,7 @@ class ParallelAdapter(_WithNetwork):
         self._entrance = (entrance,)  # in a tuple: it is a module of the model, not of this one
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., D_inner) -> (..., D)."""
+        """Map (..., D_inner) -> (..., D)."""
         return self.after(self.base(x))
 
     def after(self, y: Tensor, *_: Any) -> Tensor:
@@ -187,7 +187,7 @@ _IN_BLOCK = {"houlsby": _houlsby, "pfeiffer": _pfeiffer, "parallel": _parallel}
 
 
 def fields(config: Bottleneck, modules: Mapping[str, Any], paths: list[str]) -> dict[str, Any]:
-    """adapter_config.json: our own, since peft has no such method."""
+    """Return adapter_config.json: our own, since peft has no such method."""
     return {"peft_type": "BOTTLENECK", **asdict(config)}
 
 

@@ -15,7 +15,7 @@ from loralab.errors import ConfigError
 
 
 class RankBudget:
-    """Which triplets of all modules stay; advanced once an optimiser step.
+    """Choose which triplets of all modules stay; advanced once an optimiser step.
 
     Raises:
         ConfigError: the steps are unknown, or leave no time for pruning.
@@ -29,7 +29,7 @@ class RankBudget:
         self._regularise()
 
     def leave_regularising(self) -> None:
-        """Another process adds the regulariser's gradient, before those of all are summed."""
+        """Leave the regulariser's gradient to another process, which adds it before those of all are summed."""
         self.regularises = False
         self._regularise()
 
@@ -67,7 +67,7 @@ class RankBudget:
 
     @property
     def ranks(self) -> dict[str, int]:
-        """The triplets that each module has left."""
+        """Return the triplets that each module has left."""
         return {name: int(module.kept.sum()) for name, module in self.modules.items()}
 
     def state(self) -> dict[str, Tensor]:
@@ -103,7 +103,7 @@ class RankBudget:
 
 
 def budget_at(step: int, config: AdaLoRA, modules: int, total: int) -> int:
-    """Triplets that stay after `step` steps: (14), corrected to end at the target.
+    """Return the triplets that stay after `step` steps: (14), corrected to end at the target.
 
     b0 up to t_i, bT from T - t_f on, and between them bT + (b0 - bT) (1 - (t - t_i) /
     (T - t_f - t_i))^3.

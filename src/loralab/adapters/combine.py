@@ -96,7 +96,7 @@ class _Mix:
         return (self.combined([A for A, *_ in parts], roots * signs), self.combined([B for _, B, *_ in parts], roots))
 
     def update(self, found: Sequence[tuple[Any, float]], rank: int) -> Factors:
-        """The updates B A, cut to a rank."""
+        """Return the updates B A, cut to a rank."""
         plain = self.how in ("linear", "svd") and not any(_rescales(module) for module, _ in found)
         if plain:  # without a matrix of the weight's size
             parts = [(*module.factors(), weight) for module, weight in found]
@@ -143,7 +143,7 @@ def _rescales(module: Any) -> bool:
 
 
 def _update(module: Any) -> Tensor:
-    """The whole update as a matrix, as B A is."""
+    """Return the whole update as a matrix, as B A is."""
     if _rescales(module):
         whole: Tensor = module.delta()
         return whole

@@ -44,7 +44,7 @@ class ConvWithLoRA(Wrapper):
         self.lora_B = nn.Parameter(B.to(weight.device))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (N, I, *size) -> (N, O, *size out)."""
+        """Map x (N, I, *size) -> (N, O, *size out)."""
         y: Tensor = self.base(x)
         if self.merged:
             return y
@@ -60,7 +60,7 @@ class ConvWithLoRA(Wrapper):
         return {"lora_A.weight": self.lora_A, "lora_B.weight": self.lora_B}
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
-        """A (R, I / G * K), B (O, R) and the factor of the update."""
+        """Return A (R, I / G * K), B (O, R) and the factor of the update."""
         return self.lora_A.flatten(1), self.lora_B.flatten(1), self.scaling
 
     def merged_tensors(self) -> dict[str, Tensor]:
@@ -68,7 +68,7 @@ class ConvWithLoRA(Wrapper):
         return {"weight": to_wide(self.base.weight) + self.scaling * self._product()}
 
     def _product(self) -> Tensor:
-        """B A in the shape of the weight."""
+        """Return B A in the shape of the weight."""
         product = self.lora_B.flatten(1) @ self.lora_A.flatten(1)
         return product.view(self.base.weight.shape)
 

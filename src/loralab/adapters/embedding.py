@@ -28,7 +28,7 @@ class EmbeddingWithLoRA(Wrapper):
         self.lora_embedding_B = nn.Parameter(draw.to(base.weight.device))
 
     def forward(self, ids: Tensor) -> Tensor:
-        """ids (...) -> (..., D)."""
+        """Map ids (...) -> (..., D)."""
         y: Tensor = self.base(ids)
         if self.merged:
             return y
@@ -37,7 +37,7 @@ class EmbeddingWithLoRA(Wrapper):
         return y + (scaling * F.linear(low, self.lora_embedding_B)).to(y.dtype)
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
-        """A (R, V), B (D, R) and the factor of the update, which is turned over."""
+        """Return A (R, V), B (D, R) and the factor of the update, which is turned over."""
         return self.lora_embedding_A, self.lora_embedding_B, self.scaling
 
     def merged_tensors(self) -> dict[str, Tensor]:
@@ -86,7 +86,7 @@ class TrainedRows(Wrapper):
         return torch.where(places < 0, y, (output_scale(self.base) * own).to(y.dtype))
 
     def own_buffers(self) -> dict[str, Tensor]:
-        """Nothing beside the rows themselves."""
+        """Return nothing: there are only the rows themselves."""
         return {}
 
     def tensors(self) -> dict[str, Tensor]:
@@ -102,7 +102,7 @@ class TrainedRows(Wrapper):
         return {"weight": whole.index_copy(0, self.rows, rows)}
 
     def _places(self, ids: Tensor) -> Tensor:
-        """Which trained row each id is, -1 for the others."""
+        """Return the trained row that each id is, -1 for the others."""
         place = torch.full((len(self.base.weight),), -1, device=ids.device)
         place[self.rows] = torch.arange(len(self.rows), device=ids.device)
         return place[ids]

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from loralab.adapters.expert_lora import Pair, flattened, unflattened
 from loralab.adapters.experts import adaptable_experts, is_transposed
 from loralab.adapters.folder import AdapterFolder
 from loralab.adapters.lora import for_parameter
@@ -43,7 +44,6 @@ ROLES = {  # what projections of an expert are called -> what they are
 NESTED = re.compile(r"((?:base_layer\.)*)lora_([AB])(?:\.weight)?")
 NAMED = re.compile(r"(?:(\d+)\.)?(\w+?)(?:s\.(\d+)|\.(\d+))?\.lora_([AB])(?:\.weight)?")
 SWAPPED_UNTIL = (0, 19)  # of peft
-Pair = tuple[Tensor, Tensor]  # A (E, R, I) and B (E, O, R)
 
 
 @dataclass(kw_only=True)
@@ -78,14 +78,15 @@ def for_model(model: nn.Module, stored: AdapterFolder) -> AdapterFolder:
     for module in modules:
         if module.tensors:
             pairs, config = _fused(module, _pairs(module, stored), config)
-            found |= _as_peft(module, pairs)
+            start = f"{PREFIX}{module.path}."
+            found |= {start + name: t.contiguous() for name, t in flattened(list(pairs.values())).items()}
             targets += [f"{module.path}.{name}" for name in pairs]
     config = _targeting(config, stored, rest, targets, [f"{m.path}.{name}" for m in modules for name in m.shapes])
     return replace(stored, tensors={**rest, **found}, config=config)
 
 
 def _require_known(stored: AdapterFolder, every: list[str]) -> None:
-    """peft adapts any parameter, and here those of experts are."""
+    """Refuse a file that adapts parameters which are no experts': peft adapts any, and here those of experts are."""
     for name in stored.fields.get("target_parameters") or ():
         if not any(ends_with(path, str(name)) for path in every):
             raise AdapterFileError(
@@ -137,7 +138,7 @@ def _pairs(module: _Module, stored: AdapterFolder) -> dict[str, Pair]:
 
 
 def _from_nested(module: _Module, stored: AdapterFolder) -> dict[str, Pair]:
-    """peft: the parameters that a file adapts nest in the order in which the module has them."""
+    """Read peft's layout: the parameters that a file adapts nest in the order in which the module has them."""
     wanted = stored.fields.get("target_parameters") or ()
     names = [n for n in module.shapes if not wanted or any(ends_with(f"{module.path}.{n}", str(w)) for w in wanted)]
     sides = {
@@ -183,10 +184,11 @@ def _unswapped(module: _Module, stored: AdapterFolder, name: str, swapped: bool 
             "save it again with peft 0.19 or later",
             "ambiguous_experts",
         )
+    A, B = unflattened(A, B, experts)
     if sizes == (in_features, out_features) and not (square and swapped):
-        return unflattened(A, B, experts)
+        return A, B
     if sizes == (out_features, in_features):  # delta = (B A)' there
-        return B.view(len(B), -1, experts).permute(2, 1, 0), A.view(experts, -1, A.shape[1]).mT
+        return B.mT, A.mT
     raise _error(
         stored,
         where,
@@ -327,15 +329,6 @@ def halves(B: Tensor, *, interleaved: bool) -> tuple[Tensor, Tensor]:
     return B[:, :half], B[:, half:]
 
 
-def _as_peft(module: _Module, pairs: Mapping[str, Pair]) -> dict[str, Tensor]:
-    found = {}
-    for depth, (A, B) in enumerate(reversed(list(pairs.values()))):
-        start = f"{PREFIX}{module.path}.{'base_layer.' * depth}"
-        found[f"{start}lora_A.weight"] = A.reshape(-1, A.shape[2]).contiguous()
-        found[f"{start}lora_B.weight"] = B.permute(1, 2, 0).reshape(B.shape[1], -1).contiguous()
-    return found
-
-
 def _targeting(config: LoRA, stored: AdapterFolder, rest: Iterable[str], targets: list[str], every: list[str]) -> LoRA:
     """Return a configuration that adapts these parameters of experts and no others, and layers as before.
 
@@ -363,11 +356,6 @@ def _targeting(config: LoRA, stored: AdapterFolder, rest: Iterable[str], targets
     elif unwanted:
         excluded = (*(excluded or ()), *unwanted)
     return replace(config, target_modules=chosen, exclude_modules=excluded)
-
-
-def unflattened(A: Tensor, B: Tensor, experts: int) -> Pair:
-    """Return A (E, R, I) and B (E, O, R) from peft's (E R, I) and (O, R E)."""
-    return A.view(experts, -1, A.shape[1]), B.view(len(B), -1, experts).permute(2, 0, 1)
 
 
 def _version(stored: AdapterFolder) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ architecture's gates. Axes: E experts, I and O of one expert's map, R rank.
 """
 
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from loralab.adapters.wrapper import Wrapper, to_wide, without_autocast
 from loralab.errors import ConfigError
 
 THROUGH_TORCH = (None, "eager", "batched_mm", "grouped_mm")  # implementations that call torch's products
+Pair = tuple[Tensor, Tensor]  # A (E, R, I) and B (E, O, R)
 _REPLACED_FORWARD = threading.RLock()  # accelerate's hooks are bound to the module itself, not to its copy
 
 
@@ -124,31 +125,24 @@ class ExpertsWithLoRA(Wrapper):
         return {n: to_wide(self.base._parameters[n]) + update.delta() for n, update in updates.items()}
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return A (E R, I) and B (O, R E) under peft's names, which nest: the last parameter is the outermost."""
-        found = {}
-        for depth, update in enumerate(self._updates().values()):
-            A, B, _ = update.factors()
-            nested = "base_layer." * (len(self.updates) - 1 - depth)
-            found[f"{nested}lora_A.weight"] = A.reshape(-1, A.shape[2])
-            found[f"{nested}lora_B.weight"] = B.permute(1, 2, 0).reshape(B.shape[1], -1)
-        return found
+        """Return A (E R, I) and B (O, R E) under peft's names."""
+        return flattened([update.factors()[:2] for update in self._updates().values()])
 
     @torch.no_grad()
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy in what `tensors` returned."""
-        for depth, update in enumerate(self._updates().values()):
-            nested = "base_layer." * (len(self.updates) - 1 - depth)
-            experts = len(update.lora_A)
-            update.lora_A.copy_(tensors[f"{nested}lora_A.weight"].view_as(update.lora_A))
-            B = tensors[f"{nested}lora_B.weight"]
-            update.lora_B.copy_(B.view(len(B), -1, experts).permute(2, 0, 1))
+        for depth, update in enumerate(reversed(self._updates().values())):
+            A, B = (tensors[f"{'base_layer.' * depth}lora_{side}.weight"] for side in "AB")
+            A, B = unflattened(A, B, len(update.lora_A))
+            update.lora_A.copy_(A)
+            update.lora_B.copy_(B)
 
     def ranks(self) -> dict[str, tuple[int, float]]:
         """Return the rank and the factor of each update, by parameter; of PiSSA as plain LoRA."""
         return {name: (u.factors()[0].shape[1], u.scaling) for name, u in self._updates().items()}
 
     def extra_repr(self) -> str:
-        """Parameters and ranks, for print(model)."""
+        """Return parameters and ranks, for print(model)."""
         return ", ".join(f"{name}: rank={update.rank}" for name, update in self._updates().items())
 
     def _updates(self) -> dict[str, ExpertUpdate]:
@@ -173,6 +167,21 @@ class ExpertsWithLoRA(Wrapper):
             finally:
                 for name in weights:
                     self.base.__dict__.pop(name, None)
+
+
+def flattened(pairs: Sequence[Pair]) -> dict[str, Tensor]:
+    """Return A (E R, I) and B (O, R E) under peft's names, which nest: the last parameter is the outermost."""
+    found = {}
+    for depth, (A, B) in enumerate(reversed(pairs)):
+        start = "base_layer." * depth
+        found[f"{start}lora_A.weight"] = A.reshape(-1, A.shape[2])
+        found[f"{start}lora_B.weight"] = B.permute(1, 2, 0).reshape(B.shape[1], -1)
+    return found
+
+
+def unflattened(A: Tensor, B: Tensor, experts: int) -> Pair:
+    """Return A (E, R, I) and B (E, O, R) from peft's (E R, I) and (O, R E)."""
+    return A.view(experts, -1, A.shape[1]), B.view(len(B), -1, experts).permute(2, 0, 1)
 
 
 def _start(stack: Tensor, config: LoRA, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:

@@ -47,12 +47,12 @@ class UpdatedWeight:
 
     @property
     def mT(self) -> Any:  # noqa: N802 - torch's name
-        """The transposed matrices."""
+        """Return the transposed matrices."""
         return self.transpose(-2, -1)
 
     @property
     def T(self) -> Any:  # noqa: N802 - torch's name
-        """The transposed matrix."""
+        """Return the transposed matrix."""
         return self.transpose(-2, -1) if self.weight.ndim == 2 else self.full().T
 
     def t(self) -> Any:
@@ -122,7 +122,7 @@ def grouped_product(x: Tensor, stack: Tensor, offsets: Tensor) -> Tensor:
     Semantics:
         torch.cat([x[start:end] @ stack[i] for i, (start, end) in enumerate(groups)])
     """
-    if can_group(stack):
+    if _can_group(stack):
         return torch._grouped_mm(x.contiguous(), stack, offs=offsets)
     ends = offsets.tolist()
     sizes = [end - start for start, end in zip([0, *ends], ends, strict=False)]
@@ -132,7 +132,7 @@ def grouped_product(x: Tensor, stack: Tensor, offsets: Tensor) -> Tensor:
     return torch.cat([*found, x.new_zeros(rest, stack.shape[-1])])
 
 
-def can_group(stack: Tensor) -> bool:
+def _can_group(stack: Tensor) -> bool:
     """Return whether torch multiplies by this stack in one call, and by its gradient too."""
     if not hasattr(torch, "_grouped_mm") or stack.dtype not in GROUPED_DTYPES:
         return False
@@ -140,18 +140,18 @@ def can_group(stack: Tensor) -> bool:
 
 
 def _linear(func: Any, args: Sequence[Any], named: Mapping[str, Any]) -> Tensor | None:
-    """F.linear(x, W, bias)."""
+    """Compute F.linear(x, W, bias)."""
     x, weight, *_ = (*args, *([named["weight"]] if "weight" in named else []))
     if len(args) < 2 or not isinstance(weight, UpdatedWeight) or weight.weight.ndim != 2:
         return None
     turned: Any = weight.transpose(0, 1)
     y: Tensor = func(x, weight.weight, *args[2:], **named)
-    found: Tensor = turned.multiplied(x, y, _matmul)
+    found: Tensor = turned.multiplied(x, y, lambda a, b: F.linear(a, b.mT))
     return found
 
 
 def _matmul_any(func: Any, args: Sequence[Any], named: Mapping[str, Any]) -> Any:
-    """x @ W, W @ x, and torch.bmm of both."""
+    """Compute x @ W, W @ x, and torch.bmm of both."""
     if named or len(args) != 2:
         return None
     x, weight = args
@@ -165,7 +165,7 @@ def _matmul_any(func: Any, args: Sequence[Any], named: Mapping[str, Any]) -> Any
 
 
 def _grouped(func: Any, args: Sequence[Any], named: Mapping[str, Any]) -> Any:
-    """Products of tokens with the matrix of their expert: torch's, and transformers' in its place."""
+    """Multiply tokens by the matrix of their expert, as torch does, or transformers in its place."""
     offsets = args[2] if len(args) > 2 else named.get("offs")
     if len(args) < 2 or offsets is None or not isinstance(args[1], UpdatedWeight):
         return None
@@ -174,10 +174,6 @@ def _grouped(func: Any, args: Sequence[Any], named: Mapping[str, Any]) -> Any:
     if getattr(func, "__name__", "") == "grouped_mm_fallback":  # takes every dtype and shape, torch.compile too
         return weight.multiplied(x, y, lambda a, b: func(a, b, offs=offsets))
     return weight.multiplied(x, y, lambda a, b: grouped_product(a, b, offsets))
-
-
-def _matmul(x: Tensor, matrix: Tensor) -> Tensor:
-    return F.linear(x, matrix.mT)
 
 
 PRODUCTS: dict[str, Callable[[Any, Sequence[Any], Mapping[str, Any]], Any]] = {
@@ -191,14 +187,8 @@ PRODUCTS: dict[str, Callable[[Any, Sequence[Any], Mapping[str, Any]], Any]] = {
     "grouped_mm": _grouped,
     "grouped_mm_fallback": _grouped,
 }
-QUESTIONS = {"dtype", "device", "shape", "ndim", "size", "dim", "numel", "element_size", "is_cuda", "is_meta"} | {
-    "is_floating_point",
-    "requires_grad",
-    "stride",
-    "is_contiguous",
-    "data_ptr",
-    "layout",
-}
+QUESTIONS = {"dtype", "device", "shape", "ndim", "size", "dim", "numel", "element_size", "is_cuda", "is_meta", "layout"}
+QUESTIONS |= {"is_floating_point", "requires_grad", "stride", "is_contiguous", "data_ptr"}  # the weight alone answers
 
 
 def _is_number(index: Any) -> bool:

@@ -15,7 +15,7 @@ SAMPLES = 1024
 
 
 def fingerprint(model: nn.Module, without: frozenset[str] = frozenset()) -> str:
-    """16 hexadecimal digits over names, shapes and up to 1,024 evenly spaced values a tensor.
+    """Return 16 hexadecimal digits over names, shapes and up to 1,024 evenly spaced values a tensor.
 
     Values are rounded to bf16 first, so a model loaded in fp32 and in bf16 is the same model.
     An adapter does not count: neither its tensors nor the modules it trains in full, whose

@@ -162,7 +162,7 @@ def update_record(path: str | Path, **fields: Any) -> None:
 
 
 def content_digest(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    """sha256 over configuration and tensors, independent of the order in the files."""
+    """Return sha256 over configuration and tensors, independent of the order in the files."""
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
@@ -240,12 +240,12 @@ def _parsed(file: Path, data: bytes) -> dict[str, Tensor]:
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
-    """A JSON object to a file, whole or not at all."""
+    """Write a JSON object to a file, whole or not at all."""
     atomic.write_file(file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def _require_plausible(path: Path, config: Any, tensors: Mapping[str, Tensor]) -> None:
-    """No size may exceed all of the tensors': nothing is allocated for a number in a text file."""
+    """Refuse a size above all of the tensors': nothing is allocated for a number in a text file."""
     most = max((size for tensor in tensors.values() for size in tensor.shape), default=0)
     sizes = {name: getattr(config, name) for name in spec_of(config).sizes}
     sizes |= {f"rank of {name}": r for name, r in getattr(config, "rank_pattern", {}).items()}

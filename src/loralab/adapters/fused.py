@@ -46,7 +46,7 @@ class Layout(NamedTuple):
 
 
 def linears_with_updates(x: Tensor, layers: Sequence[BaseWithUpdate], mask: Tensor | None = None) -> tuple[Tensor, ...]:
-    """x (..., I) -> (..., O) through each of some frozen base layers and its update.
+    """Map x (..., I) -> (..., O) through each of some frozen base layers and its update.
 
     A and B are rounded to the dtype of x for the products (skinny.py); their gradients come back
     in their own dtype.
@@ -163,7 +163,7 @@ def is_followed(dys: Sequence[Tensor]) -> bool:
 
 
 def followed_through_bases(dys: Sequence[Tensor], weights: Sequence[Tensor], layouts: Sequence[Layout]) -> Tensor:
-    """As `through_bases`, with nothing in place."""
+    """Return what `through_bases` does, with nothing in place."""
     products = [dy @ _matrix(w, own, dy) for dy, w, own in zip(dys, weights, layouts, strict=True)]
     return sum(products[1:], products[0])
 
@@ -171,7 +171,7 @@ def followed_through_bases(dys: Sequence[Tensor], weights: Sequence[Tensor], lay
 def followed_gradients(
     x: Tensor, mask: Tensor | None, dy: Tensor, A: Tensor, B: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx through the update (N, I), dA and dB of one update by operations that autograd records."""
+    """Return dx through the update (N, I), dA and dB of one update by operations that autograd records."""
     dropped = x if mask is None else x * mask
     small, wide = A.to(x.dtype), B.to(x.dtype)
     G = scaling * (dy @ wide)  # (N, R)
@@ -188,14 +188,14 @@ def _input_gradient(
     A: Tensor,
     mask: Tensor | None,
 ) -> Tensor:
-    """dx (N, I): the sum over all layers of dy W, plus what came through the updates."""
+    """Return dx (N, I): the sum over all layers of dy W, plus what came through the updates."""
     dx = through_bases(dys, weights, layouts)
     add_through_update(dx, G, A, None if mask is None else flat_rows(mask))
     return dx
 
 
 def through_bases(dys: Sequence[Tensor], weights: Sequence[Tensor], layouts: Sequence[Layout]) -> Tensor:
-    """dx (N, I) of the base layers: the sum over all of dy W."""
+    """Return dx (N, I) of the base layers: the sum over all of dy W."""
     dx: Tensor | None = None
     for dy, weight, layout in zip(dys, weights, layouts, strict=True):
         W = _matrix(weight, layout, dy)
@@ -211,7 +211,7 @@ def _matrix(weight: Tensor, layout: Layout, dy: Tensor) -> Tensor:
 
 
 def add_through_update(dx: Tensor, G: Tensor, A: Tensor, mask: Tensor | None) -> None:
-    """dx += D(G A) in place, (N, I)."""
+    """Add D(G A) to dx in place, (N, I)."""
     if mask is None:
         up(dx, G, A)
     else:
@@ -240,5 +240,5 @@ def _joined(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def flat_rows(tensor: Tensor) -> Tensor:
-    """(..., C) -> (N, C)."""
+    """Reshape (..., C) -> (N, C)."""
     return tensor.reshape(-1, tensor.shape[-1])

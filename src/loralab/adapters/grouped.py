@@ -123,7 +123,7 @@ class Bank:
 
     @contextlib.contextmanager
     def routed(self, spans: Sequence[Span]) -> Iterator[None]:
-        """The model with the rows of one batch sent through their adapters, as `route` does it.
+        """Yield the model with the rows of one batch sent through their adapters, as `route` does it.
 
         Raises:
             AdapterStateError: as in `route`, or there are no rows.
@@ -294,7 +294,7 @@ def _require_whole(spans: Sequence[Span]) -> None:
 
 
 def _axis(values: Sequence[Any], spans: Sequence[Span]) -> tuple[int, int]:
-    """Which axis of a module's inputs counts the rows, and how many there are."""
+    """Return which axis of a module's inputs counts the rows, and how many there are."""
     total = spans[-1].stop
     for value in values:
         if isinstance(value, Tensor):

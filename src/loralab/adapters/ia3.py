@@ -40,7 +40,7 @@ class LinearWithIA3(Wrapper):
         self.ia3_l = nn.Parameter(torch.ones(size, device=self.base.weight.device))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., I) -> (..., O)."""
+        """Map x (..., I) -> (..., O)."""
         if self.merged:
             return self.base(x)
         if is_ragged(x):
@@ -71,7 +71,7 @@ def build(model: nn.Module, config: IA3, generator: torch.Generator | None) -> d
 
 
 def fields(config: IA3, modules: Mapping[str, Any], paths: list[str]) -> dict[str, Any]:
-    """adapter_config.json: peft's IA3."""
+    """Return adapter_config.json: peft's IA3."""
     inner = [name for name, module in modules.items() if module.feedforward]
     chosen, layers = selecting_fields(list(modules), paths)
     if layers is not None:  # peft's IA3 counts no layers
@@ -100,7 +100,7 @@ def parse(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[IA3
 
 
 def _usual_targets(model: nn.Module) -> tuple[str, ...]:
-    """Keys, values (a fused projection as a whole), and the way out of the feed-forward network."""
+    """Return keys, values (a fused projection as a whole), and the way out of the feed-forward network."""
     linear = targets.linear_names(model)
     ends = {name.rpartition(".")[2] for name in linear if in_attention(name)}
     found = tuple(sorted(ends & set(KEYS_AND_VALUES)))

@@ -56,14 +56,14 @@ def left_out(model: nn.Module, config: Any, chosen: Collection[str]) -> dict[str
 
 
 def notable(reasons: Mapping[str, str]) -> dict[str, str]:
-    """Without what the name of a preset says already, and without routers, which are left out by rule."""
+    """Return the reasons but those that a preset's name says already, and routers', which are left out by rule."""
     return {name: why for name, why in reasons.items() if why not in (IN_NO_NETWORK, ROUTER)}
 
 
 def describe_left_out(model: nn.Module, reasons: Mapping[str, str]) -> str:
     """Return one line on what is left out; empty if nothing is.
 
-    >>> described(nn.Module(), {"h.0.router": "no linear map", "h.1.router": "no linear map"})
+    >>> describe_left_out(nn.Module(), {"h.0.router": "no linear map", "h.1.router": "no linear map"})
     'not adapted: 2 x router (no linear map)'
     """
     groups: dict[str, list[str]] = {}
@@ -92,7 +92,7 @@ def _by_preset(model: nn.Module, preset: str) -> dict[str, str]:
 
 
 def _routers(model: nn.Module) -> list[str]:
-    """Return the paths of the modules that choose experts, those without modules that do."""
+    """Return the paths of the modules that choose experts, the innermost ones."""
     names = [name for name, module in model.named_modules() if name and module._parameters and is_router(model, name)]
     return [name for name in names if layer_number(f"{name}.") is not None]
 

@@ -69,7 +69,7 @@ class LinearWithLoRA(Wrapper):
         self._ratio: tuple[Tensor, _State] | None = None  # kept while its tensors stay
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., I) -> (..., O)."""
+        """Map x (..., I) -> (..., O)."""
         if self.merged:
             return self.base(x)
         if self.magnitude is not None and is_ragged(x):
@@ -87,7 +87,7 @@ class LinearWithLoRA(Wrapper):
         return (ratio * (y - bias + self.update(x)) + bias).to(y.dtype)
 
     def ratio(self) -> Tensor:
-        """DoRA: what each row of W0 + (alpha / r) B A is multiplied by, (O,)."""
+        """Return the (O,) factors by which DoRA multiplies each row of W0 + (alpha / r) B A."""
         assert self.magnitude is not None
         of = (self.magnitude, self.lora_A, self.lora_B)
         if any(t.requires_grad for t in of) or not is_plain_tensor(self.magnitude):
@@ -109,7 +109,7 @@ class LinearWithLoRA(Wrapper):
         return super()._apply(fn, recurse)
 
     def update(self, x: Tensor) -> Tensor:
-        """(alpha / r) B A x: (..., I) -> (..., O), computed in the adapter's dtype."""
+        """Return (alpha / r) B A x: (..., I) -> (..., O), computed in the adapter's dtype."""
         A, B, scaling = self.factors()
         low = F.linear(self.dropout(x).to(A.dtype), A)  # (..., R)
         return scaling * F.linear(low, B)
@@ -123,7 +123,7 @@ class LinearWithLoRA(Wrapper):
         return y + self.update(x).to(y.dtype)
 
     def _rescaled(self, x: Tensor, ratio: Tensor) -> Tensor:
-        """DoRA: ratio * (W0 x + update) + bias, where ratio (O,) is m over the rows' lengths.
+        """Return DoRA's ratio * (W0 x + update) + bias, where ratio (O,) is m over the rows' lengths.
 
         With dropout it is W0 x + b + (ratio - 1) W0 D(x) + ratio * update(D(x)), as in the
         authors' code.
@@ -183,7 +183,7 @@ class LinearWithLoRA(Wrapper):
         return squared.clamp_min(0).sqrt()
 
     def tensors(self) -> dict[str, Tensor]:
-        """A, B, and DoRA's lengths, under peft's names."""
+        """Return A, B, and DoRA's lengths, under peft's names."""
         A, B, _ = self.factors()
         found = {"lora_A.weight": A, "lora_B.weight": B}
         if self.magnitude is not None:
@@ -196,7 +196,7 @@ class LinearWithLoRA(Wrapper):
         return {"weight": total.T if self.transposed else total}
 
     def extra_repr(self) -> str:
-        """Rank and scaling, for print(model)."""
+        """Return rank and scaling, for print(model)."""
         return f"rank={self.rank}, scaling={self.scaling:g}"
 
     def _block_diagonal(self, B: Tensor) -> Tensor:

@@ -104,15 +104,17 @@ def fill(adapter: Adapter, stored: AdapterFolder) -> None:
     plain = plain_paths(adapter.model)
     for path, module in adapter.modules.items():
         if isinstance(module, ExpertsWithLoRA):  # a file holds them in another layout than they are computed in
-            names = {name: f"{PREFIX}{plain(path)}.{name}" for name in module.tensors()}
-            module.fill({name: stored.tensors[key] for name, key in names.items()})
-            own = {key: tensor for key, tensor in own.items() if key not in names.values()}
+            start = f"{PREFIX}{plain(path)}."
+            keys = [key for key in own if key.startswith(start)]
+            module.fill({key.removeprefix(start): stored.tensors[key] for key in keys})
+            for key in keys:
+                del own[key]
     if own:
         torch._foreach_copy_(list(own.values()), [stored.tensors[key] for key in own])
 
 
 def _drop_base_embeddings(adapter: Adapter, stored: AdapterFolder) -> None:
-    """peft also writes the frozen embedding where that is adapted: not needed, if it is ours."""
+    """Drop the frozen embedding that peft also writes where that is adapted: not needed, if it is ours."""
     end, plain = ".base_layer.weight", plain_paths(adapter.model)
     modules = {plain(name): module for name, module in adapter.modules.items()}
     for key in [k for k in stored.tensors if k.endswith(end)]:
@@ -126,7 +128,7 @@ def _drop_base_embeddings(adapter: Adapter, stored: AdapterFolder) -> None:
 
 
 def base_problem(stored: AdapterFolder, dtype: str, here: Callable[[], str]) -> str:
-    """In what a base differs from the one that an adapter was trained on; empty if in nothing.
+    """Return in what a base differs from the one that an adapter was trained on; empty if in nothing.
 
     Args:
         dtype: of the base at hand, such as "bfloat16".

@@ -25,7 +25,7 @@ TOLERANCES = {  # relative, of what a dtype rounds
 
 
 def why_not_linear(module: nn.Module, *, transposed: bool = False) -> str:
-    """Why a layer of a linear class is not a linear map of its own weight; empty if it is one.
+    """Return why a layer of a linear class is not a linear map of its own weight; empty if it is one.
 
     Args:
         transposed: the weight is stored as (I, O).
@@ -84,7 +84,7 @@ def _differs(module: Any, call: Callable[[Tensor], Any], transposed: bool) -> st
 
 @contextmanager
 def _evaluated(module: nn.Module) -> Iterator[None]:
-    """Without dropout, which would differ at every call."""
+    """Switch dropout off, which would differ at every call."""
     modes = [(m, m.training) for m in module.modules()]
     module.eval()
     try:

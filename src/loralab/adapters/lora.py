@@ -76,7 +76,7 @@ def for_parameter(config: LoRA, path: str, name: str) -> LoRA:
 
 
 def fields(config: LoRA, modules: Mapping[str, Any], paths: list[str]) -> dict[str, Any]:
-    """adapter_config.json: peft's LORA."""
+    """Return adapter_config.json: peft's LORA."""
     rows = [name for name, module in modules.items() if isinstance(module, TrainedRows)]
     updates = {name: module for name, module in modules.items() if name not in rows}
     found = lora_fields(plain(config), updates, paths)
@@ -88,7 +88,7 @@ def fields(config: LoRA, modules: Mapping[str, Any], paths: list[str]) -> dict[s
 def lora_fields(
     config: LoRA, modules: Mapping[str, Any], paths: Iterable[str], factor: float | None = None
 ) -> dict[str, Any]:
-    """peft's fields for some updates; ranks and factors that differ go into its patterns.
+    """Return peft's fields for some updates; ranks and factors that differ go into its patterns.
 
     Args:
         factor: of every module; None is each module's own `scaling`.
@@ -171,7 +171,7 @@ def parse(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[LoR
 
 
 def rate_ratio(config: LoRA, name: str) -> float:
-    """LoRA+ (arXiv:2402.12354): every B learns `lora_plus` times as fast as the rest."""
+    """Return LoRA+'s ratio (arXiv:2402.12354): every B learns `lora_plus` times as fast as the rest."""
     return config.lora_plus if name.endswith(("lora_B", "out_B", "lora_embedding_B")) else 1.0
 
 
@@ -205,7 +205,7 @@ def plain(config: LoRA) -> LoRA:
 
 
 def _as_peft_computes(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """peft (0.21 and before) adds the update of nn.MultiheadAttention's out_proj twice.
+    """Allow for peft (0.21 and before), which adds the update of nn.MultiheadAttention's out_proj twice.
 
     In training too, so a file of its making means twice what it says (docs/findings.md).
     """
@@ -293,7 +293,7 @@ def _token_rows(model: Any, config: LoRA, wrappers: Mapping[str, Wrapper]) -> di
 
 
 def _with_patterns(config: LoRA, actual: Mapping[str, Actual]) -> LoRA:
-    """`config` with patterns that give every module its actual rank and factor."""
+    """Return `config` with patterns that give every module its actual rank and factor."""
     odd = {name: own for name, own in actual.items() if not _gives(config, name, own)}
     if not odd:
         return config

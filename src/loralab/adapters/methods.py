@@ -116,7 +116,7 @@ class LoRA(Method):
         return self.alpha / (self.rank if self.scaling == "alpha/r" else math.sqrt(self.rank))
 
     def for_module(self, name: str) -> "LoRA":
-        """This configuration with the rank and the alpha that the patterns give one module."""
+        """Return this configuration with the rank and the alpha that the patterns give one module."""
         return replace(
             self,
             rank=first_match(name, self.rank_pattern, self.rank),

@@ -5,7 +5,8 @@ model's name: whoever reads that draws the adapted layers at random. So as long 
 attached, the adapter folder is written in its place, and the plain model while it is merged.
 """
 
-from collections.abc import Callable, Iterator
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch import nn
 
 from loralab.adapters.folder import CONFIG, RECORD, read_json, write_json
 from loralab.adapters.subset import TrainedInFull
-from loralab.adapters.wrapper import Wrapper
+from loralab.adapters.wrapper import Wrapper, replace_modules
 from loralab.errors import AdapterStateError, OutputError
 
 METHOD = "save_pretrained"
@@ -91,7 +92,7 @@ def saving_adapters(model: nn.Module, save: Callable[..., Any]) -> list[SaveAdap
 
 
 def require_no_model(folder: Path) -> None:
-    """An adapter must not stand beside a whole model, which would be loaded without it.
+    """Refuse an adapter beside a whole model, which would be loaded without it.
 
     The state of an adapter that stood there is removed: it would be that of another step.
     """
@@ -128,12 +129,32 @@ def _identity(record: Any) -> tuple[Any, Any]:
     return record.get("digest"), base.get("fingerprint") if isinstance(base, dict) else None
 
 
-def require_no_adapter(folder: Path) -> None:
-    """A merged model must not stand beside an adapter, which would be added once more."""
+def write_merged(model: nn.Module, wrappers: Sequence[Any], folder: Path, options: Mapping[str, Any]) -> Any:
+    """Write the plain model, as its own `save_pretrained` does, with what its merged wrappers would leave.
+
+    Raises:
+        OutputError: the folder holds an adapter, which would be added once more.
+    """
     if (folder / CONFIG).exists():
         raise OutputError(
             f"{folder} holds an adapter; save the merged model elsewhere", code="folder_taken", field="save_directory"
         )
+    finished = {wrapper: _finished(wrapper) for wrapper in wrappers}
+    replace_modules(model, finished)
+    try:
+        with untied(model):
+            write_model: Any = type(model)
+            return write_model.save_pretrained(model, folder, **options)
+    finally:
+        replace_modules(model, {plain: wrapper for wrapper, plain in finished.items()})
+
+
+def _finished(wrapper: Any) -> nn.Module:
+    """Return the module that a merged wrapper leaves, without changing the wrapper."""
+    if isinstance(wrapper, TrainedInFull):
+        return copy.deepcopy(wrapper.trained).to(wrapper.dtype)
+    plain: nn.Module = wrapper.finished()
+    return plain
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from loralab.errors import AdapterStateError, TargetError, join_limited
 
 
 def require_weights(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
-    """Layers that are to be adapted must have their weights: those on "meta" have none.
+    """Refuse layers that are to be adapted and have no weights: those on "meta" have none.
 
     A model that is on "meta" as a whole is a plan of one, and may be adapted as such.
 
@@ -34,7 +34,7 @@ def require_weights(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
 
 
 def require_alone(model: nn.Module) -> None:
-    """DDP knows the parameters from when it was made: it would not share an adapter's gradients.
+    """Refuse a model within DDP, which knows the parameters from when it was made and would not share new gradients.
 
     Raises:
         AdapterStateError: the model is wrapped, and there are several processes.

@@ -70,12 +70,12 @@ class WrappedLayer(Wrapper):
         return found
 
     def trained(self) -> dict[str, nn.Parameter]:
-        """Its parameters that are trained, by their names in `layer`."""
+        """Return the parameters that are trained, by their names in `layer`."""
         own = dict(self.layer.named_parameters())
         return {name: own[name] for name in self._trained}
 
     def tensors(self) -> dict[str, Tensor]:
-        """Its state_dict: the base stands outside."""
+        """Return the state_dict: the base stands outside."""
         return dict(self.layer.state_dict(keep_vars=True))
 
     def own_buffers(self) -> dict[str, Tensor]:
@@ -247,7 +247,7 @@ def _has_delta(first: WrappedLayer) -> bool:
 
 
 def _shape(base: Any) -> tuple[int, ...]:
-    """(O, I) of a linear layer, whatever way round it is kept; of others that of the weight."""
+    """Return (O, I) of a linear layer, whatever way round it is kept; of others that of the weight."""
     return linear_shape(base) if looks_linear(base) else tuple(base.weight.shape)
 
 
@@ -285,7 +285,7 @@ def _for_parse(spec: MethodSpec, fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _require_understood(spec: MethodSpec, config: Any, fields: Mapping[str, Any]) -> None:
-    """Every option of a file must be in what the method would write for what it read."""
+    """Refuse an option of a file that the method would not write for what it read."""
     own = _own_fields(spec, config)
     refuse_unknown(fields, set(own))
     lost = [f"{name}={fields[name]!r}" for name in own.keys() & fields.keys() - SELECTING if fields[name] != own[name]]

@@ -53,7 +53,7 @@ SELECTING = {"target_modules", "exclude_modules", "layers_to_transform", "layers
 
 
 def task_type(base: Mapping[str, Any], *, headed: bool) -> str | None:
-    """peft's name; without a trained head none, or peft would look for its weights in vain.
+    """Return the task as peft calls it; without a trained head none, or peft would look for its weights in vain.
 
     Args:
         base: what loralab.json says of it: its "kind", where it is known, and "architecture".
@@ -64,7 +64,7 @@ def task_type(base: Mapping[str, Any], *, headed: bool) -> str | None:
 
 
 def refuse_unknown(fields: Mapping[str, Any], known: set[str]) -> None:
-    """Every option that is set must be understood.
+    """Refuse an option that is set and not understood.
 
     Raises:
         AdapterFileError: one is not; its meaning would be lost.
@@ -105,7 +105,7 @@ def own_config(kind: type[Config], fields: Mapping[str, Any]) -> Config:
 
 
 def selecting_fields(names: list[str], paths: list[str]) -> tuple[list[str] | str, list[int] | None]:
-    """target_modules and layers_to_transform that make peft select exactly these paths.
+    """Return target_modules and layers_to_transform that make peft select exactly these paths.
 
     The shortest names that do it, then names within some layers, then whole paths.
 

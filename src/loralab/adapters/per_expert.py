@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from loralab.adapters.expert_formats import NESTED, ROLES, Pair, halves, unflattened
+from loralab.adapters.expert_formats import NESTED, ROLES, halves
+from loralab.adapters.expert_lora import Pair, unflattened
 from loralab.adapters.folder import AdapterFolder
 from loralab.adapters.lora import for_parameter
 from loralab.adapters.methods import LoRA
@@ -61,5 +62,5 @@ def _projections(name: str, pair: Pair) -> dict[str, Pair]:
 
 
 def _order(name: str) -> tuple[bool, str]:
-    """What a token meets first stands first, as modules have their parameters."""
+    """Sort first what a token meets first, as modules have their parameters."""
     return (ROLES.get(name) == "down", name)

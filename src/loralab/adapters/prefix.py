@@ -209,12 +209,12 @@ def prefix_kv(model: nn.Module, modules: Mapping[str, Any]) -> list[Tensor]:
 
 
 def pack(modules: Mapping[str, Any]) -> dict[str, Tensor]:
-    """peft's one tensor."""
+    """Return peft's one tensor."""
     return {"prompt_embeddings": next(iter(modules.values())).table.flat()}
 
 
 def fields(config: Prefix, modules: Mapping[str, Any], paths: list[str]) -> dict[str, Any]:
-    """adapter_config.json: peft's PREFIX_TUNING, without the network."""
+    """Return adapter_config.json: peft's PREFIX_TUNING, without the network."""
     layers, heads, width = next(iter(modules.values())).table.shape
     return {
         "peft_type": "PREFIX_TUNING",
@@ -273,7 +273,7 @@ def attention_names(model: nn.Module) -> list[str]:
 
 
 def key_value_shape(model: Any, layers: int) -> tuple[int, int, int]:
-    """(L, H, D) of the model's keys and values."""
+    """Return (L, H, D) of the model's keys and values."""
     config = model.config.get_text_config()
     queries = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // queries

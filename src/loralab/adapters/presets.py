@@ -82,7 +82,7 @@ def _by_name(name: str, *, leaf: bool) -> str | None:
 
 
 def _is_beside(model: nn.Module, path: str) -> bool:
-    """Routers that are plain layers, and projections between blocks."""
+    """Return whether a plain layer is a router, or a projection between blocks."""
     owner, _, leaf = path.rpartition(".")
     if leaf == "gate":
         return "experts" in dict(model.get_submodule(owner).named_children())

@@ -76,7 +76,7 @@ class Embeddings(nn.Module):
         return {**self.__dict__, "states": [], "_made_of": None}
 
     def record(self, inner: nn.Module) -> None:
-        """One pass of the prompt through the model without its head."""
+        """Send the prompt once through the model without its head."""
         require_whole([self.weight], "a prompt", IGNORE)
         self.states, self.recording = [], True
         embedding: Any = inner.get_input_embeddings()  # type: ignore[operator]
@@ -203,12 +203,12 @@ def prefix_kv(model: nn.Module, modules: Mapping[str, Any]) -> list[Tensor]:
 
 
 def pack(modules: Mapping[str, Any]) -> dict[str, Tensor]:
-    """peft's one tensor."""
+    """Return peft's one tensor."""
     return {"prompt_embeddings": next(iter(modules.values())).table.weight}
 
 
 def fields(config: Prompt, modules: Mapping[str, Any], paths: list[str]) -> dict[str, Any]:
-    """adapter_config.json: peft's PROMPT_TUNING."""
+    """Return adapter_config.json: peft's PROMPT_TUNING."""
     table: Embeddings = next(iter(modules.values())).table
     return {
         "peft_type": "PROMPT_TUNING",
@@ -252,7 +252,7 @@ def _reentrant(model: nn.Module) -> bool:
 
 @contextmanager
 def _without_checkpoints(model: nn.Module) -> Iterator[None]:
-    """The prompt's keys and values are used outside of the blocks that make them."""
+    """Switch checkpoints off: the prompt's keys and values are used outside of the blocks that make them."""
     on = [m for m in model.modules() if m.__dict__.get("gradient_checkpointing")]
     for module in on:
         module.gradient_checkpointing = False  # type: ignore[assignment]

@@ -159,7 +159,7 @@ def _use(node: ast.Attribute, parents: dict[ast.AST, ast.AST]) -> str:
 
 
 def _end(node: ast.expr, variables: dict[str, str]) -> str:
-    """`self.a.b` and `a.b` of a variable that stands for self.a -> "a.b"; `self.a[0]` -> "a.*".
+    """Return "a.b" for `self.a.b`, and for `a.b` of a variable that stands for self.a; "a.*" for `self.a[0]`.
 
     Of another variable more than one step, `block.a.b` -> "?a.b".
     """

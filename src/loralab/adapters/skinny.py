@@ -18,7 +18,7 @@ WIDTH_MULTIPLE = 32  # what a width must be a multiple of
 
 
 def down(xs: Sequence[Tensor], matrices: Sequence[Tensor], scale: float) -> Tensor:
-    """scale x M' for pairs of x (N, W) and M (R, W), side by side: (N, R of all), as x is."""
+    """Return scale x M' for pairs of x (N, W) and M (R, W), side by side: (N, R of all), as x is."""
     pairs = list(zip(xs, matrices, strict=True))
     native = [_native(x, M.shape[0], M.dtype) for x, M in pairs]
     if not all(native):
@@ -34,7 +34,7 @@ def down(xs: Sequence[Tensor], matrices: Sequence[Tensor], scale: float) -> Tens
 
 
 def up(y: Tensor, low: Tensor, M: Tensor, start: int = 0) -> None:
-    """y += low M in place: y (N, W), M (R, W), the R columns of `low` from `start` on."""
+    """Add low M to y in place: y (N, W), M (R, W), the R columns of `low` from `start` on."""
     if native := _native(y, M.shape[0], M.dtype):
         native.skinny_gemm("low_up", y, M, low, start)
     else:
@@ -42,7 +42,7 @@ def up(y: Tensor, low: Tensor, M: Tensor, start: int = 0) -> None:
 
 
 def outer(x: Tensor, low: Tensor, start: int, rank: int, turned: bool = False) -> Tensor:
-    """low' x of x (N, W) and the R columns of `low` from `start` on: (R, W), or turned (W, R).
+    """Return low' x of x (N, W) and the R columns of `low` from `start` on: (R, W), or turned (W, R).
 
     In float32, or in the dtype of x.
     """

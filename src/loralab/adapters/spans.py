@@ -49,7 +49,7 @@ class _UpdateSpan(NamedTuple):
 
 
 def linears_by_span(x: Tensor, bases: Sequence[nn.Module], updates: Sequence[Updates]) -> tuple[Tensor, ...]:
-    """x (..., I) -> (..., O) through each of some frozen layers, spans of rows with updates.
+    """Map x (..., I) -> (..., O) through each of some frozen layers, spans of rows with updates.
 
     Semantics:
         for each base: y = base(x); for each span: y[span] += s * ((x[span] * mask) @ A.T) @ B.T
@@ -68,7 +68,7 @@ def linears_by_span(x: Tensor, bases: Sequence[nn.Module], updates: Sequence[Upd
 
 
 def stacked_update(x: Tensor, y: Tensor, factors: Sequence[Factors], ranges: Sequence[tuple[int, int]]) -> Tensor:
-    """y plus the updates of ranges of rows in two products: all ranks side by side, and a mask.
+    """Return y plus the updates of ranges of rows in two products: all ranks side by side, and a mask.
 
     Only for inference: every row meets every A, which costs little as long as rows are few.
     """
@@ -160,7 +160,7 @@ def _followed(
 
 
 def _through_updates(dx: Tensor, parts: Sequence[tuple[_UpdateSpan, Tensor, Tensor]]) -> None:
-    """dx += D(G A) of every part; those of different layers share rows."""
+    """Add D(G A) of every part to dx; those of different layers share rows."""
     for layer in dict.fromkeys(part.layer for part, _, _ in parts):
         here = [(dx[p.start : p.stop], p, G, A) for p, G, A in parts if p.layer == layer]
         batched("up", [SkinnyGemm(rows, A, G) for rows, p, G, A in here if p.mask is None])

@@ -38,7 +38,7 @@ def decompose(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def effective_rank(values: Tensor) -> float:
-    """exp of the entropy of values / sum: 1 if one direction carries all, R if all are equal."""
+    """Return exp of the entropy of values / sum: 1 if one direction carries all, R if all are equal."""
     if not values.sum() > 0:
         return 0.0
     share = values.double() / values.double().sum()
@@ -47,7 +47,7 @@ def effective_rank(values: Tensor) -> float:
 
 
 def stable_rank(values: Tensor) -> float:
-    """Squared Frobenius norm over squared largest singular value."""
+    """Return squared Frobenius norm over squared largest singular value."""
     top = float(values.max()) if len(values) else 0.0
     return float(values.double().square().sum()) / top**2 if top else 0.0
 
@@ -61,13 +61,13 @@ def energy_rank(values: Tensor, share: float = 0.9) -> int:
 
 
 def overlap(first: Tensor, second: Tensor) -> float:
-    """phi of two sets of orthonormal columns (I, i) and (I, j), 0 to 1 (equation 4)."""
+    """Return phi of two sets of orthonormal columns (I, i) and (I, j), 0 to 1 (equation 4)."""
     least = min(first.shape[1], second.shape[1])
     return float((first.T @ second).square().sum()) / least
 
 
 def chance_overlap(i: int, j: int, width: int) -> float:
-    """phi of two random subspaces of dimensions i and j in `width` dimensions, on average."""
+    """Return phi of two random subspaces of dimensions i and j in `width` dimensions, on average."""
     return max(i, j) / width
 
 
@@ -96,7 +96,7 @@ def describe(path: str | Path) -> dict[str, Any]:
 
 
 def compare(one: str | Path, other: str | Path) -> list[dict[str, Any]]:
-    """phi of the input directions of every module that two adapters share, beside chance.
+    """Return phi of the input directions of every module that two adapters share, beside chance.
 
     Raises:
         AdapterFileError: a folder cannot be read, or no module stands in both.
@@ -123,7 +123,7 @@ def compare(one: str | Path, other: str | Path) -> list[dict[str, Any]]:
 
 
 def factors_of(stored: AdapterFolder) -> dict[str, tuple[Tensor, Tensor, float]]:
-    """A, B and the scaling of every module with a low-rank update, by its path; of each expert for itself."""
+    """Return A, B and the scaling of every module with a low-rank update, by its path; of each expert for itself."""
     found: dict[str, tuple[Tensor, Tensor, float]] = {}
     if not spec_of(stored.config).low_rank:
         return found
@@ -155,7 +155,7 @@ def factors_of(stored: AdapterFolder) -> dict[str, tuple[Tensor, Tensor, float]]
 
 
 def _tensors(stored: AdapterFolder) -> list[dict[str, Any]]:
-    """Shape and norm of everything that is not a low-rank update."""
+    """Return shape and norm of everything that is not a low-rank update."""
     low_rank = (".lora_A.weight", ".lora_B.weight")
     return [
         {"name": key.removeprefix(PREFIX), "shape": list(tensor.shape), "norm": float(tensor.double().norm())}
@@ -182,14 +182,14 @@ def _described(path: Path, name: str, A: Tensor, B: Tensor, factor: float) -> di
 
 
 def _core(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """P (O, .), C and Q (I, .) with B A = P C Q': thin QR of both factors."""
+    """Return P (O, .), C and Q (I, .) with B A = P C Q': thin QR of both factors."""
     inputs, r_a = torch.linalg.qr(_computable(A).T)
     outputs, r_b = torch.linalg.qr(_computable(B))
     return outputs, r_b @ r_a.T, inputs
 
 
 def _computable(A: Tensor) -> Tensor:
-    """In fp32, or in fp64 where it is so already."""
+    """Return A in fp32, or in fp64 where it is so already."""
     return A if A.dtype == torch.float64 else A.float()
 
 

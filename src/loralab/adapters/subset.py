@@ -49,7 +49,7 @@ class TrainedInFull(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the original's parameters."""
+        """Return the dtype of the original's parameters."""
         return _dtype_of(self.base)
 
     def __getattr__(self, name: str) -> Any:
@@ -112,7 +112,7 @@ class TrainedParameters(Wrapper):
 
 
 def biases(model: nn.Module, config: BitFit, generator: torch.Generator | None) -> dict[str, Wrapper]:
-    """BitFit: every bias, those of norms included."""
+    """Return BitFit's: every bias, those of norms included."""
     found = _chosen(model, config.layers, lambda name: name == "bias")
     if not found:
         raise TargetError(
@@ -125,12 +125,12 @@ def biases(model: nn.Module, config: BitFit, generator: torch.Generator | None) 
 
 
 def everything(model: nn.Module, config: FullFineTune, generator: torch.Generator | None) -> dict[str, Wrapper]:
-    """Full fine-tuning: every parameter."""
+    """Return every parameter, for full fine-tuning."""
     return _chosen(model, config.layers, lambda name: True)
 
 
 def probe(model: nn.Module, config: LinearProbe, generator: torch.Generator | None) -> dict[str, Wrapper]:
-    """Nothing but the head, which modules_to_save names."""
+    """Return nothing but the head, which modules_to_save names."""
     return {}
 
 
@@ -147,7 +147,7 @@ def with_head(model: nn.Module, config: LinearProbe) -> LinearProbe:
 
 
 def fields(config: Any, modules: Mapping[str, Any], paths: list[str]) -> dict[str, Any]:
-    """adapter_config.json: our own, since peft has no such methods."""
+    """Return adapter_config.json: our own, since peft has no such methods."""
     return {"peft_type": TYPES[type(config)], **asdict(config)}
 
 

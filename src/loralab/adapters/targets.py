@@ -1,4 +1,4 @@
-"""Which modules a configuration means: presets, names or an expression -> paths, or an error.
+"""Modules that a configuration means: presets, names or an expression -> paths, or an error.
 
 Names and expressions select as peft does: a name must end the path at a dot, an expression must
 match the whole path. Unlike there, every name has to select something, and nothing that cannot
@@ -177,7 +177,7 @@ def blocks(model: nn.Module) -> list[Block]:
 
 
 def require_layers(names: Iterable[str], layers: Sequence[int] | None) -> None:
-    """Every layer that is asked for must be among the paths."""
+    """Refuse a layer that is asked for and not among the paths."""
     if layers is None:
         return
     numbers = {layer_number(name + ".") for name in names} - {None}
@@ -290,7 +290,7 @@ class _Selection:
         return chosen
 
     def _require_found(self, name: str) -> None:
-        """A name must select something that can be adapted."""
+        """Refuse a name that selects nothing that can be adapted."""
         if any(self._is(path, (name,)) for path in (*self.able, *self.unable)):
             return  # what is named and cannot be adapted is excluded here, or in other layers
         paths = [path for path, _ in self.model.named_modules() if path]
@@ -309,7 +309,7 @@ class _Selection:
         )
 
     def _require_able(self, target: str, names: Names) -> None:
-        """Nothing that is named may be a layer that cannot be adapted, or experts."""
+        """Refuse a name of a layer that cannot be adapted, or of experts."""
         excluded, layers = self.config.exclude_modules, self.config.layers
         for path, reason in self.unable.items():
             if self._is(path, excluded) or (

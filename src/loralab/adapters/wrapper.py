@@ -92,7 +92,7 @@ class Wrapper(nn.Module):
         return dict(self.trained())
 
     def refreshed(self) -> None:
-        """Called when what is trained was filled in from outside."""
+        """Forget what was derived; called when what is trained was filled in from outside."""
 
     def merged_tensors(self) -> dict[str, Tensor]:
         """Return the base's parameters with what was learnt in them, before rounding."""
@@ -169,7 +169,7 @@ class Wrapper(nn.Module):
 
     @property
     def original(self) -> nn.Module:
-        """The base as it was given."""
+        """Return the base as it was given."""
         return self._packed[0] if self._packed else self.base
 
     def original_parameters(self) -> dict[str, nn.Parameter]:

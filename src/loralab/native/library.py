@@ -159,7 +159,7 @@ def kernels() -> Kernels | None:
 
 
 def _is_wanted() -> bool:
-    """Tell whether LORALAB_NATIVE leaves the compiled functions on, as they are unless it says off."""
+    """Return whether LORALAB_NATIVE leaves the compiled functions on, as they are unless it says off."""
     asked = os.environ.get(SWITCH, ON)
     if asked not in (ON, OFF):
         raise ConfigError(
@@ -192,7 +192,7 @@ def _run(*command: str) -> None:
 
 
 def _digest(compiler: str) -> str:
-    """Of all that the machine code depends on: source, flags, compiler and processor."""
+    """Digest all that the machine code depends on: source, flags, compiler and processor."""
     version = subprocess.run([compiler, "--version"], check=True, capture_output=True, timeout=PATIENCE).stdout
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []

@@ -87,7 +87,7 @@ def steps_of(run: Path) -> list[int]:
 
 
 def last_common_steps(runs: Mapping[Path, int]) -> dict[Path, Path | None]:
-    """From where several runs that make their steps together go on together; None: from the start.
+    """Return the step where several runs that make their steps together go on together; None: from the start.
 
     It is the last step at which each of them has a checkpoint, or had ended by then. One that was
     killed between the checkpoints of two runs goes back to those before.
@@ -152,7 +152,7 @@ def _own_random() -> dict[str, Tensor]:
 
 
 def _set_own_random(tensors: Mapping[str, Tensor], rank: int) -> None:
-    """The random numbers of a process, or new ones if the checkpoint knows no such process."""
+    """Restore the random numbers of a process, or draw new ones if the checkpoint knows no such process."""
     own, on_gpu = (tensors.get(f"random.{name}.{rank}") for name in ("cpu", "gpu"))
     if own is None:
         torch.manual_seed(int(torch.randint(2**62, ())) + rank)
@@ -256,7 +256,7 @@ def _state(trained: Trained) -> dict[str, Tensor]:
 
 
 def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a/b": 1}: 8-bit optimisers keep a table in the table."""
+    """Flatten {"a": {"b": 1}} -> {"a/b": 1}: 8-bit optimisers keep a table in the table."""
     found: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):

@@ -89,7 +89,7 @@ def _scored(
     seed: int,
     size: int | None,
 ) -> Iterator[Base]:
-    """A base for the rows of a task, for a while with an adapter in it.
+    """Yield a base for the rows of a task, for a while with an adapter in it.
 
     Args:
         seed: of whatever is new in the base and not in the folder, such as a pooler: that of the
@@ -286,7 +286,7 @@ def _generator(name: str, precision: str) -> Base:
 
 @contextmanager
 def _adapted(base: Base, stored: AdapterFolder | None) -> Iterator[Base]:
-    """With one adapter in the model, and asked as it was trained, for a while."""
+    """Put one adapter into the model for a while, asked as it was trained."""
     if stored is None:
         yield base
         return

@@ -131,7 +131,7 @@ def max_tokens_choices(path: ForwardPath) -> list[int]:
 def _needs(
     adapter: Adapter, path: ForwardPath, rows: Sequence[Example], training: Training, blocks: int
 ) -> list[tuple[int, int]]:
-    """(blocks that recompute, bytes that are needed), from none to all in eight steps."""
+    """Return (blocks that recompute, bytes that are needed), from none to all in eight steps."""
     every = needed_with_recomputation(adapter, path, rows, training, blocks)
     if not blocks:
         return [(0, every)]
@@ -154,13 +154,13 @@ def needed_with_recomputation(
 
 
 def _seconds(adapter: Adapter, path: ForwardPath, rows: Sequence[Example], blocks: int) -> float:
-    """Forward and backward with so many blocks recomputed, the quicker of two after a warm-up."""
+    """Time forward and backward with so many blocks recomputed, the quicker of two after a warm-up."""
     memory.checkpoint_first(path.model, blocks)
     return min([step_seconds(adapter, path, rows) for _ in range(3)][1:])
 
 
 def step_seconds(adapter: Adapter, path: ForwardPath, rows: Sequence[Example]) -> float:
-    """Forward and backward of some rows, in the parts that they are cut into."""
+    """Time forward and backward of some rows, in the parts that they are cut into."""
     device = next(path.model.parameters()).device
     started = clock(device)
     with path.activated():
@@ -174,7 +174,7 @@ def step_seconds(adapter: Adapter, path: ForwardPath, rows: Sequence[Example]) -
 
 
 def clock(device: torch.device) -> float:
-    """Seconds, once all that was started on the device is done."""
+    """Return seconds, once all that was started on the device is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

@@ -68,7 +68,7 @@ def read_jobs(file: Path, fields: Iterable[str]) -> tuple[Fields, dict[str, Fiel
 
 
 def require_names(names: Sequence[str], where: str = "") -> None:
-    """Names of jobs are names of folders, and no two are the same.
+    """Refuse names of jobs that are no names of folders, or that two have.
 
     Args:
         where: the beginning of an error.

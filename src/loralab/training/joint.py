@@ -87,7 +87,7 @@ class Joint:
         self.bank.drop(key)
 
     def problem(self, part: JobRows, adapter: Adapter) -> str:
-        """In what a job's loss or gradient here differs from what it is alone; empty if it does
+        """Return in what a job's loss or gradient here differs from what it is alone; empty if it does
         not. The job has been put in; its rows are tried behind the same rows of the base."""
         path, model = part.path, adapter.model
         modes = model.training, self.model.training
@@ -159,7 +159,7 @@ class Joint:
         return any(self._masks[p.key] for p in parts) and len({_widths(p) for p in parts}) > 1
 
     def _packed_losses(self, parts: Sequence[JobRows]) -> list[Tensor]:
-        """As `ForwardPath` does it alone: a part that drops at random is filled up in the same way."""
+        """Return the losses as `ForwardPath` does alone: a part that drops at random is filled up in the same way."""
         batches, spans, lengths, start = [], [], [], 0
         for part in parts:
             own = [len(example.input_ids) for example in part.examples]
@@ -272,7 +272,7 @@ class Joint:
         scaling: float | None = None,
         **options: Any,
     ) -> tuple[Tensor, None]:
-        """Attention function for transformers: query (B, H, L, D) -> (B, L, H, D)."""
+        """Compute attention for transformers: query (B, H, L, D) -> (B, L, H, D)."""
         if not dropout:
             return attention_function(module, query, key, value, mask, scaling=scaling, **options)
         times = query.shape[1] // key.shape[1]
@@ -304,7 +304,7 @@ class _Dropout(nn.Module):
         self.p, self._mask = p, mask
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, L, H) or (B, H), or of packed rows (1, N, H) or (N, H)."""
+        """Map x (B, L, H) or (B, H), or of packed rows (1, N, H) or (N, H)."""
         if not self.training:
             return x
         return x * self._mask(x, self.p, (1,) if x.ndim == 3 else ())
@@ -343,6 +343,6 @@ def _by_frozen_head(head: Any, states: Tensor, targets: Tensor, heres: Sequence[
 
 
 def _summed(logits: Tensor, labels: Tensor) -> Tensor:
-    """Over all that carries a label; logits (..., V), labels (...)."""
+    """Sum over all that carries a label; logits (..., V), labels (...)."""
     here = labels != IGNORED
     return F.cross_entropy(logits[here].float(), labels[here], reduction="sum")

@@ -97,7 +97,7 @@ def start_of(adapter: Adapter) -> dict[str, Tensor]:
 
 
 def require_moved(adapter: Adapter, started: Mapping[str, Tensor]) -> None:
-    """After some steps every B, and every module trained in full, must differ from its start.
+    """Refuse a run where after some steps a B, or a module trained in full, is still at its start.
 
     Raises:
         LearningError: names the tensors that do not.

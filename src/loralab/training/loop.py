@@ -126,7 +126,7 @@ class Steps:
         return mean, tokens
 
     def _no_loss(self, shares: Sequence[Sequence[Sequence[Example]]]) -> Tensor:
-        """That of a process without a row, in a pass where rows of several would meet."""
+        """Return the loss of a process without a row, in a pass where rows of several would meet."""
         return self.job.path.shared_loss(shares[0][0], counted=False)
 
     def require_finite(self, loss: float, parts: Sequence[Sequence[Example]]) -> None:

@@ -45,7 +45,7 @@ def train_many(jobs: Sequence[TrainJob], *, resume: bool = False, listener: List
 
 
 def run_jobs(jobs: Sequence[TrainJob], *, resume: bool = False, listener: Listener | None = None) -> list[Outcome]:
-    """`train_many` without certificates."""
+    """Run `train_many` without certificates."""
     one = OneBase()
     ready = _prepared(jobs, one, resume=resume)
     _write_configs(ready)
@@ -108,7 +108,7 @@ def _alike(request: Request) -> dict[str, Any]:
 
 
 def _require_alike(found: Mapping[str, Mapping[str, Any]]) -> None:
-    """One base for all.
+    """Refuse jobs on different bases.
 
     Raises:
         ConfigError: two jobs ask for different ones.
@@ -217,7 +217,7 @@ def _trained_alone(job: PreparedJob, reason: str, listener: Listener | None) -> 
 
 @contextlib.contextmanager
 def _errors_of_job(name: str) -> Iterator[None]:
-    """Errors of a job say which one it is."""
+    """Name the job in its errors."""
     try:
         yield
     except LoralabError as error:

@@ -71,7 +71,7 @@ def checkpoint_first(model: nn.Module, blocks: int) -> None:
 
 @contextlib.contextmanager
 def trial(path: ForwardPath) -> Iterator[None]:
-    """In training mode; afterwards room, random numbers and recomputed blocks are as before."""
+    """Enter training mode; afterwards room, random numbers and recomputed blocks are as before."""
     model, max_tokens = path.model, path.max_tokens
     blocks, training = checkpointed_blocks(model), model.training
     before = [block.gradient_checkpointing for block in blocks]

@@ -22,7 +22,7 @@ def usual_rate(method: AnyMethod) -> float:
 def optimizer_for(
     parameters: Mapping[str, nn.Parameter], training: Training, method: AnyMethod
 ) -> torch.optim.Optimizer:
-    """AdamW over the adapter; matrices decay, vectors (biases, norms, heads' biases) do not.
+    """Return AdamW over the adapter; matrices decay, vectors (biases, norms, heads' biases) do not.
 
     A method may have some learn faster than the rest, as LoRA+ does.
     """
@@ -42,13 +42,13 @@ def optimizer_for(
 
 
 def _order(group: tuple[tuple[bool, float], Any]) -> tuple[bool, bool]:
-    """Matrices before vectors, those with a rate of their own before the rest."""
+    """Sort matrices before vectors, those with a rate of their own before the rest."""
     decays, ratio = group[0]
     return not decays, ratio == 1
 
 
 def _in_8_bits(options: list[dict[str, Any]], rate: float) -> torch.optim.Optimizer:
-    """AdamW whose moments are kept in 8 bits, in blocks (Dettmers et al. 2021, arXiv:2110.02861).
+    """Return AdamW whose moments are kept in 8 bits, in blocks (Dettmers et al. 2021, arXiv:2110.02861).
 
     Raises:
         ConfigError: bitsandbytes is not installed.

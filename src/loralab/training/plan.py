@@ -67,7 +67,7 @@ class Plan:
 
     @property
     def share(self) -> float:
-        """Trained numbers per number in the model."""
+        """Return trained numbers per number in the model."""
         return self.trainable / self.total
 
     def to_json(self) -> dict[str, Any]:
@@ -235,7 +235,7 @@ def _in_full(name: str, module: TrainedInFull) -> Iterator[PlannedModule]:
 
 
 def _shape(base: Any) -> tuple[int, ...]:
-    """Of its weight, (O, I) for a linear layer; without one, of its largest parameter."""
+    """Return the shape of the weight, (O, I) for a linear layer; without one, of its largest parameter."""
     if is_linear(base):
         return linear_shape(base)
     own = {name: p for name, p in base._parameters.items() if p is not None}
@@ -268,7 +268,7 @@ def _seconds(prepared: PreparedRun) -> float:
 
 
 def _update_seconds(prepared: PreparedRun) -> float:
-    """Clipping and one step of the optimiser, on copies."""
+    """Time clipping and one step of the optimiser, on copies."""
     copies = [nn.Parameter(torch.zeros_like(p)) for p in prepared.adapter.parameters()]
     optimizer = torch.optim.AdamW(copies, fused=True)
     seconds = []

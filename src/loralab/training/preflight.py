@@ -182,7 +182,7 @@ def _attached(request: Request, base: Base) -> Adapter:
 
 
 def _digest(request: Request, task: Task) -> str:
-    """Of the rows that are trained on: those that were given may be a part of the data's."""
+    """Digest the rows that are trained on: those that were given may be a part of the data's."""
     if request.task is None:
         return task.digest
     return content_digest(task.splits, task.labels, task.instruction)
@@ -205,7 +205,7 @@ def _encoded(task: Task, base: Base, training: Training, encoding: Callable[...,
 
 
 def _own_base(request: Request, task: Task) -> Base:
-    """In host memory, if it is to be split: no device may have room for all of it."""
+    """Load the base to host memory, if it is to be split: no device may have room for all of it."""
     return load_for(request, task, torch.device("cpu") if request.training.shard_base else None)
 
 
@@ -253,7 +253,7 @@ def _is_alone(name: str, model: nn.Module, heads: Sequence[str]) -> bool:
 
 
 def _require_rows_to_occur(adapter: Adapter, encoded: Encoded) -> None:
-    """A token that never occurs would keep its start."""
+    """Refuse a token that never occurs, which would keep its start."""
     rows = set(getattr(adapter.config, "token_rows", ()))
     seen = rows & {number for example in encoded.examples for number in example.input_ids}
     if missing := sorted(rows - seen):
@@ -315,7 +315,7 @@ def _in_processes(request: Request, before: int | None) -> Request:
 
 
 def write_config(folder: Path, request: Request, prepared: PreparedRun | None = None) -> None:
-    """config.toml: `loralab train --config` with it repeats the run.
+    """Write config.toml: `loralab train --config` with it repeats the run.
 
     Args:
         prepared: the run that begins or goes on there; what it stands on is kept beside it.

@@ -45,7 +45,7 @@ class Request:
         tokenizer: Any = None,
         name: str = "default",
     ) -> "Request":
-        """With whatever was left to us filled in: precision and learning rate.
+        """Return the request with whatever was left to us filled in: precision and learning rate.
 
         Args:
             model: a name, or a live model with its `tokenizer`.
@@ -90,7 +90,7 @@ class Request:
         )
 
     def fields(self) -> dict[str, Any]:
-        """Flat, as config.toml holds it; what is unset is left out."""
+        """Return all fields flat, as config.toml holds it; what is unset is left out."""
         name = spec_of(self.method).name
         own = {"model": self.model, "data": self.data, "method": name, "map": dict(self.mapping)}
         flat = {**own, **asdict(self.method), **asdict(self.training)}

@@ -50,7 +50,7 @@ class OneBase:
         return base
 
     def encoded(self, task: Task, split: str, tokenizer: Any, **options: Any) -> Encoded:
-        """`encode`, worked out once for jobs on the same rows."""
+        """Encode as `encode` does, once for jobs on the same rows."""
         key = (task.digest, split, id(tokenizer), *sorted(options.items()))
         if not task.digest:
             return encode(task, split, tokenizer, **options)

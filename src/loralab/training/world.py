@@ -93,7 +93,7 @@ class World:
 
 @functools.cache
 def world() -> World:
-    """This process among those that were started with it; the first call joins them.
+    """Return this process among those that were started with it; the first call joins them.
 
     Raises:
         ConfigError: they were started with settings of accelerate's that have no meaning here.
@@ -114,7 +114,7 @@ def world() -> World:
 
 
 def _device() -> torch.device:
-    """Where messages between processes are kept."""
+    """Return the device on which messages between processes are kept."""
     if distributed.get_backend() == "nccl":
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")

@@ -21,7 +21,7 @@ LAYERS = {"adapter_down.0": "down", "adapter_up": "up"}
 
 
 def our_name(name: str, placement: str) -> str:
-    """Their path of a tensor -> ours: Pfeiffer's stands at the module with the norm."""
+    """Return ours for their path of a tensor: Pfeiffer's stands at the module with the norm."""
     place = "network" if placement == "pfeiffer" else "dense.network"
     name = name.replace(f"adapters.{placement}", place)
     for theirs, ours in LAYERS.items():

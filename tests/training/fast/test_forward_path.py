@@ -109,7 +109,7 @@ def adapted(model: Any, method: Any = None) -> Adapter:
 
 
 def result(path: ForwardPath, adapter: Adapter, examples: list[Example], seed: int = 0) -> list[Tensor]:
-    """Loss and gradients, as the loop would get them."""
+    """Return loss and gradients, as the loop would get them."""
     torch.manual_seed(seed)
     total = torch.zeros(())
     for parameter in adapter.parameters():

@@ -26,7 +26,7 @@ def plain_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def gradients(function: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:
-    """Output and gradients with a fixed weight on every output."""
+    """Return output and gradients with a fixed weight on every output."""
     own = [t.detach().clone().requires_grad_() for t in inputs]
     y = function(*own)
     weight = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)
@@ -55,7 +55,7 @@ def test_gate(rows: int, size: int, scale: float) -> None:
 
 @pytest.fixture(params=["compiled", "torch"])
 def both(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """With the compiled functions, where there is a compiler, and without."""
+    """Run with the compiled functions, where there is a compiler, and without."""
     if request.param == "torch":
         monkeypatch.setenv("LORALAB_NATIVE", "off")
     elif native.kernels() is None:
@@ -66,7 +66,7 @@ def both(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
 
 
 def close(found: list[Tensor], exact: list[Tensor], share: float = 0.004) -> None:
-    """To the rounding of bfloat16: a few units in the last place of the largest."""
+    """Compare to the rounding of bfloat16: a few units in the last place of the largest."""
     for a, b in zip(found, exact, strict=True):
         assert a.dtype in (torch.bfloat16, torch.float32)
         error = (a.double() - b).abs()

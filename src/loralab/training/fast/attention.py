@@ -38,11 +38,11 @@ class Tile:
 
     @property
     def width(self) -> int:
-        """C."""
+        """Return C."""
         return self.keys.stop - self.keys.start
 
     def hidden(self) -> Tensor:
-        """True where a token may not look, (T, 1, C)."""
+        """Return True where a token may not look, (T, 1, C)."""
         key = torch.arange(self.width, device=self.first.device)
         seen = (self.first[:, None] <= key) & (key < self.last[:, None])
         return ~seen[:, None, :]
@@ -62,17 +62,17 @@ class Packing:
 
     @functools.cached_property
     def starts(self) -> Tensor:
-        """The first token of each row, and one past the last of all."""
+        """Return the first token of each row, and one past the last of all."""
         return torch.tensor([0, *itertools.accumulate(self.lengths)])
 
     @property
     def reach(self) -> int:
-        """M: where the last key of any tile ends."""
+        """Return M: where the last key of any tile ends."""
         return sum(self.lengths) + max(TILE, KEY_STEP)
 
     @functools.cached_property
     def tiles(self) -> list[Tile]:
-        """Short rows share a tile, long ones are cut. In order: a later tile overwrites what an
+        """Return the tiles; short rows share one, long ones are cut. In order: a later tile overwrites what an
         earlier one left in the tokens that only filled it up."""
         found: list[Tile] = []
         group: list[tuple[int, int]] = []
@@ -108,7 +108,7 @@ class Packing:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, packing: Packing, scale: float, angles: Angles | None = None) -> Tensor:
-    """softmax(scale q k') v within each row: q (N, H, D), k and v (N, K, D) -> (N, H, D).
+    """Compute softmax(scale q k') v within each row: q (N, H, D), k and v (N, K, D) -> (N, H, D).
 
     Args:
         angles: by which q and k are rotated first.
@@ -251,7 +251,7 @@ def _queries(q: Tensor, k: Tensor, tile: Tile) -> slice:
 
 
 def _weights(q: Tensor, k: Tensor, tile: Tile) -> Tensor:
-    """Attention weights of a tile, (K, T G, C); all zero for a token that sees nothing."""
+    """Return attention weights of a tile, (K, T G, C); all zero for a token that sees nothing."""
     scores = torch.bmm(q[:, _queries(q, k, tile)], k[:, tile.keys].transpose(1, 2))
     heads, rows, keys = scores.shape
     tokens = len(tile.first)
@@ -275,7 +275,7 @@ def _softmax_backward(weights: Tensor, d_weights: Tensor) -> Tensor:
 
 
 def _by_head(x: Tensor, heads: int, reach: int, angles: Angles | None = None, scale: float = 1.0) -> Tensor:
-    """Scaled, turned by the angles and sorted by key head: (N, K G, D) -> (K, M G, D)."""
+    """Return x scaled, turned by the angles and sorted by key head: (N, K G, D) -> (K, M G, D)."""
     N, H, D = x.shape
     group, native = H // heads, kernels_for(x)
     out = x.new_empty(heads, reach * group, D)
@@ -312,6 +312,6 @@ def _by_token(x: Tensor, N: int, reach: int, angles: Angles | None = None, scale
 
 
 def _half_turned(x: Tensor) -> Tensor:
-    """(a, b) -> (-b, a), halves of the last axis; its transpose is its negative."""
+    """Map (a, b) -> (-b, a), halves of the last axis; its transpose is its negative."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat([-b, a], dim=-1)

@@ -83,7 +83,7 @@ class ForwardPath:
         return answer_loss(self.model, self.batch(examples), self.kind)[0]
 
     def shared_loss(self, examples: Sequence[Example], *, counted: bool = True) -> Tensor:
-        """This process's part of the loss of a pass that all processes make together, ().
+        """Return this process's part of the loss of a pass that all processes make together, ().
 
         The embeddings of the others are known, but not how they came about: so each process works
         out the whole loss and its gradient by its own rows, and the gradients add up to that of one
@@ -198,7 +198,7 @@ def _result(path: ForwardPath, adapter: Adapter, examples: Sequence[Example]) ->
 
 
 def _plain_result(path: ForwardPath, adapter: Adapter, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
-    """Of the model as it is: what fails here, fails in every step."""
+    """Return the model's result as it is: what fails here, fails in every step."""
     try:
         return _result(path, adapter, examples)
     except LoralabError:
@@ -327,7 +327,7 @@ def noise(model: Any, kind: str) -> list[Example]:
 
 
 def _ended(ids: tuple[int, ...], config: Any) -> tuple[int, ...]:
-    """With one end token, which an encoder-decoder takes its classes from."""
+    """Return the tokens with one end token, which an encoder-decoder takes its classes from."""
     end = getattr(config, "eos_token_id", None)
     if not config.is_encoder_decoder or not isinstance(end, int):
         return ids

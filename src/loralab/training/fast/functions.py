@@ -18,7 +18,7 @@ CHUNK = 256  # tokens whose logits exist at the same time
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight, (..., H); the weight is frozen.
+    """Compute x / sqrt(mean(x^2) + eps) * weight, (..., H); the weight is frozen.
 
     Source: Zhang and Sennrich 2019, arXiv:1910.07467, equation 4.
     """
@@ -26,7 +26,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def swiglu(gate: Tensor, upper: Tensor) -> Tensor:
-    """silu(gate) * upper, (..., H). Source: Shazeer 2020, arXiv:2002.05202, equation 5."""
+    """Compute silu(gate) * upper, (..., H). Source: Shazeer 2020, arXiv:2002.05202, equation 5."""
     return _SwiGLU.apply(gate, upper)
 
 

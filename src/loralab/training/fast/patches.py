@@ -34,7 +34,7 @@ def attention_function(
     packing: Packing | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Attention function for transformers: query (B, H, L, D) -> (B, L, H, D).
+    """Compute attention for transformers: query (B, H, L, D) -> (B, L, H, D).
 
     Raises:
         NotImplementedError: packed rows, and the model asks for what `attend` cannot do.
@@ -61,7 +61,7 @@ def known_modules(model: nn.Module) -> list[tuple[nn.Module, Forward]]:
 
 @contextlib.contextmanager
 def patched(model: nn.Module, quicker: Sequence[tuple[nn.Module, Forward]]) -> Iterator[None]:
-    """The model with quicker forwards and our attention; the same model as before on leaving."""
+    """Yield the model with quicker forwards and our attention; the same model as before on leaving."""
     ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, attention_function)
     ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, sdpa_mask)
     config: Any = getattr(model, "config", None)
