@@ -100,8 +100,10 @@ def test_calls_are_read_whole_and_in_a_stream(form: str, text: str, content: str
 
 
 def test_text_is_told_at_once_where_no_call_can_begin() -> None:
-    stream = ToolStream(READERS["llama3"])
-    assert stream.take(Delta(text="It ", tokens=())).text == "It "
+    for reader in READERS.values():
+        stream = ToolStream(reader)
+        told = [stream.take(Delta(text=text, tokens=())).text for text in ("", " ", "It ", "is")]
+        assert told == ["", "", " It ", "is"]
     assert ToolStream(READERS["hermes"]).take(Delta(text="a <b", tokens=())).text == "a <b"
     assert ToolStream(READERS["hermes"]).take(Delta(text="a <to", tokens=())).text == "a "
 

@@ -323,9 +323,6 @@ def message_of(error: BaseException) -> str:
     """Return the message of an error for the client."""
     if isinstance(error, LoralabError):
         return str(error)
-    import traceback
-
-    traceback.print_exception(error)
     return f"the request failed inside the engine: {type(error).__name__}: {error}"
 
 

@@ -188,12 +188,12 @@ class ToolStream:
         """Return a piece without the text that may belong to a call."""
         self._tokens += piece.tokens
         self._text += piece.text
-        first = self._text.lstrip()[:1]
-        self._holding = self._holding or self._reader.begins(piece.tokens) or (self._reader.bare and first in "{[<")
-        if self._reader.form is not None and self._reader.form.listed:
-            self._holding = self._holding or first in "["
-        text = self._filter.add(piece.text)
-        text = "" if self._holding else text
+        form = self._reader.form
+        begins = ("{", "[", "<") if self._reader.bare else ("[",) if form is not None and form.listed else ()
+        self._holding = self._holding or self._reader.begins(piece.tokens) or self._text.lstrip().startswith(begins)
+        self._filter.add(piece.text)
+        until = 0 if self._holding or self._text.isspace() else self._filter.told  # a call may follow spaces
+        text = self._text[self._told : until]
         self._told += len(text)
         return replace(piece, text=text)
 
