@@ -58,14 +58,14 @@ def base_of(name: str, model: Any = None) -> Base:
 
 
 def save(name: str, method: Any, place: Path, seed: int = 1, **record: Any) -> Path:
-    """An adapter on a tiny model."""
+    """Save an adapter of a tiny model."""
     made = fill(attach(MODELS[name](), method), seed)
     base = {"kind": KINDS[name], **record.pop("base", {})}
     return made.save(place, {"base": base, **record}, overwrite=True)
 
 
 def served(base: Base, loaded: ServableAdapter) -> Tensor:
-    """Logits of the base with an adapter in a bank, between rows of the base alone."""
+    """Return the logits of the base with an adapter in a bank, between rows of the base alone."""
     bank = Bank(base.model)
     bank.put("a", loaded.adapter)
     with bank.routed([Span("a", 0, len(IDS))]):
@@ -156,7 +156,7 @@ def test_a_prefix_in_the_cache_is_the_adapter(method: Any, tmp_path: Path) -> No
 
 
 def three_to(classes: int) -> Any:
-    """The tiny classifier's body with a head of so many classes."""
+    """Return the tiny classifier's body with a head of so many classes."""
     model = bert()
     config = copy.deepcopy(model.config)
     config.num_labels = classes

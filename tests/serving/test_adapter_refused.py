@@ -20,7 +20,7 @@ from loralab.serving.adapter_loader import AdapterLoader
 
 
 def changed(place: Path, **record: Any) -> Path:
-    """The folder with other things in its record."""
+    """Change the record of a folder."""
     own = json.loads((place / folder.RECORD).read_text())
     own["base"] |= record.pop("base", {})
     (place / folder.RECORD).write_text(json.dumps({**own, **record}))

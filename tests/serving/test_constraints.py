@@ -42,7 +42,7 @@ KNOWN = Constraints(Base(name="tiny", model=_Head(WORDS), tokenizer=TOKENIZER, k
 
 
 def written(grammar: Grammar, logits: Callable[[torch.Generator], torch.Tensor], seed: int, most: int = 400) -> Any:
-    """The text that some logits write, and whether it came to an end."""
+    """Return the text that some logits generate, and whether it came to an end."""
     constraint = KNOWN.begin(KNOWN.compile(grammar, [END]))
     own = Sampling(temperature=1, seed=seed, max_tokens=most)
     state = SamplerState(own, LogitsProcessor(own, constraint=constraint))

@@ -28,7 +28,7 @@ RECORD: dict[str, Any] = {
 
 
 def write(place: Path, number: float = 1, **record: Any) -> str:
-    """An adapter folder whose content is told by a number; returns its digest."""
+    """Write an adapter folder whose content is a number; return its digest."""
     a, b = torch.full((2, 3), float(number)), torch.zeros(3, 2)
     tensors = {KEY.format("A"): a, KEY.format("B"): b}
     folder.write(place, FIELDS, tensors, {**RECORD, **record}, overwrite=True)
@@ -36,7 +36,7 @@ def write(place: Path, number: float = 1, **record: Any) -> str:
 
 
 def number_of(stored: AdapterFolder) -> int:
-    """What stands for an adapter in memory here."""
+    """Return the number of a stored adapter, which stands for it in memory here."""
     return int(stored.tensors[KEY.format("A")][0, 0])
 
 

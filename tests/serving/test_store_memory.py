@@ -83,7 +83,7 @@ def test_what_is_released_twice_is_noticed(many: Store) -> None:
 
 
 def run(*jobs: Any) -> list[Any]:
-    """Everything that jobs return, each in a thread of its own."""
+    """Return all results of jobs, each in a thread of its own."""
     found: list[Any] = [None] * len(jobs)
 
     def call(number: int) -> None:

@@ -37,7 +37,7 @@ class Against(RuleBasedStateMachine):
         self.loads = self.evictions = 0
 
     def room(self, number: int) -> bool:
-        """Whether a number gets into memory; it is there then."""
+        """Bring a number into memory; return whether there was room."""
         if number not in self.memory:
             kept = {self.named[name] for name in self.pinned}
             idle = [n for n, users in self.memory.items() if not users and n not in kept]

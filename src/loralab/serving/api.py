@@ -83,7 +83,7 @@ def build_app(
 
 
 def _add_errors(app: FastAPI) -> None:
-    """Every error has one shape."""
+    """Give every error one shape."""
 
     @app.exception_handler(ApiError)
     async def _ours(_: Request, error: ApiError) -> Response:
@@ -172,7 +172,7 @@ async def _models(service: Service, key: Key | None) -> dict[str, Any]:
 
 
 def _add_generation(app: FastAPI, service: Service) -> None:
-    """Completions, chats, classes."""
+    """Add completions, chats and classification."""
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
@@ -316,7 +316,7 @@ async def _awaited(future: "Future[list[Ranked]]") -> list[Ranked]:
 
 
 def _add_store(app: FastAPI, service: Service) -> None:
-    """Adapters come and go while the server runs; names, bodies and answers are vLLM's."""
+    """Add loading and unloading of adapters, with vLLM's names, bodies and answers."""
 
     @app.post("/v1/load_lora_adapter")
     async def load(request: Request) -> Response:
@@ -340,7 +340,7 @@ def _add_store(app: FastAPI, service: Service) -> None:
 
 
 async def _change_store(work: Callable[[], "AdapterInfo"], param: str) -> "AdapterInfo":
-    """In a thread: reading an adapter takes a while."""
+    """Run work in a thread, as reading an adapter takes a while."""
     try:
         return await asyncio.to_thread(work)
     except LoralabError as error:

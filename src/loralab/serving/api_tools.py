@@ -62,7 +62,7 @@ class CallBody(Body):
     function: CalledFunction
 
     def turn(self, where: str) -> dict[str, Any]:
-        """As chat templates read it, arguments as an object.
+        """Return the call as chat templates read it, arguments as an object.
 
         Raises:
             ApiError: 400, they are none.

@@ -67,7 +67,7 @@ class Store:
 
     @property
     def refused(self) -> dict[str, str]:
-        """Folders and names that cannot be used, and why."""
+        """Return the folders and names that cannot be used, with the reasons."""
         return self._listing.refused
 
     # -- names ----------------------------------------------------------------------------------
@@ -219,7 +219,7 @@ class Store:
     def _acquired(
         self, digest: str, read: FolderSnapshot | None = None, parts: Sequence[AdapterPart] = ()
     ) -> CachedAdapter | None:
-        """`acquire`, of a folder that has perhaps been read already."""
+        """Acquire an adapter whose folder may have been read already."""
         with self._changed:
             while (place := self._places.get(digest)) is not None:
                 place.users += 1  # so that it stays until this thread goes on
