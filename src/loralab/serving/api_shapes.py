@@ -10,7 +10,7 @@ from typing import Any
 
 from loralab.serving.detokenize import escaped
 from loralab.serving.request import STOP, Answer, Completed, Delta, Finished, Ranked, TokenLogprob
-from loralab.serving.tool_calls import ToolCall, ToolReader, ToolStream
+from loralab.serving.tool_calls import ToolCall, ToolParser, ToolStream
 
 Json = dict[str, Any]
 OWNER = "loralab"
@@ -123,10 +123,10 @@ class ChatShape(_Shape):
 
     prefix, whole_object, chunk_object = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, answers: Sequence[Answer], *, reader: ToolReader | None = None, **options: Any) -> None:
+    def __init__(self, answers: Sequence[Answer], *, parser: ToolParser | None = None, **options: Any) -> None:
         super().__init__(answers, **options)
-        self._reader = reader
-        self._streams = [] if reader is None else [ToolStream(reader) for _ in answers]
+        self._parser = parser
+        self._streams = [] if parser is None else [ToolStream(parser) for _ in answers]
 
     def whole(self, done: Sequence[Completed]) -> Json:
         """Return the body of an answer that is not streamed."""
@@ -135,7 +135,7 @@ class ChatShape(_Shape):
     def _whole(self, index: int, one: Completed) -> Json:
         message: Json = {"role": "assistant", "content": one.text, "refusal": None}
         reason = one.finished.reason
-        content, calls = ("", []) if self._reader is None else self._reader.read(one.tokens)
+        content, calls = ("", []) if self._parser is None else self._parser.parse(one.tokens)
         if calls:
             message |= {"content": content.strip() or None, "tool_calls": [_call(call) for call in calls]}
             reason = TOOL_CALLS if reason == STOP else reason

@@ -1,4 +1,4 @@
-"""Structured answers: a grammar allows only some tokens at each step, whatever the model thinks of them.
+"""Structured outputs: a grammar allows only some tokens at each step, whatever their probability.
 
 llguidance compiles JSON schemas, regular expressions and grammars, and says which tokens may come
 next. It computes that in a thread of its own, without Python's lock, while the model reads the
@@ -32,7 +32,7 @@ MAX_PROPERTIES = 256  # of a schema, all its objects together
 MAX_CHOICES = 1000
 MAX_REPEATS = 1000  # of a repetition in an expression, and significant digits of multipleOf: more take for ever
 MAX_EXPANDED = 300_000  # characters of an expression once its repetitions are written out
-MAX_STEPS = 20_000  # in which it is looked whether a schema can end
+MAX_STEPS = 20_000  # of the search for a finite value of a schema
 REPEATS = re.compile(r"\{\s*(\d+)?\s*(?:,\s*(\d+)?)?\s*\}")
 PIECES = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|" + REPEATS.pattern + "|.", re.DOTALL)
 NAMED_REPEATS = re.compile(r"(?<![\w\\])[A-Za-z_]\w*" + REPEATS.pattern)
@@ -51,8 +51,8 @@ class Grammar:
     Attributes:
         kind: of `source`: JSON (a schema), REGEX, CHOICE (texts), GRAMMAR (Lark, or GBNF).
         field: of the request, named in errors.
-        strict: refuse a schema with keywords that cannot be kept; else they are told of.
-        schemas: that stand in the source of a grammar.
+        strict: refuse a schema with unsupported keywords; else they are left out, and named in the warning.
+        schemas: the JSON schemas inside the source of a grammar.
     """
 
     kind: str
@@ -63,15 +63,15 @@ class Grammar:
 
 
 class Constraint:
-    """Structure of one answer: tokens that may come next, after those that came.
+    """The grammar state of one answer: the tokens that may come next.
 
     Attributes:
-        stopped: nothing can follow but the end.
-        error: why no more can be said; empty as a rule.
+        stopped: only the end may follow.
+        error: why the grammar cannot be followed any more; empty as a rule.
     """
 
-    def __init__(self, matcher: Any, pool: ThreadPoolExecutor, words: int) -> None:
-        self._matcher, self._pool, self._words = matcher, pool, words
+    def __init__(self, matcher: Any, pool: ThreadPoolExecutor, vocab_size: int) -> None:
+        self._matcher, self._pool, self._vocab_size = matcher, pool, vocab_size
         self.stopped, self.error = False, ""
         self._blocked = pool.submit(self._next)
 
@@ -94,7 +94,7 @@ class Constraint:
     def _next(self) -> Tensor:
         """Return the tokens that may not come next, (V,)."""
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
-        allowed = np.unpackbits(bits, count=self._words, bitorder="little")
+        allowed = np.unpackbits(bits, count=self._vocab_size, bitorder="little")
         return torch.from_numpy(allowed == 0)
 
     def note(self, token: int) -> None:
@@ -127,7 +127,7 @@ class Constraints:
         self._pool = ThreadPoolExecutor(2, "mask")
 
     @property
-    def _words(self) -> int:
+    def _vocab_size(self) -> int:
         """Return how many tokens have logits."""
         return int(self._base.model.get_output_embeddings().weight.shape[0])
 
@@ -157,7 +157,7 @@ class Constraints:
 
     def begin(self, compiled: Compiled) -> Constraint:
         """Return the structure of an answer that begins now."""
-        return Constraint(compiled.matcher.deep_copy(), self._pool, self._words)
+        return Constraint(compiled.matcher.deep_copy(), self._pool, self._vocab_size)
 
     def _tokenizer(self, lib: Any, field: str, stops: tuple[int, ...]) -> Any:
         if stops not in self._tokenizers:
@@ -165,8 +165,8 @@ class Constraints:
 
             own = self._base.tokenizer
             try:
-                words = max(len(own), self._words)
-                self._tokenizers[stops] = from_tokenizer(own, n_vocab=words, eos_token=list(stops) or None)
+                size = max(len(own), self._vocab_size)
+                self._tokenizers[stops] = from_tokenizer(own, n_vocab=size, eos_token=list(stops) or None)
             except Exception as error:  # a kind that it does not know
                 raise ConfigError(
                     f"{field}: the tokenizer of {self._base.name} cannot be constrained: {str(error)[:MAX_PROBLEM]}",

@@ -18,7 +18,7 @@ import torch
 from loralab.errors import QueueFullError
 from loralab.models.load import Base
 from loralab.serving.adapter_info import AdapterInfo
-from loralab.serving.adapter_sum import find
+from loralab.serving.adapter_sum import find_adapter
 from loralab.serving.constraints import Compiled, Grammar
 from loralab.serving.live_request import (
     EncoderRequest,
@@ -103,7 +103,7 @@ class Engine:
             DataError: the prompt is empty, or leaves no room for an answer.
             ConfigError: the base writes no text.
         """
-        entry = find(self.store, adapter) if isinstance(adapter, str) else adapter
+        entry = find_adapter(self.store, adapter) if isinstance(adapter, str) else adapter
         live = self._builder.generation(prompt, entry, sampling, structure)
         self._enter(live)
         return live.answer
@@ -115,7 +115,7 @@ class Engine:
             AdapterNotFoundError, QueueFullError: as in `submit`.
             DataError: an input is too long, no picture, or the adapter knows no labels.
         """
-        entry = find(self.store, adapter) if isinstance(adapter, str) else adapter
+        entry = find_adapter(self.store, adapter) if isinstance(adapter, str) else adapter
         live = self._builder.classification(inputs, entry)
         self._enter(live)
         return live.future
