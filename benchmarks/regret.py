@@ -1,4 +1,4 @@
-"""What a recommendation costs on real sweeps: three rules, replayed with fewer seeds than the truth has.
+"""Replay three rules of recommendation on real sweeps, with fewer seeds than the truth has.
 
 A sweep is one question on a model and data that come as packages: every arm, its rate searched for
 as a study does, with ten seeds. Their mean over ten seeds is the truth. The replay draws 1, 2, 3 or
@@ -120,17 +120,17 @@ def recorded() -> dict[str, Arms]:
 
 
 def expected_regret(arms: Mapping[str, Sequence[Record]]) -> str:
-    """The rule of the studies."""
+    """Choose as the studies do."""
     return str(ranked(arms, Metric(name="accuracy")).recommended)
 
 
 def best_mean(arms: Mapping[str, Sequence[Record]]) -> str:
-    """The arm of the highest mean."""
+    """Choose the arm of the highest mean."""
     return max(arms, key=lambda name: np.mean([r.numbers["score"] for r in arms[name]]))
 
 
 def cheapest_not_beaten(arms: Mapping[str, Sequence[Record]]) -> str:
-    """The cheapest arm that no other is shown to beat: t intervals of pairs, Bonferroni's."""
+    """Choose the cheapest arm that no other is shown to beat: t intervals of pairs, Bonferroni's."""
     names = sorted(arms, key=lambda name: parameters(arms[name]))
     scores = {name: [r.items["score"] for r in arms[name]] for name in names}
     pairs = len(names) * (len(names) - 1) // 2
@@ -154,7 +154,7 @@ RULES: dict[str, Callable[[Mapping[str, Sequence[Record]]], str]] = {
 
 
 def replay(arms: Arms, seeds: int) -> dict[str, float]:
-    """The mean loss of each rule's arm to the best, beyond one point, over drawn seeds; in points."""
+    """Return the mean loss of each rule's arm to the best, beyond one point, over drawn seeds; in points."""
     truth = {name: 100 * float(np.mean([r.numbers["score"] for r in own])) for name, own in arms.items()}
     draw, lost = np.random.default_rng(seeds), dict.fromkeys(RULES, 0.0)
     for _ in range(DRAWS):

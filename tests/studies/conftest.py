@@ -1,12 +1,15 @@
 """Studies without a worker: trials are measured in this process, on tiny models."""
 
 import random
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from loralab.studies import store
 from loralab.studies.figures import drawn
@@ -18,12 +21,13 @@ from loralab.studies.study import Answer, Arm, Record, StudySetup, Trial
 from loralab.studies.trained import measured
 from loralab.studies.wording import LANGUAGES, catalogue, say
 
+STRAY = re.compile(r"[\u3000-\u9fff\uff00-\uffef] [\u3000-\u9fff\uff00-\uffef]")
 Here = Callable[[StudySetup, Path], list[Record]]
 
 
 @pytest.fixture(scope="session")
 def noise_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Texts whose labels are coins: nothing can be learnt that holds on other rows."""
+    """Write texts whose labels are coins: nothing can be learnt that holds on other rows."""
     draw = random.Random(0)
     words = ["good", "bad", "fine", "poor", "great", "awful", "film", "the", "a"]
     lines = ["text,label"]
@@ -36,8 +40,20 @@ def noise_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Draw dark and light pictures in folders of that name."""
+    folder, draw = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    for name, level in (("dark", 40), ("light", 200)):
+        (folder / name).mkdir()
+        for number in range(60):
+            noise = draw.integers(0, 50, (28, 28, 3)) + level
+            Image.fromarray(noise.astype(np.uint8)).save(folder / name / f"{number}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def here() -> Here:
-    """All records of a study, measured in this process."""
+    """Return all records of a study, measured in this process."""
 
     def run(setup: StudySetup, folder: Path) -> list[Record]:
         arms, invalid, _ = prepare(setup, None)
@@ -59,7 +75,7 @@ def here() -> Here:
 
 
 def setup_of(study: str, model: Path, data: Path, **changes: object) -> StudySetup:
-    """A tiny setup."""
+    """Return a tiny setup."""
     fields = {"max_steps": 6, "batch_size": 8, "precision": "fp32", "max_length": 64}
     fields |= changes.pop("fields", {})  # type: ignore[arg-type]
     given = {
@@ -73,7 +89,7 @@ def setup_of(study: str, model: Path, data: Path, **changes: object) -> StudySet
 
 
 def planted(name: str, scores: Sequence[float], seeds: int = 3, **fields: object) -> list[Record]:
-    """Records of an arm whose rows score like this for every seed, but for a little noise."""
+    """Return records of an arm whose rows score like this for every seed, but for a little noise."""
     draw = random.Random(name)
     return [
         Record(
@@ -129,7 +145,8 @@ def assert_it_renders(answer: Answer, question: str) -> None:
     texts = [*messages_in(answer), *(own for own in usual if own.key in catalogue("en"))]
     for language in LANGUAGES:
         for text in texts:
-            assert say(text, language)
+            assert (said := say(text, language))
+            assert STRAY.search(said) is None, said
         for label, text in answer.blanks:
             assert say(label, language)
             assert say(text, language)

@@ -1,4 +1,4 @@
-"""What a study found, without what depends on time, place or memory."""
+"""Results of a study, without what depends on time, place or memory."""
 
 import dataclasses
 from pathlib import Path
@@ -8,7 +8,7 @@ from loralab.studies.study import Record
 
 
 def results(folder: Path) -> dict[str, Record]:
-    """The record of every trial of a study folder, by arm and seed."""
+    """Return the record of every trial of a study folder, by arm and seed."""
     return {f"{record.arm.name} {record.seed}": _still(record) for _, own in records(folder).values() for record in own}
 
 

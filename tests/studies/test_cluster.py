@@ -67,7 +67,7 @@ def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None
         pass
 
 
-def test_what_reads_other_cells_or_takes_times_stays_at_home() -> None:
+def test_what_reads_other_trials_or_takes_times_stays_at_home() -> None:
     signs = ("measures.carried import", "folder.parent", "perf_counter")
     found = {
         file.stem for file in MEASURES.glob("*.py") if any(sign in file.read_text(encoding="utf-8") for sign in signs)
@@ -136,7 +136,7 @@ def ended_well(*arguments: object) -> str:
 
 
 def files(folder: Path) -> set[str]:
-    """All files of a study's trials."""
+    """Return all files of a study's trials."""
     return {str(file.relative_to(folder)) for file in (folder / "runs").rglob("*")}
 
 

@@ -11,21 +11,16 @@ from typing import Any
 
 import pytest
 from studies.conftest import assert_it_renders, setup_of
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from loralab.adapters.attach import attach
-from loralab.adapters.fingerprint import fingerprint
-from loralab.adapters.methods import LoRA
 from loralab.cli import run
-from loralab.errors import AdapterStateError, ConfigError, InputError, OutputError, RunError
+from loralab.errors import ConfigError, InputError, OutputError, RunError
 from loralab.studies import catalog, conduct, store
-from loralab.studies.conduct import Outcome, _own, recommend, study
+from loralab.studies.conduct import _own, recommend, study
 from loralab.studies.fields import configured
 from loralab.studies.halving import _one_of_each_rate, plan_for
 from loralab.studies.prepare import prepare, question_module
 from loralab.studies.runner import Session
 from loralab.studies.study import Arm, StudyOptions, StudySetup, parse_seconds
-from loralab.tasks.catalog import find
 
 
 def grid(tmp_path: Path, text: str) -> Path:
@@ -104,7 +99,7 @@ def test_a_study_goes_on_with_the_rows_and_the_base_that_it_was_begun_with(
     setup = setup_of("rank", model, data)
 
     def told(own: Session, job: dict[str, Any]) -> Any:
-        """What a worker would say."""
+        """Yield what a worker would say."""
         arms, invalid, facts = prepare(setup, [Arm(name="a", fields={"rank": 1})])
         yield {"kind": "arms", "arms": arms, "invalid": invalid, "facts": facts}
 
@@ -193,7 +188,7 @@ def test_more_time_means_more_candidates_and_never_less_than_three() -> None:
 
 @pytest.fixture(scope="module")
 def easy_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Texts whose label is their first word."""
+    """Write texts whose label is their first word."""
     draw = random.Random(0)
     words = ["fine", "poor", "great", "film", "the", "a"]
     lines = ["text,label"]
@@ -242,69 +237,12 @@ def test_where_nothing_is_learnt_nothing_is_recommended(
     assert json.loads((tmp_path / "r" / "verdicts.json").read_text(encoding="utf-8"))["recommended"] is None
 
 
-def test_a_study_of_objects_finds_them_in_its_folder(
-    tmp_path: Path, tiny_llama_folder: Path, sums_file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = AutoModelForCausalLM.from_pretrained(tiny_llama_folder)
-    rows = [json.loads(line) for line in sums_file.read_text(encoding="utf-8").splitlines()]
-    objects: dict[str, Any] = {
-        "model": model,
-        "tokenizer": AutoTokenizer.from_pretrained(tiny_llama_folder),
-        "data": rows,
-    }
-    setups: list[StudySetup] = []
-
-    def told(own: Session, job: dict[str, Any]) -> Any:
-        """What a worker would say."""
-        setups.append(StudySetup.of(job["ground"]))
-        arms, invalid, facts = prepare(setups[-1], [Arm(name="a", fields={"rank": 1})])
-        yield {"kind": "arms", "arms": arms, "invalid": invalid, "facts": facts}
-
-    monkeypatch.setattr(Session, "_do", told)
-    monkeypatch.setattr(Session, "run", lambda *_: None)
-    monkeypatch.setattr(
-        conduct, "report", lambda folder, language: Outcome(folder=folder, answers={}, skipped={})
-    )  # fmt: skip)
-    for _ in range(2):
-        study("rank", output_dir=tmp_path / "out", resume=bool(setups), **objects)
-    assert find(setups[0].data).digest == find(str(sums_file)).digest
-    written = AutoModelForCausalLM.from_pretrained(setups[0].model)
-    assert fingerprint(written) == fingerprint(model)
-    assert setups[0].model.startswith(str(tmp_path / "out"))
-    with pytest.raises(ConfigError) as refused:
-        study("rank", output_dir=tmp_path / "out", resume=True, **{**objects, "data": rows[:-9]})
-    assert (refused.value.code, refused.value.field) == ("other_run", "data")
-    attach(model, LoRA(rank=1))
-    with pytest.raises(AdapterStateError) as adapted:
-        study("rank", output_dir=tmp_path / "other", **objects)
-    assert (adapted.value.code, adapted.value.field) == ("adapted", "model")
-    assert not (tmp_path / "other").exists()
-
-
-@pytest.mark.parametrize(
-    ("wanted", "code"), [({"tokenizer": None}, "no_tokenizer"), ({"data": []}, "empty"), ({"model": 7}, "not_a_model")]
-)
-def test_objects_that_cannot_be_studied_are_refused_before_anything_is_written(
-    tmp_path: Path, tiny_llama_folder: Path, wanted: dict[str, Any], code: str
-) -> None:
-    model = AutoModelForCausalLM.from_pretrained(tiny_llama_folder)
-    tokenizer = AutoTokenizer.from_pretrained(tiny_llama_folder)
-    for begin in (lambda **own: study("rank", **own), recommend):
-        with pytest.raises(InputError) as refused:
-            begin(
-                output_dir=tmp_path / "out",
-                **{"model": model, "tokenizer": tokenizer, "data": [{"text": "a"}] * 9, **wanted},
-            )
-        assert refused.value.code == code
-    assert not (tmp_path / "out").exists()
-
-
 WORDS = {"vision": "the pictures are not here; get them with: X", "merge": "the worker was killed"}
 
 
 @pytest.fixture
 def partly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """Workers that can prepare all questions but two, and runs that leave nothing; what was told, in order."""
+    """Fake workers that prepare all questions but two, and runs that leave nothing; return what was told."""
     seen: list[dict[str, Any]] = []
 
     def told(own: Session, job: dict[str, Any]) -> Any:

@@ -17,7 +17,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class World:
-    """How scores come about: seeds, their spread, whether arms tie, where their means lie."""
+    """A way in which scores come about: seeds, their spread, whether arms tie, where their means lie."""
 
     name: str
     seeds: int
@@ -28,7 +28,7 @@ class World:
     high: float = 0.9
 
     def drawn(self, draw: np.random.Generator) -> tuple[Floats, Floats]:
-        """True means (arms,) and right or wrong answers (arms, seeds, rows)."""
+        """Draw true means (arms,) and right or wrong answers (arms, seeds, rows)."""
         arms = 5
         means = draw.uniform(self.low, self.high) + (0 if self.ties else draw.normal(0, 0.04, arms)) * np.ones(arms)
         means = np.clip(means, 0.01, 0.99)
@@ -64,14 +64,14 @@ def ranked(scores: Floats) -> Ranking:
 
 
 def wrong(found: Contrast, means: Floats) -> tuple[bool, bool]:
-    """Whether the interval misses the truth, and whether a better arm is claimed that is not."""
+    """Tell whether the interval misses the truth, and whether a better arm is claimed that is not."""
     true = means[int(found.a)] - means[int(found.b)]
     false = found.holds and np.sign(found.estimate) * true <= 0
     return not found.low <= true <= found.high, bool(false)
 
 
 def cheapest_not_beaten(scores: Floats) -> int:
-    """The rule that takes "not shown to be better" for "equal": t intervals of pairs, Bonferroni's."""
+    """Take "not shown to be better" for "equal": t intervals of pairs, Bonferroni's."""
     pairs = len(scores) * (len(scores) - 1) // 2
     for cheap in range(len(scores)):
         gaps = (
@@ -84,7 +84,7 @@ def cheapest_not_beaten(scores: Floats) -> int:
 
 
 def played(world: World) -> dict[str, float]:
-    """Shares of families with a miss and with a false claim; mean regret of ours and of the best mean."""
+    """Return shares of families with a miss and with a false claim; mean regret of ours and of the best mean."""
     draw, missed, false, ours, means_rule, cheapest = np.random.default_rng(3), 0, 0, 0.0, 0.0, 0.0
     wrongly = decided = 0
     for _ in range(ROUNDS):
@@ -109,7 +109,7 @@ def played(world: World) -> dict[str, float]:
 
 
 def test_verdicts_are_calibrated(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Over all worlds; a single one has too few rounds for its own line to be judged strictly."""
+    """Judge all worlds together; a single one has too few rounds for its own line to be judged strictly."""
     monkeypatch.setattr(contrast, "DRAWS", 2_000)
     table = {world.name: played(world) for world in WORLDS}
     with capsys.disabled():
@@ -127,13 +127,13 @@ def test_verdicts_are_calibrated(monkeypatch: pytest.MonkeyPatch, capsys: pytest
 
 
 def sample(*scores: float, rows: int = 400, seeds: int = 3, fixed: bool = False) -> Sample:
-    """An arm with shares of right answers by seed; the same rows are right in every arm."""
+    """Return an arm with shares of right answers by seed; the same rows are right in every arm."""
     values = [[1.0] * round(share * rows) + [0.0] * (rows - round(share * rows)) for share in scores or (0.5,) * seeds]
     return Sample(scores=np.asarray(values), spread=0.02, fixed=fixed)
 
 
 def test_an_undecided_comparison_is_not_taken_for_equal() -> None:
-    """Means of 63, 81 and 87 % with the spreads of a few seeds: the cheapest is not recommended."""
+    """Compare means of 63, 81 and 87 % with the spreads of a few seeds: the cheapest is not recommended."""
     arms = {"r=2": sample(0.55, 0.63, 0.71), "r=4": sample(0.76, 0.81, 0.86), "r=8": sample(0.853, 0.87, 0.887)}
     found = rank_arms(arms, margin=0.01, costs={"r=2": 1, "r=4": 2, "r=8": 3})
     assert found.recommended == "r=8"
@@ -155,7 +155,7 @@ def test_nothing_is_recommended_that_does_not_beat_the_floor() -> None:
 
 
 def test_one_seed_is_not_certain() -> None:
-    """The rows tell the arms apart, the spread that seeds usually have does not."""
+    """Let the rows tell the arms apart, and the spread that seeds usually have not."""
     few = rank_arms({"a": sample(0.80), "b": sample(0.82)}, margin=0.01, costs={"a": 1, "b": 2})
     assert few.contrast("b", "a").verdict == "undecided"
     many = rank_arms({"a": sample(*[0.80] * 10), "b": sample(*[0.82] * 10)}, margin=0.01, costs={"a": 1, "b": 2})

@@ -7,13 +7,13 @@ from loralab.studies.fastfood import Fastfood, hadamard, power_of_two, walsh_had
 
 
 def brute(size: int) -> torch.Tensor:
-    """H by its definition: the sign is the parity of the bits that two indices share."""
+    """Return H by its definition: the sign is the parity of the bits that two indices share."""
     signs = [[(-1.0) ** (i & j).bit_count() for j in range(size)] for i in range(size)]
     return torch.tensor(signs, dtype=torch.float64)
 
 
 def dense(fastfood: Fastfood) -> torch.Tensor:
-    """P as a matrix (D, d), block by block, in float64."""
+    """Return P as a matrix (D, d), block by block, in float64."""
     n = fastfood.block
     H = brute(n)
     moved = torch.eye(n, dtype=torch.float64)[fastfood.order]

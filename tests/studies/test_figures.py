@@ -15,7 +15,7 @@ NAMED = [{key: value for key, value in row.items() if key != "x"} for row in ROW
 
 
 def test_every_kind_of_chart_is_drawn_in_both_languages() -> None:
-    axis, arm = Message("axis.rank"), Message("axis.arm")
+    axis, arm = Message("column.rank"), Message("column.arm")
     title = Message("table.scores")
     charts = [
         Chart("intervals", "i", title, ROWS, axis, axis, options={"log": True, "chance": 1.5}),
@@ -33,6 +33,6 @@ def test_every_kind_of_chart_is_drawn_in_both_languages() -> None:
 
 def test_a_name_that_is_a_message_is_drawn_in_the_language_of_the_page() -> None:
     rows = [{"arm": Message("metric.accuracy"), "value": 1.0}]
-    chart = Chart("bars", "b", Message("table.scores"), rows, Message("axis.arm"), Message("axis.rank"))
+    chart = Chart("bars", "b", Message("table.scores"), rows, Message("column.arm"), Message("column.rank"))
     for language in LANGUAGES:
         assert say(Message("metric.accuracy"), language) in str(drawn(chart, language))

@@ -9,7 +9,7 @@ SETUP = StudySetup(study="rank", model="m", data="d", seeds=3, seeds_max=10)
 
 
 def arm(name: str, share: float, spread: float, seeds: int = 3) -> list[Record]:
-    """Runs whose share of right answers moves with the seed; each is right on rows of its own."""
+    """Plant runs whose share of right answers moves with the seed; each is right on rows of its own."""
     draw, found = random.Random(name), []
     for seed in range(seeds):
         own = min(1.0, max(0.0, share + spread * (seed % 3 - 1)))

@@ -138,9 +138,9 @@ def test_a_cell_that_dies_is_a_record_and_the_next_one_runs(
     module = tmp_path / "dying.py"
     module.write_text(
         "import os, signal\nfrom loralab.studies.study import Record\n"
-        "def killed(cell, folder, tell): os.kill(os.getpid(), signal.SIGKILL)\n"
-        "def broken(cell, folder, tell): raise ZeroDivisionError('an error of ours')\n"
-        "def well(cell, folder, tell): return Record(arm=cell.arm, seed=cell.seed)\n",
+        "def killed(trial, folder, tell): os.kill(os.getpid(), signal.SIGKILL)\n"
+        "def broken(trial, folder, tell): raise ZeroDivisionError('an error of ours')\n"
+        "def well(trial, folder, tell): return Record(arm=trial.arm, seed=trial.seed)\n",
         encoding="utf-8",
     )
     with pytest.MonkeyPatch.context() as patch:
@@ -271,7 +271,7 @@ def test_the_commands_that_an_error_proposes_can_be_typed(tmp_path: Path) -> Non
 
 
 def worker_of(process: "subprocess.Popen[str]", folder: Path) -> Worker:
-    """Some process in the worker's place."""
+    """Put some process in the worker's place."""
     worker = Worker(folder / "log")
     worker._process = process
     return worker

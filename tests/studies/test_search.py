@@ -15,7 +15,7 @@ USUAL = 5e-4
 
 
 def losses(of: Callable[[float, int], float], noise: float = 0.0) -> Callable[[Trial], Record]:
-    """Runs whose validation loss follows from the rate, as a multiple of the usual one, and the seed."""
+    """Fake runs whose validation loss follows from the rate, as a multiple of the usual one, and the seed."""
 
     def obtain(trial: Trial) -> Record:
         loss = of(trial.arm.fields["learning_rate"] / USUAL, trial.seed)
@@ -81,7 +81,7 @@ def test_what_a_short_run_bears_can_be_too_much_for_a_whole_one() -> None:
 
 
 def test_the_cost_of_a_search_is_what_the_study_would_not_have_run() -> None:
-    """Three short runs of a second, and the whole run of the rate that was not taken."""
+    """Count three short runs of a second, and the whole run of the rate that was not taken."""
 
     def obtain(trial: Trial) -> Record:
         loss = bowl(1.0)(trial.arm.fields["learning_rate"] / USUAL, 0)

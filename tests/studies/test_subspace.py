@@ -18,7 +18,7 @@ STEPS = 60
 
 @pytest.fixture
 def task(tmp_path: Path) -> Task:
-    """Which of two words a text holds."""
+    """Return rows labelled by which of two words a text holds."""
     rows = [f"{n} {'good' if n % 2 else 'bad'} {n % 7},{'x' if n % 2 else 'y'}" for n in range(58)]
     file = tmp_path / "words.csv"
     file.write_text("text,label\n" + "\n".join(rows) + "\n", encoding="utf-8")
@@ -27,7 +27,7 @@ def task(tmp_path: Path) -> Task:
 
 @pytest.fixture
 def base(tiny_bert_folder: Path, task: Task) -> Base:
-    """A tiny encoder with a new head."""
+    """Return a tiny encoder with a new head."""
     return load_base(str(tiny_bert_folder), task, "fp32", 0)
 
 

@@ -1,6 +1,7 @@
 """Two catalogues with the same messages and the same values; no message without a speaker."""
 
 import ast
+import itertools
 import re
 import string
 from pathlib import Path
@@ -26,7 +27,7 @@ def specs_of(template: str) -> set[str]:
 
 
 def patterns() -> set[str]:
-    """Every text of the sources that may be a key, as an expression; what is computed stands for anything."""
+    """Return every text of the sources that may be a key, as an expression; what is computed stands for anything."""
     found = set()
     for file in [*STUDIES.rglob("*.py"), *STUDIES.glob("*.j2")]:
         source = file.read_text(encoding="utf-8")
@@ -36,7 +37,7 @@ def patterns() -> set[str]:
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 found.add(re.escape(node.value))
-            if isinstance(node, ast.JoinedStr) and isinstance(node.values[0], ast.Constant):
+            if isinstance(node, ast.JoinedStr) and getattr(node.values[0], "value", "column.") != "column.":
                 parts = [re.escape(p.value) if isinstance(p, ast.Constant) else r"[\w+-]+" for p in node.values]
                 found.add("".join(map(str, parts)))
     return found
@@ -86,6 +87,15 @@ def test_messages_stand_in_messages_in_the_language_of_the_whole() -> None:
     assert say(clauses([]), "en") == ""
 
 
+def test_chinese_has_no_space_where_a_message_meets_it_and_names_keep_theirs() -> None:
+    texts = [say(Message("contrast.too_small"), "zh-TW"), "r=8", "資料 一"]
+    for inner, outer in itertools.permutations(texts, 2):
+        said = say(Message("contrast.single", a=inner, b=outer), "zh-TW")
+        assert [said.count(inner), said.count(outer)] == [1, 1]
+        rest = said.replace(inner, "X").replace(outer, "Y")
+        assert ("X " in rest, " Y" in rest) == (inner == "r=8", outer == "r=8")
+
+
 def test_numbers_are_written_in_units_that_fit() -> None:
     assert [formatted(value, "bytes") for value in (12, 1_500, 2_000_000, 3.21e9)] == [
         "12 B",
@@ -96,3 +106,10 @@ def test_numbers_are_written_in_units_that_fit() -> None:
     assert [formatted(value, "seconds") for value in (2e-6, 0.25, 12.34)] == ["2 µs", "250 ms", "12.3 s"]
     assert formatted(float("nan"), "count") == formatted(None, "plain") == UNKNOWN
     assert formatted(0.123, "percent") == "12.3 %"
+    assert [formatted(value, "probability") for value in (0.0, 0.004, 0.5, 0.995, 1.0)] == [
+        "0 %",
+        "< 1 %",
+        "50 %",
+        "> 99 %",
+        "100 %",
+    ]

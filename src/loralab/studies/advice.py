@@ -24,7 +24,7 @@ RATE = "learning_rate"
 
 @dataclass(frozen=True, kw_only=True)
 class Advice:
-    """What the studies of one model and data recommend.
+    """The recommendation of the studies of one model and data.
 
     Attributes:
         sentence: the recommended arm and the default with their scores; None where no arm has one.

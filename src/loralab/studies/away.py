@@ -24,12 +24,12 @@ from loralab.studies.forked import Worker, ended
 from loralab.studies.study import Trial
 
 LOG_BYTES = 4000  # of what was printed that come back with a trial that failed
-PREFIX = "loralab-cell-"
+PREFIX = "loralab-trial-"
 
 
 @dataclass(frozen=True, kw_only=True)
 class RemoteResult:
-    """What a machine sends back: record.json and the trial's other files, or why there is none."""
+    """A trial's record.json and other files as a machine sends them back, or why there are none."""
 
     node: str
     record: bytes = b""
@@ -39,13 +39,13 @@ class RemoteResult:
 
 
 def versions() -> dict[str, str]:
-    """What must be the same on every machine for the numbers to be."""
+    """Return what must be the same on every machine for the numbers to be."""
     installed = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
     return {"loralab": loralab.__version__, **installed}
 
 
 def reach_here(setup: Mapping[str, Any], wanted: Mapping[str, str], threads: int) -> str:
-    """What this machine lacks for a study, in a sentence; empty if nothing."""
+    """Return what this machine lacks for a study, in a sentence; empty if nothing."""
     for name, version in versions().items():
         if version != wanted[name]:
             return f"has {name} {version}, and the study began with {wanted[name]}"
@@ -74,7 +74,7 @@ def measure_here(trial: Mapping[str, Any], threads: int) -> RemoteResult:
 
 
 def _done(job: Mapping[str, Any], threads: int) -> tuple[list[dict[str, Any]], str]:
-    """The events of a job, and what was printed meanwhile."""
+    """Return the events of a job, and what was printed meanwhile."""
     worker = _worker(threads, os.environ.get("CUDA_VISIBLE_DEVICES"))
     begun = worker.log.stat().st_size if worker.log.exists() else 0
     try:
@@ -89,13 +89,13 @@ def _done(job: Mapping[str, Any], threads: int) -> tuple[list[dict[str, Any]], s
 
 @functools.cache
 def _worker(threads: int, devices: str | None) -> Worker:
-    """One for all jobs that come to this process with the same devices; it ends with it."""
+    """Start one worker for all jobs that come to this process with the same devices; it ends with it."""
     folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-"))
     return Worker(folder / store.LOG, threads)
 
 
 def _packed(place: Path) -> bytes:
-    """A folder as an archive."""
+    """Return a folder as an archive."""
     data = io.BytesIO()
     with tarfile.open(fileobj=data, mode="w") as archive:
         for entry in sorted(place.iterdir()):

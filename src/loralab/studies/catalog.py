@@ -65,7 +65,7 @@ STUDIES: dict[str, Question] = {
         seeds=1,
         fields={"learning_rate": 1e-3},  # twice the usual one: the runs are short
     ),
-    "memory": Question(races=False, number="Q7", model=WRITER, steps=(10, 3), batch_size=12, rows=(4, 2), seeds=3),
+    "memory": Question(races=False, number="Q7", model=WRITER, steps=(10, 3), batch_size=12, rows=(4, 2)),
     "inference": Question(
         races=False,
         number="Q8",
@@ -80,13 +80,7 @@ STUDIES: dict[str, Question] = {
     "methods": Question(number="Q10"),
     "adaptive": Question(number="Q11"),
     "vision": Question(
-        number="Q12",
-        model=VISION,
-        data=(CLOTHES, DIGITS),
-        steps=(100, 24),
-        batch_size=16,
-        rows=(400, 150),
-        fields={"image_size": 70},
+        number="Q12", model=VISION, data=(CLOTHES, DIGITS), steps=(100, 24), rows=(400, 150), fields={"image_size": 70}
     ),
 }
 
@@ -103,7 +97,7 @@ def require_installed() -> None:
 
 
 def question(name: str) -> Question:
-    """The question behind a study's name.
+    """Return the question behind a study's name.
 
     Raises:
         ConfigError: there is no such study.
@@ -117,7 +111,7 @@ def question(name: str) -> Question:
 
 
 def usual_data(own: Question) -> str:
-    """The task that a question stands on where nothing else is asked for."""
+    """Return the task that a question stands on where nothing else is asked for."""
     if len(own.data) == 1:
         return own.data[0]
     from loralab.tasks.catalog import TASKS
@@ -126,7 +120,7 @@ def usual_data(own: Question) -> str:
 
 
 def search_setup(asked: StudyOptions, mapping: Mapping[str, str] | None = None) -> StudySetup:
-    """What all configurations share of which one shall be recommended: what the user's own run would have.
+    """Return the setup that all candidates of a search share: that of the user's own run.
 
     Steps are 0 where they are not asked for: as many as the run takes.
     """
@@ -141,7 +135,7 @@ def search_setup(asked: StudyOptions, mapping: Mapping[str, str] | None = None) 
 
 
 def setup(name: str, asked: StudyOptions, mapping: Mapping[str, str] | None = None) -> StudySetup:
-    """What all arms of a study share, with whatever was left open filled in.
+    """Return the setup that all arms of a study share, with whatever was left open filled in.
 
     Raises:
         ConfigError: there is no such study.

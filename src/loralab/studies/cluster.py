@@ -71,18 +71,18 @@ class Cluster:
 
     @property
     def resources(self) -> dict[str, float]:
-        """What one trial takes, in Ray's words."""
+        """Return what one trial takes, in Ray's words."""
         return {"CPU": self.threads, "GPU": self._gpus}
 
     @property
     def abreast(self) -> int:
-        """Trials that can run at the same time; at least one."""
+        """Return how many trials can run at the same time; at least one."""
         if time.monotonic() - self._looked > LOOK_SECONDS:
             self._known, self._looked = cluster.nodes(self._ray), time.monotonic()
         return max(1, sum(map(self._room, self._known)))
 
     def require_ready(self, setup: StudySetup) -> None:
-        """Every machine that trials can go to must have this loralab, the model and the data.
+        """Refuse a cluster in which a machine that trials can go to lacks this loralab, the model or the data.
 
         Raises:
             ConfigError: one has not, or none is large enough.
@@ -106,7 +106,7 @@ class Cluster:
                 raise ConfigError(f"node {node.name}: {wrong}")
 
     def each(self, work: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-        """All results, in their order; made side by side."""
+        """Return all results, in their order; made side by side."""
         given = list(items)
         pool = ThreadPoolExecutor(max(1, len(given)), "cell")
         futures = [pool.submit(work, item) for item in given]
@@ -123,7 +123,7 @@ class Cluster:
 
     @contextlib.contextmanager
     def room(self) -> Iterator[None]:
-        """Room for a trial, once there is some: only then is it known whether there still is time.
+        """Wait until there is room for a trial: only then is it known whether there still is time.
 
         Raises:
             StoppedError: the study ends.
@@ -158,12 +158,12 @@ class Cluster:
         self._stopped.set()
 
     def _room(self, node: Node) -> int:
-        """Trials that fit on a machine."""
+        """Return how many trials fit on a machine."""
         fit = node.cpus // self.threads
         return min(fit, node.gpus) if self._gpus else fit
 
     def _got(self, reference: Any) -> Any:
-        """The value of a task; waiting for it ends when the study does."""
+        """Return the value of a task; waiting for it ends when the study does."""
         while not self._ray.wait([reference], timeout=POLL_SECONDS)[0]:
             if self._stopped.is_set():
                 self._ray.cancel(reference, force=True)
@@ -173,7 +173,7 @@ class Cluster:
 
 @contextlib.contextmanager
 def open_cluster(address: str | None) -> Iterator[Cluster | None]:
-    """The cluster at an address; none where there is no address.
+    """Join the cluster at an address; yield None where there is no address.
 
     Raises:
         ConfigError: it cannot be joined.
@@ -195,14 +195,14 @@ def can_run_remotely(trial: Trial) -> bool:
 
 
 def received(trial: Trial, back: RemoteResult, place: Path, log: Path) -> Record:
-    """What came back for a trial, in its place; a record that says why where nothing did.
+    """Put what came back for a trial into its place; return its record, or one that says why there is none.
 
     Raises:
         OutputError: it cannot be written.
     """
     if back.log:
         with log.open("a", encoding="utf-8") as file:
-            file.write(f"node {back.node}, cell {trial.digest}:\n{back.log}\n")
+            file.write(f"node {back.node}, trial {trial.digest}:\n{back.log}\n")
     if back.record:
         _unpack(back, place)
         found = store.read(place.parent.parent, trial)
@@ -214,13 +214,13 @@ def received(trial: Trial, back: RemoteResult, place: Path, log: Path) -> Record
 
 
 def said(error: BaseException) -> str:
-    """What an error of Ray amounts to: the last line of a traceback, the first one else."""
+    """Shorten an error of Ray: the last line of a traceback, the first one else."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [repr(error)]
     return f"{lines[-1 if 'Traceback' in str(error) else 0]:.300}"
 
 
 def _unpack(back: RemoteResult, place: Path) -> None:
-    """The files of a trial, whole or not at all."""
+    """Write the files of a trial, whole or not at all."""
     partial = place.with_name(place.name + atomic.PARTIAL)
     content = json.loads(back.record)
     content["record"]["texts"] = {**content["record"]["texts"], "node": back.node}

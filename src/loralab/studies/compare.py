@@ -6,7 +6,7 @@ from typing import Any
 
 from loralab.studies.contrast import Ranking
 from loralab.studies.evidence import Metric, by_arm, claim, metric_of, own_interval, scores_table
-from loralab.studies.message import Chart, Message
+from loralab.studies.message import Chart, Message, Table
 from loralab.studies.ranking import FLOOR, Arms, among, claims, describe_ranking, ranked, recommendation
 from loralab.studies.study import Answer, Finding, Record, StudySetup
 
@@ -59,16 +59,21 @@ class Comparison:
         """
         return score_chart(name, self.arms, self.metric, x, at=at, **options)
 
+    @property
+    def scores(self) -> Table:
+        """Return the table of all scores."""
+        return scores_table(self.every, self.metric)
+
     def answer(self, **its_own: Any) -> Answer:
-        """Return the answer, with a question's own parts in place of the usual ones."""
-        usual = {
-            "sentence": self.recommendation,
-            "ranking": self.ranking,
-            "findings": [*self.over_base(), *claims(self.ranking, self.metric)],
-            "tables": [scores_table(self.every, self.metric)],
-            "advice": self.advice,
+        """Return the answer, with a question's own parts in place of the usual ones, which are then not made."""
+        usual: dict[str, Callable[[], Any]] = {
+            "sentence": lambda: self.recommendation,
+            "ranking": lambda: self.ranking,
+            "findings": lambda: [*self.over_base(), *claims(self.ranking, self.metric)],
+            "tables": lambda: [self.scores],
+            "advice": lambda: self.advice,
         }
-        return Answer(**{**usual, **its_own})
+        return Answer(**its_own, **{name: make() for name, make in usual.items() if name not in its_own})
 
 
 def compare_arms(

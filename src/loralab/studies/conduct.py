@@ -15,7 +15,7 @@ from loralab.studies import catalog, store
 from loralab.studies.cluster import open_cluster
 from loralab.studies.fields import configured, from_toml, known
 from loralab.studies.objects import FOLDER, Objects
-from loralab.studies.runner import Listener, Session, records, session
+from loralab.studies.runner import Listener, Session, session
 from loralab.studies.study import DONE, FAILED, Answer, Arm, StudyOptions, StudySetup, Trial, parse_seconds
 from loralab.studies.trained import BASE_ARM, PROBE, PROBE_ROWS, rows_of
 from loralab.studies.wording import say
@@ -31,7 +31,7 @@ Work = tuple[StudySetup, list[Arm] | None]  # None: the question's own arms
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a study left.
+    """The answers of a study, and what did not run.
 
     Attributes:
         answers: by study.
@@ -101,14 +101,16 @@ def report(folder: str | Path, *, language: str = "en") -> Outcome:
     """
     from loralab.studies.report import render
 
-    folder = Path(folder)
-    answers, failed = render(folder, language), {}
-    for name, (_, found) in records(folder).items():
-        if found and not any(record.status == DONE for record in found):
-            failed[name] = next((f"{r.status}: {r.reason}" for r in found if r.reason), "no run came to its end")
+    folder, failed = Path(folder), {}
+    sections = render(folder, language)
+    for each in sections:
+        if each.records and not any(record.status == DONE for record in each.records):
+            reasons = (f"{r.status}: {r.reason}" for r in each.records if r.reason)
+            failed[each.name] = next(reasons, "no run came to its end")
     skipped = {
         name: invalid[name] for name, (_, arms, invalid) in store.plans(folder).items() if not arms and name in invalid
     }
+    answers = {each.name: each.answer for each in sections}
     return Outcome(folder=folder, answers=answers, skipped=skipped, failed=failed)
 
 
@@ -126,7 +128,7 @@ def recommend(
     listener: Listener | None = None,
     ray: str | None = None,
 ) -> Outcome:
-    """From data to a good configuration within a time: config.toml, and the evidence for it.
+    """Search for a good configuration within a time; write config.toml, and the evidence for it.
 
     Args:
         model, tokenizer, data: as train() takes them.
@@ -164,7 +166,7 @@ def recommend(
 
 
 def _candidates(own: Session, setup: StudySetup) -> list[Arm]:
-    """The arms of a recommendation: drawn here, proposed by Optuna on a cluster."""
+    """Return the arms of a recommendation: drawn here, proposed by Optuna on a cluster."""
     if own.cluster is None:
         return own.prepare(setup, skip_invalid=True)
     from loralab.studies.suggest import suggested
@@ -173,7 +175,7 @@ def _candidates(own: Session, setup: StudySetup) -> list[Arm]:
 
 
 def _sized(own: Session, setup: StudySetup, budget: float, started: float) -> StudySetup:
-    """The setup with as many candidates and steps as the budget has room for.
+    """Return the setup with as many candidates and steps as the budget has room for.
 
     A run that goes on keeps what was decided when it began.
     """
@@ -207,13 +209,13 @@ def _sized(own: Session, setup: StudySetup, budget: float, started: float) -> St
 
 
 def _steps_of_a_run(setup: StudySetup) -> int:
-    """How many steps `loralab train` takes on these rows."""
+    """Return how many steps `loralab train` takes on these rows."""
     batch, rows = int(setup.fields["batch_size"]), len(rows_of(setup).splits["train"])
     return Training().epochs * math.ceil(rows / batch)
 
 
 def _write_config(folder: Path, setup: StudySetup, advice: Mapping[str, Any], asked: StudyOptions) -> None:
-    """config.toml: `loralab train --config` with it trains what was found, for as long as was asked."""
+    """Write config.toml: `loralab train --config` trains what was found, for as long as was asked."""
     fields = {name: value for name, value in setup.fields.items() if name != "max_steps"}
     steps = {} if asked.steps is None else {"max_steps": asked.steps}
     method, training = configured({**fields, **steps, **advice})
@@ -224,7 +226,7 @@ def _write_config(folder: Path, setup: StudySetup, advice: Mapping[str, Any], as
 def _prepared(
     own: Session, work: Sequence[Work], *, skip_invalid: bool, several: bool
 ) -> tuple[list[tuple[StudySetup, list[Arm]]], dict[str, str]]:
-    """The studies that can run, with their arms, and why others cannot: all said before the first run.
+    """Return the studies that can run with their arms, and why others cannot, before the first run.
 
     Raises:
         LoralabError: one cannot run, and is not one of several.
@@ -252,7 +254,7 @@ def _work(name: str, asked: StudyOptions, mapping: Mapping[str, str] | None) -> 
 
 
 def _own(file: Path, asked: StudyOptions, mapping: Mapping[str, str] | None) -> Work:
-    """A grid of the user's own: every list in the file is compared.
+    """Return a grid of the user's own: every list in the file is compared.
 
     Raises:
         ConfigError: the file cannot be read, or has a key that nothing knows.
@@ -288,7 +290,7 @@ def _shown(value: Any) -> str:
 
 
 def _require_place(folder: Path, *, resume: bool) -> None:
-    """A new folder, or with `resume` one that holds a study."""
+    """Require a new folder, or with `resume` one that holds a study."""
     if (folder / store.STUDY).is_file():
         if not resume:
             raise OutputError(

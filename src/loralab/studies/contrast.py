@@ -59,17 +59,17 @@ class Contrast:
 
     @property
     def seeds_needed(self) -> int | None:
-        """How many seeds would show a difference of this size; None where rows are too few for any."""
+        """Return how many seeds would show a difference of this size; None where rows are too few for any."""
         return needed(self.estimate, self.of_seeds, self.seeds, self.of_rows) if self.of_seeds else None
 
     @property
     def rows_needed(self) -> int | None:
-        """How many test rows would show a difference of this size, with as many seeds."""
+        """Return how many test rows would show a difference of this size, with as many seeds."""
         return needed(self.estimate, self.of_rows, self.rows, self.of_seeds) if self.of_rows else None
 
     @property
     def turned(self) -> "Contrast":
-        """The same difference seen from the other arm."""
+        """Return the same difference seen from the other arm."""
         opposite: dict[Verdict, Verdict] = {"better": "worse", "worse": "better"}
         return replace(
             self,
@@ -96,7 +96,7 @@ class Sample:
 
     @property
     def seeds(self) -> int:
-        """Runs that differ in nothing but the seed."""
+        """Return the number of runs that differ in nothing but the seed."""
         return len(self.scores)
 
 
@@ -181,7 +181,7 @@ def rank_arms(arms: Mapping[str, Sample], *, margin: float, costs: Mapping[str, 
 
 
 def _draws(arms: Sequence[Sample]) -> tuple[Floats, Floats]:
-    """(DRAWS, arms) draws of all means, and the means: rows are shared, seeds are each arm's own."""
+    """Draw all means (DRAWS, arms), and return them with the means: rows are shared, seeds are each arm's own."""
     draw, count = np.random.default_rng(SEED), len(arms)
     means = np.array([arm.scores.mean() for arm in arms])
     rows = row_covariance(arms)
@@ -192,14 +192,14 @@ def _draws(arms: Sequence[Sample]) -> tuple[Floats, Floats]:
 
 
 def half_width(arm: Sample) -> float:
-    """Of the 95 % interval of one arm's mean, its rows and its seeds being samples."""
+    """Return half the 95 % interval of one arm's mean, its rows and its seeds being samples."""
     draws, means = _draws([arm])
     mean, _, high = _own(draws[:, 0], means[0])
     return high - mean
 
 
 def row_covariance(arms: Sequence[Sample]) -> Floats:
-    """The covariance (arms, arms) of means over the sample of test rows.
+    """Return the covariance (arms, arms) of means over the sample of test rows.
 
     Where scores are right or wrong, half a disagreement is added in each direction, so that arms
     that agree on all of few rows are not taken for equal (Agresti and Min 2005, section 4).
@@ -215,7 +215,7 @@ def row_covariance(arms: Sequence[Sample]) -> Floats:
 
 
 def seed_variance(arms: Sequence[Sample]) -> tuple[Floats, Floats]:
-    """The variance of each arm's mean that is due to its seeds, and its degrees of freedom.
+    """Return the variance of each arm's mean that is due to its seeds, and its degrees of freedom.
 
     Variances of few seeds are drawn towards what all arms have together, relative to the spread
     that is expected of each (moderated variances, Smyth 2004, equation 3); where the study has few
@@ -236,7 +236,7 @@ def seed_variance(arms: Sequence[Sample]) -> tuple[Floats, Floats]:
 
 
 def prior_freedom(ratios: Floats, freedoms: Floats) -> float:
-    """Degrees of freedom of the variance that arms share, fewer where arms are seen to differ in it.
+    """Return the degrees of freedom of the variance that arms share, fewer where arms differ in it.
 
     Logarithms of sample variances scatter by trigamma(d / 2); what is more is the arms' own
     (Smyth 2004, section 6.2), up to PRIOR_FREEDOM, which few arms cannot exceed.
@@ -252,12 +252,12 @@ def prior_freedom(ratios: Floats, freedoms: Floats) -> float:
 
 
 def _variance(arm: Sample) -> float:
-    """Of the score of a run, over seeds."""
+    """Return the variance of the score of a run, over seeds."""
     return float(arm.scores.mean(axis=1).var(ddof=1)) if arm.seeds > 1 else 0.0
 
 
 def _counted_twice(arm: Sample) -> float:
-    """The part of that variance that the test rows show too: what varies with both seed and row."""
+    """Return the part of that variance that the test rows show too: what varies with both seed and row."""
     rows = arm.scores.shape[1]
     if arm.seeds < 2 or rows < 2:
         return 0.0
@@ -268,7 +268,7 @@ def _counted_twice(arm: Sample) -> float:
 def _contrasts(
     names: Sequence[str], arms: Mapping[str, Sample], draws: Floats, means: Floats, margin: float
 ) -> list[Contrast]:
-    """Every pair, the better mean first; intervals are as wide as all of them together need."""
+    """Compare every pair, the better mean first; intervals are as wide as all of them together need."""
     order = sorted(range(len(names)), key=lambda i: -means[i])
     pairs = list(itertools.combinations(order, 2))
     rows, (seeds, _) = row_covariance(list(arms.values())), seed_variance(list(arms.values()))
@@ -301,7 +301,7 @@ def _contrasts(
 
 
 def verdict_of(estimate: float, half: float, inner: float, margin: float) -> Verdict:
-    """What a difference amounts to.
+    """Return the verdict on a difference.
 
     Args:
         half: of the simultaneous interval.
@@ -315,7 +315,7 @@ def verdict_of(estimate: float, half: float, inner: float, margin: float) -> Ver
 
 
 def _losses(draws: Floats) -> Floats:
-    """What each arm lacks to the best of its draw."""
+    """Return what each arm lacks to the best of its draw."""
     return np.asarray(draws.max(axis=1, keepdims=True) - draws)
 
 
@@ -325,7 +325,7 @@ def _own(draws: Floats, mean: float) -> tuple[float, float, float]:
 
 
 def needed(estimate: float, own: float, count: int, other: float) -> int | None:
-    """How large one sample must be to show a difference; None where the other one is too small.
+    """Return how large one sample must be to show a difference; None where the other one is too small.
 
     Args:
         own: the standard error that a sample of `count` contributes; `other` that of the other.

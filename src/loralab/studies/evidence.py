@@ -23,7 +23,7 @@ SHARE_SPREAD, LOSS_SPREAD, CORRELATION_SPREAD = 0.12, 0.04, 0.12
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
-    """How a score is said: accuracies in points of a hundred, losses as they are."""
+    """A metric and how its scores are written: accuracies in points of a hundred, losses as they are."""
 
     name: str
     margin: float = MARGIN

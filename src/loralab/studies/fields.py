@@ -16,7 +16,7 @@ OTHERS = ("method",)
 
 
 def configured(flat: Mapping[str, Any]) -> tuple[AnyMethod, Training]:
-    """The method and the training that flat fields describe.
+    """Return the method and the training that flat fields describe.
 
     Raises:
         ConfigError: a field is unknown, is none of this method's, or has a wrong value.
@@ -34,7 +34,7 @@ def configured(flat: Mapping[str, Any]) -> tuple[AnyMethod, Training]:
 
 
 def from_toml(file: Path, choices: Iterable[str]) -> dict[str, Any]:
-    """The flat table of a file.
+    """Return the flat table of a file.
 
     Raises:
         ConfigError: it cannot be read, or has a key that is none of the choices.
@@ -48,7 +48,7 @@ def from_toml(file: Path, choices: Iterable[str]) -> dict[str, Any]:
 
 
 def known() -> set[str]:
-    """Every field that an arm can have."""
+    """Return every field that an arm can have."""
     kinds = (*(spec.config for spec in specs().values()), Training)
     return {field.name for kind in kinds for field in fields(kind)} | set(OTHERS)
 
@@ -65,5 +65,5 @@ def require_known(names: Mapping[str, Any]) -> None:
 
 
 def _value(value: Any) -> Any:
-    """Lists as the tuples that configurations hold."""
+    """Turn lists into the tuples that configurations hold."""
     return tuple(value) if isinstance(value, list) else value

@@ -47,7 +47,7 @@ def intervals(
 
 
 def _numbered(rows: Rows, x: str, y: str, log: bool, chance: float | None, percent: bool) -> Any:
-    """Arms that are numbers, from left to right."""
+    """Draw arms that are numbers, from left to right."""
     base = alt.Chart(_data(rows))
     axis = _value(alt.Y, y, percent)
     scale = alt.Scale(type="log", base=2) if log else alt.Scale(zero=False)
@@ -62,7 +62,7 @@ def _numbered(rows: Rows, x: str, y: str, log: bool, chance: float | None, perce
 
 
 def _named(rows: Rows, x: str, y: str, chance: float | None, percent: bool) -> Any:
-    """Arms that are names, from top to bottom."""
+    """Draw arms that are names, from top to bottom."""
     order = list(dict.fromkeys(row["arm"] for row in rows))
     base = alt.Chart(_data(rows)).encode(y=_arms(order, x))
     axis = _value(alt.X, y, percent)
@@ -130,13 +130,13 @@ def heat(
         y=alt.Y("y:O", title=y, sort=lines_, axis=alt.Axis(labelLimit=150)),
         tooltip=["x:N", "y:N", alt.Tooltip("value:Q", format=".4g")],
     )
-    trials = base.mark_rect().encode(color=alt.Color("value:Q", title=by, scale=alt.Scale(scheme="viridis")))
+    cells = base.mark_rect().encode(color=alt.Color("value:Q", title=by, scale=alt.Scale(scheme="viridis")))
     middle = _middle([float(row["value"]) for row in rows if row["value"] is not None])
     text = base.mark_text(fontSize=11).encode(
         text=alt.Text("value:Q", format=digits),
         color=alt.condition(f"datum.value > {middle}", alt.value("#111"), alt.value("#fff")),
     )
-    return alt.layer(trials, *([text] if numbers else [])).properties(height=height)
+    return alt.layer(cells, *([text] if numbers else [])).properties(height=height)
 
 
 def scatter(rows: Rows, *, x: str, y: str, log_x: bool = False, percent: bool = False) -> Any:
@@ -165,25 +165,25 @@ def _data(rows: Rows) -> alt.InlineData:
 
 
 def _arms(order: Sequence[str], title: str) -> alt.Y:
-    """Names from top to bottom, in their order."""
+    """Encode names from top to bottom, in their order."""
     axis = alt.Axis(labelLimit=190, titleAngle=0, titleAlign="right", titleX=-8, titleY=-10)
     return alt.Y("arm:N", title=title, sort=list(order), axis=axis)
 
 
 def _value(channel: Any, text: str, percent: bool, *, log: bool = False, zero: bool = False) -> Callable[[str], Any]:
-    """What makes an encoding of the axis of values from a column's name."""
+    """Return the function that encodes a column on the axis of values."""
     scale = alt.Scale(type="log") if log else alt.Scale(zero=zero)
     axis = alt.Axis(format=".0%") if percent else alt.Axis()
     return lambda column: channel(f"{column}:Q", title=text, scale=scale, axis=axis)
 
 
 def _tip(columns: Sequence[str]) -> list[Any]:
-    """What hovering shows."""
+    """Return the contents of a tooltip."""
     return ["arm:N", *(alt.Tooltip(f"{column}:Q", format=".4g") for column in columns)]
 
 
 def _across(level: float | None, *, upright: bool = False) -> list[alt.Chart]:
-    """A dashed line across the chart."""
+    """Draw a dashed line across the chart."""
     if level is None:
         return []
     rule = alt.Chart(alt.InlineData(values=[{"level": level}])).mark_rule(strokeDash=[6, 4], opacity=0.7)

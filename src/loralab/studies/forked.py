@@ -29,7 +29,7 @@ class Worker:
         self._process: subprocess.Popen[str] | None = None
 
     def do(self, job: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-        """The events of one job; the last one says how it ended.
+        """Yield the events of one job; the last one says how it ended.
 
         Raises:
             RunError: the worker itself has ended.
@@ -85,7 +85,7 @@ class Worker:
 
 
 def ended(code: int) -> str:
-    """Why a job has no record, from its exit code."""
+    """Return why a job has no record, from its exit code."""
     if code == -signal.SIGKILL:
         return "killed by the system, most likely because memory ran out"
     return f"the run ended with code {code}; see {LOG}"

@@ -1,4 +1,4 @@
-"""What a study says, as data: a key of the catalogues and the values that it speaks of.
+"""Messages of a study as data: a key of the catalogues and the values that it speaks of.
 
 Standard library only. Nothing here is English or Chinese: messages/*.toml are, and wording.py joins the two.
 """

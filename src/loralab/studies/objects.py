@@ -22,7 +22,7 @@ FOLDER, MODEL, DATA = "objects", "model", "rows.json"  # in a study folder
 
 @dataclass(frozen=True)
 class Objects:
-    """What will be written into a study folder; None is what has a name already."""
+    """A model and rows to be written into a study folder; None where a name was given."""
 
     folder: Path
     model: Given | None = None

@@ -1,4 +1,4 @@
-"""Where in a model LoRA is put: the choices that one has, under the names that the model has."""
+"""The choices of layers that LoRA can adapt, under the names that a model has."""
 
 import re
 from collections.abc import Mapping, Sequence

@@ -32,7 +32,7 @@ def question_module(study: str) -> ModuleType:
 
 
 def prepare(setup: StudySetup, given: Sequence[Arm] | None) -> tuple[list[dict[str, Any]], dict[str, str], RunFacts]:
-    """The arms of a study (those given, or the question's own), why some cannot run, and what it
+    """Return the arms of a study (those given, or the question's own), why some cannot run, and what it
     stands on: the rows and the base that are behind their names now.
 
     Raises:
@@ -53,12 +53,12 @@ def prepare(setup: StudySetup, given: Sequence[Arm] | None) -> tuple[list[dict[s
             code="few_arms",
             field="values",
         )
-    invalid = {arm.name: reason for arm in arms if (reason := _invalid(setup, arm, base))}
+    invalid = {arm.name: reason for arm in arms if (reason := reason_invalid(setup, arm, base))}
     return [asdict(arm) for arm in arms], invalid, facts
 
 
 def base_of(setup: StudySetup) -> Base:
-    """The model of a study, as its task needs it, once its rows are known to be readable."""
+    """Return the model of a study, as its task needs it, once its rows are known to be readable."""
     return _base_of(setup, rows_of(setup))
 
 
@@ -72,15 +72,15 @@ def _base_of(setup: StudySetup, task: Task) -> Base:
 
 
 def _require_metric(metric: str, base: Base, task: Task) -> None:
-    """The task must have the metric that shall decide."""
+    """Require a task to have the metric that shall decide."""
     few = evaluate(base.model, base.tokenizer, task, "test", kind=base.kind, limit=2)
     if metric not in few.metrics:
         has = ", ".join(few.metrics)
         raise ConfigError(f"{task.name} has no metric {metric!r}, only {has}{nearest(metric, few.metrics)}")
 
 
-def _invalid(setup: StudySetup, arm: Arm, base: Base) -> str:
-    """Why an arm cannot run on this model; empty if it can."""
+def reason_invalid(setup: StudySetup, arm: Arm, base: Base) -> str:
+    """Return why an arm cannot run on this model; empty if it can."""
     if not arm.fields:
         return ""
     try:

@@ -43,7 +43,7 @@ def ranked(
 
 
 def samples(arms: Arms, metric: Metric) -> dict[str, Sample]:
-    """The scores of all arms, by row where all have as many rows, else one mean a seed."""
+    """Return the scores of all arms, by row where all have as many rows, else one mean a seed."""
     by_row = len({len(r.items["score"]) for own in arms.values() for r in own}) == 1
     middle = float(np.median([mean_of(own, "score") for own in arms.values()]))  # losses may be worlds apart
     level = None if metric.rises else middle
@@ -101,24 +101,24 @@ def among(found: Ranking, names: Iterable[str]) -> Ranking:
 
 
 def leader(found: Ranking) -> str:
-    """The arm of the best mean score."""
+    """Return the arm of the best mean score."""
     return max(found.names, key=lambda name: found.means[name][0])
 
 
 def open_rivals(found: Ranking) -> tuple[str, ...]:
-    """The arms of which it is not decided whether the leader is better."""
+    """Return the arms of which it is not decided whether the leader is better."""
     top = leader(found)
     return tuple(n for n in found.names if n != top and found.contrast(top, n).verdict == "undecided")
 
 
 def claims(found: Ranking, metric: Metric, names: Sequence[str] | None = None) -> list[Finding]:
-    """Every pair of some arms once, the better mean first; none is all that can be recommended."""
+    """Compare every pair of some arms once, the better mean first; none is all that can be recommended."""
     wanted = sorted(found.names if names is None else names, key=lambda name: -found.means[name][0])
     return [claim(found.contrast(a, b), metric) for a, b in itertools.combinations(wanted, 2)]
 
 
 def parameters(records: Sequence[Record]) -> float:
-    """What an arm trains, its head not counted."""
+    """Return what an arm trains, its head not counted."""
     head = mean_of(records, "head_parameters")
     found = mean_of(records, "parameters") - (head if head == head else 0.0)  # NaN: not recorded
     return found if math.isfinite(found) else 0.0

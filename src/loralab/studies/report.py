@@ -3,6 +3,7 @@
 Reads the folder and knows nothing of training: rendering again never trains again.
 """
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from datetime import date
@@ -20,21 +21,21 @@ from loralab.studies import store, verdicts
 from loralab.studies.advice import advised, grouped
 from loralab.studies.catalog import STUDIES
 from loralab.studies.figures import drawn
-from loralab.studies.message import Chart, Message, Table
+from loralab.studies.message import Message, Table
 from loralab.studies.runner import records
 from loralab.studies.section import Section, section
-from loralab.studies.study import Answer
 from loralab.studies.summary import closing_answers
 from loralab.studies.wording import LANGUAGES, UNKNOWN, formatted, say
 
 FIGURES = "figures"
 MARKS = {"better": "▲", "worse": "▼", "equivalent": "=", "undecided": "?"}
 SNIPPET = "window.vegaEmbed = vegaEmbed;"  # what the page needs of the bundle
+Drawn = dict[tuple[str, str], dict[str, dict[str, Any]]]  # study and chart -> language -> Vega-Lite
 PAGE, MARKDOWN = "report.html", {"en": "report.md", "zh-TW": "report.zh-TW.md"}
 
 
-def render(folder: Path, language: str) -> dict[str, Answer]:
-    """Write every form of the report; return the answers by study.
+def render(folder: Path, language: str) -> list[Section]:
+    """Write every form of the report; return the studies with their answers.
 
     Raises:
         OutputError: the folder holds no study, or cannot be written.
@@ -42,13 +43,12 @@ def render(folder: Path, language: str) -> dict[str, Answer]:
     sections = _sections(folder)
     store.write_results(folder, {s.name: s.records for s in sections})
     verdicts.write(folder, {s.name: (s.setup, s.records, s.answer) for s in sections})
-    for each in sections:
-        for chart in each.answer.figures:
-            _write_figure(folder / FIGURES, chart)
+    content, charts = content_of(sections), charts_of(sections)
+    _write_figures(folder / FIGURES, charts)
     for code in LANGUAGES:
-        atomic.write_file(folder / MARKDOWN[code], markdown(sections, code))
-    atomic.write_file(folder / PAGE, page(sections, language))
-    return {s.name: s.answer for s in sections}
+        atomic.write_file(folder / MARKDOWN[code], markdown(content, code))
+    atomic.write_file(folder / PAGE, page(content, charts, language))
+    return sections
 
 
 def _sections(folder: Path) -> list[Section]:
@@ -74,7 +74,7 @@ def in_order(found: Mapping[str, Any]) -> dict[str, Any]:
     return {name: found[name] for name in names if name in found}
 
 
-def _content(sections: Sequence[Section]) -> dict[str, Any]:
+def content_of(sections: Sequence[Section]) -> dict[str, Any]:
     """Return what both forms of the report speak of."""
     return {
         "sections": sections,
@@ -87,34 +87,42 @@ def _content(sections: Sequence[Section]) -> dict[str, Any]:
     }
 
 
-def markdown(sections: Sequence[Section], language: str) -> str:
+def charts_of(sections: Sequence[Section]) -> Drawn:
+    """Draw every chart once in each language."""
+    charts = {(each.name, chart.name): chart for each in sections for chart in each.answer.figures}
+    return {key: {code: drawn(chart, code) for code in LANGUAGES} for key, chart in charts.items()}
+
+
+def markdown(content: Mapping[str, Any], language: str) -> str:
     """Return the report as Markdown."""
-    return _template("report.md.j2").render(
-        **_content(sections),
-        say=lambda value: say(value, language),
-        suffix="" if language == "en" else f".{language}",
-        table=lambda table: markdown_table(table, language),
-        figures=FIGURES,
+    return (
+        _templates()
+        .get_template("report.md.j2")
+        .render(
+            **content,
+            say=lambda value: say(value, language),
+            suffix="" if language == "en" else f".{language}",
+            table=lambda table: markdown_table(table, language),
+            figures=FIGURES,
+        )
     )
 
 
-def page(sections: Sequence[Section], language: str) -> str:
+def page(content: Mapping[str, Any], charts: Drawn, language: str) -> str:
     """Return the HTML page; it needs nothing from anywhere."""
-    charts = {
-        f"{s.name}-{chart.name}-{code}": drawn(chart, code)
-        for s in sections
-        for chart in s.answer.figures
-        for code in LANGUAGES
-    }
     script = vl_convert.javascript_bundle(SNIPPET)
-    return _template("report.html.j2").render(
-        **_content(sections),
-        language=language,
-        both=both,
-        say=say,
-        cell=cell,
-        charts=Markup(_inline(charts)),
-        bundle=Markup(script.replace("</script", "<\\/script")),
+    return (
+        _templates()
+        .get_template("report.html.j2")
+        .render(
+            **content,
+            language=language,
+            both=both,
+            say=say,
+            cell=cell,
+            charts=Markup(_inline({"-".join(key): specs for key, specs in charts.items()})),
+            bundle=Markup(script.replace("</script", "<\\/script")),
+        )
     )
 
 
@@ -152,19 +160,21 @@ def _inline(content: Any) -> str:
     return json.dumps(content, ensure_ascii=False).replace("<", "\\u003c")
 
 
-def _write_figure(folder: Path, chart: Chart) -> None:
-    """Write a chart as files: SVG in both languages, PNG in English (it needs no fonts of the reader)."""
-    for code in LANGUAGES:
-        name = chart.name if code == "en" else f"{chart.name}.{code}"
-        atomic.write_file(folder / f"{name}.svg", vl_convert.vegalite_to_svg(drawn(chart, code)))
-    atomic.write_file(folder / f"{chart.name}.png", vl_convert.vegalite_to_png(drawn(chart, "en"), scale=2))
+def _write_figures(folder: Path, charts: Drawn) -> None:
+    """Write charts as files: SVG in both languages, PNG in English (it needs no fonts of the reader)."""
+    for (_, name), specs in charts.items():
+        for code, spec in specs.items():
+            suffix = "" if code == "en" else f".{code}"
+            atomic.write_file(folder / f"{name}{suffix}.svg", vl_convert.vegalite_to_svg(spec))
+        atomic.write_file(folder / f"{name}.png", vl_convert.vegalite_to_png(specs["en"], scale=2))
 
 
-def _template(name: str) -> jinja2.Template:
+@functools.cache
+def _templates() -> jinja2.Environment:
     return jinja2.Environment(
         loader=jinja2.PackageLoader("loralab.studies", "."),
         trim_blocks=True,
         lstrip_blocks=True,
         autoescape=lambda own: bool(own and own.endswith(".html.j2")),
         undefined=jinja2.StrictUndefined,
-    ).get_template(name)
+    )

@@ -27,7 +27,7 @@ BUDGET = "left out: it would not have fitted into the budget"
 
 
 def walk(setup: StudySetup, arms: Sequence[Arm], obtain: Obtain, each: Each = in_turn) -> list[Record]:
-    """All records of a study, seed by seed: after the first seed every arm has been seen once.
+    """Return all records of a study, seed by seed: after the first seed every arm has been seen once.
 
     Args:
         each: how what does not wait for each other is done: in turn, or side by side.
@@ -61,7 +61,7 @@ def walk(setup: StudySetup, arms: Sequence[Arm], obtain: Obtain, each: Each = in
 
 
 def records(folder: Path) -> dict[str, tuple[StudySetup, list[Record]]]:
-    """What a folder holds of each of its studies; trials that never ran are there as missing.
+    """Return what a folder holds of each of its studies; trials that never ran are there as missing.
 
     Raises:
         OutputError: no study has begun there.
@@ -76,12 +76,12 @@ def records(folder: Path) -> dict[str, tuple[StudySetup, list[Record]]]:
 
 
 def missing(trial: Trial, reason: str) -> Record:
-    """A trial that did not run."""
+    """Return the record of a trial that did not run."""
     return Record(arm=trial.arm, seed=trial.seed, status=MISSING, reason=reason)
 
 
 def failed(arm: Arm, reason: str) -> Record:
-    """An arm that cannot run."""
+    """Return the record of an arm that cannot run."""
     return Record(arm=arm, seed=0, status=FAILED, reason=reason)
 
 
@@ -106,10 +106,10 @@ class Session:
         self._units_left = 0.0
         self._tried: set[str] = set()
         self._telling = threading.RLock()
-        self._cells: dict[str, threading.Lock] = {}  # two arms may share a trial
+        self._locks: dict[str, threading.Lock] = {}  # two arms may share a trial
 
     def prepare(self, setup: StudySetup, arms: Sequence[Arm] | None = None, *, skip_invalid: bool = False) -> list[Arm]:
-        """Write the plan of a study; the arms that can run.
+        """Write the plan of a study; return the arms that can run.
 
         Raises:
             ConfigError: an arm cannot run on this model, and none shall be skipped, or the study
@@ -138,7 +138,7 @@ class Session:
         return [arm for arm in found if arm.name not in invalid]
 
     def run(self, setup: StudySetup, arms: Sequence[Arm]) -> list[Record]:
-        """All trials of a study; those that are finished are read."""
+        """Run all trials of a study; those that are finished are read."""
         self._units_left = sum(self.units(setup, arms))
         if self.cluster is not None:
             self.cluster.require_ready(setup)
@@ -146,7 +146,7 @@ class Session:
         return walk(setup, arms, self.obtain)
 
     def units(self, setup: StudySetup, arms: Sequence[Arm]) -> Iterator[float]:
-        """How many full runs each arm costs, about, its search included."""
+        """Yield how many full runs each arm costs, about, its search included."""
         for arm in arms:
             if hasattr(question_module(setup.study), "walk"):
                 yield 3 / len(arms)
@@ -155,7 +155,7 @@ class Session:
 
     def obtain(self, trial: Trial) -> Record:
         """Read a trial, or run it, or leave it out where the budget ends."""
-        with self._cells.setdefault(trial.digest, threading.Lock()):
+        with self._locks.setdefault(trial.digest, threading.Lock()):
             stored = store.read(self.folder, trial)
             if stored is not None and (stored.status != FAILED or trial.digest in self._tried):
                 self._done(trial)
@@ -166,7 +166,7 @@ class Session:
                 return self._run(trial)
 
     def _sent(self, trial: Trial) -> Record:
-        """As `obtain`, for what can go to another machine; the rest has its turn later."""
+        """Obtain what can go to another machine; the rest has its turn later."""
         return self.obtain(trial) if can_run_remotely(trial) else missing(trial, "")
 
     def _run(self, trial: Trial) -> Record:
@@ -184,11 +184,11 @@ class Session:
 
     @property
     def abreast(self) -> int:
-        """Trials that run at the same time."""
+        """Return how many trials run at the same time."""
         return 1 if self.cluster is None else self.cluster.abreast
 
     def expected(self, trial: Trial) -> float:
-        """Seconds that a trial will take, after those of its kind; 0 where none has run yet."""
+        """Return the seconds that a trial will take, after those of its kind; 0 where none has run yet."""
         own = self._times.get(_kind(trial), [])
         return _size(trial) * math.fsum(own) / len(own) if own else 0.0
 
@@ -208,7 +208,7 @@ class Session:
         return record
 
     def _do(self, job: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-        """The events of one job here; the last one says how it ended."""
+        """Yield the events of one job here; the last one says how it ended."""
         if self._worker is None:
             self._worker = Worker(self.folder / store.LOG)
         for event in self._worker.do(job):
@@ -258,7 +258,7 @@ class Session:
 def session(
     folder: Path, budget: float | None = None, listener: Listener | None = None, cluster: Cluster | None = None
 ) -> Iterator[Session]:
-    """A session in a locked folder.
+    """Open a session in a locked folder.
 
     Raises:
         OutputError: another study works there, or it cannot be written.
@@ -288,7 +288,7 @@ def _tuned(
 
 
 def _size(trial: Trial) -> float:
-    """How much of a full run a trial is."""
+    """Return how much of a full run a trial is."""
     if trial.measure != search.SEARCH:
         return 1.0
     return int(trial.arm.fields["max_steps"]) / int(trial.setup.fields["max_steps"])

@@ -30,7 +30,7 @@ Each = Callable[[Callable[[Any], Any], Iterable[Any]], list[Any]]
 
 @dataclass(frozen=True, kw_only=True)
 class Search:
-    """What was found, and what it cost; `rates` are all that were tried."""
+    """A learning rate that was found, and what it cost; `rates` are all that were tried."""
 
     rate: float | None
     rates: tuple[float, ...]
@@ -39,12 +39,12 @@ class Search:
 
 
 def in_turn(work: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
-    """One after the other."""
+    """Do the work of each item, one after the other."""
     return [work(item) for item in items]
 
 
 def tune(setup: StudySetup, arm: Arm, obtain: Obtain, measure: str, each: Each = in_turn) -> Search:
-    """The best rate for an arm on its setup; None if no rate could be tried.
+    """Find the best rate for an arm on its setup; None if no rate could be tried.
 
     An arm whose best rate is known to lie elsewhere brings its own multiples: options["rates"].
 
@@ -73,40 +73,40 @@ class _Tried:
     """The rates that were tried for an arm: short runs, and whole runs by seed."""
 
     def __init__(self, setup: StudySetup, arm: Arm, obtain: Obtain, measure: str) -> None:
-        self._ground, self._arm, self._obtain, self._measure = setup, arm, obtain, measure
+        self._setup, self._arm, self._obtain, self._measure = setup, arm, obtain, measure
         self._short: dict[float, Record] = {}
         self._whole: dict[float, dict[int, Record]] = {}
 
     @property
     def rates(self) -> tuple[float, ...]:
-        """All of them, rising."""
+        """Return all of them, rising."""
         return tuple(sorted(self._short))
 
     def short(self, rate: float, steps: int) -> None:
         """Train so many steps."""
         short = with_rate(self._arm, rate)
         short = replace(short, fields={**short.fields, "max_steps": steps})
-        self._short[rate] = self._obtain(Trial(measure=SEARCH, setup=self._ground, arm=short, seed=0))
+        self._short[rate] = self._obtain(Trial(measure=SEARCH, setup=self._setup, arm=short, seed=0))
 
     def whole(self, rate: float, seed: int = 0) -> Record:
         """Make the study's own run at a rate."""
-        trial = Trial(measure=self._measure, setup=self._ground, arm=with_rate(self._arm, rate), seed=seed)
+        trial = Trial(measure=self._measure, setup=self._setup, arm=with_rate(self._arm, rate), seed=seed)
         record = self._obtain(trial)
         self._whole.setdefault(rate, {})[seed] = record
         return record
 
     def seconds(self, chosen: float | None) -> float:
-        """What was run beside the study's own runs at the chosen rate."""
+        """Return the seconds of all but the study's own runs at the chosen rate."""
         others = [run for rate, runs in self._whole.items() if rate != chosen for run in runs.values()]
         return math.fsum(run.seconds for run in [*self._short.values(), *others])
 
     def ranked(self) -> list[float]:
-        """The rates whose short runs did not diverge, by loss."""
+        """Return the rates whose short runs did not diverge, by loss."""
         ended = [rate for rate in self.rates if math.isfinite(loss_of(self._short[rate]))]
         return sorted(ended, key=lambda rate: loss_of(self._short[rate]))
 
     def beyond(self) -> float | None:
-        """A rate beyond the edge that the best one stands at, if it does."""
+        """Return a rate beyond the edge that the best one stands at, if it does."""
         if not (ranked := self.ranked()):
             return None
         if ranked[0] == self.rates[-1]:
@@ -114,7 +114,7 @@ class _Tried:
         return rounded(ranked[0] / RATIO) if ranked[0] == self.rates[0] else None
 
     def smallest(self) -> float:
-        """The smallest rate that is as good as the best within one standard error of their difference."""
+        """Return the smallest rate that is as good as the best within one standard error of their difference."""
         first = {rate: self._whole[rate][0] for rate in sorted(self._whole)}
         best = min(first, key=lambda rate: loss_of(first[rate]))
         if not math.isfinite(loss_of(first[best])):
@@ -122,10 +122,10 @@ class _Tried:
         return min(rate for rate, run in first.items() if not _behind(run, first[best], errors=1))
 
     def stable(self, rate: float) -> float:
-        """The rate, or the next smaller ones where a whole run falls behind what those reach."""
+        """Return the rate, or the next smaller ones where a whole run falls behind what those reach."""
         for lower in sorted((r for r in self.ranked() if r < rate), reverse=True):
             reached = self._whole.get(lower, {}).get(0) or self._short[lower]
-            seeds = range(self._ground.seeds)
+            seeds = range(self._setup.seeds)
             if not any(_behind(self.whole(rate, seed), reached, errors=2) for seed in seeds):
                 return rate
             rate = lower
@@ -144,27 +144,27 @@ def _behind(run: Record, other: Record, *, errors: float) -> bool:
 
 
 def usual(setup: StudySetup, arm: Arm) -> float:
-    """The rate that the grid is built around."""
+    """Return the rate that the grid is built around."""
     method, _ = configured({**setup.fields, **arm.fields})
     return usual_rate(method)
 
 
 def rounded(rate: float) -> float:
-    """To two digits, so that it reads well and is the same everywhere."""
+    """Round to two digits, so that a rate reads well and is the same everywhere."""
     return float(f"{rate:.1e}")
 
 
 def with_rate(arm: Arm, rate: float | None) -> Arm:
-    """The arm at a learning rate."""
+    """Return the arm at a learning rate."""
     return arm if rate is None else replace(arm, fields={**arm.fields, "learning_rate": rate})
 
 
 def trials(setup: StudySetup) -> float:
-    """How many full runs the search for one arm costs, about: short ones, and one whole run more."""
+    """Return how many full runs the search for one arm costs, about: short ones, and one whole run more."""
     return len(setup.rates) / 3 + WHOLE - 1
 
 
 def loss_of(record: Record) -> float:
-    """The validation loss of a run; infinite where it gave none."""
+    """Return the validation loss of a run; infinite where it gave none."""
     loss = record.numbers.get("validation_loss", math.inf) if record.status == DONE else math.inf
     return loss if math.isfinite(loss) else math.inf

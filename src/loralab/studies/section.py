@@ -85,11 +85,16 @@ def measured(setup: StudySetup, records: Sequence[Record]) -> Message:
         data=setup.data,
         steps=setup.fields.get("max_steps"),
         batch=setup.fields.get("batch_size"),
-        rows=setup.rows.get("test"),
+        rows=_rows(records),
         seeds=_seeds(records, setup),
         rates=_rates(setup, records),
         cost=sum(r.seconds for r in records),
     )
+
+
+def _rows(records: Sequence[Record]) -> int | None:
+    """Return how many test rows were scored; a task may have fewer than were asked for."""
+    return max((len(r.items["score"]) for r in records if r.items.get("score")), default=None)
 
 
 def _seeds(records: Sequence[Record], setup: StudySetup) -> str:

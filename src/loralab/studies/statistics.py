@@ -31,7 +31,7 @@ class Interval:
 
 
 def mean_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
-    """Student's t-interval of a mean over seeds."""
+    """Return Student's t-interval of a mean over seeds."""
     array = np.asarray(values, dtype=float)
     mean, count = float(array.mean()), len(array)
     if count < 2:
@@ -49,7 +49,7 @@ def difference(
     comparisons: int = 1,
     margin: float = 0.0,
 ) -> Contrast:
-    """Ours less theirs, for two treatments of the same runs; `comparisons` share one chance of error.
+    """Return ours less theirs, for two treatments of the same runs; `comparisons` share one chance of error.
 
     Args:
         ours, theirs: (seeds, items) values of the same runs on the same items, such as a merged model
@@ -125,7 +125,7 @@ def median_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> 
 
 
 def bootstrap_variance(values: Floats, generator: np.random.Generator) -> float:
-    """Of the mean, by resampling; unbiased (a bootstrap's own is (n - 1) / n too small)."""
+    """Return the variance of the mean, by resampling; unbiased (a bootstrap's own is (n - 1) / n too small)."""
     if np.ptp(values) == 0:
         return 0.0
     found = stats.bootstrap((values,), np.mean, n_resamples=DRAWS, method="percentile", rng=generator)
@@ -142,17 +142,17 @@ def _half_width(of_seeds: float, seeds: int, of_items: float, items: int, tail: 
 
 
 def reaches(curve: Sequence[float], target: float) -> int | None:
-    """The first step, from 1, at which a smoothed loss is at or below a target; None if never."""
+    """Return the first step, from 1, at which a smoothed loss is at or below a target; None if never."""
     smooth = smoothed(curve)
     return next((i + 1 for i, value in enumerate(smooth) if value <= target), None)
 
 
 def smoothed(curve: Sequence[float], width: int = 5) -> list[float]:
-    """The mean of the last `width` values at every step."""
+    """Return the mean of the last `width` values at every step."""
     return [float(np.mean(curve[max(0, i + 1 - width) : i + 1])) for i in range(len(curve))]
 
 
 def monotone(values: Sequence[float]) -> list[float]:
-    """The nearest non-decreasing curve (isotonic regression), for a score against a budget."""
+    """Return the nearest non-decreasing curve (isotonic regression), for a score against a budget."""
     found = optimize.isotonic_regression(np.asarray(values, dtype=float)).x
     return [float(value) for value in found]

@@ -27,7 +27,7 @@ Plan = tuple[StudySetup, list[Arm], dict[str, str]]  # setup, arms, arm -> why i
 
 
 def place_of(folder: Path, trial: Trial) -> Path:
-    """Where a trial keeps its record, and its run."""
+    """Return the folder in which a trial keeps its record, and its run."""
     return folder / RUNS / trial.digest
 
 
@@ -42,7 +42,7 @@ def write(place: Path, trial: Trial, record: Record, seconds: float) -> None:
 
 
 def read(folder: Path, trial: Trial) -> Record | None:
-    """The record of a trial; None if it has none that can be read."""
+    """Return the record of a trial; None if it has none that can be read."""
     file = place_of(folder, trial) / RECORD
     with contextlib.suppress(OutputError, KeyError, TypeError):
         content = read_json(file, OutputError)
@@ -53,7 +53,7 @@ def read(folder: Path, trial: Trial) -> Record | None:
 
 
 def plans(folder: Path) -> dict[str, Plan]:
-    """The studies that a folder holds.
+    """Return the studies that a folder holds.
 
     Raises:
         OutputError: it holds none, or its study.toml is damaged.
@@ -103,7 +103,7 @@ def add_plan(folder: Path, plan: Plan) -> None:
 
 
 def require_same(folder: Path, setup: StudySetup) -> None:
-    """A study that goes on must be the one that stands there.
+    """Require a study that goes on to be the one that stands there.
 
     Raises:
         ConfigError: it was begun with other settings.
@@ -117,7 +117,7 @@ def require_same(folder: Path, setup: StudySetup) -> None:
 
 
 def require_same_facts(folder: Path, study: str, facts: Mapping[str, Any]) -> None:
-    """A study that goes on must stand on the rows and the base that it was begun with.
+    """Require a study that goes on to stand on the rows and the base that it was begun with.
 
     Raises:
         ConfigError: something else is behind a name by now.
@@ -141,7 +141,7 @@ def _facts(folder: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """The folder for one process alone.
+    """Lock the folder for one process alone.
 
     Raises:
         OutputError: another process works in it.
@@ -171,7 +171,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def _remove_unused(folder: Path) -> None:
-    """A study that could not begin leaves no folder behind, where it can be removed."""
+    """Remove the folder of a study that could not begin, where it can be removed."""
     with contextlib.suppress(OSError):
         left = list(folder.iterdir())
         if all(entry.name in (LOCK, LOG) for entry in left):
@@ -181,7 +181,7 @@ def _remove_unused(folder: Path) -> None:
 
 
 def write_results(folder: Path, records: Mapping[str, Sequence[Record]]) -> Path:
-    """results.parquet: one row for each run of every study, its numbers as columns."""
+    """Write results.parquet: one row for each run of every study, its numbers as columns."""
     import pyarrow
     from pyarrow import parquet
 
@@ -208,7 +208,7 @@ def write_results(folder: Path, records: Mapping[str, Sequence[Record]]) -> Path
 
 
 def _without_none(content: Any) -> Any:
-    """TOML has no null."""
+    """Leave out None: TOML has no null."""
     if isinstance(content, Mapping):
         return {k: _without_none(v) for k, v in content.items() if v is not None}
     if isinstance(content, list | tuple):
@@ -217,7 +217,7 @@ def _without_none(content: Any) -> Any:
 
 
 def _plain(content: Any) -> Any:
-    """JSON has no number that is not finite: it becomes null in a series, and is left out else."""
+    """Replace numbers that are not finite, which JSON lacks: null in a series, left out else."""
     if isinstance(content, Mapping):
         return {k: _plain(v) for k, v in content.items() if not (isinstance(v, float) and not math.isfinite(v))}
     if isinstance(content, list | tuple):

@@ -45,7 +45,7 @@ class Arm:
 
 @dataclass(frozen=True, kw_only=True)
 class StudySetup:
-    """What is equal for all arms of a study, so that nothing but the arms can make a difference.
+    """The setup that all arms of a study share, so that nothing but the arms can make a difference.
 
     `fields` are those of Training; `rows` how many rows of train, validation and test are used.
     `rates` are the learning rates that are searched for each arm, as multiples of the method's
@@ -73,7 +73,7 @@ class StudySetup:
     general: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """All fields, as study.toml holds them."""
+        """Return all fields, as files hold them."""
         return {**asdict(self), "values": list(self.values), "rates": list(self.rates)}
 
     def is_sound(self, name: str, arms: Sequence[Arm]) -> bool:
@@ -96,7 +96,7 @@ class StudySetup:
 
     @staticmethod
     def of(stored: Mapping[str, Any]) -> "StudySetup":
-        """What `to_json` made."""
+        """Read what `to_json` made."""
         lists = {name: tuple(stored.get(name, ())) for name in ("values", "rates")}
         return StudySetup(**{**stored, **lists})
 
@@ -112,7 +112,7 @@ class Trial:
 
     @property
     def digest(self) -> str:
-        """What decides the result, and nothing else: trials of two studies can be the same."""
+        """Return a digest of what decides the result, and of nothing else: trials of two studies can be the same."""
         setup = self.setup
         deciding = [
             FORMAT,
@@ -133,12 +133,12 @@ class Trial:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def to_json(self) -> dict[str, Any]:
-        """All fields."""
+        """Return all fields, as files hold them."""
         return {"measure": self.measure, "ground": self.setup.to_json(), "arm": asdict(self.arm), "seed": self.seed}
 
     @staticmethod
     def of(stored: Mapping[str, Any]) -> "Trial":
-        """What `to_json` made."""
+        """Read what `to_json` made."""
         return Trial(
             measure=stored["measure"],
             setup=StudySetup.of(stored["ground"]),
@@ -149,7 +149,7 @@ class Trial:
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """What came out of one trial.
+    """The result of one trial.
 
     `numbers` are scalars, `series` curves, `items` one value per test row (larger is better),
     `tables` rows of anything, `texts` words such as the name of the metric. `seconds` is what the
@@ -207,7 +207,7 @@ class Finding:
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What a question's records amount to.
+    """The answer to a question from its records.
 
     Attributes:
         sentence: the answer in one sentence.
@@ -241,7 +241,7 @@ def nothing_measured(setup: StudySetup, labels: Sequence[Message | str] = ()) ->
 
 @dataclass(frozen=True, kw_only=True)
 class StudyOptions:
-    """How a study shall be made; what is left at none is the question's own."""
+    """Settings of a study; what is left at none is the question's own."""
 
     model: Annotated[str | None, "short name, folder, GGUF file or hub id; none: by question"] = None
     data: Annotated[str | None, "task name, file, folder or hub id; none: by question"] = None
@@ -284,7 +284,7 @@ class StudyOptions:
 
 
 def parse_seconds(text: str) -> float:
-    """ "20m" -> 1200.0; units s, m and h.
+    """Parse "20m" -> 1200.0; units s, m and h.
 
     Raises:
         ConfigError: no number with one of the units.

@@ -4,6 +4,7 @@ In each trial all ways are timed, in an order that is drawn anew, so that a mach
 slows all of them; ways are compared trial by trial.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -57,6 +58,11 @@ def timed(act: Callable[[], T]) -> tuple[T, float]:
     return result, time.perf_counter() - begun
 
 
+def time_range(seconds: Sequence[float]) -> Message:
+    """Write the median of some times, from the least to the largest."""
+    return Message("overhead.range", middle=float(np.median(seconds)), low=min(seconds), high=max(seconds))
+
+
 def quickest(act: Callable[[], Any], repeats: int, warm: int = 0) -> float:
     """Return the seconds of the quickest of some repeats, after some that are not timed."""
     for _ in range(warm):
@@ -71,7 +77,7 @@ def _synchronize() -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Overhead:
-    """How much longer one way takes than another.
+    """The time that one way takes beyond another.
 
     Attributes:
         share: of the other's time, the median over trials.
@@ -98,6 +104,11 @@ class Overhead:
     def text(self) -> Message:
         """Say it, as in "batch 1: 40 % longer"."""
         return Message(f"overhead.{self.verdict}", **self.values)
+
+    @property
+    def change(self) -> Message:
+        """Write it as a change, with its interval where there is one."""
+        return Message("overhead.alone" if math.isnan(self.low) else "overhead.interval", **self.values)
 
     def finding(self, sentence: Message) -> Finding:
         """Return a sentence with the verdict on which it stands; less time is better."""

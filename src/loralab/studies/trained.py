@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from loralab import atomic
+from loralab.adapters.folder import TENSORS
 from loralab.errors import LearningError, LoralabError
 from loralab.studies.fields import configured
 from loralab.studies.measures import forgetting
@@ -40,7 +41,7 @@ KEPT_BYTES = 50_000_000  # larger adapters are scored, not kept
 
 
 def measured(trial: Trial, folder: Path, tell: Tell) -> Record:
-    """What a trial's own measure finds; where it finds nothing, a record that says why."""
+    """Measure a trial; where that gives nothing, return a record that says why."""
     try:
         return resolve(trial.measure)(trial, folder, tell)
     except LearningError as error:
@@ -50,7 +51,7 @@ def measured(trial: Trial, folder: Path, tell: Tell) -> Record:
 
 
 def resolve(name: str) -> Callable[[Trial, Path, Tell], Record]:
-    """The function behind "module:function"."""
+    """Return the function behind "module:function"."""
     module, function = name.split(":")
     found: Callable[[Trial, Path, Tell], Record] = getattr(importlib.import_module(module), function)
     return found
@@ -63,7 +64,7 @@ def measure(trial: Trial, folder: Path, tell: Tell) -> Record:
 
 
 def searched(trial: Trial, folder: Path, tell: Tell) -> Record:
-    """A short run of the search for a learning rate: its validation loss is all that counts."""
+    """Make a short run of the search for a learning rate: its validation loss is all that counts."""
     run = trained(trial, folder, tell)
     atomic.remove_folder(folder / "run")
     scores = run.scores["validation"]
@@ -76,7 +77,7 @@ def searched(trial: Trial, folder: Path, tell: Tell) -> Record:
 
 
 def probed(trial: Trial, folder: Path, tell: Tell) -> Record:
-    """What a step and the scoring of a row take on this machine."""
+    """Time a step and the scoring of a row on this machine."""
     run = trained(trial, folder, tell)
     events = [e for e in read_metrics(folder / "run") if e["kind"] == "step"]
     started = time.perf_counter()
@@ -87,7 +88,7 @@ def probed(trial: Trial, folder: Path, tell: Tell) -> Record:
 
 
 def trained(trial: Trial, folder: Path, tell: Tell) -> Run:
-    """The finished run of a trial in `folder`/run; one that was interrupted goes on."""
+    """Train in `folder`/run; one that was interrupted goes on."""
     setup, place = trial.setup, folder / "run"
     method, training = configured({**setup.fields, **trial.arm.fields, "seed": trial.seed})
     task = rows_of(setup)
@@ -98,19 +99,19 @@ def trained(trial: Trial, folder: Path, tell: Tell) -> Run:
 
 
 def rows_of(setup: StudySetup) -> Task:
-    """The rows that all trials of a study use: the first of each split, which are a fair sample."""
+    """Return the rows that all trials of a study use: the first of each split, which are a fair sample."""
     task = catalog.find(setup.data, mapping=setup.mapping, seed=0)
     splits = {name: rows[: setup.rows.get(name)] for name, rows in task.splits.items()}
     return replace(task, splits=splits)
 
 
 def scored(trial: Trial, run: Run, folder: Path) -> Record:
-    """What a finished run is worth, and what it cost."""
+    """Score a finished run, and note what it cost."""
     test = score_on(run, "test")
     train_scores = score_on(run, "train", limit=test.rows)
     events = [e for e in read_metrics(folder / "run") if e["kind"] == "step"]
     losses = [float(e["loss"]) for e in events]
-    size = sum(f.stat().st_size for f in (folder / "run").glob("adapter_model.safetensors"))
+    size = sum(f.stat().st_size for f in (folder / "run").glob(TENSORS))
     validation = run.scores["validation"].metrics
     metric = trial.setup.metric or test.main
     general, said = forgetting.measured(run.base, run.task, trial.setup.general)
@@ -152,13 +153,13 @@ def scored(trial: Trial, run: Run, folder: Path) -> Record:
 
 
 def score_on(run: Run, split: str, limit: int | None = None) -> Scores:
-    """Scores of a run's model on one split."""
+    """Score a run's model on one split."""
     base = run.base
     return evaluate(base.model, base.tokenizer, run.task, split, kind=base.kind, batch_size=32, limit=limit)
 
 
 def items_of(scores: Scores, metric: str = "") -> list[float]:
-    """One value per row, larger is better: right or wrong for accuracy, -loss for the loss.
+    """Return one value per row, larger is better: right or wrong for accuracy, -loss for the loss.
 
     A metric that no single row has is one value for all of them.
     """
@@ -171,14 +172,14 @@ def items_of(scores: Scores, metric: str = "") -> list[float]:
 
 
 def step_seconds(events: Sequence[Mapping[str, Any]]) -> float:
-    """The median time of a step, without the first ones."""
+    """Return the median time of a step, without the first ones."""
     times = [float(e["seconds"]) for e in events]
     gaps = [b - a for a, b in itertools.pairwise(times) if b > a]
     return float(np.median(gaps[WARM:] or gaps or [0.0]))
 
 
 def diverged(trial: Trial, folder: Path, reason: str) -> Record:
-    """A run whose numbers ended; its losses up to there are kept."""
+    """Return the record of a run whose numbers ended; its losses up to there are kept."""
     events = [e for e in read_metrics(folder / "run") if e["kind"] == "step"]
     atomic.remove_folder(folder / "run")
     return Record(
@@ -199,7 +200,7 @@ def forget(folder: Path, size: int) -> None:
 
 
 def untrained(trial: Trial, folder: Path, tell: Tell) -> Record:
-    """The base model as it is, on the same test rows."""
+    """Score the base model as it is, on the same test rows."""
     from loralab.training.preflight import load_base
 
     setup, task = trial.setup, rows_of(trial.setup)

@@ -1,4 +1,4 @@
-"""What the sentences of a report say, as data: verdicts.json."""
+"""Verdicts of a report as data: verdicts.json."""
 
 import json
 from collections.abc import Mapping, Sequence

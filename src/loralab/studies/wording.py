@@ -5,6 +5,7 @@ A catalogue's entry is a template: {score:points} writes the value `score` in th
 
 import functools
 import math
+import re
 import string
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
@@ -41,26 +42,40 @@ def _flat(table: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     return found
 
 
-class _Writer(string.Formatter):
+class _Writer:
     """Fill in templates; values that are messages are written in the same language."""
 
     def __init__(self, language: str) -> None:
-        self.language = language
+        self.templates = catalogue(language)
 
     def write(self, value: Any, spec: str = "") -> str:
-        if isinstance(value, Message):
-            return self.vformat(catalogue(self.language)[value.key], (), value.values)
-        return formatted(value, spec)
+        if not isinstance(value, Message):
+            return formatted(value, spec)
+        text = ""
+        for words, name, how, _ in string.Formatter().parse(self.templates[value.key]):
+            text = beside(text, words)
+            text = text if name is None else beside(text, self._field(value.values[name], how or ""))
+        return text
 
-    def format_field(self, value: Any, format_spec: str) -> str:
-        if format_spec in JOINS:
-            return joined([self.write(part) for part in value], catalogue(self.language), format_spec)
-        if format_spec.startswith(PLURAL):
-            one, many = format_spec.removeprefix(PLURAL).split("|")
+    def _field(self, value: Any, spec: str) -> str:
+        if spec in JOINS:
+            return joined([self.write(part) for part in value], self.templates, spec)
+        if spec.startswith(PLURAL):
+            one, many = spec.removeprefix(PLURAL).split("|")
             return one if value == 1 else many
-        return self.write(value, format_spec)
+        return self.write(value, spec)
 
 
+def beside(left: str, right: str) -> str:
+    """Put two texts beside each other; a space that a template leaves for Latin letters goes between Chinese signs."""
+    if CHINESE.match(left[-2:-1]) and left[-1:] == " " and CHINESE.match(right):
+        return left[:-1] + right
+    if CHINESE.match(left[-1:]) and right[:1] == " " and CHINESE.match(right[1:]):
+        return left + right[1:]
+    return left + right
+
+
+CHINESE = re.compile(r"[\u3000-\u9fff\uff00-\uffef]")
 JOINS = ("sentences", "clauses", "names", "commas")
 PLURAL = "plural "
 
@@ -97,12 +112,18 @@ def rounded(value: float) -> str:
     return f"{int(float(f'{value:.2g}')):,}"
 
 
+def probability(value: float) -> str:
+    """Write a probability in percent; what is not certain is not written as if it were."""
+    return "> 99 %" if 0.99 < value < 1 else "< 1 %" if 0 < value < 0.01 else f"{100 * value:.0f} %"
+
+
 FORMATS: dict[str, Callable[[Any], str]] = {
     "count": lambda value: f"{value:,.0f}",
     "plain": lambda value: f"{value:.3f}",
     "short": lambda value: f"{value:.3g}",
     "rate": lambda value: f"{value:.1e}",
     "percent": lambda value: f"{100 * value:.1f} %",
+    "probability": probability,
     "share": lambda value: f"{100 * value:.0f} %",
     "fine percent": lambda value: f"{100 * value:.3g} %",
     "signed percent": lambda value: f"{100 * value:+.1f} %",

@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def _wait(child: int, parent: int) -> int:
-    """The child's exit code, negative for a signal; it is killed when our own parent is gone."""
+    """Return the child's exit code, negative for a signal; it is killed when our own parent is gone."""
     while True:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
@@ -59,7 +59,7 @@ def _wait(child: int, parent: int) -> int:
 
 
 def _child(job: dict[str, Any], out: Any) -> int:
-    """Do one job; the exit code."""
+    """Do one job; return the exit code."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
 
@@ -93,7 +93,7 @@ def _measure(job: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> int
 
 
 def _prepare(job: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> int:
-    """The arms of a study, which of them cannot run on this model, and what it stands on."""
+    """Tell the arms of a study, which of them cannot run on this model, and what it stands on."""
     from loralab.studies.prepare import prepare
 
     given = job.get("arms")

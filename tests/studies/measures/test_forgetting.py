@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from PIL import Image
 from studies.conftest import Here, planted, setup_of
 from torch.nn import functional as F
 from transformers import Dinov2Config, Dinov2Model
@@ -29,7 +28,7 @@ from loralab.studies.message import Message
 from loralab.studies.prepare import prepare
 from loralab.studies.study import Arm, Record, StudyOptions, Trial
 from loralab.studies.trained import MEASURE
-from loralab.studies.trained import measured as measure_cell
+from loralab.studies.trained import measured as measure_trial
 from loralab.tasks.catalog import TASKS, find
 from loralab.tasks.forward import answer_loss
 
@@ -38,7 +37,7 @@ WORDS = ["good", "bad", "fine", "poor", "great", "awful", "film"]
 
 @pytest.fixture(scope="module")
 def general_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Plain text of words that the sums do not have."""
+    """Write plain text of words that the sums do not have."""
     draw = random.Random(1)
     file = tmp_path_factory.mktemp("general") / "general.txt"
     lines = {" ".join(draw.choices(["film", "the", "a"], k=5 + n % 5)) for n in range(120)}
@@ -48,7 +47,7 @@ def general_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def labelled_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Texts of another task: their label is their first word."""
+    """Write texts of another task: their label is their first word."""
     draw = random.Random(2)
     rows = [(draw.choice(["good", "bad"]), " ".join(draw.choices(WORDS, k=3)), n) for n in range(300)]
     file = tmp_path_factory.mktemp("labelled") / "other.csv"
@@ -57,20 +56,8 @@ def labelled_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Dark and light pictures in folders of that name."""
-    folder, draw = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
-    for name, level in (("dark", 40), ("light", 200)):
-        (folder / name).mkdir()
-        for number in range(60):
-            noise = draw.integers(0, 50, (28, 28, 3)) + level
-            Image.fromarray(noise.astype(np.uint8)).save(folder / name / f"{number}.png")
-    return folder
-
-
 def loss_by_hand(base: Base, texts: list[str]) -> float:
-    """Every text alone, each token but the first predicted from those before it."""
+    """Return the loss of every text alone, each token but the first predicted from those before it."""
     total, count = 0.0, 0
     for text in texts:
         ids = torch.tensor([[*base.tokenizer(text)["input_ids"], base.tokenizer.eos_token_id]])
@@ -82,7 +69,7 @@ def loss_by_hand(base: Base, texts: list[str]) -> float:
 
 
 def train_by_hand(base: Base, file: Path, rate: float, steps: int = 20) -> None:
-    """A few steps on the rows of a file."""
+    """Take a few steps on the rows of a file."""
     parameters = [p for p in base.model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(parameters, lr=rate)
     examples = find(str(file)).encode(base.tokenizer, "train", kind=base.kind)[:16]
@@ -258,7 +245,7 @@ def test_a_record_holds_both_numbers_or_says_why_not(
     arm = Arm(name="a", fields={"method": "lora", "rank": 2, "learning_rate": 1e-2})
     own = setup_of("rank", tiny_bert_folder, noise_file, general=str(labelled_file))
     trial = Trial(measure=MEASURE, setup=own, arm=arm, seed=0)
-    record = measure_cell(trial, tmp_path / "one", lambda event: None)
+    record = measure_trial(trial, tmp_path / "one", lambda event: None)
     assert record.texts["general_kind"] == "accuracy"
     said = forgetting_of([record])
     assert said is not None
@@ -266,7 +253,7 @@ def test_a_record_holds_both_numbers_or_says_why_not(
     assert said.values["after"] == record.numbers["general_after"]
     for names in ("TEXTS", "TEXT_TASKS"):
         monkeypatch.setattr(forgetting, names, ())
-    none = measure_cell(
+    none = measure_trial(
         Trial(measure=MEASURE, setup=setup_of("rank", tiny_bert_folder, noise_file), arm=arm, seed=0),
         tmp_path / "two",
         lambda event: None,

@@ -44,7 +44,7 @@ def test_arms_end_with_the_same_ranks_and_the_same_factor(tiny_bert_folder: Path
 
 
 def cubic(step: int, modules: int, steps: int) -> int:
-    """Equation 14 of arXiv:2303.10512 as its code has it, for 6 → 4."""
+    """Compute equation 14 of arXiv:2303.10512 as its code has it, for 6 → 4."""
     first, last = steps // 10, steps - 3 * steps // 10
     if step <= first:
         return 6 * modules
@@ -91,7 +91,7 @@ def test_ranks_left_follow_the_schedule_into_the_file(
 
 
 def adalora(right: float, ranks: Sequence[Sequence[int]], *, in_file: int = 24, name: str = ADALORA) -> list[Record]:
-    """Planted records of AdaLoRA on six modules, one list of final ranks for each seed."""
+    """Plant records of AdaLoRA on six modules, one list of final ranks for each seed."""
     scores = [float(row < right * ROWS) for row in range(ROWS)]
     fields = {"target_rank": 4, "rank": 6, "alpha": 24.0, "method": "adalora"}
     numbers = {
@@ -124,7 +124,7 @@ def adalora(right: float, ranks: Sequence[Sequence[int]], *, in_file: int = 24, 
 
 
 def lora(right: float) -> list[Record]:
-    """Planted records of LoRA at the same budget."""
+    """Plant records of LoRA at the same budget."""
     scores = [float(row < right * ROWS) for row in range(ROWS)]
     return [replace(r, numbers={**r.numbers, "head_parameters": 10.0}) for r in planted(LORA, scores, rank=4)]
 

@@ -36,7 +36,7 @@ WAYS = {"banked": Banked, "looped": Looped}
 
 
 def routed(adapter: Adapter, count: int, way: str = "banked") -> tuple[Any, Any, list[Adapter]]:
-    """The base of an adapted model with several adapters on it, the trained one first."""
+    """Return the base of an adapted model with several adapters on it, the trained one first."""
     model = adapter.detach()
     adapters = as_large(adapter, model, count)
     return model, WAYS[way](model, adapters), adapters
@@ -198,7 +198,7 @@ def timed(
     items: dict[str, list[float]] | None = None,
     **numbers: float,
 ) -> Record:
-    """A record of variants that take so many times the control's 40 and 80 ms."""
+    """Return a record of variants that take so many times the control's 40 and 80 ms."""
     draw = random.Random(arm)
     rows = [
         {
@@ -246,7 +246,7 @@ def test_nothing_timed_says_so() -> None:
 
 
 def takes(answer: Answer, way: str, batch: int = 1) -> Finding:
-    """The finding on the time of a way at a batch."""
+    """Return the finding on the time of a way at a batch."""
     for finding in answer.findings:
         said = finding.sentence
         name = said.values.get("way")

@@ -124,7 +124,7 @@ def test_a_language_model_is_compared_where_it_has_labels(tiny_llama_folder: Pat
 
 
 def started(name: str, share: float, gains: list[float], accuracy: float, **more: float) -> list[Record]:
-    """Planted records that know their start; losses of rows stand for a head that is not new."""
+    """Plant records that know their start; losses of rows stand for a head that is not new."""
     draw = np.random.default_rng(len(name))
     scores = (draw.random(ROWS) < accuracy).astype(float).tolist()
     start: Mapping[str, float] = {

@@ -27,7 +27,7 @@ ROWS = 300
 
 
 def rows_at(share: float, name: str) -> list[float]:
-    """Right and wrong rows with this share of right ones."""
+    """Return right and wrong rows with this share of right ones."""
     draw = random.Random(name)
     rows = [float(n < share * ROWS) for n in range(ROWS)]
     draw.shuffle(rows)
@@ -35,7 +35,7 @@ def rows_at(share: float, name: str) -> list[float]:
 
 
 def full(matrices: Mapping[str, torch.Tensor], score: float = 0.8) -> list[Record]:
-    """Records of a full fine-tune whose layers moved by these matrices."""
+    """Plant records of a full fine-tune whose layers moved by these matrices."""
     tables = []
     for name, change in matrices.items():
         draw = torch.randn(*change.shape, generator=torch.Generator().manual_seed(1))
@@ -81,7 +81,7 @@ def curve(scores: Mapping[int, float], variant: str = "did") -> list[Record]:
 
 
 def pair_record(draw: torch.Generator, shared: float) -> Record:
-    """Overlaps of updates that share their strongest input direction, or do not."""
+    """Plant overlaps of updates that share their strongest input direction, or do not."""
     pairs: dict[str, dict[str, Any]] = {"small": {}, "large": {}, "again": {}}
     for number in range(12):
         common = torch.randn(64, generator=draw)
@@ -187,7 +187,7 @@ def test_shared_directions_are_seen_and_random_ones_are_not() -> None:
 
 
 def sides(answer: Answer) -> list[Finding]:
-    """The findings on first directions."""
+    """Return the findings on first directions."""
     return [f for f in answer.findings if "lowrank.first_directions" in keys_in(f.sentence)]
 
 

@@ -33,7 +33,7 @@ def base() -> Base:
 def runs(
     role: str, peak: float, step: float, *, curve: float = 0.0, loading: float = 1.2e9, seeds: int = 3, **fields: Any
 ) -> list[Record]:
-    """An arm's records, whose peaks and times scatter by half a per cent."""
+    """Return an arm's records, whose peaks and times scatter by half a per cent."""
     own = Arm(
         name=role,
         fields={"method": "lora", "rank": 8, "save_every": 4, "pass_tokens": memory.WHOLE, **fields},

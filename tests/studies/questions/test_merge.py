@@ -178,7 +178,7 @@ def test_a_difference_below_the_expectation_holds() -> None:
     answer = merge.conclude([record("fp32", 3e-8), record("bf16", 2e-3, 0)], SETUP)
     assert answer.blanks[0][1].values["difference"] == 3e-8
     assert answer.blanks[0][1].values["share"] == pytest.approx(3e-8 / 0.6)
-    assert answer.blanks[1][1].key == "merge.expected"
+    assert answer.blanks[1][1].key == "claim.holds"
     assert keys_in(answer.sentence)[:2] == ["join.sentences", "merge.fp32_same"]
     assert message_in(answer.sentence, "merge.form").values["difference"] == 2e-3
     assert not any(f.holds for f in answer.findings)

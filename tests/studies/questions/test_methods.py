@@ -21,7 +21,6 @@ from loralab.studies.message import Message
 from loralab.studies.prepare import prepare
 from loralab.studies.questions import methods
 from loralab.studies.questions.methods import LATENCY
-from loralab.studies.readings.latencies import describe
 from loralab.studies.readings.published import holds_here
 from loralab.studies.statistics import median_interval
 from loralab.studies.study import Answer, Arm, Record, StudySetup
@@ -44,7 +43,7 @@ def arm(name: str, scores: list[int], budget: str | None = "r=8", **fields: obje
 
 
 def timed(ways: dict[tuple[str, str], tuple[float, float]], noise: float = 0.001) -> Record:
-    """A record of passes that take so many times a base of 10 and 200 ms."""
+    """Return a record of passes that take so many times a base of 10 and 200 ms."""
     draw = random.Random(0)
     rows = [
         {
@@ -141,7 +140,7 @@ def test_the_interval_of_a_median_covers_it(count: int) -> None:
 
 
 def test_too_few_trials_have_no_interval() -> None:
-    assert describe(overhead([2.0, 2.0], [1.0, 1.0])).key == "methods.overhead_alone"
+    assert overhead([2.0, 2.0], [1.0, 1.0]).change.key == "overhead.alone"
     assert all(math.isnan(edge) for edge in median_interval([1.0, 2.0, 3.0, 4.0, 5.0]))
     assert not overhead([2.0, 2.0], [1.0, 1.0]).holds
     assert 1 - 2 * stats.binom.cdf(0, LEAST, 0.5) >= 0.95
@@ -270,7 +269,7 @@ def test_nothing_measured_and_nothing_timed_are_said() -> None:
 
 
 def test_passes_are_those_of_the_variants() -> None:
-    """The model in each way computes what the way says, and is itself again afterwards."""
+    """Compute in each way what the way says, and leave the model itself afterwards."""
     model = base(tiny.llama())
     variants: dict[str, Any] = {"lora": {"method": "lora", "rank": 2}, "p": {"method": "prefix"}}
     ways, refused = passes.ways_of(model, {**variants, "b": {"method": "bitfit"}})

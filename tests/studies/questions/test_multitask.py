@@ -31,7 +31,7 @@ SETUP = StudySetup(study="multitask", model="m", data="d")
 
 @pytest.fixture(scope="session")
 def word_files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Three tasks: which of two, three and two words a text holds."""
+    """Write three tasks: which of two, three and two words a text holds."""
     folder = tmp_path_factory.mktemp("words")
     files = []
     for name, words in (("two", "good bad"), ("three", "good bad fine"), ("other", "poor great")):
@@ -43,7 +43,7 @@ def word_files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 def trained_by_chance(base: Base, seed: int, rank: int, targets: Any) -> Adapter:
-    """An adapter whose numbers are random, and its head."""
+    """Return an adapter whose numbers are random, and its head."""
     draw = torch.Generator().manual_seed(seed)
     config = LoRA(rank=rank, target_modules=targets, modules_to_save=("classifier",))
     adapter = attach(base.model, config, generator=draw)
@@ -121,7 +121,7 @@ def test_the_commonest_label_is_that_of_train(word_files: Sequence[Path]) -> Non
 
 
 def system(same: float = 1.0, furthest: float = 1e-6, ratio: float = 3.0) -> Record:
-    """A system whose mixed batches are so many times as fast."""
+    """Return a system whose mixed batches are so many times as fast."""
     draw = random.Random(0)
     series = {}
     for rows in multitask.SIZES:

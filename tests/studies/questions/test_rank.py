@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from studies.conftest import Here, planted, setup_of
+from studies.conftest import Here, keys_in, planted, setup_of
 from torch import nn
 
 from loralab.adapters.linear import LinearWithLoRA
@@ -17,7 +17,7 @@ TRUE_RANK, WIDTH, TEST_ROWS = 4, 16, 120
 
 
 def fitted(width: int, seed: int) -> Record:
-    """A layer whose true update has rank 4 and equal singular values, learnt at another rank."""
+    """Return a layer whose true update has rank 4 and equal singular values, learnt at another rank."""
     draw = torch.Generator().manual_seed(seed)
     base = nn.Linear(WIDTH, WIDTH, bias=False)
     fixed = torch.Generator().manual_seed(9)  # the same update for every rank and seed
@@ -59,6 +59,7 @@ def test_on_noise_no_rank_is_better(here: Here, tiny_bert_folder: Path, noise_fi
     assert not any(finding.holds for finding in answer.findings)
     assert answer.advice == {}
     assert answer.ranking.recommended is None
+    assert "rank.cut" not in keys_in(answer.sentence)  # where nothing was learnt, any cut keeps it
     assert [label for label, _ in answer.blanks] == ["rank=1", "rank=2", "rank=8"]
     assert answer.figures
 

@@ -13,7 +13,7 @@ GOOD, FAIR, CHANCE = [1.0] * 180 + [0.0] * 20, [1.0] * 140 + [0.0] * 60, [1.0, 0
 
 
 def whole(name: str, scores: list[float], validation: list[float] | None = None, seeds: int = 3) -> list[Record]:
-    """Runs to the end, whose validation rows score as the test rows do, or otherwise."""
+    """Plant runs to the end, whose validation rows score as the test rows do, or otherwise."""
     own = validation or scores
     return [
         replace(

@@ -24,17 +24,17 @@ Best = Callable[[str, int], float]
 
 
 def steady(scaling_: str, rank: int) -> float:
-    """The best rate is the same at every rank."""
+    """Keep the best rate the same at every rank."""
     return 1e-3
 
 
 def moving(scaling_: str, rank: int) -> float:
-    """Without alpha / r the best rate falls tenfold."""
+    """Let the best rate fall tenfold without alpha / r."""
     return 1e-3 if scaling_ == "alpha/r" or rank == 4 else 1e-4
 
 
 def planted(best: Best, *, gain: float = 0.0, seeds: int = 2, lost: tuple[str, float] = ("", 0.0)) -> list[Record]:
-    """Losses that are a parabola over log10(rate) around the best one.
+    """Plant losses that are a parabola over log10(rate) around the best one.
 
     `gain` is by how much "none" is more often right; runs of the scaling and rate `lost` diverge.
     """

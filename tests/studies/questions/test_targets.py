@@ -1,4 +1,4 @@
-"""Which layers: budgets are equal, blanks follow from the numbers, updates are read."""
+"""Choices of layers: budgets are equal, blanks follow from the numbers, updates are read."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +29,7 @@ def base(model: object) -> Base:
 
 
 def arm(name: str, scores: list[int], parameters: int, step: float = 0.1) -> list[Record]:
-    """Planted records of an arm that trains so many parameters, 10 of them in the head."""
+    """Plant records of an arm that trains so many parameters, 10 of them in the head."""
     rank = int(name.rpartition("=")[2]) if "=" in name else 0
     found = planted(name, scores, rank=rank)
     numbers = {"parameters": parameters + 10, "head_parameters": 10, "step_seconds": step}

@@ -3,11 +3,9 @@
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import tiny
 import torch
-from PIL import Image
 from studies.conftest import Here, assert_it_renders, keys_in, message_in, messages_in, planted, setup_of
 from transformers import Dinov2Config, Dinov2ForImageClassification, Dinov2Model
 
@@ -34,22 +32,10 @@ CONFIG = {
 
 @pytest.fixture(scope="module")
 def eyes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny DINOv2 without a head."""
+    """Return a tiny DINOv2 without a head."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("eyes")
     Dinov2Model(Dinov2Config(**CONFIG)).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Dark and light pictures in folders of that name."""
-    folder, draw = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
-    for name, level in (("dark", 40), ("light", 200)):
-        (folder / name).mkdir()
-        for number in range(60):
-            noise = draw.integers(0, 50, (28, 28, 3)) + level
-            Image.fromarray(noise.astype(np.uint8)).save(folder / name / f"{number}.png")
     return folder
 
 

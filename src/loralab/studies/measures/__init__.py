@@ -1,1 +1,1 @@
-"""What a trial measures: each file trains or times something and makes a record of it."""
+"""The measures of trials: each file trains or times something and makes a record of it."""

@@ -66,8 +66,8 @@ def anatomy_table(tables: Mapping[str, Any]) -> list[Table]:
     for kind, name in (("vision", Message("vision.this_model")), ("language", WRITER)):
         layers = tables.get(kind, ())
         sizes = [row["count"] * RANK * (row["outputs"] + row["inputs"]) for row in layers]
-        trials = zip(layer_rows(layers), sizes, strict=True)
-        rows += [{"model": name, "lora_parameters": size, **row} for row, size in trials]
+        pairs = zip(layer_rows(layers), sizes, strict=True)
+        rows += [{"model": name, "lora_parameters": size, **row} for row, size in pairs]
     last = Column("lora_parameters", "count", label=Message("column.lora_parameters", rank=RANK))
     columns = [Column(name) for name in ("model", "adapted_by", "layer", "shape", "count")]
     return [Table(title=Message("table.anatomy"), columns=[*columns, last], rows=rows)] if tables.get("vision") else []

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from loralab.adapters.adapter import Adapter
-from loralab.adapters.folder import RECORD
+from loralab.adapters.folder import RECORD, TENSORS
 from loralab.adapters.load import load
 from loralab.errors import BaseMismatchWarning
 from loralab.models.load import Base
@@ -17,14 +17,13 @@ from loralab.tasks.samples import SAMPLES, sample_inputs
 from loralab.training.preflight import load_base
 
 REFERENCE = Arm(name="r=8", fields={"method": "lora", "rank": 8}, tuned=False, plain=True)
-WEIGHTS = "adapter_model.safetensors"
 
 
 def adapter_folder(trial: Trial, folder: Path, tell: Tell) -> Path:
     """Return the folder of the reference arm's adapter; where that arm left none, train it here."""
     own = replace(trial, measure=MEASURE, arm=REFERENCE, seed=0)
     beside = folder.parent / own.digest / "run"
-    if all((beside / name).is_file() for name in (WEIGHTS, RECORD)):
+    if all((beside / name).is_file() for name in (TENSORS, RECORD)):
         return beside
     return trained(own, folder, tell).output_dir
 

@@ -35,7 +35,7 @@ def measure(trial: Trial, folder: Path, tell: Tell) -> Record:
 
 
 def factors(adapter: Adapter) -> dict[str, tuple[Tensor, Tensor]]:
-    """A and B of every low-rank update."""
+    """Return A and B of every low-rank update."""
     return {
         name: (module.lora_A.detach().clone(), module.lora_B.detach().clone())
         for name, module in adapter.modules.items()
@@ -44,7 +44,7 @@ def factors(adapter: Adapter) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def truncated(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The nearest update of a smaller rank, in factors of the old shapes filled up with zeros."""
+    """Return the nearest update of a smaller rank, in factors of the old shapes filled up with zeros."""
     left, values, right = decompose(A, B)
     count = min(rank, len(values))
     new_a, new_b = torch.zeros_like(A), torch.zeros_like(B)

@@ -51,7 +51,7 @@ def measure(trial: Trial, folder: Path, tell: Tell) -> Record:
 
 
 def norms(seen: Sequence[Mapping[str, float]], whole: Sequence[float]) -> dict[str, list[float]]:
-    """The gradient's length in all A, all B and the head at each step, before clipping.
+    """Return the gradient's length in all A, all B and the head at each step, before clipping.
 
     Args:
         seen: of each step, the lengths in single tensors, as clipped.
@@ -70,7 +70,7 @@ def norms(seen: Sequence[Mapping[str, float]], whole: Sequence[float]) -> dict[s
 
 
 def part_of(name: str) -> str:
-    """Which of PARTS a trained tensor belongs to, by its path."""
+    """Return which of PARTS a trained tensor belongs to, by its path."""
     last = name.rsplit(".", 1)[-1]
     if "lora_" not in last:
         return "head"
@@ -79,7 +79,7 @@ def part_of(name: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Outputs:
-    """What a model makes of a batch: mean loss of each row, logits (M, C), features (N, H)."""
+    """The outputs of a model for a batch: mean loss of each row, logits (M, C), features (N, H)."""
 
     losses: Tensor
     logits: Tensor
@@ -87,7 +87,7 @@ class Outputs:
 
 
 def start_of(trial: Trial) -> tuple[dict[str, float], list[float]]:
-    """What the start of A and B changes in the base model: numbers, and each row's loss.
+    """Measure what the start of A and B changes in the base model: numbers, and each row's loss.
 
     The adapter is attached as training attaches it: the same seed gives the same A and B.
     """
@@ -105,7 +105,7 @@ def start_of(trial: Trial) -> tuple[dict[str, float], list[float]]:
 
 
 def few_labels(examples: Sequence[Example], kind: str) -> list[Example]:
-    """The first examples, at least one, whose labels are few enough for all logits to be kept."""
+    """Return the first examples, at least one, whose labels are few enough for all logits to be kept."""
     total, found = 0, list[Example]()
     for example in examples:
         total += labelled_tokens(example, kind)
@@ -116,7 +116,7 @@ def few_labels(examples: Sequence[Example], kind: str) -> list[Example]:
 
 
 def compared(before: Sequence[Outputs], after: Sequence[Outputs]) -> tuple[dict[str, float], list[float]]:
-    """How far two models lie apart on the same batches; of each row, the loss that is gained."""
+    """Return how far two models lie apart on the same batches; of each row, the loss that is gained."""
     pairs = list(zip(before, after, strict=True))
     old, new = (torch.cat([o.losses for o in side]) for side in (before, after))
     numbers = {
@@ -132,13 +132,13 @@ def compared(before: Sequence[Outputs], after: Sequence[Outputs]) -> tuple[dict[
 
 @torch.no_grad()
 def outputs(base: Base, examples: Sequence[Example]) -> list[Outputs]:
-    """Losses, logits and last hidden states of a model, batch by batch."""
+    """Return losses, logits and last hidden states of a model, batch by batch."""
     batches = by_length(base.model, base.tokenizer, examples, base.kind, 32)
     return [_of_batch(base, batch) for _, batch in batches]
 
 
 def _of_batch(base: Base, batch: Mapping[str, Tensor]) -> Outputs:
-    """The features are what the head reads, without padding."""
+    """Return the outputs of a batch; the features are what the head reads, without padding."""
     kept: list[Tensor] = []
 
     def keep(module: Any, given: Any, output: Any) -> None:
@@ -157,7 +157,7 @@ def _of_batch(base: Base, batch: Mapping[str, Tensor]) -> Outputs:
 
 
 def _logits(base: Base, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits (M, C), labels (M,) and rows (M,) of all that carries loss."""
+    """Return logits (M, C), labels (M,) and rows (M,) of all that carries loss."""
     model, labels = base.model, batch["labels"]
     if base.kind == "causal-lm":
         logits, targets, rows = labelled(model, batch)
@@ -173,12 +173,12 @@ def _logits(base: Base, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Te
 
 
 def _apart(pairs: Sequence[tuple[Tensor, Tensor]]) -> float:
-    """|new - old| / |old| of all tensors together."""
+    """Return |new - old| / |old| of all tensors together."""
     moved = math.fsum(float((new - old).double().square().sum()) for old, new in pairs)
     return math.sqrt(moved / math.fsum(float(old.double().square().sum()) for old, _ in pairs))
 
 
 def _kl(old: Tensor, new: Tensor) -> Tensor:
-    """KL(old || new) of each row of logits, (M,)."""
+    """Return KL(old || new) of each row of logits, (M,)."""
     log_p, log_q = old.log_softmax(-1), new.log_softmax(-1)
     return (log_p.exp() * (log_p - log_q)).sum(-1).clamp_min(0)  # rounding can take it below

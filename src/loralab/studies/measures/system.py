@@ -15,7 +15,7 @@ from torch import Tensor
 
 from loralab.adapters.adapter import Adapter
 from loralab.adapters.attach import attach
-from loralab.adapters.folder import TENSORS
+from loralab.adapters.folder import CONFIG, RECORD, TENSORS
 from loralab.adapters.load import load
 from loralab.errors import ConfigError, LoralabError
 from loralab.models.load import Base
@@ -37,7 +37,7 @@ WAYS = MIXED, TURN, ALONE = ("mixed", "in turn", "base alone")
 REPEATS = (25, 9)  # thorough, quick
 COMPARED = 8  # test rows of each task whose answers are compared
 LOADS = 3
-StudyOptions = tuple[int, Example]  # the adapter's number, and what it is asked
+Request = tuple[int, Example]  # the adapter's number, and the row that it answers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ class Stored:
     task: Task
 
 
-def own_cell(trial: Trial, name: str) -> Trial:
+def own_trial(trial: Trial, name: str) -> Trial:
     """Return the trial on the setup of a task of its own."""
     mapping = {} if name in TASKS else trial.setup.mapping
     return replace(trial, setup=replace(trial.setup, data=name, mapping=mapping))
@@ -57,7 +57,7 @@ def own_cell(trial: Trial, name: str) -> Trial:
 
 def measure_task(trial: Trial, folder: Path, tell: Tell) -> Record:
     """Train an adapter on its own task; its score stands beside that of the commonest label."""
-    own = own_cell(trial, str(trial.arm.options["task"]))
+    own = own_trial(trial, str(trial.arm.options["task"]))
     record = trained.measure(own, folder, tell)
     found = majority(rows_of(own.setup))
     if not found or not record.items:
@@ -108,7 +108,7 @@ def adapters_of(trial: Trial, folder: Path, tell: Tell) -> list[Stored]:
         one = replace(trial, arm=Arm(**arm), measure=MEASURE_TASK)
         name = str(one.arm.options["task"])
         place = folder.parent / one.digest / "run"
-        own = own_cell(one, name)
+        own = own_trial(one, name)
         try:
             if not (place / TENSORS).is_file():
                 place = folder / f"task-{len(found)}" / "run"
@@ -152,7 +152,7 @@ def one_after_the_other(
     return adapters, answers, seconds
 
 
-def requests(stored: Sequence[Stored], base: Base) -> list[StudyOptions]:
+def requests(stored: Sequence[Stored], base: Base) -> list[Request]:
     """Return the first test rows of every task, each with the number of its adapter."""
     found = []
     for number, own in enumerate(stored):
@@ -176,7 +176,7 @@ def outputs(base: Base, examples: Sequence[Example]) -> Tensor:
 
 
 def compared(
-    base: Base, mixed: Mixed, asked: Sequence[StudyOptions], expected: Sequence[Sequence[Tensor]]
+    base: Base, mixed: Mixed, asked: Sequence[Request], expected: Sequence[Sequence[Tensor]]
 ) -> dict[str, float]:
     """Return how far the answers of mixed batches are from those of one adapter after the other."""
     position = [0] * len(expected)
@@ -200,7 +200,7 @@ def compared(
 
 
 def timed(
-    trial: Trial, task: Task, base: Base, mixed: Mixed, asked: Sequence[StudyOptions], adapters: Sequence[Adapter]
+    trial: Trial, task: Task, base: Base, mixed: Mixed, asked: Sequence[Request], adapters: Sequence[Adapter]
 ) -> tuple[dict[str, list[float]], float]:
     """Return the seconds of a batch in each of the ways, which take turns so that all meet the same machine."""
     own, _ = loaded(trial, task)
@@ -222,7 +222,7 @@ def timed(
 
 
 def _ways(
-    batch: Sequence[StudyOptions], base: Base, mixed: Mixed, own: Base, adapter: Adapter, adapters: Sequence[Adapter]
+    batch: Sequence[Request], base: Base, mixed: Mixed, own: Base, adapter: Adapter, adapters: Sequence[Adapter]
 ) -> Mapping[str, Callable[[], Any]]:
     """Return what is done to answer a batch, in each of the ways."""
     batch = sorted(batch, key=lambda one: one[0])  # the rows of an adapter stand together
@@ -246,7 +246,7 @@ def _ways(
     return {MIXED: at_once, TURN: in_turn, ALONE: alone}
 
 
-def interleaved(asked: Sequence[StudyOptions], adapters: int) -> list[StudyOptions]:
+def interleaved(asked: Sequence[Request], adapters: int) -> list[Request]:
     """Return one row for each adapter in turn, so that every batch meets as many as it can."""
     queues = [[a for a in asked if a[0] == number] for number in range(adapters)]
     rounds = itertools.zip_longest(*queues)
@@ -260,8 +260,8 @@ def model_bytes(base: Base) -> int:
 
 def folder_bytes(folder: Path) -> int:
     """Return the bytes of the files of an adapter folder that a system needs."""
-    names = (TENSORS, "adapter_config.json", "loralab.json")
-    return sum((folder / name).stat().st_size for name in names if (folder / name).is_file())
+    files = (folder / name for name in (TENSORS, CONFIG, RECORD))
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def _swaps(adapter: Adapter, adapters: Sequence[Adapter], repeats: int) -> list[float]:

@@ -78,7 +78,7 @@ def conclude(records: Sequence[Record], setup: StudySetup) -> Answer:
         sentence=_sentence(first, moved[first], claims.get(first)),
         findings=list(claims.values()),
         blanks=[(WHERE, _where(first, moved[first])), (CHALLENGES, _challenges(first, rivals, found.arms))],
-        tables=[_budget_table(found, rivals), *found.answer().tables],
+        tables=[_budget_table(found, rivals), found.scores],
         figures=[budget_chart(moved), *ranks_chart(first, moved[first])],
         advice=_advice(claims.get(first), moved[first][0].arm.fields),
     )

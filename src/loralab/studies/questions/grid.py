@@ -24,5 +24,5 @@ def conclude(records: Sequence[Record], setup: StudySetup) -> Answer:
     found = compare_arms(records, setup)
     if found is None:
         return nothing_measured(setup)
-    chart = replace(found.chart("grid", Message("axis.arm")), name=setup.study)
+    chart = replace(found.chart("grid", Message("column.arm")), name=setup.study)
     return found.answer(findings=claims(found.ranking, found.metric), figures=[chart])

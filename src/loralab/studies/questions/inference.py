@@ -12,7 +12,7 @@ from loralab.studies.measures.deployed import BASE, DENSE, LOOPED, MEASURE_ADAPT
 from loralab.studies.message import Chart, Column, Message, Table, clauses, sentences
 from loralab.studies.readings.deployments import Deployed, Way, adapters_of, deployed_of
 from loralab.studies.study import Answer, Arm, Finding, Record, StudySetup, nothing_measured
-from loralab.studies.timing import Overhead
+from loralab.studies.timing import Overhead, time_range
 from loralab.studies.trained import MEASURE
 
 __all__ = ["MEASURE", "arms", "conclude"]
@@ -84,7 +84,7 @@ def _at(timed: Deployed, way: Way | None) -> Message:
         return MISSING
     batches = sorted(timed.times[way])
     parts = [Message("inference.at_batch", batch=b, over=o.text) for b in batches if (o := timed.over(way, b))]
-    return Message("inference.at_batches", parts=parts)
+    return Message("join.commas", parts=parts)
 
 
 def _sentence(timed: Deployed) -> Message:
@@ -201,10 +201,7 @@ def _times_table(timed: Deployed) -> Table:
 
 def _timed(timed: Deployed, way: Way, batch: int) -> Message:
     seconds, over = timed.times[way][batch], timed.over(way, batch)
-    time = Message("inference.timed", middle=timed.middle(way, batch), low=min(seconds), high=max(seconds))
-    if over is None or way == timed.control[way[0]]:
-        return time
-    return clauses([time, Message("overhead.interval", **over.values)])
+    return clauses([time_range(seconds), over.change if over and way != timed.control[way[0]] else None])
 
 
 def _costs_table(timed: Deployed) -> Table:

@@ -73,7 +73,7 @@ def conclude(records: Sequence[Record], setup: StudySetup) -> Answer:
     if found is None:
         return Answer(**parts, tables=[table])
     advice = _advice(found) if finals else {}
-    return found.answer(**parts, tables=[table, *found.answer().tables], advice=advice)
+    return found.answer(**parts, tables=[table, found.scores], advice=advice)
 
 
 def _advice(found: Comparison) -> dict[str, str]:

@@ -221,7 +221,7 @@ def _order_table(pairs: Pairs) -> Table:
 def _spectrum_charts(spectra: Spectra) -> list[Chart]:
     """Return energy against rank, and the share of directions of every layer and module."""
     title, x, y = (Message(f"lowrank.{name}") for name in ("energy_chart", "of_directions", "of_energy"))
-    kind, layer, share = Message("axis.module"), Message("axis.layer"), Message("axis.share")
+    kind, layer, share = Message("axis.module"), Message("column.layer"), Message("axis.share")
     options = {"numbers": len({row["x"] for row in spectra.layers}) <= 16}
     heat = Message("lowrank.layers_chart")
     return [

@@ -116,7 +116,7 @@ def _sentence(found: Savings) -> Message:
     if best == BASELINE or saved is None or (saved.verdict != "better" and once is None):
         main, best = Message("memory.none_lower", peak=before), BASELINE
     else:
-        name, time = _name(best), slow and _change(slow)
+        name, time = _name(best), slow and slow.change
         main = Message("memory.saves", name=name, before=before, after=found.peak(best), less=-saved.share, time=time)
     return sentences(once, main, _floor(found, best), *_lower(found, best))
 
@@ -135,19 +135,11 @@ def _lower(found: Savings, best: str) -> list[Message | None]:
     return [Message("memory.lower", **values), _floor(found, least)]
 
 
-def _change(over: Overhead) -> Message:
-    """Write a change with its interval, where there is one."""
-    alone = math.isnan(over.low)
-    return Message("memory.change_alone", share=over.share) if alone else Message("overhead.interval", **over.values)
-
-
 def _blank(found: Savings, role: str) -> Message:
     """Fill in a row of the source's table."""
     if role not in found.runs:
         return Message("answer.not_measured")
-    memory, time = (
-        Message("memory.beside", change=_change(over)) if over else None for over in _overheads(found, role)
-    )
+    memory, time = (Message("memory.beside", change=over.change) if over else None for over in _overheads(found, role))
     numbers = means_of(found.runs[role], ("steps_bytes", "step_seconds"))
     at_floor = Message("memory.is_floor") if role in found.at_floor() else None
     peak, steps = Message("memory.peak", value=found.peak(role)), Message("memory.rest", **numbers)
@@ -206,7 +198,7 @@ def _table(found: Savings) -> Table:
         row["pareto"] = Message("answer.yes") if role in front else None
         if role != BASELINE:
             memory, time = _overheads(found, role)
-            row |= {"memory": memory and _change(memory), "time": time and _change(time)}
+            row |= {"memory": memory and memory.change, "time": time and time.change}
             row |= {"curve": _curve(found, role), "at_end": found.at_end(role)}
         rows.append(row)
     return Table(title=Message("memory.table"), columns=columns, rows=rows)
@@ -234,7 +226,7 @@ def _charts(found: Savings) -> list[Chart]:
         if f"{stage}_bytes" in runs[0].numbers
     ]
     peak, seconds = Message("axis.peak_gigabytes"), Message("axis.seconds_a_step")
-    arm, size, stage = Message("axis.arm"), Message("axis.gigabytes"), Message("axis.stage")
+    arm, size, stage = Message("column.arm"), Message("axis.gigabytes"), Message("axis.stage")
     return [
         Chart("scatter", "memory-time", Message("memory.time_chart"), points, peak, seconds),
         Chart("bars", "memory-parts", Message("memory.parts_chart"), bars, arm, size, stage),

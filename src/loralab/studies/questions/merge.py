@@ -177,7 +177,7 @@ def _difference(record: Record) -> Message:
 def _expectation(record: Record) -> Message:
     n = record.numbers
     if n["loss_difference"] < EXPECTED:
-        return Message("merge.expected")
+        return Message("claim.holds")
     return Message("merge.not_expected", unit=resolution(n["loss_before"]))
 
 

@@ -125,8 +125,8 @@ def conclude(records: Sequence[Record], setup: StudySetup) -> Answer:
         sentence=sentences(_at_budget(found), added(times), found.recommendation),
         findings=_findings(found, times),
         blanks=[*_source_rows(found, times), (CHOICE, _how_to_choose(found, times))],
-        tables=[_source_table(found, times), *passes, published, *found.answer().tables],
-        figures=[found.chart("methods", Message("axis.method")), *pass_chart(times)],
+        tables=[_source_table(found, times), *passes, published, found.scores],
+        figures=[found.chart("methods", Message("column.method")), *pass_chart(times)],
         caution=sentences(Message("methods.caution"), refused),
         next=next_step(found.ranking, smaller),
     )

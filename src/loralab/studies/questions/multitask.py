@@ -193,10 +193,7 @@ def _storage_table(system: Record) -> Table:
 def _times_table(system: Record) -> Table:
     """Return the median time of a batch in each of the ways."""
     medians = _medians(system)
-    rows = [
-        {"rows": n, **medians[n], "change": Message("overhead.interval", **over.values)}
-        for n, over in speeds(system).items()
-    ]
+    rows = [{"rows": n, **medians[n], "change": over.change} for n, over in speeds(system).items()]
     ways = (Column(name, "seconds", label=Message(f"multitask.{name}")) for name in WAYS.values())
     columns = (Column("rows"), *ways, Column("change", label=Message("multitask.change")))
     return Table(title=Message("multitask.times_table"), columns=columns, rows=rows)

@@ -28,7 +28,7 @@ def _arm(rank: int, *, is_cut: bool) -> Arm:
 
 
 def _rank(value: str) -> int:
-    if not value.strip().isdigit():
+    if not (value.isascii() and value.strip().isdigit()):
         raise ConfigError(
             f"--values of the rank study are ranks, such as 2,4,8; got {value!r}", code="wrong_value", field="values"
         )
@@ -41,9 +41,10 @@ def conclude(records: Sequence[Record], setup: StudySetup) -> Answer:
     if found is None:
         return nothing_measured(setup)
     largest, runs = list(found.arms.items())[-1]
-    chart = found.chart("rank", Message("axis.rank"), at=rank_of, log=True)
+    kept = kept_at(runs, found.metric)
+    chart = found.chart("rank", Message("column.rank"), at=rank_of, log=True)
     return found.answer(
-        sentence=sentences(found.recommendation, _cut(largest, kept_at(runs, found.metric))),
+        sentence=sentences(found.recommendation, _cut(largest, kept) if found.ranking.recommended else None),
         blanks=[(f"rank={rank_of(name)}", _blank(own, found.metric)) for name, own in found.arms.items()],
         figures=[chart, *cut_figure(runs, found.metric)],
         advice={"rank": rank_of(found.ranking.recommended)} if found.ranking.recommended else {},

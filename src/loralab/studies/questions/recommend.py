@@ -4,20 +4,16 @@ Validation rows choose, and what is chosen is shown beside the default on test r
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 from scipy import stats
 
-from loralab.adapters.attach import attach
-from loralab.errors import InputError
 from loralab.models.load import Base
 from loralab.studies.compare import Comparison, compare_arms, score_chart
 from loralab.studies.contrast import SURE, Ranking
-from loralab.studies.evidence import Metric, by_arm, mean_of, scores_table
-from loralab.studies.fields import configured
+from loralab.studies.evidence import Metric, by_arm, mean_of
 from loralab.studies.halving import (
     DEFAULT,
     ETA,
@@ -31,11 +27,11 @@ from loralab.studies.halving import (
     with_factor,
 )
 from loralab.studies.message import Column, Message, Table, sentences
+from loralab.studies.prepare import reason_invalid
 from loralab.studies.ranking import claims, ranked
 from loralab.studies.search import loss_of
 from loralab.studies.study import Answer, Arm, Record, StudySetup
 from loralab.studies.trained import BASE, BASE_ARM, MEASURE
-from loralab.training.preflight import with_head
 
 __all__ = ["MEASURE", "arms", "conclude", "walk"]
 
@@ -45,22 +41,14 @@ LIKELY = 0.75  # probability of being better than the default, for what is recom
 def arms(setup: StudySetup, base: Base) -> list[Arm]:
     """Return as many candidates as `setup.values` says, drawn from all that this model can have."""
     number = int(setup.values[0]) if setup.values else ETA ** (ROUNDS - 1)
-    able = [(name, fields) for name, fields in SHAPES if _possible(setup, fields, base)]
-    every = [with_factor(setup, Arm(name=name, fields=fields), factor) for name, fields in able for factor in RATES]
+    shapes = [Arm(name=name, fields=fields) for name, fields in SHAPES]
+    able = [shape for shape in shapes if not reason_invalid(setup, shape, base)]
+    every = [with_factor(setup, shape, factor) for shape in able for factor in RATES]
     certain = [arm for arm in every if arm.name.startswith(FIRST)]
     others = [arm for arm in every if arm not in certain]
     order = np.random.default_rng(0).permutation(len(others))
     chosen = [*certain, *(others[i] for i in order)][:number]
     return [BASE_ARM, default_arm(setup), *chosen]
-
-
-def _possible(setup: StudySetup, fields: Mapping[str, Any], base: Base) -> bool:
-    try:
-        method, _ = configured({**setup.fields, **fields})
-        attach(base.model, with_head(method, base)).detach()
-    except InputError:
-        return False
-    return True
 
 
 def conclude(records: Sequence[Record], setup: StudySetup) -> Answer:
@@ -76,7 +64,7 @@ def conclude(records: Sequence[Record], setup: StudySetup) -> Answer:
     return found.answer(
         sentence=sentences(of, found.recommendation, *_beside_default(found), _extrapolated(setup)),
         findings=[*found.over_base(list(found.arms)), *claims(found.ranking, found.metric)],
-        tables=[scores_table(found.every, found.metric), *candidates],
+        tables=[found.scores, *candidates],
         figures=[score_chart("recommend", found.every, found.metric, Message("axis.configuration"))],
         advice={} if chosen is None else dict(found.arms[chosen][0].arm.fields),
     )

@@ -234,15 +234,15 @@ def _row(sweep: Sweep, key: Key, metric: Metric, target: float) -> dict[str, Any
 
 def _charts(sweep: Sweep) -> list[Chart]:
     """Return final losses (a run that diverged has none), where the best rates lie, and the curves at these."""
-    rate, trial, loss = Message("axis.rate"), Message("axis.scaling_and_rank"), Message("column.validation_loss")
+    rate, arm, loss = Message("column.rate"), Message("axis.scaling_and_rank"), Message("column.validation_loss")
     losses = [{"x": f"{x:.1e}", "y": named(key), "value": value} for key, x, value in sweep.losses]
     lines = [{"arm": named(key), "x": x, "y": value} for key, x, value in sweep.losses if value is not None]
     steps = [{"arm": named(key), "x": n + 1, "y": y} for key in sweep.measured for n, y in enumerate(sweep.curve(key))]
     shape = {"digits": ".3f", "height": max(160, 34 * len(sweep.trials))}
-    curve_axes = (Message("axis.step"), Message("axis.smoothed_loss"), trial)
+    curve_axes = (Message("axis.step"), Message("axis.smoothed_loss"), arm)
     charts = [
-        Chart("heat", "scaling-losses", Message("scaling.losses_chart"), losses, rate, trial, loss, shape),
-        Chart("lines", "scaling-rates", Message("scaling.rates_chart"), lines, rate, loss, trial, {"log_x": True}),
+        Chart("heat", "scaling-losses", Message("scaling.losses_chart"), losses, rate, arm, loss, shape),
+        Chart("lines", "scaling-rates", Message("scaling.rates_chart"), lines, rate, loss, arm, {"log_x": True}),
     ]
     if steps:
         title, options = Message("scaling.curves_chart"), {"chance": sweep.target()}

@@ -59,11 +59,11 @@ def _at_budget(base: Base, chosen: Mapping[str, Any], more: Mapping[str, Any]) -
 
     Of `more`, those that can hold it too.
     """
-    fields = {name: _arm(name, RANK, targets).fields for name, targets in {**chosen, **more}.items()}
+    targets = {**chosen, **more}
+    fields = {name: _arm(name, RANK, own).fields for name, own in targets.items()}
     capacity = {name: _capacity(base, each) for name, each in fields.items()}
     budget = min(trained_parameters(base, REFERENCE), *(capacity[name] for name in chosen))
     sized = {name: solved(base, fields[name], "rank", budget) for name in fields if capacity[name] >= budget}
-    targets = {**chosen, **more}
     return [
         _arm(name, solution.size, targets[name])
         for name, solution in sized.items()
@@ -83,13 +83,12 @@ def conclude(records: Sequence[Record], setup: StudySetup) -> Answer:
         return nothing_measured(setup, (SMALLEST, VALUE, CEILING))
     by_rank, by_size = families(records, found.arms)
     tables = {name: rows for r in records if r.arm.name == UPDATES for name, rows in r.tables.items()}
-    usual = found.answer()
     chart = score_chart("targets", {**by_size, **found.arms}, found.metric, Message("axis.layers_and_rank"))
     return found.answer(
         sentence=_sentence(found, by_rank, by_size),
         findings=_findings(found, by_rank, by_size),
         blanks=_blanks(found),
-        tables=[*layers_table(tables), _size_table(found.arms, by_size, found.metric), *usual.tables],
+        tables=[*layers_table(tables), _size_table(found.arms, by_size, found.metric), found.scores],
         figures=[chart, *update_chart(tables)],
         method=sentences(Message("targets.method"), *source_names(tables)),
         caution=sentences(Message("targets.caution"), _not_at_budget(found.arms, by_size)),

@@ -77,7 +77,7 @@ def conclude(records: Sequence[Record], setup: StudySetup) -> Answer:
             (PERFORMANCE, _performance(found)),
             (PLAN, _plan(found, findings, setup)),
         ],
-        tables=[*anatomy, *found.answer().tables],
+        tables=[*anatomy, found.scores],
         figures=[score_chart("vision", found.every, found.metric, Message("axis.trained_part"))],
         method=sentences(Message("vision.method"), Message("vision.full_rate", rate=rate) if rate else None),
         advice=advised(found.advice),

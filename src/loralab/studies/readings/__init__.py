@@ -1,1 +1,1 @@
-"""What can be read off the records of a question: findings, tables, sentences."""
+"""Records of a question -> findings, tables, sentences."""

@@ -100,5 +100,5 @@ def ranks_chart(name: str, runs: Sequence[Record]) -> list[Chart]:
         "digits": ".0f" if len(runs) == 1 else ".1f",
         "height": max(120, 36 * len({module for _, module in places.values()})),
     }
-    title, axes = Message("adaptive.ranks_chart", arm=name), (Message("column.layer"), Message("adaptive.module"))
+    title, axes = Message("adaptive.ranks_chart", arm=name), (Message("column.layer"), Message("axis.module"))
     return [Chart("heat", "adaptive-ranks", title, rows, *axes, Message("column.rank"), options)] if rows else []

@@ -9,7 +9,7 @@ import numpy as np
 from loralab.studies.measures.passes import MERGED, PLAIN, Shape, Way
 from loralab.studies.message import Chart, Column, Message, Table, clauses
 from loralab.studies.study import Finding, Record
-from loralab.studies.timing import MARGIN, Overhead, growth, overhead
+from loralab.studies.timing import MARGIN, Overhead, growth, overhead, time_range
 
 BASE: Way = (PLAIN, PLAIN)
 # adapters over the base at (1, 128), (16, 256), (32, 512)
@@ -73,12 +73,6 @@ def format_shape(shape: Shape) -> str:
     return f"{shape[0]} × {shape[1]}"
 
 
-def describe(over: Overhead) -> Message:
-    """Write an overhead with its interval."""
-    key = "methods.overhead" if math.isfinite(over.low) else "methods.overhead_alone"
-    return Message(key, share=over.share, **({"low": over.low, "high": over.high} if math.isfinite(over.low) else {}))
-
-
 def in_short(times: Latencies, variant: str) -> Message:
     """Write the latency of a variant at the smallest shape, in every way that it has."""
     parts = []
@@ -97,7 +91,7 @@ def added(times: Latencies) -> Message | None:
         return None
     shape = times.shapes[0]
     parts = [
-        Message(f"methods.adds_{over.verdict}", way=times.name(way), margin=MARGIN, over=describe(over))
+        Message(f"methods.adds_{over.verdict}", way=times.name(way), margin=MARGIN, over=over.change)
         for way in ways
         if (over := times.over(way, shape)) is not None
     ]
@@ -121,9 +115,8 @@ def pass_table(times: Latencies) -> list[Table]:
 
 def _timed(times: Latencies, way: Way, shape: Shape) -> Message:
     trials = times.times[way][shape]
-    time = Message("methods.pass_time", median=float(np.median(trials)), least=min(trials), most=max(trials))
     over = None if way == BASE else times.over(way, shape)
-    return time if over is None else clauses([time, describe(over)])
+    return clauses([time_range(trials), None if over is None else over.change])
 
 
 def pass_chart(times: Latencies) -> list[Chart]:
@@ -134,7 +127,7 @@ def pass_chart(times: Latencies) -> list[Chart]:
         for shape in times.shapes
         if (over := times.over(way, shape)) is not None
     ]
-    title, x, y, by = (Message(f"methods.{name}") for name in ("latency_chart", "variant", "more_time", "shape"))
+    title, x, y, by = map(Message, ("methods.latency_chart", "column.variant", "axis.more_time", "methods.shape"))
     return [Chart("bars", "latency", title, rows, x, y, by, {"percent": True})] if rows else []
 
 
@@ -149,15 +142,5 @@ def pass_findings(times: Latencies) -> list[Finding]:
 
 def _finding(way: Message | str, shape: Shape, over: Overhead) -> Finding:
     """Say an overhead; as an effect, less time is more."""
-    sentence = Message(
-        f"methods.pass_{over.verdict}",
-        shape=format_shape(shape),
-        way=way,
-        size=abs(over.share),
-        margin=MARGIN,
-        low=over.low,
-        high=over.high,
-    )
-    return Finding(
-        sentence=sentence, holds=over.holds, verdict=over.verdict, effect=-over.share, low=-over.high, high=-over.low
-    )
+    values = {"shape": format_shape(shape), "way": way, "margin": MARGIN, **over.values}
+    return over.finding(Message(f"methods.pass_{over.verdict}", **values))

@@ -6,7 +6,7 @@ from loralab.studies.compare import Comparison
 from loralab.studies.measures.passes import MERGED, UNMERGED
 from loralab.studies.message import Column, Message, Table
 from loralab.studies.ranking import FLOOR
-from loralab.studies.readings.latencies import Latencies, describe
+from loralab.studies.readings.latencies import Latencies
 from loralab.studies.timing import Overhead
 
 Row = dict[str, Message | None]
@@ -40,7 +40,7 @@ def _passes(times: Latencies) -> list[Row]:
 
 def _timed(name: str, overheads: Sequence[Overhead | None], expected: Collection[str]) -> Row:
     known = [over for over in overheads if over is not None]
-    numbers = Message("methods.numbers", parts=[describe(over) for over in known]) if known else None
+    numbers = Message("join.commas", parts=[over.change for over in known]) if known else None
     here = holds_here([over.verdict for over in known], expected)
     return {"claim": Message(f"methods.{name}"), "here": here, "numbers": numbers}
 
