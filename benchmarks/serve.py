@@ -78,7 +78,7 @@ class Side:
 
 
 def write_model(folder: Path) -> None:
-    """The base, and the same with an adapter merged into it."""
+    """Write the base, and the same with an adapter merged into it."""
     from loralab.models.load import load
     from loralab.models.source import resolve
 
@@ -168,7 +168,7 @@ def prefill_rows(found: Mapping[str, Mapping[str, list[float]]]) -> list[list[st
 
 
 def alone(folder: Path, pairs: int) -> dict[str, list[float]]:
-    """Ours in several uses, in turn."""
+    """Time loralab alone in several uses, in turn."""
     sides = {name: Side(name, folder) for name in ("ours", "merged")}
     found: dict[str, list[float]] = {name: [] for name in OWN}
     found["no adapter"] = []
@@ -184,7 +184,7 @@ def alone(folder: Path, pairs: int) -> dict[str, list[float]]:
 
 
 def cold(folder: Path, count: int) -> dict[str, Any]:
-    """What serve_sides.py's `loads` found, in a fresh process."""
+    """Return the result of serve_sides.py's `loads`, in a fresh process."""
     write_thousand(folder, count)
     done = subprocess.run(
         [sys.executable, str(SIDES_FILE), "loads", str(folder)], check=True, capture_output=True, text=True
@@ -254,7 +254,7 @@ def main() -> None:
 
 
 def loaded(thousand: Mapping[str, Any]) -> str:
-    """The table of loads."""
+    """Return the table of loads."""
     cold_ms, memory = thousand["cold_ms"], thousand["rss_mb"]
     rows = [
         ["from disk to the first token, beyond a resident one's", f"{shown(spread(cold_ms), 1)} ms"],

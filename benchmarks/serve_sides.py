@@ -20,13 +20,13 @@ Batch = Callable[[list[list[int]], list[str | None], int], int]  # prompts, adap
 
 
 def prompts(rows: int, length: int, seed: int) -> list[list[int]]:
-    """Random words, others in every trial: nothing can be found in a cache."""
+    """Draw random words, others in every trial: nothing can be found in a cache."""
     draw = random.Random(seed)
     return [[draw.randrange(300, 40_000) for _ in range(length)] for _ in range(rows)]
 
 
 def names(rows: int, mode: str) -> list[str | None]:
-    """The adapter of every row: none, one for all, or its own out of several."""
+    """Return the adapter of every row: none, one for all, or its own out of several."""
     if mode == "none":
         return [None] * rows
     if mode == "one":
@@ -58,7 +58,7 @@ def merged(folder: Path) -> Batch:
 
 
 def peft(folder: Path) -> Batch:
-    """transformers' generate on a PeftModel with adapter_names."""
+    """Run transformers' generate on a PeftModel with adapter_names."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM

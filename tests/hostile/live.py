@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from serving import conftest as worlds
 from serving.conftest import write_adapter
@@ -25,6 +26,8 @@ from loralab.serving.settings import Limits, ServeSettings
 
 lively_llama_folder = worlds.lively_llama_folder
 TASK = {"name": "films", "format": "text-label", "labels": ["good", "bad"]}
+TEXT: dict[str, Any] = {"model": "v0", "prompt": [5, 6, 7], "max_tokens": 4, "temperature": 0, "ignore_eos": True}
+PATIENCE = 60.0  # seconds, after which a connection counts as held for ever, on any machine
 QUICK = Limits(head_seconds=0.4, body_seconds=0.5, stall_seconds=0.4, connections=40, timeout=20)
 
 
@@ -122,3 +125,39 @@ def statuses(answer: bytes) -> list[int]:
     """The status of each answer on a connection."""
     parts = answer.split(b"HTTP/1.1 ")[1:]
     return [int(part[:3]) for part in parts]
+
+
+class Neighbours:
+    """Good clients that ask all four adapters again and again, and keep what is wrong."""
+
+    def __init__(self, live: Live) -> None:
+        self.live, self.wrong, self.count = live, [], 0
+        self.expected = {f"v{n}": self.ask(f"v{n}") for n in range(4)}
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._go_on)
+
+    def ask(self, model: str) -> str:
+        body = {**TEXT, "model": model}
+        response = httpx.post(self.live.where + "/v1/completions", json=body, timeout=PATIENCE)
+        self.count += 1
+        assert response.status_code == 200, response.text
+        return str(response.json()["choices"][0]["text"])
+
+    def _go_on(self) -> None:
+        while not self._over.is_set():
+            for model, text in self.expected.items():
+                try:
+                    if self.ask(model) != text:
+                        self.wrong.append(model)
+                except Exception as error:
+                    self.wrong.append(error)
+
+    def __enter__(self) -> "Neighbours":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+        assert self.wrong == []
+        assert self.count > 4

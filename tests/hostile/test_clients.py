@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import json
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +13,7 @@ import httpx
 import psutil
 import pytest
 from hostile import live as lives
-from hostile.live import QUICK, Live, raw, request, serving, statuses
+from hostile.live import PATIENCE, QUICK, TEXT, Live, Neighbours, raw, request, serving, statuses
 from serving.talk import until
 
 from loralab.serving.api_body import MAX_CONTAINERS, MAX_VALUES
@@ -23,50 +22,12 @@ from loralab.serving.metrics import Metrics
 from loralab.serving.settings import Limits
 
 lively_llama_folder, adapters = lives.lively_llama_folder, lives.adapters
-TEXT: dict[str, Any] = {"model": "v0", "prompt": [5, 6, 7], "max_tokens": 4, "temperature": 0, "ignore_eos": True}
-PATIENCE = 60.0  # seconds, after which a connection counts as held for ever, on any machine
 
 
 @pytest.fixture(scope="module")
 def live(lively_llama_folder: Path, adapters: Path) -> Iterator[Live]:
     with serving(lively_llama_folder, adapters, max_batch=4, queue=8) as found:
         yield found
-
-
-class Neighbours:
-    """Good clients that ask all four adapters again and again, and keep what is wrong."""
-
-    def __init__(self, live: Live) -> None:
-        self.live, self.wrong, self.count = live, [], 0
-        self.expected = {f"v{n}": self.ask(f"v{n}") for n in range(4)}
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._go_on)
-
-    def ask(self, model: str) -> str:
-        body = {**TEXT, "model": model}
-        response = httpx.post(self.live.where + "/v1/completions", json=body, timeout=PATIENCE)
-        self.count += 1
-        assert response.status_code == 200, response.text
-        return str(response.json()["choices"][0]["text"])
-
-    def _go_on(self) -> None:
-        while not self._over.is_set():
-            for model, text in self.expected.items():
-                try:
-                    if self.ask(model) != text:
-                        self.wrong.append(model)
-                except Exception as error:
-                    self.wrong.append(error)
-
-    def __enter__(self) -> "Neighbours":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._thread.join()
-        assert self.wrong == []
-        assert self.count > 4
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""What the server says of itself is what it does: every path, every answer, every refusal."""
+"""The OpenAPI document describes the server: every path, answer and error."""
 
 import hashlib
 import importlib.util
@@ -65,7 +65,7 @@ def all_keys() -> Keys:
 
 @pytest.fixture(scope="module")
 def live(lively_llama_folder: Path, adapters: Path) -> Iterator[Live]:
-    """A server that asks for a key."""
+    """Start a server that asks for a key."""
     limits = Limits(body_seconds=2, timeout=20)
     own: dict[str, Any] = {"limits": limits, "keys": all_keys(), "max_length": 64}
     with serving(lively_llama_folder, adapters, **own) as found:
@@ -73,7 +73,7 @@ def live(lively_llama_folder: Path, adapters: Path) -> Iterator[Live]:
 
 
 def described(method: str, path: str, *, with_keys: bool = True) -> tuple[dict[str, Any], Any]:
-    """The operation of a path, and the whole document."""
+    """Return the operation of a path, and the whole document."""
     document = description(with_keys=with_keys)
     known = document["paths"]
     own = path if path in known else "/v1/models/{name}"
@@ -81,7 +81,7 @@ def described(method: str, path: str, *, with_keys: bool = True) -> tuple[dict[s
 
 
 def require_described(method: str, path: str, response: httpx.Response) -> None:
-    """An answer has a status, a type, headers and a content that the description knows."""
+    """Check that status, type, headers and content of an answer are described."""
     operation, document = described(method, path)
     told = operation["responses"][str(response.status_code)]
     kind = response.headers["content-type"].partition(";")[0]
@@ -148,7 +148,7 @@ def test_bodies_are_described_as_they_are_read() -> None:
 
 
 def known(live: Live) -> dict[str, Any]:
-    """The description with names that are there, so that answers are given and not refused."""
+    """Return the description with names that exist, so that requests are answered."""
     document: dict[str, Any] = json.loads(json.dumps(description(with_keys=True)))
     schemas = document["components"]["schemas"]
     models = {"type": "string", "enum": ["v0", "v1", "v2", live.model.name]}

@@ -63,7 +63,7 @@ GARBAGE = [
 
 @torch.no_grad()
 def written(base: Base, model: Any, prompt: list[int]) -> str:
-    """What a model writes by itself."""
+    """Return the text that a model alone generates."""
     ids = torch.tensor([prompt])
     out = model.generate(
         input_ids=ids,
@@ -79,7 +79,7 @@ def written(base: Base, model: Any, prompt: list[int]) -> str:
 
 
 class Expected:
-    """What each adapter writes and how it classifies, each found by itself."""
+    """Compute the text and the classes of each adapter alone."""
 
     def __init__(self, model: Path, store: Path) -> None:
         draw = random.Random(SEED)
@@ -157,7 +157,7 @@ class Crowd:
             self.accepted += 1
 
     def _refused(self, response: httpx.Response, model: str) -> str:
-        """A name that is not there just now, or a full server; nothing else is right."""
+        """Check that a name is missing just now, or the server is full."""
         response.read()
         code = response.json()["error"]["code"]
         gone = response.status_code == 404 and code == "model_not_found" and model.startswith("name")
@@ -261,7 +261,7 @@ class Crowd:
                 time.sleep(0.02)
 
     def hang(self) -> None:
-        """Connections that say little or nothing."""
+        """Open connections that send little or nothing."""
         while not self.over.is_set():
             with contextlib.ExitStack() as stack:
                 for said in (b"", b"POST /v1/comp", request("/v1/completions", {"a": 1})[:-4]) * 5:
@@ -282,7 +282,7 @@ def store(lively_llama_folder: Path, tmp_path: Path) -> Path:
 
 @contextlib.contextmanager
 def served(model: Path, store: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """The command itself, in a process of its own."""
+    """Run the command in a process of its own."""
     given = [
         "--model",
         str(model),
@@ -314,7 +314,7 @@ def served(model: Path, store: Path) -> Iterator[tuple[subprocess.Popen[str], st
 
 
 def counted(where: str, name: str, **labels: str) -> float:
-    """The sum of a metric over all adapters."""
+    """Return the sum of a metric over all adapters."""
     lines = re.findall(rf"^{name}(?:\{{(.*)\}})? (\S+)$", httpx.get(where + "/metrics").text, re.M)
     wanted = [f'{key}="{value}"' for key, value in labels.items()]
     return sum(float(value) for own, value in lines if all(one in own for one in wanted))

@@ -1,4 +1,4 @@
-"""What OpenAI's own client must find at a server of adapters, whichever engine answers.
+"""Checks with OpenAI's own client against a server of adapters, whichever engine answers.
 
 Each check takes a `Place`; the answers are greedy, so a check may ask twice and compare.
 """
@@ -28,7 +28,7 @@ class Place:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", timeout=120, max_retries=0)
 
     def write(self, model: str, **more: Any) -> Any:
-        """A completion of the prompt, eight tokens long if nothing else is said."""
+        """Return a completion of the prompt, eight tokens long by default."""
         options = {"max_tokens": 8, "temperature": 0, **more}
         with self.client() as client:
             found = client.completions.create(model=model, prompt=self.prompt, **options)
@@ -121,7 +121,7 @@ def refuses_what_is_no_request(place: Place) -> None:
 
 
 def loads_and_unloads(place: Place) -> None:
-    """A folder of the store under one more name, by a path from the store."""
+    """Load a folder of the store under one more name, by a path from the store."""
     name = place.adapters[0]
     body = {"lora_name": SPARE, "lora_path": name}
     assert httpx.post(f"{place.url}/v1/load_lora_adapter", json=body, timeout=60).status_code == 200
@@ -178,7 +178,7 @@ CHECKS: tuple[Callable[[Place], None], ...] = (
 
 
 def tokens_of(place: Place, name: str, prompt: list[int], most: int) -> list[str]:
-    """The tokens that a model writes greedily, as texts."""
+    """Return the tokens that a model generates greedily, as texts."""
     with place.client() as client:
         found = client.completions.create(
             model=name,

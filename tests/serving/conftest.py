@@ -44,7 +44,7 @@ class World:
     store: Path
 
     def solo(self, name: str | None) -> Any:
-        """A copy of the base with the adapter in it."""
+        """Return a copy of the base with the adapter in it."""
         model = copy.deepcopy(self.base.model)
         if name is not None:
             load_adapter(model, self.store / name)
@@ -52,7 +52,7 @@ class World:
 
 
 def write_adapter(model: Any, method: Any, folder: Path, seed: int, **record: Any) -> Path:
-    """An adapter that is not at its start."""
+    """Write an adapter that is not at its start."""
     own = copy.deepcopy(model)
     adapter = attach(own, method, generator=torch.Generator().manual_seed(seed))
     draw = torch.Generator().manual_seed(1000 + seed)
@@ -64,7 +64,7 @@ def write_adapter(model: Any, method: Any, folder: Path, seed: int, **record: An
 
 @pytest.fixture(scope="session")
 def lively_llama_folder(save_tiny: Saver) -> Path:
-    """A Llama of large weights: what an adapter changes is seen in the words that it writes."""
+    """Write a Llama of large weights, whose text every adapter changes."""
     torch.manual_seed(0)
     config = LlamaConfig(
         **SIZES,
@@ -98,7 +98,7 @@ HERMES = (
 
 @pytest.fixture(scope="session")
 def byte_world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    """A Llama whose tokens are bytes, so that it can write every text; it knows of tools."""
+    """Build a Llama whose tokens are bytes, so that it can write every text, with tools in its template."""
     torch.manual_seed(0)
     tokenizer = byte_level()
     tokenizer.chat_template = HERMES
@@ -116,7 +116,7 @@ def byte_world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 @pytest.fixture
 def opened(world: World) -> Iterator[Callable[..., Engine]]:
-    """Opens engines on the world, and stops them in the end."""
+    """Open engines on the world, and stop them in the end."""
     engines: list[Engine] = []
 
     def open_it(store: Path | None = None, *, of: World = world, **settings: Any) -> Engine:

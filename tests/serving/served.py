@@ -20,7 +20,7 @@ Serve = Callable[..., str]
 
 @pytest.fixture
 def engine(tiny_llama_folder: Path) -> Iterator[FakeEngine]:
-    """A base and two adapters."""
+    """Write a base and two adapters."""
     store = FakeStore(
         FakeEntry(name="sst", digest=digest_of("sst"), metrics={"accuracy": 0.89}),
         FakeEntry(name="news", digest=digest_of("news"), loaded=False, rank=4),
@@ -46,7 +46,7 @@ def serve() -> Iterator[Serve]:
 
 @contextmanager
 def listening(engine: Any, keys: Keys | None, limits: Limits | None) -> Iterator[str]:
-    """A server in a thread, until the block ends."""
+    """Run a server in a thread, until the block ends."""
     opened, ready = open_socket("127.0.0.1", 0), threading.Event()
     where = address(opened)
     listener = Listener(build_app(engine, keys=keys, limits=limits), opened, ready.set)

@@ -53,7 +53,7 @@ def get(engine: FakeEngine, path: str, **keys: Any) -> httpx.Response:
 
 
 def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
-    """The error of a response, in OpenAI's shape."""
+    """Return the error of a response, in OpenAI's shape."""
     assert response.status_code == status, response.text
     error = response.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
@@ -62,7 +62,7 @@ def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
 
 
 def events(response: httpx.Response) -> list[Any]:
-    """The data of a stream, which must end as OpenAI's does."""
+    """Return the data of a stream, which must end as OpenAI's does."""
     lines = [line[6:] for line in response.text.split("\n") if line.startswith("data: ")]
     assert lines[-1] == "[DONE]"
     return [json.loads(line) for line in lines[:-1]]

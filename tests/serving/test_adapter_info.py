@@ -1,4 +1,4 @@
-"""What is said of an adapter: its method as --method has it, and the score that decides."""
+"""The entry of an adapter: its method as --method has it, and the score that decides."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -24,7 +24,7 @@ PEFT: list[tuple[dict[str, Any], str]] = [
 
 
 def recorded(method: str) -> dict[str, Any]:
-    """What train writes of a method."""
+    """Return the files that train writes for a method."""
     spec, options = method_named(method)
     quantize = options.get("quantize", "none")
     own = {key: value for key, value in options.items() if key != "quantize"}

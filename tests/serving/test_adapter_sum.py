@@ -40,7 +40,7 @@ def alone(model: Any, prompt: Sequence[int]) -> tuple[int, ...]:
 
 
 def merged(world: World, parts: Sequence[tuple[str, float]]) -> Any:
-    """A copy of the base with the weighted updates of each adapter added to its weights."""
+    """Return a copy of the base with the weighted updates of each adapter added to its weights."""
     model, updates = copy.deepcopy(world.base.model), {}
     for name, scale in parts:
         own = copy.deepcopy(world.base.model)
@@ -66,7 +66,7 @@ SUMS = [
 
 @pytest.fixture(scope="module", name="world")
 def with_pissa(world: World, tmp_path_factory: pytest.TempPathFactory) -> World:
-    """The world with one more adapter."""
+    """Add an adapter to the world."""
     store = tmp_path_factory.mktemp("sums") / "store"
     shutil.copytree(world.store, store)
     write_adapter(world.base.model, LoRA(rank=3, init="pissa", target_modules=["q_proj"]), store / "pissa", 77)

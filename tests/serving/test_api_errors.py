@@ -1,4 +1,4 @@
-"""What the HTTP interface refuses, and how; clients that leave, clients that do not read."""
+"""Errors of the HTTP interface; clients that leave, clients that do not read."""
 
 import asyncio
 import json

@@ -42,7 +42,7 @@ SMOL = {
 
 @contextmanager
 def listening(engine: Engine) -> Iterator[str]:
-    """An engine with its model behind an address, until the block ends."""
+    """Serve an engine with its model at an address, until the block ends."""
     opened, ready = open_socket("127.0.0.1", 0), threading.Event()
     listener = Listener(build_app(engine, keys=None), opened, ready.set)
     thread = threading.Thread(target=listener.listen)

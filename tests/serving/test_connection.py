@@ -31,7 +31,7 @@ engine, serve = served.engine, served.serve
 
 @contextmanager
 def opened(where: str) -> Iterator[HTTPConnection]:
-    """A connection that is not opened a second time."""
+    """Open a client whose connection is not opened a second time."""
     client = HTTPConnection("127.0.0.1", int(where.rpartition(":")[2]), timeout=10)
     client.connect()
     client.auto_open = 0

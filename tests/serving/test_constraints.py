@@ -42,7 +42,7 @@ KNOWN = Constraints(Base(name="tiny", model=_Head(WORDS), tokenizer=TOKENIZER, k
 
 
 def written(grammar: Grammar, logits: Callable[[torch.Generator], torch.Tensor], seed: int, most: int = 400) -> Any:
-    """The text that some logits write, and whether it came to an end."""
+    """Return the text that some logits generate, and whether it came to an end."""
     constraint = KNOWN.begin(KNOWN.compile(grammar, [END]))
     own = Sampling(temperature=1, seed=seed, max_tokens=most)
     state = SamplerState(own, LogitsProcessor(own, constraint=constraint))
@@ -180,6 +180,10 @@ WRONG: list[tuple[str, Any]] = [
     (JSON, {"type": "object", "patternProperties": {"(ab){5000}": {}}}),
     (REGEX, "(ab){4294967295}"),
     (REGEX, "((ab){1,1000000})"),
+    (REGEX, "(((a{900}){900}){900}){900}"),
+    (REGEX, "a{900}" * 2000),
+    (JSON, {"properties": {f"{n}": {"type": "string", "pattern": "(a{900}){300}"} for n in range(9)}}),
+    (GRAMMAR, 'start: A{900}\nA: B{900}\nB: "a"{900}'),
     (GRAMMAR, 'start: %json {"multipleOf": 1234567}'),
     (GRAMMAR, 'start: %json {"multiple\\u004ff": 1234567}'),
     (GRAMMAR, "start: /(ab){5000}/"),
@@ -197,6 +201,13 @@ def test_what_cannot_be_kept_is_refused_by_its_field(kind: str, source: Any) -> 
     assert (error.value.field, error.value.code) == ("the.field", f"invalid_{kind}")
     assert len(str(error.value)) < 300
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "source", ["[0-9a-f]{8}(-[0-9a-f]{4}){3}", r"([0-9]{1,3}\.){3}[()]{0,2}\(x{2}\)", "(.{500}x){500}"]
+)
+def test_bounded_repetitions_are_taken(source: str) -> None:
+    assert not KNOWN.compile(Grammar(kind=REGEX, source=source, field="f"), [END]).warning
 
 
 def test_references_that_double_are_refused() -> None:

@@ -16,13 +16,13 @@ TEXT = st.text(st.one_of(USUAL, st.characters(codec="utf-8")), max_size=24)
 
 @functools.cache
 def vocabulary(family: str) -> tuple[Any, TokenBytes]:
-    """A tokenizer, and the bytes of its tokens."""
+    """Return a tokenizer, and the bytes of its tokens."""
     tokenizer = FAMILIES[family]()
     return tokenizer, TokenBytes(tokenizer)
 
 
 def written(family: str, ids: list[int], before: tuple[int, ...] = ()) -> list[tuple[bytes, str]]:
-    """What each token adds; the last entry is what was left."""
+    """Return the text that each token adds; the last entry is the rest."""
     detokenizer = IncrementalDetokenizer(vocabulary(family)[1], before)
     found = [detokenizer.add(token) for token in ids]
     assert detokenizer.length == sum(len(text) for _, text in found)

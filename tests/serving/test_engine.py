@@ -30,7 +30,7 @@ def prompts(count: int, longest: int = 30, seed: int = 0) -> list[list[int]]:
 
 @torch.no_grad()
 def alone(model: Any, prompt: Sequence[int], new: int = NEW) -> tuple[int, ...]:
-    """What transformers' own generate writes."""
+    """Return the output of transformers' own generate."""
     ids = torch.tensor([list(prompt)])
     out = model.generate(
         input_ids=ids,
@@ -46,13 +46,13 @@ def alone(model: Any, prompt: Sequence[int], new: int = NEW) -> tuple[int, ...]:
 
 @pytest.fixture(scope="module")
 def models(world: World) -> dict[str | None, Any]:
-    """The base with each adapter alone."""
+    """Return the base with each adapter alone."""
     return {name: world.solo(name) for name in (None, *KINDS)}
 
 
 @pytest.fixture(scope="module")
 def solo(models: Any) -> Callable[[str | None, Sequence[int]], tuple[int, ...]]:
-    """What an adapter alone writes; worked out once for each prompt."""
+    """Return the output of an adapter alone; computed once for each prompt."""
     known: dict[Any, tuple[int, ...]] = {}
 
     def answer(name: str | None, prompt: Sequence[int]) -> tuple[int, ...]:

@@ -110,7 +110,7 @@ class Hammer:
 
 
 def prompts() -> list[list[int]]:
-    """Some that begin alike."""
+    """Return some prompts that begin alike."""
     draw = random.Random(1)
     start = [draw.randrange(3, 90) for _ in range(40)]
     return [[*start[: draw.randint(1, 40)], draw.randrange(3, 90)] for _ in range(8)]

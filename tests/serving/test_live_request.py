@@ -31,7 +31,7 @@ def vocabulary(family: str) -> tuple[Any, TokenBytes]:
 def answered(
     family: str, ids: list[int], *, end: bool = False, prompt: Sequence[int] = (1,), **options: Any
 ) -> list[Event]:
-    """The events of an answer that is made of some tokens.
+    """Return the events of an answer that is made of some tokens.
 
     Args:
         end: whether the token that ends an answer follows; otherwise it has its most tokens.
@@ -67,13 +67,13 @@ def completed(events: list[Event]) -> Completed:
 
 
 def shaped(done: Completed, kind: Any = CompletionShape) -> Any:
-    """The choice of an answer over HTTP."""
+    """Return the choice of an answer over HTTP."""
     answer = Answer(id="", adapter=None, digest=None, cancel=lambda: None)
     return kind([answer], model="m", choices=1, usage=False).whole([done])["choices"][0]
 
 
 def streamed(events: list[Event]) -> Any:
-    """The pieces of a completion's logprobs, put together."""
+    """Return the pieces of a completion's logprobs, put together."""
     answer = Answer(id="", adapter=None, digest=None, cancel=lambda: None)
     shape = CompletionShape([answer], model="m", choices=1, usage=False)
     pieces = [shape.piece(0, event)["choices"][0] for event in events[:-1]]  # type: ignore[arg-type]
@@ -181,7 +181,7 @@ def test_of_tokens_with_one_text_the_likeliest_keeps_it() -> None:
 
 
 def echoed(family: str, prompt: list[int], ids: list[int], **options: Any) -> list[Event]:
-    """The events of an echoed prompt and some tokens after it, the last of which ends it."""
+    """Return the events of an echoed prompt and some tokens after it, the last of which ends it."""
     tokenizer, known = vocabulary(family)
     size = len(tokenizer) + 1
     answer = Answer(id="", adapter=None, digest=None, cancel=lambda: None)

@@ -1,4 +1,4 @@
-"""What clients send back of a conversation: without effect where it has none, refused by name."""
+"""Fields of messages that clients send back: ignored where they have no effect, else refused by name."""
 
 from typing import Any
 
@@ -102,7 +102,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 
 
 def asked(engine: FakeEngine, *turns: Any) -> tuple[int, ...]:
-    """The tokens that a conversation becomes."""
+    """Return the tokens of a conversation."""
     body = {**CHAT, "messages": list(turns)}
     response = post(engine, "/v1/chat/completions", body)
     assert response.status_code == 200, response.text

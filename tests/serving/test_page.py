@@ -25,7 +25,7 @@ ELSEWHERE = re.compile(r"(?:https?:)?//(?!127\.0\.0\.1)[\w.-]+")
 
 
 def shown(where: str, tmp_path: Path, **query: Any) -> tuple[str, set[str]]:
-    """The page once it is at rest, and the hosts that were asked or looked up."""
+    """Return the page once it is at rest, and the hosts that were asked or looked up."""
     assert CHROMIUM is not None
     log = tmp_path / "net.json"
     address = f"{where}/?{urlencode({'lang': 'en', **query})}"
@@ -71,7 +71,7 @@ def hosts(log: Path) -> set[str]:
 
 
 def column(page: str, name: str) -> str:
-    """What stands in the column of one model."""
+    """Return the text in the column of one model."""
     start = page.index(f'<article class="card answer" data-name="{name}"')
     return page[start : page.index("</article>", start)]
 

@@ -72,7 +72,7 @@ def test_wrong_arguments_of_serve_run_are_refused(args: dict[str, Any], code: st
 
 
 def said(status: int, code: str | None = None) -> list[Any]:
-    """An answer as messages."""
+    """Return an answer as messages."""
     content = b"Success" if code is None else json.dumps({"error": {"code": code}}).encode()
     start = {"type": "http.response.start", "status": status, "headers": []}
     return [

@@ -1,4 +1,4 @@
-"""What is asked, before it runs."""
+"""Requests as they are built, before they run."""
 
 from pathlib import Path
 from types import SimpleNamespace

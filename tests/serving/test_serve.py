@@ -16,7 +16,7 @@ from loralab.serving.serve import serve
 
 @pytest.fixture
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """What engines without a model were opened with."""
+    """Return the arguments of engines that were opened without a model."""
     found: list[dict[str, Any]] = []
 
     def opening(**asked: Any) -> Any:

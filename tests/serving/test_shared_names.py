@@ -70,7 +70,7 @@ def known(store: Store) -> dict[str, str]:
 
 
 def opened(place: Path) -> dict[str, str]:
-    """What a server knows that starts now."""
+    """Return the names that a server knows that starts now."""
     return known(Store(place, number_of))
 
 

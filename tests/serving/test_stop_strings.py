@@ -1,4 +1,4 @@
-"""What is told piece by piece is the whole text, and never more than what stays."""
+"""Pieces of an answer make up the whole text, and nothing is sent that a stop string takes back."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from loralab.serving.stop_strings import StopStringFilter
 
 
 def told(text: str, stops: tuple[str, ...] = ()) -> tuple[list[str], StopStringFilter]:
-    """The pieces of a text whose tokens are bytes: most characters take several."""
+    """Return the pieces of a text whose tokens are bytes: most characters take several."""
     writing, parts = StopStringFilter(stops), []
     detokenizer = IncrementalDetokenizer(TokenBytes(Opaque()))
     for token in text.encode():

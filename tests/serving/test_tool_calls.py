@@ -20,7 +20,7 @@ from serving.vocabularies import byte_level
 from loralab.errors import ConfigError
 from loralab.serving.engine import Engine
 from loralab.serving.request import Delta
-from loralab.serving.tool_calls import HERMES, LLAMA, MISTRAL, ToolForm, ToolReader, ToolStream, form_of
+from loralab.serving.tool_calls import HERMES, LLAMA, MISTRAL, ToolFormat, ToolParser, ToolStream, format_of
 
 Open = Callable[..., Engine]
 WEATHER = {
@@ -49,7 +49,7 @@ def tokenizer_of(form: str, special: str = "") -> Any:
     return tokenizer
 
 
-READERS = {form: ToolReader(tokenizer_of(form), BY_NAME) for form in TEMPLATES}
+PARSERS = {form: ToolParser(tokenizer_of(form), BY_NAME) for form in TEMPLATES}
 ANSWERS: list[tuple[str, str, str, list[tuple[str, Any]]]] = [
     ("hermes", "plain text", "plain text", []),
     (
@@ -84,14 +84,14 @@ ANSWERS: list[tuple[str, str, str, list[tuple[str, Any]]]] = [
 
 @pytest.mark.parametrize(("form", "text", "content", "calls"), ANSWERS)
 def test_calls_are_read_whole_and_in_a_stream(form: str, text: str, content: str, calls: list[Any]) -> None:
-    reader = READERS[form]
-    tokens = reader._tokenizer(text)["input_ids"]
-    found, own = reader.read(tokens)
+    parser = PARSERS[form]
+    tokens = parser._tokenizer(text)["input_ids"]
+    found, own = parser.parse(tokens)
     assert [(call.name, json.loads(call.arguments)) for call in own] == calls
     assert found == (content if calls else text)
-    stream, told = ToolStream(reader), ""
+    stream, told = ToolStream(parser), ""
     for character in text.encode().decode():
-        told += stream.take(Delta(text=character, tokens=tuple(reader._tokenizer(character)["input_ids"]))).text
+        told += stream.take(Delta(text=character, tokens=tuple(parser._tokenizer(character)["input_ids"]))).text
     rest, late = stream.end()
     assert told + rest == (content if calls else text)
     assert [(call.name, call.arguments) for call in late] == [(call.name, call.arguments) for call in own]
@@ -100,10 +100,12 @@ def test_calls_are_read_whole_and_in_a_stream(form: str, text: str, content: str
 
 
 def test_text_is_told_at_once_where_no_call_can_begin() -> None:
-    stream = ToolStream(READERS["llama3"])
-    assert stream.take(Delta(text="It ", tokens=())).text == "It "
-    assert ToolStream(READERS["hermes"]).take(Delta(text="a <b", tokens=())).text == "a <b"
-    assert ToolStream(READERS["hermes"]).take(Delta(text="a <to", tokens=())).text == "a "
+    for parser in PARSERS.values():
+        stream = ToolStream(parser)
+        told = [stream.take(Delta(text=text, tokens=())).text for text in ("", " ", "It ", "is")]
+        assert told == ["", "", " It ", "is"]
+    assert ToolStream(PARSERS["hermes"]).take(Delta(text="a <b", tokens=())).text == "a <b"
+    assert ToolStream(PARSERS["hermes"]).take(Delta(text="a <to", tokens=())).text == "a "
 
 
 @pytest.mark.parametrize(
@@ -118,18 +120,18 @@ def test_text_is_told_at_once_where_no_call_can_begin() -> None:
         (None, None),
     ],
 )
-def test_a_template_tells_its_form(template: str | None, form: ToolForm | None) -> None:
-    assert form_of(SimpleNamespace(chat_template=template)) is form
+def test_a_template_tells_its_form(template: str | None, form: ToolFormat | None) -> None:
+    assert format_of(SimpleNamespace(chat_template=template)) is form
 
 
 @settings(deadline=None, max_examples=40)
 @given(st.sampled_from(list(TEMPLATES)), st.booleans(), st.integers(0, 10**6), st.sampled_from([noise, odd]))
 def test_a_call_that_must_come_is_one_whatever_the_logits(form: str, several: bool, seed: int, logits: Any) -> None:
-    reader = READERS[form]
-    text, ended = written(reader.grammar(list(BY_NAME), several=several), logits, seed, most=600)
+    parser = PARSERS[form]
+    text, ended = written(parser.grammar(list(BY_NAME), several=several), logits, seed, most=600)
     if not ended:
         return
-    _, calls = reader.read(reader._tokenizer(text)["input_ids"])
+    _, calls = parser.parse(parser._tokenizer(text)["input_ids"])
     assert len(calls) == 1 or several
     assert calls
     for call in calls:
@@ -138,17 +140,17 @@ def test_a_call_that_must_come_is_one_whatever_the_logits(form: str, several: bo
 
 @pytest.mark.parametrize(("form", "mark"), [("mistral", "[TOOL_CALLS]"), ("hermes", "<tool_call>")])
 def test_special_tokens_begin_a_call(form: str, mark: str) -> None:
-    reader = ToolReader(tokenizer_of(form, mark), BY_NAME)
-    token = reader._tokenizer.convert_tokens_to_ids(mark)
-    grammar = reader.grammar(["time.now"], several=False)
+    parser = ToolParser(tokenizer_of(form, mark), BY_NAME)
+    token = parser._tokenizer.convert_tokens_to_ids(mark)
+    grammar = parser.grammar(["time.now"], several=False)
     assert f"<[{token}]>" in grammar.source
     whole = {
         "mistral": '[{"name": "time.now", "arguments": {}}]',
         "hermes": '\n{"name": "time.now", "arguments": {}}\n</tool_call>',
     }
-    tokens = [token, *reader._tokenizer(whole[form])["input_ids"]]
-    assert [call.name for call in reader.read(tokens)[1]] == ["time.now"]
-    stream = ToolStream(reader)
+    tokens = [token, *parser._tokenizer(whole[form])["input_ids"]]
+    assert [call.name for call in parser.parse(tokens)[1]] == ["time.now"]
+    stream = ToolStream(parser)
     assert stream.take(Delta(text="Well", tokens=(5,))).text == "Well"
     assert stream.take(Delta(text=whole[form], tokens=tuple(tokens))).text == ""
 
@@ -157,14 +159,14 @@ def test_a_form_that_is_not_known_cannot_be_forced() -> None:
     tokenizer = byte_level()
     tokenizer.chat_template = "{{ messages }}"
     with pytest.raises(ConfigError) as error:
-        ToolReader(tokenizer, BY_NAME).grammar(["weather"], several=False)
+        ToolParser(tokenizer, BY_NAME).grammar(["weather"], several=False)
     assert (error.value.code, error.value.field) == ("unsupported_tools", "tool_choice")
 
 
 def test_a_schema_of_a_tool_that_does_not_compile_is_refused() -> None:
     tools = {"f": {"type": "function", "function": {"name": "f", "parameters": {"not": {}}}}}
     with pytest.raises(ConfigError) as error:
-        KNOWN.compile(ToolReader(tokenizer_of("hermes"), tools).grammar(["f"], several=False), [END])
+        KNOWN.compile(ToolParser(tokenizer_of("hermes"), tools).grammar(["f"], several=False), [END])
     assert error.value.field == "tools"
 
 

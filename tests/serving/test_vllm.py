@@ -41,7 +41,7 @@ MakeFake = Callable[..., str]
 
 @pytest.fixture
 def fake(tmp_path: Path) -> MakeFake:
-    """A Python that has vLLM, and one that has not."""
+    """Write a Python that has vLLM, and one that has not."""
 
     def make(missing: int = 0, life: float = 0.05) -> str:
         program, heard = tmp_path / f"python-{missing}", str(tmp_path / "heard.json")

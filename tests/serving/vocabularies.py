@@ -64,7 +64,7 @@ def sentencepiece(strip: bool = True) -> PreTrainedTokenizerFast:
 
 
 def gemma() -> PreTrainedTokenizerFast:
-    """The same without a space at the beginning."""
+    """Build the same without a space at the beginning."""
     return sentencepiece(strip=False)
 
 
@@ -87,7 +87,7 @@ def wordpiece() -> PreTrainedTokenizerFast:
 
 
 def suffixed() -> PreTrainedTokenizerFast:
-    """Ends of words are marked: the first BPE."""
+    """Build the first BPE, which marks the ends of words."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", end_of_word_suffix="</w>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.decoder = decoders.BPEDecoder()

@@ -61,7 +61,7 @@ class AdapterInfo:
 
     @property
     def score(self) -> tuple[str, float] | None:
-        """The metric that decides for the task, and its value; None where nothing was measured."""
+        """Return the task's main metric and its value; None where nothing was measured."""
         name = next((name for name in (*MAIN_METRICS, *self.metrics) if name in self.metrics), None)
         return None if name is None else (name, self.metrics[name])
 

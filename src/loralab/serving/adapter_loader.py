@@ -229,7 +229,7 @@ class AdapterLoader:
 
 
 def clone_layout(module: Layer, device: str | None = None) -> Layer:
-    """Another update of the same layer and shape, its numbers still to be filled in.
+    """Return an update of the same layer and shape, its values still to be filled in.
 
     To make it anew would draw numbers that nobody needs, and cost ten times as much.
     """
@@ -247,7 +247,7 @@ def clone_layout(module: Layer, device: str | None = None) -> Layer:
 
 
 def _cannot_serve(config: Any, kind: str) -> str:
-    """Why a method is not for a batch of many adapters; empty if it is."""
+    """Return why a method cannot share a batch of many adapters; empty if it can."""
     spec = spec_of(config)
     if spec.cannot_serve:
         return spec.cannot_serve

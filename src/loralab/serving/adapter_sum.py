@@ -64,7 +64,7 @@ def _part(part: str) -> tuple[str, float]:
     return name, scale if colon else 1.0
 
 
-def find(store: Store, name: str) -> AdapterInfo:
+def find_adapter(store: Store, name: str) -> AdapterInfo:
     """Return the adapter of a name, of a digest, or of a sum of them.
 
     Raises:

@@ -24,7 +24,7 @@ from loralab.serving.api_schemas import ChatBody, ClassifyBody, CompletionBody, 
 from loralab.serving.api_service import Service
 from loralab.serving.api_shapes import ChatShape, CompletionShape
 from loralab.serving.api_stream import ClientGoneError, EventStream, Gathered, guarded
-from loralab.serving.api_tools import forced, reader_of, rendered
+from loralab.serving.api_tools import forced, parser_of, tools_by_name
 from loralab.serving.constraints import Compiled, Grammar
 from loralab.serving.gate import Gate, HeadAsGet, Hosts
 from loralab.serving.keys import Key, Keys
@@ -32,7 +32,7 @@ from loralab.serving.metrics import CONTENT_TYPE
 from loralab.serving.origins import Origins
 from loralab.serving.request import Answer, Ranked
 from loralab.serving.settings import Limits
-from loralab.serving.tool_calls import ToolReader
+from loralab.serving.tool_calls import ToolParser
 
 if TYPE_CHECKING:
     from loralab.serving.engine import Engine
@@ -83,7 +83,7 @@ def build_app(
 
 
 def _add_errors(app: FastAPI) -> None:
-    """Every error has one shape."""
+    """Give every error one shape."""
 
     @app.exception_handler(ApiError)
     async def _ours(_: Request, error: ApiError) -> Response:
@@ -172,7 +172,7 @@ async def _models(service: Service, key: Key | None) -> dict[str, Any]:
 
 
 def _add_generation(app: FastAPI, service: Service) -> None:
-    """Completions, chats, classes."""
+    """Add completions, chats and classification."""
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
@@ -191,12 +191,12 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         entry = await _generating_adapter(service, body.model, key)
         try:
             tokenizer = service.engine.tokenizer(entry)
-            tools = rendered(body.tools, body.tool_choice)
-            reader = reader_of(tokenizer, tools) if tools else None
+            tools = tools_by_name(body.tools, body.tool_choice)
+            parser = parser_of(tokenizer, tools) if tools else None
             ids = await service.chat_ids(turns_of(body.messages, tokenizer), entry, list(tools.values()))
         except LoralabError as error:
             raise to_api_error(error, "messages") from None
-        return await _answer(service, request, body, entry, key, [ids], reader)
+        return await _answer(service, request, body, entry, key, [ids], parser)
 
     @app.post("/v1/classify")
     async def classify(request: Request) -> Response:
@@ -218,11 +218,11 @@ async def _answer(
     entry: "AdapterInfo | None",
     key: Key | None,
     prompts: Sequence[Sequence[int]],
-    reader: ToolReader | None = None,
+    parser: ToolParser | None = None,
 ) -> Response:
     """Return the answers to some prompts, `n` each, whole or as a stream."""
     param = "prompt" if isinstance(body, CompletionBody) else "messages"
-    choices, structure = body.n or 1, await service.structure(_grammar(body, reader), entry)
+    choices, structure = body.n or 1, await service.structure(_grammar(body, parser), entry)
     asked = [
         (ids, body.sampling(service.max_answer_tokens(ids, entry, param), choice))
         for ids in prompts
@@ -235,7 +235,7 @@ async def _answer(
         service.settle(grant, 0)
         raise to_api_error(error, param, fields={name: name for name in type(body).model_fields}) from None
     gathered = Gathered(answers, lambda tokens: service.settle(grant, tokens))
-    make = CompletionShape if isinstance(body, CompletionBody) else functools.partial(ChatShape, reader=reader)
+    make = CompletionShape if isinstance(body, CompletionBody) else functools.partial(ChatShape, parser=parser)
     read = sum(map(len, prompts)) if body.with_usage_so_far else None
     shape = make(
         answers,
@@ -254,17 +254,17 @@ async def _answer(
     return JSONResponse(shape.whole(done), headers=headers)
 
 
-def _grammar(body: CompletionBody | ChatBody, reader: ToolReader | None) -> Grammar | None:
+def _grammar(body: CompletionBody | ChatBody, parser: ToolParser | None) -> Grammar | None:
     """Return the structure of the answers: a call that must come, or what the body asks for."""
     grammar = body.grammar()
-    if reader is None or not isinstance(body, ChatBody):
+    if parser is None or not isinstance(body, ChatBody):
         return grammar
     try:
-        call = forced(reader, body.tool_choice, several=body.parallel_tool_calls is not False)
+        call = forced(parser, body.tool_choice, several=body.parallel_tool_calls is not False)
     except LoralabError as error:
         raise to_api_error(error) from None
     if call is not None and grammar is not None:
-        text = "tool_choice asks for a call and another field for a structure; leave one out"
+        text = "tool_choice requires a call, and response_format or structured_outputs another structure; leave one out"
         raise ApiError(400, text, param="tool_choice", code="invalid_value")
     return call or grammar
 
@@ -316,7 +316,7 @@ async def _awaited(future: "Future[list[Ranked]]") -> list[Ranked]:
 
 
 def _add_store(app: FastAPI, service: Service) -> None:
-    """Adapters come and go while the server runs; names, bodies and answers are vLLM's."""
+    """Add loading and unloading of adapters, with vLLM's names, bodies and answers."""
 
     @app.post("/v1/load_lora_adapter")
     async def load(request: Request) -> Response:
@@ -340,7 +340,7 @@ def _add_store(app: FastAPI, service: Service) -> None:
 
 
 async def _change_store(work: Callable[[], "AdapterInfo"], param: str) -> "AdapterInfo":
-    """In a thread: reading an adapter takes a while."""
+    """Run work in a thread, as reading an adapter takes a while."""
     try:
         return await asyncio.to_thread(work)
     except LoralabError as error:

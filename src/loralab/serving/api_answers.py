@@ -38,7 +38,7 @@ class SummedAdapter(Schema):
 
 
 class AdapterIdentity(Schema):
-    """Which adapter answered; `parts` where it was a sum of several."""
+    """The adapter that answered; `parts` where it was a sum of several."""
 
     name: str
     digest: str

@@ -57,7 +57,7 @@ def require_one(name: str, value: Any, choices: Sequence[str]) -> None:
 
 
 def _same(value: Any, own: Any) -> bool:
-    """As JSON has it: true is not 1."""
+    """Return whether two values are equal in JSON, where true is not 1."""
     return isinstance(value, bool) == isinstance(own, bool) and bool(value == own)
 
 
@@ -99,7 +99,7 @@ def _require_few(content: bytes) -> None:
 
 
 def _deepest(problems: Sequence[Any]) -> Any:
-    """Where a value may be one of several types, the branch that came furthest explains best."""
+    """Return the error of the branch of a union that came furthest, which explains best."""
     first = problems[0]["loc"][:1]
     return max((p for p in problems if p["loc"][:1] == first), key=lambda p: len(p["loc"]))
 

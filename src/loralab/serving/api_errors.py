@@ -41,7 +41,7 @@ class ApiError(Exception):
         self.retry_after, self.allow = retry_after, allow
 
     def body(self) -> dict[str, Any]:
-        """OpenAI's shape."""
+        """Return the error in OpenAI's shape."""
         kind = TYPES.get(self.status, DEFAULT_TYPE)
         error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
         return {"error": error}

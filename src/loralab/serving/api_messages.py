@@ -65,7 +65,7 @@ class Message(Body):
     @model_validator(mode="before")
     @classmethod
     def _said(cls, given: Any) -> Any:
-        """Who says something that can be repeated, and what; looked at before the other fields."""
+        """Check the role, and that there is content, before the other fields."""
         if not isinstance(given, dict) or "role" not in given:
             return given
         require_one("role", given["role"], get_args(Role))
@@ -80,7 +80,7 @@ class Message(Body):
         return given
 
     def turn(self, where: str) -> dict[str, Any]:
-        """As chat templates read it; `where` it stands is named in errors.
+        """Return the turn as chat templates read it; errors name `where` it stands.
 
         Raises:
             ApiError: 400, the arguments of a call are no object.

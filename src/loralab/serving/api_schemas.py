@@ -134,7 +134,7 @@ class _GenerationBody(_RequestBody):
 
     @property
     def _fields(self) -> dict[str, str]:
-        """Fields of Sampling that are called otherwise here."""
+        """Return the names that fields of Sampling have here, where they differ."""
         return {}
 
     def grammar(self) -> Grammar | None:
@@ -262,7 +262,7 @@ class ClassifyBody(_RequestBody):
     input: str | PictureInput | Annotated[list[str | PictureInput], Field(fail_fast=True)]
 
     def inputs(self) -> list[str | bytes]:
-        """Texts, or picture files."""
+        """Return texts, or the bytes of picture files."""
         given = self.input if isinstance(self.input, list) else [self.input]
         return [one if isinstance(one, str) else one.content() for one in given]
 

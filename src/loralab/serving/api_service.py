@@ -91,7 +91,7 @@ class Service:
         return found
 
     def require_admin(self, key: Key | None) -> None:
-        """Loading and unloading change what others get.
+        """Refuse keys that may not load or unload, which changes the answers of others.
 
         Raises:
             ApiError: 403.
@@ -100,7 +100,7 @@ class Service:
             raise ApiError(403, f"key {key.name} may not load or unload adapters")
 
     def require_working(self) -> None:
-        """Nothing new is taken by a server that stops, or whose engine died.
+        """Refuse new requests once the server stops, or the engine has died.
 
         Raises:
             ApiError: 503.
@@ -221,7 +221,7 @@ class Service:
         return next((e for e in await self.visible(key) if name and e.digest == name), None)
 
     async def _looked_up(self, name: str, work: Callable[[], Result]) -> Result:
-        """From the store; in a thread where a file has to be read, as answers go on meanwhile."""
+        """Ask the store; in a thread where a file has to be read, as answers go on meanwhile."""
         if self.engine.store.settled(name):
             return work()
         return await asyncio.to_thread(work)

@@ -10,7 +10,7 @@ from typing import Any
 
 from loralab.serving.detokenize import escaped
 from loralab.serving.request import STOP, Answer, Completed, Delta, Finished, Ranked, TokenLogprob
-from loralab.serving.tool_calls import ToolCall, ToolReader, ToolStream
+from loralab.serving.tool_calls import ToolCall, ToolParser, ToolStream
 
 Json = dict[str, Any]
 OWNER = "loralab"
@@ -99,11 +99,11 @@ class CompletionShape(_Shape):
         return _completion_logprobs(one.logprobs) if self._logprobs or one.logprobs else None
 
     def opening(self, index: int) -> Json | None:
-        """Nothing: a completion has no role to tell."""
+        """Return nothing: a completion has no role."""
         return None
 
     def piece(self, index: int, piece: Delta) -> Json:
-        """More text."""
+        """Return a chunk with more text."""
         self._written[index] += len(piece.tokens)
         told = _completion_logprobs(piece.logprobs) if piece.logprobs else None
         return self.chunk([self._choice(index, piece.text, told, None)])
@@ -123,10 +123,10 @@ class ChatShape(_Shape):
 
     prefix, whole_object, chunk_object = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, answers: Sequence[Answer], *, reader: ToolReader | None = None, **options: Any) -> None:
+    def __init__(self, answers: Sequence[Answer], *, parser: ToolParser | None = None, **options: Any) -> None:
         super().__init__(answers, **options)
-        self._reader = reader
-        self._streams = [] if reader is None else [ToolStream(reader) for _ in answers]
+        self._parser = parser
+        self._streams = [] if parser is None else [ToolStream(parser) for _ in answers]
 
     def whole(self, done: Sequence[Completed]) -> Json:
         """Return the body of an answer that is not streamed."""
@@ -135,7 +135,7 @@ class ChatShape(_Shape):
     def _whole(self, index: int, one: Completed) -> Json:
         message: Json = {"role": "assistant", "content": one.text, "refusal": None}
         reason = one.finished.reason
-        content, calls = ("", []) if self._reader is None else self._reader.read(one.tokens)
+        content, calls = ("", []) if self._parser is None else self._parser.parse(one.tokens)
         if calls:
             message |= {"content": content.strip() or None, "tool_calls": [_call(call) for call in calls]}
             reason = TOOL_CALLS if reason == STOP else reason
@@ -149,11 +149,11 @@ class ChatShape(_Shape):
         return _chat_logprobs(one.logprobs) if self._logprobs or one.logprobs else None
 
     def opening(self, index: int) -> Json | None:
-        """Whose turn it is."""
+        """Return the chunk with the role."""
         return self.chunk([self._delta(index, {"role": "assistant", "content": ""})])
 
     def piece(self, index: int, piece: Delta) -> Json:
-        """More text."""
+        """Return a chunk with more text."""
         self._written[index] += len(piece.tokens)
         told = _chat_logprobs(piece.logprobs) if piece.logprobs else None
         return self.chunk([self._delta(index, {"content": piece.text}, told)])
@@ -182,7 +182,7 @@ Shape = CompletionShape | ChatShape
 
 
 def warning_of(answers: Sequence[Answer]) -> str:
-    """Why an answer may not be what was meant; empty as a rule."""
+    """Return why an answer may not be the intended one; empty as a rule."""
     return next((answer.warning for answer in answers if answer.warning), "")
 
 
@@ -194,7 +194,7 @@ def adapter_of(answer: Answer) -> Json | None:
 
 
 def classification(model: str, entry: Any, ranked: Sequence[Ranked], classes: Sequence[str]) -> Json:
-    """/v1/classify: `probs` in the order of the classes, `probabilities` by name."""
+    """Return the body of /v1/classify: `probs` in the order of the classes, `probabilities` by name."""
     tokens = sum(one.tokens for one in ranked)
     return {
         "id": "classify-" + uuid.uuid4().hex,
@@ -217,7 +217,7 @@ def classification(model: str, entry: Any, ranked: Sequence[Ranked], classes: Se
 
 
 def identity(entry: Any) -> Json:
-    """Name and digest of an adapter of the store."""
+    """Return the name and digest of an adapter of the store."""
     return {"name": entry.name, "digest": entry.digest}
 
 
@@ -243,7 +243,7 @@ def adapter_json(entry: Any) -> Json:
 
 
 def models_json(base: str, kind: str, context: int, entries: Iterable[Any], created: int) -> Json:
-    """/v1/models: the base, then the adapters."""
+    """Return the body of /v1/models: the base, then the adapters."""
     common = {"object": "model", "created": created, "owned_by": OWNER}
     models: list[Json] = [
         {"id": base, **common, "root": base, "parent": None, "digest": None, "kind": kind, "max_model_len": context}
@@ -316,7 +316,7 @@ def _top_by_name(chosen: TokenLogprob) -> list[tuple[str, TokenLogprob]]:
 
 
 def _finite(logprob: float | None) -> float | None:
-    """JSON has no infinity; OpenAI writes this number for what cannot happen."""
+    """Return a number that JSON can hold; OpenAI writes IMPOSSIBLE for what cannot happen."""
     return None if logprob is None else max(logprob, IMPOSSIBLE)
 
 

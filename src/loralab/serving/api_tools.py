@@ -11,7 +11,7 @@ from loralab.errors import nearest
 from loralab.serving.api_body import Body
 from loralab.serving.api_errors import ApiError
 from loralab.serving.constraints import Grammar
-from loralab.serving.tool_calls import ToolReader, form_of, reads_itself
+from loralab.serving.tool_calls import ToolParser, format_of, has_response_template
 
 MAX_TOOLS = 128
 NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
@@ -62,7 +62,7 @@ class CallBody(Body):
     function: CalledFunction
 
     def turn(self, where: str) -> dict[str, Any]:
-        """As chat templates read it, arguments as an object.
+        """Return the call as chat templates read it, arguments as an object.
 
         Raises:
             ApiError: 400, they are none.
@@ -82,7 +82,7 @@ Choice = Literal["none", "auto", "required"] | ToolChoice
 Tools = list[ToolBody]
 
 
-def rendered(tools: Sequence[ToolBody] | None, choice: Choice | None) -> dict[str, dict[str, Any]]:
+def tools_by_name(tools: Sequence[ToolBody] | None, choice: Choice | None) -> dict[str, dict[str, Any]]:
     """Return the tools that the template is given, by name; none where none may be called.
 
     Raises:
@@ -104,14 +104,14 @@ def rendered(tools: Sequence[ToolBody] | None, choice: Choice | None) -> dict[st
     return {} if choice == "none" else found
 
 
-def reader_of(tokenizer: Any, tools: dict[str, dict[str, Any]]) -> ToolReader:
+def parser_of(tokenizer: Any, tools: dict[str, dict[str, Any]]) -> ToolParser:
     """Return what reads the calls of an answer.
 
     Raises:
         ApiError: 400, the chat template's form of calls is not known.
     """
     require_tools(tokenizer, "tools")
-    return ToolReader(tokenizer, tools)
+    return ToolParser(tokenizer, tools)
 
 
 def require_tools(tokenizer: Any, field: str) -> None:
@@ -120,7 +120,7 @@ def require_tools(tokenizer: Any, field: str) -> None:
     Raises:
         ApiError: 400.
     """
-    if form_of(tokenizer) is None and not reads_itself(tokenizer):
+    if format_of(tokenizer) is None and not has_response_template(tokenizer):
         raise _wrong(
             field,
             "are not supported with this model's chat template; it must be of the form of Hermes or Qwen, Llama 3 "
@@ -129,11 +129,11 @@ def require_tools(tokenizer: Any, field: str) -> None:
         )
 
 
-def forced(reader: ToolReader, choice: Choice | None, *, several: bool) -> Grammar | None:
+def forced(parser: ToolParser, choice: Choice | None, *, several: bool) -> Grammar | None:
     """Return the structure of an answer that must call a tool; None where it need not."""
     if isinstance(choice, ToolChoice):
-        return reader.grammar([choice.function.name], several=False)
-    return reader.grammar(list(reader.tools), several=several) if choice == "required" else None
+        return parser.grammar([choice.function.name], several=False)
+    return parser.grammar(list(parser.tools), several=several) if choice == "required" else None
 
 
 def calls_field() -> Any:

@@ -42,7 +42,7 @@ class Reading:
     scale: float = 1.0
 
 
-def bring(read: FolderSnapshot, load: Load) -> CachedAdapter:
+def load_snapshot(read: FolderSnapshot, load: Load) -> CachedAdapter:
     """Load what was read into memory.
 
     Raises:
@@ -58,12 +58,12 @@ def bring(read: FolderSnapshot, load: Load) -> CachedAdapter:
     return CachedAdapter(stored.digest, value, int(getattr(value, "bytes", size)))
 
 
-def bring_sum(root: Path, digest: str, parts: Sequence[Reading], load: Load, stack: Stack) -> CachedAdapter:
+def load_sum(root: Path, digest: str, parts: Sequence[Reading], load: Load, stack: Stack) -> CachedAdapter:
     """Load the parts of a sum, and keep the sum alone.
 
     Raises:
         AdapterFileError: one is damaged, changed, or more than low-rank updates.
     """
-    values = [bring(read_one(root, part.digest, part.folders), load).value for part in parts]
+    values = [load_snapshot(read_one(root, part.digest, part.folders), load).value for part in parts]
     value = stack(values, [part.scale for part in parts], digest)
     return CachedAdapter(digest, value, int(value.bytes))

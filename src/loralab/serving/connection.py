@@ -54,12 +54,12 @@ class Connection(H11Protocol):
         self._watch()
 
     def data_received(self, data: bytes) -> None:
-        """More of a request."""
+        """Take more of a request."""
         super().data_received(data)
         self._watch()
 
     def on_response_complete(self) -> None:
-        """An answer is told, as far as the server is concerned."""
+        """Note that the server has written the whole answer."""
         super().on_response_complete()
         self.since = self.loop.time()
         if self._behind is None and self.transport.get_write_buffer_size():
@@ -67,18 +67,18 @@ class Connection(H11Protocol):
         self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The end."""
+        """Note that the connection is closed."""
         self._silent, self._behind = _cancel(self._silent), _cancel(self._behind)
         super().connection_lost(exc)
 
     def pause_writing(self) -> None:
-        """The client is behind."""
+        """Note that the client reads too slowly."""
         super().pause_writing()
         if self._behind is None:
             self._wait_for_reader()
 
     def resume_writing(self) -> None:
-        """It has caught up."""
+        """Note that the client has caught up."""
         super().resume_writing()
         self._behind = _cancel(self._behind)
 
@@ -142,7 +142,7 @@ class Connection(H11Protocol):
 
 
 def _cancel(timer: asyncio.TimerHandle | None) -> asyncio.TimerHandle | None:
-    """No timer any more."""
+    """Cancel a timer, if there is one; return None in its place."""
     if timer is not None:
         timer.cancel()
     return None

@@ -1,4 +1,4 @@
-"""Structured answers: a grammar allows only some tokens at each step, whatever the model thinks of them.
+"""Structured outputs: a grammar allows only some tokens at each step, whatever their probability.
 
 llguidance compiles JSON schemas, regular expressions and grammars, and says which tokens may come
 next. It computes that in a thread of its own, without Python's lock, while the model reads the
@@ -8,10 +8,11 @@ asking for structure is an error that says so.
 
 import contextlib
 import json
+import math
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from decimal import Decimal
@@ -30,8 +31,11 @@ MAX_DEPTH = 48  # of a schema, counted as JSON
 MAX_PROPERTIES = 256  # of a schema, all its objects together
 MAX_CHOICES = 1000
 MAX_REPEATS = 1000  # of a repetition in an expression, and significant digits of multipleOf: more take for ever
-MAX_STEPS = 20_000  # in which it is looked whether a schema can end
+MAX_EXPANDED = 300_000  # characters of an expression once its repetitions are written out
+MAX_STEPS = 20_000  # of the search for a finite value of a schema
 REPEATS = re.compile(r"\{\s*(\d+)?\s*(?:,\s*(\d+)?)?\s*\}")
+PIECES = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|" + REPEATS.pattern + "|.", re.DOTALL)
+NAMED_REPEATS = re.compile(r"(?<![\w\\])[A-Za-z_]\w*" + REPEATS.pattern)
 MULTIPLE = re.compile(r"multipleOf\W*([-+.\w]+)")
 MAX_COMPILED = 64  # grammars that are kept
 MAX_PROBLEM = 200  # characters of what llguidance says
@@ -47,8 +51,8 @@ class Grammar:
     Attributes:
         kind: of `source`: JSON (a schema), REGEX, CHOICE (texts), GRAMMAR (Lark, or GBNF).
         field: of the request, named in errors.
-        strict: refuse a schema with keywords that cannot be kept; else they are told of.
-        schemas: that stand in the source of a grammar.
+        strict: refuse a schema with unsupported keywords; else they are left out, and named in the warning.
+        schemas: the JSON schemas inside the source of a grammar.
     """
 
     kind: str
@@ -59,15 +63,15 @@ class Grammar:
 
 
 class Constraint:
-    """Structure of one answer: tokens that may come next, after those that came.
+    """The grammar state of one answer: the tokens that may come next.
 
     Attributes:
-        stopped: nothing can follow but the end.
-        error: why no more can be said; empty as a rule.
+        stopped: only the end may follow.
+        error: why the grammar cannot be followed any more; empty as a rule.
     """
 
-    def __init__(self, matcher: Any, pool: ThreadPoolExecutor, words: int) -> None:
-        self._matcher, self._pool, self._words = matcher, pool, words
+    def __init__(self, matcher: Any, pool: ThreadPoolExecutor, vocab_size: int) -> None:
+        self._matcher, self._pool, self._vocab_size = matcher, pool, vocab_size
         self.stopped, self.error = False, ""
         self._blocked = pool.submit(self._next)
 
@@ -90,7 +94,7 @@ class Constraint:
     def _next(self) -> Tensor:
         """Return the tokens that may not come next, (V,)."""
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
-        allowed = np.unpackbits(bits, count=self._words, bitorder="little")
+        allowed = np.unpackbits(bits, count=self._vocab_size, bitorder="little")
         return torch.from_numpy(allowed == 0)
 
     def note(self, token: int) -> None:
@@ -123,7 +127,7 @@ class Constraints:
         self._pool = ThreadPoolExecutor(2, "mask")
 
     @property
-    def _words(self) -> int:
+    def _vocab_size(self) -> int:
         """Return how many tokens have logits."""
         return int(self._base.model.get_output_embeddings().weight.shape[0])
 
@@ -153,7 +157,7 @@ class Constraints:
 
     def begin(self, compiled: Compiled) -> Constraint:
         """Return the structure of an answer that begins now."""
-        return Constraint(compiled.matcher.deep_copy(), self._pool, self._words)
+        return Constraint(compiled.matcher.deep_copy(), self._pool, self._vocab_size)
 
     def _tokenizer(self, lib: Any, field: str, stops: tuple[int, ...]) -> Any:
         if stops not in self._tokenizers:
@@ -161,8 +165,8 @@ class Constraints:
 
             own = self._base.tokenizer
             try:
-                words = max(len(own), self._words)
-                self._tokenizers[stops] = from_tokenizer(own, n_vocab=words, eos_token=list(stops) or None)
+                size = max(len(own), self._vocab_size)
+                self._tokenizers[stops] = from_tokenizer(own, n_vocab=size, eos_token=list(stops) or None)
             except Exception as error:  # a kind that it does not know
                 raise ConfigError(
                     f"{field}: the tokenizer of {self._base.name} cannot be constrained: {str(error)[:MAX_PROBLEM]}",
@@ -245,6 +249,36 @@ def _require_few_repeats(grammar: Grammar, text: str) -> None:
     large = max(counts, default=0) > MAX_REPEATS
     if large or not all(_is_short(number) for number in MULTIPLE.findall(text)):
         raise _invalid(grammar, f"it repeats something, or has a multipleOf, of more than {MAX_REPEATS}")
+    size = _expanded(text)
+    if grammar.kind == GRAMMAR:  # a repeated rule may hold others
+        size *= math.prod(_most(pair) for pair in NAMED_REPEATS.findall(text))
+    if size > MAX_EXPANDED:
+        raise _invalid(grammar, f"its repetitions stand for more than {MAX_EXPANDED} characters")
+
+
+def _expanded(text: str) -> int:
+    """Return about how many characters an expression has once its repetitions are written out."""
+    groups, last = [0], 0  # lengths of the groups that are open; of the last piece
+    for piece in PIECES.finditer(text):
+        if piece[0] == "(":
+            groups.append(0)
+            last = 0
+        elif piece[0] == ")":
+            last = groups.pop()
+            groups = groups or [0]
+            groups[-1] += last
+        elif any(piece.groups()):
+            groups[-1] += last * (_most(piece.groups("")) - 1)
+            last *= _most(piece.groups(""))
+        else:
+            groups[-1] += 1
+            last = 1
+    return sum(groups)
+
+
+def _most(counts: Sequence[str]) -> int:
+    """Return the upper bound of a repetition, at least 1."""
+    return max([1, *(int(count) for count in counts if count)])
 
 
 def _is_short(number: Any) -> bool:
@@ -258,7 +292,7 @@ def _is_short(number: Any) -> bool:
 
 def _require_bounded(grammar: Grammar, schema: Any) -> None:
     """Refuse a schema that would take long to compile, or that no answer can end."""
-    properties = 0
+    properties, patterns = 0, list[Any]()
     text = json.dumps(schema)
     if len(text) > MAX_CHARACTERS:
         raise _invalid(grammar, f"it has {len(text)} characters as JSON, and at most {MAX_CHARACTERS} are read")
@@ -268,9 +302,9 @@ def _require_bounded(grammar: Grammar, schema: Any) -> None:
             raise _invalid(grammar, f"it has more than {MAX_DEPTH} levels, or {MAX_PROPERTIES} properties")
         if not _is_short(part.get("multipleOf", 1)):
             raise _invalid(grammar, f"multipleOf has more digits than {MAX_REPEATS}")
-        patterns = part.get("patternProperties")
-        for pattern in (part.get("pattern"), *(patterns if isinstance(patterns, dict) else ())):
-            _require_few_repeats(grammar, pattern if isinstance(pattern, str) else "")
+        keyed = part.get("patternProperties")
+        patterns += [part.get("pattern"), *(keyed if isinstance(keyed, dict) else ())]
+    _require_few_repeats(grammar, "\n".join(pattern for pattern in patterns if isinstance(pattern, str)))
     walk = _Ends(schema)
     if not walk.ends(schema):
         raise _invalid(grammar, "it requires itself, so no answer could end")
@@ -290,7 +324,7 @@ def _parts(schema: Any) -> Iterator[tuple[Mapping[str, Any], int]]:
 
 
 class _Ends:
-    """Whether a schema has a finite value; every reference is followed, as llguidance does where it merges schemas."""
+    """Search of a schema for a finite value, along every reference, as llguidance follows them where it merges."""
 
     def __init__(self, root: Any) -> None:
         self._root = root

@@ -20,7 +20,7 @@ class Encoders:
         self._base, self._bank = base, Bank(base.model)
 
     def prepare(self, key: str, loaded: Any) -> None:
-        """Nothing is worked out beforehand."""
+        """Do nothing: an encoder needs no preparation."""
 
     def put(self, key: str, loaded: Any) -> None:
         """Take an adapter in."""

@@ -18,7 +18,7 @@ import torch
 from loralab.errors import QueueFullError
 from loralab.models.load import Base
 from loralab.serving.adapter_info import AdapterInfo
-from loralab.serving.adapter_sum import find
+from loralab.serving.adapter_sum import find_adapter
 from loralab.serving.constraints import Compiled, Grammar
 from loralab.serving.live_request import (
     EncoderRequest,
@@ -79,7 +79,7 @@ class Engine:
 
     @property
     def slower(self) -> dict[str, str]:
-        """Quicker ways of computing a step that are not taken, and why."""
+        """Return the faster runners that are not used, with the reasons."""
         return dict(getattr(self._model, "refused", {}))
 
     def submit(
@@ -103,7 +103,7 @@ class Engine:
             DataError: the prompt is empty, or leaves no room for an answer.
             ConfigError: the base writes no text.
         """
-        entry = find(self.store, adapter) if isinstance(adapter, str) else adapter
+        entry = find_adapter(self.store, adapter) if isinstance(adapter, str) else adapter
         live = self._builder.generation(prompt, entry, sampling, structure)
         self._enter(live)
         return live.answer
@@ -115,7 +115,7 @@ class Engine:
             AdapterNotFoundError, QueueFullError: as in `submit`.
             DataError: an input is too long, no picture, or the adapter knows no labels.
         """
-        entry = find(self.store, adapter) if isinstance(adapter, str) else adapter
+        entry = find_adapter(self.store, adapter) if isinstance(adapter, str) else adapter
         live = self._builder.classification(inputs, entry)
         self._enter(live)
         return live.future
@@ -148,14 +148,14 @@ class Engine:
 
     @property
     def running(self) -> int:
-        """Requests in the batch."""
+        """Return how many requests are in the batch."""
         if self._scheduler is None:
             return min(self._max_batch, len(self._live))
         return len(self._scheduler.running)
 
     @property
     def waiting(self) -> int:
-        """Requests that wait for their turn or their adapter."""
+        """Return how many requests wait for their turn or their adapter."""
         queued = self._scheduler.waiting if self._scheduler else len(self._live) - self.running
         return len(self._arrived) + len(self._ready) + queued
 
@@ -186,7 +186,7 @@ class Engine:
 
     @torch.no_grad()
     def step(self) -> bool:
-        """Return one step of the batch; False if there was nothing to do."""
+        """Run one step of the batch; return False if there was nothing to do."""
         started = time.perf_counter()
         self._admit()
         self._drop_cancelled()
@@ -375,7 +375,7 @@ class Engine:
         return chunk if prefix_kv is None else self._model.load_prefix(chunk, prefix_kv)
 
     def _classify_some(self) -> int:
-        """Put some inputs into classes, taking turns between requests; tokens that were read."""
+        """Classify some inputs, taking turns between requests; return how many tokens were read."""
         chosen = next_inputs(self._encoder_queue, self._max_batch)
         if not chosen:
             return 0

@@ -55,7 +55,7 @@ class KVCache:
 
 
 def cache_shape(model: Any) -> tuple[int, int, int]:
-    """(L, H, D) of a causal model's keys and values."""
+    """Return (L, H, D) of a causal model's keys and values."""
     config = model.config.get_text_config()
     queries = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // queries

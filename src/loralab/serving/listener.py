@@ -55,18 +55,18 @@ class Listener(uvicorn.Server):
         self.run(sockets=[self._opened])
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Say so once it listens."""
+        """Announce that it listens."""
         await super().startup(sockets=sockets)
         self._ready()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Connections that are still open get a 503 for anything new."""
+        """Answer 503 to new requests on connections that are still open."""
         self._service.stopping = True
         super().handle_exit(sig, frame)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """A signal ends the server and nothing else: the process then exits as it should."""
+        """Let a signal end the server and nothing else: the process then exits as usual."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -128,6 +128,6 @@ def is_loopback(host: str) -> bool:
 
 
 def address(opened: socket.socket) -> str:
-    """Where a socket is reached, such as http://127.0.0.1:8000."""
+    """Return the address of a socket, such as http://127.0.0.1:8000."""
     host, port = opened.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -1,4 +1,4 @@
-"""Which adapters a store lists: by name, by digest, and those that it left out, with the reasons.
+"""The adapters that a store lists: by name, by digest, and those that it left out, with the reasons.
 
 Nothing here locks; the store does (store.py).
 """

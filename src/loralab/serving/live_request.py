@@ -63,7 +63,7 @@ class _Request:
 
     @property
     def prefix_kv(self) -> Tensor | None:
-        """The keys and values of a prefix, if the adapter has one."""
+        """Return the keys and values of the adapter's prefix, if it has one."""
         return None if self.held is None else self.held.value.prefix_kv
 
 
@@ -112,7 +112,7 @@ class Generation(_Request):
         return self.finished is None
 
     def accept(self, sequence: TokenSequence, logits: Tensor, token: int) -> bool:
-        """Return one more token; whether it was the last."""
+        """Take one more token; return whether it was the last."""
         self.first = self.first or time.perf_counter()
         self._count += 1
         if token in self.stops:
@@ -164,7 +164,7 @@ class Generation(_Request):
                 self._judged[number] = likeliest(own, self.prompt[number], self.sampling.logprobs or 0)
 
     def _begin(self, sequence: TokenSequence) -> None:
-        """The prompt is read: tell it, if it is to be echoed, as its tokens write it."""
+        """Begin the answer after the prompt, which is told first if it is to be echoed."""
         sequence.scored = None
         if self.sampling.echo:
             explained = self.sampling.logprobs is not None
@@ -293,7 +293,7 @@ class EncoderRequest(_Classes):
     found: dict[int, Ranked] = field(default_factory=dict)
 
     def accept(self, number: int, logits: Tensor) -> bool:
-        """Return the logits of one input, (classes,); whether it was the last."""
+        """Take the logits of one input, (classes,); return whether it was the last."""
         self.first = self.first or time.perf_counter()
         own = logits[: len(self.labels)].double().softmax(dim=0).tolist()
         tokens = len(self.examples[number].input_ids)
@@ -323,9 +323,6 @@ def message_of(error: BaseException) -> str:
     """Return the message of an error for the client."""
     if isinstance(error, LoralabError):
         return str(error)
-    import traceback
-
-    traceback.print_exception(error)
     return f"the request failed inside the engine: {type(error).__name__}: {error}"
 
 

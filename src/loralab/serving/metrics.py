@@ -56,7 +56,7 @@ class Metrics:
             self._finished(event)
 
     def text(self) -> bytes:
-        """Everything in Prometheus' text format."""
+        """Return all metrics in Prometheus' text format."""
         return bytes(generate_latest(self.registry))
 
     def _finished(self, event: Mapping[str, Any]) -> None:
@@ -70,7 +70,7 @@ class Metrics:
                 histogram.labels(*who).observe(event[name])
 
     def _note(self, who: tuple[str, str], reason: str) -> None:
-        """Names that come and go must not fill the memory."""
+        """Note a counted adapter, and drop the least recent beyond a limit: names must not fill the memory."""
         self._counted.setdefault(who, set()).add(reason)
         self._counted.move_to_end(who)
         if len(self._counted) > MAX_COUNTED_ADAPTERS:

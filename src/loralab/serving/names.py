@@ -91,7 +91,7 @@ def read_names(root: Path) -> Names:
 
 
 def write_names(root: Path, names: Names) -> None:
-    """names.json, whole or not at all.
+    """Write names.json, whole or not at all.
 
     Raises:
         OutputError: it cannot be written.

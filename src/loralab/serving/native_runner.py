@@ -183,7 +183,7 @@ def _known(path: str, module: Any) -> bool:
 
 
 def _layer_and_name(path: str) -> Any:
-    """model.layers.3.mlp.up_proj -> (3, "mlp.up_proj")."""
+    """Split model.layers.3.mlp.up_proj into (3, "mlp.up_proj")."""
     parts = path.split(".")
     if parts[:2] != ["model", "layers"] or len(parts) != 5 or not parts[2].isdecimal():
         return None
@@ -213,7 +213,7 @@ def _updates_of(modules: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Ten
 
 
 def _pairs(B: Tensor) -> Tensor:
-    """B (N, O, R), scaling included -> (N, R / 2, O, 2): neighbours in R are multiplied at once."""
+    """Rearrange B (N, O, R), scaling included, to (N, R / 2, O, 2): neighbours in R are multiplied at once."""
     number, rows, rank = B.shape
     even = B.new_zeros(number, rank + rank % 2, rows)
     even[:, :rank] = B.transpose(1, 2)

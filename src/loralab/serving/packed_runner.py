@@ -127,7 +127,7 @@ class CacheSlots:
         self.groups = [_group(step, part, device) for part in [single, *longer] if part]
 
     def attended(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
-        """q (N, H, D), k and v (N, K, D) -> (N, H, D)."""
+        """Compute attention: q (N, H, D), k and v (N, K, D) -> (N, H, D)."""
         keys, values = self.pool.keys[layer], self.pool.values[layer]
         keys[self.block, self.slot] = k.to(keys.dtype)
         values[self.block, self.slot] = v.to(values.dtype)
@@ -157,7 +157,7 @@ def attend(
     cached: CacheSlots | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Attention function for transformers: query (1, H, N, D) -> (1, N, H, D).
+    """Compute attention for transformers: query (1, H, N, D) -> (1, N, H, D).
 
     Raises:
         NotImplementedError: the model asks for what is not known here, or passes nothing on.
@@ -174,7 +174,7 @@ def attend(
 
 
 def _group(step: ForwardBatch, rows: dict[int, list[int]], device: torch.device) -> _Group:
-    """Requests with equally many tokens; tables are filled up to the longest."""
+    """Group requests with equally many tokens; tables are filled up to the longest."""
     tokens = torch.tensor(list(rows.values()), device=device)
     longest = 1 + max(step.places[own[-1]] for own in rows.values())
     width = -(-longest // BLOCK_SIZE)

@@ -118,7 +118,7 @@ class Replica:
             yield message
 
     async def change(self, scope: Scope, body: bytes) -> list[Message]:
-        """As `answer`, whole: for what all replicas must do."""
+        """Answer as `answer` does, but whole: for requests that go to all replicas."""
         return [message async for message in call_app(self._app, scope, body)]
 
     async def server_info(self) -> ServerInfo:
@@ -126,7 +126,7 @@ class Replica:
         return server_info(self._engine)
 
     def check_health(self) -> None:
-        """Ray Serve starts another replica where this one's engine has died."""
+        """Raise if the engine has died, so that Ray Serve starts another replica."""
         if not self._engine.healthy:
             raise RuntimeError("the engine has died")
 
@@ -136,7 +136,7 @@ class Replica:
         return False
 
     def __del__(self) -> None:
-        """Ray Serve has let the answers under way end."""
+        """Stop the engine, once Ray Serve has let the answers under way end."""
         if engine := getattr(self, "_engine", None):
             engine.stop(drain=False)
 
@@ -169,7 +169,7 @@ class Router:
         return found
 
     async def _somewhere(self, scope: Scope, body: bytes) -> Response:
-        """From one replica; from another where it dies before it has said anything."""
+        """Answer from one replica; from another where it dies before the answer begins."""
         handle = self._replicas.options(stream=True, multiplexed_model_id=model_in(body))
         for _ in range(MAX_TRIES):
             messages = handle.answer.remote(scope, body)
@@ -187,7 +187,7 @@ class Router:
         return REPLICA_LOST.response()
 
     async def _everywhere(self, scope: Scope, body: bytes) -> Response:
-        """From one replica, which may refuse; else from all others too, which do the same."""
+        """Answer from one replica, which may refuse; else from all others too, which do the same."""
         async with self._changing:
             found = await self._replicas.change.remote(scope, body)
             if found[0]["status"] == 200:
@@ -231,7 +231,7 @@ def merged_outcome(first: list[Message], others: Sequence[list[Message]]) -> lis
 
 
 def _code(messages: Sequence[Message]) -> Any:
-    """Of an answer that is an error."""
+    """Return the code of an answer that is an error; None for any other."""
     with contextlib.suppress(ValueError, TypeError, KeyError):
         return json.loads(_body(messages))["error"]["code"]
     return None
@@ -297,7 +297,7 @@ def application(plan: ReplicaPlan, replicas: int, *, threads: int, gpus: int = 0
 
 
 def app(args: Mapping[str, Any]) -> Any:
-    """For `serve run` and Serve's configuration files.
+    """Build the application for `serve run` and Serve's configuration files.
 
     Args:
         args: model, store, replicas, threads, gpus, timeout, and the fields of ServeSettings.
@@ -329,7 +329,7 @@ def app(args: Mapping[str, Any]) -> Any:
 
 @contextlib.contextmanager
 def running(plan: ReplicaPlan, replicas: int, address: str, host: str, port: int) -> Iterator[ServerInfo]:
-    """The application at an address of the cluster's head, until the block ends.
+    """Run the application at an address of the cluster's head, until the block ends.
 
     Raises:
         ConfigError: no such cluster, not enough processors, or a machine lacks model or store.
@@ -360,7 +360,7 @@ def running(plan: ReplicaPlan, replicas: int, address: str, host: str, port: int
 
 
 def _require_ready(ray: Any, plan: ReplicaPlan, replicas: int, threads: int) -> int:
-    """Room for all replicas, and their model and store on every machine; GPUs that each takes."""
+    """Check the room for all replicas, and model and store on every machine; return the GPUs of each."""
     found = nodes(ray)
     gpus = 1 if any(node.gpus for node in found) else 0
     room = {node.id: min(node.cpus // threads, node.gpus) if gpus else node.cpus // threads for node in found}

@@ -208,7 +208,7 @@ class Answer:
                 listener(self._events.get())
 
     def tell(self, event: Event) -> None:
-        """Called by the engine."""
+        """Hand over an event; called by the engine."""
         with self._lock:
             if self._listener is not None:
                 self._listener(event)

@@ -57,7 +57,7 @@ class RequestBuilder:
     def generation(
         self, prompt: Sequence[int], entry: AdapterInfo | None, sampling: Sampling, structure: Compiled | None = None
     ) -> Generation:
-        """Return a text to write after a prompt, of the structure that `compile` made.
+        """Build the request for a text after a prompt, of the structure that `compile` made.
 
         Raises:
             ConfigError: the base writes no text.
@@ -115,7 +115,7 @@ class RequestBuilder:
         return self._tokens.decode(prompt[-1:])[-1:].isspace() or not trained.opening
 
     def classification(self, inputs: Sequence[str | bytes], entry: AdapterInfo | None) -> LabelScoring | EncoderRequest:
-        """Return inputs to put into classes.
+        """Build the request for the classes of inputs.
 
         Raises:
             DataError: no labels are known, or an input is too long or of another kind.

@@ -108,7 +108,7 @@ def state_of(path: Path) -> State:
 
 @contextlib.contextmanager
 def open_inside(root: Path, path: Path) -> Iterator[int | None]:
-    """A descriptor of a file in a root; None if there is none.
+    """Return a descriptor of a file in a root; None if there is none.
 
     A link is followed as long as it stays in the root: where it leads is looked up first, and that
     place is then opened without following any.

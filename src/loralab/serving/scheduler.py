@@ -39,12 +39,12 @@ class TokenSequence:
 
     @property
     def left(self) -> int:
-        """Tokens whose keys and values are missing."""
+        """Return how many tokens have no keys and values yet."""
         return len(self.tokens) - self.done
 
     @property
     def first_logit_position(self) -> int:
-        """The first token whose logits are wanted: it is computed, whatever the cache knows."""
+        """Return the first token whose logits are wanted: it is computed, whatever the cache holds."""
         return len(self.tokens) - 1 if self.scored is None else self.scored - 1
 
 
@@ -58,7 +58,7 @@ class Chunk:
 
     @property
     def logit_positions(self) -> range:
-        """The tokens whose logits are wanted: those before what is scored, or the last of all."""
+        """Return the tokens whose logits are wanted: those before the scored ones, or the last."""
         sequence, stop = self.sequence, self.stop
         if sequence.scored is not None and not sequence.continued:
             stop = min(stop, len(sequence.tokens) - 1)
@@ -85,7 +85,7 @@ class Scheduler:
 
     @property
     def waiting(self) -> int:
-        """Sequences that wait."""
+        """Return how many sequences wait."""
         return sum(map(len, self._waiting.values()))
 
     def add(self, sequence: TokenSequence) -> None:

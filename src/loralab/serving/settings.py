@@ -42,7 +42,7 @@ class ServeSettings:
 
     @property
     def cache_bytes(self) -> int:
-        """`cache_memory` in bytes."""
+        """Return `cache_memory` in bytes."""
         return parse_bytes("cache_memory", self.cache_memory)
 
 

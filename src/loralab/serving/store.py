@@ -20,7 +20,7 @@ from loralab import atomic
 from loralab.adapters import folder
 from loralab.errors import AdapterFileError, AdapterStateError, QueueFullError
 from loralab.serving.adapter_info import AdapterInfo, describe
-from loralab.serving.cached_adapter import CachedAdapter, Load, Reading, Slot, Stack, bring, bring_sum
+from loralab.serving.cached_adapter import CachedAdapter, Load, Reading, Slot, Stack, load_snapshot, load_sum
 from loralab.serving.listing import AdapterListing, Described
 from loralab.serving.names import Names, adapter_inside
 from loralab.serving.request import AdapterPart
@@ -67,7 +67,7 @@ class Store:
 
     @property
     def refused(self) -> dict[str, str]:
-        """Folders and names that cannot be used, and why."""
+        """Return the folders and names that cannot be used, with the reasons."""
         return self._listing.refused
 
     # -- names ----------------------------------------------------------------------------------
@@ -219,7 +219,7 @@ class Store:
     def _acquired(
         self, digest: str, read: FolderSnapshot | None = None, parts: Sequence[AdapterPart] = ()
     ) -> CachedAdapter | None:
-        """`acquire`, of a folder that has perhaps been read already."""
+        """Acquire an adapter whose folder may have been read already."""
         with self._changed:
             while (place := self._places.get(digest)) is not None:
                 place.users += 1  # so that it stays until this thread goes on
@@ -235,9 +235,9 @@ class Store:
             place = self._places[digest] = Slot(users=1, parts=tuple(part.digest for part in parts))
         try:
             if parts and self._stack is not None:
-                held = bring_sum(self.root, digest, readings, self._load, self._stack)
+                held = load_sum(self.root, digest, readings, self._load, self._stack)
             else:
-                held = bring(read or read_one(self.root, digest, folders), self._load)
+                held = load_snapshot(read or read_one(self.root, digest, folders), self._load)
         except BaseException:
             self._give_up(digest, place)
             raise

@@ -21,7 +21,7 @@ NO_PARAMETERS: Mapping[str, Any] = {"type": "object", "properties": {}, "additio
 
 
 @dataclass(frozen=True, kw_only=True)
-class ToolForm:
+class ToolFormat:
     """The way in which a template has calls written.
 
     Attributes:
@@ -47,12 +47,12 @@ class ToolCall:
     arguments: str
 
 
-HERMES = ToolForm(name="hermes", begin="<tool_call>\n", end="\n</tool_call>")
-LLAMA = ToolForm(name="llama3", begin="<|python_tag|>", arguments="parameters", bare=True)
-MISTRAL = ToolForm(name="mistral", begin="[TOOL_CALLS]", listed=True)
+HERMES = ToolFormat(name="hermes", begin="<tool_call>\n", end="\n</tool_call>")
+LLAMA = ToolFormat(name="llama3", begin="<|python_tag|>", arguments="parameters", bare=True)
+MISTRAL = ToolFormat(name="mistral", begin="[TOOL_CALLS]", listed=True)
 
 
-def form_of(tokenizer: Any) -> ToolForm | None:
+def format_of(tokenizer: Any) -> ToolFormat | None:
     """Return the form that a tokenizer's chat template has calls written in; None for another one."""
     template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
     if "tools" not in template:
@@ -65,12 +65,12 @@ def form_of(tokenizer: Any) -> ToolForm | None:
     return LLAMA if llama else None
 
 
-def reads_itself(tokenizer: Any) -> bool:
+def has_response_template(tokenizer: Any) -> bool:
     """Return whether a tokenizer has a response template, which reads answers of its own form."""
     return any(getattr(tokenizer, name, None) for name in ("response_template", "response_schema"))
 
 
-class ToolReader:
+class ToolParser:
     """Reads the calls of answers of one request.
 
     Args:
@@ -80,10 +80,10 @@ class ToolReader:
 
     def __init__(self, tokenizer: Any, tools: Mapping[str, Mapping[str, Any]]) -> None:
         self._tokenizer, self.tools = tokenizer, tools
-        self.form = form_of(tokenizer)
-        self._itself = reads_itself(tokenizer)
-        self.begin = None if self._itself or self.form is None else self.form.begin.strip()
-        self.bare = self._itself or (self.form is not None and self.form.bare)
+        self.format = format_of(tokenizer)
+        self._has_template = has_response_template(tokenizer)
+        self.begin = None if self._has_template or self.format is None else self.format.begin.strip()
+        self.bare = self._has_template or (self.format is not None and self.format.bare)
 
     def grammar(self, names: Sequence[str], *, several: bool) -> Grammar:
         """Return the structure of an answer that calls one of some tools.
@@ -91,13 +91,13 @@ class ToolReader:
         Raises:
             ConfigError: the form is not known here.
         """
-        if self.form is None:
+        if self.format is None:
             raise ConfigError(
                 "tool_choice can only be auto or none here: the chat template's form of calls is not known",
                 code="unsupported_tools",
                 field="tool_choice",
             )
-        form, rules, schemas = self.form, list[str](), list[Any]()
+        form, rules, schemas = self.format, list[str](), list[Any]()
         for number, name in enumerate(names):
             schema = dict(self.tools[name]["function"].get("parameters") or NO_PARAMETERS)
             schema.setdefault("type", "object")
@@ -133,22 +133,22 @@ class ToolReader:
         """Return whether a special token that begins a call is among some."""
         return self.begin is not None and (own := self._special(self.begin)) is not None and own in tokens
 
-    def read(self, tokens: Sequence[int]) -> tuple[str, list[ToolCall]]:
+    def parse(self, tokens: Sequence[int]) -> tuple[str, list[ToolCall]]:
         """Return the text of an answer without its calls, and these; no calls where one cannot be read."""
         text = self._tokenizer.decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False)
         try:
-            content, calls = self._read_itself(text) if self._itself else self._read_form(text)
+            content, calls = self._parse_response(text) if self._has_template else self._parse_format(text)
             return content, [self._call(call) for call in calls]
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return text, []
 
-    def _read_itself(self, text: str) -> tuple[str, list[Any]]:
+    def _parse_response(self, text: str) -> tuple[str, list[Any]]:
         found = self._tokenizer.parse_response(text, prefix="", tools=list(self.tools.values()))
         calls = [call.get("function", call) for call in found.get("tool_calls") or []]
         return found.get("content") or "", calls
 
-    def _read_form(self, text: str) -> tuple[str, list[Any]]:
-        form = self.form
+    def _parse_format(self, text: str) -> tuple[str, list[Any]]:
+        form = self.format
         if form is None:
             return text, []
         begin, end = form.begin.strip(), form.end.strip()
@@ -178,9 +178,9 @@ class ToolReader:
 class ToolStream:
     """An answer on its way: text that cannot be a call is told, the rest is read at the end."""
 
-    def __init__(self, reader: ToolReader) -> None:
-        self._reader = reader
-        self._filter = StopStringFilter(() if reader.begin is None else (reader.begin,))
+    def __init__(self, parser: ToolParser) -> None:
+        self._parser = parser
+        self._filter = StopStringFilter(() if parser.begin is None else (parser.begin,))
         self._tokens: list[int] = []
         self._text, self._told, self._holding = "", 0, False
 
@@ -188,18 +188,18 @@ class ToolStream:
         """Return a piece without the text that may belong to a call."""
         self._tokens += piece.tokens
         self._text += piece.text
-        first = self._text.lstrip()[:1]
-        self._holding = self._holding or self._reader.begins(piece.tokens) or (self._reader.bare and first in "{[<")
-        if self._reader.form is not None and self._reader.form.listed:
-            self._holding = self._holding or first in "["
-        text = self._filter.add(piece.text)
-        text = "" if self._holding else text
+        form = self._parser.format
+        begins = ("{", "[", "<") if self._parser.bare else ("[",) if form is not None and form.listed else ()
+        self._holding = self._holding or self._parser.begins(piece.tokens) or self._text.lstrip().startswith(begins)
+        self._filter.add(piece.text)
+        until = 0 if self._holding or self._text.isspace() else self._filter.told  # a call may follow spaces
+        text = self._text[self._told : until]
         self._told += len(text)
         return replace(piece, text=text)
 
     def end(self) -> tuple[str, list[ToolCall]]:
         """Return the rest of the text, and the calls."""
-        content, calls = self._reader.read(self._tokens)
+        content, calls = self._parser.parse(self._tokens)
         if not calls:
             return self._text[self._told :], []
         return content[self._told :] if len(content) > self._told else "", calls

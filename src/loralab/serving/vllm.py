@@ -160,7 +160,7 @@ def _answers(child: subprocess.Popen[bytes], options: VllmOptions) -> bool:
 
 
 def _environment(python: str) -> dict[str, str]:
-    """Ours, without what would lead another Python to our packages."""
+    """Return the environment without variables that would lead another Python to these packages."""
     found = dict(os.environ)
     if python != sys.executable:
         for name in ("PYTHONPATH", "PYTHONHOME"):
