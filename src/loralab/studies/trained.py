@@ -89,13 +89,16 @@ def probed(trial: Trial, folder: Path, tell: Tell) -> Record:
 
 def trained(trial: Trial, folder: Path, tell: Tell) -> Run:
     """Train in `folder`/run; one that was interrupted goes on."""
-    setup, place = trial.setup, folder / "run"
+    place = folder / "run"
+    return run_request(request_of(trial), place, resume=(place / CONFIG).is_file(), listener=tell)
+
+
+def request_of(trial: Trial) -> Request:
+    """Return the run of a trial, on the rows of its study."""
+    setup, task = trial.setup, rows_of(trial.setup)
     method, training = configured({**setup.fields, **trial.arm.fields, "seed": trial.seed})
-    task = rows_of(setup)
     training = replace(training, evaluation_rows=max(1, len(task.splits["validation"])))
-    request = Request.of(setup.model, setup.data, method, training, setup.mapping)
-    request = replace(request, task=task)
-    return run_request(request, place, resume=(place / CONFIG).is_file(), listener=tell)
+    return replace(Request.of(setup.model, setup.data, method, training, setup.mapping), task=task)
 
 
 def rows_of(setup: StudySetup) -> Task:
@@ -114,7 +117,7 @@ def scored(trial: Trial, run: Run, folder: Path) -> Record:
     size = sum(f.stat().st_size for f in (folder / "run").glob(TENSORS))
     validation = run.scores["validation"].metrics
     metric = trial.setup.metric or test.main
-    general, said = forgetting.measured(run.base, run.task, trial.setup.general)
+    general = forgetting.measured(run.base, run.task, trial.setup.general)
     numbers = {
         "parameters": run.adapter.num_parameters,
         "file_bytes": size,
@@ -131,7 +134,7 @@ def scored(trial: Trial, run: Run, folder: Path) -> Record:
         "fit_score": train_scores.metrics[metric],
         "validation_score": validation[metric],
         **{f"test_{name}": value for name, value in test.metrics.items()},
-        **general,
+        **general.numbers,
     }
     lost = not math.isfinite(losses[-1]) or smoothed(losses)[-1] > 1.05 * np.mean(losses[:3])
     forget(folder, size)
@@ -141,12 +144,13 @@ def scored(trial: Trial, run: Run, folder: Path) -> Record:
         status=DIVERGED if lost else DONE,
         reason="the training loss ended above its start" if lost else "",
         numbers=numbers,
-        texts={"metric": metric, **said},
+        texts={"metric": metric, **general.texts},
         items={
             "score": items_of(test, metric),
             "loss": [-loss for loss in test.row_losses],
             "validation": items_of(run.scores["validation"], metric),
             "validation_loss": list(run.scores["validation"].row_losses),
+            **general.items,
         },
         series={"loss": losses, "grad_norm": [float(e["grad_norm"]) for e in events]},
     )
@@ -208,12 +212,12 @@ def untrained(trial: Trial, folder: Path, tell: Tell) -> Record:
     base = load_base(setup.model, task, precision, 0, image_size=setup.fields.get("image_size"))
     scores = evaluate(base.model, base.tokenizer, task, "test", kind=base.kind, batch_size=32)
     metric = setup.metric or scores.main
-    general, said = forgetting.measured(base, task, setup.general)
-    numbers = {"score": scores.metrics[metric], "test_loss": scores.metrics["loss"], **general}
+    general = forgetting.measured(base, task, setup.general)
+    numbers = {"score": scores.metrics[metric], "test_loss": scores.metrics["loss"], **general.numbers}
     return Record(
         arm=trial.arm,
         seed=trial.seed,
         numbers=numbers,
-        items={"score": items_of(scores, metric)},
-        texts={"metric": metric, **said},
+        items={"score": items_of(scores, metric), **general.items},
+        texts={"metric": metric, **general.texts},
     )

@@ -68,6 +68,12 @@ def loss_by_hand(base: Base, texts: list[str]) -> float:
     return total / count
 
 
+def values(base: Base, general: Any) -> tuple[float, float]:
+    """Return the loss or the accuracy before and after."""
+    before, after = before_and_after(base, general)
+    return before.value, after.value
+
+
 def train_by_hand(base: Base, file: Path, rate: float, steps: int = 20) -> None:
     """Take a few steps on the rows of a file."""
     parameters = [p for p in base.model.parameters() if p.requires_grad]
@@ -87,10 +93,10 @@ def test_the_loss_is_that_of_every_text_alone(tiny_llama_folder: Path, general_f
     texts = [row["text"] for row in general.splits["test"]]
     assert len(set(texts)) == len(texts) == forgetting.TEXT_ROWS
     expected = loss_by_hand(base, texts)
-    assert before_and_after(base, general) == pytest.approx((expected, expected), abs=1e-5)
+    assert values(base, general) == pytest.approx((expected, expected), abs=1e-5)
     attach(base.model, LoRA(rank=2))
     tiny.fill(next(iter(forgetting.adapters_of(base.model).members.values())), 0)
-    found = before_and_after(base, general)
+    found = values(base, general)
     assert found == pytest.approx((expected, loss_by_hand(base, texts)), abs=1e-5)
     assert abs(found[1] - found[0]) > 1e-3
 
@@ -100,16 +106,22 @@ def test_training_on_other_text_raises_the_general_loss(
     method: Any, tiny_llama_folder: Path, general_file: Path, sums_file: Path
 ) -> None:
     base, own = load(str(tiny_llama_folder)), find(str(sums_file))
-    untouched = measured(base, own, str(general_file))[0]["general_before"]
+    untouched = measured(base, own, str(general_file)).numbers["general_before"]
     attach(base.model, method)
-    numbers, texts = measured(base, own, str(general_file))
+    seen = measured(base, own, str(general_file))
+    numbers, texts = seen.numbers, seen.texts
     assert numbers["general_before"] == numbers["general_after"] == pytest.approx(untouched)
     assert texts == {"general": str(general_file), "general_kind": "loss"}
     train_by_hand(base, sums_file, 1e-2)
-    trained, _ = measured(base, own, str(general_file))
+    trained = measured(base, own, str(general_file)).numbers
     assert trained["general_before"] == pytest.approx(untouched)  # the adapter is left out
     assert trained["general_after"] > untouched + 0.1
-    assert measured(base, own, str(general_file))[0] == trained
+    found = measured(base, own, str(general_file))
+    assert found.numbers == trained
+    assert len(found.items["general"]) == forgetting.TEXT_ROWS
+    assert -np.mean(found.items["general"]) == pytest.approx(
+        trained["general_after"], rel=0.2
+    )  # rows are of all lengths
 
 
 @pytest.mark.parametrize(
@@ -121,17 +133,17 @@ def test_a_probe_sees_no_difference_where_nothing_was_trained_and_one_where_the_
     base, own = load(str(tiny_bert_folder), labels=["negative", "positive"]), find(str(noise_file))
     general = general_task(own, base.kind, str(labelled_file))
     assert {name: len(rows) for name, rows in general.splits.items()} == {"train": 100, "test": 30}
-    alone, same = before_and_after(base, general)
+    alone, same = values(base, general)
     assert alone == same > 0.8
     adapter = attach(base.model, method)
-    before, after = before_and_after(base, general)
+    before, after = values(base, general)
     assert before == alone
     if type(method) in (LoRA, FullFineTune):
         assert after == alone
     with torch.no_grad():
         for number, parameter in enumerate(adapter.parameters()):
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)))
-    moved = before_and_after(base, general)
+    moved = values(base, general)
     assert moved[0] == alone and moved[1] != alone
 
 
@@ -172,10 +184,12 @@ def test_a_vision_model_is_probed_with_other_pictures(pictures: Path, tmp_path: 
     Dinov2Model(Dinov2Config(**sizes, image_size=28, patch_size=14)).save_pretrained(tmp_path)
     base, own = load(str(tmp_path), labels=["0", "1"], image_size=28), find("digits")
     attach(base.model, LoRA(rank=2))
-    numbers, texts = measured(base, own, str(pictures))
+    seen = measured(base, own, str(pictures))
+    numbers, texts = seen.numbers, seen.texts
+    assert seen.items["general"] and set(seen.items["general"]) == {1.0}
     assert numbers == {"general_before": 1.0, "general_after": 1.0}
     assert texts["general_kind"] == "accuracy"
-    assert measured(base, find(str(pictures)))[1]["general"] == "digits"
+    assert measured(base, find(str(pictures))).texts["general"] == "digits"
 
 
 def test_the_tasks_own_data_is_no_general_text(

@@ -3,6 +3,7 @@
 import math
 import random
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from loralab.studies.measures import dimension, frozen, overlaps, spectra
 from loralab.studies.message import Message
 from loralab.studies.questions import lowrank
 from loralab.studies.readings.directions import Reached
+from loralab.studies.readings.intruders import intruders_of
 from loralab.studies.study import Answer, Arm, Finding, Record, StudySetup
 from loralab.studies.wording import LANGUAGES, say
 from loralab.training.preflight import load_base
@@ -295,3 +297,55 @@ def test_what_comes_next_follows_from_d90() -> None:
     answer = lowrank.conclude(not_reached, SETUP)
     assert answer.next == Message("lowrank.longer")
     assert "lowrank.d90_beyond" in keys_in(answer.sentence)
+
+
+def intruding(shares: Mapping[str, float], gained: float = 0.0, seeds: int = 2) -> list[Record]:
+    """Plant the shares of intruders of the runs, and what repairing r=8 gives back elsewhere."""
+    draw, found = random.Random(0), []
+    for seed in range(seeds):
+        tables: dict[str, list[dict[str, Any]]] = {}
+        for run, share in shares.items():
+            rank = None if run == lowrank.FULL else int(run.removeprefix("r="))
+            for layer in range(12):
+                own = min(1.0, max(0.0, share + draw.choice([-0.1, 0.0, 0.1])))
+                row = {"name": f"m{layer}", "share": own, "nearest": 0.6, "chance": 0.14, "energy": own / 2}
+                table = tables.setdefault(lowrank.FULL if rank is None else lowrank.PAIRS, [])
+                table.append({**row, "relative": 0.01} | ({} if rank is None else {"rank": rank}))
+        trained = [draw.gauss(-3, 0.3) for _ in range(60)]
+        items = {"task": rows_at(0.8, "t"), "task repaired": rows_at(0.8, "t"), "general": trained}
+        items["general repaired"] = [loss + gained + draw.gauss(0, 0.01) for loss in trained]
+        texts = {"task_metric": "accuracy", "general_kind": "loss", "general": "other text"}
+        pair = Record(arm=Arm(name=lowrank.PAIRS), seed=seed, items=items, texts=texts)
+        for name, record in ((lowrank.FULL, Record(arm=Arm(name=lowrank.FULL), seed=seed)), (lowrank.PAIRS, pair)):
+            found.append(replace(record, tables={"intruders": tables[name]}))
+    return found
+
+
+def verdicts_of(records: list[Record]) -> dict[str, str]:
+    (found,) = intruders_of(records, lowrank.FULL, lowrank.PAIRS)
+    names = ("r=8", "r=64", "elsewhere", "task")
+    return dict(zip(names, (f.verdict for f in found.findings), strict=True))
+
+
+def test_more_intruders_than_full_fine_tuning_are_seen_and_as_many_are_not() -> None:
+    more = verdicts_of(intruding({"r=8": 0.5, "r=64": 0.2, "full": 0.1}, gained=0.2))
+    assert more == {"r=8": "better", "r=64": "better", "elsewhere": "better", "task": "equivalent"}
+    fewer = verdicts_of(intruding({"r=8": 0.2, "r=64": 0.5, "full": 0.5}, gained=-0.2))
+    assert (fewer["r=8"], fewer["elsewhere"]) == ("worse", "worse")
+    assert fewer["r=64"] in ("equivalent", "undecided")
+    same = verdicts_of(intruding({"r=8": 0.3, "r=64": 0.3, "full": 0.3}))
+    assert "better" not in same.values() and "worse" not in same.values()
+    assert same["elsewhere"] == "equivalent"
+
+
+def test_intruders_stand_in_the_answer_beside_chance() -> None:
+    records = [*full({"m": torch.eye(4)}), *intruding({"r=8": 0.5, "r=64": 0.2, "full": 0.1}, gained=0.2)]
+    answer = lowrank.conclude(records, SETUP)
+    named = message_in(answer.findings, "lowrank.intruders_of").values
+    assert (named["run"], named["top"]) == ("r=8", 10)
+    assert named["count"] == pytest.approx(5, abs=0.4)
+    assert "lowrank.repaired" in keys_in(answer.blanks[1])
+    table = next(t for t in answer.tables if t.title.key == "lowrank.intruder_table")
+    assert [row["run"] for row in table.rows] == ["r=8", "r=64", "full"]
+    assert_it_renders(answer, "lowrank")
+    assert intruders_of([], lowrank.FULL, lowrank.PAIRS) == []

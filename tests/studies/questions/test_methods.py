@@ -2,6 +2,7 @@
 
 import math
 import random
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from loralab.studies.measures import passes
 from loralab.studies.message import Message
 from loralab.studies.prepare import prepare
 from loralab.studies.questions import methods
-from loralab.studies.questions.methods import LATENCY
+from loralab.studies.questions.methods import LATENCY, TRADEOFF
 from loralab.studies.readings.published import holds_here
 from loralab.studies.statistics import median_interval
 from loralab.studies.study import Answer, Arm, Record, StudySetup
@@ -95,11 +96,12 @@ def test_sizes_are_solved_for_at_both_budgets(make: tiny.Make) -> None:
     assert {"full", "ia3", LATENCY, "base"} <= found.keys()
 
 
-def test_the_reference_arm_is_shared_and_quick_is_four() -> None:
+def test_the_reference_arm_is_shared_and_quick_is_five() -> None:
     found = {a.name: a for a in methods.arms(QUICK, base(tiny.llama()))}
     assert found["lora r=8"].fields == {"method": "lora", "rank": 8}
     assert found["lora r=8"].options == {}
-    assert len([a for a in found.values() if a.tuned]) == 4
+    assert len([a for a in found.values() if a.tuned]) == 5
+    assert set(found[TRADEOFF].options["arms"]) == {"lora r=8", "full"}
     assert len(found[LATENCY].options["variants"]) == 5
 
 
@@ -107,6 +109,7 @@ def test_values_choose_methods() -> None:
     chosen = StudySetup(study="methods", model="m", data="d", values=("ia3",))
     tuned = [a.name for a in methods.arms(chosen, base(tiny.llama())) if a.tuned]
     assert tuned == ["lora r=8", "ia3"]
+    assert TRADEOFF not in {a.name for a in methods.arms(chosen, base(tiny.llama()))}  # it needs full fine-tuning
     wrong = StudySetup(study="methods", model="m", data="d", values=("prefx",))
     with pytest.raises(ConfigError, match="prefix") as raised:
         methods.arms(wrong, base(tiny.llama()))
@@ -191,6 +194,9 @@ PASSES = [
 ]
 
 
+FORGETTING = ["methods.learns_less", "methods.forgets_less", "methods.forgets_less_at_loss"]
+
+
 def published(answer: Answer) -> list[tuple[str, str]]:
     table = next(table for table in answer.tables if table.columns[0].name == "claim")
     return [(row["claim"].key, row["here"].key) for row in table.rows]
@@ -203,9 +209,10 @@ def test_published_orders_that_hold_are_said_to_hold() -> None:
         ("methods.all_learn", "claim.fails"),  # prefix p=9 answers as the base does
         ("methods.lora_no_worse", "claim.holds"),
         ("methods.lora_no_worse", "claim.holds"),
+        *[(name, "answer.not_measured") for name in FORGETTING],
     ]
     rivals = [row["claim"].values.get("rival") for row in answer.tables[2].rows]
-    assert rivals[-2:] == ["houlsby w=4", "prefix p=9"]
+    assert rivals[-5:-3] == ["houlsby w=4", "prefix p=9"]
     learn = next(row["numbers"].values for row in answer.tables[2].rows if row["claim"].key == "methods.all_learn")
     assert (learn["better"], learn["all"]) == (3, 4)
 
@@ -215,7 +222,37 @@ def test_published_orders_that_do_not_hold_are_said_not_to() -> None:
     better = arm("lora r=8", POOR, None, rank=8)
     answer = methods.conclude([*better, *arm("houlsby w=4", GOOD), timed(ways)], SETUP)
     no, yes = "claim.fails", "claim.holds"
-    assert [here for _, here in published(answer)] == [no, yes, yes, no, no, no]
+    assert [here for _, here in published(answer)][:-3] == [no, yes, yes, no, no, no]
+
+
+def other_rows(records: list[Record], forgotten: float, sure: float = 0.01) -> list[Record]:
+    """Plant the losses of other texts after training."""
+    draw = random.Random(forgotten)
+    texts = {"general": "other text", "general_kind": "loss"}
+    rows = [[-3 - n / 40 - forgotten - draw.gauss(0, sure) for n in range(40)] for _ in records]
+    return [
+        replace(r, items={**r.items, "general": own}, texts={**r.texts, **texts})
+        for r, own in zip(records, rows, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("lora", "full", "here"), [(0.1, 0.8, "claim.holds"), (0.8, 0.1, "claim.fails"), (0.5, 0.5, "claim.fails")]
+)
+def test_forgetting_less_is_claimed_where_it_was_planted(lora: float, full: float, here: str) -> None:
+    runs = [
+        *planted("base", POOR, seeds=1),
+        *other_rows(arm("lora r=8", GOOD, None, rank=8), lora),
+        *other_rows(arm("full", [1] * 100, None), full),
+    ]
+    answer = methods.conclude(runs, SETUP)
+    assert dict(published(answer))["methods.forgets_less"] == here
+    assert dict(published(answer))["methods.learns_less"] == "claim.holds"
+    assert dict(published(answer))["methods.forgets_less_at_loss"] == "answer.not_measured"
+    told = [f for f in answer.findings if "methods.elsewhere" in keys_in(f.sentence)]
+    assert len(told) == 1 and told[0].effect == pytest.approx(full - lora, abs=0.02)
+    assert "methods.by_forgetting" in keys_in(answer.blanks[3])
+    assert_it_renders(answer, "methods")
 
 
 def test_noisy_times_prove_no_sameness() -> None:
@@ -262,6 +299,7 @@ def test_nothing_measured_and_nothing_timed_are_said() -> None:
     assert len(alone.findings) == len(WAYS)
     untimed = methods.conclude(TRAINED, SETUP)
     assert untimed.blanks[0][1].values["latency"].key == "answer.not_measured"
+    assert published(untimed)[-3:] == [(name, "answer.not_measured") for name in FORGETTING]
     assert published(untimed)[:5] == [(name, "answer.not_measured") for name in PASSES]
     assert_it_renders(untimed, "methods")
     one = methods.conclude(arm("lora r=8", GOOD, None, rank=8)[:1], QUICK)

@@ -107,9 +107,9 @@ def curve_of(records: Sequence[Record], variant: str) -> dict[int, Items]:
 def floor_of(records: Sequence[Record]) -> Items | None:
     """Return the better of the untrained model and the commonest label, by test row."""
     own = next((r for r in records if "majority" in r.items or r.arm.name == "base"), None)
-    if own is None or not own.items:
+    rows = [np.asarray(own.items[name], dtype=float) for name in ("score", "majority") if own and name in own.items]
+    if not rows:
         return None
-    rows = [np.asarray(items, dtype=float) for items in own.items.values()]
     return max(rows, key=lambda items: float(items.mean()))
 
 

@@ -6,8 +6,8 @@ the training is over, the base by leaving the adapter out.
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from loralab.tasks.scorable import scorable
 from loralab.tasks.score import evaluate, evaluating
 
 LOSS, ACCURACY = "loss", "accuracy"
+ITEMS = "general"  # of a record: one value for each row of other data, after training
 # packaged data by kind of model, the first that is not the task's own is taken
 TEXTS = ("nyt-editorials", "movie-reviews")
 TEXT_TASKS = ("text-source", "movie-reviews")
@@ -36,8 +37,25 @@ PENALTY = 0.1  # of the probe's weights, relative to the number of rows
 BATCH = 32
 
 
-def measured(base: Base, own: Task, asked: str = "") -> tuple[dict[str, float], dict[str, str]]:
-    """Return `general_before` and `general_after` with `general` and `general_kind`, or why there are none.
+@dataclass(frozen=True, kw_only=True)
+class Seen:
+    """The loss of a token, or the probe's accuracy, on all of the general data and by row (larger is better)."""
+
+    value: float
+    rows: Sequence[float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class General:
+    """Forgetting as records hold it: nothing but `texts["forgetting"]`, the reason, where it was not measured."""
+
+    numbers: Mapping[str, float] = field(default_factory=dict)
+    items: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    texts: Mapping[str, str]
+
+
+def measured(base: Base, own: Task, asked: str = "") -> General:
+    """Return `general_before` and `general_after`, with `general` by row afterwards, or why there are none.
 
     Args:
         base: its model with the trained adapter, or with none.
@@ -48,22 +66,34 @@ def measured(base: Base, own: Task, asked: str = "") -> tuple[dict[str, float], 
         general = general_task(own, base.kind, asked)
         before, after = before_and_after(base, general)
     except LoralabError as error:  # the run itself is whole
-        return {}, {"forgetting": str(error)}
-    kind = LOSS if base.kind == CAUSAL else ACCURACY
-    return {"general_before": before, "general_after": after}, {"general": general.name, "general_kind": kind}
+        return General(texts={"forgetting": str(error)})
+    return General(
+        numbers={"general_before": before.value, "general_after": after.value},
+        items={ITEMS: after.rows},
+        texts={"general": general.name, "general_kind": kind_of(base)},
+    )
 
 
-def before_and_after(base: Base, general: Task) -> tuple[float, float]:
-    """Return the loss or the probe's accuracy of the base alone, and of the model as it is."""
+def kind_of(base: Base) -> str:
+    """Return the metric of general data: the loss, or the accuracy of a probe."""
+    return LOSS if base.kind == CAUSAL else ACCURACY
+
+
+def before_and_after(base: Base, general: Task) -> tuple[Seen, Seen]:
+    """Return what the base alone does on other data, and what the model as it is does."""
+    look = looking(base, general)
+    with alone(base.model):
+        before = look()
+    return before, before if adapters_of(base.model) is None else look()
+
+
+def looking(base: Base, general: Task) -> Callable[[], Seen]:
+    """Return the function that looks at a model as it is then; a probe is fitted to the base now."""
     if base.kind == CAUSAL:
-        with _alone(base.model):
-            before = _loss(base, general)
-        return before, before if adapters_of(base.model) is None else _loss(base, general)
-    with _alone(base.model):
-        weights = _fitted(*_states(base, general, "train"), len(general.labels))
-        states, labels = _states(base, general, "test")
-        before = _accuracy(weights, states, labels)
-    return before, before if adapters_of(base.model) is None else _accuracy(weights, *_states(base, general, "test"))
+        return lambda: _loss(base, general)
+    with alone(base.model):
+        probe = _fitted(*_states(base, general, "train"), len(general.labels))
+    return lambda: _accuracy(probe, *_states(base, general, "test"))
 
 
 def general_task(own: Task, kind: str, asked: str = "") -> Task:
@@ -155,14 +185,14 @@ def _few(task: Task) -> Task:
     return replace(task, splits=splits, digest=catalog.content_digest(splits, task.labels, ""))
 
 
-def _alone(model: Any) -> contextlib.AbstractContextManager[None]:
+def alone(model: Any) -> contextlib.AbstractContextManager[None]:
+    """Let the base answer without its adapter for a block."""
     return contextlib.nullcontext() if adapters_of(model) is None else disabled(model)
 
 
-def _loss(base: Base, general: Task) -> float:
-    """Return the mean loss of a token."""
+def _loss(base: Base, general: Task) -> Seen:
     scores = evaluate(base.model, base.tokenizer, general, "test", kind=CAUSAL, batch_size=BATCH)
-    return scores.metrics["loss"]
+    return Seen(value=scores.metrics["loss"], rows=[-loss for loss in scores.row_losses])
 
 
 def _states(base: Base, general: Task, split: str) -> tuple[Any, Any]:
@@ -214,7 +244,8 @@ def _fitted(states: Any, labels: Any, classes: int) -> tuple[Any, Any, Any, Any]
     return mean, scale, weights, bias
 
 
-def _accuracy(probe: tuple[Any, Any, Any, Any], states: Any, labels: Any) -> float:
+def _accuracy(probe: tuple[Any, Any, Any, Any], states: Any, labels: Any) -> Seen:
     mean, scale, weights, bias = probe
     chosen = ((states - mean) / scale @ weights + bias).argmax(axis=1)
-    return float((chosen == labels).mean())
+    right = (chosen == labels).astype(float)
+    return Seen(value=float(right.mean()), rows=right.tolist())

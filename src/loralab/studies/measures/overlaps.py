@@ -21,6 +21,7 @@ from loralab.adapters.bases import dense_weight
 from loralab.adapters.linear import LinearWithLoRA
 from loralab.adapters.spectrum import chance_overlap, right_directions, singular_values
 from loralab.errors import LearningError
+from loralab.studies.measures.intruders import of_weights, relation, updated
 from loralab.studies.measures.spectra import values_of
 from loralab.studies.study import Arm, Record, Trial
 from loralab.studies.trained import Tell, diverged, forget, trained
@@ -37,6 +38,8 @@ Pair = tuple[Tensor, Tensor]  # A (R, I), B (O, R)
 def measure(trial: Trial, folder: Path, tell: Tell) -> Record:
     """Train r=8, and r=64 with two seeds; compare their directions in every module."""
     pairs, weights, factors = {}, {}, {}
+    intruding: list[dict[str, Any]] = []
+    losses, items, texts = dict[str, float](), dict[str, list[float]](), dict[str, str]()
     runs = {"small": (SMALL, 100), "large": (LARGE, 0), "again": (LARGE, 1)}
     for name, (rank, shift) in runs.items():
         fields = {"method": "lora", "rank": rank, "learning_rate": trial.arm.options["rate"]}
@@ -49,6 +52,11 @@ def measure(trial: Trial, folder: Path, tell: Tell) -> Record:
         pairs[name] = {n: (m.lora_A.detach(), m.lora_B.detach()) for n, m in modules.items()}
         weights = {n: dense_weight(m.base).detach().float() for n, m in modules.items()}
         factors[name] = {n: m.scaling for n, m in modules.items()}
+        if name != "again":
+            losses[f"validation_loss {rank}"] = run.scores["validation"].metrics["loss"]
+            intruding += [{"rank": rank, **row} for row in of_weights(updated(run.adapter))]
+        if name == "small":
+            items, texts = relation(run, trial.setup)
         forget(folder / name, 0)
     tables = {
         "phi": overlaps(pairs),
@@ -58,12 +66,13 @@ def measure(trial: Trial, folder: Path, tell: Tell) -> Record:
             for n in weights
         ],
     }
-    modules_of = top_overlaps(pairs)
     return Record(
         arm=trial.arm,
         seed=trial.seed,
-        tables={**tables, "modules": modules_of},
-        numbers={"modules": len(weights), "rate": float(trial.arm.options["rate"])},
+        tables={**tables, "modules": top_overlaps(pairs), "intruders": intruding},
+        numbers={"modules": len(weights), "rate": float(trial.arm.options["rate"]), **losses},
+        items=items,
+        texts=texts,
     )
 
 

@@ -6,6 +6,7 @@ with each other also has some directions that are larger than others.
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from loralab.adapters.bases import is_linear
 from loralab.adapters.paths import layer_number
 from loralab.adapters.spectrum import effective_rank, energy_rank, stable_rank
 from loralab.adapters.subset import TrainedParameters
+from loralab.studies.measures.intruders import of_weights
 from loralab.studies.study import Record, Trial
 from loralab.studies.trained import Tell, scored, trained
 
@@ -28,16 +30,16 @@ SEED = 0
 def measure(trial: Trial, folder: Path, tell: Tell) -> Record:
     """Train every weight, score, and describe the update; the weights are not kept."""
     run = trained(trial, folder, tell)
-    rows = described(run.adapter)
-    record = scored(trial, run, folder)
-    return Record(**{**vars(record), "tables": {"modules": rows}})
+    weights = updates(run.adapter)
+    tables = {"modules": described(weights), "intruders": of_weights(weights)}
+    return replace(scored(trial, run, folder), tables=tables)
 
 
-def described(adapter: Adapter) -> list[dict[str, Any]]:
-    """Return the spectrum of every linear layer's update, beside that of a random matrix."""
+def described(weights: Mapping[str, tuple[Tensor, Tensor]]) -> list[dict[str, Any]]:
+    """Return the spectrum of every layer's update, beside that of a random matrix; given W and W'."""
     random: dict[tuple[int, ...], dict[str, Any]] = {}
     rows = []
-    for name, (before, after) in updates(adapter).items():
+    for name, (before, after) in weights.items():
         change = after - before
         shape = tuple(sorted(change.shape))
         if shape not in random:

@@ -11,11 +11,14 @@ from loralab.models.load import Base
 from loralab.studies.evidence import Metric, by_arm, claim, finding, mean_of, metric_of, scores_table
 from loralab.studies.measures.dimension import MEASURE_DIMENSION, MEASURE_FLOOR
 from loralab.studies.measures.frozen import KINDS, MEASURE_FROZEN
+from loralab.studies.measures.intruders import KEPT, NEAR
+from loralab.studies.measures.intruders import TOP as TOP_INTRUDERS
 from loralab.studies.measures.overlaps import LARGE, MEASURE_OVERLAPS, RANKS, SEEDS, SIDES, SMALL, TOP
 from loralab.studies.measures.spectra import MEASURE_FULL
 from loralab.studies.message import Chart, Column, Message, Table, sentences
 from loralab.studies.ranking import Arms, ranked
 from loralab.studies.readings.directions import Dimension, Pairs, Reached, Spectra, dimension_of, pairs_of, spectra_of
+from loralab.studies.readings.intruders import intruders_of
 from loralab.studies.study import Answer, Arm, Finding, Record, StudySetup, nothing_measured
 from loralab.studies.trained import MEASURE
 
@@ -29,7 +32,7 @@ SIZES = {  # variant -> d, thorough and quick
 SCALES = ((1.0, 2.5), (2.5,))  # how far theta moves in a step, thorough and quick
 FULL_RATE, LORA_RATE = 3e-4, 2e-3
 METHOD = {"quick": SCALES[1][0], "first": SCALES[0][0], "second": SCALES[0][1], "rate": LORA_RATE}
-METHOD |= {"small": SMALL, "large": LARGE}
+METHOD |= {"small": SMALL, "large": LARGE, "top": TOP_INTRUDERS, "near": NEAR, "kept": KEPT}
 LABELS = tuple(Message(f"lowrank.{name}_label") for name in ("known", "changed", "meaning"))
 MISSING = Message("answer.not_measured")
 
@@ -73,12 +76,15 @@ def conclude(records: Sequence[Record], setup: StudySetup) -> Answer:
     spectra, pairs, subspaces = spectra_of(records, FULL), pairs_of(records, PAIRS), dimension_of(records, FULL)
     if not scored and not spectra and not pairs:
         return replace(nothing_measured(setup), blanks=[(label, MISSING) for label in LABELS])
+    intruding = intruders_of(records, FULL, PAIRS)
     few, shared = [*map(_spectrum, spectra)], [*chain(*map(_shared, pairs))]
     d90 = [*chain(*(_d90(dimension, metric) for dimension in subspaces))]
     order, against_full = [*chain(*map(_order, pairs))], _against_full(scored, metric)
     parts = [*(found.sentence for found in (*few, *d90)), *(_overlap(shared) for _ in pairs)]
     changed = [Message("lowrank.size", relative=update.middle("relative")) for update in spectra]
     changed += [*(found.sentence for found in few), *(_amplified(pair, order) for pair in pairs)]
+    intruders = [*chain(*(own.findings for own in intruding))]
+    changed += [found.sentence for found in intruders]
     meaning = [Message("lowrank.meaning"), *([found.sentence for found in d90] or [MISSING])]
     blanks = (_known(scored, metric, against_full), sentences(*(changed or [MISSING])), sentences(*meaning))
     dimensions = [_dimension_table(dimension.rows(metric), metric) for dimension in subspaces]
@@ -86,9 +92,15 @@ def conclude(records: Sequence[Record], setup: StudySetup) -> Answer:
     curves = [_curve_chart(dimension, metric) for dimension in subspaces]
     return Answer(
         sentence=sentences(*parts) if parts else Message("lowrank.neither"),
-        findings=[*few, *d90, *shared, *order, *against_full],
+        findings=[*few, *d90, *shared, *order, *intruders, *against_full],
         blanks=list(zip(LABELS, blanks, strict=True)),
-        tables=[*map(_modules_table, spectra), *dimensions, *map(_order_table, pairs), *scores],
+        tables=[
+            *map(_modules_table, spectra),
+            *dimensions,
+            *map(_order_table, pairs),
+            *(own.table for own in intruding),
+            *scores,
+        ],
         figures=[*chain(*map(_spectrum_charts, spectra)), *curves, *chain(*map(_phi_charts, pairs))],
         method=Message("lowrank.how", **METHOD),
         next=Message("lowrank.between" if any(found.effect is not None for found in d90) else "lowrank.longer"),

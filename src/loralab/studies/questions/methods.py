@@ -2,22 +2,28 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 from loralab.adapters.registry import is_outside, specs
 from loralab.errors import InputError
+from loralab.models.device import device_here
 from loralab.models.load import Base
 from loralab.studies.budgets import Fields, solved, trained_parameters
 from loralab.studies.compare import Comparison, compare_arms
 from loralab.studies.evidence import best_arm, mean_of, score_column
 from loralab.studies.measures.passes import MEASURE_PASSES, MERGED
+from loralab.studies.measures.tradeoff import MEASURE_TRADEOFF
 from loralab.studies.message import Column, Message, Table, sentences
 from loralab.studies.ranking import FLOOR, Arms, claims, leader, next_step, parameters
+from loralab.studies.readings.forgetting import Claim, Tradeoffs, published_claims
 from loralab.studies.readings.latencies import Latencies, added, in_short, pass_chart, pass_findings, pass_table
 from loralab.studies.readings.published import published_table
+from loralab.studies.search import usual
 from loralab.studies.study import Answer, Arm, Finding, Record, StudySetup, nothing_measured
 from loralab.studies.timing import MARGIN
 from loralab.studies.trained import BASE_ARM, MEASURE
+from loralab.training.memory import available_bytes
 from loralab.values import check_choice
 
 __all__ = ["MEASURE", "arms", "conclude"]
@@ -31,7 +37,10 @@ SIZES |= dict.fromkeys(("prefix", "prefix-mlp"), "tokens")
 SIZELESS = ("ia3", "bitfit", "full", "linear-probe")
 SHORT = (("houlsby", LARGE), ("prefix", LARGE), ("prefix", SMALL))
 LONG = (*((method, size) for method in ("houlsby", "pfeiffer", "prefix") for size in (LARGE, SMALL)), ("dora", LARGE))
-LATENCY = "latency"
+LATENCY, TRADEOFF, FULL = "latency", "learning and forgetting", "full"
+SHORT_RUN = 10**0.5  # times the usual rate, on the way to learning against forgetting
+STATE = 16  # bytes that full fine-tuning holds for a weight: itself, its gradient, two moments
+ROOM = 0.8  # of the free memory that they may take
 SECONDS, TRIALS = (150, 20), (25, 12)  # of the latency trial: thorough, quick
 SOURCE = ("LoRA", "Adapter", "Prefix-tuning")  # the rows of the source's table
 FAMILIES = {"lora": "LoRA", "houlsby": "Adapter", "pfeiffer": "Adapter", "prefix": "Prefix-tuning"}
@@ -55,7 +64,8 @@ def arms(setup: StudySetup, base: Base) -> list[Arm]:
     others = [method for method in (*SIZELESS, *_outside()) if method in wanted]
     found += [Arm(name=m, fields={"method": m}) for m in others if _is_possible(base, {"method": m})]
     unique = {arm.name: arm for arm in found}
-    return [BASE_ARM, *unique.values(), _latency(setup, base, budgets)]
+    on_the_way = [_tradeoff(setup)] if FULL in unique else []
+    return [BASE_ARM, *unique.values(), *on_the_way, _latency(setup, base, budgets)]
 
 
 def _outside() -> tuple[str, ...]:
@@ -68,7 +78,7 @@ def _wanted(setup: StudySetup) -> tuple[str, ...]:
     known = (*SIZES, *SIZELESS, *_outside())
     for value in setup.values:
         check_choice("values", value, known)
-    return setup.values or (tuple(method for method, _ in SHORT) if setup.quick else known)
+    return setup.values or ((*(method for method, _ in SHORT), FULL) if setup.quick else known)
 
 
 def _sized(base: Base, method: str, budget: str, parameters: int) -> Arm:
@@ -92,11 +102,21 @@ def _through_network(found: Sequence[Arm]) -> list[Arm]:
 
 
 def _is_possible(base: Base, fields: Fields) -> bool:
+    """Tell whether the model can have a method, and whether full fine-tuning fits into memory."""
     try:
-        trained_parameters(base, fields)
+        size = trained_parameters(base, fields)
     except InputError:
         return False
-    return True
+    return fields["method"] != FULL or STATE * size < ROOM * available_bytes(device_here())
+
+
+def _tradeoff(setup: StudySetup) -> Arm:
+    """Return one trial that trains LoRA and every weight, and looks at both on their way."""
+    arms = {f"lora {LARGE}": dict(REFERENCE), FULL: {"method": FULL}}
+    for fields in arms.values():
+        if "learning_rate" not in setup.fields:
+            fields["learning_rate"] = SHORT_RUN * usual(setup, Arm(name="", fields=fields))
+    return Arm(name=TRADEOFF, options={"measure": MEASURE_TRADEOFF, "arms": arms}, tuned=False)
 
 
 def _latency(setup: StudySetup, base: Base, budgets: Mapping[str, int]) -> Arm:
@@ -120,13 +140,14 @@ def conclude(records: Sequence[Record], setup: StudySetup) -> Answer:
         return replace(empty, tables=passes, findings=pass_findings(times))
     refused = Message("methods.not_timed", variants=list(times.refused)) if times.refused else None
     smaller = Message("methods.smaller_budget", arm=leader(found.ranking))
-    published = published_table(found, times, _lora(found), list(of_budget(found, LARGE)))
+    forgetting = published_claims(records, found, _lora(found), FULL)
+    published = published_table(found, times, _lora(found), list(of_budget(found, LARGE)), forgetting)
     return found.answer(
         sentence=sentences(_at_budget(found), added(times), found.recommendation),
-        findings=_findings(found, times),
-        blanks=[*_source_rows(found, times), (CHOICE, _how_to_choose(found, times))],
+        findings=[*_findings(found, times), *chain(*(claim.findings for claim in forgetting))],
+        blanks=[*_source_rows(found, times), (CHOICE, _how_to_choose(found, times, forgetting))],
         tables=[_source_table(found, times), *passes, published, found.scores],
-        figures=[found.chart("methods", Message("column.method")), *pass_chart(times)],
+        figures=[found.chart("methods", Message("column.method")), *Tradeoffs.of(records).chart, *pass_chart(times)],
         caution=sentences(Message("methods.caution"), refused),
         next=next_step(found.ranking, smaller),
     )
@@ -214,14 +235,16 @@ def _source_rows(found: Comparison, times: Latencies) -> list[tuple[Message | st
     return rows
 
 
-def _how_to_choose(found: Comparison, times: Latencies) -> Message:
-    """Fill in the source's last blank: score, then latency, then what training costs."""
+def _how_to_choose(found: Comparison, times: Latencies, forgetting: Sequence[Claim]) -> Message:
+    """Fill in the source's last blank: score, then latency, what training costs, and what is forgotten."""
+    claims_on_it = [finding.sentence for claim in forgetting for finding in claim.findings]
     by_score = _at_budget(found)
     by_latency = added(times)
     return sentences(
         by_score and Message("methods.by_score", ranking=by_score),
         by_latency and Message("methods.by_latency", latencies=sentences(by_latency, _merging(times))),
         _by_speed(found.arms),
+        Message("methods.by_forgetting", claims=claims_on_it) if claims_on_it else None,
         found.recommendation,
     )
 

@@ -1,6 +1,7 @@
 """Claims of the papers on LoRA and adapters beside the verdicts of a study: which hold here."""
 
 from collections.abc import Collection, Sequence
+from typing import Protocol
 
 from loralab.studies.compare import Comparison
 from loralab.studies.measures.passes import MERGED, UNMERGED
@@ -12,14 +13,26 @@ from loralab.studies.timing import Overhead
 Row = dict[str, Message | None]
 
 
-def published_table(found: Comparison, times: Latencies, lora: str | None, family: Sequence[str]) -> Table:
+class HasRow(Protocol):
+    """A claim that can write its own row."""
+
+    @property
+    def row(self) -> Row:
+        """Return the claim, whether it holds here, and its numbers."""
+
+
+def published_table(
+    found: Comparison, times: Latencies, lora: str | None, family: Sequence[str], others: Sequence[HasRow] = ()
+) -> Table:
     """Return what the papers report, and whether it holds here.
 
     Args:
         lora: LoRA's arm of the larger budget.
         family: all arms of that budget.
+        others: further claims, such as those on forgetting.
     """
-    rows = [*_passes(times), *_scores(found, lora, [name for name in family if name != lora])]
+    scores = _scores(found, lora, [name for name in family if name != lora])
+    rows = [*_passes(times), *scores, *(claim.row for claim in others)]
     columns = (Column("claim"), Column("here"), Column("numbers"))
     return Table(title=Message("table.published"), columns=columns, rows=rows)
 

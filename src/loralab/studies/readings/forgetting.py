@@ -1,0 +1,150 @@
+"""Forgetting of LoRA and of full fine-tuning side by side: after training, and where both have learnt as much.
+
+Source: Biderman et al. 2024, arXiv:2405.09673. Both are compared on rows of other data, larger is better:
+minus the loss of each text, or whether the probe of the base is right (measures/forgetting.py).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from loralab.studies.compare import Comparison
+from loralab.studies.contrast import Contrast, Floats, Sample, rank_arms
+from loralab.studies.evidence import Metric, claim
+from loralab.studies.measures.forgetting import ITEMS
+from loralab.studies.message import Chart, Message
+from loralab.studies.readings.published import Row, holds_here
+from loralab.studies.study import Finding, Record
+
+Points = Sequence[Mapping[str, Any]]  # of a run: step, loss on the task, general, rows
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A published claim on LoRA against full fine-tuning; None where it was not measured."""
+
+    name: str
+    names: tuple[Message | str, Message | str]
+    contrast: Contrast | None
+    metric: Metric
+    expected: str
+
+    @property
+    def row(self) -> Row:
+        """Return the claim, whether it holds here, and the difference."""
+        found, verdicts = self.contrast, [self.contrast.verdict] if self.contrast else []
+        numbers = None if found is None else self.metric.span(found.low, found.high)
+        here = holds_here(verdicts, {self.expected})
+        return {"claim": Message(f"methods.{self.name}"), "here": here, "numbers": numbers}
+
+    @property
+    def findings(self) -> list[Finding]:
+        """Return it as a finding, where it was measured."""
+        return [] if self.contrast is None else [claim(self.contrast, self.metric, self.names)]
+
+
+def published_claims(records: Sequence[Record], found: Comparison, lora: str | None, full: str) -> list[Claim]:
+    """Return that LoRA learns less, and forgets less: after training, and at equal loss on the task."""
+    kind, general = next(
+        ((r.texts["general_kind"], r.texts["general"]) for r in records if "general_kind" in r.texts), ("loss", "")
+    )
+    metric = replace(found.metric, name=kind)
+    arms = (lora or "", full)
+    ours, theirs = (_rows(found.every.get(name, ())) for name in arms)
+    end = between(ours, theirs, metric) if ours and theirs else None
+    learnt = found.ranking.contrast(*arms) if set(arms) <= found.ranking.means.keys() else None
+    runs = Tradeoffs.of(records)
+    elsewhere = _named("methods.elsewhere", arms, general=general)
+    at_loss = _named("methods.elsewhere_at", arms, general=general, loss=runs.equal_loss)
+    return [
+        Claim("learns_less", arms, learnt, found.metric, "worse"),
+        Claim("forgets_less", elsewhere, end, metric, "better"),
+        Claim("forgets_less_at_loss", at_loss, runs.at_equal_loss(metric), metric, "better"),
+    ]
+
+
+def _named(key: str, arms: Sequence[str], **values: Any) -> tuple[Message, Message]:
+    first, second = (Message(key, arm=arm, **values) for arm in arms)
+    return first, second
+
+
+def _rows(runs: Sequence[Record]) -> list[Sequence[float]]:
+    return [run.items[ITEMS] for run in runs if run.items.get(ITEMS)]
+
+
+def between(ours: Sequence[Any], theirs: Sequence[Any], metric: Metric) -> Contrast:
+    """Compare two sets of runs on the same rows of other data, (seeds, rows) each."""
+    level = abs(float(np.mean(theirs)))
+    arms = {
+        name: Sample(scores=np.asarray(rows, dtype=float), spread=metric.spread_at(level), fixed=False)
+        for name, rows in (("ours", ours), ("theirs", theirs))
+    }
+    return rank_arms(arms, margin=metric.margin_at(level), costs=dict.fromkeys(arms, 0.0)).contrast(*arms)
+
+
+@dataclass(frozen=True)
+class Tradeoffs:
+    """LoRA's run and the full one on their way, for each seed; both pass the same losses on the task."""
+
+    seeds: Sequence[Mapping[str, Points]]
+    kind: str
+
+    @staticmethod
+    def of(records: Sequence[Record]) -> "Tradeoffs":
+        """Read the records that hold points."""
+        known = [record for record in records if record.tables.get("points")]
+        seeds = []
+        for record in known:
+            arms: dict[str, list[Mapping[str, Any]]] = {}
+            for row in record.tables["points"]:
+                arms.setdefault(row["arm"], []).append(row)
+            seeds.append(arms)
+        return Tradeoffs(seeds, known[0].texts["general_kind"] if known else "loss")
+
+    @property
+    def equal_loss(self) -> float | None:
+        """Return the lowest loss on the task that both runs reach, the mean over seeds."""
+        return float(np.mean([lowest_shared(arms) for arms in self.seeds])) if self.seeds else None
+
+    def at_equal_loss(self, metric: Metric) -> Contrast | None:
+        """Compare the first run with the second where both have that loss; None where neither learns."""
+        learns = [lowest_shared(arms) < max(p[0]["loss"] for p in arms.values()) for arms in self.seeds]
+        if not any(learns):
+            return None
+        sides = zip(*([rows_at(p, lowest_shared(arms)) for p in arms.values()] for arms in self.seeds), strict=True)
+        return between(*sides, metric)
+
+    @property
+    def chart(self) -> list[Chart]:
+        """Return what is left elsewhere against the loss on the task, the mean over seeds."""
+        rows = [
+            {"arm": arm, "x": _mean(points, "loss"), "y": _mean(points, "general")}
+            for arm in (self.seeds[0] if self.seeds else ())
+            for points in zip(*(arms[arm] for arms in self.seeds), strict=True)
+        ]
+        y, title = Message(f"methods.elsewhere_{self.kind}"), Message("methods.tradeoff_chart")
+        x, options = Message("methods.task_loss"), {"percent": self.kind != "loss"}
+        return (
+            [Chart("lines", "methods-forgetting", title, rows, x, y, Message("column.method"), options)] if rows else []
+        )
+
+
+def lowest_shared(arms: Mapping[str, Points]) -> float:
+    """Return the lowest loss on the task that all runs reach."""
+    return max(min(float(point["loss"]) for point in points) for points in arms.values())
+
+
+def rows_at(points: Points, loss: float) -> Floats:
+    """Return the rows of other data where a run first has a loss on the task, in proportion between two points."""
+    for before, after in zip(points, points[1:], strict=False):
+        if after["loss"] <= loss:
+            way = (before["loss"] - loss) / max(before["loss"] - after["loss"], 1e-12)
+            share = min(1.0, max(0.0, way))
+            return (1 - share) * np.asarray(before["rows"]) + share * np.asarray(after["rows"])
+    return np.asarray(points[-1]["rows"], dtype=float)
+
+
+def _mean(points: Sequence[Mapping[str, Any]], key: str) -> float:
+    return float(np.mean([point[key] for point in points]))
