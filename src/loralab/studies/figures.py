@@ -41,36 +41,22 @@ def intervals(
         log: the numbers stand on a scale of powers of two.
         chance: a level to draw across.
     """
-    if all("x" in row for row in rows):
-        return _numbered(rows, x, y, log, chance, percent)
-    return _named(rows, x, y, chance, percent)
-
-
-def _numbered(rows: Rows, x: str, y: str, log: bool, chance: float | None, percent: bool) -> Any:
-    """Draw arms that are numbers, from left to right."""
-    base = alt.Chart(_data(rows))
-    axis = _value(alt.Y, y, percent)
-    scale = alt.Scale(type="log", base=2) if log else alt.Scale(zero=False)
-    ticks = sorted({row["x"] for row in rows})
-    place = alt.X("x:Q", title=x, scale=scale, axis=alt.Axis(values=ticks, format="~s"))
-    return alt.layer(
-        base.mark_rule(strokeWidth=2).encode(x=place, y=axis("low"), y2="high:Q", tooltip=_tip(INTERVAL)),
-        base.mark_line(opacity=0.5).encode(x=place, y=axis("value")),
-        base.mark_point(filled=True, size=70, opacity=1).encode(x=place, y=axis("value"), tooltip=_tip(INTERVAL)),
-        *_across(chance),
+    numbered, order = all("x" in row for row in rows), _names(rows, "arm")
+    along, axis = ("y", _value(alt.Y, y, percent)) if numbered else ("x", _value(alt.X, y, percent))
+    if numbered:
+        scale = alt.Scale(type="log", base=2) if log else alt.Scale(zero=False)
+        ticks = alt.Axis(values=sorted({row["x"] for row in rows}), format="~s")
+        base = alt.Chart(_data(rows)).encode(x=alt.X("x:Q", title=x, scale=scale, axis=ticks))
+    else:
+        base = alt.Chart(_data(rows)).encode(y=_arms(order, x))
+    value, tip = {along: axis("value")}, _tip(INTERVAL)
+    found = alt.layer(
+        base.mark_rule(strokeWidth=2).encode(**{along: axis("low"), f"{along}2": "high:Q"}, tooltip=tip),
+        *([base.mark_line(opacity=0.5).encode(**value)] if numbered else []),
+        base.mark_point(filled=True, size=70, opacity=1).encode(**value, tooltip=tip),
+        *_across(chance, upright=not numbered),
     )
-
-
-def _named(rows: Rows, x: str, y: str, chance: float | None, percent: bool) -> Any:
-    """Draw arms that are names, from top to bottom."""
-    order = list(dict.fromkeys(row["arm"] for row in rows))
-    base = alt.Chart(_data(rows)).encode(y=_arms(order, x))
-    axis = _value(alt.X, y, percent)
-    return alt.layer(
-        base.mark_rule(strokeWidth=2).encode(x=axis("low"), x2="high:Q", tooltip=_tip(INTERVAL)),
-        base.mark_point(filled=True, size=70, opacity=1).encode(x=axis("value"), tooltip=_tip(INTERVAL)),
-        *_across(chance, upright=True),
-    ).properties(height=ROW * len(order))
+    return found if numbered else found.properties(height=ROW * len(order))
 
 
 def lines(
@@ -90,23 +76,17 @@ def lines(
     scale = alt.Scale(type="log") if log_x else alt.Scale(zero=False, nice=False)
     place = alt.X("x:Q", title=x, scale=scale)
     axis = _value(alt.Y, y, percent, log=log_y)
-    order = list(dict.fromkeys(row["arm"] for row in rows))
-    colour = alt.Color("arm:N", title=by, sort=order)
+    colour = alt.Color("arm:N", title=by, sort=_names(rows, "arm"))
     faint = alt.condition(chosen, alt.value(1), alt.value(0.08))
-    tip = ["arm:N", alt.Tooltip("x:Q", format=".4g"), alt.Tooltip("y:Q", format=".4g")]
-    base = alt.Chart(_data(rows))
-    layers: list[Any] = []
-    if band:
-        layers.append(base.mark_area(opacity=0.15).encode(x=place, y=axis("low"), y2="high:Q", color=colour))
-    line = base.mark_line(point=len(rows) < 80).encode(x=place, y=axis("y"), color=colour, opacity=faint, tooltip=tip)
-    return alt.layer(*layers, line.add_params(chosen), *_across(chance))
+    base = alt.Chart(_data(rows)).encode(x=place, color=colour)
+    area = base.mark_area(opacity=0.15).encode(y=axis("low"), y2="high:Q")
+    line = base.mark_line(point=len(rows) < 80).encode(y=axis("y"), opacity=faint, tooltip=_tip(("x", "y")))
+    return alt.layer(*([area] if band else []), line.add_params(chosen), *_across(chance))
 
 
 def bars(rows: Rows, *, x: str, y: str, by: str | None = None, percent: bool = False) -> Any:
     """Draw bars: {"arm", "value"} from top to bottom, and "group" where several belong together."""
-    order = list(dict.fromkeys(row["arm"] for row in rows))
-    groups = list(dict.fromkeys(row["group"] for row in rows)) if by else [""]
-
+    order, groups = _names(rows, "arm"), _names(rows, "group") if by else [""]
     encoding: dict[str, Any] = {
         "y": _arms(order, x),
         "x": _value(alt.X, y, percent, zero=True)("value"),
@@ -123,15 +103,14 @@ def heat(
     rows: Rows, *, x: str, y: str, by: str, numbers: bool = True, digits: str = ".2f", height: int = HEIGHT
 ) -> Any:
     """Draw a heat map: {"x", "y", "value"}; rows and columns in the order given."""
-    columns = list(dict.fromkeys(row["x"] for row in rows))
-    lines_ = list(dict.fromkeys(row["y"] for row in rows))
     base = alt.Chart(_data(rows)).encode(
-        x=alt.X("x:O", title=x, sort=columns, axis=alt.Axis(labelAngle=0)),
-        y=alt.Y("y:O", title=y, sort=lines_, axis=alt.Axis(labelLimit=150)),
+        x=alt.X("x:O", title=x, sort=_names(rows, "x"), axis=alt.Axis(labelAngle=0)),
+        y=alt.Y("y:O", title=y, sort=_names(rows, "y"), axis=alt.Axis(labelLimit=150)),
         tooltip=["x:N", "y:N", alt.Tooltip("value:Q", format=".4g")],
     )
     cells = base.mark_rect().encode(color=alt.Color("value:Q", title=by, scale=alt.Scale(scheme="viridis")))
-    middle = _middle([float(row["value"]) for row in rows if row["value"] is not None])
+    values = [float(row["value"]) for row in rows if row["value"] is not None] or [0.0]
+    middle = (min(values) + max(values)) / 2
     text = base.mark_text(fontSize=11).encode(
         text=alt.Text("value:Q", format=digits),
         color=alt.condition(f"datum.value > {middle}", alt.value("#111"), alt.value("#fff")),
@@ -143,9 +122,7 @@ def scatter(rows: Rows, *, x: str, y: str, log_x: bool = False, percent: bool = 
     """Draw named points, such as cost against score: {"arm", "x", "y"}."""
     scale = alt.Scale(type="log") if log_x else alt.Scale(zero=False, padding=30)
     base = alt.Chart(_data(rows)).encode(
-        x=alt.X("x:Q", title=x, scale=scale),
-        y=_value(alt.Y, y, percent)("y"),
-        tooltip=["arm:N", alt.Tooltip("x:Q", format=".4g"), alt.Tooltip("y:Q", format=".4g")],
+        x=alt.X("x:Q", title=x, scale=scale), y=_value(alt.Y, y, percent)("y"), tooltip=_tip(("x", "y"))
     )
     names = base.mark_text(dy=-11, fontSize=11).encode(text="arm:N")
     return alt.layer(base.mark_point(filled=True, size=80, opacity=1), names)
@@ -162,6 +139,11 @@ KINDS: Mapping[str, Callable[..., Any]] = {
 
 def _data(rows: Rows) -> alt.InlineData:
     return alt.InlineData(values=[dict(row) for row in rows])
+
+
+def _names(rows: Rows, column: str) -> list[Any]:
+    """Return the values of a column, each once, in their order."""
+    return list(dict.fromkeys(row[column] for row in rows))
 
 
 def _arms(order: Sequence[str], title: str) -> alt.Y:
@@ -188,7 +170,3 @@ def _across(level: float | None, *, upright: bool = False) -> list[alt.Chart]:
         return []
     rule = alt.Chart(alt.InlineData(values=[{"level": level}])).mark_rule(strokeDash=[6, 4], opacity=0.7)
     return [rule.encode(x="level:Q") if upright else rule.encode(y="level:Q")]
-
-
-def _middle(values: Sequence[float]) -> float:
-    return (min(values) + max(values)) / 2 if values else 0.0

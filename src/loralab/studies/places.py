@@ -88,10 +88,15 @@ def paths(model: nn.Module, targets: Targets) -> list[str]:
         return []
 
 
+def place_of(path: str) -> tuple[int | None, str]:
+    """Return a module's block and its place there, such as (3, "self_attn.q_proj"); None and the path outside."""
+    found = re.match(r"(?:.*?\.)?(\d+)\.(.+)", path)
+    return (int(found[1]), found[2]) if found else (None, path)
+
+
 def type_of(path: str) -> str:
-    """Return a module's place in its block, such as "self_attn.q_proj"; the path itself outside."""
-    found = re.match(r"(?:.*?\.)?\d+\.(.+)", path)
-    return found[1] if found else path
+    """Return a module's place in its block; the path itself outside."""
+    return place_of(path)[1]
 
 
 def layout(model: nn.Module) -> list[dict[str, Any]]:

@@ -132,6 +132,10 @@ class Trial:
         text = json.dumps(deciding, sort_keys=True, default=list)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
+    def record(self, **held: Any) -> "Record":
+        """Return what came out of it: a record with these fields."""
+        return Record(arm=self.arm, seed=self.seed, **held)
+
     def to_json(self) -> dict[str, Any]:
         """Return all fields, as files hold them."""
         return {"measure": self.measure, "ground": self.setup.to_json(), "arm": asdict(self.arm), "seed": self.seed}

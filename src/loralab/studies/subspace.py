@@ -7,7 +7,7 @@ reads few rows of a table. theta_d starts at zero: step 0 is the base model.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from loralab.studies.fastfood import Fastfood
 from loralab.tasks.batches import Batches, collate
 from loralab.tasks.catalog import Task
 from loralab.tasks.encode import encode
+from loralab.tasks.examples import Example
 from loralab.tasks.forward import answer_loss
 from loralab.training.optim import learning_rate
 from loralab.training.settings import Training
@@ -112,21 +113,15 @@ def fit(subspace: Subspace, base: Base, task: Task, training: Training) -> list[
     assert training.max_steps is not None
     examples = encode(task, "train", base.tokenizer, kind=base.kind, max_length=training.max_length).examples
     batches = Batches(lengths=tuple(e.length for e in examples), batch_size=training.batch_size, seed=training.seed)
-    device = subspace.theta.device
     optimizer = torch.optim.AdamW(subspace.trained(), weight_decay=0.0)
     losses = []
     subspace.train()
     for step in range(training.max_steps):
         (rows,) = batches.step(step)
-        batch = collate(
-            [examples[i] for i in rows],
-            pad_id=base.tokenizer.pad_token_id or 0,
-            kind=base.kind,
-            pictures=base.tokenizer,
-        )
+        batch = together(base, [examples[i] for i in rows])
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(training, step, training.max_steps)
-        loss, count = answer_loss(subspace, {name: tensor.to(device) for name, tensor in batch.items()}, base.kind)
+        loss, count = answer_loss(subspace, batch, base.kind)
         if not math.isfinite(loss.item()):
             where = f"step {step + 1}: the loss is not finite; lower the learning rate"
             raise LearningError(where, code="loss_not_finite", field="loss")
@@ -137,6 +132,13 @@ def fit(subspace: Subspace, base: Base, task: Task, training: Training) -> list[
         losses.append(loss.item() / max(1, count))
     subspace.eval()
     return losses
+
+
+def together(base: Base, examples: Sequence[Example]) -> dict[str, Tensor]:
+    """Return examples as one batch, where the model is."""
+    device = next(base.model.parameters()).device
+    batch = collate(examples, pad_id=base.tokenizer.pad_token_id or 0, kind=base.kind, pictures=base.tokenizer)
+    return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 def _layer(name: str) -> int:

@@ -6,7 +6,7 @@ slows all of them; ways are compared trial by trial.
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -31,6 +31,15 @@ def trials(ways: Sequence[T], *, seconds: float, most: int) -> Iterator[list[T]]
         if trial >= LEAST and time.perf_counter() - begun >= seconds:
             return
         yield [ways[number] for number in draw.permutation(len(ways))]
+
+
+def in_turns(ways: Mapping[str, Callable[[], Any]], *, seconds: float, most: int) -> dict[str, list[float]]:
+    """Return the seconds that every way takes in each of the trials."""
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for order in trials(list(ways), seconds=seconds, most=most):
+        for name in order:
+            times[name].append(timed(ways[name])[1])
+    return times
 
 
 def affordable(shapes: Iterable[T], trial: Callable[[T], float], seconds: float) -> list[T]:

@@ -18,6 +18,7 @@ import numpy as np
 from loralab import atomic
 from loralab.adapters.folder import TENSORS
 from loralab.errors import LearningError, LoralabError
+from loralab.models.load import Base
 from loralab.studies.fields import configured
 from loralab.studies.measures import forgetting
 from loralab.studies.statistics import smoothed
@@ -37,6 +38,7 @@ BASE = "base"
 BASE_ARM = Arm(name=BASE, options={"measure": "loralab.studies.trained:untrained"}, tuned=False, plain=True)
 Tell = Callable[[dict[str, Any]], None]
 WARM = 3  # steps before times are taken
+ROWS_AT_ONCE = 32  # that are scored
 KEPT_BYTES = 50_000_000  # larger adapters are scored, not kept
 
 
@@ -158,8 +160,13 @@ def scored(trial: Trial, run: Run, folder: Path) -> Record:
 
 def score_on(run: Run, split: str, limit: int | None = None) -> Scores:
     """Score a run's model on one split."""
-    base = run.base
-    return evaluate(base.model, base.tokenizer, run.task, split, kind=base.kind, batch_size=32, limit=limit)
+    return score(run.base, run.task, split, limit=limit)
+
+
+def score(base: Base, task: Task, split: str = "test", *, model: Any = None, limit: int | None = None) -> Scores:
+    """Score a model, or another form of it, on the rows of a split."""
+    model = base.model if model is None else model
+    return evaluate(model, base.tokenizer, task, split, kind=base.kind, batch_size=ROWS_AT_ONCE, limit=limit)
 
 
 def items_of(scores: Scores, metric: str = "") -> list[float]:
@@ -210,7 +217,7 @@ def untrained(trial: Trial, folder: Path, tell: Tell) -> Record:
     setup, task = trial.setup, rows_of(trial.setup)
     precision = str(setup.fields.get("precision", "auto"))
     base = load_base(setup.model, task, precision, 0, image_size=setup.fields.get("image_size"))
-    scores = evaluate(base.model, base.tokenizer, task, "test", kind=base.kind, batch_size=32)
+    scores = score(base, task)
     metric = setup.metric or scores.main
     general = forgetting.measured(base, task, setup.general)
     numbers = {"score": scores.metrics[metric], "test_loss": scores.metrics["loss"], **general.numbers}

@@ -10,7 +10,8 @@ from loralab.adapters.attach import attach
 from loralab.adapters.linear import LinearWithLoRA
 from loralab.adapters.methods import LoRA
 from loralab.studies.measures import intruders
-from loralab.studies.measures.intruders import KEPT, NEAR, TOP, chance, updated
+from loralab.studies.measures.intruders import KEPT, NEAR, TOP, chance
+from loralab.studies.measures.layers import updated
 
 
 def weight_of(outputs: int, inputs: int) -> Tensor:
@@ -66,7 +67,7 @@ def test_repair_scales_intruders_for_a_while_and_puts_every_bit_back(make: tiny.
         for module in adapter.modules.values():
             assert isinstance(module, LinearWithLoRA)
             module.lora_B.normal_(generator=torch.Generator().manual_seed(0)).mul_(20)
-    plain, before = tiny.logits(model), {name: pair for name, pair in updated(adapter).items()}
+    plain, before = tiny.logits(model), updated(adapter)
     parts = {name: intruders.intruders(*pair)[1] for name, pair in before.items()}
     assert any(part.any() for part in parts.values())
     with intruders.repaired(adapter):

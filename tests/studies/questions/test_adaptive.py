@@ -10,9 +10,10 @@ from studies.conftest import Here, assert_it_renders, keys_in, message_in, plant
 from loralab.adapters.attach import attach
 from loralab.errors import ConfigError
 from loralab.studies.fields import configured
+from loralab.studies.places import place_of
 from loralab.studies.prepare import base_of
 from loralab.studies.questions import adaptive
-from loralab.studies.readings.final_ranks import agreement, is_adaptive, place_of
+from loralab.studies.readings.final_ranks import agreement, is_adaptive
 from loralab.studies.study import Record, StudySetup
 
 SETUP = StudySetup(study="adaptive", model="m", data="d")

@@ -97,7 +97,8 @@ def pair_record(draw: torch.Generator, shared: float) -> Record:
         for name, rank in (("small", 8), ("large", 64))
         for m in pairs[name]
     ]
-    tables = {"phi": overlaps.overlaps(pairs), "modules": overlaps.top_overlaps(pairs), "amplification": amplification}
+    phi, modules = overlaps.overlaps(pairs)
+    tables = {"phi": phi, "modules": modules, "amplification": amplification}
     return Record(arm=Arm(name=lowrank.PAIRS), seed=0, tables=tables)
 
 
@@ -218,8 +219,6 @@ def test_singular_values_are_those_of_the_svd() -> None:
         torch.testing.assert_close(
             spectra.values_of(matrix).float(), torch.linalg.svdvals(matrix), atol=1e-4, rtol=1e-4
         )
-    assert spectra.kind_of("bert.encoder.layer.3.attention.self.query") == "attention.self.query"
-    assert spectra.kind_of("bert.pooler.dense") == "bert.pooler.dense"
 
 
 def test_nothing_measured_is_said_and_every_blank_has_its_label() -> None:

@@ -28,7 +28,7 @@ def measure(trial: Trial, folder: Path, tell: Tell) -> Record:
     tables = {"vision": layout(base.model), "facts": [facts(base.model, base.tokenizer.size)]}
     if (writer := skeleton(WRITER)) is not None:
         tables["language"] = layout(writer)
-    return Record(arm=trial.arm, seed=trial.seed, tables=tables)
+    return trial.record(tables=tables)
 
 
 def skeleton(name: str) -> nn.Module | None:

@@ -28,11 +28,16 @@ def adapter_folder(trial: Trial, folder: Path, tell: Tell) -> Path:
     return trained(own, folder, tell).output_dir
 
 
-def base_for(setup: StudySetup, precision: str, quantize: str = "none") -> tuple[Base, Task]:
-    """Return the model of a study in a dtype, packed if asked to, and the study's rows."""
-    task = rows_of(setup)
-    size = setup.fields.get("image_size")
-    return load_base(setup.model, task, precision, 0, quantize=quantize, image_size=size), task
+def base_for(setup: StudySetup, precision: str = "", *, quantize: str = "none", seed: int = 0) -> tuple[Base, Task]:
+    """Return the model of a study, packed if asked to, and the study's rows.
+
+    Args:
+        precision: its dtype; empty is the study's.
+        seed: of a new head.
+    """
+    task, fields = rows_of(setup), setup.fields
+    dtype = precision or str(fields.get("precision", "auto"))
+    return load_base(setup.model, task, dtype, seed, quantize=quantize, image_size=fields.get("image_size")), task
 
 
 def put_on(base: Base, place: Path) -> Adapter:

@@ -1,6 +1,7 @@
 """A trained adapter cut to smaller ranks by SVD, and scored again without training."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +9,9 @@ import torch
 from torch import Tensor
 
 from loralab.adapters.adapter import Adapter
-from loralab.adapters.linear import LinearWithLoRA
 from loralab.adapters.spectrum import decompose
 from loralab.studies.evidence import SEED, Metric, mean_of
+from loralab.studies.measures.layers import low_rank
 from loralab.studies.message import Chart, Message
 from loralab.studies.statistics import difference
 from loralab.studies.study import Record, Trial
@@ -31,16 +32,12 @@ def measure(trial: Trial, folder: Path, tell: Tell) -> Record:
         found[f"{CUT}{rank}"] = items_of(score_on(run, "test"))
     put(run.adapter, whole)
     record = scored(trial, run, folder)
-    return Record(**{**vars(record), "items": {**record.items, **found}})
+    return replace(record, items={**record.items, **found})
 
 
 def factors(adapter: Adapter) -> dict[str, tuple[Tensor, Tensor]]:
     """Return A and B of every low-rank update."""
-    return {
-        name: (module.lora_A.detach().clone(), module.lora_B.detach().clone())
-        for name, module in adapter.modules.items()
-        if isinstance(module, LinearWithLoRA)
-    }
+    return {name: (m.lora_A.detach().clone(), m.lora_B.detach().clone()) for name, m in low_rank(adapter).items()}
 
 
 def truncated(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:

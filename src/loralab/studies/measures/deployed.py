@@ -7,7 +7,7 @@ merged model beside it.
 
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,13 +24,13 @@ from loralab.models.load import Base
 from loralab.models.quantize import QuantizedLinear, linear_layers, quantize
 from loralab.studies.measures.carried import adapter_folder, base_for, put_on
 from loralab.studies.measures.decoding import Times, Variant, inputs_for, interleaved, working_bytes, writes
+from loralab.studies.measures.layers import put_weight
 from loralab.studies.measures.mixed_batch import Banked, Looped, as_large
 from loralab.studies.study import Record, Trial
-from loralab.studies.timing import quickest, timed, trials
-from loralab.studies.trained import Tell, items_of
+from loralab.studies.timing import in_turns, quickest
+from loralab.studies.trained import Tell, items_of, score
 from loralab.tasks.catalog import Task
 from loralab.tasks.forward import call
-from loralab.tasks.score import evaluate
 from loralab.training.memory import available_bytes
 
 MEASURE_ADAPTERS = "loralab.studies.measures.deployed:measure_adapters"
@@ -46,7 +46,7 @@ PRODUCTS = 20  # of one layer, dense and sparse
 def measure_adapters(trial: Trial, folder: Path, tell: Tell) -> Record:
     """Time the base, merged, unmerged and several adapters: {"adapters", "looped", "batches", ...}."""
     place, options = adapter_folder(trial, folder, tell), trial.arm.options
-    base, task = base_for(trial.setup, str(trial.setup.fields.get("precision", "auto")))
+    base, task = base_for(trial.setup)
     beside = put_on(replace(base, model=shared_copy(base.model)), place)
     own = put_on(replace(base, model=shared_copy(base.model)), place)
     merged = Variant(name=MERGED, model=own.merge_and_detach().eval())
@@ -76,15 +76,13 @@ def measure_adapters(trial: Trial, folder: Path, tell: Tell) -> Record:
 def measure_smaller(trial: Trial, folder: Path, tell: Tell) -> Record:
     """Time the merged model made smaller in the way that the options name, and as it is."""
     place, how = adapter_folder(trial, folder, tell), str(trial.arm.options["how"])
-    usual = str(trial.setup.fields.get("precision", "auto"))
-    base, task = base_for(trial.setup, "fp32" if how == "int8" else usual)
+    base, task = base_for(trial.setup, "fp32" if how == "int8" else "")
     base = replace(base, model=put_on(base, place).merge_and_detach().eval())
     other = Variant(name=trial.arm.name, model=SMALLER[how](base))
     variants = [Variant(name=DENSE, model=base.model), other]
     record = _record(trial, base, task, variants, (DENSE, other.name), DENSE)
-    extra = {"sparse_ratio": sparse_ratio(other.model)} if how == "pruned" else {}
-    found = {name: value for name, value in extra.items() if value is not None}
-    return replace(record, numbers={**record.numbers, **found})
+    ratio = sparse_ratio(other.model) if how == "pruned" else None
+    return record if ratio is None else replace(record, numbers={**record.numbers, "sparse_ratio": ratio})
 
 
 def _record(
@@ -102,12 +100,10 @@ def _record(
     ]
     items, metric = {}, trial.setup.metric
     for variant in (v for v in variants if v.name in scored):
-        scores = evaluate(variant.model, base.tokenizer, task, "test", kind=base.kind, batch_size=32)
+        scores = score(base, task, model=variant.model)
         metric = metric or scores.main
         items[variant.name] = items_of(scores, metric)
-    return Record(
-        arm=trial.arm,
-        seed=trial.seed,
+    return trial.record(
         items=items,
         tables={"latency": _rows(times, control), "weights": weights},
         texts={"metric": metric, "unit": "token" if writes(base) else "pass"},
@@ -189,13 +185,9 @@ def in_nf4(base: Base) -> Any:
 
 def pruned(base: Base) -> Any:
     """Set the smaller half of each linear layer's weights to zero; they are dense matrices still."""
-    model, head = shared_copy(base.model), None
-    if hasattr(model, "get_output_embeddings"):
-        head = model.get_output_embeddings()
-    for layer in model.modules():
-        if (isinstance(layer, nn.Linear) or is_conv1d(layer)) and layer is not head:
-            weight = without_smallest(layer.weight.detach(), SHARE)
-            layer.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
+    model = shared_copy(base.model)
+    for layer in _inner(model):
+        put_weight(layer, without_smallest(layer.weight.detach(), SHARE))
     return model
 
 
@@ -233,8 +225,8 @@ def sparse_ratio(model: Any) -> float | None:
 
     None where torch has no sparse product here.
     """
-    layers = [m for m in model.modules() if isinstance(m, nn.Linear)]
-    weight = max((m.weight for m in _inner(model, layers)), key=lambda w: w.numel(), default=None)
+    layers = (m for m in _inner(model) if isinstance(m, nn.Linear))
+    weight = max((m.weight for m in layers), key=lambda w: w.numel(), default=None)
     if weight is None:
         return None
     dense = weight.detach().float()
@@ -242,22 +234,18 @@ def sparse_ratio(model: Any) -> float | None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch calls its sparse matrices a beta
         try:
-            products = {
-                "dense": partial(torch.matmul, dense, x),
-                "sparse": partial(torch.matmul, dense.to_sparse_csr(), x),
-            }
-            times: dict[str, list[float]] = {name: [] for name in products}
-            for order in trials(list(products), seconds=math.inf, most=PRODUCTS):
-                for name in order:
-                    times[name].append(timed(products[name])[1])
+            matrices = {"dense": dense, "sparse": dense.to_sparse_csr()}
+            products = {name: partial(torch.matmul, matrix, x) for name, matrix in matrices.items()}
+            times = in_turns(products, seconds=math.inf, most=PRODUCTS)
         except RuntimeError:
             return None
     return float(np.median(times["sparse"]) / np.median(times["dense"]))
 
 
-def _inner(model: Any, layers: Iterable[nn.Linear]) -> list[nn.Linear]:
+def _inner(model: Any) -> list[Any]:
+    """Return the linear layers but for a language model's head."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    return [layer for layer in layers if layer is not head]
+    return [m for m in model.modules() if (isinstance(m, nn.Linear) or is_conv1d(m)) and m is not head]
 
 
 def weight_bytes(model: Any) -> int:

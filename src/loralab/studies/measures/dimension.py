@@ -5,9 +5,7 @@ full fine-tuning gains over the better of the untrained model and the commonest 
 """
 
 import math
-import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +16,12 @@ from numpy.typing import NDArray
 from loralab.errors import LearningError
 from loralab.studies import trained
 from loralab.studies.fields import configured
-from loralab.studies.measures.system import majority
+from loralab.studies.measures.system import with_majority
 from loralab.studies.statistics import monotone, smoothed
 from loralab.studies.study import DIVERGED, Record, Trial
 from loralab.studies.subspace import Subspace, fit
-from loralab.studies.trained import Tell, items_of, rows_of
+from loralab.studies.trained import Tell, items_of, rows_of, score
 from loralab.tasks.catalog import Task
-from loralab.tasks.score import Scores, evaluate
 from loralab.training.preflight import load_base
 
 MEASURE_DIMENSION = "loralab.studies.measures.dimension:measure"
@@ -37,12 +34,7 @@ Curve = Mapping[int, Items]  # d -> the mean score of every test row
 
 def measure_floor(trial: Trial, folder: Path, tell: Tell) -> Record:
     """Score the untrained model, and the commonest label said always."""
-    record = trained.untrained(trial, folder, tell)
-    found = majority(rows_of(trial.setup))
-    if not found:
-        return record
-    numbers = {**record.numbers, "majority": statistics.fmean(found)}
-    return replace(record, numbers=numbers, items={**record.items, "majority": found})
+    return with_majority(trained.untrained(trial, folder, tell), rows_of(trial.setup))
 
 
 def measure(trial: Trial, folder: Path, tell: Tell) -> Record:
@@ -68,13 +60,10 @@ def _one(trial: Trial, task: Task, rate: float) -> Record:
         try:
             losses = fit(subspace, base, task, training)
         except LearningError as error:
-            return Record(arm=trial.arm, seed=trial.seed, status=DIVERGED, reason=str(error))
+            return trial.record(status=DIVERGED, reason=str(error))
     model = subspace.settle()
 
-    def score(split: str) -> Scores:
-        return evaluate(model, base.tokenizer, task, split, kind=base.kind, batch_size=32)
-
-    test, validation = score("test"), score("validation")
+    test, validation = (score(base, task, split, model=model) for split in ("test", "validation"))
     numbers = {
         "score": test.metrics[test.main],
         "test_loss": test.metrics["loss"],
@@ -85,14 +74,8 @@ def _one(trial: Trial, task: Task, rate: float) -> Record:
         "large": subspace.large,
         "scale": rate,
     }
-    return Record(
-        arm=trial.arm,
-        seed=trial.seed,
-        numbers=numbers,
-        items={"score": items_of(test)},
-        texts={"metric": test.main},
-        series={"loss": losses},
-    )
+    texts = {"metric": test.main}
+    return trial.record(numbers=numbers, items={"score": items_of(test)}, texts=texts, series={"loss": losses})
 
 
 def curve_of(records: Sequence[Record], variant: str) -> dict[int, Items]:

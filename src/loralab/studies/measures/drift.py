@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from loralab.adapters.linear import LinearWithLoRA
 from loralab.artefacts.comparison import compare, logits_of, reference_of
 from loralab.errors import ConfigError
 from loralab.models.load import DTYPES, Base
 from loralab.studies.measures.carried import adapter_folder, base_for, compared_inputs, put_on
+from loralab.studies.measures.layers import low_rank, put_weight
 from loralab.studies.study import Record, Trial
 from loralab.studies.trained import Tell
 
@@ -47,19 +48,14 @@ def measure(trial: Trial, folder: Path, tell: Tell) -> Record:
     place = adapter_folder(trial, folder, tell)
     base, task = base_for(trial.setup, "fp32")
     adapter = put_on(base, place)
-    found = {n: m for n, m in adapter.modules.items() if isinstance(m, LinearWithLoRA)}
+    found = low_rank(adapter)
     if not found:
         raise ConfigError("no linear layer of this model carries an update", code="no_updates", field="target_modules")
     adapter.detach()
     chosen = spaced(found, trial.arm.options.get("modules"))
     samples = compared_inputs(task, base, COMPARED)
     rows = [drifted(base, chosen, samples, precision) for precision in trial.arm.options["precisions"]]
-    return Record(
-        arm=trial.arm,
-        seed=trial.seed,
-        tables={"drift": rows},
-        numbers={"merges": MERGES, "modules": len(chosen), "of": len(found)},
-    )
+    return trial.record(tables={"drift": rows}, numbers={"merges": MERGES, "modules": len(chosen), "of": len(found)})
 
 
 def drifted(
@@ -73,13 +69,13 @@ def drifted(
     drifts = {name: both_ways(module, dtype) for name, module in modules.items()}
     originals = {name: module.base.weight for name, module in modules.items()}
     for name, module in modules.items():  # the base as this dtype rounds it
-        _put(module.base, originals[name].to(dtype).float())
+        put_weight(module.base, originals[name].to(dtype).float())
     reference = reference_of(base.model, samples, base.kind, base.tokenizer)
     for name, module in modules.items():
-        _put(module.base, drifts[name].weight.float())
+        put_weight(module.base, drifts[name].weight.float())
     seen = compare(reference, logits_of(base.model, samples, base.kind, base.tokenizer), "fp32")
     for name, module in modules.items():
-        _put(module.base, originals[name])
+        put_weight(module.base, originals[name])
     return {
         "precision": precision,
         "exact": all(drift.exact for drift in drifts.values()),
@@ -105,7 +101,7 @@ def both_ways(module: LinearWithLoRA, dtype: torch.dtype) -> Drift:
     three = adapters_like(own)
     weight = original.to(dtype)
     try:
-        _put(module.base, weight.clone())
+        put_weight(module.base, weight.clone())
         deltas = [_delta(module, factors).to(dtype) for factors in three]
         relative, drifted = subtracted(weight, deltas)
         exact = _put_back(module, three)
@@ -159,10 +155,6 @@ def _fill(module: LinearWithLoRA, factors: Factors) -> None:
     with torch.no_grad():
         module.lora_A.copy_(factors[0])
         module.lora_B.copy_(factors[1])
-
-
-def _put(layer: Any, weight: Tensor) -> None:
-    layer.register_parameter("weight", nn.Parameter(weight.detach(), requires_grad=False))
 
 
 def _bits(tensor: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from loralab.adapters.several import adapters_of, disabled
 from loralab.errors import ConfigError, LoralabError, ModelError
 from loralab.models.kinds import CAUSAL, CLASSIFIER, VISION
 from loralab.models.load import Base
+from loralab.studies.measures.watch import outputs_of
 from loralab.tasks import catalog
 from loralab.tasks.catalog import TASKS, Task
 from loralab.tasks.formats import Row
@@ -215,12 +216,8 @@ def pooled(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     Raises:
         ModelError: it has no such states.
     """
-    seen: list[Any] = []
-    handle = getattr(model, "base_model", model).register_forward_hook(lambda module, given, out: seen.append(out))
-    try:
+    with outputs_of(model) as seen:
         run(model, batch)
-    finally:
-        handle.remove()
     states = getattr(seen[-1], "last_hidden_state", None) if seen else None
     if states is None:
         text = f"{type(model).__name__} gives no hidden states that a probe could read"

@@ -14,12 +14,12 @@ from torch.nn import functional as F
 from loralab.adapters.targets import head_names
 from loralab.errors import ConfigError
 from loralab.models.load import Base
+from loralab.studies.measures.carried import base_for
 from loralab.studies.study import Record, Trial
-from loralab.studies.trained import Tell, rows_of
+from loralab.studies.trained import Tell
 from loralab.tasks.catalog import Task
 from loralab.tasks.encode import encode
 from loralab.tasks.forward import by_length, call
-from loralab.training.preflight import load_base
 
 MEASURE_FROZEN = "loralab.studies.measures.frozen:measure"
 KINDS = ("sequence-classification", "image-classification")  # whose head reads one vector a row
@@ -29,10 +29,9 @@ ITERATIONS = 200
 
 def measure(trial: Trial, folder: Path, tell: Tell) -> Record:
     """Fit a linear head on the training rows' features, and score it on the test rows."""
-    setup, task = trial.setup, rows_of(trial.setup)
-    base = load_base(setup.model, task, "fp32", 0, image_size=setup.fields.get("image_size"))
+    base, task = base_for(trial.setup, "fp32")
     base.model.eval()
-    longest = int(setup.fields.get("max_length", 512))
+    longest = int(trial.setup.fields.get("max_length", 512))
     found = {split: features(base, task, split, longest) for split in task.splits}
     mean, spread = found["train"][0].mean(dim=0), found["train"][0].std(dim=0).clamp_min(1e-6)
     scaled = {split: ((x - mean) / spread, y) for split, (x, y) in found.items()}
@@ -47,9 +46,7 @@ def measure(trial: Trial, folder: Path, tell: Tell) -> Record:
         "train_loss": _loss(head, *scaled["train"]),
         "validation_loss": _loss(head, *scaled["validation"]),
     }
-    return Record(
-        arm=trial.arm, seed=trial.seed, numbers=numbers, items={"score": right.tolist()}, texts={"metric": "accuracy"}
-    )
+    return trial.record(numbers=numbers, items={"score": right.tolist()}, texts={"metric": "accuracy"})
 
 
 @torch.no_grad()

@@ -12,18 +12,17 @@ Axes: O out_features, I in_features.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from loralab.adapters.adapter import Adapter
-from loralab.adapters.bases import dense_weight
-from loralab.adapters.linear import LinearWithLoRA
 from loralab.errors import LoralabError
 from loralab.studies.measures.forgetting import general_task, kind_of, looking
+from loralab.studies.measures.layers import Weights, low_rank, put_weight, updated
 from loralab.studies.study import StudySetup
 from loralab.studies.trained import items_of, score_on
 from loralab.training.run import Run
@@ -62,16 +61,9 @@ def chance(outputs: int, count: int) -> float:
     return float((draw[:, :count].abs().amax(dim=1) / draw.norm(dim=1)).mean())
 
 
-def of_weights(weights: Mapping[str, tuple[Tensor, Tensor]]) -> list[dict[str, Any]]:
+def of_weights(weights: Weights) -> list[dict[str, Any]]:
     """Return the numbers of every layer, given W and W'."""
     return [{"name": name, **intruders(*pair)[0]} for name, pair in weights.items()]
-
-
-@torch.no_grad()
-def updated(adapter: Adapter) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return W and W + s B A (O, I) of every layer with a low-rank update."""
-    found = {name: (dense_weight(m.base).float(), m.delta()) for name, m in _layers(adapter)}
-    return {name: (weight, weight + delta.to(weight)) for name, (weight, delta) in found.items()}
 
 
 def relation(run: Run, setup: StudySetup) -> tuple[dict[str, list[float]], dict[str, str]]:
@@ -95,7 +87,7 @@ def relation(run: Run, setup: StudySetup) -> tuple[dict[str, list[float]], dict[
 @contextmanager
 def repaired(adapter: Adapter) -> Iterator[None]:
     """Scale the intruders of every layer to KEPT of them, for a while; it is the frozen weight that gives way."""
-    layers = dict(_layers(adapter))
+    layers = low_rank(adapter)
     originals = {name: module.base.weight for name, module in layers.items()}
     try:
         for name, pair in updated(adapter).items():
@@ -106,14 +98,3 @@ def repaired(adapter: Adapter) -> Iterator[None]:
     finally:
         for name, module in layers.items():
             module.base.register_parameter("weight", originals[name])
-
-
-def put_weight(layer: Any, weight: Tensor) -> None:
-    """Put a tensor in the place of a layer's weight."""
-    layer.register_parameter("weight", nn.Parameter(weight.detach(), requires_grad=False))
-
-
-def _layers(adapter: Adapter) -> Iterator[tuple[str, LinearWithLoRA]]:
-    for name, module in adapter.modules.items():
-        if isinstance(module, LinearWithLoRA):
-            yield name, module

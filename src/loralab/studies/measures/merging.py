@@ -26,9 +26,9 @@ from loralab.models.quantize import dequantize
 from loralab.studies.measures.carried import adapter_folder, base_for, compared_inputs, put_on
 from loralab.studies.study import Record, Trial
 from loralab.studies.timing import timed
-from loralab.studies.trained import Tell, items_of
+from loralab.studies.trained import Tell, items_of, score
 from loralab.tasks.catalog import Task
-from loralab.tasks.score import Scores, evaluate
+from loralab.tasks.score import Scores
 
 MEASURE_MERGING = "loralab.studies.measures.merging:measure"
 BEFORE, AFTER = "before", "after"  # items of a record
@@ -62,14 +62,16 @@ def measure(trial: Trial, folder: Path, tell: Tell) -> Record:
 def _measured(trial: Trial, folder: Path, tell: Tell) -> Record:
     options, place = trial.arm.options, adapter_folder(trial, folder, tell)
     precision = resolve_precision(str(options["precision"]))
-    base, task = base_for(trial.setup, precision, str(options["quantize"]))
+    base, task = base_for(trial.setup, precision, quantize=str(options["quantize"]))
     limit = options.get("limit")
     samples = compared_inputs(task, base, int(options["compared"]))
     task = replace(task, splits={**task.splits, "test": task.splits["test"][:limit]})
     plain = logits_of(base.model, samples, base.kind, base.tokenizer)
     adapter = put_on(base, place)
     before = look(base, task, samples)
-    reference = reference_to(before.logits)
+    indices = torch.arange(before.logits.shape[1]).expand(before.logits.shape)
+    total = before.logits.double().logsumexp(dim=1)
+    reference = Reference(prompts=[], values=before.logits, indices=indices, total=total)
     numbers = {**rounding(adapter), "effect_kl": compare(reference, plain, precision).mean_kl}
     kept = requantize.retention(adapter) if options.get("again") else {}
     if kept:
@@ -83,9 +85,7 @@ def _measured(trial: Trial, folder: Path, tell: Tell) -> Record:
     items = {BEFORE: items_of(before.scores, metric), AFTER: items_of(after.scores, metric)}
     for name, seen in ((BEFORE, before), (AFTER, after)):
         items[f"{name} loss"] = [-loss for loss in seen.scores.row_losses]
-    return Record(
-        arm=trial.arm,
-        seed=trial.seed,
+    return trial.record(
         numbers=numbers,
         items=items,
         series={"kept": list(kept.values())},
@@ -101,14 +101,7 @@ def has_fp16() -> bool:
 
 def look(base: Base, task: Task, samples: Sequence[Sequence[int]]) -> Look:
     """Score a model as it is now."""
-    scores = evaluate(base.model, base.tokenizer, task, "test", kind=base.kind, batch_size=32)
-    return Look(scores=scores, logits=logits_of(base.model, samples, base.kind, base.tokenizer))
-
-
-def reference_to(logits: Tensor) -> Reference:
-    """Return logits (P, V) as what others are compared with, all of them."""
-    indices = torch.arange(logits.shape[1]).expand(logits.shape)
-    return Reference(prompts=[], values=logits, indices=indices, total=logits.double().logsumexp(dim=1))
+    return Look(scores=score(base, task), logits=logits_of(base.model, samples, base.kind, base.tokenizer))
 
 
 def changes(before: Look, after: Look, seen: Certificate) -> dict[str, float]:

@@ -5,7 +5,7 @@ peft's `adapter_names` does it. Both stay set from one call to the next, as a se
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,18 +17,8 @@ from loralab.adapters.linear import LinearWithLoRA, is_plain
 from loralab.errors import AdapterStateError, ConfigError
 
 
-class Mixed(Protocol):
-    """A base with adapters, counted from 0."""
-
-    def route(self, rows: Sequence[int] | None) -> None:
-        """Set the adapter of each row of the batches to come, in order; None is the base alone."""
-
-    def remove(self) -> None:
-        """Leave the model as it was."""
-
-
 class Banked:
-    """Adapters in a bank. The rows of one stand together."""
+    """Adapters in a bank, counted from 0. The rows of one stand together."""
 
     def __init__(self, model: nn.Module, adapters: Sequence[Adapter]) -> None:
         self._bank = Bank(model)
@@ -36,11 +26,11 @@ class Banked:
             self._bank.put(number, adapter)
 
     def route(self, rows: Sequence[int] | None) -> None:
-        """Do as Mixed says."""
+        """Set the adapter of each row of the batches to come, in order; None is the base alone."""
         self._bank.route(spans_of(rows or ()))
 
     def remove(self) -> None:
-        """Do as Mixed says."""
+        """Leave the model as it was."""
         self._bank.remove()
 
 
@@ -63,11 +53,11 @@ class Looped:
             self._handles.append(hook)
 
     def route(self, rows: Sequence[int] | None) -> None:
-        """Do as Mixed says."""
+        """Set the adapter of each row, as Banked does."""
         self._rows = None if rows is None else torch.tensor(list(rows))
 
     def remove(self) -> None:
-        """Do as Mixed says."""
+        """Leave the model as it was."""
         for handle in self._handles:
             handle.remove()
 

@@ -7,6 +7,7 @@ starts at zero, so in a short run the output side is what was learnt.
 Axes: I in_features, O out_features, K directions.
 """
 
+import itertools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -17,11 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loralab.adapters.bases import dense_weight
-from loralab.adapters.linear import LinearWithLoRA
 from loralab.adapters.spectrum import chance_overlap, right_directions, singular_values
 from loralab.errors import LearningError
-from loralab.studies.measures.intruders import of_weights, relation, updated
+from loralab.studies.measures.intruders import of_weights, relation
+from loralab.studies.measures.layers import low_rank, updated
 from loralab.studies.measures.spectra import values_of
 from loralab.studies.study import Arm, Record, Trial
 from loralab.studies.trained import Tell, diverged, forget, trained
@@ -29,7 +29,10 @@ from loralab.studies.trained import Tell, diverged, forget, trained
 MEASURE_OVERLAPS = "loralab.studies.measures.overlaps:measure"
 SMALL, LARGE = 8, 64
 SIDES = ("input", "output")
-RANKS, SEEDS = "ranks", "seeds"  # the pairs: r=8 with r=64, two seeds of r=64
+AGAIN = "again"
+RUNS = {"small": (SMALL, 100), "large": (LARGE, 0), AGAIN: (LARGE, 1)}  # rank, and what is added to the seed
+RANKS, SEEDS = "ranks", "seeds"
+PAIRS = {RANKS: ("small", "large"), SEEDS: ("large", AGAIN)}  # r=8 with r=64, two seeds of r=64
 GRID = (1, 2, 4, 8, 16, 32, 64)
 TOP = 8  # directions of the other update in which the first one is looked for
 Pair = tuple[Tensor, Tensor]  # A (R, I), B (O, R)
@@ -37,43 +40,32 @@ Pair = tuple[Tensor, Tensor]  # A (R, I), B (O, R)
 
 def measure(trial: Trial, folder: Path, tell: Tell) -> Record:
     """Train r=8, and r=64 with two seeds; compare their directions in every module."""
-    pairs, weights, factors = {}, {}, {}
-    intruding: list[dict[str, Any]] = []
-    losses, items, texts = dict[str, float](), dict[str, list[float]](), dict[str, str]()
-    runs = {"small": (SMALL, 100), "large": (LARGE, 0), "again": (LARGE, 1)}
-    for name, (rank, shift) in runs.items():
+    pairs: dict[str, dict[str, Pair]] = {}
+    amplification, intruding = list[dict[str, Any]](), list[dict[str, Any]]()
+    numbers, items, texts = {"rate": float(trial.arm.options["rate"])}, dict[str, list[float]](), dict[str, str]()
+    for name, (rank, shift) in RUNS.items():
         fields = {"method": "lora", "rank": rank, "learning_rate": trial.arm.options["rate"]}
         own = replace(trial, arm=Arm(name=name, fields=fields), seed=trial.seed + shift)
         try:
             run = trained(own, folder / name, tell)
         except LearningError as error:
             return replace(diverged(own, folder / name, str(error)), arm=trial.arm, seed=trial.seed)
-        modules = {n: m for n, m in run.adapter.modules.items() if isinstance(m, LinearWithLoRA)}
+        modules = low_rank(run.adapter)
         pairs[name] = {n: (m.lora_A.detach(), m.lora_B.detach()) for n, m in modules.items()}
-        weights = {n: dense_weight(m.base).detach().float() for n, m in modules.items()}
-        factors[name] = {n: m.scaling for n, m in modules.items()}
-        if name != "again":
-            losses[f"validation_loss {rank}"] = run.scores["validation"].metrics["loss"]
-            intruding += [{"rank": rank, **row} for row in of_weights(updated(run.adapter))]
-        if name == "small":
+        if name != AGAIN:
+            numbers[f"validation_loss {rank}"] = run.scores["validation"].metrics["loss"]
+            weights = updated(run.adapter)
+            intruding += [{"rank": rank, **row} for row in of_weights(weights)]
+            amplification += [
+                {"rank": rank, "name": n, **amplified(*pairs[name][n], modules[n].scaling, weights[n][0])}
+                for n in modules
+            ]
+        if rank == SMALL:
             items, texts = relation(run, trial.setup)
         forget(folder / name, 0)
-    tables = {
-        "phi": overlaps(pairs),
-        "amplification": [
-            {"rank": rank, "name": n, **amplified(*pairs[name][n], factors[name][n], weights[n])}
-            for name, rank in (("small", SMALL), ("large", LARGE))
-            for n in weights
-        ],
-    }
-    return Record(
-        arm=trial.arm,
-        seed=trial.seed,
-        tables={**tables, "modules": top_overlaps(pairs), "intruders": intruding},
-        numbers={"modules": len(weights), "rate": float(trial.arm.options["rate"]), **losses},
-        items=items,
-        texts=texts,
-    )
+    phi_rows, modules_rows = overlaps(pairs)
+    tables = {"phi": phi_rows, "modules": modules_rows, "amplification": amplification, "intruders": intruding}
+    return trial.record(tables=tables, numbers=numbers, items=items, texts=texts)
 
 
 def directions(A: Tensor, B: Tensor, side: str) -> Tensor:
@@ -89,46 +81,26 @@ def phi(first: Tensor, second: Tensor) -> Tensor:
     return squares / torch.minimum(i, j).to(squares)
 
 
-def overlaps(pairs: Mapping[str, Mapping[str, Pair]]) -> list[dict[str, Any]]:
-    """Return the median over modules of phi(i, j) on both sides, and the chance level."""
-    rows = []
-    for pair, first, second in ((RANKS, "small", "large"), (SEEDS, "large", "again")):
-        for side in SIDES:
-            found: dict[tuple[int, int], list[tuple[float, float]]] = {}
-            for name in pairs[first]:
-                left, right = (directions(*pairs[own][name], side) for own in (first, second))
-                table = phi(left, right)
-                for i in (g for g in GRID if g <= len(table)):
-                    for j in (g for g in GRID if g <= table.shape[1]):
-                        value = float(table[i - 1, j - 1]), chance_overlap(i, j, len(left))
-                        found.setdefault((i, j), []).append(value)
-            rows += [
-                {
-                    "pair": pair,
-                    "side": side,
-                    "i": i,
-                    "j": j,
-                    "phi": statistics.median(v for v, _ in values),
-                    "chance": statistics.median(c for _, c in values),
-                }
-                for (i, j), values in found.items()
-            ]
-    return rows
-
-
-def top_overlaps(pairs: Mapping[str, Mapping[str, Pair]]) -> list[dict[str, Any]]:
-    """Return phi(1, TOP) of every module: how much of the strongest direction is in the other's first."""
-    rows = []
-    for name in pairs["small"]:
-        row: dict[str, Any] = {"name": name}
-        for pair, first, second in ((RANKS, "small", "large"), (SEEDS, "large", "again")):
-            for side in SIDES:
-                left, right = (directions(*pairs[own][name], side) for own in (first, second))
-                count = min(TOP, right.shape[1])
-                row[f"{pair} {side}"] = float(phi(left[:, :1], right[:, :count])[0, -1])
-                row[f"{pair} {side} chance"] = chance_overlap(1, count, len(left))
-        rows.append(row)
-    return rows
+def overlaps(pairs: Mapping[str, Mapping[str, Pair]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return phi(i, j) on both sides, the median over modules; and phi(1, TOP) of every module, how much of the
+    strongest direction is in the other's first. Each stands beside its chance level.
+    """
+    rows: dict[str, dict[str, Any]] = {name: {"name": name} for name in pairs["small"]}
+    medians = []
+    for (pair, (first, second)), side in itertools.product(PAIRS.items(), SIDES):
+        found: dict[tuple[int, int], list[tuple[float, float]]] = {}
+        for name, row in rows.items():
+            left, right = (directions(*pairs[own][name], side) for own in (first, second))
+            table, count = phi(left, right), min(TOP, right.shape[1])
+            row[f"{pair} {side}"] = float(table[0, count - 1])
+            row[f"{pair} {side} chance"] = chance_overlap(1, count, len(left))
+            sizes = ([g for g in GRID if g <= most] for most in table.shape)
+            for i, j in itertools.product(*sizes):
+                found.setdefault((i, j), []).append((float(table[i - 1, j - 1]), chance_overlap(i, j, len(left))))
+        for (i, j), values in found.items():
+            own, chance = map(statistics.median, zip(*values, strict=True))
+            medians.append({"pair": pair, "side": side, "i": i, "j": j, "phi": own, "chance": chance})
+    return medians, list(rows.values())
 
 
 def amplified(A: Tensor, B: Tensor, scaling: float, weight: Tensor) -> dict[str, float]:

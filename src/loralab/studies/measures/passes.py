@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from loralab.errors import LoralabError
 from loralab.models.load import Base
 from loralab.studies.budgets import Fields, attached, put_on
+from loralab.studies.measures.carried import base_for
 from loralab.studies.study import Record, Trial
 from loralab.studies.timing import affordable, quickest, trials
-from loralab.studies.trained import Tell, rows_of
+from loralab.studies.trained import Tell
 from loralab.tasks.forward import accepted, run
 from loralab.tasks.score import context_length
-from loralab.training.preflight import load_base
 
 MEASURE_PASSES = "loralab.studies.measures.passes:measure"
 SHAPES = ((1, 128), (4, 256), (8, 512))  # batch, length
@@ -35,9 +35,7 @@ Times = dict[tuple[Way, Shape], list[float]]
 
 def measure(trial: Trial, folder: Path, tell: Tell) -> Record:
     """Time the variants that the arm's options name: {"variants": {name: fields}}."""
-    setup, options = trial.setup, trial.arm.options
-    task, fields = rows_of(setup), setup.fields
-    base = load_base(setup.model, task, str(fields.get("precision", "auto")), 0, image_size=fields.get("image_size"))
+    options, (base, _) = trial.arm.options, base_for(trial.setup)
     variants: Mapping[str, Fields] = options["variants"]
     ways, refused = ways_of(base, variants)
     prefix = max((int(own.get("tokens", 0)) for own in variants.values()), default=0)
@@ -47,12 +45,7 @@ def measure(trial: Trial, folder: Path, tell: Tell) -> Record:
         {"variant": way[0], "state": way[1], "batch": shape[0], "length": shape[1], "seconds": own}
         for (way, shape), own in times.items()
     ]
-    return Record(
-        arm=trial.arm,
-        seed=trial.seed,
-        tables={"passes": rows, "refused": refused},
-        numbers={"trials": float(min(map(len, times.values()), default=0))},
-    )
+    return trial.record(tables={"passes": rows, "refused": refused})
 
 
 def ways_of(base: Base, variants: Mapping[str, Fields]) -> tuple[list[Way], list[dict[str, str]]]:

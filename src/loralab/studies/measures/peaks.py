@@ -37,12 +37,8 @@ def measure(trial: Trial, folder: Path, tell: Tell) -> Record:
         "tokens": float(run.tokens),
     }
     forget(folder, 0)
-    return Record(
-        arm=trial.arm,
-        seed=trial.seed,
-        numbers=numbers,
-        series={"loss": [float(e["loss"]) for e in events], "step_seconds": gaps or times},
-    )
+    series = {"loss": [float(e["loss"]) for e in events], "step_seconds": gaps or times}
+    return trial.record(numbers=numbers, series=series)
 
 
 class Gauge:

@@ -4,7 +4,6 @@ Beside each stands a random matrix of the same shape: a matrix of numbers that h
 with each other also has some directions that are larger than others.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,10 +14,11 @@ from torch import Tensor
 
 from loralab.adapters.adapter import Adapter
 from loralab.adapters.bases import is_linear
-from loralab.adapters.paths import layer_number
 from loralab.adapters.spectrum import effective_rank, energy_rank, stable_rank
 from loralab.adapters.subset import TrainedParameters
 from loralab.studies.measures.intruders import of_weights
+from loralab.studies.measures.layers import Weights
+from loralab.studies.places import place_of
 from loralab.studies.study import Record, Trial
 from loralab.studies.trained import Tell, scored, trained
 
@@ -35,7 +35,7 @@ def measure(trial: Trial, folder: Path, tell: Tell) -> Record:
     return replace(scored(trial, run, folder), tables=tables)
 
 
-def described(weights: Mapping[str, tuple[Tensor, Tensor]]) -> list[dict[str, Any]]:
+def described(weights: Weights) -> list[dict[str, Any]]:
     """Return the spectrum of every layer's update, beside that of a random matrix; given W and W'."""
     random: dict[tuple[int, ...], dict[str, Any]] = {}
     rows = []
@@ -45,12 +45,12 @@ def described(weights: Mapping[str, tuple[Tensor, Tensor]]) -> list[dict[str, An
         if shape not in random:
             draw = torch.Generator().manual_seed(SEED)
             random[shape] = of_values(values_of(torch.randn(shape, generator=draw)))
-        layer = layer_number(name + ".")
+        layer, kind = place_of(name)
         rows.append(
             {
                 "name": name,
                 "layer": -1 if layer is None else layer,
-                "module": kind_of(name),
+                "module": kind,
                 "shape": list(change.shape),
                 "most": min(change.shape),
                 "relative": float(change.norm() / before.norm().clamp_min(1e-12)),
@@ -61,7 +61,7 @@ def described(weights: Mapping[str, tuple[Tensor, Tensor]]) -> list[dict[str, An
     return rows
 
 
-def updates(adapter: Adapter) -> dict[str, tuple[Tensor, Tensor]]:
+def updates(adapter: Adapter) -> Weights:
     """Return the weight of every linear layer before and after; one that did not move is left out."""
     found = {}
     for name, module in adapter.modules.items():
@@ -89,11 +89,6 @@ def of_values(values: Tensor) -> dict[str, Any]:
         "stable": stable_rank(values),
         "energy": [float(energy[max(1, round(share * most)) - 1]) for share in SHARES],
     }
-
-
-def kind_of(name: str) -> str:
-    """Return a module's path without its layer: attention.self.query."""
-    return re.sub(r"^.*?\.\d+\.", "", name) if layer_number(name + ".") is not None else name
 
 
 def shares_of(rows: Sequence[Mapping[str, Any]], key: str = "rank90") -> list[float]:

@@ -7,7 +7,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,14 +17,15 @@ from loralab.adapters.attach import attach
 from loralab.errors import LearningError
 from loralab.models.load import Base
 from loralab.studies.fields import configured
-from loralab.studies.measures.watch import gradient_norm, named, watched
+from loralab.studies.measures.carried import base_for
+from loralab.studies.measures.watch import gradient_norm, named, outputs_of, watched
 from loralab.studies.study import Record, Trial
-from loralab.studies.trained import Tell, diverged, rows_of, scored, trained
+from loralab.studies.trained import Tell, diverged, scored, trained
 from loralab.tasks.encode import encode
 from loralab.tasks.examples import IGNORED, Example
 from loralab.tasks.forward import SHARPNESS, by_length, call, embed, labelled, second_of
 from loralab.training.loop import labelled_tokens
-from loralab.training.preflight import load_base, with_head
+from loralab.training.preflight import with_head
 
 MEASURE_START = "loralab.studies.measures.step_zero:measure"
 ROWS, LABELS = 96, 1024  # test rows on which the start is compared with the base, at most
@@ -91,10 +91,8 @@ def start_of(trial: Trial) -> tuple[dict[str, float], list[float]]:
 
     The adapter is attached as training attaches it: the same seed gives the same A and B.
     """
-    setup = trial.setup
-    method, training = configured({**setup.fields, **trial.arm.fields, "seed": trial.seed})
-    task = rows_of(setup)
-    base = load_base(setup.model, task, "fp32", trial.seed, image_size=training.image_size)
+    method, training = configured({**trial.setup.fields, **trial.arm.fields, "seed": trial.seed})
+    base, task = base_for(trial.setup, "fp32", seed=trial.seed)
     rows = task.splits["test"][:ROWS]
     every = encode(task, "test", base.tokenizer, kind=base.kind, max_length=training.max_length, rows=rows).examples
     examples = few_labels(every, base.kind)
@@ -139,20 +137,13 @@ def outputs(base: Base, examples: Sequence[Example]) -> list[Outputs]:
 
 def _of_batch(base: Base, batch: Mapping[str, Tensor]) -> Outputs:
     """Return the outputs of a batch; the features are what the head reads, without padding."""
-    kept: list[Tensor] = []
-
-    def keep(module: Any, given: Any, output: Any) -> None:
-        kept.append(output.last_hidden_state)
-
-    handle = getattr(base.model, "base_model", base.model).register_forward_hook(keep)
-    try:
+    with outputs_of(base.model) as seen:
         logits, labels, rows = _logits(base, batch)
-    finally:
-        handle.remove()
     losses = F.cross_entropy(logits, labels, reduction="none")
     sums = losses.new_zeros(int(rows.max()) + 1).index_add_(0, rows, losses)
     mask = batch.get("attention_mask")
-    features = kept[0].flatten(0, -2) if mask is None else kept[0][mask.bool()]
+    states = seen[0].last_hidden_state
+    features = states.flatten(0, -2) if mask is None else states[mask.bool()]
     return Outputs(losses=sums / rows.bincount().clamp_min(1), logits=logits, features=features.float())
 
 

@@ -20,10 +20,11 @@ from loralab.adapters.load import load
 from loralab.errors import ConfigError, LoralabError
 from loralab.models.load import Base
 from loralab.studies import timing, trained
-from loralab.studies.measures.mixed_batch import Banked, Mixed, swap
+from loralab.studies.fields import configured
+from loralab.studies.measures.mixed_batch import Banked, swap
 from loralab.studies.study import Arm, Record, Trial
+from loralab.studies.subspace import together
 from loralab.studies.trained import Tell, rows_of
-from loralab.tasks.batches import collate
 from loralab.tasks.catalog import TASKS, Task, labels_of
 from loralab.tasks.encode import encode
 from loralab.tasks.examples import Example
@@ -58,8 +59,12 @@ def own_trial(trial: Trial, name: str) -> Trial:
 def measure_task(trial: Trial, folder: Path, tell: Tell) -> Record:
     """Train an adapter on its own task; its score stands beside that of the commonest label."""
     own = own_trial(trial, str(trial.arm.options["task"]))
-    record = trained.measure(own, folder, tell)
-    found = majority(rows_of(own.setup))
+    return with_majority(trained.measure(own, folder, tell), rows_of(own.setup))
+
+
+def with_majority(record: Record, task: Task) -> Record:
+    """Add the score of the commonest label said always, where rows have labels and were scored."""
+    found = majority(task)
     if not found or not record.items:
         return record
     numbers = {**record.numbers, "majority": statistics.fmean(found)}
@@ -98,7 +103,7 @@ def measure_system(trial: Trial, folder: Path, tell: Tell) -> Record:
         **equality,
         "adapter_bytes": statistics.fmean(folder_bytes(own.folder) for own in stored),
     }
-    return Record(arm=trial.arm, seed=trial.seed, numbers=numbers, series=series)
+    return trial.record(numbers=numbers, series=series)
 
 
 def adapters_of(trial: Trial, folder: Path, tell: Tell) -> list[Stored]:
@@ -165,9 +170,7 @@ def requests(stored: Sequence[Stored], base: Base) -> list[Request]:
 @torch.no_grad()
 def outputs(base: Base, examples: Sequence[Example]) -> Tensor:
     """Return what decides each row's answer: the logits of its classes, or of its first token."""
-    batch = collate(examples, pad_id=base.tokenizer.pad_token_id or 0, kind=base.kind, pictures=base.tokenizer)
-    device = next(base.model.parameters()).device
-    batch = {name: tensor.to(device) for name, tensor in batch.items()}
+    batch = together(base, examples)
     if base.kind != "causal-lm":
         return call(base.model, batch).float().cpu()  # an accelerator has finished then
     logits, _, rows = labelled(base.model, batch)
@@ -176,7 +179,7 @@ def outputs(base: Base, examples: Sequence[Example]) -> Tensor:
 
 
 def compared(
-    base: Base, mixed: Mixed, asked: Sequence[Request], expected: Sequence[Sequence[Tensor]]
+    base: Base, mixed: Banked, asked: Sequence[Request], expected: Sequence[Sequence[Tensor]]
 ) -> dict[str, float]:
     """Return how far the answers of mixed batches are from those of one adapter after the other."""
     position = [0] * len(expected)
@@ -200,11 +203,12 @@ def compared(
 
 
 def timed(
-    trial: Trial, task: Task, base: Base, mixed: Mixed, asked: Sequence[Request], adapters: Sequence[Adapter]
+    trial: Trial, task: Task, base: Base, mixed: Banked, asked: Sequence[Request], adapters: Sequence[Adapter]
 ) -> tuple[dict[str, list[float]], float]:
     """Return the seconds of a batch in each of the ways, which take turns so that all meet the same machine."""
     own, _ = loaded(trial, task)
-    adapter = attach(own.model, with_head(_method(trial), own))
+    method, _ = configured({**trial.setup.fields, **trial.arm.options["arms"][0]["fields"]})
+    adapter = attach(own.model, with_head(method, own))
     own.model.eval()
     found: dict[str, list[float]] = {}
     repeats = REPEATS[trial.setup.quick]
@@ -215,14 +219,14 @@ def timed(
         ways = _ways(batch, base, mixed, own, adapter, adapters)
         for way in ways.values():  # the first time builds what the others find ready
             way()
-        for order in timing.trials(list(ways), seconds=math.inf, most=repeats):
-            for name in order:
-                found.setdefault(f"{name} {size}", []).append(timing.timed(ways[name])[1])
-    return found, statistics.median(_swaps(adapter, adapters, repeats))
+        times = timing.in_turns(ways, seconds=math.inf, most=repeats)
+        found |= {f"{name} {size}": seconds for name, seconds in times.items()}
+    swaps = [functools.partial(swap, adapter, one) for one in [*adapters] * max(1, repeats // 3)]
+    return found, statistics.median(timing.timed(one)[1] for one in swaps)
 
 
 def _ways(
-    batch: Sequence[Request], base: Base, mixed: Mixed, own: Base, adapter: Adapter, adapters: Sequence[Adapter]
+    batch: Sequence[Request], base: Base, mixed: Banked, own: Base, adapter: Adapter, adapters: Sequence[Adapter]
 ) -> Mapping[str, Callable[[], Any]]:
     """Return what is done to answer a batch, in each of the ways."""
     batch = sorted(batch, key=lambda one: one[0])  # the rows of an adapter stand together
@@ -262,14 +266,3 @@ def folder_bytes(folder: Path) -> int:
     """Return the bytes of the files of an adapter folder that a system needs."""
     files = (folder / name for name in (TENSORS, CONFIG, RECORD))
     return sum(file.stat().st_size for file in files if file.is_file())
-
-
-def _swaps(adapter: Adapter, adapters: Sequence[Adapter], repeats: int) -> list[float]:
-    """Time the filling in of an adapter that is in memory, in seconds."""
-    return [timing.timed(functools.partial(swap, adapter, own))[1] for own in [*adapters] * max(1, repeats // 3)]
-
-
-def _method(trial: Trial) -> Any:
-    from loralab.studies.fields import configured
-
-    return configured({**trial.setup.fields, **trial.arm.options["arms"][0]["fields"]})[0]

@@ -13,12 +13,9 @@ import torch
 
 from loralab import atomic
 from loralab.errors import LearningError, LoralabError
-from loralab.models.load import Base
 from loralab.studies.measures.forgetting import general_task, kind_of, looking
 from loralab.studies.study import Record, Trial
-from loralab.studies.trained import Tell, diverged, request_of
-from loralab.tasks.catalog import Task
-from loralab.tasks.score import evaluate
+from loralab.studies.trained import Tell, diverged, request_of, score
 from loralab.training import preflight
 from loralab.training.run import begin_run, own_seed, run_steps
 
@@ -38,11 +35,11 @@ def measure(trial: Trial, folder: Path, tell: Tell) -> Record:
         except LearningError as error:
             return replace(diverged(own, folder, f"{name}: {error}"), arm=trial.arm)
         except LoralabError as error:  # there is no other data, or none that suits
-            return Record(arm=trial.arm, seed=trial.seed, texts={"forgetting": str(error)})
+            return trial.record(texts={"forgetting": str(error)})
         finally:
             atomic.remove_folder(place)
         rows += [{"arm": name, **point} for point in points]
-    return Record(arm=trial.arm, seed=trial.seed, tables={"points": rows}, texts=texts)
+    return trial.record(tables={"points": rows}, texts=texts)
 
 
 def followed(trial: Trial, folder: Path, tell: Tell) -> tuple[list[dict[str, Any]], dict[str, str]]:
@@ -57,7 +54,8 @@ def followed(trial: Trial, folder: Path, tell: Tell) -> tuple[list[dict[str, Any
 
     def point(step: int) -> dict[str, Any]:
         seen = look()
-        return {"step": step, "loss": _loss(base, task), "general": seen.value, "rows": list(seen.rows)}
+        loss = score(base, task, limit=ROWS).metrics["loss"]
+        return {"step": step, "loss": loss, "general": seen.value, "rows": list(seen.rows)}
 
     points = [point(0)]
 
@@ -70,8 +68,3 @@ def followed(trial: Trial, folder: Path, tell: Tell) -> tuple[list[dict[str, Any
         torch.manual_seed(own_seed(training.seed))
         run_steps(begin_run(replace(request, training=training), prepared, folder, note, None).steps)
     return points, {"general": general.name, "general_kind": kind_of(base)}
-
-
-def _loss(base: Base, task: Task) -> float:
-    scores = evaluate(base.model, base.tokenizer, task, "test", kind=base.kind, batch_size=32, limit=ROWS)
-    return scores.metrics["loss"]

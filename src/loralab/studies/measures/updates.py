@@ -15,9 +15,9 @@ from torch import Tensor
 
 from loralab.adapters.adapter import Adapter
 from loralab.adapters.bases import dense_weight
-from loralab.adapters.linear import LinearWithLoRA
 from loralab.artefacts.loaded_adapter import load_with_base
 from loralab.errors import RunError
+from loralab.studies.measures.layers import low_rank
 from loralab.studies.message import Chart, Column, Message, Table
 from loralab.studies.places import layer_rows, layout, outside, source_reaches_mlp, type_of
 from loralab.studies.prepare import base_of
@@ -37,12 +37,11 @@ def measure(trial: Trial, folder: Path, tell: Tell) -> Record:
     """
     run = finished_run(trial, folder.parent)
     if not run.is_dir():  # a large adapter is scored, not kept
-        return Record(arm=trial.arm, seed=trial.seed, tables=_described(base_of(trial.setup).model))
+        return trial.record(tables=_described(base_of(trial.setup).model))
     live = load_with_base(run, precision="fp32")
     moved = sizes(live.adapter)
     live.adapter.detach()
-    tables = {**_described(live.base.model), "updates": moved}
-    return Record(arm=trial.arm, seed=trial.seed, tables=tables)
+    return trial.record(tables={**_described(live.base.model), "updates": moved})
 
 
 def finished_run(trial: Trial, runs: Path) -> Path:
@@ -76,9 +75,7 @@ def sizes(adapter: Adapter) -> list[dict[str, Any]]:
     """
     ratios: dict[str, list[float]] = defaultdict(list)
     squares: dict[str, float] = defaultdict(float)
-    for path, module in adapter.modules.items():
-        if not isinstance(module, LinearWithLoRA):
-            continue
+    for path, module in low_rank(adapter).items():
         length = update_norm(*module.factors())
         ratios[type_of(path)].append(length / float(dense_weight(module.base).double().norm()))
         squares[type_of(path)] += length**2

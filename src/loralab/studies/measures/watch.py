@@ -34,6 +34,18 @@ def watched(look: Look) -> Iterator[Seen]:
         handle.remove()
 
 
+@contextmanager
+def outputs_of(model: Any) -> Iterator[list[Any]]:
+    """Yield the list of all that a model without its head gives, call after call."""
+    seen: list[Any] = []
+    body = getattr(model, "base_model", model)
+    handle = body.register_forward_hook(lambda module, given, output: seen.append(output))
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
 def named(seen: Seen, adapter: Adapter) -> list[dict[str, float]]:
     """Return the same by the names of the tensors, which must all be alive still."""
     names = {id(parameter): name for name, parameter in adapter.named_parameters().items()}

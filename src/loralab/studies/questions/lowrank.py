@@ -9,10 +9,9 @@ from typing import Any
 from loralab.errors import ConfigError
 from loralab.models.load import Base
 from loralab.studies.evidence import Metric, by_arm, claim, finding, mean_of, metric_of, scores_table
+from loralab.studies.measures import intruders
 from loralab.studies.measures.dimension import MEASURE_DIMENSION, MEASURE_FLOOR
 from loralab.studies.measures.frozen import KINDS, MEASURE_FROZEN
-from loralab.studies.measures.intruders import KEPT, NEAR
-from loralab.studies.measures.intruders import TOP as TOP_INTRUDERS
 from loralab.studies.measures.overlaps import LARGE, MEASURE_OVERLAPS, RANKS, SEEDS, SIDES, SMALL, TOP
 from loralab.studies.measures.spectra import MEASURE_FULL
 from loralab.studies.message import Chart, Column, Message, Table, sentences
@@ -31,8 +30,8 @@ SIZES = {  # variant -> d, thorough and quick
 }
 SCALES = ((1.0, 2.5), (2.5,))  # how far theta moves in a step, thorough and quick
 FULL_RATE, LORA_RATE = 3e-4, 2e-3
-METHOD = {"quick": SCALES[1][0], "first": SCALES[0][0], "second": SCALES[0][1], "rate": LORA_RATE}
-METHOD |= {"small": SMALL, "large": LARGE, "top": TOP_INTRUDERS, "near": NEAR, "kept": KEPT}
+METHOD = {"quick": SCALES[1][0], "first": SCALES[0][0], "second": SCALES[0][1], "rate": LORA_RATE, "small": SMALL}
+METHOD |= {"large": LARGE, "top": intruders.TOP, "near": intruders.NEAR, "kept": intruders.KEPT}
 LABELS = tuple(Message(f"lowrank.{name}_label") for name in ("known", "changed", "meaning"))
 MISSING = Message("answer.not_measured")
 
@@ -83,8 +82,8 @@ def conclude(records: Sequence[Record], setup: StudySetup) -> Answer:
     parts = [*(found.sentence for found in (*few, *d90)), *(_overlap(shared) for _ in pairs)]
     changed = [Message("lowrank.size", relative=update.middle("relative")) for update in spectra]
     changed += [*(found.sentence for found in few), *(_amplified(pair, order) for pair in pairs)]
-    intruders = [*chain(*(own.findings for own in intruding))]
-    changed += [found.sentence for found in intruders]
+    claims = [*chain(*(own.findings for own in intruding))]
+    changed += [found.sentence for found in claims]
     meaning = [Message("lowrank.meaning"), *([found.sentence for found in d90] or [MISSING])]
     blanks = (_known(scored, metric, against_full), sentences(*(changed or [MISSING])), sentences(*meaning))
     dimensions = [_dimension_table(dimension.rows(metric), metric) for dimension in subspaces]
@@ -92,7 +91,7 @@ def conclude(records: Sequence[Record], setup: StudySetup) -> Answer:
     curves = [_curve_chart(dimension, metric) for dimension in subspaces]
     return Answer(
         sentence=sentences(*parts) if parts else Message("lowrank.neither"),
-        findings=[*few, *d90, *shared, *order, *intruders, *against_full],
+        findings=[*few, *d90, *shared, *order, *claims, *against_full],
         blanks=list(zip(LABELS, blanks, strict=True)),
         tables=[
             *map(_modules_table, spectra),
@@ -101,7 +100,7 @@ def conclude(records: Sequence[Record], setup: StudySetup) -> Answer:
             *(own.table for own in intruding),
             *scores,
         ],
-        figures=[*chain(*map(_spectrum_charts, spectra)), *curves, *chain(*map(_phi_charts, pairs))],
+        figures=[*chain(*(update.charts for update in spectra)), *curves, *chain(*map(_phi_charts, pairs))],
         method=Message("lowrank.how", **METHOD),
         next=Message("lowrank.between" if any(found.effect is not None for found in d90) else "lowrank.longer"),
     )
@@ -146,10 +145,12 @@ def _shared(pairs: Pairs) -> list[Finding]:
     findings = []
     for which, names in WHERE.items():
         change, phi, chance = pairs.first(*which)
-        name = Message("lowrank.first_directions", top=TOP, phi=phi, **names)
-        values = {"a": name, "b": Message("lowrank.by_chance", chance=chance)}
+        a, b = (
+            Message("lowrank.first_directions", top=TOP, phi=phi, **names),
+            Message("lowrank.by_chance", chance=chance),
+        )
         span = Message("lowrank.difference", low=change.low, high=change.high)
-        findings.append(finding(Message(f"lowrank.{change.verdict}", span=span, **values), change))
+        findings.append(finding(Message(f"lowrank.{change.verdict}", a=a, b=b, span=span), change))
     return findings
 
 
@@ -200,16 +201,14 @@ def _known(scored: Arms, metric: Metric, against_full: Sequence[Finding]) -> Mes
 
 def _modules_table(spectra: Spectra) -> Table:
     """Return every kind of module over its layers: size of the update and its ranks beside chance."""
-    ranks = ("rank90", "effective", "stable")
     rows = []
     for kind, own in spectra.kinds.items():
-        beside = {key: (spectra.middle(key, kind), spectra.middle(f"random_{key}", kind)) for key in ranks}
-        said = {key: Message("lowrank.beside", value=v, chance=chance) for key, (v, chance) in beside.items()}
-        shape = " × ".join(map(str, own[0]["shape"]))
-        rows.append({"kind": kind, "shape": shape, "relative_update": spectra.middle("relative", kind), **said})
-    columns = (Column("kind"), Column("shape"), Column("relative_update", "fine percent"))
-    names = (Column("rank90"), Column("effective"), Column("stable"))
-    return Table(title=Message("lowrank.update_table"), columns=(*columns, *names), rows=rows)
+        shape, relative = " × ".join(map(str, own[0]["shape"])), spectra.middle("relative", kind)
+        ranks = {key: spectra.beside_chance(key, kind) for key in ("rank90", "effective", "stable")}
+        rows.append({"kind": kind, "shape": shape, "relative_update": relative, **ranks})
+    columns = [Column("kind"), Column("shape"), Column("relative_update", "fine percent")]
+    columns += [Column("rank90"), Column("effective"), Column("stable")]
+    return Table(title=Message("lowrank.update_table"), columns=columns, rows=rows)
 
 
 D, SUBSPACE = Message("lowrank.d_column"), Message("lowrank.variant_column")
@@ -228,18 +227,6 @@ def _order_table(pairs: Pairs) -> Table:
     rows = [{"rank": rank, **{key: pairs.middle(rank, key) for key in keys}} for rank in (SMALL, LARGE)]
     numbers = [Column(key, ".2f", Message(f"lowrank.{key}_column")) for key in keys]
     return Table(title=Message("lowrank.order_table"), columns=[Column("rank"), *numbers], rows=rows)
-
-
-def _spectrum_charts(spectra: Spectra) -> list[Chart]:
-    """Return energy against rank, and the share of directions of every layer and module."""
-    title, x, y = (Message(f"lowrank.{name}") for name in ("energy_chart", "of_directions", "of_energy"))
-    kind, layer, share = Message("axis.module"), Message("column.layer"), Message("axis.share")
-    options = {"numbers": len({row["x"] for row in spectra.layers}) <= 16}
-    heat = Message("lowrank.layers_chart")
-    return [
-        Chart("lines", "lowrank-energy", title, spectra.curves, x, y, kind, {"log_x": True, "percent": True}),
-        Chart("heat", "lowrank-layers", heat, spectra.layers, layer, kind, share, options),
-    ]
 
 
 def _curve_chart(dimension: Dimension, metric: Metric) -> Chart:

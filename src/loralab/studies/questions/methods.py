@@ -1,6 +1,7 @@
 """Q10: LoRA, adapters or prefix-tuning? At equal budgets, with latency as in LoRA's Table 1."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import chain
 from typing import Any
@@ -39,8 +40,7 @@ SHORT = (("houlsby", LARGE), ("prefix", LARGE), ("prefix", SMALL))
 LONG = (*((method, size) for method in ("houlsby", "pfeiffer", "prefix") for size in (LARGE, SMALL)), ("dora", LARGE))
 LATENCY, TRADEOFF, FULL = "latency", "learning and forgetting", "full"
 SHORT_RUN = 10**0.5  # times the usual rate, on the way to learning against forgetting
-STATE = 16  # bytes that full fine-tuning holds for a weight: itself, its gradient, two moments
-ROOM = 0.8  # of the free memory that they may take
+STATE, ROOM = 16, 0.8  # bytes of a weight, its gradient and moments; of the free memory that they may take
 SECONDS, TRIALS = (150, 20), (25, 12)  # of the latency trial: thorough, quick
 SOURCE = ("LoRA", "Adapter", "Prefix-tuning")  # the rows of the source's table
 FAMILIES = {"lora": "LoRA", "houlsby": "Adapter", "pfeiffer": "Adapter", "prefix": "Prefix-tuning"}
@@ -54,28 +54,21 @@ def arms(setup: StudySetup, base: Base) -> list[Arm]:
     """
     wanted = _wanted(setup)
     budgets = {name: trained_parameters(base, {**REFERENCE, "rank": rank}) for name, rank in BUDGETS.items()}
-    found = [Arm(name=f"lora {LARGE}", fields=REFERENCE)]
-    if not setup.quick and "lora" in wanted:
-        found.append(Arm(name=f"lora {SMALL}", fields={**REFERENCE, "rank": 2}))
+    ranks = BUDGETS if not setup.quick and "lora" in wanted else {LARGE: 8}
+    found = [Arm(name=f"lora {name}", fields={**REFERENCE, "rank": rank}) for name, rank in ranks.items()]
     pairs = SHORT if setup.quick and not setup.values else LONG
     found += [_sized(base, method, size, budgets[size]) for method, size in pairs if method in wanted]
     if not setup.quick and "prefix-mlp" in wanted:
         found += _through_network(found)
-    others = [method for method in (*SIZELESS, *_outside()) if method in wanted]
-    found += [Arm(name=m, fields={"method": m}) for m in others if _is_possible(base, {"method": m})]
-    unique = {arm.name: arm for arm in found}
+    others = [Arm(name=method, fields={"method": method}) for method in wanted if method not in SIZES]
+    unique = {arm.name: arm for arm in (*found, *(own for own in others if _is_possible(base, own.fields)))}
     on_the_way = [_tradeoff(setup)] if FULL in unique else []
     return [BASE_ARM, *unique.values(), *on_the_way, _latency(setup, base, budgets)]
 
 
-def _outside() -> tuple[str, ...]:
-    """Return the methods of other packages."""
-    return tuple(name for name, spec in specs().items() if is_outside(spec))
-
-
 def _wanted(setup: StudySetup) -> tuple[str, ...]:
-    """Return the methods to compare with LoRA."""
-    known = (*SIZES, *SIZELESS, *_outside())
+    """Return the methods to compare with LoRA, those of other packages too."""
+    known = (*SIZES, *SIZELESS, *(name for name, spec in specs().items() if is_outside(spec)))
     for value in setup.values:
         check_choice("values", value, known)
     return setup.values or ((*(method for method, _ in SHORT), FULL) if setup.quick else known)
@@ -83,12 +76,10 @@ def _wanted(setup: StudySetup) -> tuple[str, ...]:
 
 def _sized(base: Base, method: str, budget: str, parameters: int) -> Arm:
     """Return a method of the size that comes nearest to a budget."""
-    fields: Fields = {"method": method}
-    try:
-        fields = solved(base, fields, SIZES[method], parameters).fields
-    except InputError:  # preparing the study meets it again, and tells
-        return Arm(name=f"{method} ({budget})", fields=fields, options={"budget": budget})
-    name = f"{method} {LETTERS[SIZES[method]]}={fields[SIZES[method]]}"
+    fields, size, name = {"method": method}, SIZES[method], f"{method} ({budget})"
+    with suppress(InputError):  # preparing the study meets it again, and tells
+        fields = dict(solved(base, fields, size, parameters).fields)
+        name = f"{method} {LETTERS[size]}={fields[size]}"
     return Arm(name=name, fields=fields, options={"budget": budget})
 
 
@@ -104,10 +95,10 @@ def _through_network(found: Sequence[Arm]) -> list[Arm]:
 def _is_possible(base: Base, fields: Fields) -> bool:
     """Tell whether the model can have a method, and whether full fine-tuning fits into memory."""
     try:
-        size = trained_parameters(base, fields)
+        room = STATE * trained_parameters(base, fields)
     except InputError:
         return False
-    return fields["method"] != FULL or STATE * size < ROOM * available_bytes(device_here())
+    return fields["method"] != FULL or room < ROOM * available_bytes(device_here())
 
 
 def _tradeoff(setup: StudySetup) -> Arm:
@@ -122,10 +113,10 @@ def _tradeoff(setup: StudySetup) -> Arm:
 def _latency(setup: StudySetup, base: Base, budgets: Mapping[str, int]) -> Arm:
     """Return one trial that times LoRA, both adapters and prefixes of these budgets beside the base."""
     pairs = (*SHORT, ("pfeiffer", LARGE)) if setup.quick else LONG
-    sized = [_sized(base, method, size, budgets[size]) for method, size in pairs]
-    variants: dict[str, Any] = {f"lora {LARGE}": dict(REFERENCE), **{arm.name: dict(arm.fields) for arm in sized}}
-    limits = {"seconds": SECONDS[setup.quick], "trials": TRIALS[setup.quick]}
-    options = {"measure": MEASURE_PASSES, "variants": variants, **limits}
+    sized = (_sized(base, method, size, budgets[size]) for method, size in pairs)
+    variants: dict[str, Any] = {f"lora {LARGE}": dict(REFERENCE)} | {arm.name: dict(arm.fields) for arm in sized}
+    options = {"measure": MEASURE_PASSES, "variants": variants}
+    options |= {"seconds": SECONDS[setup.quick], "trials": TRIALS[setup.quick]}
     return Arm(name=LATENCY, options=options, tuned=False, plain=True)
 
 
@@ -139,17 +130,16 @@ def conclude(records: Sequence[Record], setup: StudySetup) -> Answer:
         empty = nothing_measured(setup, (*SOURCE, CHOICE))
         return replace(empty, tables=passes, findings=pass_findings(times))
     refused = Message("methods.not_timed", variants=list(times.refused)) if times.refused else None
-    smaller = Message("methods.smaller_budget", arm=leader(found.ranking))
     forgetting = published_claims(records, found, _lora(found), FULL)
     published = published_table(found, times, _lora(found), list(of_budget(found, LARGE)), forgetting)
     return found.answer(
         sentence=sentences(_at_budget(found), added(times), found.recommendation),
-        findings=[*_findings(found, times), *chain(*(claim.findings for claim in forgetting))],
+        findings=_findings(found, times, forgetting),
         blanks=[*_source_rows(found, times), (CHOICE, _how_to_choose(found, times, forgetting))],
         tables=[_source_table(found, times), *passes, published, found.scores],
         figures=[found.chart("methods", Message("column.method")), *Tradeoffs.of(records).chart, *pass_chart(times)],
         caution=sentences(Message("methods.caution"), refused),
-        next=next_step(found.ranking, smaller),
+        next=next_step(found.ranking, Message("methods.smaller_budget", arm=leader(found.ranking))),
     )
 
 
@@ -172,7 +162,7 @@ def _family(runs: Sequence[Record]) -> str:
 
 def _in_family(found: Comparison, family: str) -> list[str]:
     """Return the arms of one row of the source's table, those of the larger budget first."""
-    members = [name for name, runs in found.arms.items() if _family(runs) == family]
+    members = (name for name, runs in found.arms.items() if _family(runs) == family)
     return sorted(members, key=lambda name: -parameters(found.arms[name]))
 
 
@@ -190,11 +180,11 @@ def _lora(found: Comparison) -> str | None:
     return next((name for name, runs in of_budget(found, LARGE).items() if _family(runs) == SOURCE[0]), None)
 
 
-def _findings(found: Comparison, times: Latencies) -> list[Finding]:
-    """Compare every method with the base, those of a budget with each other, and latencies."""
-    families = [list(of_budget(found, budget)) for budget in BUDGETS]
-    pairs = [each for family in families for each in claims(found.ranking, found.metric, family)]
-    return [*found.over_base(list(found.arms)), *pairs, *pass_findings(times)]
+def _findings(found: Comparison, times: Latencies, forgetting: Sequence[Claim]) -> list[Finding]:
+    """Compare every method with the base, those of a budget with each other, latencies, and forgetting."""
+    pairs = (claims(found.ranking, found.metric, list(of_budget(found, budget))) for budget in BUDGETS)
+    on_forgetting = (claim.findings for claim in forgetting)
+    return [*found.over_base(list(found.arms)), *chain(*pairs), *pass_findings(times), *chain(*on_forgetting)]
 
 
 def _facts(found: Comparison, times: Latencies, name: str) -> dict[str, Any]:
@@ -210,12 +200,10 @@ def _facts(found: Comparison, times: Latencies, name: str) -> dict[str, Any]:
 
 def _source_table(found: Comparison, times: Latencies) -> Table:
     """Return the source's table, its rows first; every arm of a method is a line."""
-    known = {name: family for family in SOURCE for name in _in_family(found, family)}
-    labels = {name: Message("methods.family", family=family, arm=name) for name, family in known.items()}
-    rows = [
-        {"method": labels.get(name, name), **_facts(found, times, name)}
-        for name in dict.fromkeys((*known, *found.arms))
-    ]
+    known = [(family, name) for family in SOURCE for name in _in_family(found, family)]
+    labels: dict[str, Any] = {name: Message("methods.family", family=family, arm=name) for family, name in known}
+    labels |= {name: name for name in found.arms if name not in labels}
+    rows = [{"method": label, **_facts(found, times, name)} for name, label in labels.items()]
     step = Column("step_seconds", "seconds", label=Message("column.training_step"))
     size = Column("parameters", "count", label=Message("column.adapter_parameters"))
     columns = (Column("method"), size, Column("latency"), step, score_column(found.metric))
@@ -224,15 +212,12 @@ def _source_table(found: Comparison, times: Latencies) -> Table:
 
 def _source_rows(found: Comparison, times: Latencies) -> list[tuple[Message | str, Message]]:
     """Fill in the source's three rows, each of the arm with the best mean score of its method."""
-    rows: list[tuple[Message | str, Message]] = []
+    rows: dict[Message | str, Message] = dict.fromkeys(SOURCE, Message("answer.not_measured"))
     for family in SOURCE:
-        members = {name: found.arms[name] for name in _in_family(found, family)}
-        row = Message("answer.not_measured")
-        if members:
+        if members := {name: found.arms[name] for name in _in_family(found, family)}:
             name = best_arm(members, found.metric)
-            row = Message("methods.row", arm=name, metric=found.metric.text, **_facts(found, times, name))
-        rows.append((family, row))
-    return rows
+            rows[family] = Message("methods.row", arm=name, metric=found.metric.text, **_facts(found, times, name))
+    return list(rows.items())
 
 
 def _how_to_choose(found: Comparison, times: Latencies, forgetting: Sequence[Claim]) -> Message:
@@ -251,7 +236,7 @@ def _how_to_choose(found: Comparison, times: Latencies, forgetting: Sequence[Cla
 
 def _merging(times: Latencies) -> Message | None:
     """Say which variants can be merged, and which cannot."""
-    able = list(dict.fromkeys(variant for variant, state in times.ways() if state == MERGED))
+    able = [variant for variant, state in times.ways() if state == MERGED]
     others = [variant for variant, _ in times.ways() if variant not in able]
     return Message("methods.merging", able=able, others=others) if able and others else None
 

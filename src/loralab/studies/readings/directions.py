@@ -13,7 +13,7 @@ from loralab.studies.evidence import MARGIN, SEED, Metric
 from loralab.studies.measures.dimension import Curve, Items, curve_of, floor_of, interval, smallest, target
 from loralab.studies.measures.overlaps import LARGE, SIDES, SMALL, logs
 from loralab.studies.measures.spectra import SHARES, shares_of
-from loralab.studies.message import Message
+from loralab.studies.message import Chart, Message
 from loralab.studies.statistics import difference
 from loralab.studies.study import Record
 from loralab.studies.subspace import VARIANTS
@@ -56,6 +56,10 @@ class Spectra:
         """Return the median of a number over all modules, or over those of a kind."""
         return statistics.median(float(row[key]) for row in self.modules if kind in (None, row["module"]))
 
+    def beside_chance(self, key: str, kind: str) -> Message:
+        """Write the median of a rank over the modules of a kind, and that of random matrices."""
+        return Message("lowrank.beside", value=self.middle(key, kind), chance=self.middle(f"random_{key}", kind))
+
     @property
     def curves(self) -> Rows:
         """Return energy against the share of directions: the median of each kind, and random matrices."""
@@ -75,6 +79,18 @@ class Spectra:
         return [
             {"x": "–" if row["layer"] < 0 else str(row["layer"]), "y": row["module"], "value": share}
             for row, share in zip(self.modules, shares_of(self.modules), strict=True)
+        ]
+
+    @property
+    def charts(self) -> list[Chart]:
+        """Draw energy against rank, and the share of directions of every layer and module."""
+        title, x, y = (Message(f"lowrank.{name}") for name in ("energy_chart", "of_directions", "of_energy"))
+        kind, layer, share = Message("axis.module"), Message("column.layer"), Message("axis.share")
+        few = {"numbers": len({row["x"] for row in self.layers}) <= 16}
+        heat, options = Message("lowrank.layers_chart"), {"log_x": True, "percent": True}
+        return [
+            Chart("lines", "lowrank-energy", title, self.curves, x, y, kind, options),
+            Chart("heat", "lowrank-layers", heat, self.layers, layer, kind, share, few),
         ]
 
 

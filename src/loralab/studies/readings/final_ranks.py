@@ -1,7 +1,6 @@
 """Ranks of AdaLoRA read from records: over time, where they went, whether seeds agree."""
 
 import itertools
-import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -9,6 +8,7 @@ import numpy as np
 from loralab.studies.evidence import mean_of
 from loralab.studies.measures.watch import mean_of_steps
 from loralab.studies.message import Chart, Message
+from loralab.studies.places import place_of, type_of
 from loralab.studies.ranking import Arms
 from loralab.studies.study import Record
 
@@ -27,12 +27,6 @@ def met_target(runs: Sequence[Record]) -> bool:
     )
 
 
-def place_of(path: str) -> tuple[int | None, str]:
-    """Return (layer, module in it) of a module's path; None where no layer is numbered."""
-    found = re.match(r"(?:.*?\.)?(\d+)\.(.+)$", path)
-    return (int(found[1]), found[2]) if found else (None, path)
-
-
 def ranks_of(runs: Sequence[Record]) -> dict[str, float]:
     """Return the final rank of every module, mean over seeds."""
     ranks: dict[str, list[float]] = {}
@@ -44,7 +38,7 @@ def ranks_of(runs: Sequence[Record]) -> dict[str, float]:
 
 def by_module(ranks: Mapping[str, float]) -> dict[str, float]:
     """Return the mean rank of every kind of module, over layers."""
-    kinds = {path: place_of(path)[1] for path in ranks}
+    kinds = {path: type_of(path) for path in ranks}
     return {kind: _mean(ranks, kinds, kind) for kind in dict.fromkeys(kinds.values())}
 
 

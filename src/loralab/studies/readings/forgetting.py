@@ -4,6 +4,7 @@ Source: Biderman et al. 2024, arXiv:2405.09673. Both are compared on rows of oth
 minus the loss of each text, or whether the probe of the base is right (measures/forgetting.py).
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -138,7 +139,7 @@ def lowest_shared(arms: Mapping[str, Points]) -> float:
 
 def rows_at(points: Points, loss: float) -> Floats:
     """Return the rows of other data where a run first has a loss on the task, in proportion between two points."""
-    for before, after in zip(points, points[1:], strict=False):
+    for before, after in itertools.pairwise(points):
         if after["loss"] <= loss:
             way = (before["loss"] - loss) / max(before["loss"] - after["loss"], 1e-12)
             share = min(1.0, max(0.0, way))
