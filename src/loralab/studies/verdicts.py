@@ -1,6 +1,7 @@
 """Verdicts of a report as data: verdicts.json."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,16 +10,17 @@ from loralab import atomic
 from loralab.studies.contrast import Contrast, Ranking
 from loralab.studies.evidence import by_arm, mean_of, metric_of
 from loralab.studies.study import Answer, Record, StudySetup
+from loralab.studies.wording import say
 
 FILE, FORMAT = "verdicts.json", 1
 
 
 def write(folder: Path, studies: Mapping[str, tuple[StudySetup, Sequence[Record], Answer]]) -> None:
-    """Write the verdicts of every study that compared arms; those of a single one also at the top."""
+    """Write the verdicts of every study that has some; those of a single one also at the top."""
     found = {
-        name: verdicts(answer.ranking, records, setup)
+        name: {**(verdicts(answer.ranking, records, setup) if answer.ranking else {}), "claims": claims(answer)}
         for name, (setup, records, answer) in studies.items()
-        if answer.ranking is not None
+        if answer.ranking or claims(answer)
     }
     single = next(iter(found.values())) if len(found) == 1 else {}
     content = {"format": FORMAT, **single, "studies": found}
@@ -39,6 +41,23 @@ def verdicts(found: Ranking, records: Sequence[Record], setup: StudySetup) -> di
         "arms": [_arm(name, found, arms[name], 1 if metric.rises else -1) for name in found.means if name in arms],
         "contrasts": [_contrast(each) for each in found.contrasts],
     }
+
+
+def claims(answer: Answer) -> list[dict[str, Any]]:
+    """Return every claim of an answer that stands on a comparison, such as that one way forgets less."""
+    told = [finding for finding in answer.findings if finding.verdict]
+    return [
+        {
+            "claim": say(each.sentence, "en"),
+            "verdict": each.verdict,
+            **{name: _finite(getattr(each, name)) for name in ("effect", "low", "high")},
+        }
+        for each in told
+    ]
+
+
+def _finite(value: float | None) -> float | None:
+    return None if value is None or not math.isfinite(value) else value
 
 
 def _recommended(found: Ranking, arms: Mapping[str, Sequence[Record]]) -> dict[str, Any] | None:

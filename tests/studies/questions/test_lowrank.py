@@ -1,5 +1,6 @@
 """The low-rank study sees a planted low rank, d90 and shared directions, and no others."""
 
+import json
 import math
 import random
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from torch import nn
 
 from loralab.adapters.spectrum import overlap
 from loralab.errors import ConfigError
+from loralab.studies import verdicts
 from loralab.studies.measures import dimension, frozen, overlaps, spectra
 from loralab.studies.message import Message
 from loralab.studies.questions import lowrank
@@ -337,7 +339,7 @@ def test_more_intruders_than_full_fine_tuning_are_seen_and_as_many_are_not() -> 
     assert same["elsewhere"] == "equivalent"
 
 
-def test_intruders_stand_in_the_answer_beside_chance() -> None:
+def test_intruders_stand_in_the_answer_beside_chance(tmp_path: Path) -> None:
     records = [*full({"m": torch.eye(4)}), *intruding({"r=8": 0.5, "r=64": 0.2, "full": 0.1}, gained=0.2)]
     answer = lowrank.conclude(records, SETUP)
     named = message_in(answer.findings, "lowrank.intruders_of").values
@@ -348,3 +350,9 @@ def test_intruders_stand_in_the_answer_beside_chance() -> None:
     assert [row["run"] for row in table.rows] == ["r=8", "r=64", "full"]
     assert_it_renders(answer, "lowrank")
     assert intruders_of([], lowrank.FULL, lowrank.PAIRS) == []
+    verdicts.write(tmp_path, {"lowrank": (SETUP, records, answer)})
+    stored = json.loads((tmp_path / verdicts.FILE).read_text(encoding="utf-8"))["claims"]
+    assert [(own["verdict"], own["effect"]) for own in stored] == [
+        (f.verdict, pytest.approx(f.effect)) for f in answer.findings if f.verdict
+    ]
+    assert sum("intruder dimensions" in own["claim"] for own in stored) == 2

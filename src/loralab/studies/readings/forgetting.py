@@ -57,18 +57,13 @@ def published_claims(records: Sequence[Record], found: Comparison, lora: str | N
     end = between(ours, theirs, metric) if ours and theirs else None
     learnt = found.ranking.contrast(*arms) if set(arms) <= found.ranking.means.keys() else None
     runs = Tradeoffs.of(records)
-    elsewhere = _named("methods.elsewhere", arms, general=general)
-    at_loss = _named("methods.elsewhere_at", arms, general=general, loss=runs.equal_loss)
+    elsewhere = Message("methods.elsewhere", arm=arms[0], general=general)
+    at_loss = Message("methods.elsewhere_at", arm=arms[0], general=general, loss=runs.equal_loss)
     return [
         Claim("learns_less", arms, learnt, found.metric, "worse"),
-        Claim("forgets_less", elsewhere, end, metric, "better"),
-        Claim("forgets_less_at_loss", at_loss, runs.at_equal_loss(metric), metric, "better"),
+        Claim("forgets_less", (elsewhere, full), end, metric, "better"),
+        Claim("forgets_less_at_loss", (at_loss, full), runs.at_equal_loss(metric), metric, "better"),
     ]
-
-
-def _named(key: str, arms: Sequence[str], **values: Any) -> tuple[Message, Message]:
-    first, second = (Message(key, arm=arm, **values) for arm in arms)
-    return first, second
 
 
 def _rows(runs: Sequence[Record]) -> list[Sequence[float]]:

@@ -84,7 +84,7 @@ class Intruders:
             where = runs[0].texts["general"] if name == GENERAL else Message("lowrank.the_task")
             pair = (
                 Message("lowrank.repaired", rank=SMALL, kept=KEPT, where=where),
-                Message("lowrank.as_trained", rank=SMALL, where=where),
+                Message("lowrank.as_trained", rank=SMALL),
             )
             found.append(claim(change, metric, pair))
         return found
