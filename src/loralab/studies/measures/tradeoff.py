@@ -17,7 +17,8 @@ from loralab.studies.measures.forgetting import general_task, kind_of, looking
 from loralab.studies.study import Record, Trial
 from loralab.studies.trained import Tell, diverged, request_of, score
 from loralab.training import preflight
-from loralab.training.run import begin_run, own_seed, run_steps
+from loralab.training.loop import run_steps
+from loralab.training.run import begin_run, own_seed
 
 MEASURE_TRADEOFF = "loralab.studies.measures.tradeoff:measure"
 POINTS = (0.125, 0.25, 0.5, 0.75, 1.0)  # of the steps; the model before the first one is a point too

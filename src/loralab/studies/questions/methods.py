@@ -40,7 +40,7 @@ SHORT = (("houlsby", LARGE), ("prefix", LARGE), ("prefix", SMALL))
 LONG = (*((method, size) for method in ("houlsby", "pfeiffer", "prefix") for size in (LARGE, SMALL)), ("dora", LARGE))
 LATENCY, TRADEOFF, FULL = "latency", "learning and forgetting", "full"
 SHORT_RUN = 10**0.5  # times the usual rate, on the way to learning against forgetting
-STATE, ROOM = 16, 0.8  # bytes of a weight, its gradient and moments; of the free memory that they may take
+STATE, ROOM = 16, 0.8  # bytes of a weight, its gradient and moments; share of the free memory for them
 SECONDS, TRIALS = (150, 20), (25, 12)  # of the latency trial: thorough, quick
 SOURCE = ("LoRA", "Adapter", "Prefix-tuning")  # the rows of the source's table
 FAMILIES = {"lora": "LoRA", "houlsby": "Adapter", "pfeiffer": "Adapter", "prefix": "Prefix-tuning"}
@@ -76,9 +76,10 @@ def _wanted(setup: StudySetup) -> tuple[str, ...]:
 
 def _sized(base: Base, method: str, budget: str, parameters: int) -> Arm:
     """Return a method of the size that comes nearest to a budget."""
-    fields, size, name = {"method": method}, SIZES[method], f"{method} ({budget})"
+    fields: Fields = {"method": method}
+    size, name = SIZES[method], f"{method} ({budget})"
     with suppress(InputError):  # preparing the study meets it again, and tells
-        fields = dict(solved(base, fields, size, parameters).fields)
+        fields = solved(base, fields, size, parameters).fields
         name = f"{method} {LETTERS[size]}={fields[size]}"
     return Arm(name=name, fields=fields, options={"budget": budget})
 
@@ -103,7 +104,7 @@ def _is_possible(base: Base, fields: Fields) -> bool:
 
 def _tradeoff(setup: StudySetup) -> Arm:
     """Return one trial that trains LoRA and every weight, and looks at both on their way."""
-    arms = {f"lora {LARGE}": dict(REFERENCE), FULL: {"method": FULL}}
+    arms: dict[str, dict[str, Any]] = {f"lora {LARGE}": dict(REFERENCE), FULL: {"method": FULL}}
     for fields in arms.values():
         if "learning_rate" not in setup.fields:
             fields["learning_rate"] = SHORT_RUN * usual(setup, Arm(name="", fields=fields))
@@ -115,7 +116,7 @@ def _latency(setup: StudySetup, base: Base, budgets: Mapping[str, int]) -> Arm:
     pairs = (*SHORT, ("pfeiffer", LARGE)) if setup.quick else LONG
     sized = (_sized(base, method, size, budgets[size]) for method, size in pairs)
     variants: dict[str, Any] = {f"lora {LARGE}": dict(REFERENCE)} | {arm.name: dict(arm.fields) for arm in sized}
-    options = {"measure": MEASURE_PASSES, "variants": variants}
+    options: dict[str, Any] = {"measure": MEASURE_PASSES, "variants": variants}
     options |= {"seconds": SECONDS[setup.quick], "trials": TRIALS[setup.quick]}
     return Arm(name=LATENCY, options=options, tuned=False, plain=True)
 
@@ -127,8 +128,7 @@ def conclude(records: Sequence[Record], setup: StudySetup) -> Answer:
     cost = {r.arm.name: times.least(r.arm.name) for r in records if r.arm.name != FLOOR} if times.times else None
     found = compare_arms(records, setup, cost=cost)  # of those that are good enough, the quickest for a short answer
     if found is None:
-        empty = nothing_measured(setup, (*SOURCE, CHOICE))
-        return replace(empty, tables=passes, findings=pass_findings(times))
+        return replace(nothing_measured(setup, (*SOURCE, CHOICE)), tables=passes, findings=pass_findings(times))
     refused = Message("methods.not_timed", variants=list(times.refused)) if times.refused else None
     forgetting = published_claims(records, found, _lora(found), FULL)
     published = published_table(found, times, _lora(found), list(of_budget(found, LARGE)), forgetting)

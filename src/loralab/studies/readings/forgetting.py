@@ -109,8 +109,9 @@ class Tradeoffs:
         learns = [lowest_shared(arms) < max(p[0]["loss"] for p in arms.values()) for arms in self.seeds]
         if not any(learns):
             return None
-        sides = zip(*([rows_at(p, lowest_shared(arms)) for p in arms.values()] for arms in self.seeds), strict=True)
-        return between(*sides, metric)
+        pairs = ([rows_at(points, lowest_shared(arms)) for points in arms.values()] for arms in self.seeds)
+        ours, theirs = zip(*pairs, strict=True)
+        return between(ours, theirs, metric)
 
     @property
     def chart(self) -> list[Chart]:
