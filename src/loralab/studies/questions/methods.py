@@ -131,7 +131,7 @@ def conclude(records: Sequence[Record], setup: StudySetup) -> Answer:
         return replace(nothing_measured(setup, (*SOURCE, CHOICE)), tables=passes, findings=pass_findings(times))
     refused = Message("methods.not_timed", variants=list(times.refused)) if times.refused else None
     forgetting = published_claims(records, found, _lora(found), FULL)
-    published = published_table(found, times, _lora(found), list(of_budget(found, LARGE)), forgetting)
+    published = published_table(found, times, _lora(found), of_budget(found, LARGE), [own.row for own in forgetting])
     return found.answer(
         sentence=sentences(_at_budget(found), added(times), found.recommendation),
         findings=_findings(found, times, forgetting),

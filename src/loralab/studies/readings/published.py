@@ -1,7 +1,6 @@
 """Claims of the papers on LoRA and adapters beside the verdicts of a study: which hold here."""
 
 from collections.abc import Collection, Sequence
-from typing import Protocol
 
 from loralab.studies.compare import Comparison
 from loralab.studies.measures.passes import MERGED, UNMERGED
@@ -13,26 +12,18 @@ from loralab.studies.timing import Overhead
 Row = dict[str, Message | None]
 
 
-class HasRow(Protocol):
-    """A claim that can write its own row."""
-
-    @property
-    def row(self) -> Row:
-        """Return the claim, whether it holds here, and its numbers."""
-
-
 def published_table(
-    found: Comparison, times: Latencies, lora: str | None, family: Sequence[str], others: Sequence[HasRow] = ()
+    found: Comparison, times: Latencies, lora: str | None, family: Collection[str], others: Sequence[Row] = ()
 ) -> Table:
     """Return what the papers report, and whether it holds here.
 
     Args:
         lora: LoRA's arm of the larger budget.
         family: all arms of that budget.
-        others: further claims, such as those on forgetting.
+        others: rows of further claims, such as those on forgetting.
     """
     scores = _scores(found, lora, [name for name in family if name != lora])
-    rows = [*_passes(times), *scores, *(claim.row for claim in others)]
+    rows = [*_passes(times), *scores, *others]
     columns = (Column("claim"), Column("here"), Column("numbers"))
     return Table(title=Message("table.published"), columns=columns, rows=rows)
 
