@@ -59,6 +59,31 @@ def test_too_many_threads_are_no_lanes() -> None:
             assert lanes.lane_count() == expected
 
 
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 9])
+def test_a_sequence_goes_through_lanes_once_they_agree(count: int, two_threads: None) -> None:
+    places: list[bool] = []
+
+    def work(item: int) -> int:
+        places.append(threading.current_thread() is threading.main_thread())
+        return 10 * item
+
+    assert list(lanes.in_lanes(work, range(count), int.__eq__)) == [10 * item for item in range(count)]
+    alone = 2 + (count % 2)  # a last one without a partner
+    assert places.count(True) == min(count, alone)
+
+
+@pytest.mark.parametrize("fault", ["differs", "fails"])
+def test_what_does_not_agree_goes_on_in_one_lane(fault: str, two_threads: None) -> None:
+    def work(item: int) -> int:
+        if threading.current_thread() is threading.main_thread():
+            return item
+        if fault == "fails":
+            raise RuntimeError(item)
+        return -1
+
+    assert list(lanes.in_lanes(work, range(9), int.__eq__)) == list(range(9))
+
+
 class Machine:
     """A clock, and work that takes as long as the number of threads makes it."""
 

@@ -9,9 +9,10 @@ that is quicker.
 import contextlib
 import contextvars
 import functools
+import itertools
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import TypeVar
 
@@ -48,6 +49,28 @@ def side_by_side(work: Callable[[Item], Result], items: Sequence[Item]) -> list[
     finally:
         torch.set_num_threads(before)  # of threads that are yet to come
     return [one.result() for one in begun]
+
+
+def in_lanes(
+    work: Callable[[Item], Result], items: Iterable[Item], agree: Callable[[Result, Result], bool]
+) -> Iterator[Result]:
+    """Yield work(item) of each item in order, side by side from where that has been seen to agree.
+
+    The first ones are computed in both ways; where `agree` says no, or lanes fail, there are none.
+    """
+    lanes, rest = lane_count(), iter(items)
+    first = list(itertools.islice(rest, lanes))
+    found = [work(item) for item in first]
+    yield from found
+    if lanes > 1 and len(found) == lanes:
+        try:
+            again = side_by_side(work, first)
+        except Exception:  # something that cannot be in two places at once
+            lanes = 1
+        else:
+            lanes = lanes if all(map(agree, found, again)) else 1
+    while group := list(itertools.islice(rest, lanes)):
+        yield from side_by_side(work, group) if len(group) > 1 else map(work, group)
 
 
 class ThreadChoice:
