@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from loralab.adapters import skinny
-from loralab.native import library
 from loralab.native.library import Kernels, kernels
 
 ROUNDING = 2.0**-8  # of bfloat16
@@ -91,25 +90,6 @@ def test_outer(rows: int, width: int, rank: int, turned: bool) -> None:
         assert close(found, exact.T if turned else exact)
 
     both_ways(check)
-
-
-@pytest.fixture(scope="module", params=["the processor's", "plain C"])
-def registers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Kernels:
-    if not compiled():
-        pytest.skip("this processor has no dot products of bfloat16")
-    if request.param == "the processor's":
-        found = kernels()
-        assert found is not None
-        if not found.tiles:
-            pytest.skip("this processor has no matrix registers")
-        return found
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("model")))
-        patch.setattr(library, "FLAGS", (*library.FLAGS, "-DLORALAB_TILE_MODEL"))
-        found = kernels.__wrapped__()
-    assert found is not None
-    assert found.tiles
-    return found
 
 
 @settings(max_examples=80, deadline=None)

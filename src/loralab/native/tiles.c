@@ -37,21 +37,6 @@ typedef struct {
 static inline __mmask32 first32(long n) { return n >= 32 ? ~0u : n <= 0 ? 0 : (1u << n) - 1; }
 static inline __mmask16 first16(long n) { return (__mmask16)first32(n < 16 ? n : 16); }
 
-/* Exchange the blocks of size S beside the diagonal of each 2 S x 2 S block: one of four steps that
- * turn 16 rows of 16 pairs into columns. */
-#define EXCHANGE(S, r)                                                                          \
-    do {                                                                                        \
-        const __m512i lane =                                                                    \
-            _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);             \
-        const __m512i other = _mm512_xor_si512(lane, _mm512_set1_epi32(S));                     \
-        const __mmask16 odd = _mm512_test_epi32_mask(lane, _mm512_set1_epi32(S));               \
-        _Pragma("GCC unroll 16") for (int i = 0; i < 16; i++) if (!(i & (S))) {                 \
-            __m512i a = r[i], b = r[i | (S)];                                                   \
-            r[i] = _mm512_mask_permutexvar_epi32(a, odd, other, b);                             \
-            r[i | (S)] = _mm512_mask_permutexvar_epi32(b, (__mmask16)~odd, other, a);           \
-        }                                                                                       \
-    } while (0)
-
 /* 16 columns of 16 pairs that lie one after the other each, as (16 pairs, 16 columns). */
 static inline void pack_across(const source *s, long k, long m, long columns, uint32_t *out) {
     __m512i r[16];
@@ -68,10 +53,7 @@ static inline void pack_across(const source *s, long k, long m, long columns, ui
         } else
             r[j] = _mm512_maskz_loadu_epi16(more, (const bf16 *)s->w + (m + j) * s->wm + k);
     }
-    EXCHANGE(1, r);
-    EXCHANGE(2, r);
-    EXCHANGE(4, r);
-    EXCHANGE(8, r);
+    turn_rows(r);
 #pragma GCC unroll 16
     for (int p = 0; p < 16; p++) _mm512_store_si512(out + 16 * p, r[p]);
 }
@@ -79,7 +61,8 @@ static inline void pack_across(const source *s, long k, long m, long columns, ui
 /* 32 columns of W whose rows lie one after the other, as two times (16 pairs, 16 columns). */
 static inline void pack_along(const source *s, long k, long m, long columns, uint32_t *out) {
     const __m512i step = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    const __m512i order = _mm512_or_si512(step, _mm512_slli_epi32(_mm512_add_epi32(step, _mm512_set1_epi32(32)), 16));
+    const __m512i next_row = _mm512_add_epi32(step, _mm512_set1_epi32(32));
+    const __m512i order = _mm512_or_si512(step, _mm512_slli_epi32(next_row, 16));
     const __m512i later = _mm512_add_epi16(order, _mm512_set1_epi16(16));
     for (long p = 0; p < 16; p++, out += 16) {
         long first = 2 * p < s->k - k ? columns : 0, next = 2 * p + 1 < s->k - k ? columns : 0;
@@ -139,6 +122,7 @@ static void pack_rows(const tall *p, long i, char *out) {
 /* sums (32, 32), or its first 16 rows, (+)= a b over some steps. */
 static inline __attribute__((always_inline)) void sum_block(int both, int add, long steps, left a,
                                                             const uint32_t *b, float *sums) {
+    written();
     if (add) {
         tile_load(0, sums, 128);
         tile_load(1, sums + 16, 128);
@@ -174,23 +158,27 @@ static inline __attribute__((always_inline)) void sum_block(int both, int add, l
     }
 }
 
+/* Whole lines of sums in bfloat16. */
+static void put_lines(const tall *p, const float *sums, long rows, bf16 *out) {
+    for (long r = 0; r < rows; r++, sums += WIDTH, out += p->row)
+        _mm512_storeu_si512(
+            out, (__m512i)_mm512_cvtne2ps_pbh(_mm512_load_ps(sums + 16), _mm512_load_ps(sums)));
+}
+
 /* Sums of rows i on and columns j on to where they belong. */
 static void put(const tall *p, const float *sums, long i, long j) {
     __m512 scale = _mm512_set1_ps((float)p->scale);
     long rows = p->n - i < 32 ? p->n - i : 32;
+    if (!p->floats && !p->bias && p->scale == 1 && p->m - j >= WIDTH) {
+        put_lines(p, sums, rows, (bf16 *)p->out + i * p->row + j);
+        return;
+    }
     for (long c = 0; c < WIDTH && j + c < p->m; c += 16) {
         __mmask16 some = first16(p->m - j - c);
         __m512 bias = _mm512_setzero_ps();
         if (p->bias) {
             __m256i bits = _mm256_maskz_loadu_epi16(some, p->bias + j + c);
             bias = (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
-        }
-        if (!p->floats && !p->bias && p->scale == 1 && p->m - j >= WIDTH) { /* a whole line at once */
-            for (long r = 0; r < rows; r++)
-                _mm512_storeu_si512((bf16 *)p->out + (i + r) * p->row + j,
-                                    (__m512i)_mm512_cvtne2ps_pbh(_mm512_load_ps(sums + r * WIDTH + 16),
-                                                                 _mm512_load_ps(sums + r * WIDTH)));
-            return;
         }
         for (long r = 0; r < rows; r++) {
             __m512 x = _mm512_fmadd_ps(_mm512_load_ps(sums + r * WIDTH + c), scale, bias);
