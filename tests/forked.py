@@ -39,7 +39,7 @@ PRELOADED = [
             "serving.listener",
             "studies.conduct",
             "studies.report",
-            "studies.worker",
+            "studies.executor",
             "studies.trained",
             "studies.prepare",
         )
@@ -168,10 +168,9 @@ class Forked:
 
 
 def fork_what_it_starts() -> None:
-    """Fork from this process whatever a certificate or a study starts in it."""
-    for name in ("loralab.artefacts.certificate", "loralab.studies.forked"):
-        module: Any = importlib.import_module(name)
-        module.subprocess = Subprocess(multiprocessing.get_context("fork"))
+    """Fork from this process whatever a certificate starts in it."""
+    module: Any = importlib.import_module("loralab.artefacts.certificate")
+    module.subprocess = Subprocess(multiprocessing.get_context("fork"))
 
 
 def _stream(asked: Any, mode: str, stack: contextlib.ExitStack) -> tuple[IO[Any] | None, Any]:

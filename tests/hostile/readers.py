@@ -40,7 +40,7 @@ from loralab.serving.safe_read import read_metadata
 from loralab.serving.store import Store
 from loralab.studies import report, store
 from loralab.studies.fields import from_toml
-from loralab.studies.runner import walk
+from loralab.studies.search import walk
 from loralab.studies.study import Arm, Record, StudySetup, Trial
 from loralab.tasks import catalog
 from loralab.tasks.encode import chat_ids

@@ -77,14 +77,18 @@ def searched(trial: Trial, folder: Path, tell: Tell) -> Record:
 
 
 def probed(trial: Trial, folder: Path, tell: Tell) -> Record:
-    """Time a step and the scoring of a row on this machine."""
+    """Time a step, the scoring of a row and what forgetting takes on this machine."""
     run = trained(trial, folder, tell)
     events = [e for e in read_metrics(folder / "run") if e["kind"] == "step"]
     started = time.perf_counter()
     few = score_on(run, "validation", limit=PROBE_ROWS)
     row = (time.perf_counter() - started) / max(1, few.rows)
+    scored = time.perf_counter()
+    general, _ = forgetting.measured(run.base, run.task, trial.setup.general, (folder, trial))
+    times = {"forgetting_seconds": time.perf_counter() - scored, "general_seconds": general.get("general_seconds", 0.0)}
     atomic.remove_folder(folder / "run")
-    return Record(arm=trial.arm, seed=trial.seed, numbers={"step_seconds": step_seconds(events), "row_seconds": row})
+    numbers = {"step_seconds": step_seconds(events), "row_seconds": row, **times}
+    return Record(arm=trial.arm, seed=trial.seed, numbers=numbers)
 
 
 def trained(trial: Trial, folder: Path, tell: Tell) -> Run:
@@ -114,7 +118,7 @@ def scored(trial: Trial, run: Run, folder: Path) -> Record:
     size = sum(f.stat().st_size for f in (folder / "run").glob(TENSORS))
     validation = run.scores["validation"].metrics
     metric = trial.setup.metric or test.main
-    general, said = forgetting.measured(run.base, run.task, trial.setup.general)
+    general, said = forgetting.measured(run.base, run.task, trial.setup.general, (folder, trial))
     numbers = {
         "parameters": run.adapter.num_parameters,
         "file_bytes": size,
@@ -208,7 +212,7 @@ def untrained(trial: Trial, folder: Path, tell: Tell) -> Record:
     base = load_base(setup.model, task, precision, 0, image_size=setup.fields.get("image_size"))
     scores = evaluate(base.model, base.tokenizer, task, "test", kind=base.kind, batch_size=32)
     metric = setup.metric or scores.main
-    general, said = forgetting.measured(base, task, setup.general)
+    general, said = forgetting.measured(base, task, setup.general, (folder, trial))
     numbers = {"score": scores.metrics[metric], "test_loss": scores.metrics["loss"], **general}
     return Record(
         arm=trial.arm,

@@ -2,12 +2,15 @@
 
 A language model has its loss on general text. An encoder of texts or pictures has a linear probe for
 another task: fitted to the hidden states of the base, and then kept as it is. Both are measured once
-the training is over, the base by leaving the adapter out.
+the training is over, the base by leaving the adapter out: the first run of a study does it for all
+that stand beside it.
 """
 
 import contextlib
+import time
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +20,8 @@ from loralab.adapters.several import adapters_of, disabled
 from loralab.errors import ConfigError, LoralabError, ModelError
 from loralab.models.kinds import CAUSAL, CLASSIFIER, VISION
 from loralab.models.load import Base
+from loralab.studies import store
+from loralab.studies.study import Arm, Record, StudySetup, Trial
 from loralab.tasks import catalog
 from loralab.tasks.catalog import TASKS, Task
 from loralab.tasks.formats import Row
@@ -34,36 +39,98 @@ TEXT_ROWS, CHARACTERS = 32, 400  # of general text, and of each
 PROBE_ROWS, PROBE_TOKENS = 100, 128  # that a probe is fitted to, as many to score it; tokens of each
 PENALTY = 0.1  # of the probe's weights, relative to the number of rows
 BATCH = 32
+MEASURE = "loralab.studies.measures.forgetting:untrained"  # of the record that a study keeps of its base
+BASE_FIELDS = ("precision", "quantize", "image_size", "new_tokens")  # of Training, that decide what the base gives
+Probe = tuple[Any, Any, Any, Any]
+"""Mean and scale (H,), weights (H, C) and bias (C,)."""
+PARTS = ("mean", "scale", "weights", "bias")
 
 
-def measured(base: Base, own: Task, asked: str = "") -> tuple[dict[str, float], dict[str, str]]:
+@dataclass(frozen=True)
+class Untrained:
+    """The loss of the base alone, or the accuracy of a probe and that probe."""
+
+    score: float
+    probe: Probe | None = None
+
+    def to_record(self, arm: Arm) -> Record:
+        """Return it as a study keeps it."""
+        parts = {} if self.probe is None else dict(zip(PARTS, self.probe, strict=True))
+        return Record(
+            arm=arm, seed=0, numbers={"score": self.score}, items={k: v.ravel().tolist() for k, v in parts.items()}
+        )
+
+    @staticmethod
+    def of(record: Record) -> "Untrained":
+        """Read what `to_record` made."""
+        score, items = record.numbers["score"], record.items
+        if not items:
+            return Untrained(score)
+        mean, scale, weights, bias = (np.array(items[name]) for name in PARTS)
+        return Untrained(score, (mean, scale, weights.reshape(len(mean), len(bias)), bias))
+
+
+def measured(
+    base: Base, own: Task, asked: str = "", beside: tuple[Path, Trial] | None = None
+) -> tuple[dict[str, float], dict[str, str]]:
     """Return `general_before` and `general_after` with `general` and `general_kind`, or why there are none.
+
+    `general_seconds` is what it takes where the base has been measured before.
 
     Args:
         base: its model with the trained adapter, or with none.
         own: the task with the rows that were trained and scored on.
         asked: name or file of the general text, or of another task with labels; empty is packaged data.
+        beside: the folder of a trial, beside which the study keeps what the base alone gives; and the trial.
     """
     try:
+        began = time.perf_counter()
         general = general_task(own, base.kind, asked)
-        before, after = before_and_after(base, general)
+        read = time.perf_counter()
+        alone = untrained(base, general) if beside is None else kept(base, general, *beside)
+        known = time.perf_counter()
+        after = again(base, general, alone)
     except LoralabError as error:  # the run itself is whole
         return {}, {"forgetting": str(error)}
+    seconds = read - began + time.perf_counter() - known
     kind = LOSS if base.kind == CAUSAL else ACCURACY
-    return {"general_before": before, "general_after": after}, {"general": general.name, "general_kind": kind}
+    numbers = {"general_before": alone.score, "general_after": after, "general_seconds": seconds}
+    return numbers, {"general": general.name, "general_kind": kind}
 
 
-def before_and_after(base: Base, general: Task) -> tuple[float, float]:
-    """Return the loss or the probe's accuracy of the base alone, and of the model as it is."""
-    if base.kind == CAUSAL:
-        with _alone(base.model):
-            before = _loss(base, general)
-        return before, before if adapters_of(base.model) is None else _loss(base, general)
+def untrained(base: Base, general: Task) -> Untrained:
+    """Return what the base alone gives on general data."""
     with _alone(base.model):
-        weights = _fitted(*_states(base, general, "train"), len(general.labels))
-        states, labels = _states(base, general, "test")
-        before = _accuracy(weights, states, labels)
-    return before, before if adapters_of(base.model) is None else _accuracy(weights, *_states(base, general, "test"))
+        if base.kind == CAUSAL:
+            return Untrained(_loss(base, general))
+        probe = _fitted(*_states(base, general, "train"), len(general.labels))
+        return Untrained(_accuracy(probe, *_states(base, general, "test")), probe)
+
+
+def kept(base: Base, general: Task, folder: Path, trial: Trial) -> Untrained:
+    """Return what a study keeps of its base on general data; the first that asks measures it."""
+    fields = {**trial.setup.fields, **trial.arm.fields}
+    setup = StudySetup(
+        study=trial.setup.study,
+        model=trial.setup.model,
+        data=general.digest,
+        fields={name: fields[name] for name in BASE_FIELDS if name in fields},
+    )
+    own = Trial(measure=MEASURE, setup=setup, arm=Arm(name="base"), seed=0)
+    place = folder.parent / own.digest
+    if (found := store.read_at(place, own)) is not None:
+        return Untrained.of(found)
+    began = time.perf_counter()
+    alone = untrained(base, general)
+    store.write(place, own, alone.to_record(own.arm), time.perf_counter() - began)
+    return alone
+
+
+def again(base: Base, general: Task, alone: Untrained) -> float:
+    """Return what the model as it is gives on the data on which the base alone gave that."""
+    if adapters_of(base.model) is None:
+        return alone.score
+    return _loss(base, general) if alone.probe is None else _accuracy(alone.probe, *_states(base, general, "test"))
 
 
 def general_task(own: Task, kind: str, asked: str = "") -> Task:
@@ -203,7 +270,7 @@ def pooled(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     return (own * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
 
 
-def _fitted(states: Any, labels: Any, classes: int) -> tuple[Any, Any, Any, Any]:
+def _fitted(states: Any, labels: Any, classes: int) -> Probe:
     """Return mean, scale (H,), weights (H, C) and bias (C,) of a ridge regression on the classes."""
     mean, scale = states.mean(axis=0), states.std(axis=0) + 1e-6
     inputs = (states - mean) / scale
@@ -214,7 +281,7 @@ def _fitted(states: Any, labels: Any, classes: int) -> tuple[Any, Any, Any, Any]
     return mean, scale, weights, bias
 
 
-def _accuracy(probe: tuple[Any, Any, Any, Any], states: Any, labels: Any) -> float:
+def _accuracy(probe: Probe, states: Any, labels: Any) -> float:
     mean, scale, weights, bias = probe
     chosen = ((states - mean) / scale @ weights + bias).argmax(axis=1)
     return float((chosen == labels).mean())

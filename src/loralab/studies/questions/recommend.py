@@ -29,7 +29,7 @@ from loralab.studies.halving import (
 from loralab.studies.message import Column, Message, Table, sentences
 from loralab.studies.prepare import reason_invalid
 from loralab.studies.ranking import claims, ranked
-from loralab.studies.search import loss_of
+from loralab.studies.rates import loss_of
 from loralab.studies.study import Answer, Arm, Record, StudySetup
 from loralab.studies.trained import BASE, BASE_ARM, MEASURE
 

@@ -9,8 +9,8 @@ from loralab.models.load import Base
 from loralab.studies.compare import Comparison, compare_arms
 from loralab.studies.evidence import Metric, mean_of, score_column
 from loralab.studies.message import Chart, Column, Message, Table, clauses, names, sentences
+from loralab.studies.rates import rounded
 from loralab.studies.readings.sweep import Key, Sweep, named
-from loralab.studies.search import rounded
 from loralab.studies.study import Answer, Arm, Finding, Record, StudySetup, nothing_measured
 from loralab.studies.trained import MEASURE
 from loralab.training.optim import usual_rate
