@@ -4,6 +4,7 @@ import json
 import math
 import random
 import shutil
+import time
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -185,6 +186,25 @@ def test_more_time_means_more_candidates_and_never_less_than_three() -> None:
     assert plan_for(0.1, (2.0, 3.0), 10, 60)[1] < 60
 
 
+def test_every_whole_run_has_the_time_of_its_forgetting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    setup = catalog.search_setup(StudyOptions(model="m", data="d", steps=60))
+    planned: list[tuple[float, float]] = []
+
+    def plan(a_step: float, overheads: tuple[float, float], budget: float, steps: int) -> tuple[int, int]:
+        planned.append(overheads)
+        return 3, steps
+
+    monkeypatch.setattr("loralab.studies.halving.plan_for", plan)
+    for once, general in ((0.0, 0.0), (17.0, 7.0)):
+        times = {"step_seconds": 0.1, "row_seconds": 0.01, "forgetting_seconds": once, "general_seconds": general}
+        probe = Record(arm=Arm(name="probe"), seed=0, seconds=20.0 + once, numbers=times)
+        monkeypatch.setattr(Session, "obtain", lambda own, trial, probe=probe: probe)
+        conduct._sized(Session(tmp_path, math.inf), setup, 600.0, time.monotonic())
+    (short, whole), (same, longer) = planned
+    assert same == pytest.approx(short)  # a short run measures none
+    assert longer == pytest.approx(whole + 7)
+
+
 @pytest.fixture(scope="module")
 def easy_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Write texts whose label is their first word."""
@@ -296,7 +316,7 @@ def test_the_command_line_ends_with_1_where_a_study_could_not_run(
 
 
 def test_a_worker_that_was_killed_while_it_prepared_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Here, "run", lambda *_, tell: Done(reason=ended(-9)))
+    monkeypatch.setattr(Here, "run", lambda *_, tell: Done(reason=ended(-9), died=True))
     with pytest.raises(RunError) as error:
         Session(tmp_path, math.inf).prepare(StudySetup(study="rank", model="m", data="d"))
     assert error.value.code == "ended"

@@ -1,9 +1,11 @@
 """A job runs in a process of its own: what it says, prints and returns arrives, and its death is told."""
 
+import contextlib
 import multiprocessing.spawn
 import os
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 
 from loralab.errors import DataError, OutputError
+from loralab.studies import executor
 from loralab.studies.executor import Here, Tell, _without_script
 
 
@@ -30,6 +33,10 @@ def fail(tell: Tell) -> None:
 
 def interrupt(tell: Tell) -> None:
     os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(60)
+
+
+def sleep(tell: Tell) -> None:
     time.sleep(60)
 
 
@@ -80,6 +87,19 @@ def test_the_end_of_a_job_is_seen_although_what_it_started_lives_on(tmp_path: Pa
 def test_a_job_that_is_interrupted_interrupts_whoever_waits(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         Here(tmp_path / "log").run(interrupt, tell=print)
+
+
+def test_ctrl_c_while_a_process_begins_leaves_none_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextlib.contextmanager
+    def interrupted() -> Iterator[None]:
+        yield
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(executor, "_without_script", interrupted)
+    monkeypatch.setattr(executor, "GRACE_SECONDS", 0.1)
+    with pytest.raises(KeyboardInterrupt):
+        Here(tmp_path / "log").run(sleep, tell=print)
+    assert not multiprocessing.active_children()
 
 
 def test_a_log_that_cannot_be_written_is_an_error_before_anything_starts(tmp_path: Path) -> None:

@@ -42,11 +42,12 @@ Job = Callable[..., Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Done:
-    """What a job returned, or why it returned nothing; `known` where that is an error of the user's."""
+    """What a job returned, or why it returned nothing: an error, `known` where it is the user's, or its process died."""
 
     value: Any = None
     reason: str = ""
     known: bool = False
+    died: bool = False
 
 
 class Here:
@@ -84,11 +85,11 @@ class Here:
         context.set_forkserver_preload(list(PRELOADED))
         ours, theirs = context.Pipe(duplex=False)
         process = context.Process(target=_work, args=(job, given, theirs, around))
+        done = None
         with ours:
-            with theirs, _without_script():
-                process.start()
-            done = None
             try:
+                with theirs, _without_script():
+                    process.start()
                 for event in _events(ours, process.sentinel):
                     if isinstance(event, Done):
                         done = event
@@ -98,7 +99,7 @@ class Here:
                 code = _end(process)
         if code == INTERRUPTED:
             raise KeyboardInterrupt
-        return done or Done(reason=ended(code))
+        return done or Done(reason=ended(code), died=True)
 
 
 def ended(code: int) -> str:
@@ -132,6 +133,8 @@ def _events(ours: Connection, sentinel: int) -> Iterator[Any]:
 
 def _end(process: Any) -> int:
     """Wait for the end of a process, and kill it where that takes long; return its exit code."""
+    if process.pid is None:  # it could not begin: there is an error on its way
+        return 1
     try:
         process.join(GRACE_SECONDS)
     finally:

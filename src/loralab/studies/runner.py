@@ -75,10 +75,10 @@ class Session:
         """
         store.require_same(self.folder, setup)
         done = self.here.run(_prepared, setup, arms, tell=self._listener)
-        if done.known:
-            raise ConfigError(done.reason)
-        if done.reason:
+        if done.died:
             raise RunError(f"the study {setup.study!r} was not prepared: {done.reason}", code="ended")
+        if done.reason:
+            raise (ConfigError if done.known else RunError)(done.reason)
         found, invalid, facts = done.value
         if invalid and (not skip_invalid or len(invalid) == len(found)):
             lines = [f"{name}: {reason}" for name, reason in invalid.items()]
