@@ -168,9 +168,10 @@ class Forked:
 
 
 def fork_what_it_starts() -> None:
-    """Fork from this process whatever a certificate starts in it."""
+    """Fork from this process whatever a certificate or a study starts in it."""
     module: Any = importlib.import_module("loralab.artefacts.certificate")
     module.subprocess = Subprocess(multiprocessing.get_context("fork"))
+    importlib.import_module("loralab.studies.executor").START = "fork"  # type: ignore[attr-defined]
 
 
 def _stream(asked: Any, mode: str, stack: contextlib.ExitStack) -> tuple[IO[Any] | None, Any]:
