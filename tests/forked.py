@@ -169,9 +169,10 @@ class Forked:
 
 def fork_what_it_starts() -> None:
     """Fork from this process whatever a certificate or a study starts in it."""
-    module: Any = importlib.import_module("loralab.artefacts.certificate")
-    module.subprocess = Subprocess(multiprocessing.get_context("fork"))
-    importlib.import_module("loralab.studies.executor").START = "fork"  # type: ignore[attr-defined]
+    certificate: Any = importlib.import_module("loralab.artefacts.certificate")
+    certificate.subprocess = Subprocess(multiprocessing.get_context("fork"))
+    executor: Any = importlib.import_module("loralab.studies.executor")
+    executor.START = "fork"
 
 
 def _stream(asked: Any, mode: str, stack: contextlib.ExitStack) -> tuple[IO[Any] | None, Any]:
