@@ -172,7 +172,7 @@ def fork_what_it_starts() -> None:
     certificate: Any = importlib.import_module("loralab.artefacts.certificate")
     certificate.subprocess = Subprocess(multiprocessing.get_context("fork"))
     executor: Any = importlib.import_module("loralab.studies.executor")
-    executor.START = "fork"
+    executor.CONTEXT = multiprocessing.get_context("fork")
 
 
 def _stream(asked: Any, mode: str, stack: contextlib.ExitStack) -> tuple[IO[Any] | None, Any]:

@@ -32,7 +32,7 @@ from loralab.errors import LoralabError
 from loralab.studies import store
 from loralab.studies.study import Trial
 
-START = "forkserver"  # a method of multiprocessing
+CONTEXT = multiprocessing.get_context("forkserver")
 PRELOADED = ("loralab.studies.trained", "loralab.studies.prepare")
 INTERRUPTED = 128 + signal.SIGINT
 GRACE_SECONDS = 20  # for an interrupted trial to write a checkpoint
@@ -82,10 +82,9 @@ class Here:
         with atomic.explained(self._log):
             self._log.open("ab").close()
         around = (self._log, self._threads or torch.get_num_threads(), {**os.environ, **environment()})
-        context = multiprocessing.get_context(START)
-        context.set_forkserver_preload(list(PRELOADED))
-        ours, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=_work, args=(job, given, theirs, around))
+        CONTEXT.set_forkserver_preload(list(PRELOADED))
+        ours, theirs = CONTEXT.Pipe(duplex=False)
+        process = CONTEXT.Process(target=_work, args=(job, given, theirs, around))
         done = None
         with ours:
             try:
