@@ -36,7 +36,7 @@ GRADIENT_TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16:
 # how far other tokens may move the logits of earlier ones, of how far they move their own: experts
 # whose rows change their places round otherwise
 LOOKAHEAD_TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.01}
-MIN_LANE_TOKENS = 128  # fewer pay for reading all weights once more
+MIN_LANE_TOKENS = 256  # fewer pay for reading all weights once more
 MIN_BALANCE = 0.8  # tokens of a mean lane, as a share of the fullest one's
 CUTTABLE_KINDS = ("causal-lm", "sequence-classification", "token-classification")  # rows do not meet
 
