@@ -42,9 +42,9 @@ VERSIONS = ("torch", "transformers", "peft")
 RANK, RATE, STEPS = 4, 1e-2, 2
 TOLERANCE = 1e-4  # relative to the largest output; sums in another order
 MIN_SIDE = 16  # of a matrix that could be a layer: widths are larger, states and heads smaller
-PEFT = """Where the sizes of experts differ in peft: it takes `gate_proj`, `up_proj` and `down_proj` among the targets for
-those of experts, as transformers 4 had them, doubles the rank of `gate_up_proj` and adapts no dense layer of these names.
-An adapter of the experts alone is read as it is (`--target-modules experts`)."""
+PEFT = """Where the sizes of experts differ in peft: among the targets it takes `gate_proj`, `up_proj` and `down_proj`
+for those of experts, as transformers 4 had them, doubles the rank of `gate_up_proj` and adapts no dense layer of
+these names. An adapter of the experts alone is read as it is (`--target-modules experts`)."""
 HEADS = ("lm_head", "head", "classifier", "score")
 
 
