@@ -7,11 +7,10 @@ import asyncio
 import functools
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
@@ -30,6 +29,7 @@ from loralab.serving.gate import Gate, HeadAsGet, Hosts
 from loralab.serving.keys import Key, Keys
 from loralab.serving.metrics import CONTENT_TYPE
 from loralab.serving.origins import Origins
+from loralab.serving.page.routes import add_page
 from loralab.serving.request import Answer, Ranked
 from loralab.serving.settings import Limits
 from loralab.serving.tool_calls import ToolParser
@@ -38,19 +38,9 @@ if TYPE_CHECKING:
     from loralab.serving.engine import Engine
     from loralab.serving.store import AdapterInfo
 
-PAGE = Path(__file__).with_name("page.html")
 DIGEST_HEADER, WARNING_HEADER = "X-Loralab-Digest", "X-Loralab-Warning"
 CLIENT_GONE = 499
 STORE_FIELDS = {"name": "lora_name", "path": "lora_path"}  # what vLLM calls them
-# the page is one file and asks this server alone; nothing else may be loaded into it
-PAGE_HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; "
-    "script-src 'unsafe-inline'; connect-src 'self'; img-src data: blob:; base-uri 'none'; "
-    "form-action 'none'; frame-ancestors 'none'",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-cache",
-}
 
 
 def build_app(
@@ -76,6 +66,7 @@ def build_app(
     app.add_middleware(Gate, hosts=hosts or Hosts())
     app.add_middleware(HeadAsGet)  # the outermost
     _add_errors(app)
+    add_page(app, service)
     _add_state(app, service)
     _add_generation(app, service)
     _add_store(app, service)
@@ -113,10 +104,6 @@ def _add_errors(app: FastAPI) -> None:
 def _add_state(app: FastAPI, service: Service) -> None:
     """Add the routes that report on the server."""
     engine = service.engine
-
-    @app.get("/", include_in_schema=False)
-    async def page() -> Response:
-        return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers=PAGE_HEADERS)
 
     @app.get("/openapi.json")
     async def openapi() -> Response:

@@ -189,7 +189,7 @@ class RequestBuilder:
         """Return the classes that the adapter, or the base's own head, was trained on."""
         if entry is None:
             return Task(name=self._base.name, format="text-label", splits={}, labels=self._base_labels())
-        return _task_of(entry)
+        return task_of(entry)
 
     def _base_labels(self) -> tuple[str, ...]:
         config = self._base.model.config
@@ -241,7 +241,12 @@ def _origin(entry: AdapterInfo | None) -> dict[str, Any]:
     return {"adapter": entry.name, "digest": entry.digest, "parts": entry.parts}
 
 
-def _task_of(entry: AdapterInfo) -> Task:
+def task_of(entry: AdapterInfo) -> Task:
+    """Return the classes that an adapter was trained to tell apart, without rows.
+
+    Raises:
+        DataError: it has none, or they are of pairs.
+    """
     if not entry.labels:
         raise DataError(f"{entry.name} was not trained to tell classes apart; it has no labels", code="no_labels")
     if entry.form == "pair-label":
