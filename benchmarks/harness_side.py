@@ -8,6 +8,7 @@ for each adapter and task the log-likelihoods of the choices of each row. Import
 import json
 import sys
 import time
+from pathlib import Path
 
 import lm_eval
 from lm_eval.tasks import TaskManager
@@ -17,19 +18,21 @@ BATCH, CONCURRENT = 16, 4
 
 def main(side, request, answer):
     """Score every adapter, one after the other."""
-    with open(request, encoding="utf-8") as file:
-        asked = json.load(file)
+    asked = json.loads(Path(request).read_text(encoding="utf-8"))
     manager = TaskManager(include_path=asked["include"])
     found, started = {}, time.perf_counter()
     for name, folder in asked["adapters"].items():
         if side == "server":
-            model, options = "local-completions", {
-                "model": name,
-                "base_url": f"{asked['url']}/v1/completions",
-                "tokenizer": asked["model"],
-                "num_concurrent": CONCURRENT,
-                "max_length": 512,
-            }
+            model, options = (
+                "local-completions",
+                {
+                    "model": name,
+                    "base_url": f"{asked['url']}/v1/completions",
+                    "tokenizer": asked["model"],
+                    "num_concurrent": CONCURRENT,
+                    "max_length": 512,
+                },
+            )
         else:
             model, options = "hf", {"pretrained": asked["model"], "peft": folder, "dtype": "float32", "device": "cpu"}
         results = lm_eval.simple_evaluate(
@@ -47,8 +50,9 @@ def main(side, request, answer):
             for task, rows in results["samples"].items()
         }
     taken = time.perf_counter() - started
-    with open(answer, "w", encoding="utf-8") as file:
-        json.dump({"seconds": taken, "answers": found, "lm_eval": lm_eval.__version__}, file)
+    Path(answer).write_text(
+        json.dumps({"seconds": taken, "answers": found, "lm_eval": lm_eval.__version__}), encoding="utf-8"
+    )
 
 
 def in_order(rows):

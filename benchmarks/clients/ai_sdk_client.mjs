@@ -4,10 +4,9 @@ import { createRequire } from "node:module";
 import { pathToFileURL } from "node:url";
 
 const require = createRequire(pathToFileURL(`${process.env.CLIENTS_NODE}/package.json`));
-const load = (name) => import(pathToFileURL(require.resolve(name)));
-const { generateText, streamText, Output, tool } = await load("ai");
-const { createOpenAICompatible } = await load("@ai-sdk/openai-compatible");
-const { z } = await load("zod");
+const { generateText, streamText, Output, tool } = require("ai");
+const { createOpenAICompatible } = require("@ai-sdk/openai-compatible");
+const { z } = require("zod");
 
 const [url, base, adapter, other] = process.argv.slice(2);
 const provider = createOpenAICompatible({ name: "loralab", baseURL: `${url}/v1`, supportsStructuredOutputs: true });

@@ -2,14 +2,15 @@
 
 import sys
 from importlib.metadata import version
+from typing import Literal
 
 import instructor
 import openai
-from pydantic import BaseModel, Field
+from pydantic import BaseModel
 
 
 class Person(BaseModel):
-    name: str = Field(max_length=12)
+    name: Literal["Ada", "Bob"]
     grown: bool
 
 

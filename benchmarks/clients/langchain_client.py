@@ -2,6 +2,7 @@
 
 import sys
 from importlib.metadata import version
+from typing import Literal
 
 from langchain_openai import ChatOpenAI
 from pydantic import BaseModel
@@ -10,8 +11,8 @@ from pydantic import BaseModel
 class Weather(BaseModel):
     """The weather of a city."""
 
-    city: str
-    days: int
+    city: Literal["Oslo", "Rome"]
+    days: Literal[1, 2, 3]
 
 
 url, base, adapter, other = sys.argv[1:]

@@ -3,13 +3,14 @@
 import json
 import sys
 from importlib.metadata import version
+from typing import Literal
 
 import litellm
 from pydantic import BaseModel
 
 
 class Answer(BaseModel):
-    name: str
+    name: Literal["Ada", "Bob"]
     likes: bool
 
 

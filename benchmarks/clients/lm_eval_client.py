@@ -28,10 +28,7 @@ with tempfile.TemporaryDirectory() as place:
     options = {"model": adapter, "tokenizer": tokenizer, "num_concurrent": 2, "max_length": 512}
     own = {"task_manager": manager, "bootstrap_iters": 0, "batch_size": 2}
     found = lm_eval.simple_evaluate(
-        model="local-completions",
-        model_args={**options, "base_url": f"{url}/v1/completions"},
-        tasks=[*KINDS],
-        **own,
+        model="local-completions", model_args={**options, "base_url": f"{url}/v1/completions"}, tasks=[*KINDS], **own
     )
     assert all(found["results"][name] for name in KINDS)
     chat = lm_eval.simple_evaluate(

@@ -1,13 +1,14 @@
 """OpenAI's own client: openai_client.py URL BASE ADAPTER OTHER."""
 
 import sys
+from typing import Literal
 
 import openai
 from pydantic import BaseModel
 
 
 class Answer(BaseModel):
-    name: str
+    name: Literal["Ada", "Bob"]
     likes: bool
 
 

@@ -9,8 +9,6 @@ import pytest
 import torch
 from artefacts.conftest import MakeAdapter
 
-
-
 from loralab.adapters.attach import attach
 from loralab.adapters.methods import LoRA, Method, Prefix
 from loralab.artefacts.audit import engines
@@ -25,8 +23,6 @@ from loralab.cli import run
 from loralab.errors import AdapterFileError, ConfigError
 from loralab.models import load as models
 from loralab.serving.audit_answers import answer
-
-
 
 METHODS: dict[str, Method] = {
     "plain": LoRA(rank=2),
@@ -151,7 +147,7 @@ def test_who_is_not_installed_is_named_and_who_fails_is_not_taken_for_wrong(
 
 
 def test_a_prefix_is_compared_too(make_adapter: MakeAdapter, tiny_llama_folder: Path) -> None:
-    report = audit(make_adapter(tiny_llama_folder, Prefix(num_virtual_tokens=3)), engines=["ours", "peft"])
+    report = audit(make_adapter(tiny_llama_folder, Prefix(tokens=3)), engines=["ours", "peft"])
     assert [own.verdict for own in report.engines] == [AGREES, AGREES]
 
 
@@ -169,10 +165,7 @@ def test_the_command_writes_its_report(
 
 def test_wrong_input_is_refused(make_adapter: MakeAdapter, tiny_llama_folder: Path, tmp_path: Path) -> None:
     adapter = make_adapter(tiny_llama_folder)
-    for options, code in (
-        ({"engines": ["sglang"]}, "unknown_engine"),
-        ({"engines": []}, "missing_option"),
-    ):
+    for options, code in (({"engines": ["sglang"]}, "unknown_engine"), ({"engines": []}, "missing_option")):
         with pytest.raises(ConfigError) as caught:
             audit(adapter, **options)  # type: ignore[arg-type]
         assert caught.value.code == code

@@ -107,7 +107,9 @@ def audit(
     adapter: AdapterPath,
     base: Annotated[str | None, typer.Option(help="the base model; the one that the adapter names if left out")] = None,
     engines: Annotated[str, typer.Option(help="whom to ask, with commas")] = "ours,peft,vllm,llama.cpp",
-    data: Annotated[str | None, typer.Option(help="rows whose prompts are asked; the adapter's own if left out")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="rows whose prompts are asked; the adapter's own if left out")
+    ] = None,
     precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16, that the engines compute in")] = "fp32",
     output: Annotated[Path | None, typer.Option(help="a folder for audit.html and audit.json")] = None,
     json_: Json = False,

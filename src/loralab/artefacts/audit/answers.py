@@ -99,6 +99,5 @@ def read_answers(arrays: dict[str, Any]) -> Answers:
     """Return answers from the arrays "values" and, unless the whole vocabulary is told, "indices"."""
     indices = arrays.get("indices")
     return Answers(
-        values=torch.as_tensor(arrays["values"]),
-        indices=None if indices is None else torch.as_tensor(indices).long(),
+        values=torch.as_tensor(arrays["values"]), indices=None if indices is None else torch.as_tensor(indices).long()
     )

@@ -8,11 +8,15 @@ import importlib.util
 import json
 import sys
 import urllib.request
+from pathlib import Path
+from typing import Any
 
 import numpy
 
+Rows = list[list[tuple[int, float]]]
 
-def by_bindings(asked):
+
+def by_bindings(asked: dict[str, Any]) -> Rows:
     """Return rows of (token, log-probability), through llama_cpp."""
     import llama_cpp
 
@@ -38,7 +42,7 @@ def by_bindings(asked):
     return rows
 
 
-def by_server(asked):
+def by_server(asked: dict[str, Any]) -> Rows:
     """Return the same through xllamacpp's server, which tells the token after a prompt alone."""
     import xllamacpp
 
@@ -59,17 +63,18 @@ def by_server(asked):
                 "cache_prompt": True,
             }
             request = urllib.request.Request(
-                server.listening_address + "/completion", json.dumps(body).encode(), {"Content-Type": "application/json"}
+                server.listening_address + "/completion",
+                json.dumps(body).encode(),
+                {"Content-Type": "application/json"},
             )
             told = json.load(urllib.request.urlopen(request))["completion_probabilities"][0]["top_logprobs"]
             rows.append([(token["id"], token["logprob"]) for token in told])
     return rows
 
 
-def main(request, answer):
+def main(request: str, answer: str) -> None:
     """Compute and write."""
-    with open(request, encoding="utf-8") as file:
-        asked = json.load(file)
+    asked = json.loads(Path(request).read_text(encoding="utf-8"))
     rows = by_bindings(asked) if importlib.util.find_spec("llama_cpp") else by_server(asked)
     width = min(map(len, rows))
     numpy.savez(

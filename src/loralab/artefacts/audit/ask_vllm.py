@@ -6,6 +6,7 @@ tokens that are told of each place). ANSWER becomes npz: values and indices (P, 
 
 import json
 import sys
+from pathlib import Path
 
 import numpy
 
@@ -15,8 +16,7 @@ def main(request: str, answer: str) -> None:
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
-    with open(request, encoding="utf-8") as file:
-        asked = json.load(file)
+    asked = json.loads(Path(request).read_text(encoding="utf-8"))
     dtypes = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
     options = {"enable_lora": True, "max_lora_rank": asked["rank"]} if asked["adapter"] else {}
     llm = LLM(

@@ -170,9 +170,7 @@ def _verdict(
     return replace(start, verdict=AGREES if own.within(most) else DIFFERS, distance=own, allowed=most)
 
 
-def _explained(
-    own: EngineVerdict, found: Answers, load: Load, alone: Question, reference: Reference
-) -> EngineVerdict:
+def _explained(own: EngineVerdict, found: Answers, load: Load, alone: Question, reference: Reference) -> EngineVerdict:
     """Say what an engine that differs has most likely computed.
 
     Args:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -73,6 +74,7 @@ def _ours(question: Question) -> Answers:
 
 
 def _peft(question: Question) -> Answers:
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it; it warns of kernels not needed
     from peft import PeftModel
 
     base = models.load(question.base, kind=models.natural_kind(question.base), dtype=_dtype(question))
