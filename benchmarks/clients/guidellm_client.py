@@ -1,4 +1,4 @@
-"""guidellm: guidellm_client.py URL BASE ADAPTER OTHER TOKENIZER. Ends well when all requests fail: its report is read."""
+"""guidellm: guidellm_client.py URL BASE ADAPTER OTHER TOKENIZER. It ends well when all fail: its report is read."""
 
 import json
 import subprocess

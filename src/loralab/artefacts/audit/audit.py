@@ -22,8 +22,8 @@ from loralab.tasks.given import read
 from loralab.tasks.samples import SAMPLES, TOKENS, sample_inputs
 from loralab.values import check_choice
 
-# In KL, so a factor of three in the logits. Real engines were at most 1.5 times as far as the farthest honest way in the
-# mean and 3.5 times at the worst position (docs/engines.md); a tenth of a typical update left out is 100 times as far.
+# In KL, so a factor of three in the logits. Real engines were at most 1.5 times as far as the farthest honest way
+# in the mean, and 3.5 times at the worst position (docs/engines.md).
 MARGIN = 10.0
 Listener = Callable[[str], None]
 
