@@ -12,12 +12,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
+import httpx
 import torch
 from sides import parser, table
 
@@ -157,6 +159,16 @@ def write_base(place: Path) -> None:
         adapter.detach()
 
 
+def make_structures(url: str, model: str) -> None:
+    """Let the server make what structures need of its tokenizer: on a busy machine that takes seconds, once."""
+    messages = [{"role": "user", "content": "?"}]
+    body = {"model": model, "messages": messages, "max_tokens": 1, "response_format": {"type": "json_object"}}
+    for _ in range(4):
+        if httpx.post(f"{url}/v1/chat/completions", json=body, timeout=LIMIT).status_code == 200:
+            return
+        time.sleep(5)
+
+
 @contextmanager
 def server(place: Path) -> Iterator[dict[str, str]]:
     """Serve the two adapters; yields what commands are filled in with."""
@@ -166,6 +178,7 @@ def server(place: Path) -> Iterator[dict[str, str]]:
     try:
         assert process.stdout is not None
         told = json.loads(process.stdout.readline())
+        make_structures(told["url"].rstrip("/"), told["model"])
         yield {
             "url": told["url"].rstrip("/"),
             "base": told["model"],
