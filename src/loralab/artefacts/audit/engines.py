@@ -30,7 +30,8 @@ from loralab.models.source import resolve
 from loralab.models.tokens import add_tokens
 from loralab.tasks.samples import MAX_POSITIONS
 
-MOST_TOLD = 2048  # tokens of a place, by engines that tell them one by one
+MOST_TOLD = 2048  # tokens of a place, by llama.cpp, which tells them one by one
+MOST_BY_VLLM = 64  # each is an object of Python's on its way between processes
 HERE = Path(__file__).parent
 
 
@@ -95,7 +96,7 @@ def _vllm(question: Question) -> Answers:
         rank = next(size for size in (8, 16, 32, 64, 128, 256, 320, 512) if size >= max(ranks))
     config = models.configuration(question.base)
     asked = _asked(question, model=resolve(question.base), rank=rank, precision=question.precision)
-    asked["most"] = min(MOST_TOLD, config.get_text_config().vocab_size)
+    asked["most"] = min(MOST_BY_VLLM, config.get_text_config().vocab_size)
     return read_answers(_in_subprocess([_python_with("vllm")() or "", str(HERE / "ask_vllm.py")], asked, "npz"))
 
 
