@@ -18,7 +18,7 @@ from loralab.adapters.methods import LoRA
 from loralab.models.load import Base
 from loralab.models.load import load as load_base
 from loralab.serving.api import build_app
-from loralab.serving.engine import Engine
+from loralab.serving.text_engine import TextEngine
 from loralab.serving.keys import Keys
 from loralab.serving.listener import Listener, address, open_socket
 from loralab.serving.opening import open_engine
@@ -36,7 +36,7 @@ class Live:
     """A server: where it listens, its engine, and what lies below it."""
 
     where: str
-    engine: Engine
+    engine: TextEngine
     store: Path
     model: Path
     base: Base

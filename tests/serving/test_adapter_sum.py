@@ -21,11 +21,11 @@ from loralab.adapters.load import load as load_adapter
 from loralab.adapters.methods import LoRA
 from loralab.errors import AdapterNotFoundError, ConfigError
 from loralab.serving.adapter_sum import digest_of_sum, parse_sum, stack
-from loralab.serving.engine import Engine
+from loralab.serving.text_engine import TextEngine
 from loralab.serving.keys import Key, Keys
 from loralab.serving.request import AdapterPart, Sampling
 
-Open = Callable[..., Engine]
+Open = Callable[..., TextEngine]
 GREEDY = Sampling(max_tokens=6, temperature=0, ignore_eos=True)
 PROMPTS = ([5, 9, 31], [7] * 20, [4, 80, 12, 9, 3])
 

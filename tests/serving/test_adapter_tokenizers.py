@@ -15,7 +15,7 @@ from serving.served import listening
 from loralab.adapters.methods import LoRA
 from loralab.cli.vllm import say_differing
 from loralab.errors import BaseMismatchWarning
-from loralab.serving.engine import Engine
+from loralab.serving.text_engine import TextEngine
 from loralab.serving.opening import open_engine
 from loralab.serving.request import Sampling
 from loralab.serving.settings import ServeSettings
@@ -42,7 +42,7 @@ def mixed(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def engine(world: World, mixed: Path) -> Iterator[Engine]:
+def engine(world: World, mixed: Path) -> Iterator[TextEngine]:
     settings = ServeSettings(precision="fp32", cache_memory="2MB")
     engine = open_engine(model=str(world.folder), store=mixed, settings=settings)
     yield engine
@@ -55,7 +55,7 @@ def engine(world: World, mixed: Path) -> Iterator[Engine]:
 )
 @pytest.mark.filterwarnings("ignore::loralab.errors.BaseMismatchWarning")
 def test_a_chat_is_written_and_ended_as_in_training(
-    engine: Engine, name: str, template: str | None, stops: set[str]
+    engine: TextEngine, name: str, template: str | None, stops: set[str]
 ) -> None:
     tokenizer = engine.tokenizer(engine.store.entry(name))
     assert tokenizer.chat_template == template
@@ -64,7 +64,7 @@ def test_a_chat_is_written_and_ended_as_in_training(
     assert engine.base.tokenizer.chat_template == CHAT
 
 
-def test_what_differs_is_said_once_for_each_adapter(engine: Engine, mixed: Path) -> None:
+def test_what_differs_is_said_once_for_each_adapter(engine: TextEngine, mixed: Path) -> None:
     shutil.copytree(mixed / "own", mixed / "twin", dirs_exist_ok=True)
     entries = [engine.store.entry(name) for name in ("same", "silent", "own", "plain")]
     with warnings.catch_warnings(record=True) as caught:
@@ -78,7 +78,7 @@ def test_what_differs_is_said_once_for_each_adapter(engine: Engine, mixed: Path)
 
 
 def test_vllm_which_asks_all_alike_names_those_that_learnt_otherwise(
-    engine: Engine, world: World, capsys: pytest.CaptureFixture[str]
+    engine: TextEngine, world: World, capsys: pytest.CaptureFixture[str]
 ) -> None:
     say_differing(engine.store.entries(), str(world.folder), "base")
     said = capsys.readouterr().err
@@ -86,7 +86,7 @@ def test_vllm_which_asks_all_alike_names_those_that_learnt_otherwise(
 
 
 @pytest.mark.filterwarnings("ignore::loralab.errors.BaseMismatchWarning")
-def test_over_http_each_adapter_gets_its_own_prompt(engine: Engine) -> None:
+def test_over_http_each_adapter_gets_its_own_prompt(engine: TextEngine) -> None:
     engine.start()
     with listening(engine, None, None) as where:
         for name in ("same", "own", "plain"):

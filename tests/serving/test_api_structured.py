@@ -14,9 +14,9 @@ from serving.conftest import World
 from serving.served import listening
 from serving.talk import post
 
-from loralab.serving.engine import Engine
+from loralab.serving.text_engine import TextEngine
 
-Open = Callable[..., Engine]
+Open = Callable[..., TextEngine]
 SCHEMA = {
     "type": "object",
     "properties": {"n": {"type": "integer", "minimum": 0, "maximum": 99}},
@@ -37,7 +37,7 @@ class Film(BaseModel):
 
 
 @pytest.fixture
-def engine(opened: Open, byte_world: World) -> Engine:
+def engine(opened: Open, byte_world: World) -> TextEngine:
     engine = opened(of=byte_world)
     engine.start()
     return engine
@@ -54,7 +54,7 @@ def text_of(engine: Any, path: str, **fields: Any) -> str:
 
 
 @pytest.mark.parametrize("path", ["completions", "chat/completions"])
-def test_every_kind_of_structure(path: str, engine: Engine) -> None:
+def test_every_kind_of_structure(path: str, engine: TextEngine) -> None:
     formatted = {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA, "strict": True}}
     for fields in (
         {"response_format": formatted},
@@ -70,7 +70,7 @@ def test_every_kind_of_structure(path: str, engine: Engine) -> None:
     assert isinstance(json.loads(text_of(engine, path, **biased)), dict)
 
 
-def test_the_openai_client_parses_a_model(engine: Engine) -> None:
+def test_the_openai_client_parses_a_model(engine: TextEngine) -> None:
     with listening(engine, None, None) as where, openai.OpenAI(base_url=where + "/v1", api_key="none") as client:
         for model in ("lora", "dora", "prefix"):
             done = client.chat.completions.parse(

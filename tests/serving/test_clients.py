@@ -19,7 +19,7 @@ from loralab.adapters.attach import attach
 from loralab.adapters.methods import LoRA
 from loralab.models.load import load
 from loralab.serving.api import build_app
-from loralab.serving.engine import Engine
+from loralab.serving.text_engine import TextEngine
 from loralab.serving.listener import Listener, address, open_socket
 from loralab.serving.opening import open_engine
 from loralab.serving.settings import ServeSettings
@@ -41,7 +41,7 @@ SMOL = {
 
 
 @contextmanager
-def listening(engine: Engine) -> Iterator[str]:
+def listening(engine: TextEngine) -> Iterator[str]:
     """Serve an engine with its model at an address, until the block ends."""
     opened, ready = open_socket("127.0.0.1", 0), threading.Event()
     listener = Listener(build_app(engine, keys=None), opened, ready.set)

@@ -95,7 +95,7 @@ def test_any_causal_model_is_served(name: str, save_tiny: Saver, tmp_path: Path)
     engine = open_engine(
         model=str(folder), store=tmp_path, settings=ServeSettings(precision="fp32", cache_memory="1MB", step_tokens=9)
     )
-    assert engine._model.names[-1] == TAKEN[name], engine._model.refused
+    assert engine._runner.names[-1] == TAKEN[name], engine._runner.refused
     asked = [[5, 6, 7], list(range(3, 25)), [9]]
     names = [None, *methods]
     jobs = [(own, prompt) for own in names for prompt in asked]

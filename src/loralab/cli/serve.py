@@ -137,15 +137,19 @@ def _say_ready(found: "ServerInfo", where: str, with_keys: bool, as_json: bool) 
         print(f"left out: {name}: {reason}")
     for way, reason in found.slower.items():
         print(f"slower than it could be: no {way} step, as {reason}")
-    print(_example(found.kind, where, (adapters or [base])[0], with_keys), flush=True)
+    print(_example(found, where, (adapters or [base])[0], with_keys), flush=True)
 
 
-def _example(kind: str, where: str, model: str, with_keys: bool) -> str:
+def _example(found: "ServerInfo", where: str, model: str, with_keys: bool) -> str:
     """Return a command that asks something."""
     key = " -H 'Authorization: Bearer KEY'" if with_keys else ""
-    path, body = "chat/completions", {"messages": [{"role": "user", "content": "Hello"}]}
-    if kind != "causal-lm":
-        text: Any = {"image": "BASE64"} if kind == "image-classification" else "Hello"
-        path, body = "classify", {"input": text}
+    bodies: dict[str, Any] = {
+        "chat": {"messages": [{"role": "user", "content": "Hello"}]},
+        "classify": {"input": {"image": "BASE64"} if found.kind == "image-classification" else "Hello"},
+        "embeddings": {"input": "Hello"},
+        "score": {"text_1": "Hello", "text_2": "Good morning"},
+    }
+    what = next((what for what in bodies if what in found.capabilities), "classify")
+    path, body = "chat/completions" if what == "chat" else what, bodies[what]
     content = json.dumps({"model": model, **body}, ensure_ascii=False)
     return f"curl {where}/v1/{path}{key} -H 'Content-Type: application/json' -d '{content}'"

@@ -6,7 +6,6 @@ Needs the extra `serve`.
 import asyncio
 import functools
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +16,13 @@ from starlette.requests import ClientDisconnect
 
 from loralab.errors import LoralabError
 from loralab.serving import api_shapes as shapes
+from loralab.serving.api_awaited import add_awaited
 from loralab.serving.api_description import description
 from loralab.serving.api_errors import MAX_ECHOED_CHARACTERS, ApiError, to_api_error
 from loralab.serving.api_messages import turns_of
-from loralab.serving.api_schemas import ChatBody, ClassifyBody, CompletionBody, LoadBody, UnloadBody
-from loralab.serving.api_service import Service
+from loralab.serving.api_prompts import Prompts
+from loralab.serving.api_schemas import ChatBody, CompletionBody, LoadBody, UnloadBody
+from loralab.serving.api_service import Service, digest_header
 from loralab.serving.api_shapes import ChatShape, CompletionShape
 from loralab.serving.api_stream import ClientGoneError, EventStream, Gathered, guarded
 from loralab.serving.api_tools import forced, parser_of, tools_by_name
@@ -30,16 +31,17 @@ from loralab.serving.gate import Gate, HeadAsGet, Hosts
 from loralab.serving.keys import Key, Keys
 from loralab.serving.metrics import CONTENT_TYPE
 from loralab.serving.origins import Origins
-from loralab.serving.request import Answer, Ranked
+from loralab.serving.request import Answer
 from loralab.serving.settings import Limits
 from loralab.serving.tool_calls import ToolParser
 
 if TYPE_CHECKING:
-    from loralab.serving.engine import Engine
+    from loralab.serving.opening import AnyEngine
     from loralab.serving.store import AdapterInfo
+    from loralab.serving.text_engine import TextEngine
 
 PAGE = Path(__file__).with_name("page.html")
-DIGEST_HEADER, WARNING_HEADER = "X-Loralab-Digest", "X-Loralab-Warning"
+WARNING_HEADER = "X-Loralab-Warning"
 CLIENT_GONE = 499
 STORE_FIELDS = {"name": "lora_name", "path": "lora_path"}  # what vLLM calls them
 # the page is one file and asks this server alone; nothing else may be loaded into it
@@ -54,7 +56,7 @@ PAGE_HEADERS = {
 
 
 def build_app(
-    engine: "Engine",
+    engine: "AnyEngine",
     *,
     keys: Keys | None,
     limits: Limits | None = None,
@@ -78,6 +80,7 @@ def build_app(
     _add_errors(app)
     _add_state(app, service)
     _add_generation(app, service)
+    add_awaited(app, service)
     _add_store(app, service)
     return app
 
@@ -158,85 +161,78 @@ def _add_state(app: FastAPI, service: Service) -> None:
     async def model(name: str, request: Request) -> Response:
         entry = await service.model(name, service.key(request))
         entries = [] if entry is None else [entry]
-        engine = service.engine
-        found = shapes.models_json(service.base_id, engine.base.kind, engine.context, entries, service.started)
-        return JSONResponse(found["data"][-1])
+        return JSONResponse(_models_json(service, entries)["data"][-1])
 
 
 async def _models(service: Service, key: Key | None) -> dict[str, Any]:
-    engine, entries = service.engine, await service.visible(key)
-    found = shapes.models_json(service.base_id, engine.base.kind, engine.context, entries, service.started)
+    found = _models_json(service, await service.visible(key))
     if key is not None and not key.base:
         found["data"] = found["data"][1:]
     return found
 
 
+def _models_json(service: Service, entries: Sequence["AdapterInfo"]) -> dict[str, Any]:
+    engine = service.engine
+    return shapes.models_json(
+        service.base_id, engine.base.kind, engine.context, entries, service.started, engine.capabilities
+    )
+
+
 def _add_generation(app: FastAPI, service: Service) -> None:
-    """Add completions, chats and classification."""
+    """Add completions and chats."""
+    prompts = Prompts(service)
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
-        key = _authorise(service, request)
+        key = service.authorise(request)
         body = await service.body(request, CompletionBody)
-        entry = await _generating_adapter(service, body.model, key)
+        entry = await _generating_adapter(service, "completions", body.model, key)
         given = body.prompts()
-        _require_some(service, len(given) * (body.n or 1), "prompt")
-        prompts = [await service.text_ids(prompt) for prompt in given]
-        return await _answer(service, request, body, entry, key, prompts)
+        service.require_some(len(given) * (body.n or 1), "prompt", service.limits.inputs)
+        ids = [await prompts.text_ids(prompt) for prompt in given]
+        return await _answer(prompts, request, body, entry, key, ids)
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
-        key = _authorise(service, request)
+        key = service.authorise(request)
         body = await service.body(request, ChatBody)
-        entry = await _generating_adapter(service, body.model, key)
+        entry = await _generating_adapter(service, "chat", body.model, key)
         try:
-            tokenizer = service.engine.tokenizer(entry)
+            tokenizer = prompts.engine.tokenizer(entry)
             tools = tools_by_name(body.tools, body.tool_choice)
             parser = parser_of(tokenizer, tools) if tools else None
-            ids = await service.chat_ids(turns_of(body.messages, tokenizer), entry, list(tools.values()))
+            ids = await prompts.chat_ids(turns_of(body.messages, tokenizer), entry, list(tools.values()))
         except LoralabError as error:
             raise to_api_error(error, "messages") from None
-        return await _answer(service, request, body, entry, key, [ids], parser)
-
-    @app.post("/v1/classify")
-    async def classify(request: Request) -> Response:
-        key = _authorise(service, request)
-        return await _classify(service, request, await service.body(request, ClassifyBody), key)
-
-
-def _authorise(service: Service, request: Request) -> Key | None:
-    """Return the key of a request to an engine that works."""
-    key = service.key(request)
-    service.require_working()
-    return key
+        return await _answer(prompts, request, body, entry, key, [ids], parser)
 
 
 async def _answer(
-    service: Service,
+    prompts: Prompts,
     request: Request,
     body: CompletionBody | ChatBody,
     entry: "AdapterInfo | None",
     key: Key | None,
-    prompts: Sequence[Sequence[int]],
+    given: Sequence[Sequence[int]],
     parser: ToolParser | None = None,
 ) -> Response:
     """Return the answers to some prompts, `n` each, whole or as a stream."""
-    param = "prompt" if isinstance(body, CompletionBody) else "messages"
-    choices, structure = body.n or 1, await service.structure(_grammar(body, parser), entry)
+    service, param = prompts.service, "prompt" if isinstance(body, CompletionBody) else "messages"
+    choices, structure = body.n or 1, await prompts.structure(_grammar(body, parser), entry)
     asked = [
-        (ids, body.sampling(service.max_answer_tokens(ids, entry, param), choice))
-        for ids in prompts
+        (ids, body.sampling(prompts.max_answer_tokens(ids, entry, param), choice))
+        for ids in given
         for choice in range(choices)
     ]
     grant = service.admit(key, sum(len(ids) + sampling.max_tokens for ids, sampling in asked))
     try:
-        answers = _submit_all(service, asked, entry, structure)
+        answers = _submit_all(prompts.engine, asked, entry, structure)
     except LoralabError as error:
         service.settle(grant, 0)
         raise to_api_error(error, param, fields={name: name for name in type(body).model_fields}) from None
     gathered = Gathered(answers, lambda tokens: service.settle(grant, tokens))
     make = CompletionShape if isinstance(body, CompletionBody) else functools.partial(ChatShape, parser=parser)
-    read = sum(map(len, prompts)) if body.with_usage_so_far else None
+    read = sum(map(len, given)) if body.with_usage_so_far else None
     shape = make(
         answers,
         model=body.model,
@@ -245,7 +241,7 @@ async def _answer(
         prompt_tokens=read,
         logprobs=asked[0][1].logprobs is not None,
     )
-    headers, seconds = _digest(answers[0].digest), service.limits.timeout
+    headers, seconds = digest_header(answers[0].digest), service.limits.timeout
     if warning := shapes.warning_of(answers):
         headers[WARNING_HEADER] = warning
     if body.stream:
@@ -270,7 +266,7 @@ def _grammar(body: CompletionBody | ChatBody, parser: ToolParser | None) -> Gram
 
 
 def _submit_all(
-    service: Service,
+    engine: "TextEngine",
     asked: Sequence[tuple[Sequence[int], Any]],
     entry: "AdapterInfo | None",
     structure: Compiled | None,
@@ -280,39 +276,12 @@ def _submit_all(
     try:
         for ids, sampling in asked:
             # the entry and not its name, which may stand for another one by now
-            answers.append(service.engine.submit(ids, adapter=entry, sampling=sampling, structure=structure))
+            answers.append(engine.submit(ids, adapter=entry, sampling=sampling, structure=structure))
     except BaseException:
         for answer in answers:
             answer.cancel()
         raise
     return answers
-
-
-async def _classify(service: Service, request: Request, body: ClassifyBody, key: Key | None) -> Response:
-    entry = await service.model(body.model, key)
-    engine = service.engine
-    given = body.inputs()
-    _require_some(service, len(given), "input")
-    for text in (one for one in given if isinstance(one, str)):
-        service.require_fitting(len(text), "input")
-    grant = service.admit(key, 0)
-    try:
-        waiting = await service.run_in_tokenizer_thread(lambda: engine.classify(given, adapter=entry))
-        ranked = await guarded(request.receive, _awaited(waiting), service.limits.timeout, cancel=waiting.cancel)
-    except LoralabError as error:
-        raise to_api_error(error, "input") from None
-    service.settle(grant, sum(one.tokens for one in ranked))
-    labels = () if entry is None else entry.labels
-    digest = None if entry is None else entry.digest
-    content = shapes.classification(body.model, entry, ranked, labels)
-    return JSONResponse(content, headers=_digest(digest))
-
-
-async def _awaited(future: "Future[list[Ranked]]") -> list[Ranked]:
-    try:
-        return await asyncio.wrap_future(future)
-    except asyncio.CancelledError:  # by the engine, as only an engine that stops does
-        raise ApiError(503, "the server stops; ask again later", code="stopping") from None
 
 
 def _add_store(app: FastAPI, service: Service) -> None:
@@ -328,7 +297,7 @@ def _add_store(app: FastAPI, service: Service) -> None:
             "lora_path",
         )
         text = f"Success: LoRA adapter '{entry.name}' added successfully."
-        return PlainTextResponse(text, headers=_digest(entry.digest))
+        return PlainTextResponse(text, headers=digest_header(entry.digest))
 
     @app.post("/v1/unload_lora_adapter")
     async def unload(request: Request) -> Response:
@@ -336,7 +305,7 @@ def _add_store(app: FastAPI, service: Service) -> None:
         body = await service.body(request, UnloadBody)
         entry = await _change_store(lambda: service.engine.store.unload(body.lora_name), "lora_name")
         text = f"Success: LoRA adapter '{entry.name}' removed successfully."
-        return PlainTextResponse(text, headers=_digest(entry.digest))
+        return PlainTextResponse(text, headers=digest_header(entry.digest))
 
 
 async def _change_store(work: Callable[[], "AdapterInfo"], param: str) -> "AdapterInfo":
@@ -347,24 +316,9 @@ async def _change_store(work: Callable[[], "AdapterInfo"], param: str) -> "Adapt
         raise to_api_error(error, param, fields=STORE_FIELDS) from None
 
 
-async def _generating_adapter(service: Service, name: str, key: Key | None) -> "AdapterInfo | None":
+async def _generating_adapter(service: Service, what: str, name: str, key: Key | None) -> "AdapterInfo | None":
     """Return the adapter that is asked to write; None is the base."""
     entry = await service.model(name, key)
-    if service.engine.base.kind != "causal-lm":
-        raise ApiError(400, f"{name} does not generate text; use /v1/classify", param="model")
+    service.require_capable(what, name, entry)
     await service.have_tokenizer(entry)
     return entry
-
-
-def _require_some(service: Service, count: int, param: str) -> None:
-    if not 1 <= count <= service.limits.inputs:
-        raise ApiError(
-            400,
-            f"{param}: from 1 to {service.limits.inputs} in one request, got {count}",
-            param=param,
-            code="invalid_value",
-        )
-
-
-def _digest(digest: str | None) -> dict[str, str]:
-    return {} if digest is None else {DIGEST_HEADER: digest}

@@ -225,7 +225,10 @@ class Classification(AnswerHead):
 
 
 class Model(BaseModel):
-    """The base, or an adapter, which has further fields: method, rank, task, labels, metrics."""
+    """The base, or an adapter, which has further fields: method, rank, task, labels, metrics.
+
+    `capabilities` are the endpoints that it can be asked at.
+    """
 
     id: str
     object: Literal["model"]
@@ -236,6 +239,7 @@ class Model(BaseModel):
     digest: str | None
     kind: str
     max_model_len: int
+    capabilities: list[str]
 
 
 class Models(Schema):

@@ -13,6 +13,7 @@ from pydantic.json_schema import models_json_schema
 
 import loralab
 from loralab.serving import api_answers as answers
+from loralab.serving import api_pooling as pooling
 from loralab.serving.api_body import Body
 from loralab.serving.api_messages import Message, TextPart
 from loralab.serving.api_schemas import ChatBody, ClassifyBody, CompletionBody, LoadBody, UnloadBody
@@ -46,12 +47,30 @@ ANSWER_SCHEMAS: tuple[type[BaseModel], ...] = (
     answers.Chat,
     answers.ChatChunk,
     answers.Classification,
+    pooling.EmbeddingList,
+    pooling.ScoreList,
+    pooling.Reranking,
     answers.Model,
     answers.Models,
     answers.Health,
     answers.StoreState,
 )
-BODY_SCHEMAS: tuple[type[Body], ...] = (CompletionBody, ChatBody, ClassifyBody, LoadBody, UnloadBody)
+BODY_SCHEMAS: tuple[type[Body], ...] = (
+    CompletionBody,
+    ChatBody,
+    ClassifyBody,
+    pooling.EmbeddingBody,
+    pooling.ScoreBody,
+    pooling.RerankBody,
+    LoadBody,
+    UnloadBody,
+)
+AWAITED: tuple[tuple[str, str, type[BaseModel], type[Body]], ...] = (
+    ("/v1/classify", "put inputs into classes", answers.Classification, ClassifyBody),
+    ("/v1/embeddings", "make vectors of texts", pooling.EmbeddingList, pooling.EmbeddingBody),
+    ("/v1/score", "score pairs of texts", pooling.ScoreList, pooling.ScoreBody),
+    ("/v1/rerank", "sort documents by their relevance", pooling.Reranking, pooling.RerankBody),
+)
 DIGEST = {
     "X-Loralab-Digest": {
         "description": "the digest of the adapter that answered; the base has none",
@@ -120,9 +139,10 @@ def _post_operations(keys: bool) -> Json:
             ChatBody,
             DIGEST | WARNING,
         ),
-        "/v1/classify": _operation(
-            keys, "put inputs into classes", _content(answers.Classification), GENERATION_ERRORS, ClassifyBody, DIGEST
-        ),
+        **{
+            path: _operation(keys, text, _content(answer), GENERATION_ERRORS, body, DIGEST)
+            for path, text, answer, body in AWAITED
+        },
         "/v1/load_lora_adapter": _operation(
             keys, "give a name to an adapter of the store", text, (403, *BODY, 429, 500, 503), LoadBody, DIGEST
         ),

@@ -84,7 +84,7 @@ def _biases(given: Mapping[str, float]) -> dict[int, float]:
     return {int(name): bias for name, bias in given.items()}
 
 
-class _RequestBody(Body):
+class RequestBody(Body):
     """A whole body: what is said of the client has no effect."""
 
     neutral = NEUTRAL_VALUES
@@ -109,7 +109,7 @@ class StreamOptions(Body):
     include_obfuscation: Annotated[Literal[False], BeforeValidator(_truth)] | None = None
 
 
-class _GenerationBody(_RequestBody):
+class _GenerationBody(RequestBody):
     """Fields that completions and chats share."""
 
     model: str
@@ -255,7 +255,7 @@ class PictureInput(Body):
             raise ApiError(400, "image must be a picture file in base64", param="input", code="invalid_value") from None
 
 
-class ClassifyBody(_RequestBody):
+class ClassifyBody(RequestBody):
     """POST /v1/classify."""
 
     model: str
@@ -267,7 +267,7 @@ class ClassifyBody(_RequestBody):
         return [one if isinstance(one, str) else one.content() for one in given]
 
 
-class LoadBody(_RequestBody):
+class LoadBody(RequestBody):
     """POST /v1/load_lora_adapter; `load_inplace` lets a name that is taken stand for this one."""
 
     lora_name: str = Field(min_length=1)
@@ -277,7 +277,7 @@ class LoadBody(_RequestBody):
     base_model_name: None = None
 
 
-class UnloadBody(_RequestBody):
+class UnloadBody(RequestBody):
     """POST /v1/unload_lora_adapter."""
 
     lora_name: str = Field(min_length=1)

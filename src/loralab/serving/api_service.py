@@ -1,16 +1,11 @@
 """Steps that every request passes: key, body, model, quota, tokens."""
 
 import asyncio
-import contextlib
-import functools
-import json
-import threading
 import time
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from fastapi import Request
 
@@ -18,17 +13,13 @@ from loralab.errors import AdapterNotFoundError, LoralabError, nearest
 from loralab.serving.adapter_sum import describe_sum, is_sum, parse_sum
 from loralab.serving.api_body import Body, parsed
 from loralab.serving.api_errors import MAX_ECHOED_CHARACTERS, RETRY_SECONDS, ApiError, to_api_error
-from loralab.serving.constraints import Compiled, Grammar
 from loralab.serving.keys import Grant, Key, Keys
 from loralab.serving.metrics import Metrics
 from loralab.serving.names import base_id
 from loralab.serving.settings import Limits
-from loralab.tasks.catalog import Task
-from loralab.tasks.encode import prompt_ids
-from loralab.tasks.segments import opening
 
 if TYPE_CHECKING:
-    from loralab.serving.engine import Engine
+    from loralab.serving.opening import AnyEngine
     from loralab.serving.store import AdapterInfo
 
 Kind = TypeVar("Kind", bound=Body)
@@ -36,10 +27,8 @@ Result = TypeVar("Result")
 JSON = "application/json"
 TOO_LARGE = "request_too_large"
 ALWAYS_ADMITTED_BYTES = 64 * 1024  # bytes of a body that is let in however many others arrive
-COMPILE_SECONDS = 5.0  # of a structure; as a rule it takes milliseconds
-MAX_COMPILING = 8
 MAX_CHARACTERS_PER_TOKEN = 64  # of a text for each token that a model takes: a longer one cannot fit
-TEXT = Task(name="text", format="text", splits={})
+DIGEST_HEADER = "X-Loralab-Digest"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,12 +36,14 @@ class ServerInfo:
     """Base and adapters of a running server, for its operator.
 
     `refused` are the adapters that it left out, `slower` the quicker ways of computing a step that
-    it does not take; both with the reasons.
+    it does not take; both with the reasons. `capabilities` are those of the first adapter, or of the
+    base where there is none.
     """
 
     base: str
     kind: str
     adapters: tuple[str, ...]
+    capabilities: tuple[str, ...] = ()
     refused: Mapping[str, str] = field(default_factory=dict)
     slower: Mapping[str, str] = field(default_factory=dict)
 
@@ -60,7 +51,7 @@ class ServerInfo:
 class Service:
     """One engine as it is seen from outside. `stopping` refuses whatever is new."""
 
-    def __init__(self, engine: "Engine", keys: Keys | None, limits: Limits) -> None:
+    def __init__(self, engine: "AnyEngine", keys: Keys | None, limits: Limits) -> None:
         self.engine, self.keys, self.limits = engine, keys, limits
         self.metrics = Metrics(engine)
         engine.observe = self.metrics.observe
@@ -69,7 +60,6 @@ class Service:
         self._arriving = 0  # bytes of bodies that are not whole yet
         self._worded = set[str]()  # digests of the adapters whose wording is known
         self._tokenizer_thread: ThreadPoolExecutor = ThreadPoolExecutor(1, "tokenizer")
-        self._compiling = deque[None]()  # structures, those included that nobody waits for any more
 
     @property
     def base_id(self) -> str:
@@ -89,6 +79,16 @@ class Service:
         if found is None:
             raise ApiError(401, "this server needs a valid key: Authorization: Bearer ...", code="invalid_api_key")
         return found
+
+    def authorise(self, request: Request) -> Key | None:
+        """Return the key of a request to an engine that works.
+
+        Raises:
+            ApiError: 401, 503.
+        """
+        key = self.key(request)
+        self.require_working()
+        return key
 
     def require_admin(self, key: Key | None) -> None:
         """Refuse keys that may not load or unload, which changes the answers of others.
@@ -244,6 +244,26 @@ class Service:
         if grant is not None and self.keys is not None:
             self.keys.settle(grant, tokens)
 
+    def require_capable(self, what: str, name: str, entry: "AdapterInfo | None") -> None:
+        """Refuse what a model cannot do.
+
+        Raises:
+            ApiError: 400.
+        """
+        if reason := self.engine.refusal(what, entry):
+            text = f"{name[:MAX_ECHOED_CHARACTERS]} cannot be asked for {what}: {reason}"
+            raise ApiError(400, text, param="model", code="not_capable")
+
+    def require_some(self, count: int, param: str, most: int) -> None:
+        """Refuse no inputs, and too many.
+
+        Raises:
+            ApiError: 400.
+        """
+        if not 1 <= count <= most:
+            text = f"{param}: from 1 to {most} in one request, got {count}"
+            raise ApiError(400, text, param=param, code="invalid_value")
+
     def require_fitting(self, characters: int, param: str) -> None:
         """Refuse a text that is too long for the model, before its tokens are counted.
 
@@ -260,107 +280,27 @@ class Service:
                 code="invalid_value",
             )
 
-    async def text_ids(self, prompt: str | list[int]) -> Sequence[int]:
-        """Return the tokens of a plain prompt.
-
-        Raises:
-            ApiError: 400, it is empty, or a number is not a token.
-        """
-        if isinstance(prompt, str):
-            self.require_fitting(len(prompt), "prompt")
-            row = {"text": prompt}
-            prompt = list(await self.run_in_tokenizer_thread(lambda: prompt_ids(TEXT, row, self.engine.base.tokenizer)))
-        size = len(self.engine.base.tokenizer)
-        self.require_fitting(len(prompt), "prompt")  # so few numbers are looked at quickly
-        if bad := [number for number in prompt if not 0 <= number < size]:
-            raise ApiError(
-                400,
-                f"prompt: {bad[0]} is not a token; they go from 0 to {size - 1}",
-                param="prompt",
-                code="invalid_value",
-            )
-        if not prompt:
-            raise ApiError(400, "prompt is empty", param="prompt", code="invalid_value")
-        return prompt
-
-    async def chat_ids(
-        self, turns: list[dict[str, Any]], entry: "AdapterInfo | None", tools: Sequence[Mapping[str, Any]] = ()
-    ) -> Sequence[int]:
-        """Return the tokens of a conversation and the opening of its next turn, as in training.
-
-        Raises:
-            DataError: the chat template refuses it.
-            ApiError: 400, it is far too long.
-        """
-        self.require_fitting(sum(1 + len(turn["content"]) for turn in turns), "messages")
-        if tools:
-            self.require_fitting(len(json.dumps(tools)), "tools")
-        return await self.run_in_tokenizer_thread(lambda: opening(self.engine.tokenizer(entry), turns, tools))
-
-    def max_answer_tokens(self, ids: Sequence[int], entry: "AdapterInfo | None", param: str) -> int:
-        """Return the number of tokens that an answer to a prompt can have.
-
-        Raises:
-            ApiError: 400, there are none.
-        """
-        prefix = 0 if entry is None else entry.prefix_tokens
-        left = self.engine.context - prefix - len(ids)
-        if left < 1:
-            before = f" and the adapter's prefix {prefix}" if prefix else ""
-            raise ApiError(
-                400,
-                f"{param}: it has {len(ids)} tokens{before}, and at most "
-                f"{self.engine.context} fit with at least one of the answer",
-                param=param,
-                code="context_length_exceeded",
-            )
-        return left
-
-    async def structure(self, grammar: Grammar | None, entry: "AdapterInfo | None") -> Compiled | None:
-        """Return a structure for answers of an adapter, compiled in a thread of its own.
-
-        Raises:
-            ApiError: 400, it cannot be, or takes too long; 503, too many that do are still compiled.
-        """
-        if grammar is None:
-            return None
-        if len(self._compiling) >= MAX_COMPILING:
-            raise ApiError(503, "too many structures are compiled now", code="busy", retry_after=RETRY_SECONDS)
-        future: Future[Compiled] = Future()
-        self._compiling.append(None)
-        work = functools.partial(self.engine.compile, grammar, entry)
-        threading.Thread(target=self._resolve, args=(future, work), daemon=True).start()
-        try:
-            return await asyncio.wait_for(asyncio.wrap_future(future), COMPILE_SECONDS)
-        except TimeoutError:
-            text = f"{grammar.field} takes more than {COMPILE_SECONDS:g} seconds to compile"
-            raise ApiError(400, text, param=grammar.field, code=f"invalid_{grammar.kind}") from None
-        except LoralabError as error:
-            raise to_api_error(error) from None
-
-    def _resolve(self, future: "Future[Compiled]", work: Callable[[], Compiled]) -> None:
-        with contextlib.suppress(InvalidStateError):  # nobody waits any more
-            try:
-                future.set_result(work())
-            except Exception as error:
-                future.set_exception(error)
-            finally:
-                self._compiling.pop()
-
     async def run_in_tokenizer_thread(self, work: Callable[[], Result]) -> Result:
         """Run work that uses the tokenizer in one separate thread, so that a long text blocks nobody."""
         return await asyncio.get_running_loop().run_in_executor(self._tokenizer_thread, work)
 
 
-def server_info(engine: "Engine") -> ServerInfo:
+def server_info(engine: "AnyEngine") -> ServerInfo:
     """Return the base and the adapters of an engine."""
+    entries = engine.store.entries()
     return ServerInfo(
         base=base_id(engine.base.name),
         kind=engine.base.kind,
-        adapters=tuple(entry.name for entry in engine.store.entries()),
+        adapters=tuple(entry.name for entry in entries),
+        capabilities=tuple(engine.capabilities(entries[0] if entries else None)),
         refused=dict(getattr(engine.store, "refused", {})),
         slower=engine.slower,
     )
+
+
+def digest_header(digest: str | None) -> dict[str, str]:
+    """Return the header that names the adapter that answered; the base has none."""
+    return {} if digest is None else {DIGEST_HEADER: digest}
 
 
 async def read_content(request: Request, most: int, arrive: Callable[[int], None] = lambda size: None) -> bytes:

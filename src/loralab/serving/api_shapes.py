@@ -5,7 +5,7 @@
 
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from loralab.serving.detokenize import escaped
@@ -201,7 +201,7 @@ def classification(model: str, entry: Any, ranked: Sequence[Ranked], classes: Se
         "object": "list",
         "created": int(time.time()),
         "model": model,
-        "adapter": None if entry is None else {**identity(entry), **_parts(entry.parts)},
+        "adapter": None if entry is None else identity(entry),
         "data": [
             {
                 "index": index,
@@ -217,8 +217,8 @@ def classification(model: str, entry: Any, ranked: Sequence[Ranked], classes: Se
 
 
 def identity(entry: Any) -> Json:
-    """Return the name and digest of an adapter of the store."""
-    return {"name": entry.name, "digest": entry.digest}
+    """Return the name and digest of an adapter of the store, or of a sum with its parts."""
+    return {"name": entry.name, "digest": entry.digest, **_parts(entry.parts)}
 
 
 def _parts(parts: Sequence[Any]) -> Json:
@@ -242,25 +242,19 @@ def adapter_json(entry: Any) -> Json:
     }
 
 
-def models_json(base: str, kind: str, context: int, entries: Iterable[Any], created: int) -> Json:
-    """Return the body of /v1/models: the base, then the adapters."""
+def models_json(
+    base: str, kind: str, context: int, entries: Iterable[Any], created: int, capabilities: Callable[[Any], list[str]]
+) -> Json:
+    """Return the body of /v1/models: the base, then the adapters; each with what it can be asked for."""
     common = {"object": "model", "created": created, "owned_by": OWNER}
+    more = {"kind": kind, "max_model_len": context}
     models: list[Json] = [
-        {"id": base, **common, "root": base, "parent": None, "digest": None, "kind": kind, "max_model_len": context}
+        {"id": base, **common, "root": base, "parent": None, "digest": None, **more, "capabilities": capabilities(None)}
     ]
     for entry in entries:
         own = {key: value for key, value in adapter_json(entry).items() if key not in ("name", "base")}
-        models.append(
-            {
-                "id": entry.name,
-                **common,
-                "root": entry.path.name,
-                "parent": base,
-                "kind": kind,
-                "max_model_len": context,
-                **own,
-            }
-        )
+        head = {"id": entry.name, **common, "root": entry.path.name, "parent": base, **more}
+        models.append({**head, "capabilities": capabilities(entry), **own})
     return {"object": "list", "data": models}
 
 
