@@ -18,11 +18,11 @@ from loralab.adapters.methods import LoRA
 from loralab.models.load import Base
 from loralab.models.load import load as load_base
 from loralab.serving.api import build_app
-from loralab.serving.text_engine import TextEngine
 from loralab.serving.keys import Keys
 from loralab.serving.listener import Listener, address, open_socket
 from loralab.serving.opening import open_engine
 from loralab.serving.settings import Limits, ServeSettings
+from loralab.serving.text_engine import TextEngine
 
 lively_llama_folder = worlds.lively_llama_folder
 TASK = {"name": "films", "format": "text-label", "labels": ["good", "bad"]}

@@ -17,9 +17,9 @@ from loralab.adapters.load import load as load_adapter
 from loralab.adapters.methods import IA3, Bottleneck, LoRA, Prefix, Prompt
 from loralab.models.load import Base
 from loralab.models.load import load as load_base
-from loralab.serving.text_engine import TextEngine
 from loralab.serving.opening import open_engine
 from loralab.serving.settings import ServeSettings
+from loralab.serving.text_engine import TextEngine
 
 KINDS: dict[str, Any] = {
     "lora": LoRA(rank=4),

@@ -21,9 +21,9 @@ from loralab.adapters.load import load as load_adapter
 from loralab.adapters.methods import LoRA
 from loralab.errors import AdapterNotFoundError, ConfigError
 from loralab.serving.adapter_sum import digest_of_sum, parse_sum, stack
-from loralab.serving.text_engine import TextEngine
 from loralab.serving.keys import Key, Keys
 from loralab.serving.request import AdapterPart, Sampling
+from loralab.serving.text_engine import TextEngine
 
 Open = Callable[..., TextEngine]
 GREEDY = Sampling(max_tokens=6, temperature=0, ignore_eos=True)

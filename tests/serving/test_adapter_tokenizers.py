@@ -15,10 +15,10 @@ from serving.served import listening
 from loralab.adapters.methods import LoRA
 from loralab.cli.vllm import say_differing
 from loralab.errors import BaseMismatchWarning
-from loralab.serving.text_engine import TextEngine
 from loralab.serving.opening import open_engine
 from loralab.serving.request import Sampling
 from loralab.serving.settings import ServeSettings
+from loralab.serving.text_engine import TextEngine
 from loralab.tasks.segments import opening
 
 OWN = CHAT.replace("<s>assistant ", "Answer : ").replace("</s>", " .")

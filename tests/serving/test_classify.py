@@ -147,7 +147,12 @@ def test_what_is_wrong_is_said(language: Taught, encoder: Taught) -> None:
     with pytest.raises(AdapterNotFoundError) as error:
         encoder.engine.classify(["a"], adapter="tow")
     assert (error.value.code, error.value.field) == ("unknown_adapter", "name")
-    assert encoder.engine.capabilities(encoder.engine.store.entry("two")) == ["classify", "embeddings", "score", "rerank"]
+    assert encoder.engine.capabilities(encoder.engine.store.entry("two")) == [
+        "classify",
+        "embeddings",
+        "score",
+        "rerank",
+    ]
     assert language.engine.capabilities(None) == ["completions", "chat"]
 
 

@@ -19,10 +19,10 @@ from loralab.adapters.attach import attach
 from loralab.adapters.methods import LoRA
 from loralab.models.load import load
 from loralab.serving.api import build_app
-from loralab.serving.text_engine import TextEngine
 from loralab.serving.listener import Listener, address, open_socket
 from loralab.serving.opening import open_engine
 from loralab.serving.settings import ServeSettings
+from loralab.serving.text_engine import TextEngine
 
 VLLM = os.environ.get("LORALAB_VLLM_PYTHON", "")
 PROMPT = "The capital of France is"

@@ -15,8 +15,8 @@ from serving.conftest import KINDS, World, write_adapter
 
 from loralab.adapters.methods import LoRA
 from loralab.errors import AdapterNotFoundError, DataError, QueueFullError, RunError
-from loralab.serving.text_engine import TextEngine
 from loralab.serving.request import Delta, Finished, Sampling
+from loralab.serving.text_engine import TextEngine
 
 NEW = 6
 Open = Callable[..., TextEngine]

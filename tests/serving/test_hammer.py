@@ -15,8 +15,8 @@ from serving.conftest import World, write_adapter
 from loralab.adapters.load import load as load_adapter
 from loralab.adapters.methods import IA3, Bottleneck, LoRA, Prefix
 from loralab.errors import AdapterNotFoundError, QueueFullError
-from loralab.serving.text_engine import TextEngine
 from loralab.serving.request import Sampling
+from loralab.serving.text_engine import TextEngine
 
 REQUESTS, THREADS, NEW = 3000, 16, 5
 METHODS = [

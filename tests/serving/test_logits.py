@@ -17,10 +17,10 @@ from transformers import (
 )
 
 from loralab.errors import ConfigError, DataError
-from loralab.serving.text_engine import TextEngine
 from loralab.serving.logits import LogitsProcessor
 from loralab.serving.request import Sampling
 from loralab.serving.sampling import SamplerState, choose_tokens
+from loralab.serving.text_engine import TextEngine
 
 WORDS = 12
 IDS = st.lists(st.integers(0, WORDS - 1), max_size=10)

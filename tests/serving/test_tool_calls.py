@@ -18,8 +18,8 @@ from serving.test_constraints import END, KNOWN, noise, odd, written
 from serving.vocabularies import byte_level
 
 from loralab.errors import ConfigError
-from loralab.serving.text_engine import TextEngine
 from loralab.serving.request import Delta
+from loralab.serving.text_engine import TextEngine
 from loralab.serving.tool_calls import HERMES, LLAMA, MISTRAL, ToolFormat, ToolParser, ToolStream, format_of
 
 Open = Callable[..., TextEngine]

@@ -95,7 +95,14 @@ class EncoderRequests:
                 code="invalid_value",
                 field="dimensions",
             )
-        pooling = self._pooling_of(entry)
+        pooling, rows = self._pooling_of(entry), self._base.model.get_input_embeddings().weight.shape[0]
+        for number, ids in enumerate(inputs):
+            if not isinstance(ids, str) and (strange := next((own for own in ids if not 0 <= own < rows), None)):
+                raise DataError(
+                    f"input {number}: {strange} is not a token of the model; they go from 0 to {rows - 1}",
+                    code="invalid_value",
+                    field="input",
+                )
         examples = self._pooled(inputs, pooling, truncate)
         return self._request(examples, Vectors(pooling=pooling, dimensions=dimensions or self._dimensions[-1]), entry)
 
