@@ -360,6 +360,24 @@ def test_a_cross_encoder_may_say_that_its_scores_are_logits(cross: tuple[Served,
     assert scores[True] != pytest.approx(scores[False])
 
 
+def test_an_adapter_may_make_a_reranker_of_an_encoder(served: Served, tmp_path: Path) -> None:
+    base = load(str(served.folder), kind="sequence-classification", labels=["LABEL_0"])
+    record = {"base": {"kind": "reranker"}, "task": {"format": "query-passage"}}
+    place = write_adapter(base.model, LoRA(rank=3), tmp_path / "store" / "ranks", 7, **record)
+    model = copy.deepcopy(base.model)
+    load_adapter(model, place)
+    engine = opened(served.folder, tmp_path / "store")
+    assert engine.capabilities(engine.store.entry("ranks")) == ["score", "rerank"]
+    future = engine.score([(TEXTS[0], text) for text in TEXTS[1:]], adapter="ranks")
+    vectors = engine.score([(TEXTS[0], text) for text in TEXTS[1:]], adapter=None)
+    engine.run_until_idle()
+    with torch.no_grad():
+        logits = [model(**base.tokenizer(TEXTS[0], text, return_tensors="pt")).logits[0, 0] for text in TEXTS[1:]]
+    assert future.result().scores == pytest.approx(torch.stack(logits).sigmoid().tolist(), abs=1e-5)
+    own = served.vectors(None, TEXTS)
+    assert vectors.result().scores == pytest.approx((own[1:] @ own[0]).tolist(), abs=1e-5)
+
+
 # -- other bases ---------------------------------------------------------------------------------
 
 

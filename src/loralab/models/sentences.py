@@ -67,7 +67,7 @@ def read_pooling(name: str, source: str) -> Pooling | None:
     Raises:
         ModelError: it states something that is not supported here, or its files are damaged.
     """
-    modules = _read(name, source, MODULES)
+    modules: Any = _read(name, source, MODULES)
     if modules is None:
         return None
     paths = {_kind(module): str(module.get("path", "")) for module in modules}

@@ -19,6 +19,7 @@ from loralab.serving.request import AdapterPart
 from loralab.tasks.score import MAIN_METRICS
 
 FURTHER = ("trainable_token_indices", "target_parameters", "lora_bias")  # what peft's LORA may have besides
+EMBEDDING_KINDS = ("sentence-encoder", "scored-pairs")
 OVERRIDES = ("chat_template", "eos_token")  # of a tokenizer, that an adapter may have its own of
 
 
@@ -31,7 +32,7 @@ class AdapterInfo:
         method: as --method has it, such as dora.
         bytes: of the tensors on disk.
         metrics: of the validation.
-        kind: of the base, one of models.kinds.KINDS.
+        kind: of the base in training, as models/kinds.py calls it.
         prefix_tokens: tokens that stand before every input.
         form: of the rows that it was trained on; `instruction` is what stood before them.
         tokenizer_overrides: chat template and end of text of the tokenizer in training, as far as known.
@@ -58,6 +59,11 @@ class AdapterInfo:
     tokenizer_overrides: tuple[tuple[str, str | None], ...] = ()
     beyond_low_rank: str = ""
     parts: tuple[AdapterPart, ...] = ()
+
+    @property
+    def embeds(self) -> bool:
+        """Return whether it was trained to make vectors of texts."""
+        return self.kind in EMBEDDING_KINDS
 
     @property
     def score(self) -> tuple[str, float] | None:

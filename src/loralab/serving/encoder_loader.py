@@ -9,9 +9,11 @@ from loralab.adapters.folder import AdapterFolder
 from loralab.adapters.peft_fields import PREFIX, TASK_TYPES
 from loralab.models.kinds import CLASSIFIER, SENTENCES, class_for
 from loralab.models.load import Base
-from loralab.serving.adapter_info import section
+from loralab.serving.adapter_info import EMBEDDING_KINDS, section
 from loralab.serving.adapter_loader import AdapterLoader, ServableAdapter
 from loralab.serving.encoders import body_of, body_path
+
+HEADED = ("multi-label", "regression", "reranker")  # kinds that end in a head as classifiers do
 
 
 class EncoderLoader:
@@ -34,7 +36,11 @@ class EncoderLoader:
         Raises:
             AdapterFileError: as in `AdapterLoader.load`.
         """
+        base = section(stored.record, "base")
         path = self._path if self._path in self._loaders and self._is_for_body(stored) else ""
+        known = SENTENCES if base.get("kind") in EMBEDDING_KINDS else CLASSIFIER
+        if base.get("kind") in (*EMBEDDING_KINDS, *HEADED):  # one class of transformers for several kinds
+            stored = replace(stored, record={**stored.record, "base": {**base, "kind": known}})
         loaded = self._loaders[path].load(stored)
         adapter = loaded.adapter
         adapter.modules = {path + name: module for name, module in adapter.modules.items()}
@@ -43,10 +49,9 @@ class EncoderLoader:
 
     def _is_for_body(self, stored: AdapterFolder) -> bool:
         """Return whether a folder says that it is for sentences, or says nothing and has no path through a head."""
-        kind = section(stored.record, "base").get("kind")
-        task = stored.fields.get("task_type")
+        kind, task = section(stored.record, "base").get("kind"), stored.fields.get("task_type")
         if kind is not None or task in TASK_TYPES.values():
-            return SENTENCES in (kind, next((own for own, name in TASK_TYPES.items() if name == task), None))
+            return kind in EMBEDDING_KINDS or (kind is None and task == TASK_TYPES[SENTENCES])
         return not any(key.startswith(PREFIX + self._path) for key in stored.tensors)
 
 

@@ -21,13 +21,15 @@ from loralab.tasks.examples import Example
 
 @dataclass(frozen=True, kw_only=True)
 class Classes:
-    """Logits (C,) that are read as the chances of classes."""
+    """Logits (C,) that are read as the chances of classes; `independent` ones may all be likely."""
 
     labels: Sequence[str]
+    independent: bool = False
 
     def answer(self, outputs: Sequence[Tensor], lengths: Sequence[int]) -> list[Ranked]:
         """Return the classes of each input."""
-        chances = [own[: len(self.labels)].double().softmax(dim=0).tolist() for own in outputs]
+        logits = [own[: len(self.labels)].double() for own in outputs]
+        chances = [(own.sigmoid() if self.independent else own.softmax(dim=0)).tolist() for own in logits]
         return [rank_labels(self.labels, own, tokens) for own, tokens in zip(chances, lengths, strict=True)]
 
 

@@ -18,7 +18,7 @@ from loralab.tasks.forward import require_known
 from loralab.tasks.pictures import from_bytes
 
 TRAINED = Pooling()  # of adapters that were trained on pairs here, whatever the base's own is
-SCORED_PAIRS = ("pair-score",)  # formats of rows that end in one logit
+MULTI_LABEL, REGRESSION, RERANKER = "multi-label", "regression", "reranker"  # kinds of adapters
 MAX_LISTED_DIMENSIONS = 10
 IDENTITY = "Identity"  # of torch: the activation of cross-encoders whose scores are logits
 
@@ -61,7 +61,11 @@ class EncoderRequests:
         require_inputs(inputs, bytes if self._base.kind == VISION else str, self._base.name)
         if reason := self._why_no_classes(entry):
             raise DataError(reason, code="no_labels")
-        reading = Classes(labels=self._labels if entry is None else entry.labels)
+        several = getattr(self._base.model.config, "problem_type", None) == "multi_label_classification"
+        reading = Classes(
+            labels=self._labels if entry is None else entry.labels,
+            independent=several if entry is None else entry.kind == MULTI_LABEL,
+        )
         examples = [
             Example(number, (), (0,), image=from_bytes(one, f"input {number}"))
             if isinstance(one, bytes)
@@ -95,14 +99,8 @@ class EncoderRequests:
                 code="invalid_value",
                 field="dimensions",
             )
-        pooling, rows = self._pooling_of(entry), self._base.model.get_input_embeddings().weight.shape[0]
-        for number, ids in enumerate(inputs):
-            if not isinstance(ids, str) and (strange := next((own for own in ids if not 0 <= own < rows), None)):
-                raise DataError(
-                    f"input {number}: {strange} is not a token of the model; they go from 0 to {rows - 1}",
-                    code="invalid_value",
-                    field="input",
-                )
+        self._require_tokens(inputs)
+        pooling = self._pooling_of(entry)
         examples = self._pooled(inputs, pooling, truncate)
         return self._request(examples, Vectors(pooling=pooling, dimensions=dimensions or self._dimensions[-1]), entry)
 
@@ -122,7 +120,7 @@ class EncoderRequests:
         _require_given(texts)
         if self._reads_pairs(entry):
             examples = [self._example(n, pair, self._context, truncate) for n, pair in enumerate(pairs)]
-            return self._request(examples, Relevance(sigmoid=activation and not self._scores_are_logits), entry)
+            return self._request(examples, Relevance(sigmoid=activation and self._sigmoid(entry)), entry)
         if reason := self._why_no_vectors(entry):
             raise DataError(reason, code="not_scorable", field="model")
         pooling, places = self._pooling_of(entry), {text: number for number, text in enumerate(texts)}
@@ -133,6 +131,16 @@ class EncoderRequests:
         require_known(self._base.model, self._base.tokenizer, [example.input_ids for example in examples])
         numbered = {next(self._numbers): example for example in examples}
         return EncoderRequest(**origin(entry), examples=numbered, reading=reading, future=Future())
+
+    def _require_tokens(self, inputs: Sequence[str | Ids]) -> None:
+        rows = self._base.model.get_input_embeddings().weight.shape[0]
+        for number, ids in enumerate(inputs):
+            if not isinstance(ids, str) and (strange := [own for own in ids if not 0 <= own < rows]):
+                raise DataError(
+                    f"input {number}: {strange[0]} is not a token of the model; they go from 0 to {rows - 1}",
+                    code="invalid_value",
+                    field="input",
+                )
 
     def _pooled(self, inputs: Sequence[str | Ids], pooling: Pooling, truncate: int) -> list[Example]:
         """Return texts as a model with this pooling reads them; token ids are taken as they are."""
@@ -158,31 +166,33 @@ class EncoderRequests:
 
     def _reads_pairs(self, entry: AdapterInfo | None) -> bool:
         """Return whether a pair of texts is read together and ends in one logit."""
-        if entry is None or entry.form is None:
-            return len(self._labels) == 1 and (entry is None or (entry.kind != SENTENCES and len(entry.labels) < 2))
-        return entry.form in SCORED_PAIRS and entry.kind != SENTENCES
+        if entry is not None and (entry.form or entry.embeds):
+            return entry.kind == RERANKER or (entry.kind == REGRESSION and entry.form == "pair-score")
+        return len(self._labels) == 1 and (entry is None or len(entry.labels) < 2)
+
+    def _sigmoid(self, entry: AdapterInfo | None) -> bool:
+        """Return whether scores are the sigmoid of a logit, which the checkpoint may deny."""
+        if entry is not None and entry.kind in (RERANKER, REGRESSION):
+            return entry.kind == RERANKER
+        config = self._base.model.config
+        stated = (getattr(config, "sentence_transformers", None) or {}).get("activation_fn")
+        stated = stated or getattr(config, "sbert_ce_default_activation_function", None)
+        return not str(stated).endswith(f".{IDENTITY}")
 
     def _pooling_of(self, entry: AdapterInfo | None) -> Pooling:
-        return TRAINED if entry is not None and entry.kind == SENTENCES and entry.form else self._pooling
+        return TRAINED if entry is not None and entry.embeds and entry.form else self._pooling
 
     def _why_no_vectors(self, entry: AdapterInfo | None) -> str:
         if self._reads_pairs(entry):
             return f"{self._name(entry)} reads two texts together and makes no vectors; use /v1/score"
         if self._base.kind == VISION:
             return f"{self._base.name} reads pictures, and makes no vectors of texts"
-        return "" if entry is not None and entry.kind == SENTENCES else self._no_pooling
+        return "" if entry is not None and entry.embeds else self._no_pooling
 
     def _why_no_classes(self, entry: AdapterInfo | None) -> str:
         if entry is not None:
             return unlabelled(entry)
         return "" if self._labels else f"{self._base.name} alone knows no classes; name an adapter that does"
-
-    @property
-    def _scores_are_logits(self) -> bool:
-        """Return whether the checkpoint says that its scores are logits as they are."""
-        config = self._base.model.config
-        stated = (getattr(config, "sentence_transformers", None) or {}).get("activation_fn")
-        return str(stated or getattr(config, "sbert_ce_default_activation_function", "")).endswith(f".{IDENTITY}")
 
     def _instead(self, entry: AdapterInfo | None) -> str:
         known = [f"/v1/{what}" for what in ("classify", "embeddings", "score") if not self.refusal(what, entry)]

@@ -17,7 +17,7 @@ from loralab.serving.adapter_loader import AdapterLoader
 from loralab.serving.adapter_sum import stack
 from loralab.serving.blocks import BLOCK_SIZE, BlockManager, blocks_needed
 from loralab.serving.encoder_engine import EncoderEngine
-from loralab.serving.encoder_loader import EncoderLoader
+from loralab.serving.encoder_loader import HEADED, EncoderLoader
 from loralab.serving.encoder_requests import EncoderRequests, why_no_pooling
 from loralab.serving.kv_cache import block_bytes
 from loralab.serving.names import base_id
@@ -114,6 +114,7 @@ def _base(name: str, settings: ServeSettings) -> Base:
     kind = models.natural_kind(name)
     if kind == CAUSAL and read_pooling(name, resolve(name)) is not None:
         kind = SENTENCES  # a decoder that was made to embed texts
+    kind = CLASSIFIER if kind in HEADED else kind
     if kind not in SERVED:
         raise ConfigError(
             f"{name} is a model of kind {kind}; served are {', '.join(SERVED)}", code="unserved_kind", field="model"
