@@ -50,6 +50,9 @@ ASKED: list[tuple[str, str, Any, int]] = [
     ("post", "/v1/chat/completions", {**CHAT, "model": "x" * 10**6}, 404),
     ("post", "/v1/classify", {"model": "v2", "input": ["good", "bad film"]}, 200),
     ("post", "/v1/classify", {"model": "v2", "input": []}, 400),
+    ("post", "/v1/embeddings", {"model": "v2", "input": "good"}, 400),  # a language model has none
+    ("post", "/v1/score", {"model": "v2", "text_1": "good", "text_2": "bad"}, 400),
+    ("post", "/v1/rerank", {"model": "nobody", "query": "good", "documents": ["bad"]}, 404),
     ("post", "/v1/load_lora_adapter", {"lora_name": "w", "lora_path": "v1"}, 200),
     ("post", "/v1/load_lora_adapter", {"lora_name": "w", "lora_path": "../v1"}, 400),
     ("post", "/v1/load_lora_adapter", {"lora_name": "base", "lora_path": "v1"}, 400),

@@ -17,6 +17,7 @@ import openai
 import pytest
 import torch
 from conftest import Saver
+from hostile.test_openapi import require_described
 from peft import LoraConfig, get_peft_model
 from serving.conftest import write_adapter
 from serving.talk import talk
@@ -54,6 +55,7 @@ class Served:
         app = build_app(self.engine, keys=None, limits=limits)
         body = {"model": self.name, **body}
         found: httpx.Response = talk(app, lambda client: client.post(path, json=body))
+        require_described("post", path, found)
         return found
 
     def refused(self, path: str, body: dict[str, Any], status: int = 400) -> dict[str, Any]:

@@ -90,7 +90,7 @@ class _Asking:
     def encoder(self) -> "EncoderEngine":
         """Return the engine, which can do what is asked for."""
         engine: Any = self.service.engine
-        return engine  # type: ignore[no-any-return]
+        return engine
 
     @property
     def identity(self) -> AdapterIdentity | None:
