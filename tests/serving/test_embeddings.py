@@ -365,7 +365,8 @@ def test_a_cross_encoder_may_say_that_its_scores_are_logits(cross: tuple[Served,
 def test_an_adapter_may_make_a_reranker_of_an_encoder(served: Served, tmp_path: Path) -> None:
     base = load(str(served.folder), kind="sequence-classification", labels=["LABEL_0"])
     record = {"base": {"kind": "reranker"}, "task": {"format": "query-passage"}}
-    place = write_adapter(base.model, LoRA(rank=3), tmp_path / "store" / "ranks", 7, **record)
+    method = LoRA(rank=3, modules_to_save=["classifier"])
+    place = write_adapter(base.model, method, tmp_path / "store" / "ranks", 7, **record)
     model = copy.deepcopy(base.model)
     load_adapter(model, place)
     engine = opened(served.folder, tmp_path / "store")
