@@ -47,7 +47,7 @@ TORCH_FREE = [
     "serving/settings.py",
     "training/settings.py",
     "errors.py",
-    "serving/keys.py",
+    "serving/http/keys.py",
     "atomic.py",
     "values.py",
     "plugins.py",

@@ -17,7 +17,7 @@ from forked import Forked, Subprocess
 
 from loralab.cli import run
 from loralab.cli.serve import _example
-from loralab.serving.api_service import ServerInfo
+from loralab.serving.http.service import ServerInfo
 
 TESTS = Path(__file__).parents[1]
 SERVER = TESTS / "serving" / "without_model.py"

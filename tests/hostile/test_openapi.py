@@ -15,9 +15,9 @@ import pytest
 from hostile import live as lives
 from hostile.live import Live, serving
 
-from loralab.serving.api_answers import ChatChunk, CompletionChunk
-from loralab.serving.api_description import description
-from loralab.serving.keys import Key, Keys
+from loralab.serving.http.description import description
+from loralab.serving.http.keys import Key, Keys
+from loralab.serving.http.responses import ChatChunk, CompletionChunk
 from loralab.serving.settings import Limits
 
 lively_llama_folder, adapters = lives.lively_llama_folder, lives.adapters
@@ -132,7 +132,7 @@ def test_every_route_is_described_and_nothing_else(with_keys: bool, live: Live) 
         (path, method.upper()) for path, own in document["paths"].items() for method in own if method != "parameters"
     }
     told.add(("/", "GET"))
-    from loralab.serving.api import build_app
+    from loralab.serving.http.app import build_app
 
     app = build_app(live.engine, keys=None)
     routes: list[Any] = list(app.routes)

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from serving.vocabularies import FAMILIES
 
-from loralab.serving.api_shapes import ChatShape, CompletionShape
 from loralab.serving.detokenize import TokenBytes
+from loralab.serving.http.shapes import ChatShape, CompletionShape
 from loralab.serving.live_request import Generation, LabelScoring
 from loralab.serving.request import Answer, Completed, Event, Finished, Sampling
 from loralab.serving.scheduler import Chunk, TokenSequence

@@ -15,8 +15,8 @@ from loralab.errors import ConfigError
 from loralab.serving.settings import Limits, ServeSettings
 
 if TYPE_CHECKING:
-    from loralab.serving.api_service import ServerInfo
-    from loralab.serving.keys import Keys
+    from loralab.serving.http.keys import Keys
+    from loralab.serving.http.service import ServerInfo
 
 MAX_LISTED_ADAPTERS = 12  # adapters that are named at the start
 INSTALL = "pip install 'loralab[serve]'"
@@ -112,7 +112,7 @@ def _serve_replicas(
         raise ConfigError(
             "--replicas needs --ray: local, or the address of a Ray cluster", code="missing_option", field="ray"
         )
-    from loralab.serving.listener import address, open_socket, wait_for_signal
+    from loralab.serving.http.server import address, open_socket, wait_for_signal
     from loralab.serving.replicas import ReplicaPlan, running
 
     own = ReplicaPlan(**plan, keys=None if keys is None else keys.keys)

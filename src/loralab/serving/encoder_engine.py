@@ -6,15 +6,15 @@ from concurrent.futures import Future
 from typing import Any
 
 from loralab.models.load import Base
-from loralab.serving.adapter_info import AdapterInfo
+from loralab.serving.adapters.info import AdapterInfo
+from loralab.serving.adapters.store import Store
 from loralab.serving.encoder_request import EncoderRequest, next_inputs
 from loralab.serving.encoder_requests import EncoderRequests
-from loralab.serving.encoders import EncoderRunner
 from loralab.serving.engine import Engine
 from loralab.serving.live_request import message_of
 from loralab.serving.request import FAILED, Embeddings, PairScores, Ranked
+from loralab.serving.runners.encoder import EncoderRunner
 from loralab.serving.settings import ServeSettings
-from loralab.serving.store import Store
 from loralab.tasks.examples import Ids
 
 

@@ -9,10 +9,10 @@ from loralab.errors import DataError
 from loralab.models.kinds import CLASSIFIER, SENTENCES, VISION, class_for, has_head
 from loralab.models.load import Base
 from loralab.models.sentences import Pooling, matryoshka
-from loralab.serving.adapter_info import AdapterInfo
+from loralab.serving.adapters.info import AdapterInfo
 from loralab.serving.encoder_request import Classes, Cosines, EncoderRequest, Reading, Relevance, Vectors
-from loralab.serving.encoders import body_of
 from loralab.serving.request_builder import origin, require_inputs, unlabelled
+from loralab.serving.runners.encoder import body_of
 from loralab.tasks.examples import Example, Ids
 from loralab.tasks.forward import require_known
 from loralab.tasks.pictures import from_bytes

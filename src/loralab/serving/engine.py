@@ -16,12 +16,12 @@ import torch
 
 from loralab.errors import QueueFullError
 from loralab.models.load import Base
-from loralab.serving.adapter_info import AdapterInfo
-from loralab.serving.adapter_sum import find_adapter
+from loralab.serving.adapters.info import AdapterInfo
+from loralab.serving.adapters.store import Store
+from loralab.serving.adapters.sums import find_adapter
 from loralab.serving.live_request import LiveRequest, finished_event, message_of
 from loralab.serving.request import CANCELLED, FAILED
 from loralab.serving.settings import ServeSettings
-from loralab.serving.store import Store
 
 CAPABILITIES = ("completions", "chat", "classify", "embeddings", "score", "rerank")
 IDLE = 0.05  # seconds after which a thread without work looks again
@@ -34,7 +34,7 @@ class Engine(ABC, Generic[Live]):
     """Many adapters, one base, one batch. Made by `open_engine` (opening.py).
 
     Args:
-        runner: how the base is computed (runner.py, or encoders.py).
+        runner: how the base is computed (runners/choose.py, or runners/encoder.py).
         context: the most tokens of a request, its answer included.
     """
 

@@ -13,18 +13,18 @@ from loralab.models.load import Base
 from loralab.models.quantize import quantize as pack
 from loralab.models.sentences import Pooling, read_pooling
 from loralab.models.source import resolve
-from loralab.serving.adapter_loader import AdapterLoader
-from loralab.serving.adapter_sum import stack
+from loralab.serving.adapters.encoder_loader import HEADED, EncoderLoader
+from loralab.serving.adapters.loader import AdapterLoader
+from loralab.serving.adapters.names import base_id
+from loralab.serving.adapters.store import Store
+from loralab.serving.adapters.sums import stack
 from loralab.serving.blocks import BLOCK_SIZE, BlockManager, blocks_needed
 from loralab.serving.encoder_engine import EncoderEngine
-from loralab.serving.encoder_loader import HEADED, EncoderLoader
 from loralab.serving.encoder_requests import EncoderRequests, why_no_pooling
 from loralab.serving.kv_cache import block_bytes
-from loralab.serving.names import base_id
-from loralab.serving.runner import PROBE_LENGTHS, ModelRunner
+from loralab.serving.runners.choose import PROBE_LENGTHS, ModelRunner
 from loralab.serving.scheduler import Scheduler
 from loralab.serving.settings import ServeSettings
-from loralab.serving.store import Store
 from loralab.serving.text_engine import TextEngine
 from loralab.tasks.score import context_length
 

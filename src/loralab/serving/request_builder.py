@@ -8,8 +8,8 @@ from typing import Any
 
 from loralab.errors import DataError
 from loralab.models.load import Base
-from loralab.serving.adapter_info import AdapterInfo
-from loralab.serving.adapter_tokenizers import AdapterTokenizers
+from loralab.serving.adapters.info import AdapterInfo
+from loralab.serving.adapters.tokenizers import AdapterTokenizers
 from loralab.serving.constraints import Compiled, Constraints, Grammar
 from loralab.serving.detokenize import TokenBytes
 from loralab.serving.live_request import Generation, LabelScoring

@@ -7,17 +7,17 @@ from typing import Any
 import torch
 
 from loralab.models.load import Base
-from loralab.serving.adapter_info import AdapterInfo
+from loralab.serving.adapters.info import AdapterInfo
+from loralab.serving.adapters.store import Store
 from loralab.serving.constraints import Compiled, Grammar
 from loralab.serving.engine import Engine
 from loralab.serving.live_request import Generation, LabelScoring, message_of
 from loralab.serving.request import FAILED, Answer, Completed, Ranked, Sampling
 from loralab.serving.request_builder import RequestBuilder
-from loralab.serving.runner import ModelRunner
+from loralab.serving.runners.choose import ModelRunner
 from loralab.serving.sampling import choose_tokens, to_readable
 from loralab.serving.scheduler import Chunk, Scheduler, TokenSequence
 from loralab.serving.settings import ServeSettings
-from loralab.serving.store import Store
 
 
 class TextEngine(Engine[Generation | LabelScoring]):
