@@ -9,16 +9,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastapi import FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from loralab.errors import LoralabError
 from loralab.serving.constraints import Compiled, Grammar
+from loralab.serving.http import responses as answers
 from loralab.serving.http import shapes
 from loralab.serving.http.awaited import add_awaited
-from loralab.serving.http.description import description
+from loralab.serving.http.description import BODY, DIGEST, GENERATION_ERRORS, WARNING, Operations, document
 from loralab.serving.http.errors import MAX_ECHOED_CHARACTERS, ApiError, to_api_error
 from loralab.serving.http.gate import Gate, HeadAsGet, Hosts
 from loralab.serving.http.keys import Key, Keys
@@ -27,6 +28,7 @@ from loralab.serving.http.metrics import CONTENT_TYPE
 from loralab.serving.http.origins import Origins
 from loralab.serving.http.prompts import Prompts
 from loralab.serving.http.requests import ChatBody, CompletionBody, LoadBody, UnloadBody
+from loralab.serving.http.routes import AdminRoute, Route
 from loralab.serving.http.service import Service, digest_header
 from loralab.serving.http.shapes import ChatShape, CompletionShape
 from loralab.serving.http.stream import ClientGoneError, EventStream, Gathered, guarded
@@ -73,15 +75,16 @@ def build_app(
     service = Service(engine, keys, limits or Limits())
     # no /docs: its page loads scripts from elsewhere
     app = FastAPI(title="loralab", openapi_url=None, docs_url=None, redoc_url=None)
-    app.state.service = service
+    app.state.service, app.router.route_class = service, Route
+    operations = Operations(with_keys=keys is not None)
     app.add_middleware(Origins, allowed=origins)
     app.add_middleware(Gate, hosts=hosts or Hosts())
     app.add_middleware(HeadAsGet)  # the outermost
     _add_errors(app)
-    _add_state(app, service)
-    _add_generation(app, service)
-    add_awaited(app, service)
-    _add_store(app, service)
+    _add_state(app, service, operations)
+    _add_generation(app, service, operations)
+    add_awaited(app, service, operations)
+    _add_store(app, service, operations)
     return app
 
 
@@ -113,24 +116,25 @@ def _add_errors(app: FastAPI) -> None:
         return ApiError(500, "internal error; see the server's log").response()
 
 
-def _add_state(app: FastAPI, service: Service) -> None:
+def _add_state(app: FastAPI, service: Service, operations: Operations) -> None:
     """Add the routes that report on the server."""
     engine = service.engine
+    drawn = functools.cache(lambda: document(app, with_keys=service.keys is not None))
 
     @app.get("/", include_in_schema=False)
     async def page() -> Response:
         return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers=PAGE_HEADERS)
 
-    @app.get("/openapi.json")
+    @app.get("/openapi.json", **operations.asks("this document", dict[str, Any], open_to_all=True))
     async def openapi() -> Response:
-        return JSONResponse(description(with_keys=service.keys is not None))
+        return JSONResponse(drawn())
 
-    @app.get("/health")
+    @app.get("/health", **operations.asks("whether the server answers", answers.Health, (503,), open_to_all=True))
     async def health() -> Response:
         service.require_working()
         return JSONResponse({"status": "ok"})
 
-    @app.get("/metrics")
+    @app.get("/metrics", **operations.asks("numbers for Prometheus", str, (403,)))
     async def metrics(request: Request) -> Response:
         key = service.key(request)
         if key is not None and not key.sees_all:  # they name every adapter
@@ -138,7 +142,7 @@ def _add_state(app: FastAPI, service: Service) -> None:
         content = await asyncio.to_thread(service.metrics.text)  # it asks the store
         return Response(content, media_type=CONTENT_TYPE)
 
-    @app.get("/store")
+    @app.get("/store", **operations.asks("adapters, and how busy the engine is", answers.StoreState))
     async def store(request: Request) -> Response:
         entries = await service.visible(service.key(request))
         state = {
@@ -153,11 +157,11 @@ def _add_state(app: FastAPI, service: Service) -> None:
         adapters = [shapes.adapter_json(entry) for entry in entries]
         return JSONResponse({"base": base, "engine": state, "adapters": adapters})
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", **operations.asks("all models", answers.Models))
     async def models(request: Request) -> Response:
         return JSONResponse(await _models(service, service.key(request)))
 
-    @app.get("/v1/models/{name:path}")
+    @app.get("/v1/models/{name:path}", **operations.asks("one model", answers.Model, (404,)))
     async def model(name: str, request: Request) -> Response:
         entry = await service.model(name, service.key(request))
         entries = [] if entry is None else [entry]
@@ -178,24 +182,28 @@ def _models_json(service: Service, entries: Sequence["AdapterInfo"]) -> dict[str
     )
 
 
-def _add_generation(app: FastAPI, service: Service) -> None:
+def _add_generation(app: FastAPI, service: Service, operations: Operations) -> None:
     """Add completions and chats."""
-    prompts = Prompts(service)
+    prompts, headers = Prompts(service), DIGEST | WARNING
+    texts = operations.asks(
+        "continue texts", answers.Completion, GENERATION_ERRORS, headers=headers, chunk=answers.CompletionChunk
+    )
+    chats = operations.asks(
+        "answer a conversation", answers.Chat, GENERATION_ERRORS, headers=headers, chunk=answers.ChatChunk
+    )
 
-    @app.post("/v1/completions")
-    async def completions(request: Request) -> Response:
-        key = service.authorise(request)
-        body = await service.body(request, CompletionBody)
+    @app.post("/v1/completions", **texts)
+    async def completions(request: Request, body: CompletionBody) -> Response:
+        key = service.key(request)
         entry = await _generating_adapter(service, "completions", body.model, key)
         given = body.prompts()
         service.require_some(len(given) * (body.n or 1), "prompt", service.limits.inputs)
         ids = [await prompts.text_ids(prompt) for prompt in given]
         return await _answer(prompts, request, body, entry, key, ids)
 
-    @app.post("/v1/chat/completions")
-    async def chat(request: Request) -> Response:
-        key = service.authorise(request)
-        body = await service.body(request, ChatBody)
+    @app.post("/v1/chat/completions", **chats)
+    async def chat(request: Request, body: ChatBody) -> Response:
+        key = service.key(request)
         entry = await _generating_adapter(service, "chat", body.model, key)
         try:
             tokenizer = prompts.engine.tokenizer(entry)
@@ -284,14 +292,15 @@ def _submit_all(
     return answers
 
 
-def _add_store(app: FastAPI, service: Service) -> None:
+def _add_store(app: FastAPI, service: Service, operations: Operations) -> None:
     """Add loading and unloading of adapters, with vLLM's names, bodies and answers."""
+    errors, router = (403, 404, *BODY, 429, 500, 503), APIRouter(route_class=AdminRoute)
 
-    @app.post("/v1/load_lora_adapter")
-    async def load(request: Request) -> Response:
-        service.require_admin(service.key(request))
-        service.require_working()
-        body = await service.body(request, LoadBody)
+    @router.post(
+        "/v1/load_lora_adapter",
+        **operations.asks("give a name to an adapter of the store", str, errors, headers=DIGEST),
+    )
+    async def load(request: Request, body: LoadBody) -> Response:
         entry = await _change_store(
             lambda: service.engine.store.load(body.lora_name, body.lora_path, replace=body.load_inplace is not False),
             "lora_path",
@@ -299,13 +308,13 @@ def _add_store(app: FastAPI, service: Service) -> None:
         text = f"Success: LoRA adapter '{entry.name}' added successfully."
         return PlainTextResponse(text, headers=digest_header(entry.digest))
 
-    @app.post("/v1/unload_lora_adapter")
-    async def unload(request: Request) -> Response:
-        service.require_admin(service.key(request))
-        body = await service.body(request, UnloadBody)
+    @router.post("/v1/unload_lora_adapter", **operations.asks("take a name away", str, errors, headers=DIGEST))
+    async def unload(request: Request, body: UnloadBody) -> Response:
         entry = await _change_store(lambda: service.engine.store.unload(body.lora_name), "lora_name")
         text = f"Success: LoRA adapter '{entry.name}' removed successfully."
         return PlainTextResponse(text, headers=digest_header(entry.digest))
+
+    app.include_router(router)
 
 
 async def _change_store(work: Callable[[], "AdapterInfo"], param: str) -> "AdapterInfo":

@@ -11,10 +11,21 @@ from pydantic import BaseModel
 
 from loralab.errors import LoralabError
 from loralab.serving.http import shapes
+from loralab.serving.http.description import DIGEST, GENERATION_ERRORS, Operations
 from loralab.serving.http.errors import ApiError, to_api_error
-from loralab.serving.http.pooling import EmbeddingBody, RerankBody, ScoreBody, embedding_list, reranking, score_list
+from loralab.serving.http.pooling import (
+    EmbeddingBody,
+    EmbeddingList,
+    RerankBody,
+    Reranking,
+    ScoreBody,
+    ScoreList,
+    embedding_list,
+    reranking,
+    score_list,
+)
 from loralab.serving.http.requests import ClassifyBody
-from loralab.serving.http.responses import AdapterIdentity
+from loralab.serving.http.responses import AdapterIdentity, Classification
 from loralab.serving.http.service import Service, digest_header
 from loralab.serving.http.stream import guarded
 from loralab.serving.request import Ranked
@@ -24,40 +35,42 @@ if TYPE_CHECKING:
     from loralab.serving.encoder_engine import EncoderEngine
 
 
-def add_awaited(app: FastAPI, service: Service) -> None:
+def add_awaited(app: FastAPI, service: Service, operations: Operations) -> None:
     """Add classification, embeddings, scores and reranking."""
 
-    @app.post("/v1/classify")
-    async def classify(request: Request) -> Response:
-        asking = await _Asking.of(service, request, ClassifyBody, "classify", "input")
-        given, engine, entry = asking.body.inputs(), service.engine, asking.entry
+    def asks(summary: str, answer: type[BaseModel]) -> dict[str, Any]:
+        return operations.asks(summary, answer, GENERATION_ERRORS, headers=DIGEST)
+
+    @app.post("/v1/classify", **asks("put inputs into classes", Classification))
+    async def classify(request: Request, body: ClassifyBody) -> Response:
+        asking = await _Asking.of(service, request, body, "classify", "input")
+        given, engine, entry = body.inputs(), service.engine, asking.entry
         asking.require(given, service.limits.inputs)
         ranked: list[Ranked] = await asking.answer(lambda: engine.classify(given, adapter=entry), _tokens_of)
         labels = () if entry is None else entry.labels
-        return asking.response(shapes.classification(asking.body.model, entry, ranked, labels))
+        return asking.response(shapes.classification(body.model, entry, ranked, labels))
 
-    @app.post("/v1/embeddings")
-    async def embeddings(request: Request) -> Response:
-        asking = await _Asking.of(service, request, EmbeddingBody, "embeddings", "input")
-        body, given = asking.body, asking.body.inputs()
+    @app.post("/v1/embeddings", **asks("make vectors of texts", EmbeddingList))
+    async def embeddings(request: Request, body: EmbeddingBody) -> Response:
+        asking, given = await _Asking.of(service, request, body, "embeddings", "input"), body.inputs()
         asking.require(given, service.limits.texts)
         options = {"dimensions": body.dimensions or 0, "truncate": body.truncate}
         found = await asking.answer(lambda: asking.encoder.embed(given, adapter=asking.entry, **options))
         return asking.response(embedding_list(body, asking.identity, found))
 
-    @app.post("/v1/score")
-    async def score(request: Request) -> Response:
-        asking = await _Asking.of(service, request, ScoreBody, "score", "text_2")
-        return asking.response(score_list(asking.body, asking.identity, await _scores(asking)))
+    @app.post("/v1/score", **asks("score pairs of texts", ScoreList))
+    async def score(request: Request, body: ScoreBody) -> Response:
+        asking = await _Asking.of(service, request, body, "score", "text_2")
+        return asking.response(score_list(body, asking.identity, await _scores(asking, body)))
 
-    @app.post("/v1/rerank")
-    async def rerank(request: Request) -> Response:
-        asking = await _Asking.of(service, request, RerankBody, "rerank", "documents")
-        return asking.response(reranking(asking.body, asking.identity, await _scores(asking)))
+    @app.post("/v1/rerank", **asks("sort documents by their relevance", Reranking))
+    async def rerank(request: Request, body: RerankBody) -> Response:
+        asking = await _Asking.of(service, request, body, "rerank", "documents")
+        return asking.response(reranking(body, asking.identity, await _scores(asking, body)))
 
 
-async def _scores(asking: "_Asking") -> Any:
-    body, pairs = asking.body, asking.body.pairs()
+async def _scores(asking: "_Asking", body: ScoreBody | RerankBody) -> Any:
+    pairs = body.pairs()
     asking.require([text for pair in pairs for text in pair], 2 * asking.service.limits.texts)
     options = {"activation": body.use_activation is not False, "truncate": body.truncate}
     return await asking.answer(lambda: asking.encoder.score(pairs, adapter=asking.entry, **options))
@@ -77,10 +90,9 @@ class _Asking:
         self._request, self._key, self._param = request, key, param
 
     @staticmethod
-    async def of(service: Service, request: Request, kind: type[Any], what: str, param: str) -> "_Asking":
-        """Read a request, and see that its model can do what is asked for."""
-        key = service.authorise(request)
-        body = await service.body(request, kind)
+    async def of(service: Service, request: Request, body: Any, what: str, param: str) -> "_Asking":
+        """Find the model of a request, and see that it can do what is asked for."""
+        key = service.key(request)
         entry = await service.model(body.model, key)
         if what != "classify":  # which says itself what is missing
             service.require_capable(what, body.model, entry)

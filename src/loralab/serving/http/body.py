@@ -4,8 +4,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler, ValidationError, model_validator
+from pydantic_core import CoreSchema, PydanticCustomError
 
 from loralab.errors import format_value, nearest
 from loralab.serving.http.errors import MAX_ECHOED_CHARACTERS, ApiError, invalid
@@ -23,6 +23,15 @@ class Body(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
     neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
     free: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """Describe also the fields that may be there and have no effect."""
+        found = handler(core_schema)
+        own = handler.resolve_ref_schema(found).setdefault("properties", {})
+        own |= {name: {"enum": [None, *usual]} for name, usual in cls.neutral.items() if name not in own}
+        own |= {name: {} for name in cls.free}
+        return found
 
     @model_validator(mode="before")
     @classmethod
