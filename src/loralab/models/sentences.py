@@ -92,7 +92,7 @@ def read_pooling(name: str, source: str) -> Pooling | None:
 
 def matryoshka(config: Any, size: int) -> tuple[int, ...]:
     """Return the lengths to which a model's vectors may be cut, as its configuration says; its own is one of them."""
-    stated = getattr(config, "matryoshka_dimensions", None)
+    stated: Any = getattr(config, "matryoshka_dimensions", None)
     if _is_list(stated) and all(type(number) is int for number in stated):
         return (*sorted({number for number in stated if 0 < number < size}), size)
     return tuple(range(1, size + 1)) if getattr(config, "is_matryoshka", False) is True else (size,)

@@ -132,7 +132,7 @@ def _add_state(app: FastAPI, service: Service, operations: Operations) -> None:
     @app.get("/health", **operations.asks("whether the server answers", answers.Health, (503,), open_to_all=True))
     async def health() -> Response:
         service.require_working()
-        return JSONResponse({"status": "ok"})
+        return JSONResponse(answers.Health(status="ok").as_json())
 
     @app.get("/metrics", **operations.asks("numbers for Prometheus", str, (403,)))
     async def metrics(request: Request) -> Response:
@@ -145,41 +145,37 @@ def _add_state(app: FastAPI, service: Service, operations: Operations) -> None:
     @app.get("/store", **operations.asks("adapters, and how busy the engine is", answers.StoreState))
     async def store(request: Request) -> Response:
         entries = await service.visible(service.key(request))
-        state = {
-            "running": engine.running,
-            "waiting": engine.waiting,
-            "context": engine.context,
-            "max_waiting": engine.max_waiting,
-            "healthy": engine.healthy,
-            "evictions": engine.store.evictions,
-        }
-        base = {"name": service.base_id, "kind": engine.base.kind}
-        adapters = [shapes.adapter_json(entry) for entry in entries]
-        return JSONResponse({"base": base, "engine": state, "adapters": adapters})
+        found = answers.StoreState(
+            base=answers.BaseName(name=service.base_id, kind=engine.base.kind),
+            engine=answers.EngineState(
+                running=engine.running,
+                waiting=engine.waiting,
+                context=engine.context,
+                max_waiting=engine.max_waiting,
+                healthy=engine.healthy,
+                evictions=engine.store.evictions,
+            ),
+            adapters=[shapes.stored_adapter(entry) for entry in entries],
+        )
+        return JSONResponse(found.as_json())
 
     @app.get("/v1/models", **operations.asks("all models", answers.Models))
     async def models(request: Request) -> Response:
-        return JSONResponse(await _models(service, service.key(request)))
+        key = service.key(request)
+        found = _models(service, await service.visible(key))
+        listed = found if key is None or key.base else found[1:]
+        return JSONResponse(answers.Models(object="list", data=listed).as_json())
 
     @app.get("/v1/models/{name:path}", **operations.asks("one model", answers.Model, (404,)))
     async def model(name: str, request: Request) -> Response:
         entry = await service.model(name, service.key(request))
-        entries = [] if entry is None else [entry]
-        return JSONResponse(_models_json(service, entries)["data"][-1])
+        return JSONResponse(_models(service, [] if entry is None else [entry])[-1].as_json())
 
 
-async def _models(service: Service, key: Key | None) -> dict[str, Any]:
-    found = _models_json(service, await service.visible(key))
-    if key is not None and not key.base:
-        found["data"] = found["data"][1:]
-    return found
-
-
-def _models_json(service: Service, entries: Sequence["AdapterInfo"]) -> dict[str, Any]:
-    engine = service.engine
-    return shapes.models_json(
-        service.base_id, engine.base.kind, engine.context, entries, service.started, engine.capabilities
-    )
+def _models(service: Service, entries: Sequence["AdapterInfo"]) -> list[answers.Model]:
+    """Return the base and some adapters."""
+    engine, base = service.engine, service.base_id
+    return shapes.models(base, engine.base.kind, engine.context, entries, service.started, engine.capabilities)
 
 
 def _add_generation(app: FastAPI, service: Service, operations: Operations) -> None:
@@ -255,7 +251,7 @@ async def _answer(
     if body.stream:
         return EventStream(gathered, shape, seconds, headers)
     done = await guarded(request.receive, gathered.completed(), seconds, cancel=gathered.cancel)
-    return JSONResponse(shape.whole(done), headers=headers)
+    return JSONResponse(shape.whole(done).as_json(), headers=headers)
 
 
 def _grammar(body: CompletionBody | ChatBody, parser: ToolParser | None) -> Grammar | None:

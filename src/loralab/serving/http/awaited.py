@@ -25,7 +25,7 @@ from loralab.serving.http.pooling import (
     score_list,
 )
 from loralab.serving.http.requests import ClassifyBody
-from loralab.serving.http.responses import AdapterIdentity, Classification
+from loralab.serving.http.responses import Classification, Schema
 from loralab.serving.http.service import Service, digest_header
 from loralab.serving.http.stream import guarded
 from loralab.serving.request import Ranked
@@ -47,8 +47,7 @@ def add_awaited(app: FastAPI, service: Service, operations: Operations) -> None:
         given, engine, entry = body.inputs(), service.engine, asking.entry
         asking.require(given, service.limits.inputs)
         ranked: list[Ranked] = await asking.answer(lambda: engine.classify(given, adapter=entry), _tokens_of)
-        labels = () if entry is None else entry.labels
-        return asking.response(shapes.classification(body.model, entry, ranked, labels))
+        return asking.response(shapes.classification(body.model, entry, ranked))
 
     @app.post("/v1/embeddings", **asks("make vectors of texts", EmbeddingList))
     async def embeddings(request: Request, body: EmbeddingBody) -> Response:
@@ -56,23 +55,23 @@ def add_awaited(app: FastAPI, service: Service, operations: Operations) -> None:
         asking.require(given, service.limits.texts)
         options = {"dimensions": body.dimensions or 0, "truncate": body.truncate}
         found = await asking.answer(lambda: asking.encoder.embed(given, adapter=asking.entry, **options))
-        return asking.response(embedding_list(body, asking.identity, found))
+        return asking.response(embedding_list(body, shapes.identity(asking.entry), found))
 
     @app.post("/v1/score", **asks("score pairs of texts", ScoreList))
     async def score(request: Request, body: ScoreBody) -> Response:
         asking = await _Asking.of(service, request, body, "score", "text_2")
-        return asking.response(score_list(body, asking.identity, await _scores(asking, body)))
+        return asking.response(score_list(body, shapes.identity(asking.entry), await _scores(asking, body)))
 
     @app.post("/v1/rerank", **asks("sort documents by their relevance", Reranking))
     async def rerank(request: Request, body: RerankBody) -> Response:
         asking = await _Asking.of(service, request, body, "rerank", "documents")
-        return asking.response(reranking(body, asking.identity, await _scores(asking, body)))
+        return asking.response(reranking(body, shapes.identity(asking.entry), await _scores(asking, body)))
 
 
 async def _scores(asking: "_Asking", body: ScoreBody | RerankBody) -> Any:
     pairs = body.pairs()
     asking.require([text for pair in pairs for text in pair], 2 * asking.service.limits.texts)
-    options = {"activation": body.use_activation is not False, "truncate": body.truncate}
+    options: dict[str, Any] = {"activation": body.use_activation is not False, "truncate": body.truncate}
     return await asking.answer(lambda: asking.encoder.score(pairs, adapter=asking.entry, **options))
 
 
@@ -104,11 +103,6 @@ class _Asking:
         engine: Any = self.service.engine
         return engine
 
-    @property
-    def identity(self) -> AdapterIdentity | None:
-        """Return which adapter answers."""
-        return None if self.entry is None else AdapterIdentity(**shapes.identity(self.entry))
-
     def require(self, given: Sequence[Any], most: int) -> None:
         """Refuse no inputs, too many, and texts that are far too long.
 
@@ -138,12 +132,9 @@ class _Asking:
             service.settle(grant, used)
         return found
 
-    def response(self, content: BaseModel | dict[str, Any]) -> Response:
+    def response(self, answer: Schema) -> Response:
         """Return an answer, and which adapter gave it."""
-        told = content if isinstance(content, dict) else content.model_dump(exclude_none=True)
-        if not isinstance(content, dict):
-            told["adapter"] = told.get("adapter")
-        return JSONResponse(told, headers=digest_header(None if self.entry is None else self.entry.digest))
+        return JSONResponse(answer.as_json(), headers=digest_header(None if self.entry is None else self.entry.digest))
 
 
 def _tokens_of(ranked: Sequence[Ranked]) -> int:

@@ -1,7 +1,8 @@
 """h11 connection with read and write timeouts.
 
 uvicorn alone waits for ever for the rest of a head, and for a client that reads nothing. Here each
-wait has an end, so that clients who mean ill cannot take up all connections.
+wait has an end, so that clients who mean ill cannot take up all connections. Kept beside uvicorn, as
+it has no option for either, nor for closing the connection that has been idle the longest.
 
 Needs the extra `serve`.
 """

@@ -37,7 +37,7 @@ MEANINGS = {
     503: "the server stops, or its engine has stopped",
     504: "the answer took too long",
 }
-CHUNKS: tuple[type[BaseModel], ...] = (answers.CompletionChunk, answers.ChatChunk)
+REFERENCED: tuple[type[BaseModel], ...] = (answers.Error, answers.CompletionChunk, answers.ChatChunk)
 DIGEST = {
     "X-Loralab-Digest": {
         "description": "the digest of the adapter that answered; the base has none",
@@ -96,9 +96,9 @@ def document(app: FastAPI, *, with_keys: bool) -> Json:
     for operations in found["paths"].values():
         for operation in operations.values():
             operation["responses"].pop("422", None)  # FastAPI's own, which never comes
-    _, chunks = models_json_schema([(model, "serialization") for model in CHUNKS], ref_template=REFERENCE)
+    _, others = models_json_schema([(model, "serialization") for model in REFERENCED], ref_template=REFERENCE)
     components = found["components"]
-    components["schemas"] = {**chunks["$defs"], **components["schemas"]}
+    components["schemas"] = {**others["$defs"], **components["schemas"]}
     for unused in ("HTTPValidationError", "ValidationError"):
         components["schemas"].pop(unused, None)
     if with_keys:
@@ -108,7 +108,7 @@ def document(app: FastAPI, *, with_keys: bool) -> Json:
 
 def _event(chunk: type[BaseModel]) -> Json:
     """Return each event of a stream; before version 3.2 the schema of a stream is that of its events."""
-    several = {"anyOf": [{"$ref": REFERENCE.format(model=own.__name__)} for own in (chunk, answers.Error)]}
+    several = {"anyOf": [_reference(chunk), _reference(answers.Error)]}
     piece = {"type": "string", "contentMediaType": JSON, "contentSchema": several}
     data = {"anyOf": [{"const": "[DONE]"}, piece]}
     text = "with `stream`; an error on the way is an event too, and the last one is [DONE]"
@@ -122,4 +122,9 @@ def _error(status: int) -> Json:
         headers["Retry-After"] = {"description": "seconds", "required": status == 429, "schema": {"type": "integer"}}
     if status == 401:
         headers["WWW-Authenticate"] = {"required": True, **text}
-    return {"model": answers.Error, "description": MEANINGS[status], "headers": headers}
+    content = {JSON: {"schema": _reference(answers.Error)}}
+    return {"description": MEANINGS[status], "headers": headers, "content": content}
+
+
+def _reference(model: type[BaseModel]) -> Json:
+    return {"$ref": REFERENCE.format(model=model.__name__)}

@@ -2,7 +2,8 @@
 
 A page on another site can let a name of its own point at this machine and then ask in the place of
 whoever looks at it (DNS rebinding). Such a request names a host that this server is not, so every
-request must name one that it is.
+request must name one that it is. Starlette's TrustedHostMiddleware was not enough: it knows names
+alone, not "any bare address", answers in plain text, and looks at neither lengths nor size of a head.
 """
 
 import ipaddress

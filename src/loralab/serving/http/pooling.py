@@ -109,7 +109,7 @@ class RerankBody(_PoolingBody):
 class Embedding(Schema):
     """The vector of one input: numbers, or the base64 of little-endian fp32."""
 
-    object: Literal["embedding"] = "embedding"
+    object: Literal["embedding"]
     index: int
     embedding: list[float] | str
 
@@ -117,7 +117,7 @@ class Embedding(Schema):
 class EmbeddingList(AnswerHead):
     """The vectors of all inputs."""
 
-    object: Literal["list"] = "list"
+    object: Literal["list"]
     data: list[Embedding]
     usage: ShortUsage
 
@@ -125,7 +125,7 @@ class EmbeddingList(AnswerHead):
 class PairScore(Schema):
     """How well the second text of a pair fits the first."""
 
-    object: Literal["score"] = "score"
+    object: Literal["score"]
     index: int
     score: float
 
@@ -133,7 +133,7 @@ class PairScore(Schema):
 class ScoreList(AnswerHead):
     """The scores of all pairs."""
 
-    object: Literal["list"] = "list"
+    object: Literal["list"]
     data: list[PairScore]
     usage: ShortUsage
 
@@ -162,28 +162,24 @@ class Reranking(AnswerHead):
 def embedding_list(body: EmbeddingBody, adapter: AdapterIdentity | None, found: Embeddings) -> EmbeddingList:
     """Return the answer to a request for vectors."""
     coded = body.encoding_format == "base64"
-    data = [Embedding(index=n, embedding=_base64(own) if coded else own) for n, own in enumerate(found.vectors)]
-    return EmbeddingList(**_head("embd-", body, adapter, found.tokens), data=data)
+    vectors = [_base64(own) if coded else own for own in found.vectors]
+    data = [Embedding(object="embedding", index=number, embedding=own) for number, own in enumerate(vectors)]
+    return EmbeddingList(**_head("embd-", body, adapter, found.tokens), object="list", data=data)
 
 
 def score_list(body: ScoreBody, adapter: AdapterIdentity | None, found: PairScores) -> ScoreList:
     """Return the answer to a request for scores."""
-    data = [PairScore(index=number, score=score) for number, score in enumerate(found.scores)]
-    return ScoreList(**_head("score-", body, adapter, found.tokens), data=data)
+    data = [PairScore(object="score", index=number, score=score) for number, score in enumerate(found.scores)]
+    return ScoreList(**_head("score-", body, adapter, found.tokens), object="list", data=data)
 
 
 def reranking(body: RerankBody, adapter: AdapterIdentity | None, found: PairScores) -> Reranking:
     """Return the answer to a request for the best documents; equal ones stay in their order."""
     order = sorted(range(len(found.scores)), key=lambda number: -found.scores[number])
-    shown = body.return_documents is not False
-    results = [
-        RankedDocument(
-            index=number,
-            document=Document(text=body.documents[number]) if shown else None,
-            relevance_score=found.scores[number],
-        )
-        for number in order[: body.top_n or len(order)]
-    ]
+    results = []
+    for number in order[: body.top_n or len(order)]:
+        shown = {} if body.return_documents is False else {"document": Document(text=body.documents[number])}
+        results.append(RankedDocument(index=number, relevance_score=found.scores[number], **shown))
     return Reranking(**_head("rerank-", body, adapter, found.tokens), results=results)
 
 

@@ -1,9 +1,6 @@
-"""Pydantic models of all answers, for the OpenAPI document.
+"""Answers: what is sent is made of these models, and the OpenAPI document describes them."""
 
-The answers themselves are made in shapes.py, as plain values; a test holds them against these.
-"""
-
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -12,6 +9,10 @@ class Schema(BaseModel):
     """A part of an answer, with no other fields than these."""
 
     model_config = ConfigDict(extra="forbid")
+
+    def as_json(self) -> dict[str, Any]:
+        """Return what is sent: the fields that were given, null ones too."""
+        return self.model_dump(exclude_unset=True)
 
 
 class Problem(Schema):
@@ -224,12 +225,13 @@ class Classification(AnswerHead):
     usage: ShortUsage
 
 
-class Model(BaseModel):
+class Model(Schema):
     """The base, or an adapter, which has further fields: method, rank, task, labels, metrics.
 
     `capabilities` are the endpoints that it can be asked at.
     """
 
+    model_config = ConfigDict(extra="allow")
     id: str
     object: Literal["model"]
     created: int

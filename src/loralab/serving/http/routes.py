@@ -17,12 +17,13 @@ class Route(APIRoute):
         """Return what answers a request; FastAPI itself would read bodies of any size and form."""
         if self.body_field is None:
             return super().get_route_handler()
-        kind, handler, admit = self.body_field.field_info.annotation, self.endpoint, self.admit
+        kind: Any = self.body_field.field_info.annotation
+        handler, admit = self.endpoint, self.admit
 
         async def answer(request: Request) -> Response:
             service: Service = request.app.state.service
             admit(service, request)
-            found: Response = await handler(request, await service.body(request, kind))  # type: ignore[type-var]
+            found: Response = await handler(request, await service.body(request, kind))
             return found
 
         return answer

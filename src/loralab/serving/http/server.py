@@ -1,5 +1,8 @@
 """The socket and its server: open before anything costs time, closed after the last answer.
 
+The server is uvicorn's; what is added is a socket that is open before the model is read, so that a
+taken port is known at once, and an end that waits for answers and not for idle connections.
+
 Needs the extra `serve`.
 """
 

@@ -15,6 +15,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from loralab.serving.http.errors import ApiError
+from loralab.serving.http.responses import Schema
 from loralab.serving.http.shapes import Shape
 from loralab.serving.request import CANCELLED, FAILED, Answer, Completed, Delta, Event, Finished
 
@@ -114,14 +115,14 @@ class EventStream(Response):
         try:
             async with asyncio.timeout(self._seconds):
                 async for chunk in self._chunks():
-                    await _send_event(send, chunk)
+                    await _send_event(send, chunk.as_json())
         except TimeoutError:
             await _send_event(send, _late(self._seconds).body())
         except ApiError as error:
             await _send_event(send, error.body())
         await _send(send, b"data: [DONE]\n\n", more=False)
 
-    async def _chunks(self) -> AsyncIterator[dict[str, Any]]:
+    async def _chunks(self) -> AsyncIterator[Schema]:
         for index in range(len(self._gathered.answers)):
             if (opening := self._shape.opening(index)) is not None:
                 yield opening
