@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastapi import APIRouter, FastAPI, Request
+from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -290,9 +290,9 @@ def _submit_all(
 
 def _add_store(app: FastAPI, service: Service, operations: Operations) -> None:
     """Add loading and unloading of adapters, with vLLM's names, bodies and answers."""
-    errors, router = (403, 404, *BODY, 429, 500, 503), APIRouter(route_class=AdminRoute)
+    errors, app.router.route_class = (403, 404, *BODY, 429, 500, 503), AdminRoute
 
-    @router.post(
+    @app.post(
         "/v1/load_lora_adapter",
         **operations.asks("give a name to an adapter of the store", str, errors, headers=DIGEST),
     )
@@ -304,13 +304,11 @@ def _add_store(app: FastAPI, service: Service, operations: Operations) -> None:
         text = f"Success: LoRA adapter '{entry.name}' added successfully."
         return PlainTextResponse(text, headers=digest_header(entry.digest))
 
-    @router.post("/v1/unload_lora_adapter", **operations.asks("take a name away", str, errors, headers=DIGEST))
+    @app.post("/v1/unload_lora_adapter", **operations.asks("take a name away", str, errors, headers=DIGEST))
     async def unload(request: Request, body: UnloadBody) -> Response:
         entry = await _change_store(lambda: service.engine.store.unload(body.lora_name), "lora_name")
         text = f"Success: LoRA adapter '{entry.name}' removed successfully."
         return PlainTextResponse(text, headers=digest_header(entry.digest))
-
-    app.include_router(router)
 
 
 async def _change_store(work: Callable[[], "AdapterInfo"], param: str) -> "AdapterInfo":
