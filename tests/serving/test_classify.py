@@ -208,3 +208,18 @@ def test_a_token_that_the_encoder_has_no_row_for_is_named(save_tiny: Saver) -> N
     with pytest.raises(ModelError) as caught:
         builder.classification(["good <odd> film"], None)
     assert caught.value.code == "token_without_row" and "<odd>" in str(caught.value)
+
+
+def test_labels_that_may_all_hold_have_chances_of_their_own(save_tiny: Saver, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    problem = "multi_label_classification"
+    config = BertConfig(**sizes, vocab_size=90, num_labels=3, problem_type=problem, initializer_range=0.3)
+    folder = save_tiny("several", BertForSequenceClassification(config), False)
+    engine = open_engine(model=str(folder), store=tmp_path, settings=ServeSettings(precision="fp32"))
+    future = engine.classify(["good film"], adapter=None)
+    engine.run_until_idle()
+    model = BertForSequenceClassification.from_pretrained(folder).eval()
+    with torch.no_grad():
+        logits = model(**engine.base.tokenizer("good film", return_tensors="pt")).logits[0]
+    found = future.result()[0].probabilities
+    assert [found[f"LABEL_{n}"] for n in range(3)] == pytest.approx(logits.sigmoid().tolist(), abs=1e-5)

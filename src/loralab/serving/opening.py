@@ -1,6 +1,7 @@
 """open_engine(): a base, a store and settings become an engine."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -114,8 +115,7 @@ def _base(name: str, settings: ServeSettings) -> Base:
     kind = models.natural_kind(name)
     if kind == CAUSAL and read_pooling(name, resolve(name)) is not None:
         kind = SENTENCES  # a decoder that was made to embed texts
-    kind = CLASSIFIER if kind in HEADED else kind
-    if kind not in SERVED:
+    if kind not in (*SERVED, *HEADED):
         raise ConfigError(
             f"{name} is a model of kind {kind}; served are {', '.join(SERVED)}", code="unserved_kind", field="model"
         )
@@ -125,4 +125,4 @@ def _base(name: str, settings: ServeSettings) -> Base:
     if settings.quantize != "none":
         pack(base.model, settings.quantize, name)
     base.model.eval().requires_grad_(False)
-    return base
+    return replace(base, kind=CLASSIFIER) if kind in HEADED else base  # its own loss is no matter here
