@@ -37,6 +37,7 @@ class FakeEntry:
     prefix_tokens: int = 0
     path: Path = Path("sst")
     form: str | None = None
+    instruction: str | None = None
     parts: tuple[Any, ...] = ()
 
     @property

@@ -115,9 +115,8 @@ class RequestBuilder:
             DataError: no labels are known, or an input is too long or no text.
         """
         require_inputs(inputs, str, self._base.name)
-        if reason := self.why_no_classes(entry):
-            raise DataError(reason, code="no_labels")
-        assert entry is not None
+        if entry is None:
+            raise DataError(self.why_no_classes(None), code="no_labels")
         return self._label_scoring([str(text) for text in inputs], entry, task_of(entry))
 
     def why_no_classes(self, entry: AdapterInfo | None) -> str:
@@ -222,7 +221,13 @@ def unlabelled(entry: AdapterInfo) -> str:
 
 
 def task_of(entry: AdapterInfo) -> Task:
-    """Return the task whose rows an adapter was trained on."""
+    """Return the classes that an adapter was trained to tell apart, without rows.
+
+    Raises:
+        DataError: it has none, or they are of pairs.
+    """
+    if reason := unlabelled(entry):
+        raise DataError(reason, code="no_labels")
     return Task(
         name=entry.name,
         format=entry.form or "text-label",

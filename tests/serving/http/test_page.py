@@ -15,13 +15,13 @@ from serving import served
 from serving.fakes import FakeEngine, FakeStore, digest_of
 from serving.served import Serve
 
-from loralab.serving.http.app import PAGE
 from loralab.serving.http.keys import Key, Keys
+from loralab.serving.page.routes import FILES, FOLDER, START
 
 engine, serve = served.engine, served.serve
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here")
-ELSEWHERE = re.compile(r"(?:https?:)?//(?!127\.0\.0\.1)[\w.-]+")
+ELSEWHERE = re.compile(r"https?://[\w.-]+|[\"'(]//[\w.-]+")
 
 
 def shown(where: str, tmp_path: Path, **query: Any) -> tuple[str, set[str]]:
@@ -76,30 +76,66 @@ def column(page: str, name: str) -> str:
     return page[start : page.index("</article>", start)]
 
 
-def test_the_page_is_one_file_that_needs_nothing_else() -> None:
-    text = PAGE.read_text(encoding="utf-8")
-    assert ELSEWHERE.findall(text) == []
-    assert not re.search(r"<script[^>]+src|<link[^>]+stylesheet|@import|url\(", text)
-    for field in re.findall(r'<(?:input|textarea)[^>]*\bid="([^"]+)"', text):
-        named = f'for="{field}"' in text or f'$("{field}").setAttribute("aria-label"' in text
-        assert named, f"{field} has no label"
+def texts(ending: str) -> dict[str, str]:
+    """Return the page's files of an ending, by name."""
+    return {name: (FOLDER / name).read_text(encoding="utf-8") for name in FILES if name.endswith(ending)}
+
+
+def test_the_page_needs_nothing_of_other_sites() -> None:
+    for name, text in texts("").items():
+        assert ELSEWHERE.findall(text) == [], name
+        assert not re.search(r"@import|\burl\(|innerHTML|style=", text), name  # a name is text, never markup
+    page = texts(".html")[START]
+    linked = re.findall(r'(?:src|href)="(?!data:)([^"]+)"', page)
+    imported = [name for text in texts(".js").values() for name in re.findall(r'from "\./([^"]+)"', text)]
+    assert {*(name.removeprefix("page/") for name in linked), *imported, START} == set(FILES)
+    assert "<style" not in page
+    assert re.findall(r"<script(?![^>]*src=)", page) == []
+
+
+def test_what_the_page_names_is_there() -> None:
+    page, code = texts(".html")[START], "".join(texts(".js").values())
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+    named = {*re.findall(r'\$\("(\w+)"\)', code), *re.findall(r'(?:for|aria-labelledby)="(\w+)"', page)}
+    assert named - set(ids) == set()
+    for field in re.findall(r'<(?:input|textarea|select)[^>]*\bid="([^"]+)"', page):
+        within = re.search(rf'<label[^>]*><input[^>]*id="{field}"', page)
+        described = f'["{field}", "{field}"]' in code or (field == "system" and "aria-label" in page)
+        assert f'for="{field}"' in page or within or described, f"{field} has no label"
+
+
+def test_headings_go_down_one_level_at_a_time() -> None:
+    page, columns = texts(".html")[START], texts(".js")["answers.js"]
+    levels = [int(level) for level in re.findall(r"<h(\d)", page)]
+    assert levels == [1, 2, 2, 2]
+    assert set(re.findall(r'make\("h(\d)"', columns)) == {"3"}
 
 
 def test_both_languages_have_the_same_words() -> None:
-    text = PAGE.read_text(encoding="utf-8")
-    start = text.index("const WORDS")
-    english, chinese = text[start : text.index("const MOST")].split('"zh-TW": {')
-    words = [re.findall(r"\b(\w+): (?:\"|\()", part) for part in (english, chinese)]
+    text = texts(".js")["words.js"]
+    english, chinese = text[text.index("export const WORDS") : text.index("const wanted")].split('"zh-TW": {')
+    words = [re.findall(r"\b(\w+): (?:\"|\w+ =>|\()", part) for part in (english, chinese)]
     assert words[0] == words[1]
-    used = set(re.findall(r'data-say="(\w+)"', text)) | set(re.findall(r"\bsay\.(\w+)", text))
-    assert used - set(words[0]) == set()
+    code = texts(".html")[START] + "".join(texts(".js").values())
+    used = set(re.findall(r'data-say="(\w+)"', code)) | set(re.findall(r"\bsay\.(\w+)", code))
+    used |= set(re.findall(r'\["(\w+)", ', code)) - {"prompt"} | set(re.findall(r'this\.tool\("(\w+)"', code))
+    assert used - {"system", "max_tokens"} - set(words[0]) == set()
+    assert set(words[0]) - used - {"filter", "more"} == set()
 
 
 def test_the_server_lets_nothing_else_into_the_page(engine: FakeEngine, serve: Serve) -> None:
-    response = httpx.get(serve(engine) + "/")
-    assert response.headers["content-type"].startswith("text/html")
-    assert "default-src 'none'" in response.headers["content-security-policy"]
-    assert "connect-src 'self'" in response.headers["content-security-policy"]
+    where = serve(engine)
+    for path, kind in {"": "text/html", **{f"page/{name}": kind for name, kind in FILES.items()}}.items():
+        response = httpx.get(f"{where}/{path}")
+        assert response.headers["content-type"] == f"{kind}; charset=utf-8"
+        assert response.headers["x-content-type-options"] == "nosniff"
+        policy = response.headers["content-security-policy"]
+        assert "default-src 'none'" in policy
+        assert "connect-src 'self'" in policy
+        assert "unsafe" not in policy
+    for path in ("page/routes.py", "page/nothing.js", "page/..%2fapi.py"):
+        assert httpx.get(f"{where}/{path}").status_code == 404
 
 
 @browser
@@ -109,7 +145,8 @@ def test_answers_stream_into_their_columns(mode: str, engine: FakeEngine, serve:
         serve(engine), tmp_path, models="tiny,sst,news", prompt="good film", mode=mode, max_tokens=5, autorun=1
     )
     for name, word in (("", "base"), ("sst", "sst"), ("news", "news")):
-        assert f'<div class="text">{word} 0 1 2 3</div>' in column(page, name)
+        marked = f"<mark>{word}</mark>" if name else word  # what the base did not say
+        assert f'<div class="text">{marked} 0 1 2 3</div>' in column(page, name)
         assert "First token" in column(page, name)
     assert digest_of("sst")[:12] in column(page, "sst")
     assert (min(len(ids) for ids, _ in engine.asked) > 2) == (mode == "chat")  # the template

@@ -6,11 +6,10 @@ Needs the extra `serve`.
 import asyncio
 import functools
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
@@ -33,6 +32,7 @@ from loralab.serving.http.service import Service, digest_header
 from loralab.serving.http.shapes import ChatShape, CompletionShape
 from loralab.serving.http.stream import ClientGoneError, EventStream, Gathered, guarded
 from loralab.serving.http.tools import forced, parser_of, tools_by_name
+from loralab.serving.page.routes import add_page
 from loralab.serving.request import Answer
 from loralab.serving.settings import Limits
 from loralab.serving.tool_calls import ToolParser
@@ -42,19 +42,9 @@ if TYPE_CHECKING:
     from loralab.serving.opening import AnyEngine
     from loralab.serving.text_engine import TextEngine
 
-PAGE = Path(__file__).parents[1] / "page.html"
 WARNING_HEADER = "X-Loralab-Warning"
 CLIENT_GONE = 499
 STORE_FIELDS = {"name": "lora_name", "path": "lora_path"}  # what vLLM calls them
-# the page is one file and asks this server alone; nothing else may be loaded into it
-PAGE_HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; "
-    "script-src 'unsafe-inline'; connect-src 'self'; img-src data: blob:; base-uri 'none'; "
-    "form-action 'none'; frame-ancestors 'none'",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-cache",
-}
 
 
 def build_app(
@@ -81,6 +71,7 @@ def build_app(
     app.add_middleware(Gate, hosts=hosts or Hosts())
     app.add_middleware(HeadAsGet)  # the outermost
     _add_errors(app)
+    add_page(app, service)
     _add_state(app, service, operations)
     _add_generation(app, service, operations)
     add_awaited(app, service, operations)
@@ -120,10 +111,6 @@ def _add_state(app: FastAPI, service: Service, operations: Operations) -> None:
     """Add the routes that report on the server."""
     engine = service.engine
     drawn = functools.cache(lambda: document(app, with_keys=service.keys is not None))
-
-    @app.get("/", include_in_schema=False)
-    async def page() -> Response:
-        return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers=PAGE_HEADERS)
 
     @app.get("/openapi.json", **operations.asks("this document", dict[str, Any], open_to_all=True))
     async def openapi() -> Response:
