@@ -65,6 +65,13 @@ ANSWERS: list[tuple[str, str, str, list[tuple[str, Any]]]] = [
         "Let me see. ",
         [("weather", {}), ("time.now", {})],
     ),
+    (  # cut short by max_tokens
+        "hermes",
+        '<tool_call>\n{"name": "weather", "arguments": {}}\n</tool_call>\n<tool_call>\n{"name": "time.n',
+        "",
+        [("weather", {})],
+    ),
+    ("hermes", '<tool_call>\n{"name": "weather", "arg', "", []),
     ("hermes", '<tool_call>{"name": "nobody", "arguments": {}}</tool_call>', "", []),
     ("hermes", "<tool_call>{broken</tool_call>", "", []),
     ("llama3", '{"name": "weather", "parameters": {"days": 1}}', "", [("weather", {"days": 1})]),
