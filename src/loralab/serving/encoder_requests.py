@@ -172,7 +172,7 @@ class EncoderRequests:
 
     def _sigmoid(self, entry: AdapterInfo | None) -> bool:
         """Return whether scores are the sigmoid of a logit, which the checkpoint may deny."""
-        if entry is not None and entry.kind in (RERANKER, REGRESSION):
+        if entry is not None and entry.form and entry.kind in (RERANKER, REGRESSION):
             return entry.kind == RERANKER
         config = self._base.model.config
         stated = (getattr(config, "sentence_transformers", None) or {}).get("activation_fn")
