@@ -6,7 +6,7 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 from pydantic import BaseModel
 
 from loralab.errors import LoralabError
@@ -134,7 +134,8 @@ class _Asking:
 
     def response(self, answer: Schema) -> Response:
         """Return an answer, and which adapter gave it."""
-        return JSONResponse(answer.as_json(), headers=digest_header(None if self.entry is None else self.entry.digest))
+        headers = digest_header(None if self.entry is None else self.entry.digest)
+        return Response(answer.as_text(), media_type="application/json", headers=headers)
 
 
 def _tokens_of(ranked: Sequence[Ranked]) -> int:

@@ -14,6 +14,10 @@ class Schema(BaseModel):
         """Return what is sent: the fields that were given, null ones too."""
         return self.model_dump(exclude_unset=True)
 
+    def as_text(self) -> str:
+        """Return the same, as JSON is written."""
+        return self.model_dump_json(exclude_unset=True)
+
 
 class Problem(Schema):
     """An error; `param` is the field that it is about."""

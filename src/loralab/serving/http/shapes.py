@@ -63,7 +63,7 @@ class _Shape(ABC):
         """Return one piece of a stream."""
         usage: Json = {"usage": self._usage_so_far()} if self._usage else {}
         once, self._once = self._once, {}
-        return kind(**self._head, **once, object=name, choices=choices, **usage)
+        return kind.model_validate({**self._head, **once, "object": name, "choices": choices, **usage})
 
     def _usage_so_far(self) -> api.ShortUsage | None:
         return None if self._prompt_tokens is None else _usage(self._prompt_tokens, sum(self._written))
@@ -98,12 +98,12 @@ class CompletionShape(_Shape):
     def whole(self, done: Sequence[Completed]) -> api.Completion:
         """Return an answer that is not streamed."""
         choices = [self._choice(i, c.text, self._told(c), c.finished.reason) for i, c in enumerate(done)]
-        return api.Completion(object="text_completion", choices=choices, **self._whole(done))
+        return api.Completion.model_validate({"object": "text_completion", "choices": choices, **self._whole(done)})
 
     def _told(self, one: Completed) -> api.TextLogprobs | None:
         return _completion_logprobs(one.logprobs) if self._logprobs or one.logprobs else None
 
-    def chunk(self, choices: list[api.TextChoice]) -> api.CompletionChunk:
+    def chunk(self, choices: list[Json]) -> api.CompletionChunk:
         """Return one piece of a stream."""
         return self._chunk(api.CompletionChunk, "text_completion", choices)
 
@@ -123,8 +123,8 @@ class CompletionShape(_Shape):
         return [self.chunk([self._choice(index, "", None, end.reason)])]
 
     @staticmethod
-    def _choice(index: int, text: str, logprobs: api.TextLogprobs | None, reason: Any) -> api.TextChoice:
-        return api.TextChoice(index=index, text=text, logprobs=logprobs, finish_reason=reason)
+    def _choice(index: int, text: str, logprobs: api.TextLogprobs | None, reason: str | None) -> Json:
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
 
 
 class ChatShape(_Shape):
@@ -156,7 +156,7 @@ class ChatShape(_Shape):
         """Return a piece without the text of a call, which is told at the end."""
         return self._streams[index].take(piece) if self._streams else piece
 
-    def chunk(self, choices: list[api.ChatPiece]) -> api.ChatChunk:
+    def chunk(self, choices: list[Json]) -> api.ChatChunk:
         """Return one piece of a stream."""
         return self._chunk(api.ChatChunk, "chat.completion.chunk", choices)
 
@@ -182,8 +182,7 @@ class ChatShape(_Shape):
     def _delta(
         self, index: int, delta: Json, logprobs: api.ChatLogprobs | None = None, reason: Any = None
     ) -> api.ChatChunk:
-        own = api.ChatDelta(**delta)
-        return self.chunk([api.ChatPiece(index=index, delta=own, logprobs=logprobs, finish_reason=reason)])
+        return self.chunk([{"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}])
 
 
 def _call(call: ToolCall, **more: int) -> api.ToolCall:

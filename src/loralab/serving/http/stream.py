@@ -115,11 +115,11 @@ class EventStream(Response):
         try:
             async with asyncio.timeout(self._seconds):
                 async for chunk in self._chunks():
-                    await _send_event(send, chunk.as_json())
+                    await _send_event(send, chunk.as_text())
         except TimeoutError:
-            await _send_event(send, _late(self._seconds).body())
+            await _send_event(send, json.dumps(_late(self._seconds).body(), ensure_ascii=False))
         except ApiError as error:
-            await _send_event(send, error.body())
+            await _send_event(send, json.dumps(error.body(), ensure_ascii=False))
         await _send(send, b"data: [DONE]\n\n", more=False)
 
     async def _chunks(self) -> AsyncIterator[Schema]:
@@ -167,8 +167,7 @@ async def _gone(receive: Receive) -> None:
         pass
 
 
-async def _send_event(send: Send, content: dict[str, Any]) -> None:
-    text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
+async def _send_event(send: Send, text: str) -> None:
     await _send(send, b"data: " + text.encode() + b"\n\n")
 
 
