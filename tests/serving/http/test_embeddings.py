@@ -167,6 +167,14 @@ def test_adapters_share_a_batch(served: Served) -> None:
         assert torch.allclose(torch.tensor(future.result().vectors), served.vectors(name, ["film"]), atol=1e-5)
 
 
+@pytest.mark.parametrize(("model", "name"), [("pairs:1", "pairs"), ("pairs+theirs:0", "pairs"), ("theirs:0", None)])
+def test_sums_of_adapters_have_vectors_too(model: str, name: str | None, served: Served) -> None:
+    body = served.post("/v1/embeddings", {"model": model, "input": TEXTS}).json()
+    found = torch.tensor([one["embedding"] for one in body["data"]])
+    assert torch.allclose(found, served.vectors(name, TEXTS), atol=1e-5)
+    assert len(body["adapter"]["parts"]) == 1 + model.count("+")
+
+
 def test_the_openai_client_gets_them_unchanged(served: Served) -> None:
     engine = opened(served.folder, served.store)
     with listening(engine) as url, openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client:
