@@ -16,7 +16,12 @@ TOOL = {
     "type": "function",
     "function": {
         "name": "weather",
-        "parameters": {"type": "object", "properties": {"city": {"enum": ["Oslo", "Rome"]}}, "required": ["city"]},
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"enum": ["Oslo", "Rome"]}},
+            "required": ["city"],
+            "additionalProperties": False,
+        },
     },
 }
 url, base, adapter, other = sys.argv[1:]
@@ -36,7 +41,7 @@ for asked in ("required", {"type": "function", "function": {"name": "weather"}})
     assert called.choices[0].finish_reason == "tool_calls"
     assert called.choices[0].message.tool_calls[0].function.name == "weather"
 with client.chat.completions.stream(
-    model=base, messages=messages, tools=[TOOL], tool_choice="required", max_tokens=60
+    model=base, messages=messages, tools=[TOOL], tool_choice="required", max_tokens=60, parallel_tool_calls=False
 ) as stream:
     final = stream.get_final_completion()
 assert final.choices[0].message.tool_calls[0].function.name == "weather"

@@ -5,6 +5,7 @@ tokens that are told of each place). ANSWER becomes npz: values and indices (P, 
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import numpy
 
 def main(request: str, answer: str) -> None:
     """Compute and write."""
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GB, of a processor alone: a few prompts need less
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
@@ -27,7 +29,7 @@ def main(request: str, answer: str) -> None:
         enable_prefix_caching=False,
         max_logprobs=asked["most"],
         max_model_len=2 * max(map(len, asked["prompts"])) + 8,
-        gpu_memory_utilization=asked.get("memory", 0.5),
+        gpu_memory_utilization=0.5,
         **options,
     )
     sampling = SamplingParams(
