@@ -104,7 +104,7 @@ def test_what_cannot_be_kept_is_a_400_with_code_and_field(engine: Any) -> None:
 
 def test_a_structure_that_takes_too_long_holds_up_nobody(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     over = threading.Event()
-    monkeypatch.setattr("loralab.serving.http.service.COMPILE_SECONDS", 0.05)
+    monkeypatch.setattr("loralab.serving.http.prompts.COMPILE_SECONDS", 0.05)
     monkeypatch.setattr(engine, "compile", lambda *_: over.wait(20))
     body = {"model": "lora", "prompt": "a", "structured_outputs": {"regex": "a"}}
     error = post(engine, "/v1/completions", body).json()["error"]
