@@ -45,7 +45,8 @@ HEAD = """# The ecosystem's tools with `loralab serve`
 
 `make clients` installs each tool in an environment of its own, starts a server with two adapters on
 SmolLM2-135M, and lets the tool do its work; `benchmarks/clients.py --write` writes this table. Nothing of
-the tools is changed: they get the server's address and the names of its adapters.
+the tools is changed: they get the server's address and the names of its adapters. vLLM is not installed by it:
+`--vllm PYTHON` names a Python that has it. What each does: [`benchmarks/clients/`](../benchmarks/clients).
 
 """
 

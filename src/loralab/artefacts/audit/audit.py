@@ -67,14 +67,9 @@ def audit(
     allowed = {own: largest([*ways.values()], MARGIN) for own, ways in reference.honest.items()}
     question = Question(base=name, adapter=stored.path, record=stored.record, prompts=prompts, precision=precision)
     verdicts = []
-    for key, engine in chosen.items():
+    for key in chosen:
         tell(key)
-        own = engine.precision or precision
-        found = _asked(engine, question)
-        verdict = _verdict(EngineVerdict(engine=key, verdict=NO_ANSWER, precision=own), found, reference, allowed)
-        if verdict.verdict == DIFFERS and isinstance(found, Answers):
-            verdict = _explained(verdict, found, load, replace(question, adapter=None), reference)
-        verdicts.append(verdict)
+        verdicts.append(_judged(key, question, load, reference, allowed))
     report = AuditReport(
         adapter=str(stored.path),
         base=name,
@@ -151,6 +146,19 @@ def _random_ids(vocabulary: int) -> Prompts:
     draw = torch.Generator().manual_seed(0)
     ids: Prompts = torch.randint(vocabulary, (SAMPLES, TOKENS // 2), generator=draw).tolist()
     return ids
+
+
+def _judged(
+    key: str, question: Question, load: Load, reference: Reference, allowed: dict[str, Distance]
+) -> EngineVerdict:
+    """Ask an engine, judge what it says, and look for the cause where it differs."""
+    engine = ENGINES[key]
+    found = _asked(engine, question)
+    start = EngineVerdict(engine=key, verdict=NO_ANSWER, precision=engine.precision or question.precision)
+    verdict = _verdict(start, found, reference, allowed)
+    if verdict.verdict == DIFFERS and isinstance(found, Answers):
+        return _explained(verdict, found, load, replace(question, adapter=None), reference)
+    return verdict
 
 
 def _asked(engine: Engine, question: Question) -> Answers | str | None:

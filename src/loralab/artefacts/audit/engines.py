@@ -147,8 +147,8 @@ def _in_subprocess(command: Sequence[str], asked: Mapping[str, Any], kind: str) 
 
 
 def _last_line(text: str) -> str:
-    """Return the last line that names an error, or else the last one."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    """Return the last line that names an error, or else the last one; none that only points to another."""
+    lines = [line.strip() for line in text.splitlines() if line.strip() and "stack trace" not in line]
     named = [line for line in lines if "Error" in line or "error" in line]
     return (named or lines or [""])[-1][:300]
 

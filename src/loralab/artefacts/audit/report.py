@@ -4,12 +4,13 @@ import functools
 import json
 from dataclasses import asdict, dataclass, field
 from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
-from loralab import __version__, atomic
+from loralab import atomic
 from loralab.artefacts.audit.answers import Distance
 
 PAGE, DATA = "audit.html", "audit.json"
@@ -97,13 +98,13 @@ class AuditReport:
         """
         with atomic.explained(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        content = {**self.to_json(), "loralab": __version__, "date": str(date.today())}
+        content = {**self.to_json(), "loralab": version("loralab"), "date": str(date.today())}
         atomic.write_file(folder / DATA, json.dumps(content, indent=2) + "\n")
         return atomic.write_file(folder / PAGE, self.page())
 
     def page(self) -> str:
         """Return the page; it needs nothing from anywhere."""
-        return _templates().get_template("audit.html.j2").render(r=self, version=__version__, today=date.today())
+        return _templates().get_template("audit.html.j2").render(r=self, version=version("loralab"), today=date.today())
 
 
 @functools.cache
