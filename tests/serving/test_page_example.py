@@ -12,7 +12,7 @@ from serving.fakes import FakeEngine, FakeEntry, digest_of
 from serving.served import Serve
 from transformers import AutoTokenizer
 
-from loralab.serving.keys import Key, Keys
+from loralab.serving.http.keys import Key, Keys
 from loralab.serving.page import routes
 from loralab.serving.page.example import example_of
 from loralab.tasks.catalog import Task

@@ -22,9 +22,9 @@ from loralab.adapters import folder
 from loralab.errors import LoralabError
 from loralab.models import load as models
 from loralab.models.device import device_here
-from loralab.serving.adapter_loader import AdapterLoader
+from loralab.serving.adapters.loader import AdapterLoader
 from loralab.serving.blocks import BlockManager, blocks_needed
-from loralab.serving.runner import ModelRunner
+from loralab.serving.runners.choose import ModelRunner
 from loralab.serving.scheduler import Chunk, TokenSequence
 
 PIECE = 13  # tokens of each prompt that go through at once

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from loralab.adapters.record import sound
-from loralab.serving.adapter_info import AdapterInfo
+from loralab.serving.adapters.info import AdapterInfo
 from loralab.serving.request_builder import task_of
 from loralab.tasks.encode import chat_ids, prompt_ids
 from loralab.tasks.examples import Ids

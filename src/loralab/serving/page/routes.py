@@ -8,10 +8,10 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
 from loralab.errors import LoralabError
-from loralab.serving.api_errors import ApiError
-from loralab.serving.api_service import Service
+from loralab.serving.adapters.files import read_metadata
+from loralab.serving.http.errors import ApiError
+from loralab.serving.http.service import Service
 from loralab.serving.page.example import Example, example_of
-from loralab.serving.safe_read import read_metadata
 
 FOLDER = Path(__file__).parent
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
