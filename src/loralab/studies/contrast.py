@@ -26,7 +26,7 @@ SIDE = 0.05  # error of each of the two one-sided tests of equivalence
 SURE = 0.9  # probability at which an arm counts as good enough
 PRIOR_FREEDOM = 4.0  # most degrees of freedom of the variance that arms share (limma's d0)
 TINY = 1e-12  # of the largest variance: smaller ones are as good as zero
-DEFAULT_FREEDOM = 3.0  # of the default spread, where the seeds of a study say less
+DEFAULT_FREEDOM, DEFAULT_LEAST = 3.0, 1.0  # of the default spread: without seeds, and beside many
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,7 +224,7 @@ def seed_variance(arms: Sequence[Sample]) -> tuple[Floats, Floats]:
     freedoms = np.array([0.0 if arm.fixed else arm.seeds - 1.0 for arm in arms])
     usual = np.array([arm.spread for arm in arms]) ** 2
     ratios = np.array([_variance(arm) for arm in arms]) / np.where(usual > 0, usual, 1)
-    missing = max(0.0, DEFAULT_FREEDOM - freedoms.sum())
+    missing = max(DEFAULT_LEAST, DEFAULT_FREEDOM - freedoms.sum())
     pooled = (missing + (freedoms * ratios).sum()) / (missing + freedoms.sum())
     prior = min(prior_freedom(ratios[freedoms > 0], freedoms[freedoms > 0]), missing + freedoms.sum())
     moderated = usual * (prior * pooled + freedoms * ratios) / (prior + freedoms)

@@ -66,6 +66,11 @@ class Column:
         return self.label or Message(f"column.{self.name}")
 
 
+def columns(*specs: str | Column) -> list[Column]:
+    """Return columns from names, or names and formats such as "step_seconds:seconds"."""
+    return [spec if isinstance(spec, Column) else Column(*spec.split(":")) for spec in specs]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Table:
     """Rows of values under their columns; a value that a row lacks is shown as a dash."""
