@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from loralab.studies.contrast import Ranking, Sample, rank_arms
+from loralab.studies.contrast import TINY, Contrast, Ranking, Sample, rank_arms
 from loralab.studies.evidence import Metric, best_arm, claim, mean_of, sample
 from loralab.studies.message import Message, sentences
 from loralab.studies.study import Finding, Record
@@ -85,13 +85,23 @@ def recommendation(found: Ranking, arms: Arms, metric: Metric) -> Message:
 
 def _would_decide(found: Ranking) -> Message:
     """Return what it takes to tell the recommended arm from the one that is most likely to be better."""
-    rivals = [found.contrast(found.recommended or "", n) for n in found.names if n != found.recommended]
-    closest = min(rivals, key=lambda c: c.estimate / max(1e-12, c.of_seeds + c.of_rows))
-    if closest.seeds_needed is not None and closest.of_seeds >= closest.of_rows:
+    closest = closest_rival(found)
+    if asks_seeds(closest):
         return Message("ranking.seeds_would_tell", seeds=closest.seeds_needed, rival=closest.b)
     if closest.rows_needed is not None:
         return Message("ranking.rows_would_tell", rows=closest.rows_needed, rival=closest.b)
     return Message("ranking.more_would_tell", rival=closest.b)
+
+
+def closest_rival(found: Ranking) -> Contrast:
+    """Compare the recommended arm of several with the one that is most likely to be better."""
+    rivals = [found.contrast(found.recommended or "", n) for n in found.names if n != found.recommended]
+    return min(rivals, key=lambda c: c.estimate / max(TINY, c.of_seeds + c.of_rows))
+
+
+def asks_seeds(found: Contrast) -> bool:
+    """Tell whether seeds, rather than test rows, would decide a contrast."""
+    return found.seeds_needed is not None and found.of_seeds >= found.of_rows
 
 
 def among(found: Ranking, names: Iterable[str]) -> Ranking:

@@ -12,7 +12,7 @@ from scipy import stats
 
 from loralab.models.load import Base
 from loralab.studies.compare import Comparison, compare_arms, score_chart
-from loralab.studies.contrast import SURE, Ranking
+from loralab.studies.contrast import Ranking
 from loralab.studies.evidence import Metric, by_arm, mean_of
 from loralab.studies.halving import (
     DEFAULT,
@@ -74,7 +74,7 @@ def _decided(found: Comparison) -> Ranking:
     """Return the ranking on test rows with what the validation rows chose; nothing that has learnt nothing."""
     ranking, chosen = found.ranking, choose([r for own in found.arms.values() for r in own], found.metric)
     learnt = BASE not in ranking.means or ranking.contrast(chosen, BASE).verdict == "better"
-    return replace(ranking, recommended=chosen if learnt else None, decided=learnt and ranking.good[chosen] >= SURE)
+    return replace(ranking, recommended=chosen if learnt else None)
 
 
 def choose(records: Sequence[Record], metric: Metric) -> str:
