@@ -174,9 +174,9 @@ def _against_default(found: Comparison, default: str) -> list[Message]:
 
 
 def _candidates(group: Sequence[Section], fields: Mapping[str, Any]) -> list[tuple[str, str, str, Message]]:
-    """Return what each study proposes that the recommended arm does not have."""
+    """Return what each of several studies proposes that the recommended arm does not have."""
     found = []
-    for each in group:
+    for each in group if len(group) > 1 else ():  # what a single one proposes was trained as a whole
         others = {k: v for k, v in each.answer.advice.items() if fields.get(k) != v}
         if others:
             shown = ", ".join(f"{name} = {flat(value)}" for name, value in others.items())

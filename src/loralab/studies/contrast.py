@@ -60,6 +60,12 @@ class Contrast:
         return self.verdict in ("better", "worse")
 
     @property
+    def likely(self) -> float:
+        """Return the probability that the first arm is better, about."""
+        error = math.hypot(self.of_seeds, self.of_rows)
+        return float(stats.norm.cdf(self.estimate / error)) if error else float(self.estimate > 0)
+
+    @property
     def seeds_needed(self) -> int | None:
         """Return how many seeds would show a difference of this size; None where rows are too few for any."""
         return needed(self.estimate, self.of_seeds, self.seeds, self.of_rows) if self.of_seeds else None

@@ -8,11 +8,11 @@ import numpy as np
 
 from loralab.studies.contrast import Contrast, Sample, half_width
 from loralab.studies.message import Column, Message, Table
-from loralab.studies.statistics import Interval, mean_interval
-from loralab.studies.study import DONE, EDGE, FALLING, Finding, Record, StudySetup
+from loralab.studies.study import DONE, EDGE, FALLING, Arm, Finding, Record, StudySetup
 from loralab.studies.wording import catalogue
 
 SEED = 0  # of every bootstrap: rendering again gives the same page
+COMMONEST = "commonest label"  # the arm that says it, whatever it is asked
 MANY_SEEDS, MANY_ROWS = 200, 1e6  # as good as never
 MARGIN = 1.0  # points of a score, percent of a loss: differences that do not matter
 CORRELATIONS = ("pearson", "spearman", "matthews")
@@ -80,9 +80,8 @@ class Metric:
 
     def scored(self, records: Sequence[Record]) -> Message:
         """Return the mean score of an arm with its interval."""
-        found = own_interval(records)
-        key = "score.interval" if self.rises else "score.loss_interval"
-        return Message(key, value=found.mean, low=found.low, high=found.high)
+        value, low, high = own_interval(records)
+        return Message("score.interval" if self.rises else "score.loss_interval", value=value, low=low, high=high)
 
 
 def by_arm(records: Iterable[Record]) -> dict[str, list[Record]]:
@@ -92,6 +91,15 @@ def by_arm(records: Iterable[Record]) -> dict[str, list[Record]]:
         if record.items.get("score"):
             found.setdefault(record.arm.name, []).append(record)
     return found
+
+
+def commonest(records: Iterable[Record]) -> dict[str, list[Record]]:
+    """Return an arm that always answers the commonest label; none where rows have no labels."""
+    for record in records:
+        if rows := record.items.get("majority"):
+            arm, score = Arm(name=COMMONEST, tuned=False, plain=True), math.fsum(rows) / len(rows)
+            return {COMMONEST: [replace(record, arm=arm, numbers={"score": score}, items={"score": rows})]}
+    return {}
 
 
 def metric_of(records: Iterable[Record], setup: StudySetup | None = None) -> Metric:
@@ -111,7 +119,7 @@ def claim(found: Contrast, metric: Metric, names: tuple[Message | str, Message |
     Args:
         names: of the two that are compared, where an arm's name does not say it.
     """
-    a, b = names or (found.a, found.b)
+    a, b = names or (_called(found.a), _called(found.b))
     verdict = "single" if math.isnan(found.low) else found.verdict
     more = {"needed": _needed(found)} if verdict == "undecided" else {}
     sentence = Message(
@@ -124,6 +132,10 @@ def claim(found: Contrast, metric: Metric, names: tuple[Message | str, Message |
         **more,
     )
     return finding(sentence, found)
+
+
+def _called(arm: str) -> Message | str:
+    return Message("multitask.commonest") if arm == COMMONEST else arm
 
 
 def finding(sentence: Message, found: Contrast) -> Finding:
@@ -147,12 +159,11 @@ def _needed(found: Contrast) -> Message:
     return Message("contrast.too_small")
 
 
-def own_interval(records: Sequence[Record]) -> Interval:
-    """Return an arm's mean score and its own interval, over seeds and test rows, in the metric's sense."""
-    found = mean_interval([r.numbers["score"] for r in records])
-    metric = metric_of(records)
+def own_interval(records: Sequence[Record]) -> tuple[float, float, float]:
+    """Return an arm's mean score and the ends of its own interval, over seeds and test rows, in the metric's sense."""
+    mean, metric = mean_of(records, "score"), metric_of(records)
     half, (least, most) = half_width(sample(records, metric)), metric.bounds
-    return replace(found, low=max(least, found.mean - half), high=min(most, found.mean + half))
+    return mean, max(least, mean - half), min(most, mean + half)
 
 
 def sample(records: Sequence[Record], metric: Metric, *, by_row: bool = True, level: float | None = None) -> Sample:

@@ -68,7 +68,8 @@ class Column:
 
 def columns(*specs: str | Column) -> list[Column]:
     """Return columns from names, or names and formats such as "step_seconds:seconds"."""
-    return [spec if isinstance(spec, Column) else Column(*spec.split(":")) for spec in specs]
+    named = [spec.partition(":") if isinstance(spec, str) else spec for spec in specs]
+    return [found if isinstance(found, Column) else Column(found[0], found[2]) for found in named]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -175,10 +175,9 @@ PARTS = ("start_bytes", "loading_bytes", "held_bytes", "steps_bytes")
 def _table(found: Savings) -> Table:
     """Return every arm: its memory in its parts, its time, its curve."""
     memory, time = (Column(name, label=Message("column.over_baseline")) for name in ("memory", "time"))
-    shown = columns(
-        *("method", "arm", "peak_bytes:bytes", memory, *(f"{name}:bytes" for name in PARTS)),
-        *("step_seconds:seconds", time, "curve", "at_end:signed percent", "pareto"),
-    )
+    parts = (f"{name}:bytes" for name in PARTS)
+    times = ("step_seconds:seconds", time, "curve", "at_end:signed percent", "pareto")
+    shown = columns("method", "arm", "peak_bytes:bytes", memory, *parts, *times)
     front, rows = found.pareto(), []
     for role, runs in found.runs.items():
         row: dict[str, Any] = {"method": _name(role), "arm": runs[0].arm.name}
