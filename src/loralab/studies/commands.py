@@ -59,7 +59,7 @@ def deciding_command(setup: StudySetup, found: Ranking | None, records: Sequence
     elif max(setup.seeds, setup.seeds_max) < SEEDS_MAX:  # as many as a study may have before more is asked for
         longer = replace(setup, quick=False, seeds=seeds, seeds_max=SEEDS_MAX)
     else:
-        rows = closest.rows_needed if closest.rows_needed in ROWS else 4 * closest.rows
+        rows = needed if (needed := closest.rows_needed or 0) in ROWS else 4 * closest.rows
         longer = replace(setup, rows={**setup.rows, "test": rows})
     own = [] if setup.study in STUDIES else ["--test-rows", str(longer.rows.get("test", closest.rows)), *_seeds(longer)]
     return f"{repeat_command(longer)} {shlex.join([*own, '--output-dir', f'{folder}-longer'])}"
