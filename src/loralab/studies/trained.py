@@ -151,9 +151,19 @@ def scored(trial: Trial, run: Run, folder: Path) -> Record:
             "loss": [-loss for loss in test.row_losses],
             "validation": items_of(run.scores["validation"], metric),
             "validation_loss": list(run.scores["validation"].row_losses),
+            **({"majority": majority(run.task)} if metric == "accuracy" else {}),
         },
         series={"loss": losses, "grad_norm": [float(e["grad_norm"]) for e in events]},
     )
+
+
+def majority(task: Task) -> list[float]:
+    """Return for every test row whether its label is the commonest one of train; none without labels."""
+    labels = [label for row in task.splits["train"] for label in catalog.labels_of(row)]
+    if not labels or any("label" not in row for row in task.splits["test"]):
+        return []
+    commonest = max(sorted(set(labels)), key=labels.count)
+    return [float(row["label"] == commonest) for row in task.splits["test"]]
 
 
 def score_on(run: Run, split: str, limit: int | None = None) -> Scores:

@@ -18,11 +18,10 @@ from numpy.typing import NDArray
 from loralab.errors import LearningError
 from loralab.studies import trained
 from loralab.studies.fields import configured
-from loralab.studies.measures.system import majority
 from loralab.studies.statistics import monotone, smoothed
 from loralab.studies.study import DIVERGED, Record, Trial
 from loralab.studies.subspace import Subspace, fit
-from loralab.studies.trained import Tell, items_of, rows_of
+from loralab.studies.trained import Tell, items_of, majority, rows_of
 from loralab.tasks.catalog import Task
 from loralab.tasks.score import Scores, evaluate
 from loralab.training.preflight import load_base

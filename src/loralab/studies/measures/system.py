@@ -22,9 +22,9 @@ from loralab.models.load import Base
 from loralab.studies import timing, trained
 from loralab.studies.measures.mixed_batch import Banked, Mixed, swap
 from loralab.studies.study import Arm, Record, Trial
-from loralab.studies.trained import Tell, rows_of
+from loralab.studies.trained import Tell, majority, rows_of
 from loralab.tasks.batches import collate
-from loralab.tasks.catalog import TASKS, Task, labels_of
+from loralab.tasks.catalog import TASKS, Task
 from loralab.tasks.encode import encode
 from loralab.tasks.examples import Example
 from loralab.tasks.forward import call, labelled
@@ -64,15 +64,6 @@ def measure_task(trial: Trial, folder: Path, tell: Tell) -> Record:
         return record
     numbers = {**record.numbers, "majority": statistics.fmean(found)}
     return replace(record, numbers=numbers, items={**record.items, "majority": found})
-
-
-def majority(task: Task) -> list[float]:
-    """Return for every test row whether its label is the commonest one of train; none without labels."""
-    labels = [label for row in task.splits["train"] for label in labels_of(row)]
-    if not labels or any("label" not in row for row in task.splits["test"]):
-        return []
-    commonest = max(sorted(set(labels)), key=labels.count)
-    return [float(row["label"] == commonest) for row in task.splits["test"]]
 
 
 def measure_system(trial: Trial, folder: Path, tell: Tell) -> Record:

@@ -40,7 +40,7 @@ def arms(setup: StudySetup, base: Base) -> list[Arm]:
     able = choices(base.model)
     for value in setup.values:
         require_choice(value, base.name, able)
-    wanted = setup.values or (SHORT if setup.quick else CHOICES)
+    wanted = setup.chosen(CHOICES, SHORT if setup.quick else CHOICES)
     fields = {name: REFERENCE if name == ALL else {**REFERENCE, "target_modules": able[name]} for name in able}
     return [
         Arm(name=PROBE, fields={"method": PROBE}),
