@@ -154,8 +154,8 @@ def _renamed(table: DataTable, labels: Sequence[str]) -> DataTable:
         return names[label if label in names else _plain(label)]
 
     def renamed(row: Row) -> Row:
-        if "tags" in row:
-            return {**row, "tags": [named(tag) for tag in row["tags"]]}
+        for column in {"tags", "labels"} & row.keys():
+            return {**row, column: [named(one) for one in row[column]]}
         return {**row, "label": named(row["label"])} if "label" in row else row
 
     if unknown := [one for one in _labels_in(table) if not {one, _plain(one)} & names.keys()]:
