@@ -197,6 +197,17 @@ def require_text_or_pictures(name: str, config: Any) -> None:
         raise ModelError(
             f"{who}, which reads {what}: not supported; {SUPPORTED}", code="input_unsupported", field="model"
         )
+    if _OTHER_SENSES.search(f"{class_named(config)} {config.model_type}".lower()) or _hears(config):
+        raise ModelError(
+            f"{who}, which is made for more than text: not supported; {SUPPORTED}",
+            code="multimodal_unsupported",
+            field="model",
+        )
+
+
+def _hears(config: Any) -> bool:
+    """Return whether an encoder-decoder has an encoder of speech beside that of text."""
+    return any(key.startswith("speech_encoder") for key in vars(config))
 
 
 def is_writer(config: Any) -> bool:

@@ -24,7 +24,7 @@ from loralab.tasks.beside import (
 )
 from loralab.tasks.encodings import inner_name
 from loralab.tasks.formats import FORMATS, IN_MESSAGES, SPLITS, DataPart, columns_of, is_conversation, is_empty
-from loralab.tasks.label_shapes import LABEL, reshaped
+from loralab.tasks.label_shapes import LABEL, LABELS, SCORE, fits, reshaped
 
 SPLIT = "split"
 HELD_OUT = word_set("test testing val validation dev eval evaluation holdout held heldout")
@@ -66,7 +66,8 @@ def choose(part: DataPart, mapping: Mapping[str, str], shape: str = LABEL) -> Co
     renamed = {name: own for name, own in mapping.items() if own}
     _check_renamed(part.place, columns, renamed)
     free = [c for c in columns if c not in left_out and c not in renamed.values()]
-    known = {**{c: c for c in free if c not in renamed}, **renamed}
+    values = {c: [row.get(c) for _, row in part.rows] for c in free if c in (LABELS, SCORE)}
+    known = {**{c: c for c in free if c not in renamed and fits(c, values.get(c, ()))}, **renamed}
     form = reshaped(_format(part, mapping, known, free), known, shape)
     if form == "messages" and "messages" not in known:
         known["messages"] = SHAREGPT

@@ -7,7 +7,7 @@ are not all whole are amounts. What may be either is a class, and `--map score=l
 import contextlib
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from loralab.errors import DataError, format_value
@@ -33,6 +33,14 @@ def label_shape(parts: Iterable[DataPart], mapping: Mapping[str, str]) -> str:
     numbers = [number for number in amounts if number is not None]
     fractions = any(not number.is_integer() for number in numbers if math.isfinite(number))
     return SCORE if fractions and len(numbers) == len(values) else LABEL
+
+
+def fits(column: str, values: Sequence[Any]) -> bool:
+    """Tell whether a column of this name holds what its name says; of any other column it does."""
+    filled = [value for value in values if not is_empty(value)]
+    if column == LABELS:
+        return all(map(_is_list, filled))
+    return column != SCORE or 2 * sum(amount(value) is not None for value in filled) > len(filled)
 
 
 def reshaped(form: str, known: dict[str, str], shape: str) -> str:
