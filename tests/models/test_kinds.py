@@ -24,7 +24,6 @@ from loralab.models.kinds import (
     require_kind,
     require_text_or_pictures,
 )
-
 from loralab.tasks.formats import FORMATS
 from loralab.tasks.kinds.registry import kinds, kinds_for
 

@@ -28,7 +28,6 @@ TASK_TYPES = {  # kind -> peft's name
 CLASSES = {  # what the name of a model's class says of it
     "ForCausalLM": "CAUSAL_LM",
     "LMHeadModel": "CAUSAL_LM",
-    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
     "ForSequenceClassification": "SEQ_CLS",
     "ForTokenClassification": "TOKEN_CLS",
 }

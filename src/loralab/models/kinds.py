@@ -46,6 +46,7 @@ PROBLEMS = {
     REGRESSION: "regression",
     RERANKER: None,
 }
+SERVED = (CAUSAL, CLASSIFIER, VISION, SENTENCES)  # by `loralab serve`
 ONE_OUTPUT = (REGRESSION, RERANKER)
 # format of rows (tasks/formats.py) -> kinds that learn from it, the usual one first
 ANSWERS = (CAUSAL, SEQ2SEQ)

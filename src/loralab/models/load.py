@@ -311,7 +311,7 @@ def require_use(name: str, tokenizer: Any, config: Any, kind: str) -> None:
         )
     last = tokenizer("a", verbose=False)["input_ids"][-1:]
     # the classes of an encoder-decoder are read off the one end token that each text has
-    ended = kind == CLASSIFIER and config.is_encoder_decoder and not config.sub_configs
+    ended = HEADS.get(kind) == HEADS[CLASSIFIER] and config.is_encoder_decoder and not config.sub_configs
     if ended and (last != [config.eos_token_id] or tokenizer.pad_token_id in (None, *last)):
         raise ModelError(
             f"{name}: {config.model_type} classifies by the end token of a text "

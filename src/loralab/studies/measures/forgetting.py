@@ -21,6 +21,8 @@ from loralab.tasks import catalog
 from loralab.tasks.catalog import TASKS, Task
 from loralab.tasks.formats import Row
 from loralab.tasks.forward import by_length, run
+from loralab.tasks.kinds.registry import kind_named
+from loralab.tasks.kinds.seq2seq import decoded
 from loralab.tasks.scorable import scorable
 from loralab.tasks.score import evaluate, evaluating
 
@@ -49,13 +51,13 @@ def measured(base: Base, own: Task, asked: str = "") -> tuple[dict[str, float], 
         before, after = before_and_after(base, general)
     except LoralabError as error:  # the run itself is whole
         return {}, {"forgetting": str(error)}
-    kind = LOSS if base.kind == CAUSAL else ACCURACY
+    kind = LOSS if kind_named(base.kind).packs else ACCURACY
     return {"general_before": before, "general_after": after}, {"general": general.name, "general_kind": kind}
 
 
 def before_and_after(base: Base, general: Task) -> tuple[float, float]:
     """Return the loss or the probe's accuracy of the base alone, and of the model as it is."""
-    if base.kind == CAUSAL:
+    if kind_named(base.kind).packs:
         with _alone(base.model):
             before = _loss(base, general)
         return before, before if adapters_of(base.model) is None else _loss(base, general)
@@ -104,9 +106,9 @@ def digest_of(own: Task, kind: str, asked: str) -> str:
 
 
 def _packaged(kind: str) -> tuple[str, ...]:
-    if kind == CAUSAL:
+    if kind_named(kind).packs:
         return TEXTS
-    return PICTURE_TASKS if kind == VISION else TEXT_TASKS
+    return PICTURE_TASKS if kind_named(kind).pictures else TEXT_TASKS
 
 
 def _whole(name: str, kind: str) -> Task:
@@ -120,7 +122,7 @@ def _whole(name: str, kind: str) -> Task:
     if table.format not in wanted:
         text = f"--general {name} has {table.format} rows; here it must have {' or '.join(wanted)}"
         raise ConfigError(text, code="general_unsuited", field="general")
-    if kind != CAUSAL:
+    if not kind_named(kind).packs:
         return catalog.task_of(table, catalog.split_rows(table, 0), "")
     rows = table.splits.get("test") or sorted(table.splits["train"], key=lambda row: catalog.place_of(row, 0))
     return Task(name=table.source, format="text", splits={"test": rows})
@@ -167,7 +169,7 @@ def _loss(base: Base, general: Task) -> float:
 
 def _states(base: Base, general: Task, split: str) -> tuple[Any, Any]:
     """Return the pooled hidden states (N, H) of a split in fp64, and the classes (N,)."""
-    kind = VISION if base.kind == VISION else CLASSIFIER
+    kind = VISION if kind_named(base.kind).pictures else CLASSIFIER
     _, encoded, _ = scorable(base.model, base.tokenizer, general, split, kind=kind, max_length=PROBE_TOKENS)
     found: dict[int, Any] = {}
     with evaluating(base.model):
@@ -177,10 +179,16 @@ def _states(base: Base, general: Task, split: str) -> tuple[Any, Any]:
     return np.stack([found[index] for index in range(len(labels))]), np.array(labels)
 
 
+def _writes_anew(model: Any) -> bool:
+    """Return whether a decoder of its own must be given something to read, as that of a classifier is not."""
+    return bool(getattr(model.config, "is_encoder_decoder", False)) and model.get_output_embeddings() is not None
+
+
 def pooled(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     """Return the mean of each row's last hidden states, without padding and the head: (B, H) in fp32.
 
-    The whole model is called, since what an adapter sets in front of a row is set there.
+    The whole model is called, since what an adapter sets in front of a row is set there; an
+    encoder-decoder reads the row twice, and the states are those of the decoder.
 
     Raises:
         ModelError: it has no such states.
@@ -188,7 +196,7 @@ def pooled(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     seen: list[Any] = []
     handle = getattr(model, "base_model", model).register_forward_hook(lambda module, given, out: seen.append(out))
     try:
-        run(model, batch)
+        run(model, batch, **(decoded(model, batch["input_ids"]) if _writes_anew(model) else {}))
     finally:
         handle.remove()
     states = getattr(seen[-1], "last_hidden_state", None) if seen else None

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loralab.errors import ConfigError
+from loralab.errors import ConfigError, DataError
 from loralab.tasks import encode
 from loralab.tasks.batches import padded
 from loralab.tasks.catalog import Task
@@ -19,6 +19,8 @@ from loralab.tasks.generation import write_answers
 from loralab.tasks.kinds.kind import MAX_POSITIONS, Kind, Scored, Scoring
 from loralab.tasks.kinds.rows import Columns, Found, by_row, in_order, likeliest, mean
 from loralab.tasks.metrics import label_metrics, text_metrics
+
+READ = ("prompt", "completion", "instruction", "input", "output", "text", "text_a", "text_b", "label")
 
 
 class Seq2Seq(Kind):
@@ -45,6 +47,7 @@ class Seq2Seq(Kind):
                 code="no_effect",
                 field="loss_on",
             )
+        _require_read(task, rows)
         examples, shortened = [], []
         for index, row in enumerate(rows):
             asked, short = cut_texts(tokenizer, [encode.question(task, row)], max_length)
@@ -110,6 +113,22 @@ class Seq2Seq(Kind):
             written = write_answers(given.model, given.tokenizer, asked, given.max_new_tokens, given.batch_size)
             metrics |= text_metrics(expected, written)
         return Scored(metrics=metrics, written=written, row_losses=by_row(examples, sums, counts, len(rows)))
+
+
+def _require_read(task: Task, rows: Sequence[Row]) -> None:
+    """Refuse what belongs to the question and only a chat template writes.
+
+    Raises:
+        DataError: a row has such a column.
+    """
+    strange = next((column for row in rows for column in row if column not in READ), None)
+    if strange is not None:
+        raise DataError(
+            f"{task.name}: an encoder-decoder reads a prompt without {strange!r}, which only a chat template writes; "
+            f"say --map {strange}= to train without",
+            code="unsupported_column",
+            field=strange,
+        )
 
 
 def decoded(model: Any, labels: Tensor) -> dict[str, Tensor]:
