@@ -149,7 +149,8 @@ def test_a_merged_model_says_what_its_outputs_are(encoder: Path, rows: Rows, tmp
     assert merge(run.output_dir, tmp_path / "merged").passed
     found = load(str(tmp_path / "merged"))
     assert found.kind == "multi-label" and found.model.config.problem_type == "multi_label_classification"
-    again = evaluate(data=str(data), model=str(tmp_path / "merged"))
+    plain = Evaluation(precision="fp32")
+    again = evaluate(data=str(data), model=str(tmp_path / "merged"), evaluation=plain)
     ours = evaluate(data=str(data), adapter=run.output_dir)
     assert again.metrics == pytest.approx(ours.metrics, abs=1e-5)
 

@@ -29,10 +29,13 @@ def label_shape(parts: Iterable[DataPart], mapping: Mapping[str, str]) -> str:
         return LABEL
     if all(map(_is_list, values)):
         return LABELS
-    amounts = [amount(value) for value in values]
-    numbers = [number for number in amounts if number is not None]
-    fractions = any(not number.is_integer() for number in numbers if math.isfinite(number))
-    return SCORE if fractions and len(numbers) == len(values) else LABEL
+    whole = True
+    for value in values:
+        number = amount(value)
+        if number is None:  # a name
+            return LABEL
+        whole = whole and number.is_integer()
+    return LABEL if whole else SCORE
 
 
 def fits(column: str, values: Sequence[Any]) -> bool:

@@ -188,7 +188,7 @@ def pooled(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     """Return the mean of each row's last hidden states, without padding and the head: (B, H) in fp32.
 
     The whole model is called, since what an adapter sets in front of a row is set there; an
-    encoder-decoder reads the row twice, and the states are those of the decoder.
+    encoder-decoder reads the row twice.
 
     Raises:
         ModelError: it has no such states.
@@ -200,6 +200,8 @@ def pooled(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     finally:
         handle.remove()
     states = getattr(seen[-1], "last_hidden_state", None) if seen else None
+    if states is None and seen:  # T5, which has no model around its encoder and its decoder
+        states = getattr(seen[-1], "encoder_last_hidden_state", None)
     if states is None:
         text = f"{type(model).__name__} gives no hidden states that a probe could read"
         raise ModelError(text, code="no_hidden_states", field="model")

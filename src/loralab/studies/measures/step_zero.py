@@ -142,7 +142,8 @@ def _of_batch(base: Base, batch: Mapping[str, Tensor]) -> Outputs:
     kept: list[Tensor] = []
 
     def keep(module: Any, given: Any, output: Any) -> None:
-        kept.append(output.last_hidden_state)
+        # T5 has no model around its encoder and its decoder
+        kept.append(output.last_hidden_state if "last_hidden_state" in output else output.encoder_last_hidden_state)
 
     handle = getattr(base.model, "base_model", base.model).register_forward_hook(keep)
     try:
