@@ -8,13 +8,21 @@ from typing import Any
 import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoTokenizer, BertConfig, BertModel, T5Config, T5ForConditionalGeneration
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from loralab.adapters.methods import LoRA
 from loralab.artefacts.comparison import logits_of
 from loralab.artefacts.loaded_adapter import load_with_base
 from loralab.artefacts.merge import merge
 from loralab.errors import ConfigError, InputError, ModelError
+from loralab.models.given import Given
 from loralab.models.load import load
 from loralab.tasks.formats import Row
 from loralab.training.evaluation import evaluate, generate
@@ -185,3 +193,20 @@ def test_what_an_encoder_decoder_does_not_read_or_write_is_refused(
     with pytest.raises(ModelError) as refused:
         run_on(encoder_decoder, chats, tmp_path / "run")
     assert refused.value.code == "seq2seq_unsupported"
+
+
+def test_a_live_model_learns_what_its_rows_are() -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    encoder = BertModel(BertConfig(vocab_size=101, **sizes), add_pooling_layer=False)
+    one = BertForSequenceClassification(BertConfig(vocab_size=101, num_labels=1, **sizes))
+    several = BertForSequenceClassification(BertConfig(vocab_size=101, num_labels=3, **sizes))
+    for model, form, kind in (
+        (encoder, "pair", ""),
+        (encoder, "pair-score", "scored-pairs"),
+        (one, "text-score", ""),
+        (one, "query-passage", "reranker"),
+        (several, "text-label", ""),
+        (several, "text-labels", "multi-label"),
+    ):
+        assert Given(model, None).kind_for(form) == kind

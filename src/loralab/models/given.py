@@ -95,7 +95,7 @@ class Given:
 
         Empty where there is none, or where the model's own is it.
         """
-        config = self._config()
+        config = self._config
         own = _kind(self.model, config, self.name)
         alike = [kind for kind in LEARNERS.get(data_format, ()) if class_for(config, kind) is class_for(config, own)]
         return wanted or ("" if own in alike or not alike else alike[0])
