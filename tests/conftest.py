@@ -26,6 +26,7 @@ from transformers import (
 from loralab.artefacts import certificate
 from loralab.studies import forked as study_worker
 
+pytest_plugins = ("registers",)
 THREADS = os.environ.get("LORALAB_TEST_THREADS", "1")  # more spin, and starve what runs beside
 torch.set_num_threads(int(THREADS))
 os.environ["OMP_NUM_THREADS"] = THREADS  # of processes that tests start

@@ -28,6 +28,7 @@ from transformers import (
 
 from loralab.adapters.load import load as load_adapter
 from loralab.adapters.methods import IA3, BitFit, LoRA, Method, Prefix
+from loralab.lanes import threads
 from loralab.models.load import load as load_base
 from loralab.native.library import kernels
 from loralab.serving.kv_cache import KVCache
@@ -193,6 +194,21 @@ def clone_layout(model: Any, pool: KVCache, folder: Path, count: int) -> NativeR
         own = llama()
         assert compiled.put(number, load_adapter(own, folder / str(number)))
     return compiled
+
+
+@needs_dots
+def test_the_compiled_step_has_the_same_bytes_with_any_number_of_threads() -> None:
+    model = llama()
+    compiled = NativeRunner(model, KVCache(model, 16))
+    found = []
+    for count in (1, 2, 3):
+        rows = [
+            TokenSequence(number=n, key=None, tokens=[*range(3, 13 + n)], blocks=[2 * n, 2 * n + 1]) for n in range(3)
+        ]
+        with threads(count):
+            found.append(compiled.logits(batch_of([Chunk(row, 0, len(row.tokens)) for row in rows])))
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
 
 
 @needs_dots

@@ -1,11 +1,12 @@
-/* Attention inside each row of a packed batch, with the processor's own bfloat16 dot products.
+/* Attention inside each row of a packed batch, with the processor's own bfloat16 dot products,
+ * or its matrix registers.
  *
  * attention.py says what is computed, and has it in torch for other processors. One item of work is
  * one row and one query head; nothing of the size (tokens, tokens) outlives a block of 32 tokens, and
  * what the way back needs beside inputs and output is one number a token: the logarithm (to base 2)
  * of its softmax's sum.
  */
-#include "dots.h"
+#include "tiles.h"
 #include <stdlib.h>
 
 #ifdef __AVX512BF16__
@@ -31,9 +32,10 @@ static inline __mmask16 first_lanes(long n) {
     return n >= 16 ? 0xffff : n <= 0 ? 0 : (__mmask16)((1u << n) - 1);
 }
 
-/* One head of one row, (n, d) from every stride-th number, turned by its angles, times scale. */
-static void gather(const bf16 *x, long stride, const bf16 *c, const bf16 *s, long n, long d,
-                   float scale, bf16 *out) {
+/* One head of one row, (n, d) from every stride-th number, turned by its angles, times scale; zeros
+ * up to `room` rows. */
+static void gather(const bf16 *x, long stride, const bf16 *c, const bf16 *s, long n, long room,
+                   long d, float scale, bf16 *out) {
     for (long i = 0; i < n; i++) {
         const bf16 *a = x + i * stride;
         bf16 *o = out + i * d;
@@ -42,7 +44,7 @@ static void gather(const bf16 *x, long stride, const bf16 *c, const bf16 *s, lon
         else
             for (long j = 0; j < d; j++) o[j] = scale == 1 ? a[j] : down(scale * up(a[j]));
     }
-    memset(out + n * d, 0, (full(n, 16) - n) * d * sizeof(bf16));
+    memset(out + n * d, 0, (room - n) * d * sizeof(bf16));
 }
 
 /* The transpose of gather, from float. */
@@ -61,10 +63,13 @@ static void scatter(const float *x, long stride, const bf16 *c, const bf16 *s, l
 /* (n, d) -> (n / 16, d / 2, 16) pairs of neighbours in d: the right operand of x y'. */
 static void across(const bf16 *x, long n, long d, uint32_t *out) {
     const uint32_t *pairs = (const uint32_t *)x;
-    for (long i = 0; i < n; i += 16)
-        for (long p = 0; p < d / 2; p++)
-            for (long j = 0; j < 16; j++)
-                out[i * (d / 2) + p * 16 + j] = pairs[(i + j) * (d / 2) + p];
+    long p = 0;
+    for (; p + 16 <= d / 2; p += 16)
+        for (long i = 0; i < n; i += 16)
+            turn_block(pairs + i * (d / 2) + p, d / 2, out + i * (d / 2) + p * 16, 16);
+    for (; p < d / 2; p++)
+        for (long i = 0; i < n; i++)
+            out[i / 16 * 16 * (d / 2) + p * 16 + i % 16] = pairs[i * (d / 2) + p];
 }
 
 /* (n, d) -> (n / 2, d) pairs of neighbours in n: the right operand of x y. */
@@ -72,6 +77,64 @@ static void along(const bf16 *x, long n, long d, uint32_t *out) {
     for (long i = 0; i < n; i += 2)
         for (long j = 0; j < d; j++)
             out[i / 2 * d + j] = x[i * d + j] | (uint32_t)x[(i + 1) * d + j] << 16;
+}
+
+/* (n, d) -> (d, n), by way of `pairs` (n / 2, d): the left operand of x' y. */
+static void turned(const bf16 *x, long n, long d, uint32_t *pairs, bf16 *out) {
+    along(x, n, d, pairs);
+    long i = 0;
+    for (; i + 16 <= n / 2; i += 16)
+        for (long j = 0; j < d; j += 16)
+            turn_block(pairs + i * d + j, d, (uint32_t *)out + j * (n / 2) + i, n / 2);
+    for (; i < n / 2; i++)
+        for (long j = 0; j < d; j++) ((uint32_t *)out)[j * (n / 2) + i] = pairs[i * d + j];
+}
+
+/* (d, n) -> (n, d). */
+static void turn_floats(const float *x, long n, long d, float *out) {
+    for (long j = 0; j < d; j += 16)
+        for (long i = 0; i < n; i += 16) turn_block(x + j * n + i, n, out + i * d + j, d);
+}
+
+/* How a thread multiplies: by registers, whose blocks are of 32, where d suits them. */
+typedef struct {
+    int tiles;
+    long block;
+#ifdef TILES
+    tile_shapes before;
+#endif
+} way;
+
+static way begin(long d) {
+    way own = {.block = 16};
+#ifdef TILES
+    if (d % 32 == 0 && tiles_allowed()) {
+        own.tiles = 1, own.block = 32;
+        open_tiles(&own.before);
+    }
+#endif
+    (void)d;
+    return own;
+}
+
+static void end(way *own) {
+#ifdef TILES
+    if (own->tiles) close_tiles(&own->before);
+#endif
+    (void)own;
+}
+
+static inline void multiply(const way *by, long m, long n, long pairs, const void *a, long a_row,
+                            const uint32_t *b, long b_pair, long b_vector, float *c, long c_row,
+                            int add) {
+#ifdef TILES
+    if (by->tiles) {
+        tile_multiply(m, n, pairs, a, a_row, b, b_pair, b_vector, c, c_row, add);
+        return;
+    }
+#endif
+    (void)by;
+    product(m, n, pairs, a, a_row, 1, b, b_pair, b_vector, c, c_row, add);
 }
 
 /* Memory of a thread that stays from call to call: fresh pages cost more than the work. */
@@ -117,42 +180,47 @@ void attention(const bf16 *q, const bf16 *k, const bf16 *v, const bf16 *cos, con
                const int64_t *starts, bf16 *out, float *logs, long rows, long heads, long group,
                long d, long causal, float scale, int threads) {
     long tokens = starts[rows], kv = heads / group;
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
-    for (long item = 0; item < rows * heads; item++) {
-        long row = item / heads, h = item % heads, first = starts[row];
-        long n = starts[row + 1] - first, room = full(n, 16);
-        const bf16 *c = cos ? cos + first * d : 0, *s = sin ? sin + first * d : 0;
-        const bf16 *keys_in = k + (first * kv + h / group) * d;
-        const bf16 *values_in = v + (first * kv + h / group) * d;
-        if (n == 1) { /* a token that sees itself alone; its log is never asked for */
-            memcpy(out + (first * heads + h) * d, values_in, d * sizeof(bf16));
-            continue;
+#pragma omp parallel num_threads(threads)
+    {
+        way by = begin(d);
+#pragma omp for schedule(dynamic)
+        for (long item = 0; item < rows * heads; item++) {
+            long row = item / heads, h = item % heads, first = starts[row];
+            long n = starts[row + 1] - first, room = full(n, by.block);
+            const bf16 *c = cos ? cos + first * d : 0, *s = sin ? sin + first * d : 0;
+            const bf16 *keys_in = k + (first * kv + h / group) * d;
+            const bf16 *values_in = v + (first * kv + h / group) * d;
+            if (n == 1) { /* a token that sees itself alone; its log is never asked for */
+                memcpy(out + (first * heads + h) * d, values_in, d * sizeof(bf16));
+                continue;
+            }
+            char *memory = kept(room * d * 10 + ROWS * (room * 6 + d * 4) + 4096);
+            bf16 *own = take(&memory, room * d * 2), *queries = take(&memory, room * d * 2);
+            uint32_t *keys = take(&memory, room * d * 2), *values = take(&memory, room * d * 2);
+            float *scores = take(&memory, ROWS * room * 4), *sums = take(&memory, ROWS * d * 4);
+            bf16 *weights = take(&memory, ROWS * room * 2);
+            gather(keys_in, kv * d, c, s, n, room, d, 1, own);
+            across(own, room, d, keys);
+            gather(values_in, kv * d, 0, 0, n, room, d, 1, own);
+            along(own, room, d, values);
+            gather(q + (first * heads + h) * d, heads * d, c, s, n, room, d, scale, queries);
+            for (long i = 0; i < n; i += ROWS) {
+                long last = n - i < ROWS ? n - i : ROWS, some = full(last, by.block);
+                long seen = causal ? i + some : room;
+                multiply(&by, some, seen, d / 2, queries + i * d, d / 2, keys, 16, d * 8, scores,
+                         room, 0);
+                float sum[ROWS];
+                memset(weights + last * room, 0, (some - last) * room * 2);
+                for (long r = 0; r < last; r++)
+                    sum[r] = soften(scores + r * room, weights + r * room, causal ? i + r + 1 : n,
+                                    seen, logs + h * tokens + first + i + r);
+                multiply(&by, some, d, seen / 2, weights, room / 2, values, d, 16, sums, d, 0);
+                for (long r = 0; r < last; r++)
+                    scatter(sums + r * d, 0, 0, 0, 1, d, 1 / sum[r],
+                            out + ((first + i + r) * heads + h) * d);
+            }
         }
-        char *memory = kept(room * d * 10 + ROWS * (room * 6 + d * 4) + 4096);
-        bf16 *own = take(&memory, room * d * 2), *queries = take(&memory, room * d * 2);
-        uint32_t *keys = take(&memory, room * d * 2), *values = take(&memory, room * d * 2);
-        float *scores = take(&memory, ROWS * room * 4), *sums = take(&memory, ROWS * d * 4);
-        bf16 *weights = take(&memory, ROWS * room * 2);
-        gather(keys_in, kv * d, c, s, n, d, 1, own);
-        across(own, room, d, keys);
-        gather(values_in, kv * d, 0, 0, n, d, 1, own);
-        along(own, room, d, values);
-        gather(q + (first * heads + h) * d, heads * d, c, s, n, d, scale, queries);
-        for (long i = 0; i < n; i += ROWS) {
-            long last = n - i < ROWS ? n - i : ROWS, some = full(last, 16);
-            long seen = causal ? i + some : room;
-            product(some, seen, d / 2, (uint32_t *)(queries + i * d), d / 2, 1, keys, 16, d * 8,
-                    scores, room, 0);
-            float sum[ROWS];
-            memset(weights + last * room, 0, (some - last) * room * 2);
-            for (long r = 0; r < last; r++)
-                sum[r] = soften(scores + r * room, weights + r * room, causal ? i + r + 1 : n,
-                                seen, logs + h * tokens + first + i + r);
-            product(some, d, seen / 2, (uint32_t *)weights, room / 2, 1, values, d, 16, sums, d, 0);
-            for (long r = 0; r < last; r++)
-                scatter(sums + r * d, 0, 0, 0, 1, d, 1 / sum[r],
-                        out + ((first + i + r) * heads + h) * d);
-        }
+        end(&by);
     }
 }
 
@@ -207,72 +275,83 @@ void attention_backward(const bf16 *q, const bf16 *k, const bf16 *v, const bf16 
                         bf16 *all_k, bf16 *all_v, long rows, long heads, long group, long d,
                         long causal, float scale, int threads) {
     long tokens = starts[rows], kv = heads / group;
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
-    for (long item = 0; item < rows * heads; item++) {
-        long row = item / heads, h = item % heads, first = starts[row];
-        long n = starts[row + 1] - first, room = full(n, 16), at = (first * heads + h) * d;
-        if (n == 1) {
-            memset(dq + at, 0, d * sizeof(bf16));
-            memset(all_k + at, 0, d * sizeof(bf16));
-            memcpy(all_v + at, d_out + at, d * sizeof(bf16));
-            continue;
-        }
-        const bf16 *c = cos ? cos + first * d : 0, *s = sin ? sin + first * d : 0;
-        const float *log = logs + h * tokens + first;
-        char *memory = kept(room * (d * 24 + 4) + ROWS * (KEYS * 14 + d * 4) + 8192);
-        bf16 *queries = take(&memory, room * d * 2), *own = take(&memory, room * d * 2);
-        bf16 *d_own = take(&memory, room * d * 2);
-        uint32_t *query_pairs = take(&memory, room * d * 2);
-        uint32_t *d_pairs = take(&memory, room * d * 2);
-        uint32_t *keys = take(&memory, room * d * 2), *key_pairs = take(&memory, room * d * 2);
-        uint32_t *values = take(&memory, room * d * 2);
-        float *sum_k = take(&memory, room * d * 4), *sum_v = take(&memory, room * d * 4);
-        float *deltas = take(&memory, room * 4), *sums = take(&memory, ROWS * d * 4);
-        float *scores = take(&memory, ROWS * KEYS * 4), *d_weights = take(&memory, ROWS * KEYS * 4);
-        uint32_t *weights = take(&memory, ROWS * KEYS * 2);
-        uint32_t *d_scores = take(&memory, ROWS * KEYS * 2);
-        bf16 *d_rows = take(&memory, ROWS * KEYS * 2);
-        gather(v + (first * kv + h / group) * d, kv * d, 0, 0, n, d, 1, own);
-        across(own, room, d, values);
-        gather(k + (first * kv + h / group) * d, kv * d, c, s, n, d, 1, own);
-        across(own, room, d, keys);
-        along(own, room, d, key_pairs);
-        gather(q + at, heads * d, c, s, n, d, scale, queries);
-        along(queries, room, d, query_pairs);
-        gather(d_out + at, heads * d, 0, 0, n, d, 1, d_own);
-        along(d_own, room, d, d_pairs);
-        for (long i = 0; i < n; i++) {
-            const bf16 *o = out + at + i * heads * d;
-            __m512 sum = _mm512_setzero_ps();
-            for (long j = 0; j < d; j += 16)
-                sum = _mm512_fmadd_ps(wide(o + j), wide(d_own + i * d + j), sum);
-            deltas[i] = _mm512_reduce_add_ps(sum);
-        }
-        memset(sum_k, 0, room * d * 4);
-        memset(sum_v, 0, room * d * 4);
-        for (long i = 0; i < n; i += ROWS) {
-            long last = n - i < ROWS ? n - i : ROWS, some = full(last, 16);
-            long seen = causal ? i + some : room;
-            for (long j = 0; j < seen; j += KEYS) {
-                long width = seen - j < KEYS ? seen - j : KEYS;
-                product(some, width, d / 2, (uint32_t *)(queries + i * d), d / 2, 1,
-                        keys + j * (d / 2), 16, d * 8, scores, KEYS, 0);
-                product(some, width, d / 2, (uint32_t *)(d_own + i * d), d / 2, 1,
-                        values + j * (d / 2), 16, d * 8, d_weights, KEYS, 0);
-                slopes(scores, d_weights, log, deltas, i, j, n, causal, some, width, weights,
-                       d_scores, d_rows);
-                product(some, d, width / 2, (uint32_t *)d_rows, KEYS / 2, 1,
-                        key_pairs + j / 2 * d, d, 16, sums, d, j > 0);
-                product(width, d, some / 2, d_scores, 1, KEYS, query_pairs + i / 2 * d, d, 16,
-                        sum_k + j * d, d, 1);
-                product(width, d, some / 2, weights, 1, KEYS, d_pairs + i / 2 * d, d, 16,
-                        sum_v + j * d, d, 1);
+#pragma omp parallel num_threads(threads)
+    {
+        way by = begin(d);
+#pragma omp for schedule(dynamic)
+        for (long item = 0; item < rows * heads; item++) {
+            long row = item / heads, h = item % heads, first = starts[row];
+            long n = starts[row + 1] - first, room = full(n, by.block);
+            long at = (first * heads + h) * d;
+            if (n == 1) {
+                memset(dq + at, 0, d * sizeof(bf16));
+                memset(all_k + at, 0, d * sizeof(bf16));
+                memcpy(all_v + at, d_out + at, d * sizeof(bf16));
+                continue;
             }
-            const bf16 *ci = c ? c + i * d : 0, *si = s ? s + i * d : 0;
-            scatter(sums, heads * d, ci, si, last, d, scale, dq + at + i * heads * d);
+            const bf16 *c = cos ? cos + first * d : 0, *s = sin ? sin + first * d : 0;
+            const float *log = logs + h * tokens + first;
+            char *memory = kept(room * (d * 30 + 4) + ROWS * (KEYS * 14 + d * 4) + 8192);
+            bf16 *queries = take(&memory, room * d * 2), *own = take(&memory, room * d * 2);
+            bf16 *d_own = take(&memory, room * d * 2);
+            bf16 *turned_queries = take(&memory, room * d * 2);
+            bf16 *turned_d = take(&memory, room * d * 2);
+            uint32_t *pairs = take(&memory, room * d * 2);
+            uint32_t *keys = take(&memory, room * d * 2), *key_pairs = take(&memory, room * d * 2);
+            uint32_t *values = take(&memory, room * d * 2);
+            float *sum_k = take(&memory, room * d * 4), *sum_v = take(&memory, room * d * 4);
+            float *back = take(&memory, room * d * 4);
+            float *deltas = take(&memory, room * 4), *sums = take(&memory, ROWS * d * 4);
+            float *scores = take(&memory, ROWS * KEYS * 4);
+            float *d_weights = take(&memory, ROWS * KEYS * 4);
+            uint32_t *weights = take(&memory, ROWS * KEYS * 2);
+            uint32_t *d_scores = take(&memory, ROWS * KEYS * 2);
+            bf16 *d_rows = take(&memory, ROWS * KEYS * 2);
+            gather(v + (first * kv + h / group) * d, kv * d, 0, 0, n, room, d, 1, own);
+            across(own, room, d, values);
+            gather(k + (first * kv + h / group) * d, kv * d, c, s, n, room, d, 1, own);
+            across(own, room, d, keys);
+            along(own, room, d, key_pairs);
+            gather(q + at, heads * d, c, s, n, room, d, scale, queries);
+            turned(queries, room, d, pairs, turned_queries);
+            gather(d_out + at, heads * d, 0, 0, n, room, d, 1, d_own);
+            turned(d_own, room, d, pairs, turned_d);
+            for (long i = 0; i < n; i++) {
+                const bf16 *o = out + at + i * heads * d;
+                __m512 sum = _mm512_setzero_ps();
+                for (long j = 0; j < d; j += 16)
+                    sum = _mm512_fmadd_ps(wide(o + j), wide(d_own + i * d + j), sum);
+                deltas[i] = _mm512_reduce_add_ps(sum);
+            }
+            memset(sum_k, 0, room * d * 4);
+            memset(sum_v, 0, room * d * 4);
+            for (long i = 0; i < n; i += ROWS) {
+                long last = n - i < ROWS ? n - i : ROWS, some = full(last, by.block);
+                long seen = causal ? i + some : room;
+                for (long j = 0; j < seen; j += KEYS) {
+                    long width = seen - j < KEYS ? seen - j : KEYS;
+                    multiply(&by, some, width, d / 2, queries + i * d, d / 2, keys + j * (d / 2),
+                             16, d * 8, scores, KEYS, 0);
+                    multiply(&by, some, width, d / 2, d_own + i * d, d / 2, values + j * (d / 2),
+                             16, d * 8, d_weights, KEYS, 0);
+                    slopes(scores, d_weights, log, deltas, i, j, n, causal, some, width, weights,
+                           d_scores, d_rows);
+                    multiply(&by, some, d, width / 2, d_rows, KEYS / 2, key_pairs + j / 2 * d, d,
+                             16, sums, d, j > 0);
+                    multiply(&by, d, width, some / 2, turned_queries + i, room / 2, d_scores, KEYS,
+                             16, sum_k + j, room, 1);
+                    multiply(&by, d, width, some / 2, turned_d + i, room / 2, weights, KEYS, 16,
+                             sum_v + j, room, 1);
+                }
+                const bf16 *ci = c ? c + i * d : 0, *si = s ? s + i * d : 0;
+                scatter(sums, heads * d, ci, si, last, d, scale, dq + at + i * heads * d);
+            }
+            turn_floats(sum_k, room, d, back);
+            scatter(back, heads * d, c, s, n, d, 1, all_k + at);
+            turn_floats(sum_v, room, d, back);
+            scatter(back, heads * d, 0, 0, n, d, 1, all_v + at);
         }
-        scatter(sum_k, heads * d, c, s, n, d, 1, all_k + at);
-        scatter(sum_v, heads * d, 0, 0, n, d, 1, all_v + at);
+        end(&by);
     }
     shared(all_k, tokens * kv, group, d, dk, threads);
     shared(all_v, tokens * kv, group, d, dv, threads);

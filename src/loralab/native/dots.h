@@ -33,6 +33,38 @@ static inline __m512i pairs_of(__m512 first, __m512 second) {
     return _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(second, first));
 }
 
+/* Exchange the blocks of size S beside the diagonal of each 2 S x 2 S block: one of four steps that
+ * turn 16 rows of 16 pairs into columns. */
+#define EXCHANGE(S, r)                                                                          \
+    do {                                                                                        \
+        const __m512i lane =                                                                    \
+            _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);             \
+        const __m512i other = _mm512_xor_si512(lane, _mm512_set1_epi32(S));                     \
+        const __mmask16 odd = _mm512_test_epi32_mask(lane, _mm512_set1_epi32(S));               \
+        _Pragma("GCC unroll 16") for (int i = 0; i < 16; i++) if (!(i & (S))) {                 \
+            __m512i a = r[i], b = r[i | (S)];                                                   \
+            r[i] = _mm512_mask_permutexvar_epi32(a, odd, other, b);                             \
+            r[i | (S)] = _mm512_mask_permutexvar_epi32(b, (__mmask16)~odd, other, a);           \
+        }                                                                                       \
+    } while (0)
+
+static inline __attribute__((always_inline)) void turn_rows(__m512i *r) {
+    EXCHANGE(1, r);
+    EXCHANGE(2, r);
+    EXCHANGE(4, r);
+    EXCHANGE(8, r);
+}
+
+/* 16 rows of 16 numbers of 32 bits, turned into columns. */
+static inline void turn_block(const void *x, long row, void *out, long out_row) {
+    __m512i r[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_si512((const uint32_t *)x + i * row);
+    turn_rows(r);
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) _mm512_storeu_si512((uint32_t *)out + i * out_row, r[i]);
+}
+
 /* In a register from here on: compilers would rather load it again for each row. */
 #define held(x) __asm__("" : "+v"(x))
 

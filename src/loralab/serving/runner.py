@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from loralab.adapters.grouped import Bank, spans_of
+from loralab.lanes import ThreadChoice
 from loralab.serving.blocks import BlockManager, blocks_needed
 from loralab.serving.kv_cache import ForwardBatch, KVCache
 from loralab.serving.native_runner import NativeRunner, unsupported_reason
@@ -43,6 +44,7 @@ class ModelRunner:
         self.refused: dict[str, str] = {}
         pool, bank = KVCache(model, blocks), Bank(model)
         self._native: NativeRunner | None = None
+        self._threads = ThreadChoice()
         self._fallback: PackedRunner | SequentialRunner = SequentialRunner(model, bank)
         self._compiled: dict[Hashable, Any] = {}
         self._in_both: set[Hashable] = set()  # compiled ones that a long prompt took to the packed way
@@ -109,10 +111,15 @@ class ModelRunner:
             self._in_both.add(key)
         for runner, own in ((self._native, quick), (self._fallback, rest)):
             if own and runner is not None:
-                out = runner.logits(batch_of(own))
+                out = self._logits(runner, batch_of(own))
                 parts = out.split([len(chunk.logit_positions) for chunk in own])
                 found |= {id(chunk): part for chunk, part in zip(own, parts, strict=True)}
         return [found[id(chunk)] for chunk in chunks]
+
+    def _logits(self, runner: NativeRunner | PackedRunner | SequentialRunner, batch: ForwardBatch) -> Tensor:
+        if not isinstance(runner, NativeRunner):
+            return runner.logits(batch)  # torch may round otherwise with another number of threads
+        return self._threads.run(lambda: runner.logits(batch), len(batch.ids))
 
     def _is_compiled(self, chunk: Chunk) -> bool:
         """Tell whether a chunk goes through the compiled step."""

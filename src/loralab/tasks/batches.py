@@ -142,7 +142,7 @@ def micro_batches(examples: Sequence[Example], max_tokens: int, *, pads: bool) -
     rows = sorted(examples, key=lambda example: -example.length)
     if not pads:
         least = min(-(-_tokens(rows) // max_tokens), len(rows))
-        tries = (_shared_out(rows, number) for number in range(least, len(rows) + 1))
+        tries = (shared_out(rows, number) for number in range(least, len(rows) + 1))
         return next(t for t in tries if all(len(g) == 1 or _tokens(g) <= max_tokens for g in t))
     groups: list[list[Example]] = []
     for row in rows:  # the first of a group is its longest
@@ -153,10 +153,10 @@ def micro_batches(examples: Sequence[Example], max_tokens: int, *, pads: bool) -
     return groups
 
 
-def _shared_out(rows: Sequence[Example], number: int) -> list[list[Example]]:
-    """Share rows, the longest first, among so many groups: each goes where the fewest tokens are."""
+def shared_out(rows: Sequence[Example], number: int) -> list[list[Example]]:
+    """Share rows among so many groups, the longest first: each goes where the fewest tokens are."""
     groups: list[list[Example]] = [[] for _ in range(number)]
-    for row in rows:
+    for row in sorted(rows, key=lambda example: -example.length):
         min(groups, key=_tokens).append(row)
     return groups
 

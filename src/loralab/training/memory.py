@@ -218,7 +218,7 @@ def saved_bytes(path: ForwardPath, examples: Sequence[Example]) -> int:
         return tensor.detach()  # an output kept by its own function would keep itself alive
 
     with path.activated(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        loss = path.loss(examples)
+        loss = replace(path, lanes=1).loss(examples)  # what lanes keep, their own threads know
     size = sum(storage.nbytes() for storage in kept.values())  # a split block has let go of its own
     del loss
     return size

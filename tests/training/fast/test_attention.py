@@ -80,6 +80,24 @@ def test_no_gradient_crosses_rows(causal: bool) -> None:
         assert gradient[41:].count_nonzero() == 0
 
 
+@pytest.mark.parametrize("size", [16, 32, 48, 64])
+@pytest.mark.parametrize("rows", [(1,), (35, 40, 2, 60), (300, 7), (128, 128)])
+def test_matrix_registers(
+    rows: tuple[int, ...], size: int, registers: native.Kernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = states(sum(rows), 2, 3, size, torch.bfloat16)
+    angles = tuple(torch.rand(sum(rows), size).bfloat16() for _ in range(2))
+    weight = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+    found = []
+    for kernels in (registers, None):
+        monkeypatch.setattr(attention, "kernels_for", lambda x, own=kernels: own)
+        for causal in (True, False):
+            y = attend(*inputs, Packing(rows, causal), size**-0.5, angles)
+            found += [y, *torch.autograd.grad((y * weight).sum(), inputs)]
+    for one, other in zip(found[: len(found) // 2], found[len(found) // 2 :], strict=True):
+        assert (one.float() - other.float()).norm() <= 0.02 * other.float().norm() + 1e-6
+
+
 @pytest.mark.parametrize("way", ["one pass", "compiled tiles", "tiles"])
 @pytest.mark.parametrize("rows", [(1,), (35, 40, 2, 60), (300, 7), (128, 128)])
 @pytest.mark.parametrize("rotated", [True, False])

@@ -1,6 +1,7 @@
 """The quick path is the plain one: loss and all gradients, or it is not taken."""
 
 import contextlib
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -40,6 +41,7 @@ from loralab.adapters.methods import LoRA
 from loralab.errors import ModelError
 from loralab.models.pictures import Pictures
 from loralab.tasks.examples import IGNORED, Example
+from loralab.training.fast import forward_path
 from loralab.training.fast.forward_path import ForwardPath, fastest_path
 from loralab.training.memory import checkpoint_gradients
 
@@ -413,3 +415,60 @@ def test_a_vision_model_is_tried_before_it_is_trained() -> None:
     with pytest.raises(ModelError) as error:
         fastest_path(adapter, "image-classification", pad_id=0, pictures=other)
     assert error.value.code == "model_cannot_train"
+
+
+@pytest.fixture
+def two_lanes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forward_path, "lane_count", lambda: 2)
+    monkeypatch.setattr(forward_path, "MIN_LANE_TOKENS", 1)
+    monkeypatch.setattr(forward_path, "MIN_BALANCE", 0.0)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_lanes_give_the_loss_and_gradients_of_one(name: str, two_lanes: None) -> None:
+    adapter = adapted(MODELS[name]())
+    path = fastest_path(adapter, "causal-lm", pad_id=0)
+    assert path.lanes == 2
+    assert len(path._lanes(RAGGED)) == 2
+    adapter.model.train()
+    found = result(path, adapter, RAGGED)
+    assert_same(found, result(plain(adapter), adapter, RAGGED))
+    for one, other in zip(found, result(path, adapter, RAGGED), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_lanes_call_the_hooks_of_gradients(two_lanes: None) -> None:
+    adapter = adapted(llama())
+    path = fastest_path(adapter, "causal-lm", pad_id=0)
+    seen: list[int] = []
+    for number, parameter in enumerate(adapter.parameters()):
+        parameter.register_post_accumulate_grad_hook(lambda p, number=number: seen.append(number))
+    result(path, adapter, RAGGED)
+    assert sorted(seen) == list(range(len(adapter.parameters())))
+
+
+def test_random_numbers_are_drawn_in_one_lane(two_lanes: None) -> None:
+    adapter = adapted(llama(), LoRA(rank=2, dropout=0.5))
+    assert fastest_path(adapter, "causal-lm", pad_id=0).lanes == 1
+
+
+def test_a_model_that_cannot_be_in_two_places_has_one_lane(two_lanes: None) -> None:
+    model = llama()
+
+    def only_once(module: Any, inputs: Any) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            raise RuntimeError("in use")
+
+    adapter = adapted(model)
+    model.model.norm.register_forward_pre_hook(only_once)
+    assert fastest_path(adapter, "causal-lm", pad_id=0).lanes == 1
+
+
+def test_unequal_or_few_rows_stay_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = ForwardPath(llama(), "causal-lm", pad_id=0, mode="packed", lanes=2)
+    assert len(path._lanes(rows([200, 190], [9, 9]))) == 2
+    assert len(path._lanes(rows([200, 20], [9, 9]))) == 1
+    assert len(path._lanes(rows([40, 40], [9, 9]))) == 1
+    assert len(path._lanes(rows([400], [9]))) == 1
+    with torch.no_grad():
+        assert len(path._lanes(rows([200, 190], [9, 9]))) == 1

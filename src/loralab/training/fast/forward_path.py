@@ -13,11 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from loralab.adapters.adapter import Adapter
 from loralab.errors import LoralabError, ModelError
-from loralab.tasks.batches import collate, micro_batches, pack
+from loralab.lanes import lane_count, side_by_side
+from loralab.tasks.batches import collate, micro_batches, pack, shared_out
 from loralab.tasks.examples import IGNORED, Example
 from loralab.tasks.forward import answer_loss, call, embed_pairs, partner_losses
 from loralab.tasks.kinds.registry import kind_named
@@ -33,6 +35,8 @@ GRADIENT_TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16:
 # how far other tokens may move the logits of earlier ones, of how far they move their own: experts
 # whose rows change their places round otherwise
 LOOKAHEAD_TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.01}
+MIN_LANE_TOKENS = 128  # fewer pay for reading all weights once more
+MIN_BALANCE = 0.8  # tokens of a mean lane, as a share of the fullest one's
 
 
 @dataclass
@@ -48,6 +52,8 @@ class ForwardPath:
         refused: ways that were tried first, and why they were not taken.
         quicker: modules and the forwards that stand in for theirs.
         world: the processes whose rows meet in a pass; only those of a sentence encoder do.
+        lanes: how many parts of a pass may be computed side by side; 1 where they would draw
+            random numbers, or have not been found to agree.
     """
 
     model: Any
@@ -60,6 +66,7 @@ class ForwardPath:
     refused: dict[str, str] = field(default_factory=dict)
     quicker: Sequence[tuple[nn.Module, Forward]] = ()
     world: World = field(default_factory=World)
+    lanes: int = 1
 
     @property
     def in_batch_negatives(self) -> bool:
@@ -76,9 +83,37 @@ class ForwardPath:
         """Return the summed loss of some examples, () in fp32."""
         if self.in_batch_negatives and self.world.size > 1:
             return self.shared_loss(examples)
+        parts = self._lanes(examples)
+        return self._loss(examples) if len(parts) == 1 else self._loss_in_lanes(parts)
+
+    def _loss(self, examples: Sequence[Example]) -> Tensor:
         if self.mode == "packed":
             return self._packed_loss([len(example.input_ids) for example in examples], examples)
         return answer_loss(self.model, self.batch(examples), self.kind)[0]
+
+    def _loss_in_lanes(self, parts: Sequence[Sequence[Example]]) -> Tensor:
+        """Return the summed loss of parts that are computed side by side, each with its gradient."""
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+
+        def one(rows: Sequence[Example]) -> tuple[Tensor, tuple[Tensor, ...]]:
+            loss = self._loss(rows)
+            return loss.detach(), torch.autograd.grad(loss, trained, materialize_grads=True)
+
+        losses, gradients = zip(*side_by_side(one, parts), strict=True)
+        summed = list(gradients[0])
+        for found in gradients[1:]:
+            torch._foreach_add_(summed, found)
+        return _WithGradient.apply(torch.stack(losses).sum(), summed, *trained)
+
+    def _lanes(self, examples: Sequence[Example]) -> Sequence[Sequence[Example]]:
+        """Return the rows of a pass in parts to compute side by side; one where that would not be quicker."""
+        count = min(self.lanes, len(examples))
+        few = sum(example.length for example in examples) < count * MIN_LANE_TOKENS
+        if count == 1 or few or not torch.is_grad_enabled():
+            return [examples]
+        parts = shared_out(examples, count)
+        sizes = [self.size(part) for part in parts]
+        return parts if sum(sizes) >= MIN_BALANCE * count * max(sizes) else [examples]
 
     def shared_loss(self, examples: Sequence[Example], *, counted: bool = True) -> Tensor:
         """Return this process's part of the loss of a pass that all processes make together, ().
@@ -134,6 +169,20 @@ class ForwardPath:
             yield
 
 
+class _WithGradient(torch.autograd.Function):
+    """A loss (), whose gradient by all that is trained is known already."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, gradient: Sequence[Tensor], *trained: Tensor) -> Tensor:
+        ctx.gradient = gradient
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *torch._foreach_mul(ctx.gradient, float(d_loss))
+
+
 def rounded_up(size: int) -> int:
     """Return the next of sixteen sizes between powers of two, at least 16.
 
@@ -179,6 +228,7 @@ def fastest_path(adapter: Adapter, kind: str, *, pad_id: int, pictures: Any = No
                 continue
             problem = difference(model, expected, found)
             if not problem:
+                path.lanes = _lanes_that_agree(path, adapter, examples, expected)
                 return path
             path.refused[mode] = problem
     path.mode = "plain"
@@ -194,6 +244,33 @@ def _result(path: ForwardPath, adapter: Adapter, examples: Sequence[Example]) ->
             path.loss(examples)
         path.model.eval()
         return gradient_of(path.loss(examples), adapter)
+
+
+def _lanes_that_agree(
+    path: ForwardPath, adapter: Adapter, examples: Sequence[Example], expected: tuple[Tensor, Tensor]
+) -> int:
+    """Return how many parts of a pass may be computed side by side."""
+    count, at = lane_count(), next(path.model.parameters())
+    # in fp16 a gradient must be scaled before it is computed
+    suits = at.device.type == "cpu" and _dtype(path.model) != torch.float16 and path.world.size == 1
+    if count == 1 or not suits or not kind_named(path.kind).cuttable or _draws(path, examples):
+        return 1
+    with path.activated():
+        path.model.eval()
+        try:
+            found = gradient_of(path._loss_in_lanes(shared_out(examples, count)), adapter)
+        except Exception:  # a model that cannot be in two places at once
+            return 1
+    return 1 if difference(path.model, expected, found) else count
+
+
+def _draws(path: ForwardPath, examples: Sequence[Example]) -> bool:
+    """Return whether a pass in training mode draws random numbers, whose order lanes would not keep."""
+    before = torch.get_rng_state()
+    with path.activated(), torch.no_grad():
+        path.model.train()
+        path.loss(examples)
+    return not torch.equal(before, torch.get_rng_state())
 
 
 def _plain_result(path: ForwardPath, adapter: Adapter, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
