@@ -226,9 +226,9 @@ def test_texts_are_no_labels_and_numbers_are_no_answers(tmp_path: Path) -> None:
     long = [{"text": f"text {n}", "summary": f"another text {n}"} for n in range(30)]
     assert [sorted(m) for m in proposed(refused_rows(tmp_path, long))] == [["completion", "prompt"], ["summary"]]
     stars = [{"text": f"text {n}", "stars": n % 5} for n in range(30)]
-    assert [sorted(m) for m in proposed(refused_rows(tmp_path, stars))] == [["label"], ["stars"]]
-    score = [{"text": f"text {n}", "score": n / 7} for n in range(30)]
-    assert proposed(refused_rows(tmp_path, score)) == [{"score": ""}]
+    assert [sorted(m) for m in proposed(refused_rows(tmp_path, stars))] == [["label"], ["score"], ["stars"]]
+    share = [{"text": f"text {n}", "share": n / 7} for n in range(30)]
+    assert proposed(refused_rows(tmp_path, share)) == [{"score": "share"}, {"share": ""}]
 
 
 def test_a_question_beside_a_text_makes_the_text_the_answer(tmp_path: Path) -> None:
@@ -243,7 +243,7 @@ def test_identifiers_are_not_asked_about_unless_many_rows_share_one(tmp_path: Pa
     assert refused_rows(tmp_path, rows).field == "group_id"
 
 
-@pytest.mark.parametrize("name", ["score", "similarity", "relatedness", "is_duplicate", "gold"])
+@pytest.mark.parametrize("name", ["similarity", "relatedness", "is_duplicate", "gold"])
 @pytest.mark.parametrize("values", [(0.0, 4.5), (0.0, 1.0), (0, 1), ("0.5", "1.5"), ("a", "b")])
 def test_pairs_are_never_all_alike_where_something_tells_them_apart(
     name: str, values: tuple[object, object], tmp_path: Path
@@ -252,12 +252,9 @@ def test_pairs_are_never_all_alike_where_something_tells_them_apart(
     error = refused_rows(tmp_path, rows)
     assert (error.code, error.field) == ("unclear_column", name)
     whole = not {str(value) for value in values} & {"0.5", "1.5", "4.5"}
-    assert proposed(error) == [*([{"label": name}] if whole else []), {name: ""}]
-
-
-def test_a_pair_with_an_amount_as_label_is_refused(tmp_path: Path) -> None:
-    error = refused_rows(tmp_path, [PAIRED | {"label": 0.0}, PAIRED | {"label": 2.5}])
-    assert (error.code, error.field) == ("label_is_a_number", "label")
+    ways = [{"label": name}] if whole else []
+    ways += [] if values == ("a", "b") else [{"score": name}]
+    assert proposed(error) == [*ways, {name: ""}]
 
 
 # columns of other names

@@ -203,6 +203,7 @@ def _show_verdict(adapter: Path, verdict: "Verdict") -> None:
         "export": f"loralab export {quoted} FOLDER --to {verdict.target}",
         "merge": f"loralab merge {quoted} FOLDER, and serve the merged model",
         "none": "none; loralab serve has it",
+        "unserved": "none; loralab evaluate runs it",
     }
     rows = [("as it is", "yes" if verdict.as_it_is else "no")]
     rows += [(one.what, ways[one.remedy]) for one in verdict.obstacles]

@@ -15,7 +15,7 @@ from loralab.studies.message import Chart, Message, Table
 from loralab.values import check_choice
 
 FORMAT = 1  # of records; a change makes old ones unreadable, and their trials run again
-FALLING = ("loss", "perplexity")  # metrics of which less is better
+FALLING = ("loss", "perplexity", "rmse")  # metrics of which less is better
 MOST_SEEDS = 1_000
 EDGE = "edge"  # texts["rate"] of a record whose best rate lies at the edge of what was tried
 DONE, DIVERGED, FAILED, MISSING = "done", "diverged", "failed", "missing"

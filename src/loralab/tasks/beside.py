@@ -15,10 +15,12 @@ from loralab.tasks.formats import is_empty
 
 MESSAGE_FIELD = "a field of a message"
 WITHOUT_ANSWER = ("text", "pair")  # without an answer: any other column may be it
-LABELLED = ("text-label", "pair-label", "image-label", "tokens-tags")
+AMOUNTS = ("text-score", "pair-score", "query-passage", "query-candidates")
+LABELLED = ("text-label", "pair-label", "image-label", "tokens-tags", "text-labels", "pair-labels", *AMOUNTS)
 ROWS_THAT_ANSWER = ("messages", "prompt-completion", "instruction")
 GENERATIVE = (*ROWS_THAT_ANSWER, MESSAGE_FIELD)
-PROMPTED = (*ROWS_THAT_ANSWER, "text-label", "pair-label")
+TEXTS = ("text-label", "pair-label", "text-labels", "pair-labels", "text-score", "pair-score")
+PROMPTED = (*ROWS_THAT_ANSWER, *TEXTS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +112,9 @@ COLUMN_KINDS = (
         reason="judges the answers, which would all be learnt as if they were good",
     ),
     ColumnKind(
-        words="score scores", formats=LABELLED, reason="stands beside the label, and only the label would be learnt"
+        words="score scores label labels",
+        formats=LABELLED,
+        reason="stands beside what is learnt, and would not be learnt",
     ),
     ColumnKind(
         words="system sys sysprompt preamble",
@@ -129,12 +133,12 @@ COLUMN_KINDS = (
     ),
     ColumnKind(
         words="input inputs instruction",
-        formats=("prompt-completion", "text-label", "pair-label"),
+        formats=("prompt-completion", *TEXTS),
         reason="is a part of the question, which would be asked without it",
     ),
     ColumnKind(
         words="question query text_a text_b text2 text_2 sentence2 sentence_2",
-        formats=("text-label",),
+        formats=("text-label", "text-labels", "text-score"),
         reason="is another text, and one is read beside a label; two are text_a and text_b",
     ),
 )

@@ -61,7 +61,8 @@ class Task:
         Raises:
             InputError: there is no such split, or the rows do not suit the tokenizer or the kind.
         """
-        from loralab.tasks.encode import OWN_KINDS, encode, require_tokenizer
+        from loralab.tasks.encode import encode, require_tokenizer
+        from loralab.tasks.kinds.registry import kinds_for
 
         if split not in self.splits:
             raise ConfigError(
@@ -70,7 +71,7 @@ class Task:
                 field="split",
             )
         require_tokenizer(tokenizer)
-        kind = kind or OWN_KINDS.get(self.format, "causal-lm")
+        kind = kind or kinds_for(self.format)[0].name
         return encode(self, split, tokenizer, kind=kind, max_length=max_length).examples
 
 
@@ -258,8 +259,8 @@ def _owners(source: str, groups: Mapping[str, list[Row]], missing: list[str]) ->
 
 
 def labels_of(row: Row) -> list[str]:
-    """Return the classes that a row shows: one, those of its words, or none."""
-    return [row["label"]] if "label" in row else list(row.get("tags", ()))
+    """Return the classes that a row shows: one, those of its words, several, or none."""
+    return [row["label"]] if "label" in row else [*row.get("tags", ()), *row.get("labels", ())]
 
 
 def _json(content: Any) -> str:
@@ -285,7 +286,7 @@ def _labels(source: str, splits: Mapping[str, list[Row]]) -> tuple[str, ...]:
                     code="unknown_label",
                     field="label",
                 )
-    if len(labels) == 1:
+    if len(labels) == 1 and not any("labels" in row for row in splits["train"][:1]):
         raise DataError(
             f"{source} has only the label {labels[0]!r}; there is nothing to tell apart",
             code="one_label",

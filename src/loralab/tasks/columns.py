@@ -24,7 +24,7 @@ from loralab.tasks.beside import (
 )
 from loralab.tasks.encodings import inner_name
 from loralab.tasks.formats import FORMATS, IN_MESSAGES, SPLITS, DataPart, columns_of, is_conversation, is_empty
-from loralab.tasks.labels import NO_REGRESSION
+from loralab.tasks.label_shapes import LABEL, LABELS, SCORE, fits, reshaped
 
 SPLIT = "split"
 HELD_OUT = word_set("test testing val validation dev eval evaluation holdout held heldout")
@@ -50,10 +50,11 @@ class Columns:
     split: str | None = None
 
 
-def choose(part: DataPart, mapping: Mapping[str, str]) -> Columns:
+def choose(part: DataPart, mapping: Mapping[str, str], shape: str = LABEL) -> Columns:
     """Decide what the columns of a part mean.
 
     Args:
+        shape: what the column of labels holds in all parts (label_shapes.py).
         mapping: canonical column -> the source's own; a column, or `messages.` and a field of
             messages, -> "" to leave it out.
 
@@ -65,8 +66,9 @@ def choose(part: DataPart, mapping: Mapping[str, str]) -> Columns:
     renamed = {name: own for name, own in mapping.items() if own}
     _check_renamed(part.place, columns, renamed)
     free = [c for c in columns if c not in left_out and c not in renamed.values()]
-    known = {**{c: c for c in free if c not in renamed}, **renamed}
-    form = _format(part, mapping, known, free)
+    values = {c: [row.get(c) for _, row in part.rows] for c in free if c in (LABELS, SCORE)}
+    known = {**{c: c for c in free if c not in renamed and fits(c, values.get(c, ()))}, **renamed}
+    form = reshaped(_format(part, mapping, known, free), known, shape)
     if form == "messages" and "messages" not in known:
         known["messages"] = SHAREGPT
     required, optional = FORMATS[form]
@@ -255,7 +257,7 @@ def _question(part: DataPart, mapping: Mapping[str, str], own: Mapping[str, str]
     if "text_a" in own:
         leave += ", so that every pair counts as alike"
     amounts = [other.name for other in looked if other.kind == "amount"]
-    hint = f" {amounts[0]!r} holds numbers; {NO_REGRESSION};" if amounts else ""
+    hint = f" {amounts[0]!r} holds numbers;" if amounts else ""
     return DataError(
         f"{part.place}: what is {join_limited(map(repr, unclear))} beside {' and '.join(own.values())}?"
         f"{hint} say {' or '.join([*filter(None, ways), leave])}",

@@ -9,23 +9,16 @@ as padding: labels are masked by position, never by id.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
-from loralab.errors import ConfigError, DataError, format_value, join_limited, nearest
-from loralab.tasks.catalog import LABELLED, Task
+from loralab.errors import ConfigError, DataError, format_value, join_limited
+from loralab.tasks.catalog import Task
 from loralab.tasks.examples import IGNORED, Encoded, Example, Ids
 from loralab.tasks.formats import FORMATS, Row
 from loralab.tasks.segments import Segment, ended, opening, samples, token_ids
 from loralab.tasks.turns import common_length, last_turn, turns, write
 
 Conversation = list[dict[str, str]]
-OWN_KINDS = {"image-label": "image-classification", "tokens-tags": "token-classification", "pair": "sentence-encoder"}
-SUITED: dict[str, tuple[str, ...]] = {  # kind of model -> formats that it learns from
-    "causal-lm": tuple(form for form in FORMATS if form not in OWN_KINDS),
-    "sequence-classification": LABELLED,
-    **{kind: (form,) for form, kind in OWN_KINDS.items()},
-}
 
 
 def encode(
@@ -52,15 +45,24 @@ def encode(
             code="out_of_range",
             field="max_length" if max_length < 2 else "loss_on",
         )
+    from loralab.tasks.kinds.registry import kind_named
+
     chosen = task.splits[split] if rows is None else rows
     require_suited(task, kind)
-    if kind != "causal-lm":
-        return _ENCODERS[kind](task, chosen, tokenizer, max_length)
+    return kind_named(kind).encode(task, split, chosen, tokenizer, max_length=max_length, loss_on=loss_on)
+
+
+def answered(task: Task, split: str, rows: Sequence[Row], tokenizer: Any, *, max_length: int, loss_on: str) -> Encoded:
+    """Return conversations, or whatever has an answer, as a language model learns them; or pieces of texts.
+
+    Raises:
+        DataError: no row is left.
+    """
     _require_eos(tokenizer)
     if task.format == "text":
-        return _texts(chosen, tokenizer, max_length)
+        return _texts(rows, tokenizer, max_length)
     found = _Answered(max_length=max_length, loss_on=loss_on)
-    for index, row in enumerate(chosen):
+    for index, row in enumerate(rows):
         with _placed(task, split, index):
             found.take(index, samples(tokenizer, messages(task, row)))
     if not found.examples:
@@ -95,22 +97,19 @@ def require_suited(task: Task, kind: str) -> None:
         ConfigError: there is no such kind.
         DataError: the rows are of another format.
     """
-    if kind not in SUITED:
-        raise ConfigError(
-            f"unknown kind of model {kind!r} ({join_limited(SUITED)}){nearest(kind, SUITED)}",
-            code="unknown_kind",
-            field="kind",
-        )
-    if task.format not in SUITED[kind]:
-        columns = " or ".join(", ".join(FORMATS[form][0]) for form in SUITED[kind])
-        hint = OWN_KINDS.get(task.format)
-        remedy = f"; such rows are for {hint}" if hint else ""
-        raise DataError(
-            f"{task.name} has {task.format} rows ({', '.join(FORMATS[task.format][0])}); "
-            f"{kind} needs {columns}{remedy}",
-            code="format_unsuited",
-            field="data",
-        )
+    from loralab.tasks.kinds.registry import kind_named, kinds_for
+
+    own = kind_named(kind)
+    if task.format in own.formats:
+        return
+    columns = " or ".join(", ".join(FORMATS[form][0]) for form in own.formats)
+    others = [other.name for other in kinds_for(task.format)]
+    raise DataError(
+        f"{task.name} has {task.format} rows ({', '.join(FORMATS[task.format][0])}); {kind} needs {columns}; such "
+        f"rows are for {join_limited(others)}",
+        code="format_unsuited",
+        field="data",
+    )
 
 
 def prompts(task: Task, split: str, tokenizer: Any) -> list[Ids]:
@@ -132,12 +131,16 @@ def chat_ids(tokenizer: Any, prompt: str, *, system: str | None = None) -> Ids:
 
 
 def answer(row: Row) -> str:
-    """Return the reference answer of a row: tags are joined by spaces."""
+    """Return the reference answer of a row: tags are joined by spaces, labels by commas."""
     if "messages" in row:
         return str(row["messages"][-1]["content"])
     if "tags" in row:
         return " ".join(row["tags"])
-    columns = ("label", "completion", "output", "text_b")
+    if "labels" in row:
+        return ", ".join(row["labels"])
+    if "positive" in row:
+        return " | ".join(row["positive"])
+    columns = ("label", "score", "completion", "output", "text_b")
     return str(next((row[c] for c in columns if c in row), ""))
 
 
@@ -193,16 +196,16 @@ def messages(task: Task, row: Row) -> Conversation:
     """Return a row as a conversation that ends in the answer."""
     if task.format == "messages":
         return list(row["messages"])
-    return [{"role": "user", "content": _question(task, row)}, {"role": "assistant", "content": answer(row)}]
+    return [{"role": "user", "content": question(task, row)}, {"role": "assistant", "content": answer(row)}]
 
 
-def _question(task: Task, row: Row) -> str:
+def question(task: Task, row: Row) -> str:
+    """Return what a row with one answer asks."""
     if task.format == "prompt-completion":
         return str(row["prompt"])
     if task.format == "instruction":
         return "\n\n".join(part for part in (row["instruction"], row.get("input")) if part)
-    parts = ("text",) if task.format == "text-label" else ("text_a", "text_b")
-    return "\n\n".join([task.instruction, *(row[part] for part in parts)])
+    return "\n\n".join([task.instruction, *(row[part] for part in ("text", "text_a", "text_b") if part in row)])
 
 
 @dataclass(kw_only=True)
@@ -296,67 +299,8 @@ def _texts(rows: Sequence[Row], tokenizer: Any, max_length: int) -> Encoded:
     return Encoded(examples=examples)
 
 
-def _classified(task: Task, rows: Sequence[Row], tokenizer: Any, max_length: int) -> Encoded:
-    examples, shortened = [], []
-    for index, row in enumerate(rows):
-        texts = [row[c] for c in ("text", "text_a", "text_b") if c in row]
-        cut, short = _cut(tokenizer, texts, max_length)
-        if short:
-            shortened.append(index)
-        ids, types = cut["input_ids"], cut.get("token_type_ids") or ()
-        label = (task.labels.index(row["label"]),)
-        types = tuple(types) if any(types) else ()  # all 0 is what a model assumes
-        examples.append(Example(index, tuple(ids), label, token_types=types))
-    return Encoded(examples=examples, shortened=tuple(shortened))
-
-
-def _cut(tokenizer: Any, texts: Sequence[Any], max_length: int, **options: Any) -> tuple[Any, bool]:
+def cut_texts(tokenizer: Any, texts: Sequence[Any], max_length: int, **options: Any) -> tuple[Any, bool]:
     """Return texts as one input of at most `max_length` tokens; whether something was cut off."""
     full = len(tokenizer(*texts, verbose=False, **options)["input_ids"])
     cut = tokenizer(*texts, truncation=True, max_length=max_length, verbose=False, **options)
     return cut, full > len(cut["input_ids"])
-
-
-def _tagged(task: Task, rows: Sequence[Row], tokenizer: Any, max_length: int) -> Encoded:
-    """Put the tag of a word on its first piece."""
-    numbers = {tag: index for index, tag in enumerate(task.labels)}
-    examples, shortened = [], []
-    for index, row in enumerate(rows):
-        cut, short = _cut(tokenizer, [row["tokens"]], max_length, is_split_into_words=True)
-        if short:
-            shortened.append(index)
-        words = [None, *cut.word_ids()]
-        labels = tuple(
-            IGNORED if word is None or word == before else numbers[row["tags"][word]]
-            for before, word in pairwise(words)
-        )
-        kept = tuple(w for w, label in zip(cut.word_ids(), labels, strict=True) if label != IGNORED)
-        examples.append(Example(index, tuple(cut["input_ids"]), labels, words=kept))
-    return Encoded(examples=examples, shortened=tuple(shortened))
-
-
-def _pairs(task: Task, rows: Sequence[Row], tokenizer: Any, max_length: int) -> Encoded:
-    """Return two texts that mean the same, each on its own."""
-    examples, shortened = [], []
-    for index, row in enumerate(rows):
-        texts = [_cut(tokenizer, [row[column]], max_length) for column in ("text_a", "text_b")]
-        if any(short for _, short in texts):
-            shortened.append(index)
-        first, second = (tuple(cut["input_ids"]) for cut, _ in texts)
-        examples.append(Example(index, first, (index,), second=second))
-    return Encoded(examples=examples, shortened=tuple(shortened))
-
-
-def _pictured(task: Task, rows: Sequence[Row], tokenizer: Any, max_length: int) -> Encoded:
-    numbers = {label: index for index, label in enumerate(task.labels)}
-    return Encoded(
-        examples=[Example(index, (), (numbers[row["label"]],), image=row["image"]) for index, row in enumerate(rows)]
-    )
-
-
-_ENCODERS = {
-    "sequence-classification": _classified,
-    "token-classification": _tagged,
-    "sentence-encoder": _pairs,
-    "image-classification": _pictured,
-}

@@ -2,6 +2,8 @@
 
     messages | prompt, completion | instruction, input, output | text, label
     text_a, text_b, label | text_a, text_b | text | image, label | tokens, tags
+    text, labels | text, score | text_a, text_b, labels | text_a, text_b, score
+    query, passage, label | query, positive, negative
 
 A source is one or more parts: a file, a shard, a split of a hub data set. columns.py decides what
 the columns of a part mean, rows.py checks the values.
@@ -22,9 +24,15 @@ FORMATS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # name -> requi
     "messages": (("messages",), ()),
     "prompt-completion": (("prompt", "completion"), ()),
     "instruction": (("instruction", "output"), ("input",)),
+    "query-candidates": (("query", "positive", "negative"), ()),
+    "query-passage": (("query", "passage", "label"), ()),
     "pair-label": (("text_a", "text_b", "label"), ()),
+    "pair-labels": (("text_a", "text_b", "labels"), ()),
+    "pair-score": (("text_a", "text_b", "score"), ()),
     "pair": (("text_a", "text_b"), ()),
     "text-label": (("text", "label"), ()),
+    "text-labels": (("text", "labels"), ()),
+    "text-score": (("text", "score"), ()),
     "image-label": (("image", "label"), ()),
     "tokens-tags": (("tokens", "tags"), ()),
     "text": (("text",), ()),

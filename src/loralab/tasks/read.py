@@ -14,8 +14,9 @@ from loralab.errors import DataError, join_limited, nearest
 from loralab.tasks.advice import mapping_option, without_columns
 from loralab.tasks.columns import Columns, checked_mapping, choose, require_columns, require_fields, split_named
 from loralab.tasks.containers import is_saved, list_folder, shard_of
-from loralab.tasks.formats import IN_MESSAGES, MAX_LISTED, SPLITS, DataPart, Row, cleaned
+from loralab.tasks.formats import FORMATS, IN_MESSAGES, MAX_LISTED, SPLITS, DataPart, Row, cleaned
 from loralab.tasks.hub import from_hub, from_saved
+from loralab.tasks.label_shapes import SCORE, label_shape
 from loralab.tasks.labels import absent, alike, settled
 from loralab.tasks.memory import MEMORY, from_memory
 from loralab.tasks.pictures import folder_of_pictures, other_files
@@ -123,8 +124,9 @@ def _table(source: str, parts: list[DataPart], unread: Iterable[str], mapping: M
     unused: dict[str, None] = {}
     seen: set[str] = set()
     notes: list[str] = []
+    shape = label_shape(parts, mapping)
     for part in parts:
-        columns = choose(part, mapping)
+        columns = choose(part, mapping, shape)
         formats[part.place] = columns.format
         unused |= dict.fromkeys(columns.unused)
         for own in _by_split(part, columns, alone=len(parts) == 1):
@@ -136,6 +138,8 @@ def _table(source: str, parts: list[DataPart], unread: Iterable[str], mapping: M
         counts = ", ".join(f"{split} {len(rows)}" for split, rows in splits.items())
         notes.append(f"splits as the data has them in a column: {counts}")
     splits = settled(source, splits)
+    if SCORE in FORMATS[columns.format][0]:
+        notes.append(f"{columns.own[SCORE]} is learnt as a number; --map {columns.own[SCORE]}= leaves it out")
     return DataTable(
         source=source,
         format=next(iter(formats.values())),

@@ -27,6 +27,11 @@ class Training:
     """
 
     learning_rate: Annotated[float | None, "peak learning rate of AdamW (default: the method's)"] = None
+    kind: Annotated[
+        str | None,
+        "kind of model, where the rows suit several: causal-lm, sequence-classification, seq2seq, scored-pairs, "
+        "regression (default: what model and rows are usually)",
+    ] = None
     epochs: Annotated[int, "passes over the training rows, unless max_steps is given"] = 1
     max_steps: Annotated[int | None, "optimiser steps; overrides epochs"] = None
     batch_size: Annotated[int, "rows in one forward pass"] = 8
@@ -122,6 +127,7 @@ class Training:
 class Evaluation:
     """Evaluation settings."""
 
+    kind: Annotated[str | None, "kind of model, as in train (default: the adapter's, or the usual one)"] = None
     split: Annotated[
         str | None,
         "train, validation, test or all; none is the test of data that the adapter was trained on "

@@ -26,6 +26,8 @@ from loralab.tasks import catalog
 from loralab.tasks.catalog import TASKS, Task
 from loralab.tasks.formats import Row
 from loralab.tasks.forward import by_length, run
+from loralab.tasks.kinds.registry import kind_named
+from loralab.tasks.kinds.seq2seq import decoded
 from loralab.tasks.scorable import scorable
 from loralab.tasks.score import evaluate, evaluating
 
@@ -93,7 +95,7 @@ def measured(
     except LoralabError as error:  # the run itself is whole
         return {}, {"forgetting": str(error)}
     seconds = read - began + time.perf_counter() - known
-    kind = LOSS if base.kind == CAUSAL else ACCURACY
+    kind = LOSS if kind_named(base.kind).packs else ACCURACY
     numbers = {"general_before": alone.score, "general_after": after, "general_seconds": seconds}
     return numbers, {"general": general.name, "general_kind": kind}
 
@@ -101,7 +103,7 @@ def measured(
 def untrained(base: Base, general: Task) -> Untrained:
     """Return what the base alone gives on general data."""
     with _alone(base.model):
-        if base.kind == CAUSAL:
+        if kind_named(base.kind).packs:
             return Untrained(_loss(base, general))
         probe = _fitted(*_states(base, general, "train"), len(general.labels))
         return Untrained(_accuracy(probe, *_states(base, general, "test")), probe)
@@ -171,9 +173,9 @@ def digest_of(own: Task, kind: str, asked: str) -> str:
 
 
 def _packaged(kind: str) -> tuple[str, ...]:
-    if kind == CAUSAL:
+    if kind_named(kind).packs:
         return TEXTS
-    return PICTURE_TASKS if kind == VISION else TEXT_TASKS
+    return PICTURE_TASKS if kind_named(kind).pictures else TEXT_TASKS
 
 
 def _whole(name: str, kind: str) -> Task:
@@ -187,7 +189,7 @@ def _whole(name: str, kind: str) -> Task:
     if table.format not in wanted:
         text = f"--general {name} has {table.format} rows; here it must have {' or '.join(wanted)}"
         raise ConfigError(text, code="general_unsuited", field="general")
-    if kind != CAUSAL:
+    if not kind_named(kind).packs:
         return catalog.task_of(table, catalog.split_rows(table, 0), "")
     rows = table.splits.get("test") or sorted(table.splits["train"], key=lambda row: catalog.place_of(row, 0))
     return Task(name=table.source, format="text", splits={"test": rows})
@@ -234,7 +236,7 @@ def _loss(base: Base, general: Task) -> float:
 
 def _states(base: Base, general: Task, split: str) -> tuple[Any, Any]:
     """Return the pooled hidden states (N, H) of a split in fp64, and the classes (N,)."""
-    kind = VISION if base.kind == VISION else CLASSIFIER
+    kind = VISION if kind_named(base.kind).pictures else CLASSIFIER
     _, encoded, _ = scorable(base.model, base.tokenizer, general, split, kind=kind, max_length=PROBE_TOKENS)
     found: dict[int, Any] = {}
     with evaluating(base.model):
@@ -244,10 +246,16 @@ def _states(base: Base, general: Task, split: str) -> tuple[Any, Any]:
     return np.stack([found[index] for index in range(len(labels))]), np.array(labels)
 
 
+def _writes_anew(model: Any) -> bool:
+    """Return whether a decoder of its own must be given something to read, as that of a classifier is not."""
+    return bool(getattr(model.config, "is_encoder_decoder", False)) and model.get_output_embeddings() is not None
+
+
 def pooled(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     """Return the mean of each row's last hidden states, without padding and the head: (B, H) in fp32.
 
-    The whole model is called, since what an adapter sets in front of a row is set there.
+    The whole model is called, since what an adapter sets in front of a row is set there; an
+    encoder-decoder reads the row twice.
 
     Raises:
         ModelError: it has no such states.
@@ -255,10 +263,12 @@ def pooled(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     seen: list[Any] = []
     handle = getattr(model, "base_model", model).register_forward_hook(lambda module, given, out: seen.append(out))
     try:
-        run(model, batch)
+        run(model, batch, **(decoded(model, batch["input_ids"]) if _writes_anew(model) else {}))
     finally:
         handle.remove()
     states = getattr(seen[-1], "last_hidden_state", None) if seen else None
+    if states is None and seen:  # T5, which has no model around its encoder and its decoder
+        states = getattr(seen[-1], "encoder_last_hidden_state", None)
     if states is None:
         text = f"{type(model).__name__} gives no hidden states that a probe could read"
         raise ModelError(text, code="no_hidden_states", field="model")

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from loralab import atomic
 from loralab.adapters.attach import attach
@@ -22,8 +21,9 @@ from loralab.studies.measures.watch import gradient_norm, named, watched
 from loralab.studies.study import Record, Trial
 from loralab.studies.trained import Tell, diverged, rows_of, scored, trained
 from loralab.tasks.encode import encode
-from loralab.tasks.examples import IGNORED, Example
-from loralab.tasks.forward import SHARPNESS, by_length, call, embed, labelled, second_of
+from loralab.tasks.examples import Example
+from loralab.tasks.forward import by_length
+from loralab.tasks.kinds.registry import kind_named
 from loralab.training.loop import labelled_tokens
 from loralab.training.preflight import load_base, with_head
 
@@ -142,34 +142,21 @@ def _of_batch(base: Base, batch: Mapping[str, Tensor]) -> Outputs:
     kept: list[Tensor] = []
 
     def keep(module: Any, given: Any, output: Any) -> None:
-        kept.append(output.last_hidden_state)
+        # T5 has no model around its encoder and its decoder
+        kept.append(output.last_hidden_state if "last_hidden_state" in output else output.encoder_last_hidden_state)
 
     handle = getattr(base.model, "base_model", base.model).register_forward_hook(keep)
     try:
-        logits, labels, rows = _logits(base, batch)
+        logits, labels, rows = kind_named(base.kind).labelled(base.model, batch)
     finally:
         handle.remove()
-    losses = F.cross_entropy(logits, labels, reduction="none")
+    logits = logits.float()
+    losses = kind_named(base.kind).losses(logits, labels)
     sums = losses.new_zeros(int(rows.max()) + 1).index_add_(0, rows, losses)
     mask = batch.get("attention_mask")
-    features = kept[0].flatten(0, -2) if mask is None else kept[0][mask.bool()]
+    read = mask is not None and mask.shape == kept[0].shape[:2]  # a decoder of its own reads other places
+    features = kept[0][mask.bool()] if mask is not None and read else kept[0].flatten(0, -2)
     return Outputs(losses=sums / rows.bincount().clamp_min(1), logits=logits, features=features.float())
-
-
-def _logits(base: Base, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Return logits (M, C), labels (M,) and rows (M,) of all that carries loss."""
-    model, labels = base.model, batch["labels"]
-    if base.kind == "causal-lm":
-        logits, targets, rows = labelled(model, batch)
-        return logits.float(), targets, rows
-    rows = torch.arange(len(labels), device=labels.device)
-    if base.kind == "sentence-encoder":
-        return SHARPNESS * embed(model, batch) @ embed(model, second_of(batch)).T, labels, rows
-    logits = call(model, batch).float()
-    if base.kind == "token-classification":
-        here = labels != IGNORED
-        return logits[here], labels[here], here.nonzero()[:, 0]
-    return logits, labels, rows
 
 
 def _apart(pairs: Sequence[tuple[Tensor, Tensor]]) -> float:

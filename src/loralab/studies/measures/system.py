@@ -27,7 +27,8 @@ from loralab.tasks.batches import collate
 from loralab.tasks.catalog import TASKS, Task
 from loralab.tasks.encode import encode
 from loralab.tasks.examples import Example
-from loralab.tasks.forward import call, labelled
+from loralab.tasks.forward import call
+from loralab.tasks.kinds.registry import kind_named
 from loralab.training.preflight import load_base, with_head
 
 MEASURE_TASK = "loralab.studies.measures.system:measure_task"
@@ -159,9 +160,9 @@ def outputs(base: Base, examples: Sequence[Example]) -> Tensor:
     batch = collate(examples, pad_id=base.tokenizer.pad_token_id or 0, kind=base.kind, pictures=base.tokenizer)
     device = next(base.model.parameters()).device
     batch = {name: tensor.to(device) for name, tensor in batch.items()}
-    if base.kind != "causal-lm":
+    if not kind_named(base.kind).writes:
         return call(base.model, batch).float().cpu()  # an accelerator has finished then
-    logits, _, rows = labelled(base.model, batch)
+    logits, _, rows = kind_named(base.kind).labelled(base.model, batch)
     first = torch.searchsorted(rows, torch.arange(len(examples), device=rows.device))
     return logits[first].float().cpu()
 
