@@ -10,7 +10,6 @@ from loralab.tasks.messages import text_in
 from loralab.tasks.tools import parsed, tools_of, without_nulls
 
 
-
 def beside(place: str, row: Row) -> dict[str, Any]:
     """Return the columns of a row that are no texts, those that hold something.
 

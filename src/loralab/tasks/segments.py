@@ -138,7 +138,7 @@ def opening(
     if tokenizer.chat_template:
         said = Said(tools=tools, kwargs=kwargs or {})
         return token_ids(tokenizer, write(tokenizer, chat, prompt=True, said=said), special=True)
-    asked = [*chat, {"role": "assistant", "content": ""}]
+    asked = [*map(dict, chat), {"role": "assistant", "content": ""}]
     places = tuple(i for i, message in enumerate(asked) if message["role"] == "assistant")
     whole = _plain(tokenizer, Conversation(messages=asked, learnt=places))
     return _ids(whole[:-1])

@@ -73,7 +73,7 @@ def _call(place: str, field: str, value: Any, filled: bool) -> dict[str, Any]:
     own = value.get("function") or value if isinstance(value, Mapping) else None
     if not isinstance(own, Mapping) or not isinstance(own.get("name"), str) or not own["name"].strip():
         raise _wrong(place, field, f"needs the name of a function, found {format_value(value)}")
-    given = next((own[name] for name in ("arguments", "parameters") if not is_empty(own.get(name))), {})
+    given: Any = next((own[name] for name in ("arguments", "parameters") if not is_empty(own.get(name))), {})
     written = isinstance(given, str)
     arguments = parsed(place, field, given)
     if not isinstance(arguments, Mapping):
@@ -139,6 +139,6 @@ def _wrong(place: str, field: str, problem: str) -> DataError:
     return DataError(f"{place}: {field!r} {problem}", code=code, field=field)
 
 
-def names_of(tools: Sequence[Tool]) -> str:
+def names_of(tools: Sequence[Mapping[str, Any]]) -> str:
     """Return the names of tools, for errors."""
     return join_limited([tool["function"]["name"] for tool in tools], 3)

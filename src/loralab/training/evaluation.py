@@ -22,6 +22,7 @@ from loralab.models.quantize import quantize as pack
 from loralab.models.tokens import add_tokens
 from loralab.tasks import score
 from loralab.tasks.catalog import Task
+from loralab.tasks.chat_options import LEARN, THOUGHTS, ChatOptions
 from loralab.tasks.encode import chat_ids
 from loralab.tasks.score import Scores
 from loralab.tasks.scored import Learnt, choose
@@ -62,6 +63,7 @@ def evaluate(
     task, split = choose(
         data, learnt, mapping=mapping, seed=evaluation.seed, split=evaluation.split, limit=evaluation.limit
     )
+    task = replace(task, chat=evaluation.chat(_chat(record)))
     seed = learnt.seed if learnt is not None else evaluation.seed or 0
     size = record.get("base", {}).get("image_size")
     with restored_after(own), _scored(name, own, task, stored, evaluation, seed, size) as base:
@@ -150,6 +152,13 @@ def _learnt(record: Mapping[str, Any], name: str, own: Given | None) -> Learnt:
         asks=kind == "causal-lm",
         **texts,
     )
+
+
+def _chat(record: Mapping[str, Any]) -> ChatOptions:
+    """Return what was learnt of conversations, as a record says."""
+    known = {"learn": LEARN, "thoughts": THOUGHTS}
+    stored = record.get("training", {})
+    return ChatOptions(**{name: stored[name] for name, values in known.items() if stored.get(name) in values})
 
 
 def generate(
