@@ -6,6 +6,7 @@ is cut into one example an answer. The end-of-text token is always learnt, also 
 as padding: labels are masked by position, never by id.
 """
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -134,7 +135,8 @@ def chat_ids(tokenizer: Any, prompt: str, *, system: str | None = None) -> Ids:
 def answer(row: Row) -> str:
     """Return the reference answer of a row: tags are joined by spaces."""
     if "messages" in row:
-        return str(last_answer(row["messages"])["content"])
+        last = last_answer(row["messages"])
+        return str(last["content"]) or json.dumps([call["function"] for call in last.get("tool_calls", ())])
     if "tags" in row:
         return " ".join(row["tags"])
     columns = ("label", "completion", "output", "text_b")

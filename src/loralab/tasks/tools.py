@@ -43,7 +43,7 @@ def _tool(place: str, value: Any) -> Tool:
         raise _wrong(place, "tools", f"a schema needs the name of a function, found {format_value(value)}")
     parameters = own.get("parameters", {})
     if isinstance(parameters, str):
-        parameters = parsed(place, "parameters", parameters)
+        parameters = parsed(place, "tools", parameters)
     if not isinstance(parameters, Mapping):
         raise _wrong(place, "tools", f"parameters must be an object, found {type(parameters).__name__}")
     told = {"parameters": dict(parameters)} if "parameters" in own else {}

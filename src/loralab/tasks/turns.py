@@ -320,8 +320,8 @@ class _Answer:
     def _refuse_second(self, first: str, last: str) -> NoReturn:
         raise DataError(
             f"the chat template writes a thought of its own ({first} ... {last}) in front of an "
-            f"answer, and the answer {self._quoted()} brings another; take it out of the answers, "
-            "or out of the template",
+            f"answer, and the answer {self._quoted()} brings another; take it out of the answers "
+            "(--thoughts drop), or out of the template",
             code="second_thought",
             field="chat_template",
         )
