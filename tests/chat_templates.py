@@ -192,7 +192,8 @@ SMOLLM3 = """
 {%- set told, turns = '', messages %}
 {%- if messages[0].role == 'system' %}
     {%- set told, turns = messages[0].content, messages[1:] %}
-    {%- if '/no_think' in told %}{%- set thinks = false %}{%- elif '/think' in told %}{%- set thinks = true %}{%- endif %}
+    {%- if '/no_think' in told %}{%- set thinks = false %}
+    {%- elif '/think' in told %}{%- set thinks = true %}{%- endif %}
     {%- set told = told.replace('/no_think', '').replace('/think', '').rstrip() %}
 {%- endif %}
 {{- '<|im_start|>system\\n## Metadata\\n\\nReasoning Mode: ' + ('/think' if thinks else '/no_think') + '\\n\\n' }}
