@@ -148,3 +148,19 @@ def test_a_message_that_the_template_leaves_out_is_refused(
     with pytest.raises(DataError) as caught:
         learnt(task_of([{"role": "system", "content": "be kind"}, USER, ASSISTANT]), bytes_tokenizer)
     assert caught.value.code == "message_not_written"
+
+
+def test_what_a_row_writes_in_the_words_of_the_template_is_not_written_twice(
+    bytes_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bytes_tokenizer, "chat_template", QWEN3)
+    wrapped = {"role": "tool", "content": "<tool_response>\n{}\n</tool_response>"}
+    call = answer("", tool_calls=[{"type": "function", "function": {"name": "f", "arguments": {}}}])
+    chats = [[USER, call, result, ASSISTANT] for result in (wrapped, {"role": "tool", "content": "{}"})]
+    one, other = (prompts(task_of(chat), "test", bytes_tokenizer) for chat in chats)
+    assert one == other
+    system = {"role": "system", "content": "<tools>{}</tools>"}
+    row = {"messages": [system, USER, ASSISTANT], "tools": [{"type": "function", "function": {"name": "f"}}]}
+    with pytest.raises(DataError) as caught:
+        prompt_ids(Task(name="rows", format="messages", splits={}), row, bytes_tokenizer)
+    assert (caught.value.code, caught.value.field) == ("tools_twice", "tools")

@@ -13,6 +13,7 @@ from loralab.tasks.thoughts import FIELD, with_field, without_thought
 from loralab.tasks.turns import Said
 
 KWARGS = BESIDE[1]
+TOOLS_MARK, RESULT = "<tools>", ("<tool_response>", "</tool_response>")  # as Hermes and Qwen write them
 LEARNT = "learn"  # of a message that is marked: whether it is learnt
 Message = dict[str, Any]
 
@@ -53,13 +54,36 @@ def conversation_of(row: Row, messages: Sequence[Message], options: ChatOptions,
     template = tokenizer.get_chat_template() if tokenizer.chat_template else ""
     if not template:
         _require_texts(row, messages)
+    _require_tools_once(row, messages, template)
     read = []
     for message in messages:
         own = {name: value for name, value in message.items() if name != LEARNT}
         if own["role"] == "assistant":
             own = without_thought(own) if options.thoughts == "drop" else with_field(own, template)
+        elif own["role"] == "tool" and RESULT[0] in template:
+            own["content"] = _unwrapped(own["content"])
         read.append(own)
     return Conversation(messages=read, learnt=learnt, said=said, masked=options.thoughts == "mask")
+
+
+def _require_tools_once(row: Row, messages: Sequence[Message], template: str) -> None:
+    """Refuse tools that a system message has already, in the words of the template."""
+    told = messages[0]["content"] if messages[0]["role"] == "system" else ""
+    if row.get("tools") and TOOLS_MARK in told and TOOLS_MARK in template:
+        raise DataError(
+            f"the system message holds {TOOLS_MARK} already, and the chat template would write them once more; use "
+            "--map tools= to keep those of the message",
+            code="tools_twice",
+            field="tools",
+        )
+
+
+def _unwrapped(text: str) -> str:
+    """Return what a tool returned without the marks that the template writes itself."""
+    first, last = RESULT
+    inner = text.strip()
+    alone = inner.startswith(first) and inner.endswith(last) and inner.count(first) == 1
+    return inner[len(first) : -len(last)].strip() if alone else text
 
 
 def _learnt(messages: Sequence[Message], options: ChatOptions) -> tuple[int, ...]:

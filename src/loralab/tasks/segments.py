@@ -116,7 +116,7 @@ def _answer(tokenizer: Any, turn: Turn, masked: bool) -> Sample:
 
 def _tokens_within(tokenizer: Any, text: str, length: int) -> int:
     """Return how many tokens of a text lie within its first characters."""
-    if not tokenizer.is_fast:
+    if not getattr(tokenizer, "is_fast", False):
         return len(token_ids(tokenizer, text[:length]))
     found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     return sum(end <= length for _, end in found["offset_mapping"])
