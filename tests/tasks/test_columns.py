@@ -81,7 +81,6 @@ def test_rows_that_are_all_good_are_learnt(tmp_path: Path) -> None:
 # refused
 
 EVERYWHERE = [
-    ("tools", [{"type": "function"}]),
     ("available_functions", "f"),
     ("toolCalls", "f"),
     ("weight", 0),
@@ -114,8 +113,9 @@ def test_a_column_that_changes_the_meaning_is_refused_by_name(
     rows = [row, row | {column: value}]
     error = refused_rows(tmp_path, rows)
     assert (error.code, error.field) == ("unsupported_column", column)
-    (mapping,) = proposed(error)
+    mapping, *read = proposed(error)
     assert mapping == {column: ""}
+    assert read == ([{"tools": column}] if column == "available_functions" and row in (CHAT, ASKED, TOLD) else [])
     found = table(tmp_path, rows, mapping)
     assert found.splits["train"] == [row, row] and found.notes == (f"not used: {column}",)
 
@@ -135,9 +135,7 @@ def test_a_column_that_changes_the_meaning_is_refused_by_name(
         ("reward", 3),
         ("is_correct", False),
         ("accepted", "no"),
-        ("system", "be brief"),
         ("system_prompt", "be brief"),
-        ("history", [["a", "b"]]),
         ("chat_history", "a"),
         ("context", "a"),
         ("documents", ["a"]),
@@ -145,7 +143,7 @@ def test_a_column_that_changes_the_meaning_is_refused_by_name(
         ("choices", ["a", "b"]),
         ("sys", "be brief"),
         ("instructions", "be brief"),
-        ("chat_template_kwargs", {"enable_thinking": True}),
+        ("chat_template", "{{ messages }}"),
         ("desirable", False),
         ("stars", 1),
         ("verdict", "wrong"),
@@ -174,10 +172,11 @@ def test_another_part_of_the_question_is_refused(row: dict[str, Any], column: st
 
 
 def test_all_refused_columns_are_left_out_by_one_option(tmp_path: Path) -> None:
-    row = TOLD | {"chosen": "a", "rejected": "b", "system": "c"}
-    (mapping,) = proposed(refused_rows(tmp_path, [row]))
-    assert mapping == {"chosen": "", "rejected": "", "system": ""}
+    row = TOLD | {"chosen": "a", "rejected": "b", "sys": "c"}
+    mapping, read = proposed(refused_rows(tmp_path, [row]))
+    assert mapping == {"chosen": "", "rejected": "", "sys": ""}
     assert table(tmp_path, [row], mapping).splits["train"] == [TOLD]
+    assert read == {"system": "sys"}
 
 
 def test_preferences_offer_the_better_answer_alone(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from loralab.tasks.hub import from_hub, from_saved
 from loralab.tasks.label_shapes import SCORE, label_shape
 from loralab.tasks.labels import absent, alike, settled
 from loralab.tasks.memory import MEMORY, from_memory
+from loralab.tasks.messages import FieldNames
 from loralab.tasks.pictures import folder_of_pictures, other_files
 from loralab.tasks.readers import READERS, is_data_file, read_file
 from loralab.tasks.rows import rows_of
@@ -122,7 +123,7 @@ def _table(source: str, parts: list[DataPart], unread: Iterable[str], mapping: M
     splits: dict[str, list[Row]] = {}
     formats: dict[str, str] = {}
     unused: dict[str, None] = {}
-    seen: set[str] = set()
+    names = FieldNames()
     notes: list[str] = []
     shape = label_shape(parts, mapping)
     for part in parts:
@@ -130,8 +131,8 @@ def _table(source: str, parts: list[DataPart], unread: Iterable[str], mapping: M
         formats[part.place] = columns.format
         unused |= dict.fromkeys(columns.unused)
         for own in _by_split(part, columns, alone=len(parts) == 1):
-            splits.setdefault(own.split, []).extend(rows_of(own, columns, seen))
-    require_fields(source, parts, seen, mapping)
+            splits.setdefault(own.split, []).extend(rows_of(own, columns, names))
+    require_fields(source, parts, names.there, mapping)
     if len(set(formats.values())) > 1:
         raise DataError(f"{source}: the splits have different columns: {formats}", code="splits_differ")
     if len(parts) == 1 and len(splits) > 1:
@@ -146,7 +147,7 @@ def _table(source: str, parts: list[DataPart], unread: Iterable[str], mapping: M
         splits=splits,
         notes=(
             *_named("not read", unread),
-            *_named("not used", [*unused, *(IN_MESSAGES + name for name in sorted(seen))]),
+            *_named("not used", [*unused, *(IN_MESSAGES + name for name in names.unused)]),
             *notes,
             *filter(None, [alike(splits), absent(splits)]),
         ),

@@ -15,7 +15,8 @@ Splits = Mapping[str, Sequence[Row]]
 def input_text(row: Row) -> str:
     """Return what a row asks, without the answer."""
     if "messages" in row:
-        return json.dumps(row["messages"][:-1], ensure_ascii=False)
+        tools = "\x1f" + json.dumps(row["tools"], ensure_ascii=False) if "tools" in row else ""
+        return json.dumps(row["messages"][:-1], ensure_ascii=False) + tools
     return "\x1f".join(str(value) for column, value in row.items() if column not in ANSWERS)
 
 

@@ -9,33 +9,34 @@ from pathlib import Path
 from typing import Any
 
 from loralab.errors import DataError, format_value, join_limited
+from loralab.tasks.beside_messages import beside, with_system
 from loralab.tasks.columns import Columns
-from loralab.tasks.formats import FORMATS, DataPart, Numbered, Row, is_empty
+from loralab.tasks.formats import BESIDE, DataPart, Numbered, Row, is_conversation, is_empty
 from loralab.tasks.label_shapes import LABELS, SCORE, labels_in, score_in
 from loralab.tasks.labels import AS_SCORE
-from loralab.tasks.messages import conversation, text_in
+from loralab.tasks.messages import FieldNames, Reading, conversation, require_answer, text_in
 from loralab.tasks.pictures import PictureFile, from_bytes, from_file
 
 CANDIDATES = ("query-passage", "query-candidates")
 
 
-def rows_of(part: DataPart, columns: Columns, seen: set[str]) -> list[Row]:
+def rows_of(part: DataPart, columns: Columns, names: FieldNames) -> list[Row]:
     """Return the rows with the columns of their format alone.
 
     Args:
-        seen: gets the fields of messages that have no effect.
+        names: gets the fields of messages.
 
     Raises:
         DataError: a row lacks something, or holds what no row of its format can.
     """
-    required, _ = FORMATS[columns.format]
-    own = columns.own
+    own, reading = columns.own, Reading(mapping=columns.mapping, names=names, filled=part.filled)
+    required = columns.required
     picked = [
         (number, {c: v for c in own if not is_empty(v := row.get(own[c])) or c in required})
         for number, row in part.rows
     ]
     _check_filled(part, picked, required)
-    return [_checked(part, number, row, columns, seen) for number, row in picked]
+    return [_checked(part, number, row, columns, reading) for number, row in picked]
 
 
 def _check_filled(part: DataPart, rows: Numbered, required: Sequence[str]) -> None:
@@ -48,18 +49,23 @@ def _check_filled(part: DataPart, rows: Numbered, required: Sequence[str]) -> No
             )
 
 
-def _checked(part: DataPart, number: int, row: Row, columns: Columns, seen: set[str]) -> Row:
+def _checked(part: DataPart, number: int, row: Row, columns: Columns, reading: Reading) -> Row:
     place = f"{part.place}, {part.unit} {number}"
     if columns.format == "image-label":
         picture = _picture(place, row["image"], part.folder)
         return {"image": picture, "label": _label(place, row["label"])}
     if columns.format == "tokens-tags":
         return _tagged(place, row)
+    more = beside(place, row)
+    texts = {column: value for column, value in row.items() if column not in (*more, *BESIDE, "history")}
     if columns.format == "messages":
-        return {"messages": conversation(place, row["messages"], columns.mapping, seen)}
+        found = _messages(place, row, reading)
+        if "system" in texts:
+            found = with_system(place, text_in(place, "'system'", texts["system"]), found)
+        return {"messages": found, **more}
     if columns.format in CANDIDATES:
         return _candidates(place, row, columns.own)
-    return {column: _value(place, column, value, columns.own[column]) for column, value in row.items()}
+    return {column: _value(place, column, value, columns.own[column]) for column, value in texts.items()} | more
 
 
 def _value(place: str, column: str, value: Any, own: str) -> Any:
@@ -82,6 +88,19 @@ def _candidates(place: str, row: Row, own: Mapping[str, str]) -> Row:
     for column in ("positive", "negative"):
         values = row[column] if isinstance(row[column], list) else [row[column]]
         found[column] = [text_in(place, repr(column), value) for value in values]
+    return found
+
+
+def _messages(place: str, row: Row, reading: Reading) -> list[dict[str, Any]]:
+    """Return a conversation; of a prompt and a completion that are lists, only answers of the latter are learnt."""
+    if "messages" in row:
+        return conversation(place, row["messages"], reading)
+    parts = []
+    for column, role in (("prompt", "user"), ("completion", "assistant")):
+        value = row[column] if is_conversation(row[column]) else [{"role": role, "content": row[column]}]
+        parts.append(conversation(f"{place}, {column}", value, reading, answered=False))
+    asked = [{**message, "learn": False} if message["role"] == "assistant" else message for message in parts[0]]
+    require_answer(place, found := [*asked, *parts[1]])
     return found
 
 

@@ -23,6 +23,7 @@ from loralab.models.quantize import quantize as pack
 from loralab.models.tokens import add_tokens
 from loralab.tasks import score
 from loralab.tasks.catalog import Task
+from loralab.tasks.chat_options import LEARN, THOUGHTS, ChatOptions
 from loralab.tasks.kinds.registry import kind_named
 from loralab.tasks.score import Scores
 from loralab.tasks.scored import Learnt, choose
@@ -63,6 +64,7 @@ def evaluate(
     task, split = choose(
         data, learnt, mapping=mapping, seed=evaluation.seed, split=evaluation.split, limit=evaluation.limit
     )
+    task = replace(task, chat=evaluation.chat(_chat(record)))
     seed = learnt.seed if learnt is not None else evaluation.seed or 0
     size = record.get("base", {}).get("image_size")
     kind = evaluation.kind or _learnt_kind(record, task)
@@ -160,6 +162,13 @@ def _learnt(record: Mapping[str, Any], name: str, own: Given | None) -> Learnt:
         asks=kind_named(kind).asks,
         **texts,
     )
+
+
+def _chat(record: Mapping[str, Any]) -> ChatOptions:
+    """Return what was learnt of conversations, as a record says."""
+    known = {"learn": LEARN, "thoughts": THOUGHTS}
+    stored = record.get("training", {})
+    return ChatOptions(**{name: stored[name] for name, values in known.items() if stored.get(name) in values})
 
 
 def generate(

@@ -22,6 +22,7 @@ from loralab.models import load as models
 from loralab.models.device import device_here, resolve_precision
 from loralab.models.load import Base
 from loralab.models.quantize import quantize as pack
+from loralab.models.template_values import with_template_values
 from loralab.models.tokens import add_tokens
 from loralab.tasks import catalog, encode
 from loralab.tasks.batches import Batches
@@ -108,7 +109,8 @@ def prepare(
     """
     training = request.training
     task = request.task or catalog.find(request.data, mapping=request.mapping, seed=training.seed)
-    base = (load or _own_base)(request, task)
+    task = replace(task, chat=training.chat)
+    base = with_template_values((load or _own_base)(request, task), training.chat_template_kwargs)
     adapter = _attached(request, base)
     with detached_after(base, adapter, on_error_alone=True):
         return _ready(request, task, base, adapter, load, encoding)

@@ -52,7 +52,7 @@ class OneBase:
 
     def encoded(self, task: Task, split: str, tokenizer: Any, **options: Any) -> Encoded:
         """Encode as `encode` does, once for jobs on the same rows."""
-        key = (task.digest, split, id(tokenizer), *sorted(options.items()))
+        key = (task.digest, task.chat, split, id(tokenizer), *sorted(options.items()))
         if not task.digest:
             return encode(task, split, tokenizer, **options)
         if key not in self._encoded:
